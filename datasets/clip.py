@@ -1,0 +1,81 @@
+"""Decoding a clip of a shard. One decoder for the pipeline and the loader, so that both see the same pixels."""
+
+import io
+from collections.abc import Sequence
+
+import numpy as np
+import zstandard
+
+from longtake.datasets.errors import Failure
+
+
+def decode(mp4: bytes, frames: Sequence[int] | None = None, size: tuple[int, int] | None = None, name: str = "clip") -> np.ndarray:
+    """Decode chosen frames of a clip, or all of them, with one thread.
+
+    Args:
+        mp4: the bytes of a `KEY.mp4` member.
+        frames: frame numbers; decord seeks to the keyframe before the first one. None takes all.
+        size: (height, width) to scale to while decoding; None keeps the clip's own.
+        name: what to call the clip in an error.
+
+    Returns:
+        (T, H, W, 3) uint8 RGB.
+
+    Raises:
+        Failure: the clip is not decodable, or has no such frame.
+    """
+    import decord
+
+    height, width = size or (-1, -1)
+    try:
+        reader = decord.VideoReader(io.BytesIO(mp4), num_threads=1, width=width, height=height)
+        return reader.get_batch(range(len(reader)) if frames is None else list(frames)).asnumpy()
+    except (decord.DECORDError, IndexError) as e:
+        raise Failure(f"{name}: cannot decode frames {frames or 'of the clip'}: {str(e).splitlines()[0]}") from e
+
+
+def frame_difference(video: np.ndarray, factor: int) -> np.ndarray:
+    """|x_t - x_{t-1}| of a clip as shown, after averaging boxes of `factor` x `factor` pixels.
+
+    Args:
+        video: (T, H, W, 3) uint8; H and W are divisible by `factor`.
+
+    Returns:
+        (T-1, H/factor, W/factor, 3) uint8; entry i is the change into frame i + 1.
+    """
+    t, h, w, c = video.shape
+    if factor > 1:
+        sums = video.reshape(t, h // factor, factor, w // factor, factor, c).sum((2, 4), dtype=np.uint32)
+        video = ((sums + factor * factor // 2) // (factor * factor)).astype(np.uint8)
+    later, earlier = video[1:], video[:-1]
+    return np.maximum(later, earlier) - np.minimum(later, earlier)
+
+
+def pack_array(array: np.ndarray) -> bytes:
+    """A `.npy.zst` member."""
+    buffer = io.BytesIO()
+    np.save(buffer, array, allow_pickle=False)
+    return zstandard.ZstdCompressor(level=3).compress(buffer.getvalue())
+
+
+def unpack_array(data: bytes, name: str = "array", max_bytes: int = 1 << 32) -> np.ndarray:
+    """Read a `.npy.zst` member. Raises Failure where it is damaged or would unfold beyond `max_bytes`."""
+    try:
+        raw = zstandard.ZstdDecompressor().decompress(data, max_output_size=max_bytes)
+        return np.load(io.BytesIO(raw), allow_pickle=False)
+    except (zstandard.ZstdError, ValueError, EOFError) as e:
+        raise Failure(f"{name}: damaged ({e}); delete the column's index and run its stage again") from e
+
+
+def center_crop(video: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """The centre of (T, H, W, 3) with the height-to-width ratio of `size`."""
+    h, w = video.shape[1:3]
+    target_h, target_w = min(h, w * size[0] // size[1]), min(w, h * size[1] // size[0])
+    top, left = (h - target_h) // 2, (w - target_w) // 2
+    return video[:, top : top + target_h, left : left + target_w]
+
+
+def covering_size(clip: tuple[int, int], size: tuple[int, int]) -> tuple[int, int]:
+    """The smallest (height, width) of the clip's own shape that covers `size`."""
+    scale = max(size[0] / clip[0], size[1] / clip[1])
+    return max(size[0], round(clip[0] * scale)), max(size[1], round(clip[1] * scale))

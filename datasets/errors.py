@@ -1,0 +1,13 @@
+"""The two errors that end a command with one line instead of a stack trace."""
+
+
+class UserError(ValueError):
+    """Something the user can put right: names the file or key and the remedy. Exit code 2."""
+
+
+class Failure(RuntimeError):
+    """Something that went wrong on the way: names the file and how to go on. Exit code 1."""
+
+
+class Interrupted(Exception):
+    """Work was stopped from outside (Ctrl-C, SIGTERM) after saving its state. Exit code 130."""

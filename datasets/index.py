@@ -1,0 +1,141 @@
+"""Reading and writing a dataset's tables: dataset.json, indexes (the commit records), sources, plans."""
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from longtake.datasets import schema, storage
+from longtake.datasets.errors import Failure, UserError
+
+_TAR = b"longtake.tar"
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One committed tar: its split and name ("00000"), its size and digest, its index."""
+
+    split: str
+    name: str
+    tar_bytes: int
+    tar_sha256: str
+    table: pa.Table
+
+
+def to_parquet(table: pa.Table) -> bytes:
+    """Parquet bytes that depend on the table alone."""
+    sink = pa.BufferOutputStream()
+    pq.write_table(table, sink, compression="zstd")
+    return sink.getvalue().to_pybytes()
+
+
+def from_parquet(url: str) -> pa.Table:
+    """Read a whole table. Raises Failure naming the file where it is not readable."""
+    data = storage.retrying(url, lambda: storage.read(url))
+    try:
+        return pq.read_table(pa.BufferReader(data))
+    except (pa.ArrowException, OSError) as e:
+        raise Failure(f"{url}: not a readable Parquet file ({e}); delete it and run the stage that made it again") from e
+
+
+def rows_table(rows: Iterable[Mapping[str, Any]], table_schema: pa.Schema) -> pa.Table:
+    return pa.Table.from_pylist(list(rows), schema=table_schema)
+
+
+def write_index(url: str, rows: Iterable[Mapping[str, Any]], table_schema: pa.Schema, tar_bytes: int, tar_sha256: str) -> None:
+    """Commit a tar: from this moment it exists."""
+    record = json.dumps({"format": schema.FORMAT_VERSION, "bytes": tar_bytes, "sha256": tar_sha256}, sort_keys=True)
+    table = rows_table(rows, table_schema).replace_schema_metadata({_TAR: record.encode()})
+    storage.write(url, to_parquet(table))
+
+
+def read_shard(dataset: str, split: str, name: str) -> Shard:
+    """The commit record of one tar, base ("00000") or column ("00000.frame_diff")."""
+    url = storage.join(dataset, split, f"{name}.parquet")
+    table = from_parquet(url)
+    metadata = table.schema.metadata or {}
+    if _TAR not in metadata:
+        raise Failure(f"{url}: not an index of this format; delete it and run the stage that made it again")
+    record = json.loads(metadata[_TAR])
+    return Shard(split, name, record["bytes"], record["sha256"], table)
+
+
+def shard_names(dataset: str, split: str, column: str | None = None) -> list[str]:
+    """Names of the committed tars of a split, sorted: base shards, or those of one cache column."""
+    stems = [n.removesuffix(".parquet") for n in storage.names(storage.join(dataset, split)) if n.endswith(".parquet")]
+    return [s for s in stems if s.partition(".")[2] == (column or "") and not s.startswith(".")]
+
+
+def read_shards(dataset: str, split: str, column: str | None = None, threads: int = 16) -> list[Shard]:
+    """All committed shards of a split, sorted by name."""
+    with ThreadPoolExecutor(threads) as pool:
+        return list(pool.map(lambda name: read_shard(dataset, split, name), shard_names(dataset, split, column)))
+
+
+def read_all(dataset: str, split: str) -> pa.Table:
+    """The indexes of a split as one table with an extra column `shard`."""
+    shards = read_shards(dataset, split)
+    tables = [s.table.append_column("shard", pa.array([s.name] * len(s.table), pa.string())) for s in shards]
+    empty = schema.INDEX.append(pa.field("shard", pa.string())).empty_table()
+    return pa.concat_tables([empty, *(t.replace_schema_metadata(None) for t in tables)])
+
+
+def read_tables(folder: str, table_schema: pa.Schema) -> pa.Table:
+    """All Parquet files of a folder as one table."""
+    urls = [storage.join(folder, n) for n in storage.names(folder) if n.endswith(".parquet") and not n.startswith(".")]
+    with ThreadPoolExecutor(16) as pool:
+        tables = list(pool.map(from_parquet, urls))
+    return pa.concat_tables([table_schema.empty_table(), *(t.replace_schema_metadata(None) for t in tables)])
+
+
+def read_sources(dataset: str) -> pa.Table:
+    return read_tables(storage.join(dataset, "sources"), schema.SOURCES)
+
+
+def describe(dataset: str) -> dict[str, Any]:
+    """The contents of dataset.json.
+
+    Raises:
+        UserError: there is no dataset at this URL, or it is of a newer format.
+    """
+    url = storage.join(dataset, "dataset.json")
+    try:
+        found = json.loads(storage.read(url))
+    except FileNotFoundError as e:
+        raise UserError(f"{dataset}: no dataset here (no dataset.json); name the folder that a `shard` stage wrote") from e
+    if found.get("format", 0) > schema.FORMAT_VERSION:
+        raise UserError(f"{url}: format {found['format']} is newer than this longtake reads; upgrade longtake")
+    return found
+
+
+def digest(shards: Iterable[Shard]) -> str:
+    """A digest of what a list of shards holds; equal only if every byte of every tar is equal."""
+    record = [[s.split, s.name, s.tar_sha256, s.tar_bytes, len(s.table)] for s in shards]
+    return hashlib.sha256(json.dumps(record).encode()).hexdigest()
+
+
+def summary(dataset: str) -> dict[str, Any]:
+    """Counts that always add up: sources = good + rejected, clips cut = clips in shards."""
+    sources = read_sources(dataset)
+    good = sources.filter(pc.equal(sources["status"], "good"))
+    rejected = sources.filter(pc.equal(sources["status"], "rejected"))
+    reasons = {v["values"]: v["counts"] for v in pc.value_counts(rejected["reason"]).to_pylist()}
+    shards = [s for split in schema.SPLITS for s in read_shards(dataset, split)]
+    return {
+        "sources": len(sources),
+        "sources_good": len(good),
+        "sources_rejected": len(rejected),
+        "rejected_by_reason": dict(sorted(reasons.items())),
+        "clips": sum(len(s.table) for s in shards),
+        "clips_cut": pc.sum(sources["clips"]).as_py() or 0,
+        "clips_dropped_short": pc.sum(sources["clips_dropped_short"]).as_py() or 0,
+        "clip_seconds": sum((pc.sum(pc.divide(s.table["frame_count"], s.table["fps"])).as_py() or 0.0) for s in shards),
+        "shards": len(shards),
+        "tar_bytes": sum(s.tar_bytes for s in shards),
+    }

@@ -1,0 +1,84 @@
+"""The pyarrow schemas of everything tabular in a dataset. Layout and meaning: see the README's "The dataset on disk"."""
+
+import pyarrow as pa
+
+FORMAT_VERSION = 1
+SPLITS = ("train", "val")
+SCORES = ("motion", "still", "brightness", "contrast", "sharpness", "saturation")
+
+# One row a source at planning time; `group` is unique within a split and never changes.
+PLAN = pa.schema(
+    [
+        ("source", pa.string()),  # 20 hex digits of the content identity
+        ("uri", pa.string()),
+        ("bytes", pa.int64()),
+        ("split", pa.string()),
+        ("group", pa.int32()),
+        ("duplicate_of", pa.string()),  # the URI whose content this one repeats, else null
+    ]
+)
+
+# One row a source, good or rejected, written by the task of its group.
+SOURCES = pa.schema(
+    [
+        *PLAN,
+        ("status", pa.string()),  # "good" or "rejected"
+        ("reason", pa.string()),  # a code of pipeline.source.REASONS where rejected, else null
+        ("detail", pa.string()),  # one line for people; also what was odd about a good source
+        ("codec", pa.string()),
+        ("width", pa.int32()),  # as shown: after rotation and sample aspect ratio
+        ("height", pa.int32()),
+        ("fps", pa.float64()),
+        ("frames_expected", pa.int64()),  # what the container says, 0 where it says nothing
+        ("frames_decoded", pa.int64()),
+        ("frames_sampled", pa.int64()),  # at the clips' frame rate
+        ("shots", pa.int32()),
+        ("clips", pa.int32()),
+        ("clips_dropped_short", pa.int32()),
+        ("frames_dropped_short", pa.int64()),
+        ("frames_dropped_black", pa.int64()),
+    ]
+)
+
+# One row a sample. The file's key-value metadata holds the tar's own size and sha256: it is the commit record.
+INDEX = pa.schema(
+    [
+        ("key", pa.string()),  # SOURCE-CLIP, the clip in five digits
+        ("source", pa.string()),
+        ("clip", pa.int32()),  # neighbours in number are neighbours in time
+        ("mp4_offset", pa.int64()),
+        ("mp4_size", pa.int64()),
+        ("json_offset", pa.int64()),
+        ("json_size", pa.int64()),
+        ("sha256", pa.string()),  # of the mp4 member
+        ("first_frame", pa.int64()),  # number of the source frame shown first
+        ("start_seconds", pa.float64()),  # since the source's first frame
+        ("frame_count", pa.int32()),
+        ("fps", pa.float64()),
+        ("width", pa.int32()),
+        ("height", pa.int32()),
+        *((score, pa.float32()) for score in SCORES),
+    ]
+)
+
+# One row a sample of a cache column; joined to the base shard by key, checked by base_sha256.
+COLUMN_INDEX = pa.schema(
+    [
+        ("key", pa.string()),
+        ("offset", pa.int64()),
+        ("size", pa.int64()),
+        ("sha256", pa.string()),
+        ("base_sha256", pa.string()),  # of the mp4 that this was made from
+    ]
+)
+
+# One row a clip of the dataset, used or not.
+VIEW = pa.schema(
+    [
+        ("key", pa.string()),
+        ("split", pa.string()),
+        ("keep", pa.bool_()),
+        ("reason", pa.string()),  # the rule that dropped it, e.g. "motion < 0.004"; null where kept
+        ("weight", pa.float32()),
+    ]
+)

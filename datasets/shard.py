@@ -1,0 +1,44 @@
+"""Deterministic WebDataset tars, and reading their members by byte offset."""
+
+import hashlib
+import io
+import tarfile
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Member:
+    """Where one file of a tar lies: byte offset and size of its data, and its sha256 (hex)."""
+
+    key: str
+    extension: str
+    offset: int
+    size: int
+    sha256: str
+
+
+def write_tar(path: Path, samples: Iterable[tuple[str, dict[str, bytes]]]) -> list[Member]:
+    """Write `(key, {extension: data})` samples in the order given; the same samples give the same bytes."""
+    members = []
+    with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as tar:
+        for key, parts in samples:
+            for extension, data in parts.items():
+                info = tarfile.TarInfo(f"{key}.{extension}")
+                info.size = len(data)
+                info.mode = 0o644
+                tar.addfile(info, io.BytesIO(data))
+                # a ustar header is one block, and `offset` now stands behind the padded data
+                offset = tar.offset - -(-len(data) // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
+                members.append(Member(key, extension, offset, len(data), hashlib.sha256(data).hexdigest()))
+    return members
+
+
+def sha256_of(path: Path, block: int = 1 << 20) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as f:
+        while data := f.read(block):
+            digest.update(data)
+    return digest.hexdigest()
+

@@ -1,0 +1,43 @@
+"""What every stage shares: a strict config, and the marker of an input that another stage makes.
+
+A stage is a module with `Config` (a `StageConfig` with its `kind`), `VERSION` (raise it when the same config
+would give another output), `PRODUCES` (what its output is) and `run(config, inputs, output) -> dict`.
+It may also have `outside(config) -> str`: a digest of what it reads from beyond the recipe, such as the listing
+of the sources, so that a change out there reruns it.
+"""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict
+
+Product = Literal["dataset", "view", "latents", "model"]
+
+
+class StageConfig(BaseModel):
+    """Strict base of all configs in a recipe: an unknown key is an error, values never change."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Input:
+    """Marks a config field that names another stage of the recipe, or a URI of what such a stage makes."""
+
+    def __init__(self, product: Product) -> None:
+        self.product = product
+
+
+DatasetInput = Annotated[str, Input("dataset")]
+ViewInput = Annotated[str, Input("view")]
+
+
+def inputs_of(config: StageConfig) -> dict[str, tuple[str, Product]]:
+    """The inputs that a config names: `{field: (stage name or URI, product)}`, unset ones left out."""
+    found: dict[str, tuple[str, Product]] = {}
+    for name, field in type(config).model_fields.items():
+        value: Any = getattr(config, name)
+        # an optional input, `ViewInput | None`, hides its marker in the union's members
+        markers = [*field.metadata, *(m for a in getattr(field.annotation, "__args__", ()) for m in getattr(a, "__metadata__", ()))]
+        for marker in markers:
+            if isinstance(marker, Input) and value is not None:
+                found[name] = (value, marker.product)
+    return found

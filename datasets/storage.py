@@ -1,0 +1,230 @@
+"""Files at any fsspec URL, written so that a name is either whole or absent."""
+
+import contextlib
+import errno
+import json
+import os
+import secrets
+import shutil
+import socket
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import fsspec
+
+from longtake.datasets.errors import Failure, UserError
+
+_FOREIGN_DEBRIS_SECONDS = 24 * 3600
+
+
+def filesystem(url: str) -> tuple[Any, str]:
+    """The fsspec filesystem of a URL and the path inside it.
+
+    Raises:
+        UserError: the protocol is unknown or its package is not installed.
+    """
+    try:
+        return fsspec.core.url_to_fs(url)
+    except (ValueError, ImportError) as e:
+        raise UserError(f"{url}: {e}") from e
+
+
+def is_local(url: str) -> bool:
+    return "file" in _protocols(filesystem(url)[0])
+
+
+def is_memory(url: str) -> bool:
+    """Whether only this process can see the URL."""
+    return url.startswith("memory://")
+
+
+def _protocols(fs: Any) -> tuple[str, ...]:
+    return (fs.protocol,) if isinstance(fs.protocol, str) else tuple(fs.protocol)
+
+
+def absolute(url: str) -> str:
+    """A URL that means the same from any working folder: local paths made absolute, others as they are."""
+    return str(Path(filesystem(url)[1]).absolute()) if is_local(url) else url.rstrip("/")
+
+
+def join(url: str, *parts: str) -> str:
+    return "/".join([url.rstrip("/"), *parts])
+
+
+def exists(url: str) -> bool:
+    fs, path = filesystem(url)
+    return fs.exists(path)
+
+
+def read(url: str) -> bytes:
+    """The whole file. Raises FileNotFoundError where there is none."""
+    fs, path = filesystem(url)
+    return fs.cat_file(path)
+
+
+def read_range(url: str, start: int, size: int) -> bytes:
+    fs, path = filesystem(url)
+    return fs.cat_file(path, start=start, end=start + size)
+
+
+def names(url: str) -> list[str]:
+    """Names in a folder, sorted; none where there is no folder."""
+    fs, path = filesystem(url)
+    fs.invalidate_cache(path)
+    try:
+        return sorted(entry.rstrip("/").rsplit("/", 1)[-1] for entry in fs.ls(path, detail=False))
+    except FileNotFoundError:
+        return []
+
+
+@contextlib.contextmanager
+def failing_clearly(url: str) -> Iterator[None]:
+    """Turn the errors of a full or closed disk into one line that names the file and the way on."""
+    try:
+        yield
+    except OSError as e:
+        # an fsspec error often has text but no errno
+        cause = e.strerror or str(e) or type(e).__name__
+        remedy = {
+            errno.ENOSPC: "free some space, then run the same command again: it goes on where it stopped",
+            errno.EDQUOT: "raise the quota, then run the same command again: it goes on where it stopped",
+            errno.EACCES: "give write permission or choose another `workspace`",
+            errno.EROFS: "choose a `workspace` that can be written",
+            errno.ENOTDIR: "choose a `workspace` that is a folder",
+        }.get(e.errno or 0)
+        if remedy is None:
+            raise
+        raise Failure(f"{url}: {cause}; {remedy}") from e
+
+
+@contextlib.contextmanager
+def staged(url: str) -> Iterator[Path]:
+    """A local path to fill; when the block ends well it becomes `url`, whole, else it vanishes.
+
+    Local: a temporary name beside the target, fsync, rename. Remote: a spool file, then one upload.
+    """
+    fs, path = filesystem(url)
+    with failing_clearly(url):
+        if is_local(url):
+            target = Path(path)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            spool = target.parent / _temporary_name(target.name)
+            try:
+                yield spool
+                _sync(spool)
+                spool.replace(target)
+                _sync(target.parent)
+            finally:
+                spool.unlink(missing_ok=True)
+        else:
+            with tempfile.TemporaryDirectory(prefix="longtake-") as folder:
+                spool = Path(folder) / path.rsplit("/", 1)[-1]
+                yield spool
+                fs.makedirs(fs._parent(path), exist_ok=True)
+                fs.put_file(str(spool), path)
+
+
+def write(url: str, data: bytes) -> None:
+    """Write a whole file atomically."""
+    with staged(url) as path:
+        path.write_bytes(data)
+
+
+def write_if_absent(url: str, data: bytes) -> bool:
+    """Write a whole file unless it is there; of many writers at once exactly one gets True."""
+    fs, path = filesystem(url)
+    with failing_clearly(url):
+        if is_local(url):
+            target = Path(path)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            spool = target.parent / _temporary_name(target.name)
+            try:
+                spool.write_bytes(data)
+                _sync(spool)
+                os.link(spool, target)
+                _sync(target.parent)
+                return True
+            except FileExistsError:
+                return False
+            finally:
+                spool.unlink(missing_ok=True)
+        try:
+            fs.pipe_file(path, data, mode="create")
+            return True
+        except FileExistsError:
+            return False
+
+
+@contextlib.contextmanager
+def spool_folder(url: str) -> Iterator[Path]:
+    """A scratch folder that goes away with the block: inside a local `url`, else in the machine's temporary folder."""
+    parent = Path(filesystem(url)[1]) if is_local(url) else Path(tempfile.gettempdir())
+    with failing_clearly(url):
+        folder = parent / _temporary_name("spool")
+        folder.mkdir(parents=True)
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def sweep(folder: str) -> int:
+    """Remove what dead writers left behind in a local folder; a living writer's files stay. Returns how many."""
+    if not is_local(folder):
+        return 0
+    count = 0
+    root = Path(filesystem(folder)[1])
+    for path in root.glob(".*~*@*~*.tmp") if root.is_dir() else ():
+        host, _, pid = path.name.rsplit("~", 2)[1].partition("@")
+        with contextlib.suppress(FileNotFoundError):
+            old = time.time() - path.stat().st_mtime > _FOREIGN_DEBRIS_SECONDS
+            if old if host != socket.gethostname() else not _alive(pid):
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+                count += 1
+    return count
+
+
+def _alive(pid: str) -> bool:
+    try:
+        os.kill(int(pid), 0)
+    except (ProcessLookupError, ValueError):
+        return False
+    except PermissionError:
+        pass
+    return True
+
+
+def retrying(what: str, action: Callable[[], Any], attempts: int = 5, first_wait: float = 0.5) -> Any:
+    """Call `action` again after passing faults of the network, waiting twice as long each time.
+
+    What cannot pass (missing, forbidden) is raised at once; the last fault is raised as Failure naming `what`.
+    """
+    for attempt in range(attempts):
+        try:
+            return action()
+        except (FileNotFoundError, PermissionError, IsADirectoryError):
+            raise
+        except OSError as e:
+            if attempt == attempts - 1:
+                raise Failure(f"{what}: {e} (gave up after {attempts} attempts)") from e
+            time.sleep(first_wait * 2**attempt)
+
+
+def _temporary_name(name: str) -> str:
+    return f".{name}~{socket.gethostname()}@{os.getpid()}~{secrets.token_hex(4)}.tmp"
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def canonical_json(value: Any) -> bytes:
+    """JSON bytes that depend on the value alone, not on the order of its keys."""
+    return (json.dumps(value, indent=2, sort_keys=True) + "\n").encode()

@@ -1,0 +1,117 @@
+"""One group to one shard. Committed by its index, which is written last; until then nothing of it counts.
+
+Order: data tar, frame-diff tar, frame-diff index, source rows, index. Every step is atomic and gives the same bytes
+whoever does it, so that two drivers at once, a retry or a kill at any moment do no harm.
+"""
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from longtake.datasets import index, schema, storage
+from longtake.datasets.errors import Failure
+from longtake.datasets.shard import Member, sha256_of, write_tar
+from longtake.pipeline.isolate import Worker
+
+_worker: Worker | None = None
+
+
+def group_name(number: int) -> str:
+    return f"{number:05d}"
+
+
+def make_group(
+    group: Mapping[str, Any], dataset: str, geometry: Mapping[str, Any], memory: Mapping[str, bytes] | None = None
+) -> dict[str, Any]:
+    """Cut the sources of one group and commit its shard.
+
+    Args:
+        group: `{"split", "group", "sources": plan rows in order of identity}`.
+        geometry: the `clip`, `limits`, `diff` and `decoder` of `source.process`, as plain data.
+        memory: contents of sources that only the driver can see.
+
+    Returns:
+        `{"split", "group", "sources", "clips", "error"}`; with an error the group is not committed and can be run again.
+    """
+    split, name = group["split"], group_name(group["group"])
+    result = {"split": split, "group": group["group"], "sources": len(group["sources"]), "clips": 0, "error": ""}
+    folder = storage.join(dataset, split)
+    try:
+        with storage.spool_folder(folder) as spool:
+            sources, clips = [], []
+            for row in group["sources"]:
+                account, rows = _cut(row, spool, geometry, memory or {})
+                sources.append(dict.fromkeys(schema.SOURCES.names) | dict(row) | account)
+                clips += rows
+            _commit(dataset, split, name, spool, clips, sources)
+            result["clips"] = len(clips)
+    except (Failure, OSError) as e:
+        result["error"] = f"{split}/{name}: {e}"
+    return result
+
+
+def _cut(row: Mapping[str, Any], spool: Path, geometry: Mapping[str, Any], memory: Mapping[str, bytes]) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    global _worker
+    limits = geometry["limits"]
+    if row["duplicate_of"] is not None:
+        return _rejected("duplicate", f"same content as {row['duplicate_of']}"), []
+    if row["bytes"] > limits["max_bytes"]:
+        return _rejected("too_large", f"{row['bytes']} bytes; limits.max_bytes is {limits['max_bytes']}"), []
+    path, fetched = row["uri"], None
+    try:
+        if row["uri"] in memory or not storage.is_local(row["uri"]):
+            path = fetched = str(spool / "source")
+            _fetch(row["uri"], Path(fetched), memory)
+        elif not Path(path).is_file():
+            return _rejected("missing", "no such file"), []
+        else:
+            with Path(path).open("rb"):
+                pass
+    except (FileNotFoundError, PermissionError) as e:
+        return _rejected("missing", e.strerror or str(e)), []
+    _worker = _worker or Worker()
+    job = {"path": path, "source": row["source"], "folder": str(spool), **geometry}
+    result = _worker.run(job, limits["timeout_seconds"], limits["memory_bytes"])
+    if fetched:
+        Path(fetched).unlink()
+    return result["account"] | {"clips": len(result["clips"])}, result["clips"]
+
+
+def _fetch(uri: str, target: Path, memory: Mapping[str, bytes]) -> None:
+    if uri in memory:
+        target.write_bytes(memory[uri])
+    else:
+        fs, path = storage.filesystem(uri)
+        storage.retrying(uri, lambda: fs.get_file(path, str(target)))
+
+
+def _rejected(reason: str, detail: str) -> dict[str, Any]:
+    return {"status": "rejected", "reason": reason, "detail": detail, "clips": 0}
+
+
+def _commit(dataset: str, split: str, name: str, spool: Path, clips: list[dict[str, Any]], sources: list[dict[str, Any]]) -> None:
+    def parts(extensions: tuple[str, ...]) -> Iterator[tuple[str, dict[str, bytes]]]:
+        for row in clips:
+            yield row["key"], {e: (spool / f"{row['key']}.{e}").read_bytes() for e in extensions}
+
+    base = storage.join(dataset, split, name)
+    members, size, digest = _write_tar(f"{base}.tar", parts(("mp4", "json")))
+    diffs, diff_size, diff_digest = _write_tar(f"{base}.frame_diff.tar", parts(("npy.zst",)))
+    column = [
+        {"key": m.key, "offset": m.offset, "size": m.size, "sha256": m.sha256, "base_sha256": row["sha256"]}
+        for m, row in zip(diffs, clips, strict=True)
+    ]
+    index.write_index(f"{base}.frame_diff.parquet", column, schema.COLUMN_INDEX, diff_size, diff_digest)
+    storage.write(storage.join(dataset, "sources", f"{split}-{name}.parquet"), index.to_parquet(index.rows_table(sources, schema.SOURCES)))
+    placed = {(m.key, m.extension): m for m in members}
+    rows = [
+        row | {f"{e}_{what}": getattr(placed[row["key"], e], what) for e in ("mp4", "json") for what in ("offset", "size")} for row in clips
+    ]
+    index.write_index(f"{base}.parquet", rows, schema.INDEX, size, digest)
+
+
+def _write_tar(url: str, samples: Iterator[tuple[str, dict[str, bytes]]]) -> tuple[list[Member], int, str]:
+    with storage.staged(url) as path:
+        members = write_tar(path, samples)
+        return members, path.stat().st_size, sha256_of(path)
+

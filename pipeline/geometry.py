@@ -1,0 +1,88 @@
+"""What a clip looks like: length, rate, size buckets; and the limits on what a source may ask of us."""
+
+import math
+from collections.abc import Iterator
+from fractions import Fraction
+from typing import Annotated, Literal
+
+from pydantic import AfterValidator, Field, model_validator
+
+from longtake.datasets.stage import StageConfig
+
+
+def _ratio(text: str) -> str:
+    width, colon, height = text.partition(":")
+    if not (colon and width.isdigit() and height.isdigit() and int(width) and int(height)):
+        raise ValueError(f"{text!r} is not an aspect ratio; write width:height, such as 16:9")
+    return text
+
+
+class ClipConfig(StageConfig):
+    """The geometry of clips. `short_side`, `multiple`: pixels. Times in seconds."""
+
+    short_side: int = Field(256, ge=16, le=4096, multiple_of=2)
+    fps: float = Field(24, gt=0, le=240)
+    min_seconds: float = Field(1.0, gt=0)
+    max_seconds: float = Field(10.0, gt=0, le=600)
+    aspects: tuple[Annotated[str, AfterValidator(_ratio)], ...] = ("9:16", "3:4", "1:1", "4:3", "16:9")
+    multiple: int = Field(16, ge=2, multiple_of=2)  # the long side is rounded to it
+    max_crop: float = Field(0.35, ge=0, lt=1)  # share of the picture that may fall outside the nearest bucket
+    crf: int = Field(20, ge=0, le=51)
+    encoder_preset: Literal["ultrafast", "superfast", "veryfast", "faster", "fast", "medium", "slow"] = "veryfast"
+    gop: int = Field(12, ge=1)
+
+    @model_validator(mode="after")
+    def _ordered(self) -> "ClipConfig":
+        if self.min_seconds > self.max_seconds:
+            raise ValueError(f"min_seconds {self.min_seconds:g} is above max_seconds {self.max_seconds:g}")
+        return self
+
+    @property
+    def rate(self) -> Fraction:
+        return Fraction(self.fps).limit_denominator(1001)
+
+    @property
+    def min_frames(self) -> int:
+        return max(2, math.ceil(self.min_seconds * self.fps - 1e-9))
+
+    @property
+    def max_frames(self) -> int:
+        return max(2, math.floor(self.max_seconds * self.fps + 1e-9))
+
+    def buckets(self) -> Iterator[tuple[int, int]]:
+        """(width, height) of each aspect."""
+        for aspect in self.aspects:
+            width, height = (int(n) for n in aspect.split(":"))
+            ratio = max(width, height) / min(width, height)
+            longer = max(self.short_side, round(self.short_side * ratio / self.multiple) * self.multiple)
+            yield (longer, self.short_side) if width >= height else (self.short_side, longer)
+
+
+class LimitsConfig(StageConfig):
+    """What one source may cost before it is rejected or cut off."""
+
+    max_bytes: int = Field(64 << 30, gt=0)
+    max_pixels: int = Field(7680 * 4320, gt=0)  # of a coded frame
+    max_frames: int = Field(2_000_000, gt=0)  # decoded
+    timeout_seconds: float = Field(1800, gt=0)
+    memory_bytes: int = Field(6 << 30, gt=0)  # address space of the decoding process
+
+
+class FrameDiffConfig(StageConfig):
+    """The frame-difference column; clips are box-averaged by the whole factor that brings them nearest to this short side."""
+
+    short_side: int = Field(64, ge=8)
+
+    def factor(self, width: int, height: int) -> int:
+        factor = max(1, min(width, height) // self.short_side)
+        while width % factor or height % factor:
+            factor -= 1
+        return factor
+
+
+def fit(config: ClipConfig, width: int, height: int) -> tuple[tuple[int, int], tuple[int, int], float]:
+    """The bucket for a picture: (scaled size, bucket size, share of the picture cropped), sizes (width, height) and even."""
+    bucket = min(config.buckets(), key=lambda b: abs(math.log((b[0] / b[1]) / (width / height))))
+    scale = max(bucket[0] / width, bucket[1] / height)
+    scaled = (max(bucket[0], round(width * scale / 2) * 2), max(bucket[1], round(height * scale / 2) * 2))
+    return scaled, bucket, 1 - bucket[0] * bucket[1] / (scaled[0] * scaled[1])

@@ -1,0 +1,29 @@
+"""Scores of a clip from its planes; names and order are `datasets.schema.SCORES`. All but `still` are 0..1 by scale."""
+
+import numpy as np
+
+from longtake.pipeline.decode import chroma, luma
+
+_STILL = 0.5 / 255
+
+
+def score(clip: list[np.ndarray]) -> dict[str, float]:
+    """Scores of T frames of planes.
+
+    motion: mean |luma difference| of neighbours. still: share of neighbours that hardly differ.
+    brightness, contrast: mean and mean spatial deviation of luma. sharpness: mean |Laplacian| of luma.
+    saturation: mean distance of chroma from grey.
+    """
+    y = np.stack([luma(p) for p in clip])
+    steps = [float(np.abs(b.astype(np.int16) - a).mean()) / 255 for a, b in zip(y[:-1], y[1:], strict=True)]
+    middle = y[:: max(1, len(y) // 8)].astype(np.int16)
+    laplacian = 4 * middle[:, 1:-1, 1:-1] - middle[:, :-2, 1:-1] - middle[:, 2:, 1:-1] - middle[:, 1:-1, :-2] - middle[:, 1:-1, 2:]
+    colour = np.stack([chroma(p) for p in clip[:: max(1, len(clip) // 8)]]).astype(np.int16) - 128
+    return {
+        "motion": float(np.mean(steps)) if steps else 0.0,
+        "still": float(np.mean([s < _STILL for s in steps])) if steps else 1.0,
+        "brightness": float(np.clip((y.mean() - 16) / 219, 0, 1)),
+        "contrast": float(middle.std((1, 2)).mean() / 219),
+        "sharpness": float(np.abs(laplacian).mean() / 255),
+        "saturation": float(np.abs(colour).mean() / 128),
+    }

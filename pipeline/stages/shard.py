@@ -1,0 +1,118 @@
+"""`shard`: raw videos to a dataset of clips. Plan the groups, make those that are missing, account for every source.
+
+Speed: one sequential decode a source; the driver holds references only.
+"""
+
+from collections.abc import Mapping
+from itertools import groupby
+from typing import Any, Literal
+
+from pydantic import Field
+from tqdm import tqdm
+
+from longtake.datasets import index, schema, storage
+from longtake.datasets.errors import Failure, Interrupted, UserError
+from longtake.datasets.stage import StageConfig
+from longtake.pipeline.discover import listing_digest, plan
+from longtake.pipeline.geometry import ClipConfig, FrameDiffConfig, LimitsConfig
+
+VERSION = 1
+PRODUCES = "dataset"
+
+
+class Config(StageConfig):
+    """Videos by URL (file, folder, glob; any fsspec protocol) to shards of H.264 clips and their frame differences."""
+
+    kind: Literal["shard"]
+    sources: tuple[str, ...] = Field(min_length=1)
+    clip: ClipConfig = ClipConfig()
+    frame_diff: FrameDiffConfig = FrameDiffConfig()
+    limits: LimitsConfig = LimitsConfig()
+    decoder: Literal["pyav", "decord"] = "pyav"
+    val_fraction: float = Field(0.05, ge=0, lt=1)  # of the sources, by their content
+    group_bytes: int = Field(1 << 30, gt=0)  # of source files in one group, and so in one shard
+    group_sources: int = Field(1024, gt=0)
+
+
+def outside(config: Config) -> str:
+    """Changes with the listing of the sources."""
+    return listing_digest(config.sources)
+
+
+def run(config: Config, inputs: Mapping[str, str], output: str) -> dict[str, Any]:
+    """Make what is missing of the dataset at `output`. Safe to run again, and to run twice at once.
+
+    Raises:
+        UserError: no source, no clip in any source, or another dataset in the way.
+        Failure: some groups could not be written.
+    """
+    _describe(config, output)
+    planned = plan(output, config.sources, config.val_fraction, config.group_bytes, config.group_sources)
+    swept = sum(storage.sweep(storage.join(output, part)) for part in ("", "plan", "sources", *schema.SPLITS))
+    groups = _missing_groups(output, planned.to_pylist())
+    if groups:
+        _make(config, output, groups)
+    totals = index.summary(output)
+    if not totals["clips"]:
+        reasons = ", ".join(f"{n} {reason}" for reason, n in totals["rejected_by_reason"].items())
+        raise UserError(f"sources: none of {totals['sources']} sources gave a clip ({reasons}); see `longtake dataset sources {output}`")
+    assert totals["sources"] == totals["sources_good"] + totals["sources_rejected"] == len(planned)
+    assert totals["clips"] == totals["clips_cut"]
+    flat = {name: float(value) for name, value in totals.items() if isinstance(value, int | float)}
+    return {"uri": output, "metrics": flat | {"debris_swept": float(swept)}, "rejected_by_reason": totals["rejected_by_reason"]}
+
+
+def _describe(config: Config, output: str) -> None:
+    if storage.is_memory(output):
+        raise UserError(f"workspace: {output}: Ray workers cannot see this process's memory; use a folder or an object store")
+    geometry = config.model_dump(mode="json", include={"clip", "frame_diff", "decoder", "val_fraction"})
+    description = {"format": schema.FORMAT_VERSION, **geometry}
+    record = storage.canonical_json(description)
+    url = storage.join(output, "dataset.json")
+    if not storage.write_if_absent(url, record) and storage.read(url) != record:
+        raise UserError(f"{url}: this dataset was made with another geometry; choose another output, or delete it")
+
+
+def _missing_groups(output: str, planned: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    done = {(split, name) for split in schema.SPLITS for name in index.shard_names(output, split)}
+
+    def place(row: dict[str, Any]) -> tuple[str, int]:
+        return row["split"], row["group"]
+
+    rows = sorted(planned, key=lambda row: (*place(row), row["source"], row["duplicate_of"] or "", row["uri"]))
+    groups = [{"split": split, "group": group, "sources": list(sources)} for (split, group), sources in groupby(rows, place)]
+    return [g for g in groups if (g["split"], f"{g['group']:05d}") not in done]
+
+
+def _make(config: Config, output: str, groups: list[dict[str, Any]]) -> None:
+    from longtake.pipeline.cluster import connected
+    from longtake.pipeline.commit import make_group
+
+    geometry = {
+        "clip": config.clip.model_dump(mode="json"),
+        "limits": config.limits.model_dump(mode="json"),
+        "diff": config.frame_diff.model_dump(mode="json"),
+        "decoder": config.decoder,
+    }
+    memory = {s["uri"]: storage.read(s["uri"]) for g in groups for s in g["sources"] if storage.is_memory(s["uri"])}
+    errors = []
+    try:
+        with (
+            connected("shard") as ray,
+            tqdm(desc="shard", total=sum(len(g["sources"]) for g in groups), unit="source") as bar,
+        ):
+            shared = ray.put(memory)
+            # one block a group: one group is one task, and a retry repeats no other
+            rows = ray.data.from_items(groups, override_num_blocks=len(groups))
+            made = rows.map(lambda group: make_group(group, output, geometry, ray.get(shared)), num_cpus=1)
+            clips = 0
+            for result in made.iter_rows():
+                clips += result["clips"]
+                bar.set_postfix(clips=clips)
+                bar.update(result["sources"])
+                if result["error"]:
+                    errors.append(result["error"])
+    except KeyboardInterrupt as e:
+        raise Interrupted("shard: stopped; committed shards are kept") from e
+    if errors:
+        raise Failure(f"{len(errors)} of {len(groups)} groups could not be written, the first: {errors[0]}")

@@ -1,0 +1,137 @@
+"""Layers shared by the video models: causal in time, free in space.
+
+Every tensor is `(B, C, T, H, W)`. Output step t of any layer depends on input steps up to t only; the first frame
+stands alone, so that an image is a clip of one frame. All memory of the past enters through `causal_pad`.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+
+def causal_pad(x: Tensor, steps: int) -> Tensor:
+    """Put `steps` copies of the first frame in front: `(B, C, T, H, W)` -> `(B, C, steps + T, H, W)`.
+
+    The one place where a layer looks into the past. Repeating the first frame is an assumption (the PV-VAE paper
+    only says "causal"); a still video then looks the same at every step, the first included.
+    """
+    return torch.cat([x[:, :, :1].expand(-1, -1, steps, -1, -1), x], dim=2) if steps else x
+
+
+def fold(x: Tensor, time: int, space: int) -> Tensor:
+    """Space(-time) to depth: `(B, C, T*time, H*space, W*space)` -> `(B, C*time*space*space, T, H, W)`."""
+    x = x.unflatten(4, (-1, space)).unflatten(3, (-1, space)).unflatten(2, (-1, time))  # B C T t H s W s
+    return x.permute(0, 1, 3, 5, 7, 2, 4, 6).flatten(1, 4)
+
+
+def unfold(x: Tensor, time: int, space: int) -> Tensor:
+    """Depth to space(-time), the inverse of `fold`."""
+    x = x.unflatten(1, (-1, time, space, space))  # B C t s s T H W
+    return x.permute(0, 1, 5, 2, 6, 3, 7, 4).flatten(6, 7).flatten(4, 5).flatten(2, 3)
+
+
+class CausalConv3d(nn.Conv3d):
+    """A 3D convolution that keeps T and never sees the future; zero padding in space. Kernel sizes are odd."""
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel: tuple[int, int, int] = (3, 3, 3),
+        space_stride: int = 1,
+    ) -> None:
+        stride = (1, space_stride, space_stride)
+        super().__init__(in_channels, out_channels, kernel, stride, padding=(0, kernel[1] // 2, kernel[2] // 2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(causal_pad(x, self.kernel_size[0] - 1))
+
+
+class ChannelRMSNorm(nn.Module):
+    """Root-mean-square norm over the channels of each position, computed in fp32, with a learned gain."""
+
+    def __init__(self, channels: int, eps: float = 1e-6) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(channels, 1, 1, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = x.float()
+        return (wide * torch.rsqrt(wide.square().mean(1, keepdim=True) + self.eps)).to(x.dtype) * self.weight
+
+
+class ResBlock(nn.Module):
+    """`x + conv(silu(norm(conv(silu(norm(x))))))` at constant width; starts as the identity.
+
+    With `checkpointing`, training keeps only the block's input and recomputes the rest in the backward pass.
+    """
+
+    def __init__(self, width: int, checkpointing: bool = False) -> None:
+        super().__init__()
+        self.checkpointing = checkpointing
+        last = CausalConv3d(width, width)
+        nn.init.zeros_(last.weight)
+        self.branch = nn.Sequential(
+            ChannelRMSNorm(width), nn.SiLU(), CausalConv3d(width, width), ChannelRMSNorm(width), nn.SiLU(), last
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.checkpointing and self.training:
+            return x + checkpoint(self.branch, x, use_reentrant=False)
+        return x + self.branch(x)
+
+
+class SpatialAttention(nn.Module):
+    """Single-head self-attention among the positions of each frame, residual; starts as the identity."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.norm = ChannelRMSNorm(width)
+        self.qkv = nn.Linear(width, 3 * width)
+        self.out = nn.Linear(width, width)
+        nn.init.zeros_(self.out.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        _, _, frames, height, _ = x.shape
+        tokens = self.norm(x).permute(0, 2, 3, 4, 1).flatten(2, 3).flatten(0, 1)  # (B*T, H*W, C)
+        q, k, v = self.qkv(tokens)[:, None].chunk(3, dim=-1)
+        mixed = self.out(F.scaled_dot_product_attention(q, k, v)[:, 0])
+        return x + mixed.unflatten(1, (height, -1)).unflatten(0, (-1, frames)).permute(0, 4, 1, 2, 3)
+
+
+class Downsample(nn.Module):
+    """Halve H and W, and with `time=2` also T: 1 + 2m frames -> 1 + m, the first alone.
+
+    A strided convolution plus a shortcut without parameters that averages the channels of `fold`; so
+    `in_channels * time * 4` must be a multiple of `out_channels`.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, time: int) -> None:
+        super().__init__()
+        self.time = time
+        self.conv = CausalConv3d(in_channels * time * 4, out_channels, kernel=(1, 1, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = fold(causal_pad(x, self.time - 1), self.time, 2)
+        return self.conv(x) + x.unflatten(1, (self.conv.out_channels, -1)).mean(2)
+
+
+class Upsample(nn.Module):
+    """Double H and W, and with `time=2` also T: 1 + m steps -> 1 + 2m frames, one from the first step.
+
+    A sub-pixel convolution plus a shortcut without parameters that duplicates channels; so
+    `out_channels * time * 4` must be a multiple of `in_channels`.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, time: int) -> None:
+        super().__init__()
+        self.time = time
+        self.copies = out_channels * time * 4 // in_channels
+        self.conv = CausalConv3d(in_channels, out_channels * time * 4, kernel=(1, 1, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv(x) + x.repeat_interleave(self.copies, dim=1)
+        return unfold(x, self.time, 2)[:, :, self.time - 1 :]
