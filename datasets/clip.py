@@ -2,6 +2,7 @@
 
 import io
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 import zstandard
@@ -9,7 +10,9 @@ import zstandard
 from longtake.datasets.errors import Failure
 
 
-def decode(mp4: bytes, frames: Sequence[int] | None = None, size: tuple[int, int] | None = None, name: str = "clip") -> np.ndarray:
+def decode(
+    mp4: bytes, frames: Sequence[int] | None = None, size: tuple[int, int] | None = None, name: str = "clip"
+) -> np.ndarray:
     """Decode chosen frames of a clip, or all of them, with one thread.
 
     Args:
@@ -79,3 +82,16 @@ def covering_size(clip: tuple[int, int], size: tuple[int, int]) -> tuple[int, in
     """The smallest (height, width) of the clip's own shape that covers `size`."""
     scale = max(size[0] / clip[0], size[1] / clip[1])
     return max(size[0], round(clip[0] * scale)), max(size[1], round(clip[1] * scale))
+
+
+def write(path: Path, video: np.ndarray, fps: int, crf: int = 16) -> None:
+    """Write (T, H, W, 3) uint8 RGB as an H.264 file that browsers play; H and W even."""
+    import av
+
+    with av.open(str(path), "w", container_options={"fflags": "+bitexact", "movflags": "+faststart"}) as container:
+        stream = container.add_stream("libx264", rate=fps, options={"crf": str(crf), "mbtree": "0"})
+        stream.height, stream.width, stream.pix_fmt = video.shape[1], video.shape[2], "yuv420p"
+        stream.codec_context.thread_count = 1
+        for frame in video:
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")))
+        container.mux(stream.encode())

@@ -96,9 +96,10 @@ def _texture(rng: np.random.Generator, photo: Image.Image, alpha: Floats, share:
 
 
 def _background(rng: np.random.Generator, photo: Image.Image, clock: Floats, pace: float, size: Range) -> Layer:
-    """A camera move over a canvas of twice the picture: pan, zoom and roll, together or alone, or hardly any of them."""
+    """A camera move over a canvas of twice the picture: pan, zoom and roll, together or alone, or hardly any."""
     picture = np.array(size[::-1])
-    pan, zoom, roll = ((1, 0, 0), (0.2, 1, 0), (0.8, 0.4, 1), (0.1, 0.1, 0.1))[rng.choice(4, p=(0.35, 0.25, 0.25, 0.15))]
+    moves = ((1, 0, 0), (0.2, 1, 0), (0.8, 0.4, 1), (0.1, 0.1, 0.1))
+    pan, zoom, roll = moves[rng.choice(4, p=(0.35, 0.25, 0.25, 0.15))]
     reach, phase = pace * clock[-1], clock / clock[-1] - 0.5
     growth, angle = rng.choice((-1, 1), 2) * (zoom * min(reach / 2, 0.35), roll * min(reach / 3, 0.14))
     turn = 0.95 * np.exp((growth + 1j * angle) * phase + 1j * rng.uniform(-0.03, 0.03))
@@ -197,12 +198,12 @@ def render(seed: int, seconds: float = 12.0, fps: int = 24, size: Range = (240, 
 
     A pure function: seed >= 0; fps >= 1, whole; seconds for at least 32 frames; size (height, width) in pixels, even,
     at least 32, at most 2.5 to 1; else ValueError. Any four seeds in a row show every transition (cut, dissolve, fade,
-    long black); `seed % 12` of 5 is mostly static, of 11 mostly black.
+    long black); `seed % 12` of 5 is mostly static, of 11 two fifths black.
     """
     _check_whole("seed", seed, 0)
     _check_whole("fps", fps, 1)
     _check(32 <= seconds * fps < math.inf, f"seconds must give at least 32 frames at {fps} fps", seconds)
-    fits = len(size) == 2 and not any(side % 2 for side in size) and 32 <= min(size) and max(size) <= 2.5 * min(size)
+    fits = len(size) == 2 and not any(side % 2 for side in size) and min(size) >= 32 and max(size) <= 2.5 * min(size)
     _check(fits, "size must be (height, width), both even, at least 32 and at most 2.5 times the other", size)
     rng, frames, photos = np.random.default_rng(seed), round(seconds * fps), _photos()
     weights, events = _timeline(rng, seed, frames)
@@ -249,8 +250,7 @@ def write_video(path: Path | str, frames: Iterable[Frame], fps: int, *, codec: s
     path, stream = Path(path), iter(frames)
     head = next(stream, np.empty(0, np.uint8))
     shape = head.shape
-    even = len(shape) == 3 and shape[0] % 2 == shape[1] % 2 == 0 and shape[2] == 3
-    _check(even, "frames must be one or more uint8 (H, W, 3) with even H and W", shape)
+    _check(len(shape) == 3 and not any(np.mod(shape[:2], 2)), "frames must be uint8 (H, W, 3), H and W even", shape)
     _check_whole("fps", fps, 1)
     _check(0 <= crf <= 51, "crf must be 0 to 51", crf)
     try:
@@ -286,8 +286,7 @@ def generate(  # noqa: PLR0917
     _check_whole("seed", seed, 0)
     videos = [Path(folder) / f"clip-{index:03d}.mp4" for index in range(count)]
     for index, video in enumerate(tqdm(videos, desc="footage", unit="clip")):
-        # Seeds a million apart keep sets of different seeds from sharing clips.
-        frames, truth = render(seed * 1_000_000 + index, seconds, fps, size)
+        frames, truth = render(seed * 1_000_000 + index, seconds, fps, size)  # no clip is in the sets of two seeds
         record = video.with_suffix(".truth.json")
         motion = [None if math.isnan(value) else value for value in truth.motion]
         text = json.dumps(asdict(truth) | {"motion": motion})

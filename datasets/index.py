@@ -41,14 +41,18 @@ def from_parquet(url: str) -> pa.Table:
     try:
         return pq.read_table(pa.BufferReader(data))
     except (pa.ArrowException, OSError) as e:
-        raise Failure(f"{url}: not a readable Parquet file ({e}); delete it and run the stage that made it again") from e
+        raise Failure(
+            f"{url}: not a readable Parquet file ({e}); delete it and run the stage that made it again"
+        ) from e
 
 
 def rows_table(rows: Iterable[Mapping[str, Any]], table_schema: pa.Schema) -> pa.Table:
     return pa.Table.from_pylist(list(rows), schema=table_schema)
 
 
-def write_index(url: str, rows: Iterable[Mapping[str, Any]], table_schema: pa.Schema, tar_bytes: int, tar_sha256: str) -> None:
+def write_index(
+    url: str, rows: Iterable[Mapping[str, Any]], table_schema: pa.Schema, tar_bytes: int, tar_sha256: str
+) -> None:
     """Commit a tar: from this moment it exists."""
     record = json.dumps({"format": schema.FORMAT_VERSION, "bytes": tar_bytes, "sha256": tar_sha256}, sort_keys=True)
     table = rows_table(rows, table_schema).replace_schema_metadata({_TAR: record.encode()})
@@ -108,7 +112,9 @@ def describe(dataset: str) -> dict[str, Any]:
     try:
         found = json.loads(storage.read(url))
     except FileNotFoundError as e:
-        raise UserError(f"{dataset}: no dataset here (no dataset.json); name the folder that a `shard` stage wrote") from e
+        raise UserError(
+            f"{dataset}: no dataset here (no dataset.json); name the folder that a `shard` stage wrote"
+        ) from e
     if found.get("format", 0) > schema.FORMAT_VERSION:
         raise UserError(f"{url}: format {found['format']} is newer than this longtake reads; upgrade longtake")
     return found

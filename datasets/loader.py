@@ -91,7 +91,9 @@ class Loader:
         self.samples_short = len(samples) - (pc.sum(long_enough).as_py() or 0)
         samples = samples.filter(long_enough)
         order.check_batch(len(samples), batch, world, last, where)
-        if "video" in columns and len(small := samples.filter(pc.or_(pc.less(samples["height"], size[0]), pc.less(samples["width"], size[1])))):
+        if "video" in columns and len(
+            small := samples.filter(pc.or_(pc.less(samples["height"], size[0]), pc.less(samples["width"], size[1])))
+        ):
             raise UserError(
                 f"{where}: clips of {small['height'][0]}x{small['width'][0]} are smaller than size {size[0]}x{size[1]};"
                 f" raise `clip.short_side` or lower `size`"
@@ -124,7 +126,9 @@ class Loader:
         options: dict[str, Any] = {}
         if self._workers:
             options = {"num_workers": self._workers, "multiprocessing_context": "forkserver", "prefetch_factor": 2}
-        for item in torch.utils.data.DataLoader(stream, batch_size=None, pin_memory=torch.cuda.is_available(), **options):
+        for item in torch.utils.data.DataLoader(
+            stream, batch_size=None, pin_memory=torch.cuda.is_available(), **options
+        ):
             self._state["taken"] += 1
             yield item
 
@@ -141,7 +145,9 @@ class Loader:
             ("batch", "another global batch"),
         ):
             if state[name] != self._state[name]:
-                raise UserError(f"loader state: belongs to {what} ({state[name]} there, {self._state[name]} here); start a new run")
+                raise UserError(
+                    f"loader state: belongs to {what} ({state[name]} there, {self._state[name]} here); start a new run"
+                )
         self._state["taken"] = state["taken"]
 
 
@@ -197,7 +203,9 @@ class _Stream:
         if "frame_diff" in self.columns:
             diff = clip.unpack_array(sample["frame_diff"], f"{name} (frame_diff)")
             if len(diff) != row["frame_count"] - 1:
-                raise Failure(f"{name}: frame_diff has {len(diff)} entries for {row['frame_count']} frames; delete its index and run `shard` again")
+                raise Failure(
+                    f"{name}: frame_diff has {len(diff)} entries for {row['frame_count']} frames; delete its index and run `shard` again"
+                )
             out["frame_diff"] = _channels_first(clip.center_crop(diff[np.asarray(frames[1:], int) - 1], self.size))
         if "json" in self.columns:
             out["json"] = json.loads(sample["json"])
@@ -276,7 +284,9 @@ def _join_column(samples: pa.Table, dataset: str, split: str, column: str, names
         )
     joined = cache.take(where)
     if not pc.all(pc.equal(joined["base_sha256"], samples["sha256"])).as_py():
-        raise Failure(f"{dataset} ({split}): {column} was made from other clips; delete the column's indexes and run its stage again")
+        raise Failure(
+            f"{dataset} ({split}): {column} was made from other clips; delete the column's indexes and run its stage again"
+        )
     return samples.append_column(f"{column}_offset", joined["offset"]).append_column(f"{column}_size", joined["size"])
 
 
@@ -295,5 +305,7 @@ def _read(url: str, offset: int, size: int) -> bytes:
     else:
         data = storage.retrying(url, lambda: storage.read_range(url, offset, size))
     if len(data) != size:
-        raise Failure(f"{url}: ends at byte {offset + len(data)} where the index has {offset + size}; run `longtake dataset verify`")
+        raise Failure(
+            f"{url}: ends at byte {offset + len(data)} where the index has {offset + size}; run `longtake dataset verify`"
+        )
     return data

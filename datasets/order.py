@@ -62,7 +62,9 @@ def check_batch(samples: int, global_batch: int, world: int, last: Last, what: s
         UserError: naming the numbers and the remedy.
     """
     if global_batch < 1 or global_batch % world:
-        raise UserError(f"batch: {global_batch} samples do not divide among {world} processes; choose a multiple of {world}")
+        raise UserError(
+            f"batch: {global_batch} samples do not divide among {world} processes; choose a multiple of {world}"
+        )
     if samples == 0:
         raise UserError(f"{what}: no usable sample; loosen the view, or lower `frames` below the clips' length")
     if batch_count(samples, global_batch, last) == 0:
@@ -73,4 +75,6 @@ def sample_rng(seed: int, epoch: int, key: str) -> np.random.Generator:
     """Random numbers of one sample in one epoch, the same wherever and whenever it is read."""
     digits, _, clip = key.partition("-")
     mixed = (int(digits, 16) ^ int(clip or 0) << 64) & (2**128 - 1)
-    return np.random.Generator(np.random.Philox(key=np.random.SeedSequence([seed, epoch, mixed]).generate_state(2, np.uint64)))
+    return np.random.Generator(
+        np.random.Philox(key=np.random.SeedSequence([seed, epoch, mixed]).generate_state(2, np.uint64))
+    )

@@ -41,4 +41,3 @@ def sha256_of(path: Path, block: int = 1 << 20) -> str:
         while data := f.read(block):
             digest.update(data)
     return digest.hexdigest()
-

@@ -3,7 +3,8 @@
 A stage is a module with `Config` (a `StageConfig` with its `kind`), `VERSION` (raise it when the same config
 would give another output), `PRODUCES` (what its output is) and `run(config, inputs, output) -> dict`.
 It may also have `outside(config) -> str`: a digest of what it reads from beyond the recipe, such as the listing
-of the sources, so that a change out there reruns it.
+of the sources, so that a change out there reruns it; and `check(config, inputs)`, which raises ValueError("KEY: why") where
+its config does not fit the configs of the stages that make its inputs.
 """
 
 from typing import Annotated, Any, Literal
@@ -36,7 +37,10 @@ def inputs_of(config: StageConfig) -> dict[str, tuple[str, Product]]:
     for name, field in type(config).model_fields.items():
         value: Any = getattr(config, name)
         # an optional input, `ViewInput | None`, hides its marker in the union's members
-        markers = [*field.metadata, *(m for a in getattr(field.annotation, "__args__", ()) for m in getattr(a, "__metadata__", ()))]
+        markers = [
+            *field.metadata,
+            *(m for a in getattr(field.annotation, "__args__", ()) for m in getattr(a, "__metadata__", ())),
+        ]
         for marker in markers:
             if isinstance(marker, Input) and value is not None:
                 found[name] = (value, marker.product)

@@ -30,7 +30,10 @@ def threshold(table: pa.Table, rules: Mapping[str, Mapping[str, float]]) -> list
 
 def rows(split: str, keys: Sequence[str], reasons: Sequence[str | None]) -> pa.Table:
     return index.rows_table(
-        ({"key": k, "split": split, "keep": r is None, "reason": r, "weight": 1.0} for k, r in zip(keys, reasons, strict=True)),
+        (
+            {"key": k, "split": split, "keep": r is None, "reason": r, "weight": 1.0}
+            for k, r in zip(keys, reasons, strict=True)
+        ),
         schema.VIEW,
     )
 

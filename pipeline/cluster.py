@@ -52,7 +52,9 @@ def connected(stage: str, cpus: float = 1) -> Iterator[Any]:
         logging.getLogger("ray.data").setLevel(logging.ERROR)
         yield ray
     except ray.exceptions.RaySystemError as e:
-        raise Failure(f"stage {stage}: Ray failed ({str(e).splitlines()[0]}); run the same command again: it goes on where it stopped") from e
+        raise Failure(
+            f"stage {stage}: Ray failed ({str(e).splitlines()[0]}); run the same command again: it goes on where it stopped"
+        ) from e
     finally:
         if ours:
             ray.shutdown()

@@ -50,7 +50,9 @@ def make_group(
     return result
 
 
-def _cut(row: Mapping[str, Any], spool: Path, geometry: Mapping[str, Any], memory: Mapping[str, bytes]) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+def _cut(
+    row: Mapping[str, Any], spool: Path, geometry: Mapping[str, Any], memory: Mapping[str, bytes]
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     global _worker
     limits = geometry["limits"]
     if row["duplicate_of"] is not None:
@@ -89,7 +91,9 @@ def _rejected(reason: str, detail: str) -> dict[str, Any]:
     return {"status": "rejected", "reason": reason, "detail": detail, "clips": 0}
 
 
-def _commit(dataset: str, split: str, name: str, spool: Path, clips: list[dict[str, Any]], sources: list[dict[str, Any]]) -> None:
+def _commit(
+    dataset: str, split: str, name: str, spool: Path, clips: list[dict[str, Any]], sources: list[dict[str, Any]]
+) -> None:
     def parts(extensions: tuple[str, ...]) -> Iterator[tuple[str, dict[str, bytes]]]:
         for row in clips:
             yield row["key"], {e: (spool / f"{row['key']}.{e}").read_bytes() for e in extensions}
@@ -102,10 +106,15 @@ def _commit(dataset: str, split: str, name: str, spool: Path, clips: list[dict[s
         for m, row in zip(diffs, clips, strict=True)
     ]
     index.write_index(f"{base}.frame_diff.parquet", column, schema.COLUMN_INDEX, diff_size, diff_digest)
-    storage.write(storage.join(dataset, "sources", f"{split}-{name}.parquet"), index.to_parquet(index.rows_table(sources, schema.SOURCES)))
+    storage.write(
+        storage.join(dataset, "sources", f"{split}-{name}.parquet"),
+        index.to_parquet(index.rows_table(sources, schema.SOURCES)),
+    )
     placed = {(m.key, m.extension): m for m in members}
     rows = [
-        row | {f"{e}_{what}": getattr(placed[row["key"], e], what) for e in ("mp4", "json") for what in ("offset", "size")} for row in clips
+        row
+        | {f"{e}_{what}": getattr(placed[row["key"], e], what) for e in ("mp4", "json") for what in ("offset", "size")}
+        for row in clips
     ]
     index.write_index(f"{base}.parquet", rows, schema.INDEX, size, digest)
 
@@ -114,4 +123,3 @@ def _write_tar(url: str, samples: Iterator[tuple[str, dict[str, bytes]]]) -> tup
     with storage.staged(url) as path:
         members = write_tar(path, samples)
         return members, path.stat().st_size, sha256_of(path)
-

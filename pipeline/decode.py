@@ -101,7 +101,9 @@ def _decord_frames(path: str) -> Iterator[Frame]:
         for number in range(len(reader)):
             # decord turns frames upright by itself
             image = av.VideoFrame.from_ndarray(reader[number].asnumpy(), format="rgb24")
-            yield Frame(number, float(reader.get_frame_timestamp(number)[0] - reader.get_frame_timestamp(0)[0]), image, 0)
+            yield Frame(
+                number, float(reader.get_frame_timestamp(number)[0] - reader.get_frame_timestamp(0)[0]), image, 0
+            )
     except (decord.DECORDError, IndexError) as e:
         raise Unreadable(str(e).strip().splitlines()[-1]) from e
 

@@ -18,8 +18,7 @@ from longtake.datasets import index, schema, storage
 from longtake.datasets.errors import UserError
 
 VIDEO_SUFFIXES = frozenset(
-    "3g2 3gp asf avi av1 f4v flv gif h264 h265 hevc ivf m2ts m4v mjpeg mkv mov mp4 mpeg mpg mts mxf nut obu ogm ogv "
-    "rm rmvb ts vob webm wmv y4m".split()
+    ["3g2", "3gp", "asf", "avi", "av1", "f4v", "flv", "gif", "h264", "h265", "hevc", "ivf", "m2ts", "m4v", "mjpeg", "mkv", "mov", "mp4", "mpeg", "mpg", "mts", "mxf", "nut", "obu", "ogm", "ogv", "rm", "rmvb", "ts", "vob", "webm", "wmv", "y4m"]
 )
 _SAMPLE_BYTES = 1 << 16
 
@@ -44,10 +43,16 @@ def find(patterns: Sequence[str]) -> list[Found]:
     found: dict[str, Found] = {}
     for pattern in patterns:
         fs, path = storage.filesystem(pattern)
-        entries, skipped = storage.retrying(pattern, lambda fs=fs, path=path, pattern=pattern: _expand(fs, path, pattern))
+        entries, skipped = storage.retrying(
+            pattern, lambda fs=fs, path=path, pattern=pattern: _expand(fs, path, pattern)
+        )
         if not entries:
             passed = ", ".join(f"{n} {s or 'without suffix'}" for s, n in skipped.most_common(3))
-            raise UserError(f"sources: {pattern}: no video there" + (f" (only {passed})" if passed else "") + "; name a folder or glob that holds videos")
+            raise UserError(
+                f"sources: {pattern}: no video there"
+                + (f" (only {passed})" if passed else "")
+                + "; name a folder or glob that holds videos"
+            )
         for entry in entries:
             uri = fs.unstrip_protocol(entry["name"]) if not storage.is_local(pattern) else entry["name"]
             tag = entry.get("ETag") or entry.get("etag")
@@ -94,7 +99,9 @@ def identity(source: Found) -> str:
         for start in spans:
             end = min(start + _SAMPLE_BYTES, source.size)
             if end > start:
-                digest.update(storage.retrying(source.uri, lambda start=start, end=end: fs.cat_file(path, start=start, end=end)))
+                digest.update(
+                    storage.retrying(source.uri, lambda start=start, end=end: fs.cat_file(path, start=start, end=end))
+                )
     except (FileNotFoundError, PermissionError):
         digest.update(source.uri.encode())
     return digest.hexdigest()[:20]
@@ -102,7 +109,9 @@ def identity(source: Found) -> str:
 
 def split_of(source: str, val_fraction: float) -> str:
     """Train or val by the source's identity alone."""
-    return "val" if int(hashlib.sha256(f"split {source}".encode()).hexdigest()[:8], 16) < val_fraction * 2**32 else "train"
+    return (
+        "val" if int(hashlib.sha256(f"split {source}".encode()).hexdigest()[:8], 16) < val_fraction * 2**32 else "train"
+    )
 
 
 def assign(
@@ -129,7 +138,13 @@ def assign(
         duplicate = ident in originals
         uri, split = originals.setdefault(ident, (source.uri, split_of(ident, val_fraction)))
         rows.append(
-            {"source": ident, "uri": source.uri, "bytes": source.size, "split": split, "duplicate_of": uri if duplicate else None}
+            {
+                "source": ident,
+                "uri": source.uri,
+                "bytes": source.size,
+                "split": split,
+                "duplicate_of": uri if duplicate else None,
+            }
         )
     if not known and 0 < val_fraction < 1:
         _fill_empty_split(rows)
@@ -156,7 +171,9 @@ def _fill_empty_split(rows: list[dict[str, Any]]) -> None:
                 row["split"] = missing
 
 
-def plan(dataset: str, patterns: Sequence[str], val_fraction: float, group_bytes: int, group_sources: int, threads: int = 16) -> pa.Table:
+def plan(
+    dataset: str, patterns: Sequence[str], val_fraction: float, group_bytes: int, group_sources: int, threads: int = 16
+) -> pa.Table:
     """The plan of a dataset, brought up to date with the sources as they are now.
 
     Writes `plan/NNNNN.parquet` if there is anything new; of several drivers planning at once, one wins and all use its plan.

@@ -17,7 +17,13 @@ def score(clip: list[np.ndarray]) -> dict[str, float]:
     y = np.stack([luma(p) for p in clip])
     steps = [float(np.abs(b.astype(np.int16) - a).mean()) / 255 for a, b in zip(y[:-1], y[1:], strict=True)]
     middle = y[:: max(1, len(y) // 8)].astype(np.int16)
-    laplacian = 4 * middle[:, 1:-1, 1:-1] - middle[:, :-2, 1:-1] - middle[:, 2:, 1:-1] - middle[:, 1:-1, :-2] - middle[:, 1:-1, 2:]
+    laplacian = (
+        4 * middle[:, 1:-1, 1:-1]
+        - middle[:, :-2, 1:-1]
+        - middle[:, 2:, 1:-1]
+        - middle[:, 1:-1, :-2]
+        - middle[:, 1:-1, 2:]
+    )
     colour = np.stack([chroma(p) for p in clip[:: max(1, len(clip) // 8)]]).astype(np.int16) - 128
     return {
         "motion": float(np.mean(steps)) if steps else 0.0,

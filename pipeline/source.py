@@ -45,14 +45,31 @@ class Rejected(Exception):
         self.reason, self.detail = reason, detail
 
 
-def process(path: str, source: str, folder: str, clip: ClipConfig, limits: LimitsConfig, diff: FrameDiffConfig, decoder: str = "pyav") -> dict[str, Any]:
+def process(
+    path: str,
+    source: str,
+    folder: str,
+    clip: ClipConfig,
+    limits: LimitsConfig,
+    diff: FrameDiffConfig,
+    decoder: str = "pyav",
+) -> dict[str, Any]:
     """Cut one local video into `folder`: KEY.mp4, KEY.json and KEY.npy.zst (frame differences) a clip.
 
     Returns:
         `{"account": columns of schema.SOURCES, "clips": rows of schema.INDEX without offsets}`.
     """
     account: dict[str, Any] = dict.fromkeys(
-        ("frames_decoded", "frames_sampled", "shots", "clips", "clips_dropped_short", "frames_dropped_short", "frames_dropped_black"), 0
+        (
+            "frames_decoded",
+            "frames_sampled",
+            "shots",
+            "clips",
+            "clips_dropped_short",
+            "frames_dropped_short",
+            "frames_dropped_black",
+        ),
+        0,
     )
     rows: list[dict[str, Any]] = []
     try:
@@ -65,7 +82,15 @@ def process(path: str, source: str, folder: str, clip: ClipConfig, limits: Limit
 
 
 def _cut(
-    path: str, source: str, folder: Path, clip: ClipConfig, limits: LimitsConfig, diff: FrameDiffConfig, decoder: str, account: dict[str, Any], rows: list[dict[str, Any]]
+    path: str,
+    source: str,
+    folder: Path,
+    clip: ClipConfig,
+    limits: LimitsConfig,
+    diff: FrameDiffConfig,
+    decoder: str,
+    account: dict[str, Any],
+    rows: list[dict[str, Any]],
 ) -> None:
     if not Path(path).stat().st_size:
         raise Rejected("empty", "0 bytes")
@@ -75,12 +100,20 @@ def _cut(
         if is_no_video(e):
             raise Rejected("no_video", str(e)) from e
         raise Rejected("no_frames" if "frame" in str(e) else "unreadable", str(e)) from e
-    account |= {"codec": facts.codec, "width": facts.width, "height": facts.height, "fps": facts.fps, "frames_expected": facts.frames}
+    account |= {
+        "codec": facts.codec,
+        "width": facts.width,
+        "height": facts.height,
+        "fps": facts.fps,
+        "frames_expected": facts.frames,
+    }
     if facts.coded_pixels > limits.max_pixels:
         raise Rejected("too_large", f"{facts.coded_pixels} pixels a frame; limits.max_pixels is {limits.max_pixels}")
     scaled, bucket, lost = fit(clip, facts.width, facts.height)
     if lost > clip.max_crop:
-        raise Rejected("aspect", f"{facts.width}x{facts.height}: {lost:.0%} would be cropped; clip.max_crop is {clip.max_crop:.0%}")
+        raise Rejected(
+            "aspect", f"{facts.width}x{facts.height}: {lost:.0%} would be cropped; clip.max_crop is {clip.max_crop:.0%}"
+        )
     if min(facts.width, facts.height) < clip.short_side:
         raise Rejected("too_small", f"{facts.width}x{facts.height}; clip.short_side is {clip.short_side}")
 
@@ -116,7 +149,9 @@ def _cut(
         raise Rejected("no_frames", account.get("detail") or "no decodable frame")
     if not rows:
         if account["frames_dropped_black"] > account["frames_sampled"] / 2:
-            raise Rejected("black", f"{account['frames_dropped_black']} of {account['frames_sampled']} frames are black")
+            raise Rejected(
+                "black", f"{account['frames_dropped_black']} of {account['frames_sampled']} frames are black"
+            )
         longest = f"{account['frames_sampled']} frames at {clip.fps:g} fps in {account['shots']} shots"
         raise Rejected("too_short", f"{longest}; clip.min_seconds is {clip.min_seconds:g}")
 
@@ -130,7 +165,9 @@ def _counted(stream: Iterator[Frame], limit: int, account: dict[str, Any], notes
         yield frame
 
 
-def _sampled(stream: Iterator[Frame], fps: float, scaled: tuple[int, int], bucket: tuple[int, int]) -> Iterator[Sampled]:
+def _sampled(
+    stream: Iterator[Frame], fps: float, scaled: tuple[int, int], bucket: tuple[int, int]
+) -> Iterator[Sampled]:
     """Frames at a steady rate by their times: each tick shows the frame that is on screen then.
 
     A frame may come up to half a tick (or half its own duration) early, so that times rounded to milliseconds do not
@@ -161,7 +198,9 @@ def _sampled(stream: Iterator[Frame], fps: float, scaled: tuple[int, int], bucke
         yield from until(previous.seconds + duration / 2, previous)
 
 
-def _write_clip(folder: Path, source: str, number: int, held: list[Sampled], clip: ClipConfig, diff: FrameDiffConfig) -> dict[str, Any]:
+def _write_clip(
+    folder: Path, source: str, number: int, held: list[Sampled], clip: ClipConfig, diff: FrameDiffConfig
+) -> dict[str, Any]:
     key = f"{source}-{number:05d}"
     planes = [f.planes for f in held]
     height, width = planes[0].shape[0] * 2 // 3, planes[0].shape[1]

@@ -1,0 +1,1 @@
+"""DeepSpeed jobs: shards to models, models to the registry. One loop trains them all."""

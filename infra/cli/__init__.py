@@ -1,0 +1,75 @@
+"""The `longtake` command. Heavy packages are imported by the commands that need them, so that --help is instant."""
+
+import signal
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import click
+
+from longtake.datasets.errors import Failure, Interrupted, UserError
+from longtake.infra.cli import dataset, recipe
+
+_SHELL = """
+Start here:
+
+\b
+  longtake run quickstart               a whole recipe, from videos to a registered model
+  longtake run my.yaml --dry-run        what would run, and what is reused
+  longtake status my.yaml               what has run, where it is
+  longtake dataset ls DATASET           what is in a dataset
+
+Exit codes: 0 done, 1 failure, 2 something to put right in the recipe or the command, 130 stopped (run it again to go on).
+"""
+
+
+@click.group(epilog=_SHELL, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.version_option(package_name="longtake")
+def cli() -> None:
+    """Longtake turns raw videos into training shards, and the shards into registered video models."""
+
+
+for command in (recipe.run, recipe.stage, recipe.graph, recipe.status, recipe.report, dataset.footage, dataset.dataset):
+    cli.add_command(command)
+
+
+def main() -> None:
+    """Entry point: our errors are one line and an exit code, never a stack trace."""
+    signal.signal(signal.SIGTERM, _stop)
+    sys.exit(_guarded(lambda: cli(standalone_mode=False)))
+
+
+def _stop(*_: Any) -> None:
+    raise KeyboardInterrupt
+
+
+def _guarded(action: Callable[[], Any]) -> int:
+    from longtake.infra.cli.recipe import STAGE_ENDED
+
+    try:
+        return action() or 0
+    except click.exceptions.Exit as e:
+        return e.exit_code
+    except click.ClickException as e:
+        e.show()
+        return 2
+    except ModuleNotFoundError as e:
+        if (e.name or "").startswith("longtake"):
+            raise
+        return _say(UserError(f'the package {e.name} is missing; run: pip install "longtake[all]"'), 2)
+    except UserError as e:
+        return _say(e, 2)
+    except Failure as e:
+        code = getattr(e, STAGE_ENDED, None)
+        # a stage's own process has said what went wrong
+        return code if code is not None else _say(e, 1)
+    except (Interrupted, KeyboardInterrupt, click.Abort) as e:
+        said = str(e) or "stopped"
+        print(f"\n{said}; run the same command again to go on", file=sys.stderr)
+        return 130
+
+
+def _say(error: Exception, code: int) -> int:
+    line = " ".join(str(error).split())
+    print(f"error: {line}", file=sys.stderr)
+    return code

@@ -62,4 +62,8 @@ def run(config: Config, inputs: Mapping[str, str], output: str) -> dict[str, Any
         raise UserError(f"rules: none of {len(table)} clips is kept ({dict(reasons)}); loosen the rules of this stage")
     uri = storage.join(dataset, "views", f"{output.rstrip('/').rsplit('/', 1)[-1]}.parquet")
     storage.write(uri, index.to_parquet(table))
-    return {"uri": uri, "metrics": {"clips_kept": float(kept), "clips_dropped": float(reasons.total())}, "dropped_by_reason": dict(reasons)}
+    return {
+        "uri": uri,
+        "metrics": {"clips_kept": float(kept), "clips_dropped": float(reasons.total())},
+        "dropped_by_reason": dict(reasons),
+    }

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from itertools import groupby
 from typing import Any, Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 from tqdm import tqdm
 
 from longtake.datasets import index, schema, storage
@@ -33,6 +33,11 @@ class Config(StageConfig):
     group_bytes: int = Field(1 << 30, gt=0)  # of source files in one group, and so in one shard
     group_sources: int = Field(1024, gt=0)
 
+    @field_validator("sources")
+    @classmethod
+    def _absolute(cls, sources: tuple[str, ...]) -> tuple[str, ...]:
+        return tuple(storage.absolute(s) for s in sources)
+
 
 def outside(config: Config) -> str:
     """Changes with the listing of the sources."""
@@ -55,16 +60,24 @@ def run(config: Config, inputs: Mapping[str, str], output: str) -> dict[str, Any
     totals = index.summary(output)
     if not totals["clips"]:
         reasons = ", ".join(f"{n} {reason}" for reason, n in totals["rejected_by_reason"].items())
-        raise UserError(f"sources: none of {totals['sources']} sources gave a clip ({reasons}); see `longtake dataset sources {output}`")
+        raise UserError(
+            f"sources: none of {totals['sources']} sources gave a clip ({reasons}); see `longtake dataset sources {output}`"
+        )
     assert totals["sources"] == totals["sources_good"] + totals["sources_rejected"] == len(planned)
     assert totals["clips"] == totals["clips_cut"]
     flat = {name: float(value) for name, value in totals.items() if isinstance(value, int | float)}
-    return {"uri": output, "metrics": flat | {"debris_swept": float(swept)}, "rejected_by_reason": totals["rejected_by_reason"]}
+    return {
+        "uri": output,
+        "metrics": flat | {"debris_swept": float(swept)},
+        "rejected_by_reason": totals["rejected_by_reason"],
+    }
 
 
 def _describe(config: Config, output: str) -> None:
     if storage.is_memory(output):
-        raise UserError(f"workspace: {output}: Ray workers cannot see this process's memory; use a folder or an object store")
+        raise UserError(
+            f"workspace: {output}: Ray workers cannot see this process's memory; use a folder or an object store"
+        )
     geometry = config.model_dump(mode="json", include={"clip", "frame_diff", "decoder", "val_fraction"})
     description = {"format": schema.FORMAT_VERSION, **geometry}
     record = storage.canonical_json(description)
@@ -80,7 +93,9 @@ def _missing_groups(output: str, planned: list[dict[str, Any]]) -> list[dict[str
         return row["split"], row["group"]
 
     rows = sorted(planned, key=lambda row: (*place(row), row["source"], row["duplicate_of"] or "", row["uri"]))
-    groups = [{"split": split, "group": group, "sources": list(sources)} for (split, group), sources in groupby(rows, place)]
+    groups = [
+        {"split": split, "group": group, "sources": list(sources)} for (split, group), sources in groupby(rows, place)
+    ]
     return [g for g in groups if (g["split"], f"{g['group']:05d}") not in done]
 
 

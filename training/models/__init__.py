@@ -1,0 +1,1 @@
+"""One file a model, and the layers that they share."""

@@ -1,0 +1,1 @@
+"""One file a stage: its config, its objective, its run."""

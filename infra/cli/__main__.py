@@ -1,0 +1,3 @@
+from longtake.infra.cli import main
+
+main()

@@ -1,0 +1,144 @@
+"""Commands about recipes: run, stage, graph, status, report."""
+
+import json
+import time
+from typing import Any
+
+import click
+
+STAGE_ENDED = "code"
+
+_recipe = click.argument("recipe")
+_set = click.option(
+    "--set",
+    "overrides",
+    multiple=True,
+    metavar="KEY=VALUE",
+    help="Override a value of the recipe, e.g. --set stages.vae.steps=200. May be repeated.",
+)
+
+
+def _load(path: str, overrides: tuple[str, ...]) -> Any:
+    from longtake.infra.graph import pin
+    from longtake.infra.recipe import load
+
+    return pin(load(path, overrides))
+
+
+@click.command()
+@_recipe
+@_set
+@click.option(
+    "--from", "start", metavar="STAGE", help="Run this stage and all that hang on it, even if they have finished."
+)
+@click.option("--only", metavar="STAGE", help="Run or reuse this stage alone.")
+@click.option("--force", is_flag=True, help="Run the chosen stages even if they have finished.")
+@click.option("--dry-run", is_flag=True, help="Say what would run and what would be reused, and stop.")
+def run(
+    recipe: str, overrides: tuple[str, ...], start: str | None, only: str | None, force: bool, dry_run: bool
+) -> None:
+    """Run a RECIPE: a YAML file or URL, or the name of one that comes with longtake, such as quickstart.
+
+    A stage that has finished with the same settings, code version and inputs is reused. Whatever stops a run, the
+    same command goes on where it was.
+
+    \b
+    Examples:
+      VIDEOS=~/footage longtake run quickstart
+      longtake run my.yaml --set stages.vae.steps=2000
+      longtake run my.yaml --from vae
+    """
+    from longtake.infra import graph as graphs
+    from longtake.infra import runner, runs
+
+    begin = time.time()
+    loaded = _load(recipe, overrides)
+    choice = runner.Choice(start, only, force)
+    if dry_run:
+        nodes = graphs.build(loaded)
+        for name, runs_now in runner.plan(loaded, nodes, runs.connect(loaded), choice).items():
+            click.echo(f"{name}: {'would run' if runs_now else 'would be reused'}")
+        return
+    page = runner.run(loaded, choice, click.echo)
+    nodes = graphs.build(loaded)
+    store = runs.connect(loaded)
+    click.echo(f"\n{loaded.name}: done in {runner.elapsed(begin)}")
+    for node in nodes:
+        if done := store.finished(node.fingerprint):
+            click.echo(f"  {node.name:<10} {done.uri}")
+    if page:
+        click.echo(f"  {'report':<10} {page}   <- open this in a browser")
+    click.echo(f"  {'runs':<10} mlflow ui --backend-store-uri {store.tracking_uri}")
+
+
+@click.command()
+@_recipe
+@click.argument("name")
+@_set
+@click.option("--parent", metavar="RUN_ID", help="MLflow run of the recipe that this stage's run belongs to.")
+@click.option("--force", is_flag=True, help="Run it even if it has finished.")
+def stage(recipe: str, name: str, overrides: tuple[str, ...], parent: str | None, force: bool) -> None:
+    """Run exactly the stage NAME of RECIPE, in this process. Its inputs must have finished.
+
+    This is what `longtake run`, a cluster job and a scheduled task execute.
+    """
+    from longtake.infra import runner
+
+    result = runner.run_stage(_load(recipe, overrides), name, parent, force)
+    click.echo(f"{name}: {result['uri']}")
+
+
+@click.command()
+@_recipe
+@_set
+@click.option("--json", "as_json", is_flag=True, help="The whole graph as JSON, for schedulers.")
+def graph(recipe: str, overrides: tuple[str, ...], as_json: bool) -> None:
+    """Show the stages of RECIPE, their inputs and order."""
+    from longtake.infra import graph as graphs
+
+    loaded = _load(recipe, overrides)
+    nodes = graphs.build(loaded)
+    if as_json:
+        click.echo(json.dumps(graphs.describe(loaded, nodes), indent=2))
+        return
+    for node in nodes:
+        inputs = ", ".join(f"{field}={value}" for field, value in node.inputs.items())
+        click.echo(f"{node.name:<12} {node.kind:<14} {inputs or '-':<30} {node.fingerprint[:12]}")
+
+
+@click.command()
+@_recipe
+@_set
+def status(recipe: str, overrides: tuple[str, ...]) -> None:
+    """Show for each stage of RECIPE whether it has run with these settings, when, and what it made."""
+    from longtake.infra import graph as graphs
+    from longtake.infra import runs
+
+    loaded = _load(recipe, overrides)
+    store = runs.connect(loaded)
+    for node in graphs.build(loaded):
+        found = store.find(node.fingerprint)
+        if found is None:
+            click.echo(f"{node.name:<12} {'not run':<10}")
+        else:
+            click.echo(
+                f"{node.name:<12} {found.status.lower():<10} {found.seconds:8.1f} s   {found.uri or found.error}   run {found.id}"
+            )
+    click.echo(f"\nruns: mlflow ui --backend-store-uri {store.tracking_uri}")
+
+
+@click.command()
+@_recipe
+@_set
+def report(recipe: str, overrides: tuple[str, ...]) -> None:
+    """Write report.html of RECIPE's workspace again, from what has run so far."""
+    from longtake.infra import graph as graphs
+    from longtake.infra import runner, runs
+
+    loaded = _load(recipe, overrides)
+    nodes = graphs.build(loaded)
+    store = runs.connect(loaded)
+    parent = store.open_parent(loaded, graphs.whole_fingerprint(nodes))
+    path = runner.make_report(loaded, nodes, store, parent, reused=set())
+    store.finish(parent, {"uri": str(path)})
+    click.echo(str(path))

@@ -1,0 +1,201 @@
+"""Recipes: YAML to typed stage configs, with every mistake as one line that names the file, the key and the remedy."""
+
+import difflib
+import hashlib
+import os
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib import resources
+from typing import Any
+
+import yaml
+from pydantic import ValidationError
+
+from longtake.datasets import storage
+from longtake.datasets.errors import UserError
+from longtake.datasets.stage import StageConfig
+from longtake.infra import stages
+
+_KEYS = ("name", "workspace", "stages", "outside")
+_NAME = re.compile(r"[a-z][a-z0-9_-]*")
+_VARIABLE = re.compile(r"\$\{([A-Za-z_][A-Za-z0-9_]*)\}")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A resolved recipe: all bases merged, overrides applied, variables read, configs valid."""
+
+    path: str
+    name: str
+    workspace: str
+    stages: dict[str, StageConfig]
+    outside: dict[str, str] = field(default_factory=dict)  # pinned digests of what stages read from beyond the recipe
+
+    def to_yaml(self) -> str:
+        """A recipe file with every default written out, which loads to the same recipe anywhere."""
+        content = {
+            "name": self.name,
+            "workspace": self.workspace,
+            "stages": {name: config.model_dump(mode="json") for name, config in self.stages.items()},
+            "outside": self.outside,
+        }
+        return yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
+
+    def digest(self) -> str:
+        return hashlib.sha256(self.to_yaml().encode()).hexdigest()
+
+
+def load(path: str, overrides: Sequence[str] = ()) -> Recipe:
+    """Read a recipe file, or one of the package's own by its bare name.
+
+    Args:
+        path: a file or fsspec URL, or a name such as "quickstart".
+        overrides: `KEY.PATH=VALUE` strings, the value as YAML.
+
+    Raises:
+        UserError: anything wrong with the file, naming the key and what is allowed there.
+    """
+    path = _find(path)
+    content = _merge_bases(path, ())
+    for override in overrides:
+        _override(content, override)
+    content = _read_variables(content, path, "")
+    return _validate(content, path)
+
+
+def builtin() -> list[str]:
+    files = resources.files("longtake.infra.recipes").iterdir()
+    return sorted(f.name.removesuffix(".yaml") for f in files if f.name.endswith(".yaml"))
+
+
+def _find(path: str) -> str:
+    if storage.exists(path):
+        return path
+    if path in builtin():
+        return str(resources.files("longtake.infra.recipes") / f"{path}.yaml")
+    raise UserError(f"{path}: no such recipe file, and no recipe of the package ({', '.join(builtin())})")
+
+
+def _merge_bases(path: str, seen: tuple[str, ...]) -> dict[str, Any]:
+    if path in seen:
+        raise UserError(f"{path}: base: goes round in a circle ({' -> '.join([*seen, path])})")
+    try:
+        content = yaml.safe_load(storage.read(path))
+    except yaml.YAMLError as e:
+        mark = getattr(e, "problem_mark", None)
+        where = f"{path}:{mark.line + 1}:{mark.column + 1}" if mark else path
+        raise UserError(f"{where}: not valid YAML ({getattr(e, 'problem', e)})") from e
+    except (FileNotFoundError, IsADirectoryError) as e:
+        raise UserError(f"{path}: no such recipe file") from e
+    except UnicodeDecodeError as e:
+        raise UserError(f"{path}: not a text file") from e
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: a recipe is a mapping with the keys name, workspace and stages")
+    base = content.pop("base", None)
+    if base is None:
+        return content
+    if not isinstance(base, str):
+        raise UserError(f"{path}: base: must be the name of another recipe file")
+    beside = storage.join(path.rpartition("/")[0] or ".", base)
+    return _merge(_merge_bases(beside if storage.exists(beside) else _find(base), (*seen, path)), content)
+
+
+def _merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for key, value in over.items():
+        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
+        merged[key] = _merge(merged[key], value) if both else value
+    return merged
+
+
+def _override(content: dict[str, Any], override: str) -> None:
+    key, equals, value = override.partition("=")
+    if not equals or not key:
+        raise UserError(f"--set {override}: write KEY.PATH=VALUE, such as stages.vae.steps=200")
+    *parents, last = key.split(".")
+    at: Any = content
+    for parent in parents:
+        at = at.setdefault(parent, {})
+        if not isinstance(at, dict):
+            raise UserError(f"--set {override}: {parent} is a value, it has no keys below it")
+    try:
+        at[last] = yaml.safe_load(value)
+    except yaml.YAMLError as e:
+        raise UserError(f"--set {override}: the value is not valid YAML") from e
+
+
+def _read_variables(value: Any, path: str, key: str) -> Any:
+    if isinstance(value, dict):
+        return {k: _read_variables(v, path, f"{key}.{k}".lstrip(".")) for k, v in value.items()}
+    if isinstance(value, list):
+        return [_read_variables(v, path, f"{key}.{n}") for n, v in enumerate(value)]
+    if not isinstance(value, str):
+        return value
+
+    def variable(match: re.Match[str]) -> str:
+        if match[1] not in os.environ:
+            raise UserError(
+                f"{path}: {key}: the environment variable {match[1]} is not set; set it, or write a value there"
+            )
+        return os.environ[match[1]]
+
+    return _VARIABLE.sub(variable, value)
+
+
+def _validate(content: dict[str, Any], path: str) -> Recipe:
+    for key in content:
+        if key not in _KEYS:
+            raise UserError(
+                f"{path}: {key}: unknown key{_suggest(str(key), _KEYS)}; allowed: base, {', '.join(_KEYS[:3])}"
+            )
+    for key in ("name", "workspace"):
+        if not isinstance(content.get(key), str) or not content[key]:
+            raise UserError(f"{path}: {key}: must be a text")
+    listed = content.get("stages")
+    if not isinstance(listed, dict) or not listed:
+        raise UserError(f"{path}: stages: must be a mapping of stage names to their configs")
+    configs = {}
+    for name, config in listed.items():
+        if not isinstance(name, str) or not _NAME.fullmatch(name):
+            raise UserError(f"{path}: stages.{name}: a stage's name has lower-case letters, digits, - and _ only")
+        if not isinstance(config, dict) or config.get("kind") not in stages.STAGES:
+            kind = config.get("kind") if isinstance(config, dict) else None
+            what = f"unknown kind {kind!r}{_suggest(str(kind), stages.STAGES)}" if kind else "has no kind"
+            raise UserError(f"{path}: stages.{name}.kind: {what}; allowed: {', '.join(stages.STAGES)}")
+        try:
+            configs[name] = stages.load(config["kind"]).Config(**config)
+        except ValidationError as e:
+            raise UserError(f"{path}: {_first_line(e, f'stages.{name}', stages.load(config['kind']).Config)}") from e
+    return Recipe(path, content["name"], storage.absolute(content["workspace"]), configs, content.get("outside") or {})
+
+
+def _first_line(error: ValidationError, prefix: str, model: type[StageConfig]) -> str:
+    """The first mistake that pydantic found, as `KEY: what is wrong; what is allowed`."""
+    first = error.errors(include_url=False)[0]
+    key = ".".join([prefix, *(str(part) for part in first["loc"])])
+    more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
+    if first["type"] == "extra_forbidden":
+        allowed = _fields_at(model, first["loc"][:-1])
+        return f"{key}: unknown key{_suggest(str(first['loc'][-1]), allowed)}; allowed: {', '.join(allowed)}{more}"
+    if first["type"] == "missing":
+        return f"{key}: is missing{more}"
+    message = first["msg"].removeprefix("Value error, ")
+    given = "" if first["type"] == "value_error" else f", not {first['input']!r}"
+    return f"{key}: {message[0].lower()}{message[1:]}{given}{more}"
+
+
+def _fields_at(model: Any, location: Sequence[Any]) -> list[str]:
+    for part in location:
+        annotation = model.model_fields[part].annotation if part in model.model_fields else None
+        candidates = [annotation, *getattr(annotation, "__args__", ())]
+        found = [c for c in candidates if isinstance(c, type) and issubclass(c, StageConfig)]
+        if not found:
+            return []
+        model = found[0]
+    return [name for name in model.model_fields if name != "kind"]
+
+
+def _suggest(word: str, allowed: Any) -> str:
+    close = difflib.get_close_matches(word, list(allowed), 1)
+    return f" (did you mean {close[0]}?)" if close else ""

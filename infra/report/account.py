@@ -1,0 +1,96 @@
+"""The account of a dataset's inputs: where every source, clip and frame went. Each line is a sum that must be right."""
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from longtake.datasets import index, schema, storage
+
+
+@dataclass(frozen=True)
+class Part:
+    """One term of a sum; `good` tells what is used from what is not."""
+
+    name: str
+    count: int
+    good: bool
+    meaning: str = ""
+
+
+@dataclass(frozen=True)
+class Line:
+    """A whole and the parts that should make it up."""
+
+    what: str
+    total: int
+    parts: list[Part]
+    lost: str = ""  # what the parts that are not good have in common
+
+    @property
+    def difference(self) -> int:
+        return self.total - sum(part.count for part in self.parts)
+
+
+def account(dataset: str, clips: pa.Table, view: pa.Table | None) -> dict[str, Any]:
+    """The lines, every rejected source, what was odd about good ones, and what was dropped as too short.
+
+    The two sides of a line come from different files (plan, sources, indexes, view), so that a lost one shows.
+    """
+    sources = index.read_sources(dataset)
+    planned = index.read_tables(storage.join(dataset, "plan"), schema.PLAN)
+    rejected = sources.filter(pc.equal(sources["status"], "rejected")).sort_by(
+        [("reason", "ascending"), ("uri", "ascending")]
+    )
+    good = sources.filter(pc.equal(sources["status"], "good"))
+    odd = good.filter(pc.is_valid(good["detail"])).sort_by("uri")
+    lines = [
+        Line("sources found", len(planned), [Part("good", len(good), True), *_rejections(rejected)], "rejected"),
+        Line(
+            "clips cut",
+            _sum(sources["clips"]),
+            [Part(f"in {s} shards", n, True) for s, n in _counts(clips["split"]).items()],
+        ),
+    ]
+    if view is not None:
+        dropped = view.filter(pc.invert(view["keep"]))
+        reasons = [Part(reason, n, False) for reason, n in _counts(dropped["reason"]).items()]
+        lines.append(
+            Line(
+                "clips judged by the view",
+                len(clips),
+                [Part("kept", len(view) - len(dropped), True), *reasons],
+                "dropped",
+            )
+        )
+    frames = [
+        Part("in clips", _sum(clips["frame_count"]), True),
+        Part("in pieces too short", _sum(sources["frames_dropped_short"]), False),
+        Part("black", _sum(sources["frames_dropped_black"]), False),
+    ]
+    lines.append(Line("frames sampled", _sum(sources["frames_sampled"]), frames, "dropped"))
+    return {
+        "lines": lines,
+        "rejected": rejected.select(["uri", "reason", "detail"]).to_pylist(),
+        "odd": odd.select(["uri", "detail"]).to_pylist(),
+        "pieces_short": _sum(sources["clips_dropped_short"]),
+        "sources_short": pc.sum(pc.greater(sources["clips_dropped_short"], 0)).as_py() or 0,
+    }
+
+
+def _rejections(rejected: pa.Table) -> list[Part]:
+    from longtake.pipeline.source import REASONS
+
+    meaning: Mapping[str, str] = REASONS
+    return [Part(reason, n, False, meaning.get(reason, "")) for reason, n in _counts(rejected["reason"]).items()]
+
+
+def _counts(column: Any) -> dict[str, int]:
+    return dict(sorted(Counter(value or "no reason given" for value in column.to_pylist()).items()))
+
+
+def _sum(column: Any) -> int:
+    return int(pc.sum(column).as_py() or 0)

@@ -1,0 +1,129 @@
+"""The clips of a dataset as the page shows them: contact sheets and histograms, kept beside dropped."""
+
+from collections import Counter
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, TypeVar
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from longtake.datasets import clip, index, schema, storage
+from longtake.datasets.errors import Failure
+from longtake.infra.report import pictures
+from longtake.infra.report.embed import Pictures, data_uri
+
+MOST_KEPT, MOST_DROPPED = 48, 24
+_FRAMES, _HEIGHT = 4, 96
+_LEAST_MOTION = 1e-5  # below it a clip stands still; a log axis needs some least value
+_T = TypeVar("_T")
+
+
+def load(dataset: str, view: pa.Table | None) -> pa.Table:
+    """The index of all clips with their split, and what the view says of each: `keep` and `reason`."""
+    tables = [index.read_all(dataset, split) for split in schema.SPLITS]
+    splits = pa.array([s for s, t in zip(schema.SPLITS, tables, strict=True) for _ in range(len(t))], pa.string())
+    clips = pa.concat_tables(tables).append_column("split", splits)
+    if view is None:
+        keep, reason = pa.repeat(True, len(clips)), pa.nulls(len(clips), pa.string())
+    else:
+        at = pc.index_in(clips["key"], value_set=view["key"].combine_chunks())
+        keep = pc.fill_null(view["keep"].take(at), False)
+        reason = pc.if_else(pc.is_valid(at), view["reason"].take(at), "not in the view")
+    return clips.append_column("keep", keep).append_column("reason", reason)
+
+
+def spread(sources: Sequence[_T], most: int) -> list[int]:
+    """Numbers of at most `most` clips that show as many sources as they can; `sources` has one entry a clip."""
+    seen = Counter[_T]()
+    rounds: dict[int, list[int]] = {}
+    for i, source in enumerate(sources):
+        rounds.setdefault(seen[source], []).append(i)
+        seen[source] += 1
+    chosen: list[int] = []
+    for _, members in sorted(rounds.items()):
+        room = min(most - len(chosen), len(members))
+        chosen += [members[i * len(members) // room] for i in range(room)]
+    return sorted(chosen)
+
+
+def contact(dataset: str, clips: pa.Table, uris: dict[str, str], keep: bool, pictures_kept: Pictures) -> dict[str, Any]:
+    """A contact sheet of the kept or of the dropped clips: a tile a clip, and all in one picture beside the page."""
+    part = clips.filter(pc.equal(clips["keep"], keep)).sort_by([("source", "ascending"), ("clip", "ascending")])
+    chosen = spread(part["source"].to_pylist(), MOST_KEPT if keep else MOST_DROPPED)
+    rows = part.take(pa.array(chosen, pa.int64())).to_pylist()
+    with ThreadPoolExecutor(4) as pool:
+        strips = list(pool.map(lambda row: _strip(dataset, row), rows))
+    tiles = [_tile(row, uris.get(row["source"], ""), found) for row, found in zip(rows, strips, strict=True)]
+    drawn = [(found, _caption(tile)) for found, tile in zip(strips, tiles, strict=True) if not isinstance(found, str)]
+    if drawn:
+        pictures_kept.add(f"clips-{'kept' if keep else 'dropped'}.jpg", pictures.sheet(*zip(*drawn, strict=True)))
+    return {
+        "tiles": tiles,
+        "all": len(part),
+        "sources_shown": len({row["source"] for row in rows}),
+        "sources": pc.count_distinct(part["source"]).as_py(),
+    }
+
+
+def _strip(dataset: str, row: dict[str, Any]) -> Any:
+    """First frame, last frame and two between, which shows a cut that was missed; the error where there are none."""
+    url = storage.join(dataset, row["split"], f"{row['shard']}.tar")
+    frames = np.linspace(0, row["frame_count"] - 1, _FRAMES).round().astype(int).tolist()
+    try:
+        mp4 = storage.read_range(url, row["mp4_offset"], row["mp4_size"])
+        return pictures.strip(clip.decode(mp4, frames, name=row["key"]), _HEIGHT)
+    except (Failure, OSError) as e:
+        return str(e)
+
+
+def _tile(row: dict[str, Any], uri: str, found: Any) -> dict[str, Any]:
+    source, _, number = row["key"].rpartition("-")
+    failed = isinstance(found, str)
+    return {
+        "key": row["key"],
+        "short": f"{source[:8]}-{number}",
+        "uri": uri,
+        "start": row["start_seconds"],
+        "seconds": row["frame_count"] / row["fps"],
+        "size": f"{row['width']}×{row['height']}",
+        "motion": row["motion"],
+        "reason": row["reason"],
+        "error": found if failed else None,
+        "picture": None if failed else data_uri("jpg", pictures.jpeg(found)),
+        "shape": None if failed else found.size,
+    }
+
+
+def _caption(tile: dict[str, Any]) -> str:
+    reason = f"  {tile['reason']}" if tile["reason"] else ""
+    return f"{tile['short']}  {tile['seconds']:.1f} s  {tile['size']}  motion {tile['motion']:.4f}{reason}"
+
+
+def histograms(clips: pa.Table, pictures_kept: Pictures) -> list[dict[str, Any]]:
+    """How the clips are spread over length, motion, size, brightness and sharpness."""
+    kept = np.asarray(clips["keep"], dtype=bool)
+    values = {
+        "length": (np.asarray(clips["frame_count"]) / np.asarray(clips["fps"]), "seconds"),
+        "motion": (np.maximum(np.asarray(clips["motion"], dtype=float), _LEAST_MOTION), "log scale"),
+        "brightness": (np.asarray(clips["brightness"], dtype=float), ""),
+        "sharpness": (np.asarray(clips["sharpness"], dtype=float), ""),
+    }
+    made = []
+    for name, (column, unit) in values.items():
+        picture = pictures.histogram(column[kept], column[~kept], log=name == "motion")
+        made.append(
+            {
+                "name": name,
+                "unit": unit,
+                "median": float(np.median(column)),
+                "picture": pictures_kept.add(f"clips-{name}.svg", picture),
+            }
+        )
+    sizes = np.array([f"{w}×{h}" for w, h in zip(clips["width"].to_pylist(), clips["height"].to_pylist(), strict=True)])
+    names = sorted(set(sizes.tolist()))
+    counts = [np.array([int((sizes[mask] == name).sum()) for name in names]) for mask in (kept, ~kept)]
+    picture = pictures_kept.add("clips-size.svg", pictures.bars(names, *counts))
+    made.insert(2, {"name": "size", "unit": "width × height", "median": None, "picture": picture})
+    return made

@@ -1,0 +1,123 @@
+"""Builds the report of a recipe: one HTML file that needs nothing else, and its pictures beside it."""
+
+import math
+import shlex
+from collections.abc import Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import pyarrow.compute as pc
+
+from longtake.datasets import index, storage
+from longtake.datasets import view as views
+from longtake.datasets.errors import UserError
+from longtake.infra.report.account import account
+from longtake.infra.report.clips import contact, histograms, load
+from longtake.infra.report.embed import Pictures
+from longtake.infra.report.heldout import heldout
+from longtake.infra.report.runs import StageRun, outcome, telling, training
+
+
+def build(
+    folder: Path, recipe: str, stages: Sequence[StageRun], dataset: str | None, view: str | None, tracking_uri: str
+) -> Path:
+    """Write `folder/report.html` and `folder/pictures/`; the same inputs give the same bytes, but for the time.
+
+    Args:
+        stages: the recipe's stages in order; may be empty.
+        dataset, view: URLs, None where the recipe has made none.
+
+    Returns:
+        The path of the page.
+    """
+    pictures = Pictures(folder / "pictures")
+    status, line = outcome(stages)
+    page = _render(
+        recipe=recipe,
+        status=status,
+        line=line,
+        seconds=sum(s.seconds for s in stages if not s.reused),
+        made=datetime.now().astimezone(),
+        places=_places(stages, dataset, view, tracking_uri),
+        data=_data(dataset, view, pictures),
+        training=training(stages, pictures),
+        heldout=[found for found in map(heldout, stages) if found],
+        stages=stages,
+    )
+    target = folder / "report.html"
+    storage.write(str(target), page.encode())
+    return target
+
+
+def _places(
+    stages: Sequence[StageRun], dataset: str | None, view: str | None, tracking_uri: str
+) -> list[tuple[str, str]]:
+    models = [("model", s.uri) for s in stages if s.uri.startswith("models:/")]
+    found = [("dataset", dataset or ""), ("view", view or ""), *models, ("tracking", tracking_uri)]
+    if not tracking_uri.startswith(("http://", "https://")):
+        found.append(("see the runs", f"mlflow ui --backend-store-uri {shlex.quote(tracking_uri)}"))
+    return [(name, place) for name, place in found if place]
+
+
+def _data(dataset: str | None, view: str | None, pictures: Pictures) -> dict[str, Any]:
+    """All that the page says of the dataset, or `{"missing": why}`."""
+    if dataset is None:
+        return {"missing": "No dataset yet: no `shard` stage has finished."}
+    try:
+        description = index.describe(dataset)
+    except UserError as e:
+        return {"missing": str(e)}
+    judged, note = None, "No view yet: every clip counts as kept."
+    if view is not None:
+        try:
+            judged, note = views.read_view(view), ""
+        except UserError as e:
+            note = f"{e} Until then every clip counts as kept."
+    clips = load(dataset, judged)
+    sources = index.read_sources(dataset)
+    uris = {
+        s["source"]: s["uri"] for s in sources.select(["source", "uri", "status"]).to_pylist() if s["status"] == "good"
+    }
+    return {
+        "missing": None,
+        "note": note,
+        "geometry": description.get("clip", {}),
+        "url": dataset,
+        "account": account(dataset, clips, judged),
+        "seconds": float(pc.sum(pc.divide(clips["frame_count"], clips["fps"])).as_py() or 0),
+        "kept": contact(dataset, clips, uris, True, pictures),
+        "dropped": contact(dataset, clips, uris, False, pictures),
+        "histograms": histograms(clips, pictures) if len(clips) else [],
+    }
+
+
+def _render(**context: Any) -> str:
+    import jinja2
+
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {"number": _number, "duration": _duration, "telling": telling}
+    return environment.get_template("page.html").render(context)
+
+
+def _number(value: float) -> str:
+    """A number for people: whole ones with thousands separators, others to four digits."""
+    if math.isinf(value):
+        return "∞" if value > 0 else "−∞"
+    if value == round(value, 0):
+        return f"{int(value):,}"
+    return f"{value:.4g}"
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {rest:02d} s"

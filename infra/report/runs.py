@@ -1,0 +1,78 @@
+"""What the recipe's stages did, as their MLflow runs tell it: the training curves and the table of stages."""
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from longtake.infra.report import pictures
+from longtake.infra.report.embed import Pictures
+
+_TELLING = (".*psnr.*", ".*loss.*", "clips_kept", "clips_dropped", "sources_good", "sources_rejected", "clips")
+
+
+@dataclass(frozen=True)
+class StageRun:
+    """One stage of a recipe: how it went, what it made (`uri`) and what its MLflow run holds."""
+
+    name: str
+    kind: str
+    status: str  # FINISHED, FAILED, KILLED or RUNNING
+    reused: bool
+    seconds: float
+    run_id: str
+    uri: str
+    metrics: Mapping[str, float]  # last values
+    history: Mapping[str, Sequence[tuple[int, float]]]  # (step, value), only of metrics that have steps
+    params: Mapping[str, str]
+    artifacts: Path | None  # a local folder with the run's downloaded artifacts
+
+
+def training(stages: Sequence[StageRun], keep: Pictures) -> list[dict[str, Any]]:
+    """A section for every stage with a history: its curves, losses first, and its numbers."""
+    return [
+        {"stage": s, "curves": [_curve(s, metric, keep) for metric in sorted(s.history, key=_losses_first)]}
+        for s in stages
+        if any(s.history.values())
+    ]
+
+
+def _losses_first(metric: str) -> tuple[bool, bool, str]:
+    return metric.startswith("system/"), "loss" not in metric, metric
+
+
+def _curve(stage: StageRun, metric: str, keep: Pictures) -> dict[str, Any]:
+    points = sorted(stage.history[metric])
+    finite = [(step, value) for step, value in points if math.isfinite(value)]
+    picture = keep.add(f"{stage.name}-{metric}.svg", pictures.curve(finite)) if finite else None
+    return {
+        "metric": metric,
+        "picture": picture,
+        "last": finite[-1][1] if finite else math.nan,
+        "broken": len(points) - len(finite),
+        "points": len(points),
+    }
+
+
+def telling(metrics: Mapping[str, float], most: int = 4) -> list[tuple[str, float]]:
+    """The few metrics that say most about a stage."""
+
+    def rank(name: str) -> int:
+        return next((i for i, word in enumerate(_TELLING) if re.fullmatch(word, name)), len(_TELLING))
+
+    return sorted(metrics.items(), key=lambda item: (rank(item[0]), item[0]))[:most]
+
+
+def outcome(stages: Sequence[StageRun]) -> tuple[str, str]:
+    """The status of the recipe as a whole: (status, a line for people)."""
+    if not stages:
+        return "EMPTY", "no stage has run"
+    bad = [s for s in stages if s.status != "FINISHED"]
+    worst = next((w for w in ("FAILED", "KILLED", "RUNNING") if any(s.status == w for s in bad)), "FINISHED")
+    reused = sum(s.reused for s in stages)
+    parts = [f"{len(stages)} stage{'s' * (len(stages) != 1)}"]
+    parts += [f"{reused} reused"] if reused else []
+    parts += [f"not finished: {', '.join(s.name for s in bad)}"] if bad else []
+    return worst, ", ".join(parts)

@@ -1,0 +1,171 @@
+"""MLflow as the only run database: where it is, which stages have finished, and one run a stage."""
+
+import json
+import os
+import tempfile
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from longtake.datasets import storage
+from longtake.datasets.errors import Failure, UserError
+from longtake.infra.graph import Node
+from longtake.infra.recipe import Recipe
+
+_FINGERPRINT, _STAGE, _KIND, _URI, _ERROR = (f"longtake.{t}" for t in ("fingerprint", "stage", "kind", "uri", "error"))
+_PARENT = "mlflow.parentRunId"
+_MAX_PARAM = 500
+
+
+@dataclass(frozen=True)
+class Run:
+    """A stage's MLflow run."""
+
+    id: str
+    status: str  # RUNNING, FINISHED, FAILED or KILLED
+    uri: str  # what the stage made; empty until it has finished
+    seconds: float
+    error: str
+
+
+@dataclass(frozen=True)
+class Runs:
+    """An MLflow experiment, opened."""
+
+    client: Any
+    experiment: str
+    tracking_uri: str
+
+    def find(self, fingerprint: str) -> Run | None:
+        """The finished run of a fingerprint, else the latest one that can be taken up again."""
+        found = self.client.search_runs(
+            [self.experiment], f"tags.`{_FINGERPRINT}` = '{fingerprint}'", order_by=["start_time DESC"]
+        )
+        finished = [r for r in found if r.info.status == "FINISHED"]
+        return _run((finished or found)[0]) if found else None
+
+    def finished(self, fingerprint: str) -> Run | None:
+        run = self.find(fingerprint)
+        return run if run and run.status == "FINISHED" else None
+
+    def open(self, node: Node, parent: str | None, fresh: bool = False) -> str:
+        """The id of a run to work in: an unfinished one of the same fingerprint goes on, unless `fresh`."""
+        run = None if fresh else self.find(node.fingerprint)
+        if run and run.status != "FINISHED":
+            self.client.update_run(run.id, status="RUNNING")
+            return run.id
+        tags = {"mlflow.runName": node.name, _FINGERPRINT: node.fingerprint, _STAGE: node.name, _KIND: node.kind}
+        made = self.client.create_run(self.experiment, tags=tags | ({_PARENT: parent} if parent else {}))
+        for key, value in _flat(node.config.model_dump(mode="json")).items():
+            self.client.log_param(made.info.run_id, key, str(value)[:_MAX_PARAM])
+        return made.info.run_id
+
+    def finish(self, run_id: str, result: Mapping[str, Any]) -> None:
+        now = int(time.time() * 1000)
+        for name, value in result.get("metrics", {}).items():
+            self.client.log_metric(run_id, name, value, timestamp=now)
+        self.log_json(run_id, "result.json", dict(result))
+        self.client.set_tag(run_id, _URI, result["uri"])
+        self.client.set_terminated(run_id, "FINISHED")
+
+    def end(self, run_id: str, status: str, error: str) -> None:
+        self.client.set_tag(run_id, _ERROR, error[:_MAX_PARAM])
+        self.client.set_terminated(run_id, status)
+
+    def log_json(self, run_id: str, name: str, content: Any) -> None:
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / name
+            path.write_text(json.dumps(content, indent=2, sort_keys=True, default=str))
+            self.client.log_artifact(run_id, str(path))
+
+    def open_parent(self, recipe: Recipe, fingerprint: str) -> str:
+        """The run that stands for the whole recipe; an unfinished one goes on."""
+        run = self.find(fingerprint)
+        if run and run.status != "FINISHED":
+            self.client.update_run(run.id, status="RUNNING")
+            return run.id
+        tags = {"mlflow.runName": recipe.name, _FINGERPRINT: fingerprint, _KIND: "recipe"}
+        run_id = self.client.create_run(self.experiment, tags=tags).info.run_id
+        self.client.log_text(run_id, recipe.to_yaml(), "recipe.yaml")
+        return run_id
+
+    def metrics(self, run_id: str) -> tuple[dict[str, float], dict[str, list[tuple[int, float]]]]:
+        """(last values, histories of those with more than one step)."""
+        last = dict(self.client.get_run(run_id).data.metrics)
+        history = {}
+        for name in last:
+            points = [(m.step, m.value) for m in self.client.get_metric_history(run_id, name)]
+            if len(points) > 1:
+                # a resumed run may log a step again: the later value counts
+                history[name] = sorted(dict(points).items())
+        return last, history
+
+    def params(self, run_id: str) -> dict[str, str]:
+        return dict(self.client.get_run(run_id).data.params)
+
+    def download(self, run_id: str, name: str, folder: Path) -> Path | None:
+        """A folder of artifacts, fetched; None where the run has none of this name."""
+        if not any(a.path == name for a in self.client.list_artifacts(run_id)):
+            return None
+        return Path(self.client.download_artifacts(run_id, name, str(folder)))
+
+
+def connect(recipe: Recipe) -> Runs:
+    """Open the store: MLFLOW_TRACKING_URI if set, else sqlite and artifacts inside the workspace.
+
+    Raises:
+        UserError: no store can be reached or made.
+        Failure: the disk is full or closed.
+    """
+    uri = os.environ.get("MLFLOW_TRACKING_URI")
+    if not uri:
+        if not storage.is_local(recipe.workspace):
+            raise UserError(
+                f"{recipe.path}: workspace {recipe.workspace} is remote: set MLFLOW_TRACKING_URI to an MLflow server"
+            )
+        with storage.failing_clearly(recipe.workspace):
+            Path(recipe.workspace).mkdir(parents=True, exist_ok=True)
+        uri = f"sqlite:///{recipe.workspace}/mlflow.db"
+    os.environ |= {"MLFLOW_TRACKING_URI": uri, "MLFLOW_EXPERIMENT_NAME": recipe.name}
+    client = _client(uri)
+    from mlflow.exceptions import MlflowException
+
+    try:
+        experiment = client.get_experiment_by_name(recipe.name)
+        if experiment is None:
+            # a server keeps artifacts where it was told to
+            location = None if uri.startswith("http") else storage.join(recipe.workspace, "artifacts")
+            return Runs(client, client.create_experiment(recipe.name, location), uri)
+        return Runs(client, experiment.experiment_id, uri)
+    except MlflowException as e:
+        message = str(e).splitlines()[0]
+        if "readonly" in message or "disk" in message:
+            raise Failure(f"{uri}: {message}; free some space or choose another workspace") from e
+        raise UserError(f"MLFLOW_TRACKING_URI={uri}: {message}") from e
+
+
+def _client(uri: str) -> Any:
+    import logging
+
+    for name in ("alembic", "mlflow"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
+    from mlflow import MlflowClient, set_tracking_uri
+
+    set_tracking_uri(uri)
+    return MlflowClient(uri)
+
+
+def _run(run: Any) -> Run:
+    tags, info = run.data.tags, run.info
+    seconds = ((info.end_time or time.time() * 1000) - info.start_time) / 1000
+    return Run(info.run_id, info.status, tags.get(_URI, ""), seconds, tags.get(_ERROR, ""))
+
+
+def _flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    out: dict[str, Any] = {}
+    for key, value in config.items():
+        out |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return out

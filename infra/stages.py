@@ -1,0 +1,15 @@
+"""The table of stages. A new stage is a file and a line here; its module is imported only when a recipe uses it."""
+
+import importlib
+from typing import Any
+
+STAGES = {
+    "shard": "longtake.pipeline.stages.shard",
+    "curate": "longtake.pipeline.stages.curate",
+    "pretrain_vae": "longtake.training.stages.pretrain_vae",
+}
+
+
+def load(kind: str) -> Any:
+    """The module of a stage: `Config`, `VERSION`, `PRODUCES`, `run` and perhaps `outside` (see longtake.datasets.stage)."""
+    return importlib.import_module(STAGES[kind])
