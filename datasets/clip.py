@@ -15,10 +15,12 @@ def decode(
 ) -> np.ndarray:
     """Decode chosen frames of a clip, or all of them, with one thread.
 
+    PyAV rather than decord, which fails on widths that are no multiple of 32 and gains a fifth at best elsewhere.
+
     Args:
-        mp4: the bytes of a `KEY.mp4` member.
-        frames: frame numbers; decord seeks to the keyframe before the first one. None takes all.
-        size: (height, width) to scale to while decoding; None keeps the clip's own.
+        mp4: the bytes of a `KEY.mp4` member; its frame n is shown at n / fps.
+        frames: ascending frame numbers; decoding starts at the keyframe before the first one. None takes all.
+        size: (height, width) to scale to; None keeps the clip's own.
         name: what to call the clip in an error.
 
     Returns:
@@ -27,14 +29,30 @@ def decode(
     Raises:
         Failure: the clip is not decodable, or has no such frame.
     """
-    import decord
+    import av
 
-    height, width = size or (-1, -1)
+    wanted = None if frames is None else list(frames)
+    height, width = size or (None, None)
+    out: list[np.ndarray] = []
     try:
-        reader = decord.VideoReader(io.BytesIO(mp4), num_threads=1, width=width, height=height)
-        return reader.get_batch(range(len(reader)) if frames is None else list(frames)).asnumpy()
-    except (decord.DECORDError, IndexError) as e:
-        raise Failure(f"{name}: cannot decode frames {frames or 'of the clip'}: {str(e).splitlines()[0]}") from e
+        with av.open(io.BytesIO(mp4)) as container:
+            stream = container.streams.video[0]
+            stream.codec_context.thread_count = 1
+            rate = stream.average_rate
+            if wanted and wanted[0] > 0:
+                container.seek(int(wanted[0] / rate / stream.time_base), stream=stream)
+            for frame in container.decode(stream):
+                if wanted is not None:
+                    if len(out) == len(wanted):
+                        break
+                    if round(frame.pts * stream.time_base * rate) != wanted[len(out)]:
+                        continue
+                out.append(frame.to_ndarray(format="rgb24", width=width, height=height))
+    except (av.error.FFmpegError, IndexError, TypeError) as e:
+        raise Failure(f"{name}: cannot decode ({e}); run `longtake dataset verify`") from e
+    if wanted is not None and len(out) < len(wanted):
+        raise Failure(f"{name}: frame {wanted[len(out)]} is missing; run `longtake dataset verify`")
+    return np.stack(out)
 
 
 def frame_difference(video: np.ndarray, factor: int) -> np.ndarray:

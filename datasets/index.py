@@ -90,9 +90,13 @@ def read_all(dataset: str, split: str) -> pa.Table:
     return pa.concat_tables([empty, *(t.replace_schema_metadata(None) for t in tables)])
 
 
+def table_names(folder: str) -> list[str]:
+    return [n for n in storage.names(folder) if n.endswith(".parquet") and not n.startswith(".")]
+
+
 def read_tables(folder: str, table_schema: pa.Schema) -> pa.Table:
     """All Parquet files of a folder as one table."""
-    urls = [storage.join(folder, n) for n in storage.names(folder) if n.endswith(".parquet") and not n.startswith(".")]
+    urls = [storage.join(folder, n) for n in table_names(folder)]
     with ThreadPoolExecutor(16) as pool:
         tables = list(pool.map(from_parquet, urls))
     return pa.concat_tables([table_schema.empty_table(), *(t.replace_schema_metadata(None) for t in tables)])

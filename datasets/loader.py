@@ -101,7 +101,7 @@ class Loader:
         self.samples = len(samples)
         self.batches_per_epoch = order.batch_count(len(samples), batch, last)
         self.batch = batch
-        self._state = {
+        self._state: dict[str, Any] = {
             "order": order.ORDER_VERSION,
             "data": hashlib.sha256(json.dumps([*fingerprint, split, frames, stride]).encode()).hexdigest(),
             "seed": seed,
@@ -228,6 +228,8 @@ def collate(samples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Stack samples: arrays become tensors, everything else lists; all samples of a batch are of one epoch."""
     out: dict[str, Any] = {}
     for name, first in samples[0].items():
+        if name.startswith("__"):
+            continue
         values = [s[name] for s in samples]
         out[name] = torch.from_numpy(np.stack(values)) if isinstance(first, np.ndarray) else values
     out["epoch"] = samples[0]["epoch"]
@@ -305,7 +307,5 @@ def _read(url: str, offset: int, size: int) -> bytes:
     else:
         data = storage.retrying(url, lambda: storage.read_range(url, offset, size))
     if len(data) != size:
-        raise Failure(
-            f"{url}: ends at byte {offset + len(data)} where the index has {offset + size}; run `longtake dataset verify`"
-        )
+        raise Failure(f"{url}: is too short for bytes {offset} to {offset + size} of the index; run `longtake dataset verify`")
     return data

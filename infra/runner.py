@@ -47,8 +47,8 @@ def run(recipe: Recipe, choice: Choice, say: Callable[[str], None]) -> Path | No
     nodes = graph.build(recipe)
     store = runs.connect(recipe)
     todo = plan(recipe, nodes, store, choice)
-    whole = graph.whole_fingerprint(nodes)
-    report = Path(recipe.workspace) / "report.html" if storage.is_local(recipe.workspace) else None
+    whole = graph.whole_fingerprint([n for n in nodes if n.name in todo])
+    report = Path(recipe.workspace) / "report.html" if storage.is_local(recipe.workspace) and not choice.only else None
     if not any(todo.values()) and report and report.exists() and store.finished(whole):
         for name in todo:
             say(f"{name}: reused")

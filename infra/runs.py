@@ -147,10 +147,7 @@ def connect(recipe: Recipe) -> Runs:
 
 
 def _client(uri: str) -> Any:
-    import logging
-
-    for name in ("alembic", "mlflow"):
-        logging.getLogger(name).setLevel(logging.WARNING)
+    os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
     from mlflow import MlflowClient, set_tracking_uri
 

@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import pyarrow as pa
@@ -18,7 +19,41 @@ from longtake.datasets import index, schema, storage
 from longtake.datasets.errors import UserError
 
 VIDEO_SUFFIXES = frozenset(
-    ["3g2", "3gp", "asf", "avi", "av1", "f4v", "flv", "gif", "h264", "h265", "hevc", "ivf", "m2ts", "m4v", "mjpeg", "mkv", "mov", "mp4", "mpeg", "mpg", "mts", "mxf", "nut", "obu", "ogm", "ogv", "rm", "rmvb", "ts", "vob", "webm", "wmv", "y4m"]
+    [
+        "3g2",
+        "3gp",
+        "asf",
+        "avi",
+        "av1",
+        "f4v",
+        "flv",
+        "gif",
+        "h264",
+        "h265",
+        "hevc",
+        "ivf",
+        "m2ts",
+        "m4v",
+        "mjpeg",
+        "mkv",
+        "mov",
+        "mp4",
+        "mpeg",
+        "mpg",
+        "mts",
+        "mxf",
+        "nut",
+        "obu",
+        "ogm",
+        "ogv",
+        "rm",
+        "rmvb",
+        "ts",
+        "vob",
+        "webm",
+        "wmv",
+        "y4m",
+    ]
 )
 _SAMPLE_BYTES = 1 << 16
 
@@ -43,9 +78,7 @@ def find(patterns: Sequence[str]) -> list[Found]:
     found: dict[str, Found] = {}
     for pattern in patterns:
         fs, path = storage.filesystem(pattern)
-        entries, skipped = storage.retrying(
-            pattern, lambda fs=fs, path=path, pattern=pattern: _expand(fs, path, pattern)
-        )
+        entries, skipped = storage.retrying(pattern, partial(_expand, fs, path, pattern))
         if not entries:
             passed = ", ".join(f"{n} {s or 'without suffix'}" for s, n in skipped.most_common(3))
             raise UserError(
@@ -99,9 +132,7 @@ def identity(source: Found) -> str:
         for start in spans:
             end = min(start + _SAMPLE_BYTES, source.size)
             if end > start:
-                digest.update(
-                    storage.retrying(source.uri, lambda start=start, end=end: fs.cat_file(path, start=start, end=end))
-                )
+                digest.update(storage.retrying(source.uri, partial(fs.cat_file, path, start=start, end=end)))
     except (FileNotFoundError, PermissionError):
         digest.update(source.uri.encode())
     return digest.hexdigest()[:20]
@@ -180,6 +211,8 @@ def plan(
     """
     folder = storage.join(dataset, "plan")
     while True:
+        # named by what is there before reading: a plan that another driver writes meanwhile takes this name
+        name = f"{len(index.table_names(folder)):05d}.parquet"
         old = index.read_tables(folder, schema.PLAN)
         rows = old.to_pylist()
         have = {(row["uri"], row["bytes"]) for row in rows}
@@ -192,6 +225,5 @@ def plan(
         if not added:
             return old
         table = index.rows_table(added, schema.PLAN)
-        name = f"{len(storage.names(folder)):05d}.parquet"
         if storage.write_if_absent(storage.join(folder, name), index.to_parquet(table)):
             return pa.concat_tables([old, table])

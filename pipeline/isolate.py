@@ -12,6 +12,8 @@ import signal
 import subprocess
 import sys
 import threading
+import traceback
+from pathlib import Path
 from typing import Any
 
 _JOBS_A_PROCESS = 64
@@ -110,6 +112,10 @@ def _serve(memory: int) -> None:
             result = _rejected("too_large", f"needs more than limits.memory_bytes {memory}")
         except OSError as e:
             result = {"os_error": [e.errno, e.strerror or str(e), e.filename]}
+        except Exception as e:
+            # one strange file must not stop a job of millions: it is rejected, with the place where it tripped us
+            at = traceback.extract_tb(e.__traceback__)[-1]
+            result = _rejected("crashed", f"{type(e).__name__}: {e} ({Path(at.filename).name}:{at.lineno})")
         out.write(json.dumps(result) + "\n")
         out.flush()
 

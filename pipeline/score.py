@@ -1,5 +1,7 @@
 """Scores of a clip from its planes; names and order are `datasets.schema.SCORES`. All but `still` are 0..1 by scale."""
 
+from itertools import pairwise
+
 import numpy as np
 
 from longtake.pipeline.decode import chroma, luma
@@ -15,7 +17,7 @@ def score(clip: list[np.ndarray]) -> dict[str, float]:
     saturation: mean distance of chroma from grey.
     """
     y = np.stack([luma(p) for p in clip])
-    steps = [float(np.abs(b.astype(np.int16) - a).mean()) / 255 for a, b in zip(y[:-1], y[1:], strict=True)]
+    steps = [float(np.abs(b.astype(np.int16) - a).mean()) / 255 for a, b in pairwise(y)]
     middle = y[:: max(1, len(y) // 8)].astype(np.int16)
     laplacian = (
         4 * middle[:, 1:-1, 1:-1]

@@ -10,7 +10,6 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from longtake.datasets import clip, index, schema, storage
-from longtake.datasets.errors import Failure
 from longtake.infra.report import pictures
 from longtake.infra.report.embed import Pictures, data_uri
 
@@ -74,7 +73,7 @@ def _strip(dataset: str, row: dict[str, Any]) -> Any:
     try:
         mp4 = storage.read_range(url, row["mp4_offset"], row["mp4_size"])
         return pictures.strip(clip.decode(mp4, frames, name=row["key"]), _HEIGHT)
-    except (Failure, OSError) as e:
+    except (OSError, RuntimeError) as e:  # a Failure, or what decord raises for what is no video
         return str(e)
 
 
@@ -98,7 +97,8 @@ def _tile(row: dict[str, Any], uri: str, found: Any) -> dict[str, Any]:
 
 def _caption(tile: dict[str, Any]) -> str:
     reason = f"  {tile['reason']}" if tile["reason"] else ""
-    return f"{tile['short']}  {tile['seconds']:.1f} s  {tile['size']}  motion {tile['motion']:.4f}{reason}"
+    size = tile["size"].replace("×", "x")  # the sheet's font has no such sign
+    return f"{tile['short']}  {tile['seconds']:.1f} s  {size}  motion {tile['motion']:.4f}{reason}"
 
 
 def histograms(clips: pa.Table, pictures_kept: Pictures) -> list[dict[str, Any]]:
@@ -124,6 +124,6 @@ def histograms(clips: pa.Table, pictures_kept: Pictures) -> list[dict[str, Any]]
     sizes = np.array([f"{w}×{h}" for w, h in zip(clips["width"].to_pylist(), clips["height"].to_pylist(), strict=True)])
     names = sorted(set(sizes.tolist()))
     counts = [np.array([int((sizes[mask] == name).sum()) for name in names]) for mask in (kept, ~kept)]
-    picture = pictures_kept.add("clips-size.svg", pictures.bars(names, *counts))
-    made.insert(2, {"name": "size", "unit": "width × height", "median": None, "picture": picture})
+    size = pictures_kept.add("clips-size.svg", pictures.bars(names, *counts))
+    made.insert(2, {"name": "size", "unit": "width × height", "median": None, "picture": size})
     return made

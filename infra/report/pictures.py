@@ -4,6 +4,7 @@ Each returns the bytes of a file. A plot is an SVG that follows the reader's lig
 """
 
 import io
+import math
 import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -55,7 +56,7 @@ def sheet(strips: Sequence["Image"], captions: Sequence[str]) -> bytes:
 
     font = ImageFont.load_default(12)
     columns = min(_COLUMNS, len(strips))
-    width = max(s.width for s in strips)
+    width = max(*(s.width for s in strips), *(math.ceil(font.getlength(c)) for c in captions))
     rows = [range(i, min(i + columns, len(strips))) for i in range(0, len(strips), columns)]
     heights = [max(strips[i].height for i in row) + _CAPTION + _MARGIN for row in rows]
     canvas = Image.new("RGB", (columns * (width + _MARGIN) + _MARGIN, sum(heights) + _MARGIN), _LIGHT["paper"])
@@ -82,7 +83,7 @@ def histogram(kept: np.ndarray, dropped: np.ndarray, log: bool = False) -> bytes
         middle, reach = (low + high) / 2, max((high - low) / 2, abs(high) * 1e-3, 1e-6)
         bins = np.linspace(middle - reach, middle + reach, 25)
     colours = [_LIGHT["kept"], _LIGHT["dropped"]]
-    axes.hist([kept, dropped], bins, stacked=True, color=colours, edgecolor=_LIGHT["paper"], linewidth=0.6)
+    axes.hist([kept, dropped], bins.tolist(), stacked=True, color=colours, edgecolor=_LIGHT["paper"], linewidth=0.6)
     _whole_numbers(axes.yaxis)
     return _svg(figure)
 

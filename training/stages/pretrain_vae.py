@@ -179,7 +179,7 @@ def evaluate(model: PVVAE, loader: Loader, folder: Path, seed: int) -> dict[str,
     repeated; `psnr_all` is of a reconstruction with every frame visible.
     """
     at = next(model.parameters()).device
-    rows = []
+    rows: list[dict[str, Any]] = []
     frames = seen = 0
     for batch in loader:
         video = to_model(batch["video"].to(at))
@@ -188,7 +188,7 @@ def evaluate(model: PVVAE, loader: Loader, folder: Path, seed: int) -> dict[str,
         seen = frames_of(visible)
         full, half = model.reconstruct(video), model.reconstruct(video, visible)
         copied = video[:, :, seen - 1 : seen].expand_as(video)
-        row = {
+        row: dict[str, Any] = {
             "key": batch["key"][0],
             "frames_visible": seen,
             "psnr_all": psnr(full, video).item(),

@@ -1,0 +1,45 @@
+# make demo [VIDEOS=folder]   install, then the quickstart recipe: videos -> shards -> model -> report
+# make test                   install, then the tests (the long ones: make test-slow)
+# make lint                   what CI checks besides
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+
+export VIDEOS
+
+.PHONY: install demo test test-slow lint format clean
+
+install: $(INSTALLED)
+
+$(INSTALLED): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "error: Python 3.11 or newer is needed: make PYTHON=python3.11")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet -c constraints.txt torch==2.13.0
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[all]"
+	@touch $(INSTALLED)
+
+demo: install
+	@if [ -z "$$VIDEOS" ]; then $(BIN)/longtake footage runs/footage; fi
+	@VIDEOS="$${VIDEOS:-runs/footage}" $(BIN)/longtake run quickstart
+
+test: install
+	$(BIN)/pytest
+
+test-slow: install
+	$(BIN)/pytest -m slow
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: install
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .*_cache

@@ -1,0 +1,76 @@
+"""Shared by all tests: real footage from outside, generated footage, a small dataset, one Ray for the session."""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from longtake.datasets import index, schema, storage
+from longtake.pipeline.commit import make_group
+from longtake.pipeline.discover import Found, assign, identity
+from longtake.pipeline.geometry import ClipConfig, FrameDiffConfig, LimitsConfig
+from longtake.pipeline.stages import shard
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="session")
+def videos() -> Path:
+    """The folder with real/ and odd/ footage that LONGTAKE_VIDEOS names."""
+    named = os.environ.get("LONGTAKE_VIDEOS")
+    if not named:
+        pytest.skip("LONGTAKE_VIDEOS is not set: no real footage at hand")
+    return (ROOT / named).resolve()
+
+
+@pytest.fixture(scope="session")
+def footage(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with six generated videos and their ground truth."""
+    from longtake.datasets.footage import generate
+
+    folder = tmp_path_factory.mktemp("footage")
+    generate(folder, count=6, seconds=6.0)
+    return folder
+
+
+def geometry(**clip: Any) -> dict[str, Any]:
+    """What commit.make_group needs, for small clips."""
+    return {
+        "clip": ClipConfig(**{"short_side": 32, "fps": 12.0, "max_seconds": 3.0} | clip).model_dump(mode="json"),
+        "limits": LimitsConfig().model_dump(mode="json"),
+        "diff": FrameDiffConfig().model_dump(mode="json"),
+        "decoder": "pyav",
+    }
+
+
+def make_dataset(folder: Path, paths: list[Path], val_fraction: float = 0.3, group_sources: int = 2) -> str:
+    """A dataset made without Ray, group by group."""
+    config = shard.Config(kind="shard", sources=[str(paths[0])], clip={"short_side": 32, "fps": 12, "max_seconds": 3})
+    described = {"format": schema.FORMAT_VERSION, **config.model_dump(mode="json", include={"clip", "frame_diff"})}
+    storage.write(str(folder / "dataset.json"), storage.canonical_json(described))
+    found = [Found(str(p), p.stat().st_size, None) for p in paths]
+    rows = assign([(f, identity(f)) for f in found], {}, {"train": 0, "val": 0}, val_fraction, 1 << 40, group_sources)
+    for split, number in sorted({(r["split"], r["group"]) for r in rows}):
+        sources = [r for r in rows if (r["split"], r["group"]) == (split, number)]
+        result = make_group({"split": split, "group": number, "sources": sources}, str(folder), geometry())
+        assert not result["error"]
+    return str(folder)
+
+
+@pytest.fixture(scope="session")
+def dataset(footage: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A small dataset of 32-pixel clips: read it, do not change it."""
+    url = make_dataset(tmp_path_factory.mktemp("dataset"), sorted(footage.glob("*.mp4")))
+    assert all(len(index.read_all(url, split)) for split in schema.SPLITS)
+    return url
+
+
+@pytest.fixture(scope="session")
+def ray_session() -> Iterator[None]:
+    """One local Ray for all tests; stages that run in this process use it."""
+    from longtake.pipeline.cluster import connected
+
+    with connected("tests"):
+        yield

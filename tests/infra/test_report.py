@@ -1,0 +1,267 @@
+import base64
+import html as htmllib
+import io
+import json
+import math
+import re
+import shutil
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from longtake.datasets import footage, index, storage
+from longtake.infra.report import StageRun, build
+from longtake.infra.report.clips import spread
+from longtake.infra.report.heldout import verdict
+from longtake.infra.report.pictures import curve, running_mean
+from longtake.pipeline.commit import make_group
+from longtake.pipeline.discover import plan
+from longtake.pipeline.geometry import ClipConfig, FrameDiffConfig, LimitsConfig
+from longtake.pipeline.stages import curate
+
+CHROMIUM, DRIVER = "/usr/bin/chromium", "/usr/bin/chromedriver"
+SCRIPT = "<script>alert(1)</script>.mp4"
+IMAGE = "<img src=x onerror=alert(2)>.mp4"
+TRACKING = "sqlite:////tmp/my work/mlflow.db"
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory):
+    """Three videos, one of them in a folder that makes its path a script, and three files that are none."""
+    raw = tmp_path_factory.mktemp("raw")
+    for seed, name in enumerate(("first.mp4", "second.mp4", SCRIPT)):
+        (raw / name).parent.mkdir(exist_ok=True)
+        frames, _ = footage.render(seed, seconds=6, fps=12, size=(96, 128))
+        footage.write_video(raw / name, frames, 12)
+    (raw / IMAGE).write_bytes(b"no video at all" * 100)
+    (raw / "empty.mp4").touch()
+    shutil.copy(raw / "first.mp4", raw / "copy.mp4")
+    url = str(tmp_path_factory.mktemp("dataset"))
+    clip = ClipConfig(short_side=64, fps=12, min_seconds=1)
+    storage.write(
+        storage.join(url, "dataset.json"), storage.canonical_json({"format": 1, "clip": clip.model_dump(mode="json")})
+    )
+    configs = {"clip": clip, "limits": LimitsConfig(), "diff": FrameDiffConfig()}
+    geometry = {name: config.model_dump(mode="json") for name, config in configs.items()} | {"decoder": "pyav"}
+    rows = plan(url, [str(raw)], val_fraction=0.3, group_bytes=1 << 30, group_sources=100).to_pylist()
+    for split in ("train", "val"):
+        group = {"split": split, "group": 0, "sources": [row for row in rows if row["split"] == split]}
+        assert make_group(group, url, geometry)["error"] == ""
+    return url
+
+
+@pytest.fixture(scope="module")
+def view(dataset):
+    """Drops about half of the clips."""
+    motion = [m for split in ("train", "val") for m in index.read_all(dataset, split)["motion"].to_pylist()]
+    rules = {"motion": {"min": float(np.median(motion))}}
+    config = curate.Config(kind="curate", dataset=dataset, rules=rules)
+    return curate.run(config, {"dataset": dataset}, "work/some")["uri"]
+
+
+@pytest.fixture(scope="module")
+def stages(dataset, view, tmp_path_factory):
+    artifacts = tmp_path_factory.mktemp("artifacts")
+    (artifacts / "heldout").mkdir()
+    frames, _ = footage.render(7, seconds=3, fps=12, size=(64, 160))
+    footage.write_video(artifacts / "heldout" / "a-00000.mp4", frames, 12)
+    scores = {"psnr_visible": 26.0, "psnr_predicted": 21.0, "psnr_copy_last": 22.5, "psnr_all": 27.0}
+    summary = scores | {"clips": 2, "frames": 36, "frames_visible": 9, "split": "val", "seed": 0}
+    clips = [{"key": key, "file": f"{key}.mp4", "frames_visible": 9, **scores} for key in ("a-00000", "lost-00000")]
+    record = {"summary": summary, "clips": clips, "panels": ["source", "seen", "predicted", "<all visible>"]}
+    (artifacts / "heldout" / "heldout.json").write_text(json.dumps(record))
+    history = {
+        "loss": [(s, math.exp(-s / 50)) for s in range(0, 300, 10)],
+        "grad/norm $x": [(0, math.nan), (1, 2.0)],
+        "none": [],
+    }
+
+    def stage(name, kind, uri, **more):
+        rest = {"reused": False, "seconds": 75.0, "metrics": {}, "history": {}, "params": {}, "artifacts": None}
+        return StageRun(name=name, kind=kind, status="FINISHED", run_id="0123456789", uri=uri, **rest | more)
+
+    return [
+        stage("clips", "shard", dataset, reused=True, metrics={"clips": 1234567.0}),
+        stage("view", "curate", view),
+        stage(
+            "vae", "pretrain_vae", "models:/pv-vae/3", history=history, params={"<b>": "</table>"}, artifacts=artifacts
+        ),
+    ]
+
+
+@pytest.fixture(scope="module")
+def page(dataset, view, stages, tmp_path_factory):
+    return build(tmp_path_factory.mktemp("report"), "small & good", stages, dataset, view, TRACKING)
+
+
+def text_of(page: Path) -> str:
+    """What a reader sees, on one line."""
+    body = page.read_text().split("<body>")[1]
+    return " ".join(htmllib.unescape(re.sub(r"<[^>]*>", "", body)).split())
+
+
+def test_every_input_is_accounted_for(page, dataset, view):
+    totals, text = index.summary(dataset), text_of(page)
+    assert totals["clips"] >= 4
+    assert "does not add up" not in text
+    assert (
+        f"{totals['sources']} sources found = {totals['sources_good']} good + {totals['sources_rejected']} rejected"
+        in text
+    )
+    assert re.search(r"\(1 duplicate, 1 empty, 1 \w+\)", text)
+    assert re.search(r"= (\d+) kept \+ (\d+) dropped \((\d+) motion < ", text)
+    for name in (IMAGE, "empty.mp4", "copy.mp4"):
+        assert name in text
+
+
+@pytest.mark.parametrize(
+    "lost", ["train/00000.parquet", "sources/train-00000.parquet", "views/some.parquet", "plan/00000.parquet"]
+)
+def test_a_lost_file_shows(dataset, view, tmp_path, lost):
+    copy = tmp_path / "copy"
+    shutil.copytree(dataset, copy)
+    (copy / lost).unlink()
+    page = build(tmp_path, "r", [], str(copy), str(copy / "views" / "some.parquet"), TRACKING)
+    assert ("no such view" if lost.startswith("views") else "does not add up") in text_of(page)
+
+
+def test_clips_are_shown_kept_and_dropped(page, dataset, view):
+    chosen = index.from_parquet(view)
+    count = page.read_text().count('class="tile"')
+    assert count == len(chosen) and "Kept" in text_of(page) and "Dropped" in text_of(page)
+    sheet = Image.open(page.parent / "pictures" / "clips-kept.jpg")
+    assert np.asarray(sheet).std() > 10
+
+
+def test_a_damaged_clip_is_named_and_the_rest_shown(dataset, tmp_path):
+    copy = tmp_path / "copy"
+    shutil.copytree(dataset, copy)
+    split = next(s for s in ("train", "val") if len(index.read_all(dataset, s)) > 1)
+    row = index.read_all(dataset, split).to_pylist()[0]
+    with (copy / split / "00000.tar").open("r+b") as tar:
+        tar.seek(row["mp4_offset"])
+        tar.write(bytes(row["mp4_size"]))
+    page = build(tmp_path, "r", [], str(copy), None, TRACKING)
+    assert len(re.findall(r'title="(\S+) [^>]*>\s*<p class="wrong">', page.read_text())) == 1
+    assert page.read_text().count("<img") > 5
+
+
+def test_names_are_escaped(page):
+    raw, text = page.read_text(), text_of(page)
+    assert "<script" not in raw and "<img src=x" not in raw and "<b></th>" not in raw and "</table></td>" not in raw
+    assert SCRIPT in htmllib.unescape(raw) and "<all visible>" in text and "small & good" in text
+
+
+def test_the_page_needs_nothing_else(page):
+    raw = page.read_text()
+    assert "http://" not in raw and "https://" not in raw
+    assert not re.search(r'\b(src|srcset|href|poster|action|data)="(?!data:|#)', raw)
+    assert "url(" not in raw and "@import" not in raw
+    for svg in re.findall(r"data:image/svg\+xml;base64,([\w+/=]+)", raw):
+        assert not re.search(rb'href="(?!#)', base64.b64decode(svg))
+    assert len(raw) < 8e6
+
+
+def test_commands_and_models_are_named(page):
+    text = text_of(page)
+    assert f"mlflow ui --backend-store-uri '{TRACKING}'" in text
+    assert "models:/pv-vae/3" in text and "1,234,567" in text
+
+
+def test_training_and_heldout_tell_the_truth(page):
+    text = text_of(page)
+    assert "1 of 2 values are not finite" in text
+    assert "1.5 dB worse than copying the last visible frame" in text
+    assert "lost-00000.mp4: no playable video" in text
+    assert page.read_text().count("<video") == 1
+
+
+def test_the_same_inputs_give_the_same_bytes(page, dataset, view, stages, tmp_path):
+    again = build(tmp_path, "small & good", stages, dataset, view, TRACKING)
+
+    def timeless(path):
+        return re.sub(r"<time.*</time>", "", path.read_text())
+
+    assert timeless(again) == timeless(page)
+    names = sorted(p.name for p in (page.parent / "pictures").iterdir())
+    assert names == sorted(p.name for p in (tmp_path / "pictures").iterdir())
+    assert all((tmp_path / "pictures" / n).read_bytes() == (page.parent / "pictures" / n).read_bytes() for n in names)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["pictures", "report.html"]
+
+
+def test_nothing_yet(tmp_path):
+    text = text_of(build(tmp_path / "new", "empty", [], None, None, "http://tracking:5000"))
+    for line in (
+        "No dataset yet",
+        "No clips to show",
+        "No training curves yet",
+        "No reconstructions yet",
+        "No stage has run",
+    ):
+        assert line in text
+    assert "mlflow ui" not in text
+
+
+def test_a_dataset_without_clips_and_a_failed_stage(tmp_path, stages):
+    storage.write(str(tmp_path / "ds" / "dataset.json"), b'{"format": 1}')
+    failed = StageRun("vae", "pretrain_vae", "FAILED", False, 0.0, "", "", {}, {}, {}, tmp_path / "nowhere")
+    text = text_of(build(tmp_path, "r", [stages[0], failed], str(tmp_path / "ds"), str(tmp_path / "no.parquet"), "x"))
+    assert "0 sources found" in text and "no such view" in text and "not finished: vae" in text
+    assert "no dataset here" in text_of(build(tmp_path, "r", [], str(tmp_path / "none"), None, "x"))
+
+
+def test_spread_takes_every_source_before_a_second_clip():
+    assert spread(["a", "a", "a", "b", "c", "c"], 4) == [0, 1, 3, 4]
+    assert spread(["a", "b", "c", "d"], 2) == [0, 2]
+    assert spread([], 3) == []
+
+
+def test_curves_of_any_length():
+    assert running_mean(np.arange(100.0))[50] == 50
+    assert b"<svg" in curve([(3, 0.0)])
+    long = curve([(i, 1.0 + (i == 54321)) for i in range(100_000)])
+    assert len(long) < 100_000 and b">2.0<" in long
+
+
+@pytest.mark.parametrize(
+    ("predicted", "copied", "said"),
+    [(24, 22, "2.0 dB better"), (20, 22, "2.0 dB worse"), (22, 22, "no better and no worse")],
+)
+def test_verdict(predicted, copied, said):
+    scores = {"psnr_predicted": predicted, "psnr_copy_last": copied}
+    assert said in (verdict(scores, [scores]) or "")
+    assert verdict({}, []) is None
+
+
+@pytest.mark.skipif(
+    not (Path(CHROMIUM).exists() and Path(DRIVER).exists()), reason="needs chromium and chromium-driver"
+)
+def test_a_browser_shows_it_all(page, tmp_path):
+    webdriver = pytest.importorskip("selenium.webdriver")
+    from selenium.webdriver.chrome.service import Service
+
+    options = webdriver.ChromeOptions()
+    options.binary_location = CHROMIUM
+    quiet = "headless no-sandbox disable-gpu disable-quic no-first-run disable-background-networking disable-component-update disable-sync"
+    for flag in (*quiet.split(), "window-size=1280,1000", f"user-data-dir={tmp_path / 'profile'}"):
+        options.add_argument(f"--{flag}")
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+    driver = webdriver.Chrome(options=options, service=Service(DRIVER))
+    try:
+        driver.get(page.as_uri())
+        videos = "return [...document.querySelectorAll('video')].map(v => v.readyState >= 2 ? v.videoWidth : 0)"
+        until = time.monotonic() + 20
+        while not all(found := driver.execute_script(videos)) and time.monotonic() < until:
+            time.sleep(0.2)
+        assert found and all(found)
+        images = driver.execute_script("return [...document.images].map(i => i.complete && i.naturalWidth)")
+        assert len(images) > 10 and all(images)
+        assert driver.execute_script("return document.documentElement.scrollWidth <= innerWidth")
+        assert [entry for entry in driver.get_log("browser") if entry["level"] == "SEVERE"] == []
+        shot = np.asarray(Image.open(io.BytesIO(driver.get_screenshot_as_png())).convert("L"))
+        assert shot.std() > 10
+    finally:
+        driver.quit()
