@@ -76,14 +76,9 @@ def build(recipe: Recipe) -> list[Node]:
 
 def _links(recipe: Recipe, name: str, config: StageConfig) -> tuple[dict[str, str], list[str]]:
     inputs, upstream = {}, []
-    for field, (value, product) in inputs_of(config).items():
+    for field, (value, _) in inputs_of(config).items():
         inputs[field] = value
         if value in recipe.stages:
-            made = stages.load(recipe.stages[value].kind).PRODUCES  # type: ignore[attr-defined]
-            if made != product:
-                raise UserError(
-                    f"{recipe.path}: stages.{name}.{field}: needs a {product}, but stage {value} makes a {made}"
-                )
             upstream.append(value)
         elif ":/" not in value and "/" not in value:
             raise UserError(
@@ -94,8 +89,15 @@ def _links(recipe: Recipe, name: str, config: StageConfig) -> tuple[dict[str, st
 
 
 def _check(recipe: Recipe, name: str, inputs: dict[str, str]) -> None:
-    """Let a stage compare its config with those of the stages that it reads from."""
+    """Inputs make what is needed; and a stage may compare its config with those of the stages that it reads from."""
     config = recipe.stages[name]
+    for field, (value, product) in inputs_of(config).items():
+        if value in recipe.stages:
+            made = stages.load(recipe.stages[value].kind).PRODUCES  # type: ignore[attr-defined]
+            if made != product:
+                raise UserError(
+                    f"{recipe.path}: stages.{name}.{field}: needs a {product}, but stage {value} makes a {made}"
+                )
     module = stages.load(config.kind)  # type: ignore[attr-defined]
     if hasattr(module, "check"):
         try:

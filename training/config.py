@@ -31,7 +31,7 @@ class TrainConfig(StageConfig):
     checkpoints: str | None = None  # local folder; None keeps them beside the stage's output
 
     @model_validator(mode="after")
-    def _divides(self) -> "TrainConfig":
+    def _consistent(self) -> "TrainConfig":
         if self.batch % self.accumulate:
             raise ValueError(f"batch {self.batch} does not divide into accumulate {self.accumulate} passes")
         if self.warmup_steps >= self.steps:

@@ -72,7 +72,11 @@ def test_two_ranks_see_halves_of_what_one_sees(dataset: str) -> None:
 
 def test_a_state_of_another_stream_is_refused(dataset: str) -> None:
     state = Loader(dataset, **WINDOW).state_dict()
-    for other, says in (({"seed": 1}, "another seed"), ({"batch": 1}, "another global batch"), ({"frames": 5}, "another dataset, view or window")):
+    for other, says in (
+        ({"seed": 1}, "another seed"),
+        ({"batch": 1}, "another global batch"),
+        ({"frames": 5}, "another dataset, view or window"),
+    ):
         with pytest.raises(UserError, match=says):
             Loader(dataset, **WINDOW | other).load_state_dict(state)
 

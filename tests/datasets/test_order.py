@@ -17,7 +17,9 @@ def test_an_epoch_holds_each_sample_exactly_once(shard_sizes: list[int], seed: i
 
 
 @given(sizes, seeds, st.integers(1, 64), st.integers(1, 4), st.sampled_from(["drop", "pad"]))
-def test_ranks_split_the_same_global_batches_whatever_their_number(shard_sizes: list[int], seed: int, world: int, per_rank: int, last: order.Last) -> None:
+def test_ranks_split_the_same_global_batches_whatever_their_number(
+    shard_sizes: list[int], seed: int, world: int, per_rank: int, last: order.Last
+) -> None:
     total, batch = sum(shard_sizes), world * per_rank
     sequence = order.epoch_order(np.array(shard_sizes), seed, 0)
     count = order.batch_count(total, batch, last)
@@ -45,11 +47,18 @@ def test_epochs_differ_and_repeat() -> None:
     one = order.epoch_order(np.full(8, 9), 1, 0)
     assert one.tolist() == order.epoch_order(np.full(8, 9), 1, 0).tolist()
     assert one.tolist() != order.epoch_order(np.full(8, 9), 1, 1).tolist()
-    assert order.sample_rng(1, 0, "ab12-00001").integers(1 << 60) == order.sample_rng(1, 0, "ab12-00001").integers(1 << 60)
-    assert order.sample_rng(1, 0, "ab12-00001").integers(1 << 60) != order.sample_rng(1, 0, "ab12-00002").integers(1 << 60)
+    assert order.sample_rng(1, 0, "ab12-00001").integers(1 << 60) == order.sample_rng(1, 0, "ab12-00001").integers(
+        1 << 60
+    )
+    assert order.sample_rng(1, 0, "ab12-00001").integers(1 << 60) != order.sample_rng(1, 0, "ab12-00002").integers(
+        1 << 60
+    )
 
 
-@pytest.mark.parametrize(("samples", "batch", "world", "says"), [(5, 3, 2, "do not divide"), (0, 2, 1, "no usable sample"), (3, 4, 1, "no batch of 4")])
+@pytest.mark.parametrize(
+    ("samples", "batch", "world", "says"),
+    [(5, 3, 2, "do not divide"), (0, 2, 1, "no usable sample"), (3, 4, 1, "no batch of 4")],
+)
 def test_a_batch_that_cannot_be_is_refused(samples: int, batch: int, world: int, says: str) -> None:
     with pytest.raises(UserError, match=says):
         order.check_batch(samples, batch, world, "drop", "here")

@@ -10,7 +10,9 @@ from longtake.datasets import index, schema, storage, verify
 from longtake.datasets.errors import Failure
 from longtake.datasets.shard import sha256_of, write_tar
 
-_samples = st.lists(st.binary(max_size=2000), max_size=12).map(lambda parts: [(f"{n:05d}", {"mp4": data, "json": data[:7]}) for n, data in enumerate(parts)])
+_samples = st.lists(st.binary(max_size=2000), max_size=12).map(
+    lambda parts: [(f"{n:05d}", {"mp4": data, "json": data[:7]}) for n, data in enumerate(parts)]
+)
 
 
 @given(_samples)
@@ -21,7 +23,9 @@ def test_members_lie_where_the_offsets_say_and_equal_samples_give_equal_tars(sam
         write_tar(two, samples)
         raw = one.read_bytes()
         assert sha256_of(one) == sha256_of(two)
-        assert [raw[m.offset : m.offset + m.size] for m in members] == [d for _, parts in samples for d in parts.values()]
+        assert [raw[m.offset : m.offset + m.size] for m in members] == [
+            d for _, parts in samples for d in parts.values()
+        ]
         with tarfile.open(one) as tar:
             assert [m.name for m in tar.getmembers()] == [f"{m.key}.{m.extension}" for m in members]
             assert all(m.mtime == 0 and m.uid == 0 and m.uname == "" for m in tar.getmembers())
@@ -64,7 +68,11 @@ def test_verify_finds_a_flipped_byte_a_truncation_and_a_missing_tar(dataset: str
     tars[1].write_bytes(tars[1].read_bytes()[:-1])
     tars[2].unlink()
     found = [p for name in names for p in verify.problems(str(copy), name)]
-    assert ["not those that were committed" in found[0], "bytes, the index says" in found[1], "is missing" in found[2]] == [True] * 3
+    assert [
+        "not those that were committed" in found[0],
+        "bytes, the index says" in found[1],
+        "is missing" in found[2],
+    ] == [True] * 3
     assert len(found) == 3
 
 

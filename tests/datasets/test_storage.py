@@ -43,7 +43,10 @@ def test_sweep_removes_what_the_dead_left_and_spares_the_living(tmp_path: Path) 
 
 
 def test_a_full_disk_is_one_line_with_the_file_and_the_way_on() -> None:
-    with pytest.raises(Failure, match=r"/data/x\.tar: No space left.*free some space"), storage.failing_clearly("/data/x.tar"):
+    with (
+        pytest.raises(Failure, match=r"/data/x\.tar: No space left.*free some space"),
+        storage.failing_clearly("/data/x.tar"),
+    ):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 

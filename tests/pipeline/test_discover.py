@@ -20,7 +20,9 @@ def found(names: list[str]) -> list[tuple[Found, str]]:
 
 
 @given(identities, st.floats(0, 0.9), st.integers(1, 5), st.randoms())
-def test_each_source_gets_one_row_in_one_group_whatever_the_listing_order(names: list[str], val: float, per_group: int, random) -> None:
+def test_each_source_gets_one_row_in_one_group_whatever_the_listing_order(
+    names: list[str], val: float, per_group: int, random
+) -> None:
     sources = found(names)
     rows = discover.assign(sources, {}, FIRST, val, 1000, per_group)
     shuffled = list(sources)
@@ -91,7 +93,9 @@ def test_of_two_drivers_that_plan_at_once_one_plan_stands(tmp_path: Path) -> Non
         (tmp_path / f"{n}.mp4").write_bytes(bytes([n]) * 100)
     plans = []
     threads = [
-        threading.Thread(target=lambda: plans.append(discover.plan(str(tmp_path / "ds"), [f"{tmp_path}/*.mp4"], 0.2, 1 << 30, 4)))
+        threading.Thread(
+            target=lambda: plans.append(discover.plan(str(tmp_path / "ds"), [f"{tmp_path}/*.mp4"], 0.2, 1 << 30, 4))
+        )
         for _ in range(4)
     ]
     for t in threads:

@@ -30,7 +30,9 @@ def worker() -> Iterator[Worker]:
     made.close()
 
 
-def cut(path: Path, folder: Path, config: ClipConfig = SMALL, limits: LimitsConfig | None = None, decoder: str = "pyav") -> dict[str, Any]:
+def cut(
+    path: Path, folder: Path, config: ClipConfig = SMALL, limits: LimitsConfig | None = None, decoder: str = "pyav"
+) -> dict[str, Any]:
     folder.mkdir(exist_ok=True)
     return process(str(path), "ab" * 10, str(folder), config, limits or LimitsConfig(), FrameDiffConfig(), decoder)
 
@@ -90,7 +92,11 @@ def test_a_variable_frame_rate_keeps_its_time(tmp_path: Path) -> None:
     levels = list(range(40, 200, 8))
     times = np.cumsum([0.0] + [0.05 if n % 3 else 0.21 for n in range(len(levels) - 1)]).tolist()
     write_timed(tmp_path / "vfr.mp4", [grey(v) for v in levels], times)
-    result = cut(tmp_path / "vfr.mp4", tmp_path / "out", ClipConfig(short_side=32, fps=20, max_seconds=30, crf=0, min_seconds=0.5))
+    result = cut(
+        tmp_path / "vfr.mp4",
+        tmp_path / "out",
+        ClipConfig(short_side=32, fps=20, max_seconds=30, crf=0, min_seconds=0.5),
+    )
     shown = clip.decode(next((tmp_path / "out").glob("*.mp4")).read_bytes()).mean((1, 2, 3))
     expected = [levels[max(n for n, t in enumerate(times) if t <= tick / 20 + 0.026)] for tick in range(len(shown))]
     assert np.abs(shown - expected).max() <= 3
@@ -155,7 +161,9 @@ def test_what_is_no_video_is_rejected_with_its_reason(tmp_path: Path, content: b
     assert (result["account"]["status"], result["account"]["reason"], result["clips"]) == ("rejected", reason, [])
 
 
-def test_a_crash_and_a_hang_cost_one_source_each(worker: Worker, footage: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_crash_and_a_hang_cost_one_source_each(
+    worker: Worker, footage: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     video = sorted(footage.glob("*.mp4"))[0]
     fifo = tmp_path / "hangs.mp4"
     os.mkfifo(fifo)

@@ -1,0 +1,177 @@
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+
+from longtake.datasets.errors import UserError
+from longtake.infra import graph, recipe
+
+GOOD: dict[str, Any] = {
+    "name": "small",
+    "workspace": "runs/small",
+    "stages": {
+        "shards": {"kind": "shard", "sources": ["videos"], "clip": {"short_side": 64, "fps": 12}},
+        "view": {"kind": "curate", "dataset": "shards"},
+        "vae": {
+            "kind": "pretrain_vae",
+            "dataset": "shards",
+            "view": "view",
+            "model": {"preset": "pv_vae_tiny"},
+            "frames": 9,
+            "size": [64, 64],
+        },
+    },
+}
+
+
+def write(folder: Path, content: Any, name: str = "r.yaml") -> str:
+    path = folder / name
+    path.write_text(content if isinstance(content, str) else yaml.safe_dump(content))
+    return str(path)
+
+
+def changed(**stages: Any) -> dict[str, Any]:
+    return GOOD | {"stages": GOOD["stages"] | stages}
+
+
+def build(path: str, *overrides: str) -> list[graph.Node]:
+    return graph.build(recipe.load(path, overrides))
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        ("name: [", "r.yaml:1:8: not valid YAML"),
+        ("- a", "a recipe is a mapping"),
+        (GOOD | {"workspce": "x"}, "workspce: unknown key (did you mean workspace?)"),
+        (GOOD | {"name": 3}, "name: must be a text"),
+        (GOOD | {"stages": {}}, "stages: must be a mapping"),
+        (changed(shards={"kind": "shrad"}), "stages.shards.kind: unknown kind 'shrad' (did you mean shard?); allowed: shard, curate"),
+        (changed(shards={"sources": ["x"]}), "stages.shards.kind: has no kind"),
+        (changed(shards={"kind": "shard", "sources": []}), "stages.shards.sources: "),
+        (changed(shards={"kind": "shard"}), "stages.shards.sources: is missing"),
+        (changed(shards={"kind": "shard", "sources": ["x"], "clip": {"fsp": 3}}), "stages.shards.clip.fsp: unknown key (did you mean fps?); allowed: short_side, fps"),
+        (changed(shards={"kind": "shard", "sources": ["x"], "clip": {"fps": "many"}}), "stages.shards.clip.fps: input should be a valid number"),
+        (changed(shards={"kind": "shard", "sources": ["x"], "clip": {"aspects": ["wide"]}}), "'wide' is not an aspect ratio"),
+        (changed(view={"kind": "curate", "dataset": "shards", "rules": {"motoin": {"min": 1}}}), "stages.view.rules: unknown score motoin"),
+        (changed(view={"kind": "curate", "dataset": "nothing"}), "stages.view.dataset: there is no stage 'nothing'; stages: shards, vae"),
+        (changed(vae={"kind": "pretrain_vae", "dataset": "view"}), "stages.vae.dataset: needs a dataset, but stage view makes a view"),
+        (changed(vae=GOOD["stages"]["vae"] | {"model": {"preset": "pv"}}), "stages.vae.model: unknown preset 'pv'"),
+        (changed(vae=GOOD["stages"]["vae"] | {"model": {"preset": "pv_vae_tiny", "wdith": 3}}), "wdith"),
+        (changed(vae=GOOD["stages"]["vae"] | {"frames": 8}), "frames 8: the model needs 1 + 4n frames, such as 5 or 9"),
+        (changed(vae=GOOD["stages"]["vae"] | {"size": [60, 64]}), "size 60x64: the model needs multiples of 16"),
+        (changed(vae=GOOD["stages"]["vae"] | {"size": [128, 128]}), "stages.vae.size: 128 is larger than clip.short_side 64"),
+        (changed(vae=GOOD["stages"]["vae"] | {"frames": 401}), "stages.vae.frames: a window spans 401 frames"),
+        (changed(vae=GOOD["stages"]["vae"] | {"batch": 9, "accumulate": 2}), "batch 9 does not divide into accumulate 2"),
+        (changed(**{"bad name": {"kind": "curate", "dataset": "shards"}}), "a stage's name has lower-case letters"),
+    ],
+)  # fmt: skip
+def test_every_mistake_is_one_line_with_file_key_and_remedy(tmp_path: Path, content: Any, says: str) -> None:
+    path = write(tmp_path, content)
+    with pytest.raises(UserError) as caught:
+        build(path)
+    assert says in str(caught.value)
+    assert "r.yaml" in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_cycle_is_named(tmp_path: Path) -> None:
+    views = {name: {"kind": "curate", "dataset": other} for name, other in (("a", "b"), ("b", "c"), ("c", "a"))}
+    with pytest.raises(UserError, match=r"r\.yaml: stages: a cycle: \w -> \w -> \w -> \w; remove one of these inputs"):
+        build(write(tmp_path, changed(**views)))
+
+
+def test_a_base_is_inherited_and_overrides_win(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FOOTAGE", str(tmp_path))
+    write(tmp_path, GOOD, "base.yaml")
+    child = write(
+        tmp_path,
+        {
+            "base": "base.yaml",
+            "name": "child",
+            "stages": {"vae": {"steps": 7}, "shards": {"sources": ["${FOOTAGE}/a"]}},
+        },
+        "c.yaml",
+    )
+    loaded = recipe.load(child, ["stages.vae.lr=1e-3", "stages.vae.model.padding=noise"])
+    vae: Any = loaded.stages["vae"]
+    assert (loaded.name, vae.steps, vae.lr, vae.frames, vae.model["padding"]) == ("child", 7, 1e-3, 9, "noise")
+    assert loaded.stages["shards"].sources == (f"{tmp_path}/a",)  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(
+    ("override", "says"),
+    [
+        ("stages.vae.steps", "write KEY.PATH=VALUE"),
+        ("name.x=1", "name is a value"),
+        ("stages.vae.steps=[", "not valid YAML"),
+        ("=3", "write KEY"),
+    ],
+)
+def test_a_wrong_override_is_one_line(tmp_path: Path, override: str, says: str) -> None:
+    with pytest.raises(UserError, match=says):
+        recipe.load(write(tmp_path, GOOD), [override])
+
+
+def test_missing_files_variables_and_circles_of_bases(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(UserError, match="no such recipe file, and no recipe of the package"):
+        recipe.load(str(tmp_path / "none.yaml"))
+    monkeypatch.delenv("NOT_SET_ANYWHERE", raising=False)
+    with pytest.raises(UserError, match=r"r\.yaml: workspace: the environment variable NOT_SET_ANYWHERE is not set"):
+        recipe.load(write(tmp_path, GOOD | {"workspace": "${NOT_SET_ANYWHERE}/x"}))
+    write(tmp_path, {"base": "b.yaml"}, "a.yaml")
+    with pytest.raises(UserError, match="goes round in a circle"):
+        recipe.load(write(tmp_path, {"base": "a.yaml"}, "b.yaml"))
+
+
+def test_a_resolved_recipe_loads_to_the_same_graph(tmp_path: Path) -> None:
+    first = recipe.load(write(tmp_path, GOOD))
+    again = recipe.load(write(tmp_path, first.to_yaml(), "resolved.yaml"))
+    assert [n.fingerprint for n in graph.build(first)] == [n.fingerprint for n in graph.build(again)]
+    assert first.digest() == again.digest()
+
+
+def test_a_changed_setting_reruns_what_hangs_on_it_and_nothing_else(tmp_path: Path) -> None:
+    path = write(tmp_path, GOOD)
+    before = {n.name: n for n in build(path)}
+
+    def moved(*overrides: str) -> set[str]:
+        return {n.name for n in build(path, *overrides) if n.fingerprint != before[n.name].fingerprint}
+
+    assert moved("stages.vae.steps=5") == {"vae"}
+    assert moved("stages.view.rules={motion: {min: 0.5}}") == {"view", "vae"}
+    assert moved("stages.shards.clip.fps=6") == {"shards", "view", "vae"}
+    assert moved("name=other") == set()
+
+
+def test_new_sources_change_the_fingerprint_but_not_the_dataset(tmp_path: Path) -> None:
+    from dataclasses import replace
+
+    loaded = recipe.load(write(tmp_path, GOOD))
+    one, two = (graph.build(replace(loaded, outside={"shards": digest}))[0] for digest in "ab")
+    assert one.fingerprint != two.fingerprint
+    assert one.output == two.output
+
+
+def test_the_recipes_of_the_package_are_valid(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VIDEOS", "videos")
+    for name in recipe.builtin():
+        assert graph.build(recipe.load(name))
+
+
+@given(
+    st.recursive(
+        st.none() | st.integers() | st.text(max_size=5),
+        lambda x: st.lists(x, max_size=3) | st.dictionaries(st.text(max_size=8), x, max_size=3),
+    )
+)
+def test_no_recipe_makes_a_stack_trace(content: Any) -> None:
+    import tempfile
+
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "r.yaml"
+        path.write_text(yaml.safe_dump({"name": "x", "workspace": "y", "stages": content}))
+        with pytest.raises(UserError):
+            build(str(path))
