@@ -1,0 +1,195 @@
+"""The `shard` and `curate` stages on a real Ray, by what they leave on disk."""
+
+import hashlib
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import pytest
+
+from longtake.datasets import index, schema, storage
+from longtake.datasets.errors import Failure, UserError
+from longtake.datasets.view import read_view
+from longtake.pipeline.commit import make_group
+from longtake.pipeline.stages import curate, shard
+
+pytestmark = pytest.mark.usefixtures("ray_session")
+
+
+def config(*sources: object, **options: Any) -> shard.Config:
+    clip = {"short_side": 32, "fps": 12, "max_seconds": 3}
+    return shard.Config(
+        **{"kind": "shard", "sources": [str(s) for s in sources], "clip": clip, "val_fraction": 0.3, "group_sources": 2}
+        | options
+    )
+
+
+def hashes(folder: Path) -> dict[str, str]:
+    files = (p for p in sorted(folder.rglob("*")) if p.is_file())
+    return {str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest() for p in files}
+
+
+@pytest.fixture(scope="module")
+def sharded(footage: Path, tmp_path_factory: pytest.TempPathFactory, ray_session: None) -> Path:
+    folder = tmp_path_factory.mktemp("sharded")
+    shard.run(config(footage), {}, str(folder))
+    return folder
+
+
+def test_the_same_sources_give_the_same_bytes(sharded: Path, footage: Path, tmp_path: Path) -> None:
+    shard.run(config(footage), {}, str(tmp_path))
+    assert hashes(tmp_path) == hashes(sharded)
+    assert any(name.endswith(".tar") for name in hashes(tmp_path))
+
+
+def test_running_again_does_nothing(sharded: Path, footage: Path) -> None:
+    before = {p: p.stat().st_mtime_ns for p in sharded.rglob("*") if p.is_file()}
+    shard.run(config(footage), {}, str(sharded))
+    assert {p: p.stat().st_mtime_ns for p in sharded.rglob("*") if p.is_file()} == before
+
+
+def test_uncommitted_groups_are_made_again_and_debris_goes(sharded: Path, footage: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(sharded, copy)
+    (copy / "train" / "00000.parquet").unlink()
+    (copy / "train" / "00000.tar").write_bytes(b"half a tar")
+    (copy / "train" / f".00001.tar~{os.uname().nodename}@999999999~ab.tmp").write_bytes(b"debris")
+    (copy / "val" / "00000.parquet").unlink()
+    shard.run(config(footage), {}, str(copy))
+    assert hashes(copy) == hashes(sharded)
+
+
+def test_new_sources_append_and_move_nothing(footage: Path, tmp_path: Path) -> None:
+    videos, output = tmp_path / "videos", tmp_path / "out"
+    videos.mkdir()
+    paths = sorted(footage.glob("*.mp4"))
+    for path in paths[:4]:
+        shutil.copy(path, videos)
+    shard.run(config(videos), {}, str(output))
+    before = hashes(output)
+    shutil.copy(paths[4], videos / "new.mp4")
+    shutil.copy(paths[0], videos / "the same under another name.mp4")
+    totals = shard.run(config(videos), {}, str(output))["metrics"]
+    after = hashes(output)
+    assert before.items() <= after.items() and len(after) > len(before)
+    assert totals["sources"] == 6 and totals["sources_good"] == 5
+    rejected = [r for r in index.read_sources(str(output)).to_pylist() if r["status"] == "rejected"]
+    assert [(r["reason"], Path(r["uri"]).name) for r in rejected] == [("duplicate", "the same under another name.mp4")]
+
+
+def test_a_folder_of_broken_files_is_one_line_and_each_has_its_row(tmp_path: Path) -> None:
+    videos = tmp_path / "videos"
+    videos.mkdir()
+    (videos / "empty.mp4").write_bytes(b"")
+    (videos / "text <b>.mp4").write_bytes(b"no video" * 50)
+    with pytest.raises(UserError, match=r"none of 2 sources gave a clip \(1 empty, 1 unreadable\)"):
+        shard.run(config(videos), {}, str(tmp_path / "out"))
+    assert len(index.read_sources(str(tmp_path / "out"))) == 2
+
+
+def test_sources_in_memory_and_globs_are_read(footage: Path, tmp_path: Path) -> None:
+    fs = fsspec.filesystem("memory")
+    for path in sorted(footage.glob("*.mp4"))[:2]:
+        fs.put_file(str(path), f"/bucket/{path.name}")
+    totals = shard.run(config("memory://bucket/*.mp4"), {}, str(tmp_path))["metrics"]
+    assert totals["sources_good"] == 2
+    with pytest.raises(UserError, match="cannot see this process's memory"):
+        shard.run(config(footage), {}, "memory://out")
+
+
+def test_another_geometry_does_not_mix_into_a_dataset(sharded: Path, footage: Path) -> None:
+    with pytest.raises(UserError, match="made with another geometry"):
+        shard.run(config(footage, clip={"short_side": 32, "fps": 6}), {}, str(sharded))
+
+
+def test_an_object_store_gets_the_same_dataset(sharded: Path, footage: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from moto.server import ThreadedMotoServer
+
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0)
+    server.start()
+    try:
+        host, port = server.get_host_and_port()
+        settings = {
+            "AWS_ACCESS_KEY_ID": "a",
+            "AWS_SECRET_ACCESS_KEY": "b",
+            "AWS_DEFAULT_REGION": "us-east-1",
+            "AWS_ENDPOINT_URL": f"http://{host}:{port}",
+        }
+        for name, value in settings.items():
+            monkeypatch.setenv(name, value)
+        fs = fsspec.filesystem("s3", skip_instance_cache=True)
+        fs.mkdir("bucket")
+        fs.put(str(footage), "bucket/raw", recursive=True)
+        output = "s3://bucket/dataset"
+        shard._describe(config(footage), output)
+        planned = shard.plan(output, ["s3://bucket/raw/*.mp4"], 0.3, 1 << 30, 2)
+        # the session's Ray workers know no keys: groups are made here, as a worker would
+        for group in shard._missing_groups(output, planned.to_pylist()):
+            assert not make_group(group, output, _geometry())["error"]
+        assert shard._missing_groups(output, planned.to_pylist()) == []
+        for split in schema.SPLITS:
+            remote = {s.name: s.tar_sha256 for s in index.read_shards(output, split)}
+            assert remote and remote == {s.name: s.tar_sha256 for s in index.read_shards(str(sharded), split)}
+    finally:
+        server.stop()
+
+
+def _geometry() -> dict[str, Any]:
+    plain = config("x").model_dump(mode="json", include={"clip", "limits", "frame_diff", "decoder"})
+    return {"diff": plain.pop("frame_diff"), **plain}
+
+
+@pytest.mark.skipif(os.geteuid() != 0 or not shutil.which("mount"), reason="making a small disk needs root")
+def test_a_full_disk_is_one_line_and_the_run_can_go_on(sharded: Path, footage: Path, tmp_path: Path) -> None:
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=600k", "tmpfs", str(disk)], check=True)
+    try:
+        with pytest.raises(Failure, match="No space left on device"):
+            shard.run(config(footage), {}, str(disk / "out"))
+        subprocess.run(["mount", "-o", "remount,size=64m", str(disk)], check=True)
+        shard.run(config(footage), {}, str(disk / "out"))
+        assert hashes(disk / "out") == hashes(sharded)
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
+
+
+@pytest.mark.slow
+def test_killed_at_any_moment_it_ends_with_the_same_bytes(sharded: Path, footage: Path, tmp_path: Path) -> None:
+    script = (
+        "import sys\nfrom longtake.pipeline.stages import shard\n"
+        "if __name__ == '__main__':\n"
+        "    shard.run(shard.Config.model_validate_json(sys.argv[1]), {}, sys.argv[2])"
+    )
+    output = tmp_path / "out"
+    command = [sys.executable, "-P", "-c", script, config(footage).model_dump_json(), str(output)]
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
+    for delay in (4.0, 6.0, 8.0):
+        child = subprocess.Popen(command, env=environment, start_new_session=True, stderr=subprocess.DEVNULL)
+        time.sleep(delay)
+        os.killpg(child.pid, signal.SIGKILL)
+        child.wait()
+    assert subprocess.run(command, env=environment, stderr=subprocess.DEVNULL).returncode == 0
+    assert hashes(output) == hashes(sharded)
+
+
+def test_a_view_drops_by_rule_and_says_why(sharded: Path, tmp_path: Path) -> None:
+    chosen = curate.Config(kind="curate", dataset="shards", rules={"motion": {"min": 0.01}, "brightness": {"max": 0.9}})  # type: ignore[dict-item]
+    result = curate.run(chosen, {"dataset": str(sharded)}, str(tmp_path / "view" / "abc"))
+    table = read_view(result["uri"]).to_pylist()
+    clips = {r["key"]: r for split in schema.SPLITS for r in index.read_all(str(sharded), split).to_pylist()}
+    assert {r["key"] for r in table} == set(clips)
+    assert all(r["keep"] == (clips[r["key"]]["motion"] >= 0.01 and clips[r["key"]]["brightness"] <= 0.9) for r in table)
+    assert all((r["reason"] is None) == r["keep"] for r in table)
+    assert result["metrics"]["clips_kept"] + result["metrics"]["clips_dropped"] == len(table)
+    storage.filesystem(result["uri"])[0].rm(result["uri"])
+    with pytest.raises(UserError, match=r"none of \d+ clips is kept"):
+        curate.run(
+            curate.Config(kind="curate", dataset="x", rules={"motion": {"min": 2}}), {"dataset": str(sharded)}, "o/v"
+        )  # type: ignore[dict-item]
