@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -88,7 +89,7 @@ def load(folder: Path, engines: Mapping[str, Any]) -> tuple[dict[str, Any], dict
             loaded, _ = engine.load_checkpoint(str(path), tag=name)
             if loaded is None:
                 raise FileNotFoundError(f"no state of {name}")
-    except (OSError, ValueError, RuntimeError) as e:
+    except (OSError, ValueError, RuntimeError, SafetensorError) as e:
         raise Failure(
             f"{path}: damaged checkpoint ({str(e).splitlines()[0]}); write an older step's name into {latest}, or delete it to start anew"
         ) from e

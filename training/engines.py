@@ -2,6 +2,7 @@
 
 import logging
 import os
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -78,9 +79,8 @@ def device() -> torch.device:
 def engines_of(modules: Mapping[str, nn.Module], config: TrainConfig, world: int) -> dict[str, Any]:
     """A DeepSpeed engine for each module, AdamW over its parameters that take gradients. Needs a process group."""
     settings = deepspeed_config(config, world)
-    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
-    import deepspeed
-
+    with _compiler_noise_hidden():
+        import deepspeed
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     # else a C++ extension is compiled at the first start, for minutes, and a killed build hangs every later one
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
@@ -93,6 +93,20 @@ def engines_of(modules: Mapping[str, nn.Module], config: TrainConfig, world: int
             0
         ]
     return made
+
+
+@contextmanager
+def _compiler_noise_hidden() -> Iterator[None]:
+    """DeepSpeed tries at import what it could compile, and the linker's complaints go straight to the terminal."""
+    sys.stderr.flush()
+    kept, null = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(null)
 
 
 @contextmanager

@@ -1,7 +1,7 @@
 """The training loop: read it from top to bottom. It knows engines, objective, loader, tracker and checkpoints.
 
 A step is: data, then for each engine a forward, a backward and an update, then the average of the weights, then
-bookkeeping. Nothing random outlives a step: generators are seeded from (seed, step, rank), so a resumed run needs no
+bookkeeping. Nothing random outlives a step: generators are seeded from (seed, step, pass, rank), so a resumed run needs no
 saved random state. It stops, saves and says where on a non-finite loss; it saves and leaves on SIGINT and SIGTERM.
 """
 
@@ -53,8 +53,9 @@ def learning_rate(config: TrainConfig, step: int) -> float:
     return config.lr * (config.final_lr + (1 - config.final_lr) * 0.5 * (1 + math.cos(math.pi * done)))
 
 
-def step_seed(seed: int, step: int, rank: int) -> int:
-    return int(np.random.SeedSequence([seed, step, rank]).generate_state(1, np.uint64)[0] >> 1)
+def pass_seed(seed: int, step: int, number: int, rank: int) -> int:
+    """The seed of a rank's `number`-th forward pass of a step."""
+    return int(np.random.SeedSequence([seed, step, number, rank]).generate_state(1, np.uint64)[0] >> 1)
 
 
 def train(
@@ -94,16 +95,18 @@ def train(
     with _stop_signal() as stopped, bar:
         while step < config.steps:
             start = time.perf_counter()
-            generator = torch.Generator(device).manual_seed(step_seed(config.seed, step, rank))
-            torch.manual_seed(step_seed(config.seed, step, rank))
             rate = learning_rate(config, step)
             waited, metrics = 0.0, dict[str, Tensor]()
-            for _ in range(config.accumulate):
+            for number in range(config.accumulate):
                 asked = time.perf_counter()
                 batch = {
                     k: v.to(device, non_blocking=True) if isinstance(v, Tensor) else v for k, v in next(batches).items()
                 }
                 waited += time.perf_counter() - asked
+                # after the data, since a loader that starts draws from the global generator
+                seed = pass_seed(config.seed, step, number, rank)
+                torch.manual_seed(seed)
+                generator = torch.Generator(device).manual_seed(seed)
                 for name, engine in made.items():
                     with _only_learning(made, name):
                         engines.set_lr(engine, rate)
