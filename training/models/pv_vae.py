@@ -180,3 +180,10 @@ class PVVAE(nn.Module):
         posterior = self.encode(video[:, :, : frames_of(visible)])
         latent = self.pad(posterior.sample(generator), groups - visible, generator)
         return self.decode(latent), posterior
+
+    @torch.no_grad()
+    def reconstruct(self, video: Tensor, visible_frames: int | None = None) -> Tensor:
+        groups = latent_groups(video.shape[2])
+        visible = groups if visible_frames is None else latent_groups(visible_frames)
+        latent = self.encode(video[:, :, : frames_of(visible)]).mode()
+        return self.decode(self.pad(latent, groups - visible)).float().clamp(-1, 1)

@@ -186,7 +186,7 @@ def evaluate(model: PVVAE, loader: Loader, folder: Path, seed: int) -> dict[str,
         frames = video.shape[2]
         visible = (latent_groups(frames) + 1) // 2
         seen = frames_of(visible)
-        full, half = model.reconstruct(video), model.reconstruct(video, visible)
+        full, half = model.reconstruct(video), model.reconstruct(video, seen)
         copied = video[:, :, seen - 1 : seen].expand_as(video)
         row: dict[str, Any] = {
             "key": batch["key"][0],

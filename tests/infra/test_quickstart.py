@@ -1,0 +1,135 @@
+"""The whole way, as a user goes it: the quickstart recipe in its own processes, undisturbed and killed."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.slow
+
+SMALL = ["--set", "stages.vae.steps=30", "--set", "stages.vae.checkpoint_every=10", "--set", "stages.vae.batch=2"]
+COMMAND = [sys.executable, "-P", "-m", "longtake.infra.cli"]
+
+
+def environment(footage: Path) -> dict[str, str]:
+    """Of a fresh shell: without what other tests have set for Ray and MLflow."""
+    clean = {k: v for k, v in os.environ.items() if not k.startswith(("RAY_", "MLFLOW_"))}
+    return clean | {"VIDEOS": str(footage)}
+
+
+def longtake(folder: Path, footage: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [*COMMAND, *arguments], cwd=folder, env=environment(footage), capture_output=True, text=True, timeout=500
+    )
+
+
+def run(folder: Path, footage: Path, *more: str) -> str:
+    done = longtake(folder, footage, "run", "quickstart", *SMALL, *more)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def tars(folder: Path) -> dict[str, str]:
+    import hashlib
+
+    return {
+        str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest()
+        for p in sorted(folder.rglob("shards/**/*.tar"))
+    }
+
+
+@pytest.fixture(scope="module")
+def finished(footage: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("quickstart")
+    run(folder, footage)
+    return folder
+
+
+def test_it_ends_with_a_dataset_a_champion_and_a_report(finished: Path, footage: Path) -> None:
+    workspace = finished / "runs" / "quickstart"
+    status = longtake(finished, footage, "status", "quickstart", *SMALL).stdout
+    assert status.count("finished") >= 3 and "models:/pv-vae/1" in status
+    script = (
+        "import numpy as np, mlflow\nfrom longtake.training.registry import load\nprint(type(load('models:/pv-vae@champion')).__name__)\n"
+        "served = mlflow.pyfunc.load_model('models:/pv-vae@champion')\n"
+        "print(served.predict(np.zeros((1, 5, 64, 64, 3), np.uint8)).shape)"
+    )
+    store = {"MLFLOW_TRACKING_URI": f"sqlite:///{workspace}/mlflow.db"}
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", script], env=environment(footage) | store, capture_output=True, text=True
+    )
+    assert done.stdout.splitlines() == ["PVVAE", "(1, 5, 64, 64, 3)"], done.stderr
+    page = (workspace / "report.html").read_text()
+    assert page.count("<video") >= 1 and "copy" in page.lower()
+    heldout = json.loads(next(workspace.glob("artifacts/*/artifacts/heldout/heldout.json")).read_text())
+    assert heldout["summary"]["split"] == "val" and heldout["summary"]["psnr_all"] > 8
+
+
+def test_a_second_run_reuses_every_stage(finished: Path, footage: Path) -> None:
+    out = run(finished, footage)
+    assert out.count(": reused") == out.count(": r") - out.count("report: r") >= 3
+
+
+def test_a_training_setting_reruns_training_and_no_data_stage(finished: Path, footage: Path) -> None:
+    dry = longtake(
+        finished, footage, "run", "quickstart", *SMALL, "--set", "stages.vae.lr=2e-3", "--dry-run"
+    ).stdout.splitlines()
+    assert dry[:3] == ["shards: would be reused", "view: would be reused", "vae: would run"]
+
+
+def _marker(folder: Path, moment: str) -> bool:
+    patterns = {
+        "sharding": "shards/*/train/*.frame_diff.tar",
+        "training": "vae/*/checkpoints/step-00000010",
+        "registering": "artifacts/models",
+    }
+    return any((folder / "runs" / "quickstart").glob(patterns[moment]))
+
+
+def test_killed_while_sharding_training_and_registering_it_ends_the_same(
+    finished: Path, footage: Path, tmp_path: Path
+) -> None:
+    for moment in ("sharding", "training", "registering"):
+        child = subprocess.Popen(
+            [*COMMAND, "run", "quickstart", *SMALL], cwd=tmp_path, env=environment(footage), start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )  # fmt: skip
+        deadline = time.time() + 200
+        while not _marker(tmp_path, moment) and time.time() < deadline and child.poll() is None:
+            time.sleep(0.02)
+        assert child.poll() is None and _marker(tmp_path, moment), f"never caught it {moment}"
+        os.killpg(child.pid, signal.SIGKILL)
+        child.wait()
+    run(tmp_path, footage)
+    assert tars(tmp_path / "runs" / "quickstart").values() and set(tars(tmp_path).values()) == set(
+        tars(finished).values()
+    )
+    weights = {
+        f: next((f / "runs/quickstart/artifacts/models").rglob("model.safetensors")).read_bytes()
+        for f in (finished, tmp_path)
+    }
+    assert weights[finished] == weights[tmp_path], "the interrupted training ends with the same weights"
+
+
+def test_ctrl_c_saves_says_how_to_go_on_and_goes_on(footage: Path, tmp_path: Path) -> None:
+    more = [*SMALL, "--set", "stages.vae.steps=2000", "--set", "stages.vae.checkpoint_every=1000"]
+    child = subprocess.Popen(
+        [*COMMAND, "run", "quickstart", *more], cwd=tmp_path, env=environment(footage), start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )  # fmt: skip
+    assert child.stdout
+    deadline = time.time() + 200
+    said = ""
+    while "vae: running" not in said and time.time() < deadline:
+        said += child.stdout.readline()
+    while not list(tmp_path.glob("runs/quickstart/vae/*/checkpoints/lock")) and time.time() < deadline:
+        time.sleep(0.1)
+    time.sleep(8)
+    os.killpg(child.pid, signal.SIGINT)
+    rest = child.communicate(timeout=60)[0]
+    assert child.returncode == 130 and "run the same command again" in rest and "Traceback" not in rest, rest
+    assert list(tmp_path.glob("runs/quickstart/vae/*/checkpoints/step-*")), rest
+    assert "killed" in longtake(tmp_path, footage, "status", "quickstart", *more).stdout
