@@ -307,5 +307,7 @@ def _read(url: str, offset: int, size: int) -> bytes:
     else:
         data = storage.retrying(url, lambda: storage.read_range(url, offset, size))
     if len(data) != size:
-        raise Failure(f"{url}: is too short for bytes {offset} to {offset + size} of the index; run `longtake dataset verify`")
+        raise Failure(
+            f"{url}: is too short for bytes {offset} to {offset + size} of the index; run `longtake dataset verify`"
+        )
     return data

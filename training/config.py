@@ -34,6 +34,4 @@ class TrainConfig(StageConfig):
     def _consistent(self) -> "TrainConfig":
         if self.batch % self.accumulate:
             raise ValueError(f"batch {self.batch} does not divide into accumulate {self.accumulate} passes")
-        if self.warmup_steps >= self.steps:
-            raise ValueError(f"warmup_steps {self.warmup_steps} leaves no step of {self.steps}")
         return self

@@ -72,7 +72,9 @@ def process_group() -> Iterator[tuple[int, int]]:
 
 def device() -> torch.device:
     return (
-        torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if torch.cuda.is_available() else torch.device("cpu")
+        torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        if torch.cuda.is_available()
+        else torch.device("cpu")
     )
 
 

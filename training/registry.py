@@ -3,9 +3,11 @@
 import contextlib
 import hashlib
 import importlib
+import io
 import json
 import tempfile
-from collections.abc import Mapping
+import warnings
+from collections.abc import Iterator, Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -161,13 +163,8 @@ def reconstruct(model: nn.Module, video: np.ndarray) -> np.ndarray:
 
 
 @contextlib.contextmanager
-def _quietly() -> Any:
-    import logging
-
-    logger = logging.getLogger("mlflow")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
+def _quietly() -> Iterator[None]:
+    """Hide MLflow's advice, which it prints past logging; its errors are exceptions."""
+    with contextlib.redirect_stderr(io.StringIO()), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
         yield
-    finally:
-        logger.setLevel(level)
