@@ -274,7 +274,7 @@ def load_truth(path: Path | str) -> Truth:
     return Truth(**raw | {"shots": [(first, last) for first, last in raw["shots"]]})
 
 
-def generate(  # noqa: PLR0917
+def generate(
     folder: Path | str, count: int = 12, seed: int = 0, seconds: float = 12.0, fps: int = 24, size: Range = (240, 320)
 ) -> list[Path]:
     """Write `clip-000.mp4` ... and `clip-000.truth.json` ... into `folder`; returns the paths of the `count` videos.

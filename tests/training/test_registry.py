@@ -50,7 +50,7 @@ def test_damaged_or_foreign_weights_are_refused(folder: Path) -> None:
     flipped = bytearray(path.read_bytes())
     flipped[-1] ^= 1
     path.write_bytes(flipped)
-    with pytest.raises(Failure, match="not the weights that config.json describes"):
+    with pytest.raises(Failure, match=r"not the weights that config\.json describes"):
         registry.load(str(folder))
 
 
@@ -65,7 +65,7 @@ def test_a_pickle_in_place_of_weights_is_never_opened(folder: Path, tmp_path: Pa
     (folder / "model.safetensors").write_bytes(data)
     content = json.loads((folder / "config.json").read_text()) | {"sha256": hashlib.sha256(data).hexdigest()}
     (folder / "config.json").write_text(json.dumps(content))
-    with pytest.raises(Failure, match="model.safetensors"):
+    with pytest.raises(Failure, match=r"model\.safetensors"):
         registry.load(str(folder))
     assert not (tmp_path / "exploded").exists()
 
