@@ -88,11 +88,11 @@ def unpack_array(data: bytes, name: str = "array", max_bytes: int = 1 << 32) -> 
         raise Failure(f"{name}: damaged ({e}); delete the column's index and run its stage again") from e
 
 
-def center_crop(video: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """The centre of (T, H, W, 3) with the height-to-width ratio of `size`."""
+def crop(video: np.ndarray, size: tuple[int, int], place: float = 0.5) -> np.ndarray:
+    """The part of (T, H, W, 3) with the height-to-width ratio of `size`; `place` 0 is the left or top, 1 the other end."""
     h, w = video.shape[1:3]
     target_h, target_w = min(h, w * size[0] // size[1]), min(w, h * size[1] // size[0])
-    top, left = (h - target_h) // 2, (w - target_w) // 2
+    top, left = round((h - target_h) * place), round((w - target_w) * place)
     return video[:, top : top + target_h, left : left + target_w]
 
 

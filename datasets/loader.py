@@ -11,7 +11,7 @@ import json
 import mmap
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -41,7 +41,8 @@ class Loader:
         columns: some of `COLUMNS`.
         frames: frames T in a window. A clip shorter than the window is left out; `samples_short` counts them.
         stride: every how many frames of the clip.
-        size: (height, width) of the video; a clip is scaled down to cover it and cropped to its centre.
+        size: (height, width) of the video; a clip is scaled down to cover it and cropped.
+        crop: "center", or "random" along the longer side, from the sample's own seed.
         batch: samples in a global batch, over all ranks.
         last: "drop" leaves the last incomplete batch of an epoch out, "pad" fills it from the epoch's start.
         shuffle: False gives the order on disk and the window at each clip's start.
@@ -62,6 +63,7 @@ class Loader:
         frames: int = 17,
         stride: int = 1,
         size: tuple[int, int] = (64, 64),
+        crop: Literal["center", "random"] = "center",
         batch: int = 8,
         last: order.Last = "drop",
         shuffle: bool = True,
@@ -103,7 +105,7 @@ class Loader:
         self.batch = batch
         self._state: dict[str, Any] = {
             "order": order.ORDER_VERSION,
-            "data": hashlib.sha256(json.dumps([*fingerprint, split, frames, stride]).encode()).hexdigest(),
+            "data": hashlib.sha256(json.dumps([*fingerprint, split, frames, stride, size, crop]).encode()).hexdigest(),
             "seed": seed,
             "batch": batch,
             "taken": 0,
@@ -116,7 +118,7 @@ class Loader:
             samples=samples,
             columns=tuple(columns),
             batch_rows=functools.partial(_rows, sizes, seed, shuffle, batch, self.batches_per_epoch, rank, world),
-            window=functools.partial(_window, frames, stride, seed if shuffle else None),
+            window=functools.partial(_window, frames, stride, crop == "random", seed if shuffle else None),
             size=size,
             local_batch=batch // world,
         )
@@ -160,7 +162,7 @@ class _Stream:
         samples: pa.Table,
         columns: tuple[str, ...],
         batch_rows: Callable[[int], tuple[int, np.ndarray]],
-        window: Callable[[int, str, int], list[int]],
+        window: Callable[[int, str, int], tuple[list[int], float]],
         size: tuple[int, int],
         local_batch: int,
     ) -> None:
@@ -193,20 +195,20 @@ class _Stream:
     def decode(self, sample: dict[str, Any]) -> dict[str, Any]:
         row, key = sample["row"], sample["__key__"]
         name = f"{sample['__url__']}: {key}"
-        frames = self.window(sample["epoch"], key, row["frame_count"])
+        frames, place = self.window(sample["epoch"], key, row["frame_count"])
         out: dict[str, Any] = {"key": key, "epoch": sample["epoch"]}
         if "video" in self.columns:
             own = (row["height"], row["width"])
             scaled = clip.covering_size(own, self.size)
             video = clip.decode(sample["mp4"], frames, None if scaled == own else scaled, f"{name}.mp4")
-            out["video"] = _channels_first(clip.center_crop(video, self.size))
+            out["video"] = _channels_first(clip.crop(video, self.size, place))
         if "frame_diff" in self.columns:
             diff = clip.unpack_array(sample["frame_diff"], f"{name} (frame_diff)")
             if len(diff) != row["frame_count"] - 1:
                 raise Failure(
                     f"{name}: frame_diff has {len(diff)} entries for {row['frame_count']} frames; delete its index and run `shard` again"
                 )
-            out["frame_diff"] = _channels_first(clip.center_crop(diff[np.asarray(frames[1:], int) - 1], self.size))
+            out["frame_diff"] = _channels_first(clip.crop(diff[np.asarray(frames[1:], int) - 1], self.size, place))
         if "json" in self.columns:
             out["json"] = json.loads(sample["json"])
         return out
@@ -265,10 +267,16 @@ def _rows(
     return epoch, order.rank_rows(order.batch_rows(sequence, within, batch), rank, world)
 
 
-def _window(frames: int, stride: int, seed: int | None, epoch: int, key: str, frame_count: int) -> list[int]:
+def _window(
+    frames: int, stride: int, random_crop: bool, seed: int | None, epoch: int, key: str, frame_count: int
+) -> tuple[list[int], float]:
+    """The frames of a sample's window, and the place of its crop."""
     span = (frames - 1) * stride + 1
-    start = 0 if seed is None else int(order.sample_rng(seed, epoch, key).integers(frame_count - span + 1))
-    return list(range(start, start + span, stride))
+    if seed is None:
+        return list(range(0, span, stride)), 0.5
+    rng = order.sample_rng(seed, epoch, key)
+    start = int(rng.integers(frame_count - span + 1))
+    return list(range(start, start + span, stride)), rng.random() if random_crop else 0.5
 
 
 def _channels_first(video: np.ndarray) -> np.ndarray:

@@ -45,8 +45,9 @@ def test_the_frame_difference_is_that_of_the_decoded_clip_exactly(dataset: str) 
             assert np.array_equal(clip.unpack_array(packed), np.abs(np.diff(video, axis=0)))
 
 
-def test_the_window_of_frame_diff_is_the_window_of_the_video(dataset: str) -> None:
-    for batch in Loader(dataset, **WINDOW, columns=("video", "frame_diff"), epochs=2):
+@pytest.mark.parametrize("crop", ["center", "random"])
+def test_the_window_of_frame_diff_is_the_window_of_the_video(dataset: str, crop: Any) -> None:
+    for batch in Loader(dataset, **WINDOW, columns=("video", "frame_diff"), crop=crop, epochs=2):
         assert torch.equal(batch["video"].int().diff(dim=2).abs().to(torch.uint8), batch["frame_diff"])
 
 

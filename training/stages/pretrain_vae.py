@@ -136,6 +136,7 @@ def run(config: Config, inputs: Mapping[str, str], output: str) -> dict[str, Any
             config,
             inputs,
             "train",
+            crop="random",
             batch=config.batch // config.accumulate,
             rank=rank,
             world=world,
