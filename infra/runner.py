@@ -97,7 +97,8 @@ def _run_process(recipe: str, node: Node, parent: str, fresh: bool) -> None:
     finally:
         signal.signal(signal.SIGTERM, previous)
     if code in (130, 143):
-        raise Interrupted(f"stage {node.name} stopped")
+        # its process has said so
+        raise Interrupted
     if code:
         raise StageEnded(node.name, code)
 

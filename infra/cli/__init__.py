@@ -63,10 +63,15 @@ def _guarded(action: Callable[[], Any]) -> int:
         code = getattr(e, STAGE_ENDED, None)
         # a stage's own process has said what went wrong
         return code if code is not None else _say(e, 1)
-    except (Interrupted, KeyboardInterrupt, click.Abort) as e:
-        said = str(e) or "stopped"
-        print(f"\n{said}; run the same command again to go on", file=sys.stderr)
-        return 130
+    except Interrupted as e:
+        return _stopped(str(e)) if e.args else 130
+    except (KeyboardInterrupt, click.Abort):
+        return _stopped("stopped")
+
+
+def _stopped(what: str) -> int:
+    print(f"\n{what}; run the same command again to go on", file=sys.stderr)
+    return 130
 
 
 def _say(error: Exception, code: int) -> int:
