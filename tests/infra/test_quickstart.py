@@ -28,6 +28,20 @@ def longtake(folder: Path, footage: Path, *arguments: str) -> subprocess.Complet
     )
 
 
+def start(folder: Path, footage: Path, more: list[str], output: int) -> subprocess.Popen[str]:
+    """The same in a process group of its own, to be killed."""
+    command = [*COMMAND, "run", "quickstart", *more]
+    return subprocess.Popen(
+        command,
+        cwd=folder,
+        env=environment(footage),
+        start_new_session=True,
+        stdout=output,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
 def run(folder: Path, footage: Path, *more: str) -> str:
     done = longtake(folder, footage, "run", "quickstart", *SMALL, *more)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -95,9 +109,7 @@ def test_killed_while_sharding_training_and_registering_it_ends_the_same(
     finished: Path, footage: Path, tmp_path: Path
 ) -> None:
     for moment in ("sharding", "training", "registering"):
-        child = subprocess.Popen(
-            [*COMMAND, "run", "quickstart", *SMALL], cwd=tmp_path, env=environment(footage), start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-        )  # fmt: skip
+        child = start(tmp_path, footage, SMALL, subprocess.DEVNULL)
         deadline = time.time() + 200
         while not _marker(tmp_path, moment) and time.time() < deadline and child.poll() is None:
             time.sleep(0.02)
@@ -117,9 +129,7 @@ def test_killed_while_sharding_training_and_registering_it_ends_the_same(
 
 def test_ctrl_c_saves_says_how_to_go_on_and_goes_on(footage: Path, tmp_path: Path) -> None:
     more = [*SMALL, "--set", "stages.vae.steps=2000", "--set", "stages.vae.checkpoint_every=1000"]
-    child = subprocess.Popen(
-        [*COMMAND, "run", "quickstart", *more], cwd=tmp_path, env=environment(footage), start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )  # fmt: skip
+    child = start(tmp_path, footage, more, subprocess.PIPE)
     assert child.stdout
     deadline = time.time() + 200
     said = ""

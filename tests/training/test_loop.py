@@ -156,7 +156,10 @@ def test_old_checkpoints_go_and_a_damaged_one_is_named(dataset: str, tmp_path: P
 
 def test_a_second_process_does_not_train_into_the_same_folder(tmp_path: Path) -> None:
     with checkpoint.locked(tmp_path):
-        script = "import sys\nfrom pathlib import Path\nfrom longtake.training.checkpoint import locked\nwith locked(Path(sys.argv[1])): pass"
+        script = (
+            "import sys\nfrom pathlib import Path\nfrom longtake.training.checkpoint import locked\n"
+            "with locked(Path(sys.argv[1])): pass"
+        )
         done = subprocess.run([sys.executable, "-P", "-c", script, str(tmp_path)], capture_output=True, text=True)
         assert done.returncode != 0 and f"process {os.getpid()} is training here already" in done.stderr
     with checkpoint.locked(tmp_path):

@@ -10,6 +10,7 @@ import tempfile
 from collections.abc import Mapping
 from contextlib import nullcontext
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,6 +18,7 @@ import numpy as np
 import torch
 from pydantic import Field, field_validator, model_validator
 from torch import Tensor
+from tqdm import tqdm
 
 from longtake.datasets import clip, storage
 from longtake.datasets.errors import UserError
@@ -52,6 +54,7 @@ class Config(TrainConfig):
     lambda_reconstruction: float = Field(1.0, ge=0)  # not published; 1 is our assumption
     lambda_motion: float = Field(1.0, ge=0)  # of the differences, inside the reconstruction term
     lambda_kl: float = Field(1e-6, ge=0)  # not published; of nearest public code
+    eval_clips: int = Field(512, ge=1)  # held-out clips that the trained model is measured on, at most
 
     @field_validator("model")
     @classmethod
@@ -173,8 +176,8 @@ def _publish(config: Config, inputs: Mapping[str, str], model: PVVAE, log: track
 
 
 @torch.inference_mode()
-def evaluate(model: PVVAE, loader: Loader, folder: Path, seed: int) -> dict[str, Any]:
-    """PSNR on the clips of a loader, and pictures of some of them as `heldout.json` and KEY.mp4 in `folder`.
+def evaluate(model: PVVAE, loader: Loader, folder: Path, seed: int, most: int) -> dict[str, Any]:
+    """PSNR on the first `most` clips of a loader, and pictures of some of them as `heldout.json` and KEY.mp4 in `folder`.
 
     The encoder sees the first half of the latent groups. Predicted frames are compared with the last visible frame,
     repeated; `psnr_all` is of a reconstruction with every frame visible.
@@ -182,7 +185,8 @@ def evaluate(model: PVVAE, loader: Loader, folder: Path, seed: int) -> dict[str,
     at = next(model.parameters()).device
     rows: list[dict[str, Any]] = []
     frames = seen = 0
-    for batch in loader:
+    count = min(most, loader.samples)
+    for batch in tqdm(islice(loader, count), "evaluate", count, unit="clip"):
         video = to_model(batch["video"].to(at))
         frames = video.shape[2]
         visible = (latent_groups(frames) + 1) // 2
