@@ -53,7 +53,7 @@ def build(path: str, *overrides: str) -> list[graph.Node]:
         (changed(shards={"sources": ["x"]}), "stages.shards.kind: has no kind"),
         (changed(shards={"kind": "shard", "sources": []}), "stages.shards.sources: "),
         (changed(shards={"kind": "shard"}), "stages.shards.sources: is missing"),
-        (changed(shards={"kind": "shard", "sources": ["x"], "clip": {"fsp": 3}}), "clip.fsp: unknown key (did you mean fps?); allowed: short_side, fps"),
+        (changed(shards={"kind": "shard", "sources": ["x"], "clip": {"fsp": 3}}), "clip.fsp: unknown key (did you mean fps?); allowed: short"),
         (changed(shards={"kind": "shard", "sources": ["x"], "clip": {"fps": "many"}}), "clip.fps: input should be a valid number"),
         (changed(shards={"kind": "shard", "sources": ["x"], "clip": {"aspects": ["wide"]}}), "'wide' is not an aspect ratio"),
         (changed(view={"kind": "curate", "dataset": "shards", "rules": {"motoin": {"min": 1}}}), "stages.view.rules: unknown score motoin"),

@@ -166,9 +166,8 @@ def _publish(config: Config, inputs: Mapping[str, str], model: PVVAE, log: track
         uri = registry.register(folder, config.name, log.run_id)
         shown = Path(scratch) / "heldout"
         shown.mkdir()
-        summary = evaluate(
-            model, _loader(config, inputs, "val", batch=1, last="pad", shuffle=False, epochs=1), shown, config.seed
-        )
+        heldout = _loader(config, inputs, "val", batch=1, last="pad", shuffle=False, epochs=1)
+        summary = evaluate(model, heldout, shown, config.seed, config.eval_clips)
         log.artifacts(shown, "heldout")
     log.close()
     registry.promote(uri)
