@@ -35,6 +35,8 @@ def decode(
     height, width = size or (None, None)
     out: list[np.ndarray] = []
     try:
+        # one for all frames: a frame's own would set up its tables anew each time
+        scaler = av.video.reformatter.VideoReformatter()
         with av.open(io.BytesIO(mp4)) as container:
             stream = container.streams.video[0]
             stream.codec_context.thread_count = 1
@@ -47,7 +49,7 @@ def decode(
                         break
                     if round(frame.pts * stream.time_base * rate) != wanted[len(out)]:
                         continue
-                out.append(frame.to_ndarray(format="rgb24", width=width, height=height))
+                out.append(scaler.reformat(frame, width, height, "rgb24", threads=1).to_ndarray())
     except (av.error.FFmpegError, IndexError, TypeError) as e:
         raise Failure(f"{name}: cannot decode ({e}); run `longtake dataset verify`") from e
     if wanted is not None and len(out) < len(wanted):
@@ -66,8 +68,12 @@ def frame_difference(video: np.ndarray, factor: int) -> np.ndarray:
     """
     t, h, w, c = video.shape
     if factor > 1:
-        sums = video.reshape(t, h // factor, factor, w // factor, factor, c).sum((2, 4), dtype=np.uint32)
-        video = ((sums + factor * factor // 2) // (factor * factor)).astype(np.uint8)
+        # adding strided slices is several times faster than a sum over two axes
+        sums = np.full((t, h // factor, w // factor, c), factor * factor // 2, np.uint16 if factor <= 16 else np.uint32)
+        for y in range(factor):
+            for x in range(factor):
+                sums += video[:, y::factor, x::factor]
+        video = (sums // (factor * factor)).astype(np.uint8)
     later, earlier = video[1:], video[:-1]
     return np.maximum(later, earlier) - np.minimum(later, earlier)
 

@@ -152,20 +152,28 @@ def is_no_video(error: Unreadable) -> bool:
     return str(error) == _NO_VIDEO
 
 
-def to_planes(frame: Frame, scaled: tuple[int, int], crop: tuple[int, int]) -> np.ndarray:
+def to_planes(frame: Frame, scaled: tuple[int, int], crop: tuple[int, int], scaler: Any) -> np.ndarray:
     """Scale, convert and turn a frame in one pass, then cut the centre.
 
     Args:
         scaled: (width, height) upright, both even.
         crop: (width, height) upright, both even, no larger.
+        scaler: a VideoReformatter, the same one for all frames of a source: it keeps its tables.
 
     Returns:
         (3/2 * height, width) uint8, planar YUV 4:2:0, BT.601, limited range.
     """
     turned = frame.rotation in (90, 270)
     width, height = scaled[::-1] if turned else scaled
-    image = frame.image.reformat(
-        width, height, "yuv420p", dst_colorspace="ITU601", dst_color_range="MPEG", interpolation="BICUBIC"
+    image = scaler.reformat(
+        frame.image,
+        width,
+        height,
+        "yuv420p",
+        dst_colorspace="ITU601",
+        dst_color_range="MPEG",
+        interpolation="BICUBIC",
+        threads=1,
     )
     planes = [_plane(p) for p in image.planes]
     if frame.rotation:

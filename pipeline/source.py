@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from av.video.reformatter import VideoReformatter
 
 from longtake.datasets import clip as clips
 from longtake.pipeline.cut import Sampled, shots
@@ -175,12 +176,13 @@ def _sampled(
     """
     tick, previous, duration, after_gap = 0, None, 1 / fps, False
     planes: np.ndarray | None = None
+    scaler = VideoReformatter()
 
     def until(end: float, frame: Frame) -> Iterator[Sampled]:
         nonlocal tick, after_gap, planes
         while tick / fps < end:
             if planes is None:
-                planes = to_planes(frame, scaled, bucket)
+                planes = to_planes(frame, scaled, bucket, scaler)
             yield Sampled(planes, frame.number, tick / fps, after_gap)
             tick, after_gap = tick + 1, False
 
