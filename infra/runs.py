@@ -1,7 +1,9 @@
 """MLflow as the only run database: where it is, which stages have finished, and one run a stage."""
 
 import json
+import logging
 import os
+import sys
 import tempfile
 import time
 from collections.abc import Mapping
@@ -71,8 +73,17 @@ class Runs:
         self.client.set_terminated(run_id, "FINISHED")
 
     def end(self, run_id: str, status: str, error: str) -> None:
-        self.client.set_tag(run_id, _ERROR, error[:_MAX_PARAM])
-        self.client.set_terminated(run_id, status)
+        """Note how a run ended badly; a store that cannot note it does not hide the error itself."""
+        from mlflow.exceptions import MlflowException
+
+        try:
+            self.client.set_tag(run_id, _ERROR, error[:_MAX_PARAM])
+            self.client.set_terminated(run_id, status)
+        except MlflowException as e:
+            print(
+                f"tracking: could not note that run {run_id} ended as {status} ({str(e).splitlines()[0]})",
+                file=sys.stderr,
+            )
 
     def log_json(self, run_id: str, name: str, content: Any) -> None:
         with tempfile.TemporaryDirectory() as folder:
@@ -152,6 +163,8 @@ def _client(uri: str) -> Any:
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
     from mlflow import MlflowClient, set_tracking_uri
 
+    # it prints a stack trace beside each error that it raises
+    logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)
     set_tracking_uri(uri)
     return MlflowClient(uri)
 

@@ -49,26 +49,36 @@ def save(
     rank = torch.distributed.get_rank()
     name = f"step-{meta['step']:08d}"
     scratch, final = folder / f".{name}.tmp", folder / name
-    with storage.failing_clearly(str(final)):
+    try:
+        with storage.failing_clearly(str(final)):
+            if rank == 0:
+                shutil.rmtree(scratch, ignore_errors=True)
+                scratch.mkdir(parents=True)
+            torch.distributed.barrier()
+            for engine_name, engine in engines.items():
+                engine.save_checkpoint(str(scratch), tag=engine_name, save_latest=False)
+            if rank == 0:
+                save_file(dict(ema), scratch / "ema.safetensors")
+                (scratch / "meta.json").write_bytes(storage.canonical_json(dict(meta)))
+                for path in [*scratch.rglob("*"), scratch]:
+                    _sync(path)
+                shutil.rmtree(final, ignore_errors=True)
+                scratch.rename(final)
+                _sync(folder)
+                storage.write(str(folder / "latest"), name.encode())
+                for old in sorted(folder.glob("step-*"))[:-keep]:
+                    if old != final:
+                        shutil.rmtree(old)
+            torch.distributed.barrier()
+    except (RuntimeError, SafetensorError) as e:
+        # how torch and safetensors report a write that failed
+        cause = str(e).splitlines()[0]
+        raise Failure(
+            f"{final}: could not be written; free some space, then run the same command again ({cause})"
+        ) from e
+    finally:
         if rank == 0:
             shutil.rmtree(scratch, ignore_errors=True)
-            scratch.mkdir(parents=True)
-        torch.distributed.barrier()
-        for engine_name, engine in engines.items():
-            engine.save_checkpoint(str(scratch), tag=engine_name, save_latest=False)
-        if rank == 0:
-            save_file(dict(ema), scratch / "ema.safetensors")
-            (scratch / "meta.json").write_bytes(storage.canonical_json(dict(meta)))
-            for path in [*scratch.rglob("*"), scratch]:
-                _sync(path)
-            shutil.rmtree(final, ignore_errors=True)
-            scratch.rename(final)
-            _sync(folder)
-            storage.write(str(folder / "latest"), name.encode())
-            for old in sorted(folder.glob("step-*"))[:-keep]:
-                if old != final:
-                    shutil.rmtree(old)
-        torch.distributed.barrier()
     return final
 
 

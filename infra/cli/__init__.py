@@ -1,5 +1,6 @@
 """The `longtake` command. Heavy packages are imported by the commands that need them, so that --help is instant."""
 
+import errno
 import signal
 import sys
 from collections.abc import Callable
@@ -67,6 +68,19 @@ def _guarded(action: Callable[[], Any]) -> int:
         return _stopped(str(e)) if e.args else 130
     except (KeyboardInterrupt, click.Abort):
         return _stopped("stopped")
+    except Exception as e:
+        if not _disk_is_full(e):
+            raise
+        return _say(Failure("the disk is full; free some space, then run the same command again"), 1)
+
+
+def _disk_is_full(error: BaseException | None) -> bool:
+    """Libraries wrap a full disk in errors of their own, some without keeping the cause."""
+    while error is not None:
+        if getattr(error, "errno", None) == errno.ENOSPC or "disk is full" in str(error):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 def _stopped(what: str) -> int:

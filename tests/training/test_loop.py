@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -209,3 +210,21 @@ def test_the_schedule_warms_up_and_ends_where_it_should() -> None:
 def test_a_batch_that_does_not_divide_is_refused() -> None:
     with pytest.raises(UserError, match="batch: 6 does not divide among 4 processes"):
         engines.deepspeed_config(TrainConfig(batch=6), 4)
+
+
+@pytest.mark.skipif(os.geteuid() != 0 or not shutil.which("mount"), reason="making a small disk needs root")
+def test_a_full_disk_while_saving_is_one_line_and_costs_no_older_checkpoint(
+    dataset: str, tmp_path: Path, group: None
+) -> None:
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=48k", "tmpfs", str(disk)], check=True)
+    try:
+        with pytest.raises(Failure, match="free some space, then run the same command again"):
+            run(dataset, disk, steps=6, checkpoint_every=1, keep_checkpoints=9)
+        last = (disk / "latest").read_text()
+        assert (disk / last / "meta.json").exists() and not list(disk.glob(".*"))
+        subprocess.run(["mount", "-o", "remount,size=4m", str(disk)], check=True)
+        assert same(run(dataset, disk, steps=6), run(dataset, tmp_path / "straight", steps=6))
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
