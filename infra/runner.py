@@ -125,11 +125,11 @@ def run_stage(recipe: Recipe, name: str, parent: str | None = None, fresh: bool 
     done = store.finished(node.fingerprint)
     if done and not fresh:
         return {"uri": done.uri}
-    run_id = store.open(node, parent, fresh)
+    run_id, output = store.open(node, parent, fresh)
     os.environ["MLFLOW_RUN_ID"] = run_id
     try:
-        with storage.failing_clearly(node.output):
-            result = stages.load(node.kind).run(node.config, inputs, node.output)
+        with storage.failing_clearly(output):
+            result = stages.load(node.kind).run(node.config, inputs, output)
     except BaseException as e:
         stopped = isinstance(e, Interrupted | KeyboardInterrupt)
         store.end(run_id, "KILLED" if stopped else "FAILED", f"{type(e).__name__}: {e}")

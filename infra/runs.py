@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import secrets
 import sys
 import tempfile
 import time
@@ -16,7 +17,9 @@ from longtake.datasets.errors import Failure, UserError
 from longtake.infra.graph import Node
 from longtake.infra.recipe import Recipe
 
-_FINGERPRINT, _STAGE, _KIND, _URI, _ERROR = (f"longtake.{t}" for t in ("fingerprint", "stage", "kind", "uri", "error"))
+_FINGERPRINT, _STAGE, _KIND, _OUTPUT, _URI, _ERROR = (
+    f"longtake.{t}" for t in ("fingerprint", "stage", "kind", "output", "uri", "error")
+)
 _PARENT = "mlflow.parentRunId"
 _MAX_PARAM = 500
 
@@ -52,17 +55,22 @@ class Runs:
         run = self.find(fingerprint)
         return run if run and run.status == "FINISHED" else None
 
-    def open(self, node: Node, parent: str | None, fresh: bool = False) -> str:
-        """The id of a run to work in: an unfinished one of the same fingerprint goes on, unless `fresh`."""
+    def open(self, node: Node, parent: str | None, fresh: bool = False) -> tuple[str, str]:
+        """(run id, output) to work in: an unfinished run of the same fingerprint goes on, unless `fresh`.
+
+        A fresh run gets an output of its own, so that it starts from nothing and harms nothing that was made before.
+        """
         run = None if fresh else self.find(node.fingerprint)
         if run and run.status != "FINISHED":
             self.client.update_run(run.id, status="RUNNING")
-            return run.id
+            return run.id, self.client.get_run(run.id).data.tags[_OUTPUT]
         tags = {"mlflow.runName": node.name, _FINGERPRINT: node.fingerprint, _STAGE: node.name, _KIND: node.kind}
-        made = self.client.create_run(self.experiment, tags=tags | ({_PARENT: parent} if parent else {}))
+        output = f"{node.output}-{secrets.token_hex(4)}" if fresh else node.output
+        tags |= {_OUTPUT: output} | ({_PARENT: parent} if parent else {})
+        run_id = self.client.create_run(self.experiment, tags=tags).info.run_id
         for key, value in _flat(node.config.model_dump(mode="json")).items():
-            self.client.log_param(made.info.run_id, key, str(value)[:_MAX_PARAM])
-        return made.info.run_id
+            self.client.log_param(run_id, key, str(value)[:_MAX_PARAM])
+        return run_id, output
 
     def finish(self, run_id: str, result: Mapping[str, Any]) -> None:
         now = int(time.time() * 1000)

@@ -96,6 +96,14 @@ def test_a_training_setting_reruns_training_and_no_data_stage(finished: Path, fo
     assert dry[:3] == ["shards: would be reused", "view: would be reused", "vae: would run"]
 
 
+def test_forced_training_starts_from_nothing(finished: Path, footage: Path) -> None:
+    out = run(finished, footage, "--from", "vae")
+    assert "shards: reused" in out and "vae: running" in out and "models:/pv-vae/2" in out
+    outputs = [p.parent for p in finished.glob("runs/quickstart/vae/*/checkpoints")]
+    assert len(outputs) == 2
+    assert run(finished, footage).count("models:/pv-vae/2") == 1
+
+
 def _marker(folder: Path, moment: str) -> bool:
     patterns = {
         "sharding": "shards/*/train/*.frame_diff.tar",
