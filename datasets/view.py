@@ -1,10 +1,11 @@
 """A view: which clips of a dataset to use and why not the others. Writing one decodes nothing."""
 
 import operator
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from longtake.datasets import index, schema, storage
 from longtake.datasets.errors import UserError
@@ -12,30 +13,56 @@ from longtake.datasets.errors import UserError
 _COMPARE = {"min": ("<", operator.lt), "max": (">", operator.gt)}
 
 
-def threshold(table: pa.Table, rules: Mapping[str, Mapping[str, float]]) -> list[str | None]:
-    """The reason why each row of an index is dropped, None where it is kept.
+def broken(table: pa.Table, rules: Mapping[str, Mapping[str, float]]) -> Iterator[tuple[str, np.ndarray]]:
+    """Each bound as the reason it gives and the rows (N,) bool that break it; a row without the score breaks none.
 
     Args:
-        rules: `{column: {"min": a, "max": b}}`, either bound optional; the first broken rule is the reason.
+        rules: `{column: {"min": a, "max": b, "min_percentile": c, "max_percentile": d}}`, each bound optional;
+            percentiles are 0..100, of the table's rows.
     """
-    reasons: list[str | None] = [None] * len(table)
     for column, bounds in rules.items():
         values = np.asarray(table[column], dtype=np.float64)
+        known = values[~np.isnan(values)]
         for bound, limit in bounds.items():
-            sign, broken = _COMPARE[bound]
-            for row in np.flatnonzero(broken(values, limit)):
-                reasons[row] = reasons[row] or f"{column} {sign} {limit:g}"
+            kind, _, percentile = bound.partition("_")
+            sign, breaks = _COMPARE[kind]
+            if not percentile:
+                yield f"{column} {sign} {limit:g}", breaks(values, limit)
+            elif len(known):
+                value = np.percentile(known, limit)
+                yield f"{column} {sign} {value:.4g} (percentile {limit:g})", breaks(values, value)
+
+
+def threshold(table: pa.Table, rules: Mapping[str, Mapping[str, float]]) -> list[str | None]:
+    """The reason why each row of an index is dropped, the first broken bound of `rules`; None where it is kept."""
+    reasons: list[str | None] = [None] * len(table)
+    for reason, rows_broken in broken(table, rules):
+        for row in np.flatnonzero(rows_broken):
+            reasons[row] = reasons[row] or reason
     return reasons
 
 
-def rows(split: str, keys: Sequence[str], reasons: Sequence[str | None]) -> pa.Table:
-    return index.rows_table(
-        (
-            {"key": k, "split": split, "keep": r is None, "reason": r, "weight": 1.0}
-            for k, r in zip(keys, reasons, strict=True)
-        ),
-        schema.VIEW,
-    )
+def rows(
+    split: str | pa.ChunkedArray,
+    keys: Sequence[str] | pa.ChunkedArray,
+    reasons: Sequence[str | None] | np.ndarray,
+    weights: np.ndarray | None = None,
+) -> pa.Table:
+    """A view of N clips: kept where they have no reason.
+
+    Args:
+        split: one for all, or one for each.
+        weights: (N,) how often a kept clip should be seen, against a mean of 1; None gives all the same.
+    """
+    why = pa.array(reasons, pa.string())
+    columns = {
+        "key": keys,
+        "split": pa.repeat(split, len(keys)) if isinstance(split, str) else split,
+        "keep": pc.is_null(why),
+        "reason": why,
+        "weight": np.ones(len(keys)) if weights is None else weights,
+    }
+    return pa.table(columns, schema.VIEW)
 
 
 def read_view(url: str) -> pa.Table:

@@ -1,38 +1,91 @@
-"""`curate`: which clips of a dataset to use, as a view. Shards stay as they are; nothing is decoded."""
+"""`curate`: which clips of a dataset to use, as a view. Shards stay as they are; only an encoder decodes anything."""
 
+import hashlib
 from collections import Counter
-from collections.abc import Mapping
-from typing import Any, Literal
+from collections.abc import Iterator, Mapping
+from typing import Annotated, Any, Literal
 
+import numpy as np
 import pyarrow as pa
-from pydantic import Field, field_validator
+import pyarrow.compute as pc
+from pydantic import Field, FiniteFloat, field_validator, model_validator
 
 from longtake.datasets import index, schema, storage, view
 from longtake.datasets.errors import UserError
 from longtake.datasets.stage import DatasetInput, StageConfig
+from longtake.pipeline import dedup, embed
 
-VERSION = 1
+VERSION = 2
 PRODUCES = "view"
 
 _COLUMNS = (*schema.SCORES, "frame_count", "width", "height")
 
+Percentile = Annotated[float, Field(ge=0, le=100)]
+Drops = Iterator[tuple[str, np.ndarray]]  # (reason, row numbers)
+
 
 class Bounds(StageConfig):
-    """Keep clips whose score lies between these, bounds included."""
+    """Keep clips whose score lies between these, bounds included; percentiles are over all clips of the dataset."""
 
-    min: float | None = None
-    max: float | None = None
+    min: FiniteFloat | None = None
+    max: FiniteFloat | None = None
+    min_percentile: Percentile | None = None
+    max_percentile: Percentile | None = None
+
+    @model_validator(mode="after")
+    def _ordered(self) -> "Bounds":
+        for unit in ("", "_percentile"):
+            low, high = getattr(self, f"min{unit}"), getattr(self, f"max{unit}")
+            if low is not None and high is not None and low > high:
+                raise ValueError(f"min{unit} {low:g} is above max{unit} {high:g}, which keeps nothing; swap them")
+        return self
+
+
+class NearDuplicates(StageConfig):
+    """Clips whose perceptual hashes differ in at most `radius` of 64 bits."""
+
+    radius: int = Field(4, ge=0, le=16)
+
+
+class Embedding(StageConfig):
+    """Clips whose middle frames look alike to an image encoder (see `pipeline.embed`)."""
+
+    encoder: str
+    size: int = Field(224, ge=8)
+    similarity: float = Field(0.95, gt=0, le=1)
+    clusters: int | None = Field(None, ge=1)
+
+
+class Balance(StageConfig):
+    """Evens out the classes of the training clips: at most so many of each, weights against their counts, or both."""
+
+    by: Literal["label"] = "label"
+    most: int | None = Field(None, ge=1)
+    weights: bool = False
+
+    @model_validator(mode="after")
+    def _does_something(self) -> "Balance":
+        if self.most is None and not self.weights:
+            raise ValueError("asks for nothing; give `most: N`, `weights: true` or both")
+        return self
 
 
 class Config(StageConfig):
-    """Thresholds on scores to a view that says for each clip whether it is used and why not.
+    """What a clip must pass, in this order, to be used; the first that it fails is the reason in the view.
 
-    `rules` maps a score to its bounds, such as `{motion: {min: 0.004}, brightness: {min: 0.05, max: 0.98}}`.
+    `rules` maps a score to its bounds, such as `{motion: {min: 0.004}, sharpness: {min_percentile: 5}}`.
+
+    Of clips that repeat each other one stays: a held-out one before any of training, so that nothing held out is
+    trained on, then the first by key. Balancing leaves the held-out clips alone; clips without a label are a class.
     """
 
     kind: Literal["curate"]
     dataset: DatasetInput
     rules: dict[str, Bounds] = Field(default_factory=lambda: {"motion": Bounds(min=0.002), "still": Bounds(max=0.9)})
+    exact_duplicates: bool = True
+    near_duplicates: NearDuplicates | None = None
+    embedding: Embedding | None = None
+    balance: Balance | None = None
 
     @field_validator("rules")
     @classmethod
@@ -42,28 +95,101 @@ class Config(StageConfig):
         return rules
 
 
+def outside(config: Config) -> str:
+    """Changes with the encoder's file."""
+    return hashlib.sha256(embed.read_encoder(config.embedding.encoder)).hexdigest() if config.embedding else ""
+
+
 def run(config: Config, inputs: Mapping[str, str], output: str) -> dict[str, Any]:
     """Write the view beside the shards: DATASET/views/NAME.parquet.
 
     Raises:
-        UserError: the rules keep no clip at all.
+        UserError: no clip is kept, there are no labels to balance by, or the encoder does not work.
+        Failure: a clip is not readable.
     """
     dataset = inputs["dataset"]
-    rules = {name: bounds.model_dump(exclude_none=True) for name, bounds in config.rules.items()}
-    tables, reasons = [], Counter[str]()
-    for split in schema.SPLITS:
-        clips = index.read_all(dataset, split)
-        dropped = view.threshold(clips, rules)
-        reasons.update(reason for reason in dropped if reason)
-        tables.append(view.rows(split, clips["key"].to_pylist(), dropped))
-    table = pa.concat_tables(tables)
-    kept = len(table) - reasons.total()
-    if not kept:
-        raise UserError(f"rules: none of {len(table)} clips is kept ({dict(reasons)}); loosen the rules of this stage")
+    clips = _by_preference(dataset)
+    if config.balance and clips["label"].null_count == len(clips):
+        raise UserError("balance: no clip has a label; give the manifest a `label` column or leave `balance` out")
+    reasons, keep = np.full(len(clips), None, object), np.ones(len(clips), bool)
+    for step in (_rules, _exact, _near, _embedding, _balance):
+        for reason, rows in step(config, dataset, clips, np.flatnonzero(keep)):
+            reasons[rows[keep[rows]]] = reason
+            keep[rows] = False
+    dropped = Counter[str](reasons[~keep].tolist())
+    if not keep.any():
+        raise UserError(f"rules: none of {len(clips)} clips is kept ({dict(dropped)}); loosen the rules of this stage")
     uri = storage.join(dataset, "views", f"{output.rstrip('/').rsplit('/', 1)[-1]}.parquet")
+    table = view.rows(clips["split"], clips["key"], reasons, _weights(config, clips, np.flatnonzero(keep)))
     storage.write(uri, index.to_parquet(table))
     return {
         "uri": uri,
-        "metrics": {"clips_kept": float(kept), "clips_dropped": float(reasons.total())},
-        "dropped_by_reason": dict(reasons),
+        "metrics": {"clips_kept": float(keep.sum()), "clips_dropped": float(dropped.total())},
+        "dropped_by_reason": dict(dropped),
     }
+
+
+def _by_preference(dataset: str) -> pa.Table:
+    """All clips with their `split`, in the order in which those that repeat each other stay."""
+    tables = []
+    for split in ("val", "train"):
+        clips = index.read_all(dataset, split)
+        clips = clips.take(pc.sort_indices(clips["key"]))
+        tables.append(clips.append_column("split", pa.repeat(split, len(clips))))
+    return pa.concat_tables(tables)
+
+
+def _rules(config: Config, dataset: str, clips: pa.Table, left: np.ndarray) -> Drops:
+    rules = {name: bounds.model_dump(exclude_none=True) for name, bounds in config.rules.items()}
+    for reason, broken in view.broken(clips, rules):
+        yield reason, np.flatnonzero(broken)
+
+
+def _exact(config: Config, dataset: str, clips: pa.Table, left: np.ndarray) -> Drops:
+    if config.exact_duplicates:
+        yield "exact duplicate", left[dedup.exact(clips["sha256"].take(left))]
+
+
+def _near(config: Config, dataset: str, clips: pa.Table, left: np.ndarray) -> Drops:
+    if config.near_duplicates:
+        hashes = clips["phash"].take(left)
+        known = left[np.asarray(hashes.is_valid())]  # a clip without a hash is like no other
+        yield "near duplicate", known[dedup.near(hashes.drop_null().to_numpy(), config.near_duplicates.radius)]
+
+
+def _embedding(config: Config, dataset: str, clips: pa.Table, left: np.ndarray) -> Drops:
+    if asked := config.embedding:
+        vectors = embed.vectors(dataset, clips.take(left), asked.encoder, asked.size)
+        yield "similar embedding", left[dedup.embedded(vectors, asked.similarity, asked.clusters)]
+
+
+def _balance(config: Config, dataset: str, clips: pa.Table, left: np.ndarray) -> Drops:
+    if config.balance and config.balance.most:
+        most = config.balance.most
+        for label, members in _classes(clips, left):
+            if len(members) > most:
+                # by a hash of the key: the first by key would be all from few sources
+                digests = [hashlib.sha256(key.encode()).digest() for key in clips["key"].take(members).to_pylist()]
+                chosen = sorted(range(len(members)), key=digests.__getitem__)
+                what = f"of label {label}" if label is not None else "without a label"
+                yield f"over {most} {what}", members[chosen[most:]]
+
+
+def _weights(config: Config, clips: pa.Table, kept: np.ndarray) -> np.ndarray:
+    """(N,) weights; with `balance.weights` those of a class's training clips add up to the same for every class."""
+    weights = np.ones(len(clips))
+    if config.balance and config.balance.weights:
+        classes = list(_classes(clips, kept))
+        total = sum(len(members) for _, members in classes)
+        for _, members in classes:
+            weights[members] = total / len(classes) / len(members)
+    return weights
+
+
+def _classes(clips: pa.Table, rows: np.ndarray) -> Iterator[tuple[str | None, np.ndarray]]:
+    """Each label among these rows, None included, with its training rows."""
+    train = rows[np.asarray(pc.equal(clips["split"], "train").take(rows))]
+    labels = clips["label"].take(train).combine_chunks().dictionary_encode(null_encoding="encode")
+    codes = labels.indices.to_numpy()
+    members = np.split(train[np.argsort(codes, kind="stable")], np.cumsum(np.bincount(codes))[:-1])
+    yield from zip(labels.dictionary.to_pylist(), members, strict=False)
