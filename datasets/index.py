@@ -7,6 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
@@ -35,14 +36,17 @@ def to_parquet(table: pa.Table) -> bytes:
     return sink.getvalue().to_pybytes()
 
 
-def from_parquet(url: str) -> pa.Table:
-    """Read a whole table. Raises Failure naming the file where it is not readable."""
-    data = storage.retrying(url, lambda: storage.read(url))
+def from_parquet(url: str, columns: list[str] | None = None) -> pa.Table:
+    """Read a table, or some of its columns. Raises Failure naming the file where it is not readable."""
     try:
-        return pq.read_table(pa.BufferReader(data))
-    except (pa.ArrowException, OSError) as e:
+        data = storage.retrying(url, lambda: storage.read(url))
+    except FileNotFoundError as e:
+        raise Failure(f"{url}: is missing; run the stage that made it again") from e
+    try:
+        return pq.read_table(pa.BufferReader(data), columns=columns)
+    except (pa.ArrowException, OSError, ValueError, MemoryError) as e:
         raise Failure(
-            f"{url}: not a readable Parquet file ({e}); delete it and run the stage that made it again"
+            f"{url}: not a readable Parquet file ({' '.join(str(e).split())}); delete it and run the stage that made it again"
         ) from e
 
 
@@ -54,20 +58,47 @@ def write_index(
     url: str, rows: Iterable[Mapping[str, Any]], table_schema: pa.Schema, tar_bytes: int, tar_sha256: str
 ) -> None:
     """Commit a tar: from this moment it exists."""
-    record = json.dumps({"format": schema.FORMAT_VERSION, "bytes": tar_bytes, "sha256": tar_sha256}, sort_keys=True)
-    table = rows_table(rows, table_schema).replace_schema_metadata({_TAR: record.encode()})
+    table = rows_table(rows, table_schema)
+    record = {"format": schema.FORMAT_VERSION, "bytes": tar_bytes, "sha256": tar_sha256}
+    record["rows_sha256"] = _rows_sha256(url, record, table)
+    table = table.replace_schema_metadata({_TAR: json.dumps(record, sort_keys=True).encode()})
     storage.write(url, to_parquet(table))
 
 
 def read_shard(dataset: str, split: str, name: str) -> Shard:
-    """The commit record of one tar, base ("00000") or column ("00000.frame_diff")."""
+    """The commit record of one tar, base ("00000") or column ("00000.frame_diff").
+
+    Raises:
+        Failure: it is missing, or is not what was committed under this name.
+    """
     url = storage.join(dataset, split, f"{name}.parquet")
     table = from_parquet(url)
-    metadata = table.schema.metadata or {}
-    if _TAR not in metadata:
-        raise Failure(f"{url}: not an index of this format; delete it and run the stage that made it again")
-    record = json.loads(metadata[_TAR])
+    remedy = "delete it and run the stage that made it again"
+    try:
+        record = json.loads((table.schema.metadata or {})[_TAR])
+        committed = record.pop("rows_sha256") == _rows_sha256(url, record, table)
+    except (pa.ArrowException, ValueError, KeyError, TypeError, AttributeError) as e:
+        raise Failure(f"{url}: not an index of this format; {remedy}") from e
+    if not committed:
+        raise Failure(f"{url}: damaged, its rows are not those that were committed; {remedy}")
     return Shard(split, name, record["bytes"], record["sha256"], table)
+
+
+def _rows_sha256(url: str, record: Mapping[str, Any], table: pa.Table) -> str:
+    """A digest of an index: its split and name, the tar it commits, every row. Parquet itself checks none of them."""
+    place = url.split("/")[-2:]
+    digest = hashlib.sha256(
+        json.dumps([place, record, [[f.name, str(f.type)] for f in table.schema]], sort_keys=True).encode()
+    )
+    for column in table.columns:
+        digest.update(np.asarray(column.is_null()).tobytes())
+        if pa.types.is_string(column.type):
+            values = column.cast(pa.binary()).fill_null(b"")
+            digest.update(np.asarray(pc.binary_length(values)).tobytes())
+            digest.update(b"".join(values.to_pylist()))
+        else:
+            digest.update(np.asarray(column.fill_null(0)).tobytes())
+    return digest.hexdigest()
 
 
 def shard_names(dataset: str, split: str, column: str | None = None) -> list[str]:
@@ -115,10 +146,14 @@ def describe(dataset: str) -> dict[str, Any]:
     url = storage.join(dataset, "dataset.json")
     try:
         found = json.loads(storage.read(url))
+        if not isinstance(found, dict):
+            raise ValueError("not an object")
     except FileNotFoundError as e:
         raise UserError(
             f"{dataset}: no dataset here (no dataset.json); name the folder that a `shard` stage wrote"
         ) from e
+    except ValueError as e:
+        raise Failure(f"{url}: damaged ({e}); delete it and run the `shard` stage again") from e
     if found.get("format", 0) > schema.FORMAT_VERSION:
         raise UserError(f"{url}: format {found['format']} is newer than this longtake reads; upgrade longtake")
     return found

@@ -15,6 +15,7 @@ PLAN = pa.schema(
         ("split", pa.string()),
         ("group", pa.int32()),
         ("duplicate_of", pa.string()),  # the URI whose content this one repeats, else null
+        ("extra", pa.string()),  # a manifest's other columns as JSON, else null
     ]
 )
 
@@ -57,6 +58,8 @@ INDEX = pa.schema(
         ("fps", pa.float64()),
         ("width", pa.int32()),
         ("height", pa.int32()),
+        ("phash", pa.uint64()),  # perceptual hash of the middle frame
+        ("label", pa.string()),  # the source's class in the manifest, else null
         *((score, pa.float32()) for score in SCORES),
     ]
 )

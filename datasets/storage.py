@@ -33,7 +33,7 @@ def filesystem(url: str) -> tuple[Any, str]:
 
 
 def is_local(url: str) -> bool:
-    return "file" in _protocols(filesystem(url)[0])
+    return "file" in protocols(filesystem(url)[0])
 
 
 def is_memory(url: str) -> bool:
@@ -41,7 +41,7 @@ def is_memory(url: str) -> bool:
     return url.startswith("memory://")
 
 
-def _protocols(fs: Any) -> tuple[str, ...]:
+def protocols(fs: Any) -> tuple[str, ...]:
     return (fs.protocol,) if isinstance(fs.protocol, str) else tuple(fs.protocol)
 
 

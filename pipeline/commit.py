@@ -4,7 +4,8 @@ Order: data tar, frame-diff tar, frame-diff index, source rows, index. Every ste
 whoever does it, so that two drivers at once, a retry or a kill at any moment do no harm.
 """
 
-from collections.abc import Iterator, Mapping
+import json
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +22,17 @@ def group_name(number: int) -> str:
 
 
 def make_group(
-    group: Mapping[str, Any], dataset: str, geometry: Mapping[str, Any], memory: Mapping[str, bytes] | None = None
+    group: Mapping[str, Any],
+    rows: Sequence[Mapping[str, Any]],
+    dataset: str,
+    geometry: Mapping[str, Any],
+    memory: Mapping[str, bytes] | None = None,
 ) -> dict[str, Any]:
     """Cut the sources of one group and commit its shard.
 
     Args:
-        group: `{"split", "group", "sources": plan rows in order of identity}`.
+        group: `{"split", "group"}`.
+        rows: its plan rows, in order of identity.
         geometry: the `clip`, `limits`, `diff` and `decoder` of `source.process`, as plain data.
         memory: contents of sources that only the driver can see.
 
@@ -34,15 +40,15 @@ def make_group(
         `{"split", "group", "sources", "clips", "error"}`; with an error the group is not committed and can be run again.
     """
     split, name = group["split"], group_name(group["group"])
-    result = {"split": split, "group": group["group"], "sources": len(group["sources"]), "clips": 0, "error": ""}
+    result = {"split": split, "group": group["group"], "sources": len(rows), "clips": 0, "error": ""}
     folder = storage.join(dataset, split)
     try:
         with storage.spool_folder(folder) as spool:
             sources, clips = [], []
-            for row in group["sources"]:
-                account, rows = _cut(row, spool, geometry, memory or {})
+            for row in rows:
+                account, cut = _cut(row, spool, geometry, memory or {})
                 sources.append(dict.fromkeys(schema.SOURCES.names) | dict(row) | account)
-                clips += rows
+                clips += cut
             _commit(dataset, split, name, spool, clips, sources)
             result["clips"] = len(clips)
     except (Failure, OSError) as e:
@@ -72,7 +78,8 @@ def _cut(
     except (FileNotFoundError, PermissionError) as e:
         return _rejected("missing", e.strerror or str(e)), []
     _worker = _worker or Worker()
-    job = {"path": path, "source": row["source"], "folder": str(spool), **geometry}
+    extra = json.loads(row["extra"]) if row["extra"] else {}
+    job = {"path": path, "source": row["source"], "folder": str(spool), "extra": extra, **geometry}
     result = _worker.run(job, limits["timeout_seconds"], limits["memory_bytes"])
     if fetched:
         Path(fetched).unlink()

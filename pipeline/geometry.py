@@ -20,7 +20,7 @@ def _ratio(text: str) -> str:
 class ClipConfig(StageConfig):
     """The geometry of clips. `short_side`, `multiple`: pixels. Times in seconds."""
 
-    short_side: int = Field(256, ge=16, le=4096, multiple_of=2)
+    short_side: int = Field(256, ge=32, le=4096, multiple_of=2)
     fps: float = Field(24, gt=0, le=240)
     min_seconds: float = Field(1.0, gt=0)
     max_seconds: float = Field(10.0, gt=0, le=600)

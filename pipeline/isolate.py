@@ -107,6 +107,7 @@ def _serve(memory: int) -> None:
                 LimitsConfig(**job["limits"]),
                 FrameDiffConfig(**job["diff"]),
                 job["decoder"],
+                job["extra"],
             )
         except MemoryError:
             result = _rejected("too_large", f"needs more than limits.memory_bytes {memory}")

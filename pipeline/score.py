@@ -35,3 +35,22 @@ def score(clip: list[np.ndarray]) -> dict[str, float]:
         "sharpness": float(np.abs(laplacian).mean() / 255),
         "saturation": float(np.abs(colour).mean() / 128),
     }
+
+
+_SIDE, _KEPT = 32, 8
+# The first rows of the type-II cosine transform.
+_COSINES = np.cos(np.pi / _SIDE * (np.arange(_SIDE) + 0.5) * np.arange(_KEPT)[:, None])
+
+
+def perceptual_hash(planes: np.ndarray) -> int:
+    """64 bits of a frame that change little under scaling, recoding and brightness.
+
+    The signs, against their median, of the 8 x 8 lowest frequencies of the luma shrunk to 32 x 32 (pHash).
+    """
+    y = luma(planes).astype(np.float64)
+    rows, columns = (np.arange(_SIDE + 1) * side // _SIDE for side in y.shape)
+    sums = np.pad(y.cumsum(0).cumsum(1), ((1, 0), (1, 0)))
+    boxes = np.diff(np.diff(sums[np.ix_(rows, columns)], axis=0), axis=1)
+    small = boxes / (np.diff(rows)[:, None] * np.diff(columns))
+    spectrum = (_COSINES @ small @ _COSINES.T).reshape(-1)
+    return int(np.packbits(spectrum > np.median(spectrum[1:])).view(">u8")[0])

@@ -7,7 +7,7 @@ import errno
 import hashlib
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from longtake.pipeline.cut import Sampled, shots
 from longtake.pipeline.decode import Frame, Unreadable, frames, is_no_video, probe, to_planes
 from longtake.pipeline.encode import encode
 from longtake.pipeline.geometry import ClipConfig, FrameDiffConfig, LimitsConfig, fit
-from longtake.pipeline.score import score
+from longtake.pipeline.score import perceptual_hash, score
 
 REASONS = {
     "missing": "the file is gone or may not be read",
@@ -54,8 +54,11 @@ def process(
     limits: LimitsConfig,
     diff: FrameDiffConfig,
     decoder: str = "pyav",
+    extra: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Cut one local video into `folder`: KEY.mp4, KEY.json and KEY.npy.zst (frame differences) a clip.
+
+    `extra` are the source's columns in its manifest: they go into each KEY.json, `label` into the index as well.
 
     Returns:
         `{"account": columns of schema.SOURCES, "clips": rows of schema.INDEX without offsets}`.
@@ -74,7 +77,7 @@ def process(
     )
     rows: list[dict[str, Any]] = []
     try:
-        _cut(path, source, Path(folder), clip, limits, diff, decoder, account, rows)
+        _cut(path, source, Path(folder), clip, limits, diff, decoder, extra or {}, account, rows)
         account |= {"status": "good", "reason": None, "detail": account.get("detail")}
     except Rejected as e:
         assert not rows, "a source with clips is good"
@@ -90,6 +93,7 @@ def _cut(
     limits: LimitsConfig,
     diff: FrameDiffConfig,
     decoder: str,
+    extra: Mapping[str, Any],
     account: dict[str, Any],
     rows: list[dict[str, Any]],
 ) -> None:
@@ -123,7 +127,7 @@ def _cut(
 
     def flush() -> None:
         if len(held) >= clip.min_frames:
-            rows.append(_write_clip(folder, source, len(rows), held, clip, diff))
+            rows.append(_write_clip(folder, source, len(rows), held, clip, diff, extra))
             account["clips"] += 1
         elif held:
             account["clips_dropped_short"] += 1
@@ -201,7 +205,13 @@ def _sampled(
 
 
 def _write_clip(
-    folder: Path, source: str, number: int, held: list[Sampled], clip: ClipConfig, diff: FrameDiffConfig
+    folder: Path,
+    source: str,
+    number: int,
+    held: list[Sampled],
+    clip: ClipConfig,
+    diff: FrameDiffConfig,
+    extra: Mapping[str, Any],
 ) -> dict[str, Any]:
     key = f"{source}-{number:05d}"
     planes = [f.planes for f in held]
@@ -221,7 +231,7 @@ def _write_clip(
     rounded = {name: round(value, 6) for name, value in scores.items()}
     try:
         (folder / f"{key}.mp4").write_bytes(mp4)
-        (folder / f"{key}.json").write_text(json.dumps(facts | {"scores": rounded}, sort_keys=True))
+        (folder / f"{key}.json").write_text(json.dumps({**extra, **facts, "scores": rounded}, sort_keys=True))
         # of the clip as it will be decoded again, not of the frames before encoding
         difference = clips.frame_difference(clips.decode(mp4, name=key), diff.factor(width, height))
         (folder / f"{key}.npy.zst").write_bytes(clips.pack_array(difference))
@@ -229,4 +239,6 @@ def _write_clip(
         if e.errno == errno.ENOSPC:
             raise OSError(errno.ENOSPC, "No space left on device", str(folder)) from e
         raise
-    return {"key": key, "sha256": hashlib.sha256(mp4).hexdigest(), **facts, **rounded}
+    label = None if extra.get("label") is None else str(extra["label"])
+    row = {"key": key, "sha256": hashlib.sha256(mp4).hexdigest(), "label": label}
+    return row | facts | rounded | {"phash": perceptual_hash(planes[len(planes) // 2])}

@@ -8,6 +8,7 @@ saved random state. It stops, saves and says where on a non-finite loss; it save
 import json
 import math
 import signal
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -91,7 +92,14 @@ def train(
 
     window = _Window()
     batches = iter(loader)
-    bar = tqdm(desc="train", total=config.steps, initial=step, unit="step", disable=rank != 0, mininterval=1.0)
+    bar = tqdm(
+        desc="train",
+        total=config.steps,
+        initial=step,
+        unit="step",
+        disable=rank != 0,
+        mininterval=1.0 if sys.stderr.isatty() else 15.0,
+    )
     with _stop_signal() as stopped, bar:
         while step < config.steps:
             start = time.perf_counter()
@@ -125,7 +133,9 @@ def train(
             if step % config.log_every == 0 or step == config.steps:
                 values = window.take(config.batch)
                 bar.set_postfix(
-                    loss=f"{values.get('loss', math.nan):.4f}", data_wait=f"{values['data_wait_share']:.0%}"
+                    loss=f"{values.get('loss', math.nan):.4f}",
+                    data_wait=f"{values['data_wait_share']:.0%}",
+                    refresh=False,
                 )
                 if tracker:
                     tracker.log(step, values | {"learning_rate": rate})

@@ -4,7 +4,6 @@ Speed: one sequential decode a source; the driver holds references only.
 """
 
 from collections.abc import Mapping
-from itertools import groupby
 from typing import Any, Literal
 
 from pydantic import Field, field_validator
@@ -13,7 +12,8 @@ from tqdm import tqdm
 from longtake.datasets import index, schema, storage
 from longtake.datasets.errors import Failure, Interrupted, UserError
 from longtake.datasets.stage import StageConfig
-from longtake.pipeline.discover import listing_digest, plan
+from longtake.pipeline.commit import group_name, make_group
+from longtake.pipeline.discover import listing_digest, plan, sources_of
 from longtake.pipeline.geometry import ClipConfig, FrameDiffConfig, LimitsConfig
 
 VERSION = 1
@@ -52,18 +52,17 @@ def run(config: Config, inputs: Mapping[str, str], output: str) -> dict[str, Any
         Failure: some groups could not be written.
     """
     _describe(config, output)
-    planned = plan(output, config.sources, config.val_fraction, config.group_bytes, config.group_sources)
+    groups = plan(output, config.sources, config.val_fraction, config.group_bytes, config.group_sources)
     swept = sum(storage.sweep(storage.join(output, part)) for part in ("", "plan", "sources", *schema.SPLITS))
-    groups = _missing_groups(output, planned.to_pylist())
-    if groups:
-        _make(config, output, groups)
+    if missing := missing_groups(output, groups):
+        _make(config, output, missing)
     totals = index.summary(output)
     if not totals["clips"]:
         reasons = ", ".join(f"{n} {reason}" for reason, n in totals["rejected_by_reason"].items())
         raise UserError(
             f"sources: none of {totals['sources']} sources gave a clip ({reasons}); see `longtake dataset sources {output}`"
         )
-    assert totals["sources"] == totals["sources_good"] + totals["sources_rejected"] == len(planned)
+    assert totals["sources"] == totals["sources_good"] + totals["sources_rejected"] == sum(g["sources"] for g in groups)
     assert totals["clips"] == totals["clips_cut"]
     flat = {name: float(value) for name, value in totals.items() if isinstance(value, int | float)}
     return {
@@ -86,22 +85,14 @@ def _describe(config: Config, output: str) -> None:
         raise UserError(f"{url}: this dataset was made with another geometry; choose another output, or delete it")
 
 
-def _missing_groups(output: str, planned: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def missing_groups(output: str, groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Those of the planned groups that have no committed shard."""
     done = {(split, name) for split in schema.SPLITS for name in index.shard_names(output, split)}
-
-    def place(row: dict[str, Any]) -> tuple[str, int]:
-        return row["split"], row["group"]
-
-    rows = sorted(planned, key=lambda row: (*place(row), row["source"], row["duplicate_of"] or "", row["uri"]))
-    groups = [
-        {"split": split, "group": group, "sources": list(sources)} for (split, group), sources in groupby(rows, place)
-    ]
-    return [g for g in groups if (g["split"], f"{g['group']:05d}") not in done]
+    return [g for g in groups if (g["split"], group_name(g["group"])) not in done]
 
 
 def _make(config: Config, output: str, groups: list[dict[str, Any]]) -> None:
     from longtake.pipeline.cluster import connected
-    from longtake.pipeline.commit import make_group
 
     geometry = {
         "clip": config.clip.model_dump(mode="json"),
@@ -109,21 +100,27 @@ def _make(config: Config, output: str, groups: list[dict[str, Any]]) -> None:
         "diff": config.frame_diff.model_dump(mode="json"),
         "decoder": config.decoder,
     }
-    memory = {s["uri"]: storage.read(s["uri"]) for g in groups for s in g["sources"] if storage.is_memory(s["uri"])}
+    memory = {}
+    if any(storage.is_memory(pattern) for pattern in config.sources):
+        uris = (source["uri"] for group in groups for source in sources_of(output, group))
+        memory = {uri: storage.read(uri) for uri in uris if storage.is_memory(uri)}
     errors = []
     try:
         with (
             connected("shard") as ray,
-            tqdm(desc="shard", total=sum(len(g["sources"]) for g in groups), unit="source") as bar,
+            tqdm(desc="shard", total=sum(g["sources"] for g in groups), unit="source") as bar,
         ):
             shared = ray.put(memory)
             # one block a group: one group is one task, and a retry repeats no other
             rows = ray.data.from_items(groups, override_num_blocks=len(groups))
-            made = rows.map(lambda group: make_group(group, output, geometry, ray.get(shared)), num_cpus=1)
+            made = rows.map(
+                lambda group: make_group(group, sources_of(output, group), output, geometry, ray.get(shared)),
+                num_cpus=1,
+            )
             clips = 0
             for result in made.iter_rows():
                 clips += result["clips"]
-                bar.set_postfix(clips=clips)
+                bar.set_postfix(clips=clips, refresh=False)
                 bar.update(result["sources"])
                 if result["error"]:
                     errors.append(result["error"])

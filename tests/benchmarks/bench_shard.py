@@ -28,7 +28,7 @@ def ours(videos: list[Path], fps: float) -> float:
     worker = Worker()
     for n, video in enumerate(videos):
         with tempfile.TemporaryDirectory() as folder:
-            job = {"path": str(video), "source": f"{n:020x}", "folder": folder, "decoder": "pyav"}
+            job = {"path": str(video), "source": f"{n:020x}", "folder": folder, "decoder": "pyav", "extra": {}}
             worker.run(job | {k: v.model_dump(mode="json") for k, v in plain.items()}, 600, 6 << 30)
     worker.close()
     return children() - before

@@ -18,7 +18,7 @@ from longtake.infra.report.clips import spread
 from longtake.infra.report.heldout import verdict
 from longtake.infra.report.pictures import curve, running_mean
 from longtake.pipeline.commit import make_group
-from longtake.pipeline.discover import plan
+from longtake.pipeline.discover import plan, sources_of
 from longtake.pipeline.geometry import ClipConfig, FrameDiffConfig, LimitsConfig
 from longtake.pipeline.stages import curate
 
@@ -46,10 +46,8 @@ def dataset(tmp_path_factory):
     )
     configs = {"clip": clip, "limits": LimitsConfig(), "diff": FrameDiffConfig()}
     geometry = {name: config.model_dump(mode="json") for name, config in configs.items()} | {"decoder": "pyav"}
-    rows = plan(url, [str(raw)], val_fraction=0.3, group_bytes=1 << 30, group_sources=100).to_pylist()
-    for split in ("train", "val"):
-        group = {"split": split, "group": 0, "sources": [row for row in rows if row["split"] == split]}
-        assert make_group(group, url, geometry)["error"] == ""
+    for group in plan(url, [str(raw)], val_fraction=0.3, group_bytes=1 << 30, group_sources=100):
+        assert make_group(group, sources_of(url, group), url, geometry)["error"] == ""
     return url
 
 

@@ -1,6 +1,7 @@
 """The `shard` and `curate` stages on a real Ray, by what they leave on disk."""
 
 import hashlib
+import json
 import os
 import shutil
 import signal
@@ -17,6 +18,7 @@ from longtake.datasets import index, schema, storage
 from longtake.datasets.errors import Failure, UserError
 from longtake.datasets.view import read_view
 from longtake.pipeline.commit import make_group
+from longtake.pipeline.discover import sources_of
 from longtake.pipeline.stages import curate, shard
 
 pytestmark = pytest.mark.usefixtures("ray_session")
@@ -103,12 +105,28 @@ def test_sources_in_memory_and_globs_are_read(footage: Path, tmp_path: Path) -> 
         shard.run(config(footage), {}, "memory://out")
 
 
+def test_a_manifest_carries_labels_and_captions_to_the_samples(footage: Path, tmp_path: Path) -> None:
+    paths = sorted(footage.glob("*.mp4"))[:2]
+    lines = [f"{path},class {n},a caption of {n}" for n, path in enumerate(paths)]
+    (tmp_path / "list.csv").write_text("\n".join(["uri,label,caption", *lines, f"{tmp_path}/gone.mp4,x,y"]))
+    totals = shard.run(config(tmp_path / "list.csv"), {}, str(tmp_path / "out"))
+    assert totals["rejected_by_reason"] == {"missing": 1}
+    seen = {}
+    for split in schema.SPLITS:
+        for row in index.read_all(str(tmp_path / "out"), split).to_pylist():
+            tar = storage.join(str(tmp_path / "out"), split, f"{row['shard']}.tar")
+            content = json.loads(storage.read_range(tar, row["json_offset"], row["json_size"]))
+            seen[row["label"]] = content["caption"]
+            assert row["phash"] is not None and content["label"] == row["label"]
+    assert seen == {"class 0": "a caption of 0", "class 1": "a caption of 1"}
+
+
 def test_another_geometry_does_not_mix_into_a_dataset(sharded: Path, footage: Path) -> None:
     with pytest.raises(UserError, match="made with another geometry"):
         shard.run(config(footage, clip={"short_side": 32, "fps": 6}), {}, str(sharded))
 
 
-def test_an_object_store_gets_the_same_dataset(sharded: Path, footage: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_object_store_gets_the_same_clips(sharded: Path, footage: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from moto.server import ThreadedMotoServer
 
     server = ThreadedMotoServer(ip_address="127.0.0.1", port=0)
@@ -130,12 +148,15 @@ def test_an_object_store_gets_the_same_dataset(sharded: Path, footage: Path, mon
         shard._describe(config(footage), output)
         planned = shard.plan(output, ["s3://bucket/raw/*.mp4"], 0.3, 1 << 30, 2)
         # the session's Ray workers know no keys: groups are made here, as a worker would
-        for group in shard._missing_groups(output, planned.to_pylist()):
-            assert not make_group(group, output, _geometry())["error"]
-        assert shard._missing_groups(output, planned.to_pylist()) == []
-        for split in schema.SPLITS:
-            remote = {s.name: s.tar_sha256 for s in index.read_shards(output, split)}
-            assert remote and remote == {s.name: s.tar_sha256 for s in index.read_shards(str(sharded), split)}
+        for group in shard.missing_groups(output, planned):
+            assert not make_group(group, sources_of(output, group), output, _geometry())["error"]
+        assert shard.missing_groups(output, planned) == []
+
+        # the store's tags name the sources, so keys and splits are others, but the clips are the same bytes
+        def clips(url: str) -> set[str]:
+            return {c for split in schema.SPLITS for c in index.read_all(url, split)["sha256"].to_pylist()}
+
+        assert clips(output) == clips(str(sharded))
     finally:
         server.stop()
 

@@ -40,7 +40,7 @@ def cut(
 def job(path: Path, folder: Path) -> dict[str, Any]:
     folder.mkdir(exist_ok=True)
     plain = {"clip": SMALL, "limits": LimitsConfig(), "diff": FrameDiffConfig()}
-    return {"path": str(path), "source": "ab" * 10, "folder": str(folder), "decoder": "pyav"} | {
+    return {"path": str(path), "source": "ab" * 10, "folder": str(folder), "decoder": "pyav", "extra": {}} | {
         k: v.model_dump(mode="json") for k, v in plain.items()
     }
 
@@ -226,3 +226,23 @@ def test_a_truncated_source_says_how_much_of_it_there_was(videos: Path, tmp_path
 def test_written_footage_reads_back(tmp_path: Path) -> None:
     write_video(tmp_path / "x.mp4", [grey(n * 10) for n in range(20)], 10)
     assert clip.decode((tmp_path / "x.mp4").read_bytes()).shape == (20, 64, 64, 3)
+
+
+def test_the_perceptual_hash_forgives_recoding_and_tells_scenes_apart(footage: Path) -> None:
+    from longtake.pipeline.decode import frames, to_planes
+    from longtake.pipeline.score import perceptual_hash
+
+    def hashes(size: tuple[int, int], number: int) -> list[int]:
+        scaler = av.video.reformatter.VideoReformatter()
+        found = []
+        for video in sorted(footage.glob("*.mp4")):
+            frame = next(f for f in frames(str(video)) if f.number == number)
+            found.append(perceptual_hash(to_planes(frame, size, size, scaler)))
+        return found
+
+    large, small, later = hashes((256, 192), 20), hashes((88, 66), 20), hashes((256, 192), 21)
+    same = [(a ^ b).bit_count() for a, b in zip(large, small, strict=True)]
+    near = [(a ^ b).bit_count() for a, b in zip(large, later, strict=True)]
+    other = [(a ^ b).bit_count() for n, a in enumerate(large) for b in large[n + 1 :]]
+    assert max(same) <= 6 and max(near) <= 16
+    assert sum(other) / len(other) > 20
