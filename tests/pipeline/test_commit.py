@@ -1,0 +1,80 @@
+"""The commit protocol: a kill at any of its steps, then the same group again."""
+
+import hashlib
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from longtake.datasets import index, storage
+from longtake.pipeline import discover
+from longtake.pipeline.stages import shard
+
+SCRIPT = """
+import json, os, signal, sys
+from contextlib import contextmanager
+from longtake.datasets import storage
+from longtake.pipeline.commit import make_group
+
+when, folder, geometry, group, rows = json.loads(sys.argv[1])
+plain, calls = storage.staged, 0
+
+@contextmanager
+def dying(url):
+    global calls
+    calls += 1
+    if [calls, "before"] == when:
+        os.kill(os.getpid(), signal.SIGKILL)
+    with plain(url) as path:
+        yield path
+        if [calls, "during"] == when:
+            path.write_bytes(path.read_bytes()[:700])
+            os.kill(os.getpid(), signal.SIGKILL)
+    if [calls, "after"] == when:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+storage.staged = dying
+print(json.dumps(make_group(group, rows, folder, geometry)))
+"""
+
+
+def hashes(folder: Path) -> dict[str, str]:
+    return {
+        str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest() for p in folder.rglob("*") if p.is_file()
+    }
+
+
+@pytest.mark.parametrize("when", [(step, moment) for step in range(1, 6) for moment in ("before", "during", "after")])
+def test_a_kill_at_any_step_of_a_commit_loses_and_doubles_nothing(
+    when: tuple[int, str], footage: Path, tmp_path: Path, committed: dict[str, str]
+) -> None:
+    done = run(when, footage, tmp_path)
+    assert done.returncode == -9
+    whole = index.shard_names(str(tmp_path), "train")
+    # the index is the fifth file, and the tar exists from then on, not a moment earlier
+    assert whole == (["00000"] if when == (5, "after") else [])
+    for part in ("train", "sources"):
+        storage.sweep(str(tmp_path / part))
+    assert json.loads(run((0, "never"), footage, tmp_path).stdout)["error"] == ""
+    assert hashes(tmp_path) == committed
+
+
+def run(when: tuple[int, str], footage: Path, folder: Path) -> subprocess.CompletedProcess[str]:
+    config = shard.Config(kind="shard", sources=["x"], clip={"short_side": 32, "fps": 6, "max_seconds": 3})
+    plain = config.model_dump(mode="json", include={"clip", "limits", "frame_diff", "decoder"})
+    geometry = {"diff": plain.pop("frame_diff"), **plain}
+    found = discover.find([str(sorted(footage.glob("*.mp4"))[0])])
+    row = {"source": "ab" * 10, "split": "train", "group": 0, "duplicate_of": None} | found.drop_columns(
+        "etag"
+    ).to_pylist()[0]
+    arguments = json.dumps([when, str(folder), geometry, {"split": "train", "group": 0}, [row]])
+    return subprocess.run([sys.executable, "-P", "-c", SCRIPT, arguments], capture_output=True, text=True)
+
+
+@pytest.fixture(scope="module")
+def committed(footage: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    folder = tmp_path_factory.mktemp("undisturbed")
+    assert run((0, "never"), footage, folder).returncode == 0
+    return hashes(folder)
