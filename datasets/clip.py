@@ -50,10 +50,12 @@ def decode(
                     if round(frame.pts * stream.time_base * rate) != wanted[len(out)]:
                         continue
                 out.append(scaler.reformat(frame, width, height, "rgb24", threads=1).to_ndarray())
-    except (av.error.FFmpegError, IndexError, TypeError) as e:
+    except (av.error.FFmpegError, ArithmeticError, AttributeError, IndexError, TypeError, ValueError) as e:
         raise Failure(f"{name}: cannot decode ({e}); run `longtake dataset verify`") from e
     if wanted is not None and len(out) < len(wanted):
         raise Failure(f"{name}: frame {wanted[len(out)]} is missing; run `longtake dataset verify`")
+    if not out:
+        raise Failure(f"{name}: has no frame; run `longtake dataset verify`")
     return np.stack(out)
 
 
@@ -88,9 +90,12 @@ def pack_array(array: np.ndarray) -> bytes:
 def unpack_array(data: bytes, name: str = "array", max_bytes: int = 1 << 32) -> np.ndarray:
     """Read a `.npy.zst` member. Raises Failure where it is damaged or would unfold beyond `max_bytes`."""
     try:
+        # decompress() trusts the size in the header and ignores its own bound where there is one
+        if zstandard.frame_content_size(data) > max_bytes:
+            raise ValueError(f"would unfold beyond {max_bytes} bytes")
         raw = zstandard.ZstdDecompressor().decompress(data, max_output_size=max_bytes)
         return np.load(io.BytesIO(raw), allow_pickle=False)
-    except (zstandard.ZstdError, ValueError, EOFError) as e:
+    except (zstandard.ZstdError, ValueError, EOFError, MemoryError) as e:
         raise Failure(f"{name}: damaged ({e}); delete the column's index and run its stage again") from e
 
 

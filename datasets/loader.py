@@ -185,11 +185,12 @@ class _Stream:
                 base = self.urls[row["shard"]]
                 sample = {"__key__": row["key"], "__url__": f"{base}.tar", "epoch": epoch, "row": row}
                 if "video" in self.columns:
-                    sample["mp4"] = _read(f"{base}.tar", row["mp4_offset"], row["mp4_size"])
+                    sample["mp4"] = _read(f"{base}.tar", row["mp4_offset"], row["mp4_size"], row["sha256"])
                 if "json" in self.columns:
                     sample["json"] = _read(f"{base}.tar", row["json_offset"], row["json_size"])
                 for column in _CACHE_COLUMNS.keys() & set(self.columns):
-                    sample[column] = _read(f"{base}.{column}.tar", row[f"{column}_offset"], row[f"{column}_size"])
+                    place = (row[f"{column}_{field}"] for field in ("offset", "size", "sha256"))
+                    sample[column] = _read(f"{base}.{column}.tar", *place)
                 yield sample
 
     def decode(self, sample: dict[str, Any]) -> dict[str, Any]:
@@ -210,7 +211,10 @@ class _Stream:
                 )
             out["frame_diff"] = _channels_first(clip.crop(diff[np.asarray(frames[1:], int) - 1], self.size, place))
         if "json" in self.columns:
-            out["json"] = json.loads(sample["json"])
+            try:
+                out["json"] = json.loads(sample["json"])
+            except ValueError as e:
+                raise Failure(f"{name}.json: damaged ({e}); run `longtake dataset verify`") from e
         return out
 
 
@@ -284,7 +288,7 @@ def _channels_first(video: np.ndarray) -> np.ndarray:
 
 
 def _join_column(samples: pa.Table, dataset: str, split: str, column: str, names: list[str]) -> pa.Table:
-    """Add `COLUMN_offset` and `COLUMN_size`, matched by key and checked against the clips they were made from."""
+    """Add `COLUMN_offset`, `COLUMN_size` and `COLUMN_sha256`, matched by key and checked against the clips they were made from."""
     shards = [index.read_shard(dataset, split, f"{name}.{column}") for name in names]
     cache = pa.concat_tables([s.table.replace_schema_metadata(None) for s in shards])
     where = pc.index_in(samples["key"], cache["key"])
@@ -297,7 +301,9 @@ def _join_column(samples: pa.Table, dataset: str, split: str, column: str, names
         raise Failure(
             f"{dataset} ({split}): {column} was made from other clips; delete the column's indexes and run its stage again"
         )
-    return samples.append_column(f"{column}_offset", joined["offset"]).append_column(f"{column}_size", joined["size"])
+    for field in ("offset", "size", "sha256"):
+        samples = samples.append_column(f"{column}_{field}", joined[field])
+    return samples
 
 
 @functools.lru_cache(maxsize=_OPEN_TARS)
@@ -306,7 +312,8 @@ def _mapped(url: str) -> mmap.mmap:
         return mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ)
 
 
-def _read(url: str, offset: int, size: int) -> bytes:
+def _read(url: str, offset: int, size: int, sha256: str | None = None) -> bytes:
+    """A member's bytes. Raises Failure where they are not there, or not those of `sha256` (hex)."""
     if storage.is_local(url):
         try:
             data = _mapped(url)[offset : offset + size]
@@ -318,4 +325,7 @@ def _read(url: str, offset: int, size: int) -> bytes:
         raise Failure(
             f"{url}: is too short for bytes {offset} to {offset + size} of the index; run `longtake dataset verify`"
         )
+    # a damaged clip often decodes, to other pixels
+    if sha256 is not None and hashlib.sha256(data).hexdigest() != sha256:
+        raise Failure(f"{url}: bytes {offset} to {offset + size} are damaged; run `longtake dataset verify`")
     return data

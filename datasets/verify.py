@@ -1,41 +1,250 @@
-"""Checking that a dataset's tars are what their indexes say."""
+"""Checking that a dataset is what its indexes and its plan say. Every problem is a line with what to do about it."""
 
+import contextlib
 import hashlib
-from collections.abc import Iterator
+import re
+import tarfile
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
 
-from longtake.datasets import index, schema, storage
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from longtake.datasets import compact, index, schema, storage
+from longtake.datasets.errors import Failure
+
+_BLOCK = 1 << 22
+_SHARD_FILE = re.compile(r"(\d{5,})(\.\w+)?\.(tar|parquet)")
+_FOLDERS = {"plan", "sources", "views", "compact"}
 
 
 def tars(dataset: str) -> list[tuple[str, str]]:
     """(split, name) of every committed tar, base and column alike."""
-    found = []
+    return [
+        (split, name.removesuffix(".parquet"))
+        for split in schema.SPLITS
+        for name in index.table_names(storage.join(dataset, split))
+    ]
+
+
+def tar_bytes(dataset: str) -> int:
+    """Bytes of all tars as they lie there: how much `verify` will read."""
+    total = 0
     for split in schema.SPLITS:
-        names = [
-            n.removesuffix(".parquet") for n in storage.names(storage.join(dataset, split)) if n.endswith(".parquet")
-        ]
-        found += [(split, name) for name in names if not name.startswith(".")]
-    return found
+        fs, path = storage.filesystem(storage.join(dataset, split))
+        entries = fs.ls(path, detail=True) if fs.exists(path) else []
+        total += sum(entry["size"] or 0 for entry in entries if entry["name"].endswith(".tar"))
+    return total
 
 
-def problems(dataset: str, tar: tuple[str, str]) -> Iterator[str]:
-    """A line for each way in which a tar differs from its index, with what to do about it."""
-    split, name = tar
-    shard = index.read_shard(dataset, split, name)
-    url = storage.join(dataset, split, f"{name}.tar")
-    remedy = f"delete {split}/{name.partition('.')[0]}.parquet and run the `shard` stage again"
+def verify(dataset: str, threads: int = 8, progress: Callable[[int], Any] = lambda read: None) -> Iterator[str]:
+    """All problems of a dataset, tar by tar as they are found, then those of the whole.
+
+    Args:
+        threads: tars read at once, each in blocks of 4 MiB.
+        progress: called with the number of bytes each time some have been read, by one thread at a time.
+    """
+    lock = threading.Lock()
+
+    def locked(read: int) -> None:
+        with lock:
+            progress(read)
+
+    pool = ThreadPoolExecutor(threads)
     try:
-        data = storage.retrying(url, lambda: storage.read(url))
+        for found in pool.map(lambda tar: list(problems(dataset, tar, locked)), tars(dataset)):
+            yield from found
+    finally:
+        # else Ctrl-C would wait for all tars
+        pool.shutdown(cancel_futures=True)
+    yield from layout_problems(dataset)
+
+
+def problems(dataset: str, tar: tuple[str, str], progress: Callable[[int], Any] = lambda read: None) -> Iterator[str]:
+    """Each way in which a tar differs from its index, and its index from the base shard or the sources."""
+    split, name = tar
+    url = storage.join(dataset, split, f"{name}.tar")
+    number, _, column = name.partition(".")
+    remedy = f"delete {split}/{number}.parquet and run the `shard` stage again"
+    try:
+        shard = index.read_shard(dataset, split, name)
+    except Failure as e:
+        yield str(e)
+        return
+    members = list(_members(shard.table, column))
+    yield from _tar_problems(url, shard, members, remedy, progress)
+    # the other table's own problem is reported where that one is looked at
+    with contextlib.suppress(Failure):
+        yield from _base_problems(url, dataset, shard, remedy) if column else _source_problems(dataset, shard, remedy)
+
+
+@dataclass
+class _Member:
+    """A file that an index places in its tar, filled while the tar passes by."""
+
+    name: re.Pattern[str]
+    what: str
+    offset: int
+    size: int
+    sha256: str | None
+    header: bytearray = field(default_factory=bytearray)
+    digest: Any = field(default_factory=hashlib.sha256)
+
+    def feed(self, start: int, block: bytes) -> None:
+        """Take this member's part of the tar's bytes from `start` on."""
+        data = self.offset - start
+        self.header += block[max(0, data - tarfile.BLOCKSIZE) : max(0, data)]
+        self.digest.update(memoryview(block)[max(0, data) : max(0, data + self.size)])
+
+    def wrong(self) -> bool:
+        try:
+            info = tarfile.TarInfo.frombuf(bytes(self.header), "utf-8", "strict")
+        except (tarfile.HeaderError, UnicodeDecodeError):
+            return True
+        return (
+            not self.name.fullmatch(info.name)
+            or info.size != self.size
+            or self.sha256 not in (None, self.digest.hexdigest())
+        )
+
+
+def _members(table: pa.Table, column: str) -> Iterator[_Member]:
+    # the index of a column does not say what its files end in
+    fields = [("", r"\.[\w.]+", "sha256")] if column else [("mp4_", r"\.mp4", "sha256"), ("json_", r"\.json", None)]
+    for row in table.to_pylist():
+        for prefix, ending, sha256 in fields:
+            offset, size = row.get(f"{prefix}offset"), row.get(f"{prefix}size")
+            missing = offset is None or size is None or size < 0
+            yield _Member(
+                name=re.compile(re.escape(str(row.get("key"))) + ending),
+                what=f"{row.get('key')}{'.' + prefix[:-1] if prefix else ''}",
+                offset=-1 if missing else offset,
+                size=0 if missing else size,
+                sha256=(row.get(sha256) or "") if sha256 else None,
+            )
+
+
+def _tar_problems(
+    url: str, shard: index.Shard, members: list[_Member], remedy: str, progress: Callable[[int], Any]
+) -> Iterator[str]:
+    fs, path = storage.filesystem(url)
+    try:
+        size = storage.retrying(url, lambda: fs.size(path))
     except FileNotFoundError:
         yield f"{url}: is missing; {remedy}"
         return
-    if len(data) != shard.tar_bytes:
-        yield f"{url}: {len(data)} bytes, the index says {shard.tar_bytes}; {remedy}"
-    elif hashlib.sha256(data).hexdigest() != shard.tar_sha256:
-        yield f"{url}: its bytes are not those that were committed; {remedy}"
-    if "." in name:
-        base = index.read_shard(dataset, split, name.partition(".")[0]).table
-        if (
-            base["key"].to_pylist() != shard.table["key"].to_pylist()
-            or base["sha256"].to_pylist() != shard.table["base_sha256"].to_pylist()
-        ):
-            yield f"{url}: belongs to other clips than its base shard; {remedy}"
+    if size != shard.tar_bytes:
+        progress(size)
+        yield f"{url}: {size} bytes, the index says {shard.tar_bytes}; {remedy}"
+        return
+    waiting = sorted(members, key=lambda m: m.offset, reverse=True)
+    passing: list[_Member] = []
+    digest = hashlib.sha256()
+    for start in range(0, size, _BLOCK):
+        block = storage.retrying(url, partial(storage.read_range, url, start, min(_BLOCK, size - start)))
+        progress(len(block))
+        digest.update(block)
+        end = start + len(block)
+        while waiting and waiting[-1].offset - tarfile.BLOCKSIZE < end:
+            passing.append(waiting.pop())
+        for member in passing:
+            member.feed(start, block)
+        passing = [m for m in passing if m.offset + m.size > end]
+    wrong = [m.what for m in members if m.wrong()]
+    if digest.hexdigest() != shard.tar_sha256:
+        where = f" (in {', '.join(wrong)})" if wrong else ""
+        yield f"{url}: its bytes are not those that were committed{where}; {remedy}"
+    else:
+        for what in wrong:
+            yield f"{url}: {what} is not where the index says, or is another; {remedy}"
+
+
+def _base_problems(url: str, dataset: str, shard: index.Shard, remedy: str) -> Iterator[str]:
+    base = index.read_shard(dataset, shard.split, shard.name.partition(".")[0]).table
+    if base["key"].to_pylist() != shard.table["key"].to_pylist() or (
+        base["sha256"].to_pylist() != shard.table["base_sha256"].to_pylist()
+    ):
+        yield f"{url}: belongs to other clips than its base shard; {remedy}"
+
+
+def _source_problems(dataset: str, shard: index.Shard, remedy: str) -> Iterator[str]:
+    """What the group's own table of sources says otherwise than its shard."""
+    url = storage.join(dataset, "sources", f"{shard.split}-{shard.name}.parquet")
+    if not storage.exists(url):
+        yield f"{url}: is missing; {remedy}"
+        return
+    clips = {v["values"]: v["counts"] for v in pc.value_counts(shard.table["source"]).to_pylist()}
+    sources = index.from_parquet(url)
+    if sources.schema != schema.SOURCES:
+        yield f"{url}: not a table of sources; {remedy}"
+        return
+    good = sources.filter(pc.equal(sources["status"], "good"))
+    said = dict(zip(good["source"].to_pylist(), good["clips"].to_pylist(), strict=True))
+    for source in sorted(clips.keys() - said.keys()):
+        yield f"{url}: source {source} of {clips[source]} clips has no good row; {remedy}"
+    for source, count in said.items():
+        if clips.get(source, 0) != count:
+            yield f"{url}: source {source} has {count} clips, the index {clips.get(source, 0)}; {remedy}"
+
+
+def layout_problems(dataset: str) -> Iterator[str]:
+    """Files that belong to nothing, groups that are planned but not committed, counts that do not add up."""
+    committed = set(tars(dataset))
+    yield from _stray_files(dataset, committed)
+    damaged = False
+    for folder in ("plan", "sources"):
+        for name in index.table_names(storage.join(dataset, folder)):
+            url = storage.join(dataset, folder, name)
+            try:
+                table = index.from_parquet(url)
+                if folder == "plan":
+                    for split, group in sorted(
+                        set(zip(*(table[c].to_pylist() for c in ("split", "group")), strict=True))
+                    ):
+                        if (split, f"{group:05d}") not in committed:
+                            yield f"{url}: group {split}/{group:05d} is planned but not committed; run the `shard` stage again"
+            except (Failure, KeyError, TypeError, ValueError) as e:
+                damaged = True
+                yield str(e) if isinstance(e, Failure) else f"{url}: not a plan ({e}); delete it and run `shard` again"
+    if not damaged:
+        yield from _count_problems(dataset)
+    for split in schema.SPLITS:
+        yield from compact.problems(dataset, split)
+
+
+def _stray_files(dataset: str, committed: set[tuple[str, str]]) -> Iterator[str]:
+    for name in storage.names(dataset):
+        if name not in {"dataset.json", *_FOLDERS, *schema.SPLITS} and not name.startswith("."):
+            yield f"{storage.join(dataset, name)}: belongs to nothing in this dataset; delete it"
+    for split in schema.SPLITS:
+        for name in storage.names(storage.join(dataset, split)):
+            url, known = storage.join(dataset, split, name), _SHARD_FILE.fullmatch(name)
+            if name.startswith("."):
+                continue  # of a writer that is at work, or debris that the next `shard` sweeps
+            if not known:
+                yield f"{url}: belongs to nothing in this dataset; delete it"
+            elif (split, known[1]) not in committed:
+                yield f"{url}: its shard was never committed; run the `shard` stage again, or delete it"
+            elif (split, name.rpartition(".")[0]) not in committed:
+                yield f"{url}: has no index, the debris of a stopped run; delete it, or run its stage again"
+    for name in index.table_names(storage.join(dataset, "sources")):
+        if tuple(name.removesuffix(".parquet").split("-", 1)) not in committed:
+            url = storage.join(dataset, "sources", name)
+            yield f"{url}: its shard was never committed; run the `shard` stage again, or delete it"
+
+
+def _count_problems(dataset: str) -> Iterator[str]:
+    try:
+        totals = index.summary(dataset)
+        planned = len(index.read_tables(storage.join(dataset, "plan"), schema.PLAN))
+    except (Failure, KeyError, pa.ArrowException) as e:
+        yield f"{dataset}: cannot be counted ({' '.join(str(e).split())}); run the `shard` stage again"
+        return
+    for one, other in (("sources", "sources_good + sources_rejected"), ("clips", "clips_cut"), ("planned", "sources")):
+        counts = [sum((totals | {"planned": planned})[n] for n in side.split(" + ")) for side in (one, other)]
+        if counts[0] != counts[1] and not (one == "planned" and not planned):
+            yield f"{dataset}: {one} = {counts[0]}, but {other} = {counts[1]}; run the `shard` stage again"

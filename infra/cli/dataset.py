@@ -1,6 +1,8 @@
-"""Commands about data: footage, dataset ls | sources | show | verify."""
+"""Commands about data: footage, dataset ls | sources | show | verify | diff | compact."""
 
 import click
+
+_DIFF_LINES = 20
 
 
 @click.command()
@@ -62,49 +64,117 @@ def sources(url: str, rejected: bool) -> None:
 @dataset.command()
 @click.argument("url")
 @click.argument("key")
-def show(url: str, key: str) -> None:
+@click.option("--save", metavar="FOLDER", help="Write the members there, to play them.")
+def show(url: str, key: str, save: str | None) -> None:
     """The index row and JSON of one sample of DATASET, and where its bytes lie."""
+    import hashlib
     import json
+    from pathlib import Path
 
-    from longtake.datasets import index, schema, storage
-    from longtake.datasets.errors import UserError
+    import pyarrow.compute as pc
+
+    from longtake.datasets import clip, compact, index, schema, storage
+    from longtake.datasets.errors import Failure, UserError
+
+    def member(split: str, name: str, offset: int, size: int, sha256: str | None = None) -> bytes:
+        tar = storage.join(url, split, f"{name}.tar")
+        try:
+            data = storage.read_range(tar, offset, size)
+        except FileNotFoundError as e:
+            raise Failure(f"{tar}: is missing; run `longtake dataset verify`") from e
+        if len(data) != size or sha256 not in (None, hashlib.sha256(data).hexdigest()):
+            raise Failure(f"{tar}: {key} is damaged; run `longtake dataset verify`")
+        return data
 
     index.describe(url)
     for split in schema.SPLITS:
-        for row in index.read_all(url, split).to_pylist():
-            if row["key"] == key:
-                tar = storage.join(url, split, f"{row['shard']}.tar")
-                click.echo(
-                    json.dumps(
-                        row
-                        | {
-                            "tar": tar,
-                            "json": json.loads(storage.read_range(tar, row["json_offset"], row["json_size"])),
-                        },
-                        indent=2,
-                    )
-                )
+        table, _ = compact.open_split(url, split)
+        for row in table.filter(pc.equal(table["key"], key)).to_pylist():
+            tar = storage.join(url, split, f"{row['shard']}.tar")
+            text = member(split, row["shard"], row["json_offset"], row["json_size"])
+            try:
+                click.echo(json.dumps(row | {"tar": tar, "json": json.loads(text)}, indent=2))
+            except ValueError as e:
+                raise Failure(f"{tar}: {key}.json is damaged; run `longtake dataset verify`") from e
+            if save is None:
                 return
+            folder = Path(save)
+            with storage.failing_clearly(save):
+                folder.mkdir(parents=True, exist_ok=True)
+                mp4 = member(split, row["shard"], row["mp4_offset"], row["mp4_size"], row["sha256"])
+                (folder / f"{key}.mp4").write_bytes(mp4)
+                (folder / f"{key}.json").write_bytes(text)
+            column = f"{row['shard']}.frame_diff"
+            if column in index.shard_names(url, split, "frame_diff"):
+                diffs = index.read_shard(url, split, column).table
+                (place,) = diffs.filter(pc.equal(diffs["key"], key)).to_pylist()
+                packed = member(split, column, place["offset"], place["size"], place["sha256"])
+                # twice as large, for H.264 wants even sides
+                difference = clip.unpack_array(packed, f"{key} (frame_diff)").repeat(2, 1).repeat(2, 2)
+                clip.write(folder / f"{key}.frame_diff.mp4", difference, round(row["fps"]))
+            click.echo(f"saved in {folder}", err=True)
+            return
     raise UserError(f"{url}: no sample {key}; `longtake dataset sources` lists the sources that keys begin with")
 
 
 @dataset.command()
 @click.argument("url")
-def verify(url: str) -> None:
-    """Hash every tar of DATASET again and compare with its index; exit code 1 and a line for each that differs."""
+@click.option("--threads", default=8, show_default=True, type=click.IntRange(1), help="Tars read at once.")
+def verify(url: str, threads: int) -> None:
+    """Hash all of DATASET again and compare it with its indexes, sources and plan.
+
+    A line for each problem, with what to delete or to run again; exit code 1 if there is any.
+    """
     from tqdm import tqdm
 
     from longtake.datasets import index
+    from longtake.datasets import verify as check
     from longtake.datasets.errors import Failure
-    from longtake.datasets.verify import problems, tars
 
     index.describe(url)
-    names = tars(url)
-    found = []
-    for name in tqdm(names, "verify", unit="tar"):
-        for problem in problems(url, name):
-            found.append(problem)
-            click.echo(problem)
+    found = 0
+    with tqdm(desc="verify", total=check.tar_bytes(url), unit="B", unit_scale=True) as bar:
+        for problem in check.verify(url, threads, bar.update):
+            found += 1
+            bar.write(problem)
+    count = len(check.tars(url))
     if found:
-        raise Failure(f"{url}: {len(found)} problems in {len(names)} tars")
-    click.echo(f"{url}: {len(names)} tars are what their indexes say")
+        raise Failure(f"{url}: {found} problem{'s' if found > 1 else ''} in {count} tars")
+    click.echo(f"{url}: {count} tars are what their indexes say, and all counts add up")
+
+
+@dataset.command()
+@click.argument("a")
+@click.argument("b")
+def diff(a: str, b: str) -> None:
+    """What differs between the datasets A and B: geometry, sources, clips, counts.
+
+    Reads indexes only. Exit code 0 if they hold the same, 1 if not.
+    """
+    from longtake.datasets.diff import differences
+
+    found = differences(a, b)
+    for kind, lines in found.items():
+        click.echo(f"{kind}: {len(lines)}")
+        for line in lines[:_DIFF_LINES]:
+            click.echo(f"  {line}")
+        if len(lines) > _DIFF_LINES:
+            click.echo(f"  and {len(lines) - _DIFF_LINES} more")
+    if found:
+        raise click.exceptions.Exit(1)
+    click.echo("the same sources, the same clips")
+
+
+@dataset.command()
+@click.argument("url")
+def compact(url: str) -> None:
+    """Fold the many small indexes of DATASET into one file a split, so that it opens fast.
+
+    The file is derived: the indexes stay as they are, and shards that are newer than it are read from them.
+    """
+    from longtake.datasets import compact as folded
+    from longtake.datasets import index, schema
+
+    index.describe(url)
+    for split in schema.SPLITS:
+        click.echo(f"{split}: {folded.write(url, split)} shards")

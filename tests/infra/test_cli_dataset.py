@@ -1,0 +1,101 @@
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from longtake.datasets import clip, index, schema, storage
+from longtake.infra.cli import _guarded, cli
+
+
+def longtake(*arguments: str) -> int:
+    """Run a command in this process as the `longtake` script does; its exit code."""
+    return _guarded(lambda: cli(list(arguments), standalone_mode=False))
+
+
+def shards(dataset: str) -> list[int]:
+    """How many there are in train and in val."""
+    return [len(index.shard_names(dataset, split)) for split in schema.SPLITS]
+
+
+@pytest.fixture
+def copy(dataset: str, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(dataset, tmp_path / "dataset"))
+
+
+def test_verify_a_whole_dataset(dataset: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert longtake("dataset", "verify", dataset, "--threads", "2") == 0
+    assert f"{2 * sum(shards(dataset))} tars are what their indexes say" in capsys.readouterr().out
+
+
+def test_verify_names_every_problem_and_exits_1(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (copy / "train" / "00000.tar").unlink()
+    (copy / "val" / "00007.tar").touch()
+    (copy / "val" / "00000.parquet").write_bytes(b"PAR1 not really")
+    assert longtake("dataset", "verify", str(copy)) == 1
+    said = capsys.readouterr()
+    lines = said.out.splitlines()
+    for name in ("train/00000.tar: is missing", "val/00007.tar: its shard", "val/00000.parquet: not a readable"):
+        assert [line for line in lines if name in line], lines
+    assert f"error: {copy}: {len(lines)} problems in {2 * sum(shards(str(copy)))} tars" in said.err
+
+
+def test_diff_exits_0_and_1(dataset: str, copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert longtake("dataset", "diff", dataset, str(copy)) == 0
+    for path in [*copy.glob("val/00000*")]:
+        path.unlink()
+    assert longtake("dataset", "diff", dataset, str(copy)) == 1
+    said = capsys.readouterr()
+    assert "the same sources, the same clips" in said.out and "clips only in A: " in said.out
+    assert not said.err
+    assert longtake("dataset", "diff", dataset, "nowhere") == 2
+
+
+def test_compact_then_show(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert longtake("dataset", "compact", str(copy)) == 0
+    assert capsys.readouterr().out == "train: {} shards\nval: {} shards\n".format(*shards(str(copy)))
+    key = index.read_all(str(copy), "val")["key"][-1].as_py()
+    assert longtake("dataset", "show", str(copy), key) == 0
+    assert json.loads(capsys.readouterr().out)["key"] == key
+    assert longtake("dataset", "verify", str(copy)) == 0
+
+
+def test_show_saves_what_can_be_played(dataset: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    row = index.read_all(dataset, "train").to_pylist()[3]
+    key = row["key"]
+    assert longtake("dataset", "show", dataset, key, "--save", str(tmp_path / "out")) == 0
+    shown = json.loads(capsys.readouterr().out)
+    assert {p.name for p in (tmp_path / "out").iterdir()} == {f"{key}.mp4", f"{key}.json", f"{key}.frame_diff.mp4"}
+    assert json.loads((tmp_path / "out" / f"{key}.json").read_text()) == shown["json"]
+    video = clip.decode((tmp_path / "out" / f"{key}.mp4").read_bytes())
+    assert video.shape == (row["frame_count"], row["height"], row["width"], 3)
+    played = clip.decode((tmp_path / "out" / f"{key}.frame_diff.mp4").read_bytes())[:, ::2, ::2]
+    place = index.read_shard(dataset, "train", f"{row['shard']}.frame_diff").table.to_pylist()
+    (place,) = (p for p in place if p["key"] == key)
+    tar = storage.join(dataset, "train", f"{row['shard']}.frame_diff.tar")
+    difference = clip.unpack_array(storage.read_range(tar, place["offset"], place["size"]))
+    assert played.shape == difference.shape
+    assert abs(played.astype(int) - difference.astype(int)).mean() < 16
+
+
+def test_show_of_an_unknown_key_and_of_a_damaged_clip(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert longtake("dataset", "show", str(copy), "nothing-00000") == 2
+    row = index.read_all(str(copy), "train").to_pylist()[0]
+    tar = copy / "train" / "00000.tar"
+    data = bytearray(tar.read_bytes())
+    data[row["mp4_offset"] + 100] ^= 1
+    tar.write_bytes(data)
+    assert longtake("dataset", "show", str(copy), row["key"], "--save", str(copy / "out")) == 1
+    tar.unlink()
+    assert longtake("dataset", "show", str(copy), row["key"]) == 1
+    errors = capsys.readouterr().err.splitlines()
+    assert [says in line for says, line in zip(("no sample", "is damaged", "is missing"), errors, strict=True)] == [
+        True
+    ] * 3
+
+
+def test_ls_adds_up(dataset: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert longtake("dataset", "ls", dataset) == 0
+    clips = sum(len(index.read_all(dataset, split)) for split in schema.SPLITS)
+    out = capsys.readouterr().out
+    assert "sources  6 = 6 good + 0 rejected" in out and f"clips    {clips} " in out
