@@ -114,9 +114,9 @@ def staged(url: str) -> Iterator[Path]:
             spool = target.parent / _temporary_name(target.name)
             try:
                 yield spool
-                _sync(spool)
+                sync(spool)
                 spool.replace(target)
-                _sync(target.parent)
+                sync(target.parent)
             finally:
                 spool.unlink(missing_ok=True)
         else:
@@ -143,9 +143,9 @@ def write_if_absent(url: str, data: bytes) -> bool:
             spool = target.parent / _temporary_name(target.name)
             try:
                 spool.write_bytes(data)
-                _sync(spool)
+                sync(spool)
                 os.link(spool, target)
-                _sync(target.parent)
+                sync(target.parent)
                 return True
             except FileExistsError:
                 return False
@@ -217,7 +217,8 @@ def _temporary_name(name: str) -> str:
     return f".{name}~{socket.gethostname()}@{os.getpid()}~{secrets.token_hex(4)}.tmp"
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Bring a file, or the names in a folder, to the disk itself."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

@@ -61,10 +61,10 @@ def save(
                 save_file(dict(ema), scratch / "ema.safetensors")
                 (scratch / "meta.json").write_bytes(storage.canonical_json(dict(meta)))
                 for path in [*scratch.rglob("*"), scratch]:
-                    _sync(path)
+                    storage.sync(path)
                 shutil.rmtree(final, ignore_errors=True)
                 scratch.rename(final)
-                _sync(folder)
+                storage.sync(folder)
                 storage.write(str(folder / "latest"), name.encode())
                 for old in sorted(folder.glob("step-*"))[:-keep]:
                     if old != final:
@@ -104,11 +104,3 @@ def load(folder: Path, engines: Mapping[str, Any]) -> tuple[dict[str, Any], dict
             f"{path}: damaged checkpoint ({str(e).splitlines()[0]}); write an older step's name into {latest}, or delete it to start anew"
         ) from e
     return meta, ema
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
