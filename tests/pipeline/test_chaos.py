@@ -1,0 +1,91 @@
+"""A hundred kills: workers, decoders and drivers die at random moments, and the dataset is the same to the byte."""
+
+import hashlib
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+
+from longtake.datasets import index
+from longtake.datasets.footage import write_video
+from longtake.datasets.verify import verify
+from longtake.pipeline.stages import shard
+
+pytestmark = pytest.mark.slow
+
+KILLS = 100
+SCRIPT = """
+import sys
+from longtake.pipeline.stages import shard
+if __name__ == "__main__":
+    shard.run(shard.Config.model_validate_json(sys.argv[1]), {}, sys.argv[2])
+"""
+
+
+def start(config: shard.Config, output: Path) -> subprocess.Popen[bytes]:
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
+    command = [sys.executable, "-P", "-c", SCRIPT, config.model_dump_json(), str(output)]
+    return subprocess.Popen(command, env=environment, start_new_session=True, stderr=subprocess.DEVNULL)
+
+
+def victims(driver: int) -> list[psutil.Process]:
+    """The processes that do the work: Ray's workers and our decoders."""
+    found = []
+    for process in psutil.Process(driver).children(recursive=True):
+        try:
+            line = " ".join(process.cmdline())
+        except psutil.Error:
+            continue
+        if "ray::" in line or "longtake.pipeline.isolate" in line:
+            found.append(process)
+    return found
+
+
+def hashes(folder: Path) -> dict[str, str]:
+    return {
+        str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest() for p in folder.rglob("*") if p.is_file()
+    }
+
+
+def test_a_hundred_kills_lose_double_and_tear_nothing(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    (tmp_path / "videos").mkdir()
+    for n in range(60):
+        picture = rng.integers(40, 200, (48, 64, 3), dtype=np.uint8).repeat(4, 0).repeat(4, 1)
+        write_video(tmp_path / "videos" / f"{n}.mp4", (np.roll(picture, t, 1) for t in range(40)), 20)
+    clip = {"short_side": 64, "fps": 20, "max_seconds": 1}
+    config = shard.Config(
+        kind="shard", sources=[str(tmp_path / "videos")], clip=clip, val_fraction=0.2, group_sources=1
+    )
+    assert start(config, tmp_path / "undisturbed").wait() == 0
+
+    chance = random.Random(1)
+    output, kills, drivers = tmp_path / "chaos", 0, 0
+    deadline = time.time() + 400
+    while kills < KILLS and time.time() < deadline:
+        driver, drivers = start(config, output), drivers + 1
+        last = time.time() + chance.uniform(5, 12)
+        while driver.poll() is None and time.time() < last and kills < KILLS - 1:
+            time.sleep(chance.uniform(0.02, 0.2))
+            if found := victims(driver.pid):
+                chance.choice(found).kill()
+                kills += 1
+        if driver.poll() is None:
+            os.killpg(driver.pid, signal.SIGKILL)
+            driver.wait()
+            kills += 1
+        if sum(len(index.shard_names(str(output), s)) for s in ("train", "val")) == 60 and kills < KILLS:
+            # all done before the last kill: take some away, as a crash between tar and index would
+            for path in sorted((output / "train").glob("?????.parquet"))[::2]:
+                path.unlink()
+    assert kills >= KILLS and drivers > 3, (kills, drivers)
+    assert start(config, output).wait() == 0
+    assert hashes(output) == hashes(tmp_path / "undisturbed")
+    assert not list(verify(str(output)))
