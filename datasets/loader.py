@@ -131,6 +131,8 @@ class Loader:
         for item in torch.utils.data.DataLoader(
             stream, batch_size=None, pin_memory=torch.cuda.is_available(), **options
         ):
+            if isinstance(item, Failure):
+                raise item
             self._state["taken"] += 1
             yield item
 
@@ -224,10 +226,14 @@ class _Slice(torch.utils.data.IterableDataset):
     def __init__(self, stream: _Stream, start: int, end: int | None) -> None:
         self.stream, self.start, self.end = stream, start, end
 
-    def __iter__(self) -> Iterator[dict[str, Any]]:
+    def __iter__(self) -> Iterator[dict[str, Any] | Failure]:
         info = torch.utils.data.get_worker_info()
         number, step = (self.start + info.id, info.num_workers) if info else (self.start, 1)
-        return self.stream.batches(_count(number, step, self.end))
+        try:
+            yield from self.stream.batches(_count(number, step, self.end))
+        except Failure as e:
+            # handed over as an item: torch would raise it again with a stack trace for its message
+            yield e
 
 
 def collate(samples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

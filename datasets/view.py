@@ -33,15 +33,6 @@ def broken(table: pa.Table, rules: Mapping[str, Mapping[str, float]]) -> Iterato
                 yield f"{column} {sign} {value:.4g} (percentile {limit:g})", breaks(values, value)
 
 
-def threshold(table: pa.Table, rules: Mapping[str, Mapping[str, float]]) -> list[str | None]:
-    """The reason why each row of an index is dropped, the first broken bound of `rules`; None where it is kept."""
-    reasons: list[str | None] = [None] * len(table)
-    for reason, rows_broken in broken(table, rules):
-        for row in np.flatnonzero(rows_broken):
-            reasons[row] = reasons[row] or reason
-    return reasons
-
-
 def rows(
     split: str | pa.ChunkedArray,
     keys: Sequence[str] | pa.ChunkedArray,

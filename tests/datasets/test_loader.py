@@ -84,7 +84,7 @@ def test_a_state_of_another_stream_is_refused(dataset: str) -> None:
 
 def test_a_view_chooses_the_clips(dataset: str, tmp_path: Path) -> None:
     table = index.read_all(dataset, "train")
-    reasons = view.threshold(table, {"motion": {"min": float(np.median(table["motion"]))}})
+    reasons = [None if m >= np.median(table["motion"]) else "too little" for m in table["motion"].to_pylist()]
     assert 0 < sum(r is not None for r in reasons) < len(table)
     url = str(tmp_path / "view.parquet")
     storage.write(url, index.to_parquet(view.rows("train", table["key"].to_pylist(), reasons)))
@@ -143,6 +143,19 @@ def test_a_truncated_tar_stops_with_its_name(dataset: str, tmp_path: Path) -> No
         list(Loader(str(copy), **WINDOW, epochs=1))
 
 
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_flipped_byte_is_one_line_wherever_it_is_read(dataset: str, tmp_path: Path, workers: int) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(dataset, copy)
+    for tar in (copy / "train").glob("?????.tar"):
+        data = bytearray(tar.read_bytes())
+        data[2000] ^= 1
+        tar.write_bytes(data)
+    with pytest.raises(Failure, match=r"\.tar: bytes \d+ to \d+ are damaged") as caught:
+        list(Loader(str(copy), **WINDOW, epochs=1, workers=workers))
+    assert "\n" not in str(caught.value)
+
+
 def test_reading_from_another_filesystem_gives_the_same_batches(dataset: str) -> None:
     import fsspec
 
@@ -159,4 +172,5 @@ def test_pixels_survive_the_way_to_the_model_and_back() -> None:
 
 def test_an_empty_table_makes_an_empty_view() -> None:
     assert len(view.rows("train", [], [])) == 0
-    assert view.threshold(pa.table({"motion": pa.array([], pa.float32())}), {"motion": {"min": 1.0}}) == []
+    empty = pa.table({"motion": pa.array([], pa.float32())})
+    assert [b.tolist() for _, b in view.broken(empty, {"motion": {"min": 1.0}})] == [[]]

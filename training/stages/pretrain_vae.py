@@ -152,7 +152,12 @@ def run(config: Config, inputs: Mapping[str, str], output: str) -> dict[str, Any
             return {}
         model = PVVAE(config.vae())
         model.load_state_dict(weights)
-        return _publish(config, inputs, model.to(device()).eval(), log)
+        result = _publish(config, inputs, model.to(device()).eval(), log)
+        result["metrics"] |= {
+            "train_clips": float(loader.samples),
+            "train_clips_too_short": float(loader.samples_short),
+        }
+        return result
 
 
 def _publish(config: Config, inputs: Mapping[str, str], model: PVVAE, log: tracker.Tracker) -> dict[str, Any]:
