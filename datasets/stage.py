@@ -2,9 +2,13 @@
 
 A stage is a module with `Config` (a `StageConfig` with its `kind`), `VERSION` (raise it when the same config
 would give another output), `PRODUCES` (what its output is) and `run(config, inputs, output) -> dict`.
-It may also have `outside(config) -> str`: a digest of what it reads from beyond the recipe, such as the listing
-of the sources, so that a change out there reruns it; and `check(config, inputs)`, which raises ValueError("KEY: why") where
-its config does not fit the configs of the stages that make its inputs.
+It may also have
+
+- `outside(config) -> str`: a digest of what it reads from beyond the recipe, such as the listing of the sources, so
+  that a change out there reruns it;
+- `complete(uri) -> bool`: whether what it made is still all there, else it runs again and makes what is missing;
+- `check(config, inputs)`: raises ValueError("KEY: why") where its config does not fit the configs of the stages that
+  make its inputs.
 """
 
 from typing import Annotated, Any, Literal

@@ -35,7 +35,14 @@ def plan(recipe: Recipe, nodes: list[Node], store: Runs, choice: Choice) -> dict
             graph.select(nodes, name, recipe)
     again = graph.downstream(nodes, choice.start) if choice.start else set()
     chosen = [n for n in nodes if choice.only in (None, n.name)]
-    return {n.name: choice.force or n.name in again or store.finished(n.fingerprint) is None for n in chosen}
+    return {n.name: choice.force or n.name in again or finished(n, store) is None for n in chosen}
+
+
+def finished(node: Node, store: Runs) -> runs.Run | None:
+    """The finished run of a stage, if what it made is still all there."""
+    done = store.finished(node.fingerprint)
+    complete = getattr(stages.load(node.kind), "complete", None)
+    return None if done and complete and not complete(done.uri) else done
 
 
 def run(recipe: Recipe, choice: Choice, say: Callable[[str], None]) -> Path | None:
@@ -122,7 +129,7 @@ def run_stage(recipe: Recipe, name: str, parent: str | None = None, fresh: bool 
                     f"stage {name}: its input {value} has no finished run; run `longtake stage {recipe.path} {value}` first"
                 )
             inputs[field] = made.uri
-    done = store.finished(node.fingerprint)
+    done = finished(node, store)
     if done and not fresh:
         return {"uri": done.uri}
     run_id, output = store.open(node, parent, fresh)

@@ -61,11 +61,14 @@ class Runs:
         A fresh run gets an output of its own, so that it starts from nothing and harms nothing that was made before.
         """
         run = None if fresh else self.find(node.fingerprint)
+        # one that has finished is repaired where it is
+        output = self.client.get_run(run.id).data.tags[_OUTPUT] if run else node.output
         if run and run.status != "FINISHED":
             self.client.update_run(run.id, status="RUNNING")
-            return run.id, self.client.get_run(run.id).data.tags[_OUTPUT]
+            return run.id, output
         tags = {"mlflow.runName": node.name, _FINGERPRINT: node.fingerprint, _STAGE: node.name, _KIND: node.kind}
-        output = f"{node.output}-{secrets.token_hex(4)}" if fresh else node.output
+        if fresh:
+            output = f"{node.output}-{secrets.token_hex(4)}"
         tags |= {_OUTPUT: output} | ({_PARENT: parent} if parent else {})
         run_id = self.client.create_run(self.experiment, tags=tags).info.run_id
         for key, value in _flat(node.config.model_dump(mode="json")).items():

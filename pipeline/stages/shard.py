@@ -13,6 +13,7 @@ from longtake.datasets import index, schema, storage
 from longtake.datasets.errors import Failure, Interrupted, UserError
 from longtake.datasets.stage import StageConfig
 from longtake.pipeline.commit import group_name, make_group
+from longtake.pipeline.discover import groups as groups_of
 from longtake.pipeline.discover import listing_digest, plan, sources_of
 from longtake.pipeline.geometry import ClipConfig, FrameDiffConfig, LimitsConfig
 
@@ -42,6 +43,12 @@ class Config(StageConfig):
 def outside(config: Config) -> str:
     """Changes with the listing of the sources."""
     return listing_digest(config.sources)
+
+
+def complete(uri: str) -> bool:
+    """Whether every planned group is committed: an index that was deleted, being damaged, is made again."""
+    planned = groups_of(uri)
+    return bool(planned) and not missing_groups(uri, planned)
 
 
 def run(config: Config, inputs: Mapping[str, str], output: str) -> dict[str, Any]:

@@ -96,6 +96,19 @@ def test_a_training_setting_reruns_training_and_no_data_stage(finished: Path, fo
     assert dry[:3] == ["shards: would be reused", "view: would be reused", "vae: would run"]
 
 
+def test_a_damaged_shard_is_made_again_where_it_was(finished: Path, footage: Path) -> None:
+    before = tars(finished)
+    broken = next(finished.glob("runs/quickstart/shards/*/train/00000.tar"))
+    broken.write_bytes(broken.read_bytes()[:-700])
+    found = longtake(finished, footage, "dataset", "verify", str(broken.parents[1]))
+    assert found.returncode == 1 and "delete train/00000.parquet and run the `shard` stage again" in found.stdout
+    broken.with_suffix(".parquet").unlink()
+    out = run(finished, footage)
+    assert "shards: running" in out and "vae: reused" in out
+    assert tars(finished) == before
+    assert longtake(finished, footage, "dataset", "verify", str(broken.parents[1])).returncode == 0
+
+
 def test_forced_training_starts_from_nothing(finished: Path, footage: Path) -> None:
     out = run(finished, footage, "--from", "vae")
     assert "shards: reused" in out and "vae: running" in out and "models:/pv-vae/2" in out
