@@ -133,8 +133,8 @@ def write(url: str, data: bytes) -> None:
         path.write_bytes(data)
 
 
-def write_if_absent(url: str, data: bytes) -> bool:
-    """Write a whole file unless it is there; of many writers at once exactly one gets True."""
+def write_if_absent(url: str, data: bytes | Path) -> bool:
+    """Write a whole file, given as bytes or as a local copy, unless it is there; of many writers at once exactly one gets True."""
     fs, path = filesystem(url)
     with failing_clearly(url):
         if is_local(url):
@@ -142,7 +142,10 @@ def write_if_absent(url: str, data: bytes) -> bool:
             target.parent.mkdir(parents=True, exist_ok=True)
             spool = target.parent / _temporary_name(target.name)
             try:
-                spool.write_bytes(data)
+                if isinstance(data, Path):
+                    shutil.copyfile(data, spool)
+                else:
+                    spool.write_bytes(data)
                 sync(spool)
                 os.link(spool, target)
                 sync(target.parent)
@@ -152,7 +155,10 @@ def write_if_absent(url: str, data: bytes) -> bool:
             finally:
                 spool.unlink(missing_ok=True)
         try:
-            fs.pipe_file(path, data, mode="create")
+            if isinstance(data, Path):
+                fs.put_file(str(data), path, mode="create")
+            else:
+                fs.pipe_file(path, data, mode="create")
             return True
         except FileExistsError:
             return False

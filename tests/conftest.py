@@ -5,11 +5,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
 import pytest
 
 from longtake.datasets import index, schema, storage
-from longtake.pipeline import discover
+from longtake.pipeline import plan
 from longtake.pipeline.commit import make_group
 from longtake.pipeline.geometry import ClipConfig, FrameDiffConfig, LimitsConfig
 from longtake.pipeline.stages import shard
@@ -51,18 +50,8 @@ def make_dataset(folder: Path, paths: list[Path], val_fraction: float = 0.3, gro
     config = shard.Config(kind="shard", sources=[str(paths[0])], clip={"short_side": 32, "fps": 12, "max_seconds": 3})
     described = {"format": schema.FORMAT_VERSION, **config.model_dump(mode="json", include={"clip", "frame_diff"})}
     storage.write(str(folder / "dataset.json"), storage.canonical_json(described))
-    found = discover.find([str(p) for p in paths])
-    ids = discover.identify(found)
-    batches = discover.assign(
-        found, ids, schema.PLAN.empty_table(), {"train": 0, "val": 0}, val_fraction, 1 << 40, group_sources
-    )
-    plan = pa.Table.from_batches(batches, schema.PLAN)
-    rows = plan.to_pylist()
-    storage.write(str(folder / "plan" / "00000.parquet"), index.to_parquet(plan))
-    for split, number in sorted({(r["split"], r["group"]) for r in rows}):
-        sources = [r for r in rows if (r["split"], r["group"]) == (split, number)]
-        result = make_group({"split": split, "group": number}, sources, str(folder), geometry())
-        assert not result["error"]
+    for group in plan.plan(str(folder), [str(p) for p in paths], val_fraction, 1 << 40, group_sources):
+        assert not make_group(group, plan.sources_of(str(folder), group), str(folder), geometry())["error"]
     return str(folder)
 
 

@@ -13,9 +13,10 @@ from longtake.datasets import index, schema, storage
 from longtake.datasets.errors import Failure, Interrupted, UserError
 from longtake.datasets.stage import StageConfig
 from longtake.pipeline.commit import group_name, make_group
-from longtake.pipeline.discover import groups as groups_of
-from longtake.pipeline.discover import listing_digest, plan, sources_of
+from longtake.pipeline.discover import listing_digest
 from longtake.pipeline.geometry import ClipConfig, FrameDiffConfig, LimitsConfig
+from longtake.pipeline.plan import groups as groups_of
+from longtake.pipeline.plan import plan, sources_of
 
 VERSION = 1
 PRODUCES = "dataset"

@@ -18,8 +18,8 @@ from longtake.infra.report.clips import spread
 from longtake.infra.report.heldout import verdict
 from longtake.infra.report.pictures import curve, running_mean
 from longtake.pipeline.commit import make_group
-from longtake.pipeline.discover import plan, sources_of
 from longtake.pipeline.geometry import ClipConfig, FrameDiffConfig, LimitsConfig
+from longtake.pipeline.plan import plan, sources_of
 from longtake.pipeline.stages import curate
 
 CHROMIUM, DRIVER = "/usr/bin/chromium", "/usr/bin/chromedriver"

@@ -65,10 +65,9 @@ def run(when: tuple[int, str], footage: Path, folder: Path) -> subprocess.Comple
     config = shard.Config(kind="shard", sources=["x"], clip={"short_side": 32, "fps": 6, "max_seconds": 3})
     plain = config.model_dump(mode="json", include={"clip", "limits", "frame_diff", "decoder"})
     geometry = {"diff": plain.pop("frame_diff"), **plain}
-    found = discover.find([str(sorted(footage.glob("*.mp4"))[0])])
-    row = {"source": "ab" * 10, "split": "train", "group": 0, "duplicate_of": None} | found.drop_columns(
-        "etag"
-    ).to_pylist()[0]
+    (found,) = (row for batch in discover.find([str(sorted(footage.glob("*.mp4"))[0])]) for row in batch.to_pylist())
+    del found["etag"]
+    row = {"source": "ab" * 10, "split": "train", "group": 0, "duplicate_of": None} | found
     arguments = json.dumps([when, str(folder), geometry, {"split": "train", "group": 0}, [row]])
     return subprocess.run([sys.executable, "-P", "-c", SCRIPT, arguments], capture_output=True, text=True)
 

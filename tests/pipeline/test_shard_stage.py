@@ -18,7 +18,7 @@ from longtake.datasets import index, schema, storage
 from longtake.datasets.errors import Failure, UserError
 from longtake.datasets.view import read_view
 from longtake.pipeline.commit import make_group
-from longtake.pipeline.discover import sources_of
+from longtake.pipeline.plan import sources_of
 from longtake.pipeline.stages import curate, shard
 
 pytestmark = pytest.mark.usefixtures("ray_session")

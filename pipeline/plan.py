@@ -1,0 +1,316 @@
+"""Planning groups: who is the same video, which split, which shard. A plan is written once; a later one adds to it.
+
+A source's identity is its size and a hash of samples of its bytes (or the store's own content tag), so a renamed or
+copied video is known again. Split and place in the order of work follow from the identity alone, never from names or
+listing order. Rows are sorted through buckets on the local disk, so that memory does not grow with their number.
+"""
+
+import contextlib
+import hashlib
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+from tqdm import tqdm
+
+from longtake.datasets import index, schema, storage
+from longtake.pipeline.discover import find
+
+_SAMPLE_BYTES = 1 << 16
+_ROWS_A_ROW_GROUP = 1 << 16
+_ROWS_AT_ONCE = 1 << 18
+_KNOWN = ("source", "uri", "split")
+
+
+def identify(found: pa.RecordBatch, threads: ThreadPoolExecutor) -> np.ndarray:
+    """(N,) bytes of 20 hex digits: of a source's size and tag, or of its size and the bytes of its head, middle and tail.
+
+    A file that cannot be read goes by its name; its group will reject it.
+    """
+    tags = pc.binary_join_element_wise(found["bytes"].cast(pa.string()), found["etag"], " ").to_pylist()
+    ids = np.array(["" if tag is None else hashlib.sha256(tag.encode()).hexdigest()[:20] for tag in tags], "S20")
+    rest = found.filter(pc.is_null(found["etag"]))
+    if len(rest):
+        ids[ids == b""] = list(threads.map(_sampled, rest["uri"].to_pylist(), rest["bytes"].to_pylist()))
+    return ids
+
+
+def _sampled(uri: str, size: int) -> str:
+    fs, path = storage.filesystem(uri)
+    digest = hashlib.sha256(str(size).encode())
+    try:
+        for start in sorted({max(0, at) for at in (0, size // 2, size - _SAMPLE_BYTES)}):
+            end = min(start + _SAMPLE_BYTES, size)
+            if end > start:
+                digest.update(storage.retrying(uri, partial(fs.cat_file, path, start=start, end=end)))
+    except (FileNotFoundError, PermissionError):
+        digest.update(uri.encode())
+    return digest.hexdigest()[:20]
+
+
+def assign(
+    buckets: Iterable[tuple[pa.Table, pa.Table]],
+    first_group: Mapping[str, int],
+    val_fraction: float,
+    group_bytes: int,
+    group_sources: int,
+    swapped: str | None = None,
+) -> Iterator[pa.Table]:
+    """Plan rows for new sources: within a split in order of identity, cut into groups of bounded size.
+
+    A source with the identity of another is its duplicate: it gets a row but is not decoded.
+
+    Args:
+        buckets: pairs of tables, each pair with all sources of a range of identities, ranges ascending: the new ones
+            (columns source, uri, bytes, extra) and those of earlier plans (source, uri, split).
+        first_group: the first free group of each split.
+        swapped: the identity that goes to the other split than its own.
+    """
+    cuts = {split: _Groups(first_group[split]) for split in schema.SPLITS}
+    for new, known in buckets:
+        ids = np.array(new["source"].to_pylist(), "S20")
+        order = _content_order(ids, new["uri"])
+        ids = ids[order]
+        first = np.maximum.accumulate(np.where(np.append(True, ids[1:] != ids[:-1]), np.arange(len(ids)), 0))
+        taken = new.take(pa.array(order))
+        val = (_share(ids) < val_fraction) ^ (ids == (swapped or "").encode())
+        repeats = first != np.arange(len(ids))
+        originals = np.array(taken["uri"].to_pylist(), object)[first]
+        originals[~repeats] = None
+        ours = {row["source"]: row for row in reversed(known.to_pylist())}
+        for at, source in enumerate(ids.tolist() if ours else ()):
+            if row := ours.get(source.decode()):
+                val[at], repeats[at], originals[at] = row["split"] == "val", True, row["uri"]
+        sizes = np.where(repeats, 0, np.asarray(taken["bytes"]))
+        for split in schema.SPLITS:
+            rows = np.flatnonzero(val == (split == "val"))
+            some = taken.take(pa.array(rows))
+            columns = {name: some[name] for name in ("source", "uri", "bytes", "extra")} | {
+                "split": pa.repeat(split, len(rows)),
+                "group": pa.array(cuts[split].take(sizes[rows], group_bytes, group_sources)),
+                "duplicate_of": pa.array(originals[rows], pa.string()),
+            }
+            yield pa.table({name: columns[name] for name in schema.PLAN.names}, schema=schema.PLAN)
+
+
+def _content_order(ids: np.ndarray, uris: pa.ChunkedArray) -> np.ndarray:
+    """Positions in order of (identity, URI), a URI that is named again left out."""
+    order = np.argsort(ids, kind="stable")
+    ordered = ids[order]
+    starts = np.flatnonzero(np.append(True, ordered[1:] != ordered[:-1]))
+    lengths = np.diff(np.append(starts, len(ids)))
+    keep = np.ones(len(ids), bool)
+    for start, length in zip(starts[lengths > 1].tolist(), lengths[lengths > 1].tolist(), strict=True):
+        some = order[start : start + length]
+        names = np.array(uris.take(pa.array(some)).to_pylist())
+        within = np.argsort(names, kind="stable")
+        order[start : start + length] = some[within]
+        keep[start + 1 : start + length] = names[within][1:] != names[within][:-1]
+    return order if keep.all() else order[keep]
+
+
+def _share(ids: np.ndarray) -> np.ndarray:
+    """(N,) in [0, 1) from the last digits of each identity: independent of its place in the order."""
+    digits = np.ascontiguousarray(ids).view("u1").reshape(len(ids), 20)[:, -8:].tobytes()
+    return np.frombuffer(bytes.fromhex(digits.decode()), ">u4") / 2.0**32
+
+
+@dataclass
+class _Groups:
+    """Numbers of groups for rows that come a part at a time."""
+
+    number: int
+    held_bytes: int = 0
+    held_rows: int = 0
+
+    def take(self, sizes: np.ndarray, most_bytes: int, most_rows: int) -> np.ndarray:
+        """(N,) int32 for the next rows; a group exceeds `most_bytes` only if it is a single row."""
+        groups = np.empty(len(sizes), np.int32)
+        ends = np.cumsum(sizes)
+        start = 0
+        while start < len(sizes):
+            before = int(ends[start - 1] if start else 0) - self.held_bytes
+            fitting = int(np.searchsorted(ends, before + most_bytes, "right"))
+            end = min(max(fitting, start + (not self.held_rows)), start + most_rows - self.held_rows, len(sizes))
+            if end <= start:
+                self.number, self.held_bytes, self.held_rows = self.number + 1, 0, 0
+                continue
+            groups[start:end] = self.number
+            self.held_bytes, self.held_rows = int(ends[end - 1]) - before, self.held_rows + end - start
+            start = end
+        return groups
+
+
+def plan(
+    dataset: str, patterns: Sequence[str], val_fraction: float, group_bytes: int, group_sources: int, threads: int = 16
+) -> list[dict[str, Any]]:
+    """Bring the plan of a dataset up to date with the sources as they are now; returns its groups.
+
+    Writes `plan/NNNNN.parquet` if there is anything new; of several drivers planning at once, one wins and all use
+    its plan. At least one source of two or more goes to each split, so that a small dataset can be trained on and
+    tested.
+
+    Returns:
+        `{"split", "group", "plan": file, "sources": how many}` for each group, in order.
+    """
+    folder = storage.join(dataset, "plan")
+    while True:
+        # named by what is there before reading: a plan that another driver writes meanwhile takes this name
+        old = [storage.join(folder, name) for name in index.table_names(folder)]
+        with tempfile.TemporaryDirectory(prefix="longtake-") as spool, storage.failing_clearly(spool):
+            new = _Buckets(Path(spool) / "new")
+            _identified(find(patterns, threads), _seen(old), new, threads)
+            new.close()
+            if not new.count:
+                return groups(dataset)
+            known = _Buckets(Path(spool) / "known")
+            for batch in chain.from_iterable(_batches(url, _KNOWN) for url in old):
+                known.add(pa.table(batch))
+            known.close()
+            added = assign(
+                ((new.read(bucket), known.read(bucket)) for bucket in sorted(new.names)),
+                _free(groups(dataset)),
+                val_fraction,
+                group_bytes,
+                group_sources,
+                new.first if not old and new.one_sided(val_fraction) else None,
+            )
+            target = Path(spool) / "plan.parquet"
+            _write(target, added)
+            if storage.write_if_absent(storage.join(folder, f"{len(old):05d}.parquet"), target):
+                return groups(dataset)
+
+
+def _identified(found: Iterator[pa.RecordBatch], seen: np.ndarray, into: "_Buckets", threads: int) -> None:
+    with ThreadPoolExecutor(threads) as pool, tqdm(desc="identify", unit="source") as bar:
+        for batch in found:
+            new = batch
+            if len(seen):
+                keys = _keys(batch)
+                at = np.minimum(np.searchsorted(seen, keys), len(seen) - 1)
+                new = batch.filter(pa.array(seen[at] != keys))
+            if len(new):
+                columns = {"source": pa.array(identify(new, pool).astype("U20"))}
+                into.add(pa.table(columns | {name: new[name] for name in ("uri", "bytes", "extra")}))
+            bar.update(len(batch))
+
+
+def _seen(plans: Sequence[str]) -> np.ndarray:
+    """What is known of all planned sources before reading them: sorted digests of URI and size."""
+    parts = [_keys(batch) for url in plans for batch in _batches(url, ("uri", "bytes"))]
+    return np.sort(np.concatenate(parts)) if parts else np.empty(0, "S16")
+
+
+def _keys(batch: pa.RecordBatch) -> np.ndarray:
+    named = pc.binary_join_element_wise(batch["bytes"].cast(pa.string()), batch["uri"], " ").to_pylist()
+    return np.frombuffer(b"".join([hashlib.blake2b(n.encode(), digest_size=16).digest() for n in named]), "S16")
+
+
+def _batches(url: str, columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
+    fs, path = storage.filesystem(url)
+    with fs.open(path, "rb") as f:
+        yield from pq.ParquetFile(f).iter_batches(_ROWS_A_ROW_GROUP, columns=list(columns))
+
+
+class _Buckets:
+    """Rows on the local disk, apart by the first two digits of their identity, to be sorted a bucket at a time."""
+
+    def __init__(self, folder: Path) -> None:
+        folder.mkdir()
+        self._folder, self._open, self._held = folder, contextlib.ExitStack(), list[pa.Table]()
+        self._writers: dict[str, pa.ipc.RecordBatchStreamWriter] = {}
+        self.names: set[str] = set()
+        self.count = 0
+        self.first, self._last, self._shares = "g", "", (1.0, 0.0)
+
+    def add(self, table: pa.Table) -> None:
+        self._held.append(table)
+        self.count += len(table)
+        if sum(map(len, self._held)) >= _ROWS_AT_ONCE:
+            self._spill()
+
+    def _spill(self) -> None:
+        table = pa.concat_tables(self._held)
+        ids = np.array(table["source"].to_pylist(), "S20")
+        self._held.clear()
+        order = np.argsort(ids, kind="stable")
+        table, ids = table.take(pa.array(order)).combine_chunks(), ids[order]
+        shares = _share(ids)
+        self.first, self._last = min(self.first, ids[0].decode()), max(self._last, ids[-1].decode())
+        self._shares = min(self._shares[0], float(shares.min())), max(self._shares[1], float(shares.max()))
+        prefixes = ids.astype("S2")
+        starts = np.flatnonzero(np.append(True, prefixes[1:] != prefixes[:-1]))
+        for start, end in zip(starts.tolist(), [*starts[1:].tolist(), len(ids)], strict=True):
+            name = prefixes[start].decode()
+            if name not in self.names:
+                self.names.add(name)
+                file = self._open.enter_context((self._folder / name).open("wb"))
+                self._writers[name] = self._open.enter_context(pa.ipc.new_stream(file, table.schema))
+            self._writers[name].write_table(table.slice(start, end - start))
+
+    def close(self) -> None:
+        if self._held:
+            self._spill()
+        self._open.close()
+
+    def read(self, name: str) -> pa.Table:
+        if name not in self.names:
+            return schema.PLAN.empty_table().select(_KNOWN)
+        with (self._folder / name).open("rb") as f:
+            return pa.ipc.open_stream(f).read_all()
+
+    def one_sided(self, val_fraction: float) -> bool:
+        """Whether all of several sources would fall into one split."""
+        low, high = self._shares
+        return 0 < val_fraction < 1 and self.first != self._last and (low < val_fraction) == (high < val_fraction)
+
+
+def _free(planned: list[dict[str, Any]]) -> dict[str, int]:
+    return {s: max((g["group"] + 1 for g in planned if g["split"] == s), default=0) for s in schema.SPLITS}
+
+
+def _write(path: Path, tables: Iterable[pa.Table]) -> None:
+    """Rows of a split together, in order, in small row groups: a task that reads its own group skips all others."""
+    held: dict[str, list[pa.Table]] = {split: [] for split in schema.SPLITS}
+    with pq.ParquetWriter(path, schema.PLAN, compression="zstd") as writer:
+        for table in tables:
+            if len(table):
+                part = held[table["split"][0].as_py()]
+                part.append(table)
+                if sum(map(len, part)) >= _ROWS_A_ROW_GROUP:
+                    writer.write_table(pa.concat_tables(part), _ROWS_A_ROW_GROUP)
+                    part.clear()
+        for part in held.values():
+            if part:
+                writer.write_table(pa.concat_tables(part), _ROWS_A_ROW_GROUP)
+
+
+def groups(dataset: str) -> list[dict[str, Any]]:
+    """The groups of all plans of a dataset (see `plan`)."""
+    found = []
+    folder = storage.join(dataset, "plan")
+    for name in index.table_names(folder):
+        counts = dict[tuple[str, int], int]()
+        for batch in _batches(storage.join(folder, name), ("split", "group")):
+            counted = pa.table(batch).group_by(["split", "group"], use_threads=False).aggregate([([], "count_all")])
+            for row in counted.to_pylist():
+                key = row["split"], row["group"]
+                counts[key] = counts.get(key, 0) + row["count_all"]
+        found += [{"split": s, "group": g, "plan": name, "sources": count} for (s, g), count in counts.items()]
+    return sorted(found, key=lambda g: (g["split"], g["group"]))
+
+
+def sources_of(dataset: str, group: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The plan rows of one group, in the order in which they become clips."""
+    fs, path = storage.filesystem(storage.join(dataset, "plan", group["plan"]))
+    wanted = [("split", "==", group["split"]), ("group", "==", group["group"])]
+    return storage.retrying(path, lambda: pq.read_table(path, filesystem=fs, filters=wanted)).to_pylist()

@@ -1,0 +1,169 @@
+"""Groups and splits follow from what the sources hold, and stay."""
+
+import json
+import threading
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from longtake.datasets import schema
+from longtake.pipeline import plan
+
+identities = st.lists(st.text("0123456789abcdef", min_size=20, max_size=20), min_size=1, max_size=40)
+FIRST = {"train": 0, "val": 0}
+NOTHING = schema.PLAN.empty_table()
+
+
+def found(names: list[str]) -> pa.Table:
+    count = len(names)
+    return pa.table(
+        {
+            "source": pa.chunked_array([names], pa.string()),
+            "uri": pa.chunked_array([[f"u{n}" for n in range(count)]], pa.string()),
+            "bytes": pa.array([10 + n for n in range(count)], pa.int64()),
+            "extra": pa.nulls(count, pa.string()),
+        }
+    )
+
+
+def assigned(new: pa.Table, known: pa.Table, *options: Any, buckets: int = 1) -> pa.Table:
+    """The plan from sources that are dealt out to buckets by their first digit."""
+
+    def part(table: pa.Table, n: int) -> pa.Table:
+        mine = [int(source[0], 16) * buckets // 16 == n for source in table["source"].to_pylist()]
+        return table.filter(pa.array(mine, pa.bool_())).select([c for c in table.column_names if c != "group"])
+
+    pairs = [(part(new, n), part(known, n)) for n in range(buckets)]
+    tables = plan.assign([(some, old) for some, old in pairs if len(some)], *options)
+    return pa.concat_tables([NOTHING, *tables]).sort_by("split")
+
+
+@given(identities, st.floats(0, 0.9), st.integers(1, 5), st.integers(0, 2**32 - 1), st.sampled_from([2, 4, 16]))
+def test_each_source_gets_one_row_in_one_group_whatever_the_listing_order(
+    names: list[str], val: float, per_group: int, seed: int, buckets: int
+) -> None:
+    sources = found(names)
+    table = assigned(sources, NOTHING, FIRST, val, 1000, per_group)
+    shuffled = sources.take(np.random.default_rng(seed).permutation(len(names)))
+    assert assigned(shuffled, NOTHING, FIRST, val, 1000, per_group, buckets=buckets).equals(table)
+    rows = table.to_pylist()
+    assert sorted(r["uri"] for r in rows) == sorted(sources["uri"].to_pylist())
+    originals = [r for r in rows if r["duplicate_of"] is None]
+    assert {r["source"] for r in originals} == set(names) and len(originals) == len(set(names))
+    by_uri = {r["uri"]: r["source"] for r in originals}
+    assert all(by_uri[r["duplicate_of"]] == r["source"] for r in rows if r["duplicate_of"])
+    for split in ("train", "val"):
+        groups = [r["group"] for r in rows if r["split"] == split]
+        assert groups == sorted(groups) and set(groups) == set(range(len(set(groups))))
+        assert all(groups.count(g) <= per_group for g in groups)
+    assert len({(r["source"], r["split"]) for r in rows}) == len(set(names)), "a source is in one split"
+
+
+@given(identities, identities)
+def test_growth_moves_nothing_and_repeats_nothing(old: list[str], new: list[str]) -> None:
+    first = assigned(found(old), NOTHING, FIRST, 0.3, 1000, 3)
+    free = {
+        s: 1 + max((r["group"] for r in first.to_pylist() if r["split"] == s), default=-1) for s in ("train", "val")
+    }
+    added = assigned(found(new), first, free, 0.3, 1000, 3).to_pylist()
+    known = {r["source"]: r["split"] for r in first.to_pylist()}
+    assert all(r["group"] >= free[r["split"]] for r in added)
+    assert {r["source"] for r in added if r["duplicate_of"] is None} == set(new) - set(old)
+    assert all(known[r["source"]] == r["split"] for r in added if r["source"] in known)
+
+
+@given(identities.filter(lambda names: len(set(names)) > 3))
+def test_the_split_of_a_source_depends_on_nothing_else(names: list[str]) -> None:
+    def splits(some: list[str]) -> dict[str, str]:
+        rows = assigned(found(some), found(["f" * 20]).append_column("split", pa.array(["train"])), FIRST, 0.4, 1000, 3)
+        return {r["source"]: r["split"] for r in rows.to_pylist()}
+
+    whole, half = splits(names), splits(names[::2])
+    assert all(whole[k] == v for k, v in half.items())
+
+
+@given(st.lists(st.lists(st.integers(0, 50), max_size=20), max_size=5), st.integers(1, 120), st.integers(1, 7))
+def test_groups_are_bounded_and_full(parts: list[list[int]], most_bytes: int, most_rows: int) -> None:
+    cut = plan._Groups(0)
+    groups = [g for part in parts for g in cut.take(np.array(part, np.int64), most_bytes, most_rows).tolist()]
+    sizes = [size for part in parts for size in part]
+    whole = plan._Groups(0).take(np.array(sizes, np.int64), most_bytes, most_rows).tolist()
+    assert groups == whole and groups == sorted(groups) and set(groups) == set(range(len(set(groups))))
+    for number in set(groups):
+        members = [s for s, g in zip(sizes, groups, strict=True) if g == number]
+        assert len(members) <= most_rows and (sum(members) <= most_bytes or len(members) == 1)
+
+
+def plan_rows(dataset: str) -> list[dict[str, Any]]:
+    return [row for group in plan.groups(dataset) for row in plan.sources_of(dataset, group)]
+
+
+@pytest.mark.parametrize("val_fraction", [0.01, 0.99])
+def test_a_small_dataset_has_both_splits(tmp_path: Path, val_fraction: float) -> None:
+    for n in range(2):
+        (tmp_path / f"{n}.mp4").write_bytes(bytes([n]))
+    plan.plan(str(tmp_path / "ds"), [str(tmp_path)], val_fraction, 1000, 3)
+    assert {row["split"] for row in plan_rows(str(tmp_path / "ds"))} == {"train", "val"}
+
+
+def test_identity_is_of_the_content_not_of_the_name(tmp_path: Path) -> None:
+    paths = [tmp_path / n for n in ("a.mp4", "b c.mp4", "c.mp4")]
+    for path, data in zip(paths, (b"x" * 300_000, b"x" * 300_000, b"x" * 299_999 + b"y"), strict=True):
+        path.write_bytes(data)
+    plan.plan(str(tmp_path / "ds"), [str(p) for p in paths], 0, 1 << 30, 9)
+    one, two, other = sorted(plan_rows(str(tmp_path / "ds")), key=lambda row: row["uri"])
+    assert one["source"] == two["source"] != other["source"]
+    assert two["duplicate_of"] == str(paths[0]) and one["duplicate_of"] is other["duplicate_of"] is None
+
+
+def test_many_rows_are_planned_as_few_are_and_growth_appends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = [
+        {"uri": f"s3://b/{n}.mp4", "bytes": 100 + n % 7, "etag": f"{n % 900}", "caption": str(n)} for n in range(1000)
+    ]
+    pq.write_table(pa.Table.from_pylist(rows[:800]), tmp_path / "some.parquet")
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "all.parquet")
+
+    def planned(name: str) -> list[dict[str, Any]]:
+        for manifest in ("some", "all", "all"):
+            plan.plan(str(tmp_path / name), [str(tmp_path / f"{manifest}.parquet")], 0.1, 10_000, 30)
+        assert sorted(p.name for p in (tmp_path / name / "plan").iterdir()) == ["00000.parquet", "00001.parquet"]
+        return plan_rows(str(tmp_path / name))
+
+    whole = planned("whole")
+    for name, size in (("_ROWS_AT_ONCE", 64), ("_ROWS_A_ROW_GROUP", 16)):
+        monkeypatch.setattr(plan, name, size)
+    assert planned("parts") == whole
+    assert sorted(r["uri"] for r in whole) == sorted(r["uri"] for r in rows)
+    assert all(json.loads(r["extra"]) == {"caption": r["uri"][7:-4]} for r in whole)
+
+
+def test_a_file_that_is_named_twice_is_planned_once(tmp_path: Path) -> None:
+    (tmp_path / "a.mp4").write_bytes(b"1")
+    (tmp_path / "b.mp4").write_bytes(b"2")
+    groups = plan.plan(str(tmp_path / "ds"), [f"{tmp_path}/*.mp4", f"{tmp_path}/a.mp4"], 0.5, 1 << 30, 4)
+    assert sum(g["sources"] for g in groups) == 2
+
+
+def test_of_two_drivers_that_plan_at_once_one_plan_stands(tmp_path: Path) -> None:
+    for n in range(20):
+        (tmp_path / f"{n}.mp4").write_bytes(bytes([n]) * 100)
+    plans = []
+    threads = [
+        threading.Thread(
+            target=lambda: plans.append(plan.plan(str(tmp_path / "ds"), [f"{tmp_path}/*.mp4"], 0.2, 1 << 30, 4))
+        )
+        for _ in range(4)
+    ]
+    for t in threads:
+        t.start()
+    for t in threads:
+        t.join()
+    assert len(plans) == 4 and all(p == plans[0] for p in plans)
+    assert sum(g["sources"] for g in plans[0]) == 20
+    assert [p.name for p in (tmp_path / "ds" / "plan").iterdir()] == ["00000.parquet"]
