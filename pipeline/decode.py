@@ -13,6 +13,9 @@ from typing import Any
 
 import av
 import numpy as np
+from av.video.reformatter import VideoReformatter
+
+from longtake.pipeline import tone
 
 _MAX_DAMAGED_PACKETS = 1000
 _NO_VIDEO = "no video stream"
@@ -80,7 +83,7 @@ def _pyav_frames(path: str) -> Iterator[Frame]:
     with _opened(path) as (container, stream):
         step = 1 / float(stream.average_rate or stream.guessed_rate or 25)
         start, last = math.nan, -step
-        for number, image in enumerate(_decoded(container, stream)):
+        for number, image in enumerate(_progressive(_decoded(container, stream))):
             time = image.time
             if time is None or not math.isfinite(time):
                 seconds = last + step
@@ -143,6 +146,38 @@ def _decoded(container: Any, stream: Any) -> Iterator[Any]:
                 return
 
 
+def _progressive(images: Iterator[Any]) -> Iterator[Any]:
+    """Interlaced frames woven into whole ones (yadif, one frame from two fields); others pass as they are."""
+    graph, shape = None, None
+    for image in images:
+        if graph is None and not image.interlaced_frame:
+            yield image
+            continue
+        current = (image.width, image.height, image.format.name)
+        if shape != current:
+            if graph is not None:
+                yield from _pulled(graph, None)
+            graph, shape = _weaver(image), current
+        yield from _pulled(graph, image)
+    if graph is not None:
+        yield from _pulled(graph, None)
+
+
+def _weaver(image: Any) -> Any:
+    graph = av.filter.Graph()
+    first = graph.add_buffer(width=image.width, height=image.height, format=image.format, time_base=image.time_base)
+    graph.link_nodes(first, graph.add("yadif", "mode=send_frame:deint=interlaced"), graph.add("buffersink")).configure()
+    return graph
+
+
+def _pulled(graph: Any, image: Any) -> Iterator[Any]:
+    graph.push(image)
+    # an empty or a finished filter says so by an error
+    with contextlib.suppress(BlockingIOError, av.error.EOFError):
+        while True:
+            yield graph.pull()
+
+
 def _rotation(image: Any) -> int:
     # PyAV counts counter-clockwise
     return round(-getattr(image, "rotation", 0) / 90) % 4 * 90
@@ -165,8 +200,12 @@ def to_planes(frame: Frame, scaled: tuple[int, int], crop: tuple[int, int], scal
     """
     turned = frame.rotation in (90, 270)
     width, height = scaled[::-1] if turned else scaled
+    image = frame.image
+    if tone.is_hdr(image):
+        # at the small size, where it costs little; what follows only converts, with tables of its own
+        image, scaler = tone.sdr_image(image, width, height, scaler), VideoReformatter()
     image = scaler.reformat(
-        frame.image,
+        image,
         width,
         height,
         "yuv420p",
