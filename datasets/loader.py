@@ -189,7 +189,7 @@ class _Stream:
                 if "video" in self.columns:
                     sample["mp4"] = _read(f"{base}.tar", row["mp4_offset"], row["mp4_size"], row["sha256"])
                 if "json" in self.columns:
-                    sample["json"] = _read(f"{base}.tar", row["json_offset"], row["json_size"])
+                    sample["json"] = _read(f"{base}.tar", row["json_offset"], row["json_size"], row["json_sha256"])
                 for column in _CACHE_COLUMNS.keys() & set(self.columns):
                     place = (row[f"{column}_{field}"] for field in ("offset", "size", "sha256"))
                     sample[column] = _read(f"{base}.{column}.tar", *place)
@@ -318,7 +318,7 @@ def _mapped(url: str) -> mmap.mmap:
         return mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ)
 
 
-def _read(url: str, offset: int, size: int, sha256: str | None = None) -> bytes:
+def _read(url: str, offset: int, size: int, sha256: str) -> bytes:
     """A member's bytes. Raises Failure where they are not there, or not those of `sha256` (hex)."""
     if storage.is_local(url):
         try:
@@ -332,6 +332,6 @@ def _read(url: str, offset: int, size: int, sha256: str | None = None) -> bytes:
             f"{url}: is too short for bytes {offset} to {offset + size} of the index; run `longtake dataset verify`"
         )
     # a damaged clip often decodes, to other pixels
-    if sha256 is not None and hashlib.sha256(data).hexdigest() != sha256:
+    if hashlib.sha256(data).hexdigest() != sha256:
         raise Failure(f"{url}: bytes {offset} to {offset + size} are damaged; run `longtake dataset verify`")
     return data

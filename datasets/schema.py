@@ -4,7 +4,7 @@ import pyarrow as pa
 
 FORMAT_VERSION = 1
 SPLITS = ("train", "val")
-SCORES = ("motion", "still", "brightness", "contrast", "sharpness", "saturation")
+SCORES = ("motion", "still", "brightness", "contrast", "sharpness", "saturation", "dark", "letterbox")
 
 # One row a source at planning time; `group` is unique within a split and never changes.
 PLAN = pa.schema(
@@ -38,6 +38,7 @@ SOURCES = pa.schema(
         ("clips_dropped_short", pa.int32()),
         ("frames_dropped_short", pa.int64()),
         ("frames_dropped_black", pa.int64()),
+        ("frames_dropped_transition", pa.int64()),  # inside a fade or dissolve
     ]
 )
 
@@ -52,6 +53,7 @@ INDEX = pa.schema(
         ("json_offset", pa.int64()),
         ("json_size", pa.int64()),
         ("sha256", pa.string()),  # of the mp4 member
+        ("json_sha256", pa.string()),
         ("first_frame", pa.int64()),  # number of the source frame shown first
         ("start_seconds", pa.float64()),  # since the source's first frame
         ("frame_count", pa.int32()),

@@ -90,7 +90,7 @@ class _Member:
     what: str
     offset: int
     size: int
-    sha256: str | None
+    sha256: str
     header: bytearray = field(default_factory=bytearray)
     digest: Any = field(default_factory=hashlib.sha256)
 
@@ -105,16 +105,14 @@ class _Member:
             info = tarfile.TarInfo.frombuf(bytes(self.header), "utf-8", "strict")
         except (tarfile.HeaderError, UnicodeDecodeError):
             return True
-        return (
-            not self.name.fullmatch(info.name)
-            or info.size != self.size
-            or self.sha256 not in (None, self.digest.hexdigest())
-        )
+        return not self.name.fullmatch(info.name) or info.size != self.size or self.sha256 != self.digest.hexdigest()
 
 
 def _members(table: pa.Table, column: str) -> Iterator[_Member]:
     # the index of a column does not say what its files end in
-    fields = [("", r"\.[\w.]+", "sha256")] if column else [("mp4_", r"\.mp4", "sha256"), ("json_", r"\.json", None)]
+    fields = (
+        [("", r"\.[\w.]+", "sha256")] if column else [("mp4_", r"\.mp4", "sha256"), ("json_", r"\.json", "json_sha256")]
+    )
     for row in table.to_pylist():
         for prefix, ending, sha256 in fields:
             offset, size = row.get(f"{prefix}offset"), row.get(f"{prefix}size")
@@ -124,7 +122,7 @@ def _members(table: pa.Table, column: str) -> Iterator[_Member]:
                 what=f"{row.get('key')}{'.' + prefix[:-1] if prefix else ''}",
                 offset=-1 if missing else offset,
                 size=0 if missing else size,
-                sha256=(row.get(sha256) or "") if sha256 else None,
+                sha256=row.get(sha256) or "",
             )
 
 

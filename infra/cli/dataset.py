@@ -1,4 +1,4 @@
-"""Commands about data: footage, dataset ls | sources | show | verify | diff | compact."""
+"""Commands about data: footage, dataset ls | sources | show | verify | diff | compact | report."""
 
 import click
 
@@ -76,13 +76,13 @@ def show(url: str, key: str, save: str | None) -> None:
     from longtake.datasets import clip, compact, index, schema, storage
     from longtake.datasets.errors import Failure, UserError
 
-    def member(split: str, name: str, offset: int, size: int, sha256: str | None = None) -> bytes:
+    def member(split: str, name: str, offset: int, size: int, sha256: str) -> bytes:
         tar = storage.join(url, split, f"{name}.tar")
         try:
             data = storage.read_range(tar, offset, size)
         except FileNotFoundError as e:
             raise Failure(f"{tar}: is missing; run `longtake dataset verify`") from e
-        if len(data) != size or sha256 not in (None, hashlib.sha256(data).hexdigest()):
+        if len(data) != size or sha256 != hashlib.sha256(data).hexdigest():
             raise Failure(f"{tar}: {key} is damaged; run `longtake dataset verify`")
         return data
 
@@ -91,11 +91,8 @@ def show(url: str, key: str, save: str | None) -> None:
         table, _ = compact.open_split(url, split)
         for row in table.filter(pc.equal(table["key"], key)).to_pylist():
             tar = storage.join(url, split, f"{row['shard']}.tar")
-            text = member(split, row["shard"], row["json_offset"], row["json_size"])
-            try:
-                click.echo(json.dumps(row | {"tar": tar, "json": json.loads(text)}, indent=2))
-            except ValueError as e:
-                raise Failure(f"{tar}: {key}.json is damaged; run `longtake dataset verify`") from e
+            text = member(split, row["shard"], row["json_offset"], row["json_size"], row["json_sha256"])
+            click.echo(json.dumps(row | {"tar": tar, "json": json.loads(text)}, indent=2))
             if save is None:
                 return
             folder = Path(save)
@@ -178,3 +175,25 @@ def compact(url: str) -> None:
     index.describe(url)
     for split in schema.SPLITS:
         click.echo(f"{split}: {folded.write(url, split)} shards")
+
+
+@dataset.command()
+@click.argument("url")
+@click.option("--view", metavar="URL", help="A view (views/NAME.parquet), to tell kept clips from dropped ones.")
+@click.option("--to", default="dataset-report", show_default=True, metavar="FOLDER", help="Where to write.")
+def report(url: str, view: str | None, to: str) -> None:
+    """Write report.html of DATASET: the account of its inputs, contact sheets, histograms.
+
+    Prints the account; exit code 1 if it does not add up.
+    """
+    from pathlib import Path
+
+    from longtake.datasets.errors import Failure
+    from longtake.infra.report import build_of_dataset
+
+    page, lines = build_of_dataset(Path(to), url, view)
+    for line in lines:
+        click.echo(f"{line.total} {line.what} = " + " + ".join(f"{part.count} {part.name}" for part in line.parts))
+    click.echo(page)
+    if any(line.difference for line in lines):
+        raise Failure(f"{url}: the account does not add up; run the `shard` stage again, then `curate`")

@@ -8,7 +8,8 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from longtake.datasets import index, schema, storage
+from longtake.datasets import index
+from longtake.pipeline.plan import groups
 
 
 @dataclass(frozen=True)
@@ -41,14 +42,14 @@ def account(dataset: str, clips: pa.Table, view: pa.Table | None) -> dict[str, A
     The two sides of a line come from different files (plan, sources, indexes, view), so that a lost one shows.
     """
     sources = index.read_sources(dataset)
-    planned = index.read_tables(storage.join(dataset, "plan"), schema.PLAN)
+    planned = sum(group["sources"] for group in groups(dataset))
     rejected = sources.filter(pc.equal(sources["status"], "rejected")).sort_by(
         [("reason", "ascending"), ("uri", "ascending")]
     )
     good = sources.filter(pc.equal(sources["status"], "good"))
     odd = good.filter(pc.is_valid(good["detail"])).sort_by("uri")
     lines = [
-        Line("sources found", len(planned), [Part("good", len(good), True), *_rejections(rejected)], "rejected"),
+        Line("sources found", planned, [Part("good", len(good), True), *_rejections(rejected)], "rejected"),
         Line(
             "clips cut",
             _sum(sources["clips"]),
@@ -70,6 +71,7 @@ def account(dataset: str, clips: pa.Table, view: pa.Table | None) -> dict[str, A
         Part("in clips", _sum(clips["frame_count"]), True),
         Part("in pieces too short", _sum(sources["frames_dropped_short"]), False),
         Part("black", _sum(sources["frames_dropped_black"]), False),
+        Part("in fades and dissolves", _sum(sources["frames_dropped_transition"]), False),
     ]
     lines.append(Line("frames sampled", _sum(sources["frames_sampled"]), frames, "dropped"))
     return {

@@ -1,4 +1,4 @@
-"""Builds the report of a recipe: one HTML file that needs nothing else, and its pictures beside it."""
+"""Builds the report of a recipe or of a dataset: one HTML file that needs nothing else, and its pictures beside it."""
 
 import math
 import shlex
@@ -12,7 +12,7 @@ import pyarrow.compute as pc
 from longtake.datasets import index, storage
 from longtake.datasets import view as views
 from longtake.datasets.errors import UserError
-from longtake.infra.report.account import account
+from longtake.infra.report.account import Line, account
 from longtake.infra.report.clips import contact, histograms, load
 from longtake.infra.report.embed import Pictures
 from longtake.infra.report.heldout import heldout
@@ -45,6 +45,35 @@ def build(
         heldout=[found for found in map(heldout, stages) if found],
         stages=stages,
     )
+    return _save(folder, page)
+
+
+def build_of_dataset(folder: Path, dataset: str, view: str | None) -> tuple[Path, list[Line]]:
+    """The dataset's part of the page alone, as `build`; returns the path and the lines of its account.
+
+    Raises:
+        UserError: there is no such dataset, or no such view.
+    """
+    index.describe(dataset)
+    if view is not None:
+        views.read_view(view)
+    data = _data(dataset, view, Pictures(folder / "pictures"))
+    name = dataset.rstrip("/").rsplit("/", 1)[-1]
+    places = _places((), dataset, view, "")
+    page = _render(
+        recipe=name,
+        status="",
+        line="",
+        seconds=0,
+        made=datetime.now().astimezone(),
+        places=places,
+        data=data,
+        stages=None,
+    )
+    return _save(folder, page), data["account"]["lines"]
+
+
+def _save(folder: Path, page: str) -> Path:
     target = folder / "report.html"
     storage.write(str(target), page.encode())
     return target
@@ -55,7 +84,7 @@ def _places(
 ) -> list[tuple[str, str]]:
     models = [("model", s.uri) for s in stages if s.uri.startswith("models:/")]
     found = [("dataset", dataset or ""), ("view", view or ""), *models, ("tracking", tracking_uri)]
-    if not tracking_uri.startswith(("http://", "https://")):
+    if tracking_uri and not tracking_uri.startswith(("http://", "https://")):
         found.append(("see the runs", f"mlflow ui --backend-store-uri {shlex.quote(tracking_uri)}"))
     return [(name, place) for name, place in found if place]
 
