@@ -7,6 +7,8 @@ import numpy as np
 from longtake.pipeline.decode import chroma, luma
 
 _STILL = 0.5 / 255
+_DARK = 36  # (limited-range) luma that still counts as black
+_LIT_SHARE = 0.01  # a row with no more pixels above black is part of a bar: coding noise
 
 
 def score(clip: list[np.ndarray]) -> dict[str, float]:
@@ -14,7 +16,8 @@ def score(clip: list[np.ndarray]) -> dict[str, float]:
 
     motion: mean |luma difference| of neighbours. still: share of neighbours that hardly differ.
     brightness, contrast: mean and mean spatial deviation of luma. sharpness: mean |Laplacian| of luma.
-    saturation: mean distance of chroma from grey.
+    saturation: mean distance of chroma from grey. dark: share of nearly black pixels. letterbox: share of the picture
+    that is black bars, in all frames looked at.
     """
     y = np.stack([luma(p) for p in clip])
     steps = [float(np.abs(b.astype(np.int16) - a).mean()) / 255 for a, b in pairwise(y)]
@@ -34,7 +37,18 @@ def score(clip: list[np.ndarray]) -> dict[str, float]:
         "contrast": float(middle.std((1, 2)).mean() / 219),
         "sharpness": float(np.abs(laplacian).mean() / 255),
         "saturation": float(np.abs(colour).mean() / 128),
+        "dark": float((middle <= _DARK).mean()),
+        "letterbox": _bars(middle.max(0)),
     }
+
+
+def _bars(brightest: np.ndarray) -> float:
+    """Share of rows and columns at the edges that are never brighter than black."""
+    shown = 1.0
+    for side in (0, 1):
+        lit = np.flatnonzero((brightest > _DARK).mean(1 - side) > _LIT_SHARE)
+        shown *= (lit[-1] - lit[0] + 1) / brightest.shape[side] if len(lit) else 0
+    return 1 - shown
 
 
 _SIDE, _KEPT = 32, 8

@@ -72,6 +72,7 @@ def process(
             "clips_dropped_short",
             "frames_dropped_short",
             "frames_dropped_black",
+            "frames_dropped_transition",
         ),
         0,
     )
@@ -135,13 +136,13 @@ def _cut(
         held.clear()
 
     stream = _counted(frames(path, decoder), limits.max_frames, account, notes)
-    for frame, starts, black in shots(_sampled(stream, float(clip.rate), scaled, bucket)):
+    for frame, starts, dropped in shots(_sampled(stream, float(clip.rate), scaled, bucket)):
         account["frames_sampled"] += 1
         account["shots"] += starts
-        if starts or black or len(held) == clip.max_frames:
+        if starts or dropped or len(held) == clip.max_frames:
             flush()
-        if black:
-            account["frames_dropped_black"] += 1
+        if dropped:
+            account[f"frames_dropped_{dropped}"] += 1
         else:
             held.append(frame)
     flush()
@@ -231,7 +232,8 @@ def _write_clip(
     rounded = {name: round(value, 6) for name, value in scores.items()}
     try:
         (folder / f"{key}.mp4").write_bytes(mp4)
-        (folder / f"{key}.json").write_text(json.dumps({**extra, **facts, "scores": rounded}, sort_keys=True))
+        text = json.dumps({**extra, **facts, "scores": rounded}, sort_keys=True).encode()
+        (folder / f"{key}.json").write_bytes(text)
         # of the clip as it will be decoded again, not of the frames before encoding
         difference = clips.frame_difference(clips.decode(mp4, name=key), diff.factor(width, height))
         (folder / f"{key}.npy.zst").write_bytes(clips.pack_array(difference))
@@ -240,5 +242,7 @@ def _write_clip(
             raise OSError(errno.ENOSPC, "No space left on device", str(folder)) from e
         raise
     label = None if extra.get("label") is None else str(extra["label"])
-    row = {"key": key, "sha256": hashlib.sha256(mp4).hexdigest(), "label": label}
-    return row | facts | rounded | {"phash": perceptual_hash(planes[len(planes) // 2])}
+    digests = {"sha256": hashlib.sha256(mp4).hexdigest(), "json_sha256": hashlib.sha256(text).hexdigest()}
+    return (
+        {"key": key, "label": label} | digests | facts | rounded | {"phash": perceptual_hash(planes[len(planes) // 2])}
+    )
