@@ -1,6 +1,5 @@
 """One source to clips, by what comes out of it."""
 
-import csv
 import os
 import subprocess
 import sys
@@ -18,7 +17,7 @@ from longtake.datasets import clip
 from longtake.datasets.footage import load_truth, write_video
 from longtake.pipeline.geometry import ClipConfig, FrameDiffConfig, LimitsConfig, fit
 from longtake.pipeline.isolate import Worker
-from longtake.pipeline.source import REASONS, process
+from longtake.pipeline.source import process
 
 SMALL = ClipConfig(short_side=32, fps=12, max_seconds=3)
 
@@ -186,41 +185,6 @@ def test_the_nearest_bucket_is_covered_without_distortion() -> None:
         assert scaled[0] >= bucket[0] and scaled[1] >= bucket[1]
         assert scaled[0] / scaled[1] == pytest.approx(width / height, rel=0.05)
         assert lost < 0.3 and all(side % 2 == 0 for side in (*scaled, *bucket))
-
-
-EXPECTED = {
-    "audio only": "no_video",
-    "no video stream": "no_video",
-    "unreadable": "unreadable",
-    "text file": "unreadable",
-    "zero decodable frames": "no_frames",
-    "all black": "black",
-    "two frames": "too_short",
-    "extreme aspect": "aspect",
-}
-
-
-def test_every_odd_file_has_its_outcome(worker: Worker, videos: Path, tmp_path: Path) -> None:
-    rows = [r for r in csv.DictReader((videos / "index.csv").open()) if r["kind"] == "odd"]
-    config = {"clip": ClipConfig(short_side=64, fps=12).model_dump(mode="json")}
-    good = 0
-    for n, row in enumerate(rows):
-        result = worker.run(job(videos / row["file"], tmp_path / str(n)) | config, 120.0, 6 << 30)
-        account = result["account"]
-        assert account["status"] == ("good" if result["clips"] else "rejected"), row["file"]
-        assert account["reason"] is None or (account["reason"] in REASONS and account["detail"]), row["file"]
-        assert account["reason"] not in ("crashed", "timed_out"), row["file"]
-        for note, reason in EXPECTED.items():
-            if row["note"].startswith(note):
-                assert account["reason"] == reason, row["file"]
-        good += bool(result["clips"])
-    assert len(rows) > 100 and good > 50
-
-
-def test_a_truncated_source_says_how_much_of_it_there_was(videos: Path, tmp_path: Path) -> None:
-    account = cut(videos / "odd" / "made__truncated-half-faststart.mp4", tmp_path / "o")["account"]
-    assert account["status"] == "good"
-    assert "120 frames, 59 could be decoded" in account["detail"]
 
 
 def test_written_footage_reads_back(tmp_path: Path) -> None:
