@@ -2,7 +2,7 @@
 
 import pyarrow as pa
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 SPLITS = ("train", "val")
 SCORES = ("motion", "still", "brightness", "contrast", "sharpness", "saturation", "dark", "letterbox")
 

@@ -31,6 +31,18 @@ class Input:
         self.product = product
 
 
+class Scheduling:
+    """Marks a config field that says how the work is done, not what comes out: it is no part of the fingerprint."""
+
+
+def content(config: StageConfig) -> dict[str, Any]:
+    """What decides what a stage makes: its config as plain data, without the fields marked `Scheduling`."""
+    fields = type(config).model_fields.items()
+    return config.model_dump(
+        mode="json", exclude={n for n, f in fields if any(isinstance(m, Scheduling) for m in f.metadata)}
+    )
+
+
 DatasetInput = Annotated[str, Input("dataset")]
 ViewInput = Annotated[str, Input("view")]
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from longtake.datasets import storage
 from longtake.datasets.errors import UserError
-from longtake.datasets.stage import StageConfig, inputs_of
+from longtake.datasets.stage import StageConfig, content, inputs_of
 from longtake.infra import stages
 from longtake.infra.recipe import Recipe
 
@@ -61,7 +61,7 @@ def build(recipe: Recipe) -> list[Node]:
         kind = config.kind  # type: ignore[attr-defined]
         _check(recipe, name, inputs)
         known = {field: nodes[value].fingerprint if value in nodes else value for field, value in inputs.items()}
-        made = _hash([kind, stages.load(kind).VERSION, config.model_dump(mode="json") | known])
+        made = _hash([kind, stages.load(kind).VERSION, content(config) | known])
         nodes[name] = Node(
             name,
             kind,

@@ -8,19 +8,38 @@ import tempfile
 from collections.abc import Iterator
 from typing import Any
 
+from pydantic import Field
+
 from longtake.datasets.errors import Failure, UserError
+from longtake.datasets.stage import StageConfig
+
+
+class TaskConfig(StageConfig):
+    """What one task asks of Ray, and how long the work may stand still."""
+
+    cpus: float = Field(1, gt=0)
+    memory_bytes: int = Field(0, ge=0)  # 0: not reserved
+    custom: dict[str, float] = Field({})  # custom resources of your nodes, such as {spot: 1}
+    stall_seconds: float = Field(
+        3600, gt=0
+    )  # a group that has not moved for so long is named; if none has, the stage fails
+
+    def options(self) -> dict[str, Any]:
+        """Arguments of Ray's tasks."""
+        reserved = {"memory": self.memory_bytes} if self.memory_bytes else {}
+        return {"num_cpus": self.cpus, **reserved, **({"resources": self.custom} if self.custom else {})}
 
 
 @contextlib.contextmanager
-def connected(stage: str, cpus: float = 1) -> Iterator[Any]:
+def connected(stage: str, task: "TaskConfig | None" = None) -> Iterator[Any]:
     """The `ray` module, connected, with quiet logs and no progress bars of Ray's own.
 
     Args:
         stage: what to call the work in an error.
-        cpus: what one task needs.
+        task: what one task needs.
 
     Raises:
-        UserError: the cluster has no such CPUs, or RAY_ADDRESS does not answer.
+        UserError: no node of the cluster has room for a task, or RAY_ADDRESS does not answer.
     """
     address = os.environ.get("RAY_ADDRESS") or "local"
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
@@ -43,9 +62,7 @@ def connected(stage: str, cpus: float = 1) -> Iterator[Any]:
         except (ConnectionError, OSError) as e:
             raise UserError(f"RAY_ADDRESS={address}: no Ray cluster answers ({str(e).splitlines()[0]})") from e
     try:
-        have = ray.cluster_resources().get("CPU", 0)
-        if have < cpus:
-            raise UserError(f"stage {stage}: needs {cpus:g} CPU a task, the Ray cluster has {have:g}; add nodes")
+        _check(stage, task or TaskConfig(), [node["Resources"] for node in ray.nodes() if node["Alive"]])
         context = ray.data.DataContext.get_current()
         context.enable_progress_bars = False
         context.print_on_execution_start = False
@@ -58,3 +75,21 @@ def connected(stage: str, cpus: float = 1) -> Iterator[Any]:
     finally:
         if ours:
             ray.shutdown()
+
+
+def _check(stage: str, task: TaskConfig, nodes: list[dict[str, float]]) -> None:
+    """Ray waits for ever for a node that can hold a task; say so at once. Raises UserError."""
+    needs = {"cpus": ("CPU", task.cpus), "memory_bytes": ("memory", task.memory_bytes)}
+    needs |= {f"custom.{name}": (name, amount) for name, amount in task.custom.items()}
+    if any(all(node.get(name, 0) >= amount for name, amount in needs.values()) for node in nodes):
+        return
+    for key, (name, amount) in needs.items():
+        most = max((node.get(name, 0) for node in nodes), default=0)
+        if most < amount:
+            raise UserError(
+                f"stage {stage}: task.{key}: a task needs {amount:g} {name}, no node of the Ray cluster has more than"
+                f" {most:g}; lower it, or add a larger node"
+            )
+    raise UserError(
+        f"stage {stage}: task: no single node of the Ray cluster has all that a task needs ({task.options()})"
+    )

@@ -27,6 +27,7 @@ def make_group(
     dataset: str,
     geometry: Mapping[str, Any],
     memory: Mapping[str, bytes] | None = None,
+    board: Any = None,
 ) -> dict[str, Any]:
     """Cut the sources of one group and commit its shard.
 
@@ -35,6 +36,7 @@ def make_group(
         rows: its plan rows, in order of identity.
         geometry: the `clip`, `limits`, `diff` and `decoder` of `source.process`, as plain data.
         memory: contents of sources that only the driver can see.
+        board: the Ray actor that is told how far this is (see watch.py).
 
     Returns:
         `{"split", "group", "sources", "clips", "error"}`; with an error the group is not committed and can be run again.
@@ -45,14 +47,20 @@ def make_group(
     try:
         with storage.spool_folder(folder) as spool:
             sources, clips = [], []
-            for row in rows:
+            for done, row in enumerate(rows):
+                if board is not None:
+                    board.begin.remote(f"{split}/{name}", done, row["uri"])
                 account, cut = _cut(row, spool, geometry, memory or {})
                 sources.append(dict.fromkeys(schema.SOURCES.names) | dict(row) | account)
                 clips += cut
+            if board is not None:
+                board.begin.remote(f"{split}/{name}", len(rows), "its commit")
             _commit(dataset, split, name, spool, clips, sources)
             result["clips"] = len(clips)
     except (Failure, OSError) as e:
         result["error"] = f"{split}/{name}: {e}"
+    if board is not None:
+        board.finish.remote(f"{split}/{name}", len(rows))
     return result
 
 

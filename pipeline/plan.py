@@ -177,7 +177,10 @@ def plan(
                 known.add(pa.table(batch))
             known.close()
             added = assign(
-                ((new.read(bucket), known.read(bucket)) for bucket in sorted(new.names)),
+                (
+                    (new.read(bucket), known.read(bucket))
+                    for bucket in tqdm(sorted(new.names), "sort", unit="bucket", delay=2)
+                ),
                 _free(groups(dataset)),
                 val_fraction,
                 group_bytes,
@@ -191,7 +194,7 @@ def plan(
 
 
 def _identified(found: Iterator[pa.RecordBatch], seen: np.ndarray, into: "_Buckets", threads: int) -> None:
-    with ThreadPoolExecutor(threads) as pool, tqdm(desc="identify", unit="source") as bar:
+    with ThreadPoolExecutor(threads) as pool, tqdm(desc="identify", unit="source", unit_scale=True) as bar:
         for batch in found:
             new = batch
             if len(seen):

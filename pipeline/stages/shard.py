@@ -3,22 +3,25 @@
 Speed: one sequential decode a source; the driver holds references only.
 """
 
+import sys
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 from tqdm import tqdm
 
 from longtake.datasets import index, schema, storage
 from longtake.datasets.errors import Failure, Interrupted, UserError
-from longtake.datasets.stage import StageConfig
+from longtake.datasets.stage import Scheduling, StageConfig
+from longtake.pipeline.cluster import TaskConfig, connected
 from longtake.pipeline.commit import group_name, make_group
 from longtake.pipeline.discover import listing_digest
 from longtake.pipeline.geometry import ClipConfig, FrameDiffConfig, LimitsConfig
 from longtake.pipeline.plan import groups as groups_of
 from longtake.pipeline.plan import plan, sources_of
+from longtake.pipeline.watch import Board, watched
 
-VERSION = 1
+VERSION = 2
 PRODUCES = "dataset"
 
 
@@ -34,11 +37,21 @@ class Config(StageConfig):
     val_fraction: float = Field(0.05, ge=0, lt=1)  # of the sources, by their content
     group_bytes: int = Field(1 << 30, gt=0)  # of source files in one group, and so in one shard
     group_sources: int = Field(1024, gt=0)
+    task: Annotated[TaskConfig, Scheduling()] = TaskConfig()
 
     @field_validator("sources")
     @classmethod
     def _absolute(cls, sources: tuple[str, ...]) -> tuple[str, ...]:
         return tuple(storage.absolute(s) for s in sources)
+
+    @model_validator(mode="after")
+    def _patient(self) -> "Config":
+        if self.task.stall_seconds <= self.limits.timeout_seconds:
+            raise ValueError(
+                f"task.stall_seconds {self.task.stall_seconds:g} must be more than limits.timeout_seconds"
+                f" {self.limits.timeout_seconds:g}, which one source may take"
+            )
+        return self
 
 
 def outside(config: Config) -> str:
@@ -100,8 +113,6 @@ def missing_groups(output: str, groups: list[dict[str, Any]]) -> list[dict[str, 
 
 
 def _make(config: Config, output: str, groups: list[dict[str, Any]]) -> None:
-    from longtake.pipeline.cluster import connected
-
     geometry = {
         "clip": config.clip.model_dump(mode="json"),
         "limits": config.limits.model_dump(mode="json"),
@@ -115,21 +126,29 @@ def _make(config: Config, output: str, groups: list[dict[str, Any]]) -> None:
     errors = []
     try:
         with (
-            connected("shard") as ray,
+            connected("shard", config.task) as ray,
             tqdm(desc="shard", total=sum(g["sources"] for g in groups), unit="source") as bar,
         ):
             shared = ray.put(memory)
+            # on a node that dies it starts afresh, and is told again
+            board = ray.remote(num_cpus=0, max_restarts=-1)(Board).remote()
             # one block a group: one group is one task, and a retry repeats no other
             rows = ray.data.from_items(groups, override_num_blocks=len(groups))
             made = rows.map(
-                lambda group: make_group(group, sources_of(output, group), output, geometry, ray.get(shared)),
-                num_cpus=1,
+                lambda group: make_group(group, sources_of(output, group), output, geometry, ray.get(shared), board),
+                **config.task.options(),
             )
-            clips = 0
-            for result in made.iter_rows():
-                clips += result["clips"]
+
+            def tell(done: int, line: str) -> None:
+                bar.update(max(0, done - bar.n))
+                if line:
+                    bar.write(f"shard: {line}", file=sys.stderr)
+
+            clips = done = 0
+            for result in watched(made.iter_rows(), ray, board, "shard", config.task.stall_seconds, tell):
+                clips, done = clips + result["clips"], done + result["sources"]
                 bar.set_postfix(clips=clips, refresh=False)
-                bar.update(result["sources"])
+                tell(done, "")
                 if result["error"]:
                     errors.append(result["error"])
     except KeyboardInterrupt as e:

@@ -3,8 +3,10 @@
 import hashlib
 import json
 import os
+import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -16,6 +18,7 @@ import pytest
 
 from longtake.datasets import index, schema, storage
 from longtake.datasets.errors import Failure, UserError
+from longtake.datasets.stage import content
 from longtake.datasets.view import read_view
 from longtake.pipeline.commit import make_group
 from longtake.pipeline.plan import sources_of
@@ -214,3 +217,43 @@ def test_a_view_drops_by_rule_and_says_why(sharded: Path, tmp_path: Path) -> Non
         curate.run(
             curate.Config(kind="curate", dataset="x", rules={"motion": {"min": 2}}), {"dataset": str(sharded)}, "o/v"
         )  # type: ignore[dict-item]
+
+
+def test_a_group_that_stands_still_is_named(tmp_path: Path) -> None:
+    """A store that takes a connection and then says nothing."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        uri = f"http://127.0.0.1:{server.getsockname()[1]}/silent.mp4"
+        (tmp_path / "list.csv").write_text(f"uri,bytes,etag\n{uri},1000,a\n")
+        hasty = config(tmp_path / "list.csv", task={"stall_seconds": 30}, limits={"timeout_seconds": 2})
+        recipe = {
+            "name": "hasty",
+            "workspace": str(tmp_path / "out"),
+            "stages": {"shards": hasty.model_dump(mode="json")},
+        }
+        (tmp_path / "recipe.yaml").write_text(json.dumps(recipe))
+        environment = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
+        command = [str(Path(sys.executable).parent / "longtake"), "stage", str(tmp_path / "recipe.yaml"), "shards"]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    line = rf"error: stage shard: nothing has moved for 30 s: group train/00000 has stood still for \d+ s at {uri}"
+    assert re.search(line, done.stderr)
+
+
+@pytest.mark.parametrize(
+    ("task", "says"),
+    [
+        ({"cpus": 999}, r"stage shard: task\.cpus: a task needs 999 CPU, no node of the Ray cluster has more than"),
+        ({"custom": {"spot": 1}}, r"stage shard: task\.custom\.spot: a task needs 1 spot, .* more than 0"),
+        ({"memory_bytes": 1 << 60}, r"task\.memory_bytes: a task needs"),
+    ],
+)
+def test_more_than_a_node_has_is_refused_at_once(footage: Path, tmp_path: Path, task: Any, says: str) -> None:
+    with pytest.raises(UserError, match=says):
+        shard.run(config(footage, task=task), {}, str(tmp_path / "out"))
+
+
+def test_how_the_work_is_scheduled_is_no_part_of_the_fingerprint(footage: Path) -> None:
+    assert content(config(footage)) == content(config(footage, task={"cpus": 2}))
+    assert content(config(footage)) != content(config(footage, val_fraction=0.5))
+    with pytest.raises(ValueError, match=r"task\.stall_seconds 10 must be more than limits\.timeout_seconds 1800"):
+        config(footage, task={"stall_seconds": 10})
