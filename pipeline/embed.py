@@ -20,17 +20,17 @@ if TYPE_CHECKING:
 _BATCH = 64
 
 
-def read_encoder(path: str) -> bytes:
-    """The bytes of a TorchScript file. Raises UserError where there is none."""
+def read_encoder(path: str, key: str) -> bytes:
+    """The bytes of a TorchScript file. Raises UserError, naming the config's `key`, where there is none."""
     try:
         return storage.read(path)
     except (FileNotFoundError, IsADirectoryError) as e:
         raise UserError(
-            f"embedding.encoder: {path}: no such file; name one that `torch.jit.script(model).save(...)` wrote"
+            f"{key}.encoder: {path}: no such file; name one that `torch.jit.script(model).save(...)` wrote"
         ) from e
 
 
-def vectors(dataset: str, clips: pa.Table, encoder: str, size: int) -> np.ndarray:
+def vectors(dataset: str, clips: pa.Table, encoder: str, size: int, key: str) -> np.ndarray:
     """The encoder's vector for the middle frame of each clip.
 
     Args:
@@ -38,6 +38,7 @@ def vectors(dataset: str, clips: pa.Table, encoder: str, size: int) -> np.ndarra
         clips: N rows of its index with the columns `split` and `shard`.
         encoder: path of a TorchScript module, (B, 3, size, size) float32 in 0..1 -> (B, D).
         size: frames are scaled to cover it and their centre is taken.
+        key: what the config calls this encoder, for errors.
 
     Returns:
         (N, D) float32.
@@ -48,30 +49,30 @@ def vectors(dataset: str, clips: pa.Table, encoder: str, size: int) -> np.ndarra
     """
     import torch
 
-    model = _load(encoder)
+    model = _load(encoder, key)
     found: list[np.ndarray] = []
     with (
         torch.inference_mode(),
         ThreadPoolExecutor() as pool,
-        tqdm(desc="embed", total=len(clips), unit="clip") as bar,
+        tqdm(desc=key, total=len(clips), unit="clip") as bar,
     ):
         for start in range(0, len(clips), _BATCH):
             rows = clips.slice(start, _BATCH).to_pylist()
             frames = np.stack(list(pool.map(lambda row: _middle_frame(dataset, row, size), rows)))
-            found.append(_encode(model, torch.from_numpy(frames), encoder))
+            found.append(_encode(model, torch.from_numpy(frames), encoder, key))
             bar.update(len(rows))
     return np.concatenate(found) if found else np.empty((0, 1), np.float32)
 
 
-def _load(path: str) -> "torch.jit.ScriptModule":
+def _load(path: str, key: str) -> "torch.jit.ScriptModule":
     import torch
 
-    data = io.BytesIO(read_encoder(path))
+    data = io.BytesIO(read_encoder(path, key))
     try:
         return torch.jit.load(data, map_location="cuda" if torch.cuda.is_available() else "cpu").eval()
     except RuntimeError as e:
         raise UserError(
-            f"embedding.encoder: {path}: not a TorchScript file; write one with `torch.jit.script(model).save(...)`"
+            f"{key}.encoder: {path}: not a TorchScript file; write one with `torch.jit.script(model).save(...)`"
         ) from e
 
 
@@ -84,7 +85,7 @@ def _middle_frame(dataset: str, row: dict[str, Any], size: int) -> np.ndarray:
     return clip.crop(video, (size, size))[0].transpose(2, 0, 1)
 
 
-def _encode(model: "torch.jit.ScriptModule", frames: "torch.Tensor", encoder: str) -> np.ndarray:
+def _encode(model: "torch.jit.ScriptModule", frames: "torch.Tensor", encoder: str, key: str) -> np.ndarray:
     import torch
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -93,11 +94,11 @@ def _encode(model: "torch.jit.ScriptModule", frames: "torch.Tensor", encoder: st
     except RuntimeError as e:
         last = str(e).strip().splitlines()[-1]
         raise UserError(
-            f"embedding.encoder: {encoder}: does not take {tuple(frames.shape)} float32 ({last}); change `embedding.size`"
+            f"{key}.encoder: {encoder}: does not take {tuple(frames.shape)} float32 ({last}); change `{key}.size`"
         ) from e
     if not isinstance(out, torch.Tensor) or out.ndim != 2 or len(out) != len(frames) or not out.isfinite().all():
         what = f"{tuple(out.shape)}" if isinstance(out, torch.Tensor) else type(out).__name__
         raise UserError(
-            f"embedding.encoder: {encoder}: gives {what} for {len(frames)} frames; ({len(frames)}, D) finite numbers are needed"
+            f"{key}.encoder: {encoder}: gives {what} for {len(frames)} frames; ({len(frames)}, D) finite numbers are needed"
         )
     return out.float().cpu().numpy()

@@ -28,7 +28,7 @@ class Board:
         self._moves += 1
 
     def state(self) -> tuple[int, int, list[tuple[str, int, str, float]]]:
-        """A number that changes when anything moves, the sources done in all, and the groups at hand with the seconds since each last moved, longest first."""
+        """A number that changes when anything moves, the sources done, and the groups at hand, longest unmoved first."""
         now = time.monotonic()
         at = [(group, done, uri, now - since) for group, (done, uri, since) in self._at.items()]
         return self._moves, self._finished + sum(done for _, done, _, _ in at), sorted(at, key=lambda a: -a[3])

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import settings
 
 from longtake.datasets import index, schema, storage
 from longtake.pipeline import plan
@@ -14,6 +15,10 @@ from longtake.pipeline.geometry import ClipConfig, FrameDiffConfig, LimitsConfig
 from longtake.pipeline.stages import shard
 
 ROOT = Path(__file__).resolve().parents[1]
+
+# a busy machine is no mistake in the code
+settings.register_profile("patient", deadline=None)
+settings.load_profile("patient")
 
 
 @pytest.fixture(scope="session")

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-from pydantic import Field, FiniteFloat, field_validator, model_validator
+from pydantic import Field, FiniteFloat, model_validator
 
 from longtake.datasets import index, schema, storage, view
 from longtake.datasets.errors import UserError
@@ -47,6 +47,13 @@ class NearDuplicates(StageConfig):
     radius: int = Field(4, ge=0, le=16)
 
 
+class Scorer(StageConfig):
+    """A score for a clip's middle frame by an image encoder with one output, such as of beauty or of text in the picture."""
+
+    encoder: str
+    size: int = Field(224, ge=8)
+
+
 class Embedding(StageConfig):
     """Clips whose middle frames look alike to an image encoder (see `pipeline.embed`)."""
 
@@ -73,7 +80,8 @@ class Balance(StageConfig):
 class Config(StageConfig):
     """What a clip must pass, in this order, to be used; the first that it fails is the reason in the view.
 
-    `rules` maps a score to its bounds, such as `{motion: {min: 0.004}, sharpness: {min_percentile: 5}}`.
+    `rules` maps a score to its bounds, such as `{motion: {min: 0.004}, sharpness: {min_percentile: 5}}`. `scores` names
+    more of them, each from an encoder: `{aesthetic: {encoder: aesthetic.pt}}`; the view keeps their values.
 
     Of clips that repeat each other one stays: a held-out one before any of training, so that nothing held out is
     trained on, then the first by key. Balancing leaves the held-out clips alone; clips without a label are a class.
@@ -82,22 +90,29 @@ class Config(StageConfig):
     kind: Literal["curate"]
     dataset: DatasetInput
     rules: dict[str, Bounds] = Field(default_factory=lambda: {"motion": Bounds(min=0.002), "still": Bounds(max=0.9)})
+    scores: dict[Annotated[str, Field(pattern="^[a-z][a-z0-9_]*$")], Scorer] = Field({})
     exact_duplicates: bool = True
     near_duplicates: NearDuplicates | None = None
     embedding: Embedding | None = None
     balance: Balance | None = None
 
-    @field_validator("rules")
-    @classmethod
-    def _known(cls, rules: dict[str, Bounds]) -> dict[str, Bounds]:
-        if unknown := set(rules) - set(_COLUMNS):
-            raise ValueError(f"unknown score {', '.join(sorted(unknown))}; there are {', '.join(_COLUMNS)}")
-        return rules
+    @model_validator(mode="after")
+    def _known(self) -> "Config":
+        if taken := set(self.scores) & {*schema.INDEX.names, *schema.VIEW.names}:
+            raise ValueError(
+                f"scores: {', '.join(sorted(taken))} is the name of a column of the dataset; choose another"
+            )
+        if unknown := set(self.rules) - {*_COLUMNS, *self.scores}:
+            there = ", ".join((*_COLUMNS, *self.scores))
+            raise ValueError(f"rules: unknown score {', '.join(sorted(unknown))}; there are {there}")
+        return self
 
 
 def outside(config: Config) -> str:
-    """Changes with the encoder's file."""
-    return hashlib.sha256(embed.read_encoder(config.embedding.encoder)).hexdigest() if config.embedding else ""
+    """Changes with the encoders' files."""
+    encoders = {f"scores.{name}": scorer.encoder for name, scorer in config.scores.items()}
+    encoders |= {"embedding": config.embedding.encoder} if config.embedding else {}
+    return " ".join(hashlib.sha256(embed.read_encoder(path, key)).hexdigest() for key, path in encoders.items())
 
 
 def run(config: Config, inputs: Mapping[str, str], output: str) -> dict[str, Any]:
@@ -108,7 +123,7 @@ def run(config: Config, inputs: Mapping[str, str], output: str) -> dict[str, Any
         Failure: a clip is not readable.
     """
     dataset = inputs["dataset"]
-    clips = _by_preference(dataset)
+    clips = _scored(config, dataset, _by_preference(dataset))
     if config.balance and clips["label"].null_count == len(clips):
         raise UserError("balance: no clip has a label; give the manifest a `label` column or leave `balance` out")
     reasons, keep = np.full(len(clips), None, object), np.ones(len(clips), bool)
@@ -121,6 +136,8 @@ def run(config: Config, inputs: Mapping[str, str], output: str) -> dict[str, Any
         raise UserError(f"rules: none of {len(clips)} clips is kept ({dict(dropped)}); loosen the rules of this stage")
     uri = storage.join(dataset, "views", f"{output.rstrip('/').rsplit('/', 1)[-1]}.parquet")
     table = view.rows(clips["split"], clips["key"], reasons, _weights(config, clips, np.flatnonzero(keep)))
+    for name in config.scores:
+        table = table.append_column(name, clips[name])
     storage.write(uri, index.to_parquet(table))
     return {
         "uri": uri,
@@ -137,6 +154,17 @@ def _by_preference(dataset: str) -> pa.Table:
         clips = clips.take(pc.sort_indices(clips["key"]))
         tables.append(clips.append_column("split", pa.repeat(split, len(clips))))
     return pa.concat_tables(tables)
+
+
+def _scored(config: Config, dataset: str, clips: pa.Table) -> pa.Table:
+    for name, scorer in config.scores.items():
+        values = embed.vectors(dataset, clips, scorer.encoder, scorer.size, f"scores.{name}")
+        if values.shape[1] != 1:
+            raise UserError(
+                f"scores.{name}.encoder: {scorer.encoder}: gives {values.shape[1]} numbers a frame; a score is (B, 1)"
+            )
+        clips = clips.append_column(name, pa.array(values[:, 0]))
+    return clips
 
 
 def _rules(config: Config, dataset: str, clips: pa.Table, left: np.ndarray) -> Drops:
@@ -159,7 +187,7 @@ def _near(config: Config, dataset: str, clips: pa.Table, left: np.ndarray) -> Dr
 
 def _embedding(config: Config, dataset: str, clips: pa.Table, left: np.ndarray) -> Drops:
     if asked := config.embedding:
-        vectors = embed.vectors(dataset, clips.take(left), asked.encoder, asked.size)
+        vectors = embed.vectors(dataset, clips.take(left), asked.encoder, asked.size, "embedding")
         yield "similar embedding", left[dedup.embedded(vectors, asked.similarity, asked.clusters)]
 
 

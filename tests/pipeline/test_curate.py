@@ -286,6 +286,26 @@ def test_an_encoder_that_does_not_work_is_one_line(dataset: str, encoder: str, t
         assert "\n" not in str(error.value)
 
 
+class Redness(torch.nn.Module):
+    def forward(self, frames: torch.Tensor) -> torch.Tensor:
+        return frames[:, :1].mean(dim=[2, 3])
+
+
+def test_an_encoder_scores_clips_for_the_rules(dataset: str, encoder: str, tmp_path: Path) -> None:
+    own, path = view_beside(dataset, tmp_path), str(tmp_path / "red.pt")
+    torch.jit.script(Redness()).save(path)
+    options = {"scores": {"redness": {"encoder": path, "size": 16}}, "exact_duplicates": False}
+    found = run(own, rules={"redness": {"min_percentile": 50}}, **options)
+    values = {key: row["redness"] for key, row in found.items()}
+    assert len(set(values.values())) > 2
+    middle = float(np.median(list(values.values())))
+    assert {key for key, row in found.items() if row["keep"]} == {key for key, v in values.items() if v >= middle}
+    with pytest.raises(UserError, match=r"^scores\.red\.encoder: \S+: gives 3 numbers a frame; a score is \(B, 1\)"):
+        run(own, scores={"red": {"encoder": encoder, "size": 16}})
+    with pytest.raises(ValidationError, match="motion is the name of a column"):
+        run(own, scores={"motion": {"encoder": path}})
+
+
 def test_another_encoder_is_another_view(encoder: str, tmp_path: Path) -> None:
     plain: dict[str, Any] = {"kind": "curate", "dataset": "x"}
     assert curate.outside(curate.Config(**plain)) == ""
