@@ -70,24 +70,33 @@ def frame_difference(video: np.ndarray, factor: int) -> np.ndarray:
     """
     t, h, w, c = video.shape
     if factor > 1:
-        # adding strided slices is several times faster than a sum over two axes
-        sums = np.full((t, h // factor, w // factor, c), factor * factor // 2, np.uint16 if factor <= 16 else np.uint32)
-        for y in range(factor):
-            for x in range(factor):
-                sums += video[:, y::factor, x::factor]
-        video = (sums // (factor * factor)).astype(np.uint8)
+        wide = np.uint16 if factor <= 16 else np.uint32
+        small = np.empty((t, h // factor, w // factor, c), np.uint8)
+        # frame by frame stays in the cache, channel by channel vectorizes: two to six times faster than all at once
+        for frame, out in zip(video, small, strict=True):
+            rows = frame.reshape(h // factor, factor, w, c).sum(1, dtype=wide)
+            for n in range(c):
+                sums = rows[:, ::factor, n] + factor * factor // 2
+                for x in range(1, factor):
+                    sums += rows[:, x::factor, n]
+                out[..., n] = sums // (factor * factor)
+        video = small
     later, earlier = video[1:], video[:-1]
     return np.maximum(later, earlier) - np.minimum(later, earlier)
 
 
 def pack_array(array: np.ndarray) -> bytes:
-    """A `.npy.zst` member."""
+    """A `.npy.zst` member.
+
+    Of the lossless codecs that were measured (see bench_frame_diff) none is both smaller and as fast to read; level 1
+    takes 0.4 % more bytes than 3 and a third less time to write.
+    """
     buffer = io.BytesIO()
     np.save(buffer, array, allow_pickle=False)
-    return zstandard.ZstdCompressor(level=3).compress(buffer.getvalue())
+    return zstandard.ZstdCompressor(level=1).compress(buffer.getvalue())
 
 
-def unpack_array(data: bytes, name: str = "array", max_bytes: int = 1 << 32) -> np.ndarray:
+def unpack_array(data: bytes | memoryview, name: str = "array", max_bytes: int = 1 << 32) -> np.ndarray:
     """Read a `.npy.zst` member. Raises Failure where it is damaged or would unfold beyond `max_bytes`."""
     try:
         # decompress() trusts the size in the header and ignores its own bound where there is one

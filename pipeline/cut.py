@@ -127,6 +127,8 @@ def _cuts(stream: Iterable[_Shown]) -> Iterator[_Shown]:
 
 def _is_cut(window: deque[_Shown], at: int) -> bool:
     here = window[at].step
+    if here <= _FLOOR / 2:  # whatever the likeness, which is -1 or more
+        return False
     others = sorted(shown.step for i, shown in enumerate(window) if i != at and shown.step > _SAME)
     # without the largest neighbour: a second cut nearby must not hide this one
     level = float(np.mean(others[:-1] or others or [0.0]))
@@ -156,10 +158,13 @@ def _mark(window: deque[_Shown], middle: int) -> None:
         reach -= 1
     if reach < 2:
         return
-    around = [window[i] for i in range(middle - reach, middle + reach + 1)]
+    around = list(window)[middle - reach : middle + reach + 1]
+    # hardly a frame of a steady shot gets any further: no two ends have enough more detail
+    if around[reach].signature.detail >= (1 - _DIP / 2) * max([shown.signature.detail for shown in around]):
+        return
     grids = np.stack([shown.signature.grid for shown in around])
     detail = np.array([shown.signature.detail for shown in around])
-    # at the middle first, for all widths at once: hardly a frame of a steady shot gets any further
+    # at the middle first, for all widths at once
     before, after = slice(reach - 2, None, -1), slice(reach + 2, None)
     change = np.abs(grids[after] - grids[before]).mean(1)
     bend = np.abs(grids[reach] - (grids[after] + grids[before]) / 2).mean(1)
@@ -199,8 +204,10 @@ def signature(planes: np.ndarray) -> Signature:
     whole = y[: h * 8, : w * 8].astype(np.float32)
     grid = whole.reshape(8, h, w * 8).sum(1).reshape(8, 8, w).sum(2).reshape(-1) / (h * w)
     detail = float(np.vdot(whole, whole)) / whole.size - float(np.vdot(grid, grid)) / grid.size
-    histograms = [np.bincount(y.reshape(-1) >> 3, minlength=32) / y.size]
-    histograms += [np.bincount(c.reshape(-1) >> 3, minlength=32) / c.size for c in chroma(planes)]
+    histograms = [
+        np.bincount(plane.reshape(-1), minlength=256).reshape(32, 8).sum(1) / plane.size
+        for plane in (y, *chroma(planes))
+    ]
     return Signature(grid / 255, np.concatenate(histograms), detail / 255**2)
 
 

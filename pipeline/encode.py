@@ -25,7 +25,7 @@ def encode(clip: list[np.ndarray], fps: Fraction, crf: int, preset: str, gop: in
         # macroblock-tree rate control reads memory that it never wrote (with SIMD, at small sizes): other bytes each time
         stream.options = {"crf": str(crf), "preset": preset, "flags": "+bitexact", "sc_threshold": "0", "mbtree": "0"}
         for number, planes in enumerate(clip):
-            frame = av.VideoFrame.from_ndarray(planes, format="yuv420p")
+            frame = av.VideoFrame.from_numpy_buffer(planes, format="yuv420p")
             frame.pts, frame.time_base = number, 1 / fps
             container.mux(stream.encode(frame))
         container.mux(stream.encode())
