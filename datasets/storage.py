@@ -18,6 +18,7 @@ import fsspec
 from longtake.datasets.errors import Failure, UserError
 
 _FOREIGN_DEBRIS_SECONDS = 24 * 3600
+_LASTING = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES)
 
 
 def filesystem(url: str) -> tuple[Any, str]:
@@ -56,18 +57,18 @@ def join(url: str, *parts: str) -> str:
 
 def exists(url: str) -> bool:
     fs, path = filesystem(url)
-    return fs.exists(path)
+    return bool(retrying(url, lambda: fs.exists(path)))
 
 
 def read(url: str) -> bytes:
     """The whole file. Raises FileNotFoundError where there is none."""
     fs, path = filesystem(url)
-    return fs.cat_file(path)
+    return retrying(url, lambda: fs.cat_file(path))
 
 
 def read_range(url: str, start: int, size: int) -> bytes:
     fs, path = filesystem(url)
-    return fs.cat_file(path, start=start, end=start + size)
+    return retrying(url, lambda: fs.cat_file(path, start=start, end=start + size))
 
 
 def names(url: str) -> list[str]:
@@ -75,7 +76,8 @@ def names(url: str) -> list[str]:
     fs, path = filesystem(url)
     fs.invalidate_cache(path)
     try:
-        return sorted(entry.rstrip("/").rsplit("/", 1)[-1] for entry in fs.ls(path, detail=False))
+        listed = retrying(url, lambda: fs.ls(path, detail=False))
+        return sorted(entry.rstrip("/").rsplit("/", 1)[-1] for entry in listed)
     except FileNotFoundError:
         return []
 
@@ -120,11 +122,10 @@ def staged(url: str) -> Iterator[Path]:
             finally:
                 spool.unlink(missing_ok=True)
         else:
-            with tempfile.TemporaryDirectory(prefix="longtake-") as folder:
-                spool = Path(folder) / path.rsplit("/", 1)[-1]
+            with spool_folder(url) as folder:
+                spool = folder / path.rsplit("/", 1)[-1]
                 yield spool
-                fs.makedirs(fs._parent(path), exist_ok=True)
-                fs.put_file(str(spool), path)
+                retrying(url, lambda: (fs.makedirs(fs._parent(path), exist_ok=True), fs.put_file(str(spool), path)))
 
 
 def write(url: str, data: bytes) -> None:
@@ -154,11 +155,10 @@ def write_if_absent(url: str, data: bytes | Path) -> bool:
                 return False
             finally:
                 spool.unlink(missing_ok=True)
+        put = fs.put_file if isinstance(data, Path) else fs.pipe_file
+        arguments = (str(data), path) if isinstance(data, Path) else (path, data)
         try:
-            if isinstance(data, Path):
-                fs.put_file(str(data), path, mode="create")
-            else:
-                fs.pipe_file(path, data, mode="create")
+            retrying(url, lambda: put(*arguments, mode="create"))
             return True
         except FileExistsError:
             return False
@@ -178,11 +178,12 @@ def spool_folder(url: str) -> Iterator[Path]:
 
 
 def sweep(folder: str) -> int:
-    """Remove what dead writers left behind in a local folder; a living writer's files stay. Returns how many."""
-    if not is_local(folder):
-        return 0
+    """Remove what dead writers left behind, for a remote folder in this machine's temporary one; returns how many.
+
+    A living writer's files stay, those of other machines for a day.
+    """
     count = 0
-    root = Path(filesystem(folder)[1])
+    root = Path(filesystem(folder)[1]) if is_local(folder) else Path(tempfile.gettempdir())
     for path in root.glob(".*~*@*~*.tmp") if root.is_dir() else ():
         host, _, pid = path.name.rsplit("~", 2)[1].partition("@")
         with contextlib.suppress(FileNotFoundError):
@@ -206,14 +207,22 @@ def _alive(pid: str) -> bool:
 def retrying(what: str, action: Callable[[], Any], attempts: int = 5, first_wait: float = 0.5) -> Any:
     """Call `action` again after passing faults of the network, waiting twice as long each time.
 
-    What cannot pass (missing, forbidden) is raised at once; the last fault is raised as Failure naming `what`.
+    What cannot pass (missing, there already, forbidden, a full disk) is raised at once; the last fault is raised as Failure naming `what`.
     """
     for attempt in range(attempts):
         try:
             return action()
-        except (FileNotFoundError, PermissionError, IsADirectoryError):
+        except (FileNotFoundError, FileExistsError, PermissionError, IsADirectoryError, NotADirectoryError):
             raise
-        except OSError as e:
+        except Exception as e:
+            # some clients of stores have errors of their own
+            passing = isinstance(e, OSError) or type(e).__module__.split(".")[0] in (
+                "aiohttp",
+                "botocore",
+                "aiobotocore",
+            )
+            if not passing or getattr(e, "errno", None) in _LASTING:
+                raise
             if attempt == attempts - 1:
                 raise Failure(f"{what}: {e} (gave up after {attempts} attempts)") from e
             time.sleep(first_wait * 2**attempt)

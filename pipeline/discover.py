@@ -86,8 +86,8 @@ def _listing(pattern: str, threads: int) -> Iterator[pa.RecordBatch]:
 
 def _expand(fs: Any, path: str, pattern: str) -> tuple[list[dict[str, Any]], Counter[str]]:
     if _is_glob(path):
-        files = [e for e in fs.glob(path, detail=True).values() if e["type"] == "file"]
-        return files, Counter()
+        # a link has a type of its own
+        return [e for e in fs.glob(path, detail=True).values() if e["type"] != "directory"], Counter()
     try:
         info = fs.info(path)
     except FileNotFoundError as e:

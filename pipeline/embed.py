@@ -79,7 +79,7 @@ def _load(path: str, key: str) -> "torch.jit.ScriptModule":
 def _middle_frame(dataset: str, row: dict[str, Any], size: int) -> np.ndarray:
     """(3, size, size) uint8."""
     url = storage.join(dataset, row["split"], f"{row['shard']}.tar")
-    mp4 = storage.retrying(url, lambda: storage.read_range(url, row["mp4_offset"], row["mp4_size"]))
+    mp4 = storage.read_range(url, row["mp4_offset"], row["mp4_size"])
     scaled = clip.covering_size((row["height"], row["width"]), (size, size))
     video = clip.decode(mp4, [row["frame_count"] // 2], scaled, f"{url}: {row['key']}.mp4")
     return clip.crop(video, (size, size))[0].transpose(2, 0, 1)

@@ -7,7 +7,6 @@ listing order. Rows are sorted through buckets on the local disk, so that memory
 
 import contextlib
 import hashlib
-import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -166,13 +165,13 @@ def plan(
     while True:
         # named by what is there before reading: a plan that another driver writes meanwhile takes this name
         old = [storage.join(folder, name) for name in index.table_names(folder)]
-        with tempfile.TemporaryDirectory(prefix="longtake-") as spool, storage.failing_clearly(spool):
-            new = _Buckets(Path(spool) / "new")
+        with storage.spool_folder(dataset) as spool, storage.failing_clearly(str(spool)):
+            new = _Buckets(spool / "new")
             _identified(find(patterns, threads), _seen(old), new, threads)
             new.close()
             if not new.count:
                 return groups(dataset)
-            known = _Buckets(Path(spool) / "known")
+            known = _Buckets(spool / "known")
             for batch in chain.from_iterable(_batches(url, _KNOWN) for url in old):
                 known.add(pa.table(batch))
             known.close()
@@ -187,7 +186,7 @@ def plan(
                 group_sources,
                 new.first if not old and new.one_sided(val_fraction) else None,
             )
-            target = Path(spool) / "plan.parquet"
+            target = spool / "plan.parquet"
             _write(target, added)
             if storage.write_if_absent(storage.join(folder, f"{len(old):05d}.parquet"), target):
                 return groups(dataset)

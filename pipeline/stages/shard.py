@@ -74,9 +74,12 @@ def run(config: Config, inputs: Mapping[str, str], output: str) -> dict[str, Any
     """
     _describe(config, output)
     groups = plan(output, config.sources, config.val_fraction, config.group_bytes, config.group_sources)
-    swept = sum(storage.sweep(storage.join(output, part)) for part in ("", "plan", "sources", *schema.SPLITS))
+    swept = _sweep(output)
     if missing := missing_groups(output, groups):
-        _make(config, output, missing)
+        try:
+            _make(config, output, missing)
+        finally:
+            swept += _sweep(output)  # of workers that died on the way
     totals = index.summary(output)
     if not totals["clips"]:
         reasons = ", ".join(f"{n} {reason}" for reason, n in totals["rejected_by_reason"].items())
@@ -91,6 +94,10 @@ def run(config: Config, inputs: Mapping[str, str], output: str) -> dict[str, Any
         "metrics": flat | {"debris_swept": float(swept)},
         "rejected_by_reason": totals["rejected_by_reason"],
     }
+
+
+def _sweep(output: str) -> int:
+    return sum(storage.sweep(storage.join(output, part)) for part in ("", "plan", "sources", *schema.SPLITS))
 
 
 def _describe(config: Config, output: str) -> None:

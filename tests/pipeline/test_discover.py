@@ -110,6 +110,13 @@ def test_the_listing_digest_follows_the_listing(tmp_path: Path) -> None:
     assert discover.listing_digest([str(tmp_path)]) != before
 
 
+def test_a_glob_follows_links(tmp_path: Path) -> None:
+    (tmp_path / "a.mp4").write_bytes(b"12")
+    (tmp_path / "links").mkdir()
+    (tmp_path / "links" / "b.mp4").symlink_to(tmp_path / "a.mp4")
+    assert [(r["uri"], r["bytes"]) for r in rows_of(f"{tmp_path}/links/*.mp4")] == [(f"{tmp_path}/links/b.mp4", 2)]
+
+
 class _Quiet(SimpleHTTPRequestHandler):
     def log_message(self, *args: object) -> None:
         pass

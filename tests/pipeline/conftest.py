@@ -1,0 +1,299 @@
+"""Shared by the tests that kill: tiny videos, drivers in processes of their own, an S3 server with faults."""
+
+import contextlib
+import hashlib
+import io
+import os
+import random
+import secrets
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import pytest
+
+from longtake.datasets import storage
+from longtake.datasets.footage import write_video
+from longtake.pipeline.commit import make_group
+from longtake.pipeline.stages import shard
+
+_SCRIPT = """
+import os, sys
+from longtake.pipeline.stages import shard
+if __name__ == "__main__":
+    if cpus := os.environ.get("TEST_CPUS"):
+        import ray
+        ray.init(num_cpus=int(cpus), include_dashboard=False, log_to_driver=False, object_store_memory=100 << 20)
+    shard.run(shard.Config.model_validate_json(sys.argv[1]), {}, sys.argv[2])
+"""
+
+
+@pytest.fixture(scope="session")
+def tiny_videos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with 16 videos of one second."""
+    folder = tmp_path_factory.mktemp("tiny")
+    rng = np.random.default_rng(0)
+    for n in range(16):
+        picture = rng.integers(40, 200, (48, 64, 3), dtype=np.uint8)
+        write_video(folder / f"{n}.mp4", (np.roll(picture, t, 1) for t in range(20)), 20)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny() -> Callable[[object], shard.Config]:
+    """The job that makes one clip and one group of each tiny video."""
+
+    def config(sources: object) -> shard.Config:
+        clip = {"short_side": 32, "fps": 10, "max_seconds": 1}
+        return shard.Config(kind="shard", sources=[str(sources)], clip=clip, val_fraction=0.2, group_sources=1)
+
+    return config
+
+
+class Drivers:
+    """Starts drivers, each with a Ray of its own unless told otherwise; all that they start bears one mark."""
+
+    def __init__(self, scratch: Path) -> None:
+        self.scratch = scratch
+        self._mark = secrets.token_hex(8)
+        # for a Ray that is not the driver's own: that one makes itself a token
+        self.token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
+
+    def environment(self, **more: str) -> dict[str, str]:
+        """That of the tests, without their Ray, and with a temporary folder that goes away with the test."""
+        scratch = {"TMPDIR": str(self.scratch), "RAY_TMPDIR": str(self.scratch), "TEST_MARK": self._mark}
+        plain = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
+        return plain | {"RAY_USAGE_STATS_ENABLED": "0"} | scratch | more
+
+    def start(self, config: shard.Config, output: object, **environment: str) -> subprocess.Popen[bytes]:
+        return self.script(_SCRIPT, config.model_dump_json(), str(output), **environment)
+
+    def script(
+        self, script: str, *arguments: str, stdin: int | None = None, stdout: int = subprocess.DEVNULL, **more: str
+    ) -> subprocess.Popen[bytes]:
+        with (self.scratch / "stderr").open("ab") as stderr:
+            return subprocess.Popen(
+                [sys.executable, "-P", "-c", script, *arguments],
+                env=self.environment(**more),
+                cwd=self.scratch,
+                start_new_session=True,
+                stdin=stdin,
+                stdout=stdout,
+                stderr=stderr,
+            )
+
+    def finish(self, *drivers: subprocess.Popen[bytes]) -> None:
+        """Wait for drivers that nobody kills: all of them must end well."""
+        codes = [driver.wait(timeout=300) for driver in drivers]
+        if any(codes):
+            said = (self.scratch / "stderr").read_text(errors="replace").replace("\r", "\n").splitlines()
+            pytest.fail("\n".join([f"exit codes {codes}", *[line for line in said if "source/s" not in line][-80:]]))
+
+    def run(self, config: shard.Config, output: object, **environment: str) -> None:
+        self.finish(self.start(config, output, **environment))
+
+    def kill(self, driver: subprocess.Popen[bytes]) -> None:
+        """The driver and all that shares its process group: Ray, its workers, the decoders."""
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(driver.pid, signal.SIGKILL)
+        driver.wait()
+
+    def alive(self) -> list[psutil.Process]:
+        found = []
+        for process in psutil.process_iter():
+            with contextlib.suppress(psutil.Error):
+                if process.environ().get("TEST_MARK") == self._mark and process.status() != psutil.STATUS_ZOMBIE:
+                    found.append(process)
+        return found
+
+    def close(self) -> list[str]:
+        """Kill what still runs; returns the command lines of what did not go by itself."""
+        deadline = time.time() + 60
+        while (left := self.alive()) and time.time() < deadline:
+            time.sleep(0.5)
+        lines = []
+        for process in left:
+            with contextlib.suppress(psutil.Error):
+                lines.append(" ".join(process.cmdline()))
+                process.kill()
+        psutil.wait_procs(left, timeout=30)
+        return lines
+
+
+@pytest.fixture
+def drivers() -> Iterator[Drivers]:
+    # a short name: Ray puts sockets below, whose paths may have 107 characters
+    scratch = Path(tempfile.mkdtemp(prefix="lt"))
+    running = Drivers(scratch)
+    try:
+        yield running
+    finally:
+        left = running.close()
+        shutil.rmtree(scratch, ignore_errors=True)
+    assert not left
+
+
+@pytest.fixture(scope="session")
+def victims() -> Callable[[int], list[psutil.Process]]:
+    def find(driver: int) -> list[psutil.Process]:
+        """The processes that do the work: Ray's workers and our decoders."""
+        found = []
+        with contextlib.suppress(psutil.Error):
+            for process in psutil.Process(driver).children(recursive=True):
+                with contextlib.suppress(psutil.Error):
+                    line = " ".join(process.cmdline())
+                    if "ray::" in line or "longtake.pipeline.isolate" in line:
+                        found.append(process)
+        return found
+
+    return find
+
+
+@pytest.fixture(scope="session")
+def planned() -> Callable[[shard.Config, str], list[tuple[Any, ...]]]:
+    def plan(config: shard.Config, output: str) -> list[tuple[Any, ...]]:
+        """Begin a dataset; returns what `make_group` needs to make each of its groups, as plain data."""
+        shard._describe(config, output)
+        groups = shard.plan(output, config.sources, config.val_fraction, config.group_bytes, config.group_sources)
+        geometry = config.model_dump(mode="json", include={"clip", "limits", "decoder"})
+        geometry["diff"] = config.frame_diff.model_dump(mode="json")
+        return [(group, shard.sources_of(output, group), output, geometry) for group in groups]
+
+    return plan
+
+
+@pytest.fixture(scope="session")
+def made_alone(
+    planned: Callable[[shard.Config, str], list[tuple[Any, ...]]], hashes: Callable[[object], dict[str, str]]
+) -> Callable[[shard.Config, object], dict[str, str]]:
+    def make(config: shard.Config, output: object) -> dict[str, str]:
+        """The hashes of a dataset that this process makes group by group: no Ray, no faults, no kills."""
+        for arguments in planned(config, str(output)):
+            assert not make_group(*arguments)["error"]
+        return hashes(output)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def hashes() -> Callable[[object], dict[str, str]]:
+    def of(url: object) -> dict[str, str]:
+        """The sha256 of every file below a folder or a prefix, hidden ones too."""
+        fs, root = storage.filesystem(str(url))
+        fs.invalidate_cache()
+        names = {path: path.removeprefix(root).lstrip("/") for path in fs.find(root)}
+        return {name: hashlib.sha256(fs.cat_file(path)).hexdigest() for path, name in names.items()}
+
+    return of
+
+
+class FaultyS3:
+    """An S3 server in front of which requests fail in bursts and answers are late, while `faults` is set.
+
+    A request that fails was either never carried out, or carried out and its answer lost.
+    """
+
+    def __init__(self) -> None:
+        from moto.server import DomainDispatcherApplication, create_backend_app
+        from werkzeug.serving import WSGIRequestHandler, make_server
+
+        class Quiet(WSGIRequestHandler):
+            def log(self, *_: object) -> None:
+                pass
+
+        self.faults = False
+        self.counts = Counter[str]()
+        self._chance, self._burst = random.Random(2), 0
+        self._lock, self._store = threading.Lock(), threading.Lock()
+        self._app = DomainDispatcherApplication(create_backend_app)
+        self._server = make_server("127.0.0.1", 0, self._handle, threaded=True, request_handler=Quiet)
+        threading.Thread(target=self._server.serve_forever, daemon=True).start()
+        self.environment = {
+            "AWS_ACCESS_KEY_ID": "a",
+            "AWS_SECRET_ACCESS_KEY": "b",
+            "AWS_DEFAULT_REGION": "us-east-1",
+            "AWS_ENDPOINT_URL": f"http://127.0.0.1:{self._server.server_port}",
+            "AWS_EC2_METADATA_DISABLED": "true",
+        }
+
+    def _handle(self, environ: dict[str, Any], start_response: Any) -> Iterable[bytes]:
+        length = int(environ.get("CONTENT_LENGTH") or 0)
+        whole = environ.get("wsgi.input_terminated", False)
+        with contextlib.suppress(OSError):
+            body = environ["wsgi.input"].read() if whole else environ["wsgi.input"].read(length)
+        with self._lock:
+            self.counts["requests"] += 1
+            if not whole and len(body) < length:
+                # a real store keeps nothing of an upload that breaks off
+                self.counts["torn"] += 1
+                start_response("400 Bad Request", [("Content-Length", "0")])
+                return []
+            fails, lost, late = self._fate()
+        if late:
+            time.sleep(0.3)
+        if not fails or lost:
+            answer = self._carry_out(environ | {"wsgi.input": io.BytesIO(body)})
+        if fails:
+            error = b"<Error><Code>SlowDown</Code><Message>Please reduce your request rate.</Message></Error>"
+            start_response("503 Slow Down", [("Content-Length", str(len(error))), ("Content-Type", "application/xml")])
+            return [] if environ["REQUEST_METHOD"] == "HEAD" else [error]
+        status, headers, data = answer
+        start_response(status, headers)
+        return [data]
+
+    def _fate(self) -> tuple[bool, bool, bool]:
+        if not self.faults:
+            return False, False, False
+        if not self._burst and self._chance.random() < 0.06:
+            self._burst = self._chance.randint(1, 4)
+        fails, late = self._burst > 0, self._chance.random() < 0.05
+        self._burst -= fails
+        lost = fails and self._chance.random() < 0.3
+        self.counts.update(failed=fails, lost=lost, late=late)
+        return fails, lost, late
+
+    def _carry_out(self, environ: dict[str, Any]) -> tuple[str, list[tuple[str, str]], bytes]:
+        said: list[Any] = []
+        # moto looks whether a key is there and then writes it: a real store does both at once
+        with self._store if environ["REQUEST_METHOD"] != "GET" else contextlib.nullcontext():
+            answer = self._app(environ, lambda *head, **_: said.extend(head[:2]))
+            data = b"".join(answer)
+        return said[0], said[1], data
+
+    def close(self) -> None:
+        self._server.shutdown()
+        self._server.server_close()
+
+
+@pytest.fixture(scope="module")
+def s3(tiny_videos: Path) -> Iterator[FaultyS3]:
+    """A server with s3://raw, the tiny videos, and s3://lake, empty; this process and its children reach it."""
+    from moto.backends import get_backend
+    from s3fs import S3FileSystem
+
+    server = FaultyS3()
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in server.environment.items():
+            patch.setenv(name, value)
+        # s3fs keeps one client for all of a process, whatever server the environment names by now
+        S3FileSystem.clear_instance_cache()
+        try:
+            fs = storage.filesystem("s3://raw")[0]
+            for bucket in ("raw", "lake"):
+                fs.mkdir(bucket)
+            fs.put([str(p) for p in sorted(tiny_videos.iterdir())], "raw/")
+            yield server
+        finally:
+            S3FileSystem.clear_instance_cache()
+            server.close()
+            get_backend("s3").reset()
