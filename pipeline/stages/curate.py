@@ -8,9 +8,9 @@ from typing import Annotated, Any, Literal
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-from pydantic import Field, FiniteFloat, model_validator
+from pydantic import Field, FiniteFloat, ValidationInfo, field_validator, model_validator
 
-from longtake.datasets import index, schema, storage, view
+from longtake.datasets import compact, index, schema, storage, view
 from longtake.datasets.errors import UserError
 from longtake.datasets.stage import DatasetInput, StageConfig
 from longtake.pipeline import dedup, embed
@@ -89,23 +89,27 @@ class Config(StageConfig):
 
     kind: Literal["curate"]
     dataset: DatasetInput
-    rules: dict[str, Bounds] = Field(default_factory=lambda: {"motion": Bounds(min=0.002), "still": Bounds(max=0.9)})
     scores: dict[Annotated[str, Field(pattern="^[a-z][a-z0-9_]*$")], Scorer] = Field({})
+    rules: dict[str, Bounds] = Field(default_factory=lambda: {"motion": Bounds(min=0.002), "still": Bounds(max=0.9)})
     exact_duplicates: bool = True
     near_duplicates: NearDuplicates | None = None
     embedding: Embedding | None = None
     balance: Balance | None = None
 
-    @model_validator(mode="after")
-    def _known(self) -> "Config":
-        if taken := set(self.scores) & {*schema.INDEX.names, *schema.VIEW.names}:
-            raise ValueError(
-                f"scores: {', '.join(sorted(taken))} is the name of a column of the dataset; choose another"
-            )
-        if unknown := set(self.rules) - {*_COLUMNS, *self.scores}:
-            there = ", ".join((*_COLUMNS, *self.scores))
-            raise ValueError(f"rules: unknown score {', '.join(sorted(unknown))}; there are {there}")
-        return self
+    @field_validator("scores")
+    @classmethod
+    def _new(cls, scores: dict[str, Scorer]) -> dict[str, Scorer]:
+        if taken := set(scores) & {*schema.INDEX.names, *schema.VIEW.names}:
+            raise ValueError(f"{', '.join(sorted(taken))} is the name of a column of the dataset; choose another")
+        return scores
+
+    @field_validator("rules")
+    @classmethod
+    def _known(cls, rules: dict[str, Bounds], info: ValidationInfo) -> dict[str, Bounds]:
+        there = (*_COLUMNS, *info.data.get("scores", {}))
+        if unknown := set(rules) - set(there):
+            raise ValueError(f"unknown score {', '.join(sorted(unknown))}; there are {', '.join(there)}")
+        return rules
 
 
 def outside(config: Config) -> str:
@@ -138,7 +142,9 @@ def run(config: Config, inputs: Mapping[str, str], output: str) -> dict[str, Any
     table = view.rows(clips["split"], clips["key"], reasons, _weights(config, clips, np.flatnonzero(keep)))
     for name in config.scores:
         table = table.append_column(name, clips[name])
-    storage.write(uri, index.to_parquet(table))
+    # in the order of the shards, so that readers need not match the rows by key
+    table = table.take(pc.sort_indices(clips, [("split", "ascending"), ("row", "ascending")]))
+    view.write(uri, table, {split: compact.open_split(dataset, split)[0].digest for split in schema.SPLITS})
     return {
         "uri": uri,
         "metrics": {"clips_kept": float(keep.sum()), "clips_dropped": float(dropped.total())},
@@ -151,6 +157,7 @@ def _by_preference(dataset: str) -> pa.Table:
     tables = []
     for split in ("val", "train"):
         clips = index.read_all(dataset, split)
+        clips = clips.append_column("row", pa.array(np.arange(len(clips))))
         clips = clips.take(pc.sort_indices(clips["key"]))
         tables.append(clips.append_column("split", pa.repeat(split, len(clips))))
     return pa.concat_tables(tables)
