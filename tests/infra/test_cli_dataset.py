@@ -99,3 +99,20 @@ def test_ls_adds_up(dataset: str, capsys: pytest.CaptureFixture[str]) -> None:
     clips = sum(len(index.read_all(dataset, split)) for split in schema.SPLITS)
     out = capsys.readouterr().out
     assert "sources  6 = 6 good + 0 rejected" in out and f"clips    {clips} " in out
+
+
+def test_report_accounts_for_every_input(
+    dataset: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert longtake("dataset", "report", dataset) == 0
+    said = capsys.readouterr().out
+    clips = sum(len(index.read_all(dataset, split)) for split in schema.SPLITS)
+    assert f"{clips} clips cut = " in said and said.rstrip().endswith("dataset-report/report.html")
+    page = (tmp_path / "dataset-report" / "report.html").read_text()
+    assert "Where the inputs went" in page and "Training" not in page and "Stages" not in page
+    copy = Path(shutil.copytree(dataset, tmp_path / "copy"))
+    (copy / "val" / "00000.parquet").unlink()
+    assert longtake("dataset", "report", str(copy), "--to", str(tmp_path / "other")) == 1
+    assert "the account does not add up; run the `shard` stage again" in capsys.readouterr().err
+    assert longtake("dataset", "report", dataset, "--view", str(tmp_path / "none.parquet")) == 2
