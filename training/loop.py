@@ -74,10 +74,13 @@ def train(
         fp32 weights of the first engine's module: their average, or the raw ones where `ema_half_life` is 0.
 
     Raises:
-        Failure: the loss is not finite; the batch's keys are in `folder/nonfinite.json`.
+        Failure: a loss or gradient is not finite; the batch's keys are in `folder/nonfinite-RANK.json`.
         Interrupted: stopped by a signal, after saving.
     """
     device = engines.device()
+    if rank == 0:
+        for old in folder.glob("nonfinite-*.json"):
+            old.unlink()
     made = engines.engines_of(objective.modules, config, world)
     lead = next(iter(made.values()))
     step, ema = 0, engines.weights(lead)
@@ -139,9 +142,10 @@ def train(
                 )
                 if tracker:
                     tracker.log(step, values | {"learning_rate": rate})
-            if step % config.checkpoint_every == 0 or step == config.steps or stopped():
+            stop = stopped()
+            if step % config.checkpoint_every == 0 or step == config.steps or stop:
                 save()
-            if stopped():
+            if stop:
                 raise Interrupted(f"train: stopped at step {step}, state saved")
     return ema
 
@@ -195,12 +199,26 @@ def _average(ema: dict[str, Tensor], engine: Any, half_life: float, step: int) -
 
 
 def _check_finite(value: Tensor, what: str, step: int, batch: Batch, folder: Path) -> None:
-    if not torch.isfinite(value.detach()):
-        path = folder / "nonfinite.json"
-        path.write_text(json.dumps({"step": step, "what": what, "keys": batch["key"]}))
+    """Raises Failure on every rank if the value of any is not finite; a rank where it is not writes its batch's keys."""
+    fine = bool(torch.isfinite(value.detach()))
+    if _on_any_rank(not fine):
+        path = folder / f"nonfinite-{torch.distributed.get_rank()}.json"
+        if not fine:
+            path.write_text(json.dumps({"step": step, "what": what, "keys": batch["key"]}))
+        torch.distributed.barrier()
+        found = ", ".join(sorted(p.name for p in folder.glob("nonfinite-*.json")))
         raise Failure(
-            f"{what} is not finite at step {step}; the batch's keys are in {path}; the last checkpoint is whole: lower lr and go on"
+            f"{what} is not finite at step {step}; the batch's keys are in {folder} ({found});"
+            f" the last checkpoint is whole: lower lr and go on"
         )
+
+
+def _on_any_rank(here: bool) -> bool:
+    if torch.distributed.get_world_size() == 1:
+        return here
+    flag = torch.tensor(float(here), device=engines.device())
+    torch.distributed.all_reduce(flag, torch.distributed.ReduceOp.MAX)
+    return bool(flag.item())
 
 
 @contextmanager
@@ -215,15 +233,8 @@ def _stop_signal() -> Iterator[Callable[[], bool]]:
 
     before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
 
-    def stopped() -> bool:
-        if torch.distributed.get_world_size() == 1:
-            return came
-        flag = torch.tensor(float(came), device=engines.device())
-        torch.distributed.all_reduce(flag, torch.distributed.ReduceOp.MAX)
-        return bool(flag.item())
-
     try:
-        yield stopped
+        yield lambda: _on_any_rank(came)
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

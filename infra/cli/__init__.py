@@ -1,6 +1,8 @@
 """The `longtake` command. Heavy packages are imported by the commands that need them, so that --help is instant."""
 
+import atexit
 import errno
+import os
 import signal
 import sys
 from collections.abc import Callable
@@ -37,7 +39,12 @@ for command in (recipe.run, recipe.stage, recipe.graph, recipe.status, recipe.re
 def main() -> None:
     """Entry point: our errors are one line and an exit code, never a stack trace."""
     signal.signal(signal.SIGTERM, _stop)
-    sys.exit(_guarded(lambda: cli(standalone_mode=False)))
+    code = _guarded(lambda: cli(standalone_mode=False))
+    # native threads of torch and its like have aborted a process that had done its work while it unloaded them
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def _stop(*_: Any) -> None:

@@ -114,7 +114,7 @@ def test_training_learns(dataset: str, tmp_path: Path, group: None) -> None:
 def test_a_loss_that_is_not_finite_stops_and_names_the_batch(dataset: str, tmp_path: Path, group: None) -> None:
     with pytest.raises(Failure, match="loss of generator is not finite at step 4"):
         run(dataset, tmp_path, tiny(fault_at=5))
-    keys = json.loads((tmp_path / "nonfinite.json").read_text())["keys"]
+    keys = json.loads((tmp_path / "nonfinite-0.json").read_text())["keys"]
     assert len(keys) == 2 and all("-" in k for k in keys)
     assert (tmp_path / "latest").read_text() == "step-00000003"
 

@@ -1,0 +1,142 @@
+"""The loop on two processes: the same weights as on one, whatever the ZeRO stage; what one rank meets, all act on."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+pytestmark = pytest.mark.slow
+
+# a generator that must please a discriminator, both learning: the two-engine recipe in full
+SCRIPT = """
+import json, sys
+from pathlib import Path
+import torch
+from torch import nn
+from longtake.datasets.errors import Failure
+from longtake.datasets.loader import Loader, to_model
+from longtake.training import engines
+from longtake.training.config import TrainConfig
+from longtake.training.loop import Objective, train
+
+dataset, folder, settings, fault = sys.argv[1], Path(sys.argv[2]), json.loads(sys.argv[3]), json.loads(sys.argv[4])
+
+def colours(batch):
+    return to_model(batch["video"]).mean((3, 4)).flatten(1)
+
+def modules():
+    torch.manual_seed(0)
+    return {"generator": nn.Sequential(nn.Linear(27, 8), nn.Tanh(), nn.Linear(8, 27)), "discriminator": nn.Sequential(nn.Linear(27, 8), nn.Tanh(), nn.Linear(8, 1))}
+
+def loss(name, made, batch, generator):
+    real = colours(batch)
+    calls[name] = calls.get(name, 0) + 1
+    if name == "generator":
+        fake = made["generator"](real)
+        value = (fake - real).square().mean() - 0.1 * made["discriminator"].module(fake).mean()
+    else:
+        with torch.no_grad():
+            fake = made["generator"].module(real)
+        judged = made["discriminator"](torch.cat([real, fake]))
+        good, bad = judged.chunk(2)
+        value = torch.relu(1 - good).mean() + torch.relu(1 + bad).mean()
+    if fault and calls[name] == fault["call"] and torch.distributed.get_rank() == fault["rank"]:
+        value = value * float("nan")
+    return value, {"loss": value.detach()}
+
+calls = {}
+if __name__ == "__main__":
+    with engines.process_group() as (rank, world):
+        torch.set_num_threads(1)
+        config = TrainConfig(**settings)
+        made = modules()
+        loader = Loader(dataset, columns=("video",), frames=9, size=(32, 32), batch=config.batch, rank=rank, world=world)
+        try:
+            weights = train(Objective(made, loss), loader, config, folder, None, rank, world)
+        except Failure as e:
+            print(json.dumps({"failure": str(e)}), flush=True)
+            sys.exit(1)
+        if rank == 0:
+            print(json.dumps({name: value.tolist() for name, value in weights.items()}), flush=True)
+"""
+SETTINGS: dict[str, Any] = {
+    "steps": 5,
+    "batch": 4,
+    "lr": 1e-2,
+    "workers": 0,
+    "checkpoint_every": 100,
+    "ema_half_life": 0,
+    "gradient_clip": 0,
+    "schedule": "constant",
+}
+
+
+def launch(world: int, *arguments: str) -> list[tuple[int, str, str]]:
+    """(exit code, stdout, stderr) of each rank."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    ranks = []
+    for rank in range(world):
+        place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        environment = os.environ | {name: str(value) for name, value in place.items()} | {"OMP_NUM_THREADS": "1"}
+        command = [sys.executable, "-P", "-c", SCRIPT, *arguments]
+        pipe = subprocess.PIPE
+        ranks.append(subprocess.Popen(command, env=environment, stdout=pipe, stderr=pipe, text=True))
+    said = [process.communicate(timeout=240) for process in ranks]
+    return [(process.returncode, *texts) for process, texts in zip(ranks, said, strict=True)]
+
+
+def train(dataset: str, folder: Path, world: int, fault: Any = None, **changes: Any) -> list[tuple[int, str, str]]:
+    return launch(world, dataset, str(folder), json.dumps(SETTINGS | changes), json.dumps(fault))
+
+
+def plainly(dataset: str) -> dict[str, Any]:
+    """The same training by hand, in plain PyTorch and one process."""
+    from longtake.datasets.loader import Loader, to_model
+
+    torch.manual_seed(0)
+    generator = nn.Sequential(nn.Linear(27, 8), nn.Tanh(), nn.Linear(8, 27))
+    discriminator = nn.Sequential(nn.Linear(27, 8), nn.Tanh(), nn.Linear(8, 1))
+    optimizers = [torch.optim.AdamW(m.parameters(), lr=1e-2, weight_decay=0.01) for m in (generator, discriminator)]
+    batches = iter(Loader(dataset, columns=("video",), frames=9, size=(32, 32), batch=4))
+    for _ in range(5):
+        real = to_model(next(batches)["video"]).mean((3, 4)).flatten(1)
+        fake = generator(real)
+        loss = (fake - real).square().mean() - 0.1 * discriminator(fake).mean()
+        optimizers[0].zero_grad()
+        loss.backward()
+        optimizers[0].step()
+        with torch.no_grad():
+            fake = generator(real)
+        good, bad = discriminator(torch.cat([real, fake])).chunk(2)
+        optimizers[1].zero_grad()
+        (torch.relu(1 - good).mean() + torch.relu(1 + bad).mean()).backward()
+        optimizers[1].step()
+    return {name: value.tolist() for name, value in generator.state_dict().items()}
+
+
+@pytest.mark.parametrize("zero_stage", [0, 1, 2, 3])
+def test_two_engines_on_two_processes_learn_what_plain_pytorch_learns(
+    dataset: str, tmp_path: Path, zero_stage: int
+) -> None:
+    (code, out, err), other = train(dataset, tmp_path, 2, zero_stage=zero_stage)
+    assert not code and not other[0], err + other[2]
+    learned, expected = json.loads(out), plainly(dataset)
+    for name, value in expected.items():
+        assert torch.allclose(torch.tensor(learned[name]), torch.tensor(value), atol=1e-6), name
+
+
+def test_a_loss_that_is_not_finite_on_one_rank_stops_both_and_names_the_batch(dataset: str, tmp_path: Path) -> None:
+    for code, out, _ in train(dataset, tmp_path, 2, fault={"call": 3, "rank": 1}):
+        assert code == 1
+        assert "loss of generator is not finite at step 2; the batch's keys are in" in json.loads(out)["failure"]
+    assert [p.name for p in tmp_path.glob("nonfinite*")] == ["nonfinite-1.json"]
+    assert len(json.loads((tmp_path / "nonfinite-1.json").read_text())["keys"]) == 2
