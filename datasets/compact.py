@@ -1,160 +1,298 @@
-"""One file a split in place of thousands of small indexes, so that a large dataset opens fast.
+"""The index rows of a split by shard: from one compact file in place of thousands of small indexes, or from these.
 
-`compact/SPLIT.parquet` holds the rows of all base indexes with a column `shard`. Its commit record is
-`compact/SPLIT.shards.parquet`, a row a shard in order. Both are derived and may be deleted: the indexes stay the truth.
-A shard's rows are taken from here only while its index is listed with the size and time of change (or the store's
-tag) that it had then; all others, new or replaced, are read from their own indexes. So stale is slow, never wrong.
+`compact/SPLIT.arrow` holds the rows of all indexes as they are, to be mapped into memory and read where needed;
+`compact/SPLIT.facts.parquet` those columns that every opening looks at; `compact/SPLIT.shards.parquet` a row a shard
+and the commit record of both. A cache column has the same three, named SPLIT.COLUMN. All are derived and may be
+deleted: the indexes stay the truth. A shard's rows are checked against its index's own digest when they are first used.
+What it gives up: that an index was replaced by another of the same name is noticed by `dataset verify`, or by the
+checksum of a sample, not on opening.
 """
 
 import hashlib
+import json
 import sys
-from collections.abc import Iterator
+import tempfile
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import islice
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from longtake.datasets import index, schema, storage
+from longtake.datasets.cache import Cache
 from longtake.datasets.errors import Failure
 
+FACTS = ("frame_count", "fps", "height", "width", "label")
 _FOLDER = "compact"
-_ROWS = schema.INDEX.append(pa.field("shard", pa.string()))
+_NOTES = b"longtake.compact"
+_ROWS_A_BATCH = 1 << 17
+_AT_ONCE = 4096
 _SHARDS = pa.schema(
     [
         ("name", pa.string()),
-        ("index_stamp", pa.string()),  # of the index file when it was folded in
+        ("rows", pa.int64()),
         ("tar_bytes", pa.int64()),
         ("tar_sha256", pa.string()),
-        ("rows", pa.int64()),
+        ("format", pa.int32()),
+        ("rows_sha256", pa.string()),  # the index's own digest of its rows
     ]
 )
 
 
-def write(dataset: str, split: str) -> int:
-    """Fold the indexes of a split into its compact file. Returns how many shards it covers."""
-    # listed before they are read: an index replaced meanwhile no longer has its stamp
-    stamps = _stamps(dataset, split)
-    with ThreadPoolExecutor(16) as pool:
-        shards = list(pool.map(lambda name: index.read_shard(dataset, split, name), stamps))
-    data = index.to_parquet(pa.concat_tables([_ROWS.empty_table(), *map(_named, shards)]))
-    storage.write(storage.join(dataset, _FOLDER, f"{split}.parquet"), data)
-    rows = (
-        {
-            "name": s.name,
-            "index_stamp": stamps[s.name],
-            "tar_bytes": s.tar_bytes,
-            "tar_sha256": s.tar_sha256,
-            "rows": len(s.table),
-        }
-        for s in shards
-    )
-    url = storage.join(dataset, _FOLDER, f"{split}.shards.parquet")
-    index.write_index(url, rows, _SHARDS, len(data), hashlib.sha256(data).hexdigest())
+@dataclass
+class Rows:
+    """The rows of S shards. Travels to other processes by the path of the file where they lie, where there is one."""
+
+    dataset: str
+    split: str
+    shards: pa.Table  # of _SHARDS
+    lies: str | pa.Table  # a local Arrow file, or the rows themselves
+    firsts: np.ndarray  # (S,) where each shard's rows begin there
+    _seen: dict[int, pa.Table] = field(default_factory=dict)
+
+    @cached_property
+    def counts(self) -> np.ndarray:
+        """(S,) rows of each shard."""
+        return self.shards["rows"].to_numpy()
+
+    @cached_property
+    def starts(self) -> np.ndarray:
+        """(S,) number of each shard's first row."""
+        return np.cumsum(self.counts) - self.counts
+
+    @cached_property
+    def digest(self) -> str:
+        """Of what the shards hold; equal only if every byte of every tar is equal."""
+        facts = [self.shards[name].to_pylist() for name in ("name", "tar_sha256", "tar_bytes", "rows")]
+        return hashlib.sha256(json.dumps([self.split, *facts]).encode()).hexdigest()
+
+    @cached_property
+    def _table(self) -> pa.Table:
+        return self.lies if isinstance(self.lies, pa.Table) else pa.ipc.open_file(pa.memory_map(self.lies)).read_all()
+
+    def only(self, names: Sequence[str]) -> "Rows":
+        """The rows of the shards of these names, in this order. Raises KeyError where there is no such shard."""
+        at = {name: number for number, name in enumerate(self.shards["name"].to_pylist())}
+        numbers = np.array([at[name] for name in names], np.int64)
+        return Rows(self.dataset, self.split, self.shards.take(numbers), self.lies, self.firsts[numbers])
+
+    def name(self, shard: int) -> str:
+        return self.shards["name"][shard].as_py()
+
+    def tar(self, shard: int) -> tuple[str, int, str]:
+        """URL, size and sha256 of a shard's tar."""
+        name, size, sha256 = (self.shards[c][shard].as_py() for c in ("name", "tar_bytes", "tar_sha256"))
+        return storage.join(self.dataset, self.split, f"{name}.tar"), size, sha256
+
+    def of(self, shard: int) -> pa.Table:
+        """The rows of one shard, as its index has them. Raises Failure where the compact file has other ones."""
+        if (rows := self._seen.get(shard)) is not None:
+            return rows
+        facts = self.shards.slice(shard, 1).drop_columns("rows").to_pylist()[0]
+        url = storage.join(self.dataset, self.split, f"{facts['name']}.parquet")
+        try:
+            rows = self._table.slice(int(self.firsts[shard]), int(self.counts[shard]))
+            # before anything follows an offset that damage may have sent out of the file
+            rows.validate(full=True)
+            committed = index.is_committed(url, index.Shard(self.split, table=rows, **facts))
+        except (pa.ArrowException, OSError, MemoryError, OverflowError):
+            committed = False
+        if not committed:
+            where = storage.join(self.dataset, _FOLDER)
+            raise Failure(f"{where}: damaged, other rows than {url} has; {_remedy(self.dataset)}")
+        # several threads are at it: emptied at once, no key is missed by another
+        if len(self._seen) >= _AT_ONCE:
+            self._seen.clear()
+        self._seen[shard] = rows
+        return rows
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in ("dataset", "split", "shards", "lies", "firsts")} | {"_seen": {}}
+
+
+def write(dataset: str, split: str, column: str | None = None) -> int:
+    """Fold the indexes of a split, or of its cache column, into their compact files. Returns how many shards they cover."""
+    plans = index.table_names(storage.join(dataset, "plan"))
+    names = index.shard_names(dataset, split, column)
+    shards, facts = [], []
+    with storage.spool_folder(dataset) as spool, storage.staged(_url(dataset, split, column, "arrow")) as path:
+        rows_schema = schema.COLUMN_INDEX if column else schema.INDEX
+        # a first shard says what this column's index has beyond the common part
+        if names:
+            rows_schema = index.read_shard(dataset, split, names[0]).table.schema.remove_metadata()
+        with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, rows_schema) as writer:
+            for some in _together(_read(dataset, split, names)):
+                shards += [_shard(s) for s in some]
+                table = pa.concat_tables([s.table.replace_schema_metadata(None) for s in some])
+                writer.write_table(table.combine_chunks())
+                facts.append(table.select([name for name in FACTS if name in rows_schema.names]))
+        notes = {"plans": plans, "bytes": path.stat().st_size, "sha256": _sha256(path)}
+        notes["whole"] = column is None and _planned(dataset, split, plans) == set(names)
+        known = pa.concat_tables(facts) if facts else schema.INDEX.empty_table().select(FACTS)
+        local = spool / "facts.parquet"
+        pq.write_table(known.replace_schema_metadata({_NOTES: json.dumps(notes).encode()}), local, compression="zstd")
+        data = local.read_bytes()
+    storage.write(_url(dataset, split, column, "facts.parquet"), data)
+    record = _url(dataset, split, column, "shards.parquet")
+    index.write_index(record, shards, _SHARDS, len(data), hashlib.sha256(data).hexdigest())
     return len(shards)
 
 
-def open_split(dataset: str, split: str) -> tuple[pa.Table, list[index.Shard]]:
-    """What `index.read_all` and `index.read_shards` give, from the compact file where it covers them.
+def open_split(
+    dataset: str, split: str, column: str | None = None, cache: Cache | None = None
+) -> tuple[Rows, pa.Table]:
+    """The rows of all committed shards of a split, or of its cache column, and the columns `FACTS` of all rows.
 
-    A compact file that is stale or damaged costs a warning on stderr and the time to read the indexes themselves.
+    From the compact files where they cover all shards; else from the indexes, which takes longer, and is said on stderr
+    where there is a compact file.
 
     Raises:
         Failure: an index that has to be read itself is damaged.
     """
-    stamps = _stamps(dataset, split)
-    table, covered = _ROWS.empty_table(), {}
     try:
-        table, recorded = _read(dataset, split)
-        covered = {n: row for n, row in recorded.items() if row["index_stamp"] and row["index_stamp"] == stamps.get(n)}
-        if len(covered) < len(recorded):
-            changed = len(recorded) - len(covered)
-            _warn(
-                f"{storage.join(dataset, _FOLDER)}: {changed} {split} indexes are not those that were folded in",
-                dataset,
-            )
+        if found := _folded(dataset, split, column):
+            shards, facts, notes = found
+            whole = notes["whole"] and notes["plans"] == index.table_names(storage.join(dataset, "plan"))
+            if whole or shards["name"].to_pylist() == index.shard_names(dataset, split, column):
+                return _rows(dataset, split, shards, _local(dataset, split, column, notes, cache)), facts
+            raise Failure(f"{storage.join(dataset, _FOLDER)}: the {split} indexes are not those that were folded in")
     except Failure as e:
-        _warn(str(e), dataset)
-    with ThreadPoolExecutor(16) as pool:
-        own = [name for name in stamps if name not in covered]
-        read = {s.name: s for s in pool.map(lambda name: index.read_shard(dataset, split, name), own)}
-    rows = table.drop_columns(["shard"])
-    pieces, shards, start, end = [_ROWS.empty_table()], [], 0, 0
-    for name in stamps:
-        row = covered.get(name)
-        if row is None:
-            pieces += [table.slice(start, end - start), _named(read[name])]
-            start = end
-            shards.append(read[name])
-            continue
-        # shards that lie one after the other stay one piece
-        if row["start"] != end:
-            pieces.append(table.slice(start, end - start))
-            start = row["start"]
-        end = row["start"] + row["rows"]
-        own_rows = rows.slice(row["start"], row["rows"])
-        shards.append(index.Shard(split, name, row["tar_bytes"], row["tar_sha256"], own_rows))
-    return pa.concat_tables([*pieces, table.slice(start, end - start)]), shards
+        print(f"warning: {e}; {_remedy(dataset)}", file=sys.stderr)
+    read = list(_read(dataset, split, index.shard_names(dataset, split, column)))
+    empty = (schema.COLUMN_INDEX if column else schema.INDEX).empty_table()
+    tables = [s.table.replace_schema_metadata(None) for s in read]
+    rows = pa.concat_tables(tables or [empty])
+    shards = pa.Table.from_pylist([_shard(s) for s in read], schema=_SHARDS)
+    return _rows(dataset, split, shards, rows), rows.select([name for name in FACTS if name in rows.column_names])
+
+
+def table(dataset: str, split: str) -> pa.Table:
+    """All rows of a split with a column `shard`, checked."""
+    rows, _ = open_split(dataset, split)
+    empty = schema.INDEX.append(pa.field("shard", pa.string())).empty_table()
+    parts = [
+        rows.of(n).append_column("shard", pa.repeat(rows.name(n), int(rows.counts[n]))) for n in range(len(rows.shards))
+    ]
+    return pa.concat_tables([empty, *parts])
 
 
 def problems(dataset: str, split: str) -> Iterator[str]:
-    """A line if the compact file of a split is damaged."""
+    """A line for what is damaged in the compact files of a split."""
+    columns = {n.split(".")[1] for n in storage.names(storage.join(dataset, _FOLDER)) if n.startswith(f"{split}.")}
+    for column in [None, *sorted(columns - {"arrow", "facts", "shards"})]:
+        try:
+            if found := _folded(dataset, split, column):
+                shards, _, notes = found
+                with tempfile.TemporaryDirectory() as spool:
+                    path = Path(spool) / "rows.arrow"
+                    _fetch(_url(dataset, split, column, "arrow"), path, notes)
+                    rows = _rows(dataset, split, shards, str(path))
+                    for number, name in enumerate(shards["name"].to_pylist()):
+                        rows.of(number)
+                        if index.read_shard(dataset, split, name).table != rows.of(number):
+                            raise Failure(f"{_url(dataset, split, column, 'arrow')}: {name} is not as its index")
+        except Failure as e:
+            yield f"{e}; {_remedy(dataset)}"
+
+
+def _rows(dataset: str, split: str, shards: pa.Table, lies: str | pa.Table) -> Rows:
+    counts = shards["rows"].to_numpy()
+    return Rows(dataset, split, shards, lies, np.cumsum(counts) - counts)
+
+
+def _folded(dataset: str, split: str, column: str | None) -> tuple[pa.Table, pa.Table, dict[str, Any]] | None:
+    """The shards, facts and notes of a compact file, None where there is none. Raises Failure: damaged, or being written."""
+    record = _url(dataset, split, column, "shards")
+    if not storage.exists(f"{record}.parquet"):
+        return None
     try:
-        _read(dataset, split)
-    except Failure as e:
-        yield f"{e}; {_remedy(dataset)}"
-
-
-def _read(dataset: str, split: str) -> tuple[pa.Table, dict[str, dict[str, Any]]]:
-    """The rows of a compact file and `{shard: its row of _SHARDS, with "start"}`; nothing where there is none.
-
-    Raises:
-        Failure: it is damaged, or was being written.
-    """
-    if not storage.exists(storage.join(dataset, _FOLDER, f"{split}.shards.parquet")):
-        return _ROWS.empty_table(), {}
-    try:
-        record = index.read_shard(dataset, _FOLDER, f"{split}.shards")
-        url = storage.join(dataset, _FOLDER, f"{split}.parquet")
-        data = storage.retrying(url, lambda: storage.read(url))
+        read = index.read_shard(dataset, _FOLDER, record.rpartition("/")[2])
+        url = _url(dataset, split, column, "facts.parquet")
+        data = storage.read(url)
     except (Failure, FileNotFoundError) as e:
         raise Failure(f"{storage.join(dataset, _FOLDER)}: the compact {split} index is damaged or half there") from e
-    if hashlib.sha256(data).hexdigest() != record.tar_sha256:
+    if hashlib.sha256(data).hexdigest() != read.tar_sha256:
         raise Failure(f"{url}: damaged, or just being written")
-    table = pq.read_table(pa.BufferReader(data))
-    if table.schema != _ROWS or record.table.schema.remove_metadata() != _SHARDS:
+    facts = pq.read_table(pa.BufferReader(data))
+    notes = json.loads((facts.schema.metadata or {}).get(_NOTES, b"{}"))
+    if not notes or read.table.schema.remove_metadata() != _SHARDS:
         raise Failure(f"{url}: written by another version of longtake")
-    recorded, start = {}, 0
-    for row in record.table.to_pylist():
-        recorded[row["name"]] = row | {"start": start}
-        start += row["rows"]
-    return table, recorded
+    return read.table, facts.replace_schema_metadata(None), notes
 
 
-def _named(shard: index.Shard) -> pa.Table:
-    """A shard's rows with the column `shard`."""
-    names = pa.repeat(pa.scalar(shard.name, pa.string()), len(shard.table))
-    return shard.table.replace_schema_metadata(None).append_column("shard", names)
+def _local(dataset: str, split: str, column: str | None, notes: dict[str, Any], cache: Cache | None) -> str:
+    url = _url(dataset, split, column, "arrow")
+    if storage.is_local(url):
+        path = storage.filesystem(url)[1]
+        if not Path(path).exists() or Path(path).stat().st_size != notes["bytes"]:
+            raise Failure(f"{url}: is missing or has another size")
+        return path
+    # shared by the processes of this host, which map it; named by its content, so never stale
+    kept = (cache.folder if cache else Path(tempfile.gettempdir())) / f"longtake-{notes['sha256']}.arrow"
+    if not kept.exists():
+        with storage.staged(str(kept)) as spool:
+            _fetch(url, spool, notes)
+    return str(kept)
 
 
-def _stamps(dataset: str, split: str) -> dict[str, str]:
-    """`{shard: size and tag or time of change of its base index}`, sorted; from one listing. Empty stamp: not known."""
-    fs, path = storage.filesystem(storage.join(dataset, split))
-    names = set(index.shard_names(dataset, split))
-    entries = {
-        e["name"].rsplit("/", 1)[-1].removesuffix(".parquet"): e for e in (fs.ls(path, detail=True) if names else ())
-    }
-    return {name: _stamp(entries.get(name, {})) for name in sorted(names)}
+def _fetch(url: str, target: Path, notes: dict[str, Any]) -> None:
+    fs, path = storage.filesystem(url)
+    try:
+        storage.retrying(url, lambda: fs.get_file(path, str(target)))
+    except FileNotFoundError as e:
+        raise Failure(f"{url}: is missing") from e
+    if _sha256(target) != notes["sha256"]:
+        raise Failure(f"{url}: damaged, or just being written")
 
 
-def _stamp(entry: dict[str, Any]) -> str:
-    changed = next((entry[tag] for tag in ("ETag", "etag", "mtime", "LastModified", "created") if entry.get(tag)), None)
-    return f"{entry['size']} {changed}" if changed else ""
+def _read(dataset: str, split: str, names: Sequence[str]) -> Iterator[index.Shard]:
+    rest = iter(names)
+    with ThreadPoolExecutor(16) as pool:
+        while some := list(islice(rest, _AT_ONCE)):
+            yield from pool.map(lambda name: index.read_shard(dataset, split, name), some)
+
+
+def _together(shards: Iterator[index.Shard]) -> Iterator[list[index.Shard]]:
+    """Shards in lists of about as many rows as make a batch."""
+    held: list[index.Shard] = []
+    for shard in shards:
+        held.append(shard)
+        if sum(len(s.table) for s in held) >= _ROWS_A_BATCH:
+            yield held
+            held = []
+    if held:
+        yield held
+
+
+def _shard(shard: index.Shard) -> dict[str, Any]:
+    return {name: getattr(shard, name) for name in _SHARDS.names if name != "rows"} | {"rows": len(shard.table)}
+
+
+def _planned(dataset: str, split: str, plans: Sequence[str]) -> set[str]:
+    """Names of the shards that the plans of a dataset will make in all."""
+    names = set[str]()
+    for plan in plans:
+        groups = index.from_parquet(storage.join(dataset, "plan", plan), ["split", "group"])
+        mine = groups["group"].filter(pc.equal(groups["split"], split))
+        names |= {f"{group:05d}" for group in pc.unique(mine).to_pylist()}
+    return names
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
+
+
+def _url(dataset: str, split: str, column: str | None, what: str) -> str:
+    return storage.join(dataset, _FOLDER, f"{split}.{column}.{what}" if column else f"{split}.{what}")
 
 
 def _remedy(dataset: str) -> str:
     return f"run `longtake dataset compact {dataset}` again, or delete its folder {_FOLDER}"
-
-
-def _warn(what: str, dataset: str) -> None:
-    print(f"warning: {what}; {_remedy(dataset)}", file=sys.stderr)

@@ -50,7 +50,7 @@ def _sources(dataset: str) -> pa.Table:
 
 def _clips(dataset: str) -> pa.Table:
     """`key`: split and key; `value`: sha256 of the clip's bytes."""
-    tables = [(split, compact.open_split(dataset, split)[0]) for split in schema.SPLITS]
+    tables = [(split, compact.table(dataset, split)) for split in schema.SPLITS]
     return pa.concat_tables(
         pa.table({"key": pc.binary_join_element_wise(split, t["key"], " "), "value": t["sha256"]})
         for split, t in tables

@@ -27,6 +27,8 @@ class Shard:
     tar_bytes: int
     tar_sha256: str
     table: pa.Table
+    format: int = schema.FORMAT_VERSION
+    rows_sha256: str = ""
 
 
 def to_parquet(table: pa.Table) -> bytes:
@@ -39,7 +41,7 @@ def to_parquet(table: pa.Table) -> bytes:
 def from_parquet(url: str, columns: list[str] | None = None) -> pa.Table:
     """Read a table, or some of its columns. Raises Failure naming the file where it is not readable."""
     try:
-        data = storage.retrying(url, lambda: storage.read(url))
+        data = storage.read(url)
     except FileNotFoundError as e:
         raise Failure(f"{url}: is missing; run the stage that made it again") from e
     try:
@@ -76,12 +78,19 @@ def read_shard(dataset: str, split: str, name: str) -> Shard:
     remedy = "delete it and run the stage that made it again"
     try:
         record = json.loads((table.schema.metadata or {})[_TAR])
-        committed = record.pop("rows_sha256") == _rows_sha256(url, record, table)
+        shard = Shard(split, name, record["bytes"], record["sha256"], table, record["format"], record["rows_sha256"])
+        committed = is_committed(url, shard)
     except (pa.ArrowException, ValueError, KeyError, TypeError, AttributeError) as e:
         raise Failure(f"{url}: not an index of this format; {remedy}") from e
     if not committed:
         raise Failure(f"{url}: damaged, its rows are not those that were committed; {remedy}")
-    return Shard(split, name, record["bytes"], record["sha256"], table)
+    return shard
+
+
+def is_committed(url: str, shard: Shard) -> bool:
+    """Whether the rows of a shard are those that the index at `url` committed."""
+    record = {"format": shard.format, "bytes": shard.tar_bytes, "sha256": shard.tar_sha256}
+    return shard.rows_sha256 == _rows_sha256(url, record, shard.table)
 
 
 def _rows_sha256(url: str, record: Mapping[str, Any], table: pa.Table) -> str:
@@ -92,7 +101,7 @@ def _rows_sha256(url: str, record: Mapping[str, Any], table: pa.Table) -> str:
     )
     for column in table.columns:
         digest.update(np.asarray(column.is_null()).tobytes())
-        if pa.types.is_string(column.type):
+        if pa.types.is_string(column.type) or pa.types.is_binary(column.type):
             values = column.cast(pa.binary()).fill_null(b"")
             digest.update(np.asarray(pc.binary_length(values)).tobytes())
             digest.update(b"".join(values.to_pylist()))

@@ -1,130 +1,47 @@
 """The loader: any split, view and columns of a dataset as a deterministic stream of batches.
 
-The order is `datasets.order`; here is the reading. Samples are fetched by their byte offsets, travel as WebDataset
-samples (`__key__`, `mp4`, `json`, …) through webdataset's own map and batch stages, and cross process borders as
-uint8. The state is the number of batches taken: resuming opens only the tars that come next.
+The order is `datasets.order`, a batch is made by `datasets.batches`, a sample by `datasets.window`. Samples are read by
+their byte offsets and cross process borders as uint8. The state is the number of batches taken, and any batch is made from
+its number alone: resuming opens the tars that come next, at the bytes where they are needed, and replays nothing.
 """
 
-import functools
 import hashlib
 import json
-import mmap
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import torch
-import webdataset as wds
 
-from longtake.datasets import clip, index, order, storage
+from longtake.datasets import clip, compact, index, order, schema, storage
+from longtake.datasets.batches import Batches, Bucket, Mixed, Plan
+from longtake.datasets.cache import Cache
 from longtake.datasets.errors import Failure, UserError
-from longtake.datasets.view import kept_keys, read_view
+from longtake.datasets.reader import Reader
+from longtake.datasets.view import of_split
+from longtake.datasets.window import Source, Window
 
-COLUMNS = ("video", "frame_diff", "json")
-_CACHE_COLUMNS = {"frame_diff": "npy.zst"}
-_OPEN_TARS = 32
+COLUMNS = ("video", "frame_diff", "latent-DIGEST", "json", "label")
 
 
-class Loader:
-    """Batches of windows, endless over epochs unless `epochs` is given.
+class Stream:
+    """Batches by their numbers, from where the state says. What `Loader` and `Mixture` have in common."""
 
-    A batch is `{"key": [str], "epoch": int, "video": uint8 (B, 3, T, H, W), "frame_diff": uint8 (B, 3, T-1, h, w),
-    "json": [dict]}` with the columns asked for; B = batch / world.
-
-    Args:
-        dataset: URL of the dataset.
-        split: "train" or "val".
-        view: URL of a view; None takes every clip.
-        columns: some of `COLUMNS`.
-        frames: frames T in a window. A clip shorter than the window is left out; `samples_short` counts them.
-        stride: every how many frames of the clip.
-        size: (height, width) of the video; a clip is scaled down to cover it and cropped.
-        crop: "center", or "random" along the longer side, from the sample's own seed.
-        batch: samples in a global batch, over all ranks.
-        last: "drop" leaves the last incomplete batch of an epoch out, "pad" fills it from the epoch's start.
-        shuffle: False gives the order on disk and the window at each clip's start.
-        workers: decoding processes of this rank; 0 decodes in this one.
-
-    Raises:
-        UserError: nothing to load, a batch that does not divide, an unknown column, clips smaller than `size`.
-        Failure: a column that was made from other clips.
-    """
-
-    def __init__(
-        self,
-        dataset: str,
-        split: str = "train",
-        *,
-        view: str | None = None,
-        columns: Sequence[str] = ("video", "json"),
-        frames: int = 17,
-        stride: int = 1,
-        size: tuple[int, int] = (64, 64),
-        crop: Literal["center", "random"] = "center",
-        batch: int = 8,
-        last: order.Last = "drop",
-        shuffle: bool = True,
-        seed: int = 0,
-        epochs: int | None = None,
-        rank: int = 0,
-        world: int = 1,
-        workers: int = 0,
-    ) -> None:
-        if unknown := set(columns) - set(COLUMNS):
-            raise UserError(f"columns: unknown {', '.join(sorted(unknown))}; there are {', '.join(COLUMNS)}")
-        index.describe(dataset)
-        shards = index.read_shards(dataset, split)
-        where = f"{dataset} ({split})"
-        tables = [s.table.append_column("shard", pa.array(np.full(len(s.table), i))) for i, s in enumerate(shards)]
-        if not tables:
-            raise UserError(f"{where}: no committed shard; run its `shard` stage")
-        samples = pa.concat_tables([t.replace_schema_metadata(None) for t in tables])
-        for column in _CACHE_COLUMNS.keys() & set(columns):
-            samples = _join_column(samples, dataset, split, column, [s.name for s in shards])
-        fingerprint = [index.digest(shards)]
-        if view is not None:
-            table = read_view(view)
-            fingerprint.append(hashlib.sha256(index.to_parquet(table)).hexdigest())
-            samples = samples.filter(pc.is_in(samples["key"], kept_keys(table, split)))
-        long_enough = pc.greater_equal(samples["frame_count"], (frames - 1) * stride + 1)
-        self.samples_short = len(samples) - (pc.sum(long_enough).as_py() or 0)
-        samples = samples.filter(long_enough)
-        order.check_batch(len(samples), batch, world, last, where)
-        if "video" in columns and len(
-            small := samples.filter(pc.or_(pc.less(samples["height"], size[0]), pc.less(samples["width"], size[1])))
-        ):
-            raise UserError(
-                f"{where}: clips of {small['height'][0]}x{small['width'][0]} are smaller than size {size[0]}x{size[1]};"
-                f" raise `clip.short_side` or lower `size`"
-            )
-        self.samples = len(samples)
-        self.batches_per_epoch = order.batch_count(len(samples), batch, last)
-        self.batch = batch
+    def __init__(self, plan: Plan, data: Sequence[Any], seed: int, batch: Any, end: int | None, workers: int) -> None:
+        self._plan, self._end, self._workers = plan, end, workers
+        self.skipped = 0
         self._state: dict[str, Any] = {
             "order": order.ORDER_VERSION,
-            "data": hashlib.sha256(json.dumps([*fingerprint, split, frames, stride, size, crop]).encode()).hexdigest(),
+            "data": hashlib.sha256(json.dumps(data).encode()).hexdigest(),
             "seed": seed,
             "batch": batch,
             "taken": 0,
         }
-        self._end = None if epochs is None else epochs * self.batches_per_epoch
-        self._workers = workers
-        sizes = np.bincount(np.asarray(samples["shard"]), minlength=len(shards))
-        self._stream = _Stream(
-            urls=[storage.join(dataset, split, s.name) for s in shards],
-            samples=samples,
-            columns=tuple(columns),
-            batch_rows=functools.partial(_rows, sizes, seed, shuffle, batch, self.batches_per_epoch, rank, world),
-            window=functools.partial(_window, frames, stride, crop == "random", seed if shuffle else None),
-            size=size,
-            local_batch=batch // world,
-        )
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        stream = _Slice(self._stream, self._state["taken"], self._end)
+        stream = _Slice(self._plan, self._state["taken"], self._end)
         options: dict[str, Any] = {}
         if self._workers:
             options = {"num_workers": self._workers, "multiprocessing_context": "forkserver", "prefetch_factor": 2}
@@ -134,6 +51,7 @@ class Loader:
             if isinstance(item, Failure):
                 raise item
             self._state["taken"] += 1
+            self.skipped += item.get("skipped", 0)
             yield item
 
     def state_dict(self) -> dict[str, Any]:
@@ -148,104 +66,183 @@ class Loader:
             ("seed", "another seed"),
             ("batch", "another global batch"),
         ):
-            if state[name] != self._state[name]:
+            if state.get(name) != self._state[name]:
                 raise UserError(
-                    f"loader state: belongs to {what} ({state[name]} there, {self._state[name]} here); start a new run"
+                    f"loader state: belongs to {what} ({state.get(name)} there, {self._state[name]} here); start a new run"
                 )
         self._state["taken"] = state["taken"]
 
 
-class _Stream:
-    """Everything that a worker process needs to make batch number n."""
+class Loader(Stream):
+    """Batches of windows, endless over epochs unless `epochs` is given.
+
+    A batch is `{"key": [str], "epoch": int}` and of the columns asked for `video` uint8 (B, 3, T, H, W), `frame_diff`
+    uint8 (B, 3, T-1, h, w), `latent` float16 (B, 2, C, 1 + (T-1)/4, h, w) of mean and log-variance, `json` [dict] and
+    `label` int64 (B,); B is this rank's share. With `history_seconds` also `history_video`, `history_latent` and how
+    many of their frames and steps are true (see `datasets.window`).
+
+    Args:
+        dataset: URL of the dataset.
+        split: "train" or "val".
+        view: URL of a view, whose weights say how often a clip comes; None takes every clip once an epoch.
+        columns: some of `COLUMNS`.
+        frames: frames T in a window, or several T of which a clip takes the longest that it fills. A clip shorter than
+            all is left out; `samples_short` counts them.
+        stride: every how many frames of the clip.
+        size: (height, width) of the video; a clip is scaled down to cover it and cropped. Or its short side: then clips
+            keep their shapes, the long side to `multiple` pixels, and each batch is of one shape. So it is in any case
+            where a cache column keeps the clips' own sizes and these differ. A clip smaller than this is left out;
+            `samples_small` counts them.
+        crop: "center", or "random" along the longer side, from the sample's own seed.
+        batch: samples in a global batch, over all ranks.
+        pixels: instead of `batch`, the most T * H * W pixels in a global batch: each shape gets the batch that it allows.
+        ranks: with `pixels`, batches are multiples of this: the largest world to run or resume on; None: this world.
+        last: "drop" leaves the last incomplete batch of an epoch out, "pad" fills it from the epoch's start.
+        shuffle: False gives the order on disk and the window at each clip's start.
+        history_seconds: how much of what came before the window to give with it.
+        workers: decoding processes of this rank; 0 decodes in this one.
+        cache: where to keep whole tars of a remote dataset; None reads each sample by itself.
+        unreadable: "stop" at a sample that cannot be read, or "skip": another of this rank's share of the batch takes
+            its place, and `batch["skipped"]` and `skipped` count; a share with nothing readable stops.
+
+    Raises:
+        UserError: nothing to load, a batch that does not divide, an unknown column, no clip as large as `size`.
+        Failure: a damaged index, or a column that does not belong to these clips.
+    """
 
     def __init__(
         self,
-        urls: list[str],
-        samples: pa.Table,
-        columns: tuple[str, ...],
-        batch_rows: Callable[[int], tuple[int, np.ndarray]],
-        window: Callable[[int, str, int], tuple[list[int], float]],
-        size: tuple[int, int],
-        local_batch: int,
+        dataset: str,
+        split: str = "train",
+        *,
+        view: str | None = None,
+        columns: Sequence[str] = ("video", "json"),
+        frames: int | Sequence[int] = 17,
+        stride: int = 1,
+        size: tuple[int, int] | int = (64, 64),
+        multiple: int = 16,
+        crop: Literal["center", "random"] = "center",
+        batch: int | None = 8,
+        pixels: int | None = None,
+        ranks: int | None = None,
+        last: order.Last = "drop",
+        shuffle: bool = True,
+        seed: int = 0,
+        epochs: int | None = None,
+        rank: int = 0,
+        world: int = 1,
+        history_seconds: float = 0.0,
+        workers: int = 0,
+        cache: Cache | None = None,
+        unreadable: Literal["stop", "skip"] = "stop",
     ) -> None:
-        self.urls, self.samples, self.columns, self.size = urls, samples, columns, size
-        self.batch_rows, self.window, self.local_batch = batch_rows, window, local_batch
-
-    def batches(self, numbers: Iterator[int]) -> Iterator[dict[str, Any]]:
-        pipeline = wds.DataPipeline(
-            lambda: self.read(numbers),
-            wds.map(self.decode),
-            wds.batched(self.local_batch, collation_fn=collate, partial=False),
+        _known(columns)
+        index.describe(dataset)
+        where = f"{dataset} ({split})"
+        base, facts = compact.open_split(dataset, split, cache=cache)
+        if not len(base.shards):
+            raise UserError(f"{where}: no committed shard; run its `shard` stage")
+        joined = {c: _column(base, dataset, split, c, cache) for c in columns if c == "frame_diff" or "latent-" in c}
+        keep, weights, judged = _viewed(base, view)
+        lengths = sorted({frames} if isinstance(frames, int) else set(frames), reverse=True)
+        shapes, codes, short, small = _shapes(facts, lengths, stride, size, multiple, _own_shape(joined))
+        self.samples_short = int((short & keep).sum())
+        keep &= ~short
+        small &= keep & ("video" in columns)
+        self.samples_small = int(small.sum())
+        if self.samples_small == keep.sum() > 0:
+            height, width = (facts[name][int(np.flatnonzero(small)[0])].as_py() for name in ("height", "width"))
+            asked = f"{size[0]}x{size[1]}" if isinstance(size, tuple) else f"{size}"
+            raise UserError(
+                f"{where}: clips of {height}x{width} are smaller than size {asked}; raise `clip.short_side` or lower `size`"
+            )
+        keep &= ~small
+        for name, rows in joined.items():
+            _fits(rows, name, lengths, stride)
+        self.samples = int(keep.sum())
+        kinds = np.unique(codes[keep]).tolist()
+        rows_of = [np.flatnonzero(keep & (codes == code)).astype(np.int32) for code in kinds]
+        # a shape's part of the epoch is that of its clips' weights
+        parts = [len(mine) if weights is None else float(weights[mine].sum()) for mine in rows_of]
+        buckets = []
+        for code, mine, samples in zip(kinds, rows_of, order.shares(parts, self.samples).tolist(), strict=True):
+            t, h, w = shapes[code]
+            most = batch or 0 if pixels is None else pixels // (t * h * w) // (ranks or world) * (ranks or world)
+            if pixels is not None and not most:
+                raise UserError(f"pixels: {pixels} hold no {ranks or world} windows of {t}x{h}x{w}; raise it")
+            window = Window(t, stride, (h, w), crop == "random", history_seconds)
+            buckets.append(Bucket(window, most, mine, None if weights is None else weights[mine], samples))
+        order.check_batch(self.samples, (batch or 0) if pixels is None else ranks or world, world, "pad", where)
+        counts = [order.batch_count(b.samples, b.batch, last) for b in buckets]
+        if not sum(counts):
+            fullest = max(buckets, key=lambda b: b.samples / b.batch)
+            order.check_batch(fullest.samples, fullest.batch, world, last, where)
+        self.batches_per_epoch, self.batch = sum(counts), batch
+        self.samples_left_out = sum(max(0, b.samples - n * b.batch) for b, n in zip(buckets, counts, strict=True))
+        self.classes = _classes(dataset, split, facts, cache) if "label" in columns else []
+        reader = Reader(cache)
+        plan = Batches(
+            source=Source(base, joined, tuple(columns), reader, self.classes),
+            buckets=buckets,
+            counts=counts,
+            seed=seed,
+            shuffle=shuffle,
+            rank=rank,
+            world=world,
+            remote=not storage.is_local(dataset),
+            skip=unreadable == "skip",
         )
-        yield from pipeline
+        shapes_of = [[b.window.frames, *b.window.size] for b in buckets]
+        batches = batch if pixels is None else [b.batch for b in buckets]
+        made_of = [base.digest, judged, *(rows.digest for rows in joined.values())]
+        data = [made_of, split, stride, crop, last, shuffle, history_seconds, shapes_of]
+        end = None if epochs is None else epochs * self.batches_per_epoch
+        self.rank, self.world = rank, world
+        super().__init__(plan, data, seed, batches, end, workers)
 
-    def read(self, numbers: Iterator[int]) -> Iterator[dict[str, Any]]:
-        """WebDataset samples, their members still bytes."""
-        for number in numbers:
-            epoch, rows = self.batch_rows(number)
-            for row in self.samples.take(pa.array(rows)).to_pylist():
-                base = self.urls[row["shard"]]
-                sample = {"__key__": row["key"], "__url__": f"{base}.tar", "epoch": epoch, "row": row}
-                if "video" in self.columns:
-                    sample["mp4"] = _read(f"{base}.tar", row["mp4_offset"], row["mp4_size"], row["sha256"])
-                if "json" in self.columns:
-                    sample["json"] = _read(f"{base}.tar", row["json_offset"], row["json_size"], row["json_sha256"])
-                for column in _CACHE_COLUMNS.keys() & set(self.columns):
-                    place = (row[f"{column}_{field}"] for field in ("offset", "size", "sha256"))
-                    sample[column] = _read(f"{base}.{column}.tar", *place)
-                yield sample
 
-    def decode(self, sample: dict[str, Any]) -> dict[str, Any]:
-        row, key = sample["row"], sample["__key__"]
-        name = f"{sample['__url__']}: {key}"
-        frames, place = self.window(sample["epoch"], key, row["frame_count"])
-        out: dict[str, Any] = {"key": key, "epoch": sample["epoch"]}
-        if "video" in self.columns:
-            own = (row["height"], row["width"])
-            scaled = clip.covering_size(own, self.size)
-            video = clip.decode(sample["mp4"], frames, None if scaled == own else scaled, f"{name}.mp4")
-            out["video"] = _channels_first(clip.crop(video, self.size, place))
-        if "frame_diff" in self.columns:
-            diff = clip.unpack_array(sample["frame_diff"], f"{name} (frame_diff)")
-            if len(diff) != row["frame_count"] - 1:
-                raise Failure(
-                    f"{name}: frame_diff has {len(diff)} entries for {row['frame_count']} frames; delete its index and run `shard` again"
-                )
-            out["frame_diff"] = _channels_first(clip.crop(diff[np.asarray(frames[1:], int) - 1], self.size, place))
-        if "json" in self.columns:
-            try:
-                out["json"] = json.loads(sample["json"])
-            except ValueError as e:
-                raise Failure(f"{name}.json: damaged ({e}); run `longtake dataset verify`") from e
-        return out
+class Mixture(Stream):
+    """Whole batches of several endless loaders in turn, each with its share of the batches, exact in every 1000.
+
+    A batch is that of its loader, and `part`: the loader's name. Each loader keeps its own epochs. Images beside
+    videos are a loader of windows of one frame.
+
+    Args:
+        parts: `{name: (loader, weight)}`, the loaders made for the same rank and world.
+    """
+
+    def __init__(self, parts: Mapping[str, tuple[Loader, float]], *, seed: int = 0, workers: int = 0) -> None:
+        loaders = {name: loader for name, (loader, _) in parts.items()}
+        weights = [weight for _, weight in parts.values()]
+        if not parts or min(weights) <= 0:
+            raise UserError("mixture: each part needs a weight above 0")
+        if least := [n for n, share in zip(loaders, order.shares(weights), strict=True) if not share]:
+            raise UserError(f"mixture: {least[0]} has less than one batch in {order.ROUND}; raise its weight")
+        if len({(loader.rank, loader.world) for loader in loaders.values()}) > 1:
+            raise UserError("mixture: its loaders were made for different ranks")
+        if any(loader._end is not None for loader in loaders.values()):
+            raise UserError("mixture: a loader has `epochs`; leave them out, a mixture is endless")
+        self.loaders = loaders
+        plan = Mixed([loader._plan for loader in loaders.values()], list(loaders), weights, seed)
+        data = [[name, loader._state["data"], loader._state["seed"]] for name, loader in loaders.items()]
+        batches = [loader._state["batch"] for loader in loaders.values()]
+        super().__init__(plan, [data, weights], seed, batches, None, workers)
 
 
 class _Slice(torch.utils.data.IterableDataset):
     """Batches from number `start` on; with workers, each takes every n-th one, and DataLoader deals them in turn."""
 
-    def __init__(self, stream: _Stream, start: int, end: int | None) -> None:
-        self.stream, self.start, self.end = stream, start, end
+    def __init__(self, plan: Plan, start: int, end: int | None) -> None:
+        self.plan, self.start, self.end = plan, start, end
 
     def __iter__(self) -> Iterator[dict[str, Any] | Failure]:
         info = torch.utils.data.get_worker_info()
         number, step = (self.start + info.id, info.num_workers) if info else (self.start, 1)
         try:
-            yield from self.stream.batches(_count(number, step, self.end))
+            yield from self.plan.make(_count(number, step, self.end))
         except Failure as e:
             # handed over as an item: torch would raise it again with a stack trace for its message
             yield e
-
-
-def collate(samples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Stack samples: arrays become tensors, everything else lists; all samples of a batch are of one epoch."""
-    out: dict[str, Any] = {}
-    for name, first in samples[0].items():
-        if name.startswith("__"):
-            continue
-        values = [s[name] for s in samples]
-        out[name] = torch.from_numpy(np.stack(values)) if isinstance(first, np.ndarray) else values
-    out["epoch"] = samples[0]["epoch"]
-    return out
 
 
 def to_model(video: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -264,74 +261,96 @@ def _count(number: int, step: int, end: int | None) -> Iterator[int]:
         number += step
 
 
-@functools.lru_cache(maxsize=2)
-def _epoch_order(sizes: tuple[int, ...], seed: int, epoch: int, shuffle: bool) -> np.ndarray:
-    return order.epoch_order(np.asarray(sizes), seed, epoch, shuffle=shuffle)
+def _known(columns: Sequence[str]) -> None:
+    if unknown := {c for c in columns if c not in COLUMNS and not c.startswith("latent-")}:
+        raise UserError(f"columns: unknown {', '.join(sorted(unknown))}; there are {', '.join(COLUMNS)}")
 
 
-def _rows(
-    sizes: np.ndarray, seed: int, shuffle: bool, batch: int, per_epoch: int, rank: int, world: int, number: int
-) -> tuple[int, np.ndarray]:
-    epoch, within = divmod(number, per_epoch)
-    sequence = _epoch_order(tuple(sizes.tolist()), seed, epoch, shuffle)
-    return epoch, order.rank_rows(order.batch_rows(sequence, within, batch), rank, world)
+def _column(base: compact.Rows, dataset: str, split: str, column: str, cache: Cache | None) -> compact.Rows:
+    """The rows of a cache column. Raises Failure where it has not as many as the base; that they fit is seen on reading."""
+    rows, _ = compact.open_split(dataset, split, column, cache)
+    have = dict(zip(rows.shards["name"].to_pylist(), rows.counts.tolist(), strict=True))
+    want = {
+        f"{n}.{column}": count for n, count in zip(base.shards["name"].to_pylist(), base.counts.tolist(), strict=True)
+    }
+    wrong = {name: count for name, count in want.items() if have.get(name) != count}
+    if wrong:
+        missing = sum(max(0, count - have.get(name, 0)) for name, count in wrong.items())
+        what = f"{missing} clips have no {column}" if missing else f"{next(iter(wrong))} has clips that are not there"
+        raise Failure(f"{dataset} ({split}): {what}; delete the column's indexes and run its stage again")
+    # a column's shard is committed before its base shard: one that is ahead is not there yet
+    return rows.only(list(want))
 
 
-def _window(
-    frames: int, stride: int, random_crop: bool, seed: int | None, epoch: int, key: str, frame_count: int
-) -> tuple[list[int], float]:
-    """The frames of a sample's window, and the place of its crop."""
-    span = (frames - 1) * stride + 1
-    if seed is None:
-        return list(range(0, span, stride)), 0.5
-    rng = order.sample_rng(seed, epoch, key)
-    start = int(rng.integers(frame_count - span + 1))
-    return list(range(start, start + span, stride)), rng.random() if random_crop else 0.5
+def _viewed(base: compact.Rows, url: str | None) -> tuple[np.ndarray, np.ndarray | None, str]:
+    """Which rows a view keeps, (N,) bool, their weights if they differ, and the view's digest."""
+    total = int(base.counts.sum())
+    if url is None:
+        return np.ones(total, bool), None, ""
+    judged, digest = of_split(url, base.split, base.digest)
+    if "key" in judged.column_names:
+        # clips came since, or it was written by hand: match by key
+        keys = pa.concat_tables([base.of(n).select(["key"]) for n in range(len(base.shards))])["key"]
+        at = pc.index_in(keys, judged["key"].combine_chunks())
+        judged = judged.take(at)
+    keep = judged["keep"].fill_null(False).to_numpy().astype(bool)
+    weights = judged["weight"].fill_null(0).to_numpy().astype(np.float64)
+    even = bool((weights[keep] == 1).all())
+    return keep & (weights > 0), None if even else weights, digest
 
 
-def _channels_first(video: np.ndarray) -> np.ndarray:
-    return np.ascontiguousarray(video.transpose(3, 0, 1, 2))
+def _own_shape(columns: Iterable[str]) -> Literal["", "whole", "cropped"]:
+    """Whether columns keep a clip's own height and width: clips that differ in them then share no batch."""
+    return "whole" if any(c.startswith("latent-") for c in columns) else "cropped" if columns else ""
 
 
-def _join_column(samples: pa.Table, dataset: str, split: str, column: str, names: list[str]) -> pa.Table:
-    """Add `COLUMN_offset`, `COLUMN_size` and `COLUMN_sha256`, matched by key and checked against the clips they were made from."""
-    shards = [index.read_shard(dataset, split, f"{name}.{column}") for name in names]
-    cache = pa.concat_tables([s.table.replace_schema_metadata(None) for s in shards])
-    where = pc.index_in(samples["key"], cache["key"])
-    if where.null_count:
-        raise Failure(
-            f"{dataset} ({split}): {where.null_count} clips have no {column}; delete the column's indexes and run its stage again"
-        )
-    joined = cache.take(where)
-    if not pc.all(pc.equal(joined["base_sha256"], samples["sha256"])).as_py():
-        raise Failure(
-            f"{dataset} ({split}): {column} was made from other clips; delete the column's indexes and run its stage again"
-        )
-    for field in ("offset", "size", "sha256"):
-        samples = samples.append_column(f"{column}_{field}", joined[field])
-    return samples
+def _shapes(
+    facts: pa.Table,
+    lengths: list[int],
+    stride: int,
+    size: tuple[int, int] | int,
+    multiple: int,
+    own: Literal["", "whole", "cropped"],
+) -> tuple[list[tuple[int, int, int]], np.ndarray, np.ndarray, np.ndarray]:
+    """The shapes (T, H, W) there are, for each row which it has, whether it is too short for all, and too small."""
+    counts, heights, widths = (facts[name].to_numpy() for name in ("frame_count", "height", "width"))
+    spans = np.array([(t - 1) * stride + 1 for t in lengths])
+    length = np.minimum((counts[:, None] < spans).sum(1), len(lengths) - 1)
+    short = counts < spans[-1]
+    found, which = np.unique(np.stack([heights, widths], 1), axis=0, return_inverse=True)
+    pairs = [(h, w) for h, w in found.tolist()]
+    scaled = [size if isinstance(size, tuple) else _scaled(h, w, size, multiple) for h, w in pairs]
+    owns = [_cropped(p, s) if own == "cropped" else p if own else None for p, s in zip(pairs, scaled, strict=True)]
+    # clips of other sizes may come to the same shape
+    kinds = sorted({(s, o) for s, o in zip(scaled, owns, strict=True)})
+    of_pair = np.array([kinds.index(kind) for kind in zip(scaled, owns, strict=True)], np.int64)
+    small = (heights < size[0]) | (widths < size[1]) if isinstance(size, tuple) else np.minimum(heights, widths) < size
+    shapes = [(t, *kind) for t in lengths for kind, _ in kinds]
+    return shapes, length * len(kinds) + of_pair[which.reshape(-1)], short, small
 
 
-@functools.lru_cache(maxsize=_OPEN_TARS)
-def _mapped(url: str) -> mmap.mmap:
-    with Path(storage.filesystem(url)[1]).open("rb") as f:
-        return mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ)
+def _scaled(height: int, width: int, short: int, multiple: int) -> tuple[int, int]:
+    """The shape of a clip with this short side, the other one rounded to `multiple`."""
+    longer = max(short, round(max(height, width) * short / min(height, width) / multiple) * multiple)
+    return (short, longer) if height <= width else (longer, short)
 
 
-def _read(url: str, offset: int, size: int, sha256: str) -> bytes:
-    """A member's bytes. Raises Failure where they are not there, or not those of `sha256` (hex)."""
-    if storage.is_local(url):
-        try:
-            data = _mapped(url)[offset : offset + size]
-        except (OSError, ValueError) as e:
-            raise Failure(f"{url}: {e}; run `longtake dataset verify`") from e
-    else:
-        data = storage.retrying(url, lambda: storage.read_range(url, offset, size))
-    if len(data) != size:
-        raise Failure(
-            f"{url}: is too short for bytes {offset} to {offset + size} of the index; run `longtake dataset verify`"
-        )
-    # a damaged clip often decodes, to other pixels
-    if hashlib.sha256(data).hexdigest() != sha256:
-        raise Failure(f"{url}: bytes {offset} to {offset + size} are damaged; run `longtake dataset verify`")
-    return data
+def _cropped(own: tuple[int, int], size: tuple[int, int]) -> tuple[int, int]:
+    return clip.crop(np.empty((1, *own, 0)), size).shape[1:3]
+
+
+def _fits(rows: compact.Rows, name: str, lengths: list[int], stride: int) -> None:
+    if name.startswith("latent-"):
+        filled = np.flatnonzero(rows.counts)
+        factor = rows.of(int(filled[0]))["factor"][0].as_py() if len(filled) else 1
+        if stride != 1 or any((t - 1) % factor for t in lengths):
+            raise UserError(f"frames: {name} has a step for {factor} frames: windows of 1 + {factor}n frames, stride 1")
+
+
+def _classes(dataset: str, split: str, facts: pa.Table, cache: Cache | None) -> list[str]:
+    """The labels of a dataset, of all its splits, in order: what `label` counts."""
+    others = [compact.open_split(dataset, other, cache=cache)[1] for other in schema.SPLITS if other != split]
+    labels = {label for table in (facts, *others) for label in pc.unique(table["label"]).drop_null().to_pylist()}
+    if not labels:
+        raise UserError(f"{dataset}: no clip has a label; give the manifest a `label` column")
+    return sorted(labels)

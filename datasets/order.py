@@ -1,43 +1,89 @@
 """The order of an epoch as pure functions: no I/O, no state.
 
 Blockwise shuffle: shards are permuted, then samples are shuffled within blocks of several shards, so that reading
-keeps to a few tars at a time. What it gives up: two samples far apart on disk in the same epoch's permutation
-never meet in one block. Global batches are rows of the order; ranks take slices of a batch by position and
-workers take whole batches in turn, so neither the world size nor the worker count changes what a batch holds.
+keeps to a few tars at a time and any position is found without making the whole order. What it gives up: two samples
+far apart on disk in the same epoch's permutation never meet in one block.
+
+Global batches are pieces of the order; ranks take slices of a batch by position and workers take whole batches in
+turn, so neither the world size nor the worker count changes what a batch holds.
 """
 
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
 
 from longtake.datasets.errors import UserError
 
-ORDER_VERSION = 1
+ORDER_VERSION = 2
+ROUND = 1000  # batches after which the shares of a mixture are exact
 
 Last = Literal["drop", "pad"]
 
 
-def epoch_order(shard_sizes: np.ndarray, seed: int, epoch: int, block: int = 16, shuffle: bool = True) -> np.ndarray:
-    """The global sequence of an epoch.
+@dataclass(frozen=True)
+class Epoch:
+    """The order of one epoch of S shards: which block a position is in, and what a block needs to be shuffled."""
+
+    sizes: np.ndarray  # (S,) samples in each shard
+    starts: np.ndarray  # (S,) number of each shard's first sample
+    shards: np.ndarray  # (S,) in the order in which they are read
+    ends: np.ndarray  # position after each block of them
+    block: int
+    seed: tuple[int, int] | None  # None: in the order on disk
+
+    def samples(self, positions: np.ndarray) -> np.ndarray:
+        """(P,) numbers of the samples at these positions of the epoch."""
+        if self.seed is None:
+            return np.asarray(positions)
+        found = np.empty(len(positions), np.int64)
+        blocks = np.searchsorted(self.ends, positions, "right")
+        for number in np.unique(blocks).tolist():
+            here = blocks == number
+            before = self.ends[number - 1] if number else 0
+            found[here] = self._shuffled(number)[positions[here] - before]
+        return found
+
+    def blocks(self, positions: np.ndarray) -> np.ndarray:
+        """The shards that samples at these positions are drawn from, in order of need."""
+        numbers = np.unique(np.searchsorted(self.ends, positions, "right"))
+        return np.concatenate([self.shards[n * self.block : (n + 1) * self.block] for n in numbers.tolist()])
+
+    def _shuffled(self, number: int) -> np.ndarray:
+        some = self.shards[number * self.block : (number + 1) * self.block]
+        samples = np.concatenate([np.arange(self.starts[s], self.starts[s] + self.sizes[s]) for s in some])
+        return _rng(*self.seed, 1 + number).permutation(samples)  # type: ignore[misc]
+
+
+def epoch(sizes: np.ndarray, seed: int, number: int, block: int = 16, shuffle: bool = True) -> Epoch:
+    """The order of epoch `number`: each sample exactly once.
 
     Args:
-        shard_sizes: (S,) samples in each shard; sample i of shard s has number `shard_sizes[:s].sum() + i`.
+        sizes: (S,) samples in each shard; sample i of shard s has number `sizes[:s].sum() + i`.
         block: how many shards are shuffled together.
-
-    Returns:
-        (N,) int64, each sample's number exactly once.
     """
-    sizes = np.asarray(shard_sizes, dtype=np.int64)
-    starts = np.concatenate([[0], np.cumsum(sizes)])
-    if not shuffle:
-        return np.arange(starts[-1])
-    rng = np.random.Generator(np.random.Philox(key=[seed, epoch]))
-    shards = rng.permutation(len(sizes))
-    parts = []
-    for first in range(0, len(shards), block):
-        numbers = np.concatenate([np.arange(starts[s], starts[s + 1]) for s in shards[first : first + block]])
-        parts.append(rng.permutation(numbers))
-    return np.concatenate(parts) if parts else np.zeros(0, np.int64)
+    sizes = np.asarray(sizes, np.int64)
+    shards = _rng(seed, number, 0).permutation(len(sizes)) if shuffle else np.arange(len(sizes))
+    shards = shards[sizes[shards] > 0]
+    ends = (
+        np.cumsum(sizes[shards])[np.r_[block - 1 : len(shards) : block, len(shards) - 1]] if len(shards) else sizes[:0]
+    )
+    return Epoch(sizes, np.cumsum(sizes) - sizes, shards, np.unique(ends), block, (seed, number) if shuffle else None)
+
+
+def repeats(weights: np.ndarray, total: int, seed: int, number: int) -> np.ndarray:
+    """(N,) how often each of N samples comes in epoch `number`: its share of `total` rounded down or up, `total` in all.
+
+    Systematic resampling: over the epochs each comes as often as its weight says.
+    """
+    edges = np.concatenate([[0.0], np.cumsum(weights, dtype=np.float64)])
+    edges = np.floor(edges * (total / edges[-1]) + _rng(seed, number, 0).random())
+    # exactly `total`, and none negative, whatever the rounding of the sum
+    edges = np.minimum(edges, total)
+    edges[-1] = total
+    return np.diff(edges).astype(np.int64)
 
 
 def batch_count(samples: int, global_batch: int, last: Last) -> int:
@@ -45,12 +91,38 @@ def batch_count(samples: int, global_batch: int, last: Last) -> int:
     return samples // global_batch if last == "drop" else -(-samples // global_batch)
 
 
-def batch_rows(order: np.ndarray, batch: int, global_batch: int) -> np.ndarray:
-    """(global_batch,) sample numbers of one global batch; beyond the end it starts again at the front."""
-    return np.take(order, np.arange(batch * global_batch, (batch + 1) * global_batch), mode="wrap")
+def schedule(counts: Sequence[int], seed: int, number: int, shuffle: bool = True) -> np.ndarray:
+    """(M,) for each batch of epoch `number` the bucket it is of, when bucket b gives counts[b] batches."""
+    buckets = np.repeat(np.arange(len(counts), dtype=np.int32), counts)
+    return _rng(seed, number, 0).permutation(buckets) if shuffle else buckets
 
 
-def rank_rows(rows: np.ndarray, rank: int, world: int) -> np.ndarray:
+def mixed(weights: Sequence[float], seed: int, number: int) -> tuple[int, int]:
+    """Which of several streams global batch `number` comes from, and which batch of that stream it is.
+
+    In every `ROUND` batches each stream has its share, to the nearest batch.
+    """
+    counts = shares(weights)
+    round_, at = divmod(number, ROUND)
+    turns = _rng(seed, round_, 0).permutation(np.repeat(np.arange(len(counts)), counts))
+    part = int(turns[at])
+    return part, round_ * int(counts[part]) + int((turns[:at] == part).sum())
+
+
+def shares(weights: Sequence[float], total: int = ROUND) -> np.ndarray:
+    """Whole numbers that add up to `total`, by the largest remainders."""
+    exact = np.asarray(weights, np.float64) * total / np.sum(weights)
+    counts = np.floor(exact).astype(np.int64)
+    counts[np.argsort(counts - exact, kind="stable")[: total - counts.sum()]] += 1
+    return counts
+
+
+def positions(batch: int, global_batch: int, samples: int) -> np.ndarray:
+    """(global_batch,) positions in the epoch of one global batch; beyond the end it starts again at the front."""
+    return np.arange(batch * global_batch, (batch + 1) * global_batch) % samples
+
+
+def rank_slice(rows: np.ndarray, rank: int, world: int) -> np.ndarray:
     """The slice of a global batch that one rank sees: equal sizes, in position order."""
     return rows.reshape(world, -1)[rank]
 
@@ -71,10 +143,14 @@ def check_batch(samples: int, global_batch: int, world: int, last: Last, what: s
         raise UserError(f"{what}: {samples} samples give no batch of {global_batch}; lower `batch` or use `last: pad`")
 
 
-def sample_rng(seed: int, epoch: int, key: str) -> np.random.Generator:
-    """Random numbers of one sample in one epoch, the same wherever and whenever it is read."""
-    digits, _, clip = key.partition("-")
-    mixed = (int(digits, 16) ^ int(clip or 0) << 64) & (2**128 - 1)
-    return np.random.Generator(
-        np.random.Philox(key=np.random.SeedSequence([seed, epoch, mixed]).generate_state(2, np.uint64))
-    )
+def sample_rng(seed: int, epoch: int, key: str, copy: int = 0) -> np.random.Generator:
+    """Random numbers of one sample in one epoch, the same wherever and whenever it is read.
+
+    `copy` tells apart the times that a sample of more than weight 1 comes in the epoch.
+    """
+    digest = int.from_bytes(hashlib.blake2b(key.encode(), digest_size=16).digest())
+    return _rng(seed, epoch, digest, copy)
+
+
+def _rng(*numbers: int) -> np.random.Generator:
+    return np.random.Generator(np.random.Philox(np.random.SeedSequence(numbers)))

@@ -52,8 +52,10 @@ INDEX = pa.schema(
         ("mp4_size", pa.int64()),
         ("json_offset", pa.int64()),
         ("json_size", pa.int64()),
+        # of each member: what every read is checked by, at several times the speed of sha256
+        ("mp4_crc32", pa.uint32()),
+        ("json_crc32", pa.uint32()),
         ("sha256", pa.string()),  # of the mp4 member
-        ("json_sha256", pa.string()),
         ("first_frame", pa.int64()),  # number of the source frame shown first
         ("start_seconds", pa.float64()),  # since the source's first frame
         ("frame_count", pa.int32()),
@@ -72,8 +74,23 @@ COLUMN_INDEX = pa.schema(
         ("key", pa.string()),
         ("offset", pa.int64()),
         ("size", pa.int64()),
+        ("crc32", pa.uint32()),
         ("sha256", pa.string()),
         ("base_sha256", pa.string()),  # of the mp4 that this was made from
+    ]
+)
+
+# That of a `latent-DIGEST` column: KEY.npy is float16 (steps, 2, channels, height, width), mean and log-variance, so that
+# a window of steps is one range of bytes. Step 0 is of the first frame, step n of the `factor` frames up to n * factor.
+LATENT_INDEX = pa.schema(
+    [
+        *COLUMN_INDEX,
+        ("factor", pa.int32()),
+        ("steps", pa.int32()),
+        ("channels", pa.int32()),
+        ("height", pa.int32()),
+        ("width", pa.int32()),
+        ("step_crc32", pa.binary()),  # (steps,) little-endian uint32
     ]
 )
 

@@ -2,21 +2,25 @@
 
 import hashlib
 import io
+import json
 import tarfile
+import zlib
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 
 @dataclass(frozen=True)
 class Member:
-    """Where one file of a tar lies: byte offset and size of its data, and its sha256 (hex)."""
+    """Where one file of a tar lies: byte offset and size of its data, its sha256 (hex) and its CRC-32."""
 
     key: str
     extension: str
     offset: int
     size: int
     sha256: str
+    crc32: int
 
 
 def write_tar(path: Path, samples: Iterable[tuple[str, dict[str, bytes]]]) -> list[Member]:
@@ -31,8 +35,20 @@ def write_tar(path: Path, samples: Iterable[tuple[str, dict[str, bytes]]]) -> li
                 tar.addfile(info, io.BytesIO(data))
                 # a ustar header is one block, and `offset` now stands behind the padded data
                 offset = tar.offset - -(-len(data) // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
-                members.append(Member(key, extension, offset, len(data), hashlib.sha256(data).hexdigest()))
+                digests = hashlib.sha256(data).hexdigest(), zlib.crc32(data)
+                members.append(Member(key, extension, offset, len(data), *digests))
     return members
+
+
+def described(data: bytes) -> dict[str, Any]:
+    """The JSON of a sample; of an image with a caption in a .txt alone this caption, of a bare one nothing.
+
+    Raises:
+        ValueError: it is no JSON.
+    """
+    if data.lstrip()[:1] == b"{":
+        return dict(json.loads(data))
+    return {"caption": data.decode("utf-8", "replace").strip()} if data else {}
 
 
 def sha256_of(path: Path, block: int = 1 << 20) -> str:

@@ -1,15 +1,19 @@
 """A view: which clips of a dataset to use and why not the others. Writing one decodes nothing."""
 
+import hashlib
+import json
 import operator
 from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+import pyarrow.parquet as pq
 
 from longtake.datasets import index, schema, storage
-from longtake.datasets.errors import UserError
+from longtake.datasets.errors import Failure, UserError
 
+_DIGESTS = b"longtake.shards"
 _COMPARE = {"min": ("<", operator.lt), "max": (">", operator.gt)}
 
 
@@ -63,6 +67,29 @@ def read_view(url: str) -> pa.Table:
     return index.from_parquet(url)
 
 
-def kept_keys(view: pa.Table, split: str) -> pa.Array:
-    mask = np.asarray(view["keep"]) & (np.asarray(view["split"]) == split)
-    return view["key"].filter(pa.array(mask))
+def write(url: str, table: pa.Table, digests: Mapping[str, str]) -> None:
+    """Save a view.
+
+    Args:
+        table: of `rows`; where it has a split's rows in the order of the shards, readers need not match them by key.
+        digests: for each such split the digest of its shards (see `compact.Rows`).
+    """
+    storage.write(url, index.to_parquet(table.replace_schema_metadata({_DIGESTS: json.dumps(digests).encode()})))
+
+
+def of_split(url: str, split: str, digest: str) -> tuple[pa.Table, str]:
+    """The columns `keep` and `weight` of a split's rows in the order of its shards, and the view's own digest.
+
+    Where the view was not made of just these shards, the column `key` tells whose they are.
+    """
+    try:
+        data = storage.read(url)
+        file = pq.ParquetFile(pa.BufferReader(data))
+    except FileNotFoundError as e:
+        raise UserError(f"{url}: no such view; run its `curate` stage") from e
+    except (pa.ArrowException, OSError) as e:
+        raise Failure(f"{url}: not a readable Parquet file ({e}); run its `curate` stage again") from e
+    aligned = json.loads((file.schema_arrow.metadata or {}).get(_DIGESTS, b"{}")).get(split) == digest
+    table = file.read(["split", "keep", "weight", *([] if aligned else ["key"])])
+    mine = table.filter(pc.equal(table["split"], split)).drop_columns("split")
+    return mine, hashlib.sha256(data).hexdigest()

@@ -117,7 +117,7 @@ def _commit(
     members, size, digest = _write_tar(f"{base}.tar", parts(("mp4", "json")))
     diffs, diff_size, diff_digest = _write_tar(f"{base}.frame_diff.tar", parts(("npy.zst",)))
     column = [
-        {"key": m.key, "offset": m.offset, "size": m.size, "sha256": m.sha256, "base_sha256": row["sha256"]}
+        {f: getattr(m, f) for f in ("key", "offset", "size", "crc32", "sha256")} | {"base_sha256": row["sha256"]}
         for m, row in zip(diffs, clips, strict=True)
     ]
     index.write_index(f"{base}.frame_diff.parquet", column, schema.COLUMN_INDEX, diff_size, diff_digest)
@@ -128,7 +128,11 @@ def _commit(
     placed = {(m.key, m.extension): m for m in members}
     rows = [
         row
-        | {f"{e}_{what}": getattr(placed[row["key"], e], what) for e in ("mp4", "json") for what in ("offset", "size")}
+        | {
+            f"{e}_{what}": getattr(placed[row["key"], e], what)
+            for e in ("mp4", "json")
+            for what in ("offset", "size", "crc32")
+        }
         for row in clips
     ]
     index.write_index(f"{base}.parquet", rows, schema.INDEX, size, digest)

@@ -232,8 +232,7 @@ def _write_clip(
     rounded = {name: round(value, 6) for name, value in scores.items()}
     try:
         (folder / f"{key}.mp4").write_bytes(mp4)
-        text = json.dumps({**extra, **facts, "scores": rounded}, sort_keys=True).encode()
-        (folder / f"{key}.json").write_bytes(text)
+        (folder / f"{key}.json").write_text(json.dumps({**extra, **facts, "scores": rounded}, sort_keys=True))
         # of the clip as it will be decoded again, not of the frames before encoding
         difference = clips.frame_difference(clips.decode(mp4, name=key), diff.factor(width, height))
         (folder / f"{key}.npy.zst").write_bytes(clips.pack_array(difference))
@@ -242,7 +241,5 @@ def _write_clip(
             raise OSError(errno.ENOSPC, "No space left on device", str(folder)) from e
         raise
     label = None if extra.get("label") is None else str(extra["label"])
-    digests = {"sha256": hashlib.sha256(mp4).hexdigest(), "json_sha256": hashlib.sha256(text).hexdigest()}
-    return (
-        {"key": key, "label": label} | digests | facts | rounded | {"phash": perceptual_hash(planes[len(planes) // 2])}
-    )
+    row = {"key": key, "sha256": hashlib.sha256(mp4).hexdigest(), "label": label}
+    return row | facts | rounded | {"phash": perceptual_hash(planes[len(planes) // 2])}

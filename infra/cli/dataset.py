@@ -1,8 +1,9 @@
-"""Commands about data: footage, dataset ls | sources | show | verify | diff | compact | report."""
+"""Commands about data: footage, dataset ls | sources | show | verify | diff | compact | index | report."""
 
 import click
 
 _DIFF_LINES = 20
+_PICTURES = {b"\xff\xd8": "jpg", b"\x89PNG": "png", b"RIFF": "webp"}  # how they begin
 
 
 @click.command()
@@ -32,7 +33,8 @@ def ls(url: str) -> None:
     described = index.describe(url)
     totals = index.summary(url)
     clip = described["clip"]
-    click.echo(f"{url}: format {described['format']}, clips of short side {clip['short_side']} at {clip['fps']:g} fps")
+    made_of = f"clips of short side {clip['short_side']} at {clip['fps']:g} fps"
+    click.echo(f"{url}: format {described['format']}, {described.get('kind') or made_of}")
     rejected = ", ".join(f"{n} {reason}" for reason, n in totals["rejected_by_reason"].items())
     click.echo(
         f"sources  {totals['sources']} = {totals['sources_good']} good + {totals['sources_rejected']} rejected"
@@ -67,45 +69,48 @@ def sources(url: str, rejected: bool) -> None:
 @click.option("--save", metavar="FOLDER", help="Write the members there, to play them.")
 def show(url: str, key: str, save: str | None) -> None:
     """The index row and JSON of one sample of DATASET, and where its bytes lie."""
-    import hashlib
     import json
+    import zlib
     from pathlib import Path
 
     import pyarrow.compute as pc
 
     from longtake.datasets import clip, compact, index, schema, storage
     from longtake.datasets.errors import Failure, UserError
+    from longtake.datasets.shard import described
 
-    def member(split: str, name: str, offset: int, size: int, sha256: str) -> bytes:
+    def member(split: str, name: str, offset: int, size: int, crc32: int) -> bytes:
         tar = storage.join(url, split, f"{name}.tar")
         try:
             data = storage.read_range(tar, offset, size)
         except FileNotFoundError as e:
             raise Failure(f"{tar}: is missing; run `longtake dataset verify`") from e
-        if len(data) != size or sha256 != hashlib.sha256(data).hexdigest():
+        if len(data) != size or crc32 != zlib.crc32(data):
             raise Failure(f"{tar}: {key} is damaged; run `longtake dataset verify`")
         return data
 
     index.describe(url)
     for split in schema.SPLITS:
-        table, _ = compact.open_split(url, split)
+        table = compact.table(url, split)
         for row in table.filter(pc.equal(table["key"], key)).to_pylist():
             tar = storage.join(url, split, f"{row['shard']}.tar")
-            text = member(split, row["shard"], row["json_offset"], row["json_size"], row["json_sha256"])
-            click.echo(json.dumps(row | {"tar": tar, "json": json.loads(text)}, indent=2))
+            place = row["json_offset"], row["json_size"], row["json_crc32"]
+            text = member(split, row["shard"], *place) if row["json_size"] else b""
+            click.echo(json.dumps(row | {"tar": tar, "json": described(text)}, indent=2))
             if save is None:
                 return
             folder = Path(save)
             with storage.failing_clearly(save):
                 folder.mkdir(parents=True, exist_ok=True)
-                mp4 = member(split, row["shard"], row["mp4_offset"], row["mp4_size"], row["sha256"])
-                (folder / f"{key}.mp4").write_bytes(mp4)
-                (folder / f"{key}.json").write_bytes(text)
+                mp4 = member(split, row["shard"], row["mp4_offset"], row["mp4_size"], row["mp4_crc32"])
+                ending = next((ending for start, ending in _PICTURES.items() if mp4.startswith(start)), "mp4")
+                (folder / f"{key}.{ending}").write_bytes(mp4)
+                (folder / f"{key}.json").write_text(json.dumps(described(text)))
             column = f"{row['shard']}.frame_diff"
             if column in index.shard_names(url, split, "frame_diff"):
                 diffs = index.read_shard(url, split, column).table
                 (place,) = diffs.filter(pc.equal(diffs["key"], key)).to_pylist()
-                packed = member(split, column, place["offset"], place["size"], place["sha256"])
+                packed = member(split, column, place["offset"], place["size"], place["crc32"])
                 # twice as large, for H.264 wants even sides
                 difference = clip.unpack_array(packed, f"{key} (frame_diff)").repeat(2, 1).repeat(2, 2)
                 clip.write(folder / f"{key}.frame_diff.mp4", difference, round(row["fps"]))
@@ -175,6 +180,49 @@ def compact(url: str) -> None:
     index.describe(url)
     for split in schema.SPLITS:
         click.echo(f"{split}: {folded.write(url, split)} shards")
+
+
+@dataset.command("index")
+@click.argument("url")
+@click.argument("tars", nargs=-1)
+@click.option(
+    "--val-fraction", default=0.0, show_default=True, type=click.FloatRange(0, 1), help="Of TARS, to go to val."
+)
+@click.option("--threads", default=8, show_default=True, type=click.IntRange(1), help="Tars read at once.")
+def index_images(url: str, tars: tuple[str, ...], val_fraction: float, threads: int) -> None:
+    """Make a DATASET of plain WebDataset tars of images, to be trained on alone or beside videos.
+
+    The tars lie in URL/train/ and URL/val/ and stay as they are; each is read once, and an index is written beside it.
+    TARS that lie elsewhere on this machine are linked into URL first. Run it again when tars have come: what has an index
+    is not read again.
+
+    \b
+    A sample is all files of a tar that are named alike up to the first dot:
+      KEY.jpg | .jpeg | .png | .webp   the image
+      KEY.json                         an object; its "label" is the label
+      KEY.txt                          a caption: {"caption": ...} where there is no .json
+      KEY.cls                          the label, before that of the .json
+
+    Then `Loader(URL, frames=1, size=(64, 64))` reads it; `Mixture` joins it with videos at a ratio. Images that cannot be
+    used are left out and counted; `longtake dataset sources URL --rejected` lists them. Exit code 1 if a tar is damaged.
+    """
+    from longtake.datasets import images
+    from longtake.datasets.errors import Failure
+
+    counts = images.adopt(url, tars, val_fraction, threads)
+    for split, found in counts.items():
+        left_out = ", ".join(f"{n} {reason}" for reason, n in found.left_out.items())
+        click.echo(
+            f"{split:<6} {found.images} images in {found.tars} tars, {found.new} of them new"
+            f"; left out: {left_out or 'none'}" + (f"; odd: {found.odd}" if found.odd else "")
+        )
+    failed = [f"{tar}: {why}" for found in counts.values() for tar, why in found.failed.items()]
+    for line in failed:
+        click.echo(line)
+    if failed:
+        raise Failure(
+            f"{url}: {len(failed)} tar{'s' if len(failed) > 1 else ''} not indexed; replace or delete, then run again"
+        )
 
 
 @dataset.command()

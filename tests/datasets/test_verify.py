@@ -134,8 +134,8 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str, str]] = {
         "; delete it",
     ),
     "damaged compact": (
-        lambda d: (compact.write(str(d), "train"), flip(d / "compact/train.parquet", 100)),
-        "compact/train.parquet: damaged",
+        lambda d: (compact.write(str(d), "train"), flip(d / "compact/train.arrow", 1500)),
+        "compact/train.arrow: damaged",
         "longtake dataset compact",
     ),
 }

@@ -156,6 +156,7 @@ def run(config: Config, inputs: Mapping[str, str], output: str) -> dict[str, Any
         result["metrics"] |= {
             "train_clips": float(loader.samples),
             "train_clips_too_short": float(loader.samples_short),
+            "train_clips_too_small": float(loader.samples_small),
         }
         return result
 

@@ -1,0 +1,206 @@
+"""One sample to what a training step sees of it: a window of its clip, the same in every column, and what came before.
+
+The window is drawn from the sample's own random numbers; see the README's "Reading a dataset" for what each column gives.
+"""
+
+import zlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from longtake.datasets import clip
+from longtake.datasets.compact import Rows
+from longtake.datasets.errors import Failure
+from longtake.datasets.order import sample_rng
+from longtake.datasets.reader import Reader
+from longtake.datasets.shard import described
+
+_TOUCHING = 1.5  # frames between two clips that follow each other without a hole
+
+
+@dataclass(frozen=True)
+class Window:
+    """What to take of a clip: T frames, every `stride`-th, at (height, width), and where on the longer side."""
+
+    frames: int
+    stride: int
+    size: tuple[int, int]
+    random_crop: bool
+    history_seconds: float = 0.0
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A row of the index: its shard and place there; seed, epoch and copy, of which its chance is made (None: none)."""
+
+    shard: int
+    at: int
+    chance: tuple[int, int, int] | None
+
+
+class Source:
+    """A split with its cache columns, as worker processes need it."""
+
+    def __init__(
+        self, base: Rows, columns: Mapping[str, Rows], names: tuple[str, ...], reader: Reader, classes: list[str]
+    ) -> None:
+        self.base, self.columns, self.names, self.reader = base, columns, names, reader
+        self.labels = {label: number for number, label in enumerate(classes)}
+        self.latent = next((name for name in columns if name.startswith("latent-")), None)
+
+    def row(self, shard: int, at: int) -> dict[str, Any]:
+        return self.base.of(shard).slice(at, 1).to_pylist()[0]
+
+    def place(self, column: str, sample: Sample, row: Mapping[str, Any]) -> dict[str, Any]:
+        """Where a cache column has this clip. Raises Failure: it has other clips."""
+        rows = self.columns[column].of(sample.shard)
+        found = rows.slice(sample.at, 1).to_pylist()[0]
+        if found["key"] != row["key"] or found["base_sha256"] != row["sha256"]:
+            url = self.columns[column].tar(sample.shard)[0]
+            raise Failure(f"{url}: made from other clips; delete the column's indexes and run its stage again")
+        return found
+
+
+def load(source: Source, sample: Sample, window: Window) -> dict[str, Any]:
+    """The columns of one sample, as arrays ready to be stacked. Raises Failure naming what is damaged."""
+    row = source.row(sample.shard, sample.at)
+    name = f"{source.base.tar(sample.shard)[0]}: {row['key']}"
+    places = {column: source.place(column, sample, row) for column in source.columns}
+    quantum = places[source.latent]["factor"] if source.latent else 1
+    rng = sample_rng(*sample.chance[:2], row["key"], sample.chance[2]) if sample.chance else None
+    frames, spot = _draw(window, rng, row["frame_count"], quantum)
+    out: dict[str, Any] = {"key": row["key"]}
+    if "video" in source.names:
+        out["video"] = _video(source, sample.shard, row, frames, window.size, spot)
+    if "frame_diff" in source.names:
+        place = places["frame_diff"]
+        packed = source.reader.member(source.columns["frame_diff"], sample.shard, *_span(place))
+        diff = clip.unpack_array(packed, f"{name} (frame_diff)")
+        if len(diff) != row["frame_count"] - 1:
+            what = f"frame_diff has {len(diff)} entries for {row['frame_count']} frames"
+            raise Failure(f"{name}: {what}; delete its index and run `shard` again")
+        out["frame_diff"] = _channels_first(clip.crop(diff[np.asarray(frames[1:], int) - 1], window.size, spot))
+    if source.latent:
+        place = places[source.latent]
+        first, count = frames[0] // quantum, 1 + (window.frames - 1) // quantum
+        out["latent"] = _latent(source, sample.shard, place, first, count)
+    if window.history_seconds:
+        out |= _history(source, sample, row, frames[0], window, spot)
+    if "label" in source.names:
+        out["label"] = source.labels.get(row["label"], -1)
+    if "json" in source.names:
+        # a plain image may have no text beside it
+        data = source.reader.member(source.base, sample.shard, *_span(row, "json_")) if row["json_size"] else b""
+        out["json"] = described(bytes(data))
+    return out
+
+
+def _draw(window: Window, rng: np.random.Generator | None, count: int, quantum: int) -> tuple[list[int], float]:
+    """The frames of a window that starts at a multiple of `quantum`, and the place of its crop."""
+    span = (window.frames - 1) * window.stride + 1
+    start = int(rng.integers((count - span) // quantum + 1)) * quantum if rng else 0
+    return list(range(start, start + span, window.stride)), rng.random() if rng and window.random_crop else 0.5
+
+
+def _video(
+    source: Source, shard: int, row: Mapping[str, Any], frames: list[int], size: tuple[int, int], spot: float
+) -> np.ndarray:
+    """(3, T, H, W) uint8."""
+    mp4 = source.reader.member(source.base, shard, *_span(row, "mp4_"))
+    own = (row["height"], row["width"])
+    scaled = clip.covering_size(own, size)
+    name = f"{source.base.tar(shard)[0]}: {row['key']}.mp4"
+    video = clip.decode(bytes(mp4), frames, None if scaled == own else scaled, name)
+    return _channels_first(clip.crop(video, size, spot))
+
+
+def _latent(source: Source, shard: int, place: Mapping[str, Any], first: int, count: int) -> np.ndarray:
+    """(count, 2, C, h, w) float16: steps of the latent, of which only these bytes are read."""
+    assert source.latent
+    rows = source.columns[source.latent]
+    shape = (2, place["channels"], place["height"], place["width"])
+    step = 2 * int(np.prod(shape))
+    start = place["offset"] + place["size"] - (place["steps"] - first) * step
+    data = source.reader.range(rows, shard, start, count * step)
+    sums = np.frombuffer(place["step_crc32"], "<u4")[first : first + count]
+    if len(sums) != count or any(zlib.crc32(data[n * step : (n + 1) * step]) != s for n, s in enumerate(sums.tolist())):
+        url = rows.tar(shard)[0]
+        raise Failure(
+            f"{url}: {place['key']}: steps {first} to {first + count} are damaged; run `longtake dataset verify`"
+        )
+    return np.frombuffer(data, "<f2").reshape(count, *shape)
+
+
+def _history(
+    source: Source, sample: Sample, row: Mapping[str, Any], start: int, window: Window, spot: float
+) -> dict[str, Any]:
+    """What came just before the window, from its clip and the neighbours that it follows without a hole.
+
+    `history_video` (3, Th, H, W) with `history_frames`, `history_latent` (Sh, 2, C, h, w) with `history_steps`: so
+    many at the end are true, before them all is zero.
+    """
+    out: dict[str, Any] = {}
+    pasts = list(_pasts(source, sample, row, window.history_seconds))
+    if "video" in source.names:
+        wanted = start - window.stride * np.arange(round(window.history_seconds * row["fps"] / window.stride), 0, -1)
+        parts = [
+            _video(source, sample.shard, past, inside.tolist(), window.size, spot)
+            for past, inside in _inside(wanted, [(past, past["frame_count"]) for _, past in pasts])
+        ]
+        out |= _ended("video", parts, np.zeros((3, len(wanted), *window.size), np.uint8), "frames", 1)
+    if source.latent:
+        places = [source.place(source.latent, replace(sample, at=at), past) for at, past in pasts]
+        factor, shape = places[0]["factor"], (2, *(places[0][n] for n in ("channels", "height", "width")))
+        wanted = start // factor - np.arange(round(window.history_seconds * row["fps"] / factor), 0, -1)
+        parts = [
+            _latent(source, sample.shard, place, int(inside[0]), len(inside))
+            for place, inside in _inside(wanted, [(place, place["steps"]) for place in places])
+        ]
+        out |= _ended("latent", parts, np.zeros((len(wanted), *shape), np.float16), "steps", 0)
+    return out
+
+
+def _pasts(
+    source: Source, sample: Sample, row: Mapping[str, Any], seconds: float
+) -> Iterator[tuple[int, Mapping[str, Any]]]:
+    """The clip itself and those before it, latest first, as (place in the shard, row), until they reach so far back."""
+    at, reach = sample.at, 0.0
+    yield at, row
+    while at and reach < seconds:
+        before = source.row(sample.shard, at - 1)
+        gap = row["start_seconds"] - before["start_seconds"] - before["frame_count"] / before["fps"]
+        same = all(row[name] == before[name] for name in ("source", "height", "width", "fps"))
+        if not same or before["clip"] != row["clip"] - 1 or abs(gap) > _TOUCHING / row["fps"]:
+            return
+        at, row = at - 1, before
+        reach += row["frame_count"] / row["fps"]
+        yield at, row
+
+
+def _inside(wanted: np.ndarray, pasts: list[tuple[Any, int]]) -> list[tuple[Any, np.ndarray]]:
+    """The clips that hold some of the wanted numbers, earliest first, with these as their own; 0 is the first of the latest."""
+    found: list[tuple[Any, np.ndarray]] = []
+    base = pasts[0][1]
+    for past, length in pasts:
+        base -= length
+        inside = wanted[(wanted >= base) & (wanted < base + length)] - base
+        if len(inside):
+            found.insert(0, (past, inside))
+    return found
+
+
+def _ended(name: str, parts: list[np.ndarray], whole: np.ndarray, unit: str, axis: int) -> dict[str, Any]:
+    true = sum(part.shape[axis] for part in parts)
+    if true:
+        np.moveaxis(whole, axis, 0)[-true:] = np.moveaxis(np.concatenate(parts, axis), axis, 0)
+    return {f"history_{name}": whole, f"history_{unit}": true}
+
+
+def _span(place: Mapping[str, Any], prefix: str = "") -> tuple[int, int, int]:
+    return place[f"{prefix}offset"], place[f"{prefix}size"], place[f"{prefix}crc32"]
+
+
+def _channels_first(video: np.ndarray) -> np.ndarray:
+    return np.ascontiguousarray(video.transpose(3, 0, 1, 2))
