@@ -169,31 +169,26 @@ class Mixed:
         self.plans, self.names, self.weights, self.seed = plans, names, weights, seed
 
     def make(self, numbers: Iterator[int]) -> Iterator[dict[str, Any]]:
-        streams: list[Iterator[dict[str, Any]]] = []
         queues: list[deque[int]] = [deque() for _ in self.plans]
         turns = deque[int]()
 
+        def look() -> bool:
+            """Queue the next batch with its part; False where there is none."""
+            if (number := next(numbers, None)) is None:
+                return False
+            part, nth = order.mixed(self.weights, self.seed, number)
+            turns.append(part)
+            queues[part].append(nth)
+            return True
+
         def feed(part: int) -> Iterator[int]:
-            while True:
-                # a plan may ask for its next number before this one's turn: look further ahead for it
-                while not queues[part]:
-                    number = next(numbers, None)
-                    if number is None:
-                        return
-                    turn, nth = order.mixed(self.weights, self.seed, number)
-                    turns.append(turn)
-                    queues[turn].append(nth)
-                yield queues[part].popleft()
+            # a plan may ask for its next number before this one's turn: look further ahead for it
+            while queues[part] or look():
+                if queues[part]:
+                    yield queues[part].popleft()
 
         streams = [plan.make(feed(part)) for part, plan in enumerate(self.plans)]
-        while True:
-            if not turns:
-                number = next(numbers, None)
-                if number is None:
-                    return
-                turn, nth = order.mixed(self.weights, self.seed, number)
-                turns.append(turn)
-                queues[turn].append(nth)
+        while turns or look():
             part = turns.popleft()
             yield next(streams[part]) | {"part": self.names[part]}
 
