@@ -124,9 +124,8 @@ class Batches:
         epoch, within = divmod(number, sum(self.counts))
         if len(self.counts) == 1:
             return epoch, 0, within
-        turns = _schedule(tuple(self.counts), self.seed, epoch, self.shuffle)
-        bucket = int(turns[within])
-        return epoch, bucket, int((turns[:within] == bucket).sum())
+        turns, nth = _schedule(tuple(self.counts), self.seed, epoch, self.shuffle)
+        return epoch, int(turns[within]), int(nth[within])
 
     def _epoch(self, bucket: int, epoch: int) -> tuple[order.Epoch, np.ndarray, np.ndarray | None]:
         """The order of a bucket in an epoch, the rows that it orders, and which copy of its row each is."""
@@ -209,5 +208,10 @@ def collate(samples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 @functools.lru_cache(maxsize=4)
-def _schedule(counts: tuple[int, ...], seed: int, epoch: int, shuffle: bool) -> np.ndarray:
-    return order.schedule(counts, seed, epoch, shuffle)
+def _schedule(counts: tuple[int, ...], seed: int, epoch: int, shuffle: bool) -> tuple[np.ndarray, np.ndarray]:
+    """For each batch of an epoch its bucket, and which of the bucket's batches it is."""
+    turns = order.schedule(counts, seed, epoch, shuffle)
+    nth = np.empty(len(turns), np.int64)
+    for bucket, count in enumerate(counts):
+        nth[turns == bucket] = np.arange(count)
+    return turns, nth

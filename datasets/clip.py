@@ -1,7 +1,7 @@
 """Decoding a clip of a shard. One decoder for the pipeline and the loader, so that both see the same pixels."""
 
 import io
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -29,34 +29,44 @@ def decode(
     Raises:
         Failure: the clip is not decodable, or has no such frame.
     """
+    return np.stack(list(decoded(mp4, frames, size, name)))
+
+
+def decoded(
+    mp4: bytes | memoryview,
+    frames: Sequence[int] | None = None,
+    size: tuple[int, int] | None = None,
+    name: str = "clip",
+) -> Iterator[np.ndarray]:
+    """The same, a frame (H, W, 3) at a time."""
     import av
 
-    wanted = None if frames is None else list(frames)
+    count = 0
     height, width = size or (None, None)
-    out: list[np.ndarray] = []
     try:
         # one for all frames: a frame's own would set up its tables anew each time
         scaler = av.video.reformatter.VideoReformatter()
         with av.open(io.BytesIO(mp4)) as container:
             stream = container.streams.video[0]
             stream.codec_context.thread_count = 1
-            rate = stream.average_rate
-            if wanted and wanted[0] > 0:
-                container.seek(int(wanted[0] / rate / stream.time_base), stream=stream)
+            step = 1 / (stream.average_rate * stream.time_base)  # of a frame, in ticks
+            if frames and frames[0] > 0:
+                container.seek(int(frames[0] * step), stream=stream)
+            # whole numbers: these fractions would cost as much as scaling a small frame
+            ticks, parts = step.numerator, step.denominator
             for frame in container.decode(stream):
-                if wanted is not None:
-                    if len(out) == len(wanted):
-                        break
-                    if round(frame.pts * stream.time_base * rate) != wanted[len(out)]:
-                        continue
-                out.append(scaler.reformat(frame, width, height, "rgb24", threads=1).to_ndarray())
+                if frames is not None and (2 * frame.pts * parts + ticks) // (2 * ticks) != frames[count]:
+                    continue
+                yield scaler.reformat(frame, width, height, "rgb24", threads=1).to_ndarray()
+                count += 1
+                if frames is not None and count == len(frames):
+                    return
     except (av.error.FFmpegError, ArithmeticError, AttributeError, IndexError, TypeError, ValueError) as e:
         raise Failure(f"{name}: cannot decode ({e}); run `longtake dataset verify`") from e
-    if wanted is not None and len(out) < len(wanted):
-        raise Failure(f"{name}: frame {wanted[len(out)]} is missing; run `longtake dataset verify`")
-    if not out:
+    if frames:
+        raise Failure(f"{name}: frame {frames[count]} is missing; run `longtake dataset verify`")
+    if not count:
         raise Failure(f"{name}: has no frame; run `longtake dataset verify`")
-    return np.stack(out)
 
 
 def frame_difference(video: np.ndarray, factor: int) -> np.ndarray:

@@ -29,11 +29,12 @@ from longtake.datasets import index, schema, storage
 from longtake.datasets.cache import Cache
 from longtake.datasets.errors import Failure
 
-FACTS = ("frame_count", "fps", "height", "width", "label")
+FACTS = ("frame_count", "height", "width", "label")
 _FOLDER = "compact"
 _NOTES = b"longtake.compact"
 _ROWS_A_BATCH = 1 << 17
-_AT_ONCE = 4096
+_PLAIN = ("dataset", "split", "shards", "lies", "firsts")  # what travels to other processes
+_AT_ONCE, _LISTED = 4096, 64  # shards whose rows are kept, as tables and as lists
 _SHARDS = pa.schema(
     [
         ("name", pa.string()),
@@ -56,6 +57,8 @@ class Rows:
     lies: str | pa.Table  # a local Arrow file, or the rows themselves
     firsts: np.ndarray  # (S,) where each shard's rows begin there
     _seen: dict[int, pa.Table] = field(default_factory=dict)
+    _lists: dict[int, dict[str, list[Any]]] = field(default_factory=dict)
+    _tars: dict[int, tuple[str, int, str]] = field(default_factory=dict)
 
     @cached_property
     def counts(self) -> np.ndarray:
@@ -88,8 +91,22 @@ class Rows:
 
     def tar(self, shard: int) -> tuple[str, int, str]:
         """URL, size and sha256 of a shard's tar."""
-        name, size, sha256 = (self.shards[c][shard].as_py() for c in ("name", "tar_bytes", "tar_sha256"))
-        return storage.join(self.dataset, self.split, f"{name}.tar"), size, sha256
+        if (found := self._tars.get(shard)) is None:
+            name, size, sha256 = (self.shards[c][shard].as_py() for c in ("name", "tar_bytes", "tar_sha256"))
+            found = storage.join(self.dataset, self.split, f"{name}.tar"), size, sha256
+            self._tars[shard] = found
+        return found
+
+    def row(self, shard: int, at: int) -> dict[str, Any]:
+        """One row, without its scores."""
+        if (lists := self._lists.get(shard)) is None:
+            # values of a shard at once: one by one they would take longer than the sample itself
+            table = self.of(shard)
+            lists = {name: table[name].to_pylist() for name in table.column_names if name not in schema.SCORES}
+            if len(self._lists) >= _LISTED:
+                self._lists = {}
+            self._lists[shard] = lists
+        return {name: values[at] for name, values in lists.items()}
 
     def of(self, shard: int) -> pa.Table:
         """The rows of one shard, as its index has them. Raises Failure where the compact file has other ones."""
@@ -114,7 +131,7 @@ class Rows:
         return rows
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: getattr(self, name) for name in ("dataset", "split", "shards", "lies", "firsts")} | {"_seen": {}}
+        return {name: getattr(self, name) for name in _PLAIN} | {n: {} for n in ("_seen", "_lists", "_tars")}
 
 
 def write(dataset: str, split: str, column: str | None = None) -> int:
@@ -220,7 +237,7 @@ def _folded(dataset: str, split: str, column: str | None) -> tuple[pa.Table, pa.
         raise Failure(f"{storage.join(dataset, _FOLDER)}: the compact {split} index is damaged or half there") from e
     if hashlib.sha256(data).hexdigest() != read.tar_sha256:
         raise Failure(f"{url}: damaged, or just being written")
-    facts = pq.read_table(pa.BufferReader(data))
+    facts = pq.read_table(pa.BufferReader(data), read_dictionary=["label"])
     notes = json.loads((facts.schema.metadata or {}).get(_NOTES, b"{}"))
     if not notes or read.table.schema.remove_metadata() != _SHARDS:
         raise Failure(f"{url}: written by another version of longtake")
@@ -262,11 +279,13 @@ def _read(dataset: str, split: str, names: Sequence[str]) -> Iterator[index.Shar
 def _together(shards: Iterator[index.Shard]) -> Iterator[list[index.Shard]]:
     """Shards in lists of about as many rows as make a batch."""
     held: list[index.Shard] = []
+    rows = 0
     for shard in shards:
         held.append(shard)
-        if sum(len(s.table) for s in held) >= _ROWS_A_BATCH:
+        rows += len(shard.table)
+        if rows >= _ROWS_A_BATCH:
             yield held
-            held = []
+            held, rows = [], 0
     if held:
         yield held
 

@@ -315,18 +315,20 @@ def _shapes(
     """The shapes (T, H, W) there are, for each row which it has, whether it is too short for all, and too small."""
     counts, heights, widths = (facts[name].to_numpy() for name in ("frame_count", "height", "width"))
     spans = np.array([(t - 1) * stride + 1 for t in lengths])
-    length = np.minimum((counts[:, None] < spans).sum(1), len(lengths) - 1)
+    longer = sum(((counts < span).astype(np.int16) for span in spans), np.zeros(len(counts), np.int16))
+    length = np.minimum(longer, np.int16(len(lengths) - 1))
     short = counts < spans[-1]
-    found, which = np.unique(np.stack([heights, widths], 1), axis=0, return_inverse=True)
-    pairs = [(h, w) for h, w in found.tolist()]
+    # by a hash: sorting ten million pairs takes as long as all else of opening them
+    coded = pa.array(heights.astype(np.int64) << 32 | widths).dictionary_encode()
+    pairs = [(n >> 32, n & 0xFFFFFFFF) for n in coded.dictionary.to_pylist()]
     scaled = [size if isinstance(size, tuple) else _scaled(h, w, size, multiple) for h, w in pairs]
     owns = [_cropped(p, s) if own == "cropped" else p if own else None for p, s in zip(pairs, scaled, strict=True)]
     # clips of other sizes may come to the same shape
     kinds = sorted({(s, o) for s, o in zip(scaled, owns, strict=True)})
-    of_pair = np.array([kinds.index(kind) for kind in zip(scaled, owns, strict=True)], np.int64)
+    of_pair = np.array([kinds.index(kind) for kind in zip(scaled, owns, strict=True)], np.int16)
     small = (heights < size[0]) | (widths < size[1]) if isinstance(size, tuple) else np.minimum(heights, widths) < size
     shapes = [(t, *kind) for t in lengths for kind, _ in kinds]
-    return shapes, length * len(kinds) + of_pair[which.reshape(-1)], short, small
+    return shapes, length * np.int16(len(kinds)) + of_pair[coded.indices.to_numpy()], short, small
 
 
 def _scaled(height: int, width: int, short: int, multiple: int) -> tuple[int, int]:

@@ -148,8 +148,9 @@ def sample_rng(seed: int, epoch: int, key: str, copy: int = 0) -> np.random.Gene
 
     `copy` tells apart the times that a sample of more than weight 1 comes in the epoch.
     """
-    digest = int.from_bytes(hashlib.blake2b(key.encode(), digest_size=16).digest())
-    return _rng(seed, epoch, digest, copy)
+    # not by a SeedSequence, which takes as long as reading a latent
+    digest = hashlib.blake2b(f"{seed} {epoch} {copy} {key}".encode(), digest_size=16).digest()
+    return np.random.Generator(np.random.Philox(key=int.from_bytes(digest)))
 
 
 def _rng(*numbers: int) -> np.random.Generator:

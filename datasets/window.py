@@ -51,12 +51,11 @@ class Source:
         self.latent = next((name for name in columns if name.startswith("latent-")), None)
 
     def row(self, shard: int, at: int) -> dict[str, Any]:
-        return self.base.of(shard).slice(at, 1).to_pylist()[0]
+        return self.base.row(shard, at)
 
     def place(self, column: str, sample: Sample, row: Mapping[str, Any]) -> dict[str, Any]:
         """Where a cache column has this clip. Raises Failure: it has other clips."""
-        rows = self.columns[column].of(sample.shard)
-        found = rows.slice(sample.at, 1).to_pylist()[0]
+        found = self.columns[column].row(sample.shard, sample.at)
         if found["key"] != row["key"] or found["base_sha256"] != row["sha256"]:
             url = self.columns[column].tar(sample.shard)[0]
             raise Failure(f"{url}: made from other clips; delete the column's indexes and run its stage again")
@@ -112,8 +111,13 @@ def _video(
     own = (row["height"], row["width"])
     scaled = clip.covering_size(own, size)
     name = f"{source.base.tar(shard)[0]}: {row['key']}.mp4"
-    video = clip.decode(bytes(mp4), frames, None if scaled == own else scaled, name)
-    return _channels_first(clip.crop(video, size, spot))
+    made: np.ndarray | None = None
+    for n, frame in enumerate(clip.decoded(mp4, frames, None if scaled == own else scaled, name)):
+        part = clip.crop(frame[None], size, spot)[0]
+        made = np.empty((3, len(frames), *part.shape[:2]), np.uint8) if made is None else made
+        made[:, n] = part.transpose(2, 0, 1)
+    assert made is not None
+    return made
 
 
 def _latent(source: Source, shard: int, place: Mapping[str, Any], first: int, count: int) -> np.ndarray:
