@@ -1,0 +1,377 @@
+"""The same clips through webdataset, litdata, mosaicml-streaming and ours: samples a second, and resuming in mid-epoch.
+
+    python3.11 -m venv ENV
+    ENV/bin/pip install torch==2.13.0 webdataset litdata mosaicml-streaming decord av zstandard
+    ENV/bin/pip uninstall torchvision  # unless it is of the same build as torch
+    python tests/benchmarks/bench_loader_peers.py FOLDER --python ENV/bin/python [--dataset URL]
+
+FOLDER holds videos, of which a dataset of clips with a short side of 128 is made first; `--dataset` takes one that is
+there already. The clips are repeated under other names to `--samples`, and written as tars (ours, which webdataset
+reads as well), litdata chunks and MDS shards, all on the local disk and in the page cache.
+
+Throughput: 17 consecutive frames from a random place of each clip, cropped to 128x128, shuffled, batches of 8, two
+workers, in steady state within the first epoch, in turns, medians of `--repeats`. The peers decode by our own
+`clip.decode` and, in a second set, by decord. The target is 1.2 times the best of them.
+
+Resuming: each takes `--broken-after` batches without decoding, saves its state and ends; a new process goes on to the
+end of the epoch, with as many workers or another number. Counted are samples that came twice and that never came.
+
+mosaicml-streaming imports torchvision, which it does not need here; it gets an empty stand-in.
+"""
+
+import argparse
+import io
+import json
+import os
+import random
+import statistics
+import subprocess
+import sys
+import tempfile
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterator
+from itertools import islice
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+
+FRAMES, SIZE, BATCH, WORKERS = 17, 128, 8, 2
+PEERS = ("webdataset", "litdata", "streaming")
+
+
+# ---- in the peers' environment
+
+
+class Pick:
+    """A stored sample to what a training step sees of it."""
+
+    def __init__(self, decoder: str) -> None:
+        self.decoder = decoder
+
+    def __call__(self, key: str, mp4: bytes, count: int) -> dict[str, Any]:
+        if self.decoder == "none":
+            return {"key": key}
+        start = random.randrange(count - FRAMES + 1)
+        frames = list(range(start, start + FRAMES))
+        if self.decoder == "decord":
+            import decord
+
+            video = decord.VideoReader(io.BytesIO(mp4), num_threads=1).get_batch(frames).asnumpy()
+        else:
+            from longtake.datasets import clip
+
+            video = clip.decode(mp4, frames)
+        top, left = (video.shape[1] - SIZE) // 2, (video.shape[2] - SIZE) // 2
+        video = video[:, top : top + SIZE, left : left + SIZE]
+        return {"key": key, "video": np.ascontiguousarray(video.transpose(3, 0, 1, 2))}
+
+
+def stand_in() -> None:
+    import transformers.feature_extraction_utils  # noqa: F401  looks for the true one
+
+    def empty(name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return type(name, (), {})
+
+    for name in ("torchvision", "torchvision.datasets", "torchvision.transforms", "torchvision.transforms.functional"):
+        module = ModuleType(name)
+        module.__getattr__ = empty  # type: ignore[method-assign]
+        module.__path__ = []
+        sys.modules[name] = module
+
+
+def of_webdataset(folder: Path, pick: Pick, workers: int) -> Any:
+    import webdataset
+    from torch.utils.data import default_collate
+
+    def decode(sample: dict[str, Any]) -> dict[str, Any]:
+        return pick(sample["__key__"], sample["mp4"], json.loads(sample["json"])["count"])
+
+    tars = sorted(str(p) for p in (folder / "ours" / "train").glob("?????.tar"))
+    samples = webdataset.WebDataset(tars, shardshuffle=len(tars)).shuffle(500).map(decode)
+    batches = samples.batched(BATCH, collation_fn=default_collate)
+    return webdataset.WebLoader(batches, batch_size=None, num_workers=workers, persistent_workers=True)
+
+
+def of_litdata(folder: Path, pick: Pick, workers: int) -> Any:
+    import litdata
+
+    class Clips(litdata.StreamingDataset):
+        def __getitem__(self, at: Any) -> dict[str, Any]:
+            return pick(**super().__getitem__(at))
+
+    clips = Clips(str(folder / "litdata"), shuffle=True)
+    return litdata.StreamingDataLoader(clips, batch_size=BATCH, num_workers=workers, persistent_workers=True)
+
+
+def of_streaming(folder: Path, pick: Pick, workers: int) -> Any:
+    stand_in()
+    import streaming
+
+    class Clips(streaming.StreamingDataset):
+        def __getitem__(self, at: Any) -> dict[str, Any]:
+            return pick(**super().__getitem__(at))
+
+    clips = Clips(local=str(folder / "streaming"), shuffle=True, batch_size=BATCH)
+    return streaming.StreamingDataLoader(clips, batch_size=BATCH, num_workers=workers, persistent_workers=True)
+
+
+MAKE: dict[str, Callable[[Path, Pick, int], Any]] = dict(
+    zip(PEERS, (of_webdataset, of_litdata, of_streaming), strict=True)
+)
+
+
+def stored(row: tuple[str, str, int]) -> dict[str, Any]:
+    return {"key": row[0], "mp4": Path(row[1]).read_bytes(), "count": row[2]}
+
+
+def export(folder: Path) -> None:
+    """Write the clips as litdata and streaming have them."""
+    rows = [tuple(row) for row in json.loads((folder / "clips.json").read_text())]
+    import litdata
+
+    litdata.optimize(stored, rows, str(folder / "litdata"), chunk_bytes="64MB", num_workers=1, verbose=False)
+    stand_in()
+    import streaming
+
+    columns = {"key": "str", "mp4": "bytes", "count": "int"}
+    with streaming.MDSWriter(out=str(folder / "streaming"), columns=columns) as out:
+        for row in rows:
+            out.write(stored(row))
+
+
+def serve(name: str, folder: Path, decoder: str) -> None:
+    """Take as many batches as each line of stdin says."""
+    loader = MAKE[name](folder, Pick(decoder), WORKERS)
+
+    def endless() -> Iterator[Any]:
+        while True:
+            yield from loader
+
+    stream = endless()
+    for line in sys.stdin:
+        taken = [len(batch["key"]) for batch in islice(stream, int(line))]
+        print(f"taken {sum(taken)}", flush=True)
+
+
+def resumed(name: str, folder: Path, workers: int, count: int, state: Path) -> None:
+    """Go on from the state, if there is one; after `count` batches save it anew. Prints the keys that came."""
+    loader = MAKE[name](folder, Pick("none"), workers)
+    if state.exists():
+        loader.load_state_dict(json.loads(state.read_text()))
+    keys = []
+    for number, batch in enumerate(loader, 1):
+        keys += batch["key"]
+        if number == count:
+            if hasattr(loader, "state_dict"):
+                state.write_text(json.dumps(loader.state_dict()))
+            break
+    print(f"keys {json.dumps(keys)}", flush=True)
+    os._exit(0)  # the workers are in the middle of their work
+
+
+# ---- in ours
+
+
+def repeated(dataset: str, folder: Path, samples: int) -> None:
+    """The clips of a dataset under other names until there are so many, as ours and as plain files."""
+    from bench_loader import _commit, _tar
+
+    from longtake.datasets import compact, schema, storage
+    from longtake.datasets.reader import Reader
+
+    base, _ = compact.open_split(dataset, "train")
+    reader, clips = Reader(), []
+    (folder / "plain").mkdir()
+    for shard in range(len(base.shards)):
+        for row in base.of(shard).to_pylist():
+            if row["frame_count"] >= FRAMES:
+                mp4 = bytes(reader.member(base, shard, row["mp4_offset"], row["mp4_size"], row["mp4_crc32"]))
+                (folder / "plain" / row["key"]).write_bytes(mp4)
+                clips.append((row, mp4))
+    ours = str(folder / "ours")
+    storage.write(f"{ours}/dataset.json", storage.canonical_json({"format": schema.FORMAT_VERSION}))
+    listed = []
+    for number, start in enumerate(range(0, samples, 64)):
+        some = []
+        for n in range(start, min(start + 64, samples)):
+            row, mp4 = clips[n % len(clips)]
+            key = f"{n:020x}-00000"
+            listed.append((key, str(folder / "plain" / row["key"]), row["frame_count"]))
+            some.append((key, row, mp4))
+        about = [json.dumps({"count": row["frame_count"]}).encode() for _, row, _ in some]
+        parts = [(key, {"mp4": mp4, "json": j}) for (key, _, mp4), j in zip(some, about, strict=True)]
+        members = _tar(ours, f"{number:05d}", parts)
+        rows = []
+        for (key, row, _), pair in zip(some, zip(members[::2], members[1::2], strict=True), strict=True):
+            places = {f"{m.extension}_{n}": getattr(m, n) for m in pair for n in ("offset", "size", "crc32")}
+            rows.append(row | places | {"key": key, "source": key[:20]})
+        _commit(ours, f"{number:05d}", rows, schema.INDEX)
+    compact.write(ours, "train")
+    (folder / "clips.json").write_text(json.dumps(listed))
+
+
+class Peer:
+    """A peer's loader in a process of its environment."""
+
+    def __init__(self, command: list[str], environment: dict[str, str]) -> None:
+        pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+        pipes["stderr"] = tempfile.TemporaryFile("w+")  # noqa: SIM115
+        self.errors = pipes["stderr"]
+        self.process = subprocess.Popen(command, text=True, env=environment, **pipes)
+
+    def take(self, batches: int) -> None:
+        assert self.process.stdin
+        assert self.process.stdout
+        try:
+            self.process.stdin.write(f"{batches}\n")
+            self.process.stdin.flush()
+        except BrokenPipeError:
+            pass
+        for line in self.process.stdout:
+            if line.startswith("taken "):
+                assert int(line.split()[1]) == batches * BATCH, line
+                return
+        self.errors.seek(0)
+        raise SystemExit(f"a peer ended:\n{self.errors.read()[-2000:]}")
+
+    def close(self) -> None:
+        self.process.kill()
+        self.process.wait()
+
+
+def throughput(folder: Path, peer: Callable[..., list[str]], environment: dict[str, str], arguments: Any) -> None:
+    from bench_loader import Times, timed
+
+    from longtake.datasets.loader import Loader
+
+    options: dict[str, Any] = {"frames": FRAMES, "size": (SIZE, SIZE), "batch": BATCH, "workers": WORKERS}
+    ours = iter(Loader(str(folder / "ours"), columns=("video",), **options))
+
+    def take(batches: int) -> None:
+        for _ in range(batches):
+            next(ours)
+
+    names = [(name, decoder) for name in arguments.peers for decoder in ("clip.decode", "decord")]
+    peers = {f"{n}, {d}": Peer(peer("--serve", n, str(folder), d), environment) for n, d in names}
+    takers = {"ours": take} | {name: one.take for name, one in peers.items()}
+    times: dict[str, list[Times]] = {name: [] for name in takers}
+    for turn in range(arguments.repeats):
+        for name, one in takers.items():
+            # start-up, and what was made before the clock starts
+            one(12 + (0 if turn else 12))
+            with timed(times[name]):
+                one(arguments.batches)
+    for one in peers.values():
+        one.close()
+    print(f"{arguments.samples} samples, windows of {FRAMES}x{SIZE}x{SIZE}, batches of {BATCH}, {WORKERS} workers")
+    done = arguments.batches * BATCH
+    to_ours: dict[str, list[float]] = {}
+    for name, taken in times.items():
+        wall, cpu = (statistics.median(part) for part in zip(*taken, strict=True))
+        ratios = [statistics.median(t[n] / o[n] for t, o in zip(taken, times["ours"], strict=True)) for n in range(2)]
+        line = f"  {name:26s} {done / wall:8.1f} samples/s {done / cpu:8.1f} samples/CPU s"
+        print(line + (f"   ours to this: {ratios[0]:.2f} by wall, {ratios[1]:.2f} by CPU" if name != "ours" else ""))
+        if name != "ours":
+            to_ours.setdefault(name.partition(", ")[2], []).append(ratios[0])
+    best = ", ".join(f"{min(ratios):.2f} with {decoder}" for decoder, ratios in to_ours.items())
+    print(f"  ours to the best of them by wall: {best}")
+    print(f"  load {os.getloadavg()[0]:.1f} on {len(os.sched_getaffinity(0))} cores", flush=True)
+
+
+def resuming(folder: Path, peer: Callable[..., list[str]], environment: dict[str, str], arguments: Any) -> None:
+    from longtake.datasets.loader import Loader
+
+    warnings.filterwarnings("ignore", message="This DataLoader will create")
+    total = {row[0] for row in json.loads((folder / "clips.json").read_text())}
+
+    def ours(workers: int, count: int, state: Path) -> list[str] | str:
+        loader = Loader(str(folder / "ours"), columns=("json",), batch=BATCH, workers=workers, epochs=1, frames=FRAMES)
+        if state.exists():
+            loader.load_state_dict(json.loads(state.read_text()))
+        keys = [key for batch in islice(loader, count or None) for key in batch["key"]]
+        state.write_text(json.dumps(loader.state_dict()))
+        return keys
+
+    def theirs(name: str) -> Callable[[int, int, Path], list[str] | str]:
+        def run(workers: int, count: int, state: Path) -> list[str] | str:
+            command = peer("--resumed", name, str(folder), str(workers), str(count), str(state))
+            try:
+                done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
+            except subprocess.TimeoutExpired:
+                return "hangs"
+            for line in done.stdout.splitlines():
+                if line.startswith("keys "):
+                    return json.loads(line[5:])
+            return " ".join(done.stderr.strip().splitlines()[-1:])[:200]
+
+        return run
+
+    broken = arguments.broken_after
+    print(f"an epoch of {len(total)} samples broken after {broken} batches of {BATCH}:")
+    for name in ("ours", *arguments.peers):
+        run = ours if name == "ours" else theirs(name)
+        for workers, then in ((2, 2), (2, 3), (3, 1)):
+            with tempfile.TemporaryDirectory() as spool:
+                state = Path(spool, "state.json")
+                before = run(workers, broken, state)
+                known = state.exists()
+                after = run(then, 0, state)
+            if isinstance(before, str) or isinstance(after, str):
+                result = f"fails: {before if isinstance(before, str) else after}"
+            else:
+                seen = Counter([*before, *after])
+                twice, lost = sum(seen.values()) - len(seen), len(total - set(seen))
+                result = f"{twice} seen twice, {lost} lost" + ("" if known else " (no state to save)")
+            print(f"  {name:12s} {workers} workers, then {then}: {result}", flush=True)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path, nargs="?")
+    parser.add_argument("--python", help="of the peers' environment")
+    parser.add_argument("--dataset", help="a dataset of clips in place of the one to make")
+    parser.add_argument("--samples", type=int, default=2048)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--batches", type=int, default=24)
+    parser.add_argument("--broken-after", type=int, default=37)
+    parser.add_argument("--peers", nargs="+", choices=PEERS, default=PEERS)
+    parser.add_argument("--only", choices=("throughput", "resuming"))
+    for hidden, count in (("--export", 1), ("--serve", 3), ("--resumed", 5)):
+        parser.add_argument(hidden, nargs=count, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.export:
+        export(Path(arguments.export[0]))
+    elif arguments.serve:
+        serve(arguments.serve[0], Path(arguments.serve[1]), arguments.serve[2])
+    elif arguments.resumed:
+        name, where, *numbers, kept = arguments.resumed
+        resumed(name, Path(where), int(numbers[0]), int(numbers[1]), Path(kept))
+    else:
+        from bench_loader import make_clips
+
+        from longtake.datasets import clip
+
+        with tempfile.TemporaryDirectory() as spool:
+            folder = Path(spool)
+            # only the decoder is of use there
+            (folder / "path").mkdir()
+            (folder / "path" / "longtake").symlink_to(Path(clip.__file__).resolve().parents[1])
+            environment = os.environ | {"PYTHONPATH": str(folder / "path")}
+
+            def peer(*options: str) -> list[str]:
+                return [arguments.python, __file__, *options]
+
+            found = sorted(p.absolute() for p in arguments.folder.iterdir() if p.is_file())
+            repeated(arguments.dataset or make_clips(f"{spool}/clips", found), folder, arguments.samples)
+            exported = subprocess.run(peer("--export", spool), capture_output=True, text=True, env=environment)
+            if exported.returncode:
+                raise SystemExit(f"the export failed:\n{exported.stderr[-2000:]}")
+            if arguments.only != "resuming":
+                throughput(folder, peer, environment, arguments)
+            if arguments.only != "throughput":
+                resuming(folder, peer, environment, arguments)
