@@ -1,10 +1,17 @@
 """The settings that every training stage has. Light to import: recipes are checked with it."""
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from longtake.datasets.stage import StageConfig
+from longtake.datasets.stage import Scheduling, StageConfig
+
+
+class CacheConfig(StageConfig):
+    """A folder on a local disk, shared by all processes of a host, and how many bytes of it to use."""
+
+    folder: str
+    max_bytes: int = Field(gt=0)
 
 
 class TrainConfig(StageConfig):
@@ -24,11 +31,15 @@ class TrainConfig(StageConfig):
     zero_stage: Literal[0, 1, 2, 3] = 0
     ema_half_life: float = Field(1000, ge=0)  # steps; 0 keeps no average
     seed: int = Field(0, ge=0)
-    workers: int = Field(1, ge=0)  # processes that decode, a rank
-    log_every: int = Field(10, ge=1)
-    checkpoint_every: int = Field(200, ge=1)
-    keep_checkpoints: int = Field(2, ge=1)
-    checkpoints: str | None = None  # local folder; None keeps them beside the stage's output
+    # these say how the work is done, not what comes out: change them in the middle of a run
+    workers: Annotated[int, Scheduling()] = Field(1, ge=0)  # processes that decode, a rank
+    cache: Annotated[CacheConfig | None, Scheduling()] = (
+        None  # of a remote dataset's tars; None reads samples one by one
+    )
+    log_every: Annotated[int, Scheduling()] = Field(10, ge=1)
+    checkpoint_every: Annotated[int, Scheduling()] = Field(200, ge=1)
+    keep_checkpoints: Annotated[int, Scheduling()] = Field(2, ge=1)
+    checkpoints: Annotated[str | None, Scheduling()] = None  # local folder; None keeps them beside the stage's output
 
     @model_validator(mode="after")
     def _consistent(self) -> "TrainConfig":

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from longtake.datasets.errors import Failure, Interrupted, UserError
 from longtake.datasets.loader import Loader, to_model
+from longtake.datasets.stage import content
 from longtake.training import checkpoint, engines
 from longtake.training.config import TrainConfig
 from longtake.training.loop import Batch, Engines, Objective, learning_rate, train
@@ -228,3 +229,9 @@ def test_a_full_disk_while_saving_is_one_line_and_costs_no_older_checkpoint(
         assert same(run(dataset, disk, steps=6), run(dataset, tmp_path / "straight", steps=6))
     finally:
         subprocess.run(["umount", str(disk)], check=True)
+
+
+def test_what_only_says_how_the_work_is_done_may_change_in_the_middle_of_a_run() -> None:
+    before = TrainConfig(steps=10)
+    after = TrainConfig(steps=10, workers=4, cache={"folder": "/x", "max_bytes": 1}, log_every=1, checkpoint_every=7)
+    assert content(before) == content(after) != content(TrainConfig(steps=11))

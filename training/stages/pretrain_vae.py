@@ -21,6 +21,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from longtake.datasets import clip, storage
+from longtake.datasets.cache import Cache
 from longtake.datasets.errors import UserError
 from longtake.datasets.loader import Loader, to_model, to_pixels
 from longtake.datasets.stage import DatasetInput, StageConfig, ViewInput
@@ -238,5 +239,6 @@ def _loader(config: Config, inputs: Mapping[str, str], split: str, **options: An
         frames=config.frames,
         stride=config.stride,
         size=config.size,
+        cache=Cache(config.cache.folder, config.cache.max_bytes) if config.cache else None,
         **options,
     )
