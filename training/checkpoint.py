@@ -9,7 +9,9 @@ import fcntl
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,8 @@ from torch import Tensor
 
 from longtake.datasets import storage
 from longtake.datasets.errors import Failure, UserError
+
+_UNIVERSAL = "universal"
 
 
 @contextlib.contextmanager
@@ -59,7 +63,8 @@ def save(
                 engine.save_checkpoint(str(scratch), tag=engine_name, save_latest=False)
             if rank == 0:
                 save_file(dict(ema), scratch / "ema.safetensors")
-                (scratch / "meta.json").write_bytes(storage.canonical_json(dict(meta)))
+                world = torch.distributed.get_world_size()
+                (scratch / "meta.json").write_bytes(storage.canonical_json({**meta, "world": world}))
                 for path in [*scratch.rglob("*"), scratch]:
                     storage.sync(path)
                 shutil.rmtree(final, ignore_errors=True)
@@ -82,25 +87,83 @@ def save(
     return final
 
 
-def load(folder: Path, engines: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
+def for_world(folder: Path, names: Sequence[str], zero_stage: int) -> bool:
+    """Make the latest checkpoint fit for this number of processes; returns whether engines must load it as universal.
+
+    ZeRO shards the optimizer by process, so a checkpoint of another number of them is converted first, once, beside
+    itself. Every rank must call it.
+
+    Raises:
+        Failure: on every rank, where DeepSpeed could not convert it.
+    """
+    path, world = _latest(folder), torch.distributed.get_world_size()
+    if path is None or zero_stage == 0 or _meta(path)["world"] == world:
+        return False
+    why = [""]
+    if torch.distributed.get_rank() == 0 and not (path / _UNIVERSAL).exists():
+        why = [_convert(path, names, zero_stage)]
+    # also the barrier that all wait at
+    torch.distributed.broadcast_object_list(why, src=0)
+    if why[0]:
+        raise Failure(f"{path}: could not be converted for {world} processes ({why[0]}); go on with as many as before")
+    return True
+
+
+def _convert(path: Path, names: Sequence[str], zero_stage: int) -> str:
+    """Write `path/universal`; returns why not, or nothing."""
+    scratch = path / f".{_UNIVERSAL}.tmp"
+    shutil.rmtree(scratch, ignore_errors=True)
+    for name in names:
+        command = [sys.executable, "-P", "-m", "deepspeed.checkpoint.ds_to_universal"]
+        command += ["--input_folder", str(path / name), "--output_folder", str(scratch / name)]
+        command += ["--num_extract_workers", "1", "--num_merge_workers", "1"]
+        command += ["--inject_missing_state"] if zero_stage < 3 else []
+        environment = os.environ | {"DS_ACCELERATOR": "cpu"}
+        done = subprocess.run(command, capture_output=True, check=False, text=True, env=environment)
+        if done.returncode:
+            return (done.stderr.strip().splitlines() or ["no reason given"])[-1]
+    scratch.rename(path / _UNIVERSAL)
+    return ""
+
+
+def _meta(path: Path) -> dict[str, Any]:
+    try:
+        return dict(json.loads((path / "meta.json").read_bytes()))
+    except (OSError, ValueError) as e:
+        raise _damaged(path, e) from e
+
+
+def _damaged(path: Path, why: Exception) -> Failure:
+    latest = path.parent / "latest"
+    return Failure(
+        f"{path}: damaged checkpoint ({str(why).splitlines()[0]}); write an older step's name into {latest},"
+        " or delete it to start anew"
+    )
+
+
+def _latest(folder: Path) -> Path | None:
+    latest = folder / "latest"
+    return folder / latest.read_text() if latest.exists() else None
+
+
+def load(
+    folder: Path, engines: Mapping[str, Any], universal: bool = False
+) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
     """Put the latest checkpoint into the engines; returns (meta, ema), or None where there is none yet.
 
     Raises:
         Failure: the checkpoint that `latest` names is damaged.
     """
-    latest = folder / "latest"
-    if not latest.exists():
+    path = _latest(folder)
+    if path is None:
         return None
-    path = folder / latest.read_text()
+    meta = _meta(path)
     try:
-        meta = json.loads((path / "meta.json").read_bytes())
         ema = load_file(path / "ema.safetensors")
         for name, engine in engines.items():
-            loaded, _ = engine.load_checkpoint(str(path), tag=name)
+            loaded, _ = engine.load_checkpoint(str(path / _UNIVERSAL if universal else path), tag=name)
             if loaded is None:
                 raise FileNotFoundError(f"no state of {name}")
     except (OSError, ValueError, RuntimeError, SafetensorError) as e:
-        raise Failure(
-            f"{path}: damaged checkpoint ({str(e).splitlines()[0]}); write an older step's name into {latest}, or delete it to start anew"
-        ) from e
+        raise _damaged(path, e) from e
     return meta, ema

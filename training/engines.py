@@ -14,7 +14,7 @@ from longtake.datasets.errors import UserError
 from longtake.training.config import TrainConfig
 
 
-def deepspeed_config(config: TrainConfig, world: int) -> dict[str, Any]:
+def deepspeed_config(config: TrainConfig, world: int, universal: bool = False) -> dict[str, Any]:
     """DeepSpeed's dict for a TrainConfig. Whatever DeepSpeed would choose by itself and we rely on is stated.
 
     Raises:
@@ -34,6 +34,7 @@ def deepspeed_config(config: TrainConfig, world: int) -> dict[str, Any]:
         "zero_optimization": {"stage": config.zero_stage},
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
+        "checkpoint": {"load_universal": universal},
         "steps_per_print": 1 << 60,
     }
 
@@ -78,9 +79,14 @@ def device() -> torch.device:
     )
 
 
-def engines_of(modules: Mapping[str, nn.Module], config: TrainConfig, world: int) -> dict[str, Any]:
-    """A DeepSpeed engine for each module, AdamW over its parameters that take gradients. Needs a process group."""
-    settings = deepspeed_config(config, world)
+def engines_of(
+    modules: Mapping[str, nn.Module], config: TrainConfig, world: int, universal: bool = False
+) -> dict[str, Any]:
+    """A DeepSpeed engine for each module, AdamW over its parameters that take gradients. Needs a process group.
+
+    With `universal` the engines will load a universal checkpoint (see `checkpoint.for_world`).
+    """
+    settings = deepspeed_config(config, world, universal)
     with _compiler_noise_hidden():
         import deepspeed
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)

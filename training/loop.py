@@ -81,10 +81,11 @@ def train(
     if rank == 0:
         for old in folder.glob("nonfinite-*.json"):
             old.unlink()
-    made = engines.engines_of(objective.modules, config, world)
+    universal = checkpoint.for_world(folder, list(objective.modules), config.zero_stage)
+    made = engines.engines_of(objective.modules, config, world, universal)
     lead = next(iter(made.values()))
     step, ema = 0, engines.weights(lead)
-    if found := checkpoint.load(folder, made):
+    if found := checkpoint.load(folder, made, universal):
         meta, ema = found
         step = meta["step"]
         loader.load_state_dict(meta["loader"])

@@ -134,6 +134,17 @@ def test_two_engines_on_two_processes_learn_what_plain_pytorch_learns(
         assert torch.allclose(torch.tensor(learned[name]), torch.tensor(value), atol=1e-6), name
 
 
+@pytest.mark.parametrize("zero_stage", [0, 1, 2, 3])
+def test_training_goes_on_with_another_number_of_processes(dataset: str, tmp_path: Path, zero_stage: int) -> None:
+    straight = train(dataset, tmp_path / "straight", 1, zero_stage=zero_stage, steps=6)
+    for world, steps in ((2, 2), (1, 4), (2, 6)):
+        said = train(dataset, tmp_path / "elastic", world, zero_stage=zero_stage, steps=steps)
+        assert not any(code for code, *_ in said), said[0][2] + said[-1][2]
+    learned, expected = json.loads(said[0][1]), json.loads(straight[0][1])
+    for name, value in expected.items():
+        assert torch.allclose(torch.tensor(learned[name]), torch.tensor(value), atol=1e-6), name
+
+
 def test_a_loss_that_is_not_finite_on_one_rank_stops_both_and_names_the_batch(dataset: str, tmp_path: Path) -> None:
     for code, out, _ in train(dataset, tmp_path, 2, fault={"call": 3, "rank": 1}):
         assert code == 1
