@@ -6,7 +6,6 @@ Three runs, each in a process of its own: the first plan, the same again, and wi
 """
 
 import argparse
-import resource
 import subprocess
 import sys
 import tempfile
@@ -50,7 +49,8 @@ if __name__ == "__main__":
         one = time.perf_counter()
         assert len(sources_of(arguments.plan[0], groups[len(groups) // 2]))
         one = time.perf_counter() - one
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+        # not ru_maxrss, which a child takes over from its parent
+        peak = int(Path("/proc/self/status").read_text().partition("VmHWM:")[2].split()[0]) / 1e6
         sources = sum(group["sources"] for group in groups)
         print(
             f"{sources} sources in {len(groups)} groups: {seconds:.1f} s, peak {peak:.2f} GB; one group in {one:.2f} s"
