@@ -74,7 +74,7 @@ def train(
         fp32 weights of the first engine's module: their average, or the raw ones where `ema_half_life` is 0.
 
     Raises:
-        Failure: a loss or gradient is not finite; the batch's keys are in `folder/nonfinite-RANK.json`.
+        Failure: out of memory; or a loss or gradient is not finite, and the batch's keys are in `folder/nonfinite-RANK.json`.
         Interrupted: stopped by a signal, after saving.
     """
     device = engines.device()
@@ -120,7 +120,7 @@ def train(
                 torch.manual_seed(seed)
                 generator = torch.Generator(device).manual_seed(seed)
                 for name, engine in made.items():
-                    with _only_learning(made, name):
+                    with _only_learning(made, name), _memory_told(step, batch):
                         engines.set_lr(engine, rate)
                         loss, logged = objective.loss(name, made, batch, generator)
                         metrics |= logged
@@ -186,6 +186,19 @@ def _only_learning(made: Engines, name: str) -> Iterator[None]:
     finally:
         for parameter in frozen:
             parameter.requires_grad_(True)
+
+
+@contextmanager
+def _memory_told(step: int, batch: Batch) -> Iterator[None]:
+    """Say which batch did not fit, and what to lower."""
+    try:
+        yield
+    except torch.OutOfMemoryError as e:
+        shapes = ", ".join(f"{k} {tuple(v.shape)}" for k, v in batch.items() if isinstance(v, Tensor) and v.ndim > 1)
+        raise Failure(
+            f"out of memory at step {step} with {shapes} on this process; lower batch, frames or size, or raise accumulate"
+            " or zero_stage; the last checkpoint is whole"
+        ) from e
 
 
 def _average(ema: dict[str, Tensor], engine: Any, half_life: float, step: int) -> None:

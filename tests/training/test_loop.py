@@ -147,6 +147,16 @@ def test_accumulated_passes_equal_one_large_batch(dataset: str, tmp_path: Path, 
     assert all(torch.allclose(results[0][k], results[1][k], atol=1e-6) for k in results[0])
 
 
+def test_a_batch_that_does_not_fit_is_named_with_what_to_lower(dataset: str, tmp_path: Path, group: None) -> None:
+    plain = tiny()
+
+    def loss(name: str, made: Engines, batch: Batch, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+
+    with pytest.raises(Failure, match=r"at step 0 with video \(2, 3, 9, 32, 32\) on this process; lower batch"):
+        run(dataset, tmp_path, Objective(plain.modules, loss))
+
+
 def test_old_checkpoints_go_and_a_damaged_one_is_named(dataset: str, tmp_path: Path, group: None) -> None:
     run(dataset, tmp_path, steps=5, checkpoint_every=1, keep_checkpoints=2)
     assert sorted(p.name for p in tmp_path.glob("step-*")) == ["step-00000004", "step-00000005"]
