@@ -22,6 +22,7 @@ import pyarrow.parquet as pq
 from tqdm import tqdm
 
 from longtake.datasets import index, schema, storage
+from longtake.datasets.errors import Failure
 from longtake.pipeline.discover import find
 
 _SAMPLE_BYTES = 1 << 16
@@ -219,8 +220,11 @@ def _keys(batch: pa.RecordBatch) -> np.ndarray:
 
 def _batches(url: str, columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
     fs, path = storage.filesystem(url)
-    with fs.open(path, "rb") as f:
-        yield from pq.ParquetFile(f).iter_batches(_ROWS_A_ROW_GROUP, columns=list(columns))
+    try:
+        with fs.open(path, "rb") as f:
+            yield from pq.ParquetFile(f).iter_batches(_ROWS_A_ROW_GROUP, columns=list(columns))
+    except (pa.ArrowException, OSError) as e:
+        raise Failure(f"{url}: cannot be read ({' '.join(str(e).split())}); run the same command again") from e
 
 
 class _Buckets:
@@ -315,4 +319,10 @@ def sources_of(dataset: str, group: Mapping[str, Any]) -> list[dict[str, Any]]:
     """The plan rows of one group, in the order in which they become clips."""
     fs, path = storage.filesystem(storage.join(dataset, "plan", group["plan"]))
     wanted = [("split", "==", group["split"]), ("group", "==", group["group"])]
-    return storage.retrying(path, lambda: pq.read_table(path, filesystem=fs, filters=wanted)).to_pylist()
+
+    def read() -> pa.Table:
+        # opened here: pyarrow would take a store that fails for one without this file
+        with fs.open(path, "rb") as f:
+            return pq.read_table(f, filters=wanted)
+
+    return storage.retrying(path, read).to_pylist()

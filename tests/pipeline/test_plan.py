@@ -3,12 +3,14 @@
 import json
 import threading
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
+import fsspec
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from fsspec.implementations.memory import MemoryFileSystem
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -167,3 +169,40 @@ def test_of_two_drivers_that_plan_at_once_one_plan_stands(tmp_path: Path) -> Non
     assert len(plans) == 4 and all(p == plans[0] for p in plans)
     assert sum(g["sources"] for g in plans[0]) == 20
     assert [p.name for p in (tmp_path / "ds" / "plan").iterdir()] == ["00000.parquet"]
+
+
+class Failing(MemoryFileSystem):
+    """A store that refuses some of its calls, as one does that is asked too much."""
+
+    protocol = "failing"
+    refusals: ClassVar[list[bool]] = []
+    isfile = fsspec.AbstractFileSystem.isfile  # as stores have it: no, where their answer is an error
+
+    @classmethod
+    def _strip_protocol(cls, path: str) -> str:
+        return super()._strip_protocol(path.removeprefix("failing://"))
+
+    def _refuse(self) -> None:
+        if Failing.refusals and Failing.refusals.pop(0):
+            raise OSError("503 Slow Down")
+
+    def info(self, path: str, **options: Any) -> dict[str, Any]:
+        self._refuse()
+        return super().info(path, **options)
+
+    def open(self, path: str, *arguments: Any, **options: Any) -> Any:
+        self._refuse()
+        return super().open(path, *arguments, **options)
+
+
+@pytest.mark.parametrize("refusals", [[True], [False, True], [False, False, True]])
+def test_a_store_that_fails_is_not_taken_for_one_without_the_plan(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refusals: list[bool]
+) -> None:
+    (tmp_path / "a.mp4").write_bytes(b"1")
+    (group,) = plan.plan(str(tmp_path / "ds"), [str(tmp_path / "a.mp4")], 0, 1000, 3)
+    fsspec.register_implementation("failing", Failing, clobber=True)
+    fsspec.filesystem("failing").put(str(tmp_path / "ds"), "/refusing", recursive=True)
+    monkeypatch.setattr("time.sleep", lambda _: None)
+    monkeypatch.setattr(Failing, "refusals", refusals)
+    assert [row["bytes"] for row in plan.sources_of("failing:///refusing", group)] == [1]
