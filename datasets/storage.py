@@ -4,6 +4,7 @@ import contextlib
 import errno
 import json
 import os
+import random
 import secrets
 import shutil
 import socket
@@ -205,7 +206,7 @@ def _alive(pid: str) -> bool:
 
 
 def retrying(what: str, action: Callable[[], Any], attempts: int = 5, first_wait: float = 0.5) -> Any:
-    """Call `action` again after passing faults of the network, waiting twice as long each time.
+    """Call `action` again after passing faults of the network, waiting about twice as long each time.
 
     What cannot pass (missing, there already, forbidden, a full disk) is raised at once; the last fault is raised as Failure naming `what`.
     """
@@ -225,7 +226,8 @@ def retrying(what: str, action: Callable[[], Any], attempts: int = 5, first_wait
                 raise
             if attempt == attempts - 1:
                 raise Failure(f"{what}: {e} (gave up after {attempts} attempts)") from e
-            time.sleep(first_wait * 2**attempt)
+            # a thousand processes refused at once shall not come back at once
+            time.sleep(first_wait * 2**attempt * random.SystemRandom().uniform(0.5, 1.5))
 
 
 def _temporary_name(name: str) -> str:
