@@ -237,7 +237,8 @@ def _folded(dataset: str, split: str, column: str | None) -> tuple[pa.Table, pa.
         raise Failure(f"{storage.join(dataset, _FOLDER)}: the compact {split} index is damaged or half there") from e
     if hashlib.sha256(data).hexdigest() != read.tar_sha256:
         raise Failure(f"{url}: damaged, or just being written")
-    facts = pq.read_table(pa.BufferReader(data), read_dictionary=["label"])
+    labels = [name for name in pq.read_schema(pa.BufferReader(data)).names if name == "label"]
+    facts = pq.ParquetFile(pa.BufferReader(data), read_dictionary=labels).read()
     notes = json.loads((facts.schema.metadata or {}).get(_NOTES, b"{}"))
     if not notes or read.table.schema.remove_metadata() != _SHARDS:
         raise Failure(f"{url}: written by another version of longtake")

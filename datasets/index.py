@@ -45,7 +45,11 @@ def from_parquet(url: str, columns: list[str] | None = None) -> pa.Table:
     except FileNotFoundError as e:
         raise Failure(f"{url}: is missing; run the stage that made it again") from e
     try:
-        return pq.read_table(pa.BufferReader(data), columns=columns)
+        # not read_table, whose threads outlive it and have aborted processes that ended soon after
+        file = pq.ParquetFile(pa.BufferReader(data))
+        if missing := set(columns or ()) - set(file.schema_arrow.names):
+            raise ValueError(f"no column {', '.join(sorted(missing))}")
+        return file.read(columns=columns)
     except (pa.ArrowException, OSError, ValueError, MemoryError) as e:
         raise Failure(
             f"{url}: not a readable Parquet file ({' '.join(str(e).split())}); delete it and run the stage that made it again"

@@ -318,11 +318,18 @@ def groups(dataset: str) -> list[dict[str, Any]]:
 def sources_of(dataset: str, group: Mapping[str, Any]) -> list[dict[str, Any]]:
     """The plan rows of one group, in the order in which they become clips."""
     fs, path = storage.filesystem(storage.join(dataset, "plan", group["plan"]))
-    wanted = [("split", "==", group["split"]), ("group", "==", group["group"])]
 
     def read() -> pa.Table:
         # opened here: pyarrow would take a store that fails for one without this file
         with fs.open(path, "rb") as f:
-            return pq.read_table(f, filters=wanted)
+            file = pq.ParquetFile(f)
+            return file.read_row_groups([n for n in range(file.num_row_groups) if _may_hold(file, n, group["group"])])
 
-    return storage.retrying(path, read).to_pylist()
+    table = storage.retrying(path, read)
+    return table.filter((pc.field("split") == group["split"]) & (pc.field("group") == group["group"])).to_pylist()
+
+
+def _may_hold(file: pq.ParquetFile, row_group: int, group: int) -> bool:
+    place = next(n for n, column in enumerate(file.schema) if column.path == "group")
+    known = file.metadata.row_group(row_group).column(place).statistics
+    return known is None or not known.has_min_max or known.min <= group <= known.max
