@@ -1,0 +1,148 @@
+"""What the latents of videos are like over time: temporal distance (LTD), pictures of principal components, paths."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from longtake.datasets.errors import UserError
+from longtake.training.metrics.distance import Moments, merge, moments
+
+PICTURE_SPAN = 2.0  # standard deviations from the mean to black or white; ours
+
+
+def latent_temporal_distance(batches: Iterable[Tensor]) -> dict[str, Any]:
+    """LTD: the mean distance of latents that lie D steps apart, for each D (PV-VAE, arXiv 2605.02134, analysis).
+
+    The better latents follow time, the steadier the curve rises. The paper gives no formula; our assumption [A]: the
+    L2 norm over all channels and positions of a step, the mean over all pairs of steps and all videos. `normalised`
+    is divided by the mean L2 norm of a step [A], so that latents of any scale and size compare.
+
+    Args:
+        batches: latents (B, C, T, h, w), T >= 2, of one T.
+
+    Returns:
+        For JSON: `raw` and `normalised`, the curves for D = 1..T-1; `norm`; `rising`, the share of steps D -> D+1
+        on which the curve rises (1 where T is 2); `spearman`, the rank correlation of D and the curve, ties at their
+        mean rank, 0 for a flat curve; `curve_roughness`, mean |second difference| of the curve over its mean
+        |first difference|, 0 for a line; `path_roughness`, the mean norm of the latents' second differences in time
+        over that of their first ones, 0 for steady motion and about sqrt(2) for independent steps; `videos`.
+
+    Raises:
+        ValueError: no videos, unequal T, fewer than two steps.
+    """
+    sums = norm = bends = torch.zeros(())
+    steps = videos = 0
+    for batch in batches:
+        if batch.ndim != 5 or batch.shape[2] < 2 or (steps and batch.shape[2] != steps):
+            wanted = f"T = {steps}" if steps else "T at least 2"
+            raise ValueError(f"LTD needs latents (B, C, T, h, w) with {wanted}, got {tuple(batch.shape)}")
+        steps, videos = batch.shape[2], videos + len(batch)
+        z = batch.double().transpose(1, 2).flatten(2).cpu()  # B T D
+        apart = [(z[:, gap:] - z[:, :-gap]).norm(dim=2).mean(1).sum() for gap in range(1, steps)]
+        sums = sums + torch.stack(apart)
+        norm = norm + z.norm(dim=2).mean(1).sum()
+        if steps > 2:
+            bends = bends + z.diff(n=2, dim=1).norm(dim=2).mean(1).sum()
+    if not videos:
+        raise ValueError("LTD needs at least one video")
+    raw, norm = sums / videos, norm / videos
+    return {
+        "raw": raw.tolist(),
+        "normalised": (raw / norm.clamp_min(1e-12)).tolist(),
+        "norm": float(norm),
+        "rising": float((raw.diff() > 0).double().mean()) if steps > 2 else 1.0,
+        "spearman": spearman(torch.arange(len(raw)), raw),
+        "curve_roughness": _ratio(raw.diff(n=2).abs(), raw.diff().abs()),
+        "path_roughness": float(bends / videos / raw[0].clamp_min(1e-12)),
+        "videos": videos,
+    }
+
+
+def spearman(x: Tensor, y: Tensor) -> float:
+    """Rank correlation of two vectors, ties at their mean rank; 0 where either is constant."""
+    ranks = [(v[:, None] > v).double().sum(1) + (v[:, None] == v).double().sum(1) / 2 for v in (x, y)]
+    a, b = (r - r.mean() for r in ranks)
+    scale = a.norm() * b.norm()
+    return float(a @ b / scale) if scale > 0 else 0.0
+
+
+@dataclass(frozen=True)
+class Components:
+    """Principal directions (C, k) of vectors (C,), strongest first, with their mean (C,) and standard deviations (k,)."""
+
+    mean: Tensor
+    directions: Tensor
+    deviations: Tensor
+
+    def project(self, rows: Tensor) -> Tensor:
+        """(..., C) -> (..., k), float64."""
+        return (rows.double().cpu() - self.mean) @ self.directions
+
+
+def components(total: Moments, count: int) -> Components:
+    """The `count` strongest principal components. The largest entry of each direction is positive, so signs are fixed."""
+    if count > len(total.mean):
+        raise ValueError(f"{count} components of vectors with {len(total.mean)} entries")
+    values, vectors = torch.linalg.eigh(total.covariance().cpu())
+    directions = vectors.flip(1)[:, :count]
+    largest = directions.gather(0, directions.abs().argmax(0, keepdim=True))
+    return Components(total.mean.cpu(), directions * largest.sign(), values.flip(0)[:count].clamp_min(0).sqrt())
+
+
+def channel_components(batches: Iterable[Tensor], count: int = 3) -> Components:
+    """Components of the channel vectors at all steps and positions of latents (B, C, T, h, w), jointly over videos."""
+    return components(merge(moments(b.detach().cpu().movedim(1, -1).flatten(0, -2)) for b in batches), count)
+
+
+def pca_pictures(latents: Tensor, pca: Components) -> Tensor:
+    """Latents (B, C, T, h, w) as colours: three components -> uint8 (B, T, h, w, 3).
+
+    A component at its mean is mid-grey; PICTURE_SPAN standard deviations reach black and white. A component of no
+    variance stays grey.
+    """
+    if pca.directions.shape[1] != 3:
+        raise ValueError(f"pictures need 3 components, got {pca.directions.shape[1]}")
+    scores = pca.project(latents.detach().movedim(1, -1))
+    reach = PICTURE_SPAN * pca.deviations
+    share = torch.where(reach > 1e-12, scores / reach.clamp_min(1e-12), 0)
+    return (127.5 + 127.5 * share).round().clamp(0, 255).to(torch.uint8)
+
+
+def trajectories(batches: Iterable[Tensor]) -> Tensor:
+    """The path of each video in latent space: (V, T, 2) float64.
+
+    Each step of latents (B, C, T, h, w), C >= 2, is averaged over space; the plane is that of the two strongest components
+    over all steps of all videos. All latents must have one T.
+    """
+    pooled = torch.cat([batch.detach().double().cpu().mean((3, 4)).transpose(1, 2) for batch in batches])
+    return components(moments(pooled.flatten(0, 1)), 2).project(pooled)
+
+
+def draw_trajectories(paths: Tensor, file: Path | str) -> None:
+    """A PNG of the paths (V, T, 2), a line a video, a dot at each step, a ring at its first; UserError without matplotlib."""
+    try:
+        from matplotlib import colormaps
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise UserError('drawing needs matplotlib: pip install "longtake[training]"') from error
+    figure = Figure(figsize=(6, 6), dpi=100, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    for index, path in enumerate(paths.tolist()):
+        x, y = zip(*path, strict=True)
+        colour = colormaps["viridis"](index / max(1, len(paths) - 1))
+        axes.plot(x, y, marker=".", linewidth=1, markersize=4, color=colour)
+        axes.plot(x[:1], y[:1], marker="o", markersize=8, fillstyle="none", color=colour)
+    axes.set_xlabel("first component")
+    axes.set_ylabel("second component")
+    figure.savefig(file, metadata={"Software": None})
+
+
+def _ratio(above: Tensor, below: Tensor) -> float:
+    """Mean over mean; 0 where there is nothing above."""
+    return float(above.mean() / below.mean().clamp_min(1e-12)) if above.numel() else 0.0

@@ -1,0 +1,149 @@
+"""What a prior has understood: linear probes on its features (PV-VAE, arXiv 2605.02134: flow, next frame, tracking).
+
+A probe is one 1x1 linear head, fitted by ridge regression in closed form: no steps, no seed, the same result each
+time. Each score stands beside `baseline`, that of always predicting the mean of the training targets. Which layer
+the features are of, and the heads' exact form, are the caller's and our assumption [A]; the targets are motion.py's.
+"""
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from longtake.training.metrics.distance import merge, moments
+from longtake.training.metrics.motion import follow
+
+Pairs = Iterable[tuple[Tensor, Tensor]]
+
+
+@dataclass(frozen=True)
+class Probe:
+    """prediction = (features - features_mean) @ weights + targets_mean, float64: (C,), (C, K), (K,)."""
+
+    features_mean: Tensor
+    weights: Tensor
+    targets_mean: Tensor
+
+    def __call__(self, features: Tensor) -> Tensor:
+        """(N, C, t, h, w) -> (N, K, t, h, w)."""
+        rows = features.double().movedim(1, -1) - self.features_mean
+        return (rows @ self.weights + self.targets_mean).movedim(-1, 1)
+
+    def mean(self, targets: Tensor) -> Tensor:
+        """The mean of the training targets in the shape of these."""
+        return self.targets_mean[:, None, None, None].expand_as(targets)
+
+
+def fit_probe(train: Pairs, ridge: float = 1e-4) -> Probe:
+    """Ridge regression of targets on features, at every step and position alike.
+
+    Args:
+        train: features (N, C, t, h, w) and targets (N, K, t', h, w), t' <= t: steps without a target are left out.
+        ridge: penalty of the squared weights, a share of the mean variance of the features; > 0.
+
+    Raises:
+        ValueError: no pairs; shapes that do not fit; features that never change.
+    """
+    if ridge <= 0:
+        raise ValueError(f"ridge must be above 0, got {ridge}")
+    width = 0
+    parts = []
+    for features, targets in train:
+        seen = _matched(features, targets)
+        width = seen.shape[1]
+        both = torch.cat([seen.double(), targets.to(seen.device).double()], 1)
+        parts.append(moments(both.movedim(1, -1).flatten(0, -2)))
+        parts = [merge(parts)]
+    if not parts:
+        raise ValueError("a probe needs training pairs")
+    total = parts[0]
+    inside, across = total.scatter[:width, :width], total.scatter[:width, width:]
+    strength = ridge * inside.diagonal().mean()
+    if not strength > 0:
+        raise ValueError("the features never change: there is nothing to fit a probe to")
+    weights = torch.linalg.solve(inside + strength * torch.eye(width).to(inside), across)
+    return Probe(total.mean[:width], weights, total.mean[width:])
+
+
+def flow_score(probe: Probe, heldout: Pairs) -> dict[str, float]:
+    """End-point error in pixels, the mean over positions (Baker et al., IJCV 2011, §4.1), of targets by `flow_targets`.
+
+    Returns:
+        `epe` and `baseline`; lower is better.
+    """
+    errors = _means(probe, heldout, lambda made, target: (made - target).norm(dim=1))
+    return {"epe": errors[0], "baseline": errors[1]}
+
+
+def next_frame_score(probe: Probe, heldout: Pairs) -> dict[str, float]:
+    """PSNR in dB (range 2) over all of the held-out cells together, of targets by `next_frame_targets`; at most 100.
+
+    Returns:
+        `psnr` and `baseline`; higher is better.
+    """
+    errors = _means(probe, heldout, lambda made, target: (made.clamp(-1, 1) - target).square())
+    made, baseline = (-10 * math.log10(max(error / 4, 1e-10)) for error in errors)
+    return {"psnr": made, "baseline": baseline}
+
+
+def tracking_score(probe: Probe, heldout: Pairs, size: tuple[int, int], threshold: float = 4.0) -> dict[str, float]:
+    """Points followed through the whole clip by the predicted field, against the same by the true one.
+
+    The heads' targets are those of `track_targets`; points start at the cell centres. Counted are the steps after
+    the first, as long as the true point has not left the picture. Errors in the manner of TAP-Vid (arXiv 2211.03726, §3.2).
+
+    Args:
+        size: (H, W) of the video, in pixels, as the targets are.
+        threshold: in pixels.
+
+    Returns:
+        `error` in pixels (lower is better) and `within`, the share of points nearer than `threshold`, each with its
+        baseline.
+    """
+    limit = torch.tensor([size[1], size[0]])
+    sums = torch.zeros(2, 2, dtype=torch.float64)  # (error, within) by (probe, baseline)
+    count = 0
+    for features, targets in heldout:
+        true = follow(targets.double(), size)
+        inside = ((true >= 0) & (true <= limit.to(true)[:, None, None, None])).all(1)[:, 1:].cummin(1).values
+        count += int(inside.sum())
+        made = probe(_matched(features, targets))
+        for index, field in enumerate((made, probe.mean(made))):
+            error = (follow(field.to(true), size) - true).norm(dim=1)[:, 1:][inside]
+            sums[0, index] += error.sum().cpu()
+            sums[1, index] += (error < threshold).sum().cpu()
+    if not count:
+        raise ValueError("no point stays in the picture: there is nothing to score")
+    (error, error_baseline), (within, within_baseline) = (sums / count).tolist()
+    return {
+        "error": error,
+        "error_baseline": error_baseline,
+        "within": within,
+        "within_baseline": within_baseline,
+        "threshold": threshold,
+    }
+
+
+def _means(probe: Probe, pairs: Pairs, error: Callable[[Tensor, Tensor], Tensor]) -> tuple[float, float]:
+    """The mean error of the probe and of the training mean over all positions of all pairs."""
+    sums, count = [0.0, 0.0], 0
+    for features, targets in pairs:
+        made = probe(_matched(features, targets))
+        target = targets.to(made)
+        errors = [error(made, target), error(probe.mean(made), target)]
+        sums = [total + float(one.sum()) for total, one in zip(sums, errors, strict=True)]
+        count += errors[0].numel()
+    if not count:
+        raise ValueError("a probe needs held-out pairs")
+    return sums[0] / count, sums[1] / count
+
+
+def _matched(features: Tensor, targets: Tensor) -> Tensor:
+    """The features at the steps that have a target."""
+    steps = targets.shape[2] if targets.ndim == 5 else 0
+    seen = features[:, :, :steps] if features.ndim == 5 else features
+    if not steps or seen.shape[:1] + seen.shape[2:] != targets.shape[:1] + targets.shape[2:]:
+        raise ValueError(f"features {tuple(features.shape)} and targets {tuple(targets.shape)} do not fit each other")
+    return seen
