@@ -1,0 +1,166 @@
+"""Rectified flow (arXiv 2209.03003; in the form of 2403.03206): straight lines from data (t = 0) to noise (t = 1).
+
+X_t = (1 - t) X_0 + t ε, and a network learns the velocity ε - X_0 from X_t and t. All arithmetic is in fp32.
+Samples are `(B, C, T, ...)`. Times are `(B,)`, or `(B, T)` where frames differ: a frame at t = 0 is clean, so a clip
+whose first frames have t = 0 is denoised given those frames. That is how a window goes on from the one before it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+Velocity = Callable[[Tensor, Tensor], Tensor]  # (x_t, t) -> velocity, of the shape of x_t
+ClassVelocity = Callable[[Tensor, Tensor, Tensor | None], Tensor]  # the same, given class ids (B,)
+
+NO_CLASS = -1  # the class id that stands for "no class": unlabelled, or left out for guidance
+
+
+def shifted(t: Tensor, shift: float) -> Tensor:
+    """Move times in 0..1 towards noise (shift > 1) or data (< 1): s t / (1 + (s - 1) t) (2403.03206, eq. 23)."""
+    return shift * t / (1 + (shift - 1) * t)
+
+
+def sample_t(
+    batch: int,
+    mean: float = 0.0,
+    std: float = 1.0,
+    shift: float = 1.0,
+    generator: torch.Generator | None = None,
+    device: torch.device | str = "cpu",
+) -> Tensor:
+    """Training times: sigmoid of N(mean, std²), then `shifted`. `(batch,)` fp32 in 0..1; `generator` on `device`."""
+    normal = torch.randn(batch, generator=generator, device=device)
+    return shifted(torch.sigmoid(mean + std * normal), shift)
+
+
+def sample_conditioning(
+    batch: int,
+    frames: int,
+    probability: float,
+    generator: torch.Generator | None = None,
+    device: torch.device | str = "cpu",
+) -> Tensor:
+    """How many leading frames of each sample are clean in training: `(batch,)` int64.
+
+    With `probability` uniform in 1..frames-1, else 0; always 0 for a single frame. The distribution is an assumption.
+    """
+    if frames < 2:
+        return torch.zeros(batch, dtype=torch.long, device=device)
+    conditioned = torch.rand(batch, generator=generator, device=device) < probability
+    return conditioned * torch.randint(1, frames, (batch,), generator=generator, device=device)
+
+
+def noised_frames(clean: Tensor, frames: int) -> Tensor:
+    """Which frames are noised when the first `clean` `(B,)` are not: `(B, frames)`, 1 or 0, fp32."""
+    return (torch.arange(frames, device=clean.device) >= clean[:, None]).float()
+
+
+def _over(x: Tensor, t: Tensor) -> Tensor:
+    """`t` `(B,)` or `(B, T)`, in fp32, so that it multiplies `x` `(B, C, T, ...)`."""
+    t = t.float() if t.ndim == 1 else t.float().unsqueeze(1)
+    return t.reshape(*t.shape, *[1] * (x.ndim - t.ndim))
+
+
+def interpolate(x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+    """X_t, fp32. Where t is 0 it is `x0` to the bit."""
+    t = _over(x0, t)
+    return (1 - t) * x0.float() + t * noise.float()
+
+
+def target(x0: Tensor, noise: Tensor) -> Tensor:
+    """The velocity of X_t at any t, fp32."""
+    return noise.float() - x0.float()
+
+
+def denoised(x_t: Tensor, velocity: Tensor, t: Tensor) -> Tensor:
+    """X_0 as `velocity` has it: x_t - t v, fp32."""
+    return x_t.float() - _over(x_t, t) * velocity.float()
+
+
+def loss(velocity: Tensor, x0: Tensor, noise: Tensor, counted: Tensor | None = None) -> Tensor:
+    """Mean squared error of a velocity per sample: `(B,)` fp32.
+
+    `counted` `(B, T)` of 1 and 0 leaves frames out; a sample with no counted frame has loss 0.
+    """
+    error = (velocity.float() - target(x0, noise)).square().transpose(1, 2).flatten(2).mean(2)
+    if counted is None:
+        return error.mean(1)
+    # where, not a product: a frame that does not count must not spread its inf or nan
+    return torch.where(counted > 0, error, 0.0).sum(1) / counted.sum(1).clamp(min=1)
+
+
+def training_loss(
+    velocity: Velocity,
+    x0: Tensor,
+    generator: torch.Generator | None = None,
+    mean: float = 0.0,
+    std: float = 1.0,
+    shift: float = 1.0,
+    conditioning: float = 0.0,
+) -> Tensor:
+    """One draw of times, clean frames and noise, and what `velocity` makes of it: `(B,)` fp32.
+
+    `conditioning` is the probability that a sample has clean leading frames (`sample_conditioning`); only its other
+    frames count. `generator` is on the device of `x0`.
+    """
+    batch, frames = x0.shape[0], x0.shape[2]
+    t = sample_t(batch, mean, std, shift, generator, x0.device)
+    counted = None
+    if conditioning:
+        clean = sample_conditioning(batch, frames, conditioning, generator, x0.device)
+        counted = noised_frames(clean, frames)
+        t = t[:, None] * counted
+    noise = torch.randn(x0.shape, generator=generator, device=x0.device)
+    return loss(velocity(interpolate(x0, noise, t), t), x0, noise, counted)
+
+
+def guided(velocity: ClassVelocity, classes: Tensor | None, guidance: float) -> Velocity:
+    """Classifier-free guidance (arXiv 2207.12598): v(no class) + guidance (v(class) - v(no class)).
+
+    Both come from one call with twice the batch. With guidance 1, or without classes, `velocity` is called as it is.
+    """
+    if classes is None or guidance == 1.0:
+        return lambda x, t: velocity(x, t, classes)
+    both = torch.cat([classes, torch.full_like(classes, NO_CLASS)])
+
+    def combined(x: Tensor, t: Tensor) -> Tensor:
+        given, free = velocity(torch.cat([x, x]), torch.cat([t, t]), both).float().chunk(2)
+        return free + guidance * (given - free)
+
+    return combined
+
+
+@torch.no_grad()
+def euler(
+    velocity: Velocity,
+    noise: Tensor,
+    steps: int,
+    shift: float = 1.0,
+    clean: Tensor | None = None,
+    each_step: Callable[[], object] | None = None,
+) -> Tensor:
+    """Follow the velocity from noise (t = 1) to data (t = 0) in `steps` Euler steps: fp32, of the shape of `noise`.
+
+    `clean` `(B, C, n, ...)` are frames in front of the noise that are given: `velocity` sees them unchanged and with
+    t = 0 at every step (its t is then `(B, n + T)`, else `(B,)`). They are not part of the result.
+    ValueError if there is no step.
+    """
+    if steps < 1:
+        raise ValueError(f"steps is {steps}; sampling needs at least 1")
+    x, batch, frames = noise.float(), noise.shape[0], noise.shape[2]
+    times = shifted(torch.linspace(1, 0, steps + 1, dtype=torch.float64), shift).tolist()
+    given = 0 if clean is None else clean.shape[2]
+    for now, after in pairwise(times):
+        if clean is None:
+            v = velocity(x, x.new_full((batch,), now)).float()
+        else:
+            t = torch.cat([x.new_zeros(batch, given), x.new_full((batch, frames), now)], dim=1)
+            v = velocity(torch.cat([clean.float(), x], dim=2), t).float()[:, :, given:]
+        x = x + (after - now) * v
+        if each_step:
+            each_step()
+    return x
