@@ -84,10 +84,13 @@ def test_any_valid_size_round_trips_in_shape(model, n, height, width, batch):
     assert latent_groups(frames_of(1 + n)) == 1 + n
 
 
-@pytest.mark.parametrize("frames", [1, 5, 9, 13])
+@settings(max_examples=12, deadline=None)
+@given(groups=st.integers(1, 6), more=st.integers(1, 3), size=st.floats(0.1, 100))
 @torch.no_grad()
-def test_encoding_a_prefix_equals_the_prefix_of_the_encoding(model, frames):
-    video, groups = clip(17), latent_groups(frames)
+def test_encoding_a_prefix_equals_the_prefix_of_the_encoding(model, groups, more, size):
+    """To rounding: oneDNN takes other kernels for other lengths; measured are at most 4e-6 on latents up to 8."""
+    video, frames = clip(frames_of(groups + more)), frames_of(groups)
+    video[:, :, frames:] *= size
     prefix, whole = model.encode(video[:, :, :frames]), model.encode(video)
     torch.testing.assert_close(prefix.mean, whole.mean[:, :, :groups], rtol=0, atol=1e-5)
     torch.testing.assert_close(prefix.logvar, whole.logvar[:, :, :groups], rtol=0, atol=1e-5)
@@ -110,18 +113,21 @@ def test_each_latent_depends_on_exactly_the_frames_up_to_its_group(model):
         assert seen.tolist() == [frame < frames_of(group + 1) for frame in range(9)]
 
 
-@pytest.mark.parametrize("padding", ["token", "noise"])
+@settings(max_examples=12, deadline=None)
+@given(groups=st.integers(2, 5), data=st.data(), padding=st.sampled_from(["token", "noise"]), size=st.floats(0.1, 1e4))
 @torch.no_grad()
-def test_dropped_frames_move_nothing(padding):
+def test_dropped_frames_move_nothing(groups, data, padding, size):
     model = awake_model(SMALL.model_copy(update={"padding": padding}))
-    video, other = clip(17), clip(17)
-    other[:, :, 5:] = torch.randn(other[:, :, 5:].shape)
-    first, second = (model(v, visible=2, generator=seeded()) for v in (video, other))
-    assert first[1].mean.shape[2] == 2
+    visible = data.draw(st.integers(1, groups - 1))
+    video, seen = clip(frames_of(groups)), frames_of(visible)
+    other = video.clone()
+    other[:, :, seen:] += size * torch.randn(other[:, :, seen:].shape)
+    first, second = (model(v, visible=visible, generator=seeded()) for v in (video, other))
+    assert first[1].mean.shape[2] == visible
     assert torch.equal(first[1].mean, second[1].mean)
     assert torch.equal(first[1].logvar, second[1].logvar)
     assert torch.equal(first[0], second[0])
-    assert torch.equal(model.reconstruct(video, 5, seeded()), model.reconstruct(other, 5, seeded()))
+    assert torch.equal(model.reconstruct(video, seen, seeded()), model.reconstruct(other, seen, seeded()))
 
 
 @torch.no_grad()

@@ -1,26 +1,49 @@
 """Layers shared by the video models: causal in time, free in space.
 
 Every tensor is `(B, C, T, H, W)`. Output step t of any layer depends on input steps up to t only; the first frame
-stands alone, so that an image is a clip of one frame. All memory of the past enters through `causal_pad`.
+stands alone, so that an image is a clip of one frame. All memory of the past enters through `causal_pad`: `past` is
+None for a whole clip, and otherwise what a stream remembers (`streaming.Past`).
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from longtake.training.models.streaming import Past
+
 NEIGHBOUR_GAIN = 0.3  # initial weights of a kernel's neighbour taps, relative to torch's default
 
 
-def causal_pad(x: Tensor, steps: int) -> Tensor:
+def starts(past: Past | None) -> bool:
+    """Whether a layer's input begins with the first step of a clip."""
+    return past is None or not past.begun
+
+
+def causal_pad(layer: nn.Module, x: Tensor, steps: int, past: Past | None = None) -> Tensor:
     """Put `steps` copies of the first frame in front: `(B, C, T, H, W)` -> `(B, C, steps + T, H, W)`.
 
-    The one place where a layer looks into the past. Repeating the first frame is an assumption (the PV-VAE paper
-    only says "causal"); a still video then looks the same at every step, the first included.
+    In a stream, pieces after the first get the last `steps` inputs of `layer` instead. The one place where a layer
+    looks into the past. Repeating the first frame is an assumption (the PV-VAE paper only says "causal"); a still
+    video then looks the same at every step, the first included.
     """
-    return torch.cat([x[:, :, :1].expand(-1, -1, steps, -1, -1), x], dim=2) if steps else x
+    if not steps:
+        return x
+    if past is None:
+        return torch.cat([x[:, :, :1].expand(-1, -1, steps, -1, -1), x], dim=2)
+    return _continue(layer, x, steps, past)
+
+
+@torch.compiler.disable  # compiled blocks stay one graph for whole clips; a stream leaves the graph here
+def _continue(layer: nn.Module, x: Tensor, steps: int, past: Past) -> Tensor:
+    before = past.inputs[layer] if past.begun else x[:, :, :1].expand(-1, -1, steps, -1, -1)
+    x = torch.cat([before, x], dim=2)
+    past.inputs[layer] = x[:, :, -steps:].clone()  # a view would keep all of x
+    return x
 
 
 def fold(x: Tensor, time: int, space: int) -> Tensor:
@@ -55,8 +78,33 @@ class CausalConv3d(nn.Conv3d):
             self.weight[:, :, -1, middle, middle] += pointwise
             self.weight.mul_(self.gain)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(causal_pad(x, self.kernel_size[0] - 1))
+    def forward(self, x: Tensor, past: Past | None = None) -> Tensor:
+        return self._convolve(causal_pad(self, x, self.kernel_size[0] - 1, past))
+
+    def _convolve(self, x: Tensor) -> Tensor:
+        # in inference on one thread torch would take a small clip through im2col, up to 20 times slower
+        plain = not (torch.is_grad_enabled() or torch.compiler.is_compiling()) and torch.backends.mkldnn.is_available()
+        if plain and x.device.type == "cpu" and x.dtype == torch.float32:
+            sides = self.kernel_size[1] // 2
+            return torch.mkldnn_convolution(x, self.weight, self.bias, (0, sides, sides), (1, 1, 1), (1, 1, 1), 1)
+        return super().forward(x)
+
+
+class Chain(nn.Sequential):
+    """Layers one after the other, which all get the stream's past."""
+
+    def forward(self, x: Tensor, past: Past | None = None) -> Tensor:
+        for layer in self:
+            x = layer(x, past)
+        return x
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def _inverse_rms(x: Tensor, eps: float) -> Tensor:
+    return torch.rsqrt(x.square().mean(1, keepdim=True) + eps)
 
 
 class ChannelRMSNorm(nn.Module):
@@ -68,8 +116,42 @@ class ChannelRMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(channels, 1, 1, 1))
 
     def forward(self, x: Tensor) -> Tensor:
-        wide = x.float()
-        return (wide * torch.rsqrt(wide.square().mean(1, keepdim=True) + self.eps)).to(x.dtype) * self.weight
+        wide = _wide(x)
+        return (wide * _inverse_rms(wide, self.eps)).to(x.dtype) * self.weight
+
+
+class NormSiLU(torch.autograd.Function):
+    """`silu(ChannelRMSNorm(x))`, in fp32, which keeps only `x` for the backward pass, not the two steps in between."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, gain: Tensor, eps: float) -> Tensor:
+        wide = _wide(x)
+        inverse = _inverse_rms(wide, eps)
+        ctx.save_for_backward(x, gain, inverse)
+        return F.silu(wide * inverse * gain).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None]:
+        x, gain, inverse = ctx.saved_tensors
+        normed = _wide(x) * inverse
+        down = torch.ops.aten.silu_backward(gradient.to(normed.dtype), normed * gain)
+        product = down * normed
+        to_gain = product.sum((0, 2, 3, 4), keepdim=True)[0]
+        along = (product * gain).mean(1, keepdim=True)
+        to_x = inverse * torch.addcmul(down * gain, normed, along, value=-1)
+        return to_x.to(x.dtype), to_gain.to(gain.dtype), None
+
+
+class NormSiLUConv(CausalConv3d):
+    """`conv(silu(norm(x)))` at constant width. One module, so that ZeRO-3 gathers gain and weight together."""
+
+    def __init__(self, width: int, gain: float = 1.0, eps: float = 1e-6) -> None:
+        super().__init__(width, width, gain=gain)
+        self.eps = eps
+        self.norm = nn.Parameter(torch.ones(width, 1, 1, 1))
+
+    def forward(self, x: Tensor, past: Past | None = None) -> Tensor:
+        return super().forward(NormSiLU.apply(x, self.norm, self.eps), past)
 
 
 class ResBlock(nn.Module):
@@ -81,19 +163,12 @@ class ResBlock(nn.Module):
     def __init__(self, width: int, checkpointing: bool = False) -> None:
         super().__init__()
         self.checkpointing = checkpointing
-        self.branch = nn.Sequential(
-            ChannelRMSNorm(width),
-            nn.SiLU(),
-            CausalConv3d(width, width),
-            ChannelRMSNorm(width),
-            nn.SiLU(),
-            CausalConv3d(width, width, gain=0.0),
-        )
+        self.branch = Chain(NormSiLUConv(width), NormSiLUConv(width, gain=0.0))
 
-    def forward(self, x: Tensor) -> Tensor:
-        if self.checkpointing and self.training:
+    def forward(self, x: Tensor, past: Past | None = None) -> Tensor:
+        if self.checkpointing and self.training and past is None:
             return x + checkpoint(self.branch, x, use_reentrant=False)
-        return x + self.branch(x)
+        return x + self.branch(x, past)
 
 
 class SpatialAttention(nn.Module):
@@ -105,7 +180,7 @@ class SpatialAttention(nn.Module):
         self.qkv = CausalConv3d(width, 3 * width, kernel=1)
         self.out = CausalConv3d(width, width, kernel=1, gain=0.0)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, past: Past | None = None) -> Tensor:
         qkv = self.qkv(self.norm(x)).permute(0, 2, 3, 4, 1).flatten(2, 3)  # (B, T, H*W, 3C): frames act as heads
         mixed = F.scaled_dot_product_attention(*qkv.chunk(3, dim=-1))
         return x + self.out(mixed.unflatten(2, x.shape[3:]).permute(0, 4, 1, 2, 3))
@@ -123,8 +198,8 @@ class Downsample(nn.Module):
         self.time = time
         self.conv = CausalConv3d(in_channels * time * 4, out_channels, kernel=1)
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = fold(causal_pad(x, self.time - 1), self.time, 2)
+    def forward(self, x: Tensor, past: Past | None = None) -> Tensor:
+        x = fold(causal_pad(self, x, self.time - 1 if starts(past) else 0), self.time, 2)
         return self.conv(x) + x.unflatten(1, (self.conv.out_channels, -1)).mean(2)
 
 
@@ -141,6 +216,6 @@ class Upsample(nn.Module):
         self.copies = out_channels * time * 4 // in_channels
         self.conv = CausalConv3d(in_channels, out_channels * time * 4, kernel=1)
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.conv(x) + x.repeat_interleave(self.copies, dim=1)
-        return unfold(x, self.time, 2)[:, :, self.time - 1 :]
+    def forward(self, x: Tensor, past: Past | None = None) -> Tensor:
+        x = unfold(self.conv(x) + x.repeat_interleave(self.copies, dim=1), self.time, 2)
+        return x[:, :, self.time - 1 :] if starts(past) else x

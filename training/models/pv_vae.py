@@ -14,6 +14,7 @@ activation (with them the tiny model is 1 dB worse after 300 steps).
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Iterable, Iterator
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -22,6 +23,7 @@ from torch import Tensor, nn
 
 from longtake.training.models.layers import (
     CausalConv3d,
+    Chain,
     Downsample,
     ResBlock,
     SpatialAttention,
@@ -29,6 +31,7 @@ from longtake.training.models.layers import (
     fold,
     unfold,
 )
+from longtake.training.models.streaming import Past, regroup, stream, tiled
 
 # fmt: off
 PRESETS: dict[str, dict[str, Any]] = {
@@ -159,12 +162,12 @@ def _blocks(count: int, width: int, config: PVVAEConfig) -> list[nn.Module]:
     return [ResBlock(width, config.activation_checkpointing) for _ in range(count)]
 
 
-def _middle(width: int, config: PVVAEConfig) -> nn.Sequential:
+def _middle(width: int, config: PVVAEConfig) -> Chain:
     attention = [SpatialAttention(width)] if config.attention else []
-    return nn.Sequential(*_blocks(1, width, config), *attention, *_blocks(1, width, config))
+    return Chain(*_blocks(1, width, config), *attention, *_blocks(1, width, config))
 
 
-def _encoder(config: PVVAEConfig) -> nn.Sequential:
+def _encoder(config: PVVAEConfig) -> Chain:
     """Patches `(B, 3*patch^2, T, H/patch, W/patch)` -> mean and logvar `(B, 2*latent_channels, t, h, w)`."""
     widths = [config.encoder_width * m for m in config.multipliers]
     stages = _blocks(config.encoder_blocks, widths[0], config)
@@ -173,14 +176,14 @@ def _encoder(config: PVVAEConfig) -> nn.Sequential:
         stages += _blocks(config.encoder_blocks, widths[i + 1], config)
     layers: dict[str, nn.Module] = {
         "conv_in": CausalConv3d(3 * config.patch**2, widths[0]),
-        "stages": nn.Sequential(*stages),
+        "stages": Chain(*stages),
         "middle": _middle(widths[-1], config),
         "conv_out": CausalConv3d(widths[-1], 2 * config.latent_channels),
     }
-    return nn.Sequential(OrderedDict(layers))
+    return Chain(OrderedDict(layers))
 
 
-def _decoder(config: PVVAEConfig) -> nn.Sequential:
+def _decoder(config: PVVAEConfig) -> Chain:
     """Latent `(B, latent_channels, t, h, w)` -> patches `(B, 3*patch^2, T, H/patch, W/patch)`."""
     widths = [config.decoder_width * m for m in config.multipliers]
     stages = _blocks(config.decoder_blocks, widths[-1], config)
@@ -190,10 +193,10 @@ def _decoder(config: PVVAEConfig) -> nn.Sequential:
     layers: dict[str, nn.Module] = {
         "conv_in": CausalConv3d(config.latent_channels, widths[-1]),
         "middle": _middle(widths[-1], config),
-        "stages": nn.Sequential(*stages),
+        "stages": Chain(*stages),
         "conv_out": CausalConv3d(widths[0], 3 * config.patch**2, gain=0.3),
     }
-    return nn.Sequential(OrderedDict(layers))
+    return Chain(OrderedDict(layers))
 
 
 class PVVAE(nn.Module):
@@ -214,15 +217,46 @@ class PVVAE(nn.Module):
     def dtype(self) -> torch.dtype:
         return next(self.encoder.parameters()).dtype
 
-    def encode(self, video: Tensor) -> Posterior:
-        """The posterior of a clip or of any prefix of 1 + 4n frames. ValueError for other shapes."""
-        self._check(video)
-        mean, logvar = self.encoder(fold(video.to(self.dtype), 1, self.config.patch)).chunk(2, dim=1)
-        return Posterior(mean, logvar.clamp(-30.0, 20.0))
+    def encode(self, video: Tensor, tile: int | None = None, overlap: int = 64) -> Posterior:
+        """The posterior of a clip or of any prefix of 1 + 4n frames. ValueError for other shapes.
 
-    def decode(self, latent: Tensor) -> Tensor:
-        """The video of a latent, not clamped to [-1, 1]."""
-        return unfold(self.decoder(latent.to(self.dtype)), 1, self.config.patch)
+        `tile` encodes large frames in squares of so many pixels that share at least `overlap`, both multiples of 16:
+        bounded memory, the same latents away from the squares' borders, blended where they overlap.
+        """
+        self._check(video)
+        return _posterior(tiled(lambda x, _: self._moments(x), video, *self._tiling(tile, overlap), self._down))
+
+    def decode(self, latent: Tensor, tile: int | None = None, overlap: int = 64) -> Tensor:
+        """The video of a latent, not clamped to [-1, 1]; `tile` and `overlap` in pixels as in `encode`."""
+        return tiled(lambda x, _: self._frames(x), latent, *self._tiling(tile, overlap), self._down[::-1])
+
+    def encode_stream(
+        self, chunks: Iterable[Tensor], steps: int = 4, tile: int | None = None, overlap: int = 64
+    ) -> Iterator[Posterior]:
+        """`encode` of a video of any length in constant memory, equal to encoding it at once.
+
+        The chunks are `(B, 3, any, H, W)` in [-1, 1] and make 1 + 4n frames. The first posterior has one latent step,
+        the next ones `steps`, the last what is left; each comes as soon as its frames have come. No gradients.
+        `vae.decode_stream(p.mode() for p in vae.encode_stream(chunks))` is a reconstruction. ValueError for frames in
+        wrong sizes, and, after all whole groups have come, for a tail that is no group of 4.
+        """
+        pieces = self._groups(chunks, steps)
+        for moments in stream(self._moments, pieces, *self._tiling(tile, overlap), self._down):
+            yield _posterior(moments)
+
+    def decode_stream(
+        self, latents: Iterable[Tensor], steps: int = 4, tile: int | None = None, overlap: int = 64
+    ) -> Iterator[Tensor]:
+        """`decode` of latents `(B, 64, any, h, w)` of any length in constant memory, equal to decoding them at once.
+
+        The first piece is one frame, the next ones 4 times `steps`, the last what is left. No gradients.
+        """
+        pieces = regroup(latents, 1, _positive("steps", steps))
+        yield from stream(self._frames, pieces, *self._tiling(tile, overlap), self._down[::-1])
+
+    def blocks(self) -> Iterator[nn.Module]:
+        """Res blocks and attentions, each once: what is worth compiling in place, by `nn.Module.compile`."""
+        return (module for module in self.modules() if isinstance(module, ResBlock | SpatialAttention))
 
     def pad(self, latent: Tensor, steps: int, generator: torch.Generator | None = None) -> Tensor:
         """Append `steps` padding latents in time."""
@@ -248,19 +282,72 @@ class PVVAE(nn.Module):
 
     @torch.no_grad()
     def reconstruct(
-        self, video: Tensor, visible_frames: int | None = None, generator: torch.Generator | None = None
+        self,
+        video: Tensor,
+        visible_frames: int | None = None,
+        generator: torch.Generator | None = None,
+        tile: int | None = None,
+        overlap: int = 64,
     ) -> Tensor:
         """For evaluation: the most likely latent of the first `visible_frames` (1 + 4n), all frames, in [-1, 1]."""
         self._check(video)
-        latent = self.encode(video[:, :, :visible_frames]).mode()
+        latent = self.encode(video[:, :, :visible_frames], tile, overlap).mode()
         unseen = latent_groups(video.shape[2], self.config.temporal_stride) - latent.shape[2]
-        return self.decode(self.pad(latent, unseen, generator)).clamp(-1.0, 1.0)
+        return self.decode(self.pad(latent, unseen, generator), tile, overlap).clamp(-1.0, 1.0)
+
+    @property
+    def _down(self) -> tuple[int, int]:
+        """Positions of a frame and of its latent in the unit that tiles are counted in."""
+        return self.config.spatial_stride, 1
+
+    def _moments(self, video: Tensor, past: Past | None = None) -> Tensor:
+        return self.encoder(fold(video.to(self.dtype), 1, self.config.patch), past)
+
+    def _frames(self, latent: Tensor, past: Past | None = None) -> Tensor:
+        return unfold(self.decoder(latent.to(self.dtype), past), 1, self.config.patch)
+
+    def _groups(self, chunks: Iterable[Tensor], steps: int) -> Iterator[Tensor]:
+        """One frame, then as many as `steps` latent groups have."""
+        stride, seen = self.config.temporal_stride, 0
+        for piece in regroup(chunks, 1, _positive("steps", steps) * stride):
+            self._check_size(piece)
+            seen += piece.shape[2]
+            whole = piece.shape[2] - (seen - 1) % stride
+            if whole > 0:
+                yield piece[:, :, :whole]
+        self._check_frames(seen)
+
+    def _tiling(self, tile: int | None, overlap: int) -> tuple[int | None, int]:
+        """Pixels to units of one latent position."""
+        space = self.config.spatial_stride
+        if tile is None:
+            return None, 0
+        if tile % space or overlap % space or not 0 <= overlap < tile:
+            raise ValueError(f"tile {tile} with overlap {overlap}; need multiples of {space} with 0 <= overlap < tile")
+        return tile // space, overlap // space
 
     def _check(self, video: Tensor) -> None:
-        frames, height, width = video.shape[2:]
-        time, space = self.config.temporal_stride, self.config.spatial_stride
+        self._check_frames(video.shape[2])
+        self._check_size(video)
+
+    def _check_frames(self, frames: int) -> None:
+        time = self.config.temporal_stride
         below = frames_of(latent_groups(max(frames, 1), time), time)
         if frames != below:
             raise ValueError(f"video has {frames} frames; PV-VAE needs 1+{time}n (e.g. {below} or {below + time})")
+
+    def _check_size(self, video: Tensor) -> None:
+        height, width, space = *video.shape[3:], self.config.spatial_stride
         if height % space or width % space or not height * width:
             raise ValueError(f"video is {height}x{width}; PV-VAE needs height and width in multiples of {space}")
+
+
+def _posterior(moments: Tensor) -> Posterior:
+    mean, logvar = moments.chunk(2, dim=1)
+    return Posterior(mean, logvar.clamp(-30.0, 20.0))
+
+
+def _positive(name: str, value: int) -> int:
+    if value < 1:
+        raise ValueError(f"{name} is {value}; needs to be at least 1")
+    return value
