@@ -10,4 +10,4 @@ class Failure(RuntimeError):
 
 
 class Interrupted(Exception):
-    """Work was stopped from outside (Ctrl-C, SIGTERM) after saving its state. Exit code 130."""
+    """Work was stopped from outside after saving its state. Exit code 130 after Ctrl-C, else 0."""

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from longtake.datasets import storage
 from longtake.datasets.errors import Failure, Interrupted, UserError
@@ -69,6 +69,9 @@ def run(recipe: Recipe, choice: Choice, say: Callable[[str], None]) -> Path | No
                 say(f"{node.name}: {'running' if todo[node.name] else 'reused'}")
                 if todo[node.name]:
                     _run_process(resolved, node, parent, fresh=choice.force or choice.start is not None)
+                    if todo[node.name] and finished(node, store) is None:
+                        # it was told to stop, saved, and ended well
+                        raise Interrupted
     except (UserError, Failure, Interrupted) as e:
         store.end(parent, "KILLED" if isinstance(e, Interrupted) else "FAILED", str(e))
         raise
@@ -92,7 +95,14 @@ class StageEnded(Failure):
 def _run_process(recipe: str, node: Node, parent: str, fresh: bool) -> None:
     command = [sys.executable, "-P", "-m", "longtake.infra.cli", "stage", recipe, node.name, "--parent", parent]
     child = subprocess.Popen([*command, *(["--force"] if fresh else [])])
-    previous = signal.signal(signal.SIGTERM, lambda *_: child.terminate())
+    stopping = False
+
+    def stop(*_: Any) -> None:
+        nonlocal stopping
+        stopping = True
+        child.terminate()
+
+    previous = signal.signal(signal.SIGTERM, stop)
     try:
         while True:
             try:
@@ -100,25 +110,72 @@ def _run_process(recipe: str, node: Node, parent: str, fresh: bool) -> None:
                 break
             except KeyboardInterrupt:
                 # the terminal sent it to the stage too, which saves its state before it ends
-                continue
+                stopping = True
     finally:
         signal.signal(signal.SIGTERM, previous)
-    if code in (130, 143):
+    if code in (130, 143) or (stopping and code == 0):
         # its process has said so
         raise Interrupted
     if code:
         raise StageEnded(node.name, code)
 
 
+class _Start(NamedTuple):
+    """What every process of a stage needs to know before it runs."""
+
+    inputs: dict[str, str]
+    done: str  # what a finished run has made, where it is to be reused
+    run_id: str = ""
+    output: str = ""
+
+
 def run_stage(recipe: Recipe, name: str, parent: str | None = None, fresh: bool = False) -> dict[str, Any]:
     """Run exactly one stage in this process, in its MLflow run; a finished one is not run again unless `fresh`.
 
+    Where torchrun or the like has started several of this process, the first of them opens and ends the run; the others
+    only train with it, and return nothing.
+
     Raises:
-        UserError: an input stage has no finished run; or the stage's own.
+        UserError: an input stage has no finished run; several processes for a stage that does not train; its own.
     """
+    from longtake.training import launch
+
     nodes = graph.build(recipe)
     node = graph.select(nodes, name, recipe)
-    store = runs.connect(recipe)
+    stage = stages.load(node.kind)
+    store: Runs | None = None
+    start: _Start | None = None
+
+    def begin() -> _Start:
+        nonlocal store
+        store = runs.connect(recipe)
+        return _begin(recipe, nodes, node, store, parent, fresh)
+
+    try:
+        with launch.together() as rank:
+            if launch.launched() and not hasattr(stage, "work"):
+                raise UserError(
+                    f"stage {name}: {node.kind} does not train, it runs in one process: start it without torchrun or deepspeed"
+                )
+            start = _Start(*launch.share(begin))
+            if start.done:
+                return {"uri": start.done} if rank == 0 else {}
+            os.environ |= {"MLFLOW_RUN_ID": start.run_id, "LONGTAKE_RECIPE": recipe.digest()}
+            with storage.failing_clearly(start.output):
+                result: dict[str, Any] = stage.run(node.config, start.inputs, start.output)
+    except BaseException as e:
+        if store and start:
+            stopped = isinstance(e, Interrupted | KeyboardInterrupt | SystemExit)
+            store.end(start.run_id, "KILLED" if stopped else "FAILED", f"{type(e).__name__}: {e}")
+        raise
+    if store:
+        store.finish(start.run_id, result)
+        return result
+    return {}
+
+
+def _begin(recipe: Recipe, nodes: list[Node], node: Node, store: Runs, parent: str | None, fresh: bool) -> _Start:
+    """Find the inputs, and open a run unless a finished one is to be reused."""
     inputs = {}
     for field, value in node.inputs.items():
         inputs[field] = value
@@ -126,23 +183,13 @@ def run_stage(recipe: Recipe, name: str, parent: str | None = None, fresh: bool 
             made = store.finished(graph.select(nodes, value, recipe).fingerprint)
             if made is None:
                 raise UserError(
-                    f"stage {name}: its input {value} has no finished run; run `longtake stage {recipe.path} {value}` first"
+                    f"stage {node.name}: its input {value} has no finished run; run `longtake stage {recipe.path} {value}` first"
                 )
             inputs[field] = made.uri
     done = finished(node, store)
     if done and not fresh:
-        return {"uri": done.uri}
-    run_id, output = store.open(node, parent, fresh)
-    os.environ["MLFLOW_RUN_ID"] = run_id
-    try:
-        with storage.failing_clearly(output):
-            result = stages.load(node.kind).run(node.config, inputs, output)
-    except BaseException as e:
-        stopped = isinstance(e, Interrupted | KeyboardInterrupt)
-        store.end(run_id, "KILLED" if stopped else "FAILED", f"{type(e).__name__}: {e}")
-        raise
-    store.finish(run_id, result)
-    return result
+        return _Start(inputs, done.uri)
+    return _Start(inputs, "", *store.open(node, parent, fresh))
 
 
 def make_report(recipe: Recipe, nodes: list[Node], store: Runs, parent: str, reused: set[str]) -> Path:

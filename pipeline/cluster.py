@@ -49,32 +49,34 @@ def connected(stage: str, task: "TaskConfig | None" = None) -> Iterator[Any]:
     import ray
 
     ours = not ray.is_initialized()
-    if ours:
-        try:
-            # Ray puts the working folder on its workers' sys.path, where our `datasets` would hide the package of that name
-            with tempfile.TemporaryDirectory() as empty, contextlib.chdir(empty):
-                ray.init(
-                    address=address,
-                    log_to_driver=False,
-                    logging_level=logging.ERROR,
-                    **({"include_dashboard": False} if address == "local" else {}),
-                )
-        except (ConnectionError, OSError) as e:
-            raise UserError(f"RAY_ADDRESS={address}: no Ray cluster answers ({str(e).splitlines()[0]})") from e
-    try:
-        _check(stage, task or TaskConfig(), [node["Resources"] for node in ray.nodes() if node["Alive"]])
-        context = ray.data.DataContext.get_current()
-        context.enable_progress_bars = False
-        context.print_on_execution_start = False
-        logging.getLogger("ray.data").setLevel(logging.ERROR)
-        yield ray
-    except ray.exceptions.RaySystemError as e:
-        raise Failure(
-            f"stage {stage}: Ray failed ({str(e).splitlines()[0]}); run the same command again: it goes on where it stopped"
-        ) from e
-    finally:
+    # Ray puts the working folder on its workers' sys.path, where our `datasets` would hide the package of that name; it
+    # stays as long as they live in it
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as empty:
         if ours:
-            ray.shutdown()
+            try:
+                with contextlib.chdir(empty):
+                    ray.init(
+                        address=address,
+                        log_to_driver=False,
+                        logging_level=logging.ERROR,
+                        **({"include_dashboard": False} if address == "local" else {}),
+                    )
+            except (ConnectionError, OSError) as e:
+                raise UserError(f"RAY_ADDRESS={address}: no Ray cluster answers ({str(e).splitlines()[0]})") from e
+        try:
+            _check(stage, task or TaskConfig(), [node["Resources"] for node in ray.nodes() if node["Alive"]])
+            context = ray.data.DataContext.get_current()
+            context.enable_progress_bars = False
+            context.print_on_execution_start = False
+            logging.getLogger("ray.data").setLevel(logging.ERROR)
+            yield ray
+        except ray.exceptions.RaySystemError as e:
+            raise Failure(
+                f"stage {stage}: Ray failed ({str(e).splitlines()[0]}); run the same command again: it goes on where it stopped"
+            ) from e
+        finally:
+            if ours:
+                ray.shutdown()
 
 
 def _check(stage: str, task: TaskConfig, nodes: list[dict[str, float]]) -> None:

@@ -80,12 +80,24 @@ def run(
 def stage(recipe: str, name: str, overrides: tuple[str, ...], parent: str | None, force: bool) -> None:
     """Run exactly the stage NAME of RECIPE, in this process. Its inputs must have finished.
 
-    This is what `longtake run`, a cluster job and a scheduled task execute.
+    This is what `longtake run`, a cluster job and a scheduled task execute. A stage that trains may have several
+    processes: by its `launcher` in the recipe ({by: torchrun, processes: 2}, or ray), or by a launcher of your own that
+    starts this command, on every node of a job:
+
+    \b
+      torchrun --nproc-per-node 2 -m longtake.infra.cli stage my.yaml vae
+      deepspeed --hostfile HOSTS --no_local_rank --module longtake.infra.cli stage my.yaml vae
+
+    Such launchers end with an exit code of their own when they are stopped. torchrun kills after 30 seconds: set
+    TORCH_ELASTIC_SHUTDOWN_TIMEOUT to the stop_seconds of the stage.
     """
     from longtake.infra import runner
+    from longtake.training import launch
 
-    result = runner.run_stage(_load(recipe, overrides), name, parent, force)
-    click.echo(f"{name}: {result['uri']}")
+    with launch.together():
+        result = runner.run_stage(_load(recipe, overrides), name, parent, force)
+    if result:
+        click.echo(f"{name}: {result['uri']}")
 
 
 @click.command()

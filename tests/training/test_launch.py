@@ -1,0 +1,331 @@
+"""The launchers: the same training by each, errors as one line, stops that save, and a killed process started again."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+from longtake.datasets.errors import UserError
+from longtake.training import checkpoint, launch, weights
+from longtake.training.config import LaunchConfig
+
+BIN = Path(sys.executable).parent
+LONGTAKE = [sys.executable, "-P", "-m", "longtake.infra.cli"]
+# torchrun and the deepspeed launcher as one starts them by hand
+TORCHRUN = [str(BIN / "torchrun"), "--standalone", "--nproc-per-node", "2", "-m", "longtake.infra.cli"]
+DEEPSPEED = [str(BIN / "deepspeed"), "--hostfile", "hosts", "--no_ssh", "--node_rank", "0", "--master_addr"]
+DEEPSPEED += ["127.0.0.1", "--master_port", "29517", "--no_local_rank", "--module", "longtake.infra.cli"]
+STEPS = 12
+
+STAGE = '''
+"""A stage-like module that learns mean colours without randomness, so that it does not matter who sees which sample."""
+import os, signal
+from functools import partial
+import torch
+from torch import nn
+from longtake.datasets.errors import Failure, UserError
+from longtake.datasets.loader import Loader, to_model
+from longtake.training import launch
+from longtake.training.config import TrainConfig
+from longtake.training.loop import Objective, train
+
+class Config(TrainConfig):
+    fault: str = ""
+
+calls = 0
+
+def loss(fault, folder, name, engines, batch, generator):
+    global calls
+    calls += 1
+    if fault and calls == 8 and torch.distributed.get_rank() == 1 and not (folder / "fault").exists():
+        (folder / "fault").write_text("")
+        if fault == "mistake":
+            raise UserError("colours: there are none; choose some")
+        if fault == "failure":
+            raise Failure("colours: could not be fetched")
+        if fault == "bug":
+            [][1]
+        os.kill(os.getpid(), signal.SIGKILL)
+    colours = to_model(batch["video"]).mean((3, 4)).flatten(1)
+    error = (engines[name](colours) - colours).square().mean()
+    return error, {"loss": error.detach()}
+
+def work(config, inputs, folder):
+    rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    torch.manual_seed(0)
+    loader = Loader(inputs["dataset"], columns=("video",), frames=9, size=(32, 32), batch=config.batch, rank=rank, world=world)
+    objective = Objective({"generator": nn.Linear(27, 27)}, partial(loss, config.fault, folder))
+    train(objective, loader, config, folder, None, launch.stop_requested)
+'''
+
+START = """
+import json, sys
+from pathlib import Path
+from longtake.datasets.errors import Failure, UserError
+from longtake.training import launch
+import colours
+
+if __name__ == "__main__":
+    config = colours.Config(**json.loads(sys.argv[1]))
+    try:
+        launch.run("colours", config, {"dataset": sys.argv[2]}, Path(sys.argv[3]))
+    except (UserError, Failure) as e:
+        sys.exit(f"{type(e).__name__}: {e}")
+"""
+
+
+def environment() -> dict[str, str]:
+    # what a launcher needs to stand aside for, and this session's Ray, are not for the processes of a test
+    unwanted = ("RAY_", "WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_", "MLFLOW_")
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(unwanted)}
+    return kept | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5"}
+
+
+def start(command: list[str], folder: Path) -> "subprocess.Popen[str]":
+    return subprocess.Popen(
+        command, cwd=folder, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+
+
+def finish(process: "subprocess.Popen[str]") -> tuple[int, str]:
+    """(exit code, all that was said)."""
+    said = process.communicate(timeout=280)[0]
+    return process.returncode, said
+
+
+def wait_for(what: Callable[[], Any], process: "subprocess.Popen[str]") -> None:
+    end = time.monotonic() + 200
+    while not what() and process.poll() is None and time.monotonic() < end:
+        time.sleep(0.05)
+    assert what() and process.poll() is None, finish(process) if process.poll() is not None else "never came so far"
+
+
+def learned(folder: Path) -> dict[str, torch.Tensor]:
+    found = checkpoint.latest(folder)
+    assert found and found.name == f"step-{STEPS:08d}"
+    return dict(weights.Weights(found, weights.RAW))
+
+
+def same(one: dict[str, torch.Tensor], two: dict[str, torch.Tensor]) -> bool:
+    return bool(one) and one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
+
+
+# A stage-like module, without recipes and MLflow.
+
+
+def colours(folder: Path, dataset: str, **settings: Any) -> tuple[int, str, Path]:
+    (folder / "colours.py").write_text(STAGE)
+    (folder / "start.py").write_text(START)
+    checkpoints = folder / "checkpoints"
+    checkpoints.mkdir(exist_ok=True)
+    given = {"steps": STEPS, "batch": 4, "workers": 0, "checkpoint_every": 3, "lr": 1e-2, **settings}
+    command = [sys.executable, "start.py", json.dumps(given), dataset, str(checkpoints)]
+    done = subprocess.run(
+        command,
+        cwd=folder,
+        env=environment() | {"PYTHONPATH": str(folder)},
+        capture_output=True,
+        text=True,
+        timeout=280,
+    )
+    return done.returncode, done.stderr, checkpoints
+
+
+@pytest.mark.slow
+def test_every_launcher_learns_what_one_process_learns_though_one_of_two_is_killed(
+    dataset: str, tmp_path: Path
+) -> None:
+    made = {}
+    torchrun = {"by": "torchrun", "processes": 2}
+    ray = {"by": "ray", "processes": 2, "cpus": 0.5}
+    for name, settings in {
+        "alone": {},
+        "two": {"launcher": torchrun},
+        "killed": {"launcher": torchrun, "fault": "kill"},
+        "killed under ray": {"launcher": ray, "fault": "kill"},
+    }.items():
+        (tmp_path / name).mkdir()
+        code, said, folder = colours(tmp_path / name, dataset, **settings)
+        assert code == 0, said
+        assert said.count("train:   0%") == 1, said
+        assert ("starting again from the last checkpoint" in said) == ("killed" in name), said
+        made[name] = learned(folder)
+    assert same(made["two"], made["killed"]) and same(made["two"], made["killed under ray"])
+    assert all(torch.allclose(made["alone"][k], made["two"][k], atol=1e-6) for k in made["alone"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("fault", "says"),
+    [
+        ("mistake", "UserError: colours: there are none; choose some"),
+        ("failure", "Failure: colours: could not be fetched"),
+        ("bug", "Failure: training: IndexError: list index out of range; the lines above say where"),
+        ("kill", "Failure: training: process 1 was killed by signal 9"),
+    ],
+)
+def test_what_one_process_meets_is_what_the_command_says(dataset: str, tmp_path: Path, fault: str, says: str) -> None:
+    again = 3 if fault == "mistake" else 0
+    launcher = {"by": "torchrun", "processes": 2, "max_failures": again}
+    code, said, folder = colours(tmp_path, dataset, launcher=launcher, fault=fault)
+    assert code == 1 and says in said.splitlines()[-1], said
+    last = checkpoint.latest(folder)
+    assert "starting again" not in said and last and last.name == "step-00000006", said
+    assert ("Traceback" in said) == (fault == "bug"), said
+
+
+# Recipes.
+
+
+def recipe(folder: Path, dataset: str, launcher: dict[str, Any] | None = None, **settings: Any) -> Path:
+    """Writes r.yaml in `folder`; returns the folder that checkpoints will be in."""
+    folder.mkdir(exist_ok=True)
+    checkpoints = folder / "checkpoints"
+    stage = {
+        "kind": "pretrain_vae",
+        "dataset": dataset,
+        "model": {"preset": "pv_vae_tiny"},
+        "frames": 9,
+        "sizes": [[32, 32]],
+        "steps": STEPS,
+        "batch": 4,
+        "workers": 0,
+        "checkpoint_every": 2,
+        "sample_every": 0,
+        "eval_clips": 1,
+        "checkpoints": str(checkpoints),
+        **({"launcher": launcher} if launcher else {}),
+        **settings,
+    }
+    content = {"name": "small", "workspace": str(folder / "run"), "stages": {"vae": stage}}
+    (folder / "r.yaml").write_text(yaml.safe_dump(content))
+    (folder / "hosts").write_text("localhost slots=2\n")
+    return checkpoints
+
+
+@pytest.fixture(scope="module")
+def by_hand(dataset: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, torch.Tensor]:
+    """What two processes learn that torchrun has started by hand."""
+    folder = tmp_path_factory.mktemp("by_hand")
+    checkpoints = recipe(folder, dataset)
+    code, said = finish(start([*TORCHRUN, "stage", "r.yaml", "vae"], folder))
+    assert code == 0, said
+    assert said.count("vae: models:/pv-vae/1") == 1 and said.count("train:   0%") == 1, said
+    code, said = finish(start([*TORCHRUN, "stage", "r.yaml", "vae"], folder))
+    assert code == 0 and said.count("vae: models:/pv-vae/1") == 1 and "train:" not in said, said
+    return learned(checkpoints)
+
+
+@pytest.mark.slow
+def test_a_deepspeed_hostfile_gives_what_torchrun_gives(
+    dataset: str, tmp_path: Path, by_hand: dict[str, torch.Tensor]
+) -> None:
+    checkpoints = recipe(tmp_path, dataset)
+    code, said = finish(start([*DEEPSPEED, "stage", "r.yaml", "vae"], tmp_path))
+    assert code == 0 and said.count("vae: models:/pv-vae/1") == 1, said
+    assert same(learned(checkpoints), by_hand)
+
+
+@pytest.mark.slow
+def test_sigterm_under_torchrun_saves_exits_0_and_the_same_command_goes_on(
+    dataset: str, tmp_path: Path, by_hand: dict[str, torch.Tensor]
+) -> None:
+    checkpoints = recipe(tmp_path, dataset, {"by": "torchrun", "processes": 2})
+    run = [*LONGTAKE, "run", "r.yaml"]
+    process = start(run, tmp_path)
+    wait_for(lambda: checkpoint.latest(checkpoints), process)
+    process.terminate()
+    code, said = finish(process)
+    assert code == 0 and "Traceback" not in said, said
+    assert said.count("state saved; run the same command again to go on") == 1, said
+    assert "done in" not in said and not list(tmp_path.glob("run/report.html")), said
+    code, said = finish(start(run, tmp_path))
+    assert code == 0 and "done in" in said, said
+    assert same(learned(checkpoints), by_hand)
+
+
+@pytest.mark.slow
+def test_sigterm_under_ray_saves_exits_0_and_the_same_command_goes_on(
+    dataset: str, tmp_path: Path, by_hand: dict[str, torch.Tensor]
+) -> None:
+    checkpoints = recipe(tmp_path, dataset, {"by": "ray", "processes": 2, "cpus": 0.5})
+    run = [*LONGTAKE, "run", "r.yaml"]
+    process = start(run, tmp_path)
+    wait_for(lambda: checkpoint.latest(checkpoints), process)
+    process.terminate()
+    code, said = finish(process)
+    assert code == 0 and said.count("state saved; run the same command again to go on") == 1, said
+    assert "done in" not in said and "Traceback" not in said, said
+    code, said = finish(start(run, tmp_path))
+    assert code == 0 and "done in" in said, said
+    assert same(learned(checkpoints), by_hand)
+    assert not list(checkpoints.glob("ray"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("command", "launcher", "settings", "says"),
+    [
+        (LONGTAKE, {"by": "torchrun", "processes": 2}, {"batch": 3}, "divide among 2 processes"),
+        (LONGTAKE, {"by": "ray", "processes": 2, "cpus": 0.5}, {"batch": 3}, "divide among 2 processes"),
+        (TORCHRUN, None, {"batch": 3}, "divide among 2 processes"),
+        (TORCHRUN, {"by": "torchrun", "processes": 2}, {}, "leave launcher out"),
+        (TORCHRUN, None, {"kind": "curate"}, "stage vae: curate does not train"),
+        (TORCHRUN, None, {"view": "other"}, "its input other has no finished run"),
+    ],
+    ids=["torchrun", "ray", "torchrun by hand", "two launchers", "no training", "input"],
+)
+def test_a_users_mistake_is_one_line(
+    dataset: str,
+    tmp_path: Path,
+    command: list[str],
+    launcher: dict[str, Any] | None,
+    settings: dict[str, Any],
+    says: str,
+) -> None:
+    recipe(tmp_path, dataset, launcher, **settings)
+    content = yaml.safe_load((tmp_path / "r.yaml").read_text())
+    if settings.get("kind"):
+        content["stages"]["vae"] = {"kind": "curate", "dataset": dataset}
+    if settings.get("view"):
+        content["stages"]["other"] = {"kind": "curate", "dataset": dataset}
+    (tmp_path / "r.yaml").write_text(yaml.safe_dump(content))
+    code, said = finish(start([*command, "stage", "r.yaml", "vae"], tmp_path))
+    errors = [line for line in said.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1 and says in errors[0], said
+    if command is LONGTAKE:
+        # torchrun by hand adds its own account, and exits with 1
+        assert code == 2 and "Traceback" not in said and "starting again" not in said, said
+
+
+@pytest.mark.slow
+def test_a_cluster_without_room_is_refused_at_once(dataset: str, tmp_path: Path) -> None:
+    recipe(tmp_path, dataset, {"by": "ray", "processes": 2, "gpus": 8})
+    code, said = finish(start([*LONGTAKE, "stage", "r.yaml", "vae"], tmp_path))
+    assert code == 2 and said.count("error: ") == 1, said
+    assert "launcher: 2 processes of 1 CPU and 8 GPU and one spare CPU do not fit into the Ray cluster" in said
+
+
+def test_room_is_counted_node_by_node_and_one_cpu_stays_free() -> None:
+    def fits(nodes: list[dict[str, float]], **how: Any) -> bool:
+        try:
+            launch._check(LaunchConfig(by="ray", **how), nodes)
+        except UserError:
+            return False
+        return True
+
+    assert fits([{"CPU": 3.0}], processes=2)
+    assert not fits([{"CPU": 2.0}], processes=2)
+    assert fits([{"CPU": 2.0}], processes=2, cpus=0.5)
+    assert fits([{"CPU": 2.0}] * 2, processes=1, cpus=2)
+    assert not fits([{"CPU": 2.0}] * 4, processes=2, cpus=3)
+    assert fits([{"CPU": 8.0, "GPU": 4.0}] * 2, processes=8, gpus=1)
+    assert not fits([{"CPU": 8.0, "GPU": 4.0}] * 2, processes=9, gpus=1)

@@ -1,0 +1,123 @@
+"""What the launchers of a training stage share: the job, the errors that cross from process to process, requests to stop."""
+
+import contextlib
+import importlib
+import os
+import signal
+import sys
+import threading
+import traceback
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from longtake.datasets.errors import Failure, Interrupted, UserError
+from longtake.training.config import TrainConfig
+
+GO_ON = "the last checkpoint is whole: run the same command again to go on from it"
+
+stop_sources: list[Callable[[], bool]] = []
+_TYPES: dict[str, type[Exception]] = {"UserError": UserError, "Failure": Failure, "Interrupted": Interrupted}
+
+
+class Job(NamedTuple):
+    """What each process of a stage needs, as plain data."""
+
+    module: str  # the stage's, with `Config` and `work`
+    config: dict[str, Any]
+    inputs: dict[str, str]
+    folder: str  # of checkpoints
+
+
+class Error(NamedTuple):
+    """An error that crosses from one process to another."""
+
+    kind: str  # a name of ours, or that of another exception
+    message: str
+    trace: str = ""
+    final: bool = False  # another attempt would not help
+
+
+CUT_SHORT = Error("Failure", f"training: was to stop, but a process ended without saving; {GO_ON}", final=True)
+
+
+def stop_requested() -> bool:
+    """Whether this process is asked to save and stop by other means than a signal to itself."""
+    return any(asked() for asked in stop_sources)
+
+
+def work(job: Job) -> None:
+    """Do one process's part of a job, in the process group that its environment describes."""
+    import torch
+
+    from longtake.training.engines import process_group
+
+    module = importlib.import_module(job.module)
+    config = module.Config.model_validate(job.config)
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS") or share_of_cpus(_processes_here())))
+    with process_group(config.stall_seconds):
+        module.work(config, job.inputs, Path(job.folder))
+
+
+def _processes_here() -> int:
+    # as torchrun and as the deepspeed launcher call it
+    return int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)
+
+
+def share_of_cpus(processes: int) -> int:
+    return max(1, (os.cpu_count() or 1) // processes)
+
+
+def error_of(e: BaseException) -> Error:
+    if isinstance(e, KeyboardInterrupt | SystemExit):
+        e = Interrupted("training: stopped")
+    kind = next((name for name, known in _TYPES.items() if isinstance(e, known)), type(e).__name__)
+    trace = "" if kind in _TYPES else "".join(traceback.format_exception(e))
+    return Error(kind, str(e), trace, final=kind in ("UserError", "Interrupted"))
+
+
+def raise_error(error: Error | None, dead: Mapping[int, str]) -> None:
+    """Raise what ended a job: what is final before a process that died, and that before what others met because of it."""
+    if dead and not (error and error.final):
+        rank, how = next(iter(dead.items()))
+        raise Failure(f"training: process {rank} {how}; {GO_ON}")
+    if error and error.kind in _TYPES:
+        raise _TYPES[error.kind](error.message)
+    if error:
+        print(error.trace, file=sys.stderr)
+        raise Failure(f"training: {error.kind}: {error.message}; the lines above say where")
+
+
+def again(before: Error | None) -> str:
+    """What is said when a job's processes are started once more."""
+    why = f"{before.kind}: {before.message}" if before else "a process died"
+    return f"\ntraining: starting again from the last checkpoint ({' '.join(why.split())})\n"
+
+
+@contextlib.contextmanager
+def signals_passed_on(stop: Callable[[], Any], config: TrainConfig) -> Iterator[None]:
+    """Make SIGINT and SIGTERM a request to the other processes to save and stop.
+
+    Raises:
+        Failure: they have not done so in `stop_seconds` and some more.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def note(*_: Any) -> None:
+        stop()
+        # the processes' own limit comes first, and they know more
+        signal.setitimer(signal.ITIMER_REAL, config.stop_seconds + 30)
+
+    def late(*_: Any) -> None:
+        raise Failure(f"training: has not stopped {config.stop_seconds:g} s after the signal; {GO_ON}")
+
+    handlers: dict[int, Any] = {signal.SIGINT: note, signal.SIGTERM: note, signal.SIGALRM: late}
+    before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        for number, handler in before.items():
+            signal.signal(number, handler)
