@@ -1,10 +1,22 @@
 """The settings that every training stage has. Light to import: recipes are checked with it."""
 
+import re
 from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from longtake.datasets.stage import Scheduling, StageConfig
+
+
+def _pattern(text: str) -> str:
+    try:
+        re.compile(text)
+    except re.error as e:
+        raise ValueError(f"{text!r} is no regular expression ({e})") from e
+    return text
+
+
+Pattern = Annotated[str, AfterValidator(_pattern)]
 
 
 class CacheConfig(StageConfig):
@@ -12,6 +24,30 @@ class CacheConfig(StageConfig):
 
     folder: str
     max_bytes: int = Field(gt=0)
+
+
+class LoraConfig(StageConfig):
+    """Low-rank changes of some layers, which learn while all else stands still (arXiv 2106.09685)."""
+
+    rank: int = Field(16, ge=1)
+    alpha: float = Field(16.0, gt=0)  # the change counts alpha / rank
+    targets: tuple[Pattern, ...] = (r".*",)  # regular expressions of the names of linear and convolution layers
+
+
+class LaunchConfig(StageConfig):
+    """Where the training processes run. Under torchrun or deepspeed, which start them themselves, leave it as it is."""
+
+    by: Literal["process", "torchrun", "ray"] = "process"  # this one; local ones; a Ray cluster's
+    processes: int = Field(1, ge=1)
+    cpus: float = Field(1.0, gt=0)  # a process, of the Ray cluster
+    gpus: float = Field(0.0, ge=0)  # likewise
+    max_failures: int = Field(3, ge=0)  # restarts from the last checkpoint before the stage fails
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "LaunchConfig":
+        if self.by == "process" and self.processes > 1:
+            raise ValueError(f"processes {self.processes} needs by: torchrun or by: ray")
+        return self
 
 
 class TrainConfig(StageConfig):
@@ -29,20 +65,57 @@ class TrainConfig(StageConfig):
     gradient_clip: float = Field(1.0, ge=0)  # global norm; 0 does not clip
     precision: Literal["fp32", "bf16"] = "fp32"
     zero_stage: Literal[0, 1, 2, 3] = 0
-    ema_half_life: float = Field(1000, ge=0)  # steps; 0 keeps no average
+    offload: Literal["none", "optimizer", "parameters"] = "none"  # to the host's memory; parameters: the optimizer too
+    compile: bool = False  # torch.compile, block by block
+    ema_half_lives: tuple[float, ...] = (1000.0,)  # steps; the first average is registered, without one the raw weights
+    freeze: tuple[Pattern, ...] = ()  # regular expressions: parameters whose names begin with a match do not learn
+    lora: LoraConfig | None = None  # of the first module; all else in it stands still
+    skip_nonfinite: int = Field(0, ge=0)  # updates to leave out where a loss or gradient is not finite, before it fails
     seed: int = Field(0, ge=0)
     # these say how the work is done, not what comes out: change them in the middle of a run
+    launcher: Annotated[LaunchConfig, Scheduling()] = LaunchConfig()
     workers: Annotated[int, Scheduling()] = Field(1, ge=0)  # processes that decode, a rank
     cache: Annotated[CacheConfig | None, Scheduling()] = (
         None  # of a remote dataset's tars; None reads samples one by one
     )
     log_every: Annotated[int, Scheduling()] = Field(10, ge=1)
+    sample_every: Annotated[int, Scheduling()] = Field(500, ge=0)  # steps between videos to look at; 0 makes none
     checkpoint_every: Annotated[int, Scheduling()] = Field(200, ge=1)
-    keep_checkpoints: Annotated[int, Scheduling()] = Field(2, ge=1)
+    keep_checkpoints: Annotated[int, Scheduling()] = Field(2, ge=1)  # the latest ones
+    keep_every: Annotated[int | None, Scheduling()] = Field(
+        None, ge=1
+    )  # and those of steps divisible by this, for good
     checkpoints: Annotated[str | None, Scheduling()] = None  # local folder; None keeps them beside the stage's output
+    upload: Annotated[str | None, Scheduling()] = (
+        None  # URL that checkpoints are copied to, and fetched from if none is here
+    )
+    profile: Annotated[tuple[int, int] | None, Scheduling()] = None  # first and last step that torch's profiler records
+    peak_tflops: Annotated[float | None, Scheduling()] = Field(None, gt=0)  # of a device; None knows common GPUs
+    spike: Annotated[float, Scheduling()] = Field(
+        6.0, gt=0
+    )  # standard deviations above its mean that a loss is reported at
+    warn_data_wait: Annotated[float, Scheduling()] = Field(0.2, gt=0, le=1)  # share of the time
+    stall_seconds: Annotated[float, Scheduling()] = Field(1800.0, gt=0)  # without a step, then missing ranks are named
+    stop_seconds: Annotated[float, Scheduling()] = Field(300.0, gt=0)  # to save in, after a signal to stop
+
+    @model_validator(mode="before")
+    @classmethod
+    def _short(cls, given: object) -> object:
+        """`launcher: ray` is short for `launcher: {by: ray}`."""
+        if isinstance(given, dict) and isinstance(given.get("launcher"), str):
+            return given | {"launcher": {"by": given["launcher"]}}
+        return given
 
     @model_validator(mode="after")
     def _consistent(self) -> "TrainConfig":
         if self.batch % self.accumulate:
             raise ValueError(f"batch {self.batch} does not divide into accumulate {self.accumulate} passes")
+        if self.offload != "none" and self.zero_stage < (3 if self.offload == "parameters" else 1):
+            raise ValueError(
+                f"offload {self.offload} needs zero_stage {'3' if self.offload == 'parameters' else '1 to 3'}"
+            )
+        if any(life <= 0 for life in self.ema_half_lives):
+            raise ValueError("ema_half_lives must be positive; an empty list keeps no average")
+        if self.profile and not 0 < self.profile[0] <= self.profile[1]:
+            raise ValueError(f"profile {list(self.profile)}: needs the first and the last step, from 1 on")
         return self

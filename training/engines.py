@@ -2,15 +2,19 @@
 
 import logging
 import os
+import re
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from datetime import timedelta
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from longtake.datasets.errors import UserError
+from longtake.training import lora
 from longtake.training.config import TrainConfig
 
 
@@ -25,13 +29,20 @@ def deepspeed_config(config: TrainConfig, world: int, universal: bool = False) -
         raise UserError(
             f"batch: {config.batch} does not divide among {world} processes x accumulate {config.accumulate}"
         )
+    zero: dict[str, Any] = {"stage": config.zero_stage}
+    if config.offload != "none":
+        zero["offload_optimizer"] = {"device": "cpu"}
+    if config.offload == "parameters":
+        zero["offload_param"] = {"device": "cpu"}
     return {
         "train_batch_size": config.batch,
         "train_micro_batch_size_per_gpu": config.batch // passes,
         "gradient_accumulation_steps": config.accumulate,
-        "gradient_clipping": config.gradient_clip,
-        "bf16": {"enabled": config.precision == "bf16"},
-        "zero_optimization": {"stage": config.zero_stage},
+        # plain fp32 is clipped by `_finish_gradients`
+        "gradient_clipping": 0.0 if config.zero_stage == 0 and config.precision == "fp32" else config.gradient_clip,
+        # an update with a gradient that is not finite is left out, and the loop hears of it
+        "bf16": {"enabled": config.precision == "bf16", "check_grad_overflow": True},
+        "zero_optimization": zero,
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
         "checkpoint": {"load_universal": universal},
@@ -40,8 +51,10 @@ def deepspeed_config(config: TrainConfig, world: int, universal: bool = False) -
 
 
 @contextmanager
-def process_group() -> Iterator[tuple[int, int]]:
+def process_group(stall_seconds: float = 1800.0) -> Iterator[tuple[int, int]]:
     """(rank, world size). Under torchrun or Ray Train the group that their variables describe; alone, one without a port.
+
+    A group that is there already is used as it is. `stall_seconds` is how long a collective waits for a rank.
 
     Raises:
         UserError: MASTER_PORT is taken.
@@ -49,11 +62,18 @@ def process_group() -> Iterator[tuple[int, int]]:
     gpu = torch.cuda.is_available()
     if not gpu:
         os.environ["DS_ACCELERATOR"] = "cpu"
+    else:
+        torch.cuda.set_device(device())
+    if torch.distributed.is_initialized():
+        yield torch.distributed.get_rank(), torch.distributed.get_world_size()
+        return
     backend = "nccl" if gpu else "gloo"
     launched = "WORLD_SIZE" in os.environ and "MASTER_ADDR" in os.environ
+    # the watchdog of the loop speaks first, and says who is missing
+    patience = timedelta(seconds=1.5 * stall_seconds + 30)
     if launched:
         try:
-            torch.distributed.init_process_group(backend)
+            torch.distributed.init_process_group(backend, timeout=patience)
         except torch.distributed.DistNetworkError as e:
             port = os.environ.get("MASTER_PORT")
             raise UserError(
@@ -65,10 +85,19 @@ def process_group() -> Iterator[tuple[int, int]]:
     try:
         yield torch.distributed.get_rank(), torch.distributed.get_world_size()
     finally:
-        torch.distributed.destroy_process_group()
+        _destroy_group()
         if not launched:
             for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
                 del os.environ[name]
+
+
+def _destroy_group() -> None:
+    """End the group for DeepSpeed too, which remembers it: the next training in this process needs another."""
+    comm = sys.modules.get("deepspeed.comm.comm")
+    if comm is not None and comm.cdb is not None:
+        comm.destroy_process_group()
+    else:
+        torch.distributed.destroy_process_group()
 
 
 def device() -> torch.device:
@@ -79,12 +108,32 @@ def device() -> torch.device:
     )
 
 
+def store() -> Any:
+    """The key-value store that the ranks of the process group share; threads may use it while collectives run."""
+    return torch.distributed.distributed_c10d._get_default_store()
+
+
+def freeze(module: nn.Module, patterns: tuple[str, ...]) -> None:
+    """Let the parameters whose names begin with a match stand still. Raises UserError for a pattern that finds none."""
+    for pattern in patterns:
+        found = [p for name, p in module.named_parameters() if re.match(pattern, name)]
+        if not found:
+            names = ", ".join(name for name, _ in module.named_children())
+            raise UserError(f"freeze: {pattern!r} matches no parameter; their names begin with {names}")
+        for parameter in found:
+            parameter.requires_grad_(False)
+
+
 def engines_of(
     modules: Mapping[str, nn.Module], config: TrainConfig, world: int, universal: bool = False
 ) -> dict[str, Any]:
     """A DeepSpeed engine for each module, AdamW over its parameters that take gradients. Needs a process group.
 
-    With `universal` the engines will load a universal checkpoint (see `checkpoint.for_world`).
+    The first module is changed as `freeze` and `lora` of the config say. With `universal` the engines will load a
+    universal checkpoint (see `checkpoint.for_world`).
+
+    Raises:
+        UserError: the batch does not divide among the processes; `freeze` or `lora` finds nothing; nothing learns.
     """
     settings = deepspeed_config(config, world, universal)
     with _compiler_noise_hidden():
@@ -93,14 +142,56 @@ def engines_of(
     # else a C++ extension is compiled at the first start, for minutes, and a killed build hangs every later one
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(dist_backend=torch.distributed.get_backend(), dist_init_required=False)
+    first = next(iter(modules.values()))
+    freeze(first, config.freeze)
+    if config.lora:
+        lora.attach(first, config.lora)
     made = {}
     for name, module in modules.items():
         trained = [p for p in module.parameters() if p.requires_grad]
+        if not trained:
+            raise UserError(f"freeze: nothing is left to learn in {name}")
         optimizer = torch.optim.AdamW(trained, lr=config.lr, betas=config.betas, weight_decay=config.weight_decay)
-        made[name] = deepspeed.initialize(model=module, optimizer=optimizer, config=settings, dist_init_required=False)[
-            0
-        ]
+        engine = deepspeed.initialize(model=module, optimizer=optimizer, config=settings, dist_init_required=False)[0]
+        if config.zero_stage == 3:
+            _fill_states(engine)
+        if world == 1 and config.zero_stage == 0:
+            # else all gradients are copied together, sent to nobody and copied back
+            engine.enable_backward_allreduce = False
+        if _plain(engine):
+            optimizer.register_step_pre_hook(partial(_finish_gradients, config.gradient_clip))
+        made[name] = engine
     return made
+
+
+def _fill_states(engine: Any) -> None:
+    """Give AdamW its states before the first update: a checkpoint from before it could not be made universal at ZeRO-3."""
+    optimizer = engine.optimizer.optimizer
+    for p in engine.optimizer.fp32_partitioned_groups_flat:
+        zeros = torch.zeros_like(p, requires_grad=False)
+        optimizer.state[p] = {"step": torch.tensor(0.0), "exp_avg": zeros, "exp_avg_sq": zeros.clone()}
+
+
+def _plain(engine: Any) -> bool:
+    """Whether the engine's parameters are the fp32 weights themselves, whole on every rank."""
+    return engine.zero_optimization_stage() == 0 and not engine.bfloat16_enabled()
+
+
+def _finish_gradients(clip: float, optimizer: Any, *_: Any) -> None:
+    """What DeepSpeed does itself at all other stages: clip, and leave the weights alone where a gradient is not finite."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+    norm = torch.nn.utils.get_total_norm([p.grad for p in parameters])
+    optimizer.norm, optimizer.left_out = float(norm), not bool(torch.isfinite(norm))
+    if optimizer.left_out:
+        for parameter in parameters:
+            parameter.grad = None
+    elif clip:
+        torch.nn.utils.clip_grads_with_norm_(parameters, clip, norm)
+
+
+def left_out(engine: Any) -> bool:
+    """Whether the last update was left out, on all ranks, because a gradient was not finite."""
+    return bool(engine.optimizer.left_out if _plain(engine) else engine.optimizer.overflow)
 
 
 @contextmanager
@@ -117,31 +208,87 @@ def _compiler_noise_hidden() -> Iterator[None]:
         os.close(null)
 
 
-@contextmanager
-def whole(engine: Any) -> Iterator[nn.Module]:
-    """The engine's module with all parameters present, to read; under ZeRO-3 they are gathered for the block."""
-    if engine.zero_optimization_stage() < 3:
-        yield engine.module
-        return
-    import deepspeed
+class Fragment(NamedTuple):
+    """The part of a parameter or buffer that this rank holds: `value` is flat, elements from `start` on."""
 
-    with deepspeed.zero.GatheredParameters(list(engine.module.parameters())):
-        yield engine.module
+    name: str
+    shape: torch.Size
+    start: int
+    value: Tensor
+    learns: bool
 
 
-def weights(engine: Any) -> dict[str, Tensor]:
-    """A copy of the module's state in fp32, on this device. Every rank must call it."""
-    with whole(engine) as module:
-        return {
-            k: v.detach().float().clone() if v.is_floating_point() else v.clone()
-            for k, v in module.state_dict().items()
-        }
+def fragments(engine: Any) -> Iterator[Fragment]:
+    """This rank's share of the module's state, each element on exactly one rank; what learns in fp32, as updated.
+
+    Nothing is copied or gathered: this reads what ZeRO has on this rank, whatever the stage.
+    """
+    rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    stage = engine.zero_optimization_stage()
+    low, full = (
+        (getattr(engine.optimizer, f"{kind}_groups", []) for kind in ("fp16", "fp32")) if stage == 0 else ([], [])
+    )
+    masters = {id(p): m.data for a, b in zip(low, full, strict=True) for p, m in zip(a, b, strict=True)}
+    for number, (name, p) in enumerate(engine.module.named_parameters()):
+        if stage == 3:
+            from deepspeed.utils import safe_get_local_fp32_param
+
+            value = safe_get_local_fp32_param(p) if p.requires_grad else p.ds_tensor.data
+            start = rank * p.ds_tensor.numel()
+            value = value.flatten()[: max(0, p.ds_numel - start)]
+            if value.numel():
+                yield Fragment(name, p.ds_shape, start, value, p.requires_grad)
+        elif hasattr(p, "_hp_mapping"):
+            if p._hp_mapping is not None:
+                start = p._hp_mapping.lp_fragment_address.start
+                yield Fragment(name, p.shape, start, p._hp_mapping.hp_fragment.data, p.requires_grad)
+        elif number % world == rank:
+            yield Fragment(name, p.shape, 0, masters.get(id(p), p.data).flatten(), p.requires_grad)
+    if rank == 0:
+        kept = engine.module.state_dict().keys()
+        for name, buffer in engine.module.named_buffers():
+            if name in kept:
+                yield Fragment(name, buffer.shape, 0, buffer.data.flatten(), False)
 
 
-def gradient_norm(engine: Any) -> float | None:
-    """Global norm of the gradients of the step just taken, where DeepSpeed reports one."""
-    norm = engine.get_global_grad_norm()
-    return None if norm is None else float(norm)
+def gradient_norms(engine: Any) -> dict[str, float]:
+    """Norm of the gradients of each child of the module, before clipping; between the last backward and the update.
+
+    Every rank must call it. Adds up what each rank has and shares one small vector.
+    """
+    children = [name for name, child in engine.module.named_children() if any(True for _ in child.parameters())]
+    held: dict[str, list[Tensor]] = {name: [] for name in children}
+    rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    for number, (name, p) in enumerate(engine.module.named_parameters()):
+        child = name.partition(".")[0]
+        if p.requires_grad and child in held:
+            gradient = _local_gradient(engine, p, number % world == rank)
+            if gradient is not None:
+                held[child].append(gradient.float())
+    norms = [torch.nn.utils.get_total_norm(gradients).to(device()) for gradients in held.values()]
+    squares = torch.stack(norms).square() if norms else torch.zeros(0, device=device())
+    torch.distributed.all_reduce(squares)
+    return dict(zip(children, squares.sqrt().tolist(), strict=True))
+
+
+def _local_gradient(engine: Any, p: nn.Parameter, mine: bool) -> Tensor | None:
+    if engine.zero_optimization_stage() == 3:
+        from deepspeed.utils import safe_get_local_grad
+
+        return safe_get_local_grad(p)
+    if not hasattr(p, "_hp_mapping"):
+        return p.grad if mine else None
+    held: Any = p._hp_mapping
+    if held is None:
+        return None
+    gradient = held.get_lp_grad_fragment(p._index_in_param_group).flatten()  # type: ignore[attr-defined]
+    place = held.lp_fragment_address
+    return gradient[place.start : place.start + place.numel] if gradient.numel() == p.numel() else gradient
+
+
+def gradient_norm(engine: Any) -> float:
+    """Global norm of the gradients of the update just made, before clipping."""
+    return float(engine.optimizer.norm if _plain(engine) else engine.get_global_grad_norm())
 
 
 def set_lr(engine: Any, lr: float) -> None:

@@ -1,18 +1,16 @@
 """The training loop: read it from top to bottom. It knows engines, objective, loader, tracker and checkpoints.
 
-A step is: data, then for each engine a forward, a backward and an update, then the average of the weights, then
+A step is: data, then for each engine a forward, a backward and an update, then the averages of the weights, then
 bookkeeping. Nothing random outlives a step: generators are seeded from (seed, step, pass, rank), so a resumed run needs no
-saved random state. It stops, saves and says where on a non-finite loss; it saves and leaves on SIGINT and SIGTERM.
+saved random state.
 """
 
-import json
 import math
-import signal
+import os
 import sys
-import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,27 +19,41 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from longtake.datasets.errors import Failure, Interrupted
-from longtake.datasets.loader import Loader
-from longtake.training import checkpoint, engines
+from longtake.datasets.errors import Interrupted, UserError
+from longtake.datasets.loader import Stream
+from longtake.datasets.stage import content
+from longtake.training import averages, checkpoint, copies, engines, guards, watch
 from longtake.training.config import TrainConfig
 from longtake.training.tracker import Tracker
 
 Batch = dict[str, Any]
 Engines = Mapping[str, Any]
+_MAY_CHANGE = ("steps", "skip_nonfinite")
 
 
 @dataclass(frozen=True)
 class Objective:
     """What is trained: modules by engine name, and for each engine its loss on a batch.
 
-    `loss(name, engines, batch, generator)` returns a scalar loss and metrics to log. It calls `engines[name](...)`
-    for the engine that learns now, and `engines[other].module(...)` for one that is frozen meanwhile; engines take
-    their turns in the order of `modules`.
+    Args:
+        modules: in the order in which their engines take turns. The first is the one that is averaged and registered.
+        loss: `loss(name, engines, batch, generator)` returns a scalar and metrics to log. It calls `engines[name](...)`
+            for the engine that learns now, and `engines[other].module(...)` for one that is frozen meanwhile.
+        sample: `sample(engines, generator)` returns videos to look at by name, uint8 `(T, H, W, 3)`; called without
+            gradients, on all ranks.
+        fps: of those videos.
+        tokens: how many tokens a batch has, for the tokens per second.
+        blocks: parts of the modules that `compile` compiles one by one.
+        starts: step at which an engine begins to learn, 0 for those that are not named.
     """
 
     modules: dict[str, nn.Module]
     loss: Callable[[str, Engines, Batch, torch.Generator], tuple[Tensor, dict[str, Tensor]]]
+    sample: Callable[[Engines, torch.Generator], dict[str, np.ndarray]] | None = None
+    fps: int = 8
+    tokens: Callable[[Batch], int] | None = None
+    blocks: Sequence[nn.Module] = ()
+    starts: Mapping[str, int] = field(default_factory=dict)
 
 
 def learning_rate(config: TrainConfig, step: int) -> float:
@@ -61,41 +73,56 @@ def pass_seed(seed: int, step: int, number: int, rank: int) -> int:
 
 def train(
     objective: Objective,
-    loader: Loader,
+    loader: Stream,
     config: TrainConfig,
     folder: Path,
-    tracker: Tracker | None,
-    rank: int,
-    world: int,
-) -> dict[str, Tensor]:
-    """Train to `config.steps`, from the latest checkpoint in `folder` if there is one.
+    tracker: Tracker | None = None,
+    stop: Callable[[], bool] = lambda: False,
+) -> None:
+    """Train to `config.steps` from the latest checkpoint in `folder`, if there is one, and leave the last one there.
 
-    Returns:
-        fp32 weights of the first engine's module: their average, or the raw ones where `ema_half_life` is 0.
+    Every rank of the process group calls it. `tracker` is for the first rank only; `stop` says that somebody wants this
+    process to save and leave, beside SIGINT and SIGTERM.
 
     Raises:
-        Failure: out of memory; or a loss or gradient is not finite, and the batch's keys are in `folder/nonfinite-RANK.json`.
-        Interrupted: stopped by a signal, after saving.
+        UserError: the checkpoints in `folder` belong to other settings, or to another dataset.
+        Failure: out of memory; a loss or gradient is not finite; a checkpoint cannot be read or written.
+        Interrupted: told to stop, and saved.
     """
-    device = engines.device()
+    rank, world, device = torch.distributed.get_rank(), torch.distributed.get_world_size(), engines.device()
+    folder.mkdir(parents=True, exist_ok=True)
     if rank == 0:
-        for old in folder.glob("nonfinite-*.json"):
+        for old in (*folder.glob("nonfinite-*.json"), *folder.glob("spikes.jsonl")):
             old.unlink()
+    if config.upload:
+        copies.fetch(folder, config.upload)
     universal = checkpoint.for_world(folder, list(objective.modules), config.zero_stage)
     made = engines.engines_of(objective.modules, config, world, universal)
+    if config.compile:
+        for block in objective.blocks:
+            block.compile()
     lead = next(iter(made.values()))
-    step, ema = 0, engines.weights(lead)
-    if found := checkpoint.load(folder, made, universal):
-        meta, ema = found
-        step = meta["step"]
+    step, left_out, ema = 0, 0, averages.begin(lead, config.ema_half_lives)
+    if found := checkpoint.latest(folder):
+        meta = checkpoint.meta(found)
+        _same_settings(config, meta["settings"], found)
         loader.load_state_dict(meta["loader"])
-        ema = {name: value.to(device) for name, value in ema.items()}
+        checkpoint.load(found, made, universal)
+        averages.restore(ema, lead, {life: checkpoint.Weights(found, life) for life in ema})
+        step, left_out = meta["step"], meta["left_out"]
 
-    def save() -> None:
-        checkpoint.save(folder, made, ema, {"step": step, "loader": loader.state_dict()}, config.keep_checkpoints)
-
-    window = _Window()
-    batches = iter(loader)
+    facts = {"run": os.environ.get("MLFLOW_RUN_ID"), "recipe": os.environ.get("LONGTAKE_RECIPE"), "seed": config.seed}
+    keeper = checkpoint.Checkpoints(
+        folder, config.keep_checkpoints, config.keep_every, config.upload, config.stall_seconds
+    )
+    nonfinite = guards.Nonfinite(folder, config.skip_nonfinite, left_out)
+    spikes = guards.Spikes(folder, config.spike)
+    clock, flops, rows = watch.Clock(), watch.Flops(), list[dict[str, Any]]()
+    peak, profile = (
+        watch.peak_flops(config.peak_tflops),
+        watch.Profile(config.profile, folder / "profile", config.steps),
+    )
+    batches, began = iter(loader), step
     bar = tqdm(
         desc="train",
         total=config.steps,
@@ -104,73 +131,104 @@ def train(
         disable=rank != 0,
         mininterval=1.0 if sys.stderr.isatty() else 15.0,
     )
-    with _stop_signal() as stopped, bar:
+    with (
+        guards.stop_signal(config.stop_seconds, stop) as told,
+        keeper,
+        guards.watchdog(config.stall_seconds) as beat,
+        bar,
+    ):
         while step < config.steps:
-            start = time.perf_counter()
+            profile.before(step + 1)
             rate = learning_rate(config, step)
-            waited, metrics = 0.0, dict[str, Tensor]()
+            logs = (step + 1) % config.log_every == 0 or step + 1 == config.steps
+            lost = dict[str, Tensor]()
+            metrics, keys = dict[str, Any](), list[str]()
             for number in range(config.accumulate):
-                asked = time.perf_counter()
-                batch = {
-                    k: v.to(device, non_blocking=True) if isinstance(v, Tensor) else v for k, v in next(batches).items()
-                }
-                waited += time.perf_counter() - asked
+                beat(step, "data")
+                with clock.part("data"):
+                    batch = _to_device(next(batches), device)
+                keys += batch.get("key", [])
                 # after the data, since a loader that starts draws from the global generator
                 seed = pass_seed(config.seed, step, number, rank)
                 torch.manual_seed(seed)
                 generator = torch.Generator(device).manual_seed(seed)
                 for name, engine in made.items():
-                    with _only_learning(made, name), _memory_told(step, batch):
-                        engines.set_lr(engine, rate)
-                        loss, logged = objective.loss(name, made, batch, generator)
-                        metrics |= logged
-                        _check_finite(loss, f"loss of {name}", step, batch, folder)
-                        engine.backward(loss)
-                        engine.step()
-                    if (norm := engines.gradient_norm(engine)) is not None:
-                        metrics[f"gradient_norm_{name}"] = torch.tensor(norm)
-                        _check_finite(metrics[f"gradient_norm_{name}"], f"gradient of {name}", step, batch, folder)
+                    if step < objective.starts.get(name, 0):
+                        continue
+                    engines.set_lr(engine, rate)
+                    shape = watch.batch_key(name, batch)
+                    with _only_learning(made, name), guards.memory_told(step, batch):
+                        beat(step, f"forward of {name}")
+                        with clock.part("forward"), flops.counting(shape, "forward"):
+                            loss, logged = objective.loss(name, made, batch, generator)
+                        beat(step, f"backward of {name}")
+                        with clock.part("backward"), flops.counting(shape, "backward"):
+                            engine.backward(guards.contagious(loss))
+                        lost[name] = lost.get(name, 0) + ~torch.isfinite(loss.detach())
+                        beat(step, f"update of {name}")
+                        if logs and number + 1 == config.accumulate:
+                            norms = engines.gradient_norms(engine)
+                            metrics |= {f"gradient_norm_{name}/{child}": norm for child, norm in norms.items()}
+                        with clock.part("update"):
+                            engine.step()
+                    clock.flops += world * flops.of(shape)
+                    metrics |= logged
+                if objective.tokens:
+                    clock.tokens += world * objective.tokens(batch)
             step += 1
-            _average(ema, lead, config.ema_half_life, step)
-            window.add({k: float(v) for k, v in metrics.items()}, time.perf_counter() - start, waited)
+            clock.steps += 1
+            clock.samples += world * len(keys)
+            leave, *anywhere = guards.on_any_rank(told(), *lost.values())
+            for (name, here), somewhere in zip(lost.items(), anywhere, strict=True):
+                metrics[f"gradient_norm_{name}"] = engines.gradient_norm(made[name])
+                if somewhere or engines.left_out(made[name]):
+                    nonfinite.heed(step, name, bool(here), somewhere, keys)
+            averages.move(ema, lead, step)
+            if "loss" in metrics and spikes.heed(step, float(metrics["loss"]), keys):
+                bar.write(
+                    f"warning: the loss leaps to {float(metrics['loss']):.4g} at step {step}, see {folder}/spikes.jsonl"
+                )
+            rows.append(metrics)
             bar.update()
-            if step % config.log_every == 0 or step == config.steps:
-                values = window.take(config.batch)
+            if logs:
+                values = (
+                    watch.means(rows) | clock.take(peak and peak * world) | watch.memory() | {"learning_rate": rate}
+                )
+                values |= {"updates_left_out": float(nonfinite.count)}
+                rows, clock = list[dict[str, Any]](), watch.Clock()
                 bar.set_postfix(
                     loss=f"{values.get('loss', math.nan):.4f}",
                     data_wait=f"{values['data_wait_share']:.0%}",
                     refresh=False,
                 )
+                if values["data_wait_share"] > config.warn_data_wait and step > began + config.log_every:
+                    bar.write(
+                        f"warning: step {step}: {values['data_wait_share']:.0%} of the time went into waiting for data;"
+                        f" raise workers (now {config.workers}), or cache the dataset"
+                    )
                 if tracker:
-                    tracker.log(step, values | {"learning_rate": rate})
-            stop = stopped()
-            if step % config.checkpoint_every == 0 or step == config.steps or stop:
-                save()
-            if stop:
+                    tracker.log(step, values)
+            if (recorded := profile.after(step)) and tracker:
+                tracker.later(recorded, "profile")
+            if objective.sample and config.sample_every and step % config.sample_every == 0:
+                beat(step, "sample")
+                _look(objective, made, config, step, tracker)
+            if step % config.checkpoint_every == 0 or step == config.steps or leave:
+                beat(step, "checkpoint")
+                state = {
+                    "step": step,
+                    "loader": loader.state_dict(),
+                    "settings": content(config),
+                    "left_out": nonfinite.count,
+                }
+                keeper.save(made, ema, state | facts)
+            if leave:
+                keeper.wait()
                 raise Interrupted(f"train: stopped at step {step}, state saved")
-    return ema
 
 
-class _Window:
-    """Means of what happened since the last logging."""
-
-    def __init__(self) -> None:
-        self.rows: list[dict[str, float]] = []
-        self.seconds = self.waited = 0.0
-
-    def add(self, metrics: dict[str, float], seconds: float, waited: float) -> None:
-        self.rows.append(metrics)
-        self.seconds += seconds
-        self.waited += waited
-
-    def take(self, batch: int) -> dict[str, float]:
-        names = self.rows[0]
-        values = {name: sum(row[name] for row in self.rows) / len(self.rows) for name in names}
-        values["seconds_per_step"] = self.seconds / len(self.rows)
-        values["samples_per_second"] = batch * len(self.rows) / self.seconds
-        values["data_wait_share"] = self.waited / self.seconds
-        self.__init__()  # type: ignore[misc]
-        return values
+def _to_device(batch: Batch, device: torch.device) -> Batch:
+    return {k: v.to(device, non_blocking=True) if isinstance(v, Tensor) else v for k, v in batch.items()}
 
 
 @contextmanager
@@ -188,67 +246,28 @@ def _only_learning(made: Engines, name: str) -> Iterator[None]:
             parameter.requires_grad_(True)
 
 
-@contextmanager
-def _memory_told(step: int, batch: Batch) -> Iterator[None]:
-    """Say which batch did not fit, and what to lower."""
-    try:
-        yield
-    except torch.OutOfMemoryError as e:
-        shapes = ", ".join(f"{k} {tuple(v.shape)}" for k, v in batch.items() if isinstance(v, Tensor) and v.ndim > 1)
-        raise Failure(
-            f"out of memory at step {step} with {shapes} on this process; lower batch, frames or size, or raise accumulate"
-            " or zero_stage; the last checkpoint is whole"
-        ) from e
+@torch.no_grad()
+def _look(objective: Objective, made: Engines, config: TrainConfig, step: int, tracker: Tracker | None) -> None:
+    """Sample videos for people to look at, always from the same noise. Under ZeRO-3 every rank must take part."""
+    assert objective.sample is not None
+    device = engines.device()
+    generator = torch.Generator(device).manual_seed(config.seed)
+    learning = [m for engine in made.values() for m in engine.module.modules() if m.training]
+    for module in learning:
+        module.training = False
+    videos = objective.sample(made, generator)
+    for module in learning:
+        module.training = True
+    for name, video in videos.items():
+        if tracker:
+            tracker.video(step, name, video, objective.fps)
 
 
-def _average(ema: dict[str, Tensor], engine: Any, half_life: float, step: int) -> None:
-    """Move the average towards the weights; early on its memory is a tenth of the steps so far (EDM2, section C)."""
-    keep = 0.5 ** (1 / min(half_life, step / 10)) if half_life else 0.0
-    with engines.whole(engine) as module, torch.no_grad():
-        for name, value in module.state_dict().items():
-            if value.is_floating_point():
-                ema[name].lerp_(value.float(), 1 - keep)
-            else:
-                ema[name].copy_(value)
-
-
-def _check_finite(value: Tensor, what: str, step: int, batch: Batch, folder: Path) -> None:
-    """Raises Failure on every rank if the value of any is not finite; a rank where it is not writes its batch's keys."""
-    fine = bool(torch.isfinite(value.detach()))
-    if _on_any_rank(not fine):
-        path = folder / f"nonfinite-{torch.distributed.get_rank()}.json"
-        if not fine:
-            path.write_text(json.dumps({"step": step, "what": what, "keys": batch["key"]}))
-        torch.distributed.barrier()
-        found = ", ".join(sorted(p.name for p in folder.glob("nonfinite-*.json")))
-        raise Failure(
-            f"{what} is not finite at step {step}; the batch's keys are in {folder} ({found});"
-            f" the last checkpoint is whole: lower lr and go on"
+def _same_settings(config: TrainConfig, saved: dict[str, Any], found: Path) -> None:
+    now = content(config)
+    other = [k for k in sorted(now.keys() | saved.keys()) if k not in _MAY_CHANGE and now.get(k) != saved.get(k)]
+    if other:
+        raise UserError(
+            f"{found}: belongs to other settings ({', '.join(f'{k}: {saved.get(k)} there, {now.get(k)} here' for k in other[:3])});"
+            " name another folder in checkpoints"
         )
-
-
-def _on_any_rank(here: bool) -> bool:
-    if torch.distributed.get_world_size() == 1:
-        return here
-    flag = torch.tensor(float(here), device=engines.device())
-    torch.distributed.all_reduce(flag, torch.distributed.ReduceOp.MAX)
-    return bool(flag.item())
-
-
-@contextmanager
-def _stop_signal() -> Iterator[Callable[[], bool]]:
-    """Whether SIGINT or SIGTERM has come on any rank; a second one kills at once."""
-    came = False
-
-    def note(number: int, _: Any) -> None:
-        nonlocal came
-        came = True
-        signal.signal(number, signal.SIG_DFL)
-
-    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
-
-    try:
-        yield lambda: _on_any_rank(came)
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

@@ -6,7 +6,6 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ from longtake.datasets.loader import Loader, to_model
 from longtake.datasets.stage import content
 from longtake.training import checkpoint, engines
 from longtake.training.config import TrainConfig
-from longtake.training.loop import Batch, Engines, Objective, learning_rate, train
+from longtake.training.loop import Batch, Engines, Objective, learning_rate, pass_seed, train
 
 SETTINGS: dict[str, Any] = {
     "steps": 6,
@@ -28,14 +27,8 @@ SETTINGS: dict[str, Any] = {
     "workers": 0,
     "log_every": 2,
     "checkpoint_every": 3,
-    "ema_half_life": 2,
+    "ema_half_lives": [2],
 }
-
-
-@pytest.fixture(scope="module")
-def group() -> Iterator[None]:
-    with engines.process_group():
-        yield
 
 
 def tiny(fault_at: int | None = None) -> Objective:
@@ -62,11 +55,20 @@ def loader(dataset: str, **options: Any) -> Loader:
 
 def run(dataset: str, folder: Path, objective: Objective | None = None, **changes: Any) -> dict[str, Tensor]:
     config = TrainConfig(**SETTINGS | changes)
-    return train(objective or tiny(), loader(dataset), config, folder, None, 0, 1)
+    train(objective or tiny(), loader(dataset), config, folder)
+    return checkpoint.trained(folder, config)
 
 
 def same(one: dict[str, Tensor], two: dict[str, Tensor]) -> bool:
     return one.keys() == two.keys() and all(torch.equal(one[k], two[k]) for k in one)
+
+
+def test_a_process_trains_in_one_group_after_another(small: Any, tmp_path: Path) -> None:
+    learned = []
+    for number in range(2):
+        with engines.process_group():
+            learned.append(small.fit(tmp_path / str(number), zero_stage=1))
+    assert small.same(*learned)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
@@ -105,15 +107,16 @@ def test_training_learns(dataset: str, tmp_path: Path, group: None) -> None:
         def log(self, step: int, metrics: dict[str, float]) -> None:
             self.losses.append(metrics["loss"])
             self.names |= set(metrics)
+            self.last = metrics
 
     recorder: Any = Recorder()
-    train(tiny(), loader(dataset), TrainConfig(**SETTINGS | {"steps": 60}), tmp_path, recorder, 0, 1)
+    train(tiny(), loader(dataset), TrainConfig(**SETTINGS | {"steps": 60}), tmp_path, recorder)
     assert recorder.losses[-1] < 0.7 * recorder.losses[0]
     assert {"loss", "learning_rate", "seconds_per_step", "samples_per_second", "data_wait_share"} <= recorder.names
 
 
 def test_a_loss_that_is_not_finite_stops_and_names_the_batch(dataset: str, tmp_path: Path, group: None) -> None:
-    with pytest.raises(Failure, match="loss of generator is not finite at step 4"):
+    with pytest.raises(Failure, match="loss of generator is not finite at step 5"):
         run(dataset, tmp_path, tiny(fault_at=5))
     keys = json.loads((tmp_path / "nonfinite-0.json").read_text())["keys"]
     assert len(keys) == 2 and all("-" in k for k in keys)
@@ -132,18 +135,11 @@ def test_accumulated_passes_equal_one_large_batch(dataset: str, tmp_path: Path, 
 
     one = Loader(dataset, columns=("video",), frames=9, size=(32, 32), batch=4, shuffle=False)
     two = Loader(dataset, columns=("video",), frames=9, size=(32, 32), batch=2, shuffle=False)
-    results = [
-        train(
-            Objective({"generator": module()}, plain),
-            stream,
-            TrainConfig(**SETTINGS | {"steps": 1, "batch": 4, "accumulate": n}),
-            tmp_path / str(n),
-            None,
-            0,
-            1,
-        )
-        for n, stream in ((1, one), (2, two))
-    ]
+    results = []
+    for n, stream in ((1, one), (2, two)):
+        config = TrainConfig(**SETTINGS | {"steps": 1, "batch": 4, "accumulate": n})
+        train(Objective({"generator": module()}, plain), stream, config, tmp_path / str(n))
+        results.append(checkpoint.trained(tmp_path / str(n), config))
     assert all(torch.allclose(results[0][k], results[1][k], atol=1e-6) for k in results[0])
 
 
@@ -161,7 +157,7 @@ def test_old_checkpoints_go_and_a_damaged_one_is_named(dataset: str, tmp_path: P
     run(dataset, tmp_path, steps=5, checkpoint_every=1, keep_checkpoints=2)
     assert sorted(p.name for p in tmp_path.glob("step-*")) == ["step-00000004", "step-00000005"]
     assert not list(tmp_path.glob(".*"))
-    (tmp_path / "step-00000005" / "ema.safetensors").write_bytes(b"damaged")
+    (tmp_path / "step-00000005" / "weights-00000.safetensors").write_bytes(b"damaged")
     with pytest.raises(Failure, match="step-00000005: damaged checkpoint"):
         run(dataset, tmp_path, steps=5)
 
@@ -239,6 +235,183 @@ def test_a_full_disk_while_saving_is_one_line_and_costs_no_older_checkpoint(
         assert same(run(dataset, disk, steps=6), run(dataset, tmp_path / "straight", steps=6))
     finally:
         subprocess.run(["umount", str(disk)], check=True)
+
+
+STAGES = pytest.mark.parametrize("zero_stage", [0, 1, 2, 3])
+
+
+def plainly(small: Any, steps: int, clip: float = 0.0) -> tuple[list[dict[str, Tensor]], list[dict[str, float]]]:
+    """The small training by hand in plain PyTorch: the weights before and after each step, and the gradients' norms."""
+    module = small.module()
+    optimizer = torch.optim.AdamW(module.parameters(), lr=1e-2, weight_decay=0.01)
+    weights, norms = [{k: v.clone() for k, v in module.state_dict().items()}], []
+    for step in range(steps):
+        x = small.rows(step, 4)
+        generator = torch.Generator().manual_seed(pass_seed(0, step, 0, 0))
+        optimizer.zero_grad()
+        small.loss_of(module, x + 0.01 * torch.randn(x.shape, generator=generator)).backward()
+        gradients = {k: [p.grad for p in child.parameters()] for k, child in module.named_children() if k != "1"}
+        found = {f"/{k}": float(torch.nn.utils.get_total_norm(g)) for k, g in gradients.items()}
+        if clip:
+            found[""] = float(torch.nn.utils.clip_grad_norm_(module.parameters(), clip))
+        else:
+            found[""] = float(torch.nn.utils.get_total_norm([g for each in gradients.values() for g in each]))
+        norms.append({f"gradient_norm_generator{k}": v for k, v in found.items()})
+        optimizer.step()
+        weights.append({k: v.clone() for k, v in module.state_dict().items()})
+    return weights, norms
+
+
+def averaged(weights: list[dict[str, Tensor]], half_life: float) -> dict[str, Tensor]:
+    """EDM2's average by its definition: each step forgets by the half-life, early on by a tenth of the steps so far."""
+    mean = weights[0]
+    for step, now in enumerate(weights[1:], 1):
+        keep = 2.0 ** (-1 / min(half_life, step / 10))
+        mean = {k: keep * mean[k] + (1 - keep) * now[k] for k in now}
+    return mean
+
+
+@STAGES
+def test_weights_and_several_averages_are_those_of_plain_pytorch(
+    small: Any, tmp_path: Path, group: None, zero_stage: int
+) -> None:
+    expected, _ = plainly(small, 30)
+    lives = [0.5, 2, 1000]
+    raw = small.fit(
+        tmp_path, steps=30, ema_half_lives=lives, zero_stage=zero_stage, gradient_clip=0, checkpoint_every=11
+    )
+    assert small.close(raw, expected[-1])
+    for life in lives:
+        assert small.close(small.weights(tmp_path, f"{life:g}"), averaged(expected, life)), life
+    assert not small.close(small.weights(tmp_path, "0.5"), small.weights(tmp_path, "1000"), atol=1e-4)
+
+
+@STAGES
+def test_in_bf16_weights_and_averages_are_those_of_the_fp32_masters(
+    small: Any, tmp_path: Path, group: None, zero_stage: int
+) -> None:
+    made, seen = small.objective(), []
+
+    def loss(name: str, made_: Engines, batch: Batch, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
+        if zero_stage < 3:
+            seen.append({k: v.clone() for k, v in made.modules["generator"].state_dict().items()})
+        return made.loss(name, made_, batch, generator)
+
+    settings = {"zero_stage": zero_stage, "precision": "bf16", "ema_half_lives": [0.5], "checkpoint_every": 1}
+    small.fit(tmp_path, Objective(made.modules, loss), steps=8, lr=1e-4, keep_checkpoints=99, **settings)
+    masters = [small.weights(tmp_path, step=step) for step in range(1, 9)]
+    for master, low in zip(masters, seen[1:], strict=False):
+        assert all(low[k].dtype == torch.bfloat16 and torch.equal(master[k].bfloat16(), low[k]) for k in master)
+    start = {k: v.bfloat16().float() for k, v in small.module().state_dict().items()}
+    assert small.close(small.weights(tmp_path, "0.5"), averaged([start, *masters], 0.5))
+    rounded = [{k: v.bfloat16().float() for k, v in each.items()} for each in masters]
+    assert not small.close(small.weights(tmp_path, "0.5"), averaged([start, *rounded], 0.5), atol=1e-5)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("clip", [0.0, 0.05])
+@STAGES
+def test_gradient_norms_and_clipping_are_those_of_plain_pytorch(
+    small: Any, tmp_path: Path, group: None, zero_stage: int, clip: float, precision: str
+) -> None:
+    weights, norms = plainly(small, 4, clip)
+    log = small.Log()
+    settings = {"steps": 4, "gradient_clip": clip, "zero_stage": zero_stage, "precision": precision}
+    raw = small.fit(tmp_path, log=log, **settings)
+    tolerance = 1e-5 if precision == "fp32" else 0.05
+    for (_, found), expected in zip(log.rows, norms, strict=True):
+        assert {k: v for k, v in found.items() if k.startswith("gradient_norm")} == pytest.approx(
+            expected, rel=tolerance
+        )
+    if precision == "fp32":
+        assert small.close(raw, weights[-1])
+
+
+@STAGES
+def test_gradient_norms_are_those_of_all_accumulated_passes(
+    small: Any, tmp_path: Path, group: None, zero_stage: int
+) -> None:
+    log = small.Log()
+    small.fit(tmp_path, log=log, steps=1, batch=8, accumulate=2, zero_stage=zero_stage)
+    module = small.module()
+    for number in range(2):
+        x = small.rows(number, 4)
+        generator = torch.Generator().manual_seed(pass_seed(0, 0, number, 0))
+        (small.loss_of(module, x + 0.01 * torch.randn(x.shape, generator=generator)) / 2).backward()
+    for child in ("0", "2"):
+        expected = float(torch.nn.utils.get_total_norm([p.grad for p in module[int(child)].parameters()]))
+        assert log.rows[0][1][f"gradient_norm_generator/{child}"] == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("zero_stage", "offload"), [(1, "optimizer"), (2, "optimizer"), (3, "optimizer"), (3, "parameters")]
+)
+def test_what_is_offloaded_learns_the_same(
+    small: Any, tmp_path: Path, group: None, zero_stage: int, offload: str
+) -> None:
+    logs = [small.Log(), small.Log()]
+    settings = {"zero_stage": zero_stage, "ema_half_lives": [2], "gradient_clip": 0.05}
+    here = small.fit(tmp_path / "here", log=logs[0], **settings)
+    assert small.close(small.fit(tmp_path / "there", log=logs[1], offload=offload, **settings), here)
+    assert small.close(small.weights(tmp_path / "there", "2"), small.weights(tmp_path / "here", "2"))
+    for (_, one), (_, two) in zip(logs[0].rows, logs[1].rows, strict=True):
+        norms = {k: v for k, v in one.items() if "norm" in k}
+        assert {k: v for k, v in two.items() if "norm" in k} == pytest.approx(norms, rel=1e-4)
+    small.fit(tmp_path / "resumed", offload=offload, **settings | {"steps": 3})
+    resumed = small.fit(tmp_path / "resumed", offload=offload, **settings)
+    assert small.same(resumed, small.weights(tmp_path / "there"))
+
+
+@STAGES
+def test_an_engine_that_starts_later_stands_still_until_then_and_resumes_exactly(
+    small: Any, tmp_path: Path, group: None, zero_stage: int
+) -> None:
+    made, before = small.objective(starts=4), []
+
+    def loss(name: str, made_: Engines, batch: Batch, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
+        held = [f.value.clone() for f in engines.fragments(made_["adversary"])]
+        before.append((name, held))
+        return made.loss(name, made_, batch, generator)
+
+    log = small.Log()
+    settings = {"zero_stage": zero_stage, "checkpoint_every": 1, "keep_checkpoints": 99}
+    small.fit(tmp_path / "a", Objective(made.modules, loss, starts=made.starts), log=log, **settings)
+    assert [name for name, _ in before] == ["generator"] * 4 + ["generator", "adversary"] * 2
+    held = [torch.cat(values) for _, values in before]
+    assert all(torch.equal(held[0], each) for each in held[:6]) and not torch.allclose(held[0], held[6], atol=1e-3)
+    assert ["gradient_norm_adversary" in m for _, m in log.rows] == [False] * 4 + [True] * 2
+
+    def end(folder: Path, steps: int) -> list[float]:
+        log = small.Log()
+        small.fit(folder, small.objective(starts=4), log=log, **settings | {"steps": steps})
+        return [m.get("adversary", 0.0) for _, m in log.rows]
+
+    assert end(tmp_path / "b", 3) + end(tmp_path / "b", 5) + end(tmp_path / "b", 6) == [
+        m.get("adversary", 0.0) for _, m in log.rows
+    ]
+    assert small.same(small.weights(tmp_path / "a"), small.weights(tmp_path / "b"))
+
+
+@pytest.mark.slow
+@STAGES
+def test_a_compiled_module_learns_the_same_under_the_same_names(
+    small: Any, tmp_path: Path, group: None, zero_stage: int
+) -> None:
+    torch._dynamo.reset()
+    logs = [small.Log(), small.Log()]
+    plain = small.fit(tmp_path / "plain", log=logs[0], zero_stage=zero_stage)
+    made = small.objective()
+    blocks = list(made.modules["generator"])
+    compiled = small.fit(
+        tmp_path / "compiled",
+        Objective(made.modules, made.loss, blocks=blocks),
+        log=logs[1],
+        zero_stage=zero_stage,
+        compile=True,
+    )
+    for (_, one), (_, two) in zip(logs[0].rows, logs[1].rows, strict=True):
+        assert two["loss"] == pytest.approx(one["loss"], abs=1e-4) and two["tflops"] > 0
+    assert compiled.keys() == plain.keys() and small.close(compiled, plain, atol=1e-4)
 
 
 def test_what_only_says_how_the_work_is_done_may_change_in_the_middle_of_a_run() -> None:

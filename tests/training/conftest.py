@@ -1,0 +1,113 @@
+"""Shared by the tests of training: a process group of one, a small training, and processes that do it together."""
+
+import importlib.util
+import json
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+from longtake.training import engines
+
+SMALL = Path(__file__).with_name("small.py")
+
+
+@pytest.fixture(scope="module")
+def group() -> Iterator[None]:
+    with engines.process_group():
+        yield
+
+
+@pytest.fixture(scope="session")
+def small() -> ModuleType:
+    """tests/training/small.py"""
+    spec = importlib.util.spec_from_file_location("small", SMALL)
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+class Ranks:
+    """`world` processes in a group, which do jobs for `small.work`."""
+
+    def __init__(self, world: int) -> None:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        self.processes = []
+        self.errors = [tempfile.TemporaryFile("w+") for _ in range(world)]  # noqa: SIM115
+        for rank in range(world):
+            place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "MASTER_PORT": port}
+            environment = os.environ | {k: str(v) for k, v in place.items()}
+            environment |= {"MASTER_ADDR": "127.0.0.1", "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+            pipe = subprocess.PIPE
+            command = [sys.executable, "-P", str(SMALL)]
+            self.processes.append(
+                subprocess.Popen(command, env=environment, stdin=pipe, stdout=pipe, stderr=self.errors[rank], text=True)
+            )
+
+    def tell(self, folder: Path, options: dict[str, Any] | None = None, wait: float = 0.0, **changes: Any) -> None:
+        job = json.dumps({"folder": str(folder), "changes": changes, "options": options, "wait": wait})
+        for process in self.processes:
+            assert process.stdin
+            process.stdin.write(job + "\n")
+            process.stdin.flush()
+
+    def work(self, folder: Path, options: dict[str, Any] | None = None, **changes: Any) -> list[dict[str, Any]]:
+        """What came of a job on each rank."""
+        self.tell(folder, options, **changes)
+        return [self.answer(rank) for rank in range(len(self.processes))]
+
+    def answer(self, rank: int) -> dict[str, Any]:
+        stdout = self.processes[rank].stdout
+        assert stdout
+        for line in stdout:
+            if line.startswith("{"):
+                return dict(json.loads(line))
+        raise AssertionError(self.said(rank))
+
+    def said(self, rank: int) -> str:
+        self.errors[rank].seek(0)
+        return self.errors[rank].read()
+
+    def end(self) -> list[int]:
+        """Their exit codes."""
+        try:
+            for process in self.processes:
+                process.communicate(timeout=120)
+        finally:
+            for process in self.processes:
+                process.kill()
+        return [process.returncode for process in self.processes]
+
+
+@pytest.fixture(scope="module")
+def pair() -> Iterator[Ranks]:
+    """Two ranks that stay for a file's tests."""
+    ranks = Ranks(2)
+    yield ranks
+    ranks.end()
+
+
+@pytest.fixture
+def ranks() -> Iterator[Callable[[int], Ranks]]:
+    """Starts ranks for one test, which may do with them what it likes."""
+    started: list[Ranks] = []
+
+    def start(world: int) -> Ranks:
+        started.append(Ranks(world))
+        return started[-1]
+
+    yield start
+    for each in started:
+        for process in each.processes:
+            process.kill()
+            process.communicate()

@@ -1,0 +1,259 @@
+"""What keeps a training from being lost: values that are not finite, leaps, slow data, stalls, signals."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from longtake.datasets.errors import Failure, Interrupted
+from longtake.training import checkpoint
+from longtake.training.guards import Spikes
+
+STAGES = pytest.mark.parametrize("zero_stage", [0, 1, 2, 3])
+PRECISIONS = pytest.mark.parametrize("precision", ["fp32", "bf16"])
+KINDS = pytest.mark.parametrize("kind", ["nan", "inf", "gradient"])
+
+
+def fault(kind: str, *calls: int, **more: Any) -> dict[str, Any]:
+    return {"kind": kind, "calls": calls, **more}
+
+
+@PRECISIONS
+@STAGES
+@KINDS
+def test_what_is_not_finite_leaves_weights_and_averages_alone(
+    small: Any, tmp_path: Path, group: None, kind: str, zero_stage: int, precision: str
+) -> None:
+    log = small.Log()
+    settings = {"zero_stage": zero_stage, "precision": precision, "ema_half_lives": [2], "skip_nonfinite": 2}
+    small.fit(
+        tmp_path,
+        small.objective(fault=fault(kind, 3)),
+        log=log,
+        **settings,
+        steps=4,
+        checkpoint_every=1,
+        keep_checkpoints=9,
+    )
+    assert small.same(small.weights(tmp_path, step=2), small.weights(tmp_path, step=3))
+    assert not small.same(small.weights(tmp_path, step=3), small.weights(tmp_path, step=4))
+    assert all(v.isfinite().all() for k in ("raw", "2") for v in small.weights(tmp_path, k).values())
+    assert [m["updates_left_out"] for _, m in log.rows] == [0, 0, 1, 1]
+    found = json.loads((tmp_path / "nonfinite-0.json").read_text())
+    what = "gradient" if kind == "gradient" else "loss"
+    assert found == {"step": 3, "what": f"{what} of generator", "keys": ["2-0", "2-1", "2-2", "2-3"]}
+
+
+@KINDS
+def test_too_many_updates_left_out_end_the_training(small: Any, tmp_path: Path, group: None, kind: str) -> None:
+    what = "gradient" if kind == "gradient" else "loss"
+    with pytest.raises(Failure, match=rf"{what} of generator is not finite at step 5; the batch's keys are in"):
+        small.fit(tmp_path, small.objective(fault=fault(kind, 1, 4, 5)), skip_nonfinite=2)
+    lines = (tmp_path / "nonfinite-0.json").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [1, 4, 5]
+    assert (tmp_path / "latest").read_text() == "step-00000003"
+
+
+@STAGES
+def test_the_good_pass_of_an_update_left_out_leaves_no_trace(
+    small: Any, tmp_path: Path, group: None, zero_stage: int
+) -> None:
+    """The batch of step 2 is dropped whole; what follows is what a training without it does."""
+    settings = {"zero_stage": zero_stage, "accumulate": 2, "batch": 8, "steps": 3, "gradient_clip": 0}
+    with_fault = small.fit(tmp_path, small.objective(fault=fault("nan", 4)), skip_nonfinite=1, **settings)
+
+    torch.manual_seed(0)
+    module = small.module()
+    optimizer = torch.optim.AdamW(module.parameters(), lr=1e-2, weight_decay=0.01)
+    from longtake.training.loop import pass_seed
+
+    for step in (0, 2):
+        optimizer.zero_grad()
+        for number in range(2):
+            x = small.rows(2 * step + number, 4)
+            generator = torch.Generator().manual_seed(pass_seed(0, step, number, 0))
+            noisy = x + 0.01 * torch.randn(x.shape, generator=generator)
+            (small.loss_of(module, noisy) / 2).backward()
+        optimizer.step()
+    assert small.close(with_fault, module.state_dict())
+
+
+def test_a_leap_of_the_loss_is_reported_once_and_does_not_move_the_mean(tmp_path: Path) -> None:
+    noise = np.random.default_rng(0)
+    spikes = Spikes(tmp_path, 6.0)
+    falling = [2 * 0.99**step + 0.1 * float(noise.standard_normal()) for step in range(600)]
+    assert not any(spikes.heed(step, loss, ["a"]) for step, loss in enumerate(falling))
+    mean = spikes.mean
+    assert [spikes.heed(600 + n, 5.0, [f"k{n}"]) for n in range(3)] == [True, False, False]
+    assert spikes.mean == mean and not spikes.heed(603, float("nan"), [])
+    assert not spikes.heed(604, mean, []) and spikes.heed(605, 5.0, ["again"])
+    found = [json.loads(line) for line in (tmp_path / "spikes.jsonl").read_text().splitlines()]
+    assert [(f["step"], f["loss"], f["keys"]) for f in found] == [(600, 5.0, ["k0"]), (605, 5.0, ["again"])]
+    assert found[0]["mean"] == mean
+
+
+def test_a_loss_that_stays_up_is_the_new_mean(tmp_path: Path) -> None:
+    spikes = Spikes(tmp_path, 6.0, memory=10)
+    for step in range(50):
+        spikes.heed(step, 1.0 + 0.01 * (step % 3), [])
+    reported = [spikes.heed(50 + step, 3.0 + 0.01 * (step % 3), []) for step in range(40)]
+    assert sum(reported) == 1 and reported[0]
+    assert spikes.mean == pytest.approx(3.01, abs=0.01) and spikes.heed(99, 5.0, [])
+
+
+def test_the_loop_reports_a_leap_with_its_batch(
+    small: Any, tmp_path: Path, group: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made = small.objective()
+    calls = 0
+
+    def loss(*arguments: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        value, metrics = made.loss(*arguments)
+        return value, {"loss": metrics["loss"] * (100 if calls == 105 else 1)}
+
+    small.fit(tmp_path, type(made)(made.modules, loss), steps=106, checkpoint_every=200, log_every=50)
+    found = json.loads((tmp_path / "spikes.jsonl").read_text())
+    assert found["step"] == 105 and found["keys"] == [f"104-{n}" for n in range(4)]
+    assert "the loss leaps to" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("wait", "warned"), [(0.05, True), (0.0, False)])
+def test_waiting_for_data_warns(
+    small: Any, tmp_path: Path, group: None, capsys: pytest.CaptureFixture[str], wait: float, warned: bool
+) -> None:
+    small.fit(tmp_path, stream=small.Rows(wait=wait), log_every=3, warn_data_wait=0.5)
+    assert ("of the time went into waiting for data" in capsys.readouterr().out) == warned
+
+
+def test_a_stop_that_the_caller_asks_for_saves_and_raises(small: Any, tmp_path: Path, group: None) -> None:
+    from longtake.training.config import TrainConfig
+    from longtake.training.loop import train
+
+    asked = iter([False, True])
+    with pytest.raises(Interrupted, match="stopped at step 2, state saved"):
+        train(small.objective(), small.Rows(), TrainConfig(**small.SETTINGS), tmp_path, stop=lambda: next(asked))
+    assert (tmp_path / "latest").read_text() == "step-00000002"
+    assert small.same(small.fit(tmp_path), small.fit(tmp_path / "straight"))
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_and_raises_and_is_handled_as_before_after(
+    small: Any, tmp_path: Path, group: None, number: signal.Signals
+) -> None:
+    before = signal.getsignal(number)
+    with pytest.raises(Interrupted, match="stopped at step 4, state saved"):
+        small.fit(tmp_path, small.objective(fault=fault(number.name, 4)))
+    assert (tmp_path / "latest").read_text() == "step-00000004" and signal.getsignal(number) == before
+
+
+ALONE = """
+import sys, time
+sys.path.insert(0, sys.argv[1])
+import small
+from pathlib import Path
+from longtake.training import checkpoint, engines, guards, weights
+
+folder, how = Path(sys.argv[2]), sys.argv[3]
+write = weights.write
+
+def slow(*arguments):
+    if folder.joinpath("latest").exists():
+        time.sleep(600)
+    write(*arguments)
+
+weights.write = slow if how == "save" else write
+with engines.process_group():
+    fault = {"kind": "SIGTERM" if how == "save" else "sleep", "calls": [5]}
+    small.fit(folder, small.objective(fault=fault), stop_seconds=1, stall_seconds=2 if how == "stall" else 600)
+"""
+
+
+def alone(folder: Path, how: str) -> "subprocess.CompletedProcess[str]":
+    command = [sys.executable, "-P", "-W", "ignore", "-c", ALONE, str(Path(__file__).parent), str(folder), how]
+    return subprocess.run(
+        command, capture_output=True, text=True, timeout=120, env=os.environ | {"OMP_NUM_THREADS": "1"}
+    )
+
+
+@pytest.mark.slow
+def test_who_cannot_save_in_time_ends_with_the_last_checkpoint_whole(small: Any, tmp_path: Path, group: None) -> None:
+    done = alone(tmp_path, "save")
+    assert done.returncode == 1
+    assert "error: train: could not save within stop_seconds (1); the last checkpoint is whole" in done.stderr
+    assert (tmp_path / "latest").read_text() == "step-00000003"
+    assert small.same(small.fit(tmp_path), small.fit(tmp_path / "straight")) and not list(tmp_path.glob(".*"))
+
+
+@pytest.mark.slow
+def test_a_process_alone_that_hangs_says_where_and_ends(tmp_path: Path) -> None:
+    done = alone(tmp_path, "stall")
+    assert done.returncode == 1
+    where = "no step for 2 s (stall_seconds): rank 0 stands at step 4 in forward of generator; the last checkpoint is"
+    assert where in done.stderr
+
+
+@pytest.mark.slow
+@STAGES
+def test_what_is_not_finite_on_one_rank_is_left_out_on_both(
+    small: Any, tmp_path: Path, pair: Any, zero_stage: int
+) -> None:
+    for kind in ("nan", "gradient"):
+        folder = tmp_path / kind
+        options = {"fault": fault(kind, 2, rank=1)}
+        said = pair.work(
+            folder, options, zero_stage=zero_stage, skip_nonfinite=1, checkpoint_every=1, keep_checkpoints=9
+        )
+        assert not any("error" in each for each in said), said[0].get("message")
+        assert small.same(small.weights(folder, step=1), small.weights(folder, step=2))
+        assert not small.same(small.weights(folder, step=2), small.weights(folder, step=3))
+        assert all(v.isfinite().all() for v in small.weights(folder).values())
+        stopped = pair.work(tmp_path / f"{kind}-stops", options, zero_stage=zero_stage)
+        what = "gradient" if kind == "gradient" else "loss"
+        assert all(f"{what} of generator is not finite at step 2" in each["message"] for each in stopped)
+        assert {p.name for p in folder.glob("nonfinite-*")} == (
+            {"nonfinite-1.json"} if kind == "nan" else {"nonfinite-0.json", "nonfinite-1.json"}
+        )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("zero_stage", [1, 3])
+def test_a_rank_that_hangs_is_named_by_the_one_that_waits(tmp_path: Path, ranks: Any, zero_stage: int) -> None:
+    both = ranks(2)
+    both.tell(tmp_path, {"fault": fault("sleep", 4, rank=1)}, stall_seconds=4, zero_stage=zero_stage)
+    assert both.end() == [1, 1], both.said(0) + both.said(1)
+    assert "stands at step 3 in forward of generator; the last checkpoint is whole" in both.said(1)
+    if zero_stage < 3:
+        assert "rank 1 on" in both.said(0) and "is missing, last seen at step 3 in forward of generator" in both.said(0)
+    assert checkpoint.meta(tmp_path / "step-00000003")["step"] == 3
+
+
+@pytest.mark.slow
+def test_a_rank_that_is_killed_ends_the_other_which_says_so(
+    small: Any, tmp_path: Path, ranks: Any, group: None
+) -> None:
+    both = ranks(2)
+    both.tell(tmp_path, {"fault": fault("SIGKILL", 4, rank=1)}, stall_seconds=10)
+    began = time.monotonic()
+    said = both.answer(0)
+    assert "another process is gone, at step 3 in" in said["message"], said
+    assert both.end()[1] == -signal.SIGKILL and time.monotonic() - began < 120
+    assert small.close(small.fit(tmp_path), small.fit(tmp_path / "straight"))
+
+
+@pytest.mark.slow
+def test_a_signal_to_one_rank_stops_both_at_the_same_step(small: Any, tmp_path: Path, pair: Any) -> None:
+    said = pair.work(tmp_path, {"fault": fault("SIGTERM", 4, rank=1)}, zero_stage=2)
+    assert [each["message"] for each in said] == ["train: stopped at step 4, state saved"] * 2
+    assert {each["step"] for each in said} == {"step-00000004"}
+    resumed = pair.work(tmp_path, zero_stage=2)
+    assert resumed[0]["raw"] == pair.work(tmp_path / "straight", zero_stage=2)[0]["raw"]

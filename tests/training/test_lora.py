@@ -1,0 +1,130 @@
+"""Training a part of a module: low-rank changes of its layers, and frozen parameters, at every ZeRO stage."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from longtake.datasets.errors import UserError
+from longtake.training import checkpoint, engines, lora
+from longtake.training.config import LoraConfig, TrainConfig
+from longtake.training.models.layers import NormSiLUConv
+from longtake.training.models.streaming import Past
+
+STAGES = pytest.mark.parametrize("zero_stage", [0, 1, 2, 3])
+PRECISIONS = pytest.mark.parametrize("precision", ["fp32", "bf16"])
+LORA = {"rank": 2, "alpha": 4.0}
+
+
+def before(small: Any, kind: str) -> dict[str, Tensor]:
+    return {k: v.clone() for k, v in small.module(kind).state_dict().items()}
+
+
+@pytest.mark.parametrize("kind", ["mlp", "clip"])
+def test_an_attached_change_alters_nothing_at_first_and_survives_a_copy(small: Any, kind: str) -> None:
+    import copy
+
+    module, plain = small.module(kind), small.module(kind)
+    lora.attach(module, LoraConfig(**LORA))
+    x = torch.randn(3, small.WIDTH)
+    assert torch.equal(module(x), plain(x))
+    assert all(p.requires_grad == ("lora_" in name) for name, p in module.named_parameters())
+    copied = copy.deepcopy(module)
+    for name, p in copied.named_parameters():
+        if "lora_up" in name:
+            torch.nn.init.normal_(p)
+    assert not torch.allclose(copied(x), plain(x)) and torch.equal(module(x), plain(x))
+
+
+@PRECISIONS
+@STAGES
+@pytest.mark.parametrize("kind", ["mlp", "clip"])
+def test_only_the_low_rank_change_learns_and_merging_it_gives_the_same_outputs(
+    small: Any, tmp_path: Path, group: None, kind: str, zero_stage: int, precision: str
+) -> None:
+    made = small.objective(kind)
+    settings = {"zero_stage": zero_stage, "precision": precision, "lora": LORA}
+    trained = small.fit(tmp_path, made, **settings, ema_half_lives=[5])
+    plain = before(small, kind)
+    wide = torch.float32 if precision == "fp32" else torch.bfloat16
+    for name, value in plain.items():
+        assert torch.equal(trained[name], value.to(wide)), name
+    changed = [k for k, v in trained.items() if k.endswith("lora_up.weight") and v.abs().max() > 1e-3]
+    assert len(changed) == 2 and all("lora_" in name for name in trained.keys() - plain.keys())
+
+    wrapped, merged = small.module(kind), small.module(kind)
+    lora.attach(wrapped, LoraConfig(**LORA))
+    averaged = small.weights(tmp_path, "5")
+    wrapped.load_state_dict(averaged)
+    merged.load_state_dict(
+        checkpoint.trained(tmp_path, TrainConfig(**small.SETTINGS | settings | {"ema_half_lives": [5]}))
+    )
+    x = torch.randn(3, small.WIDTH)
+    assert torch.allclose(wrapped(x), merged(x), atol=1e-5 if precision == "fp32" else 1e-2)
+    assert not torch.allclose(merged(x), small.module(kind)(x), atol=1e-2)
+
+
+def test_the_change_of_a_layer_with_a_norm_of_its_own_is_merged_exactly() -> None:
+    torch.manual_seed(0)
+    layer, plain = torch.nn.Sequential(NormSiLUConv(4)), torch.nn.Sequential(NormSiLUConv(4))
+    torch.nn.init.uniform_(layer[0].norm)
+    plain.load_state_dict(layer.state_dict())
+    config = LoraConfig(rank=2)
+    lora.attach(layer, config)
+    torch.nn.init.normal_(layer[0].lora_up.weight)
+    plain.load_state_dict(dict(lora.merged(layer.state_dict(), config)))
+    x = torch.randn(1, 4, 5, 3, 3)
+    assert torch.allclose(layer(x), plain(x), atol=1e-5)
+    past = Past()
+    pieces = []
+    for piece in (x[:, :, :2], x[:, :, 2:]):
+        pieces.append(layer[0](piece, past))
+        past.begun = True
+    assert torch.allclose(torch.cat(pieces, 2), plain(x), atol=1e-5)
+
+
+@STAGES
+def test_resuming_a_low_rank_training_is_bit_exact(small: Any, tmp_path: Path, group: None, zero_stage: int) -> None:
+    settings = {"zero_stage": zero_stage, "lora": LORA, "ema_half_lives": [2]}
+    straight = small.fit(tmp_path / "a", small.objective("clip"), **settings)
+    small.fit(tmp_path / "b", small.objective("clip"), **settings | {"steps": 3})
+    assert small.same(straight, small.fit(tmp_path / "b", small.objective("clip"), **settings))
+    assert small.same(small.weights(tmp_path / "a", "2"), small.weights(tmp_path / "b", "2"))
+
+
+@PRECISIONS
+@STAGES
+def test_frozen_parts_stand_still_bit_for_bit_and_are_in_the_checkpoint(
+    small: Any, tmp_path: Path, group: None, zero_stage: int, precision: str
+) -> None:
+    settings = {"zero_stage": zero_stage, "precision": precision, "freeze": ["0", "2.bias"], "ema_half_lives": [2]}
+    straight = small.fit(tmp_path / "a", **settings)
+    plain = before(small, "mlp")
+    wide = torch.float32 if precision == "fp32" else torch.bfloat16
+    for name in ("0.weight", "0.bias", "2.bias"):
+        assert torch.equal(straight[name], plain[name].to(wide)), name
+        assert torch.equal(small.weights(tmp_path / "a", "2")[name], straight[name])
+    assert not torch.allclose(straight["2.weight"], plain["2.weight"], atol=1e-3)
+    small.fit(tmp_path / "b", **settings | {"steps": 3})
+    assert small.same(straight, small.fit(tmp_path / "b", **settings))
+
+
+def test_what_cannot_be_trained_is_one_line(small: Any, group: None) -> None:
+    def refused(**changes: Any) -> str:
+        with pytest.raises(UserError) as caught:
+            engines.engines_of({"generator": small.module()}, TrainConfig(**small.SETTINGS | changes), 1)
+        return str(caught.value)
+
+    assert refused(lora={"targets": ["nowhere"]}) == (
+        "lora.targets: 'nowhere' matches no linear or convolution layer, such as 0"
+    )
+    assert refused(freeze=["nowhere"]) == "freeze: 'nowhere' matches no parameter; their names begin with 0, 1, 2"
+    assert refused(freeze=["0", "2"]) == "freeze: nothing is left to learn in generator"
+    grouped = torch.nn.Sequential(torch.nn.Conv2d(4, 4, 1, groups=2))
+    with pytest.raises(UserError, match="a convolution of 2 groups"):
+        lora.attach(grouped, LoraConfig())
+    for wrong in ({"freeze": ["("]}, {"lora": {"targets": ["("]}}):
+        with pytest.raises(ValueError, match=r"'\(' is no regular expression"):
+            TrainConfig(**small.SETTINGS | wrong)

@@ -1,0 +1,173 @@
+"""What a training tells of itself: where the time of a step goes, how much is computed, how much memory it takes."""
+
+import math
+import os
+import re
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+PARTS = ("data", "forward", "backward", "update")
+# dense bf16 TFLOP/s that makers state, by a part of the device's name; the longest match counts
+PEAKS = {
+    "A100": 312,
+    "A10G": 70,
+    "L4": 121,
+    "L40S": 362,
+    "H100": 989,
+    "H100 PCIe": 756,
+    "H200": 989,
+    "GH200": 989,
+    "B200": 2250,
+}
+
+
+class Clock:
+    """Seconds of each part of a step, without making a GPU wait: there they are read off events, at the end of a window."""
+
+    def __init__(self) -> None:
+        self._gpu = torch.cuda.is_available()
+        self._marks: list[tuple[str, Any, Any]] = []
+        self.steps, self.samples, self.tokens, self.flops = 0, 0, 0, 0.0
+        self._began = time.perf_counter()
+
+    @contextmanager
+    def part(self, name: str) -> Iterator[None]:
+        """The time of the block counts as `name`, one of PARTS. Data is timed by the host, which waits for it."""
+        event = self._gpu and name != "data"
+        start = self._now(event)
+        yield
+        self._marks.append((name, start, self._now(event)))
+
+    def _now(self, event: bool) -> Any:
+        if not event:
+            return time.perf_counter()
+        mark = torch.cuda.Event(enable_timing=True)
+        mark.record()
+        return mark
+
+    def take(self, peak_flops: float | None) -> dict[str, float]:
+        """The means since this clock began. `peak_flops` of a device, per second, gives the MFU."""
+        if self._gpu:
+            torch.cuda.synchronize()
+        seconds = time.perf_counter() - self._began
+        spent = dict.fromkeys(PARTS, 0.0)
+        for name, start, end in self._marks:
+            spent[name] += start.elapsed_time(end) / 1000 if isinstance(start, torch.cuda.Event) else end - start
+        values = {f"seconds_{name}": value / self.steps for name, value in spent.items()}
+        values["seconds_per_step"] = seconds / self.steps
+        values["data_wait_share"] = spent["data"] / seconds
+        values["samples_per_second"] = self.samples / seconds
+        if self.tokens:
+            values["tokens_per_second"] = self.tokens / seconds
+        values["tflops"] = self.flops / seconds / 1e12
+        if peak_flops:
+            values["mfu"] = self.flops / seconds / peak_flops
+        return values
+
+
+class _Needed(FlopCounterMode):
+    """Counts what a backward pass needs, without what activation checkpointing computes again.
+
+    A recomputation is a forward pass inside a backward pass, so it alone runs with gradients enabled.
+    """
+
+    def _count_flops(self, func_packet: Any, out: Any, args: Any, kwargs: Any) -> Any:
+        return out if torch.is_grad_enabled() else super()._count_flops(func_packet, out, args, kwargs)
+
+
+class Flops:
+    """Floating point operations of a step on this rank, counted once for each shape of batch and engine."""
+
+    def __init__(self) -> None:
+        self._known: dict[Any, float] = {}
+
+    @contextmanager
+    def counting(self, key: Any, phase: str) -> Iterator[None]:
+        """Count the block the first time that `key` and phase ("forward" or "backward") come."""
+        if (key, phase) in self._known:
+            yield
+            return
+        counter = FlopCounterMode(display=False) if phase == "forward" else _Needed(display=False)
+        # a compiled block is opaque to the counter
+        with torch.compiler.set_stance("force_eager"), counter:
+            yield
+        self._known[key, phase] = float(counter.get_total_flops())
+
+    def of(self, key: Any) -> float:
+        return self._known.get((key, "forward"), 0.0) + self._known.get((key, "backward"), 0.0)
+
+
+def peak_flops(stated: float | None) -> float | None:
+    """Operations per second that a device can do: `stated` in TFLOP/s, or what its maker says; None where that is unknown."""
+    if stated:
+        return stated * 1e12
+    if not torch.cuda.is_available():
+        return None
+    words = re.split(r"[\s-]", torch.cuda.get_device_name())
+    found = [key for key in PEAKS if all(word in words for word in key.split())]
+    return PEAKS[max(found, key=len)] * 1e12 if found else None
+
+
+def memory() -> dict[str, float]:
+    """Peak memory since the last call in GB: of the GPU, and what the process holds of the host's."""
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    found = {"host_memory_gb": pages * os.sysconf("SC_PAGE_SIZE") / 1e9}
+    if torch.cuda.is_available():
+        found["gpu_memory_gb"] = torch.cuda.max_memory_allocated() / 1e9
+        found["gpu_memory_reserved_gb"] = torch.cuda.max_memory_reserved() / 1e9
+        torch.cuda.reset_peak_memory_stats()
+    return found
+
+
+def means(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """The mean of each metric over the rows that have it and in which it is finite; NaN where it never is."""
+    names = dict.fromkeys(name for row in rows for name in row)
+    found = {}
+    for name in names:
+        values = torch.stack([torch.as_tensor(row[name]).float().cpu() for row in rows if name in row])
+        finite = values[values.isfinite()]
+        found[name] = float(finite.mean()) if finite.numel() else math.nan
+    return found
+
+
+class Profile:
+    """torch's profiler over `steps`, the first and the last; the trace and a table of operators go to `folder`.
+
+    It ends at `end` at the latest, the last step of the training.
+    """
+
+    def __init__(self, steps: tuple[int, int] | None, folder: Path, end: int) -> None:
+        self._steps, self._folder = (steps[0], min(steps[1], end)) if steps else None, folder
+        self._running: Any = None
+
+    def before(self, step: int) -> None:
+        """To be called before the step with this number, counted from 1."""
+        if self._steps and step == self._steps[0]:
+            activities = [torch.profiler.ProfilerActivity.CPU]
+            if torch.cuda.is_available():
+                activities.append(torch.profiler.ProfilerActivity.CUDA)
+            self._running = torch.profiler.profile(activities=activities, profile_memory=True)
+            self._running.__enter__()
+
+    def after(self, step: int) -> Path | None:
+        """To be called after it; the folder of what was recorded once that is complete."""
+        if self._running is None or not self._steps or step < self._steps[1]:
+            return None
+        self._running.__exit__(None, None, None)
+        self._folder.mkdir(parents=True, exist_ok=True)
+        self._running.export_chrome_trace(str(self._folder / "trace.json.gz"))
+        key = "self_cuda_time_total" if torch.cuda.is_available() else "self_cpu_time_total"
+        (self._folder / "operators.txt").write_text(self._running.key_averages().table(sort_by=key, row_limit=50))
+        self._running = None
+        return self._folder
+
+
+def batch_key(name: str, batch: Mapping[str, Any]) -> tuple[Any, ...]:
+    """What decides how much an engine computes on a batch: the shapes of its tensors."""
+    return (name, *((k, tuple(v.shape)) for k, v in batch.items() if isinstance(v, torch.Tensor)))
