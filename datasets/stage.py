@@ -45,6 +45,7 @@ def content(config: StageConfig) -> dict[str, Any]:
 
 DatasetInput = Annotated[str, Input("dataset")]
 ViewInput = Annotated[str, Input("view")]
+ModelInput = Annotated[str, Input("model")]
 
 
 def inputs_of(config: StageConfig) -> dict[str, tuple[str, Product]]:

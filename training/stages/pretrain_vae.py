@@ -1,92 +1,137 @@
-"""`pretrain_vae`: PV-VAE by predictive reconstruction (arXiv 2605.02134).
+"""`pretrain_vae`: PV-VAE in the three phases of its paper (arXiv 2605.02134): images, predictive reconstruction, decoder.
 
-The encoder sees the first frames of a clip, the decoder reconstructs them and predicts the rest. Beside the frames
-it must match the differences of neighbours, so that copying the last frame does not pay.
+In the predictive phase the encoder sees the first frames of a clip, the decoder reconstructs them and predicts the rest.
+Beside the frames it must match the differences of neighbours, so that copying the last frame does not pay. In the last
+phase the encoder stands still, and the decoder learns to show what the latents hold.
 """
 
-import json
+import hashlib
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import nullcontext
 from functools import partial
-from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
 from pydantic import Field, field_validator, model_validator
-from torch import Tensor
-from tqdm import tqdm
+from torch import Tensor, nn
 
-from longtake.datasets import clip, storage
 from longtake.datasets.cache import Cache
 from longtake.datasets.errors import UserError
-from longtake.datasets.loader import Loader, to_model, to_pixels
-from longtake.datasets.stage import DatasetInput, StageConfig, ViewInput
-from longtake.training import registry, tracker
-from longtake.training.checkpoint import locked
+from longtake.datasets.loader import Loader, Mixture, to_model, to_pixels
+from longtake.datasets.stage import DatasetInput, ModelInput, StageConfig, ViewInput
+from longtake.training import checkpoint, launch, registry, tracker
 from longtake.training.config import TrainConfig
-from longtake.training.engines import device, process_group
+from longtake.training.engines import device
 from longtake.training.loop import Batch, Engines, Objective, train
-from longtake.training.metrics.reconstruction import psnr
+from longtake.training.metrics.features import read_file
+from longtake.training.metrics.heldout import evaluate
+from longtake.training.metrics.perceptual import Perceptual, load_perceptual, perceptual_loss
+from longtake.training.models import patchgan
 from longtake.training.models.pv_vae import PVVAE, PVVAEConfig, config_from_preset, frames_of, latent_groups
 
-VERSION = 1
+VERSION = 2
 PRODUCES = "model"
 
-_PANELS = ("source", "seen by the encoder", "predicted", "reconstructed, all seen")
-_SHOWN = 12
+# what the phases differ in; a recipe may change each
+PHASES: dict[str, dict[str, Any]] = {
+    "image": {"frames": 1, "sizes": [[256, 256], [384, 384], [512, 512]], "steps": 300_000, "max_drop": 0.0},
+    "predictive": {"frames": 17, "sizes": [[256, 256], [512, 512]], "steps": 50_000, "max_drop": 1.0},
+    "decoder": {
+        "frames": 17, "sizes": [[256, 256], [512, 512]], "steps": 50_000, "max_drop": 0.0, "freeze": ["encoder"], "gan_start": 0,
+    },
+}  # fmt: skip
 
 
 class Config(TrainConfig):
-    """Train PV-VAE on a dataset and register it. `model` is a preset with fields of PVVAEConfig to change."""
+    """Train PV-VAE on a dataset and register it. `model` is a preset with fields of PVVAEConfig to change.
+
+    `phase` sets the defaults that PHASES lists. No weight of a loss is published but where noted; they are assumptions,
+    borrowed from the nearest public code.
+    """
 
     kind: Literal["pretrain_vae"]
+    phase: Literal["image", "predictive", "decoder"] = "predictive"
     dataset: DatasetInput
     view: ViewInput | None = None
+    parent: ModelInput | None = None  # the model to go on from; None begins with random weights
     name: str = "pv-vae"  # in the registry
-    model: dict[str, Any] = Field(default_factory=lambda: {"preset": "pv_vae"})
+    model: dict[str, Any] | None = None  # None is the parent's, or the preset pv_vae
     frames: int = Field(17, ge=1)  # 1 + 4n
     stride: int = Field(1, ge=1)
-    size: tuple[int, int] = (256, 256)  # height, width
+    sizes: tuple[tuple[int, int], ...] = Field(((256, 256),), min_length=1)  # height, width; batches of each in turn
     max_drop: float = Field(1.0, ge=0, le=1)  # r: at most this share of the latent groups after the first is dropped
-    lambda_reconstruction: float = Field(1.0, ge=0)  # not published; 1 is our assumption
-    lambda_motion: float = Field(1.0, ge=0)  # of the differences, inside the reconstruction term
-    lambda_kl: float = Field(1e-6, ge=0)  # not published; of nearest public code
+    lambda_reconstruction: float = Field(1.0, ge=0)
+    lambda_motion: float = Field(1.0, ge=0)  # of the differences, inside the reconstruction term [paper]
+    lambda_kl: float = Field(1e-6, ge=0)
+    lambda_perceptual: float = Field(1.0, ge=0)  # of no effect without `perceptual`
+    perceptual: str | None = (
+        None  # a feature network: see training.metrics.features; none, and no such loss, by default
+    )
+    perceptual_linear: str | None = None  # LPIPS's weights of its channels
+    perceptual_frames: int | None = Field(4, ge=1)  # of a clip that it looks at, drawn each time; None takes all
+    lambda_gan: float = Field(0.0, ge=0)  # 0 trains no discriminator; 0.5 in the nearest public code
+    discriminator: dict[str, Any] = Field(default_factory=lambda: {"preset": "patchgan"})
+    gan_start: int = Field(5000, ge=0)  # step at which the discriminator begins to learn [paper]
     eval_clips: int = Field(512, ge=1)  # held-out clips that the trained model is measured on, at most
+
+    @model_validator(mode="before")
+    @classmethod
+    def _phased(cls, given: Any) -> Any:
+        return PHASES.get(given.get("phase", "predictive"), {}) | given if isinstance(given, dict) else given
 
     @field_validator("model")
     @classmethod
-    def _known(cls, model: dict[str, Any]) -> dict[str, Any]:
-        config_from_preset(**({"preset": "pv_vae"} | model))
+    def _known(cls, model: dict[str, Any] | None) -> dict[str, Any] | None:
+        if model is not None:
+            config_from_preset(**({"preset": "pv_vae"} | model))
+        return model
+
+    @field_validator("discriminator")
+    @classmethod
+    def _known_discriminator(cls, model: dict[str, Any]) -> dict[str, Any]:
+        patchgan.config_from_preset(**({"preset": "patchgan"} | model))
         return model
 
     @model_validator(mode="after")
     def _divides(self) -> "Config":
-        vae = self.vae()
-        if (self.frames - 1) % vae.temporal_stride:
-            near = frames_of(latent_groups(self.frames))
-            raise ValueError(
-                f"frames {self.frames}: the model needs 1 + {vae.temporal_stride}n frames, such as {near} or {near + vae.temporal_stride}"
-            )
-        if any(side % vae.spatial_stride for side in self.size):
-            raise ValueError(f"size {self.size[0]}x{self.size[1]}: the model needs multiples of {vae.spatial_stride}")
+        if self.model is not None or self.parent is None:
+            fits(self, self.vae())
         return self
 
     def vae(self) -> PVVAEConfig:
-        return config_from_preset(**({"preset": "pv_vae"} | self.model))
+        """Of `model`, or the full size where that is not given."""
+        return config_from_preset(**({"preset": "pv_vae"} | (self.model or {})))
+
+
+def fits(config: Config, vae: PVVAEConfig) -> None:
+    """ValueError where the model cannot divide the windows."""
+    if (config.frames - 1) % vae.temporal_stride:
+        near = frames_of(latent_groups(config.frames, vae.temporal_stride), vae.temporal_stride)
+        raise ValueError(
+            f"frames {config.frames}: the model needs 1 + {vae.temporal_stride}n frames, such as {near} or {near + vae.temporal_stride}"
+        )
+    for size in config.sizes:
+        if any(side % vae.spatial_stride for side in size):
+            raise ValueError(f"sizes {size[0]}x{size[1]}: the model needs multiples of {vae.spatial_stride}")
 
 
 def check(config: Config, inputs: Mapping[str, StageConfig]) -> None:
-    """Refuse a window that the clips of a `shard` stage cannot fill."""
+    """Refuse a window that the clips of a `shard` stage cannot fill, and a model that is not the parent's."""
+    parent = inputs.get("parent")
+    if isinstance(parent, Config):
+        if config.model is not None and config.vae() != parent.vae():
+            raise ValueError("model: is not that of the parent; leave it out")
+        fits(config, parent.vae())
     geometry = getattr(inputs.get("dataset"), "clip", None)
     if geometry is None:
         return
-    if geometry.short_side < min(config.size):
+    if geometry.short_side < max(min(size) for size in config.sizes):
         raise ValueError(
-            f"size: {min(config.size)} is larger than clip.short_side {geometry.short_side} of the dataset"
+            f"sizes: {max(min(size) for size in config.sizes)} is larger than clip.short_side {geometry.short_side} of the dataset"
         )
     span = (config.frames - 1) * config.stride + 1
     if geometry.max_frames < span:
@@ -95,150 +140,188 @@ def check(config: Config, inputs: Mapping[str, StageConfig]) -> None:
         )
 
 
-def objective(config: Config, model: PVVAE) -> Objective:
-    return Objective(modules={"generator": model}, loss=partial(_loss, config))
+def outside(config: Config) -> str:
+    """Changes with the files of the perceptual loss."""
+    files = [path for path in (config.perceptual, config.perceptual_linear) if path]
+    return " ".join(hashlib.sha256(read_file(path)).hexdigest() for path in files)
+
+
+def objective(config: Config, model: PVVAE, heldout: Iterable[Batch]) -> Objective:
+    """The generator and, where `lambda_gan` asks for one, its discriminator."""
+    modules: dict[str, nn.Module] = {"generator": model}
+    if config.lambda_gan:
+        settings = patchgan.config_from_preset(**({"preset": "patchgan"} | config.discriminator))
+        modules["discriminator"] = patchgan.PatchGAN(settings).to(device())
+    perceptual = load_perceptual(config.perceptual, config.perceptual_linear, device=device())
+    return Objective(
+        modules,
+        partial(_loss, config, model.config, perceptual),
+        sample=partial(_sample, model.config, heldout),
+        fps=6,
+        tokens=partial(_tokens, model.config),
+        blocks=list(model.blocks()),
+        starts={"discriminator": config.gan_start},
+    )
 
 
 def _loss(
-    config: Config, name: str, engines: Engines, batch: Batch, generator: torch.Generator
+    config: Config,
+    vae: PVVAEConfig,
+    perceptual: Perceptual | None,
+    name: str,
+    engines: Engines,
+    batch: Batch,
+    generator: torch.Generator,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     video = to_model(batch["video"])
-    groups = latent_groups(video.shape[2])
+    if name == "discriminator":
+        # both in one call: two would be wrong under ZeRO
+        real, fake = engines[name](torch.cat([video, batch["made"]])).float().chunk(2)
+        loss = patchgan.discriminator_loss(real, fake)
+        return loss, {
+            "discriminator": loss.detach(),
+            "judged_real": real.detach().mean(),
+            "judged_made": fake.detach().mean(),
+        }
+    groups = latent_groups(video.shape[2], vae.temporal_stride)
     # k ~ U{0..floor((G-1) r)} groups are dropped; the first frame always stays
     most = int((groups - 1) * config.max_drop)
     dropped = int(torch.randint(most + 1, (), generator=generator, device=generator.device))
     made, posterior = engines[name](video, visible=groups - dropped, generator=generator)
     made = made.float()
+    batch["made"] = made.detach()
     reconstruction = (made - video).square().mean()
     motion = (made.diff(dim=2) - video.diff(dim=2)).square().mean() if video.shape[2] > 1 else made.new_zeros(())
     kl = posterior.kl().mean()
+    terms = {"reconstruction": reconstruction, "motion": motion, "kl": kl}
     loss = config.lambda_reconstruction * (reconstruction + config.lambda_motion * motion) + config.lambda_kl * kl
-    return loss, {
-        "loss": loss.detach(),
-        "reconstruction": reconstruction.detach(),
-        "motion": motion.detach(),
-        "kl": kl.detach(),
-    }
+    if perceptual:
+        terms["perceptual"] = perceptual_loss(
+            perceptual, made, video, frames=config.perceptual_frames, generator=generator
+        )
+        loss = loss + config.lambda_perceptual * terms["perceptual"]
+    # one that has not learned yet has nothing to say
+    if "discriminator" in engines and engines["discriminator"].global_steps:
+        terms["gan"] = patchgan.generator_loss(engines["discriminator"].module(made).float())
+        loss = loss + config.lambda_gan * terms["gan"]
+    return loss, {"loss": loss.detach()} | {term: value.detach() for term, value in terms.items()}
+
+
+def _sample(
+    vae: PVVAEConfig, heldout: Iterable[Batch], engines: Engines, generator: torch.Generator
+) -> dict[str, np.ndarray[Any, Any]]:
+    """Of a held-out clip: the source, and beside it what is made of its first half."""
+    video = to_model(next(iter(heldout))["video"].to(device()))
+    visible = (latent_groups(video.shape[2], vae.temporal_stride) + 1) // 2
+    made, _ = engines["generator"](video, visible=visible, generator=generator)
+    both = torch.cat([video, made.float().clamp(-1, 1)], dim=4)[0].permute(1, 2, 3, 0)
+    return {"predicted": to_pixels(both).cpu().numpy()}
+
+
+def _tokens(vae: PVVAEConfig, batch: Batch) -> int:
+    """Latent positions of a batch."""
+    count, _, frames, height, width = batch["video"].shape
+    return int(count * latent_groups(frames, vae.temporal_stride) * height * width // vae.spatial_stride**2)
+
+
+def work(config: Config, inputs: Mapping[str, str], folder: Path) -> None:
+    """What each rank does: train from the latest checkpoint in `folder`, and leave the last one there."""
+    rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    torch.manual_seed(config.seed)
+    model = begin(config, inputs).to(device())
+    loader = _batches(config, inputs, rank, world)
+    heldout = _loader(config, inputs, "val", batch=1, last="pad", shuffle=False, epochs=1)
+    with tracker.connect(folder) if rank == 0 else nullcontext() as log:
+        train(objective(config, model, heldout), loader, config, folder, log, launch.stop_requested)
+
+
+def begin(config: Config, inputs: Mapping[str, str]) -> PVVAE:
+    """The model before its first step: the parent's, or a random one.
+
+    Raises:
+        UserError: the parent is no PV-VAE, or another than `model` says, or cannot divide the windows.
+    """
+    if config.parent is None:
+        return PVVAE(config.vae())
+    uri = inputs["parent"]
+    model = registry.load(uri)
+    if not isinstance(model, PVVAE):
+        raise UserError(f"parent: {uri} is a {type(model).__name__}, not a PV-VAE")
+    if config.model is not None and config.vae() != model.config:
+        raise UserError(f"model: is not that of the parent {uri}; leave it out")
+    try:
+        fits(config, model.config)
+    except ValueError as e:
+        raise UserError(str(e)) from e
+    return model.train()
 
 
 def run(config: Config, inputs: Mapping[str, str], output: str) -> dict[str, Any]:
     """Train from the latest checkpoint, log and register the model, look at held-out clips, make it champion.
 
     Raises:
-        UserError: no usable sample; a workspace where checkpoints cannot lie.
+        UserError: no usable sample; a workspace where checkpoints cannot lie; a parent that does not fit.
         Failure, Interrupted: of the loop.
     """
-    if config.checkpoints is None and not storage.is_local(output):
-        raise UserError(f"checkpoints: {output} is remote; name a local folder that outlives the job")
-    folder = Path(config.checkpoints or storage.join(output, "checkpoints"))
-    threads = os.environ.get("OMP_NUM_THREADS")
-    torch.set_num_threads(int(threads) if threads else os.cpu_count() or 1)
-    with process_group() as (rank, world), locked(folder) if rank == 0 else nullcontext():
-        torch.manual_seed(config.seed)
-        model = PVVAE(config.vae()).to(device())
-        loader = _loader(
-            config,
-            inputs,
-            "train",
-            crop="random",
-            batch=config.batch // config.accumulate,
-            rank=rank,
-            world=world,
-            workers=config.workers,
-            seed=config.seed,
-        )
-        log = tracker.connect() if rank == 0 else None
-        weights = train(objective(config, model), loader, config, folder, log, rank, world)
-        if log is None:
-            return {}
-        model = PVVAE(config.vae())
-        model.load_state_dict(weights)
-        result = _publish(config, inputs, model.to(device()).eval(), log)
-        result["metrics"] |= {
-            "train_clips": float(loader.samples),
-            "train_clips_too_short": float(loader.samples_short),
-            "train_clips_too_small": float(loader.samples_small),
-        }
-        return result
+    folder = checkpoint.folder_of(config, output)
+    first = os.environ.get("RANK", "0") == "0"
+    with checkpoint.locked(folder) if first else nullcontext():
+        # before training, since datasets grow and aliases move
+        lineage = registry.lineage(inputs)
+        return _publish(config, inputs, folder, lineage) if launch.run(__name__, config, inputs, folder) else {}
 
 
-def _publish(config: Config, inputs: Mapping[str, str], model: PVVAE, log: tracker.Tracker) -> dict[str, Any]:
-    with tempfile.TemporaryDirectory() as scratch:
-        folder = Path(scratch) / "model"
+def _publish(config: Config, inputs: Mapping[str, str], folder: Path, lineage: Mapping[str, Any]) -> dict[str, Any]:
+    weights = checkpoint.trained(folder, config)
+    model = begin(config, inputs)
+    model.load_state_dict(weights)
+    model.to(device()).eval()
+    with tracker.connect(folder, system_metrics=False) as log, tempfile.TemporaryDirectory() as scratch:
+        made = Path(scratch) / "model"
         facts = {
-            "lineage": {"inputs": dict(inputs), "run": log.run_id},
-            "window": {"frames": config.frames, "stride": config.stride, "size": list(config.size)},
+            "lineage": lineage,
+            "window": {"frames": config.frames, "stride": config.stride, "size": list(config.sizes[0])},
         }
-        registry.save(folder, "pv_vae", config.vae().model_dump(mode="json"), model.state_dict(), facts)
-        uri = registry.register(folder, config.name, log.run_id)
-        shown = Path(scratch) / "heldout"
-        shown.mkdir()
+        registry.save(made, "pv_vae", model.config.model_dump(mode="json"), weights, facts)
+        uri = registry.register(made, config.name, log.run_id)
+        seen = Path(scratch) / "heldout"
+        seen.mkdir()
         heldout = _loader(config, inputs, "val", batch=1, last="pad", shuffle=False, epochs=1)
-        summary = evaluate(model, heldout, shown, config.seed, config.eval_clips)
-        log.artifacts(shown, "heldout")
-    log.close()
+        perceptual = load_perceptual(config.perceptual, config.perceptual_linear, device=device())
+        summary = evaluate(model, heldout, seen, config.seed, config.eval_clips, perceptual)
+        log.artifacts(seen, "heldout")
     registry.promote(uri)
-    return {"uri": uri, "metrics": {k: v for k, v in summary.items() if isinstance(v, float)}}
+    used = _loader(config, inputs, "train", batch=1)
+    counts = {
+        "train_clips": float(used.samples),
+        "train_clips_too_short": float(used.samples_short),
+        "train_clips_too_small": float(used.samples_small),
+    }
+    return {"uri": uri, "metrics": {k: v for k, v in summary.items() if isinstance(v, float)} | counts}
 
 
-@torch.inference_mode()
-def evaluate(model: PVVAE, loader: Loader, folder: Path, seed: int, most: int) -> dict[str, Any]:
-    """PSNR on the first `most` clips of a loader, and pictures of some of them as `heldout.json` and KEY.mp4 in `folder`.
-
-    The encoder sees the first half of the latent groups. Predicted frames are compared with the last visible frame,
-    repeated; `psnr_all` is of a reconstruction with every frame visible.
-    """
-    at = next(model.parameters()).device
-    rows: list[dict[str, Any]] = []
-    frames = seen = 0
-    count = min(most, loader.samples)
-    for batch in tqdm(islice(loader, count), "evaluate", count, unit="clip"):
-        video = to_model(batch["video"].to(at))
-        frames = video.shape[2]
-        visible = (latent_groups(frames) + 1) // 2
-        seen = frames_of(visible)
-        full, half = model.reconstruct(video), model.reconstruct(video, seen)
-        copied = video[:, :, seen - 1 : seen].expand_as(video)
-        row: dict[str, Any] = {
-            "key": batch["key"][0],
-            "frames_visible": seen,
-            "psnr_all": psnr(full, video).item(),
-            "psnr_visible": psnr(half[:, :, :seen], video[:, :, :seen]).item(),
-        }
-        if seen < frames:
-            row["psnr_predicted"] = psnr(half[:, :, seen:], video[:, :, seen:]).item()
-            row["psnr_copy_last"] = psnr(copied[:, :, seen:], video[:, :, seen:]).item()
-        if len(rows) < _SHOWN:
-            masked = torch.where(
-                torch.arange(frames, device=at).view(1, 1, -1, 1, 1) < seen, video, torch.zeros_like(video)
-            )
-            row["file"] = f"{row['key']}.mp4"
-            _write_panels(folder / row["file"], [video, masked, half, full])
-        rows.append(row)
-    measured = [name for name in ("psnr_all", "psnr_visible", "psnr_predicted", "psnr_copy_last") if name in rows[0]]
-    summary: dict[str, Any] = {name: float(np.mean([row[name] for row in rows])) for name in measured}
-    summary |= {"clips": len(rows), "frames": frames, "frames_visible": seen, "split": "val", "seed": seed}
-    shown = [row for row in rows if "file" in row]
-    (folder / "heldout.json").write_text(json.dumps({"panels": _PANELS, "summary": summary, "clips": shown}, indent=2))
-    return summary
-
-
-def _write_panels(path: Path, panels: list[Tensor], scale: int = 3) -> None:
-    """One video of panels side by side, each (1, 3, T, H, W) in [-1, 1], enlarged without smoothing."""
-    wide = torch.cat(panels, dim=4)[0].permute(1, 2, 3, 0)
-    pixels = to_pixels(wide).repeat_interleave(scale, 1).repeat_interleave(scale, 2)
-    clip.write(path, pixels.cpu().numpy(), fps=6)
+def _batches(config: Config, inputs: Mapping[str, str], rank: int, world: int) -> Loader | Mixture:
+    """Batches of each size in turn: `batch` clips of the first size, of others as many as have as many pixels."""
+    each = config.batch // config.accumulate
+    share = {"rank": rank, "world": world, "seed": config.seed, "crop": "random"}
+    if len(config.sizes) == 1:
+        return _loader(config, inputs, "train", batch=each, workers=config.workers, **share)
+    first = config.sizes[0]
+    parts = {}
+    for height, width in config.sizes:
+        count = each * first[0] * first[1] // (height * width) // world * world
+        loader = _loader(config, inputs, "train", size=(height, width), batch=max(world, count), **share)
+        parts[f"{height}x{width}"] = (loader, 1.0)
+    return Mixture(parts, seed=config.seed, workers=config.workers)
 
 
 def _loader(config: Config, inputs: Mapping[str, str], split: str, **options: Any) -> Loader:
-    return Loader(
-        inputs["dataset"],
-        split,
-        view=inputs.get("view"),
-        columns=("video",),
-        frames=config.frames,
-        stride=config.stride,
-        size=config.size,
-        cache=Cache(config.cache.folder, config.cache.max_bytes) if config.cache else None,
-        **options,
-    )
+    settings: dict[str, Any] = {
+        "view": inputs.get("view"),
+        "columns": ("video",),
+        "frames": config.frames,
+        "stride": config.stride,
+        "size": config.sizes[0],
+        "cache": Cache(config.cache.folder, config.cache.max_bytes) if config.cache else None,
+    }
+    return Loader(inputs["dataset"], split, **settings | options)
