@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
 
 PARTS = ("data", "forward", "backward", "update")
 # dense bf16 TFLOP/s that makers state, by a part of the device's name; the longest match counts
@@ -71,14 +72,24 @@ class Clock:
         return values
 
 
-class _Needed(FlopCounterMode):
-    """Counts what a backward pass needs, without what activation checkpointing computes again.
+class _Counter(TorchDispatchMode):
+    """Adds up the operations of what runs, by torch's own formulas, and changes nothing.
 
-    A recomputation is a forward pass inside a backward pass, so it alone runs with gradients enabled.
+    torch's FlopCounterMode would: its hooks on modules have moved gradients by a last bit, so that a resumed run, whose
+    first step is counted, was not the straight one. In a backward pass what activation checkpointing computes again is
+    left out: a forward pass inside a backward pass, it alone runs with gradients enabled.
     """
 
-    def _count_flops(self, func_packet: Any, out: Any, args: Any, kwargs: Any) -> Any:
-        return out if torch.is_grad_enabled() else super()._count_flops(func_packet, out, args, kwargs)
+    def __init__(self, backward: bool) -> None:
+        super().__init__()
+        self.total, self._backward = 0, backward
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        formula = flop_registry.get(getattr(func, "_overloadpacket", None))
+        if formula and not (self._backward and torch.is_grad_enabled()):
+            self.total += formula(*args, **(kwargs or {}), out_val=out)
+        return out
 
 
 class Flops:
@@ -93,11 +104,11 @@ class Flops:
         if (key, phase) in self._known:
             yield
             return
-        counter = FlopCounterMode(display=False) if phase == "forward" else _Needed(display=False)
+        counter = _Counter(phase == "backward")
         # a compiled block is opaque to the counter
         with torch.compiler.set_stance("force_eager"), counter:
             yield
-        self._known[key, phase] = float(counter.get_total_flops())
+        self._known[key, phase] = float(counter.total)
 
     def of(self, key: Any) -> float:
         return self._known.get((key, "forward"), 0.0) + self._known.get((key, "backward"), 0.0)

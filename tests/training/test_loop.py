@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -418,3 +419,20 @@ def test_what_only_says_how_the_work_is_done_may_change_in_the_middle_of_a_run()
     before = TrainConfig(steps=10)
     after = TrainConfig(steps=10, workers=4, cache={"folder": "/x", "max_bytes": 1}, log_every=1, checkpoint_every=7)
     assert content(before) == content(after) != content(TrainConfig(steps=11))
+
+
+def test_a_video_model_resumes_bit_for_bit(dataset: str, tmp_path: Path, group: None) -> None:
+    from longtake.training.stages import pretrain_vae
+
+    def fit(folder: Path, stop: Callable[[], bool] = lambda: False) -> dict[str, Tensor]:
+        settings = {"model": {"preset": "pv_vae_tiny"}, "frames": 9, "sizes": [[32, 32]], "steps": 6, "batch": 2}
+        config = pretrain_vae.Config(kind="pretrain_vae", dataset=dataset, sample_every=0, workers=0, **settings)
+        torch.manual_seed(0)
+        model = pretrain_vae.begin(config, {})
+        train(pretrain_vae.objective(config, model, []), loader(dataset), config, folder, None, stop)
+        return checkpoint.trained(folder, config)
+
+    straight, asked = fit(tmp_path / "a"), iter(range(9))
+    with pytest.raises(Interrupted):
+        fit(tmp_path / "b", lambda: next(asked) == 3)
+    assert same(straight, fit(tmp_path / "b"))
