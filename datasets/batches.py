@@ -202,6 +202,9 @@ def collate(samples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         else:
             out[name] = torch.tensor(values) if isinstance(first, int) else values
         if name in ("latent", "history_latent"):
+            if out[name].dtype == torch.uint16:
+                # numpy has no bfloat16, only its bits
+                out[name] = out[name].view(torch.bfloat16)
             # in time order on disk, so that a window is one range of bytes
             out[name] = out[name].permute(0, 2, 3, 1, 4, 5)
     return out

@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 from longtake.datasets import schema, storage
 from longtake.datasets.errors import Failure, UserError
 
-_TAR = b"longtake.tar"
+_TAR, _NOTES = b"longtake.tar", b"longtake.notes"
 
 
 @dataclass(frozen=True)
@@ -61,14 +61,34 @@ def rows_table(rows: Iterable[Mapping[str, Any]], table_schema: pa.Schema) -> pa
 
 
 def write_index(
-    url: str, rows: Iterable[Mapping[str, Any]], table_schema: pa.Schema, tar_bytes: int, tar_sha256: str
+    url: str,
+    rows: Iterable[Mapping[str, Any]],
+    table_schema: pa.Schema,
+    tar_bytes: int,
+    tar_sha256: str,
+    notes: Mapping[str, Any] | None = None,
 ) -> None:
-    """Commit a tar: from this moment it exists."""
+    """Commit a tar: from this moment it exists. `notes` are JSON values that `read_notes` gives back."""
     table = rows_table(rows, table_schema)
     record = {"format": schema.FORMAT_VERSION, "bytes": tar_bytes, "sha256": tar_sha256}
     record["rows_sha256"] = _rows_sha256(url, record, table)
-    table = table.replace_schema_metadata({_TAR: json.dumps(record, sort_keys=True).encode()})
-    storage.write(url, to_parquet(table))
+    metadata = {_TAR: json.dumps(record, sort_keys=True).encode()}
+    if notes is not None:
+        text = json.dumps(notes, sort_keys=True)
+        metadata[_NOTES] = json.dumps([text, hashlib.sha256(text.encode()).hexdigest()]).encode()
+    storage.write(url, to_parquet(table.replace_schema_metadata(metadata)))
+
+
+def read_notes(dataset: str, shard: Shard) -> dict[str, Any]:
+    """What `write_index` was told to note of a shard of `read_shard`. Raises Failure: it was told nothing, or they are damaged."""
+    try:
+        text, digest = json.loads((shard.table.schema.metadata or {})[_NOTES])
+        if hashlib.sha256(text.encode()).hexdigest() != digest:
+            raise ValueError("another checksum")
+        return dict(json.loads(text))
+    except (ValueError, KeyError, TypeError, AttributeError) as e:
+        url = storage.join(dataset, shard.split, f"{shard.name}.parquet")
+        raise Failure(f"{url}: its notes are missing or damaged; delete it and run the stage that made it again") from e
 
 
 def read_shard(dataset: str, split: str, name: str) -> Shard:

@@ -7,7 +7,7 @@ its number alone: resuming opens the tars that come next, at the bytes where the
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -20,7 +20,7 @@ from longtake.datasets.batches import Batches, Bucket, Mixed, Plan
 from longtake.datasets.cache import Cache
 from longtake.datasets.errors import Failure, UserError
 from longtake.datasets.reader import Reader
-from longtake.datasets.view import of_split
+from longtake.datasets.view import kept
 from longtake.datasets.window import Source, Window
 
 COLUMNS = ("video", "frame_diff", "latent-DIGEST", "json", "label")
@@ -77,9 +77,9 @@ class Loader(Stream):
     """Batches of windows, endless over epochs unless `epochs` is given.
 
     A batch is `{"key": [str], "epoch": int}` and of the columns asked for `video` uint8 (B, 3, T, H, W), `frame_diff`
-    uint8 (B, 3, T-1, h, w), `latent` float16 (B, 2, C, 1 + (T-1)/4, h, w) of mean and log-variance, `json` [dict] and
-    `label` int64 (B,); B is this rank's share. With `history_seconds` also `history_video`, `history_latent` and how
-    many of their frames and steps are true (see `datasets.window`).
+    uint8 (B, 3, T-1, h, w), `latent` float16 or bfloat16 (B, 2, C, 1 + (T-1)/4, h, w) of mean and log-variance, `json`
+    [dict] and `label` int64 (B,); B is this rank's share. With `history_seconds` also `history_video`, `history_latent`
+    and how many of their frames and steps are true (see `datasets.window`).
 
     Args:
         dataset: URL of the dataset.
@@ -91,8 +91,8 @@ class Loader(Stream):
         stride: every how many frames of the clip.
         size: (height, width) of the video; a clip is scaled down to cover it and cropped. Or its short side: then clips
             keep their shapes, the long side to `multiple` pixels, and each batch is of one shape. So it is in any case
-            where a cache column keeps the clips' own sizes and these differ. A clip smaller than this is left out;
-            `samples_small` counts them.
+            where a cache column has other shapes for them. A clip smaller than this is left out; `samples_small`
+            counts them, `samples_without_latent` those that the column of latents has left out.
         crop: "center", or "random" along the longer side, from the sample's own seed.
         batch: samples in a global batch, over all ranks.
         pixels: instead of `batch`, the most T * H * W pixels in a global batch: each shape gets the batch that it allows.
@@ -142,10 +142,20 @@ class Loader(Stream):
         base, facts = compact.open_split(dataset, split, cache=cache)
         if not len(base.shards):
             raise UserError(f"{where}: no committed shard; run its `shard` stage")
-        joined = {c: _column(base, dataset, split, c, cache) for c in columns if c == "frame_diff" or "latent-" in c}
-        keep, weights, judged = _viewed(base, view)
+        found = {c: _column(base, dataset, split, c, cache) for c in columns if c == "frame_diff" or "latent-" in c}
+        joined = {c: rows for c, (rows, _) in found.items()}
+        latents = next((sizes for c, (_, sizes) in found.items() if c != "frame_diff"), None)
+        keep, weights, judged = kept(base, view)
+        self.samples_without_latent = 0
+        if latents is not None:
+            left_out = keep & (latents["height"].to_numpy() == 0)
+            self.samples_without_latent = int(left_out.sum())
+            keep &= ~left_out
+            if self.samples_without_latent and not keep.any():
+                raise UserError(f"{where}: no clip of this view has latents; make them with this view, or without one")
         lengths = sorted({frames} if isinstance(frames, int) else set(frames), reverse=True)
-        shapes, codes, short, small = _shapes(facts, lengths, stride, size, multiple, _own_shape(joined))
+        cropped = "frame_diff" in joined
+        shapes, codes, short, small = _shapes(facts, lengths, stride, size, multiple, cropped, latents)
         self.samples_short = int((short & keep).sum())
         keep &= ~short
         small &= keep & ("video" in columns)
@@ -266,9 +276,15 @@ def _known(columns: Sequence[str]) -> None:
         raise UserError(f"columns: unknown {', '.join(sorted(unknown))}; there are {', '.join(COLUMNS)}")
 
 
-def _column(base: compact.Rows, dataset: str, split: str, column: str, cache: Cache | None) -> compact.Rows:
-    """The rows of a cache column. Raises Failure where it has not as many as the base; that they fit is seen on reading."""
-    rows, _ = compact.open_split(dataset, split, column, cache)
+def _column(
+    base: compact.Rows, dataset: str, split: str, column: str, cache: Cache | None
+) -> tuple[compact.Rows, pa.Table]:
+    """The rows of a cache column and their `FACTS`, in the base's order.
+
+    Raises:
+        Failure: it has not as many as the base; that they fit is seen on reading.
+    """
+    rows, facts = compact.open_split(dataset, split, column, cache)
     have = dict(zip(rows.shards["name"].to_pylist(), rows.counts.tolist(), strict=True))
     want = {
         f"{n}.{column}": count for n, count in zip(base.shards["name"].to_pylist(), base.counts.tolist(), strict=True)
@@ -279,29 +295,8 @@ def _column(base: compact.Rows, dataset: str, split: str, column: str, cache: Ca
         what = f"{missing} clips have no {column}" if missing else f"{next(iter(wrong))} has clips that are not there"
         raise Failure(f"{dataset} ({split}): {what}; delete the column's indexes and run its stage again")
     # a column's shard is committed before its base shard: one that is ahead is not there yet
-    return rows.only(list(want))
-
-
-def _viewed(base: compact.Rows, url: str | None) -> tuple[np.ndarray, np.ndarray | None, str]:
-    """Which rows a view keeps, (N,) bool, their weights if they differ, and the view's digest."""
-    total = int(base.counts.sum())
-    if url is None:
-        return np.ones(total, bool), None, ""
-    judged, digest = of_split(url, base.split, base.digest)
-    if "key" in judged.column_names:
-        # clips came since, or it was written by hand: match by key
-        keys = pa.concat_tables([base.of(n).select(["key"]) for n in range(len(base.shards))])["key"]
-        at = pc.index_in(keys, judged["key"].combine_chunks())
-        judged = judged.take(at)
-    keep = judged["keep"].fill_null(False).to_numpy().astype(bool)
-    weights = judged["weight"].fill_null(0).to_numpy().astype(np.float64)
-    even = bool((weights[keep] == 1).all())
-    return keep & (weights > 0), None if even else weights, digest
-
-
-def _own_shape(columns: Iterable[str]) -> Literal["", "whole", "cropped"]:
-    """Whether columns keep a clip's own height and width: clips that differ in them then share no batch."""
-    return "whole" if any(c.startswith("latent-") for c in columns) else "cropped" if columns else ""
+    taken = np.array([name in want for name in rows.shards["name"].to_pylist()], bool)
+    return rows.only(list(want)), facts if taken.all() else facts.filter(np.repeat(taken, rows.counts))
 
 
 def _shapes(
@@ -310,19 +305,28 @@ def _shapes(
     stride: int,
     size: tuple[int, int] | int,
     multiple: int,
-    own: Literal["", "whole", "cropped"],
+    cropped: bool,
+    latents: pa.Table | None,
 ) -> tuple[list[tuple[int, int, int]], np.ndarray, np.ndarray, np.ndarray]:
-    """The shapes (T, H, W) there are, for each row which it has, whether it is too short for all, and too small."""
+    """The shapes (T, H, W) there are, for each row which it has, whether it is too short for all, and too small.
+
+    Clips of the same shape share none where their latents differ in theirs, or, with `cropped`, the parts of their own.
+    """
     counts, heights, widths = (facts[name].to_numpy() for name in ("frame_count", "height", "width"))
     spans = np.array([(t - 1) * stride + 1 for t in lengths])
     longer = sum(((counts < span).astype(np.int16) for span in spans), np.zeros(len(counts), np.int16))
     length = np.minimum(longer, np.int16(len(lengths) - 1))
     short = counts < spans[-1]
     # by a hash: sorting ten million pairs takes as long as all else of opening them
-    coded = pa.array(heights.astype(np.int64) << 32 | widths).dictionary_encode()
-    pairs = [(n >> 32, n & 0xFFFFFFFF) for n in coded.dictionary.to_pylist()]
+    sides = [heights, widths, *((latents[name].to_numpy() for name in ("height", "width")) if latents else ())]
+    code = sum((side.astype(np.uint64) << 16 * n for n, side in enumerate(sides)), np.zeros(len(counts), np.uint64))
+    coded = pa.array(code).dictionary_encode()
+    pairs = [(n & 0xFFFF, n >> 16 & 0xFFFF) for n in coded.dictionary.to_pylist()]
     scaled = [size if isinstance(size, tuple) else _scaled(h, w, size, multiple) for h, w in pairs]
-    owns = [_cropped(p, s) if own == "cropped" else p if own else None for p, s in zip(pairs, scaled, strict=True)]
+    owns = [
+        (_cropped(p, s) if cropped else (), n >> 32)
+        for n, p, s in zip(coded.dictionary.to_pylist(), pairs, scaled, strict=True)
+    ]
     # clips of other sizes may come to the same shape
     kinds = sorted({(s, o) for s, o in zip(scaled, owns, strict=True)})
     of_pair = np.array([kinds.index(kind) for kind in zip(scaled, owns, strict=True)], np.int16)

@@ -80,8 +80,9 @@ COLUMN_INDEX = pa.schema(
     ]
 )
 
-# That of a `latent-DIGEST` column: KEY.npy is float16 (steps, 2, channels, height, width), mean and log-variance, so that
-# a window of steps is one range of bytes. Step 0 is of the first frame, step n of the `factor` frames up to n * factor.
+# That of a `latent-DIGEST` column: KEY.npy is (steps, 2, channels, height, width), mean and log-variance, so that a window
+# of steps is one range of bytes. Step 0 is of the first frame, step n of the `factor` frames up to n * factor; frames
+# after the last step are not in it. A clip that was left out has 0 steps of 0 x 0.
 LATENT_INDEX = pa.schema(
     [
         *COLUMN_INDEX,
@@ -91,6 +92,7 @@ LATENT_INDEX = pa.schema(
         ("height", pa.int32()),
         ("width", pa.int32()),
         ("step_crc32", pa.binary()),  # (steps,) little-endian uint32
+        ("dtype", pa.string()),  # "float16", also where null; "bfloat16", whose bits KEY.npy has as uint16
     ]
 )
 

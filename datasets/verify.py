@@ -14,6 +14,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from longtake.datasets import column as columns
 from longtake.datasets import compact, index, schema, storage
 from longtake.datasets.errors import Failure
 
@@ -74,6 +75,8 @@ def problems(
     number, _, column = name.partition(".")
     again = "`longtake dataset index`" if images else "the `shard` stage"
     remedy = f"delete {split}/{number}.parquet and run {again} again"
+    if column.startswith("latent-"):
+        remedy = f"delete {split}/{name}.parquet and run its `cache_latents` stage again"
     try:
         shard = index.read_shard(dataset, split, name)
     except Failure as e:
@@ -81,6 +84,8 @@ def problems(
         return
     members = list(_members(shard.table, column, images))
     yield from _tar_problems(url, shard, members, remedy, progress)
+    if column.startswith("latent-"):
+        yield from columns.problems(dataset, shard)
     # the other table's own problem is reported where that one is looked at
     with contextlib.suppress(Failure):
         yield from _base_problems(url, dataset, shard, remedy) if column else _source_problems(dataset, shard, remedy)

@@ -11,6 +11,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from longtake.datasets import index, schema, storage
+from longtake.datasets.compact import Rows
 from longtake.datasets.errors import Failure, UserError
 
 _DIGESTS = b"longtake.shards"
@@ -93,3 +94,20 @@ def of_split(url: str, split: str, digest: str) -> tuple[pa.Table, str]:
     table = file.read(["split", "keep", "weight", *([] if aligned else ["key"])])
     mine = table.filter(pc.equal(table["split"], split)).drop_columns("split")
     return mine, hashlib.sha256(data).hexdigest()
+
+
+def kept(base: Rows, url: str | None) -> tuple[np.ndarray, np.ndarray | None, str]:
+    """Which rows of a split a view keeps, (N,) bool, their weights if they differ, and the view's digest; None keeps all."""
+    total = int(base.counts.sum())
+    if url is None:
+        return np.ones(total, bool), None, ""
+    judged, digest = of_split(url, base.split, base.digest)
+    if "key" in judged.column_names:
+        # clips came since, or it was written by hand: match by key
+        keys = pa.concat_tables([base.of(n).select(["key"]) for n in range(len(base.shards))])["key"]
+        at = pc.index_in(keys, judged["key"].combine_chunks())
+        judged = judged.take(at)
+    keep = judged["keep"].fill_null(False).to_numpy().astype(bool)
+    weights = judged["weight"].fill_null(0).to_numpy().astype(np.float64)
+    even = bool((weights[keep] == 1).all())
+    return keep & (weights > 0), None if even else weights, digest

@@ -6,6 +6,7 @@ The window is drawn from the sample's own random numbers; see the README's "Read
 import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from itertools import takewhile
 from typing import Any
 
 import numpy as np
@@ -121,7 +122,7 @@ def _video(
 
 
 def _latent(source: Source, shard: int, place: Mapping[str, Any], first: int, count: int) -> np.ndarray:
-    """(count, 2, C, h, w) float16: steps of the latent, of which only these bytes are read."""
+    """(count, 2, C, h, w) float16, or uint16 of bfloat16's bits: steps of the latent; only these bytes are read."""
     assert source.latent
     rows = source.columns[source.latent]
     shape = (2, place["channels"], place["height"], place["width"])
@@ -134,7 +135,11 @@ def _latent(source: Source, shard: int, place: Mapping[str, Any], first: int, co
         raise Failure(
             f"{url}: {place['key']}: steps {first} to {first + count} are damaged; run `longtake dataset verify`"
         )
-    return np.frombuffer(data, "<f2").reshape(count, *shape)
+    return np.frombuffer(data, _latent_dtype(place)).reshape(count, *shape)
+
+
+def _latent_dtype(place: Mapping[str, Any]) -> str:
+    return "<u2" if place.get("dtype") == "bfloat16" else "<f2"
 
 
 def _history(
@@ -155,14 +160,15 @@ def _history(
         ]
         out |= _ended("video", parts, np.zeros((3, len(wanted), *window.size), np.uint8), "frames", 1)
     if source.latent:
-        places = [source.place(source.latent, replace(sample, at=at), past) for at, past in pasts]
+        found = (source.place(source.latent, replace(sample, at=at), past) for at, past in pasts)
+        places = list(takewhile(lambda place: place["steps"], found))  # a clip without latents ends what is known
         factor, shape = places[0]["factor"], (2, *(places[0][n] for n in ("channels", "height", "width")))
         wanted = start // factor - np.arange(round(window.history_seconds * row["fps"] / factor), 0, -1)
         parts = [
             _latent(source, sample.shard, place, int(inside[0]), len(inside))
             for place, inside in _inside(wanted, [(place, place["steps"]) for place in places])
         ]
-        out |= _ended("latent", parts, np.zeros((len(wanted), *shape), np.float16), "steps", 0)
+        out |= _ended("latent", parts, np.zeros((len(wanted), *shape), _latent_dtype(places[0])), "steps", 0)
     return out
 
 

@@ -186,7 +186,8 @@ def train(
             averages.move(ema, lead, step)
             if "loss" in metrics and spikes.heed(step, float(metrics["loss"]), keys):
                 bar.write(
-                    f"warning: the loss leaps to {float(metrics['loss']):.4g} at step {step}, see {folder}/spikes.jsonl"
+                    f"warning: the loss leaps to {float(metrics['loss']):.4g} at step {step}, see {folder}/spikes.jsonl",
+                    file=sys.stderr,
                 )
             rows.append(metrics)
             bar.update()
@@ -204,7 +205,8 @@ def train(
                 if values["data_wait_share"] > config.warn_data_wait and step > began + config.log_every:
                     bar.write(
                         f"warning: step {step}: {values['data_wait_share']:.0%} of the time went into waiting for data;"
-                        f" raise workers (now {config.workers}), or cache the dataset"
+                        f" raise workers (now {config.workers}), or cache the dataset",
+                        file=sys.stderr,
                     )
                 if tracker:
                     tracker.log(step, values)

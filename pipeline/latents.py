@@ -1,0 +1,404 @@
+"""One shard of clips to one shard of latents, beside it: decode, encode in a stream, commit. Plain functions.
+
+Clips of the same shape go through the encoder together, in batches that a shard's own clips make up in the order of
+their keys, a few latent steps at a time: memory does not grow with their length, and the bytes do not depend on who
+else is at work. Every frame is decoded and encoded once; a window of the loader is a range of the steps.
+
+Commit: a stale index goes, then the tar, then the index, which is written last. Until then nothing of it counts.
+"""
+
+import hashlib
+import json
+import zlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass
+from functools import partial
+from itertools import groupby, islice
+from pathlib import Path
+from queue import Empty, Full, Queue
+from threading import Event, Thread
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from longtake.datasets import clip, index, schema, storage
+from longtake.datasets.column import Moments, merged, moments
+from longtake.datasets.errors import Failure, UserError
+from longtake.datasets.loader import to_model
+from longtake.datasets.shard import sha256_of, write_tar
+
+_AHEAD = 2  # chunks that are decoded while one is encoded
+_NEEDED = ("encode_stream", "encoder", "config")
+_FACTS = ("spatial_stride", "temporal_stride", "latent_channels")
+
+Row = Mapping[str, Any]
+Tell = Callable[[int, str], None]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What decides a column's values, and, from `batch` on, how the work is done, which decides no more than roundings."""
+
+    size: tuple[int, int] | None  # height, width
+    precision: Literal["fp32", "bf16"]
+    dtype: Literal["float16", "bfloat16"]
+    tile: int | None  # pixels
+    overlap: int
+    batch: int
+    steps: int
+    threads: int = 1  # that decode
+
+    def values(self) -> dict[str, Any]:
+        without = ("batch", "steps", "threads", *(() if self.tile else ("overlap",)))
+        return {name: value for name, value in asdict(self).items() if name not in without}
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """Of an encoder: pixels and frames that become one position and one step, and channels."""
+
+    stride: int
+    factor: int
+    channels: int
+
+
+def geometry(model: nn.Module, uri: str) -> Geometry:
+    """Raises UserError where the model is no video autoencoder."""
+    config = getattr(model, "config", None)
+    if any(not hasattr(model, name) for name in _NEEDED) or any(not hasattr(config, name) for name in _FACTS):
+        raise UserError(
+            f"encoder: {uri}: is a {type(model).__name__}, which does not encode videos; name a `pretrain_vae` model"
+        )
+    assert config is not None
+    return Geometry(config.spatial_stride, config.temporal_stride, config.latent_channels)
+
+
+def column_name(encoder: str, settings: Settings, view: str) -> str:
+    """`latent-DIGEST`, of the encoder's digest, of what else decides the values, and of the view's ("" without one)."""
+    record = json.dumps([encoder, settings.values(), view], sort_keys=True)
+    return f"latent-{hashlib.sha256(record.encode()).hexdigest()[:16]}"
+
+
+def check(settings: Settings, stride: int) -> None:
+    """Raises UserError where these settings do not fit the encoder."""
+    if settings.size and any(side % stride for side in settings.size):
+        height, width = settings.size
+        near = "x".join(str(max(1, side // stride) * stride) for side in settings.size)
+        raise UserError(f"size: {height}x{width} is not in multiples of {stride}, as the encoder needs; {near} is")
+    if settings.tile and (settings.tile % stride or settings.overlap % stride or settings.overlap >= settings.tile):
+        raise UserError(
+            f"tile: {settings.tile} with overlap {settings.overlap}: the encoder needs multiples of {stride}, the overlap the smaller"
+        )
+
+
+def target(own: tuple[int, int], size: tuple[int, int] | None, stride: int) -> tuple[int, int] | None:
+    """The (height, width) that is encoded of a clip of this size; None of one that is too small, as for the loader."""
+    height, width = size or (own[0] // stride * stride, own[1] // stride * stride)
+    fits = height <= own[0] and width <= own[1] and height > 0 and width > 0
+    return (height, width) if fits else None
+
+
+def covered(frames: int, factor: int) -> int:
+    """How many of a clip's frames make whole steps: 1 + factor * n. The tail is left out."""
+    return 1 + (frames - 1) // factor * factor
+
+
+def batches(rows: Sequence[Row], settings: Settings, of: Geometry) -> list[list[Row]]:
+    """Clips of the same covered frames and size, in the order given, at most `settings.batch` together.
+
+    A clip that is too small is in none.
+    """
+    alike: dict[tuple[int, tuple[int, int]], list[Row]] = {}
+    for row in rows:
+        if size := target((row["height"], row["width"]), settings.size, of.stride):
+            alike.setdefault((covered(row["frame_count"], of.factor), size), []).append(row)
+    most = settings.batch
+    return [some[n : n + most] for some in alike.values() for n in range(0, len(some), most)]
+
+
+def make_latents(
+    model: nn.Module,
+    of: Geometry,
+    dataset: str,
+    split: str,
+    name: str,
+    column: str,
+    settings: Settings,
+    keep: np.ndarray,
+    tell: Tell = lambda clips, at: None,
+) -> dict[str, int]:
+    """Encode the clips of one base shard and commit them as a column's shard.
+
+    Args:
+        model: on its device and in its precision, in evaluation mode.
+        keep: (N,) bool, which of the shard's clips; the others get no steps.
+        tell: called with the clips done and the one at hand.
+
+    Returns:
+        `clips`, `steps`, `frames` encoded, `frames_cut` from tails, `clips_small` left out for their size, `bytes`.
+
+    Raises:
+        Failure: a clip is not readable, the base shard is another than before, or values are beyond the dtype.
+    """
+    base = index.read_shard(dataset, split, name)
+    rows = base.table.to_pylist()
+    if len(keep) != len(rows):
+        raise Failure(
+            f"{dataset} ({split}): {name} has {len(rows)} clips, the view {len(keep)}; run the same command again"
+        )
+    kept = [row for row, wanted in zip(rows, keep.tolist(), strict=True) if wanted]
+    url = storage.join(dataset, split, f"{name}.tar")
+    folder = storage.join(dataset, split)
+    made: dict[str, _Clip] = {}
+    with storage.spool_folder(folder) as spool:
+        for clips in encoded(model, of, url, batches(kept, settings, of), settings, spool, tell):
+            made |= {clip.key: clip for clip in clips}
+        tell(len(made), "its commit")
+        _remove_stale(dataset, base, column)
+        size = _commit(dataset, split, name, column, rows, made, of, settings, spool)
+    frames = {row["key"]: row["frame_count"] for row in kept}
+    done = {key: covered(frames[key], of.factor) for key in made}
+    return {
+        "clips": len(made),
+        "clips_small": len(kept) - len(made),
+        "steps": sum(len(clip.sums) for clip in made.values()),
+        "frames": sum(done.values()),
+        "frames_cut": sum(frames[key] - count for key, count in done.items()),
+        "bytes": size,
+    }
+
+
+class _Clip:
+    """A clip whose steps come one piece after the other: a .npy in the spool, their checksums and moments."""
+
+    def __init__(self, spool: Path, key: str, steps: int, kind: str) -> None:
+        self.key, self.path, self._steps, self._kind = key, spool / f"{key}.npy", steps, kind
+        self.shape: tuple[int, ...] = (0, 0, 0)  # channels, height, width
+        self.sums: list[int] = []
+        self._moments: list[Moments] = []
+
+    def add(self, piece: np.ndarray, values: np.ndarray) -> None:
+        """Steps (t, 2, C, h, w), as they are stored and as numbers."""
+        with self.path.open("ab") as f:
+            if not self.sums:
+                self.shape = piece.shape[2:]
+                _header(f, (self._steps, *piece.shape[1:]), self._kind)
+            f.write(piece.tobytes())
+        self.sums += [zlib.crc32(step.tobytes()) for step in piece]
+        self._moments += moments(values)
+        if len(self.sums) == self._steps:
+            # of single steps, so that their last bits do not depend on the pieces
+            self.moments = merged(self._moments)
+            self._moments = []
+
+
+def encoded(
+    model: nn.Module,
+    of: Geometry,
+    tar: str,
+    groups: Sequence[Sequence[Row]],
+    settings: Settings,
+    spool: Path,
+    tell: Tell = lambda clips, at: None,
+) -> Iterator[list[_Clip]]:
+    """The clips of each batch, encoded into the spool; the next frames are decoded meanwhile.
+
+    Args:
+        tar: URL of the base shard, of whose index the rows are.
+
+    Raises:
+        Failure: a clip is not readable, or a latent is not finite in `settings.dtype`.
+    """
+    kind = "<u2" if settings.dtype == "bfloat16" else "<f2"
+    with ThreadPoolExecutor(settings.threads) as pool, _ahead(_chunks(tar, groups, settings, of, pool)) as chunks:
+        done = 0
+        for number, pieces in groupby(chunks, key=lambda chunk: chunk[0]):
+            rows = groups[number]
+            steps = 1 + (covered(rows[0]["frame_count"], of.factor) - 1) // of.factor
+            clips = [_Clip(spool, row["key"], steps, kind) for row in rows]
+            for stored, values in _posteriors(model, (video for _, video in pieces), settings, tar, rows):
+                for n, clip_ in enumerate(clips):
+                    clip_.add(stored[n], values[n])
+                tell(done, f"{rows[0]['key']}, step {len(clips[0].sums)} of {steps}")
+            done += len(clips)
+            yield clips
+
+
+def _posteriors(
+    model: nn.Module, videos: Iterator[np.ndarray], settings: Settings, tar: str, rows: Sequence[Row]
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Steps (B, t, 2, C, h, w), as they are stored and as numbers, of chunks (B, T, H, W, 3) uint8."""
+    device = next(model.parameters()).device
+    kind = {"float16": torch.float16, "bfloat16": torch.bfloat16}[settings.dtype]
+
+    def on_device() -> Iterator[Tensor]:
+        for video in videos:
+            yield to_model(torch.from_numpy(video).to(device).permute(0, 4, 1, 2, 3))
+
+    with torch.inference_mode():
+        stream = model.encode_stream(on_device(), settings.steps, settings.tile, settings.overlap)  # type: ignore[operator]
+        for posterior in _in_memory(stream, f"{tar}: {len(rows)} clips from {rows[0]['key']} on"):
+            both = torch.stack([posterior.mean, posterior.logvar], 1).permute(0, 3, 1, 2, 4, 5)
+            latent = both.to(kind).cpu().contiguous()
+            if not latent.isfinite().all():
+                bad = next(row["key"] for row, one in zip(rows, latent, strict=True) if not one.isfinite().all())
+                other = "; try `dtype: bfloat16`" if settings.dtype == "float16" and both.isfinite().all() else ""
+                raise Failure(f"{tar}: {bad}: its latents are not finite in {settings.dtype}{other}")
+            bits = latent.view(torch.uint16) if kind is torch.bfloat16 else latent
+            yield bits.numpy(), latent.float().numpy()
+
+
+def _in_memory(stream: Iterator[Any], what: str) -> Iterator[Any]:
+    try:
+        yield from stream
+    except torch.OutOfMemoryError as e:
+        raise Failure(f"{what} do not fit into the GPU's memory; lower `batch` or `steps`, or set `tile`") from e
+
+
+def _chunks(
+    tar: str, groups: Sequence[Sequence[Row]], settings: Settings, of: Geometry, pool: ThreadPoolExecutor
+) -> Iterator[tuple[int, np.ndarray]]:
+    """The number of a batch and (B, T, H, W, 3) uint8 of its clips, one frame first, then as many as `steps` have."""
+    for number, rows in enumerate(groups):
+        videos = list(pool.map(lambda row: _frames(tar, row, settings, of), rows))
+        left, count = covered(rows[0]["frame_count"], of.factor), 1
+        while left:
+            taken = min(count, left)
+            yield number, np.stack(list(pool.map(partial(_take, count=taken), videos)))
+            left -= taken
+            count = settings.steps * of.factor
+
+
+def _take(frames: Iterator[np.ndarray], count: int) -> np.ndarray:
+    return np.stack(list(islice(frames, count)))
+
+
+def _frames(tar: str, row: Row, settings: Settings, of: Geometry) -> Iterator[np.ndarray]:
+    """The covered frames of a clip (H, W, 3), scaled and cropped as the loader does at this size."""
+    name = f"{tar}: {row['key']}.mp4"
+    try:
+        data = storage.read_range(tar, row["mp4_offset"], row["mp4_size"])
+    except FileNotFoundError as e:
+        raise Failure(f"{tar}: is missing; run `longtake dataset verify`") from e
+    if len(data) != row["mp4_size"] or zlib.crc32(data) != row["mp4_crc32"]:
+        raise Failure(f"{name}: is damaged; run `longtake dataset verify`")
+    own = (row["height"], row["width"])
+    size = target(own, settings.size, of.stride)
+    assert size
+    scaled = clip.covering_size(own, size)
+    frames = clip.decoded(data, range(covered(row["frame_count"], of.factor)), None if scaled == own else scaled, name)
+    return (clip.crop(frame[None], size)[0] for frame in frames)
+
+
+@contextmanager
+def _ahead(items: Iterator[Any]) -> Iterator[Iterator[Any]]:
+    """The same items, made in a thread, which ends with the block."""
+    queue: Queue[tuple[str, Any]] = Queue(_AHEAD)
+    stop = Event()
+
+    def put(what: str, value: Any) -> None:
+        while not stop.is_set():
+            try:
+                return queue.put((what, value), timeout=0.1)
+            except Full:
+                continue
+
+    def work() -> None:
+        try:
+            for item in items:
+                put("item", item)
+                if stop.is_set():
+                    return
+            put("end", None)
+        except BaseException as e:
+            put("error", e)
+
+    def taken() -> Iterator[Any]:
+        while True:
+            what, value = queue.get()
+            if what == "error":
+                raise value
+            if what == "end":
+                return
+            yield value
+
+    thread = Thread(target=work, daemon=True)
+    thread.start()
+    try:
+        yield taken()
+    finally:
+        stop.set()
+        try:
+            while True:
+                queue.get_nowait()
+        except Empty:
+            pass
+        thread.join()
+
+
+def _commit(
+    dataset: str,
+    split: str,
+    name: str,
+    column: str,
+    rows: Sequence[Row],
+    made: Mapping[str, _Clip],
+    of: Geometry,
+    settings: Settings,
+    spool: Path,
+) -> int:
+    """Bytes of the tar."""
+    url = storage.join(dataset, split, f"{name}.{column}")
+    none = spool / "none.npy"
+    with none.open("wb") as f:
+        _header(f, (0, 2, of.channels, 0, 0), "<u2" if settings.dtype == "bfloat16" else "<f2")
+
+    def parts() -> Iterator[tuple[str, dict[str, bytes]]]:
+        for row in rows:
+            found = made.get(row["key"])
+            yield row["key"], {"npy": (found.path if found else none).read_bytes()}
+
+    with storage.staged(f"{url}.tar") as tar:
+        members = write_tar(tar, parts())
+        size, digest = tar.stat().st_size, sha256_of(tar)
+    table = []
+    for member, row in zip(members, rows, strict=True):
+        found = made.get(row["key"])
+        channels, height, width = found.shape if found else (of.channels, 0, 0)
+        table.append(
+            {field: getattr(member, field) for field in ("key", "offset", "size", "crc32", "sha256")}
+            | {"base_sha256": row["sha256"], "factor": of.factor, "dtype": settings.dtype}
+            | {"steps": len(found.sums) if found else 0, "channels": channels, "height": height, "width": width}
+            | {"step_crc32": np.array(found.sums if found else [], "<u4").tobytes()}
+        )
+    parted = [made[row["key"]].moments for row in rows if row["key"] in made]
+    empty = Moments(0, *(np.zeros(of.channels) for _ in range(3)))
+    notes = (merged(parted) if parted else empty).plain()
+    index.write_index(f"{url}.parquet", table, schema.LATENT_INDEX, size, digest, notes)
+    return size
+
+
+def _header(file: Any, shape: tuple[int, ...], kind: str) -> None:
+    np.lib.format.write_array_header_1_0(file, {"descr": kind, "fortran_order": False, "shape": shape})
+
+
+def _remove_stale(dataset: str, base: index.Shard, column: str) -> None:
+    """Take the index of other clips away: a reader shall not find it beside the new tar."""
+    name = f"{base.name}.{column}"
+    there = name in index.shard_names(dataset, base.split, column)
+    if there and not fits(base, index.read_shard(dataset, base.split, name)):
+        fs, path = storage.filesystem(storage.join(dataset, base.split, f"{name}.parquet"))
+        with suppress(FileNotFoundError):
+            storage.retrying(path, lambda: fs.rm_file(path))
+
+
+def fits(base: index.Shard, made: index.Shard) -> bool:
+    """Whether a column's shard is of just these clips."""
+    return bool(
+        base.table["key"].to_pylist() == made.table["key"].to_pylist()
+        and base.table["sha256"].to_pylist() == made.table["base_sha256"].to_pylist()
+    )

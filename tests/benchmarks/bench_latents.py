@@ -1,0 +1,131 @@
+"""Caching latents beside encoding alone: what reading, decoding, statistics and the commit cost in one process.
+
+    python tests/benchmarks/bench_latents.py [--preset pv_vae_tiny] [--device cpu] [--precision fp32] [--side 64] [--clips 24]
+
+Generated footage is cut into clips, as `shard` does. `encode` puts decoded clips from memory through the encoder, in the
+batches and steps of the stage; `stage` is its inner function, from mp4s to a committed column. They take turns, and the
+figure is the median of the rounds' ratios. `at once` encodes the same clips without a stream, as a reference.
+"""
+
+import argparse
+import json
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from longtake.datasets import index, storage
+from longtake.datasets.footage import generate
+from longtake.datasets.loader import to_model
+from longtake.pipeline import latents, plan
+from longtake.pipeline.commit import make_group
+from longtake.pipeline.geometry import ClipConfig, FrameDiffConfig, LimitsConfig
+from longtake.training.models.pv_vae import PVVAE, config_from_preset
+
+
+def make_dataset(folder: Path, clips: int, side: int, seconds: float) -> str:
+    """One shard of `train`."""
+    generate(str(folder / "videos"), max(2, clips // 3), 0, 12.0)
+    geometry = {
+        "clip": ClipConfig(short_side=side, fps=12, max_seconds=seconds).model_dump(mode="json"),
+        "limits": LimitsConfig().model_dump(mode="json"),
+        "diff": FrameDiffConfig().model_dump(mode="json"),
+        "decoder": "pyav",
+    }
+    root = str(folder / "dataset")
+    storage.write(f"{root}/dataset.json", b'{"format": 2}')
+    for group in plan.plan(root, [str(folder / "videos" / "*.mp4")], 0.0, 1 << 40, 10_000):
+        assert not make_group(group, plan.sources_of(root, group), root, geometry)["error"]
+    return root
+
+
+def clocked(work: Callable[[], Any], device: str) -> float:
+    start = time.perf_counter()
+    work()
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--preset", default="pv_vae_tiny")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--precision", default="fp32", choices=("fp32", "bf16"))
+    parser.add_argument("--side", type=int, default=64)
+    parser.add_argument("--seconds", type=float, default=4.0)
+    parser.add_argument("--clips", type=int, default=24, help="about so many")
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--steps", type=int, default=4)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--rounds", type=int, default=3)
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    torch.manual_seed(0)
+    kind = torch.bfloat16 if arguments.precision == "bf16" else torch.float32
+    model = PVVAE(config_from_preset(arguments.preset)).eval().requires_grad_(False).to(arguments.device, kind)
+    of = latents.geometry(model, arguments.preset)
+    settings = latents.Settings(
+        size=None,
+        precision=arguments.precision,
+        dtype="float16",
+        tile=None,
+        overlap=64,
+        batch=arguments.batch,
+        steps=arguments.steps,
+        threads=arguments.threads,
+    )
+    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(arguments.threads) as pool:
+        root = make_dataset(Path(folder), arguments.clips, arguments.side, arguments.seconds)
+        rows = index.read_all(root, "train").to_pylist()
+        tar = storage.join(root, "train", "00000.tar")
+        groups = latents.batches(rows, settings, of)
+        chunks = list(latents._chunks(tar, groups, settings, of, pool))
+        videos = [[chunk for number, chunk in chunks if number == n] for n in range(len(groups))]
+
+        def tensor(chunk: np.ndarray) -> torch.Tensor:
+            return to_model(torch.from_numpy(chunk).to(arguments.device).permute(0, 4, 1, 2, 3))
+
+        def encode() -> None:
+            with torch.inference_mode():
+                for pieces in videos:
+                    for _ in model.encode_stream(map(tensor, pieces), settings.steps):
+                        pass
+
+        def at_once() -> None:
+            with torch.inference_mode():
+                for pieces in videos:
+                    model.encode(tensor(np.concatenate(pieces, 1)))
+
+        def decode() -> None:
+            for _ in latents._chunks(tar, groups, settings, of, pool):
+                pass
+
+        def stage() -> None:
+            keep = np.ones(len(rows), bool)
+            latents.make_latents(model, of, root, "train", "00000", "latent-bench", settings, keep)
+
+        works = {"encode": encode, "at once": at_once, "decode": decode, "stage": stage}
+        for work in works.values():
+            work()
+        seconds: dict[str, list[float]] = {name: [] for name in works}
+        for _ in range(arguments.rounds):
+            for name, work in works.items():
+                seconds[name].append(clocked(work, arguments.device))
+        frames = sum(chunk.shape[0] * chunk.shape[1] for _, chunk in chunks)
+        print(f"{arguments.preset}, {arguments.device}, {arguments.precision}: {len(rows)} clips, {frames} frames")
+        result = {}
+        for name, taken in seconds.items():
+            ratio = statistics.median(t / e for t, e in zip(taken, seconds["encode"], strict=True))
+            median = statistics.median(taken)
+            result[name] = {"clips_s": len(rows) / median, "frames_s": frames / median, "to_encode": ratio}
+            print(
+                f"{name:8s} {result[name]['clips_s']:8.1f} clips/s {result[name]['frames_s']:9.0f} frames/s {ratio:6.2f} x encode"
+            )
+        print(json.dumps(result))
