@@ -1,6 +1,7 @@
 """The `longtake` command. Heavy packages are imported by the commands that need them, so that --help is instant."""
 
 import atexit
+import contextlib
 import errno
 import os
 import signal
@@ -22,8 +23,12 @@ Start here:
   longtake status my.yaml               what has run, where it is
   longtake dataset ls DATASET           what is in a dataset
 
-Exit codes: 0 done, 1 failure, 2 something to put right in the recipe or the command, 130 stopped (run it again to go on).
+Exit codes: 0 done, 1 failure, 2 something to put right in the recipe or the command, 130 stopped by Ctrl-C. Stopped by
+SIGTERM, or by a Ray cluster that takes a node away: 0 when the state is saved, for a scheduler to run it again; 1 if that
+took longer than stop_seconds. The same command goes on.
 """
+
+_STOPPED = 130
 
 
 @click.group(epilog=_SHELL, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
@@ -35,11 +40,14 @@ def cli() -> None:
 for command in (recipe.run, recipe.stage, recipe.graph, recipe.status, recipe.report, dataset.footage, dataset.dataset):
     cli.add_command(command)
 
-
 def main() -> None:
     """Entry point: our errors are one line and an exit code, never a stack trace."""
     signal.signal(signal.SIGTERM, _stop)
+    came = _signals_noted()
     code = _guarded(lambda: cli(standalone_mode=False))
+    if code == _STOPPED and signal.SIGINT not in came():
+        # the state is saved: nothing went wrong that a scheduler should report
+        code = 0
     # native threads of torch and its like have aborted a process that had done its work while it unloaded them
     atexit._run_exitfuncs()
     sys.stdout.flush()
@@ -49,6 +57,21 @@ def main() -> None:
 
 def _stop(*_: Any) -> None:
     raise KeyboardInterrupt
+
+
+def _signals_noted() -> Callable[[], set[int]]:
+    """Note every signal that has come from now on, whoever handles it."""
+    read, write = os.pipe()
+    os.set_blocking(read, False)
+    os.set_blocking(write, False)
+    signal.set_wakeup_fd(write, warn_on_full_buffer=False)
+
+    def came() -> set[int]:
+        with contextlib.suppress(BlockingIOError):
+            return set(os.read(read, 1 << 16))
+        return set()
+
+    return came
 
 
 def _guarded(action: Callable[[], Any]) -> int:
@@ -72,8 +95,13 @@ def _guarded(action: Callable[[], Any]) -> int:
         # a stage's own process has said what went wrong
         return code if code is not None else _say(e, 1)
     except Interrupted as e:
-        return _stopped(str(e)) if e.args else 130
+        return _stopped(str(e)) if e.args else _STOPPED
     except (KeyboardInterrupt, click.Abort):
+        return _stopped("stopped")
+    except SystemExit as e:
+        # Ray's answer to SIGTERM
+        if e.code != signal.SIGTERM:
+            raise
         return _stopped("stopped")
     except Exception as e:
         if not _disk_is_full(e):
@@ -92,7 +120,7 @@ def _disk_is_full(error: BaseException | None) -> bool:
 
 def _stopped(what: str) -> int:
     print(f"\n{what}; run the same command again to go on", file=sys.stderr)
-    return 130
+    return _STOPPED
 
 
 def _say(error: Exception, code: int) -> int:

@@ -124,7 +124,7 @@ def test_the_loop_reports_a_leap_with_its_batch(
     small.fit(tmp_path, type(made)(made.modules, loss), steps=106, checkpoint_every=200, log_every=50)
     found = json.loads((tmp_path / "spikes.jsonl").read_text())
     assert found["step"] == 105 and found["keys"] == [f"104-{n}" for n in range(4)]
-    assert "the loss leaps to" in capsys.readouterr().out
+    assert "the loss leaps to" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("wait", "warned"), [(0.05, True), (0.0, False)])
@@ -132,7 +132,7 @@ def test_waiting_for_data_warns(
     small: Any, tmp_path: Path, group: None, capsys: pytest.CaptureFixture[str], wait: float, warned: bool
 ) -> None:
     small.fit(tmp_path, stream=small.Rows(wait=wait), log_every=3, warn_data_wait=0.5)
-    assert ("of the time went into waiting for data" in capsys.readouterr().out) == warned
+    assert ("of the time went into waiting for data" in capsys.readouterr().err) == warned
 
 
 def test_a_stop_that_the_caller_asks_for_saves_and_raises(small: Any, tmp_path: Path, group: None) -> None:
