@@ -71,7 +71,7 @@ def load(source: Source, sample: Sample, window: Window) -> dict[str, Any]:
     quantum = places[source.latent]["factor"] if source.latent else 1
     rng = sample_rng(*sample.chance[:2], row["key"], sample.chance[2]) if sample.chance else None
     frames, spot = _draw(window, rng, row["frame_count"], quantum)
-    out: dict[str, Any] = {"key": row["key"]}
+    out: dict[str, Any] = {"key": row["key"], "start": frames[0]}
     if "video" in source.names:
         out["video"] = _video(source, sample.shard, row, frames, window.size, spot)
     if "frame_diff" in source.names:

@@ -8,6 +8,7 @@ STAGES = {
     "curate": "longtake.pipeline.stages.curate",
     "cache_latents": "longtake.pipeline.stages.cache_latents",
     "pretrain_vae": "longtake.training.stages.pretrain_vae",
+    "finetune_latte": "longtake.training.stages.finetune_latte",
 }
 
 

@@ -136,7 +136,7 @@ def engines_of(
         UserError: the batch does not divide among the processes; `freeze` or `lora` finds nothing; nothing learns.
     """
     settings = deepspeed_config(config, world, universal)
-    with _compiler_noise_hidden():
+    with _compiler_noise_hidden(), _without("mlflow"):
         import deepspeed
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     # else a C++ extension is compiled at the first start, for minutes, and a killed build hangs every later one
@@ -206,6 +206,19 @@ def _compiler_noise_hidden() -> Iterator[None]:
         os.dup2(kept, 2)
         os.close(kept)
         os.close(null)
+
+
+@contextmanager
+def _without(package: str) -> Iterator[None]:
+    """DeepSpeed's autotuner imports MLflow where it can, which takes most of the seconds that importing DeepSpeed takes."""
+    if package in sys.modules or "deepspeed" in sys.modules:
+        yield
+        return
+    sys.modules[package] = None  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        del sys.modules[package]
 
 
 class Fragment(NamedTuple):

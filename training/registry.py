@@ -28,7 +28,10 @@ from longtake.datasets.errors import Failure, UserError
 from longtake.training import tracker
 
 # name in config.json -> where its config and its module are defined; the module can be made on the device "meta"
-MODELS = {"pv_vae": ("longtake.training.models.pv_vae", "PVVAEConfig", "PVVAE")}
+MODELS = {
+    "pv_vae": ("longtake.training.models.pv_vae", "PVVAEConfig", "PVVAE"),
+    "latte": ("longtake.training.models.latte", "LatteConfig", "Latte"),
+}
 _FORMAT = 2
 _WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors")
 _INDEX = "model.safetensors.index.json"
@@ -232,13 +235,18 @@ def load(uri: str) -> nn.Module:
         UserError: there is no such model, version or alias.
         Failure: the store cannot be reached; or the model is damaged.
     """
+    return load_with_facts(uri)[0]
+
+
+def load_with_facts(uri: str) -> tuple[nn.Module, dict[str, Any]]:
+    """The same, and what its config.json says of it."""
     if not uri.startswith(("models:/", "runs:/")):
-        return load_folder(Path(uri))
+        return load_folder(Path(uri)), read_config(Path(uri))
     with tempfile.TemporaryDirectory() as scratch:
         found = sorted(tracker.download(uri, Path(scratch)).rglob("config.json"))
         if not found:
             raise UserError(f"{uri}: not a longtake model (no config.json)")
-        return load_folder(found[0].parent)
+        return load_folder(found[0].parent), read_config(found[0].parent)
 
 
 def register(folder: Path, name: str, run_id: str) -> str:
@@ -262,8 +270,8 @@ def lineage(inputs: Mapping[str, str]) -> dict[str, Any]:
         inputs: URIs of datasets, views and models by the config field that names them.
 
     Returns:
-        `inputs`: for each field its `uri`, and `digest` of a dataset (of all its shards) or view (sha256 of the file), or
-        `sha256` of a model, whose URI is that of the version; `recipe`: digest of the resolved recipe, of
+        `inputs`: for each field its `uri`, and `digest` of a dataset (of all its shards), view or latents (sha256 of the
+        file), or `sha256` of a model, whose URI is that of the version; `recipe`: digest of the resolved recipe, of
         LONGTAKE_RECIPE; `git`: revision of the working folder and whether it had changes; `longtake`, `torch`: versions;
         `run`: MLFLOW_RUN_ID. What is not known is None.
 
@@ -291,9 +299,11 @@ def _input(uri: str) -> dict[str, Any]:
     if storage.exists(storage.join(uri, "dataset.json")):
         splits = {split: compact.open_split(uri, split)[0].digest for split in schema.SPLITS}
         return {"uri": uri, "digest": hashlib.sha256(storage.canonical_json(splits)).hexdigest(), "splits": splits}
+    if storage.exists(record := storage.join(uri, "latents.json")):
+        return {"uri": uri, "digest": hashlib.sha256(storage.read(record)).hexdigest()}
     if (Path(uri) / "config.json").exists():
         return {"uri": uri, "sha256": digest(read_config(Path(uri)))}
-    raise UserError(f"{uri}: neither a dataset, a view nor a model")
+    raise UserError(f"{uri}: neither a dataset, a view nor a model, nor latents")
 
 
 def _git() -> dict[str, Any] | None:

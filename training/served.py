@@ -1,4 +1,8 @@
-"""The MLflow pyfunc of a video model: uint8 (B, T, H, W, 3) in, its reconstruction out. MLflow runs this file as code."""
+"""The MLflow pyfunc of our models, which MLflow runs as code; on a GPU where there is one.
+
+An autoencoder takes uint8 videos (B, T, H, W, 3) and gives its reconstruction of them. A prior takes a table of `seed`,
+and if wanted `class` and `frames`, and gives a generated video for each row, uint8 (N, T, H, W, 3).
+"""
 
 from pathlib import Path
 from typing import Any
@@ -8,18 +12,24 @@ import torch
 from mlflow.models import set_model
 from mlflow.pyfunc import PythonModel
 
-from longtake.training import registry
+from longtake.training import registry, sampling
 
 
-class Reconstruction(PythonModel):
-    """Loads a model folder; on a GPU where there is one. What `predict` gets is checked here, not by MLflow."""
+class Videos(PythonModel):
+    """Loads a model folder. What `predict` gets is checked here, not by MLflow."""
 
     def load_context(self, context: Any) -> None:
-        self.model = registry.load_folder(Path(context.artifacts["model"])).to(
-            "cuda" if torch.cuda.is_available() else "cpu"
-        )
+        folder = context.artifacts["model"]
+        self.model: Any
+        self.generates = registry.read_config(Path(folder))["model"] == "latte"
+        if self.generates:
+            self.model = sampling.load_prior(folder)
+        else:
+            self.model = registry.load_folder(Path(folder)).to("cuda" if torch.cuda.is_available() else "cpu")
 
-    def predict(self, context: Any, model_input: np.ndarray, params: dict[str, Any] | None = None) -> np.ndarray:
+    def predict(self, context, model_input, params=None) -> np.ndarray:  # MLflow would read hints
+        if self.generates:
+            return sampling.serve(self.model, model_input, params)
         return registry.reconstruct(self.model, _pixels(model_input))
 
 
@@ -35,4 +45,4 @@ def _pixels(given: Any) -> Any:
     return values.astype(np.uint8) if whole else values
 
 
-set_model(Reconstruction())
+set_model(Videos())

@@ -6,6 +6,7 @@ stops training nor loses anything.
 
 import contextlib
 import io
+import json
 import math
 import os
 import re
@@ -306,11 +307,8 @@ def promote(uri: str) -> None:
 def _log(folder: Path, run_id: str, sha256: str) -> str:
     """The id of a new model of a run."""
     import mlflow
-    from mlflow.models import ModelSignature
-    from mlflow.types import Schema, TensorSpec
 
-    video = Schema([TensorSpec(np.dtype("uint8"), (-1, -1, -1, -1, 3))])
-    signature = ModelSignature(inputs=video, outputs=video)
+    signature = _signature(folder)
     # `predict` checks what it gets: MLflow would print the array
     signature._is_signature_from_type_hint = True
     packages = ("longtake", "torch", "safetensors", "numpy", "pandas")
@@ -328,6 +326,20 @@ def _log(folder: Path, run_id: str, sha256: str) -> str:
     finally:
         mlflow.end_run("RUNNING")
     return str(made.model_id)
+
+
+def _signature(folder: Path) -> Any:
+    """What the pyfunc of a model folder takes and gives (see served.py)."""
+    from mlflow.models import ModelSignature
+    from mlflow.types import ColSpec, ParamSchema, ParamSpec, Schema, TensorSpec
+
+    video = Schema([TensorSpec(np.dtype("uint8"), (-1, -1, -1, -1, 3))])
+    if json.loads((folder / "config.json").read_bytes())["model"] != "latte":
+        return ModelSignature(inputs=video, outputs=video)
+    asked = [("long", "seed", True), ("string", "class", False), ("long", "frames", False)]
+    table = Schema([ColSpec(kind, name, required=required) for kind, name, required in asked])
+    changes = ParamSchema([ParamSpec("steps", "long", None), ParamSpec("guidance", "double", None)])
+    return ModelSignature(inputs=table, outputs=video, params=changes)
 
 
 def _logged(client: Any, run_id: str, sha256: str) -> str | None:

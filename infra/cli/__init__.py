@@ -12,7 +12,7 @@ from typing import Any
 import click
 
 from longtake.datasets.errors import Failure, Interrupted, UserError
-from longtake.infra.cli import dataset, recipe
+from longtake.infra.cli import dataset, generate, recipe
 
 _SHELL = """
 Start here:
@@ -39,6 +39,9 @@ def cli() -> None:
 
 for command in (recipe.run, recipe.stage, recipe.graph, recipe.status, recipe.report, dataset.footage, dataset.dataset):
     cli.add_command(command)
+for command in (generate.generate, generate.reconstruct):
+    cli.add_command(command)
+
 
 def main() -> None:
     """Entry point: our errors are one line and an exit code, never a stack trace."""

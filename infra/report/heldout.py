@@ -31,7 +31,7 @@ def heldout(stage: StageRun) -> dict[str, Any] | None:
         path = folder / Path(entry["file"]).name
         size = path.stat().st_size if path.is_file() else 0
         if size <= room:
-            clips.append({"entry": entry, "scores": _scores(entry), "video": _video(path) if size else None})
+            clips.append({"entry": entry, "scores": _scores(entry), "video": playable(path) if size else None})
             room -= size
     return {
         "stage": stage,
@@ -48,7 +48,8 @@ def _scores(numbers: dict[str, Any]) -> list[tuple[str, float]]:
     return [(name, float(numbers[key])) for key, name in SCORES.items() if numbers.get(key) is not None]
 
 
-def _video(path: Path) -> dict[str, Any] | None:
+def playable(path: Path) -> dict[str, Any] | None:
+    """A video inside the page: its URI and size, and the width to show it at; None where it cannot be read."""
     import av
 
     try:

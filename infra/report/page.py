@@ -15,6 +15,7 @@ from longtake.datasets.errors import UserError
 from longtake.infra.report.account import Line, account
 from longtake.infra.report.clips import contact, histograms, load
 from longtake.infra.report.embed import Pictures
+from longtake.infra.report.generated import generated
 from longtake.infra.report.heldout import heldout
 from longtake.infra.report.runs import StageRun, outcome, telling, training
 
@@ -43,6 +44,7 @@ def build(
         data=_data(dataset, view, pictures),
         training=training(stages, pictures),
         heldout=[found for found in map(heldout, stages) if found],
+        generated=[found for found in map(generated, stages) if found],
         stages=stages,
     )
     return _save(folder, page)

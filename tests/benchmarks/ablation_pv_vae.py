@@ -151,9 +151,7 @@ def measure(options: argparse.Namespace, variant: str, seed: int, model: PVVAE, 
     )
     with torch.no_grad():
         fixed = torch.Generator().manual_seed(0)
-        found["prior_loss"] = float(
-            flow.training_loss(learned, learned.normalise(held), fixed).mean()
-        )
+        found["prior_loss"] = float(flow.training_loss(learned, learned.normalise(held), fixed).mean())
         if options.features:
             seeds = list(range(options.samples))
             made = [

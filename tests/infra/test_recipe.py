@@ -156,7 +156,8 @@ def test_new_sources_change_the_fingerprint_but_not_the_dataset(tmp_path: Path) 
 
 
 def test_the_recipes_of_the_package_are_valid(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("VIDEOS", "videos")
+    for variable in ("VIDEOS", "WORKSPACE", "CHECKPOINTS"):
+        monkeypatch.setenv(variable, variable.lower())
     for name in recipe.builtin():
         assert graph.build(recipe.load(name))
 

@@ -1,0 +1,426 @@
+"""Latte as a prior of PV-VAE (arXiv 2605.02134; 2401.03048): a rectified flow over latents, which generates videos.
+
+It trains from a dataset's column of latents, and then reads no video at all; or, for comparison, from pixels.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
+from functools import partial
+from itertools import islice
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Annotated, Any, Literal, NamedTuple
+
+import numpy as np
+import pyarrow.compute as pc
+import torch
+from pydantic import Field, field_validator, model_validator
+from torch import Tensor
+from tqdm import tqdm
+
+from longtake.datasets import compact, schema, storage
+from longtake.datasets.cache import Cache
+from longtake.datasets.column import Latents, encoder_digest, read_latents
+from longtake.datasets.errors import Failure, UserError
+from longtake.datasets.loader import Loader, to_model
+from longtake.datasets.stage import DatasetInput, Input, ModelInput, StageConfig, ViewInput
+from longtake.training import checkpoint, flow, launch, registry, sampling, tracker
+from longtake.training.config import TrainConfig
+from longtake.training.engines import device
+from longtake.training.loop import Batch, Engines, Objective, train
+from longtake.training.metrics.features import load_network, read_file
+from longtake.training.metrics.generated import evaluate
+from longtake.training.models.latte import Latte, LatteConfig, config_from_preset
+from longtake.training.models.pv_vae import PVVAE, Posterior
+
+VERSION = 1
+PRODUCES = "model"
+
+_FROM_DATA = ("channels", "classes", "shape", "conditioning")  # fields of LatteConfig that `model` must not have
+_PIXEL_PATCH = 16
+_SAMPLED = 4  # videos in a sample during training
+
+
+class Config(TrainConfig):
+    """Train Latte on a dataset's latents, or pixels, and register it. `model` is a preset with fields of LatteConfig to change.
+
+    The defaults are PV-VAE's, where it says something [paper]; "assumption" marks what no paper says.
+    """
+
+    kind: Literal["finetune_latte"]
+    dataset: DatasetInput
+    latents: Annotated[str, Input("latents")] | None = None  # None trains on pixels
+    view: ViewInput | None = None
+    vae: ModelInput | None = None  # makes videos of latents; None is the model that has encoded them
+    name: str = "latte"  # in the registry
+    model: dict[str, Any] = Field(default_factory=lambda: {"preset": "latte_xl"})
+    classes: bool = False  # learn the dataset's labels
+    frames: int = Field(17, ge=1)  # of a window; 1 + 4n for latents [paper: 17]
+    stride: int = Field(1, ge=1)  # every how many frames; latents have all
+    size: tuple[int, int] | None = None  # height, width of pixels; latents have their own
+    posterior: Literal["sample", "mean"] = "sample"  # what of each latent is learned, drawn anew each step [assumption]
+    conditioning: float = Field(0.3, ge=0, le=1)  # probability that a window has clean leading frames [assumption]
+    time_mean: float = 0.0  # of the logit-normal times (arXiv 2403.03206, rf/lognorm(0, 1))
+    time_std: float = Field(1.0, gt=0)  # likewise
+    shift: float = Field(1.0, gt=0)  # of times towards noise, in training and sampling (2403.03206, eq. 23); 1 is none
+    steps: int = Field(250_000, ge=1)  # [paper]
+    batch: int = Field(64, ge=1)  # [paper]
+    lr: float = Field(1e-4, gt=0)  # [paper]
+    schedule: Literal["constant", "cosine"] = "constant"  # [Latte, DiT]
+    weight_decay: float = Field(0.0, ge=0)  # [Latte, DiT]
+    ema_half_lives: tuple[float, ...] = (6931.0,)  # steps [DiT: a decay of 0.9999]
+    sample_steps: int = Field(100, ge=1)  # Euler steps [paper]
+    guidance: float = Field(1.0, ge=0)  # of samples with a class; 1 is none [assumption]
+    overlap: int = Field(2, ge=1)  # latent steps that a window of a longer video is given [assumption]
+    eval_clips: int = Field(512, ge=1)  # held-out clips that the loss is measured on, at most
+    eval_videos: int = Field(16, ge=1)  # generated at the end, and compared with as many held-out clips
+    features: str | None = (
+        None  # a feature network (see training.metrics.features); without one no distance is measured
+    )
+
+    @field_validator("model")
+    @classmethod
+    def _known(cls, model: dict[str, Any]) -> dict[str, Any]:
+        if taken := [name for name in _FROM_DATA if name in model]:
+            raise ValueError(f"{taken[0]} follows from the stage's other settings; leave it out")
+        config_from_preset(**{"preset": "latte_xl"} | model)
+        return model
+
+    @model_validator(mode="after")
+    def _fits(self) -> "Config":
+        if self.latents is None:
+            if self.size is None:
+                raise ValueError("size: training on pixels needs (height, width); or name latents")
+            if self.vae is not None:
+                raise ValueError("vae: a prior of pixels has none; leave it out, or name latents")
+            self.latte(3, (self.frames, *self.size))
+        elif self.size is not None:
+            raise ValueError("size: latents have the size that they were made with; leave it out")
+        elif self.stride != 1:
+            raise ValueError("stride: latents are of every frame; leave it out")
+        return self
+
+    def latte(self, channels: int, shape: tuple[int, int, int], classes: int = 0) -> LatteConfig:
+        """Of the model that this data needs."""
+        patch = {} if self.latents else {"patch": _PIXEL_PATCH}
+        known = {"channels": channels, "classes": classes, "shape": shape, "conditioning": self.conditioning}
+        return config_from_preset(**{"preset": "latte_xl"} | patch | self.model | known)
+
+    def settings(self) -> sampling.Settings:
+        return sampling.Settings(self.sample_steps, self.guidance, self.shift, self.overlap)
+
+
+def check(config: Config, inputs: Mapping[str, StageConfig]) -> None:
+    """Refuse latents of another dataset, and windows that they do not have."""
+    made: Any = inputs.get("latents")
+    if made is not None and made.dataset != config.dataset:
+        raise ValueError(f"latents: are of the dataset {made.dataset}, not of {config.dataset}")
+    geometry = getattr(inputs.get("dataset"), "clip", None)
+    span = (config.frames - 1) * config.stride + 1
+    if geometry is not None and geometry.max_frames < span:
+        raise ValueError(
+            f"frames: a window spans {span} frames, the dataset's clips have at most {geometry.max_frames}; raise clip.max_seconds"
+        )
+
+
+def outside(config: Config) -> str:
+    """Changes with the feature network."""
+    return hashlib.sha256(read_file(config.features)).hexdigest() if config.features else ""
+
+
+class Data(NamedTuple):
+    """What the prior learns: the record of its latents (None for pixels), the shape of a window as it sees it, `fps`."""
+
+    made: Latents | None
+    channels: int
+    shape: tuple[int, int, int]  # frames, height, width
+    fps: float
+
+    def size(self) -> tuple[int, int]:
+        """Pixels of a video, height and width."""
+        stride = self.made.stride if self.made else 1
+        return self.shape[1] * stride, self.shape[2] * stride
+
+
+def data_of(config: Config, inputs: Mapping[str, str]) -> Data:
+    """What there is to learn, checked.
+
+    Raises:
+        UserError: the latents are of another dataset, or of what it was before; no clip is as long as a window.
+        Failure: damaged files.
+    """
+    dataset = inputs["dataset"]
+    base, facts = compact.open_split(dataset, "train")
+    span = (config.frames - 1) * config.stride + 1
+    longest = pc.max(facts["frame_count"]).as_py() or 0
+    if longest and longest < span:
+        what = "images, and a video prior needs clips" if longest == 1 else f"clips of at most {longest} frames"
+        raise UserError(f"dataset: {dataset} has {what}; a window spans {span} frames: lower `frames`")
+    fps = base.row(0, 0)["fps"] / config.stride if longest else 0.0
+    if config.latents is None:
+        assert config.size
+        return Data(None, 3, (config.frames, *config.size), fps)
+    uri = inputs["latents"]
+    made = read_latents(uri)
+    if made.dataset != storage.absolute(dataset):
+        raise UserError(f"latents: {uri} are of the dataset {made.dataset}, not of {dataset}")
+    low, high = sampling.nearest_lengths(config.frames, made.factor)
+    if low != high:
+        raise UserError(
+            f"frames: {config.frames}: latents have windows of 1 + {made.factor}n frames, such as {low} or {high}"
+        )
+    for split in schema.SPLITS:
+        if compact.open_split(dataset, split)[0].digest != made.digests[split]:
+            raise UserError(
+                f"latents: {uri}: the dataset has changed since they were made; run their `cache_latents` stage again"
+            )
+    sizes = compact.open_split(dataset, "train", made.column)[1]
+    if not len(sizes):
+        raise UserError(f"latents: {dataset} has no column {made.column}; run their `cache_latents` stage again")
+    # the size that most clips have
+    sides = np.stack([sizes[name].to_numpy() for name in ("height", "width")])
+    kinds, counts = np.unique(sides[:, sides[0] > 0], axis=1, return_counts=True)
+    height, width = kinds[:, counts.argmax()].tolist()
+    return Data(made, made.channels, (1 + (config.frames - 1) // made.factor, height, width), fps)
+
+
+def decoder(data: Data, uri: str) -> PVVAE | None:
+    """The autoencoder that makes videos of the latents, on this rank's device; None for pixels.
+
+    Raises:
+        UserError: it is none, or has another encoder than has made the latents.
+    """
+    if data.made is None:
+        return None
+    vae = sampling.load_vae(uri)
+    if encoder_digest(vae) != data.made.encoder["digest"]:
+        raise UserError(
+            f"vae: {uri} has another encoder than has made the latents, {data.made.encoder['uri']}; encode again, or name that"
+        )
+    return vae.requires_grad_(False).to(device())
+
+
+def begin(config: Config, data: Data, classes: int) -> Latte:
+    """The model before its first step, which normalises what it learns.
+
+    Raises:
+        Failure: the latents do not vary.
+    """
+    latte = Latte(config.latte(data.channels, data.shape, classes))
+    if data.made:
+        mean, std = (torch.tensor(values) for values in (data.made.mean, data.made.std))
+        if config.posterior == "sample":
+            std = (std.square() + torch.tensor(data.made.posterior_std).square()).sqrt()
+        try:
+            latte.set_statistics(mean, std)
+        except ValueError as e:
+            raise Failure(f"latents: {data.made.column}: {e}; train the autoencoder for longer") from e
+    return latte
+
+
+def objective(config: Config, data: Data, latte: Latte, vae: PVVAE | None, classes: Sequence[str] = ()) -> Objective:
+    """The flow's loss; and videos of the first classes, or of none, as samples."""
+    return Objective(
+        {"generator": latte},
+        partial(_loss, config, data, latte),
+        sample=partial(_sample, config, vae, classes),
+        fps=max(1, round(data.fps)),
+        tokens=partial(_tokens, latte.config),
+        blocks=list(latte.blocks()),
+    )
+
+
+def _loss(
+    config: Config, data: Data, latte: Latte, name: str, engines: Engines, batch: Batch, generator: torch.Generator
+) -> tuple[Tensor, dict[str, Tensor]]:
+    x0 = _given(config, data, latte, batch, generator)
+    ids = batch["label"].cpu() if config.classes else None
+    loss = flow.training_loss(
+        lambda x, t: engines[name](x, t, ids, _starts(data, batch, generator), generator),
+        x0,
+        generator,
+        config.time_mean,
+        config.time_std,
+        config.shift,
+        config.conditioning,
+    ).mean()
+    return loss, {"loss": loss.detach()}
+
+
+def _given(config: Config, data: Data, latte: Latte, batch: Batch, generator: torch.Generator | None = None) -> Tensor:
+    """What is to be generated, normalised, fp32: draws from the posteriors where a generator is given."""
+    if data.made is None:
+        return to_model(batch["video"])
+    posterior = Posterior(*batch["latent"].float().unbind(1))
+    drawn = config.posterior == "sample" and generator is not None
+    return latte.normalise(posterior.sample(generator) if drawn else posterior.mode())
+
+
+def _starts(data: Data, batch: Batch, generator: torch.Generator) -> Tensor:
+    """0 for a window at the start of its clip, whose first latent is of one frame. Pixels look the same anywhere: drawn."""
+    if data.made:
+        return batch["start"]
+    count = len(batch["key"])
+    return torch.randint(2, (count,), generator=generator, device=generator.device)
+
+
+def _sample(
+    config: Config, vae: PVVAE | None, classes: Sequence[str], engines: Engines, generator: torch.Generator
+) -> dict[str, np.ndarray[Any, Any]]:
+    """Some videos in a grid, always of the same seeds and classes."""
+    latte = engines["generator"].module
+    seeds = [config.seed + n for n in range(_SAMPLED)]
+    ids = [n % len(classes) for n in range(_SAMPLED)] if classes else None
+    chunks = sampling.generate_videos(latte, vae, config.frames, seeds, ids, config.settings())
+    return {"generated": np.concatenate([sampling.grid(chunk) for chunk in chunks])}
+
+
+def _tokens(latte: LatteConfig, batch: Batch) -> int:
+    shape = batch["latent"].shape[-3:] if "latent" in batch else batch["video"].shape[-3:]
+    return len(batch["key"]) * int(np.prod(shape)) // latte.patch**2
+
+
+def work(config: Config, inputs: Mapping[str, str], folder: Path) -> None:
+    """What each rank does: train from the latest checkpoint in `folder`, and leave the last one there."""
+    rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    torch.manual_seed(config.seed)
+    torch.distributed.barrier()  # the first rank has pinned the inputs before
+    inputs = _pinned(config, inputs, folder)
+    data = data_of(config, inputs)
+    vae = decoder(data, inputs.get("vae", ""))
+    each = config.batch // config.accumulate
+    options = {"rank": rank, "world": world, "seed": config.seed, "workers": config.workers, "crop": "random"}
+    loader = loader_of(config, inputs, data, "train", batch=each, **options)
+    heldout = _heldout(config, inputs, data)
+    if not heldout.samples:
+        raise UserError("dataset: its val split has no clip for the evaluation; raise val_fraction")
+    latte = begin(config, data, len(loader.classes)).to(device())
+    log = tracker.connect(folder) if rank == 0 else None
+    train(objective(config, data, latte, vae, loader.classes), loader, config, folder, log, launch.stop_requested)
+    if log:
+        log.close()
+
+
+def run(config: Config, inputs: Mapping[str, str], output: str) -> dict[str, Any]:
+    """Train from the latest checkpoint, log and register the model, evaluate it, make it champion.
+
+    Raises:
+        UserError: no usable sample; latents, autoencoder or windows that do not fit; a workspace for no checkpoints.
+        Failure, Interrupted: of the loop.
+    """
+    folder = checkpoint.folder_of(config, output)
+    first = os.environ.get("RANK", "0") == "0"
+    with checkpoint.locked(folder) if first else nullcontext():
+        if first:
+            _pinned(config, inputs, folder)
+        return _publish(config, inputs, folder) if launch.run(__name__, config, inputs, folder) else {}
+
+
+def _pinned(config: Config, inputs: Mapping[str, str], folder: Path) -> dict[str, str]:
+    """The inputs with the autoencoder's version, as they were when this training began; their lineage is kept."""
+    path = folder / "lineage.json"
+    if path.exists():
+        record = json.loads(path.read_bytes())
+    else:
+        made = read_latents(inputs["latents"]) if config.latents else None
+        named = dict(inputs) | ({"vae": inputs.get("vae", made.encoder["uri"])} if made else {})
+        record = registry.lineage(named)
+        storage.write(str(path), storage.canonical_json(record))
+    moving = record["inputs"].get("vae")
+    return dict(inputs) | ({"vae": moving["uri"]} if moving else {})
+
+
+def _publish(config: Config, inputs: Mapping[str, str], folder: Path) -> dict[str, Any]:
+    inputs = _pinned(config, inputs, folder)
+    data = data_of(config, inputs)
+    vae = decoder(data, inputs.get("vae", ""))
+    loader = loader_of(config, inputs, data, "train", batch=1)
+    weights = checkpoint.trained(folder, config)
+    latte = begin(config, data, len(loader.classes))
+    latte.load_state_dict(weights)
+    latte.to(device()).eval()
+    lineage = json.loads((folder / "lineage.json").read_bytes())
+    facts = {
+        "lineage": lineage,
+        "vae": lineage["inputs"]["vae"] | {"encoder": data.made.encoder["digest"]} if data.made else None,
+        "latents": lineage["inputs"]["latents"] if data.made else None,
+        "classes": loader.classes,
+        "window": {"frames": config.frames, "stride": config.stride, "size": list(data.size()), "fps": data.fps},
+        "sampling": vars(config.settings()),
+    }
+    log = tracker.connect(folder, system_metrics=False)
+    with TemporaryDirectory() as scratch:
+        made = Path(scratch) / "model"
+        registry.save(made, "latte", latte.config.model_dump(mode="json"), weights, facts)
+        uri = registry.register(made, config.name, log.run_id)
+        seen = Path(scratch) / "heldout"
+        seen.mkdir()
+        summary = _evaluate(config, inputs, data, latte, vae, loader.classes, seen)
+        log.artifacts(seen, "heldout")
+    log.close()
+    registry.promote(uri)
+    counts = {"train_clips": loader.samples, "train_clips_too_short": loader.samples_short}
+    counts |= {"train_clips_without_latents": loader.samples_without_latent}
+    values = summary | (summary["distance"] or {})
+    told = {name: values[name] for name in ("heldout_loss", "frechet", "kernel") if values.get(name) is not None}
+    return {"uri": uri, "metrics": {name: float(value) for name, value in (told | counts).items()}}
+
+
+def _evaluate(
+    config: Config,
+    inputs: Mapping[str, str],
+    data: Data,
+    latte: Latte,
+    vae: PVVAE | None,
+    classes: Sequence[str],
+    folder: Path,
+) -> dict[str, Any]:
+    heldout = _heldout(config, inputs, data)
+    count = min(config.eval_clips, heldout.samples)
+    network = load_network(config.features, device=device()) if config.features else None
+    if network is None:
+        print("evaluate: no Fréchet distance, since `features` names no feature network", flush=True)
+
+    def clips() -> Iterator[tuple[Tensor, Tensor | None]]:
+        for batch in tqdm(islice(heldout, count), "evaluate", count, unit="clip"):
+            on_device = {k: v.to(device()) if isinstance(v, Tensor) else v for k, v in batch.items()}
+            yield _given(config, data, latte, on_device), batch.get("label")
+
+    def real() -> Iterator[Tensor]:
+        pixels = {"columns": ("video",), "size": data.size(), "batch": 1, "last": "pad", "shuffle": False}
+        for batch in islice(_loader(config, inputs, "val", epochs=1, **pixels), config.eval_videos):
+            yield to_model(batch["video"].to(device()))
+
+    return evaluate(
+        latte,
+        vae,
+        clips(),
+        folder,
+        frames=config.frames,
+        fps=data.fps,
+        count=config.eval_videos,
+        seed=config.seed,
+        settings=config.settings(),
+        classes=classes,
+        network=network,
+        real=real(),
+    )
+
+
+def loader_of(config: Config, inputs: Mapping[str, str], data: Data, split: str, **options: Any) -> Loader:
+    """Windows of the column that this trains on, with labels where classes are learned, and nothing else."""
+    columns = (data.made.column if data.made else "video", *(("label",) if config.classes else ()))
+    return _loader(config, inputs, split, columns=columns, size=config.size or (64, 64), **options)
+
+
+def _heldout(config: Config, inputs: Mapping[str, str], data: Data) -> Loader:
+    return loader_of(config, inputs, data, "val", batch=1, last="pad", shuffle=False, epochs=1)
+
+
+def _loader(config: Config, inputs: Mapping[str, str], split: str, **options: Any) -> Loader:
+    cache = Cache(config.cache.folder, config.cache.max_bytes) if config.cache else None
+    settings = {"view": inputs.get("view"), "frames": config.frames, "stride": config.stride, "cache": cache}
+    return Loader(inputs["dataset"], split, **settings | options)
