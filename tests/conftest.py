@@ -30,6 +30,17 @@ def videos() -> Path:
     return (ROOT / named).resolve()
 
 
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """Threads of tiny kernels wait for each other when the cores are busy: 46 s instead of 5."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(scope="session")
 def footage(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with six generated videos and their ground truth."""

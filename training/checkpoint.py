@@ -2,7 +2,8 @@
 
 A checkpoint is a folder: one DeepSpeed checkpoint an engine, `weights-RANK.safetensors` (the first module's weights in fp32
 and their averages, as fragments), `meta.json` (step, loader state, seeds, run, recipe, settings). DeepSpeed's files are
-pickles: they are read back only from the stage's own folder, never from a registry.
+pickles: they are read back only from the stage's own folder or its own copies, never from a registry. Nobody else may
+write there.
 
 Training stands still while the state is written to the operating system; syncing, renaming, pruning and uploading go on
 beside it, in a thread of each rank.

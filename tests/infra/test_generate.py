@@ -6,7 +6,6 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -27,20 +26,14 @@ from longtake.training import registry, sampling
 from longtake.training.models.latte import Latte, LatteConfig
 from longtake.training.models.pv_vae import PVVAE, config_from_preset
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 
 def awake(model: nn.Module) -> Any:
     generator = torch.Generator().manual_seed(0)
     for parameter in model.parameters():
         nn.init.normal_(parameter, std=0.15, generator=generator)
     return model.eval()
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

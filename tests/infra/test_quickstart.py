@@ -12,7 +12,18 @@ import pytest
 
 pytestmark = pytest.mark.slow
 
-SMALL = ["--set", "stages.vae.steps=30", "--set", "stages.vae.checkpoint_every=10", "--set", "stages.vae.batch=2"]
+SETTINGS = {
+    "images": {"steps": 4, "batch": 2},
+    "vae": {"steps": 30, "checkpoint_every": 10, "batch": 2},
+    "decoder": {"steps": 4, "batch": 2},
+    "latte": {"steps": 6, "batch": 2, "sample_steps": 2, "eval_videos": 2},
+}
+SMALL = [
+    word
+    for stage, values in SETTINGS.items()
+    for key, value in values.items()
+    for word in ("--set", f"stages.{stage}.{key}={value}")
+]
 COMMAND = [sys.executable, "-P", "-m", "longtake.infra.cli"]
 
 
@@ -67,7 +78,7 @@ def finished(footage: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_it_ends_with_a_dataset_a_champion_and_a_report(finished: Path, footage: Path) -> None:
     workspace = finished / "runs" / "quickstart"
     status = longtake(finished, footage, "status", "quickstart", *SMALL).stdout
-    assert status.count("finished") >= 3 and "models:/pv-vae/1" in status
+    assert status.count("finished") >= 7 and "models:/pv-vae/3" in status and "models:/latte/1" in status
     script = (
         "import numpy as np, mlflow\nfrom longtake.training.registry import load\nprint(type(load('models:/pv-vae@champion')).__name__)\n"
         "served = mlflow.pyfunc.load_model('models:/pv-vae@champion')\n"
@@ -79,7 +90,7 @@ def test_it_ends_with_a_dataset_a_champion_and_a_report(finished: Path, footage:
     )
     assert done.stdout.splitlines() == ["PVVAE", "(1, 5, 64, 64, 3)"], done.stderr
     page = (workspace / "report.html").read_text()
-    assert page.count("<video") >= 1 and "copy" in page.lower()
+    assert page.count("<video") >= 1 and "copy" in page.lower() and "Generated videos" in page
     heldout = json.loads(next(workspace.glob("artifacts/*/artifacts/heldout/heldout.json")).read_text())
     assert heldout["summary"]["split"] == "val" and heldout["summary"]["psnr_all"] > 8
 
@@ -93,7 +104,7 @@ def test_a_training_setting_reruns_training_and_no_data_stage(finished: Path, fo
     dry = longtake(
         finished, footage, "run", "quickstart", *SMALL, "--set", "stages.vae.lr=2e-3", "--dry-run"
     ).stdout.splitlines()
-    assert dry[:3] == ["shards: would be reused", "view: would be reused", "vae: would run"]
+    assert dry[:4] == [f"{stage}: would be reused" for stage in ("shards", "view", "images")] + ["vae: would run"]
 
 
 def test_a_damaged_shard_is_made_again_where_it_was(finished: Path, footage: Path) -> None:
@@ -111,10 +122,10 @@ def test_a_damaged_shard_is_made_again_where_it_was(finished: Path, footage: Pat
 
 def test_forced_training_starts_from_nothing(finished: Path, footage: Path) -> None:
     out = run(finished, footage, "--from", "vae")
-    assert "shards: reused" in out and "vae: running" in out and "models:/pv-vae/2" in out
+    assert "shards: reused" in out and "vae: running" in out and "models:/pv-vae/4" in out
     outputs = [p.parent for p in finished.glob("runs/quickstart/vae/*/checkpoints")]
     assert len(outputs) == 2
-    assert run(finished, footage).count("models:/pv-vae/2") == 1
+    assert run(finished, footage).count("models:/pv-vae/4") == 1
 
 
 def champion(folder: Path, footage: Path) -> str:
@@ -133,18 +144,19 @@ def champion(folder: Path, footage: Path) -> str:
 
 
 def _marker(folder: Path, moment: str) -> bool:
-    patterns = {
-        "sharding": "shards/*/train/*.frame_diff.tar",
-        "training": "vae/*/checkpoints/step-00000010",
-        "registering": "artifacts/models",
-    }
-    return any((folder / "runs" / "quickstart").glob(patterns[moment]))
+    pattern, count = {
+        "sharding": ("shards/*/train/*.frame_diff.tar", 1),
+        "training": ("vae/*/checkpoints/step-00000010", 1),
+        "registering": ("artifacts/models/*", 2),  # that of the stage before is there
+        "encoding": ("shards/*/train/*.latent-*.tar", 1),
+    }[moment]
+    return len(list((folder / "runs" / "quickstart").glob(pattern))) >= count
 
 
-def test_killed_while_sharding_training_and_registering_it_ends_the_same(
+def test_killed_while_sharding_training_registering_and_encoding_it_ends_the_same(
     finished: Path, footage: Path, tmp_path: Path
 ) -> None:
-    for moment in ("sharding", "training", "registering"):
+    for moment in ("sharding", "training", "registering", "encoding"):
         child = start(tmp_path, footage, SMALL, subprocess.DEVNULL)
         deadline = time.time() + 200
         while not _marker(tmp_path, moment) and time.time() < deadline and child.poll() is None:

@@ -31,6 +31,8 @@ from longtake.pipeline.stages import cache_latents
 from longtake.training import registry
 from longtake.training.models.pv_vae import PVVAE, config_from_preset
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 Hashes = Callable[[object], dict[str, str]]
 FP16 = {"rtol": 2e-3, "atol": 2e-4}
 
@@ -43,14 +45,6 @@ def vae(seed: int = 0) -> PVVAE:
         if not parameter.any():
             nn.init.normal_(parameter, std=0.05)
     return model.eval()
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

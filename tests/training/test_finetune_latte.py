@@ -25,6 +25,8 @@ from longtake.training.models.pv_vae import PVVAE, Posterior, config_from_preset
 from longtake.training.stages import finetune_latte
 from longtake.training.stages.finetune_latte import Config, begin, check, data_of, decoder, loader_of, objective
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 TINY = {"preset": "latte_tiny", "depth": 2, "width": 32, "heads": 2}
 QUICK: dict[str, Any] = {
     "kind": "finetune_latte",
@@ -44,14 +46,6 @@ QUICK: dict[str, Any] = {
     "eval_videos": 2,
     "overlap": 1,
 }
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

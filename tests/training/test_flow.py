@@ -8,6 +8,8 @@ from torch import Tensor
 
 from longtake.training import flow
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 
 def seeded(seed: int = 7) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
@@ -16,14 +18,6 @@ def seeded(seed: int = 7) -> torch.Generator:
 def pair(*shape: int) -> tuple[Tensor, Tensor]:
     """Data and noise."""
     return torch.randn(shape, generator=seeded(1)) * 2 + 0.5, torch.randn(shape, generator=seeded(2))
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize("per_frame", [False, True])

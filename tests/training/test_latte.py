@@ -23,6 +23,8 @@ from longtake.training.models.latte import (
     windows,
 )
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 SMALL = LatteConfig(depth=4, width=32, heads=4, channels=6, classes=5, shape=(4, 2, 3))
 
 
@@ -46,14 +48,6 @@ def seeded(seed: int = 7) -> torch.Generator:
 
 def replaced(config: LatteConfig = SMALL, **changes) -> LatteConfig:
     return LatteConfig(**config.model_dump() | changes)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

@@ -21,15 +21,9 @@ from longtake.training.metrics.distance import video_distance
 from longtake.training.metrics.features import feature_maps, features, load_network
 from longtake.training.metrics.perceptual import load_perceptual, lpips
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 ROOT = Path(__file__).resolve().parents[2]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="session")

@@ -12,15 +12,9 @@ from longtake.datasets.errors import UserError
 from longtake.training.metrics.features import FeatureNetwork
 from longtake.training.metrics.perceptual import Perceptual, load_perceptual, lpips, perceptual_loss
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 HEADS = Path(reference.__file__).parent / "lpips_models"  # the published linear weights
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def identity(*weights: Tensor) -> Perceptual:

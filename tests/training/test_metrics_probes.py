@@ -21,13 +21,7 @@ from longtake.training.metrics.motion import (
 )
 from longtake.training.metrics.probes import fit_probe, flow_score, next_frame_score, tracking_score
 
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def seeded(seed: int = 0) -> torch.Generator:

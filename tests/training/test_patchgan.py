@@ -16,17 +16,11 @@ from longtake.training.models.patchgan import (
     generator_loss,
 )
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 
 def video(batch: int, frames: int, height: int = 32, width: int = 32, seed: int = 0) -> Tensor:
     return torch.rand(batch, 3, frames, height, width, generator=torch.Generator().manual_seed(seed)) * 2 - 1
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

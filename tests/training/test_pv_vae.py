@@ -20,6 +20,8 @@ from longtake.training.models.pv_vae import (
     latent_groups,
 )
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 SMALL = PVVAEConfig(
     patch=4, encoder_width=8, decoder_width=8, multipliers=(1, 2, 4), encoder_blocks=1, decoder_blocks=1
 )
@@ -41,15 +43,6 @@ def clip(frames: int, height: int = 32, width: int = 32, batch: int = 1) -> Tens
 
 def seeded() -> torch.Generator:
     return torch.Generator().manual_seed(7)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Threads of tiny kernels wait for each other when the cores are busy: 46 s instead of 5."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

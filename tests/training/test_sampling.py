@@ -21,6 +21,8 @@ from longtake.training.models.latte import Latte, LatteConfig
 from longtake.training.models.pv_vae import PVVAE, config_from_preset
 from longtake.training.sampling import Settings, generate_videos, grid, reconstruct_video, video_file, whole
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 QUICK = Settings(steps=2, overlap=1)
 SMALL = LatteConfig(depth=2, width=32, heads=2, channels=8, classes=3, shape=(3, 2, 2))
 
@@ -31,14 +33,6 @@ def awake(model: nn.Module, seed: int = 0) -> Any:
     for parameter in model.parameters():
         nn.init.normal_(parameter, std=0.15, generator=generator)
     return model.eval()
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

@@ -16,6 +16,8 @@ from longtake.training.models.layers import ChannelRMSNorm, NormSiLU
 from longtake.training.models.pv_vae import PVVAE, Posterior, PVVAEConfig
 from longtake.training.models.streaming import Past, ramps, regroup, spans
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 SMALL = PVVAEConfig(
     patch=4, encoder_width=8, decoder_width=8, multipliers=(1, 2, 4), encoder_blocks=1, decoder_blocks=1
 )
@@ -53,14 +55,6 @@ def joined(posteriors: Iterator[Posterior]) -> Posterior:
 
 def close(a: Tensor, b: Tensor, atol: float = 1e-5) -> None:
     torch.testing.assert_close(a, b, rtol=0, atol=atol)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")
