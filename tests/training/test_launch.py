@@ -193,6 +193,7 @@ def recipe(folder: Path, dataset: str, launcher: dict[str, Any] | None = None, *
         "kind": "pretrain_vae",
         "dataset": dataset,
         "model": {"preset": "pv_vae_tiny"},
+        "lambda_gan": 0,
         "frames": 9,
         "sizes": [[32, 32]],
         "steps": STEPS,

@@ -425,7 +425,14 @@ def test_a_video_model_resumes_bit_for_bit(dataset: str, tmp_path: Path, group: 
     from longtake.training.stages import pretrain_vae
 
     def fit(folder: Path, stop: Callable[[], bool] = lambda: False) -> dict[str, Tensor]:
-        settings = {"model": {"preset": "pv_vae_tiny"}, "frames": 9, "sizes": [[32, 32]], "steps": 6, "batch": 2}
+        settings: dict[str, Any] = {
+            "model": {"preset": "pv_vae_tiny"},
+            "frames": 9,
+            "sizes": [[32, 32]],
+            "steps": 6,
+            "batch": 2,
+        }
+        settings |= {"lambda_gan": 0.1, "gan_start": 2, "discriminator": {"preset": "patchgan_tiny"}}
         config = pretrain_vae.Config(kind="pretrain_vae", dataset=dataset, sample_every=0, workers=0, **settings)
         torch.manual_seed(0)
         model = pretrain_vae.begin(config, {})

@@ -73,7 +73,7 @@ class Config(TrainConfig):
     )
     perceptual_linear: str | None = None  # LPIPS's weights of its channels
     perceptual_frames: int | None = Field(4, ge=1)  # of a clip that it looks at, drawn each time; None takes all
-    lambda_gan: float = Field(0.0, ge=0)  # 0 trains no discriminator; 0.5 in the nearest public code
+    lambda_gan: float = Field(0.5, ge=0)  # 0 trains no discriminator
     discriminator: dict[str, Any] = Field(default_factory=lambda: {"preset": "patchgan"})
     gan_start: int = Field(5000, ge=0)  # step at which the discriminator begins to learn [paper]
     eval_clips: int = Field(512, ge=1)  # held-out clips that the trained model is measured on, at most
