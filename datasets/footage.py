@@ -255,7 +255,9 @@ def write_video(path: Path | str, frames: Iterable[Frame], fps: int, *, codec: s
     _check(0 <= crf <= 51, "crf must be 0 to 51", crf)
     try:
         with av.open(str(_partial(path)), "w", options={"fflags": "+bitexact", "movflags": "+faststart"}) as container:
-            video = container.add_stream(codec, fps, {"crf": str(crf)}, height=shape[0], width=shape[1])
+            # with its macroblock tree x264 makes other bytes of the same frames from time to time
+            same = {"mbtree": "0"} if codec == "libx264" else {}
+            video = container.add_stream(codec, fps, {"crf": str(crf)} | same, height=shape[0], width=shape[1])
             video.pix_fmt, video.codec_context.gop_size, video.codec_context.thread_count = "yuv420p", fps, 1
             for frame in chain([head], stream):
                 _check(frame.shape == shape, f"frames must all have the shape {shape}", frame.shape)

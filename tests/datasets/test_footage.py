@@ -2,6 +2,9 @@
 
 import itertools
 import math
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import av
@@ -216,3 +219,15 @@ def test_generate_refuses_bad_arguments(tmp_path, name, arguments):
     with pytest.raises(ValueError, match=f"^{name} must"):
         generate(tmp_path / "out", **arguments)
     assert not (tmp_path / "out").exists()
+
+
+def test_the_same_seed_makes_the_same_bytes_in_any_process(tmp_path: Path) -> None:
+    script = "import sys\nfrom longtake.datasets.footage import generate\ngenerate(sys.argv[1], 2, seconds=3.0)"
+    made = []
+    # what an encoder finds in memory that it has not written differs from process to process
+    for fill in ("1", "77", "200"):
+        folder = tmp_path / fill
+        command = [sys.executable, "-P", "-c", script, str(folder)]
+        subprocess.run(command, check=True, env=os.environ | {"MALLOC_PERTURB_": fill})
+        made.append([path.read_bytes() for path in sorted(folder.glob("*.mp4"))])
+    assert made[0] == made[1] == made[2]
