@@ -7,6 +7,7 @@ its number alone: resuming opens the tars that come next, at the bytes where the
 
 import hashlib
 import json
+import signal
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
 
@@ -45,6 +46,7 @@ class Stream:
         options: dict[str, Any] = {}
         if self._workers:
             options = {"num_workers": self._workers, "multiprocessing_context": "forkserver", "prefetch_factor": 2}
+            options["worker_init_fn"] = _leave_signals
         for item in torch.utils.data.DataLoader(
             stream, batch_size=None, pin_memory=torch.cuda.is_available(), **options
         ):
@@ -237,6 +239,15 @@ class Mixture(Stream):
         data = [[name, loader._state["data"], loader._state["seed"]] for name, loader in loaders.items()]
         batches = [loader._state["batch"] for loader in loaders.values()]
         super().__init__(plan, [data, weights], seed, batches, None, workers)
+
+
+def _leave_signals(_: int) -> None:
+    """A signal to stop often comes to all processes of a group; the workers go on, so that the step can end and be saved.
+
+    They end when the process that they work for says so, or is gone.
+    """
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
 
 
 class _Slice(torch.utils.data.IterableDataset):
