@@ -11,6 +11,7 @@ import math
 import os
 import re
 import shutil
+import sys
 import threading
 import time
 import warnings
@@ -352,9 +353,14 @@ def _logged(client: Any, run_id: str, sha256: str) -> str | None:
         if model.status == "READY" and model.tags.get("sha256") == sha256:
             found = model.model_id
         elif model.status != "READY" and "sha256" in model.tags:
-            # some stores cannot delete
-            with contextlib.suppress(NotImplementedError):
+            try:
                 get_artifact_repository(model.artifact_location).delete_artifacts()
+            except NotImplementedError:
+                # how MLflow says that a store cannot delete
+                where = model.artifact_location
+                print(
+                    f"tracking: {where}: half a model of a killed run, which this store cannot delete", file=sys.stderr
+                )
             client.delete_logged_model(model.model_id)
     return found
 
