@@ -4,8 +4,9 @@ import logging
 import os
 import re
 import sys
+import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from functools import partial
 from typing import Any, NamedTuple
@@ -84,11 +85,25 @@ def process_group(stall_seconds: float = 1800.0) -> Iterator[tuple[int, int]]:
         torch.distributed.init_process_group(backend, store=torch.distributed.HashStore(), rank=0, world_size=1)
     try:
         yield torch.distributed.get_rank(), torch.distributed.get_world_size()
+        _leave()
     finally:
         _destroy_group()
         if not launched:
             for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
                 del os.environ[name]
+
+
+def _leave(seconds: float = 60.0) -> None:
+    """Let rank 0, which keeps the ranks' store, go last: another may still read there what lets it end."""
+    shared, key, end = store(), "longtake/left", time.monotonic() + seconds
+    if torch.distributed.get_rank() != 0:
+        # the work is done, whatever has become of rank 0
+        with suppress(RuntimeError):
+            shared.add(key, 1)
+        return
+    others = torch.distributed.get_world_size() - 1
+    while shared.add(key, 0) < others and time.monotonic() < end:
+        time.sleep(0.01)
 
 
 def _destroy_group() -> None:

@@ -27,13 +27,13 @@ STEPS = 12
 
 STAGE = '''
 """A stage-like module that learns mean colours without randomness, so that it does not matter who sees which sample."""
-import os, signal
+import os, signal, time
 from functools import partial
 import torch
 from torch import nn
 from longtake.datasets.errors import Failure, UserError
 from longtake.datasets.loader import Loader, to_model
-from longtake.training import launch
+from longtake.training import engines, launch
 from longtake.training.config import TrainConfig
 from longtake.training.loop import Objective, train
 
@@ -45,7 +45,7 @@ calls = 0
 def loss(fault, folder, name, engines, batch, generator):
     global calls
     calls += 1
-    if fault and calls == 8 and torch.distributed.get_rank() == 1 and not (folder / "fault").exists():
+    if fault not in ("", "late") and calls == 8 and torch.distributed.get_rank() == 1 and not (folder / "fault").exists():
         (folder / "fault").write_text("")
         if fault == "mistake":
             raise UserError("colours: there are none; choose some")
@@ -64,6 +64,10 @@ def work(config, inputs, folder):
     loader = Loader(inputs["dataset"], columns=("video",), frames=9, size=(32, 32), batch=config.batch, rank=rank, world=world)
     objective = Objective({"generator": nn.Linear(27, 27)}, partial(loss, config.fault, folder))
     train(objective, loader, config, folder, None, launch.stop_requested)
+    if config.fault == "late" and rank == 1:
+        time.sleep(1)
+        engines.store().set("late", "1")
+        assert engines.store().get("late") == b"1"
 '''
 
 START = """
@@ -148,7 +152,8 @@ def test_every_launcher_learns_what_one_process_learns_though_one_of_two_is_kill
     ray = {"by": "ray", "processes": 2, "cpus": 0.5}
     for name, settings in {
         "alone": {},
-        "two": {"launcher": torchrun},
+        # rank 0 has nothing more to do while the other still needs the store that it keeps
+        "two": {"launcher": torchrun, "fault": "late"},
         "killed": {"launcher": torchrun, "fault": "kill"},
         "killed under ray": {"launcher": ray, "fault": "kill"},
     }.items():
