@@ -4,6 +4,8 @@
 
 PYTHON ?= python3
 VENV := .venv
+# two at a time, a file of tests each; more threads than that would wait for each other
+TEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
@@ -26,10 +28,10 @@ demo: install
 	@VIDEOS="$${VIDEOS:-runs/footage}" $(BIN)/longtake run quickstart
 
 test: install
-	$(BIN)/pytest
+	$(TEST)
 
 test-slow: install
-	$(BIN)/pytest -m slow
+	$(TEST) -m slow
 
 lint: install
 	$(BIN)/ruff check .
