@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from importlib.resources import files
 from pathlib import Path
 
@@ -61,6 +62,8 @@ def start(folder: Path, footage: Path, more: list[str], output: int) -> subproce
         cwd=folder,
         env=environment(footage),
         start_new_session=True,
+        # a shell's background job ignores SIGINT, and so would all that it starts
+        preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
         stdout=output,
         stderr=subprocess.STDOUT,
         text=True,

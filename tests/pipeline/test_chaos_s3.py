@@ -100,7 +100,7 @@ def test_thirty_kills_on_a_failing_store_lose_double_and_tear_nothing(
     chance = random.Random(3)
     workers = killed = 0
     fs, path = storage.filesystem(output)
-    deadline = time.time() + 240
+    deadline = time.time() + 400
     while workers + killed < KILLS and time.time() < deadline:
         s3.faults = True
         driver = drivers.start(tiny("s3://raw"), output)

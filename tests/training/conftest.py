@@ -81,6 +81,11 @@ class Ranks:
     def end(self) -> list[int]:
         """Their exit codes."""
         try:
+            # all at once: rank 0 waits for the others
+            for process in self.processes:
+                if process.stdin:
+                    process.stdin.close()
+                    process.stdin = None
             for process in self.processes:
                 process.communicate(timeout=120)
         finally:
