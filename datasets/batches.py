@@ -201,7 +201,7 @@ def collate(samples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
             out[name] = torch.from_numpy(np.stack(values))
         else:
             out[name] = torch.tensor(values) if isinstance(first, int) else values
-        if name in ("latent", "history_latent"):
+        if name.removeprefix("history_").startswith("latent"):
             if out[name].dtype == torch.uint16:
                 # numpy has no bfloat16, only its bits
                 out[name] = out[name].view(torch.bfloat16)

@@ -4,12 +4,15 @@ import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from longtake.datasets import index, storage
 from longtake.datasets.errors import Failure, UserError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 _FORMAT = 1
 _FILE = "latents.json"
@@ -38,6 +41,7 @@ class Latents:
     posterior_std: tuple[float, ...]  # root of the mean posterior variance
     view: str | None  # URL; its kept clips alone have latents
     digests: Mapping[str, str]  # of the splits' base shards when this was written (see `compact.Rows`)
+    shrink: tuple[int, int] = (1, 1)  # (height, width) factors that the video was scaled down by (see `shrunk`)
 
 
 def write_latents(uri: str, latents: Latents) -> None:
@@ -59,6 +63,7 @@ def read_latents(uri: str) -> Latents:
                 f"{url}: format {found}, this longtake reads {_FORMAT}; run its `cache_latents` stage again"
             )
         tuples = {name: tuple(content[name]) for name in ("mean", "std", "posterior_std")}
+        tuples["shrink"] = tuple(content.get("shrink", (1, 1)))
         return Latents(**content | tuples | {"size": content["size"] and tuple(content["size"])})
     except (FileNotFoundError, NotADirectoryError) as e:
         raise UserError(f"{uri}: no latents here (no {_FILE}); name what a `cache_latents` stage has made") from e
@@ -66,6 +71,25 @@ def read_latents(uri: str) -> Latents:
         raise
     except (ValueError, KeyError, TypeError, AttributeError) as e:
         raise Failure(f"{url}: damaged ({e}); run its `cache_latents` stage again") from e
+
+
+def shrunk(video: "Tensor", shrink: tuple[int, int], stride: int) -> "Tensor":
+    """What is encoded of (B, C, T, H, W) where a column has this `shrink`: means over boxes of (height, width) pixels.
+
+    The top left of the frame is taken that makes whole positions of `stride` pixels: where H x W pixels make h x w
+    positions, these are h // height x w // width, and position (i, j) is of the pixels of the boxes' positions from
+    (height * i, width * j) on. ValueError where none is left.
+    """
+    from torch.nn.functional import avg_pool3d
+
+    if shrink == (1, 1):
+        return video
+    height, width = (side // (stride * by) * stride * by for side, by in zip(video.shape[-2:], shrink, strict=True))
+    if not height or not width:
+        raise ValueError(
+            f"shrink: {shrink[0]}x{shrink[1]} leaves nothing of {video.shape[-2]}x{video.shape[-1]} pixels"
+        )
+    return avg_pool3d(video[..., :height, :width], (1, *shrink))
 
 
 def encoder_digest(model: Any) -> str:

@@ -9,6 +9,7 @@ import hashlib
 import json
 import signal
 from collections.abc import Iterator, Mapping, Sequence
+from multiprocessing import forkserver, resource_tracker
 from typing import Any, Literal
 
 import numpy as np
@@ -16,11 +17,12 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import torch
 
-from longtake.datasets import clip, compact, index, order, schema, storage
+from longtake.datasets import compact, index, neighbours, order, schema, storage
 from longtake.datasets.batches import Batches, Bucket, Mixed, Plan
 from longtake.datasets.cache import Cache
 from longtake.datasets.errors import Failure, UserError
 from longtake.datasets.reader import Reader
+from longtake.datasets.shapes import window_shapes
 from longtake.datasets.view import kept
 from longtake.datasets.window import Source, Window
 
@@ -46,7 +48,7 @@ class Stream:
         options: dict[str, Any] = {}
         if self._workers:
             options = {"num_workers": self._workers, "multiprocessing_context": "forkserver", "prefetch_factor": 2}
-            options["worker_init_fn"] = _leave_signals
+            _leave_signals()
         for item in torch.utils.data.DataLoader(
             stream, batch_size=None, pin_memory=torch.cuda.is_available(), **options
         ):
@@ -80,8 +82,9 @@ class Loader(Stream):
 
     A batch is `{"key": [str], "epoch": int}` and of the columns asked for `video` uint8 (B, 3, T, H, W), `frame_diff`
     uint8 (B, 3, T-1, h, w), `latent` float16 or bfloat16 (B, 2, C, 1 + (T-1)/4, h, w) of mean and log-variance, `json`
-    [dict] and `label` int64 (B,); B is this rank's share. With `history_seconds` also `history_video`, `history_latent`
-    and how many of their frames and steps are true (see `datasets.window`).
+    [dict] and `label` int64 (B,); B is this rank's share. A second column of latents is `latent_2`, of the same steps, and
+    so on. With `history_seconds` also `history_video`, `history_latent`, `history_latent_2` and how many of their frames
+    and steps are true (see `datasets.window`).
 
     Args:
         dataset: URL of the dataset.
@@ -94,7 +97,7 @@ class Loader(Stream):
         size: (height, width) of the video; a clip is scaled down to cover it and cropped. Or its short side: then clips
             keep their shapes, the long side to `multiple` pixels, and each batch is of one shape. So it is in any case
             where a cache column has other shapes for them. A clip smaller than this is left out; `samples_small`
-            counts them, `samples_without_latent` those that the column of latents has left out.
+            counts them, `samples_without_latent` those that a column of latents has left out.
         crop: "center", or "random" along the longer side, from the sample's own seed.
         batch: samples in a global batch, over all ranks.
         pixels: instead of `batch`, the most T * H * W pixels in a global batch: each shape gets the batch that it allows.
@@ -102,13 +105,16 @@ class Loader(Stream):
         last: "drop" leaves the last incomplete batch of an epoch out, "pad" fills it from the epoch's start.
         shuffle: False gives the order on disk and the window at each clip's start.
         history_seconds: how much of what came before the window to give with it.
+        history_least: seconds that must have come before the clip; one that joins to less is left out, and
+            `samples_without_history` counts them. With `history_seconds` the same, every history is whole.
         workers: decoding processes of this rank; 0 decodes in this one.
         cache: where to keep whole tars of a remote dataset; None reads each sample by itself.
         unreadable: "stop" at a sample that cannot be read, or "skip": another of this rank's share of the batch takes
             its place, and `batch["skipped"]` and `skipped` count; a share with nothing readable stops.
 
     Raises:
-        UserError: nothing to load, a batch that does not divide, an unknown column, no clip as large as `size`.
+        UserError: nothing to load, a batch that does not divide, an unknown column, columns of latents of other steps,
+            no clip as large as `size` or with as much history.
         Failure: a damaged index, or a column that does not belong to these clips.
     """
 
@@ -134,6 +140,7 @@ class Loader(Stream):
         rank: int = 0,
         world: int = 1,
         history_seconds: float = 0.0,
+        history_least: float = 0.0,
         workers: int = 0,
         cache: Cache | None = None,
         unreadable: Literal["stop", "skip"] = "stop",
@@ -146,18 +153,21 @@ class Loader(Stream):
             raise UserError(f"{where}: no committed shard; run its `shard` stage")
         found = {c: _column(base, dataset, split, c, cache) for c in columns if c == "frame_diff" or "latent-" in c}
         joined = {c: rows for c, (rows, _) in found.items()}
-        latents = next((sizes for c, (_, sizes) in found.items() if c != "frame_diff"), None)
+        latents = {c: sizes for c, (_, sizes) in found.items() if c != "frame_diff"}
         keep, weights, judged = kept(base, view)
         self.samples_without_latent = 0
-        if latents is not None:
-            left_out = keep & (latents["height"].to_numpy() == 0)
-            self.samples_without_latent = int(left_out.sum())
-            keep &= ~left_out
+        encoded = None
+        if latents:
+            encoded = np.logical_and.reduce([sizes["height"].to_numpy() > 0 for sizes in latents.values()])
+            self.samples_without_latent = int((keep & ~encoded).sum())
+            keep &= encoded
             if self.samples_without_latent and not keep.any():
                 raise UserError(f"{where}: no clip of this view has latents; make them with this view, or without one")
         lengths = sorted({frames} if isinstance(frames, int) else set(frames), reverse=True)
         cropped = "frame_diff" in joined
-        shapes, codes, short, small = _shapes(facts, lengths, stride, size, multiple, cropped, latents)
+        shapes, codes, short, small = window_shapes(
+            facts, lengths, stride, size, multiple, cropped, list(latents.values())
+        )
         self.samples_short = int((short & keep).sum())
         keep &= ~short
         small &= keep & ("video" in columns)
@@ -169,8 +179,17 @@ class Loader(Stream):
                 f"{where}: clips of {height}x{width} are smaller than size {asked}; raise `clip.short_side` or lower `size`"
             )
         keep &= ~small
-        for name, rows in joined.items():
-            _fits(rows, name, lengths, stride)
+        _fit({name: joined[name] for name in latents}, lengths, stride)
+        self.samples_without_history = 0
+        if history_least:
+            reaches = neighbours.reach_back(base, history_least, encoded)
+            self.samples_without_history = int((keep & ~reaches).sum())
+            keep &= reaches
+            if self.samples_without_history and not keep.any():
+                raise UserError(
+                    f"{where}: no clip follows others of its source for {history_least:g} s without a hole; lower the "
+                    "seconds of history, or shard longer shots, with a lower `clip.max_seconds`"
+                )
         self.samples = int(keep.sum())
         kinds = np.unique(codes[keep]).tolist()
         rows_of = [np.flatnonzero(keep & (codes == code)).astype(np.int32) for code in kinds]
@@ -208,6 +227,7 @@ class Loader(Stream):
         batches = batch if pixels is None else [b.batch for b in buckets]
         made_of = [base.digest, judged, *(rows.digest for rows in joined.values())]
         data = [made_of, split, stride, crop, last, shuffle, history_seconds, shapes_of]
+        data += [history_least] if history_least else []
         end = None if epochs is None else epochs * self.batches_per_epoch
         self.rank, self.world = rank, world
         super().__init__(plan, data, seed, batches, end, workers)
@@ -241,13 +261,19 @@ class Mixture(Stream):
         super().__init__(plan, [data, weights], seed, batches, None, workers)
 
 
-def _leave_signals(_: int) -> None:
-    """A signal to stop often comes to all processes of a group; the workers go on, so that the step can end and be saved.
+def _leave_signals() -> None:
+    """A signal to stop often comes to all processes of a group: the workers to come go on, so that the step can end and be saved.
 
-    They end when the process that they work for says so, or is gone.
+    They end when the process that they work for says so, or is gone. They inherit the mask of the server that they are
+    forked from, so no signal finds them before they are ready for it.
     """
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
+    # which would lift the mask
+    resource_tracker.ensure_running()
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))
+    try:
+        forkserver.ensure_running()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 class _Slice(torch.utils.data.IterableDataset):
@@ -285,6 +311,8 @@ def _count(number: int, step: int, end: int | None) -> Iterator[int]:
 def _known(columns: Sequence[str]) -> None:
     if unknown := {c for c in columns if c not in COLUMNS and not c.startswith("latent-")}:
         raise UserError(f"columns: unknown {', '.join(sorted(unknown))}; there are {', '.join(COLUMNS)}")
+    if twice := {c for c in columns if list(columns).count(c) > 1}:
+        raise UserError(f"columns: {', '.join(sorted(twice))} twice; name each once")
 
 
 def _column(
@@ -310,58 +338,22 @@ def _column(
     return rows.only(list(want)), facts if taken.all() else facts.filter(np.repeat(taken, rows.counts))
 
 
-def _shapes(
-    facts: pa.Table,
-    lengths: list[int],
-    stride: int,
-    size: tuple[int, int] | int,
-    multiple: int,
-    cropped: bool,
-    latents: pa.Table | None,
-) -> tuple[list[tuple[int, int, int]], np.ndarray, np.ndarray, np.ndarray]:
-    """The shapes (T, H, W) there are, for each row which it has, whether it is too short for all, and too small.
-
-    Clips of the same shape share none where their latents differ in theirs, or, with `cropped`, the parts of their own.
-    """
-    counts, heights, widths = (facts[name].to_numpy() for name in ("frame_count", "height", "width"))
-    spans = np.array([(t - 1) * stride + 1 for t in lengths])
-    longer = sum(((counts < span).astype(np.int16) for span in spans), np.zeros(len(counts), np.int16))
-    length = np.minimum(longer, np.int16(len(lengths) - 1))
-    short = counts < spans[-1]
-    # by a hash: sorting ten million pairs takes as long as all else of opening them
-    sides = [heights, widths, *((latents[name].to_numpy() for name in ("height", "width")) if latents else ())]
-    code = sum((side.astype(np.uint64) << 16 * n for n, side in enumerate(sides)), np.zeros(len(counts), np.uint64))
-    coded = pa.array(code).dictionary_encode()
-    pairs = [(n & 0xFFFF, n >> 16 & 0xFFFF) for n in coded.dictionary.to_pylist()]
-    scaled = [size if isinstance(size, tuple) else _scaled(h, w, size, multiple) for h, w in pairs]
-    owns = [
-        (_cropped(p, s) if cropped else (), n >> 32)
-        for n, p, s in zip(coded.dictionary.to_pylist(), pairs, scaled, strict=True)
-    ]
-    # clips of other sizes may come to the same shape
-    kinds = sorted({(s, o) for s, o in zip(scaled, owns, strict=True)})
-    of_pair = np.array([kinds.index(kind) for kind in zip(scaled, owns, strict=True)], np.int16)
-    small = (heights < size[0]) | (widths < size[1]) if isinstance(size, tuple) else np.minimum(heights, widths) < size
-    shapes = [(t, *kind) for t in lengths for kind, _ in kinds]
-    return shapes, length * np.int16(len(kinds)) + of_pair[coded.indices.to_numpy()], short, small
-
-
-def _scaled(height: int, width: int, short: int, multiple: int) -> tuple[int, int]:
-    """The shape of a clip with this short side, the other one rounded to `multiple`."""
-    longer = max(short, round(max(height, width) * short / min(height, width) / multiple) * multiple)
-    return (short, longer) if height <= width else (longer, short)
-
-
-def _cropped(own: tuple[int, int], size: tuple[int, int]) -> tuple[int, int]:
-    return clip.crop(np.empty((1, *own, 0)), size).shape[1:3]
-
-
-def _fits(rows: compact.Rows, name: str, lengths: list[int], stride: int) -> None:
-    if name.startswith("latent-"):
-        filled = np.flatnonzero(rows.counts)
-        factor = rows.of(int(filled[0]))["factor"][0].as_py() if len(filled) else 1
+def _fit(latents: Mapping[str, compact.Rows], lengths: list[int], stride: int) -> None:
+    """Raises UserError where windows are not of whole steps of the latents, or these have other steps than the first."""
+    factors = {name: _factor(rows) for name, rows in latents.items()}
+    for name, factor in factors.items():
+        first, of_first = next(iter(factors.items()))
+        if factor != of_first:
+            raise UserError(
+                f"columns: {name} has a step for {factor} frames, {first} for {of_first}; name latents of one encoder"
+            )
         if stride != 1 or any((t - 1) % factor for t in lengths):
             raise UserError(f"frames: {name} has a step for {factor} frames: windows of 1 + {factor}n frames, stride 1")
+
+
+def _factor(rows: compact.Rows) -> int:
+    filled = np.flatnonzero(rows.counts)
+    return rows.of(int(filled[0]))["factor"][0].as_py() if len(filled) else 1
 
 
 def _classes(dataset: str, split: str, facts: pa.Table, cache: Cache | None) -> list[str]:

@@ -4,7 +4,7 @@ The window is drawn from the sample's own random numbers; see the README's "Read
 """
 
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import takewhile
 from typing import Any
@@ -14,11 +14,10 @@ import numpy as np
 from longtake.datasets import clip
 from longtake.datasets.compact import Rows
 from longtake.datasets.errors import Failure
+from longtake.datasets.neighbours import pasts
 from longtake.datasets.order import sample_rng
 from longtake.datasets.reader import Reader
 from longtake.datasets.shard import described
-
-_TOUCHING = 1.5  # frames between two clips that follow each other without a hole
 
 
 @dataclass(frozen=True)
@@ -49,7 +48,8 @@ class Source:
     ) -> None:
         self.base, self.columns, self.names, self.reader = base, columns, names, reader
         self.labels = {label: number for number, label in enumerate(classes)}
-        self.latent = next((name for name in columns if name.startswith("latent-")), None)
+        self.latents = tuple(name for name in columns if name.startswith("latent-"))
+        self.latent = self.latents[0] if self.latents else None
 
     def row(self, shard: int, at: int) -> dict[str, Any]:
         return self.base.row(shard, at)
@@ -82,10 +82,11 @@ def load(source: Source, sample: Sample, window: Window) -> dict[str, Any]:
             what = f"frame_diff has {len(diff)} entries for {row['frame_count']} frames"
             raise Failure(f"{name}: {what}; delete its index and run `shard` again")
         out["frame_diff"] = _channels_first(clip.crop(diff[np.asarray(frames[1:], int) - 1], window.size, spot))
-    if source.latent:
-        place = places[source.latent]
+    if source.latents:
+        _in_step(source, sample.shard, [places[column] for column in source.latents])
         first, count = frames[0] // quantum, 1 + (window.frames - 1) // quantum
-        out["latent"] = _latent(source, sample.shard, place, first, count)
+        for number, column in enumerate(source.latents):
+            out[_named(number)] = _latent(source, column, sample.shard, places[column], first, count)
     if window.history_seconds:
         out |= _history(source, sample, row, frames[0], window, spot)
     if "label" in source.names:
@@ -121,10 +122,9 @@ def _video(
     return made
 
 
-def _latent(source: Source, shard: int, place: Mapping[str, Any], first: int, count: int) -> np.ndarray:
+def _latent(source: Source, column: str, shard: int, place: Mapping[str, Any], first: int, count: int) -> np.ndarray:
     """(count, 2, C, h, w) float16, or uint16 of bfloat16's bits: steps of the latent; only these bytes are read."""
-    assert source.latent
-    rows = source.columns[source.latent]
+    rows = source.columns[column]
     shape = (2, place["channels"], place["height"], place["width"])
     step = 2 * int(np.prod(shape))
     start = place["offset"] + place["size"] - (place["steps"] - first) * step
@@ -142,51 +142,57 @@ def _latent_dtype(place: Mapping[str, Any]) -> str:
     return "<u2" if place.get("dtype") == "bfloat16" else "<f2"
 
 
+def _named(number: int) -> str:
+    """What the latents of a sample's n-th column of them are called: "latent", "latent_2", ..."""
+    return f"latent_{number + 1}" if number else "latent"
+
+
+def _in_step(source: Source, shard: int, places: Sequence[Mapping[str, Any]]) -> None:
+    """Raises Failure where a clip has other steps in one column of latents than in another."""
+    for column, place in zip(source.latents[1:], places[1:], strict=True):
+        if place["steps"] != places[0]["steps"]:
+            url = source.columns[column].tar(shard)[0]
+            raise Failure(
+                f"{url}: {place['key']}: has {place['steps']} steps, and {places[0]['steps']} in {source.latent}; "
+                "delete the column's indexes and run its stage again"
+            )
+
+
 def _history(
     source: Source, sample: Sample, row: Mapping[str, Any], start: int, window: Window, spot: float
 ) -> dict[str, Any]:
     """What came just before the window, from its clip and the neighbours that it follows without a hole.
 
-    `history_video` (3, Th, H, W) with `history_frames`, `history_latent` (Sh, 2, C, h, w) with `history_steps`: so
-    many at the end are true, before them all is zero.
+    `history_video` (3, Th, H, W) with `history_frames`, `history_latent` (Sh, 2, C, h, w), and `history_latent_2` and
+    so on of further columns, with `history_steps`: so many at the end are true, before them all is zero.
     """
     out: dict[str, Any] = {}
-    pasts = list(_pasts(source, sample, row, window.history_seconds))
+    before = list(pasts(source.base, sample.shard, sample.at, window.history_seconds))
     if "video" in source.names:
         wanted = start - window.stride * np.arange(round(window.history_seconds * row["fps"] / window.stride), 0, -1)
         parts = [
             _video(source, sample.shard, past, inside.tolist(), window.size, spot)
-            for past, inside in _inside(wanted, [(past, past["frame_count"]) for _, past in pasts])
+            for past, inside in _inside(wanted, [(past, past["frame_count"]) for _, past in before])
         ]
         out |= _ended("video", parts, np.zeros((3, len(wanted), *window.size), np.uint8), "frames", 1)
-    if source.latent:
-        found = (source.place(source.latent, replace(sample, at=at), past) for at, past in pasts)
-        places = list(takewhile(lambda place: place["steps"], found))  # a clip without latents ends what is known
-        factor, shape = places[0]["factor"], (2, *(places[0][n] for n in ("channels", "height", "width")))
+    if source.latents:
+        found = ([source.place(c, replace(sample, at=at), past) for c in source.latents] for at, past in before)
+        # a clip without latents ends what is known
+        places = list(takewhile(lambda some: all(place["steps"] for place in some), found))
+        for some in places:
+            _in_step(source, sample.shard, some)
+        factor = places[0][0]["factor"]
         wanted = start // factor - np.arange(round(window.history_seconds * row["fps"] / factor), 0, -1)
-        parts = [
-            _latent(source, sample.shard, place, int(inside[0]), len(inside))
-            for place, inside in _inside(wanted, [(place, place["steps"]) for place in places])
-        ]
-        out |= _ended("latent", parts, np.zeros((len(wanted), *shape), _latent_dtype(places[0])), "steps", 0)
+        inside_of = _inside(wanted, [(some, some[0]["steps"]) for some in places])
+        for number, column in enumerate(source.latents):
+            own = places[0][number]
+            parts = [
+                _latent(source, column, sample.shard, some[number], int(inside[0]), len(inside))
+                for some, inside in inside_of
+            ]
+            shape = (len(wanted), 2, *(own[name] for name in ("channels", "height", "width")))
+            out |= _ended(_named(number), parts, np.zeros(shape, _latent_dtype(own)), "steps", 0)
     return out
-
-
-def _pasts(
-    source: Source, sample: Sample, row: Mapping[str, Any], seconds: float
-) -> Iterator[tuple[int, Mapping[str, Any]]]:
-    """The clip itself and those before it, latest first, as (place in the shard, row), until they reach so far back."""
-    at, reach = sample.at, 0.0
-    yield at, row
-    while at and reach < seconds:
-        before = source.row(sample.shard, at - 1)
-        gap = row["start_seconds"] - before["start_seconds"] - before["frame_count"] / before["fps"]
-        same = all(row[name] == before[name] for name in ("source", "height", "width", "fps"))
-        if not same or before["clip"] != row["clip"] - 1 or abs(gap) > _TOUCHING / row["fps"]:
-            return
-        at, row = at - 1, before
-        reach += row["frame_count"] / row["fps"]
-        yield at, row
 
 
 def _inside(wanted: np.ndarray, pasts: list[tuple[Any, int]]) -> list[tuple[Any, np.ndarray]]:

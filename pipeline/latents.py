@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from longtake.datasets import clip, index, schema, storage
-from longtake.datasets.column import Moments, merged, moments
+from longtake.datasets.column import Moments, merged, moments, shrunk
 from longtake.datasets.errors import Failure, UserError
 from longtake.datasets.loader import to_model
 from longtake.datasets.shard import sha256_of, write_tar
@@ -41,7 +41,7 @@ Tell = Callable[[int, str], None]
 
 @dataclass(frozen=True)
 class Settings:
-    """What decides a column's values, and, from `batch` on, how the work is done, which decides no more than roundings."""
+    """What decides a column's values; `batch`, `steps`, `threads` say how the work is done, and decide no more than roundings."""
 
     size: tuple[int, int] | None  # height, width
     precision: Literal["fp32", "bf16"]
@@ -51,9 +51,11 @@ class Settings:
     batch: int
     steps: int
     threads: int = 1  # that decode
+    shrink: tuple[int, int] = (1, 1)  # of height, width
 
     def values(self) -> dict[str, Any]:
-        without = ("batch", "steps", "threads", *(() if self.tile else ("overlap",)))
+        unused = {"overlap": self.tile is None, "shrink": self.shrink == (1, 1)}
+        without = ("batch", "steps", "threads", *(name for name, is_unused in unused.items() if is_unused))
         return {name: value for name, value in asdict(self).items() if name not in without}
 
 
@@ -89,16 +91,24 @@ def check(settings: Settings, stride: int) -> None:
         height, width = settings.size
         near = "x".join(str(max(1, side // stride) * stride) for side in settings.size)
         raise UserError(f"size: {height}x{width} is not in multiples of {stride}, as the encoder needs; {near} is")
+    if settings.size and target(settings.size, settings.size, stride, settings.shrink) is None:
+        (height, width), (rows, columns) = settings.size, settings.shrink
+        raise UserError(f"shrink: {rows}x{columns} leaves no whole position of size {height}x{width}; lower it")
     if settings.tile and (settings.tile % stride or settings.overlap % stride or settings.overlap >= settings.tile):
         raise UserError(
             f"tile: {settings.tile} with overlap {settings.overlap}: the encoder needs multiples of {stride}, the overlap the smaller"
         )
 
 
-def target(own: tuple[int, int], size: tuple[int, int] | None, stride: int) -> tuple[int, int] | None:
-    """The (height, width) that is encoded of a clip of this size; None of one that is too small, as for the loader."""
+def target(
+    own: tuple[int, int], size: tuple[int, int] | None, stride: int, shrink: tuple[int, int] = (1, 1)
+) -> tuple[int, int] | None:
+    """The (height, width) that is encoded of a clip of this size, before it is shrunk; None of one that is too small.
+
+    That is one that the loader leaves out at this size, or of which shrinking leaves no whole position.
+    """
     height, width = size or (own[0] // stride * stride, own[1] // stride * stride)
-    fits = height <= own[0] and width <= own[1] and height > 0 and width > 0
+    fits = stride * shrink[0] <= height <= own[0] and stride * shrink[1] <= width <= own[1]
     return (height, width) if fits else None
 
 
@@ -114,7 +124,7 @@ def batches(rows: Sequence[Row], settings: Settings, of: Geometry) -> list[list[
     """
     alike: dict[tuple[int, tuple[int, int]], list[Row]] = {}
     for row in rows:
-        if size := target((row["height"], row["width"]), settings.size, of.stride):
+        if size := target((row["height"], row["width"]), settings.size, of.stride, settings.shrink):
             alike.setdefault((covered(row["frame_count"], of.factor), size), []).append(row)
     most = settings.batch
     return [some[n : n + most] for some in alike.values() for n in range(0, len(some), most)]
@@ -220,7 +230,7 @@ def encoded(
             rows = groups[number]
             steps = 1 + (covered(rows[0]["frame_count"], of.factor) - 1) // of.factor
             clips = [_Clip(spool, row["key"], steps, kind) for row in rows]
-            for stored, values in _posteriors(model, (video for _, video in pieces), settings, tar, rows):
+            for stored, values in _posteriors(model, of, (video for _, video in pieces), settings, tar, rows):
                 for n, clip_ in enumerate(clips):
                     clip_.add(stored[n], values[n])
                 tell(done, f"{rows[0]['key']}, step {len(clips[0].sums)} of {steps}")
@@ -229,7 +239,7 @@ def encoded(
 
 
 def _posteriors(
-    model: nn.Module, videos: Iterator[np.ndarray], settings: Settings, tar: str, rows: Sequence[Row]
+    model: nn.Module, of: Geometry, videos: Iterator[np.ndarray], settings: Settings, tar: str, rows: Sequence[Row]
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Steps (B, t, 2, C, h, w), as they are stored and as numbers, of chunks (B, T, H, W, 3) uint8."""
     device = next(model.parameters()).device
@@ -237,7 +247,8 @@ def _posteriors(
 
     def on_device() -> Iterator[Tensor]:
         for video in videos:
-            yield to_model(torch.from_numpy(video).to(device).permute(0, 4, 1, 2, 3))
+            whole = to_model(torch.from_numpy(video).to(device).permute(0, 4, 1, 2, 3))
+            yield shrunk(whole, settings.shrink, of.stride)
 
     with torch.inference_mode():
         stream = model.encode_stream(on_device(), settings.steps, settings.tile, settings.overlap)  # type: ignore[operator]
@@ -287,7 +298,7 @@ def _frames(tar: str, row: Row, settings: Settings, of: Geometry) -> Iterator[np
     if len(data) != row["mp4_size"] or zlib.crc32(data) != row["mp4_crc32"]:
         raise Failure(f"{name}: is damaged; run `longtake dataset verify`")
     own = (row["height"], row["width"])
-    size = target(own, settings.size, of.stride)
+    size = target(own, settings.size, of.stride, settings.shrink)
     assert size
     scaled = clip.covering_size(own, size)
     frames = clip.decoded(data, range(covered(row["frame_count"], of.factor)), None if scaled == own else scaled, name)

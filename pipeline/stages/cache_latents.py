@@ -49,6 +49,7 @@ class Config(StageConfig):
     """Encode a dataset by a model of the registry ("models:/pv-vae@champion"), a stage that trains one, or a model folder.
 
     Clips are encoded whole, whatever their length; of their frames the last ones that make no whole step are left out.
+    With `shrink` the column is of the video scaled down: as many steps, h // height x w // width positions of h x w.
     With the same weights, settings and kind of machine every run writes the same bytes.
     """
 
@@ -57,6 +58,7 @@ class Config(StageConfig):
     encoder: Annotated[str, Input("model")]
     view: ViewInput | None = None  # encode its kept clips only; loaders then leave the others out
     size: tuple[PositiveInt, PositiveInt] | None = None  # as the loader's; None: each clip's own, to whole positions
+    shrink: tuple[PositiveInt, PositiveInt] = (1, 1)  # of (height, width), before it is encoded; to whole positions
     precision: Literal["fp32", "bf16"] = "fp32"  # of the encoder; fp32 is without TF32
     dtype: Literal["float16", "bfloat16"] = "float16"  # as stored
     tile: PositiveInt | None = None  # pixels of a side; encode larger frames in overlapping tiles
@@ -75,6 +77,9 @@ def check(config: Config, inputs: Mapping[str, StageConfig]) -> None:
         stride = encoder.vae().spatial_stride  # type: ignore[union-attr]
         if any(side % stride for side in config.size):
             raise ValueError(f"size: {config.size[0]}x{config.size[1]} is not in multiples of the encoder's {stride}")
+        if any(side < stride * by for side, by in zip(config.size, config.shrink, strict=True)):
+            (height, width), (rows, columns) = config.size, config.shrink
+            raise ValueError(f"shrink: {rows}x{columns} leaves no whole position of size {height}x{width}; lower it")
     geometry = getattr(inputs.get("dataset"), "clip", None)
     if geometry is not None and geometry.short_side < min(config.size):
         raise ValueError(
@@ -115,7 +120,7 @@ def run(config: Config, inputs: Mapping[str, str], output: str) -> dict[str, Any
     uri, model = _encoder(inputs["encoder"])
     of = latents.geometry(model, uri)
     settings = latents.Settings(
-        **config.model_dump(include={"size", "precision", "dtype", "tile", "overlap", "batch", "steps"}),
+        **config.model_dump(include={"size", "shrink", "precision", "dtype", "tile", "overlap", "batch", "steps"}),
         threads=max(1, int(config.task.cpus)),
     )
     latents.check(settings, of.stride)
@@ -138,7 +143,8 @@ def run(config: Config, inputs: Mapping[str, str], output: str) -> dict[str, Any
     shards = {split: [s for s in some if s.name.partition(".")[0] in keeps[split]] for split, some in read.items()}
     parts = [columns.read_moments(dataset, shard) for shard in shards["train"]]
     if not any(part.count for part in parts):
-        raise UserError(f"dataset: {dataset}: no clip of the train split is large enough for `size`; lower it")
+        what = "`size`; lower it" if config.shrink == (1, 1) else "`size` and `shrink`; lower them"
+        raise UserError(f"dataset: {dataset}: no clip of the train split is large enough for {what}")
     found = columns.merged(parts)
     columns.write_latents(
         output,
@@ -158,12 +164,13 @@ def run(config: Config, inputs: Mapping[str, str], output: str) -> dict[str, Any
             posterior_std=tuple(np.sqrt(found.variance).tolist()),
             view=inputs.get("view"),
             digests={split: base.digest for split, base in bases.items()},
+            shrink=config.shrink,
         ),
     )
     steps = np.concatenate([shard.table["steps"].to_numpy() for some in shards.values() for shard in some])
     metrics = {
         "clips": float((steps > 0).sum()),
-        "clips_left_out": float((steps == 0).sum()),  # not in the view, or smaller than `size`
+        "clips_left_out": float((steps == 0).sum()),  # not in the view, or too small for `size` or `shrink`
         "steps": float(steps.sum()),
         "bytes": float(sum(shard.tar_bytes for some in shards.values() for shard in some)),
         "shards": float(sum(len(some) for some in shards.values())),

@@ -157,6 +157,8 @@ def test_pad_fills_the_last_batch_from_the_front(dataset: str) -> None:
     [
         ({"size": (64, 64)}, "smaller than size 64x64"),
         ({"columns": ("video", "latents")}, "unknown latents; there are"),
+        ({"columns": ("video", "video")}, "columns: video twice"),
+        ({"history_least": 1.0}, "no clip follows others of its source for 1 s"),
         ({"frames": 400}, "no usable sample"),
         ({"batch": 4000}, "no batch of 4000"),
         ({"split": "test"}, "no committed shard"),

@@ -63,7 +63,7 @@ def start(folder: Path, footage: Path, more: list[str], output: int) -> subproce
         env=environment(footage),
         start_new_session=True,
         # a shell's background job ignores SIGINT, and so would all that it starts
-        preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
+        preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),  # noqa: PLW1509
         stdout=output,
         stderr=subprocess.STDOUT,
         text=True,

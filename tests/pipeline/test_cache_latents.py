@@ -206,6 +206,96 @@ def test_tiles_and_reduced_precision_are_columns_of_their_own(model: PVVAE) -> N
     assert latents.column_name(column.encoder_digest(vae(1)), settings(), "") not in names
 
 
+def means(video: np.ndarray, shrink: tuple[int, int]) -> np.ndarray:
+    """(T, H, W, 3) averaged over boxes of these pixels, where they begin top left and make whole positions of 16."""
+    rows, columns = (side // 16 // by * 16 for side, by in zip(video.shape[1:3], shrink, strict=True))
+    part = video[:, : rows * shrink[0], : columns * shrink[1]].astype(np.float64)
+    return part.reshape(len(video), rows, shrink[0], columns, shrink[1], 3).mean((2, 4))
+
+
+@torch.inference_mode()
+def of_means(model: PVVAE, video: np.ndarray, shrink: tuple[int, int]) -> torch.Tensor:
+    small = torch.from_numpy(means(video, shrink)).permute(3, 0, 1, 2)[None].float()
+    posterior = model.encode(small / 127.5 - 1)
+    return torch.cat([posterior.mean, posterior.logvar])
+
+
+@pytest.mark.parametrize("shrink", [(2, 2), (1, 3)])
+def test_a_shrunk_column_is_of_the_video_scaled_down_in_the_same_steps(
+    root: str, model: PVVAE, shrink: tuple[int, int]
+) -> None:
+    whole, _ = cache(root, model, settings())
+    name, _ = cache(root, model, settings(shrink=shrink))
+    frames, full, found = clips(root), members(root, whole), members(root, name)
+    for key, video in frames.items():
+        steps, _, channels, height, width = full[key].shape
+        if width < shrink[1]:
+            assert found[key].shape[0] == 0
+            continue
+        assert found[key].shape == (steps, 2, channels, height // shrink[0], width // shrink[1])
+        made = torch.from_numpy(found[key]).float().permute(1, 2, 0, 3, 4)
+        torch.testing.assert_close(made, of_means(model, video[: 1 + (len(video) - 1) // 4 * 4], shrink), **FP16)
+    assert not list(verify(root))
+    columns = ("video", whole, name)
+    loader = Loader(root, columns=columns, frames=5, size=32, batch=1, epochs=1, history_seconds=1.0)
+    for batch in loader:
+        (key,), start = batch["key"], int(batch["start"][0]) // 4
+        for suffix, arrays in (("latent", full), ("latent_2", found)):
+            steps = torch.from_numpy(arrays[key]).permute(1, 2, 0, 3, 4)
+            assert torch.equal(batch[suffix][0], steps[:, :, start : start + 2])
+            before = min(start, int(batch["history_steps"][0]))
+            assert before == min(start, 3)
+            past = batch[f"history_{suffix}"][0]
+            assert torch.equal(past[:, :, past.shape[2] - before :], steps[:, :, start - before : start])
+
+
+def test_shrinking_takes_whole_positions_and_leaves_out_what_has_none(model: PVVAE, tmp_path: Path) -> None:
+    shapes = [(80, 48), (83, 81), (48, 112), (31, 64), (32, 32)]
+    root = pictures(tmp_path / "images", shapes)
+    whole, _ = cache(root, model, settings())
+    name, totals = cache(root, model, settings(shrink=(2, 3)))
+    assert (totals["clips"], totals["clips_small"]) == (3, 2)
+    sizes = [a.shape[3:] for a in members(root, whole).values()], [a.shape[3:] for a in members(root, name).values()]
+    assert sizes == ([(5, 3), (5, 5), (3, 7), (1, 4), (2, 2)], [(2, 1), (2, 1), (1, 2), (0, 0), (0, 0)])
+    loader = Loader(root, columns=(whole, name), frames=1, size=16, batch=1, epochs=1)
+    assert (loader.samples, loader.samples_without_latent) == (3, 2)
+    # at a common size: scaled and cropped to it first
+    sized, _ = cache(root, model, settings(shrink=(2, 1), size=(48, 32)))
+    shown = Loader(root, columns=("video", sized), frames=1, size=(48, 32), batch=1, epochs=1)
+    assert shown.samples == 3
+    for batch in shown:
+        video = batch["video"][0].permute(1, 2, 3, 0).numpy()
+        torch.testing.assert_close(batch["latent"][0].float(), of_means(model, video, (2, 1)), **FP16)
+
+
+def test_shrinking_makes_another_column_and_without_it_the_name_is_as_it_was() -> None:
+    assert latents.column_name("abc", settings(), "") == "latent-fcce1dd01c79c519"
+    chosen = settings(size=(32, 64), dtype="bfloat16", shrink=(1, 1))
+    assert latents.column_name("abc", chosen, "") == "latent-d83962b82316d454"
+    names = {latents.column_name("abc", settings(shrink=by), "") for by in ((1, 1), (2, 2), (1, 2), (2, 1))}
+    assert len(names) == 4
+
+
+def test_a_record_from_before_there_was_shrinking_is_of_none(tmp_path: Path) -> None:
+    facts = {
+        "dataset": "d",
+        "column": "latent-x",
+        "encoder": {},
+        "channels": 1,
+        "factor": 4,
+        "stride": 16,
+        "size": None,
+    }
+    more = {"precision": "fp32", "dtype": "float16", "count": 1, "mean": (0.0,), "std": (1.0,)}
+    made = column.Latents(**facts, **more, posterior_std=(1.0,), view=None, digests={}, shrink=(4, 2))  # type: ignore[arg-type]
+    column.write_latents(str(tmp_path), made)
+    assert read_latents(str(tmp_path)) == made
+    written = json.loads((tmp_path / "latents.json").read_text())
+    del written["shrink"]
+    (tmp_path / "latents.json").write_text(json.dumps(written))
+    assert read_latents(str(tmp_path)).shrink == (1, 1)
+
+
 def test_training_the_decoder_alone_keeps_the_latents() -> None:
     model = vae()
     before = column.encoder_digest(model)
@@ -340,24 +430,28 @@ def test_clips_that_a_view_drops_have_no_latents_and_the_loader_leaves_them_out(
         Loader(root, columns=(name,), frames=5, batch=1, view=url)
 
 
-def test_images_are_clips_of_one_frame_and_share_batches_at_a_common_size(model: PVVAE, tmp_path: Path) -> None:
+def pictures(root: Path, shapes: list[tuple[int, int]]) -> str:
+    """A dataset of images of noise, of these heights and widths."""
     import av
 
     from longtake.datasets.shard import write_tar
 
     def png(number: int, height: int, width: int) -> bytes:
         picture = np.random.default_rng(number).integers(0, 256, (height, width, 3), np.uint8)
-        with av.open(str(tmp_path / "x.png"), "w", format="image2") as out:
+        with av.open(str(path := root.with_suffix(".png")), "w", format="image2") as out:
             stream = out.add_stream("png", rate=1)
             stream.height, stream.width, stream.pix_fmt = height, width, "rgb24"
             out.mux([*stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")), *stream.encode()])
-        return (tmp_path / "x.png").read_bytes()
+        return path.read_bytes()
 
-    root = tmp_path / "images"
     (root / "train").mkdir(parents=True)
-    shapes = [(48, 40), (40, 70), (33, 33), (20, 60)]
     write_tar(root / "train" / "a.tar", [(f"{n}", {"png": png(n, *shape)}) for n, shape in enumerate(shapes)])
     images.adopt(str(root))
+    return str(root)
+
+
+def test_images_are_clips_of_one_frame_and_share_batches_at_a_common_size(model: PVVAE, tmp_path: Path) -> None:
+    root = Path(pictures(tmp_path / "images", [(48, 40), (40, 70), (33, 33), (20, 60)]))
     before = (root / "train" / "a.tar").read_bytes()
     name, totals = cache(str(root), model, settings(size=(32, 32)))
     assert (totals["clips"], totals["clips_small"], totals["steps"]) == (3, 1, 3)
@@ -401,6 +495,11 @@ def test_what_does_not_fit_the_encoder_is_one_line() -> None:
         latents.geometry(nn.Linear(1, 1), "here")
     with pytest.raises(UserError, match="size: 40x64 is not in multiples of 16, as the encoder needs; 32x64 is"):
         latents.check(settings(size=(40, 64)), 16)
+    latents.check(settings(size=(64, 32), shrink=(4, 2)), 16)
+    with pytest.raises(UserError, match="shrink: 4x3 leaves no whole position of size 64x32; lower it"):
+        latents.check(settings(size=(64, 32), shrink=(4, 3)), 16)
+    with pytest.raises(ValueError, match="shrink: 4x1 leaves nothing of 63x16 pixels"):
+        column.shrunk(torch.zeros(1, 3, 1, 63, 16), (4, 1), 16)
     with pytest.raises(UserError, match="tile: 40 with overlap 16"):
         latents.check(settings(tile=40, overlap=16), 16)
 
@@ -428,10 +527,13 @@ def test_a_recipe_leads_from_a_model_to_latents(tmp_path: Path) -> None:
     assert node.kind == "cache_latents" and set(node.upstream) == {"shards", "vae"}
     assert content(built(batch=2, steps=1, workers=3, task={"cpus": 2})[-1].config) == content(node.config)
     assert built(size=[32, 32])[-1].fingerprint != node.fingerprint
+    assert built(shrink=[4, 4])[-1].fingerprint != node.fingerprint
     for changed, says in (
         ({"encoder": "shards"}, "stages.latents.encoder: needs a model, but stage shards makes a dataset"),
         ({"size": [60, 64]}, "stages.latents.size: 60x64 is not in multiples of the encoder's 16"),
         ({"size": [128, 128]}, "stages.latents.size: 128 is larger than clip.short_side 64 of the dataset"),
+        ({"size": [64, 64], "shrink": [4, 5]}, "stages.latents.shrink: 4x5 leaves no whole position of size 64x64"),
+        ({"shrink": [0, 1]}, "shrink"),
     ):
         with pytest.raises(UserError, match=says):
             built(**changed)
@@ -487,6 +589,10 @@ def test_the_stage_writes_the_same_bytes_for_any_number_of_workers_and_goes_on(
     again = cache_latents.run(config(folder, workers=1), inputs, output)["metrics"]
     assert (again["encoded_shards"], again["debris_swept"]) == (1, 1)
     assert hashes(root) == made and (tmp_path / "out" / "latents.json").read_bytes() == written
+    # another resolution beside it
+    small = read_latents(cache_latents.run(config(folder, shrink=(2, 2)), inputs, str(tmp_path / "small"))["uri"])
+    assert (small.shrink, found.shrink) == ((2, 2), (1, 1)) and small.encoder == found.encoder
+    assert small.column != found.column and made.items() <= hashes(root).items() and not list(verify(root))
     # another encoder, another column
     cache_latents.run(config("x"), inputs | {"encoder": saved(vae(1), tmp_path / "second")}, str(tmp_path / "out2"))
     assert made.items() <= hashes(root).items() and cache_latents.complete(output)
@@ -501,6 +607,7 @@ def test_what_stops_the_stage_is_one_line(root: str, folder: str, tmp_path: Path
         ({}, {"dataset": str(tmp_path / "none")}, "no dataset here"),
         ({"size": (40, 64)}, {}, "size: 40x64 is not in multiples of 16"),
         ({"size": (1024, 1024)}, {}, "no clip of the train split is large enough for `size`"),
+        ({"shrink": (9, 9)}, {}, "no clip of the train split is large enough for `size` and `shrink`; lower them"),
         ({"task": {"gpus": 64}}, {}, r"task\.gpus: a worker needs 64 GPU, no node of the Ray cluster has more than"),
         ({"task": {"cpus": 999}}, {}, r"task\.cpus: a task needs 999 CPU"),
     ):

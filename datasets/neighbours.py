@@ -1,0 +1,56 @@
+"""The clips of a source that follow each other without a hole, and so are one longer video: what came before a clip."""
+
+from collections.abc import Iterator, Mapping
+from functools import reduce
+from operator import and_
+from typing import Any
+
+import numpy as np
+
+from longtake.datasets.compact import Rows
+
+_TOUCHING = 1.5  # frames between two clips that follow each other without a hole
+_ALIKE = ("source", "height", "width", "fps")
+_NUMBERS = ("height", "width", "fps", "clip", "start_seconds", "frame_count")
+
+
+def pasts(rows: Rows, shard: int, at: int, seconds: float) -> Iterator[tuple[int, Mapping[str, Any]]]:
+    """A clip and those that it follows, latest first, as (place in the shard, row), until they reach so far back."""
+    row, reach = rows.row(shard, at), 0.0
+    yield at, row
+    while at and reach < seconds:
+        before = rows.row(shard, at - 1)
+        if not _follows(before, row):
+            return
+        at, row = at - 1, before
+        reach += row["frame_count"] / row["fps"]
+        yield at, row
+
+
+def reach_back(rows: Rows, seconds: float, known: np.ndarray | None = None) -> np.ndarray:
+    """(N,) bool, of all rows: whether the clips that it follows reach so far back from its own start.
+
+    Args:
+        known: (N,) bool; one that is not, as a clip without latents, ends what came before. None: all are.
+    """
+    out = np.empty(int(rows.counts.sum()), bool)
+    for shard, (start, count) in enumerate(zip(rows.starts.tolist(), rows.counts.tolist(), strict=True)):
+        table = rows.of(shard)
+        facts = {name: table[name].to_numpy() for name in _NUMBERS}
+        facts["source"] = table["source"].combine_chunks().dictionary_encode().indices.to_numpy()
+        follows = np.zeros(count, bool)
+        follows[1:] = _follows({n: v[:-1] for n, v in facts.items()}, {n: v[1:] for n, v in facts.items()})
+        if known is not None:
+            follows[1:] &= known[start : start + count - 1]
+        before = np.cumsum(facts["frame_count"], dtype=np.int64) - facts["frame_count"]
+        first = np.maximum.accumulate(np.where(follows, 0, np.arange(count)))
+        # in frames, whole numbers: a rounding shall not decide
+        out[start : start + count] = before - before[first] >= seconds * facts["fps"] - 1e-6
+    return out
+
+
+def _follows(before: Mapping[str, Any], after: Mapping[str, Any]) -> Any:
+    """Whether clips follow others without a hole: of two rows, or of arrays of their values."""
+    gap = after["start_seconds"] - before["start_seconds"] - before["frame_count"] / before["fps"]
+    next_one = (after["clip"] == before["clip"] + 1) & (abs(gap) <= _TOUCHING / after["fps"])
+    return reduce(and_, (after[name] == before[name] for name in _ALIKE), next_one)
