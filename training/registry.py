@@ -31,6 +31,7 @@ from longtake.training import tracker
 MODELS = {
     "pv_vae": ("longtake.training.models.pv_vae", "PVVAEConfig", "PVVAE"),
     "latte": ("longtake.training.models.latte", "LatteConfig", "Latte"),
+    "memory_dit": ("longtake.training.models.memory_dit", "MemoryDiTConfig", "MemoryDiT"),
 }
 _FORMAT = 2
 _WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors")

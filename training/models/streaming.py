@@ -28,7 +28,8 @@ class Past:
     """What one stream remembers between two pieces: `inputs`, the last input steps of each layer that looks back.
 
     `begun` is False until the first piece is through; the one place that reads and writes both is `layers.causal_pad`,
-    but for `stream`, which sets `begun`, and the samplers, which treat the first step apart.
+    but for `stream` and the encoders of `memory`, which set `begun`, `memory.FramePack`, which keeps whole steps, and the
+    samplers, which treat the first step apart.
     """
 
     def __init__(self) -> None:
