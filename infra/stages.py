@@ -9,6 +9,8 @@ STAGES = {
     "cache_latents": "longtake.pipeline.stages.cache_latents",
     "pretrain_vae": "longtake.training.stages.pretrain_vae",
     "finetune_latte": "longtake.training.stages.finetune_latte",
+    "pretrain_memory": "longtake.training.stages.pretrain_memory",
+    "finetune_memory_prior": "longtake.training.stages.finetune_memory_prior",
 }
 
 

@@ -27,11 +27,12 @@ class CacheConfig(StageConfig):
 
 
 class LoraConfig(StageConfig):
-    """Low-rank changes of some layers, which learn while all else stands still (arXiv 2106.09685)."""
+    """Low-rank changes of some layers, which learn while all else but `full` stands still (arXiv 2106.09685)."""
 
     rank: int = Field(16, ge=1)
     alpha: float = Field(16.0, gt=0)  # the change counts alpha / rank
     targets: tuple[Pattern, ...] = (r".*",)  # regular expressions of the names of linear and convolution layers
+    full: tuple[Pattern, ...] = ()  # of parameters whose names begin with a match: they learn as they are
 
 
 class LaunchConfig(StageConfig):

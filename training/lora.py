@@ -19,13 +19,14 @@ _DOWN, _UP = "lora_down", "lora_up"
 
 
 def attach(module: nn.Module, config: LoraConfig) -> None:
-    """Let all of `module` stand still but for low-rank changes of the layers that `config.targets` match.
+    """Let all of `module` stand still but for what `config.full` names and low-rank changes of `config.targets`.
 
     A layer gets two children, `lora_down` to `rank` channels with the layer's own kernel and `lora_up` back, the latter
     zero: nothing changes at first. They are modules of their own so that ZeRO-3 gathers them when they are called.
+    A layer that is learned in full gets none; nor does one that stands still already, and nor does `full` wake it.
 
     Raises:
-        UserError: a target matches no linear or convolution layer, or one that has groups.
+        UserError: a target matches no linear or convolution layer, or one that has groups; `full` matches no parameter.
     """
     layers = {n: m for n, m in module.named_modules() if isinstance(m, nn.Linear | nn.Conv2d | nn.Conv3d)}
     targets = [re.compile(target) for target in config.targets]
@@ -34,9 +35,19 @@ def attach(module: nn.Module, config: LoraConfig) -> None:
             raise UserError(
                 f"lora.targets: {target.pattern!r} matches no linear or convolution layer, such as {next(iter(layers), None)}"
             )
-    module.requires_grad_(False)
+    learning = {name for name, parameter in module.named_parameters() if parameter.requires_grad}
+    full = set[str]()
+    for pattern in config.full:
+        found = {name for name, _ in module.named_parameters() if re.match(pattern, name)}
+        if not found:
+            names = ", ".join(name for name, _ in module.named_children())
+            raise UserError(f"lora.full: {pattern!r} matches no parameter; their names begin with {names}")
+        full |= found & learning
+    for name, parameter in module.named_parameters():
+        parameter.requires_grad_(name in full)
     for name, layer in layers.items():
-        if any(target.fullmatch(name) for target in targets):
+        changeable = f"{name}.weight".lstrip(".") in learning - full
+        if changeable and any(target.fullmatch(name) for target in targets):
             down, up = _pair(layer, config.rank)
             layer.add_module(_DOWN, down)
             layer.add_module(_UP, up)

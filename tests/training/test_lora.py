@@ -86,6 +86,34 @@ def test_the_change_of_a_layer_with_a_norm_of_its_own_is_merged_exactly() -> Non
 
 
 @STAGES
+def test_parameters_named_in_full_learn_beside_the_low_rank_change_and_resume_exactly(
+    small: Any, tmp_path: Path, group: None, zero_stage: int
+) -> None:
+    settings = {"zero_stage": zero_stage, "lora": LORA | {"full": ["2"]}, "ema_half_lives": [2]}
+    trained = small.fit(tmp_path / "a", **settings)
+    plain = before(small, "mlp")
+    assert torch.equal(trained["0.weight"], plain["0.weight"]) and torch.equal(trained["0.bias"], plain["0.bias"])
+    assert not torch.allclose(trained["2.weight"], plain["2.weight"], atol=1e-3)
+    assert not torch.allclose(trained["2.bias"], plain["2.bias"], atol=1e-3)
+    assert sorted(trained.keys() - plain.keys()) == ["0.lora_down.weight", "0.lora_up.weight"]
+    config = TrainConfig(**small.SETTINGS | settings)
+    merged = checkpoint.trained(tmp_path / "a", config)
+    assert merged.keys() == plain.keys() and torch.equal(
+        merged["2.weight"], small.weights(tmp_path / "a", "2")["2.weight"]
+    )
+    small.fit(tmp_path / "b", **settings | {"steps": 3})
+    assert small.same(trained, small.fit(tmp_path / "b", **settings))
+
+
+def test_what_is_frozen_is_neither_changed_nor_learned_in_full(small: Any) -> None:
+    module = small.module()
+    engines.freeze(module, ("2",))
+    lora.attach(module, LoraConfig(**LORA, full=("2", "0.bias")))
+    learning = [name for name, p in module.named_parameters() if p.requires_grad]
+    assert learning == ["0.bias", "0.lora_down.weight", "0.lora_up.weight"]
+
+
+@STAGES
 def test_resuming_a_low_rank_training_is_bit_exact(small: Any, tmp_path: Path, group: None, zero_stage: int) -> None:
     settings = {"zero_stage": zero_stage, "lora": LORA, "ema_half_lives": [2]}
     straight = small.fit(tmp_path / "a", small.objective("clip"), **settings)
@@ -120,11 +148,14 @@ def test_what_cannot_be_trained_is_one_line(small: Any, group: None) -> None:
     assert refused(lora={"targets": ["nowhere"]}) == (
         "lora.targets: 'nowhere' matches no linear or convolution layer, such as 0"
     )
+    assert refused(lora={"full": ["nowhere"]}) == (
+        "lora.full: 'nowhere' matches no parameter; their names begin with 0, 1, 2"
+    )
     assert refused(freeze=["nowhere"]) == "freeze: 'nowhere' matches no parameter; their names begin with 0, 1, 2"
     assert refused(freeze=["0", "2"]) == "freeze: nothing is left to learn in generator"
     grouped = torch.nn.Sequential(torch.nn.Conv2d(4, 4, 1, groups=2))
     with pytest.raises(UserError, match="a convolution of 2 groups"):
         lora.attach(grouped, LoraConfig())
-    for wrong in ({"freeze": ["("]}, {"lora": {"targets": ["("]}}):
+    for wrong in ({"freeze": ["("]}, {"lora": {"targets": ["("]}}, {"lora": {"full": ["("]}}):
         with pytest.raises(ValueError, match=r"'\(' is no regular expression"):
             TrainConfig(**small.SETTINGS | wrong)

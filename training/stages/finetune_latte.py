@@ -4,7 +4,6 @@ It trains from a dataset's column of latents, and then reads no video at all; or
 """
 
 import hashlib
-import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
@@ -15,21 +14,20 @@ from tempfile import TemporaryDirectory
 from typing import Annotated, Any, Literal, NamedTuple
 
 import numpy as np
-import pyarrow.compute as pc
 import torch
 from pydantic import Field, field_validator, model_validator
 from torch import Tensor
 from tqdm import tqdm
 
-from longtake.datasets import compact, schema, storage
 from longtake.datasets.cache import Cache
-from longtake.datasets.column import Latents, encoder_digest, read_latents
+from longtake.datasets.column import Latents
 from longtake.datasets.errors import Failure, UserError
 from longtake.datasets.loader import Loader, to_model
 from longtake.datasets.stage import DatasetInput, Input, ModelInput, StageConfig, ViewInput
-from longtake.training import checkpoint, flow, launch, registry, sampling, tracker
+from longtake.training import checkpoint, flow, latent_data, launch, registry, sampling, tracker
 from longtake.training.config import TrainConfig
 from longtake.training.engines import device
+from longtake.training.latent_data import pinned
 from longtake.training.loop import Batch, Engines, Objective, train
 from longtake.training.metrics.features import load_network, read_file
 from longtake.training.metrics.generated import evaluate
@@ -115,15 +113,7 @@ class Config(TrainConfig):
 
 def check(config: Config, inputs: Mapping[str, StageConfig]) -> None:
     """Refuse latents of another dataset, and windows that they do not have."""
-    made: Any = inputs.get("latents")
-    if made is not None and made.dataset != config.dataset:
-        raise ValueError(f"latents: are of the dataset {made.dataset}, not of {config.dataset}")
-    geometry = getattr(inputs.get("dataset"), "clip", None)
-    span = (config.frames - 1) * config.stride + 1
-    if geometry is not None and geometry.max_frames < span:
-        raise ValueError(
-            f"frames: a window spans {span} frames, the dataset's clips have at most {geometry.max_frames}; raise clip.max_seconds"
-        )
+    latent_data.check_recipe(config, inputs, ("latents",), (config.frames - 1) * config.stride + 1)
 
 
 def outside(config: Config) -> str:
@@ -153,37 +143,12 @@ def data_of(config: Config, inputs: Mapping[str, str]) -> Data:
         Failure: damaged files.
     """
     dataset = inputs["dataset"]
-    base, facts = compact.open_split(dataset, "train")
-    span = (config.frames - 1) * config.stride + 1
-    longest = pc.max(facts["frame_count"]).as_py() or 0
-    if longest and longest < span:
-        what = "images, and a video prior needs clips" if longest == 1 else f"clips of at most {longest} frames"
-        raise UserError(f"dataset: {dataset} has {what}; a window spans {span} frames: lower `frames`")
-    fps = base.row(0, 0)["fps"] / config.stride if longest else 0.0
+    fps = latent_data.frame_rate(dataset, (config.frames - 1) * config.stride + 1) / config.stride
     if config.latents is None:
         assert config.size
         return Data(None, 3, (config.frames, *config.size), fps)
-    uri = inputs["latents"]
-    made = read_latents(uri)
-    if made.dataset != storage.absolute(dataset):
-        raise UserError(f"latents: {uri} are of the dataset {made.dataset}, not of {dataset}")
-    low, high = sampling.nearest_lengths(config.frames, made.factor)
-    if low != high:
-        raise UserError(
-            f"frames: {config.frames}: latents have windows of 1 + {made.factor}n frames, such as {low} or {high}"
-        )
-    for split in schema.SPLITS:
-        if compact.open_split(dataset, split)[0].digest != made.digests[split]:
-            raise UserError(
-                f"latents: {uri}: the dataset has changed since they were made; run their `cache_latents` stage again"
-            )
-    sizes = compact.open_split(dataset, "train", made.column)[1]
-    if not len(sizes):
-        raise UserError(f"latents: {dataset} has no column {made.column}; run their `cache_latents` stage again")
-    # the size that most clips have
-    sides = np.stack([sizes[name].to_numpy() for name in ("height", "width")])
-    kinds, counts = np.unique(sides[:, sides[0] > 0], axis=1, return_counts=True)
-    height, width = kinds[:, counts.argmax()].tolist()
+    made = latent_data.column_of(dataset, inputs["latents"], config.frames)
+    height, width = latent_data.commonest_size(dataset, made)
     return Data(made, made.channels, (1 + (config.frames - 1) // made.factor, height, width), fps)
 
 
@@ -193,14 +158,7 @@ def decoder(data: Data, uri: str) -> PVVAE | None:
     Raises:
         UserError: it is none, or has another encoder than has made the latents.
     """
-    if data.made is None:
-        return None
-    vae = sampling.load_vae(uri)
-    if encoder_digest(vae) != data.made.encoder["digest"]:
-        raise UserError(
-            f"vae: {uri} has another encoder than has made the latents, {data.made.encoder['uri']}; encode again, or name that"
-        )
-    return vae.requires_grad_(False).to(device())
+    return latent_data.decoder_of(data.made, uri) if data.made else None
 
 
 def begin(config: Config, data: Data, classes: int) -> Latte:
@@ -211,11 +169,8 @@ def begin(config: Config, data: Data, classes: int) -> Latte:
     """
     latte = Latte(config.latte(data.channels, data.shape, classes))
     if data.made:
-        mean, std = (torch.tensor(values) for values in (data.made.mean, data.made.std))
-        if config.posterior == "sample":
-            std = (std.square() + torch.tensor(data.made.posterior_std).square()).sqrt()
         try:
-            latte.set_statistics(mean, std)
+            latte.set_statistics(*latent_data.statistics(data.made, config.posterior))
         except ValueError as e:
             raise Failure(f"latents: {data.made.column}: {e}; train the autoencoder for longer") from e
     return latte
@@ -288,7 +243,7 @@ def work(config: Config, inputs: Mapping[str, str], folder: Path) -> None:
     rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
     torch.manual_seed(config.seed)
     torch.distributed.barrier()  # the first rank has pinned the inputs before
-    inputs = _pinned(config, inputs, folder)
+    inputs = pinned(inputs, folder)
     data = data_of(config, inputs)
     vae = decoder(data, inputs.get("vae", ""))
     each = config.batch // config.accumulate
@@ -315,26 +270,12 @@ def run(config: Config, inputs: Mapping[str, str], output: str) -> dict[str, Any
     first = os.environ.get("RANK", "0") == "0"
     with checkpoint.locked(folder) if first else nullcontext():
         if first:
-            _pinned(config, inputs, folder)
+            pinned(inputs, folder)
         return _publish(config, inputs, folder) if launch.run(__name__, config, inputs, folder) else {}
 
 
-def _pinned(config: Config, inputs: Mapping[str, str], folder: Path) -> dict[str, str]:
-    """The inputs with the autoencoder's version, as they were when this training began; their lineage is kept."""
-    path = folder / "lineage.json"
-    if path.exists():
-        record = json.loads(path.read_bytes())
-    else:
-        made = read_latents(inputs["latents"]) if config.latents else None
-        named = dict(inputs) | ({"vae": inputs.get("vae", made.encoder["uri"])} if made else {})
-        record = registry.lineage(named)
-        storage.write(str(path), storage.canonical_json(record))
-    moving = record["inputs"].get("vae")
-    return dict(inputs) | ({"vae": moving["uri"]} if moving else {})
-
-
 def _publish(config: Config, inputs: Mapping[str, str], folder: Path) -> dict[str, Any]:
-    inputs = _pinned(config, inputs, folder)
+    inputs = pinned(inputs, folder)
     data = data_of(config, inputs)
     vae = decoder(data, inputs.get("vae", ""))
     loader = loader_of(config, inputs, data, "train", batch=1)
@@ -342,7 +283,7 @@ def _publish(config: Config, inputs: Mapping[str, str], folder: Path) -> dict[st
     latte = begin(config, data, len(loader.classes))
     latte.load_state_dict(weights)
     latte.to(device()).eval()
-    lineage = json.loads((folder / "lineage.json").read_bytes())
+    lineage = latent_data.lineage_of(folder)
     facts = {
         "lineage": lineage,
         "vae": lineage["inputs"]["vae"] | {"encoder": data.made.encoder["digest"]} if data.made else None,

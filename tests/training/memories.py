@@ -1,0 +1,150 @@
+"""What the tests of the two stages that train a memory share: a small dataset with two columns of latents."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from longtake.datasets import column, compact, index, schema, storage, view
+from longtake.pipeline import latents
+from longtake.pipeline.stages import cache_latents
+from longtake.training import checkpoint, memory_stage, registry
+from longtake.training.loop import train
+from longtake.training.models.pv_vae import PVVAE, config_from_preset
+
+TINY: dict[str, Any] = {
+    "preset": "memory_dit_tiny",
+    "depth": 2,
+    "width": 32,
+    "heads": 2,
+    "memory_widths": (8, 16),
+    "memory_heads": 2,
+    "rates": ["2x2x2"],
+    "window": 2,
+}
+QUICK: dict[str, Any] = {
+    "dataset": "dataset",
+    "latents": "latents",
+    "low_latents": "low_latents",
+    "model": TINY,
+    "frames": 9,
+    "history_seconds": 2.0,
+    "steps": 4,
+    "batch": 2,
+    "lr": 1e-3,
+    "workers": 0,
+    "log_every": 1,
+    "checkpoint_every": 2,
+    "sample_every": 0,
+    "sample_steps": 2,
+    "ema_half_lives": [],
+    "eval_clips": 2,
+}
+
+
+def vae(seed: int = 0) -> PVVAE:
+    """Random weights, none of them zero."""
+    torch.manual_seed(seed)
+    model = PVVAE(config_from_preset("pv_vae_tiny", latent_channels=8, encoder_width=8, decoder_width=8))
+    for parameter in model.parameters():
+        if not parameter.any():
+            nn.init.normal_(parameter, std=0.05)
+    return model.eval()
+
+
+def inputs(root: Path, dataset: str) -> dict[str, str]:
+    """A copy of a dataset with labels, its autoencoder, and its latents of the whole video and of one half as large."""
+    model, copy = vae(), str(shutil.copytree(dataset, root / "dataset"))
+    for split in schema.SPLITS:
+        for shard in index.read_shards(copy, split):
+            rows = shard.table.to_pylist()
+            for number, row in enumerate(rows):
+                row["label"] = "ab"[number % 2]
+            url = storage.join(copy, split, f"{shard.name}.parquet")
+            index.write_index(url, rows, schema.INDEX, shard.tar_bytes, shard.tar_sha256)
+    registry.save(root / "vae", "pv_vae", model.config.model_dump(mode="json"), model.state_dict(), {"lineage": {}})
+    return {
+        "dataset": copy,
+        "latents": encoded(root / "latents", copy, model, str(root / "vae")),
+        "low_latents": encoded(root / "low", copy, model, str(root / "vae"), (2, 2)),
+    }
+
+
+def encoded(folder: Path, dataset: str, model: PVVAE, uri: str, shrink: tuple[int, int] = (1, 1)) -> str:
+    """Latents as `cache_latents` makes them, without Ray."""
+    chosen = latents.Settings(None, "fp32", "float16", None, 64, 4, 2, shrink=shrink)
+    of = latents.geometry(model, "here")
+    name = latents.column_name(column.encoder_digest(model), chosen, "")
+    bases = {split: compact.open_split(dataset, split)[0] for split in schema.SPLITS}
+    for split, base in bases.items():
+        for shard, keep in cache_latents._by_shard(base, view.kept(base, None)[0]).items():
+            latents.make_latents(model, of, dataset, split, shard, name, chosen, keep)
+    found = column.merged(column.read_moments(dataset, s) for s in index.read_shards(dataset, "train", name))
+    record = column.Latents(
+        dataset=dataset,
+        column=name,
+        encoder={"uri": uri, "digest": column.encoder_digest(model), "model": "PVVAE", "config": {}},
+        channels=of.channels,
+        factor=of.factor,
+        stride=of.stride,
+        size=None,
+        precision="fp32",
+        dtype="float16",
+        count=found.count,
+        mean=tuple(found.mean.tolist()),
+        std=tuple(np.sqrt(found.m2 / found.count).tolist()),
+        posterior_std=tuple(np.sqrt(found.variance).tolist()),
+        view=None,
+        digests={split: base.digest for split, base in bases.items()},
+        shrink=shrink,
+    )
+    column.write_latents(str(folder), record)
+    return str(folder)
+
+
+def fit(stage: Any, chosen: Any, given: dict[str, str], folder: Path, until: int | None = None, log: Any = None) -> Any:
+    """Train as a rank does and return the last weights; `until` a step, as if it had been stopped there."""
+    torch.manual_seed(chosen.seed)
+    folder.mkdir(parents=True, exist_ok=True)
+    setup = memory_stage.prepared(chosen, given, folder)
+    loader = memory_stage.loader_of(chosen, setup.inputs, setup.data, "train", batch=chosen.batch, seed=chosen.seed)
+    running = chosen.model_copy(update={"steps": until}) if until else chosen
+    train(stage.objective(chosen, setup), loader, running, folder, log)
+    found = checkpoint.latest(folder)
+    assert found
+    return dict(checkpoint.Weights(found))
+
+
+class Log:
+    """A tracker that keeps what it is told."""
+
+    def __init__(self) -> None:
+        self.rows: list[dict[str, float]] = []
+        self.videos: dict[str, tuple[int, ...]] = {}
+
+    def log(self, step: int, metrics: dict[str, float]) -> None:
+        self.rows.append(metrics)
+
+    def video(self, step: int, name: str, video: Any, fps: float) -> None:
+        self.videos[name] = video.shape
+
+
+def mlflow_run(folder: Path, patch: Any) -> Iterator[str]:
+    """An MLflow store with an open run, whose id it gives; for a fixture."""
+    import mlflow
+
+    uri = f"sqlite:///{folder}/mlflow.db"
+    patch.setenv("MLFLOW_TRACKING_URI", uri)
+    patch.setenv("MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL", "60")
+    mlflow.set_tracking_uri(uri)
+    client = mlflow.MlflowClient()
+    run = client.create_run(client.create_experiment("e", f"{folder}/artifacts")).info.run_id
+    patch.setenv("MLFLOW_RUN_ID", run)
+    yield run
+    mlflow.set_tracking_uri(None)

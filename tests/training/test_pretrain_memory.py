@@ -1,0 +1,489 @@
+"""The stage that trains a memory by retrieval: its loss, resumed, measured on held-out videos, registered; and what it refuses."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from longtake.datasets import clip, column
+from longtake.datasets.errors import Failure, UserError
+from longtake.infra import graph, recipe
+from longtake.pipeline.stages import cache_latents
+from longtake.training import flow, memory_stage, registry
+from longtake.training.history import Remembering, Steps, full_tokens, picked, steps_of, true_steps, with_history
+from longtake.training.memory_stage import Data, MemoryConfig, begin, data_of, loader_of, prepared, told
+from longtake.training.metrics import retrieval
+from longtake.training.models.memory_dit import MemoryDiT, config_from_preset
+from longtake.training.models.pv_vae import PVVAE
+from longtake.training.stages import pretrain_memory
+from longtake.training.stages.pretrain_memory import Config, check
+
+spec = importlib.util.spec_from_file_location("memories", Path(__file__).with_name("memories.py"))
+assert spec and spec.loader
+memories = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(memories)
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.fixture(scope="module")
+def inputs(dataset: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Read them, do not change them."""
+    return dict(memories.inputs(tmp_path_factory.mktemp("memory"), dataset))
+
+
+def config(**changes: Any) -> Config:
+    return Config(**memories.QUICK | {"kind": "pretrain_memory"} | changes)
+
+
+def alone(inputs: dict[str, str]) -> dict[str, str]:
+    return {name: uri for name, uri in inputs.items() if name != "low_latents"}
+
+
+def dit(**changes: Any) -> dict[str, Any]:
+    return {"model": memories.TINY | changes}
+
+
+def draws() -> torch.Generator:
+    return torch.Generator().manual_seed(5)
+
+
+class Recording:
+    """An engine that keeps what it is called with; its velocity leads straight to `x0(times)`, or is zero."""
+
+    global_steps = 0
+
+    def __init__(self, video: Steps | None = None) -> None:
+        self.video, self.calls = video, list[Any]()
+
+    def __call__(self, x: Tensor, t: Tensor, times: Tensor, memory: Any, ids: Any, generator: Any) -> Tensor:
+        self.calls.append(SimpleNamespace(x=x, t=t, times=times, memory=memory, ids=ids))
+        if self.video is None:
+            return torch.zeros_like(x)
+        return (x - picked(self.video.high, times - self.video.start)) / t.view(-1, 1, 1, 1, 1)
+
+
+def started(chosen: Config, inputs: dict[str, str], folder: Path) -> tuple[Any, dict[str, Any], Steps]:
+    """The stage's objects, a batch, and its history as the loss sees it."""
+    folder.mkdir(exist_ok=True)
+    setup = prepared(chosen, inputs, folder)
+    batch = next(iter(loader_of(chosen, setup.inputs, setup.data, "train", batch=2)))
+    known = true_steps(batch)
+    return setup, batch, steps_of(batch, setup.model, known, chosen.posterior, draws()).whole(setup.model.config.group)
+
+
+@pytest.mark.parametrize("history", ["masked", "clean"])
+def test_the_loss_is_of_random_clean_steps_at_their_true_times(
+    inputs: dict[str, str], tmp_path: Path, history: str
+) -> None:
+    chosen = config(history=history, posterior="mean", classes=True)
+    setup, batch, steps = started(chosen, inputs, tmp_path)
+    assert steps.high.shape[2] == 8 and steps.low is not None, "1 of 9 steps fills no group"
+    for seed in range(8):
+        engine = Recording(steps)
+        loss, logged = pretrain_memory._loss(
+            chosen, setup.model, "generator", {"generator": engine}, batch, torch.Generator().manual_seed(seed)
+        )
+        call = engine.calls[0]
+        assert loss.item() == logged["loss"].item() < 1e-4, "the true velocity has no loss"
+        assert call.memory.start == steps.start and call.memory.high.shape == steps.high.shape
+        at = call.times - steps.start
+        clean = torch.zeros(2, 8, dtype=torch.bool).scatter(1, at, True)
+        for z, seen in ((steps.high, call.memory.high), (steps.low, call.memory.low)):
+            assert torch.equal(z.transpose(1, 2)[clean], seen.transpose(1, 2)[clean])
+            if history == "clean":
+                assert torch.equal(z, seen)
+            else:
+                assert (z.transpose(1, 2)[~clean] != seen.transpose(1, 2)[~clean]).flatten(1).any(1).all()
+        assert torch.equal(call.ids, batch["label"].cpu())
+    zero, _ = pretrain_memory._loss(chosen, setup.model, "generator", {"generator": Recording()}, batch, draws())
+    assert zero > 0.5
+
+
+def test_masks_have_one_level_a_step_for_both_branches(inputs: dict[str, str], tmp_path: Path) -> None:
+    chosen = config(mask_mean=0.2)
+    zeros = Steps(torch.zeros(200, 1, 8, 8, 8), torch.zeros(200, 1, 8, 8, 8), 0)
+    made = pretrain_memory.masked(chosen, zeros, torch.zeros(200, 1, dtype=torch.long), draws())
+    assert made.low is not None
+    high, low = (part[:, 0, 1:].flatten(2).std(2).flatten() for part in (made.high, made.low))
+    assert torch.corrcoef(torch.stack([high, low]))[0, 1] > 0.9 and not torch.equal(made.high, made.low)
+    # of a logit-normal L(0.2, 1): the median is sigmoid(0.2), the quarters at sigmoid(0.2 +- 0.674)
+    expected = torch.sigmoid(torch.tensor([0.2 - 0.674, 0.2, 0.2 + 0.674]))
+    torch.testing.assert_close(high.quantile(torch.tensor([0.25, 0.5, 0.75])), expected, atol=0.04, rtol=0)
+
+
+@pytest.mark.usefixtures("group")
+def test_a_stopped_training_ends_with_the_same_weights(inputs: dict[str, str], tmp_path: Path) -> None:
+    chosen = config(classes=True)
+    straight = memories.fit(pretrain_memory, chosen, inputs, tmp_path / "straight")
+    memories.fit(pretrain_memory, chosen, inputs, tmp_path / "stopped", until=2)
+    resumed = memories.fit(pretrain_memory, chosen, inputs, tmp_path / "stopped")
+    torch.testing.assert_close(resumed, straight, atol=0, rtol=0)
+
+
+WAYS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "sharded": {"zero_stage": 3},
+    "bf16": {"precision": "bf16", "zero_stage": 2} | dit(rates=["1x1x2"], branches="high"),
+    "two rates": dit(rates=["2x2x2", "1x2x4"], branches="high", cross_attention=True),
+    "low": dit(branches="low"),
+    "patchify": dit(memory="patchify"),
+    "recomputed": dit(activation_checkpointing=True),
+}
+
+
+@pytest.mark.usefixtures("group")
+@pytest.mark.parametrize("way", WAYS)
+def test_the_memory_learns_and_is_shown_in_every_way_of_training(
+    inputs: dict[str, str], tmp_path: Path, way: str
+) -> None:
+    chosen = config(**{"sample_every": 4} | WAYS[way])
+    needs = config_from_preset(**{**memories.TINY, **(chosen.model or {}), "preset": "memory_dit_tiny"}).shrink
+    given = inputs if needs else alone(inputs)
+    torch.manual_seed(chosen.seed)
+    before = prepared(chosen, given, _folder(tmp_path / "before")).model.state_dict()
+    log = memories.Log()
+    weights = memories.fit(pretrain_memory, chosen, given, tmp_path / "run", log=log)
+    # true above retrieved, of a segment of 9 frames
+    assert log.videos == {"retrieved": (9, 2 * 32, 48, 3)} and len(log.rows) == 4
+    moved = [n for n in weights if not torch.allclose(weights[n].float(), before[n].float(), atol=1e-5)]
+    assert any(name.startswith("memory.") for name in moved) or way == "low"
+    assert all(value.isfinite().all() for value in weights.values())
+
+
+def _folder(path: Path) -> Path:
+    path.mkdir(parents=True)
+    return path
+
+
+def random_videos(count: int, generator: torch.Generator) -> dict[str, Any]:
+    """A batch whose every step is a colour of its own, which nothing but the step itself can tell."""
+    colours = torch.randn(count, 2, 8, 1, 1, generator=generator).expand(-1, -1, -1, 2, 2)
+    moments = torch.stack([colours, torch.full_like(colours, -30.0)], 1)
+    parts = {"latent": moments[:, :, :, 6:], "history_latent": moments[:, :, :, :6]}
+    return parts | {"history_steps": torch.full((count,), 6), "key": [""] * count}
+
+
+@pytest.mark.parametrize("history", ["masked", "clean"])
+def test_what_is_retrieved_of_unseen_videos_comes_from_their_memory(history: str) -> None:
+    chosen = config(history=history, posterior="mean", low_latents=None, **dit(branches="high"))
+    torch.manual_seed(0)
+    settings = memories.TINY | {"rates": ("2x2x1",), "memory_widths": (16, 32), "branches": "high"}
+    model = Remembering(config_from_preset(**settings, channels=2, shape=(2, 2, 2), history=6))
+    optimizer, generator = torch.optim.AdamW(model.parameters(), lr=3e-3), torch.Generator().manual_seed(1)
+    for _ in range(250):
+        batch = random_videos(16, generator)
+        loss, _ = pretrain_memory._loss(chosen, model, "generator", {"generator": model}, batch, generator)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    model.eval()
+    steps = steps_of(random_videos(64, draws()), model, 6)
+    x0, times, t = steps.high[:, :, 3:6], steps.start + torch.arange(3, 6), torch.full((64,), 0.9)
+    noise = torch.randn(x0.shape, generator=draws())
+    others = Steps(steps.high.roll(1, 0), None, steps.start)
+    with torch.no_grad():
+        own, foreign, none = (
+            flow.loss(model(flow.interpolate(x0, noise, t), t, times, memory), x0, noise).mean().item()
+            for memory in (steps, others, None)
+        )
+    # what noise hides of a step has a variance of about 1
+    assert own < 0.4 and foreign > 1.5 and none > 0.6, (own, foreign, none)
+
+
+def test_a_perfect_memory_reaches_the_bound_of_the_autoencoder(inputs: dict[str, str], tmp_path: Path) -> None:
+    """And a video is encoded in one stream, cut at the front to whole groups."""
+    setup, _, _ = started(config(), inputs, tmp_path)
+    videos = memory_stage.videos_of(config(), inputs, setup.data)
+    batch = next(iter(videos))
+    video = with_history(batch)
+    assert video.shape == (1, 3, 24 + 9, 32, 48) and torch.equal(video[:, :, 24:], batch["video"])
+    whole = retrieval.whole_groups(video, 4, 4)
+    assert whole.shape[2] == 29 and torch.equal(whole, video[:, :, 4:])
+    steps = retrieval.encoded(setup.model, setup.vae, whole)
+    assert steps.low is not None and steps.high.shape == (1, 8, 8, 2, 3) and steps.low.shape == (1, 8, 8, 1, 1)
+    at_once = setup.vae.encode(whole.float() / 127.5 - 1).mode()
+    torch.testing.assert_close(setup.model.denormalise(steps.high), at_once, atol=1e-4, rtol=1e-4)
+
+    class Perfect(Remembering):
+        def forward(self, x: Tensor, t: Tensor, times: Tensor, *_: Any) -> Tensor:  # type: ignore[override]
+            assert len(times) <= 3
+            return (x - steps.high[:, :, times]) / t.view(-1, 1, 1, 1, 1)
+
+    perfect = Perfect(setup.model.config)
+    perfect.load_state_dict(setup.model.state_dict())
+    options: dict[str, Any] = {"fps": 12.0, "count": 1, "seed": 0, "steps": 2, "at_once": 3}
+    found = retrieval.evaluate(perfect, setup.vae, [(whole, None)], tmp_path, **options)
+    assert found["psnr"] == pytest.approx(found["psnr_bound"], abs=1e-3)
+    assert found["ssim"] == pytest.approx(found["ssim_bound"], abs=1e-4)
+    assert len(found["psnr_by_step"]) == 8 and found["tokens"] == 4 * 1 * 1
+    shown = clip.decode((tmp_path / "retrieved.mp4").read_bytes())
+    assert shown.shape == (29, 64, 48, 3)
+    assert abs(shown[:, :32].astype(float) - whole[0].permute(1, 2, 3, 0).numpy()).mean() < 12
+    worse = retrieval.evaluate(setup.model.eval(), setup.vae, [(whole, None)], tmp_path, **options)
+    assert worse["psnr"] < found["psnr"]
+    again = retrieval.evaluate(setup.model, setup.vae, [(whole, None)], tmp_path, **options)
+    assert again == worse
+
+
+def data(shape: tuple[int, int, int], fps: float, history: int) -> Data:
+    return Data(SimpleNamespace(factor=4), None, shape, fps, history)  # type: ignore[arg-type]
+
+
+def test_the_tokens_of_twenty_seconds_are_told_before_training() -> None:
+    wan = config_from_preset("memory_dit_tiny", channels=16, patch=2, rates=("4x4x2",))
+    assert told(wan, data((6, 60, 104), 24.0, 120)) == (
+        "memory (4x4x2): 20 s of history, 120 steps of 60x104 latents, are 5460 tokens, 273 a second"
+    )
+    assert "none): " in told(config_from_preset("memory_dit_tiny", memory="none"), data((6, 4, 4), 24.0, 120))
+
+
+def test_tokens_of_a_batch_are_those_of_full_context() -> None:
+    batch = {"latent": torch.zeros(3, 2, 8, 5, 4, 6), "history_steps": torch.tensor([7, 6, 9]), "key": [""] * 3}
+    assert full_tokens(2, batch) == 3 * (5 + 6) * 2 * 3
+
+
+REFUSED: dict[str, tuple[dict[str, Any], str]] = {
+    "time": (
+        dit(rates=["1x1x16"], branches="high"),
+        "1x1x16: a token stands for 16 steps, the history has 6; raise history_seconds",
+    ),
+    "grid": (
+        dit(rates=["4x4x2"], branches="high"),
+        "4x4x2: the latents make a grid of 2x3 tokens; choose a lower rate",
+    ),
+    "window": (dit(window=7, branches="high"), "history_seconds: are 6 steps, fewer than the 7 of the window"),
+    "patch": (dit(patch=2, branches="high", rates=["1x1x2"]), "shape: 2x3 is no multiple of patch 2"),
+    "packed": (dit(memory="framepack"), "one token of the memory stands for 4x4, frames are 2x3"),
+    "bf16": (dit(rates=["1x2x2"], branches="high") | {"precision": "bf16"}, "precision: bf16: .* on a CPU; train this"),
+    "low": (dit(branches="both"), r"low_latents: rates 2x2x2 need a `cache_latents` stage with shrink: \[2, 2\]"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_a_memory_that_the_latents_do_not_have_is_refused_in_one_line(inputs: dict[str, str], case: str) -> None:
+    if case == "bf16" and torch.cuda.is_available():
+        pytest.skip("bf16 on a GPU is fine")
+    changes, said = REFUSED[case]
+    chosen = config(low_latents=None, **changes)
+    with pytest.raises(UserError, match=said) as e:
+        begin(chosen, alone(inputs), data_of(chosen, alone(inputs)), 0)
+    assert "\n" not in str(e.value)
+
+
+def test_low_latents_that_do_not_fit_are_refused_in_one_line(inputs: dict[str, str], tmp_path: Path) -> None:
+    def refused(chosen: Config, **facts: Any) -> str:
+        column.write_latents(str(tmp_path / "low"), replace(column.read_latents(inputs["low_latents"]), **facts))
+        given = inputs | {"low_latents": str(tmp_path / "low")}
+        with pytest.raises(UserError) as e:
+            begin(chosen, given, data_of(chosen, given), 0)
+        assert "\n" not in str(e.value)
+        return str(e.value)
+
+    assert "low_latents: are shrunk by 4x2, rates 2x2x2 need" in refused(config(), shrink=(4, 2))
+    assert "no low-res branch that reads them; leave them out" in refused(config(**dit(branches="high")))
+    assert "are of another encoder than latents" in refused(config(), encoder={"uri": "else", "digest": "0"})
+    assert "were made with size" in refused(config(), size=(32, 32))
+    assert "are of the dataset /elsewhere" in refused(config(), dataset="/elsewhere")
+    assert "low_latents: " in refused(config(), digests={"train": "other", "val": "other"})
+
+
+def test_a_dataset_without_neighbours_is_refused_in_one_line(inputs: dict[str, str]) -> None:
+    chosen = config(history_seconds=30.0)
+    with pytest.raises(UserError, match="no clip follows others of its source for 30 s"):
+        loader_of(chosen, inputs, data_of(chosen, inputs), "train", batch=2)
+    less = config(history_seconds=30.0, history_least=0.0)
+    batch = next(iter(loader_of(less, inputs, data_of(less, inputs), "train", batch=2)))
+    assert true_steps(batch) < 30 * 3
+
+
+def test_a_history_that_may_fill_no_group_is_refused_in_one_line(inputs: dict[str, str], tmp_path: Path) -> None:
+    chosen = config(history_least=0.0, low_latents=None, **dit(rates=["2x2x4"], branches="high"))
+    with pytest.raises(
+        UserError, match="a clip may have 3 steps with its segment, a token of the memory stands for 4;"
+    ):
+        pretrain_memory.objective(chosen, prepared(chosen, alone(inputs), tmp_path))
+
+
+def test_where_nothing_is_scaled_down_both_branches_read_the_same_column(
+    inputs: dict[str, str], tmp_path: Path
+) -> None:
+    chosen = config(low_latents="latents", posterior="mean", **dit(rates=["1x1x2"]))
+    setup, batch, steps = started(chosen, inputs | {"low_latents": inputs["latents"]}, tmp_path)
+    assert "latent_2" not in batch and steps.low is not None
+    torch.testing.assert_close(steps.low, steps.high, atol=0, rtol=0)
+    assert setup.model.remember(*steps).tokens.shape == (2, 4 * 2 * 3, 32)
+
+
+def test_latents_that_do_not_vary_fail(inputs: dict[str, str], tmp_path: Path) -> None:
+    chosen = config(posterior="mean")
+    column.write_latents(str(tmp_path / "flat"), replace(column.read_latents(inputs["latents"]), std=(0.0,) * 8))
+    given = inputs | {"latents": str(tmp_path / "flat")}
+    with pytest.raises(Failure, match="every channel needs a finite mean and a positive"):
+        begin(chosen, given, data_of(chosen, given), 0)
+
+
+def saved(folder: Path, inputs: dict[str, str], facts: dict[str, Any] | None = None, **changes: Any) -> str:
+    """A model folder, as if it had been trained on these latents."""
+    chosen = MemoryConfig(**memories.QUICK | dit(**changes))
+    model = begin(chosen, inputs, data_of(chosen, inputs), 0)
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=0.05)
+    encoder = {"vae": {"encoder": column.read_latents(inputs["latents"]).encoder["digest"]}}
+    registry.save(folder, "memory_dit", model.config.model_dump(mode="json"), model.state_dict(), facts or encoder)
+    return str(folder)
+
+
+def based(inputs: dict[str, str], base: str, **changes: Any) -> Remembering:
+    chosen = config(**{"base": base, "model": None} | changes)
+    given = inputs | {"base": base}
+    return begin(chosen, given, data_of(chosen, given), 0)
+
+
+def test_a_base_gives_its_weights_and_statistics_and_what_it_lacks_begins_anew(
+    inputs: dict[str, str], tmp_path: Path
+) -> None:
+    uri = saved(tmp_path / "base", inputs)
+    base = registry.load(uri)
+    same = based(inputs, uri, history_seconds=1.0)
+    assert same.config == base.config.model_copy(update={"history": 3})  # type: ignore[union-attr, operator]
+    torch.testing.assert_close(same.state_dict(), base.state_dict(), atol=0, rtol=0)
+    crossed = based(inputs, uri, model={"cross_attention": True})
+    assert crossed.config.cross_attention and crossed.state_dict().keys() > base.state_dict().keys()
+    other = based(inputs, saved(tmp_path / "none", alone(inputs), memory="none"), model={"memory": "encoder"})
+    assert any(name.startswith("memory.") for name in other.state_dict())
+    torch.testing.assert_close(other.low_mean, torch.tensor(column.read_latents(inputs["low_latents"]).mean))
+
+
+def test_a_base_that_does_not_fit_is_refused_in_one_line(inputs: dict[str, str], tmp_path: Path) -> None:
+    uri = saved(tmp_path / "base", inputs)
+    foreign = saved(tmp_path / "foreign", inputs, {"vae": {"encoder": "another"}})
+    with pytest.raises(UserError, match="has learned latents of another autoencoder than"):
+        based(inputs, foreign)
+    with pytest.raises(UserError, match="does not fit these settings, such as in"):
+        based(inputs, uri, model={"width": 64})
+    with pytest.raises(UserError, match="is a PVVAE, not a MemoryDiT"):
+        based(inputs, str(Path(inputs["latents"]).parent / "vae"))
+    with pytest.raises(UserError, match=r"model: memory_widths end with 16, no multiple of 5 heads") as e:
+        based(inputs, uri, model={"memory_heads": 5})
+    assert "\n" not in str(e.value)
+
+
+@pytest.mark.usefixtures("group")
+def test_with_a_base_the_low_rank_change_and_the_memory_learn_and_nothing_else(
+    inputs: dict[str, str], tmp_path: Path
+) -> None:
+    base = saved(tmp_path / "base", inputs)
+    given, lora = inputs | {"base": base}, {"rank": 2, "targets": [r"layers\..*"], "full": ["memory"]}
+    chosen = config(base=base, model=None, lora=lora)
+    weights = memories.fit(pretrain_memory, chosen, given, tmp_path / "run")
+    for name, value in registry.load(base).state_dict().items():
+        assert torch.equal(weights[name], value) != name.startswith("memory."), name
+    assert any(".lora_up." in name and weights[name].abs().max() > 0 for name in weights)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"model": memories.TINY | {"channels": 8}}, "channels follows from the stage's other settings"),
+        ({"model": memories.TINY | {"history": 8}}, "history follows from the stage's other settings"),
+        ({"model": {"preset": "memory_dit_huge"}}, "unknown preset 'memory_dit_huge'"),
+        ({"model": memories.TINY | {"rates": ["3x3x2"]}}, "rate '3x3x2': needs height x width x time in powers of two"),
+        ({"model": memories.TINY | {"memory": "none"}}, "memory none has nothing to retrieve from"),
+        ({"lora": {"rank": 2}}, "lora: without a base all else would stay random"),
+        ({"base": "models:/m/1"}, "model: preset: the base has its own"),
+        ({"base": "models:/m/1", "model": {"wide": 3}}, "model: unknown wide"),
+        ({"history_least": 3.0}, "history_least: 3 s are more than history_seconds"),
+    ],
+)
+def test_settings_that_contradict_each_other_are_refused(changes: dict[str, Any], said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        config(**changes)
+
+
+def test_a_recipe_whose_columns_do_not_fit_is_refused() -> None:
+    full = cache_latents.Config(kind="cache_latents", dataset="dataset", encoder="vae")
+    low = full.model_copy(update={"shrink": (2, 2)})
+    check(config(), {"latents": full, "low_latents": low})
+    for wrong, said in (
+        ({"low_latents": low.model_copy(update={"dataset": "others"})}, "low_latents: are of the dataset others"),
+        ({"low_latents": low.model_copy(update={"encoder": "else"})}, "low_latents: are of another encoder, else"),
+        ({"low_latents": full}, r"low_latents: are shrunk by 1x1, rates 2x2x2 need .*shrink: \[2, 2\]"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            check(config(), {"latents": full, "low_latents": low} | wrong)
+    with pytest.raises(ValueError, match=r"low_latents: rates 2x2x2 need"):
+        check(config(low_latents=None), {"latents": full})
+
+
+def test_the_stage_stands_in_a_graph_with_its_inputs(tmp_path: Path) -> None:
+    (tmp_path / "r.yaml").write_text(
+        f"name: r\nworkspace: {tmp_path}/work\nstages:\n"
+        "  shards: {kind: shard, sources: [/videos], clip: {short_side: 32, max_seconds: 3}}\n"
+        "  vae: {kind: pretrain_vae, dataset: shards, model: {preset: pv_vae_tiny}, frames: 9, sizes: [[32, 32]]}\n"
+        "  latents: {kind: cache_latents, dataset: shards, encoder: vae}\n"
+        "  low: {kind: cache_latents, dataset: shards, encoder: vae, shrink: [4, 4]}\n"
+        "  memory: {kind: pretrain_memory, dataset: shards, latents: latents, low_latents: low, vae: vae, frames: 9}\n"
+        "  prior: {kind: finetune_memory_prior, dataset: shards, latents: latents, low_latents: low, base: memory, frames: 9}\n"
+    )
+    nodes = {node.name: node for node in graph.build(recipe.load(str(tmp_path / "r.yaml")))}
+    assert nodes["memory"].inputs == {"dataset": "shards", "latents": "latents", "low_latents": "low", "vae": "vae"}
+    assert set(nodes["prior"].upstream) == {"shards", "latents", "low", "memory"}
+
+
+@pytest.fixture
+def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """An MLflow store with an open run, as a stage finds it."""
+    yield from memories.mlflow_run(tmp_path, monkeypatch)
+
+
+@pytest.mark.slow
+def test_from_latents_to_a_registered_memory(
+    inputs: dict[str, str],
+    store: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    import mlflow
+
+    chosen = config(classes=True, sample_every=2, ema_half_lives=[10.0])
+    result = pretrain_memory.run(chosen, inputs, str(tmp_path / "out"))
+    assert (
+        "memory (2x2x2): 2 s of history, 6 steps of 2x3 latents, are 3 tokens, 1.5 a second" in capsys.readouterr().out
+    )
+    assert result["uri"] == "models:/memory-dit/1"
+    assert result["metrics"]["psnr"] > 0 and result["metrics"]["train_clips_without_history"] > 0
+    model, facts = registry.load_with_facts("models:/memory-dit@champion")
+    assert isinstance(model, MemoryDiT) and not model.training
+    assert model.config.history == 6 and model.config.shape == (3, 2, 3) and model.config.classes == 2
+    assert facts["stage"] == "retrieval" and facts["rates"] == ["2x2x2"] and facts["classes"] == ["a", "b"]
+    assert facts["window"] == {"frames": 9, "steps": 3, "factor": 4, "fps": 12.0, "size": [32, 48]}
+    assert facts["history"] == {"seconds": 2.0, "steps": 6}
+    assert facts["low_latents"]["shrink"] == [2, 2] and facts["low_latents"]["uri"] == inputs["low_latents"]
+    assert facts["sampling"] == {"steps": 2, "guidance": 1.0, "shift": 1.0}
+    assert isinstance(registry.load(facts["vae"]["uri"]), PVVAE)
+    assert facts["vae"]["encoder"] == column.read_latents(inputs["latents"]).encoder["digest"]
+    seen = Path(mlflow.MlflowClient().download_artifacts(store, "heldout", str(tmp_path)))
+    summary = json.loads((seen / "retrieved.json").read_text())["summary"]
+    assert summary["psnr"] == result["metrics"]["psnr"] and clip.decode((seen / "retrieved.mp4").read_bytes()).shape[
+        1:
+    ] == (64, 48, 3)
+    monkeypatch.setenv("MLFLOW_RUN_ID", store)
+    # told to do it again, it goes on where it was: nothing is trained or registered twice
+    assert pretrain_memory.run(chosen, inputs, str(tmp_path / "out"))["uri"] == "models:/memory-dit/1"
+
+
+@pytest.mark.slow
+def test_two_processes_make_one_champion(inputs: dict[str, str], store: str, tmp_path: Path) -> None:
+    chosen = config(steps=2, zero_stage=3, sample_every=2, launcher={"by": "torchrun", "processes": 2})
+    assert pretrain_memory.run(chosen, inputs, str(tmp_path / "out"))["uri"] == "models:/memory-dit/1"

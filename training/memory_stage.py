@@ -1,0 +1,408 @@
+"""What `pretrain_memory` and `finetune_memory_prior` share: their settings and data, the model, and its way to the registry."""
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Annotated, Any, Literal, NamedTuple
+
+import numpy as np
+import torch
+from pydantic import Field, ValidationError, field_validator, model_validator
+from torch import Tensor
+
+from longtake.datasets.cache import Cache
+from longtake.datasets.column import Latents
+from longtake.datasets.errors import Failure, UserError
+from longtake.datasets.loader import Loader, to_pixels
+from longtake.datasets.stage import DatasetInput, Input, ModelInput, StageConfig, ViewInput
+from longtake.training import checkpoint, latent_data, launch, registry, tracker
+from longtake.training.config import TrainConfig
+from longtake.training.engines import device
+from longtake.training.history import Remembering
+from longtake.training.loop import Batch, Objective, train
+from longtake.training.models.memory import parse_rate
+from longtake.training.models.memory_dit import MemoryDiT, MemoryDiTConfig, config_from_preset
+from longtake.training.models.pv_vae import PVVAE
+
+_FROM_DATA = ("channels", "classes", "shape", "history")  # fields of MemoryDiTConfig that `model` must not have
+_PRESET = {"preset": "memory_dit_xl"}
+
+
+class MemoryConfig(TrainConfig):
+    """What both stages are told. "Assumption" marks what the paper (arXiv 2512.23851) does not say."""
+
+    dataset: DatasetInput
+    latents: Annotated[str, Input("latents")]
+    low_latents: Annotated[str, Input("latents")] | None = (
+        None  # with the `shrink` of the rates, for the low-res branch
+    )
+    view: ViewInput | None = None
+    vae: ModelInput | None = None  # makes videos of latents; None is the model that has encoded them
+    base: ModelInput | None = None  # the memory_dit to go on from; None begins with random weights
+    name: str = "memory-dit"  # in the registry
+    model: dict[str, Any] | None = None  # a preset with fields to change, or with a base, fields alone; None: as it is
+    classes: bool = False  # learn the dataset's labels
+    frames: int = Field(21, ge=1)  # of a segment, 1 + 4n [assumption]
+    history_seconds: float = Field(20.0, gt=0)  # before the segment [paper: 5 to over 20]
+    history_least: float | None = Field(None, ge=0)  # s that a clip must follow others for; None is `history_seconds`
+    posterior: Literal["sample", "mean"] = "sample"  # what of each latent is learned, drawn anew each step [assumption]
+    time_mean: float = 0.2  # of the flow's logit-normal times: that of the masks [assumption]
+    time_std: float = Field(1.0, gt=0)  # likewise
+    shift: float = Field(1.0, gt=0)  # of times towards noise, in training and sampling; 1 is none [assumption]
+    lr: float = Field(1e-4, gt=0)  # [assumption]
+    schedule: Literal["constant", "cosine"] = "constant"
+    weight_decay: float = Field(0.0, ge=0)
+    sample_steps: int = Field(50, ge=1)  # Euler steps [assumption]
+    eval_clips: int = Field(64, ge=1)  # held-out clips that are measured, at most
+
+    @field_validator("model")
+    @classmethod
+    def _without_data(cls, model: dict[str, Any] | None) -> dict[str, Any] | None:
+        if taken := [name for name in _FROM_DATA if name in (model or {})]:
+            raise ValueError(f"{taken[0]} follows from the stage's other settings; leave it out")
+        return model
+
+    @model_validator(mode="after")
+    def _known(self) -> "MemoryConfig":
+        model = self.model or {}
+        if self.base is None:
+            if self.lora is not None:
+                raise ValueError("lora: without a base all else would stay random; name one, or leave it out")
+            self.dit()
+        elif "preset" in model:
+            raise ValueError("model: preset: the base has its own; leave it out, or the base")
+        elif unknown := model.keys() - MemoryDiTConfig.model_fields.keys():
+            raise ValueError(f"model: unknown {min(unknown)}; there are {', '.join(MemoryDiTConfig.model_fields)}")
+        if self.history_least is not None and self.history_least > self.history_seconds:
+            raise ValueError(f"history_least: {self.history_least:g} s are more than history_seconds; lower it")
+        return self
+
+    def dit(self, **known: Any) -> MemoryDiTConfig:
+        """Of the model without a base."""
+        return config_from_preset(**_PRESET | (self.model or {}) | known)
+
+
+def check(config: MemoryConfig, inputs: Mapping[str, StageConfig]) -> None:
+    """Refuse latents of another dataset or encoder, or at another scale, and windows that they do not have."""
+    latent_data.check_recipe(config, inputs, ("latents", "low_latents"), config.frames)
+    made, low = inputs.get("latents"), inputs.get("low_latents")
+    if made is not None and low is not None and made.encoder != low.encoder:  # type: ignore[attr-defined]
+        raise ValueError(f"low_latents: are of another encoder, {low.encoder}, than latents, {made.encoder}")  # type: ignore[attr-defined]
+    if config.base is None and (low is not None or config.low_latents is None):
+        try:
+            _check_low(config.dit(), None if low is None else low.shrink)  # type: ignore[attr-defined]
+        except UserError as e:
+            raise ValueError(str(e)) from e
+
+
+def _check_low(dit: MemoryDiTConfig, shrink: tuple[int, int] | None) -> None:
+    """Refuse a low-res column that the rates do not need, or the lack of one; `shrink` is the column's, None without."""
+    if dit.shrink == shrink:
+        return
+    if dit.shrink is None:
+        raise UserError("low_latents: this memory has no low-res branch that reads them; leave them out")
+    needs = f"a `cache_latents` stage with shrink: [{dit.shrink[0]}, {dit.shrink[1]}]"
+    if shrink is None:
+        raise UserError(f"low_latents: rates {', '.join(dit.rates)} need {needs}; name it, or set branches: high")
+    raise UserError(
+        f"low_latents: are shrunk by {shrink[0]}x{shrink[1]}, rates {', '.join(dit.rates)} need {needs}; name that"
+    )
+
+
+class Data(NamedTuple):
+    """The records of the columns, the shape (T, H, W) of a segment in latents, frames a second, steps of history."""
+
+    made: Latents
+    low: Latents | None
+    shape: tuple[int, int, int]
+    fps: float
+    history: int
+
+    def size(self) -> tuple[int, int]:
+        """Pixels of a video, height and width."""
+        return self.shape[1] * self.made.stride, self.shape[2] * self.made.stride
+
+    def steps_in(self, seconds: float) -> int:
+        """As the loader counts them."""
+        return round(seconds * self.fps / self.made.factor)
+
+
+def data_of(config: MemoryConfig, inputs: Mapping[str, str]) -> Data:
+    """What there is to learn, checked.
+
+    Raises:
+        UserError: latents of another dataset, of what it was before, or the two of different encoders; no clip is as
+            long as a segment.
+        Failure: damaged files.
+    """
+    dataset = inputs["dataset"]
+    fps = latent_data.frame_rate(dataset, config.frames)
+    made = latent_data.column_of(dataset, inputs["latents"], config.frames)
+    low = None
+    if "low_latents" in inputs:
+        low = latent_data.column_of(dataset, inputs["low_latents"], config.frames, "low_latents")
+        if low.encoder["digest"] != made.encoder["digest"]:
+            raise UserError(
+                f"low_latents: {inputs['low_latents']} are of another encoder than latents, {low.encoder['uri']};"
+                f" encode them by {made.encoder['uri']}"
+            )
+        if low.size != made.size:
+            raise UserError(
+                f"low_latents: {inputs['low_latents']} were made with size {low.size}, latents with {made.size}"
+            )
+    steps = 1 + (config.frames - 1) // made.factor
+    shape = (steps, *latent_data.commonest_size(dataset, made))
+    return Data(made, low, shape, fps, round(config.history_seconds * fps / made.factor))
+
+
+def loader_of(config: MemoryConfig, inputs: Mapping[str, str], data: Data, split: str, **options: Any) -> Loader:
+    """Segments with the history before them, of the columns that this learns, and labels where classes are learned."""
+    # one column where the low-res branch reads the same
+    columns = list(dict.fromkeys(made.column for made in (data.made, data.low) if made))
+    return _loader(config, inputs, split, columns=(*columns, *(("label",) if config.classes else ())), **options)
+
+
+def heldout_of(config: MemoryConfig, inputs: Mapping[str, str], data: Data) -> Loader:
+    return loader_of(config, inputs, data, "val", batch=1, last="pad", shuffle=False, epochs=1)
+
+
+def videos_of(config: MemoryConfig, inputs: Mapping[str, str], data: Data) -> Loader:
+    """The pixels of held-out segments and what came before them."""
+    columns = ("video", *(("label",) if config.classes else ()))
+    options = {"columns": columns, "size": data.size(), "batch": 1, "last": "pad", "shuffle": False, "epochs": 1}
+    return _loader(config, inputs, "val", **options)
+
+
+def _loader(config: MemoryConfig, inputs: Mapping[str, str], split: str, **options: Any) -> Loader:
+    least = config.history_seconds if config.history_least is None else config.history_least
+    settings = {
+        "view": inputs.get("view"),
+        "frames": config.frames,
+        "history_seconds": config.history_seconds,
+        "history_least": least,
+        "cache": Cache(config.cache.folder, config.cache.max_bytes) if config.cache else None,
+    }
+    return Loader(inputs["dataset"], split, **settings | options)
+
+
+def begin(config: MemoryConfig, inputs: Mapping[str, str], data: Data, classes: int) -> Remembering:
+    """The model before its first step, which normalises what it learns: the base's weights, or random ones.
+
+    Raises:
+        UserError: a memory that this history, or these latents, do not have; a base that does not fit.
+        Failure: the latents do not vary.
+    """
+    base, facts = registry.load_with_facts(inputs["base"]) if "base" in inputs else (None, {})
+    if base is not None and not isinstance(base, MemoryDiT):
+        raise UserError(
+            f"base: {inputs['base']} is a {type(base).__name__}, not a MemoryDiT; name a `pretrain_memory` model"
+        )
+    known = {"channels": data.made.channels, "classes": classes}
+    try:
+        given = base.config.model_dump() | (config.model or {}) | known if base else config.dit(**known).model_dump()
+        _check_history(given, data)
+        dit = MemoryDiTConfig(**given | {"shape": data.shape, "history": data.history})
+    except ValidationError as e:
+        raise UserError(f"model: {e.errors()[0]['msg'].removeprefix('Value error, ')}") from e
+    _check_low(dit, data.low.shrink if data.low else None)
+    if config.precision == "bf16" and device().type == "cpu" and _strided(dit):
+        raise UserError(
+            "precision: bf16: torch's strided convolutions of small frames crash on a CPU; train this memory in fp32"
+        )
+    model = Remembering(dit)
+    if base is not None:
+        if (facts.get("vae") or {}).get("encoder") != data.made.encoder["digest"]:
+            raise UserError(
+                f"base: {inputs['base']} has learned latents of another autoencoder than {inputs['latents']}; encode by that one"
+            )
+        _take(model, base, inputs["base"])
+    try:
+        low = latent_data.statistics(data.low, config.posterior) if data.low else (None, None)
+        if base is None:
+            model.set_statistics(*latent_data.statistics(data.made, config.posterior), *low)
+        elif base.config.shrink is None and data.low:
+            model.set_statistics(model.latent_mean.clone(), model.latent_std.clone(), *low)
+    except ValueError as e:
+        raise Failure(f"latents: {data.made.column}: {e}; train the autoencoder for longer") from e
+    return model
+
+
+def _strided(dit: MemoryDiTConfig) -> bool:
+    """Whether the memory has convolutions that stride in space."""
+    sides = [side for rate in map(parse_rate, dit.rates) for side in rate[:2]]
+    return dit.memory == "encoder" and dit.branches != "low" and dit.patch * max(sides) > 1
+
+
+def _check_history(dit: Mapping[str, Any], data: Data) -> None:
+    """Refuse a model that the history, or the latents, are too small for."""
+    if data.history < dit["window"]:
+        raise UserError(
+            f"history_seconds: are {data.history} steps, fewer than the {dit['window']} of the window beside the memory; raise it"
+        )
+    for rate in dit["rates"] if dit["memory"] in ("encoder", "patchify") else ():
+        height, width, time = parse_rate(rate)
+        if time > data.history:
+            raise UserError(
+                f"rates: {rate}: a token stands for {time} steps, the history has {data.history}; raise history_seconds"
+            )
+        rows, columns = (side // dit["patch"] for side in data.shape[1:])
+        if height > rows or width > columns:
+            raise UserError(f"rates: {rate}: the latents make a grid of {rows}x{columns} tokens; choose a lower rate")
+
+
+def _take(model: MemoryDiT, base: MemoryDiT, uri: str) -> None:
+    """Give a model the weights of its base. What the base lacks of the memory, or of attention to it, begins anew."""
+    ours, theirs = model.state_dict(), base.state_dict()
+    new = sorted(ours.keys() - theirs.keys())
+    strange = [name for name in new if not name.startswith("memory.") and ".cross." not in name]
+    strange += sorted(theirs.keys() - ours.keys())
+    strange += [name for name in ours.keys() & theirs.keys() if ours[name].shape != theirs[name].shape]
+    if strange:
+        raise UserError(
+            f"base: {uri} does not fit these settings, such as in {strange[0]}; leave out of `model` what differs"
+        )
+    model.load_state_dict(theirs, strict=False)
+    if new:
+        print(f"base: {len(new)} tensors are not in {uri} and begin anew, such as {new[0]}", flush=True)
+
+
+def told(dit: MemoryDiTConfig, data: Data) -> str:
+    """How many tokens stand for how much history."""
+    height, width, steps = *data.shape[1:], data.history
+    count, seconds = dit.tokens((steps // dit.group * dit.group, height, width)), steps * data.made.factor / data.fps
+    how = ", ".join(dit.rates) if dit.memory in ("encoder", "patchify") else dit.memory
+    return (
+        f"memory ({how}): {seconds:.4g} s of history, {steps} steps of {height}x{width} latents, are {count} tokens,"
+        f" {count / seconds:.4g} a second"
+    )
+
+
+def on_device(batch: Batch) -> Batch:
+    return {name: value.to(device()) if isinstance(value, Tensor) else value for name, value in batch.items()}
+
+
+def above_each_other(vae: PVVAE, model: MemoryDiT, *steps: Tensor) -> np.ndarray[Any, Any]:
+    """Latents `(1, C, T, H, W)`, normalised, as one video `(t, height, width, 3)` uint8."""
+    videos = [to_pixels(vae.decode(model.denormalise(some))) for some in steps]
+    return torch.cat(videos, dim=3)[0].permute(1, 2, 3, 0).cpu().numpy()
+
+
+class Setup(NamedTuple):
+    """All that a stage works with; `inputs` are pinned, the model has its weights from before the first step."""
+
+    inputs: Mapping[str, str]
+    data: Data
+    classes: Sequence[str]
+    model: Remembering
+    vae: PVVAE
+
+
+def prepared(config: MemoryConfig, inputs: Mapping[str, str], folder: Path) -> Setup:
+    """Read, check and load all of it. Raises as `data_of` and `begin`."""
+    inputs = latent_data.pinned(inputs, folder)
+    data = data_of(config, inputs)
+    vae = latent_data.decoder_of(data.made, inputs["vae"])
+    classes = loader_of(config, inputs, data, "train", batch=1).classes
+    return Setup(inputs, data, classes, begin(config, inputs, data, len(classes)).to(device()), vae)
+
+
+def work(
+    config: MemoryConfig, inputs: Mapping[str, str], folder: Path, objective: Callable[[Setup], Objective]
+) -> None:
+    """What each rank does: train from the latest checkpoint in `folder`, and leave the last one there."""
+    rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    torch.manual_seed(config.seed)
+    torch.distributed.barrier()  # the first rank has pinned the inputs before
+    setup = prepared(config, inputs, folder)
+    options = {"rank": rank, "world": world, "seed": config.seed, "workers": config.workers}
+    loader = loader_of(config, setup.inputs, setup.data, "train", batch=config.batch // config.accumulate, **options)
+    for held in (heldout_of, videos_of):  # else their lack would be seen at the end
+        held(config, setup.inputs, setup.data)
+    if rank == 0:
+        print(told(setup.model.config, setup.data), flush=True)
+    log = tracker.connect(folder) if rank == 0 else None
+    train(objective(setup), loader, config, folder, log, launch.stop_requested)
+    if log:
+        log.close()
+
+
+def run(
+    module: str,
+    config: MemoryConfig,
+    inputs: Mapping[str, str],
+    output: str,
+    facts: Mapping[str, Any],
+    evaluate: Callable[[Setup, Path], dict[str, float]],
+) -> dict[str, Any]:
+    """Train from the latest checkpoint, log and register the model, evaluate it, make it champion.
+
+    Args:
+        module: of the stage, whose `work` each rank does.
+        facts: those of `longtake.training.history` that only the stage knows.
+        evaluate: measures the trained model on held-out clips and leaves pictures in a folder.
+
+    Raises:
+        UserError: no usable sample; latents, models or histories that do not fit; a workspace for no checkpoints.
+        Failure, Interrupted: of the loop.
+    """
+    folder = checkpoint.folder_of(config, output)
+    first = os.environ.get("RANK", "0") == "0"
+    with checkpoint.locked(folder) if first else nullcontext():
+        if first:
+            latent_data.pinned(inputs, folder)
+        if not launch.run(module, config, inputs, folder):
+            return {}
+        return _publish(config, inputs, folder, facts, evaluate)
+
+
+def _publish(
+    config: MemoryConfig,
+    inputs: Mapping[str, str],
+    folder: Path,
+    facts: Mapping[str, Any],
+    evaluate: Callable[[Setup, Path], dict[str, float]],
+) -> dict[str, Any]:
+    weights = checkpoint.trained(folder, config)
+    setup = prepared(config, inputs, folder)
+    data, dit = setup.data, setup.model.config
+    setup.model.load_state_dict(weights)
+    setup.model.eval()
+    lineage = latent_data.lineage_of(folder)
+    record = {
+        "lineage": lineage,
+        "rates": list(dit.rates) if dit.memory in ("encoder", "patchify") else [],
+        "vae": lineage["inputs"]["vae"] | {"encoder": data.made.encoder["digest"]},
+        "latents": lineage["inputs"]["latents"],
+        "low_latents": lineage["inputs"]["low_latents"] | {"shrink": list(data.low.shrink)} if data.low else None,
+        "classes": list(setup.classes),
+        "window": {
+            "frames": config.frames,
+            "steps": data.shape[0],
+            "factor": data.made.factor,
+            "fps": data.fps,
+            "size": list(data.size()),
+        },
+        "history": {"seconds": config.history_seconds, "steps": dit.history},
+        **facts,
+    }
+    log = tracker.connect(folder, system_metrics=False)
+    with TemporaryDirectory() as scratch:
+        made = Path(scratch) / "model"
+        registry.save(made, "memory_dit", dit.model_dump(mode="json"), weights, record)
+        uri = registry.register(made, config.name, log.run_id)
+        seen = Path(scratch) / "heldout"
+        seen.mkdir()
+        metrics = evaluate(setup, seen)
+        log.artifacts(seen, "heldout")
+    log.close()
+    registry.promote(uri)
+    loader = loader_of(config, setup.inputs, data, "train", batch=1)
+    metrics |= {
+        "train_clips": float(loader.samples),
+        "train_clips_too_short": float(loader.samples_short),
+        "train_clips_without_latents": float(loader.samples_without_latent),
+        "train_clips_without_history": float(loader.samples_without_history),
+    }
+    return {"uri": uri, "metrics": metrics}

@@ -1,0 +1,155 @@
+"""How much of a video a memory holds: its steps, retrieved from the memory alone, against the true pixels.
+
+A video is encoded in one stream, as at inference, the memory is made of all of it, and each of its steps is retrieved
+once, a few random ones at a time, as in training. What the autoencoder alone would give is the bound.
+"""
+
+import json
+import math
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from longtake.datasets.column import shrunk
+from longtake.datasets.loader import to_model, to_pixels
+from longtake.training import sampling
+from longtake.training.history import Steps, retrieve
+from longtake.training.metrics.reconstruction import psnr, ssim
+from longtake.training.models.memory_dit import MemoryDiT
+from longtake.training.models.pv_vae import PVVAE
+
+_CHUNK = 32  # frames on the device at once
+_SHOWN = 4  # clips in the video to look at
+
+
+def whole_groups(video: Tensor, factor: int, group: int) -> Tensor:
+    """The end of a video `(B, C, T, H, W)` whose steps, `factor` frames each but for the first, make whole groups.
+
+    ValueError where it is too short for one.
+    """
+    steps = 1 + (video.shape[2] - 1) // factor
+    kept = steps // group * group
+    if not kept:
+        raise ValueError(f"the video has {steps} steps, the memory takes {group} at a time")
+    return video[:, :, video.shape[2] - 1 - (kept - 1) * factor :]
+
+
+@torch.no_grad()
+def encoded(model: MemoryDiT, vae: PVVAE, video: Tensor) -> Steps:
+    """The steps of a video `(1, 3, T, H, W)`, uint8, in one stream: what `MemoryDiT.remember` takes, on its device."""
+    at, shrink, stride = model.latent_mean.device, model.config.shrink, vae.config.spatial_stride
+
+    def latents(by: tuple[int, int]) -> Tensor:
+        chunks = (shrunk(to_model(chunk.to(at)), by, stride) for chunk in video.split(_CHUNK, 2))
+        return torch.cat([posterior.mode() for posterior in vae.encode_stream(chunks)], dim=2)
+
+    low = model.normalise_low(latents(shrink)) if shrink else None
+    return Steps(model.normalise(latents((1, 1))), low, 0)
+
+
+def retrieved(
+    model: MemoryDiT,
+    steps: Steps,
+    seed: int,
+    passes: int,
+    shift: float,
+    at_once: int,
+    classes: Tensor | None = None,
+) -> Tensor:
+    """All steps `(1, C, T, H, W)` as the memory of them has them, normalised, `at_once` random ones at a time."""
+    draws = torch.Generator().manual_seed(seed)
+    order = torch.randperm(steps.high.shape[2], generator=draws)
+    times = torch.cat([some.sort().values for some in order.split(at_once)])
+    shape = (steps.high.shape[3], steps.high.shape[4])
+    with torch.no_grad():
+        memory = model.remember(steps.high, steps.low, steps.start)
+    made = retrieve(model, memory, (steps.start + times).tolist(), shape, draws, passes, shift, classes, at_once)
+    return made[:, :, times.argsort().to(made.device)]
+
+
+def evaluate(
+    model: MemoryDiT,
+    vae: PVVAE,
+    videos: Iterable[tuple[Tensor, Tensor | None]],
+    folder: Path,
+    *,
+    fps: float,
+    count: int,
+    seed: int,
+    steps: int = 50,
+    shift: float = 1.0,
+    at_once: int = 4,
+) -> dict[str, Any]:
+    """PSNR and SSIM of held-out videos, retrieved: `retrieved.json` and `retrieved.mp4`, true above retrieved, in `folder`.
+
+    Args:
+        videos: `count` of them, uint8 `(1, 3, T, H, W)`, with class ids or None.
+        steps: Euler steps.
+        at_once: steps of the video that are retrieved together.
+
+    Returns:
+        `psnr`, `ssim` and `psnr_bound`, `ssim_bound` of the autoencoder alone, means over the videos; `psnr_by_step`
+        from the oldest on, of as many steps as the shortest video has; `tokens` of a memory, and what was done.
+    """
+    factor = vae.config.temporal_stride
+    rows: list[dict[str, Any]] = []
+    with sampling.video_file(folder / "retrieved.mp4", fps) as write:
+        for number, (given, ids) in enumerate(tqdm(videos, "retrieve", count, unit="clip")):
+            video = whole_groups(given, factor, model.config.group)
+            true = encoded(model, vae, video)
+            made = retrieved(model, true, seed + number, steps, shift, at_once, ids)
+            rows.append(_compared(model, vae, video, made, true.high, write if number < _SHOWN else None))
+            rows[-1]["tokens"] = model.config.tokens((true.high.shape[2], *true.high.shape[3:]))
+    summary: dict[str, Any] = {
+        name: float(np.mean([row[name] for row in rows])) for name in ("psnr", "ssim", "psnr_bound", "ssim_bound")
+    }
+    each = [row["psnr_by_step"] for row in rows]
+    summary |= {
+        "psnr_by_step": np.mean([some[: min(map(len, each))] for some in each], axis=0).tolist(),
+        "tokens": float(np.mean([row["tokens"] for row in rows])),
+        "clips": len(rows),
+        "steps": float(np.mean([len(some) for some in each])),
+        "memory": model.config.memory,
+        "rates": list(model.config.rates),
+        "branches": model.config.branches,
+        "sample_steps": steps,
+        "at_once": at_once,
+        "split": "val",
+        "seed": seed,
+    }
+    (folder / "retrieved.json").write_text(json.dumps({"summary": summary, "clips": rows}, indent=2))
+    return summary
+
+
+def _compared(model: MemoryDiT, vae: PVVAE, video: Tensor, made: Tensor, true: Tensor, write: Any) -> dict[str, Any]:
+    """A video against what is decoded of its retrieved steps, and of its true ones; step by step, in constant memory."""
+    errors: dict[str, list[float]] = {"": [], "_bound": []}
+    likeness: dict[str, float] = {"": 0.0, "_bound": 0.0}
+    begin, sizes = 0, []
+    for ours, bound in zip(_frames(model, vae, made), _frames(model, vae, true), strict=True):
+        source = to_model(video[:, :, begin : begin + ours.shape[2]].to(ours.device))
+        begin += ours.shape[2]
+        sizes.append(ours.shape[2])
+        for name, frames in (("", ours), ("_bound", bound)):
+            errors[name].append(10 ** (-psnr(frames, source).item() / 10))
+            likeness[name] += ssim(frames, source).item() * sizes[-1]
+        if write:
+            both = torch.cat([to_pixels(source), to_pixels(ours)], dim=3)
+            write(both[0].permute(1, 2, 3, 0).cpu().numpy())
+    out: dict[str, Any] = {"psnr_by_step": [-10 * math.log10(error) for error in errors[""]]}
+    for name, each in errors.items():
+        out[f"psnr{name}"] = -10 * math.log10(np.average(each, weights=sizes))
+        out[f"ssim{name}"] = likeness[name] / begin
+    return out
+
+
+@torch.no_grad()
+def _frames(model: MemoryDiT, vae: PVVAE, steps: Tensor) -> Iterator[Tensor]:
+    """The frames `(1, 3, t, H, W)` of each step, in [-1, 1]."""
+    for frames in vae.decode_stream([model.denormalise(steps)], steps=1):
+        yield frames.float().clamp(-1, 1)

@@ -1,0 +1,170 @@
+"""`pretrain_memory`: a memory of video learned by retrieval of frames (arXiv 2512.23851, stage I).
+
+Of a history, some random steps are to be retrieved: they stay clean, noise masks all others, the memory is made of that,
+and the transformer denoises those steps at their true times from the memory alone. A memory that can do so for any steps
+must hold all of them. The history is what came before a segment and the segment itself.
+"""
+
+from collections.abc import Mapping
+from functools import partial
+from itertools import islice
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor
+
+from longtake.datasets.errors import UserError
+from longtake.datasets.stage import StageConfig
+from longtake.training import flow, memory_stage
+from longtake.training.history import (
+    Remembering,
+    Steps,
+    agreed,
+    draw_omega,
+    full_tokens,
+    mask,
+    noise_like,
+    picked,
+    retrieve,
+    steps_of,
+    true_steps,
+    with_history,
+)
+from longtake.training.loop import Batch, Engines, Objective
+from longtake.training.memory_stage import MemoryConfig, Setup, heldout_of, videos_of
+from longtake.training.metrics import retrieval
+
+VERSION = 1
+PRODUCES = "model"
+
+
+class Config(MemoryConfig):
+    """Train a memory_dit to retrieve frames of its history, and register it.
+
+    The paper adapts a pretrained transformer: `base`, with `lora: {rank: 128, full: ["memory"]}`. See MemoryConfig for
+    what is an assumption.
+    """
+
+    kind: Literal["pretrain_memory"]
+    history: Literal["masked", "clean"] = "masked"  # what the memory is made of; clean is that of the paper's v1 to v3
+    retrieved: int = Field(4, ge=1)  # steps at once, 1 to this many [assumption]
+    mask_mean: float = 0.2  # of the masks' logit-normal levels [paper: L(0.2, 1)]
+    mask_std: float = Field(1.0, gt=0)  # likewise
+
+    @model_validator(mode="after")
+    def _remembers(self) -> "Config":
+        if (self.model or {}).get("memory") == "none":
+            raise ValueError("model: memory none has nothing to retrieve from; choose encoder, patchify or framepack")
+        return self
+
+
+def check(config: Config, inputs: Mapping[str, StageConfig]) -> None:
+    memory_stage.check(config, inputs)
+
+
+def objective(config: Config, setup: Setup) -> Objective:
+    """The flow's loss of the steps to retrieve; and retrieved steps of a held-out clip as a sample.
+
+    Raises:
+        UserError: a clip may have less history than a token of the memory stands for.
+    """
+    seconds = config.history_seconds if config.history_least is None else config.history_least
+    least, group = setup.data.steps_in(seconds) + setup.data.shape[0], setup.model.config.group
+    if least < group:
+        raise UserError(
+            f"history_least: a clip may have {least} steps with its segment, a token of the memory stands for {group};"
+            " raise it, or frames"
+        )
+    return Objective(
+        {"generator": setup.model},
+        partial(_loss, config, setup.model),
+        sample=partial(_sample, config, setup),
+        fps=max(1, round(setup.data.fps)),
+        tokens=partial(full_tokens, setup.model.config.patch),
+        blocks=list(setup.model.blocks()),
+    )
+
+
+def _loss(
+    config: Config,
+    model: Remembering,
+    name: str,
+    engines: Engines,
+    batch: Batch,
+    generator: torch.Generator,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    (known,) = agreed(true_steps(batch))
+    steps = steps_of(batch, model, known, config.posterior, generator).whole(model.config.group)
+    count = len(batch["key"])
+    omega = draw_omega(count, steps.high.shape[2], config.retrieved, generator)
+    seen = steps if config.history == "clean" else masked(config, steps, omega, generator)
+    x0 = picked(steps.high, omega)
+    t = flow.sample_t(count, config.time_mean, config.time_std, config.shift, generator, x0.device)
+    noise = torch.randn(x0.shape, generator=generator, device=x0.device)
+    ids = batch["label"].cpu() if config.classes else None
+    velocity = engines[name](flow.interpolate(x0, noise, t), t, steps.start + omega, seen, ids, generator)
+    loss = flow.loss(velocity, x0, noise).mean()
+    return loss, {"loss": loss.detach(), "retrieved": loss.new_tensor(float(omega.shape[1]))}
+
+
+def masked(config: Config, steps: Steps, omega: Tensor, generator: torch.Generator) -> Steps:
+    """What the memory is made of: every step outside of Ω at a level of noise of its own."""
+    batch, _, count = steps.high.shape[:3]
+    sigma = flow.sample_t(batch * count, config.mask_mean, config.mask_std, 1.0, generator, steps.high.device)
+    return mask(steps, omega, sigma.view(batch, count), noise_like(steps, generator))
+
+
+@torch.no_grad()
+def _sample(
+    config: Config, setup: Setup, engines: Engines, generator: torch.Generator
+) -> dict[str, np.ndarray[Any, Any]]:
+    """Of a held-out clip: its segment, and below it what the memory of it and its history holds of it."""
+    model, length = engines["generator"].module, setup.data.shape[0]
+    batch = memory_stage.on_device(next(iter(heldout_of(config, setup.inputs, setup.data))))
+    steps = steps_of(batch, model, true_steps(batch)).whole(model.config.group)
+    total = steps.high.shape[2]
+    times = [steps.start + n for n in range(max(0, total - length), total)]
+    memory = model.remember(steps.high, steps.low, steps.start)
+    draws = torch.Generator().manual_seed(config.seed)
+    ids = batch["label"].cpu() if config.classes else None
+    shape = (steps.high.shape[3], steps.high.shape[4])
+    made = retrieve(model, memory, times, shape, draws, config.sample_steps, config.shift, ids, config.retrieved)
+    return {"retrieved": memory_stage.above_each_other(setup.vae, model, steps.high[:, :, -len(times) :], made)}
+
+
+def work(config: Config, inputs: Mapping[str, str], folder: Path) -> None:
+    """What each rank does: train from the latest checkpoint in `folder`, and leave the last one there."""
+    memory_stage.work(config, inputs, folder, partial(objective, config))
+
+
+def run(config: Config, inputs: Mapping[str, str], output: str) -> dict[str, Any]:
+    """Train from the latest checkpoint, log and register the model, retrieve held-out clips, make it champion.
+
+    Raises:
+        UserError: no usable sample; latents, models or histories that do not fit; a workspace for no checkpoints.
+        Failure, Interrupted: of the loop.
+    """
+    facts = {"stage": "retrieval", "sampling": {"steps": config.sample_steps, "guidance": 1.0, "shift": config.shift}}
+    return memory_stage.run(__name__, config, inputs, output, facts, partial(_evaluate, config))
+
+
+def _evaluate(config: Config, setup: Setup, folder: Path) -> dict[str, float]:
+    loader = videos_of(config, setup.inputs, setup.data)
+    count = min(config.eval_clips, loader.samples)
+    videos = ((with_history(batch), batch.get("label")) for batch in islice(loader, count))
+    summary = retrieval.evaluate(
+        setup.model,
+        setup.vae,
+        videos,
+        folder,
+        fps=setup.data.fps,
+        count=count,
+        seed=config.seed,
+        steps=config.sample_steps,
+        shift=config.shift,
+        at_once=config.retrieved,
+    )
+    return {name: float(summary[name]) for name in ("psnr", "ssim", "psnr_bound", "ssim_bound", "tokens")}
