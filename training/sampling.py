@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from longtake.datasets import storage
 from longtake.datasets.column import encoder_digest
@@ -65,24 +65,29 @@ class Prior:
 
     def class_id(self, given: str | None) -> int:
         """The id of a class by its name or number; -1 for None. UserError where there is none such."""
-        if given is None:
-            return NO_CLASS
-        if given in self.classes:
-            return self.classes.index(given)
-        try:
-            number = int(given)
-            check_classes([number], self.latte.config.classes)
-            if number == NO_CLASS:
-                raise ValueError
-        except ValueError as e:
-            if not self.classes:
-                raise UserError(f"class {given!r}: this model has no classes; leave it out") from e
-            near = difflib.get_close_matches(given, self.classes, 3, 0.4) or self.classes[:5]
-            raise UserError(
-                f"class {given!r}: this model has {len(self.classes)} classes, by name such as {', '.join(near)},"
-                f" or by number 0 to {len(self.classes) - 1}"
-            ) from e
-        return number
+        return class_id(given, self.classes)
+
+
+def class_id(given: str | None, classes: Sequence[str]) -> int:
+    """Which of a model's classes, by name or number, is meant; -1 for None. UserError where there is none such."""
+    if given is None:
+        return NO_CLASS
+    if given in classes:
+        return classes.index(given)
+    try:
+        number = int(given)
+        check_classes([number], len(classes))
+        if number == NO_CLASS:
+            raise ValueError
+    except ValueError as e:
+        if not classes:
+            raise UserError(f"class {given!r}: this model has no classes; leave it out") from e
+        near = difflib.get_close_matches(given, classes, 3, 0.4) or classes[:5]
+        raise UserError(
+            f"class {given!r}: this model has {len(classes)} classes, by name such as {', '.join(near)},"
+            f" or by number 0 to {len(classes) - 1}"
+        ) from e
+    return number
 
 
 def load_prior(uri: str, vae: str | None = None, dtype: torch.dtype = torch.float32) -> Prior:
@@ -92,27 +97,23 @@ def load_prior(uri: str, vae: str | None = None, dtype: torch.dtype = torch.floa
         vae: decode by this autoencoder and not by the one that the prior names; its encoder must be the same.
 
     Raises:
-        UserError: no such model; it is no prior; the autoencoder is another one.
+        UserError: no such model; it is no Latte; the autoencoder is another one.
         Failure: the store cannot be reached; or a model is damaged.
     """
-    latte, facts = registry.load_with_facts(uri)
+    return prior_of(uri, *registry.load_with_facts(uri), vae, dtype)
+
+
+def prior_of(uri: str, latte: nn.Module, facts: Mapping[str, Any], vae: str | None, dtype: torch.dtype) -> Prior:
+    """`load_prior` of a model that is loaded."""
     if not isinstance(latte, Latte):
         raise UserError(f"{uri}: is a {type(latte).__name__}, which generates no videos; name a `finetune_latte` model")
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    decoder = None
-    if needed := facts.get("vae"):
-        decoder = load_vae(vae or needed["uri"])
-        if encoder_digest(decoder) != needed["encoder"]:
-            raise UserError(
-                f"{vae or needed['uri']}: has another encoder than the latents that {uri} was trained on; name {needed['uri']}"
-            )
-        decoder = decoder.to(device, dtype)
-    elif vae is not None:
+    if facts.get("vae") is None and vae is not None:
         raise UserError(f"{uri}: makes pixels and needs no autoencoder; leave it out")
-    window = facts["window"]
+    decoder = decoder_of(uri, facts["vae"], vae)[0] if facts.get("vae") else None
+    device, window = best_device(), facts["window"]
     return Prior(
         latte.to(device, dtype),
-        decoder,
+        decoder and decoder.to(device, dtype),
         tuple(facts["classes"]),
         window["frames"],
         window["fps"],
@@ -120,18 +121,45 @@ def load_prior(uri: str, vae: str | None = None, dtype: torch.dtype = torch.floa
     )
 
 
+def best_device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def decoder_of(uri: str, needed: Mapping[str, Any], vae: str | None) -> tuple[PVVAE, str]:
+    """The autoencoder that a prior names in `needed`, or this one, and its weights' digest.
+
+    UserError where its encoder is another.
+    """
+    decoder, facts = _load_vae(vae or needed["uri"])
+    if encoder_digest(decoder) != needed["encoder"]:
+        raise UserError(
+            f"{vae or needed['uri']}: has another encoder than the latents that {uri} was trained on; name {needed['uri']}"
+        )
+    return decoder, registry.digest(facts)
+
+
 def load_vae(uri: str) -> PVVAE:
     """Raises UserError where the model is no PV-VAE, and as `registry.load`."""
-    vae = registry.load(uri)
+    return _load_vae(uri)[0]
+
+
+def _load_vae(uri: str) -> tuple[PVVAE, dict[str, Any]]:
+    vae, facts = registry.load_with_facts(uri)
     if not isinstance(vae, PVVAE):
         raise UserError(f"{uri}: is a {type(vae).__name__}, not a video autoencoder; name a `pretrain_vae` model")
-    return vae
+    return vae, facts
 
 
 def nearest_lengths(frames: int, factor: int) -> tuple[int, int]:
     """The lengths 1 + factor * n around `frames`, or twice itself where it is one."""
     low = 1 + max(0, frames - 1) // factor * factor
     return low, low if low == frames else low + factor
+
+
+def frames_of_seconds(seconds: float, fps: float, vae: PVVAE | None) -> int:
+    """The least number of frames, 1 + 4n where there is an autoencoder, that lasts so long."""
+    frames = max(1, math.ceil(seconds * fps - 1e-6))
+    return frames if vae is None else nearest_lengths(frames, vae.config.temporal_stride)[1]
 
 
 def latent_frames(frames: int, vae: PVVAE | None) -> int:
@@ -311,67 +339,6 @@ def video_file(path: str | Path, fps: float, crf: int = 16) -> Iterator[Callable
 
         yield write
         container.mux(stream.encode())
-
-
-def requests_of(prior: Prior, given: Any) -> tuple[list[int], list[int], int]:
-    """Seeds, class ids and frames of what a caller of the served model asks for.
-
-    Args:
-        given: a pandas table, or lists or arrays by name: `seed` and, where wanted, `class` (a name or a number; None
-            for none) and `frames`, the same in every row.
-
-    Raises:
-        UserError: other columns or values.
-    """
-    columns = {str(name): list(given[name]) for name in getattr(given, "columns", given)}
-    if "seed" not in columns or set(columns) - {"seed", "class", "frames"}:
-        raise UserError(
-            f"videos: need a column seed, and if wanted class and frames; got {', '.join(columns) or 'none'}"
-        )
-    count = len(columns["seed"])
-    if not count or any(len(values) != count for values in columns.values()):
-        raise UserError("videos: need at least one row, and columns of the same length")
-    seeds = [_whole("seed", value) for value in columns["seed"]]
-    if min(seeds) < 0:
-        raise UserError(f"videos: seed must not be negative, got {min(seeds)}")
-    names = [None if _is_none(c) else str(c) for c in columns.get("class", [None] * count)]
-    lengths = {prior.frames if _is_none(f) else _whole("frames", f) for f in columns.get("frames", [None] * count)}
-    if len(lengths) > 1:
-        raise UserError(f"videos: frames must be the same in every row, got {sorted(lengths)}")
-    return seeds, [prior.class_id(name) for name in names], lengths.pop()
-
-
-def serve(prior: Prior, given: Any, params: Mapping[str, Any] | None = None) -> np.ndarray:
-    """Videos for `requests_of(given)`: `(N, T, H, W, 3)` uint8. `params` may change some of `Settings`. Raises UserError."""
-    seeds, ids, frames = requests_of(prior, given)
-    changes = {name: value for name, value in (params or {}).items() if value is not None}
-    if unknown := changes.keys() - Settings.__dataclass_fields__.keys():
-        raise UserError(
-            f"params: unknown {', '.join(sorted(unknown))}; there are {', '.join(Settings.__dataclass_fields__)}"
-        )
-    settings = Settings(**vars(prior.settings) | changes)
-    try:
-        # one by one: the last bits of a video do not depend on the others
-        made = [
-            whole(generate_videos(prior.latte, prior.vae, frames, [seed], [c], settings))
-            for seed, c in zip(seeds, ids, strict=True)
-        ]
-    except (ValueError, TypeError) as e:
-        raise UserError(f"videos: {e}") from e
-    return np.concatenate(made)
-
-
-def _is_none(value: Any) -> bool:
-    return value is None or (isinstance(value, float) and math.isnan(value)) or type(value).__name__ == "NAType"
-
-
-def _whole(name: str, value: Any) -> int:
-    try:
-        if isinstance(value, bool) or int(value) != value:
-            raise ValueError
-        return int(value)
-    except (TypeError, ValueError) as e:
-        raise UserError(f"videos: {name} must be a whole number, got {value!r}") from e
 
 
 def _to_tensor(frames: Sequence[np.ndarray], device: torch.device) -> Tensor:

@@ -1,9 +1,11 @@
 """The MLflow pyfunc of our models, which MLflow runs as code; on a GPU where there is one.
 
 An autoencoder takes uint8 videos (B, T, H, W, 3) and gives its reconstruction of them. A prior takes a table of `seed`,
-and if wanted `class` and `frames`, and gives a generated video for each row, uint8 (N, T, H, W, 3).
+and if wanted `class` and `frames`, and gives a generated video for each row, uint8 (N, T, H, W, 3); one with a memory
+takes `storyboard` as well. A memory that is trained to retrieve takes videos and gives what it has kept of them.
 """
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,7 @@ import torch
 from mlflow.models import set_model
 from mlflow.pyfunc import PythonModel
 
-from longtake.training import registry, sampling
+from longtake.training import recall, registry, sampling, serving
 
 
 class Videos(PythonModel):
@@ -20,17 +22,21 @@ class Videos(PythonModel):
 
     def load_context(self, context: Any) -> None:
         folder = context.artifacts["model"]
-        self.model: Any
-        self.generates = registry.read_config(Path(folder))["model"] == "latte"
-        if self.generates:
-            self.model = sampling.load_prior(folder)
+        facts = registry.read_config(Path(folder))
+        kind = facts["model"]
+        self.tables = kind == "latte" or (kind == "memory_dit" and facts["stage"] == "generation")
+        if kind == "latte":
+            self.answer = partial(serving.serve, sampling.load_prior(folder))
+        elif self.tables:
+            self.answer = partial(serving.serve, recall.load_prior(folder, "generation"))
+        elif kind == "memory_dit":
+            self.answer = partial(serving.serve_recall, recall.load_prior(folder, "retrieval"))
         else:
-            self.model = registry.load_folder(Path(folder)).to("cuda" if torch.cuda.is_available() else "cpu")
+            model = registry.load_folder(Path(folder)).to("cuda" if torch.cuda.is_available() else "cpu")
+            self.answer = partial(registry.reconstruct, model)
 
     def predict(self, context, model_input, params=None) -> np.ndarray:  # MLflow would read hints
-        if self.generates:
-            return sampling.serve(self.model, model_input, params)
-        return registry.reconstruct(self.model, _pixels(model_input))
+        return self.answer(model_input, params) if self.tables else self.answer(_pixels(model_input))
 
 
 def _pixels(given: Any) -> Any:

@@ -12,7 +12,7 @@ from typing import Any
 import click
 
 from longtake.datasets.errors import Failure, Interrupted, UserError
-from longtake.infra.cli import dataset, generate, recipe
+from longtake.infra.cli import dataset, generate, recipe, reconstruct, retrieve
 
 _SHELL = """
 Start here:
@@ -39,7 +39,7 @@ def cli() -> None:
 
 for command in (recipe.run, recipe.stage, recipe.graph, recipe.status, recipe.report, dataset.footage, dataset.dataset):
     cli.add_command(command)
-for command in (generate.generate, generate.reconstruct):
+for command in (generate.generate, reconstruct.reconstruct, retrieve.retrieve):
     cli.add_command(command)
 
 

@@ -1,30 +1,20 @@
-"""Commands that make videos of registered models: generate, reconstruct."""
+"""`longtake generate`: videos of a registered prior."""
 
-import os
-import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from pathlib import Path, PurePosixPath
-from typing import Any
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import click
 
-from longtake.datasets.errors import Failure, UserError
+from longtake.datasets import storage
+from longtake.datasets.errors import UserError
+from longtake.infra.cli import media
 
 _MOST_AT_ONCE = 64  # videos in a grid, which are all decoded side by side
-_precision = click.option(
-    "--precision",
-    type=click.Choice(["fp32", "bf16"]),
-    default="fp32",
-    show_default=True,
-    help="Of the models' arithmetic.",
-)
-_tile = click.option(
-    "--tile",
-    type=click.IntRange(min=1),
-    metavar="PIXELS",
-    help="Work on larger frames in overlapping tiles of this side.",
-)
+
+Job = tuple[int, str | None]  # a seed, and a class by name or number
 
 
 @click.command()
@@ -35,7 +25,23 @@ _tile = click.option(
     metavar="N",
     help="Of each video, 1 + 4n; longer than the model's window is fine. [default: its window]",
 )
+@click.option(
+    "--seconds",
+    type=click.FloatRange(min=0, min_open=True),
+    metavar="S",
+    help="In place of --frames: as many as last so long.",
+)
 @click.option("--class", "classes", multiple=True, metavar="C", help="Class by name or number. Repeat it for several.")
+@click.option(
+    "--start",
+    metavar="FILE",
+    help="Go on from the end of this video, which is no part of the result. For models with a memory.",
+)
+@click.option(
+    "--storyboard",
+    metavar="FILE.yaml",
+    help="What is to be seen when: a list of {at: 3.5s, class: C}. For models with a memory.",
+)
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="The first video's.")
 @click.option(
     "--count", type=click.IntRange(min=1), metavar="K", help="Videos, of the seeds from --seed on. [default: 1]"
@@ -68,12 +74,15 @@ _tile = click.option(
     show_default=True,
     help="Videos at once: faster on a GPU, more memory; their last bits may differ.",
 )
-@_tile
-@_precision
+@media.tile_option
+@media.precision_option
 def generate(
     model: str,
     frames: int | None,
+    seconds: float | None,
     classes: tuple[str, ...],
+    start: str | None,
+    storyboard: str | None,
     seed: int,
     count: int | None,
     seeds: str | None,
@@ -89,7 +98,8 @@ def generate(
 ) -> None:
     """Generate videos by MODEL, a prior of the registry (models:/latte@champion) or a model folder.
 
-    The same model, seed and options give the same file. The registry is the one that MLFLOW_TRACKING_URI names.
+    The same model, seed and options give the same file. The registry is the one that MLFLOW_TRACKING_URI names. A model
+    with a memory keeps what it has made in FILE.mp4.part until the file is whole: stopped, the same command goes on.
 
     \b
     Examples:
@@ -97,151 +107,180 @@ def generate(
       longtake generate models:/latte@champion --out x.mp4
       longtake generate models:/latte@champion --frames 97 --seed 7 --out long.mp4
       longtake generate models:/latte@champion --class dog --guidance 4 --count 9 --grid --out dogs.mp4
+      longtake generate models:/memory-dit@champion --seconds 60 --start clip.mp4 --storyboard story.yaml --out x.mp4
     """
     chosen = _seeds(seed, count, seeds)
-    _output(out)
+    media.check_output(out)
     jobs = [(s, c) for c in classes or (None,) for s in chosen]
     if len(set(jobs)) < len(jobs):
         raise UserError("--seeds, --class: the same video is asked for twice")
     if grid and len(jobs) > _MOST_AT_ONCE:
         raise UserError(f"--grid: {len(jobs)} videos, but at most {_MOST_AT_ONCE} fit; lower --count")
-    with _models():
-        from longtake.training import sampling
+    if frames is not None and seconds is not None:
+        raise UserError("--frames and --seconds: give one of them")
+    if classes and storyboard:
+        raise UserError("--class and --storyboard: give one of them")
+    if guidance not in (None, 1.0) and not (classes or storyboard):
+        raise UserError("--guidance: leads towards a class; name one with --class")
+    if start:
+        media.check_there(start)
+    with media.models("lower --batch or --count, or set --tile 256"):
+        from longtake.training import registry
 
-        prior = sampling.load_prior(_known(model), _known(vae) if vae else None, _dtype(precision))
-        given = {"guidance": guidance, "steps": steps}
-        settings = sampling.Settings(**vars(prior.settings) | {k: v for k, v in given.items() if v is not None})
-        if guidance not in (None, 1.0) and not classes:
-            raise UserError("--guidance: leads towards a class; name one with --class")
-        ids = {c: prior.class_id(c) for c in {c for _, c in jobs}}
-        length = frames if frames is not None else prior.frames
-        try:
-            each = sampling.rounds(prior, length, settings)
-        except ValueError as e:
-            raise UserError(f"--frames: {e}") from e
+        found = registry.load_with_facts(media.known(model))
+        numbers = {"dtype": media.dtype(precision), "vae": media.known(vae) if vae else None}
+        changes = {k: v for k, v in (("guidance", guidance), ("steps", steps)) if v is not None}
+        wanted = Wanted(model, frames, seconds, fps, tile, changes, start, storyboard, out)
+        maker = (_with_memory if found[1]["model"] == "memory_dit" else _with_windows)(wanted, found, numbers)
         groups = [jobs[n : n + batch] for n in range(0, len(jobs), batch)]
-        with _progress("generate", each * len(groups), "step") as bar:
-
-            def videos(group: Sequence[tuple[int, str | None]]) -> Iterator[Any]:
-                numbers, asked = [s for s, _ in group], [ids[c] for _, c in group]
-                try:
-                    yield from sampling.generate_videos(
-                        prior.latte, prior.vae, length, numbers, asked, settings, tile=tile, each_step=bar.update
-                    )
-                except ValueError as e:
-                    raise UserError(f"{model}: {e}") from e
-
-            made = []
-            rate = fps or prior.fps
-            if grid:
-                import numpy as np
-
-                with sampling.video_file(out, rate) as write:
-                    for chunks in zip(*map(videos, groups), strict=True):
-                        write(sampling.grid(np.concatenate(chunks)))
-                made.append(out)
-            else:
-                for group in groups:
-                    names = [_named(out, s, c, len(chosen) > 1, len(classes) > 1) for s, c in group]
-                    with ExitStack() as files:
-                        writers = [files.enter_context(sampling.video_file(name, rate)) for name in names]
-                        for chunk in videos(group):
-                            for write, frames_of_one in zip(writers, chunk, strict=True):
-                                write(frames_of_one)
-                    made += names
-    for name in made:
-        click.echo(name)
+        for name in _written(maker, groups, out, grid, len(chosen) > 1, len(classes) > 1):
+            click.echo(name)
+        maker.done()
 
 
-@click.command()
-@click.argument("model")
-@click.argument("video")
-@click.option("--out", required=True, metavar="FILE.mp4", help="Where to write.")
-@click.option(
-    "--visible", type=int, metavar="N", help="The encoder sees the first N frames, 1 + 4n; the others are predicted."
-)
-@click.option("--side-by-side", is_flag=True, help="The source on the left, what the model makes of it on the right.")
-@click.option(
-    "--fps", type=click.FloatRange(min=0, min_open=True), metavar="F", help="Of the file. [default: the video's]"
-)
-@_tile
-@_precision
-def reconstruct(
-    model: str,
-    video: str,
-    out: str,
-    visible: int | None,
-    side_by_side: bool,
-    fps: float | None,
-    tile: int | None,
-    precision: str,
-) -> None:
-    """Reconstruct VIDEO, a file of any length, by MODEL: an autoencoder of the registry or a model folder.
+class Wanted(NamedTuple):
+    """What is asked for of every video."""
 
-    Frames are cropped to multiples of 16 pixels around their middle; sound is left out. An image is a video of one frame.
+    model: str
+    frames: int | None
+    seconds: float | None
+    fps: float | None
+    tile: int | None
+    settings: dict[str, Any]  # what of the model's is to change
+    start: str | None
+    storyboard: str | None
+    out: str
 
-    \b
-    Examples:
-      longtake reconstruct models:/pv-vae@champion in.mp4 --out out.mp4 --side-by-side
-      longtake reconstruct models:/pv-vae@champion in.mp4 --visible 9 --out predicted.mp4
+
+class Maker(NamedTuple):
+    """How a model makes the videos of a group of jobs, side by side.
+
+    `videos` takes the group's number, the group and what is called after each step, of which a group has `rounds`.
     """
-    _output(out)
-    if not Path(video).is_file():
-        raise UserError(f"{video}: no such video file")
-    with _models():
-        import numpy as np
-        import torch
 
-        from longtake.training import sampling
-
-        vae = sampling.load_vae(_known(model))
-        vae = vae.to(torch.device("cuda" if torch.cuda.is_available() else "cpu"), _dtype(precision))
-        source, rate, count = _frames(video, vae.config.spatial_stride)
-        with _progress("reconstruct", count or None, "frame") as bar:
-            try:
-                with sampling.video_file(out, fps or rate) as write:
-                    for shown, made in sampling.reconstruct_video(vae, source, visible, tile):
-                        write(np.concatenate([shown, made], axis=2) if side_by_side else made)
-                        bar.update(len(made))
-            except UserError:
-                raise
-            except ValueError as e:
-                raise UserError(f"{video}: {e}") from e
-    click.echo(out)
+    fps: float
+    rounds: int
+    videos: Callable[[int, Sequence[Job], Callable[[], Any]], Iterator[Any]]
+    done: Callable[[], None]
 
 
-def _frames(path: str, stride: int) -> tuple[Iterator[Any], float, int]:
-    """Upright RGB frames (H, W, 3) of a video, frames a second, and how many there should be (0: unknown)."""
-    import av
-    from av.video.reformatter import VideoReformatter
+def _with_windows(wanted: Wanted, found: tuple[Any, dict[str, Any]], numbers: dict[str, Any]) -> Maker:
+    """Of a Latte, which goes on from the end of each window."""
+    from longtake.training import sampling
 
-    from longtake.pipeline import decode
+    prior = sampling.prior_of(wanted.model, *found, **numbers)
+    for option in ("start", "storyboard"):
+        if getattr(wanted, option):
+            raise UserError(
+                f"--{option}: {wanted.model} is a Latte, which has no memory; name a `finetune_memory_prior` model"
+            )
+    settings, rate = replace(prior.settings, **wanted.settings), wanted.fps or prior.fps
+    length = prior.frames if wanted.frames is None else wanted.frames
+    if wanted.seconds is not None:
+        length = sampling.frames_of_seconds(wanted.seconds, rate, prior.vae)
+    with _named_by("--frames"):
+        rounds = sampling.rounds(prior, length, settings)
+
+    def videos(_: int, group: Sequence[Job], each_step: Callable[[], Any]) -> Iterator[Any]:
+        seeds, ids = [s for s, _ in group], [prior.class_id(c) for _, c in group]
+        return sampling.generate_videos(
+            prior.latte, prior.vae, length, seeds, ids, settings, tile=wanted.tile, each_step=each_step
+        )
+
+    return Maker(rate, rounds, videos, lambda: None)
+
+
+def _with_memory(wanted: Wanted, found: tuple[Any, dict[str, Any]], numbers: dict[str, Any]) -> Maker:
+    """Of a model with a memory, segment by segment."""
+    from longtake.training import recall, segments
+
+    prior = recall.prior_of(wanted.model, *found, "generation", **numbers)
+    settings, rate = replace(prior.settings, **wanted.settings), wanted.fps or prior.fps
+    story = _storyboard(wanted.storyboard, prior) if wanted.storyboard else None
+    start = None
+    if wanted.start:
+        with _named_by(f"--start: {wanted.start}"):
+            start = prior.start(media.frames_at(wanted.start, prior.size, prior.fps))
+    goes_on = start is not None
+    length = wanted.frames
+    if length is None:
+        length = prior.frames_of_seconds(wanted.seconds or prior.frames / rate, rate, goes_on)
+    with _named_by("--frames"):
+        rounds = segments.segments(prior.model, prior.steps(length, goes_on)) * settings.steps
+    folder = f"{wanted.out}.part"
+
+    def videos(number: int, group: Sequence[Job], each_step: Callable[[], Any]) -> Iterator[Any]:
+        ids = [prior.class_id(c) for _, c in group]
+        return recall.generate_videos(
+            prior,
+            length,
+            [s for s, _ in group],
+            [(0.0, ids)] if story is None else [(at, [c] * len(group)) for at, c in story],
+            settings,
+            fps=rate,
+            start=start,
+            folder=f"{folder}/{number}",
+            tile=wanted.tile,
+            each_step=each_step,
+        )
+
+    return Maker(rate, rounds, videos, lambda: segments.forget(folder))
+
+
+def _written(
+    maker: Maker, groups: Sequence[Sequence[Job]], out: str, grid: bool, by_seed: bool, by_class: bool
+) -> list[str]:
+    """The files, once all are whole."""
+    import numpy as np
+
+    from longtake.training import sampling
+
+    made = []
+    storage.sweep(out.rpartition("/")[0] or ".")  # of what a killed run has begun
+    with media.progress("generate", maker.rounds * len(groups), "step") as bar:
+
+        def videos(number: int) -> Iterator[Any]:
+            with _named_by(""):
+                yield from maker.videos(number, groups[number], bar.update)
+
+        if grid:
+            with sampling.video_file(out, maker.fps) as write:
+                for chunks in zip(*map(videos, range(len(groups))), strict=True):
+                    write(sampling.grid(np.concatenate(chunks)))
+            return [out]
+        for number, group in enumerate(groups):
+            names = [_named(out, s, c, by_seed, by_class) for s, c in group]
+            with ExitStack() as files:
+                writers = [files.enter_context(sampling.video_file(name, maker.fps)) for name in names]
+                for chunk in videos(number):
+                    for write, frames_of_one in zip(writers, chunk, strict=True):
+                        write(frames_of_one)
+            made += names
+    return made
+
+
+@contextmanager
+def _named_by(what: str) -> Iterator[None]:
+    """Errors of what was asked for, with the option that asked for it."""
+    try:
+        yield
+    except (UserError, ValueError) as e:
+        raise UserError(f"{what}: {e}" if what else str(e)) from e
+
+
+def _storyboard(path: str, prior: Any) -> list[tuple[float, int]]:
+    import yaml
+
+    from longtake.training import recall
 
     try:
-        known = decode.probe(path)
-    except decode.Unreadable as e:
-        raise UserError(f"{path}: not a video or image that can be read ({e})") from e
-    width, height = known.width // 2 * 2, known.height // 2 * 2
-    if min(width, height) < stride:
-        raise UserError(
-            f"{path}: the picture is {known.width}x{known.height}; the model needs at least {stride}x{stride}"
-        )
-    crop = width // stride * stride, height // stride * stride
-    if crop != (known.width, known.height):
-        click.echo(f"{path}: {known.width}x{known.height} is cropped to {crop[0]}x{crop[1]}", err=True)
-
-    def made() -> Iterator[Any]:
-        scaler: Any = VideoReformatter()
-        colours: Any = VideoReformatter()
-        try:
-            for frame in decode.frames(path):
-                planes = decode.to_planes(frame, (width, height), crop, scaler)
-                image = av.VideoFrame.from_ndarray(planes, format="yuv420p")
-                yield colours.reformat(image, format="rgb24", src_colorspace="ITU601").to_ndarray()
-        except decode.Unreadable as e:
-            raise Failure(f"{path}: {e}") from e
-
-    return made(), known.fps or 25.0, known.frames
+        given = yaml.safe_load(Path(path).read_text())
+    except OSError as e:
+        raise UserError(f"--storyboard: {path}: {e.strerror}") from e
+    except (UnicodeDecodeError, yaml.YAMLError) as e:
+        raise UserError(f"--storyboard: {path}: is no YAML ({' '.join(str(e).split())})") from e
+    with _named_by(f"--storyboard: {path}"):
+        return recall.story_of(given, prior)
 
 
 def _seeds(first: int, count: int | None, given: str | None) -> list[int]:
@@ -263,43 +302,3 @@ def _named(out: str, seed: int, name: str | None, by_seed: bool, by_class: bool)
     """`out` with what tells one of several videos from the others in front of its suffix."""
     parts = [str(name).replace("/", "_")] * by_class + [f"seed{seed}"] * by_seed
     return "-".join([out.removesuffix(".mp4"), *parts]) + ".mp4"
-
-
-def _output(out: str) -> None:
-    if PurePosixPath(out).suffix != ".mp4":
-        raise UserError(
-            f"--out: {out}: videos are written as mp4; name it such as {PurePosixPath(out).stem or 'x'}.mp4"
-        )
-
-
-def _known(uri: str) -> str:
-    if uri.startswith(("models:/", "runs:/")) and not os.environ.get("MLFLOW_TRACKING_URI"):
-        raise UserError(
-            f"{uri}: MLFLOW_TRACKING_URI is not set; set it to the registry, such as sqlite:///runs/quickstart/mlflow.db"
-        )
-    return uri
-
-
-def _dtype(precision: str) -> Any:
-    import torch
-
-    return {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
-
-
-@contextmanager
-def _models() -> Iterator[None]:
-    """Put errors of memory into words that help."""
-    import torch
-
-    try:
-        yield
-    except torch.OutOfMemoryError as e:
-        raise Failure("the GPU's memory is too small for this; lower --batch or --count, or set --tile 256") from e
-
-
-@contextmanager
-def _progress(what: str, total: int | None, unit: str) -> Iterator[Any]:
-    from tqdm import tqdm
-
-    with tqdm(desc=what, total=total, unit=unit, mininterval=0.2 if sys.stderr.isatty() else 15.0) as bar:
-        yield bar

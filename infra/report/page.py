@@ -17,6 +17,7 @@ from longtake.infra.report.clips import contact, histograms, load
 from longtake.infra.report.embed import Pictures
 from longtake.infra.report.generated import generated
 from longtake.infra.report.heldout import heldout
+from longtake.infra.report.memory import continued, retrieved
 from longtake.infra.report.runs import StageRun, outcome, telling, training
 
 
@@ -45,6 +46,8 @@ def build(
         training=training(stages, pictures),
         heldout=[found for found in map(heldout, stages) if found],
         generated=[found for found in map(generated, stages) if found],
+        retrieved=retrieved(stages, pictures),
+        continued=[found for found in map(continued, stages) if found],
         stages=stages,
     )
     return _save(folder, page)

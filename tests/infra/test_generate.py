@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import av
 import numpy as np
 import pytest
 import torch
+from click import Abort
 from click.testing import CliRunner, Result
 from torch import nn
 
@@ -22,8 +24,9 @@ from longtake.datasets.column import encoder_digest
 from longtake.datasets.errors import UserError
 from longtake.infra.cli import cli
 from longtake.infra.report import StageRun, build
-from longtake.training import registry, sampling
+from longtake.training import recall, registry, sampling, segments
 from longtake.training.models.latte import Latte, LatteConfig
+from longtake.training.models.memory_dit import MemoryDiT, MemoryDiTConfig
 from longtake.training.models.pv_vae import PVVAE, config_from_preset
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -38,7 +41,7 @@ def awake(model: nn.Module) -> Any:
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Folders `latte`, `plain` (without classes) and `vae`."""
+    """Folders `latte`, `plain` (without classes), `vae`, `memory` and `holder` (which retrieves)."""
     folder = tmp_path_factory.mktemp("models")
     vae = awake(PVVAE(config_from_preset("pv_vae_tiny", latent_channels=8, encoder_width=8, decoder_width=8)))
     registry.save(folder / "vae", "pv_vae", vae.config.model_dump(mode="json"), vae.state_dict(), {"lineage": {}})
@@ -52,6 +55,20 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
             "vae": {"uri": str(folder / "vae"), "sha256": "0", "encoder": encoder_digest(vae)},
         }
         registry.save(folder / name, "latte", config.model_dump(mode="json"), awake(Latte(config)).state_dict(), facts)
+    small: dict[str, Any] = {"depth": 2, "width": 24, "heads": 2, "channels": 8, "classes": 2, "rates": ("2x2x2",)}
+    small |= {"memory_widths": (4, 8), "memory_heads": 2, "history": 6, "shape": (3, 2, 2), "window": 2}
+    dit = awake(MemoryDiT(MemoryDiTConfig(**small)))
+    for name, stage in (("memory", "generation"), ("holder", "retrieval")):
+        facts |= {
+            "stage": stage,
+            "rates": ["2x2x2"],
+            "classes": ["cat", "dog"],
+            "low_latents": {"uri": "", "digest": "0", "shrink": [2, 2]},
+            "window": {"frames": 9, "steps": 3, "factor": 4, "fps": 12.0, "size": [32, 32]},
+            "history": {"seconds": 2.0, "steps": 6},
+            "sampling": {"steps": 2, "guidance": 1.0, "shift": 1.0},
+        }
+        registry.save(folder / name, "memory_dit", dit.config.model_dump(mode="json"), dit.state_dict(), facts)
     return folder
 
 
@@ -126,6 +143,20 @@ def test_a_grid_is_one_file_however_many_are_made_at_once(models: Path, tmp_path
         (["vae"], "is a PVVAE, which generates no videos"),
         (["nowhere"], "no longtake model here"),
         (["latte", "--tile", "24"], "tile 24 with overlap 64"),
+        (["latte", "--seconds", "1", "--frames", "9"], "--frames and --seconds: give one of them"),
+        (["latte", "--start", __file__], "--start: latte is a Latte, which has no memory; name a `finetune_memory"),
+        (["latte", "--storyboard", __file__], "--storyboard: latte is a Latte, which has no memory"),
+        (["memory", "--class", "cat", "--storyboard", "x"], "--class and --storyboard: give one of them"),
+        (["memory", "--storyboard", "none.yaml"], "--storyboard: none.yaml: No such file"),
+        (["memory", "--storyboard", "vae/config.json"], "--storyboard: vae/config.json: needs a list with entries"),
+        (["memory", "--storyboard", "vae/model.safetensors"], "--storyboard: vae/model.safetensors: is no YAML"),
+        (["memory", "--start", "none.mp4"], "none.mp4: no such video file"),
+        (["memory", "--start", "vae/config.json"], "not a video or image that can be read"),
+        (["memory", "--frames", "12"], "--frames: frames is 12.*such as 9 or 13"),
+        (["memory", "--class", "dgo"], "by name such as dog"),
+        (["memory", "--vae", "latte"], "is a Latte, not a video autoencoder"),
+        (["memory", "--tile", "24"], "tile 24 with overlap 64"),
+        (["holder"], "trained for retrieval, not generation; name a `finetune_memory_prior` model"),
         (["latte", "--vae", "latte"], "is a Latte, not a video autoencoder"),
     ],
 )
@@ -136,6 +167,126 @@ def test_what_cannot_be_generated_is_said_in_one_line(
     with pytest.raises(UserError, match=said) as e:
         longtake("generate", *arguments, "--out", tmp_path / "x.mp4")
     assert "\n" not in str(e.value) and not list(tmp_path.iterdir())
+
+
+def test_seconds_are_at_least_so_many_of_the_file(models: Path, tmp_path: Path) -> None:
+    for model, more, frames in (
+        ("plain", ["--seconds", "1"], 13),
+        ("plain", ["--seconds", "1", "--fps", 24], 25),
+        ("memory", ["--seconds", "1.5"], 21),
+        ("memory", [], 9),
+    ):
+        longtake("generate", models / model, *more, "--steps", 1, "--out", tmp_path / "x.mp4")
+        assert len(frames_of(tmp_path / "x.mp4")) == frames
+
+
+def test_a_model_with_a_memory_makes_the_same_bytes_each_time_and_leaves_nothing_beside(
+    models: Path, tmp_path: Path
+) -> None:
+    for name, more in (("a", []), ("b", []), ("c", ["--seed", 8])):
+        longtake(
+            "generate", models / "memory", "--seconds", 2, "--class", "dog", *more, "--out", tmp_path / f"{name}.mp4"
+        )
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.mp4", "b.mp4", "c.mp4"]
+    a, b, c = ((tmp_path / f"{name}.mp4").read_bytes() for name in "abc")
+    assert a == b != c
+    prior = recall.load_prior(str(models / "memory"), "generation")
+    with sampling.video_file(tmp_path / "python.mp4", 12) as write:
+        for chunk in recall.generate_videos(prior, 25, [0], [(0.0, [1])]):
+            write(chunk[0])
+    assert (tmp_path / "python.mp4").read_bytes() == a
+
+
+def test_several_videos_with_a_memory_side_by_side(models: Path, tmp_path: Path) -> None:
+    longtake("generate", models / "memory", "--count", 3, "--batch", 2, "--grid", "--out", tmp_path / "grid.mp4")
+    assert frames_of(tmp_path / "grid.mp4").shape == (9, 2 * 32 + 2, 2 * 32 + 2, 3)
+    longtake(
+        "generate", models / "memory", "--class", "cat", "--class", "dog", "--batch", 2, "--out", tmp_path / "x.mp4"
+    )
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["grid.mp4", "x-cat.mp4", "x-dog.mp4"]
+    assert (tmp_path / "x-cat.mp4").read_bytes() != (tmp_path / "x-dog.mp4").read_bytes()
+
+
+def test_a_storyboard_is_followed(models: Path, tmp_path: Path) -> None:
+    story = tmp_path / "story.yaml"
+    story.write_text("- {at: 0s, class: cat}\n- {at: 1.0s, class: dog}\n")
+    for name, more in (("told", ["--storyboard", story]), ("cat", ["--class", "cat"]), ("dog", ["--class", 1])):
+        longtake("generate", models / "memory", "--seconds", 2, *more, "--out", tmp_path / f"{name}.mp4")
+    told, cat, dog = (frames_of(tmp_path / f"{name}.mp4").astype(int) for name in ("told", "cat", "dog"))
+    same = np.abs(told - cat).mean((1, 2, 3))
+    # 1 s is frame 12, which the step from frame 9 to 12 has: the next segment begins at frame 9
+    assert same[:5].max() < 2 < same[-4:].mean()
+    assert np.abs(told - dog)[:9].mean() > 2
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("[]", "needs a list with entries"),
+        ("- cat", "entry 1 needs `at` and `class`, and has 'cat'"),
+        ("- {at: 0s}", "entry 1 needs `at` and `class`, and has at"),
+        ("- {at: 0s, caption: a cat}", "and has at, caption"),
+        ("- {at: soon, class: cat}", "entry 1: at: 'soon' is no time"),
+        ("- {at: -1s, class: cat}", "entry 1: at: '-1s' is no time"),
+        ("- {at: 0s, class: dgo}", "entry 1: class 'dgo'"),
+        ("- {at: 2s, class: cat}\n- {at: 1s, class: dog}", "entry 2: at: 1 s must be later than the 2 s before"),
+        ("- {at: 0s, class: [}", "is no YAML"),
+    ],
+)
+def test_what_is_wrong_with_a_storyboard_is_said_in_one_line(
+    models: Path, tmp_path: Path, text: str, said: str
+) -> None:
+    story = tmp_path / "story.yaml"
+    story.write_text(text)
+    with pytest.raises(UserError, match=said) as e:
+        longtake("generate", models / "memory", "--storyboard", story, "--out", tmp_path / "x.mp4")
+    assert str(story) in str(e.value) and "\n" not in str(e.value)
+    assert [p.name for p in tmp_path.iterdir()] == ["story.yaml"]
+
+
+def test_a_video_is_gone_on_from_its_end(models: Path, video: Path, tmp_path: Path) -> None:
+    clip.write(tmp_path / "short.mp4", np.zeros((4, 32, 32, 3), np.uint8), 12)
+    with pytest.raises(UserError, match=r"short\.mp4: has 4 frames at 12 a second; the model goes on from 5 or more"):
+        longtake("generate", models / "memory", "--start", tmp_path / "short.mp4", "--out", tmp_path / "x.mp4")
+    with pytest.raises(
+        UserError, match="--frames: frames is 10; going on from a video makes 4n frames, such as 8 or 12"
+    ):
+        longtake("generate", models / "memory", "--start", video, "--frames", 10, "--out", tmp_path / "x.mp4")
+    clip.write(tmp_path / "white.mp4", np.full((40, 32, 48, 3), 255, np.uint8), 12)
+    for name, start in (("a", video), ("b", tmp_path / "white.mp4")):
+        longtake("generate", models / "memory", "--seconds", 1, "--start", start, "--out", tmp_path / f"{name}.mp4")
+    a, b = (frames_of(tmp_path / f"{name}.mp4") for name in "ab")
+    assert a.shape == b.shape == (12, 32, 32, 3) and np.abs(a.astype(int) - b).mean() > 2
+
+
+def test_a_stopped_command_goes_on_and_one_of_other_options_is_refused(
+    models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def command(*more: object) -> None:
+        options = ["--seconds", 2, "--count", 2, *more]
+        longtake("generate", models / "memory", *options, "--out", tmp_path / "x.mp4")
+
+    command()
+    whole = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    for path in tmp_path.iterdir():
+        path.unlink()
+    original, calls = segments._sample, []
+
+    def killed(*arguments: Any) -> Any:
+        calls.append(1)
+        if len(calls) == 5:
+            raise KeyboardInterrupt
+        return original(*arguments)
+
+    monkeypatch.setattr(segments, "_sample", killed)
+    with pytest.raises((KeyboardInterrupt, Abort)):
+        command()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["x-seed0.mp4", "x.mp4.part"]
+    with pytest.raises(UserError, match=r"x\.mp4\.part/0: has segments of a run .* with other settings; delete it"):
+        command("--steps", 3)
+    command()
+    assert len(calls) == 7  # of three segments each, four were kept
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == whole
 
 
 def test_the_registry_must_be_named_and_files_are_mp4(
@@ -270,3 +421,32 @@ def test_a_shell_makes_the_same_video_as_python(models: Path, tmp_path: Path) ->
     wrong = run("--frames", "16", "--out", "z.mp4")
     assert wrong.returncode == 2 and wrong.stderr.count("error: ") == 1 and "13 or 17" in wrong.stderr
     assert "Traceback" not in wrong.stderr
+
+
+@pytest.mark.slow
+def test_a_killed_command_goes_on_to_the_same_bytes(models: Path, tmp_path: Path) -> None:
+    """Killed twice: when a segment is finished, and when some steps of the next are done."""
+    command = [sys.executable, "-P", "-m", "longtake.infra.cli", "generate", str(models / "memory"), "--seconds", "4"]
+    clean = {k: v for k, v in os.environ.items() if not k.startswith("MLFLOW_")} | {"OMP_NUM_THREADS": "1"}
+
+    def started(name: str) -> subprocess.Popen[bytes]:
+        arguments = [*command, "--steps", "300", "--out", name]
+        return subprocess.Popen(arguments, cwd=tmp_path, env=clean, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+    done = started("whole.mp4")
+    assert done.wait(timeout=300) == 0, done.communicate()
+    part = tmp_path / "x.mp4.part" / "0"
+    for number, wait in ((0, 0.0), (2, 0.3)):
+        run = started("x.mp4")
+        while not (part / f"{number:05d}.safetensors").exists():
+            assert run.poll() is None
+            time.sleep(0.01)
+        time.sleep(wait)
+        run.kill()
+        run.communicate()
+        assert not (tmp_path / "x.mp4").exists()
+    kept = {path.name: path.stat().st_mtime_ns for path in part.glob("*.safetensors")}
+    assert 3 <= len(kept) < 5
+    assert started("x.mp4").wait(timeout=300) == 0
+    assert (tmp_path / "x.mp4").read_bytes() == (tmp_path / "whole.mp4").read_bytes()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["whole.mp4", "x.mp4"]

@@ -158,6 +158,7 @@ def test_new_sources_change_the_fingerprint_but_not_the_dataset(tmp_path: Path) 
 def test_the_recipes_of_the_package_are_valid(monkeypatch: pytest.MonkeyPatch) -> None:
     for variable in ("VIDEOS", "WORKSPACE", "CHECKPOINTS"):
         monkeypatch.setenv(variable, variable.lower())
+    monkeypatch.setenv("VAE", "models:/pv-vae@champion")
     for name in recipe.builtin():
         assert graph.build(recipe.load(name))
 

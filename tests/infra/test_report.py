@@ -95,6 +95,78 @@ def page(dataset, view, stages, tmp_path_factory):
     return build(tmp_path_factory.mktemp("report"), "small & good", stages, dataset, view, TRACKING)
 
 
+@pytest.fixture
+def memories(tmp_path):
+    """Two stages that have retrieved, one whose video is lost, and one that has gone on with videos."""
+
+    def stage(name, kind, files):
+        folder = tmp_path / name / "heldout"
+        folder.mkdir(parents=True)
+        for file, content in files.items():
+            if file.endswith(".json"):
+                (folder / file).write_text(json.dumps(content))
+            else:
+                footage.write_video(folder / file, content, 12)
+        more = {"seconds": 1.0, "metrics": {}, "history": {}, "params": {}, "artifacts": folder.parent}
+        return StageRun(name, kind, "FINISHED", False, run_id="1", uri=f"models:/{name}/1", **more)
+
+    frames = list(footage.render(7, seconds=3, fps=12, size=(64, 80))[0])
+    summary = {"psnr": 17.25, "ssim": 0.625, "psnr_bound": 31.5, "ssim_bound": 0.875, "tokens": 5460.0, "steps": 120.0}
+    summary |= {"psnr_by_step": [16.0, 17.0, 18.5], "clips": 3, "memory": "encoder", "rates": ["4x4x2", "2x2x8"]}
+    summary |= {"branches": "both", "split": "val", "seed": 0}
+    patchify = summary | {"psnr": 12.5, "memory": "patchify", "rates": ["4x4x2"]}
+    going = {"heldout_loss": 0.75, "distance": 0.0625, "distance_by_segment": [0.03125, 0.09375], "segments": 2}
+    going |= {"distance_true": 0.015625, "videos": 2, "clips": 4, "split": "val", "seed": 0}
+    videos = [{"file": f"../continued-{n}.mp4", "seed": n, "given_frames": 8} for n in range(2)]
+    return [
+        stage("phi", "pretrain_memory", {"retrieved.json": {"summary": summary}, "retrieved.mp4": frames}),
+        stage("<b>flat", "pretrain_memory", {"retrieved.json": {"summary": patchify}}),
+        stage(
+            "prior",
+            "finetune_memory_prior",
+            {"continued.json": {"summary": going, "videos": videos}, "continued-0.mp4": frames},
+        ),
+    ]
+
+
+def spaced(page: Path) -> str:
+    """`text_of`, with a space where a tag is."""
+    return " ".join(htmllib.unescape(re.sub(r"<[^>]*>", " ", page.read_text().split("<body>")[1])).split())
+
+
+def test_retrieved_frames_are_compared_by_rate(memories, tmp_path):
+    page = build(tmp_path / "page", "memories", memories, None, None, "")
+    text, html = spaced(page), page.read_text()
+    assert "phi 4×4×2 + 2×2×8 5,460 120 17.25 31.5 0.625 0.875 3" in text
+    assert "<b>flat 4×4×2, patchify 5,460 120 12.5" in text and "<b>flat" not in html.split("<body>")[1]
+    section = html.split('<section id="retrieved">')[1].split("</section>")[0]
+    assert section.count("<video") == 1 and section.count("no playable video") == 1
+    assert section.count("data:image/svg") == 2 and section.count("data:image/jpeg") == 1
+    assert {"phi-retrieved.jpg", "phi-psnr-by-step.svg"} <= {p.name for p in (tmp_path / "page" / "pictures").iterdir()}
+    shown = Image.open(tmp_path / "page" / "pictures" / "phi-retrieved.jpg")
+    assert shown.size == (2 * (8 * 82 - 2), 2 * 64)
+
+
+def test_videos_that_a_memory_went_on_with_are_shown_with_how_far_they_drift(memories, tmp_path):
+    page = build(tmp_path / "page", "memories", memories, None, None, "")
+    section = page.read_text().split('<section id="continued">')[1].split("</section>")[0]
+    assert section.count("<video") == 1 and "continued-1.mp4: no playable video" in section
+    text = spaced(page)
+    assert "distance to the beginning 0.0625" in text and "truly came next 0.01562" in text
+    assert "Distance of each segment to the beginning: 0.03125, 0.09375." in text
+    assert "seed 0 the first 8 frames are given" in text
+    record = memories[2].artifacts / "heldout" / "continued.json"
+    kept = json.loads(record.read_text())
+    kept["summary"] |= {"distance": None, "distance_by_segment": None, "distance_true": None}
+    record.write_text(json.dumps(kept))
+    again = spaced(build(tmp_path / "page", "memories", memories, None, None, ""))
+    assert "No distance to the beginning was measured" in again
+
+
+def test_a_page_without_memories_says_nothing_of_them(page):
+    assert "Retrieved from memory" not in text_of(page) and "Continued videos" not in text_of(page)
+
+
 def text_of(page: Path) -> str:
     """What a reader sees, on one line."""
     body = page.read_text().split("<body>")[1]

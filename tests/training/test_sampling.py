@@ -15,7 +15,7 @@ from torch import nn
 from longtake.datasets.column import encoder_digest
 from longtake.datasets.errors import UserError
 from longtake.datasets.loader import to_model
-from longtake.training import registry, sampling
+from longtake.training import registry, sampling, serving
 from longtake.training.models import latte as lattes
 from longtake.training.models.latte import Latte, LatteConfig
 from longtake.training.models.pv_vae import PVVAE, config_from_preset
@@ -258,11 +258,11 @@ def test_a_served_prior_takes_a_table_and_gives_videos(prior: Latte, vae: PVVAE)
 
     known = bundle(prior, vae)
     table = pandas.DataFrame({"seed": [1, 1, 2], "class": ["dog", None, "0"]})
-    videos = sampling.serve(known, table)
+    videos = serving.serve(known, table)
     assert videos.shape == (3, 9, 32, 32, 3) and videos.dtype == np.uint8
     np.testing.assert_array_equal(videos[0], made(prior, vae, classes=[1])[0])
     np.testing.assert_array_equal(videos[1], made(prior, vae)[0])
-    longer = sampling.serve(known, {"seed": np.array([1]), "frames": [13]}, {"steps": 3, "guidance": None})
+    longer = serving.serve(known, {"seed": np.array([1]), "frames": [13]}, {"steps": 3, "guidance": None})
     np.testing.assert_array_equal(longer, made(prior, vae, 13, settings=Settings(steps=3, overlap=1)))
 
 
@@ -285,4 +285,4 @@ def test_what_a_served_prior_cannot_do_it_says_in_one_line(
     prior: Latte, vae: PVVAE, given: Any, params: Any, said: str
 ) -> None:
     with pytest.raises(UserError, match=said):
-        sampling.serve(bundle(prior, vae), given, params)
+        serving.serve(bundle(prior, vae), given, params)

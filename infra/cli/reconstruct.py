@@ -1,0 +1,62 @@
+"""`longtake reconstruct`: a video through an autoencoder."""
+
+import click
+
+from longtake.datasets.errors import UserError
+from longtake.infra.cli import media
+
+
+@click.command()
+@click.argument("model")
+@click.argument("video")
+@click.option("--out", required=True, metavar="FILE.mp4", help="Where to write.")
+@click.option(
+    "--visible", type=int, metavar="N", help="The encoder sees the first N frames, 1 + 4n; the others are predicted."
+)
+@click.option("--side-by-side", is_flag=True, help="The source on the left, what the model makes of it on the right.")
+@click.option(
+    "--fps", type=click.FloatRange(min=0, min_open=True), metavar="F", help="Of the file. [default: the video's]"
+)
+@media.tile_option
+@media.precision_option
+def reconstruct(
+    model: str,
+    video: str,
+    out: str,
+    visible: int | None,
+    side_by_side: bool,
+    fps: float | None,
+    tile: int | None,
+    precision: str,
+) -> None:
+    """Reconstruct VIDEO, a file of any length, by MODEL: an autoencoder of the registry or a model folder.
+
+    Frames are cropped to multiples of 16 pixels around their middle; sound is left out. An image is a video of one frame.
+
+    \b
+    Examples:
+      longtake reconstruct models:/pv-vae@champion in.mp4 --out out.mp4 --side-by-side
+      longtake reconstruct models:/pv-vae@champion in.mp4 --visible 9 --out predicted.mp4
+    """
+    media.check_output(out)
+    media.check_there(video)
+    with media.models("set --tile 256"):
+        import numpy as np
+        import torch
+
+        from longtake.training import sampling
+
+        vae = sampling.load_vae(media.known(model))
+        vae = vae.to(torch.device("cuda" if torch.cuda.is_available() else "cpu"), media.dtype(precision))
+        source, rate, count = media.frames_of(video, vae.config.spatial_stride)
+        with media.progress("reconstruct", count or None, "frame") as bar:
+            try:
+                with sampling.video_file(out, fps or rate) as write:
+                    for shown, made in sampling.reconstruct_video(vae, source, visible, tile):
+                        write(np.concatenate([shown, made], axis=2) if side_by_side else made)
+                        bar.update(len(made))
+            except UserError:
+                raise
+            except ValueError as e:
+                raise UserError(f"{video}: {e}") from e
+    click.echo(out)
