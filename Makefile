@@ -4,10 +4,10 @@
 
 PYTHON ?= python3
 VENV := .venv
-# two at a time, a file of tests each; more threads than that would wait for each other
-TEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
+# two at a time, a file of tests each; more threads than that would wait for each other
+TEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 export VIDEOS
 
