@@ -136,7 +136,9 @@ def test_two_engines_on_two_processes_learn_what_plain_pytorch_learns(
 
 
 @pytest.mark.parametrize("zero_stage", [1, 3])
-def test_training_of_two_engines_goes_on_with_another_number_of_processes(dataset: str, tmp_path: Path, zero_stage: int) -> None:
+def test_training_of_two_engines_goes_on_with_another_number_of_processes(
+    dataset: str, tmp_path: Path, zero_stage: int
+) -> None:
     straight = train(dataset, tmp_path / "straight", 1, zero_stage=zero_stage, steps=6)
     for world, steps in ((2, 2), (1, 4), (2, 6)):
         said = train(dataset, tmp_path / "elastic", world, zero_stage=zero_stage, steps=steps)
