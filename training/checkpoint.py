@@ -98,6 +98,7 @@ class Checkpoints:
             # what a kill has left
             for scratch in folder.glob(".step-*.tmp"):
                 shutil.rmtree(scratch, ignore_errors=True)
+            storage.sweep(str(folder))
             if upload:
                 self._copies = Copies(folder, upload, lambda: {path.name for path in self._kept()})
 

@@ -4,6 +4,7 @@ import json
 import os
 import random
 import shutil
+import socket
 import subprocess
 import sys
 import time
@@ -200,6 +201,15 @@ print("ready", flush=True)
 with engines.process_group():
     small.fit(Path(sys.argv[2]), steps=300, checkpoint_every=1, ema_half_lives=[5], upload=sys.argv[3])
 """
+
+
+def test_what_a_killed_process_was_writing_goes_with_the_next_training(small: Any, tmp_path: Path, group: None) -> None:
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    (tmp_path / f".latest~{socket.gethostname()}@{dead.pid}~00000000.tmp").touch()
+    (tmp_path / ".step-00000001.tmp").mkdir()
+    small.fit(tmp_path)
+    assert not list(tmp_path.glob(".*"))
 
 
 @pytest.mark.slow

@@ -183,7 +183,9 @@ def test_what_one_process_meets_is_what_the_command_says(dataset: str, tmp_path:
     code, said, folder = colours(tmp_path, dataset, launcher=launcher, fault=fault)
     assert code == 1 and says in said.splitlines()[-1], said
     last = checkpoint.latest(folder)
-    assert "starting again" not in said and last and last.name == "step-00000006", said
+    # a killed process may take with it the one that was being written
+    whole = {"step-00000003", "step-00000006"} if fault == "kill" else {"step-00000006"}
+    assert "starting again" not in said and last and last.name in whole, said
     assert ("Traceback" in said) == (fault == "bug"), said
 
 
