@@ -88,6 +88,7 @@ def output(s3: Any, undisturbed: dict[str, str]) -> Iterator[str]:
         fs.rm(path, recursive=True)
 
 
+@pytest.mark.timeout(1200)
 def test_thirty_kills_on_a_failing_store_lose_double_and_tear_nothing(
     s3: Any,
     output: str,
@@ -100,7 +101,7 @@ def test_thirty_kills_on_a_failing_store_lose_double_and_tear_nothing(
     chance = random.Random(3)
     workers = killed = 0
     fs, path = storage.filesystem(output)
-    deadline = time.time() + 400
+    deadline = time.time() + 800
     while workers + killed < KILLS and time.time() < deadline:
         s3.faults = True
         driver = drivers.start(tiny("s3://raw"), output)
