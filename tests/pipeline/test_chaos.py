@@ -72,7 +72,9 @@ def test_a_hundred_kills_lose_double_and_tear_nothing(tmp_path: Path) -> None:
     deadline = time.time() + 900
     while kills < KILLS and time.time() < deadline:
         driver, drivers = start(config, output), drivers + 1
-        last = time.time() + chance.uniform(5, 12)
+        while driver.poll() is None and not victims(driver.pid):
+            time.sleep(0.05)
+        last = time.time() + chance.uniform(2, 10)
         while driver.poll() is None and time.time() < last and kills < KILLS - 1:
             time.sleep(chance.uniform(0.02, 0.2))
             if found := victims(driver.pid):
