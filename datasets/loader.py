@@ -191,6 +191,10 @@ class Loader(Stream):
                     "seconds of history, or shard longer shots, with a lower `clip.max_seconds`"
                 )
         self.samples = int(keep.sum())
+        if not self.samples and pc.max(facts["frame_count"]).as_py() == 1 < lengths[-1]:
+            raise UserError(
+                f"{where}: has images, and windows of {lengths[-1]} frames need videos; set frames: 1 for images"
+            )
         kinds = np.unique(codes[keep]).tolist()
         rows_of = [np.flatnonzero(keep & (codes == code)).astype(np.int32) for code in kinds]
         # a shape's part of the epoch is that of its clips' weights

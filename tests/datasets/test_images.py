@@ -302,6 +302,13 @@ def test_images_and_videos_are_mixed_at_a_ratio(tmp_path: Path, dataset: str) ->
     assert 8 <= sum(b["part"] == "image" for b in batches) <= 32
 
 
+def test_images_where_videos_are_needed_are_one_line(tmp_path: Path) -> None:
+    write(tmp_path / "train" / "a.tar", {"a.jpg": encoded(pixels())})
+    split(tmp_path)
+    with pytest.raises(UserError, match="has images, and windows of 9 frames need videos; set frames: 1 for images"):
+        Loader(str(tmp_path), columns=("video",), frames=(9, 17), size=(32, 32))
+
+
 def test_tars_that_lie_elsewhere_are_linked(tmp_path: Path) -> None:
     tars = [str(write(tmp_path / "away" / f"{n}.tar", {"x.jpg": encoded(pixels())})) for n in range(12)]
     folder = str(tmp_path / "images")
