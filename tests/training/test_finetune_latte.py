@@ -9,19 +9,19 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import latent_stages
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
-from longtake.datasets import clip, column, compact, index, schema, storage, view
+from longtake.datasets import clip, column, index, schema, storage
 from longtake.datasets.errors import Failure, UserError
 from longtake.infra import graph, recipe
-from longtake.pipeline import latents
 from longtake.pipeline.stages import cache_latents
 from longtake.training import checkpoint, registry, sampling
 from longtake.training.loop import train
-from longtake.training.models.pv_vae import PVVAE, Posterior, config_from_preset
+from longtake.training.models.pv_vae import PVVAE, Posterior
 from longtake.training.stages import finetune_latte
 from longtake.training.stages.finetune_latte import Config, begin, check, data_of, decoder, loader_of, objective
 
@@ -50,65 +50,16 @@ QUICK: dict[str, Any] = {
 
 @pytest.fixture(scope="module")
 def vae() -> PVVAE:
-    """Random weights, none of them zero."""
-    torch.manual_seed(0)
-    model = PVVAE(config_from_preset("pv_vae_tiny", latent_channels=8, encoder_width=8, decoder_width=8))
-    for parameter in model.parameters():
-        if not parameter.any():
-            nn.init.normal_(parameter, std=0.05)
-    return model.eval()
+    return latent_stages.vae()
 
 
 @pytest.fixture(scope="module")
 def inputs(dataset: str, vae: PVVAE, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """A dataset with labels, its latents and their encoder: read them, do not change them."""
     root = tmp_path_factory.mktemp("latte")
-    copy = str(shutil.copytree(dataset, root / "dataset"))
-    _label(copy)
-    return made(root, copy, vae)
-
-
-def made(root: Path, dataset: str, vae: PVVAE) -> dict[str, str]:
-    """The latents of a dataset as `cache_latents` makes them, without Ray."""
-    registry.save(root / "vae", "pv_vae", vae.config.model_dump(mode="json"), vae.state_dict(), {"lineage": {}})
-    chosen = latents.Settings(None, "fp32", "float16", None, 64, 4, 2)
-    of = latents.geometry(vae, "here")
-    name = latents.column_name(column.encoder_digest(vae), chosen, "")
-    bases = {split: compact.open_split(dataset, split)[0] for split in schema.SPLITS}
-    for split, base in bases.items():
-        for shard, keep in cache_latents._by_shard(base, view.kept(base, None)[0]).items():
-            latents.make_latents(vae, of, dataset, split, shard, name, chosen, keep)
-    found = column.merged(column.read_moments(dataset, s) for s in index.read_shards(dataset, "train", name))
-    record = column.Latents(
-        dataset=dataset,
-        column=name,
-        encoder={"uri": str(root / "vae"), "digest": column.encoder_digest(vae), "model": "PVVAE", "config": {}},
-        channels=of.channels,
-        factor=of.factor,
-        stride=of.stride,
-        size=None,
-        precision="fp32",
-        dtype="float16",
-        count=found.count,
-        mean=tuple(found.mean.tolist()),
-        std=tuple(np.sqrt(found.m2 / found.count).tolist()),
-        posterior_std=tuple(np.sqrt(found.variance).tolist()),
-        view=None,
-        digests={split: base.digest for split, base in bases.items()},
-    )
-    column.write_latents(str(root / "latents"), record)
-    return {"dataset": dataset, "latents": str(root / "latents")}
-
-
-def _label(dataset: str) -> None:
-    """Give every clip a label, as a manifest would."""
-    for split in schema.SPLITS:
-        for shard in index.read_shards(dataset, split):
-            rows = shard.table.to_pylist()
-            for number, row in enumerate(rows):
-                row["label"] = "ab"[number % 2]
-            url = storage.join(dataset, split, f"{shard.name}.parquet")
-            index.write_index(url, rows, schema.INDEX, shard.tar_bytes, shard.tar_sha256)
+    copy = latent_stages.labelled(dataset, root / "dataset")
+    uri = latent_stages.saved(vae, root / "vae")
+    return {"dataset": copy, "latents": latent_stages.encoded(root / "latents", copy, vae, uri)}
 
 
 def config(**changes: Any) -> Config:
@@ -371,17 +322,7 @@ def test_the_stage_stands_in_a_graph_with_its_inputs(tmp_path: Path) -> None:
 @pytest.fixture
 def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """An MLflow store with an open run, as a stage finds it."""
-    import mlflow
-
-    uri = f"sqlite:///{tmp_path}/mlflow.db"
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
-    monkeypatch.setenv("MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL", "60")
-    mlflow.set_tracking_uri(uri)
-    client = mlflow.MlflowClient()
-    run = client.create_run(client.create_experiment("e", f"{tmp_path}/artifacts")).info.run_id
-    monkeypatch.setenv("MLFLOW_RUN_ID", run)
-    yield run
-    mlflow.set_tracking_uri(None)
+    yield from latent_stages.mlflow_run(tmp_path, monkeypatch)
 
 
 @pytest.mark.slow

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import subprocess
@@ -12,6 +11,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import latent_stages
 import numpy as np
 import pytest
 import torch
@@ -26,23 +26,18 @@ from longtake.training.models.memory_dit import MemoryDiT
 from longtake.training.stages import finetune_memory_prior, pretrain_memory
 from longtake.training.stages.finetune_memory_prior import Config, reach
 
-spec = importlib.util.spec_from_file_location("memories", Path(__file__).with_name("memories.py"))
-assert spec and spec.loader
-memories = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(memories)
-
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")
 def inputs(dataset: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """Read them, do not change them."""
-    return dict(memories.inputs(tmp_path_factory.mktemp("prior"), dataset))
+    return dict(latent_stages.inputs(tmp_path_factory.mktemp("prior"), dataset))
 
 
 def config(**changes: Any) -> Config:
     quick = {"kind": "finetune_memory_prior", "eval_videos": 2, "eval_segments": 2, "no_history": 0.0}
-    return Config(**memories.QUICK | quick | changes)
+    return Config(**latent_stages.QUICK | quick | changes)
 
 
 def alone(inputs: dict[str, str]) -> dict[str, str]:
@@ -50,7 +45,7 @@ def alone(inputs: dict[str, str]) -> dict[str, str]:
 
 
 def dit(**changes: Any) -> dict[str, Any]:
-    return {"model": memories.TINY | changes}
+    return {"model": latent_stages.TINY | changes}
 
 
 NONE = dit(memory="none") | {"low_latents": None}
@@ -149,10 +144,10 @@ def test_the_curriculum_lengthens_the_history_by_the_step(inputs: dict[str, str]
 @pytest.mark.usefixtures("group")
 def test_a_stopped_training_ends_with_the_same_weights(inputs: dict[str, str], tmp_path: Path) -> None:
     chosen = config(classes=True, no_history=0.5, history_curriculum=[[0, 1.0], [3, 2.0]])
-    straight = memories.fit(finetune_memory_prior, chosen, inputs, tmp_path / "straight")
-    memories.fit(finetune_memory_prior, chosen, inputs, tmp_path / "stopped", until=2)
-    log = memories.Log()
-    resumed = memories.fit(finetune_memory_prior, chosen, inputs, tmp_path / "stopped", log=log)
+    straight = latent_stages.fit(finetune_memory_prior, chosen, inputs, tmp_path / "straight")
+    latent_stages.fit(finetune_memory_prior, chosen, inputs, tmp_path / "stopped", until=2)
+    log = latent_stages.Log()
+    resumed = latent_stages.fit(finetune_memory_prior, chosen, inputs, tmp_path / "stopped", log=log)
     torch.testing.assert_close(resumed, straight, atol=0, rtol=0)
     assert {row["history_steps"] for row in log.rows} <= {0.0, 3.0, 6.0}
 
@@ -178,8 +173,8 @@ def test_the_model_learns_and_is_shown_in_every_way_of_training(
     torch.manual_seed(chosen.seed)
     (tmp_path / "before").mkdir()
     before = prepared(chosen, given, tmp_path / "before").model.state_dict()
-    log = memories.Log()
-    weights = memories.fit(finetune_memory_prior, chosen, given, tmp_path / "run", log=log)
+    log = latent_stages.Log()
+    weights = latent_stages.fit(finetune_memory_prior, chosen, given, tmp_path / "run", log=log)
     # window and segment, true above generated
     assert log.videos == {"continued": (1 + 4 * 4, 2 * 32, 48, 3)}
     moved = {name for name in weights if not torch.allclose(weights[name].float(), before[name].float(), atol=1e-5)}
@@ -222,7 +217,7 @@ def test_settings_that_contradict_each_other_are_refused(changes: dict[str, Any]
 
 @pytest.fixture
 def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    yield from memories.mlflow_run(tmp_path, monkeypatch)
+    yield from latent_stages.mlflow_run(tmp_path, monkeypatch)
 
 
 def heldout_folder(store: str, tmp_path: Path) -> Path:
@@ -235,7 +230,7 @@ def heldout_folder(store: str, tmp_path: Path) -> Path:
 def test_from_a_pretrained_memory_to_a_champion_that_goes_on(
     inputs: dict[str, str], store: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    first = pretrain_memory.Config(**memories.QUICK | {"kind": "pretrain_memory", "classes": True})
+    first = pretrain_memory.Config(**latent_stages.QUICK | {"kind": "pretrain_memory", "classes": True})
     base = pretrain_memory.run(first, inputs, str(tmp_path / "memory"))["uri"]
     monkeypatch.setenv("MLFLOW_RUN_ID", store)
     network = torch.jit.script(nn.Sequential(nn.AdaptiveAvgPool2d(2), nn.Flatten()))

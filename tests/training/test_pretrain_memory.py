@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from collections.abc import Iterator
 from dataclasses import replace
@@ -10,6 +9,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import latent_stages
 import pytest
 import torch
 from torch import Tensor, nn
@@ -27,22 +27,17 @@ from longtake.training.models.pv_vae import PVVAE
 from longtake.training.stages import pretrain_memory
 from longtake.training.stages.pretrain_memory import Config, check
 
-spec = importlib.util.spec_from_file_location("memories", Path(__file__).with_name("memories.py"))
-assert spec and spec.loader
-memories = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(memories)
-
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")
 def inputs(dataset: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """Read them, do not change them."""
-    return dict(memories.inputs(tmp_path_factory.mktemp("memory"), dataset))
+    return dict(latent_stages.inputs(tmp_path_factory.mktemp("memory"), dataset))
 
 
 def config(**changes: Any) -> Config:
-    return Config(**memories.QUICK | {"kind": "pretrain_memory"} | changes)
+    return Config(**latent_stages.QUICK | {"kind": "pretrain_memory"} | changes)
 
 
 def alone(inputs: dict[str, str]) -> dict[str, str]:
@@ -50,7 +45,7 @@ def alone(inputs: dict[str, str]) -> dict[str, str]:
 
 
 def dit(**changes: Any) -> dict[str, Any]:
-    return {"model": memories.TINY | changes}
+    return {"model": latent_stages.TINY | changes}
 
 
 def draws() -> torch.Generator:
@@ -124,9 +119,9 @@ def test_masks_have_one_level_a_step_for_both_branches(inputs: dict[str, str], t
 @pytest.mark.usefixtures("group")
 def test_a_stopped_training_ends_with_the_same_weights(inputs: dict[str, str], tmp_path: Path) -> None:
     chosen = config(classes=True)
-    straight = memories.fit(pretrain_memory, chosen, inputs, tmp_path / "straight")
-    memories.fit(pretrain_memory, chosen, inputs, tmp_path / "stopped", until=2)
-    resumed = memories.fit(pretrain_memory, chosen, inputs, tmp_path / "stopped")
+    straight = latent_stages.fit(pretrain_memory, chosen, inputs, tmp_path / "straight")
+    latent_stages.fit(pretrain_memory, chosen, inputs, tmp_path / "stopped", until=2)
+    resumed = latent_stages.fit(pretrain_memory, chosen, inputs, tmp_path / "stopped")
     torch.testing.assert_close(resumed, straight, atol=0, rtol=0)
 
 
@@ -147,12 +142,12 @@ def test_the_memory_learns_and_is_shown_in_every_way_of_training(
     inputs: dict[str, str], tmp_path: Path, way: str
 ) -> None:
     chosen = config(**{"sample_every": 4} | WAYS[way])
-    needs = config_from_preset(**{**memories.TINY, **(chosen.model or {}), "preset": "memory_dit_tiny"}).shrink
+    needs = config_from_preset(**{**latent_stages.TINY, **(chosen.model or {}), "preset": "memory_dit_tiny"}).shrink
     given = inputs if needs else alone(inputs)
     torch.manual_seed(chosen.seed)
     before = prepared(chosen, given, _folder(tmp_path / "before")).model.state_dict()
-    log = memories.Log()
-    weights = memories.fit(pretrain_memory, chosen, given, tmp_path / "run", log=log)
+    log = latent_stages.Log()
+    weights = latent_stages.fit(pretrain_memory, chosen, given, tmp_path / "run", log=log)
     # true above retrieved, of a segment of 9 frames
     assert log.videos == {"retrieved": (9, 2 * 32, 48, 3)} and len(log.rows) == 4
     moved = [n for n in weights if not torch.allclose(weights[n].float(), before[n].float(), atol=1e-5)]
@@ -177,7 +172,7 @@ def random_videos(count: int, generator: torch.Generator) -> dict[str, Any]:
 def test_what_is_retrieved_of_unseen_videos_comes_from_their_memory(history: str) -> None:
     chosen = config(history=history, posterior="mean", low_latents=None, **dit(branches="high"))
     torch.manual_seed(0)
-    settings = memories.TINY | {"rates": ("2x2x1",), "memory_widths": (16, 32), "branches": "high"}
+    settings = latent_stages.TINY | {"rates": ("2x2x1",), "memory_widths": (16, 32), "branches": "high"}
     model = Remembering(config_from_preset(**settings, channels=2, shape=(2, 2, 2), history=6))
     optimizer, generator = torch.optim.AdamW(model.parameters(), lr=3e-3), torch.Generator().manual_seed(1)
     for _ in range(250):
@@ -334,7 +329,7 @@ def test_latents_that_do_not_vary_fail(inputs: dict[str, str], tmp_path: Path) -
 
 def saved(folder: Path, inputs: dict[str, str], facts: dict[str, Any] | None = None, **changes: Any) -> str:
     """A model folder, as if it had been trained on these latents."""
-    chosen = MemoryConfig(**memories.QUICK | dit(**changes))
+    chosen = MemoryConfig(**latent_stages.QUICK | dit(**changes))
     model = begin(chosen, inputs, data_of(chosen, inputs), 0)
     for parameter in model.parameters():
         nn.init.normal_(parameter, std=0.05)
@@ -385,7 +380,7 @@ def test_with_a_base_the_low_rank_change_and_the_memory_learn_and_nothing_else(
     base = saved(tmp_path / "base", inputs)
     given, lora = inputs | {"base": base}, {"rank": 2, "targets": [r"layers\..*"], "full": ["memory"]}
     chosen = config(base=base, model=None, lora=lora)
-    weights = memories.fit(pretrain_memory, chosen, given, tmp_path / "run")
+    weights = latent_stages.fit(pretrain_memory, chosen, given, tmp_path / "run")
     for name, value in registry.load(base).state_dict().items():
         assert torch.equal(weights[name], value) != name.startswith("memory."), name
     assert any(".lora_up." in name and weights[name].abs().max() > 0 for name in weights)
@@ -394,11 +389,14 @@ def test_with_a_base_the_low_rank_change_and_the_memory_learn_and_nothing_else(
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"model": memories.TINY | {"channels": 8}}, "channels follows from the stage's other settings"),
-        ({"model": memories.TINY | {"history": 8}}, "history follows from the stage's other settings"),
+        ({"model": latent_stages.TINY | {"channels": 8}}, "channels follows from the stage's other settings"),
+        ({"model": latent_stages.TINY | {"history": 8}}, "history follows from the stage's other settings"),
         ({"model": {"preset": "memory_dit_huge"}}, "unknown preset 'memory_dit_huge'"),
-        ({"model": memories.TINY | {"rates": ["3x3x2"]}}, "rate '3x3x2': needs height x width x time in powers of two"),
-        ({"model": memories.TINY | {"memory": "none"}}, "memory none has nothing to retrieve from"),
+        (
+            {"model": latent_stages.TINY | {"rates": ["3x3x2"]}},
+            "rate '3x3x2': needs height x width x time in powers of two",
+        ),
+        ({"model": latent_stages.TINY | {"memory": "none"}}, "memory none has nothing to retrieve from"),
         ({"lora": {"rank": 2}}, "lora: without a base all else would stay random"),
         ({"base": "models:/m/1"}, "model: preset: the base has its own"),
         ({"base": "models:/m/1", "model": {"wide": 3}}, "model: unknown wide"),
@@ -443,7 +441,7 @@ def test_the_stage_stands_in_a_graph_with_its_inputs(tmp_path: Path) -> None:
 @pytest.fixture
 def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """An MLflow store with an open run, as a stage finds it."""
-    yield from memories.mlflow_run(tmp_path, monkeypatch)
+    yield from latent_stages.mlflow_run(tmp_path, monkeypatch)
 
 
 @pytest.mark.slow

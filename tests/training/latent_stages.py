@@ -1,4 +1,4 @@
-"""What the tests of the two stages that train a memory share: a small dataset with two columns of latents."""
+"""What the tests of the stages that learn latents share: a small dataset with labels and columns of latents."""
 
 from __future__ import annotations
 
@@ -58,9 +58,9 @@ def vae(seed: int = 0) -> PVVAE:
     return model.eval()
 
 
-def inputs(root: Path, dataset: str) -> dict[str, str]:
-    """A copy of a dataset with labels, its autoencoder, and its latents of the whole video and of one half as large."""
-    model, copy = vae(), str(shutil.copytree(dataset, root / "dataset"))
+def labelled(dataset: str, folder: Path) -> str:
+    """A copy of a dataset whose clips have labels, as a manifest would give them."""
+    copy = str(shutil.copytree(dataset, folder))
     for split in schema.SPLITS:
         for shard in index.read_shards(copy, split):
             rows = shard.table.to_pylist()
@@ -68,11 +68,23 @@ def inputs(root: Path, dataset: str) -> dict[str, str]:
                 row["label"] = "ab"[number % 2]
             url = storage.join(copy, split, f"{shard.name}.parquet")
             index.write_index(url, rows, schema.INDEX, shard.tar_bytes, shard.tar_sha256)
-    registry.save(root / "vae", "pv_vae", model.config.model_dump(mode="json"), model.state_dict(), {"lineage": {}})
+    return copy
+
+
+def saved(model: PVVAE, folder: Path) -> str:
+    """The autoencoder as a model folder."""
+    registry.save(folder, "pv_vae", model.config.model_dump(mode="json"), model.state_dict(), {"lineage": {}})
+    return str(folder)
+
+
+def inputs(root: Path, dataset: str) -> dict[str, str]:
+    """A copy of a dataset with labels, its autoencoder, and its latents of the whole video and of one half as large."""
+    model, copy = vae(), labelled(dataset, root / "dataset")
+    uri = saved(model, root / "vae")
     return {
         "dataset": copy,
-        "latents": encoded(root / "latents", copy, model, str(root / "vae")),
-        "low_latents": encoded(root / "low", copy, model, str(root / "vae"), (2, 2)),
+        "latents": encoded(root / "latents", copy, model, uri),
+        "low_latents": encoded(root / "low", copy, model, uri, (2, 2)),
     }
 
 
