@@ -1,5 +1,6 @@
 """Process groups and DeepSpeed engines: our config to theirs, in this one place."""
 
+import importlib
 import logging
 import os
 import re
@@ -65,6 +66,9 @@ def process_group(stall_seconds: float = 1800.0) -> Iterator[tuple[int, int]]:
         os.environ["DS_ACCELERATOR"] = "cpu"
     else:
         torch.cuda.set_device(device())
+    # here, since `_without` must not meet a tracker's thread that imports MLflow
+    with _compiler_noise_hidden(), _without("mlflow"):
+        importlib.import_module("deepspeed")
     if torch.distributed.is_initialized():
         yield torch.distributed.get_rank(), torch.distributed.get_world_size()
         return
@@ -151,8 +155,8 @@ def engines_of(
         UserError: the batch does not divide among the processes; `freeze` or `lora` finds nothing; nothing learns.
     """
     settings = deepspeed_config(config, world, universal)
-    with _compiler_noise_hidden(), _without("mlflow"):
-        import deepspeed
+    import deepspeed
+
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     # else a C++ extension is compiled at the first start, for minutes, and a killed build hangs every later one
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False

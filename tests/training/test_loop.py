@@ -72,6 +72,14 @@ def test_a_process_trains_in_one_group_after_another(small: Any, tmp_path: Path)
     assert small.same(*learned)
 
 
+def test_engines_hide_no_module_from_a_tracker_that_imports_it(
+    small: Any, tmp_path: Path, group: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # the group hides MLflow while it loads DeepSpeed; with a tracker's thread at work that ended trainings
+    monkeypatch.setattr(engines, "_without", None)
+    assert small.fit(tmp_path, steps=1)
+
+
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("zero_stage", [0, 1, 2, 3])
 def test_stopped_and_resumed_is_bit_for_bit_straight_through(
