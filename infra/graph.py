@@ -127,10 +127,18 @@ def downstream(nodes: list[Node], start: str) -> set[str]:
 
 
 def describe(recipe: Recipe, nodes: list[Node]) -> dict[str, Any]:
-    """The graph as plain data: the one description that every scheduler renders."""
+    """The graph as plain data: the one description that every scheduler renders.
+
+    A scheduler first appends the URL of a file to `resolve` and runs that; the file then stands for `path` in all other
+    commands, so that all stages of one run see the same sources.
+    """
+    deploy = recipe.deploy
     return {
         "recipe": recipe.name,
+        "path": recipe.path,
         "workspace": recipe.workspace,
+        "fingerprint": whole_fingerprint(nodes),
+        "resolve": ["longtake", "resolve", recipe.path, "--to"],
         "stages": [
             {
                 "name": n.name,
@@ -140,10 +148,14 @@ def describe(recipe: Recipe, nodes: list[Node]) -> dict[str, Any]:
                 "fingerprint": n.fingerprint,
                 "output": n.output,
                 "command": ["longtake", "stage", recipe.path, n.name],
+                "resources": deploy.of(n.name).model_dump(mode="json", exclude={"timeout_seconds"}),
+                "timeout_seconds": deploy.of(n.name).timeout_seconds,
             }
             for n in nodes
         ],
         "edges": [[up, n.name] for n in nodes for up in n.upstream],
+        "report": ["longtake", "report", recipe.path],
+        "deploy": deploy.model_dump(mode="json", include={"env", "image", "schedule", "retries", "stop_seconds"}),
     }
 
 

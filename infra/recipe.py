@@ -16,8 +16,9 @@ from longtake.datasets import storage
 from longtake.datasets.errors import UserError
 from longtake.datasets.stage import StageConfig
 from longtake.infra import stages
+from longtake.infra.deploy import Deploy
 
-_KEYS = ("name", "workspace", "stages", "outside")
+_KEYS = ("name", "workspace", "stages", "deploy", "outside")
 _NAME = re.compile(r"[a-z][a-z0-9_-]*")
 _VARIABLE = re.compile(r"\$\{([A-Za-z_][A-Za-z0-9_]*)\}")
 
@@ -31,6 +32,7 @@ class Recipe:
     workspace: str
     stages: dict[str, StageConfig]
     outside: dict[str, str] = field(default_factory=dict)  # pinned digests of what stages read from beyond the recipe
+    deploy: Deploy = field(default_factory=Deploy)
 
     def to_yaml(self) -> str:
         """A recipe file with every default written out, which loads to the same recipe anywhere."""
@@ -38,6 +40,7 @@ class Recipe:
             "name": self.name,
             "workspace": self.workspace,
             "stages": {name: config.model_dump(mode="json") for name, config in self.stages.items()},
+            "deploy": self.deploy.model_dump(mode="json"),
             "outside": self.outside,
         }
         return yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
@@ -56,8 +59,7 @@ def load(path: str, overrides: Sequence[str] = ()) -> Recipe:
     Raises:
         UserError: anything wrong with the file, naming the key and what is allowed there.
     """
-    path = _find(path)
-    content = _merge_bases(path, ())
+    content = _merge_bases(_find(path), ())
     for override in overrides:
         _override(content, override)
     content = _read_variables(content, path, "")
@@ -147,7 +149,7 @@ def _validate(content: dict[str, Any], path: str) -> Recipe:
     for key in content:
         if key not in _KEYS:
             raise UserError(
-                f"{path}: {key}: unknown key{_suggest(str(key), _KEYS)}; allowed: base, {', '.join(_KEYS[:3])}"
+                f"{path}: {key}: unknown key{_suggest(str(key), _KEYS)}; allowed: base, {', '.join(_KEYS[:-1])}"
             )
     for key in ("name", "workspace"):
         if not isinstance(content.get(key), str) or not content[key]:
@@ -167,7 +169,23 @@ def _validate(content: dict[str, Any], path: str) -> Recipe:
             configs[name] = stages.load(config["kind"]).Config(**config)
         except ValidationError as e:
             raise UserError(f"{path}: {_first_line(e, f'stages.{name}', stages.load(config['kind']).Config)}") from e
-    return Recipe(path, content["name"], storage.absolute(content["workspace"]), configs, content.get("outside") or {})
+    workspace = storage.absolute(content["workspace"])
+    deploy = _deploy(content.get("deploy") or {}, path, configs)
+    return Recipe(path, content["name"], workspace, configs, content.get("outside") or {}, deploy)
+
+
+def _deploy(content: Any, path: str, known: Mapping[str, StageConfig]) -> Deploy:
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: deploy: must be a mapping with the keys {', '.join(Deploy.model_fields)}")
+    try:
+        deploy = Deploy(**content)
+    except (ValidationError, TypeError) as e:
+        line = _first_line(e, "deploy", Deploy) if isinstance(e, ValidationError) else f"deploy: {e}"
+        raise UserError(f"{path}: {line}") from None
+    for name in deploy.resources:
+        if name not in known:
+            raise UserError(f"{path}: deploy.resources.{name}: there is no such stage{_suggest(name, known)}")
+    return deploy
 
 
 def _first_line(error: ValidationError, prefix: str, model: type[StageConfig]) -> str:
@@ -187,7 +205,10 @@ def _first_line(error: ValidationError, prefix: str, model: type[StageConfig]) -
 
 def _fields_at(model: Any, location: Sequence[Any]) -> list[str]:
     for part in location:
-        annotation = model.model_fields[part].annotation if part in model.model_fields else None
+        if part not in model.model_fields:
+            # a key of a mapping, whose values' model has been found
+            continue
+        annotation = model.model_fields[part].annotation
         candidates = [annotation, *getattr(annotation, "__args__", ())]
         found = [c for c in candidates if isinstance(c, type) and issubclass(c, StageConfig)]
         if not found:

@@ -37,9 +37,9 @@ def cli() -> None:
     """Longtake turns raw videos into training shards, and the shards into registered video models."""
 
 
-for command in (recipe.run, recipe.stage, recipe.graph, recipe.status, recipe.report, dataset.footage, dataset.dataset):
+for command in (recipe.run, recipe.stage, recipe.graph, recipe.resolve, recipe.status, recipe.report):
     cli.add_command(command)
-for command in (generate.generate, reconstruct.reconstruct, retrieve.retrieve):
+for command in (dataset.footage, dataset.dataset, generate.generate, reconstruct.reconstruct, retrieve.retrieve):
     cli.add_command(command)
 
 

@@ -121,6 +121,36 @@ def graph(recipe: str, overrides: tuple[str, ...], as_json: bool) -> None:
 @click.command()
 @_recipe
 @_set
+@click.option("--to", "target", required=True, metavar="URL", help="File to write; one that is there is kept.")
+def resolve(recipe: str, overrides: tuple[str, ...], target: str) -> None:
+    """Write RECIPE resolved, for a scheduler: bases, overrides, variables, and digests of what its stages read from outside.
+
+    Commands that get this file see the same sources, whatever is added meanwhile. The last line printed is JSON:
+    `recipe`, the file, and `todo`, the stages that have not finished.
+    """
+    from longtake.datasets import storage
+    from longtake.datasets.errors import UserError
+    from longtake.infra import graph as graphs
+    from longtake.infra import recipe as recipes
+    from longtake.infra import runner, runs
+
+    target = storage.absolute(target)
+    if not storage.exists(target):
+        loaded = _load(recipe, overrides)
+        with storage.failing_clearly(target):
+            # a second process that resolves meanwhile takes what the first has seen
+            storage.write_if_absent(target, loaded.to_yaml().encode())
+    elif overrides:
+        raise UserError(f"--set: {target} is there already; name another file, or leave --set out")
+    loaded = recipes.load(target)
+    nodes = graphs.build(loaded)
+    todo = runner.plan(loaded, nodes, runs.connect(loaded), runner.Choice())
+    click.echo(json.dumps({"recipe": target, "todo": [name for name, runs_now in todo.items() if runs_now]}))
+
+
+@click.command()
+@_recipe
+@_set
 def status(recipe: str, overrides: tuple[str, ...]) -> None:
     """Show for each stage of RECIPE whether it has run with these settings, when, and what it made."""
     from longtake.infra import graph as graphs

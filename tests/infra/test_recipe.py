@@ -1,13 +1,17 @@
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from click.testing import CliRunner
 from hypothesis import given
 from hypothesis import strategies as st
 
 from longtake.datasets.errors import UserError
 from longtake.infra import graph, recipe
+from longtake.infra.cli import cli
+from longtake.infra.deploy import Deploy, environment
 
 GOOD: dict[str, Any] = {
     "name": "small",
@@ -67,6 +71,13 @@ def build(path: str, *overrides: str) -> list[graph.Node]:
         (changed(vae=GOOD["stages"]["vae"] | {"frames": 401}), "stages.vae.frames: a window spans 401 frames"),
         (changed(vae=GOOD["stages"]["vae"] | {"batch": 9, "accumulate": 2}), "batch 9 does not divide into accumulate 2"),
         (changed(**{"bad name": {"kind": "curate", "dataset": "shards"}}), "a stage's name has lower-case letters"),
+        (GOOD | {"deploy": "x"}, "deploy: must be a mapping with the keys image, env"),
+        (GOOD | {"deploy": {"imge": "x"}}, "deploy.imge: unknown key (did you mean image?); allowed: image, env"),
+        (GOOD | {"deploy": {"resources": {"vea": {}}}}, "deploy.resources.vea: there is no such stage (did you mean vae?)"),
+        (GOOD | {"deploy": {"resources": {"vae": {"gpu": 1}}}}, "deploy.resources.vae.gpu: unknown key (did you mean gpus?)"),
+        (GOOD | {"deploy": {"resources": {"vae": {"gpus": -1}}}}, "deploy.resources.vae.gpus: "),
+        (GOOD | {"deploy": {"schedule": {"cron": "daily"}}}, "deploy.schedule.cron: a cron line has five fields"),
+        (GOOD | {"deploy": {"env": ["TOKEN=abc"]}}, "deploy.env: takes names of environment variables, not their values"),
     ],
 )  # fmt: skip
 def test_every_mistake_is_one_line_with_file_key_and_remedy(tmp_path: Path, content: Any, says: str) -> None:
@@ -177,3 +188,53 @@ def test_no_recipe_makes_a_stack_trace(content: Any) -> None:
         path.write_text(yaml.safe_dump({"name": "x", "workspace": "y", "stages": content}))
         with pytest.raises(UserError):
             build(str(path))
+
+
+def test_the_graph_as_json_says_all_that_a_scheduler_needs(tmp_path: Path) -> None:
+    deploy = {"resources": {"vae": {"gpus": 1, "labels": {"zone": "eu"}, "timeout_seconds": 60}}, "retries": 5}
+    loaded = recipe.load(write(tmp_path, GOOD | {"deploy": deploy}))
+    described = json.loads(json.dumps(graph.describe(loaded, graph.build(loaded))))
+    assert described["edges"] == [["shards", "view"], ["shards", "vae"], ["view", "vae"]]
+    vae = described["stages"][-1]
+    assert vae["command"] == ["longtake", "stage", loaded.path, "vae"] and vae["timeout_seconds"] == 60
+    assert vae["resources"] == {"cpus": 0, "gpus": 1, "memory_bytes": 0, "custom": {}, "labels": {"zone": "eu"}}
+    assert described["path"] == loaded.path and described["resolve"][-2:] == [loaded.path, "--to"]
+    assert described["deploy"]["retries"] == 5 and described["deploy"]["env"] == ["MLFLOW_TRACKING_URI"]
+
+
+def test_where_a_recipe_runs_changes_nothing_that_it_makes(tmp_path: Path) -> None:
+    deploy = {"env": ["A"], "resources": {"shards": {"cpus": 2}}, "schedule": {"cron": "@daily"}, "image": "x:1"}
+    loaded = recipe.load(write(tmp_path, GOOD | {"deploy": deploy}, "a.yaml"))
+    assert [n.fingerprint for n in graph.build(loaded)] == [n.fingerprint for n in build(write(tmp_path, GOOD))]
+    (tmp_path / "again.yaml").write_text(loaded.to_yaml())
+    assert recipe.load(str(tmp_path / "again.yaml")).deploy == loaded.deploy
+
+
+def test_only_variables_of_the_list_travel(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WANTED", "1")
+    monkeypatch.setenv("SECRET", "2")
+    assert environment(Deploy(env=("WANTED", "NOT_SET"))) == {"WANTED": "1"}
+
+
+def test_a_resolved_recipe_is_kept_so_that_a_retry_sees_the_same_sources(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    videos = tmp_path / "videos"
+    videos.mkdir()
+    (videos / "a.mp4").write_bytes(b"one")
+    stages = {"shards": {"kind": "shard", "sources": [str(videos)]}, "view": {"kind": "curate", "dataset": "shards"}}
+    path = write(tmp_path, {"name": "r", "workspace": str(tmp_path / "work"), "stages": stages})
+    target = tmp_path / "work" / "recipes" / "one.yaml"
+
+    def resolve(*more: str) -> Any:
+        return CliRunner().invoke(cli, ["resolve", path, "--to", str(target), *more])
+
+    said = json.loads(resolve().output.splitlines()[-1])
+    assert said == {"recipe": str(target), "todo": ["shards", "view"]}
+    first = [n.fingerprint for n in build(str(target))]
+    (videos / "b.mp4").write_bytes(b"two")
+    assert json.loads(resolve().output.splitlines()[-1]) == said
+    assert [n.fingerprint for n in build(str(target))] == first
+    refused = resolve("--set", "name=other")
+    assert isinstance(refused.exception, UserError) and "is there already" in str(refused.exception)

@@ -1,0 +1,66 @@
+"""How a recipe runs elsewhere: what its stages ask of a cluster, which variables travel, when it is scheduled.
+
+Nothing here changes what a stage makes: it is no part of a fingerprint.
+"""
+
+import os
+import re
+
+from pydantic import Field, PositiveFloat, field_validator
+
+from longtake.datasets.stage import StageConfig
+
+_VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+
+
+class Resources(StageConfig):
+    """What the process of a stage asks of its node. What its Ray tasks and ranks ask is in the stage's own config."""
+
+    cpus: float = Field(0, ge=0)  # with all zero it runs on the head
+    gpus: float = Field(0, ge=0)
+    memory_bytes: int = Field(0, ge=0)
+    custom: dict[str, PositiveFloat] = Field({})  # custom resources of your nodes, such as {spot: 1}
+    labels: dict[str, str] = Field({})  # of the node, such as {zone: eu}
+    timeout_seconds: float = Field(7 * 86400, gt=0)  # a scheduler stops a stage that takes longer
+
+
+class Schedule(StageConfig):
+    """When a scheduler runs the recipe: by the clock, when one of these URIs has changed, or both."""
+
+    cron: str | None = None
+    assets: tuple[str, ...] = ()
+
+    @field_validator("cron")
+    @classmethod
+    def _fields(cls, cron: str | None) -> str | None:
+        if cron is not None and not cron.startswith("@") and len(cron.split()) != 5:
+            raise ValueError('a cron line has five fields, such as "0 3 * * *"')
+        return cron
+
+
+class Deploy(StageConfig):
+    """The recipe's key `deploy`."""
+
+    image: str | None = None  # of the pods on Kubernetes
+    env: tuple[str, ...] = ("MLFLOW_TRACKING_URI",)  # names of variables that jobs get from where they are submitted
+    resources: dict[str, Resources] = Field({})  # by stage
+    schedule: Schedule = Schedule()
+    retries: int = Field(2, ge=0)  # of a stage, by a scheduler
+    stop_seconds: float = Field(120, gt=0)  # that a stopped job has to save its state
+
+    @field_validator("env")
+    @classmethod
+    def _names(cls, env: tuple[str, ...]) -> tuple[str, ...]:
+        for name in env:
+            if not _VARIABLE.fullmatch(name):
+                # the value of a secret, written in place of its name, must not be shown
+                raise ValueError("takes names of environment variables, not their values")
+        return env
+
+    def of(self, stage: str) -> Resources:
+        return self.resources.get(stage, Resources())
+
+
+def environment(deploy: Deploy) -> dict[str, str]:
+    """The variables of the allow-list that are set here."""
+    return {name: os.environ[name] for name in deploy.env if name in os.environ}
