@@ -1,6 +1,7 @@
 # make demo [VIDEOS=folder]   install, then the quickstart recipe: videos -> shards -> model -> report
 # make test                   install, then the tests (the long ones: make test-slow)
 # make lint                   what CI checks besides
+# make airflow-test           the DAGs in a real Airflow (installed into .venv-airflow) on a real Ray; some 8 minutes
 
 PYTHON ?= python3
 VENV := .venv
@@ -11,7 +12,7 @@ TEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reor
 
 export VIDEOS
 
-.PHONY: install demo test test-slow lint format clean
+.PHONY: install demo test test-slow airflow-test lint format clean
 
 install: $(INSTALLED)
 
@@ -33,11 +34,14 @@ test: install
 test-slow: install
 	$(TEST) -m slow
 
+airflow-test: install
+	OMP_NUM_THREADS=1 $(BIN)/python tests/infra/airflow/run.py
+
 lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/lint-imports
+	PYTHONPATH=.typing $(BIN)/lint-imports
 
 format: install
 	$(BIN)/ruff check --fix .

@@ -21,6 +21,12 @@ settings.register_profile("patient", deadline=None)
 settings.load_profile("patient")
 
 
+@pytest.fixture(scope="session", autouse=True)
+def model_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """What tests pull from registries stays out of the user's own cache."""
+    os.environ["LONGTAKE_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+
+
 @pytest.fixture(scope="session")
 def videos() -> Path:
     """The folder with real/ and odd/ footage that LONGTAKE_VIDEOS names."""

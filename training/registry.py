@@ -11,7 +11,6 @@ import os
 import re
 import shutil
 import subprocess
-import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from importlib.metadata import version
 from pathlib import Path
@@ -25,7 +24,7 @@ from torch import Tensor, nn
 
 from longtake.datasets import compact, schema, storage
 from longtake.datasets.errors import Failure, UserError
-from longtake.training import tracker
+from longtake.training import promotion, tracker
 
 # name in config.json -> where its config and its module are defined; the module can be made on the device "meta"
 MODELS = {
@@ -36,7 +35,7 @@ MODELS = {
 _FORMAT = 2
 _WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors")
 _INDEX = "model.safetensors.index.json"
-_MOST_JSON = {"config.json": 4 << 20, _INDEX: 64 << 20}  # bytes
+MOST_JSON = {"config.json": 4 << 20, _INDEX: 64 << 20}  # bytes
 
 
 def save(
@@ -73,7 +72,7 @@ def save(
                 "format": _FORMAT,
                 "model": model,
                 "config": dict(config),
-                "sha256": {path.name: _sha256(path) for path in sorted(made.iterdir())},
+                "sha256": {path.name: file_digest(path) for path in sorted(made.iterdir())},
                 "longtake": version("longtake"),
             }
             (made / "config.json").write_bytes(storage.canonical_json(content))
@@ -139,23 +138,27 @@ def read_config(folder: Path) -> dict[str, Any]:
     """
     if not (folder / "config.json").exists():
         raise UserError(f"{folder}: no longtake model here (no config.json)")
-    content = _read_json(folder / "config.json")
+    return checked_config(folder, _read_json(folder / "config.json"))
+
+
+def checked_config(where: Path | str, content: dict[str, Any]) -> dict[str, Any]:
+    """What config.json says, unless it is none of this longtake or names other files than weights. Raises as above."""
     if content.get("model") not in list(MODELS):
         raise UserError(
-            f"{folder}: config.json: unknown model {str(content.get('model'))[:80]!r};"
+            f"{where}: config.json: unknown model {str(content.get('model'))[:80]!r};"
             f" this longtake knows {', '.join(MODELS)}"
         )
     if content.get("format") != _FORMAT:
         raise UserError(
-            f"{folder}: config.json: format {str(content.get('format'))[:80]}, but this longtake reads {_FORMAT};"
+            f"{where}: config.json: format {str(content.get('format'))[:80]}, but this longtake reads {_FORMAT};"
             " use the version that wrote it, or train it again"
         )
     files = content.get("sha256")
     if not isinstance(files, dict) or not isinstance(content.get("config"), dict):
-        raise Failure(f"{folder}: config.json: needs the objects config and sha256")
+        raise Failure(f"{where}: config.json: needs the objects config and sha256")
     for name in files:
         if not _WEIGHTS.fullmatch(name) and name != _INDEX:
-            raise Failure(f"{folder}: config.json: {name[:80]!r} is no weights file of a model folder")
+            raise Failure(f"{where}: config.json: {name[:80]!r} is no weights file of a model folder")
     return content
 
 
@@ -174,8 +177,12 @@ def load_folder(folder: Path) -> nn.Module:
     """
     content = read_config(folder)
     for name, sha256 in content["sha256"].items():
-        if not (folder / name).is_file() or _sha256(folder / name) != sha256:
+        if not (folder / name).is_file() or file_digest(folder / name) != sha256:
             raise Failure(f"{folder / name}: not the weights that config.json describes; fetch the model again")
+    return _module(folder, content)
+
+
+def _module(folder: Path, content: Mapping[str, Any]) -> nn.Module:
     files = _weight_files(folder, set(content["sha256"]))
     where, config, model = MODELS[content["model"]]
     code = importlib.import_module(where)
@@ -241,13 +248,14 @@ def load(uri: str) -> nn.Module:
 
 def load_with_facts(uri: str) -> tuple[nn.Module, dict[str, Any]]:
     """The same, and what its config.json says of it."""
+    from longtake.training import pull
+
     if not uri.startswith(("models:/", "runs:/")):
         return load_folder(Path(uri)), read_config(Path(uri))
-    with tempfile.TemporaryDirectory() as scratch:
-        found = sorted(tracker.download(uri, Path(scratch)).rglob("config.json"))
-        if not found:
-            raise UserError(f"{uri}: not a longtake model (no config.json)")
-        return load_folder(found[0].parent), read_config(found[0].parent)
+    folder = pull.pull(uri)
+    content = read_config(folder)
+    # the digests of its files were compared just now
+    return _module(folder, content), content
 
 
 def register(folder: Path, name: str, run_id: str) -> str:
@@ -260,8 +268,8 @@ def register(folder: Path, name: str, run_id: str) -> str:
 
 
 def promote(uri: str) -> None:
-    """Give a registered version ("models:/NAME/VERSION") the alias `champion`."""
-    tracker.promote(uri)
+    """Give a registered version ("models:/NAME/VERSION") the alias `champion`, and what had it `previous`."""
+    promotion.promote(uri)
 
 
 def lineage(inputs: Mapping[str, str]) -> dict[str, Any]:
@@ -347,17 +355,26 @@ def reconstruct(model: nn.Module, video: np.ndarray) -> np.ndarray:
 def _read_json(path: Path) -> dict[str, Any]:
     """A JSON object of a file of sane size. Raises Failure."""
     try:
-        if path.stat().st_size > _MOST_JSON[path.name]:
-            raise ValueError(f"larger than {_MOST_JSON[path.name]} bytes")
-        content = json.loads(path.read_bytes())
+        if path.stat().st_size > MOST_JSON[path.name]:
+            raise ValueError(f"larger than {MOST_JSON[path.name]} bytes")
+        return parsed(path, path.read_bytes())
+    except (OSError, ValueError) as e:
+        raise Failure(f"{path}: damaged ({_line(e)}); fetch the model again") from e
+
+
+def parsed(what: Path | str, data: bytes) -> dict[str, Any]:
+    """A JSON object. Raises Failure."""
+    try:
+        content = json.loads(data)
         if not isinstance(content, dict):
             raise ValueError("not an object")
-    except (OSError, ValueError, RecursionError) as e:
-        raise Failure(f"{path}: damaged ({_line(e)}); fetch the model again") from e
+    except (ValueError, RecursionError) as e:
+        raise Failure(f"{what}: damaged ({_line(e)}); fetch the model again") from e
     return content
 
 
-def _sha256(path: Path) -> str:
+def file_digest(path: Path) -> str:
+    """The sha256 of a file, in hex."""
     with path.open("rb") as f:
         return hashlib.file_digest(f, "sha256").hexdigest()
 

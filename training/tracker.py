@@ -16,10 +16,12 @@ import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from functools import cached_property, partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import numpy as np
 
@@ -31,6 +33,7 @@ _EVERY = 5.0  # seconds between batches, and between attempts while tracking is 
 _PATIENCE = 60.0  # seconds without any progress after which `close` gives up
 _BATCH = 1000  # metrics; MLflow takes no more at once
 _NAME = re.compile(r"\w[\w.-]*")
+_PIECE = 1 << 16  # bytes of a file that is read; what a connection that breaks has brought of one is lost
 _DIGEST = 32  # hex digits of a data set's digest; MLflow takes 36 characters
 
 
@@ -244,31 +247,10 @@ def connect(folder: Path, system_metrics: bool = True) -> Tracker:
     return Tracker(run_id, Spool(folder / "tracking" / run_id), system_metrics)
 
 
-def download(uri: str, folder: Path) -> Path:
-    """Fetch what a `models:/` or `runs:/` URI names; returns the local folder.
-
-    Raises:
-        UserError: there is no such model, version, alias or artifact.
-        Failure: the store cannot be reached.
-    """
-    import mlflow
-
-    with _failing_clearly(uri):
-        return Path(mlflow.artifacts.download_artifacts(uri, dst_path=str(folder)))
-
-
 def resolve(uri: str) -> dict[str, str | None]:
-    """The version that a `models:/NAME@ALIAS` or `models:/NAME/VERSION` URI names now: its own URI and its sha256."""
-    import mlflow
-
-    client = mlflow.MlflowClient()
-    name, _, number = uri.removeprefix("models:/").partition("/")
-    with _failing_clearly(uri):
-        if "@" in uri:
-            found = client.get_model_version_by_alias(*name.split("@"))
-        else:
-            found = client.get_model_version(name, number)
-    return {"uri": f"models:/{found.name}/{found.version}", "sha256": found.tags.get("sha256")}
+    """The version that a `models:/` URI names now (see `locate`): its own URI and its sha256."""
+    found = locate(uri)
+    return {"uri": found.uri, "sha256": found.sha256}
 
 
 def log_model(folder: Path, name: str, run_id: str, sha256: str, lineage: Mapping[str, Any]) -> str:
@@ -294,15 +276,6 @@ def log_model(folder: Path, name: str, run_id: str, sha256: str, lineage: Mappin
             numbers = [int(mlflow.register_model(f"models:/{model}", name, tags=tags).version)]
         client.set_registered_model_alias(name, "candidate", str(max(numbers)))
     return f"models:/{name}/{max(numbers)}"
-
-
-def promote(uri: str) -> None:
-    """Give a registered version ("models:/NAME/VERSION") the alias `champion`."""
-    import mlflow
-
-    name, number = uri.removeprefix("models:/").split("/")
-    with _failing_clearly(uri):
-        mlflow.MlflowClient().set_registered_model_alias(name, "champion", number)
 
 
 def _log(folder: Path, run_id: str, sha256: str) -> str:
@@ -413,11 +386,13 @@ def _failing_clearly(what: str) -> Iterator[None]:
     except (MlflowException, OSError, ImportError) as e:
         code = getattr(e, "error_code", "")
         missing = isinstance(e, FileNotFoundError) or code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE")
-        store = mlflow.get_tracking_uri()
-        message = f"{what}: {_line(e)} (tracking store: {store})"
+        store = without_password(mlflow.get_tracking_uri())
+        message = f"{what}: {without_password(_line(e))} (tracking store: {store})"
         if "unsupported URI" in message and store.startswith(("sqlite", "mysql", "postgresql", "mssql")):
             message = f"{what}: the store {store} needs all of MLflow: pip install mlflow, or name a server"
-        raise UserError(message) if missing or isinstance(e, ImportError) else Failure(message) from e
+        if missing or isinstance(e, ImportError):
+            raise UserError(message) from e
+        raise (Unreachable if _unanswered(e) else Failure)(message) from e
 
 
 @contextlib.contextmanager
@@ -426,3 +401,186 @@ def _quietly() -> Iterator[None]:
     with contextlib.redirect_stderr(io.StringIO()), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield
+
+
+class Unreachable(Failure):
+    """The store does not answer; what it would say may be known from before."""
+
+
+@dataclass(frozen=True)
+class Named:
+    """What a URI names in the registry now."""
+
+    uri: str  # of the version itself, which its aliases may leave
+    version: str  # empty of what is not registered
+    sha256: str | None  # of its weights, as registered (see `registry.digest`)
+    created: int  # milliseconds; a store that is made anew counts its versions from 1 again
+    location: str  # of its artifacts
+
+
+def store() -> str:
+    """The registry that MLFLOW_TRACKING_URI or `mlflow.set_tracking_uri` names; local ones as absolute paths."""
+    import mlflow
+
+    uri = str(mlflow.get_registry_uri())
+    scheme, _, path = uri.rpartition(":///" if uri.startswith("sqlite") else "://")
+    if scheme in ("", "file", "sqlite") and not uri.startswith("databricks"):
+        return f"{scheme or 'file'}:///{Path(path.removeprefix('file:')).absolute()}"
+    return uri
+
+
+@contextlib.contextmanager
+def asking(what: str) -> Iterator[Any]:
+    """An MLflow client for small questions about `what`: one that hangs is given up in less than a minute.
+
+    Raises:
+        UserError: no store is named, or it does not have what is asked for.
+        Unreachable: it does not answer.
+        Failure: it refuses.
+    """
+    import mlflow
+
+    if not mlflow.tracking.is_tracking_uri_set():
+        raise UserError(f"{what}: MLFLOW_TRACKING_URI is not set; name the store, such as http://HOST:5000")
+    patience = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2", "MLFLOW_HTTP_REQUEST_TIMEOUT": "10"}
+    ours = {name: value for name, value in patience.items() if name not in os.environ}
+    os.environ |= ours
+    try:
+        with _failing_clearly(what):
+            yield mlflow.MlflowClient()
+    finally:
+        for name in ours:
+            os.environ.pop(name, None)
+
+
+def locate(uri: str) -> Named:
+    """What `models:/NAME@ALIAS`, `models:/NAME/VERSION`, `models:/NAME/latest`, `models:/ID` of a logged model, or
+    `runs:/RUN/PATH` names now.
+
+    Raises:
+        UserError: there is no such thing; says what there is instead.
+        Unreachable, Failure: as `asking`.
+    """
+    from mlflow.exceptions import MlflowException
+
+    if uri.startswith("runs:/"):
+        return _of_run(uri)
+    name, at, alias = uri.removeprefix("models:/").partition("@")
+    name, _, number = (name, "", "") if at else name.partition("/")
+    with asking(uri) as client:
+        if name.startswith("m-") and not at and not number:
+            model = client.get_logged_model(name)
+            return Named(uri, "", model.tags.get("sha256"), model.creation_timestamp, model.artifact_location)
+        if not name or not (alias if at else number == "latest" or number.isdecimal()):
+            raise UserError(f"{uri}: name a model as models:/NAME@ALIAS or models:/NAME/VERSION")
+        try:
+            if number == "latest":
+                number = str(max((int(v.version) for v in versions(client, name)), default=0))
+            by_alias, by_number = client.get_model_version_by_alias, client.get_model_version
+            found = by_alias(name, alias) if at else by_number(name, number)
+        except MlflowException as e:
+            if e.error_code not in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
+                raise
+            raise UserError(f"{uri}: {_instead(client, name)}") from e
+        location = client.get_model_version_download_uri(name, found.version)
+    number = str(found.version)
+    return Named(f"models:/{name}/{number}", number, found.tags.get("sha256"), found.creation_timestamp, location)
+
+
+def versions(client: Any, name: str) -> list[Any]:
+    """All versions of a registered model, the newest first."""
+    mark = '"' if "'" in name else "'"
+    found = everything(client.search_model_versions, f"name = {mark}{name}{mark}")
+    return sorted(found, key=lambda v: -int(v.version))
+
+
+def everything(search: Callable[..., Any], *given: Any, **named: Any) -> list[Any]:
+    """All pages of one of the client's searches."""
+    found, token = [], None
+    while True:
+        page = search(*given, page_token=token, **named)
+        found += page
+        token = page.token
+        if not token:
+            return found
+
+
+def _instead(client: Any, name: str) -> str:
+    """What there is, where something is asked for that there is not."""
+    models = {m.name: m for m in everything(client.search_registered_models) if "longtake.lock" not in m.tags}
+    where = without_password(store())
+    if name not in models:
+        known = ", ".join(sorted(models)[:20]) or "none"
+        return f"no model {name!r} is registered in {where}; registered: {known}"
+    numbers = ", ".join(str(v.version) for v in versions(client, name)[:20]) or "none"
+    known = ", ".join(f"{alias} ({number})" for alias, number in sorted(models[name].aliases.items())) or "none"
+    return f"no such version or alias of {name} in {where}; versions: {numbers}; aliases: {known}"
+
+
+def _of_run(uri: str) -> Named:
+    run_id, _, path = uri.removeprefix("runs:/").strip("/").partition("/")
+    name, _, inside = path.partition("/")
+    with asking(uri) as client:
+        info = client.get_run(run_id).info
+        logged = client.search_logged_models([info.experiment_id], f"source_run_id = '{run_id}'")
+        # a model that a run has logged does not lie in its artifacts
+        places = [(m.artifact_location, inside) for m in logged if m.name == name] or [(info.artifact_uri, path)]
+    return Named(uri, "", None, 0, "/".join(part.rstrip("/") for part in places[0] if part))
+
+
+def is_served(location: str) -> bool:
+    """Whether a server hands these artifacts out, by `list_served` and `read_served`."""
+    return location.startswith(("http://", "https://", "mlflow-artifacts:"))
+
+
+def list_served(location: str, path: str) -> dict[str, int | None]:
+    """The names in a folder of artifacts, with the size of a file in bytes, None of a folder.
+
+    Raises:
+        Unreachable, Failure: as `asking`.
+    """
+    from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
+
+    with asking(f"{location}/{path}"):
+        found = get_artifact_repository(location).list_artifacts(path or None)
+    return {f.path.rsplit("/", 1)[-1]: None if f.is_dir else (f.file_size or 0) for f in found}
+
+
+def read_served(location: str, path: str, start: int) -> tuple[int, Iterator[bytes]]:
+    """A file from byte `start` on, or where the server cannot do that, from 0 on: where, and the bytes.
+
+    Raises, also while it is read:
+        OSError: of kinds that `storage.retrying` tells apart.
+    """
+    from mlflow.exceptions import MlflowException
+    from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
+    from mlflow.utils.credentials import get_default_host_creds
+    from mlflow.utils.rest_utils import http_request
+
+    headers = {"Accept-Encoding": "identity"} | ({"Range": f"bytes={start}-"} if start else {})
+    host = get_default_host_creds(get_artifact_repository(location).artifact_uri)
+    options = {"max_retries": 0, "raise_on_status": False, "stream": True}
+    try:
+        answer = http_request(host, f"/{quote(path)}", "GET", extra_headers=headers, **options)
+    except MlflowException as e:
+        raise ConnectionError(without_password(_line(e))) from e
+    if answer.status_code not in (200, 206):
+        answer.close()
+        kind = {401: PermissionError, 403: PermissionError, 404: FileNotFoundError}.get(answer.status_code)
+        raise (kind or ConnectionError)(f"{path}: the server answers {answer.status_code} {answer.reason}")
+    return (start if answer.status_code == 206 else 0), answer.iter_content(_PIECE)
+
+
+def without_password(uri: str) -> str:
+    """An address as it may be shown."""
+    return re.sub(r"://[^/@\s]*@", "://", uri)
+
+
+def _unanswered(e: Exception) -> bool:
+    """Whether an error is that of a store that does not answer, not an answer."""
+    from mlflow.exceptions import MlflowException, RestException
+
+    if isinstance(e, MlflowException):
+        silent = e.error_code in ("INTERNAL_ERROR", "TEMPORARILY_UNAVAILABLE")
+        return silent and not isinstance(e, RestException)
+    return getattr(e, "response", None) is None

@@ -1,4 +1,4 @@
-"""What a plain `pip install longtake` can do: load and run models, without any package of the extras."""
+"""What a plain `pip install longtake` can do: fetch, load and run models, without any package of the extras."""
 
 import os
 import subprocess
@@ -31,6 +31,9 @@ absent = [n for n in ("ray", "deepspeed", "av", "decord", "matplotlib", "sqlalch
 assert not absent, absent
 video = np.load(sys.argv[2])
 made = [registry.reconstruct(registry.load(uri), video) for uri in (sys.argv[3], "models:/pv-vae@candidate")]
+import longtake
+made.append(registry.reconstruct(longtake.load("models:/pv-vae@candidate"), video))
+assert longtake.__version__ == sys.argv[4]
 import mlflow
 made.append(mlflow.pyfunc.load_model("models:/pv-vae@candidate").predict(video))
 assert all((made[0] == other).all() for other in made)
@@ -40,6 +43,15 @@ try:
     registry.load("models:/pv-vae@candidate")
 except UserError as e:
     print(len(made), e)
+"""
+
+COMMAND = """
+import sys
+sys.path.insert(0, sys.argv.pop(1))
+from longtake.infra import cli
+from longtake.infra.cli import models
+cli.cli.add_command(models.models)
+cli.main()
 """
 
 
@@ -71,6 +83,7 @@ def install(folder: Path, names: set[str]) -> Path:
 
 def install_longtake(folder: Path) -> None:
     (folder / "longtake").mkdir(parents=True)
+    (folder / "longtake" / "__init__.py").symlink_to(ROOT / "infra" / "public" / "__init__.py")
     for part in ("datasets", "infra", "pipeline", "training"):
         (folder / "longtake" / part).symlink_to(ROOT / part)
     described = folder / f"longtake-{version('longtake')}.dist-info"
@@ -99,22 +112,52 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, dic
     mlflow.set_tracking_uri(None)
 
 
-@pytest.mark.slow
-def test_the_base_install_loads_and_runs_models(served: tuple[Path, dict[str, str]], tmp_path: Path) -> None:
-    folder, store = served
-    installed, file = tmp_path / "installed", tmp_path / "video.npy"
-    video = np.random.default_rng(0).integers(0, 256, (1, 5, 32, 32, 3), dtype=np.uint8)
-    install_longtake(installed)
+@pytest.fixture(scope="module")
+def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder for sys.path with longtake and what a plain install of it brings."""
+    folder = tmp_path_factory.mktemp("installed")
+    install_longtake(folder)
     names = closure(PROJECT["project"]["dependencies"])
     assert {"mlflow-skinny", "torch"} <= names and not {"ray", "deepspeed", "mlflow", "av"} & names
-    install(installed, names)
+    return install(folder, names)
+
+
+@pytest.mark.slow
+def test_the_base_install_loads_and_runs_models(
+    served: tuple[Path, dict[str, str]], installed: Path, tmp_path: Path
+) -> None:
+    folder, store = served
+    file = tmp_path / "video.npy"
+    video = np.random.default_rng(0).integers(0, 256, (1, 5, 32, 32, 3), dtype=np.uint8)
     np.save(file, video)
-    command = [sys.executable, "-S", "-I", "-c", SCRIPT, str(installed), str(file), str(folder / "model")]
-    done = subprocess.run(command, env=os.environ | store, cwd=tmp_path, capture_output=True, text=True)
+    command = [sys.executable, "-S", "-I", "-c", SCRIPT]
+    command += [str(installed), str(file), str(folder / "model"), version("longtake")]
+    environment = os.environ | store | {"LONGTAKE_CACHE": str(tmp_path / "cache")}
+    done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     made = np.load(file)
     assert made.shape == video.shape and (made != video).any()
     assert done.stdout.strip() == (
-        "3 models:/pv-vae@candidate: the store sqlite:///nowhere.db needs all of MLflow:"
+        "4 models:/pv-vae@candidate: the store sqlite:///nowhere.db needs all of MLflow:"
         " pip install mlflow, or name a server"
     )
+
+
+@pytest.mark.slow
+def test_the_base_install_has_the_commands_of_the_registry(
+    served: tuple[Path, dict[str, str]], installed: Path, tmp_path: Path
+) -> None:
+    folder, store = served
+    environment = os.environ | store | {"LONGTAKE_CACHE": str(tmp_path / "cache")}
+
+    def said(*arguments: str) -> str:
+        command = [sys.executable, "-S", "-I", "-c", COMMAND, str(installed), *arguments]
+        done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-3000:]
+        return done.stdout
+
+    assert "models" in said("--help")
+    assert said("models", "list").splitlines()[1].split()[:4] == ["pv-vae", "1", "-", "1"]
+    assert '"model": "pv_vae"' in said("models", "show", "pv-vae", "--json")
+    pulled = Path(said("models", "pull", "pv-vae@candidate").strip())
+    assert (pulled / "model.safetensors").read_bytes() == (folder / "model" / "model.safetensors").read_bytes()

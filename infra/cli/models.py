@@ -1,0 +1,212 @@
+"""`longtake models`: what is registered, and fetching it."""
+
+import os
+from typing import Any
+
+import click
+
+from longtake.datasets.errors import Failure, UserError
+
+_LOCK = "longtake.lock"  # tag of what is registered only to keep others away
+_SHOWN = ("champion", "candidate", "previous")
+
+
+@click.group()
+def models() -> None:
+    """Look at registered models and fetch them, from the store that MLFLOW_TRACKING_URI names."""
+
+
+@models.command("list")
+@click.option("--json", "as_json", is_flag=True, help="As JSON.")
+def list_(as_json: bool) -> None:
+    """Which models there are, with their aliases and the time of the newest version."""
+    from longtake.training import tracker
+
+    _check_store()
+    with tracker.asking("models") as client:
+        found = [m for m in tracker.everything(client.search_registered_models) if _LOCK not in m.tags]
+        rows = [_summary(model, tracker.versions(client, model.name)) for model in sorted(found, key=lambda m: m.name)]
+    if as_json:
+        return _print_json(rows)
+    if not rows:
+        return click.echo(f"no models are registered in {tracker.without_password(tracker.store())}")
+    table = [["NAME", "VERSIONS", *(alias.upper() for alias in _SHOWN), "NEWEST"]]
+    for row in rows:
+        shown = [row["aliases"].get(alias, "-") for alias in _SHOWN]
+        table.append([row["name"], str(row["versions"]), *shown, row["newest"] or "-"])
+    _print_table(table)
+
+
+@models.command()
+@click.argument("model")
+@click.option("--json", "as_json", is_flag=True, help="As JSON.")
+def show(model: str, as_json: bool) -> None:
+    """The versions of MODEL (NAME, NAME@ALIAS or NAME/VERSION), and what is known of one of them.
+
+    Without an alias or version that is the champion, else the newest.
+    """
+    from longtake.training import pull, tracker
+
+    _check_store()
+    uri = _uri(model)
+    name = uri.removeprefix("models:/").partition("@")[0].partition("/")[0]
+    with tracker.asking(uri) as client:
+        if uri == f"models:/{name}":
+            uri = _default(client, name)
+        number = tracker.locate(uri).version
+        if not number:
+            raise UserError(f"{uri}: name a registered model as NAME, NAME@ALIAS or NAME/VERSION")
+        versions = tracker.versions(client, name)
+        aliases = dict(client.get_registered_model(name).aliases)
+        version = next(v for v in versions if str(v.version) == number)
+        metrics = _metrics(client, version.run_id)
+    content: dict[str, Any] = {}
+    problem = None
+    try:
+        content = pull.describe(f"models:/{name}/{number}")
+    except (UserError, Failure) as e:
+        problem = str(e)
+    lineage = content.get("lineage")
+    facts = {
+        "name": name,
+        "versions": [
+            {
+                "version": str(v.version),
+                "aliases": _aliases_of(aliases, v),
+                "created": _when(v.creation_timestamp),
+                "gate": v.tags.get("gate.verdict"),
+            }
+            for v in versions
+        ],
+        "uri": f"models:/{name}/{number}",
+        "aliases": _aliases_of(aliases, version),
+        "model": content.get("model"),
+        "bytes": content.get("bytes"),
+        "sha256": version.tags.get("sha256"),
+        "parameters": content.get("config", {}),
+        "inputs": lineage.get("inputs", {}) if isinstance(lineage, dict) else {},
+        "run": version.run_id,
+        "metrics": metrics,
+        "gate": {k: v for k, v in sorted(version.tags.items()) if k.startswith("gate.")},
+        "problem": problem,
+    }
+    if as_json:
+        return _print_json(facts)
+    _print_facts(facts)
+
+
+@models.command()
+@click.argument("uri")
+@click.option("--to", metavar="FOLDER", help="Write a copy of the model there. [default: only into the cache]")
+def pull(uri: str, to: str | None) -> None:
+    """Fetch the model URI (NAME@ALIAS or NAME/VERSION) into the cache, check it and print its folder.
+
+    What is there already is not fetched again, and a stopped pull goes on where it was. Models that were pulled load
+    without the store; LONGTAKE_OFFLINE=1 does not ask it at all. The cache is LONGTAKE_CACHE, else ~/.cache/longtake.
+
+    \b
+    Example:
+      longtake models pull latte@champion --to latte
+    """
+    from pathlib import Path
+
+    from longtake.training import pull
+
+    _check_store()
+    folder = pull.pull(_uri(uri))
+    if to is not None:
+        pull.copy(folder, Path(to))
+    click.echo(to if to is not None else folder)
+
+
+def _check_store() -> None:
+    """Raises UserError where no store is named, or a database that is not there: MLflow would make it."""
+    from pathlib import Path
+
+    os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
+    uri = os.environ.get("MLFLOW_TRACKING_URI", "")
+    if not uri:
+        raise UserError("MLFLOW_TRACKING_URI is not set; name the store, such as http://HOST:5000")
+    if uri.startswith("sqlite:///") and not Path(uri.removeprefix("sqlite:///").partition("?")[0]).is_file():
+        raise UserError(f"MLFLOW_TRACKING_URI={uri}: no such database")
+
+
+def _uri(model: str) -> str:
+    return model if model.startswith(("models:/", "runs:/")) else f"models:/{model}"
+
+
+def _default(client: Any, name: str) -> str:
+    """The champion of a model, else its newest version."""
+    from longtake.training import tracker
+
+    numbers = [str(v.version) for v in tracker.versions(client, name)]
+    if not numbers:
+        # says which models there are
+        return f"models:/{name}/latest"
+    aliases = client.get_registered_model(name).aliases
+    return f"models:/{name}/{aliases.get('champion', numbers[0])}"
+
+
+def _metrics(client: Any, run_id: str | None) -> dict[str, float]:
+    """The last values of a run's metrics; none where the run is gone."""
+    from mlflow.exceptions import MlflowException
+
+    if not run_id:
+        return {}
+    try:
+        found = client.get_run(run_id).data.metrics
+    except MlflowException as e:
+        if e.error_code != "RESOURCE_DOES_NOT_EXIST":
+            raise
+        return {}
+    return {name: value for name, value in sorted(found.items()) if not name.startswith("system/")}
+
+
+def _summary(model: Any, versions: list[Any]) -> dict[str, Any]:
+    return {
+        "name": model.name,
+        "versions": len(versions),
+        "aliases": {alias: str(number) for alias, number in sorted(model.aliases.items())},
+        "newest": _when(versions[0].creation_timestamp) if versions else None,
+    }
+
+
+def _aliases_of(aliases: dict[str, Any], version: Any) -> list[str]:
+    return sorted(alias for alias, number in aliases.items() if str(number) == str(version.version))
+
+
+def _when(milliseconds: int) -> str:
+    import time
+
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(milliseconds / 1000))
+
+
+def _print_json(content: Any) -> None:
+    import json
+
+    click.echo(json.dumps(content, indent=2))
+
+
+def _print_table(rows: list[list[str]]) -> None:
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    for row in rows:
+        click.echo("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+
+
+def _print_facts(facts: dict[str, Any]) -> None:
+    rows = [["VERSION", "ALIASES", "GATE", "CREATED"]]
+    for v in facts["versions"]:
+        rows.append([v["version"], ", ".join(v["aliases"]) or "-", v["gate"] or "-", v["created"]])
+    _print_table(rows)
+    click.echo(f"\n{facts['uri']}{' (' + ', '.join(facts['aliases']) + ')' if facts['aliases'] else ''}")
+    for name in ("model", "bytes", "sha256", "run", "problem"):
+        if facts[name] is not None:
+            click.echo(f"  {name}: {facts[name]}")
+    inputs = {field: each.get("uri") for field, each in facts["inputs"].items() if isinstance(each, dict)}
+    metrics = {name: f"{value:.6g}" for name, value in facts["metrics"].items()}
+    parts = {"gate": facts["gate"], "metrics": metrics, "inputs": inputs, "parameters": facts["parameters"]}
+    for title, values in parts.items():
+        if values:
+            click.echo(f"  {title}:")
+            for name, value in values.items():
+                click.echo(f"    {name}: {value}")

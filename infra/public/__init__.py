@@ -1,0 +1,34 @@
+"""Longtake: `longtake.load("models:/NAME@champion")` gives the torch module of a registered model.
+
+This is the package `longtake` itself; it lies here since the repository's top folders are its parts.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import nn
+
+__all__ = ["__version__", "load"]
+
+
+def load(uri: str) -> "nn.Module":
+    """The torch module of a model, on the CPU, in evaluation mode.
+
+    Args:
+        uri: "models:/NAME@ALIAS" or "models:/NAME/VERSION" of the registry that MLFLOW_TRACKING_URI names, fetched once
+            and checked (see `longtake models pull`); or a model folder.
+
+    Raises:
+        UserError, Failure: as `longtake.training.registry.load`.
+    """
+    from longtake.training import registry
+
+    return registry.load(uri)
+
+
+def __getattr__(name: str) -> Any:
+    if name != "__version__":
+        raise AttributeError(f"module 'longtake' has no attribute {name!r}")
+    from importlib.metadata import version
+
+    return version("longtake")
