@@ -168,7 +168,7 @@ def _validate(content: dict[str, Any], path: str) -> Recipe:
         try:
             configs[name] = stages.load(config["kind"]).Config(**config)
         except ValidationError as e:
-            raise UserError(f"{path}: {_first_line(e, f'stages.{name}', stages.load(config['kind']).Config)}") from e
+            raise UserError(f"{path}: {first_line(e, f'stages.{name}', stages.load(config['kind']).Config)}") from e
     workspace = storage.absolute(content["workspace"])
     deploy = _deploy(content.get("deploy") or {}, path, configs)
     return Recipe(path, content["name"], workspace, configs, content.get("outside") or {}, deploy)
@@ -180,7 +180,7 @@ def _deploy(content: Any, path: str, known: Mapping[str, StageConfig]) -> Deploy
     try:
         deploy = Deploy(**content)
     except (ValidationError, TypeError) as e:
-        line = _first_line(e, "deploy", Deploy) if isinstance(e, ValidationError) else f"deploy: {e}"
+        line = first_line(e, "deploy", Deploy) if isinstance(e, ValidationError) else f"deploy: {e}"
         raise UserError(f"{path}: {line}") from None
     for name in deploy.resources:
         if name not in known:
@@ -188,7 +188,7 @@ def _deploy(content: Any, path: str, known: Mapping[str, StageConfig]) -> Deploy
     return deploy
 
 
-def _first_line(error: ValidationError, prefix: str, model: type[StageConfig]) -> str:
+def first_line(error: ValidationError, prefix: str, model: type[StageConfig]) -> str:
     """The first mistake that pydantic found, as `KEY: what is wrong; what is allowed`."""
     first = error.errors(include_url=False)[0]
     key = ".".join([prefix, *(str(part) for part in first["loc"])])

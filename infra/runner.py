@@ -158,7 +158,7 @@ def run_stage(recipe: Recipe, name: str, parent: str | None = None, fresh: bool 
                     f"stage {name}: {node.kind} does not train, it runs in one process: start it without torchrun or deepspeed"
                 )
             start = _Start(*launch.share(begin))
-            if start.done:
+            if not start.run_id:
                 return {"uri": start.done} if rank == 0 else {}
             os.environ |= {"MLFLOW_RUN_ID": start.run_id, "LONGTAKE_RECIPE": recipe.digest()}
             with storage.failing_clearly(start.output):
@@ -184,6 +184,11 @@ def _begin(recipe: Recipe, nodes: list[Node], node: Node, store: Runs, parent: s
             if made is None:
                 raise UserError(
                     f"stage {node.name}: its input {value} has no finished run; run `longtake stage {recipe.path} {value}` first"
+                )
+            if not made.uri:
+                raise UserError(
+                    f"stage {node.name}: its input {value} let no model through, and there is no champion yet;"
+                    f" the gate's verdict is in MLflow's run {made.id}"
                 )
             inputs[field] = made.uri
     done = finished(node, store)

@@ -11,6 +11,7 @@ STAGES = {
     "finetune_latte": "longtake.training.stages.finetune_latte",
     "pretrain_memory": "longtake.training.stages.pretrain_memory",
     "finetune_memory_prior": "longtake.training.stages.finetune_memory_prior",
+    "promote": "longtake.training.stages.promote",
 }
 
 

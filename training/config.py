@@ -79,6 +79,7 @@ class TrainConfig(StageConfig):
     cache: Annotated[CacheConfig | None, Scheduling()] = (
         None  # of a remote dataset's tars; None reads samples one by one
     )
+    promote: Annotated[bool, Scheduling()] = True  # champion once measured; false where a `promote` stage decides
     log_every: Annotated[int, Scheduling()] = Field(10, ge=1)
     sample_every: Annotated[int, Scheduling()] = Field(500, ge=0)  # steps between videos to look at; 0 makes none
     checkpoint_every: Annotated[int, Scheduling()] = Field(200, ge=1)

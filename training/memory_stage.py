@@ -397,7 +397,8 @@ def _publish(
         metrics = evaluate(setup, seen)
         log.artifacts(seen, "heldout")
     log.close()
-    registry.promote(uri)
+    if config.promote:
+        registry.promote(uri)
     loader = loader_of(config, setup.inputs, data, "train", batch=1)
     metrics |= {
         "train_clips": float(loader.samples),

@@ -10,7 +10,10 @@ from typing import Any
 from longtake.infra.report import pictures
 from longtake.infra.report.embed import Pictures
 
-_TELLING = (".*psnr.*", ".*loss.*", "clips_kept", "clips_dropped", "sources_good", "sources_rejected", "clips")
+_TELLING = (
+    *("promoted", "gain\\..*", "gain_low\\..*", ".*psnr.*", ".*loss.*"),
+    *("clips_kept", "clips_dropped", "sources_good", "sources_rejected", "clips"),
+)
 
 
 @dataclass(frozen=True)

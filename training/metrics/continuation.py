@@ -16,8 +16,7 @@ from longtake.datasets.loader import to_model
 from longtake.training import flow, sampling, segments
 from longtake.training.history import Given
 from longtake.training.metrics.features import FeatureNetwork, features
-from longtake.training.metrics.retrieval import encoded, whole_groups
-from longtake.training.models.memory import Memory
+from longtake.training.metrics.retrieval import encoded, repeated, whole_groups
 from longtake.training.models.memory_dit import MemoryDiT
 from longtake.training.models.pv_vae import PVVAE
 
@@ -25,11 +24,14 @@ _TIMES = 8  # of the flow, at which the loss is measured
 
 
 @torch.no_grad()
-def heldout_losses(model: MemoryDiT, clips: Iterable[tuple[Given, Tensor | None]], seed: int) -> np.ndarray[Any, Any]:
+def heldout_losses(
+    model: MemoryDiT, clips: Iterable[tuple[Given, Tensor | None]], seed: int, scale: Tensor | float = 1.0
+) -> np.ndarray[Any, Any]:
     """The flow's loss `(clips, times)` of held-out segments, one a batch, given their history; with class ids or None.
 
     Times are spread evenly over 0..1, and clip n always gets the same noise: so values compare between trainings on the
-    same latents, whatever the memory.
+    same latents, whatever the memory. `scale` `(1, C, 1, 1, 1)` is the unit of errors where models normalise by
+    different statistics.
     """
     rows = []
     for number, (given, ids) in enumerate(clips):
@@ -40,16 +42,11 @@ def heldout_losses(model: MemoryDiT, clips: Iterable[tuple[Given, Tensor | None]
         draws = torch.Generator().manual_seed(int(np.random.SeedSequence([seed, number]).generate_state(1)[0]))
         segment = torch.randn(_TIMES, *x0.shape[1:2], x0.shape[2] - given.window, *x0.shape[3:], generator=draws)
         noise = torch.cat([torch.zeros_like(x0[:, :, : given.window]), segment.to(x0.device)], dim=2)
-        memory = None if given.memory is None else _repeated(model.remember(*given.memory), _TIMES)
+        memory = None if given.memory is None else repeated(model.remember(*given.memory), _TIMES)
         rows_of = None if ids is None else ids.expand(_TIMES)
         velocity = model(flow.interpolate(x0, noise, t), t, given.times, memory, rows_of)
-        rows.append(flow.loss(velocity, x0, noise, counted).cpu().numpy())
+        rows.append(flow.loss(velocity * scale, x0 * scale, noise * scale, counted).cpu().numpy())
     return np.stack(rows)
-
-
-def _repeated(memory: Memory, count: int) -> Memory:
-    tokens, hidden = (part.expand(count, -1, -1) for part in (memory.tokens, memory.hidden))
-    return Memory(tokens, memory.positions, hidden)
 
 
 def evaluate(

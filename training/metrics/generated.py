@@ -2,7 +2,7 @@
 
 import json
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,11 +26,14 @@ _LONGER = 3  # windows in a longer video, without what they share
 
 
 @torch.no_grad()
-def heldout_losses(latte: Latte, clips: Iterable[tuple[Tensor, Tensor | None]], seed: int) -> np.ndarray[Any, Any]:
+def heldout_losses(
+    latte: Callable[..., Tensor], clips: Iterable[tuple[Tensor, Tensor | None]], seed: int, scale: Tensor | float = 1.0
+) -> np.ndarray[Any, Any]:
     """The flow's loss `(clips, times)` of clips `(1, C, T, H, W)`, normalised, from their first frame on, with class ids.
 
     Times are spread evenly over 0..1, no frame is clean, and clip n always gets the same noise: so values compare
-    between trainings on the same latents.
+    between trainings on the same latents. `scale` `(1, C, 1, 1, 1)` is the unit of errors where models normalise by
+    different statistics.
     """
     rows = []
     for number, (clip, ids) in enumerate(clips):
@@ -39,7 +42,7 @@ def heldout_losses(latte: Latte, clips: Iterable[tuple[Tensor, Tensor | None]], 
         draws = torch.Generator().manual_seed(int(np.random.SeedSequence([seed, number]).generate_state(1)[0]))
         noise = torch.randn(x0.shape, generator=draws).to(x0.device)
         velocity = latte(flow.interpolate(x0, noise, times), times, None if ids is None else ids.expand(_TIMES))
-        rows.append(flow.loss(velocity, x0, noise).cpu().numpy())
+        rows.append(flow.loss(velocity * scale, x0 * scale, noise * scale).cpu().numpy())
     return np.stack(rows)
 
 

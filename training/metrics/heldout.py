@@ -34,25 +34,16 @@ def evaluate(
     rows: list[dict[str, Any]] = []
     frames = seen = 0
     count = min(most, loader.samples)
-    stride = model.config.temporal_stride
     for batch in tqdm(islice(loader, count), "evaluate", count, unit="clip"):
         video = to_model(batch["video"].to(at))
         frames = video.shape[2]
-        visible = (latent_groups(frames, stride) + 1) // 2
-        seen = frames_of(visible, stride)
-        full, half = model.reconstruct(video).float(), model.reconstruct(video, seen).float()
-        copied = video[:, :, seen - 1 : seen].expand_as(video)
-        row: dict[str, Any] = {
-            "key": batch["key"][0],
-            "frames_visible": seen,
-            "psnr_all": psnr(full, video).item(),
-            "ssim_all": ssim(full, video).item(),
-            "psnr_visible": psnr(half[:, :, :seen], video[:, :, :seen]).item(),
-        }
+        found, full, half = compared(model, video)
+        seen = int(found.pop("frames_visible"))
+        row: dict[str, Any] = {"key": batch["key"][0], "frames_visible": seen, **found}
         if perceptual:
             row["lpips_all"] = lpips(perceptual, full, video).item()
         if seen < frames:
-            row["psnr_predicted"] = psnr(half[:, :, seen:], video[:, :, seen:]).item()
+            copied = video[:, :, seen - 1 : seen].expand_as(video)
             row["psnr_copy_last"] = psnr(copied[:, :, seen:], video[:, :, seen:]).item()
         if len(rows) < _SHOWN:
             masked = torch.where(
@@ -68,6 +59,30 @@ def evaluate(
     shown = [row for row in rows if "file" in row]
     (folder / "heldout.json").write_text(json.dumps({"panels": _PANELS, "summary": summary, "clips": shown}, indent=2))
     return summary
+
+
+def compared(model: PVVAE, video: Tensor) -> tuple[dict[str, float], Tensor, Tensor]:
+    """A clip `(1, 3, T, H, W)` in [-1, 1] against what is made of it with every frame visible, and with the first half.
+
+    Returns:
+        `frames_visible` of the half, `psnr_all`, `ssim_all`, `psnr_visible` and, where frames are left to predict,
+        `psnr_predicted`; both reconstructions, fp32.
+
+    Raises:
+        ValueError: the model cannot divide the clip.
+    """
+    stride = model.config.temporal_stride
+    seen = frames_of((latent_groups(video.shape[2], stride) + 1) // 2, stride)
+    full, half = model.reconstruct(video).float(), model.reconstruct(video, seen).float()
+    found = {
+        "frames_visible": float(seen),
+        "psnr_all": psnr(full, video).item(),
+        "ssim_all": ssim(full, video).item(),
+        "psnr_visible": psnr(half[:, :, :seen], video[:, :, :seen]).item(),
+    }
+    if seen < video.shape[2]:
+        found["psnr_predicted"] = psnr(half[:, :, seen:], video[:, :, seen:]).item()
+    return found, full, half
 
 
 def _write_panels(path: Path, panels: list[Tensor], scale: int = 3) -> None:

@@ -17,14 +17,17 @@ from tqdm import tqdm
 
 from longtake.datasets.column import shrunk
 from longtake.datasets.loader import to_model, to_pixels
-from longtake.training import sampling
+from longtake.training import flow, sampling
 from longtake.training.history import Steps, retrieve
 from longtake.training.metrics.reconstruction import psnr, ssim
+from longtake.training.models.memory import Memory
 from longtake.training.models.memory_dit import MemoryDiT
 from longtake.training.models.pv_vae import PVVAE
 
 _CHUNK = 32  # frames on the device at once
 _SHOWN = 4  # clips in the video to look at
+_TIMES = 8  # of the flow, at which the loss is measured
+_AT_ONCE = 4  # steps that are retrieved together there
 
 
 def whole_groups(video: Tensor, factor: int, group: int) -> Tensor:
@@ -37,6 +40,37 @@ def whole_groups(video: Tensor, factor: int, group: int) -> Tensor:
     if not kept:
         raise ValueError(f"the video has {steps} steps, the memory takes {group} at a time")
     return video[:, :, video.shape[2] - 1 - (kept - 1) * factor :]
+
+
+def repeated(memory: Memory, count: int) -> Memory:
+    """The memory of one video, for a batch of `count`."""
+    tokens, hidden = (part.expand(count, -1, -1) for part in (memory.tokens, memory.hidden))
+    return Memory(tokens, memory.positions, hidden)
+
+
+@torch.no_grad()
+def heldout_losses(
+    model: MemoryDiT, clips: Iterable[tuple[Steps, Tensor | None]], seed: int, scale: Tensor | float = 1.0
+) -> np.ndarray[Any, Any]:
+    """The flow's loss `(clips, times)` of steps of held-out videos in whole groups, one a batch, given the memory of all.
+
+    Of each video some random steps are to be retrieved, as many as `retrieve` takes at once. Times are spread evenly over
+    0..1, and clip n always has the same steps and noise: so values compare between trainings on the same latents.
+    `scale` `(1, C, 1, 1, 1)` is the unit of errors where models normalise by different statistics.
+    """
+    rows = []
+    for number, (steps, ids) in enumerate(clips):
+        draws = torch.Generator().manual_seed(int(np.random.SeedSequence([seed, number]).generate_state(1)[0]))
+        omega = torch.randperm(steps.high.shape[2], generator=draws)[:_AT_ONCE].sort().values
+        true = steps.high[:, :, omega.to(steps.high.device)]
+        t = (torch.arange(_TIMES, device=true.device) + 0.5) / _TIMES
+        x0 = true.expand(_TIMES, -1, -1, -1, -1)
+        noise = torch.randn(x0.shape, generator=draws).to(x0.device)
+        memory = repeated(model.remember(steps.high, steps.low, steps.start), _TIMES)
+        times = (steps.start + omega).to(x0.device)
+        velocity = model(flow.interpolate(x0, noise, t), t, times, memory, None if ids is None else ids.expand(_TIMES))
+        rows.append(flow.loss(velocity * scale, x0 * scale, noise * scale).cpu().numpy())
+    return np.stack(rows)
 
 
 @torch.no_grad()

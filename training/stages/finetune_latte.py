@@ -302,7 +302,8 @@ def _publish(config: Config, inputs: Mapping[str, str], folder: Path) -> dict[st
         summary = _evaluate(config, inputs, data, latte, vae, loader.classes, seen)
         log.artifacts(seen, "heldout")
     log.close()
-    registry.promote(uri)
+    if config.promote:
+        registry.promote(uri)
     counts = {"train_clips": loader.samples, "train_clips_too_short": loader.samples_short}
     counts |= {"train_clips_without_latents": loader.samples_without_latent}
     values = summary | (summary["distance"] or {})

@@ -290,7 +290,8 @@ def _publish(config: Config, inputs: Mapping[str, str], folder: Path, lineage: M
         perceptual = load_perceptual(config.perceptual, config.perceptual_linear, device=device())
         summary = evaluate(model, heldout, seen, config.seed, config.eval_clips, perceptual)
         log.artifacts(seen, "heldout")
-    registry.promote(uri)
+    if config.promote:
+        registry.promote(uri)
     used = _loader(config, inputs, "train", batch=1)
     counts = {
         "train_clips": float(used.samples),

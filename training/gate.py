@@ -1,0 +1,197 @@
+"""Whether a candidate takes the champion's place: what it gains, by a paired bootstrap over held-out sources. Pure.
+
+Both are measured on the same clips. Clips of one video are much alike, so their figures are averaged first, and sources
+are drawn, not clips (Efron & Tibshirani, An Introduction to the Bootstrap, 1993, ch. 8 and 13).
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from statistics import NormalDist
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+from pydantic import Field, model_validator
+
+from longtake.datasets.errors import UserError
+from longtake.datasets.stage import StageConfig
+
+_AT_ONCE = 1 << 18  # sources drawn, for a bounded memory
+
+Better = Literal["higher", "lower"]
+Rows = Mapping[tuple[str, str], Mapping[str, float]]  # (source, clip) -> {metric: value}
+
+
+class Gain(StageConfig):
+    """A metric that must get better by `gain` at least, in the metric's own unit, with the gate's confidence."""
+
+    better: Better
+    gain: float = Field(0.0, ge=0)
+
+
+class Tolerance(StageConfig):
+    """A metric that must not get worse by more than `tolerance`, with the gate's confidence."""
+
+    better: Better
+    tolerance: float = Field(0.0, ge=0)
+
+
+class Window(StageConfig):
+    """What of each held-out clip is looked at; what is not given is as the candidate was trained."""
+
+    frames: int | None = Field(None, ge=1)
+    stride: int | None = Field(None, ge=1)  # of videos
+    size: tuple[int, int] | None = None  # height, width, of videos
+    history_seconds: float | None = Field(None, gt=0)  # before the window, for a model with a memory
+    history_least: float | None = Field(None, ge=0)  # s that a clip must follow others for; None takes every clip
+
+
+class Gate(StageConfig):
+    """What a candidate must show. All figures of the defaults are assumptions."""
+
+    metrics: dict[str, Gain] = Field(min_length=1)
+    must_not_regress: dict[str, Tolerance] = Field(default_factory=dict)
+    confidence: float = Field(0.95, gt=0.5, lt=1)  # of each bound, one-sided
+    resamples: int = Field(2000, ge=100)
+    least_sources: int = Field(8, ge=2)  # fewer tell nothing
+    seed: int = Field(0, ge=0)  # of the clips that are looked at, of noise and of the bootstrap
+    samples: int = Field(256, ge=1)  # held-out clips, at most; random ones where there are more
+    window: Window = Window()
+
+    @model_validator(mode="after")
+    def _once(self) -> Gate:
+        if twice := self.metrics.keys() & self.must_not_regress.keys():
+            raise ValueError(f"must_not_regress: {min(twice)} must gain already; leave it out there")
+        return self
+
+
+class Interval(NamedTuple):
+    """What a candidate gains over the champion, positive where it is better, and the bounds of that."""
+
+    gain: float
+    low: float
+    high: float
+
+
+class Verdict(NamedTuple):
+    """`promoted`, why, and the figures: means over sources, and what is gained where there was a champion."""
+
+    promoted: bool
+    reason: str
+    sources: int
+    candidate: Mapping[str, float]
+    champion: Mapping[str, float]
+    gains: Mapping[str, Interval]
+
+    def figures(self) -> dict[str, float]:
+        """As metrics of a run: candidate.X, champion.X, gain.X, gain_low.X, gain_high.X, sources, promoted."""
+        out = {f"candidate.{name}": value for name, value in self.candidate.items()}
+        out |= {f"champion.{name}": value for name, value in self.champion.items()}
+        for name, found in self.gains.items():
+            out |= {f"gain.{name}": found.gain, f"gain_low.{name}": found.low, f"gain_high.{name}": found.high}
+        return out | {"sources": float(self.sources), "promoted": float(self.promoted)}
+
+
+def decide(gate: Gate, better: Mapping[str, Better], candidate: Rows, champion: Rows | None) -> Verdict:
+    """Compare two models by the clips that both were measured on; without a champion there is nothing to compare with.
+
+    Args:
+        better: which way each metric is better.
+
+    Raises:
+        UserError: the gate names a metric that was not measured, or has another direction for it.
+    """
+    ours, theirs = _by_source(candidate, champion), _by_source(champion or {}, candidate)
+    measured = sorted({metric for row in candidate.values() for metric in row})
+    if candidate:
+        check(gate, measured, better)
+    sources = sorted(ours)
+    means = _means(ours)
+    gains: dict[str, Interval] = {}
+    if champion is not None and len(sources) > 1:
+        signed = [[_sign(better[m]) * (ours[s][m] - theirs[s][m]) for m in measured] for s in sources]
+        bounds = bootstrap(np.array(signed), gate.confidence, gate.resamples, gate.seed)
+        gains = dict(zip(measured, bounds, strict=True))
+    promoted, reason = _judged(gate, len(sources), means, None if champion is None else _means(theirs), gains)
+    return Verdict(promoted, reason, len(sources), means, _means(theirs), gains)
+
+
+def check(gate: Gate, measured: Sequence[str], better: Mapping[str, Better]) -> None:
+    """Raises UserError where the gate names another metric than these, or has another direction for one."""
+    rules: dict[str, Gain | Tolerance] = {**gate.metrics, **gate.must_not_regress}
+    for name, rule in rules.items():
+        if name not in measured:
+            raise UserError(f"gate: unknown metric {name}; this model has {', '.join(measured)}")
+        if rule.better != better[name]:
+            raise UserError(f"gate: {name}: better: {rule.better}: of this metric the {better[name]} is better")
+
+
+def bootstrap(differences: np.ndarray[Any, Any], confidence: float, resamples: int, seed: int) -> list[Interval]:
+    """Of differences (S, M) of S >= 2 sources in M metrics: each mean, and its one-sided bounds of that confidence.
+
+    The percentiles are widened as Student's t asks for with few sources: "expanded percentiles" (Hesterberg,
+    arXiv 1411.5279). Of 8 normal differences a bound of 95 % holds in 94 % of cases; plain percentiles do in 92 %.
+    """
+    count = len(differences)
+    draws = np.random.default_rng(seed)
+    most = max(1, _AT_ONCE // count)
+    parts = [min(most, resamples - begin) for begin in range(0, resamples, most)]
+    means = np.concatenate([differences[draws.integers(count, size=(part, count))].mean(1) for part in parts])
+    level = NormalDist().cdf(-math.sqrt(count / (count - 1)) * _student(confidence, count - 1))
+    low, high = np.quantile(means, [level, 1 - level], axis=0)
+    return [Interval(*map(float, each)) for each in zip(differences.mean(0), low, high, strict=True)]
+
+
+def _student(confidence: float, freedom: int) -> float:
+    """Student's t of that confidence, from the normal's (Abramowitz & Stegun 26.7.5): 0.3 % off with 7 degrees of freedom."""
+    z, n = NormalDist().inv_cdf(confidence), freedom
+    first = (z**3 + z) / 4
+    second = (5 * z**5 + 16 * z**3 + 3 * z) / 96
+    third = (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384
+    return z + first / n + second / n**2 + third / n**3
+
+
+def _judged(
+    gate: Gate,
+    sources: int,
+    ours: Mapping[str, float],
+    theirs: Mapping[str, float] | None,
+    gains: Mapping[str, Interval],
+) -> tuple[bool, str]:
+    if sources < gate.least_sources:
+        return False, f"{sources} held-out sources are too few, the gate asks for {gate.least_sources}"
+    for whose, means in (("candidate", ours), ("champion", theirs or {})):
+        if broken := sorted(name for name, value in means.items() if not math.isfinite(value)):
+            return False, f"{broken[0]} of the {whose} is not finite"
+    if theirs is None:
+        return True, f"there was no champion to compare with; measured on {sources} sources"
+    told = []
+    needs = {name: rule.gain for name, rule in gate.metrics.items()}
+    needs |= {name: -rule.tolerance for name, rule in gate.must_not_regress.items()}
+    for name, need in needs.items():
+        gain, low, _ = gains[name]
+        line = f"{name} {gain:+.4g} (at least {low:+.4g} with {100 * gate.confidence:g} % confidence"
+        if low < need:
+            return False, f"{line}, the gate asks for {need:+g})"
+        told.append(f"{line})")
+    return True, f"{', '.join(told)}, on {sources} sources"
+
+
+def _by_source(rows: Rows, others: Rows | None) -> dict[str, dict[str, float]]:
+    """Means over the clips of each source that the other model was measured on too."""
+    each: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
+    for place in sorted(rows.keys() if others is None else rows.keys() & others.keys()):
+        for metric, value in rows[place].items():
+            each[place[0]][metric].append(value)
+    return {source: {m: float(np.mean(values)) for m, values in found.items()} for source, found in each.items()}
+
+
+def _means(sources: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
+    names = sorted({name for row in sources.values() for name in row})
+    return {name: float(np.mean([row[name] for row in sources.values()])) for name in names}
+
+
+def _sign(better: Better) -> int:
+    return 1 if better == "higher" else -1
