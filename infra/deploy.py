@@ -9,6 +9,7 @@ import re
 from pydantic import Field, PositiveFloat, field_validator
 
 from longtake.datasets.stage import StageConfig
+from longtake.infra.pods import KubeRay
 
 _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 
@@ -42,6 +43,7 @@ class Deploy(StageConfig):
     """The recipe's key `deploy`."""
 
     image: str | None = None  # of the pods on Kubernetes
+    kuberay: KubeRay = KubeRay()  # how many of them, and how large
     env: tuple[str, ...] = ("MLFLOW_TRACKING_URI",)  # names of variables that jobs get from where they are submitted
     resources: dict[str, Resources] = Field({})  # by stage
     schedule: Schedule = Schedule()

@@ -12,7 +12,7 @@ from typing import Any
 import click
 
 from longtake.datasets.errors import Failure, Interrupted, UserError
-from longtake.infra.cli import dataset, generate, recipe, reconstruct, retrieve
+from longtake.infra.cli import dataset, generate, housekeeping, models, promote, recipe, reconstruct, retrieve, submit
 
 _SHELL = """
 Start here:
@@ -22,8 +22,11 @@ Start here:
   longtake run my.yaml --dry-run        what would run, and what is reused
   longtake status my.yaml               what has run, where it is
   longtake dataset ls DATASET           what is in a dataset
+  longtake submit my.yaml --address http://head:8265    the same on a Ray cluster
+  longtake models list                  the registered models
 
-Exit codes: 0 done, 1 failure, 2 something to put right in the recipe or the command, 130 stopped by Ctrl-C. Stopped by
+Exit codes: 0 done, 1 failure, 2 something to put right in the recipe or the command, 3 kept back by a gate (`longtake
+promote` alone), 130 stopped by Ctrl-C. Stopped by
 SIGTERM, or by a Ray cluster that takes a node away: 0 when the state is saved, for a scheduler to run it again; 1 if that
 took longer than stop_seconds. The same command goes on.
 """
@@ -37,9 +40,13 @@ def cli() -> None:
     """Longtake turns raw videos into training shards, and the shards into registered video models."""
 
 
-for command in (recipe.run, recipe.stage, recipe.graph, recipe.resolve, recipe.status, recipe.report):
-    cli.add_command(command)
-for command in (dataset.footage, dataset.dataset, generate.generate, reconstruct.reconstruct, retrieve.retrieve):
+for command in (
+    *(recipe.run, recipe.stage, recipe.graph, recipe.resolve, recipe.status, recipe.report),
+    *(housekeeping.plan, housekeeping.doctor, housekeeping.clean),
+    *(submit.submit, submit.jobs_group, submit.render),
+    *(models.models, promote.promote, promote.rollback),
+    *(dataset.footage, dataset.dataset, generate.generate, reconstruct.reconstruct, retrieve.retrieve),
+):
     cli.add_command(command)
 
 
@@ -49,8 +56,8 @@ def main() -> None:
     came = _signals_noted()
     code = _guarded(lambda: cli(standalone_mode=False))
     if code == _STOPPED and signal.SIGINT not in came():
-        # the state is saved: nothing went wrong that a scheduler should report
-        code = 0
+        # the state is saved: nothing went wrong that a scheduler should report, but one that takes 0 for done
+        code = int(os.environ.get("LONGTAKE_STOPPED_CODE", "0"))
     # native threads of torch and its like have aborted a process that had done its work while it unloaded them
     atexit._run_exitfuncs()
     sys.stdout.flush()
