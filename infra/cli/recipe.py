@@ -126,7 +126,7 @@ def resolve(recipe: str, overrides: tuple[str, ...], target: str) -> None:
     """Write RECIPE resolved, for a scheduler: bases, overrides, variables, and digests of what its stages read from outside.
 
     Commands that get this file see the same sources, whatever is added meanwhile. The last line printed is JSON:
-    `recipe`, the file, and `todo`, the stages that have not finished.
+    `recipe`, the file, its `workspace`, and `todo`, the stages that have not finished.
     """
     from longtake.datasets import storage
     from longtake.datasets.errors import UserError
@@ -145,7 +145,8 @@ def resolve(recipe: str, overrides: tuple[str, ...], target: str) -> None:
     loaded = recipes.load(target)
     nodes = graphs.build(loaded)
     todo = runner.plan(loaded, nodes, runs.connect(loaded), runner.Choice())
-    click.echo(json.dumps({"recipe": target, "todo": [name for name, runs_now in todo.items() if runs_now]}))
+    said = {"recipe": target, "workspace": loaded.workspace, "todo": [name for name, again in todo.items() if again]}
+    click.echo(json.dumps(said))
 
 
 @click.command()

@@ -71,8 +71,8 @@ def build(path: str, *overrides: str) -> list[graph.Node]:
         (changed(vae=GOOD["stages"]["vae"] | {"frames": 401}), "stages.vae.frames: a window spans 401 frames"),
         (changed(vae=GOOD["stages"]["vae"] | {"batch": 9, "accumulate": 2}), "batch 9 does not divide into accumulate 2"),
         (changed(**{"bad name": {"kind": "curate", "dataset": "shards"}}), "a stage's name has lower-case letters"),
-        (GOOD | {"deploy": "x"}, "deploy: must be a mapping with the keys image, env"),
-        (GOOD | {"deploy": {"imge": "x"}}, "deploy.imge: unknown key (did you mean image?); allowed: image, env"),
+        (GOOD | {"deploy": "x"}, "deploy: must be a mapping with the keys image, kuberay"),
+        (GOOD | {"deploy": {"imge": "x"}}, "deploy.imge: unknown key (did you mean image?); allowed: image, kuberay"),
         (GOOD | {"deploy": {"resources": {"vea": {}}}}, "deploy.resources.vea: there is no such stage (did you mean vae?)"),
         (GOOD | {"deploy": {"resources": {"vae": {"gpu": 1}}}}, "deploy.resources.vae.gpu: unknown key (did you mean gpus?)"),
         (GOOD | {"deploy": {"resources": {"vae": {"gpus": -1}}}}, "deploy.resources.vae.gpus: "),
@@ -231,7 +231,7 @@ def test_a_resolved_recipe_is_kept_so_that_a_retry_sees_the_same_sources(
         return CliRunner().invoke(cli, ["resolve", path, "--to", str(target), *more])
 
     said = json.loads(resolve().output.splitlines()[-1])
-    assert said == {"recipe": str(target), "todo": ["shards", "view"]}
+    assert said == {"recipe": str(target), "workspace": str(tmp_path / "work"), "todo": ["shards", "view"]}
     first = [n.fingerprint for n in build(str(target))]
     (videos / "b.mp4").write_bytes(b"two")
     assert json.loads(resolve().output.splitlines()[-1]) == said

@@ -1,0 +1,252 @@
+"""Airflow tasks that are Ray jobs. They wait in the triggerer, so that a week of training holds no worker slot.
+
+Airflow's components all import this file: put its folder on the PYTHONPATH of each (see README.md).
+"""
+
+import asyncio
+import hashlib
+import math
+import os
+import shlex
+import time
+from collections.abc import AsyncIterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import ray_jobs
+from airflow.sdk import BaseHook, BaseOperator, Context
+from airflow.sdk.exceptions import (
+    AirflowException,
+    AirflowFailException,
+    AirflowNotFoundException,
+    AirflowSkipException,
+    AirflowTaskTimeout,
+    DownstreamTasksSkipped,
+)
+from airflow.triggers.base import BaseTrigger, TriggerEvent
+from ray_jobs import Ray, RayError
+
+CONNECTION = "longtake_ray"
+_WORKER_PATIENCE = 60.0  # seconds that a worker waits for Ray; the triggerer has more
+# Airflow 3.3 takes a task for killed that goes on before the end of the process that deferred it is noted, which takes
+# [workers] min_heartbeat_interval (5 s) and a round of the scheduler
+_SETTLE = 10.0
+
+
+def patience() -> float:
+    """Seconds without an answer from Ray after which a task fails, to try again later."""
+    return float(os.environ.get("LONGTAKE_RAY_PATIENCE_SECONDS", "600"))
+
+
+def here() -> Ray | None:
+    """Ray as the environment names it: LONGTAKE_RAY_ADDRESS, with RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH."""
+    address = os.environ.get("LONGTAKE_RAY_ADDRESS")
+    if not address:
+        return None
+    token = os.environ.get("RAY_AUTH_TOKEN", "")
+    if not token and (path := os.environ.get("RAY_AUTH_TOKEN_PATH")):
+        token = Path(path).read_text().strip()
+    return Ray(address, token)
+
+
+def of_connection(connection: Any) -> Ray:
+    """Ray as an Airflow connection names it: host, port, and its password for the token; `schema` may be https."""
+    host = connection.host or ""
+    address = host if "://" in host else f"{connection.schema or 'http'}://{host}"
+    return Ray(f"{address}:{connection.port}" if connection.port else address, connection.password or "")
+
+
+def job_name(dag: str, run: str, task: str) -> str:
+    """The name of a task's jobs: the same in every try."""
+    digest = hashlib.sha256("\n".join((dag, run, task)).encode()).hexdigest()
+    return f"{dag}-{task}-{digest[:12]}"
+
+
+class RayJobTrigger(BaseTrigger):
+    """Waits for a job's end and writes its log into the task's. Nothing is lost if it is started again elsewhere."""
+
+    def __init__(self, job: str, timeout_seconds: float | None) -> None:
+        super().__init__()
+        self.job = job
+        self.timeout_seconds = timeout_seconds
+
+    def serialize(self) -> tuple[str, dict[str, Any]]:
+        return "ray_operator.RayJobTrigger", {"job": self.job, "timeout_seconds": self.timeout_seconds}
+
+    async def _ray(self) -> Ray:
+        return here() or of_connection(await BaseHook.aget_connection(CONNECTION))
+
+    async def run(self) -> AsyncIterator[TriggerEvent]:
+        begin = time.monotonic()
+        event = await self._end()
+        await asyncio.sleep(max(0.0, begin + _SETTLE - time.monotonic()))
+        yield TriggerEvent({"job": self.job} | event)
+
+    async def _end(self) -> dict[str, Any]:
+        """How the job ended, as `status`, `why` and `timed_out`; or the `error` for which that is not known."""
+        ray = await self._ray()
+        seen, pause, stopping, answered = 0, 1.0, False, time.monotonic()
+        while True:
+            try:
+                found = await asyncio.to_thread(ray_jobs.find, ray, self.job)
+                if found is None:
+                    return {"error": f"{ray.address}: Ray knows no such job: was the cluster started anew?"}
+                over = found["status"] in ray_jobs.ENDED
+                seen = await self._show(ray, seen, "\n" if over else "")
+                late = ray_jobs.seconds(found) > (self.timeout_seconds or math.inf)
+                if over:
+                    return {"status": found["status"], "why": ray_jobs.why(found)[:500], "timed_out": late}
+                if late and not stopping:
+                    await asyncio.to_thread(ray_jobs.stop, ray, self.job)
+                    self.log.error("%s took more than %g s: told to stop", self.job, self.timeout_seconds)
+                    stopping, pause = True, 1.0
+                answered = time.monotonic()
+            except RayError as e:
+                if not e.passing or time.monotonic() - answered > patience():
+                    return {"error": str(e)}
+                self.log.warning("%s; asking again", e)
+            await asyncio.sleep(pause)
+            pause = ray_jobs.longer(pause)
+
+    async def _show(self, ray: Ray, seen: int, end: str) -> int:
+        try:
+            log = await asyncio.to_thread(ray_jobs.logs, ray, self.job)
+            lines, seen = ray_jobs.news(log if log.endswith("\n") else log + end, seen)
+        except RayError as e:
+            # the node that keeps the log may be gone; whether the job has ended is said elsewhere
+            lines = [f"(no log: {e})"]
+        for line in lines:
+            self.log.info("%s", line)
+        return seen
+
+    async def on_kill(self) -> None:
+        """Stop the job: a user cleared the task or marked it. A restart of the triggerer does not come here."""
+        ray = await self._ray()
+        await asyncio.to_thread(ray_jobs.patiently, lambda: ray_jobs.stop(ray, self.job), 20)
+        self.log.info("%s: told to stop", self.job)
+
+
+class RayJob(BaseOperator):
+    """A task that is done when its Ray job is.
+
+    Args:
+        command: its third word is the recipe, for which the resolved recipe of the run is put in.
+        deploy: `env` and `stop_seconds` of the graph.
+        asks: `resources` of the graph's stage.
+    """
+
+    def __init__(
+        self,
+        *,
+        command: Sequence[str],
+        deploy: Mapping[str, Any],
+        asks: Mapping[str, Any] | None = None,
+        **more: Any,
+    ) -> None:
+        super().__init__(**more)
+        self.command = list(command)
+        self.deploy = dict(deploy)
+        self.asks = dict(asks or {})
+        self._started: str | None = None
+
+    def ray(self) -> Ray:
+        try:
+            return here() or of_connection(BaseHook.get_connection(CONNECTION))
+        except AirflowNotFoundException:
+            line = (
+                f"where is Ray? Set LONGTAKE_RAY_ADDRESS for all parts of Airflow, or add the connection {CONNECTION}"
+            )
+            raise AirflowFailException(line) from None
+
+    def words(self, context: Context) -> list[str]:
+        """The command of this run.
+
+        Raises:
+            AirflowSkipException: there is nothing to do.
+        """
+        resolved = context["ti"].xcom_pull(task_ids="resolve")
+        if not resolved:
+            raise AirflowFailException("the task resolve of this run has not ended well: clear that one first")
+        if not resolved["todo"] or self.task_id not in [*resolved["todo"], "report"]:
+            raise AirflowSkipException("nothing to do: already made")
+        return [*self.command[:2], resolved["recipe"], *self.command[3:]]
+
+    def execute(self, context: Context) -> None:
+        self._wait_for_job(context)
+
+    def _wait_for_job(self, context: Context) -> None:
+        dag, run = context["dag"].dag_id, context["run_id"]
+        env = {name: os.environ[name] for name in self.deploy["env"] if name in os.environ}
+        # a job that saved its state and ended, since its node goes away, is not done
+        env["LONGTAKE_STOPPED_CODE"] = "130"
+        env["RAY_JOB_STOP_WAIT_TIME_S"] = str(max(1, round(self.deploy["stop_seconds"])))
+        metadata = {"dag": dag, "run": run, "task": self.task_id}
+        request = ray_jobs.request(shlex.join(self.words(context)), env, self.asks, metadata)
+        ray, name = self.ray(), job_name(dag, run, self.task_id)
+        try:
+            self._started, attached = ray_jobs.patiently(
+                lambda: ray_jobs.start(ray, name, request), min(patience(), _WORKER_PATIENCE)
+            )
+        except RayError as e:
+            raise (AirflowException if e.passing else AirflowFailException)(str(e)) from None
+        self.log.info("%s: %s", self._started, "it runs already: waiting for it" if attached else request["entrypoint"])
+        seconds = self.execution_timeout.total_seconds() if self.execution_timeout else None
+        trigger = RayJobTrigger(self._started, seconds)
+        self.defer(trigger=trigger, method_name="ended", kwargs={"attached": attached})
+
+    def ended(self, context: Context, event: Mapping[str, Any], attached: bool) -> Any:
+        """Where the task goes on after its wait."""
+        job = event["job"]
+        if error := event.get("error"):
+            raise AirflowException(f"{self.task_id}: job {job}: {error}")
+        if event["status"] == "SUCCEEDED":
+            return self.result(context, job)
+        if event["timed_out"]:
+            raise AirflowTaskTimeout(f"{self.task_id}: job {job} took more than {self.execution_timeout}: stopped")
+        if event["status"] == "STOPPED":
+            if attached:
+                # it was being stopped, for the task that was cleared, when this one came
+                return self._wait_for_job(context)
+            raise AirflowFailException(f"{self.task_id}: job {job} was stopped; clear this task to go on")
+        raise AirflowException(f"{self.task_id}: job {job}: {event['why']}")
+
+    def result(self, context: Context, job: str) -> Any:
+        """What other tasks may read: ids and URLs alone."""
+        return job
+
+    def on_kill(self) -> None:
+        if self._started:
+            ray_jobs.stop(self.ray(), self._started)
+
+
+class Resolve(RayJob):
+    """Pins what a run sees, and skips at once all stages that have nothing to do. Its `command` ends before the URL."""
+
+    def __init__(self, *, folder: str, stages: Sequence[str], **more: Any) -> None:
+        super().__init__(**more)
+        self.folder = folder
+        self.stages = list(stages)
+
+    def words(self, context: Context) -> list[str]:
+        name = job_name(context["dag"].dag_id, context["run_id"], "run")
+        return [*self.command, f"{self.folder}/{name}.yaml"]
+
+    def result(self, context: Context, job: str) -> Any:
+        ray = self.ray()
+        try:
+            said = ray_jobs.last_json(ray_jobs.patiently(lambda: ray_jobs.logs(ray, job), _WORKER_PATIENCE))
+        except RayError as e:
+            raise AirflowException(f"{self.task_id}: job {job}: {e}") from None
+        if not said["recipe"].startswith(said["workspace"]):
+            line = (
+                f"the graph's workspace is not the job's, {said['workspace']}: write a whole path or URL in the recipe"
+            )
+            raise AirflowFailException(f"{self.task_id}: job {job}: {line}")
+        resolved = {"recipe": said["recipe"], "todo": said["todo"]}
+        done = [name for name in self.stages if name not in said["todo"]]
+        for name in self.stages:
+            self.log.info("%s: %s", name, "nothing to do: already made" if name in done else "to do")
+        if not done:
+            return resolved
+        context["ti"].xcom_push(key="return_value", value=resolved)
+        raise DownstreamTasksSkipped(tasks=done if said["todo"] else [*done, "report"])
