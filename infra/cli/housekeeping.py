@@ -1,0 +1,160 @@
+"""Commands that look after machines and workspaces: doctor, clean, plan."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import click
+
+from longtake.infra.cli.recipe import _load, _recipe, _set
+
+_UNITS = ("B", "kB", "MB", "GB", "TB", "PB")
+
+
+def _bytes(count: float) -> str:
+    unit = 0
+    while count >= 1000 and unit + 1 < len(_UNITS):
+        count, unit = count / 1000, unit + 1
+    return f"{count:.0f} B" if not unit else f"{count:.1f} {_UNITS[unit]}"
+
+
+@click.command()
+@_recipe
+@_set
+@click.option(
+    "--checkpoints", "kinds", flag_value="checkpoints", multiple=True, help="Those that nothing takes up again."
+)
+@click.option("--latents", "kinds", flag_value="latents", multiple=True, help="Those of dead versions of an encoder.")
+@click.option("--debris", "kinds", flag_value="debris", multiple=True, help="What killed processes left behind.")
+@click.option("--cache", "kinds", flag_value="cache", multiple=True, help="Pulled models that no URI names any more.")
+@click.option("--older", default=1.0, show_default=True, metavar="HOURS", help="How long debris must have lain still.")
+@click.option("--yes", is_flag=True, help="Delete; without it nothing is touched.")
+def clean(recipe: str, overrides: tuple[str, ...], kinds: tuple[str, ...], older: float, yes: bool) -> None:
+    """List what RECIPE's workspace no longer needs, and why; with --yes, delete it.
+
+    Without a choice: checkpoints, latents and debris. What a run would take up again or reuse stays, and so do shards,
+    sources and views, and all that a run uses which is RUNNING in MLflow or holds the lock of its checkpoints.
+
+    \b
+    Examples:
+      longtake clean my.yaml
+      longtake clean my.yaml --checkpoints --yes
+    """
+    from longtake.infra import clean as cleaning
+    from longtake.infra import debris, runs
+    from longtake.infra import graph as graphs
+
+    loaded = _load(recipe, overrides)
+    store = runs.connect(loaded)
+    chosen = [kind for kind in cleaning.KINDS if kind in (kinds or cleaning.KINDS[:3])]
+    found = list(cleaning.find(loaded, graphs.build(loaded), store, chosen, older * 3600))
+    items = [item for item in found if isinstance(item, debris.Item)]
+    for item in items:
+        if yes:
+            cleaning.remove(item, store)
+        click.echo(
+            f"{'gone' if yes else 'would go':<9} {_bytes(item.bytes):>9}  {item.what:<13} {item.where}: {item.reason}"
+        )
+    for kept in found:
+        if isinstance(kept, debris.Kept):
+            click.echo(f"{'stays':<9} {'':>9}  {'':<13} {kept.where}: {kept.reason}")
+    total = f"{len(items)} of {_bytes(sum(item.bytes for item in items))}"
+    click.echo(f"{total} deleted" if yes else f"{total} would go; add --yes to delete")
+
+
+@click.command()
+@click.argument("recipe", required=False)
+@_set
+@click.option("--address", metavar="URL", help="Dashboard of the Ray cluster that it is to run on, http://HEAD:8265.")
+@click.option("--json", "as_json", is_flag=True, help="The findings as JSON.")
+def doctor(recipe: str | None, overrides: tuple[str, ...], address: str | None, as_json: bool) -> None:
+    """Look whether this machine and, with RECIPE, its servers, storage, sources and cluster are fit for the work.
+
+    Exit code 1 where a check fails. Nothing is changed for good.
+
+    \b
+    Examples:
+      longtake doctor
+      longtake doctor my.yaml --address http://head:8265
+    """
+    from longtake.infra import doctor as doctors
+    from longtake.infra import graph as graphs
+    from longtake.infra import recipe as recipes
+
+    # sources that cannot be listed are a finding, so they are not pinned
+    loaded = recipes.load(recipe, overrides) if recipe else None
+    lines = []
+    for line in doctors.examine(loaded, graphs.build(loaded) if loaded else None, address):
+        lines.append(line)
+        if not as_json:
+            click.echo(f"{line.level:<5} {line.check}: {line.says}" + (f"; {line.fix}" if line.fix else ""))
+    if as_json:
+        click.echo(doctors.as_json(lines))
+    if any(line.level == "fail" for line in lines):
+        raise click.exceptions.Exit(1)
+
+
+@click.command()
+@_recipe
+@_set
+@click.option("--sample", default=5, show_default=True, type=click.IntRange(1), help="Sources to look into.")
+@click.option(
+    "--trial",
+    default=0.0,
+    metavar="SECONDS",
+    help="Where no run with these settings tells, run the recipe on the sample with few steps, for so long at most.",
+)
+@click.option("--cpu-hour", default=0.0, metavar="PRICE", help="Of an hour of a CPU.")
+@click.option("--gpu-hour", default=0.0, metavar="PRICE", help="Of an hour of a GPU.")
+@click.option("--json", "as_json", is_flag=True, help="The estimate as JSON.")
+def plan(
+    recipe: str, overrides: tuple[str, ...], sample: int, trial: float, cpu_hour: float, gpu_hour: float, as_json: bool
+) -> None:
+    """Estimate what a run of RECIPE would make and cost: clips, bytes, hours, by stage; nothing is run but the sample.
+
+    Rates are measured: of sources by cutting some frames of a few here, of training by runs with the same settings, or
+    with --trial by some steps on this machine. What has not been measured is said to be unknown.
+
+    \b
+    Examples:
+      longtake plan my.yaml --cpu-hour 0.05 --gpu-hour 2.5
+      longtake plan my.yaml --trial 600
+    """
+    from longtake.infra import estimate as estimates
+    from longtake.infra import graph as graphs
+    from longtake.infra import runs
+
+    loaded = _load(recipe, overrides)
+    told = estimates.estimate(loaded, graphs.build(loaded), runs.connect(loaded), trial, sample)
+    price = estimates.money(told, cpu_hour, gpu_hour) if cpu_hour or gpu_hour else None
+    if as_json:
+        click.echo(estimates.as_json(told | {"money": price and price._asdict()}))
+        return
+    for source in told["sources"]:
+        why = f", no clip: {source['rejected']}" if source["rejected"] else ""
+        size = f"{source['width']}x{source['height']}, {_bytes(source['bytes'])}"
+        click.echo(f"  {source['uri']}: {source['seconds']:.1f} s, {size}{why}")
+    for stage in told["stages"]:
+        click.echo(f"{stage['name']:<12} {_costs(stage) if stage['todo'] else 'nothing to do'}   ({stage['how']})")
+    click.echo(f"{'total':<12} {_costs(told['total'])}")
+    disk = told["disk"]
+    if disk["free"] is not None and disk["needed"]:
+        enough = "enough for what is known" if disk["enough"] else "NOT enough: free some, or choose another workspace"
+        click.echo(f"{'disk':<12} {_bytes(disk['needed']['high'])} at most of {_bytes(disk['free'])} free, {enough}")
+    if price:
+        click.echo(f"{'money':<12} {price.value:.4g} ({price.low:.4g} to {price.high:.4g}) for the hours above")
+    for line in told["unknown"]:
+        click.echo(f"{'unknown':<12} {line.replace('not known: ', '')}")
+    if told["unknown"] and not trial:
+        click.echo(f"{'':<12} --trial SECONDS measures some steps of each stage here")
+
+
+def _costs(stage: Mapping[str, Any]) -> str:
+    parts = [f"{stage['sources']} sources of {_bytes(stage['source_bytes'])}"] if stage.get("sources") else []
+    if clips := stage.get("clips"):
+        parts.append(f"{clips['value']:.0f} clips ({clips['low']:.0f} to {clips['high']:.0f})")
+    if made := stage.get("bytes"):
+        parts.append(f"{_bytes(made['value'])} ({_bytes(made['low'])} to {_bytes(made['high'])})")
+    for key, unit in (("wall_hours", "h"), ("cpu_hours", "CPU h"), ("gpu_hours", "GPU h")):
+        if hours := stage.get(key):
+            parts.append(f"{hours['value']:.3g} {unit} ({hours['low']:.3g} to {hours['high']:.3g})")
+    return ", ".join(parts) or "not known"

@@ -1,0 +1,39 @@
+"""What the tests of commands share: a store of runs whose tables are made, and variables that go away with the test."""
+
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+
+@pytest.fixture(scope="session")
+def fresh_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An sqlite store with nothing in it; its tables take seconds to make. Copy it."""
+    import mlflow
+
+    path = tmp_path_factory.mktemp("store") / "mlflow.db"
+    mlflow.MlflowClient(f"sqlite:///{path}").search_experiments()
+    return path
+
+
+@pytest.fixture
+def with_store(fresh_store: Path) -> Callable[[Path], None]:
+    """Puts a fresh store into a workspace."""
+
+    def put(workspace: Path) -> None:
+        workspace.mkdir(parents=True, exist_ok=True)
+        shutil.copy(fresh_store, workspace / "mlflow.db")
+
+    return put
+
+
+@pytest.fixture
+def own_store(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """What `runs.connect` and stages set goes away with the test."""
+    names = ("TRACKING_URI", "EXPERIMENT_NAME", "RUN_ID", "HTTP_REQUEST_TIMEOUT")
+    for name in (*(f"MLFLOW_{n}" for n in names), "LONGTAKE_RECIPE", "RAY_ADDRESS"):
+        # a value first, so that whatever the test leaves there is taken back
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+    yield

@@ -1,0 +1,455 @@
+"""`longtake clean`: what goes and what never does, told by a workspace with the traces of many runs."""
+
+import fcntl
+import json
+import os
+import shutil
+import socket
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from click.testing import CliRunner
+
+from longtake.datasets import column, storage
+from longtake.datasets.errors import Interrupted
+from longtake.infra import clean, graph, recipe, runner, runs
+from longtake.infra.cli.housekeeping import clean as command
+from longtake.infra.debris import Item, Kept
+
+TRAINING = {
+    "kind": "pretrain_vae", "phase": "image", "dataset": "shards", "view": "view", "name": "tidy",
+    "model": {"preset": "pv_vae_tiny"}, "sizes": [[32, 32]], "frames": 1, "lambda_gan": 0, "steps": 6, "batch": 2,
+    "checkpoint_every": 1, "keep_checkpoints": 10, "log_every": 1, "sample_every": 0, "workers": 0, "eval_clips": 1,
+    "ema_half_lives": [],
+}  # fmt: skip
+OLD = 7200.0  # seconds
+
+pytestmark = pytest.mark.usefixtures("own_store")
+
+
+class Workspace:
+    """A recipe whose stages have been run by hand: their traces in MLflow and on the disk, without the work."""
+
+    def __init__(self, folder: Path, workspace: str) -> None:
+        self.folder, self.workspace = folder, workspace
+        (folder / "videos").mkdir(parents=True)
+        (folder / "videos" / "a.mp4").write_bytes(b"1")
+
+    def write(self, **vae: Any) -> str:
+        stages = {
+            "shards": {"kind": "shard", "sources": [str(self.folder / "videos")]},
+            "view": {"kind": "curate", "dataset": "shards"},
+            "vae": TRAINING | vae,
+            "latents": {"kind": "cache_latents", "dataset": "shards", "encoder": "vae"},
+        }
+        path = self.folder / "r.yaml"
+        path.write_text(yaml.safe_dump({"name": "tidy", "workspace": self.workspace, "stages": stages}))
+        return str(path)
+
+    def open(self, **vae: Any) -> tuple[recipe.Recipe, dict[str, graph.Node], runs.Runs]:
+        loaded = graph.pin(recipe.load(self.write(**vae)))
+        return loaded, {n.name: n for n in graph.build(loaded)}, runs.connect(loaded)
+
+    def ran(
+        self, stage: str, status: str, steps: int = 0, uri: str = "", fresh: bool = False, **vae: Any
+    ) -> tuple[str, str]:
+        """A run of a stage with these settings, which ended so and left so many checkpoints; (run id, output)."""
+        _, nodes, store = self.open(**vae)
+        run, output = store.open(nodes[stage], None, fresh)
+        for step in range(1, steps + 1):
+            checkpoint(Path(output) / "checkpoints", step, run)
+        if status == "FINISHED":
+            store.finish(run, {"uri": uri or output})
+        elif status != "RUNNING":
+            store.end(run, status, "")
+        return run, output
+
+    def find(self, *kinds: str, older: float = 3600, **vae: Any) -> tuple[dict[str, Item], dict[str, str]]:
+        """What goes and what stays, by where it is in the workspace."""
+        loaded, nodes, store = self.open(**vae)
+        found = list(clean.find(loaded, list(nodes.values()), store, kinds or clean.KINDS[:3], older))
+
+        def place(url: str) -> str:
+            return url.removeprefix(f"{self.workspace}/")
+
+        items = {place(f.where): f for f in found if isinstance(f, Item)}
+        return items, {place(f.where): f.reason for f in found if isinstance(f, Kept)}
+
+    def registered(self, alias: str | None = None) -> str:
+        """A version of the model `tidy`; its URI."""
+        _, _, store = self.open()
+        names = [m.name for m in store.client.search_registered_models()]
+        if "tidy" not in names:
+            store.client.create_registered_model("tidy")
+        version = store.client.create_model_version("tidy", source="file:///nowhere")
+        if alias:
+            store.client.set_registered_model_alias("tidy", alias, version.version)
+        return f"models:/tidy/{version.version}"
+
+
+def checkpoint(folder: Path, step: int, run: str) -> Path:
+    path = folder / f"step-{step:08d}"
+    path.mkdir(parents=True)
+    (path / "model.pt").write_bytes(b"0" * 1000)
+    (path / "meta.json").write_text(json.dumps({"step": step, "run": run}))
+    (folder / "latest").write_text(path.name)
+    return path
+
+
+def aged(path: Path) -> Path:
+    for inside in [*path.rglob("*"), path]:
+        os.utime(inside, (time.time() - OLD,) * 2, follow_symlinks=False)
+    return path
+
+
+def tree(folder: Path) -> set[str]:
+    """Every file and folder, but for those of the store and of locks, which looking changes."""
+    skipped = ("mlflow.db", "lock")
+    return {
+        str(p.relative_to(folder))
+        for p in folder.rglob("*")
+        if not p.name.startswith(skipped[0]) and p.name != skipped[1]
+    }
+
+
+@pytest.fixture
+def here(tmp_path: Path, with_store: Callable[[Path], None]) -> Workspace:
+    with_store(tmp_path / "ws")
+    return Workspace(tmp_path, str(tmp_path / "ws"))
+
+
+def test_of_a_finished_training_all_checkpoints_go_but_the_last_and_those_that_are_kept_for_good(
+    here: Workspace,
+) -> None:
+    _, output = here.ran("vae", "FINISHED", steps=5, keep_every=2)
+    items, _ = here.find(keep_every=2)
+    folder = output.removeprefix(here.workspace + "/")
+    assert set(items) == {f"{folder}/checkpoints/step-0000000{n}" for n in (1, 3)}
+    assert all(i.bytes > 1000 and "step-00000005 is the last" in i.reason for i in items.values())
+
+
+@pytest.mark.parametrize("status", ["RUNNING", "FAILED", "KILLED"])
+def test_what_an_unfinished_training_would_go_on_from_stays(here: Workspace, status: str) -> None:
+    here.ran("vae", status, steps=3)
+    here.ran("vae", status, steps=3, lr=0.5)  # settings that the recipe has no more, but may have again
+    assert not here.find()[0]
+
+
+def test_settings_that_are_gone_lose_their_checkpoints_once_their_model_is_registered(here: Workspace) -> None:
+    _, output = here.ran("vae", "FINISHED", steps=2, uri=here.registered(), lr=0.5)
+    items, _ = here.find()
+    assert [Path(where).name for where in items] == ["step-00000001", "step-00000002"]
+    _, other = here.ran("vae", "FINISHED", steps=1, uri="models:/tidy/99", lr=0.25)
+    assert not any(where.startswith(other.removeprefix(here.workspace + "/")) for where in here.find()[0])
+    _, _, store = here.open()
+    for item in items.values():
+        clean.remove(item, store)
+    # no `latest` that names nothing
+    assert {p.name for p in (Path(output) / "checkpoints").iterdir()} == {"lock"}
+
+
+def test_a_killed_run_goes_where_another_has_finished_the_same(here: Workspace) -> None:
+    here.ran("vae", "FINISHED", steps=1)
+    _, again = here.ran("vae", "KILLED", steps=2, fresh=True)
+    items, _ = here.find()
+    assert len(items) == 2 and all(again in item.paths[-1] for item in items.values())
+    run, _ = here.ran("vae", "RUNNING", fresh=True)
+    moved = json.dumps({"step": 1, "run": run})
+    (Path(again) / "checkpoints" / "step-00000001" / "meta.json").write_text(moved)
+    items, kept = here.find()
+    assert [Path(item.paths[-1]).name for item in items.values()] == ["step-00000002"]
+    assert f"run {run} is RUNNING" in "".join(kept.values())
+
+
+def test_a_training_that_holds_its_lock_keeps_all_and_so_does_one_that_begins_meanwhile(here: Workspace) -> None:
+    _, output = here.ran("vae", "FINISHED", steps=3)
+    item = next(iter(here.find()[0].values()))
+    with (Path(output) / "checkpoints" / "lock").open("a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        items, kept = here.find()
+        assert not items and "at work" in "".join(kept.values())
+        with pytest.raises(ValueError, match="a training has begun there"):
+            clean.remove(item, here.open()[2])
+    assert Path(item.paths[-1]).is_dir() and here.find()[0]
+
+
+def test_in_a_folder_that_the_recipe_names_the_last_checkpoint_stays_for_whoever_goes_on(here: Workspace) -> None:
+    folder = here.folder / "named"
+    run, _ = here.ran("vae", "FINISHED", checkpoints=str(folder))
+    for step in (1, 2):
+        checkpoint(folder, step, run)
+    checkpoint(folder, 3, "anothers")
+    items, kept = here.find(checkpoints=str(folder))
+    assert [Path(item.paths[-1]).name for item in items.values()] == ["step-00000001", "step-00000002"]
+    assert "no run of this recipe's experiment" in kept[str(folder / "step-00000003")]
+    # whose settings the recipe has no more, and whose model is registered
+    old, _ = here.ran("vae", "FINISHED", uri=here.registered(), checkpoints=str(folder), lr=0.5)
+    shutil.rmtree(folder)
+    checkpoint(folder, 1, old)
+    assert not here.find(checkpoints=str(folder))[0]
+
+
+def test_links_are_not_followed(here: Workspace) -> None:
+    _, output = here.ran("vae", "FINISHED", steps=2)
+    outside = here.folder / "outside"
+    shutil.move(output, outside)
+    Path(output).symlink_to(outside)
+    (outside / f".x~{socket.gethostname()}@999999999~ab.tmp").write_bytes(b"1")
+    aged(outside)
+    before = tree(outside)
+    assert not here.find()[0]
+    assert tree(outside) == before
+
+
+def test_debris_goes_when_its_writer_is_dead_and_it_is_old(here: Workspace) -> None:
+    _, output = here.ran("shards", "KILLED")
+    host = socket.gethostname()
+    made = {
+        "old": Path(output) / f".a~{host}@999999999~ab.tmp",
+        "young": Path(output) / f".b~{host}@999999999~ab.tmp",
+        "alive": Path(output) / f".c~{host}@{os.getpid()}~ab.tmp",
+        "foreign": Path(output) / ".d~elsewhere@1~ab.tmp",
+        "named alike": Path(output) / "notes.tmp",
+    }
+    for path in made.values():
+        path.mkdir(parents=True)
+        (path / "part").write_bytes(b"0" * 100)
+        aged(path)
+    os.utime(made["young"] / "part")  # written to just now
+    items, _ = here.find("debris")
+    assert [item.paths for item in items.values()] == [(str(made["old"]),)]
+    assert items[str(made["old"]).removeprefix(here.workspace + "/")].bytes == 100
+
+
+def test_half_a_checkpoint_of_a_killed_training_goes(here: Workspace) -> None:
+    _, output = here.ran("vae", "KILLED", steps=1)
+    scratch = Path(output) / "checkpoints" / ".step-00000002.tmp"
+    scratch.mkdir()
+    aged(scratch)
+    assert [item.paths for item in here.find()[0].values()] == [(str(scratch),)]
+
+
+def test_outputs_that_no_run_names_go_unless_they_may_hold_shards_or_are_anothers(here: Workspace) -> None:
+    _, _, store = here.open()
+    orphan, dataset, strange, foreign = (
+        Path(here.workspace) / name
+        for name in ("vae/0123456789ab", "shards/0123456789ab", "vae/ba9876543210-01234567", "mine/notes")
+    )
+    checkpoint(orphan / "checkpoints", 1, "gone")
+    for folder, name in ((dataset, "dataset.json"), (strange, "thesis.pdf"), (foreign, "todo")):
+        folder.mkdir(parents=True)
+        (folder / name).write_bytes(b"1")
+    aged(Path(here.workspace) / "vae")
+    items, kept = here.find()
+    assert not items and "is MLFLOW_TRACKING_URI right?" in kept["vae/0123456789ab"], "a store that knows no run here"
+    here.ran("view", "FINISHED")
+    items, kept = here.find()
+    assert set(items) == {"vae/0123456789ab"}
+    assert set(kept) == {"shards/0123456789ab", "vae/ba9876543210-01234567"}
+    clean.remove(items["vae/0123456789ab"], store)
+    assert not orphan.exists() and foreign.exists() and (strange / "thesis.pdf").exists()
+
+
+def latents(dataset: str, name: str, uri: str, output: str) -> None:
+    column.write_latents(
+        output,
+        column.Latents(
+            dataset, name, {"uri": uri, "digest": "d", "model": "PVVAE", "config": {}}, 4, 4, 8, None, "fp32", "float16",
+            1, (0.0,), (1.0,), (1.0,), None, {},
+        ),
+    )  # fmt: skip
+    for part, ending in (("train", "parquet"), ("train", "tar"), ("val", "parquet"), ("val", "tar")):
+        storage.write(storage.join(dataset, part, f"00000.{name}.{ending}"), b"0" * 100)
+    storage.write(storage.join(dataset, "compact", f"train.{name}.json"), b"0" * 100)
+
+
+def with_latents(here: Workspace) -> tuple[str, Callable[[str, str], None]]:
+    _, dataset = here.ran("shards", "FINISHED")
+    for name in ("train/00000.tar", "train/00000.parquet", "dataset.json", "sources/0.parquet", "views/v.parquet"):
+        storage.write(storage.join(dataset, name), b"1")
+
+    def make(name: str, uri: str) -> None:
+        """A column of an encoder, by a run whose settings the recipe has no more."""
+        _, output = here.ran("latents", "FINISHED", lr=len(name) / 7 + int(name[-1], 16))
+        latents(dataset, name, uri, output)
+
+    return dataset, make
+
+
+def test_latents_go_whose_encoder_nobody_names_and_shards_and_views_never_do(here: Workspace) -> None:
+    dataset, make = with_latents(here)
+    for number, alias in enumerate(("champion", "candidate", "previous", None)):
+        make(f"latent-a{number}", here.registered(alias))
+    vae = here.registered()
+    here.ran("vae", "FINISHED", uri=vae)
+    make("latent-b4", vae)  # with settings of old, of an encoder that a stage makes
+    _, output = here.ran("latents", "FINISHED")
+    latents(dataset, "latent-c5", here.registered(), output)  # what the recipe's own stage has made
+    storage.write(storage.join(dataset, "train", "00000.latent-dd.tar"), b"1")  # what nobody has described yet
+    items, kept = here.find("latents")
+    [item] = items.values()
+    assert item.where.endswith("latent-a3") and item.bytes == 500 and "has no alias" in item.reason
+    stay = {where.rpartition(" ")[2]: reason for where, reason in kept.items()}
+    assert {name: reason.split()[-1] for name, reason in stay.items()} == {
+        "latent-a0": "champion",
+        "latent-a1": "candidate",
+        "latent-a2": "previous",
+        "latent-b4": vae,
+        "latent-dd": "has",
+    }
+    before = tree(Path(dataset))
+    clean.remove(item, here.open()[2])
+    gone = before - tree(Path(dataset))
+    assert len(gone) == 5 and all("latent-a3" in name for name in gone)
+
+
+def test_latents_stay_while_a_run_may_read_them_or_another_experiment_has_made_them_too(here: Workspace) -> None:
+    dataset, make = with_latents(here)
+    make("latent-a1", here.registered())
+    assert len(here.find("latents")[0]) == 1
+    run, _ = here.ran("vae", "RUNNING", lr=0.125)
+    items, kept = here.find("latents")
+    assert not items and f"run {run} is RUNNING" in "".join(kept.values())
+    _, _, store = here.open()
+    store.client.set_terminated(run, "KILLED")
+    other = store.client.create_experiment("other")
+    tags = {"longtake.kind": "cache_latents", "longtake.output": str(here.folder / "elsewhere")}
+    latents(dataset, "latent-a1", "models:/tidy/1", tags["longtake.output"])
+    store.client.create_run(other, tags=tags)
+    items, kept = here.find("latents")
+    assert not items and "another experiment" in "".join(kept.values())
+
+
+def test_half_models_of_killed_runs_go_and_whole_ones_stay(here: Workspace) -> None:
+    run, _ = here.ran("vae", "KILLED")
+    _, _, store = here.open()
+    half, whole = (
+        store.client.create_logged_model(store.experiment, source_run_id=run, tags={"sha256": "x"}) for _ in range(2)
+    )
+    store.client.finalize_logged_model(whole.model_id, "READY")
+    place = Path(half.artifact_location.removeprefix("file://"))
+    place.mkdir(parents=True)
+    (place / "weights").write_bytes(b"0" * 300)
+    assert not here.find("debris")[0], "it may be at work this minute"
+    [item] = here.find("debris", older=-1)[0].values()
+    assert half.model_id in item.where and item.bytes == 300
+    clean.remove(item, store)
+    assert not place.exists()
+    assert [m.model_id for m in store.client.search_logged_models([store.experiment])] == [whole.model_id]
+    store.client.update_run(run, status="RUNNING")
+    store.client.create_logged_model(store.experiment, source_run_id=run, tags={"sha256": "x"})
+    items, kept = here.find("debris", older=-1)
+    assert not items and "RUNNING" in "".join(kept.values())
+
+
+def test_pulled_models_that_no_ref_names_go(here: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
+    cache = here.folder / "cache"
+    monkeypatch.setenv("LONGTAKE_CACHE", str(cache))
+    named, unnamed = "a" * 64, "b" * 64
+    for sha256 in (named, unnamed, "c" * 64 + ".partial"):
+        (cache / "models" / sha256).mkdir(parents=True)
+        (cache / "models" / sha256 / "config.json").write_text("{}")
+    (cache / "refs").mkdir()
+    (cache / "refs" / "r.json").write_text(json.dumps({"sha256": named}))
+    assert not here.find("cache")[0], "just pulled, before its ref is written"
+    aged(cache)
+    assert [Path(i.paths[0]).name for i in here.find("cache")[0].values()] == [unnamed]
+
+
+def test_nothing_is_touched_without_yes_and_the_command_says_what_and_why(here: Workspace) -> None:
+    here.ran("vae", "FINISHED", steps=3)
+    before = tree(Path(here.workspace))
+    said = CliRunner().invoke(command, [here.write()], catch_exceptions=False).output
+    assert said.count("would go  ") == 2 and "is the last" in said and "add --yes" in said.splitlines()[-1], said
+    assert tree(Path(here.workspace)) == before
+    said = CliRunner().invoke(command, [here.write(), "--latents"], catch_exceptions=False).output
+    assert said.startswith("0 of 0 B would go")
+    said = CliRunner().invoke(command, [here.write(), "--yes"], catch_exceptions=False).output
+    assert said.count("gone  ") == 2 and said.splitlines()[-1].startswith("2 of ") and said.endswith(" deleted\n")
+    assert len(before - tree(Path(here.workspace))) == 6
+    assert CliRunner().invoke(command, [here.write(), "--yes"]).output.startswith("0 of 0 B deleted")
+
+
+def test_a_remote_workspace_loses_dead_latents_and_orphans_and_nothing_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from moto.server import ThreadedMotoServer
+    from s3fs import S3FileSystem
+
+    server = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
+    server.start()
+    try:
+        host, port = server.get_host_and_port()
+        for name, value in {
+            "AWS_ACCESS_KEY_ID": "a", "AWS_SECRET_ACCESS_KEY": "b", "AWS_DEFAULT_REGION": "us-east-1",
+            "AWS_ENDPOINT_URL": f"http://{host}:{port}", "MLFLOW_TRACKING_URI": f"sqlite:///{tmp_path}/m.db",
+        }.items():  # fmt: skip
+            monkeypatch.setenv(name, value)
+        S3FileSystem.clear_instance_cache()
+        fs = storage.filesystem("s3://lake")[0]
+        fs.mkdir("lake")
+        here = Workspace(tmp_path, "s3://lake/ws")
+        _, make = with_latents(here)
+        make("latent-a1", here.registered("champion"))
+        make("latent-a2", here.registered())
+        storage.write("s3://lake/ws/latents/0123456789ab/latents.json", b"{}")
+        before = set(fs.find("lake"))
+        items, _ = here.find(older=-10)
+        assert {item.what for item in items.values()} == {"latents", "output"}
+        for item in items.values():
+            clean.remove(item, here.open()[2])
+        fs.invalidate_cache()
+        gone = before - set(fs.find("lake"))
+        assert len(gone) == 6 and all("latent-a2" in name or "0123456789ab" in name for name in gone)
+    finally:
+        S3FileSystem.clear_instance_cache()
+        server.stop()
+
+
+@pytest.mark.slow
+def test_after_a_clean_nothing_runs_again_and_a_stopped_training_goes_on_where_it_was(
+    dataset: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, one_thread: None
+) -> None:
+    from longtake.training.stages import pretrain_vae
+
+    made = tmp_path / "dataset"
+    shutil.copytree(dataset, made)
+    stages = {
+        "view": {"kind": "curate", "dataset": str(made), "rules": {}},
+        "vae": TRAINING | {"dataset": str(made)},
+        "next": TRAINING | {"dataset": str(made), "parent": "vae", "seed": 1},
+    }
+    del stages["next"]["model"]
+    path = tmp_path / "r.yaml"
+    path.write_text(yaml.safe_dump({"name": "whole", "workspace": str(tmp_path / "ws"), "stages": stages}))
+    loaded = graph.pin(recipe.load(str(path)))
+    for name in ("view", "vae"):
+        runner.run_stage(loaded, name)
+    asked = iter(range(100))
+    with monkeypatch.context() as patch:
+        patch.setattr(pretrain_vae.launch, "stop_requested", lambda: next(asked) >= 3)
+        with pytest.raises(Interrupted):
+            runner.run_stage(loaded, "next")
+
+    nodes, store = graph.build(loaded), runs.connect(loaded)
+    stopped = store.find(nodes[-1].fingerprint)
+    assert stopped and stopped.status == "KILLED"
+    plan = runner.plan(loaded, nodes, store, runner.Choice())
+    assert plan == {"view": False, "vae": False, "next": True}
+    left = store.client.get_run(stopped.id).data.tags["longtake.output"]
+    kept = sorted(p.name for p in Path(left).glob("checkpoints/step-*"))
+    gone = [item for item in clean.find(loaded, nodes, store, older=0) if isinstance(item, Item)]
+    assert len(gone) == 5, "of the finished training's six checkpoints"
+    for item in gone:
+        clean.remove(item, store)
+    assert runner.plan(loaded, nodes, store, runner.Choice()) == plan
+    assert kept and sorted(p.name for p in Path(left).glob("checkpoints/step-*")) == kept
+
+    runner.run_stage(loaded, "next")
+    assert not any(runner.plan(loaded, nodes, store, runner.Choice()).values())
+    logged = [m.step for m in store.client.get_metric_history(stopped.id, "loss")]
+    assert sorted(logged) == list(range(1, TRAINING["steps"] + 1)), "each step once: it did not start again"
