@@ -1,5 +1,7 @@
 """MLflow as the only run database: where it is, which stages have finished, and one run a stage."""
 
+import contextlib
+import fcntl
 import json
 import logging
 import os
@@ -7,7 +9,7 @@ import secrets
 import sys
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -151,21 +153,42 @@ def connect(recipe: Recipe) -> Runs:
             Path(recipe.workspace).mkdir(parents=True, exist_ok=True)
         uri = f"sqlite:///{recipe.workspace}/mlflow.db"
     os.environ |= {"MLFLOW_TRACKING_URI": uri, "MLFLOW_EXPERIMENT_NAME": recipe.name}
-    client = _client(uri)
     from mlflow.exceptions import MlflowException
 
     try:
-        experiment = client.get_experiment_by_name(recipe.name)
+        with _alone(uri):
+            client = _client(uri)
+            # its first answer is what makes the store's tables
+            experiment = client.get_experiment_by_name(recipe.name)
         if experiment is None:
             # a server keeps artifacts where it was told to
             location = None if uri.startswith("http") else storage.join(recipe.workspace, "artifacts")
-            return Runs(client, client.create_experiment(recipe.name, location), uri)
+            try:
+                return Runs(client, client.create_experiment(recipe.name, location), uri)
+            except MlflowException as e:
+                experiment = client.get_experiment_by_name(recipe.name)
+                if e.error_code != "RESOURCE_ALREADY_EXISTS" or experiment is None:
+                    raise
+                # another process has just made it
         return Runs(client, experiment.experiment_id, uri)
     except MlflowException as e:
         message = str(e).splitlines()[0]
         if "readonly" in message or "disk" in message:
             raise Failure(f"{uri}: {message}; free some space or choose another workspace") from e
         raise UserError(f"MLFLOW_TRACKING_URI={uri}: {message}") from e
+
+
+@contextlib.contextmanager
+def _alone(uri: str) -> Iterator[None]:
+    """Let one process at a time open an sqlite store: several that make its tables at once break each other's."""
+    path = Path(uri.removeprefix("sqlite:///").partition("?")[0])
+    with contextlib.ExitStack() as held:
+        if uri.startswith("sqlite:///") and path.parent.is_dir() and not path.is_dir():
+            # where no lock can be written no store can be made either, and MLflow says so
+            with contextlib.suppress(OSError):
+                handle = held.enter_context(path.with_name(f"{path.name}.lock").open("a"))
+                fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
 
 
 def _client(uri: str) -> Any:
