@@ -44,12 +44,21 @@ _numbers = itertools.count()
 
 
 def folder_of(config: TrainConfig, output: str) -> Path:
-    """Where the checkpoints of a stage lie. Raises UserError where the stage's output is remote and none is named."""
+    """Where the checkpoints of a stage lie: `checkpoints`, if it is named, else in its output.
+
+    An output OUTPUT-SUFFIX, of a run that starts from nothing, has a folder of its own in `checkpoints` too.
+
+    Raises:
+        UserError: the output is remote and no folder is named.
+    """
     if config.checkpoints is None and not storage.is_local(output):
         raise UserError(
             f"checkpoints: {output} is remote; name a local folder that all processes share, and upload: to keep a copy"
         )
-    return Path(config.checkpoints or storage.join(output, "checkpoints"))
+    if config.checkpoints is None:
+        return Path(storage.join(output, "checkpoints"))
+    suffix = output.rstrip("/").rpartition("/")[2].partition("-")[2]
+    return Path(config.checkpoints) / suffix
 
 
 @contextlib.contextmanager
