@@ -248,6 +248,8 @@ def test_a_rank_that_is_killed_ends_the_other_which_says_so(
     said = both.answer(0)
     assert "another process is gone, at step 5 in" in said["message"], said
     assert said["step"] == "step-00000003"
+    # it would wait for the other before it leaves the group
+    both.processes[0].kill()
     assert both.end()[1] == -signal.SIGKILL and time.monotonic() - began < 120
     goes_on, straight = (small.fit(folder, small.objective(noise=0.0)) for folder in (tmp_path, tmp_path / "straight"))
     assert small.close(goes_on, straight)
