@@ -213,4 +213,5 @@ def test_a_trial_measures_what_no_run_has_and_leaves_nothing(
     assert stages["vae"]["wall_hours"]["value"] > 7200 * 0.001 / 3600
     _, _, store = opened(path)
     assert not store.client.search_runs([store.experiment]) and not store.client.search_registered_models()
-    assert not list(scratch.iterdir())
+    # torch puts a cache of its own there
+    assert not [p for p in scratch.iterdir() if not p.name.startswith("torchinductor")]
