@@ -1,6 +1,6 @@
 """What promotion asks of the registry, and tells it: aliases, tags, empty models that are locks, and runs of its own.
 
-Each call is answered before it returns, and raises, as `tracker.asking`, UserError where there is no such model, version
+Each call is answered before it returns, and raises, as `model_store.asking`, UserError where there is no such model, version
 or run, and Failure where the store cannot be reached.
 """
 
@@ -13,7 +13,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from longtake.datasets.errors import Failure, UserError
-from longtake.training.tracker import asking
+from longtake.training.model_store import asking
 
 
 def split(uri: str) -> tuple[str, str]:

@@ -18,7 +18,7 @@ from datetime import UTC, datetime
 from typing import NamedTuple
 
 from longtake.datasets.errors import Failure, UserError
-from longtake.training import aliases, tracker
+from longtake.training import aliases, model_store
 
 LOCK = "longtake.lock"  # a tag that every lock has: no model to show
 _OWNER, _HOLDER, _EXPIRES = (f"{LOCK}.{part}" for part in ("owner", "holder", "expires"))
@@ -71,7 +71,7 @@ def promote(uri: str, over: str | None = "") -> bool:
         Failure: the champion is another than `over`; another promotion does not end; the store cannot be reached.
     """
     name, number = aliases.split(uri)
-    tracker.resolve(uri)
+    model_store.resolve(uri)
     with _locked(name) as lock:
         finished = _finish(lock)
         champion = aliases.read(name).get("champion")
@@ -140,7 +140,7 @@ def _finish(lock: _Lock) -> Move | None:
         # not where aliases were set by hand since, or a version was deleted
         move = Move(*json.loads(noted))
         if aliases.read(lock.model).get("champion") in (move.was, move.champion):
-            tracker.resolve(f"models:/{lock.model}/{move.champion}")
+            model_store.resolve(f"models:/{lock.model}/{move.champion}")
             _set(lock, move)
             return move
     aliases.tag(lock.model, _MOVE, None)

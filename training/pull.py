@@ -31,7 +31,7 @@ from tqdm import tqdm
 
 from longtake.datasets import storage
 from longtake.datasets.errors import Failure, UserError
-from longtake.training import registry, tracker
+from longtake.training import model_store, registry
 
 _CHUNK = 4 << 20
 _LOOKED_AT = 100  # folders of artifacts in which config.json is looked for
@@ -57,10 +57,10 @@ def pull(uri: str) -> Path:
     if os.environ.get("LONGTAKE_OFFLINE", "0") not in ("", "0"):
         return _offline(uri, before, "LONGTAKE_OFFLINE is set")
     try:
-        found = tracker.locate(uri)
-    except tracker.Unreachable as e:
+        found = model_store.locate(uri)
+    except model_store.Unreachable as e:
         if before is None:
-            raise tracker.Unreachable(f"{e}; it was never pulled to {cache()}") from e
+            raise model_store.Unreachable(f"{e}; it was never pulled to {cache()}") from e
         folder = _offline(uri, before, "")
         named = before["named"]
         what = f"{named['name']} version {named['version']}" if named["version"] else named["uri"]
@@ -84,7 +84,7 @@ def pull(uri: str) -> Path:
 
 def describe(uri: str) -> dict[str, Any]:
     """What config.json says of the model that a URI names, and its `bytes`; its weights are not fetched. Raises as `pull`."""
-    found = tracker.locate(uri)
+    found = model_store.locate(uri)
     at, sizes = _model_folder(uri, found.location)
     content = _config(uri, _small(uri, found.location, at, sizes), found.sha256)
     return {**content, "bytes": sum(sizes.get(name) or 0 for name in content["sha256"])}
@@ -122,17 +122,17 @@ def _folder(key: str) -> Path:
 
 
 def _store() -> str:
-    return tracker.without_password(tracker.store())
+    return model_store.without_password(model_store.store())
 
 
-def _named(found: tracker.Named) -> dict[str, Any]:
+def _named(found: model_store.Named) -> dict[str, Any]:
     """What tells a version of a store from every other, one that has been deleted included."""
     name = found.uri.removeprefix("models:/").partition("/")[0]
     return {"name": name, "uri": found.uri, "version": found.version, "sha256": found.sha256, "created": found.created}
 
 
 def _reference(uri: str) -> Path:
-    return cache() / "refs" / (hashlib.sha256(f"{tracker.store()}\n{uri}".encode()).hexdigest() + ".json")
+    return cache() / "refs" / (hashlib.sha256(f"{model_store.store()}\n{uri}".encode()).hexdigest() + ".json")
 
 
 def _recalled(uri: str) -> dict[str, Any] | None:
@@ -179,7 +179,7 @@ def _damaged(folder: Path) -> str:
     return ""
 
 
-def _fetched(uri: str, found: tracker.Named) -> Path:
+def _fetched(uri: str, found: model_store.Named) -> Path:
     """Fetch a model into the cache, unless it is there."""
     at, sizes = _model_folder(uri, found.location)
     data = _small(uri, found.location, at, sizes)
@@ -304,12 +304,12 @@ def _model_folder(uri: str, location: str) -> tuple[str, Listing]:
             return at, sizes
         if at.count("/") < 2 and len(todo) < _LOOKED_AT:
             todo += [_inside(at, name) for name, size in sorted(sizes.items()) if size is None]
-    raise UserError(f"{uri}: not a longtake model (no config.json in {tracker.without_password(location)})")
+    raise UserError(f"{uri}: not a longtake model (no config.json in {model_store.without_password(location)})")
 
 
 def _listing(uri: str, location: str, at: str) -> Listing:
-    if tracker.is_served(location):
-        found: Listing = tracker.list_served(location, at)
+    if model_store.is_served(location):
+        found: Listing = model_store.list_served(location, at)
     else:
         url = storage.join(location, at) if at else location
         fs, path = _filesystem(url)
@@ -349,8 +349,8 @@ def _small(uri: str, location: str, at: str, sizes: Listing) -> bytes:
 
 
 def _opened(location: str, path: str, start: int) -> tuple[int, Iterator[bytes]]:
-    if tracker.is_served(location):
-        return tracker.read_served(location, path, start)
+    if model_store.is_served(location):
+        return model_store.read_served(location, path, start)
     fs, name = _filesystem(storage.join(location, path))
 
     def chunks() -> Iterator[bytes]:

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from longtake.datasets import compact, schema, storage
 from longtake.datasets.errors import Failure, UserError
-from longtake.training import promotion, tracker
+from longtake.training import model_store, promotion
 
 # name in config.json -> where its config and its module are defined; the module can be made on the device "meta"
 MODELS = {
@@ -264,7 +264,7 @@ def register(folder: Path, name: str, run_id: str) -> str:
     The version gets the alias `candidate`. A version that this run has registered before is not registered again.
     """
     content = read_config(folder)
-    return tracker.log_model(folder, name, run_id, digest(content), content.get("lineage", {}))
+    return model_store.log_model(folder, name, run_id, digest(content), content.get("lineage", {}))
 
 
 def promote(uri: str) -> None:
@@ -299,7 +299,7 @@ def lineage(inputs: Mapping[str, str]) -> dict[str, Any]:
 
 def _input(uri: str) -> dict[str, Any]:
     if uri.startswith("models:/"):
-        return tracker.resolve(uri)
+        return model_store.resolve(uri)
     if uri.endswith(".parquet"):
         try:
             return {"uri": uri, "digest": hashlib.sha256(storage.read(uri)).hexdigest()}

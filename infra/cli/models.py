@@ -20,16 +20,18 @@ def models() -> None:
 @click.option("--json", "as_json", is_flag=True, help="As JSON.")
 def list_(as_json: bool) -> None:
     """Which models there are, with their aliases and the time of the newest version."""
-    from longtake.training import tracker
+    from longtake.training import model_store
 
     _check_store()
-    with tracker.asking("models") as client:
-        found = [m for m in tracker.everything(client.search_registered_models) if _LOCK not in m.tags]
-        rows = [_summary(model, tracker.versions(client, model.name)) for model in sorted(found, key=lambda m: m.name)]
+    with model_store.asking("models") as client:
+        found = [m for m in model_store.everything(client.search_registered_models) if _LOCK not in m.tags]
+        rows = [
+            _summary(model, model_store.versions(client, model.name)) for model in sorted(found, key=lambda m: m.name)
+        ]
     if as_json:
         return _print_json(rows)
     if not rows:
-        return click.echo(f"no models are registered in {tracker.without_password(tracker.store())}")
+        return click.echo(f"no models are registered in {model_store.without_password(model_store.store())}")
     table = [["NAME", "VERSIONS", *(alias.upper() for alias in _SHOWN), "NEWEST"]]
     for row in rows:
         shown = [row["aliases"].get(alias, "-") for alias in _SHOWN]
@@ -45,18 +47,18 @@ def show(model: str, as_json: bool) -> None:
 
     Without an alias or version that is the champion, else the newest.
     """
-    from longtake.training import pull, tracker
+    from longtake.training import model_store, pull
 
     _check_store()
     uri = _uri(model)
     name = uri.removeprefix("models:/").partition("@")[0].partition("/")[0]
-    with tracker.asking(uri) as client:
+    with model_store.asking(uri) as client:
         if uri == f"models:/{name}":
             uri = _default(client, name)
-        number = tracker.locate(uri).version
+        number = model_store.locate(uri).version
         if not number:
             raise UserError(f"{uri}: name a registered model as NAME, NAME@ALIAS or NAME/VERSION")
-        versions = tracker.versions(client, name)
+        versions = model_store.versions(client, name)
         aliases = dict(client.get_registered_model(name).aliases)
         version = next(v for v in versions if str(v.version) == number)
         metrics = _metrics(client, version.run_id)
@@ -137,9 +139,9 @@ def _uri(model: str) -> str:
 
 def _default(client: Any, name: str) -> str:
     """The champion of a model, else its newest version."""
-    from longtake.training import tracker
+    from longtake.training import model_store
 
-    numbers = [str(v.version) for v in tracker.versions(client, name)]
+    numbers = [str(v.version) for v in model_store.versions(client, name)]
     if not numbers:
         # says which models there are
         return f"models:/{name}/latest"

@@ -40,10 +40,10 @@ def promote(name: str, candidate: str, path: str, as_json: bool) -> None:
     """
     gate, inputs = _gate(path)
     uri = media.known(f"models:/{name}" + (f"/{candidate}" if candidate.isdigit() else f"@{candidate}"))
-    from longtake.training import aliases, tracker
+    from longtake.training import aliases, model_store
     from longtake.training.stages.promote import let_through
 
-    uri = str(tracker.resolve(uri)["uri"])
+    uri = str(model_store.resolve(uri)["uri"])
     number = aliases.split(uri)[1]
     with aliases.run_beside(uri, f"promote {name}/{number}") as run_id:
         made = let_through(uri, inputs, gate, run_id)

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import Annotated, Any, Literal, NamedTuple
 
 from longtake.datasets.stage import DatasetInput, Input, ModelInput, StageConfig, ViewInput
-from longtake.training import aliases, promotion, tracker
+from longtake.training import aliases, model_store, promotion
 from longtake.training.gate import Gate, Interval, Verdict, decide
 from longtake.training.metrics import judge
 
@@ -84,7 +84,7 @@ def let_through(candidate: str, inputs: Mapping[str, str], gate: Gate, run_id: s
     Raises:
         UserError, Failure: as `judge.rows_of` and `promotion.promote`.
     """
-    candidate = str(tracker.resolve(candidate)["uri"])
+    candidate = str(model_store.resolve(candidate)["uri"])
     name, number = aliases.split(candidate)
     champion = aliases.read(name).get("champion")
     before = None if champion is None else f"models:/{name}/{champion}"
