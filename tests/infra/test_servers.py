@@ -226,7 +226,12 @@ def test_a_ray_cluster_of_three_nodes_asks_for_its_token_and_stops(
 
     start, stop = blocks("A Ray cluster")
     env = environment(
-        folder, RAY_PORT=str(free_port()), DASHBOARD_PORT=str(free_port()), CPUS="1", SCRATCH=str(folder / "r")
+        folder,
+        RAY_PORT=str(free_port()),
+        DASHBOARD_PORT=str(free_port()),
+        AGENT_PORT=str(free_port()),
+        CPUS="1",
+        SCRATCH=str(folder / "r"),
     )
     address = f"http://127.0.0.1:{env['DASHBOARD_PORT']}"
     try:

@@ -70,7 +70,8 @@ def check(fake: FakeRay) -> None:
     assert first.trigger.job == job and first.kwargs == {"attached": False}
     body = fake.requests[-1][2]
     assert body["entrypoint"] == "longtake stage 's3://b/it'\"'\"'s.yaml' vae" and body["entrypoint_num_gpus"] == 1
-    assert body["runtime_env"] == {"env_vars": {"LONGTAKE_CHECK": "yes", "RAY_JOB_STOP_WAIT_TIME_S": "20"}}
+    variables = {"LONGTAKE_CHECK": "yes", "LONGTAKE_STOPPED_CODE": "130", "RAY_JOB_STOP_WAIT_TIME_S": "20"}
+    assert body["runtime_env"] == {"env_vars": variables}
     assert raised(TaskDeferred, task.execute, context(["vae"])).kwargs == {"attached": True} and [*fake.jobs] == [job]
 
     for fault in ("drop", "503"):

@@ -108,7 +108,8 @@ def ray_head(them: Processes) -> Iterator[str]:
     env = clean_env(**auth, PATH=path, OMP_NUM_THREADS="1", RAY_USAGE_STATS_ENABLED="0")
     command = [str(BIN / "ray"), "start", "--head", "--block", "--num-cpus=2", f"--port={free_port()}"]
     command += [f"--dashboard-port={port}", "--include-dashboard=true", f"--temp-dir={scratch}"]
-    command += ["--object-store-memory=200000000"]
+    # its own: jobs go by an agent whose usual port another Ray of this machine may have
+    command += ["--object-store-memory=200000000", f"--dashboard-agent-listen-port={free_port()}"]
     them.start("ray", command, env)
     address = f"http://127.0.0.1:{port}"
 
