@@ -1,6 +1,7 @@
 """Shared by all tests: real footage from outside, generated footage, a small dataset, one Ray for the session."""
 
 import os
+import secrets
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,10 @@ from longtake.pipeline.geometry import ClipConfig, FrameDiffConfig, LimitsConfig
 from longtake.pipeline.stages import shard
 
 ROOT = Path(__file__).resolve().parents[1]
+
+# of the Ray that tests share
+os.environ.setdefault("RAY_AUTH_MODE", "token")
+os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
 
 # a busy machine is no mistake in the code
 settings.register_profile("patient", deadline=None)

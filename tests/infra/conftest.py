@@ -7,6 +7,14 @@ from pathlib import Path
 import pytest
 
 
+@pytest.fixture(scope="session", autouse=True)
+def own_token() -> None:
+    """Ray reads its token once in a process: now, so that a test with another one leaves the Ray that tests share alone."""
+    from ray._raylet import AuthenticationTokenLoader
+
+    assert AuthenticationTokenLoader.instance().has_token()
+
+
 @pytest.fixture(scope="session")
 def fresh_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An sqlite store with nothing in it; its tables take seconds to make. Copy it."""

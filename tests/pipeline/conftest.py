@@ -28,13 +28,16 @@ from longtake.pipeline.commit import make_group
 from longtake.pipeline.stages import shard
 
 _SCRIPT = """
-import os, sys
+import atexit, os, sys
 from longtake.pipeline.stages import shard
 if __name__ == "__main__":
     if cpus := os.environ.get("TEST_CPUS"):
         import ray
         ray.init(num_cpus=int(cpus), include_dashboard=False, log_to_driver=False, object_store_memory=100 << 20)
     shard.run(shard.Config.model_validate_json(sys.argv[1]), {}, sys.argv[2])
+    # as the command ends: a thread of Ray's that waits for an interpreter which is unloaded aborts the process
+    atexit._run_exitfuncs()
+    os._exit(0)
 """
 
 
