@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 import zipfile
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
@@ -292,7 +293,15 @@ def test_ctrl_c_leaves_the_job_running_and_says_how_to_come_back(ray: Any, path:
     ray.job(name_of(path), "RUNNING")
     ray.logs[name_of(path)] = "begun\n"
     ray.endless = True
-    threading.Timer(1.0, os.kill, (os.getpid(), signal.SIGINT)).start()
+
+    def press() -> None:
+        # once the log is being read, however long it takes until then
+        while not ray.connections:
+            time.sleep(0.05)
+        time.sleep(0.5)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    threading.Thread(target=press, daemon=True).start()
     result = send(path, ray)
     assert result.exit_code == 130 and result.stdout == "begun\n"
     assert f"goes on; watch it: longtake jobs logs {name_of(path)}" in result.stderr
