@@ -79,14 +79,14 @@ def find(
         yield from finders[kind]()
 
 
-def remove(item: Item, store: Runs) -> None:
-    """Delete it; a kill in the middle leaves debris that the next `clean` finds.
+def remove(item: Item, store: Runs) -> Kept | None:
+    """Delete it; a kill in the middle leaves debris that the next `clean` finds. What is returned says why it stays.
 
     Raises:
         Failure: it cannot be deleted; UserError: a training has begun in its folder meanwhile.
     """
-    if item.model:
-        remove_model(item, store)
+    if item.model and (kept := remove_model(item, store)):
+        return kept
     for url in item.paths:
         with storage.failing_clearly(url):
             if not storage.is_local(url):
@@ -100,6 +100,7 @@ def remove(item: Item, store: Runs) -> None:
                     _remove_local(Path(url))
             else:
                 _remove_local(Path(url))
+    return None
 
 
 def _remove_local(path: Path) -> None:

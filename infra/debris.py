@@ -17,6 +17,7 @@ from longtake.datasets import storage
 from longtake.datasets.errors import Failure, UserError
 from longtake.infra.recipe import Recipe
 from longtake.infra.runs import Runs
+from longtake.training import model_store
 
 _FOREIGN_SECONDS = 24 * 3600.0  # for debris of other machines, whose processes cannot be asked
 _OUTPUT = re.compile(r"[0-9a-f]{12}(-[0-9a-f]{8})?")
@@ -145,15 +146,16 @@ def _artifact_bytes(location: str) -> int:
     return below(None)
 
 
-def remove_model(item: Item, store: Runs) -> None:
+def remove_model(item: Item, store: Runs) -> Kept | None:
+    """Delete half a model; what is returned says why it stays."""
     from mlflow.exceptions import MlflowException
-    from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
 
     try:
-        model = store.client.get_logged_model(item.model)
-        with contextlib.suppress(NotImplementedError):
-            get_artifact_repository(model.artifact_location).delete_artifacts()
+        location = store.client.get_logged_model(item.model).artifact_location
+        if not model_store.delete_artifacts(location):
+            return Kept(item.where, f"its store cannot delete {location}: delete that by hand")
         store.client.delete_logged_model(item.model)
+        return None
     except MlflowException as e:
         raise Failure(f"{item.where}: {str(e).splitlines()[0]}") from e
 

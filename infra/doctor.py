@@ -23,6 +23,7 @@ from longtake.infra import machine
 from longtake.infra.graph import Node
 from longtake.infra.machine import Level, Line
 from longtake.infra.recipe import Recipe
+from longtake.training import model_store
 
 SKEW = (5.0, 900.0)  # seconds: to warn from, and what S3 refuses
 
@@ -109,7 +110,6 @@ def tracking(recipe: Recipe | None) -> Iterator[Line]:
     else:
         client, experiment = runs._client(uri), "0"
     from mlflow.exceptions import MlflowException
-    from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
 
     mark, began = secrets.token_hex(8), time.monotonic()
     run = client.create_run(experiment, tags={"mlflow.runName": "longtake doctor"})
@@ -126,12 +126,11 @@ def tracking(recipe: Recipe | None) -> Iterator[Line]:
             client.log_text(run_id, mark, "doctor.txt")
             with tempfile.TemporaryDirectory() as folder:
                 read = Path(client.download_artifacts(run_id, "doctor.txt", folder)).read_text()
-            repository = get_artifact_repository(run.info.artifact_uri)
             try:
-                repository.delete_artifacts()
-                left = ""
-            except (NotImplementedError, MlflowException, OSError):
-                left = "; cannot be deleted there, a file of 16 bytes stays"
+                gone = model_store.delete_artifacts(run.info.artifact_uri)
+            except (MlflowException, OSError):
+                gone = False
+            left = "" if gone else "; cannot be deleted there, a file of 16 bytes stays"
         except Exception as e:  # whatever the client of a store raises
             fix = "start the server with --artifacts-destination, or give this machine the store's credentials"
             yield Line("fail", "MLflow artifacts", f"{run.info.artifact_uri}: {' '.join(str(e).split())[:200]}", fix)

@@ -96,24 +96,33 @@ def _signature(folder: Path) -> Any:
 
 def _logged(client: Any, run_id: str, sha256: str) -> str | None:
     """The id of a model that a run has logged whole; those that it has logged by half are deleted."""
-    from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
-
     experiment = client.get_run(run_id).info.experiment_id
     found = None
     for model in client.search_logged_models([experiment], f"source_run_id = '{run_id}'"):
         if model.status == "READY" and model.tags.get("sha256") == sha256:
             found = model.model_id
         elif model.status != "READY" and "sha256" in model.tags:
-            try:
-                get_artifact_repository(model.artifact_location).delete_artifacts()
-            except NotImplementedError:
-                # how MLflow says that a store cannot delete
-                where = model.artifact_location
+            if not delete_artifacts(where := model.artifact_location):
                 print(
                     f"tracking: {where}: half a model of a killed run, which this store cannot delete", file=sys.stderr
                 )
             client.delete_logged_model(model.model_id)
     return found
+
+
+def delete_artifacts(location: str) -> bool:
+    """Delete all that lies at an artifact location. False where its store cannot delete, as MLflow's SFTP cannot.
+
+    Raises MLflow's own errors.
+    """
+    from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
+
+    try:
+        get_artifact_repository(location).delete_artifacts()
+    except NotImplementedError:
+        # MLflow's base class raises it for stores that have no such thing
+        return False
+    return True
 
 
 def _data(inputs: Mapping[str, Mapping[str, Any]]) -> list[Any]:

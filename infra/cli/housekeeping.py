@@ -47,16 +47,20 @@ def clean(recipe: str, overrides: tuple[str, ...], kinds: tuple[str, ...], older
     store = runs.connect(loaded)
     chosen = [kind for kind in cleaning.KINDS if kind in (kinds or cleaning.KINDS[:3])]
     found = list(cleaning.find(loaded, graphs.build(loaded), store, chosen, older * 3600))
-    items = [item for item in found if isinstance(item, debris.Item)]
-    for item in items:
-        if yes:
-            cleaning.remove(item, store)
+    kept = [each for each in found if isinstance(each, debris.Kept)]
+    items = []
+    for item in found:
+        if isinstance(item, debris.Kept):
+            continue
+        if yes and (stays := cleaning.remove(item, store)):
+            kept.append(stays)
+            continue
+        items.append(item)
         click.echo(
             f"{'gone' if yes else 'would go':<9} {_bytes(item.bytes):>9}  {item.what:<13} {item.where}: {item.reason}"
         )
-    for kept in found:
-        if isinstance(kept, debris.Kept):
-            click.echo(f"{'stays':<9} {'':>9}  {'':<13} {kept.where}: {kept.reason}")
+    for stays in kept:
+        click.echo(f"{'stays':<9} {'':>9}  {'':<13} {stays.where}: {stays.reason}")
     total = f"{len(items)} of {_bytes(sum(item.bytes for item in items))}"
     click.echo(f"{total} deleted" if yes else f"{total} would go; add --yes to delete")
 

@@ -337,7 +337,16 @@ def test_half_models_of_killed_runs_go_and_whole_ones_stay(here: Workspace) -> N
     assert not here.find("debris")[0], "it may be at work this minute"
     [item] = here.find("debris", older=-1)[0].values()
     assert half.model_id in item.where and item.bytes == 300
-    clean.remove(item, store)
+
+    def cannot(*_: Any) -> None:
+        raise NotImplementedError  # as the base class of MLflow's repositories does for stores such as SFTP
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("mlflow.store.artifact.local_artifact_repo.LocalArtifactRepository.delete_artifacts", cannot)
+        done = CliRunner().invoke(command, [here.write(), "--debris", "--older", "-1", "--yes"])
+    assert done.exit_code == 0 and "0 of 0 B deleted" in done.output, done.output
+    assert f"its store cannot delete {half.artifact_location}: delete that by hand" in done.output and place.exists()
+    assert clean.remove(item, store) is None
     assert not place.exists()
     assert [m.model_id for m in store.client.search_logged_models([store.experiment])] == [whole.model_id]
     store.client.update_run(run, status="RUNNING")
