@@ -73,19 +73,20 @@ def steps_of(
         batch: of a `Loader`; a second column of latents is the low-res branch's, which else reads the first one where
             nothing is to be scaled down.
         known: at most `true_steps(batch)`.
-        posterior: "sample" draws each latent from what the autoencoder says of it; "mean" takes the likeliest.
+        posterior: "sample" draws each full latent from what the autoencoder says of it; "mean" takes the likeliest, as
+            the low-res branch always does: it reads encoded video in generation too.
     """
 
-    def drawn(name: str) -> Tensor:
+    def moments(name: str) -> Posterior:
         before = batch.get(f"history_{name}")
         parts = [batch[name]] if before is None else [before[:, :, :, before.shape[3] - known :], batch[name]]
-        moments = Posterior(*torch.cat(parts, dim=3).float().unbind(1))
-        return moments.sample(generator) if posterior == "sample" else moments.mode()
+        return Posterior(*torch.cat(parts, dim=3).float().unbind(1))
 
     room = batch["history_latent"].shape[3] if "history_latent" in batch else 0
     small = "latent_2" if "latent_2" in batch else "latent" if model.config.shrink == (1, 1) else None
-    low = model.normalise_low(drawn(small)) if small else None
-    return Steps(model.normalise(drawn("latent")), low, room - known)
+    low = model.normalise_low(moments(small).mode()) if small else None
+    full = moments("latent")
+    return Steps(model.normalise(full.sample(generator) if posterior == "sample" else full.mode()), low, room - known)
 
 
 def draw_omega(batch: int, steps: int, most: int, generator: torch.Generator) -> Tensor:

@@ -219,7 +219,7 @@ def begin(config: MemoryConfig, inputs: Mapping[str, str], data: Data, classes: 
             )
         _take(model, base, inputs["base"])
     try:
-        low = latent_data.statistics(data.low, config.posterior) if data.low else (None, None)
+        low = latent_data.statistics(data.low, "mean") if data.low else (None, None)
         if base is None:
             model.set_statistics(*latent_data.statistics(data.made, config.posterior), *low)
         elif base.config.shrink is None and data.low:

@@ -36,7 +36,7 @@ from longtake.training.metrics import continuation
 from longtake.training.metrics.features import load_network, read_file
 from longtake.training.sampling import Settings
 
-VERSION = 1
+VERSION = 2
 PRODUCES = "model"
 
 

@@ -37,7 +37,7 @@ from longtake.training.loop import Batch, Engines, Objective
 from longtake.training.memory_stage import MemoryConfig, Setup, heldout_of, videos_of
 from longtake.training.metrics import retrieval
 
-VERSION = 1
+VERSION = 2
 PRODUCES = "model"
 
 
