@@ -113,9 +113,9 @@ class Batches:
         picked = sequence.samples(positions)
         starts = self.source.base.starts
         shards = np.searchsorted(starts, rows[picked], "right") - 1
-        samples = []
+        samples, drawn = [], self.shuffle or b.window.clip_starts is not None
         for shard, row, n in zip(shards.tolist(), rows[picked].tolist(), picked.tolist(), strict=True):
-            chance = (self.seed, epoch, 0 if copies is None else int(copies[n])) if self.shuffle else None
+            chance = (self.seed, epoch, 0 if copies is None else int(copies[n])) if drawn else None
             samples.append(Sample(shard, row - int(starts[shard]), chance))
         return epoch, b.window, samples
 

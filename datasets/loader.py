@@ -103,7 +103,9 @@ class Loader(Stream):
         pixels: instead of `batch`, the most T * H * W pixels in a global batch: each shape gets the batch that it allows.
         ranks: with `pixels`, batches are multiples of this: the largest world to run or resume on; None: this world.
         last: "drop" leaves the last incomplete batch of an epoch out, "pad" fills it from the epoch's start.
-        shuffle: False gives the order on disk and the window at each clip's start.
+        shuffle: False gives the order on disk and, without `clip_starts`, the window at each clip's start.
+        clip_starts: share of windows that start their clip, 0 to 1; the others start later, anywhere alike. A clip as
+            long as its window has only the one. None: any start of a clip is as likely.
         history_seconds: how much of what came before the window to give with it.
         history_least: seconds that must have come before the clip; one that joins to less is left out, and
             `samples_without_history` counts them. With `history_seconds` the same, every history is whole.
@@ -114,7 +116,7 @@ class Loader(Stream):
 
     Raises:
         UserError: nothing to load, a batch that does not divide, an unknown column, columns of latents of other steps,
-            no clip as large as `size` or with as much history.
+            a share outside of 0 to 1, no clip as large as `size` or with as much history.
         Failure: a damaged index, or a column that does not belong to these clips.
     """
 
@@ -135,6 +137,7 @@ class Loader(Stream):
         ranks: int | None = None,
         last: order.Last = "drop",
         shuffle: bool = True,
+        clip_starts: float | None = None,
         seed: int = 0,
         epochs: int | None = None,
         rank: int = 0,
@@ -146,6 +149,8 @@ class Loader(Stream):
         unreadable: Literal["stop", "skip"] = "stop",
     ) -> None:
         _known(columns)
+        if clip_starts is not None and not 0 <= clip_starts <= 1:
+            raise UserError(f"clip_starts: {clip_starts:g} is no share of windows; give one from 0 to 1")
         index.describe(dataset)
         where = f"{dataset} ({split})"
         base, facts = compact.open_split(dataset, split, cache=cache)
@@ -205,7 +210,7 @@ class Loader(Stream):
             most = batch or 0 if pixels is None else pixels // (t * h * w) // (ranks or world) * (ranks or world)
             if pixels is not None and not most:
                 raise UserError(f"pixels: {pixels} hold no {ranks or world} windows of {t}x{h}x{w}; raise it")
-            window = Window(t, stride, (h, w), crop == "random", history_seconds)
+            window = Window(t, stride, (h, w), crop == "random", history_seconds, clip_starts)
             buckets.append(Bucket(window, most, mine, None if weights is None else weights[mine], samples))
         order.check_batch(self.samples, (batch or 0) if pixels is None else ranks or world, world, "pad", where)
         counts = [order.batch_count(b.samples, b.batch, last) for b in buckets]
@@ -232,6 +237,7 @@ class Loader(Stream):
         made_of = [base.digest, judged, *(rows.digest for rows in joined.values())]
         data = [made_of, split, stride, crop, last, shuffle, history_seconds, shapes_of]
         data += [history_least] if history_least else []
+        data += [] if clip_starts is None else [{"clip_starts": clip_starts}]
         end = None if epochs is None else epochs * self.batches_per_epoch
         self.rank, self.world = rank, world
         super().__init__(plan, data, seed, batches, end, workers)

@@ -22,13 +22,17 @@ from longtake.datasets.shard import described
 
 @dataclass(frozen=True)
 class Window:
-    """What to take of a clip: T frames, every `stride`-th, at (height, width), and where on the longer side."""
+    """What to take of a clip: T frames, every `stride`-th, at (height, width), and where on the longer side.
+
+    `clip_starts` is the probability that a window is a clip's first one; None draws all of them alike.
+    """
 
     frames: int
     stride: int
     size: tuple[int, int]
     random_crop: bool
     history_seconds: float = 0.0
+    clip_starts: float | None = None
 
 
 @dataclass(frozen=True)
@@ -101,8 +105,16 @@ def load(source: Source, sample: Sample, window: Window) -> dict[str, Any]:
 def _draw(window: Window, rng: np.random.Generator | None, count: int, quantum: int) -> tuple[list[int], float]:
     """The frames of a window that starts at a multiple of `quantum`, and the place of its crop."""
     span = (window.frames - 1) * window.stride + 1
-    start = int(rng.integers((count - span) // quantum + 1)) * quantum if rng else 0
-    return list(range(start, start + span, window.stride)), rng.random() if rng and window.random_crop else 0.5
+    latest = (count - span) // quantum
+    if rng is None:
+        return list(range(0, span, window.stride)), 0.5
+    if window.clip_starts is None or not latest:
+        start = int(rng.integers(latest + 1)) * quantum
+    elif rng.random() < window.clip_starts:
+        start = 0
+    else:
+        start = (1 + int(rng.integers(latest))) * quantum
+    return list(range(start, start + span, window.stride)), rng.random() if window.random_crop else 0.5
 
 
 def _video(

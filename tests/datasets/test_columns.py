@@ -1,5 +1,6 @@
 """What each column gives: latents in step with the video, labels, and what came before a window."""
 
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -192,3 +193,57 @@ def test_a_columns_shard_that_is_ahead_of_its_base_is_not_there_yet(
 def test_a_first_shard_without_clips_is_no_matter(handmade: Callable[..., str], tmp_path: Path) -> None:
     root = handmade(tmp_path, [[], [{}, {}], []], columns=("frame_diff", "latent-test"))
     assert len(list(Loader(root, **WINDOW, columns=("video", "latent-test", "frame_diff")))) == 2
+
+
+@pytest.mark.parametrize("share", [0.0, 0.5, 0.8, 1.0])
+def test_so_many_windows_start_their_clip_and_the_others_start_anywhere_alike(
+    handmade: Callable[..., str], tmp_path: Path, share: float
+) -> None:
+    root = handmade(tmp_path, [[{"frames": 21}] * 4, [{"frames": 21}] * 4], columns=("latent-test",))
+    options = WINDOW | {"epochs": 100, "columns": ("latent-test",), "clip_starts": share}
+    starts, counts, epochs = Counter[int](), Counter[tuple[int, str]](), 100
+    for batch in Loader(root, **options):
+        starts.update(batch["start"].tolist())
+        counts.update((batch["epoch"], key) for key in batch["key"])
+        assert batch["latent"][:, 0, 0, 0, 0, 0].remainder(64).tolist() == (batch["start"] / FACTOR).tolist()
+    assert len(counts) == 8 * epochs and set(counts.values()) == {1}
+    draws = 8 * epochs
+    expected = {0: share, **dict.fromkeys((4, 8, 12, 16), (1 - share) / 4)}
+    assert starts.keys() <= expected.keys()
+    for start, p in expected.items():
+        assert abs(starts[start] - draws * p) <= 4.5 * (draws * p * (1 - p)) ** 0.5
+
+
+def test_windows_that_start_clips_are_the_same_on_any_ranks_and_resumed(small: str) -> None:
+    options = WINDOW | {"batch": 4, "columns": ("latent-test",), "clip_starts": 0.5}
+    whole = [dict(zip(b["key"], b["start"].tolist(), strict=True)) for b in Loader(small, **options)]
+    ranks = [Loader(small, **options, rank=rank, world=2) for rank in range(2)]
+    for whole_batch, *parts in zip(whole, *ranks, strict=True):
+        assert whole_batch == {k: s for b in parts for k, s in zip(b["key"], b["start"].tolist(), strict=True)}
+    stopped = Loader(small, **options)
+    batches = iter(stopped)
+    for _ in range(3):
+        next(batches)
+    resumed = Loader(small, **options)
+    resumed.load_state_dict(stopped.state_dict())
+    assert [dict(zip(b["key"], b["start"].tolist(), strict=True)) for b in resumed] == whole[3:]
+    with pytest.raises(UserError, match="another dataset, view or window"):
+        Loader(small, **options | {"clip_starts": 0.4}).load_state_dict(stopped.state_dict())
+
+
+def test_a_clip_of_one_window_starts_it_whatever_the_share(small: str) -> None:
+    options = {"frames": 9, "size": (16, 16), "batch": 4, "epochs": 2, "clip_starts": 0.0}
+    assert all(not batch["start"].any() for batch in Loader(small, **options, columns=("latent-test",)))
+
+
+def test_in_the_order_on_disk_windows_are_drawn_where_a_share_is_given(small: str) -> None:
+    options = WINDOW | {"batch": 4, "columns": ("latent-test",), "shuffle": False, "epochs": 1}
+    plain, later = list(Loader(small, **options)), list(Loader(small, **options, clip_starts=0.0))
+    assert [b["key"] for b in plain] == [b["key"] for b in later]
+    assert all(not b["start"].any() for b in plain) and all((b["start"] == FACTOR).all() for b in later)
+
+
+@pytest.mark.parametrize("share", [-0.1, 1.5])
+def test_a_share_of_windows_is_from_none_to_all(small: str, share: float) -> None:
+    with pytest.raises(UserError, match=r"clip_starts: .* give one from 0 to 1"):
+        Loader(small, **WINDOW, clip_starts=share)
