@@ -39,6 +39,7 @@ def _scores(summary: dict[str, Any]) -> list[tuple[str, float]]:
     distance = summary.get("distance") or {}
     named = [
         ("held-out flow loss", summary.get("heldout_loss")),
+        ("held-out flow loss, later in clips", summary.get("heldout_loss_later")),
         ("Fréchet distance", distance.get("frechet")),
         ("kernel distance", distance.get("kernel")),
     ]

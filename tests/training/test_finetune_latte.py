@@ -175,6 +175,56 @@ def test_the_loss_is_of_normalised_draws_at_their_place_in_the_clip(inputs: dict
     assert loss.item() == logged["loss"].item() > 0
 
 
+@pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
+def test_a_share_of_windows_start_their_clip_of_latents_and_of_pixels(inputs: dict[str, str], share: float) -> None:
+    told: list[torch.Tensor] = []
+
+    def engine(x: torch.Tensor, t: Any, ids: Any, start: torch.Tensor, generator: Any) -> torch.Tensor:
+        told.append(start)
+        return torch.zeros_like(x)
+
+    for chosen in (config(frames=5, clip_starts=share), pixels(clip_starts=share)):
+        told.clear()
+        data = data_of(chosen, inputs)
+        latte = begin(chosen, data, 0)
+        for batch in loader_of(chosen, inputs, data, "train", batch=4, epochs=12):
+            finetune_latte._loss(chosen, data, latte, "generator", {"generator": engine}, batch, _draws_of(len(told)))
+        firsts = (torch.cat(told) == 0).float().mean().item()
+        assert abs(firsts - share) <= (0.15 if 0 < share < 1 else 0)
+
+
+def test_the_heldout_loss_is_told_for_windows_that_start_a_clip_and_for_later_ones(
+    inputs: dict[str, str], tmp_path: Path
+) -> None:
+    chosen = config(eval_videos=1, conditioning=0.0)
+    data = data_of(chosen, inputs)
+    latte = begin(chosen, data, 0)
+    told = []
+    latte.register_forward_pre_hook(
+        lambda _, given, named: told.append((given[0].shape, named.get("start", 0))), with_kwargs=True
+    )
+    (tmp_path / "heldout").mkdir()
+    summary = finetune_latte._evaluate(
+        chosen,
+        inputs,
+        data,
+        latte,
+        decoder(data, str(Path(inputs["latents"]).parent / "vae")),
+        (),
+        tmp_path / "heldout",
+    )
+    assert summary["heldout_loss"] > 0 and summary["heldout_loss_later"] > 0
+    windows = [batch["start"].item() for batch in finetune_latte._heldout(chosen, inputs, data, later=True)]
+    assert windows == [batch["start"].item() for batch in finetune_latte._heldout(chosen, inputs, data, later=True)]
+    starts = [start for shape, start in told if shape[0] == 8]
+    # one clip is as long as its window
+    assert (starts.count(0), starts.count(1)) == (summary["clips"], sum(start > 0 for start in windows)) == (9, 8)
+
+
+def _draws_of(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
 def _draws() -> torch.Generator:
     return torch.Generator().manual_seed(5)
 
@@ -335,6 +385,7 @@ def test_from_latents_to_a_served_champion(
     chosen = config(classes=True, sample_every=2, ema_half_lives=[10.0], guidance=2.0)
     result = finetune_latte.run(chosen, inputs, str(tmp_path / "out"))
     assert result["uri"] == "models:/latte/1" and result["metrics"]["heldout_loss"] > 0
+    assert result["metrics"]["heldout_loss_later"] > 0
     prior = sampling.load_prior("models:/latte@champion")
     assert list(prior.classes) == ["a", "b"] and prior.frames == 9 and prior.settings.guidance == 2.0
     client = mlflow.MlflowClient()

@@ -43,13 +43,14 @@ def heldout_losses(
         noise = torch.randn(x0.shape, generator=draws).to(x0.device)
         velocity = latte(flow.interpolate(x0, noise, times), times, None if ids is None else ids.expand(_TIMES))
         rows.append(flow.loss(velocity * scale, x0 * scale, noise * scale).cpu().numpy())
-    return np.stack(rows)
+    return np.stack(rows) if rows else np.empty((0, _TIMES))
 
 
 def evaluate(
     latte: Latte,
     vae: PVVAE | None,
     clips: Iterable[tuple[Tensor, Tensor | None]],
+    later: Iterable[tuple[Tensor, Tensor | None]],
     folder: Path,
     *,
     frames: int,
@@ -61,7 +62,10 @@ def evaluate(
     network: FeatureNetwork | None = None,
     real: Iterable[Tensor] = (),
 ) -> dict[str, Any]:
-    """`heldout_losses` of `clips`, and generated videos: some as NAME.mp4 in `folder`, listed in `generated.json`.
+    """`heldout_losses` of windows, and generated videos: some as NAME.mp4 in `folder`, listed in `generated.json`.
+
+    `clips` start their clips, as generated videos do: they give `heldout_loss`, windows that start `later` in theirs
+    `heldout_loss_later`, None where there are none.
 
     Where the model can go on beyond a window, one more video is longer. With a network the Fréchet and kernel distance
     of `count` videos to `real` `(1, 3, T, H, W)` is measured too; without one `distance` is None, and no more videos
@@ -71,6 +75,7 @@ def evaluate(
         UserError: the network does not take such videos, or there are too few.
     """
     losses = heldout_losses(latte, clips, seed)
+    later_losses = heldout_losses(partial(latte, start=1), later, seed)
     generate = partial(sampling.generate_videos, latte, vae, settings=settings)
     plan = [(seed + n, n % len(classes) if classes else None) for n in range(count)]
     shown: list[dict[str, Any]] = []
@@ -105,6 +110,7 @@ def evaluate(
     summary = {
         "heldout_loss": float(losses.mean()),
         "heldout_loss_by_time": losses.mean(0).tolist(),
+        "heldout_loss_later": float(later_losses.mean()) if len(later_losses) else None,
         "clips": len(losses),
         "videos": len(plan),
         "frames": frames,

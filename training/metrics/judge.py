@@ -173,6 +173,8 @@ def _loader(judged: Judged, inputs: Mapping[str, str], window: Window, seed: int
         options = {"stride": window.stride, "size": window.size or (64, 64)}
     else:
         columns = _latents(judged, inputs, window)
+        # generated videos begin with a clip's first latent, which few windows of long clips have
+        options = {"clip_starts": 0.5} if isinstance(judged.model, Latte) else {}
     if isinstance(judged.model, MemoryDiT):
         options = {"history_seconds": window.history_seconds or 0.0, "history_least": window.history_least or 0.0}
     if judged.facts.get("classes"):

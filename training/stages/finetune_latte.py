@@ -34,7 +34,7 @@ from longtake.training.metrics.generated import evaluate
 from longtake.training.models.latte import Latte, LatteConfig, config_from_preset
 from longtake.training.models.pv_vae import PVVAE, Posterior
 
-VERSION = 1
+VERSION = 2
 PRODUCES = "model"
 
 _FROM_DATA = ("channels", "classes", "shape", "conditioning")  # fields of LatteConfig that `model` must not have
@@ -59,6 +59,9 @@ class Config(TrainConfig):
     frames: int = Field(17, ge=1)  # of a window; 1 + 4n for latents [paper: 17]
     stride: int = Field(1, ge=1)  # every how many frames; latents have all
     size: tuple[int, int] | None = None  # height, width of pixels; latents have their own
+    # share of windows that start their clip, as generated videos do: their first latent is of one frame. The others start
+    # later. Pixels look the same anywhere, and so many windows are only told that they do [paper: all; assumption]
+    clip_starts: float = Field(0.5, ge=0, le=1)
     posterior: Literal["sample", "mean"] = "sample"  # what of each latent is learned, drawn anew each step [assumption]
     conditioning: float = Field(0.3, ge=0, le=1)  # probability that a window has clean leading frames [assumption]
     time_mean: float = 0.0  # of the logit-normal times (arXiv 2403.03206, rf/lognorm(0, 1))
@@ -194,7 +197,7 @@ def _loss(
     x0 = _given(config, data, latte, batch, generator)
     ids = batch["label"].cpu() if config.classes else None
     loss = flow.training_loss(
-        lambda x, t: engines[name](x, t, ids, _starts(data, batch, generator), generator),
+        lambda x, t: engines[name](x, t, ids, _starts(config, data, batch, generator), generator),
         x0,
         generator,
         config.time_mean,
@@ -214,12 +217,12 @@ def _given(config: Config, data: Data, latte: Latte, batch: Batch, generator: to
     return latte.normalise(posterior.sample(generator) if drawn else posterior.mode())
 
 
-def _starts(data: Data, batch: Batch, generator: torch.Generator) -> Tensor:
+def _starts(config: Config, data: Data, batch: Batch, generator: torch.Generator) -> Tensor:
     """0 for a window at the start of its clip, whose first latent is of one frame. Pixels look the same anywhere: drawn."""
     if data.made:
         return batch["start"]
     count = len(batch["key"])
-    return torch.randint(2, (count,), generator=generator, device=generator.device)
+    return (torch.rand(count, generator=generator, device=generator.device) >= config.clip_starts).long()
 
 
 def _sample(
@@ -307,7 +310,8 @@ def _publish(config: Config, inputs: Mapping[str, str], folder: Path) -> dict[st
     counts = {"train_clips": loader.samples, "train_clips_too_short": loader.samples_short}
     counts |= {"train_clips_without_latents": loader.samples_without_latent}
     values = summary | (summary["distance"] or {})
-    told = {name: values[name] for name in ("heldout_loss", "frechet", "kernel") if values.get(name) is not None}
+    names = ("heldout_loss", "heldout_loss_later", "frechet", "kernel")
+    told = {name: values[name] for name in names if values.get(name) is not None}
     return {"uri": uri, "metrics": {name: float(value) for name, value in (told | counts).items()}}
 
 
@@ -320,16 +324,18 @@ def _evaluate(
     classes: Sequence[str],
     folder: Path,
 ) -> dict[str, Any]:
-    heldout = _heldout(config, inputs, data)
-    count = min(config.eval_clips, heldout.samples)
     network = load_network(config.features, device=device()) if config.features else None
     if network is None:
         print("evaluate: no Fréchet distance, since `features` names no feature network", flush=True)
 
-    def clips() -> Iterator[tuple[Tensor, Tensor | None]]:
+    def clips(later: bool) -> Iterator[tuple[Tensor, Tensor | None]]:
+        heldout = _heldout(config, inputs, data, later)
+        count = min(config.eval_clips, heldout.samples)
         for batch in tqdm(islice(heldout, count), "evaluate", count, unit="clip"):
-            on_device = {k: v.to(device()) if isinstance(v, Tensor) else v for k, v in batch.items()}
-            yield _given(config, data, latte, on_device), batch.get("label")
+            # a clip as long as a window has no later one
+            if bool(batch["start"]) is later:
+                on_device = {k: v.to(device()) if isinstance(v, Tensor) else v for k, v in batch.items()}
+                yield _given(config, data, latte, on_device), batch.get("label")
 
     def real() -> Iterator[Tensor]:
         pixels = {"columns": ("video",), "size": data.size(), "batch": 1, "last": "pad", "shuffle": False}
@@ -339,7 +345,8 @@ def _evaluate(
     return evaluate(
         latte,
         vae,
-        clips(),
+        clips(later=False),
+        clips(later=True),
         folder,
         frames=config.frames,
         fps=data.fps,
@@ -355,11 +362,16 @@ def _evaluate(
 def loader_of(config: Config, inputs: Mapping[str, str], data: Data, split: str, **options: Any) -> Loader:
     """Windows of the column that this trains on, with labels where classes are learned, and nothing else."""
     columns = (data.made.column if data.made else "video", *(("label",) if config.classes else ()))
-    return _loader(config, inputs, split, columns=columns, size=config.size or (64, 64), **options)
+    settings: dict[str, Any] = {"columns": columns, "size": config.size or (64, 64)}
+    if data.made and split == "train":
+        settings["clip_starts"] = config.clip_starts
+    return _loader(config, inputs, split, **settings | options)
 
 
-def _heldout(config: Config, inputs: Mapping[str, str], data: Data) -> Loader:
-    return loader_of(config, inputs, data, "val", batch=1, last="pad", shuffle=False, epochs=1)
+def _heldout(config: Config, inputs: Mapping[str, str], data: Data, later: bool = False) -> Loader:
+    """Held-out clips one by one, always the same window of each: the first one, or one that starts later, if there is any."""
+    options = {"clip_starts": 0.0, "seed": config.seed} if later else {}
+    return loader_of(config, inputs, data, "val", batch=1, last="pad", shuffle=False, epochs=1, **options)
 
 
 def _loader(config: Config, inputs: Mapping[str, str], split: str, **options: Any) -> Loader:

@@ -13,7 +13,7 @@ from longtake.training import aliases, model_store, promotion
 from longtake.training.gate import Gate, Interval, Verdict, decide
 from longtake.training.metrics import judge
 
-VERSION = 1
+VERSION = 2
 PRODUCES = "model"
 
 _RECORD = "verdict.json"
