@@ -84,7 +84,7 @@ class Nonfinite:
 
 @dataclass
 class Spikes:
-    """Reports losses far above their running mean; `folder/spikes.jsonl` names the batches.
+    """Reports losses of this rank far above their running mean; `folder/spikes.jsonl` names the rank and the batch.
 
     Of losses that leap one after the other only the first is reported. They do not move the mean, unless they stay up for
     as long as it looks back: then it begins anew.
@@ -92,14 +92,14 @@ class Spikes:
 
     folder: Path
     deviations: float
-    memory: int = 100  # steps that the running mean and variance look back, about
+    memory: int = 100  # passes that the running mean and variance look back, about
     mean: float = 0.0
     variance: float = 0.0
     seen: int = 0
     leaps: int = 0
 
     def heed(self, step: int, loss: float, keys: Sequence[str]) -> bool:
-        """Whether this rank's loss begins to leap."""
+        """Whether the loss of this pass begins to leap."""
         if not math.isfinite(loss):
             return False
         if self.seen >= self.memory and loss > self.mean + self.deviations * math.sqrt(self.variance):
@@ -109,9 +109,12 @@ class Spikes:
                 self.seen = self.leaps = 0
             if self.leaps != 1:
                 return False
-            found = {"step": step, "loss": loss, "mean": self.mean, "deviation": math.sqrt(self.variance)}
-            with (self.folder / "spikes.jsonl").open("a") as file:
-                file.write(json.dumps(found | {"keys": list(keys)}) + "\n")
+            rank = torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
+            found: dict[str, Any] = {"step": step, "rank": rank}
+            found |= {"loss": loss, "mean": self.mean, "deviation": math.sqrt(self.variance), "keys": list(keys)}
+            # all ranks write there: a line must go at once
+            with (self.folder / "spikes.jsonl").open("ab", buffering=0) as file:
+                file.write((json.dumps(found) + "\n").encode())
             return True
         self.leaps = 0
         self.seen += 1

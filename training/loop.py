@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -122,7 +123,7 @@ def train(
         watch.peak_flops(config.peak_tflops),
         watch.Profile(config.profile, folder / "profile", config.steps),
     )
-    batches, began = iter(loader), step
+    batches, began, leaps = iter(loader), step, 0
     bar = tqdm(
         desc="train",
         total=config.steps,
@@ -142,12 +143,13 @@ def train(
             rate = learning_rate(config, step)
             logs = (step + 1) % config.log_every == 0 or step + 1 == config.steps
             lost = dict[str, Tensor]()
-            metrics, keys = dict[str, Any](), list[str]()
+            metrics, passes, keys = dict[str, Any](), list[dict[str, Any]](), list[list[str]]()
             for number in range(config.accumulate):
                 beat(step, "data")
                 with clock.part("data"):
                     batch = _to_device(next(batches), device)
-                keys += batch.get("key", [])
+                keys.append(batch.get("key", []))
+                passes.append({})
                 # after the data, since a loader that starts draws from the global generator
                 seed = pass_seed(config.seed, step, number, rank)
                 torch.manual_seed(seed)
@@ -172,30 +174,32 @@ def train(
                         with clock.part("update"):
                             engine.step()
                     clock.flops += world * flops.of(shape)
-                    metrics |= logged
+                    passes[-1] |= logged
                 if objective.tokens:
                     clock.tokens += world * objective.tokens(batch)
             step += 1
             clock.steps += 1
-            clock.samples += world * len(keys)
-            leave, *anywhere = guards.on_any_rank(told(), *lost.values())
+            clock.samples += world * sum(map(len, keys))
+            losses = [float(found.get("loss", math.nan)) for found in passes]
+            leapt = [spikes.heed(step, loss, each) for loss, each in zip(losses, keys, strict=True)]
+            leave, leapt_anywhere, *anywhere = guards.on_any_rank(told(), any(leapt), *lost.values())
             for (name, here), somewhere in zip(lost.items(), anywhere, strict=True):
                 metrics[f"gradient_norm_{name}"] = engines.gradient_norm(made[name])
                 if somewhere or engines.left_out(made[name]):
-                    nonfinite.heed(step, name, bool(here), somewhere, keys)
+                    nonfinite.heed(step, name, bool(here), somewhere, list(chain.from_iterable(keys)))
             averages.move(ema, lead, step)
-            if "loss" in metrics and spikes.heed(step, float(metrics["loss"]), keys):
-                bar.write(
-                    f"warning: the loss leaps to {float(metrics['loss']):.4g} at step {step}, see {folder}/spikes.jsonl",
-                    file=sys.stderr,
-                )
-            rows.append(metrics)
+            leaps += leapt_anywhere
+            if leapt_anywhere and rank == 0:
+                where = f"{folder}/spikes.jsonl names the rank and the batch"
+                bar.write(f"warning: the loss leaps at step {step}; {where}", file=sys.stderr)
+            rows += [metrics, *passes]
             bar.update()
             if logs:
+                beat(step, "log")
                 values = (
                     watch.means(rows) | clock.take(peak and peak * world) | watch.memory() | {"learning_rate": rate}
                 )
-                values |= {"updates_left_out": float(nonfinite.count)}
+                values |= {"updates_left_out": float(nonfinite.count), "spikes": float(leaps)}
                 rows, clock = list[dict[str, Any]](), watch.Clock()
                 bar.set_postfix(
                     loss=f"{values.get('loss', math.nan):.4f}",

@@ -137,14 +137,32 @@ def memory() -> dict[str, float]:
 
 
 def means(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    """The mean of each metric over the rows that have it and in which it is finite; NaN where it never is."""
-    names = dict.fromkeys(name for row in rows for name in row)
-    found = {}
-    for name in names:
-        values = torch.stack([torch.as_tensor(row[name]).float().cpu() for row in rows if name in row])
+    """The mean of each metric over the rows, of all ranks, that have it and in which it is finite; NaN where it never is.
+
+    Every rank must call it; they need not have the same metrics.
+    """
+    totals = _totals(rows)
+    world = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
+    found = [totals] * world
+    if world > 1:
+        # names with their values, in one exchange: ranks that know other metrics cannot wait for each other
+        torch.distributed.all_gather_object(found, totals)
+    means = {}
+    for name in dict.fromkeys(name for each in found for name in each):
+        total, count = (sum(parts) for parts in zip(*(each[name] for each in found if name in each), strict=True))
+        means[name] = total / count if count else math.nan
+    return means
+
+
+def _totals(rows: Sequence[Mapping[str, Any]]) -> dict[str, tuple[float, int]]:
+    """Of each metric the sum of its finite values, and how many they are."""
+    totals = {}
+    for name in dict.fromkeys(name for row in rows for name in row):
+        # brought together on the device, since each number by itself would make it wait
+        values = torch.stack([torch.as_tensor(row[name]).float() for row in rows if name in row]).cpu().double()
         finite = values[values.isfinite()]
-        found[name] = float(finite.mean()) if finite.numel() else math.nan
-    return found
+        totals[name] = (float(finite.sum()), finite.numel())
+    return totals
 
 
 class Profile:

@@ -8,7 +8,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -90,12 +90,17 @@ def loss_of(module: Callable[[Tensor], Tensor], x: Tensor, dtype: torch.dtype = 
 
 
 def objective(
-    kind: str = "mlp", fault: Mapping[str, Any] | None = None, starts: int | None = None, noise: float = 0.01
+    kind: str = "mlp",
+    fault: Mapping[str, Any] | None = None,
+    starts: int | None = None,
+    noise: float = 0.01,
+    told: Sequence[Sequence[float]] = (),
 ) -> Objective:
     """A module that learns, and from step `starts` on a second one that looks at its outputs.
 
     `fault` happens in the `calls` of the loss (from 1) on rank `rank`: `kind` is "nan" or "inf" (the loss, with finite
-    gradients), "gradient" (not finite, of a finite loss), "sleep", or the name of a signal.
+    gradients), "leap", "gradient" (not finite, of a finite loss), "sleep", or the name of a signal.
+    `told` are the losses that each rank says it had, call by call, and says under a name of its own too.
     """
     modules = {"generator": module(kind)} | ({} if starts is None else {"adversary": module("mlp", outputs=1)})
     calls = 0
@@ -115,6 +120,10 @@ def objective(
         value = loss_of(made["generator"], x, dtype)
         if fault and calls in fault["calls"] and fault.get("rank", 0) == torch.distributed.get_rank():
             value = _spoil(fault["kind"], value)
+        if told:
+            rank = torch.distributed.get_rank()
+            said = torch.tensor(told[rank][calls - 1])
+            return value, {"loss": said, f"only_of_{rank}": said}
         return value, {"loss": value.detach()}
 
     return Objective(modules, loss, starts={"adversary": starts or 0}, tokens=lambda batch: batch["x"].numel())
@@ -123,6 +132,8 @@ def objective(
 def _spoil(kind: str, value: Tensor) -> Tensor:
     if kind in ("nan", "inf"):
         return value + float(kind)
+    if kind == "leap":
+        return value + 100.0
     if kind == "gradient":
         return value + (0 * value).sqrt()
     if kind == "sleep":

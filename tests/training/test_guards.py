@@ -119,12 +119,16 @@ def test_the_loop_reports_a_leap_with_its_batch(
         nonlocal calls
         calls += 1
         value, metrics = made.loss(*arguments)
-        return value, {"loss": metrics["loss"] * (100 if calls == 105 else 1)}
+        return value, {"loss": metrics["loss"] * (100 if calls == 106 else 1)}
 
-    small.fit(tmp_path, type(made)(made.modules, loss), steps=106, checkpoint_every=200, log_every=50)
+    log = small.Log()
+    # of a step's two passes the second
+    settings = {"batch": 8, "accumulate": 2, "log_every": 52, "checkpoint_every": 200}
+    small.fit(tmp_path, type(made)(made.modules, loss), log=log, steps=53, **settings)
     found = json.loads((tmp_path / "spikes.jsonl").read_text())
-    assert found["step"] == 105 and found["keys"] == [f"104-{n}" for n in range(4)]
-    assert "the loss leaps to" in capsys.readouterr().err
+    assert found["step"] == 53 and found["rank"] == 0 and found["keys"] == [f"105-{n}" for n in range(4)]
+    assert "the loss leaps at step 53" in capsys.readouterr().err
+    assert [values["spikes"] for _, values in log.rows] == [0, 1]
 
 
 @pytest.mark.parametrize(("wait", "warned"), [(0.05, True), (0.0, False)])
@@ -253,6 +257,15 @@ def test_a_rank_that_is_killed_ends_the_other_which_says_so(
     assert both.end()[1] == -signal.SIGKILL and time.monotonic() - began < 120
     goes_on, straight = (small.fit(folder, small.objective(noise=0.0)) for folder in (tmp_path, tmp_path / "straight"))
     assert small.close(goes_on, straight)
+
+
+@pytest.mark.slow
+def test_a_leap_on_another_rank_is_told_by_the_first_and_named(small: Any, tmp_path: Path, pair: Any) -> None:
+    said = pair.work(tmp_path, {"fault": fault("leap", 105, rank=1)}, steps=106, checkpoint_every=200, log_every=53)
+    found = json.loads((tmp_path / "spikes.jsonl").read_text())
+    assert found["step"] == 105 and found["rank"] == 1 and found["keys"] == ["104-2", "104-3"]
+    assert "the loss leaps at step 105" in pair.said(0)
+    assert [[values["spikes"] for _, values in each["log"]] for each in said] == [[0, 1]] * 2
 
 
 @pytest.mark.slow

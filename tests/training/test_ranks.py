@@ -198,6 +198,18 @@ def test_in_bf16_two_processes_learn_nearly_what_one_learns(
         assert other == pytest.approx(one, rel=0.05)
 
 
+def test_losses_are_means_over_passes_steps_and_ranks_whatever_each_rank_tells(tmp_path: Path, pair: Any) -> None:
+    told = [[0.0, 1.0, 2.0, 3.0], [10.0, 11.0, 12.0, float("nan")]]
+    settings = {"steps": 2, "batch": 8, "accumulate": 2}
+    each, both = (pair.work(tmp_path / str(n), {"told": told}, **settings, log_every=n) for n in (1, 2))
+    for said in each:
+        assert [values["loss"] for _, values in said["log"]] == [5.5, (2 + 3 + 12) / 3]
+        assert [values["only_of_0"] for _, values in said["log"]] == [0.5, 2.5]
+    for said in both:
+        ((step, values),) = said["log"]
+        assert step == 2 and values["loss"] == pytest.approx(39 / 7) and values["only_of_1"] == 11
+
+
 PLACES = [
     *((f"averages-{stage}", stage, QUIET, {"ema_half_lives": [2, 50]}) for stage in (0, 1, 2, 3)),
     *((f"freeze-{stage}", stage, QUIET, {"freeze": ["0.weight", "2.bias"]}) for stage in (2, 3)),
