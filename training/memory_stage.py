@@ -263,6 +263,8 @@ def _take(model: MemoryDiT, base: MemoryDiT, uri: str) -> None:
         raise UserError(
             f"base: {uri} does not fit these settings, such as in {strange[0]}; leave out of `model` what differs"
         )
+    model.token_in.load_state_dict(base.token_in.state_dict())
+    model.start_memory()
     model.load_state_dict(theirs, strict=False)
     if new:
         print(f"base: {len(new)} tensors are not in {uri} and begin anew, such as {new[0]}", flush=True)

@@ -295,11 +295,91 @@ def test_a_packed_memory_sees_late_steps_finely_and_old_ones_coarsely():
     made = pack(noise(1, CHANNELS, 24, 16, 16), start=100)
     times, counts = made.positions[:, 0].unique(return_counts=True)
     assert dict(zip(times.tolist(), counts.tolist(), strict=True)) == {
-        106.5: 4, 110.5: 4, 114.5: 4, 118.5: 4, 121.5: 16, 123.0: 64
+        106.5: 16, 110.5: 16, 114.5: 16, 118.5: 16, 121.5: 64, 123.0: 256
     }  # fmt: skip
-    assert made.positions[-1].tolist() == [123, 14.5, 14.5]
-    assert made.positions[0].tolist() == [106.5, 3.5, 3.5]
+    assert made.positions[-1].tolist() == [123, 15, 15]
+    assert made.positions[0].tolist() == [106.5, 1.5, 1.5]
     assert sum(steps for steps, *_ in FRAMEPACK) == 19
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("patch", [1, 2])
+def test_a_packed_memory_has_as_many_tokens_of_a_grid_whatever_the_patch(patch):
+    """FramePack's own kernels over latents, 1x2x2, 2x4x4 and 4x8x8, are those of a transformer with a patch of 2."""
+    pack = FramePack(patch, CHANNELS, WIDTH)
+    made = pack(noise(1, CHANNELS, 19, 16 * patch, 16 * patch))
+    assert [kernel.kernel for kernel in pack.kernels] == [(k, k * patch, k * patch) for k in (1, 2, 4)]
+    assert made.tokens.shape[1] == 256 + 64 + 64
+    assert made.positions[-1].tolist() == [18, 15, 15]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("patch", "side"), [(1, (6, 7)), (2, (12, 13)), (1, (1, 3))])
+def test_a_packed_memory_repeats_the_last_row_and_column_of_a_frame_that_it_does_not_divide(patch, side):
+    torch.manual_seed(0)
+    pack, high = FramePack(patch, CHANNELS, WIDTH), noise(1, CHANNELS, 19, *side)
+    every = 4 * patch
+    larger = [-(-n // every) * every for n in side]
+    rows, columns = ([min(n, last - 1) for n in range(size)] for size, last in zip(larger, side, strict=True))
+    whole, made = pack(high[..., rows, :][..., columns]), pack(high)
+    grid = [-(-n // patch) for n in side]
+    counts = [-(-grid[0] // k) * -(-grid[1] // k) for k in (4, 2, 1)]
+    assert made.tokens.shape[1] == 4 * counts[0] + counts[1] + counts[2]
+    torch.testing.assert_close(made.tokens[:, : 4 * counts[0]], whole.tokens[:, : 4 * counts[0]])
+    # where a cell is filled up, its token shows no more than there is
+    assert (made.positions[:, 1:].amax(0) == torch.tensor(grid) - 1).all()
+    old = made.positions[: counts[0], 1].unique()
+    expected = torch.tensor([min(n, grid[0] - 1) for n in range(larger[0] // patch)]).float().view(-1, 4).mean(1)
+    torch.testing.assert_close(old, expected)
+
+
+def embedded(high: Tensor, embedding: nn.Linear, patch: int) -> Tensor:
+    """Tokens `(B, T, h, w, D)` of each patch by itself, one by one."""
+    rows = [
+        [
+            embedding(high[..., patch * r : patch * (r + 1), patch * c : patch * (c + 1)].movedim(2, 1).flatten(2))
+            for c in range(high.shape[4] // patch)
+        ]
+        for r in range(high.shape[3] // patch)
+    ]
+    return torch.stack([torch.stack(row, 2) for row in rows], 2)
+
+
+def means(x: Tensor, cell: tuple[int, int, int]) -> Tensor:
+    """Means of `(B, T, h, w, D)` over cells."""
+    x = x.unflatten(3, (-1, cell[2])).unflatten(2, (-1, cell[1])).unflatten(1, (-1, cell[0]))
+    return x.mean((2, 4, 6))
+
+
+@torch.no_grad()
+def test_at_the_start_a_token_is_the_mean_of_the_patch_embeddings_that_it_stands_for():
+    torch.manual_seed(3)
+    embedding, high = project(), noise(2, CHANNELS, 19, 8, 8)
+    pack, large = FramePack(1, CHANNELS, WIDTH), Patchify((4, 2, 2), 1, CHANNELS, WIDTH)
+    for memory in (pack, large):
+        memory.start_from(embedding)
+    tokens = embedded(high, embedding, 1)
+    parts = [(tokens[:, :16], (4, 4, 4)), (tokens[:, 16:18], (2, 2, 2)), (tokens[:, 18:], (1, 1, 1))]
+    packed = torch.cat([means(part, cell).flatten(1, 3) for part, cell in parts], 1)
+    torch.testing.assert_close(pack(high).tokens, packed, rtol=0, atol=1e-5)
+    same_rate = means(tokens[:, :18], (2, 4, 2)).flatten(1, 3)
+    torch.testing.assert_close(large(high[:, :, :18]).tokens, same_rate, rtol=0, atol=1e-5)
+
+
+@torch.no_grad()
+def test_at_the_start_larger_patches_are_the_patch_embedding_of_the_latents_scaled_down():
+    """Each weight is repeated in place, as FramePack's authors do it: one token sees the means of its latents."""
+    embedding, high = project(2), noise(2, CHANNELS, 19, 16, 16)
+    pack, large = FramePack(2, CHANNELS, WIDTH), Patchify((2, 4, 1), 2, CHANNELS, WIDTH)
+    for memory in (pack, large):
+        memory.start_from(embedding)
+    scaled = [
+        torch.nn.functional.avg_pool3d(high[:, :, a:b], k, k) for a, b, k in ((0, 16, 4), (16, 18, 2), (18, 19, 1))
+    ]
+    expected = torch.cat([embedded(part, embedding, 2).flatten(1, 3) for part in scaled], 1)
+    torch.testing.assert_close(pack(high).tokens, expected, rtol=0, atol=1e-5)
+    small = torch.nn.functional.avg_pool3d(high, (1, 2, 4), (1, 2, 4))
+    torch.testing.assert_close(large(high).tokens, embedded(small, embedding, 2).flatten(1, 3), rtol=0, atol=1e-5)
 
 
 @torch.no_grad()

@@ -15,6 +15,7 @@ from longtake.datasets.errors import UserError
 from longtake.training import registry
 from longtake.training.config import LoraConfig
 from longtake.training.flow import training_loss
+from longtake.training.models.layers import fold
 from longtake.training.models.memory import Memory, cropped, joined
 from longtake.training.models.memory_adapter import attach_memory
 from longtake.training.models.memory_dit import (
@@ -98,6 +99,18 @@ def test_any_memory_has_as_many_tokens_as_its_config_says_and_is_seen(changes, p
     made, alone = model(x, T, TIMES, memory, IDS), model(x, T, TIMES, None, IDS)
     assert made.shape == x.shape
     assert torch.equal(made, alone) == (model.config.memory == "none")
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("side", [(8, 10), (4, 6), (16, 24)])
+@pytest.mark.parametrize("patch", [1, 2])
+def test_a_packed_memory_takes_frames_of_any_size_and_begins_as_the_patch_embedding(side, patch):
+    model = MemoryDiT(replaced(memory="framepack", patch=patch, shape=(3, *side)))
+    high = latents(19, side, 1)
+    memory = model.remember(high)
+    assert memory.tokens.shape[1] == model.config.tokens((19, *side))
+    own = model.token_in(fold(high[:, :, 18:], 1, patch).movedim(1, -1)).flatten(1, 3)
+    close(memory.tokens[:, -own.shape[1] :], own)
 
 
 @torch.no_grad()
@@ -597,7 +610,6 @@ def test_wrong_histories_sizes_and_classes_of_a_model_without_are_refused(model)
         (dict(rates=("4x4x2", "4x4x2")), "rates: 4x4x2, 4x4x2 has one twice"),
         (dict(rates=()), "at least 1 item"),
         (dict(rates=("16x4x2",)), "one token of the memory stands for 16x4, frames are 8x8"),
-        (dict(memory="framepack", shape=(3, 4, 8)), "one token of the memory stands for 8x8, frames are 4x8"),
         (dict(history=7, rates=("2x2x8",)), "history is 7 steps; one token of the memory stands for 8"),
         (dict(memory_widths=(4, 6, 8, 15)), "memory_widths end with 15, no multiple of 2 heads"),
         (dict(cross_attention=True, branches="low"), "cross_attention: needs memory: encoder with its high branch"),

@@ -132,6 +132,7 @@ WAYS: dict[str, dict[str, Any]] = {
     "two rates": dit(rates=["2x2x2", "1x2x4"], branches="high", cross_attention=True),
     "low": dit(branches="low"),
     "patchify": dit(memory="patchify"),
+    "packed": dit(memory="framepack"),
     "recomputed": dit(activation_checkpointing=True),
 }
 
@@ -258,7 +259,6 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "window": (dit(window=7, branches="high"), "history_seconds: are 6 steps, fewer than the 7 of the window"),
     "patch": (dit(patch=2, branches="high", rates=["1x1x2"]), "shape: 2x3 is no multiple of patch 2"),
-    "packed": (dit(memory="framepack"), "one token of the memory stands for 4x4, frames are 2x3"),
     "bf16": (dit(rates=["1x2x2"], branches="high") | {"precision": "bf16"}, "precision: bf16: .* on a CPU; train this"),
     "low": (dit(branches="both"), r"low_latents: rates 2x2x2 need a `cache_latents` stage with shrink: \[2, 2\]"),
 }
@@ -354,9 +354,23 @@ def test_a_base_gives_its_weights_and_statistics_and_what_it_lacks_begins_anew(
     torch.testing.assert_close(same.state_dict(), base.state_dict(), atol=0, rtol=0)
     crossed = based(inputs, uri, model={"cross_attention": True})
     assert crossed.config.cross_attention and crossed.state_dict().keys() > base.state_dict().keys()
-    other = based(inputs, saved(tmp_path / "none", alone(inputs), memory="none"), model={"memory": "encoder"})
+    none = saved(tmp_path / "none", alone(inputs), memory="none")
+    other = based(inputs, none, model={"memory": "encoder"})
     assert any(name.startswith("memory.") for name in other.state_dict())
     torch.testing.assert_close(other.low_mean, torch.tensor(column.read_latents(inputs["low_latents"]).mean))
+
+
+@pytest.mark.parametrize("memory", ["patchify", "framepack"])
+def test_a_patchifier_that_is_new_beside_a_base_begins_as_the_patch_embedding_of_the_base(
+    inputs: dict[str, str], tmp_path: Path, memory: str
+) -> None:
+    none = saved(tmp_path / "none", alone(inputs), memory="none")
+    model = based(alone(inputs), none, low_latents=None, model={"memory": memory, "rates": ["1x1x2"]})
+    own = registry.load(none)
+    high = torch.randn(1, 8, 2, 2, 3, generator=torch.Generator().manual_seed(0))
+    tokens = own.token_in(high.movedim(1, -1)).flatten(2, 3)  # type: ignore[union-attr, operator]
+    expected = tokens.mean(1) if memory == "patchify" else tokens[:, 1]
+    torch.testing.assert_close(model.remember(high).tokens[:, -6:], expected, rtol=0, atol=1e-5)
 
 
 def test_a_base_that_does_not_fit_is_refused_in_one_line(inputs: dict[str, str], tmp_path: Path) -> None:

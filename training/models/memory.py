@@ -4,7 +4,8 @@ A rate `HxWxT` divides the transformer's token grid: one token stands for H rows
 is the paper's φ; `Patchify` and `FramePack` are what it is compared with. All of them are causal in time: pieces of a
 history encoded one after the other, each with the `Past` of those before it, give the tokens of the whole.
 
-Histories are `(B, C, T, H, W)` latents, normalised. Sides that a rate does not divide are cut at the bottom and right.
+Histories are `(B, C, T, H, W)` latents, normalised. Sides that a rate does not divide are cut at the bottom and right;
+`FramePack` fills them up, as its authors do.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ Rate = tuple[int, int, int]  # height, width, time
 Branches = Literal["both", "high", "low"]
 Project = Callable[[Tensor], Tensor]  # a transformer's patch projection, (..., C p p) -> (..., D)
 
-FRAMEPACK = ((1, 1, 2, 2), (2, 2, 4, 4), (16, 4, 8, 8))  # latest steps, and the kernel over their latents (t, h, w)
+FRAMEPACK = ((1, 1, 1, 1), (2, 2, 2, 2), (16, 4, 4, 4))  # latest steps, and the cell of tokens (t, h, w) that is one
 _SILU_GAIN = 1.68  # keeps the variance of what SiLU makes of a normal variable
 
 
@@ -74,9 +75,19 @@ def tokens_of(rate: Rate | str, patch: int, shape: tuple[int, int, int]) -> int:
     return (shape[0] // time) * (shape[1] // (patch * rows)) * (shape[2] // (patch * columns))
 
 
-def _centres(start: float, counts: Sequence[int], steps: tuple[float, ...], device: torch.device) -> Tensor:
+def _centres(start: float, counts: Sequence[int], steps: Sequence[int], device: torch.device) -> Tensor:
     """Positions `(N, 3)` of cells of `steps` units an axis: `counts` of them, in time from `start`, else from 0."""
     axes = [(torch.arange(n, device=device) + 0.5) * s - 0.5 for n, s in zip(counts, steps, strict=True)]
+    axes[0] = axes[0] + start
+    return torch.stack(torch.meshgrid(*axes, indexing="ij"), dim=-1).flatten(0, 2)
+
+
+def _packed_centres(start: float, shape: Sequence[int], cell: Sequence[int], device: torch.device) -> Tensor:
+    """Positions `(N, 3)` of the cells of a grid of `shape` tokens, of which the last one an axis repeats its last token."""
+    axes = [
+        torch.arange(-(-n // k) * k, device=device).clamp(max=n - 1).view(-1, k).float().mean(1)
+        for n, k in zip(shape, cell, strict=True)
+    ]
     axes[0] = axes[0] + start
     return torch.stack(torch.meshgrid(*axes, indexing="ij"), dim=-1).flatten(0, 2)
 
@@ -92,6 +103,12 @@ def _whole(latents: Tensor, name: str, kernel: tuple[int, int, int]) -> Tensor:
             f"{name} is {has}; a token stands for {needs} of its positions: take larger frames or a lower rate"
         )
     return latents[..., :height, :width]
+
+
+def _filled(latents: Tensor, kernel: tuple[int, int, int]) -> Tensor:
+    """`latents` with the last row and column repeated, up to multiples of the kernel's."""
+    below, right = (-side % k for side, k in zip(latents.shape[3:], kernel[1:], strict=True))
+    return F.pad(latents, (0, right, 0, below, 0, 0), mode="replicate")
 
 
 def remembered(
@@ -278,14 +295,31 @@ def _widths(widths: tuple[int, ...], strided: int) -> list[int]:
 
 
 class _Kernel(nn.Module):
-    """A linear map of blocks of latents (time, height, width) to tokens: `(B, C, T, H, W)` -> `(B, t, h, w, D)`."""
+    """A linear map of cells of a transformer's tokens (time, height, width), of `patch` latents a side each, to one token.
 
-    def __init__(self, kernel: tuple[int, int, int], channels: int, width: int) -> None:
+    `(B, C, T, H, W)` -> `(B, t, h, w, D)`.
+    """
+
+    def __init__(self, cell: tuple[int, int, int], patch: int, channels: int, width: int) -> None:
         super().__init__()
-        self.kernel = kernel
-        self.linear = nn.Linear(channels * math.prod(kernel), width)
+        self.cell, self.patch = cell, patch
+        self.kernel = (cell[0], patch * cell[1], patch * cell[2])  # latents
+        self.linear = nn.Linear(channels * math.prod(self.kernel), width)
         nn.init.xavier_uniform_(self.linear.weight)
         nn.init.zeros_(self.linear.bias)
+
+    @torch.no_grad()
+    def start_from(self, embedding: nn.Linear) -> None:
+        """Become the transformer's patch embedding of a smaller video, whose latents are the means over those of a cell.
+
+        Each weight is repeated over the cell and divided by its size (FramePack's `initialize_weight_from_another_conv3d`).
+        With a patch of 1 a token is thus the mean of the tokens that it stands for.
+        """
+        weight = embedding.weight.unflatten(1, (-1, 1, self.patch, self.patch))
+        for axis, times in enumerate(self.cell, 2):
+            weight = weight.repeat_interleave(times, axis)
+        self.linear.weight.copy_(weight.flatten(1) / math.prod(self.cell))
+        self.linear.bias.copy_(embedding.bias)
 
     def forward(self, x: Tensor) -> Tensor:
         time, rows, columns = self.kernel
@@ -300,7 +334,11 @@ class Patchify(nn.Module):
     def __init__(self, rate: Rate, patch: int, channels: int, width: int) -> None:
         super().__init__()
         self.rate, self.patch = rate, patch
-        self.kernel = _Kernel((rate[2], patch * rate[0], patch * rate[1]), channels, width)
+        self.kernel = _Kernel((rate[2], *rate[:2]), patch, channels, width)
+
+    def start_from(self, embedding: nn.Linear) -> None:
+        """Begin as a transformer's patch embedding, scaled up; else it begins as noise."""
+        self.kernel.start_from(embedding)
 
     def forward(
         self,
@@ -323,7 +361,9 @@ class Patchify(nn.Module):
 class FramePack(nn.Module):
     """FramePack's (arXiv 2504.12626): the older a step, the larger the kernel that it is seen through (`FRAMEPACK`).
 
-    Steps older than the last kernel reaches are dropped, and so are the oldest that do not fill a kernel [assumptions].
+    The latest step has the transformer's own tokens. Where a kernel does not divide the frame, its last rows and columns
+    are repeated. Steps older than the last kernel reaches are dropped, and so are the oldest that do not fill a kernel
+    [assumptions].
     What a step's tokens are thus changes as the history goes on: with a `past`, which keeps the latest steps, the result
     is the memory of all that was seen, and replaces the one before. Reads `high` alone.
     """
@@ -331,7 +371,12 @@ class FramePack(nn.Module):
     def __init__(self, patch: int, channels: int, width: int) -> None:
         super().__init__()
         self.patch = patch
-        self.kernels = nn.ModuleList(_Kernel(kernel, channels, width) for _, *kernel in FRAMEPACK)  # type: ignore[arg-type]
+        self.kernels = nn.ModuleList(_Kernel((t, h, w), patch, channels, width) for _, t, h, w in FRAMEPACK)
+
+    def start_from(self, embedding: nn.Linear) -> None:
+        """Begin as a transformer's patch embedding, scaled up; else it begins as noise."""
+        for kernel in self.kernels:
+            kernel.start_from(embedding)  # type: ignore[operator]
 
     def forward(
         self,
@@ -351,14 +396,13 @@ class FramePack(nn.Module):
             past.inputs[self] = high[:, :, -sum(steps for steps, *_ in FRAMEPACK) :].clone()
             past.begun = True
         parts, end = [], high.shape[2]
-        for kernel, (steps, *size) in zip(self.kernels, FRAMEPACK, strict=True):
-            begin = end - min(steps, end) // size[0] * size[0]
+        grid = [-(-side // self.patch) for side in high.shape[3:]]
+        for kernel, (steps, *cell) in zip(self.kernels, FRAMEPACK, strict=True):
+            begin = end - min(steps, end) // cell[0] * cell[0]
             if begin == end:
                 break
-            made = kernel(_whole(high[:, :, begin:end], "high", (size[0], size[1], size[2])))
-            cells = (size[0], size[1] / self.patch, size[2] / self.patch)
-            tokens = made.flatten(1, 3)
-            centres = _centres(start + begin, made.shape[1:4], cells, made.device)
+            tokens = kernel(_filled(high[:, :, begin:end], kernel.kernel)).flatten(1, 3)  # type: ignore[arg-type]
+            centres = _packed_centres(start + begin, (end - begin, *grid), cell, tokens.device)
             parts.append(Memory(tokens, centres, tokens[..., :0]))
             end = begin
         if not parts:

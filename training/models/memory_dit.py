@@ -131,9 +131,9 @@ class MemoryDiTConfig(BaseModel):
         if not self.shape or self.memory == "none":
             return
         _, height, width = self.shape
-        kernels = [(self.patch * rate[0], self.patch * rate[1]) for rate in map(parse_rate, self.rates)]
         if self.memory == "framepack":
-            kernels = [(rows, columns) for *_, rows, columns in FRAMEPACK]
+            return  # fills up what its kernels do not divide
+        kernels = [(self.patch * rate[0], self.patch * rate[1]) for rate in map(parse_rate, self.rates)]
         for rows, columns in kernels:
             if rows > height or columns > width:
                 raise ValueError(
@@ -166,7 +166,8 @@ class MemoryDiTConfig(BaseModel):
             cells = min(steps, left) // time
             if not cells:
                 break
-            count, left = count + cells * (shape[1] // rows) * (shape[2] // columns), left - cells * time
+            height, width = -(-shape[1] // (self.patch * rows)), -(-shape[2] // (self.patch * columns))
+            count, left = count + cells * height * width, left - cells * time
         return count
 
 
@@ -251,6 +252,7 @@ class MemoryDiT(nn.Module):
         for linear in zeros:
             nn.init.zeros_(linear.weight)
         self.memory = nn.ModuleList(_memories(config))
+        self.start_memory()
 
     @property
     def dtype(self) -> torch.dtype:
@@ -259,6 +261,12 @@ class MemoryDiT(nn.Module):
     def blocks(self) -> Iterator[Block]:
         """The blocks in order, such as for `block.compile()`."""
         yield from self.layers  # type: ignore[misc]
+
+    def start_memory(self) -> None:
+        """Let a memory that is a patchifier, or packed, begin as the patch embedding that this transformer has now."""
+        for memory in self.memory:
+            if isinstance(memory, Patchify | FramePack):
+                memory.start_from(self.token_in)
 
     def set_statistics(
         self, mean: Tensor, std: Tensor, low_mean: Tensor | None = None, low_std: Tensor | None = None
