@@ -27,12 +27,20 @@ class CacheConfig(StageConfig):
 
 
 class LoraConfig(StageConfig):
-    """Low-rank changes of some layers, which learn while all else but `full` stands still (arXiv 2106.09685)."""
+    """Low-rank changes of some layers, which learn while all else but `full` stands still (arXiv 2106.09685).
+
+    What a model has and its base has not learns in full too.
+    """
 
     rank: int = Field(16, ge=1)
-    alpha: float = Field(16.0, gt=0)  # the change counts alpha / rank
+    alpha: float | None = Field(None, gt=0)  # the change counts alpha / rank; None is the rank, so that it counts 1
     targets: tuple[Pattern, ...] = (r".*",)  # regular expressions of the names of linear and convolution layers
     full: tuple[Pattern, ...] = ()  # of parameters whose names begin with a match: they learn as they are
+
+    @property
+    def scale(self) -> float:
+        """What the change counts."""
+        return (self.alpha or self.rank) / self.rank
 
 
 class LaunchConfig(StageConfig):

@@ -164,7 +164,9 @@ def engines_of(
     first = next(iter(modules.values()))
     freeze(first, config.freeze)
     if config.lora:
-        lora.attach(first, config.lora)
+        learns = lora.attach(first, config.lora)
+        if torch.distributed.get_rank() == 0:
+            print(learns, flush=True)
     made = {}
     for name, module in modules.items():
         trained = [p for p in module.parameters() if p.requires_grad]

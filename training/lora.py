@@ -1,12 +1,12 @@
 """Low-rank adaptation (arXiv 2106.09685) of linear and convolution layers, made to be sharded by every ZeRO stage.
 
-Our own instead of the `peft` package: that wants `transformers` and its model classes, and we need three functions.
+Our own instead of the `peft` package: that wants `transformers` and its model classes, and we need few functions.
 """
 
 import copy
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -16,14 +16,23 @@ from longtake.datasets.errors import UserError
 from longtake.training.config import LoraConfig
 
 _DOWN, _UP = "lora_down", "lora_up"
+_NEW = "begun_anew"
 
 
-def attach(module: nn.Module, config: LoraConfig) -> None:
+def let_learn(module: nn.Module, new: Iterable[str]) -> None:
+    """Have `attach` let these parameters of `module` learn in full: no base has given them, and what is random needs more than a change."""
+    setattr(module, _NEW, frozenset(new))
+
+
+def attach(module: nn.Module, config: LoraConfig) -> str:
     """Let all of `module` stand still but for what `config.full` names and low-rank changes of `config.targets`.
 
     A layer gets two children, `lora_down` to `rank` channels with the layer's own kernel and `lora_up` back, the latter
     zero: nothing changes at first. They are modules of their own so that ZeRO-3 gathers them when they are called.
     A layer that is learned in full gets none; nor does one that stands still already, and nor does `full` wake it.
+
+    Returns:
+        What learns now, as a line to print.
 
     Raises:
         UserError: a target matches no linear or convolution layer, or one that has groups; `full` matches no parameter.
@@ -36,7 +45,7 @@ def attach(module: nn.Module, config: LoraConfig) -> None:
                 f"lora.targets: {target.pattern!r} matches no linear or convolution layer, such as {next(iter(layers), None)}"
             )
     learning = {name for name, parameter in module.named_parameters() if parameter.requires_grad}
-    full = set[str]()
+    full = learning & getattr(module, _NEW, frozenset())
     for pattern in config.full:
         found = {name for name, _ in module.named_parameters() if re.match(pattern, name)}
         if not found:
@@ -45,13 +54,19 @@ def attach(module: nn.Module, config: LoraConfig) -> None:
         full |= found & learning
     for name, parameter in module.named_parameters():
         parameter.requires_grad_(name in full)
+    changed = 0
     for name, layer in layers.items():
         changeable = f"{name}.weight".lstrip(".") in learning - full
         if changeable and any(target.fullmatch(name) for target in targets):
             down, up = _pair(layer, config.rank)
             layer.add_module(_DOWN, down)
             layer.add_module(_UP, up)
-            layer.register_forward_hook(_Change(config.alpha / config.rank))
+            layer.register_forward_hook(_Change(config.scale))
+            changed += 1
+    return (
+        f"lora: {changed} layers learn a change of rank {config.rank}, which counts {config.scale:g} (alpha / rank),"
+        f" and {len(full)} tensors learn in full"
+    )
 
 
 class _Change:
@@ -95,5 +110,5 @@ def merged(weights: Mapping[str, Tensor], config: LoraConfig) -> Iterator[tuple[
         if last == "weight" and f"{layer}.{_UP}.weight" in weights:
             up, down = weights[f"{layer}.{_UP}.weight"].float(), weights[f"{layer}.{_DOWN}.weight"].float()
             change = torch.einsum("or,ri->oi", up.flatten(1), down.flatten(1)).view(value.shape)
-            value = (value.float() + config.alpha / config.rank * change).to(value.dtype)
+            value = (value.float() + config.scale * change).to(value.dtype)
         yield name, value

@@ -17,7 +17,7 @@ from longtake.datasets.column import Latents
 from longtake.datasets.errors import Failure, UserError
 from longtake.datasets.loader import Loader, to_pixels
 from longtake.datasets.stage import DatasetInput, Input, ModelInput, StageConfig, ViewInput
-from longtake.training import checkpoint, latent_data, launch, registry, tracker
+from longtake.training import checkpoint, latent_data, launch, lora, registry, tracker
 from longtake.training.config import TrainConfig
 from longtake.training.engines import device
 from longtake.training.history import Remembering
@@ -267,6 +267,7 @@ def _take(model: MemoryDiT, base: MemoryDiT, uri: str) -> None:
     model.start_memory()
     model.load_state_dict(theirs, strict=False)
     if new:
+        lora.let_learn(model, new)
         print(f"base: {len(new)} tensors are not in {uri} and begin anew, such as {new[0]}", flush=True)
 
 

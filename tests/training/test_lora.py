@@ -105,6 +105,30 @@ def test_parameters_named_in_full_learn_beside_the_low_rank_change_and_resume_ex
     assert small.same(trained, small.fit(tmp_path / "b", **settings))
 
 
+def test_alpha_is_the_rank_unless_it_is_said_and_the_effective_scale_is_told(small: Any) -> None:
+    for alpha, scale in ((None, 1.0), (2.0, 0.25), (16.0, 2.0)):
+        config = LoraConfig(rank=8, alpha=alpha, full=("2.bias",))
+        module, plain = small.module(), small.module()
+        line = lora.attach(module, config)
+        assert f"2 layers learn a change of rank 8, which counts {scale:g} (alpha / rank), and 1 tensors" in line
+        up, down = torch.randn(8, 8), module[0].lora_down.weight
+        torch.nn.init.zeros_(module[2].lora_up.weight)
+        module[0].lora_up.weight.data = up
+        x = torch.randn(3, small.WIDTH)
+        torch.testing.assert_close(module[0](x) - plain[0](x), scale * x @ (up @ down).T)
+        merged = dict(lora.merged(module.state_dict(), config))
+        torch.testing.assert_close(merged["0.weight"] - plain[0].weight, scale * up @ down)
+
+
+def test_what_began_anew_learns_in_full_but_where_it_is_frozen(small: Any) -> None:
+    module = small.module()
+    lora.let_learn(module, ["2.weight", "2.bias"])
+    engines.freeze(module, ("2.bias",))
+    lora.attach(module, LoraConfig(rank=2))
+    learning = [name for name, p in module.named_parameters() if p.requires_grad]
+    assert learning == ["0.lora_down.weight", "0.lora_up.weight", "2.weight"]
+
+
 def test_what_is_frozen_is_neither_changed_nor_learned_in_full(small: Any) -> None:
     module = small.module()
     engines.freeze(module, ("2",))

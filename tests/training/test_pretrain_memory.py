@@ -400,6 +400,25 @@ def test_with_a_base_the_low_rank_change_and_the_memory_learn_and_nothing_else(
     assert any(".lora_up." in name and weights[name].abs().max() > 0 for name in weights)
 
 
+@pytest.mark.usefixtures("group")
+def test_new_cross_attention_beside_a_low_rank_change_learns_in_full(
+    inputs: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base = saved(tmp_path / "base", inputs)
+    given, changes = inputs | {"base": base}, {"base": base, "model": {"cross_attention": True}}
+    chosen = config(**changes, lora={"rank": 2, "full": ["memory"]})
+    before = based(inputs, base, model={"cross_attention": True}).state_dict()
+    weights = latent_stages.fit(pretrain_memory, chosen, given, tmp_path / "run")
+    cross = [name for name in before if ".cross." in name]
+    # what finds by position begins silent: its way out moves at once, and the rest after it
+    assert cross and all(not torch.equal(weights[name], before[name]) for name in cross)
+    assert not any(".cross." in name and "lora_" in name for name in weights)
+    own = [name for name in before if name.startswith("layers.") and name not in cross]
+    assert all(torch.equal(weights[name], before[name]) for name in own)
+    told = capsys.readouterr().out
+    assert "which counts 1 (alpha / rank)" in told and "begin anew, such as layers.0.cross." in told
+
+
 @pytest.mark.parametrize(
     ("changes", "said"),
     [

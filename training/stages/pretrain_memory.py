@@ -44,8 +44,8 @@ PRODUCES = "model"
 class Config(MemoryConfig):
     """Train a memory_dit to retrieve frames of its history, and register it.
 
-    The paper adapts a pretrained transformer: `base`, with `lora: {rank: 128, full: ["memory"]}`. See MemoryConfig for
-    what is an assumption.
+    The paper adapts a pretrained transformer: `base`, with `lora: {rank: 128, full: ["memory"]}`; new cross-attention
+    learns in full too. See MemoryConfig for what is an assumption.
     """
 
     kind: Literal["pretrain_memory"]
