@@ -25,6 +25,7 @@ from typing import Any
 import pyarrow.compute as pc
 
 from longtake.datasets import index, schema, storage
+from longtake.datasets.annotations import label_of
 from longtake.datasets.errors import UserError
 
 MAX_PIXELS = 8192 * 8192
@@ -340,12 +341,12 @@ def _add_text(sample: _Sample, ending: str, offset: int, data: bytes) -> None:
     is_object = data.lstrip()[:1] == b"{"
     if ending == "json":
         try:
-            said = json.loads(data).get("label") if is_object else None
+            label = label_of(json.loads(data)) if is_object else None
         except (ValueError, RecursionError):
             is_object = False
         else:
-            if isinstance(said, str | int):
-                sample.labels["json"] = _printable(str(said))
+            if label is not None:
+                sample.labels["json"] = _printable(label)
     if is_object != (ending == "json"):
         sample.odd.append("its .txt begins as JSON does" if is_object else "its .json is not an object")
         return

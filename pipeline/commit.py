@@ -4,12 +4,11 @@ Order: data tar, frame-diff tar, frame-diff index, source rows, index. Every ste
 whoever does it, so that two drivers at once, a retry or a kill at any moment do no harm.
 """
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from longtake.datasets import index, schema, storage
+from longtake.datasets import annotations, index, schema, storage
 from longtake.datasets.errors import Failure
 from longtake.datasets.shard import Member, sha256_of, write_tar
 from longtake.pipeline.isolate import Worker
@@ -51,6 +50,8 @@ def make_group(
                 if board is not None:
                     board.begin.remote(f"{split}/{name}", done, row["uri"])
                 account, cut = _cut(row, spool, geometry, memory or {})
+                if (named := len(annotations.rows_of(row["extra"]))) > 1:
+                    account["detail"] = "; ".join(filter(None, (account["detail"], f"{named} rows name it")))
                 sources.append(dict.fromkeys(schema.SOURCES.names) | dict(row) | account)
                 clips += cut
             if board is not None:
@@ -86,7 +87,7 @@ def _cut(
     except (FileNotFoundError, PermissionError) as e:
         return _rejected("missing", e.strerror or str(e)), []
     _worker = _worker or Worker()
-    extra = json.loads(row["extra"]) if row["extra"] else {}
+    extra = annotations.of_sample(row["extra"])
     job = {"path": path, "source": row["source"], "folder": str(spool), "extra": extra, **geometry}
     result = _worker.run(job, limits["timeout_seconds"], limits["memory_bytes"])
     if fetched:

@@ -13,10 +13,11 @@ from functools import partial
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from longtake.datasets import storage
 from longtake.datasets.errors import UserError
-from longtake.pipeline.manifest import FOUND, is_manifest, read, suffix
+from longtake.pipeline.manifest import FOUND, KINDS, is_manifest, is_other_list, read, suffix
 
 _SUFFIXES = """3g2 3gp asf avi av1 f4v flv gif h264 h265 hevc ivf m2ts m4v mjpeg mkv mov mp4 mpeg mpg mts mxf nut obu
 ogm ogv rm rmvb ts vob webm wmv y4m"""
@@ -27,16 +28,17 @@ _BATCH_ROWS = 1 << 16
 def find(patterns: Sequence[str], threads: int = 16) -> Iterator[pa.RecordBatch]:
     """Expand files, folders, globs and manifests (fsspec URLs) to batches of FOUND. A file named twice has two rows.
 
-    A folder gives every file below it whose suffix is a video's; a glob or a file is taken as it is. A manifest
-    (.csv, .jsonl, .parquet) has a column `uri`, counted from its own folder where relative; perhaps `bytes` and
-    `etag`, which spare a look at each file; all other columns (label, caption, licence ...) travel to the samples.
+    A folder gives every file below it whose suffix is a video's; a glob or a file is taken as it is. A manifest (see
+    manifest.py; a glob of them is all of them) has a column `uri`, counted from its own folder where relative; perhaps
+    `bytes` and `etag`, which spare a look at each file; all other columns (label, caption ...) travel to the samples.
 
     Raises:
-        UserError: a pattern matches nothing, or names nothing that exists; a manifest without `uri`.
+        UserError: a pattern matches nothing, or names nothing that exists; a manifest that is not readable or not of
+            the kinds that are read.
     """
     count = 0
     for pattern in patterns:
-        listed = _listed if is_manifest(pattern) and not _is_glob(pattern) else _listing
+        listed = _listed if is_manifest(pattern) else _listing
         for batch in listed(pattern, threads):
             count += len(batch)
             yield batch
@@ -84,20 +86,36 @@ def _expand(fs: Any, path: str, pattern: str) -> tuple[list[dict[str, Any]], Cou
     except FileNotFoundError as e:
         raise UserError(f"sources: {pattern}: no such file or folder") from e
     if info["type"] == "file" and not (pattern.startswith("http") and pattern.endswith("/")):
+        if is_other_list(path):
+            raise UserError(f"sources: {pattern}: neither a video nor a manifest that is read; manifests are {KINDS}")
         return [info], Counter()
     entries = [e for e in fs.find(path, detail=True).values() if not _hidden(e["name"], path)]
     video = [e for e in entries if suffix(e["name"]) in VIDEO_SUFFIXES]
     return video, Counter(suffix(e["name"]) for e in entries) - Counter(suffix(e["name"]) for e in video)
 
 
-def _listed(manifest: str, threads: int) -> Iterator[pa.RecordBatch]:
-    """The rows of a manifest; a batch with sizes that it does not know is asked for all of its own."""
+def _listed(pattern: str, threads: int) -> Iterator[pa.RecordBatch]:
+    """The rows of manifests; sizes that they do not say are looked up."""
     place = FOUND.get_field_index("bytes")
-    for batch in read(manifest):
-        if batch["bytes"].null_count:
-            yield batch.set_column(place, FOUND.field(place), _sizes(batch["uri"], threads))
-        else:
-            yield batch
+    for manifest in _manifests(pattern):
+        for batch in read(manifest):
+            if unknown := batch["bytes"].null_count:
+                missing = pc.is_null(batch["bytes"])
+                asked = _sizes(batch["uri"].filter(missing) if unknown < len(batch) else batch["uri"], threads)
+                sizes = pc.replace_with_mask(batch["bytes"], missing, asked)
+                yield batch.set_column(place, FOUND.field(place), sizes)
+            else:
+                yield batch
+
+
+def _manifests(pattern: str) -> list[str]:
+    fs, path = storage.filesystem(pattern)
+    if not _is_glob(path):
+        return [pattern]
+    names = sorted(storage.retrying(pattern, partial(fs.glob, path)))
+    if not names:
+        raise UserError(f"sources: {pattern}: no manifest there")
+    return [name if storage.is_local(pattern) else fs.unstrip_protocol(name) for name in names]
 
 
 def _sizes(uris: Any, threads: int) -> Any:

@@ -21,7 +21,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from tqdm import tqdm
 
-from longtake.datasets import index, schema, storage
+from longtake.datasets import annotations, index, schema, storage
 from longtake.datasets.errors import Failure
 from longtake.pipeline.discover import find
 
@@ -67,7 +67,8 @@ def assign(
 ) -> Iterator[pa.Table]:
     """Plan rows for new sources: within a split in order of identity, cut into groups of bounded size.
 
-    A source with the identity of another is its duplicate: it gets a row but is not decoded.
+    A source with the identity of another is its duplicate: it gets a row but is not decoded. One that is named twice
+    has one row, with the annotations of both.
 
     Args:
         buckets: pairs of tables, each pair with all sources of a range of identities, ranges ascending: the new ones
@@ -76,24 +77,21 @@ def assign(
         swapped: the identity that goes to the other split than its own.
     """
     cuts = {split: _Groups(first_group[split]) for split in schema.SPLITS}
-    for new, known in buckets:
-        ids = np.array(new["source"].to_pylist(), "S20")
-        order = _content_order(ids, new["uri"])
-        ids = ids[order]
+    for listed, known in buckets:
+        new, ids = _one_a_name(listed)
         first = np.maximum.accumulate(np.where(np.append(True, ids[1:] != ids[:-1]), np.arange(len(ids)), 0))
-        taken = new.take(pa.array(order))
         val = (_share(ids) < val_fraction) ^ (ids == (swapped or "").encode())
         repeats = first != np.arange(len(ids))
-        originals = np.array(taken["uri"].to_pylist(), object)[first]
+        originals = np.array(new["uri"].to_pylist(), object)[first]
         originals[~repeats] = None
         ours = {row["source"]: row for row in reversed(known.to_pylist())}
         for at, source in enumerate(ids.tolist() if ours else ()):
             if row := ours.get(source.decode()):
                 val[at], repeats[at], originals[at] = row["split"] == "val", True, row["uri"]
-        sizes = np.where(repeats, 0, np.asarray(taken["bytes"]))
+        sizes = np.where(repeats, 0, np.asarray(new["bytes"]))
         for split in schema.SPLITS:
             rows = np.flatnonzero(val == (split == "val"))
-            some = taken.take(pa.array(rows))
+            some = new.take(pa.array(rows))
             columns = {name: some[name] for name in ("source", "uri", "bytes", "extra")} | {
                 "split": pa.repeat(split, len(rows)),
                 "group": pa.array(cuts[split].take(sizes[rows], group_bytes, group_sources)),
@@ -102,20 +100,34 @@ def assign(
             yield pa.table({name: columns[name] for name in schema.PLAN.names}, schema=schema.PLAN)
 
 
-def _content_order(ids: np.ndarray, uris: pa.ChunkedArray) -> np.ndarray:
-    """Positions in order of (identity, URI), a URI that is named again left out."""
+def _one_a_name(new: pa.Table) -> tuple[pa.Table, np.ndarray]:
+    """Rows and their identities in order of (identity, URI); a URI that is named again is one row with all annotations."""
+    ids = np.array(new["source"].to_pylist(), "S20")
     order = np.argsort(ids, kind="stable")
     ordered = ids[order]
     starts = np.flatnonzero(np.append(True, ordered[1:] != ordered[:-1]))
     lengths = np.diff(np.append(starts, len(ids)))
     keep = np.ones(len(ids), bool)
+    several: dict[int, str | None] = {}
     for start, length in zip(starts[lengths > 1].tolist(), lengths[lengths > 1].tolist(), strict=True):
         some = order[start : start + length]
-        names = np.array(uris.take(pa.array(some)).to_pylist())
+        names = np.array(new["uri"].take(pa.array(some)).to_pylist())
         within = np.argsort(names, kind="stable")
-        order[start : start + length] = some[within]
-        keep[start + 1 : start + length] = names[within][1:] != names[within][:-1]
-    return order if keep.all() else order[keep]
+        order[start : start + length] = some = some[within]
+        firsts = np.flatnonzero(np.append(True, names[within][1:] != names[within][:-1]))
+        keep[start : start + length] = False
+        keep[start + firsts] = True
+        for rows in np.split(some, firsts[1:]):
+            if len(rows) > 1:
+                several[int(rows[0])] = annotations.merged(new["extra"].take(pa.array(rows)).to_pylist())
+    order = order[keep]
+    table = new.take(pa.array(order))
+    if several:
+        mask = np.isin(order, list(several))
+        extra = pa.array([several[n] for n in order[mask].tolist()], pa.string())
+        extra = pc.replace_with_mask(table["extra"].combine_chunks(), mask, extra)
+        table = table.set_column(table.column_names.index("extra"), "extra", extra)
+    return table, ids[order]
 
 
 def _share(ids: np.ndarray) -> np.ndarray:

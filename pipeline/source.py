@@ -15,6 +15,7 @@ import numpy as np
 from av.video.reformatter import VideoReformatter
 
 from longtake.datasets import clip as clips
+from longtake.datasets.annotations import label_of
 from longtake.pipeline.cut import Sampled, shots
 from longtake.pipeline.decode import Frame, Unreadable, frames, is_no_video, probe, to_planes
 from longtake.pipeline.encode import encode
@@ -58,7 +59,7 @@ def process(
 ) -> dict[str, Any]:
     """Cut one local video into `folder`: KEY.mp4, KEY.json and KEY.npy.zst (frame differences) a clip.
 
-    `extra` are the source's columns in its manifest: they go into each KEY.json, `label` into the index as well.
+    `extra` are its annotations (`annotations.of_sample`): they go into each KEY.json, `label` into the index as well.
 
     Returns:
         `{"account": columns of schema.SOURCES, "clips": rows of schema.INDEX without offsets}`.
@@ -230,9 +231,10 @@ def _write_clip(
         "height": height,
     }
     rounded = {name: round(value, 6) for name, value in scores.items()}
+    text = json.dumps({**extra, **facts, "scores": rounded}, sort_keys=True, allow_nan=False)
     try:
         (folder / f"{key}.mp4").write_bytes(mp4)
-        (folder / f"{key}.json").write_text(json.dumps({**extra, **facts, "scores": rounded}, sort_keys=True))
+        (folder / f"{key}.json").write_text(text)
         # of the clip as it will be decoded again, not of the frames before encoding
         difference = clips.frame_difference(clips.decode(mp4, name=key), diff.factor(width, height))
         (folder / f"{key}.npy.zst").write_bytes(clips.pack_array(difference))
@@ -240,6 +242,5 @@ def _write_clip(
         if e.errno == errno.ENOSPC:
             raise OSError(errno.ENOSPC, "No space left on device", str(folder)) from e
         raise
-    label = None if extra.get("label") is None else str(extra["label"])
-    row = {"key": key, "sha256": hashlib.sha256(mp4).hexdigest(), "label": label}
+    row = {"key": key, "sha256": hashlib.sha256(mp4).hexdigest(), "label": label_of(extra)}
     return row | facts | rounded | {"phash": perceptual_hash(planes[len(planes) // 2])}

@@ -21,7 +21,7 @@ from longtake.pipeline.plan import groups as groups_of
 from longtake.pipeline.plan import plan, sources_of
 from longtake.pipeline.watch import Board, watched
 
-VERSION = 2
+VERSION = 3
 PRODUCES = "dataset"
 
 

@@ -152,6 +152,22 @@ def test_a_file_that_is_named_twice_is_planned_once(tmp_path: Path) -> None:
     assert sum(g["sources"] for g in groups) == 2
 
 
+def test_a_file_of_two_rows_is_planned_once_with_the_annotations_of_both(tmp_path: Path) -> None:
+    rows = [{"uri": f"s3://b/{n % 7}.mp4", "bytes": 100, "etag": str(n % 3), "caption": str(n)} for n in range(21)]
+    del rows[20]["caption"]
+    (tmp_path / "list.json").write_text(json.dumps(rows))
+    plan.plan(str(tmp_path / "ds"), [str(tmp_path / "list.json")], 0.5, 1 << 30, 4)
+    told = {(row["uri"], row["source"]): json.loads(row["extra"] or "{}") for row in plan_rows(str(tmp_path / "ds"))}
+    assert len(told) == 21, "each of the 7 files has 3 contents"
+    (tmp_path / "twice.json").write_text(json.dumps(rows + rows[:5] + [rows[20]]))
+    plan.plan(str(tmp_path / "two"), [str(tmp_path / "twice.json")], 0.5, 1 << 30, 4)
+    again = plan_rows(str(tmp_path / "two"))
+    assert len(again) == 21
+    for row in again:
+        extra, was = json.loads(row["extra"] or "{}"), told[row["uri"], row["source"]]
+        assert extra == was or (extra == [was, was] and (was == {} or int(was["caption"]) < 5))
+
+
 def test_of_two_drivers_that_plan_at_once_one_plan_stands(tmp_path: Path) -> None:
     for n in range(20):
         (tmp_path / f"{n}.mp4").write_bytes(bytes([n]) * 100)

@@ -108,20 +108,40 @@ def test_sources_in_memory_and_globs_are_read(footage: Path, tmp_path: Path) -> 
         shard.run(config(footage), {}, "memory://out")
 
 
+def samples(dataset: Path) -> list[tuple[dict[str, Any], dict[str, Any]]]:
+    """The index row and KEY.json of each sample."""
+    found = []
+    for split in schema.SPLITS:
+        for row in index.read_all(str(dataset), split).to_pylist():
+            tar = storage.join(str(dataset), split, f"{row['shard']}.tar")
+            found.append((row, json.loads(storage.read_range(tar, row["json_offset"], row["json_size"]))))
+    return found
+
+
 def test_a_manifest_carries_labels_and_captions_to_the_samples(footage: Path, tmp_path: Path) -> None:
     paths = sorted(footage.glob("*.mp4"))[:2]
-    lines = [f"{path},class {n},a caption of {n}" for n, path in enumerate(paths)]
-    (tmp_path / "list.csv").write_text("\n".join(["uri,label,caption", *lines, f"{tmp_path}/gone.mp4,x,y"]))
-    totals = shard.run(config(tmp_path / "list.csv"), {}, str(tmp_path / "out"))
+    rows: list[dict[str, Any]] = [
+        {"uri": str(paths[0]), "label": "class 0", "caption": "a caption of 0", "fps": 1e6, "source": "mine"},
+        {"uri": str(paths[0]), "caption": "another caption of 0", "licence": "free", "label": float("nan")},
+        {"uri": str(paths[1]), "label": "", "caption": "a caption of 1"},
+        {"uri": "gone.mp4", "label": "x"},
+    ]
+    (tmp_path / "list.json").write_text(json.dumps(rows))
+    totals = shard.run(config(tmp_path / "list.json"), {}, str(tmp_path / "out"))
     assert totals["rejected_by_reason"] == {"missing": 1}
+    details = {row["uri"]: row["detail"] for row in index.read_sources(str(tmp_path / "out")).to_pylist()}
+    assert details[str(paths[0])] == "2 rows name it" and details[str(paths[1])] is None
     seen = {}
-    for split in schema.SPLITS:
-        for row in index.read_all(str(tmp_path / "out"), split).to_pylist():
-            tar = storage.join(str(tmp_path / "out"), split, f"{row['shard']}.tar")
-            content = json.loads(storage.read_range(tar, row["json_offset"], row["json_size"]))
-            seen[row["label"]] = content["caption"]
-            assert row["phash"] is not None and content["label"] == row["label"]
-    assert seen == {"class 0": "a caption of 0", "class 1": "a caption of 1"}
+    for row, said in samples(tmp_path / "out"):
+        assert said["source"] == row["source"] and said["fps"] == row["fps"] == 12
+        assert row["phash"] is not None
+        seen[row["label"]] = {k: said.get(k) for k in ("caption", "licence", "manifest")}
+    both = [
+        {"caption": "a caption of 0", "fps": 1e6, "label": "class 0", "source": "mine"},
+        {"caption": "another caption of 0", "licence": "free"},
+    ]
+    assert seen["class 0"] == {"caption": "a caption of 0", "licence": "free", "manifest": both}
+    assert seen[None] == {"caption": "a caption of 1", "licence": None, "manifest": None}
 
 
 def test_another_geometry_does_not_mix_into_a_dataset(sharded: Path, footage: Path) -> None:
