@@ -341,12 +341,12 @@ def _add_text(sample: _Sample, ending: str, offset: int, data: bytes) -> None:
     is_object = data.lstrip()[:1] == b"{"
     if ending == "json":
         try:
-            label = label_of(json.loads(data)) if is_object else None
+            said = label_of(json.loads(data)) if is_object else None
         except (ValueError, RecursionError):
             is_object = False
         else:
-            if label is not None:
-                sample.labels["json"] = _printable(label)
+            if said is not None:
+                sample.labels["json"] = _printable(said)
     if is_object != (ending == "json"):
         sample.odd.append("its .txt begins as JSON does" if is_object else "its .json is not an object")
         return
