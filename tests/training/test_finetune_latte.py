@@ -414,6 +414,12 @@ def test_from_latents_to_a_served_champion(
     # told to do it again, it goes on where it was: nothing is trained or registered twice
     monkeypatch.setenv("MLFLOW_RUN_ID", store)
     assert finetune_latte.run(chosen, inputs, str(tmp_path / "out"))["uri"] == "models:/latte/1"
+    # and another goes on from it
+    further = config(classes=True, base="models:/latte@champion", model=None, steps=2)
+    there = inputs | {"base": further.base or ""}
+    assert finetune_latte.run(further, there, str(tmp_path / "further"))["uri"] == "models:/latte/2"
+    lineage = registry.load_with_facts("models:/latte/2")[1]["lineage"]["inputs"]
+    assert lineage["base"]["uri"] == "models:/latte/1"
 
 
 @pytest.mark.slow

@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, model_validator
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -51,6 +51,8 @@ class LatteConfig(BaseModel):
     conditioning    probability that a training sample has clean leading frames [assumption: 0.3]; the objective draws
                     them (`flow.training_loss`). A model with 0 cannot go on beyond one window.
     shape           (frames, height, width) of its training windows in latents, which `generate` makes by default
+    scale           positions that a row and a column count as; less than 1 spreads a frame over those of a smaller one,
+                    which a base has learned [PixArt-α, arXiv 2310.00426]
     activation_checkpointing   recompute blocks in the backward pass: less memory, more time
     """
 
@@ -66,6 +68,7 @@ class LatteConfig(BaseModel):
     label_dropout: float = Field(0.1, ge=0, le=1)
     conditioning: float = Field(0.3, ge=0, le=1)
     shape: tuple[PositiveInt, PositiveInt, PositiveInt] | None = None
+    scale: tuple[PositiveFloat, PositiveFloat] = (1.0, 1.0)
     activation_checkpointing: bool = False
 
     @model_validator(mode="after")
@@ -326,7 +329,10 @@ class Latte(nn.Module):
         frames, height, width = shape[1:4]
         later = (torch.as_tensor(start, device=device).reshape(-1, 1) > 0).long()
         time = sincos(torch.arange(frames, device=device) + later, self.config.width)
-        rows, columns = (sincos(torch.arange(n, device=device), self.config.width // 2) for n in (height, width))
+        rows, columns = (
+            sincos((torch.arange(n, device=device) + 0.5) * scale - 0.5, self.config.width // 2)
+            for n, scale in zip((height, width), self.config.scale, strict=True)
+        )
         space = torch.cat([rows[:, None].expand(-1, width, -1), columns[None].expand(height, -1, -1)], dim=-1)
         return (time[:, :, None, None] + space).to(self.dtype)
 

@@ -24,7 +24,7 @@ from longtake.datasets.column import Latents
 from longtake.datasets.errors import Failure, UserError
 from longtake.datasets.loader import Loader, to_model
 from longtake.datasets.stage import DatasetInput, Input, ModelInput, StageConfig, ViewInput
-from longtake.training import checkpoint, flow, latent_data, launch, registry, sampling, tracker
+from longtake.training import checkpoint, flow, latent_data, latte_base, launch, registry, sampling, tracker
 from longtake.training.config import TrainConfig
 from longtake.training.engines import device
 from longtake.training.latent_data import pinned
@@ -38,12 +38,15 @@ VERSION = 2
 PRODUCES = "model"
 
 _FROM_DATA = ("channels", "classes", "shape", "conditioning")  # fields of LatteConfig that `model` must not have
+_PRESET = {"preset": "latte_xl"}
 _PIXEL_PATCH = 16
 _SAMPLED = 4  # videos in a sample during training
 
 
 class Config(TrainConfig):
     """Train Latte on a dataset's latents, or pixels, and register it. `model` is a preset with fields of LatteConfig to change.
+
+    With a `base` it goes on from that one: see `training.latte_base` for what is taken of it.
 
     The defaults are PV-VAE's, where it says something [paper]; "assumption" marks what no paper says.
     """
@@ -53,8 +56,10 @@ class Config(TrainConfig):
     latents: Annotated[str, Input("latents")] | None = None  # None trains on pixels
     view: ViewInput | None = None
     vae: ModelInput | None = None  # makes videos of latents; None is the model that has encoded them
+    base: ModelInput | None = None  # the Latte to go on from; None begins with random weights
     name: str = "latte"  # in the registry
-    model: dict[str, Any] = Field(default_factory=lambda: {"preset": "latte_xl"})
+    # a preset, latte_xl unless it says otherwise, with fields to change; with a base, fields alone; None: as it is
+    model: dict[str, Any] | None = None
     classes: bool = False  # learn the dataset's labels
     frames: int = Field(17, ge=1)  # of a window; 1 + 4n for latents [paper: 17]
     stride: int = Field(1, ge=1)  # every how many frames; latents have all
@@ -84,11 +89,23 @@ class Config(TrainConfig):
 
     @field_validator("model")
     @classmethod
-    def _known(cls, model: dict[str, Any]) -> dict[str, Any]:
-        if taken := [name for name in _FROM_DATA if name in model]:
+    def _without_data(cls, model: dict[str, Any] | None) -> dict[str, Any] | None:
+        if taken := [name for name in _FROM_DATA if name in (model or {})]:
             raise ValueError(f"{taken[0]} follows from the stage's other settings; leave it out")
-        config_from_preset(**{"preset": "latte_xl"} | model)
         return model
+
+    @model_validator(mode="after")
+    def _begins(self) -> "Config":
+        model = self.model or {}
+        if self.base is None:
+            if self.lora is not None:
+                raise ValueError("lora: without a base all else would stay random; name one, or leave it out")
+            config_from_preset(**_PRESET | model)
+        elif "preset" in model:
+            raise ValueError("model: preset: the base has its own; leave it out, or the base")
+        elif unknown := model.keys() - LatteConfig.model_fields.keys():
+            raise ValueError(f"model: unknown {min(unknown)}; there are {', '.join(LatteConfig.model_fields)}")
+        return self
 
     @model_validator(mode="after")
     def _fits(self) -> "Config":
@@ -97,7 +114,8 @@ class Config(TrainConfig):
                 raise ValueError("size: training on pixels needs (height, width); or name latents")
             if self.vae is not None:
                 raise ValueError("vae: a prior of pixels has none; leave it out, or name latents")
-            self.latte(3, (self.frames, *self.size))
+            if self.base is None:
+                self.latte(3, (self.frames, *self.size))
         elif self.size is not None:
             raise ValueError("size: latents have the size that they were made with; leave it out")
         elif self.stride != 1:
@@ -105,18 +123,23 @@ class Config(TrainConfig):
         return self
 
     def latte(self, channels: int, shape: tuple[int, int, int], classes: int = 0) -> LatteConfig:
-        """Of the model that this data needs."""
+        """Of the model without a base that this data needs."""
         patch = {} if self.latents else {"patch": _PIXEL_PATCH}
         known = {"channels": channels, "classes": classes, "shape": shape, "conditioning": self.conditioning}
-        return config_from_preset(**{"preset": "latte_xl"} | patch | self.model | known)
+        return config_from_preset(**_PRESET | patch | (self.model or {}) | known)
 
     def settings(self) -> sampling.Settings:
         return sampling.Settings(self.sample_steps, self.guidance, self.shift, self.overlap)
 
 
 def check(config: Config, inputs: Mapping[str, StageConfig]) -> None:
-    """Refuse latents of another dataset, and windows that they do not have."""
+    """Refuse latents of another dataset, windows that they do not have, and a base that is no such prior."""
     latent_data.check_recipe(config, inputs, ("latents",), (config.frames - 1) * config.stride + 1)
+    base: Any = inputs.get("base")
+    if base is not None and base.kind != config.kind:
+        raise ValueError(f"base: a {base.kind} stage makes no Latte; name a {config.kind} stage, or a model")
+    if base is not None and (base.latents is None) != (config.latents is None):
+        raise ValueError("base: one of the two learns latents, the other pixels; name a base of the same")
 
 
 def outside(config: Config) -> str:
@@ -165,7 +188,7 @@ def decoder(data: Data, uri: str) -> PVVAE | None:
 
 
 def begin(config: Config, data: Data, classes: int) -> Latte:
-    """The model before its first step, which normalises what it learns.
+    """The model without a base before its first step, which normalises what it learns.
 
     Raises:
         Failure: the latents do not vary.
@@ -177,6 +200,19 @@ def begin(config: Config, data: Data, classes: int) -> Latte:
         except ValueError as e:
             raise Failure(f"latents: {data.made.column}: {e}; train the autoencoder for longer") from e
     return latte
+
+
+def model_of(config: Config, inputs: Mapping[str, str], data: Data, classes: Sequence[str]) -> tuple[Latte, str]:
+    """The model before its first step, of a base or as `begin` has it, and a line that says what of the base is taken.
+
+    Raises as `begin` and `latte_base.go_on`.
+    """
+    if "base" not in inputs:
+        return begin(config, data, len(classes)), ""
+    known = {"channels": data.channels, "shape": data.shape, "conditioning": config.conditioning}
+    encoder = data.made.encoder["digest"] if data.made else None
+    moments = latent_data.statistics(data.made, config.posterior) if data.made else None
+    return latte_base.go_on(inputs["base"], config.model or {}, known, classes, encoder, moments)
 
 
 def objective(config: Config, data: Data, latte: Latte, vae: PVVAE | None, classes: Sequence[str] = ()) -> Objective:
@@ -255,7 +291,10 @@ def work(config: Config, inputs: Mapping[str, str], folder: Path) -> None:
     heldout = _heldout(config, inputs, data)
     if not heldout.samples:
         raise UserError("dataset: its val split has no clip for the evaluation; raise val_fraction")
-    latte = begin(config, data, len(loader.classes)).to(device())
+    latte, taken = model_of(config, inputs, data, loader.classes)
+    if rank == 0 and taken:
+        print(taken, flush=True)
+    latte.to(device())
     log = tracker.connect(folder) if rank == 0 else None
     train(objective(config, data, latte, vae, loader.classes), loader, config, folder, log, launch.stop_requested)
     if log:
@@ -283,7 +322,7 @@ def _publish(config: Config, inputs: Mapping[str, str], folder: Path) -> dict[st
     vae = decoder(data, inputs.get("vae", ""))
     loader = loader_of(config, inputs, data, "train", batch=1)
     weights = checkpoint.trained(folder, config)
-    latte = begin(config, data, len(loader.classes))
+    latte, _ = model_of(config, inputs, data, loader.classes)
     latte.load_state_dict(weights)
     latte.to(device()).eval()
     lineage = latent_data.lineage_of(folder)
