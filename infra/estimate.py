@@ -18,10 +18,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from longtake.datasets import index, storage
-from longtake.infra import debris, graph, runner, runs
+from longtake.infra import debris, graph, runner, runs, yaml_text
 from longtake.infra.graph import Node
 from longtake.infra.recipe import Recipe
 from longtake.infra.runs import Runs
@@ -262,7 +260,7 @@ def _trial(
     """Run the recipe on the sampled sources with few steps, in a folder of its own; what was measured, and what stopped it."""
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         path = Path(folder) / "trial.yaml"
-        path.write_text(yaml.safe_dump(_tiny(recipe, [s.uri for s in looked], str(Path(folder) / "ws"))))
+        path.write_text(yaml_text.dump(_tiny(recipe, [s.uri for s in looked], str(Path(folder) / "ws"))))
         clean = {k: v for k, v in os.environ.items() if not k.startswith(("MLFLOW_", "RAY_"))}
         command = [sys.executable, "-P", "-m", "longtake.infra.cli", "run", str(path)]
         said = ""
@@ -307,7 +305,7 @@ def _stop(child: "subprocess.Popen[bytes]") -> None:
 
 
 def _tiny(recipe: Recipe, uris: list[str], workspace: str) -> dict[str, Any]:
-    content: dict[str, Any] = yaml.safe_load(recipe.to_yaml())
+    content: dict[str, Any] = yaml_text.parse(recipe.to_yaml(), recipe.path)
     content |= {"name": "trial", "workspace": workspace, "outside": {}}
     for stage in content["stages"].values():
         if stage["kind"] == "shard":

@@ -16,7 +16,7 @@ import yaml
 
 from longtake.datasets import storage
 from longtake.datasets.errors import UserError
-from longtake.infra import submit
+from longtake.infra import submit, yaml_text
 from longtake.infra.deploy import Deploy
 from longtake.infra.pods import KubeRay, bytes_of
 from longtake.infra.recipe import Recipe
@@ -64,7 +64,7 @@ def render(recipe: Recipe, pods: KubeRay, stage: str | None = None) -> str:
     return yaml.dump_all(documents, Dumper=_Plain, sort_keys=False, allow_unicode=True)
 
 
-class _Plain(yaml.SafeDumper):
+class _Plain(yaml_text.Dumper):
     def ignore_aliases(self, data: Any) -> bool:
         return True
 

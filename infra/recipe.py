@@ -9,13 +9,12 @@ from dataclasses import dataclass, field
 from importlib import resources
 from typing import Any
 
-import yaml
 from pydantic import ValidationError
 
 from longtake.datasets import storage
 from longtake.datasets.errors import UserError
 from longtake.datasets.stage import StageConfig
-from longtake.infra import stages
+from longtake.infra import stages, yaml_text
 from longtake.infra.deploy import Deploy
 
 _KEYS = ("name", "workspace", "stages", "deploy", "outside")
@@ -43,7 +42,7 @@ class Recipe:
             "deploy": self.deploy.model_dump(mode="json"),
             "outside": self.outside,
         }
-        return yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
+        return yaml_text.dump(content)
 
     def digest(self) -> str:
         return hashlib.sha256(self.to_yaml().encode()).hexdigest()
@@ -83,11 +82,7 @@ def _merge_bases(path: str, seen: tuple[str, ...]) -> dict[str, Any]:
     if path in seen:
         raise UserError(f"{path}: base: goes round in a circle ({' -> '.join([*seen, path])})")
     try:
-        content = yaml.safe_load(storage.read(path))
-    except yaml.YAMLError as e:
-        mark = getattr(e, "problem_mark", None)
-        where = f"{path}:{mark.line + 1}:{mark.column + 1}" if mark else path
-        raise UserError(f"{where}: not valid YAML ({getattr(e, 'problem', e)})") from e
+        content = yaml_text.parse(storage.read(path).decode("utf-8-sig"), path)
     except (FileNotFoundError, IsADirectoryError) as e:
         raise UserError(f"{path}: no such recipe file") from e
     except UnicodeDecodeError as e:
@@ -121,10 +116,7 @@ def _override(content: dict[str, Any], override: str) -> None:
         at = at.setdefault(parent, {})
         if not isinstance(at, dict):
             raise UserError(f"--set {override}: {parent} is a value, it has no keys below it")
-    try:
-        at[last] = yaml.safe_load(value)
-    except yaml.YAMLError as e:
-        raise UserError(f"--set {override}: the value is not valid YAML") from e
+    at[last] = yaml_text.parse(value, f"--set {override}")
 
 
 def _read_variables(value: Any, path: str, key: str) -> Any:

@@ -269,16 +269,16 @@ def _named_by(what: str) -> Iterator[None]:
 
 
 def _storyboard(path: str, prior: Any) -> list[tuple[float, int]]:
-    import yaml
-
+    from longtake.infra import yaml_text
     from longtake.training import recall
 
     try:
-        given = yaml.safe_load(Path(path).read_text())
+        text = Path(path).read_text("utf-8-sig")
     except OSError as e:
         raise UserError(f"--storyboard: {path}: {e.strerror}") from e
-    except (UnicodeDecodeError, yaml.YAMLError) as e:
-        raise UserError(f"--storyboard: {path}: is no YAML ({' '.join(str(e).split())})") from e
+    except UnicodeDecodeError as e:
+        raise UserError(f"--storyboard: {path}: not a text file") from e
+    given = yaml_text.parse(text, f"--storyboard: {path}")
     with _named_by(f"--storyboard: {path}"):
         return recall.story_of(given, prior)
 

@@ -75,12 +75,11 @@ def rollback(name: str) -> None:
 
 def _gate(path: str) -> tuple[Any, dict[str, str]]:
     """The gate of a file, and the inputs that it names. Raises UserError."""
-    import yaml
     from pydantic import ValidationError
 
     from longtake.datasets import storage
     from longtake.datasets.stage import StageConfig
-    from longtake.infra import recipe
+    from longtake.infra import recipe, yaml_text
     from longtake.training.gate import Gate
 
     class GateFile(Gate):
@@ -90,11 +89,11 @@ def _gate(path: str) -> tuple[Any, dict[str, str]]:
         low_latents: str | None = None
 
     try:
-        content = yaml.safe_load(storage.read(path))
+        content = yaml_text.parse(storage.read(path).decode("utf-8-sig"), path)
     except (FileNotFoundError, IsADirectoryError) as e:
         raise UserError(f"{path}: no such gate file") from e
-    except (yaml.YAMLError, UnicodeDecodeError) as e:
-        raise UserError(f"{path}: not valid YAML ({str(e).splitlines()[0]})") from e
+    except UnicodeDecodeError as e:
+        raise UserError(f"{path}: not a text file") from e
     if not isinstance(content, dict):
         raise UserError(f"{path}: a gate is a mapping with the keys {', '.join(GateFile.model_fields)}")
     try:

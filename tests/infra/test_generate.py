@@ -230,7 +230,7 @@ def test_a_storyboard_is_followed(models: Path, tmp_path: Path) -> None:
         ("- {at: -1s, class: cat}", "entry 1: at: '-1s' is no time"),
         ("- {at: 0s, class: dgo}", "entry 1: class 'dgo'"),
         ("- {at: 2s, class: cat}\n- {at: 1s, class: dog}", "entry 2: at: 1 s must be later than the 2 s before"),
-        ("- {at: 0s, class: [}", "is no YAML"),
+        ("- {at: 0s, class: [}", "not valid YAML"),
     ],
 )
 def test_what_is_wrong_with_a_storyboard_is_said_in_one_line(
