@@ -305,9 +305,13 @@ def load(path: Path, engines: Mapping[str, Any], universal: bool = False) -> Non
     """Put a checkpoint's state into the engines. Raises Failure where it is damaged."""
     try:
         for name, engine in engines.items():
+            decays = [group["weight_decay"] for group in engine.optimizer.param_groups]
             loaded, _ = engine.load_checkpoint(str(path / _UNIVERSAL if universal else path), tag=name)
             if loaded is None:
                 raise FileNotFoundError(f"no state of {name}")
+            # of a universal checkpoint ZeRO-3 gives all groups what the first one has
+            for group, decay in zip(engine.optimizer.param_groups, decays, strict=True):
+                group["weight_decay"] = decay
     except torch.OutOfMemoryError:
         raise
     except Exception as e:  # whatever an unpickler makes of damaged bytes

@@ -70,7 +70,7 @@ class TrainConfig(StageConfig):
     schedule: Literal["constant", "cosine"] = "cosine"
     final_lr: float = Field(0.1, ge=0, le=1)  # share of `lr` that the cosine ends at
     betas: tuple[float, float] = (0.9, 0.999)
-    weight_decay: float = Field(0.01, ge=0)
+    weight_decay: float = Field(0.01, ge=0)  # of linear and convolution weights; not of norms, biases, tokens
     gradient_clip: float = Field(1.0, ge=0)  # global norm; 0 does not clip
     precision: Literal["fp32", "bf16"] = "fp32"
     zero_stage: Literal[0, 1, 2, 3] = 0

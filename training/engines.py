@@ -146,7 +146,7 @@ def freeze(module: nn.Module, patterns: tuple[str, ...]) -> None:
 def engines_of(
     modules: Mapping[str, nn.Module], config: TrainConfig, world: int, universal: bool = False
 ) -> dict[str, Any]:
-    """A DeepSpeed engine for each module, AdamW over its parameters that take gradients. Needs a process group.
+    """A DeepSpeed engine for each module, AdamW over its `parameter_groups`. Needs a process group.
 
     The first module is changed as `freeze` and `lora` of the config say. With `universal` the engines will load a
     universal checkpoint (see `checkpoint.for_world`).
@@ -169,10 +169,10 @@ def engines_of(
             print(learns, flush=True)
     made = {}
     for name, module in modules.items():
-        trained = [p for p in module.parameters() if p.requires_grad]
-        if not trained:
+        groups = parameter_groups(module, config.weight_decay)
+        if not groups:
             raise UserError(f"freeze: nothing is left to learn in {name}")
-        optimizer = torch.optim.AdamW(trained, lr=config.lr, betas=config.betas, weight_decay=config.weight_decay)
+        optimizer = torch.optim.AdamW(groups, lr=config.lr, betas=config.betas)
         engine = deepspeed.initialize(model=module, optimizer=optimizer, config=settings, dist_init_required=False)[0]
         if config.zero_stage == 3:
             _fill_states(engine)
@@ -183,6 +183,21 @@ def engines_of(
             optimizer.register_step_pre_hook(partial(_finish_gradients, config.gradient_clip))
         made[name] = engine
     return made
+
+
+def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """The parameters that take gradients, for an optimizer: weights of linear and convolution layers decay, all else does not.
+
+    Norms, biases, embeddings and tokens have a scale that means something; an empty group is left out.
+    """
+    layers = [m for m in module.modules() if isinstance(m, nn.Linear | nn.modules.conv._ConvNd)]
+    weights = {id(layer.weight) for layer in layers}
+    learning = [p for p in module.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in learning if id(p) in weights], "weight_decay": weight_decay},
+        {"params": [p for p in learning if id(p) not in weights], "weight_decay": 0.0},
+    ]
+    return [group for group in groups if group["params"]]
 
 
 def _fill_states(engine: Any) -> None:

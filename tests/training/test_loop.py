@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -252,7 +253,7 @@ STAGES = pytest.mark.parametrize("zero_stage", [0, 1, 2, 3])
 def plainly(small: Any, steps: int, clip: float = 0.0) -> tuple[list[dict[str, Tensor]], list[dict[str, float]]]:
     """The small training by hand in plain PyTorch: the weights before and after each step, and the gradients' norms."""
     module = small.module()
-    optimizer = torch.optim.AdamW(module.parameters(), lr=1e-2, weight_decay=0.01)
+    optimizer = small.adamw(module)
     weights, norms = [{k: v.clone() for k, v in module.state_dict().items()}], []
     for step in range(steps):
         x = small.rows(step, 4)
@@ -293,6 +294,47 @@ def test_weights_and_several_averages_are_those_of_plain_pytorch(
     for life in lives:
         assert small.close(small.weights(tmp_path, f"{life:g}"), averaged(expected, life)), life
     assert not small.close(small.weights(tmp_path, "0.5"), small.weights(tmp_path, "1000"), atol=1e-4)
+
+
+@STAGES
+def test_without_a_gradient_weights_decay_and_biases_stand_still(
+    small: Any, tmp_path: Path, group: None, zero_stage: int
+) -> None:
+    made, start = small.objective(starts=0), small.module().state_dict()
+
+    def loss(*arguments: Any) -> tuple[Tensor, dict[str, Tensor]]:
+        value, metrics = made.loss(*arguments)
+        return 0 * value, metrics
+
+    settings = {"steps": 4, "weight_decay": 0.5, "zero_stage": zero_stage}
+    found = small.fit(tmp_path, Objective(made.modules, loss), **settings)
+    kept = {k: (1 - 1e-2 * 0.5) ** 4 if k.endswith("weight") else 1 for k in start}
+    assert small.close(found, {k: kept[k] * v for k, v in start.items()})
+
+
+def test_of_every_family_linear_and_convolution_weights_decay_and_nothing_else() -> None:
+    from longtake.training.lora import attach
+    from longtake.training.models import latte, memory_dit, patchgan, pv_vae
+
+    changed = pv_vae.PVVAE(pv_vae.config_from_preset("pv_vae_tiny"))
+    attach(changed, TrainConfig(lora={"rank": 2, "full": ["decoder.conv_out"]}).lora)  # type: ignore[arg-type]
+    known: dict[str, Any] = {"classes": 3, "shape": (3, 4, 4)}
+    families = [
+        pv_vae.PVVAE(pv_vae.config_from_preset("pv_vae_tiny")),
+        changed,
+        patchgan.PatchGAN(patchgan.config_from_preset("patchgan_tiny")),
+        latte.Latte(latte.config_from_preset("latte_tiny", channels=4, **known)),
+        memory_dit.MemoryDiT(memory_dit.config_from_preset("memory_dit_tiny", channels=4, **known, history=8)),
+    ]
+    for module in families:
+        names = {id(p): name for name, p in module.named_parameters() if p.requires_grad}
+        decays, others = (
+            [names.pop(id(p)) for p in group["params"]] for group in engines.parameter_groups(module, 0.1)
+        )
+        still = re.compile(r"bias$|norm|\btoken$|class_in|steps\.[36]\.")  # the last are the discriminator's norms
+        assert not names, "each parameter is in one group"
+        assert not [name for name in decays if still.search(name)]
+        assert not [name for name in others if not still.search(name)]
 
 
 @STAGES

@@ -99,14 +99,14 @@ def train(dataset: str, folder: Path, world: int, fault: Any = None, **changes: 
     return launch(world, dataset, str(folder), json.dumps(SETTINGS | changes), json.dumps(fault))
 
 
-def plainly(dataset: str) -> dict[str, Any]:
+def plainly(small: Any, dataset: str) -> dict[str, Any]:
     """The same training by hand, in plain PyTorch and one process."""
     from longtake.datasets.loader import Loader, to_model
 
     torch.manual_seed(0)
     generator = nn.Sequential(nn.Linear(27, 8), nn.Tanh(), nn.Linear(8, 27))
     discriminator = nn.Sequential(nn.Linear(27, 8), nn.Tanh(), nn.Linear(8, 1))
-    optimizers = [torch.optim.AdamW(m.parameters(), lr=1e-2, weight_decay=0.01) for m in (generator, discriminator)]
+    optimizers = [small.adamw(module) for module in (generator, discriminator)]
     batches = iter(Loader(dataset, columns=("video",), frames=9, size=(32, 32), batch=4))
     for _ in range(5):
         real = to_model(next(batches)["video"]).mean((3, 4)).flatten(1)
@@ -126,11 +126,11 @@ def plainly(dataset: str) -> dict[str, Any]:
 
 @pytest.mark.parametrize("zero_stage", [0, 1, 2, 3])
 def test_two_engines_on_two_processes_learn_what_plain_pytorch_learns(
-    dataset: str, tmp_path: Path, zero_stage: int
+    small: Any, dataset: str, tmp_path: Path, zero_stage: int
 ) -> None:
     (code, out, err), other = train(dataset, tmp_path, 2, zero_stage=zero_stage)
     assert not code and not other[0], err + other[2]
-    learned, expected = json.loads(out), plainly(dataset)
+    learned, expected = json.loads(out), plainly(small, dataset)
     for name, value in expected.items():
         assert torch.allclose(torch.tensor(learned[name]), torch.tensor(value), atol=1e-6), name
 

@@ -33,7 +33,7 @@ from longtake.training.metrics.perceptual import Perceptual, load_perceptual, pe
 from longtake.training.models import patchgan
 from longtake.training.models.pv_vae import PVVAE, PVVAEConfig, config_from_preset, frames_of, latent_groups
 
-VERSION = 2
+VERSION = 3
 PRODUCES = "model"
 
 # what the phases differ in; a recipe may change each
