@@ -72,7 +72,10 @@ class TrainConfig(StageConfig):
     betas: tuple[float, float] = (0.9, 0.999)
     weight_decay: float = Field(0.01, ge=0)  # of linear and convolution weights; not of norms, biases, tokens
     gradient_clip: float = Field(1.0, ge=0)  # global norm; 0 does not clip
-    precision: Literal["fp32", "bf16"] = "fp32"
+    precision: Literal["fp32", "bf16"] = "fp32"  # of passes; weights are updated, and averaged, in fp32
+    gradient_precision: Literal["fp32", "bf16"] = (
+        "fp32"  # that passes are added up in, and ranks; bf16 halves both costs
+    )
     zero_stage: Literal[0, 1, 2, 3] = 0
     offload: Literal["none", "optimizer", "parameters"] = "none"  # to the host's memory; parameters: the optimizer too
     compile: bool = False  # torch.compile, block by block
@@ -120,6 +123,8 @@ class TrainConfig(StageConfig):
     def _consistent(self) -> "TrainConfig":
         if self.batch % self.accumulate:
             raise ValueError(f"batch {self.batch} does not divide into accumulate {self.accumulate} passes")
+        if self.gradient_precision == "bf16" and self.precision == "fp32":
+            raise ValueError("gradient_precision: bf16 needs precision: bf16")
         if self.offload != "none" and self.zero_stage < (3 if self.offload == "parameters" else 1):
             raise ValueError(
                 f"offload {self.offload} needs zero_stage {'3' if self.offload == 'parameters' else '1 to 3'}"

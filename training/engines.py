@@ -32,6 +32,8 @@ def deepspeed_config(config: TrainConfig, world: int, universal: bool = False) -
             f"batch: {config.batch} does not divide among {world} processes x accumulate {config.accumulate}"
         )
     zero: dict[str, Any] = {"stage": config.zero_stage}
+    # without ZeRO DeepSpeed refuses other gradients than bf16 weights have: there `_sum_in_fp32` sees to them
+    summed = config.precision if config.zero_stage == 0 else config.gradient_precision
     if config.offload != "none":
         zero["offload_optimizer"] = {"device": "cpu"}
     if config.offload == "parameters":
@@ -43,6 +45,8 @@ def deepspeed_config(config: TrainConfig, world: int, universal: bool = False) -
         # plain fp32 is clipped by `_finish_gradients`
         "gradient_clipping": 0.0 if config.zero_stage == 0 and config.precision == "fp32" else config.gradient_clip,
         # an update with a gradient that is not finite is left out, and the loop hears of it
+        "data_types": {"grad_accum_dtype": summed},
+        "communication_data_type": config.gradient_precision,
         "bf16": {"enabled": config.precision == "bf16", "check_grad_overflow": True},
         "zero_optimization": zero,
         "zero_allow_untested_optimizer": True,
@@ -179,6 +183,8 @@ def engines_of(
         if world == 1 and config.zero_stage == 0:
             # else all gradients are copied together, sent to nobody and copied back
             engine.enable_backward_allreduce = False
+        if config.zero_stage == 0 and config.precision != config.gradient_precision:
+            _sum_in_fp32(engine)
         if _plain(engine):
             optimizer.register_step_pre_hook(partial(_finish_gradients, config.gradient_clip))
         made[name] = engine
@@ -198,6 +204,21 @@ def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, A
         {"params": [p for p in learning if id(p) not in weights], "weight_decay": 0.0},
     ]
     return [group for group in groups if group["params"]]
+
+
+def _sum_in_fp32(engine: Any) -> None:
+    """Give bf16 parameters gradients of fp32, in which passes are added up, and ranks; they are cast as they come."""
+    parameters: list[nn.Parameter] = [p for group in engine.optimizer.fp16_groups for p in group]
+    for p in parameters:
+        p.grad, p.grad_dtype = None, torch.float32
+
+    def gradients() -> tuple[list[Tensor], dict[str, list[Tensor]]]:
+        # DeepSpeed's own fills what is missing on this rank with bf16
+        for p in parameters:
+            p.grad = torch.zeros_like(p, dtype=torch.float32) if p.grad is None else p.grad
+        return [p.grad for p in parameters if p.grad is not None], {}
+
+    engine.optimizer.get_grads_for_reduction = gradients
 
 
 def _fill_states(engine: Any) -> None:

@@ -359,6 +359,46 @@ def test_in_bf16_weights_and_averages_are_those_of_the_fp32_masters(
     assert not small.close(small.weights(tmp_path, "0.5"), averaged([start, *rounded], 0.5), atol=1e-5)
 
 
+WAYS = [(0, "none"), (1, "none"), (2, "none"), (3, "none"), (1, "optimizer"), (2, "optimizer"), (3, "optimizer")]
+
+
+@pytest.mark.parametrize(("zero_stage", "offload"), WAYS)
+def test_in_bf16_gradients_of_many_passes_are_added_up_in_fp32_unless_it_is_asked_for(
+    group: None, zero_stage: int, offload: str
+) -> None:
+    passes, inputs = 64, torch.randn(64, 8, 32, generator=torch.Generator().manual_seed(0)).bfloat16()
+
+    def of(module: Any, x: Tensor) -> Tensor:
+        return module(x).float().square().mean()
+
+    def error(precision: str) -> float:
+        """Of what AdamW is given, at most; in shares of the largest gradient."""
+        torch.manual_seed(0)
+        module = nn.Linear(32, 32, bias=False)
+        settings = {"batch": 512, "accumulate": passes, "precision": "bf16", "gradient_clip": 0, "lr": 1e-9}
+        settings |= {"zero_stage": zero_stage, "offload": offload, "gradient_precision": precision}
+        plain = nn.Linear(32, 32, bias=False).bfloat16()
+        plain.load_state_dict(module.state_dict())
+        engine = engines.engines_of({"x": module}, TrainConfig(**settings), 1)["x"]
+        seen: list[Tensor] = []
+        engine.basic_optimizer.register_step_pre_hook(
+            lambda optimizer, *_: seen.extend(
+                p.grad.flatten().clone() for g in optimizer.param_groups for p in g["params"]
+            )
+        )
+        total = torch.zeros(1024)
+        for x in inputs:
+            engine.backward(of(engine, x))
+            engine.step()
+            plain.zero_grad()
+            (of(plain, x) / passes).backward()
+            assert plain.weight.grad is not None
+            total += plain.weight.grad.float().flatten()
+        return float((torch.cat(seen)[:1024].float() - total).abs().max() / total.abs().max())
+
+    assert error("fp32") < 1e-6 and error("bf16") > 1e-3
+
+
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("clip", [0.0, 0.05])
 @STAGES
