@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -257,6 +258,23 @@ def test_statistics_travel_with_the_weights_and_normalising_inverts():
     torch.testing.assert_close(normal.std((0, 2, 3, 4)), torch.ones(6), rtol=0, atol=0.03)
     torch.testing.assert_close(other.denormalise(normal), x)
     assert model.bfloat16().normalise(x).dtype == torch.float32
+
+
+@pytest.mark.parametrize("cast", [lambda m: m.bfloat16(), lambda m: m.half(), lambda m: m.to("cpu", torch.bfloat16)])
+def test_statistics_stay_whole_whatever_the_weights_are_cast_to(cast: Any) -> None:
+    from longtake.training.models.memory_dit import MemoryDiT
+    from longtake.training.models.memory_dit import config_from_preset as memory_config
+
+    mean, std = torch.linspace(20, 30, 4) + 1 / 3, torch.full((4,), 1 / 3)
+    latte = Latte(config_from_preset("latte_tiny", channels=4))
+    latte.set_statistics(mean, std)
+    dit = MemoryDiT(memory_config("memory_dit_tiny", channels=4))
+    dit.set_statistics(mean, std, mean, std)
+    inside = torch.nn.ModuleList([latte, dit])
+    for module in cast(inside):
+        assert module.dtype != torch.float32
+        assert torch.equal(module.latent_mean, mean) and torch.equal(module.latent_std, std)
+    assert torch.equal(dit.low_mean, mean) and torch.equal(dit.low_std, std)
 
 
 # training

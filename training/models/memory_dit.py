@@ -20,6 +20,7 @@ from torch.utils.checkpoint import checkpoint
 
 from longtake.training.models.latte import (
     Modulation,
+    Normalising,
     class_rows,
     copy_statistics,
     denormalised,
@@ -221,7 +222,7 @@ class Block(nn.Module):
         return self.out(mixed.transpose(1, 2).flatten(2))
 
 
-class MemoryDiT(nn.Module):
+class MemoryDiT(Normalising):
     """Velocity of the rectified flow at steps x_t `(B, C, T, H, W)` of a video, normalised, given a memory of it.
 
     Inputs are cast to the dtype of the weights; outputs have it. `latent_mean` and `latent_std`, per channel, travel with
