@@ -66,7 +66,7 @@ class TrainConfig(StageConfig):
     batch: int = Field(8, ge=1)  # samples in a step, over all processes and accumulated passes
     accumulate: int = Field(1, ge=1)  # forward and backward passes in a step
     lr: float = Field(5e-5, gt=0)
-    warmup_steps: int = Field(0, ge=0)
+    warmup_steps: int | None = Field(None, ge=0)  # of a linear one; None: 1000, or a tenth of `steps` if that is less
     schedule: Literal["constant", "cosine"] = "cosine"
     final_lr: float = Field(0.1, ge=0, le=1)  # share of `lr` that the cosine ends at
     betas: tuple[float, float] = (0.9, 0.999)
@@ -110,6 +110,13 @@ class TrainConfig(StageConfig):
     warn_data_wait: Annotated[float, Scheduling()] = Field(0.2, gt=0, le=1)  # share of the time
     stall_seconds: Annotated[float, Scheduling()] = Field(1800.0, gt=0)  # without a step, then missing ranks are named
     stop_seconds: Annotated[float, Scheduling()] = Field(300.0, gt=0)  # to save in, after a signal to stop
+
+    @property
+    def warmup(self) -> int:
+        """Steps of warm-up: a tenth of all where none are said and there are few, or where more are said than there are."""
+        if self.warmup_steps is None or self.warmup_steps > self.steps:
+            return min(1000, self.steps // 10)
+        return self.warmup_steps
 
     @model_validator(mode="before")
     @classmethod

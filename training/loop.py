@@ -59,11 +59,11 @@ class Objective:
 
 def learning_rate(config: TrainConfig, step: int) -> float:
     """The rate of a step: linear warm-up, then constant or a cosine that ends at `final_lr` of it."""
-    if step < config.warmup_steps:
-        return config.lr * (step + 1) / config.warmup_steps
+    if step < config.warmup:
+        return config.lr * (step + 1) / config.warmup
     if config.schedule == "constant":
         return config.lr
-    done = (step - config.warmup_steps) / max(1, config.steps - config.warmup_steps)
+    done = (step - config.warmup) / max(1, config.steps - config.warmup)
     return config.lr * (config.final_lr + (1 - config.final_lr) * 0.5 * (1 + math.cos(math.pi * done)))
 
 
@@ -92,6 +92,11 @@ def train(
     """
     rank, world, device = torch.distributed.get_rank(), torch.distributed.get_world_size(), engines.device()
     folder.mkdir(parents=True, exist_ok=True)
+    if rank == 0 and (config.warmup_steps or 0) > config.steps:
+        print(
+            f"warmup_steps: {config.warmup_steps} are more than all {config.steps} steps; warming up for {config.warmup}",
+            flush=True,
+        )
     if rank == 0:
         for old in (*folder.glob("nonfinite-*.json"), *folder.glob("spikes.jsonl")):
             old.unlink()

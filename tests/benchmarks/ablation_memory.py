@@ -7,11 +7,13 @@ view keeps generated clips for training alone, so that what is held out are real
 own, trained and measured by the stages' own code:
 
 retrieval   `pretrain_memory`: PSNR and SSIM of all steps of held-out histories, retrieved from the memory: by rate, beside
-            a large patchifier at the lowest; with one branch alone; with a history that is not masked.
+            a large patchifier at the lowest and FramePack, which drops what it does not reach; with one branch alone; with
+            a history that is not masked.
 generation  `finetune_memory_prior`: the flow's loss of held-out segments after equal steps, and 1 - cosine of the features
             of each generated segment to those of the first one of the history. All begin with the transformer that has
             learned to retrieve at 4x4x2, but for `scratch`; they differ in φ: that of the same model, learning on (full)
-            or not (frozen); a new one (no pretraining); none (window only).
+            or not (frozen); a new one (no pretraining); FramePack's kernels or a patchifier, which begin as its patch
+            embedding; none (window only).
 
 Each finished pair of a variant and a seed is a file of JSON in OUT and is not made again; one that was stopped goes on from
 its last checkpoint. So stop it whenever you like, give the same command again, or `--table` for what there is. With the
@@ -65,6 +67,7 @@ VARIANTS = {
         "2x2x2": Variant({"rates": ["2x2x2"]}),
         "2x2x1": Variant({"rates": ["2x2x1"]}),
         "patchify 4x4x2": Variant({"rates": ["4x4x2"], "memory": "patchify"}),
+        "framepack": Variant({"memory": "framepack"}),
         "4x4x2 high only": Variant({"rates": ["4x4x2"], "branches": "high"}),
         "4x4x2 low only": Variant({"rates": ["4x4x2"], "branches": "low"}),
         "4x4x2 clean": Variant({"rates": ["4x4x2"]}, {"history": "clean"}),
@@ -73,6 +76,8 @@ VARIANTS = {
         "full": Variant({}, base="model"),
         "no pretraining": Variant({"memory": "encoder"}, base="transformer"),
         "frozen": Variant({}, {"freeze": ["memory"]}, base="model"),
+        "patchify": Variant({"memory": "patchify"}, base="transformer"),
+        "framepack": Variant({"memory": "framepack"}, base="transformer"),
         "window only": Variant({}, base="transformer"),
         "scratch": Variant({"rates": ["4x4x2"]}),
     },

@@ -224,6 +224,34 @@ def test_the_schedule_warms_up_and_ends_where_it_should() -> None:
     assert learning_rate(TrainConfig(steps=10, lr=2.0, schedule="constant"), 9) == 2.0
 
 
+@pytest.mark.parametrize(
+    ("asked", "steps", "expected"),
+    [(None, 50_000, 1000), (None, 400, 40), (None, 4, 0), (0, 400, 0), (40, 400, 40), (400, 400, 400), (1000, 400, 40)],
+)
+def test_a_warm_up_is_no_longer_than_its_training(asked: int | None, steps: int, expected: int) -> None:
+    config = TrainConfig(steps=steps, lr=1.0, schedule="constant", warmup_steps=asked)
+    assert config.warmup == expected
+    assert learning_rate(config, 0) == 1 / max(1, expected) and learning_rate(config, steps - 1) == 1.0
+
+
+def test_a_warm_up_that_was_shortened_is_told(
+    small: Any, tmp_path: Path, group: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    small.fit(tmp_path / "a", steps=4, warmup_steps=40)
+    assert "warmup_steps: 40 are more than all 4 steps; warming up for 0" in capsys.readouterr().out
+    small.fit(tmp_path / "b", steps=4)
+    assert "warmup_steps" not in capsys.readouterr().out
+
+
+def test_each_kind_of_training_warms_up_as_its_paper_does() -> None:
+    from longtake.training.stages import finetune_latte, pretrain_memory, pretrain_vae
+
+    vae = pretrain_vae.Config(kind="pretrain_vae", dataset="d")
+    latte = finetune_latte.Config(kind="finetune_latte", dataset="d", latents="l")
+    memory = pretrain_memory.Config(kind="pretrain_memory", dataset="d", latents="l", low_latents="low")
+    assert (vae.warmup, latte.warmup, memory.warmup) == (1000, 0, 100)
+
+
 def test_a_batch_that_does_not_divide_is_refused() -> None:
     with pytest.raises(UserError, match="batch: 6 does not divide among 4 processes"):
         engines.deepspeed_config(TrainConfig(batch=6), 4)

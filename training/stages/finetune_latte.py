@@ -75,6 +75,7 @@ class Config(TrainConfig):
     steps: int = Field(250_000, ge=1)  # [paper]
     batch: int = Field(64, ge=1)  # [paper]
     lr: float = Field(1e-4, gt=0)  # [paper]
+    warmup_steps: int | None = Field(0, ge=0)  # [Latte: none, adaLN-Zero starts silently]
     schedule: Literal["constant", "cosine"] = "constant"  # [Latte, DiT]
     weight_decay: float = Field(0.0, ge=0)  # [Latte, DiT]
     ema_half_lives: tuple[float, ...] = (6931.0,)  # steps [DiT: a decay of 0.9999]
