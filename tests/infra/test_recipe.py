@@ -238,3 +238,18 @@ def test_a_resolved_recipe_is_kept_so_that_a_retry_sees_the_same_sources(
     assert [n.fingerprint for n in build(str(target))] == first
     refused = resolve("--set", "name=other")
     assert isinstance(refused.exception, UserError) and "is there already" in str(refused.exception)
+
+
+def test_the_recipe_of_the_papers_trains_as_they_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("VIDEOS", "WORKSPACE", "CHECKPOINTS"):
+        monkeypatch.setenv(name, "/somewhere")
+    stages: Any = recipe.load("pv_vae").stages
+    for name, steps in (("images", 300_000), ("vae", 50_000), ("decoder", 50_000)):
+        vae = stages[name]
+        assert (vae.steps, vae.lr, vae.schedule, vae.final_lr, vae.warmup) == (steps, 5e-5, "cosine", 0.1, 1000)
+    prior = stages["prior"]
+    assert (prior.steps, prior.batch, prior.lr, prior.sample_steps) == (250_000, 64, 1e-4, 100)
+    assert (prior.conditioning, prior.warmup, prior.schedule) == (0, 0, "constant")
+    # while one on a GPU makes longer videos too
+    small: Any = recipe.load("pv_vae_small").stages
+    assert small["prior"].conditioning > 0 and small["decoder"].warmup == 1000

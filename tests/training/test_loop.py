@@ -243,6 +243,14 @@ def test_a_warm_up_that_was_shortened_is_told(
     assert "warmup_steps" not in capsys.readouterr().out
 
 
+def test_a_low_rank_change_of_random_weights_is_refused() -> None:
+    from longtake.training.stages import pretrain_vae
+
+    with pytest.raises(ValueError, match="lora: without a parent all else would stay random"):
+        pretrain_vae.Config(kind="pretrain_vae", dataset="d", lora={"rank": 2})
+    assert pretrain_vae.Config(kind="pretrain_vae", dataset="d", parent="vae", lora={"rank": 2}).lora
+
+
 def test_each_kind_of_training_warms_up_as_its_paper_does() -> None:
     from longtake.training.stages import finetune_latte, pretrain_memory, pretrain_vae
 

@@ -100,6 +100,8 @@ class Config(TrainConfig):
     def _divides(self) -> "Config":
         if self.model is not None or self.parent is None:
             fits(self, self.vae())
+        if self.lora is not None and self.parent is None:
+            raise ValueError("lora: without a parent all else would stay random; name one, or leave it out")
         return self
 
     def vae(self) -> PVVAEConfig:
