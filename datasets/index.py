@@ -167,7 +167,42 @@ def read_tables(folder: str, table_schema: pa.Schema) -> pa.Table:
 
 
 def read_sources(dataset: str) -> pa.Table:
+    """A row for each source, the last where it was planned again (see `last_tries`)."""
+    return last_tries(read_tries(dataset))
+
+
+def read_tries(dataset: str) -> pa.Table:
+    """A row for each source that was planned, each time."""
     return read_tables(storage.join(dataset, "sources"), schema.SOURCES)
+
+
+def last_tries(tries: pa.Table) -> pa.Table:
+    """Without the rows of sources that could not be read and were planned again, under the same URI, in another group."""
+    unread = pc.fill_null(pc.is_in(tries["reason"], pa.array(schema.UNREAD)), False)
+    if not pc.any(unread).as_py():
+        return tries
+    # what repeats another source is no try of its own
+    rivals = pc.and_(pc.is_in(tries["uri"], tries["uri"].filter(unread)), pc.is_null(tries["duplicate_of"]))
+    columns = [tries[name].filter(rivals).to_pylist() for name in ("uri", "bytes", "split", "group")]
+    by_uri: dict[str, list[tuple[int, bool, int | None, tuple[str, int]]]] = {}
+    for at, failed, uri, size, *group in zip(
+        np.flatnonzero(rivals), unread.filter(rivals).to_pylist(), *columns, strict=True
+    ):
+        by_uri.setdefault(uri, []).append((int(at), failed, size, (group[0], group[1])))
+
+    def repeats(at: int, size: int | None, group: tuple[str, int], other: tuple[int, bool, int | None, Any]) -> bool:
+        same = other[3] != group and (size == other[2] or None in (size, other[2]))
+        return same and (other[0] > at or not other[1])
+
+    superseded = {
+        at
+        for rows in by_uri.values()
+        for at, failed, size, group in rows
+        if failed and any(repeats(at, size, group, other) for other in rows)
+    }
+    return (
+        tries.take(pa.array([n for n in range(len(tries)) if n not in superseded], pa.int64())) if superseded else tries
+    )
 
 
 def describe(dataset: str) -> dict[str, Any]:
@@ -200,7 +235,8 @@ def digest(shards: Iterable[Shard]) -> str:
 
 def summary(dataset: str) -> dict[str, Any]:
     """Counts that always add up: sources = good + rejected, clips cut = clips in shards."""
-    sources = read_sources(dataset)
+    tries = read_tries(dataset)
+    sources = last_tries(tries)
     good = sources.filter(pc.equal(sources["status"], "good"))
     rejected = sources.filter(pc.equal(sources["status"], "rejected"))
     reasons = {v["values"]: v["counts"] for v in pc.value_counts(rejected["reason"]).to_pylist()}
@@ -209,6 +245,7 @@ def summary(dataset: str) -> dict[str, Any]:
         "sources": len(sources),
         "sources_good": len(good),
         "sources_rejected": len(rejected),
+        "sources_tried_again": len(tries) - len(sources),
         "rejected_by_reason": dict(sorted(reasons.items())),
         "clips": sum(len(s.table) for s in shards),
         "clips_cut": pc.sum(sources["clips"]).as_py() or 0,

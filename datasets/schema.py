@@ -6,12 +6,15 @@ FORMAT_VERSION = 2
 SPLITS = ("train", "val")
 SCORES = ("motion", "still", "brightness", "contrast", "sharpness", "saturation", "dark", "letterbox")
 
+# Reasons of sources of which nothing was read. The last may pass: such a source is planned again once it answers.
+UNREAD = ("missing", "refused", "unreachable")
+
 # One row a source at planning time; `group` is unique within a split and never changes.
 PLAN = pa.schema(
     [
         ("source", pa.string()),  # 20 hex digits of the content identity
         ("uri", pa.string()),
-        ("bytes", pa.int64()),
+        ("bytes", pa.int64()),  # null where its store does not say
         ("split", pa.string()),
         ("group", pa.int32()),
         ("duplicate_of", pa.string()),  # the URI whose content this one repeats, else null
@@ -19,7 +22,8 @@ PLAN = pa.schema(
     ]
 )
 
-# One row a source, good or rejected, written by the task of its group.
+# One row a source, good or rejected, written by the task of its group. `index.read_sources` leaves out the rows of
+# sources that could not be read and were planned again.
 SOURCES = pa.schema(
     [
         *PLAN,

@@ -6,6 +6,8 @@ It may also have
 
 - `outside(config) -> str`: a digest of what it reads from beyond the recipe, such as the listing of the sources, so
   that a change out there reruns it;
+- `retried(uri) -> str`: beside `outside`, a digest of what it could not read when it made `uri` and has read since, or
+  can read now; empty where there is nothing of the kind;
 - `complete(uri) -> bool`: whether what it made is still all there, else it runs again and makes what is missing;
 - `check(config, inputs)`: raises ValueError("KEY: why") where its config does not fit the configs of the stages that
   make its inputs.

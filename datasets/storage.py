@@ -5,6 +5,7 @@ import errno
 import json
 import os
 import random
+import re
 import secrets
 import shutil
 import socket
@@ -13,29 +14,78 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote, unquote_to_bytes
 
 import fsspec
+from fsspec.implementations.local import LocalFileSystem, make_path_posix
 
 from longtake.datasets.errors import Failure, UserError
 
 _FOREIGN_DEBRIS_SECONDS = 24 * 3600
 _LASTING = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES)
+_LATER = (408, 425, 429)  # HTTP statuses below 500 that may be others a moment later
+_PROTOCOL = re.compile(r"(?!file:|local:)([a-z][a-z0-9+.-]+)://", re.IGNORECASE)
+_FILE_URL = re.compile(r"(?:file|local):(?://(?:localhost(?=/))?|(?=/))", re.IGNORECASE)
+# what a line, a table or JSON cannot hold as text: control characters, line ends, bytes that are not UTF-8
+_UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
 
 
 def filesystem(url: str) -> tuple[Any, str]:
     """The fsspec filesystem of a URL and the path inside it.
 
+    A plain path is local whatever characters it holds, and so is a `file:` URL, percent-encoded (RFC 8089) or not, as
+    fsspec writes it. `::` is part of a name, never a chain of filesystems.
+
     Raises:
         UserError: the protocol is unknown or its package is not installed.
     """
+    match = _PROTOCOL.match(url)
+    if match is None:
+        return LocalFileSystem(), _local_path(url)
     try:
-        return fsspec.core.url_to_fs(url)
+        protocol = match[1].lower()
+        url = protocol + url[match.end(1) :]
+        store = fsspec.get_filesystem_class(protocol)
+        options = store._get_kwargs_from_urls(url) | _options(protocol)
+        return fsspec.filesystem(protocol, **options), store._strip_protocol(url)
     except (ValueError, ImportError) as e:
         raise UserError(f"{url}: {e}") from e
 
 
+def _options(protocol: str) -> dict[str, Any]:
+    if protocol not in ("http", "https"):
+        return {}
+    import aiohttp
+
+    # aiohttp would end any answer after five minutes, however steadily it comes
+    return {"client_kwargs": {"timeout": aiohttp.ClientTimeout(total=None, sock_connect=30, sock_read=60)}}
+
+
+def _local_path(url: str) -> str:
+    match = _FILE_URL.match(url)
+    path = url[match.end() :] if match else url
+    if match and "%" in path:
+        decoded = os.fsdecode(unquote_to_bytes(os.fsencode(path)))
+        if os.path.lexists(make_path_posix(decoded)) or not os.path.lexists(make_path_posix(path)):
+            path = decoded
+    return make_path_posix(path).rstrip("/") or "/"
+
+
+def named(path: str) -> str:
+    """A local path as text that tables, JSON and consoles can hold and `filesystem` reads back.
+
+    The path itself, or where it has control characters or bytes that are not UTF-8, its file:// URL, percent-encoded.
+    """
+    return "file://" + quote(os.fsencode(path)) if _UNPRINTABLE.search(path) else path
+
+
+def printable(text: str) -> str:
+    """Text on one line, with escapes for what a line, a table or JSON cannot hold."""
+    return _UNPRINTABLE.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
+
+
 def is_local(url: str) -> bool:
-    return "file" in protocols(filesystem(url)[0])
+    return _PROTOCOL.match(url) is None
 
 
 def is_memory(url: str) -> bool:
@@ -49,7 +99,10 @@ def protocols(fs: Any) -> tuple[str, ...]:
 
 def absolute(url: str) -> str:
     """A URL that means the same from any working folder: local paths made absolute, others as they are."""
-    return str(Path(filesystem(url)[1]).absolute()) if is_local(url) else url.rstrip("/")
+    if is_local(url):
+        return str(Path(filesystem(url)[1]).absolute())
+    # a page that lists a folder ends in a slash
+    return url if url.startswith("http") else url.rstrip("/")
 
 
 def join(url: str, *parts: str) -> str:
@@ -208,7 +261,8 @@ def _alive(pid: str) -> bool:
 def retrying(what: str, action: Callable[[], Any], attempts: int = 5, first_wait: float = 0.5) -> Any:
     """Call `action` again after passing faults of the network, waiting about twice as long each time.
 
-    What cannot pass (missing, there already, forbidden, a full disk) is raised at once; the last fault is raised as Failure naming `what`.
+    What cannot pass (missing, there already, forbidden, a full disk) is raised at once, that of an HTTP server as the
+    error that a local file would raise; the last fault is raised as Failure naming `what`.
     """
     for attempt in range(attempts):
         try:
@@ -222,12 +276,31 @@ def retrying(what: str, action: Callable[[], Any], attempts: int = 5, first_wait
                 "botocore",
                 "aiobotocore",
             )
+            if refusal := _refusal(e):
+                raise refusal from e
             if not passing or getattr(e, "errno", None) in _LASTING:
                 raise
             if attempt == attempts - 1:
                 raise Failure(f"{what}: {e} (gave up after {attempts} attempts)") from e
             # a thousand processes refused at once shall not come back at once
             time.sleep(first_wait * 2**attempt * random.SystemRandom().uniform(0.5, 1.5))
+
+
+def _refusal(error: Exception) -> OSError | None:
+    """What an HTTP server means by an answer that will not be another one a moment later."""
+    if type(error).__module__.split(".")[0] != "aiohttp":
+        return None
+    import aiohttp
+
+    if isinstance(error, aiohttp.TooManyRedirects):
+        return PermissionError(errno.EACCES, "redirects without end")
+    if isinstance(error, aiohttp.NonHttpUrlClientError | aiohttp.InvalidURL):
+        return PermissionError(errno.EACCES, f"not an HTTP address: {error}")
+    if isinstance(error, aiohttp.ClientResponseError) and 400 <= error.status < 500 and error.status not in _LATER:
+        says = f"HTTP {error.status} {error.message}".strip()
+        gone = error.status in (404, 410)
+        return FileNotFoundError(errno.ENOENT, says) if gone else PermissionError(errno.EACCES, says)
+    return None
 
 
 def _temporary_name(name: str) -> str:

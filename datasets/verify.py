@@ -259,7 +259,11 @@ def _count_problems(dataset: str) -> Iterator[str]:
     except (Failure, KeyError, pa.ArrowException) as e:
         yield f"{dataset}: cannot be counted ({' '.join(str(e).split())}); run the `shard` stage again"
         return
-    for one, other in (("sources", "sources_good + sources_rejected"), ("clips", "clips_cut"), ("planned", "sources")):
+    for one, other in (
+        ("sources", "sources_good + sources_rejected"),
+        ("clips", "clips_cut"),
+        ("planned", "sources + sources_tried_again"),
+    ):
         counts = [sum((totals | {"planned": planned})[n] for n in side.split(" + ")) for side in (one, other)]
         if counts[0] != counts[1] and not (one == "planned" and not planned):
             yield f"{dataset}: {one} = {counts[0]}, but {other} = {counts[1]}; run the `shard` stage again"

@@ -34,10 +34,12 @@ class Node:
 def pin(recipe: Recipe) -> Recipe:
     """The recipe with a digest of all that its stages read from outside, so that every process sees the same world."""
     outside = dict(recipe.outside)
-    for name, config in recipe.stages.items():
-        module = stages.load(config.kind)  # type: ignore[attr-defined]
-        if hasattr(module, "outside") and name not in outside:
-            outside[name] = module.outside(config)
+    for node in build(recipe):
+        module = stages.load(node.kind)
+        if hasattr(module, "outside") and node.name not in outside:
+            outside[node.name] = module.outside(node.config)
+            if hasattr(module, "retried"):
+                outside[node.name] += module.retried(node.output)
     return replace(recipe, outside=outside)
 
 

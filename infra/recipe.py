@@ -162,6 +162,13 @@ def _validate(content: dict[str, Any], path: str) -> Recipe:
         except ValidationError as e:
             raise UserError(f"{path}: {first_line(e, f'stages.{name}', stages.load(config['kind']).Config)}") from e
     workspace = storage.absolute(content["workspace"])
+    for name, config in configs.items():
+        for source in getattr(config, "sources", ()):
+            if source.partition("/**")[0] == workspace:
+                raise UserError(
+                    f"{path}: stages.{name}.sources: {source} is the workspace, whose videos are no sources;"
+                    " put one of them into a folder of its own"
+                )
     deploy = _deploy(content.get("deploy") or {}, path, configs)
     return Recipe(path, content["name"], workspace, configs, content.get("outside") or {}, deploy)
 

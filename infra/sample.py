@@ -2,6 +2,7 @@
 
 import random
 import resource
+import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -59,19 +60,16 @@ def listed(patterns: Sequence[str], sample: int) -> tuple[int, int, list[tuple[s
 
 def look(uri: str, size: int, config: Any) -> Source | None:
     """Cut the first frames of a source as the stage would, in a process of its own; None where that cannot be."""
-    from longtake.pipeline import decode, isolate
+    from longtake.pipeline import decode, fetch, isolate
 
     with tempfile.TemporaryDirectory() as folder:
-        path = uri
-        if not storage.is_local(uri):
-            if size > FETCH_BYTES:
-                return None
-            path = str(Path(folder) / "source")
-            fs, inside = storage.filesystem(uri)
-            try:
-                storage.retrying(uri, lambda: fs.get_file(inside, path))
-            except (OSError, Failure):
-                return None
+        if not storage.is_local(uri) and size > FETCH_BYTES:
+            return None
+        most = sys.maxsize if storage.is_local(uri) else FETCH_BYTES
+        try:
+            path = str(fetch.fetch(uri, Path(folder) / "source", most))
+        except (fetch.Unread, OSError, Failure):
+            return None
         spool = Path(folder) / "clips"
         spool.mkdir()
         plain = config.model_dump(mode="json")

@@ -11,6 +11,7 @@ from typing import Any
 from longtake.datasets import annotations, index, schema, storage
 from longtake.datasets.errors import Failure
 from longtake.datasets.shard import Member, sha256_of, write_tar
+from longtake.pipeline.fetch import Unread, fetch
 from longtake.pipeline.isolate import Worker
 
 _worker: Worker | None = None
@@ -31,7 +32,7 @@ def make_group(
     """Cut the sources of one group and commit its shard.
 
     Args:
-        group: `{"split", "group"}`.
+        group: `{"split", "group"}`, and perhaps `again`: URIs that have been planned anew, in another group.
         rows: its plan rows, in order of identity.
         geometry: the `clip`, `limits`, `diff` and `decoder` of `source.process`, as plain data.
         memory: contents of sources that only the driver can see.
@@ -45,11 +46,21 @@ def make_group(
     folder = storage.join(dataset, split)
     try:
         with storage.spool_folder(folder) as spool:
-            sources, clips = [], []
+            sources, clips = list[Any](), list[Any]()
+            unread, silent = set[str](), set[str]()
             for done, row in enumerate(rows):
                 if board is not None:
                     board.begin.remote(f"{split}/{name}", done, row["uri"])
-                account, cut = _cut(row, spool, geometry, memory or {})
+                if row["uri"] in group.get("again", ()):
+                    account, cut = _rejected("unreachable", "planned again, into a later group"), list[Any]()
+                # a copy takes the place of what could not be read
+                elif row["duplicate_of"] is not None and row["source"] not in unread:
+                    account, cut = _rejected("duplicate", f"same content as {row['duplicate_of']}"), []
+                else:
+                    store = "/".join(row["uri"].split("/", 3)[:3])
+                    account, cut = _cut(row, spool, geometry, memory or {}, attempts=1 if store in silent else 5)
+                    (unread.add if account["reason"] in schema.UNREAD else unread.discard)(row["source"])
+                    (silent.add if account["reason"] == "unreachable" else silent.discard)(store)
                 if (named := len(annotations.rows_of(row["extra"]))) > 1:
                     account["detail"] = "; ".join(filter(None, (account["detail"], f"{named} rows name it")))
                 sources.append(dict.fromkeys(schema.SOURCES.names) | dict(row) | account)
@@ -66,41 +77,35 @@ def make_group(
 
 
 def _cut(
-    row: Mapping[str, Any], spool: Path, geometry: Mapping[str, Any], memory: Mapping[str, bytes]
+    row: Mapping[str, Any], spool: Path, geometry: Mapping[str, Any], memory: Mapping[str, bytes], attempts: int
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     global _worker
     limits = geometry["limits"]
-    if row["duplicate_of"] is not None:
-        return _rejected("duplicate", f"same content as {row['duplicate_of']}"), []
-    if row["bytes"] > limits["max_bytes"]:
+    if (row["bytes"] or 0) > limits["max_bytes"]:
         return _rejected("too_large", f"{row['bytes']} bytes; limits.max_bytes is {limits['max_bytes']}"), []
-    path, fetched = row["uri"], None
+    fetched = spool / "source"
     try:
-        if row["uri"] in memory or not storage.is_local(row["uri"]):
-            path = fetched = str(spool / "source")
-            _fetch(row["uri"], Path(fetched), memory)
-        elif not Path(path).is_file():
-            return _rejected("missing", "no such file"), []
-        else:
-            with Path(path).open("rb"):
-                pass
-    except (FileNotFoundError, PermissionError) as e:
-        return _rejected("missing", e.strerror or str(e)), []
-    _worker = _worker or Worker()
-    extra = annotations.of_sample(row["extra"])
-    job = {"path": path, "source": row["source"], "folder": str(spool), "extra": extra, **geometry}
-    result = _worker.run(job, limits["timeout_seconds"], limits["memory_bytes"])
-    if fetched:
-        Path(fetched).unlink()
-    return result["account"] | {"clips": len(result["clips"])}, result["clips"]
-
-
-def _fetch(uri: str, target: Path, memory: Mapping[str, bytes]) -> None:
-    if uri in memory:
-        target.write_bytes(memory[uri])
-    else:
-        fs, path = storage.filesystem(uri)
-        storage.retrying(uri, lambda: fs.get_file(path, str(target)))
+        path = fetch(row["uri"], fetched, limits["max_bytes"], attempts, memory)
+        size = path.stat().st_size
+        _worker = _worker or Worker()
+        extra = annotations.of_sample(row["extra"])
+        job = {"path": str(path), "source": row["source"], "folder": str(spool), "extra": extra, **geometry}
+        result = _worker.run(job, limits["timeout_seconds"], limits["memory_bytes"])
+    except Unread as e:
+        return _rejected(e.reason, e.detail), []
+    finally:
+        fetched.unlink(missing_ok=True)
+    account, clips = result["account"] | {"clips": len(result["clips"])}, result["clips"]
+    if row["bytes"] is None:
+        account["bytes"] = size
+    elif size != row["bytes"]:
+        account["detail"] = "; ".join(
+            filter(None, [account.get("detail"), f"{size} bytes, listed with {row['bytes']}"])
+        )
+    if account.get("detail"):
+        # a decoder may repeat a name that is no text
+        account["detail"] = storage.printable(account["detail"])
+    return account, clips
 
 
 def _rejected(reason: str, detail: str) -> dict[str, Any]:

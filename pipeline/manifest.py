@@ -317,12 +317,28 @@ def _sizes(column: Any) -> Any:
 
 
 def _resolved(uris: Any, manifest: str) -> Any:
-    """Relative URIs count from the manifest's folder."""
-    relative = pc.invert(pc.or_(pc.match_substring(uris, "://"), pc.starts_with(uris, "/")))
-    if not pc.any(relative).as_py():
+    """Relative URIs count from the manifest's folder; a local file has one name, however its URL is written."""
+    local = storage.is_local(manifest)
+    path = storage.filesystem(manifest)[1] if local else manifest.rstrip("/")
+    if path.startswith("http"):
+        path = path.partition("?")[0]
+    folder = path.rpartition("/")[0] + "/"
+    relative = pc.invert(pc.match_substring_regex(uris, r"^(/|[A-Za-z][A-Za-z0-9+.-]+://|(?i:file|local):/)"))
+    odd = pc.match_substring_regex(uris, r"^(?i:file|local):/|[\x00-\x1f\x7f-\x{9f}\x{2028}\x{2029}]")
+    if local and storage.named(folder) != folder:
+        odd = pc.or_(odd, relative)
+    elif pc.any(relative).as_py():
+        uris = pc.if_else(relative, pc.binary_join_element_wise(folder, uris, ""), uris)
+    if not pc.any(odd).as_py():
         return uris
-    folder = storage.absolute(manifest).rstrip("/").rpartition("/")[0] + "/"
-    return pc.if_else(relative, pc.binary_join_element_wise(folder, uris, ""), uris)
+    names = [_named(uri, folder) for uri in uris.filter(odd).to_pylist()]
+    return pc.replace_with_mask(uris, odd, pa.array(names, pa.string()))
+
+
+def _named(uri: str, folder: str) -> str:
+    if not storage.is_local(uri):
+        return uri
+    return storage.named(storage.filesystem(uri)[1] if uri.startswith("/") or ":/" in uri else folder + uri)
 
 
 def _objects(batch: pa.RecordBatch) -> Any:

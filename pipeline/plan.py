@@ -1,8 +1,9 @@
 """Planning groups: who is the same video, which split, which shard. A plan is written once; a later one adds to it.
 
 A source's identity is its size and a hash of samples of its bytes (or the store's own content tag), so a renamed or
-copied video is known again. Split and place in the order of work follow from the identity alone, never from names or
-listing order. Rows are sorted through buckets on the local disk, so that memory does not grow with their number.
+copied video is known again; where it cannot be read, or its size is not known, it is its name. Split and place in the
+order of work follow from the identity alone, never from names or listing order. Rows are sorted through buckets on the
+local disk, so that memory does not grow with their number.
 """
 
 import contextlib
@@ -10,7 +11,6 @@ import hashlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -22,39 +22,49 @@ import pyarrow.parquet as pq
 from tqdm import tqdm
 
 from longtake.datasets import annotations, index, schema, storage
-from longtake.datasets.errors import Failure
+from longtake.pipeline.copies import told_apart
 from longtake.pipeline.discover import find
+from longtake.pipeline.fetch import Unread, part
+from longtake.pipeline.retry import Tries, answering, read_tries
+from longtake.pipeline.seen import Seen, batches
 
 _SAMPLE_BYTES = 1 << 16
 _ROWS_A_ROW_GROUP = 1 << 16
 _ROWS_AT_ONCE = 1 << 18
 _KNOWN = ("source", "uri", "split")
+_NEW = ("source", "uri", "bytes", "extra", "sampled")
+_UNKNOWN_IN_A_GROUP = 128  # sources of unknown size that fill it
 
 
 def identify(found: pa.RecordBatch, threads: ThreadPoolExecutor) -> np.ndarray:
     """(N,) bytes of 20 hex digits: of a source's size and tag, or of its size and the bytes of its head, middle and tail.
 
-    A file that cannot be read goes by its name; its group will reject it.
+    A source that cannot be read, or only in part, goes by its name: nothing is known to be equal to it.
     """
     tags = pc.binary_join_element_wise(found["bytes"].cast(pa.string()), found["etag"], " ").to_pylist()
     ids = np.array(["" if tag is None else hashlib.sha256(tag.encode()).hexdigest()[:20] for tag in tags], "S20")
-    rest = found.filter(pc.is_null(found["etag"]))
+    rest = found.filter(pa.array(ids == b""))
     if len(rest):
         ids[ids == b""] = list(threads.map(_sampled, rest["uri"].to_pylist(), rest["bytes"].to_pylist()))
     return ids
 
 
-def _sampled(uri: str, size: int) -> str:
-    fs, path = storage.filesystem(uri)
+def _sampled(uri: str, size: int | None) -> str:
+    if size is None:
+        return _by_name(uri)
     digest = hashlib.sha256(str(size).encode())
     try:
         for start in sorted({max(0, at) for at in (0, size // 2, size - _SAMPLE_BYTES)}):
             end = min(start + _SAMPLE_BYTES, size)
             if end > start:
-                digest.update(storage.retrying(uri, partial(fs.cat_file, path, start=start, end=end)))
-    except (FileNotFoundError, PermissionError):
-        digest.update(uri.encode())
+                digest.update(part(uri, size, start, end))
+    except Unread:
+        return _by_name(uri)
     return digest.hexdigest()[:20]
+
+
+def _by_name(uri: str) -> str:
+    return hashlib.sha256(f"name {uri}".encode()).hexdigest()[:20]
 
 
 def assign(
@@ -88,7 +98,8 @@ def assign(
         for at, source in enumerate(ids.tolist() if ours else ()):
             if row := ours.get(source.decode()):
                 val[at], repeats[at], originals[at] = row["split"] == "val", True, row["uri"]
-        sizes = np.where(repeats, 0, np.asarray(new["bytes"]))
+        likely = pc.fill_null(new["bytes"], group_bytes // _UNKNOWN_IN_A_GROUP)
+        sizes = np.where(repeats, 0, np.asarray(likely))
         for split in schema.SPLITS:
             rows = np.flatnonzero(val == (split == "val"))
             some = new.take(pa.array(rows))
@@ -179,20 +190,22 @@ def plan(
         # named by what is there before reading: a plan that another driver writes meanwhile takes this name
         old = [storage.join(folder, name) for name in index.table_names(folder)]
         with storage.spool_folder(dataset) as spool, storage.failing_clearly(str(spool)):
-            new = _Buckets(spool / "new")
-            _identified(find(patterns, threads), _seen(old), new, threads)
+            new, tries = _Buckets(spool / "new"), read_tries(dataset)
+            seen = Seen(old, tries)
+            awaited = {row["uri"]: row for row in tries.awaited if seen.times(row) == row["tries"]}
+            for uri in _identified(find(patterns, threads), seen, new, threads, awaited):
+                del awaited[uri]
+            _try_again(answering(list(awaited.values())), new)
             new.close()
             if not new.count:
                 return groups(dataset)
             known = _Buckets(spool / "known")
-            for batch in chain.from_iterable(_batches(url, _KNOWN) for url in old):
-                known.add(pa.table(batch))
+            for batch in chain.from_iterable(batches(url, _KNOWN) for url in old):
+                # nothing repeats a source of which nothing was read
+                known.add(_without(pa.table(batch), tries))
             known.close()
             added = assign(
-                (
-                    (new.read(bucket), known.read(bucket))
-                    for bucket in tqdm(sorted(new.names), "sort", unit="bucket", delay=2)
-                ),
+                _told_apart(new, known, threads),
                 _free(groups(dataset)),
                 val_fraction,
                 group_bytes,
@@ -205,38 +218,51 @@ def plan(
                 return groups(dataset)
 
 
-def _identified(found: Iterator[pa.RecordBatch], seen: np.ndarray, into: "_Buckets", threads: int) -> None:
+def _told_apart(new: "_Buckets", known: "_Buckets", threads: int) -> Iterator[tuple[pa.Table, pa.Table]]:
+    with ThreadPoolExecutor(threads) as pool:
+        for bucket in tqdm(sorted(new.names), "sort", unit="bucket", delay=2):
+            ours = known.read(bucket)
+            yield told_apart(new.read(bucket), ours, 2 * _SAMPLE_BYTES + 2, pool), ours
+
+
+def _identified(
+    found: Iterator[pa.RecordBatch], seen: Seen, into: "_Buckets", threads: int, awaited: Mapping[str, Any]
+) -> set[str]:
+    """Put what is new into buckets; returns which URIs of `awaited` are new, being listed with another size."""
+    listed_anew = set[str]()
     with ThreadPoolExecutor(threads) as pool, tqdm(desc="identify", unit="source", unit_scale=True) as bar:
         for batch in found:
-            new = batch
-            if len(seen):
-                keys = _keys(batch)
-                at = np.minimum(np.searchsorted(seen, keys), len(seen) - 1)
-                new = batch.filter(pa.array(seen[at] != keys))
+            new = seen.unseen(batch)
             if len(new):
-                columns = {"source": pa.array(identify(new, pool).astype("U20"))}
-                into.add(pa.table(columns | {name: new[name] for name in ("uri", "bytes", "extra")}))
+                columns = {"source": pa.array(identify(new, pool).astype("U20")), "sampled": pc.is_null(new["etag"])}
+                into.add(pa.table({name: columns[name] if name in columns else new[name] for name in _NEW}))
+                if awaited:
+                    listed_anew |= awaited.keys() & set(new["uri"].to_pylist())
             bar.update(len(batch))
+    return listed_anew
 
 
-def _seen(plans: Sequence[str]) -> np.ndarray:
-    """What is known of all planned sources before reading them: sorted digests of URI and size."""
-    parts = [_keys(batch) for url in plans for batch in _batches(url, ("uri", "bytes"))]
-    return np.sort(np.concatenate(parts)) if parts else np.empty(0, "S16")
+def _try_again(rows: Sequence[Mapping[str, Any]], into: "_Buckets") -> None:
+    """Plan sources that were unreachable once more; one whose content was known by then keeps its identity."""
+    again = []
+    for row in rows:
+        nameless = row["source"] == _by_name(row["uri"])
+        source = _sampled(row["uri"], row["bytes"]) if nameless else row["source"]
+        again.append({name: row[name] for name in ("uri", "bytes", "extra")} | {"source": source, "sampled": nameless})
+    if again:
+        fields = [schema.PLAN.field(n) for n in ("source", "uri", "bytes", "extra")]
+        into.add(pa.Table.from_pylist(again, pa.schema([*fields, ("sampled", pa.bool_())])))
 
 
-def _keys(batch: pa.RecordBatch) -> np.ndarray:
-    named = pc.binary_join_element_wise(batch["bytes"].cast(pa.string()), batch["uri"], " ").to_pylist()
-    return np.frombuffer(b"".join([hashlib.blake2b(n.encode(), digest_size=16).digest() for n in named]), "S16")
+def _without(known: pa.Table, tries: Tries) -> pa.Table:
+    if not len(tries.unread):
+        return known
+    unread = pc.is_in(_joined(known), _joined(tries.unread))
+    return known.filter(pc.invert(pc.or_(unread, pc.is_in(known["source"], tries.lost))))
 
 
-def _batches(url: str, columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
-    fs, path = storage.filesystem(url)
-    try:
-        with fs.open(path, "rb") as f:
-            yield from pq.ParquetFile(f).iter_batches(_ROWS_A_ROW_GROUP, columns=list(columns))
-    except (pa.ArrowException, OSError) as e:
-        raise Failure(f"{url}: cannot be read ({' '.join(str(e).split())}); run the same command again") from e
+def _joined(rows: pa.Table) -> pa.ChunkedArray:
+    return pc.binary_join_element_wise(rows["source"], rows["uri"], " ")
 
 
 class _Buckets:
@@ -318,7 +344,7 @@ def groups(dataset: str) -> list[dict[str, Any]]:
     folder = storage.join(dataset, "plan")
     for name in index.table_names(folder):
         counts = dict[tuple[str, int], int]()
-        for batch in _batches(storage.join(folder, name), ("split", "group")):
+        for batch in batches(storage.join(folder, name), ("split", "group")):
             counted = pa.table(batch).group_by(["split", "group"], use_threads=False).aggregate([([], "count_all")])
             for row in counted.to_pylist():
                 key = row["split"], row["group"]

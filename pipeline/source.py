@@ -23,7 +23,9 @@ from longtake.pipeline.geometry import ClipConfig, FrameDiffConfig, LimitsConfig
 from longtake.pipeline.score import perceptual_hash, score
 
 REASONS = {
-    "missing": "the file is gone or may not be read",
+    "missing": "there is no such file",
+    "refused": "it may not be read, or its store will not give it",
+    "unreachable": "its store did not give it whole; it is tried again once it answers",
     "duplicate": "the same content as another source",
     "empty": "the file has no bytes",
     "unreadable": "no decoder opens it",

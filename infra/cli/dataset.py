@@ -51,16 +51,13 @@ def ls(url: str) -> None:
 @click.option("--rejected", is_flag=True, help="Only those that gave no clip.")
 def sources(url: str, rejected: bool) -> None:
     """A line for each source of DATASET: status, clips, reason, URI."""
-    from longtake.datasets import index
+    from longtake.datasets import index, storage
 
     index.describe(url)
     for row in index.read_sources(url).to_pylist():
         if not (rejected and row["status"] == "good"):
-            click.echo(
-                "\t".join(
-                    [row["status"], str(row["clips"]), row["reason"] or "-", row["uri"], row["detail"] or ""]
-                ).rstrip()
-            )
+            facts = [row["status"], str(row["clips"]), row["reason"] or "-", row["uri"], row["detail"] or ""]
+            click.echo("\t".join(storage.printable(fact) for fact in facts).rstrip())
 
 
 @dataset.command()

@@ -41,15 +41,17 @@ def account(dataset: str, clips: pa.Table, view: pa.Table | None) -> dict[str, A
 
     The two sides of a line come from different files (plan, sources, indexes, view), so that a lost one shows.
     """
-    sources = index.read_sources(dataset)
+    tries = index.read_tries(dataset)
+    sources = index.last_tries(tries)
     planned = sum(group["sources"] for group in groups(dataset))
     rejected = sources.filter(pc.equal(sources["status"], "rejected")).sort_by(
         [("reason", "ascending"), ("uri", "ascending")]
     )
     good = sources.filter(pc.equal(sources["status"], "good"))
     odd = good.filter(pc.is_valid(good["detail"])).sort_by("uri")
+    again = [Part("planned again", n, True)] if (n := len(tries) - len(sources)) else []
     lines = [
-        Line("sources found", planned, [Part("good", len(good), True), *_rejections(rejected)], "rejected"),
+        Line("sources found", planned, [Part("good", len(good), True), *again, *_rejections(rejected)], "rejected"),
         Line(
             "clips cut",
             _sum(sources["clips"]),

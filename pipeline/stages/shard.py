@@ -13,12 +13,14 @@ from tqdm import tqdm
 from longtake.datasets import index, schema, storage
 from longtake.datasets.errors import Failure, Interrupted, UserError
 from longtake.datasets.stage import Scheduling, StageConfig
+from longtake.pipeline import retry
 from longtake.pipeline.cluster import TaskConfig, connected
 from longtake.pipeline.commit import group_name, make_group
 from longtake.pipeline.discover import listing_digest
 from longtake.pipeline.geometry import ClipConfig, FrameDiffConfig, LimitsConfig
 from longtake.pipeline.plan import groups as groups_of
 from longtake.pipeline.plan import plan, sources_of
+from longtake.pipeline.seen import planned_again
 from longtake.pipeline.watch import Board, watched
 
 VERSION = 3
@@ -42,7 +44,11 @@ class Config(StageConfig):
     @field_validator("sources")
     @classmethod
     def _absolute(cls, sources: tuple[str, ...]) -> tuple[str, ...]:
-        return tuple(storage.absolute(s) for s in sources)
+        if "" in (s.strip() for s in sources):
+            raise ValueError("a source is empty; name a folder, a file, a glob or a manifest")
+        return tuple(
+            storage.named(storage.absolute(s)) if storage.is_local(s) else storage.absolute(s) for s in sources
+        )
 
     @model_validator(mode="after")
     def _patient(self) -> "Config":
@@ -57,6 +63,11 @@ class Config(StageConfig):
 def outside(config: Config) -> str:
     """Changes with the listing of the sources."""
     return listing_digest(config.sources)
+
+
+def retried(uri: str) -> str:
+    """Changes when sources that could not be reached before are planned again, or can be reached now."""
+    return retry.retried(uri)
 
 
 def complete(uri: str) -> bool:
@@ -86,7 +97,8 @@ def run(config: Config, inputs: Mapping[str, str], output: str) -> dict[str, Any
         raise UserError(
             f"sources: none of {totals['sources']} sources gave a clip ({reasons}); see `longtake dataset sources {output}`"
         )
-    assert totals["sources"] == totals["sources_good"] + totals["sources_rejected"] == sum(g["sources"] for g in groups)
+    assert totals["sources"] == totals["sources_good"] + totals["sources_rejected"]
+    assert totals["sources"] + totals["sources_tried_again"] == sum(g["sources"] for g in groups)
     assert totals["clips"] == totals["clips_cut"]
     flat = {name: float(value) for name, value in totals.items() if isinstance(value, int | float)}
     return {
@@ -130,6 +142,8 @@ def _make(config: Config, output: str, groups: list[dict[str, Any]]) -> None:
     if any(storage.is_memory(pattern) for pattern in config.sources):
         uris = (source["uri"] for group in groups for source in sources_of(output, group))
         memory = {uri: storage.read(uri) for uri in uris if storage.is_memory(uri)}
+    again = planned_again(output, groups)
+    groups = [g | {"again": again.get((g["split"], g["group"]), [])} for g in groups]
     errors = []
     try:
         with (
@@ -149,7 +163,7 @@ def _make(config: Config, output: str, groups: list[dict[str, Any]]) -> None:
             def tell(done: int, line: str) -> None:
                 bar.update(max(0, done - bar.n))
                 if line:
-                    bar.write(f"shard: {line}", file=sys.stderr)
+                    bar.write(f"shard: {storage.printable(line)}", file=sys.stderr)
 
             clips = done = 0
             for result in watched(made.iter_rows(), ray, board, "shard", config.task.stall_seconds, tell):

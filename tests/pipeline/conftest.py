@@ -279,8 +279,8 @@ class FaultyS3:
 
 
 @pytest.fixture(scope="module")
-def s3(tiny_videos: Path) -> Iterator[FaultyS3]:
-    """A server with s3://raw, the tiny videos, and s3://lake, empty; this process and its children reach it."""
+def s3_server() -> Iterator[FaultyS3]:
+    """A server with s3://raw and s3://lake, both empty; this process and its children reach it."""
     from moto.backends import get_backend
     from s3fs import S3FileSystem
 
@@ -294,9 +294,15 @@ def s3(tiny_videos: Path) -> Iterator[FaultyS3]:
             fs = storage.filesystem("s3://raw")[0]
             for bucket in ("raw", "lake"):
                 fs.mkdir(bucket)
-            fs.put([str(p) for p in sorted(tiny_videos.iterdir())], "raw/")
             yield server
         finally:
             S3FileSystem.clear_instance_cache()
             server.close()
             get_backend("s3").reset()
+
+
+@pytest.fixture(scope="module")
+def s3(s3_server: FaultyS3, tiny_videos: Path) -> FaultyS3:
+    """The server with the tiny videos in s3://raw."""
+    storage.filesystem("s3://raw")[0].put([str(p) for p in sorted(tiny_videos.iterdir())], "raw/")
+    return s3_server

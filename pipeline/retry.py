@@ -1,0 +1,87 @@
+"""Sources that could not be read when their group was made. Those that were unreachable are planned again, into a new
+group, once their store answers; nothing else is made again.
+"""
+
+import hashlib
+from collections import Counter
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from longtake.datasets import index, schema, storage
+from longtake.pipeline.fetch import answers
+
+_FIELDS = ("source", "uri", "bytes", "split", "group", "duplicate_of", "extra", "reason")
+_EMPTY = schema.SOURCES.empty_table().select(_FIELDS)
+
+
+@dataclass(frozen=True)
+class Tries:
+    """What planning needs to know of sources that were tried before.
+
+    Attributes:
+        unread: the last row of each source of which nothing was read, columns of schema.SOURCES.
+        lost: identities of which nothing was ever read.
+        awaited: rows of `unread` that are worth another try, each with its number of `tries`.
+        repeated: URIs of unreachable sources that were planned again.
+    """
+
+    unread: pa.Table
+    lost: pa.Array
+    awaited: list[dict[str, Any]]
+    repeated: frozenset[str]
+
+
+def read_tries(dataset: str, threads: int = 16) -> Tries:
+    """Of the sources of all committed groups: others will be made, and accounted for, again."""
+    urls = [
+        storage.join(dataset, "sources", f"{split}-{name}.parquet")
+        for split in schema.SPLITS
+        for name in index.shard_names(dataset, split)
+    ]
+    with ThreadPoolExecutor(threads) as pool:
+        tables = list(pool.map(lambda url: index.from_parquet(url, list(_FIELDS)), urls))
+    rows = pa.concat_tables([_EMPTY, *(table.replace_schema_metadata(None) for table in tables)])
+    last = index.last_tries(rows)
+    failed = pc.fill_null(pc.is_in(last["reason"], pa.array(schema.UNREAD)), False)
+    unread, read = last.filter(failed), last.filter(pc.invert(failed))
+    read = read.filter(pc.invert(pc.fill_null(pc.equal(read["reason"], "duplicate"), False)))
+    lost = unread["source"].filter(pc.invert(pc.is_in(unread["source"], read["source"])))
+    answered = set(read["uri"].filter(pc.is_in(read["uri"], unread["uri"])).to_pylist())
+    unreachable = rows.filter(pc.equal(rows["reason"], "unreachable"))
+    counts = Counter(zip(unreachable["uri"].to_pylist(), unreachable["bytes"].to_pylist(), strict=True))
+    awaited = [
+        row | {"tries": counts[row["uri"], row["bytes"]]}
+        for row in unread.filter(pc.equal(unread["reason"], "unreachable")).to_pylist()
+        if row["uri"] not in answered
+    ]
+    superseded = rows.filter(pc.invert(pc.is_in(_places(rows), _places(last))))
+    repeated = superseded["uri"].filter(pc.equal(superseded["reason"], "unreachable")).to_pylist()
+    return Tries(unread, lost.combine_chunks(), awaited, frozenset(repeated))
+
+
+def _places(rows: pa.Table) -> pa.ChunkedArray:
+    return pc.binary_join_element_wise(rows["split"], rows["group"].cast(pa.string()), rows["uri"], " ")
+
+
+def answering(awaited: Sequence[dict[str, Any]], threads: int = 16) -> list[dict[str, Any]]:
+    """Those whose store gives their first byte now, or refuses it for good."""
+    with ThreadPoolExecutor(threads) as pool:
+        told = list(pool.map(answers, [row["uri"] for row in awaited]))
+    return [row for row, answer in zip(awaited, told, strict=True) if answer]
+
+
+def retried(dataset: str) -> str:
+    """A digest of the unreachable sources that were planned again or answer for the first time; empty where there are none.
+
+    One that fails its second try changes it no more: a store that never gives a source whole makes nothing run for ever.
+    """
+    tries = read_tries(dataset)
+    again = tries.repeated | {
+        row["uri"] for row in answering([r for r in tries.awaited if r["uri"] not in tries.repeated])
+    }
+    return hashlib.sha256("\n".join(sorted(again)).encode()).hexdigest() if again else ""

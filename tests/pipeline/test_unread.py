@@ -1,0 +1,380 @@
+"""One bad source never stops a job: it has its row with the reason, and what may pass is tried again."""
+
+import gzip
+import hashlib
+import threading
+from collections import Counter
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from fsspec import register_implementation
+from fsspec.implementations.memory import MemoryFileSystem
+
+from longtake.datasets import index, schema, storage
+from longtake.datasets.errors import UserError
+from longtake.datasets.verify import verify
+from longtake.pipeline import plan, retry, seen
+from longtake.pipeline.commit import make_group
+from longtake.pipeline.discover import find
+from longtake.pipeline.geometry import ClipConfig, FrameDiffConfig, LimitsConfig
+from longtake.pipeline.stages import shard
+
+LIMITS = LimitsConfig().model_dump(mode="json")
+GEOMETRY = {
+    "clip": ClipConfig(short_side=32, fps=10, max_seconds=1).model_dump(mode="json"),
+    "limits": LIMITS | {"max_bytes": 1 << 20},
+    "diff": FrameDiffConfig().model_dump(mode="json"),
+    "decoder": "pyav",
+}
+
+
+class Web:
+    """A server whose paths are MODE/FILE: the mode says in which way it answers. `healed` modes answer well."""
+
+    def __init__(self, folder: Path) -> None:
+        web = self
+        self.asked = Counter[str]()
+        self.healed = set[str]()
+        self.end = threading.Event()
+
+        class Handler(BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
+            def log_message(self, *_: object) -> None:
+                pass
+
+            def do_HEAD(self) -> None:
+                web._answer(self, folder, head=True)
+
+            def do_GET(self) -> None:
+                web.asked[self.path] += 1
+                web._answer(self, folder, head=False)
+
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self._server.daemon_threads = True
+        threading.Thread(target=self._server.serve_forever, daemon=True).start()
+        self.url = f"http://127.0.0.1:{self._server.server_port}"
+
+    def close(self) -> None:
+        self.end.set()
+        self._server.shutdown()
+        self._server.server_close()
+
+    def _answer(self, to: BaseHTTPRequestHandler, folder: Path, head: bool) -> None:
+        mode, _, name = to.path.strip("/").partition("/")
+        if mode in self.healed:
+            mode = "plain"
+        data = (folder / name).read_bytes() if (folder / name).is_file() else b"none"
+        headers = {"Content-Length": str(len(data))}
+        status = int(mode) if mode.isdigit() else 200
+        if mode.isdigit():
+            data, headers = b"", {"Content-Length": "0"}
+        elif mode in ("loop", "file", "moved"):
+            place = {"loop": to.path, "file": (folder / name).as_uri(), "moved": f"/plain/{name}"}[mode]
+            status, data, headers = 302, b"", {"Location": place, "Content-Length": "0"}
+        elif mode == "gzip":
+            data = gzip.compress(data)
+            headers = {"Content-Encoding": "gzip", "Content-Length": str(len(data))}
+        elif mode in ("chunked", "endless"):
+            headers = {"Transfer-Encoding": "chunked"}
+            data = b"%x\r\n%s\r\n0\r\n\r\n" % (len(data), data)
+        elif mode == "silent":
+            self.end.wait(60)
+            to.close_connection = True
+            return
+        elif mode == "closed":
+            headers = {"Connection": "close"}
+            to.close_connection = True
+        elif mode == "cut":
+            data = data[: len(data) // 2]
+            to.close_connection = True
+        elif mode == "plain" and (asked := to.headers.get("Range")):
+            first, last = (int(n) for n in asked.removeprefix("bytes=").split("-"))
+            headers = {"Content-Range": f"bytes {first}-{min(last, len(data) - 1)}/{len(data)}"}
+            status, data = 206, data[first : last + 1]
+            headers["Content-Length"] = str(len(data))
+        to.send_response(status)
+        for key, value in headers.items():
+            to.send_header(key, value)
+        to.end_headers()
+        try:
+            if not head:
+                while mode == "endless":
+                    to.wfile.write(b"10000\r\n%s\r\n" % bytes(1 << 16))
+                to.wfile.write(data)
+        except OSError:
+            to.close_connection = True
+
+
+@pytest.fixture
+def web(tiny_videos: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Web]:
+    monkeypatch.setattr("time.sleep", lambda _: None)
+    server = Web(tiny_videos)
+    yield server
+    server.close()
+
+
+def listed(folder: Path, *uris: str, **columns: list[Any]) -> str:
+    pq.write_table(pa.table({"uri": list(uris)} | columns), folder / "list.parquet")
+    return str(folder / "list.parquet")
+
+
+def make(dataset: Path, pattern: str, group_sources: int = 3) -> dict[str, Any]:
+    """What the stage does, without Ray; returns what became of each source: `{URI: "good" or the reason}`."""
+    url = str(dataset)
+    storage.write(f"{url}/dataset.json", storage.canonical_json({"format": schema.FORMAT_VERSION}))
+    groups = plan.plan(url, [pattern], 0.2, 1 << 30, group_sources)
+    for group in shard.missing_groups(url, groups):
+        assert not make_group(group, plan.sources_of(url, group), url, GEOMETRY)["error"]
+    assert not list(verify(url))
+    totals = index.summary(url)
+    rows = index.read_sources(url).to_pylist()
+    assert len(rows) == totals["sources"] == totals["sources_good"] + totals["sources_rejected"]
+    assert totals["clips"] == totals["sources_good"], "tiny videos have a clip each"
+    assert len({row["uri"] for row in rows}) == len(rows)
+    return {row["uri"]: row["reason"] or "good" for row in rows}
+
+
+def hashes(dataset: Path) -> dict[str, str]:
+    return {str(p): hashlib.sha256(p.read_bytes()).hexdigest() for p in dataset.rglob("*") if p.is_file()}
+
+
+WAYS = {
+    "plain": "good", "chunked": "good", "gzip": "good", "closed": "good", "moved": "good", "404": "missing",
+    "410": "missing", "401": "refused", "403": "refused", "451": "refused", "400": "refused", "loop": "refused",
+    "file": "refused", "endless": "too_large", "503": "unreachable", "429": "unreachable", "cut": "unreachable",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("sized", [False, True])
+def test_each_way_of_not_answering_is_a_row_and_the_others_become_clips(web: Web, tmp_path: Path, sized: bool) -> None:
+    uris = {f"{web.url}/{way}/{n % 16}.mp4": reason for n, (way, reason) in enumerate(WAYS.items()) if n < 16}
+    uris[f"{web.url}/cut/15.mp4"] = "unreachable"
+    odd = {"http://": "refused", "nowhere://x/y.mp4": "refused", f"{tmp_path}/gone.mp4": "missing", "/\0": "refused"}
+    odd[f"{tmp_path}/{'x' * 300}.mp4"] = "missing"
+    odd |= {"http://127.0.0.1:1/a.mp4": "unreachable", f"file://{tmp_path}/none.mp4": "missing"}
+    columns: dict[str, list[Any]] = {}
+    if sized:
+        count = len(uris | odd)
+        columns = {"bytes": [5000 + n for n in range(count)], "etag": [f"e{n}" for n in range(count)]}
+    told = make(tmp_path / "ds", listed(tmp_path, *(uris | odd), **columns))
+    by_path = {storage.filesystem(u)[1] if storage.is_local(u) else u: reason for u, reason in told.items()}
+    expected = {storage.filesystem(u)[1] if storage.is_local(u) else u: r for u, r in (uris | odd).items()}
+    assert by_path == expected
+    details = {
+        row["uri"].split("/")[3]: row["detail"]
+        for row in index.read_sources(str(tmp_path / "ds")).to_pylist()
+        if web.url in row["uri"]
+    }
+    assert "HTTP 403" in details["403"] and "HTTP 503" in details["503"] and "without end" in details["loop"]
+    assert "not an HTTP address" in details["file"] and web.asked["/403/8.mp4"] < 5, (
+        "what is refused is not asked again"
+    )
+
+
+def test_what_was_unreachable_is_made_once_it_answers_and_nothing_else_again(web: Web, tmp_path: Path) -> None:
+    uris = [f"{web.url}/{way}/{n}.mp4" for n, way in enumerate(["plain", "503", "429", "404", "plain", "429", "gzip"])]
+    manifest, dataset = listed(tmp_path, *uris), tmp_path / "ds"
+    first = make(dataset, manifest)
+    assert Counter(first.values()) == {"good": 3, "unreachable": 3, "missing": 1}
+    made = hashes(dataset)
+    assert make(dataset, manifest) == first and hashes(dataset) == made, "what still does not answer is not planned"
+    digests = [retry.retried(str(dataset))]
+    for healed in ({"503"}, {"503", "429"}):
+        web.healed = healed
+        digests.append(retry.retried(str(dataset)))
+        before = hashes(dataset)
+        web.asked.clear()
+        told = make(dataset, manifest)
+        assert told == first | {u: "good" for u in uris if u.split("/")[3] in healed}
+        assert before.items() <= hashes(dataset).items()
+        assert not any("/plain/" in path for path in web.asked), "no source that was made is read again"
+        assert retry.retried(str(dataset)) == digests[-1], "it stands for what was tried again since"
+    assert len(set(digests)) == 3 and digests[0] == ""
+    whole = hashes(dataset)
+    assert make(dataset, manifest) and hashes(dataset) == whole
+    totals = index.summary(str(dataset))
+    assert totals["sources"] == 7 and totals["sources_tried_again"] == 3
+
+
+def test_a_source_that_is_always_cut_short_makes_nothing_run_for_ever(
+    web: Web, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    manifest, dataset = listed(tmp_path, f"{web.url}/plain/0.mp4", f"{web.url}/cut/1.mp4"), tmp_path / "ds"
+    monkeypatch.setattr(retry, "answers", lambda uri: True)
+    first = make(dataset, manifest)
+    digest = retry.retried(str(dataset))
+    assert digest and set(first.values()) == {"good", "unreachable"}
+    assert make(dataset, manifest) == first
+    assert retry.retried(str(dataset)) == digest
+    # as after a driver that died once it had planned
+    url = str(dataset)
+    plan.plan(url, [manifest], 0.2, 1 << 30, 3)
+    assert (
+        plan.plan(url, [manifest], 0.2, 1 << 30, 3) == plan.groups(url) and len(index.table_names(f"{url}/plan")) == 3
+    )
+    # and a shard that is made again has nothing that a later one has
+    web.healed = {"cut"}
+    told = make(dataset, manifest)
+    assert set(told.values()) == {"good"}
+    (old,) = (
+        g for g in plan.groups(url) if any("/cut/" in r["uri"] for r in plan.sources_of(url, g)) and g["plan"][4] == "0"
+    )
+    before = index.summary(url)
+    Path(f"{url}/{old['split']}/{old['group']:05d}.parquet").unlink()
+    old["again"] = seen.planned_again(url, [old])[old["split"], old["group"]]
+    assert not make_group(old, plan.sources_of(url, old), url, GEOMETRY)["error"]
+    assert index.summary(url) == before and not list(verify(url))
+
+
+def test_long_files_are_copies_only_if_every_byte_is(tmp_path: Path) -> None:
+    """Samples see head, middle and tail."""
+    data = bytearray(1 << 20)
+    contents = {"a": bytes(data), "copy": bytes(data)}
+    for n, name in enumerate(("b", "c")):
+        data[200_000] = n + 1
+        contents[name] = bytes(data)
+    contents["b again"] = contents["b"]
+    for name, content in contents.items():
+        (tmp_path / f"{name}.mp4").write_bytes(content)
+
+    def copies(*names: str) -> dict[str, str | None]:
+        patterns = [str(tmp_path / f"{name}.mp4") for name in names]
+        plan.plan(str(tmp_path / "ds"), patterns, 0, 1 << 30, 9)
+        rows = [r for g in plan.groups(str(tmp_path / "ds")) for r in plan.sources_of(str(tmp_path / "ds"), g)]
+        return {Path(r["uri"]).stem: r["duplicate_of"] and Path(r["duplicate_of"]).stem for r in rows}
+
+    assert copies("b", "a", "copy") == {"a": None, "copy": "a", "b": None}
+    assert copies(*contents) == {"a": None, "copy": "a", "b": None, "b again": "b", "c": None}
+    rows = [r for g in plan.groups(str(tmp_path / "ds")) for r in plan.sources_of(str(tmp_path / "ds"), g)]
+    assert len({r["source"] for r in rows}) == 3
+
+
+def test_a_source_is_a_copy_only_of_what_was_read(web: Web, tmp_path: Path) -> None:
+    none = [f"{web.url}/404/0.mp4", f"{web.url}/404/1.mp4", f"{tmp_path}/a.mp4", f"{tmp_path}/b.mp4"]
+    unknown = [f"{web.url}/{way}/{n}.mp4" for n, way in enumerate(["chunked", "chunked", "gzip", "closed"])]
+    told = make(tmp_path / "ds", listed(tmp_path, *none, *unknown))
+    assert [told[u] for u in none + unknown] == ["missing"] * 4 + ["good"] * 4
+
+
+def test_a_copy_takes_the_place_of_what_cannot_be_read(web: Web, tmp_path: Path) -> None:
+    uris = [f"{web.url}/403/1.mp4", f"{web.url}/moved/1.mp4", f"{web.url}/plain/1.mp4"]
+    told = make(tmp_path / "ds", listed(tmp_path, *uris, bytes=[7] * 3, etag=["same"] * 3))
+    assert told == {uris[0]: "refused", uris[1]: "good", uris[2]: "duplicate"}
+    later = listed(tmp_path, *uris, f"{web.url}/chunked/1.mp4", bytes=[7] * 4, etag=["same"] * 4)
+    assert make(tmp_path / "ds", later)[f"{web.url}/chunked/1.mp4"] == "duplicate"
+
+
+def test_a_size_that_is_told_only_sometimes_makes_no_new_source(web: Web, tmp_path: Path) -> None:
+    uris = [f"{web.url}/{mode}/{n}.mp4" for n, mode in enumerate(["chunked", "plain", "chunked", "404"])]
+    first = make(tmp_path / "ds", listed(tmp_path, *uris))
+    web.healed = {"chunked"}
+    assert make(tmp_path / "ds", listed(tmp_path, *uris)) == first
+    web.healed = {"chunked", "404"}
+    assert make(tmp_path / "ds", listed(tmp_path, *uris)) == first | {uris[3]: "good"}, "a new file under an old name"
+    totals = index.summary(str(tmp_path / "ds"))
+    assert totals["sources"] == 4 and totals["sources_tried_again"] == 1
+
+
+def test_an_archived_object_is_a_row(s3_server: Any, tiny_videos: Path, tmp_path: Path) -> None:
+    fs = storage.filesystem("s3://lake")[0]
+    fs.pipe_file("lake/videos/a%20b?.mp4", (tiny_videos / "0.mp4").read_bytes())
+    fs.call_s3("put_object", Bucket="lake", Key="videos/cold.mp4", Body=b"x" * 9, StorageClass="GLACIER")
+    fs.invalidate_cache()
+    told = make(tmp_path / "ds", "s3://lake/videos")
+    assert told == {"s3://lake/videos/a%20b?.mp4": "good", "s3://lake/videos/cold.mp4": "refused"}
+
+
+def test_a_server_that_says_nothing_is_waited_for_no_longer_than_a_while(
+    web: Web, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = storage.filesystem(web.url)[0].client_kwargs["timeout"]
+    assert plain.total is None and plain.sock_read and plain.sock_connect, "a long file may take its time, silence not"
+    brief = {"client_kwargs": {"timeout": aiohttp.ClientTimeout(total=None, sock_read=0.3)}}
+    monkeypatch.setattr(storage, "_options", lambda protocol: brief if protocol == "http" else {})
+    uris = [f"{web.url}/silent/0.mp4", f"{web.url}/plain/1.mp4"]
+    told = make(tmp_path / "ds", listed(tmp_path, *uris, bytes=[5, 5], etag=["a", "b"]))
+    assert told == {uris[0]: "unreachable", uris[1]: "good"}
+
+
+class Denying(MemoryFileSystem):
+    """A store whose answers are errors of `denials`."""
+
+    protocol = "denying"
+    denial: Exception = OSError()
+
+    @classmethod
+    def _strip_protocol(cls, path: str) -> str:
+        return super()._strip_protocol(path.removeprefix("denying://"))
+
+    def get_file(self, *_: Any, **__: Any) -> None:
+        raise Denying.denial
+
+    def info(self, *_: Any, **__: Any) -> Any:
+        raise Denying.denial
+
+
+class Expired(Exception):
+    def __init__(self, code: str) -> None:
+        super().__init__(code)
+        self.response = {"Error": {"Code": code}}
+
+
+@pytest.mark.parametrize(
+    ("denial", "expected"),
+    [
+        (PermissionError("Access Denied"), "refused"),
+        (TimeoutError(), "unreachable"),
+        (ConnectionResetError("reset by peer"), "unreachable"),
+        (OSError(28, "No space left on device"), "of this machine"),
+        ("ExpiredToken", "of this machine"),
+    ],
+)
+def test_what_is_wrong_with_this_machine_is_no_fault_of_a_source(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, denial: Any, expected: str
+) -> None:
+    monkeypatch.setattr("time.sleep", lambda _: None)
+    register_implementation("denying", Denying, clobber=True)
+    if isinstance(denial, str):
+        error = PermissionError("The provided token has expired")
+        error.__cause__, denial = Expired(denial), error
+    monkeypatch.setattr(Denying, "denial", denial)
+    row = {"source": "ab" * 10, "uri": "denying://b/a.mp4", "bytes": 5, "split": "train", "group": 0, "extra": None}
+    result = make_group(row, [row | {"duplicate_of": None}], str(tmp_path), GEOMETRY)
+    if expected == "of this machine":
+        assert result["error"] and not index.shard_names(str(tmp_path), "train")
+    else:
+        assert not result["error"]
+        assert index.read_sources(str(tmp_path))["reason"].to_pylist() == [expected]
+
+
+def test_a_bucket_that_may_not_be_listed_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    register_implementation("denying", Denying, clobber=True)
+    monkeypatch.setattr(Denying, "denial", PermissionError("Access Denied"))
+    with pytest.raises(UserError, match=r"denying://b/x: may not be read \(Access Denied\)"):
+        list(find(["denying://b/x"]))
+
+
+def test_names_that_are_no_text_are_cut(tmp_path: Path, tiny_videos: Path) -> None:
+    data = [(tiny_videos / f"{n}.mp4").read_bytes() for n in range(3)]
+    for name, content in zip(("caf\udce9.mp4", "new\nline.mp4", "frame-%05d [x]*?.mp4"), data, strict=True):
+        (tmp_path / "in").mkdir(exist_ok=True)
+        (tmp_path / "in" / name).write_bytes(content)
+    (tmp_path / "in/bro\udce9ken.mp4").write_bytes(b"no video")
+    told = make(tmp_path / "ds", str(tmp_path / "in"))
+    assert Counter(told.values()) == {"good": 3, "unreadable": 1}
+    for row in index.read_sources(str(tmp_path / "ds")).to_pylist():
+        assert storage.printable(row["uri"] + (row["detail"] or "")) == row["uri"] + (row["detail"] or "")
+
+
+def test_a_fetch_answers_once_for_a_store_that_is_silent(web: Web, tmp_path: Path) -> None:
+    uris = [f"{web.url}/503/{n}.mp4" for n in range(6)]
+    make(tmp_path / "ds", listed(tmp_path, *uris, bytes=[1] * 6, etag=list("abcdef")), group_sources=6)
+    # the first of each split is tried five times
+    assert sum(n for path, n in web.asked.items()) <= 2 * 5 + 4
