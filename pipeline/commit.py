@@ -13,6 +13,7 @@ from longtake.datasets.errors import Failure
 from longtake.datasets.shard import Member, sha256_of, write_tar
 from longtake.pipeline.fetch import Unread, fetch
 from longtake.pipeline.isolate import Worker
+from longtake.pipeline.retry import waiting
 
 _worker: Worker | None = None
 
@@ -53,6 +54,8 @@ def make_group(
                     board.begin.remote(f"{split}/{name}", done, row["uri"])
                 if row["uri"] in group.get("again", ()):
                     account, cut = _rejected("unreachable", "planned again, into a later group"), list[Any]()
+                elif row["source"] == waiting(row["uri"]):
+                    account, cut = _rejected("unreachable", "gave no answer, or not the whole, when it was planned"), []
                 # a copy takes the place of what could not be read
                 elif row["duplicate_of"] is not None and row["source"] not in unread:
                     account, cut = _rejected("duplicate", f"same content as {row['duplicate_of']}"), []

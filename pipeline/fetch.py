@@ -165,7 +165,7 @@ def _telling() -> Iterator[None]:
             raise Failure(str(e)) from e
         raise Unread("refused", str(e)) from e
     except (FileNotFoundError, NotADirectoryError) as e:
-        raise Unread("missing", e.strerror or str(e)) from e
+        raise Unread("missing", e.strerror or "its store has no such file") from e
     except PermissionError as e:
         _raise_ours(e.__cause__)
         raise Unread("refused", e.strerror or str(e)) from e
@@ -176,6 +176,13 @@ def _telling() -> Iterator[None]:
         raise Unread("missing" if lasting else "unreachable", e.strerror or str(e)) from e
     except ValueError as e:
         raise Unread("refused", str(e)) from e
+    except Unread:
+        raise
+    except Exception as e:
+        # clients of stores have errors of their own
+        codes = {str(getattr(e, name, "")) for name in ("status_code", "status", "code")}
+        reason = "missing" if codes & {"404", "410"} else "refused" if codes & {"401", "403", "451"} else "unreachable"
+        raise Unread(reason, f"{type(e).__name__}: {e}") from e
 
 
 def _raise_ours(cause: BaseException | None) -> None:

@@ -25,7 +25,7 @@ from longtake.datasets import annotations, index, schema, storage
 from longtake.pipeline.copies import told_apart
 from longtake.pipeline.discover import find
 from longtake.pipeline.fetch import Unread, part
-from longtake.pipeline.retry import Tries, answering, read_tries
+from longtake.pipeline.retry import Tries, answering, by_name, read_tries, waiting
 from longtake.pipeline.seen import Seen, batches
 
 _SAMPLE_BYTES = 1 << 16
@@ -39,7 +39,8 @@ _UNKNOWN_IN_A_GROUP = 128  # sources of unknown size that fill it
 def identify(found: pa.RecordBatch, threads: ThreadPoolExecutor) -> np.ndarray:
     """(N,) bytes of 20 hex digits: of a source's size and tag, or of its size and the bytes of its head, middle and tail.
 
-    A source that cannot be read, or only in part, goes by its name: nothing is known to be equal to it.
+    A source that is refused, or can only be read as a whole, goes by its name: nothing is known to be equal to it. One
+    that is unreachable now waits for a run in which its content is known.
     """
     tags = pc.binary_join_element_wise(found["bytes"].cast(pa.string()), found["etag"], " ").to_pylist()
     ids = np.array(["" if tag is None else hashlib.sha256(tag.encode()).hexdigest()[:20] for tag in tags], "S20")
@@ -51,20 +52,16 @@ def identify(found: pa.RecordBatch, threads: ThreadPoolExecutor) -> np.ndarray:
 
 def _sampled(uri: str, size: int | None) -> str:
     if size is None:
-        return _by_name(uri)
+        return by_name(uri)
     digest = hashlib.sha256(str(size).encode())
     try:
         for start in sorted({max(0, at) for at in (0, size // 2, size - _SAMPLE_BYTES)}):
             end = min(start + _SAMPLE_BYTES, size)
             if end > start:
                 digest.update(part(uri, size, start, end))
-    except Unread:
-        return _by_name(uri)
+    except Unread as e:
+        return waiting(uri) if e.reason == "unreachable" else by_name(uri)
     return digest.hexdigest()[:20]
-
-
-def _by_name(uri: str) -> str:
-    return hashlib.sha256(f"name {uri}".encode()).hexdigest()[:20]
 
 
 def assign(
@@ -246,8 +243,10 @@ def _try_again(rows: Sequence[Mapping[str, Any]], into: "_Buckets") -> None:
     """Plan sources that were unreachable once more; one whose content was known by then keeps its identity."""
     again = []
     for row in rows:
-        nameless = row["source"] == _by_name(row["uri"])
+        nameless = row["source"] in (by_name(row["uri"]), waiting(row["uri"]))
         source = _sampled(row["uri"], row["bytes"]) if nameless else row["source"]
+        if source == waiting(row["uri"]):
+            continue
         again.append({name: row[name] for name in ("uri", "bytes", "extra")} | {"source": source, "sampled": nameless})
     if again:
         fields = [schema.PLAN.field(n) for n in ("source", "uri", "bytes", "extra")]

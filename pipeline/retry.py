@@ -36,6 +36,16 @@ class Tries:
     repeated: frozenset[str]
 
 
+def by_name(uri: str) -> str:
+    """The identity of a source whose content cannot be known before it is read: 20 hex digits."""
+    return hashlib.sha256(f"name {uri}".encode()).hexdigest()[:20]
+
+
+def waiting(uri: str) -> str:
+    """That of one that was unreachable when it was planned: it is not read under it, but planned again."""
+    return hashlib.sha256(f"waiting {uri}".encode()).hexdigest()[:20]
+
+
 def read_tries(dataset: str, threads: int = 16) -> Tries:
     """Of the sources of all committed groups: others will be made, and accounted for, again."""
     urls = [

@@ -39,6 +39,7 @@ class Web:
 
     def __init__(self, folder: Path) -> None:
         web = self
+        self.folder = folder
         self.asked = Counter[str]()
         self.healed = set[str]()
         self.end = threading.Event()
@@ -213,14 +214,13 @@ def test_a_source_that_is_always_cut_short_makes_nothing_run_for_ever(
     assert digest and set(first.values()) == {"good", "unreachable"}
     assert make(dataset, manifest) == first
     assert retry.retried(str(dataset)) == digest
-    # as after a driver that died once it had planned
     url = str(dataset)
-    plan.plan(url, [manifest], 0.2, 1 << 30, 3)
-    assert (
-        plan.plan(url, [manifest], 0.2, 1 << 30, 3) == plan.groups(url) and len(index.table_names(f"{url}/plan")) == 3
-    )
-    # and a shard that is made again has nothing that a later one has
+    assert len(index.table_names(f"{url}/plan")) == 1
+    # as after a driver that died once it had planned
     web.healed = {"cut"}
+    assert plan.plan(url, [manifest], 0.2, 1 << 30, 3) == plan.plan(url, [manifest], 0.2, 1 << 30, 3)
+    assert len(index.table_names(f"{url}/plan")) == 2
+    # and a shard that is made again has nothing that a later one has
     told = make(dataset, manifest)
     assert set(told.values()) == {"good"}
     (old,) = (
@@ -231,6 +231,22 @@ def test_a_source_that_is_always_cut_short_makes_nothing_run_for_ever(
     old["again"] = seen.planned_again(url, [old])[old["split"], old["group"]]
     assert not make_group(old, plan.sources_of(url, old), url, GEOMETRY)["error"]
     assert index.summary(url) == before and not list(verify(url))
+
+
+def test_what_is_unreachable_while_planning_keeps_the_identity_of_its_content(web: Web, tmp_path: Path) -> None:
+    uris = [f"{web.url}/{mode}/{n}.mp4" for n, mode in enumerate(["plain", "503", "429"])]
+    for folder, heal in (("whole", {"503", "429"}), ("late", set[str]())):
+        web.healed = heal
+        manifest = listed(tmp_path, *uris, bytes=[(web.folder / f"{n}.mp4").stat().st_size for n in range(3)])
+        told = make(tmp_path / folder, manifest)
+        assert told == {u: "good" if heal or "plain" in u else "unreachable" for u in uris}
+    web.healed = {"503", "429"}
+    make(tmp_path / "late", manifest)
+    keys = [
+        {r["key"] for s in schema.SPLITS for r in index.read_all(str(tmp_path / d), s).to_pylist()}
+        for d in ("whole", "late")
+    ]
+    assert keys[0] == keys[1] and len(keys[0]) == 3
 
 
 def test_long_files_are_copies_only_if_every_byte_is(tmp_path: Path) -> None:
@@ -326,10 +342,17 @@ class Expired(Exception):
         self.response = {"Error": {"Code": code}}
 
 
+class Forbidden(Exception):
+    """As clients of some stores have it."""
+
+    status_code = 403
+
+
 @pytest.mark.parametrize(
     ("denial", "expected"),
     [
         (PermissionError("Access Denied"), "refused"),
+        (Forbidden("no"), "refused"),
         (TimeoutError(), "unreachable"),
         (ConnectionResetError("reset by peer"), "unreachable"),
         (OSError(28, "No space left on device"), "of this machine"),
