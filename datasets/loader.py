@@ -49,9 +49,10 @@ class Stream:
         if self._workers:
             options = {"num_workers": self._workers, "multiprocessing_context": "forkserver", "prefetch_factor": 2}
             _leave_signals()
-        for item in torch.utils.data.DataLoader(
+        loader = torch.utils.data.DataLoader(
             stream, batch_size=None, pin_memory=torch.cuda.is_available(), **options
-        ):
+        )
+        for item in _while_workers_live(iter(loader)):
             if isinstance(item, Failure):
                 raise item
             self._state["taken"] += 1
@@ -284,6 +285,23 @@ def _leave_signals() -> None:
         forkserver.ensure_running()
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _while_workers_live(items: Iterator[Any]) -> Iterator[Any]:
+    """The items. Raises Failure where the system has killed a worker, which torch tells in a RuntimeError of its own."""
+    while True:
+        try:
+            item = next(items)
+        except StopIteration:
+            return
+        except RuntimeError as e:
+            if not str(e).startswith("DataLoader worker"):
+                raise
+            raise Failure(
+                "loader: a decoding process was killed, perhaps for want of memory: lower `workers` or `batch`;"
+                " the last checkpoint is whole: run the same command again to go on from it"
+            ) from e
+        yield item
 
 
 class _Slice(torch.utils.data.IterableDataset):

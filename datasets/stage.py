@@ -37,12 +37,23 @@ class Scheduling:
     """Marks a config field that says how the work is done, not what comes out: it is no part of the fingerprint."""
 
 
+class Naming(Scheduling):
+    """Marks a config field that says how the result is called: another name makes a stage run, but not begin anew."""
+
+
+def names(config: StageConfig) -> dict[str, Any]:
+    """The fields marked `Naming`, as plain data."""
+    return config.model_dump(mode="json", include=_marked(config, Naming))
+
+
 def content(config: StageConfig) -> dict[str, Any]:
-    """What decides what a stage makes: its config as plain data, without the fields marked `Scheduling`."""
+    """What decides what a stage makes: its config as plain data, without the fields marked `Scheduling` or `Naming`."""
+    return config.model_dump(mode="json", exclude=_marked(config, Scheduling))
+
+
+def _marked(config: StageConfig, marker: type[Scheduling]) -> set[str]:
     fields = type(config).model_fields.items()
-    return config.model_dump(
-        mode="json", exclude={n for n, f in fields if any(isinstance(m, Scheduling) for m in f.metadata)}
-    )
+    return {name for name, field in fields if any(isinstance(m, marker) for m in field.metadata)}
 
 
 DatasetInput = Annotated[str, Input("dataset")]

@@ -6,7 +6,6 @@ a cluster are judged by what they tell of themselves, and only this machine's di
 
 import json
 import os
-import re
 import secrets
 import socket
 import sys
@@ -69,7 +68,7 @@ def examine(
             yield from check()
         except Exception as e:  # a check that breaks is a finding, whatever broke it
             yield Line(
-                "fail", name, _masked(f"{type(e).__name__}: {' '.join(str(e).split())[:300]}"), "see the message"
+                "fail", name, storage.shown(f"{type(e).__name__}: {' '.join(str(e).split())[:300]}"), "see the message"
             )
 
 
@@ -118,10 +117,10 @@ def tracking(recipe: Recipe | None) -> Iterator[Line]:
         client.set_tag(run_id, "longtake.doctor", mark)
         if client.get_run(run_id).data.tags.get("longtake.doctor") != mark:
             yield Line(
-                "fail", "MLflow", f"{_masked(uri)}: gives back another tag than was written", "check its database"
+                "fail", "MLflow", f"{storage.shown(uri)}: gives back another tag than was written", "check its database"
             )
             return
-        yield Line("ok", "MLflow", f"{_masked(uri)}: a run made, written, read in {time.monotonic() - began:.2f} s")
+        yield Line("ok", "MLflow", f"{storage.shown(uri)}: a run made, written, read in {time.monotonic() - began:.2f} s")
         try:
             client.log_text(run_id, mark, "doctor.txt")
             with tempfile.TemporaryDirectory() as folder:
@@ -166,7 +165,7 @@ def stored(url: str) -> Iterator[Line]:
     except (Failure, UserError, OSError) as e:
         says = " ".join(str(e).split())[:300]
         yield Line(
-            "fail", "storage", f"{_masked(url)}: {says}", "give this machine the rights and credentials to write there"
+            "fail", "storage", f"{storage.shown(url)}: {says}", "give this machine the rights and credentials to write there"
         )
         return
     finally:
@@ -175,13 +174,13 @@ def stored(url: str) -> Iterator[Line]:
             _remove_empty(Path(url))
     if not listed or read != small or whole != data:
         yield Line(
-            "fail", "storage", f"{_masked(url)}: does not list or give back what was written", "use a store that does"
+            "fail", "storage", f"{storage.shown(url)}: does not list or give back what was written", "use a store that does"
         )
     elif name in storage.names(url):
-        yield Line("fail", "storage", f"{_masked(url)}: {name} could not be deleted", "give the right to delete")
+        yield Line("fail", "storage", f"{storage.shown(url)}: {name} could not be deleted", "give the right to delete")
     else:
         speed = f"{_PROBE_BYTES / wrote / 1e6:.0f} MB/s written, {_PROBE_BYTES / took / 1e6:.0f} MB/s read"
-        yield Line("ok", "storage", f"{_masked(url)}: {latency * 1000:.0f} ms an operation, {speed}")
+        yield Line("ok", "storage", f"{storage.shown(url)}: {latency * 1000:.0f} ms an operation, {speed}")
 
 
 def _delete(url: str) -> None:
@@ -211,14 +210,14 @@ def sources(nodes: list[Node]) -> Iterator[Line]:
             try:
                 batch = next(find([pattern]), None)
             except (UserError, Failure, OSError) as e:
-                yield Line("fail", check, _masked(" ".join(str(e).split())[:300]), "see the message")
+                yield Line("fail", check, storage.shown(" ".join(str(e).split())[:300]), "see the message")
                 continue
             if batch is None or not len(batch):
                 yield Line(
-                    "fail", check, f"{_masked(pattern)}: lists nothing", "name a folder, glob or manifest with videos"
+                    "fail", check, f"{storage.shown(pattern)}: lists nothing", "name a folder, glob or manifest with videos"
                 )
             else:
-                says = f"{_masked(pattern)}: {len(batch)} in the first listing, {time.monotonic() - began:.1f} s"
+                says = f"{storage.shown(pattern)}: {len(batch)} in the first listing, {time.monotonic() - began:.1f} s"
                 yield Line("ok", check, says)
 
 
@@ -260,7 +259,7 @@ def clocks(urls: list[str]) -> Iterator[Line]:
     import requests
 
     for url in urls:
-        where = _masked(url)
+        where = storage.shown(url)
         try:
             before = time.time()
             told = requests.head(url, timeout=_SECONDS, allow_redirects=False).headers.get("Date")
@@ -284,12 +283,8 @@ def _silent(url: str) -> str | None:
         with socket.create_connection((parts.hostname or "", port), timeout=_SECONDS):
             return None
     except OSError as e:
-        return f"{_masked(url)}: nothing answers at port {port} of {parts.hostname} ({e.strerror or e})"
+        return f"{storage.shown(url)}: nothing answers at port {port} of {parts.hostname} ({e.strerror or e})"
 
-
-def _masked(text: str) -> str:
-    """Without the passwords of URLs."""
-    return re.sub(r"://[^/@\s]+@", "://***@", text)
 
 
 def as_json(lines: list[Line]) -> str:

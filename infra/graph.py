@@ -9,7 +9,7 @@ from typing import Any
 
 from longtake.datasets import storage
 from longtake.datasets.errors import UserError
-from longtake.datasets.stage import StageConfig, content, inputs_of
+from longtake.datasets.stage import StageConfig, content, inputs_of, names
 from longtake.infra import stages
 from longtake.infra.recipe import Recipe
 
@@ -19,7 +19,9 @@ class Node:
     """A stage in its graph.
 
     `fingerprint` says what the stage would make: its config, its version, the fingerprints of its inputs, and what it
-    reads from outside. `output` leaves the last out, so that a grown folder of sources adds to the same dataset.
+    reads from outside. `result` is the same without names, its own and those of its inputs. `output` is named by the
+    result without what lies outside, so that a grown folder of sources adds to the same dataset, and a training goes on
+    from its checkpoint under a corrected name.
     """
 
     name: str
@@ -28,6 +30,7 @@ class Node:
     inputs: dict[str, str]  # config field -> stage name or URI
     upstream: tuple[str, ...]
     fingerprint: str
+    result: str
     output: str
 
 
@@ -62,15 +65,17 @@ def build(recipe: Recipe) -> list[Node]:
         inputs, upstream = links[name]
         kind = config.kind  # type: ignore[attr-defined]
         _check(recipe, name, inputs)
-        known = {field: nodes[value].fingerprint if value in nodes else value for field, value in inputs.items()}
+        known = {field: nodes[value].result if value in nodes else value for field, value in inputs.items()}
         made = _hash([kind, stages.load(kind).VERSION, content(config) | known])
+        result = _hash([made, recipe.outside.get(name)])
         nodes[name] = Node(
             name,
             kind,
             config,
             inputs,
             tuple(upstream),
-            fingerprint=_hash([made, recipe.outside.get(name)]),
+            fingerprint=_hash([result, names(config), *(nodes[up].fingerprint for up in upstream)]),
+            result=result,
             output=storage.join(recipe.workspace, name, made[:12]),
         )
     return list(nodes.values())

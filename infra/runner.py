@@ -116,6 +116,13 @@ def _run_process(recipe: str, node: Node, parent: str, fresh: bool) -> None:
     if code in (130, 143) or (stopping and code == 0):
         # its process has said so
         raise Interrupted
+    if code < 0:
+        # it had no time to say why
+        why = ", perhaps for want of memory: lower its `batch` or `workers`" if -code == signal.SIGKILL else ""
+        raise Failure(
+            f"stage {node.name}: its process was killed by signal {-code}{why}; run the same command again:"
+            " it goes on from what is saved"
+        )
     if code:
         raise StageEnded(node.name, code)
 

@@ -296,9 +296,20 @@ def meta(path: Path) -> dict[str, Any]:
 
 
 def latest(folder: Path) -> Path | None:
-    """The folder of the latest checkpoint, None where there is none."""
+    """The folder of the latest checkpoint, None where there is none.
+
+    Raises:
+        Failure: the file `latest` names no checkpoint that is here, as a full disk or a copy that was cut short leaves it.
+    """
     names = folder / "latest"
-    return folder / names.read_text().strip() if names.exists() else None
+    if not names.exists():
+        return None
+    name = names.read_text(errors="replace").strip()
+    if not re.fullmatch(r"step-\d+", name) or not (folder / name).is_dir():
+        whole = sorted((path for path in folder.glob("step-*") if (path / "meta.json").is_file()), key=_step)
+        remedy = f"write {whole[-1].name} into it, the newest that is whole" if whole else "delete it to start anew"
+        raise Failure(f"{names}: names no checkpoint that is here ({name[:40]!r}); {remedy}")
+    return folder / name
 
 
 def load(path: Path, engines: Mapping[str, Any], universal: bool = False) -> None:

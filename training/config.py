@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field, model_validator
 
-from longtake.datasets.stage import Scheduling, StageConfig
+from longtake.datasets.stage import Naming, Scheduling, StageConfig
 
 
 def _pattern(text: str) -> str:
@@ -17,6 +17,19 @@ def _pattern(text: str) -> str:
 
 
 Pattern = Annotated[str, AfterValidator(_pattern)]
+
+
+def _model_name(text: str) -> str:
+    # "m-..." is the id of a logged model; what ends so is the lock of a promotion
+    if not re.fullmatch(r"(?!m-)[A-Za-z0-9][A-Za-z0-9._ -]{0,199}(?<![ .])(?<!\.promotion)", text):
+        raise ValueError(
+            f"{text!r} cannot name a registered model: use letters, digits, '.', '_', '-' and spaces, a letter or digit first;"
+            " not m-..., not ....promotion"
+        )
+    return text
+
+
+ModelName = Annotated[str, AfterValidator(_model_name), Naming()]  # in the registry
 
 
 class CacheConfig(StageConfig):
@@ -84,6 +97,7 @@ class TrainConfig(StageConfig):
     lora: LoraConfig | None = None  # of the first module; all else in it stands still
     skip_nonfinite: int = Field(0, ge=0)  # updates to leave out where a loss or gradient is not finite, before it fails
     seed: int = Field(0, ge=0)
+    name: ModelName = "model"  # another one goes on from the same checkpoint
     # these say how the work is done, not what comes out: change them in the middle of a run
     launcher: Annotated[LaunchConfig, Scheduling()] = LaunchConfig()
     workers: Annotated[int, Scheduling()] = Field(1, ge=0)  # processes that decode, a rank

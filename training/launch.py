@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from longtake.datasets.errors import Failure, Interrupted, UserError
-from longtake.training import torchrun
+from longtake.training import preflight, torchrun
 from longtake.training.config import LaunchConfig, TrainConfig
 from longtake.training.processes import (
     CUT_SHORT,
@@ -70,6 +70,8 @@ def run(module: str, config: TrainConfig, inputs: Mapping[str, str], folder: Pat
         UserError, Failure, Interrupted: as `work` raised it in some process.
     """
     job = Job(module, config.model_dump(mode="json"), dict(inputs), str(folder.absolute()))
+    if os.environ.get("RANK", "0") == "0":
+        preflight.check(config)
     if launched():
         if config.launcher.by != "process":
             raise UserError(
@@ -294,7 +296,8 @@ def _ray(job: Job, config: TrainConfig) -> None:
 def _dead(ray: Any, failure: BaseException | None) -> dict[int, str]:
     """The processes that died without a word."""
     failed = getattr(failure, "worker_failures", {})
-    return {rank: "died" for rank, e in failed.items() if isinstance(e, ray.exceptions.RayActorError)}
+    how = "died, perhaps for want of memory (lower `batch` or `workers`)"
+    return {rank: how for rank, e in failed.items() if isinstance(e, ray.exceptions.RayActorError)}
 
 
 @contextlib.contextmanager

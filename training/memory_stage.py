@@ -18,7 +18,7 @@ from longtake.datasets.errors import Failure, UserError
 from longtake.datasets.loader import Loader, to_pixels
 from longtake.datasets.stage import DatasetInput, Input, ModelInput, StageConfig, ViewInput
 from longtake.training import checkpoint, latent_data, launch, lora, registry, tracker
-from longtake.training.config import TrainConfig
+from longtake.training.config import ModelName, TrainConfig
 from longtake.training.engines import device
 from longtake.training.history import Remembering
 from longtake.training.loop import Batch, Objective, train
@@ -41,7 +41,7 @@ class MemoryConfig(TrainConfig):
     view: ViewInput | None = None
     vae: ModelInput | None = None  # makes videos of latents; None is the model that has encoded them
     base: ModelInput | None = None  # the memory_dit to go on from; None begins with random weights
-    name: str = "memory-dit"  # in the registry
+    name: ModelName = "memory-dit"
     model: dict[str, Any] | None = None  # a preset with fields to change, or with a base, fields alone; None: as it is
     classes: bool = False  # learn the dataset's labels
     frames: int = Field(21, ge=1)  # of a segment, 1 + 4n [assumption]

@@ -7,7 +7,6 @@ import contextlib
 import io
 import json
 import os
-import re
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -19,6 +18,7 @@ from urllib.parse import quote
 
 import numpy as np
 
+from longtake.datasets import storage
 from longtake.datasets.errors import Failure, UserError
 
 _PIECE = 1 << 16  # bytes of a file that is read; what a connection that breaks has brought of one is lost
@@ -158,8 +158,8 @@ def failing_clearly(what: str) -> Iterator[None]:
     except (MlflowException, OSError, ImportError) as e:
         code = getattr(e, "error_code", "")
         missing = isinstance(e, FileNotFoundError) or code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE")
-        store = without_password(mlflow.get_tracking_uri())
-        message = f"{what}: {without_password(line(e))} (tracking store: {store})"
+        store = storage.shown(mlflow.get_tracking_uri())
+        message = f"{what}: {storage.shown(line(e))} (tracking store: {store})"
         if "unsupported URI" in message and store.startswith(("sqlite", "mysql", "postgresql", "mssql")):
             message = f"{what}: the store {store} needs all of MLflow: pip install mlflow, or name a server"
         if missing or isinstance(e, ImportError):
@@ -280,7 +280,7 @@ def everything(search: Callable[..., Any], *given: Any, **named: Any) -> list[An
 def _instead(client: Any, name: str) -> str:
     """What there is, where something is asked for that there is not."""
     models = {m.name: m for m in everything(client.search_registered_models) if "longtake.lock" not in m.tags}
-    where = without_password(store())
+    where = storage.shown(store())
     if name not in models:
         known = ", ".join(sorted(models)[:20]) or "none"
         return f"no model {name!r} is registered in {where}; registered: {known}"
@@ -335,17 +335,12 @@ def read_served(location: str, path: str, start: int) -> tuple[int, Iterator[byt
     try:
         answer = http_request(host, f"/{quote(path)}", "GET", extra_headers=headers, **options)
     except MlflowException as e:
-        raise ConnectionError(without_password(line(e))) from e
+        raise ConnectionError(storage.shown(line(e))) from e
     if answer.status_code not in (200, 206):
         answer.close()
         kind = {401: PermissionError, 403: PermissionError, 404: FileNotFoundError}.get(answer.status_code)
         raise (kind or ConnectionError)(f"{path}: the server answers {answer.status_code} {answer.reason}")
     return (start if answer.status_code == 206 else 0), answer.iter_content(_PIECE)
-
-
-def without_password(uri: str) -> str:
-    """An address as it may be shown."""
-    return re.sub(r"://[^/@\s]*@", "://", uri)
 
 
 def _unanswered(e: Exception) -> bool:

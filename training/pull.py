@@ -122,7 +122,7 @@ def _folder(key: str) -> Path:
 
 
 def _store() -> str:
-    return model_store.without_password(model_store.store())
+    return storage.shown(model_store.store())
 
 
 def _named(found: model_store.Named) -> dict[str, Any]:
@@ -304,7 +304,7 @@ def _model_folder(uri: str, location: str) -> tuple[str, Listing]:
             return at, sizes
         if at.count("/") < 2 and len(todo) < _LOOKED_AT:
             todo += [_inside(at, name) for name, size in sorted(sizes.items()) if size is None]
-    raise UserError(f"{uri}: not a longtake model (no config.json in {model_store.without_password(location)})")
+    raise UserError(f"{uri}: not a longtake model (no config.json in {storage.shown(location)})")
 
 
 def _listing(uri: str, location: str, at: str) -> Listing:

@@ -70,10 +70,16 @@ def run(job: Job, config: TrainConfig) -> None:
         if failures or (error and error.final):
             # SIGTERM is what the agent ends the others with
             killed = {r: -f.exitcode for r, f in failures.items() if f.exitcode < 0 and -f.exitcode != signal.SIGTERM}
-            raise_error(error, {rank: f"was killed by signal {number}" for rank, number in killed.items()})
+            raise_error(error, {rank: _how(number) for rank, number in killed.items()})
         for rank, failure in failures.items():
             said = _last_words(scratch, rank)
             raise Failure(said or f"training: process {rank} ended with exit code {failure.exitcode}; {GO_ON}")
+
+
+def _how(number: int) -> str:
+    """How a process ended that a signal has killed."""
+    want = ", perhaps for want of memory: lower `batch`, `workers` or `processes`" if number == signal.SIGKILL else ""
+    return f"was killed by signal {number}{want}"
 
 
 def _last_error(scratch: Path) -> Error | None:

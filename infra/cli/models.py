@@ -5,6 +5,7 @@ from typing import Any
 
 import click
 
+from longtake.datasets import storage
 from longtake.datasets.errors import Failure, UserError
 
 _LOCK = "longtake.lock"  # tag of what is registered only to keep others away
@@ -31,7 +32,7 @@ def list_(as_json: bool) -> None:
     if as_json:
         return _print_json(rows)
     if not rows:
-        return click.echo(f"no models are registered in {model_store.without_password(model_store.store())}")
+        return click.echo(f"no models are registered in {storage.shown(model_store.store())}")
     table = [["NAME", "VERSIONS", *(alias.upper() for alias in _SHOWN), "NEWEST"]]
     for row in rows:
         shown = [row["aliases"].get(alias, "-") for alias in _SHOWN]

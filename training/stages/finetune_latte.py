@@ -25,7 +25,7 @@ from longtake.datasets.errors import Failure, UserError
 from longtake.datasets.loader import Loader, to_model
 from longtake.datasets.stage import DatasetInput, Input, ModelInput, StageConfig, ViewInput
 from longtake.training import checkpoint, flow, latent_data, latte_base, launch, registry, sampling, tracker
-from longtake.training.config import TrainConfig
+from longtake.training.config import ModelName, TrainConfig
 from longtake.training.engines import device
 from longtake.training.latent_data import pinned
 from longtake.training.loop import Batch, Engines, Objective, train
@@ -57,7 +57,7 @@ class Config(TrainConfig):
     view: ViewInput | None = None
     vae: ModelInput | None = None  # makes videos of latents; None is the model that has encoded them
     base: ModelInput | None = None  # the Latte to go on from; None begins with random weights
-    name: str = "latte"  # in the registry
+    name: ModelName = "latte"
     # a preset, latte_xl unless it says otherwise, with fields to change; with a base, fields alone; None: as it is
     model: dict[str, Any] | None = None
     classes: bool = False  # learn the dataset's labels

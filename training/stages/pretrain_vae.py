@@ -24,7 +24,7 @@ from longtake.datasets.errors import UserError
 from longtake.datasets.loader import Loader, Mixture, to_model, to_pixels
 from longtake.datasets.stage import DatasetInput, ModelInput, StageConfig, ViewInput
 from longtake.training import checkpoint, launch, registry, tracker
-from longtake.training.config import TrainConfig
+from longtake.training.config import ModelName, TrainConfig
 from longtake.training.engines import device
 from longtake.training.loop import Batch, Engines, Objective, train
 from longtake.training.metrics.features import read_file
@@ -58,7 +58,7 @@ class Config(TrainConfig):
     dataset: DatasetInput
     view: ViewInput | None = None
     parent: ModelInput | None = None  # the model to go on from; None begins with random weights
-    name: str = "pv-vae"  # in the registry
+    name: ModelName = "pv-vae"
     model: dict[str, Any] | None = None  # None is the parent's, or the preset pv_vae
     frames: int = Field(17, ge=1)  # 1 + 4n
     stride: int = Field(1, ge=1)
