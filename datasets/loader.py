@@ -49,9 +49,7 @@ class Stream:
         if self._workers:
             options = {"num_workers": self._workers, "multiprocessing_context": "forkserver", "prefetch_factor": 2}
             _leave_signals()
-        loader = torch.utils.data.DataLoader(
-            stream, batch_size=None, pin_memory=torch.cuda.is_available(), **options
-        )
+        loader = torch.utils.data.DataLoader(stream, batch_size=None, pin_memory=torch.cuda.is_available(), **options)
         for item in _while_workers_live(iter(loader)):
             if isinstance(item, Failure):
                 raise item

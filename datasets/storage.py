@@ -5,7 +5,6 @@ import errno
 import json
 import os
 import random
-import re
 import secrets
 import shutil
 import socket
@@ -22,11 +21,6 @@ from fsspec.implementations.local import LocalFileSystem, make_path_posix
 from longtake.datasets.errors import Failure, UserError
 
 _FOREIGN_DEBRIS_SECONDS = 24 * 3600
-# the second: a password with a slash in it, which is no port
-_LOGIN = re.compile(r"""://(?:[^/@\s"']+|[^/@\s"':]+:(?!\d+[/?#])[^@\s"']+)@""")
-_SECRET = re.compile(
-    r"""(?i)(?<=[?&;])([\w.-]*(?:password|passwd|pwd|secret|token|signature|credential|api_?key|accesskeyid)[\w.-]*|sig)=[^&\s"']+"""
-)
 _LASTING = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES)
 _LATER = (408, 425, 429)  # HTTP statuses below 500 that may be others a moment later
 _PROTOCOL = re.compile(r"(?!file:|local:)([a-z][a-z0-9+.-]+)://", re.IGNORECASE)
@@ -100,11 +94,6 @@ def is_memory(url: str) -> bool:
 
 def protocols(fs: Any) -> tuple[str, ...]:
     return (fs.protocol,) if isinstance(fs.protocol, str) else tuple(fs.protocol)
-
-
-def shown(text: str) -> str:
-    """A URL, or a text with URLs, as it may be printed and kept: without passwords and signatures."""
-    return _SECRET.sub(r"\1=***", _LOGIN.sub("://***@", text))
 
 
 def absolute(url: str) -> str:

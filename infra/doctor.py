@@ -18,6 +18,7 @@ from urllib.parse import urlsplit
 
 from longtake.datasets import storage
 from longtake.datasets.errors import Failure, UserError
+from longtake.datasets.masking import shown
 from longtake.infra import machine
 from longtake.infra.graph import Node
 from longtake.infra.machine import Level, Line
@@ -67,9 +68,7 @@ def examine(
         try:
             yield from check()
         except Exception as e:  # a check that breaks is a finding, whatever broke it
-            yield Line(
-                "fail", name, storage.shown(f"{type(e).__name__}: {' '.join(str(e).split())[:300]}"), "see the message"
-            )
+            yield Line("fail", name, shown(f"{type(e).__name__}: {' '.join(str(e).split())[:300]}"), "see the message")
 
 
 # Servers and storage.
@@ -116,11 +115,9 @@ def tracking(recipe: Recipe | None) -> Iterator[Line]:
     try:
         client.set_tag(run_id, "longtake.doctor", mark)
         if client.get_run(run_id).data.tags.get("longtake.doctor") != mark:
-            yield Line(
-                "fail", "MLflow", f"{storage.shown(uri)}: gives back another tag than was written", "check its database"
-            )
+            yield Line("fail", "MLflow", f"{shown(uri)}: gives back another tag than was written", "check its database")
             return
-        yield Line("ok", "MLflow", f"{storage.shown(uri)}: a run made, written, read in {time.monotonic() - began:.2f} s")
+        yield Line("ok", "MLflow", f"{shown(uri)}: a run made, written, read in {time.monotonic() - began:.2f} s")
         try:
             client.log_text(run_id, mark, "doctor.txt")
             with tempfile.TemporaryDirectory() as folder:
@@ -165,7 +162,7 @@ def stored(url: str) -> Iterator[Line]:
     except (Failure, UserError, OSError) as e:
         says = " ".join(str(e).split())[:300]
         yield Line(
-            "fail", "storage", f"{storage.shown(url)}: {says}", "give this machine the rights and credentials to write there"
+            "fail", "storage", f"{shown(url)}: {says}", "give this machine the rights and credentials to write there"
         )
         return
     finally:
@@ -174,13 +171,13 @@ def stored(url: str) -> Iterator[Line]:
             _remove_empty(Path(url))
     if not listed or read != small or whole != data:
         yield Line(
-            "fail", "storage", f"{storage.shown(url)}: does not list or give back what was written", "use a store that does"
+            "fail", "storage", f"{shown(url)}: does not list or give back what was written", "use a store that does"
         )
     elif name in storage.names(url):
-        yield Line("fail", "storage", f"{storage.shown(url)}: {name} could not be deleted", "give the right to delete")
+        yield Line("fail", "storage", f"{shown(url)}: {name} could not be deleted", "give the right to delete")
     else:
         speed = f"{_PROBE_BYTES / wrote / 1e6:.0f} MB/s written, {_PROBE_BYTES / took / 1e6:.0f} MB/s read"
-        yield Line("ok", "storage", f"{storage.shown(url)}: {latency * 1000:.0f} ms an operation, {speed}")
+        yield Line("ok", "storage", f"{shown(url)}: {latency * 1000:.0f} ms an operation, {speed}")
 
 
 def _delete(url: str) -> None:
@@ -210,14 +207,14 @@ def sources(nodes: list[Node]) -> Iterator[Line]:
             try:
                 batch = next(find([pattern]), None)
             except (UserError, Failure, OSError) as e:
-                yield Line("fail", check, storage.shown(" ".join(str(e).split())[:300]), "see the message")
+                yield Line("fail", check, shown(" ".join(str(e).split())[:300]), "see the message")
                 continue
             if batch is None or not len(batch):
                 yield Line(
-                    "fail", check, f"{storage.shown(pattern)}: lists nothing", "name a folder, glob or manifest with videos"
+                    "fail", check, f"{shown(pattern)}: lists nothing", "name a folder, glob or manifest with videos"
                 )
             else:
-                says = f"{storage.shown(pattern)}: {len(batch)} in the first listing, {time.monotonic() - began:.1f} s"
+                says = f"{shown(pattern)}: {len(batch)} in the first listing, {time.monotonic() - began:.1f} s"
                 yield Line("ok", check, says)
 
 
@@ -259,7 +256,7 @@ def clocks(urls: list[str]) -> Iterator[Line]:
     import requests
 
     for url in urls:
-        where = storage.shown(url)
+        where = shown(url)
         try:
             before = time.time()
             told = requests.head(url, timeout=_SECONDS, allow_redirects=False).headers.get("Date")
@@ -283,8 +280,7 @@ def _silent(url: str) -> str | None:
         with socket.create_connection((parts.hostname or "", port), timeout=_SECONDS):
             return None
     except OSError as e:
-        return f"{storage.shown(url)}: nothing answers at port {port} of {parts.hostname} ({e.strerror or e})"
-
+        return f"{shown(url)}: nothing answers at port {port} of {parts.hostname} ({e.strerror or e})"
 
 
 def as_json(lines: list[Line]) -> str:

@@ -29,20 +29,43 @@ class Choice:
 
 
 def plan(recipe: Recipe, nodes: list[Node], store: Runs, choice: Choice) -> dict[str, bool]:
-    """For each stage that is to be considered: whether it runs (True) or its finished run is reused (False)."""
+    """For each stage that is to be considered: whether it runs (True) or its finished run is reused (False).
+
+    What a finished stage has made and is not there any more is said in a line.
+    """
     for name in (choice.start, choice.only):
         if name is not None:
             graph.select(nodes, name, recipe)
     again = graph.downstream(nodes, choice.start) if choice.start else set()
     chosen = [n for n in nodes if choice.only in (None, n.name)]
-    return {n.name: choice.force or n.name in again or finished(n, store) is None for n in chosen}
+    todo = {}
+    for node in chosen:
+        run, gone = _finished(node, store)
+        todo[node.name] = choice.force or node.name in again or run is None
+        if gone:
+            print(f"{node.name}: {gone}; it is made again from what there is", file=sys.stderr)
+    return todo
 
 
 def finished(node: Node, store: Runs) -> runs.Run | None:
     """The finished run of a stage, if what it made is still all there."""
+    return _finished(node, store)[0]
+
+
+def _finished(node: Node, store: Runs) -> tuple[runs.Run | None, str]:
+    """The finished run, or None and what of it is gone, empty where it never was."""
+    from longtake.training import model_store
+
     done = store.finished(node.fingerprint)
-    complete = getattr(stages.load(node.kind), "complete", None)
-    return None if done and complete and not complete(done.uri) else done
+    if done is None:
+        return None, "its run in MLflow was deleted" if store.was_deleted(node.fingerprint) else ""
+    stage = stages.load(node.kind)
+    if hasattr(stage, "complete") and not stage.complete(done.uri):
+        return None, f"{done.uri} is not whole"
+    # a gate that let nothing through has made none
+    if stage.PRODUCES == "model" and done.uri and (gone := model_store.missing(done.uri)):
+        return None, gone
+    return done, ""
 
 
 def run(recipe: Recipe, choice: Choice, say: Callable[[str], None]) -> Path | None:

@@ -1,7 +1,5 @@
 """MLflow as the only run database: where it is, which stages have finished, and one run a stage."""
 
-import contextlib
-import fcntl
 import json
 import logging
 import os
@@ -9,13 +7,15 @@ import secrets
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from longtake.datasets import storage
 from longtake.datasets.errors import Failure, UserError
+from longtake.datasets.masking import shown
+from longtake.infra import sqlite_store
 from longtake.infra.graph import Node
 from longtake.infra.recipe import Recipe
 
@@ -57,6 +57,13 @@ class Runs:
         run = self.find(fingerprint)
         return run if run and run.status == "FINISHED" else None
 
+    def was_deleted(self, fingerprint: str) -> bool:
+        """Whether there was a finished run of a fingerprint that somebody has deleted."""
+        from mlflow.entities import ViewType
+
+        condition = f"tags.`{_FINGERPRINT}` = '{fingerprint}' and attributes.status = 'FINISHED'"
+        return bool(self.client.search_runs([self.experiment], condition, ViewType.DELETED_ONLY, max_results=1))
+
     def open(self, node: Node, parent: str | None, fresh: bool = False) -> tuple[str, str]:
         """(run id, output) to work in: an unfinished run of the same fingerprint goes on, unless `fresh`.
 
@@ -74,7 +81,7 @@ class Runs:
         tags |= {_OUTPUT: output} | ({_PARENT: parent} if parent else {})
         run_id = self.client.create_run(self.experiment, tags=tags).info.run_id
         for key, value in _flat(node.config.model_dump(mode="json")).items():
-            self.client.log_param(run_id, key, str(value)[:_MAX_PARAM])
+            self.client.log_param(run_id, key, shown(str(value))[:_MAX_PARAM])
         return run_id, output
 
     def finish(self, run_id: str, result: Mapping[str, Any]) -> None:
@@ -90,7 +97,7 @@ class Runs:
         from mlflow.exceptions import MlflowException
 
         try:
-            self.client.set_tag(run_id, _ERROR, error[:_MAX_PARAM])
+            self.client.set_tag(run_id, _ERROR, shown(error)[:_MAX_PARAM])
             self.client.set_terminated(run_id, status)
         except MlflowException as e:
             print(
@@ -101,7 +108,7 @@ class Runs:
     def log_json(self, run_id: str, name: str, content: Any) -> None:
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / name
-            path.write_text(json.dumps(content, indent=2, sort_keys=True, default=str))
+            path.write_text(shown(json.dumps(content, indent=2, sort_keys=True, default=str)))
             self.client.log_artifact(run_id, str(path))
 
     def open_parent(self, recipe: Recipe, fingerprint: str) -> str:
@@ -112,7 +119,7 @@ class Runs:
             return run.id
         tags = {"mlflow.runName": recipe.name, _FINGERPRINT: fingerprint, _KIND: "recipe"}
         run_id = self.client.create_run(self.experiment, tags=tags).info.run_id
-        self.client.log_text(run_id, recipe.to_yaml(), "recipe.yaml")
+        self.client.log_text(run_id, shown(recipe.to_yaml()), "recipe.yaml")
         return run_id
 
     def metrics(self, run_id: str) -> tuple[dict[str, float], dict[str, list[tuple[int, float]]]]:
@@ -139,9 +146,11 @@ class Runs:
 def connect(recipe: Recipe) -> Runs:
     """Open the store: MLFLOW_TRACKING_URI if set, else sqlite and artifacts inside the workspace.
 
+    Records of a workspace that was moved are brought along; an experiment that was deleted is restored.
+
     Raises:
         UserError: no store can be reached or made.
-        Failure: the disk is full or closed.
+        Failure: the disk is full or closed, or another program has locked the store.
     """
     uri = os.environ.get("MLFLOW_TRACKING_URI")
     if not uri:
@@ -156,10 +165,15 @@ def connect(recipe: Recipe) -> Runs:
     from mlflow.exceptions import MlflowException
 
     try:
-        with _alone(uri):
+        with sqlite_store.alone(uri):
             client = _client(uri)
             # its first answer is what makes the store's tables
             experiment = client.get_experiment_by_name(recipe.name)
+            if experiment is not None:
+                sqlite_store.bring_along(uri, recipe.workspace, experiment.artifact_location)
+        if experiment is not None and experiment.lifecycle_stage == "deleted":
+            client.restore_experiment(experiment.experiment_id)
+            print(f"MLflow: the experiment {recipe.name} was deleted; it is restored with its runs", file=sys.stderr)
         if experiment is None:
             # a server keeps artifacts where it was told to
             location = None if uri.startswith("http") else storage.join(recipe.workspace, "artifacts")
@@ -172,23 +186,10 @@ def connect(recipe: Recipe) -> Runs:
                 # another process has just made it
         return Runs(client, experiment.experiment_id, uri)
     except MlflowException as e:
-        message = str(e).splitlines()[0]
+        message, where = shown(str(e).splitlines()[0]), shown(uri)
         if "readonly" in message or "disk" in message:
-            raise Failure(f"{uri}: {message}; free some space or choose another workspace") from e
-        raise UserError(f"MLFLOW_TRACKING_URI={uri}: {message}") from e
-
-
-@contextlib.contextmanager
-def _alone(uri: str) -> Iterator[None]:
-    """Let one process at a time open an sqlite store: several that make its tables at once break each other's."""
-    path = Path(uri.removeprefix("sqlite:///").partition("?")[0])
-    with contextlib.ExitStack() as held:
-        if uri.startswith("sqlite:///") and path.parent.is_dir() and not path.is_dir():
-            # where no lock can be written no store can be made either, and MLflow says so
-            with contextlib.suppress(OSError):
-                handle = held.enter_context(path.with_name(f"{path.name}.lock").open("a"))
-                fcntl.flock(handle, fcntl.LOCK_EX)
-        yield
+            raise Failure(f"{where}: {message}; free some space or choose another workspace") from e
+        raise UserError(f"MLFLOW_TRACKING_URI={where}: {message}") from e
 
 
 def _client(uri: str) -> Any:

@@ -18,8 +18,8 @@ from urllib.parse import quote
 
 import numpy as np
 
-from longtake.datasets import storage
 from longtake.datasets.errors import Failure, UserError
+from longtake.datasets.masking import shown
 
 _PIECE = 1 << 16  # bytes of a file that is read; what a connection that breaks has brought of one is lost
 _DIGEST = 32  # hex digits of a data set's digest; MLflow takes 36 characters
@@ -158,8 +158,8 @@ def failing_clearly(what: str) -> Iterator[None]:
     except (MlflowException, OSError, ImportError) as e:
         code = getattr(e, "error_code", "")
         missing = isinstance(e, FileNotFoundError) or code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE")
-        store = storage.shown(mlflow.get_tracking_uri())
-        message = f"{what}: {storage.shown(line(e))} (tracking store: {store})"
+        store = shown(mlflow.get_tracking_uri())
+        message = f"{what}: {shown(line(e))} (tracking store: {store})"
         if "unsupported URI" in message and store.startswith(("sqlite", "mysql", "postgresql", "mssql")):
             message = f"{what}: the store {store} needs all of MLflow: pip install mlflow, or name a server"
         if missing or isinstance(e, ImportError):
@@ -259,6 +259,21 @@ def locate(uri: str) -> Named:
     return Named(f"models:/{name}/{number}", number, found.tags.get("sha256"), found.creation_timestamp, location)
 
 
+def missing(uri: str) -> str:
+    """What a URI names and is not there any more, in words: the version, or its files on this machine's disks; or nothing.
+
+    Raises:
+        Unreachable, Failure: as `asking`.
+    """
+    try:
+        location = locate(uri).location
+    except UserError:
+        return f"{uri} is gone from the registry"
+    if "://" not in location and not Path(location).is_dir():
+        return f"the files of {uri} are gone from {location}"
+    return ""
+
+
 def versions(client: Any, name: str) -> list[Any]:
     """All versions of a registered model, the newest first."""
     mark = '"' if "'" in name else "'"
@@ -280,7 +295,7 @@ def everything(search: Callable[..., Any], *given: Any, **named: Any) -> list[An
 def _instead(client: Any, name: str) -> str:
     """What there is, where something is asked for that there is not."""
     models = {m.name: m for m in everything(client.search_registered_models) if "longtake.lock" not in m.tags}
-    where = storage.shown(store())
+    where = shown(store())
     if name not in models:
         known = ", ".join(sorted(models)[:20]) or "none"
         return f"no model {name!r} is registered in {where}; registered: {known}"
@@ -335,7 +350,7 @@ def read_served(location: str, path: str, start: int) -> tuple[int, Iterator[byt
     try:
         answer = http_request(host, f"/{quote(path)}", "GET", extra_headers=headers, **options)
     except MlflowException as e:
-        raise ConnectionError(storage.shown(line(e))) from e
+        raise ConnectionError(shown(line(e))) from e
     if answer.status_code not in (200, 206):
         answer.close()
         kind = {401: PermissionError, 403: PermissionError, 404: FileNotFoundError}.get(answer.status_code)

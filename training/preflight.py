@@ -7,6 +7,7 @@ from functools import partial
 
 from longtake.datasets import storage
 from longtake.datasets.errors import Failure, UserError
+from longtake.datasets.masking import shown
 from longtake.training import aliases, model_store
 from longtake.training.config import TrainConfig
 
@@ -46,7 +47,7 @@ def artifacts(run_id: str, config: TrainConfig) -> None:
     what = f"MLflow: the artifacts of run {run_id}"
     text = json.dumps(config.model_dump(mode="json"), indent=2, sort_keys=True)
     with model_store.asking(what) as client:
-        client.log_text(run_id, storage.shown(text), "config.json")
+        client.log_text(run_id, shown(text), "config.json")
 
 
 def uploaded(url: str) -> None:
@@ -59,5 +60,5 @@ def uploaded(url: str) -> None:
     except (Failure, OSError) as e:
         why = " ".join(str(e).split())
         raise UserError(
-            f"upload: {storage.shown(url)} cannot be written ({why}); give the right to, or name another place"
+            f"upload: {shown(url)} cannot be written ({why}); give the right to, or name another place"
         ) from e

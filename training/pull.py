@@ -31,6 +31,7 @@ from tqdm import tqdm
 
 from longtake.datasets import storage
 from longtake.datasets.errors import Failure, UserError
+from longtake.datasets.masking import shown
 from longtake.training import model_store, registry
 
 _CHUNK = 4 << 20
@@ -122,7 +123,7 @@ def _folder(key: str) -> Path:
 
 
 def _store() -> str:
-    return storage.shown(model_store.store())
+    return shown(model_store.store())
 
 
 def _named(found: model_store.Named) -> dict[str, Any]:
@@ -304,7 +305,7 @@ def _model_folder(uri: str, location: str) -> tuple[str, Listing]:
             return at, sizes
         if at.count("/") < 2 and len(todo) < _LOOKED_AT:
             todo += [_inside(at, name) for name, size in sorted(sizes.items()) if size is None]
-    raise UserError(f"{uri}: not a longtake model (no config.json in {storage.shown(location)})")
+    raise UserError(f"{uri}: not a longtake model (no config.json in {shown(location)})")
 
 
 def _listing(uri: str, location: str, at: str) -> Listing:

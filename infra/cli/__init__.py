@@ -12,6 +12,7 @@ from typing import Any
 import click
 
 from longtake.datasets.errors import Failure, Interrupted, UserError
+from longtake.datasets.masking import shown
 from longtake.infra.cli import dataset, generate, housekeeping, models, promote, recipe, reconstruct, retrieve, submit
 
 _SHELL = """
@@ -114,18 +115,27 @@ def _guarded(action: Callable[[], Any]) -> int:
             raise
         return _stopped("stopped")
     except Exception as e:
-        if not _disk_is_full(e):
+        line = _trouble(e)
+        if line is None:
             raise
-        return _say(Failure("the disk is full; free some space, then run the same command again"), 1)
+        return _say(Failure(line), 1)
 
 
-def _disk_is_full(error: BaseException | None) -> bool:
-    """Libraries wrap a full disk in errors of their own, some without keeping the cause."""
+def _trouble(error: BaseException | None) -> str | None:
+    """What is wrong with a disk or an sqlite store, and the remedy; None of other errors.
+
+    Libraries wrap it in errors of their own, some without keeping the cause.
+    """
+    store = f"MLFLOW_TRACKING_URI={os.environ.get('MLFLOW_TRACKING_URI')}"
     while error is not None:
         if getattr(error, "errno", None) == errno.ENOSPC or "disk is full" in str(error):
-            return True
+            return "the disk is full; free some space, then run the same command again"
+        if "database is locked" in str(error):
+            return f"{store}: another program keeps it locked; end it, then run the same command again"
+        if "readonly database" in str(error) or "unable to open database file" in str(error):
+            return f"{store}: cannot be written; give write permission, or choose another workspace or store"
         error = error.__cause__ or error.__context__
-    return False
+    return None
 
 
 def _stopped(what: str) -> int:
@@ -134,6 +144,6 @@ def _stopped(what: str) -> int:
 
 
 def _say(error: Exception, code: int) -> int:
-    line = " ".join(str(error).split())
+    line = shown(" ".join(str(error).split()))
     print(f"error: {line}", file=sys.stderr)
     return code

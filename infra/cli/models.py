@@ -5,8 +5,8 @@ from typing import Any
 
 import click
 
-from longtake.datasets import storage
 from longtake.datasets.errors import Failure, UserError
+from longtake.datasets.masking import shown
 
 _LOCK = "longtake.lock"  # tag of what is registered only to keep others away
 _SHOWN = ("champion", "candidate", "previous")
@@ -32,11 +32,11 @@ def list_(as_json: bool) -> None:
     if as_json:
         return _print_json(rows)
     if not rows:
-        return click.echo(f"no models are registered in {storage.shown(model_store.store())}")
+        return click.echo(f"no models are registered in {shown(model_store.store())}")
     table = [["NAME", "VERSIONS", *(alias.upper() for alias in _SHOWN), "NEWEST"]]
     for row in rows:
-        shown = [row["aliases"].get(alias, "-") for alias in _SHOWN]
-        table.append([row["name"], str(row["versions"]), *shown, row["newest"] or "-"])
+        cells = [row["aliases"].get(alias, "-") for alias in _SHOWN]
+        table.append([row["name"], str(row["versions"]), *cells, row["newest"] or "-"])
     _print_table(table)
 
 

@@ -6,6 +6,8 @@ from typing import Any
 
 import click
 
+from longtake.datasets.masking import shown
+
 STAGE_ENDED = "code"
 
 _recipe = click.argument("recipe")
@@ -65,10 +67,10 @@ def run(
     click.echo(f"\n{loaded.name}: done in {runner.elapsed(begin)}")
     for node in nodes:
         if done := store.finished(node.fingerprint):
-            click.echo(f"  {node.name:<10} {done.uri}")
+            click.echo(f"  {node.name:<10} {shown(done.uri)}")
     if page:
         click.echo(f"  {'report':<10} {page}   <- open this in a browser")
-    click.echo(f"  {'runs':<10} mlflow ui --backend-store-uri {store.tracking_uri}")
+    click.echo(f"  {'runs':<10} mlflow ui --backend-store-uri {shown(store.tracking_uri)}")
 
 
 @click.command()
@@ -114,7 +116,7 @@ def graph(recipe: str, overrides: tuple[str, ...], as_json: bool) -> None:
         click.echo(json.dumps(graphs.describe(loaded, nodes), indent=2))
         return
     for node in nodes:
-        inputs = ", ".join(f"{field}={value}" for field, value in node.inputs.items())
+        inputs = ", ".join(f"{field}={shown(value)}" for field, value in node.inputs.items())
         click.echo(f"{node.name:<12} {node.kind:<14} {inputs or '-':<30} {node.fingerprint[:12]}")
 
 
@@ -165,9 +167,9 @@ def status(recipe: str, overrides: tuple[str, ...]) -> None:
             click.echo(f"{node.name:<12} {'not run':<10}")
         else:
             click.echo(
-                f"{node.name:<12} {found.status.lower():<10} {found.seconds:8.1f} s   {found.uri or found.error}   run {found.id}"
+                f"{node.name:<12} {found.status.lower():<10} {found.seconds:8.1f} s   {shown(found.uri or found.error)}   run {found.id}"
             )
-    click.echo(f"\nruns: mlflow ui --backend-store-uri {store.tracking_uri}")
+    click.echo(f"\nruns: mlflow ui --backend-store-uri {shown(store.tracking_uri)}")
 
 
 @click.command()

@@ -12,6 +12,7 @@ import pyarrow.compute as pc
 from longtake.datasets import index, storage
 from longtake.datasets import view as views
 from longtake.datasets.errors import UserError
+from longtake.datasets.masking import shown
 from longtake.infra.report.account import Line, account
 from longtake.infra.report.clips import contact, histograms, load
 from longtake.infra.report.embed import Pictures
@@ -88,9 +89,9 @@ def _places(
     stages: Sequence[StageRun], dataset: str | None, view: str | None, tracking_uri: str
 ) -> list[tuple[str, str]]:
     models = [("model", s.uri) for s in stages if s.uri.startswith("models:/")]
-    found = [("dataset", dataset or ""), ("view", view or ""), *models, ("tracking", tracking_uri)]
+    found = [("dataset", dataset or ""), ("view", view or ""), *models, ("tracking", shown(tracking_uri))]
     if tracking_uri and not tracking_uri.startswith(("http://", "https://")):
-        found.append(("see the runs", f"mlflow ui --backend-store-uri {shlex.quote(tracking_uri)}"))
+        found.append(("see the runs", f"mlflow ui --backend-store-uri {shlex.quote(shown(tracking_uri))}"))
     return [(name, place) for name, place in found if place]
 
 
