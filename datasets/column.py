@@ -64,6 +64,9 @@ def read_latents(uri: str) -> Latents:
             )
         tuples = {name: tuple(content[name]) for name in ("mean", "std", "posterior_std")}
         tuples["shrink"] = tuple(content.get("shrink", (1, 1)))
+        # both are outputs of stages, in one workspace perhaps, which may have been moved
+        then, now = content["dataset"].rsplit("/", 2)[0], uri.rstrip("/").rsplit("/", 2)[0]
+        content |= {name: content[name] and storage.placed(content[name], then, now) for name in ("dataset", "view")}
         return Latents(**content | tuples | {"size": content["size"] and tuple(content["size"])})
     except (FileNotFoundError, NotADirectoryError) as e:
         raise UserError(f"{uri}: no latents here (no {_FILE}); name what a `cache_latents` stage has made") from e

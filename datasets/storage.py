@@ -104,6 +104,14 @@ def absolute(url: str) -> str:
     return url if url.startswith("http") else url.rstrip("/")
 
 
+def placed(url: str, then: str, now: str) -> str:
+    """A record of a place below the folder `then`: the same place below `now` where that is there, as after a move."""
+    if then in ("", now) or not url.startswith(f"{then}/"):
+        return url
+    moved = now + url[len(then) :]
+    return moved if exists(moved) else url
+
+
 def join(url: str, *parts: str) -> str:
     return "/".join([url.rstrip("/"), *parts])
 

@@ -61,7 +61,7 @@ def find(recipe: Recipe, store: Runs, past: Iterable[tuple[str, str]], older: fl
     local = storage.is_local(recipe.workspace)
     # a remote workspace's spools lie in this machine's temporary folder
     yield from _spools(Path(recipe.workspace) if local else Path(tempfile.gettempdir()), older, deep=local)
-    yield from _orphans(recipe, dict(past), older)
+    yield from _orphans(recipe, store, dict(past), older)
     yield from _half_models(store, older)
 
 
@@ -87,7 +87,7 @@ def _spools(root: Path, older: float, deep: bool) -> Found:
                         yield Item("debris", str(path), size(str(path)), reason, (str(path),))
 
 
-def _orphans(recipe: Recipe, past: dict[str, str], older: float) -> Found:
+def _orphans(recipe: Recipe, store: Runs, past: dict[str, str], older: float) -> Found:
     """Outputs that no run names, of stages that hold nothing which cannot be made again."""
     known, runs = set(past.values()), set(past)
     outputs = [
@@ -105,8 +105,16 @@ def _orphans(recipe: Recipe, past: dict[str, str], older: float) -> Found:
             yield Kept(output, "this tracking store knows no run of this workspace; is MLFLOW_TRACKING_URI right?")
         elif inside - {"checkpoints", "latents.json"}:
             yield Kept(output, "no run names it, but it may hold what cannot be made again; delete it yourself")
+        elif _named_elsewhere(output, store):
+            yield Kept(output, "a run names it by the path that the workspace had before it was moved")
         elif (still := time.time() - newest(output)) > older and _is_free(output, runs):
             yield Item("output", output, size(output), f"no run in MLflow names it, {_ago(still)}", (output,))
+
+
+def _named_elsewhere(output: str, store: Runs) -> bool:
+    stage, name = output.rsplit("/", 2)[1:]
+    condition = f"tags.`longtake.output` LIKE '%/{stage}/{name}'"
+    return bool(store.client.search_runs([store.experiment], condition, max_results=1))
 
 
 def _is_free(output: str, runs: set[str]) -> bool:

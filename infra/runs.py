@@ -32,6 +32,7 @@ class Run:
 
     id: str
     status: str  # RUNNING, FINISHED, FAILED or KILLED
+    output: str  # the folder that it works in
     uri: str  # what the stage made; empty until it has finished
     seconds: float
     error: str
@@ -44,6 +45,7 @@ class Runs:
     client: Any
     experiment: str
     tracking_uri: str
+    workspace: str
 
     def find(self, fingerprint: str) -> Run | None:
         """The finished run of a fingerprint, else the latest one that can be taken up again."""
@@ -51,7 +53,7 @@ class Runs:
             [self.experiment], f"tags.`{_FINGERPRINT}` = '{fingerprint}'", order_by=["start_time DESC"]
         )
         finished = [r for r in found if r.info.status == "FINISHED"]
-        return _run((finished or found)[0]) if found else None
+        return _run((finished or found)[0], self.workspace) if found else None
 
     def finished(self, fingerprint: str) -> Run | None:
         run = self.find(fingerprint)
@@ -71,9 +73,10 @@ class Runs:
         """
         run = None if fresh else self.find(node.fingerprint)
         # one that has finished is repaired where it is
-        output = self.client.get_run(run.id).data.tags[_OUTPUT] if run else node.output
+        output = run.output if run else node.output
         if run and run.status != "FINISHED":
             self.client.update_run(run.id, status="RUNNING")
+            self.client.set_tag(run.id, _OUTPUT, output)
             return run.id, output
         tags = {"mlflow.runName": node.name, _FINGERPRINT: node.fingerprint, _STAGE: node.name, _KIND: node.kind}
         if fresh:
@@ -178,13 +181,13 @@ def connect(recipe: Recipe) -> Runs:
             # a server keeps artifacts where it was told to
             location = None if uri.startswith("http") else storage.join(recipe.workspace, "artifacts")
             try:
-                return Runs(client, client.create_experiment(recipe.name, location), uri)
+                return Runs(client, client.create_experiment(recipe.name, location), uri, recipe.workspace)
             except MlflowException as e:
                 experiment = client.get_experiment_by_name(recipe.name)
                 if e.error_code != "RESOURCE_ALREADY_EXISTS" or experiment is None:
                     raise
                 # another process has just made it
-        return Runs(client, experiment.experiment_id, uri)
+        return Runs(client, experiment.experiment_id, uri, recipe.workspace)
     except MlflowException as e:
         message, where = shown(str(e).splitlines()[0]), shown(uri)
         if "readonly" in message or "disk" in message:
@@ -204,10 +207,14 @@ def _client(uri: str) -> Any:
     return MlflowClient(uri)
 
 
-def _run(run: Any) -> Run:
+def _run(run: Any, workspace: str) -> Run:
     tags, info = run.data.tags, run.info
     seconds = ((info.end_time or time.time() * 1000) - info.start_time) / 1000
-    return Run(info.run_id, info.status, tags.get(_URI, ""), seconds, tags.get(_ERROR, ""))
+    output = tags.get(_OUTPUT, "")
+    # an output is WORKSPACE/STAGE/DIGEST, and the workspace may have had another path then
+    then = output.rsplit("/", 2)[0]
+    output, uri = (storage.placed(url, then, workspace) for url in (output, tags.get(_URI, "")))
+    return Run(info.run_id, info.status, output, uri, seconds, tags.get(_ERROR, ""))
 
 
 def _flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -305,6 +305,11 @@ def _model_folder(uri: str, location: str) -> tuple[str, Listing]:
             return at, sizes
         if at.count("/") < 2 and len(todo) < _LOOKED_AT:
             todo += [_inside(at, name) for name, size in sorted(sizes.items()) if size is None]
+    if not model_store.is_served(location) and storage.is_local(location) and not storage.exists(location):
+        raise UserError(
+            f"{uri}: its files are not in {location} any more; where a workspace was moved, `longtake status RECIPE`"
+            " with its new path brings its records along"
+        )
     raise UserError(f"{uri}: not a longtake model (no config.json in {shown(location)})")
 
 
