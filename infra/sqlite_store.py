@@ -62,14 +62,14 @@ def _wait(path: Path) -> None:
             if "locked" not in str(e):
                 # MLflow meets it too, and tells what it is
                 return
+            if not said:
+                print(f"{path}: locked by another program; waiting up to {PATIENCE:g} s", file=sys.stderr)
+                said = True
             if time.monotonic() > until:
                 raise Failure(
                     f"{path}: another program has kept this store of runs locked for {PATIENCE:g} s (a backup, a viewer"
                     " of sqlite files); end it, then run the same command again"
                 ) from e
-            if not said:
-                print(f"{path}: locked by another program; waiting up to {PATIENCE:g} s", file=sys.stderr)
-                said = True
 
 
 def bring_along(uri: str, workspace: str, artifacts: str) -> None:

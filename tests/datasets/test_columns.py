@@ -1,5 +1,6 @@
 """What each column gives: latents in step with the video, labels, and what came before a window."""
 
+import shutil
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -247,3 +248,22 @@ def test_in_the_order_on_disk_windows_are_drawn_where_a_share_is_given(small: st
 def test_a_share_of_windows_is_from_none_to_all(small: str, share: float) -> None:
     with pytest.raises(UserError, match=r"clip_starts: .* give one from 0 to 1"):
         Loader(small, **WINDOW, clip_starts=share)
+
+
+def test_latents_of_a_workspace_that_was_moved_are_those_of_its_dataset(tmp_path: Path) -> None:
+    from longtake.datasets import column
+
+    old, new = tmp_path / "old", tmp_path / "new"
+    (old / "shards" / "0123").mkdir(parents=True)
+    (old / "shards" / "0123" / "dataset.json").write_text("{}")
+    made = column.Latents(
+        f"{old}/shards/0123", "latent-1", {"uri": "models:/v/1", "digest": "0"}, 1, 4, 16, None, "fp32", "float16", 1,
+        (0.0,), (1.0,), (0.0,), None, {},
+    )  # fmt: skip
+    column.write_latents(f"{old}/latents/4567", made)
+    assert column.read_latents(f"{old}/latents/4567").dataset == f"{old}/shards/0123"
+    # a copy is a workspace of its own, whatever becomes of the first
+    shutil.copytree(old, new)
+    assert column.read_latents(f"{new}/latents/4567").dataset == f"{new}/shards/0123"
+    shutil.rmtree(old)
+    assert column.read_latents(f"{new}/latents/4567").dataset == f"{new}/shards/0123"

@@ -286,3 +286,17 @@ def test_a_damaged_frame_difference_is_an_error(dataset: str, tmp_path: Path) ->
     tar.write_bytes(data)
     with pytest.raises(Failure, match=r"00000\.frame_diff\.tar: bytes \d+ to \d+ are damaged"):
         list(Loader(str(copy), **WINDOW, columns=("frame_diff",), epochs=1))
+
+
+def test_a_worker_that_the_system_kills_is_one_line_with_a_remedy(dataset: str) -> None:
+    import psutil
+
+    batches = iter(Loader(dataset, **WINDOW, workers=1))
+    next(batches)
+    started = [p for p in psutil.Process().children(recursive=True) if "forkserver" in " ".join(p.cmdline())]
+    # the server's children are the workers
+    for process in started:
+        if process.ppid() != psutil.Process().pid:
+            process.kill()
+    with pytest.raises(Failure, match="a decoding process was killed, perhaps for want of memory: lower `workers`"):
+        list(batches)

@@ -256,3 +256,23 @@ def test_the_recipe_of_the_papers_trains_as_they_do(monkeypatch: pytest.MonkeyPa
     # while one on a GPU makes longer videos too
     small: Any = recipe.load("pv_vae_small").stages
     assert small["prior"].conditioning > 0 and small["decoder"].warmup == 1000
+
+
+@pytest.mark.parametrize(
+    "name", ["team/vae", "it's", "a:b", "", "m-1", "pv@1", "pv-vae.promotion", " a", "a\n", "x" * 300]
+)
+def test_what_cannot_name_a_model_is_refused_before_anything_starts(tmp_path: Path, name: str) -> None:
+    path = write(tmp_path, changed(vae=GOOD["stages"]["vae"] | {"name": name}))
+    with pytest.raises(UserError) as caught:
+        build(path)
+    assert f"{path}: stages.vae.name: {name!r} cannot name a registered model" in str(caught.value)
+
+
+def test_another_name_runs_again_but_goes_on_in_the_same_place(tmp_path: Path) -> None:
+    stages = {"latents": {"kind": "cache_latents", "dataset": "shards", "encoder": "vae"}}
+    path = write(tmp_path, changed(**stages))
+    before, after = build(path), build(path, "stages.vae.name=better")
+    for was, now in zip(before, after, strict=True):
+        assert now.output == was.output
+        assert (now.fingerprint == was.fingerprint) == (now.name in ("shards", "view"))
+    assert build(path, "stages.vae.lr=0.1")[-1].output != before[-1].output

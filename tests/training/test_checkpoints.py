@@ -263,3 +263,14 @@ def test_a_run_from_nothing_has_a_folder_of_its_own_among_named_checkpoints(tmp_
     assert checkpoint.folder_of(config, "s3://lab/my-run/vae/0a1b") == tmp_path
     assert checkpoint.folder_of(config, "s3://lab/my-run/vae/0a1b-77ff") == tmp_path / "77ff"
     assert checkpoint.folder_of(TrainConfig(), f"{tmp_path}/vae/0a1b-77ff") == tmp_path / "vae/0a1b-77ff/checkpoints"
+
+
+@pytest.mark.parametrize("text", ["", "step-0000", "step-00000099", "../elsewhere"])
+def test_a_latest_that_names_nothing_tells_which_step_is_whole(tmp_path: Path, text: str) -> None:
+    for step in ("step-00000003", "step-00000006"):
+        (tmp_path / step).mkdir()
+        (tmp_path / step / "meta.json").write_text("{}")
+    (tmp_path / "step-00000009").mkdir()
+    (tmp_path / "latest").write_text(text)
+    with pytest.raises(Failure, match=r"names no checkpoint that is here .* write step-00000006 into it"):
+        checkpoint.latest(tmp_path)

@@ -1,0 +1,207 @@
+"""The store of runs when it is locked, closed, moved, or what it names was deleted."""
+
+import os
+import shutil
+import signal
+import sqlite3
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from longtake.datasets.errors import Failure
+from longtake.infra import cli, graph, recipe, runner, runs, sqlite_store
+from longtake.infra.graph import Node
+from longtake.infra.runs import Runs
+
+pytestmark = pytest.mark.usefixtures("own_store")
+VAE = {"kind": "pretrain_vae", "phase": "image", "dataset": "s3://lake/clips", "model": {"preset": "pv_vae_tiny"}}
+
+
+def opened(folder: Path, workspace: Path) -> tuple[Runs, Node]:
+    """The store of a recipe of one training stage, and its node."""
+    path = folder / "r.yaml"
+    stage = VAE | {"sizes": [[32, 32]], "lambda_gan": 0}
+    path.write_text(yaml.safe_dump({"name": "kept", "workspace": str(workspace), "stages": {"vae": stage}}))
+    os.environ.pop("MLFLOW_TRACKING_URI", None)
+    loaded = recipe.load(str(path))
+    return runs.connect(loaded), graph.build(loaded)[0]
+
+
+def trained(store: Runs, node: Node) -> str:
+    """A finished run that has registered a version, without the work; its id."""
+    run_id, output = store.open(node, None)
+    Path(output, "checkpoints").mkdir(parents=True)
+    store.client.log_text(run_id, "x", "model/config.json")
+    store.client.create_registered_model("pv-vae")
+    source = f"{store.client.get_run(run_id).info.artifact_uri}/model"
+    store.client.create_model_version("pv-vae", source, run_id)
+    store.finish(run_id, {"uri": "models:/pv-vae/1"})
+    return run_id
+
+
+def runs_again(store: Runs, node: Node, capsys: pytest.CaptureFixture[str]) -> str:
+    """Whether the stage would run, and what is said; empty where it is reused."""
+    again = runner.plan(None, [node], store, runner.Choice())["vae"]  # type: ignore[arg-type]
+    said = capsys.readouterr().err
+    assert again == bool(said)
+    return said
+
+
+def test_what_was_deleted_of_a_finished_training_is_said_and_made_again(
+    tmp_path: Path, with_store: Callable[[Path], None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with_store(tmp_path / "ws")
+    store, node = opened(tmp_path, tmp_path / "ws")
+    run_id = trained(store, node)
+    capsys.readouterr()
+    assert runs_again(store, node, capsys) == ""
+    shutil.move(tmp_path / "ws" / "artifacts", tmp_path / "away")
+    assert "vae: the files of models:/pv-vae/1 are gone from " in runs_again(store, node, capsys)
+    shutil.move(tmp_path / "away", tmp_path / "ws" / "artifacts")
+    store.client.delete_model_version("pv-vae", "1")
+    assert runs_again(store, node, capsys).startswith(
+        "vae: models:/pv-vae/1 is gone from the registry; it is made again"
+    )
+    # it works where its checkpoint is
+    assert store.open(node, None)[1] == node.output
+    store.client.delete_run(run_id)
+    for run in store.client.search_runs([store.experiment]):
+        store.client.delete_run(run.info.run_id)
+    assert runs_again(store, node, capsys).startswith("vae: its run in MLflow was deleted; it is made again")
+    assert store.open(node, None)[1] == node.output
+
+
+def test_an_experiment_that_was_deleted_is_restored_and_said(
+    tmp_path: Path, with_store: Callable[[Path], None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with_store(tmp_path / "ws")
+    store, node = opened(tmp_path, tmp_path / "ws")
+    trained(store, node)
+    store.client.delete_experiment(store.experiment)
+    capsys.readouterr()
+    store, node = opened(tmp_path, tmp_path / "ws")
+    assert "the experiment kept was deleted; it is restored" in capsys.readouterr().err
+    assert store.finished(node.fingerprint)
+
+
+@pytest.mark.parametrize("copied", [False, True])
+def test_a_workspace_that_was_moved_or_copied_goes_on_from_what_it_holds(
+    tmp_path: Path, with_store: Callable[[Path], None], copied: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    old, new = tmp_path / "old", tmp_path / "elsewhere" / "new"
+    with_store(old)
+    store, node = opened(tmp_path, old)
+    run_id = trained(store, node)
+    new.parent.mkdir()
+    (shutil.copytree if copied else shutil.move)(old, new)
+    capsys.readouterr()
+    store, node = opened(tmp_path, new)
+    assert f"was at {old} before; its records now name {new}" in capsys.readouterr().err
+    assert runs_again(store, node, capsys) == ""
+    assert store.finished(node.fingerprint).output == node.output  # type: ignore[union-attr]
+    assert Path(store.client.get_run(run_id).info.artifact_uri, "model", "config.json").is_relative_to(new)
+    assert Path(store.client.download_artifacts(run_id, "model/config.json")).read_text() == "x"
+    assert store.client.get_model_version_download_uri("pv-vae", "1").startswith(str(new))
+    assert old.exists() == copied
+    # once is enough
+    opened(tmp_path, new)
+    assert capsys.readouterr().err == ""
+
+
+def test_records_of_another_store_are_taken_at_the_workspace_s_present_path(
+    tmp_path: Path, with_store: Callable[[Path], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where a server keeps the runs, and each machine mounts the workspace where it likes."""
+    old, new = tmp_path / "old", tmp_path / "new"
+    old.mkdir()
+    with_store(tmp_path / "server")
+    uri = f"sqlite:///{tmp_path}/server/mlflow.db"
+
+    def connected(workspace: Path) -> tuple[Runs, Node]:
+        path = tmp_path / "r.yaml"
+        stages = {"view": {"kind": "curate", "dataset": "s3://lake/clips"}}
+        path.write_text(yaml.safe_dump({"name": "kept", "workspace": str(workspace), "stages": stages}))
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+        loaded = recipe.load(str(path))
+        return runs.connect(loaded), graph.build(loaded)[0]
+
+    store, node = connected(old)
+    run_id, output = store.open(node, None)
+    Path(output).mkdir(parents=True)
+    store.finish(run_id, {"uri": output})
+    old.rename(new)
+    store, node = connected(new)
+    run = store.finished(node.fingerprint)
+    assert run and run.uri == run.output == node.output == output.replace(str(old), str(new))
+
+
+def test_a_locked_store_is_waited_for_and_then_told_in_a_line(
+    tmp_path: Path,
+    with_store: Callable[[Path], None],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with_store(tmp_path / "ws")
+    path = tmp_path / "ws" / "mlflow.db"
+    other = sqlite3.connect(path, isolation_level=None)
+    other.execute("BEGIN EXCLUSIVE")
+    monkeypatch.setattr(sqlite_store, "PATIENCE", 0.1)
+    with pytest.raises(Failure, match=r"mlflow.db: another program has kept this store of runs locked"):
+        opened(tmp_path, tmp_path / "ws")
+    assert "locked by another program; waiting" in capsys.readouterr().err
+    monkeypatch.setattr(sqlite_store, "PATIENCE", 60.0)
+    # it is let go as soon as somebody waits
+    monkeypatch.setattr(sqlite_store, "print", lambda *_, **__: other.execute("ROLLBACK"), raising=False)
+    assert opened(tmp_path, tmp_path / "ws")[0].find("0") is None
+
+
+@pytest.mark.parametrize(
+    "what", ["attempt to write a readonly database", "unable to open database file", "database is locked"]
+)
+def test_a_store_that_cannot_be_written_is_one_line(
+    what: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "sqlite:////there/mlflow.db")
+
+    def fails() -> None:
+        try:
+            raise sqlite3.OperationalError(what)
+        except sqlite3.OperationalError as e:
+            raise RuntimeError("(sqlite3.OperationalError) and sixty lines") from e
+
+    assert cli._guarded(fails) == 1
+    said = capsys.readouterr().err
+    assert said.startswith("error: MLFLOW_TRACKING_URI=sqlite:////there/mlflow.db: ") and said.count("\n") == 1
+
+
+def test_no_password_of_a_store_or_source_is_printed_or_logged(
+    tmp_path: Path, with_store: Callable[[Path], None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with_store(tmp_path / "ws")
+    path = tmp_path / "r.yaml"
+    stage = VAE | {"dataset": "http://me:TopSecret@host/clips", "upload": "s3://b/x?token=TopSecret"}
+    path.write_text(yaml.safe_dump({"name": "kept", "workspace": f"{tmp_path}/ws", "stages": {"vae": stage}}))
+    loaded = recipe.load(str(path))
+    store, node = runs.connect(loaded), graph.build(loaded)[0]
+    run_id, _ = store.open(node, store.open_parent(loaded, "0"))
+    store.end(run_id, "FAILED", "UserError: http://me:TopSecret@host/clips: no such thing")
+    store.log_json(run_id, "result.json", {"uri": "http://me:TopSecret@host/clips"})
+    for command in (cli.cli.commands["status"], cli.cli.commands["graph"]):
+        command.main([str(path)], standalone_mode=False)
+    assert "host/clips" in (said := capsys.readouterr().out) and "TopSecret" not in said
+    kept = [*(tmp_path / "ws").rglob("*.json"), *(tmp_path / "ws").rglob("*.yaml"), tmp_path / "ws" / "mlflow.db"]
+    assert len(kept) >= 3 and not [p for p in kept if b"TopSecret" in p.read_bytes()]
+
+
+def test_a_stage_that_the_system_kills_is_told_though_it_could_not_say_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    start = subprocess.Popen
+    node: Any = type("N", (), {"name": "vae"})
+    code = f"import os; os.kill(os.getpid(), {int(signal.SIGKILL)})"
+    monkeypatch.setattr(runner.subprocess, "Popen", lambda command: start([sys.executable, "-c", code]))
+    with pytest.raises(Failure, match="stage vae: its process was killed by signal 9, perhaps for want of memory"):
+        runner._run_process("r.yaml", node, "0", fresh=False)
