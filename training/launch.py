@@ -37,6 +37,7 @@ from longtake.training.processes import (
     signals_passed_on,
     stop_requested,
     stop_sources,
+    wait_passively,
     work,
 )
 
@@ -232,6 +233,7 @@ class _Post:
 def _ray(job: Job, config: TrainConfig) -> None:
     """Ray Train in the cluster that RAY_ADDRESS names, else in one of our own for as long as it takes."""
     how = config.launcher
+    wait_passively()
     with _cluster(how) as ray:
         from ray.train import FailureConfig, RunConfig, ScalingConfig
         from ray.train.torch import TorchConfig, TorchTrainer
@@ -259,7 +261,11 @@ def _ray(job: Job, config: TrainConfig) -> None:
                 resources_per_worker={"CPU": how.cpus} | ({"GPU": how.gpus} if how.gpus else {}),
             ),
             run_config=RunConfig(
-                name=name, storage_path=str(storage), failure_config=FailureConfig(max_failures=how.max_failures)
+                name=name,
+                storage_path=str(storage),
+                failure_config=FailureConfig(max_failures=how.max_failures),
+                # read as torch is loaded, so it must be there when the workers start
+                worker_runtime_env={"env_vars": {"OMP_WAIT_POLICY": os.environ["OMP_WAIT_POLICY"]}},
             ),
         )
         ended: list[BaseException] = []

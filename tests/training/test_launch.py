@@ -29,6 +29,7 @@ STAGE = '''
 """A stage-like module that learns mean colours without randomness, so that it does not matter who sees which sample."""
 import os, signal, time
 from functools import partial
+from pathlib import Path
 import torch
 from torch import nn
 from longtake.datasets.errors import Failure, UserError
@@ -61,6 +62,7 @@ def loss(fault, folder, name, engines, batch, generator):
 def work(config, inputs, folder):
     rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
     torch.manual_seed(0)
+    (folder / f"environment-{rank}").write_bytes(Path("/proc/self/environ").read_bytes())
     loader = Loader(inputs["dataset"], columns=("video",), frames=9, size=(32, 32), batch=config.batch, rank=rank, world=world)
     objective = Objective({"generator": nn.Linear(27, 27)}, partial(loss, config.fault, folder))
     train(objective, loader, config, folder, None, launch.stop_requested)
@@ -88,7 +90,7 @@ if __name__ == "__main__":
 
 def environment() -> dict[str, str]:
     # what a launcher needs to stand aside for, and this session's Ray, are not for the processes of a test
-    unwanted = ("RAY_", "WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_", "MLFLOW_")
+    unwanted = ("RAY_", "WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_", "MLFLOW_", "OMP_")
     kept = {name: value for name, value in os.environ.items() if not name.startswith(unwanted)}
     return kept | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5"}
 
@@ -163,6 +165,9 @@ def test_every_launcher_learns_what_one_process_learns_though_one_of_two_is_kill
         assert said.count("train:   0%") == 1, said
         assert ("starting again from the last checkpoint" in said) == ("killed" in name), said
         made[name] = learned(folder)
+        for environ in folder.glob("environment-*") if settings else ():
+            # what the process began with, since torch reads it as it is loaded
+            assert b"OMP_WAIT_POLICY=PASSIVE" in environ.read_bytes().split(b"\0"), (name, environ)
     assert same(made["two"], made["killed"]) and same(made["two"], made["killed under ray"])
     assert all(torch.allclose(made["alone"][k], made["two"][k], atol=1e-6) for k in made["alone"])
 
@@ -187,6 +192,23 @@ def test_what_one_process_meets_is_what_the_command_says(dataset: str, tmp_path:
     whole = {"step-00000003", "step-00000006"} if fault == "kill" else {"step-00000006"}
     assert "starting again" not in said and last and last.name in whole, said
     assert ("Traceback" in said) == (fault == "bug"), said
+
+
+@pytest.mark.parametrize(("given", "expected"), [(None, "PASSIVE"), ("", "PASSIVE"), ("ACTIVE", "ACTIVE")])
+def test_a_stage_started_by_hand_lets_threads_sleep_before_torch_is_loaded(
+    tmp_path: Path, given: str | None, expected: str
+) -> None:
+    script = (
+        "import os, sys\nfrom longtake.infra import cli\nfrom longtake.training import processes\n"
+        "def wait(before=processes.wait_passively):\n    before()\n"
+        "    print(os.environ['OMP_WAIT_POLICY'], 'torch' in sys.modules)\n"
+        "processes.wait_passively = wait\n"
+        "try: cli.cli(['stage', 'none.yaml', 'vae'], standalone_mode=False)\nexcept Exception: pass"
+    )
+    settings = environment() | ({} if given is None else {"OMP_WAIT_POLICY": given})
+    command = [sys.executable, "-P", "-c", script]
+    done = subprocess.run(command, cwd=tmp_path, env=settings, capture_output=True, text=True)
+    assert done.stdout == f"{expected} False\n", done.stderr
 
 
 # Recipes.
