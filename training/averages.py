@@ -4,11 +4,12 @@ So they cost a rank 1/world of the model a half-life, no communication, and they
 copies. They are put together only when they are read from a checkpoint (`checkpoint.Weights`).
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from longtake.training.engines import Fragment, fragments
 
@@ -43,3 +44,54 @@ def restore(averages: Averages, engine: Any, saved: Mapping[str, Any]) -> None:
         for place in places:
             flat = saved[life].read(place.name, place.start, place.value.numel())
             held[place.name, place.start].copy_(flat)
+
+
+@contextmanager
+def swapped(average: Mapping[tuple[str, int], Tensor], engine: Any) -> Iterator[None]:
+    """Let the engine's module compute with an average for a while; what the optimizer keeps is not touched.
+
+    Every rank must call it. Costs as much memory again as the module's own weights on this rank.
+    """
+    sharded = engine.zero_optimization_stage() == 3
+    learning = {name: p for name, p in engine.module.named_parameters() if p.requires_grad}
+    # those that ZeRO-3 never lets go, being small, are copies of the shards
+    kept = _gathered(learning.values()) if sharded else []
+    _let_go(kept)
+    weights = {name: p.ds_tensor.data if sharded else p.data for name, p in learning.items()}
+    before = {name: weight.clone() for name, weight in weights.items()}
+    pieces: dict[str, list[tuple[int, Tensor]]] = {name: [] for name in weights}
+    for (name, start), value in average.items():
+        pieces[name].append((start, value))
+    rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    for name, weight in weights.items():
+        first = rank * weight.numel() if sharded else 0
+        whole = torch.zeros(weight.numel(), dtype=weight.dtype, device=weight.device)
+        for start, value in pieces[name]:
+            whole[start - first : start - first + value.numel()] = value.to(whole)
+        if world > 1 and not sharded:
+            # each element is on one rank, and zero on the others
+            torch.distributed.all_reduce(whole)
+        weight.copy_(whole.view(weight.shape))
+    _gather(kept)
+    yield
+    if sharded:
+        _let_go(_gathered(learning.values()))
+    for name, weight in weights.items():
+        weight.copy_(before[name])
+    _gather(kept)
+
+
+def _gathered(parameters: Iterable[nn.Parameter]) -> list[Any]:
+    from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
+
+    return [p for p in parameters if p.ds_status == ZeroParamStatus.AVAILABLE]  # type: ignore[attr-defined]
+
+
+def _let_go(parameters: list[Any]) -> None:
+    if parameters:
+        parameters[0].partition(parameters)
+
+
+def _gather(parameters: list[Any]) -> None:
+    if parameters:
+        parameters[0].all_gather(parameters)

@@ -107,6 +107,8 @@ class TrainConfig(StageConfig):
     promote: Annotated[bool, Scheduling()] = True  # champion once measured; false where a `promote` stage decides
     log_every: Annotated[int, Scheduling()] = Field(10, ge=1)
     sample_every: Annotated[int, Scheduling()] = Field(500, ge=0)  # steps between videos to look at; 0 makes none
+    heldout_every: Annotated[int, Scheduling()] = Field(250, ge=0)  # steps between losses of held-out clips; 0: none
+    heldout_clips: Annotated[int, Scheduling()] = Field(32, ge=1)  # that they are of, at most, over all processes
     checkpoint_every: Annotated[int, Scheduling()] = Field(200, ge=1)
     keep_checkpoints: Annotated[int, Scheduling()] = Field(2, ge=1)  # the latest ones
     keep_every: Annotated[int | None, Scheduling()] = Field(

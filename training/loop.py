@@ -8,10 +8,10 @@ saved random state.
 import math
 import os
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
-from itertools import chain
+from itertools import chain, count, islice
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +45,7 @@ class Objective:
         fps: of those videos.
         tokens: how many tokens a batch has, for the tokens per second.
         blocks: parts of the modules that `compile` compiles one by one.
+        heldout: held-out clips, one a batch, the same each time: their loss is logged as `heldout/...` now and then.
         starts: step at which an engine begins to learn, 0 for those that are not named.
     """
 
@@ -54,6 +55,7 @@ class Objective:
     fps: int = 8
     tokens: Callable[[Batch], int] | None = None
     blocks: Sequence[nn.Module] = ()
+    heldout: Iterable[Batch] = ()
     starts: Mapping[str, int] = field(default_factory=dict)
 
 
@@ -223,7 +225,14 @@ def train(
                 tracker.later(recorded, "profile")
             if objective.sample and config.sample_every and step % config.sample_every == 0:
                 beat(step, "sample")
-                _look(objective, made, config, step, tracker)
+                with clock.aside():
+                    _look(objective, made, config, step, tracker)
+            if config.heldout_every and (step % config.heldout_every == 0 or step == config.steps):
+                beat(step, "heldout")
+                with clock.aside():
+                    values = _heldout(objective, made, ema, config)
+                if tracker and values:
+                    tracker.log(step, values)
             if step % config.checkpoint_every == 0 or step == config.steps or leave:
                 beat(step, "checkpoint")
                 state = {
@@ -261,17 +270,54 @@ def _only_learning(made: Engines, name: str) -> Iterator[None]:
 def _look(objective: Objective, made: Engines, config: TrainConfig, step: int, tracker: Tracker | None) -> None:
     """Sample videos for people to look at, always from the same noise. Under ZeRO-3 every rank must take part."""
     assert objective.sample is not None
-    device = engines.device()
-    generator = torch.Generator(device).manual_seed(config.seed)
-    learning = [m for engine in made.values() for m in engine.module.modules() if m.training]
-    for module in learning:
-        module.training = False
-    videos = objective.sample(made, generator)
-    for module in learning:
-        module.training = True
+    generator = torch.Generator(engines.device()).manual_seed(config.seed)
+    with _not_learning(made):
+        videos = objective.sample(made, generator)
     for name, video in videos.items():
         if tracker:
             tracker.video(step, name, video, objective.fps)
+
+
+@contextmanager
+def _not_learning(made: Engines) -> Iterator[None]:
+    learning = [m for engine in made.values() for m in engine.module.modules() if m.training]
+    for module in learning:
+        module.training = False
+    yield
+    for module in learning:
+        module.training = True
+
+
+@torch.no_grad()
+def _heldout(objective: Objective, made: Engines, ema: averages.Averages, config: TrainConfig) -> dict[str, float]:
+    """What the loss of the first engine is on held-out clips, with its averaged weights; it leaves no trace in the training.
+
+    Each clip has its own noise, times and whatever else is drawn, always the same. Ranks take turns: all take as many
+    clips, as ZeRO-3 needs it, but one that is left without takes another's, which does not count.
+    """
+    rank, world, device = torch.distributed.get_rank(), torch.distributed.get_world_size(), engines.device()
+    name, lead = next(iter(made.items()))
+    average = averages.swapped(next(iter(ema.values())), lead) if ema else nullcontext()
+    clips, rows = iter(islice(objective.heldout, config.heldout_clips)), list[dict[str, Any]]()
+    # compiled blocks would be compiled again, for a module that does not learn
+    eagerly = torch.compiler.set_stance("force_eager")
+    forked = torch.random.fork_rng([device] if device.type == "cuda" else [])
+    with forked, average, _not_learning(made), eagerly:
+        for first in count(0, world):
+            own, number = None, first
+            for other, clip in enumerate(islice(clips, world)):
+                if other == rank or own is None:
+                    own, number = clip, first + other
+            if own is None:
+                break
+            seed = int(np.random.SeedSequence([config.seed, number]).generate_state(1, np.uint64)[0] >> 1)
+            torch.manual_seed(seed)
+            generator = torch.Generator(device).manual_seed(seed)
+            # without the other engines: the loss that needs no opponent
+            _, logged = objective.loss(name, {name: lead}, _to_device(own, device) | {"seed": seed}, generator)
+            counts = number == first + rank
+            rows.append({f"heldout/{key}": value if counts else math.nan for key, value in logged.items()})
+    return watch.means(rows)
 
 
 def _same_settings(config: TrainConfig, saved: dict[str, Any], found: Path) -> None:

@@ -3,6 +3,7 @@
 import os
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Annotated, Any, Literal, NamedTuple
@@ -326,7 +327,8 @@ def work(
     if rank == 0:
         print(told(setup.model.config, setup.data), flush=True)
     log = tracker.connect(folder) if rank == 0 else None
-    train(objective(setup), loader, config, folder, log, launch.stop_requested)
+    made = replace(objective(setup), heldout=heldout_of(config, setup.inputs, setup.data))
+    train(made, loader, config, folder, log, launch.stop_requested)
     if log:
         log.close()
 

@@ -102,6 +102,7 @@ def objective(
     starts: int | None = None,
     noise: float = 0.01,
     told: Sequence[Sequence[float]] = (),
+    heldout: int = 0,
 ) -> Objective:
     """A module that learns, and from step `starts` on a second one that looks at its outputs.
 
@@ -133,7 +134,13 @@ def objective(
             return value, {"loss": said, f"only_of_{rank}": said}
         return value, {"loss": value.detach()}
 
-    return Objective(modules, loss, starts={"adversary": starts or 0}, tokens=lambda batch: batch["x"].numel())
+    return Objective(
+        modules,
+        loss,
+        starts={"adversary": starts or 0},
+        tokens=lambda batch: batch["x"].numel(),
+        heldout=[{"x": rows(1000 + number, 1), "key": [f"held-{number}"]} for number in range(heldout)],
+    )
 
 
 def _spoil(kind: str, value: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -517,6 +518,42 @@ def test_an_engine_that_starts_later_stands_still_until_then_and_resumes_exactly
         m.get("adversary", 0.0) for _, m in log.rows
     ]
     assert small.same(small.weights(tmp_path / "a"), small.weights(tmp_path / "b"))
+
+
+def heldout_by_hand(small: Any, weights: dict[str, Tensor], clips: int, dtype: torch.dtype) -> float:
+    module = small.module("noisy").to(dtype).eval()
+    module.load_state_dict(weights)
+    losses = []
+    for number in range(clips):
+        seed = int(np.random.SeedSequence([0, number]).generate_state(1, np.uint64)[0] >> 1)
+        x = small.rows(1000 + number, 1)
+        noisy = x + 0.01 * torch.randn(x.shape, generator=torch.Generator().manual_seed(seed))
+        losses.append(float(small.loss_of(module, noisy, dtype)))
+    return float(np.mean(losses))
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@STAGES
+def test_the_loss_of_heldout_clips_is_that_of_the_average_and_leaves_no_trace(
+    small: Any, tmp_path: Path, group: None, zero_stage: int, precision: str
+) -> None:
+    settings = {"zero_stage": zero_stage, "precision": precision, "ema_half_lives": [2, 50], "keep_checkpoints": 9}
+    settings |= {"checkpoint_every": 1, "sample_every": 0, "lr": 1e-2}
+    plain = small.fit(tmp_path / "plain", small.objective("noisy"), **settings)
+    log = small.Log()
+    own = settings | {"heldout_every": 2, "heldout_clips": 3}
+    looked = small.fit(tmp_path / "looked", small.objective("noisy", heldout=5), log=log, **own)
+    assert small.same(plain, looked) and small.same(*(small.weights(tmp_path / f, "2") for f in ("plain", "looked")))
+    found = {step: row["heldout/loss"] for step, row in log.rows if "heldout/loss" in row}
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    expected = {s: heldout_by_hand(small, small.weights(tmp_path / "looked", "2", s), 3, dtype) for s in (2, 4, 6)}
+    assert found == pytest.approx(expected, rel=1e-5) and len(set(found.values())) == 3
+    # and over a stop
+    again = small.Log()
+    small.fit(tmp_path / "stopped", small.objective("noisy", heldout=5), log=again, **own | {"steps": 3})
+    resumed = small.fit(tmp_path / "stopped", small.objective("noisy", heldout=5), log=again, **own)
+    assert small.same(plain, resumed)
+    assert found.items() <= {step: row["heldout/loss"] for step, row in again.rows if "heldout/loss" in row}.items()
 
 
 @pytest.mark.slow

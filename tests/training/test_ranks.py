@@ -210,6 +210,22 @@ def test_losses_are_means_over_passes_steps_and_ranks_whatever_each_rank_tells(t
         assert step == 2 and values["loss"] == pytest.approx(39 / 7) and values["only_of_1"] == 11
 
 
+@STAGES
+def test_two_processes_share_heldout_clips_and_find_what_one_finds(
+    small: Any, tmp_path: Path, group: None, pair: Any, zero_stage: int
+) -> None:
+    settings = {"zero_stage": zero_stage, "ema_half_lives": [2], "heldout_every": 3}
+    options, log = QUIET | {"heldout": 3}, small.Log()
+    small.fit(tmp_path / "one", small.objective(**options), log=log, **settings)
+    two = pair.work(tmp_path / "two", options, **settings)
+    plain = pair.work(tmp_path / "plain", QUIET, **settings)
+    assert two[0]["raw"] == plain[0]["raw"] and two[0]["2"] == plain[0]["2"]
+    expected = [row["heldout/loss"] for _, row in log.rows if "heldout/loss" in row]
+    for said in two:
+        assert [row["heldout/loss"] for _, row in said["log"] if "heldout/loss" in row] == pytest.approx(expected)
+    assert len(expected) == 2
+
+
 PLACES = [
     *((f"averages-{stage}", stage, QUIET, {"ema_half_lives": [2, 50]}) for stage in (0, 1, 2, 3)),
     *((f"freeze-{stage}", stage, QUIET, {"freeze": ["0.weight", "2.bias"]}) for stage in (2, 3)),

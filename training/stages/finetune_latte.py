@@ -7,6 +7,7 @@ import hashlib
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -297,7 +298,8 @@ def work(config: Config, inputs: Mapping[str, str], folder: Path) -> None:
         print(taken, flush=True)
     latte.to(device())
     log = tracker.connect(folder) if rank == 0 else None
-    train(objective(config, data, latte, vae, loader.classes), loader, config, folder, log, launch.stop_requested)
+    made = replace(objective(config, data, latte, vae, loader.classes), heldout=heldout)
+    train(made, loader, config, folder, log, launch.stop_requested)
     if log:
         log.close()
 

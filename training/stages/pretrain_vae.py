@@ -10,6 +10,7 @@ import os
 import tempfile
 from collections.abc import Iterable, Mapping
 from contextlib import nullcontext
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -234,7 +235,8 @@ def work(config: Config, inputs: Mapping[str, str], folder: Path) -> None:
     loader = _batches(config, inputs, rank, world)
     heldout = _loader(config, inputs, "val", batch=1, last="pad", shuffle=False, epochs=1)
     with tracker.connect(folder) if rank == 0 else nullcontext() as log:
-        train(objective(config, model, heldout), loader, config, folder, log, launch.stop_requested)
+        made = replace(objective(config, model, heldout), heldout=heldout)
+        train(made, loader, config, folder, log, launch.stop_requested)
 
 
 def begin(config: Config, inputs: Mapping[str, str]) -> PVVAE:
