@@ -92,6 +92,8 @@ class TrainConfig(StageConfig):
     zero_stage: Literal[0, 1, 2, 3] = 0
     offload: Literal["none", "optimizer", "parameters"] = "none"  # to the host's memory; parameters: the optimizer too
     compile: bool = False  # torch.compile, block by block
+    channels_last: bool = False  # memory of 3D convolutions, for tensor cores
+    cudnn_benchmark: bool = False  # try cuDNN's ways for each shape, take the fastest; last bits differ from run to run
     ema_half_lives: tuple[float, ...] = (1000.0,)  # steps; the first average is registered, without one the raw weights
     freeze: tuple[Pattern, ...] = ()  # regular expressions: parameters whose names begin with a match do not learn
     lora: LoraConfig | None = None  # of the first module; all else in it stands still

@@ -5,6 +5,7 @@ bookkeeping. Nothing random outlives a step: generators are seeded from (seed, s
 saved random state.
 """
 
+import importlib
 import math
 import os
 import sys
@@ -106,9 +107,7 @@ def train(
         copies.fetch(folder, config.upload)
     universal = checkpoint.for_world(folder, list(objective.modules), config.zero_stage)
     made = engines.engines_of(objective.modules, config, world, universal)
-    if config.compile:
-        for block in objective.blocks:
-            block.compile()
+    _speed_up(objective, config)
     lead = next(iter(made.values()))
     step, left_out, ema = 0, 0, averages.begin(lead, config.ema_half_lives)
     if found := checkpoint.latest(folder):
@@ -245,6 +244,20 @@ def train(
             if leave:
                 keeper.wait()
                 raise Interrupted(f"train: stopped at step {step}, state saved")
+
+
+def _speed_up(objective: Objective, config: TrainConfig) -> None:
+    """Compile, and choose how convolutions are computed, as the config says."""
+    torch.backends.cudnn.benchmark = config.cudnn_benchmark
+    if config.channels_last:
+        for module in objective.modules.values():
+            engines.channels_last(module)
+    if config.compile:
+        # blocks of a class share these limits, of 8 graphs: beyond, those whose shapes come late would stay uncompiled
+        dynamo: Any = importlib.import_module("torch._dynamo.config")
+        dynamo.recompile_limit = dynamo.accumulated_recompile_limit = 1 << 16
+        for block in objective.blocks:
+            block.compile()
 
 
 def _to_device(batch: Batch, device: torch.device) -> Batch:

@@ -520,6 +520,84 @@ def test_an_engine_that_starts_later_stands_still_until_then_and_resumes_exactly
     assert small.same(small.weights(tmp_path / "a"), small.weights(tmp_path / "b"))
 
 
+class Counted(nn.Module):
+    """A layer that counts how often what was compiled of it, or its like, runs."""
+
+    runs = 0
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.layer = nn.Linear(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.tanh(self.layer(x))
+
+    def compile(self, **_: Any) -> None:
+        super().compile(backend=self.counting)
+
+    @staticmethod
+    def counting(graph: torch.fx.GraphModule, _: Any) -> Callable[..., Any]:
+        def run(*inputs: Any) -> Any:
+            Counted.runs += 1
+            return graph(*inputs)
+
+        return run
+
+
+@pytest.mark.parametrize("order", [[0, 1, 2], [2, 0, 1]])
+def test_every_block_runs_compiled_whatever_shapes_come_first(
+    small: Any, tmp_path: Path, group: None, order: list[int]
+) -> None:
+    torch._dynamo.reset()
+    blocks = [Counted(width) for width in range(2, 14)]
+    module = nn.ModuleList([nn.Linear(small.WIDTH, sum(range(2, 14))), *blocks])
+    shapes = [(4,), (4, 1), (4, 1, 1)]
+
+    class Whole(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.parts = module
+
+        def forward(self, x: Tensor) -> Tensor:
+            first, *rest = self.parts
+            pieces = first(x).split(list(range(2, 14)), dim=-1)
+            return torch.cat([block(piece) for block, piece in zip(rest, pieces, strict=True)], dim=-1)
+
+    def loss(name: str, made: Engines, batch: Batch, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
+        value = made[name](batch["x"]).square().mean()
+        return value, {"loss": value.detach()}
+
+    class Shapes(small.Rows):  # type: ignore[misc]
+        def __iter__(self) -> Any:
+            for number, batch in enumerate(super().__iter__()):
+                yield batch | {"x": batch["x"].view(*shapes[order[number % 3]], small.WIDTH)}
+
+    Counted.runs = 0
+    made = Objective({"generator": Whole()}, loss, blocks=blocks)
+    # as torch has them, and again after
+    with torch._dynamo.config.patch(recompile_limit=8, accumulated_recompile_limit=256):
+        small.fit(tmp_path, made, Shapes(), steps=9, compile=True)
+    # a shape's first step is run as it is, to count its operations
+    assert Counted.runs == len(blocks) * (9 - len(shapes))
+
+
+@STAGES
+def test_convolutions_with_channels_last_learn_the_same(
+    small: Any, tmp_path: Path, group: None, zero_stage: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)
+    plain = small.fit(tmp_path / "plain", small.objective("clip"), zero_stage=zero_stage)
+    made, seen = small.objective("clip"), list[bool]()
+    made.modules["generator"].second.register_forward_hook(
+        lambda _, inputs, out: seen.extend(
+            x.is_contiguous(memory_format=torch.channels_last_3d) for x in (*inputs, out)
+        )
+    )
+    turned = small.fit(tmp_path / "turned", made, zero_stage=zero_stage, channels_last=True, cudnn_benchmark=True)
+    assert all(seen) and torch.backends.cudnn.benchmark
+    assert small.close(plain, turned)
+
+
 def heldout_by_hand(small: Any, weights: dict[str, Tensor], clips: int, dtype: torch.dtype) -> float:
     module = small.module("noisy").to(dtype).eval()
     module.load_state_dict(weights)

@@ -34,7 +34,8 @@ def causal_pad(layer: nn.Module, x: Tensor, steps: int, past: Past | None = None
     if not steps:
         return x
     if past is None:
-        return torch.cat([x[:, :, :1].expand(-1, -1, steps, -1, -1), x], dim=2)
+        # not `expand`, which would lose the memory format of channels last
+        return torch.cat([*[x[:, :, :1]] * steps, x], dim=2)
     return _continue(layer, x, steps, past)
 
 
