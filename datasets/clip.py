@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import zstandard
 
+from longtake.datasets import media
 from longtake.datasets.errors import Failure
 
 
@@ -46,7 +47,7 @@ def decoded(
     try:
         # one for all frames: a frame's own would set up its tables anew each time
         scaler = av.video.reformatter.VideoReformatter()
-        with av.open(io.BytesIO(mp4)) as container:
+        with media.opened(mp4) as container:
             stream = container.streams.video[0]
             stream.codec_context.thread_count = 1
             step = 1 / (stream.average_rate * stream.time_base)  # of a frame, in ticks

@@ -10,7 +10,6 @@ What it gives up: the turn that EXIF asks for is not made, and of alpha only the
 """
 
 import hashlib
-import io
 import json
 import tarfile
 import threading
@@ -24,7 +23,7 @@ from typing import Any
 
 import pyarrow.compute as pc
 
-from longtake.datasets import index, schema, storage
+from longtake.datasets import index, media, schema, storage
 from longtake.datasets.annotations import label_of
 from longtake.datasets.errors import UserError
 
@@ -373,7 +372,7 @@ def picture(data: bytes) -> tuple[str, int, int]:
 
     if not data:
         raise _Rejected("empty")
-    # by the first bytes, for FFmpeg would also open playlists, which name other files
+    # these alone, which the Loader reads; FFmpeg could open more
     formats = next((names for magic, names in _FORMATS.items() if data.startswith(magic)), ())
     if not formats or (formats[0] == "webp_pipe" and data[8:12] != b"WEBP"):
         raise _Rejected("not_a_picture")
@@ -382,7 +381,7 @@ def picture(data: bytes) -> tuple[str, int, int]:
     limit = {"max_pixels": str(MAX_PIXELS)}
     try:
         # opening decodes too, where the header does not say all
-        with av.open(io.BytesIO(data), options=limit) as container:
+        with media.opened(data, **limit) as container:
             stream = container.streams.video[0]
             if container.format.name == "apng":
                 raise _Rejected("several_pictures")

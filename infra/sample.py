@@ -60,7 +60,7 @@ def listed(patterns: Sequence[str], sample: int) -> tuple[int, int, list[tuple[s
 
 def look(uri: str, size: int, config: Any) -> Source | None:
     """Cut the first frames of a source as the stage would, in a process of its own; None where that cannot be."""
-    from longtake.pipeline import decode, fetch, isolate
+    from longtake.pipeline import container, decode, fetch, isolate
 
     with tempfile.TemporaryDirectory() as folder:
         if not storage.is_local(uri) and size > FETCH_BYTES:
@@ -77,20 +77,20 @@ def look(uri: str, size: int, config: Any) -> Source | None:
         job = {"path": path, "source": "s", "folder": str(spool), "clip": plain["clip"], "limits": limits}
         job |= {"diff": plain["frame_diff"], "decoder": plain["decoder"], "extra": {}}
         try:
-            container = decode.probe(path)
-        except decode.Unreadable as e:
+            facts = decode.probe(path)
+        except container.Unreadable as e:
             return Source(uri, size, 0.0, 0, 0, 0.0, 0.0, 0.0, str(e))
         begin = isolate.Worker()
         # a process alone: what it takes to start is measured by one that does no more than that
         idle = _cpu_of(begin, job | {"path": str(Path(folder) / "none")}, limits)[0]
         spent, result = _cpu_of(isolate.Worker(), job, limits)
         account = result["account"]
-        decoded, expected = account.get("frames_decoded") or 0, container.frames or account.get("frames_expected") or 0
-        seconds = container.seconds or (expected / container.fps if container.fps else 0.0)
+        decoded, expected = account.get("frames_decoded") or 0, facts.frames or account.get("frames_expected") or 0
+        seconds = facts.seconds or (expected / facts.fps if facts.fps else 0.0)
         whole = max(1.0, expected / decoded) if decoded else 1.0
         made = sum(p.stat().st_size for p in spool.iterdir())
         return Source(
-            uri, size or Path(path).stat().st_size, seconds, container.width, container.height,
+            uri, size or Path(path).stat().st_size, seconds, facts.width, facts.height,
             len(result["clips"]) * whole, made * whole, max(0.0, spent - idle) * whole, account.get("reason") or "",
         )  # fmt: skip
 

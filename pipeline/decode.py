@@ -1,14 +1,17 @@
 """Opening an untrusted video: what its container says, and its frames in order. Two decoders, one interface.
 
 PyAV is the default: it gives the codec's own planes, so that scaling and colour conversion happen once. decord is
-the second opinion for what PyAV's demuxer refuses; it gives RGB.
+the second opinion for what PyAV's demuxer refuses; it gives RGB, all frames in the shape of the first.
 """
 
 import contextlib
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
 from fractions import Fraction
+from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import av
@@ -16,25 +19,31 @@ import numpy as np
 from av.video.reformatter import VideoReformatter
 
 from longtake.pipeline import tone
+from longtake.pipeline.container import Unreadable, film, seconds_of
+from longtake.pipeline.orientation import Orientation, between, orientation_of, shown_size, turned, upright
 
-_MAX_DAMAGED_PACKETS = 1000
-_NO_VIDEO = "no video stream"
-
-
-class Unreadable(ValueError):
-    """The file is not a video that can be decoded; the message says why in one line."""
+_MAX_DAMAGED_PACKETS = 1000  # one after the other
+_BACK_SECONDS = 0.25  # times that go back by less are in disorder, as of B-frames in AVI; by more, the clock is another
+# what decord's demuxers, which no whitelist binds, take for nothing else: MP4, Matroska, AVI, FLV, ASF, Ogg, TS, PS, GIF
+_FIRST_BYTES = re.compile(
+    rb"(?s)....(ftyp|moov|mdat|wide|free|skip)|\x1aE\xdf\xa3|RIFF....AVI |FLV\x01|0&\xb2u\x8ef\xcf\x11|OggS|GIF8"
+    rb"|G.{187}G.{187}G|\0\0\x01\xba"
+)
+# places in its source and in memory, which tell nobody anything
+_OF_DECORD = re.compile(r"\[[\d:]+\] \S+:\d+: |Check failed: .*?\([^()]*\) |\[/dev/fd/\d+\] |Stack trace.*", re.S)
 
 
 @dataclass(frozen=True)
 class Probe:
-    """What the container says. Sizes are as shown: after rotation and sample aspect ratio."""
+    """What the container says. Sizes are as shown: after orientation and sample aspect ratio."""
 
     codec: str
     width: int
     height: int
     fps: float
     frames: int  # 0 where it says nothing
-    seconds: float  # 0.0 where it says nothing
+    seconds: float  # 0.0 where it says nothing; where it says nothing of the stream, those of the whole
+    stream_seconds: float  # 0.0 where it says nothing
     coded_pixels: int
 
 
@@ -43,124 +52,278 @@ class Frame:
     """A decoded frame: its number in the source, seconds since the first one, and the picture."""
 
     number: int
-    seconds: float
+    seconds: float  # as shown: where the clock goes back, it goes on from there
+    duration: float  # seconds that the container says it is shown, 0.0 where it says nothing
     image: Any  # av.VideoFrame
-    rotation: int  # degrees clockwise that would show it upright: 0, 90, 180, 270
+    orientation: Orientation
+    aspect: Fraction | None  # of a sample
+    starts: bool  # nothing joins it to the frame before: the clock went back, or damaged frames lay between
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """(width, height) as shown."""
+        return shown_size(self.image.width, self.image.height, self.aspect, self.orientation)
+
+
+@dataclass
+class Tally:
+    """What decoding has met with."""
+
+    packets: int = 0  # that hold a frame to show
+    refused: int = 0  # of them, by the decoder
+    damaged: int = 0  # frames left out: flagged by the decoder, or predicted from such
+    turns_back: int = 0  # of the clock
+    ended: str = ""  # why it came to an end too early
+
+
+@dataclass(frozen=True)
+class _Picture:
+    number: int
+    image: Any
+    orientation: Orientation
+    aspect: Fraction | None
+    starts: bool
+
+    @property
+    def shape(self) -> tuple[Any, ...]:
+        return self.image.width, self.image.height, self.image.format.name, self.orientation, self.aspect
 
 
 def probe(path: str) -> Probe:
     """Read the container's header and the first frame. Raises Unreadable."""
-    with _opened(path) as (container, stream):
+    with film(path) as (container, stream):
         with contextlib.suppress(StopIteration):
-            first = next(_decoded(container, stream))
-            width, height = shown_size(first.width, first.height, stream.sample_aspect_ratio, _rotation(first))
-            seconds = float(stream.duration * stream.time_base) if stream.duration else (container.duration or 0) / 1e6
+            first = next(image for image in _decoded(container, stream, Tally()) if image is not None)
+            width, height = shown_size(first.width, first.height, stream.sample_aspect_ratio, orientation_of(first))
+            own = seconds_of(stream)
             return Probe(
                 codec=stream.codec_context.name,
                 width=width,
                 height=height,
                 fps=float(stream.average_rate or stream.guessed_rate or 0),
                 frames=stream.frames or 0,
-                seconds=max(0.0, seconds),
+                seconds=own or max(0.0, (container.duration or 0) / 1e6),
+                stream_seconds=own,
                 coded_pixels=first.width * first.height,
             )
         raise Unreadable("no decodable frame")
 
 
-def frames(path: str, decoder: str = "pyav") -> Iterator[Frame]:
-    """All frames in order, with times that never go back. Damaged packets are passed over. Raises Unreadable."""
-    yield from {"pyav": _pyav_frames, "decord": _decord_frames}[decoder](path)
+def frames(path: str, decoder: str = "pyav", tally: Tally | None = None) -> Iterator[Frame]:
+    """All whole frames in order, with times that never go back; `tally` counts what is left out. Raises Unreadable."""
+    yield from {"pyav": _pyav_frames, "decord": _decord_frames}[decoder](path, tally or Tally())
 
 
-def shown_size(width: int, height: int, sample_aspect: Fraction | None, rotation: int) -> tuple[int, int]:
-    """(width, height) after stretching to square pixels and turning upright."""
-    if sample_aspect and sample_aspect > 0:
-        width = round(width * sample_aspect)
-    return (height, width) if rotation in (90, 270) else (width, height)
-
-
-def _pyav_frames(path: str) -> Iterator[Frame]:
-    with _opened(path) as (container, stream):
+def _pyav_frames(path: str, tally: Tally) -> Iterator[Frame]:
+    with film(path) as (container, stream):
         step = 1 / float(stream.average_rate or stream.guessed_rate or 25)
-        start, last = math.nan, -step
-        for number, image in enumerate(_progressive(_decoded(container, stream))):
-            time = image.time
-            if time is None or not math.isfinite(time):
-                seconds = last + step
-            else:
-                start = time if math.isnan(start) else start
-                seconds = time - start
-            if seconds <= last:
-                seconds = last + step * 1e-3
-            last = seconds
-            yield Frame(number, seconds, image, _rotation(image))
+        whole = _whole(_decoded(container, stream, tally), stream, tally)
+        timed = ((picture, _time(picture.image)) for picture in _progressive(whole))
+        for shown, seconds, back in _clocked(timed, step, tally):
+            image = shown.image
+            duration = float(image.duration * image.time_base) if image.duration and image.time_base else 0.0
+            starts = shown.starts or back
+            yield Frame(shown.number, seconds, duration, image, shown.orientation, shown.aspect, starts)
 
 
-def _decord_frames(path: str) -> Iterator[Frame]:
+def _time(image: Any) -> float | None:
+    return None if image.time is None or not math.isfinite(image.time) else float(image.time)
+
+
+def _clocked(timed: Iterable[tuple[Any, float | None]], step: float, tally: Tally) -> Iterator[tuple[Any, float, bool]]:
+    """Each picture with its seconds since the first one, which only grow, and whether the clock went back before it.
+
+    Where it does, as between recordings that were joined, time goes on from there. A time that is missing, or alone
+    out of line, is a step after the one before.
+    """
+    origin, last, shown = math.nan, -step, step
+    for (picture, time), (_, later) in _pairs(timed):
+        back = False
+        seconds = last + step
+        if time is not None:
+            origin = time if math.isnan(origin) else origin
+            seconds = time - origin
+            if seconds < last - max(_BACK_SECONDS, 2 * step):
+                back = later is None or not 0 < later - origin - last < 2 * max(_BACK_SECONDS, 2 * step)
+                seconds = last + max(step, shown) if back else last
+                origin = time - seconds if back else origin
+        if seconds <= last:
+            seconds = last + step * 1e-3
+        tally.turns_back += back
+        shown = step if seconds - last > 2 * max(_BACK_SECONDS, 2 * step) else seconds - last
+        last = seconds
+        yield picture, seconds, back
+
+
+def _pairs(
+    timed: Iterable[tuple[Any, float | None]],
+) -> Iterator[tuple[tuple[Any, float | None], tuple[Any, float | None]]]:
+    """Each item with the next one; the last with (None, None)."""
+    before = None
+    for item in timed:
+        if before is not None:
+            yield before, item
+        before = item
+    if before is not None:
+        yield before, (None, None)
+
+
+def _decord_frames(path: str, tally: Tally) -> Iterator[Frame]:
     import decord
 
-    try:
-        reader = decord.VideoReader(path, num_threads=1)
-        for number in range(len(reader)):
-            # decord turns frames upright by itself
-            image = av.VideoFrame.from_ndarray(reader[number].asnumpy(), format="rgb24")
-            yield Frame(
-                number, float(reader.get_frame_timestamp(number)[0] - reader.get_frame_timestamp(0)[0]), image, 0
-            )
-    except (decord.DECORDError, IndexError) as e:
-        raise Unreadable(str(e).strip().splitlines()[-1]) from e
+    with Path(path).open("rb", buffering=0) as file, film(path) as (container, stream):
+        if not _FIRST_BYTES.match(file.read(1 << 10)):
+            raise Unreadable("it begins as no format that decord may open; use decoder: pyav")
+        step, aspect = 1 / float(stream.average_rate or stream.guessed_rate or 25), stream.sample_aspect_ratio
+        first = next((image for image in _decoded(container, stream, Tally()) if image is not None), None)
+        if first is None:
+            raise Unreadable("no decodable frame")
+        # decord turns by itself, and does not mirror
+        orientation = between(turned(first.rotation), orientation_of(first))
+        shapes = {(first.width, first.height), (first.height, first.width)}
+        try:
+            # by its descriptor, for a name might be taken for a pattern of names
+            reader = decord.VideoReader(f"/dev/fd/{file.fileno()}", num_threads=1)
+            times = [float(reader.get_frame_timestamp(n)[0]) for n in range(len(reader))]
+        except decord.DECORDError as e:
+            raise Unreadable(_said_by_decord(e)) from e
+        tally.packets = len(reader)
+        # where a clock goes back decord sorts its times
+        if not _grow(times):
+            times = _packet_times(container, stream)
+
+        def read() -> Iterator[tuple[Any, float | None]]:
+            for number in range(len(reader)):
+                try:
+                    picture = reader[number].asnumpy()
+                except (decord.DECORDError, IndexError) as e:
+                    raise Unreadable(_said_by_decord(e)) from e
+                if picture.shape[1::-1] not in shapes and len(container.streams.video) > 1:
+                    raise Unreadable("decord takes another one of its video streams; use decoder: pyav")
+                # some have no numbers for times, as in AVI: then the rate counts
+                time = times[number] if len(times) == len(reader) else math.nan
+                image = av.VideoFrame.from_ndarray(picture, format="rgb24")
+                yield image, time if math.isfinite(time) else None
+
+        for number, (image, seconds, back) in enumerate(_clocked(read(), step, tally)):
+            yield Frame(number, seconds, 0.0, image, orientation, aspect, back)
 
 
-@contextlib.contextmanager
-def _opened(path: str) -> Iterator[tuple[Any, Any]]:
-    try:
-        container = av.open(path, metadata_errors="ignore")
-    except (av.error.FFmpegError, ValueError) as e:
-        raise Unreadable(getattr(e, "strerror", None) or str(e)) from e
-    with container:
-        if not container.streams.video:
-            raise Unreadable(_NO_VIDEO)
-        stream = container.streams.video[0]
-        stream.codec_context.thread_count = 1
-        yield container, stream
+def _grow(times: list[float]) -> bool:
+    return all(a < b for a, b in pairwise(times))
 
 
-def _decoded(container: Any, stream: Any) -> Iterator[Any]:
-    damaged = 0
+def _packet_times(container: Any, stream: Any) -> list[float]:
+    """Seconds of a stream's frames in the order in which they are shown."""
+    times: list[tuple[int, float]] = []
+    stretch, before = 0, -math.inf
+    container.seek(0)
+    with contextlib.suppress(av.error.FFmpegError):
+        for packet in container.demux(stream):
+            if packet.size and packet.pts is not None and packet.dts is not None:
+                decoded = float(packet.dts * packet.time_base)
+                stretch += decoded < before - _BACK_SECONDS
+                before = decoded
+                times.append((stretch, float(packet.pts * packet.time_base)))
+    return [time for _, time in sorted(times)]
+
+
+def _said_by_decord(error: Exception) -> str:
+    """What it says, in one line and without the place in its source."""
+    said = " ".join(_OF_DECORD.sub("", str(error)).split()).removeprefix("ERROR ")
+    return f"decord cannot read it: {said}" if said else "decord cannot read it"
+
+
+def _decoded(container: Any, stream: Any, tally: Tally) -> Iterator[Any]:
+    """The frames; None where the decoder has refused a packet that others may need."""
+    damaged, missing = 0, False
     packets = container.demux(stream)
     while True:
         try:
             packet = next(packets)
         except StopIteration:
             return
-        except av.error.FFmpegError:
+        except av.error.FFmpegError as e:
             # the demuxer cannot go on after an error of its own: flush what the decoder still holds
+            tally.ended = e.strerror or str(e)
             with contextlib.suppress(av.error.FFmpegError):
                 yield from stream.codec_context.decode(None)
             return
+        tally.packets += _is_shown(packet, stream)
         try:
-            yield from packet.decode()
+            images = packet.decode()
         except (av.error.FFmpegError, MemoryError):
+            tally.refused += 1
             damaged += 1
+            missing |= not packet.is_disposable
             if damaged > _MAX_DAMAGED_PACKETS:
+                tally.ended = f"{damaged} damaged packets, one after the other"
                 return
-
-
-def _progressive(images: Iterator[Any]) -> Iterator[Any]:
-    """Interlaced frames woven into whole ones (yadif, one frame from two fields); others pass as they are."""
-    graph, shape = None, None
-    for image in images:
-        if graph is None and not image.interlaced_frame:
-            yield image
             continue
-        current = (image.width, image.height, image.format.name)
-        if shape != current:
-            if graph is not None:
-                yield from _pulled(graph, None)
-            graph, shape = _weaver(image), current
-        yield from _pulled(graph, image)
-    if graph is not None:
-        yield from _pulled(graph, None)
+        # what comes out at the end was decoded before
+        if missing and packet.size:
+            yield None
+            missing = False
+        damaged = 0 if packet.size else damaged
+        yield from images
+
+
+def _is_shown(packet: Any, stream: Any) -> bool:
+    """Whether it holds a frame to show: VP8 has some that others are predicted from and no one sees."""
+    if not packet.size or packet.is_discard:
+        return False
+    return stream.codec_context.name != "vp8" or bool(bytes(memoryview(packet)[:1])[0] & 0x10)
+
+
+def _whole(images: Iterator[Any], stream: Any, tally: Tally) -> Iterator[_Picture]:
+    """Frames that are neither damaged nor predicted from damaged ones: after one, none until the next whole key frame.
+
+    Before the first key frame the decoder itself knows when a stream that refreshes bit by bit is whole.
+    """
+    # a shape that the codec changes comes with a key frame; one that the container gives stands for all
+    of_codec = stream.sample_aspect_ratio == stream.codec_context.sample_aspect_ratio
+    aspect = stream.sample_aspect_ratio
+    number, keyed, broken, starts = 0, False, False, False
+    for image in images:
+        if image is None:
+            broken, starts = keyed, True
+            continue
+        number += 1
+        keyed |= image.key_frame
+        broken = keyed if image.is_corrupt else broken and not image.key_frame
+        if image.is_corrupt or broken:
+            tally.damaged, starts = tally.damaged + 1, True
+            continue
+        if of_codec and image.key_frame:
+            aspect = stream.codec_context.sample_aspect_ratio
+        yield _Picture(number - 1, image, orientation_of(image), aspect, starts)
+        starts = False
+
+
+def _progressive(pictures: Iterator[_Picture]) -> Iterator[_Picture]:
+    """Interlaced frames woven into whole ones (yadif, one frame from two fields); those before the first pass as they are."""
+    graph, first, woven = None, None, False
+
+    def pulled(image: Any) -> Iterator[_Picture]:
+        nonlocal first
+        assert first is not None
+        for whole in _pulled(graph, image):
+            yield replace(first, image=whole)
+            first = replace(first, number=first.number + 1, starts=False)
+
+    for picture in pictures:
+        if first is not None and (picture.starts or picture.shape != first.shape):
+            yield from pulled(None)
+            graph = first = None
+        woven |= picture.image.interlaced_frame
+        if not woven:
+            yield picture
+            continue
+        if first is None:
+            graph, first = _weaver(picture.image), picture
+        yield from pulled(picture.image)
+    if first is not None:
+        yield from pulled(None)
 
 
 def _weaver(image: Any) -> Any:
@@ -178,15 +341,6 @@ def _pulled(graph: Any, image: Any) -> Iterator[Any]:
             yield graph.pull()
 
 
-def _rotation(image: Any) -> int:
-    # PyAV counts counter-clockwise
-    return round(-getattr(image, "rotation", 0) / 90) % 4 * 90
-
-
-def is_no_video(error: Unreadable) -> bool:
-    return str(error) == _NO_VIDEO
-
-
 def to_planes(frame: Frame, scaled: tuple[int, int], crop: tuple[int, int], scaler: Any) -> np.ndarray:
     """Scale, convert and turn a frame in one pass, then cut the centre.
 
@@ -198,8 +352,7 @@ def to_planes(frame: Frame, scaled: tuple[int, int], crop: tuple[int, int], scal
     Returns:
         (3/2 * height, width) uint8, planar YUV 4:2:0, BT.601, limited range.
     """
-    turned = frame.rotation in (90, 270)
-    width, height = scaled[::-1] if turned else scaled
+    width, height = scaled[::-1] if frame.orientation[0] else scaled
     image = frame.image
     if tone.is_hdr(image):
         # at the small size, where it costs little; what follows only converts, with tables of its own
@@ -214,9 +367,7 @@ def to_planes(frame: Frame, scaled: tuple[int, int], crop: tuple[int, int], scal
         interpolation="BICUBIC",
         threads=1,
     )
-    planes = [_plane(p) for p in image.planes]
-    if frame.rotation:
-        planes = [np.rot90(p, -frame.rotation // 90) for p in planes]
+    planes = [upright(_plane(p), frame.orientation) for p in image.planes]
     cut = []
     for plane, part in zip(planes, (1, 2, 2), strict=True):
         w, h = crop[0] // part, crop[1] // part

@@ -7,7 +7,8 @@ import errno
 import hashlib
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,9 @@ from av.video.reformatter import VideoReformatter
 
 from longtake.datasets import clip as clips
 from longtake.datasets.annotations import label_of
+from longtake.pipeline.container import Unreadable, is_no_video
 from longtake.pipeline.cut import Sampled, shots
-from longtake.pipeline.decode import Frame, Unreadable, frames, is_no_video, probe, to_planes
+from longtake.pipeline.decode import Frame, Probe, Tally, frames, probe, to_planes
 from longtake.pipeline.encode import encode
 from longtake.pipeline.geometry import ClipConfig, FrameDiffConfig, LimitsConfig, fit
 from longtake.pipeline.score import perceptual_hash, score
@@ -41,6 +43,18 @@ REASONS = {
 }
 _MAX_GAP_SECONDS = 2.0
 _MISMATCH = 0.01
+_COUNTS = (
+    "frames_decoded",
+    "frames_sampled",
+    "shots",
+    "clips",
+    "clips_dropped_short",
+    "frames_dropped_short",
+    "frames_dropped_black",
+    "frames_dropped_transition",
+)
+
+Sizes = tuple[tuple[int, int], tuple[int, int]]  # (width, height) to scale to, and to cut out of the middle
 
 
 class Rejected(Exception):
@@ -66,19 +80,7 @@ def process(
     Returns:
         `{"account": columns of schema.SOURCES, "clips": rows of schema.INDEX without offsets}`.
     """
-    account: dict[str, Any] = dict.fromkeys(
-        (
-            "frames_decoded",
-            "frames_sampled",
-            "shots",
-            "clips",
-            "clips_dropped_short",
-            "frames_dropped_short",
-            "frames_dropped_black",
-            "frames_dropped_transition",
-        ),
-        0,
-    )
+    account: dict[str, Any] = dict.fromkeys(_COUNTS, 0)
     rows: list[dict[str, Any]] = []
     try:
         _cut(path, source, Path(folder), clip, limits, diff, decoder, extra or {}, account, rows)
@@ -116,17 +118,10 @@ def _cut(
         "fps": facts.fps,
         "frames_expected": facts.frames,
     }
-    if facts.coded_pixels > limits.max_pixels:
-        raise Rejected("too_large", f"{facts.coded_pixels} pixels a frame; limits.max_pixels is {limits.max_pixels}")
-    scaled, bucket, lost = fit(clip, facts.width, facts.height)
-    if lost > clip.max_crop:
-        raise Rejected(
-            "aspect", f"{facts.width}x{facts.height}: {lost:.0%} would be cropped; clip.max_crop is {clip.max_crop:.0%}"
-        )
-    if min(facts.width, facts.height) < clip.short_side:
-        raise Rejected("too_small", f"{facts.width}x{facts.height}; clip.short_side is {clip.short_side}")
+    _fitted(clip, limits, facts.width, facts.height, facts.coded_pixels)
 
     notes: list[str] = []
+    tally, unfit = Tally(), Counter[str]()
     held: list[Sampled] = []
 
     def flush() -> None:
@@ -138,31 +133,35 @@ def _cut(
             account["frames_dropped_short"] += len(held)
         held.clear()
 
-    stream = _counted(frames(path, decoder), limits.max_frames, account, notes)
-    for frame, starts, dropped in shots(_sampled(stream, float(clip.rate), scaled, bucket)):
-        account["frames_sampled"] += 1
-        account["shots"] += starts
-        if starts or dropped or len(held) == clip.max_frames:
-            flush()
-        if dropped:
-            account[f"frames_dropped_{dropped}"] += 1
-        else:
-            held.append(frame)
-    flush()
-    decoded, expected = account["frames_decoded"], facts.frames
-    if expected and abs(decoded - expected) > _MISMATCH * expected:
-        notes.append(f"the container says {expected} frames, {decoded} could be decoded")
-    if notes:
-        account["detail"] = "; ".join(notes)
-    if not decoded:
-        raise Rejected("no_frames", account.get("detail") or "no decodable frame")
+    stream = _counted(frames(path, decoder, tally), limits.max_frames, account, notes)
+    fitting = ((frame, _fitted_frame(clip, limits, frame, unfit)) for frame in stream)
+    try:
+        for frame, starts, dropped in shots(_sampled(fitting, float(clip.rate))):
+            account["frames_sampled"] += 1
+            account["shots"] += starts
+            if starts or dropped or len(held) == clip.max_frames:
+                flush()
+            if dropped:
+                account[f"frames_dropped_{dropped}"] += 1
+            else:
+                held.append(frame)
+        flush()
+    except Unreadable as e:
+        # how far decord came is a matter of its threads
+        rows.clear()
+        account |= dict.fromkeys(_COUNTS, 0)
+        raise Rejected("unreadable", str(e)) from e
+    notes += _differences(facts, tally, account, float(clip.rate)) if not notes else []
+    notes += [f"frames left out, of another shape: {count} ({why})" for why, count in unfit.items()]
+    account["detail"] = "; ".join(notes) or None
+    if not account["frames_decoded"]:
+        raise Rejected("no_frames", account["detail"] or "no decodable frame")
     if not rows:
-        if account["frames_dropped_black"] > account["frames_sampled"] / 2:
-            raise Rejected(
-                "black", f"{account['frames_dropped_black']} of {account['frames_sampled']} frames are black"
-            )
-        longest = f"{account['frames_sampled']} frames at {clip.fps:g} fps in {account['shots']} shots"
-        raise Rejected("too_short", f"{longest}; clip.min_seconds is {clip.min_seconds:g}")
+        black, sampled = account["frames_dropped_black"], account["frames_sampled"]
+        if black > sampled / 2:
+            raise Rejected("black", "; ".join([f"{black} of {sampled} frames are black", *notes]))
+        longest = f"{sampled} frames at {clip.fps:g} fps in {account['shots']} shots"
+        raise Rejected("too_short", "; ".join([f"{longest}; clip.min_seconds is {clip.min_seconds:g}", *notes]))
 
 
 def _counted(stream: Iterator[Frame], limit: int, account: dict[str, Any], notes: list[str]) -> Iterator[Frame]:
@@ -174,38 +173,89 @@ def _counted(stream: Iterator[Frame], limit: int, account: dict[str, Any], notes
         yield frame
 
 
-def _sampled(
-    stream: Iterator[Frame], fps: float, scaled: tuple[int, int], bucket: tuple[int, int]
-) -> Iterator[Sampled]:
+def _differences(facts: Probe, tally: Tally, account: Mapping[str, Any], rate: float) -> Iterator[str]:
+    """What there is to say where frames and seconds are not those of the container or its packets."""
+    decoded, shown, said = account["frames_decoded"], account["frames_sampled"] / rate, facts.stream_seconds
+    if facts.frames and abs(decoded - facts.frames) > _MISMATCH * facts.frames:
+        yield f"the container says {facts.frames} frames, {decoded} could be decoded"
+    # two fields may come in packets of their own
+    elif not facts.frames and min(abs(n * decoded - tally.packets) for n in (1, 2)) > _MISMATCH * tally.packets:
+        yield f"its packets hold {tally.packets} frames, {decoded} could be decoded"
+    if said and abs(shown - said) > max(_MISMATCH * said, 2 / rate):
+        yield f"the container says {said:.2f} s, {shown:.2f} s are shown"
+    if tally.refused:
+        yield f"damaged packets: {tally.refused}"
+    if tally.damaged:
+        yield f"frames left out, damaged or predicted from damaged ones: {tally.damaged}"
+    if tally.turns_back:
+        yield f"shots that start where the clock goes back: {tally.turns_back}"
+    if tally.ended:
+        yield f"it ends early: {tally.ended}"
+
+
+def _fitted(clip: ClipConfig, limits: LimitsConfig, width: int, height: int, coded_pixels: int) -> Sizes:
+    """The sizes to scale to and to cut out for a picture as shown. Raises Rejected where it makes no clips."""
+    if coded_pixels > limits.max_pixels:
+        raise Rejected("too_large", f"{coded_pixels} pixels a frame; limits.max_pixels is {limits.max_pixels}")
+    scaled, bucket, lost = fit(clip, width, height)
+    if lost > clip.max_crop:
+        raise Rejected("aspect", f"{width}x{height}: {lost:.0%} would be cropped; clip.max_crop is {clip.max_crop:.0%}")
+    if min(width, height) < clip.short_side:
+        raise Rejected("too_small", f"{width}x{height}; clip.short_side is {clip.short_side}")
+    return scaled, bucket
+
+
+def _fitted_frame(clip: ClipConfig, limits: LimitsConfig, frame: Frame, unfit: Counter[str]) -> Sizes | None:
+    """The same for a frame, whose shape may be another than the first one's; None where it is left out, and counted."""
+    try:
+        return _fitted(clip, limits, *frame.size, frame.image.width * frame.image.height)
+    except Rejected as e:
+        unfit[e.detail] += 1
+        return None
+
+
+def _sampled(stream: Iterable[tuple[Frame, Sizes | None]], fps: float) -> Iterator[Sampled]:
     """Frames at a steady rate by their times: each tick shows the frame that is on screen then.
 
     A frame may come up to half a tick (or half its own duration) early, so that times rounded to milliseconds do not
-    double one frame and skip the next. Over a gap of more than two seconds nothing is shown.
+    double one frame and skip the next. Over a gap of more than two seconds, and where frames are missing, nothing is
+    shown.
     """
     tick, previous, duration, after_gap = 0, None, 1 / fps, False
     planes: np.ndarray | None = None
+    sizes: Sizes | None = None
     scaler = VideoReformatter()
 
-    def until(end: float, frame: Frame) -> Iterator[Sampled]:
+    def until(end: float, shown: float, frame: Frame) -> Iterator[Sampled]:
         nonlocal tick, after_gap, planes
-        while tick / fps < end:
+        while tick / fps < end - min(shown, 1 / fps) / 2:
             if planes is None:
-                planes = to_planes(frame, scaled, bucket, scaler)
+                assert sizes is not None
+                planes = to_planes(frame, *sizes, scaler)
             yield Sampled(planes, frame.number, tick / fps, after_gap)
             tick, after_gap = tick + 1, False
 
-    for frame in stream:
+    for frame, fitting in stream:
+        missing = previous is None
         if previous is not None:
             step = frame.seconds - previous.seconds
-            if step > _MAX_GAP_SECONDS:
-                yield from until(previous.seconds + duration, previous)
-                tick, after_gap = max(tick, math.ceil(frame.seconds * fps - 1e-6)), True
-            else:
-                duration = step
-                yield from until(frame.seconds - min(step, 1 / fps) / 2, previous)
-        previous, planes = frame, None
+            parted = frame.starts or step > _MAX_GAP_SECONDS
+            missing = parted and step > duration
+            shown = duration if missing else step
+            yield from until(previous.seconds + shown if missing else frame.seconds, shown, previous)
+            after_gap |= parted or fitting != sizes
+            duration = duration if parted else step
+        if fitting is None:
+            previous, after_gap = None, True
+            continue
+        if missing:
+            tick = max(tick, math.ceil(frame.seconds * fps - 1e-6))
+        previous, planes, sizes = frame, None, fitting
     if previous is not None:
-        yield from until(previous.seconds + duration / 2, previous)
+        # the last one for its whole time, which at low rates is long
+        if duration * (1 + _MISMATCH) < previous.duration <= _MAX_GAP_SECONDS:
+            duration = previous.duration
+        yield from until(previous.seconds + duration, duration, previous)
 
 
 def _write_clip(

@@ -2,7 +2,7 @@
 
 import os
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -43,7 +43,9 @@ def frames_of(path: str, stride: int) -> tuple[Iterator[Any], float, int]:
     crop = width // stride * stride, height // stride * stride
     if crop != (known.width, known.height):
         click.echo(f"{path}: {known.width}x{known.height} is cropped to {crop[0]}x{crop[1]}", err=True)
-    made = (frame for _, frame in _rgb(path, (width, height), crop))
+    own = known.width, known.height
+    frames = _rgb(path, lambda size: (width, height) if size == own else _covering(size, crop), crop)
+    made = (frame for _, frame in frames)
     return made, known.fps or 25.0, known.frames
 
 
@@ -55,12 +57,16 @@ def frames_at(path: str, size: tuple[int, int], fps: float) -> Iterator[Any]:
         UserError: no video.
         Failure: while frames are read, where it is damaged.
     """
-    known = _probed(path)
-    scale = max(size[0] / known.height, size[1] / known.width)
-    height, width = (
-        max(wanted, round(own * scale / 2) * 2) for wanted, own in zip(size, (known.height, known.width), strict=True)
-    )
-    return _ticks(_rgb(path, (width, height), size[::-1]), fps)
+    _probed(path)
+    crop = size[1], size[0]
+    return _ticks(_rgb(path, lambda own: _covering(own, crop), crop), fps)
+
+
+def _covering(size: tuple[int, int], crop: tuple[int, int]) -> tuple[int, int]:
+    """The smallest even (width, height) of the shape of `size` that covers `crop`."""
+    scale = max(wanted / own for wanted, own in zip(crop, size, strict=True))
+    width, height = (max(wanted, round(own * scale / 2) * 2) for wanted, own in zip(crop, size, strict=True))
+    return width, height
 
 
 def _ticks(timed: Iterable[tuple[float, Any]], fps: float) -> Iterator[Any]:
@@ -73,7 +79,7 @@ def _ticks(timed: Iterable[tuple[float, Any]], fps: float) -> Iterator[Any]:
                 yield shown
                 tick += 1
         shown, before = frame, seconds
-    while shown is not None and tick / fps < before + duration / 2:
+    while shown is not None and tick / fps < before + (duration - min(duration, 1 / fps) / 2):
         yield shown
         tick += 1
 
@@ -85,29 +91,31 @@ def check_there(path: str) -> None:
 
 
 def _probed(path: str) -> Any:
-    from longtake.pipeline import decode
+    from longtake.pipeline import container, decode
 
     try:
         return decode.probe(path)
-    except decode.Unreadable as e:
+    except container.Unreadable as e:
         raise UserError(f"{path}: not a video or image that can be read ({e})") from e
 
 
-def _rgb(path: str, scaled: tuple[int, int], crop: tuple[int, int]) -> Iterator[tuple[float, Any]]:
-    """(seconds, frame) of all frames; sizes are (width, height)."""
+def _rgb(
+    path: str, scaled: Callable[[tuple[int, int]], tuple[int, int]], crop: tuple[int, int]
+) -> Iterator[tuple[float, Any]]:
+    """(seconds, frame) of all frames, each scaled by its own shape, which may change; sizes are (width, height)."""
     import av
     from av.video.reformatter import VideoReformatter
 
-    from longtake.pipeline import decode
+    from longtake.pipeline import container, decode
 
     scaler: Any = VideoReformatter()
     colours: Any = VideoReformatter()
     try:
         for frame in decode.frames(path):
-            planes = decode.to_planes(frame, scaled, crop, scaler)
+            planes = decode.to_planes(frame, scaled(frame.size), crop, scaler)
             image = av.VideoFrame.from_ndarray(planes, format="yuv420p")
             yield frame.seconds, colours.reformat(image, format="rgb24", src_colorspace="ITU601").to_ndarray()
-    except decode.Unreadable as e:
+    except container.Unreadable as e:
         raise Failure(f"{path}: {e}") from e
 
 

@@ -5,6 +5,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+from longtake.datasets import media
 from longtake.infra.report.embed import data_uri
 from longtake.infra.report.runs import StageRun
 
@@ -53,10 +54,10 @@ def playable(path: Path) -> dict[str, Any] | None:
     import av
 
     try:
-        with av.open(str(path)) as container:
+        with media.opened(path) as container:
             context = container.streams.video[0].codec_context
             width, height = context.width, context.height
-    except (av.FFmpegError, IndexError):
+    except (av.FFmpegError, IndexError, ValueError):
         return None
     return {
         "uri": data_uri("mp4", path.read_bytes()),

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from longtake.datasets import clip
+from longtake.datasets import clip, media
 from longtake.datasets.errors import Failure
 from longtake.infra.report import pictures
 from longtake.infra.report.embed import Pictures
@@ -56,7 +56,7 @@ def _stills(path: Path) -> bytes | None:
     from PIL.Image import Resampling
 
     try:
-        with av.open(str(path)) as container:
+        with media.opened(path) as container:
             count = container.streams.video[0].frames
         chosen = np.linspace(0, count - 1, min(_STILLS, count)).round().astype(int)
         row = pictures.strip(clip.decode(path.read_bytes(), chosen.tolist()), _HEIGHT)

@@ -58,7 +58,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> Found:
     # no seed that a threshold was tuned on
     for video in generate(tmp_path_factory.mktemp("cuts"), count=VIDEOS, seed=21, seconds=8.0, fps=FPS, size=(48, 64)):
         scaled = (64, 48)
-        sampled = _sampled(frames(str(video)), FPS, scaled, scaled)
+        sampled = _sampled(((frame, (scaled, scaled)) for frame in frames(str(video))), FPS)
         events = load_truth(video.with_suffix(".truth.json")).events
         results.append((events, [(frame.number, start, why) for frame, start, why in shots(sampled)]))
     return results

@@ -1,0 +1,60 @@
+"""The one door through which FFmpeg opens what others have made.
+
+FFmpeg goes by the first bytes, and some of what it knows names other files: playlists and manifests (HLS, DASH), scripts
+(ffconcat), session descriptions, numbered pictures. So it is handed bytes and never a name, it may take them for one of the
+formats below only, which hold their pictures themselves, and by no protocol may it open anything besides.
+"""
+
+import contextlib
+import io
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+# names of FFmpeg's demuxers
+_VIDEOS = (
+    "amv apng av1 avi avs avs2 avs3 cavsvideo dirac dnxhd dv evc flic flv gif gxf h261 h263 h264 hevc ipu ivf ivr"
+    " live_flv kux asf asf_o matroska webm mjpeg mjpeg_2000 mov m4v mpeg mpegts mpegvideo mtv mxf nsv nut nuv obu ogg"
+    " rm r3d roq smjpeg smk bink film_cpk vc1 vc1test vvc wtv yuv4mpegpipe"
+)
+_PICTURES = "bmp gif jpeg jpegls jpegxl j2k pam pbm pgm pgmyuv png ppm qoi sgi sunrast tiff webp"
+FORMATS = (*_VIDEOS.split(), *(f"{name}_pipe" for name in _PICTURES.split()), "jpegxl_anim")
+# the whitelist of protocols holds none
+_NOTHING_ELSE = {"format_whitelist": ",".join(FORMATS), "protocol_whitelist": "none"}
+_BUFFER = 1 << 16
+
+
+class _Nameless:
+    """What FFmpeg needs of a file, without its name, by which it would guess the format."""
+
+    def __init__(self, file: Any) -> None:
+        self.read, self.seek, self.tell = file.read, file.seek, file.tell
+
+
+@contextlib.contextmanager
+def opened(source: str | Path | bytes | memoryview, **options: str) -> Iterator[Any]:
+    """An av.InputContainer of a local file or of bytes. `options` are the codecs'.
+
+    Raises:
+        av.error.FFmpegError: it cannot be read as any format.
+        ValueError: its format is none of FORMATS.
+        OSError: the file cannot be read.
+    """
+    import av
+
+    with contextlib.ExitStack() as stack:
+        if isinstance(source, str | Path):
+            file: Any = stack.enter_context(Path(source).open("rb", buffering=0))
+        else:
+            file = io.BytesIO(source)
+        try:
+            container = av.open(
+                _Nameless(file),
+                options=options,
+                container_options=_NOTHING_ELSE,
+                metadata_errors="ignore",
+                buffer_size=_BUFFER,
+            )
+        except av.error.ArgumentError as e:
+            raise ValueError("of no format that is opened: playlists and all that names other files are not") from e
+        yield stack.enter_context(container)

@@ -1,0 +1,78 @@
+"""Which stream of an untrusted file is the film, and what its container says of it."""
+
+import contextlib
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any
+
+import av
+
+from longtake.datasets import media
+
+_NO_VIDEO = "no video stream"
+_PICTURES = ("bmp", "gif", "jpegxl", "mjpeg", "png", "tiff", "webp")  # codecs of covers
+_COUNTED_PACKETS = 64  # of the other streams, within which a cover has no second one
+
+
+class Unreadable(ValueError):
+    """The file is not a video that can be decoded; the message says why in one line."""
+
+
+def is_no_video(error: Unreadable) -> bool:
+    return str(error) == _NO_VIDEO
+
+
+@contextlib.contextmanager
+def film(path: str) -> Iterator[tuple[Any, Any]]:
+    """The open container and the stream to show, which is decoded by one thread. Raises Unreadable."""
+    with contextlib.ExitStack() as stack:
+        try:
+            container = stack.enter_context(media.opened(path))
+            stream = _chosen(path, container)
+        except (av.error.FFmpegError, ValueError, OSError) as e:
+            raise Unreadable(getattr(e, "strerror", None) or str(e)) from e
+        stream.codec_context.thread_count = 1
+        yield container, stream
+
+
+def _chosen(path: str, container: Any) -> Any:
+    """The stream to show: none that is a cover, if there is another; the default one; the largest; the first."""
+    videos = [s for s in container.streams.video if not s.disposition & s.disposition.attached_pic]
+    if not videos:
+        raise Unreadable(_NO_VIDEO)
+    known = [s for s in videos if s.codec_context is not None]
+    if not known:
+        raise Unreadable("no decoder for its video stream")
+    covers = _covers(path, known) if len(known) > 1 else set()
+
+    def rank(stream: Any) -> tuple[bool, bool, bool, int]:
+        said, context = stream.disposition, stream.codec_context
+        beside = bool(said & (said.still_image | said.timed_thumbnails | said.dependent))
+        return stream.index not in covers, not beside, bool(said & said.default), context.width * context.height
+
+    return max(known, key=rank)
+
+
+def _covers(path: str, videos: list[Any]) -> set[int]:
+    """Those of several streams that are a picture alone."""
+    suspects = {s.index for s in videos if s.codec_context.name in _PICTURES}
+    if not suspects or len(suspects) == len(videos):
+        return set()
+    seen: Counter[int] = Counter()
+    with media.opened(path) as container, contextlib.suppress(av.error.FFmpegError):
+        for packet in container.demux([container.streams[s.index] for s in videos]):
+            seen[packet.stream_index] += packet.size > 0
+            if sum(n for index, n in seen.items() if index not in suspects) >= _COUNTED_PACKETS:
+                break
+    return {index for index in suspects if seen[index] <= 1}
+
+
+def seconds_of(stream: Any) -> float:
+    """What the container says of this stream's length, 0.0 where it says nothing."""
+    if stream.duration:
+        return max(0.0, float(stream.duration * stream.time_base))
+    # Matroska: 00:00:05.000000000
+    with contextlib.suppress(ValueError):
+        hours, minutes, seconds = stream.metadata.get("DURATION", "").split(":")
+        return int(hours) * 3600 + int(minutes) * 60 + float(seconds)
+    return 0.0
