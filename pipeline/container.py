@@ -1,8 +1,11 @@
 """Which stream of an untrusted file is the film, and what its container says of it."""
 
 import contextlib
+import mmap
+import re
 from collections import Counter
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import av
@@ -11,6 +14,7 @@ from longtake.datasets import media
 
 _NO_VIDEO = "no video stream"
 _PICTURES = ("bmp", "gif", "jpegxl", "mjpeg", "png", "tiff", "webp")  # codecs of covers
+_FLV = re.compile(rb"FLV\x01[\0-\x05]\0{3}\x09\0{4}")  # a header, and the size of no tag before it
 _COUNTED_PACKETS = 64  # of the other streams, within which a cover has no second one
 
 
@@ -51,6 +55,15 @@ def _chosen(path: str, container: Any) -> Any:
         return stream.index not in covers, not beside, bool(said & said.default), context.width * context.height
 
     return max(known, key=rank)
+
+
+def unread(path: str, container: Any) -> str:
+    """What FFmpeg leaves out at the end without a word: FLV that follows other FLV with a header of its own."""
+    if container.format.name == "flv":
+        with Path(path).open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+            if found := _FLV.search(data, 1):
+                return f"another recording begins at byte {found.start()}, which FFmpeg does not read"
+    return ""
 
 
 def _covers(path: str, videos: list[Any]) -> set[int]:

@@ -20,6 +20,7 @@ import numpy as np
 
 from longtake.pipeline.decode import chroma, luma
 
+_DARKEST, _BRIGHTEST = 16 / 255, 235 / 255  # luma of black and of white
 _BLACK_LUMA, _BLACK_SHARE = 36, 0.002  # a black frame has at most this share of pixels above this (limited-range) luma
 
 _LOOK = 3  # frames on either side that the threshold of hard cuts adapts to
@@ -37,6 +38,11 @@ _PACE = 0.2  # and the share by which they may run ahead or lag behind
 _DIP = 0.65  # how much of a blend's loss of detail there must be: 1 in a blend, 0 in camera moves and changes of light
 _MISFIT = 0.35  # mean distance from a blend's detail, as a share of the mean loss
 _ALIKE = 0.8  # no transition if the grids of its ends correlate by more: light that changes, a focus that is pulled
+_FADE = 8  # distinct frames on either side of the middle of a short fade, which has too few for a blend to show
+_GONE = 0.5  # share of the light that is left in the middle at most
+_RISE = 1.03  # from one frame of it to the next
+_FAINT = 0.03  # light by which a frame is as good as black or white
+_SCALED = 0.9  # correlation of the grids of two frames of one fade
 _EDGE = 0.03  # a frame with less of the other shot than this still belongs to its own
 
 
@@ -53,11 +59,12 @@ class Sampled:
 @dataclass(frozen=True)
 class Signature:
     """What a frame is compared by: mean luma of 8 x 8 cells, histograms of luma and chroma, all 0..1; detail is the
-    mean variance of luma inside the cells."""
+    mean variance of luma inside the cells, light the mean luma."""
 
     grid: np.ndarray
     histograms: np.ndarray
     detail: float
+    light: float
 
 
 @dataclass
@@ -146,6 +153,7 @@ def _blends(stream: Iterable[_Shown]) -> Iterator[_Shown]:
     window: deque[_Shown] = deque()
     for window, at in _middles(stream, _REACH):
         _mark(window, at)
+        _mark_fade(window, at)
         if at >= _REACH:  # no later middle reaches back to it
             yield window[at - _REACH]
     yield from list(window)[-_REACH:]
@@ -179,6 +187,39 @@ def _mark(window: deque[_Shown], middle: int) -> None:
             return
 
 
+def _mark_fade(window: deque[_Shown], middle: int) -> None:
+    """Mark the frames of a short fade through black or white of which this is the darkest or the lightest."""
+    here = window[middle].signature.light
+    near = [window[n].signature.light for n in (middle - 1, middle + 1) if 0 <= n < len(window)]
+    for dark in (True, False):
+        if not near or ((here > min(near)) if dark else (here < max(near))):
+            continue
+        around = list(window)[max(0, middle - _FADE) : middle + _FADE + 1]
+        light = [s.signature.light - _DARKEST if dark else _BRIGHTEST - s.signature.light for s in around]
+        grids = [s.signature.grid for s in around]
+        at = min(middle, _FADE)
+        first, last = _ramp(light, grids, at, -1), _ramp(light, grids, at, 1)
+        whole = first < at < last and likeness(grids[first], grids[last]) < _ALIKE
+        # of one that stays black, or comes out of it, the frames on the way
+        if whole or (light[at] < _FAINT and max(at - first, last - at) > 1):
+            for shown in around[min(first + 1, at) : max(last, at + 1)]:
+                shown.blended = True
+
+
+def _ramp(light: list[float], grids: list[np.ndarray], at: int, way: int) -> int:
+    """The last frame, that way, before which the same picture fades to the one at `at`; `at` itself where none does."""
+    end = at
+    while 0 <= end + way < len(light):
+        ahead = end + way
+        faint = light[end] < _FAINT
+        if not (light[ahead] > _RISE * light[end] or light[ahead] < _FAINT):
+            break
+        if not faint and likeness(grids[end], grids[ahead]) < _SCALED:
+            break
+        end = ahead
+    return end if light[at] < _GONE * light[end] else at
+
+
 def blend(grids: np.ndarray, detail: np.ndarray) -> np.ndarray:
     """Which frames of a row are blends of its two ends, (T,) bool; none unless the row runs evenly from end to end.
 
@@ -208,7 +249,7 @@ def signature(planes: np.ndarray) -> Signature:
         np.bincount(plane.reshape(-1), minlength=256).reshape(32, 8).sum(1) / plane.size
         for plane in (y, *chroma(planes))
     ]
-    return Signature(grid / 255, np.concatenate(histograms), detail / 255**2)
+    return Signature(grid / 255, np.concatenate(histograms), detail / 255**2, float(grid.mean()) / 255)
 
 
 def distance(a: Signature, b: Signature) -> float:

@@ -1,17 +1,14 @@
 """Opening an untrusted video: what its container says, and its frames in order. Two decoders, one interface.
 
 PyAV is the default: it gives the codec's own planes, so that scaling and colour conversion happen once. decord is
-the second opinion for what PyAV's demuxer refuses; it gives RGB, all frames in the shape of the first.
+the second opinion (see second_opinion.py).
 """
 
 import contextlib
 import math
-import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from fractions import Fraction
-from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 import av
@@ -19,18 +16,12 @@ import numpy as np
 from av.video.reformatter import VideoReformatter
 
 from longtake.pipeline import tone
-from longtake.pipeline.container import Unreadable, film, seconds_of
-from longtake.pipeline.orientation import Orientation, between, orientation_of, shown_size, turned, upright
+from longtake.pipeline.container import Unreadable, film, seconds_of, unread
+from longtake.pipeline.orientation import Orientation, orientation_of, shown_size, upright
+from longtake.pipeline.second_opinion import decord_frames
 
 _MAX_DAMAGED_PACKETS = 1000  # one after the other
 _BACK_SECONDS = 0.25  # times that go back by less are in disorder, as of B-frames in AVI; by more, the clock is another
-# what decord's demuxers, which no whitelist binds, take for nothing else: MP4, Matroska, AVI, FLV, ASF, Ogg, TS, PS, GIF
-_FIRST_BYTES = re.compile(
-    rb"(?s)....(ftyp|moov|mdat|wide|free|skip)|\x1aE\xdf\xa3|RIFF....AVI |FLV\x01|0&\xb2u\x8ef\xcf\x11|OggS|GIF8"
-    rb"|G.{187}G.{187}G|\0\0\x01\xba"
-)
-# places in its source and in memory, which tell nobody anything
-_OF_DECORD = re.compile(r"\[[\d:]+\] \S+:\d+: |Check failed: .*?\([^()]*\) |\[/dev/fd/\d+\] |Stack trace.*", re.S)
 
 
 @dataclass(frozen=True)
@@ -124,6 +115,7 @@ def _pyav_frames(path: str, tally: Tally) -> Iterator[Frame]:
             duration = float(image.duration * image.time_base) if image.duration and image.time_base else 0.0
             starts = shown.starts or back
             yield Frame(shown.number, seconds, duration, image, shown.orientation, shown.aspect, starts)
+        tally.ended = tally.ended or unread(path, container)
 
 
 def _time(image: Any) -> float | None:
@@ -169,69 +161,12 @@ def _pairs(
 
 
 def _decord_frames(path: str, tally: Tally) -> Iterator[Frame]:
-    import decord
-
-    with Path(path).open("rb", buffering=0) as file, film(path) as (container, stream):
-        if not _FIRST_BYTES.match(file.read(1 << 10)):
-            raise Unreadable("it begins as no format that decord may open; use decoder: pyav")
+    with film(path) as (_, stream):
         step, aspect = 1 / float(stream.average_rate or stream.guessed_rate or 25), stream.sample_aspect_ratio
-        first = next((image for image in _decoded(container, stream, Tally()) if image is not None), None)
-        if first is None:
-            raise Unreadable("no decodable frame")
-        # decord turns by itself, and does not mirror
-        orientation = between(turned(first.rotation), orientation_of(first))
-        shapes = {(first.width, first.height), (first.height, first.width)}
-        try:
-            # by its descriptor, for a name might be taken for a pattern of names
-            reader = decord.VideoReader(f"/dev/fd/{file.fileno()}", num_threads=1)
-            times = [float(reader.get_frame_timestamp(n)[0]) for n in range(len(reader))]
-        except decord.DECORDError as e:
-            raise Unreadable(_said_by_decord(e)) from e
-        tally.packets = len(reader)
-        # where a clock goes back decord sorts its times
-        if not _grow(times):
-            times = _packet_times(container, stream)
-
-        def read() -> Iterator[tuple[Any, float | None]]:
-            for number in range(len(reader)):
-                try:
-                    picture = reader[number].asnumpy()
-                except (decord.DECORDError, IndexError) as e:
-                    raise Unreadable(_said_by_decord(e)) from e
-                if picture.shape[1::-1] not in shapes and len(container.streams.video) > 1:
-                    raise Unreadable("decord takes another one of its video streams; use decoder: pyav")
-                # some have no numbers for times, as in AVI: then the rate counts
-                time = times[number] if len(times) == len(reader) else math.nan
-                image = av.VideoFrame.from_ndarray(picture, format="rgb24")
-                yield image, time if math.isfinite(time) else None
-
-        for number, (image, seconds, back) in enumerate(_clocked(read(), step, tally)):
-            yield Frame(number, seconds, 0.0, image, orientation, aspect, back)
-
-
-def _grow(times: list[float]) -> bool:
-    return all(a < b for a, b in pairwise(times))
-
-
-def _packet_times(container: Any, stream: Any) -> list[float]:
-    """Seconds of a stream's frames in the order in which they are shown."""
-    times: list[tuple[int, float]] = []
-    stretch, before = 0, -math.inf
-    container.seek(0)
-    with contextlib.suppress(av.error.FFmpegError):
-        for packet in container.demux(stream):
-            if packet.size and packet.pts is not None and packet.dts is not None:
-                decoded = float(packet.dts * packet.time_base)
-                stretch += decoded < before - _BACK_SECONDS
-                before = decoded
-                times.append((stretch, float(packet.pts * packet.time_base)))
-    return [time for _, time in sorted(times)]
-
-
-def _said_by_decord(error: Exception) -> str:
-    """What it says, in one line and without the place in its source."""
-    said = " ".join(_OF_DECORD.sub("", str(error)).split()).removeprefix("ERROR ")
-    return f"decord cannot read it: {said}" if said else "decord cannot read it"
+    timed = (((image, orientation), time) for image, time, orientation in decord_frames(path))
+    for number, ((image, orientation), seconds, back) in enumerate(_clocked(timed, step, tally)):
+        tally.packets += 1
+        yield Frame(number, seconds, 0.0, image, orientation, aspect, back)
 
 
 def _decoded(container: Any, stream: Any, tally: Tally) -> Iterator[Any]:
