@@ -2,10 +2,12 @@
 
 A hard cut stands out from its neighbours by a factor, not by an absolute amount, so that fast motion and noise do not
 cut; and it moves light and shade about, so that a change of exposure does not. A dissolve or a fade moves evenly from
-one picture to another while both lose detail faster than a move of the camera or of the light could make them.
+one picture to another while both lose detail faster than a move of the camera or of the light could make them. A fade
+through black or white of which a low rate shows a few frames is one picture that goes out and another that comes up.
 
 Found of 71 hard cuts and 129 gradual transitions in generated footage 71 and 127, nothing else; of 30 and 152 made by
-blending real footage 30 and 148, with 5 and 1 false. In 42 real clips, 15 hard cuts and two sudden motions, none gradual.
+blending real footage 30 and 148, with 5 and 1 false. In 42 real clips, 15 hard cuts and two sudden motions, none gradual. At 12 frames a second 99 % of
+the frames inside transitions of generated footage are found, and 0.2 % of the others.
 What it gives up: jump cuts within a scene, cuts between very dim pictures, wipes, fades that stop half-way, dissolves
 of more than 2.5 seconds or between fast moves; while the camera moves, a blur or a light that goes nearly out may pass
 for a transition.
@@ -207,17 +209,21 @@ def _mark_fade(window: deque[_Shown], middle: int) -> None:
 
 
 def _ramp(light: list[float], grids: list[np.ndarray], at: int, way: int) -> int:
-    """The last frame, that way, before which the same picture fades to the one at `at`; `at` itself where none does."""
-    end = at
+    """The last frame, that way, before which the same picture fades to the one at `at`; `at` itself where none does.
+
+    The one at `at` may belong to the picture on its other side.
+    """
+    end = own = at
     while 0 <= end + way < len(light):
         ahead = end + way
-        faint = light[end] < _FAINT
-        if not (light[ahead] > _RISE * light[end] or light[ahead] < _FAINT):
+        if light[ahead] <= _RISE * light[end] and light[ahead] >= _FAINT:
             break
-        if not faint and likeness(grids[end], grids[ahead]) < _SCALED:
-            break
+        if light[end] >= _FAINT and likeness(grids[end], grids[ahead]) < _SCALED:
+            if end != at:
+                break
+            own = ahead
         end = ahead
-    return end if light[at] < _GONE * light[end] else at
+    return end if light[own] < _GONE * light[end] else at
 
 
 def blend(grids: np.ndarray, detail: np.ndarray) -> np.ndarray:

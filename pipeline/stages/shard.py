@@ -35,7 +35,7 @@ class Config(StageConfig):
     clip: ClipConfig = ClipConfig()
     frame_diff: FrameDiffConfig = FrameDiffConfig()
     limits: LimitsConfig = LimitsConfig()
-    decoder: Literal["pyav", "decord"] = "pyav"
+    decoder: Literal["pyav", "decord"] = "pyav"  # decord rejects what it would show wrongly (see second_opinion.py)
     val_fraction: float = Field(0.05, ge=0, lt=1)  # of the sources, by their content
     group_bytes: int = Field(1 << 30, gt=0)  # of source files in one group, and so in one shard
     group_sources: int = Field(1024, gt=0)

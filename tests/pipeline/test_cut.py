@@ -268,3 +268,28 @@ def test_no_frame_waits_for_more_than_a_few_seconds_of_source() -> None:
             yield frame
 
     assert max(read - n for n, _ in enumerate(shots(counted()))) <= LATEST
+
+
+@pytest.mark.parametrize(("before", "after"), [(0.05, 0.9), (0.4, 0.4), (0.7, 0.2), (0.95, 0.5)])
+@pytest.mark.parametrize("level", [16, 235])
+@pytest.mark.parametrize("rate", [12, 8])
+def test_a_fade_of_nine_frames_is_dropped_at_low_rates_too(before: float, after: float, level: int, rate: int) -> None:
+    """Down in four frames, black or white in the fifth, up in four, of which a low rate sees some."""
+    ramp = np.r_[np.arange(4, -1, -1), np.arange(1, 5)] / 5
+    share = np.r_[np.ones(60 + round(4 * before)), ramp, np.ones(60 + round(4 * after))]
+    middle = int(share.argmin())
+    one, two = scene(1, len(share), 0.25), scene(2, len(share), -0.25)
+    lumas = np.where((np.arange(len(share)) < middle)[:, None, None], one, two)
+    lumas = (level + (lumas - level) * share[:, None, None])[:: FPS // rate]
+    said = [(n, start, why) for n, (_, start, why) in enumerate(shots(stream(lumas)))]
+    inside = np.flatnonzero(share[:: FPS // rate] < 1).tolist()
+    assert [n for n, _, why in said if why] == inside
+    assert [n for n, start, _ in said if start] == [0, inside[-1] + 1]
+
+
+def test_a_light_that_flickers_or_a_dim_shot_is_no_fade() -> None:
+    gains = np.ones(80)
+    gains[[20, 40, 41, 60]] = 0.2
+    assert dropped(lit(gains)) == []
+    dim = 16 + (scene(9, 30, 0.3) - 16) * 0.3
+    assert dropped(np.concatenate([scene(1, 30, 0.3), dim, scene(2, 30, 0.3)])) == []
