@@ -23,7 +23,7 @@ from longtake.pipeline.plan import plan, sources_of
 from longtake.pipeline.seen import planned_again
 from longtake.pipeline.watch import Board, watched
 
-VERSION = 3
+VERSION = 4
 PRODUCES = "dataset"
 
 
