@@ -13,6 +13,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from longtake.datasets import index, schema, storage
+from longtake.datasets.errors import Failure
 from longtake.pipeline.fetch import answers
 
 _FIELDS = ("source", "uri", "bytes", "split", "group", "duplicate_of", "extra", "reason")
@@ -54,7 +55,7 @@ def read_tries(dataset: str, threads: int = 16) -> Tries:
         for name in index.shard_names(dataset, split)
     ]
     with ThreadPoolExecutor(threads) as pool:
-        tables = list(pool.map(lambda url: index.from_parquet(url, list(_FIELDS)), urls))
+        tables = list(pool.map(_read, urls))
     rows = pa.concat_tables([_EMPTY, *(table.replace_schema_metadata(None) for table in tables)])
     last = index.last_tries(rows)
     failed = pc.fill_null(pc.is_in(last["reason"], pa.array(schema.UNREAD)), False)
@@ -72,6 +73,14 @@ def read_tries(dataset: str, threads: int = 16) -> Tries:
     superseded = rows.filter(pc.invert(pc.is_in(_places(rows), _places(last))))
     repeated = superseded["uri"].filter(pc.equal(superseded["reason"], "unreachable")).to_pylist()
     return Tries(unread, lost.combine_chunks(), awaited, frozenset(repeated))
+
+
+def _read(url: str) -> pa.Table:
+    try:
+        return index.from_parquet(url, list(_FIELDS))
+    except Failure:
+        # said where the account is made; here it must not keep its group from being made again
+        return _EMPTY
 
 
 def _places(rows: pa.Table) -> pa.ChunkedArray:

@@ -12,6 +12,7 @@ from longtake.datasets.errors import UserError
 from longtake.infra import graph, recipe
 from longtake.infra.cli import cli
 from longtake.infra.deploy import Deploy, environment
+from longtake.pipeline.stages import shard
 
 GOOD: dict[str, Any] = {
     "name": "small",
@@ -241,6 +242,19 @@ def test_a_resolved_recipe_is_kept_so_that_a_retry_sees_the_same_sources(
     assert [n.fingerprint for n in build(str(target))] == first
     refused = resolve("--set", "name=other")
     assert isinstance(refused.exception, UserError) and "is there already" in str(refused.exception)
+
+
+def test_what_can_be_reached_again_reruns_its_stage_and_all_after_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "a.mp4").write_bytes(b"one")
+    stages = {"shards": {"kind": "shard", "sources": [str(tmp_path)]}, "view": {"kind": "curate", "dataset": "shards"}}
+    loaded = recipe.load(write(tmp_path, {"name": "r", "workspace": str(tmp_path / "work"), "stages": stages}))
+    before = graph.build(graph.pin(loaded))
+    monkeypatch.setattr(shard, "retried", lambda uri: "again" if uri == before[0].output else "")
+    after = graph.build(graph.pin(loaded))
+    assert [n.output for n in after][:1] == [n.output for n in before][:1], "it adds to the same dataset"
+    assert all(a.fingerprint != b.fingerprint for a, b in zip(after, before, strict=True))
 
 
 def test_the_recipe_of_the_papers_trains_as_they_do(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -231,6 +231,9 @@ def test_a_source_that_is_always_cut_short_makes_nothing_run_for_ever(
     old["again"] = seen.planned_again(url, [old])[old["split"], old["group"]]
     assert not make_group(old, plan.sources_of(url, old), url, GEOMETRY)["error"]
     assert index.summary(url) == before and not list(verify(url))
+    # a damaged account does not keep the stage from running
+    Path(f"{url}/sources/{old['split']}-{old['group']:05d}.parquet").write_bytes(b"torn")
+    assert retry.retried(url) != digest and plan.plan(url, [manifest], 0.2, 1 << 30, 3) == plan.groups(url)
 
 
 def test_what_is_unreachable_while_planning_keeps_the_identity_of_its_content(web: Web, tmp_path: Path) -> None:
