@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import re
 import secrets
 import sys
 import tempfile
@@ -160,6 +161,11 @@ def connect(recipe: Recipe) -> Runs:
         if not storage.is_local(recipe.workspace):
             raise UserError(
                 f"{recipe.path}: workspace {recipe.workspace} is remote: set MLFLOW_TRACKING_URI to an MLflow server"
+            )
+        if wrong := re.search(r"[?%\x00-\x1f\ud800-\udfff]", recipe.workspace):
+            raise UserError(
+                f"{recipe.path}: workspace {recipe.workspace!a}: has {wrong[0]!a} in its path, where no sqlite store can lie;"
+                " choose another path, or set MLFLOW_TRACKING_URI to a store elsewhere"
             )
         with storage.failing_clearly(recipe.workspace):
             Path(recipe.workspace).mkdir(parents=True, exist_ok=True)

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import yaml
 
-from longtake.datasets.errors import Failure
+from longtake.datasets.errors import Failure, UserError
 from longtake.infra import cli, graph, recipe, runner, runs, sqlite_store
 from longtake.infra.graph import Node
 from longtake.infra.runs import Runs
@@ -205,3 +205,19 @@ def test_a_stage_that_the_system_kills_is_told_though_it_could_not_say_why(monke
     monkeypatch.setattr(runner.subprocess, "Popen", lambda command: start([sys.executable, "-c", code]))
     with pytest.raises(Failure, match="stage vae: its process was killed by signal 9, perhaps for want of memory"):
         runner._run_process("r.yaml", node, "0", fresh=False)
+
+
+@pytest.mark.parametrize("name", ["my ws", "it's [4K]", "ü#;&::@+", "-$HOME *"])
+def test_a_workspace_may_have_an_odd_path(tmp_path: Path, with_store: Callable[[Path], None], name: str) -> None:
+    with_store(tmp_path / name)
+    store, node = opened(tmp_path, tmp_path / name)
+    run_id = trained(store, node)
+    assert not runner.plan(None, [node], store, runner.Choice())["vae"]  # type: ignore[arg-type]
+    assert Path(store.client.download_artifacts(run_id, "model/config.json")).read_text() == "x"
+    assert {path.name for path in tmp_path.iterdir()} == {name, "r.yaml"}
+
+
+@pytest.mark.parametrize("name", ["a?b", "100%", "a\nb"])
+def test_a_workspace_where_no_store_can_lie_is_refused_by_its_key(tmp_path: Path, name: str) -> None:
+    with pytest.raises(UserError, match=r"r.yaml: workspace .* choose another path, or set MLFLOW_TRACKING_URI"):
+        opened(tmp_path, tmp_path / name)
