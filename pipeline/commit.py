@@ -10,6 +10,7 @@ from typing import Any
 
 from longtake.datasets import annotations, index, schema, storage
 from longtake.datasets.errors import Failure
+from longtake.datasets.masking import shown
 from longtake.datasets.shard import Member, sha256_of, write_tar
 from longtake.pipeline.fetch import Unread, fetch
 from longtake.pipeline.isolate import Worker
@@ -107,7 +108,7 @@ def _cut(
         )
     if account.get("detail"):
         # a decoder may repeat a name that is no text
-        account["detail"] = storage.printable(account["detail"])
+        account["detail"] = shown(storage.printable(account["detail"]))
     return account, clips
 
 

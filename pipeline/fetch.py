@@ -15,6 +15,7 @@ from fsspec.callbacks import Callback
 
 from longtake.datasets import storage
 from longtake.datasets.errors import Failure, UserError
+from longtake.datasets.masking import shown
 
 _OUR_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 # what botocore and S3 call credentials that are ours to renew
@@ -28,7 +29,7 @@ class Unread(Exception):
 
     def __init__(self, reason: str, detail: str) -> None:
         super().__init__(detail)
-        self.reason, self.detail = reason, storage.printable(" ".join(detail.split()))
+        self.reason, self.detail = reason, shown(storage.printable(" ".join(detail.split())))
 
 
 def fetch(

@@ -2,6 +2,8 @@
 
 import click
 
+from longtake.datasets.masking import shown
+
 _DIFF_LINES = 20
 _PICTURES = {b"\xff\xd8": "jpg", b"\x89PNG": "png", b"RIFF": "webp"}  # how they begin
 
@@ -57,7 +59,7 @@ def sources(url: str, rejected: bool) -> None:
     for row in index.read_sources(url).to_pylist():
         if not (rejected and row["status"] == "good"):
             facts = [row["status"], str(row["clips"]), row["reason"] or "-", row["uri"], row["detail"] or ""]
-            click.echo("\t".join(storage.printable(fact) for fact in facts).rstrip())
+            click.echo(shown("\t".join(storage.printable(fact) for fact in facts).rstrip()))
 
 
 @dataset.command()
@@ -156,7 +158,7 @@ def diff(a: str, b: str) -> None:
     for kind, lines in found.items():
         click.echo(f"{kind}: {len(lines)}")
         for line in lines[:_DIFF_LINES]:
-            click.echo(f"  {line}")
+            click.echo(f"  {shown(line)}")
         if len(lines) > _DIFF_LINES:
             click.echo(f"  and {len(lines) - _DIFF_LINES} more")
     if found:

@@ -89,9 +89,9 @@ def _places(
     stages: Sequence[StageRun], dataset: str | None, view: str | None, tracking_uri: str
 ) -> list[tuple[str, str]]:
     models = [("model", s.uri) for s in stages if s.uri.startswith("models:/")]
-    found = [("dataset", dataset or ""), ("view", view or ""), *models, ("tracking", shown(tracking_uri))]
+    found = [("dataset", dataset or ""), ("view", view or ""), *models, ("tracking", tracking_uri)]
     if tracking_uri and not tracking_uri.startswith(("http://", "https://")):
-        found.append(("see the runs", f"mlflow ui --backend-store-uri {shlex.quote(shown(tracking_uri))}"))
+        found.append(("see the runs", f"mlflow ui --backend-store-uri {shlex.quote(tracking_uri)}"))
     return [(name, place) for name, place in found if place]
 
 
@@ -138,7 +138,7 @@ def _render(**context: Any) -> str:
         lstrip_blocks=True,
     )
     environment.filters |= {"number": _number, "duration": _duration, "telling": telling}
-    return environment.get_template("page.html").render(context)
+    return shown(environment.get_template("page.html").render(context))
 
 
 def _number(value: float) -> str:

@@ -12,6 +12,7 @@ from tqdm import tqdm
 
 from longtake.datasets import index, schema, storage
 from longtake.datasets.errors import Failure, Interrupted, UserError
+from longtake.datasets.masking import shown
 from longtake.datasets.stage import Scheduling, StageConfig
 from longtake.pipeline import retry
 from longtake.pipeline.cluster import TaskConfig, connected
@@ -163,7 +164,7 @@ def _make(config: Config, output: str, groups: list[dict[str, Any]]) -> None:
             def tell(done: int, line: str) -> None:
                 bar.update(max(0, done - bar.n))
                 if line:
-                    bar.write(f"shard: {storage.printable(line)}", file=sys.stderr)
+                    bar.write(f"shard: {shown(storage.printable(line))}", file=sys.stderr)
 
             clips = done = 0
             for result in watched(made.iter_rows(), ray, board, "shard", config.task.stall_seconds, tell):
