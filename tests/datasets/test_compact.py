@@ -107,7 +107,7 @@ def test_no_folder_is_listed_where_all_that_was_planned_is_there(
     compact.write(str(copy), "train")
     listed = reads(monkeypatch, "names")
     opened = compact.open_split(str(copy), "train")[0]
-    assert len(opened.shards) == 5 and [url.split("/")[-1] for url in listed] == ["plan"]
+    assert len(opened.shards) == 5 and [url.split("/")[-1] for url in listed] == ["plan", "annotations"]
     # a later plan may have made shards: look
     plan(copy, "1", [5])
     listed.clear()
