@@ -191,9 +191,10 @@ def balance(squares: Tensor, reconstruction: Tensor, adversarial: Tensor) -> tup
         squares: the averages, `(2,)`, moved in place.
     """
     now = torch.stack([reconstruction.square().sum(), adversarial.square().sum()])
-    if torch.distributed.get_world_size() > 1:
-        # the ranks' means have world times the gradients of the whole mean, both alike
+    if (world := torch.distributed.get_world_size()) > 1:
         torch.distributed.all_reduce(now)
+        # a rank's mean has `world` times the gradients of the mean over all
+        now /= world**2
     _move(squares, now, _KEEP)
     ratio, smoothed = ((a / b.clamp_min(torch.finfo(b.dtype).tiny)).sqrt().clamp(max=_MOST) for a, b in (now, squares))
     return ratio, smoothed

@@ -2,7 +2,7 @@
 
     VIDEOS=FOLDER longtake run quickstart                                                     # prints DATASET, and MODEL of `images`
     export MLFLOW_TRACKING_URI=sqlite:///runs/quickstart/mlflow.db
-    python tests/benchmarks/ablation_gan.py DATASET MODEL [--features squeezenet1_0.pth] [--seeds 3] [--steps 300]
+    python tests/benchmarks/ablation_gan.py DATASET MODEL [--features squeezenet1_0.pth] [--seeds 0 1 2] [--steps 300]
 
 The discriminator learns alone for --warmup steps, then the generator hears it for --steps; `none` trains as long without it.
 On frames of held-out sources: PSNR in dB; sharpness, which is the power of the reconstructions in the upper half of the
@@ -44,7 +44,7 @@ def trained(options: argparse.Namespace, variant: str, seed: int, folder: Path) 
     settings: dict[str, Any] = {
         "kind": "pretrain_vae", "dataset": options.dataset, "parent": options.model, "seed": seed, "batch": 8,
         "frames": options.frames, "sizes": [[options.size, options.size]], "max_drop": 0.0,
-        "steps": options.warmup + options.steps, "gan_start": 0, "gan_warmup": options.warmup, "lr": options.lr,
+        "steps": options.warmup + options.steps, "gan_start": 0, "gan_warmup": options.warmup, "lr": options.lr, "warmup_steps": 0,
         "ema_half_lives": [20], "checkpoint_every": 10**6, "sample_every": 0, "workers": 0, "perceptual": options.perceptual,
         "discriminator": {"preset": "patchgan_tiny"},
     }  # fmt: skip
@@ -87,7 +87,7 @@ def main() -> None:
     parser.add_argument("--features", help="A feature network to measure with.")
     parser.add_argument("--perceptual", help="A feature network to train with.")
     parser.add_argument("--variants", nargs="+", default=list(VARIANTS))
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--warmup", type=int, default=100)
     parser.add_argument("--lr", type=float, default=5e-5)
@@ -102,7 +102,7 @@ def main() -> None:
     print(json.dumps({"variant": "start"} | start), flush=True)
     rows: list[dict[str, Any]] = []
     with engines.process_group():
-        for seed in range(options.seeds):
+        for seed in options.seeds:
             for variant in options.variants:
                 with tempfile.TemporaryDirectory() as folder:
                     model = trained(options, variant, seed, Path(folder))

@@ -34,7 +34,7 @@ from longtake.training.metrics.heldout import evaluate
 from longtake.training.metrics.perceptual import Perceptual, load_perceptual, perceptual_loss
 from longtake.training.models.pv_vae import PVVAE, PVVAEConfig, config_from_preset, frames_of, latent_groups
 
-VERSION = 3
+VERSION = 4
 PRODUCES = "model"
 
 # what the phases differ in; a recipe may change each
@@ -192,7 +192,7 @@ def _loss(
     batch["made"] = made.detach()
     reconstruction = partial(_reconstruction, config, perceptual, generator, video)
     judge = engines.get("discriminator")
-    if judge and adversarial.heard(config, state, judge):
+    if judge is not None and adversarial.heard(config, state, judge):
         loss, terms = adversarial.generator_loss(config, state, made, reconstruction, judge.module)
     else:
         loss, terms = reconstruction(made)
