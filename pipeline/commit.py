@@ -43,7 +43,7 @@ def make_group(
     Returns:
         `{"split", "group", "sources", "clips", "error"}`; with an error the group is not committed and can be run again.
     """
-    split, name = group["split"], group_name(group["group"])
+    split, name, limits = group["split"], group_name(group["group"]), geometry["limits"]
     result = {"split": split, "group": group["group"], "sources": len(rows), "clips": 0, "error": ""}
     folder = storage.join(dataset, split)
     try:
@@ -56,7 +56,7 @@ def make_group(
                 if row["uri"] in group.get("again", ()):
                     account, cut = _rejected("unreachable", "planned again, into a later group"), list[Any]()
                 elif row["source"] == waiting(row["uri"]):
-                    account, cut = _rejected("unreachable", "gave no answer, or not the whole, when it was planned"), []
+                    account, cut = _asked_again(row, spool, limits["max_bytes"]), []
                 # a copy takes the place of what could not be read
                 elif row["duplicate_of"] is not None and row["source"] not in unread:
                     account, cut = _rejected("duplicate", f"same content as {row['duplicate_of']}"), []
@@ -110,6 +110,18 @@ def _cut(
         # a decoder may repeat a name that is no text
         account["detail"] = shown(storage.printable(account["detail"]))
     return account, clips
+
+
+def _asked_again(row: Mapping[str, Any], spool: Path, most_bytes: int) -> dict[str, Any]:
+    """The account of a source that was unreachable when it was planned: what its store says now."""
+    target = spool / "source"
+    try:
+        fetch(row["uri"], target, most_bytes, attempts=1)
+    except Unread as e:
+        return _rejected(e.reason, e.detail)
+    finally:
+        target.unlink(missing_ok=True)
+    return _rejected("unreachable", "was not to be had when it was planned; it is now, for the next run")
 
 
 def _rejected(reason: str, detail: str) -> dict[str, Any]:

@@ -4,7 +4,7 @@ group, once their store answers; nothing else is made again.
 
 import hashlib
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -55,11 +55,11 @@ def read_tries(dataset: str, threads: int = 16) -> Tries:
         for name in index.shard_names(dataset, split)
     ]
     with ThreadPoolExecutor(threads) as pool:
-        tables = list(pool.map(_read, urls))
-    rows = pa.concat_tables([_EMPTY, *(table.replace_schema_metadata(None) for table in tables)])
+        failed = _together(pool.map(lambda url: (rows := _read(url)).filter(_unread(rows)), urls))
+        # most datasets have none, and the rows of all others need not be held
+        rows = _together(pool.map(lambda url: _related(_read(url), failed), urls)) if len(failed) else failed
     last = index.last_tries(rows)
-    failed = pc.fill_null(pc.is_in(last["reason"], pa.array(schema.UNREAD)), False)
-    unread, read = last.filter(failed), last.filter(pc.invert(failed))
+    unread, read = last.filter(_unread(last)), last.filter(pc.invert(_unread(last)))
     read = read.filter(pc.invert(pc.fill_null(pc.equal(read["reason"], "duplicate"), False)))
     lost = unread["source"].filter(pc.invert(pc.is_in(unread["source"], read["source"])))
     answered = set(read["uri"].filter(pc.is_in(read["uri"], unread["uri"])).to_pylist())
@@ -73,6 +73,19 @@ def read_tries(dataset: str, threads: int = 16) -> Tries:
     superseded = rows.filter(pc.invert(pc.is_in(_places(rows), _places(last))))
     repeated = superseded["uri"].filter(pc.equal(superseded["reason"], "unreachable")).to_pylist()
     return Tries(unread, lost.combine_chunks(), awaited, frozenset(repeated))
+
+
+def _together(tables: Iterable[pa.Table]) -> pa.Table:
+    return pa.concat_tables([_EMPTY, *(table.replace_schema_metadata(None) for table in tables)])
+
+
+def _unread(rows: pa.Table) -> pa.ChunkedArray:
+    return pc.fill_null(pc.is_in(rows["reason"], pa.array(schema.UNREAD)), False)
+
+
+def _related(rows: pa.Table, failed: pa.Table) -> pa.Table:
+    """Those of the same name or content as any that failed."""
+    return rows.filter(pc.or_(pc.is_in(rows["uri"], failed["uri"]), pc.is_in(rows["source"], failed["source"])))
 
 
 def _read(url: str) -> pa.Table:
