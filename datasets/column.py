@@ -42,6 +42,7 @@ class Latents:
     view: str | None  # URL; its kept clips alone have latents
     digests: Mapping[str, str]  # of the splits' base shards when this was written (see `compact.Rows`)
     shrink: tuple[int, int] = (1, 1)  # (height, width) factors that the video was scaled down by (see `shrunk`)
+    join_seconds: float = 0.0  # of one stream, at most; 0: every clip is encoded by itself
 
 
 def write_latents(uri: str, latents: Latents) -> None:

@@ -9,6 +9,8 @@ import hashlib
 import json
 import signal
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import astuple
+from functools import partial
 from multiprocessing import forkserver, resource_tracker
 from typing import Any, Literal
 
@@ -17,12 +19,13 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import torch
 
-from longtake.datasets import compact, index, neighbours, order, schema, storage
+from longtake.datasets import compact, index, neighbours, order, schema, storage, streams
 from longtake.datasets.batches import Batches, Bucket, Mixed, Plan
 from longtake.datasets.cache import Cache
 from longtake.datasets.errors import Failure, UserError
 from longtake.datasets.reader import Reader
 from longtake.datasets.shapes import window_shapes
+from longtake.datasets.streams import Lengths
 from longtake.datasets.view import kept
 from longtake.datasets.window import Source, Window
 
@@ -108,6 +111,9 @@ class Loader(Stream):
         history_seconds: how much of what came before the window to give with it.
         history_least: seconds that must have come before the clip; one that joins to less is left out, and
             `samples_without_history` counts them. With `history_seconds` the same, every history is whole.
+        histories: of latents, in place of `history_seconds`: how many steps of the clip's stream to give before a window,
+            and so where in the stream it begins (see `datasets.streams`). Without `shuffle` each stream comes once.
+            `history_mean` says how many steps that is on the average, `longest_stream` has all the steps of the longest.
         workers: decoding processes of this rank; 0 decodes in this one.
         cache: where to keep whole tars of a remote dataset; None reads each sample by itself.
         unreadable: "stop" at a sample that cannot be read, or "skip": another of this rank's share of the batch takes
@@ -143,6 +149,7 @@ class Loader(Stream):
         world: int = 1,
         history_seconds: float = 0.0,
         history_least: float = 0.0,
+        histories: Lengths | None = None,
         workers: int = 0,
         cache: Cache | None = None,
         unreadable: Literal["stop", "skip"] = "stop",
@@ -184,8 +191,15 @@ class Loader(Stream):
             )
         keep &= ~small
         _fit({name: joined[name] for name in latents}, lengths, stride)
+        if not histories and (streamed := [c for c in latents if streams.joined(joined[c])]):
+            raise UserError(
+                f"columns: {streamed[0]} was encoded in streams of several clips, a window inside of one has no first latent;"
+                " name latents without `join_seconds`"
+            )
         self.samples_without_history = 0
-        if history_least:
+        if histories:
+            keep = self._in_streams(where, [joined[c] for c in latents], columns, keep, lengths, histories, shuffle)
+        elif history_least:
             reaches = neighbours.reach_back(base, history_least, encoded)
             self.samples_without_history = int((keep & ~reaches).sum())
             keep &= reaches
@@ -209,7 +223,7 @@ class Loader(Stream):
             most = batch or 0 if pixels is None else pixels // (t * h * w) // (ranks or world) * (ranks or world)
             if pixels is not None and not most:
                 raise UserError(f"pixels: {pixels} hold no {ranks or world} windows of {t}x{h}x{w}; raise it")
-            window = Window(t, stride, (h, w), crop == "random", history_seconds, clip_starts)
+            window = Window(t, stride, (h, w), crop == "random", history_seconds, clip_starts, histories)
             buckets.append(Bucket(window, most, mine, None if weights is None else weights[mine], samples))
         order.check_batch(self.samples, (batch or 0) if pixels is None else ranks or world, world, "pad", where)
         counts = [order.batch_count(b.samples, b.batch, last) for b in buckets]
@@ -237,9 +251,49 @@ class Loader(Stream):
         data = [made_of, split, stride, crop, last, shuffle, history_seconds, shapes_of]
         data += [history_least] if history_least else []
         data += [] if clip_starts is None else [{"clip_starts": clip_starts}]
+        data += [list(astuple(histories))] if histories else []
         end = None if epochs is None else epochs * self.batches_per_epoch
         self.rank, self.world = rank, world
         super().__init__(plan, data, seed, batches, end, workers)
+
+    def _in_streams(
+        self,
+        where: str,
+        latents: list[compact.Rows],
+        columns: Sequence[str],
+        keep: np.ndarray,
+        frames: list[int],
+        histories: Lengths,
+        shuffle: bool,
+    ) -> np.ndarray:
+        """Which clips are kept: of streams that have room for enough history, and without `shuffle` one of each.
+
+        Raises:
+            UserError: other columns than latents; several lengths of windows; no stream is long enough.
+        """
+        other = [c for c in columns if c != "label" and not c.startswith("latent-")]
+        if other or not latents or len(frames) > 1:
+            raise UserError("histories: are of latents and windows of one length; leave out what else is asked for")
+        window, totals = 1 + (frames[0] - 1) // _factor(latents[0]), streams.totals(latents[0])
+        able = totals >= histories.least + window
+        self.samples_without_history = int((keep & ~able).sum())
+        self.longest_stream = longest = int(totals[keep].max(initial=0))
+        keep = keep & able
+        if self.samples_without_history and not keep.any():
+            raise UserError(
+                f"{where}: no stream of latents has {histories.least} steps of history and {window} of a window, the longest"
+                f" {longest} in all; lower the seconds of history, or encode clips in longer streams, with `join_seconds`"
+            )
+        if not shuffle:
+            rows = np.flatnonzero(keep)
+            keep = np.zeros_like(keep)
+            keep[rows[np.unique(streams.firsts(latents[0])[rows], return_index=True)[1]]] = True
+        self._history_mean = partial(histories.mean, totals[keep], window)
+        return keep
+
+    def history_mean(self, most: int | None = None) -> float:
+        """How many steps of history, at most so many, a sample has on the average, whatever batch and world it is in."""
+        return self._history_mean(most)
 
 
 class Mixture(Stream):

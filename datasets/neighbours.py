@@ -20,7 +20,7 @@ def pasts(rows: Rows, shard: int, at: int, seconds: float) -> Iterator[tuple[int
     yield at, row
     while at and reach < seconds:
         before = rows.row(shard, at - 1)
-        if not _follows(before, row):
+        if not follows(before, row):
             return
         at, row = at - 1, before
         reach += row["frame_count"] / row["fps"]
@@ -38,18 +38,18 @@ def reach_back(rows: Rows, seconds: float, known: np.ndarray | None = None) -> n
         table = rows.of(shard)
         facts = {name: table[name].to_numpy() for name in _NUMBERS}
         facts["source"] = table["source"].combine_chunks().dictionary_encode().indices.to_numpy()
-        follows = np.zeros(count, bool)
-        follows[1:] = _follows({n: v[:-1] for n, v in facts.items()}, {n: v[1:] for n, v in facts.items()})
+        linked = np.zeros(count, bool)
+        linked[1:] = follows({n: v[:-1] for n, v in facts.items()}, {n: v[1:] for n, v in facts.items()})
         if known is not None:
-            follows[1:] &= known[start : start + count - 1]
+            linked[1:] &= known[start : start + count - 1]
         before = np.cumsum(facts["frame_count"], dtype=np.int64) - facts["frame_count"]
-        first = np.maximum.accumulate(np.where(follows, 0, np.arange(count)))
+        first = np.maximum.accumulate(np.where(linked, 0, np.arange(count)))
         # in frames, whole numbers: a rounding shall not decide
         out[start : start + count] = before - before[first] >= seconds * facts["fps"] - 1e-6
     return out
 
 
-def _follows(before: Mapping[str, Any], after: Mapping[str, Any]) -> Any:
+def follows(before: Mapping[str, Any], after: Mapping[str, Any]) -> Any:
     """Whether clips follow others without a hole: of two rows, or of arrays of their values."""
     gap = after["start_seconds"] - before["start_seconds"] - before["frame_count"] / before["fps"]
     next_one = (after["clip"] == before["clip"] + 1) & (abs(gap) <= _TOUCHING / after["fps"])

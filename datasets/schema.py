@@ -100,6 +100,10 @@ LATENT_INDEX = pa.schema(
     ]
 )
 
+# The same of a column whose clips go on with the stream of the clip before them. Step n of a stream is of its `factor`
+# frames up to n * factor, and is kept with the clip that has this frame.
+STREAM_INDEX = LATENT_INDEX.append(pa.field("stream_step", pa.int32()))  # steps of its stream before it
+
 # One row a clip of the dataset, used or not.
 VIEW = pa.schema(
     [

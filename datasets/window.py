@@ -11,13 +11,14 @@ from typing import Any
 
 import numpy as np
 
-from longtake.datasets import clip, later
+from longtake.datasets import clip
 from longtake.datasets.compact import Rows
 from longtake.datasets.errors import Failure
 from longtake.datasets.neighbours import pasts
 from longtake.datasets.order import sample_rng
 from longtake.datasets.reader import Reader
 from longtake.datasets.shard import described
+from longtake.datasets.streams import Lengths, clips_of, first_step
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,7 @@ class Window:
     random_crop: bool
     history_seconds: float = 0.0
     clip_starts: float | None = None
+    lengths: Lengths | None = None
 
 
 @dataclass(frozen=True)
@@ -74,6 +76,9 @@ def load(source: Source, sample: Sample, window: Window) -> dict[str, Any]:
     places = {column: source.place(column, sample, row) for column in source.columns}
     quantum = places[source.latent]["factor"] if source.latent else 1
     rng = sample_rng(*sample.chance[:2], row["key"], sample.chance[2]) if sample.chance else None
+    if window.lengths:
+        label = {"label": source.labels.get(row["label"], -1)} if "label" in source.names else {}
+        return {"key": row["key"], **_of_stream(source, sample, window, rng), **label}
     frames, spot = _draw(window, rng, row["frame_count"], quantum)
     out: dict[str, Any] = {"key": row["key"], "start": frames[0]}
     if "video" in source.names:
@@ -98,7 +103,7 @@ def load(source: Source, sample: Sample, window: Window) -> dict[str, Any]:
     if "json" in source.names:
         # a plain image may have no text beside it
         data = source.reader.member(source.base, sample.shard, *_span(row, "json_")) if row["json_size"] else b""
-        out["json"] = later.sample(described(bytes(data)), source.base.annotations(sample.shard), row["source"])
+        out["json"] = described(bytes(data))
     return out
 
 
@@ -168,6 +173,12 @@ def _in_step(source: Source, shard: int, places: Sequence[Mapping[str, Any]]) ->
                 f"{url}: {place['key']}: has {place['steps']} steps, and {places[0]['steps']} in {source.latent}; "
                 "delete the column's indexes and run its stage again"
             )
+        if first_step(place) != first_step(places[0]):
+            url = source.columns[column].tar(shard)[0]
+            raise Failure(
+                f"{url}: {place['key']}: begins at step {first_step(place)} of its stream, and at"
+                f" {first_step(places[0])} in {source.latent}; encode both with the same join_seconds"
+            )
 
 
 def _history(
@@ -204,6 +215,42 @@ def _history(
             ]
             shape = (len(wanted), 2, *(own[name] for name in ("channels", "height", "width")))
             out |= _ended(_named(number), parts, np.zeros(shape, _latent_dtype(own)), "steps", 0)
+    return out
+
+
+def _of_stream(
+    source: Source, sample: Sample, window: Window, rng: np.random.Generator | None
+) -> dict[str, np.ndarray | int]:
+    """A window at a step that is drawn of its clip's stream, and what the stream has before it.
+
+    `latent` and `history_latent` (Sh, 2, C, h, w), of further columns `latent_2` and `history_latent_2`, and so on; Sh is
+    the longest that may be drawn, `history_steps` how many at the end are true, `stream_step` where the window begins.
+    """
+    assert window.lengths and source.latent
+    places = []
+    for at in clips_of(source.columns[source.latent], sample.shard, sample.at):
+        own, row = replace(sample, at=at), source.row(sample.shard, at)
+        places.append([source.place(column, own, row) for column in source.latents])
+        _in_step(source, sample.shard, places[-1])
+    factor, total = places[0][0]["factor"], sum(of[0]["steps"] for of in places)
+    count = 1 + (window.frames - 1) // factor
+    begin, room = window.lengths.draw(total, count, rng), window.lengths.most
+    known = min(begin, room)
+    wanted = np.arange(begin - known, begin + count)
+    out: dict[str, Any] = {"history_steps": known, "stream_step": begin}
+    for number, column in enumerate(source.latents):
+        parts = []
+        for of in places:
+            inside = wanted[
+                (wanted >= first_step(of[number])) & (wanted < first_step(of[number]) + of[number]["steps"])
+            ]
+            if len(inside):
+                first = int(inside[0]) - first_step(of[number])
+                parts.append(_latent(source, column, sample.shard, of[number], first, len(inside)))
+        steps = np.concatenate(parts)
+        before = np.zeros((room, *steps.shape[1:]), steps.dtype)
+        before[room - known :] = steps[:known]
+        out |= {_named(number): steps[known:], f"history_{_named(number)}": before}
     return out
 
 

@@ -1,8 +1,9 @@
 """One shard of clips to one shard of latents, beside it: decode, encode in a stream, commit. Plain functions.
 
-Clips of the same shape go through the encoder together, in batches that a shard's own clips make up in the order of
-their keys, a few latent steps at a time: memory does not grow with their length, and the bytes do not depend on who
-else is at work. Every frame is decoded and encoded once; a window of the loader is a range of the steps.
+A stream is a clip, or with `join_seconds` clips that follow each other without a hole: then only the first of its
+latents is of a single frame. Streams of the same shape go through the encoder together, in batches that a shard's own
+clips make up in the order of their keys, a few latent steps at a time: memory does not grow with their length, and the
+bytes do not depend on who else is at work. Every frame is decoded and encoded once.
 
 Commit: a stale index goes, then the tar, then the index, which is written last. Until then nothing of it counts.
 """
@@ -29,6 +30,7 @@ from longtake.datasets import clip, index, schema, storage
 from longtake.datasets.column import Moments, merged, moments, shrunk
 from longtake.datasets.errors import Failure, UserError
 from longtake.datasets.loader import to_model
+from longtake.datasets.neighbours import follows
 from longtake.datasets.shard import sha256_of, write_tar
 
 _AHEAD = 2  # chunks that are decoded while one is encoded
@@ -36,6 +38,7 @@ _NEEDED = ("encode_stream", "encoder", "config")
 _FACTS = ("spatial_stride", "temporal_stride", "latent_channels")
 
 Row = Mapping[str, Any]
+Stream = tuple[Row, ...]
 Tell = Callable[[int, str], None]
 
 
@@ -52,9 +55,14 @@ class Settings:
     steps: int
     threads: int = 1  # that decode
     shrink: tuple[int, int] = (1, 1)  # of height, width
+    join_seconds: float = 0.0  # of a stream of several clips
 
     def values(self) -> dict[str, Any]:
-        unused = {"overlap": self.tile is None, "shrink": self.shrink == (1, 1)}
+        unused = {
+            "overlap": self.tile is None,
+            "shrink": self.shrink == (1, 1),
+            "join_seconds": not self.join_seconds,
+        }
         without = ("batch", "steps", "threads", *(name for name, is_unused in unused.items() if is_unused))
         return {name: value for name, value in asdict(self).items() if name not in without}
 
@@ -117,15 +125,46 @@ def covered(frames: int, factor: int) -> int:
     return 1 + (frames - 1) // factor * factor
 
 
-def batches(rows: Sequence[Row], settings: Settings, of: Geometry) -> list[list[Row]]:
-    """Clips of the same covered frames and size, in the order given, at most `settings.batch` together.
+def streams(rows: Sequence[Row], settings: Settings, of: Geometry) -> list[Stream]:
+    """Clips that are encoded one after the other, in the order given; one that is too small is in none.
 
-    A clip that is too small is in none.
+    A clip goes on with the stream before it where it follows its last clip without a hole, both have a step at least,
+    and the stream gets no longer than `settings.join_seconds`.
     """
-    alike: dict[tuple[int, tuple[int, int]], list[Row]] = {}
+    made: list[list[Row]] = []
     for row in rows:
-        if size := target((row["height"], row["width"]), settings.size, of.stride, settings.shrink):
-            alike.setdefault((covered(row["frame_count"], of.factor), size), []).append(row)
+        if not target((row["height"], row["width"]), settings.size, of.stride, settings.shrink):
+            continue
+        seconds = sum(r["frame_count"] / r["fps"] for r in (*made[-1], row)) if made and settings.join_seconds else 0.0
+        # half a frame, that a rounding shall not decide
+        fits = 0 < seconds <= settings.join_seconds + 0.5 / row["fps"]
+        if fits and row["frame_count"] >= of.factor and follows(made[-1][-1], row):
+            made[-1].append(row)
+        else:
+            made.append([row])
+    return [tuple(stream) for stream in made]
+
+
+def frames_of(stream: Stream, factor: int) -> int:
+    """How many frames of a stream are encoded."""
+    return covered(sum(row["frame_count"] for row in stream), factor)
+
+
+def steps_of(stream: Stream, factor: int) -> list[int]:
+    """How many of a stream's steps each of its clips keeps: those whose last frame it has."""
+    ends = np.cumsum([row["frame_count"] for row in stream])
+    return np.diff(-(-ends // factor), prepend=0).tolist()
+
+
+def batches(found: Sequence[Stream], settings: Settings, of: Geometry) -> list[list[Stream]]:
+    """Streams of clips of the same lengths and size, in the order given, at most `settings.batch` together."""
+    alike: dict[tuple[tuple[int, ...], tuple[int, int] | None], list[Stream]] = {}
+    for stream in found:
+        size = target((stream[0]["height"], stream[0]["width"]), settings.size, of.stride, settings.shrink)
+        lengths = tuple(row["frame_count"] for row in stream)
+        # of a clip by itself its tail does not count
+        lengths = lengths if len(stream) > 1 else (covered(lengths[0], of.factor),)
+        alike.setdefault((lengths, size), []).append(stream)
     most = settings.batch
     return [some[n : n + most] for some in alike.values() for n in range(0, len(some), most)]
 
@@ -163,36 +202,45 @@ def make_latents(
     kept = [row for row, wanted in zip(rows, keep.tolist(), strict=True) if wanted]
     url = storage.join(dataset, split, f"{name}.tar")
     folder = storage.join(dataset, split)
+    every = streams(kept, settings, of)
     made: dict[str, _Clip] = {}
     with storage.spool_folder(folder) as spool:
-        for clips in encoded(model, of, url, batches(kept, settings, of), settings, spool, tell):
+        for clips in encoded(model, of, url, batches(every, settings, of), settings, spool, tell):
             made |= {clip.key: clip for clip in clips}
         tell(len(made), "its commit")
         _remove_stale(dataset, base, column)
         size = _commit(dataset, split, name, column, rows, made, of, settings, spool)
-    frames = {row["key"]: row["frame_count"] for row in kept}
-    done = {key: covered(frames[key], of.factor) for key in made}
+    frames = sum(frames_of(stream, of.factor) for stream in every)
     return {
         "clips": len(made),
         "clips_small": len(kept) - len(made),
+        "streams": len(every),
         "steps": sum(len(clip.sums) for clip in made.values()),
-        "frames": sum(done.values()),
-        "frames_cut": sum(frames[key] - count for key, count in done.items()),
+        "frames": frames,
+        "frames_cut": sum(row["frame_count"] for stream in every for row in stream) - frames,
         "bytes": size,
     }
 
 
 class _Clip:
-    """A clip whose steps come one piece after the other: a .npy in the spool, their checksums and moments."""
+    """A clip whose steps come one piece after the other: a .npy in the spool, their checksums and moments.
 
-    def __init__(self, spool: Path, key: str, steps: int, kind: str) -> None:
-        self.key, self.path, self._steps, self._kind = key, spool / f"{key}.npy", steps, kind
+    `first` is how many steps of its stream come before it.
+    """
+
+    def __init__(self, spool: Path, key: str, first: int, steps: int, kind: str) -> None:
+        self.key, self.path, self._kind = key, spool / f"{key}.npy", kind
+        self.first, self._steps = first, steps
         self.shape: tuple[int, ...] = (0, 0, 0)  # channels, height, width
         self.sums: list[int] = []
         self._moments: list[Moments] = []
 
-    def add(self, piece: np.ndarray, values: np.ndarray) -> None:
-        """Steps (t, 2, C, h, w), as they are stored and as numbers."""
+    def take(self, at: int, piece: np.ndarray, values: np.ndarray) -> None:
+        """Add its part of a stream's steps from `at` on, (t, 2, C, h, w), as they are stored and as numbers."""
+        mine = slice(max(0, self.first - at), max(0, self.first + self._steps - at))
+        piece, values = piece[mine], values[mine]
+        if not len(piece):
+            return
         with self.path.open("ab") as f:
             if not self.sums:
                 self.shape = piece.shape[2:]
@@ -210,12 +258,12 @@ def encoded(
     model: nn.Module,
     of: Geometry,
     tar: str,
-    groups: Sequence[Sequence[Row]],
+    groups: Sequence[Sequence[Stream]],
     settings: Settings,
     spool: Path,
     tell: Tell = lambda clips, at: None,
 ) -> Iterator[list[_Clip]]:
-    """The clips of each batch, encoded into the spool; the next frames are decoded meanwhile.
+    """The clips of each batch of streams, encoded into the spool; the next frames are decoded meanwhile.
 
     Args:
         tar: URL of the base shard, of whose index the rows are.
@@ -227,15 +275,26 @@ def encoded(
     with ThreadPoolExecutor(settings.threads) as pool, _ahead(_chunks(tar, groups, settings, of, pool)) as chunks:
         done = 0
         for number, pieces in groupby(chunks, key=lambda chunk: chunk[0]):
-            rows = groups[number]
-            steps = 1 + (covered(rows[0]["frame_count"], of.factor) - 1) // of.factor
-            clips = [_Clip(spool, row["key"], steps, kind) for row in rows]
+            group = groups[number]
+            clips = [_clips(spool, stream, of.factor, kind) for stream in group]
+            rows = [stream[0] for stream in group]
+            at, steps = 0, 1 + (frames_of(group[0], of.factor) - 1) // of.factor
             for stored, values in _posteriors(model, of, (video for _, video in pieces), settings, tar, rows):
-                for n, clip_ in enumerate(clips):
-                    clip_.add(stored[n], values[n])
-                tell(done, f"{rows[0]['key']}, step {len(clips[0].sums)} of {steps}")
-            done += len(clips)
-            yield clips
+                for n, of_stream in enumerate(clips):
+                    for clip_ in of_stream:
+                        clip_.take(at, stored[n], values[n])
+                at += stored.shape[1]
+                tell(done, f"{rows[0]['key']}, step {at} of {steps}")
+            done += sum(map(len, clips))
+            yield [clip_ for of_stream in clips for clip_ in of_stream]
+
+
+def _clips(spool: Path, stream: Stream, factor: int, kind: str) -> list[_Clip]:
+    counts = steps_of(stream, factor)
+    firsts = (np.cumsum(counts) - counts).tolist()
+    return [
+        _Clip(spool, row["key"], first, count, kind) for row, first, count in zip(stream, firsts, counts, strict=True)
+    ]
 
 
 def _posteriors(
@@ -271,12 +330,12 @@ def _in_memory(stream: Iterator[Any], what: str) -> Iterator[Any]:
 
 
 def _chunks(
-    tar: str, groups: Sequence[Sequence[Row]], settings: Settings, of: Geometry, pool: ThreadPoolExecutor
+    tar: str, groups: Sequence[Sequence[Stream]], settings: Settings, of: Geometry, pool: ThreadPoolExecutor
 ) -> Iterator[tuple[int, np.ndarray]]:
-    """The number of a batch and (B, T, H, W, 3) uint8 of its clips, one frame first, then as many as `steps` have."""
-    for number, rows in enumerate(groups):
-        videos = list(pool.map(lambda row: _frames(tar, row, settings, of), rows))
-        left, count = covered(rows[0]["frame_count"], of.factor), 1
+    """The number of a batch and (B, T, H, W, 3) uint8 of its streams, one frame first, then as many as `steps` have."""
+    for number, group in enumerate(groups):
+        videos = [_frames(tar, stream, settings, of) for stream in group]
+        left, count = frames_of(group[0], of.factor), 1
         while left:
             taken = min(count, left)
             yield number, np.stack(list(pool.map(partial(_take, count=taken), videos)))
@@ -288,8 +347,17 @@ def _take(frames: Iterator[np.ndarray], count: int) -> np.ndarray:
     return np.stack(list(islice(frames, count)))
 
 
-def _frames(tar: str, row: Row, settings: Settings, of: Geometry) -> Iterator[np.ndarray]:
-    """The covered frames of a clip (H, W, 3), scaled and cropped as the loader does at this size."""
+def _frames(tar: str, stream: Stream, settings: Settings, of: Geometry) -> Iterator[np.ndarray]:
+    """The frames of a stream (H, W, 3) up to the last that is encoded, a clip read when it is its turn."""
+    left = frames_of(stream, of.factor)
+    for row in stream:
+        taken = min(left, row["frame_count"])
+        yield from _decoded(tar, row, taken, settings, of)
+        left -= taken
+
+
+def _decoded(tar: str, row: Row, count: int, settings: Settings, of: Geometry) -> Iterator[np.ndarray]:
+    """The first frames of a clip (H, W, 3), scaled and cropped as the loader does at this size."""
     name = f"{tar}: {row['key']}.mp4"
     try:
         data = storage.read_range(tar, row["mp4_offset"], row["mp4_size"])
@@ -301,7 +369,7 @@ def _frames(tar: str, row: Row, settings: Settings, of: Geometry) -> Iterator[np
     size = target(own, settings.size, of.stride, settings.shrink)
     assert size
     scaled = clip.covering_size(own, size)
-    frames = clip.decoded(data, range(covered(row["frame_count"], of.factor)), None if scaled == own else scaled, name)
+    frames = clip.decoded(data, range(count), None if scaled == own else scaled, name)
     return (clip.crop(frame[None], size)[0] for frame in frames)
 
 
@@ -385,11 +453,13 @@ def _commit(
             | {"base_sha256": row["sha256"], "factor": of.factor, "dtype": settings.dtype}
             | {"steps": len(found.sums) if found else 0, "channels": channels, "height": height, "width": width}
             | {"step_crc32": np.array(found.sums if found else [], "<u4").tobytes()}
+            | ({"stream_step": found.first if found else 0} if settings.join_seconds else {})
         )
     parted = [made[row["key"]].moments for row in rows if row["key"] in made]
     empty = Moments(0, *(np.zeros(of.channels) for _ in range(3)))
     notes = (merged(parted) if parted else empty).plain()
-    index.write_index(f"{url}.parquet", table, schema.LATENT_INDEX, size, digest, notes)
+    kind = schema.STREAM_INDEX if settings.join_seconds else schema.LATENT_INDEX
+    index.write_index(f"{url}.parquet", table, kind, size, digest, notes)
     return size
 
 

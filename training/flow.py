@@ -142,11 +142,13 @@ def euler(
     shift: float = 1.0,
     clean: Tensor | None = None,
     each_step: Callable[[], object] | None = None,
+    level: float = 0.0,
 ) -> Tensor:
     """Follow the velocity from noise (t = 1) to data (t = 0) in `steps` Euler steps: fp32, of the shape of `noise`.
 
     `clean` `(B, C, n, ...)` are frames in front of the noise that are given: `velocity` sees them unchanged and with
-    t = 0 at every step (its t is then `(B, n + T)`, else `(B,)`). They are not part of the result.
+    t = `level` at every step (its t is then `(B, n + T)`, else `(B,)`), the noise that they have. They are not part of
+    the result.
     ValueError if there is no step.
     """
     if steps < 1:
@@ -158,7 +160,7 @@ def euler(
         if clean is None:
             v = velocity(x, x.new_full((batch,), now)).float()
         else:
-            t = torch.cat([x.new_zeros(batch, given), x.new_full((batch, frames), now)], dim=1)
+            t = torch.cat([x.new_full((batch, given), level), x.new_full((batch, frames), now)], dim=1)
             v = velocity(torch.cat([clean.float(), x], dim=2), t).float()[:, :, given:]
         x = x + (after - now) * v
         if each_step:

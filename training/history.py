@@ -19,13 +19,14 @@ A *step* is a latent frame. What a registered `memory_dit` says of itself in con
 
 import math
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
+from longtake.datasets.streams import Lengths
 from longtake.training import flow
-from longtake.training.engines import device
 from longtake.training.models.memory import Memory
 from longtake.training.models.memory_dit import MemoryDiT, MemoryDiTConfig
 from longtake.training.models.pv_vae import Posterior
@@ -37,67 +38,103 @@ class Steps(NamedTuple):
     high   (B, C, T, H, W) normalised, fp32
     low    (B, C, T, h, w) normalised with its own statistics, or None without such a branch
     start  in steps; times are absolute, and whatever is cut off at the front, what is left keeps its own
+    first  (B, T) bool, which of them are a video's first latent
+    skip   (B,), so many in front of each sample are not there; None: all are
     """
 
     high: Tensor
     low: Tensor | None
     start: int
+    first: Tensor
+    skip: Tensor | None = None
 
-    def of(self, first: int, end: int | None = None) -> "Steps":
-        """Steps `first` to `end` of these, counted from 0."""
-        low = None if self.low is None else self.low[:, :, first:end]
-        return Steps(self.high[:, :, first:end], low, self.start + first)
+    def ending(self, end: int, late: Tensor, count: int, known: Tensor) -> "Steps":
+        """Of each sample the `count` steps that end `late` `(B,)` steps before step `end`; it has the last `known` of them.
 
-    def whole(self, group: int) -> "Steps":
-        """Cut at the front to a multiple of `group`, as a memory needs them."""
-        return self.of(self.high.shape[2] % group)
+        All have the times of those that end at `end`: what is seen beside a sample that ends earlier must be that much later.
+        """
+        index = (end - late[:, None] - count + torch.arange(count, device=late.device)).clamp(min=0)
+        low = None if self.low is None else picked(self.low, index)
+        start = self.start + end - count
+        return Steps(picked(self.high, index), low, start, self.first.gather(1, index), _some(count - known))
 
 
-def true_steps(batch: Mapping[str, Any]) -> int:
-    """How many steps of history all samples of the batch truly have, 0 without any."""
-    return int(batch["history_steps"].min()) if "history_steps" in batch else 0
+def _some(skip: Tensor) -> Tensor | None:
+    return skip if bool(skip.any()) else None
+
+
+def remembered(model: MemoryDiT, steps: Steps) -> Memory:
+    """The memory that a model makes of them, as whole groups."""
+    return model.remember(steps.high, steps.low, steps.start, first=steps.first, skip=steps.skip)
+
+
+def lengths_of(dit: MemoryDiTConfig, none: float = 0.0, least: int = 0) -> Lengths:
+    """The histories that generation comes to: whole segments from nothing, whole groups of a start and segments after it.
+
+    Args:
+        none: the probability that there is no history.
+        least: steps of history that a stream must have room for.
+    """
+    assert dit.shape
+    segment, group = dit.shape[0], dit.group
+    starts = [0, *range(-(-max(dit.window, 1) // group) * group, dit.history + 1, group)]
+    unit = math.gcd(segment, group)
+    # no less than the memory reaches back, on the grid of all others
+    most = max(unit, -(-dit.history // unit) * unit)
+    reached = {min(start + n * segment, most) for start in starts for n in range(most // segment + 2)}
+    return Lengths(tuple(sorted(reached - {0})), max(dit.history, 1), none, unit, least)
+
+
+def true_steps(batch: Mapping[str, Any], most: int) -> Tensor:
+    """How many steps of history each sample truly has, at most so many: `(B,)`."""
+    return batch["history_steps"].clamp(max=most)
 
 
 def steps_of(
     batch: Mapping[str, Any],
     model: MemoryDiT,
-    known: int,
+    most: int,
     posterior: Literal["sample", "mean"] = "mean",
     generator: torch.Generator | None = None,
 ) -> Steps:
-    """The last `known` steps before the window and the window's own, in order.
+    """The last `most` steps before the window, as many of them as each sample has, and the window's own, in order.
 
     A batch whose history has room for S steps has its window at time S, however many are taken.
 
     Args:
-        batch: of a `Loader`; a second column of latents is the low-res branch's, which else reads the first one where
-            nothing is to be scaled down.
-        known: at most `true_steps(batch)`.
+        batch: of a `Loader` with `histories`; a second column of latents is the low-res branch's, which else reads the
+            first one where nothing is to be scaled down.
         posterior: "sample" draws each full latent from what the autoencoder says of it; "mean" takes the likeliest, as
             the low-res branch always does: it reads encoded video in generation too.
     """
 
     def moments(name: str) -> Posterior:
-        before = batch.get(f"history_{name}")
-        parts = [batch[name]] if before is None else [before[:, :, :, before.shape[3] - known :], batch[name]]
-        return Posterior(*torch.cat(parts, dim=3).float().unbind(1))
+        before = batch[f"history_{name}"]
+        return Posterior(*torch.cat([before[:, :, :, room - most :], batch[name]], dim=3).float().unbind(1))
 
-    room = batch["history_latent"].shape[3] if "history_latent" in batch else 0
+    room = batch["history_latent"].shape[3]
+    most = min(most, room)
     small = "latent_2" if "latent_2" in batch else "latent" if model.config.shrink == (1, 1) else None
     low = model.normalise_low(moments(small).mode()) if small else None
     full = moments("latent")
-    return Steps(model.normalise(full.sample(generator) if posterior == "sample" else full.mode()), low, room - known)
+    high = model.normalise(full.sample(generator) if posterior == "sample" else full.mode())
+    places = batch["stream_step"][:, None] - most + torch.arange(high.shape[2], device=high.device)
+    return Steps(high, low, room - most, places == 0, _some(most - true_steps(batch, most)))
 
 
-def draw_omega(batch: int, steps: int, most: int, generator: torch.Generator) -> Tensor:
+def draw_omega(batch: int, steps: int, most: int, generator: torch.Generator, skip: Tensor | None = None) -> Tensor:
     """Ω, the steps to retrieve: `(batch, k)` distinct ones of 0..steps-1 in order, other ones for each sample.
 
-    k is uniform in 1..most (at most `steps`) and the same for the samples of a call [assumption: 1 to 4].
+    k is uniform in 1..most (at most as many as every sample has) and the same for the samples of a call [assumption:
+    1 to 4]. The first `skip` `(batch,)` steps are not drawn.
     """
     device = generator.device
-    count = 1 + int(torch.randint(min(most, steps), (), generator=generator, device=device))
-    ranks = torch.rand(batch, steps, generator=generator, device=device).argsort(1)
-    return ranks[:, :count].sort(1).values
+    fewest = steps if skip is None else steps - int(skip.max())
+    count = 1 + int(torch.randint(min(most, fewest), (), generator=generator, device=device))
+    ranks = torch.rand(batch, steps, generator=generator, device=device)
+    if skip is not None:
+        ranks = torch.where(torch.arange(steps, device=device) < skip[:, None], 1.0, ranks)
+    return ranks.argsort(1)[:, :count].sort(1).values
 
 
 def picked(steps: Tensor, omega: Tensor) -> Tensor:
@@ -119,7 +156,7 @@ def mask(steps: Steps, omega: Tensor, sigma: Tensor, noise: Steps) -> Steps:
         return torch.where(clean[:, None, :, None, None], z, flow.interpolate(z, epsilon, sigma))
 
     low = None if steps.low is None or noise.low is None else noised(steps.low, noise.low)
-    return Steps(noised(steps.high, noise.high), low, steps.start)
+    return steps._replace(high=noised(steps.high, noise.high), low=low)
 
 
 def noise_like(steps: Steps, generator: torch.Generator) -> Steps:
@@ -128,63 +165,79 @@ def noise_like(steps: Steps, generator: torch.Generator) -> Steps:
     def normal(x: Tensor) -> Tensor:
         return torch.randn(x.shape, generator=generator, device=x.device)
 
-    return Steps(normal(steps.high), None if steps.low is None else normal(steps.low), steps.start)
+    return steps._replace(high=normal(steps.high), low=None if steps.low is None else normal(steps.low))
+
+
+def corrupted(steps: Steps, level: Tensor, generator: torch.Generator) -> Steps:
+    """As the flow has them at time `level` `(B,)`: both branches are noised, every step of a sample alike."""
+    noise = noise_like(steps, generator)
+    low = None
+    if steps.low is not None and noise.low is not None:
+        low = flow.interpolate(steps.low, noise.low, level)
+    return steps._replace(high=flow.interpolate(steps.high, noise.high, level), low=low)
 
 
 class Given(NamedTuple):
     """A segment and what is given of the steps before it.
 
-    memory   what the memory is made of, in whole groups; None at a video's start, or without a memory
+    memory   what the memory is made of, in whole groups; None without a memory
     x0       (B, C, W + T, H, W) normalised: the clean steps of the window, and the segment
     window   W
-    times    (W + T,), true times of `x0`
+    times    (B, W + T), times of `x0` on the scale of the memory's
+    first    (B, W + T) bool, which of `x0` are a video's first latent
+    seen     (B, W + T) bool, which of `x0` a sample has; None: all
     """
 
     memory: Steps | None
     x0: Tensor
     window: int
     times: Tensor
+    first: Tensor
+    seen: Tensor | None
 
 
-def given_of(steps: Steps, known: int, config: MemoryDiTConfig, late: int = 0) -> Given:
-    """Split steps of which the first `known` are history, and the others the segment.
+def given_of(steps: Steps, segment: int, behind: Tensor, config: MemoryDiTConfig) -> Given:
+    """Split steps of which the last `segment` are to be generated, and those before them history.
 
     Args:
-        late: so many of the last steps of the history fill no group of the memory yet; the window has them all.
+        behind: `(B,)`, how many steps there have been before the segment: groups are counted from a video's first step, and
+            the last steps, that fill none, are in the window alone.
     """
-    late = min(late, known)
-    held = 0 if config.memory == "none" else (known - late) // config.group * config.group
-    window = min(known, max(config.window, late if held else config.group - 1))
-    part = steps.of(known - window)
-    times = part.start + torch.arange(part.high.shape[2], device=part.high.device)
-    return Given(steps.of(known - late - held, known - late) if held else None, part.high, window, times)
+    most = steps.high.shape[2] - segment
+    known = most - (torch.zeros_like(behind) if steps.skip is None else steps.skip)
+    late = torch.minimum(behind % config.group, known)
+    held = (known - late) // config.group * config.group
+    if config.memory == "none":
+        held = torch.zeros_like(held)
+    beside = torch.where(held > 0, late.clamp(min=config.window), max(config.window, config.group - 1))
+    window = torch.minimum(known, beside)
+    wide = int(window.max())
+    memory = None
+    if config.memory != "none":
+        # one kind of memory has other layers for older steps, which all ranks must call
+        count = most // config.group * config.group if config.memory == "framepack" else int(held.max())
+        memory = steps.ending(most, late, max(count, config.group), held)
+    there = torch.arange(wide + segment, device=window.device) >= (wide - window)[:, None]
+    part = steps.high[:, :, most - wide :]
+    times = steps.start + most - wide + torch.arange(wide + segment, device=window.device) + late[:, None]
+    seen = None if bool(there.all()) else there
+    return Given(memory, part, wide, times, steps.first[:, most - wide :], seen)
 
 
-def draw_late(config: MemoryDiTConfig, generator: torch.Generator) -> int:
-    """How many steps a memory is behind after some segments: any number that generation comes to, as likely."""
-    assert config.shape
-    each = math.gcd(config.shape[0], config.group)
-    return each * int(torch.randint(config.group // each, (), generator=generator, device=generator.device))
-
-
-def agreed(least: int, *drawn: int) -> list[int]:
-    """The least of a number over all ranks, and numbers as the first rank has drawn them; every rank must call it.
-
-    So all ranks call the same modules, as ZeRO needs it.
-    """
-    if not torch.distributed.is_initialized() or torch.distributed.get_world_size() == 1:
-        return [least, *drawn]
-    mine = drawn if torch.distributed.get_rank() == 0 else [torch.iinfo(torch.int64).max] * len(drawn)
-    numbers = torch.tensor([least, *mine], device=device())
-    torch.distributed.all_reduce(numbers, torch.distributed.ReduceOp.MIN)
-    return [int(number) for number in numbers]
+def whole_of(steps: Steps, behind: Tensor, group: int) -> Steps:
+    """All steps of each sample in whole groups, which are counted from a video's first step, `behind` `(B,)` before the end."""
+    every = steps.high.shape[2]
+    known = every - (torch.zeros_like(behind) if steps.skip is None else steps.skip)
+    late = torch.minimum(behind % group, known)
+    held = (known - late) // group * group
+    return steps.ending(every, late, int(held.max()), held)
 
 
 def full_tokens(patch: int, batch: Mapping[str, Any]) -> int:
     """Tokens that a batch's steps, with their history, would be without a memory."""
-    steps = batch["latent"].shape[3] + int(batch["history_steps"].min())
+    steps = len(batch["key"]) * batch["latent"].shape[3] + int(batch["history_steps"].sum())
     height, width = (side // patch for side in batch["latent"].shape[4:])
-    return len(batch["key"]) * steps * height * width
+    return steps * height * width
 
 
 def with_history(batch: Mapping[str, Any]) -> Tensor:
@@ -207,10 +260,13 @@ class Remembering(MemoryDiT):
         memory: Memory | Steps | None = None,
         classes: Tensor | None = None,
         generator: torch.Generator | None = None,
+        first: Tensor | None = None,
+        seen: Tensor | None = None,
+        level: Tensor | None = None,
     ) -> Tensor:
         if isinstance(memory, Steps):
-            memory = self.remember(memory.high, memory.low, memory.start)
-        return super().forward(x, t, times, memory, classes, generator)
+            memory = remembered(self, memory)
+        return super().forward(x, t, times, memory, classes, generator, first, seen, level)
 
 
 @torch.no_grad()
@@ -224,6 +280,7 @@ def retrieve(
     shift: float = 1.0,
     classes: Tensor | None = None,
     at_once: int = 4,
+    first: int | None = 0,
 ) -> Tensor:
     """What a memory holds of some steps: `(B, C, len(times), H, W)`, normalised, fp32, in the order of `times`.
 
@@ -233,11 +290,27 @@ def retrieve(
         generator: on the CPU: the same noise on every device.
         steps: Euler steps.
         at_once: steps that are denoised together; a model has learned as many as its training retrieved.
+        first: the time of the video's first step, None where the memory begins later.
     """
     batch, device = memory.tokens.shape[0], model.latent_mean.device
     made = []
     for some in torch.tensor(times).split(at_once):
         noise = torch.randn(batch, model.config.channels, len(some), *shape, generator=generator).to(device)
         at = some.to(device)
-        made.append(flow.euler(lambda x, t, at=at: model(x, t, at, memory, classes), noise, steps, shift))  # type: ignore[misc]
+        begins = None if first is None else (at == first)[None]
+        velocity = partial(_velocity, model, memory, at, classes, begins)
+        made.append(flow.euler(velocity, noise, steps, shift))
     return torch.cat(made, dim=2)
+
+
+def _velocity(
+    model: MemoryDiT,
+    memory: Memory,
+    times: Tensor,
+    classes: Tensor | None,
+    first: Tensor | None,
+    x: Tensor,
+    t: Tensor,
+) -> Tensor:
+    velocity: Tensor = model(x, t, times, memory, classes, first=first)
+    return velocity

@@ -1,5 +1,6 @@
 """What `pretrain_memory` and `finetune_memory_prior` share: their settings and data, the model, and its way to the registry."""
 
+import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
@@ -18,16 +19,23 @@ from longtake.datasets.column import Latents
 from longtake.datasets.errors import Failure, UserError
 from longtake.datasets.loader import Loader, to_pixels
 from longtake.datasets.stage import DatasetInput, Input, ModelInput, StageConfig, ViewInput
+from longtake.datasets.streams import Lengths
 from longtake.training import checkpoint, latent_data, launch, lora, registry, tracker
 from longtake.training.config import ModelName, TrainConfig
 from longtake.training.engines import device
-from longtake.training.history import Remembering
+from longtake.training.history import Remembering, lengths_of
 from longtake.training.loop import Batch, Objective, train
 from longtake.training.models.memory import parse_rate
 from longtake.training.models.memory_dit import MemoryDiT, MemoryDiTConfig, config_from_preset
 from longtake.training.models.pv_vae import PVVAE
 
-_FROM_DATA = ("channels", "classes", "shape", "history")  # fields of MemoryDiTConfig that `model` must not have
+_FROM_DATA = (
+    "channels",
+    "classes",
+    "shape",
+    "history",
+    "history_noise",
+)  # fields of MemoryDiTConfig that `model` must not have
 _PRESET = {"preset": "memory_dit_xl"}
 
 
@@ -47,7 +55,9 @@ class MemoryConfig(TrainConfig):
     classes: bool = False  # learn the dataset's labels
     frames: int = Field(21, ge=1)  # of a segment, 1 + 4n [assumption]
     history_seconds: float = Field(20.0, gt=0)  # before the segment [paper: 5 to over 20]
-    history_least: float | None = Field(None, ge=0)  # s that a clip must follow others for; None is `history_seconds`
+    history_least: float | None = Field(
+        None, ge=0
+    )  # s of it that a stream of latents must have room for; None is `history_seconds`
     posterior: Literal["sample", "mean"] = "sample"  # what of each latent is learned, drawn anew each step [assumption]
     time_mean: float = 0.2  # of the flow's logit-normal times: that of the masks [assumption]
     time_std: float = Field(1.0, gt=0)  # likewise
@@ -80,6 +90,19 @@ class MemoryConfig(TrainConfig):
             raise ValueError(f"history_least: {self.history_least:g} s are more than history_seconds; lower it")
         return self
 
+    @property
+    def noise(self) -> float:
+        """The most that its history has."""
+        return 0.0
+
+    @property
+    def least_seconds(self) -> float:
+        return self.history_seconds if self.history_least is None else self.history_least
+
+    def histories(self, dit: MemoryDiTConfig, least: int) -> Lengths:
+        """What a segment is given of its stream; `least` steps at least must have room in that."""
+        return lengths_of(dit, 0.0, least)
+
     def dit(self, **known: Any) -> MemoryDiTConfig:
         """Of the model without a base."""
         return config_from_preset(**_PRESET | (self.model or {}) | known)
@@ -88,12 +111,26 @@ class MemoryConfig(TrainConfig):
 def check(config: MemoryConfig, inputs: Mapping[str, StageConfig]) -> None:
     """Refuse latents of another dataset or encoder, or at another scale, and windows that they do not have."""
     latent_data.check_recipe(config, inputs, ("latents", "low_latents"), config.frames)
-    made, low = inputs.get("latents"), inputs.get("low_latents")
-    if made is not None and low is not None and made.encoder != low.encoder:  # type: ignore[attr-defined]
-        raise ValueError(f"low_latents: are of another encoder, {low.encoder}, than latents, {made.encoder}")  # type: ignore[attr-defined]
+    made: Any = inputs.get("latents")
+    low: Any = inputs.get("low_latents")
+    if made is not None and low is not None:
+        if made.encoder != low.encoder:
+            raise ValueError(f"low_latents: are of another encoder, {low.encoder}, than latents, {made.encoder}")
+        if made.join_seconds != low.join_seconds:
+            raise ValueError(
+                f"low_latents: have join_seconds {low.join_seconds:g}, latents {made.join_seconds:g}; set both alike"
+            )
+    clip = getattr(inputs.get("dataset"), "clip", None)
+    if made is not None and clip is not None:
+        longest, needed = max(made.join_seconds, clip.max_seconds), config.least_seconds + config.frames / clip.fps
+        if longest < needed:
+            raise ValueError(
+                f"latents: streams of at most {longest:g} s have no room for {config.least_seconds:g} s of history and a"
+                f" segment; set join_seconds: {math.ceil(3 * needed)} in their stage, or lower history_seconds"
+            )
     if config.base is None and (low is not None or config.low_latents is None):
         try:
-            _check_low(config.dit(), None if low is None else low.shrink)  # type: ignore[attr-defined]
+            _check_low(config.dit(), None if low is None else low.shrink)
         except UserError as e:
             raise ValueError(str(e)) from e
 
@@ -153,39 +190,56 @@ def data_of(config: MemoryConfig, inputs: Mapping[str, str]) -> Data:
             raise UserError(
                 f"low_latents: {inputs['low_latents']} were made with size {low.size}, latents with {made.size}"
             )
+        if low.join_seconds != made.join_seconds:
+            raise UserError(
+                f"low_latents: {inputs['low_latents']} were made with join_seconds {low.join_seconds:g}, latents with"
+                f" {made.join_seconds:g}"
+            )
     steps = 1 + (config.frames - 1) // made.factor
     shape = (steps, *latent_data.commonest_size(dataset, made))
     return Data(made, low, shape, fps, round(config.history_seconds * fps / made.factor))
 
 
-def loader_of(config: MemoryConfig, inputs: Mapping[str, str], data: Data, split: str, **options: Any) -> Loader:
-    """Segments with the history before them, of the columns that this learns, and labels where classes are learned."""
+def loader_of(
+    config: MemoryConfig,
+    inputs: Mapping[str, str],
+    data: Data,
+    dit: MemoryDiTConfig,
+    split: str,
+    histories: Lengths | None = None,
+    **options: Any,
+) -> Loader:
+    """Segments with the history that their streams have, of the columns that this learns, and labels where it does.
+
+    `histories` are by default the config's.
+    """
     # one column where the low-res branch reads the same
     columns = list(dict.fromkeys(made.column for made in (data.made, data.low) if made))
-    return _loader(config, inputs, split, columns=(*columns, *(("label",) if config.classes else ())), **options)
+    histories = histories or config.histories(dit, data.steps_in(config.least_seconds))
+    columns += ["label"] if config.classes else []
+    return _loader(config, inputs, split, columns=columns, histories=histories, **options)
 
 
-def heldout_of(config: MemoryConfig, inputs: Mapping[str, str], data: Data) -> Loader:
-    return loader_of(config, inputs, data, "val", batch=1, last="pad", shuffle=False, epochs=1)
+def heldout_of(config: MemoryConfig, setup: "Setup", begin: int | None = None) -> Loader:
+    """A segment of each held-out stream, as late as generation comes to; or at step `begin`, of those that have it."""
+    histories = config.histories(setup.model.config, setup.data.steps_in(config.least_seconds))
+    if begin is not None:
+        histories = replace(histories, some=(begin,), least=begin)
+    options: dict[str, Any] = {"batch": 1, "last": "pad", "shuffle": False, "epochs": 1}
+    return loader_of(config, setup.inputs, setup.data, setup.model.config, "val", histories, **options)
 
 
 def videos_of(config: MemoryConfig, inputs: Mapping[str, str], data: Data) -> Loader:
     """The pixels of held-out segments and what came before them."""
     columns = ("video", *(("label",) if config.classes else ()))
     options = {"columns": columns, "size": data.size(), "batch": 1, "last": "pad", "shuffle": False, "epochs": 1}
-    return _loader(config, inputs, "val", **options)
+    history = {"history_seconds": config.history_seconds, "history_least": config.least_seconds}
+    return _loader(config, inputs, "val", **options, **history)
 
 
 def _loader(config: MemoryConfig, inputs: Mapping[str, str], split: str, **options: Any) -> Loader:
-    least = config.history_seconds if config.history_least is None else config.history_least
-    settings = {
-        "view": inputs.get("view"),
-        "frames": config.frames,
-        "history_seconds": config.history_seconds,
-        "history_least": least,
-        "cache": Cache(config.cache.folder, config.cache.max_bytes) if config.cache else None,
-    }
-    return Loader(inputs["dataset"], split, **settings | options)
+    cache = Cache(config.cache.folder, config.cache.max_bytes) if config.cache else None
+    return Loader(inputs["dataset"], split, view=inputs.get("view"), frames=config.frames, cache=cache, **options)
 
 
 def begin(config: MemoryConfig, inputs: Mapping[str, str], data: Data, classes: int) -> Remembering:
@@ -200,7 +254,7 @@ def begin(config: MemoryConfig, inputs: Mapping[str, str], data: Data, classes: 
         raise UserError(
             f"base: {inputs['base']} is a {type(base).__name__}, not a MemoryDiT; name a `pretrain_memory` model"
         )
-    known = {"channels": data.made.channels, "classes": classes}
+    known = {"channels": data.made.channels, "classes": classes, "history_noise": config.noise}
     try:
         given = base.config.model_dump() | (config.model or {}) | known if base else config.dit(**known).model_dump()
         _check_history(given, data)
@@ -283,13 +337,28 @@ def told(dit: MemoryDiTConfig, data: Data) -> str:
     )
 
 
+def expected(config: MemoryConfig, data: Data, loader: Loader) -> str:
+    """How much history a sample has on the average, and which clips' streams are too short for it."""
+    mean, seconds = loader.history_mean(), data.made.factor / data.fps
+    line = f"history: {mean:.1f} steps on the average, {mean * seconds:.3g} s, of {data.history} at most"
+    if loader.samples_without_history:
+        line += f"; {loader.samples_without_history} clips are of streams too short for history_least, and left out"
+    return line
+
+
 def on_device(batch: Batch) -> Batch:
     return {name: value.to(device()) if isinstance(value, Tensor) else value for name, value in batch.items()}
 
 
-def above_each_other(vae: PVVAE, model: MemoryDiT, *steps: Tensor) -> np.ndarray[Any, Any]:
-    """Latents `(1, C, T, H, W)`, normalised, as one video `(t, height, width, 3)` uint8."""
-    videos = [to_pixels(vae.decode(model.denormalise(some))) for some in steps]
+def above_each_other(vae: PVVAE, model: MemoryDiT, before: Tensor, *steps: Tensor) -> np.ndarray[Any, Any]:
+    """Latents `(1, C, T, H, W)`, normalised, as one video `(t, height, width, 3)` uint8.
+
+    Each is decoded as what comes after `before`, which begins a video, or is long enough that the decoder does not mind.
+    """
+    videos = []
+    for some in steps:
+        chunks = list(vae.decode_stream([model.denormalise(torch.cat([before, some], dim=2))], steps=1))
+        videos.append(torch.cat([to_pixels(chunk) for chunk in chunks[before.shape[2] :]], dim=2))
     return torch.cat(videos, dim=3)[0].permute(1, 2, 3, 0).cpu().numpy()
 
 
@@ -308,7 +377,7 @@ def prepared(config: MemoryConfig, inputs: Mapping[str, str], folder: Path) -> S
     inputs = latent_data.pinned(inputs, folder)
     data = data_of(config, inputs)
     vae = latent_data.decoder_of(data.made, inputs["vae"])
-    classes = loader_of(config, inputs, data, "train", batch=1).classes
+    classes = _loader(config, inputs, "train", columns=("label",), batch=1).classes if config.classes else []
     return Setup(inputs, data, classes, begin(config, inputs, data, len(classes)).to(device()), vae)
 
 
@@ -320,14 +389,18 @@ def work(
     torch.manual_seed(config.seed)
     torch.distributed.barrier()  # the first rank has pinned the inputs before
     setup = prepared(config, inputs, folder)
-    options = {"rank": rank, "world": world, "seed": config.seed, "workers": config.workers}
-    loader = loader_of(config, setup.inputs, setup.data, "train", batch=config.batch // config.accumulate, **options)
-    for held in (heldout_of, videos_of):  # else their lack would be seen at the end
-        held(config, setup.inputs, setup.data)
-    if rank == 0:
-        print(told(setup.model.config, setup.data), flush=True)
+    options: dict[str, Any] = {"rank": rank, "world": world, "seed": config.seed, "workers": config.workers}
+    batch, dit = config.batch // config.accumulate, setup.model.config
+    loader = loader_of(config, setup.inputs, setup.data, dit, "train", batch=batch, **options)
+    # else their lack would be seen at the end
+    heldout = heldout_of(config, setup)
+    videos_of(config, setup.inputs, setup.data)
     log = tracker.connect(folder) if rank == 0 else None
-    made = replace(objective(setup), heldout=heldout_of(config, setup.inputs, setup.data))
+    if rank == 0:
+        print(told(dit, setup.data), expected(config, setup.data, loader), sep="\n", flush=True)
+    if log:
+        log.log(0, {"history_steps_expected": loader.history_mean()})
+    made = replace(objective(setup), heldout=heldout)
     train(made, loader, config, folder, log, launch.stop_requested)
     if log:
         log.close()
@@ -404,11 +477,12 @@ def _publish(
     log.close()
     if config.promote:
         registry.promote(uri)
-    loader = loader_of(config, setup.inputs, data, "train", batch=1)
+    loader = loader_of(config, setup.inputs, data, dit, "train", batch=1)
     metrics |= {
         "train_clips": float(loader.samples),
         "train_clips_too_short": float(loader.samples_short),
         "train_clips_without_latents": float(loader.samples_without_latent),
         "train_clips_without_history": float(loader.samples_without_history),
+        "history_steps_expected": loader.history_mean(),
     }
     return {"uri": uri, "metrics": metrics}

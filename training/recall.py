@@ -250,7 +250,7 @@ def recall(
         raise UserError(f"video: frame {last} is none of the {count} that the memory is of")
     try:
         steps = encoded(model, prior.vae, _video(frames[:count]))
-        memory = model.remember(*steps)
+        memory = history.remembered(model, steps)
     except ValueError as e:
         raise UserError(f"video: {e}") from e
     draws = torch.Generator().manual_seed(seed)

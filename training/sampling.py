@@ -40,12 +40,14 @@ class Settings:
     guidance   towards the class, 1 is none; without a class it has no effect
     shift      of the flow's times towards noise
     overlap    latent steps (frames, for a prior of pixels) of a window that are given by the one before
+    history_noise   level of noise, 0 to 1, that a model with a memory is given its past with; 0 is none
     """
 
     steps: int = 100
     guidance: float = 1.0
     shift: float = 1.0
     overlap: int = 2
+    history_noise: float = 0.0
 
 
 @dataclass(frozen=True)

@@ -27,9 +27,9 @@ from longtake.datasets import storage
 from longtake.datasets.column import shrunk
 from longtake.datasets.errors import Failure, UserError
 from longtake.datasets.loader import to_pixels
-from longtake.training.flow import NO_CLASS, euler, guided
+from longtake.training.flow import NO_CLASS, euler, guided, interpolate
 from longtake.training.models.latte import check_classes
-from longtake.training.models.memory import Memory, cropped
+from longtake.training.models.memory import Memory, cropped, repeated
 from longtake.training.models.memory_dit import MemoryDiT
 from longtake.training.models.pv_vae import PVVAE
 from longtake.training.models.streaming import Past
@@ -49,10 +49,12 @@ class History:
     memory   of the last `config.history` of them, None without any
     window   `(B, C, n, h, w)`, normalised: the last `config.window` steps, and whatever else the memory does not have
              yet, since it takes steps in groups; None without any
+    level    of noise, as a time of the flow, that memory and window have: what was generated is then trusted less, as
+             the model has learned it; 0 is none. `seeds` are the videos', whose noise does not depend on each other
     """
 
-    def __init__(self, model: MemoryDiT) -> None:
-        self.steps = 0
+    def __init__(self, model: MemoryDiT, level: float = 0.0, seeds: Sequence[int] = ()) -> None:
+        self.steps, self.level, self._seeds = 0, level, seeds
         self.memory: Memory | None = None
         self.window: Tensor | None = None
         self._model = model
@@ -73,8 +75,11 @@ class History:
         waiting = self._waiting + high.shape[2]
         if whole := waiting // model.config.group * model.config.group:
             first = held.shape[2] - waiting
-            piece, small = held[:, :, first : first + whole], None if low is None else low[:, :, :whole]
-            self.memory = model.append(self.memory, piece, small, self.steps - waiting, self._pasts)
+            begin = self.steps - waiting
+            piece = self._noised(held[:, :, first : first + whole], begin, "high")
+            small = None if low is None else self._noised(low[:, :, :whole], begin, "low")
+            begins = begin + torch.arange(whole, device=piece.device)[None] == 0
+            self.memory = model.append(self.memory, piece, small, begin, self._pasts, begins.expand(len(piece), -1))
             waiting -= whole
         if self.memory is not None:
             self.memory = cropped(self.memory, self.steps - model.config.history)
@@ -83,6 +88,23 @@ class History:
         self._low = None if low is None else low[:, :, low.shape[2] - waiting :].clone()
         seen = min(max(model.config.window, waiting), held.shape[2])
         self.window = held[:, :, held.shape[2] - seen :].clone() if seen else None
+
+    def given(self) -> Tensor | None:
+        """The window as the next segment sees it."""
+        return None if self.window is None else self._noised(self.window, self.steps, "window")
+
+    def _noised(self, steps: Tensor, at: int, what: str) -> Tensor:
+        if not self.level:
+            return steps
+        kind = ("high", "low", "window").index(what) + 1
+        noise = torch.stack([torch.randn(steps.shape[1:], generator=_draws(seed, at, kind)) for seed in self._seeds])
+        return interpolate(steps, noise.to(steps.device), torch.full((len(steps),), self.level, device=steps.device))
+
+
+def _draws(*numbers: int) -> torch.Generator:
+    """On the CPU: the same noise on every device."""
+    state = np.random.SeedSequence(numbers).generate_state(1, np.uint64)
+    return torch.Generator().manual_seed(int(state[0] >> 1))
 
 
 def segments(model: MemoryDiT, steps: int) -> int:
@@ -114,7 +136,7 @@ def generate(
             result goes on after them, and they are not part of it.
         story: (step, class ids) in order: from which new step on each video is of which class, -1 for none. A change
             takes effect with the first segment that begins there or later.
-        settings: Euler steps of a segment, guidance and shift.
+        settings: Euler steps of a segment, guidance, shift, and the noise of what it is given of the past.
         folder: a URL where finished segments are kept. The same call goes on after them, to the same bytes.
         models: digests of the weights: what decides the result beside the other arguments.
         tile: pixels a side; decode larger frames in overlapping tiles.
@@ -157,7 +179,7 @@ def _chunks(
     device, length, shrink = model.latent_mean.device, _shape(model)[0], model.config.shrink
     decode = _kept_open(lambda latents: vae.decode_stream(latents, 1, tile))
     encode = _kept_open(lambda video: vae.encode_stream(video, 1))
-    history = History(model)
+    history = History(model, settings.history_noise, seeds)
 
     def appended(latent: Tensor) -> np.ndarray:
         """The frames of the steps that come next, which from then on are history."""
@@ -197,33 +219,28 @@ def _sample(
     each_step: Callable[[], object] | None,
 ) -> Tensor:
     """Segment `number`: `(B, C, T, h, w)`, fp32, denormalised."""
-    device, shape, clean = model.latent_mean.device, _shape(model), history.window
+    device, shape, clean = model.latent_mean.device, _shape(model), history.given()
     known = 0 if clean is None else clean.shape[2]
     times = torch.arange(history.steps - known, history.steps + shape[0], device=device)
-    # on the CPU: the same noise on every device; by segment: each can be made without the draws of those before
-    draws = [np.random.SeedSequence([seed, number]).generate_state(1, np.uint64) for seed in seeds]
-    generators = [torch.Generator().manual_seed(int(draw[0] >> 1)) for draw in draws]
-    noise = torch.stack([torch.randn(model.config.channels, *shape, generator=g) for g in generators])
+    # by segment: each can be made without the draws of those before
+    noise = torch.stack([torch.randn(model.config.channels, *shape, generator=_draws(seed, number)) for seed in seeds])
+    first = (times == 0)[None]
     ids = None if classes is None or not model.config.classes else torch.tensor(classes)
 
     def velocity(x: Tensor, t: Tensor, rows: Tensor | None) -> Tensor:
-        return model(x, t, times, _repeated(history.memory, len(x) // len(seeds)), rows)
+        memory = None if history.memory is None else repeated(history.memory, len(x) // len(seeds))
+        level = torch.full((len(x),), history.level, device=x.device) if history.level else None
+        return model(x, t, times, memory, rows, first=first, level=level)
 
     guidance = settings.guidance if ids is not None and (ids != NO_CLASS).any() else 1.0
     training = model.training
     model.eval()
     try:
         moves = guided(velocity, ids, guidance)
-        return model.denormalise(euler(moves, noise.to(device), settings.steps, settings.shift, clean, each_step))
+        made = euler(moves, noise.to(device), settings.steps, settings.shift, clean, each_step, history.level)
+        return model.denormalise(made)
     finally:
         model.train(training)
-
-
-def _repeated(memory: Memory | None, times: int) -> Memory | None:
-    """For a batch of so many times as many videos."""
-    if memory is None or times == 1:
-        return memory
-    return Memory(memory.tokens.repeat(times, 1, 1), memory.positions, memory.hidden.repeat(times, 1, 1))
 
 
 def _classes(story: Story, step: int) -> Sequence[int] | None:
@@ -322,6 +339,10 @@ def _check(
         raise ValueError(f"steps is {steps}, seeds are {len(seeds)}; there is nothing to generate")
     if settings.steps < 1:
         raise ValueError(f"steps is {settings.steps}; sampling needs at least 1")
+    if not 0 <= settings.history_noise <= config.history_noise:
+        raise ValueError(
+            f"history_noise is {settings.history_noise:g}; the model has learned 0 to {config.history_noise:g}"
+        )
     if vae.config.latent_channels != config.channels:
         raise ValueError(f"the prior has {config.channels} channels, the autoencoder {vae.config.latent_channels}")
     if start is not None and (

@@ -58,6 +58,12 @@ Job = tuple[int, str | None]  # a seed, and a class by name or number
     "--guidance", type=click.FloatRange(min=0), metavar="G", help="Towards the class; 1 is none. [default: the model's]"
 )
 @click.option(
+    "--history-noise",
+    type=click.FloatRange(min=0, max=1, max_open=True),
+    metavar="L",
+    help="Level of noise that a model with a memory is given its past with, of those that it has learned. [default: the model's]",
+)
+@click.option(
     "--steps", type=click.IntRange(min=1), metavar="S", help="Euler steps of a window. [default: the model's]"
 )
 @click.option(
@@ -89,6 +95,7 @@ def generate(
     out: str,
     grid: bool,
     guidance: float | None,
+    history_noise: float | None,
     steps: int | None,
     fps: float | None,
     vae: str | None,
@@ -129,7 +136,8 @@ def generate(
 
         found = registry.load_with_facts(media.known(model))
         numbers = {"dtype": media.dtype(precision), "vae": media.known(vae) if vae else None}
-        changes = {k: v for k, v in (("guidance", guidance), ("steps", steps)) if v is not None}
+        asked = {"guidance": guidance, "steps": steps, "history_noise": history_noise}
+        changes = {name: value for name, value in asked.items() if value is not None}
         wanted = Wanted(model, frames, seconds, fps, tile, changes, start, storyboard, out)
         maker = (_with_memory if found[1]["model"] == "memory_dit" else _with_windows)(wanted, found, numbers)
         groups = [jobs[n : n + batch] for n in range(0, len(jobs), batch)]
@@ -174,6 +182,8 @@ def _with_windows(wanted: Wanted, found: tuple[Any, dict[str, Any]], numbers: di
             raise UserError(
                 f"--{option}: {wanted.model} is a Latte, which has no memory; name a `finetune_memory_prior` model"
             )
+    if wanted.settings.get("history_noise"):
+        raise UserError(f"--history-noise: {wanted.model} is a Latte, which has no memory; leave it out")
     settings, rate = replace(prior.settings, **wanted.settings), wanted.fps or prior.fps
     length = prior.frames if wanted.frames is None else wanted.frames
     if wanted.seconds is not None:

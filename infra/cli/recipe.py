@@ -58,12 +58,8 @@ def run(
     choice = runner.Choice(start, only, force)
     if dry_run:
         nodes = graphs.build(loaded)
-        todo = runner.plan(loaded, nodes, runs.connect(loaded), choice)
-        for name, runs_now in todo.items():
+        for name, runs_now in runner.plan(loaded, nodes, runs.connect(loaded), choice).items():
             click.echo(f"{name}: {'would run' if runs_now else 'would be reused'}")
-        for node in nodes:
-            for text in graphs.warnings(node) if todo.get(node.name) else ():
-                click.echo(f"warning: {text}", err=True)
         return
     page = runner.run(loaded, choice, click.echo)
     nodes = graphs.build(loaded)

@@ -83,6 +83,8 @@ def continued(stage: StageRun) -> dict[str, Any] | None:
     summary = record.get("summary", {})
     named = [
         ("held-out flow loss", summary.get("heldout_loss")),
+        ("the same at a video's start", summary.get("heldout_loss_start")),
+        ("the same later", summary.get("heldout_loss_later")),
         ("distance to the beginning", summary.get("distance")),
         ("the same of what truly came next", summary.get("distance_true")),
     ]
@@ -90,6 +92,7 @@ def continued(stage: StageRun) -> dict[str, Any] | None:
         "stage": stage,
         "summary": summary,
         "scores": [(name, float(value)) for name, value in named if value is not None],
+        "by_history": [(int(steps), float(loss)) for steps, loss in summary.get("heldout_loss_by_history") or ()],
         "by_segment": [float(value) for value in summary.get("distance_by_segment") or ()],
         "videos": videos,
         "left_out": len(record.get("videos", ())) - len(videos),

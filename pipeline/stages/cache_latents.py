@@ -34,6 +34,7 @@ VERSION = 1
 PRODUCES = "latents"
 
 _TELL_SECONDS = 1.0
+_SETTINGS = {"size", "shrink", "join_seconds", "precision", "dtype", "tile", "overlap", "batch", "steps"}
 
 
 class WorkerConfig(TaskConfig):
@@ -49,6 +50,8 @@ class Config(StageConfig):
     """Encode a dataset by a model of the registry ("models:/pv-vae@champion"), a stage that trains one, or a model folder.
 
     Clips are encoded whole, whatever their length; of their frames the last ones that make no whole step are left out.
+    With `join_seconds` clips that follow each other without a hole are encoded as one video of so many seconds at most,
+    as a film is generated: a model with a memory learns of such streams, and its history lies within one.
     With `shrink` the column is of the video scaled down: as many steps, h // height x w // width positions of h x w.
     With the same weights, settings and kind of machine every run writes the same bytes.
     """
@@ -59,6 +62,7 @@ class Config(StageConfig):
     view: ViewInput | None = None  # encode its kept clips only; loaders then leave the others out
     size: tuple[PositiveInt, PositiveInt] | None = None  # as the loader's; None: each clip's own, to whole positions
     shrink: tuple[PositiveInt, PositiveInt] = (1, 1)  # of (height, width), before it is encoded; to whole positions
+    join_seconds: float = Field(0.0, ge=0)  # of clips encoded in one stream, at most; 0: each by itself
     precision: Literal["fp32", "bf16"] = "fp32"  # of the encoder; fp32 is without TF32
     dtype: Literal["float16", "bfloat16"] = "float16"  # as stored
     tile: PositiveInt | None = None  # pixels of a side; encode larger frames in overlapping tiles
@@ -120,7 +124,7 @@ def run(config: Config, inputs: Mapping[str, str], output: str) -> dict[str, Any
     uri, model = _encoder(inputs["encoder"])
     of = latents.geometry(model, uri)
     settings = latents.Settings(
-        **config.model_dump(include={"size", "shrink", "precision", "dtype", "tile", "overlap", "batch", "steps"}),
+        **config.model_dump(include=_SETTINGS),
         threads=max(1, int(config.task.cpus)),
     )
     latents.check(settings, of.stride)
@@ -165,6 +169,7 @@ def run(config: Config, inputs: Mapping[str, str], output: str) -> dict[str, Any
             view=inputs.get("view"),
             digests={split: base.digest for split, base in bases.items()},
             shrink=config.shrink,
+            join_seconds=config.join_seconds,
         ),
     )
     steps = np.concatenate([shard.table["steps"].to_numpy() for some in shards.values() for shard in some])

@@ -129,6 +129,7 @@ def stages_of(options: argparse.Namespace, sources: list[str]) -> dict[str, Any]
             "warmup_steps": 40, "ema_half_lives": [20], "sample_every": 0, "eval_clips": 64,
         }  # fmt: skip
     latents = {"kind": "cache_latents", "dataset": "shards", "encoder": options.vae or "vae", "size": [SIZE, SIZE]}
+    latents |= {"join_seconds": 3 * (HISTORY + CLIP) / FPS}
     columns = {"latents": (1, 1), **SHRINKS}
     return stages | {name: latents | {"shrink": list(shrink)} for name, shrink in columns.items()}
 
@@ -237,7 +238,8 @@ def work(options: argparse.Namespace, job: Job) -> None:
         torch.manual_seed(job.seed)
         setup = memory_stage.prepared(config, inputs, folder)
         print(memory_stage.told(setup.model.config, setup.data), flush=True)
-        loader = memory_stage.loader_of(config, setup.inputs, setup.data, "train", batch=config.batch, seed=job.seed)
+        dit, given = setup.model.config, {"batch": config.batch, "seed": job.seed}
+        loader = memory_stage.loader_of(config, setup.inputs, setup.data, dit, "train", **given)
         began = time.monotonic()
         train(stage.objective(config, setup), loader, config, folder / "checkpoints")
         trained = time.monotonic()

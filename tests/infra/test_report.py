@@ -115,7 +115,8 @@ def memories(tmp_path):
     summary |= {"psnr_by_step": [16.0, 17.0, 18.5], "clips": 3, "memory": "encoder", "rates": ["4x4x2", "2x2x8"]}
     summary |= {"branches": "both", "split": "val", "seed": 0}
     patchify = summary | {"psnr": 12.5, "memory": "patchify", "rates": ["4x4x2"]}
-    going = {"heldout_loss": 0.75, "distance": 0.0625, "distance_by_segment": [0.03125, 0.09375], "segments": 2}
+    going = {"heldout_loss_by_history": [[0, 0.875], [6, 0.6875]], "heldout_loss_start": 0.875}
+    going |= {"heldout_loss": 0.75, "distance": 0.0625, "distance_by_segment": [0.03125, 0.09375], "segments": 2}
     going |= {"distance_true": 0.015625, "videos": 2, "clips": 4, "split": "val", "seed": 0}
     videos = [{"file": f"../continued-{n}.mp4", "seed": n, "given_frames": 8} for n in range(2)]
     return [
@@ -150,6 +151,7 @@ def test_retrieved_frames_are_compared_by_rate(memories, tmp_path):
 def test_videos_that_a_memory_went_on_with_are_shown_with_how_far_they_drift(memories, tmp_path):
     page = build(tmp_path / "page", "memories", memories, None, None, "")
     section = page.read_text().split('<section id="continued">')[1].split("</section>")[0]
+    assert "Held-out flow loss by steps of history: 0: 0.875, 6: 0.6875." in section
     assert section.count("<video") == 1 and "continued-1.mp4: no playable video" in section
     text = spaced(page)
     assert "distance to the beginning 0.0625" in text and "truly came next 0.01562" in text

@@ -116,6 +116,32 @@ def at_once(model: PVVAE, video: np.ndarray) -> torch.Tensor:
     return torch.cat([posterior.mean, posterior.logvar])
 
 
+def test_clips_that_touch_are_encoded_as_one_video(root: str, model: PVVAE) -> None:
+    """Step n of a stream is of its frames up to 4n, and lies with the clip that has this frame."""
+    name, totals = cache(root, model, settings(join_seconds=5.0))
+    assert totals["streams"] < totals["clips"] and totals["frames_cut"] < 4 * totals["streams"]
+    frames, made, joined = clips(root), members(root, name), 0
+    rows = {row["key"]: row for row in index.read_all(root, "train").to_pylist()}
+    places = {row["key"]: row for s in index.read_shards(root, "train", name) for row in s.table.to_pylist()}
+    for key, place in places.items():
+        if place["stream_step"]:
+            continue
+        stream, steps = [key], place["steps"]
+        while (follows := f"{key[:-5]}{int(stream[-1][-5:]) + 1:05d}") in places and places[follows]["stream_step"]:
+            assert places[follows]["stream_step"] == steps
+            gap = rows[follows]["start_seconds"] - rows[stream[-1]]["start_seconds"]
+            assert gap == pytest.approx(rows[stream[-1]]["frame_count"] / 12, abs=0.13)
+            stream, steps = [*stream, follows], steps + places[follows]["steps"]
+        video = np.concatenate([frames[each] for each in stream])
+        assert len(stream) == 1 or len(video) <= 60
+        whole = at_once(model, video[: 1 + (len(video) - 1) // 4 * 4])
+        found = torch.from_numpy(np.concatenate([made[each] for each in stream])).float().permute(1, 2, 0, 3, 4)
+        torch.testing.assert_close(found, whole, **FP16)
+        joined += len(stream) > 1
+    assert joined > 1
+    assert not list(verify(root))
+
+
 def test_a_column_is_what_encoding_the_decoded_clips_at_once_gives(cached: Any, model: PVVAE) -> None:
     root, name, totals = cached
     frames = {split: clips(root, split) for split in schema.SPLITS}

@@ -59,13 +59,16 @@ def vae(seed: int = 0) -> PVVAE:
 
 
 def labelled(dataset: str, folder: Path) -> str:
-    """A copy of a dataset whose clips have labels, as a manifest would give them."""
+    """A copy of a dataset whose clips have labels, as a manifest would give them, and follow each other without a hole."""
     copy = str(shutil.copytree(dataset, folder))
     for split in schema.SPLITS:
         for shard in index.read_shards(copy, split):
             rows = shard.table.to_pylist()
+            ends: dict[str, float] = {}
             for number, row in enumerate(rows):
                 row["label"] = "ab"[number % 2]
+                row["start_seconds"] = ends.get(row["source"], 0.0)
+                ends[row["source"]] = row["start_seconds"] + row["frame_count"] / row["fps"]
             url = storage.join(copy, split, f"{shard.name}.parquet")
             index.write_index(url, rows, schema.INDEX, shard.tar_bytes, shard.tar_sha256)
     return copy
@@ -77,20 +80,22 @@ def saved(model: PVVAE, folder: Path) -> str:
     return str(folder)
 
 
-def inputs(root: Path, dataset: str) -> dict[str, str]:
+def inputs(root: Path, dataset: str, join: float = 100.0) -> dict[str, str]:
     """A copy of a dataset with labels, its autoencoder, and its latents of the whole video and of one half as large."""
     model, copy = vae(), labelled(dataset, root / "dataset")
     uri = saved(model, root / "vae")
     return {
         "dataset": copy,
-        "latents": encoded(root / "latents", copy, model, uri),
-        "low_latents": encoded(root / "low", copy, model, uri, (2, 2)),
+        "latents": encoded(root / "latents", copy, model, uri, join=join),
+        "low_latents": encoded(root / "low", copy, model, uri, (2, 2), join),
     }
 
 
-def encoded(folder: Path, dataset: str, model: PVVAE, uri: str, shrink: tuple[int, int] = (1, 1)) -> str:
+def encoded(
+    folder: Path, dataset: str, model: PVVAE, uri: str, shrink: tuple[int, int] = (1, 1), join: float = 100.0
+) -> str:
     """Latents as `cache_latents` makes them, without Ray."""
-    chosen = latents.Settings(None, "fp32", "float16", None, 64, 4, 2, shrink=shrink)
+    chosen = latents.Settings(None, "fp32", "float16", None, 64, 4, 2, shrink=shrink, join_seconds=join)
     of = latents.geometry(model, "here")
     name = latents.column_name(column.encoder_digest(model), chosen, "")
     bases = {split: compact.open_split(dataset, split)[0] for split in schema.SPLITS}
@@ -115,6 +120,7 @@ def encoded(folder: Path, dataset: str, model: PVVAE, uri: str, shrink: tuple[in
         view=None,
         digests={split: base.digest for split, base in bases.items()},
         shrink=shrink,
+        join_seconds=join,
     )
     column.write_latents(str(folder), record)
     return str(folder)
@@ -125,7 +131,8 @@ def fit(stage: Any, chosen: Any, given: dict[str, str], folder: Path, until: int
     torch.manual_seed(chosen.seed)
     folder.mkdir(parents=True, exist_ok=True)
     setup = memory_stage.prepared(chosen, given, folder)
-    loader = memory_stage.loader_of(chosen, setup.inputs, setup.data, "train", batch=chosen.batch, seed=chosen.seed)
+    dit, options = setup.model.config, {"batch": chosen.batch, "seed": chosen.seed}
+    loader = memory_stage.loader_of(chosen, setup.inputs, setup.data, dit, "train", **options)
     running = chosen.model_copy(update={"steps": until}) if until else chosen
     train(stage.objective(chosen, setup), loader, running, folder, log)
     found = checkpoint.latest(folder)

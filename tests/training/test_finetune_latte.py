@@ -59,7 +59,7 @@ def inputs(dataset: str, vae: PVVAE, tmp_path_factory: pytest.TempPathFactory) -
     root = tmp_path_factory.mktemp("latte")
     copy = latent_stages.labelled(dataset, root / "dataset")
     uri = latent_stages.saved(vae, root / "vae")
-    return {"dataset": copy, "latents": latent_stages.encoded(root / "latents", copy, vae, uri)}
+    return {"dataset": copy, "latents": latent_stages.encoded(root / "latents", copy, vae, uri, join=0.0)}
 
 
 def config(**changes: Any) -> Config:

@@ -19,7 +19,8 @@ from torch import Tensor, nn
 
 from longtake.datasets import clip
 from longtake.training import registry
-from longtake.training.history import Given, given_of, steps_of, true_steps
+from longtake.training.history import Given, Steps, steps_of
+from longtake.training.memory_stage import expected as expected_line
 from longtake.training.memory_stage import heldout_of, loader_of, prepared
 from longtake.training.metrics import continuation
 from longtake.training.models.memory_dit import MemoryDiT
@@ -61,8 +62,21 @@ class Recording:
     def __init__(self, true: Tensor | None = None, step: int = 0) -> None:
         self.true, self.global_steps, self.calls = true, step, list[Any]()
 
-    def __call__(self, x: Tensor, t: Tensor, times: Tensor, memory: Any, ids: Any, generator: Any) -> Tensor:
-        self.calls.append(SimpleNamespace(x=x, t=t, times=times, memory=memory, ids=ids))
+    def __call__(
+        self,
+        x: Tensor,
+        t: Tensor,
+        times: Tensor,
+        memory: Any,
+        ids: Any,
+        generator: Any,
+        first: Tensor,
+        seen: Tensor | None,
+        level: Tensor | None,
+    ) -> Tensor:
+        given = {"x": x, "t": t, "times": times, "memory": memory, "ids": ids, "first": first, "level": level}
+        shape = torch.ones(times.shape, dtype=torch.bool)
+        self.calls.append(SimpleNamespace(**given, seen=shape if seen is None else seen))
         if self.true is None:
             return torch.zeros_like(x)
         # wrong for what is given clean, which must not count
@@ -77,8 +91,8 @@ def called(
     """The stage's objects, a batch, the loss of the true velocity, and the call."""
     folder.mkdir(exist_ok=True)
     setup = prepared(chosen, inputs, folder)
-    batch = next(iter(loader_of(chosen, inputs, setup.data, "train", batch=2)))
-    engine = Recording(steps_of(batch, setup.model, true_steps(batch)).high, step)
+    batch = next(iter(loader_of(chosen, inputs, setup.data, setup.model.config, "train", batch=2, seed=seed)))
+    engine = Recording(steps_of(batch, setup.model, 6).high, step)
     loss, logged = finetune_memory_prior._loss(
         chosen, setup.data, setup.model, "generator", {"generator": engine}, batch, draws(seed)
     )
@@ -86,24 +100,38 @@ def called(
     return setup, batch, loss.item(), engine.calls[0]
 
 
-def test_the_loss_is_of_the_segment_given_the_window_and_the_memory_of_a_clean_history(
+def test_the_loss_is_of_the_segment_given_what_generation_would_be_given_there(
     inputs: dict[str, str], tmp_path: Path
 ) -> None:
-    chosen = config(posterior="mean", classes=True)
-    for seed in range(6):
+    chosen, counts = config(posterior="mean", classes=True, no_history=0.25), set()
+    for seed in range(8):
         setup, batch, loss, call = called(chosen, inputs, tmp_path, seed=seed)
         true = steps_of(batch, setup.model, 6)
         assert loss < 1e-3, "the true velocity has no loss, and what is given does not count"
-        assert call.x.shape == (2, 8, 2 + 3, 2, 3) and call.times.tolist() == [4, 5, 6, 7, 8]
-        assert torch.equal(call.x[:, :, :2], true.high[:, :, 4:6]) and (call.t[:, :2] == 0).all()
-        assert (call.t[:, 2:] > 0).all() and (call.t[:, 2:] == call.t[:, 2:3]).all()
-        assert (call.x[:, :, 2:] != true.high[:, :, 6:]).all()
-        memory = call.memory
-        first, count = memory.start, memory.high.shape[2]
-        assert count % 2 == 0 and first + count in (5, 6), "all history, or all but one step that fills no group yet"
-        assert torch.equal(memory.high, true.high[:, :, first : first + count])
-        assert true.low is not None and torch.equal(memory.low, true.low[:, :, first : first + count])
+        window = call.x.shape[2] - 3
+        assert (call.t[:, :window] == 0).all() and (call.t[:, window:] > 0).all() and call.seen[:, window:].all()
+        assert (call.x[:, :, window:] != true.high[:, :, 6:]).all()
         assert torch.equal(call.ids, batch["label"].cpu())
+        for n, begin in enumerate(batch["stream_step"].tolist()):
+            # the same steps, one after the other, through what generation keeps its history in
+            known = min(begin, 6)
+            before = Steps(true.high[n : n + 1, :, :6], true.low[n : n + 1, :, :6], 0, true.first[n : n + 1, :6])
+            told = [call.first[n, window:].tolist(), [begin == 0, False, False]]
+            assert told[0] == told[1], "only the first step of a stream is a first latent"
+            late = begin % 2
+            count = (known - late) // 2 * 2
+            memory = call.memory
+            held = memory.high.shape[2] - (0 if memory.skip is None else int(memory.skip[n]))
+            assert held == count, "all of the history in whole groups, counted from the stream's first step"
+            if held:
+                assert torch.equal(memory.high[n, :, -held:], before.high[0, :, 6 - late - held : 6 - late])
+                assert torch.equal(memory.low[n, :, -held:], before.low[0, :, 6 - late - held : 6 - late])
+                assert memory.first[n, -held:].tolist() == [begin <= 6 and not step for step in range(held)]
+            seen = int(call.seen[n, :window].sum())
+            assert seen == min(known, 2 if held else max(2, late)), "beside it the window, of what there is"
+            assert torch.equal(call.x[n, :, window - seen : window], before.high[0, :, 6 - seen :])
+            counts.add(known)
+    assert {0, 6} < counts <= {0, 2, 3, 4, 5, 6}, "lengths between none and all occur"
 
 
 def test_nothing_of_the_segment_is_in_what_it_is_given(inputs: dict[str, str], tmp_path: Path) -> None:
@@ -112,44 +140,110 @@ def test_nothing_of_the_segment_is_in_what_it_is_given(inputs: dict[str, str], t
     changed = batch | {name: batch[name] + 3 for name in ("latent", "latent_2")}
     engine = Recording()
     finetune_memory_prior._loss(chosen, setup.data, setup.model, "generator", {"generator": engine}, changed, draws())
-    other = engine.calls[0]
+    other, window = engine.calls[0], call.x.shape[2] - 3
     assert torch.equal(other.memory.high, call.memory.high) and torch.equal(other.memory.low, call.memory.low)
-    assert torch.equal(other.x[:, :, :2], call.x[:, :, :2]) and (other.x[:, :, 2:] != call.x[:, :, 2:]).any()
+    assert torch.equal(other.x[:, :, :window], call.x[:, :, :window])
+    assert (other.x[:, :, window:] != call.x[:, :, window:]).any()
 
 
-def test_some_passes_have_no_history_and_without_a_memory_there_is_the_window_alone(
-    inputs: dict[str, str], tmp_path: Path
-) -> None:
-    _, _, loss, call = called(config(posterior="mean", no_history=1.0), inputs, tmp_path)
-    assert call.memory is None and call.x.shape[2] == 3 and call.t.min() > 0 and loss < 1e-3
-    half = [called(config(no_history=0.5), inputs, tmp_path, seed=n)[3].memory is None for n in range(12)]
-    assert set(half) == {True, False}
-    _, _, _, alone_call = called(config(**NONE), alone(inputs), tmp_path / "none")
-    assert alone_call.memory is None and alone_call.x.shape[2] == 2 + 3 and alone_call.times.tolist() == [4, 5, 6, 7, 8]
+def test_some_samples_have_no_history_and_begin_a_stream(inputs: dict[str, str], tmp_path: Path) -> None:
+    chosen = config(posterior="mean", no_history=1.0)
+    _, batch, loss, call = called(chosen, inputs, tmp_path)
+    assert batch["stream_step"].tolist() == batch["history_steps"].tolist() == [0, 0] and loss < 1e-3
+    assert (call.memory.skip == call.memory.high.shape[2]).all() and call.x.shape[2] == 3
+    assert call.first.tolist() == [[True, False, False]] * 2
+    setup = prepared(config(no_history=0.5), inputs, tmp_path)
+    loader = loader_of(config(no_history=0.5), inputs, setup.data, setup.model.config, "train", batch=2, epochs=8)
+    begins = torch.cat([batch["stream_step"] for batch in loader])
+    assert 0.3 < (begins == 0).float().mean() < 0.7 and len(begins) > 40
+    _, _, _, without = called(config(**NONE), alone(inputs), tmp_path / "none")
+    assert without.memory is None and without.x.shape[2] <= 2 + 3
+
+
+def test_the_losses_of_starts_and_of_what_comes_later_are_told_apart(inputs: dict[str, str], tmp_path: Path) -> None:
+    for share, told in ((0.0, {"loss_later"}), (1.0, {"loss_start"})):
+        chosen = config(no_history=share)
+        setup = prepared(chosen, inputs, tmp_path)
+        batch = next(iter(loader_of(chosen, inputs, setup.data, setup.model.config, "train", batch=2)))
+        arguments = ("generator", {"generator": Recording()}, batch, draws())
+        loss, logged = finetune_memory_prior._loss(chosen, setup.data, setup.model, *arguments)
+        assert {name for name in logged if name.startswith("loss_")} == told
+        assert logged[told.pop()].item() == pytest.approx(loss.item())
 
 
 def test_the_curriculum_lengthens_the_history_by_the_step(inputs: dict[str, str], tmp_path: Path) -> None:
-    chosen = config(history_curriculum=[[0, 0.0], [10, 1.0], [20, 2.0]], posterior="mean")
-    for step, known in ((0, 0), (9, 0), (10, 3), (19, 3), (20, 6), (99, 6)):
-        setup, _, loss, call = called(chosen, inputs, tmp_path, step)
+    chosen = config(history_curriculum=[[0, 0.7], [10, 1.0], [20, 2.0]], posterior="mean")
+    for step, known in ((0, 2), (9, 2), (10, 3), (19, 3), (20, 6), (99, 6)):
+        setup, batch, loss, call = called(chosen, inputs, tmp_path, step)
         assert reach(chosen, setup.data, step) == known and loss < 1e-3
-        assert call.x.shape[2] == min(known, 2) + 3
-        if known:
-            assert call.times[-1] == 8, "the segment stays at its true time"
-            assert call.memory.start >= 6 - known and call.memory.start + call.memory.high.shape[2] in (5, 6)
-        else:
-            assert call.memory is None
+        skip = 0 if call.memory.skip is None else call.memory.skip
+        held = call.memory.high.shape[2] - skip
+        had = batch["history_steps"].clamp(max=known)
+        late = torch.minimum(batch["stream_step"] % 2, had)
+        assert (held == (had - late) // 2 * 2).all()
+
+
+def test_noise_of_the_history_is_of_a_level_of_each_sample_which_the_model_is_told(
+    inputs: dict[str, str], tmp_path: Path
+) -> None:
+    plain = called(config(posterior="mean"), inputs, tmp_path)[3]
+    assert plain.level is None
+    levels = []
+    for seed in range(12):
+        setup, batch, _, call = called(config(posterior="mean", history_noise=0.5), inputs, tmp_path, seed=seed)
+        assert setup.model.config.history_noise == 0.5
+        window = call.x.shape[2] - 3
+        assert torch.equal(call.t[:, :window], call.level[:, None].expand(-1, window))
+        true = steps_of(batch, setup.model, 6)
+        for n, level in enumerate(call.level.tolist()):
+            held = call.memory.high.shape[2] - (0 if call.memory.skip is None else int(call.memory.skip[n]))
+            late = int(batch["stream_step"][n]) % 2
+            if held:
+                clean = true.high[n, :, 6 - late - held : 6 - late]
+                noise = (call.memory.high[n, :, -held:] - (1 - level) * clean) / max(level, 1e-3)
+                assert level < 0.02 or 0.7 < float(noise.std()) < 1.3
+        levels += call.level.tolist()
+    assert min(levels) < 0.15 and 0.35 < max(levels) <= 0.5 and len(set(levels)) == 24
+
+
+def test_the_history_is_as_long_on_the_average_on_any_number_of_ranks(inputs: dict[str, str], tmp_path: Path) -> None:
+    chosen = config(no_history=0.2, history_least=0.0)
+    setup = prepared(chosen, inputs, tmp_path)
+
+    def lengths(world: int, batch: int, epochs: int) -> list[float]:
+        """Of each rank's samples, as the loss masks them."""
+        out = []
+        for rank in range(world):
+            options: dict[str, Any] = {"rank": rank, "world": world, "batch": batch, "epochs": epochs, "last": "pad"}
+            loader = loader_of(chosen, inputs, setup.data, setup.model.config, "train", **options)
+            for each in loader:
+                given = finetune_memory_prior.given_to(each, setup.model, 6)
+                known = each["history_steps"]
+                late = torch.minimum(each["stream_step"] % 2, known)
+                skip = 0 if given.memory.skip is None else given.memory.skip
+                assert torch.equal(given.memory.high.shape[2] - skip - torch.zeros_like(known), (known - late) // 2 * 2)
+                out += known.tolist()
+        return out
+
+    loader = loader_of(chosen, inputs, setup.data, setup.model.config, "train", batch=1)
+    expected = loader.history_mean()
+    one, many = lengths(1, 1, 40), lengths(16, 16, 40)
+    # of single samples, and of batches so large that their least would be none
+    spread = 3 * np.std(one) / np.sqrt(len(one))
+    assert expected > 1.5 and abs(np.mean(one) - expected) < spread and abs(np.mean(many) - expected) < spread
+    said = expected_line(chosen, setup.data, loader)
+    assert said.startswith(f"history: {expected:.1f} steps on the average")
 
 
 @pytest.mark.usefixtures("group")
 def test_a_stopped_training_ends_with_the_same_weights(inputs: dict[str, str], tmp_path: Path) -> None:
-    chosen = config(classes=True, no_history=0.5, history_curriculum=[[0, 1.0], [3, 2.0]])
+    chosen = config(classes=True, no_history=0.5, history_noise=0.3, history_curriculum=[[0, 1.0], [3, 2.0]])
     straight = latent_stages.fit(finetune_memory_prior, chosen, inputs, tmp_path / "straight")
     latent_stages.fit(finetune_memory_prior, chosen, inputs, tmp_path / "stopped", until=2)
     log = latent_stages.Log()
     resumed = latent_stages.fit(finetune_memory_prior, chosen, inputs, tmp_path / "stopped", log=log)
     torch.testing.assert_close(resumed, straight, atol=0, rtol=0)
-    assert {row["history_steps"] for row in log.rows} <= {0.0, 3.0, 6.0}
+    assert all(0 <= row["history_steps"] <= 6 for row in log.rows)
 
 
 WAYS: dict[str, dict[str, Any]] = {
@@ -175,8 +269,8 @@ def test_the_model_learns_and_is_shown_in_every_way_of_training(
     before = prepared(chosen, given, tmp_path / "before").model.state_dict()
     log = latent_stages.Log()
     weights = latent_stages.fit(finetune_memory_prior, chosen, given, tmp_path / "run", log=log)
-    # window and segment, true above generated
-    assert log.videos == {"continued": (1 + 4 * 4, 2 * 32, 48, 3)}
+    # window and segment, true above generated, as what comes after the rest of the history
+    assert log.videos == {"continued": (4 * 5, 2 * 32, 48, 3)}
     moved = {name for name in weights if not torch.allclose(weights[name].float(), before[name].float(), atol=1e-5)}
     assert "token_out.weight" in moved
     assert any(name.startswith("memory.") for name in moved) == (way not in ("a frozen memory", "the window alone"))
@@ -188,15 +282,17 @@ def test_heldout_losses_compare_between_models_and_leave_out_what_is_given(
     setup = prepared(config(), inputs, tmp_path)
 
     def clips() -> Iterator[tuple[Given, Tensor | None]]:
-        for batch in heldout_of(config(), inputs, setup.data):
-            known = true_steps(batch)
-            yield given_of(steps_of(batch, setup.model, known), known, setup.model.config), None
+        for batch in heldout_of(config(), setup):
+            yield finetune_memory_prior.given_to(batch, setup.model, 6), None
 
     losses = continuation.heldout_losses(setup.model.eval(), clips(), 3)
     assert losses.shape == (len(list(clips())), 8) and np.isfinite(losses).all()
     np.testing.assert_array_equal(losses, continuation.heldout_losses(setup.model, clips(), 3))
     # a new model says zero: its loss is the mean square of noise - x0, whatever the window
-    wider = [(g._replace(x0=g.x0[:, :, g.window :], window=0, times=g.times[g.window :]), i) for g, i in clips()]
+    wider = [
+        (g._replace(x0=g.x0[:, :, g.window :], window=0, times=g.times[:, g.window :], first=g.first[:, g.window :]), i)
+        for g, i in clips()
+    ]
     np.testing.assert_allclose(losses, continuation.heldout_losses(setup.model, wider, 3), rtol=1e-4)
 
 
@@ -206,6 +302,8 @@ def test_heldout_losses_compare_between_models_and_leave_out_what_is_given(
         ({"history_curriculum": [[5, 1.0]]}, r"needs \[step, seconds\] from step 0 on"),
         ({"history_curriculum": [[0, 1.0], [0, 2.0]]}, r"needs \[step, seconds\] from step 0 on"),
         ({"history_curriculum": [[0, 1.0], [5, 3.0]]}, "history_curriculum: 3 s are more than history_seconds, 2;"),
+        ({"history_curriculum": [[0, 0.0]]}, "seconds above 0"),
+        ({"sample_noise": 0.1}, "sample_noise: 0.1 is more than history_noise, 0"),
         ({"no_history": 1.5}, "less than or equal to 1"),
         ({"lora": {"rank": 2}}, "lora: without a base all else would stay random"),
     ],

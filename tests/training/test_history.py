@@ -14,15 +14,16 @@ from longtake.training import flow, segments
 from longtake.training.history import (
     Remembering,
     Steps,
-    draw_late,
     draw_omega,
     given_of,
+    lengths_of,
     mask,
     noise_like,
     picked,
     retrieve,
     steps_of,
     true_steps,
+    whole_of,
 )
 from longtake.training.models.memory import Memory
 from longtake.training.models.memory_dit import config_from_preset
@@ -68,6 +69,7 @@ def batch(true: tuple[int, ...] = (10, 7)) -> dict[str, Any]:
         "history_latent": high["history"],
         "history_latent_2": low["history"],
         "history_steps": torch.tensor(true),
+        "stream_step": torch.tensor([steps + 5 * (steps == ROOM) for steps in true]),
         "key": [""] * len(true),
     }
 
@@ -75,36 +77,49 @@ def batch(true: tuple[int, ...] = (10, 7)) -> dict[str, Any]:
 def random_steps(count: int = 6, batch: int = 2, start: int = 4) -> Steps:
     noise = draws(9)
     return Steps(
-        torch.randn(batch, 2, count, 4, 4, generator=noise), torch.randn(batch, 2, count, 2, 2, generator=noise), start
+        torch.randn(batch, 2, count, 4, 4, generator=noise),
+        torch.randn(batch, 2, count, 2, 2, generator=noise),
+        start,
+        torch.zeros(batch, count, dtype=torch.bool),
     )
 
 
-def test_steps_are_those_that_all_samples_truly_have_at_their_own_times() -> None:
+def test_steps_are_those_that_each_sample_truly_has_at_their_own_times() -> None:
     dit = model()
-    assert true_steps(batch()) == 7 and true_steps({"latent": None}) == 0
-    for known in (7, 5, 0):
-        steps = steps_of(batch(), dit, known)
-        assert steps.low is not None and steps.high.shape == (2, 2, known + SEGMENT, 4, 4)
-        times = steps.start + torch.arange(known + SEGMENT).float()
-        torch.testing.assert_close(steps.high[:, 0, :, 0, 0], times.expand(2, -1), atol=0, rtol=0)
-        torch.testing.assert_close(steps.low[:, 1, :, 1, 0], 10 * times.expand(2, -1), atol=0, rtol=0)
+    for most in (10, 7, 5, 0):
+        steps = steps_of(batch(), dit, most)
+        assert steps.low is not None and steps.high.shape == (2, 2, most + SEGMENT, 4, 4)
+        skip = [0, max(0, most - 7)]
+        assert skip == [0, 0] if steps.skip is None else steps.skip.tolist() == skip
+        times = steps.start + torch.arange(most + SEGMENT).float()
+        for n, missing in enumerate(skip):
+            torch.testing.assert_close(steps.high[n, 0, missing:, 0, 0], times[missing:], atol=0, rtol=0)
+            torch.testing.assert_close(steps.low[n, 1, missing:, 1, 0], 10 * times[missing:], atol=0, rtol=0)
+        # the second sample's stream begins seven steps before its window
+        assert steps.first[0].sum() == 0 and steps.first[1].nonzero().flatten().tolist() == [most - 7] * (most >= 7)
+        assert true_steps(batch(), most).tolist() == [most, min(7, most)]
 
 
-@pytest.mark.parametrize("group", [1, 2, 4, 8])
-def test_cutting_to_whole_groups_takes_the_oldest_and_leaves_true_times(group: int) -> None:
-    whole = steps_of(batch(), model(), 7).whole(group)
-    assert whole.low is not None
+@pytest.mark.parametrize("group", [1, 2, 4])
+def test_a_memory_has_whole_groups_counted_from_the_first_step_of_the_video(group: int) -> None:
+    given, dit = batch(), model(rates=("2x2x" + str(group),))
+    ends = given["stream_step"] + SEGMENT
+    whole = whole_of(steps_of(given, dit, 10), ends, group)
     count = whole.high.shape[2]
-    assert count == whole.low.shape[2] == 10 // group * group
-    assert whole.high[0, 0, 0, 0, 0] == whole.start and whole.low[0, 0, 0, 0, 0] == 10 * whole.start
-    assert whole.high[0, 0, -1, 0, 0] == ROOM + SEGMENT - 1
+    for n, (known, end) in enumerate(zip((13, 10), ends.tolist(), strict=True)):
+        late = end % group
+        held = (known - late) // group * group
+        skip = 0 if whole.skip is None else int(whole.skip[n])
+        assert count - skip == held
+        # its last step is the video's last that fills a group; what cannot be seen is of nobody's
+        assert whole.high[n, 0, skip:, 0, 0].tolist() == [float(13 - late - held + step) for step in range(held)]
 
 
 def test_both_columns_are_normalised_by_their_own_statistics_and_drawn_where_asked() -> None:
     dit = model()
     dit.set_statistics(*(torch.full((2,), value) for value in (1.0, 2.0, 5.0, 10.0)))
     steps = steps_of(batch(), dit, 7)
-    assert steps.low is not None
+    assert steps.low is not None and steps.skip is None
     torch.testing.assert_close(steps.high[0, 0, :, 0, 0], (torch.arange(3, 13).float() - 1) / 2)
     torch.testing.assert_close(steps.low[0, 0, :, 0, 0], (10 * torch.arange(3, 13).float() - 5) / 10)
     uncertain = batch()
@@ -123,6 +138,12 @@ def test_omega_is_some_distinct_steps_of_each_sample(steps: int, most: int, seed
     assert omega.shape[0] == 5 and 1 <= omega.shape[1] <= min(most, steps)
     assert ((omega >= 0) & (omega < steps)).all() and (omega.diff(dim=1) > 0).all()
     torch.testing.assert_close(draw_omega(5, steps, most, draws(seed)), omega, atol=0, rtol=0)
+
+
+def test_omega_has_no_step_that_a_sample_does_not_have() -> None:
+    for seed in range(50):
+        omega = draw_omega(3, 8, 4, draws(seed), torch.tensor([0, 5, 2]))
+        assert omega.shape[1] <= 3 and (omega[1] >= 5).all() and (omega[2] >= 2).all() and (omega.diff(dim=1) > 0).all()
 
 
 def test_omega_has_every_count_and_every_step_about_as_often() -> None:
@@ -169,7 +190,7 @@ def test_steps_in_omega_are_clean_to_the_bit_and_all_others_noised_at_their_own_
 def test_what_is_in_omega_does_not_leak_into_other_steps_and_nothing_gets_into_it() -> None:
     steps, noise = random_steps(), noise_like(random_steps(), draws(3))
     made = masked(steps, 0.5, OMEGA, noise)
-    changed = Steps(steps.high.clone(), steps.low.clone() if steps.low is not None else None, steps.start)
+    changed = steps._replace(high=steps.high.clone(), low=steps.low.clone() if steps.low is not None else None)
     for part in branches(changed):
         part[~others()] += 5.0
     for before, after in zip(branches(made), branches(masked(changed, 0.5, OMEGA, noise)), strict=True):
@@ -207,58 +228,75 @@ def test_a_call_with_a_history_is_a_call_with_the_memory_of_it() -> None:
 
 @pytest.mark.parametrize("rates", [("2x2x2",), ("2x2x4",), ("1x1x8", "2x2x2")])
 @pytest.mark.parametrize("window", [0, 2, 5])
-def test_training_gives_what_generation_gives_after_so_many_steps(rates: tuple[str, ...], window: int) -> None:
+def test_training_gives_each_sample_what_generation_gives_there(rates: tuple[str, ...], window: int) -> None:
     dit = model(rates=rates, window=window, branches="high", history=16)
-    latents = torch.randn(1, 2, 12 + SEGMENT, 4, 4, generator=draws(5))
-    for known in range(1, 13):
+    latents = torch.randn(1, 2, 24 + SEGMENT, 4, 4, generator=draws(5))
+    x = torch.randn(1, 2, SEGMENT, 4, 4, generator=draws(6))
+    counts = list(range(0, 25, SEGMENT))
+    moments = torch.cat([latents, torch.full_like(latents, -30.0)])[None]
+    steps, alone = list[Tensor](), list[Tensor]()
+    for known in counts:
+        # what generation sees after so many steps
         history = segments.History(dit)
-        for piece in latents[:, :, :known].split(3, 2):
+        for piece in latents[:, :, :known].split(SEGMENT, 2) if known else ():
             history.append(piece)
-        seen = given_of(
-            Steps(dit.normalise(latents[:, :, : known + SEGMENT]), None, 0), known, dit.config, known % dit.config.group
-        )
-        clean = seen.x0[:, :, : seen.window]
-        assert (history.window is None) == (seen.window == 0)
-        if history.window is not None:
-            assert torch.equal(history.window, clean)
-        assert seen.times.tolist() == list(range(known - seen.window, known + SEGMENT))
-        assert (history.memory is None) == (seen.memory is None)
-        if history.memory is not None and seen.memory is not None:
-            memory = dit.remember(*seen.memory)
-            torch.testing.assert_close(memory.positions.sort(0)[0], history.memory.positions.sort(0)[0])
+        seen = history.given()
+        clean = x if seen is None else torch.cat([seen, x], dim=2)
+        times = torch.arange(known + SEGMENT - clean.shape[2], known + SEGMENT)
+        t = torch.zeros(1, clean.shape[2])
+        t[:, -SEGMENT:] = 0.7
+        made = dit(clean, t, times, history.memory, first=(times == 0)[None])
+        alone.append(made[0, :, -SEGMENT:])
+        past = min(known, 16)
+        before = torch.full((1, 2, 2, 16, 4, 4), 99.0)
+        before[:, :, :, 16 - past :] = moments[:, :, :, known - past : known]
+        steps.append(before)
+    # all of them in one batch of training
+    together = {
+        "latent": moments[:, :, :, :SEGMENT].expand(len(counts), -1, -1, -1, -1, -1),
+        "history_latent": torch.cat(steps),
+        "history_steps": torch.tensor(counts).clamp(max=16),
+        "stream_step": torch.tensor(counts),
+    }
+    given = given_of(steps_of(together, dit, 16), SEGMENT, together["stream_step"], dit.config)
+    assert given.memory is not None
+    clean = torch.cat([given.x0[:, :, : given.window], x.expand(len(counts), -1, -1, -1, -1)], dim=2)
+    t = torch.zeros(len(counts), clean.shape[2])
+    t[:, -SEGMENT:] = 0.7
+    made = dit(clean, t, given.times, given.memory, first=given.first, seen=given.seen)[:, :, -SEGMENT:]
+    for n, known in enumerate(counts):
+        # of a history that is cut, φ's first tokens have in generation seen what came before
+        if known <= 16:
+            torch.testing.assert_close(made[n], alone[n], atol=1e-4, rtol=1e-4)
 
 
-def test_the_last_steps_of_a_history_are_in_the_memory_or_beside_it() -> None:
-    config = model(rates=("2x2x4",), window=1).config
-    steps = random_steps(count=12, start=5)
-    for known in range(13):
-        for late in range(4):
-            seen = given_of(steps, known, config, late)
-            held = (
-                range(0)
-                if seen.memory is None
-                else range(seen.memory.start, seen.memory.start + seen.memory.high.shape[2])
-            )
-            assert len(held) % 4 == 0 and seen.x0.shape[2] == len(seen.times) == seen.window + 12 - known
-            assert seen.times[-1] == 16 and (seen.window == 0) == (known == 0)
-            beside = set(seen.times.tolist()[: seen.window])
-            recent = (
-                range(5 + max(0, known - 4 - late), 5 + known)
-                if seen.memory
-                else range(5 + max(0, known - 3), 5 + known)
-            )
-            assert set(recent) <= beside | set(held)
-    assert given_of(steps, 8, model(memory="none").config).memory is None
-
-
-@pytest.mark.parametrize(
-    ("segment", "rate", "behind"),
-    [(6, "2x2x4", {0, 2}), (5, "2x2x2", {0, 1}), (4, "1x1x2", {0}), (3, "2x2x8", set(range(8)))],
+@given(
+    segment=st.integers(1, 7),
+    time=st.sampled_from([1, 2, 4, 8]),
+    window=st.integers(0, 6),
+    most=st.integers(8, 60),
+    start=st.integers(0, 60),
+    count=st.integers(1, 30),
 )
-def test_a_memory_is_as_late_in_training_as_generation_comes_to(segment: int, rate: str, behind: set[int]) -> None:
-    config = model(shape=(segment, 4, 4), rates=(rate,)).config
-    assert {segment * number % config.group for number in range(1, 20)} == behind
-    assert {draw_late(config, draws(seed)) for seed in range(100)} == behind
+def test_every_history_that_generation_comes_to_is_drawn_and_no_other(
+    segment: int, time: int, window: int, most: int, start: int, count: int
+) -> None:
+    config = model(shape=(segment, 4, 4), rates=(f"2x2x{time}",), window=window, history=most, branches="high").config
+    lengths = lengths_of(config)
+    groups = start // time * time
+    begin = groups if max(window, 1) <= groups <= most else 0
+    met = begin + count * segment
+    known = min(met, most)
+    assert known in {min(some, most) for some in lengths.some}
+    if met > most:
+        first = lengths.some[-1]
+        assert (met - first) % lengths.unit == 0, "any place that it comes to later can be drawn"
+    # and all that is drawn is met
+    starts = {0, *(n * time for n in range(1, most // time + 1) if n * time >= max(window, 1))}
+    every = {s + n * segment for s in starts for n in range(most // segment + 2)}
+    assert (
+        all(some in every for some in lengths.some[:-1]) and lengths.some[-1] >= most > lengths.some[-1] - lengths.unit
+    )
 
 
 class Oracle:
@@ -268,7 +306,10 @@ class Oracle:
         self.video, self.called = video, list[list[int]]()
         self.config, self.latent_mean = model().config, torch.zeros(2)
 
-    def __call__(self, x: Tensor, t: Tensor, times: Tensor, memory: Memory, classes: Tensor | None) -> Tensor:
+    def __call__(
+        self, x: Tensor, t: Tensor, times: Tensor, memory: Memory, classes: Tensor | None, first: Tensor
+    ) -> Tensor:
+        assert first.tolist() == [[time == 0 for time in times.tolist()]]
         self.called.append(times.tolist())
         return (x - self.video[:, :, times]) / t.view(-1, 1, 1, 1, 1)
 

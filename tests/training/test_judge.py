@@ -27,7 +27,7 @@ GATE = Gate(metrics={"loss": {"better": "lower"}}, samples=4)  # type: ignore[di
 @pytest.fixture(scope="module")
 def inputs(dataset: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """Read them, do not change them."""
-    return dict(latent_stages.inputs(tmp_path_factory.mktemp("judge"), dataset))
+    return dict(latent_stages.inputs(tmp_path_factory.mktemp("judge"), dataset, join=0.0))
 
 
 def awake(model: nn.Module, seed: int = 0) -> nn.Module:

@@ -144,10 +144,64 @@ def test_gradients_reach_every_weight_after_some_steps(changes):
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
     for _ in range(6):  # output, gates, what is behind them, and so on into the memory
         optimizer.zero_grad()
-        memory = model.remember(*history(model.config, 24))
-        (model(latents(), T, TIMES, memory, IDS, seeded()) - 1).square().mean().backward()
+        memory = model.remember(*history(model.config, 24), first=torch.arange(24).expand(2, -1) == 0)
+        made = model(latents(), T, TIMES, memory, IDS, seeded(), torch.tensor([[True, False, False]]))
+        (made - 1).square().mean().backward()
         optimizer.step()
     assert [n for n, p in model.named_parameters() if p.grad is None or not p.grad.any()] == []
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("changes", [*MEMORIES, {"rates": ("1x1x8", "2x2x4"), "branches": "high"}])
+def test_samples_with_less_history_see_in_a_batch_what_they_see_alone(changes):
+    model = awake_model(**changes)
+    high, low = history(model.config, 24)
+    for short in (0, 8, 16):
+        skip = torch.tensor([24 - short, 0])
+        memory = model.remember(high, low, skip=skip)
+        seen, x = torch.tensor([[short > 0, True, True], [True, True, True]]), latents()
+        made = model(x, T, TIMES, memory, IDS, seen=seen)
+        own = None if low is None else low[:1, :, 24 - short :]
+        less = model.remember(high[:1, :, 24 - short :], own, 24 - short) if short else None
+        first = 0 if short else 1
+        alone = model(x[:1, :, first:], T[:1], torch.as_tensor(TIMES)[first:], less, IDS[:1])
+        close(made[:1, :, first:], alone)
+        whole = model(x[1:], T[1:], TIMES, model.remember(high[1:], None if low is None else low[1:]), IDS[1:])
+        close(made[1:], whole)
+        # and nothing of what is not there matters
+        other = high.clone()
+        other[0, :, : 24 - short] = 9.0
+        close(
+            model(x, T, TIMES, model.remember(other, low, skip=skip), IDS, seen=seen)[:, :, first:], made[:, :, first:]
+        )
+
+
+@torch.no_grad()
+def test_a_first_latent_is_known_in_the_memory_and_beside_it(model):
+    given, x = history(model.config), latents()
+    plain = model(x, T, TIMES, model.remember(*given), IDS)
+    flags = torch.arange(16).expand(2, -1) == 0
+    assert not torch.allclose(model(x, T, TIMES, model.remember(*given, first=flags), IDS), plain, atol=1e-4)
+    first = torch.tensor([[True, False, False]])
+    assert not torch.allclose(model(x, T, TIMES, model.remember(*given), IDS, first=first), plain, atol=1e-4)
+
+
+@torch.no_grad()
+def test_weights_from_before_first_latents_were_told_are_as_they_were(model):
+    before = {name: value for name, value in model.state_dict().items() if not name.startswith("first.")}
+    after = awake_model()
+    after.load_state_dict(before)
+    given, first = history(model.config), torch.tensor([[True, False, False]])
+    plain = after(latents(), T, TIMES, after.remember(*given), IDS)
+    assert torch.equal(after(latents(), T, TIMES, after.remember(*given), IDS, first=first), plain)
+
+
+@torch.no_grad()
+def test_the_noise_of_the_history_is_told_and_none_is_as_if_it_were_clean(model):
+    memory, x = model.remember(*history(model.config)), latents()
+    plain = model(x, T, TIMES, memory, IDS)
+    assert torch.equal(model(x, T, TIMES, memory, IDS, level=torch.zeros(2)), plain)
+    assert not torch.allclose(model(x, T, TIMES, memory, IDS, level=torch.full((2,), 0.3)), plain, atol=1e-4)
 
 
 @pytest.mark.parametrize("preset", PRESETS)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,9 +18,9 @@ from torch import Tensor, nn
 from longtake.datasets import clip, column
 from longtake.datasets.errors import Failure, UserError
 from longtake.infra import graph, recipe
-from longtake.pipeline.stages import cache_latents
+from longtake.pipeline.stages import cache_latents, shard
 from longtake.training import flow, memory_stage, registry
-from longtake.training.history import Remembering, Steps, full_tokens, picked, steps_of, true_steps, with_history
+from longtake.training.history import Remembering, Steps, full_tokens, picked, remembered, steps_of, with_history
 from longtake.training.memory_stage import Data, MemoryConfig, begin, data_of, loader_of, prepared, told
 from longtake.training.metrics import retrieval
 from longtake.training.models.memory_dit import MemoryDiT, config_from_preset
@@ -60,8 +61,10 @@ class Recording:
     def __init__(self, video: Steps | None = None) -> None:
         self.video, self.calls = video, list[Any]()
 
-    def __call__(self, x: Tensor, t: Tensor, times: Tensor, memory: Any, ids: Any, generator: Any) -> Tensor:
-        self.calls.append(SimpleNamespace(x=x, t=t, times=times, memory=memory, ids=ids))
+    def __call__(
+        self, x: Tensor, t: Tensor, times: Tensor, memory: Any, ids: Any, generator: Any, first: Tensor
+    ) -> Tensor:
+        self.calls.append(SimpleNamespace(x=x, t=t, times=times, memory=memory, ids=ids, first=first))
         if self.video is None:
             return torch.zeros_like(x)
         return (x - picked(self.video.high, times - self.video.start)) / t.view(-1, 1, 1, 1, 1)
@@ -71,9 +74,8 @@ def started(chosen: Config, inputs: dict[str, str], folder: Path) -> tuple[Any, 
     """The stage's objects, a batch, and its history as the loss sees it."""
     folder.mkdir(exist_ok=True)
     setup = prepared(chosen, inputs, folder)
-    batch = next(iter(loader_of(chosen, setup.inputs, setup.data, "train", batch=2)))
-    known = true_steps(batch)
-    return setup, batch, steps_of(batch, setup.model, known, chosen.posterior, draws()).whole(setup.model.config.group)
+    batch = next(iter(loader_of(chosen, setup.inputs, setup.data, setup.model.config, "train", batch=2)))
+    return setup, batch, pretrain_memory.remembered_steps(batch, setup.model, chosen.posterior, draws())
 
 
 @pytest.mark.parametrize("history", ["masked", "clean"])
@@ -82,7 +84,10 @@ def test_the_loss_is_of_random_clean_steps_at_their_true_times(
 ) -> None:
     chosen = config(history=history, posterior="mean", classes=True)
     setup, batch, steps = started(chosen, inputs, tmp_path)
-    assert steps.high.shape[2] == 8 and steps.low is not None, "1 of 9 steps fills no group"
+    assert steps.low is not None and steps.high.shape[2] % 2 == 0, "a step that fills no group is left out"
+    had = torch.ones(2, steps.high.shape[2], dtype=torch.bool)
+    if steps.skip is not None:
+        had = torch.arange(steps.high.shape[2]) >= steps.skip[:, None]
     for seed in range(8):
         engine = Recording(steps)
         loss, logged = pretrain_memory._loss(
@@ -92,7 +97,8 @@ def test_the_loss_is_of_random_clean_steps_at_their_true_times(
         assert loss.item() == logged["loss"].item() < 1e-4, "the true velocity has no loss"
         assert call.memory.start == steps.start and call.memory.high.shape == steps.high.shape
         at = call.times - steps.start
-        clean = torch.zeros(2, 8, dtype=torch.bool).scatter(1, at, True)
+        assert torch.equal(call.first, steps.first.gather(1, at)) and had.gather(1, at).all()
+        clean = torch.zeros_like(had).scatter(1, at, True)
         for z, seen in ((steps.high, call.memory.high), (steps.low, call.memory.low)):
             assert torch.equal(z.transpose(1, 2)[clean], seen.transpose(1, 2)[clean])
             if history == "clean":
@@ -106,7 +112,7 @@ def test_the_loss_is_of_random_clean_steps_at_their_true_times(
 
 def test_masks_have_one_level_a_step_for_both_branches(inputs: dict[str, str], tmp_path: Path) -> None:
     chosen = config(mask_mean=0.2)
-    zeros = Steps(torch.zeros(200, 1, 8, 8, 8), torch.zeros(200, 1, 8, 8, 8), 0)
+    zeros = Steps(torch.zeros(200, 1, 8, 8, 8), torch.zeros(200, 1, 8, 8, 8), 0, torch.zeros(200, 8, dtype=torch.bool))
     made = pretrain_memory.masked(chosen, zeros, torch.zeros(200, 1, dtype=torch.long), draws())
     assert made.low is not None
     high, low = (part[:, 0, 1:].flatten(2).std(2).flatten() for part in (made.high, made.low))
@@ -149,8 +155,8 @@ def test_the_memory_learns_and_is_shown_in_every_way_of_training(
     before = prepared(chosen, given, _folder(tmp_path / "before")).model.state_dict()
     log = latent_stages.Log()
     weights = latent_stages.fit(pretrain_memory, chosen, given, tmp_path / "run", log=log)
-    # true above retrieved, of a segment of 9 frames
-    assert log.videos == {"retrieved": (9, 2 * 32, 48, 3)} and len(log.rows) == 4
+    # true above retrieved, of a segment of three steps that come after others
+    assert log.videos == {"retrieved": (12, 2 * 32, 48, 3)} and len(log.rows) == 4
     moved = [n for n in weights if not torch.allclose(weights[n].float(), before[n].float(), atol=1e-5)]
     assert any(name.startswith("memory.") for name in moved) or way == "low"
     assert all(value.isfinite().all() for value in weights.values())
@@ -166,7 +172,8 @@ def random_videos(count: int, generator: torch.Generator) -> dict[str, Any]:
     colours = torch.randn(count, 2, 8, 1, 1, generator=generator).expand(-1, -1, -1, 2, 2)
     moments = torch.stack([colours, torch.full_like(colours, -30.0)], 1)
     parts = {"latent": moments[:, :, :, 6:], "history_latent": moments[:, :, :, :6]}
-    return parts | {"history_steps": torch.full((count,), 6), "key": [""] * count}
+    facts = {name: torch.full((count,), 6) for name in ("history_steps", "stream_step")}
+    return parts | facts | {"key": [""] * count}
 
 
 @pytest.mark.parametrize("history", ["masked", "clean"])
@@ -186,7 +193,7 @@ def test_what_is_retrieved_of_unseen_videos_comes_from_their_memory(history: str
     steps = steps_of(random_videos(64, draws()), model, 6)
     x0, times, t = steps.high[:, :, 3:6], steps.start + torch.arange(3, 6), torch.full((64,), 0.9)
     noise = torch.randn(x0.shape, generator=draws())
-    others = Steps(steps.high.roll(1, 0), None, steps.start)
+    others = steps._replace(high=steps.high.roll(1, 0))
     with torch.no_grad():
         own, foreign, none = (
             flow.loss(model(flow.interpolate(x0, noise, t), t, times, memory), x0, noise).mean().item()
@@ -211,8 +218,8 @@ def test_a_perfect_memory_reaches_the_bound_of_the_autoencoder(inputs: dict[str,
     torch.testing.assert_close(setup.model.denormalise(steps.high), at_once, atol=1e-4, rtol=1e-4)
 
     class Perfect(Remembering):
-        def forward(self, x: Tensor, t: Tensor, times: Tensor, *_: Any) -> Tensor:  # type: ignore[override]
-            assert len(times) <= 3
+        def forward(self, x: Tensor, t: Tensor, times: Tensor, *_: Any, first: Tensor) -> Tensor:  # type: ignore[override]
+            assert len(times) <= 3 and torch.equal(first[0], times == 0)
             return (x - steps.high[:, :, times]) / t.view(-1, 1, 1, 1, 1)
 
     perfect = Perfect(setup.model.config)
@@ -245,7 +252,7 @@ def test_the_tokens_of_twenty_seconds_are_told_before_training() -> None:
 
 def test_tokens_of_a_batch_are_those_of_full_context() -> None:
     batch = {"latent": torch.zeros(3, 2, 8, 5, 4, 6), "history_steps": torch.tensor([7, 6, 9]), "key": [""] * 3}
-    assert full_tokens(2, batch) == 3 * (5 + 6) * 2 * 3
+    assert full_tokens(2, batch) == (3 * 5 + 7 + 6 + 9) * 2 * 3
 
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
@@ -292,21 +299,26 @@ def test_low_latents_that_do_not_fit_are_refused_in_one_line(inputs: dict[str, s
     assert "low_latents: " in refused(config(), digests={"train": "other", "val": "other"})
 
 
-def test_a_dataset_without_neighbours_is_refused_in_one_line(inputs: dict[str, str]) -> None:
-    chosen = config(history_seconds=30.0)
-    with pytest.raises(UserError, match="no clip follows others of its source for 30 s"):
-        loader_of(chosen, inputs, data_of(chosen, inputs), "train", batch=2)
-    less = config(history_seconds=30.0, history_least=0.0)
-    batch = next(iter(loader_of(less, inputs, data_of(less, inputs), "train", batch=2)))
-    assert true_steps(batch) < 30 * 3
+def test_streams_that_are_too_short_are_refused_in_one_line(inputs: dict[str, str]) -> None:
+    def loader(chosen: Config) -> Any:
+        data = data_of(chosen, inputs)
+        model = chosen.dit(shape=data.shape, history=data.history, channels=8)
+        return loader_of(chosen, inputs, data, model, "train", batch=2)
+
+    with pytest.raises(UserError, match="no stream of latents has 90 steps of history and 3 of a window, the longest"):
+        loader(config(history_seconds=30.0))
+    less = loader(config(history_seconds=30.0, history_least=0.0))
+    assert all((batch["history_steps"] < 30 * 3).all() for batch in islice(less, 5))
+    assert 0 < less.history_mean() < 18
 
 
-def test_a_history_that_may_fill_no_group_is_refused_in_one_line(inputs: dict[str, str], tmp_path: Path) -> None:
+def test_a_history_that_fills_no_group_is_not_drawn(inputs: dict[str, str], tmp_path: Path) -> None:
     chosen = config(history_least=0.0, low_latents=None, **dit(rates=["2x2x4"], branches="high"))
-    with pytest.raises(
-        UserError, match="a clip may have 3 steps with its segment, a token of the memory stands for 4;"
-    ):
-        pretrain_memory.objective(chosen, prepared(chosen, alone(inputs), tmp_path))
+    setup = prepared(chosen, alone(inputs), tmp_path)
+    loader = loader_of(chosen, setup.inputs, setup.data, setup.model.config, "train", batch=2)
+    for batch in islice(loader, 20):
+        steps = pretrain_memory.remembered_steps(batch, setup.model)
+        assert steps.skip is None or (steps.skip < steps.high.shape[2]).all()
 
 
 def test_where_nothing_is_scaled_down_both_branches_read_the_same_column(
@@ -316,7 +328,7 @@ def test_where_nothing_is_scaled_down_both_branches_read_the_same_column(
     setup, batch, steps = started(chosen, inputs | {"low_latents": inputs["latents"]}, tmp_path)
     assert "latent_2" not in batch and steps.low is not None
     torch.testing.assert_close(steps.low, steps.high, atol=0, rtol=0)
-    assert setup.model.remember(*steps).tokens.shape == (2, 4 * 2 * 3, 32)
+    assert remembered(setup.model, steps).tokens.shape == (2, steps.high.shape[2] // 2 * 2 * 3, 32)
 
 
 def test_latents_that_do_not_vary_fail(inputs: dict[str, str], tmp_path: Path) -> None:
@@ -448,12 +460,20 @@ def test_a_recipe_whose_columns_do_not_fit_is_refused() -> None:
     for wrong, said in (
         ({"low_latents": low.model_copy(update={"dataset": "others"})}, "low_latents: are of the dataset others"),
         ({"low_latents": low.model_copy(update={"encoder": "else"})}, "low_latents: are of another encoder, else"),
+        ({"low_latents": low.model_copy(update={"join_seconds": 9.0})}, "low_latents: have join_seconds 9, latents 0"),
         ({"low_latents": full}, r"low_latents: are shrunk by 1x1, rates 2x2x2 need .*shrink: \[2, 2\]"),
     ):
         with pytest.raises(ValueError, match=said):
             check(config(), {"latents": full, "low_latents": low} | wrong)
     with pytest.raises(ValueError, match=r"low_latents: rates 2x2x2 need"):
         check(config(low_latents=None), {"latents": full})
+    shards = shard.Config(kind="shard", sources=["x"], clip={"short_side": 32, "fps": 12, "max_seconds": 2})
+    given = {"latents": full, "low_latents": low, "dataset": shards}
+    with pytest.raises(
+        ValueError, match="latents: streams of at most 2 s have no room for 2 s of history and a segment; set"
+    ):
+        check(config(), given)
+    check(config(history_least=1.0), given)
 
 
 def test_the_stage_stands_in_a_graph_with_its_inputs(tmp_path: Path) -> None:
@@ -461,8 +481,8 @@ def test_the_stage_stands_in_a_graph_with_its_inputs(tmp_path: Path) -> None:
         f"name: r\nworkspace: {tmp_path}/work\nstages:\n"
         "  shards: {kind: shard, sources: [/videos], clip: {short_side: 32, max_seconds: 3}}\n"
         "  vae: {kind: pretrain_vae, dataset: shards, model: {preset: pv_vae_tiny}, frames: 9, sizes: [[32, 32]]}\n"
-        "  latents: {kind: cache_latents, dataset: shards, encoder: vae}\n"
-        "  low: {kind: cache_latents, dataset: shards, encoder: vae, shrink: [4, 4]}\n"
+        "  latents: {kind: cache_latents, dataset: shards, encoder: vae, join_seconds: 60}\n"
+        "  low: {kind: cache_latents, dataset: shards, encoder: vae, shrink: [4, 4], join_seconds: 60}\n"
         "  memory: {kind: pretrain_memory, dataset: shards, latents: latents, low_latents: low, vae: vae, frames: 9}\n"
         "  prior: {kind: finetune_memory_prior, dataset: shards, latents: latents, low_latents: low, base: memory, frames: 9}\n"
     )

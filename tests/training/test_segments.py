@@ -87,13 +87,20 @@ class Seen(nn.Module):
     def __init__(self, model: MemoryDiT, monkeypatch: pytest.MonkeyPatch) -> None:
         super().__init__()
         self.calls: list[tuple[Tensor, Tensor, Tensor, Memory | None, Tensor | None]] = []
+        self.options: list[dict[str, Any]] = []
         forward = model.forward
 
         def noted(
-            x: Tensor, t: Tensor, times: Tensor, memory: Memory | None = None, classes: Tensor | None = None
+            x: Tensor,
+            t: Tensor,
+            times: Tensor,
+            memory: Memory | None = None,
+            classes: Tensor | None = None,
+            **options: Any,
         ) -> Tensor:
             self.calls.append((x.clone(), t, times, memory, classes))
-            return forward(x, t, times, memory, classes)
+            self.options.append(options)
+            return forward(x, t, times, memory, classes, **options)
 
         monkeypatch.setattr(model, "forward", noted)
 
@@ -133,7 +140,8 @@ def test_a_segment_sees_the_memory_of_all_before_as_if_it_were_encoded_at_once(
     with torch.no_grad():
         video = vae.decode(before).clamp(-1, 1)
         low = vae.encode(shrunk(video, (2, 2), vae.config.spatial_stride)).mode()
-        whole = model.remember(model.normalise(before)[:, :, :8], model.normalise_low(low)[:, :, :8])
+        first = torch.arange(8)[None] == 0
+        whole = model.remember(model.normalise(before)[:, :, :8], model.normalise_low(low)[:, :, :8], first=first)
     x, t, times, memory, _ = seen.calls[-1]
     assert memory is not None
     since = whole.positions[:, 0] >= 9 - 8
@@ -165,7 +173,9 @@ def test_no_step_is_unseen_whatever_the_pieces_are(group: str, pieces: list[int]
     torch.testing.assert_close(history.window, model.normalise(whole)[:, :, -history.window.shape[2] :])
     with torch.no_grad():
         high, small = model.normalise(whole)[:, :, :held], model.normalise_low(low)[:, :, :held]
-        torch.testing.assert_close(history.memory.tokens, model.remember(high, small).tokens, atol=1e-5, rtol=1e-4)
+        first = torch.arange(held)[None] == 0
+        tokens = model.remember(high, small, first=first).tokens
+        torch.testing.assert_close(history.memory.tokens, tokens, atol=1e-5, rtol=1e-4)
 
 
 def test_a_history_stays_as_large_as_it_may_reach_back(model: MemoryDiT) -> None:

@@ -1,7 +1,7 @@
 """How well a model goes on from a history: its loss on held-out segments, and how far what it generates drifts away."""
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,9 +14,10 @@ from torch import Tensor
 from longtake.datasets.errors import UserError
 from longtake.datasets.loader import to_model
 from longtake.training import flow, sampling, segments
-from longtake.training.history import Given
+from longtake.training.history import Given, remembered
 from longtake.training.metrics.features import FeatureNetwork, features
-from longtake.training.metrics.retrieval import encoded, repeated, whole_groups
+from longtake.training.metrics.retrieval import encoded, whole_groups
+from longtake.training.models.memory import repeated
 from longtake.training.models.memory_dit import MemoryDiT
 from longtake.training.models.pv_vae import PVVAE
 
@@ -42,9 +43,13 @@ def heldout_losses(
         draws = torch.Generator().manual_seed(int(np.random.SeedSequence([seed, number]).generate_state(1)[0]))
         segment = torch.randn(_TIMES, *x0.shape[1:2], x0.shape[2] - given.window, *x0.shape[3:], generator=draws)
         noise = torch.cat([torch.zeros_like(x0[:, :, : given.window]), segment.to(x0.device)], dim=2)
-        memory = None if given.memory is None else repeated(model.remember(*given.memory), _TIMES)
+        memory = None if given.memory is None else repeated(remembered(model, given.memory), _TIMES)
         rows_of = None if ids is None else ids.expand(_TIMES)
-        velocity = model(flow.interpolate(x0, noise, t), t, given.times, memory, rows_of)
+        steps, seen = (
+            given.times.expand(_TIMES, -1),
+            given.seen if given.seen is None else given.seen.expand(_TIMES, -1),
+        )
+        velocity = model(flow.interpolate(x0, noise, t), t, steps, memory, rows_of, None, given.first, seen)
         rows.append(flow.loss(velocity * scale, x0 * scale, noise * scale, counted).cpu().numpy())
     return np.stack(rows)
 
@@ -56,6 +61,7 @@ def evaluate(
     folder: Path,
     *,
     losses: np.ndarray[Any, Any],
+    by_history: Mapping[int, np.ndarray[Any, Any]],
     frames: int,
     count: int,
     fps: float,
@@ -70,11 +76,13 @@ def evaluate(
 
     Args:
         videos: uint8 `(1, 3, T, H, W)` with class ids or None; the last `frames` of each are what truly came next.
-        losses: of `heldout_losses`.
+        losses: of `heldout_losses`, of segments with as much history as there is.
+        by_history: the same of segments that so many steps came before in their streams.
         count: segments to generate.
 
     Returns:
-        `heldout_loss`, also by time; `distance`, its mean, and `distance_by_segment`; `distance_true`, of what truly came
+        `heldout_loss`, also by time and by history, of video starts and of what comes later;
+        `distance`, its mean, and `distance_by_segment`; `distance_true`, of what truly came
         next.
 
     Raises:
@@ -110,8 +118,12 @@ def evaluate(
             true.append(_apart(first, _features(model, network, video[:, :, -frames:])))
         except ValueError as e:
             raise UserError(f"features: {e}") from e
+    later = [float(some.mean()) for begin, some in by_history.items() if begin]
     summary: dict[str, Any] = {
         "heldout_loss": float(losses.mean()),
+        "heldout_loss_by_history": [(begin, float(some.mean())) for begin, some in by_history.items()],
+        "heldout_loss_start": float(by_history[0].mean()) if 0 in by_history else None,
+        "heldout_loss_later": float(np.mean(later)) if later else None,
         "heldout_loss_by_time": losses.mean(0).tolist(),
         "clips": len(losses),
         "videos": len(entries),

@@ -16,12 +16,14 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from longtake.datasets.column import read_latents
 from longtake.datasets.errors import UserError
 from longtake.datasets.loader import Loader, to_model
+from longtake.datasets.streams import Lengths
 from longtake.training import flow, latent_data, registry
 from longtake.training.engines import device
 from longtake.training.gate import Better, Gate, Rows, Window, check
-from longtake.training.history import given_of, steps_of, true_steps
+from longtake.training.history import given_of, steps_of, true_steps, whole_of
 from longtake.training.loop import Batch
 from longtake.training.memory_stage import on_device
 from longtake.training.metrics import continuation, generated, heldout, retrieval
@@ -176,13 +178,22 @@ def _loader(judged: Judged, inputs: Mapping[str, str], window: Window, seed: int
         # generated videos begin with a clip's first latent, which few windows of long clips have
         options = {"clip_starts": 0.5} if isinstance(judged.model, Latte) else {}
     if isinstance(judged.model, MemoryDiT):
-        options = {"history_seconds": window.history_seconds or 0.0, "history_least": window.history_least or 0.0}
+        options = {"histories": _histories(judged, inputs, window)}
     if judged.facts.get("classes"):
         columns.append("label")
     return Loader(
         inputs["dataset"], "val", view=inputs.get("view"), columns=columns, frames=window.frames or 1, batch=1,
         last="pad", seed=seed, epochs=1, **options,
     )  # fmt: skip
+
+
+def _histories(judged: Judged, inputs: Mapping[str, str], window: Window) -> Lengths:
+    """Of whole segments, whatever the model: the same for its champion."""
+    factor = read_latents(inputs["latents"]).factor
+    per_second, segment = judged.facts["window"]["fps"] / factor, 1 + ((window.frames or 1) - 1) // factor
+    most = max(1, round((window.history_seconds or 0.0) * per_second))
+    some = (*range(segment, most, segment), -(-most // segment) * segment)
+    return Lengths(some, most, unit=segment, least=round((window.history_least or 0.0) * per_second))
 
 
 def _latents(judged: Judged, inputs: Mapping[str, str], window: Window) -> list[str]:
@@ -221,15 +232,16 @@ def _figures(judged: Judged, batch: Batch, classes: list[str], seed: int, unit: 
             losses = generated.heldout_losses(partial(model, start=batch["start"]), [(clip, ids)], seed, unit)
         return {"loss": float(losses.mean())}
     assert isinstance(model, MemoryDiT)
-    known = true_steps(batch)
-    steps = steps_of(batch, model, known)
+    room, segment = batch["history_latent"].shape[3], batch["latent"].shape[3]
+    steps = steps_of(batch, model, room)
     if judged.facts.get("stage") == "retrieval":
-        steps = steps.whole(model.config.group)
-        if not steps.high.shape[2]:
+        if int(true_steps(batch, room)) + segment < model.config.group:
             return {}
+        steps = whole_of(steps, batch["stream_step"] + segment, model.config.group)
         losses = retrieval.heldout_losses(model, [(steps, ids)], seed, unit)
     else:
-        losses = continuation.heldout_losses(model, [(given_of(steps, known, model.config), ids)], seed, unit)
+        given = given_of(steps, segment, batch["stream_step"], model.config)
+        losses = continuation.heldout_losses(model, [(given, ids)], seed, unit)
     return {"loss": float(losses.mean())}
 
 

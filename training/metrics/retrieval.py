@@ -18,9 +18,9 @@ from tqdm import tqdm
 from longtake.datasets.column import shrunk
 from longtake.datasets.loader import to_model, to_pixels
 from longtake.training import flow, sampling
-from longtake.training.history import Steps, retrieve
+from longtake.training.history import Steps, remembered, retrieve
 from longtake.training.metrics.reconstruction import psnr, ssim
-from longtake.training.models.memory import Memory
+from longtake.training.models.memory import repeated
 from longtake.training.models.memory_dit import MemoryDiT
 from longtake.training.models.pv_vae import PVVAE
 
@@ -42,12 +42,6 @@ def whole_groups(video: Tensor, factor: int, group: int) -> Tensor:
     return video[:, :, video.shape[2] - 1 - (kept - 1) * factor :]
 
 
-def repeated(memory: Memory, count: int) -> Memory:
-    """The memory of one video, for a batch of `count`."""
-    tokens, hidden = (part.expand(count, -1, -1) for part in (memory.tokens, memory.hidden))
-    return Memory(tokens, memory.positions, hidden)
-
-
 @torch.no_grad()
 def heldout_losses(
     model: MemoryDiT, clips: Iterable[tuple[Steps, Tensor | None]], seed: int, scale: Tensor | float = 1.0
@@ -66,9 +60,11 @@ def heldout_losses(
         t = (torch.arange(_TIMES, device=true.device) + 0.5) / _TIMES
         x0 = true.expand(_TIMES, -1, -1, -1, -1)
         noise = torch.randn(x0.shape, generator=draws).to(x0.device)
-        memory = repeated(model.remember(steps.high, steps.low, steps.start), _TIMES)
-        times = (steps.start + omega).to(x0.device)
-        velocity = model(flow.interpolate(x0, noise, t), t, times, memory, None if ids is None else ids.expand(_TIMES))
+        memory = repeated(remembered(model, steps), _TIMES)
+        omega = omega.to(x0.device)
+        rows_of = None if ids is None else ids.expand(_TIMES)
+        first = steps.first[:, omega]
+        velocity = model(flow.interpolate(x0, noise, t), t, steps.start + omega, memory, rows_of, first=first)
         rows.append(flow.loss(velocity * scale, x0 * scale, noise * scale).cpu().numpy())
     return np.stack(rows)
 
@@ -83,7 +79,8 @@ def encoded(model: MemoryDiT, vae: PVVAE, video: Tensor) -> Steps:
         return torch.cat([posterior.mode() for posterior in vae.encode_stream(chunks)], dim=2)
 
     low = model.normalise_low(latents(shrink)) if shrink else None
-    return Steps(model.normalise(latents((1, 1))), low, 0)
+    high = model.normalise(latents((1, 1)))
+    return Steps(high, low, 0, torch.arange(high.shape[2], device=at)[None] == 0)
 
 
 def retrieved(
@@ -101,7 +98,7 @@ def retrieved(
     times = torch.cat([some.sort().values for some in order.split(at_once)])
     shape = (steps.high.shape[3], steps.high.shape[4])
     with torch.no_grad():
-        memory = model.remember(steps.high, steps.low, steps.start)
+        memory = remembered(model, steps)
     made = retrieve(model, memory, (steps.start + times).tolist(), shape, draws, passes, shift, classes, at_once)
     return made[:, :, times.argsort().to(made.device)]
 

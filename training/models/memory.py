@@ -37,27 +37,55 @@ class Memory(NamedTuple):
     tokens      `(B, N, D)`, of the transformer's width
     positions   `(N, 3)` fp32: time in steps, row and column in the transformer's token grid, of the cells' centres
     hidden      `(B, N, D_hidden)`, last hidden states of φ for cross-attention; D_hidden is 0 where there are none
+    seen        `(B, N)` bool, False for tokens of steps that a sample does not have; None: all are seen
     """
 
     tokens: Tensor
     positions: Tensor
     hidden: Tensor
+    seen: Tensor | None = None
 
 
 def joined(memories: Iterable[Memory]) -> Memory:
     """One memory of all tokens, such as of pieces of a history or of several encoders."""
     every = list(memories)
+    seen = [m.seen for m in every if m.seen is not None]
+    assert len(seen) in (0, len(every))
     return Memory(
         torch.cat([m.tokens for m in every], dim=1),
         torch.cat([m.positions for m in every]),
         torch.cat([m.hidden for m in every], dim=1),
+        torch.cat(seen, dim=1) if seen else None,
     )
 
 
 def cropped(memory: Memory, since: float) -> Memory:
     """Only the tokens whose time is `since` or later."""
     keep = memory.positions[:, 0] >= since
-    return Memory(memory.tokens[:, keep], memory.positions[keep], memory.hidden[:, keep])
+    seen = None if memory.seen is None else memory.seen[:, keep]
+    return Memory(memory.tokens[:, keep], memory.positions[keep], memory.hidden[:, keep], seen)
+
+
+def repeated(memory: Memory, times: int) -> Memory:
+    """For a batch of so many times as many videos, one batch after the other."""
+    tokens, hidden = (part.repeat(times, 1, 1) for part in (memory.tokens, memory.hidden))
+    return Memory(tokens, memory.positions, hidden, None if memory.seen is None else memory.seen.repeat(times, 1))
+
+
+def begun(x: Tensor, skip: Tensor | None) -> Tensor:
+    """`(B, C, T, ...)` whose first `skip` `(B,)` steps are copies of the one after them: what causal layers put in front."""
+    if skip is None:
+        return x
+    steps = torch.arange(x.shape[2], device=x.device)
+    index = torch.maximum(steps, skip[:, None]).clamp(max=x.shape[2] - 1)
+    return x.gather(2, index.view(len(x), 1, -1, *[1] * (x.ndim - 3)).expand_as(x))
+
+
+def _seen(skip: Tensor | None, firsts: Tensor, cells: int) -> Tensor | None:
+    """Of `cells` tokens for each of the cells in time whose first steps are `firsts` `(T',)`: those without a skipped one."""
+    if skip is None:
+        return None
+    return (skip[:, None] <= firsts.to(skip.device)).repeat_interleave(cells, dim=1)
 
 
 def parse_rate(rate: str) -> Rate:
@@ -118,6 +146,7 @@ def remembered(
     low: Tensor | None = None,
     start: int = 0,
     pasts: Sequence[Past] | None = None,
+    skip: Tensor | None = None,
 ) -> Memory:
     """What `encoders`, one at least, make of a history or a piece of it, concatenated: see `Encoder.forward`.
 
@@ -126,7 +155,7 @@ def remembered(
     if pasts is not None and len(pasts) != len(encoders):
         raise ValueError(f"pasts are {len(pasts)}; this model has {len(encoders)} encoders, which need one each")
     each = [None] * len(encoders) if pasts is None else pasts
-    return joined(m(high, low, start, past, project) for m, past in zip(encoders, each, strict=True))
+    return joined(m(high, low, start, past, project, skip) for m, past in zip(encoders, each, strict=True))
 
 
 class _Among(nn.Module):
@@ -205,6 +234,7 @@ class Encoder(nn.Module):
         start: int = 0,
         past: Past | None = None,
         project: Project | None = None,
+        skip: Tensor | None = None,
     ) -> Memory:
         """The memory of a history, or of the piece of it that begins at step `start` and goes on from `past`.
 
@@ -212,6 +242,7 @@ class Encoder(nn.Module):
         low         `(B, C, T, h, w)`, normalised with the statistics of its own column; not read with "high"
         past        of what came before; goes on to the end of this piece. Not together with gradients through pieces
         project     the transformer's patch projection, for the low branch
+        skip        `(B,)`, so many steps in front of each sample, whole groups, are no part of its history
 
         Raises:
             ValueError: T is no multiple of the rate's; the grid is smaller than the rate; a branch has no input.
@@ -221,7 +252,7 @@ class Encoder(nn.Module):
         if self.branches != "low":
             if high is None:
                 raise ValueError(f"high: is missing; an encoder with branches {self.branches!r} reads it")
-            hidden = self._high(high, past)
+            hidden = self._high(high, past, skip)
             made.append(self.out(hidden))
         if self.branches != "high":
             if low is None or project is None:
@@ -234,19 +265,22 @@ class Encoder(nn.Module):
         tokens = sum(made[1:], made[0])
         rows, columns, time = self.rate
         centres = _centres(start, tokens.shape[1:4], (time, rows, columns), tokens.device)
+        seen = _seen(skip, time * torch.arange(tokens.shape[1]), tokens.shape[2] * tokens.shape[3])
         tokens = tokens.flatten(1, 3)
-        return Memory(tokens, centres, tokens[..., :0] if hidden is None else hidden.flatten(1, 3))
+        return Memory(tokens, centres, tokens[..., :0] if hidden is None else hidden.flatten(1, 3), seen)
 
-    def _high(self, x: Tensor, past: Past | None) -> Tensor:
+    def _high(self, x: Tensor, past: Past | None, skip: Tensor | None) -> Tensor:
         """Last hidden states `(B, T', h, w, D_hidden)`."""
         rows, columns, time = self.rate
         x = _whole(x, "high", (time, self.patch * rows, self.patch * columns))
-        x = x.to(self.stem.weight.dtype)
+        x, each = begun(x.to(self.stem.weight.dtype), skip), 1
         for layer in [self.stem, *self.down]:
             if self.checkpointing and self.training and past is None:
                 x = checkpoint(_activated, layer, x, past, use_reentrant=False)
             else:
                 x = _activated(layer, x, past)
+            each *= layer.stride[0]
+            x = begun(x, None if skip is None else skip // each)
         return self.among(x).movedim(1, -1)
 
     def _low(self, low: Tensor, project: Project) -> Tensor:
@@ -347,6 +381,7 @@ class Patchify(nn.Module):
         start: int = 0,
         past: Past | None = None,
         project: Project | None = None,
+        skip: Tensor | None = None,
     ) -> Memory:
         """As `Encoder.forward`; no token knows of another, so that a past is not needed."""
         if high is None:
@@ -354,8 +389,9 @@ class Patchify(nn.Module):
         made = self.kernel(_whole(high, "high", self.kernel.kernel))
         rows, columns, time = self.rate
         centres = _centres(start, made.shape[1:4], (time, rows, columns), made.device)
+        seen = _seen(skip, time * torch.arange(made.shape[1]), made.shape[2] * made.shape[3])
         tokens = made.flatten(1, 3)
-        return Memory(tokens, centres, tokens[..., :0])
+        return Memory(tokens, centres, tokens[..., :0], seen)
 
 
 class FramePack(nn.Module):
@@ -385,6 +421,7 @@ class FramePack(nn.Module):
         start: int = 0,
         past: Past | None = None,
         project: Project | None = None,
+        skip: Tensor | None = None,
     ) -> Memory:
         """As `Encoder.forward`, but for what a past means."""
         if high is None:
@@ -401,9 +438,11 @@ class FramePack(nn.Module):
             begin = end - min(steps, end) // cell[0] * cell[0]
             if begin == end:
                 break
-            tokens = kernel(_filled(high[:, :, begin:end], kernel.kernel)).flatten(1, 3)  # type: ignore[arg-type]
-            centres = _packed_centres(start + begin, (end - begin, *grid), cell, tokens.device)
-            parts.append(Memory(tokens, centres, tokens[..., :0]))
+            made = kernel(_filled(high[:, :, begin:end], kernel.kernel))  # type: ignore[arg-type]
+            centres = _packed_centres(start + begin, (end - begin, *grid), cell, made.device)
+            seen = _seen(skip, begin + cell[0] * torch.arange(made.shape[1]), made.shape[2] * made.shape[3])
+            tokens = made.flatten(1, 3)
+            parts.append(Memory(tokens, centres, tokens[..., :0], seen))
             end = begin
         if not parts:
             raise ValueError("high has 0 steps; give one at least")

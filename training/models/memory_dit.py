@@ -5,6 +5,7 @@ time, row and column, and enter by rotation (RoPE, arXiv 2104.09864), so that on
 the flow and the class enter through adaLN-Zero as in Latte; tokens of the memory are clean, and have time 0.
 
 The memory is `memory.Encoder` (arXiv 2512.23851) at one or several rates, or one of those that it is compared with.
+A video's first latent stands for one frame, all others for a group: the model is told which step it is, if any.
 """
 
 from __future__ import annotations
@@ -82,6 +83,7 @@ class MemoryDiTConfig(BaseModel):
     history         steps that the memory reaches back, at most
     shape           (T, H, W) of a segment in latents, which generation makes at a time
     window          clean steps beside the memory [paper: 3]
+    history_noise   most noise, as a time of the flow, that its history had in training; it is told how much
     activation_checkpointing   recompute blocks and convolutions in the backward pass: less memory, more time
     """
 
@@ -104,6 +106,7 @@ class MemoryDiTConfig(BaseModel):
     history: NonNegativeInt = 120
     shape: tuple[PositiveInt, PositiveInt, PositiveInt] | None = None
     window: NonNegativeInt = 3
+    history_noise: float = Field(0.0, ge=0, lt=1)
     activation_checkpointing: bool = False
 
     @model_validator(mode="after")
@@ -202,24 +205,49 @@ class Block(nn.Module):
         parts: tuple[Tensor, ...],
         conditions: tuple[Tensor, ...],
         turned: Rotation,
-        hidden: tuple[Tensor, Rotation, Rotation] | None = None,
+        hidden: tuple[Tensor, Rotation, Rotation, Tensor | None] | None = None,
+        mask: Tensor | None = None,
     ) -> tuple[Tensor, ...]:
-        """`turned` is of all tokens in order; `hidden` has states, and the rotations of the last part and of theirs."""
+        """`turned` is of all tokens in order, `mask` `(B, 1, 1, N)` says which of them are seen (None: all).
+
+        `hidden` has states, the rotations of the last part and of theirs, and which of them are seen.
+        """
         known = [self.modulation(condition) for condition in conditions]
         seen = [modulated(x, *m[:2]).flatten(1, 2) for x, m in zip(parts, known, strict=True)]
-        mixed = self._mixed(torch.cat(seen, dim=1), turned).split([x.shape[1] for x in seen], dim=1)
+        mixed = self._mixed(torch.cat(seen, dim=1), turned, mask).split([x.shape[1] for x in seen], dim=1)
         after = [(x + m[2] * y.view_as(x)).to(x.dtype) for x, y, m in zip(parts, mixed, known, strict=True)]
         if self.cross is not None and hidden is not None:
-            states, here, there = hidden
-            after[-1] = after[-1] + self.cross(after[-1].flatten(1, 2), states, here, there).view_as(after[-1])
+            after[-1] = after[-1] + self.cross(after[-1].flatten(1, 2), *hidden).view_as(after[-1])
         return tuple(
             (x + m[5] * self.mlp(modulated(x, *m[3:5]))).to(x.dtype) for x, m in zip(after, known, strict=True)
         )
 
-    def _mixed(self, x: Tensor, turned: Rotation) -> Tensor:
+    def _mixed(self, x: Tensor, turned: Rotation, mask: Tensor | None) -> Tensor:
         query, key, value = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
-        mixed = F.scaled_dot_product_attention(rotated(query, turned), rotated(key, turned), value)
+        mixed = F.scaled_dot_product_attention(rotated(query, turned), rotated(key, turned), value, mask)
         return self.out(mixed.transpose(1, 2).flatten(2))
+
+
+class First(nn.Module):
+    """Adds what is learned of a video's first latent to the steps that are one; nothing at the start.
+
+    Weights from before there was this have none of it, which is the same as zero.
+    """
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.shift = nn.Parameter(torch.zeros(channels))
+        self.register_load_state_dict_pre_hook(_without)
+
+    def forward(self, x: Tensor, first: Tensor | None) -> Tensor:
+        """x `(B, C, T, H, W)`; `first` `(B, T)` bool, None: none is."""
+        if first is None:
+            return x
+        return x + first[:, None, :, None, None].to(x) * self.shift.to(x.dtype).view(-1, 1, 1, 1)
+
+
+def _without(module: nn.Module, state: dict[str, Tensor], prefix: str, *_: Any) -> None:
+    state.setdefault(f"{prefix}shift", torch.zeros_like(module.shift))  # type: ignore[arg-type]
 
 
 class MemoryDiT(Normalising):
@@ -239,6 +267,7 @@ class MemoryDiT(Normalising):
         super().__init__()
         self.config = config
         width, token = config.width, config.channels * config.patch**2
+        self.first = First(config.channels)
         self.token_in = nn.Linear(token, width)
         self.time_in = embedded_time(width)
         self.class_in = nn.Embedding(config.classes + 1, width) if config.classes else None  # the last row: no class
@@ -295,13 +324,21 @@ class MemoryDiT(Normalising):
         return denormalised(latent, self.latent_mean, self.latent_std)
 
     def remember(
-        self, high: Tensor, low: Tensor | None = None, start: int = 0, pasts: list[Past] | None = None
+        self,
+        high: Tensor,
+        low: Tensor | None = None,
+        start: int = 0,
+        pasts: list[Past] | None = None,
+        first: Tensor | None = None,
+        skip: Tensor | None = None,
     ) -> Memory:
         """The memory of a history, of all encoders one after the other; or of the piece of it that begins at step `start`.
 
         high    `(B, C, T, H, W)`, normalised; T a multiple of `config.group`
         low     `(B, C, T, h, w)`, of the video scaled down by `config.shrink`, normalised; None where that is None
         pasts   one for each of `self.memory`, all of what came before: they go on to the end of this piece
+        first   `(B, T)` bool, which steps are a video's first; None: none
+        skip    `(B,)`, so many steps in front of each sample, whole groups, are no part of its history; None: none
 
         Pieces `joined` are the whole; but a framepack memory of a piece is of all that came before too (see `append`).
 
@@ -316,11 +353,21 @@ class MemoryDiT(Normalising):
         if not self.memory:
             empty = torch.empty(high.shape[0], 0, self.config.width, dtype=self.dtype, device=high.device)
             return Memory(empty, torch.empty(0, 3, device=high.device), empty[..., :0])
-        return remembered(list(self.memory), self._project, high, low, start, pasts)
+        high = self.first(high, first)
+        low = None if low is None else self.first(low, first)
+        return remembered(list(self.memory), self._project, high, low, start, pasts, skip)
 
-    def append(self, memory: Memory | None, high: Tensor, low: Tensor | None, start: int, pasts: list[Past]) -> Memory:
+    def append(
+        self,
+        memory: Memory | None,
+        high: Tensor,
+        low: Tensor | None,
+        start: int,
+        pasts: list[Past],
+        first: Tensor | None = None,
+    ) -> Memory:
         """`memory` gone on by a piece as `remember` takes it, and cut to the last `config.history` steps."""
-        new = self.remember(high, low, start, pasts)
+        new = self.remember(high, low, start, pasts, first)
         if memory is not None and self.config.memory != "framepack":
             new = joined([memory, new])
         return cropped(new, start + high.shape[2] - self.config.history)
@@ -336,6 +383,9 @@ class MemoryDiT(Normalising):
         memory: Memory | None = None,
         classes: Tensor | None = None,
         generator: torch.Generator | None = None,
+        first: Tensor | None = None,
+        seen: Tensor | None = None,
+        level: Tensor | None = None,
     ) -> Tensor:
         """The velocity of x, `(B, C, T, H, W)`.
 
@@ -344,39 +394,51 @@ class MemoryDiT(Normalising):
         times       positions of the steps in their video, `(T,)` or `(B, T)`, on the scale of the memory's; only differences count
         classes     ids `(B,)`; -1 is no class, and None is no class for all. In training mode `label_dropout` of
                     them are hidden, drawn from `generator` (on the device of `x`).
+        first       `(B or 1, T)` bool, which steps are a video's first; None: none
+        seen        `(B, T)` bool, False for steps that a sample does not have; None: it has all
+        level       `(B,)`, how much noise what the memory was made of has, as `t`; None: it was clean
 
         Raises:
             ValueError: another shape, or a class id that the model does not know.
         """
         self._check(x, t, times, memory)
+        x = self.first(x, None if first is None else first.to(x.device).expand(len(x), -1))
         patches = fold(x.to(self.dtype), 1, self.config.patch).movedim(1, -1)  # (B, T, h, w, C p p)
         tokens = self.token_in(patches).flatten(2, 3)
-        condition = self._condition(t[:, None] if t.ndim == 1 else t, x, classes, generator)
+        condition = self._condition(t[:, None] if t.ndim == 1 else t, level, x, classes, generator)
         head = self.config.width // self.config.heads
         here = rotation(grid_positions(times, patches.shape[2], patches.shape[3], x.device), head)
         parts: tuple[Tensor, ...] = (tokens,)
         conditions: tuple[Tensor, ...] = condition[:1]
         turned, hidden = here, None
+        mask = None if seen is None else seen.repeat_interleave(patches.shape[2] * patches.shape[3], dim=1)
         if memory is not None and memory.tokens.shape[1]:
             parts = (memory.tokens.to(self.dtype).unsqueeze(1), tokens)
             conditions = (condition[1], condition[0])
             there = rotation(memory.positions[None], head)
             turned = one_after_the_other(there, here)
             if self.config.cross_attention:
-                hidden = (memory.hidden.to(self.dtype), here, there)
+                hidden = (memory.hidden.to(self.dtype), here, there, memory.seen)
+            mask = _together(memory, mask, tokens)
+        mask = None if mask is None else mask[:, None, None]
         for block in self.layers:
             if self.config.activation_checkpointing and self.training:
-                parts = checkpoint(block, parts, conditions, turned, hidden, use_reentrant=False)
+                parts = checkpoint(block, parts, conditions, turned, hidden, mask, use_reentrant=False)
             else:
-                parts = block(parts, conditions, turned, hidden)
+                parts = block(parts, conditions, turned, hidden, mask)
         made = self.token_out(modulated(parts[-1], *self.modulation_out(condition[0])))
         return unfold(made.unflatten(2, tuple(patches.shape[2:4])).movedim(-1, 1), 1, self.config.patch)
 
     def _condition(
-        self, t: Tensor, x: Tensor, classes: Tensor | None, generator: torch.Generator | None
+        self,
+        t: Tensor,
+        level: Tensor | None,
+        x: Tensor,
+        classes: Tensor | None,
+        generator: torch.Generator | None,
     ) -> tuple[Tensor, Tensor]:
-        """Of tokens at times `(B, T or 1)`, and of the clean ones of the memory: `(B, T or 1, D)` and `(B, 1, D)`."""
-        both = torch.cat([t, torch.zeros_like(t[:, :1])], dim=1)
+        """Of tokens at times `(B, T or 1)`, and of the memory's: `(B, T or 1, D)` and `(B, 1, D)`."""
+        both = torch.cat([t, torch.zeros_like(t[:, :1]) if level is None else level.to(t)[:, None]], dim=1)
         condition = self.time_in(frequencies(both).to(self.dtype))
         if self.class_in is not None:
             hidden = self.config.label_dropout if self.training else 0.0
@@ -400,6 +462,20 @@ class MemoryDiT(Normalising):
             raise ValueError(f"times has shape {tuple(times.shape)}; it needs ({steps},) or ({batch}, {steps})")
         if memory is not None and (memory.tokens.shape[0], memory.tokens.shape[2]) != (batch, width):
             raise ValueError(f"memory has tokens {tuple(memory.tokens.shape)}; it needs ({batch}, N, {width})")
+
+
+def _together(memory: Memory, mask: Tensor | None, tokens: Tensor) -> Tensor | None:
+    """Which of the memory's tokens and then of `(B, T, N, D)` others are seen, `(B, M + T N)`; None: all."""
+    if memory.seen is None and mask is None:
+        return None
+    all_of = [
+        torch.ones(some.shape[0], count, dtype=torch.bool, device=tokens.device) if given is None else given
+        for some, count, given in (
+            (memory.tokens, memory.tokens.shape[1], memory.seen),
+            (tokens, tokens.shape[1] * tokens.shape[2], mask),
+        )
+    ]
+    return torch.cat(all_of, dim=1)
 
 
 def _memories(config: MemoryDiTConfig) -> list[nn.Module]:

@@ -49,7 +49,7 @@ def grid_positions(times: Tensor, rows: int, columns: int, device: torch.device)
 class CrossAttention(nn.Module):
     """What tokens `(B, N, D)` at one set of positions find in hidden states `(B, M, D_hidden)` at another: `(B, N, D)`.
 
-    Its output map starts at zero.
+    `seen` `(B, M)` bool says which there are. Its output map starts at zero.
     """
 
     def __init__(self, width: int, hidden: int, heads: int) -> None:
@@ -61,9 +61,13 @@ class CrossAttention(nn.Module):
         nn.init.zeros_(self.out.weight)
         nn.init.zeros_(self.out.bias)
 
-    def forward(self, x: Tensor, hidden: Tensor, here: Rotation, there: Rotation) -> Tensor:
+    def forward(self, x: Tensor, hidden: Tensor, here: Rotation, there: Rotation, seen: Tensor | None = None) -> Tensor:
         normed = F.layer_norm(x.float(), x.shape[-1:], eps=1e-6).to(x.dtype)
         query = self.query(normed).unflatten(-1, (self.heads, -1)).transpose(1, 2)
         key, value = self.key_value(hidden).unflatten(-1, (2, self.heads, -1)).permute(2, 0, 3, 1, 4)
-        mixed = F.scaled_dot_product_attention(rotated(query, here), rotated(key, there), value)
-        return self.out(mixed.transpose(1, 2).flatten(2))
+        some = None if seen is None else seen.any(1, keepdim=True)
+        # a softmax over nothing is no number: who sees nothing gets zero instead
+        mask = None if seen is None or some is None else (seen | ~some)[:, None, None]
+        mixed = F.scaled_dot_product_attention(rotated(query, here), rotated(key, there), value, mask)
+        found: Tensor = self.out(mixed.transpose(1, 2).flatten(2))
+        return found if some is None else torch.where(some[..., None], found, 0.0)

@@ -5,7 +5,7 @@ With `base` a model of `pretrain_memory` is taught to do so; with `model: {memor
 """
 
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -16,16 +16,19 @@ import torch
 from pydantic import Field, field_validator, model_validator
 from torch import Tensor
 
+from longtake.datasets.loader import Loader
 from longtake.datasets.stage import StageConfig
+from longtake.datasets.streams import Lengths
 from longtake.training import flow, memory_stage
 from longtake.training.engines import device
 from longtake.training.history import (
     Given,
     Remembering,
-    agreed,
-    draw_late,
+    corrupted,
     full_tokens,
     given_of,
+    lengths_of,
+    remembered,
     steps_of,
     true_steps,
     with_history,
@@ -34,6 +37,7 @@ from longtake.training.loop import Batch, Engines, Objective
 from longtake.training.memory_stage import Data, MemoryConfig, Setup, heldout_of, on_device, videos_of
 from longtake.training.metrics import continuation
 from longtake.training.metrics.features import load_network, read_file
+from longtake.training.models.memory_dit import MemoryDiT, MemoryDiTConfig
 from longtake.training.sampling import Settings
 
 VERSION = 2
@@ -49,7 +53,11 @@ class Config(MemoryConfig):
     kind: Literal["finetune_memory_prior"]
     no_history: float = Field(
         0.1, ge=0, le=1
-    )  # probability that a pass has none, as at the start of a video [assumption]
+    )  # probability that a sample has none, and begins its stream as a video begins [assumption]
+    history_noise: float = Field(
+        0.0, ge=0, lt=1
+    )  # each sample's history has noise of a level in 0..this, of which it is told, as what is generated has errors
+    sample_noise: float = Field(0.0, ge=0)  # the level that samples are made with
     history_curriculum: tuple[tuple[int, float], ...] = ()  # [step, seconds] from when on, e.g. [[0, 5], [20000, 20]]
     guidance: float = Field(1.0, ge=0)  # of samples with a class; 1 is none [assumption]
     eval_videos: int = Field(4, ge=1)  # held-out videos that are gone on with at the end
@@ -62,9 +70,9 @@ class Config(MemoryConfig):
     @classmethod
     def _rises(cls, curriculum: tuple[tuple[int, float], ...]) -> tuple[tuple[int, float], ...]:
         begins = [step for step, _ in curriculum]
-        if begins and (begins[0] != 0 or begins != sorted(set(begins)) or min(s for _, s in curriculum) < 0):
+        if begins and (begins[0] != 0 or begins != sorted(set(begins)) or min(s for _, s in curriculum) <= 0):
             raise ValueError(
-                "needs [step, seconds] from step 0 on, in order, seconds not negative, e.g. [[0, 5], [20000, 20]]"
+                "needs [step, seconds] from step 0 on, in order, seconds above 0, e.g. [[0, 5], [20000, 20]]"
             )
         return curriculum
 
@@ -74,7 +82,16 @@ class Config(MemoryConfig):
             raise ValueError(
                 f"history_curriculum: {longer[0]:g} s are more than history_seconds, {self.history_seconds:g}; raise that"
             )
+        if self.sample_noise > self.history_noise:
+            raise ValueError(f"sample_noise: {self.sample_noise:g} is more than history_noise, {self.history_noise:g}")
         return self
+
+    @property
+    def noise(self) -> float:
+        return self.history_noise
+
+    def histories(self, dit: MemoryDiTConfig, least: int) -> Lengths:
+        return lengths_of(dit, self.no_history, least)
 
 
 def check(config: Config, inputs: Mapping[str, StageConfig]) -> None:
@@ -107,26 +124,50 @@ def _loss(
     batch: Batch,
     generator: torch.Generator,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    count, most = len(batch["key"]), min(true_steps(batch), reach(config, data, engines[name].global_steps))
-    drawn = torch.rand((), generator=generator, device=generator.device)
-    known, has, late = agreed(most, int(drawn >= config.no_history), draw_late(model.config, generator))
-    known *= has
-    steps = steps_of(batch, model, known, config.posterior, generator)
-    given = given_of(steps, known, model.config, late)
+    count, most = len(batch["key"]), reach(config, data, engines[name].global_steps)
+    given = given_to(batch, model, most, config.posterior, generator)
     t = flow.sample_t(count, config.time_mean, config.time_std, config.shift, generator, given.x0.device)
     noised = flow.noised_frames(torch.full((count,), given.window, device=t.device), given.x0.shape[2])
     t = t[:, None] * noised
+    memory, level = given.memory, None
+    if config.history_noise:
+        level = config.history_noise * torch.rand(count, generator=generator, device=t.device)
+        t = torch.where(noised > 0, t, level[:, None])
+        memory = memory and corrupted(memory, level, generator)
     noise = torch.randn(given.x0.shape, generator=generator, device=given.x0.device)
     ids = batch["label"].cpu() if config.classes else None
-    velocity = engines[name](flow.interpolate(given.x0, noise, t), t, given.times, given.memory, ids, generator)
-    loss = flow.loss(velocity, given.x0, noise, noised).mean()
-    return loss, {"loss": loss.detach(), "history_steps": loss.new_tensor(float(known))}
+    x = flow.interpolate(given.x0, noise, t)
+    velocity = engines[name](x, t, given.times, memory, ids, generator, given.first, given.seen, level)
+    losses = flow.loss(velocity, given.x0, noise, noised)
+    return losses.mean(), {
+        "loss": losses.detach().mean(),
+        "history_steps": true_steps(batch, most).float().mean(),
+        **_by_start(losses.detach(), batch["stream_step"] == 0),
+    }
+
+
+def _by_start(losses: Tensor, starts: Tensor) -> dict[str, Tensor]:
+    """The mean loss of segments that begin a video, and of those that come later, of which a batch has some."""
+    parts = {"loss_start": losses[starts], "loss_later": losses[~starts]}
+    return {name: part.mean() for name, part in parts.items() if len(part)}
+
+
+def given_to(
+    batch: Batch,
+    model: MemoryDiT,
+    most: int,
+    posterior: Literal["sample", "mean"] = "mean",
+    generator: torch.Generator | None = None,
+) -> Given:
+    """What a batch's segments are given, `most` steps of history at most."""
+    steps = steps_of(batch, model, most, posterior, generator)
+    return given_of(steps, batch["latent"].shape[3], batch["stream_step"], model.config)
 
 
 def reach(config: Config, data: Data, step: int) -> int:
     """How many steps of history a training step is given, at most."""
     seconds = [s for begins, s in config.history_curriculum if begins <= step] or [config.history_seconds]
-    return min(data.history, data.steps_in(seconds[-1]))
+    return max(1, min(data.history, data.steps_in(seconds[-1])))
 
 
 @torch.no_grad()
@@ -135,21 +176,25 @@ def _sample(
 ) -> dict[str, np.ndarray[Any, Any]]:
     """Of a held-out clip: the window and the segment after it, and below it what is generated in its place."""
     model = engines["generator"].module
-    batch = on_device(next(iter(heldout_of(config, setup.inputs, setup.data))))
-    known = true_steps(batch)
-    given = given_of(steps_of(batch, model, known), known, model.config)
-    memory = given.memory and model.remember(*given.memory)
+    batch = on_device(next(iter(heldout_of(config, setup))))
+    room, segment = batch["history_latent"].shape[3], batch["latent"].shape[3]
+    steps = steps_of(batch, model, room)
+    given = given_of(steps, segment, batch["stream_step"], model.config)
+    memory = given.memory and remembered(model, given.memory)
     clean, true = given.x0[:, :, : given.window], given.x0[:, :, given.window :]
     noise = torch.randn(true.shape, generator=torch.Generator().manual_seed(config.seed)).to(true.device)
     ids = batch["label"].cpu() if config.classes else None
     made = flow.euler(
-        lambda x, t: model(x, t, given.times, memory, ids),
+        lambda x, t: model(x, t, given.times, memory, ids, None, given.first, given.seen),
         noise,
         config.sample_steps,
         config.shift,
         clean if given.window else None,
     )
-    return {"continued": memory_stage.above_each_other(setup.vae, model, given.x0, torch.cat([clean, made], dim=2))}
+    known = int(true_steps(batch, room)) - given.window
+    before = steps.high[:, :, room - known - given.window : room - given.window]
+    generated = torch.cat([clean, made], dim=2)
+    return {"continued": memory_stage.above_each_other(setup.vae, model, before, given.x0, generated)}
 
 
 def work(config: Config, inputs: Mapping[str, str], folder: Path) -> None:
@@ -165,37 +210,50 @@ def run(config: Config, inputs: Mapping[str, str], output: str) -> dict[str, Any
         Failure, Interrupted: of the loop.
     """
     sampling = {"steps": config.sample_steps, "guidance": config.guidance, "shift": config.shift}
-    facts = {"stage": "generation", "sampling": sampling}
+    facts = {"stage": "generation", "sampling": sampling | {"history_noise": config.sample_noise}}
     return memory_stage.run(__name__, config, inputs, output, facts, partial(_evaluate, config))
 
 
 def _evaluate(config: Config, setup: Setup, folder: Path) -> dict[str, float]:
-    model, heldout = setup.model, heldout_of(config, setup.inputs, setup.data)
+    model = setup.model
 
-    def clips() -> Iterator[tuple[Given, Tensor | None]]:
-        for batch in islice(heldout, min(config.eval_clips, heldout.samples)):
-            known = true_steps(batch)
-            given = given_of(steps_of(on_device(batch), model, known), known, model.config)
-            yield given, batch.get("label")
+    def losses_of(loader: Loader) -> np.ndarray[Any, Any]:
+        clips = (
+            (given_to(on_device(batch), model, setup.data.history), batch.get("label"))
+            for batch in islice(loader, min(config.eval_clips, loader.samples))
+        )
+        return continuation.heldout_losses(model, clips, config.seed)
 
+    heldout = heldout_of(config, setup)
+    longest = heldout.longest_stream - setup.data.shape[0]
+    begins = [begin for begin in measured(lengths_of(model.config)) if begin <= longest]
     videos = videos_of(config, setup.inputs, setup.data)
     count = min(config.eval_videos, videos.samples)
     network = load_network(config.features, device=device()) if config.features else None
     if network is None:
         print("evaluate: no distance to the history, since `features` names no feature network", flush=True)
-    losses = continuation.heldout_losses(model, clips(), config.seed)
     summary = continuation.evaluate(
         model,
         setup.vae,
         ((with_history(batch), batch.get("label")) for batch in islice(videos, count)),
         folder,
-        losses=losses,
+        losses=losses_of(heldout),
+        by_history={begin: losses_of(heldout_of(config, setup, begin)) for begin in begins},
         frames=config.frames,
         count=config.eval_segments,
         fps=setup.data.fps,
         seed=config.seed,
-        settings=Settings(config.sample_steps, config.guidance, config.shift),
+        settings=Settings(config.sample_steps, config.guidance, config.shift, history_noise=config.sample_noise),
         network=network,
     )
-    told = ("heldout_loss", "distance", "distance_true")
-    return {name: float(summary[name]) for name in told if summary[name] is not None}
+    told = ("heldout_loss", "heldout_loss_start", "heldout_loss_later", "distance", "distance_true")
+    metrics = {name: float(summary[name]) for name in told if summary[name] is not None}
+    return metrics | {f"heldout_loss_{begin}_steps": loss for begin, loss in summary["heldout_loss_by_history"]}
+
+
+def measured(lengths: Lengths) -> list[int]:
+    """The histories whose loss is measured: none, the shortest, about twice as much each time, and all."""
+    made = [0, lengths.some[0]]
+    while made[-1] < lengths.some[-1]:
+        made.append(min(begin for begin in lengths.some if begin >= min(2 * made[-1], lengths.some[-1])))
+    return made

@@ -2,10 +2,11 @@
 
 Of a history, some random steps are to be retrieved: they stay clean, noise masks all others, the memory is made of that,
 and the transformer denoises those steps at their true times from the memory alone. A memory that can do so for any steps
-must hold all of them. The history is what came before a segment and the segment itself.
+must hold all of them. The history is what came before a segment in its stream, and the segment itself.
 """
 
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -16,26 +17,28 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from longtake.datasets.errors import UserError
 from longtake.datasets.stage import StageConfig
+from longtake.datasets.streams import Lengths
 from longtake.training import flow, memory_stage
 from longtake.training.history import (
     Remembering,
     Steps,
-    agreed,
     draw_omega,
     full_tokens,
+    lengths_of,
     mask,
     noise_like,
     picked,
+    remembered,
     retrieve,
     steps_of,
-    true_steps,
+    whole_of,
     with_history,
 )
 from longtake.training.loop import Batch, Engines, Objective
 from longtake.training.memory_stage import MemoryConfig, Setup, heldout_of, videos_of
 from longtake.training.metrics import retrieval
+from longtake.training.models.memory_dit import MemoryDiTConfig
 
 VERSION = 2
 PRODUCES = "model"
@@ -54,6 +57,13 @@ class Config(MemoryConfig):
     mask_mean: float = 0.2  # of the masks' logit-normal levels [paper: L(0.2, 1)]
     mask_std: float = Field(1.0, gt=0)  # likewise
 
+    def histories(self, dit: MemoryDiTConfig, least: int) -> Lengths:
+        """Those of generation, and none: but for those that make no token of the memory with the segment."""
+        assert dit.shape
+        made = lengths_of(dit, 0.0, least)
+        some = tuple(begin for begin in (0, *made.some) if begin + dit.shape[0] >= dit.group)
+        return replace(made, some=some, least=max(least, some[0]))
+
     @model_validator(mode="after")
     def _remembers(self) -> "Config":
         if (self.model or {}).get("memory") == "none":
@@ -66,18 +76,7 @@ def check(config: Config, inputs: Mapping[str, StageConfig]) -> None:
 
 
 def objective(config: Config, setup: Setup) -> Objective:
-    """The flow's loss of the steps to retrieve; and retrieved steps of a held-out clip as a sample.
-
-    Raises:
-        UserError: a clip may have less history than a token of the memory stands for.
-    """
-    seconds = config.history_seconds if config.history_least is None else config.history_least
-    least, group = setup.data.steps_in(seconds) + setup.data.shape[0], setup.model.config.group
-    if least < group:
-        raise UserError(
-            f"history_least: a clip may have {least} steps with its segment, a token of the memory stands for {group};"
-            " raise it, or frames"
-        )
+    """The flow's loss of the steps to retrieve; and retrieved steps of a held-out clip as a sample."""
     return Objective(
         {"generator": setup.model},
         partial(_loss, config, setup.model),
@@ -96,18 +95,31 @@ def _loss(
     batch: Batch,
     generator: torch.Generator,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    (known,) = agreed(true_steps(batch))
-    steps = steps_of(batch, model, known, config.posterior, generator).whole(model.config.group)
+    steps = remembered_steps(batch, model, config.posterior, generator)
     count = len(batch["key"])
-    omega = draw_omega(count, steps.high.shape[2], config.retrieved, generator)
+    omega = draw_omega(count, steps.high.shape[2], config.retrieved, generator, steps.skip)
     seen = steps if config.history == "clean" else masked(config, steps, omega, generator)
     x0 = picked(steps.high, omega)
     t = flow.sample_t(count, config.time_mean, config.time_std, config.shift, generator, x0.device)
     noise = torch.randn(x0.shape, generator=generator, device=x0.device)
     ids = batch["label"].cpu() if config.classes else None
-    velocity = engines[name](flow.interpolate(x0, noise, t), t, steps.start + omega, seen, ids, generator)
+    first = steps.first.gather(1, omega)
+    velocity = engines[name](flow.interpolate(x0, noise, t), t, steps.start + omega, seen, ids, generator, first)
     loss = flow.loss(velocity, x0, noise).mean()
-    return loss, {"loss": loss.detach(), "retrieved": loss.new_tensor(float(omega.shape[1]))}
+    logged = {"loss": loss.detach(), "history_steps": batch["history_steps"].float().mean()}
+    return loss, logged | {"retrieved": loss.new_tensor(float(omega.shape[1]))}
+
+
+def remembered_steps(
+    batch: Batch,
+    model: Remembering,
+    posterior: Literal["sample", "mean"] = "mean",
+    generator: torch.Generator | None = None,
+) -> Steps:
+    """The history and the segment of each sample, in whole groups."""
+    room, segment = batch["history_latent"].shape[3], batch["latent"].shape[3]
+    steps = steps_of(batch, model, room, posterior, generator)
+    return whole_of(steps, batch["stream_step"] + segment, model.config.group)
 
 
 def masked(config: Config, steps: Steps, omega: Tensor, generator: torch.Generator) -> Steps:
@@ -123,16 +135,18 @@ def _sample(
 ) -> dict[str, np.ndarray[Any, Any]]:
     """Of a held-out clip: its segment, and below it what the memory of it and its history holds of it."""
     model, length = engines["generator"].module, setup.data.shape[0]
-    batch = memory_stage.on_device(next(iter(heldout_of(config, setup.inputs, setup.data))))
-    steps = steps_of(batch, model, true_steps(batch)).whole(model.config.group)
+    batch = memory_stage.on_device(next(iter(heldout_of(config, setup))))
+    steps = remembered_steps(batch, model)
     total = steps.high.shape[2]
     times = [steps.start + n for n in range(max(0, total - length), total)]
-    memory = model.remember(steps.high, steps.low, steps.start)
+    memory = remembered(model, steps)
+    first = steps.start if bool(steps.first[0, 0]) else None
     draws = torch.Generator().manual_seed(config.seed)
     ids = batch["label"].cpu() if config.classes else None
     shape = (steps.high.shape[3], steps.high.shape[4])
-    made = retrieve(model, memory, times, shape, draws, config.sample_steps, config.shift, ids, config.retrieved)
-    return {"retrieved": memory_stage.above_each_other(setup.vae, model, steps.high[:, :, -len(times) :], made)}
+    made = retrieve(model, memory, times, shape, draws, config.sample_steps, config.shift, ids, config.retrieved, first)
+    before, true = steps.high.split([total - len(times), len(times)], dim=2)
+    return {"retrieved": memory_stage.above_each_other(setup.vae, model, before, true, made)}
 
 
 def work(config: Config, inputs: Mapping[str, str], folder: Path) -> None:

@@ -1,0 +1,160 @@
+"""Windows by what their stream has before them: where they begin, what they are given, how long that is on the average."""
+
+import json
+from collections.abc import Callable
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from longtake.datasets import index, schema, storage, streams
+from longtake.datasets.errors import Failure, UserError
+from longtake.datasets.loader import Loader
+from longtake.datasets.streams import Lengths
+
+HIGH = "latent-test"
+WINDOW: dict[str, Any] = {"frames": 5, "columns": (HIGH,), "batch": 1, "epochs": 30}
+SOME = Lengths((2, 4, 5), 5)
+
+
+def in_streams(root: str, streams_of: dict[str, list[int]], name: str = HIGH) -> str:
+    """Say of a column's clips, by source, at which step of their streams they begin."""
+    for shard in index.read_shards(root, "train", name):
+        rows = shard.table.to_pylist()
+        for row in rows:
+            source, clip = row["key"].rsplit("-", 1)
+            row["stream_step"] = streams_of[source][int(clip)]
+        url = storage.join(root, "train", f"{shard.name}.parquet")
+        index.write_index(url, rows, schema.STREAM_INDEX, shard.tar_bytes, shard.tar_sha256)
+    return root
+
+
+@pytest.fixture(scope="module")
+def root(handmade: Callable[..., str], tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A source of five clips of three steps, of which three and two are a stream, and one of two: do not change it."""
+    sources = [{"source": "a", "clip": n, "start": float(n)} for n in range(5)]
+    others = [{"source": "b", "clip": n, "start": float(n)} for n in range(2)]
+    made = handmade(tmp_path_factory.mktemp("streams"), [sources, others], columns=(HIGH,))
+    return in_streams(made, {"a": [0, 3, 6, 0, 3], "b": [0, 3]})
+
+
+# the first step of each stream's clips, as their values tell it, by the clip's key
+STEPS = {
+    **{f"a-{n:05d}": [64 * clip + step for clip in range(3) for step in range(3)] for n in range(3)},
+    **{f"a-{n:05d}": [64 * clip + step for clip in (3, 4) for step in range(3)] for n in (3, 4)},
+    **{f"b-{n:05d}": [64 * clip + step for clip in (5, 6) for step in range(3)] for n in range(2)},
+}
+
+
+def test_a_window_is_given_what_its_stream_has_before_it_and_nothing_else(root: str) -> None:
+    begins: dict[str, set[int]] = {}
+    for batch in Loader(root, **WINDOW, histories=SOME):
+        key, begin, known = batch["key"][0], int(batch["stream_step"]), int(batch["history_steps"])
+        steps = STEPS[key]
+        assert known == min(begin, 5) and batch["history_latent"].shape == (1, 2, 3, 5, 2, 2)
+        assert batch["latent"][0, 0, 0, :, 0, 0].tolist() == steps[begin : begin + 2]
+        before = batch["history_latent"][0, 0, 0, :, 0, 0].tolist()
+        assert before == [0] * (5 - known) + steps[begin - known : begin]
+        begins.setdefault("long" if len(steps) == 9 else "short", set()).add(begin)
+    # from the most on a window may begin anywhere; a shorter stream has shorter histories
+    assert begins == {"long": {2, 4, 5, 6, 7}, "short": {2, 4}}
+
+
+def test_none_is_the_stream_s_start_as_often_as_is_asked(root: str) -> None:
+    whole = [int(batch["stream_step"]) for batch in Loader(root, **WINDOW, histories=Lengths((2, 4, 5), 5, none=1.0))]
+    assert set(whole) == {0}
+    some = [int(batch["stream_step"]) for batch in Loader(root, **WINDOW, histories=Lengths((2, 4), 5, none=0.4))]
+    assert 0.28 < np.mean(np.array(some) == 0) < 0.52
+
+
+def test_the_expected_length_is_what_samples_have_for_any_batch_and_world(root: str) -> None:
+    histories = Lengths((2, 4, 5), 5, none=0.25)
+    found: dict[int, list[int]] = {}
+    for world in (1, 2, 6):
+        options = WINDOW | {"batch": 6, "epochs": 120, "last": "pad", "world": world, "histories": histories}
+        loaders = [Loader(root, **options, rank=rank) for rank in range(world)]
+        # the fewest of a global batch would be 0 in most of them
+        found[world] = [int(n) for loader in loaders for batch in islice(loader, 150) for n in batch["history_steps"]]
+        expected = loaders[0].history_mean()
+        assert abs(np.mean(found[world]) - expected) < 0.2 and expected == pytest.approx(
+            0.75 * (3 * 11 / 3 + 4 * 3) / 7
+        )
+    assert sorted(found[1]) == sorted(found[2]) == sorted(found[6])
+    assert Loader(root, **WINDOW, histories=histories).history_mean(3) == pytest.approx(
+        0.75 * (3 * 8 / 3 + 4 * 2.5) / 7
+    )
+
+
+def test_without_shuffling_every_stream_comes_once_as_late_as_it_can(root: str) -> None:
+    options = WINDOW | {"epochs": 1, "shuffle": False}
+    batches = [(b["key"][0], int(b["stream_step"])) for b in Loader(root, **options, histories=SOME)]
+    assert batches == [("a-00000", 5), ("a-00003", 4), ("b-00000", 4)]
+    later = Loader(root, **options, histories=Lengths((5,), 5, least=5))
+    assert [b["key"][0] for b in later] == ["a-00000"] and later.samples_without_history == 4
+    with pytest.raises(UserError, match="no stream of latents has 8 steps of history and 2 of a window, the longest 9"):
+        Loader(root, **options, histories=Lengths((5,), 5, least=8))
+
+
+def test_resuming_on_another_world_gives_bitwise_the_same_batches(root: str) -> None:
+    options = WINDOW | {"batch": 2, "epochs": 3, "histories": Lengths((2, 4, 5), 5, none=0.2)}
+    whole = list(Loader(root, **options))
+    first = Loader(root, **options)
+    list(islice(first, 4))
+    state = json.loads(json.dumps(first.state_dict()))
+    ranks = [Loader(root, **options, rank=rank, world=2) for rank in range(2)]
+    for loader in ranks:
+        loader.load_state_dict(state)
+    for expected, *parts in zip(whole[4:], *ranks, strict=True):
+        for name in ("latent", "history_latent", "history_steps", "stream_step"):
+            assert torch.equal(expected[name], torch.cat([part[name] for part in parts]))
+    with pytest.raises(UserError, match="another dataset, view or window"):
+        Loader(root, **options | {"histories": SOME}).load_state_dict(state)
+
+
+def test_what_cannot_be_read_from_streams_is_one_line(root: str, handmade: Callable[..., str], tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="histories: are of latents and windows of one length"):
+        Loader(root, **WINDOW | {"columns": (HIGH, "video"), "size": (16, 16)}, histories=SOME)
+    with pytest.raises(UserError, match=f"columns: {HIGH} was encoded in streams of several clips"):
+        Loader(root, **WINDOW)
+    made = handmade(
+        tmp_path, [[{"source": "a", "clip": n, "start": float(n)} for n in range(2)]], columns=(HIGH, "latent-b")
+    )
+    in_streams(made, {"a": [0, 3]})
+    with pytest.raises(
+        Failure, match="begins at step 0 of its stream, and at 3 in latent-test; encode both with the same"
+    ):
+        list(Loader(made, **WINDOW | {"columns": (HIGH, "latent-b")}, histories=SOME))
+
+
+@given(
+    some=st.sets(st.integers(1, 30), min_size=1, max_size=6),
+    unit=st.integers(1, 4),
+    window=st.integers(1, 6),
+    total=st.integers(1, 80),
+    seed=st.integers(0, 100),
+)
+def test_a_draw_has_room_in_its_stream_and_the_mean_is_that_of_all_draws(
+    some: set[int], unit: int, window: int, total: int, seed: int
+) -> None:
+    lengths = Lengths(tuple(sorted(some)), max(some), 0.2, unit)
+    rng = np.random.default_rng(seed)
+    draws = [lengths.draw(total, window, rng) for _ in range(40)]
+    able = {begin for begin in some if begin + window <= total}
+    assert all(begin in able | {0} or (begin > max(some) and (begin - max(some)) % unit == 0) for begin in draws)
+    assert all(begin + window <= max(total, window) for begin in draws)
+    longest = lengths.draw(total, window, None)
+    assert longest == max(able, default=0)
+    expected = 0.8 * (np.mean(sorted(able)) if able else 0.0)
+    assert lengths.mean(np.array([total]), window) == pytest.approx(expected)
+
+
+def test_clips_by_themselves_are_streams_of_their_own(handmade: Callable[..., str], tmp_path: Path) -> None:
+    made = handmade(tmp_path, [[{"source": "a", "clip": n, "start": float(n)} for n in range(3)]], columns=(HIGH,))
+    rows = Loader(made, **WINDOW)._plan.source.columns[HIGH]  # type: ignore[attr-defined]
+    assert not streams.joined(rows) and streams.totals(rows).tolist() == [3, 3, 3]
+    assert {int(b["stream_step"]) for b in Loader(made, **WINDOW, histories=Lengths((1, 2), 2))} == {1}
