@@ -31,6 +31,12 @@ def rows_of(annotations: str | None) -> list[dict[str, Any]]:
     return list(content) if isinstance(content, list) else [content]
 
 
+def same(one: str | None, other: str | None) -> bool:
+    """Whether their rows say the same, in whatever order and however often."""
+    first, second = ({json.dumps(row, sort_keys=True) for row in rows_of(some) if row} for some in (one, other))
+    return first == second
+
+
 def of_sample(annotations: str | None) -> dict[str, Any]:
     """What KEY.json has of them: each column under its name, of the first row that has it.
 

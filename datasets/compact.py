@@ -25,7 +25,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from longtake.datasets import index, schema, storage
+from longtake.datasets import index, later, schema, storage
 from longtake.datasets.cache import Cache
 from longtake.datasets.errors import Failure
 
@@ -33,7 +33,7 @@ FACTS = ("frame_count", "height", "width", "label")
 _FOLDER = "compact"
 _NOTES = b"longtake.compact"
 _ROWS_A_BATCH = 1 << 17
-_PLAIN = ("dataset", "split", "shards", "lies", "firsts")  # what travels to other processes
+_PLAIN = ("dataset", "split", "shards", "lies", "firsts", "later")  # what travels to other processes
 _AT_ONCE, _LISTED = 4096, 64  # shards whose rows are kept, as tables and as lists
 _SHARDS = pa.schema(
     [
@@ -56,9 +56,11 @@ class Rows:
     shards: pa.Table  # of _SHARDS
     lies: str | pa.Table  # a local Arrow file, or the rows themselves
     firsts: np.ndarray  # (S,) where each shard's rows begin there
+    later: frozenset[str] = frozenset()  # names of shards with annotations that came later (see later.py)
     _seen: dict[int, pa.Table] = field(default_factory=dict)
     _lists: dict[int, dict[str, list[Any]]] = field(default_factory=dict)
     _tars: dict[int, tuple[str, int, str]] = field(default_factory=dict)
+    _annotations: dict[int, dict[str, dict[str, Any]]] = field(default_factory=dict)
 
     @cached_property
     def counts(self) -> np.ndarray:
@@ -84,7 +86,7 @@ class Rows:
         """The rows of the shards of these names, in this order. Raises KeyError where there is no such shard."""
         at = {name: number for number, name in enumerate(self.shards["name"].to_pylist())}
         numbers = np.array([at[name] for name in names], np.int64)
-        return Rows(self.dataset, self.split, self.shards.take(numbers), self.lies, self.firsts[numbers])
+        return Rows(self.dataset, self.split, self.shards.take(numbers), self.lies, self.firsts[numbers], self.later)
 
     def name(self, shard: int) -> str:
         return self.shards["name"][shard].as_py()
@@ -101,12 +103,27 @@ class Rows:
         """One row, without its scores."""
         if (lists := self._lists.get(shard)) is None:
             # values of a shard at once: one by one they would take longer than the sample itself
-            table = self.of(shard)
+            table = self.labelled(shard)
             lists = {name: table[name].to_pylist() for name in table.column_names if name not in schema.SCORES}
             if len(self._lists) >= _LISTED:
                 self._lists = {}
             self._lists[shard] = lists
         return {name: values[at] for name, values in lists.items()}
+
+    def annotations(self, shard: int) -> dict[str, dict[str, Any]]:
+        """What the samples of a source say since their shard was cut, by source."""
+        if self.name(shard) not in self.later:
+            return {}
+        if (known := self._annotations.get(shard)) is None:
+            if len(self._annotations) >= _LISTED:
+                self._annotations = {}
+            known = self._annotations[shard] = later.of_clips(self.dataset, self.split, self.name(shard))
+        return known
+
+    def labelled(self, shard: int) -> pa.Table:
+        """The rows of one shard, with the latest labels."""
+        known = self.annotations(shard)
+        return later.labelled(self.of(shard), known) if known else self.of(shard)
 
     def of(self, shard: int) -> pa.Table:
         """The rows of one shard, as its index has them. Raises Failure where the compact file has other ones."""
@@ -131,7 +148,9 @@ class Rows:
         return rows
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: getattr(self, name) for name in _PLAIN} | {n: {} for n in ("_seen", "_lists", "_tars")}
+        return {name: getattr(self, name) for name in _PLAIN} | {
+            n: {} for n in ("_seen", "_lists", "_tars", "_annotations")
+        }
 
 
 def write(dataset: str, split: str, column: str | None = None) -> int:
@@ -178,7 +197,8 @@ def open_split(
             shards, facts, notes = found
             whole = notes["whole"] and notes["plans"] == index.table_names(storage.join(dataset, "plan"))
             if whole or shards["name"].to_pylist() == index.shard_names(dataset, split, column):
-                return _rows(dataset, split, shards, _local(dataset, split, column, notes, cache)), facts
+                local = _local(dataset, split, column, notes, cache)
+                return _relabelled(_rows(dataset, split, shards, local), facts, column)
             raise Failure(f"{storage.join(dataset, _FOLDER)}: the {split} indexes are not those that were folded in")
     except Failure as e:
         print(f"warning: {e}; {_remedy(dataset)}", file=sys.stderr)
@@ -187,7 +207,22 @@ def open_split(
     tables = [s.table.replace_schema_metadata(None) for s in read]
     rows = pa.concat_tables(tables or [empty])
     shards = pa.Table.from_pylist([_shard(s) for s in read], schema=_SHARDS)
-    return _rows(dataset, split, shards, rows), rows.select([name for name in FACTS if name in rows.column_names])
+    facts = rows.select([name for name in FACTS if name in rows.column_names])
+    return _relabelled(_rows(dataset, split, shards, rows), facts, column)
+
+
+def _relabelled(rows: Rows, facts: pa.Table, column: str | None) -> tuple[Rows, pa.Table]:
+    """Rows and facts with the annotations that came later; they are of base shards alone."""
+    names = [] if column else rows.shards["name"].to_pylist()
+    if not names or not (found := later.shards(rows.dataset, rows.split).intersection(names)):
+        return rows, facts
+    rows.later = frozenset(found)
+    labels = facts["label"].to_pylist()
+    for number, name in enumerate(names):
+        if name in found:
+            start = int(rows.starts[number])
+            labels[start : start + int(rows.counts[number])] = rows.labelled(number)["label"].to_pylist()
+    return rows, facts.set_column(facts.column_names.index("label"), "label", pa.array(labels, pa.string()))
 
 
 def table(dataset: str, split: str) -> pa.Table:
@@ -195,7 +230,8 @@ def table(dataset: str, split: str) -> pa.Table:
     rows, _ = open_split(dataset, split)
     empty = schema.INDEX.append(pa.field("shard", pa.string())).empty_table()
     parts = [
-        rows.of(n).append_column("shard", pa.repeat(rows.name(n), int(rows.counts[n]))) for n in range(len(rows.shards))
+        rows.labelled(n).append_column("shard", pa.repeat(rows.name(n), int(rows.counts[n])))
+        for n in range(len(rows.shards))
     ]
     return pa.concat_tables([empty, *parts])
 

@@ -9,6 +9,7 @@ It may also have
 - `retried(uri) -> str`: beside `outside`, a digest of what it could not read when it made `uri` and has read since, or
   can read now; empty where there is nothing of the kind;
 - `complete(uri) -> bool`: whether what it made is still all there, else it runs again and makes what is missing;
+- `warnings(config) -> list[str]`: "KEY: why", of settings that are allowed and rarely meant;
 - `check(config, inputs)`: raises ValueError("KEY: why") where its config does not fit the configs of the stages that
   make its inputs.
 """

@@ -20,7 +20,7 @@ from longtake.datasets.errors import Failure
 
 _BLOCK = 1 << 22
 _SHARD_FILE = re.compile(r"([^.]+)(\.[\w-]+)?\.(tar|parquet)")
-_FOLDERS = {"plan", "sources", "views", "compact"}
+_FOLDERS = {"plan", "sources", "views", "compact", "annotations"}
 
 
 def tars(dataset: str) -> list[tuple[str, str]]:

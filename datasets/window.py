@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from longtake.datasets import clip
+from longtake.datasets import clip, later
 from longtake.datasets.compact import Rows
 from longtake.datasets.errors import Failure
 from longtake.datasets.neighbours import pasts
@@ -103,7 +103,7 @@ def load(source: Source, sample: Sample, window: Window) -> dict[str, Any]:
     if "json" in source.names:
         # a plain image may have no text beside it
         data = source.reader.member(source.base, sample.shard, *_span(row, "json_")) if row["json_size"] else b""
-        out["json"] = described(bytes(data))
+        out["json"] = later.sample(described(bytes(data)), source.base.annotations(sample.shard), row["source"])
     return out
 
 

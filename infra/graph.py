@@ -115,6 +115,14 @@ def _check(recipe: Recipe, name: str, inputs: dict[str, str]) -> None:
             raise UserError(f"{recipe.path}: stages.{name}.{e}") from e
 
 
+def warnings(node: Node) -> list[str]:
+    """What its settings should make a user think of, before it runs."""
+    module = stages.load(node.kind)
+    return (
+        [f"stages.{node.name}.{text}" for text in module.warnings(node.config)] if hasattr(module, "warnings") else []
+    )
+
+
 def _hash(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 

@@ -191,6 +191,8 @@ def run_stage(recipe: Recipe, name: str, parent: str | None = None, fresh: bool 
             if not start.run_id:
                 return {"uri": start.done} if rank == 0 else {}
             os.environ |= {"MLFLOW_RUN_ID": start.run_id, "LONGTAKE_RECIPE": recipe.digest()}
+            for text in graph.warnings(node) if rank == 0 else ():
+                print(f"warning: {text}", file=sys.stderr)
             with storage.failing_clearly(start.output):
                 result: dict[str, Any] = stage.run(node.config, start.inputs, start.output)
     except BaseException as e:

@@ -5,6 +5,7 @@ and Parquet (a file, or a folder of parts). Who wrote it need not be trusted: a 
 """
 
 import codecs
+import io
 import json
 import math
 import re
@@ -160,9 +161,24 @@ def _csv(opened: Callable[[], Any], delimiter: str) -> Iterator[tuple[pa.RecordB
     names = _unique([name.strip() for name in given])
     types = pyarrow.csv.ConvertOptions(column_types=dict.fromkeys(given, pa.string()))
     with opened() as f:
-        for part in pyarrow.csv.open_csv(f, *options, types):
+        for part in pyarrow.csv.open_csv(_WholeLineEnds(f), *options, types):
             batch = part.rename_columns(names)
             yield batch, _objects(batch)
+
+
+class _WholeLineEnds(io.RawIOBase):
+    """A file of whose blocks none ends within CR LF: Arrow would drop the LF, in quotes too."""
+
+    def __init__(self, f: Any) -> None:
+        self._f, self._held = f, b""
+
+    def readable(self) -> bool:
+        return True
+
+    def read(self, size: int = -1) -> bytes:
+        data: bytes = self._held + self._f.read(size - len(self._held))
+        self._held = data[-1:] if data.endswith(b"\r") and len(data) > 1 else b""
+        return data[: len(data) - len(self._held)]
 
 
 def _json(rows: Iterator[tuple[str, Any]]) -> Iterator[tuple[pa.RecordBatch, Any]]:

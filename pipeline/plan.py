@@ -8,6 +8,7 @@ local disk, so that memory does not grow with their number.
 
 import contextlib
 import hashlib
+import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -21,7 +22,8 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from tqdm import tqdm
 
-from longtake.datasets import annotations, index, schema, storage
+from longtake.datasets import annotations, index, later, schema, storage
+from longtake.pipeline.changes import Changes
 from longtake.pipeline.copies import told_apart
 from longtake.pipeline.discover import find
 from longtake.pipeline.fetch import Unread, part
@@ -188,12 +190,13 @@ def plan(
         old = [storage.join(folder, name) for name in index.table_names(folder)]
         with storage.spool_folder(dataset) as spool, storage.failing_clearly(str(spool)):
             new, tries = _Buckets(spool / "new"), read_tries(dataset)
-            seen = Seen(old, tries)
+            seen, changes = Seen(old, tries), Changes(dataset, old, spool / "changes")
             awaited = {row["uri"]: row for row in tries.awaited if seen.times(row) == row["tries"]}
-            for uri in _identified(find(patterns, threads), seen, new, threads, awaited):
+            for uri in _identified(changes.watch(find(patterns, threads)), seen, new, threads, awaited):
                 del awaited[uri]
             _try_again(answering(list(awaited.values())), new)
             new.close()
+            _keep(dataset, changes)
             if not new.count:
                 return groups(dataset)
             known = _Buckets(spool / "known")
@@ -213,6 +216,16 @@ def plan(
             _write(target, added)
             if storage.write_if_absent(storage.join(folder, f"{len(old):05d}.parquet"), target):
                 return groups(dataset)
+
+
+def _keep(dataset: str, changes: Changes) -> None:
+    known = {(group["split"], group["group"]): group for group in groups(dataset)} if changes.differ else {}
+    if count := changes.keep(lambda split, group: sources_of(dataset, known[split, group])):
+        print(
+            f"shard: {count} sources have other columns in their manifest than before: kept in "
+            f"{storage.join(dataset, later.FOLDER)}, for loaders and views; the tars stay as they were cut",
+            file=sys.stderr,
+        )
 
 
 def _told_apart(new: "_Buckets", known: "_Buckets", threads: int) -> Iterator[tuple[pa.Table, pa.Table]]:
@@ -353,7 +366,7 @@ def groups(dataset: str) -> list[dict[str, Any]]:
 
 
 def sources_of(dataset: str, group: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The plan rows of one group, in the order in which they become clips."""
+    """The plan rows of one group, in the order in which they become clips, with the latest annotations."""
     fs, path = storage.filesystem(storage.join(dataset, "plan", group["plan"]))
 
     def read() -> pa.Table:
@@ -363,7 +376,9 @@ def sources_of(dataset: str, group: Mapping[str, Any]) -> list[dict[str, Any]]:
             return file.read_row_groups([n for n in range(file.num_row_groups) if _may_hold(file, n, group["group"])])
 
     table = storage.retrying(path, read)
-    return table.filter((pc.field("split") == group["split"]) & (pc.field("group") == group["group"])).to_pylist()
+    mine = table.filter((pc.field("split") == group["split"]) & (pc.field("group") == group["group"])).to_pylist()
+    known = {row["source"]: row["extra"] for row in later.read(dataset, group["split"], f"{group['group']:05d}")}
+    return [row if row["duplicate_of"] else row | {"extra": known.get(row["source"], row["extra"])} for row in mine]
 
 
 def _may_hold(file: pq.ParquetFile, row_group: int, group: int) -> bool:

@@ -1,9 +1,9 @@
 """Checkpoints: written under a temporary name, synced, renamed, then `latest` is flipped. A kill costs nothing older.
 
 A checkpoint is a folder: one DeepSpeed checkpoint an engine, `weights-RANK.safetensors` (the first module's weights in fp32
-and their averages, as fragments), `meta.json` (step, loader state, seeds, run, recipe, settings). DeepSpeed's files are
-pickles: they are read back only from the stage's own folder or its own copies, never from a registry. Nobody else may
-write there.
+and their averages, as fragments; other modules' weights lie in a folder of their name), `meta.json` (step, loader state,
+seeds, run, recipe, settings, the objective's state). DeepSpeed's files are pickles: they are read back only from the
+stage's own folder or its own copies, never from a registry. Nobody else may write there.
 
 Training stands still while the state is written to the operating system; syncing, renaming, pruning and uploading go on
 beside it, in a thread of each rank.
@@ -147,7 +147,9 @@ class Checkpoints:
                 torch.distributed.barrier()
                 for name, engine in engines.items():
                     engine.save_checkpoint(str(scratch), tag=name, save_latest=False)
-                weights.write(scratch, rank, next(iter(engines.values())), averages)
+                for name, engine in engines.items():
+                    first = engine is next(iter(engines.values()))
+                    weights.write(scratch if first else scratch / name, rank, engine, averages if first else {})
                 if rank == 0:
                     (scratch / "meta.json").write_bytes(storage.canonical_json({**meta, "world": world}))
         except BaseException:
@@ -340,3 +342,15 @@ def trained(folder: Path, config: TrainConfig) -> dict[str, Tensor]:
         raise Failure(f"{folder}: holds no checkpoint; run the same command again")
     made = Weights(found, label(config.ema_half_lives[0]) if config.ema_half_lives else RAW)
     return dict(lora.merged(made, config.lora) if config.lora else made)
+
+
+def beside(folder: Path, name: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """What a finished training has made of another module than the first, raw; and the state of its objective.
+
+    Raises:
+        Failure: there is no checkpoint, or it is damaged.
+    """
+    found = latest(folder)
+    if found is None:
+        raise Failure(f"{folder}: holds no checkpoint; run the same command again")
+    return dict(Weights(found, RAW, name)), dict(meta(found)["state"])

@@ -148,9 +148,15 @@ def freeze(module: nn.Module, patterns: tuple[str, ...]) -> None:
 
 
 def engines_of(
-    modules: Mapping[str, nn.Module], config: TrainConfig, world: int, universal: bool = False
+    modules: Mapping[str, nn.Module],
+    config: TrainConfig,
+    world: int,
+    universal: bool = False,
+    own: Mapping[str, TrainConfig] | None = None,
 ) -> dict[str, Any]:
     """A DeepSpeed engine for each module, AdamW over its `parameter_groups`. Needs a process group.
+
+    A module that is named in `own` has the rate, betas and weight decay of that.
 
     The first module is changed as `freeze` and `lora` of the config say. With `universal` the engines will load a
     universal checkpoint (see `checkpoint.for_world`).
@@ -173,10 +179,11 @@ def engines_of(
             print(learns, flush=True)
     made = {}
     for name, module in modules.items():
-        groups = parameter_groups(module, config.weight_decay)
+        how = (own or {}).get(name, config)
+        groups = parameter_groups(module, how.weight_decay)
         if not groups:
             raise UserError(f"freeze: nothing is left to learn in {name}")
-        optimizer = torch.optim.AdamW(groups, lr=config.lr, betas=config.betas)
+        optimizer = torch.optim.AdamW(groups, lr=how.lr, betas=how.betas)
         engine = deepspeed.initialize(model=module, optimizer=optimizer, config=settings, dist_init_required=False)[0]
         if config.zero_stage == 3:
             _fill_states(engine)

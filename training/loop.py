@@ -30,6 +30,7 @@ from longtake.training.tracker import Tracker
 
 Batch = dict[str, Any]
 Engines = Mapping[str, Any]
+_ALL_RANKS = 1 << 31
 _MAY_CHANGE = ("steps", "skip_nonfinite")
 
 
@@ -41,6 +42,7 @@ class Objective:
         modules: in the order in which their engines take turns. The first is the one that is averaged and registered.
         loss: `loss(name, engines, batch, generator)` returns a scalar and metrics to log. It calls `engines[name](...)`
             for the engine that learns now, and `engines[other].module(...)` for one that is frozen meanwhile.
+            `batch["seed"]` is a number of the pass that all ranks share, `generator` is the rank's own.
         sample: `sample(engines, generator)` returns videos to look at by name, uint8 `(T, H, W, 3)`; called without
             gradients, on all ranks.
         fps: of those videos.
@@ -48,6 +50,8 @@ class Objective:
         blocks: parts of the modules that `compile` compiles one by one.
         heldout: held-out clips, one a batch, the same each time: their loss is logged as `heldout/...` now and then.
         starts: step at which an engine begins to learn, 0 for those that are not named.
+        settings: of engines that have a rate, betas or schedule of their own, counted from their start.
+        state: small vectors that outlive a step and go through a checkpoint, changed in place, on all ranks alike.
     """
 
     modules: dict[str, nn.Module]
@@ -58,6 +62,8 @@ class Objective:
     blocks: Sequence[nn.Module] = ()
     heldout: Iterable[Batch] = ()
     starts: Mapping[str, int] = field(default_factory=dict)
+    settings: Mapping[str, TrainConfig] = field(default_factory=dict)
+    state: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 def learning_rate(config: TrainConfig, step: int) -> float:
@@ -71,7 +77,7 @@ def learning_rate(config: TrainConfig, step: int) -> float:
 
 
 def pass_seed(seed: int, step: int, number: int, rank: int) -> int:
-    """The seed of a rank's `number`-th forward pass of a step."""
+    """The seed of a rank's `number`-th forward pass of a step, or of `_ALL_RANKS` together."""
     return int(np.random.SeedSequence([seed, step, number, rank]).generate_state(1, np.uint64)[0] >> 1)
 
 
@@ -106,7 +112,7 @@ def train(
     if config.upload:
         copies.fetch(folder, config.upload)
     universal = checkpoint.for_world(folder, list(objective.modules), config.zero_stage)
-    made = engines.engines_of(objective.modules, config, world, universal)
+    made = engines.engines_of(objective.modules, config, world, universal, objective.settings)
     _speed_up(objective, config)
     lead = next(iter(made.values()))
     step, left_out, ema = 0, 0, averages.begin(lead, config.ema_half_lives)
@@ -116,6 +122,8 @@ def train(
         loader.load_state_dict(meta["loader"])
         checkpoint.load(found, made, universal)
         averages.restore(ema, lead, {life: checkpoint.Weights(found, life) for life in ema})
+        for name, value in objective.state.items():
+            value.copy_(torch.tensor(meta["state"][name]))
         step, left_out = meta["step"], meta["left_out"]
 
     facts = {"run": os.environ.get("MLFLOW_RUN_ID"), "recipe": os.environ.get("LONGTAKE_RECIPE"), "seed": config.seed}
@@ -160,10 +168,13 @@ def train(
                 seed = pass_seed(config.seed, step, number, rank)
                 torch.manual_seed(seed)
                 generator = torch.Generator(device).manual_seed(seed)
+                batch["seed"] = pass_seed(config.seed, step, number, _ALL_RANKS)
                 for name, engine in made.items():
-                    if step < objective.starts.get(name, 0):
+                    since = step - objective.starts.get(name, 0)
+                    if since < 0:
                         continue
-                    engines.set_lr(engine, rate)
+                    own = objective.settings.get(name)
+                    engines.set_lr(engine, learning_rate(own, since) if own else rate)
                     shape = watch.batch_key(name, batch)
                     with _only_learning(made, name), guards.memory_told(step, batch):
                         beat(step, f"forward of {name}")
@@ -239,6 +250,7 @@ def train(
                     "loader": loader.state_dict(),
                     "settings": content(config),
                     "left_out": nonfinite.count,
+                    "state": {name: value.tolist() for name, value in objective.state.items()},
                 }
                 keeper.save(made, ema, state | facts)
             if leave:

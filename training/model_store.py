@@ -274,6 +274,27 @@ def missing(uri: str) -> str:
     return ""
 
 
+def artifacts_of(uri: str) -> str:
+    """Where the artifacts lie of the run that made what a URI names (see `locate`).
+
+    Raises:
+        UserError: there is no such thing, or no run is known.
+        Unreachable, Failure: as `asking`.
+    """
+    scheme, _, path = locate(uri).uri.partition(":/")
+    name, _, number = path.strip("/").partition("/")
+    with asking(uri) as client:
+        if scheme == "runs":
+            run_id = name
+        elif number:
+            run_id = client.get_model_version(name, number).run_id
+        else:
+            run_id = client.get_logged_model(name).source_run_id
+        if not run_id:
+            raise UserError(f"{uri}: the store does not say which run has made it")
+        return str(client.get_run(run_id).info.artifact_uri)
+
+
 def versions(client: Any, name: str) -> list[Any]:
     """All versions of a registered model, the newest first."""
     mark = '"' if "'" in name else "'"

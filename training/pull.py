@@ -91,6 +91,27 @@ def describe(uri: str) -> dict[str, Any]:
     return {**content, "bytes": sum(sizes.get(name) or 0 for name in content["sha256"])}
 
 
+def beside(uri: str, path: str, to: Path, most: int) -> None:
+    """Fetch one file that the run has left which made the model that a URI names. It is not kept.
+
+    Raises:
+        UserError: there is no such model, or its run has left no such file.
+        Failure: the store cannot be reached, or is not to be asked; the file is larger than `most` bytes.
+    """
+    if os.environ.get("LONGTAKE_OFFLINE", "0") not in ("", "0"):
+        raise Failure(f"{uri}: LONGTAKE_OFFLINE is set")
+    location = model_store.artifacts_of(uri)
+    at, _, name = path.rpartition("/")
+    sizes = _listing(uri, location, at)
+    if sizes.get(name) is None:
+        raise UserError(f"{uri}: its run has left no {name}")
+    size = _size(uri, sizes, name)
+    if size > most:
+        raise Failure(f"{uri}: {name}: is larger than {most} bytes")
+    with tqdm(disable=True) as bar:
+        _grow(f"{uri}: {name}", location, path, to, size, bar)
+
+
 def copy(folder: Path, to: Path) -> None:
     """Write a pulled model into a folder of its own, whole or not at all.
 

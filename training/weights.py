@@ -1,4 +1,5 @@
-"""The weights in a checkpoint: `weights-RANK.safetensors`, where each rank leaves what it holds of the first module.
+"""The weights in a checkpoint: `weights-RANK.safetensors`, where each rank leaves what it holds of the first module, and
+`NAME/weights-RANK.safetensors` of each other one.
 
 A key is `KIND/START/NAME`: `KIND` is "raw" or an average's half-life, `START` the first of the tensor's flattened elements
 that the piece holds. Put together they are the same whatever number of ranks and ZeRO stage has written them.
@@ -46,23 +47,24 @@ def damaged(path: Path, why: Exception) -> Failure:
 
 
 class Weights(Mapping[str, Tensor]):
-    """The first module's state in a checkpoint, each tensor put together from its fragments when it is asked for.
+    """A module's state in a checkpoint, each tensor put together from its fragments when it is asked for.
 
     Args:
         path: the checkpoint's folder.
         kind: "raw", or an average by its half-life, such as "1000".
+        module: name of the engine; nothing is the first one.
 
     Raises:
         UserError: the checkpoint holds no such weights.
         Failure: it is damaged.
     """
 
-    def __init__(self, path: Path, kind: str = RAW) -> None:
+    def __init__(self, path: Path, kind: str = RAW, module: str = "") -> None:
         self._path = path
         self._pieces: dict[str, dict[str, list[tuple[int, Any, str]]]] = {}
         self._shapes: dict[str, list[int]] = {}
         try:
-            for file in sorted(path.glob("weights-*.safetensors")):
+            for file in sorted((path / module).glob("weights-*.safetensors")):
                 handle = safe_open(file, "pt")
                 self._shapes |= json.loads(handle.metadata()["shapes"])
                 for key in handle.keys():  # noqa: SIM118

@@ -74,7 +74,7 @@ def show(url: str, key: str, save: str | None) -> None:
 
     import pyarrow.compute as pc
 
-    from longtake.datasets import clip, compact, index, schema, storage
+    from longtake.datasets import clip, compact, index, later, schema, storage
     from longtake.datasets.errors import Failure, UserError
     from longtake.datasets.shard import described
 
@@ -95,7 +95,8 @@ def show(url: str, key: str, save: str | None) -> None:
             tar = storage.join(url, split, f"{row['shard']}.tar")
             place = row["json_offset"], row["json_size"], row["json_crc32"]
             text = member(split, row["shard"], *place) if row["json_size"] else b""
-            click.echo(json.dumps(row | {"tar": tar, "json": described(text)}, indent=2))
+            said = later.sample(described(text), later.of_clips(url, split, row["shard"]), row["source"])
+            click.echo(json.dumps(row | {"tar": tar, "json": said}, indent=2))
             if save is None:
                 return
             folder = Path(save)
@@ -104,7 +105,7 @@ def show(url: str, key: str, save: str | None) -> None:
                 mp4 = member(split, row["shard"], row["mp4_offset"], row["mp4_size"], row["mp4_crc32"])
                 ending = next((ending for start, ending in _PICTURES.items() if mp4.startswith(start)), "mp4")
                 (folder / f"{key}.{ending}").write_bytes(mp4)
-                (folder / f"{key}.json").write_text(json.dumps(described(text)))
+                (folder / f"{key}.json").write_text(json.dumps(said))
             column = f"{row['shard']}.frame_diff"
             if column in index.shard_names(url, split, "frame_diff"):
                 diffs = index.read_shard(url, split, column).table

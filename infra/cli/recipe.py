@@ -58,8 +58,12 @@ def run(
     choice = runner.Choice(start, only, force)
     if dry_run:
         nodes = graphs.build(loaded)
-        for name, runs_now in runner.plan(loaded, nodes, runs.connect(loaded), choice).items():
+        todo = runner.plan(loaded, nodes, runs.connect(loaded), choice)
+        for name, runs_now in todo.items():
             click.echo(f"{name}: {'would run' if runs_now else 'would be reused'}")
+        for node in nodes:
+            for text in graphs.warnings(node) if todo.get(node.name) else ():
+                click.echo(f"warning: {text}", err=True)
         return
     page = runner.run(loaded, choice, click.echo)
     nodes = graphs.build(loaded)

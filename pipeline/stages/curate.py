@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from pydantic import Field, FiniteFloat, ValidationInfo, field_validator, model_validator
 
-from longtake.datasets import compact, index, schema, storage, view
+from longtake.datasets import compact, schema, storage, view
 from longtake.datasets.errors import UserError
 from longtake.datasets.stage import DatasetInput, StageConfig
 from longtake.pipeline import dedup, embed
@@ -156,7 +156,7 @@ def _by_preference(dataset: str) -> pa.Table:
     """All clips with their `split`, in the order in which those that repeat each other stay."""
     tables = []
     for split in ("val", "train"):
-        clips = index.read_all(dataset, split)
+        clips = compact.table(dataset, split)
         clips = clips.append_column("row", pa.array(np.arange(len(clips))))
         clips = clips.take(pc.sort_indices(clips["key"]))
         tables.append(clips.append_column("split", pa.repeat(split, len(clips))))

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, field_validator, model_validator
 from tqdm import tqdm
 
-from longtake.datasets import index, schema, storage
+from longtake.datasets import index, later, schema, storage
 from longtake.datasets.errors import Failure, Interrupted, UserError
 from longtake.datasets.masking import shown
 from longtake.datasets.stage import Scheduling, StageConfig
@@ -110,7 +110,9 @@ def run(config: Config, inputs: Mapping[str, str], output: str) -> dict[str, Any
 
 
 def _sweep(output: str) -> int:
-    return sum(storage.sweep(storage.join(output, part)) for part in ("", "plan", "sources", *schema.SPLITS))
+    return sum(
+        storage.sweep(storage.join(output, part)) for part in ("", "plan", "sources", later.FOLDER, *schema.SPLITS)
+    )
 
 
 def _describe(config: Config, output: str) -> None:

@@ -87,6 +87,7 @@ def vae(options: argparse.Namespace, variant: str, seed: int, folder: Path, pare
         "lr": 1e-3, "betas": [0.9, 0.99], "gradient_clip": 0.1, "warmup_steps": 20, "ema_half_lives": [20],
         "checkpoint_every": options.steps, "sample_every": 0, "workers": 0,
         "lambda_gan": options.gan if parent else 0.0, "discriminator": {"preset": "patchgan_tiny"},
+        "gan_weight": "fixed", "gan_warmup": 0, "discriminator_betas": [0.9, 0.99],
     }  # fmt: skip
     config = pretrain_vae.Config(**settings | VARIANTS[variant])
     torch.manual_seed(seed)

@@ -107,12 +107,12 @@ def test_no_folder_is_listed_where_all_that_was_planned_is_there(
     compact.write(str(copy), "train")
     listed = reads(monkeypatch, "names")
     opened = compact.open_split(str(copy), "train")[0]
-    assert len(opened.shards) == 5 and [url.split("/")[-1] for url in listed] == ["plan"]
+    assert len(opened.shards) == 5 and [url.split("/")[-1] for url in listed] == ["plan", "annotations"]
     # a later plan may have made shards: look
     plan(copy, "1", [5])
     listed.clear()
     compact.open_split(str(copy), "train")
-    assert sorted(url.split("/")[-1] for url in listed) == ["plan", "train"]
+    assert sorted(url.split("/")[-1] for url in listed) == ["annotations", "plan", "train"]
     # and not all that was planned was there
     compact.write(str(copy), "train")
     listed.clear()

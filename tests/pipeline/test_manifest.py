@@ -104,6 +104,9 @@ def test_csv_is_read_as_pythons_own_reader_does(
     block: int,
 ) -> None:
     text = io.StringIO(newline="")
+    # before Python 3.13 the writer leaves a lone CR without quotes, which RFC 4180 does not
+    lone = any("\r" in cell for row in rows for cell in row)
+    quoting = csv.QUOTE_ALL if lone else quoting
     writer = csv.writer(text, quoting=quoting, lineterminator=end, delimiter=delimiter)
     writer.writerow(["uri", "caption", "note"])
     # copies of the rows fill several blocks, whose borders fall anywhere

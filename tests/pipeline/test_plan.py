@@ -1,6 +1,7 @@
 """Groups and splits follow from what the sources hold, and stay."""
 
 import json
+import tempfile
 import threading
 from pathlib import Path
 from typing import Any, ClassVar
@@ -11,10 +12,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from fsspec.implementations.memory import MemoryFileSystem
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from longtake.datasets import schema
+from longtake.datasets import annotations, schema
 from longtake.pipeline import plan
 
 identities = st.lists(st.text("0123456789abcdef", min_size=20, max_size=20), min_size=1, max_size=40)
@@ -166,6 +167,53 @@ def test_a_file_of_two_rows_is_planned_once_with_the_annotations_of_both(tmp_pat
     for row in again:
         extra, was = json.loads(row["extra"] or "{}"), told[row["uri"], row["source"]]
         assert extra == was or (extra == [was, was] and (was == {} or int(was["caption"]) < 5))
+
+
+WORDS = st.none() | st.dictionaries(st.sampled_from(["caption", "label"]), st.sampled_from("abc"), min_size=1)
+LISTS = st.lists(st.tuples(st.integers(0, 5), WORDS), min_size=1, max_size=9)
+
+
+@settings(deadline=None, max_examples=10, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(LISTS, LISTS, st.booleans())
+def test_columns_that_change_are_known_from_the_next_plan_on(
+    tmp_path: Path, first: list[Any], second: list[Any], csv: bool
+) -> None:
+    folder = Path(tempfile.mkdtemp(dir=tmp_path))
+
+    def planned(rows: list[Any], name: str) -> dict[int, list[Any]]:
+        """What the plan says of each source, after planning these rows."""
+        listed = [{"uri": f"s3://b/{n}", "bytes": 1, "etag": str(n)} | (said or {}) for n, said in rows]
+        if csv:
+            columns = ["uri", "bytes", "etag", "caption", "label"]
+            lines = [",".join(str(row.get(c, "")) for c in columns) for row in listed]
+            (folder / f"{name}.csv").write_text("\n".join([",".join(columns), *lines]))
+        else:
+            (folder / f"{name}.json").write_text(json.dumps(listed))
+        plan.plan(str(folder / "ds"), [str(folder / f"{name}.{'csv' if csv else 'json'}")], 0.5, 1 << 30, 2)
+        rows_now = plan_rows(str(folder / "ds"))
+        assert len({row["uri"] for row in rows_now}) == len(rows_now)
+        return {int(row["uri"][7:]): annotations.of_sample(row["extra"]) for row in rows_now}
+
+    def meant(rows: list[Any]) -> dict[int, Any]:
+        said: dict[int, list[str | None]] = {}
+        for n, words in rows:
+            said.setdefault(n, []).append(words and json.dumps(words))
+        return {n: annotations.of_sample(annotations.merged(words)) for n, words in said.items()}
+
+    def same(mine: Any, other: Any) -> bool:
+        """A row that is known already may come before others."""
+        first, second = ([json.dumps(row, sort_keys=True) for row in s.get("manifest", [s])] for s in (mine, other))
+        return sorted(first) == sorted(second)
+
+    assert planned(first, "one") == meant(first)
+    told = meant(second)
+    now = planned(second, "two")
+    # a source that is listed no more, or without columns, keeps those it had
+    for n, said in (meant(first) | {n: said for n, said in told.items() if said or n not in meant(first)}).items():
+        assert same(now[n], said)
+    kept = {p.name: p.stat().st_mtime_ns for p in (folder / "ds").rglob("*.parquet")}
+    assert planned(second, "three") == now
+    assert {p.name: p.stat().st_mtime_ns for p in (folder / "ds").rglob("*.parquet")} == kept
 
 
 def test_of_two_drivers_that_plan_at_once_one_plan_stands(tmp_path: Path) -> None:

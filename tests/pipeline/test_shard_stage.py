@@ -16,9 +16,11 @@ from typing import Any
 import fsspec
 import pytest
 
-from longtake.datasets import index, schema, storage
+from longtake.datasets import compact, index, schema, storage
 from longtake.datasets.errors import Failure, UserError
+from longtake.datasets.loader import Loader
 from longtake.datasets.stage import content
+from longtake.datasets.verify import layout_problems
 from longtake.datasets.view import read_view
 from longtake.pipeline.commit import make_group
 from longtake.pipeline.plan import sources_of
@@ -142,6 +144,49 @@ def test_a_manifest_carries_labels_and_captions_to_the_samples(footage: Path, tm
     ]
     assert seen["class 0"] == {"caption": "a caption of 0", "licence": "free", "manifest": both}
     assert seen[None] == {"caption": "a caption of 1", "licence": None, "manifest": None}
+
+
+def test_captions_and_labels_that_change_reach_loaders_and_views_and_no_tar(
+    footage: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    paths, out = sorted(footage.glob("*.mp4"))[:3], tmp_path / "out"
+
+    def run(*columns: dict[str, Any]) -> str:
+        rows = [{"uri": str(path), **more} for path, more in zip(paths, columns, strict=True)]
+        (tmp_path / "list.json").write_text(json.dumps(rows))
+        shard.run(config(tmp_path / "list.json"), {}, str(out))
+        return capsys.readouterr().err
+
+    def read() -> dict[str, tuple[Any, Any]]:
+        """Label and caption of each source, as batches have them."""
+        told = {}
+        for split in schema.SPLITS:
+            loader = Loader(
+                str(out), split=split, frames=3, size=(32, 32), batch=1, columns=("json", "label"), epochs=1
+            )
+            for batch in loader:
+                name = loader.classes[batch["label"][0]] if batch["label"][0] >= 0 else None
+                told[batch["json"][0]["source"]] = (name, batch["json"][0].get("caption"))
+        return told
+
+    first = run({"label": "x", "caption": "old"}, {"label": "y", "caption": "kept"}, {})
+    assert "other columns" not in first
+    before = hashes(out)
+    assert sorted(read().values(), key=str) == [("x", "old"), ("y", "kept"), (None, None)]
+    said = run({"label": "z", "caption": "new", "fps": 3}, {"label": "y", "caption": "kept"}, {"label": "z"})
+    assert "2 sources have other columns in their manifest than before" in said
+    now = [("y", "kept"), ("z", "new"), ("z", None)]
+    assert sorted(read().values(), key=str) == sorted(now, key=str)
+    assert before.items() <= hashes(out).items(), "no shard is written again"
+    assert "other columns" not in run({"label": "z", "caption": "new", "fps": 3}, {"label": "y", "caption": "kept"}, {})
+    for split in schema.SPLITS:
+        compact.write(str(out), split)
+        labels = {row["source"]: row["label"] for row in compact.table(str(out), split).to_pylist()}
+        assert labels.items() <= {source: label for source, (label, _) in read().items()}.items()
+    assert sorted(read().values(), key=str) == sorted(now, key=str)
+    assert list(layout_problems(str(out))) == []
+    view = curate.Config(kind="curate", dataset="x", balance={"by": "label", "weights": True})
+    assert curate.run(view, {"dataset": str(out)}, str(tmp_path / "view"))["metrics"]["clips_kept"] > 0
 
 
 def test_another_geometry_does_not_mix_into_a_dataset(sharded: Path, footage: Path) -> None:

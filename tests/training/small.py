@@ -85,11 +85,11 @@ def module(kind: str = "mlp", outputs: int = WIDTH) -> nn.Module:
     return made[kind]()
 
 
-def adamw(*modules: nn.Module) -> torch.optim.Optimizer:
+def adamw(*modules: nn.Module, lr: float = 1e-2, betas: tuple[float, float] = (0.9, 0.999)) -> torch.optim.Optimizer:
     """Plain PyTorch's, with the small training's settings: what is a matrix decays, what is a vector does not."""
     parameters = [p for module in modules for p in module.parameters()]
     decays = [{"params": [p for p in parameters if p.ndim > 1]}, {"params": [p for p in parameters if p.ndim < 2]}]
-    return torch.optim.AdamW([decays[0] | {"weight_decay": 0.01}, decays[1] | {"weight_decay": 0.0}], lr=1e-2)
+    return torch.optim.AdamW([decays[0] | {"weight_decay": 0.01}, decays[1] | {"weight_decay": 0.0}], lr, betas)
 
 
 def loss_of(module: Callable[[Tensor], Tensor], x: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:

@@ -673,14 +673,19 @@ def test_a_video_model_resumes_bit_for_bit(dataset: str, tmp_path: Path, group: 
             "steps": 6,
             "batch": 2,
         }
-        settings |= {"lambda_gan": 0.1, "gan_start": 2, "discriminator": {"preset": "patchgan_tiny"}}
+        settings |= {"lambda_gan": 0.1, "gan_start": 1, "gan_warmup": 1, "discriminator": {"preset": "patchgan_tiny"}}
         config = pretrain_vae.Config(kind="pretrain_vae", dataset=dataset, sample_every=0, workers=0, **settings)
         torch.manual_seed(0)
         model = pretrain_vae.begin(config, {})
         train(pretrain_vae.objective(config, model, []), loader(dataset), config, folder, None, stop)
         return checkpoint.trained(folder, config)
 
+    def kept(folder: Path) -> dict[str, Any]:
+        return checkpoint.beside(folder, "discriminator")[1]
+
     straight, asked = fit(tmp_path / "a"), iter(range(9))
     with pytest.raises(Interrupted):
         fit(tmp_path / "b", lambda: next(asked) == 3)
+    assert kept(tmp_path / "b")["gan_squares"][1] > 0, "the discriminator is heard before the stop"
     assert same(straight, fit(tmp_path / "b"))
+    assert kept(tmp_path / "a") == kept(tmp_path / "b")

@@ -22,8 +22,7 @@ import torch
 from torch import nn
 from longtake.datasets.errors import Failure
 from longtake.datasets.loader import Loader, to_model
-from longtake.training import checkpoint, engines
-from longtake.training.config import TrainConfig
+from longtake.training import adversarial, checkpoint, engines
 from longtake.training.loop import Objective, train
 
 dataset, folder, settings, fault = sys.argv[1], Path(sys.argv[2]), json.loads(sys.argv[3]), json.loads(sys.argv[4])
@@ -39,33 +38,39 @@ def loss(name, made, batch, generator):
     real = colours(batch)
     calls[name] = calls.get(name, 0) + 1
     if name == "generator":
+        seeds.append(batch["seed"])
         fake = made["generator"](real)
-        value = (fake - real).square().mean() - 0.1 * made["discriminator"].module(fake).mean()
+        batch["made"] = fake.detach()
+        judge = made["discriminator"]
+        reconstruction = lambda shown: ((shown - real).square().mean(), {})
+        if adversarial.heard(config, state, judge):
+            value, terms = adversarial.generator_loss(config, state, fake, reconstruction, judge.module)
+            weights.append(float(terms["gan_weight"]))
+        else:
+            value, terms = reconstruction(fake)
     else:
-        with torch.no_grad():
-            fake = made["generator"].module(real)
-        judged = made["discriminator"](torch.cat([real, fake]))
-        good, bad = judged.chunk(2)
-        value = torch.relu(1 - good).mean() + torch.relu(1 + bad).mean()
+        value, terms = adversarial.discriminator_loss(config, state, made["discriminator"], real, batch["made"])
     if fault and calls[name] == fault["call"] and torch.distributed.get_rank() == fault["rank"]:
         value = value * float("nan")
     return value, {"loss": value.detach()}
 
-calls = {}
+calls, seeds, weights = {}, [], []
 if __name__ == "__main__":
     with engines.process_group() as (rank, world):
         torch.set_num_threads(1)
-        config = TrainConfig(**settings)
-        made = modules()
+        config = adversarial.GANConfig(**settings)
+        made, state = modules(), adversarial.begin(config)[1]
+        own = {"discriminator": adversarial.settings(config)}
         loader = Loader(dataset, columns=("video",), frames=9, size=(32, 32), batch=config.batch, rank=rank, world=world)
         try:
-            train(Objective(made, loss), loader, config, folder)
+            train(Objective(made, loss, settings=own, state=state), loader, config, folder)
         except Failure as e:
             print(json.dumps({"failure": str(e)}), flush=True)
             sys.exit(1)
-        if rank == 0:
-            weights = checkpoint.Weights(checkpoint.latest(folder))
-            print(json.dumps({name: value.tolist() for name, value in weights.items()}), flush=True)
+        learned = checkpoint.Weights(checkpoint.latest(folder))
+        judge, kept = checkpoint.beside(folder, "discriminator")
+        learned = {name: value.tolist() for name, value in [*learned.items(), *((f"judge.{k}", v) for k, v in judge.items())]}
+        print(json.dumps({"learned": learned, "seeds": seeds, "weights": weights, "state": kept}), flush=True)
 """
 SETTINGS: dict[str, Any] = {
     "steps": 5,
@@ -76,6 +81,10 @@ SETTINGS: dict[str, Any] = {
     "ema_half_lives": [],
     "gradient_clip": 0,
     "schedule": "constant",
+    "gan_start": 0,
+    "gan_warmup": 2,
+    "discriminator_lr": 2e-2,
+    "lambda_lecam": 0.1,
 }
 
 
@@ -106,22 +115,37 @@ def plainly(small: Any, dataset: str) -> dict[str, Any]:
     torch.manual_seed(0)
     generator = nn.Sequential(nn.Linear(27, 8), nn.Tanh(), nn.Linear(8, 27))
     discriminator = nn.Sequential(nn.Linear(27, 8), nn.Tanh(), nn.Linear(8, 1))
-    optimizers = [small.adamw(module) for module in (generator, discriminator)]
+    optimizers = [small.adamw(generator), small.adamw(discriminator, lr=2e-2, betas=(0.5, 0.9))]
     batches = iter(Loader(dataset, columns=("video",), frames=9, size=(32, 32), batch=4))
-    for _ in range(5):
+    squares, weights, average_good, average_bad = [0.0, 0.0], [], 0.0, 0.0
+    for step in range(SETTINGS["steps"]):
         real = to_model(next(batches)["video"]).mean((3, 4)).flatten(1)
         fake = generator(real)
-        loss = (fake - real).square().mean() - 0.1 * discriminator(fake).mean()
+        error, approval = (fake - real).square().mean(), -discriminator(fake).mean()
+        pulls = [torch.autograd.grad(each, fake, retain_graph=True)[0] for each in (error, approval)]
+        weight = 0.0
+        if step >= 2:
+            squares = [0.95 * a + 0.05 * float(pull.square().sum()) for a, pull in zip(squares, pulls, strict=True)]
+            weight = 0.5 * (squares[0] / squares[1]) ** 0.5
+            weights.append(weight)
         optimizers[0].zero_grad()
-        loss.backward()
+        (error + weight * approval).backward()
         optimizers[0].step()
-        with torch.no_grad():
-            fake = generator(real)
-        good, bad = discriminator(torch.cat([real, fake])).chunk(2)
+        good, bad = discriminator(torch.cat([real, fake.detach()])).chunk(2)
+        lecam = (good - average_bad).relu().square().mean() + (average_good - bad).relu().square().mean()
         optimizers[1].zero_grad()
-        (torch.relu(1 - good).mean() + torch.relu(1 + bad).mean()).backward()
+        (0.5 * (torch.relu(1 - good).mean() + torch.relu(1 + bad).mean()) + 0.1 * lecam).backward()
         optimizers[1].step()
-    return {name: value.tolist() for name, value in generator.state_dict().items()}
+        average_good = 0.99 * average_good + 0.01 * float(good.detach().mean())
+        average_bad = 0.99 * average_bad + 0.01 * float(bad.detach().mean())
+    learned = {name: value.tolist() for name, value in generator.state_dict().items()}
+    learned |= {f"judge.{name}": value.tolist() for name, value in discriminator.state_dict().items()}
+    return {"learned": learned, "weights": weights}
+
+
+def assert_close(one: dict[str, Any], other: dict[str, Any]) -> None:
+    for name, value in other.items():
+        assert torch.allclose(torch.tensor(one[name]), torch.tensor(value), atol=1e-6), name
 
 
 @pytest.mark.parametrize("zero_stage", [0, 1, 2, 3])
@@ -130,9 +154,12 @@ def test_two_engines_on_two_processes_learn_what_plain_pytorch_learns(
 ) -> None:
     (code, out, err), other = train(dataset, tmp_path, 2, zero_stage=zero_stage)
     assert not code and not other[0], err + other[2]
-    learned, expected = json.loads(out), plainly(small, dataset)
-    for name, value in expected.items():
-        assert torch.allclose(torch.tensor(learned[name]), torch.tensor(value), atol=1e-6), name
+    found, expected = json.loads(out), plainly(small, dataset)
+    assert_close(found["learned"], expected["learned"])
+    assert found["weights"] == pytest.approx(expected["weights"], rel=1e-4) and len(found["weights"]) == 3
+    second = json.loads(other[1])
+    assert second["weights"] == found["weights"], "all ranks weigh the discriminator alike"
+    assert second["seeds"] == found["seeds"] and len(set(found["seeds"])) == SETTINGS["steps"]
 
 
 @pytest.mark.parametrize("zero_stage", [1, 3])
@@ -143,9 +170,10 @@ def test_training_of_two_engines_goes_on_with_another_number_of_processes(
     for world, steps in ((2, 2), (1, 4), (2, 6)):
         said = train(dataset, tmp_path / "elastic", world, zero_stage=zero_stage, steps=steps)
         assert not any(code for code, *_ in said), said[0][2] + said[-1][2]
-    learned, expected = json.loads(said[0][1]), json.loads(straight[0][1])
-    for name, value in expected.items():
-        assert torch.allclose(torch.tensor(learned[name]), torch.tensor(value), atol=1e-6), name
+    found, expected = json.loads(said[0][1]), json.loads(straight[0][1])
+    assert_close(found["learned"], expected["learned"])
+    assert found["weights"] == pytest.approx(expected["weights"][-2:], rel=1e-4)
+    assert found["state"]["gan_squares"] == pytest.approx(expected["state"]["gan_squares"], rel=1e-4)
 
 
 def test_a_loss_that_is_not_finite_on_one_rank_stops_both_and_names_the_batch(dataset: str, tmp_path: Path) -> None:

@@ -24,17 +24,17 @@ from longtake.datasets.cache import Cache
 from longtake.datasets.errors import UserError
 from longtake.datasets.loader import Loader, Mixture, to_model, to_pixels
 from longtake.datasets.stage import DatasetInput, ModelInput, StageConfig, ViewInput
-from longtake.training import checkpoint, launch, registry, tracker
-from longtake.training.config import ModelName, TrainConfig
+from longtake.training import adversarial, checkpoint, launch, registry, tracker
+from longtake.training.adversarial import GANConfig
+from longtake.training.config import ModelName
 from longtake.training.engines import device
 from longtake.training.loop import Batch, Engines, Objective, train
 from longtake.training.metrics.features import read_file
 from longtake.training.metrics.heldout import evaluate
 from longtake.training.metrics.perceptual import Perceptual, load_perceptual, perceptual_loss
-from longtake.training.models import patchgan
 from longtake.training.models.pv_vae import PVVAE, PVVAEConfig, config_from_preset, frames_of, latent_groups
 
-VERSION = 3
+VERSION = 4
 PRODUCES = "model"
 
 # what the phases differ in; a recipe may change each
@@ -47,7 +47,7 @@ PHASES: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-class Config(TrainConfig):
+class Config(GANConfig):
     """Train PV-VAE on a dataset and register it. `model` is a preset with fields of PVVAEConfig to change.
 
     `phase` sets the defaults that PHASES lists. No weight of a loss is published but where noted; they are assumptions,
@@ -74,9 +74,6 @@ class Config(TrainConfig):
     )
     perceptual_linear: str | None = None  # LPIPS's weights of its channels
     perceptual_frames: int | None = Field(4, ge=1)  # of a clip that it looks at, drawn each time; None takes all
-    lambda_gan: float = Field(0.5, ge=0)  # 0 trains no discriminator
-    discriminator: dict[str, Any] = Field(default_factory=lambda: {"preset": "patchgan"})
-    gan_start: int = Field(5000, ge=0)  # step at which the discriminator begins to learn [paper]
     eval_clips: int = Field(512, ge=1)  # held-out clips that the trained model is measured on, at most
 
     @model_validator(mode="before")
@@ -89,12 +86,6 @@ class Config(TrainConfig):
     def _known(cls, model: dict[str, Any] | None) -> dict[str, Any] | None:
         if model is not None:
             config_from_preset(**({"preset": "pv_vae"} | model))
-        return model
-
-    @field_validator("discriminator")
-    @classmethod
-    def _known_discriminator(cls, model: dict[str, Any]) -> dict[str, Any]:
-        patchgan.config_from_preset(**({"preset": "patchgan"} | model))
         return model
 
     @model_validator(mode="after")
@@ -143,27 +134,39 @@ def check(config: Config, inputs: Mapping[str, StageConfig]) -> None:
         )
 
 
+def warnings(config: Config) -> list[str]:
+    """What to know before the first step."""
+    if not config.lambda_gan or config.perceptual:
+        return []
+    return [
+        "lambda_gan: without `perceptual` nothing but squared errors holds the discriminator's detail to what was there;"
+        " name a feature network in `perceptual`, or set lambda_gan: 0"
+    ]
+
+
 def outside(config: Config) -> str:
     """Changes with the files of the perceptual loss."""
     files = [path for path in (config.perceptual, config.perceptual_linear) if path]
     return " ".join(hashlib.sha256(read_file(path)).hexdigest() for path in files)
 
 
-def objective(config: Config, model: PVVAE, heldout: Iterable[Batch]) -> Objective:
-    """The generator and, where `lambda_gan` asks for one, its discriminator."""
+def objective(config: Config, model: PVVAE, heldout: Iterable[Batch], parent: str | None = None) -> Objective:
+    """The generator and, where `lambda_gan` asks for one, its discriminator, that of `parent` if it fits."""
     modules: dict[str, nn.Module] = {"generator": model}
+    state: dict[str, Tensor] = {}
     if config.lambda_gan:
-        settings = patchgan.config_from_preset(**({"preset": "patchgan"} | config.discriminator))
-        modules["discriminator"] = patchgan.PatchGAN(settings).to(device())
+        modules["discriminator"], state = adversarial.begin(config, parent)
     perceptual = load_perceptual(config.perceptual, config.perceptual_linear, device=device())
     return Objective(
         modules,
-        partial(_loss, config, model.config, perceptual),
+        partial(_loss, config, model.config, perceptual, state),
         sample=partial(_sample, model.config, heldout),
         fps=6,
         tokens=partial(_tokens, model.config),
         blocks=list(model.blocks()),
         starts={"discriminator": config.gan_start},
+        settings={"discriminator": adversarial.settings(config)},
+        state=state,
     )
 
 
@@ -171,6 +174,7 @@ def _loss(
     config: Config,
     vae: PVVAEConfig,
     perceptual: Perceptual | None,
+    state: Mapping[str, Tensor],
     name: str,
     engines: Engines,
     batch: Batch,
@@ -178,36 +182,39 @@ def _loss(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     video = to_model(batch["video"])
     if name == "discriminator":
-        # both in one call: two would be wrong under ZeRO
-        real, fake = engines[name](torch.cat([video, batch["made"]])).float().chunk(2)
-        loss = patchgan.discriminator_loss(real, fake)
-        return loss, {
-            "discriminator": loss.detach(),
-            "judged_real": real.detach().mean(),
-            "judged_made": fake.detach().mean(),
-        }
+        return adversarial.discriminator_loss(config, state, engines[name], video, batch["made"])
     groups = latent_groups(video.shape[2], vae.temporal_stride)
-    # k ~ U{0..floor((G-1) r)} groups are dropped; the first frame always stays
+    # k ~ U{0..floor((G-1) r)} groups are dropped, as many on each rank; the first frame always stays
     most = int((groups - 1) * config.max_drop)
-    dropped = int(torch.randint(most + 1, (), generator=generator, device=generator.device))
+    dropped = int(np.random.default_rng(batch["seed"]).integers(most + 1))
     made, posterior = engines[name](video, visible=groups - dropped, generator=generator)
     made = made.float()
     batch["made"] = made.detach()
-    reconstruction = (made - video).square().mean()
-    motion = (made.diff(dim=2) - video.diff(dim=2)).square().mean() if video.shape[2] > 1 else made.new_zeros(())
+    reconstruction = partial(_reconstruction, config, perceptual, generator, video)
+    judge = engines.get("discriminator")
+    if judge is not None and adversarial.heard(config, state, judge):
+        loss, terms = adversarial.generator_loss(config, state, made, reconstruction, judge.module)
+    else:
+        loss, terms = reconstruction(made)
     kl = posterior.kl().mean()
-    terms = {"reconstruction": reconstruction, "motion": motion, "kl": kl}
-    loss = config.lambda_reconstruction * (reconstruction + config.lambda_motion * motion) + config.lambda_kl * kl
+    loss = loss + config.lambda_kl * kl
+    return loss, {"loss": loss.detach(), "kl": kl.detach()} | terms
+
+
+def _reconstruction(
+    config: Config, perceptual: Perceptual | None, generator: torch.Generator, video: Tensor, made: Tensor
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The losses of what was made of a video: of the frames, of their differences, of how alike they look."""
+    frames = (made - video).square().mean()
+    motion = (made.diff(dim=2) - video.diff(dim=2)).square().mean() if video.shape[2] > 1 else made.new_zeros(())
+    terms = {"reconstruction": frames, "motion": motion}
+    loss = config.lambda_reconstruction * (frames + config.lambda_motion * motion)
     if perceptual:
         terms["perceptual"] = perceptual_loss(
             perceptual, made, video, frames=config.perceptual_frames, generator=generator
         )
         loss = loss + config.lambda_perceptual * terms["perceptual"]
-    # one that has not learned yet has nothing to say
-    if "discriminator" in engines and engines["discriminator"].global_steps:
-        terms["gan"] = patchgan.generator_loss(engines["discriminator"].module(made).float())
-        loss = loss + config.lambda_gan * terms["gan"]
-    return loss, {"loss": loss.detach()} | {term: value.detach() for term, value in terms.items()}
+    return loss, {term: value.detach() for term, value in terms.items()}
 
 
 def _sample(
@@ -235,7 +242,9 @@ def work(config: Config, inputs: Mapping[str, str], folder: Path) -> None:
     loader = _batches(config, inputs, rank, world)
     heldout = _loader(config, inputs, "val", batch=1, last="pad", shuffle=False, epochs=1)
     with tracker.connect(folder) if rank == 0 else nullcontext() as log:
-        made = replace(objective(config, model, heldout), heldout=heldout)
+        # a checkpoint has a discriminator of its own
+        parent = None if checkpoint.latest(folder) else inputs.get("parent")
+        made = replace(objective(config, model, heldout, parent), heldout=heldout)
         train(made, loader, config, folder, log, launch.stop_requested)
 
 
@@ -294,6 +303,10 @@ def _publish(config: Config, inputs: Mapping[str, str], folder: Path, lineage: M
         perceptual = load_perceptual(config.perceptual, config.perceptual_linear, device=device())
         summary = evaluate(model, heldout, seen, config.seed, config.eval_clips, perceptual)
         log.artifacts(seen, "heldout")
+        if config.lambda_gan:
+            judge, state = checkpoint.beside(folder, "discriminator")
+            adversarial.save(Path(scratch) / adversarial.FILE, config, judge, state)
+            log.artifacts(Path(scratch) / adversarial.NAME, adversarial.NAME)
     if config.promote:
         registry.promote(uri)
     used = _loader(config, inputs, "train", batch=1)
