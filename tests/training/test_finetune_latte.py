@@ -389,6 +389,7 @@ def test_from_latents_to_a_served_champion(
     prior = sampling.load_prior("models:/latte@champion")
     assert list(prior.classes) == ["a", "b"] and prior.frames == 9 and prior.settings.guidance == 2.0
     client = mlflow.MlflowClient()
+    assert [m.step for m in client.get_metric_history(store, "heldout/loss")] == [chosen.steps]
     heldout = Path(client.download_artifacts(store, "heldout", str(tmp_path)))
     record = json.loads((heldout / "generated.json").read_text())
     assert record["summary"]["distance"] is None

@@ -328,6 +328,8 @@ def heldout_folder(store: str, tmp_path: Path) -> Path:
 def test_from_a_pretrained_memory_to_a_champion_that_goes_on(
     inputs: dict[str, str], store: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    import mlflow
+
     first = pretrain_memory.Config(**latent_stages.QUICK | {"kind": "pretrain_memory", "classes": True})
     base = pretrain_memory.run(first, inputs, str(tmp_path / "memory"))["uri"]
     monkeypatch.setenv("MLFLOW_RUN_ID", store)
@@ -347,6 +349,7 @@ def test_from_a_pretrained_memory_to_a_champion_that_goes_on(
     result = finetune_memory_prior.run(
         chosen, inputs | {"base": "models:/memory-dit@champion"}, str(tmp_path / "prior")
     )
+    assert mlflow.MlflowClient().get_metric_history(store, "heldout/loss")[-1].step == chosen.steps
     assert result["uri"] == "models:/prior/1" and result["metrics"]["heldout_loss"] > 0
     assert 0 <= result["metrics"]["distance"] <= 2 and "distance_true" in result["metrics"]
     model, facts = registry.load_with_facts("models:/prior@champion")

@@ -8,6 +8,8 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -662,7 +664,7 @@ def test_what_only_says_how_the_work_is_done_may_change_in_the_middle_of_a_run()
     assert content(before) == content(after) != content(TrainConfig(steps=11))
 
 
-def test_a_video_model_resumes_bit_for_bit(dataset: str, tmp_path: Path, group: None) -> None:
+def test_a_video_model_resumes_bit_for_bit(small: Any, dataset: str, tmp_path: Path, group: None) -> None:
     from longtake.training.stages import pretrain_vae
 
     def fit(folder: Path, stop: Callable[[], bool] = lambda: False) -> dict[str, Tensor]:
@@ -677,13 +679,18 @@ def test_a_video_model_resumes_bit_for_bit(dataset: str, tmp_path: Path, group: 
         config = pretrain_vae.Config(kind="pretrain_vae", dataset=dataset, sample_every=0, workers=0, **settings)
         torch.manual_seed(0)
         model = pretrain_vae.begin(config, {})
-        train(pretrain_vae.objective(config, model, []), loader(dataset), config, folder, None, stop)
+        made = replace(pretrain_vae.objective(config, model, []), heldout=list(islice(iter(loader(dataset)), 2)))
+        train(made, loader(dataset), config, folder, log, stop)
         return checkpoint.trained(folder, config)
 
     def kept(folder: Path) -> dict[str, Any]:
         return checkpoint.beside(folder, "discriminator")[1]
 
+    log = small.Log()
     straight, asked = fit(tmp_path / "a"), iter(range(9))
+    # held-out clips have no opponent
+    names = {name for _, row in log.rows for name in row if name.startswith("heldout/")}
+    assert {"heldout/loss", "heldout/reconstruction", "heldout/kl"} <= names and "heldout/gan" not in names
     with pytest.raises(Interrupted):
         fit(tmp_path / "b", lambda: next(asked) == 3)
     assert kept(tmp_path / "b")["gan_squares"][1] > 0, "the discriminator is heard before the stop"

@@ -513,6 +513,7 @@ def test_from_latents_to_a_registered_memory(
         "memory (2x2x2): 2 s of history, 6 steps of 2x3 latents, are 3 tokens, 1.5 a second" in capsys.readouterr().out
     )
     assert result["uri"] == "models:/memory-dit/1"
+    assert [m.step for m in mlflow.MlflowClient().get_metric_history(store, "heldout/loss")] == [chosen.steps]
     assert result["metrics"]["psnr"] > 0 and result["metrics"]["train_clips_without_history"] > 0
     model, facts = registry.load_with_facts("models:/memory-dit@champion")
     assert isinstance(model, MemoryDiT) and not model.training
