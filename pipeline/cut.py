@@ -199,8 +199,10 @@ def _mark_fade(window: deque[_Shown], middle: int) -> None:
             continue
         around = list(window)[max(0, middle - _FADE) : middle + _FADE + 1]
         light = [s.signature.light - _DARKEST if dark else _BRIGHTEST - s.signature.light for s in around]
-        grids = [s.signature.grid for s in around]
         at = min(middle, _FADE)
+        if light[at] >= _GONE * max(light):
+            continue
+        grids = [s.signature.grid for s in around]
         first, last = _ramp(light, grids, at, -1), _ramp(light, grids, at, 1)
         whole = first < at < last and likeness(grids[first], grids[last]) < _ALIKE
         # of one that stays black, or comes out of it, the frames on the way

@@ -9,6 +9,7 @@ import json
 import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -134,7 +135,7 @@ def _cut(
         held.clear()
 
     stream = _counted(frames(path, decoder, tally), limits.max_frames, account, notes)
-    fitting = ((frame, _fitted_frame(clip, limits, frame, unfit)) for frame in stream)
+    fitting = _fitting(stream, clip, limits, unfit)
     try:
         for frame, starts, dropped in shots(_sampled(fitting, float(clip.rate))):
             account["frames_sampled"] += 1
@@ -205,13 +206,25 @@ def _fitted(clip: ClipConfig, limits: LimitsConfig, width: int, height: int, cod
     return scaled, bucket
 
 
-def _fitted_frame(clip: ClipConfig, limits: LimitsConfig, frame: Frame, unfit: Counter[str]) -> Sizes | None:
-    """The same for a frame, whose shape may be another than the first one's; None where it is left out, and counted."""
-    try:
-        return _fitted(clip, limits, *frame.size, frame.image.width * frame.image.height)
-    except Rejected as e:
-        unfit[e.detail] += 1
-        return None
+def _fitting(
+    stream: Iterator[Frame], clip: ClipConfig, limits: LimitsConfig, unfit: Counter[str]
+) -> Iterator[tuple[Frame, Sizes | None]]:
+    """Each frame with the same for its shape, which may change; None for those to leave out, which are counted."""
+
+    @cache
+    def fitted(width: int, height: int, coded_pixels: int) -> Sizes | str:
+        try:
+            return _fitted(clip, limits, width, height, coded_pixels)
+        except Rejected as e:
+            return e.detail
+
+    for frame in stream:
+        sizes = fitted(*frame.size, frame.image.width * frame.image.height)
+        if isinstance(sizes, str):
+            unfit[sizes] += 1
+            yield frame, None
+        else:
+            yield frame, sizes
 
 
 def _sampled(stream: Iterable[tuple[Frame, Sizes | None]], fps: float) -> Iterator[Sampled]:
