@@ -8,7 +8,7 @@ its number alone: resuming opens the tars that come next, at the bytes where the
 import hashlib
 import json
 import signal
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import astuple
 from functools import partial
 from multiprocessing import forkserver, resource_tracker
@@ -59,6 +59,10 @@ class Stream:
             self._state["taken"] += 1
             self.skipped += item.get("skipped", 0)
             yield item
+
+    def at(self, numbers: Iterable[int]) -> Iterator[dict[str, Any]]:
+        """The batches of these numbers, counted from the first epoch on, made in this process; the state stays as it is."""
+        yield from self._plan.make(iter(numbers))
 
     def state_dict(self) -> dict[str, Any]:
         """Where the stream stands: the batch that comes next, and what it is a batch of."""

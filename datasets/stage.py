@@ -42,8 +42,12 @@ class Naming(Scheduling):
     """Marks a config field that says how the result is called: another name makes a stage run, but not begin anew."""
 
 
+class Measuring(Naming):
+    """Marks a config field that says how the result is measured: likewise."""
+
+
 def names(config: StageConfig) -> dict[str, Any]:
-    """The fields marked `Naming`, as plain data."""
+    """The fields marked `Naming` or `Measuring`, as plain data."""
     return config.model_dump(mode="json", include=_marked(config, Naming))
 
 

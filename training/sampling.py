@@ -208,6 +208,22 @@ def generate_videos(
     Raises:
         ValueError: at the call, for what does not fit together.
     """
+    latents = generate_latents(latte, vae, frames, seeds, classes, settings, shape, each_step)
+    made = latents if vae is None else vae.decode_stream(latents, tile=tile)
+    return (_to_array(chunk) for chunk in made)
+
+
+def generate_latents(
+    latte: Latte,
+    vae: PVVAE | None,
+    frames: int,
+    seeds: Sequence[int],
+    classes: Sequence[int] | None = None,
+    settings: Settings | None = None,
+    shape: tuple[int, int, int] | None = None,
+    each_step: Callable[[], object] | None = None,
+) -> Iterator[Tensor]:
+    """What `generate_videos` decodes: chunks `(B, C, t, h, w)`, denormalised, fp32; the videos, where there is no autoencoder."""
     settings = settings or Settings()
     count = latent_frames(frames, vae)
     if vae is not None and vae.config.latent_channels != latte.config.channels:
@@ -215,7 +231,7 @@ def generate_videos(
             f"the prior has {latte.config.channels} channels, the autoencoder {vae.config.latent_channels}"
         )
     guided = classes is not None and any(c != NO_CLASS for c in classes)
-    latents = generate(
+    return generate(
         latte,
         count,
         seeds,
@@ -227,8 +243,11 @@ def generate_videos(
         settings.shift,
         each_step,
     )
-    made = latents if vae is None else vae.decode_stream(latents, tile=tile)
-    return (_to_array(chunk) for chunk in made)
+
+
+def decoded(vae: PVVAE | None, latent: Tensor) -> Tensor:
+    """Latents `(B, C, t, h, w)`, denormalised, as videos `(B, 3, T, H, W)` uint8; they are videos where there is no autoencoder."""
+    return to_pixels(latent if vae is None else torch.cat(list(vae.decode_stream([latent])), dim=2))
 
 
 def whole(chunks: Iterable[np.ndarray]) -> np.ndarray:

@@ -4,13 +4,15 @@ import json
 from pathlib import Path
 from typing import Any
 
+from longtake.infra.report.embed import Pictures
 from longtake.infra.report.heldout import playable
+from longtake.infra.report.measured import measured
 from longtake.infra.report.runs import StageRun
 
 _MOST_BYTES = 4_000_000  # of video in one page
 
 
-def generated(stage: StageRun) -> dict[str, Any] | None:
+def generated(stage: StageRun, keep: Pictures) -> dict[str, Any] | None:
     """The videos, and what was measured; None where the run has none."""
     folder = stage.artifacts / "heldout" if stage.artifacts else None
     if folder is None or not (folder / "generated.json").is_file():
@@ -30,6 +32,7 @@ def generated(stage: StageRun) -> dict[str, Any] | None:
         "summary": summary,
         "scores": _scores(summary),
         "distance": _distance(summary.get("distance")),
+        "measured": measured(stage, summary, keep),
         "videos": videos,
         "left_out": len(record.get("videos", ())) - len(videos),
     }
@@ -42,6 +45,7 @@ def _scores(summary: dict[str, Any]) -> list[tuple[str, float]]:
         ("held-out flow loss, later in clips", summary.get("heldout_loss_later")),
         ("Fréchet distance", distance.get("frechet")),
         ("kernel distance", distance.get("kernel")),
+        ("Fréchet distance of training videos", summary.get("frechet_train")),
     ]
     return [(name, float(value)) for name, value in named if value is not None]
 

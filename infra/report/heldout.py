@@ -1,12 +1,12 @@
 """Held-out reconstructions of a training run, as its `heldout` artifacts hold them."""
 
 import json
-import math
 from pathlib import Path
 from typing import Any
 
 from longtake.datasets import media
-from longtake.infra.report.embed import data_uri
+from longtake.infra.report.embed import Pictures, data_uri
+from longtake.infra.report.measured import measured
 from longtake.infra.report.runs import StageRun
 
 SCORES = {
@@ -17,10 +17,9 @@ SCORES = {
 }
 _MOST_BYTES = 3_000_000  # of video in one page
 _SHOWN_HEIGHT = 220
-_SAME = 0.05  # dB that nobody sees
 
 
-def heldout(stage: StageRun) -> dict[str, Any] | None:
+def heldout(stage: StageRun, keep: Pictures) -> dict[str, Any] | None:
     """The clips with their videos, and the verdict; None where the run has none."""
     folder = stage.artifacts / "heldout" if stage.artifacts else None
     if folder is None or not (folder / "heldout.json").is_file():
@@ -38,15 +37,28 @@ def heldout(stage: StageRun) -> dict[str, Any] | None:
         "stage": stage,
         "summary": record.get("summary", {}),
         "scores": _scores(record.get("summary", {})),
+        "distances": _distances(record.get("summary", {})),
         "panels": record.get("panels", []),
         "clips": clips,
         "left_out": len(record.get("clips", ())) - len(clips),
-        "verdict": verdict(record.get("summary", {}), record.get("clips", [])),
+        "measured": measured(stage, record.get("summary", {}), keep),
     }
 
 
 def _scores(numbers: dict[str, Any]) -> list[tuple[str, float]]:
     return [(name, float(numbers[key])) for key, name in SCORES.items() if numbers.get(key) is not None]
+
+
+def _distances(summary: dict[str, Any]) -> str:
+    """Fréchet and kernel distance of the reconstructions in a sentence; empty where none was measured."""
+    found = summary.get("distance")
+    if not found:
+        return ""
+    few = f" Careful: {found['warning']}." if found.get("warning") else ""
+    return (
+        f"Reconstructions are at a Fréchet distance of {found['frechet']:.4g} and a kernel distance of {found['kernel']:.4g} from"
+        f" their {found['videos_real']} sources, by {found['network']} ({str(found['network_digest'])[:12]}).{few}"
+    )
 
 
 def playable(path: Path) -> dict[str, Any] | None:
@@ -65,23 +77,3 @@ def playable(path: Path) -> dict[str, Any] | None:
         "height": height,
         "shown": min(1150, round(width * _SHOWN_HEIGHT / height)),
     }
-
-
-def verdict(summary: dict[str, Any], clips: list[dict[str, Any]]) -> str | None:
-    """One honest sentence: is predicting the hidden frames better than copying the last visible one?"""
-    predicted, copied = (_number(summary, key) for key in ("psnr_predicted", "psnr_copy_last"))
-    if not (math.isfinite(predicted) and math.isfinite(copied)):
-        return None
-    pairs = [(_number(c, "psnr_predicted"), _number(c, "psnr_copy_last")) for c in clips]
-    wins = sum(a > b for a, b in pairs)
-    gain = predicted - copied
-    if abs(gain) < _SAME:
-        how = "no better and no worse than"
-    else:
-        how = f"{abs(gain):.1f} dB {'better' if gain > 0 else 'worse'} than"
-    first = f"Hidden frames are predicted at {predicted:.1f} dB, {how} copying the last visible frame ({copied:.1f} dB)"
-    return first + (f"; the prediction wins on {wins} of the {len(pairs)} clips." if pairs else ".")
-
-
-def _number(numbers: dict[str, Any], key: str) -> float:
-    return math.nan if numbers.get(key) is None else float(numbers[key])

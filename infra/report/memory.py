@@ -13,6 +13,7 @@ from longtake.datasets.errors import Failure
 from longtake.infra.report import pictures
 from longtake.infra.report.embed import Pictures
 from longtake.infra.report.heldout import playable
+from longtake.infra.report.measured import verdicts
 from longtake.infra.report.runs import StageRun
 
 _MOST_BYTES = 4_000_000  # of video of a stage in one page
@@ -35,6 +36,7 @@ def _retrieved(stage: StageRun, record: dict[str, Any], keep: Pictures) -> dict[
         "stage": stage,
         "summary": summary,
         "memory": memory_of(summary),
+        "verdicts": verdicts(summary),
         "stills": keep.add(f"{stage.name}-retrieved.jpg", stills) if stills else None,
         "curve": keep.add(f"{stage.name}-psnr-by-step.svg", pictures.curve(by_step)) if by_step else None,
         "video": playable(path) if small else None,
@@ -93,6 +95,7 @@ def continued(stage: StageRun) -> dict[str, Any] | None:
         "summary": summary,
         "scores": [(name, float(value)) for name, value in named if value is not None],
         "by_history": [(int(steps), float(loss)) for steps, loss in summary.get("heldout_loss_by_history") or ()],
+        "verdicts": verdicts(summary),
         "by_segment": [float(value) for value in summary.get("distance_by_segment") or ()],
         "videos": videos,
         "left_out": len(record.get("videos", ())) - len(videos),

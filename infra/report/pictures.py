@@ -6,7 +6,7 @@ Each returns the bytes of a file. A plot is an SVG that follows the reader's lig
 import io
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -125,6 +125,34 @@ def curve(points: Sequence[tuple[int, float]]) -> bytes:
     _whole_numbers(axes.xaxis)
     axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
     axes.margins(x=0.01)
+    return _svg(figure)
+
+
+def lines(curves: Mapping[str, Sequence[tuple[int, float]]]) -> bytes:
+    """One or two curves over the same whole numbers, with a legend where there are two."""
+    from matplotlib.ticker import MaxNLocator
+
+    figure, axes = _axes()
+    for (label, points), colour in zip(curves.items(), ("kept", "dropped"), strict=False):
+        x, y = zip(*points, strict=True)
+        axes.plot(x, y, color=_LIGHT[colour], linewidth=1.8, marker="o", markersize=3, label=label)
+    axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+    if len(curves) > 1:
+        axes.legend(frameon=False, fontsize=9, labelcolor=_LIGHT["ink"])
+    return _svg(figure)
+
+
+def paths(kinds: Mapping[str, Sequence[Sequence[tuple[float, float]]]]) -> bytes:
+    """Paths (V, T, 2) of one or two kinds in one plane, a dot at each step, a ring at the first."""
+    figure, axes = _axes()
+    for (label, some), colour in zip(kinds.items(), ("kept", "dropped"), strict=False):
+        for number, path in enumerate(some):
+            x, y = zip(*path, strict=True)
+            name = label if number == 0 else None
+            axes.plot(x, y, color=_LIGHT[colour], linewidth=0.9, marker=".", markersize=3, alpha=0.8, label=name)
+            axes.plot(x[:1], y[:1], color=_LIGHT[colour], marker="o", markersize=5, fillstyle="none")
+    if len(kinds) > 1:
+        axes.legend(frameon=False, fontsize=9, labelcolor=_LIGHT["ink"])
     return _svg(figure)
 
 

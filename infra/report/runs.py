@@ -36,10 +36,15 @@ class StageRun:
 def training(stages: Sequence[StageRun], keep: Pictures) -> list[dict[str, Any]]:
     """A section for every stage with a history: its curves, losses first, and its numbers."""
     return [
-        {"stage": s, "curves": [_curve(s, metric, keep) for metric in sorted(s.history, key=_losses_first)]}
+        {"stage": s, "curves": [_curve(s, metric, keep) for metric in sorted(_by_training_step(s), key=_losses_first)]}
         for s in stages
-        if any(s.history.values())
+        if any(map(s.history.get, _by_training_step(s)))
     ]
+
+
+def _by_training_step(stage: StageRun) -> list[str]:
+    """The metrics with a history, but those of an evaluation by position."""
+    return [metric for metric in stage.history if not metric.startswith("by_step/")]
 
 
 def _losses_first(metric: str) -> tuple[bool, bool, str]:

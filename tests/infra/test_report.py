@@ -15,7 +15,7 @@ from PIL import Image
 from longtake.datasets import footage, index, storage
 from longtake.infra.report import StageRun, build
 from longtake.infra.report.clips import spread
-from longtake.infra.report.heldout import verdict
+from longtake.infra.report.measured import verdicts
 from longtake.infra.report.pictures import curve, running_mean
 from longtake.pipeline.commit import make_group
 from longtake.pipeline.geometry import ClipConfig, FrameDiffConfig, LimitsConfig
@@ -68,6 +68,19 @@ def stages(dataset, view, tmp_path_factory):
     footage.write_video(artifacts / "heldout" / "a-00000.mp4", frames, 12)
     scores = {"psnr_visible": 26.0, "psnr_predicted": 21.0, "psnr_copy_last": 22.5, "psnr_all": 27.0}
     summary = scores | {"clips": 2, "frames": 36, "frames_visible": 9, "split": "val", "seed": 0}
+    against = {
+        "what": "prediction of frames",
+        "trivial": "copying the last <visible> frame",
+        "unit": "dB",
+        "beats": False,
+    }
+    summary |= {"against": [against | {"figure": 21.0, "baseline": 22.5}]}
+    summary |= {"psnr_long": 19.0, "psnr_long_pieces": 20.25, "long_clips": 3, "long_frames": 120}
+    summary |= {
+        "series": {"psnr_by_step": [[0, 22.0], [1, 20.0], [2, 18.0]], "ltd_normalised": [[1, 0.5], [2, 0.75]]},
+        "latents": {"ltd": {"heldout": {}}, "paths": {"heldout": [[[0.0, 0.0], [1.0, 1.0]]]}},
+    }
+    Image.new("RGB", (32, 16)).save(artifacts / "heldout" / "latents.png")
     clips = [{"key": key, "file": f"{key}.mp4", "frames_visible": 9, **scores} for key in ("a-00000", "lost-00000")]
     record = {"summary": summary, "clips": clips, "panels": ["source", "seen", "predicted", "<all visible>"]}
     (artifacts / "heldout" / "heldout.json").write_text(json.dumps(record))
@@ -246,7 +259,11 @@ def test_commands_and_models_are_named(page):
 def test_training_and_heldout_tell_the_truth(page):
     text = text_of(page)
     assert "1 of 2 values are not finite" in text
-    assert "1.5 dB worse than copying the last visible frame" in text
+    assert "Prediction of frames beats copying the last <visible> frame: no, 21.0 against 22.5 dB." in text
+    assert "encoded whole, have 19.0 dB beyond the 36 frames of a training window: 1.2 dB less than in pieces" in text
+    assert page.read_text().count("data:image/png") == 1
+    kept = {p.name for p in (page.parent / "pictures").iterdir()}
+    assert {"vae-PSNR_by_latent_step.svg", "vae-distance_of_latents.svg", "vae-paths.svg", "vae-latents.png"} <= kept
     assert "lost-00000.mp4: no playable video" in text
     assert page.read_text().count("<video") == 1
 
@@ -299,13 +316,23 @@ def test_curves_of_any_length():
 
 
 @pytest.mark.parametrize(
-    ("predicted", "copied", "said"),
-    [(24, 22, "2.0 dB better"), (20, 22, "2.0 dB worse"), (22, 22, "no better and no worse")],
+    ("figure", "baseline", "unit", "beats", "said"),
+    [
+        (24.04, 22.0, "dB", True, "Model beats a copy: yes, 24.0 against 22.0 dB."),
+        (22.0, 22.0, "dB", False, "Model beats a copy: no, 22.0 against 22.0 dB."),
+        (0.86123, 1.5, "", True, "Model beats a copy: yes, 0.8612 against 1.5."),
+    ],
 )
-def test_verdict(predicted, copied, said):
-    scores = {"psnr_predicted": predicted, "psnr_copy_last": copied}
-    assert said in (verdict(scores, [scores]) or "")
-    assert verdict({}, []) is None
+def test_a_verdict_is_one_plain_sentence(figure, baseline, unit, beats, said):
+    found = {
+        "what": "model",
+        "figure": figure,
+        "trivial": "a copy",
+        "baseline": baseline,
+        "unit": unit,
+        "beats": beats,
+    }
+    assert verdicts({"against": [found]}) == [{"beats": beats, "text": said}] and verdicts({}) == []
 
 
 @pytest.mark.skipif(

@@ -204,7 +204,7 @@ def test_the_heldout_loss_is_told_for_windows_that_start_a_clip_and_for_later_on
         lambda _, given, named: told.append((given[0].shape, named.get("start", 0))), with_kwargs=True
     )
     (tmp_path / "heldout").mkdir()
-    summary = finetune_latte._evaluate(
+    summary = finetune_latte._measured(
         chosen,
         inputs,
         data,

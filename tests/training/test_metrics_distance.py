@@ -195,8 +195,9 @@ RANKS = """
 import json, sys
 import torch
 from longtake.training.engines import process_group
-from longtake.training.metrics.distance import gathered, video_distance
+from longtake.training.metrics.distance import video_distance
 from longtake.training.metrics.features import FeatureNetwork
+from longtake.training.metrics.share import gathered
 
 if __name__ == "__main__":
     torch.set_num_threads(1)

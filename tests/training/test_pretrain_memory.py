@@ -229,6 +229,13 @@ def test_a_perfect_memory_reaches_the_bound_of_the_autoencoder(inputs: dict[str,
     assert found["psnr"] == pytest.approx(found["psnr_bound"], abs=1e-3)
     assert found["ssim"] == pytest.approx(found["ssim_bound"], abs=1e-4)
     assert len(found["psnr_by_step"]) == 8 and found["tokens"] == 4 * 1 * 1
+    # a step has 2x3 tokens: there is room for one frame, the middle one
+    for name, kept in (("psnr_copy_last", 28), ("psnr_copy_nearest", 14)):
+        error = (whole[:, :, kept : kept + 1].double() - whole).div(255).square().mean()
+        assert found[name] == pytest.approx(-10 * error.log10().item(), abs=1e-3)
+    assert [(a["figure"], a["baseline"]) for a in found["against"]] == [
+        (found["psnr"], found[name]) for name in ("psnr_copy_last", "psnr_copy_nearest")
+    ]
     shown = clip.decode((tmp_path / "retrieved.mp4").read_bytes())
     assert shown.shape == (29, 64, 48, 3)
     assert abs(shown[:, :32].astype(float) - whole[0].permute(1, 2, 3, 0).numpy()).mean() < 12

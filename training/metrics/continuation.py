@@ -17,6 +17,7 @@ from longtake.training import flow, sampling, segments
 from longtake.training.history import Given, remembered
 from longtake.training.metrics.features import FeatureNetwork, features
 from longtake.training.metrics.retrieval import encoded, whole_groups
+from longtake.training.metrics.trivial import FLOW, comparisons, unit
 from longtake.training.models.memory import repeated
 from longtake.training.models.memory_dit import MemoryDiT
 from longtake.training.models.pv_vae import PVVAE
@@ -26,7 +27,10 @@ _TIMES = 8  # of the flow, at which the loss is measured
 
 @torch.no_grad()
 def heldout_losses(
-    model: MemoryDiT, clips: Iterable[tuple[Given, Tensor | None]], seed: int, scale: Tensor | float = 1.0
+    model: Any,
+    clips: Iterable[tuple[Given, Tensor | None]],
+    seed: int,
+    scale: Tensor | float = 1.0,
 ) -> np.ndarray[Any, Any]:
     """The flow's loss `(clips, times)` of held-out segments, one a batch, given their history; with class ids or None.
 
@@ -54,6 +58,16 @@ def heldout_losses(
     return np.stack(rows)
 
 
+def trivial_losses(model: MemoryDiT, clips: Iterable[tuple[Given, Tensor | None]], seed: int) -> dict[str, float]:
+    """The mean of `heldout_losses` for velocities that know the latents' mean, or their mean and variance, alone."""
+    held = [(given._replace(memory=None), None) for given, _ in clips]
+    still, gaussian = unit(model.config.channels, model.latent_mean)
+    return {
+        "heldout_loss_mean": float(heldout_losses(still, held, seed).mean()),
+        "heldout_loss_gaussian": float(heldout_losses(gaussian, held, seed).mean()),
+    }
+
+
 def evaluate(
     model: MemoryDiT,
     vae: PVVAE,
@@ -62,6 +76,7 @@ def evaluate(
     *,
     losses: np.ndarray[Any, Any],
     by_history: Mapping[int, np.ndarray[Any, Any]],
+    trivial: Mapping[str, float],
     frames: int,
     count: int,
     fps: float,
@@ -78,6 +93,7 @@ def evaluate(
         videos: uint8 `(1, 3, T, H, W)` with class ids or None; the last `frames` of each are what truly came next.
         losses: of `heldout_losses`, of segments with as much history as there is.
         by_history: the same of segments that so many steps came before in their streams.
+        trivial: of `trivial_losses`.
         count: segments to generate.
 
     Returns:
@@ -124,6 +140,7 @@ def evaluate(
         "heldout_loss_by_history": [(begin, float(some.mean())) for begin, some in by_history.items()],
         "heldout_loss_start": float(by_history[0].mean()) if 0 in by_history else None,
         "heldout_loss_later": float(np.mean(later)) if later else None,
+        **trivial,
         "heldout_loss_by_time": losses.mean(0).tolist(),
         "clips": len(losses),
         "videos": len(entries),
@@ -135,6 +152,7 @@ def evaluate(
         "split": "val",
         "seed": seed,
     }
+    summary["against"] = comparisons(FLOW, summary)
     (folder / "continued.json").write_text(json.dumps({"summary": summary, "videos": entries}, indent=2))
     return summary
 

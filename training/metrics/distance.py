@@ -10,10 +10,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
+from longtake.datasets.errors import UserError
 from longtake.training.metrics.features import FeatureNetwork, features
+from longtake.training.metrics.share import gathered
 
 _BLOCK = 4096  # rows of a kernel matrix at a time
 
@@ -47,7 +48,7 @@ def merge(parts: Iterable[Moments]) -> Moments:
     """Moments of all rows together, in one pass and without cancellation (Chan, Golub, LeVeque 1979, eq. 2.1)."""
     total: Moments | None = None
     for part in parts:
-        if total is None:
+        if total is None or not total.count:
             total = part
             continue
         count = total.count + part.count
@@ -93,24 +94,100 @@ def kernel_distance(first: Tensor, second: Tensor) -> float:
     return within - 2 * _kernel_sum(first, second) / (len(first) * len(second))
 
 
-def gathered(rows: Tensor) -> Tensor:
-    """The rows (N, D) of all ranks, in order of rank; N may differ, also be 0. Every rank must call it."""
-    counts = [torch.zeros(1, dtype=torch.int64, device=rows.device) for _ in range(dist.get_world_size())]
-    dist.all_gather(counts, torch.tensor([len(rows)], device=rows.device))
-    padded = rows.new_zeros(max(int(n) for n in counts), rows.shape[1])
-    padded[: len(rows)] = rows
-    held = [torch.empty_like(padded) for _ in counts]
-    dist.all_gather(held, padded)
-    return torch.cat([part[: int(n)] for part, n in zip(held, counts, strict=True)])
+def gathered_moments(part: Moments | None) -> Moments:
+    """The moments of all ranks together; None for a rank that has no rows. Every rank must call it.
+
+    Raises:
+        ValueError: no rank has any.
+    """
+    packed = torch.empty((0, 0), dtype=torch.float64)
+    if part is not None:
+        part = Moments(part.count, part.mean.cpu(), part.scatter.cpu())
+        packed = torch.cat([part.mean.new_tensor([part.count]), part.mean, part.scatter.flatten()])[None]
+    rows = gathered(packed)
+    width = math.isqrt(rows.shape[1])  # of 1 + D + D^2
+    return merge(Moments(int(row[0]), row[1 : width + 1], row[width + 1 :].view(width, width)) for row in rows)
 
 
-def gathered_moments(part: Moments) -> Moments:
-    """The moments of all ranks together. Every rank must call it, with at least one row."""
-    width = len(part.mean)
-    packed = torch.cat([part.mean.new_tensor([part.count]), part.mean, part.scatter.flatten()])[None]
-    return merge(
-        Moments(int(row[0]), row[1 : width + 1], row[width + 1 :].view(width, width)) for row in gathered(packed)
-    )
+class Sample:
+    """Videos of one kind, taken in batch by batch, as a distribution of a network's features.
+
+    With `kernel` all features are kept, 4 bytes a number; else moments alone, whatever the number of videos.
+    """
+
+    def __init__(self, name: str, network: FeatureNetwork, kernel: bool = True) -> None:
+        self.name, self.network, self.kernel = name, network, kernel
+        self.videos = 0
+        self.shape: tuple[int, ...] | None = None  # T, H, W
+        self.moments: Moments | None = None
+        self._rows: list[Tensor] = []
+
+    def add(self, batch: Tensor, times: int = 1) -> None:
+        """Take in (B, 3, T, H, W) in [-1, 1], on the network's device, each so many times. ValueError for another T, H, W."""
+        self.shape = self.shape or tuple(batch.shape[2:])
+        _alike(self.name, tuple(batch.shape[2:]), self.shape)
+        rows = features(self.network, batch).repeat(times, 1)
+        part = moments(rows)
+        self.moments = part if self.moments is None else merge([self.moments, part])
+        self.videos += times * len(batch)
+        if self.kernel:
+            self._rows.append(rows.cpu())
+
+    def rows(self) -> Tensor:
+        """All features (N, D), on the CPU."""
+        return torch.cat(self._rows) if self._rows else torch.empty(0, 0)
+
+    def of_all_ranks(self) -> "Sample":
+        """This kind's videos of all ranks, of which some may have none. Every rank must call it."""
+        total = Sample(self.name, self.network, self.kernel)
+        known = gathered(torch.tensor([[self.videos, *(self.shape or (0, 0, 0))]]))
+        total.videos = int(known[:, 0].sum())
+        for row in known[known[:, 0] > 0].tolist():
+            total.shape = total.shape or tuple(row[1:])
+            _alike(self.name, tuple(row[1:]), total.shape)
+        if total.videos:
+            total.moments = gathered_moments(self.moments)
+            total._rows = [gathered(self.rows())] if self.kernel else []
+        return total
+
+
+def distance(real: Sample, fake: Sample, *, split: str, seed: int) -> dict[str, Any]:
+    """Fréchet (and kernel) distance of two samples, as `video_distance` gives it, which also says what raises."""
+    for side in (real, fake):
+        if side.moments is None:
+            raise ValueError(f"{side.name}: no videos")
+        if side.moments.count < 2:
+            raise ValueError(
+                f"{side.name}: {side.moments.count} sample; a distance between distributions needs at least 2"
+            )
+    assert real.moments and fake.moments and real.shape and fake.shape
+    _alike(fake.name, fake.shape, real.shape)
+    fewest, width = min(real.moments.count, fake.moments.count), len(real.moments.mean)
+    few = f"{fewest} samples for {width} features: the covariance is singular and the value depends on their number"
+    return {
+        "frechet": frechet_distance(real.moments, fake.moments),
+        "kernel": kernel_distance(real.rows(), fake.rows()) if real.kernel and fake.kernel else None,
+        **real.network.record(),
+        "features": width,
+        "frames": real.shape[0],
+        "height": real.shape[1],
+        "width": real.shape[2],
+        "videos_real": real.videos,
+        "videos_fake": fake.videos,
+        "samples_real": real.moments.count,
+        "samples_fake": fake.moments.count,
+        "split": split,
+        "seed": seed,
+        "warning": few if fewest <= width else None,
+    }
+
+
+def heldout_distance(real: Sample, fake: Sample, seed: int) -> dict[str, Any]:
+    """`distance` to held-out videos; UserError where that raises ValueError."""
+    try:
+        return distance(real, fake, split="val", seed=seed)
+    except ValueError as e:
+        raise UserError(f"features: {e}") from e
 
 
 def video_distance(
@@ -131,7 +208,7 @@ def video_distance(
         real, fake: batches (B, 3, T, H, W) in [-1, 1], on the device of the network, all of one T, H and W.
         split, seed: which data the real videos are of, and what the fake ones were drawn with; for the record.
         kernel: also the kernel distance, which keeps all features in memory (4 bytes a number).
-        across_ranks: every rank gives its share, at least one clip of each kind, and gets the value over all of them.
+        across_ranks: every rank gives its share, be it none, and gets the value over all of them.
 
     Returns:
         A flat dict for JSON. `warning` is None, or says that there are too few samples for the covariance.
@@ -139,51 +216,17 @@ def video_distance(
     Raises:
         ValueError: fewer than two samples on a side; clips of unequal shape.
     """
-    shape: tuple[int, ...] | None = None
-    sides: list[tuple[int, Moments, Tensor]] = []
-    for name, batches in (("real", real), ("fake", fake)):
-        clips, total, kept = 0, None, []
+    sides = [Sample("real", network, kernel), Sample("fake", network, kernel)]
+    for side, batches in zip(sides, (real, fake), strict=True):
         for batch in batches:
-            shape = shape or tuple(batch.shape[2:])
-            if tuple(batch.shape[2:]) != shape:
-                raise ValueError(
-                    f"{name}: clips of {tuple(batch.shape[2:])} (T, H, W) beside clips of {shape}; make them alike first"
-                )
-            rows = features(network, batch)
-            part = moments(rows)
-            total = part if total is None else merge([total, part])
-            clips += len(batch)
-            if kernel:
-                kept.append(rows.cpu() if not across_ranks else rows)
-        if total is None:
-            raise ValueError(f"{name}: no videos")
-        stacked = torch.cat(kept) if kernel else torch.empty(0)
-        if across_ranks:
-            clips = int(gathered(total.mean.new_tensor([[clips]])).sum())
-            total, stacked = gathered_moments(total), gathered(stacked).cpu() if kernel else stacked
-        if total.count < 2:
-            raise ValueError(f"{name}: {total.count} sample; a distance between distributions needs at least 2")
-        sides.append((clips, total, stacked))
-    assert shape is not None
-    (clips_real, moments_real, rows_real), (clips_fake, moments_fake, rows_fake) = sides
-    fewest, width = min(moments_real.count, moments_fake.count), len(moments_real.mean)
-    few = f"{fewest} samples for {width} features: the covariance is singular and the value depends on their number"
-    return {
-        "frechet": frechet_distance(moments_real, moments_fake),
-        "kernel": kernel_distance(rows_real, rows_fake) if kernel else None,
-        **network.record(),
-        "features": width,
-        "frames": shape[0],
-        "height": shape[1],
-        "width": shape[2],
-        "videos_real": clips_real,
-        "videos_fake": clips_fake,
-        "samples_real": moments_real.count,
-        "samples_fake": moments_fake.count,
-        "split": split,
-        "seed": seed,
-        "warning": few if fewest <= width else None,
-    }
+            side.add(batch)
+    ours, made = (side.of_all_ranks() if across_ranks else side for side in sides)
+    return distance(ours, made, split=split, seed=seed)
+
+
+def _alike(name: str, shape: tuple[int, ...], first: tuple[int, ...]) -> None:
+    if shape != first:
+        raise ValueError(f"{name}: clips of {shape} (T, H, W) beside clips of {first}; make them alike first")
 
 
 def _same_width(first: Tensor, second: Tensor) -> None:

@@ -34,31 +34,42 @@ def latent_temporal_distance(batches: Iterable[Tensor]) -> dict[str, Any]:
     Raises:
         ValueError: no videos, unequal T, fewer than two steps.
     """
-    sums = norm = bends = torch.zeros(())
-    steps = videos = 0
+    rows: list[Tensor] = []
     for batch in batches:
-        if batch.ndim != 5 or batch.shape[2] < 2 or (steps and batch.shape[2] != steps):
-            wanted = f"T = {steps}" if steps else "T at least 2"
-            raise ValueError(f"LTD needs latents (B, C, T, h, w) with {wanted}, got {tuple(batch.shape)}")
-        steps, videos = batch.shape[2], videos + len(batch)
-        z = batch.double().transpose(1, 2).flatten(2).cpu()  # B T D
-        apart = [(z[:, gap:] - z[:, :-gap]).norm(dim=2).mean(1).sum() for gap in range(1, steps)]
-        sums = sums + torch.stack(apart)
-        norm = norm + z.norm(dim=2).mean(1).sum()
-        if steps > 2:
-            bends = bends + z.diff(n=2, dim=1).norm(dim=2).mean(1).sum()
-    if not videos:
+        if rows and rows[0].shape[1] != batch.shape[2] + 1:
+            raise ValueError(f"LTD needs latents of one T, {rows[0].shape[1] - 1}, got {tuple(batch.shape)}")
+        rows.append(distances(batch))
+    if not rows:
         raise ValueError("LTD needs at least one video")
-    raw, norm = sums / videos, norm / videos
+    return temporal_distance(torch.cat(rows))
+
+
+def distances(latents: Tensor) -> Tensor:
+    """What LTD needs of each video (B, C, T, h, w), T >= 2: (B, T + 1) float64, on the CPU.
+
+    The mean distances of steps 1..T-1 apart, the mean norm of a step, and that of the second differences in time.
+    """
+    if latents.ndim != 5 or latents.shape[2] < 2:
+        raise ValueError(f"LTD needs latents (B, C, T, h, w) with T at least 2, got {tuple(latents.shape)}")
+    z = latents.double().transpose(1, 2).flatten(2).cpu()  # B T D
+    apart = [(z[:, gap:] - z[:, :-gap]).norm(dim=2).mean(1) for gap in range(1, z.shape[1])]
+    bends = z.diff(n=2, dim=1).norm(dim=2).mean(1) if z.shape[1] > 2 else z.new_zeros(len(z))
+    return torch.stack([*apart, z.norm(dim=2).mean(1), bends], dim=1)
+
+
+def temporal_distance(rows: Tensor) -> dict[str, Any]:
+    """`latent_temporal_distance` of the `distances` (V, T + 1) of V videos."""
+    *apart, norm, bends = rows.mean(0)
+    raw = torch.stack(apart)
     return {
         "raw": raw.tolist(),
         "normalised": (raw / norm.clamp_min(1e-12)).tolist(),
         "norm": float(norm),
-        "rising": float((raw.diff() > 0).double().mean()) if steps > 2 else 1.0,
+        "rising": float((raw.diff() > 0).double().mean()) if len(raw) > 1 else 1.0,
         "spearman": spearman(torch.arange(len(raw)), raw),
         "curve_roughness": _ratio(raw.diff(n=2).abs(), raw.diff().abs()),
-        "path_roughness": float(bends / videos / raw[0].clamp_min(1e-12)),
-        "videos": videos,
+        "path_roughness": float(bends / raw[0].clamp_min(1e-12)),
+        "videos": len(rows),
     }
 
 

@@ -12,10 +12,18 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from longtake.training.metrics.distance import merge, moments
-from longtake.training.metrics.motion import follow
+from longtake.training.metrics.distance import Moments, gathered_moments, merge, moments
+from longtake.training.metrics.motion import flow_targets, follow, next_frame_targets, track_targets
+from longtake.training.metrics.share import gathered, place, united
+from longtake.training.metrics.trivial import Against
 
 Pairs = Iterable[tuple[Tensor, Tensor]]
+_TARGETS = (2, 3, 2)  # channels of flow, next frame and tracks
+AGAINST = (
+    Against("probe of flow", "probe_flow_epe", "the mean flow", "probe_flow_epe_baseline", "px", higher=False),
+    Against("probe of the next frame", "probe_next_frame_psnr", "the mean colour", "probe_next_frame_psnr_baseline"),
+    Against("probe of tracks", "probe_tracking_error", "the mean motion", "probe_tracking_error_baseline", "px", False),
+)
 
 
 @dataclass(frozen=True)
@@ -46,25 +54,81 @@ def fit_probe(train: Pairs, ridge: float = 1e-4) -> Probe:
     Raises:
         ValueError: no pairs; shapes that do not fit; features that never change.
     """
+    total: Moments | None = None
+    width = 0
+    for features, targets in train:
+        width = features.shape[1]
+        part = moments_of(features, targets)
+        total = part if total is None else merge([total, part])
+    if total is None:
+        raise ValueError("a probe needs training pairs")
+    return solved(total, width, ridge)
+
+
+def moments_of(features: Tensor, targets: Tensor) -> Moments:
+    """Of features and targets side by side (C + K,), over all steps that have a target and all positions."""
+    seen = _matched(features, targets)
+    both = torch.cat([seen.double(), targets.to(seen.device).double()], 1)
+    return moments(both.movedim(1, -1).flatten(0, -2))
+
+
+def solved(total: Moments, width: int, ridge: float = 1e-4) -> Probe:
+    """The probe on features of `width` channels that `moments_of` its training pairs give; as `fit_probe`."""
     if ridge <= 0:
         raise ValueError(f"ridge must be above 0, got {ridge}")
-    width = 0
-    parts = []
-    for features, targets in train:
-        seen = _matched(features, targets)
-        width = seen.shape[1]
-        both = torch.cat([seen.double(), targets.to(seen.device).double()], 1)
-        parts.append(moments(both.movedim(1, -1).flatten(0, -2)))
-        parts = [merge(parts)]
-    if not parts:
-        raise ValueError("a probe needs training pairs")
-    total = parts[0]
     inside, across = total.scatter[:width, :width], total.scatter[:width, width:]
     strength = ridge * inside.diagonal().mean()
     if not strength > 0:
         raise ValueError("the features never change: there is nothing to fit a probe to")
     weights = torch.linalg.solve(inside + strength * torch.eye(width).to(inside), across)
     return Probe(total.mean[:width], weights, total.mean[width:])
+
+
+def scores(train: Pairs, heldout: Pairs) -> dict[str, float]:
+    """All three probes on features (1, C, t, h, w), fitted to those of training videos (1, 3, T, H, W), scored on held-out ones.
+
+    Each rank gives its share of both, be it none, and gets the scores over all of them. The held-out features are kept.
+
+    Returns:
+        `flow_epe`, `next_frame_psnr`, `tracking_error` and `tracking_within`, each also with `_baseline`.
+
+    Raises:
+        ValueError: what `fit_probe` and the targets refuse.
+    """
+    total, size = None, (0, 0)
+    for features, video in train:
+        part = moments_of(features, torch.cat(_targets(features, video), 1))
+        total = part if total is None else merge([total, part])
+    known = gathered_moments(total)
+    held = list[tuple[Tensor, ...]]()
+    for features, video in heldout:
+        held.append((features.cpu(), *(target.cpu() for target in _targets(features, video))))
+        size = (video.shape[3], video.shape[4])
+    held = list(united(dict(enumerate(held, place()[0] << 32))).values())
+    height, width = (int(side) for side in gathered(torch.tensor([size])).amax(0))
+    probe = solved(known, len(known.mean) - sum(_TARGETS))
+    parts = [
+        Probe(probe.features_mean, weights, mean)
+        for weights, mean in zip(probe.weights.split(_TARGETS, 1), probe.targets_mean.split(_TARGETS), strict=True)
+    ]
+    flow, following, tracks = ([(row[0], row[1 + n]) for row in held] for n in range(3))
+    flow_found, next_found = flow_score(parts[0], flow), next_frame_score(parts[1], following)
+    tracked = tracking_score(parts[2], tracks, (height, width))
+    return {
+        "flow_epe": flow_found["epe"],
+        "flow_epe_baseline": flow_found["baseline"],
+        "next_frame_psnr": next_found["psnr"],
+        "next_frame_psnr_baseline": next_found["baseline"],
+        "tracking_error": tracked["error"],
+        "tracking_error_baseline": tracked["error_baseline"],
+        "tracking_within": tracked["within"],
+        "tracking_within_baseline": tracked["within_baseline"],
+    }
+
+
+def _targets(features: Tensor, video: Tensor) -> list[Tensor]:
+    steps, grid = features.shape[2], (features.shape[3], features.shape[4])
+    return [target(video, steps, grid) for target in (flow_targets, next_frame_targets, track_targets)]
 
 
 def flow_score(probe: Probe, heldout: Pairs) -> dict[str, float]:

@@ -6,7 +6,7 @@ once, a few random ones at a time, as in training. What the autoencoder alone wo
 
 import json
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from longtake.datasets.loader import to_model, to_pixels
 from longtake.training import flow, sampling
 from longtake.training.history import Steps, remembered, retrieve
 from longtake.training.metrics.reconstruction import psnr, ssim
+from longtake.training.metrics.trivial import Against, comparisons
 from longtake.training.models.memory import repeated
 from longtake.training.models.memory_dit import MemoryDiT
 from longtake.training.models.pv_vae import PVVAE
@@ -27,6 +28,11 @@ from longtake.training.models.pv_vae import PVVAE
 _CHUNK = 32  # frames on the device at once
 _SHOWN = 4  # clips in the video to look at
 _TIMES = 8  # of the flow, at which the loss is measured
+FIGURES = ("psnr", "ssim", "psnr_bound", "ssim_bound", "psnr_copy_last", "psnr_copy_nearest", "tokens")
+_AGAINST = (
+    Against("retrieval", "psnr", "copying the last frame", "psnr_copy_last"),
+    Against("retrieval", "psnr", "repeating as many whole frames as fit into the memory", "psnr_copy_nearest"),
+)
 _AT_ONCE = 4  # steps that are retrieved together there
 
 
@@ -124,7 +130,9 @@ def evaluate(
         at_once: steps of the video that are retrieved together.
 
     Returns:
-        `psnr`, `ssim` and `psnr_bound`, `ssim_bound` of the autoencoder alone, means over the videos; `psnr_by_step`
+        `psnr`, `ssim` and `psnr_bound`, `ssim_bound` of the autoencoder alone, means over the videos; `psnr_copy_last` of
+        the last frame, repeated, and `psnr_copy_nearest` of as many true frames, evenly spread and each repeated for those
+        around it, as have no more tokens than the memory (one at least); `psnr_by_step`
         from the oldest on, of as many steps as the shortest video has; `tokens` of a memory, and what was done.
     """
     factor = vae.config.temporal_stride
@@ -137,7 +145,7 @@ def evaluate(
             rows.append(_compared(model, vae, video, made, true.high, write if number < _SHOWN else None))
             rows[-1]["tokens"] = model.config.tokens((true.high.shape[2], *true.high.shape[3:]))
     summary: dict[str, Any] = {
-        name: float(np.mean([row[name] for row in rows])) for name in ("psnr", "ssim", "psnr_bound", "ssim_bound")
+        name: float(np.mean([row[name] for row in rows])) for name in FIGURES if name != "tokens"
     }
     each = [row["psnr_by_step"] for row in rows]
     summary |= {
@@ -153,30 +161,43 @@ def evaluate(
         "split": "val",
         "seed": seed,
     }
+    summary["against"] = comparisons(_AGAINST, summary)
     (folder / "retrieved.json").write_text(json.dumps({"summary": summary, "clips": rows}, indent=2))
     return summary
 
 
 def _compared(model: MemoryDiT, vae: PVVAE, video: Tensor, made: Tensor, true: Tensor, write: Any) -> dict[str, Any]:
     """A video against what is decoded of its retrieved steps, and of its true ones; step by step, in constant memory."""
-    errors: dict[str, list[float]] = {"": [], "_bound": []}
+    errors: dict[str, list[float]] = {"": [], "_bound": [], "_copy_last": [], "_copy_nearest": []}
     likeness: dict[str, float] = {"": 0.0, "_bound": 0.0}
     begin, sizes = 0, []
+    count, kept = video.shape[2], _kept(model, video.shape[2], made.shape)
     for ours, bound in zip(_frames(model, vae, made), _frames(model, vae, true), strict=True):
         source = to_model(video[:, :, begin : begin + ours.shape[2]].to(ours.device))
+        nearest = kept[(torch.arange(begin, begin + ours.shape[2])[:, None] - kept).abs().argmin(1)]
+        copies = {"_copy_last": torch.full_like(nearest, count - 1), "_copy_nearest": nearest}
         begin += ours.shape[2]
         sizes.append(ours.shape[2])
-        for name, frames in (("", ours), ("_bound", bound)):
+        made_of = {"": ours, "_bound": bound}
+        made_of |= {name: to_model(video[:, :, at].to(ours.device)) for name, at in copies.items()}
+        for name, frames in made_of.items():
             errors[name].append(10 ** (-psnr(frames, source).item() / 10))
-            likeness[name] += ssim(frames, source).item() * sizes[-1]
+        for name in likeness:
+            likeness[name] += ssim(made_of[name], source).item() * sizes[-1]
         if write:
             both = torch.cat([to_pixels(source), to_pixels(ours)], dim=3)
             write(both[0].permute(1, 2, 3, 0).cpu().numpy())
     out: dict[str, Any] = {"psnr_by_step": [-10 * math.log10(error) for error in errors[""]]}
     for name, each in errors.items():
         out[f"psnr{name}"] = -10 * math.log10(np.average(each, weights=sizes))
-        out[f"ssim{name}"] = likeness[name] / begin
-    return out
+    return out | {f"ssim{name}": sum_ / begin for name, sum_ in likeness.items()}
+
+
+def _kept(model: MemoryDiT, frames: int, shape: Sequence[int]) -> Tensor:
+    """The numbers of as many frames, evenly spread, as the memory of latents of this shape has room for in tokens; one at least."""
+    config, (steps, height, width) = model.config, shape[2:]
+    count = max(1, config.tokens((steps, height, width)) // (height // config.patch * (width // config.patch)))
+    return ((torch.arange(count) + 0.5) * frames / count).long()
 
 
 @torch.no_grad()

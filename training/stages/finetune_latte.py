@@ -9,7 +9,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
-from itertools import islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Annotated, Any, Literal, NamedTuple
@@ -18,20 +17,25 @@ import numpy as np
 import torch
 from pydantic import Field, field_validator, model_validator
 from torch import Tensor
-from tqdm import tqdm
 
 from longtake.datasets.cache import Cache
 from longtake.datasets.column import Latents
 from longtake.datasets.errors import Failure, UserError
 from longtake.datasets.loader import Loader, to_model
-from longtake.datasets.stage import DatasetInput, Input, ModelInput, StageConfig, ViewInput
+from longtake.datasets.stage import DatasetInput, Input, Measuring, ModelInput, StageConfig, ViewInput
 from longtake.training import checkpoint, flow, latent_data, latte_base, launch, registry, sampling, tracker
-from longtake.training.config import ModelName, TrainConfig
+from longtake.training.config import ModelName
 from longtake.training.engines import device
+from longtake.training.evaluation import EvaluatedConfig, checked_network, emptied, published
 from longtake.training.latent_data import pinned
 from longtake.training.loop import Batch, Engines, Objective, train
-from longtake.training.metrics.features import load_network, read_file
-from longtake.training.metrics.generated import evaluate
+from longtake.training.memory_stage import on_device
+from longtake.training.metrics import trivial
+from longtake.training.metrics.distance import merge, moments
+from longtake.training.metrics.features import read_file
+from longtake.training.metrics.generated import Held, Videos, evaluate
+from longtake.training.metrics.probes import Pairs
+from longtake.training.metrics.share import batches, place
 from longtake.training.models.latte import Latte, LatteConfig, config_from_preset
 from longtake.training.models.pv_vae import PVVAE, Posterior
 
@@ -42,9 +46,11 @@ _FROM_DATA = ("channels", "classes", "shape", "conditioning")  # fields of Latte
 _PRESET = {"preset": "latte_xl"}
 _PIXEL_PATCH = 16
 _SAMPLED = 4  # videos in a sample during training
+_WINDOWS = 16  # of pixels, which their mean and variance are taken of
+_PROBED_AT = 0.25  # time of the flow at which probes see hidden states [assumption]
 
 
-class Config(TrainConfig):
+class Config(EvaluatedConfig):
     """Train Latte on a dataset's latents, or pixels, and register it. `model` is a preset with fields of LatteConfig to change.
 
     With a `base` it goes on from that one: see `training.latte_base` for what is taken of it.
@@ -83,11 +89,8 @@ class Config(TrainConfig):
     sample_steps: int = Field(100, ge=1)  # Euler steps [paper]
     guidance: float = Field(1.0, ge=0)  # of samples with a class; 1 is none [assumption]
     overlap: int = Field(2, ge=1)  # latent steps that a window of a longer video is given [assumption]
-    eval_clips: int = Field(512, ge=1)  # held-out clips that the loss is measured on, at most
-    eval_videos: int = Field(16, ge=1)  # generated at the end, and compared with as many held-out clips
-    features: str | None = (
-        None  # a feature network (see training.metrics.features); without one no distance is measured
-    )
+    # generated at the end, and with `features` compared with as many held-out and training clips
+    eval_videos: Annotated[int, Measuring()] = Field(16, ge=1)
 
     @field_validator("model")
     @classmethod
@@ -280,12 +283,18 @@ def _tokens(latte: LatteConfig, batch: Batch) -> int:
 
 
 def work(config: Config, inputs: Mapping[str, str], folder: Path) -> None:
-    """What each rank does: train from the latest checkpoint in `folder`, and leave the last one there."""
-    rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
-    torch.manual_seed(config.seed)
+    """What each rank does: train from the latest checkpoint in `folder`, leave the last one there, and measure it."""
     torch.distributed.barrier()  # the first rank has pinned the inputs before
     inputs = pinned(inputs, folder)
     data = data_of(config, inputs)
+    checked_network(config, config.frames, data.size())
+    _train(config, inputs, data, folder)
+    _evaluate(config, inputs, data, folder)
+
+
+def _train(config: Config, inputs: Mapping[str, str], data: Data, folder: Path) -> None:
+    rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    torch.manual_seed(config.seed)
     vae = decoder(data, inputs.get("vae", ""))
     each = config.batch // config.accumulate
     options = {"rank": rank, "world": world, "seed": config.seed, "workers": config.workers, "crop": "random"}
@@ -322,12 +331,8 @@ def run(config: Config, inputs: Mapping[str, str], output: str) -> dict[str, Any
 def _publish(config: Config, inputs: Mapping[str, str], folder: Path) -> dict[str, Any]:
     inputs = pinned(inputs, folder)
     data = data_of(config, inputs)
-    vae = decoder(data, inputs.get("vae", ""))
     loader = loader_of(config, inputs, data, "train", batch=1)
     weights = checkpoint.trained(folder, config)
-    latte, _ = model_of(config, inputs, data, loader.classes)
-    latte.load_state_dict(weights)
-    latte.to(device()).eval()
     lineage = latent_data.lineage_of(folder)
     facts = {
         "lineage": lineage,
@@ -340,24 +345,27 @@ def _publish(config: Config, inputs: Mapping[str, str], folder: Path) -> dict[st
     log = tracker.connect(folder, system_metrics=False)
     with TemporaryDirectory() as scratch:
         made = Path(scratch) / "model"
-        registry.save(made, "latte", latte.config.model_dump(mode="json"), weights, facts)
+        model, _ = model_of(config, inputs, data, loader.classes)
+        registry.save(made, "latte", model.config.model_dump(mode="json"), weights, facts)
         uri = registry.register(made, config.name, log.run_id)
-        seen = Path(scratch) / "heldout"
-        seen.mkdir()
-        summary = _evaluate(config, inputs, data, latte, vae, loader.classes, seen)
-        log.artifacts(seen, "heldout")
+        figures = published(folder, "generated.json", log)
     log.close()
     if config.promote:
         registry.promote(uri)
     counts = {"train_clips": loader.samples, "train_clips_too_short": loader.samples_short}
     counts |= {"train_clips_without_latents": loader.samples_without_latent}
-    values = summary | (summary["distance"] or {})
-    names = ("heldout_loss", "heldout_loss_later", "frechet", "kernel")
-    told = {name: values[name] for name in names if values.get(name) is not None}
-    return {"uri": uri, "metrics": {name: float(value) for name, value in (told | counts).items()}}
+    return {"uri": uri, "metrics": figures | {name: float(value) for name, value in counts.items()}}
 
 
-def _evaluate(
+def _evaluate(config: Config, inputs: Mapping[str, str], data: Data, folder: Path) -> None:
+    classes = loader_of(config, inputs, data, "train", batch=1).classes
+    latte, _ = model_of(config, inputs, data, classes)
+    latte.load_state_dict(checkpoint.trained(folder, config))
+    vae = decoder(data, inputs.get("vae", ""))
+    _measured(config, inputs, data, latte.to(device()).eval(), vae, classes, emptied(folder))
+
+
+def _measured(
     config: Config,
     inputs: Mapping[str, str],
     data: Data,
@@ -366,39 +374,70 @@ def _evaluate(
     classes: Sequence[str],
     folder: Path,
 ) -> dict[str, Any]:
-    network = load_network(config.features, device=device()) if config.features else None
-    if network is None:
+    """Measure what has been trained, each rank its share."""
+    network = checked_network(config, config.frames, data.size())
+    if network is None and place()[0] == 0:
         print("evaluate: no Fréchet distance, since `features` names no feature network", flush=True)
-
-    def clips(later: bool) -> Iterator[tuple[Tensor, Tensor | None]]:
-        heldout = _heldout(config, inputs, data, later)
-        count = min(config.eval_clips, heldout.samples)
-        for batch in tqdm(islice(heldout, count), "evaluate", count, unit="clip"):
-            # a clip as long as a window has no later one
-            if bool(batch["start"]) is later:
-                on_device = {k: v.to(device()) if isinstance(v, Tensor) else v for k, v in batch.items()}
-                yield _given(config, data, latte, on_device), batch.get("label")
-
-    def real() -> Iterator[Tensor]:
-        pixels = {"columns": ("video",), "size": data.size(), "batch": 1, "last": "pad", "shuffle": False}
-        for batch in islice(_loader(config, inputs, "val", epochs=1, **pixels), config.eval_videos):
-            yield to_model(batch["video"].to(device()))
-
+    pixels = {"columns": ("video",), "size": data.size(), "batch": 1, "last": "pad"}
+    real = _loader(config, inputs, "val", shuffle=False, epochs=1, **pixels)
     return evaluate(
         latte,
         vae,
-        clips(later=False),
-        clips(later=True),
+        _held(config, inputs, data, latte),
         folder,
-        frames=config.frames,
-        fps=data.fps,
-        count=config.eval_videos,
-        seed=config.seed,
-        settings=config.settings(),
-        classes=classes,
+        Videos(config.frames, data.fps, config.eval_videos, config.seed, config.settings(), classes, config.eval_batch),
+        _trivial(config, inputs, data),
+        latents=config.eval_latents and data.made is not None,
         network=network,
-        real=real(),
+        real=_videos(real, min(config.eval_videos, real.samples)),
+        train=_videos(_loader(config, inputs, "train", seed=config.seed, **pixels), config.eval_videos),
+        probed=_probed(config, inputs, data, latte) if config.eval_probes else None,
     )
+
+
+def _held(config: Config, inputs: Mapping[str, str], data: Data, latte: Latte) -> Iterator[Held]:
+    for later in (False, True):
+        heldout = _heldout(config, inputs, data, later)
+        count = min(config.eval_clips, heldout.samples)
+        for number, batch in batches(heldout, count, "evaluate later windows" if later else "evaluate"):
+            # a clip as long as a window has no later one
+            if bool(batch["start"]) is later:
+                x0 = _given(config, data, latte, on_device(batch))
+                yield Held(number, x0, batch.get("label"), int(batch["start"]))
+
+
+def _videos(loader: Loader, count: int) -> Iterator[Tensor]:
+    for _, batch in batches(loader, count, "compare"):
+        yield to_model(batch["video"].to(device()))
+
+
+def _trivial(config: Config, inputs: Mapping[str, str], data: Data) -> tuple[trivial.Still, trivial.Gaussian]:
+    """Of latents, which are normalised, or of some training windows' pixels."""
+    if data.made:
+        return trivial.unit(data.channels, torch.zeros((), device=device()))
+    windows = loader_of(config, inputs, data, "train", batch=1, seed=config.seed).at(range(_WINDOWS))
+    total = merge(moments(to_model(batch["video"]).transpose(0, 1).flatten(1).T) for batch in windows)
+    std = total.covariance().diagonal().sqrt()
+    return trivial.Still(total.mean.float()), trivial.Gaussian(total.mean.float(), std.float())
+
+
+def _probed(config: Config, inputs: Mapping[str, str], data: Data, latte: Latte) -> tuple[Pairs, Pairs]:
+    """Hidden states of half the blocks [paper: 14 of 28] and videos, of training clips and as many held-out ones."""
+    layer = max(1, latte.config.depth // 2)
+
+    def pairs(split: str) -> Iterator[tuple[Tensor, Tensor]]:
+        columns = ("video", *((data.made.column,) if data.made else ()))
+        order = {"seed": config.seed} if split == "train" else {"shuffle": False, "last": "pad"}
+        loader = _loader(config, inputs, split, columns=columns, size=data.size(), batch=1, **order)
+        for number, batch in batches(loader, min(config.eval_probes, loader.samples), "probe"):
+            there = on_device(batch)
+            x0 = _given(config, data, latte, there)
+            noise = torch.randn(x0.shape, generator=torch.Generator().manual_seed(config.seed + number)).to(x0.device)
+            t = x0.new_full((1,), _PROBED_AT)
+            hidden = latte.features(flow.interpolate(x0, noise, t), t, layer, None, there["start"])
+            yield hidden.float(), to_model(there["video"])
+
+    return pairs("train"), pairs("val")
 
 
 def loader_of(config: Config, inputs: Mapping[str, str], data: Data, split: str, **options: Any) -> Loader:

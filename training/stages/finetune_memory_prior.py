@@ -5,7 +5,7 @@ With `base` a model of `pretrain_memory` is taught to do so; with `model: {memor
 """
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -217,12 +217,12 @@ def run(config: Config, inputs: Mapping[str, str], output: str) -> dict[str, Any
 def _evaluate(config: Config, setup: Setup, folder: Path) -> dict[str, float]:
     model = setup.model
 
+    def clips_of(loader: Loader) -> Iterator[tuple[Given, Tensor | None]]:
+        for batch in islice(loader, min(config.eval_clips, loader.samples)):
+            yield given_to(on_device(batch), model, setup.data.history), batch.get("label")
+
     def losses_of(loader: Loader) -> np.ndarray[Any, Any]:
-        clips = (
-            (given_to(on_device(batch), model, setup.data.history), batch.get("label"))
-            for batch in islice(loader, min(config.eval_clips, loader.samples))
-        )
-        return continuation.heldout_losses(model, clips, config.seed)
+        return continuation.heldout_losses(model, clips_of(loader), config.seed)
 
     heldout = heldout_of(config, setup)
     longest = heldout.longest_stream - setup.data.shape[0]
@@ -239,6 +239,7 @@ def _evaluate(config: Config, setup: Setup, folder: Path) -> dict[str, float]:
         folder,
         losses=losses_of(heldout),
         by_history={begin: losses_of(heldout_of(config, setup, begin)) for begin in begins},
+        trivial=continuation.trivial_losses(model, clips_of(heldout), config.seed),
         frames=config.frames,
         count=config.eval_segments,
         fps=setup.data.fps,
@@ -246,7 +247,15 @@ def _evaluate(config: Config, setup: Setup, folder: Path) -> dict[str, float]:
         settings=Settings(config.sample_steps, config.guidance, config.shift, history_noise=config.sample_noise),
         network=network,
     )
-    told = ("heldout_loss", "heldout_loss_start", "heldout_loss_later", "distance", "distance_true")
+    told = (
+        "heldout_loss",
+        "heldout_loss_mean",
+        "heldout_loss_gaussian",
+        "heldout_loss_start",
+        "heldout_loss_later",
+        "distance",
+        "distance_true",
+    )
     metrics = {name: float(summary[name]) for name in told if summary[name] is not None}
     return metrics | {f"heldout_loss_{begin}_steps": loss for begin, loss in summary["heldout_loss_by_history"]}
 

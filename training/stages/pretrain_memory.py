@@ -181,4 +181,4 @@ def _evaluate(config: Config, setup: Setup, folder: Path) -> dict[str, float]:
         shift=config.shift,
         at_once=config.retrieved,
     )
-    return {name: float(summary[name]) for name in ("psnr", "ssim", "psnr_bound", "ssim_bound", "tokens")}
+    return {name: float(summary[name]) for name in retrieval.FIGURES}

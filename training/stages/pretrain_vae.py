@@ -13,7 +13,7 @@ from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
@@ -23,14 +23,16 @@ from torch import Tensor, nn
 from longtake.datasets.cache import Cache
 from longtake.datasets.errors import UserError
 from longtake.datasets.loader import Loader, Mixture, to_model, to_pixels
-from longtake.datasets.stage import DatasetInput, ModelInput, StageConfig, ViewInput
+from longtake.datasets.stage import DatasetInput, Measuring, ModelInput, StageConfig, ViewInput
+from longtake.datasets.whole import longest
 from longtake.training import adversarial, checkpoint, launch, registry, tracker
 from longtake.training.adversarial import GANConfig
 from longtake.training.config import ModelName
 from longtake.training.engines import device
+from longtake.training.evaluation import EvaluatedConfig, checked_network, emptied, published
 from longtake.training.loop import Batch, Engines, Objective, train
 from longtake.training.metrics.features import read_file
-from longtake.training.metrics.heldout import evaluate
+from longtake.training.metrics.heldout import Frames, evaluate
 from longtake.training.metrics.perceptual import Perceptual, load_perceptual, perceptual_loss
 from longtake.training.models.pv_vae import PVVAE, PVVAEConfig, config_from_preset, frames_of, latent_groups
 
@@ -47,7 +49,7 @@ PHASES: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-class Config(GANConfig):
+class Config(GANConfig, EvaluatedConfig):
     """Train PV-VAE on a dataset and register it. `model` is a preset with fields of PVVAEConfig to change.
 
     `phase` sets the defaults that PHASES lists. No weight of a loss is published but where noted; they are assumptions,
@@ -74,7 +76,9 @@ class Config(GANConfig):
     )
     perceptual_linear: str | None = None  # LPIPS's weights of its channels
     perceptual_frames: int | None = Field(4, ge=1)  # of a clip that it looks at, drawn each time; None takes all
-    eval_clips: int = Field(512, ge=1)  # held-out clips that the trained model is measured on, at most
+    # the longest held-out clips, encoded whole as `cache_latents` does and in pieces: PSNR by position; two passes a frame.
+    # None for single frames
+    eval_long: Annotated[int, Measuring()] = Field(8, ge=0)
 
     @model_validator(mode="before")
     @classmethod
@@ -145,8 +149,8 @@ def warnings(config: Config) -> list[str]:
 
 
 def outside(config: Config) -> str:
-    """Changes with the files of the perceptual loss."""
-    files = [path for path in (config.perceptual, config.perceptual_linear) if path]
+    """Changes with the files of the perceptual loss, and with the feature network."""
+    files = [path for path in (config.perceptual, config.perceptual_linear, config.features) if path]
     return " ".join(hashlib.sha256(read_file(path)).hexdigest() for path in files)
 
 
@@ -235,17 +239,50 @@ def _tokens(vae: PVVAEConfig, batch: Batch) -> int:
 
 
 def work(config: Config, inputs: Mapping[str, str], folder: Path) -> None:
-    """What each rank does: train from the latest checkpoint in `folder`, and leave the last one there."""
+    """What each rank does: train from the latest checkpoint in `folder`, leave the last one there, and measure it."""
+    checked_network(config, config.frames, config.sizes[0])
+    _train(config, inputs, folder)
+    _evaluate(config, inputs, folder)
+
+
+def _train(config: Config, inputs: Mapping[str, str], folder: Path) -> None:
     rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
     torch.manual_seed(config.seed)
     model = begin(config, inputs).to(device())
     loader = _batches(config, inputs, rank, world)
-    heldout = _loader(config, inputs, "val", batch=1, last="pad", shuffle=False, epochs=1)
+    heldout = _heldout(config, inputs)
     with tracker.connect(folder) if rank == 0 else nullcontext() as log:
         # a checkpoint has a discriminator of its own
         parent = None if checkpoint.latest(folder) else inputs.get("parent")
         made = replace(objective(config, model, heldout, parent), heldout=heldout)
         train(made, loader, config, folder, log, launch.stop_requested)
+
+
+def _evaluate(config: Config, inputs: Mapping[str, str], folder: Path) -> None:
+    model = begin(config, inputs)
+    model.load_state_dict(checkpoint.trained(folder, config))
+    model.to(device()).eval()
+    evaluate(
+        model,
+        _heldout(config, inputs),
+        emptied(folder),
+        config.seed,
+        config.eval_clips,
+        load_perceptual(config.perceptual, config.perceptual_linear, device=device()),
+        network=checked_network(config, config.frames, config.sizes[0]),
+        latents=config.eval_latents,
+        whole=_long(config, inputs),
+        probed=_loader(config, inputs, "train", batch=1, seed=config.seed) if config.eval_probes else None,
+        probe_clips=config.eval_probes,
+    )
+
+
+def _long(config: Config, inputs: Mapping[str, str]) -> list[Frames]:
+    """The longest held-out clips that are longer than a window."""
+    least = config.frames * config.stride + 1
+    count = config.eval_long if config.frames > 1 else 0
+    clips = longest(inputs["dataset"], "val", inputs.get("view"), config.sizes[0], count, least, _cache(config))
+    return [partial(clip.frames, config.sizes[0], config.stride) for clip in clips]
 
 
 def begin(config: Config, inputs: Mapping[str, str]) -> PVVAE:
@@ -286,23 +323,15 @@ def run(config: Config, inputs: Mapping[str, str], output: str) -> dict[str, Any
 
 def _publish(config: Config, inputs: Mapping[str, str], folder: Path, lineage: Mapping[str, Any]) -> dict[str, Any]:
     weights = checkpoint.trained(folder, config)
-    model = begin(config, inputs)
-    model.load_state_dict(weights)
-    model.to(device()).eval()
     with tracker.connect(folder, system_metrics=False) as log, tempfile.TemporaryDirectory() as scratch:
         made = Path(scratch) / "model"
         facts = {
             "lineage": lineage,
             "window": {"frames": config.frames, "stride": config.stride, "size": list(config.sizes[0])},
         }
-        registry.save(made, "pv_vae", model.config.model_dump(mode="json"), weights, facts)
+        registry.save(made, "pv_vae", begin(config, inputs).config.model_dump(mode="json"), weights, facts)
         uri = registry.register(made, config.name, log.run_id)
-        seen = Path(scratch) / "heldout"
-        seen.mkdir()
-        heldout = _loader(config, inputs, "val", batch=1, last="pad", shuffle=False, epochs=1)
-        perceptual = load_perceptual(config.perceptual, config.perceptual_linear, device=device())
-        summary = evaluate(model, heldout, seen, config.seed, config.eval_clips, perceptual)
-        log.artifacts(seen, "heldout")
+        figures = published(folder, "heldout.json", log)
         if config.lambda_gan:
             judge, state = checkpoint.beside(folder, "discriminator")
             adversarial.save(Path(scratch) / adversarial.FILE, config, judge, state)
@@ -315,7 +344,7 @@ def _publish(config: Config, inputs: Mapping[str, str], folder: Path, lineage: M
         "train_clips_too_short": float(used.samples_short),
         "train_clips_too_small": float(used.samples_small),
     }
-    return {"uri": uri, "metrics": {k: v for k, v in summary.items() if isinstance(v, float)} | counts}
+    return {"uri": uri, "metrics": figures | counts}
 
 
 def _batches(config: Config, inputs: Mapping[str, str], rank: int, world: int) -> Loader | Mixture:
@@ -333,6 +362,14 @@ def _batches(config: Config, inputs: Mapping[str, str], rank: int, world: int) -
     return Mixture(parts, seed=config.seed, workers=config.workers)
 
 
+def _heldout(config: Config, inputs: Mapping[str, str]) -> Loader:
+    return _loader(config, inputs, "val", batch=1, last="pad", shuffle=False, epochs=1)
+
+
+def _cache(config: Config) -> Cache | None:
+    return Cache(config.cache.folder, config.cache.max_bytes) if config.cache else None
+
+
 def _loader(config: Config, inputs: Mapping[str, str], split: str, **options: Any) -> Loader:
     settings: dict[str, Any] = {
         "view": inputs.get("view"),
@@ -340,6 +377,6 @@ def _loader(config: Config, inputs: Mapping[str, str], split: str, **options: An
         "frames": config.frames,
         "stride": config.stride,
         "size": config.sizes[0],
-        "cache": Cache(config.cache.folder, config.cache.max_bytes) if config.cache else None,
+        "cache": _cache(config),
     }
     return Loader(inputs["dataset"], split, **settings | options)

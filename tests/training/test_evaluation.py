@@ -1,0 +1,201 @@
+"""Evaluations: the same on any number of ranks, whole clips in a stream, and networks refused before training."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from longtake.datasets import index, stage
+from longtake.datasets.errors import UserError
+from longtake.datasets.loader import Loader
+from longtake.datasets.whole import longest
+from longtake.training import evaluation
+from longtake.training.metrics.heldout import by_position
+from longtake.training.models.pv_vae import PVVAE, config_from_preset
+
+MEASURE = """
+import json, sys
+from pathlib import Path
+import torch
+import torch.distributed as dist
+from longtake.training.metrics import generated, heldout, trivial
+from longtake.training.metrics.features import FeatureNetwork
+from longtake.training.metrics.generated import Held, Videos
+from longtake.training.models import latte
+from longtake.training.models.pv_vae import PVVAE, config_from_preset
+from longtake.training.sampling import Settings
+
+def random(*shape, seed):
+    return torch.rand(*shape, generator=torch.Generator().manual_seed(seed)) * 2 - 1
+
+class Clips:
+    samples = 3
+
+    def at(self, numbers):
+        for n in numbers:
+            yield {"key": [f"clip-{n}"], "video": ((random(1, 3, 9, 32, 32, seed=n) + 1) * 127.5).round().to(torch.uint8)}
+
+def shown(n):
+    return lambda: iter(((random(21, 32, 32, 3, seed=n) + 1) * 127.5).to(torch.uint8).numpy())
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    folder, batch, rank, world = Path(sys.argv[1]), *map(int, sys.argv[2:])
+    if world > 1:
+        dist.init_process_group("gloo", rank=rank, world_size=world)
+    torch.manual_seed(0)
+    vae = PVVAE(config_from_preset("pv_vae_tiny", latent_channels=8, encoder_width=8, decoder_width=8)).eval()
+    prior = latte.Latte(latte.config_from_preset("latte_tiny", depth=2, width=32, heads=2, channels=8, shape=(3, 2, 2))).eval()
+    for p in (*vae.parameters(), *prior.parameters()):
+        if not p.any():
+            torch.nn.init.normal_(p, std=0.05)
+    colours = FeatureNetwork("colours", "d", "bytes", None, videos=lambda v: v.mean((2, 3, 4)))
+    mine = range(rank, 3, world)
+    made = generated.evaluate(
+        prior, vae,
+        (Held(n, random(1, 8, 3, 2, 2, seed=n), None, start) for start in (0, 4) for n in mine),
+        folder, Videos(9, 8.0, 5, 0, Settings(2), (), batch), trivial.unit(8, torch.zeros(())),
+        latents=True, network=colours,
+        real=(random(1, 3, 9, 32, 32, seed=10 + n) for n in mine),
+        train=(random(1, 3, 9, 32, 32, seed=20 + n) for n in mine),
+        probed=tuple([(vae.encode(v).mode().detach(), v) for v in (random(1, 3, 9, 32, 32, seed=s + n) for n in mine)] for s in (30, 40)),
+    )
+    seen = heldout.evaluate(
+        vae, Clips(), folder, 0, 3, network=colours, latents=True, whole=[shown(n) for n in range(3)], probed=Clips(), probe_clips=2
+    )
+    print(json.dumps({"made": made, "seen": seen}), flush=True)
+"""
+
+
+def measured(folder: Path, batch: int, world: int) -> list[dict[str, Any]]:
+    """What each rank is told."""
+    folder.mkdir()
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        environment = os.environ | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+    command = [sys.executable, "-P", "-c", MEASURE, str(folder), str(batch)]
+    ranks = [
+        subprocess.Popen([*command, str(rank), str(world)], env=environment, stdout=subprocess.PIPE, text=True)
+        for rank in range(world)
+    ]
+    said = [rank.communicate(timeout=300)[0] for rank in ranks]
+    assert not any(rank.returncode for rank in ranks)
+    return [json.loads(next(line for line in text.splitlines() if line.startswith("{"))) for text in said]
+
+
+def alike(one: Any, other: Any) -> None:
+    """The same but for the last digits of numbers."""
+    if isinstance(one, dict):
+        assert one.keys() == other.keys()
+        for key in one:
+            alike(one[key], other[key])
+    elif isinstance(one, list):
+        assert len(one) == len(other)
+        for pair in zip(one, other, strict=True):
+            alike(*pair)
+    elif isinstance(one, float):
+        assert one == pytest.approx(other, rel=1e-3, abs=1e-3)
+    else:
+        assert one == other
+
+
+@pytest.mark.slow
+def test_ranks_and_batches_change_neither_videos_nor_figures(tmp_path: Path) -> None:
+    alone, *_ = measured(tmp_path / "alone", 2, 1)
+    first, second = measured(tmp_path / "pair", 2, 2)
+    other, *_ = measured(tmp_path / "other", 5, 1)
+    assert first == second
+    alike(first, alone)
+    alike(other, alone)
+    files = {path.name: path.read_bytes() for path in (tmp_path / "alone").iterdir() if path.suffix == ".mp4"}
+    assert len(files) == 3 + 5 + 1
+    assert files == {name: (tmp_path / "pair" / name).read_bytes() for name in files}
+    made, seen = alone["made"], alone["seen"]
+    assert made["videos"] == 5 and made["clips"] == 3 and made["distance"]["videos_fake"] == 5
+    assert (
+        made["frechet"] > 0 and {"frechet_train", "frechet_mean_video", "probe_flow_epe", "ltd_rising"} <= made.keys()
+    )
+    assert {"reconstruction_frechet", "psnr_long", "probe_tracking_error", "ltd_spearman"} <= seen.keys()
+    assert seen["long_frames"] == 21 and len(seen["series"]["psnr_by_step"]) == 6
+    names = {path.name for path in (tmp_path / "pair").iterdir()}
+    assert {"heldout.json", "generated.json", "latents.png", "paths.png"} <= names
+
+
+def test_whole_clips_are_the_longest_and_as_the_loader_shows_them(dataset: str) -> None:
+    lengths = sorted(index.read_all(dataset, "val")["frame_count"].to_pylist(), reverse=True)
+    clips = longest(dataset, "val", None, (32, 32), 3, 2)
+    assert [clip.row["frame_count"] for clip in clips] == lengths[:3]
+    assert not longest(dataset, "val", None, (32, 32), 3, lengths[0] + 1)
+    assert not longest(dataset, "val", None, (512, 32), 3, 2)
+    windows = Loader(
+        dataset,
+        "val",
+        columns=("video",),
+        frames=5,
+        stride=2,
+        size=(32, 32),
+        batch=1,
+        last="pad",
+        epochs=1,
+        shuffle=False,
+    )
+    seen = {batch["key"][0]: batch["video"][0].permute(1, 2, 3, 0).numpy() for batch in windows}
+    for clip in clips:
+        frames = np.stack(list(clip.frames((32, 32), 2)))
+        assert len(frames) == -(-clip.row["frame_count"] // 2)
+        np.testing.assert_array_equal(frames[:5], seen[clip.row["key"]])
+
+
+def test_the_batches_of_given_numbers_are_those_of_the_stream(dataset: str) -> None:
+    loader = Loader(dataset, "val", columns=("video",), frames=5, size=(32, 32), batch=1, last="pad", epochs=1)
+    straight = [batch["key"] for batch in loader]
+    assert [batch["key"] for batch in loader.at([2, 0])] == [straight[2], straight[0]]
+
+
+def test_a_clip_that_fits_a_window_is_the_same_whole_and_in_pieces() -> None:
+    torch.manual_seed(0)
+    model = PVVAE(config_from_preset("pv_vae_tiny", latent_channels=8, encoder_width=8, decoder_width=8)).eval()
+    video = np.random.default_rng(0).integers(0, 256, (13, 32, 32, 3), np.uint8)
+    assert by_position(model, [lambda: iter(video[:9])], 9) == ({}, {})
+    found, series = by_position(model, [lambda: iter(video), lambda: iter(video[:11])], 9)
+    assert found["long_clips"] == 2 and found["long_frames"] == 13
+    assert series["clips_by_step"] == [(0, 2.0), (1, 2.0), (2, 2.0), (3, 2.0)]
+    whole, pieces = (np.array(series[name])[:, 1] for name in ("psnr_by_step", "psnr_by_step_pieces"))
+    np.testing.assert_allclose(whole[:3], pieces[:3], atol=0.01)
+    assert whole[3] != pieces[3]
+    made = model.reconstruct(torch.from_numpy(video).permute(3, 0, 1, 2)[None] / 127.5 - 1)[0].permute(1, 2, 3, 0)
+    error = ((made.numpy() + 1) * 127.5 - video)[9:] / 255
+    assert by_position(model, [lambda: iter(video)], 9)[0]["psnr_long"] == pytest.approx(
+        -10 * np.log10(np.square(error).mean()), abs=0.01
+    )
+
+
+def config(**changes: Any) -> evaluation.EvaluatedConfig:
+    return evaluation.EvaluatedConfig(**changes)
+
+
+def test_a_network_that_takes_no_such_videos_is_refused_in_one_line(tmp_path: Path) -> None:
+    network = torch.jit.script(nn.Sequential(nn.Conv2d(3, 2, 40), nn.AdaptiveAvgPool2d(1)))
+    network.save(str(tmp_path / "features.pt"))
+    chosen = config(features=str(tmp_path / "features.pt"))
+    assert evaluation.checked_network(chosen, 5, (64, 64)) and evaluation.checked_network(config(), 5, (64, 64)) is None
+    with pytest.raises(UserError, match="takes no videos of 5 frames of 32x32") as e:
+        evaluation.checked_network(chosen, 5, (32, 32))
+    assert "\n" not in str(e.value)
+    with pytest.raises(UserError, match="no such file"):
+        evaluation.checked_network(config(features=str(tmp_path / "none.pt")), 5, (64, 64))
+
+
+def test_another_evaluation_runs_a_stage_again_and_trains_nothing() -> None:
+    for changes in ({"features": "x.pt"}, {"eval_clips": 7}, {"eval_latents": False}, {"eval_probes": 4}):
+        assert stage.content(config(**changes)) == stage.content(config())
+        assert stage.names(config(**changes)) != stage.names(config())
+    assert stage.names(config(eval_batch=1)) == stage.names(config())
