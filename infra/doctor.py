@@ -16,7 +16,7 @@ from email.utils import parsedate_to_datetime
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from longtake.datasets import storage
+from longtake.datasets import environment, storage
 from longtake.datasets.errors import Failure, UserError
 from longtake.datasets.masking import shown
 from longtake.infra import machine
@@ -44,6 +44,7 @@ def examine(
     uri = os.environ.get("MLFLOW_TRACKING_URI") or ("" if recipe is None else "sqlite in the workspace")
     checks: dict[str, Callable[[], Iterator[Line]]] = {
         "versions": machine.versions,
+        "environment": surroundings,
         "accelerators": machine.accelerators,
         "shared memory": machine.shared_memory,
         "memory": machine.memory,
@@ -69,6 +70,25 @@ def examine(
             yield from check()
         except Exception as e:  # a check that breaks is a finding, whatever broke it
             yield Line("fail", name, shown(f"{type(e).__name__}: {' '.join(str(e).split())[:300]}"), "see the message")
+
+
+def surroundings() -> Iterator[Line]:
+    """What a scheduler or a shell has left in the environment."""
+    try:
+        rank, world = environment.ranks()
+        threads = environment.threads()
+    except UserError as e:
+        yield Line("fail", "environment", str(e), "see the message")
+        return
+    if world > 1:
+        yield Line("ok", "environment", f"a launcher has started this process as rank {rank} of {world}")
+    if wrong := environment.silent_ray(os.environ.get("RAY_ADDRESS") or "local"):
+        yield Line("fail", "environment", wrong, "see the message")
+    elif folder := environment.long_folder():
+        says = f"{folder}: is too long a path for Ray's sockets, which will lie in /tmp"
+        yield Line("warn", "environment", says, "set RAY_TMPDIR to a short folder of your own")
+    else:
+        yield Line("ok", "environment", f"OMP_NUM_THREADS {threads or 'not set'}, nothing in Ray's way")
 
 
 # Servers and storage.

@@ -10,6 +10,7 @@ from typing import Any
 
 from pydantic import Field
 
+from longtake.datasets import environment
 from longtake.datasets.errors import Failure, UserError
 from longtake.datasets.stage import StageConfig
 
@@ -41,7 +42,7 @@ def connected(stage: str, task: "TaskConfig | None" = None) -> Iterator[Any]:
     Raises:
         UserError: no node of the cluster has room for a task, or RAY_ADDRESS does not answer.
     """
-    address = os.environ.get("RAY_ADDRESS") or "local"
+    address = environment.ray_address()
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     if address == "local" and "RAY_AUTH_MODE" not in os.environ:
         # else Ray writes a token of its own into the home folder

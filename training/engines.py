@@ -5,6 +5,7 @@ import logging
 import os
 import re
 import sys
+import threading
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -14,10 +15,14 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.rendezvous import rendezvous
 
-from longtake.datasets.errors import UserError
+from longtake.datasets import environment
+from longtake.datasets.errors import Failure, UserError
 from longtake.training import lora
 from longtake.training.config import TrainConfig
+
+_SILENT = 10.0  # seconds that ranks wait for each other before they say so
 
 
 def deepspeed_config(config: TrainConfig, world: int, universal: bool = False) -> dict[str, Any]:
@@ -65,6 +70,7 @@ def process_group(stall_seconds: float = 1800.0) -> Iterator[tuple[int, int]]:
     Raises:
         UserError: MASTER_PORT is taken.
     """
+    rank, world = environment.ranks()
     gpu = torch.cuda.is_available()
     if not gpu:
         os.environ["DS_ACCELERATOR"] = "cpu"
@@ -77,28 +83,65 @@ def process_group(stall_seconds: float = 1800.0) -> Iterator[tuple[int, int]]:
         yield torch.distributed.get_rank(), torch.distributed.get_world_size()
         return
     backend = "nccl" if gpu else "gloo"
-    launched = "WORLD_SIZE" in os.environ and "MASTER_ADDR" in os.environ
+    # one process alone needs no port, whatever else its scheduler has set
+    launched = world > 1
     # the watchdog of the loop speaks first, and says who is missing
     patience = timedelta(seconds=1.5 * stall_seconds + 30)
+    alone = {"RANK": "0", "LOCAL_RANK": os.environ.get("LOCAL_RANK", "0"), "WORLD_SIZE": "1"}
+    before = {name: os.environ.get(name) for name in alone}
     if launched:
-        try:
-            torch.distributed.init_process_group(backend, timeout=patience)
-        except torch.distributed.DistNetworkError as e:
-            port = os.environ.get("MASTER_PORT")
-            raise UserError(
-                f"MASTER_PORT={port}: cannot be used ({str(e).splitlines()[0]}); set MASTER_PORT to a free port"
-            ) from e
+        shared = _joined(rank, world, patience)
+        torch.distributed.init_process_group(backend, store=shared, rank=rank, world_size=world, timeout=patience)
     else:
-        os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
+        os.environ |= alone
         torch.distributed.init_process_group(backend, store=torch.distributed.HashStore(), rank=0, world_size=1)
     try:
         yield torch.distributed.get_rank(), torch.distributed.get_world_size()
         _leave()
     finally:
         _destroy_group()
-        if not launched:
-            for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
+        for name, value in before.items():
+            if value is None and not launched:
                 del os.environ[name]
+
+
+def _joined(rank: int, world: int, patience: timedelta) -> torch.distributed.Store:
+    """The ranks' store once all have come. Waits in a thread, so that signals are heard, and says what it waits for.
+
+    Raises:
+        UserError: MASTER_PORT is taken.
+        Failure: the others have not come.
+    """
+    place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+    outcome: list[Any] = []
+
+    def join() -> None:
+        try:
+            outcome.append(next(rendezvous("env://", rank, world, timeout=patience))[0])
+        except BaseException as e:
+            outcome.append(e)
+
+    thread = threading.Thread(target=join, daemon=True)
+    thread.start()
+    thread.join(_SILENT)
+    if not outcome:
+        print(f"training: rank {rank} waits for the others of {world} at {place}", file=sys.stderr, flush=True)
+    while not outcome:
+        thread.join(0.5)
+    if isinstance(outcome[0], torch.distributed.DistNetworkError):
+        port = os.environ.get("MASTER_PORT")
+        raise UserError(
+            f"MASTER_PORT={port}: cannot be used ({str(outcome[0]).splitlines()[0]}); set MASTER_PORT to a free port"
+        ) from outcome[0]
+    if isinstance(outcome[0], torch.distributed.DistError):
+        raise Failure(
+            f"training: rank {rank} did not meet the others of {world} at {place} ({str(outcome[0]).splitlines()[0]})"
+        ) from outcome[0]
+    if isinstance(outcome[0], BaseException):
+        raise outcome[0]
+    # as init_process_group does with a store that it opens itself
+    outcome[0].set_timeout(patience)
+    return torch.distributed.PrefixStore("default_pg", outcome[0])
 
 
 def _leave(seconds: float = 60.0) -> None:

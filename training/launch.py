@@ -18,11 +18,13 @@ import signal
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
 
+from longtake.datasets import environment
 from longtake.datasets.errors import Failure, Interrupted, UserError
 from longtake.training import preflight, torchrun
 from longtake.training.config import LaunchConfig, TrainConfig
@@ -53,7 +55,7 @@ _end_group: Callable[[], None] | None = None  # of the ranks that a launcher has
 
 def launched() -> bool:
     """Whether torchrun, the deepspeed launcher or the like has started this process beside others."""
-    return int(os.environ.get("WORLD_SIZE", "1")) > 1
+    return environment.ranks()[1] > 1
 
 
 def run(module: str, config: TrainConfig, inputs: Mapping[str, str], folder: Path) -> bool:
@@ -171,6 +173,9 @@ def share(make: Callable[[], T]) -> T:
 
     store = engines.store()
     if os.environ["RANK"] != "0":
+        while not store.check([_SHARED]):
+            # waiting in the store itself would be deaf to signals
+            time.sleep(0.05)
         value = json.loads(store.get(_SHARED))
         if value is None:
             raise Said(Error("Failure", "rank 0 has failed"))
@@ -309,7 +314,7 @@ def _dead(ray: Any, failure: BaseException | None) -> dict[int, str]:
 @contextlib.contextmanager
 def _cluster(how: LaunchConfig) -> Iterator[Any]:
     """The `ray` module, connected. Raises UserError where the processes and one spare CPU do not fit in."""
-    address = os.environ.get("RAY_ADDRESS") or "local"
+    address = environment.ray_address()
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     if address == "local" and "RAY_AUTH_MODE" not in os.environ:
         # else Ray writes a token of its own into the home folder

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from longtake.datasets import environment
 from longtake.datasets.errors import Failure, Interrupted, UserError
 from longtake.training.config import TrainConfig
 
@@ -63,7 +64,7 @@ def work(job: Job) -> None:
 
     module = importlib.import_module(job.module)
     config = module.Config.model_validate(job.config)
-    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS") or share_of_cpus(_processes_here())))
+    torch.set_num_threads(environment.threads() or share_of_cpus(_processes_here()))
     with process_group(config.stall_seconds):
         module.work(config, job.inputs, Path(job.folder))
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import click
 
+from longtake.datasets import environment
 from longtake.datasets.errors import Failure, Interrupted, UserError
 from longtake.datasets.masking import shown
 from longtake.infra.cli import dataset, generate, housekeeping, models, promote, recipe, reconstruct, retrieve, submit
@@ -53,6 +54,7 @@ for command in (
 
 def main() -> None:
     """Entry point: our errors are one line and an exit code, never a stack trace."""
+    environment.tidy()
     signal.signal(signal.SIGTERM, _stop)
     came = _signals_noted()
     code = _guarded(lambda: cli(standalone_mode=False))

@@ -2,6 +2,7 @@
 
 import json
 import os
+import socket
 import subprocess
 import sys
 import time
@@ -359,3 +360,44 @@ def test_room_is_counted_node_by_node_and_one_cpu_stays_free() -> None:
     assert not fits([{"CPU": 2.0}] * 4, processes=2, cpus=3)
     assert fits([{"CPU": 8.0, "GPU": 4.0}] * 2, processes=8, gpus=1)
     assert not fits([{"CPU": 8.0, "GPU": 4.0}] * 2, processes=9, gpus=1)
+
+
+def test_one_process_of_a_pytorchjob_needs_neither_a_port_nor_a_local_rank(monkeypatch: pytest.MonkeyPatch) -> None:
+    from longtake.training.engines import process_group
+
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        place = {"WORLD_SIZE": "1", "RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(taken.getsockname()[1])}
+        for name, value in place.items():
+            monkeypatch.setenv(name, value)
+        monkeypatch.delenv("LOCAL_RANK", raising=False)
+        with process_group() as found:
+            assert found == (0, 1) and os.environ["LOCAL_RANK"] == "0"
+        assert {name: os.environ[name] for name in place} == place
+
+
+def test_a_rank_that_waits_for_the_others_says_so_and_hears_signals(tmp_path: Path) -> None:
+    """The port takes connections, and nobody answers: as a node that is not there yet."""
+    code = """
+import sys
+from longtake.infra import cli
+from longtake.training import engines
+engines._SILENT = 0.1
+def wait():
+    with engines.process_group():
+        pass
+cli.cli = lambda **_: wait()
+cli.main()
+"""
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        port = str(silent.getsockname()[1])
+        place = {"WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        waiting = subprocess.Popen(
+            [sys.executable, "-P", "-c", code], env=os.environ | place, stderr=subprocess.PIPE, text=True
+        )
+        assert waiting.stderr
+        for line in waiting.stderr:
+            if "training: rank 1 waits for the others of 2 at 127.0.0.1:" in line:
+                break
+        waiting.terminate()
+        assert waiting.wait(30) == 0
+        assert "run the same command again to go on" in waiting.stderr.read()
