@@ -42,6 +42,7 @@ _DIP = 0.65  # how much of a blend's loss of detail there must be: 1 in a blend,
 _MISFIT = 0.35  # mean distance from a blend's detail, as a share of the mean loss
 _ALIKE = 0.8  # no transition if the grids of its ends correlate by more: light that changes, a focus that is pulled
 _FADE = 8  # distinct frames on either side of the middle of a short fade, which has too few for a blend to show
+_FADE_SECONDS = 1.4  # a longer one shows frames enough, or is the scene's own at a low frame rate
 _GONE = 0.5  # share of the light that is left in the middle at most
 _RISE = 1.03  # from one frame of it to the next
 _FAINT = 0.03  # light by which a frame is as good as black or white
@@ -204,6 +205,8 @@ def _mark_fade(window: deque[_Shown], middle: int) -> None:
             continue
         grids = [s.signature.grid for s in around]
         first, last = _ramp(light, grids, at, -1), _ramp(light, grids, at, 1)
+        if around[last].ticks[0].seconds - around[first].ticks[0].seconds > _FADE_SECONDS:
+            continue
         whole = first < at < last and likeness(grids[first], grids[last]) < _ALIKE
         # of one that stays black, or comes out of it, the frames on the way
         if whole or (light[at] < _FAINT and max(at - first, last - at) > 1):

@@ -293,3 +293,12 @@ def test_a_light_that_flickers_or_a_dim_shot_is_no_fade() -> None:
     assert dropped(lit(gains)) == []
     dim = 16 + (scene(9, 30, 0.3) - 16) * 0.3
     assert dropped(np.concatenate([scene(1, 30, 0.3), dim, scene(2, 30, 0.3)])) == []
+
+
+def test_a_light_that_comes_and_goes_slowly_at_a_low_frame_rate_is_no_fade() -> None:
+    share = np.r_[np.ones(8), [0.6, 0.2, 0.2, 0.6], np.ones(8)]
+    lumas = np.where((np.arange(20) < 10)[:, None, None], scene(1, 20, 0.25), scene(2, 20, -0.25))
+    faded = 16 + (lumas - 16) * share[:, None, None]
+    slow = (Sampled(f.planes, f.number, f.seconds * FPS / 2, False) for f in stream(faded))
+    assert not any(why for _, _, why in shots(slow))
+    assert dropped(faded)
