@@ -104,6 +104,7 @@ def generated(latte: Latte, vae: PVVAE | None, how: Videos) -> Iterator[tuple[in
             yield number, latent, sampling.decoded(vae, latent)
 
 
+@torch.no_grad()
 def evaluate(
     latte: Latte,
     vae: PVVAE | None,
