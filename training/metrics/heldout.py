@@ -31,9 +31,7 @@ _AGAINST = (
     Against("prediction of hidden frames", "psnr_predicted", "copying the last visible frame", "psnr_copy_last"),
     Against("prediction of hidden frames", "psnr_predicted", "the mean of the visible frames", "psnr_mean_visible"),
     Against("reconstruction", "psnr_all", "the clip's mean colour", "psnr_mean_colour"),
-    Against(
-        "reconstruction, all frames seen", "psnr_all", "the clip scaled down to as many numbers", "psnr_scaled_down"
-    ),
+    Against("reconstruction", "psnr_all", "the clip scaled down to as many numbers", "psnr_scaled_down"),
     *probes.AGAINST,
 )
 
