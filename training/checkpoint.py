@@ -322,9 +322,11 @@ def load(path: Path, engines: Mapping[str, Any], universal: bool = False) -> Non
             loaded, _ = engine.load_checkpoint(str(path / _UNIVERSAL if universal else path), tag=name)
             if loaded is None:
                 raise FileNotFoundError(f"no state of {name}")
-            # of a universal checkpoint ZeRO-3 gives all groups what the first one has
+            # of a universal checkpoint ZeRO-3 gives all groups what the first one has, and one count of steps to share
             for group, decay in zip(engine.optimizer.param_groups, decays, strict=True):
                 group["weight_decay"] = decay
+            for state in engine.basic_optimizer.state.values():
+                state["step"] = state["step"].clone()
     except torch.OutOfMemoryError:
         raise
     except Exception as e:  # whatever an unpickler makes of damaged bytes
