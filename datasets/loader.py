@@ -53,7 +53,7 @@ class Stream:
             options = {"num_workers": self._workers, "multiprocessing_context": "forkserver", "prefetch_factor": 2}
             _leave_signals()
         loader = torch.utils.data.DataLoader(stream, batch_size=None, pin_memory=torch.cuda.is_available(), **options)
-        for item in _while_workers_live(iter(loader)):
+        for item in _while_workers_live(iter(loader)) if self._workers else loader:
             if isinstance(item, Failure):
                 raise item
             self._state["taken"] += 1
@@ -344,14 +344,16 @@ def _leave_signals() -> None:
 
 
 def _while_workers_live(items: Iterator[Any]) -> Iterator[Any]:
-    """The items. Raises Failure where the system has killed a worker, which torch tells in a RuntimeError of its own."""
+    """The items. Raises Failure where the system has killed a worker, which torch tells in errors of many kinds."""
     while True:
         try:
             item = next(items)
         except StopIteration:
             return
-        except RuntimeError as e:
-            if not str(e).startswith("DataLoader worker"):
+        except (RuntimeError, EOFError, ConnectionError, FileNotFoundError) as e:
+            # the others: what waits in the queue cannot be fetched from a worker that is gone
+            passed_on = str(e).startswith("Caught ")
+            if passed_on or (isinstance(e, RuntimeError) and not str(e).startswith("DataLoader worker")):
                 raise
             raise Failure(
                 "loader: a decoding process was killed, perhaps for want of memory: lower `workers` or `batch`;"
