@@ -259,7 +259,7 @@ PLACES = [
     *((f"freeze-{stage}", stage, QUIET, {"freeze": ["0.weight", "2.bias"]}) for stage in (2, 3)),
     *((f"lora-{stage}", stage, QUIET | {"kind": "clip"}, {"lora": {"rank": 2}}) for stage in (1, 3)),
     *((f"starts-{stage}", stage, QUIET | {"starts": 3}, {}) for stage in (1, 3)),
-    *((f"bf16-{stage}", stage, QUIET, {"precision": "bf16", "lr": 1e-3}) for stage in (0, 2)),
+    *((f"bf16-{stage}", stage, QUIET, {"precision": "bf16", "lr": 1e-3}) for stage in (0, 1, 2)),
 ]
 
 
