@@ -23,8 +23,10 @@ def check(config: TrainConfig) -> None:
         UserError: the key that names what cannot be written, and what to do.
         Failure: a store does not answer.
     """
-    registered(config.name)
-    artifacts(os.environ.get("MLFLOW_RUN_ID", ""), config)
+    # a training of a script's own has no run, and registers nothing
+    if run_id := os.environ.get("MLFLOW_RUN_ID"):
+        registered(config.name)
+        artifacts(run_id, config)
     if config.upload:
         uploaded(config.upload)
 
