@@ -521,7 +521,7 @@ def test_from_latents_to_a_registered_memory(
     )
     assert result["uri"] == "models:/memory-dit/1"
     assert [m.step for m in mlflow.MlflowClient().get_metric_history(store, "heldout/loss")] == [chosen.steps]
-    assert result["metrics"]["psnr"] > 0 and result["metrics"]["train_clips_without_history"] > 0
+    assert result["metrics"]["psnr"] > 0 and result["metrics"]["history_steps_expected"] > 0
     model, facts = registry.load_with_facts("models:/memory-dit@champion")
     assert isinstance(model, MemoryDiT) and not model.training
     assert model.config.history == 6 and model.config.shape == (3, 2, 3) and model.config.classes == 2
