@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from longtake.datasets.errors import Interrupted, UserError
-from longtake.datasets.loader import Stream
+from longtake.datasets.loader import Loader, Stream
 from longtake.datasets.stage import content
 from longtake.training import averages, checkpoint, copies, engines, guards, watch
 from longtake.training.config import TrainConfig
@@ -323,7 +323,11 @@ def _heldout(objective: Objective, made: Engines, ema: averages.Averages, config
     rank, world, device = torch.distributed.get_rank(), torch.distributed.get_world_size(), engines.device()
     name, lead = next(iter(made.items()))
     average = averages.swapped(next(iter(ema.values())), lead) if ema else nullcontext()
-    clips, rows = iter(islice(objective.heldout, config.heldout_clips)), list[dict[str, Any]]()
+    heldout, rows = objective.heldout, list[dict[str, Any]]()
+    if isinstance(heldout, Loader):
+        # which goes on where it was left: from its first clip again
+        heldout.load_state_dict(heldout.state_dict() | {"taken": 0})
+    clips = iter(islice(heldout, config.heldout_clips))
     # compiled blocks would be compiled again, for a module that does not learn
     eagerly = torch.compiler.set_stance("force_eager")
     forked = torch.random.fork_rng([device] if device.type == "cuda" else [])

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 from longtake.datasets import clip
 from longtake.training import registry
 from longtake.training.history import Given, Steps, steps_of
+from longtake.training.loop import train
 from longtake.training.memory_stage import expected as expected_line
 from longtake.training.memory_stage import heldout_of, loader_of, prepared
 from longtake.training.metrics import continuation
@@ -244,6 +246,18 @@ def test_a_stopped_training_ends_with_the_same_weights(inputs: dict[str, str], t
     resumed = latent_stages.fit(finetune_memory_prior, chosen, inputs, tmp_path / "stopped", log=log)
     torch.testing.assert_close(resumed, straight, atol=0, rtol=0)
     assert all(0 <= row["history_steps"] <= 6 for row in log.rows)
+
+
+@pytest.mark.usefixtures("group")
+def test_the_held_out_clips_are_the_same_each_time(inputs: dict[str, str], tmp_path: Path) -> None:
+    chosen = config(lr=1e-12, heldout_every=1, heldout_clips=1, steps=3)
+    setup = prepared(chosen, inputs, tmp_path)
+    made = replace(finetune_memory_prior.objective(chosen, setup), heldout=heldout_of(chosen, setup))
+    loader = loader_of(chosen, inputs, setup.data, setup.model.config, "train", batch=2)
+    log = latent_stages.Log()
+    train(made, loader, chosen, tmp_path / "run", log)  # type: ignore[arg-type]
+    losses = [row["heldout/loss"] for row in log.rows if "heldout/loss" in row]
+    assert len(losses) == 3 and losses == pytest.approx([losses[0]] * 3, rel=1e-5)
 
 
 WAYS: dict[str, dict[str, Any]] = {
