@@ -175,8 +175,8 @@ def generator_loss(
     towards_real, towards_approval = (torch.autograd.grad(value, shown)[0] for value in (loss, judged))
     ratio, smoothed = balance(state["gan_squares"], towards_real, towards_approval)
     weight = config.lambda_gan * (smoothed if config.gan_weight == "adaptive" else torch.ones_like(smoothed))
-    pull = towards_real + weight * towards_approval
-    value = (loss + weight * judged).detach() + (pull * (made - made.detach())).sum()
+    gradient = towards_real + weight * towards_approval
+    value = (loss + weight * judged).detach() + (gradient * (made - made.detach())).sum()
     return value, terms | {"gan": judged.detach(), "gan_ratio": ratio, "gan_weight": weight}
 
 

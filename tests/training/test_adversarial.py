@@ -1,6 +1,7 @@
 """The adversarial piece: how much of the discriminator the generator hears, when, and how it goes from parent to child."""
 
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -226,8 +227,27 @@ def fit(settings: pretrain_vae.Config, folder: Path, begun: dict[str, Tensor] | 
         model.load_state_dict(begun)
     window = {"columns": ("video",), "frames": settings.frames, "size": settings.sizes[0]}
     loader = Loader(settings.dataset, **window, batch=settings.batch, crop="random", last="pad")
-    train(pretrain_vae.objective(settings, model, []), loader, settings, folder)
+    train(pretrain_vae.objective(settings, model, loader), loader, settings, folder)
     return checkpoint.trained(folder, settings)
+
+
+@pytest.mark.usefixtures("group")
+def test_the_first_held_out_clip_is_the_sample_each_time_however_few_there_are(dataset: str, tmp_path: Path) -> None:
+    settings = vae_config(dataset, steps=3, sample_every=1, heldout_every=1, lambda_gan=0, frames=5, lr=1e-12)
+    window = {"columns": ("video",), "frames": 5, "size": (32, 32)}
+    heldout = Loader(dataset, "val", **window, batch=1, last="pad", shuffle=False, epochs=1)
+    shown: list[Any] = []
+
+    class Log:
+        def log(self, step: int, values: dict[str, float]) -> None: ...
+
+        def video(self, step: int, name: str, video: Any, fps: float) -> None:
+            shown.append(video[:, :, :32])
+
+    made = pretrain_vae.objective(settings, pretrain_vae.begin(settings, {}), heldout)
+    loader = Loader(dataset, **window, batch=4)
+    train(replace(made, heldout=heldout), loader, settings, tmp_path, Log())  # type: ignore[arg-type]
+    assert len(shown) == 3 and all((video == shown[0]).all() for video in shown)
 
 
 @pytest.mark.slow
@@ -299,7 +319,7 @@ def test_all_ranks_show_the_encoder_as_many_frames_any_number_of_them_as_often()
         seen.append(visible)
         raise Stop
 
-    loss = pretrain_vae.objective(settings, model, []).loss
+    loss = pretrain_vae.objective(settings, model, None).loss  # type: ignore[arg-type]
     for seed in range(200):
         for rank in range(2):
             batch = {"video": torch.zeros(1, 3, 17, 32, 32, dtype=torch.uint8), "seed": seed}

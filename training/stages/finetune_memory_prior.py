@@ -218,7 +218,7 @@ def _evaluate(config: Config, setup: Setup, folder: Path) -> dict[str, float]:
     model = setup.model
 
     def clips_of(loader: Loader) -> Iterator[tuple[Given, Tensor | None]]:
-        for batch in islice(loader, min(config.eval_clips, loader.samples)):
+        for batch in loader.at(range(min(config.eval_clips, loader.samples))):
             yield given_to(on_device(batch), model, setup.data.history), batch.get("label")
 
     def losses_of(loader: Loader) -> np.ndarray[Any, Any]:

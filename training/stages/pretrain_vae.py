@@ -8,7 +8,7 @@ phase the encoder stands still, and the decoder learns to show what the latents 
 import hashlib
 import os
 import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
@@ -154,7 +154,7 @@ def outside(config: Config) -> str:
     return " ".join(hashlib.sha256(read_file(path)).hexdigest() for path in files)
 
 
-def objective(config: Config, model: PVVAE, heldout: Iterable[Batch], parent: str | None = None) -> Objective:
+def objective(config: Config, model: PVVAE, heldout: Loader, parent: str | None = None) -> Objective:
     """The generator and, where `lambda_gan` asks for one, its discriminator, that of `parent` if it fits."""
     modules: dict[str, nn.Module] = {"generator": model}
     state: dict[str, Tensor] = {}
@@ -222,10 +222,10 @@ def _reconstruction(
 
 
 def _sample(
-    vae: PVVAEConfig, heldout: Iterable[Batch], engines: Engines, generator: torch.Generator
+    vae: PVVAEConfig, heldout: Loader, engines: Engines, generator: torch.Generator
 ) -> dict[str, np.ndarray[Any, Any]]:
-    """Of a held-out clip: the source, and beside it what is made of its first half."""
-    video = to_model(next(iter(heldout))["video"].to(device()))
+    """Of the first held-out clip: the source, and beside it what is made of its first half."""
+    video = to_model(next(heldout.at([0]))["video"].to(device()))
     visible = (latent_groups(video.shape[2], vae.temporal_stride) + 1) // 2
     made, _ = engines["generator"](video, visible=visible, generator=generator)
     both = torch.cat([video, made.float().clamp(-1, 1)], dim=4)[0].permute(1, 2, 3, 0)
