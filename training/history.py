@@ -214,9 +214,7 @@ def given_of(steps: Steps, segment: int, behind: Tensor, config: MemoryDiTConfig
     wide = int(window.max())
     memory = None
     if config.memory != "none":
-        # one kind of memory has other layers for older steps, which all ranks must call
-        count = most // config.group * config.group if config.memory == "framepack" else int(held.max())
-        memory = steps.ending(most, late, max(count, config.group), held)
+        memory = steps.ending(most, late, _reach(config, most, held), held)
     there = torch.arange(wide + segment, device=window.device) >= (wide - window)[:, None]
     part = steps.high[:, :, most - wide :]
     times = steps.start + most - wide + torch.arange(wide + segment, device=window.device) + late[:, None]
@@ -224,13 +222,19 @@ def given_of(steps: Steps, segment: int, behind: Tensor, config: MemoryDiTConfig
     return Given(memory, part, wide, times, steps.first[:, most - wide :], seen)
 
 
-def whole_of(steps: Steps, behind: Tensor, group: int) -> Steps:
+def whole_of(steps: Steps, behind: Tensor, config: MemoryDiTConfig) -> Steps:
     """All steps of each sample in whole groups, which are counted from a video's first step, `behind` `(B,)` before the end."""
-    every = steps.high.shape[2]
+    every, group = steps.high.shape[2], config.group
     known = every - (torch.zeros_like(behind) if steps.skip is None else steps.skip)
     late = torch.minimum(behind % group, known)
     held = (known - late) // group * group
-    return steps.ending(every, late, int(held.max()), held)
+    return steps.ending(every, late, _reach(config, every, held), held)
+
+
+def _reach(config: MemoryDiTConfig, most: int, held: Tensor) -> int:
+    """How many steps a memory is made of, where samples have `held` `(B,)` of `most`."""
+    # a packed one has other layers for older steps, which all ranks must call: ZeRO-3 gathers their weights together
+    return most if config.memory == "framepack" else max(config.group, int(held.max()))
 
 
 def full_tokens(patch: int, batch: Mapping[str, Any]) -> int:

@@ -20,6 +20,7 @@ from longtake.training.history import (
     mask,
     noise_like,
     picked,
+    remembered,
     retrieve,
     steps_of,
     true_steps,
@@ -104,7 +105,7 @@ def test_steps_are_those_that_each_sample_truly_has_at_their_own_times() -> None
 def test_a_memory_has_whole_groups_counted_from_the_first_step_of_the_video(group: int) -> None:
     given, dit = batch(), model(rates=("2x2x" + str(group),))
     ends = given["stream_step"] + SEGMENT
-    whole = whole_of(steps_of(given, dit, 10), ends, group)
+    whole = whole_of(steps_of(given, dit, 10), ends, dit.config)
     count = whole.high.shape[2]
     for n, (known, end) in enumerate(zip((13, 10), ends.tolist(), strict=True)):
         late = end % group
@@ -113,6 +114,20 @@ def test_a_memory_has_whole_groups_counted_from_the_first_step_of_the_video(grou
         assert count - skip == held
         # its last step is the video's last that fills a group; what cannot be seen is of nobody's
         assert whole.high[n, 0, skip:, 0, 0].tolist() == [float(13 - late - held + step) for step in range(held)]
+
+
+def test_a_packed_memory_calls_all_its_layers_however_little_history_a_rank_has() -> None:
+    dit, short = model(memory="framepack", history=ROOM), batch((0, 1))
+    calls = [0, 0, 0]
+    for number, kernel in enumerate(dit.memory[0].kernels):
+        kernel.register_forward_hook(lambda *_, number=number: calls.__setitem__(number, calls[number] + 1))
+    whole = whole_of(steps_of(short, dit, ROOM), short["stream_step"] + SEGMENT, dit.config)
+    memory = remembered(dit, whole)
+    assert calls == [1, 1, 1], "else ranks wait for each other's weights"
+    assert memory.seen is not None and whole.skip is not None
+    assert (whole.high.shape[2] - whole.skip).tolist() == [SEGMENT, 1 + SEGMENT]
+    alone = remembered(dit, Steps(whole.high[:1, :, -SEGMENT:], None, whole.start + ROOM, whole.first[:1, -SEGMENT:]))
+    torch.testing.assert_close(memory.tokens[:1, memory.seen[0]], alone.tokens)
 
 
 def test_both_columns_are_normalised_by_their_own_statistics_and_drawn_where_asked() -> None:

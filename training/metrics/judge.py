@@ -237,7 +237,7 @@ def _figures(judged: Judged, batch: Batch, classes: list[str], seed: int, unit: 
     if judged.facts.get("stage") == "retrieval":
         if int(true_steps(batch, room)) + segment < model.config.group:
             return {}
-        steps = whole_of(steps, batch["stream_step"] + segment, model.config.group)
+        steps = whole_of(steps, batch["stream_step"] + segment, model.config)
         losses = retrieval.heldout_losses(model, [(steps, ids)], seed, unit)
     else:
         given = given_of(steps, segment, batch["stream_step"], model.config)

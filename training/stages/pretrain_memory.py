@@ -119,7 +119,7 @@ def remembered_steps(
     """The history and the segment of each sample, in whole groups."""
     room, segment = batch["history_latent"].shape[3], batch["latent"].shape[3]
     steps = steps_of(batch, model, room, posterior, generator)
-    return whole_of(steps, batch["stream_step"] + segment, model.config.group)
+    return whole_of(steps, batch["stream_step"] + segment, model.config)
 
 
 def masked(config: Config, steps: Steps, omega: Tensor, generator: torch.Generator) -> Steps:
