@@ -73,7 +73,8 @@ class History:
             low = low if self._low is None else torch.cat([self._low, low], dim=2)
         self.steps += high.shape[2]
         waiting = self._waiting + high.shape[2]
-        if whole := waiting // model.config.group * model.config.group:
+        group = model.config.group
+        if whole := waiting // group * group:
             first = held.shape[2] - waiting
             begin = self.steps - waiting
             piece = self._noised(held[:, :, first : first + whole], begin, "high")
@@ -82,7 +83,9 @@ class History:
             self.memory = model.append(self.memory, piece, small, begin, self._pasts, begins.expand(len(piece), -1))
             waiting -= whole
         if self.memory is not None:
-            self.memory = cropped(self.memory, self.steps - model.config.history)
+            # whole groups, as in training: of one that begins earlier no rate keeps a token
+            reach = (model.config.history - waiting) // group * group
+            self.memory = cropped(self.memory, self.steps - waiting - reach)
         self._waiting = waiting
         # a view would keep all of the piece
         self._low = None if low is None else low[:, :, low.shape[2] - waiting :].clone()

@@ -285,6 +285,28 @@ def test_training_gives_each_sample_what_generation_gives_there(rates: tuple[str
             torch.testing.assert_close(made[n], alone[n], atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize(("rates", "most"), [(("2x2x4",), 11), (("2x2x2", "2x2x8"), 20), (("2x2x1",), 7)])
+def test_a_history_that_is_cut_has_in_generation_the_tokens_that_it_has_in_training(
+    rates: tuple[str, ...], most: int
+) -> None:
+    dit = model(rates=rates, branches="high", history=most)
+    history = segments.History(dit)
+    piece = torch.zeros(1, 2, SEGMENT, 4, 4)
+    for known in range(0, 60, SEGMENT):
+        if known:
+            history.append(piece)
+        behind, past = torch.tensor([known]), min(known, most)
+        steps = Steps(torch.zeros(1, 2, past + SEGMENT, 4, 4), None, known - past, torch.zeros(1, past + SEGMENT) > 0)
+        given = given_of(steps, SEGMENT, behind, dit.config)
+        assert given.memory is not None
+        memory = remembered(dit, given.memory)
+        positions = memory.positions if memory.seen is None else memory.positions[memory.seen[0]]
+        # times are those of the window's scale, which is shifted by what fills no group
+        late = given.times[0, -1] - (known + SEGMENT - 1)
+        held = torch.zeros(0, 3) if history.memory is None else history.memory.positions
+        assert (positions[:, 0] - late).sort().values.tolist() == held[:, 0].sort().values.tolist()
+
+
 @given(
     segment=st.integers(1, 7),
     time=st.sampled_from([1, 2, 4, 8]),

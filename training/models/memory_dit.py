@@ -366,11 +366,12 @@ class MemoryDiT(Normalising):
         pasts: list[Past],
         first: Tensor | None = None,
     ) -> Memory:
-        """`memory` gone on by a piece as `remember` takes it, and cut to the last `config.history` steps."""
+        """`memory` gone on by a piece as `remember` takes it, and cut to whole groups of the last `config.history` steps."""
         new = self.remember(high, low, start, pasts, first)
         if memory is not None and self.config.memory != "framepack":
             new = joined([memory, new])
-        return cropped(new, start + high.shape[2] - self.config.history)
+        history, group = self.config.history, self.config.group
+        return cropped(new, start + high.shape[2] - history // group * group)
 
     def _project(self, patches: Tensor) -> Tensor:
         return self.token_in(patches.to(self.dtype))
