@@ -170,6 +170,7 @@ class Loader(Stream):
         joined = {c: rows for c, (rows, _) in found.items()}
         latents = {c: sizes for c, (_, sizes) in found.items() if c != "frame_diff"}
         keep, weights, judged = kept(base, view)
+        viewed = keep.copy()
         self.samples_without_latent = 0
         encoded = None
         if latents:
@@ -200,9 +201,10 @@ class Loader(Stream):
                 f"columns: {streamed[0]} was encoded in streams of several clips, a window inside of one has no first latent;"
                 " name latents without `join_seconds`"
             )
-        self.samples_without_history = 0
+        self.samples_without_history = self.samples_of_mixed_streams = 0
         if histories:
-            keep = self._in_streams(where, [joined[c] for c in latents], columns, keep, lengths, histories, shuffle)
+            rows = [joined[c] for c in latents]
+            keep = self._in_streams(where, rows, columns, keep, viewed, weights, lengths, histories, shuffle)
         elif history_least:
             reaches = neighbours.reach_back(base, history_least, encoded)
             self.samples_without_history = int((keep & ~reaches).sum())
@@ -266,19 +268,31 @@ class Loader(Stream):
         latents: list[compact.Rows],
         columns: Sequence[str],
         keep: np.ndarray,
+        viewed: np.ndarray,
+        weights: np.ndarray | None,
         frames: list[int],
         histories: Lengths,
         shuffle: bool,
     ) -> np.ndarray:
         """Which clips are kept: of streams that have room for enough history, and without `shuffle` one of each.
 
+        A window lies anywhere in its stream: of one with clips that the view leaves out none is kept.
+
         Raises:
-            UserError: other columns than latents; several lengths of windows; no stream is long enough.
+            UserError: other columns than latents; several lengths of windows; no stream is long enough, or in the view.
         """
         other = [c for c in columns if c != "label" and not c.startswith("latent-")]
         if other or not latents or len(frames) > 1:
             raise UserError("histories: are of latents and windows of one length; leave out what else is asked for")
         window, totals = 1 + (frames[0] - 1) // _factor(latents[0]), streams.totals(latents[0])
+        firsts = streams.firsts(latents[0])
+        mixed = np.isin(firsts, firsts[~viewed])
+        self.samples_of_mixed_streams = int((keep & mixed).sum())
+        if self.samples_of_mixed_streams and not (keep & ~mixed).any():
+            raise UserError(
+                f"{where}: every stream of latents has clips that the view leaves out; encode them with this view"
+            )
+        keep = keep & ~mixed
         able = totals >= histories.least + window
         self.samples_without_history = int((keep & ~able).sum())
         self.longest_stream = longest = int(totals[keep].max(initial=0))
@@ -291,13 +305,14 @@ class Loader(Stream):
         if not shuffle:
             rows = np.flatnonzero(keep)
             keep = np.zeros_like(keep)
-            keep[rows[np.unique(streams.firsts(latents[0])[rows], return_index=True)[1]]] = True
-        self._history_mean = partial(histories.mean, totals[keep], window)
+            keep[rows[np.unique(firsts[rows], return_index=True)[1]]] = True
+        often = None if weights is None else weights[keep]
+        self._history_mean = partial(histories.mean, totals[keep], window, weights=often)
         return keep
 
     def history_mean(self, most: int | None = None) -> float:
         """How many steps of history, at most so many, a sample has on the average, whatever batch and world it is in."""
-        return self._history_mean(most)
+        return self._history_mean(most=most)
 
 
 class Mixture(Stream):

@@ -33,12 +33,17 @@ class Lengths:
         """Those that a stream of `total` steps has, 0 where it has none of them."""
         return tuple(begin for begin in self.some if begin + window <= total) or (0,)
 
-    def mean(self, totals: np.ndarray, window: int, most: int | None = None) -> float:
-        """How many steps of history, `most` of them, a sample has on the average, of streams of so many steps."""
+    def mean(
+        self, totals: np.ndarray, window: int, most: int | None = None, weights: np.ndarray | None = None
+    ) -> float:
+        """How many steps of history, `most` of them, a sample has on the average, of streams of so many steps.
+
+        `weights` say how often each comes; None: all alike.
+        """
         most = self.most if most is None else min(most, self.most)
-        kinds, counts = np.unique(totals, return_counts=True)
-        means = [float(np.minimum(self.of(int(total), window), most).mean()) for total in kinds]
-        return (1 - self.none) * float(np.average(means, weights=counts)) if len(kinds) else 0.0
+        kinds, kind = np.unique(totals, return_inverse=True)
+        means = np.array([np.minimum(self.of(int(total), window), most).mean() for total in kinds])
+        return (1 - self.none) * float(np.average(means[kind], weights=weights)) if len(kinds) else 0.0
 
     def draw(self, total: int, window: int, rng: np.random.Generator | None) -> int:
         """The step of a stream at which a window begins. Without `rng` the last of `some` that it has."""

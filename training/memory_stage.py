@@ -343,6 +343,11 @@ def expected(config: MemoryConfig, data: Data, loader: Loader) -> str:
     line = f"history: {mean:.1f} steps on the average, {mean * seconds:.3g} s, of {data.history} at most"
     if loader.samples_without_history:
         line += f"; {loader.samples_without_history} clips are of streams too short for history_least, and left out"
+    if loader.samples_of_mixed_streams:
+        line += (
+            f"; {loader.samples_of_mixed_streams} clips are left out beside clips that the view leaves out: encode latents"
+            " with this view"
+        )
     return line
 
 

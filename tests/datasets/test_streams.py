@@ -12,7 +12,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from longtake.datasets import index, schema, storage, streams
+from longtake.datasets import index, schema, storage, streams, view
 from longtake.datasets.errors import Failure, UserError
 from longtake.datasets.loader import Loader
 from longtake.datasets.streams import Lengths
@@ -151,6 +151,33 @@ def test_a_draw_has_room_in_its_stream_and_the_mean_is_that_of_all_draws(
     assert longest == max(able, default=0)
     expected = 0.8 * (np.mean(sorted(able)) if able else 0.0)
     assert lengths.mean(np.array([total]), window) == pytest.approx(expected)
+
+
+def judged(root: str, weights: dict[str, float], name: str) -> str:
+    """A view with these weights; a clip without one is left out."""
+    keys = index.read_all(root, "train")["key"].to_pylist()
+    reasons = [None if key in weights else "out" for key in keys]
+    url = f"{root}/views/{name}.parquet"
+    view.write(url, view.rows("train", keys, reasons, np.array([weights.get(key, 1.0) for key in keys])), {})
+    return url
+
+
+def test_no_window_lies_in_a_clip_that_the_view_leaves_out(root: str) -> None:
+    weights = dict.fromkeys(STEPS, 1.0)
+    del weights["a-00001"]
+    loader = Loader(root, **WINDOW, view=judged(root, weights, "hole"), histories=SOME)
+    assert {batch["key"][0] for batch in loader} == {"a-00003", "a-00004", "b-00000", "b-00001"}
+    assert loader.samples_of_mixed_streams == 2 and not loader.samples_without_history
+    with pytest.raises(UserError, match="every stream of latents has clips that the view leaves out; encode them with"):
+        Loader(root, **WINDOW, view=judged(root, {"a-00000": 1.0}, "one"), histories=SOME)
+
+
+def test_the_expected_length_counts_streams_as_often_as_the_view_has_them(root: str) -> None:
+    weights = {key: 4.0 if len(steps) == 9 else 0.5 for key, steps in STEPS.items()}
+    loader = Loader(root, **WINDOW | {"epochs": 60}, view=judged(root, weights, "often"), histories=SOME)
+    expected = (12 * 11 / 3 + 2 * 3) / 14
+    assert loader.history_mean() == pytest.approx(expected)
+    assert abs(np.mean([int(batch["history_steps"]) for batch in loader]) - expected) < 0.2
 
 
 def test_clips_by_themselves_are_streams_of_their_own(handmade: Callable[..., str], tmp_path: Path) -> None:
