@@ -96,6 +96,11 @@ class MemoryConfig(TrainConfig):
         return 0.0
 
     @property
+    def reaches(self) -> tuple[tuple[int, float], ...]:
+        """From which step on histories have how many seconds at most."""
+        return ((0, self.history_seconds),)
+
+    @property
     def least_seconds(self) -> float:
         return self.history_seconds if self.history_least is None else self.history_least
 
@@ -165,6 +170,11 @@ class Data(NamedTuple):
     def steps_in(self, seconds: float) -> int:
         """As the loader counts them."""
         return round(seconds * self.fps / self.made.factor)
+
+    def reach(self, config: MemoryConfig, step: int) -> int:
+        """How many steps of history a training step is given, at most."""
+        seconds = [s for begins, s in config.reaches if begins <= step]
+        return max(1, min(self.history, self.steps_in(seconds[-1])))
 
 
 def data_of(config: MemoryConfig, inputs: Mapping[str, str]) -> Data:
@@ -339,8 +349,12 @@ def told(dit: MemoryDiTConfig, data: Data) -> str:
 
 def expected(config: MemoryConfig, data: Data, loader: Loader) -> str:
     """How much history a sample has on the average, and which clips' streams are too short for it."""
-    mean, seconds = loader.history_mean(), data.made.factor / data.fps
-    line = f"history: {mean:.1f} steps on the average, {mean * seconds:.3g} s, of {data.history} at most"
+    parts = list[str]()
+    for begins, most in ((begins, data.reach(config, begins)) for begins, _ in config.reaches):
+        mean = loader.history_mean(most)
+        part = f"{mean:.1f} steps on the average, {mean * data.made.factor / data.fps:.3g} s, of {most} at most"
+        parts.append(f"from step {begins} on {part}" if len(config.reaches) > 1 else part)
+    line = f"history: {'; '.join(parts)}"
     if loader.samples_without_history:
         line += f"; {loader.samples_without_history} clips are of streams too short for history_least, and left out"
     if loader.samples_of_mixed_streams:
@@ -404,7 +418,7 @@ def work(
     if rank == 0:
         print(told(dit, setup.data), expected(config, setup.data, loader), sep="\n", flush=True)
     if log:
-        log.log(0, {"history_steps_expected": loader.history_mean()})
+        log.log(0, {"history_steps_expected": loader.history_mean(setup.data.reach(config, 0))})
     made = replace(objective(setup), heldout=heldout)
     train(made, loader, config, folder, log, launch.stop_requested)
     if log:

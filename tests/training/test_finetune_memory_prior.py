@@ -27,7 +27,7 @@ from longtake.training.memory_stage import heldout_of, loader_of, prepared
 from longtake.training.metrics import continuation
 from longtake.training.models.memory_dit import MemoryDiT
 from longtake.training.stages import finetune_memory_prior, pretrain_memory
-from longtake.training.stages.finetune_memory_prior import Config, reach
+from longtake.training.stages.finetune_memory_prior import Config
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -177,7 +177,7 @@ def test_the_curriculum_lengthens_the_history_by_the_step(inputs: dict[str, str]
     chosen = config(history_curriculum=[[0, 0.7], [10, 1.0], [20, 2.0]], posterior="mean")
     for step, known in ((0, 2), (9, 2), (10, 3), (19, 3), (20, 6), (99, 6)):
         setup, batch, loss, call = called(chosen, inputs, tmp_path, step)
-        assert reach(chosen, setup.data, step) == known and loss < 1e-3
+        assert setup.data.reach(chosen, step) == known and loss < 1e-3
         skip = 0 if call.memory.skip is None else call.memory.skip
         held = call.memory.high.shape[2] - skip
         had = batch["history_steps"].clamp(max=known)
@@ -235,6 +235,11 @@ def test_the_history_is_as_long_on_the_average_on_any_number_of_ranks(inputs: di
     assert expected > 1.5 and abs(np.mean(one) - expected) < spread and abs(np.mean(many) - expected) < spread
     said = expected_line(chosen, setup.data, loader)
     assert said.startswith(f"history: {expected:.1f} steps on the average")
+    rising = config(no_history=0.2, history_least=0.0, history_curriculum=[[0, 1.0], [9, 2.0]])
+    shorter = f"from step 0 on {loader.history_mean(3):.1f} steps on the average, "
+    assert loader.history_mean(3) < expected
+    said = expected_line(rising, setup.data, loader)
+    assert said.startswith(f"history: {shorter}") and f"; from step 9 on {expected:.1f} steps" in said
 
 
 @pytest.mark.usefixtures("group")

@@ -90,6 +90,10 @@ class Config(MemoryConfig):
     def noise(self) -> float:
         return self.history_noise
 
+    @property
+    def reaches(self) -> tuple[tuple[int, float], ...]:
+        return self.history_curriculum or super().reaches
+
     def histories(self, dit: MemoryDiTConfig, least: int) -> Lengths:
         return lengths_of(dit, self.no_history, least)
 
@@ -124,7 +128,7 @@ def _loss(
     batch: Batch,
     generator: torch.Generator,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    count, most = len(batch["key"]), reach(config, data, engines[name].global_steps)
+    count, most = len(batch["key"]), data.reach(config, engines[name].global_steps)
     given = given_to(batch, model, most, config.posterior, generator)
     t = flow.sample_t(count, config.time_mean, config.time_std, config.shift, generator, given.x0.device)
     noised = flow.noised_frames(torch.full((count,), given.window, device=t.device), given.x0.shape[2])
@@ -162,12 +166,6 @@ def given_to(
     """What a batch's segments are given, `most` steps of history at most."""
     steps = steps_of(batch, model, most, posterior, generator)
     return given_of(steps, batch["latent"].shape[3], batch["stream_step"], model.config)
-
-
-def reach(config: Config, data: Data, step: int) -> int:
-    """How many steps of history a training step is given, at most."""
-    seconds = [s for begins, s in config.history_curriculum if begins <= step] or [config.history_seconds]
-    return max(1, min(data.history, data.steps_in(seconds[-1])))
 
 
 @torch.no_grad()
