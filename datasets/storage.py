@@ -23,6 +23,7 @@ from longtake.datasets.errors import Failure, UserError
 
 _FOREIGN_DEBRIS_SECONDS = 24 * 3600
 _LASTING = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES)
+_NO_CREDENTIALS = ("NoCredentialsError", "PartialCredentialsError", "ProfileNotFound")  # botocore's, which do not pass
 _LATER = (408, 425, 429)  # HTTP statuses below 500 that may be others a moment later
 _PROTOCOL = re.compile(r"(?!file:|local:)([a-z][a-z0-9+.-]+)://", re.IGNORECASE)
 _FILE_URL = re.compile(r"(?:file|local):(?://(?:localhost(?=/))?|(?=/))", re.IGNORECASE)
@@ -140,7 +141,7 @@ def names(url: str) -> list[str]:
     try:
         listed = retrying(url, lambda: fs.ls(path, detail=False))
         return sorted(entry.rstrip("/").rsplit("/", 1)[-1] for entry in listed)
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return []
 
 
@@ -286,6 +287,8 @@ def retrying(what: str, action: Callable[[], Any], attempts: int = 5, first_wait
             )
             if refusal := _refusal(e):
                 raise refusal from e
+            if type(e).__name__ in _NO_CREDENTIALS:
+                raise Failure(f"{what}: {e}; give this machine the store's credentials") from e
             if not passing or getattr(e, "errno", None) in _LASTING:
                 raise
             if attempt == attempts - 1:

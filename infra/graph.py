@@ -2,13 +2,14 @@
 
 import hashlib
 import json
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from graphlib import CycleError, TopologicalSorter
 from typing import Any
 
 from longtake.datasets import storage
-from longtake.datasets.errors import UserError
+from longtake.datasets.errors import Failure, UserError
 from longtake.datasets.stage import StageConfig, content, inputs_of, names
 from longtake.infra import stages
 from longtake.infra.recipe import Recipe
@@ -42,8 +43,17 @@ def pin(recipe: Recipe) -> Recipe:
         if hasattr(module, "outside") and node.name not in outside:
             outside[node.name] = module.outside(node.config)
             if hasattr(module, "retried"):
-                outside[node.name] += module.retried(node.output)
+                outside[node.name] += _retried(module, node)
     return replace(recipe, outside=outside)
+
+
+def _retried(module: Any, node: Node) -> str:
+    try:
+        return str(module.retried(node.output))
+    except (Failure, PermissionError) as e:
+        # a machine that only submits or renders a recipe may have no right to its workspace
+        print(f"{node.name}: not looked whether what was unreachable answers now ({e})", file=sys.stderr)
+        return ""
 
 
 def build(recipe: Recipe) -> list[Node]:

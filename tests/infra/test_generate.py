@@ -149,7 +149,7 @@ def test_a_grid_is_one_file_however_many_are_made_at_once(models: Path, tmp_path
         (["memory", "--class", "cat", "--storyboard", "x"], "--class and --storyboard: give one of them"),
         (["memory", "--storyboard", "none.yaml"], "--storyboard: none.yaml: No such file"),
         (["memory", "--storyboard", "vae/config.json"], "--storyboard: vae/config.json: needs a list with entries"),
-        (["memory", "--storyboard", "vae/model.safetensors"], "--storyboard: vae/model.safetensors: is no YAML"),
+        (["memory", "--storyboard", "vae/model.safetensors"], "--storyboard: vae/model.safetensors: not a text file"),
         (["memory", "--start", "none.mp4"], "none.mp4: no such video file"),
         (["memory", "--start", "vae/config.json"], "not a video or image that can be read"),
         (["memory", "--frames", "12"], "--frames: frames is 12.*such as 9 or 13"),

@@ -259,7 +259,7 @@ def test_what_can_be_reached_again_reruns_its_stage_and_all_after_it(
 
 def test_the_recipe_of_the_papers_trains_as_they_do(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("VIDEOS", "WORKSPACE", "CHECKPOINTS"):
-        monkeypatch.setenv(name, "/somewhere")
+        monkeypatch.setenv(name, f"/somewhere/{name.lower()}")
     stages: Any = recipe.load("pv_vae").stages
     for name, steps in (("images", 300_000), ("vae", 50_000), ("decoder", 50_000)):
         vae = stages[name]
