@@ -163,8 +163,8 @@ def test_what_is_recalled_comes_from_the_memory_and_not_from_the_frames_themselv
     remembered = torch.zeros(1)
 
     class Empty(MemoryDiT):
-        def remember(self, *arguments: Any) -> Any:
-            memory = super().remember(*arguments)
+        def remember(self, *arguments: Any, **named: Any) -> Any:
+            memory = super().remember(*arguments, **named)
             return memory._replace(tokens=memory.tokens * 0 + remembered)
 
     empty = Empty(prior.model.config)
