@@ -331,6 +331,9 @@ def _take(model: MemoryDiT, base: MemoryDiT, uri: str) -> None:
     model.token_in.load_state_dict(base.token_in.state_dict())
     model.start_memory()
     model.load_state_dict(theirs, strict=False)
+    if not base.first.shift.any():
+        # of a base from before it was told which latents are first, or that has learned nothing of them
+        new.append("first.shift")
     if new:
         lora.let_learn(model, new)
         print(f"base: {len(new)} tensors are not in {uri} and begin anew, such as {new[0]}", flush=True)

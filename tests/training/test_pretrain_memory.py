@@ -420,6 +420,21 @@ def test_with_a_base_the_low_rank_change_and_the_memory_learn_and_nothing_else(
 
 
 @pytest.mark.usefixtures("group")
+def test_what_a_base_has_not_learned_of_first_latents_is_learned_beside_a_low_rank_change(
+    inputs: dict[str, str], tmp_path: Path
+) -> None:
+    model, facts = registry.load_with_facts(saved(tmp_path / "told", inputs))
+    assert isinstance(model, MemoryDiT)
+    nn.init.zeros_(model.first.shift)
+    vae = {"vae": facts["vae"]}
+    registry.save(tmp_path / "base", "memory_dit", model.config.model_dump(mode="json"), model.state_dict(), vae)
+    base = str(tmp_path / "base")
+    chosen = config(base=base, model=None, lora={"rank": 2, "targets": [r"layers\..*"], "full": ["memory"]})
+    weights = latent_stages.fit(pretrain_memory, chosen, inputs | {"base": base}, tmp_path / "run")
+    assert weights["first.shift"].any()
+
+
+@pytest.mark.usefixtures("group")
 def test_new_cross_attention_beside_a_low_rank_change_learns_in_full(
     inputs: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
