@@ -234,7 +234,7 @@ def whole_of(steps: Steps, behind: Tensor, config: MemoryDiTConfig) -> Steps:
 def _reach(config: MemoryDiTConfig, most: int, held: Tensor) -> int:
     """How many steps a memory is made of, where samples have `held` `(B,)` of `most`."""
     # a packed one has other layers for older steps, which all ranks must call: ZeRO-3 gathers their weights together
-    return most if config.memory == "framepack" else max(config.group, int(held.max()))
+    return max(config.group, most if config.memory == "framepack" else int(held.max()))
 
 
 def full_tokens(patch: int, batch: Mapping[str, Any]) -> int:

@@ -285,11 +285,20 @@ def test_training_gives_each_sample_what_generation_gives_there(rates: tuple[str
             torch.testing.assert_close(made[n], alone[n], atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize(("rates", "most"), [(("2x2x4",), 11), (("2x2x2", "2x2x8"), 20), (("2x2x1",), 7)])
+CUT: list[tuple[dict[str, Any], int]] = [
+    ({"rates": ("2x2x4",)}, 11),
+    ({"rates": ("2x2x2", "2x2x8")}, 20),
+    ({"rates": ("2x2x1",)}, 7),
+    ({"memory": "framepack"}, 10),
+    ({"memory": "framepack"}, 30),
+]
+
+
+@pytest.mark.parametrize(("changes", "most"), CUT)
 def test_a_history_that_is_cut_has_in_generation_the_tokens_that_it_has_in_training(
-    rates: tuple[str, ...], most: int
+    changes: dict[str, Any], most: int
 ) -> None:
-    dit = model(rates=rates, branches="high", history=most)
+    dit = model(branches="high", history=most, **changes)
     history = segments.History(dit)
     piece = torch.zeros(1, 2, SEGMENT, 4, 4)
     for known in range(0, 60, SEGMENT):

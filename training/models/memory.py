@@ -401,12 +401,13 @@ class FramePack(nn.Module):
     are repeated. Steps older than the last kernel reaches are dropped, and so are the oldest that do not fill a kernel
     [assumptions].
     What a step's tokens are thus changes as the history goes on: with a `past`, which keeps the latest steps, the result
-    is the memory of all that was seen, and replaces the one before. Reads `high` alone.
+    is the memory of all that was seen, the last `reach` steps of it, and replaces the one before. Reads `high` alone.
     """
 
-    def __init__(self, patch: int, channels: int, width: int) -> None:
+    def __init__(self, patch: int, channels: int, width: int, reach: int | None = None) -> None:
         super().__init__()
-        self.patch = patch
+        most = sum(steps for steps, *_ in FRAMEPACK)
+        self.patch, self.reach = patch, most if reach is None else min(most, reach)
         self.kernels = nn.ModuleList(_Kernel((t, h, w), patch, channels, width) for _, t, h, w in FRAMEPACK)
 
     def start_from(self, embedding: nn.Linear) -> None:
@@ -430,7 +431,9 @@ class FramePack(nn.Module):
             if past.begun:
                 start -= past.inputs[self].shape[2]
                 high = torch.cat([past.inputs[self], high], dim=2)
-            past.inputs[self] = high[:, :, -sum(steps for steps, *_ in FRAMEPACK) :].clone()
+            start += max(0, high.shape[2] - self.reach)
+            high = high[:, :, -self.reach :]
+            past.inputs[self] = high.clone()
             past.begun = True
         parts, end = [], high.shape[2]
         grid = [-(-side // self.patch) for side in high.shape[3:]]

@@ -485,7 +485,7 @@ def _memories(config: MemoryDiTConfig) -> list[nn.Module]:
     if config.memory == "none":
         return []
     if config.memory == "framepack":
-        return [FramePack(*shape)]
+        return [FramePack(*shape, config.history)]
     if config.memory == "patchify":
         return [Patchify(rate, *shape) for rate in rates]
     inside = (config.branches, config.memory_widths, config.memory_heads)
