@@ -53,6 +53,8 @@ def ranks() -> tuple[int, int]:
         UserError: the variables do not describe a process among others.
     """
     world, rank = _number("WORLD_SIZE", 1), _number("RANK", 0)
+    if world < 1:
+        raise UserError(f"WORLD_SIZE={world}: is no number of processes; set it as torchrun does, or unset it")
     if world > 1:
         for name in ("RANK", "MASTER_ADDR", "MASTER_PORT"):
             if name not in os.environ:
@@ -60,10 +62,14 @@ def ranks() -> tuple[int, int]:
                     f"{name} is not set, but WORLD_SIZE={world} says that this process has others beside it; set it as"
                     " torchrun does, or unset WORLD_SIZE"
                 )
+        if not 0 < _number("MASTER_PORT", 0) < 1 << 16:
+            raise UserError(f"MASTER_PORT={os.environ['MASTER_PORT']}: is no port; set one from 1 to 65535")
     if not 0 <= rank < world:
         raise UserError(
             f"RANK={rank}: is not one of the {world} that WORLD_SIZE says there are; set both, or unset both"
         )
+    if _number("LOCAL_RANK", 0) < 0:
+        raise UserError(f"LOCAL_RANK={os.environ['LOCAL_RANK']}: is no rank; set it as torchrun does, or unset it")
     if "LOCAL_RANK" not in os.environ and "WORLD_SIZE" in os.environ:
         # Kubeflow and the like start one process in each pod
         os.environ["LOCAL_RANK"] = str(next((_number(name, 0) for name in _LOCAL_RANKS if os.environ.get(name)), 0))

@@ -53,7 +53,11 @@ def test_a_process_knows_its_place(
         ({"WORLD_SIZE": "2"}, "RANK is not set, but WORLD_SIZE=2"),
         ({"WORLD_SIZE": "2", "RANK": "1"}, "MASTER_ADDR is not set"),
         ({"WORLD_SIZE": "2", "RANK": "2", "MASTER_ADDR": "n", "MASTER_PORT": "2"}, "RANK=2: is not one of the 2"),
+        ({"WORLD_SIZE": "2", "RANK": "1", "MASTER_ADDR": "n", "MASTER_PORT": "abc"}, "MASTER_PORT=abc: is no number"),
+        ({"WORLD_SIZE": "2", "RANK": "1", "MASTER_ADDR": "n", "MASTER_PORT": "65536"}, "MASTER_PORT=65536: is no port"),
+        ({"LOCAL_RANK": "-1"}, "LOCAL_RANK=-1: is no rank"),
         ({"WORLD_SIZE": "two"}, "WORLD_SIZE=two: is no number"),
+        ({"WORLD_SIZE": "0"}, "WORLD_SIZE=0: is no number of processes"),
     ],
 )
 def test_half_a_place_is_one_line(variables: dict[str, str], says: str, monkeypatch: pytest.MonkeyPatch) -> None:
