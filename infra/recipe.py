@@ -144,7 +144,7 @@ def _validate(content: dict[str, Any], path: str) -> Recipe:
                 f"{path}: {key}: unknown key{_suggest(str(key), _KEYS)}; allowed: base, {', '.join(_KEYS[:-1])}"
             )
     for key in ("name", "workspace"):
-        if not isinstance(content.get(key), str) or not content[key]:
+        if not isinstance(content.get(key), str) or not content[key].strip():
             raise UserError(f"{path}: {key}: must be a text")
     listed = content.get("stages")
     if not isinstance(listed, dict) or not listed:

@@ -53,6 +53,7 @@ def build(path: str, *overrides: str) -> list[graph.Node]:
         ("- a", "a recipe is a mapping"),
         (GOOD | {"workspce": "x"}, "workspce: unknown key (did you mean workspace?)"),
         (GOOD | {"name": 3}, "name: must be a text"),
+        (GOOD | {"workspace": " "}, "workspace: must be a text"),
         (GOOD | {"stages": {}}, "stages: must be a mapping"),
         (changed(shards={"kind": "shrad"}), "stages.shards.kind: unknown kind 'shrad' (did you mean shard?); allowed: shard, curate"),
         (changed(shards={"sources": ["x"]}), "stages.shards.kind: has no kind"),
