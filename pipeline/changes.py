@@ -15,11 +15,12 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from longtake.datasets import annotations, later, schema, storage
+from longtake.pipeline.seen import search
 
 _BUCKETS = 64
 _ROWS = 1 << 16
 _SPOOLED = pa.schema([("split", pa.string()), ("group", pa.int32()), ("uri", pa.string()), ("extra", pa.string())])
-_KNOWN = np.dtype([("uri", "i8"), ("extra", "i8"), ("val", "?"), ("group", "i4"), ("same", "?")])
+_KNOWN = np.dtype([("extra", "i8"), ("val", "?"), ("group", "i4"), ("same", "?")])
 
 
 class Changes:
@@ -27,7 +28,9 @@ class Changes:
 
     def __init__(self, dataset: str, plans: Sequence[str], spool: Path) -> None:
         self.dataset, self.plans, self.spool = dataset, plans, spool
-        self._known: np.ndarray | None = None
+        # sorted; not in the records, of whose columns each search would make a copy
+        self._uris: np.ndarray | None = None
+        self._known = np.empty(0, _KNOWN)
         self._open = contextlib.ExitStack()
         self._writers: dict[int, pa.ipc.RecordBatchStreamWriter] = {}
 
@@ -39,12 +42,14 @@ class Changes:
             yield batch
 
     def _compare(self, batch: pa.RecordBatch) -> None:
-        known = self._read() if self._known is None else self._known
-        self._known = known
+        if self._uris is None:
+            self._read()
+        assert self._uris is not None
+        known = self._known
         uris, extras = (_hashes(batch[name]) for name in ("uri", "extra"))
         # of a file that was planned again, having changed, the latest plan counts
-        at = np.maximum(np.searchsorted(known["uri"], uris, "right") - 1, 0)
-        there = known["uri"][at] == uris
+        at = np.maximum(search(self._uris, uris, "right") - 1, 0)
+        there = self._uris[at] == uris
         same = there & (known["extra"][at] == extras)
         known["same"][at[same]] = True
         differ = np.flatnonzero(there & ~same)
@@ -65,25 +70,30 @@ class Changes:
             self._writers[bucket] = self._open.enter_context(pa.ipc.new_stream(file, _SPOOLED))
         return self._writers[bucket]
 
-    def _read(self) -> np.ndarray:
-        parts = [np.empty(0, _KNOWN)]
+    def _read(self) -> None:
+        hashes, parts = [np.empty(0, np.int64)], [self._known]
         for url in self.plans:
             fs, path = storage.filesystem(url)
             with fs.open(path, "rb") as f:
                 for batch in pq.ParquetFile(f).iter_batches(_ROWS, columns=["uri", "extra", "split", "group"]):
                     part = np.zeros(len(batch), _KNOWN)
-                    part["uri"], part["extra"] = _hashes(batch["uri"]), _hashes(batch["extra"])
+                    part["extra"] = _hashes(batch["extra"])
                     part["val"] = np.asarray(pc.equal(batch["split"], schema.SPLITS[1]))
                     part["group"] = np.asarray(batch["group"])
+                    hashes.append(_hashes(batch["uri"]))
                     parts.append(part)
-        known = np.concatenate(parts)
-        known = known[np.argsort(known["uri"], kind="stable")]
+        uris, known = np.concatenate(hashes), np.concatenate(parts)
+        order = np.argsort(uris, kind="stable")
+        self._uris, self._known = uris[order], known[order]
         for split in schema.SPLITS:
             for shard in later.shards(self.dataset, split):
                 for row in later.read(self.dataset, split, shard):
-                    at = np.searchsorted(known["uri"], hash(row["uri"]), "right") - 1
-                    known["extra"][at] = hash(row["extra"])
-        return known
+                    self._known["extra"][self._place(row["uri"])] = hash(row["extra"])
+
+    def _place(self, uri: str) -> int:
+        """Of the latest that a plan has of this name."""
+        assert self._uris is not None
+        return int(np.searchsorted(self._uris, hash(uri), "right")) - 1
 
     @property
     def differ(self) -> bool:
@@ -105,16 +115,15 @@ class Changes:
         return count
 
     def _keep(self, split: str, group: int, differing: list[dict[str, Any]], planned: list[dict[str, Any]]) -> int:
-        assert self._known is not None
         told: dict[str, list[str | None]] = {}
         for row in differing:
             told.setdefault(row["uri"], []).append(row["extra"])
         changed = {}
         for row in planned:
             if row["uri"] in told and row["duplicate_of"] is None:
-                at = np.searchsorted(self._known["uri"], hash(row["uri"]), "right") - 1
                 # a row that says what is known may stand beside one that says more
-                extra = annotations.merged([row["extra"]] * int(self._known["same"][at]) + told[row["uri"]])
+                same = int(self._known["same"][self._place(row["uri"])])
+                extra = annotations.merged([row["extra"]] * same + told[row["uri"]])
                 if not annotations.same(extra, row["extra"]):
                     changed[row["source"]] = {"source": row["source"], "uri": row["uri"], "extra": extra}
         if changed:
