@@ -24,6 +24,7 @@ from longtake.datasets.errors import Failure, UserError
 _FOREIGN_DEBRIS_SECONDS = 24 * 3600
 _LASTING = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES)
 _NO_CREDENTIALS = ("NoCredentialsError", "PartialCredentialsError", "ProfileNotFound")  # botocore's, which do not pass
+_ANSWERS = (FileNotFoundError, FileExistsError, PermissionError, IsADirectoryError, NotADirectoryError)
 _LATER = (408, 425, 429)  # HTTP statuses below 500 that may be others a moment later
 _PROTOCOL = re.compile(r"(?!file:|local:)([a-z][a-z0-9+.-]+)://", re.IGNORECASE)
 _FILE_URL = re.compile(r"(?:file|local):(?://(?:localhost(?=/))?|(?=/))", re.IGNORECASE)
@@ -276,20 +277,14 @@ def retrying(what: str, action: Callable[[], Any], attempts: int = 5, first_wait
     for attempt in range(attempts):
         try:
             return action()
-        except (FileNotFoundError, FileExistsError, PermissionError, IsADirectoryError, NotADirectoryError):
-            raise
-        except Exception as e:
-            # some clients of stores have errors of their own
-            passing = isinstance(e, OSError) or type(e).__module__.split(".")[0] in (
-                "aiohttp",
-                "botocore",
-                "aiobotocore",
-            )
+        except Exception as caught:
+            e = _told(caught)
             if refusal := _refusal(e):
                 raise refusal from e
             if type(e).__name__ in _NO_CREDENTIALS:
                 raise Failure(f"{what}: {e}; give this machine the store's credentials") from e
-            if not passing or getattr(e, "errno", None) in _LASTING:
+            lasting = isinstance(e, _ANSWERS) or getattr(e, "errno", None) in _LASTING
+            if lasting or not (isinstance(e, OSError) or of_network(e)):
                 raise
             if attempt == attempts - 1:
                 raise Failure(f"{what}: {e} (gave up after {attempts} attempts)") from e
@@ -297,9 +292,24 @@ def retrying(what: str, action: Callable[[], Any], attempts: int = 5, first_wait
             time.sleep(first_wait * 2**attempt * random.SystemRandom().uniform(0.5, 1.5))
 
 
-def _refusal(error: Exception) -> OSError | None:
+def _told(error: Exception) -> BaseException:
+    """An error, or the one behind it: over HTTP, fsspec calls every fault a file that is not there."""
+    cause = error.__cause__
+    return cause if cause and isinstance(error, FileNotFoundError) and of_network(cause) else error
+
+
+def of_network(error: BaseException | None) -> bool:
+    """Whether an error is one of a connection or of a store's client, which has errors of its own."""
+    return isinstance(error, ConnectionError | TimeoutError) or _client(error) in ("aiohttp", "botocore", "aiobotocore")
+
+
+def _client(error: BaseException | None) -> str:
+    return type(error).__module__.split(".")[0]
+
+
+def _refusal(error: BaseException) -> OSError | None:
     """What an HTTP server means by an answer that will not be another one a moment later."""
-    if type(error).__module__.split(".")[0] != "aiohttp":
+    if _client(error) != "aiohttp":
         return None
     import aiohttp
 

@@ -13,7 +13,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import aiohttp
 import pyarrow as pa
 
 from longtake.datasets import storage
@@ -87,7 +86,7 @@ def _size(uri: str) -> int | None:
         if storage.is_local(uri):
             facts = Path(path).stat()
             return facts.st_size if stat.S_ISREG(facts.st_mode) else None
-        size: Any = storage.retrying(uri, partial(_stored_size, fs, path))
+        size: Any = storage.retrying(uri, partial(fs.size, path))
         return None if size is None else int(size)
     except UserError as e:
         if isinstance(e.__cause__, ImportError):
@@ -95,13 +94,3 @@ def _size(uri: str) -> int | None:
         return None
     except (OSError, ValueError, Failure):
         return None
-
-
-def _stored_size(fs: Any, path: str) -> Any:
-    try:
-        return fs.size(path)
-    except FileNotFoundError as e:
-        # over HTTP, fsspec says so of every fault
-        if isinstance(e.__cause__, aiohttp.ClientError | TimeoutError):
-            raise e.__cause__ from None
-        raise

@@ -48,6 +48,9 @@ def expand(pattern: str) -> list[Entry]:
         entries, passed_over = _local(pattern) if storage.is_local(pattern) else _remote(pattern)
     except PermissionError as e:
         raise UserError(f"sources: {pattern}: may not be read ({e.strerror or e})") from e
+    except ValueError as e:
+        # what a store's client says of no name that it knows, as of `s3://` alone
+        raise e if isinstance(e, UserError) else UserError(f"sources: {pattern}: {e}") from e
     if not entries:
         others = ", ".join(f"{n} {s or 'without suffix'}" for s, n in passed_over.most_common(3))
         only = f" (only {others})" if others else ""

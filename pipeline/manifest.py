@@ -12,6 +12,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
+from json.encoder import encode_basestring_ascii
 from typing import Any
 from urllib.parse import unquote
 
@@ -21,7 +22,7 @@ import pyarrow.csv
 import pyarrow.parquet as pq
 
 from longtake.datasets import storage
-from longtake.datasets.errors import UserError
+from longtake.datasets.errors import Failure, UserError
 
 KINDS = ".csv, .tsv, .json, .jsonl or .ndjson (also .gz or .zst of these), or .parquet (a file or a folder of parts)"
 _DELIMITERS = {"csv": ",", "tsv": "\t"}
@@ -49,6 +50,7 @@ _BATCH_BYTES = 1 << 24
 _ROW_BYTES = 1 << 20
 _DEPTH = 32
 _OURS = ("uri", "bytes", "etag")
+_ADDRESS = re.compile(r"https?://[^?#]*", re.IGNORECASE)
 
 # What is known of a source before it is read. `etag`: the store's own content tag, where it has one.
 FOUND = pa.schema([("uri", pa.string()), ("bytes", pa.int64()), ("etag", pa.string()), ("extra", pa.string())])
@@ -64,13 +66,19 @@ def is_other_list(name: str) -> bool:
 
 
 def suffix(name: str) -> str:
-    stem, dot, ending = name.rsplit("/", 1)[-1].rpartition(".")
+    stem, dot, ending = _place(name).rsplit("/", 1)[-1].rpartition(".")
     return ending.lower() if dot and stem else ""
+
+
+def _place(name: str) -> str:
+    """A name without the query of its address, which may be a signature."""
+    address = _ADDRESS.match(name)
+    return address[0] if address else name
 
 
 def _kind(name: str) -> str:
     """The suffix, that of what is packed where it is packed."""
-    name = name.rstrip("/")
+    name = _place(name).rstrip("/")
     ending = suffix(name)
     inner = suffix(name[: -len(ending) - 1]) if ending in _PACKED else ""
     return inner if inner in _TEXTS else ending
@@ -83,18 +91,27 @@ def read(url: str) -> Iterator[pa.RecordBatch]:
 
     Raises:
         UserError: it is missing, empty, of another kind, not readable, or has no column `uri`.
+        Failure: its store does not give it whole.
     """
     fs, path = storage.filesystem(url.rstrip("/"))
     kind, count = _kind(url), 0
     try:
         for file, parts in _files(fs, path, url):
-            opened = partial(fs.open, file, "rb")
+            opened = partial(storage.retrying, url, partial(fs.open, file, "rb"))
             for batch, extra in _parquet(opened, parts) if kind == "parquet" else _text(opened, kind):
                 count += len(batch)
                 yield _as_found(batch, extra, url)
     except FileNotFoundError as e:
         raise UserError(f"sources: {url}: no such manifest") from e
-    except (pa.ArrowException, OSError, ValueError, OverflowError) as e:
+    except PermissionError as e:
+        raise UserError(f"sources: {url}: may not be read ({e.strerror or e})") from e
+    except (UserError, Failure):
+        raise
+    except Exception as e:
+        if storage.of_network(e):
+            raise Failure(f"{url}: did not come whole ({e}); run the same command again") from e
+        if not isinstance(e, pa.ArrowException | OSError | ValueError | OverflowError):
+            raise
         what = " ".join(str(e).split())
         raise UserError(f"sources: {url}: not a readable manifest ({what[:300]}); manifests are {KINDS}") from e
     if not count:
@@ -383,7 +400,7 @@ def _values(column: Any) -> Any:
         text = pc.binary_join_element_wise('"', _texts(column), '"', "")
         special = pc.fill_null(pc.match_substring_regex(column, r'["\\\x00-\x1f]'), False)
         if pc.any(special).as_py():
-            escaped = [json.dumps(value) for value in column.filter(special).to_pylist()]
+            escaped = [encode_basestring_ascii(value) for value in column.filter(special).to_pylist()]
             text = pc.replace_with_mask(text, special, pa.array(escaped, pa.string()))
         return text
     plain = [_plain(value) for value in column.to_pylist()]

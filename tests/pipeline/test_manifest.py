@@ -286,4 +286,4 @@ def test_a_wrong_manifest_is_one_line(tmp_path: Path, name: str, content: Any, m
     with pytest.raises(UserError) as caught:
         rows_of(str(tmp_path / name))
     assert message in str(caught.value) and str(tmp_path / name) in str(caught.value)
-    assert "\n" not in str(caught.value)
+    assert "\n" not in str(caught.value) and str(caught.value).count("sources:") == 1
