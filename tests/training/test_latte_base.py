@@ -144,7 +144,7 @@ def test_classes_that_are_new_beside_a_low_rank_change_learn_in_full(tmp_path: P
 @pytest.fixture(scope="module")
 def inputs(dataset: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     root = tmp_path_factory.mktemp("based")
-    found = latent_stages.inputs(root, dataset)
+    found = latent_stages.inputs(root, dataset, join=0.0)
     encoder = column.read_latents(found["latents"]).encoder["digest"]
     base = saved(root / "base", ("a", "z"), encoder, channels=8, shape=(3, 2, 3))
     return {name: found[name] for name in ("dataset", "latents")} | {"base": base}
