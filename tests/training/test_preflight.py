@@ -16,13 +16,13 @@ from longtake.training.config import TrainConfig
 
 @pytest.fixture
 def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[MlflowClient, str]]:
-    uri, before = f"sqlite:///{tmp_path}/mlflow.db", mlflow.get_tracking_uri()
+    uri = f"sqlite:///{tmp_path}/mlflow.db"
     mlflow.set_tracking_uri(uri)
     client = MlflowClient(uri)
     run_id = client.create_run(client.create_experiment("x", str(tmp_path / "artifacts"))).info.run_id
     monkeypatch.setenv("MLFLOW_RUN_ID", run_id)
     yield client, run_id
-    mlflow.set_tracking_uri(before)
+    mlflow.set_tracking_uri(None)
 
 
 def test_registry_artifacts_and_upload_are_written_to(tmp_path: Path, run: tuple[MlflowClient, str]) -> None:
@@ -53,10 +53,9 @@ def test_a_registry_that_does_not_answer_is_told(
     run: tuple[MlflowClient, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
-    before = mlflow.get_registry_uri()
     mlflow.set_registry_uri("http://127.0.0.1:9")
     try:
         with pytest.raises(Failure, match=r"models:/model: .*127.0.0.1"):
             preflight.check(TrainConfig())
     finally:
-        mlflow.set_registry_uri(before)
+        mlflow.set_registry_uri(None)
