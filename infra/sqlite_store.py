@@ -86,6 +86,9 @@ def bring_along(uri: str, workspace: str, artifacts: str) -> None:
         or not artifacts.endswith("/artifacts")
     ):
         return
+    if Path(old).exists() and Path(old).samefile(workspace):
+        # a link to it
+        return
     with contextlib.closing(sqlite3.connect(path, timeout=PATIENCE)) as db, db:
         for table, column in _PLACES:
             for prefix in (old, f"file://{old}"):

@@ -113,6 +113,18 @@ def test_a_workspace_that_was_moved_or_copied_goes_on_from_what_it_holds(
     assert capsys.readouterr().err == ""
 
 
+def test_a_link_to_a_workspace_is_no_move(
+    tmp_path: Path, with_store: Callable[[Path], None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with_store(tmp_path / "ws")
+    store, node = opened(tmp_path, tmp_path / "ws")
+    trained(store, node)
+    (tmp_path / "link").symlink_to("ws")
+    capsys.readouterr()
+    store, node = opened(tmp_path, tmp_path / "link")
+    assert runs_again(store, node, capsys) == ""
+
+
 def test_records_of_another_store_are_taken_at_the_workspace_s_present_path(
     tmp_path: Path, with_store: Callable[[Path], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
