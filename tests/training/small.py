@@ -31,6 +31,7 @@ SETTINGS: dict[str, Any] = {
     "checkpoint_every": 3,
     "ema_half_lives": [],
     "schedule": "constant",
+    "warmup_steps": 0,  # else it is a share of the steps, and longer for a longer training
 }
 
 
