@@ -261,7 +261,11 @@ def test_sizes_as_pandas_writes_them(tmp_path: Path) -> None:
         ("m.csv", "\n <!DOCTYPE html><html>", "it is HTML or XML"),
         ("m.csv", b"PK\x03\x04rest", "it is a workbook or zip"),
         ("m.tsv", b"\x01\x00\x02", "it is binary"),
-        ("m.csv.gz", gzip.compress(b"uri\na\nb\n", mtime=0)[:-6], "not a readable manifest (Truncated compressed stream"),
+        (
+            "m.csv.gz",
+            gzip.compress(b"uri\na\nb\n", mtime=0)[:-6],
+            "not a readable manifest (Truncated compressed stream",
+        ),
         ("m.parquet", "uri\na\n", "not a readable manifest (Parquet"),
         ("m.jsonl", '{"uri":"a"}\n{"uri":"b"', "line 2: "),
         ("m.jsonl", '{"uri":"a"}\n["b"]', "line 2 is no JSON object"),
