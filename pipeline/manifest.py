@@ -184,7 +184,7 @@ def _csv(opened: Callable[[], Any], delimiter: str) -> Iterator[tuple[pa.RecordB
 
 
 class _WholeLineEnds(io.RawIOBase):
-    """A file of whose blocks none ends within CR LF: Arrow would drop the LF, in quotes too."""
+    """A file of whose blocks none ends with a CR or begins with one: Arrow drops the LF after it, and loses a row's end."""
 
     def __init__(self, f: Any) -> None:
         self._f, self._held = f, b""
@@ -194,7 +194,9 @@ class _WholeLineEnds(io.RawIOBase):
 
     def read(self, size: int = -1) -> bytes:
         data: bytes = self._held + self._f.read(size - len(self._held))
-        self._held = data[-1:] if data.endswith(b"\r") and len(data) > 1 else b""
+        whole = len(data.rstrip(b"\r")) - 1
+        # what is held begins with the byte before the CRs
+        self._held = data[whole:] if data.endswith(b"\r") and whole > 0 else b""
         return data[: len(data) - len(self._held)]
 
 
