@@ -290,6 +290,8 @@ def s3_server() -> Iterator[FaultyS3]:
             patch.setenv(name, value)
         # s3fs keeps one client for all of a process, whatever server the environment names by now
         S3FileSystem.clear_instance_cache()
+        # nor of what another server in this process has been given
+        get_backend("s3").reset()
         try:
             fs = storage.filesystem("s3://raw")[0]
             for bucket in ("raw", "lake"):
