@@ -53,9 +53,6 @@ def test_a_registry_that_does_not_answer_is_told(
     run: tuple[MlflowClient, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
-    mlflow.set_registry_uri("http://127.0.0.1:9")
-    try:
-        with pytest.raises(Failure, match=r"models:/model: .*127.0.0.1"):
-            preflight.check(TrainConfig())
-    finally:
-        mlflow.set_registry_uri(None)
+    monkeypatch.setenv("MLFLOW_REGISTRY_URI", "http://127.0.0.1:9")
+    with pytest.raises(Failure, match=r"models:/model: .*127.0.0.1"):
+        preflight.check(TrainConfig())
