@@ -52,6 +52,36 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
+@pytest.fixture
+def s3_variables(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, str]]:
+    """The environment variables of an S3 server with nothing in it, set for this process and its children."""
+    from moto.backends import get_backend
+    from moto.server import ThreadedMotoServer
+    from s3fs import S3FileSystem
+
+    server = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    variables = {
+        "AWS_ACCESS_KEY_ID": "a",
+        "AWS_SECRET_ACCESS_KEY": "b",
+        "AWS_DEFAULT_REGION": "us-east-1",
+        "AWS_ENDPOINT_URL": f"http://{host}:{port}",
+    }
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+
+    # s3fs keeps a client, and moto what it was given, for all of a process
+    S3FileSystem.clear_instance_cache()
+    get_backend("s3").reset()
+    try:
+        yield variables
+    finally:
+        S3FileSystem.clear_instance_cache()
+        server.stop()
+        get_backend("s3").reset()
+
+
 @pytest.fixture(scope="session")
 def footage(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with six generated videos and their ground truth."""

@@ -384,39 +384,24 @@ def test_nothing_is_touched_without_yes_and_the_command_says_what_and_why(here: 
 
 
 def test_a_remote_workspace_loses_dead_latents_and_orphans_and_nothing_else(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, s3_variables: dict[str, str]
 ) -> None:
-    from moto.server import ThreadedMotoServer
-    from s3fs import S3FileSystem
-
-    server = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
-    server.start()
-    try:
-        host, port = server.get_host_and_port()
-        for name, value in {
-            "AWS_ACCESS_KEY_ID": "a", "AWS_SECRET_ACCESS_KEY": "b", "AWS_DEFAULT_REGION": "us-east-1",
-            "AWS_ENDPOINT_URL": f"http://{host}:{port}", "MLFLOW_TRACKING_URI": f"sqlite:///{tmp_path}/m.db",
-        }.items():  # fmt: skip
-            monkeypatch.setenv(name, value)
-        S3FileSystem.clear_instance_cache()
-        fs = storage.filesystem("s3://lake")[0]
-        fs.mkdir("lake")
-        here = Workspace(tmp_path, "s3://lake/ws")
-        _, make = with_latents(here)
-        make("latent-a1", here.registered("champion"))
-        make("latent-a2", here.registered())
-        storage.write("s3://lake/ws/latents/0123456789ab/latents.json", b"{}")
-        before = set(fs.find("lake"))
-        items, _ = here.find(older=-10)
-        assert {item.what for item in items.values()} == {"latents", "output"}
-        for item in items.values():
-            clean.remove(item, here.open()[2])
-        fs.invalidate_cache()
-        gone = before - set(fs.find("lake"))
-        assert len(gone) == 6 and all("latent-a2" in name or "0123456789ab" in name for name in gone)
-    finally:
-        S3FileSystem.clear_instance_cache()
-        server.stop()
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/m.db")
+    fs = storage.filesystem("s3://lake")[0]
+    fs.mkdir("lake")
+    here = Workspace(tmp_path, "s3://lake/ws")
+    _, make = with_latents(here)
+    make("latent-a1", here.registered("champion"))
+    make("latent-a2", here.registered())
+    storage.write("s3://lake/ws/latents/0123456789ab/latents.json", b"{}")
+    before = set(fs.find("lake"))
+    items, _ = here.find(older=-10)
+    assert {item.what for item in items.values()} == {"latents", "output"}
+    for item in items.values():
+        clean.remove(item, here.open()[2])
+    fs.invalidate_cache()
+    gone = before - set(fs.find("lake"))
+    assert len(gone) == 6 and all("latent-a2" in name or "0123456789ab" in name for name in gone)
 
 
 @pytest.mark.slow

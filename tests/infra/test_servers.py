@@ -16,6 +16,8 @@ import psutil
 import pytest
 import yaml
 
+from longtake.datasets import storage
+
 README = Path(__file__).resolve().parents[2] / "infra" / "README.md"
 PROGRAMS = str(Path(sys.executable).parent)
 
@@ -181,41 +183,26 @@ def reached(folder: Path, child: "subprocess.Popen[bytes]", step: int) -> None:
 
 
 @pytest.mark.slow
-def test_mlflow_on_postgresql_and_s3_takes_runs_and_models_and_stops(folder: Path) -> None:
-    from moto.server import ThreadedMotoServer
-
+def test_mlflow_on_postgresql_and_s3_takes_runs_and_models_and_stops(
+    folder: Path, s3_variables: dict[str, str]
+) -> None:
     if not list(Path("/usr/lib/postgresql").glob("*/bin/initdb")):
         pytest.fail("PostgreSQL is not installed: apt-get install postgresql")
     start, stop = blocks("MLflow on PostgreSQL, artifacts on S3")
-    server = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
-    server.start()
+    env = environment(folder, **s3_variables, BUCKET="runs")
+    env |= {"PORT": str(free_port()), "DATABASE_PORT": str(free_port())}
+    fs = storage.filesystem("s3://runs")[0]
+    fs.mkdir("runs")
     try:
-        host, port = server.get_host_and_port()
-        keys = {"AWS_ACCESS_KEY_ID": "a", "AWS_SECRET_ACCESS_KEY": "b", "AWS_DEFAULT_REGION": "us-east-1"}
-        env = environment(folder, **keys, AWS_ENDPOINT_URL=f"http://{host}:{port}", BUCKET="runs")
-        env |= {"PORT": str(free_port()), "DATABASE_PORT": str(free_port())}
-        import boto3
-
-        store = boto3.client(
-            "s3",
-            endpoint_url=env["AWS_ENDPOINT_URL"],
-            aws_access_key_id="a",
-            aws_secret_access_key="b",
-            region_name="us-east-1",
-        )
-        store.create_bucket(Bucket="runs")
-        try:
-            uri = work(env, paste(start, env), folder)
-        finally:
-            paste(stop, env)
-        assert gone(uri) and gone(f"//127.0.0.1:{env['DATABASE_PORT']}")
-        keys_there = [entry["Key"] for entry in store.list_objects_v2(Bucket="runs")["Contents"]]
-        assert any(key.endswith("model.safetensors") for key in keys_there)
-        password = (folder / "password").read_text().strip()
-        assert (folder / "password").stat().st_mode & 0o077 == 0
-        assert not any(password in path.read_text(errors="replace") for path in folder.glob("*.log"))
+        uri = work(env, paste(start, env), folder)
     finally:
-        server.stop()
+        paste(stop, env)
+    assert gone(uri) and gone(f"//127.0.0.1:{env['DATABASE_PORT']}")
+    fs.invalidate_cache()
+    assert any(key.endswith("model.safetensors") for key in fs.find("runs"))
+    password = (folder / "password").read_text().strip()
+    assert (folder / "password").stat().st_mode & 0o077 == 0
+    assert not any(password in path.read_text(errors="replace") for path in folder.glob("*.log"))
 
 
 @pytest.mark.slow

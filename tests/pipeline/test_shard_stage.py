@@ -194,39 +194,23 @@ def test_another_geometry_does_not_mix_into_a_dataset(sharded: Path, footage: Pa
         shard.run(config(footage, clip={"short_side": 32, "fps": 6}), {}, str(sharded))
 
 
-def test_an_object_store_gets_the_same_clips(sharded: Path, footage: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from moto.server import ThreadedMotoServer
+def test_an_object_store_gets_the_same_clips(sharded: Path, footage: Path, s3_variables: dict[str, str]) -> None:
+    fs = storage.filesystem("s3://bucket")[0]
+    fs.mkdir("bucket")
+    fs.put(str(footage), "bucket/raw", recursive=True)
+    output = "s3://bucket/dataset"
+    shard._describe(config(footage), output)
+    planned = shard.plan(output, ["s3://bucket/raw/*.mp4"], 0.3, 1 << 30, 2)
+    # the session's Ray workers know no keys: groups are made here, as a worker would
+    for group in shard.missing_groups(output, planned):
+        assert not make_group(group, sources_of(output, group), output, _geometry())["error"]
+    assert shard.missing_groups(output, planned) == []
 
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0)
-    server.start()
-    try:
-        host, port = server.get_host_and_port()
-        settings = {
-            "AWS_ACCESS_KEY_ID": "a",
-            "AWS_SECRET_ACCESS_KEY": "b",
-            "AWS_DEFAULT_REGION": "us-east-1",
-            "AWS_ENDPOINT_URL": f"http://{host}:{port}",
-        }
-        for name, value in settings.items():
-            monkeypatch.setenv(name, value)
-        fs = fsspec.filesystem("s3", skip_instance_cache=True)
-        fs.mkdir("bucket")
-        fs.put(str(footage), "bucket/raw", recursive=True)
-        output = "s3://bucket/dataset"
-        shard._describe(config(footage), output)
-        planned = shard.plan(output, ["s3://bucket/raw/*.mp4"], 0.3, 1 << 30, 2)
-        # the session's Ray workers know no keys: groups are made here, as a worker would
-        for group in shard.missing_groups(output, planned):
-            assert not make_group(group, sources_of(output, group), output, _geometry())["error"]
-        assert shard.missing_groups(output, planned) == []
+    # the store's tags name the sources, so keys and splits are others, but the clips are the same bytes
+    def clips(url: str) -> set[str]:
+        return {c for split in schema.SPLITS for c in index.read_all(url, split)["sha256"].to_pylist()}
 
-        # the store's tags name the sources, so keys and splits are others, but the clips are the same bytes
-        def clips(url: str) -> set[str]:
-            return {c for split in schema.SPLITS for c in index.read_all(url, split)["sha256"].to_pylist()}
-
-        assert clips(output) == clips(str(sharded))
-    finally:
-        server.stop()
+    assert clips(output) == clips(str(sharded))
 
 
 def _geometry() -> dict[str, Any]:
