@@ -174,20 +174,23 @@ def _csv(opened: Callable[[], Any], delimiter: str) -> Iterator[tuple[pa.RecordB
         pyarrow.csv.ParseOptions(delimiter=delimiter, newlines_in_values=True),
     )
     with opened() as f:
-        given = pyarrow.csv.open_csv(f, *options).schema.names
+        given = pyarrow.csv.open_csv(_LineEnds(f), *options).schema.names
     names = _unique([name.strip() for name in given])
     types = pyarrow.csv.ConvertOptions(column_types=dict.fromkeys(given, pa.string()))
     with opened() as f:
-        for part in pyarrow.csv.open_csv(_WholeLineEnds(f), *options, types):
+        for part in pyarrow.csv.open_csv(_LineEnds(f), *options, types):
             batch = part.rename_columns(names)
             yield batch, _objects(batch)
 
 
-class _WholeLineEnds(io.RawIOBase):
-    """A file of whose blocks none ends with a CR or begins with one: Arrow drops the LF after it, and loses a row's end."""
+class _LineEnds(io.RawIOBase):
+    """A file of CSV whose rows end with an LF, in blocks of which none ends with a CR or begins with one.
+
+    Of rows that end with a CR Arrow refuses some, and at a block's border it drops the LF after a CR, and a row's end.
+    """
 
     def __init__(self, f: Any) -> None:
-        self._f, self._held = f, b""
+        self._f, self._held, self._quoted = f, b"", 0
 
     def readable(self) -> bool:
         return True
@@ -197,7 +200,15 @@ class _WholeLineEnds(io.RawIOBase):
         whole = len(data.rstrip(b"\r")) - 1
         # what is held begins with the byte before the CRs
         self._held = data[whole:] if data.endswith(b"\r") and whole > 0 else b""
-        return data[: len(data) - len(self._held)]
+        data = data[: len(data) - len(self._held)]
+
+        # a doubled quote leaves the count as it was; of the empty rows that come of a CRLF nothing is read
+        outside, self._quoted = self._quoted, (self._quoted + data.count(b'"')) % 2
+        if b"\r" in data:
+            pieces = data.split(b'"')
+            pieces[outside::2] = [piece.replace(b"\r", b"\n") for piece in pieces[outside::2]]
+            data = b'"'.join(pieces)
+        return data
 
 
 def _json(rows: Iterator[tuple[str, Any]]) -> Iterator[tuple[pa.RecordBatch, Any]]:
