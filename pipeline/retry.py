@@ -3,6 +3,7 @@ group, once their store answers; nothing else is made again.
 """
 
 import hashlib
+import json
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -16,6 +17,7 @@ from longtake.datasets import index, schema, storage
 from longtake.datasets.errors import Failure
 from longtake.pipeline.fetch import answers
 
+RECORD = "unreachable.json"
 _FIELDS = ("source", "uri", "bytes", "split", "group", "duplicate_of", "extra", "reason")
 _EMPTY = schema.SOURCES.empty_table().select(_FIELDS)
 
@@ -107,13 +109,34 @@ def answering(awaited: Sequence[dict[str, Any]], threads: int = 16) -> list[dict
     return [row for row, answer in zip(awaited, told, strict=True) if answer]
 
 
+def record(dataset: str) -> None:
+    """Write `unreachable.json`, from which `retried` tells without reading every account; nothing where none ever was.
+
+    `repeated` are the URIs that were planned again, `awaited` those that were not yet.
+    """
+    tries = read_tries(dataset)
+    awaited = {row["uri"] for row in tries.awaited} - tries.repeated
+    url = storage.join(dataset, RECORD)
+    if awaited or tries.repeated or storage.exists(url):
+        contents = {"awaited": sorted(awaited), "repeated": sorted(tries.repeated)}
+        storage.write(url, storage.canonical_json(contents))
+
+
 def retried(dataset: str) -> str:
     """A digest of the unreachable sources that were planned again or answer for the first time; empty where there are none.
 
     One that fails its second try changes it no more: a store that never gives a source whole makes nothing run for ever.
+
+    Raises:
+        Failure: the record of them is damaged.
     """
-    tries = read_tries(dataset)
-    again = tries.repeated | {
-        row["uri"] for row in answering([r for r in tries.awaited if r["uri"] not in tries.repeated])
-    }
+    url = storage.join(dataset, RECORD)
+    if not storage.exists(url):
+        return ""
+    try:
+        contents = json.loads(storage.read(url))
+        awaited, repeated = [{"uri": uri} for uri in contents["awaited"]], contents["repeated"]
+    except (ValueError, KeyError, TypeError) as e:
+        raise Failure(f"{url}: damaged ({e}); delete it and run the recipe again") from e
+    again = {*repeated, *(row["uri"] for row in answering(awaited))}
     return hashlib.sha256("\n".join(sorted(again)).encode()).hexdigest() if again else ""

@@ -92,6 +92,7 @@ def run(config: Config, inputs: Mapping[str, str], output: str) -> dict[str, Any
             _make(config, output, missing)
         finally:
             swept += _sweep(output)  # of workers that died on the way
+    retry.record(output)
     totals = index.summary(output)
     if not totals["clips"]:
         reasons = ", ".join(f"{n} {reason}" for reason, n in totals["rejected_by_reason"].items())
