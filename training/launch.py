@@ -31,15 +31,16 @@ from longtake.training.config import LaunchConfig, TrainConfig
 from longtake.training.processes import (
     CUT_SHORT,
     GO_ON,
+    SPINNING,
     Error,
     Job,
     again,
     error_of,
     raise_error,
     signals_passed_on,
+    spin_briefly,
     stop_requested,
     stop_sources,
-    wait_passively,
     work,
 )
 
@@ -238,7 +239,7 @@ class _Post:
 def _ray(job: Job, config: TrainConfig) -> None:
     """Ray Train in the cluster that RAY_ADDRESS names, else in one of our own for as long as it takes."""
     how = config.launcher
-    wait_passively()
+    spin_briefly()
     with _cluster(how) as ray:
         from ray.train import FailureConfig, RunConfig, ScalingConfig
         from ray.train.torch import TorchConfig, TorchTrainer
@@ -270,7 +271,7 @@ def _ray(job: Job, config: TrainConfig) -> None:
                 storage_path=str(storage),
                 failure_config=FailureConfig(max_failures=how.max_failures),
                 # read as torch is loaded, so it must be there when the workers start
-                worker_runtime_env={"env_vars": {"OMP_WAIT_POLICY": os.environ["OMP_WAIT_POLICY"]}},
+                worker_runtime_env={"env_vars": {name: os.environ[name] for name in SPINNING if name in os.environ}},
             ),
         )
         ended: list[BaseException] = []

@@ -26,8 +26,8 @@ from longtake.training.processes import (
     raise_error,
     share_of_cpus,
     signals_passed_on,
+    spin_briefly,
     stop_sources,
-    wait_passively,
     work,
 )
 
@@ -58,7 +58,7 @@ def run(job: Job, config: TrainConfig) -> None:
             signals_to_handle="SIGHUP,SIGQUIT",
             logs_specs=DefaultLogsSpecs(log_dir=folder, redirects=dict.fromkeys(range(1, count), Std.ALL)),
         )
-        wait_passively()
+        spin_briefly()
         os.environ.setdefault("OMP_NUM_THREADS", str(share_of_cpus(count)))
         # a store of its own for each attempt: in a shared one the next would find the addresses of those that died
         os.environ |= {"PYTHONSAFEPATH": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}

@@ -97,10 +97,10 @@ def stage(recipe: str, name: str, overrides: tuple[str, ...], parent: str | None
     Such launchers end with an exit code of their own when they are stopped. torchrun kills after 30 seconds: set
     TORCH_ELASTIC_SHUTDOWN_TIMEOUT to the stop_seconds of the stage.
     """
-    from longtake.training.processes import wait_passively
+    from longtake.training.processes import spin_briefly
 
     # before torch is imported
-    wait_passively()
+    spin_briefly()
     from longtake.infra import runner
     from longtake.training import launch
 

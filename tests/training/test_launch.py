@@ -168,7 +168,7 @@ def test_every_launcher_learns_what_one_process_learns_though_one_of_two_is_kill
         made[name] = learned(folder)
         for environ in folder.glob("environment-*") if settings else ():
             # what the process began with, since torch reads it as it is loaded
-            assert b"OMP_WAIT_POLICY=PASSIVE" in environ.read_bytes().split(b"\0"), (name, environ)
+            assert b"GOMP_SPINCOUNT=10000" in environ.read_bytes().split(b"\0"), (name, environ)
     assert same(made["two"], made["killed"]) and same(made["two"], made["killed under ray"])
     assert all(torch.allclose(made["alone"][k], made["two"][k], atol=1e-6) for k in made["alone"])
 
@@ -195,20 +195,27 @@ def test_what_one_process_meets_is_what_the_command_says(dataset: str, tmp_path:
     assert ("Traceback" in said) == (fault == "bug"), said
 
 
-@pytest.mark.parametrize(("given", "expected"), [(None, "PASSIVE"), ("", "PASSIVE"), ("ACTIVE", "ACTIVE")])
-def test_a_stage_started_by_hand_lets_threads_sleep_before_torch_is_loaded(
-    tmp_path: Path, given: str | None, expected: str
+@pytest.mark.parametrize(
+    ("own", "expected"),
+    [
+        ({}, "None 10000"),
+        ({"OMP_WAIT_POLICY": ""}, "None 10000"),
+        ({"OMP_WAIT_POLICY": "PASSIVE"}, "PASSIVE None"),
+        ({"GOMP_SPINCOUNT": "5"}, "None 5"),
+    ],
+)
+def test_a_stage_started_by_hand_lets_threads_sleep_soon_before_torch_is_loaded(
+    tmp_path: Path, own: dict[str, str], expected: str
 ) -> None:
     script = (
         "import os, sys\nfrom longtake.infra import cli\nfrom longtake.training import processes\n"
-        "def wait(before=processes.wait_passively):\n    before()\n"
-        "    print(os.environ['OMP_WAIT_POLICY'], 'torch' in sys.modules)\n"
-        "processes.wait_passively = wait\n"
+        "def spin(before=processes.spin_briefly):\n    before()\n"
+        "    print(*(os.environ.get(name) for name in processes.SPINNING), 'torch' in sys.modules)\n"
+        "processes.spin_briefly = spin\n"
         "try: cli.cli(['stage', 'none.yaml', 'vae'], standalone_mode=False)\nexcept Exception: pass"
     )
-    settings = environment() | ({} if given is None else {"OMP_WAIT_POLICY": given})
     command = [sys.executable, "-P", "-c", script]
-    done = subprocess.run(command, cwd=tmp_path, env=settings, capture_output=True, text=True)
+    done = subprocess.run(command, cwd=tmp_path, env=environment() | own, capture_output=True, text=True)
     assert done.stdout == f"{expected} False\n", done.stderr
 
 
