@@ -87,7 +87,8 @@ def _kind(name: str) -> str:
 def read(url: str) -> Iterator[pa.RecordBatch]:
     """The rows of a manifest as batches of FOUND, `bytes` null where it does not say.
 
-    `extra` has the row's other columns (see annotations.py). A relative URI counts from the manifest's folder.
+    `extra` has the row's other columns (see annotations.py). A relative URI counts from the folder that the manifest is
+    or lies in.
 
     Raises:
         UserError: it is missing, empty, of another kind, not readable, or has no column `uri`.
@@ -100,7 +101,7 @@ def read(url: str) -> Iterator[pa.RecordBatch]:
             opened = partial(storage.retrying, url, partial(fs.open, file, "rb"))
             for batch, extra in _parquet(opened, parts) if kind == "parquet" else _text(opened, kind):
                 count += len(batch)
-                yield _as_found(batch, extra, url)
+                yield _as_found(batch, extra, url, url if file == path else f"{url.rstrip('/')}/part")
     except FileNotFoundError as e:
         raise UserError(f"sources: {url}: no such manifest") from e
     except PermissionError as e:
@@ -196,10 +197,13 @@ class _LineEnds(io.RawIOBase):
         return True
 
     def read(self, size: int = -1) -> bytes:
-        data: bytes = self._held + self._f.read(size - len(self._held))
-        whole = len(data.rstrip(b"\r")) - 1
-        # what is held begins with the byte before the CRs
-        self._held = data[whole:] if data.endswith(b"\r") and whole > 0 else b""
+        # whole blocks: Arrow refuses a row that lies in three
+        data: bytes = self._held
+        while len(data) < size and (more := self._f.read(size - len(data))):
+            data += more
+        whole = len(data.rstrip(b"\r\n")) - 1
+        # what is held begins with the byte before the line ends; where the file ends, nothing is
+        self._held = data[whole:] if len(data) == size and data.endswith(b"\r") and whole > 0 else b""
         data = data[: len(data) - len(self._held)]
 
         # a doubled quote leaves the count as it was; of the empty rows that come of a CRLF nothing is read
@@ -326,7 +330,7 @@ def _unique(names: Sequence[str]) -> Sequence[str]:
     return names
 
 
-def _as_found(batch: pa.RecordBatch, extra: Any, url: str) -> pa.RecordBatch:
+def _as_found(batch: pa.RecordBatch, extra: Any, url: str, file: str) -> pa.RecordBatch:
     names = batch.schema.names
     if "uri" not in names:
         there = ", ".join(name[:40] for name in names[:10])
@@ -337,7 +341,7 @@ def _as_found(batch: pa.RecordBatch, extra: Any, url: str) -> pa.RecordBatch:
     if (longest := pc.max(pc.binary_length(extra)).as_py() or 0) > _ROW_BYTES:
         raise ValueError(f"a row of {longest} bytes; {_ROW_BYTES} are allowed")
     columns = {
-        "uri": _resolved(uris, url),
+        "uri": _resolved(uris, file),
         "bytes": _sizes(batch["bytes"]) if "bytes" in names else pa.nulls(len(batch), pa.int64()),
         "etag": _texts(batch["etag"]) if "etag" in names else pa.nulls(len(batch), pa.string()),
         "extra": extra,
@@ -362,10 +366,10 @@ def _sizes(column: Any) -> Any:
     return pc.if_else(pc.less(sizes, 0), None, sizes)
 
 
-def _resolved(uris: Any, manifest: str) -> Any:
-    """Relative URIs count from the manifest's folder; a local file has one name, however its URL is written."""
-    local = storage.is_local(manifest)
-    path = storage.filesystem(manifest)[1] if local else manifest.rstrip("/")
+def _resolved(uris: Any, file: str) -> Any:
+    """Relative URIs count from the folder of the manifest's file; a local file has one name, however its URL is written."""
+    local = storage.is_local(file)
+    path = storage.filesystem(file)[1] if local else file
     if path.startswith("http"):
         path = path.partition("?")[0]
     folder = path.rpartition("/")[0] + "/"

@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.csv
 import pyarrow.parquet as pq
 import pytest
-from hypothesis import assume, given, settings
+from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
 from longtake.datasets.errors import UserError
@@ -78,6 +78,10 @@ def test_every_value_of_a_manifest_comes_through(tmp_path_factory: pytest.TempPa
 PIECES = st.sampled_from([*'a,;"\t\r\n |\\é\u2028\ufeff', "\r\n", '""', "uri", "words " * 5])
 CELLS = st.lists(PIECES, max_size=6).map("".join)
 
+ROWS_1 = [("", "é"), ("", "aaaaa"), ("", "aaa\u2028\r\n"), ("aaé", "aaa\u2028\u2028")]
+ROWS_2 = [("", 'aaa"\r\n\r\n'), ("", "")]
+PLAIN: Any = {"quoting": csv.QUOTE_ALL, "delimiter": ",", "packed": False, "cut": False}
+
 
 @settings(deadline=None, max_examples=150)
 @given(
@@ -91,6 +95,9 @@ CELLS = st.lists(PIECES, max_size=6).map("".join)
     cut=st.booleans(),
     block=st.integers(600, 700),
 )
+# a last row that would lie in three blocks, and a block that would end between a CR and its LF
+@example(rows=ROWS_1, end="\r", start="", empty_lines=True, block=600, **PLAIN)
+@example(rows=ROWS_2, end="\r\n", start="\ufeff", empty_lines=False, block=650, **PLAIN)
 def test_csv_is_read_as_pythons_own_reader_does(
     tmp_path_factory: pytest.TempPathFactory,
     rows: list[tuple[str, str]],
@@ -140,6 +147,11 @@ def plain(value: Any) -> Any:
     if isinstance(value, dict):
         return {k: plain(v) for k, v in value.items()}
     return [plain(v) for v in value] if isinstance(value, list) else value
+
+
+ROWS_1 = [("", "é"), ("", "aaaaa"), ("", "aaa\u2028\r\n"), ("aaé", "aaa\u2028\u2028")]
+ROWS_2 = [("", 'aaa"\r\n\r\n'), ("", "")]
+PLAIN: Any = {"quoting": csv.QUOTE_ALL, "delimiter": ",", "packed": False, "cut": False}
 
 
 @settings(deadline=None, max_examples=150)
@@ -209,7 +221,7 @@ def test_a_folder_of_parquet_parts_is_one_manifest(tmp_path: Path) -> None:
     for number, place in enumerate(("", "label=dog/", "label=a%20cat/", "label=__HIVE_DEFAULT_PARTITION__/")):
         path = folder / f"{place}part-{number}.snappy.parquet"
         path.parent.mkdir(exist_ok=True, parents=True)
-        pq.write_table(pa.table({"uri": [f"{number}.mp4"], "bytes": [1]}), path)
+        pq.write_table(pa.table({"uri": [f"clips/{number}.mp4"], "bytes": [1]}), path)
     pq.write_table(pa.table({"uri": pa.array([], pa.string())}), folder / "part-9.parquet")
     (folder / "_SUCCESS").touch()
     (folder / ".part-0.snappy.parquet.crc").write_bytes(b"crc")
@@ -217,7 +229,7 @@ def test_a_folder_of_parquet_parts_is_one_manifest(tmp_path: Path) -> None:
     (folder / "_delta_log" / "0.json").write_text("{}")
     for name in (str(folder), f"{folder}/", f"{tmp_path}/*.parquet"):
         read = {row["uri"]: row["extra"] for row in rows_of(name)}
-        assert set(read) == {f"{tmp_path}/{n}.mp4" for n in range(4)}
+        assert set(read) == {f"{folder}/clips/{n}.mp4" for n in range(4)}
         assert [v and json.loads(v) for v in read.values()].count({"label": "a cat"}) == 1
         assert list(read.values()).count(None) == 2
 
