@@ -116,7 +116,7 @@ class Batches:
         samples, drawn = [], self.shuffle or b.window.clip_starts is not None
         for shard, row, n in zip(shards.tolist(), rows[picked].tolist(), picked.tolist(), strict=True):
             chance = (self.seed, epoch, 0 if copies is None else int(copies[n])) if drawn else None
-            samples.append(Sample(shard, row - int(starts[shard]), chance))
+            samples.append(Sample(shard, row - int(starts[shard]), chance, number))
         return epoch, b.window, samples
 
     def _turn(self, number: int) -> tuple[int, int, int]:

@@ -257,7 +257,8 @@ class Loader(Stream):
         data = [made_of, split, stride, crop, last, shuffle, history_seconds, shapes_of]
         data += [history_least] if history_least else []
         data += [] if clip_starts is None else [{"clip_starts": clip_starts}]
-        data += [list(astuple(histories))] if histories else []
+        data += [list(astuple(histories)[:-1])] if histories else []
+        data += [{"reaches": histories.reaches}] if histories and histories.reaches else []
         end = None if epochs is None else epochs * self.batches_per_epoch
         self.rank, self.world = rank, world
         super().__init__(plan, data, seed, batches, end, workers)
@@ -310,9 +311,9 @@ class Loader(Stream):
         self._history_mean = partial(histories.mean, totals[keep], window, weights=often)
         return keep
 
-    def history_mean(self, most: int | None = None) -> float:
-        """How many steps of history, at most so many, a sample has on the average, whatever batch and world it is in."""
-        return self._history_mean(most=most)
+    def history_mean(self, reach: int | None = None) -> float:
+        """How many steps of history, `reach` at most, a sample has on the average, whatever batch and world it is in."""
+        return self._history_mean(reach=reach)
 
 
 class Mixture(Stream):

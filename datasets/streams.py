@@ -6,7 +6,7 @@ before it, so that a model learns of nothing that its own films have not.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -20,7 +20,7 @@ class Lengths:
 
     One of `some` steps, each as likely, or with the probability `none` the stream's first. From `most` on histories are
     alike, so that a window at the last of `some` may as well begin later, by any multiple of `unit`. What a stream is too
-    short for is not drawn from it.
+    short for is not drawn from it. With a curriculum, `reaches`, a batch draws from those that are within its reach alone.
     """
 
     some: tuple[int, ...]  # rising
@@ -28,21 +28,33 @@ class Lengths:
     none: float = 0.0
     unit: int = 1
     least: int = 0  # steps before a window that a stream must have room for
+    reaches: tuple[tuple[int, int], ...] = ()  # (batch, steps): from which batch on how many at most, from batch 0 on
 
     def of(self, total: int, window: int) -> tuple[int, ...]:
         """Those that a stream of `total` steps has, 0 where it has none of them."""
         return tuple(begin for begin in self.some if begin + window <= total) or (0,)
 
+    def within(self, reach: int) -> "Lengths":
+        """Those of at most `reach` steps, each as likely; where all are longer the shortest, of which a sample has so many."""
+        if reach >= self.most:
+            return self
+        some = tuple(begin for begin in self.some if begin <= reach) or self.some[:1]
+        return replace(self, some=some, most=min(reach, some[-1]))
+
+    def at(self, batch: int) -> "Lengths":
+        """Those that global batch number `batch` draws from."""
+        return self.within([reach for begins, reach in self.reaches if begins <= batch][-1]) if self.reaches else self
+
     def mean(
-        self, totals: np.ndarray, window: int, most: int | None = None, weights: np.ndarray | None = None
+        self, totals: np.ndarray, window: int, reach: int | None = None, weights: np.ndarray | None = None
     ) -> float:
-        """How many steps of history, `most` of them, a sample has on the average, of streams of so many steps.
+        """How many steps of history, `reach` at most, a sample has on the average, of streams of so many steps.
 
         `weights` say how often each comes; None: all alike.
         """
-        most = self.most if most is None else min(most, self.most)
+        drawn = self if reach is None else self.within(reach)
         kinds, kind = np.unique(totals, return_inverse=True)
-        means = np.array([np.minimum(self.of(int(total), window), most).mean() for total in kinds])
+        means = np.array([np.minimum(drawn.of(int(total), window), drawn.most).mean() for total in kinds])
         return (1 - self.none) * float(np.average(means[kind], weights=weights)) if len(kinds) else 0.0
 
     def draw(self, total: int, window: int, rng: np.random.Generator | None) -> int:

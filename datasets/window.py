@@ -39,11 +39,15 @@ class Window:
 
 @dataclass(frozen=True)
 class Sample:
-    """A row of the index: its shard and place there; seed, epoch and copy, of which its chance is made (None: none)."""
+    """A row of the index: its shard and place there; seed, epoch and copy, of which its chance is made (None: none).
+
+    `batch` is the number of the global batch that it is in.
+    """
 
     shard: int
     at: int
     chance: tuple[int, int, int] | None
+    batch: int = 0
 
 
 class Source:
@@ -234,8 +238,10 @@ def _of_stream(
         _in_step(source, sample.shard, places[-1])
     factor, total = places[0][0]["factor"], sum(of[0]["steps"] for of in places)
     count = 1 + (window.frames - 1) // factor
-    begin, room = window.lengths.draw(total, count, rng), window.lengths.most
-    known = min(begin, room)
+    # without chance as late as there is, whatever a curriculum says
+    lengths, room = window.lengths.at(sample.batch) if rng else window.lengths, window.lengths.most
+    begin = lengths.draw(total, count, rng)
+    known = min(begin, lengths.most)
     wanted = np.arange(begin - known, begin + count)
     out: dict[str, Any] = {"history_steps": known, "stream_step": begin}
     for number, column in enumerate(source.latents):

@@ -13,6 +13,7 @@ A *step* is a latent frame. What a registered `memory_dit` says of itself in con
                  one has `frames`, each later one `steps * factor`. `size` is height and width in pixels
     history      {"seconds": 20.0, "steps": 120}: what the memory has learned to hold, as in `config.history`
     sampling     {"steps": 50, "guidance": 1.0, "shift": 1.0}
+    posterior    "sample" or "mean", what of each latent a model of generation has learned
 
 `registry.load_with_facts(uri)` gives the model and these.
 """

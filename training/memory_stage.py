@@ -176,6 +176,12 @@ class Data(NamedTuple):
         seconds = [s for begins, s in config.reaches if begins <= step]
         return max(1, min(self.history, self.steps_in(seconds[-1])))
 
+    def histories(self, config: MemoryConfig, dit: MemoryDiTConfig) -> Lengths:
+        """What each batch of the training draws from."""
+        lengths = config.histories(dit, self.steps_in(config.least_seconds))
+        reaches = tuple((begins * config.accumulate, self.reach(config, begins)) for begins, _ in config.reaches)
+        return replace(lengths, reaches=reaches if min(reach for _, reach in reaches) < lengths.most else ())
+
 
 def data_of(config: MemoryConfig, inputs: Mapping[str, str]) -> Data:
     """What there is to learn, checked.
@@ -225,16 +231,19 @@ def loader_of(
     """
     # one column where the low-res branch reads the same
     columns = list(dict.fromkeys(made.column for made in (data.made, data.low) if made))
-    histories = histories or config.histories(dit, data.steps_in(config.least_seconds))
+    histories = histories or data.histories(config, dit)
     columns += ["label"] if config.classes else []
     return _loader(config, inputs, split, columns=columns, histories=histories, **options)
 
 
-def heldout_of(config: MemoryConfig, setup: "Setup", begin: int | None = None) -> Loader:
-    """A segment of each held-out stream, as late as generation comes to; or at step `begin`, of those that have it."""
-    histories = config.histories(setup.model.config, setup.data.steps_in(config.least_seconds))
+def heldout_of(config: MemoryConfig, setup: "Setup", begin: int | None = None, least: int = 0) -> Loader:
+    """A segment of each held-out stream, as late as generation comes to; or at step `begin`, of those that have it.
+
+    With `least` of streams alone that have room for so many steps before a segment, wherever it begins.
+    """
+    histories = setup.data.histories(config, setup.model.config)
     if begin is not None:
-        histories = replace(histories, some=(begin,), least=begin)
+        histories = replace(histories, some=(begin,), least=max(begin, least))
     options: dict[str, Any] = {"batch": 1, "last": "pad", "shuffle": False, "epochs": 1}
     return loader_of(config, setup.inputs, setup.data, setup.model.config, "val", histories, **options)
 

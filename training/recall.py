@@ -19,9 +19,9 @@ from longtake.datasets.errors import UserError
 from longtake.datasets.loader import to_pixels
 from longtake.training import history, registry, sampling, segments
 from longtake.training.flow import NO_CLASS
-from longtake.training.metrics.retrieval import encoded
+from longtake.training.metrics.retrieval import encoded, posterior_of
 from longtake.training.models.memory_dit import MemoryDiT
-from longtake.training.models.pv_vae import PVVAE, frames_of, latent_groups
+from longtake.training.models.pv_vae import PVVAE, Posterior, frames_of, latent_groups
 from longtake.training.sampling import Settings
 
 Stage = Literal["generation", "retrieval"]
@@ -44,6 +44,7 @@ class MemoryPrior:
     size: tuple[int, int]
     settings: Settings
     digest: str
+    posterior: Literal["sample", "mean"] = "mean"  # what of each latent it has learned
 
     def class_id(self, given: str | None) -> int:
         """The id of a class by its name or number; -1 for None. UserError where there is none such."""
@@ -75,8 +76,8 @@ class MemoryPrior:
         steps = min(latent_groups(frames, factor), most) // group * group if frames > 0 else 0
         return frames_of(steps, factor) if steps else 0
 
-    def start(self, frames: Iterable[np.ndarray]) -> Tensor:
-        """Latents `(1, C, T, h, w)` of the end of a video `(H, W, 3)` uint8, as much as a segment can know of.
+    def start(self, frames: Iterable[np.ndarray]) -> Posterior:
+        """What the autoencoder says, `(1, C, T, h, w)`, of the end of a video `(H, W, 3)` uint8, as much as a segment can know of.
 
         UserError where it is too short to go on from.
         """
@@ -89,8 +90,7 @@ class MemoryPrior:
         count = self.holds(len(held))
         if count < least:
             count = sampling.nearest_lengths(len(held), factor)[0]
-        steps = encoded(self.model, self.vae, _video(np.stack(list(held)[-count:])))
-        return self.model.denormalise(steps.high)
+        return posterior_of(self.vae, _video(np.stack(list(held)[-count:])))
 
 
 def load_prior(uri: str, stage: Stage, vae: str | None = None, dtype: torch.dtype = torch.float32) -> MemoryPrior:
@@ -126,6 +126,7 @@ def prior_of(
         (window["size"][0], window["size"][1]),
         Settings(**facts["sampling"]),
         f"{registry.digest(facts)} {digest}",
+        facts.get("posterior", "mean"),
     )
 
 
@@ -175,7 +176,7 @@ def generate_videos(
     settings: Settings | None = None,
     *,
     fps: float | None = None,
-    start: Tensor | None = None,
+    start: Posterior | None = None,
     folder: str | None = None,
     tile: int | None = None,
     each_step: Callable[[], object] | None = None,
@@ -187,7 +188,8 @@ def generate_videos(
         story: (seconds, class ids): from when on each video is of which class; without any guidance has no effect.
         settings: None is what the model was registered with.
         fps: that seconds count by; None is the model's.
-        start, folder, tile, each_step: see `segments.generate`.
+        start: of `prior.start`; latents are drawn of it as in training, by each video's own seed.
+        folder, tile, each_step: see `segments.generate`.
 
     Raises:
         ValueError: at the call, for what does not fit together.
@@ -206,7 +208,7 @@ def generate_videos(
         prior.vae,
         prior.steps(frames, goes_on),
         seeds,
-        start=start,
+        start=None if start is None else segments.drawn(start, seeds, prior.posterior),
         story=list(beats.items()),
         settings=settings,
         folder=folder,

@@ -15,7 +15,7 @@ import json
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 import torch
@@ -31,7 +31,7 @@ from longtake.training.flow import NO_CLASS, euler, guided, interpolate
 from longtake.training.models.latte import check_classes
 from longtake.training.models.memory import Memory, cropped, repeated
 from longtake.training.models.memory_dit import MemoryDiT
-from longtake.training.models.pv_vae import PVVAE
+from longtake.training.models.pv_vae import PVVAE, Posterior
 from longtake.training.models.streaming import Past
 from longtake.training.sampling import Settings
 
@@ -108,6 +108,15 @@ def _draws(*numbers: int) -> torch.Generator:
     """On the CPU: the same noise on every device."""
     state = np.random.SeedSequence(numbers).generate_state(1, np.uint64)
     return torch.Generator().manual_seed(int(state[0] >> 1))
+
+
+def drawn(posterior: Posterior, seeds: Sequence[int], how: Literal["sample", "mean"]) -> Tensor:
+    """Latents `(B, C, T, h, w)` of one video to go on from, for each seed: its own draw, or as every other's the mean."""
+    if how == "mean":
+        return posterior.mode().float().expand(len(seeds), -1, -1, -1, -1)
+    on_cpu = Posterior(*(moment.float().cpu() for moment in posterior))
+    draws = [on_cpu.sample(_draws(seed, 0, 4)) for seed in seeds]
+    return torch.cat(draws).to(posterior.mean.device)
 
 
 def segments(model: MemoryDiT, steps: int) -> int:

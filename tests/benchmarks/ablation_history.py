@@ -42,7 +42,6 @@ from longtake.infra import graph, recipe, runner, runs
 from longtake.training import checkpoint, engines, memory_stage, registry, sampling, segments
 from longtake.training.history import lengths_of
 from longtake.training.loop import train
-from longtake.training.metrics import continuation
 from longtake.training.metrics.features import features, load_network
 from longtake.training.models.memory_dit import MemoryDiTConfig
 from longtake.training.stages import finetune_memory_prior as stage
@@ -162,13 +161,10 @@ def work(options: argparse.Namespace, variant: str, seed: int) -> None:
 
 @torch.no_grad()
 def losses(config: stage.Config, setup: memory_stage.Setup) -> dict[int, float]:
-    """By steps of history, of all held-out streams that are as long as the longest."""
-    every, out = lengths_of(setup.model.config), {}
-    for begin in (0, *every.some):
-        loader = memory_stage.heldout_of(config, setup, begin)
-        clips = ((stage.given_to(batch, setup.model, setup.data.history), None) for batch in loader)
-        out[begin] = float(continuation.heldout_losses(setup.model, clips, 0).mean())
-    return out
+    """By steps of history, of all held-out streams that have room for the longest, at its place and from the same noise."""
+    counts = (0, *lengths_of(setup.model.config).some)
+    made = stage.losses_by_history(config.model_copy(update={"seed": 0}), setup, counts)
+    return {count: float(losses.mean()) for count, losses in made.items()}
 
 
 @torch.no_grad()

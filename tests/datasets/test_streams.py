@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -85,9 +86,9 @@ def test_the_expected_length_is_what_samples_have_for_any_batch_and_world(root: 
             0.75 * (3 * 11 / 3 + 4 * 3) / 7
         )
     assert sorted(found[1]) == sorted(found[2]) == sorted(found[6])
-    assert Loader(root, **WINDOW, histories=histories).history_mean(3) == pytest.approx(
-        0.75 * (3 * 8 / 3 + 4 * 2.5) / 7
-    )
+    loader = Loader(root, **WINDOW, histories=histories)
+    assert loader.history_mean(3) == pytest.approx(0.75 * 2) and loader.history_mean(4) == pytest.approx(0.75 * 3)
+    assert loader.history_mean(1) == pytest.approx(0.75 * 1) and loader.history_mean(5) == expected
 
 
 def test_without_shuffling_every_stream_comes_once_as_late_as_it_can(root: str) -> None:
@@ -114,6 +115,41 @@ def test_resuming_on_another_world_gives_bitwise_the_same_batches(root: str) -> 
             assert torch.equal(expected[name], torch.cat([part[name] for part in parts]))
     with pytest.raises(UserError, match="another dataset, view or window"):
         Loader(root, **options | {"histories": SOME}).load_state_dict(state)
+
+
+def facts(batch: dict[str, Any]) -> list[tuple[str, int, int, list[float]]]:
+    begins, known = batch["stream_step"].tolist(), batch["history_steps"].tolist()
+    return list(zip(batch["key"], begins, known, batch["latent"].flatten(1).tolist(), strict=True))
+
+
+def test_a_curriculum_draws_what_is_within_its_reach_each_as_likely_on_any_world_and_after_a_resume(root: str) -> None:
+    plain = Lengths((2, 4, 5), 5, none=0.2)
+    rising = replace(plain, reaches=((0, 1), (90, 4), (180, 5)))
+    options = WINDOW | {"batch": 2, "epochs": None}
+    batches = list(islice(Loader(root, **options, histories=rising), 200))
+    parts = [[f for batch in batches[a:b] for f in facts(batch)] for a, b in ((0, 90), (90, 180), (180, 200))]
+    shares = [np.bincount([known for _, _, known, _ in part], minlength=6) / len(part) for part in parts]
+    # no length is within a reach of one step: all are given that much
+    assert shares[0][[0, 1]].sum() == 1 and abs(shares[0][1] - 0.8) < 0.1
+    assert shares[1][[0, 2, 4]].sum() == 1 and abs(shares[1][2] - 0.4) < 0.12 and abs(shares[1][4] - 0.4) < 0.12
+    assert all(begin >= known and (begin == known or known in (1, 4)) for _, begin, known, _ in parts[0] + parts[1])
+    assert all(batch["history_latent"].shape[3] == 5 for batch in batches)
+    # as if there had never been a curriculum
+    later = Loader(root, **options, histories=plain)
+    assert [facts(batch) for batch in batches[180:]] == [facts(batch) for batch in later.at(range(180, 200))]
+    # exact on two ranks, with a worker, from the middle on
+    first = Loader(root, **options, histories=rising)
+    list(islice(first, 85))
+    ranks = [Loader(root, **options, histories=rising, rank=rank, world=2, workers=1) for rank in range(2)]
+    for loader in ranks:
+        loader.load_state_dict(json.loads(json.dumps(first.state_dict())))
+    for expected, *parts_of in zip(batches[85:95], *ranks, strict=False):
+        assert facts(expected) == [f for part in parts_of for f in facts(part)]
+    with pytest.raises(UserError, match="another dataset, view or window"):
+        later.load_state_dict(first.state_dict())
+    # what is held out has all of its history from the first batch on
+    still = Loader(root, **options | {"shuffle": False, "batch": 1, "epochs": 1}, histories=rising)
+    assert [int(batch["history_steps"]) for batch in still] == [5, 4, 4]
 
 
 def test_what_cannot_be_read_from_streams_is_one_line(root: str, handmade: Callable[..., str], tmp_path: Path) -> None:
@@ -151,6 +187,26 @@ def test_a_draw_has_room_in_its_stream_and_the_mean_is_that_of_all_draws(
     assert longest == max(able, default=0)
     expected = 0.8 * (np.mean(sorted(able)) if able else 0.0)
     assert lengths.mean(np.array([total]), window) == pytest.approx(expected)
+
+
+@given(
+    some=st.sets(st.integers(1, 30), min_size=1, max_size=6),
+    short=st.integers(0, 3),
+    reach=st.integers(1, 34),
+    total=st.integers(5, 80),
+)
+def test_within_a_reach_lengths_are_uniform_over_those_that_are_no_longer(
+    some: set[int], short: int, reach: int, total: int
+) -> None:
+    every = Lengths(tuple(sorted(some)), max(1, max(some) - short), 0.25)
+    lengths = every.within(reach)
+    rng = np.random.default_rng(0)
+    known = [min(lengths.draw(total, 2, rng), lengths.most) for _ in range(2000)]
+    inside = sorted(some) if reach >= every.most else [n for n in sorted(some) if n <= reach] or [min(some)]
+    able = [min(n, reach, every.most) for n in inside if n + 2 <= total] or [0]
+    expected = 0.25 * (np.arange(81) == 0) + 0.75 * np.bincount(able, minlength=81) / len(able)
+    assert np.abs(np.bincount(known, minlength=81) / 2000 - expected).max() < 0.06
+    assert every.mean(np.array([total]), 2, reach) == pytest.approx(expected @ np.arange(81))
 
 
 def judged(root: str, weights: dict[str, float], name: str) -> str:

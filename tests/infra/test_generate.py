@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -257,6 +258,27 @@ def test_a_video_is_gone_on_from_its_end(models: Path, video: Path, tmp_path: Pa
         longtake("generate", models / "memory", "--seconds", 1, "--start", start, "--out", tmp_path / f"{name}.mp4")
     a, b = (frames_of(tmp_path / f"{name}.mp4") for name in "ab")
     assert a.shape == b.shape == (12, 32, 32, 3) and np.abs(a.astype(int) - b).mean() > 2
+
+
+def test_what_is_gone_on_from_is_drawn_as_in_training_by_each_video_s_own_seed(models: Path) -> None:
+    prior = recall.load_prior(str(models / "memory"), "generation")
+    assert prior.posterior == "mean", "of a model that does not say what it has learned"
+    start = prior.start(np.random.default_rng(0).integers(0, 255, (13, 32, 32, 3), np.uint8))
+    # new weights are sure of nothing
+    start = start._replace(logvar=torch.linspace(-4, 2, start.mean.numel()).view_as(start.mean))
+    assert torch.equal(segments.drawn(start, [1, 2], "mean"), start.mean.expand(2, -1, -1, -1, -1))
+    draws = segments.drawn(start, range(400), "sample")
+    deviation = (0.5 * start.logvar[0]).exp()
+    assert torch.allclose(draws.std(0), deviation, rtol=0.3)
+    assert ((draws.mean(0) - start.mean[0]).abs() < 0.3 * deviation).all()
+
+    def made(how: Any, seeds: list[int]) -> np.ndarray:
+        chosen = replace(prior, posterior=how)
+        return np.concatenate(list(recall.generate_videos(chosen, 8, seeds, start=start)), axis=1)
+
+    both = made("sample", [3, 4])
+    np.testing.assert_allclose(made("sample", [4])[0].astype(int), both[1], atol=1)
+    assert (made("mean", [3, 4]) != both).any()
 
 
 def test_a_stopped_command_goes_on_and_one_of_other_options_is_refused(

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from longtake.datasets import clip
 from longtake.training import registry
-from longtake.training.history import Given, Steps, steps_of
+from longtake.training.history import Given, Steps, lengths_of, steps_of
 from longtake.training.loop import train
 from longtake.training.memory_stage import expected as expected_line
 from longtake.training.memory_stage import heldout_of, loader_of, prepared
@@ -96,7 +96,7 @@ def called(
     batch = next(iter(loader_of(chosen, inputs, setup.data, setup.model.config, "train", batch=2, seed=seed)))
     engine = Recording(steps_of(batch, setup.model, 6).high, step)
     loss, logged = finetune_memory_prior._loss(
-        chosen, setup.data, setup.model, "generator", {"generator": engine}, batch, draws(seed)
+        chosen, setup.model, "generator", {"generator": engine}, batch, draws(seed)
     )
     assert loss.item() == logged["loss"].item()
     return setup, batch, loss.item(), engine.calls[0]
@@ -141,7 +141,7 @@ def test_nothing_of_the_segment_is_in_what_it_is_given(inputs: dict[str, str], t
     setup, batch, _, call = called(chosen, inputs, tmp_path)
     changed = batch | {name: batch[name] + 3 for name in ("latent", "latent_2")}
     engine = Recording()
-    finetune_memory_prior._loss(chosen, setup.data, setup.model, "generator", {"generator": engine}, changed, draws())
+    finetune_memory_prior._loss(chosen, setup.model, "generator", {"generator": engine}, changed, draws())
     other, window = engine.calls[0], call.x.shape[2] - 3
     assert torch.equal(other.memory.high, call.memory.high) and torch.equal(other.memory.low, call.memory.low)
     assert torch.equal(other.x[:, :, :window], call.x[:, :, :window])
@@ -168,21 +168,26 @@ def test_the_losses_of_starts_and_of_what_comes_later_are_told_apart(inputs: dic
         setup = prepared(chosen, inputs, tmp_path)
         batch = next(iter(loader_of(chosen, inputs, setup.data, setup.model.config, "train", batch=2)))
         arguments = ("generator", {"generator": Recording()}, batch, draws())
-        loss, logged = finetune_memory_prior._loss(chosen, setup.data, setup.model, *arguments)
+        loss, logged = finetune_memory_prior._loss(chosen, setup.model, *arguments)
         assert {name for name in logged if name.startswith("loss_")} == told
         assert logged[told.pop()].item() == pytest.approx(loss.item())
 
 
 def test_the_curriculum_lengthens_the_history_by_the_step(inputs: dict[str, str], tmp_path: Path) -> None:
-    chosen = config(history_curriculum=[[0, 0.7], [10, 1.0], [20, 2.0]], posterior="mean")
-    for step, known in ((0, 2), (9, 2), (10, 3), (19, 3), (20, 6), (99, 6)):
-        setup, batch, loss, call = called(chosen, inputs, tmp_path, step)
-        assert setup.data.reach(chosen, step) == known and loss < 1e-3
-        skip = 0 if call.memory.skip is None else call.memory.skip
-        held = call.memory.high.shape[2] - skip
-        had = batch["history_steps"].clamp(max=known)
-        late = torch.minimum(batch["stream_step"] % 2, had)
-        assert (held == (had - late) // 2 * 2).all()
+    curriculum = [[0, 0.7], [10, 1.0], [20, 2.0]]
+    chosen = config(history_curriculum=curriculum, posterior="mean", batch=4, accumulate=2, no_history=0.1)
+    setup = prepared(chosen, inputs, tmp_path)
+    dit, every = setup.model.config, lengths_of(setup.model.config).some
+    loader = loader_of(chosen, inputs, setup.data, dit, "train", batch=2)
+    # two batches a step
+    for batches, reach in ((range(20), 2), (range(20, 40), 3), (range(40, 90), 6)):
+        assert {setup.data.reach(chosen, batch // 2) for batch in batches} == {reach}
+        known = [n for batch in loader.at(batches) for n in batch["history_steps"].tolist()]
+        assert set(known) == {0} | {length for length in every if length <= reach}
+        assert abs(np.mean(known) - loader.history_mean(reach)) < 3 * np.std(known) / np.sqrt(len(known))
+    plain = loader_of(config(no_history=0.1), inputs, setup.data, dit, "train", batch=2)
+    for one, other in zip(loader.at(range(40, 50)), plain.at(range(40, 50)), strict=True):
+        assert torch.equal(one["latent"], other["latent"]) and torch.equal(one["history_steps"], other["history_steps"])
 
 
 def test_noise_of_the_history_is_of_a_level_of_each_sample_which_the_model_is_told(
@@ -229,14 +234,14 @@ def test_the_history_is_as_long_on_the_average_on_any_number_of_ranks(inputs: di
 
     loader = loader_of(chosen, inputs, setup.data, setup.model.config, "train", batch=1)
     expected = loader.history_mean()
-    one, many = lengths(1, 1, 40), lengths(16, 16, 40)
+    one, many = lengths(1, 1, 40), lengths(64, 64, 8)
     # of single samples, and of batches so large that their least would be none
     spread = 3 * np.std(one) / np.sqrt(len(one))
     assert expected > 1.5 and abs(np.mean(one) - expected) < spread and abs(np.mean(many) - expected) < spread
     said = expected_line(chosen, setup.data, loader)
     assert said.startswith(f"history: {expected:.1f} steps on the average")
     rising = config(no_history=0.2, history_least=0.0, history_curriculum=[[0, 1.0], [9, 2.0]])
-    shorter = f"from step 0 on {loader.history_mean(3):.1f} steps on the average, "
+    shorter = f"from step 0 on {loader.history_mean(3):.1f} steps on the average, "  # 2 or 3 of them
     assert loader.history_mean(3) < expected
     said = expected_line(rising, setup.data, loader)
     assert said.startswith(f"history: {shorter}") and f"; from step 9 on {expected:.1f} steps" in said
@@ -255,7 +260,10 @@ def test_a_stopped_training_ends_with_the_same_weights(inputs: dict[str, str], t
 
 @pytest.mark.usefixtures("group")
 def test_the_held_out_clips_are_the_same_each_time(inputs: dict[str, str], tmp_path: Path) -> None:
-    chosen = config(lr=1e-12, heldout_every=1, heldout_clips=1, steps=3)
+    curriculum = [[0, 0.7], [1, 1.0], [2, 2.0]]
+    chosen = config(
+        lr=1e-12, heldout_every=1, heldout_clips=1, steps=3, history_noise=0.3, history_curriculum=curriculum
+    )
     setup = prepared(chosen, inputs, tmp_path)
     made = replace(finetune_memory_prior.objective(chosen, setup), heldout=heldout_of(chosen, setup))
     loader = loader_of(chosen, inputs, setup.data, setup.model.config, "train", batch=2)
@@ -263,6 +271,7 @@ def test_the_held_out_clips_are_the_same_each_time(inputs: dict[str, str], tmp_p
     train(made, loader, chosen, tmp_path / "run", log)  # type: ignore[arg-type]
     losses = [row["heldout/loss"] for row in log.rows if "heldout/loss" in row]
     assert len(losses) == 3 and losses == pytest.approx([losses[0]] * 3, rel=1e-5)
+    assert [row["heldout/history_steps"] for row in log.rows if "heldout/history_steps" in row] == [6.0] * 3
 
 
 WAYS: dict[str, dict[str, Any]] = {
@@ -313,6 +322,54 @@ def test_heldout_losses_compare_between_models_and_leave_out_what_is_given(
         for g, i in clips()
     ]
     np.testing.assert_allclose(losses, continuation.heldout_losses(setup.model, wider, 3), rtol=1e-4)
+
+
+def test_losses_by_history_are_of_the_same_segments_from_the_same_noise(
+    inputs: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    setup = prepared(config(), inputs, tmp_path)
+    counts, calls = (0, 2, 3, 4, 6), list[tuple[Tensor, Given]]()
+
+    def velocity(x: Tensor, t: Tensor, steps: Tensor, memory: Any, *more: Any) -> Tensor:
+        calls.append((x[:, :, -3:], memory))
+        return torch.zeros_like(x)
+
+    # as the stage would call it, but with what it is called with kept
+    model, seen = setup.model.eval(), list[Given]()
+    original = finetune_memory_prior.given_last
+
+    def noted(*arguments: Any) -> Given:
+        seen.append(original(*arguments))
+        return seen[-1]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(model, "forward", velocity)
+        patch.setattr(finetune_memory_prior, "given_last", noted)
+        losses = finetune_memory_prior.losses_by_history(config(), setup, counts)
+    clips = heldout_of(config(), setup, 6).samples
+    assert set(losses) == set(counts) and clips > 1 and len(calls) == len(seen) == clips * len(counts)
+    for clip_number in range(clips):
+        for number, count in enumerate(counts):
+            at = number * clips + clip_number
+            assert torch.equal(calls[at][0], calls[clip_number][0]), "the same segment, and the same noise in it"
+            given = seen[at]
+            held = 0 if given.memory is None else given.memory.high.shape[2] - int(given.memory.skip or 0)
+            shown = given.window if given.seen is None else int(given.seen[0, : given.window].sum())
+            assert held == count // 2 * 2 and shown == min(count, 2), "of the history, so many of its last steps"
+            assert bool(given.first[:, : given.window].any() if given.window else False) is False
+    # whoever says zero has the same loss with any history
+    assert all(np.allclose(some, losses[0], rtol=1e-5) for some in losses.values())
+    # what is not given does not matter
+    batch = next(iter(heldout_of(config(), setup, 6)))
+    changed = batch | {name: batch[name] + 3 for name in ("history_latent", "history_latent_2")}
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(0.1 * torch.randn(parameter.shape, generator=draws()))
+    for count, alike in ((0, True), (4, False)):
+        one, other = (
+            continuation.heldout_losses(model, [(original(each, model, count), None)], 3) for each in (batch, changed)
+        )
+        assert np.array_equal(one, other) == alike
 
 
 @pytest.mark.parametrize(
@@ -375,6 +432,7 @@ def test_from_a_pretrained_memory_to_a_champion_that_goes_on(
     assert isinstance(model, MemoryDiT) and model.config.cross_attention
     assert not any("lora" in name for name in model.state_dict())
     assert facts["stage"] == "generation" and facts["sampling"]["guidance"] == 2.0
+    assert facts["posterior"] == "sample"
     assert facts["lineage"]["inputs"]["base"]["uri"] == base
     seen = heldout_folder(store, tmp_path)
     record = json.loads((seen / "continued.json").read_text())

@@ -4,7 +4,7 @@ import json
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -16,7 +16,7 @@ from longtake.datasets.loader import to_model
 from longtake.training import flow, sampling, segments
 from longtake.training.history import Given, remembered
 from longtake.training.metrics.features import FeatureNetwork, features
-from longtake.training.metrics.retrieval import encoded, whole_groups
+from longtake.training.metrics.retrieval import posterior_of, whole_groups
 from longtake.training.metrics.trivial import FLOW, comparisons, unit
 from longtake.training.models.memory import repeated
 from longtake.training.models.memory_dit import MemoryDiT
@@ -75,12 +75,14 @@ def evaluate(
     folder: Path,
     *,
     losses: np.ndarray[Any, Any],
+    starts: np.ndarray[Any, Any],
     by_history: Mapping[int, np.ndarray[Any, Any]],
     trivial: Mapping[str, float],
     frames: int,
     count: int,
     fps: float,
     seed: int,
+    posterior: Literal["sample", "mean"],
     settings: sampling.Settings,
     network: FeatureNetwork | None = None,
 ) -> dict[str, Any]:
@@ -92,9 +94,11 @@ def evaluate(
     Args:
         videos: uint8 `(1, 3, T, H, W)` with class ids or None; the last `frames` of each are what truly came next.
         losses: of `heldout_losses`, of segments with as much history as there is.
-        by_history: the same of segments that so many steps came before in their streams.
+        starts: the same of segments that begin their streams.
+        by_history: the same of later ones, given so many steps of what came before them, alike for each number.
         trivial: of `trivial_losses`.
         count: segments to generate.
+        posterior: what of each latent the model has learned, and is given of a video that it goes on with.
 
     Returns:
         `heldout_loss`, also by time and by history, of video starts and of what comes later;
@@ -112,7 +116,7 @@ def evaluate(
         start = None
         if past.shape[2]:
             past = whole_groups(past, vae.config.temporal_stride, 1)
-            start = model.denormalise(encoded(model, vae, past).high)
+            start = segments.drawn(posterior_of(vae, past), [seed + number], posterior)
         known = ids is not None and int(ids) != flow.NO_CLASS
         story = [(0, [int(ids)])] if ids is not None and known else []
         how = settings if known else replace(settings, guidance=1.0)
@@ -138,7 +142,7 @@ def evaluate(
     summary: dict[str, Any] = {
         "heldout_loss": float(losses.mean()),
         "heldout_loss_by_history": [(begin, float(some.mean())) for begin, some in by_history.items()],
-        "heldout_loss_start": float(by_history[0].mean()) if 0 in by_history else None,
+        "heldout_loss_start": float(starts.mean()),
         "heldout_loss_later": float(np.mean(later)) if later else None,
         **trivial,
         "heldout_loss_by_time": losses.mean(0).tolist(),

@@ -23,7 +23,7 @@ from longtake.training.metrics.reconstruction import psnr, ssim
 from longtake.training.metrics.trivial import Against, comparisons
 from longtake.training.models.memory import repeated
 from longtake.training.models.memory_dit import MemoryDiT
-from longtake.training.models.pv_vae import PVVAE
+from longtake.training.models.pv_vae import PVVAE, Posterior
 
 _CHUNK = 32  # frames on the device at once
 _SHOWN = 4  # clips in the video to look at
@@ -78,15 +78,18 @@ def heldout_losses(
 @torch.no_grad()
 def encoded(model: MemoryDiT, vae: PVVAE, video: Tensor) -> Steps:
     """The steps of a video `(1, 3, T, H, W)`, uint8, in one stream: what `MemoryDiT.remember` takes, on its device."""
-    at, shrink, stride = model.latent_mean.device, model.config.shrink, vae.config.spatial_stride
+    shrink = model.config.shrink
+    low = model.normalise_low(posterior_of(vae, video, shrink).mode()) if shrink else None
+    high = model.normalise(posterior_of(vae, video).mode())
+    return Steps(high, low, 0, torch.arange(high.shape[2], device=high.device)[None] == 0)
 
-    def latents(by: tuple[int, int]) -> Tensor:
-        chunks = (shrunk(to_model(chunk.to(at)), by, stride) for chunk in video.split(_CHUNK, 2))
-        return torch.cat([posterior.mode() for posterior in vae.encode_stream(chunks)], dim=2)
 
-    low = model.normalise_low(latents(shrink)) if shrink else None
-    high = model.normalise(latents((1, 1)))
-    return Steps(high, low, 0, torch.arange(high.shape[2], device=at)[None] == 0)
+@torch.no_grad()
+def posterior_of(vae: PVVAE, video: Tensor, by: tuple[int, int] = (1, 1)) -> Posterior:
+    """What the autoencoder says of a video `(1, 3, T, H, W)`, uint8, scaled down `by` that, in one stream."""
+    at, stride = next(vae.parameters()).device, vae.config.spatial_stride
+    chunks = (shrunk(to_model(chunk.to(at)), by, stride) for chunk in video.split(_CHUNK, 2))
+    return Posterior(*(torch.cat(parts, dim=2) for parts in zip(*vae.encode_stream(chunks), strict=True)))
 
 
 def retrieved(

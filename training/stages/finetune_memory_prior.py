@@ -5,7 +5,7 @@ With `base` a model of `pretrain_memory` is taught to do so; with `model: {memor
 """
 
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -34,13 +34,13 @@ from longtake.training.history import (
     with_history,
 )
 from longtake.training.loop import Batch, Engines, Objective
-from longtake.training.memory_stage import Data, MemoryConfig, Setup, heldout_of, on_device, videos_of
+from longtake.training.memory_stage import MemoryConfig, Setup, heldout_of, on_device, videos_of
 from longtake.training.metrics import continuation
 from longtake.training.metrics.features import load_network, read_file
 from longtake.training.models.memory_dit import MemoryDiT, MemoryDiTConfig
 from longtake.training.sampling import Settings
 
-VERSION = 2
+VERSION = 3
 PRODUCES = "model"
 
 
@@ -111,7 +111,7 @@ def objective(config: Config, setup: Setup) -> Objective:
     """The flow's loss of a segment; and a held-out one, generated, as a sample."""
     return Objective(
         {"generator": setup.model},
-        partial(_loss, config, setup.data, setup.model),
+        partial(_loss, config, setup.model),
         sample=partial(_sample, config, setup),
         fps=max(1, round(setup.data.fps)),
         tokens=partial(full_tokens, setup.model.config.patch),
@@ -121,15 +121,14 @@ def objective(config: Config, setup: Setup) -> Objective:
 
 def _loss(
     config: Config,
-    data: Data,
     model: Remembering,
     name: str,
     engines: Engines,
     batch: Batch,
     generator: torch.Generator,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    count, most = len(batch["key"]), data.reach(config, engines[name].global_steps)
-    given = given_to(batch, model, most, config.posterior, generator)
+    count = len(batch["key"])
+    given = given_to(batch, model, batch["history_latent"].shape[3], config.posterior, generator)
     t = flow.sample_t(count, config.time_mean, config.time_std, config.shift, generator, given.x0.device)
     noised = flow.noised_frames(torch.full((count,), given.window, device=t.device), given.x0.shape[2])
     t = t[:, None] * noised
@@ -145,7 +144,7 @@ def _loss(
     losses = flow.loss(velocity, given.x0, noise, noised)
     return losses.mean(), {
         "loss": losses.detach().mean(),
-        "history_steps": true_steps(batch, most).float().mean(),
+        "history_steps": batch["history_steps"].float().mean(),
         **_by_start(losses.detach(), batch["stream_step"] == 0),
     }
 
@@ -166,6 +165,33 @@ def given_to(
     """What a batch's segments are given, `most` steps of history at most."""
     steps = steps_of(batch, model, most, posterior, generator)
     return given_of(steps, batch["latent"].shape[3], batch["stream_step"], model.config)
+
+
+def given_last(batch: Batch, model: MemoryDiT, count: int) -> Given:
+    """What a batch's segments are given of the last `count` steps of history alone.
+
+    Groups are counted from the first of these, as of a video that is gone on with, but none of them is its first latent.
+    """
+    steps = steps_of(batch, model, count)
+    return given_of(steps, batch["latent"].shape[3], batch["stream_step"].clamp(max=count), model.config)
+
+
+@torch.no_grad()
+def losses_by_history(
+    config: Config, setup: Setup, counts: Sequence[int], clips: int | None = None
+) -> dict[int, np.ndarray[Any, Any]]:
+    """`heldout_losses` by how many steps of history are given: of the same segments of the same clips, from the same noise.
+
+    The segments come after as many steps as the longest of the `counts`; of shorter streams there is none.
+    """
+    loader = heldout_of(config, setup, max(counts))
+    numbers = range(min(clips or loader.samples, loader.samples))
+
+    def given(count: int) -> Iterator[tuple[Given, Tensor | None]]:
+        for batch in loader.at(numbers):
+            yield given_last(on_device(batch), setup.model, count), batch.get("label")
+
+    return {count: continuation.heldout_losses(setup.model, given(count), config.seed) for count in counts}
 
 
 @torch.no_grad()
@@ -208,7 +234,11 @@ def run(config: Config, inputs: Mapping[str, str], output: str) -> dict[str, Any
         Failure, Interrupted: of the loop.
     """
     sampling = {"steps": config.sample_steps, "guidance": config.guidance, "shift": config.shift}
-    facts = {"stage": "generation", "sampling": sampling | {"history_noise": config.sample_noise}}
+    facts = {
+        "stage": "generation",
+        "sampling": sampling | {"history_noise": config.sample_noise},
+        "posterior": config.posterior,
+    }
     return memory_stage.run(__name__, config, inputs, output, facts, partial(_evaluate, config))
 
 
@@ -224,7 +254,7 @@ def _evaluate(config: Config, setup: Setup, folder: Path) -> dict[str, float]:
 
     heldout = heldout_of(config, setup)
     longest = heldout.longest_stream - setup.data.shape[0]
-    begins = [begin for begin in measured(lengths_of(model.config)) if begin <= longest]
+    counts = [count for count in measured(lengths_of(model.config)) if count <= longest]
     videos = videos_of(config, setup.inputs, setup.data)
     count = min(config.eval_videos, videos.samples)
     network = load_network(config.features, device=device()) if config.features else None
@@ -236,12 +266,14 @@ def _evaluate(config: Config, setup: Setup, folder: Path) -> dict[str, float]:
         ((with_history(batch), batch.get("label")) for batch in islice(videos, count)),
         folder,
         losses=losses_of(heldout),
-        by_history={begin: losses_of(heldout_of(config, setup, begin)) for begin in begins},
+        starts=losses_of(heldout_of(config, setup, 0, least=max(counts))),
+        by_history=losses_by_history(config, setup, counts, config.eval_clips),
         trivial=continuation.trivial_losses(model, clips_of(heldout), config.seed),
         frames=config.frames,
         count=config.eval_segments,
         fps=setup.data.fps,
         seed=config.seed,
+        posterior=config.posterior,
         settings=Settings(config.sample_steps, config.guidance, config.shift, history_noise=config.sample_noise),
         network=network,
     )
@@ -255,7 +287,7 @@ def _evaluate(config: Config, setup: Setup, folder: Path) -> dict[str, float]:
         "distance_true",
     )
     metrics = {name: float(summary[name]) for name in told if summary[name] is not None}
-    return metrics | {f"heldout_loss_{begin}_steps": loss for begin, loss in summary["heldout_loss_by_history"]}
+    return metrics | {f"heldout_loss_{count}_steps": loss for count, loss in summary["heldout_loss_by_history"]}
 
 
 def measured(lengths: Lengths) -> list[int]:
