@@ -10,6 +10,7 @@ from typing import Any
 
 from longtake.datasets import storage
 from longtake.datasets.errors import Failure, UserError
+from longtake.datasets.masking import shown
 from longtake.datasets.stage import StageConfig, content, inputs_of, names
 from longtake.infra import stages
 from longtake.infra.recipe import Recipe
@@ -52,7 +53,7 @@ def _retried(module: Any, node: Node) -> str:
         return str(module.retried(node.output))
     except (Failure, PermissionError) as e:
         # a machine that only submits or renders a recipe may have no right to its workspace
-        print(f"{node.name}: not looked whether what was unreachable answers now ({e})", file=sys.stderr)
+        print(f"{node.name}: not looked whether what was unreachable answers now ({shown(str(e))})", file=sys.stderr)
         return ""
 
 

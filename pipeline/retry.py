@@ -4,6 +4,10 @@ group, once their store answers; nothing else is made again.
 
 import hashlib
 import json
+import queue
+import sys
+import threading
+import time
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -12,12 +16,14 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
+from tqdm import tqdm
 
 from longtake.datasets import index, schema, storage
 from longtake.datasets.errors import Failure
 from longtake.pipeline.fetch import answers
 
 RECORD = "unreachable.json"
+_NOTHING: dict[str, Any] = {"awaited": [], "repeated": [], "rounds": 0}
 _FIELDS = ("source", "uri", "bytes", "split", "group", "duplicate_of", "extra", "reason")
 _EMPTY = schema.SOURCES.empty_table().select(_FIELDS)
 
@@ -102,41 +108,73 @@ def _places(rows: pa.Table) -> pa.ChunkedArray:
     return pc.binary_join_element_wise(rows["split"], rows["group"].cast(pa.string()), rows["uri"], " ")
 
 
-def answering(awaited: Sequence[dict[str, Any]], threads: int = 16) -> list[dict[str, Any]]:
+def answering(awaited: Sequence[dict[str, Any]], threads: int = 64) -> list[dict[str, Any]]:
     """Those whose store gives their first byte now, or refuses it for good."""
     with ThreadPoolExecutor(threads) as pool:
-        told = list(pool.map(answers, [row["uri"] for row in awaited]))
+        asked = pool.map(answers, [row["uri"] for row in awaited])
+        told = list(tqdm(asked, "ask again", len(awaited), disable=not awaited, unit="source"))
     return [row for row, answer in zip(awaited, told, strict=True) if answer]
 
 
 def record(dataset: str) -> None:
-    """Write `unreachable.json`, from which `retried` tells without reading every account; nothing where none ever was.
+    """Write `unreachable.json`, from which `retried` tells without reading every account.
 
-    `repeated` are the URIs that were planned again, `awaited` those that were not yet.
+    `awaited` are the URIs that were not planned again yet, `repeated` those that were, in so many `rounds`.
     """
     tries = read_tries(dataset)
-    awaited = {row["uri"] for row in tries.awaited} - tries.repeated
-    url = storage.join(dataset, RECORD)
-    if awaited or tries.repeated or storage.exists(url):
-        contents = {"awaited": sorted(awaited), "repeated": sorted(tries.repeated)}
-        storage.write(url, storage.canonical_json(contents))
+    before = read_record(dataset) or _NOTHING
+    grown = not tries.repeated <= {*before["repeated"]}
+    contents = {
+        "awaited": sorted({row["uri"] for row in tries.awaited} - tries.repeated),
+        "repeated": sorted(tries.repeated),
+        "rounds": before["rounds"] + grown,
+    }
+    storage.write(storage.join(dataset, RECORD), storage.canonical_json(contents))
 
 
-def retried(dataset: str) -> str:
-    """A digest of the unreachable sources that were planned again or answer for the first time; empty where there are none.
-
-    One that fails its second try changes it no more: a store that never gives a source whole makes nothing run for ever.
-
-    Raises:
-        Failure: the record of them is damaged.
-    """
-    url = storage.join(dataset, RECORD)
-    if not storage.exists(url):
-        return ""
+def read_record(dataset: str) -> dict[str, Any] | None:
+    """The contents of `unreachable.json`, None where it is missing or damaged: then the stage has to run to write it anew."""
     try:
-        contents = json.loads(storage.read(url))
-        awaited, repeated = [{"uri": uri} for uri in contents["awaited"]], contents["repeated"]
-    except (ValueError, KeyError, TypeError) as e:
-        raise Failure(f"{url}: damaged ({e}); delete it and run the recipe again") from e
-    again = {*repeated, *(row["uri"] for row in answering(awaited))}
-    return hashlib.sha256("\n".join(sorted(again)).encode()).hexdigest() if again else ""
+        contents = json.loads(storage.read(storage.join(dataset, RECORD)))
+    except (FileNotFoundError, IsADirectoryError, ValueError, RecursionError):
+        return None
+    listed = isinstance(contents, dict) and contents.keys() == _NOTHING.keys() and isinstance(contents["rounds"], int)
+    if not listed or not all(_are_texts(contents[name]) for name in ("awaited", "repeated")):
+        return None
+    return dict(contents)
+
+
+def _are_texts(values: Any) -> bool:
+    return isinstance(values, list) and all(isinstance(value, str) for value in values)
+
+
+def retried(dataset: str, seconds: float = 10.0) -> str:
+    """The rounds in which unreachable sources were planned again, and the one that is due if any answers within `seconds`.
+
+    Empty where there is none. One that fails its second try is awaited no more: a store that never gives a source whole
+    makes nothing run for ever.
+    """
+    contents = read_record(dataset) or _NOTHING
+    rounds = contents["rounds"] + _any_answers(contents["awaited"], seconds)
+    return f" {rounds}" if rounds else ""
+
+
+def _any_answers(uris: Sequence[str], seconds: float, threads: int = 16) -> bool:
+    """Whether one of them answers, as far as that can be told within `seconds`: a store may leave each asker waiting."""
+    # in no order of names: a store that is silent would stand before all others
+    pending = iter(sorted(uris, key=lambda uri: hashlib.sha256(uri.encode()).digest()))
+    told: queue.SimpleQueue[bool] = queue.SimpleQueue()
+
+    def ask() -> None:
+        for uri in pending:
+            told.put(answers(uri))
+
+    # daemons, since a command may not wait for them as it ends
+    for _ in range(min(threads, len(uris))):
+        threading.Thread(target=ask, daemon=True).start()
+    end = time.monotonic() + seconds
+    try:
+        return any(told.get(timeout=max(0.0, end - time.monotonic())) for _ in uris)
+    except queue.Empty:
+        print(f"of {len(uris)} sources that did not answer before, none has within {seconds:g} s", file=sys.stderr)
+        return False

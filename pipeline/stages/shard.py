@@ -67,14 +67,15 @@ def outside(config: Config) -> str:
 
 
 def retried(uri: str) -> str:
-    """Changes when sources that could not be reached before are planned again, or can be reached now."""
+    """Changes when sources that could not be reached before are planned again, or one can be reached now."""
     return retry.retried(uri)
 
 
 def complete(uri: str) -> bool:
-    """Whether every planned group is committed: an index that was deleted, being damaged, is made again."""
+    """Whether every planned group is committed, and what did not answer recorded: what was deleted, being damaged, is
+    made again."""
     planned = groups_of(uri)
-    return bool(planned) and not missing_groups(uri, planned)
+    return bool(planned) and retry.read_record(uri) is not None and not missing_groups(uri, planned)
 
 
 def run(config: Config, inputs: Mapping[str, str], output: str) -> dict[str, Any]:

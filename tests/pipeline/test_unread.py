@@ -246,6 +246,34 @@ def test_a_source_that_is_always_cut_short_makes_nothing_run_for_ever(
     assert plan.plan(url, [manifest], 0.2, 1 << 30, 3) == plan.groups(url)
 
 
+@pytest.mark.parametrize(
+    "content", [None, b"{", b'{"awaited": null}', b'{"awaited":[],"repeated":"xyz","rounds":1}', b"[" * 100_000]
+)
+def test_a_record_that_is_missing_or_damaged_is_made_again(web: Web, tmp_path: Path, content: bytes | None) -> None:
+    dataset = tmp_path / "ds"
+    make(dataset, listed(tmp_path, f"{web.url}/plain/0.mp4", f"{web.url}/503/1.mp4"))
+    assert shard.complete(str(dataset))
+    before = (dataset / retry.RECORD).read_bytes()
+    (dataset / retry.RECORD).unlink()
+    if content is not None:
+        (dataset / retry.RECORD).write_bytes(content)
+    assert not shard.complete(str(dataset)) and retry.retried(str(dataset)) == ""
+    retry.record(str(dataset))
+    assert shard.complete(str(dataset)) and (dataset / retry.RECORD).read_bytes() == before
+
+
+def test_a_store_that_is_silent_holds_no_command_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    held = threading.Event()
+    monkeypatch.setattr(retry, "answers", lambda uri: held.wait() and False)
+    uris = [f"http://h/{n}.mp4" for n in range(40)]
+    content = storage.canonical_json({"awaited": uris, "repeated": [], "rounds": 2})
+    storage.write(str(tmp_path / retry.RECORD), content)
+    assert retry.retried(str(tmp_path), seconds=0.1) == " 2"
+    held.set()
+    monkeypatch.setattr(retry, "answers", lambda uri: uri == uris[7])
+    assert retry.retried(str(tmp_path)) == " 3"
+
+
 def test_what_is_unreachable_while_planning_keeps_the_identity_of_its_content(web: Web, tmp_path: Path) -> None:
     uris = [f"{web.url}/{mode}/{n}.mp4" for n, mode in enumerate(["plain", "503", "429"])]
     for folder, heal in (("whole", {"503", "429"}), ("late", set[str]())):
