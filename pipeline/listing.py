@@ -4,6 +4,7 @@ On this machine links are followed, each real folder is entered once, and what m
 a workspace of ours holds is no source for anyone who lists the folder above it: its samples would be cut again.
 """
 
+import contextlib
 import fnmatch
 import glob
 import os
@@ -62,7 +63,10 @@ def matching(pattern: str) -> list[str]:
     """The URIs of all that matches a glob, files and folders, sorted. Raises UserError: nothing does."""
     fs, path = storage.filesystem(pattern)
     if storage.is_local(pattern):
-        found = [storage.named(p) for p in dict.fromkeys(_matches("/", path.strip("/").split("/"), {}))]
+        shut = dict[str, None]()
+        found = [storage.named(p) for p in dict.fromkeys(_matches("/", path.strip("/").split("/"), shut))]
+        if shut:
+            raise UserError(f"sources: {pattern}: {next(iter(shut))} may not be read")
     else:
         escaped = _escaped(fs, pattern, path)
         found = [fs.unstrip_protocol(p) for p in storage.retrying(pattern, lambda: fs.glob(escaped))]
@@ -86,14 +90,27 @@ def _magic(path: str) -> bool:
 
 def _exists(fs: Any, pattern: str, path: str) -> bool:
     if storage.is_local(pattern):
-        return os.path.lexists(path)
+        with contextlib.suppress(PermissionError):
+            return _there(path)
+        return False
     return bool(storage.retrying(pattern, partial(fs.exists, path)))
+
+
+def _there(path: str) -> bool:
+    """Whether there is anything of that name, be it a link to nothing. Raises PermissionError where that cannot be told."""
+    try:
+        os.lstat(path)
+    except PermissionError:
+        raise
+    except (OSError, ValueError):
+        return False
+    return True
 
 
 def _local(pattern: str) -> tuple[list[Entry], Counter[str]]:
     path = storage.filesystem(pattern)[1]
     shut = dict[str, None]()
-    if not os.path.lexists(path):
+    if not _there(path):
         if not _magic(path):
             raise UserError(f"sources: {pattern}: no such file or folder")
         paths = dict.fromkeys(p for p in _matches("/", path.strip("/").split("/"), shut) if not Path(p).is_dir())
@@ -178,8 +195,13 @@ def _matches(folder: str, segments: Sequence[str], shut: dict[str, None]) -> Ite
     """Paths that match a glob as in a shell, segment by segment; a segment that exists as it is written is no glob."""
     first, *rest = segments
     path = f"{folder.rstrip('/')}/{first}"
-    if os.path.lexists(path) or not _magic(first):
-        paths = [path] if os.path.lexists(path) else []
+    try:
+        there = _there(path)
+    except PermissionError:
+        shut[folder] = None
+        return
+    if there or not _magic(first):
+        paths = [path] if there else []
     elif first == "**":
         if not rest:
             yield from (file for _, files in _folders(folder, shut) for file in files)

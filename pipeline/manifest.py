@@ -95,41 +95,56 @@ def read(url: str) -> Iterator[pa.RecordBatch]:
         Failure: its store does not give it whole.
     """
     fs, path = storage.filesystem(url.rstrip("/"))
-    kind, count = _kind(url), 0
+    kind, count, at = _kind(url), 0, url
     try:
         for file, parts in _files(fs, path, url):
-            opened = partial(storage.retrying, url, partial(fs.open, file, "rb"))
+            base = url if file == path else f"{url.rstrip('/')}/"
+            at = url if file == path else base + file.removeprefix(path).lstrip("/")
+            opened = partial(storage.retrying, at, partial(fs.open, file, "rb"))
             for batch, extra in _parquet(opened, parts) if kind == "parquet" else _text(opened, kind):
                 count += len(batch)
-                yield _as_found(batch, extra, url, url if file == path else f"{url.rstrip('/')}/part")
+                yield _as_found(batch, extra, at, base)
     except FileNotFoundError as e:
-        raise UserError(f"sources: {url}: no such manifest") from e
+        raise UserError(f"sources: {at}: no such manifest") from e
     except PermissionError as e:
-        raise UserError(f"sources: {url}: may not be read ({e.strerror or e})") from e
+        raise UserError(f"sources: {e.filename or at}: may not be read ({e.strerror or e})") from e
     except (UserError, Failure):
         raise
     except Exception as e:
         if storage.of_network(e):
-            raise Failure(f"{url}: did not come whole ({e}); run the same command again") from e
+            raise Failure(f"{at}: did not come whole ({e}); run the same command again") from e
         if not isinstance(e, pa.ArrowException | OSError | ValueError | OverflowError):
             raise
         what = " ".join(str(e).split())
-        raise UserError(f"sources: {url}: not a readable manifest ({what[:300]}); manifests are {KINDS}") from e
+        raise UserError(f"sources: {at}: not a readable manifest ({what[:300]}); manifests are {KINDS}") from e
     if not count:
         raise UserError(f"sources: {url}: a manifest without rows; manifests are {KINDS}, with a column `uri`")
 
 
 def _files(fs: Any, path: str, url: str) -> Iterator[tuple[str, Mapping[str, str | None]]]:
     """The files of a manifest, and the columns that folders named `column=value` give to their rows."""
-    if _kind(url) != "parquet" or storage.retrying(url, partial(fs.info, path))["type"] == "file":
+    asked = storage.is_local(url) or _kind(url) == "parquet"
+    type_ = storage.retrying(url, partial(fs.info, path))["type"] if asked else "file"
+    if type_ not in ("file", "directory"):
+        raise ValueError("neither a file nor a folder")
+    if type_ == "file" or _kind(url) != "parquet":
         yield path, {}
         return
-    for file in sorted(fs.find(path)):
+    for file in sorted(_below(fs, path, url)):
         *folders, name = file.removeprefix(path).strip("/").split("/")
         # writers leave notes of their own beside the parts
         if not any(part.startswith(("_", ".")) and "=" not in part for part in (*folders, name)):
             pairs = (folder.partition("=") for folder in folders if "=" in folder)
             yield file, {unquote(key): None if value == _NO_VALUE else unquote(value) for key, _, value in pairs}
+
+
+def _below(fs: Any, folder: str, url: str) -> Iterator[str]:
+    """All files of a folder. `fs.find` and `fs.walk` would pass over what they may not list."""
+    for entry in storage.retrying(url, partial(fs.ls, folder, detail=True)):
+        if entry["type"] != "directory":
+            yield entry["name"]
+        elif entry["name"].rstrip("/") != folder.rstrip("/"):
+            yield from _below(fs, entry["name"], url)
 
 
 def _parquet(opened: Callable[[], Any], parts: Mapping[str, str | None]) -> Iterator[tuple[pa.RecordBatch, Any]]:
@@ -175,11 +190,11 @@ def _csv(opened: Callable[[], Any], delimiter: str) -> Iterator[tuple[pa.RecordB
         pyarrow.csv.ParseOptions(delimiter=delimiter, newlines_in_values=True),
     )
     with opened() as f:
-        given = pyarrow.csv.open_csv(_LineEnds(f), *options).schema.names
+        given = pyarrow.csv.open_csv(_LineEnds(f, delimiter), *options).schema.names
     names = _unique([name.strip() for name in given])
     types = pyarrow.csv.ConvertOptions(column_types=dict.fromkeys(given, pa.string()))
     with opened() as f:
-        for part in pyarrow.csv.open_csv(_LineEnds(f), *options, types):
+        for part in pyarrow.csv.open_csv(_LineEnds(f, delimiter), *options, types):
             batch = part.rename_columns(names)
             yield batch, _objects(batch)
 
@@ -188,10 +203,17 @@ class _LineEnds(io.RawIOBase):
     """A file of CSV whose rows end with an LF, in blocks of which none ends with a CR or begins with one.
 
     Of rows that end with a CR Arrow refuses some, and at a block's border it drops the LF after a CR, and a row's end.
+    Raises ValueError where a quote is not closed: what follows would be one cell.
     """
 
-    def __init__(self, f: Any) -> None:
-        self._f, self._held, self._quoted = f, b"", 0
+    def __init__(self, f: Any, delimiter: str) -> None:
+        self._f, self._held, self._starts = f, b"", (b"\n", b"\r", delimiter.encode())
+        self._before, self._closed = (
+            b"\n",
+            False,
+        )  # the byte before a block, and whether a closing quote ends the one before
+        self._cell: bytes | None = None  # the beginning of the quoted cell that goes on in the next block, if one does
+        self._length = 0  # what that cell has so far
 
     def readable(self) -> bool:
         return True
@@ -205,14 +227,29 @@ class _LineEnds(io.RawIOBase):
         # what is held begins with the byte before the line ends; where the file ends, nothing is
         self._held = data[whole:] if len(data) == size and data.endswith(b"\r") and whole > 0 else b""
         data = data[: len(data) - len(self._held)]
+        if self._cell is not None and (not data or self._length > _ROW_BYTES):
+            raise ValueError(f"the quote before {self._cell.decode('utf-8', 'replace')!r} is never closed")
+        if not self._before:
+            data, self._before = data.removeprefix(codecs.BOM_UTF8), b"\n"
+        return b'"'.join(self._pieces(data))
 
-        # a doubled quote leaves the count as it was; of the empty rows that come of a CRLF nothing is read
-        outside, self._quoted = self._quoted, (self._quoted + data.count(b'"')) % 2
-        if b"\r" in data:
-            pieces = data.split(b'"')
-            pieces[outside::2] = [piece.replace(b"\r", b"\n") for piece in pieces[outside::2]]
-            data = b'"'.join(pieces)
-        return data
+    def _pieces(self, data: bytes) -> Iterator[bytes]:
+        """What lies between quotes, outside of cells with LF for each CR: of the empty rows of a CRLF nothing is read."""
+        for number, piece in enumerate(data.split(b'"')):
+            if number and self._cell is not None:
+                self._cell, self._closed = None, True
+            elif number and (self._closed or self._before in self._starts):
+                # one at once after a closing one is doubled, and the cell goes on
+                self._cell, self._length, self._closed = piece[:40], 0, False
+            elif number:
+                self._before = b'"'
+            if self._cell is None:
+                yield piece.replace(b"\r", b"\n")
+            else:
+                self._length += len(piece)
+                yield piece
+            if piece:
+                self._before, self._closed = piece[-1:], False
 
 
 def _json(rows: Iterator[tuple[str, Any]]) -> Iterator[tuple[pa.RecordBatch, Any]]:
@@ -222,7 +259,11 @@ def _json(rows: Iterator[tuple[str, Any]]) -> Iterator[tuple[pa.RecordBatch, Any
     size = 0
 
     def batch() -> tuple[pa.RecordBatch, Any]:
-        names = [name for name in _OURS if any(name in row for row in known)] or [*known[0]]
+        names = [name for name in _OURS if any(name in row for row in known)]
+        if not names:
+            raise ValueError(
+                f"{where} has no `uri`; it has {', '.join([*json.loads(extra[-1] or '{}')][:10]) or 'nothing'}"
+            )
         columns = {name: pa.array([row.get(name) for row in known], pa.string()) for name in names}
         return pa.RecordBatch.from_pydict(columns), pa.array(extra, pa.string())
 
@@ -315,11 +356,11 @@ def _plain(value: Any, where: str = "a cell", depth: int = 1) -> Any:
     """What RFC 8259 has a word for: NaN and infinities are null."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
-    if isinstance(value, dict | list) and depth > _DEPTH:
+    if isinstance(value, dict | list | tuple) and depth > _DEPTH:
         raise ValueError(f"{where} is nested more than {_DEPTH} deep")
     if isinstance(value, dict):
         return {name: _plain(inner, where, depth + 1) for name, inner in value.items()}
-    if isinstance(value, list):
+    if isinstance(value, list | tuple):
         return [_plain(inner, where, depth + 1) for inner in value]
     return value
 
@@ -330,7 +371,7 @@ def _unique(names: Sequence[str]) -> Sequence[str]:
     return names
 
 
-def _as_found(batch: pa.RecordBatch, extra: Any, url: str, file: str) -> pa.RecordBatch:
+def _as_found(batch: pa.RecordBatch, extra: Any, url: str, base: str) -> pa.RecordBatch:
     names = batch.schema.names
     if "uri" not in names:
         there = ", ".join(name[:40] for name in names[:10])
@@ -339,9 +380,10 @@ def _as_found(batch: pa.RecordBatch, extra: Any, url: str, file: str) -> pa.Reco
     if uris.null_count:
         raise UserError(f"sources: {url}: {uris.null_count} rows have no uri")
     if (longest := pc.max(pc.binary_length(extra)).as_py() or 0) > _ROW_BYTES:
-        raise ValueError(f"a row of {longest} bytes; {_ROW_BYTES} are allowed")
+        uri = uris[pc.index(pc.binary_length(extra), longest).as_py()]
+        raise ValueError(f"the row of {str(uri)[:200]} has {longest} bytes; {_ROW_BYTES} are allowed")
     columns = {
-        "uri": _resolved(uris, file),
+        "uri": _resolved(uris, base),
         "bytes": _sizes(batch["bytes"]) if "bytes" in names else pa.nulls(len(batch), pa.int64()),
         "etag": _texts(batch["etag"]) if "etag" in names else pa.nulls(len(batch), pa.string()),
         "extra": extra,
@@ -366,10 +408,10 @@ def _sizes(column: Any) -> Any:
     return pc.if_else(pc.less(sizes, 0), None, sizes)
 
 
-def _resolved(uris: Any, file: str) -> Any:
-    """Relative URIs count from the folder of the manifest's file; a local file has one name, however its URL is written."""
-    local = storage.is_local(file)
-    path = storage.filesystem(file)[1] if local else file
+def _resolved(uris: Any, base: str) -> Any:
+    """Relative URIs count from `base` up to its last slash; a local file has one name, however its URL is written."""
+    local = storage.is_local(base)
+    path = storage.filesystem(base)[1] + "/" * base.endswith("/") if local else base
     if path.startswith("http"):
         path = path.partition("?")[0]
     folder = path.rpartition("/")[0] + "/"

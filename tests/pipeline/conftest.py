@@ -15,6 +15,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -198,6 +199,23 @@ def hashes() -> Callable[[object], dict[str, str]]:
         return {name: hashlib.sha256(fs.cat_file(path)).hexdigest() for path, name in names.items()}
 
     return of
+
+
+@pytest.fixture
+def shut(monkeypatch: pytest.MonkeyPatch) -> Callable[[Path], None]:
+    """Makes a folder one that may be neither listed nor entered: root would be let in by its mode alone."""
+
+    def close(folder: Path) -> None:
+        for name in ("scandir", "listdir", "stat", "lstat"):
+            monkeypatch.setattr(os, name, partial(refused, folder, getattr(os, name), name.endswith("stat")))
+
+    def refused(folder: Path, call: Any, inside: bool, path: Any = ".", *args: Any, **options: Any) -> Any:
+        known = isinstance(path, str | Path)
+        if known and folder in (Path(path).parents if inside else (Path(path), *Path(path).parents)):
+            raise PermissionError(13, "Permission denied", str(path))
+        return call(path, *args, **options)
+
+    return close
 
 
 class FaultyS3:

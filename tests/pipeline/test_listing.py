@@ -160,6 +160,18 @@ def test_what_lies_in_a_workspace_is_no_source(tmp_path: Path) -> None:
             uris(pattern)
 
 
+def test_a_folder_that_may_not_be_entered_is_said_and_never_passed_over(
+    tmp_path: Path, shut: Callable[[Path], None]
+) -> None:
+    for folder in ("a", "shut"):
+        touch(tmp_path / folder / "x.csv"), touch(tmp_path / folder / "1.mp4")
+    shut(tmp_path / "shut")
+    assert str(tmp_path / "shut") in paths(tmp_path / "*" / "1.mp4")
+    for pattern in ("**/*.csv", "*/x.csv", "shut/*.csv", "shut/1.mp4", "shut/*.mp4"):
+        with pytest.raises(UserError, match="may not be read"):
+            list(discover.find([str(tmp_path / pattern)]))
+
+
 def test_every_odd_key_of_a_bucket_is_one_source(s3_server: Any) -> None:
     fs = storage.filesystem("s3://raw")[0]
     # moto's own routes end at a line end

@@ -2,6 +2,8 @@ import csv
 import gzip
 import io
 import json
+import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -135,6 +137,37 @@ def test_csv_is_read_as_pythons_own_reader_does(
     assert mine == [says({k: row[k] for k in ("caption", "note")}) for row in expected]
 
 
+UNQUOTED = (
+    st.lists(st.sampled_from([*'a"é |', '5" disk', '""']), max_size=6).map("".join).filter(lambda t: t[:1] != '"')
+)
+QUOTED = CELLS.map(lambda text: '"' + text.replace('"', '""') + '"')
+
+
+@settings(deadline=None, max_examples=60)
+@given(cells=st.lists(UNQUOTED | QUOTED, min_size=20, max_size=40), end=st.sampled_from(["\n", "\r\n", "\r"]))
+def test_quotes_inside_cells_without_quotes_are_read_as_pythons_own_reader_does(
+    tmp_path_factory: pytest.TempPathFactory, cells: list[str], end: str
+) -> None:
+    path = tmp_path_factory.mktemp("m") / "list.csv"
+    content = end.join(["uri,caption", *(f"s3://b/{n}.mp4,{cell}" for n, cell in enumerate(cells)), ""])
+    path.write_bytes(content.encode())
+    expected = list(csv.DictReader(io.StringIO(content, newline="")))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(manifest, "_BLOCK_BYTES", 600)
+        read = [row for batch in manifest.read(str(path)) for row in batch.to_pylist()]
+    assert [row["uri"] for row in read] == [row["uri"] for row in expected]
+    assert [row["extra"] and json.loads(row["extra"]) for row in read] == [
+        {"caption": row["caption"]} if row["caption"] else None for row in expected
+    ]
+
+
+@pytest.mark.parametrize("more", [0, 300_000])
+def test_a_quote_that_is_never_closed_swallows_no_rows(tmp_path: Path, more: int) -> None:
+    (tmp_path / "l.csv").write_text('uri,caption\na.mp4,x\nb.mp4,"open\nc.mp4,y\n' + "d.mp4,some words\n" * more)
+    with pytest.raises(UserError, match=r"l\.csv: .*the quote before 'open.nc\.mp4,y.*' is never closed"):
+        rows_of(str(tmp_path / "l.csv"))
+
+
 SCALARS = st.none() | st.booleans() | st.integers() | st.floats() | TEXT
 JSONS = st.recursive(
     SCALARS, lambda some: st.lists(some, max_size=3) | st.dictionaries(TEXT, some, max_size=3), max_leaves=8
@@ -234,6 +267,30 @@ def test_a_folder_of_parquet_parts_is_one_manifest(tmp_path: Path) -> None:
         assert list(read.values()).count(None) == 2
 
 
+def test_a_part_that_cannot_be_read_is_named(tmp_path: Path, shut: Callable[[Path], None]) -> None:
+    for day in "12":
+        (tmp_path / f"l.parquet/day={day}").mkdir(parents=True)
+        pq.write_table(pa.table({"uri": [f"{day}.mp4"]}), tmp_path / f"l.parquet/day={day}/p.parquet")
+    (tmp_path / "l.parquet/day=2/p.parquet").write_bytes(b"torn")
+    with pytest.raises(UserError, match=r"l\.parquet/day=2/p\.parquet: not a readable manifest"):
+        rows_of(str(tmp_path / "l.parquet"))
+    shut(tmp_path / "l.parquet/day=2")
+    with pytest.raises(UserError, match="day=2: may not be read"):
+        rows_of(str(tmp_path / "l.parquet"))
+
+
+def test_a_pipe_is_no_manifest(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "l.csv")
+    with pytest.raises(UserError, match=r"l\.csv: not a readable manifest \(neither a file nor a folder\)"):
+        rows_of(str(tmp_path / "l.csv"))
+
+
+def test_what_is_not_finite_inside_a_map_is_null(tmp_path: Path) -> None:
+    column = pa.array([[("k", float("nan"))]], pa.map_(pa.string(), pa.float64()))
+    pq.write_table(pa.table({"uri": ["s3://b/a"], "m": column}), tmp_path / "l.parquet")
+    assert extras(tmp_path / "l.parquet") == [{"m": [["k", None]]}]
+
+
 @pytest.mark.parametrize(
     "column",
     [
@@ -267,7 +324,7 @@ def test_sizes_as_pandas_writes_them(tmp_path: Path) -> None:
         ("m.csv", "uri,caption\na,b,c\n", "Expected 2 columns, got 3"),
         ("m.csv", "uri,caption\na,\n,c\n", "1 rows have no uri"),
         ("m.csv", "uri,bytes\na,many\n", "column `bytes`: "),
-        ("m.csv", "uri,caption\na," + "x" * 1_100_000 + "\n", "a row of 1100015 bytes; 1048576 are allowed"),
+        ("m.csv", "uri,caption\na," + "x" * 1_100_000 + "\n", "has 1100015 bytes; 1048576 are allowed"),
         ("m.csv", b"uri,caption\na,\xff\xfe\n", "not a readable manifest"),
         ("m.csv", "uri\na\n".encode("utf-16"), "it is text in UTF-16; save it as UTF-8"),
         ("m.csv", "\n <!DOCTYPE html><html>", "it is HTML or XML"),
