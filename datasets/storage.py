@@ -40,6 +40,7 @@ def filesystem(url: str) -> tuple[Any, str]:
 
     Raises:
         UserError: the protocol is unknown or its package is not installed.
+        Failure: the store cannot be reached.
     """
     match = _PROTOCOL.match(url)
     if match is None:
@@ -50,8 +51,11 @@ def filesystem(url: str) -> tuple[Any, str]:
         store = fsspec.get_filesystem_class(protocol)
         options = store._get_kwargs_from_urls(url) | _options(protocol)
         return fsspec.filesystem(protocol, **options), store._strip_protocol(url)
-    except (ValueError, ImportError) as e:
+    except (ValueError, TypeError, ImportError) as e:
         raise UserError(f"{url}: {e}") from e
+    except OSError as e:
+        # clients that connect at once
+        raise Failure(f"{url}: does not answer ({e.strerror or e})") from e
 
 
 def _options(protocol: str) -> dict[str, Any]:

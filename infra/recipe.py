@@ -94,7 +94,8 @@ def _merge_bases(path: str, seen: tuple[str, ...]) -> dict[str, Any]:
         return content
     if not isinstance(base, str):
         raise UserError(f"{path}: base: must be the name of another recipe file")
-    beside = storage.join(path.rpartition("/")[0] or ".", base)
+    folder = path.rpartition("/")[0] or "."
+    beside = os.path.normpath(f"{folder}/{base}") if storage.is_local(path) else storage.join(folder, base)
     return _merge(_merge_bases(beside if storage.exists(beside) else _find(base), (*seen, path)), content)
 
 
@@ -132,6 +133,12 @@ def _read_variables(value: Any, path: str, key: str) -> Any:
             raise UserError(
                 f"{path}: {key}: the environment variable {match[1]} is not set; set it, or write a value there"
             )
+        # an empty one would make of FOLDER/clips the root's own
+        beside = (value[: match.start()][-1:], value[match.end() :][:1])
+        if not os.environ[match[1]] and "/" in beside:
+            raise UserError(
+                f"{path}: {key}: the environment variable {match[1]} is empty, which leaves a part of a path out"
+            )
         return os.environ[match[1]]
 
     return _VARIABLE.sub(variable, value)
@@ -153,8 +160,8 @@ def _validate(content: dict[str, Any], path: str) -> Recipe:
     for name, config in listed.items():
         if not isinstance(name, str) or not _NAME.fullmatch(name):
             raise UserError(f"{path}: stages.{name}: a stage's name has lower-case letters, digits, - and _ only")
-        if not isinstance(config, dict) or config.get("kind") not in stages.STAGES:
-            kind = config.get("kind") if isinstance(config, dict) else None
+        kind = config.get("kind") if isinstance(config, dict) else None
+        if not isinstance(kind, str) or kind not in stages.STAGES:
             what = f"unknown kind {kind!r}{_suggest(str(kind), stages.STAGES)}" if kind else "has no kind"
             raise UserError(f"{path}: stages.{name}.kind: {what}; allowed: {', '.join(stages.STAGES)}")
         try:
@@ -169,8 +176,13 @@ def _validate(content: dict[str, Any], path: str) -> Recipe:
                     f"{path}: stages.{name}.sources: {source} is the workspace, whose videos are no sources;"
                     " put one of them into a folder of its own"
                 )
+    outside = content.get("outside") or {}
+    if not isinstance(outside, dict) or not all(isinstance(v, str) for item in outside.items() for v in item):
+        raise UserError(
+            f"{path}: outside: must be a mapping of stage names to digests, as `longtake resolve` writes it"
+        )
     deploy = _deploy(content.get("deploy") or {}, path, configs)
-    return Recipe(path, content["name"], workspace, configs, content.get("outside") or {}, deploy)
+    return Recipe(path, content["name"], workspace, configs, outside, deploy)
 
 
 def _deploy(content: Any, path: str, known: Mapping[str, StageConfig]) -> Deploy:

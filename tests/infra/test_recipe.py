@@ -75,6 +75,8 @@ def build(path: str, *overrides: str) -> list[graph.Node]:
         (changed(vae=GOOD["stages"]["vae"] | {"sizes": [[128, 128]]}), "stages.vae.sizes: 128 is larger than clip.short_side 64"),
         (changed(vae=GOOD["stages"]["vae"] | {"frames": 401}), "stages.vae.frames: a window spans 401 frames"),
         (changed(vae=GOOD["stages"]["vae"] | {"batch": 9, "accumulate": 2}), "batch 9 does not divide into accumulate 2"),
+        (changed(shards={"kind": ["shard"], "sources": ["x"]}), "stages.shards.kind: unknown kind ['shard']"),
+        (GOOD | {"outside": "abc"}, "outside: must be a mapping of stage names to digests"),
         (changed(**{"bad name": {"kind": "curate", "dataset": "shards"}}), "a stage's name has lower-case letters"),
         (GOOD | {"deploy": "x"}, "deploy: must be a mapping with the keys image, kuberay"),
         (GOOD | {"deploy": {"imge": "x"}}, "deploy.imge: unknown key (did you mean image?); allowed: image, kuberay"),
@@ -91,6 +93,15 @@ def test_every_mistake_is_one_line_with_file_key_and_remedy(tmp_path: Path, cont
         build(path)
     assert says in str(caught.value)
     assert "r.yaml" in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("text", ["${FOOTAGE}/**/*.mp4", "s3://${FOOTAGE}/raw", "/data/${FOOTAGE}"])
+def test_an_empty_variable_inside_a_path_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str) -> None:
+    monkeypatch.setenv("FOOTAGE", "")
+    with pytest.raises(
+        UserError, match=r"r\.yaml: stages\.shards\.sources\.0: the environment variable FOOTAGE is empty"
+    ):
+        build(write(tmp_path, changed(shards={"kind": "shard", "sources": [text]})))
 
 
 def test_a_cycle_is_named(tmp_path: Path) -> None:
