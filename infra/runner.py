@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 from longtake.datasets import storage
 from longtake.datasets.errors import Failure, Interrupted, UserError
+from longtake.datasets.masking import shown
 from longtake.infra import graph, runs, stages
 from longtake.infra.graph import Node
 from longtake.infra.recipe import Recipe
@@ -43,7 +44,7 @@ def plan(recipe: Recipe, nodes: list[Node], store: Runs, choice: Choice) -> dict
         run, gone = _finished(node, store)
         todo[node.name] = choice.force or node.name in again or run is None
         if gone:
-            print(f"{node.name}: {gone}; it is made again from what there is", file=sys.stderr)
+            print(f"{node.name}: {shown(gone)}; it is made again from what there is", file=sys.stderr)
     return todo
 
 

@@ -138,11 +138,11 @@ def verify(url: str, threads: int) -> None:
     with tqdm(desc="verify", total=check.tar_bytes(url), unit="B", unit_scale=True) as bar:
         for problem in check.verify(url, threads, bar.update):
             found += 1
-            bar.write(problem)
+            bar.write(shown(problem))
     count = len(check.tars(url))
     if found:
         raise Failure(f"{url}: {found} problem{'s' if found > 1 else ''} in {count} tars")
-    click.echo(f"{url}: {count} tars are what their indexes say, and all counts add up")
+    click.echo(f"{shown(url)}: {count} tars are what their indexes say, and all counts add up")
 
 
 @dataset.command()

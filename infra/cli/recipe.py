@@ -65,7 +65,7 @@ def run(
             for text in graphs.warnings(node) if todo.get(node.name) else ():
                 click.echo(f"warning: {text}", err=True)
         return
-    page = runner.run(loaded, choice, click.echo)
+    page = runner.run(loaded, choice, lambda line: click.echo(shown(line)))
     nodes = graphs.build(loaded)
     store = runs.connect(loaded)
     click.echo(f"\n{loaded.name}: done in {runner.elapsed(begin)}")
@@ -107,7 +107,7 @@ def stage(recipe: str, name: str, overrides: tuple[str, ...], parent: str | None
     with launch.together():
         result = runner.run_stage(_load(recipe, overrides), name, parent, force)
     if result:
-        click.echo(f"{name}: {result['uri']}")
+        click.echo(f"{name}: {shown(result['uri'])}")
 
 
 @click.command()
