@@ -156,40 +156,45 @@ def prepare(options: argparse.Namespace) -> dict[str, str]:
         registry.save(out / "vae", "pv_vae", vae.config.model_dump(mode="json"), vae.state_dict(), {"lineage": {}})
     heldout = real_heldout(uris["shards"], footage)
     columns = {name: uris[name] for name in ("latents", *SHRINKS)}
-    return {"dataset": uris["shards"], "vae": str(out / "vae"), "view": heldout, **columns}
+    return {"dataset": uris["shards"], "vae": str(out / "vae"), **heldout, **columns}
 
 
-def real_heldout(dataset: str, footage: Path) -> str:
-    """A view that holds out real sources alone, some clips of each, that one of many clips is not most of it."""
+def real_heldout(dataset: str, footage: Path) -> dict[str, str]:
+    """Two views that hold out real sources alone: `retrieval` some clips of each, that one of many clips is not most of
+    it, and `generation` all, since a stream of which a view leaves clips out is not read."""
     sources = index.read_sources(dataset).to_pylist()
     made = {row["source"] for row in sources if str(footage) in row["uri"]}
     bases = {split: compact.open_split(dataset, split)[0] for split in schema.SPLITS}
-    tables = []
+    tables: dict[str, list[pa.Table]] = {kind: [] for kind in STAGES}
     for split, base in bases.items():
         clips = index.read_all(dataset, split)
         of = np.array(clips["source"].to_pylist())
-        reasons = np.full(len(clips), None, object)
-        if split == "val":
-            reasons[:] = "more of its source"
-            usable = neighbours.reach_back(base, HISTORY / FPS)
-            for source in set(of.tolist()):
-                rows = np.flatnonzero(usable & (of == source))
-                reasons[rows[np.linspace(0, len(rows) - 1, min(EACH, len(rows))).round().astype(int)]] = None
-            reasons[np.isin(of, list(made))] = "generated"
-        tables.append(view.rows(split, clips["key"], reasons))
-        kept = {str(source) for source in of[[reason is None for reason in reasons]]}
-        count = sum(reason is None for reason in reasons)
-        print(f"{split}: {count} clips of {len(kept - made)} real and {len(kept & made)} generated sources", flush=True)
-    uri = storage.join(dataset, "views", "real-heldout.parquet")
-    view.write(uri, pa.concat_tables(tables), {split: base.digest for split, base in bases.items()})
-    return uri
+        usable = neighbours.reach_back(base, HISTORY / FPS)
+        for kind in STAGES:
+            reasons = np.full(len(clips), None, object)
+            if split == "val" and kind == "retrieval":
+                reasons[:] = "more of its source"
+                for source in set(of.tolist()):
+                    rows = np.flatnonzero(usable & (of == source))
+                    reasons[rows[np.linspace(0, len(rows) - 1, min(EACH, len(rows))).round().astype(int)]] = None
+            if split == "val":
+                reasons[np.isin(of, list(made))] = "generated"
+            tables[kind].append(view.rows(split, clips["key"], reasons))
+            kept = {str(source) for source in of[[reason is None for reason in reasons]]}
+            count = sum(reason is None for reason in reasons)
+            line = f"{count} clips of {len(kept - made)} real and {len(kept & made)} generated sources"
+            print(f"{kind}, {split}: {line}", flush=True)
+    uris = {kind: storage.join(dataset, "views", f"real-{kind}.parquet") for kind in STAGES}
+    for kind, uri in uris.items():
+        view.write(uri, pa.concat_tables(tables[kind]), {split: base.digest for split, base in bases.items()})
+    return uris
 
 
 def settings_of(options: argparse.Namespace, job: Job) -> tuple[Any, dict[str, str]]:
     """The stage's config and its inputs."""
     variant = VARIANTS[job.kind][job.variant]
     every = json.loads((options.out / "inputs.json").read_text())
-    inputs = {name: every[name] for name in ("dataset", "latents", "view", "vae")}
+    inputs = {name: every[name] for name in ("dataset", "latents", "vae")} | {"view": every[job.kind]}
     model: dict[str, Any] | None = MODEL | {"window": options.window} | variant.model
     if variant.base:
         begins = Job("retrieval", BASE, job.seed).folder(options.out) / variant.base
