@@ -276,6 +276,9 @@ def test_the_recipe_of_the_papers_trains_as_they_do(monkeypatch: pytest.MonkeyPa
     for name, steps in (("images", 300_000), ("vae", 50_000), ("decoder", 50_000)):
         vae = stages[name]
         assert (vae.steps, vae.lr, vae.schedule, vae.final_lr, vae.warmup) == (steps, 5e-5, "cosine", 0.1, 1000)
+    images = stages["images"]
+    assert images.gan_start + images.gan_warmup == 5000, "a new discriminator learns alone before"
+    assert (stages["vae"].gan_start, stages["decoder"].gan_start) == (5000, 0), "and the parent's has learned"
     prior = stages["prior"]
     assert (prior.steps, prior.batch, prior.lr, prior.sample_steps) == (250_000, 64, 1e-4, 100)
     assert (prior.conditioning, prior.warmup, prior.schedule) == (0, 0, "constant")
