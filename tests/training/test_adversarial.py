@@ -3,6 +3,7 @@
 import math
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -329,8 +330,33 @@ def test_all_ranks_show_the_encoder_as_many_frames_any_number_of_them_as_often()
     assert sorted(set(seen)) == [1, 2, 3, 4, 5] and min(seen.count(n) for n in range(1, 6)) > 50
 
 
-def test_a_gan_without_a_perceptual_loss_is_warned_about() -> None:
-    (said,) = pretrain_vae.warnings(vae_config("d"))
-    assert said.startswith("lambda_gan: without `perceptual`") and "\n" not in said
-    assert not pretrain_vae.warnings(vae_config("d", lambda_gan=0))
-    assert not pretrain_vae.warnings(vae_config("d", perceptual="vgg.pth"))
+def test_losses_that_teach_nothing_are_warned_about() -> None:
+    def said(**changes: Any) -> list[str]:
+        long = {"steps": 20, "gan_start": 5, "gan_warmup": 4, "perceptual": "vgg.pth"}
+        texts = pretrain_vae.warnings(vae_config("d", **long | changes))
+        assert not any("\n" in text for text in texts)
+        return [text.partition(";")[0] for text in texts]
+
+    without = "lambda_gan: without a perceptual loss nothing but squared errors holds the discriminator's detail to what was there"
+    unused = "lambda_perceptual: is 0, so the network in `perceptual` measures, and teaches nothing"
+    assert not said() and not said(perceptual=None, lambda_gan=0)
+    assert said(perceptual=None) == [without]
+    assert said(lambda_perceptual=0) == [unused, without]
+    assert said(lambda_perceptual=0, lambda_gan=0) == [unused]
+
+
+@pytest.mark.parametrize("changes", [{}, {"parent": "images"}, {"gan_warmup": 0}])
+def test_a_gan_that_ends_before_it_acts_is_warned_about(changes: dict[str, Any]) -> None:
+    # a parent's discriminator has learned; either learns once before it is heard
+    heard = 9 if not changes else 6
+    for steps in (heard - 1, heard, heard + 1):
+        settings = {"steps": steps, "gan_start": 5, "gan_warmup": 4, "perceptual": "vgg.pth"}
+        config = vae_config("d", **settings | changes)
+        learned = {"gan_learned": torch.tensor([100 if "parent" in changes else 0])}
+        acts = any(
+            adversarial.heard(config, learned, SimpleNamespace(global_steps=max(0, step - 5))) for step in range(steps)
+        )
+        texts = pretrain_vae.warnings(config)
+        assert bool(texts) is not acts, steps
+        assert acts or f"ends at step {steps}, and the generator would hear the discriminator from step {heard}" in texts[0]
+    assert not pretrain_vae.warnings(vae_config("d", steps=1, lambda_gan=0))

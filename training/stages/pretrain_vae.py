@@ -140,12 +140,27 @@ def check(config: Config, inputs: Mapping[str, StageConfig]) -> None:
 
 def warnings(config: Config) -> list[str]:
     """What to know before the first step."""
-    if not config.lambda_gan or config.perceptual:
-        return []
-    return [
-        "lambda_gan: without `perceptual` nothing but squared errors holds the discriminator's detail to what was there;"
-        " name a feature network in `perceptual`, or set lambda_gan: 0"
-    ]
+    said, taught = [], bool(config.perceptual and config.lambda_perceptual)
+    if config.perceptual and not taught:
+        said.append(
+            "lambda_perceptual: is 0, so the network in `perceptual` measures, and teaches nothing; raise it, or leave out"
+            " perceptual"
+        )
+    if config.lambda_gan and not taught:
+        said.append(
+            "lambda_gan: without a perceptual loss nothing but squared errors holds the discriminator's detail to what was"
+            " there; name a feature network in `perceptual`, or set lambda_gan: 0"
+        )
+    # a parent's discriminator has learned alone before; either learns a step before it is heard
+    alone = config.gan_warmup if config.parent is None else 0
+    heard = config.gan_start + max(1, alone)
+    if config.lambda_gan and config.steps <= heard:
+        said.append(
+            f"lambda_gan: training ends at step {config.steps}, and the generator would hear the discriminator from step"
+            f" {heard} on (gan_start: {config.gan_start}{f', gan_warmup: {alone}' if alone else ''}); lower that, or set"
+            " lambda_gan: 0"
+        )
+    return said
 
 
 def outside(config: Config) -> str:
