@@ -1,4 +1,4 @@
-"""How the stages that train an autoencoder or a prior measure it in the end: what they are told, and what becomes of it.
+"""How the training stages measure what they have trained in the end: what they are told, and what becomes of it.
 
 All ranks of the training measure, each its share, before they leave: `work` ends with it. What they find lies in the folder
 `heldout` of the checkpoints, which the first process hands to MLflow when it registers the model.
@@ -43,22 +43,20 @@ class EvaluatedConfig(TrainConfig):
     eval_batch: Annotated[int, Scheduling()] = Field(8, ge=1)  # videos that a process generates at once
 
 
-def checked_network(config: EvaluatedConfig, frames: int, size: tuple[int, int]) -> FeatureNetwork | None:
-    """The feature network, on this rank's device, after it has taken a video as they will come; None where there is none.
+def checked_network(path: str | None, frames: int, size: tuple[int, int]) -> FeatureNetwork | None:
+    """The feature network, on this rank's device, after it has taken a video as they will come; None without a path.
 
     Raises:
         UserError: no such file, or no such network; it does not take these videos.
     """
-    if config.features is None:
+    if path is None:
         return None
-    network = load_network(config.features, device=device())
+    network = load_network(path, device=device())
     try:
         features(network, torch.zeros(1, 3, frames, *size, device=device()))
     except (RuntimeError, ValueError) as e:
         what = f"{frames} frames of {size[0]}x{size[1]}"
-        raise UserError(
-            f"features: {config.features}: takes no videos of {what} ({str(e).splitlines()[0][:120]})"
-        ) from e
+        raise UserError(f"features: {path}: takes no videos of {what} ({str(e).splitlines()[0][:120]})") from e
     return network
 
 

@@ -18,11 +18,12 @@ from longtake.datasets.cache import Cache
 from longtake.datasets.column import Latents
 from longtake.datasets.errors import Failure, UserError
 from longtake.datasets.loader import Loader, to_pixels
-from longtake.datasets.stage import DatasetInput, Input, ModelInput, StageConfig, ViewInput
+from longtake.datasets.stage import DatasetInput, Input, Measuring, ModelInput, StageConfig, ViewInput
 from longtake.datasets.streams import Lengths
 from longtake.training import checkpoint, latent_data, launch, lora, registry, tracker
 from longtake.training.config import ModelName, TrainConfig
 from longtake.training.engines import device
+from longtake.training.evaluation import emptied, published
 from longtake.training.history import Remembering, lengths_of
 from longtake.training.loop import Batch, Objective, train
 from longtake.training.models.memory import parse_rate
@@ -66,7 +67,8 @@ class MemoryConfig(TrainConfig):
     schedule: Literal["constant", "cosine"] = "constant"
     weight_decay: float = Field(0.0, ge=0)
     sample_steps: int = Field(50, ge=1)  # Euler steps [assumption]
-    eval_clips: int = Field(64, ge=1)  # held-out clips that are measured, at most
+    # held-out clips that are measured, at most, over all processes
+    eval_clips: Annotated[int, Measuring()] = Field(64, ge=1)
 
     @field_validator("model")
     @classmethod
@@ -413,9 +415,28 @@ def prepared(config: MemoryConfig, inputs: Mapping[str, str], folder: Path) -> S
 
 
 def work(
+    config: MemoryConfig,
+    inputs: Mapping[str, str],
+    folder: Path,
+    objective: Callable[[Setup], Objective],
+    evaluate: Callable[[Setup, Path], object],
+) -> None:
+    """What each rank does: train from the latest checkpoint in `folder`, leave the last one there, and measure it.
+
+    Args:
+        evaluate: measures a trained model on this rank's share of held-out clips, and leaves what is found in a folder.
+    """
+    _train(config, inputs, folder, objective)
+    found = emptied(folder)
+    setup = prepared(config, inputs, folder)
+    setup.model.load_state_dict(checkpoint.trained(folder, config))
+    setup.model.eval()
+    evaluate(setup, found)
+
+
+def _train(
     config: MemoryConfig, inputs: Mapping[str, str], folder: Path, objective: Callable[[Setup], Objective]
 ) -> None:
-    """What each rank does: train from the latest checkpoint in `folder`, and leave the last one there."""
     rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
     torch.manual_seed(config.seed)
     torch.distributed.barrier()  # the first rank has pinned the inputs before
@@ -443,14 +464,14 @@ def run(
     inputs: Mapping[str, str],
     output: str,
     facts: Mapping[str, Any],
-    evaluate: Callable[[Setup, Path], dict[str, float]],
+    summary: str,
 ) -> dict[str, Any]:
-    """Train from the latest checkpoint, log and register the model, evaluate it, make it champion.
+    """Train from the latest checkpoint, measure, log and register the model, make it champion.
 
     Args:
         module: of the stage, whose `work` each rank does.
         facts: those of `longtake.training.history` that only the stage knows.
-        evaluate: measures the trained model on held-out clips and leaves pictures in a folder.
+        summary: the file, among what is found on held-out clips, that tells its figures.
 
     Raises:
         UserError: no usable sample; latents, models or histories that do not fit; a workspace for no checkpoints.
@@ -463,7 +484,7 @@ def run(
             latent_data.pinned(inputs, folder)
         if not launch.run(module, config, inputs, folder):
             return {}
-        return _publish(config, inputs, folder, facts, evaluate)
+        return _publish(config, inputs, folder, facts, summary)
 
 
 def _publish(
@@ -471,13 +492,11 @@ def _publish(
     inputs: Mapping[str, str],
     folder: Path,
     facts: Mapping[str, Any],
-    evaluate: Callable[[Setup, Path], dict[str, float]],
+    summary: str,
 ) -> dict[str, Any]:
     weights = checkpoint.trained(folder, config)
     setup = prepared(config, inputs, folder)
     data, dit = setup.data, setup.model.config
-    setup.model.load_state_dict(weights)
-    setup.model.eval()
     lineage = latent_data.lineage_of(folder)
     record = {
         "lineage": lineage,
@@ -501,10 +520,7 @@ def _publish(
         made = Path(scratch) / "model"
         registry.save(made, "memory_dit", dit.model_dump(mode="json"), weights, record)
         uri = registry.register(made, config.name, log.run_id)
-        seen = Path(scratch) / "heldout"
-        seen.mkdir()
-        metrics = evaluate(setup, seen)
-        log.artifacts(seen, "heldout")
+        metrics = published(folder, summary, log)
     log.close()
     if config.promote:
         registry.promote(uri)

@@ -358,5 +358,8 @@ def test_a_gan_that_ends_before_it_acts_is_warned_about(changes: dict[str, Any])
         )
         texts = pretrain_vae.warnings(config)
         assert bool(texts) is not acts, steps
-        assert acts or f"ends at step {steps}, and the generator would hear the discriminator from step {heard}" in texts[0]
+        assert (
+            acts
+            or f"ends at step {steps}, and the generator would hear the discriminator from step {heard}" in texts[0]
+        )
     assert not pretrain_vae.warnings(vae_config("d", steps=1, lambda_gan=0))

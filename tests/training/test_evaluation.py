@@ -185,13 +185,13 @@ def config(**changes: Any) -> evaluation.EvaluatedConfig:
 def test_a_network_that_takes_no_such_videos_is_refused_in_one_line(tmp_path: Path) -> None:
     network = torch.jit.script(nn.Sequential(nn.Conv2d(3, 2, 40), nn.AdaptiveAvgPool2d(1)))
     network.save(str(tmp_path / "features.pt"))
-    chosen = config(features=str(tmp_path / "features.pt"))
-    assert evaluation.checked_network(chosen, 5, (64, 64)) and evaluation.checked_network(config(), 5, (64, 64)) is None
+    chosen = str(tmp_path / "features.pt")
+    assert evaluation.checked_network(chosen, 5, (64, 64)) and evaluation.checked_network(None, 5, (64, 64)) is None
     with pytest.raises(UserError, match="takes no videos of 5 frames of 32x32") as e:
         evaluation.checked_network(chosen, 5, (32, 32))
     assert "\n" not in str(e.value)
     with pytest.raises(UserError, match="no such file"):
-        evaluation.checked_network(config(features=str(tmp_path / "none.pt")), 5, (64, 64))
+        evaluation.checked_network(str(tmp_path / "none.pt"), 5, (64, 64))
 
 
 def test_another_evaluation_runs_a_stage_again_and_trains_nothing() -> None:

@@ -18,7 +18,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from longtake.datasets import clip
+from longtake.datasets import clip, stage
 from longtake.training import registry
 from longtake.training.history import Given, Steps, lengths_of, steps_of
 from longtake.training.loop import train
@@ -26,6 +26,7 @@ from longtake.training.memory_stage import expected as expected_line
 from longtake.training.memory_stage import heldout_of, loader_of, prepared
 from longtake.training.metrics import continuation
 from longtake.training.models.memory_dit import MemoryDiT
+from longtake.training.sampling import Settings
 from longtake.training.stages import finetune_memory_prior, pretrain_memory
 from longtake.training.stages.finetune_memory_prior import Config
 
@@ -372,6 +373,56 @@ def test_losses_by_history_are_of_the_same_segments_from_the_same_noise(
         assert np.array_equal(one, other) == alike
 
 
+def test_what_comes_next_is_compared_with_the_last_frame_repeated(
+    inputs: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    setup = prepared(config(), inputs, tmp_path)
+    pixels = torch.randint(0, 256, (1, 3, 24 + 9, 32, 48), dtype=torch.uint8, generator=draws())
+    ids = [None, torch.tensor([1]), None, None]
+    videos = [continuation.Video(n, pixels[:, :, begin:], ids[n]) for n, begin in enumerate((0, 0, 8, 24))]
+    calls = []
+
+    def generate(model: Any, vae: Any, steps: int, seeds: list[int], *, start: Any, story: Any, settings: Any) -> Any:
+        calls.append((seeds, None if start is None else start.shape[2], story, settings.guidance))
+        true = pixels[:, :, -9:].permute(0, 2, 3, 4, 1).numpy().repeat(len(seeds), 0)
+        # off by 51 of 255, and what comes later does not count
+        yield np.concatenate([true if seeds[0] != 2 else np.where(true > 127, true - 51, true + 51), true[:, :3]], 1)
+        yield true
+
+    monkeypatch.setattr(continuation.segments, "generate", generate)
+    how = continuation.Continuing(9, 2, 12.0, 0, Settings(2, guidance=2.0), "mean")
+    losses = np.ones((3, 8))
+    given: dict[str, Any] = {
+        "losses": losses,
+        "starts": losses,
+        "by_history": {0: losses},
+        "trivial": {"heldout_loss_mean": 2.0},
+    }
+    found = continuation.evaluate(setup.model, setup.vae, [videos[:3], videos[3:]], tmp_path, how, **given)
+    # at once what is of as much history, with a class or without
+    assert calls == [([0], 6, [], 1.0), ([1], 6, [(0, [1])], 2.0), ([2], 4, [], 1.0), ([3], None, [], 1.0)]
+    assert found["psnr_next"] == pytest.approx((100 + 100 - 20 * np.log10(51 / 255)) / 3, abs=1e-3)
+    error = (pixels[:, :, 23:24].double() - pixels[:, :, 24:]).div(255).square().mean()
+    assert found["psnr_next_copy_last"] == pytest.approx(-10 * error.log10().item(), abs=1e-3)
+    assert [(a["trivial"], a["beats"]) for a in found["against"]] == [
+        ("predicting the mean velocity", True),
+        ("repeating the last frame", True),
+    ]
+    assert found["videos"] == 4 and found["distance"] is None
+    entries = json.loads((tmp_path / "continued.json").read_text())["videos"]
+    assert [(e["file"], e["given_frames"]) for e in entries] == [
+        (f"continued-{n}.mp4", frames) for n, frames in enumerate((12, 12, 12, 0))
+    ]
+    assert clip.decode((tmp_path / "continued-1.mp4").read_bytes()).shape == (12 + 12 + 9, 32, 48, 3)
+
+
+def test_another_evaluation_trains_nothing() -> None:
+    for changes in ({"features": "x.pt"}, {"eval_clips": 7}, {"eval_videos": 5}, {"eval_segments": 9}):
+        assert stage.content(config(**changes)) == stage.content(config())
+        assert stage.names(config(**changes)) != stage.names(config())
+    assert stage.names(config(eval_batch=1)) == stage.names(config())
+
+
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
@@ -446,13 +497,39 @@ def test_from_a_pretrained_memory_to_a_champion_that_goes_on(
 
 
 @pytest.mark.slow
-def test_two_processes_make_one_champion(
-    inputs: dict[str, str], store: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_two_processes_make_one_champion_and_measure_it_as_one_does(
+    inputs: dict[str, str],
+    store: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
 ) -> None:
-    chosen = config(zero_stage=3, no_history=0.5, launcher={"by": "torchrun", "processes": 2})
-    result = finetune_memory_prior.run(chosen, inputs, str(tmp_path / "out"))
+    import mlflow
+
+    both = {"zero_stage": 3, "no_history": 0.5, "eval_batch": 1, "eval_clips": 3}
+    result = finetune_memory_prior.run(
+        config(**both, launcher={"by": "torchrun", "processes": 2}), inputs, str(tmp_path / "out")
+    )
     assert result["uri"] == "models:/memory-dit/1" and "distance" not in result["metrics"]
-    assert "no distance to the history, since `features` names no feature network" in capsys.readouterr().out
+    assert "no distance to the history, since `features` names no feature network" in capfd.readouterr().out
+    (tmp_path / "two").mkdir()
+    two = heldout_folder(store, tmp_path / "two")
+    steps = mlflow.MlflowClient().get_metric_history(store, "loss")
+    monkeypatch.setenv("MLFLOW_RUN_ID", store)
+    torch.jit.script(nn.Sequential(nn.AdaptiveAvgPool2d(2), nn.Flatten())).save(str(tmp_path / "features.pt"))
+    # asked for a feature network later it measures again, here in one process, and trains nothing
+    alone = finetune_memory_prior.run(
+        config(**both, features=str(tmp_path / "features.pt")), inputs, str(tmp_path / "out")
+    )
+    assert alone["uri"] == result["uri"] and 0 <= alone["metrics"]["distance"] <= 2
+    assert mlflow.MlflowClient().get_metric_history(store, "loss") == steps
+    assert {"psnr_next", "psnr_next_copy_last", "heldout_loss_0_steps"} <= result["metrics"].keys()
+    assert result["metrics"] == pytest.approx({name: alone["metrics"][name] for name in result["metrics"]})
+    (tmp_path / "one").mkdir()
+    one = heldout_folder(store, tmp_path / "one")
+    videos = [path.name for path in sorted(one.glob("*.mp4"))]
+    assert videos == [f"continued-{n}.mp4" for n in range(len(videos))] and videos
+    assert all((one / name).read_bytes() == (two / name).read_bytes() for name in videos)
 
 
 RECIPE = """

@@ -224,8 +224,8 @@ def test_a_perfect_memory_reaches_the_bound_of_the_autoencoder(inputs: dict[str,
 
     perfect = Perfect(setup.model.config)
     perfect.load_state_dict(setup.model.state_dict())
-    options: dict[str, Any] = {"fps": 12.0, "count": 1, "seed": 0, "steps": 2, "at_once": 3}
-    found = retrieval.evaluate(perfect, setup.vae, [(whole, None)], tmp_path, **options)
+    options: dict[str, Any] = {"fps": 12.0, "seed": 0, "steps": 2, "at_once": 3}
+    found = retrieval.evaluate(perfect, setup.vae, [retrieval.Video(0, whole, None)], tmp_path, **options)
     assert found["psnr"] == pytest.approx(found["psnr_bound"], abs=1e-3)
     assert found["ssim"] == pytest.approx(found["ssim_bound"], abs=1e-4)
     assert len(found["psnr_by_step"]) == 8 and found["tokens"] == 4 * 1 * 1
@@ -239,9 +239,9 @@ def test_a_perfect_memory_reaches_the_bound_of_the_autoencoder(inputs: dict[str,
     shown = clip.decode((tmp_path / "retrieved.mp4").read_bytes())
     assert shown.shape == (29, 64, 48, 3)
     assert abs(shown[:, :32].astype(float) - whole[0].permute(1, 2, 3, 0).numpy()).mean() < 12
-    worse = retrieval.evaluate(setup.model.eval(), setup.vae, [(whole, None)], tmp_path, **options)
+    worse = retrieval.evaluate(setup.model.eval(), setup.vae, [retrieval.Video(0, whole, None)], tmp_path, **options)
     assert worse["psnr"] < found["psnr"]
-    again = retrieval.evaluate(setup.model, setup.vae, [(whole, None)], tmp_path, **options)
+    again = retrieval.evaluate(setup.model, setup.vae, [retrieval.Video(0, whole, None)], tmp_path, **options)
     assert again == worse
 
 
@@ -558,6 +558,25 @@ def test_from_latents_to_a_registered_memory(
 
 
 @pytest.mark.slow
-def test_two_processes_make_one_champion(inputs: dict[str, str], store: str, tmp_path: Path) -> None:
-    chosen = config(steps=2, zero_stage=3, sample_every=2, launcher={"by": "torchrun", "processes": 2})
-    assert pretrain_memory.run(chosen, inputs, str(tmp_path / "out"))["uri"] == "models:/memory-dit/1"
+def test_two_processes_make_one_champion_and_measure_it_as_one_does(
+    inputs: dict[str, str], store: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import mlflow
+
+    both: dict[str, Any] = {"steps": 2, "zero_stage": 3, "sample_every": 2, "eval_clips": 3}
+    two = pretrain_memory.run(
+        config(**both, launcher={"by": "torchrun", "processes": 2}), inputs, str(tmp_path / "out")
+    )
+    assert two["uri"] == "models:/memory-dit/1"
+    steps = mlflow.MlflowClient().get_metric_history(store, "loss")
+    (tmp_path / "two").mkdir()
+    client = mlflow.MlflowClient()
+    shown = Path(client.download_artifacts(store, "heldout/retrieved.mp4", str(tmp_path / "two"))).read_bytes()
+    monkeypatch.setenv("MLFLOW_RUN_ID", store)
+    one = pretrain_memory.run(config(**both), inputs, str(tmp_path / "out"))
+    assert one["uri"] == two["uri"] and client.get_metric_history(store, "loss") == steps
+    assert one["metrics"] == pytest.approx(two["metrics"]) and one["metrics"]["psnr"] > 0
+    assert {file.path for file in client.list_artifacts(store, "heldout")} == {
+        f"heldout/retrieved.{kind}" for kind in ("json", "mp4")
+    }
+    assert Path(client.download_artifacts(store, "heldout/retrieved.mp4", str(tmp_path))).read_bytes() == shown

@@ -1,25 +1,26 @@
 """How much of a video a memory holds: its steps, retrieved from the memory alone, against the true pixels.
 
 A video is encoded in one stream, as at inference, the memory is made of all of it, and each of its steps is retrieved
-once, a few random ones at a time, as in training. What the autoencoder alone would give is the bound.
+once, a few random ones at a time, as in training. What the autoencoder alone would give is the bound. All ranks of a
+process group measure, each its share.
 """
 
 import json
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from longtake.datasets.column import shrunk
 from longtake.datasets.loader import to_model, to_pixels
 from longtake.training import flow, sampling
 from longtake.training.history import Steps, remembered, retrieve
 from longtake.training.metrics.reconstruction import psnr, ssim
+from longtake.training.metrics.share import place, united
 from longtake.training.metrics.trivial import Against, comparisons
 from longtake.training.models.memory import repeated
 from longtake.training.models.memory_dit import MemoryDiT
@@ -34,6 +35,14 @@ _AGAINST = (
     Against("retrieval", "psnr", "repeating as many whole frames as fit into the memory", "psnr_copy_nearest"),
 )
 _AT_ONCE = 4  # steps that are retrieved together there
+
+
+class Video(NamedTuple):
+    """A held-out video: its number, pixels uint8 `(1, 3, T, H, W)`, class ids or None."""
+
+    number: int
+    pixels: Tensor
+    ids: Tensor | None
 
 
 def whole_groups(video: Tensor, factor: int, group: int) -> Tensor:
@@ -115,11 +124,10 @@ def retrieved(
 def evaluate(
     model: MemoryDiT,
     vae: PVVAE,
-    videos: Iterable[tuple[Tensor, Tensor | None]],
+    videos: Iterable[Video],
     folder: Path,
     *,
     fps: float,
-    count: int,
     seed: int,
     steps: int = 50,
     shift: float = 1.0,
@@ -127,8 +135,9 @@ def evaluate(
 ) -> dict[str, Any]:
     """PSNR and SSIM of held-out videos, retrieved: `retrieved.json` and `retrieved.mp4`, true above retrieved, in `folder`.
 
+    Every rank calls it with its share of the videos, and finds the same; the folder is on a disk that they share.
+
     Args:
-        videos: `count` of them, uint8 `(1, 3, T, H, W)`, with class ids or None.
         steps: Euler steps.
         at_once: steps of the video that are retrieved together.
 
@@ -139,20 +148,26 @@ def evaluate(
         from the oldest on, of as many steps as the shortest video has; `tokens` of a memory, and what was done.
     """
     factor = vae.config.temporal_stride
-    rows: list[dict[str, Any]] = []
-    with sampling.video_file(folder / "retrieved.mp4", fps) as write:
-        for number, (given, ids) in enumerate(tqdm(videos, "retrieve", count, unit="clip")):
-            video = whole_groups(given, factor, model.config.group)
-            true = encoded(model, vae, video)
-            made = retrieved(model, true, seed + number, steps, shift, at_once, ids)
-            rows.append(_compared(model, vae, video, made, true.high, write if number < _SHOWN else None))
-            rows[-1]["tokens"] = model.config.tokens((true.high.shape[2], *true.high.shape[3:]))
+    mine = dict[int, dict[str, Any]]()
+    for number, pixels, ids in videos:
+        video = whole_groups(pixels, factor, model.config.group)
+        true = encoded(model, vae, video)
+        made = retrieved(model, true, seed + number, steps, shift, at_once, ids)
+        shown: list[np.ndarray[Any, Any]] | None = [] if number < _SHOWN else None
+        mine[number] = _compared(model, vae, video, made, true.high, shown)
+        mine[number]["tokens"] = model.config.tokens((true.high.shape[2], *true.high.shape[3:]))
+        if shown:
+            np.save(_shown(folder, number), np.concatenate(shown))
+    found = united(mine)
+    rows = list(found.values())
     summary: dict[str, Any] = {
         name: float(np.mean([row[name] for row in rows])) for name in FIGURES if name != "tokens"
     }
     each = [row["psnr_by_step"] for row in rows]
+    by_step = np.mean([some[: min(map(len, each))] for some in each], axis=0).tolist()
     summary |= {
-        "psnr_by_step": np.mean([some[: min(map(len, each))] for some in each], axis=0).tolist(),
+        "psnr_by_step": by_step,
+        "series": {"psnr_by_step": list(enumerate(by_step))},
         "tokens": float(np.mean([row["tokens"] for row in rows])),
         "clips": len(rows),
         "steps": float(np.mean([len(some) for some in each])),
@@ -165,12 +180,24 @@ def evaluate(
         "seed": seed,
     }
     summary["against"] = comparisons(_AGAINST, summary)
-    (folder / "retrieved.json").write_text(json.dumps({"summary": summary, "clips": rows}, indent=2))
+    if place()[0] == 0:
+        (folder / "retrieved.json").write_text(json.dumps({"summary": summary, "clips": rows}, indent=2))
+        with sampling.video_file(folder / "retrieved.mp4", fps) as write:
+            for path in (_shown(folder, number) for number in found if number < _SHOWN):
+                write(np.load(path, mmap_mode="r"))
+                path.unlink()
     return summary
 
 
-def _compared(model: MemoryDiT, vae: PVVAE, video: Tensor, made: Tensor, true: Tensor, write: Any) -> dict[str, Any]:
-    """A video against what is decoded of its retrieved steps, and of its true ones; step by step, in constant memory."""
+def _shown(folder: Path, number: int) -> Path:
+    """Where a rank leaves the frames of a video for the first one, which puts them into one file."""
+    return folder / f"shown-{number}.npy"
+
+
+def _compared(
+    model: MemoryDiT, vae: PVVAE, video: Tensor, made: Tensor, true: Tensor, shown: list[np.ndarray[Any, Any]] | None
+) -> dict[str, Any]:
+    """A video against what is decoded of its retrieved steps, and of its true ones; step by step. `shown` gets both."""
     errors: dict[str, list[float]] = {"": [], "_bound": [], "_copy_last": [], "_copy_nearest": []}
     likeness: dict[str, float] = {"": 0.0, "_bound": 0.0}
     begin, sizes = 0, []
@@ -187,9 +214,9 @@ def _compared(model: MemoryDiT, vae: PVVAE, video: Tensor, made: Tensor, true: T
             errors[name].append(10 ** (-psnr(frames, source).item() / 10))
         for name in likeness:
             likeness[name] += ssim(made_of[name], source).item() * sizes[-1]
-        if write:
+        if shown is not None:
             both = torch.cat([to_pixels(source), to_pixels(ours)], dim=3)
-            write(both[0].permute(1, 2, 3, 0).cpu().numpy())
+            shown.append(both[0].permute(1, 2, 3, 0).cpu().numpy())
     out: dict[str, Any] = {"psnr_by_step": [-10 * math.log10(error) for error in errors[""]]}
     for name, each in errors.items():
         out[f"psnr{name}"] = -10 * math.log10(np.average(each, weights=sizes))

@@ -287,7 +287,7 @@ def work(config: Config, inputs: Mapping[str, str], folder: Path) -> None:
     torch.distributed.barrier()  # the first rank has pinned the inputs before
     inputs = pinned(inputs, folder)
     data = data_of(config, inputs)
-    checked_network(config, config.frames, data.size())
+    checked_network(config.features, config.frames, data.size())
     _train(config, inputs, data, folder)
     _evaluate(config, inputs, data, folder)
 
@@ -375,7 +375,7 @@ def _measured(
     folder: Path,
 ) -> dict[str, Any]:
     """Measure what has been trained, each rank its share."""
-    network = checked_network(config, config.frames, data.size())
+    network = checked_network(config.features, config.frames, data.size())
     if network is None and place()[0] == 0:
         print("evaluate: no Fréchet distance, since `features` names no feature network", flush=True)
     pixels = {"columns": ("video",), "size": data.size(), "batch": 1, "last": "pad"}

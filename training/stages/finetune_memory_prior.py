@@ -5,11 +5,11 @@ With `base` a model of `pretrain_memory` is taught to do so; with `model: {memor
 """
 
 import hashlib
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
-from itertools import islice
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
@@ -17,10 +17,10 @@ from pydantic import Field, field_validator, model_validator
 from torch import Tensor
 
 from longtake.datasets.loader import Loader
-from longtake.datasets.stage import StageConfig
+from longtake.datasets.stage import Measuring, Scheduling, StageConfig
 from longtake.datasets.streams import Lengths
 from longtake.training import flow, memory_stage
-from longtake.training.engines import device
+from longtake.training.evaluation import checked_network
 from longtake.training.history import (
     Given,
     Remembering,
@@ -36,7 +36,10 @@ from longtake.training.history import (
 from longtake.training.loop import Batch, Engines, Objective
 from longtake.training.memory_stage import MemoryConfig, Setup, heldout_of, on_device, videos_of
 from longtake.training.metrics import continuation
-from longtake.training.metrics.features import load_network, read_file
+from longtake.training.metrics.continuation import Clips, Continuing
+from longtake.training.metrics.features import read_file
+from longtake.training.metrics.retrieval import Video
+from longtake.training.metrics.share import batches, mine, place
 from longtake.training.models.memory_dit import MemoryDiT, MemoryDiTConfig
 from longtake.training.sampling import Settings
 
@@ -60,11 +63,12 @@ class Config(MemoryConfig):
     sample_noise: float = Field(0.0, ge=0)  # the level that samples are made with
     history_curriculum: tuple[tuple[int, float], ...] = ()  # [step, seconds] from when on, e.g. [[0, 5], [20000, 20]]
     guidance: float = Field(1.0, ge=0)  # of samples with a class; 1 is none [assumption]
-    eval_videos: int = Field(4, ge=1)  # held-out videos that are gone on with at the end
-    eval_segments: int = Field(3, ge=1)  # by so many segments
-    features: str | None = (
-        None  # a feature network (see training.metrics.features); without one no distance is measured
-    )
+    # held-out videos that are gone on with at the end, over all processes, and by how many segments
+    eval_videos: Annotated[int, Measuring()] = Field(4, ge=1)
+    eval_segments: Annotated[int, Measuring()] = Field(3, ge=1)
+    # a feature network (see training.metrics.features); without one no distance is measured
+    features: Annotated[str | None, Measuring()] = None
+    eval_batch: Annotated[int, Scheduling()] = Field(8, ge=1)  # videos that a process generates at once
 
     @field_validator("history_curriculum")
     @classmethod
@@ -182,16 +186,17 @@ def losses_by_history(
 ) -> dict[int, np.ndarray[Any, Any]]:
     """`heldout_losses` by how many steps of history are given: of the same segments of the same clips, from the same noise.
 
-    The segments come after as many steps as the longest of the `counts`; of shorter streams there is none.
+    Of all ranks' clips; every rank must call it. The segments come after as many steps as the longest of the `counts`; of
+    shorter streams there is none.
     """
     loader = heldout_of(config, setup, max(counts))
-    numbers = range(min(clips or loader.samples, loader.samples))
+    clips = min(clips or loader.samples, loader.samples)
 
-    def given(count: int) -> Iterator[tuple[Given, Tensor | None]]:
-        for batch in loader.at(numbers):
-            yield given_last(on_device(batch), setup.model, count), batch.get("label")
+    def given(count: int) -> Clips:
+        for number, batch in batches(loader, clips, f"evaluate after {count} steps"):
+            yield number, given_last(on_device(batch), setup.model, count), batch.get("label")
 
-    return {count: continuation.heldout_losses(setup.model, given(count), config.seed) for count in counts}
+    return {count: continuation.losses_of_all_ranks(setup.model, given(count), config.seed) for count in counts}
 
 
 @torch.no_grad()
@@ -222,12 +227,12 @@ def _sample(
 
 
 def work(config: Config, inputs: Mapping[str, str], folder: Path) -> None:
-    """What each rank does: train from the latest checkpoint in `folder`, and leave the last one there."""
-    memory_stage.work(config, inputs, folder, partial(objective, config))
+    """What each rank does: train from the latest checkpoint in `folder`, leave the last one there, and measure it."""
+    memory_stage.work(config, inputs, folder, partial(objective, config), partial(_evaluate, config))
 
 
 def run(config: Config, inputs: Mapping[str, str], output: str) -> dict[str, Any]:
-    """Train from the latest checkpoint, log and register the model, go on with held-out clips, make it champion.
+    """Train from the latest checkpoint, go on with held-out clips, log and register the model, make it champion.
 
     Raises:
         UserError: no usable sample; latents, models or histories that do not fit; a workspace for no checkpoints.
@@ -239,55 +244,54 @@ def run(config: Config, inputs: Mapping[str, str], output: str) -> dict[str, Any
         "sampling": sampling | {"history_noise": config.sample_noise},
         "posterior": config.posterior,
     }
-    return memory_stage.run(__name__, config, inputs, output, facts, partial(_evaluate, config))
+    return memory_stage.run(__name__, config, inputs, output, facts, "continued.json")
 
 
-def _evaluate(config: Config, setup: Setup, folder: Path) -> dict[str, float]:
+def _evaluate(config: Config, setup: Setup, folder: Path) -> None:
     model = setup.model
 
-    def clips_of(loader: Loader) -> Iterator[tuple[Given, Tensor | None]]:
-        for batch in loader.at(range(min(config.eval_clips, loader.samples))):
-            yield given_to(on_device(batch), model, setup.data.history), batch.get("label")
+    def clips_of(loader: Loader, what: str) -> Clips:
+        for number, batch in batches(loader, min(config.eval_clips, loader.samples), what):
+            yield number, given_to(on_device(batch), model, setup.data.history), batch.get("label")
 
-    def losses_of(loader: Loader) -> np.ndarray[Any, Any]:
-        return continuation.heldout_losses(model, clips_of(loader), config.seed)
+    def losses_of(loader: Loader, what: str) -> np.ndarray[Any, Any]:
+        return continuation.losses_of_all_ranks(model, clips_of(loader, what), config.seed)
 
     heldout = heldout_of(config, setup)
     longest = heldout.longest_stream - setup.data.shape[0]
     counts = [count for count in measured(lengths_of(model.config)) if count <= longest]
-    videos = videos_of(config, setup.inputs, setup.data)
-    count = min(config.eval_videos, videos.samples)
-    network = load_network(config.features, device=device()) if config.features else None
-    if network is None:
+    network = checked_network(config.features, config.frames, setup.data.size())
+    if network is None and place()[0] == 0:
         print("evaluate: no distance to the history, since `features` names no feature network", flush=True)
-    summary = continuation.evaluate(
+    continuation.evaluate(
         model,
         setup.vae,
-        ((with_history(batch), batch.get("label")) for batch in islice(videos, count)),
+        _videos(config, setup),
         folder,
-        losses=losses_of(heldout),
-        starts=losses_of(heldout_of(config, setup, 0, least=max(counts))),
+        Continuing(
+            config.frames,
+            config.eval_segments,
+            setup.data.fps,
+            config.seed,
+            Settings(config.sample_steps, config.guidance, config.shift, history_noise=config.sample_noise),
+            config.posterior,
+        ),
+        losses=losses_of(heldout, "evaluate"),
+        starts=losses_of(heldout_of(config, setup, 0, least=max(counts)), "evaluate starts"),
         by_history=losses_by_history(config, setup, counts, config.eval_clips),
-        trivial=continuation.trivial_losses(model, clips_of(heldout), config.seed),
-        frames=config.frames,
-        count=config.eval_segments,
-        fps=setup.data.fps,
-        seed=config.seed,
-        posterior=config.posterior,
-        settings=Settings(config.sample_steps, config.guidance, config.shift, history_noise=config.sample_noise),
+        trivial=continuation.trivial_losses(model, clips_of(heldout, "compare"), config.seed),
         network=network,
     )
-    told = (
-        "heldout_loss",
-        "heldout_loss_mean",
-        "heldout_loss_gaussian",
-        "heldout_loss_start",
-        "heldout_loss_later",
-        "distance",
-        "distance_true",
-    )
-    metrics = {name: float(summary[name]) for name in told if summary[name] is not None}
-    return metrics | {f"heldout_loss_{count}_steps": loss for count, loss in summary["heldout_loss_by_history"]}
+
+
+def _videos(config: Config, setup: Setup) -> Iterator[list[Video]]:
+    """This rank's batches of held-out videos. Ranks take whole ones in turn, so that each is the same on any number."""
+    loader = videos_of(config, setup.inputs, setup.data)
+    count = min(config.eval_videos, loader.samples)
+    for block in mine(math.ceil(count / config.eval_batch), "go on", "batch"):
+        numbers = range(block * config.eval_batch, min(count, (block + 1) * config.eval_batch))
+        read = zip(numbers, loader.at(numbers), strict=True)
+        yield [Video(number, with_history(batch), batch.get("label")) for number, batch in read]
 
 
 def measured(lengths: Lengths) -> list[int]:

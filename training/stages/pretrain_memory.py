@@ -8,7 +8,6 @@ must hold all of them. The history is what came before a segment in its stream, 
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
-from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
@@ -38,6 +37,8 @@ from longtake.training.history import (
 from longtake.training.loop import Batch, Engines, Objective
 from longtake.training.memory_stage import MemoryConfig, Setup, heldout_of, videos_of
 from longtake.training.metrics import retrieval
+from longtake.training.metrics.retrieval import Video
+from longtake.training.metrics.share import batches
 from longtake.training.models.memory_dit import MemoryDiTConfig
 
 VERSION = 2
@@ -150,35 +151,32 @@ def _sample(
 
 
 def work(config: Config, inputs: Mapping[str, str], folder: Path) -> None:
-    """What each rank does: train from the latest checkpoint in `folder`, and leave the last one there."""
-    memory_stage.work(config, inputs, folder, partial(objective, config))
+    """What each rank does: train from the latest checkpoint in `folder`, leave the last one there, and measure it."""
+    memory_stage.work(config, inputs, folder, partial(objective, config), partial(_evaluate, config))
 
 
 def run(config: Config, inputs: Mapping[str, str], output: str) -> dict[str, Any]:
-    """Train from the latest checkpoint, log and register the model, retrieve held-out clips, make it champion.
+    """Train from the latest checkpoint, retrieve held-out clips, log and register the model, make it champion.
 
     Raises:
         UserError: no usable sample; latents, models or histories that do not fit; a workspace for no checkpoints.
         Failure, Interrupted: of the loop.
     """
     facts = {"stage": "retrieval", "sampling": {"steps": config.sample_steps, "guidance": 1.0, "shift": config.shift}}
-    return memory_stage.run(__name__, config, inputs, output, facts, partial(_evaluate, config))
+    return memory_stage.run(__name__, config, inputs, output, facts, "retrieved.json")
 
 
-def _evaluate(config: Config, setup: Setup, folder: Path) -> dict[str, float]:
+def _evaluate(config: Config, setup: Setup, folder: Path) -> None:
     loader = videos_of(config, setup.inputs, setup.data)
-    count = min(config.eval_clips, loader.samples)
-    videos = ((with_history(batch), batch.get("label")) for batch in islice(loader, count))
-    summary = retrieval.evaluate(
+    shares = batches(loader, min(config.eval_clips, loader.samples), "retrieve")
+    retrieval.evaluate(
         setup.model,
         setup.vae,
-        videos,
+        (Video(number, with_history(batch), batch.get("label")) for number, batch in shares),
         folder,
         fps=setup.data.fps,
-        count=count,
         seed=config.seed,
         steps=config.sample_steps,
         shift=config.shift,
         at_once=config.retrieved,
     )
-    return {name: float(summary[name]) for name in retrieval.FIGURES}

@@ -255,7 +255,7 @@ def _tokens(vae: PVVAEConfig, batch: Batch) -> int:
 
 def work(config: Config, inputs: Mapping[str, str], folder: Path) -> None:
     """What each rank does: train from the latest checkpoint in `folder`, leave the last one there, and measure it."""
-    checked_network(config, config.frames, config.sizes[0])
+    checked_network(config.features, config.frames, config.sizes[0])
     _train(config, inputs, folder)
     _evaluate(config, inputs, folder)
 
@@ -284,7 +284,7 @@ def _evaluate(config: Config, inputs: Mapping[str, str], folder: Path) -> None:
         config.seed,
         config.eval_clips,
         load_perceptual(config.perceptual, config.perceptual_linear, device=device()),
-        network=checked_network(config, config.frames, config.sizes[0]),
+        network=checked_network(config.features, config.frames, config.sizes[0]),
         latents=config.eval_latents,
         whole=_long(config, inputs),
         probed=_loader(config, inputs, "train", batch=1, seed=config.seed) if config.eval_probes else None,
