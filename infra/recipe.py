@@ -95,7 +95,7 @@ def _merge_bases(path: str, seen: tuple[str, ...]) -> dict[str, Any]:
     if not isinstance(base, str):
         raise UserError(f"{path}: base: must be the name of another recipe file")
     folder = path.rpartition("/")[0] or "."
-    beside = os.path.normpath(f"{folder}/{base}") if storage.is_local(path) else storage.join(folder, base)
+    beside = os.path.normpath(f"{folder}/{base}") if "://" not in path else storage.join(folder, base)
     return _merge(_merge_bases(beside if storage.exists(beside) else _find(base), (*seen, path)), content)
 
 
