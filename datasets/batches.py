@@ -16,6 +16,7 @@ import torch
 
 from longtake.datasets import order
 from longtake.datasets.errors import Failure
+from longtake.datasets.masking import shown
 from longtake.datasets.window import Sample, Source, Window, load
 
 _THREADS, _AHEAD = 8, 32  # samples of a remote dataset on their way at once, and waiting to be taken
@@ -98,7 +99,7 @@ class Batches:
             raise samples[0]
         for sample in samples:
             if isinstance(sample, Failure):
-                print(f"warning: skipped: {sample}", file=sys.stderr)
+                print(shown(f"warning: skipped: {sample}"), file=sys.stderr)
         # the ranks' batches stay as large as each other
         filled = [*good, *(good[n % len(good)] for n in range(len(samples) - len(good)))]
         out = collate(filled) | {"epoch": epoch}

@@ -28,6 +28,7 @@ import pyarrow.parquet as pq
 from longtake.datasets import index, later, schema, storage
 from longtake.datasets.cache import Cache
 from longtake.datasets.errors import Failure
+from longtake.datasets.masking import shown
 
 FACTS = ("frame_count", "height", "width", "label")
 _FOLDER = "compact"
@@ -201,7 +202,7 @@ def open_split(
                 return _relabelled(_rows(dataset, split, shards, local), facts, column)
             raise Failure(f"{storage.join(dataset, _FOLDER)}: the {split} indexes are not those that were folded in")
     except Failure as e:
-        print(f"warning: {e}; {_remedy(dataset)}", file=sys.stderr)
+        print(shown(f"warning: {e}; {_remedy(dataset)}"), file=sys.stderr)
     read = list(_read(dataset, split, index.shard_names(dataset, split, column)))
     empty = (schema.COLUMN_INDEX if column else schema.INDEX).empty_table()
     tables = [s.table.replace_schema_metadata(None) for s in read]

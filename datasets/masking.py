@@ -1,14 +1,47 @@
 """What of an address may be printed, logged and kept."""
 
 import re
+from collections.abc import Mapping
+from typing import Any
 
-# the second: a password with a slash in it, which is no port
-_LOGIN = re.compile(r"""://(?:[^/@\s"']+|[^/@\s"':]+:(?!\d+[/?#])[^@\s"']+)@""")
+# of an address in a text; one that stands in quotes ends at them
+_CHARACTER = r"""(?:[^\s"'<>]|'(?![,.:;)\]}]*(?:\s|\Z)))"""
+# A login ends at the last @ before the path. A password may have slashes though, so that with one it ends at the last @ of
+# all; what is HOST:PORT/PATH@ as well is a login only if no domain stands there and something like a host follows.
+_PORT = r"\d{1,5}[/?#]"
+_LOGIN = re.compile(
+    rf"""(?x) ://
+    (?: ( [^\s"'<>:/?\#\[]* : (?!{_PORT}) {_CHARACTER}* ) @
+      | ( (?!localhost:) [^\s"'<>:/?\#@.\[]+ : (?={_PORT}) {_CHARACTER}* ) @ (?= [\w.-]+ (?: / | :\d ) )
+      | ( (?: (?![:/?\#]) {_CHARACTER} )+ ) @ )"""
+)
 _SECRET = re.compile(
-    r"""(?i)(?<=[?&;])([\w.-]*(?:password|passwd|pwd|secret|token|signature|credential|api_?key|accesskeyid)[\w.-]*|sig)=[^&\s"']+"""
+    rf"""(?xi) (?<=[?&;\#])
+    (?: [\w.-]* (?: password | passwd | pwd | secret | token | signature | credential
+                  | (?: api | access | account | private ) [_-]? key | sharedaccesskey ) [\w.-]*
+      | sig | auth | authorization | key )
+    = ( (?: (?!&) {_CHARACTER} )+ )"""
 )
 
 
 def shown(text: str) -> str:
-    """A URL, or a text with URLs, as it may be printed and kept: without passwords and signatures."""
-    return _SECRET.sub(r"\1=***", _LOGIN.sub("://***@", text))
+    """A URL, or a text with URLs, as it may be printed and kept: without passwords, keys and signatures."""
+    spans = sorted(m.span(m.lastindex or 0) for pattern in (_LOGIN, _SECRET) for m in pattern.finditer(text))
+    out, end = "", 0
+    for start, stop in spans:
+        # a login and a parameter may overlap: nothing of either stays
+        if start >= end:
+            out += text[end:start] + "***"
+        end = max(end, stop)
+    return out + text[end:]
+
+
+def shown_within(content: Any) -> Any:
+    """Plain data, such as of JSON, with every text in it `shown`."""
+    if isinstance(content, str):
+        return shown(content)
+    if isinstance(content, Mapping):
+        return {shown_within(name): shown_within(value) for name, value in content.items()}
+    if isinstance(content, list | tuple):
+        return [shown_within(value) for value in content]
+    return content

@@ -69,7 +69,7 @@ def examine(
         try:
             yield from check()
         except Exception as e:  # a check that breaks is a finding, whatever broke it
-            yield Line("fail", name, shown(f"{type(e).__name__}: {' '.join(str(e).split())[:300]}"), "see the message")
+            yield Line("fail", name, f"{type(e).__name__}: {shown(' '.join(str(e).split()))[:300]}", "see the message")
 
 
 def surroundings() -> Iterator[Line]:
@@ -149,7 +149,12 @@ def tracking(recipe: Recipe | None) -> Iterator[Line]:
             left = "" if gone else "; cannot be deleted there, a file of 16 bytes stays"
         except Exception as e:  # whatever the client of a store raises
             fix = "start the server with --artifacts-destination, or give this machine the store's credentials"
-            yield Line("fail", "MLflow artifacts", f"{run.info.artifact_uri}: {' '.join(str(e).split())[:200]}", fix)
+            yield Line(
+                "fail",
+                "MLflow artifacts",
+                f"{shown(run.info.artifact_uri)}: {shown(' '.join(str(e).split()))[:200]}",
+                fix,
+            )
             return
         if read == mark:
             yield Line("ok", "MLflow artifacts", f"{run.info.artifact_uri}: written and read{left}")
@@ -180,7 +185,7 @@ def stored(url: str) -> Iterator[Line]:
         whole = storage.read(target)
         took = time.monotonic() - began
     except (Failure, UserError, OSError) as e:
-        says = " ".join(str(e).split())[:300]
+        says = shown(" ".join(str(e).split()))[:300]
         yield Line(
             "fail", "storage", f"{shown(url)}: {says}", "give this machine the rights and credentials to write there"
         )
@@ -207,7 +212,7 @@ def _delete(url: str) -> None:
     except (FileNotFoundError, NotADirectoryError):
         pass
     except Exception as e:  # said by the caller, who looks whether it is gone
-        print(f"{url}: {e}", file=sys.stderr)
+        print(shown(f"{url}: {e}"), file=sys.stderr)
 
 
 def _remove_empty(folder: Path) -> None:
@@ -227,7 +232,7 @@ def sources(nodes: list[Node]) -> Iterator[Line]:
             try:
                 batch = next(find([pattern]), None)
             except (UserError, Failure, OSError) as e:
-                yield Line("fail", check, shown(" ".join(str(e).split())[:300]), "see the message")
+                yield Line("fail", check, shown(" ".join(str(e).split()))[:300], "see the message")
                 continue
             if batch is None or not len(batch):
                 yield Line(

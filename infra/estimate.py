@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from longtake.datasets import index, storage
+from longtake.datasets.masking import shown_within
 from longtake.infra import debris, graph, runner, runs, yaml_text
 from longtake.infra.graph import Node
 from longtake.infra.recipe import Recipe
@@ -326,4 +327,4 @@ def _scaled(stage: Stage, real: Any, small: Any) -> Stage:
 
 
 def as_json(estimated: Mapping[str, Any]) -> str:
-    return json.dumps(estimated, indent=2)
+    return json.dumps(shown_within(estimated), indent=2)

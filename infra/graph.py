@@ -10,7 +10,7 @@ from typing import Any
 
 from longtake.datasets import storage
 from longtake.datasets.errors import Failure, UserError
-from longtake.datasets.masking import shown
+from longtake.datasets.masking import shown, shown_within
 from longtake.datasets.stage import StageConfig, content, inputs_of, names
 from longtake.infra import stages
 from longtake.infra.recipe import Recipe
@@ -169,7 +169,7 @@ def describe(recipe: Recipe, nodes: list[Node]) -> dict[str, Any]:
             {
                 "name": n.name,
                 "kind": n.kind,
-                "inputs": n.inputs,
+                "inputs": shown_within(n.inputs),
                 "upstream": list(n.upstream),
                 "fingerprint": n.fingerprint,
                 "output": n.output,

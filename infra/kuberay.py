@@ -16,6 +16,7 @@ import yaml
 
 from longtake.datasets import storage
 from longtake.datasets.errors import UserError
+from longtake.datasets.masking import shown
 from longtake.infra import submit, yaml_text
 from longtake.infra.deploy import Deploy
 from longtake.infra.pods import KubeRay, bytes_of
@@ -193,7 +194,7 @@ def _environment(recipe: Recipe, pods: KubeRay) -> list[dict[str, Any]]:
             found.append({"name": name, "valueFrom": {"secretKeyRef": {"name": pods.secret, "key": name}}})
         elif name in os.environ:
             value = os.environ[name]
-            if re.search(r"://[^/@]*:[^/@]*@", value):
+            if shown(value) != value:
                 raise UserError(
                     f"{recipe.path}: deploy.env: {name} has a password in it; put it into the Secret of"
                     " deploy.kuberay.secret, and take it out of deploy.kuberay.plain"

@@ -13,6 +13,7 @@ from pydantic import ValidationError
 
 from longtake.datasets import storage
 from longtake.datasets.errors import UserError
+from longtake.datasets.masking import shown
 from longtake.datasets.stage import StageConfig
 from longtake.infra import stages, yaml_text
 from longtake.infra.deploy import Deploy
@@ -169,6 +170,12 @@ def _validate(content: dict[str, Any], path: str) -> Recipe:
         except ValidationError as e:
             raise UserError(f"{path}: {first_line(e, f'stages.{name}', stages.load(config['kind']).Config)}") from e
     workspace = storage.absolute(content["workspace"])
+    if not storage.is_local(workspace) and shown(workspace) != workspace:
+        # its addresses are recorded in MLflow, and read from there
+        raise UserError(
+            f"{path}: workspace {shown(workspace)}: has a login or key in it, and addresses in it are recorded;"
+            " take it out, and give it to the store by environment variables or its own configuration file"
+        )
     for name, config in configs.items():
         for source in getattr(config, "sources", ()):
             if source.partition("/**")[0] == workspace:

@@ -15,7 +15,7 @@ from typing import Any
 
 from longtake.datasets import storage
 from longtake.datasets.errors import Failure, UserError
-from longtake.datasets.masking import shown
+from longtake.datasets.masking import shown, shown_within
 from longtake.infra import sqlite_store
 from longtake.infra.graph import Node
 from longtake.infra.recipe import Recipe
@@ -112,7 +112,7 @@ class Runs:
     def log_json(self, run_id: str, name: str, content: Any) -> None:
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / name
-            path.write_text(shown(json.dumps(content, indent=2, sort_keys=True, default=str)))
+            path.write_text(json.dumps(shown_within(content), indent=2, sort_keys=True, default=str))
             self.client.log_artifact(run_id, str(path))
 
     def open_parent(self, recipe: Recipe, fingerprint: str) -> str:

@@ -23,6 +23,7 @@ import pyarrow.parquet as pq
 
 from longtake.datasets import storage
 from longtake.datasets.errors import Failure, UserError
+from longtake.datasets.masking import shown
 
 KINDS = ".csv, .tsv, .json, .jsonl or .ndjson (also .gz or .zst of these), or .parquet (a file or a folder of parts)"
 _DELIMITERS = {"csv": ",", "tsv": "\t"}
@@ -115,7 +116,7 @@ def read(url: str) -> Iterator[pa.RecordBatch]:
             raise Failure(f"{at}: did not come whole ({e}); run the same command again") from e
         if not isinstance(e, pa.ArrowException | OSError | ValueError | OverflowError):
             raise
-        what = " ".join(str(e).split())
+        what = shown(" ".join(str(e).split()))
         raise UserError(f"sources: {at}: not a readable manifest ({what[:300]}); manifests are {KINDS}") from e
     if not count:
         raise UserError(f"sources: {url}: a manifest without rows; manifests are {KINDS}, with a column `uri`")

@@ -13,6 +13,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from longtake.datasets.errors import Failure, UserError
+from longtake.datasets.masking import shown, shown_within
 from longtake.training.model_store import asking
 
 
@@ -97,7 +98,7 @@ def run_beside(uri: str, name: str) -> Iterator[str]:
     except BaseException as e:
         # a store that does not take it does not hide the error itself
         with suppress(UserError, Failure), asking(uri) as client, redirect_stdout(StringIO()):
-            client.set_tag(run_id, "longtake.error", f"{type(e).__name__}: {e}"[:500])
+            client.set_tag(run_id, "longtake.error", shown(f"{type(e).__name__}: {e}")[:500])
             client.set_terminated(run_id, "FAILED" if isinstance(e, Exception) else "KILLED")
         raise
     # it prints where the run can be seen
@@ -114,7 +115,7 @@ def log_metrics(run_id: str, metrics: Mapping[str, float]) -> None:
 def log_json(run_id: str, name: str, content: Any) -> None:
     """Plain data as an artifact of a run."""
     with asking(f"run {run_id}: {name}") as client:
-        client.log_text(run_id, json.dumps(content, indent=2, sort_keys=True), name)
+        client.log_text(run_id, json.dumps(shown_within(content), indent=2, sort_keys=True), name)
 
 
 def read_json(run_id: str, name: str) -> Any:

@@ -16,6 +16,7 @@ import torch
 
 from longtake.datasets import storage
 from longtake.datasets.errors import Failure, UserError
+from longtake.datasets.masking import shown
 
 
 class Copies:
@@ -56,7 +57,7 @@ class Copies:
             _upload(path, self._url, self._kept())
         except Exception as e:  # whatever a store's client raises: the training must not end by it
             print(
-                f"warning: {self._url}: {path.name} could not be copied there ({_line(e)}); training goes on, the next"
+                f"warning: {shown(self._url)}: {path.name} could not be copied there ({_line(e)}); training goes on, the next"
                 " checkpoint is tried again",
                 file=sys.stderr,
             )
@@ -65,7 +66,7 @@ class Copies:
 
 
 def _line(e: Exception) -> str:
-    return (str(e) or type(e).__name__).splitlines()[0]
+    return shown((str(e) or type(e).__name__).splitlines()[0])
 
 
 def _upload(final: Path, url: str, kept: set[str]) -> None:

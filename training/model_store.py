@@ -43,7 +43,7 @@ def log_model(folder: Path, name: str, run_id: str, sha256: str, lineage: Mappin
     import mlflow
 
     client = mlflow.MlflowClient()
-    parents = {field: facts["uri"] for field, facts in lineage.get("inputs", {}).items()}
+    parents = {field: shown(facts["uri"]) for field, facts in lineage.get("inputs", {}).items()}
     tags = {"sha256": sha256} | {f"parent.{field}": uri for field, uri in parents.items()}
     with failing_clearly(f"MLflow: {name}"), _quietly():
         client.log_inputs(run_id, _data(lineage.get("inputs", {})))
@@ -134,7 +134,7 @@ def _data(inputs: Mapping[str, Mapping[str, Any]]) -> list[Any]:
     return [
         DatasetInput(
             MetaDataset(
-                CodeDatasetSource({"uri": facts["uri"]}), name=field, digest=facts["digest"][:_DIGEST]
+                CodeDatasetSource({"uri": shown(facts["uri"])}), name=field, digest=facts["digest"][:_DIGEST]
             )._to_mlflow_entity(),
             [InputTag("mlflow.data.context", "training")],
         )
@@ -144,7 +144,7 @@ def _data(inputs: Mapping[str, Mapping[str, Any]]) -> list[Any]:
 
 
 def line(e: Exception) -> str:
-    return (str(e).splitlines() or [type(e).__name__])[0][:300]
+    return shown((str(e).splitlines() or [type(e).__name__])[0])[:300]
 
 
 @contextlib.contextmanager
@@ -159,7 +159,7 @@ def failing_clearly(what: str) -> Iterator[None]:
         code = getattr(e, "error_code", "")
         missing = isinstance(e, FileNotFoundError) or code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE")
         store = shown(mlflow.get_tracking_uri())
-        message = f"{what}: {shown(line(e))} (tracking store: {store})"
+        message = f"{what}: {line(e)} (tracking store: {store})"
         if "unsupported URI" in message and store.startswith(("sqlite", "mysql", "postgresql", "mssql")):
             message = f"{what}: the store {store} needs all of MLflow: pip install mlflow, or name a server"
         if missing or isinstance(e, ImportError):
@@ -371,7 +371,7 @@ def read_served(location: str, path: str, start: int) -> tuple[int, Iterator[byt
     try:
         answer = http_request(host, f"/{quote(path)}", "GET", extra_headers=headers, **options)
     except MlflowException as e:
-        raise ConnectionError(shown(line(e))) from e
+        raise ConnectionError(line(e)) from e
     if answer.status_code not in (200, 206):
         answer.close()
         kind = {401: PermissionError, 403: PermissionError, 404: FileNotFoundError}.get(answer.status_code)

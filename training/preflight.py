@@ -7,7 +7,7 @@ from functools import partial
 
 from longtake.datasets import storage
 from longtake.datasets.errors import Failure, UserError
-from longtake.datasets.masking import shown
+from longtake.datasets.masking import shown, shown_within
 from longtake.training import aliases, model_store
 from longtake.training.config import TrainConfig
 
@@ -47,9 +47,9 @@ def registered(name: str) -> None:
 def artifacts(run_id: str, config: TrainConfig) -> None:
     """Log the settings to the run."""
     what = f"MLflow: the artifacts of run {run_id}"
-    text = json.dumps(config.model_dump(mode="json"), indent=2, sort_keys=True)
+    text = json.dumps(shown_within(config.model_dump(mode="json")), indent=2, sort_keys=True)
     with model_store.asking(what) as client:
-        client.log_text(run_id, shown(text), "config.json")
+        client.log_text(run_id, text, "config.json")
 
 
 def uploaded(url: str) -> None:

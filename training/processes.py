@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 from longtake.datasets import environment
 from longtake.datasets.errors import Failure, Interrupted, UserError
+from longtake.datasets.masking import shown
 from longtake.training.config import TrainConfig
 
 GO_ON = "the last checkpoint is whole: run the same command again to go on from it"
@@ -100,7 +101,7 @@ def raise_error(error: Error | None, dead: Mapping[int, str]) -> None:
     if error and error.kind in _TYPES:
         raise _TYPES[error.kind](error.message)
     if error:
-        print(error.trace, file=sys.stderr)
+        print(shown(error.trace), file=sys.stderr)
         raise Failure(f"training: {error.kind}: {error.message}; the lines above say where")
 
 

@@ -432,4 +432,4 @@ def _of_store(what: str) -> Iterator[None]:
     try:
         yield
     except (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError) as e:
-        raise Failure(f"{what}: cannot be read in the store ({' '.join(str(e).split())[:200]})") from e
+        raise Failure(f"{what}: cannot be read in the store ({shown(' '.join(str(e).split()))[:200]})") from e

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from longtake.datasets import compact, schema, storage
 from longtake.datasets.errors import Failure, UserError
+from longtake.datasets.masking import shown
 from longtake.training import model_store, promotion
 
 # name in config.json -> where its config and its module are defined; the module can be made on the device "meta"
@@ -279,10 +280,10 @@ def lineage(inputs: Mapping[str, str]) -> dict[str, Any]:
         inputs: URIs of datasets, views and models by the config field that names them.
 
     Returns:
-        `inputs`: for each field its `uri`, and `digest` of a dataset (of all its shards), view or latents (sha256 of the
-        file), or `sha256` of a model, whose URI is that of the version; `recipe`: digest of the resolved recipe, of
-        LONGTAKE_RECIPE; `git`: revision of the working folder and whether it had changes; `longtake`, `torch`: versions;
-        `run`: MLFLOW_RUN_ID. What is not known is None.
+        `inputs`: for each field its `uri`, without a login or key, and `digest` of a dataset (of all its shards), view or
+        latents (sha256 of the file), or `sha256` of a model, whose URI is that of the version; `recipe`: digest of the
+        resolved recipe, of LONGTAKE_RECIPE; `git`: revision of the working folder and whether it had changes; `longtake`,
+        `torch`: versions; `run`: MLFLOW_RUN_ID. What is not known is None.
 
     Raises:
         UserError, Failure: an input is not there or damaged.
@@ -302,14 +303,15 @@ def _input(uri: str) -> dict[str, Any]:
         return model_store.resolve(uri)
     if uri.endswith(".parquet"):
         try:
-            return {"uri": uri, "digest": hashlib.sha256(storage.read(uri)).hexdigest()}
+            return {"uri": shown(uri), "digest": hashlib.sha256(storage.read(uri)).hexdigest()}
         except FileNotFoundError as e:
             raise UserError(f"{uri}: no such view; run its `curate` stage") from e
     if storage.exists(storage.join(uri, "dataset.json")):
         splits = {split: compact.open_split(uri, split)[0].digest for split in schema.SPLITS}
-        return {"uri": uri, "digest": hashlib.sha256(storage.canonical_json(splits)).hexdigest(), "splits": splits}
+        sha256 = hashlib.sha256(storage.canonical_json(splits)).hexdigest()
+        return {"uri": shown(uri), "digest": sha256, "splits": splits}
     if storage.exists(record := storage.join(uri, "latents.json")):
-        return {"uri": uri, "digest": hashlib.sha256(storage.read(record)).hexdigest()}
+        return {"uri": shown(uri), "digest": hashlib.sha256(storage.read(record)).hexdigest()}
     if (Path(uri) / "config.json").exists():
         return {"uri": uri, "sha256": digest(read_config(Path(uri)))}
     raise UserError(f"{uri}: neither a dataset, a view nor a model, nor latents")
@@ -380,4 +382,4 @@ def file_digest(path: Path) -> str:
 
 
 def _line(e: Exception) -> str:
-    return " ".join(str(e).split())[:300] or type(e).__name__
+    return shown(" ".join(str(e).split()))[:300] or type(e).__name__

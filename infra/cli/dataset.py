@@ -2,7 +2,7 @@
 
 import click
 
-from longtake.datasets.masking import shown
+from longtake.datasets.masking import shown, shown_within
 
 _DIFF_LINES = 20
 _PICTURES = {b"\xff\xd8": "jpg", b"\x89PNG": "png", b"RIFF": "webp"}  # how they begin
@@ -36,7 +36,7 @@ def ls(url: str) -> None:
     totals = index.summary(url)
     clip = described["clip"]
     made_of = f"clips of short side {clip['short_side']} at {clip['fps']:g} fps"
-    click.echo(f"{url}: format {described['format']}, {described.get('kind') or made_of}")
+    click.echo(f"{shown(url)}: format {described['format']}, {described.get('kind') or made_of}")
     rejected = ", ".join(f"{n} {reason}" for reason, n in totals["rejected_by_reason"].items())
     click.echo(
         f"sources  {totals['sources']} = {totals['sources_good']} good + {totals['sources_rejected']} rejected"
@@ -96,7 +96,7 @@ def show(url: str, key: str, save: str | None) -> None:
             place = row["json_offset"], row["json_size"], row["json_crc32"]
             text = member(split, row["shard"], *place) if row["json_size"] else b""
             said = later.sample(described(text), later.of_clips(url, split, row["shard"]), row["source"])
-            click.echo(json.dumps(row | {"tar": tar, "json": said}, indent=2))
+            click.echo(json.dumps(shown_within(row | {"tar": tar, "json": said}), indent=2))
             if save is None:
                 return
             folder = Path(save)
@@ -218,7 +218,7 @@ def index_images(url: str, tars: tuple[str, ...], val_fraction: float, threads: 
         )
     failed = [f"{tar}: {why}" for found in counts.values() for tar, why in found.failed.items()]
     for line in failed:
-        click.echo(line)
+        click.echo(shown(line))
     if failed:
         raise Failure(
             f"{url}: {len(failed)} tar{'s' if len(failed) > 1 else ''} not indexed; replace or delete, then run again"

@@ -5,6 +5,7 @@ from typing import Any
 
 import click
 
+from longtake.datasets.masking import shown
 from longtake.infra.cli.recipe import _load, _recipe, _set
 
 _UNITS = ("B", "kB", "MB", "GB", "TB", "PB")
@@ -57,10 +58,10 @@ def clean(recipe: str, overrides: tuple[str, ...], kinds: tuple[str, ...], older
             continue
         items.append(item)
         click.echo(
-            f"{'gone' if yes else 'would go':<9} {_bytes(item.bytes):>9}  {item.what:<13} {item.where}: {item.reason}"
+            f"{'gone' if yes else 'would go':<9} {_bytes(item.bytes):>9}  {item.what:<13} {shown(item.where)}: {shown(item.reason)}"
         )
     for stays in kept:
-        click.echo(f"{'stays':<9} {'':>9}  {'':<13} {stays.where}: {stays.reason}")
+        click.echo(f"{'stays':<9} {'':>9}  {'':<13} {shown(stays.where)}: {shown(stays.reason)}")
     total = f"{len(items)} of {_bytes(sum(item.bytes for item in items))}"
     click.echo(f"{total} deleted" if yes else f"{total} would go; add --yes to delete")
 
@@ -136,7 +137,7 @@ def plan(
     for source in told["sources"]:
         why = f", no clip: {source['rejected']}" if source["rejected"] else ""
         size = f"{source['width']}x{source['height']}, {_bytes(source['bytes'])}"
-        click.echo(f"  {source['uri']}: {source['seconds']:.1f} s, {size}{why}")
+        click.echo(f"  {shown(source['uri'])}: {source['seconds']:.1f} s, {size}{why}")
     for stage in told["stages"]:
         click.echo(f"{stage['name']:<12} {_costs(stage) if stage['todo'] else 'nothing to do'}   ({stage['how']})")
     click.echo(f"{'total':<12} {_costs(told['total'])}")
@@ -147,7 +148,7 @@ def plan(
     if price:
         click.echo(f"{'money':<12} {price.value:.4g} ({price.low:.4g} to {price.high:.4g}) for the hours above")
     for line in told["unknown"]:
-        click.echo(f"{'unknown':<12} {line.replace('not known: ', '')}")
+        click.echo(f"{'unknown':<12} {shown(line.replace('not known: ', ''))}")
     if told["unknown"] and not trial:
         click.echo(f"{'':<12} --trial SECONDS measures some steps of each stage here")
 

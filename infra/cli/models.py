@@ -6,7 +6,7 @@ from typing import Any
 import click
 
 from longtake.datasets.errors import Failure, UserError
-from longtake.datasets.masking import shown
+from longtake.datasets.masking import shown, shown_within
 
 _LOCK = "longtake.lock"  # tag of what is registered only to keep others away
 _SHOWN = ("champion", "candidate", "previous")
@@ -93,6 +93,7 @@ def show(model: str, as_json: bool) -> None:
         "gate": {k: v for k, v in sorted(version.tags.items()) if k.startswith("gate.")},
         "problem": problem,
     }
+    facts = shown_within(facts)
     if as_json:
         return _print_json(facts)
     _print_facts(facts)

@@ -23,6 +23,7 @@ from longtake.datasets import column as columns
 from longtake.datasets import compact, index, schema, storage, view
 from longtake.datasets.column import Latents, read_latents
 from longtake.datasets.errors import Failure, Interrupted, UserError
+from longtake.datasets.masking import shown
 from longtake.datasets.stage import DatasetInput, Input, Scheduling, StageConfig, ViewInput
 from longtake.pipeline.cluster import TaskConfig, connected
 from longtake.pipeline.watch import Board, watched
@@ -316,7 +317,7 @@ def _make(
             def tell(done: int, line: str) -> None:
                 bar.update(max(0, done - bar.n))
                 if line:
-                    bar.write(f"cache_latents: {line}", file=sys.stderr)
+                    bar.write(f"cache_latents: {shown(line)}", file=sys.stderr)
 
             done = 0
             for number, result in enumerate(

@@ -1,5 +1,6 @@
 """The store of runs when it is locked, closed, moved, or what it names was deleted."""
 
+import json
 import os
 import shutil
 import signal
@@ -208,6 +209,22 @@ def test_no_password_of_a_store_or_source_is_printed_or_logged(
     assert "host/clips" in (said := capsys.readouterr().out) and "TopSecret" not in said
     kept = [*(tmp_path / "ws").rglob("*.json"), *(tmp_path / "ws").rglob("*.yaml"), tmp_path / "ws" / "mlflow.db"]
     assert len(kept) >= 3 and not [p for p in kept if b"TopSecret" in p.read_bytes()]
+
+
+@pytest.mark.parametrize("workspace", ["sftp://me:TopSecret@host/ws", "s3://b/ws?token=TopSecret"])
+def test_a_workspace_with_a_login_is_refused_for_its_addresses_are_recorded(tmp_path: Path, workspace: str) -> None:
+    with pytest.raises(UserError, match=r"r.yaml: workspace .*\*\*\*.* has a login or key in it") as e:
+        opened(tmp_path, workspace)  # type: ignore[arg-type]
+    assert "TopSecret" not in str(e.value)
+
+
+def test_text_with_quotes_and_logins_is_logged_as_json(tmp_path: Path, with_store: Callable[[Path], None]) -> None:
+    with_store(tmp_path / "ws")
+    store, node = opened(tmp_path, tmp_path / "ws")
+    run_id, _ = store.open(node, None)
+    store.log_json(run_id, "result.json", {"why": 'asked for "http://h/x?token=TopSecret\\"'})
+    text = Path(store.client.download_artifacts(run_id, "result.json")).read_text()
+    assert json.loads(text) == {"why": 'asked for "http://h/x?token=***"'}
 
 
 def test_a_stage_that_the_system_kills_is_told_though_it_could_not_say_why(monkeypatch: pytest.MonkeyPatch) -> None:

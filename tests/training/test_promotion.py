@@ -168,6 +168,15 @@ def test_processes_that_promote_at_once_leave_a_champion_and_the_one_before(stor
     assert champion in ("2", "4") and previous not in (None, champion) and quiet(store)
 
 
+def test_the_run_of_a_gate_that_failed_says_why_without_passwords(store: MlflowClient) -> None:
+    with pytest.raises(Failure), aliases.run_beside(version(1), "gate") as run_id:
+        aliases.log_json(run_id, "verdict.json", {"dataset": "sftp://me:TopSecret@host/clips"})
+        raise Failure("sftp://me:TopSecret@host/clips: is gone")
+    tags = store.get_run(run_id).data.tags
+    assert tags["longtake.error"] == "Failure: sftp://***@host/clips: is gone"
+    assert aliases.read_json(run_id, "verdict.json") == {"dataset": "sftp://***@host/clips"}
+
+
 def test_two_rollbacks_change_nothing(store: MlflowClient) -> None:
     promotion.promote(version(1))
     promotion.promote(version(2))

@@ -397,6 +397,50 @@ def test_lineage_says_what_a_model_was_made_of(
     assert dataset in data["dataset"].source
 
 
+def test_no_login_of_an_input_is_kept_with_a_model(
+    store: str, dataset: str, vae: PVVAE, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    import fsspec
+    import mlflow
+    from click.testing import CliRunner
+
+    from longtake.infra import report
+    from longtake.infra.cli import models
+    from longtake.infra.report.runs import StageRun
+
+    def login(name: str) -> str:
+        return f"memory://me:TopSecret@host/{tmp_path.name}/{name}"
+
+    fsspec.filesystem("memory").put(f"{dataset}/", f"{login('clips')}/", recursive=True)
+    storage.write(login("view.parquet"), b"rows")
+    storage.write(login("latents/latents.json"), b"{}")
+    named = {"dataset": login("clips"), "view": login("view.parquet"), "latents": login("latents")}
+    lineage = registry.lineage(named)
+    assert lineage["inputs"]["dataset"] == registry.lineage({"dataset": dataset})["inputs"]["dataset"] | {
+        "uri": f"memory://***@host/{tmp_path.name}/clips"
+    }
+    saved(vae, tmp_path / "child", {"lineage": lineage})
+    registry.register(tmp_path / "child", "child", store)
+    stage = StageRun("vae", "pretrain_vae", "FINISHED", False, 1.0, store, "models:/child/1", {}, {}, named, None)
+    page = report.build(tmp_path / "report", "r", [stage], login("clips"), None, "http://me:TopSecret@host:5000")
+    assert "memory://***@host" in page.read_text()
+    # also config.json, its copy in the store, and the store itself
+    written = [p for p in tmp_path.rglob("*") if p.is_file()]
+    assert len(written) > 5 and not [p for p in written if b"TopSecret" in p.read_bytes()]
+
+    # one that was saved before
+    saved(vae, tmp_path / "old", {"lineage": {"inputs": {"view": {"uri": login("view.parquet"), "digest": "0" * 64}}}})
+    registry.register(tmp_path / "old", "old", store)
+    assert b"TopSecret" not in (tmp_path / "mlflow.db").read_bytes()
+    client = mlflow.MlflowClient()
+    assert {d.dataset.name for d in client.get_run(store).inputs.dataset_inputs} == named.keys()
+    for name in ("child", "old"):
+        told = [CliRunner().invoke(models.models, ["show", name, *more]).output for more in ([], ["--json"])]
+        assert all("memory://***@host" in text for text in told)
+        assert "TopSecret" not in f"{told}{client.get_model_version(name, '1').tags}"
+    assert "TopSecret" not in "".join(capfd.readouterr())
+
+
 def test_a_dataset_with_one_more_shard_has_another_digest(dataset: str, tmp_path: Path) -> None:
     import shutil
 
