@@ -145,6 +145,15 @@ def _read_variables(value: Any, path: str, key: str) -> Any:
     return _VARIABLE.sub(variable, value)
 
 
+def refuse_login(what: str, url: str) -> None:
+    """Raises UserError where an address that is recorded or told to others has a password or key in it."""
+    if not storage.is_local(url) and shown(url) != url:
+        raise UserError(
+            f"{what} {shown(url)}: has a login or key in it, and this address is recorded; take it out, and give it to the"
+            " store by environment variables or its own configuration file"
+        )
+
+
 def _validate(content: dict[str, Any], path: str) -> Recipe:
     for key in content:
         if key not in _KEYS:
@@ -170,12 +179,8 @@ def _validate(content: dict[str, Any], path: str) -> Recipe:
         except ValidationError as e:
             raise UserError(f"{path}: {first_line(e, f'stages.{name}', stages.load(config['kind']).Config)}") from e
     workspace = storage.absolute(content["workspace"])
-    if not storage.is_local(workspace) and shown(workspace) != workspace:
-        # its addresses are recorded in MLflow, and read from there
-        raise UserError(
-            f"{path}: workspace {shown(workspace)}: has a login or key in it, and addresses in it are recorded;"
-            " take it out, and give it to the store by environment variables or its own configuration file"
-        )
+    # what lies in it is recorded in MLflow, and found again by that
+    refuse_login(f"{path}: workspace", workspace)
     for name, config in configs.items():
         for source in getattr(config, "sources", ()):
             if source.partition("/**")[0] == workspace:

@@ -6,6 +6,7 @@ import errno
 import os
 import signal
 import sys
+import traceback
 from collections.abc import Callable
 from typing import Any
 
@@ -55,6 +56,7 @@ for command in (
 def main() -> None:
     """Entry point: our errors are one line and an exit code, never a stack trace."""
     environment.tidy()
+    sys.excepthook = _print_trace
     signal.signal(signal.SIGTERM, _stop)
     came = _signals_noted()
     code = _guarded(lambda: cli(standalone_mode=False))
@@ -66,6 +68,11 @@ def main() -> None:
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
+
+
+def _print_trace(*raised: Any) -> None:
+    """A stack trace as Python prints it, but for passwords."""
+    print(shown("".join(traceback.format_exception(*raised))), end="", file=sys.stderr)
 
 
 def _stop(*_: Any) -> None:

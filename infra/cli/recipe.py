@@ -145,6 +145,7 @@ def resolve(recipe: str, overrides: tuple[str, ...], target: str) -> None:
     from longtake.infra import runner, runs
 
     target = storage.absolute(target)
+    recipes.refuse_login("--to", target)
     if not storage.exists(target):
         loaded = _load(recipe, overrides)
         with storage.failing_clearly(target):

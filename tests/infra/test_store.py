@@ -216,6 +216,18 @@ def test_a_workspace_with_a_login_is_refused_for_its_addresses_are_recorded(tmp_
     with pytest.raises(UserError, match=r"r.yaml: workspace .*\*\*\*.* has a login or key in it") as e:
         opened(tmp_path, workspace)  # type: ignore[arg-type]
     assert "TopSecret" not in str(e.value)
+    with pytest.raises(UserError, match=r"--to .* has a login or key in it"):
+        cli.cli.commands["resolve"].main(["quickstart", "--to", workspace], standalone_mode=False)
+
+
+def test_a_stack_trace_has_no_passwords(capsys: pytest.CaptureFixture[str]) -> None:
+    try:
+        raise ZeroDivisionError("sftp://me:TopSecret@host/ws")
+    except ZeroDivisionError as e:
+        cli._print_trace(type(e), e, e.__traceback__)
+    said = capsys.readouterr().err
+    assert said.startswith("Traceback") and said.endswith("ZeroDivisionError: sftp://***@host/ws\n")
+    assert "TopSecret" not in said
 
 
 def test_text_with_quotes_and_logins_is_logged_as_json(tmp_path: Path, with_store: Callable[[Path], None]) -> None:
