@@ -26,10 +26,11 @@ import json, sys
 from pathlib import Path
 import torch
 import torch.distributed as dist
-from longtake.training.metrics import generated, heldout, trivial
+from longtake.training.history import Given
+from longtake.training.metrics import continuation, generated, heldout, retrieval, trivial
 from longtake.training.metrics.features import FeatureNetwork
 from longtake.training.metrics.generated import Held, Videos
-from longtake.training.models import latte
+from longtake.training.models import latte, memory_dit
 from longtake.training.models.pv_vae import PVVAE, config_from_preset
 from longtake.training.sampling import Settings
 
@@ -54,7 +55,11 @@ if __name__ == "__main__":
     torch.manual_seed(0)
     vae = PVVAE(config_from_preset("pv_vae_tiny", latent_channels=8, encoder_width=8, decoder_width=8)).eval()
     prior = latte.Latte(latte.config_from_preset("latte_tiny", depth=2, width=32, heads=2, channels=8, shape=(3, 2, 2))).eval()
-    for p in (*vae.parameters(), *prior.parameters()):
+    film = memory_dit.MemoryDiT(memory_dit.config_from_preset(
+        "memory_dit_tiny", depth=2, width=32, heads=2, memory_widths=(8, 16), memory_heads=2, rates=("1x1x2",), branches="high",
+        window=2, channels=8, shape=(3, 2, 2), history=6,
+    )).eval()
+    for p in (*vae.parameters(), *prior.parameters(), *film.parameters()):
         if not p.any():
             torch.nn.init.normal_(p, std=0.05)
     colours = FeatureNetwork("colours", "d", "bytes", None, videos=lambda v: v.mean((2, 3, 4)))
@@ -71,7 +76,24 @@ if __name__ == "__main__":
     seen = heldout.evaluate(
         vae, Clips(), folder, 0, 3, network=colours, latents=True, whole=[shown(n) for n in range(3)], probed=Clips(), probe_clips=2
     )
-    print(json.dumps({"made": made, "seen": seen}), flush=True)
+    def video(n):  # after 8, 16, 8, 16 and 8 frames
+        frames = random(1, 3, 17 + n % 2 * 8, 32, 32, seed=50 + n)
+        return retrieval.Video(n, ((frames + 1) * 127.5).round().to(torch.uint8), None)
+
+    def clips():
+        for n in mine:
+            first = torch.zeros(1, 5, dtype=torch.bool)
+            yield n, Given(None, random(1, 8, 5, 2, 2, seed=60 + n), 2, torch.arange(5)[None], first, None), None
+
+    batches = [[video(n) for n in range(b, min(5, b + batch))] for b in range(0, 5, batch)][rank::world]
+    losses = continuation.losses_of_all_ranks(film, clips(), 0)
+    how = continuation.Continuing(9, 2, 8.0, 0, Settings(2), "sample")
+    gone_on = continuation.evaluate(
+        film, vae, batches, folder, how, losses=losses, starts=losses, by_history={0: losses, 4: losses},
+        trivial=continuation.trivial_losses(film, clips(), 0), network=colours,
+    )
+    held = retrieval.evaluate(film, vae, [video(n) for n in range(rank, 5, world)], folder, fps=8.0, seed=0, steps=2)
+    print(json.dumps({"made": made, "seen": seen, "gone_on": gone_on, "held": held}), flush=True)
 """
 
 
@@ -116,7 +138,7 @@ def test_ranks_and_batches_change_neither_videos_nor_figures(tmp_path: Path) -> 
     alike(first, alone)
     alike(other, alone)
     files = {path.name: path.read_bytes() for path in (tmp_path / "alone").iterdir() if path.suffix == ".mp4"}
-    assert len(files) == 3 + 5 + 1
+    assert len(files) == 3 + 5 + 1 + 5 + 1
     assert files == {name: (tmp_path / "pair" / name).read_bytes() for name in files}
     made, seen = alone["made"], alone["seen"]
     assert made["videos"] == 5 and made["clips"] == 3 and made["distance"]["videos_fake"] == 5
@@ -125,8 +147,14 @@ def test_ranks_and_batches_change_neither_videos_nor_figures(tmp_path: Path) -> 
     )
     assert {"reconstruction_frechet", "psnr_long", "probe_tracking_error", "ltd_spearman"} <= seen.keys()
     assert seen["long_frames"] == 21 and len(seen["series"]["psnr_by_step"]) == 6
+    gone_on, held = alone["gone_on"], alone["held"]
+    assert (
+        gone_on["clips"] == 3 and gone_on["videos"] == held["clips"] == 5 and len(gone_on["distance_by_segment"]) == 2
+    )
+    assert gone_on["psnr_next"] > 0 and gone_on["psnr_next_copy_last"] > 0 and gone_on["heldout_loss_mean"] > 0
     names = {path.name for path in (tmp_path / "pair").iterdir()}
-    assert {"heldout.json", "generated.json", "latents.png", "paths.png"} <= names
+    assert not any(name.endswith(".npy") for name in names)
+    assert {"heldout.json", "generated.json", "continued.json", "retrieved.json", "latents.png", "paths.png"} <= names
 
 
 def test_whole_clips_are_the_longest_and_as_the_loader_shows_them(dataset: str) -> None:
