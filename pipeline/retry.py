@@ -122,21 +122,23 @@ def record(dataset: str) -> None:
     `awaited` are the URIs that were not planned again yet, `repeated` those that were, in so many `rounds`.
     """
     tries = read_tries(dataset)
-    before = read_record(dataset) or _NOTHING
+    written = read_record(dataset)
+    before = written or _NOTHING
     grown = not tries.repeated <= {*before["repeated"]}
     contents = {
         "awaited": sorted({row["uri"] for row in tries.awaited} - tries.repeated),
         "repeated": sorted(tries.repeated),
         "rounds": before["rounds"] + grown,
     }
-    storage.write(storage.join(dataset, RECORD), storage.canonical_json(contents))
+    if contents != written:
+        storage.write(storage.join(dataset, RECORD), storage.canonical_json(contents))
 
 
 def read_record(dataset: str) -> dict[str, Any] | None:
     """The contents of `unreachable.json`, None where it is missing or damaged: then the stage has to run to write it anew."""
     try:
         contents = json.loads(storage.read(storage.join(dataset, RECORD)))
-    except (FileNotFoundError, IsADirectoryError, ValueError, RecursionError):
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError, ValueError, RecursionError):
         return None
     listed = isinstance(contents, dict) and contents.keys() == _NOTHING.keys() and isinstance(contents["rounds"], int)
     if not listed or not all(_are_texts(contents[name]) for name in ("awaited", "repeated")):
