@@ -230,6 +230,9 @@ def engines_of(
         engine = deepspeed.initialize(model=module, optimizer=optimizer, config=settings, dist_init_required=False)[0]
         if config.zero_stage == 3:
             _fill_states(engine)
+        # DeepSpeed may make AdamW's states by an update without gradients, which is none
+        for state in optimizer.state.values():
+            state["step"].zero_()
         if world == 1 and config.zero_stage == 0:
             # else all gradients are copied together, sent to nobody and copied back
             engine.enable_backward_allreduce = False

@@ -159,7 +159,7 @@ EXACT, ROUNDED = {"atol": 1e-6, "rel": 1e-4}, {"atol": 3e-3, "rel": 1e-2}
 
 @pytest.mark.parametrize(
     "zero_stage, precision",
-    [(0, "fp32"), (1, "fp32"), (2, "fp32"), (3, "fp32"), (1, "bf16"), (3, "bf16")],
+    [(0, "fp32"), (1, "fp32"), (2, "fp32"), (3, "fp32"), (0, "bf16"), (1, "bf16"), (3, "bf16")],
 )
 def test_two_engines_on_two_processes_learn_what_plain_pytorch_learns(
     small: Any, dataset: str, tmp_path: Path, zero_stage: int, precision: str
