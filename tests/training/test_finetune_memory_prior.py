@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from longtake.datasets import clip, stage
+from longtake.datasets.errors import UserError
 from longtake.training import registry
 from longtake.training.history import Given, Steps, lengths_of, steps_of
 from longtake.training.loop import train
@@ -257,6 +258,17 @@ def test_a_stopped_training_ends_with_the_same_weights(inputs: dict[str, str], t
     resumed = latent_stages.fit(finetune_memory_prior, chosen, inputs, tmp_path / "stopped", log=log)
     torch.testing.assert_close(resumed, straight, atol=0, rtol=0)
     assert all(0 <= row["history_steps"] <= 6 for row in log.rows)
+
+
+@pytest.mark.usefixtures("group")
+def test_a_network_that_takes_no_such_videos_is_refused_before_the_first_step(
+    inputs: dict[str, str], tmp_path: Path
+) -> None:
+    network = torch.jit.script(nn.Sequential(nn.Conv2d(3, 2, 999), nn.AdaptiveAvgPool2d(1)))
+    network.save(str(tmp_path / "features.pt"))
+    chosen = config(features=str(tmp_path / "features.pt"))
+    with pytest.raises(UserError, match="takes no videos of"):
+        finetune_memory_prior.objective(chosen, prepared(chosen, inputs, tmp_path))
 
 
 @pytest.mark.usefixtures("group")

@@ -112,7 +112,12 @@ def outside(config: Config) -> str:
 
 
 def objective(config: Config, setup: Setup) -> Objective:
-    """The flow's loss of a segment; and a held-out one, generated, as a sample."""
+    """The flow's loss of a segment; and a held-out one, generated, as a sample.
+
+    Raises:
+        UserError: `features` takes no such videos, which would be seen at the end.
+    """
+    checked_network(config.features, config.frames, setup.data.size())
     return Objective(
         {"generator": setup.model},
         partial(_loss, config, setup.model),
