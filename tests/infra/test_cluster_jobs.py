@@ -28,6 +28,7 @@ from longtake.datasets.errors import UserError
 from longtake.datasets.footage import write_video
 from longtake.infra import graph, recipe
 from longtake.infra.cli.submit import jobs_group, submit
+from longtake.pipeline import retry
 from longtake.pipeline.commit import make_group
 from longtake.pipeline.stages import shard
 
@@ -173,6 +174,7 @@ def made_alone(config: Any, output: str) -> dict[str, str]:
     geometry["diff"] = config.frame_diff.model_dump(mode="json")
     for group in shard.plan(output, config.sources, config.val_fraction, config.group_bytes, config.group_sources):
         assert not make_group(group, shard.sources_of(output, group), output, geometry)["error"]
+    retry.record(output)
     return hashes(output)
 
 
