@@ -15,6 +15,7 @@ from longtake.datasets import index
 from longtake.datasets.errors import UserError
 from longtake.infra import estimate, graph, recipe, runner, runs, sample
 from longtake.infra.cli.housekeeping import plan
+from longtake.pipeline import retry
 
 TRAINING = {
     "kind": "pretrain_vae", "phase": "image", "dataset": "shards", "view": "view", "name": "priced",
@@ -175,6 +176,7 @@ def test_what_has_finished_costs_nothing(footage: Path, dataset: str, tmp_path: 
     _, nodes, store = opened(path)
     run, output = store.open(nodes[0], None)
     shutil.copytree(dataset, output)
+    retry.record(output)
     store.finish(run, {"uri": output})
     assert runner.finished(nodes[0], store)
     found, stages = told(path, sample=1)
