@@ -209,10 +209,8 @@ class _LineEnds(io.RawIOBase):
 
     def __init__(self, f: Any, delimiter: str) -> None:
         self._f, self._held, self._starts = f, b"", (b"\n", b"\r", delimiter.encode())
-        self._before, self._closed = (
-            b"\n",
-            False,
-        )  # the byte before a block, and whether a closing quote ends the one before
+        self._before = b"\n"  # the byte before a block
+        self._closed = False  # whether a closing quote ends the block before
         self._cell: bytes | None = None  # the beginning of the quoted cell that goes on in the next block, if one does
         self._length = 0  # what that cell has so far
 

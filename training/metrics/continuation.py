@@ -45,8 +45,8 @@ def heldout_losses(
     """The flow's loss `(clips, times)` of held-out segments, one a batch, given their history; with class ids or None.
 
     Times are spread evenly over 0..1, and clip n, counted from `first`, always gets the same noise: so values compare
-    between trainings on the same latents, whatever the memory. `scale` `(1, C, 1, 1, 1)` is the unit of errors where models normalise by
-    different statistics.
+    between trainings on the same latents, whatever the memory. `scale` `(1, C, 1, 1, 1)` is the unit of errors where
+    models normalise by different statistics.
     """
     rows = []
     for number, (given, ids) in enumerate(clips, first):
