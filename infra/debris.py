@@ -17,7 +17,7 @@ from longtake.datasets import storage
 from longtake.datasets.errors import Failure, UserError
 from longtake.infra.recipe import Recipe
 from longtake.infra.runs import Runs
-from longtake.training import model_store
+from longtake.training.registry import store as model_store
 
 _FOREIGN_SECONDS = 24 * 3600.0  # for debris of other machines, whose processes cannot be asked
 _OUTPUT = re.compile(r"[0-9a-f]{12}(-[0-9a-f]{8})?")

@@ -23,7 +23,7 @@ from longtake.infra import machine
 from longtake.infra.graph import Node
 from longtake.infra.machine import Level, Line
 from longtake.infra.recipe import Recipe
-from longtake.training import model_store
+from longtake.training.registry import store as model_store
 
 SKEW = (5.0, 900.0)  # seconds: to warn from, and what S3 refuses
 

@@ -55,7 +55,7 @@ def finished(node: Node, store: Runs) -> runs.Run | None:
 
 def _finished(node: Node, store: Runs) -> tuple[runs.Run | None, str]:
     """The finished run, or None and what of it is gone, empty where it never was."""
-    from longtake.training import model_store
+    from longtake.training.registry import store as model_store
 
     done = store.finished(node.fingerprint)
     if done is None:

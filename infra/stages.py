@@ -7,11 +7,11 @@ STAGES = {
     "shard": "longtake.pipeline.stages.shard",
     "curate": "longtake.pipeline.stages.curate",
     "cache_latents": "longtake.pipeline.stages.cache_latents",
-    "pretrain_vae": "longtake.training.stages.pretrain_vae",
-    "finetune_latte": "longtake.training.stages.finetune_latte",
-    "pretrain_memory": "longtake.training.stages.pretrain_memory",
-    "finetune_memory_prior": "longtake.training.stages.finetune_memory_prior",
-    "promote": "longtake.training.stages.promote",
+    "pretrain_vae": "longtake.training.models.pv_vae.pretrain",
+    "finetune_latte": "longtake.training.models.latte.finetune",
+    "pretrain_memory": "longtake.training.models.memory.pretrain",
+    "finetune_memory_prior": "longtake.training.models.memory.finetune",
+    "promote": "longtake.training.registry.promote",
 }
 
 

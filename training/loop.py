@@ -24,8 +24,11 @@ from tqdm import tqdm
 from longtake.datasets.errors import Interrupted, UserError
 from longtake.datasets.loader import Loader, Stream
 from longtake.datasets.stage import content
-from longtake.training import averages, checkpoint, copies, engines, guards, watch
+from longtake.training import checkpoint, engines, guards
+from longtake.training import progress as watch
+from longtake.training.checkpoint import upload as copies
 from longtake.training.config import TrainConfig
+from longtake.training.engines import ema as averages
 from longtake.training.tracker import Tracker
 
 Batch = dict[str, Any]

@@ -174,7 +174,7 @@ class Maker(NamedTuple):
 
 def _with_windows(wanted: Wanted, found: tuple[Any, dict[str, Any]], numbers: dict[str, Any]) -> Maker:
     """Of a Latte, which goes on from the end of each window."""
-    from longtake.training import sampling
+    from longtake.training.models.common import sampling
 
     prior = sampling.prior_of(wanted.model, *found, **numbers)
     for option in ("start", "storyboard"):
@@ -202,7 +202,8 @@ def _with_windows(wanted: Wanted, found: tuple[Any, dict[str, Any]], numbers: di
 
 def _with_memory(wanted: Wanted, found: tuple[Any, dict[str, Any]], numbers: dict[str, Any]) -> Maker:
     """Of a model with a memory, segment by segment."""
-    from longtake.training import recall, segments
+    from longtake.training.models.memory import prior as recall
+    from longtake.training.models.memory import segments
 
     prior = recall.prior_of(wanted.model, *found, "generation", **numbers)
     settings, rate = replace(prior.settings, **wanted.settings), wanted.fps or prior.fps
@@ -243,7 +244,7 @@ def _written(
     """The files, once all are whole."""
     import numpy as np
 
-    from longtake.training import sampling
+    from longtake.training.models.common import sampling
 
     made = []
     storage.sweep(out.rpartition("/")[0] or ".")  # of what a killed run has begun
@@ -280,7 +281,7 @@ def _named_by(what: str) -> Iterator[None]:
 
 def _storyboard(path: str, prior: Any) -> list[tuple[float, int]]:
     from longtake.infra import yaml_text
-    from longtake.training import recall
+    from longtake.training.models.memory import prior as recall
 
     try:
         text = Path(path).read_text("utf-8-sig")

@@ -21,7 +21,7 @@ def models() -> None:
 @click.option("--json", "as_json", is_flag=True, help="As JSON.")
 def list_(as_json: bool) -> None:
     """Which models there are, with their aliases and the time of the newest version."""
-    from longtake.training import model_store
+    from longtake.training.registry import store as model_store
 
     _check_store()
     with model_store.asking("models") as client:
@@ -48,7 +48,8 @@ def show(model: str, as_json: bool) -> None:
 
     Without an alias or version that is the champion, else the newest.
     """
-    from longtake.training import model_store, pull
+    from longtake.training.registry import cache as pull
+    from longtake.training.registry import store as model_store
 
     _check_store()
     uri = _uri(model)
@@ -114,7 +115,7 @@ def pull(uri: str, to: str | None) -> None:
     """
     from pathlib import Path
 
-    from longtake.training import pull
+    from longtake.training.registry import cache as pull
 
     _check_store()
     folder = pull.pull(_uri(uri))
@@ -141,7 +142,7 @@ def _uri(model: str) -> str:
 
 def _default(client: Any, name: str) -> str:
     """The champion of a model, else its newest version."""
-    from longtake.training import model_store
+    from longtake.training.registry import store as model_store
 
     numbers = [str(v.version) for v in model_store.versions(client, name)]
     if not numbers:

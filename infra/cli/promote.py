@@ -40,8 +40,9 @@ def promote(name: str, candidate: str, path: str, as_json: bool) -> None:
     """
     gate, inputs = _gate(path)
     uri = media.known(f"models:/{name}" + (f"/{candidate}" if candidate.isdigit() else f"@{candidate}"))
-    from longtake.training import aliases, model_store
-    from longtake.training.stages.promote import let_through
+    from longtake.training.registry import aliases
+    from longtake.training.registry import store as model_store
+    from longtake.training.registry.promote import let_through
 
     uri = str(model_store.resolve(uri)["uri"])
     number = aliases.split(uri)[1]
@@ -67,7 +68,7 @@ def rollback(name: str) -> None:
     Twice in a row changes nothing. The version that is rolled back gets the tags rollback.to and rollback.at.
     """
     media.known(f"models:/{name}")
-    from longtake.training import promotion
+    from longtake.training.registry import promotion
 
     before, now = promotion.rollback(name)
     click.echo(f"models:/{name}: champion is v{now} again, previous is v{before}")
@@ -80,7 +81,7 @@ def _gate(path: str) -> tuple[Any, dict[str, str]]:
     from longtake.datasets import storage
     from longtake.datasets.stage import StageConfig
     from longtake.infra import recipe, yaml_text
-    from longtake.training.gate import Gate
+    from longtake.training.registry.gate import Gate
 
     class GateFile(Gate):
         dataset: str

@@ -97,7 +97,7 @@ def stage(recipe: str, name: str, overrides: tuple[str, ...], parent: str | None
     Such launchers end with an exit code of their own when they are stopped. torchrun kills after 30 seconds: set
     TORCH_ELASTIC_SHUTDOWN_TIMEOUT to the stop_seconds of the stage.
     """
-    from longtake.training.processes import spin_briefly
+    from longtake.training.launch.processes import spin_briefly
 
     # before torch is imported
     spin_briefly()

@@ -44,7 +44,7 @@ def reconstruct(
         import numpy as np
         import torch
 
-        from longtake.training import sampling
+        from longtake.training.models.common import sampling
 
         vae = sampling.load_vae(media.known(model))
         vae = vae.to(torch.device("cuda" if torch.cuda.is_available() else "cpu"), media.dtype(precision))

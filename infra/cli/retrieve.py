@@ -38,7 +38,7 @@ def retrieve(
     with media.models("set --precision bf16"):
         from dataclasses import replace
 
-        from longtake.training import recall
+        from longtake.training.models.memory import prior as recall
 
         times = _times(at)
         prior = recall.load_prior(
@@ -63,7 +63,7 @@ def retrieve(
 
 def _times(given: str) -> dict[str, float]:
     """Seconds by how they are written in names of files."""
-    from longtake.training.recall import seconds_of
+    from longtake.training.models.memory.prior import seconds_of
 
     try:
         seconds = [seconds_of(part) for part in given.split(",")]

@@ -25,8 +25,8 @@ from longtake.datasets.loader import Loader, to_model
 from longtake.training import checkpoint, engines, registry
 from longtake.training.loop import train
 from longtake.training.metrics.perceptual import load_perceptual, lpips
-from longtake.training.models.pv_vae import PVVAE
-from longtake.training.stages import pretrain_vae
+from longtake.training.models.pv_vae import pretrain as pretrain_vae
+from longtake.training.models.pv_vae.model import PVVAE
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "none": {"lambda_gan": 0.0},

@@ -39,12 +39,15 @@ from longtake.datasets.footage import generate
 from longtake.datasets.loader import to_model
 from longtake.datasets.streams import Lengths
 from longtake.infra import graph, recipe, runner, runs
-from longtake.training import checkpoint, engines, memory_stage, registry, sampling, segments
-from longtake.training.history import lengths_of
+from longtake.training import checkpoint, engines, registry
 from longtake.training.loop import train
 from longtake.training.metrics.features import features, load_network
-from longtake.training.models.memory_dit import MemoryDiTConfig
-from longtake.training.stages import finetune_memory_prior as stage
+from longtake.training.models.common import sampling
+from longtake.training.models.memory import finetune as stage
+from longtake.training.models.memory import segments
+from longtake.training.models.memory import shared as memory_stage
+from longtake.training.models.memory.dit import MemoryDiTConfig
+from longtake.training.models.memory.history import lengths_of
 
 VARIANTS: dict[str, dict[str, Any]] = {"extremes": {}, "uniform": {}, "noise": {"history_noise": 0.5}}
 LEVELS = {"extremes": (0.0,), "uniform": (0.0,), "noise": (0.0, 0.1)}  # of the past in generation

@@ -45,10 +45,13 @@ from longtake.datasets import compact, index, neighbours, schema, storage, view
 from longtake.datasets.errors import Failure, UserError
 from longtake.datasets.footage import generate
 from longtake.infra import graph, recipe, runner, runs
-from longtake.training import checkpoint, engines, memory_stage, registry, sampling
+from longtake.training import checkpoint, engines, registry
 from longtake.training.loop import train
-from longtake.training.models.memory_dit import parse_rate
-from longtake.training.stages import finetune_memory_prior, pretrain_memory
+from longtake.training.models.common import sampling
+from longtake.training.models.memory import finetune as finetune_memory_prior
+from longtake.training.models.memory import pretrain as pretrain_memory
+from longtake.training.models.memory import shared as memory_stage
+from longtake.training.models.memory.dit import parse_rate
 
 STAGES = {"retrieval": pretrain_memory, "generation": finetune_memory_prior}
 

@@ -24,16 +24,17 @@ import torch
 from torch import Tensor
 
 from longtake.datasets.loader import Loader, to_model
-from longtake.training import checkpoint, engines, flow
+from longtake.training import checkpoint, engines
 from longtake.training.config import TrainConfig
 from longtake.training.loop import Objective, train
 from longtake.training.metrics.distance import video_distance
 from longtake.training.metrics.features import load_network
-from longtake.training.metrics.heldout import evaluate
 from longtake.training.metrics.latents import latent_temporal_distance
-from longtake.training.models import latte
-from longtake.training.models.pv_vae import PVVAE
-from longtake.training.stages import pretrain_vae
+from longtake.training.models.common import flow
+from longtake.training.models.latte import model as latte
+from longtake.training.models.pv_vae import pretrain as pretrain_vae
+from longtake.training.models.pv_vae.evaluate import evaluate
+from longtake.training.models.pv_vae.model import PVVAE
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "base": {"max_drop": 0.0, "lambda_motion": 0.0},

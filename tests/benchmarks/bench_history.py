@@ -25,9 +25,9 @@ import torch
 from torch import Tensor
 
 from longtake.training import engines
-from longtake.training.models.memory import Memory
-from longtake.training.models.memory_dit import MemoryDiT, config_from_preset
-from longtake.training.models.streaming import Past
+from longtake.training.models.common.streaming import Past
+from longtake.training.models.memory.dit import MemoryDiT, config_from_preset
+from longtake.training.models.memory.encoder import Memory
 
 TIME_TARGET, MEMORY_TARGET = 20, 5
 

@@ -26,7 +26,7 @@ from longtake.datasets.loader import to_model
 from longtake.pipeline import latents, plan
 from longtake.pipeline.commit import make_group
 from longtake.pipeline.geometry import ClipConfig, FrameDiffConfig, LimitsConfig
-from longtake.training.models.pv_vae import PVVAE, config_from_preset
+from longtake.training.models.pv_vae.model import PVVAE, config_from_preset
 
 
 def make_dataset(folder: Path, clips: int, side: int, seconds: float) -> str:

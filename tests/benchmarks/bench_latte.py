@@ -25,8 +25,8 @@ from longtake.datasets import clip, column, compact, index, schema, storage
 from longtake.datasets.shard import write_tar
 from longtake.pipeline import latents
 from longtake.training import engines
-from longtake.training.models.pv_vae import PVVAE, config_from_preset
-from longtake.training.stages.finetune_latte import Config, Data, begin, loader_of, objective
+from longtake.training.models.latte.finetune import Config, Data, begin, loader_of, objective
+from longtake.training.models.pv_vae.model import PVVAE, config_from_preset
 
 WARM_UP = 2
 

@@ -18,11 +18,11 @@ import psutil
 import torch
 from torch import nn
 
-from longtake.training.models.memory_dit import MemoryDiT, config_from_preset
-from longtake.training.models.pv_vae import PVVAE
-from longtake.training.models.pv_vae import config_from_preset as vae_config
-from longtake.training.sampling import Settings, best_device
-from longtake.training.segments import generate, segments
+from longtake.training.models.common.sampling import Settings, best_device
+from longtake.training.models.memory.dit import MemoryDiT, config_from_preset
+from longtake.training.models.memory.segments import generate, segments
+from longtake.training.models.pv_vae.model import PVVAE
+from longtake.training.models.pv_vae.model import config_from_preset as vae_config
 
 FPS, SECONDS, STEPS = 12, 20, 6  # of the video; of the memory; of a segment
 GROWTH, SLOWER = 0.05, 1.2

@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from longtake.training.models.pv_vae import PVVAE, config_from_preset
+from longtake.training.models.pv_vae.model import PVVAE, config_from_preset
 
 FPS, CHUNK, LARGE_FRAMES = 24, 16, 5
 

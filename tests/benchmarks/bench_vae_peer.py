@@ -30,7 +30,7 @@ MULTIPLIERS, LATENT, PATCH, BLOCKS = (1, 2, 4, 4), 64, 2, 2
 
 
 def ours(width: int) -> Any:
-    from longtake.training.models.pv_vae import PVVAE, PVVAEConfig
+    from longtake.training.models.pv_vae.model import PVVAE, PVVAEConfig
 
     model = PVVAE(
         PVVAEConfig(

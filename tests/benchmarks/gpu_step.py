@@ -23,7 +23,7 @@ from longtake.datasets.loader import to_model
 from longtake.training import engines
 from longtake.training.config import TrainConfig
 from longtake.training.loop import Objective, train
-from longtake.training.models.pv_vae import PVVAE, config_from_preset
+from longtake.training.models.pv_vae.model import PVVAE, config_from_preset
 
 SHOWN = (
     "seconds_per_step",

@@ -25,10 +25,13 @@ from longtake.datasets.column import encoder_digest
 from longtake.datasets.errors import UserError
 from longtake.infra.cli import cli
 from longtake.infra.report import StageRun, build
-from longtake.training import recall, registry, sampling, segments
-from longtake.training.models.latte import Latte, LatteConfig
-from longtake.training.models.memory_dit import MemoryDiT, MemoryDiTConfig
-from longtake.training.models.pv_vae import PVVAE, config_from_preset
+from longtake.training import registry
+from longtake.training.models.common import sampling
+from longtake.training.models.latte.model import Latte, LatteConfig
+from longtake.training.models.memory import prior as recall
+from longtake.training.models.memory import segments
+from longtake.training.models.memory.dit import MemoryDiT, MemoryDiTConfig
+from longtake.training.models.pv_vae.model import PVVAE, config_from_preset
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

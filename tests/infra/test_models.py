@@ -16,7 +16,7 @@ from click.testing import CliRunner, Result
 from longtake.datasets.errors import Failure, UserError
 from longtake.infra.cli import models
 from longtake.training import registry
-from longtake.training.models.pv_vae import PVVAE, config_from_preset
+from longtake.training.models.pv_vae.model import PVVAE, config_from_preset
 
 
 @pytest.fixture(scope="module")

@@ -17,8 +17,9 @@ from longtake.datasets.errors import Failure, UserError
 from longtake.infra import graph, recipe, runner
 from longtake.infra.cli import _guarded
 from longtake.infra.cli.promote import promote, rollback
-from longtake.training import aliases, promotion, registry
-from longtake.training.models.pv_vae import PVVAE, config_from_preset
+from longtake.training import registry
+from longtake.training.models.pv_vae.model import PVVAE, config_from_preset
+from longtake.training.registry import aliases, promotion
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -17,10 +17,12 @@ from longtake.datasets import clip
 from longtake.datasets.column import encoder_digest
 from longtake.datasets.errors import UserError
 from longtake.infra.cli import cli, media
-from longtake.training import recall, registry, serving
-from longtake.training.models.memory_dit import MemoryDiT, MemoryDiTConfig
-from longtake.training.models.pv_vae import PVVAE, config_from_preset
-from longtake.training.recall import MemoryPrior
+from longtake.training import registry
+from longtake.training.models.memory import prior as recall
+from longtake.training.models.memory.dit import MemoryDiT, MemoryDiTConfig
+from longtake.training.models.memory.prior import MemoryPrior
+from longtake.training.models.pv_vae.model import PVVAE, config_from_preset
+from longtake.training.registry import requests as serving
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -256,7 +258,7 @@ def test_a_served_teller_takes_a_table_with_storyboards(models: Path) -> None:
 def test_what_mlflow_serves_is_what_the_model_was_trained_for(models: Path, prior: MemoryPrior) -> None:
     from types import SimpleNamespace
 
-    from longtake.training.served import Videos
+    from longtake.training.registry.pyfunc import Videos
 
     def predicted(name: str, given: Any) -> np.ndarray:
         served = Videos()

@@ -27,7 +27,7 @@ from pathlib import Path
 import mlflow, torch
 from longtake.infra import recipe, runs
 from longtake.training import registry
-from longtake.training.models.pv_vae import PVVAE, config_from_preset
+from longtake.training.models.pv_vae.model import PVVAE, config_from_preset
 
 store = runs.connect(recipe.load(sys.argv[1]))
 run = store.client.create_run(store.experiment, tags={"longtake.fingerprint": "f", "longtake.output": "o"})

@@ -29,7 +29,7 @@ from longtake.infra import graph, recipe
 from longtake.pipeline import latents
 from longtake.pipeline.stages import cache_latents
 from longtake.training import registry
-from longtake.training.models.pv_vae import PVVAE, config_from_preset
+from longtake.training.models.pv_vae.model import PVVAE, config_from_preset
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

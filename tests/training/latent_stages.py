@@ -14,9 +14,10 @@ from torch import nn
 from longtake.datasets import column, compact, index, schema, storage, view
 from longtake.pipeline import latents
 from longtake.pipeline.stages import cache_latents
-from longtake.training import checkpoint, memory_stage, registry
+from longtake.training import checkpoint, registry
 from longtake.training.loop import train
-from longtake.training.models.pv_vae import PVVAE, config_from_preset
+from longtake.training.models.memory import shared as memory_stage
+from longtake.training.models.pv_vae.model import PVVAE, config_from_preset
 
 TINY: dict[str, Any] = {
     "preset": "memory_dit_tiny",

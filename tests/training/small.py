@@ -19,7 +19,7 @@ from longtake.datasets.errors import Failure, Interrupted, UserError
 from longtake.training import checkpoint, engines
 from longtake.training.config import TrainConfig
 from longtake.training.loop import Objective, train
-from longtake.training.models.layers import CausalConv3d
+from longtake.training.models.common.causal import CausalConv3d
 
 WIDTH = 32
 SETTINGS: dict[str, Any] = {

@@ -16,11 +16,13 @@ from torch import Tensor
 
 from longtake.datasets.loader import Loader, to_model
 from longtake.infra import recipe as recipes
-from longtake.training import adversarial, checkpoint, pull, registry
-from longtake.training.adversarial import GANConfig
+from longtake.training import checkpoint, registry
 from longtake.training.loop import train
-from longtake.training.models.pv_vae import PVVAE
-from longtake.training.stages import pretrain_vae
+from longtake.training.models.common import adversarial
+from longtake.training.models.common.adversarial import GANConfig
+from longtake.training.models.pv_vae import pretrain as pretrain_vae
+from longtake.training.models.pv_vae.model import PVVAE
+from longtake.training.registry import cache as pull
 
 pytestmark = pytest.mark.usefixtures("one_thread", "group")
 

@@ -14,7 +14,7 @@ import torch
 from packaging.requirements import Requirement
 
 from longtake.training import registry
-from longtake.training.models.pv_vae import PVVAE, config_from_preset
+from longtake.training.models.pv_vae.model import PVVAE, config_from_preset
 
 ROOT = Path(__file__).resolve().parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())

@@ -17,7 +17,8 @@ import pytest
 
 from longtake.datasets import storage
 from longtake.datasets.errors import Failure, UserError
-from longtake.training import checkpoint, copies
+from longtake.training import checkpoint
+from longtake.training.checkpoint import upload as copies
 from longtake.training.config import TrainConfig
 
 

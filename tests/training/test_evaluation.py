@@ -18,21 +18,21 @@ from longtake.datasets.errors import UserError
 from longtake.datasets.loader import Loader
 from longtake.datasets.whole import longest
 from longtake.training import evaluation
-from longtake.training.metrics.heldout import by_position
-from longtake.training.models.pv_vae import PVVAE, config_from_preset
+from longtake.training.models.pv_vae.evaluate import by_position
+from longtake.training.models.pv_vae.model import PVVAE, config_from_preset
 
 MEASURE = """
 import json, sys
 from pathlib import Path
 import torch
 import torch.distributed as dist
-from longtake.training.history import Given
+from longtake.training.models.memory.history import Given
 from longtake.training.metrics import continuation, generated, heldout, retrieval, trivial
 from longtake.training.metrics.features import FeatureNetwork
-from longtake.training.metrics.generated import Held, Videos
+from longtake.training.models.latte.evaluate import Held, Videos
 from longtake.training.models import latte, memory_dit
-from longtake.training.models.pv_vae import PVVAE, config_from_preset
-from longtake.training.sampling import Settings
+from longtake.training.models.pv_vae.model import PVVAE, config_from_preset
+from longtake.training.models.common.sampling import Settings
 
 def random(*shape, seed):
     return torch.rand(*shape, generator=torch.Generator().manual_seed(seed)) * 2 - 1

@@ -19,11 +19,12 @@ from longtake.datasets import clip, column, index, schema, storage
 from longtake.datasets.errors import Failure, UserError
 from longtake.infra import graph, recipe
 from longtake.pipeline.stages import cache_latents
-from longtake.training import checkpoint, registry, sampling
+from longtake.training import checkpoint, registry
 from longtake.training.loop import train
-from longtake.training.models.pv_vae import PVVAE, Posterior
-from longtake.training.stages import finetune_latte
-from longtake.training.stages.finetune_latte import Config, begin, check, data_of, decoder, loader_of, objective
+from longtake.training.models.common import sampling
+from longtake.training.models.latte import finetune as finetune_latte
+from longtake.training.models.latte.finetune import Config, begin, check, data_of, decoder, loader_of, objective
+from longtake.training.models.pv_vae.model import PVVAE, Posterior
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -246,7 +247,7 @@ def test_the_model_learns_what_it_is_shown(inputs: dict[str, str], tmp_path: Pat
     data = data_of(chosen, inputs)
 
     def heldout(latte: Any) -> float:
-        from longtake.training.metrics.generated import heldout_losses
+        from longtake.training.models.latte.evaluate import heldout_losses
 
         batches = loader_of(chosen, inputs, data, "val", batch=1, last="pad", shuffle=False, epochs=1)
         clips = ((finetune_latte._given(chosen, data, latte, batch), None) for batch in batches)

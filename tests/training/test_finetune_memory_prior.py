@@ -21,15 +21,16 @@ from torch import Tensor, nn
 from longtake.datasets import clip, stage
 from longtake.datasets.errors import UserError
 from longtake.training import registry
-from longtake.training.history import Given, Steps, lengths_of, steps_of
 from longtake.training.loop import train
-from longtake.training.memory_stage import expected as expected_line
-from longtake.training.memory_stage import heldout_of, loader_of, prepared
-from longtake.training.metrics import continuation
-from longtake.training.models.memory_dit import MemoryDiT
-from longtake.training.sampling import Settings
-from longtake.training.stages import finetune_memory_prior, pretrain_memory
-from longtake.training.stages.finetune_memory_prior import Config
+from longtake.training.models.common.sampling import Settings
+from longtake.training.models.memory import continuation
+from longtake.training.models.memory import finetune as finetune_memory_prior
+from longtake.training.models.memory import pretrain as pretrain_memory
+from longtake.training.models.memory.dit import MemoryDiT
+from longtake.training.models.memory.finetune import Config
+from longtake.training.models.memory.history import Given, Steps, lengths_of, steps_of
+from longtake.training.models.memory.shared import expected as expected_line
+from longtake.training.models.memory.shared import heldout_of, loader_of, prepared
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

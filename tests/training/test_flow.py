@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from longtake.training import flow
+from longtake.training.models.common import flow
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from longtake.datasets.errors import UserError
-from longtake.training.gate import Gate, bootstrap, decide
+from longtake.training.registry.gate import Gate, bootstrap, decide
 
 BETTER: Any = {"psnr": "higher", "loss": "lower"}
 

@@ -10,8 +10,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from longtake.training import flow, segments
-from longtake.training.history import (
+from longtake.training.models.common import flow
+from longtake.training.models.memory import segments
+from longtake.training.models.memory.dit import config_from_preset
+from longtake.training.models.memory.encoder import Memory
+from longtake.training.models.memory.history import (
     Remembering,
     Steps,
     draw_omega,
@@ -26,8 +29,6 @@ from longtake.training.history import (
     true_steps,
     whole_of,
 )
-from longtake.training.models.memory import Memory
-from longtake.training.models.memory_dit import config_from_preset
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

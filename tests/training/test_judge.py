@@ -13,11 +13,11 @@ from torch import nn
 from longtake.datasets import column
 from longtake.datasets.errors import UserError
 from longtake.training import registry
-from longtake.training.gate import Gate
-from longtake.training.metrics import judge
-from longtake.training.models import latte as lattes
-from longtake.training.models.latte import Latte
-from longtake.training.models.memory_dit import MemoryDiT, config_from_preset
+from longtake.training.models.latte import model as lattes
+from longtake.training.models.latte.model import Latte
+from longtake.training.models.memory.dit import MemoryDiT, config_from_preset
+from longtake.training.registry import judge
+from longtake.training.registry.gate import Gate
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

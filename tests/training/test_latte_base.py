@@ -12,12 +12,14 @@ from torch import Tensor, nn
 
 from longtake.datasets import column
 from longtake.datasets.errors import UserError
-from longtake.training import checkpoint, latte_base, lora, registry
+from longtake.training import checkpoint, registry
 from longtake.training.config import LoraConfig
+from longtake.training.engines import lora
 from longtake.training.loop import train
-from longtake.training.models.latte import Latte, config_from_preset, sincos
-from longtake.training.stages import finetune_latte
-from longtake.training.stages.finetune_latte import Config, data_of, loader_of, model_of, objective
+from longtake.training.models.latte import base as latte_base
+from longtake.training.models.latte import finetune as finetune_latte
+from longtake.training.models.latte.finetune import Config, data_of, loader_of, model_of, objective
+from longtake.training.models.latte.model import Latte, config_from_preset, sincos
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

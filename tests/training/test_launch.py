@@ -15,7 +15,8 @@ import torch
 import yaml
 
 from longtake.datasets.errors import UserError
-from longtake.training import checkpoint, launch, weights
+from longtake.training import checkpoint, launch
+from longtake.training.checkpoint import weights
 from longtake.training.config import LaunchConfig
 
 BIN = Path(sys.executable).parent

@@ -247,7 +247,7 @@ def test_a_warm_up_that_was_shortened_is_told(
 
 
 def test_a_low_rank_change_of_random_weights_is_refused() -> None:
-    from longtake.training.stages import pretrain_vae
+    from longtake.training.models.pv_vae import pretrain as pretrain_vae
 
     with pytest.raises(ValueError, match="lora: without a parent all else would stay random"):
         pretrain_vae.Config(kind="pretrain_vae", dataset="d", lora={"rank": 2})
@@ -255,7 +255,9 @@ def test_a_low_rank_change_of_random_weights_is_refused() -> None:
 
 
 def test_each_kind_of_training_warms_up_as_its_paper_does() -> None:
-    from longtake.training.stages import finetune_latte, pretrain_memory, pretrain_vae
+    from longtake.training.models.latte import finetune as finetune_latte
+    from longtake.training.models.memory import pretrain as pretrain_memory
+    from longtake.training.models.pv_vae import pretrain as pretrain_vae
 
     vae = pretrain_vae.Config(kind="pretrain_vae", dataset="d")
     latte = finetune_latte.Config(kind="finetune_latte", dataset="d", latents="l")
@@ -351,8 +353,11 @@ def test_without_a_gradient_weights_decay_and_biases_stand_still(
 
 
 def test_of_every_family_linear_and_convolution_weights_decay_and_nothing_else() -> None:
-    from longtake.training.lora import attach
-    from longtake.training.models import latte, memory_dit, patchgan, pv_vae
+    from longtake.training.engines.lora import attach
+    from longtake.training.models.common import patchgan
+    from longtake.training.models.latte import model as latte
+    from longtake.training.models.memory import dit as memory_dit
+    from longtake.training.models.pv_vae import model as pv_vae
 
     changed = pv_vae.PVVAE(pv_vae.config_from_preset("pv_vae_tiny"))
     attach(changed, TrainConfig(lora={"rank": 2, "full": ["decoder.conv_out"]}).lora)  # type: ignore[arg-type]
@@ -666,7 +671,7 @@ def test_what_only_says_how_the_work_is_done_may_change_in_the_middle_of_a_run()
 
 
 def test_a_video_model_resumes_bit_for_bit(small: Any, dataset: str, tmp_path: Path, group: None) -> None:
-    from longtake.training.stages import pretrain_vae
+    from longtake.training.models.pv_vae import pretrain as pretrain_vae
 
     def fit(folder: Path, stop: Callable[[], bool] = lambda: False) -> dict[str, Tensor]:
         settings: dict[str, Any] = {

@@ -8,10 +8,11 @@ import torch
 from torch import Tensor
 
 from longtake.datasets.errors import UserError
-from longtake.training import checkpoint, engines, lora
+from longtake.training import checkpoint, engines
 from longtake.training.config import LoraConfig, TrainConfig
-from longtake.training.models.layers import NormSiLUConv
-from longtake.training.models.streaming import Past
+from longtake.training.engines import lora
+from longtake.training.models.common.causal import NormSiLUConv
+from longtake.training.models.common.streaming import Past
 
 STAGES = pytest.mark.parametrize("zero_stage", [0, 1, 2, 3])
 PRECISIONS = pytest.mark.parametrize("precision", ["fp32", "bf16"])

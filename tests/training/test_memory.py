@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from longtake.training.models.memory import (
+from longtake.training.models.common.streaming import Past
+from longtake.training.models.memory.encoder import (
     FRAMEPACK,
     Encoder,
     FramePack,
@@ -17,7 +18,6 @@ from longtake.training.models.memory import (
     parse_rate,
     tokens_of,
 )
-from longtake.training.models.streaming import Past
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

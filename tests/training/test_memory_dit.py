@@ -14,18 +14,13 @@ from torch import Tensor, nn
 from longtake.datasets.errors import UserError
 from longtake.training import registry
 from longtake.training.config import LoraConfig
-from longtake.training.flow import training_loss
-from longtake.training.models.layers import fold
-from longtake.training.models.memory import Memory, cropped, joined
-from longtake.training.models.memory_adapter import attach_memory
-from longtake.training.models.memory_dit import (
-    PRESETS,
-    MemoryDiT,
-    MemoryDiTConfig,
-    config_from_preset,
-)
-from longtake.training.models.rotary import CrossAttention, grid_positions, rotated, rotation
-from longtake.training.models.streaming import Past
+from longtake.training.models.common.causal import fold
+from longtake.training.models.common.flow import training_loss
+from longtake.training.models.common.rotary import CrossAttention, grid_positions, rotated, rotation
+from longtake.training.models.common.streaming import Past
+from longtake.training.models.memory.adapter import attach_memory
+from longtake.training.models.memory.dit import PRESETS, MemoryDiT, MemoryDiTConfig, config_from_preset
+from longtake.training.models.memory.encoder import Memory, cropped, joined
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from longtake.training import flow
 from longtake.training.metrics.trivial import Against, Gaussian, Still, comparisons, mean_colour, scaled_down, unit
-from longtake.training.models.pv_vae import config_from_preset
+from longtake.training.models.common import flow
+from longtake.training.models.pv_vae.model import config_from_preset
 
 
 def seeded(seed: int = 0) -> torch.Generator:

@@ -7,7 +7,7 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
-from longtake.training.models.patchgan import (
+from longtake.training.models.common.patchgan import (
     PRESETS,
     PatchGAN,
     PatchGANConfig,

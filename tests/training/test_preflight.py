@@ -10,8 +10,8 @@ from mlflow import MlflowClient
 
 from longtake.datasets import storage
 from longtake.datasets.errors import Failure, UserError
-from longtake.training import preflight
 from longtake.training.config import TrainConfig
+from longtake.training.launch import preflight
 
 
 @pytest.fixture

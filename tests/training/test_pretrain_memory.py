@@ -19,14 +19,24 @@ from longtake.datasets import clip, column
 from longtake.datasets.errors import Failure, UserError
 from longtake.infra import graph, recipe
 from longtake.pipeline.stages import cache_latents, shard
-from longtake.training import flow, memory_stage, registry
-from longtake.training.history import Remembering, Steps, full_tokens, picked, remembered, steps_of, with_history
-from longtake.training.memory_stage import Data, MemoryConfig, begin, data_of, loader_of, prepared, told
-from longtake.training.metrics import retrieval
-from longtake.training.models.memory_dit import MemoryDiT, config_from_preset
-from longtake.training.models.pv_vae import PVVAE
-from longtake.training.stages import pretrain_memory
-from longtake.training.stages.pretrain_memory import Config, check
+from longtake.training import registry
+from longtake.training.models.common import flow
+from longtake.training.models.memory import pretrain as pretrain_memory
+from longtake.training.models.memory import retrieval
+from longtake.training.models.memory import shared as memory_stage
+from longtake.training.models.memory.dit import MemoryDiT, config_from_preset
+from longtake.training.models.memory.history import (
+    Remembering,
+    Steps,
+    full_tokens,
+    picked,
+    remembered,
+    steps_of,
+    with_history,
+)
+from longtake.training.models.memory.pretrain import Config, check
+from longtake.training.models.memory.shared import Data, MemoryConfig, begin, data_of, loader_of, prepared, told
+from longtake.training.models.pv_vae.model import PVVAE
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -16,7 +16,8 @@ import pytest
 from mlflow import MlflowClient
 
 from longtake.datasets.errors import Failure, UserError
-from longtake.training import aliases, promotion, registry
+from longtake.training import registry
+from longtake.training.registry import aliases, promotion
 
 NAME = "pv-vae"
 VERSIONS = 6

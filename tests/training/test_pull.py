@@ -21,8 +21,9 @@ import pytest
 import torch
 
 from longtake.datasets.errors import Failure, UserError
-from longtake.training import pull, registry
-from longtake.training.models.pv_vae import PVVAE, config_from_preset
+from longtake.training import registry
+from longtake.training.models.pv_vae.model import PVVAE, config_from_preset
+from longtake.training.registry import cache as pull
 
 DEAD = "http://127.0.0.1:9"
 

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 from torch import Tensor, nn
 
-from longtake.training.models.layers import CausalConv3d, Downsample, Upsample, fold, unfold
-from longtake.training.models.pv_vae import (
+from longtake.training.models.common.causal import CausalConv3d, Downsample, Upsample, fold, unfold
+from longtake.training.models.pv_vae.model import (
     PRESETS,
     PVVAE,
     Posterior,

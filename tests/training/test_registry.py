@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from longtake.datasets import compact, index, schema, storage, view
 from longtake.datasets.errors import Failure, UserError
 from longtake.training import registry
-from longtake.training.models.pv_vae import PVVAE, config_from_preset
+from longtake.training.models.pv_vae.model import PVVAE, config_from_preset
 
 
 @pytest.fixture(scope="module")

@@ -15,11 +15,20 @@ from torch import nn
 from longtake.datasets.column import encoder_digest
 from longtake.datasets.errors import UserError
 from longtake.datasets.loader import to_model
-from longtake.training import registry, sampling, serving
-from longtake.training.models import latte as lattes
-from longtake.training.models.latte import Latte, LatteConfig
-from longtake.training.models.pv_vae import PVVAE, config_from_preset
-from longtake.training.sampling import Settings, generate_videos, grid, reconstruct_video, video_file, whole
+from longtake.training import registry
+from longtake.training.models.common import sampling
+from longtake.training.models.common.sampling import (
+    Settings,
+    generate_videos,
+    grid,
+    reconstruct_video,
+    video_file,
+    whole,
+)
+from longtake.training.models.latte import model as lattes
+from longtake.training.models.latte.model import Latte, LatteConfig
+from longtake.training.models.pv_vae.model import PVVAE, config_from_preset
+from longtake.training.registry import requests as serving
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

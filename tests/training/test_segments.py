@@ -15,12 +15,12 @@ from torch import Tensor, nn
 from longtake.datasets.column import shrunk
 from longtake.datasets.errors import Failure, UserError
 from longtake.datasets.loader import to_pixels
-from longtake.training import segments
-from longtake.training.models.memory import Memory
-from longtake.training.models.memory_dit import MemoryDiT, MemoryDiTConfig
-from longtake.training.models.pv_vae import PVVAE, config_from_preset
-from longtake.training.sampling import Settings
-from longtake.training.segments import History, generate
+from longtake.training.models.common.sampling import Settings
+from longtake.training.models.memory import segments
+from longtake.training.models.memory.dit import MemoryDiT, MemoryDiTConfig
+from longtake.training.models.memory.encoder import Memory
+from longtake.training.models.memory.segments import History, generate
+from longtake.training.models.pv_vae.model import PVVAE, config_from_preset
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -12,9 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from longtake.training.models.layers import ChannelRMSNorm, NormSiLU
-from longtake.training.models.pv_vae import PVVAE, Posterior, PVVAEConfig
-from longtake.training.models.streaming import Past, ramps, regroup, spans
+from longtake.training.models.common.causal import ChannelRMSNorm, NormSiLU
+from longtake.training.models.common.streaming import Past, ramps, regroup, spans
+from longtake.training.models.pv_vae.model import PVVAE, Posterior, PVVAEConfig
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

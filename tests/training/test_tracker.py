@@ -20,7 +20,8 @@ from mlflow.exceptions import MlflowException
 
 from longtake.datasets import clip
 from longtake.datasets.errors import Failure, UserError
-from longtake.training import spool, tracker
+from longtake.training import tracker
+from longtake.training.tracker import spool
 
 KILLED = (
     "import os, sys\nfrom pathlib import Path\nimport numpy as np\nfrom longtake.training import tracker\n"

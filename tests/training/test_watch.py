@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from longtake.training import watch
-from longtake.training.models.layers import ResBlock
+from longtake.training import progress as watch
+from longtake.training.models.common.causal import ResBlock
 
 
 def mlp_flops(rows: int, width: int = 32, hidden: int = 8) -> int:

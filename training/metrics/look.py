@@ -10,13 +10,7 @@ from torch import Tensor
 
 from longtake.datasets.loader import to_pixels
 from longtake.training.metrics.distance import Moments, gathered_moments, merge, moments
-from longtake.training.metrics.latents import (
-    components,
-    distances,
-    draw_trajectories,
-    pca_pictures,
-    temporal_distance,
-)
+from longtake.training.metrics.latents import components, distances, draw_trajectories, pca_pictures, temporal_distance
 from longtake.training.metrics.share import place, united
 
 Points = list[tuple[int, float]]  # of a curve

@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from longtake.datasets.errors import Interrupted
 from longtake.datasets.loader import Loader
-from longtake.training.processes import GO_ON, stop_requested
+from longtake.training.launch.processes import GO_ON, stop_requested
 
 T = TypeVar("T")
 

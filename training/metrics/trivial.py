@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from longtake.training.models.pv_vae import PVVAEConfig, latent_groups
+from longtake.training.models.pv_vae.model import PVVAEConfig, latent_groups
 
 
 class Against(NamedTuple):

@@ -1,0 +1,1 @@
+"""Latte (arXiv 2401.03048), the prior of PV-VAE."""

@@ -1,0 +1,454 @@
+"""Latte (arXiv 2401.03048): a diffusion transformer over video latents, the prior of PV-VAE (arXiv 2605.02134).
+
+Every latent position is a token. Blocks alternate between attention among the positions of each frame and attention
+among the frames of each position. The time of the flow, and a class where there are any, enter through adaLN-Zero
+(arXiv 2212.09748): they shift, scale and gate every block, and at the start every gate is closed.
+
+Beyond the papers, and assumptions therefore: each frame has its own time, so that leading frames can be given clean
+(`flow.py`); and a window knows whether it begins its clip. With both, `generate` goes on for as long as it is asked.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Literal, Self
+
+import torch
+import torch.nn.functional as F
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from longtake.training.models.common.causal import fold, unfold
+from longtake.training.models.common.flow import NO_CLASS, euler, guided
+
+# fmt: off
+PRESETS: dict[str, dict[str, Any]] = {  # parameters with 64 channels, patch 1, no classes
+    "latte_xl":   dict(depth=28, width=1152, heads=16),  # 674M
+    "latte_l":    dict(depth=24, width=1024, heads=16),  # 457M
+    "latte_b":    dict(depth=12, width=768,  heads=12),  # 129M
+    "latte_s":    dict(depth=12, width=384,  heads=6),   # 33M
+    "latte_tiny": dict(depth=4,  width=128,  heads=4),   # 1.3M
+}
+# fmt: on
+
+_FREQUENCIES = 256  # of the flow's time [DiT]
+_ROWS = 65535  # that CUDA's attention kernels take at once (pytorch/pytorch#142228)
+
+
+class LatteConfig(BaseModel):
+    """The numbers of one Latte. "Assumption" marks what the papers do not say.
+
+    depth           blocks, even: one over space, one over time, and so on [paper: 28 for XL]
+    width           channels of a token, a multiple of 4 and of `heads` [paper: 1152]
+    heads           of the attention [paper: 16]
+    channels        of the input: 64 for PV-VAE latents, 3 for pixels
+    patch           positions a side that make one token: 1 for PV-VAE latents [paper]; 16 for pixels gives as many
+    mlp_ratio       hidden width of the MLPs over `width` [paper: 4]
+    classes         known class ids are 0..classes-1; 0 is an unconditional model
+    label_dropout   probability that training hides a class, for guidance [paper: 0.1]
+    conditioning    probability that a training sample has clean leading frames [assumption: 0.3]; the objective draws
+                    them (`flow.training_loss`). A model with 0 cannot go on beyond one window.
+    shape           (frames, height, width) of its training windows in latents, which `generate` makes by default
+    scale           positions that a row and a column count as; less than 1 spreads a frame over those of a smaller one,
+                    which a base has learned [PixArt-α, arXiv 2310.00426]
+    activation_checkpointing   recompute blocks in the backward pass: less memory, more time
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    depth: PositiveInt
+    width: PositiveInt
+    heads: PositiveInt
+    channels: PositiveInt = 64
+    patch: PositiveInt = 1
+    mlp_ratio: PositiveInt = 4
+    classes: NonNegativeInt = 0
+    label_dropout: float = Field(0.1, ge=0, le=1)
+    conditioning: float = Field(0.3, ge=0, le=1)
+    shape: tuple[PositiveInt, PositiveInt, PositiveInt] | None = None
+    scale: tuple[PositiveFloat, PositiveFloat] = (1.0, 1.0)
+    activation_checkpointing: bool = False
+
+    @model_validator(mode="after")
+    def _divides(self) -> LatteConfig:
+        if self.depth % 2:
+            raise ValueError(f"depth is {self.depth}; blocks over space and time alternate, so it must be even")
+        if self.width % self.heads or self.width % 4:
+            raise ValueError(f"width is {self.width}; it must be a multiple of 4 and of heads, {self.heads}")
+        if self.shape and (self.shape[1] % self.patch or self.shape[2] % self.patch):
+            raise ValueError(f"shape: {self.shape[1]}x{self.shape[2]} is no multiple of patch {self.patch}")
+        return self
+
+
+def config_from_preset(preset: str, **overrides: Any) -> LatteConfig:
+    """The preset's config with some fields replaced. ValueError for an unknown preset or field."""
+    if preset not in PRESETS:
+        raise ValueError(f"unknown preset {preset!r}; choose one of: {', '.join(PRESETS)}")
+    return LatteConfig(**PRESETS[preset] | overrides)
+
+
+def sincos(positions: Tensor, width: int) -> Tensor:
+    """Sines and cosines at `width / 2` frequencies from 1 down towards 1/10000: positions `(...)` -> `(..., width)`, fp32."""
+    rates = torch.exp(torch.arange(width // 2, device=positions.device) * (-math.log(10000) / (width // 2)))
+    angles = positions.float().unsqueeze(-1) * rates
+    return torch.cat([angles.sin(), angles.cos()], dim=-1)
+
+
+def attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """softmax(q kᵀ / sqrt(d)) v over `(rows, heads, length, d)`, for any number of rows."""
+    parts = zip(query.split(_ROWS), key.split(_ROWS), value.split(_ROWS), strict=True)
+    done = [F.scaled_dot_product_attention(*part) for part in parts]
+    return done[0] if len(done) == 1 else torch.cat(done)
+
+
+def modulated(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """Layer norm without learned gain, then scale and shift: in fp32, rounded once to the dtype of `x`."""
+    return (F.layer_norm(x.float(), x.shape[-1:], eps=1e-6) * (1 + scale) + shift).to(x.dtype)
+
+
+class Modulation(nn.Module):
+    """Condition `(B, T or 1, D)` -> `parts` tensors `(B, T or 1, 1, D)` in fp32, for tokens `(B, T, N, D)`; from zero."""
+
+    def __init__(self, width: int, parts: int) -> None:
+        super().__init__()
+        self.parts = parts
+        self.linear = nn.Linear(width, parts * width)
+
+    def forward(self, condition: Tensor) -> tuple[Tensor, ...]:
+        return self.linear(F.silu(condition)).float().unsqueeze(2).chunk(self.parts, dim=-1)
+
+
+def start_weights(model: nn.Module) -> None:
+    """Xavier for the linear maps, zero for all modulation [DiT]; the output's zero is up to the model.
+
+    The class starts on the level of the time. DiT starts both close to zero, which narrow models do not get over
+    soon: at width 128 the loss on a toy set after 200 steps is 0.35 with its numbers and 0.29 with these.
+    """
+    for module in model.modules():
+        if isinstance(module, nn.Linear):
+            nn.init.xavier_uniform_(module.weight)
+            nn.init.zeros_(module.bias)
+        elif isinstance(module, nn.Embedding):
+            nn.init.normal_(module.weight, std=0.5)
+    for module in model.modules():
+        if isinstance(module, Modulation):
+            nn.init.zeros_(module.linear.weight)
+
+
+def embedded_time(width: int) -> nn.Sequential:
+    """Maps the `frequencies` of a time `(..., 256)` to a condition `(..., width)`."""
+    return nn.Sequential(nn.Linear(_FREQUENCIES, width), nn.SiLU(), nn.Linear(width, width))
+
+
+def frequencies(t: Tensor) -> Tensor:
+    """Times of the flow, 0 to 1 `(...)` -> `(..., 256)`, fp32."""
+    return sincos(1000 * t, _FREQUENCIES)
+
+
+def class_rows(
+    classes: Tensor | None, x: Tensor, known: int, hidden: float = 0.0, generator: torch.Generator | None = None
+) -> Tensor:
+    """Rows `(B,)` of an embedding of `known` classes whose last row is no class, a share `hidden` of them hidden.
+
+    ValueError for another shape than `(B,)`, or a class that is not known.
+    """
+    if classes is None:
+        return torch.full((x.shape[0],), known, device=x.device)
+    if classes.shape != x.shape[:1]:
+        raise ValueError(f"classes has shape {tuple(classes.shape)}; a batch of {x.shape[0]} needs one id each")
+    check_classes(classes.tolist(), known)
+    rows = torch.where(classes == NO_CLASS, known, classes).to(x.device)
+    if hidden:
+        hide = torch.rand(rows.shape, generator=generator, device=x.device) < hidden
+        rows = torch.where(hide, known, rows)
+    return rows
+
+
+class Normalising(nn.Module):
+    """A module whose own buffers are statistics: they stay fp32 whatever the weights are cast to.
+
+    In bf16 a mean would be off by up to 0.2 %: where it is many times the std, by a good part of that.
+    """
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        before = dict(self._buffers)
+        super()._apply(fn, recurse)
+        for name, buffer in before.items():
+            now = self._buffers[name]
+            if buffer is not None and now is not None and now.dtype != buffer.dtype:
+                self._buffers[name] = buffer.to(now.device)
+        return self
+
+
+def copy_statistics(to_mean: Tensor, to_std: Tensor, mean: Tensor, std: Tensor) -> None:
+    """Into a model's buffers, `(C,)` each. ValueError for another shape or a std that is not positive."""
+    for name, given in (("mean", mean), ("std", std)):
+        if given.shape != to_mean.shape:
+            raise ValueError(f"{name} is {tuple(given.shape)}; this model has {len(to_mean)} channels")
+    if not ((std > 0) & std.isfinite() & mean.isfinite()).all():
+        raise ValueError("std: every channel needs a finite mean and a positive, finite std")
+    to_mean.copy_(mean)
+    to_std.copy_(std)
+
+
+def normalised(latent: Tensor, mean: Tensor, std: Tensor) -> Tensor:
+    """Latents `(B, C, T, H, W)` as an autoencoder makes them -> zero mean and unit variance per channel, fp32."""
+    return (latent.float() - mean.float().view(-1, 1, 1, 1)) / std.float().view(-1, 1, 1, 1)
+
+
+def denormalised(latent: Tensor, mean: Tensor, std: Tensor) -> Tensor:
+    """The inverse of `normalised`, fp32."""
+    return latent.float() * std.float().view(-1, 1, 1, 1) + mean.float().view(-1, 1, 1, 1)
+
+
+class Block(nn.Module):
+    """Attention among the tokens of a frame (`space`) or the frames of a token's position (`time`), then an MLP.
+
+    Tokens `(B, T, N, D)` and condition `(B, T or 1, D)` -> tokens. Starts as the identity.
+    """
+
+    def __init__(self, config: LatteConfig, over: Literal["space", "time"]) -> None:
+        super().__init__()
+        width = config.width
+        self.heads, self.over = config.heads, over
+        self.modulation = Modulation(width, 6)
+        self.qkv = nn.Linear(width, 3 * width)
+        self.out = nn.Linear(width, width)
+        hidden = config.mlp_ratio * width
+        self.mlp = nn.Sequential(nn.Linear(width, hidden), nn.GELU("tanh"), nn.Linear(hidden, width))
+
+    def forward(self, x: Tensor, condition: Tensor) -> Tensor:
+        shift, scale, gate, mlp_shift, mlp_scale, mlp_gate = self.modulation(condition)
+        x = (x + gate * self._mixed(modulated(x, shift, scale))).to(x.dtype)
+        return (x + mlp_gate * self.mlp(modulated(x, mlp_shift, mlp_scale))).to(x.dtype)
+
+    def _mixed(self, x: Tensor) -> Tensor:
+        if self.over == "time":
+            x = x.transpose(1, 2)
+        rows = self.qkv(x).flatten(0, 1).unflatten(-1, (3, self.heads, -1))
+        mixed = attention(*rows.permute(2, 0, 3, 1, 4))
+        mixed = self.out(mixed.transpose(1, 2).flatten(2)).unflatten(0, x.shape[:2])
+        return mixed.transpose(1, 2) if self.over == "time" else mixed
+
+
+class Latte(Normalising):
+    """Velocity of the rectified flow at x_t `(B, C, T, H, W)`, normalised, for any T and any H, W in multiples of `patch`.
+
+    Inputs are cast to the dtype of the weights; outputs have it. `latent_mean` and `latent_std`, per channel, travel
+    with the weights: what is outside of the flow is in latents as the autoencoder makes them, what is inside normalised.
+    """
+
+    latent_mean: Tensor
+    latent_std: Tensor
+
+    def __init__(self, config: LatteConfig) -> None:
+        super().__init__()
+        self.config = config
+        width, token = config.width, config.channels * config.patch**2
+        self.token_in = nn.Linear(token, width)
+        self.time_in = embedded_time(width)
+        self.class_in = nn.Embedding(config.classes + 1, width) if config.classes else None  # the last row: no class
+        self.layers = nn.ModuleList(Block(config, ("space", "time")[i % 2]) for i in range(config.depth))
+        self.modulation_out = Modulation(width, 2)
+        self.token_out = nn.Linear(width, token)
+        self.register_buffer("latent_mean", torch.zeros(config.channels))
+        self.register_buffer("latent_std", torch.ones(config.channels))
+        start_weights(self)
+        nn.init.zeros_(self.token_out.weight)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.token_in.weight.dtype
+
+    def blocks(self) -> Iterator[Block]:
+        """The blocks in order, such as for `block.compile()`."""
+        yield from self.layers  # type: ignore[misc]
+
+    def set_statistics(self, mean: Tensor, std: Tensor) -> None:
+        """Normalise by these, `(C,)` each, from now on. ValueError for another shape or a std that is not positive."""
+        copy_statistics(self.latent_mean, self.latent_std, mean, std)
+
+    def normalise(self, latent: Tensor) -> Tensor:
+        """Latents as the autoencoder makes them -> zero mean and unit variance per channel, fp32."""
+        return normalised(latent, self.latent_mean, self.latent_std)
+
+    def denormalise(self, latent: Tensor) -> Tensor:
+        """The inverse of `normalise`, fp32."""
+        return denormalised(latent, self.latent_mean, self.latent_std)
+
+    def forward(
+        self,
+        x: Tensor,
+        t: Tensor,
+        classes: Tensor | None = None,
+        start: Tensor | int = 0,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """The velocity.
+
+        t           0 (data) to 1 (noise): `(B,)`, or `(B, T)` with 0 for frames that are given clean
+        classes     ids `(B,)`; -1 is no class, and None is no class for all. In training mode `label_dropout` of
+                    them are hidden, drawn from `generator` (on the device of `x`).
+        start       index of the first frame in its clip, one for all or `(B,)`. Only whether it is 0 matters: the
+                    first latent of a clip stands for one frame, all others for a group.
+
+        Raises:
+            ValueError: another shape, or a class id that the model does not know.
+        """
+        hidden, condition = self._hidden(x, t, classes, start, generator, self.config.depth)
+        tokens = self.token_out(modulated(hidden, *self.modulation_out(condition)))
+        height, width = (side // self.config.patch for side in x.shape[3:])
+        return unfold(tokens.unflatten(2, (height, width)).movedim(-1, 1), 1, self.config.patch)
+
+    def features(
+        self, x: Tensor, t: Tensor, layer: int, classes: Tensor | None = None, start: Tensor | int = 0
+    ) -> Tensor:
+        """Hidden states after block `layer`, 1..depth (the paper probes 14 of 28): `(B, width, T, H/patch, W/patch)`."""
+        if not 1 <= layer <= self.config.depth:
+            raise ValueError(f"layer is {layer}; this model has blocks 1 to {self.config.depth}")
+        hidden, _ = self._hidden(x, t, classes, start, None, layer)
+        height, width = (side // self.config.patch for side in x.shape[3:])
+        return hidden.unflatten(2, (height, width)).movedim(-1, 1)
+
+    def _hidden(
+        self,
+        x: Tensor,
+        t: Tensor,
+        classes: Tensor | None,
+        start: Tensor | int,
+        generator: torch.Generator | None,
+        layers: int,
+    ) -> tuple[Tensor, Tensor]:
+        """Tokens `(B, T, N, D)` after so many blocks, and their condition `(B, T or 1, D)`."""
+        self._check(x, t)
+        times = t[:, None] if t.ndim == 1 else t
+        condition = self.time_in(frequencies(times).to(self.dtype))
+        if self.class_in is not None:
+            hidden = self.config.label_dropout if self.training else 0.0
+            rows = class_rows(classes, x, self.config.classes, hidden, generator)
+            condition = condition + self.class_in(rows).unsqueeze(1)
+        elif classes is not None:
+            raise ValueError("classes: this model has none; leave them out")
+        patches = fold(x.to(self.dtype), 1, self.config.patch).movedim(1, -1)  # (B, T, h, w, C p p)
+        tokens = (self.token_in(patches) + self._positions(patches.shape, start, x.device)).flatten(2, 3)
+        for block in list(self.layers)[:layers]:
+            if self.config.activation_checkpointing and self.training:
+                tokens = checkpoint(block, tokens, condition, use_reentrant=False)
+            else:
+                tokens = block(tokens, condition)
+        return tokens, condition
+
+    def _positions(self, shape: Sequence[int], start: Tensor | int, device: torch.device) -> Tensor:
+        """Sines and cosines of frame, row and column, added up: `(B or 1, T, h, w, D)` in the dtype of the weights."""
+        frames, height, width = shape[1:4]
+        later = (torch.as_tensor(start, device=device).reshape(-1, 1) > 0).long()
+        time = sincos(torch.arange(frames, device=device) + later, self.config.width)
+        rows, columns = (
+            sincos((torch.arange(n, device=device) + 0.5) * scale - 0.5, self.config.width // 2)
+            for n, scale in zip((height, width), self.config.scale, strict=True)
+        )
+        space = torch.cat([rows[:, None].expand(-1, width, -1), columns[None].expand(height, -1, -1)], dim=-1)
+        return (time[:, :, None, None] + space).to(self.dtype)
+
+    def _check(self, x: Tensor, t: Tensor) -> None:
+        patch = self.config.patch
+        if x.ndim != 5 or x.shape[1] != self.config.channels:
+            raise ValueError(f"x has shape {tuple(x.shape)}; Latte needs (B, {self.config.channels}, T, H, W)")
+        if x.shape[3] % patch or x.shape[4] % patch:
+            raise ValueError(f"x is {x.shape[3]}x{x.shape[4]}; Latte needs height and width in multiples of {patch}")
+        batch, frames = x.shape[0], x.shape[2]
+        if t.shape not in ((batch,), (batch, frames)):
+            raise ValueError(f"t has shape {tuple(t.shape)}; Latte needs ({batch},) or ({batch}, {frames})")
+
+
+def check_classes(classes: Sequence[int], known: int) -> None:
+    """ValueError that names the first id that is neither -1 (no class) nor one of 0..known-1."""
+    for c in classes:
+        if not NO_CLASS <= c < known:
+            has = f"classes 0 to {known - 1}, and {NO_CLASS} for none" if known else "no classes"
+            raise ValueError(f"class {c} is out of range; this model has {has}")
+
+
+def windows(frames: int, window: int, overlap: int) -> int:
+    """How many windows `generate` samples for so many latent frames."""
+    return 1 if frames <= window else 1 + math.ceil((frames - window) / (window - overlap))
+
+
+def generate(
+    model: Latte,
+    frames: int,
+    seeds: Sequence[int],
+    shape: tuple[int, int, int] | None = None,
+    overlap: int = 2,
+    classes: Sequence[int] | None = None,
+    steps: int = 100,
+    guidance: float = 1.0,
+    shift: float = 1.0,
+    each_step: Callable[[], object] | None = None,
+) -> Iterator[Tensor]:
+    """Sample a clip of `frames` latent frames for each seed, any number, window by window.
+
+    Yields `(B, C, t, H, W)`, fp32, denormalised: the first window, then of each further one what is new, given the
+    last `overlap` frames before it. Only one window is held. A sample depends on its seed, not on its neighbours in
+    the batch, and a longer clip begins with the shorter one: the last window is sampled whole and cut.
+
+    shape       (frames, height, width) of a window, in latents; by default what the model was trained on
+    classes     an id for each seed, -1 for none
+    steps       Euler steps of each window [PV-VAE: 100]
+    guidance    1 is none; needs classes
+    each_step   called after each of the `windows(...) * steps` steps
+
+    Raises:
+        ValueError: at the call, for what does not fit together.
+    """
+    config = model.config
+    shape = shape or config.shape
+    if shape is None:
+        raise ValueError("shape: give (frames, height, width) of a window; the model's config names none")
+    if steps < 1:
+        raise ValueError(f"steps is {steps}; sampling needs at least 1")
+    if frames < 1 or not seeds:
+        raise ValueError(f"frames is {frames}, seeds are {len(seeds)}; there is nothing to generate")
+    if frames > shape[0]:
+        if not 1 <= overlap < shape[0]:
+            raise ValueError(f"overlap is {overlap}; a window of {shape[0]} can go on from 1 to {shape[0] - 1} frames")
+        if not config.conditioning:
+            raise ValueError(
+                f"frames is {frames}: this model was trained without clean leading frames (conditioning: 0) "
+                f"and cannot go on beyond one window of {shape[0]}"
+            )
+    if classes is not None:
+        if len(classes) != len(seeds):
+            raise ValueError(f"classes are {len(classes)}, seeds {len(seeds)}; each sample needs one of both")
+        check_classes(classes, config.classes)
+    elif guidance != 1.0:
+        raise ValueError(f"guidance is {guidance}; it needs classes to guide to")
+    ids = torch.tensor(classes) if classes is not None and config.classes else None
+    draws = [torch.Generator().manual_seed(seed) for seed in seeds]  # on the CPU: the same noise on every device
+
+    def sample(clean: Tensor | None) -> Tensor:
+        count = shape[0] - (0 if clean is None else clean.shape[2])
+        frame = (config.channels, *shape[1:])
+        noise = torch.stack([torch.stack([torch.randn(frame, generator=g) for _ in range(count)], 1) for g in draws])
+        start = 0 if clean is None else 1
+        velocity = guided(lambda x, t, c: model(x, t, c, start), ids, guidance)
+        training = model.training
+        model.eval()
+        try:
+            return euler(velocity, noise.to(model.latent_mean.device), steps, shift, clean, each_step)
+        finally:
+            model.train(training)
+
+    return _chunks(model, sample, frames, overlap)
+
+
+def _chunks(model: Latte, sample: Callable[[Tensor | None], Tensor], frames: int, overlap: int) -> Iterator[Tensor]:
+    clean = None
+    while frames > 0:
+        chunk = sample(clean)
+        seen = chunk if clean is None else torch.cat([clean, chunk], dim=2)
+        clean = seen[:, :, -overlap:].clone()
+        yield model.denormalise(chunk[:, :, :frames])
+        frames -= chunk.shape[2]

@@ -1,0 +1,1 @@
+"""Memory of long videos (arXiv 2512.23851)."""

@@ -1,0 +1,308 @@
+"""`finetune_memory_prior`: a transformer that goes on from a history, which it sees through a memory (arXiv 2512.23851, stage II).
+
+It learns to denoise a segment of a video, given a memory of all that came before and, clean beside it, the last steps.
+With `base` a model of `pretrain_memory` is taught to do so; with `model: {memory: none}` there are the last steps alone.
+"""
+
+import hashlib
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import numpy as np
+import torch
+from pydantic import Field, field_validator, model_validator
+from torch import Tensor
+
+from longtake.datasets.loader import Loader
+from longtake.datasets.stage import Measuring, Scheduling, StageConfig
+from longtake.datasets.streams import Lengths
+from longtake.training.evaluation import checked_network
+from longtake.training.loop import Batch, Engines, Objective
+from longtake.training.metrics.features import read_file
+from longtake.training.metrics.share import batches, mine, place
+from longtake.training.models.common import flow
+from longtake.training.models.common.sampling import Settings
+from longtake.training.models.memory import continuation
+from longtake.training.models.memory import shared as memory_stage
+from longtake.training.models.memory.continuation import Clips, Continuing
+from longtake.training.models.memory.dit import MemoryDiT, MemoryDiTConfig
+from longtake.training.models.memory.history import (
+    Given,
+    Remembering,
+    corrupted,
+    full_tokens,
+    given_of,
+    lengths_of,
+    remembered,
+    steps_of,
+    true_steps,
+    with_history,
+)
+from longtake.training.models.memory.retrieval import Video
+from longtake.training.models.memory.shared import MemoryConfig, Setup, heldout_of, on_device, videos_of
+
+VERSION = 3
+PRODUCES = "model"
+
+
+class Config(MemoryConfig):
+    """Train a memory_dit to go on from its history, and register it. See MemoryConfig for what is an assumption.
+
+    With a base: `lora` trains a new adaptation, `lora.full: ["memory"]` the memory with it, `freeze: ["memory"]` neither.
+    """
+
+    kind: Literal["finetune_memory_prior"]
+    no_history: float = Field(
+        0.1, ge=0, le=1
+    )  # probability that a sample has none, and begins its stream as a video begins [assumption]
+    history_noise: float = Field(
+        0.0, ge=0, lt=1
+    )  # each sample's history has noise of a level in 0..this, of which it is told, as what is generated has errors
+    sample_noise: float = Field(0.0, ge=0)  # the level that samples are made with
+    history_curriculum: tuple[tuple[int, float], ...] = ()  # [step, seconds] from when on, e.g. [[0, 5], [20000, 20]]
+    guidance: float = Field(1.0, ge=0)  # of samples with a class; 1 is none [assumption]
+    # held-out videos that are gone on with at the end, over all processes, and by how many segments
+    eval_videos: Annotated[int, Measuring()] = Field(4, ge=1)
+    eval_segments: Annotated[int, Measuring()] = Field(3, ge=1)
+    # a feature network (see training.metrics.features); without one no distance is measured
+    features: Annotated[str | None, Measuring()] = None
+    eval_batch: Annotated[int, Scheduling()] = Field(8, ge=1)  # videos that a process generates at once
+
+    @field_validator("history_curriculum")
+    @classmethod
+    def _rises(cls, curriculum: tuple[tuple[int, float], ...]) -> tuple[tuple[int, float], ...]:
+        begins = [step for step, _ in curriculum]
+        if begins and (begins[0] != 0 or begins != sorted(set(begins)) or min(s for _, s in curriculum) <= 0):
+            raise ValueError(
+                "needs [step, seconds] from step 0 on, in order, seconds above 0, e.g. [[0, 5], [20000, 20]]"
+            )
+        return curriculum
+
+    @model_validator(mode="after")
+    def _within(self) -> "Config":
+        if longer := [seconds for _, seconds in self.history_curriculum if seconds > self.history_seconds]:
+            raise ValueError(
+                f"history_curriculum: {longer[0]:g} s are more than history_seconds, {self.history_seconds:g}; raise that"
+            )
+        if self.sample_noise > self.history_noise:
+            raise ValueError(f"sample_noise: {self.sample_noise:g} is more than history_noise, {self.history_noise:g}")
+        return self
+
+    @property
+    def noise(self) -> float:
+        return self.history_noise
+
+    @property
+    def reaches(self) -> tuple[tuple[int, float], ...]:
+        return self.history_curriculum or super().reaches
+
+    def histories(self, dit: MemoryDiTConfig, least: int) -> Lengths:
+        return lengths_of(dit, self.no_history, least)
+
+
+def check(config: Config, inputs: Mapping[str, StageConfig]) -> None:
+    memory_stage.check(config, inputs)
+
+
+def outside(config: Config) -> str:
+    """Changes with the feature network."""
+    return hashlib.sha256(read_file(config.features)).hexdigest() if config.features else ""
+
+
+def objective(config: Config, setup: Setup) -> Objective:
+    """The flow's loss of a segment; and a held-out one, generated, as a sample.
+
+    Raises:
+        UserError: `features` takes no such videos, which would be seen at the end.
+    """
+    checked_network(config.features, config.frames, setup.data.size())
+    return Objective(
+        {"generator": setup.model},
+        partial(_loss, config, setup.model),
+        sample=partial(_sample, config, setup),
+        fps=max(1, round(setup.data.fps)),
+        tokens=partial(full_tokens, setup.model.config.patch),
+        blocks=list(setup.model.blocks()),
+    )
+
+
+def _loss(
+    config: Config,
+    model: Remembering,
+    name: str,
+    engines: Engines,
+    batch: Batch,
+    generator: torch.Generator,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    count = len(batch["key"])
+    given = given_to(batch, model, batch["history_latent"].shape[3], config.posterior, generator)
+    t = flow.sample_t(count, config.time_mean, config.time_std, config.shift, generator, given.x0.device)
+    noised = flow.noised_frames(torch.full((count,), given.window, device=t.device), given.x0.shape[2])
+    t = t[:, None] * noised
+    memory, level = given.memory, None
+    if config.history_noise:
+        level = config.history_noise * torch.rand(count, generator=generator, device=t.device)
+        t = torch.where(noised > 0, t, level[:, None])
+        memory = memory and corrupted(memory, level, generator)
+    noise = torch.randn(given.x0.shape, generator=generator, device=given.x0.device)
+    ids = batch["label"].cpu() if config.classes else None
+    x = flow.interpolate(given.x0, noise, t)
+    velocity = engines[name](x, t, given.times, memory, ids, generator, given.first, given.seen, level)
+    losses = flow.loss(velocity, given.x0, noise, noised)
+    return losses.mean(), {
+        "loss": losses.detach().mean(),
+        "history_steps": batch["history_steps"].float().mean(),
+        **_by_start(losses.detach(), batch["stream_step"] == 0),
+    }
+
+
+def _by_start(losses: Tensor, starts: Tensor) -> dict[str, Tensor]:
+    """The mean loss of segments that begin a video, and of those that come later, of which a batch has some."""
+    parts = {"loss_start": losses[starts], "loss_later": losses[~starts]}
+    return {name: part.mean() for name, part in parts.items() if len(part)}
+
+
+def given_to(
+    batch: Batch,
+    model: MemoryDiT,
+    most: int,
+    posterior: Literal["sample", "mean"] = "mean",
+    generator: torch.Generator | None = None,
+) -> Given:
+    """What a batch's segments are given, `most` steps of history at most."""
+    steps = steps_of(batch, model, most, posterior, generator)
+    return given_of(steps, batch["latent"].shape[3], batch["stream_step"], model.config)
+
+
+def given_last(batch: Batch, model: MemoryDiT, count: int) -> Given:
+    """What a batch's segments are given of the last `count` steps of history alone.
+
+    Groups are counted from the first of these, as of a video that is gone on with, but none of them is its first latent.
+    """
+    steps = steps_of(batch, model, count)
+    return given_of(steps, batch["latent"].shape[3], batch["stream_step"].clamp(max=count), model.config)
+
+
+@torch.no_grad()
+def losses_by_history(
+    config: Config, setup: Setup, counts: Sequence[int], clips: int | None = None
+) -> dict[int, np.ndarray[Any, Any]]:
+    """`heldout_losses` by how many steps of history are given: of the same segments of the same clips, from the same noise.
+
+    Of all ranks' clips; every rank must call it. The segments come after as many steps as the longest of the `counts`; of
+    shorter streams there is none.
+    """
+    loader = heldout_of(config, setup, max(counts))
+    clips = min(clips or loader.samples, loader.samples)
+
+    def given(count: int) -> Clips:
+        for number, batch in batches(loader, clips, f"evaluate after {count} steps"):
+            yield number, given_last(on_device(batch), setup.model, count), batch.get("label")
+
+    return {count: continuation.losses_of_all_ranks(setup.model, given(count), config.seed) for count in counts}
+
+
+@torch.no_grad()
+def _sample(
+    config: Config, setup: Setup, engines: Engines, generator: torch.Generator
+) -> dict[str, np.ndarray[Any, Any]]:
+    """Of a held-out clip: the window and the segment after it, and below it what is generated in its place."""
+    model = engines["generator"].module
+    batch = on_device(next(iter(heldout_of(config, setup))))
+    room, segment = batch["history_latent"].shape[3], batch["latent"].shape[3]
+    steps = steps_of(batch, model, room)
+    given = given_of(steps, segment, batch["stream_step"], model.config)
+    memory = given.memory and remembered(model, given.memory)
+    clean, true = given.x0[:, :, : given.window], given.x0[:, :, given.window :]
+    noise = torch.randn(true.shape, generator=torch.Generator().manual_seed(config.seed)).to(true.device)
+    ids = batch["label"].cpu() if config.classes else None
+    made = flow.euler(
+        lambda x, t: model(x, t, given.times, memory, ids, None, given.first, given.seen),
+        noise,
+        config.sample_steps,
+        config.shift,
+        clean if given.window else None,
+    )
+    known = int(true_steps(batch, room)) - given.window
+    before = steps.high[:, :, room - known - given.window : room - given.window]
+    generated = torch.cat([clean, made], dim=2)
+    return {"continued": memory_stage.above_each_other(setup.vae, model, before, given.x0, generated)}
+
+
+def work(config: Config, inputs: Mapping[str, str], folder: Path) -> None:
+    """What each rank does: train from the latest checkpoint in `folder`, leave the last one there, and measure it."""
+    memory_stage.work(config, inputs, folder, partial(objective, config), partial(_evaluate, config))
+
+
+def run(config: Config, inputs: Mapping[str, str], output: str) -> dict[str, Any]:
+    """Train from the latest checkpoint, go on with held-out clips, log and register the model, make it champion.
+
+    Raises:
+        UserError: no usable sample; latents, models or histories that do not fit; a workspace for no checkpoints.
+        Failure, Interrupted: of the loop.
+    """
+    sampling = {"steps": config.sample_steps, "guidance": config.guidance, "shift": config.shift}
+    facts = {
+        "stage": "generation",
+        "sampling": sampling | {"history_noise": config.sample_noise},
+        "posterior": config.posterior,
+    }
+    return memory_stage.run(__name__, config, inputs, output, facts, "continued.json")
+
+
+def _evaluate(config: Config, setup: Setup, folder: Path) -> None:
+    model = setup.model
+
+    def clips_of(loader: Loader, what: str) -> Clips:
+        for number, batch in batches(loader, min(config.eval_clips, loader.samples), what):
+            yield number, given_to(on_device(batch), model, setup.data.history), batch.get("label")
+
+    def losses_of(loader: Loader, what: str) -> np.ndarray[Any, Any]:
+        return continuation.losses_of_all_ranks(model, clips_of(loader, what), config.seed)
+
+    heldout = heldout_of(config, setup)
+    longest = heldout.longest_stream - setup.data.shape[0]
+    counts = [count for count in measured(lengths_of(model.config)) if count <= longest]
+    network = checked_network(config.features, config.frames, setup.data.size())
+    if network is None and place()[0] == 0:
+        print("evaluate: no distance to the history, since `features` names no feature network", flush=True)
+    continuation.evaluate(
+        model,
+        setup.vae,
+        _videos(config, setup),
+        folder,
+        Continuing(
+            config.frames,
+            config.eval_segments,
+            setup.data.fps,
+            config.seed,
+            Settings(config.sample_steps, config.guidance, config.shift, history_noise=config.sample_noise),
+            config.posterior,
+        ),
+        losses=losses_of(heldout, "evaluate"),
+        starts=losses_of(heldout_of(config, setup, 0, least=max(counts)), "evaluate starts"),
+        by_history=losses_by_history(config, setup, counts, config.eval_clips),
+        trivial=continuation.trivial_losses(model, clips_of(heldout, "compare"), config.seed),
+        network=network,
+    )
+
+
+def _videos(config: Config, setup: Setup) -> Iterator[list[Video]]:
+    """This rank's batches of held-out videos. Ranks take whole ones in turn, so that each is the same on any number."""
+    loader = videos_of(config, setup.inputs, setup.data)
+    count = min(config.eval_videos, loader.samples)
+    for block in mine(math.ceil(count / config.eval_batch), "go on", "batch"):
+        numbers = range(block * config.eval_batch, min(count, (block + 1) * config.eval_batch))
+        read = zip(numbers, loader.at(numbers), strict=True)
+        yield [Video(number, with_history(batch), batch.get("label")) for number, batch in read]
+
+
+def measured(lengths: Lengths) -> list[int]:
+    """The histories whose loss is measured: none, the shortest, about twice as much each time, and all."""
+    made = [0, lengths.some[0]]
+    while made[-1] < lengths.some[-1]:
+        made.append(min(begin for begin in lengths.some if begin >= min(2 * made[-1], lengths.some[-1])))
+    return made

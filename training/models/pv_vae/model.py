@@ -1,0 +1,353 @@
+"""The predictive video VAE of PV-VAE (arXiv 2605.02134): encode a prefix, reconstruct and predict the whole clip.
+
+A clip of 1 + 4n frames becomes 1 + n latent steps of 64 channels at 1/16 of the size: the first frame stands alone,
+then every 4 frames are one latent group. Encoder and decoder are both causal in time: latent step i depends on
+frames up to 4i, frames up to 4i depend on latent steps up to i. In training the encoder sees only the first groups;
+padding takes the place of the others, and the decoder has to predict their frames.
+
+The paper fixes strides, latent channels and the order of the stages, and publishes no block details. The blocks here
+follow the nearest public design (Wan2.2's VAE) with two differences, both assumptions: samplers are linear maps
+(all look into the past is then in stride-1 convolutions), and the two output convolutions come without norm and
+activation (with them the tiny model is 1 dB worse after 300 steps).
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterable, Iterator
+from typing import Any, Literal, NamedTuple
+
+import torch
+from pydantic import BaseModel, ConfigDict, NonNegativeInt, PositiveInt, model_validator
+from torch import Tensor, nn
+
+from longtake.training.models.common.causal import (
+    CausalConv3d,
+    Chain,
+    Downsample,
+    ResBlock,
+    SpatialAttention,
+    Upsample,
+    fold,
+    unfold,
+)
+from longtake.training.models.common.streaming import Past, regroup, stream, tiled
+
+# fmt: off
+PRESETS: dict[str, dict[str, Any]] = {
+    "pv_vae":       dict(patch=2, encoder_width=160, decoder_width=256, multipliers=(1, 2, 4, 4), encoder_blocks=2, decoder_blocks=3),
+    "pv_vae_small": dict(patch=2, encoder_width=64,  decoder_width=96,  multipliers=(1, 2, 4, 4), encoder_blocks=2, decoder_blocks=3),
+    "pv_vae_tiny":  dict(patch=4, encoder_width=24,  decoder_width=32,  multipliers=(1, 2, 4),    encoder_blocks=0, decoder_blocks=0),
+}
+# fmt: on
+
+
+class PVVAEConfig(BaseModel):
+    """The numbers of one PV-VAE. "Assumption" marks what the paper does not say.
+
+    patch             pixels a side gathered into channels before the first convolution [nearest public design: 2]
+    encoder_width     channels of the finest encoder stage [nearest public design: 160]
+    decoder_width     channels of the finest decoder stage [nearest public design: 256]
+    multipliers       width of each stage, finest first, in units of the above; a halving between any two
+    encoder_blocks    res blocks per encoder stage [nearest public design: 2]
+    decoder_blocks    res blocks per decoder stage [assumption: 3, which brings `pv_vae` to the paper's 661M]
+    latent_channels   channels of the latent [paper: 64]
+    temporal_downs    how many of the halvings, finest first, also halve time [paper: 2]
+    attention         spatial attention between the two res blocks in the middle [nearest public design: yes]
+    padding           what stands for unseen latent steps: a learned `token` [paper; assumption: one (1, C, 1, 1, 1)
+                      parameter, from zero] or `noise` from N(0, 1) [paper]
+    activation_checkpointing   recompute res blocks in the backward pass: less memory, more time
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    patch: PositiveInt
+    encoder_width: PositiveInt
+    decoder_width: PositiveInt
+    multipliers: tuple[PositiveInt, ...]
+    encoder_blocks: NonNegativeInt
+    decoder_blocks: NonNegativeInt
+    latent_channels: PositiveInt = 64
+    temporal_downs: NonNegativeInt = 2
+    attention: bool = True
+    padding: Literal["token", "noise"] = "token"
+    activation_checkpointing: bool = False
+
+    @model_validator(mode="after")
+    def _stages_fit(self) -> PVVAEConfig:
+        if self.temporal_downs >= len(self.multipliers):
+            raise ValueError(f"temporal_downs is {self.temporal_downs}; {self.multipliers} has fewer halvings")
+        for i, (fine, coarse) in enumerate(zip(self.multipliers, self.multipliers[1:], strict=False)):
+            if fine * 4 * self.time_factor(i) % coarse:
+                raise ValueError(
+                    f"multipliers {fine} -> {coarse}: {coarse} must divide {fine * 4 * self.time_factor(i)}"
+                )
+        return self
+
+    def time_factor(self, halving: int) -> int:
+        """By how much halving number `halving`, finest first, also shortens time: 2 or 1."""
+        return 2 if halving < self.temporal_downs else 1
+
+    @property
+    def spatial_stride(self) -> int:
+        """Pixels a side of one latent position (16 in the paper)."""
+        return self.patch * 2 ** (len(self.multipliers) - 1)
+
+    @property
+    def temporal_stride(self) -> int:
+        """Frames of one latent group after the first (4 in the paper)."""
+        return 2**self.temporal_downs
+
+
+def config_from_preset(preset: str, **overrides: Any) -> PVVAEConfig:
+    """The preset's config with some fields replaced. ValueError for an unknown preset or field."""
+    if preset not in PRESETS:
+        raise ValueError(f"unknown preset {preset!r}; choose one of: {', '.join(PRESETS)}")
+    return PVVAEConfig(**PRESETS[preset] | overrides)
+
+
+def latent_groups(frames: int, temporal_stride: int = 4) -> int:
+    """Latent steps of a clip of 1 + 4n frames: 1 + n."""
+    return 1 + (frames - 1) // temporal_stride
+
+
+def frames_of(groups: int, temporal_stride: int = 4) -> int:
+    """Frames of a clip of 1 + n latent steps: 1 + 4n."""
+    return 1 + (groups - 1) * temporal_stride
+
+
+class Posterior(NamedTuple):
+    """A diagonal Gaussian over latents: `mean` and `logvar` are `(B, C, t, h, w)`, logvar in [-30, 20].
+
+    A tuple, because DeepSpeed's ZeRO-3 hooks look for tensors in tuples but not in dataclasses.
+    """
+
+    mean: Tensor
+    logvar: Tensor
+
+    def mode(self) -> Tensor:
+        return self.mean
+
+    def sample(self, generator: torch.Generator | None = None) -> Tensor:
+        """One draw, in the dtype of `mean`; `generator` lives on the same device."""
+        noise = torch.randn(self.mean.shape, generator=generator, device=self.mean.device)
+        return (self.mean.float() + torch.exp(0.5 * self.logvar.float()) * noise).to(self.mean.dtype)
+
+    def kl(self) -> Tensor:
+        """KL to N(0, 1) in nats per latent element, averaged over each sample: `(B,)`, fp32."""
+        mean, logvar = self.mean.float(), self.logvar.float()
+        return 0.5 * (mean.square() + logvar.exp() - 1 - logvar).flatten(1).mean(1)
+
+
+class LatentPadding(nn.Module):
+    """Appends steps that stand for what the encoder has not seen. A module, so that ZeRO-3 gathers its token."""
+
+    def __init__(self, channels: int, kind: Literal["token", "noise"]) -> None:
+        super().__init__()
+        self.token = nn.Parameter(torch.zeros(1, channels, 1, 1, 1)) if kind == "token" else None
+
+    def forward(self, latent: Tensor, steps: int, generator: torch.Generator | None = None) -> Tensor:
+        """`(B, C, t, h, w)` -> `(B, C, t + steps, h, w)`. With 0 steps the token still gets its (zero) gradient, so
+        that every rank reduces the same parameters whatever it has drawn."""
+        batch, channels, _, height, width = latent.shape
+        shape = (batch, channels, steps, height, width)
+        if self.token is None:
+            tail = torch.randn(shape, generator=generator, device=latent.device).to(latent.dtype)
+        else:
+            tail = self.token.to(latent.dtype).expand(shape)
+        return torch.cat([latent, tail], dim=2)
+
+
+def _blocks(count: int, width: int, config: PVVAEConfig) -> list[nn.Module]:
+    return [ResBlock(width, config.activation_checkpointing) for _ in range(count)]
+
+
+def _middle(width: int, config: PVVAEConfig) -> Chain:
+    attention = [SpatialAttention(width)] if config.attention else []
+    return Chain(*_blocks(1, width, config), *attention, *_blocks(1, width, config))
+
+
+def _encoder(config: PVVAEConfig) -> Chain:
+    """Patches `(B, 3*patch^2, T, H/patch, W/patch)` -> mean and logvar `(B, 2*latent_channels, t, h, w)`."""
+    widths = [config.encoder_width * m for m in config.multipliers]
+    stages = _blocks(config.encoder_blocks, widths[0], config)
+    for i in range(len(widths) - 1):
+        stages.append(Downsample(widths[i], widths[i + 1], config.time_factor(i)))
+        stages += _blocks(config.encoder_blocks, widths[i + 1], config)
+    layers: dict[str, nn.Module] = {
+        "conv_in": CausalConv3d(3 * config.patch**2, widths[0]),
+        "stages": Chain(*stages),
+        "middle": _middle(widths[-1], config),
+        "conv_out": CausalConv3d(widths[-1], 2 * config.latent_channels),
+    }
+    return Chain(OrderedDict(layers))
+
+
+def _decoder(config: PVVAEConfig) -> Chain:
+    """Latent `(B, latent_channels, t, h, w)` -> patches `(B, 3*patch^2, T, H/patch, W/patch)`."""
+    widths = [config.decoder_width * m for m in config.multipliers]
+    stages = _blocks(config.decoder_blocks, widths[-1], config)
+    for i in reversed(range(len(widths) - 1)):
+        stages.append(Upsample(widths[i + 1], widths[i], config.time_factor(i)))
+        stages += _blocks(config.decoder_blocks, widths[i], config)
+    layers: dict[str, nn.Module] = {
+        "conv_in": CausalConv3d(config.latent_channels, widths[-1]),
+        "middle": _middle(widths[-1], config),
+        "stages": Chain(*stages),
+        "conv_out": CausalConv3d(widths[0], 3 * config.patch**2, gain=0.3),
+    }
+    return Chain(OrderedDict(layers))
+
+
+class PVVAE(nn.Module):
+    """Video `(B, 3, T, H, W)` in [-1, 1], T = 1 + 4n, H and W multiples of 16 <-> latent `(B, 64, 1 + n, H/16, W/16)`.
+
+    Training calls the module itself (`forward`), never `encode` or `decode`, so that engine hooks fire.
+    Inputs are cast to the dtype of the weights; outputs have it.
+    """
+
+    def __init__(self, config: PVVAEConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.encoder = _encoder(config)
+        self.decoder = _decoder(config)
+        self.padding = LatentPadding(config.latent_channels, config.padding)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return next(self.encoder.parameters()).dtype
+
+    def encode(self, video: Tensor, tile: int | None = None, overlap: int = 64) -> Posterior:
+        """The posterior of a clip or of any prefix of 1 + 4n frames. ValueError for other shapes.
+
+        `tile` encodes large frames in squares of so many pixels that share at least `overlap`, both multiples of 16:
+        bounded memory, the same latents away from the squares' borders, blended where they overlap.
+        """
+        self._check(video)
+        return _posterior(tiled(lambda x, _: self._moments(x), video, *self._tiling(tile, overlap), self._down))
+
+    def decode(self, latent: Tensor, tile: int | None = None, overlap: int = 64) -> Tensor:
+        """The video of a latent, not clamped to [-1, 1]; `tile` and `overlap` in pixels as in `encode`."""
+        return tiled(lambda x, _: self._frames(x), latent, *self._tiling(tile, overlap), self._down[::-1])
+
+    def encode_stream(
+        self, chunks: Iterable[Tensor], steps: int = 4, tile: int | None = None, overlap: int = 64
+    ) -> Iterator[Posterior]:
+        """`encode` of a video of any length in constant memory, equal to encoding it at once.
+
+        The chunks are `(B, 3, any, H, W)` in [-1, 1] and make 1 + 4n frames. The first posterior has one latent step,
+        the next ones `steps`, the last what is left; each comes as soon as its frames have come. No gradients.
+        `vae.decode_stream(p.mode() for p in vae.encode_stream(chunks))` is a reconstruction. ValueError for frames in
+        wrong sizes, and, after all whole groups have come, for a tail that is no group of 4.
+        """
+        pieces = self._groups(chunks, steps)
+        for moments in stream(self._moments, pieces, *self._tiling(tile, overlap), self._down):
+            yield _posterior(moments)
+
+    def decode_stream(
+        self, latents: Iterable[Tensor], steps: int = 4, tile: int | None = None, overlap: int = 64
+    ) -> Iterator[Tensor]:
+        """`decode` of latents `(B, 64, any, h, w)` of any length in constant memory, equal to decoding them at once.
+
+        The first piece is one frame, the next ones 4 times `steps`, the last what is left. No gradients.
+        """
+        pieces = regroup(latents, 1, _positive("steps", steps))
+        yield from stream(self._frames, pieces, *self._tiling(tile, overlap), self._down[::-1])
+
+    def blocks(self) -> Iterator[nn.Module]:
+        """Res blocks and attentions, each once: what is worth compiling in place, by `nn.Module.compile`."""
+        return (module for module in self.modules() if isinstance(module, ResBlock | SpatialAttention))
+
+    def pad(self, latent: Tensor, steps: int, generator: torch.Generator | None = None) -> Tensor:
+        """Append `steps` padding latents in time."""
+        return self.padding(latent, steps, generator)
+
+    def forward(
+        self, video: Tensor, visible: int | None = None, generator: torch.Generator | None = None
+    ) -> tuple[Tensor, Posterior]:
+        """Predictive reconstruction (paper, method): encode the first `visible` latent groups, decode all frames.
+
+        Returns the video, reconstructed where seen and predicted where not, and the posterior of the visible groups.
+        ValueError if `visible` is not in 1..groups; None shows everything.
+        """
+        self._check(video)
+        stride = self.config.temporal_stride
+        groups = latent_groups(video.shape[2], stride)
+        visible = groups if visible is None else visible
+        if not 1 <= visible <= groups:
+            raise ValueError(f"visible is {visible}; a clip of {video.shape[2]} frames has latent groups 1 to {groups}")
+        posterior = self.encode(video[:, :, : frames_of(visible, stride)])
+        latent = self.pad(posterior.sample(generator), groups - visible, generator)
+        return self.decode(latent), posterior
+
+    @torch.no_grad()
+    def reconstruct(
+        self,
+        video: Tensor,
+        visible_frames: int | None = None,
+        generator: torch.Generator | None = None,
+        tile: int | None = None,
+        overlap: int = 64,
+    ) -> Tensor:
+        """For evaluation: the most likely latent of the first `visible_frames` (1 + 4n), all frames, in [-1, 1]."""
+        self._check(video)
+        latent = self.encode(video[:, :, :visible_frames], tile, overlap).mode()
+        unseen = latent_groups(video.shape[2], self.config.temporal_stride) - latent.shape[2]
+        return self.decode(self.pad(latent, unseen, generator), tile, overlap).clamp(-1.0, 1.0)
+
+    @property
+    def _down(self) -> tuple[int, int]:
+        """Positions of a frame and of its latent in the unit that tiles are counted in."""
+        return self.config.spatial_stride, 1
+
+    def _moments(self, video: Tensor, past: Past | None = None) -> Tensor:
+        return self.encoder(fold(video.to(self.dtype), 1, self.config.patch), past)
+
+    def _frames(self, latent: Tensor, past: Past | None = None) -> Tensor:
+        return unfold(self.decoder(latent.to(self.dtype), past), 1, self.config.patch)
+
+    def _groups(self, chunks: Iterable[Tensor], steps: int) -> Iterator[Tensor]:
+        """One frame, then as many as `steps` latent groups have."""
+        stride, seen = self.config.temporal_stride, 0
+        for piece in regroup(chunks, 1, _positive("steps", steps) * stride):
+            self._check_size(piece)
+            seen += piece.shape[2]
+            whole = piece.shape[2] - (seen - 1) % stride
+            if whole > 0:
+                yield piece[:, :, :whole]
+        self._check_frames(seen)
+
+    def _tiling(self, tile: int | None, overlap: int) -> tuple[int | None, int]:
+        """Pixels to units of one latent position."""
+        space = self.config.spatial_stride
+        if tile is None:
+            return None, 0
+        if tile % space or overlap % space or not 0 <= overlap < tile:
+            raise ValueError(f"tile {tile} with overlap {overlap}; need multiples of {space} with 0 <= overlap < tile")
+        return tile // space, overlap // space
+
+    def _check(self, video: Tensor) -> None:
+        self._check_frames(video.shape[2])
+        self._check_size(video)
+
+    def _check_frames(self, frames: int) -> None:
+        time = self.config.temporal_stride
+        below = frames_of(latent_groups(max(frames, 1), time), time)
+        if frames != below:
+            raise ValueError(f"video has {frames} frames; PV-VAE needs 1+{time}n (e.g. {below} or {below + time})")
+
+    def _check_size(self, video: Tensor) -> None:
+        height, width, space = *video.shape[3:], self.config.spatial_stride
+        if height % space or width % space or not height * width:
+            raise ValueError(f"video is {height}x{width}; PV-VAE needs height and width in multiples of {space}")
+
+
+def _posterior(moments: Tensor) -> Posterior:
+    mean, logvar = moments.chunk(2, dim=1)
+    return Posterior(mean, logvar.clamp(-30.0, 20.0))
+
+
+def _positive(name: str, value: int) -> int:
+    if value < 1:
+        raise ValueError(f"{name} is {value}; needs to be at least 1")
+    return value

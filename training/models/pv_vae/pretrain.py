@@ -1,0 +1,398 @@
+"""`pretrain_vae`: PV-VAE in the three phases of its paper (arXiv 2605.02134): images, predictive reconstruction, decoder.
+
+In the predictive phase the encoder sees the first frames of a clip, the decoder reconstructs them and predicts the rest.
+Beside the frames it must match the differences of neighbours, so that copying the last frame does not pay. In the last
+phase the encoder stands still, and the decoder learns to show what the latents hold.
+"""
+
+import hashlib
+import os
+import tempfile
+from collections.abc import Mapping
+from contextlib import nullcontext
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import numpy as np
+import torch
+from pydantic import Field, field_validator, model_validator
+from torch import Tensor, nn
+
+from longtake.datasets.cache import Cache
+from longtake.datasets.errors import UserError
+from longtake.datasets.loader import Loader, Mixture, to_model, to_pixels
+from longtake.datasets.stage import DatasetInput, Measuring, ModelInput, StageConfig, ViewInput
+from longtake.datasets.whole import longest
+from longtake.training import checkpoint, launch, registry, tracker
+from longtake.training.config import ModelName
+from longtake.training.engines import device
+from longtake.training.evaluation import EvaluatedConfig, checked_network, emptied, published
+from longtake.training.loop import Batch, Engines, Objective, train
+from longtake.training.metrics.features import read_file
+from longtake.training.metrics.perceptual import Perceptual, load_perceptual, perceptual_loss
+from longtake.training.models.common import adversarial
+from longtake.training.models.common.adversarial import GANConfig
+from longtake.training.models.pv_vae.evaluate import Frames, evaluate
+from longtake.training.models.pv_vae.model import PVVAE, PVVAEConfig, config_from_preset, frames_of, latent_groups
+
+VERSION = 4
+PRODUCES = "model"
+
+# what the phases differ in; a recipe may change each
+PHASES: dict[str, dict[str, Any]] = {
+    "image": {"frames": 1, "sizes": [[256, 256], [384, 384], [512, 512]], "steps": 300_000, "max_drop": 0.0},
+    "predictive": {"frames": 17, "sizes": [[256, 256], [512, 512]], "steps": 50_000, "max_drop": 1.0},
+    "decoder": {
+        "frames": 17, "sizes": [[256, 256], [512, 512]], "steps": 50_000, "max_drop": 0.0, "freeze": ["encoder"], "gan_start": 0,
+    },
+}  # fmt: skip
+
+
+class Config(GANConfig, EvaluatedConfig):
+    """Train PV-VAE on a dataset and register it. `model` is a preset with fields of PVVAEConfig to change.
+
+    `phase` sets the defaults that PHASES lists. No weight of a loss is published but where noted; they are assumptions,
+    borrowed from the nearest public code.
+    """
+
+    kind: Literal["pretrain_vae"]
+    phase: Literal["image", "predictive", "decoder"] = "predictive"
+    dataset: DatasetInput
+    view: ViewInput | None = None
+    parent: ModelInput | None = None  # the model to go on from; None begins with random weights
+    name: ModelName = "pv-vae"
+    model: dict[str, Any] | None = None  # None is the parent's, or the preset pv_vae
+    frames: int = Field(17, ge=1)  # 1 + 4n
+    stride: int = Field(1, ge=1)
+    sizes: tuple[tuple[int, int], ...] = Field(((256, 256),), min_length=1)  # height, width; batches of each in turn
+    max_drop: float = Field(1.0, ge=0, le=1)  # r: at most this share of the latent groups after the first is dropped
+    lambda_reconstruction: float = Field(1.0, ge=0)
+    lambda_motion: float = Field(1.0, ge=0)  # of the differences, inside the reconstruction term [paper]
+    lambda_kl: float = Field(1e-6, ge=0)
+    lambda_perceptual: float = Field(1.0, ge=0)  # of no effect without `perceptual`
+    perceptual: str | None = (
+        None  # a feature network: see training.metrics.features; none, and no such loss, by default
+    )
+    perceptual_linear: str | None = None  # LPIPS's weights of its channels
+    perceptual_frames: int | None = Field(4, ge=1)  # of a clip that it looks at, drawn each time; None takes all
+    # the longest held-out clips, encoded whole as `cache_latents` does and in pieces: PSNR by position; two passes a frame.
+    # None for single frames
+    eval_long: Annotated[int, Measuring()] = Field(8, ge=0)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _phased(cls, given: Any) -> Any:
+        return PHASES.get(given.get("phase", "predictive"), {}) | given if isinstance(given, dict) else given
+
+    @field_validator("model")
+    @classmethod
+    def _known(cls, model: dict[str, Any] | None) -> dict[str, Any] | None:
+        if model is not None:
+            config_from_preset(**({"preset": "pv_vae"} | model))
+        return model
+
+    @model_validator(mode="after")
+    def _divides(self) -> "Config":
+        if self.model is not None or self.parent is None:
+            fits(self, self.vae())
+        if self.lora is not None and self.parent is None:
+            raise ValueError("lora: without a parent all else would stay random; name one, or leave it out")
+        return self
+
+    def vae(self) -> PVVAEConfig:
+        """Of `model`, or the full size where that is not given."""
+        return config_from_preset(**({"preset": "pv_vae"} | (self.model or {})))
+
+
+def fits(config: Config, vae: PVVAEConfig) -> None:
+    """ValueError where the model cannot divide the windows."""
+    if (config.frames - 1) % vae.temporal_stride:
+        near = frames_of(latent_groups(config.frames, vae.temporal_stride), vae.temporal_stride)
+        raise ValueError(
+            f"frames {config.frames}: the model needs 1 + {vae.temporal_stride}n frames, such as {near} or {near + vae.temporal_stride}"
+        )
+    for size in config.sizes:
+        if any(side % vae.spatial_stride for side in size):
+            raise ValueError(f"sizes {size[0]}x{size[1]}: the model needs multiples of {vae.spatial_stride}")
+
+
+def check(config: Config, inputs: Mapping[str, StageConfig]) -> None:
+    """Refuse a window that the clips of a `shard` stage cannot fill, and a model that is not the parent's."""
+    parent = inputs.get("parent")
+    if isinstance(parent, Config):
+        if config.model is not None and config.vae() != parent.vae():
+            raise ValueError("model: is not that of the parent; leave it out")
+        fits(config, parent.vae())
+    geometry = getattr(inputs.get("dataset"), "clip", None)
+    if geometry is None:
+        return
+    if geometry.short_side < max(min(size) for size in config.sizes):
+        raise ValueError(
+            f"sizes: {max(min(size) for size in config.sizes)} is larger than clip.short_side {geometry.short_side} of the dataset"
+        )
+    span = (config.frames - 1) * config.stride + 1
+    if geometry.max_frames < span:
+        raise ValueError(
+            f"frames: a window spans {span} frames, the dataset's clips have at most {geometry.max_frames}; raise clip.max_seconds"
+        )
+
+
+def warnings(config: Config) -> list[str]:
+    """What to know before the first step."""
+    said, taught = [], bool(config.perceptual and config.lambda_perceptual)
+    if config.perceptual and not taught:
+        said.append(
+            "lambda_perceptual: is 0, so the network in `perceptual` measures, and teaches nothing; raise it, or leave out"
+            " perceptual"
+        )
+    if config.lambda_gan and not taught:
+        said.append(
+            "lambda_gan: without a perceptual loss nothing but squared errors holds the discriminator's detail to what was"
+            " there; name a feature network in `perceptual`, or set lambda_gan: 0"
+        )
+    # a parent's discriminator has learned alone before; either learns a step before it is heard
+    alone = config.gan_warmup if config.parent is None else 0
+    heard = config.gan_start + max(1, alone)
+    if config.lambda_gan and config.steps <= heard:
+        said.append(
+            f"lambda_gan: training ends at step {config.steps}, and the generator would hear the discriminator from step"
+            f" {heard} on (gan_start: {config.gan_start}{f', gan_warmup: {alone}' if alone else ''}); lower that, or set"
+            " lambda_gan: 0"
+        )
+    return said
+
+
+def outside(config: Config) -> str:
+    """Changes with the files of the perceptual loss, and with the feature network."""
+    files = [path for path in (config.perceptual, config.perceptual_linear, config.features) if path]
+    return " ".join(hashlib.sha256(read_file(path)).hexdigest() for path in files)
+
+
+def objective(config: Config, model: PVVAE, heldout: Loader, parent: str | None = None) -> Objective:
+    """The generator and, where `lambda_gan` asks for one, its discriminator, that of `parent` if it fits."""
+    modules: dict[str, nn.Module] = {"generator": model}
+    state: dict[str, Tensor] = {}
+    if config.lambda_gan:
+        modules["discriminator"], state = adversarial.begin(config, parent)
+    perceptual = load_perceptual(config.perceptual, config.perceptual_linear, device=device())
+    return Objective(
+        modules,
+        partial(_loss, config, model.config, perceptual, state),
+        sample=partial(_sample, model.config, heldout),
+        fps=6,
+        tokens=partial(_tokens, model.config),
+        blocks=list(model.blocks()),
+        starts={"discriminator": config.gan_start},
+        settings={"discriminator": adversarial.settings(config)},
+        state=state,
+    )
+
+
+def _loss(
+    config: Config,
+    vae: PVVAEConfig,
+    perceptual: Perceptual | None,
+    state: Mapping[str, Tensor],
+    name: str,
+    engines: Engines,
+    batch: Batch,
+    generator: torch.Generator,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    video = to_model(batch["video"])
+    if name == "discriminator":
+        return adversarial.discriminator_loss(config, state, engines[name], video, batch["made"])
+    groups = latent_groups(video.shape[2], vae.temporal_stride)
+    # k ~ U{0..floor((G-1) r)} groups are dropped, as many on each rank; the first frame always stays
+    most = int((groups - 1) * config.max_drop)
+    dropped = int(np.random.default_rng(batch["seed"]).integers(most + 1))
+    made, posterior = engines[name](video, visible=groups - dropped, generator=generator)
+    made = made.float()
+    batch["made"] = made.detach()
+    reconstruction = partial(_reconstruction, config, perceptual, generator, video)
+    judge = engines.get("discriminator")
+    if judge is not None and adversarial.heard(config, state, judge):
+        loss, terms = adversarial.generator_loss(config, state, made, reconstruction, judge.module)
+    else:
+        loss, terms = reconstruction(made)
+    kl = posterior.kl().mean()
+    loss = loss + config.lambda_kl * kl
+    return loss, {"loss": loss.detach(), "kl": kl.detach()} | terms
+
+
+def _reconstruction(
+    config: Config, perceptual: Perceptual | None, generator: torch.Generator, video: Tensor, made: Tensor
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The losses of what was made of a video: of the frames, of their differences, of how alike they look."""
+    frames = (made - video).square().mean()
+    motion = (made.diff(dim=2) - video.diff(dim=2)).square().mean() if video.shape[2] > 1 else made.new_zeros(())
+    terms = {"reconstruction": frames, "motion": motion}
+    loss = config.lambda_reconstruction * (frames + config.lambda_motion * motion)
+    if perceptual:
+        terms["perceptual"] = perceptual_loss(
+            perceptual, made, video, frames=config.perceptual_frames, generator=generator
+        )
+        loss = loss + config.lambda_perceptual * terms["perceptual"]
+    return loss, {term: value.detach() for term, value in terms.items()}
+
+
+def _sample(
+    vae: PVVAEConfig, heldout: Loader, engines: Engines, generator: torch.Generator
+) -> dict[str, np.ndarray[Any, Any]]:
+    """Of the first held-out clip: the source, and beside it what is made of its first half."""
+    video = to_model(next(heldout.at([0]))["video"].to(device()))
+    visible = (latent_groups(video.shape[2], vae.temporal_stride) + 1) // 2
+    made, _ = engines["generator"](video, visible=visible, generator=generator)
+    both = torch.cat([video, made.float().clamp(-1, 1)], dim=4)[0].permute(1, 2, 3, 0)
+    return {"predicted": to_pixels(both).cpu().numpy()}
+
+
+def _tokens(vae: PVVAEConfig, batch: Batch) -> int:
+    """Latent positions of a batch."""
+    count, _, frames, height, width = batch["video"].shape
+    return int(count * latent_groups(frames, vae.temporal_stride) * height * width // vae.spatial_stride**2)
+
+
+def work(config: Config, inputs: Mapping[str, str], folder: Path) -> None:
+    """What each rank does: train from the latest checkpoint in `folder`, leave the last one there, and measure it."""
+    checked_network(config.features, config.frames, config.sizes[0])
+    _train(config, inputs, folder)
+    _evaluate(config, inputs, folder)
+
+
+def _train(config: Config, inputs: Mapping[str, str], folder: Path) -> None:
+    rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    torch.manual_seed(config.seed)
+    model = begin(config, inputs).to(device())
+    loader = _batches(config, inputs, rank, world)
+    heldout = _heldout(config, inputs)
+    with tracker.connect(folder) if rank == 0 else nullcontext() as log:
+        # a checkpoint has a discriminator of its own
+        parent = None if checkpoint.latest(folder) else inputs.get("parent")
+        made = replace(objective(config, model, heldout, parent), heldout=heldout)
+        train(made, loader, config, folder, log, launch.stop_requested)
+
+
+def _evaluate(config: Config, inputs: Mapping[str, str], folder: Path) -> None:
+    model = begin(config, inputs)
+    model.load_state_dict(checkpoint.trained(folder, config))
+    model.to(device()).eval()
+    evaluate(
+        model,
+        _heldout(config, inputs),
+        emptied(folder),
+        config.seed,
+        config.eval_clips,
+        load_perceptual(config.perceptual, config.perceptual_linear, device=device()),
+        network=checked_network(config.features, config.frames, config.sizes[0]),
+        latents=config.eval_latents,
+        whole=_long(config, inputs),
+        probed=_loader(config, inputs, "train", batch=1, seed=config.seed) if config.eval_probes else None,
+        probe_clips=config.eval_probes,
+    )
+
+
+def _long(config: Config, inputs: Mapping[str, str]) -> list[Frames]:
+    """The longest held-out clips that are longer than a window."""
+    least = config.frames * config.stride + 1
+    count = config.eval_long if config.frames > 1 else 0
+    clips = longest(inputs["dataset"], "val", inputs.get("view"), config.sizes[0], count, least, _cache(config))
+    return [partial(clip.frames, config.sizes[0], config.stride) for clip in clips]
+
+
+def begin(config: Config, inputs: Mapping[str, str]) -> PVVAE:
+    """The model before its first step: the parent's, or a random one.
+
+    Raises:
+        UserError: the parent is no PV-VAE, or another than `model` says, or cannot divide the windows.
+    """
+    if config.parent is None:
+        return PVVAE(config.vae())
+    uri = inputs["parent"]
+    model = registry.load(uri)
+    if not isinstance(model, PVVAE):
+        raise UserError(f"parent: {uri} is a {type(model).__name__}, not a PV-VAE")
+    if config.model is not None and config.vae() != model.config:
+        raise UserError(f"model: is not that of the parent {uri}; leave it out")
+    try:
+        fits(config, model.config)
+    except ValueError as e:
+        raise UserError(str(e)) from e
+    return model.train()
+
+
+def run(config: Config, inputs: Mapping[str, str], output: str) -> dict[str, Any]:
+    """Train from the latest checkpoint, log and register the model, look at held-out clips, make it champion.
+
+    Raises:
+        UserError: no usable sample; a workspace where checkpoints cannot lie; a parent that does not fit.
+        Failure, Interrupted: of the loop.
+    """
+    folder = checkpoint.folder_of(config, output)
+    first = os.environ.get("RANK", "0") == "0"
+    with checkpoint.locked(folder) if first else nullcontext():
+        # before training, since datasets grow and aliases move
+        lineage = registry.lineage(inputs)
+        return _publish(config, inputs, folder, lineage) if launch.run(__name__, config, inputs, folder) else {}
+
+
+def _publish(config: Config, inputs: Mapping[str, str], folder: Path, lineage: Mapping[str, Any]) -> dict[str, Any]:
+    weights = checkpoint.trained(folder, config)
+    with tracker.connect(folder, system_metrics=False) as log, tempfile.TemporaryDirectory() as scratch:
+        made = Path(scratch) / "model"
+        facts = {
+            "lineage": lineage,
+            "window": {"frames": config.frames, "stride": config.stride, "size": list(config.sizes[0])},
+        }
+        registry.save(made, "pv_vae", begin(config, inputs).config.model_dump(mode="json"), weights, facts)
+        uri = registry.register(made, config.name, log.run_id)
+        figures = published(folder, "heldout.json", log)
+        if config.lambda_gan:
+            judge, state = checkpoint.beside(folder, "discriminator")
+            adversarial.save(Path(scratch) / adversarial.FILE, config, judge, state)
+            log.artifacts(Path(scratch) / adversarial.NAME, adversarial.NAME)
+    if config.promote:
+        registry.promote(uri)
+    used = _loader(config, inputs, "train", batch=1)
+    counts = {
+        "train_clips": float(used.samples),
+        "train_clips_too_short": float(used.samples_short),
+        "train_clips_too_small": float(used.samples_small),
+    }
+    return {"uri": uri, "metrics": figures | counts}
+
+
+def _batches(config: Config, inputs: Mapping[str, str], rank: int, world: int) -> Loader | Mixture:
+    """Batches of each size in turn: `batch` clips of the first size, of others as many as have as many pixels."""
+    each = config.batch // config.accumulate
+    share = {"rank": rank, "world": world, "seed": config.seed, "crop": "random"}
+    if len(config.sizes) == 1:
+        return _loader(config, inputs, "train", batch=each, workers=config.workers, **share)
+    first = config.sizes[0]
+    parts = {}
+    for height, width in config.sizes:
+        count = each * first[0] * first[1] // (height * width) // world * world
+        loader = _loader(config, inputs, "train", size=(height, width), batch=max(world, count), **share)
+        parts[f"{height}x{width}"] = (loader, 1.0)
+    return Mixture(parts, seed=config.seed, workers=config.workers)
+
+
+def _heldout(config: Config, inputs: Mapping[str, str]) -> Loader:
+    return _loader(config, inputs, "val", batch=1, last="pad", shuffle=False, epochs=1)
+
+
+def _cache(config: Config) -> Cache | None:
+    return Cache(config.cache.folder, config.cache.max_bytes) if config.cache else None
+
+
+def _loader(config: Config, inputs: Mapping[str, str], split: str, **options: Any) -> Loader:
+    settings: dict[str, Any] = {
+        "view": inputs.get("view"),
+        "columns": ("video",),
+        "frames": config.frames,
+        "stride": config.stride,
+        "size": config.sizes[0],
+        "cache": _cache(config),
+    }
+    return Loader(inputs["dataset"], split, **settings | options)

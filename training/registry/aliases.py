@@ -1,0 +1,130 @@
+"""What promotion asks of the registry, and tells it: aliases, tags, empty models that are locks, and runs of its own.
+
+Each call is answered before it returns, and raises, as `model_store.asking`, UserError where there is no such model, version
+or run, and Failure where the store cannot be reached.
+"""
+
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, redirect_stdout, suppress
+from io import StringIO
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from longtake.datasets.errors import Failure, UserError
+from longtake.datasets.masking import shown, shown_within
+from longtake.training.registry.store import asking
+
+
+def split(uri: str) -> tuple[str, str]:
+    """(name, version) of "models:/NAME/VERSION". Raises UserError for anything else."""
+    name, _, number = uri.removeprefix("models:/").partition("/")
+    if not uri.startswith("models:/") or not name or not number.isdigit():
+        raise UserError(f"{uri}: needs a version of a registered model, such as models:/pv-vae/3")
+    return name, number
+
+
+def read(name: str) -> dict[str, str]:
+    """The aliases of a registered model: `{alias: version}`."""
+    with asking(f"models:/{name}") as client:
+        found = client.get_registered_model(name).aliases
+    return {alias: str(number) for alias, number in found.items()}
+
+
+def put(name: str, alias: str, number: str) -> None:
+    """Give a version an alias, which another one loses."""
+    with asking(f"models:/{name}/{number}") as client:
+        client.set_registered_model_alias(name, alias, number)
+
+
+def tags_of(name: str) -> dict[str, str] | None:
+    """The tags of a registered model; None where there is none."""
+    with asking(f"models:/{name}") as client:
+        try:
+            return dict(client.get_registered_model(name).tags)
+        except Exception as e:
+            if _code(e) == "RESOURCE_DOES_NOT_EXIST":
+                return None
+            raise
+
+
+def tag(name: str, key: str, value: str | None) -> None:
+    """Set a tag of a registered model, or delete it."""
+    with asking(f"models:/{name}") as client:
+        if value is None:
+            client.delete_registered_model_tag(name, key)
+        else:
+            client.set_registered_model_tag(name, key, value)
+
+
+def tag_version(uri: str, tags: Mapping[str, str]) -> None:
+    """Set tags of "models:/NAME/VERSION"."""
+    name, number = split(uri)
+    with asking(uri) as client:
+        for key, value in tags.items():
+            client.set_model_version_tag(name, number, key, value)
+
+
+def create(name: str, tags: Mapping[str, str]) -> bool:
+    """Make an empty registered model; False where there is one. Of several processes that try at once, one does."""
+    with asking(f"models:/{name}") as client:
+        try:
+            client.create_registered_model(name, dict(tags))
+        except Exception as e:
+            # the latter: it was there, and is gone before the store could say so
+            if _code(e) in ("RESOURCE_ALREADY_EXISTS", "RESOURCE_DOES_NOT_EXIST"):
+                return False
+            raise
+    return True
+
+
+def delete(name: str) -> None:
+    """Delete a registered model, with its versions if it has any."""
+    with asking(f"models:/{name}") as client:
+        client.delete_registered_model(name)
+
+
+@contextmanager
+def run_beside(uri: str, name: str) -> Iterator[str]:
+    """The id of a new run, in the experiment of the run that has made a version. It ends with the block."""
+    model, number = split(uri)
+    with asking(uri) as client:
+        made_by = client.get_model_version(model, number).run_id
+        experiment = client.get_run(made_by).info.experiment_id if made_by else "0"
+        run_id = str(client.create_run(experiment, run_name=name).info.run_id)
+    try:
+        yield run_id
+    except BaseException as e:
+        # a store that does not take it does not hide the error itself
+        with suppress(UserError, Failure), asking(uri) as client, redirect_stdout(StringIO()):
+            client.set_tag(run_id, "longtake.error", shown(f"{type(e).__name__}: {e}")[:500])
+            client.set_terminated(run_id, "FAILED" if isinstance(e, Exception) else "KILLED")
+        raise
+    # it prints where the run can be seen
+    with asking(uri) as client, redirect_stdout(StringIO()):
+        client.set_terminated(run_id, "FINISHED")
+
+
+def log_metrics(run_id: str, metrics: Mapping[str, float]) -> None:
+    with asking(f"run {run_id}") as client:
+        for name, value in metrics.items():
+            client.log_metric(run_id, name, value)
+
+
+def log_json(run_id: str, name: str, content: Any) -> None:
+    """Plain data as an artifact of a run."""
+    with asking(f"run {run_id}: {name}") as client:
+        client.log_text(run_id, json.dumps(shown_within(content), indent=2, sort_keys=True), name)
+
+
+def read_json(run_id: str, name: str) -> Any:
+    """What `log_json` has logged; None where the run has no such artifact."""
+    with asking(f"run {run_id}: {name}") as client, TemporaryDirectory() as folder:
+        if not any(found.path == name for found in client.list_artifacts(run_id)):
+            return None
+        return json.loads(Path(client.download_artifacts(run_id, name, folder)).read_bytes())
+
+
+def _code(e: Exception) -> str:
+    return str(getattr(e, "error_code", ""))

@@ -1,0 +1,122 @@
+"""`promote`: measure a candidate and the champion on the same held-out clips, and make the better one champion.
+
+What a gate asks for is in `longtake.training.registry.gate`. A candidate that is kept back is no failure: what the stage makes is
+the version that is champion afterwards.
+"""
+
+import os
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, NamedTuple
+
+from longtake.datasets.stage import DatasetInput, Input, ModelInput, StageConfig, ViewInput
+from longtake.training.registry import aliases, judge, promotion
+from longtake.training.registry import store as model_store
+from longtake.training.registry.gate import Gate, Interval, Verdict, decide
+
+VERSION = 2
+PRODUCES = "model"
+
+_RECORD = "verdict.json"
+
+
+class Config(StageConfig):
+    """Let a registered candidate through a gate, on the val split of a dataset."""
+
+    kind: Literal["promote"]
+    candidate: ModelInput  # the stage that trains it needs promote: false
+    dataset: DatasetInput
+    view: ViewInput | None = None
+    latents: Annotated[str, Input("latents")] | None = None  # of a prior, those that it has learned
+    low_latents: Annotated[str, Input("latents")] | None = None  # likewise, of a memory's low-res branch
+    gate: Gate
+
+
+class Decision(NamedTuple):
+    """What has come of it: the versions by their URIs, `champion` is the one that it is now, `before` None if none was.
+
+    `verdict` is None where the candidate was the champion already, and nothing was measured.
+    """
+
+    candidate: str
+    before: str | None
+    champion: str
+    verdict: Verdict | None
+
+    def line(self) -> str:
+        if self.verdict is None:
+            return f"kept: {self.candidate} is the champion already"
+        return f"{'promoted' if self.verdict.promoted else 'kept'}: {self.verdict.reason}"
+
+    def figures(self) -> dict[str, float]:
+        return {"promoted": 0.0} if self.verdict is None else self.verdict.figures()
+
+
+def check(config: Config, inputs: Mapping[str, StageConfig]) -> None:
+    """Refuse a candidate that makes itself champion, and latents of another dataset."""
+    if getattr(inputs.get("candidate"), "promote", False):
+        raise ValueError(
+            f"candidate: the stage {config.candidate} makes its model champion before it is judged; set promote: false there"
+        )
+    for field in ("latents", "low_latents"):
+        made: Any = inputs.get(field)
+        if made is not None and made.dataset != config.dataset:
+            raise ValueError(f"{field}: are of the dataset {made.dataset}, not of {config.dataset}")
+
+
+def run(config: Config, inputs: Mapping[str, str], output: str) -> dict[str, Any]:
+    """Measure, decide, move the aliases.
+
+    Raises:
+        UserError, Failure: as `judge.rows_of` and `promotion.promote`.
+    """
+    made = let_through(inputs["candidate"], inputs, config.gate, os.environ["MLFLOW_RUN_ID"])
+    print(made.line(), flush=True)
+    return {"uri": made.champion, "metrics": made.figures()}
+
+
+def let_through(candidate: str, inputs: Mapping[str, str], gate: Gate, run_id: str) -> Decision:
+    """Decide on a candidate and move the aliases. The run gets `verdict.json`, the candidate's version tags `gate.*`.
+
+    Args:
+        candidate: "models:/NAME/VERSION" or "models:/NAME@ALIAS".
+        inputs: as `judge.rows_of`.
+
+    Raises:
+        UserError, Failure: as `judge.rows_of` and `promotion.promote`.
+    """
+    candidate = str(model_store.resolve(candidate)["uri"])
+    name, number = aliases.split(candidate)
+    champion = aliases.read(name).get("champion")
+    before = None if champion is None else f"models:/{name}/{champion}"
+    if champion == number:
+        return _earlier(candidate, run_id) or Decision(candidate, candidate, candidate, None)
+    verdict = _verdict(candidate, before, inputs, gate)
+    made = Decision(candidate, before, candidate if verdict.promoted else before or "", verdict)
+    facts = {"candidate": candidate, "before": before, "verdict": _plain(verdict), "line": made.line()}
+    inside = {field: inputs[field] for field in ("dataset", "view", "latents", "low_latents") if field in inputs}
+    # before the move, so that one who is killed after it finds its figures here
+    aliases.log_json(run_id, _RECORD, facts | {"gate": gate.model_dump(mode="json"), "inputs": inside})
+    if verdict.promoted:
+        promotion.promote(candidate, over=champion)
+    aliases.tag_version(candidate, {"gate.verdict": made.line(), "gate.run": run_id})
+    return made
+
+
+def _verdict(candidate: str, champion: str | None, inputs: Mapping[str, str], gate: Gate) -> Verdict:
+    ours, theirs = judge.load(candidate), judge.load(champion) if champion else None
+    return decide(gate, judge.BETTER, *judge.rows_of(ours, theirs, inputs, gate))
+
+
+def _earlier(candidate: str, run_id: str) -> Decision | None:
+    """What this run has decided, where it was killed after it had made the candidate champion."""
+    record = aliases.read_json(run_id, _RECORD)
+    if not record or record["candidate"] != candidate or not record["verdict"]["promoted"]:
+        return None
+    gains = {metric: Interval(**found) for metric, found in record["verdict"]["gains"].items()}
+    made = Decision(candidate, record["before"], candidate, Verdict(**record["verdict"] | {"gains": gains}))
+    aliases.tag_version(candidate, {"gate.verdict": made.line(), "gate.run": run_id})
+    return made
+
+
+def _plain(verdict: Verdict) -> dict[str, Any]:
+    return verdict._asdict() | {"gains": {metric: found._asdict() for metric, found in verdict.gains.items()}}

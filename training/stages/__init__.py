@@ -1,1 +1,0 @@
-"""One file a stage: its config, its objective, its run."""
