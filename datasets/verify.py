@@ -14,8 +14,8 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from longtake.datasets import column as columns
 from longtake.datasets import compact, index, schema, storage
+from longtake.datasets import latents as columns
 from longtake.datasets.errors import Failure
 
 _BLOCK = 1 << 22

@@ -15,7 +15,7 @@ import av
 import numpy as np
 from av.video.reformatter import VideoReformatter
 
-from longtake.pipeline import tone
+from longtake.pipeline import hdr as tone
 from longtake.pipeline.container import Unreadable, film, seconds_of, unread
 from longtake.pipeline.orientation import Orientation, orientation_of, shown_size, upright
 from longtake.pipeline.second_opinion import decord_frames

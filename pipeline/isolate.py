@@ -85,7 +85,7 @@ def _serve(memory: int) -> None:
     # C libraries print to the descriptor itself: keep our answers apart from their noise
     out = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
-    from longtake.pipeline.geometry import ClipConfig, FrameDiffConfig, LimitsConfig
+    from longtake.pipeline.config import ClipConfig, FrameDiffConfig, LimitsConfig
     from longtake.pipeline.source import process
 
     lines: queue.Queue[str] = queue.Queue()

@@ -27,8 +27,8 @@ import torch
 from torch import Tensor, nn
 
 from longtake.datasets import clip, index, schema, storage
-from longtake.datasets.column import Moments, merged, moments, shrunk
 from longtake.datasets.errors import Failure, UserError
+from longtake.datasets.latents import Moments, merged, moments, shrunk
 from longtake.datasets.loader import to_model
 from longtake.datasets.neighbours import follows
 from longtake.datasets.shard import sha256_of, write_tar

@@ -18,11 +18,11 @@ from av.video.reformatter import VideoReformatter
 
 from longtake.datasets import clip as clips
 from longtake.datasets.annotations import label_of
+from longtake.pipeline.config import ClipConfig, FrameDiffConfig, LimitsConfig, fit
 from longtake.pipeline.container import Unreadable, is_no_video
 from longtake.pipeline.cut import Sampled, shots
 from longtake.pipeline.decode import Frame, Probe, Tally, frames, probe, to_planes
 from longtake.pipeline.encode import encode
-from longtake.pipeline.geometry import ClipConfig, FrameDiffConfig, LimitsConfig, fit
 from longtake.pipeline.score import perceptual_hash, score
 
 REASONS = {

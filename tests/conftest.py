@@ -12,7 +12,7 @@ from hypothesis import settings
 from longtake.datasets import index, schema, storage
 from longtake.pipeline import plan
 from longtake.pipeline.commit import make_group
-from longtake.pipeline.geometry import ClipConfig, FrameDiffConfig, LimitsConfig
+from longtake.pipeline.config import ClipConfig, FrameDiffConfig, LimitsConfig
 from longtake.pipeline.stages import shard
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -85,7 +85,7 @@ def s3_variables(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, str]]:
 @pytest.fixture(scope="session")
 def footage(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with six generated videos and their ground truth."""
-    from longtake.datasets.footage import generate
+    from longtake.infra.footage import generate
 
     folder = tmp_path_factory.mktemp("footage")
     generate(folder, count=6, seconds=6.0)

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from longtake.datasets import compact, schema, storage
-from longtake.datasets.column import Latents, encoder_digest, read_latents
 from longtake.datasets.errors import UserError
+from longtake.datasets.latents import Latents, encoder_digest, read_latents
 from longtake.datasets.stage import StageConfig
 from longtake.training import registry
 from longtake.training.engines import device

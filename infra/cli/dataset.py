@@ -15,7 +15,7 @@ _PICTURES = {b"\xff\xd8": "jpg", b"\x89PNG": "png", b"RIFF": "webp"}  # how they
 @click.option("--seed", default=0, show_default=True, help="The same seed makes the same footage.")
 def footage(folder: str, count: int, seconds: float, seed: int) -> None:
     """Make test footage in FOLDER: moving objects and cameras, cuts, fades, stills, with the ground truth beside it."""
-    from longtake.datasets.footage import generate
+    from longtake.infra.footage import generate
 
     paths = generate(folder, count, seed, seconds)
     click.echo(f"{len(paths)} videos in {folder}, their ground truth in *.truth.json")

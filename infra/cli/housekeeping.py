@@ -40,9 +40,10 @@ def clean(recipe: str, overrides: tuple[str, ...], kinds: tuple[str, ...], older
       longtake clean my.yaml
       longtake clean my.yaml --checkpoints --yes
     """
-    from longtake.infra import clean as cleaning
-    from longtake.infra import debris, runs
     from longtake.infra import graph as graphs
+    from longtake.infra import runs
+    from longtake.infra.upkeep import clean as cleaning
+    from longtake.infra.upkeep import debris
 
     loaded = _load(recipe, overrides)
     store = runs.connect(loaded)
@@ -81,9 +82,9 @@ def doctor(recipe: str | None, overrides: tuple[str, ...], address: str | None, 
       longtake doctor
       longtake doctor my.yaml --address http://head:8265
     """
-    from longtake.infra import doctor as doctors
     from longtake.infra import graph as graphs
     from longtake.infra import recipe as recipes
+    from longtake.infra.upkeep import doctor as doctors
 
     # sources that cannot be listed are a finding, so they are not pinned
     loaded = recipes.load(recipe, overrides) if recipe else None
@@ -124,9 +125,9 @@ def plan(
       longtake plan my.yaml --cpu-hour 0.05 --gpu-hour 2.5
       longtake plan my.yaml --trial 600
     """
-    from longtake.infra import estimate as estimates
     from longtake.infra import graph as graphs
     from longtake.infra import runs
+    from longtake.infra.upkeep import estimate as estimates
 
     loaded = _load(recipe, overrides)
     told = estimates.estimate(loaded, graphs.build(loaded), runs.connect(loaded), trial, sample)

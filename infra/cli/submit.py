@@ -48,8 +48,8 @@ def submit(
       longtake submit my.yaml --address http://head:8265
       longtake submit my.yaml --address http://head:8265 --stage vae --detach
     """
-    from longtake.infra import jobs
-    from longtake.infra import submit as submission
+    from longtake.infra.cluster import jobs
+    from longtake.infra.cluster import submit as submission
 
     url = jobs.address_of(address)
     loaded = _load(recipe, overrides)
@@ -67,7 +67,7 @@ def submit(
 
 
 def _attach(client: Any, address: str, job: str) -> NoReturn:
-    from longtake.infra import submit as submission
+    from longtake.infra.cluster import submit as submission
 
     try:
         code, said = submission.watch(client, job, lambda text: click.echo(text, nl=False))
@@ -101,7 +101,7 @@ def jobs_group() -> None:
 @_address
 def list_(address: str | None) -> None:
     """The jobs of the cluster, the latest first."""
-    from longtake.infra import jobs
+    from longtake.infra.cluster import jobs
 
     found = jobs.ours(jobs.client(jobs.address_of(address)))
     for job in found:
@@ -119,7 +119,7 @@ def list_(address: str | None) -> None:
 @click.option("--follow", is_flag=True, help="Go on until the job has ended; the exit code is the job's.")
 def logs(job: str, address: str | None, follow: bool) -> None:
     """Print what JOB has printed."""
-    from longtake.infra import jobs
+    from longtake.infra.cluster import jobs
 
     url = jobs.address_of(address)
     client = jobs.client(url)
@@ -135,7 +135,7 @@ def logs(job: str, address: str | None, follow: bool) -> None:
 @click.option("--wait", is_flag=True, help="Wait until it has saved its state and ended.")
 def stop(job: str, address: str | None, wait: bool) -> None:
     """Ask JOB to save its state and stop. It has `deploy.stop_seconds` of its recipe; submitted again, it goes on."""
-    from longtake.infra import jobs
+    from longtake.infra.cluster import jobs
 
     status = jobs.stop(jobs.client(jobs.address_of(address)), job, wait)
     click.echo(f"{job}: {status.lower()}" + ("" if status in ("STOPPED", "SUCCEEDED", "FAILED") else ", asked to stop"))
@@ -162,8 +162,8 @@ def kuberay(recipe: str, overrides: tuple[str, ...], stage: str | None, folder: 
       longtake render kuberay my.yaml | kubectl apply -f -
       longtake render kuberay my.yaml --stage vae --to manifests
     """
-    from longtake.infra import kuberay as manifests
-    from longtake.infra import submit as submission
+    from longtake.infra.cluster import kuberay as manifests
+    from longtake.infra.cluster import submit as submission
 
     loaded = _load(recipe, overrides)
     text = manifests.render(loaded, loaded.deploy.kuberay, stage)

@@ -19,14 +19,14 @@ import numpy as np
 from pydantic import Field, PositiveInt
 from tqdm import tqdm
 
-from longtake.datasets import column as columns
 from longtake.datasets import compact, index, schema, storage, view
-from longtake.datasets.column import Latents, read_latents
+from longtake.datasets import latents as columns
 from longtake.datasets.errors import Failure, Interrupted, UserError
+from longtake.datasets.latents import Latents, read_latents
 from longtake.datasets.masking import shown
 from longtake.datasets.stage import DatasetInput, Input, Scheduling, StageConfig, ViewInput
+from longtake.pipeline.board import Board, watched
 from longtake.pipeline.cluster import TaskConfig, connected
-from longtake.pipeline.watch import Board, watched
 
 if TYPE_CHECKING:
     from longtake.pipeline.latents import Geometry, Settings

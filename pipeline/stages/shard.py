@@ -15,14 +15,14 @@ from longtake.datasets.errors import Failure, Interrupted, UserError
 from longtake.datasets.masking import shown
 from longtake.datasets.stage import Scheduling, StageConfig
 from longtake.pipeline import retry
+from longtake.pipeline.board import Board, watched
 from longtake.pipeline.cluster import TaskConfig, connected
 from longtake.pipeline.commit import group_name, make_group
+from longtake.pipeline.config import ClipConfig, FrameDiffConfig, LimitsConfig
 from longtake.pipeline.discover import listing_digest
-from longtake.pipeline.geometry import ClipConfig, FrameDiffConfig, LimitsConfig
 from longtake.pipeline.plan import groups as groups_of
 from longtake.pipeline.plan import plan, sources_of
 from longtake.pipeline.seen import planned_again
-from longtake.pipeline.watch import Board, watched
 
 VERSION = 4
 PRODUCES = "dataset"

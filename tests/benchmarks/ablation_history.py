@@ -35,10 +35,10 @@ import torch
 import yaml
 
 from longtake.datasets import compact, index, schema, storage, view
-from longtake.datasets.footage import generate
 from longtake.datasets.loader import to_model
-from longtake.datasets.streams import Lengths
+from longtake.datasets.loader.streams import Lengths
 from longtake.infra import graph, recipe, runner, runs
+from longtake.infra.footage import generate
 from longtake.training import checkpoint, engines, registry
 from longtake.training.loop import train
 from longtake.training.metrics.features import features, load_network

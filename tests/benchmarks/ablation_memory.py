@@ -43,8 +43,8 @@ import yaml
 
 from longtake.datasets import compact, index, neighbours, schema, storage, view
 from longtake.datasets.errors import Failure, UserError
-from longtake.datasets.footage import generate
 from longtake.infra import graph, recipe, runner, runs
+from longtake.infra.footage import generate
 from longtake.training import checkpoint, engines, registry
 from longtake.training.loop import train
 from longtake.training.models.common import sampling

@@ -25,7 +25,7 @@ import zstandard
 from av.video.reformatter import VideoReformatter
 
 from longtake.datasets import clip as clips
-from longtake.pipeline.geometry import ClipConfig, FrameDiffConfig, LimitsConfig
+from longtake.pipeline.config import ClipConfig, FrameDiffConfig, LimitsConfig
 from longtake.pipeline.source import process
 
 WINDOW = 17

@@ -21,11 +21,11 @@ import numpy as np
 import torch
 
 from longtake.datasets import index, storage
-from longtake.datasets.footage import generate
 from longtake.datasets.loader import to_model
+from longtake.infra.footage import generate
 from longtake.pipeline import latents, plan
 from longtake.pipeline.commit import make_group
-from longtake.pipeline.geometry import ClipConfig, FrameDiffConfig, LimitsConfig
+from longtake.pipeline.config import ClipConfig, FrameDiffConfig, LimitsConfig
 from longtake.training.models.pv_vae.model import PVVAE, config_from_preset
 
 

@@ -21,7 +21,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from longtake.datasets import clip, column, compact, index, schema, storage
+from longtake.datasets import clip, compact, index, schema, storage
+from longtake.datasets import latents as column
 from longtake.datasets.shard import write_tar
 from longtake.pipeline import latents
 from longtake.training import engines

@@ -39,14 +39,14 @@ import numpy as np
 import psutil
 import webdataset
 
-from longtake.datasets import clip, compact, index, order, schema, storage
-from longtake.datasets.loader import Loader
-from longtake.datasets.reader import Reader
+from longtake.datasets import clip, compact, index, schema, storage
+from longtake.datasets.loader import Loader, order
+from longtake.datasets.loader.reader import Reader
+from longtake.datasets.loader.window import _draw
 from longtake.datasets.shard import sha256_of, write_tar
-from longtake.datasets.window import _draw
 from longtake.pipeline import plan
 from longtake.pipeline.commit import make_group
-from longtake.pipeline.geometry import ClipConfig, FrameDiffConfig, LimitsConfig
+from longtake.pipeline.config import ClipConfig, FrameDiffConfig, LimitsConfig
 from longtake.pipeline.stages import shard
 
 FRAMES, SIZE, BATCH, WORKERS = 17, (128, 128), 8, 2

@@ -182,7 +182,7 @@ def repeated(dataset: str, folder: Path, samples: int) -> None:
     from bench_loader import _commit, _tar
 
     from longtake.datasets import compact, schema, storage
-    from longtake.datasets.reader import Reader
+    from longtake.datasets.loader.reader import Reader
 
     base, _ = compact.open_split(dataset, "train")
     reader, clips = Reader(), []

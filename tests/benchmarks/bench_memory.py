@@ -20,7 +20,7 @@ import av
 import numpy as np
 import psutil
 
-from longtake.pipeline.geometry import ClipConfig, FrameDiffConfig, LimitsConfig
+from longtake.pipeline.config import ClipConfig, FrameDiffConfig, LimitsConfig
 from longtake.pipeline.isolate import Worker
 
 RATE, SEGMENT_SECONDS, TARGET_MB = 24, 20, 600

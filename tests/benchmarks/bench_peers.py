@@ -36,7 +36,7 @@ import av
 from bench_shard import children, cutting, stage
 
 from longtake.datasets import index, schema
-from longtake.pipeline.geometry import ClipConfig
+from longtake.pipeline.config import ClipConfig
 
 SUFFIXES = (".mp4", ".webm", ".mov", ".avi", ".mkv")
 RUN = """

@@ -37,7 +37,7 @@ from pathlib import Path
 import psutil
 
 from longtake.datasets import index
-from longtake.pipeline.geometry import ClipConfig, FrameDiffConfig, LimitsConfig
+from longtake.pipeline.config import ClipConfig, FrameDiffConfig, LimitsConfig
 from longtake.pipeline.isolate import Worker
 from longtake.pipeline.stages import shard
 

@@ -251,7 +251,7 @@ def test_a_share_of_windows_is_from_none_to_all(small: str, share: float) -> Non
 
 
 def test_latents_of_a_workspace_that_was_moved_are_those_of_its_dataset(tmp_path: Path) -> None:
-    from longtake.datasets import column
+    from longtake.datasets import latents as column
 
     old, new = tmp_path / "old", tmp_path / "new"
     (old / "shards" / "0123").mkdir(parents=True)

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from scipy.stats import spearmanr
 
-from longtake.datasets.footage import Truth, generate, load_truth, render, write_video
+from longtake.infra.footage import Truth, generate, load_truth, render, write_video
 
 SECONDS, FPS, SIZE = 6.0, 12, (96, 128)
 SEEDS = range(12)
@@ -222,7 +222,7 @@ def test_generate_refuses_bad_arguments(tmp_path, name, arguments):
 
 
 def test_the_same_seed_makes_the_same_bytes_in_any_process(tmp_path: Path) -> None:
-    script = "import sys\nfrom longtake.datasets.footage import generate\ngenerate(sys.argv[1], 2, seconds=3.0)"
+    script = "import sys\nfrom longtake.infra.footage import generate\ngenerate(sys.argv[1], 2, seconds=3.0)"
     made = []
     # what an encoder finds in memory that it has not written differs from process to process
     for fill in ("1", "77", "200"):

@@ -10,9 +10,9 @@ import pyarrow as pa
 import pytest
 import torch
 
-from longtake.datasets import index, order, schema, storage, view
+from longtake.datasets import index, schema, storage, view
 from longtake.datasets.errors import Failure, UserError
-from longtake.datasets.loader import Loader, to_model, to_pixels
+from longtake.datasets.loader import Loader, order, to_model, to_pixels
 
 WINDOW: dict[str, Any] = {"frames": 9, "size": (32, 32), "batch": 2}
 

@@ -14,9 +14,9 @@ import pytest
 
 from longtake.datasets import clip, images, media
 from longtake.datasets.errors import Failure, UserError
-from longtake.datasets.footage import write_video
 from longtake.infra.cli.media import frames_of
-from longtake.pipeline.geometry import ClipConfig, FrameDiffConfig, LimitsConfig
+from longtake.infra.footage import write_video
+from longtake.pipeline.config import ClipConfig, FrameDiffConfig, LimitsConfig
 from longtake.pipeline.source import process
 
 _IN_OPEN = 0x20

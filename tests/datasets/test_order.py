@@ -10,10 +10,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from longtake.datasets import batches, order
-from longtake.datasets.batches import Batches, Bucket
 from longtake.datasets.errors import UserError
-from longtake.datasets.window import Window
+from longtake.datasets.loader import batches, order
+from longtake.datasets.loader.batches import Batches, Bucket
+from longtake.datasets.loader.window import Window
 
 sizes = st.lists(st.integers(0, 30), min_size=1, max_size=40)
 seeds = st.integers(0, 2**32 - 1)

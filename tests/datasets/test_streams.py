@@ -13,10 +13,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from longtake.datasets import index, schema, storage, streams, view
+from longtake.datasets import index, schema, storage, view
 from longtake.datasets.errors import Failure, UserError
-from longtake.datasets.loader import Loader
-from longtake.datasets.streams import Lengths
+from longtake.datasets.loader import Loader, streams
+from longtake.datasets.loader.streams import Lengths
 
 HIGH = "latent-test"
 WINDOW: dict[str, Any] = {"frames": 5, "columns": (HIGH,), "batch": 1, "epochs": 30}

@@ -14,11 +14,13 @@ import pytest
 import yaml
 from click.testing import CliRunner
 
-from longtake.datasets import column, storage
+from longtake.datasets import latents as column
+from longtake.datasets import storage
 from longtake.datasets.errors import Interrupted
-from longtake.infra import clean, graph, recipe, runner, runs
+from longtake.infra import graph, recipe, runner, runs
 from longtake.infra.cli.housekeeping import clean as command
-from longtake.infra.debris import Item, Kept
+from longtake.infra.upkeep import clean
+from longtake.infra.upkeep.debris import Item, Kept
 
 TRAINING = {
     "kind": "pretrain_vae", "phase": "image", "dataset": "shards", "view": "view", "name": "tidy",

@@ -25,9 +25,9 @@ from click.testing import CliRunner, Result
 
 from longtake.datasets import index, schema
 from longtake.datasets.errors import UserError
-from longtake.datasets.footage import write_video
 from longtake.infra import graph, recipe
 from longtake.infra.cli.submit import jobs_group, submit
+from longtake.infra.footage import write_video
 from longtake.pipeline import retry
 from longtake.pipeline.commit import make_group
 from longtake.pipeline.stages import shard

@@ -19,8 +19,9 @@ import yaml
 from click.testing import CliRunner
 
 from longtake.datasets import storage
-from longtake.infra import doctor, graph, machine, recipe, runs
+from longtake.infra import graph, recipe, runs
 from longtake.infra.cli.housekeeping import doctor as command
+from longtake.infra.upkeep import doctor, machine
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -177,7 +178,7 @@ def test_a_recipe_that_asks_for_more_than_there_is_is_told_what_and_where(tmp_pa
 def test_a_cluster_is_asked_where_one_is_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, server: tuple[Server, str]
 ) -> None:
-    from longtake.infra import jobs
+    from longtake.infra.cluster import jobs
 
     address = server[1]
     monkeypatch.setattr(jobs, "cluster_nodes", lambda _: [{"CPU": 600.0}, {"CPU": 8.0, "GPU": 2.0}])

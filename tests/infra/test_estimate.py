@@ -13,8 +13,10 @@ from click.testing import CliRunner
 
 from longtake.datasets import index
 from longtake.datasets.errors import UserError
-from longtake.infra import estimate, graph, recipe, runner, runs, sample
+from longtake.infra import graph, recipe, runner, runs
 from longtake.infra.cli.housekeeping import plan
+from longtake.infra.upkeep import estimate
+from longtake.infra.upkeep import look as sample
 from longtake.pipeline import retry
 
 TRAINING = {

@@ -21,8 +21,8 @@ from click.testing import CliRunner, Result
 from torch import nn
 
 from longtake.datasets import clip
-from longtake.datasets.column import encoder_digest
 from longtake.datasets.errors import UserError
+from longtake.datasets.latents import encoder_digest
 from longtake.infra.cli import cli
 from longtake.infra.report import StageRun, build
 from longtake.training import registry

@@ -12,13 +12,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from longtake.datasets import footage, index, storage
+from longtake.datasets import index, storage
+from longtake.infra import footage
 from longtake.infra.report import StageRun, build
 from longtake.infra.report.clips import spread
 from longtake.infra.report.measured import verdicts
 from longtake.infra.report.pictures import curve, running_mean
 from longtake.pipeline.commit import make_group
-from longtake.pipeline.geometry import ClipConfig, FrameDiffConfig, LimitsConfig
+from longtake.pipeline.config import ClipConfig, FrameDiffConfig, LimitsConfig
 from longtake.pipeline.plan import plan, sources_of
 from longtake.pipeline.stages import curate
 

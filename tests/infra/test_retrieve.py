@@ -14,8 +14,8 @@ from PIL import Image
 from torch import nn
 
 from longtake.datasets import clip
-from longtake.datasets.column import encoder_digest
 from longtake.datasets.errors import UserError
+from longtake.datasets.latents import encoder_digest
 from longtake.infra.cli import cli, media
 from longtake.training import registry
 from longtake.training.models.memory import prior as recall

@@ -209,7 +209,7 @@ def test_mlflow_on_postgresql_and_s3_takes_runs_and_models_and_stops(
 def test_a_ray_cluster_of_three_nodes_asks_for_its_token_and_stops(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from longtake.infra import jobs
+    from longtake.infra.cluster import jobs
 
     start, stop = blocks("A Ray cluster")
     env = environment(

@@ -21,9 +21,10 @@ import yaml
 from click.testing import CliRunner, Result
 
 from longtake.datasets.errors import Failure, UserError
-from longtake.infra import graph, jobs, recipe, wheel
-from longtake.infra import submit as submission
+from longtake.infra import graph, recipe
 from longtake.infra.cli.submit import jobs_group, submit
+from longtake.infra.cluster import jobs, wheel
+from longtake.infra.cluster import submit as submission
 
 _spec = spec_from_file_location("dashboard", Path(__file__).with_name("dashboard.py"))
 assert _spec and _spec.loader
@@ -105,7 +106,7 @@ def test_the_wheel_needs_nothing_from_the_network_and_goes_before_what_is_instal
     done = subprocess.run([*install, str(tmp_path), str(code)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     script = (
-        "import importlib.metadata as m, longtake.infra.wheel as w, longtake.training.config as c\n"
+        "import importlib.metadata as m, longtake.infra.cluster.wheel as w, longtake.training.config as c\n"
         "from longtake.infra.recipe import builtin\n"
         "print(w.__file__); print(c.__file__); print(m.version('longtake')); print(m.requires('longtake')); print(builtin())"
     )

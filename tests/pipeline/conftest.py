@@ -24,7 +24,7 @@ import psutil
 import pytest
 
 from longtake.datasets import storage
-from longtake.datasets.footage import write_video
+from longtake.infra.footage import write_video
 from longtake.pipeline import retry
 from longtake.pipeline.commit import make_group
 from longtake.pipeline.stages import shard

@@ -19,9 +19,10 @@ import pytest
 import torch
 from torch import nn
 
-from longtake.datasets import clip, column, images, index, schema, storage, view
-from longtake.datasets.column import read_latents
+from longtake.datasets import clip, images, index, schema, storage, view
+from longtake.datasets import latents as column
 from longtake.datasets.errors import Failure, UserError
+from longtake.datasets.latents import read_latents
 from longtake.datasets.loader import Loader, to_model
 from longtake.datasets.stage import content
 from longtake.datasets.verify import verify

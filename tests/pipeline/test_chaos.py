@@ -14,8 +14,8 @@ import psutil
 import pytest
 
 from longtake.datasets import index
-from longtake.datasets.footage import write_video
 from longtake.datasets.verify import verify
+from longtake.infra.footage import write_video
 from longtake.pipeline.stages import shard
 
 pytestmark = pytest.mark.slow

@@ -18,8 +18,8 @@ from hypothesis import strategies as st
 from longtake.datasets import clip, index
 from longtake.datasets.loader import Loader
 from longtake.infra.cli.media import frames_at
+from longtake.pipeline.config import ClipConfig, FrameDiffConfig, LimitsConfig
 from longtake.pipeline.decode import Tally, _clocked
-from longtake.pipeline.geometry import ClipConfig, FrameDiffConfig, LimitsConfig
 from longtake.pipeline.orientation import oriented, upright
 from longtake.pipeline.source import process
 from longtake.pipeline.stages import shard

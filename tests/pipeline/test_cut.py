@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from longtake.datasets.footage import Event, generate, load_truth
+from longtake.infra.footage import Event, generate, load_truth
 from longtake.pipeline.cut import Sampled, shots
 from longtake.pipeline.decode import frames
 from longtake.pipeline.source import _sampled

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from av.video.reformatter import VideoReformatter
 
-from longtake.pipeline import tone
+from longtake.pipeline import hdr as tone
 from longtake.pipeline.decode import frames, luma, to_planes
 from longtake.pipeline.score import score
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from longtake.datasets import clip
-from longtake.pipeline.geometry import ClipConfig, FrameDiffConfig, LimitsConfig
+from longtake.pipeline.config import ClipConfig, FrameDiffConfig, LimitsConfig
 from longtake.pipeline.isolate import Worker
 
 PLAIN = {"clip": ClipConfig(short_side=64, fps=12), "limits": LimitsConfig(), "diff": FrameDiffConfig()}

@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 
 from longtake.datasets import clip
-from longtake.datasets.footage import load_truth, write_video
-from longtake.pipeline.geometry import ClipConfig, FrameDiffConfig, LimitsConfig, fit
+from longtake.infra.footage import load_truth, write_video
+from longtake.pipeline.config import ClipConfig, FrameDiffConfig, LimitsConfig, fit
 from longtake.pipeline.isolate import Worker
 from longtake.pipeline.source import process
 
@@ -129,7 +129,7 @@ def test_both_decoders_see_the_same_source(footage: Path, tmp_path: Path) -> Non
 def test_the_same_frames_give_the_same_bytes_in_every_process(footage: Path, tmp_path: Path) -> None:
     script = (
         "import sys; from pathlib import Path; from longtake.pipeline.source import process; "
-        "from longtake.pipeline.geometry import *; import hashlib\n"
+        "from longtake.pipeline.config import *; import hashlib\n"
         "for n, v in enumerate(sorted(Path(sys.argv[1]).glob('*.mp4'))[:3]):\n"
         "    r = process(str(v), 'ab' * 10, sys.argv[2], ClipConfig(short_side=64, fps=12), LimitsConfig(), FrameDiffConfig())\n"
         "    print([c['sha256'] for c in r['clips']])"

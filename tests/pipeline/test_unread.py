@@ -21,8 +21,8 @@ from longtake.datasets.errors import UserError
 from longtake.datasets.verify import verify
 from longtake.pipeline import plan, retry, seen
 from longtake.pipeline.commit import make_group
+from longtake.pipeline.config import ClipConfig, FrameDiffConfig, LimitsConfig
 from longtake.pipeline.discover import find
-from longtake.pipeline.geometry import ClipConfig, FrameDiffConfig, LimitsConfig
 from longtake.pipeline.stages import shard
 
 LIMITS = LimitsConfig().model_dump(mode="json")

@@ -11,7 +11,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from longtake.datasets import column, compact, index, schema, storage, view
+from longtake.datasets import compact, index, schema, storage, view
+from longtake.datasets import latents as column
 from longtake.pipeline import latents
 from longtake.pipeline.stages import cache_latents
 from longtake.training import checkpoint, registry

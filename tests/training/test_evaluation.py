@@ -16,7 +16,7 @@ from torch import nn
 from longtake.datasets import index, stage
 from longtake.datasets.errors import UserError
 from longtake.datasets.loader import Loader
-from longtake.datasets.whole import longest
+from longtake.datasets.loader.whole import longest
 from longtake.training import evaluation
 from longtake.training.models.pv_vae.evaluate import by_position
 from longtake.training.models.pv_vae.model import PVVAE, config_from_preset

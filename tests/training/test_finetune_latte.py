@@ -15,7 +15,8 @@ import pytest
 import torch
 from torch import nn
 
-from longtake.datasets import clip, column, index, schema, storage
+from longtake.datasets import clip, index, schema, storage
+from longtake.datasets import latents as column
 from longtake.datasets.errors import Failure, UserError
 from longtake.infra import graph, recipe
 from longtake.pipeline.stages import cache_latents

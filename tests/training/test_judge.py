@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from longtake.datasets import column
+from longtake.datasets import latents as column
 from longtake.datasets.errors import UserError
 from longtake.training import registry
 from longtake.training.models.latte import model as lattes

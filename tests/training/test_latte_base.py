@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from longtake.datasets import column
+from longtake.datasets import latents as column
 from longtake.datasets.errors import UserError
 from longtake.training import checkpoint, registry
 from longtake.training.config import LoraConfig

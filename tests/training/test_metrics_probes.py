@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from longtake.datasets.footage import render
+from longtake.infra.footage import render
 from longtake.training.metrics.motion import (
     Matching,
     dense_flow,

@@ -12,8 +12,8 @@ import pytest
 import torch
 from torch import nn
 
-from longtake.datasets.column import encoder_digest
 from longtake.datasets.errors import UserError
+from longtake.datasets.latents import encoder_digest
 from longtake.datasets.loader import to_model
 from longtake.training import registry
 from longtake.training.models.common import sampling

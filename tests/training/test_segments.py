@@ -12,8 +12,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from longtake.datasets.column import shrunk
 from longtake.datasets.errors import Failure, UserError
+from longtake.datasets.latents import shrunk
 from longtake.datasets.loader import to_pixels
 from longtake.training.models.common.sampling import Settings
 from longtake.training.models.memory import segments

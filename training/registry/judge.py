@@ -16,10 +16,10 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from longtake.datasets.column import read_latents
 from longtake.datasets.errors import UserError
+from longtake.datasets.latents import read_latents
 from longtake.datasets.loader import Loader, to_model
-from longtake.datasets.streams import Lengths
+from longtake.datasets.loader.streams import Lengths
 from longtake.training import data as latent_data
 from longtake.training import registry
 from longtake.training.engines import device

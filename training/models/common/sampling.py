@@ -21,8 +21,8 @@ import torch
 from torch import Tensor, nn
 
 from longtake.datasets import storage
-from longtake.datasets.column import encoder_digest
 from longtake.datasets.errors import UserError
+from longtake.datasets.latents import encoder_digest
 from longtake.datasets.loader import to_model, to_pixels
 from longtake.training import registry
 from longtake.training.models.common.flow import NO_CLASS

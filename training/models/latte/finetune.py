@@ -19,8 +19,8 @@ from pydantic import Field, field_validator, model_validator
 from torch import Tensor
 
 from longtake.datasets.cache import Cache
-from longtake.datasets.column import Latents
 from longtake.datasets.errors import Failure, UserError
+from longtake.datasets.latents import Latents
 from longtake.datasets.loader import Loader, to_model
 from longtake.datasets.stage import DatasetInput, Input, Measuring, ModelInput, StageConfig, ViewInput
 from longtake.training import checkpoint, launch, registry, tracker

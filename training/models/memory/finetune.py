@@ -17,8 +17,8 @@ from pydantic import Field, field_validator, model_validator
 from torch import Tensor
 
 from longtake.datasets.loader import Loader
+from longtake.datasets.loader.streams import Lengths
 from longtake.datasets.stage import Measuring, Scheduling, StageConfig
-from longtake.datasets.streams import Lengths
 from longtake.training.evaluation import checked_network
 from longtake.training.loop import Batch, Engines, Objective
 from longtake.training.metrics.features import read_file

@@ -26,7 +26,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from longtake.datasets.streams import Lengths
+from longtake.datasets.loader.streams import Lengths
 from longtake.training.models.common import flow
 from longtake.training.models.memory.dit import MemoryDiT, MemoryDiTConfig
 from longtake.training.models.memory.encoder import Memory

@@ -16,8 +16,8 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
+from longtake.datasets.loader.streams import Lengths
 from longtake.datasets.stage import StageConfig
-from longtake.datasets.streams import Lengths
 from longtake.training.loop import Batch, Engines, Objective
 from longtake.training.metrics.share import batches
 from longtake.training.models.common import flow

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from longtake.datasets.column import shrunk
+from longtake.datasets.latents import shrunk
 from longtake.datasets.loader import to_model, to_pixels
 from longtake.training.metrics.reconstruction import psnr, ssim
 from longtake.training.metrics.share import place, united

@@ -24,8 +24,8 @@ from safetensors import torch as safetensors
 from torch import Tensor
 
 from longtake.datasets import storage
-from longtake.datasets.column import shrunk
 from longtake.datasets.errors import Failure, UserError
+from longtake.datasets.latents import shrunk
 from longtake.datasets.loader import to_pixels
 from longtake.training.models.common.flow import NO_CLASS, euler, guided, interpolate
 from longtake.training.models.common.sampling import Settings

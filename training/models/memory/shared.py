@@ -15,11 +15,11 @@ from pydantic import Field, ValidationError, field_validator, model_validator
 from torch import Tensor
 
 from longtake.datasets.cache import Cache
-from longtake.datasets.column import Latents
 from longtake.datasets.errors import Failure, UserError
+from longtake.datasets.latents import Latents
 from longtake.datasets.loader import Loader, to_pixels
+from longtake.datasets.loader.streams import Lengths
 from longtake.datasets.stage import DatasetInput, Input, Measuring, ModelInput, StageConfig, ViewInput
-from longtake.datasets.streams import Lengths
 from longtake.training import checkpoint, launch, registry, tracker
 from longtake.training import data as latent_data
 from longtake.training.config import ModelName, TrainConfig

@@ -23,8 +23,8 @@ from torch import Tensor, nn
 from longtake.datasets.cache import Cache
 from longtake.datasets.errors import UserError
 from longtake.datasets.loader import Loader, Mixture, to_model, to_pixels
+from longtake.datasets.loader.whole import longest
 from longtake.datasets.stage import DatasetInput, Measuring, ModelInput, StageConfig, ViewInput
-from longtake.datasets.whole import longest
 from longtake.training import checkpoint, launch, registry, tracker
 from longtake.training.config import ModelName
 from longtake.training.engines import device

@@ -7,7 +7,7 @@ import numpy as np
 
 from longtake.datasets import clip, compact
 from longtake.datasets.cache import Cache
-from longtake.datasets.reader import Reader
+from longtake.datasets.loader.reader import Reader
 from longtake.datasets.view import kept
 
 

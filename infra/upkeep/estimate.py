@@ -20,11 +20,12 @@ from typing import Any
 
 from longtake.datasets import index, storage
 from longtake.datasets.masking import shown_within
-from longtake.infra import debris, graph, runner, runs, yaml_text
+from longtake.infra import graph, runner, runs, yaml_text
 from longtake.infra.graph import Node
 from longtake.infra.recipe import Recipe
 from longtake.infra.runs import Runs
-from longtake.infra.sample import FRAMES, Range, Source, listed, look, ratio
+from longtake.infra.upkeep import debris
+from longtake.infra.upkeep.look import FRAMES, Range, Source, listed, look, ratio
 
 SAMPLE = 5  # sources that are looked into
 TRIAL_STEPS = 5

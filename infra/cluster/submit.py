@@ -15,10 +15,11 @@ from pathlib import Path
 from typing import Any
 
 from longtake.datasets.errors import UserError
-from longtake.infra import graph, jobs, wheel
-from longtake.infra.deploy import Deploy, Resources, environment
+from longtake.infra import graph
+from longtake.infra.cluster import jobs, wheel
+from longtake.infra.cluster.deploy import Deploy, Resources, environment
+from longtake.infra.cluster.jobs import cluster_labels, cluster_nodes
 from longtake.infra.graph import Node
-from longtake.infra.jobs import cluster_labels, cluster_nodes
 from longtake.infra.recipe import Recipe
 
 __all__ = ["cluster_labels", "cluster_nodes", "lacking", "submit"]

@@ -16,10 +16,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from longtake.datasets import column, schema, storage
+from longtake.datasets import latents as column
+from longtake.datasets import schema, storage
 from longtake.datasets.errors import Failure, UserError
-from longtake.infra import debris
-from longtake.infra.debris import (
+from longtake.infra.graph import Node
+from longtake.infra.recipe import Recipe
+from longtake.infra.runs import Runs
+from longtake.infra.upkeep import debris
+from longtake.infra.upkeep.debris import (
     SPOOL,
     Found,
     Item,
@@ -33,9 +37,6 @@ from longtake.infra.debris import (
     run_of,
     size,
 )
-from longtake.infra.graph import Node
-from longtake.infra.recipe import Recipe
-from longtake.infra.runs import Runs
 
 KINDS = ("checkpoints", "latents", "debris", "cache")
 OLDER_SECONDS = 3600.0

@@ -19,10 +19,10 @@ from urllib.parse import urlsplit
 from longtake.datasets import environment, storage
 from longtake.datasets.errors import Failure, UserError
 from longtake.datasets.masking import shown
-from longtake.infra import machine
 from longtake.infra.graph import Node
-from longtake.infra.machine import Level, Line
 from longtake.infra.recipe import Recipe
+from longtake.infra.upkeep import machine
+from longtake.infra.upkeep.machine import Level, Line
 from longtake.training.registry import store as model_store
 
 SKEW = (5.0, 900.0)  # seconds: to warn from, and what S3 refuses
@@ -95,7 +95,7 @@ def surroundings() -> Iterator[Line]:
 
 
 def ray_cluster(address: str) -> Iterator[Line]:
-    from longtake.infra import jobs
+    from longtake.infra.cluster import jobs
 
     if wrong := _silent(address):
         yield Line("fail", "Ray", wrong, "start the cluster (`ray start --head`), or give the right --address")
@@ -245,8 +245,8 @@ def sources(nodes: list[Node]) -> Iterator[Line]:
 
 def resources(recipe: Recipe, nodes: list[Node], address: str | None) -> Iterator[Line]:
     """Whether each stage finds the CPUs, GPUs and memory that it asks for."""
-    from longtake.infra import jobs
-    from longtake.infra.submit import lacking
+    from longtake.infra.cluster import jobs
+    from longtake.infra.cluster.submit import lacking
 
     ray = os.environ.get("RAY_ADDRESS", "")
     if address:

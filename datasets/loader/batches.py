@@ -14,10 +14,10 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
-from longtake.datasets import order
 from longtake.datasets.errors import Failure
+from longtake.datasets.loader import order
+from longtake.datasets.loader.window import Sample, Source, Window, load
 from longtake.datasets.masking import shown
-from longtake.datasets.window import Sample, Source, Window, load
 
 _THREADS, _AHEAD = 8, 32  # samples of a remote dataset on their way at once, and waiting to be taken
 _FETCHES = 2  # tars on their way to the cache before they are needed

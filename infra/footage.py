@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from longtake.datasets.errors import UserError
 
-_MISSING = 'longtake.datasets.footage needs av, matplotlib and scikit-learn: pip install "longtake[pipeline]"'
+_MISSING = 'longtake.infra.footage needs av, matplotlib and scikit-learn: pip install "longtake[pipeline]"'
 try:
     import av
     from matplotlib import cbook

@@ -1,8 +1,8 @@
 """The loader: any split, view and columns of a dataset as a deterministic stream of batches.
 
-The order is `datasets.order`, a batch is made by `datasets.batches`, a sample by `datasets.window`. Samples are read by
-their byte offsets and cross process borders as uint8. The state is the number of batches taken, and any batch is made from
-its number alone: resuming opens the tars that come next, at the bytes where they are needed, and replays nothing.
+The order is `order`, a batch is made by `batches`, a sample by `window`. Samples are read by their byte offsets and cross
+process borders as uint8. The state is the number of batches taken, and any batch is made from its number alone: resuming
+opens the tars that come next, at the bytes where they are needed, and replays nothing.
 """
 
 import hashlib
@@ -19,15 +19,16 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import torch
 
-from longtake.datasets import compact, index, neighbours, order, schema, storage, streams
-from longtake.datasets.batches import Batches, Bucket, Mixed, Plan
+from longtake.datasets import compact, index, neighbours, schema, storage
 from longtake.datasets.cache import Cache
 from longtake.datasets.errors import Failure, UserError
-from longtake.datasets.reader import Reader
-from longtake.datasets.shapes import window_shapes
-from longtake.datasets.streams import Lengths
+from longtake.datasets.loader import order, streams
+from longtake.datasets.loader.batches import Batches, Bucket, Mixed, Plan
+from longtake.datasets.loader.reader import Reader
+from longtake.datasets.loader.shapes import window_shapes
+from longtake.datasets.loader.streams import Lengths
+from longtake.datasets.loader.window import Source, Window
 from longtake.datasets.view import kept
-from longtake.datasets.window import Source, Window
 
 COLUMNS = ("video", "frame_diff", "latent-DIGEST", "json", "label")
 
@@ -90,7 +91,7 @@ class Loader(Stream):
     uint8 (B, 3, T-1, h, w), `latent` float16 or bfloat16 (B, 2, C, 1 + (T-1)/4, h, w) of mean and log-variance, `json`
     [dict] and `label` int64 (B,); B is this rank's share. A second column of latents is `latent_2`, of the same steps, and
     so on. With `history_seconds` also `history_video`, `history_latent`, `history_latent_2` and how many of their frames
-    and steps are true (see `datasets.window`).
+    and steps are true (see `datasets.loader.window`).
 
     Args:
         dataset: URL of the dataset.
@@ -116,7 +117,7 @@ class Loader(Stream):
         history_least: seconds that must have come before the clip; one that joins to less is left out, and
             `samples_without_history` counts them. With `history_seconds` the same, every history is whole.
         histories: of latents, in place of `history_seconds`: how many steps of the clip's stream to give before a window,
-            and so where in the stream it begins (see `datasets.streams`). Without `shuffle` each stream comes once.
+            and so where in the stream it begins (see `datasets.loader.streams`). Without `shuffle` each stream comes once.
             `history_mean` says how many steps that is on the average, `longest_stream` has all the steps of the longest.
         workers: decoding processes of this rank; 0 decodes in this one.
         cache: where to keep whole tars of a remote dataset; None reads each sample by itself.

@@ -14,11 +14,11 @@ import numpy as np
 from longtake.datasets import clip, later
 from longtake.datasets.compact import Rows
 from longtake.datasets.errors import Failure
+from longtake.datasets.loader.order import sample_rng
+from longtake.datasets.loader.reader import Reader
+from longtake.datasets.loader.streams import Lengths, clips_of, first_step
 from longtake.datasets.neighbours import pasts
-from longtake.datasets.order import sample_rng
-from longtake.datasets.reader import Reader
 from longtake.datasets.shard import described
-from longtake.datasets.streams import Lengths, clips_of, first_step
 
 
 @dataclass(frozen=True)

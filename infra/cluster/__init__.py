@@ -1,0 +1,1 @@
+"""Runs on a Ray cluster: submit them, watch them, render the cluster for Kubernetes."""
