@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field, model_validator
 
-from longtake.datasets.stage import Naming, Scheduling, StageConfig
+from longtake.datasets.stage import Measuring, Naming, Scheduling, StageConfig
 
 
 def _pattern(text: str) -> str:
@@ -159,3 +159,21 @@ class TrainConfig(StageConfig):
         if self.profile and not 0 < self.profile[0] <= self.profile[1]:
             raise ValueError(f"profile {list(self.profile)}: needs the first and the last step, from 1 on")
         return self
+
+
+class EvaluatedConfig(TrainConfig):
+    """How the trained model is measured on held-out clips, over all processes of the training; beside each, what it costs.
+
+    Other settings measure the model of the last checkpoint again, and train nothing.
+    """
+
+    eval_clips: Annotated[int, Measuring()] = Field(512, ge=1)  # held-out clips, at most; a few forward passes each
+    # LTD, principal components and paths of the latents in time: next to nothing
+    eval_latents: Annotated[bool, Measuring()] = True
+    # clips of either split that linear probes of flow, next frame and tracks see: they are decoded, and matched block by
+    # block, which takes about as long on a CPU as 100 passes of a tiny model; 0 has none
+    eval_probes: Annotated[int, Measuring()] = Field(0, ge=0)
+    # a feature network (see training.metrics.features), for Fréchet and kernel distances: a pass of it a video; without one
+    # none is measured
+    features: Annotated[str | None, Measuring()] = None
+    eval_batch: Annotated[int, Scheduling()] = Field(8, ge=1)  # videos that a process generates at once

@@ -1,9 +1,9 @@
-"""What the stages that learn from a dataset's latents share: the column, checked; its autoencoder; the pinned inputs."""
+"""What training stages learn from: loaders of a dataset, columns of latents, and a prior's target, latents or pixels."""
 
-import json
-from collections.abc import Collection, Mapping
-from pathlib import Path
-from typing import Any, Literal
+import dataclasses
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import pyarrow.compute as pc
@@ -11,13 +11,41 @@ import torch
 from torch import Tensor
 
 from longtake.datasets import compact, schema, storage
+from longtake.datasets.cache import Cache
 from longtake.datasets.errors import UserError
 from longtake.datasets.latents import Latents, encoder_digest, read_latents
+from longtake.datasets.loader import Loader, to_model
 from longtake.datasets.stage import StageConfig
-from longtake.training import registry
+from longtake.training.config import TrainConfig
 from longtake.training.engines import device
-from longtake.training.models.common import sampling
-from longtake.training.models.pv_vae.model import PVVAE
+from longtake.training.metrics import trivial
+from longtake.training.metrics.distance import merge, moments
+from longtake.training.models.common.codec import Codec, Pixels, Posterior, load_codec, nearest_lengths
+from longtake.training.objective import Batch
+
+HELDOUT: dict[str, Any] = {"batch": 1, "last": "pad", "shuffle": False, "epochs": 1}  # clips one by one, once
+
+
+def loader(config: Any, inputs: Mapping[str, str], split: str, **options: Any) -> Loader:
+    """A loader of the dataset that a stage names, with its view, its cache and its window."""
+    window = {"frames": config.frames, "stride": getattr(config, "stride", 1)}
+    return Loader(inputs["dataset"], split, view=inputs.get("view"), cache=cache_of(config), **window | options)
+
+
+def cache_of(config: TrainConfig) -> Cache | None:
+    """The cache of a remote dataset's tars that a stage names."""
+    return Cache(config.cache.folder, config.cache.max_bytes) if config.cache else None
+
+
+def share_of(config: TrainConfig, rank: int, world: int) -> dict[str, Any]:
+    """The options of a training loader for this rank's share of each pass."""
+    batch = config.batch // config.accumulate
+    return {"batch": batch, "rank": rank, "world": world, "seed": config.seed, "workers": config.workers}
+
+
+def on_device(batch: Batch) -> Batch:
+    """A batch with its tensors on this rank's device."""
+    return {name: value.to(device()) if isinstance(value, Tensor) else value for name, value in batch.items()}
 
 
 def check_recipe(config: Any, inputs: Mapping[str, StageConfig], columns: Collection[str], span: int) -> None:
@@ -53,7 +81,7 @@ def column_of(dataset: str, uri: str, frames: int, field: str = "latents") -> La
     made = read_latents(uri)
     if made.dataset != storage.absolute(dataset):
         raise UserError(f"{field}: {uri} are of the dataset {made.dataset}, not of {dataset}")
-    low, high = sampling.nearest_lengths(frames, made.factor)
+    low, high = nearest_lengths(frames, made.factor)
     if low != high:
         raise UserError(f"frames: {frames}: latents have windows of 1 + {made.factor}n frames, such as {low} or {high}")
     for split in schema.SPLITS:
@@ -64,6 +92,37 @@ def column_of(dataset: str, uri: str, frames: int, field: str = "latents") -> La
     if not len(compact.open_split(dataset, "train", made.column)[1]):
         raise UserError(f"{field}: {dataset} has no column {made.column}; run their `cache_latents` stage again")
     return made
+
+
+def columns_of(
+    uri: str, encoder: str | None, inputs: Mapping[str, str], frames: int, shrink: tuple[int, int] | None = None
+) -> list[str]:
+    """The columns that a trained model sees: of the latents that it has learned, and of scaled-down ones if it needs them.
+
+    Args:
+        uri: of the model, for messages.
+        encoder: digest of what has made the latents that it has learned.
+        inputs: URIs `dataset`, `latents`, `low_latents`.
+        shrink: what the video of the second column is scaled down by.
+
+    Raises:
+        UserError: a column that is not given, or of another autoencoder or scale; and as `column_of`.
+    """
+    if "latents" not in inputs:
+        raise UserError(f"latents: {uri} has learned latents; name what their `cache_latents` stage has made")
+    columns = [column_of(inputs["dataset"], inputs["latents"], frames)]
+    if shrink not in (None, (1, 1)):
+        if "low_latents" not in inputs:
+            raise UserError(f"low_latents: {uri} needs those with shrink: [{shrink[0]}, {shrink[1]}]; name them")
+        low = column_of(inputs["dataset"], inputs["low_latents"], frames, "low_latents")
+        if low.shrink != shrink:
+            has = f"{low.shrink[0]}x{low.shrink[1]}"
+            raise UserError(f"low_latents: are shrunk by {has}, {uri} needs shrink: [{shrink[0]}, {shrink[1]}]")
+        columns.append(low)
+    for field, column in zip(("latents", "low_latents"), columns, strict=False):
+        if column.encoder["digest"] != encoder:
+            raise UserError(f"{field}: {inputs[field]} are of another autoencoder than {uri} has learned")
+    return [column.column for column in columns]
 
 
 def commonest_size(dataset: str, made: Latents) -> tuple[int, int]:
@@ -81,36 +140,121 @@ def statistics(made: Latents, posterior: Literal["sample", "mean"]) -> tuple[Ten
     return mean, (std.square() + torch.tensor(made.posterior_std).square()).sqrt() if posterior == "sample" else std
 
 
-def decoder_of(made: Latents, uri: str) -> PVVAE:
+def decoder_of(made: Latents, uri: str) -> Any:
     """The autoencoder that makes videos of the latents, frozen, on this rank's device.
 
     Raises:
         UserError: it is none, or has another encoder than has made the latents.
     """
-    vae = sampling.load_vae(uri)
-    if encoder_digest(vae) != made.encoder["digest"]:
+    codec = load_codec(uri)
+    if encoder_digest(codec) != made.encoder["digest"]:
         raise UserError(
             f"vae: {uri} has another encoder than has made the latents, {made.encoder['uri']}; encode again, or name that"
         )
-    return vae.requires_grad_(False).to(device())
+    return codec.requires_grad_(False).to(device())
 
 
-def pinned(inputs: Mapping[str, str], folder: Path) -> dict[str, str]:
-    """The inputs with the models' versions, as they were when this training began; their lineage is kept in `folder`.
+class Target(Protocol):
+    """What a prior learns to generate; chosen once, so that no loss asks which it is.
 
-    Where no autoencoder is named, it is the one that has made the latents.
+    record    of the column of latents; None for pixels
+    channels, shape   of a window, (frames, height, width), as the prior sees it
+    fps       frames per second of its videos
+    codec     makes videos of it
     """
-    path = folder / "lineage.json"
-    if path.exists():
-        record = json.loads(path.read_bytes())
-    else:
-        vae = {"vae": read_latents(inputs["latents"]).encoder["uri"]} if "latents" in inputs else {}
-        record = registry.lineage(vae | dict(inputs))
-        storage.write(str(path), storage.canonical_json(record))
-    models = {name: record["inputs"][name]["uri"] for name in ("vae", "base") if name in record["inputs"]}
-    return dict(inputs) | models
+
+    @property
+    def record(self) -> Latents | None: ...
+
+    @property
+    def channels(self) -> int: ...
+
+    @property
+    def shape(self) -> tuple[int, int, int]: ...
+
+    @property
+    def fps(self) -> float: ...
+
+    @property
+    def codec(self) -> Codec: ...
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Pixels of a video, height and width."""
+
+    def columns(self, split: str) -> dict[str, Any]:
+        """The options of a loader of its windows."""
+
+    def given(self, model: Any, batch: Batch, rng: torch.Generator | None = None) -> Tensor:
+        """What is to be generated, normalised as the model does, fp32; without `rng` always the same."""
+
+    def start(self, batch: Batch, rng: torch.Generator) -> Tensor:
+        """0 for each window that starts its clip, whose first latent is of one frame; else another number."""
+
+    def trivial(self, windows: Iterable[Batch]) -> tuple[trivial.Still, trivial.Gaussian]:
+        """Velocities that know the mean, or the mean and variance, alone."""
 
 
-def lineage_of(folder: Path) -> dict[str, Any]:
-    """What `pinned` has kept."""
-    return dict(json.loads((folder / "lineage.json").read_bytes()))
+@dataclass(frozen=True)
+class LatentTarget:
+    """Latents of a column: drawn from what the autoencoder says of them, or their means. A `Target`."""
+
+    record: Latents
+    channels: int
+    shape: tuple[int, int, int]
+    fps: float
+    codec: Codec
+    posterior: Literal["sample", "mean"]
+    clip_starts: float  # share of training windows that start their clip
+
+    @property
+    def size(self) -> tuple[int, int]:
+        return self.shape[1] * self.record.stride, self.shape[2] * self.record.stride
+
+    def columns(self, split: str) -> dict[str, Any]:
+        starts = {"clip_starts": self.clip_starts} if split == "train" else {}
+        return {"columns": (self.record.column,), **starts}
+
+    def given(self, model: Any, batch: Batch, rng: torch.Generator | None = None) -> Tensor:
+        posterior = Posterior(*batch["latent"].float().unbind(1))
+        drawn = self.posterior == "sample" and rng is not None
+        latents: Tensor = model.normalise(posterior.sample(rng) if drawn else posterior.mode())
+        return latents
+
+    def start(self, batch: Batch, rng: torch.Generator) -> Tensor:
+        start: Tensor = batch["start"]
+        return start
+
+    def trivial(self, windows: Iterable[Batch]) -> tuple[trivial.Still, trivial.Gaussian]:
+        return trivial.unit(self.channels, torch.zeros((), device=device()))
+
+
+@dataclass(frozen=True)
+class PixelTarget:
+    """Pixels, which look the same anywhere in a clip: windows are only told that they start it. A `Target`."""
+
+    shape: tuple[int, int, int]
+    fps: float
+    clip_starts: float  # share of training windows that are told so
+    codec: Codec = dataclasses.field(default_factory=Pixels)
+    record: None = None
+    channels: int = 3
+
+    @property
+    def size(self) -> tuple[int, int]:
+        return self.shape[1:]
+
+    def columns(self, split: str) -> dict[str, Any]:
+        return {"columns": ("video",), "size": self.size}
+
+    def given(self, model: Any, batch: Batch, rng: torch.Generator | None = None) -> Tensor:
+        return to_model(batch["video"])
+
+    def start(self, batch: Batch, rng: torch.Generator) -> Tensor:
+        draws = torch.rand(len(batch["key"]), generator=rng, device=rng.device)
+        return (draws >= self.clip_starts).long()
+
+    def trivial(self, windows: Iterable[Batch]) -> tuple[trivial.Still, trivial.Gaussian]:
+        total = merge(moments(to_model(batch["video"]).transpose(0, 1).flatten(1).T) for batch in windows)
+        std = total.covariance().diagonal().sqrt()
+        return trivial.Still(total.mean.float()), trivial.Gaussian(total.mean.float(), std.float())

@@ -1,15 +1,13 @@
-"""The training loop: read it from top to bottom. It knows engines, objective, loader, tracker and checkpoints.
+"""The training loop: read it from top to bottom. It knows engines, an objective, a loader, a tracker and checkpoints.
 
-A step is: data, then for each engine a forward, a backward and an update, then the averages of the weights, then
-bookkeeping. Nothing random outlives a step: generators are seeded from (seed, step, pass, rank), so a resumed run needs no
-saved random state.
+Nothing random outlives a step: generators are seeded from (seed, step, pass, rank), so a resumed run needs no saved
+random state.
 """
 
 import importlib
 import math
 import os
-import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from itertools import chain, count, islice
@@ -18,70 +16,21 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
-from tqdm import tqdm
+from torch import Tensor
 
 from longtake.datasets.errors import Interrupted, UserError
 from longtake.datasets.loader import Loader, Stream
 from longtake.datasets.stage import content
 from longtake.training import checkpoint, engines, guards
-from longtake.training import progress as watch
-from longtake.training.checkpoint import upload as copies
+from longtake.training.checkpoint import upload
 from longtake.training.config import TrainConfig
-from longtake.training.engines import ema as averages
+from longtake.training.engines import ema
+from longtake.training.objective import Batch, Engines, Objective, Turn
+from longtake.training.progress import Progress, means
 from longtake.training.tracker import Tracker
 
-Batch = dict[str, Any]
-Engines = Mapping[str, Any]
 _ALL_RANKS = 1 << 31
 _MAY_CHANGE = ("steps", "skip_nonfinite")
-
-
-@dataclass(frozen=True)
-class Objective:
-    """What is trained: modules by engine name, and for each engine its loss on a batch.
-
-    Args:
-        modules: in the order in which their engines take turns. The first is the one that is averaged and registered.
-        loss: `loss(name, engines, batch, generator)` returns a scalar and metrics to log. It calls `engines[name](...)`
-            for the engine that learns now, and `engines[other].module(...)` for one that is frozen meanwhile.
-            `batch["seed"]` is a number of the pass that all ranks share, `generator` is the rank's own.
-        sample: `sample(engines, generator)` returns videos to look at by name, uint8 `(T, H, W, 3)`; called without
-            gradients, on all ranks.
-        fps: of those videos.
-        tokens: how many tokens a batch has, for the tokens per second.
-        blocks: parts of the modules that `compile` compiles one by one.
-        heldout: held-out clips, one a batch, the same each time: their loss is logged as `heldout/...` now and then.
-        starts: step at which an engine begins to learn, 0 for those that are not named.
-        settings: of engines that have a rate, betas or schedule of their own, counted from their start.
-        state: small vectors that outlive a step and go through a checkpoint, changed in place, on all ranks alike.
-    """
-
-    modules: dict[str, nn.Module]
-    loss: Callable[[str, Engines, Batch, torch.Generator], tuple[Tensor, dict[str, Tensor]]]
-    sample: Callable[[Engines, torch.Generator], dict[str, np.ndarray]] | None = None
-    fps: int = 8
-    tokens: Callable[[Batch], int] | None = None
-    blocks: Sequence[nn.Module] = ()
-    heldout: Iterable[Batch] = ()
-    starts: Mapping[str, int] = field(default_factory=dict)
-    settings: Mapping[str, TrainConfig] = field(default_factory=dict)
-    state: Mapping[str, Tensor] = field(default_factory=dict)
-
-
-def learning_rate(config: TrainConfig, step: int) -> float:
-    """The rate of a step: linear warm-up, then constant or a cosine that ends at `final_lr` of it."""
-    if step < config.warmup:
-        return config.lr * (step + 1) / config.warmup
-    if config.schedule == "constant":
-        return config.lr
-    done = (step - config.warmup) / max(1, config.steps - config.warmup)
-    return config.lr * (config.final_lr + (1 - config.final_lr) * 0.5 * (1 + math.cos(math.pi * done)))
-
-
-def pass_seed(seed: int, step: int, number: int, rank: int) -> int:
-    """The seed of a rank's `number`-th forward pass of a step, or of `_ALL_RANKS` together."""
-    return int(np.random.SeedSequence([seed, step, number, rank]).generate_state(1, np.uint64)[0] >> 1)
 
 
 def train(
@@ -102,163 +51,225 @@ def train(
         Failure: out of memory; a loss or gradient is not finite; a checkpoint cannot be read or written.
         Interrupted: told to stop, and saved.
     """
-    rank, world, device = torch.distributed.get_rank(), torch.distributed.get_world_size(), engines.device()
+    run = _begin(objective, loader, config, folder)
+    step, lead = run.step, run.engines[objective.lead]
+    nonfinite = guards.Nonfinite(folder, config.skip_nonfinite, run.left_out)
+    spikes, leaps = guards.Spikes(folder, config.spike), 0
+    checkpoints = checkpoint.Checkpoints(
+        folder, config.keep_checkpoints, config.keep_every, config.upload, config.stall_seconds
+    )
+    batches = iter(loader)
+    with (
+        guards.stop_signal(config.stop_seconds, stop) as stop_requested,
+        checkpoints,
+        guards.watchdog(config.stall_seconds) as beat,
+        Progress(config, folder, step, beat) as progress,
+    ):
+        while step < config.steps:
+            progress.begin(step)
+            logs = (step + 1) % config.log_every == 0 or step + 1 == config.steps
+            rates = learning_rates(objective, config, step)
+            update = _Update()
+
+            # One update: forward and backward of every engine, in as many passes as accumulate.
+            for number in range(config.accumulate):
+                with progress.part(step, "data"):
+                    batch = _on_device(next(batches))
+                rng, seed = _seeded(config.seed, step, number)
+                update.begin_pass(batch)
+                for name, rate in rates.items():
+                    turn = Turn(name, run.engines, batch, step, rng, seed, update.carry)
+                    engines.set_lr(run.engines[name], rate)
+                    _take(turn, objective, progress, update, norms=logs and number + 1 == config.accumulate)
+                update.tokens += objective.tokens(batch) if objective.tokens else 0
+            step += 1
+
+            # Stop, or leave the update out, on all ranks alike.
+            leapt = [
+                spikes.heed(step, float(terms.get("loss", math.nan)), keys)
+                for terms, keys in zip(update.terms, update.keys, strict=True)
+            ]
+            leave, leapt_anywhere, *lost = guards.on_any_rank(stop_requested(), any(leapt), *update.lost.values())
+            for (name, here), anywhere in zip(update.lost.items(), lost, strict=True):
+                update.norms[f"gradient_norm_{name}"] = engines.gradient_norm(run.engines[name])
+                if anywhere or engines.left_out(run.engines[name]):
+                    nonfinite.heed(step, name, bool(here), anywhere, list(chain.from_iterable(update.keys)))
+            leaps += leapt_anywhere
+            if leapt_anywhere:
+                progress.warn(f"the loss leaps at step {step}; {folder}/spikes.jsonl names the rank and the batch")
+
+            # Move the averages.
+            ema.move(run.averages, lead, step)
+
+            # Log.
+            profile = progress.end(step, [update.norms, *update.terms], sum(map(len, update.keys)), update.tokens)
+            if logs:
+                figures = progress.take(step) | {"learning_rate": rates[objective.lead]}
+                figures |= {"updates_left_out": float(nonfinite.count), "spikes": float(leaps)}
+                if tracker:
+                    tracker.log(step, figures)
+            if profile and tracker:
+                tracker.later(profile, "profile")
+
+            # Sample videos to look at.
+            if objective.sample and config.sample_every and step % config.sample_every == 0:
+                with progress.aside(step, "sample"):
+                    _sample(objective, run.engines, config, step, tracker)
+
+            # Measure held-out clips.
+            if config.heldout_every and (step % config.heldout_every == 0 or step == config.steps):
+                with progress.aside(step, "heldout"):
+                    figures = _heldout(objective, run, config, step)
+                if tracker and figures:
+                    tracker.log(step, figures)
+
+            # Checkpoint, and leave if told to.
+            if step % config.checkpoint_every == 0 or step == config.steps or leave:
+                beat(step, "checkpoint")
+                state = _state(objective, loader, config, step, nonfinite.count)
+                checkpoints.save(run.engines, objective.lead, run.averages, state)
+            if leave:
+                checkpoints.wait()
+                raise Interrupted(f"train: stopped at step {step}, state saved")
+
+
+@dataclass(frozen=True)
+class _Run:
+    """A training as it begins or continues: after how many steps, and how many updates were left out before."""
+
+    engines: Engines
+    averages: ema.Averages
+    step: int
+    left_out: int
+
+
+def _begin(objective: Objective, loader: Stream, config: TrainConfig, folder: Path) -> _Run:
+    """Make the engines, and bring them and the loader to where the latest checkpoint stands. Raises as `train`."""
+    rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
     folder.mkdir(parents=True, exist_ok=True)
-    if rank == 0 and (config.warmup_steps or 0) > config.steps:
+    if rank == 0:
+        _first_rank_begins(config, folder)
+    if config.upload:
+        upload.fetch(folder, config.upload)
+    universal = checkpoint.for_world(folder, list(objective.modules), config.zero_stage)
+    made = engines.engines_of(objective.modules, objective.lead, config, world, universal, objective.settings)
+    _speed_up(objective, config)
+    averages = ema.begin(made[objective.lead], config.ema_half_lives)
+    path = checkpoint.latest(folder)
+    if path is None:
+        return _Run(made, averages, 0, 0)
+    meta = checkpoint.meta(path)
+    _check_settings(config, meta["settings"], path)
+    loader.load_state_dict(meta["loader"])
+    checkpoint.load(path, made, universal)
+    saved = {life: checkpoint.Weights(path, life) for life in averages}
+    ema.restore(averages, made[objective.lead], saved)
+    for name, value in objective.state.items():
+        value.copy_(torch.tensor(meta["state"][name]))
+    return _Run(made, averages, meta["step"], meta["left_out"])
+
+
+def _first_rank_begins(config: TrainConfig, folder: Path) -> None:
+    """Say what is odd about the settings, and delete what an earlier attempt has reported."""
+    if (config.warmup_steps or 0) > config.steps:
         print(
             f"warmup_steps: {config.warmup_steps} are more than all {config.steps} steps; warming up for {config.warmup}",
             flush=True,
         )
-    if rank == 0:
-        for old in (*folder.glob("nonfinite-*.json"), *folder.glob("spikes.jsonl")):
-            old.unlink()
-    if config.upload:
-        copies.fetch(folder, config.upload)
-    universal = checkpoint.for_world(folder, list(objective.modules), config.zero_stage)
-    made = engines.engines_of(objective.modules, config, world, universal, objective.settings)
-    _speed_up(objective, config)
-    lead = next(iter(made.values()))
-    step, left_out, ema = 0, 0, averages.begin(lead, config.ema_half_lives)
-    if found := checkpoint.latest(folder):
-        meta = checkpoint.meta(found)
-        _same_settings(config, meta["settings"], found)
-        loader.load_state_dict(meta["loader"])
-        checkpoint.load(found, made, universal)
-        averages.restore(ema, lead, {life: checkpoint.Weights(found, life) for life in ema})
-        for name, value in objective.state.items():
-            value.copy_(torch.tensor(meta["state"][name]))
-        step, left_out = meta["step"], meta["left_out"]
+    for report in (*folder.glob("nonfinite-*.json"), *folder.glob("spikes.jsonl")):
+        report.unlink()
 
-    facts = {"run": os.environ.get("MLFLOW_RUN_ID"), "recipe": os.environ.get("LONGTAKE_RECIPE"), "seed": config.seed}
-    keeper = checkpoint.Checkpoints(
-        folder, config.keep_checkpoints, config.keep_every, config.upload, config.stall_seconds
-    )
-    nonfinite = guards.Nonfinite(folder, config.skip_nonfinite, left_out)
-    spikes = guards.Spikes(folder, config.spike)
-    clock, flops, rows = watch.Clock(), watch.Flops(), list[dict[str, Any]]()
-    peak, profile = (
-        watch.peak_flops(config.peak_tflops),
-        watch.Profile(config.profile, folder / "profile", config.steps),
-    )
-    batches, began, leaps = iter(loader), step, 0
-    bar = tqdm(
-        desc="train",
-        total=config.steps,
-        initial=step,
-        unit="step",
-        disable=rank != 0,
-        mininterval=1.0 if sys.stderr.isatty() else 15.0,
-    )
-    with (
-        guards.stop_signal(config.stop_seconds, stop) as told,
-        keeper,
-        guards.watchdog(config.stall_seconds) as beat,
-        bar,
-    ):
-        while step < config.steps:
-            profile.before(step + 1)
-            rate = learning_rate(config, step)
-            logs = (step + 1) % config.log_every == 0 or step + 1 == config.steps
-            lost = dict[str, Tensor]()
-            metrics, passes, keys = dict[str, Any](), list[dict[str, Any]](), list[list[str]]()
-            for number in range(config.accumulate):
-                beat(step, "data")
-                with clock.part("data"):
-                    batch = _to_device(next(batches), device)
-                keys.append(batch.get("key", []))
-                passes.append({})
-                # after the data, since a loader that starts draws from the global generator
-                seed = pass_seed(config.seed, step, number, rank)
-                torch.manual_seed(seed)
-                generator = torch.Generator(device).manual_seed(seed)
-                batch["seed"] = pass_seed(config.seed, step, number, _ALL_RANKS)
-                for name, engine in made.items():
-                    since = step - objective.starts.get(name, 0)
-                    if since < 0:
-                        continue
-                    own = objective.settings.get(name)
-                    engines.set_lr(engine, learning_rate(own, since) if own else rate)
-                    shape = watch.batch_key(name, batch)
-                    with _only_learning(made, name), guards.memory_told(step, batch):
-                        beat(step, f"forward of {name}")
-                        with clock.part("forward"), flops.counting(shape, "forward"):
-                            loss, logged = objective.loss(name, made, batch, generator)
-                        beat(step, f"backward of {name}")
-                        with clock.part("backward"), flops.counting(shape, "backward"):
-                            engine.backward(guards.contagious(loss))
-                        lost[name] = lost.get(name, 0) + ~torch.isfinite(loss.detach())
-                        beat(step, f"update of {name}")
-                        if logs and number + 1 == config.accumulate:
-                            norms = engines.gradient_norms(engine)
-                            metrics |= {f"gradient_norm_{name}/{child}": norm for child, norm in norms.items()}
-                        with clock.part("update"):
-                            engine.step()
-                    clock.flops += world * flops.of(shape)
-                    passes[-1] |= logged
-                if objective.tokens:
-                    clock.tokens += world * objective.tokens(batch)
-            step += 1
-            clock.steps += 1
-            clock.samples += world * sum(map(len, keys))
-            losses = [float(found.get("loss", math.nan)) for found in passes]
-            leapt = [spikes.heed(step, loss, each) for loss, each in zip(losses, keys, strict=True)]
-            leave, leapt_anywhere, *anywhere = guards.on_any_rank(told(), any(leapt), *lost.values())
-            for (name, here), somewhere in zip(lost.items(), anywhere, strict=True):
-                metrics[f"gradient_norm_{name}"] = engines.gradient_norm(made[name])
-                if somewhere or engines.left_out(made[name]):
-                    nonfinite.heed(step, name, bool(here), somewhere, list(chain.from_iterable(keys)))
-            averages.move(ema, lead, step)
-            leaps += leapt_anywhere
-            if leapt_anywhere and rank == 0:
-                where = f"{folder}/spikes.jsonl names the rank and the batch"
-                bar.write(f"warning: the loss leaps at step {step}; {where}", file=sys.stderr)
-            rows += [metrics, *passes]
-            bar.update()
-            if logs:
-                beat(step, "log")
-                values = (
-                    watch.means(rows) | clock.take(peak and peak * world) | watch.memory() | {"learning_rate": rate}
-                )
-                values |= {"updates_left_out": float(nonfinite.count), "spikes": float(leaps)}
-                rows, clock = list[dict[str, Any]](), watch.Clock()
-                bar.set_postfix(
-                    loss=f"{values.get('loss', math.nan):.4f}",
-                    data_wait=f"{values['data_wait_share']:.0%}",
-                    refresh=False,
-                )
-                if values["data_wait_share"] > config.warn_data_wait and step > began + config.log_every:
-                    bar.write(
-                        f"warning: step {step}: {values['data_wait_share']:.0%} of the time went into waiting for data;"
-                        f" raise workers (now {config.workers}), or cache the dataset",
-                        file=sys.stderr,
-                    )
-                if tracker:
-                    tracker.log(step, values)
-            if (recorded := profile.after(step)) and tracker:
-                tracker.later(recorded, "profile")
-            if objective.sample and config.sample_every and step % config.sample_every == 0:
-                beat(step, "sample")
-                with clock.aside():
-                    _look(objective, made, config, step, tracker)
-            if config.heldout_every and (step % config.heldout_every == 0 or step == config.steps):
-                beat(step, "heldout")
-                with clock.aside():
-                    values = _heldout(objective, made, ema, config)
-                if tracker and values:
-                    tracker.log(step, values)
-            if step % config.checkpoint_every == 0 or step == config.steps or leave:
-                beat(step, "checkpoint")
-                state = {
-                    "step": step,
-                    "loader": loader.state_dict(),
-                    "settings": content(config),
-                    "left_out": nonfinite.count,
-                    "state": {name: value.tolist() for name, value in objective.state.items()},
-                }
-                keeper.save(made, ema, state | facts)
-            if leave:
-                keeper.wait()
-                raise Interrupted(f"train: stopped at step {step}, state saved")
+
+def _state(objective: Objective, loader: Stream, config: TrainConfig, step: int, left_out: int) -> dict[str, Any]:
+    """What a checkpoint holds beside the engines."""
+    return {
+        "step": step,
+        "loader": loader.state_dict(),
+        "settings": content(config),
+        "left_out": left_out,
+        "state": {name: value.tolist() for name, value in objective.state.items()},
+        "run": os.environ.get("MLFLOW_RUN_ID"),
+        "recipe": os.environ.get("LONGTAKE_RECIPE"),
+        "seed": config.seed,
+    }
+
+
+@dataclass
+class _Update:
+    """What one update has come to on this rank.
+
+    terms   figures of each pass
+    norms   of gradients, of the whole update
+    keys    of the clips of each pass
+    lost    whether an engine's loss was not finite, by name
+    tokens  of all passes
+    carry   of the pass that runs (see `Turn`)
+    """
+
+    terms: list[dict[str, Any]] = field(default_factory=list)
+    norms: dict[str, Any] = field(default_factory=dict)
+    keys: list[list[str]] = field(default_factory=list)
+    lost: dict[str, Tensor] = field(default_factory=dict)
+    tokens: int = 0
+    carry: dict[str, Any] = field(default_factory=dict)
+
+    def begin_pass(self, batch: Batch) -> None:
+        self.carry = {}
+        self.terms.append({})
+        self.keys.append(batch.get("key", []))
+
+
+def _take(turn: Turn, objective: Objective, progress: Progress, update: _Update, norms: bool) -> None:
+    """Take an engine's turn: forward, backward, and its update after the last pass; with `norms` of each child's gradients."""
+    engine, name, batch = turn.engines[turn.name], turn.name, turn.batch
+    with _only_learning(turn.engines, name), guards.memory_told(turn.step, batch):
+        with progress.part(turn.step, "forward", name, batch):
+            loss, terms = objective.loss(turn)
+        with progress.part(turn.step, "backward", name, batch):
+            engine.backward(guards.contagious(loss))
+        update.lost[name] = update.lost.get(name, 0) + ~torch.isfinite(loss.detach())
+        if norms:
+            children = engines.gradient_norms(engine)
+            update.norms |= {f"gradient_norm_{name}/{child}": norm for child, norm in children.items()}
+        with progress.part(turn.step, "update", name):
+            engine.step()
+    update.terms[-1] |= terms
+
+
+def learning_rate(config: TrainConfig, step: int) -> float:
+    """The rate of a step: linear warm-up, then constant or a cosine that ends at `final_lr` of it."""
+    if step < config.warmup:
+        return config.lr * (step + 1) / config.warmup
+    if config.schedule == "constant":
+        return config.lr
+    progress = (step - config.warmup) / max(1, config.steps - config.warmup)
+    return config.lr * (config.final_lr + (1 - config.final_lr) * 0.5 * (1 + math.cos(math.pi * progress)))
+
+
+def learning_rates(objective: Objective, config: TrainConfig, step: int) -> dict[str, float]:
+    """The rates of the engines that learn in a step, in the order of their turns."""
+    rates = {}
+    for name in objective.modules:
+        since = step - objective.starts.get(name, 0)
+        if since >= 0:
+            own = objective.settings.get(name)
+            rates[name] = learning_rate(own, since) if own else learning_rate(config, step)
+    return rates
+
+
+def pass_seed(seed: int, step: int, number: int, rank: int) -> int:
+    """The seed of a rank's `number`-th forward pass of a step, or of `_ALL_RANKS` together."""
+    return int(np.random.SeedSequence([seed, step, number, rank]).generate_state(1, np.uint64)[0] >> 1)
+
+
+def _seeded(seed: int, step: int, number: int) -> tuple[torch.Generator, int]:
+    """The random state of a pass, torch's own seeded alike, and the number that its ranks share.
+
+    To be called after the data have come, since a loader that starts draws from torch's own.
+    """
+    own = pass_seed(seed, step, number, torch.distributed.get_rank())
+    torch.manual_seed(own)
+    return torch.Generator(engines.device()).manual_seed(own), pass_seed(seed, step, number, _ALL_RANKS)
 
 
 def _speed_up(objective: Objective, config: TrainConfig) -> None:
@@ -275,16 +286,16 @@ def _speed_up(objective: Objective, config: TrainConfig) -> None:
             block.compile()
 
 
-def _to_device(batch: Batch, device: torch.device) -> Batch:
+def _on_device(batch: Batch) -> Batch:
+    device = engines.device()
     return {k: v.to(device, non_blocking=True) if isinstance(v, Tensor) else v for k, v in batch.items()}
 
 
 @contextmanager
-def _only_learning(made: Engines, name: str) -> Iterator[None]:
+def _only_learning(all_engines: Engines, name: str) -> Iterator[None]:
     """Freeze every engine but one: gradients flow through the frozen ones without reaching their weights."""
-    frozen = [
-        p for other, engine in made.items() if other != name for p in engine.module.parameters() if p.requires_grad
-    ]
+    others = [engine.module for other, engine in all_engines.items() if other != name]
+    frozen = [p for module in others for p in module.parameters() if p.requires_grad]
     for parameter in frozen:
         parameter.requires_grad_(False)
     try:
@@ -294,21 +305,9 @@ def _only_learning(made: Engines, name: str) -> Iterator[None]:
             parameter.requires_grad_(True)
 
 
-@torch.no_grad()
-def _look(objective: Objective, made: Engines, config: TrainConfig, step: int, tracker: Tracker | None) -> None:
-    """Sample videos for people to look at, always from the same noise. Under ZeRO-3 every rank must take part."""
-    assert objective.sample is not None
-    generator = torch.Generator(engines.device()).manual_seed(config.seed)
-    with _not_learning(made):
-        videos = objective.sample(made, generator)
-    for name, video in videos.items():
-        if tracker:
-            tracker.video(step, name, video, objective.fps)
-
-
 @contextmanager
-def _not_learning(made: Engines) -> Iterator[None]:
-    learning = [m for engine in made.values() for m in engine.module.modules() if m.training]
+def _not_learning(all_engines: Engines) -> Iterator[None]:
+    learning = [m for engine in all_engines.values() for m in engine.module.modules() if m.training]
     for module in learning:
         module.training = False
     yield
@@ -317,46 +316,68 @@ def _not_learning(made: Engines) -> Iterator[None]:
 
 
 @torch.no_grad()
-def _heldout(objective: Objective, made: Engines, ema: averages.Averages, config: TrainConfig) -> dict[str, float]:
-    """What the loss of the first engine is on held-out clips, with its averaged weights; it leaves no trace in the training.
+def _sample(
+    objective: Objective, all_engines: Engines, config: TrainConfig, step: int, tracker: Tracker | None
+) -> None:
+    """Sample videos for people to look at, always from the same noise. Under ZeRO-3 every rank must take part."""
+    assert objective.sample is not None
+    rng = torch.Generator(engines.device()).manual_seed(config.seed)
+    with _not_learning(all_engines):
+        videos = objective.sample(all_engines, rng)
+    for name, video in videos.items():
+        if tracker:
+            tracker.video(step, name, video, objective.fps)
 
-    Each clip has its own noise, times and whatever else is drawn, always the same. Ranks take turns: all take as many
-    clips, as ZeRO-3 needs it, but one that is left without takes another's, which does not count.
+
+@torch.no_grad()
+def _heldout(objective: Objective, run: _Run, config: TrainConfig, step: int) -> dict[str, float]:
+    """The lead's mean loss on held-out clips, with its first average; it leaves no trace in the training.
+
+    Each clip has its own noise, times and whatever else is drawn, always the same.
     """
-    rank, world, device = torch.distributed.get_rank(), torch.distributed.get_world_size(), engines.device()
-    name, lead = next(iter(made.items()))
-    average = averages.swapped(next(iter(ema.values())), lead) if ema else nullcontext()
-    heldout, rows = objective.heldout, list[dict[str, Any]]()
-    if isinstance(heldout, Loader):
-        # which goes on where it was left: from its first clip again
-        heldout.load_state_dict(heldout.state_dict() | {"taken": 0})
-    clips = iter(islice(heldout, config.heldout_clips))
+    lead, name, device = run.engines[objective.lead], objective.lead, engines.device()
+    average = ema.swapped(next(iter(run.averages.values())), lead) if run.averages else nullcontext()
     # compiled blocks would be compiled again, for a module that does not learn
     eagerly = torch.compiler.set_stance("force_eager")
     forked = torch.random.fork_rng([device] if device.type == "cuda" else [])
-    with forked, average, _not_learning(made), eagerly:
-        for first in count(0, world):
-            own, number = None, first
-            for other, clip in enumerate(islice(clips, world)):
-                if other == rank or own is None:
-                    own, number = clip, first + other
-            if own is None:
-                break
+    rows = []
+    with forked, average, _not_learning(run.engines), eagerly:
+        for number, clip, counts in _shared_out(objective.heldout, config.heldout_clips):
             seed = int(np.random.SeedSequence([config.seed, number]).generate_state(1, np.uint64)[0] >> 1)
             torch.manual_seed(seed)
-            generator = torch.Generator(device).manual_seed(seed)
+            rng = torch.Generator(device).manual_seed(seed)
             # without the other engines: the loss that needs no opponent
-            _, logged = objective.loss(name, {name: lead}, _to_device(own, device) | {"seed": seed}, generator)
-            counts = number == first + rank
-            rows.append({f"heldout/{key}": value if counts else math.nan for key, value in logged.items()})
-    return watch.means(rows)
+            _, terms = objective.loss(Turn(name, {name: lead}, _on_device(clip), step, rng, seed, {}))
+            rows.append({f"heldout/{term}": value if counts else math.nan for term, value in terms.items()})
+    return means(rows)
 
 
-def _same_settings(config: TrainConfig, saved: dict[str, Any], found: Path) -> None:
+def _shared_out(clips: Iterable[Batch], most: int) -> Iterator[tuple[int, Batch, bool]]:
+    """This rank's share of the first `most` clips: number, clip, and whether it counts.
+
+    Ranks take turns. All take as many clips, as ZeRO-3 needs it: one that is left without takes another's, which does not
+    count.
+    """
+    rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    if isinstance(clips, Loader):
+        # which continues where it was left: from its first clip again
+        clips.load_state_dict(clips.state_dict() | {"taken": 0})
+    remaining = islice(clips, most)
+    for first in count(0, world):
+        own: Batch | None = None
+        number = first
+        for other, clip in enumerate(islice(remaining, world)):
+            if other == rank or own is None:
+                own, number = clip, first + other
+        if own is None:
+            return
+        yield number, own, number == first + rank
+
+
+def _check_settings(config: TrainConfig, saved: Mapping[str, Any], path: Path) -> None:
+    """Raise UserError where a checkpoint belongs to other settings."""
     now = content(config)
     other = [k for k in sorted(now.keys() | saved.keys()) if k not in _MAY_CHANGE and now.get(k) != saved.get(k)]
     if other:
-        raise UserError(
-            f"{found}: belongs to other settings ({', '.join(f'{k}: {saved.get(k)} there, {now.get(k)} here' for k in other[:3])});"
-            " name another folder in checkpoints"
-        )
+        differences = ", ".join(f"{k}: {saved.get(k)} there, {now.get(k)} here" for k in other[:3])
+        raise UserError(f"{path}: belongs to other settings ({differences}); name another folder in checkpoints")

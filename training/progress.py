@@ -1,17 +1,21 @@
 """What a training tells of itself: where the time of a step goes, how much is computed, how much memory it takes."""
 
 import math
-import os
 import re
+import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
+import psutil
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
+from tqdm import tqdm
+
+from longtake.training.config import TrainConfig
 
 PARTS = ("data", "forward", "backward", "update")
 # dense bf16 TFLOP/s that makers state, by a part of the device's name; the longest match counts
@@ -136,13 +140,12 @@ def peak_flops(stated: float | None) -> float | None:
 
 def memory() -> dict[str, float]:
     """Peak memory since the last call in GB: of the GPU, and what the process holds of the host's."""
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
-    found = {"host_memory_gb": pages * os.sysconf("SC_PAGE_SIZE") / 1e9}
+    figures = {"host_memory_gb": psutil.Process().memory_info().rss / 1e9}
     if torch.cuda.is_available():
-        found["gpu_memory_gb"] = torch.cuda.max_memory_allocated() / 1e9
-        found["gpu_memory_reserved_gb"] = torch.cuda.max_memory_reserved() / 1e9
+        figures["gpu_memory_gb"] = torch.cuda.max_memory_allocated() / 1e9
+        figures["gpu_memory_reserved_gb"] = torch.cuda.max_memory_reserved() / 1e9
         torch.cuda.reset_peak_memory_stats()
-    return found
+    return figures
 
 
 def means(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
@@ -209,3 +212,87 @@ class Profile:
 def batch_key(name: str, batch: Mapping[str, Any]) -> tuple[Any, ...]:
     """What decides how much an engine computes on a batch: the shapes of its tensors."""
     return (name, *((k, tuple(v.shape)) for k, v in batch.items() if isinstance(v, torch.Tensor)))
+
+
+class Progress:
+    """The times, operations and figures of a training since they were logged last, and its bar on the first rank; a context.
+
+    Args:
+        step: that the training begins or continues at.
+        beat: `beat(step, what)` says what is done now (see `guards.watchdog`).
+    """
+
+    def __init__(self, config: TrainConfig, folder: Path, step: int, beat: Callable[[int, str], None]) -> None:
+        self._config, self._first_step, self._beat = config, step, beat
+        self._rank, self._world = torch.distributed.get_rank(), torch.distributed.get_world_size()
+        self._clock, self._flops, self._rows = Clock(), Flops(), list[Mapping[str, Any]]()
+        self._peak = peak_flops(config.peak_tflops)
+        self._profile = Profile(config.profile, folder / "profile", config.steps)
+        self._bar = tqdm(
+            desc="train",
+            total=config.steps,
+            initial=step,
+            unit="step",
+            disable=self._rank != 0,
+            mininterval=1.0 if sys.stderr.isatty() else 15.0,
+        )
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.close()
+
+    def begin(self, step: int) -> None:
+        """Begin the step after `step` others."""
+        self._profile.before(step + 1)
+
+    @contextmanager
+    def part(self, step: int, part: str, engine: str = "", batch: Mapping[str, Any] | None = None) -> Iterator[None]:
+        """Count the time of the block as `part`, one of PARTS, and with a batch its operations for it."""
+        self._beat(step, f"{part} of {engine}" if engine else part)
+        key = None if batch is None else batch_key(engine, batch)
+        with self._clock.part(part), nullcontext() if key is None else self._flops.counting(key, part):
+            yield
+        if key is not None and part == "backward":
+            self._clock.flops += self._world * self._flops.of(key)
+
+    @contextmanager
+    def aside(self, step: int, what: str) -> Iterator[None]:
+        """Count the time of the block as no part of a step."""
+        self._beat(step, what)
+        with self._clock.aside():
+            yield
+
+    def end(self, step: int, rows: Sequence[Mapping[str, Any]], samples: int, tokens: int) -> Path | None:
+        """End step number `step` with the figures of its passes, and how much this rank has seen in it.
+
+        Returns:
+            The folder of a profile that is complete now.
+        """
+        self._rows += rows
+        self._clock.steps += 1
+        self._clock.samples += self._world * samples
+        self._clock.tokens += self._world * tokens
+        self._bar.update()
+        return self._profile.after(step)
+
+    def take(self, step: int) -> dict[str, float]:
+        """The means of all since the last call. Every rank must call it."""
+        self._beat(step, "log")
+        figures = means(self._rows) | self._clock.take(self._peak and self._peak * self._world) | memory()
+        self._rows, self._clock = [], Clock()
+        wait = figures["data_wait_share"]
+        self._bar.set_postfix(loss=f"{figures.get('loss', math.nan):.4f}", data_wait=f"{wait:.0%}", refresh=False)
+        # the first steps wait for the loader to start
+        if wait > self._config.warn_data_wait and step > self._first_step + self._config.log_every:
+            self.warn(
+                f"step {step}: {wait:.0%} of the time went into waiting for data; raise workers (now"
+                f" {self._config.workers}), or cache the dataset"
+            )
+        return figures
+
+    def warn(self, text: str) -> None:
+        """Print a warning above the bar, on the first rank."""
+        if self._rank == 0:
+            self._bar.write(f"warning: {text}", file=sys.stderr)

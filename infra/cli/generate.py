@@ -1,8 +1,9 @@
 """`longtake generate`: videos of a registered prior."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -132,142 +133,128 @@ def generate(
     if start:
         media.check_there(start)
     with media.models("lower --batch or --count, or set --tile 256"):
-        from longtake.training import registry
-
-        found = registry.load_with_facts(media.known(model))
-        numbers = {"dtype": media.dtype(precision), "vae": media.known(vae) if vae else None}
-        asked = {"guidance": guidance, "steps": steps, "history_noise": history_noise}
-        changes = {name: value for name, value in asked.items() if value is not None}
-        wanted = Wanted(model, frames, seconds, fps, tile, changes, start, storyboard, out)
-        maker = (_with_memory if found[1]["model"] == "memory_dit" else _with_windows)(wanted, found, numbers)
+        generator = _loaded(model, vae, precision)
+        asked = {"start": start, "storyboard": storyboard, "history_noise": history_noise}
+        for name, value in asked.items():
+            if value and name not in generator.accepts:
+                raise UserError(f"--{name.replace('_', '-')}: {model} takes none, having no memory; leave it out")
+        film = _film(generator, frames, seconds, fps, start, {"guidance": guidance, "steps": steps} | asked)
+        story = _storyboard(storyboard, generator.classes) if storyboard else None
         groups = [jobs[n : n + batch] for n in range(0, len(jobs), batch)]
-        for name in _written(maker, groups, out, grid, len(chosen) > 1, len(classes) > 1):
+        videos = partial(_videos, film, groups, story, tile, f"{out}.part")
+        for name in _written(film, videos, groups, out, grid, len(chosen) > 1, len(classes) > 1):
             click.echo(name)
-        maker.done()
+        generator.forget(f"{out}.part")
 
 
-class Wanted(NamedTuple):
-    """What is asked for of every video."""
+class Film(NamedTuple):
+    """How each video is made: by what, with how many frames at which rate, after what, and in how many steps."""
 
-    model: str
-    frames: int | None
-    seconds: float | None
-    fps: float | None
-    tile: int | None
-    settings: dict[str, Any]  # what of the model's is to change
-    start: str | None
-    storyboard: str | None
-    out: str
-
-
-class Maker(NamedTuple):
-    """How a model makes the videos of a group of jobs, side by side.
-
-    `videos` takes the group's number, the group and what is called after each step, of which a group has `rounds`.
-    """
-
+    generator: Any
+    settings: Any
+    frames: int
     fps: float
+    start: Any
     rounds: int
-    videos: Callable[[int, Sequence[Job], Callable[[], Any]], Iterator[Any]]
-    done: Callable[[], None]
 
 
-def _with_windows(wanted: Wanted, found: tuple[Any, dict[str, Any]], numbers: dict[str, Any]) -> Maker:
-    """Of a Latte, which goes on from the end of each window."""
-    from longtake.training.models.common import sampling
+def _loaded(model: str, vae: str | None, precision: str) -> Any:
+    """The generator of a registered model or model folder. Raises UserError where it generates nothing."""
+    from longtake.training import registry
+    from longtake.training.models import kind_of
 
-    prior = sampling.prior_of(wanted.model, *found, **numbers)
-    for option in ("start", "storyboard"):
-        if getattr(wanted, option):
-            raise UserError(
-                f"--{option}: {wanted.model} is a Latte, which has no memory; name a `finetune_memory_prior` model"
-            )
-    if wanted.settings.get("history_noise"):
-        raise UserError(f"--history-noise: {wanted.model} is a Latte, which has no memory; leave it out")
-    settings, rate = replace(prior.settings, **wanted.settings), wanted.fps or prior.fps
-    length = prior.frames if wanted.frames is None else wanted.frames
-    if wanted.seconds is not None:
-        length = sampling.frames_of_seconds(wanted.seconds, rate, prior.vae)
-    with _named_by("--frames"):
-        rounds = sampling.rounds(prior, length, settings)
-
-    def videos(_: int, group: Sequence[Job], each_step: Callable[[], Any]) -> Iterator[Any]:
-        seeds, ids = [s for s, _ in group], [prior.class_id(c) for _, c in group]
-        return sampling.generate_videos(
-            prior.latte, prior.vae, length, seeds, ids, settings, tile=wanted.tile, each_step=each_step
+    uri = media.known(model)
+    module, facts = registry.load_with_facts(uri)
+    kind = kind_of(facts)
+    if kind.generator is None:
+        raise UserError(
+            f"{model}: is a {kind.what}, which generates no videos; name a prior, such as of `finetune_latte`"
         )
+    return kind.generator(model, module, facts, media.known(vae) if vae else None, media.dtype(precision))
 
-    return Maker(rate, rounds, videos, lambda: None)
 
-
-def _with_memory(wanted: Wanted, found: tuple[Any, dict[str, Any]], numbers: dict[str, Any]) -> Maker:
-    """Of a model with a memory, segment by segment."""
-    from longtake.training.models.memory import prior as recall
-    from longtake.training.models.memory import segments
-
-    prior = recall.prior_of(wanted.model, *found, "generation", **numbers)
-    settings, rate = replace(prior.settings, **wanted.settings), wanted.fps or prior.fps
-    story = _storyboard(wanted.storyboard, prior) if wanted.storyboard else None
-    start = None
-    if wanted.start:
-        with _named_by(f"--start: {wanted.start}"):
-            start = prior.start(media.frames_at(wanted.start, prior.size, prior.fps))
-    goes_on = start is not None
-    length = wanted.frames
-    if length is None:
-        length = prior.frames_of_seconds(wanted.seconds or prior.frames / rate, rate, goes_on)
+def _film(
+    generator: Any,
+    frames: int | None,
+    seconds: float | None,
+    fps: float | None,
+    start: str | None,
+    asked: Mapping[str, Any],
+) -> Film:
+    """What is asked for, completed by what the model was registered with."""
+    known = vars(generator.settings)
+    settings = replace(generator.settings, **{n: v for n, v in asked.items() if v is not None and n in known})
+    rate, begun = fps or generator.fps, None
+    if start:
+        with _named_by(f"--start: {start}"):
+            begun = generator.begin(media.frames_at(start, generator.size, generator.fps))
+    if frames is None and seconds is None and begun is None:
+        frames = generator.frames
+    if frames is None:
+        frames = generator.frames_of_seconds(seconds or generator.frames / rate, rate, begun)
     with _named_by("--frames"):
-        rounds = segments.segments(prior.model, prior.steps(length, goes_on)) * settings.steps
-    folder = f"{wanted.out}.part"
+        rounds = generator.rounds(frames, settings, begun)
+    return Film(generator, settings, frames, rate, begun, rounds)
 
-    def videos(number: int, group: Sequence[Job], each_step: Callable[[], Any]) -> Iterator[Any]:
-        ids = [prior.class_id(c) for _, c in group]
-        return recall.generate_videos(
-            prior,
-            length,
-            [s for s, _ in group],
-            [(0.0, ids)] if story is None else [(at, [c] * len(group)) for at, c in story],
-            settings,
-            fps=rate,
-            start=start,
+
+def _videos(
+    film: Film,
+    groups: Sequence[Sequence[Job]],
+    story: list[tuple[float, int]] | None,
+    tile: int | None,
+    folder: str,
+    number: int,
+    each_step: Callable[[], Any],
+) -> Iterator[Any]:
+    """The videos of group `number`, side by side, in chunks."""
+    from longtake.training.models.generator import Request, class_id
+
+    classes = film.generator.classes
+    requests = [Request(seed, story or [(0.0, class_id(name, classes))]) for seed, name in groups[number]]
+    with _named_by(""):
+        yield from film.generator.videos(
+            requests,
+            film.frames,
+            film.settings,
+            fps=film.fps,
+            start=film.start,
             folder=f"{folder}/{number}",
-            tile=wanted.tile,
+            tile=tile,
             each_step=each_step,
         )
 
-    return Maker(rate, rounds, videos, lambda: segments.forget(folder))
-
 
 def _written(
-    maker: Maker, groups: Sequence[Sequence[Job]], out: str, grid: bool, by_seed: bool, by_class: bool
+    film: Film,
+    videos: Callable[[int, Callable[[], Any]], Iterator[Any]],
+    groups: Sequence[Sequence[Job]],
+    out: str,
+    grid: bool,
+    by_seed: bool,
+    by_class: bool,
 ) -> list[str]:
     """The files, once all are whole."""
     import numpy as np
 
-    from longtake.training.models.common import sampling
+    from longtake.training.models.common import video
 
-    made = []
+    written = []
     storage.sweep(out.rpartition("/")[0] or ".")  # of what a killed run has begun
-    with media.progress("generate", maker.rounds * len(groups), "step") as bar:
-
-        def videos(number: int) -> Iterator[Any]:
-            with _named_by(""):
-                yield from maker.videos(number, groups[number], bar.update)
-
+    with media.progress("generate", film.rounds * len(groups), "step") as bar:
         if grid:
-            with sampling.video_file(out, maker.fps) as write:
-                for chunks in zip(*map(videos, range(len(groups))), strict=True):
-                    write(sampling.grid(np.concatenate(chunks)))
+            with video.video_file(out, film.fps) as write:
+                for chunks in zip(*(videos(number, bar.update) for number in range(len(groups))), strict=True):
+                    write(video.grid(np.concatenate(chunks)))
             return [out]
         for number, group in enumerate(groups):
             names = [_named(out, s, c, by_seed, by_class) for s, c in group]
             with ExitStack() as files:
-                writers = [files.enter_context(sampling.video_file(name, maker.fps)) for name in names]
-                for chunk in videos(number):
-                    for write, frames_of_one in zip(writers, chunk, strict=True):
-                        write(frames_of_one)
-            made += names
-    return made
+                writers = [files.enter_context(video.video_file(name, film.fps)) for name in names]
+                for chunk in videos(number, bar.update):
+                    for write, frames in zip(writers, chunk, strict=True):
+                        write(frames)
+            written += names
+    return written
 
 
 @contextmanager
@@ -279,9 +266,9 @@ def _named_by(what: str) -> Iterator[None]:
         raise UserError(f"{what}: {e}" if what else str(e)) from e
 
 
-def _storyboard(path: str, prior: Any) -> list[tuple[float, int]]:
+def _storyboard(path: str, classes: Sequence[str]) -> list[tuple[float, int]]:
     from longtake.infra import yaml_text
-    from longtake.training.models.memory import prior as recall
+    from longtake.training.models.generator import story_of
 
     try:
         text = Path(path).read_text("utf-8-sig")
@@ -291,7 +278,7 @@ def _storyboard(path: str, prior: Any) -> list[tuple[float, int]]:
         raise UserError(f"--storyboard: {path}: not a text file") from e
     given = yaml_text.parse(text, f"--storyboard: {path}")
     with _named_by(f"--storyboard: {path}"):
-        return recall.story_of(given, prior)
+        return story_of(given, classes)
 
 
 def _seeds(first: int, count: int | None, given: str | None) -> list[int]:

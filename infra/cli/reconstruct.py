@@ -44,15 +44,16 @@ def reconstruct(
         import numpy as np
         import torch
 
-        from longtake.training.models.common import sampling
+        from longtake.training.models.common.codec import load_codec, reconstruct_video
+        from longtake.training.models.common.video import video_file
 
-        vae = sampling.load_vae(media.known(model))
+        vae = load_codec(media.known(model))
         vae = vae.to(torch.device("cuda" if torch.cuda.is_available() else "cpu"), media.dtype(precision))
         source, rate, count = media.frames_of(video, vae.config.spatial_stride)
         with media.progress("reconstruct", count or None, "frame") as bar:
             try:
-                with sampling.video_file(out, fps or rate) as write:
-                    for shown, made in sampling.reconstruct_video(vae, source, visible, tile):
+                with video_file(out, fps or rate) as write:
+                    for shown, made in reconstruct_video(vae, source, visible, tile):
                         write(np.concatenate([shown, made], axis=2) if side_by_side else made)
                         bar.update(len(made))
             except UserError:

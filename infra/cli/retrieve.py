@@ -38,12 +38,11 @@ def retrieve(
     with media.models("set --precision bf16"):
         from dataclasses import replace
 
-        from longtake.training.models.memory import prior as recall
+        from longtake.training.models.memory.prior import load_prior
+        from longtake.training.models.memory.recall import recall
 
         times = _times(at)
-        prior = recall.load_prior(
-            media.known(model), "retrieval", media.known(vae) if vae else None, media.dtype(precision)
-        )
+        prior = load_prior(media.known(model), "retrieval", media.known(vae) if vae else None, media.dtype(precision))
         settings = replace(prior.settings, steps=steps or prior.settings.steps)
         asked: dict[int, list[str]] = {}
         for name, seconds in times.items():
@@ -52,7 +51,7 @@ def retrieve(
         with media.progress("retrieve", len(asked), "frame") as bar:
             try:
                 for begin, stretch, wanted in _stretches(frames, sorted(asked), prior):
-                    made, bound = recall.recall(prior, stretch, wanted[-1] - begin, seed, settings)
+                    made, bound = recall(prior, stretch, wanted[-1] - begin, seed, settings)
                     for n in wanted:
                         for name in asked[n]:
                             _show(out, name, *(each[n - begin] for each in (stretch, made, bound)))
@@ -63,7 +62,7 @@ def retrieve(
 
 def _times(given: str) -> dict[str, float]:
     """Seconds by how they are written in names of files."""
-    from longtake.training.models.memory.prior import seconds_of
+    from longtake.training.models.generator import seconds_of
 
     try:
         seconds = [seconds_of(part) for part in given.split(",")]

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from torch import nn
 
-__all__ = ["__version__", "load"]
+__all__ = ["__version__", "load", "resolve"]
 
 
 def load(uri: str) -> "nn.Module":
@@ -24,6 +24,17 @@ def load(uri: str) -> "nn.Module":
     from longtake.training import registry
 
     return registry.load(uri)
+
+
+def resolve(uri: str) -> str:
+    """The URI of the version, "models:/NAME/VERSION", that a model's URI names now, since an alias moves.
+
+    Raises:
+        UserError, Failure: as `longtake.training.registry.store.locate`.
+    """
+    from longtake.training.registry import store
+
+    return store.locate(uri).uri
 
 
 def __getattr__(name: str) -> Any:

@@ -6,6 +6,7 @@ nothing else in the dataset is touched. What it gives up: a view in the config i
 one view are not taken over by the next; without a view all clips are encoded, and every later view can use them.
 """
 
+import importlib
 import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -190,13 +191,10 @@ def run(config: Config, inputs: Mapping[str, str], output: str) -> dict[str, Any
 
 def _encoder(uri: str) -> tuple[str, Any]:
     """The model, and the URI of its version: an alias may point elsewhere before a stopped run goes on."""
-    from longtake.training import registry
-
-    if not uri.startswith(("models:/", "runs:/")):
-        uri = storage.absolute(uri)
-    elif uri.startswith("models:/"):
-        uri = registry.lineage({"encoder": uri})["inputs"]["encoder"]["uri"]
-    return uri, registry.load(uri)
+    # the public door, as any other user's: training is no part of the pipeline
+    longtake: Any = importlib.import_module("longtake")
+    uri = longtake.resolve(uri) if uri.startswith(("models:/", "runs:/")) else storage.absolute(uri)
+    return uri, longtake.load(uri)
 
 
 def _plain(model: Any) -> dict[str, Any]:

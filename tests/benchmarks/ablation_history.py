@@ -39,15 +39,17 @@ from longtake.datasets.loader import to_model
 from longtake.datasets.loader.streams import Lengths
 from longtake.infra import graph, recipe, runner, runs
 from longtake.infra.footage import generate
-from longtake.training import checkpoint, engines, registry
+from longtake.training import checkpoint, engines
 from longtake.training.loop import train
 from longtake.training.metrics.features import features, load_network
-from longtake.training.models.common import sampling
+from longtake.training.models.common.codec import load_codec
+from longtake.training.models.generator import Settings
 from longtake.training.models.memory import finetune as stage
 from longtake.training.models.memory import segments
 from longtake.training.models.memory import shared as memory_stage
 from longtake.training.models.memory.dit import MemoryDiTConfig
 from longtake.training.models.memory.history import lengths_of
+from longtake.training.registry import disk
 
 VARIANTS: dict[str, dict[str, Any]] = {"extremes": {}, "uniform": {}, "noise": {"history_noise": 0.5}}
 LEVELS = {"extremes": (0.0,), "uniform": (0.0,), "noise": (0.0, 0.1)}  # of the past in generation
@@ -104,10 +106,10 @@ def prepare(options: argparse.Namespace) -> dict[str, str]:
         done = runner.finished(node, store)
         assert done
         uris[node.name] = done.uri
-    vae = sampling.load_vae(uris.get("vae") or options.vae)
+    vae = load_codec(uris.get("vae") or options.vae)
     if not (out / "vae" / "config.json").exists():
         # a folder, so that the trainings need no tracking store
-        registry.save(out / "vae", "pv_vae", vae.config.model_dump(mode="json"), vae.state_dict(), {"lineage": {}})
+        disk.save(out / "vae", "pv_vae", vae.config.model_dump(mode="json"), vae.state_dict(), {"lineage": {}})
     inputs = {"dataset": uris["shards"], "latents": uris["latents"], "low_latents": uris["low_latents"]}
     return inputs | {"vae": str(out / "vae"), "view": real_heldout(uris["shards"], out / "footage")}
 
@@ -175,7 +177,7 @@ def drift(options: argparse.Namespace, setup: memory_stage.Setup, level: float) 
     """By segment, means over held-out streams: the distance of the features, and the spread of the latents beside the data's."""
     network = load_network(options.features) if options.features else None
     model, length, begin = setup.model, setup.data.shape[0], setup.data.shape[0]
-    settings = sampling.Settings(options.sample_steps, history_noise=level)
+    settings = Settings(options.sample_steps, history_noise=level)
     config = stage.Config(
         kind="finetune_memory_prior", dataset="", latents="", model=MODEL, frames=FRAMES, history_seconds=HISTORY / FPS
     )

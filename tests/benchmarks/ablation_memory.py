@@ -45,13 +45,14 @@ from longtake.datasets import compact, index, neighbours, schema, storage, view
 from longtake.datasets.errors import Failure, UserError
 from longtake.infra import graph, recipe, runner, runs
 from longtake.infra.footage import generate
-from longtake.training import checkpoint, engines, registry
+from longtake.training import checkpoint, engines
 from longtake.training.loop import train
-from longtake.training.models.common import sampling
+from longtake.training.models.common.codec import load_codec
 from longtake.training.models.memory import finetune as finetune_memory_prior
 from longtake.training.models.memory import pretrain as pretrain_memory
 from longtake.training.models.memory import shared as memory_stage
 from longtake.training.models.memory.dit import parse_rate
+from longtake.training.registry import disk
 
 STAGES = {"retrieval": pretrain_memory, "generation": finetune_memory_prior}
 
@@ -155,8 +156,8 @@ def prepare(options: argparse.Namespace) -> dict[str, str]:
         uris[node.name] = done.uri
     if not (out / "vae" / "config.json").exists():
         # a folder, so that the trainings need no tracking store
-        vae = sampling.load_vae(uris.get("vae") or options.vae)
-        registry.save(out / "vae", "pv_vae", vae.config.model_dump(mode="json"), vae.state_dict(), {"lineage": {}})
+        vae = load_codec(uris.get("vae") or options.vae)
+        disk.save(out / "vae", "pv_vae", vae.config.model_dump(mode="json"), vae.state_dict(), {"lineage": {}})
     heldout = real_heldout(uris["shards"], footage)
     columns = {name: uris[name] for name in ("latents", *SHRINKS)}
     return {"dataset": uris["shards"], "vae": str(out / "vae"), **heldout, **columns}
@@ -204,7 +205,7 @@ def settings_of(options: argparse.Namespace, job: Job) -> tuple[Any, dict[str, s
         if not (begins / "config.json").exists():
             raise UserError(f"{begins}: is not there yet; it comes of retrieval {BASE}, seed {job.seed}")
         inputs["base"] = str(begins.absolute())
-        known = registry.read_config(begins)["config"] | variant.model
+        known = disk.read_config(begins)["config"] | variant.model
         model = variant.model or None
     else:
         known = model
@@ -275,10 +276,10 @@ def keep(setup: memory_stage.Setup, folder: Path) -> None:
     """The model as a base of others: whole, and its transformer alone."""
     weights, config = setup.model.state_dict(), setup.model.config
     facts = {"lineage": {}, "vae": {"uri": setup.inputs["vae"], "encoder": setup.data.made.encoder["digest"]}}
-    registry.save(folder / "model", "memory_dit", config.model_dump(mode="json"), weights, facts)
+    disk.save(folder / "model", "memory_dit", config.model_dump(mode="json"), weights, facts)
     alone = {name: value for name, value in weights.items() if not name.startswith("memory.")}
     without = config.model_copy(update={"memory": "none"})
-    registry.save(folder / "transformer", "memory_dit", without.model_dump(mode="json"), alone, facts)
+    disk.save(folder / "transformer", "memory_dit", without.model_dump(mode="json"), alone, facts)
 
 
 def results(out: Path) -> list[dict[str, Any]]:

@@ -26,7 +26,7 @@ from torch import Tensor
 from longtake.datasets.loader import Loader, to_model
 from longtake.training import checkpoint, engines
 from longtake.training.config import TrainConfig
-from longtake.training.loop import Objective, train
+from longtake.training.loop import train
 from longtake.training.metrics.distance import video_distance
 from longtake.training.metrics.features import load_network
 from longtake.training.metrics.latents import latent_temporal_distance
@@ -35,6 +35,7 @@ from longtake.training.models.latte import model as latte
 from longtake.training.models.pv_vae import pretrain as pretrain_vae
 from longtake.training.models.pv_vae.evaluate import evaluate
 from longtake.training.models.pv_vae.model import PVVAE
+from longtake.training.objective import Objective, Turn
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "base": {"max_drop": 0.0, "lambda_motion": 0.0},
@@ -115,9 +116,9 @@ def prior(options: argparse.Namespace, latents: Tensor, seed: int, folder: Path)
     model = latte.Latte(latte.config_from_preset("latte_tiny", channels=latents.shape[1], shape=shape))
     model.set_statistics(latents.mean((0, 2, 3, 4)), latents.std((0, 2, 3, 4)).clamp_min(1e-6))
 
-    def loss(name: str, made: Any, batch: Any, generator: torch.Generator) -> Any:
-        clean = made[name].module.normalise(batch["latent"])
-        value = flow.training_loss(made[name], clean, generator).mean()
+    def loss(turn: Turn) -> Any:
+        clean = turn.engines[turn.name].module.normalise(turn.batch["latent"])
+        value = flow.training_loss(turn.engines[turn.name], clean, turn.rng).mean()
         return value, {"loss": value.detach()}
 
     config = TrainConfig(

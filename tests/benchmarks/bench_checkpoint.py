@@ -21,7 +21,8 @@ from torch import nn
 
 from longtake.training import checkpoint, engines
 from longtake.training.config import TrainConfig
-from longtake.training.loop import Objective, train
+from longtake.training.loop import train
+from longtake.training.objective import Objective
 
 
 class Same:

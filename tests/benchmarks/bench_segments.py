@@ -18,7 +18,8 @@ import psutil
 import torch
 from torch import nn
 
-from longtake.training.models.common.sampling import Settings, best_device
+from longtake.training.engines import device
+from longtake.training.models.generator import Settings
 from longtake.training.models.memory.dit import MemoryDiT, config_from_preset
 from longtake.training.models.memory.segments import generate, segments
 from longtake.training.models.pv_vae.model import PVVAE
@@ -43,7 +44,7 @@ if __name__ == "__main__":
     parser.add_argument("--euler", type=int, default=2, help="steps of a segment")
     arguments = parser.parse_args()
     torch.manual_seed(0)
-    device = best_device()
+    device = device()
     clock = time.perf_counter if device.type == "cuda" else time.process_time
     vae = PVVAE(vae_config("pv_vae_tiny", latent_channels=8, encoder_width=8, decoder_width=8)).eval()
     factor, side = vae.config.temporal_stride, arguments.size // vae.config.spatial_stride

@@ -22,8 +22,9 @@ import torch
 
 from longtake.training import engines
 from longtake.training.config import TrainConfig
-from longtake.training.loop import Objective, train
+from longtake.training.loop import train
 from longtake.training.models.pv_vae.model import PVVAE, config_from_preset
+from longtake.training.objective import Objective
 
 WARM_UP = 5
 

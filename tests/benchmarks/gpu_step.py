@@ -22,8 +22,9 @@ from longtake.datasets.errors import Failure
 from longtake.datasets.loader import to_model
 from longtake.training import engines
 from longtake.training.config import TrainConfig
-from longtake.training.loop import Objective, train
+from longtake.training.loop import train
 from longtake.training.models.pv_vae.model import PVVAE, config_from_preset
+from longtake.training.objective import Objective, Turn
 
 SHOWN = (
     "seconds_per_step",
@@ -65,9 +66,9 @@ def measure(options: argparse.Namespace, preset: str, compiled: bool) -> dict[st
     torch.manual_seed(0)
     model = PVVAE(config_from_preset(preset, activation_checkpointing=options.checkpointing)).to(engines.device())
 
-    def loss(name: str, made: Any, batch: Any, generator: torch.Generator) -> Any:
-        video = to_model(batch["video"])
-        out, posterior = made[name](video, generator=generator)
+    def loss(turn: Turn) -> Any:
+        video = to_model(turn.batch["video"])
+        out, posterior = turn.engines[turn.name](video, generator=turn.rng)
         value = (out.float() - video).square().mean() + 1e-6 * posterior.kl().mean()
         return value, {"loss": value.detach()}
 

@@ -25,13 +25,15 @@ from longtake.datasets.errors import UserError
 from longtake.datasets.latents import encoder_digest
 from longtake.infra.cli import cli
 from longtake.infra.report import StageRun, build
-from longtake.training import registry
-from longtake.training.models.common import sampling
+from longtake.training.models.common.video import video_file
+from longtake.training.models.generator import Request
 from longtake.training.models.latte.model import Latte, LatteConfig
-from longtake.training.models.memory import prior as recall
+from longtake.training.models.latte.sample import generate_videos, load_prior
+from longtake.training.models.memory import prior as memory
 from longtake.training.models.memory import segments
 from longtake.training.models.memory.dit import MemoryDiT, MemoryDiTConfig
 from longtake.training.models.pv_vae.model import PVVAE, config_from_preset
+from longtake.training.registry import disk
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -48,17 +50,17 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folders `latte`, `plain` (without classes), `vae`, `memory` and `holder` (which retrieves)."""
     folder = tmp_path_factory.mktemp("models")
     vae = awake(PVVAE(config_from_preset("pv_vae_tiny", latent_channels=8, encoder_width=8, decoder_width=8)))
-    registry.save(folder / "vae", "pv_vae", vae.config.model_dump(mode="json"), vae.state_dict(), {"lineage": {}})
+    disk.save(folder / "vae", "pv_vae", vae.config.model_dump(mode="json"), vae.state_dict(), {"lineage": {}})
     for name, classes in (("latte", ["cat", "dog"]), ("plain", [])):
         config = LatteConfig(depth=2, width=32, heads=2, channels=8, classes=len(classes), shape=(3, 2, 2))
         facts: dict[str, Any] = {
             "lineage": {},
             "classes": classes,
-            "window": {"frames": 9, "fps": 12.0},
+            "window": {"frames": 9, "fps": 12.0, "size": [32, 32]},
             "sampling": {"steps": 2, "guidance": 1.0, "shift": 1.0, "overlap": 1},
             "vae": {"uri": str(folder / "vae"), "sha256": "0", "encoder": encoder_digest(vae)},
         }
-        registry.save(folder / name, "latte", config.model_dump(mode="json"), awake(Latte(config)).state_dict(), facts)
+        disk.save(folder / name, "latte", config.model_dump(mode="json"), awake(Latte(config)).state_dict(), facts)
     small: dict[str, Any] = {"depth": 2, "width": 24, "heads": 2, "channels": 8, "classes": 2, "rates": ("2x2x2",)}
     small |= {"memory_widths": (4, 8), "memory_heads": 2, "history": 6, "shape": (3, 2, 2), "window": 2}
     dit = awake(MemoryDiT(MemoryDiTConfig(**small)))
@@ -72,7 +74,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
             "history": {"seconds": 2.0, "steps": 6},
             "sampling": {"steps": 2, "guidance": 1.0, "shift": 1.0},
         }
-        registry.save(folder / name, "memory_dit", dit.config.model_dump(mode="json"), dit.state_dict(), facts)
+        disk.save(folder / name, "memory_dit", dit.config.model_dump(mode="json"), dit.state_dict(), facts)
     return folder
 
 
@@ -148,8 +150,8 @@ def test_a_grid_is_one_file_however_many_are_made_at_once(models: Path, tmp_path
         (["nowhere"], "no longtake model here"),
         (["latte", "--tile", "24"], "tile 24 with overlap 64"),
         (["latte", "--seconds", "1", "--frames", "9"], "--frames and --seconds: give one of them"),
-        (["latte", "--start", __file__], "--start: latte is a Latte, which has no memory; name a `finetune_memory"),
-        (["latte", "--storyboard", __file__], "--storyboard: latte is a Latte, which has no memory"),
+        (["latte", "--start", __file__], "--start: latte takes none, having no memory; leave it out"),
+        (["latte", "--storyboard", __file__], "--storyboard: latte takes none, having no memory"),
         (["memory", "--class", "cat", "--storyboard", "x"], "--class and --storyboard: give one of them"),
         (["memory", "--storyboard", "none.yaml"], "--storyboard: none.yaml: No such file"),
         (["memory", "--storyboard", "vae/config.json"], "--storyboard: vae/config.json: needs a list with entries"),
@@ -160,7 +162,7 @@ def test_a_grid_is_one_file_however_many_are_made_at_once(models: Path, tmp_path
         (["memory", "--class", "dgo"], "by name such as dog"),
         (["memory", "--vae", "latte"], "is a Latte, not a video autoencoder"),
         (["memory", "--tile", "24"], "tile 24 with overlap 64"),
-        (["holder"], "trained for retrieval, not generation; name a `finetune_memory_prior` model"),
+        (["holder"], "is a MemoryDiT that does retrieval, which generates no videos; name a prior"),
         (["latte", "--vae", "latte"], "is a Latte, not a video autoencoder"),
     ],
 )
@@ -194,9 +196,9 @@ def test_a_model_with_a_memory_makes_the_same_bytes_each_time_and_leaves_nothing
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a.mp4", "b.mp4", "c.mp4"]
     a, b, c = ((tmp_path / f"{name}.mp4").read_bytes() for name in "abc")
     assert a == b != c
-    prior = recall.load_prior(str(models / "memory"), "generation")
-    with sampling.video_file(tmp_path / "python.mp4", 12) as write:
-        for chunk in recall.generate_videos(prior, 25, [0], [(0.0, [1])]):
+    prior = memory.load_prior(str(models / "memory"), "generation")
+    with video_file(tmp_path / "python.mp4", 12) as write:
+        for chunk in prior.videos([Request(0, [(0.0, 1)])], 25, prior.settings):
             write(chunk[0])
     assert (tmp_path / "python.mp4").read_bytes() == a
 
@@ -264,9 +266,9 @@ def test_a_video_is_gone_on_from_its_end(models: Path, video: Path, tmp_path: Pa
 
 
 def test_what_is_gone_on_from_is_drawn_as_in_training_by_each_video_s_own_seed(models: Path) -> None:
-    prior = recall.load_prior(str(models / "memory"), "generation")
+    prior = memory.load_prior(str(models / "memory"), "generation")
     assert prior.posterior == "mean", "of a model that does not say what it has learned"
-    start = prior.start(np.random.default_rng(0).integers(0, 255, (13, 32, 32, 3), np.uint8))
+    start = prior.begin(np.random.default_rng(0).integers(0, 255, (13, 32, 32, 3), np.uint8))
     # new weights are sure of nothing
     start = start._replace(logvar=torch.linspace(-4, 2, start.mean.numel()).view_as(start.mean))
     assert torch.equal(segments.drawn(start, [1, 2], "mean"), start.mean.expand(2, -1, -1, -1, -1))
@@ -277,7 +279,9 @@ def test_what_is_gone_on_from_is_drawn_as_in_training_by_each_video_s_own_seed(m
 
     def made(how: Any, seeds: list[int]) -> np.ndarray:
         chosen = replace(prior, posterior=how)
-        return np.concatenate(list(recall.generate_videos(chosen, 8, seeds, start=start)), axis=1)
+        return np.concatenate(
+            list(chosen.videos([Request(seed, [(0.0, -1)]) for seed in seeds], 8, chosen.settings, start=start)), axis=1
+        )
 
     both = made("sample", [3, 4])
     np.testing.assert_allclose(made("sample", [4])[0].astype(int), both[1], atol=1)
@@ -437,9 +441,9 @@ def test_a_shell_makes_the_same_video_as_python(models: Path, tmp_path: Path) ->
 
     done = run("--class", "dog", "--seed", "3", "--frames", "17", "--out", "x.mp4")
     assert done.returncode == 0 and done.stdout.strip() == "x.mp4" and "generate: 100%" in done.stderr, done.stderr
-    prior = sampling.load_prior(str(models / "latte"))
-    ours = sampling.generate_videos(prior.latte, prior.vae, 17, [3], [1], prior.settings)
-    with sampling.video_file(tmp_path / "y.mp4", 12) as write:
+    prior = load_prior(str(models / "latte"))
+    ours = generate_videos(prior.latte, prior.codec, 17, [3], [1], prior.settings)
+    with video_file(tmp_path / "y.mp4", 12) as write:
         for chunk in ours:
             write(chunk[0])
     assert (tmp_path / "x.mp4").read_bytes() == (tmp_path / "y.mp4").read_bytes()

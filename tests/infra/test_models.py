@@ -17,6 +17,7 @@ from longtake.datasets.errors import Failure, UserError
 from longtake.infra.cli import models
 from longtake.training import registry
 from longtake.training.models.pv_vae.model import PVVAE, config_from_preset
+from longtake.training.registry import disk
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +37,7 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
             vae = PVVAE(config_from_preset("pv_vae_tiny"))
             lineage = {"inputs": {"dataset": {"uri": "s3://lake/clips", "digest": "d" * 64}}}
             config = vae.config.model_dump(mode="json")
-            registry.save(folder / "model", "pv_vae", config, vae.state_dict(), {"lineage": lineage})
+            disk.save(folder / "model", "pv_vae", config, vae.state_dict(), {"lineage": lineage})
             run = client.create_run(experiment).info.run_id
             client.log_metric(run, "psnr", 30.0 + seed)
             client.log_metric(run, "system/cpu", 1.0)

@@ -17,9 +17,8 @@ from longtake.datasets.errors import Failure, UserError
 from longtake.infra import graph, recipe, runner
 from longtake.infra.cli import _guarded
 from longtake.infra.cli.promote import promote, rollback
-from longtake.training import registry
 from longtake.training.models.pv_vae.model import PVVAE, config_from_preset
-from longtake.training.registry import aliases, promotion
+from longtake.training.registry import aliases, disk, promotion
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -46,8 +45,8 @@ def plain(shade: float) -> PVVAE:
 def register(folder: Path, run: str, model: PVVAE, frames: int = 9) -> str:
     """As `registry.register`, without what serves it, which takes seconds."""
     facts = {"lineage": {}, "window": {"frames": frames, "stride": 1, "size": [32, 32]}}
-    registry.save(folder, "pv_vae", model.config.model_dump(mode="json"), model.state_dict(), facts)
-    client, tags = MlflowClient(), {"sha256": registry.digest(registry.read_config(folder))}
+    disk.save(folder, "pv_vae", model.config.model_dump(mode="json"), model.state_dict(), facts)
+    client, tags = MlflowClient(), {"sha256": disk.digest(disk.read_config(folder))}
     if not any(m.name == NAME for m in client.search_registered_models()):
         client.create_registered_model(NAME)
     number = client.create_model_version(NAME, f"file://{folder}", run, tags).version
@@ -312,7 +311,7 @@ def test_a_trained_model_takes_the_place_of_a_random_one_and_a_random_one_does_n
     run = client.create_run(client.create_experiment("e", f"{tmp_path}/artifacts")).info.run_id
     torch.manual_seed(1)
     random = PVVAE(config_from_preset(**TINY)).eval()
-    registry.promote(register(tmp_path / "random", run, random))
+    promotion.promote(register(tmp_path / "random", run, random))
 
     loaded = stages(tmp_path, dataset, "vae")
     assert runner.run_stage(loaded, "vae")["uri"] == f"models:/{NAME}/2"

@@ -17,11 +17,11 @@ from longtake.datasets import clip
 from longtake.datasets.errors import UserError
 from longtake.datasets.latents import encoder_digest
 from longtake.infra.cli import cli, media
-from longtake.training import registry
-from longtake.training.models.memory import prior as recall
+from longtake.training.models.memory import recall
 from longtake.training.models.memory.dit import MemoryDiT, MemoryDiTConfig
-from longtake.training.models.memory.prior import MemoryPrior
+from longtake.training.models.memory.prior import MemoryPrior, load_prior
 from longtake.training.models.pv_vae.model import PVVAE, config_from_preset
+from longtake.training.registry import disk
 from longtake.training.registry import requests as serving
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -39,7 +39,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folders `vae`, `holder`, which retrieves from 8 steps (29 frames) at 12 a second, `none` and `teller`."""
     folder = tmp_path_factory.mktemp("models")
     vae = awake(PVVAE(config_from_preset("pv_vae_tiny", latent_channels=8, encoder_width=8, decoder_width=8)))
-    registry.save(folder / "vae", "pv_vae", vae.config.model_dump(mode="json"), vae.state_dict(), {"lineage": {}})
+    disk.save(folder / "vae", "pv_vae", vae.config.model_dump(mode="json"), vae.state_dict(), {"lineage": {}})
     small: dict[str, Any] = {"depth": 2, "width": 24, "heads": 2, "channels": 8, "rates": ("2x2x2",)}
     small |= {"memory_widths": (4, 8), "memory_heads": 2, "history": 9, "shape": (3, 2, 4), "window": 2}
     facts: dict[str, Any] = {
@@ -57,13 +57,13 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ):
         model = awake(MemoryDiT(MemoryDiTConfig(**small | changes)))
         config = model.config.model_dump(mode="json")
-        registry.save(folder / name, "memory_dit", config, model.state_dict(), facts | {"stage": stage})
+        disk.save(folder / name, "memory_dit", config, model.state_dict(), facts | {"stage": stage})
     return folder
 
 
 @pytest.fixture(scope="module")
 def prior(models: Path) -> MemoryPrior:
-    return recall.load_prior(str(models / "holder"), "retrieval")
+    return load_prior(str(models / "holder"), "retrieval")
 
 
 def footage(frames: int, size: tuple[int, int] = (32, 64)) -> np.ndarray:
@@ -182,7 +182,7 @@ def test_steps_that_are_retrieved_in_any_order_are_shown_in_their_own(
 ) -> None:
     """With a retrieval that gives back the truth, what is shown is what the autoencoder alone makes of it."""
     frames, asked = footage(29), []
-    truth = recall.encoded(prior.model, prior.vae, torch.from_numpy(frames).permute(3, 0, 1, 2)[None]).high
+    truth = recall.encoded(prior.model, prior.codec, torch.from_numpy(frames).permute(3, 0, 1, 2)[None]).high
 
     def perfect(model: MemoryDiT, memory: Any, times: list[int], *more: Any) -> torch.Tensor:
         asked.append(times)
@@ -200,7 +200,7 @@ def test_the_bound_is_what_the_autoencoder_makes_of_the_frames(prior: MemoryPrio
     frames = footage(29)
     _, bound = recall.recall(prior, frames)
     video = torch.from_numpy(frames).permute(3, 0, 1, 2)[None].float() / 127.5 - 1
-    made = prior.vae.reconstruct(video)[0].permute(1, 2, 3, 0).add(1).mul(127.5).round().numpy()
+    made = prior.codec.reconstruct(video)[0].permute(1, 2, 3, 0).add(1).mul(127.5).round().numpy()
     assert np.abs(bound - made).max() <= 1
 
 
@@ -213,13 +213,13 @@ def test_a_start_is_the_end_of_its_video_in_whole_groups(prior: MemoryPrior, fra
     video = footage(40)[:frames]
     pixels = torch.from_numpy(video[-taken:]).permute(3, 0, 1, 2)[None].float() / 127.5 - 1
     with torch.no_grad():
-        latent = prior.vae.encode(pixels).mode()
-    torch.testing.assert_close(prior.start(iter(video)).mean, latent, atol=1e-4, rtol=1e-4)
+        latent = prior.codec.encode(pixels).mode()
+    torch.testing.assert_close(prior.begin(iter(video)).mean, latent, atol=1e-4, rtol=1e-4)
 
 
 def test_a_served_memory_gives_what_it_has_kept_of_videos(prior: MemoryPrior) -> None:
     videos = np.stack([footage(13), 255 - footage(13)])
-    made = serving.serve_recall(prior, videos)
+    made = recall.recall_each(prior, videos)
     assert made.shape == (2, 13, 32, 64, 3) and made.dtype == np.uint8
     np.testing.assert_array_equal(made[1], recall.recall(prior, videos[1])[0])
     for wrong, said in (
@@ -230,13 +230,13 @@ def test_a_served_memory_gives_what_it_has_kept_of_videos(prior: MemoryPrior) ->
         (videos[:, :, :, :40], "video is 32x40"),
     ):
         with pytest.raises(UserError, match=said):
-            serving.serve_recall(prior, wrong)
+            recall.recall_each(prior, wrong)
 
 
 def test_a_served_teller_takes_a_table_with_storyboards(models: Path) -> None:
     import pandas
 
-    teller = recall.load_prior(str(models / "teller"), "generation")
+    teller = load_prior(str(models / "teller"), "generation")
     videos = serving.serve(teller, pandas.DataFrame({"seed": [1, 2], "frames": [17, 17]}))
     assert videos.shape == (2, 17, 32, 64, 3)
     np.testing.assert_array_equal(videos[1], next(iter(serving.serve(teller, {"seed": [2], "frames": [17]}))))
@@ -265,7 +265,7 @@ def test_what_mlflow_serves_is_what_the_model_was_trained_for(models: Path, prio
         served.load_context(SimpleNamespace(artifacts={"model": str(models / name)}))
         return served.predict(None, given)
 
-    kept = serving.serve_recall(prior, footage(13)[None])
+    kept = recall.recall_each(prior, footage(13)[None])
     np.testing.assert_array_equal(predicted("holder", footage(13)[None]), kept)
     np.testing.assert_array_equal(predicted("holder", footage(13)[None].tolist()), kept)
     assert predicted("teller", {"seed": [1]}).shape == (1, 9, 32, 64, 3)

@@ -31,6 +31,7 @@ from longtake.pipeline import latents
 from longtake.pipeline.stages import cache_latents
 from longtake.training import registry
 from longtake.training.models.pv_vae.model import PVVAE, config_from_preset
+from longtake.training.registry import disk, promotion
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -584,7 +585,7 @@ def folder(model: PVVAE, tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def saved(model: PVVAE, path: Path) -> str:
-    registry.save(path, "pv_vae", model.config.model_dump(mode="json"), model.state_dict(), {"lineage": {}})
+    disk.save(path, "pv_vae", model.config.model_dump(mode="json"), model.state_dict(), {"lineage": {}})
     return str(path)
 
 
@@ -662,7 +663,7 @@ def test_an_alias_is_taken_for_the_version_that_it_names_at_the_start(
     client = mlflow.MlflowClient()
     run_id = client.create_run(client.create_experiment("e", f"{tmp_path}/artifacts")).info.run_id
     version = registry.register(Path(folder), "pv-vae", run_id)
-    registry.promote(version)
+    promotion.promote(version)
     result = cache_latents.run(
         config("x"), {"dataset": root, "encoder": "models:/pv-vae@champion"}, str(tmp_path / "out")
     )

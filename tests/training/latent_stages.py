@@ -15,10 +15,12 @@ from longtake.datasets import compact, index, schema, storage, view
 from longtake.datasets import latents as column
 from longtake.pipeline import latents
 from longtake.pipeline.stages import cache_latents
-from longtake.training import checkpoint, registry
+from longtake.training import checkpoint
 from longtake.training.loop import train
-from longtake.training.models.memory import shared as memory_stage
+from longtake.training.models.memory import shared
 from longtake.training.models.pv_vae.model import PVVAE, config_from_preset
+from longtake.training.objective import Turn
+from longtake.training.registry import disk, lineage
 
 TINY: dict[str, Any] = {
     "preset": "memory_dit_tiny",
@@ -78,7 +80,7 @@ def labelled(dataset: str, folder: Path) -> str:
 
 def saved(model: PVVAE, folder: Path) -> str:
     """The autoencoder as a model folder."""
-    registry.save(folder, "pv_vae", model.config.model_dump(mode="json"), model.state_dict(), {"lineage": {}})
+    disk.save(folder, "pv_vae", model.config.model_dump(mode="json"), model.state_dict(), {"lineage": {}})
     return str(folder)
 
 
@@ -128,15 +130,23 @@ def encoded(
     return str(folder)
 
 
+def prepared(chosen: Any, given: dict[str, str], folder: Path, stage: Any = shared) -> Any:
+    """What a stage works with, of inputs that are pinned in the folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    return stage.prepare(chosen, lineage.pinned(given, folder), folder)
+
+
+def turn(engine: Any, batch: dict[str, Any], rng: torch.Generator, step: int = 0) -> Turn:
+    """What the loss of the only engine is given."""
+    return Turn("model", {"model": engine}, batch, step, rng, 0, {})
+
+
 def fit(stage: Any, chosen: Any, given: dict[str, str], folder: Path, until: int | None = None, log: Any = None) -> Any:
     """Train as a rank does and return the last weights; `until` a step, as if it had been stopped there."""
     torch.manual_seed(chosen.seed)
-    folder.mkdir(parents=True, exist_ok=True)
-    setup = memory_stage.prepared(chosen, given, folder)
-    dit, options = setup.model.config, {"batch": chosen.batch, "seed": chosen.seed}
-    loader = memory_stage.loader_of(chosen, setup.inputs, setup.data, dit, "train", **options)
+    setup = prepared(chosen, given, folder, stage)
     running = chosen.model_copy(update={"steps": until}) if until else chosen
-    train(stage.objective(chosen, setup), loader, running, folder, log)
+    train(stage.objective(chosen, setup), stage.loader(chosen, setup, 0, 1), running, folder, log)
     found = checkpoint.latest(folder)
     assert found
     return dict(checkpoint.Weights(found))
@@ -151,6 +161,11 @@ class Log:
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
         self.rows.append(metrics)
+
+    @property
+    def steps(self) -> list[dict[str, float]]:
+        """What was logged of training steps, not of held-out clips."""
+        return [row for row in self.rows if "loss" in row]
 
     def video(self, step: int, name: str, video: Any, fps: float) -> None:
         self.videos[name] = video.shape

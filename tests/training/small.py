@@ -18,8 +18,9 @@ from torch import Tensor, nn
 from longtake.datasets.errors import Failure, Interrupted, UserError
 from longtake.training import checkpoint, engines
 from longtake.training.config import TrainConfig
-from longtake.training.loop import Objective, train
+from longtake.training.loop import train
 from longtake.training.models.common.causal import CausalConv3d
+from longtake.training.objective import Objective, Turn
 
 WIDTH = 32
 SETTINGS: dict[str, Any] = {
@@ -114,19 +115,17 @@ def objective(
     modules = {"generator": module(kind)} | ({} if starts is None else {"adversary": module("mlp", outputs=1)})
     calls = 0
 
-    def loss(
-        name: str, made: Any, batch: dict[str, Any], generator: torch.Generator
-    ) -> tuple[Tensor, dict[str, Tensor]]:
+    def loss(turn: Turn) -> tuple[Tensor, dict[str, Tensor]]:
         nonlocal calls
-        x = batch["x"] + noise * torch.randn(batch["x"].shape, generator=generator)
+        x = turn.batch["x"] + noise * torch.randn(turn.batch["x"].shape, generator=turn.rng)
         dtype = next(modules["generator"].parameters()).dtype
-        if name == "adversary":
+        if turn.name == "adversary":
             with torch.no_grad():
-                fake = made["generator"].module(x.to(dtype))
-            value = made["adversary"](torch.cat([x.to(dtype), fake])).float().square().mean()
+                fake = turn.engines["generator"].module(x.to(dtype))
+            value = turn.engines["adversary"](torch.cat([x.to(dtype), fake])).float().square().mean()
             return value, {"adversary": value.detach()}
         calls += 1
-        value = loss_of(made["generator"], x, dtype)
+        value = loss_of(turn.engines["generator"], x, dtype)
         if fault and calls in fault["calls"] and fault.get("rank", 0) == torch.distributed.get_rank():
             value = _spoil(fault["kind"], value)
         if told:
@@ -138,6 +137,7 @@ def objective(
     return Objective(
         modules,
         loss,
+        lead="generator",
         starts={"adversary": starts or 0},
         tokens=lambda batch: batch["x"].numel(),
         heldout=[{"x": rows(1000 + number, 1), "key": [f"held-{number}"]} for number in range(heldout)],

@@ -3,7 +3,6 @@
 import math
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -22,7 +21,9 @@ from longtake.training.models.common import adversarial
 from longtake.training.models.common.adversarial import GANConfig
 from longtake.training.models.pv_vae import pretrain as pretrain_vae
 from longtake.training.models.pv_vae.model import PVVAE
+from longtake.training.objective import Turn
 from longtake.training.registry import cache as pull
+from longtake.training.registry import disk
 
 pytestmark = pytest.mark.usefixtures("one_thread", "group")
 
@@ -90,17 +91,13 @@ def test_the_generators_gradient_and_loss_are_those_of_the_weighed_sum(kind: str
 
 
 def test_the_generator_hears_a_discriminator_that_has_learned_enough_itself_or_as_the_parents() -> None:
-    class Engine:
-        def __init__(self, steps: int) -> None:
-            self.global_steps = steps
-
     new, kept = state(), state()
     kept["gan_learned"].fill_(70)
     heard = adversarial.heard
-    assert [heard(config(gan_warmup=3), new, Engine(n)) for n in range(5)] == [False, False, False, True, True]
-    assert [heard(config(gan_warmup=0), new, Engine(n)) for n in range(3)] == [False, True, True]
-    assert [heard(config(gan_warmup=72), kept, Engine(n)) for n in range(4)] == [False, False, True, True]
-    assert [heard(config(gan_warmup=9), kept, Engine(n)) for n in range(2)] == [False, True]
+    assert [heard(config(gan_warmup=3, gan_start=2), new, 2 + n) for n in range(5)] == [False, False, False, True, True]
+    assert [heard(config(gan_warmup=0, gan_start=2), new, 2 + n) for n in range(3)] == [False, True, True]
+    assert [heard(config(gan_warmup=72, gan_start=2), kept, 2 + n) for n in range(4)] == [False, False, True, True]
+    assert [heard(config(gan_warmup=9, gan_start=2), kept, 2 + n) for n in range(2)] == [False, True]
 
 
 def test_lecam_is_that_of_its_formula_and_follows_the_logits() -> None:
@@ -196,7 +193,7 @@ def test_the_run_of_a_registered_parent_hands_its_discriminator_on_and_the_model
         client = mlflow.MlflowClient()
         run = client.create_run(client.create_experiment("e", f"{tmp_path}/artifacts")).info.run_id
         vae = PVVAE(pretrain_vae.config_from_preset("pv_vae_tiny"))
-        registry.save(tmp_path / "model", "pv_vae", vae.config.model_dump(mode="json"), vae.state_dict(), {})
+        disk.save(tmp_path / "model", "pv_vae", vae.config.model_dump(mode="json"), vae.state_dict(), {})
         version = registry.register(tmp_path / "model", "vae", run)
         adversarial.begin(config(), version)
         assert "begins anew" in (said := capsys.readouterr().err) and "its run has left no" in said
@@ -222,15 +219,20 @@ def vae_config(dataset: str, **changes: Any) -> pretrain_vae.Config:
     return pretrain_vae.Config(**settings | changes)
 
 
+def started(settings: pretrain_vae.Config) -> pretrain_vae.Setup:
+    """What the stage works with before its first step, without a parent."""
+    return pretrain_vae.Setup({"dataset": settings.dataset}, pretrain_vae.begin(settings, {}), None)
+
+
 def fit(settings: pretrain_vae.Config, folder: Path, begun: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
     """The weights after a training."""
     torch.manual_seed(0)
-    model = pretrain_vae.begin(settings, {})
+    setup = started(settings)
     if begun:
-        model.load_state_dict(begun)
+        setup.model.load_state_dict(begun)
     window = {"columns": ("video",), "frames": settings.frames, "size": settings.sizes[0]}
     loader = Loader(settings.dataset, **window, batch=settings.batch, crop="random", last="pad")
-    train(pretrain_vae.objective(settings, model, loader), loader, settings, folder)
+    train(replace(pretrain_vae.objective(settings, setup), heldout=()), loader, settings, folder)
     return checkpoint.trained(folder, settings)
 
 
@@ -238,7 +240,6 @@ def fit(settings: pretrain_vae.Config, folder: Path, begun: dict[str, Tensor] | 
 def test_the_first_held_out_clip_is_the_sample_each_time_however_few_there_are(dataset: str, tmp_path: Path) -> None:
     settings = vae_config(dataset, steps=3, sample_every=1, heldout_every=1, lambda_gan=0, frames=5, lr=1e-12)
     window = {"columns": ("video",), "frames": 5, "size": (32, 32)}
-    heldout = Loader(dataset, "val", **window, batch=1, last="pad", shuffle=False, epochs=1)
     shown: list[Any] = []
 
     class Log:
@@ -247,9 +248,9 @@ def test_the_first_held_out_clip_is_the_sample_each_time_however_few_there_are(d
         def video(self, step: int, name: str, video: Any, fps: float) -> None:
             shown.append(video[:, :, :32])
 
-    made = pretrain_vae.objective(settings, pretrain_vae.begin(settings, {}), heldout)
+    made = pretrain_vae.objective(settings, started(settings))
     loader = Loader(dataset, **window, batch=4)
-    train(replace(made, heldout=heldout), loader, settings, tmp_path, Log())  # type: ignore[arg-type]
+    train(made, loader, settings, tmp_path, Log())  # type: ignore[arg-type]
     assert len(shown) == 3 and all((video == shown[0]).all() for video in shown)
 
 
@@ -322,12 +323,13 @@ def test_all_ranks_show_the_encoder_as_many_frames_any_number_of_them_as_often()
         seen.append(visible)
         raise Stop
 
-    loss = pretrain_vae.objective(settings, model, None).loss  # type: ignore[arg-type]
+    batch = {"video": torch.zeros(1, 3, 17, 32, 32, dtype=torch.uint8)}
     for seed in range(200):
         for rank in range(2):
-            batch = {"video": torch.zeros(1, 3, 17, 32, 32, dtype=torch.uint8), "seed": seed}
+            rng = torch.Generator().manual_seed(seed * 2 + rank)
+            turn = Turn("generator", {"generator": encoder}, batch, 0, rng, seed, {})
             with pytest.raises(Stop):
-                loss("generator", {"generator": encoder}, batch, torch.Generator().manual_seed(seed * 2 + rank))
+                pretrain_vae._loss(settings, model.config, None, {}, turn)
     assert seen[::2] == seen[1::2]
     assert sorted(set(seen)) == [1, 2, 3, 4, 5] and min(seen.count(n) for n in range(1, 6)) > 50
 
@@ -355,9 +357,7 @@ def test_a_gan_that_ends_before_it_acts_is_warned_about(changes: dict[str, Any])
         settings = {"steps": steps, "gan_start": 5, "gan_warmup": 4, "perceptual": "vgg.pth"}
         config = vae_config("d", **settings | changes)
         learned = {"gan_learned": torch.tensor([100 if "parent" in changes else 0])}
-        acts = any(
-            adversarial.heard(config, learned, SimpleNamespace(global_steps=max(0, step - 5))) for step in range(steps)
-        )
+        acts = any(adversarial.heard(config, learned, step) for step in range(steps))
         texts = pretrain_vae.warnings(config)
         assert bool(texts) is not acts, steps
         assert (

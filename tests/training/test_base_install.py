@@ -15,6 +15,7 @@ from packaging.requirements import Requirement
 
 from longtake.training import registry
 from longtake.training.models.pv_vae.model import PVVAE, config_from_preset
+from longtake.training.registry import disk
 
 ROOT = Path(__file__).resolve().parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
@@ -30,9 +31,9 @@ from longtake.datasets.errors import UserError
 absent = [n for n in ("ray", "deepspeed", "av", "decord", "matplotlib", "sqlalchemy", "sklearn") if u.find_spec(n)]
 assert not absent, absent
 video = np.load(sys.argv[2])
-made = [registry.reconstruct(registry.load(uri), video) for uri in (sys.argv[3], "models:/pv-vae@candidate")]
+made = [reconstruct_arrays(registry.load(uri), video) for uri in (sys.argv[3], "models:/pv-vae@candidate")]
 import longtake
-made.append(registry.reconstruct(longtake.load("models:/pv-vae@candidate"), video))
+made.append(reconstruct_arrays(longtake.load("models:/pv-vae@candidate"), video))
 assert longtake.__version__ == sys.argv[4]
 import mlflow
 made.append(mlflow.pyfunc.load_model("models:/pv-vae@candidate").predict(video))
@@ -99,7 +100,7 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, dic
     folder = tmp_path_factory.mktemp("served")
     torch.manual_seed(0)
     vae = PVVAE(config_from_preset("pv_vae_tiny"))
-    registry.save(folder / "model", "pv_vae", vae.config.model_dump(mode="json"), vae.state_dict(), {})
+    disk.save(folder / "model", "pv_vae", vae.config.model_dump(mode="json"), vae.state_dict(), {})
     store = {"MLFLOW_TRACKING_URI": f"file://{folder}/store", "MLFLOW_ALLOW_FILE_STORE": "true"}
     with pytest.MonkeyPatch.context() as patched:
         for name, value in store.items():

@@ -17,7 +17,8 @@ from longtake.datasets import index, stage
 from longtake.datasets.errors import UserError
 from longtake.datasets.loader import Loader
 from longtake.datasets.loader.whole import longest
-from longtake.training import evaluation
+from longtake.training.config import EvaluatedConfig
+from longtake.training.metrics.features import checked_network
 from longtake.training.models.pv_vae.evaluate import by_position
 from longtake.training.models.pv_vae.model import PVVAE, config_from_preset
 
@@ -26,13 +27,15 @@ import json, sys
 from pathlib import Path
 import torch
 import torch.distributed as dist
-from longtake.training.models.memory.history import Given
-from longtake.training.metrics import continuation, generated, heldout, retrieval, trivial
+from longtake.training.metrics import trivial
 from longtake.training.metrics.features import FeatureNetwork
+from longtake.training.models.generator import Settings
+from longtake.training.models.latte import evaluate as generated, model as latte
 from longtake.training.models.latte.evaluate import Held, Videos
-from longtake.training.models import latte, memory_dit
+from longtake.training.models.memory import continuation, dit as memory_dit, retrieval
+from longtake.training.models.memory.history import Given
+from longtake.training.models.pv_vae import evaluate as heldout
 from longtake.training.models.pv_vae.model import PVVAE, config_from_preset
-from longtake.training.models.common.sampling import Settings
 
 def random(*shape, seed):
     return torch.rand(*shape, generator=torch.Generator().manual_seed(seed)) * 2 - 1
@@ -206,20 +209,20 @@ def test_a_clip_that_fits_a_window_is_the_same_whole_and_in_pieces() -> None:
     )
 
 
-def config(**changes: Any) -> evaluation.EvaluatedConfig:
-    return evaluation.EvaluatedConfig(**changes)
+def config(**changes: Any) -> EvaluatedConfig:
+    return EvaluatedConfig(**changes)
 
 
 def test_a_network_that_takes_no_such_videos_is_refused_in_one_line(tmp_path: Path) -> None:
     network = torch.jit.script(nn.Sequential(nn.Conv2d(3, 2, 40), nn.AdaptiveAvgPool2d(1)))
     network.save(str(tmp_path / "features.pt"))
     chosen = str(tmp_path / "features.pt")
-    assert evaluation.checked_network(chosen, 5, (64, 64)) and evaluation.checked_network(None, 5, (64, 64)) is None
+    assert checked_network(chosen, 5, (64, 64)) and checked_network(None, 5, (64, 64)) is None
     with pytest.raises(UserError, match="takes no videos of 5 frames of 32x32") as e:
-        evaluation.checked_network(chosen, 5, (32, 32))
+        checked_network(chosen, 5, (32, 32))
     assert "\n" not in str(e.value)
     with pytest.raises(UserError, match="no such file"):
-        evaluation.checked_network(str(tmp_path / "none.pt"), 5, (64, 64))
+        checked_network(str(tmp_path / "none.pt"), 5, (64, 64))
 
 
 def test_another_evaluation_runs_a_stage_again_and_trains_nothing() -> None:

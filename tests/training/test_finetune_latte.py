@@ -20,12 +20,16 @@ from longtake.datasets import latents as column
 from longtake.datasets.errors import Failure, UserError
 from longtake.infra import graph, recipe
 from longtake.pipeline.stages import cache_latents
-from longtake.training import checkpoint, registry
+from longtake.training import registry
+from longtake.training.data import decoder_of
 from longtake.training.loop import train
-from longtake.training.models.common import sampling
+from longtake.training.models.common.codec import Pixels, Posterior
+from longtake.training.models.common.video import whole
 from longtake.training.models.latte import finetune as finetune_latte
-from longtake.training.models.latte.finetune import Config, begin, check, data_of, decoder, loader_of, objective
-from longtake.training.models.pv_vae.model import PVVAE, Posterior
+from longtake.training.models.latte.finetune import Config, check, heldout_of, loader_of, target_of
+from longtake.training.models.latte.sample import generate_videos, load_prior
+from longtake.training.models.pv_vae.model import PVVAE
+from longtake.training.registry import disk
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -74,16 +78,12 @@ def pixels(**changes: Any) -> Config:
 
 def fit(chosen: Config, inputs: dict[str, str], folder: Path, until: int | None = None) -> dict[str, torch.Tensor]:
     """Train as a rank does, without a tracker; `until` a step, as if it had been stopped there."""
-    torch.manual_seed(chosen.seed)
-    data = data_of(chosen, inputs)
-    vae = decoder(data, str(Path(inputs["latents"]).parent / "vae"))
-    loader = loader_of(chosen, inputs, data, "train", batch=chosen.batch, seed=chosen.seed, workers=chosen.workers)
-    latte = begin(chosen, data, len(loader.classes))
-    running = chosen.model_copy(update={"steps": until}) if until else chosen
-    train(objective(chosen, data, latte, vae, loader.classes), loader, running, folder)
-    found = checkpoint.latest(folder)
-    assert found
-    return dict(checkpoint.Weights(found))
+    return latent_stages.fit(finetune_latte, chosen, inputs, folder, until)
+
+
+def started(chosen: Config, inputs: dict[str, str], folder: Path) -> Any:
+    """What the stage works with before its first step."""
+    return latent_stages.prepared(chosen, inputs, folder, finetune_latte)
 
 
 @pytest.mark.usefixtures("group")
@@ -117,19 +117,17 @@ def test_samples_are_shown_in_every_way_of_training(
     inputs: dict[str, str], tmp_path: Path, changes: dict[str, Any]
 ) -> None:
     chosen = config(**{"steps": 1} | changes)
-    data = data_of(chosen, inputs)
-    vae = decoder(data, str(Path(inputs["latents"]).parent / "vae"))
-    loader = loader_of(chosen, inputs, data, "train", batch=4)
-    purpose = objective(chosen, data, begin(chosen, data, len(loader.classes)), vae, loader.classes)
+    setup = started(chosen, inputs, tmp_path)
     shown: list[Any] = []
 
     class Log:
         def log(self, step: int, values: dict[str, float]) -> None:
-            assert np.isfinite(values["loss"])
+            assert np.isfinite(values.get("loss", values.get("heldout/loss", np.nan)))
 
         def video(self, step: int, name: str, video: np.ndarray, fps: int) -> None:
             shown.append((name, video.shape, fps))
 
+    purpose, loader = finetune_latte.objective(chosen, setup), finetune_latte.loader(chosen, setup, 0, 1)
     train(purpose, loader, chosen.model_copy(update={"sample_every": 1}), tmp_path, Log())  # type: ignore[arg-type]
     assert shown == [("generated", (9, 2 * 32 + 2, 2 * 48 + 2, 3), 12)]
 
@@ -137,8 +135,8 @@ def test_samples_are_shown_in_every_way_of_training(
 @pytest.mark.usefixtures("group")
 def test_a_prior_of_pixels_learns_too(inputs: dict[str, str], tmp_path: Path) -> None:
     chosen = pixels()
-    data = data_of(chosen, inputs)
-    assert (data.channels, data.shape, data.fps) == (3, (3, 32, 32), 3.0)
+    target = target_of(chosen, inputs)
+    assert (target.channels, target.shape, target.fps) == (3, (3, 32, 32), 3.0)
     weights = fit(chosen, inputs, tmp_path)
     assert weights["token_in.weight"].shape[1] == 3 * 16 * 16
     latent_tokens = finetune_latte._tokens(
@@ -150,12 +148,11 @@ def test_a_prior_of_pixels_learns_too(inputs: dict[str, str], tmp_path: Path) ->
     assert latent_tokens == pixel_tokens == 4 * 3 * 2 * 2
 
 
-def test_the_loss_is_of_normalised_draws_at_their_place_in_the_clip(inputs: dict[str, str]) -> None:
+def test_the_loss_is_of_normalised_draws_at_their_place_in_the_clip(inputs: dict[str, str], tmp_path: Path) -> None:
     chosen = config(classes=True, conditioning=1.0)
-    data = data_of(chosen, inputs)
-    loader = loader_of(chosen, inputs, data, "train", batch=8)
-    batch = next(iter(loader))
-    latte = begin(chosen, data, len(loader.classes))
+    setup = started(chosen, inputs, tmp_path)
+    batch = next(iter(loader_of(chosen, inputs, setup.target, "train", batch=8)))
+    latte = setup.model
     assert set(batch) >= {"latent", "label", "start", "key"} and "video" not in batch
     seen: list[Any] = []
 
@@ -165,7 +162,7 @@ def test_the_loss_is_of_normalised_draws_at_their_place_in_the_clip(inputs: dict
         seen.append((x, t, ids, start))
         return torch.zeros_like(x)
 
-    loss, logged = finetune_latte._loss(chosen, data, latte, "generator", {"generator": engine}, batch, _draws())
+    loss, logged = finetune_latte._loss(chosen, setup.target, latte, latent_stages.turn(engine, batch, _draws()))
     (x, t, ids, start) = seen[0]
     mean, logvar = batch["latent"].float().unbind(1)
     x0 = latte.normalise(Posterior(mean, logvar).sample(_draws()))
@@ -178,19 +175,21 @@ def test_the_loss_is_of_normalised_draws_at_their_place_in_the_clip(inputs: dict
 
 
 @pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
-def test_a_share_of_windows_start_their_clip_of_latents_and_of_pixels(inputs: dict[str, str], share: float) -> None:
+def test_a_share_of_windows_start_their_clip_of_latents_and_of_pixels(
+    inputs: dict[str, str], tmp_path: Path, share: float
+) -> None:
     told: list[torch.Tensor] = []
 
     def engine(x: torch.Tensor, t: Any, ids: Any, start: torch.Tensor, generator: Any) -> torch.Tensor:
         told.append(start)
         return torch.zeros_like(x)
 
-    for chosen in (config(frames=5, clip_starts=share), pixels(clip_starts=share)):
+    for name, chosen in (("latents", config(frames=5, clip_starts=share)), ("pixels", pixels(clip_starts=share))):
         told.clear()
-        data = data_of(chosen, inputs)
-        latte = begin(chosen, data, 0)
-        for batch in loader_of(chosen, inputs, data, "train", batch=4, epochs=12):
-            finetune_latte._loss(chosen, data, latte, "generator", {"generator": engine}, batch, _draws_of(len(told)))
+        setup = started(chosen, inputs, tmp_path / name)
+        for batch in loader_of(chosen, inputs, setup.target, "train", batch=4, epochs=12):
+            turn = latent_stages.turn(engine, batch, _draws_of(len(told)))
+            finetune_latte._loss(chosen, setup.target, setup.model, turn)
         firsts = (torch.cat(told) == 0).float().mean().item()
         assert abs(firsts - share) <= (0.15 if 0 < share < 1 else 0)
 
@@ -199,25 +198,16 @@ def test_the_heldout_loss_is_told_for_windows_that_start_a_clip_and_for_later_on
     inputs: dict[str, str], tmp_path: Path
 ) -> None:
     chosen = config(eval_videos=1, conditioning=0.0)
-    data = data_of(chosen, inputs)
-    latte = begin(chosen, data, 0)
+    setup = started(chosen, inputs, tmp_path)
     told = []
-    latte.register_forward_pre_hook(
+    setup.model.register_forward_pre_hook(
         lambda _, given, named: told.append((given[0].shape, named.get("start", 0))), with_kwargs=True
     )
     (tmp_path / "heldout").mkdir()
-    summary = finetune_latte._measured(
-        chosen,
-        inputs,
-        data,
-        latte,
-        decoder(data, str(Path(inputs["latents"]).parent / "vae")),
-        (),
-        tmp_path / "heldout",
-    )
+    summary = finetune_latte.evaluate(chosen, setup, tmp_path / "heldout")
     assert summary["heldout_loss"] > 0 and summary["heldout_loss_later"] > 0
-    windows = [batch["start"].item() for batch in finetune_latte._heldout(chosen, inputs, data, later=True)]
-    assert windows == [batch["start"].item() for batch in finetune_latte._heldout(chosen, inputs, data, later=True)]
+    windows = [batch["start"].item() for batch in heldout_of(chosen, setup, later=True)]
+    assert windows == [batch["start"].item() for batch in heldout_of(chosen, setup, later=True)]
     starts = [start for shape, start in told if shape[0] == 8]
     # one clip is as long as its window
     assert (starts.count(0), starts.count(1)) == (summary["clips"], sum(start > 0 for start in windows)) == (9, 8)
@@ -231,13 +221,12 @@ def _draws() -> torch.Generator:
     return torch.Generator().manual_seed(5)
 
 
-def test_what_is_learned_has_mean_zero_and_variance_one(inputs: dict[str, str]) -> None:
+def test_what_is_learned_has_mean_zero_and_variance_one(inputs: dict[str, str], tmp_path: Path) -> None:
     for posterior in ("mean", "sample"):
         chosen = config(posterior=posterior)
-        data = data_of(chosen, inputs)
-        latte = begin(chosen, data, 0)
-        loader = loader_of(chosen, inputs, data, "train", batch=4, epochs=6)
-        x0 = torch.cat([finetune_latte._given(chosen, data, latte, b, _draws()) for b in loader])
+        setup = started(chosen, inputs, tmp_path / posterior)
+        loader = loader_of(chosen, inputs, setup.target, "train", batch=4, epochs=6)
+        x0 = torch.cat([setup.target.given(setup.model, batch, _draws()) for batch in loader])
         # windows, not all positions: about
         assert abs(x0.mean()) < 0.15 and 0.8 < x0.std() < 1.2
 
@@ -245,16 +234,15 @@ def test_what_is_learned_has_mean_zero_and_variance_one(inputs: dict[str, str]) 
 @pytest.mark.usefixtures("group")
 def test_the_model_learns_what_it_is_shown(inputs: dict[str, str], tmp_path: Path) -> None:
     chosen = config(steps=60, checkpoint_every=60, lr=3e-3, posterior="mean")
-    data = data_of(chosen, inputs)
+    setup = started(chosen, inputs, tmp_path)
 
     def heldout(latte: Any) -> float:
         from longtake.training.models.latte.evaluate import heldout_losses
 
-        batches = loader_of(chosen, inputs, data, "val", batch=1, last="pad", shuffle=False, epochs=1)
-        clips = ((finetune_latte._given(chosen, data, latte, batch), None) for batch in batches)
+        clips = ((setup.target.given(latte, batch), None) for batch in heldout_of(chosen, setup))
         return float(heldout_losses(latte, clips, 0).mean())
 
-    latte = begin(chosen, data, 0)
+    latte = setup.model
     before = heldout(latte)
     assert before == heldout(latte)
     latte.load_state_dict(fit(chosen, inputs, tmp_path))
@@ -271,7 +259,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
 def test_windows_that_there_are_not_are_refused_in_one_line(inputs: dict[str, str], case: str) -> None:
     changes, said = REFUSED[case]
     with pytest.raises(UserError, match=said) as e:
-        data_of(config(**changes), inputs)
+        target_of(config(**changes), inputs)
     assert "\n" not in str(e.value)
 
 
@@ -288,26 +276,26 @@ def test_latents_that_do_not_fit_are_refused_in_one_line(inputs: dict[str, str],
     }
     for number, (said, facts) in enumerate(cases.items()):
         with pytest.raises(UserError, match=said) as e:
-            data_of(config(), changed(inputs, tmp_path / str(number), **facts))
+            target_of(config(), changed(inputs, tmp_path / str(number), **facts))
         assert "cache_latents" in str(e.value) or "not of" in str(e.value)
     with pytest.raises(UserError, match="no latents here"):
-        data_of(config(), inputs | {"latents": str(tmp_path)})
+        target_of(config(), inputs | {"latents": str(tmp_path)})
     with pytest.raises(Failure, match="every channel needs a finite mean and a positive"):
         flat = changed(inputs, tmp_path / "flat", std=(0.0,) * 8)
-        begin(config(posterior="mean"), data_of(config(posterior="mean"), flat), 0)
+        started(config(posterior="mean"), flat, tmp_path / "run")
 
 
 def test_another_encoder_than_that_of_the_latents_is_refused(
     inputs: dict[str, str], vae: PVVAE, tmp_path: Path
 ) -> None:
-    data = data_of(config(), inputs)
+    record = column.read_latents(inputs["latents"])
     state = {name: value + 0.1 if name.startswith("encoder") else value for name, value in vae.state_dict().items()}
-    registry.save(tmp_path / "other", "pv_vae", vae.config.model_dump(mode="json"), state, {"lineage": {}})
+    disk.save(tmp_path / "other", "pv_vae", vae.config.model_dump(mode="json"), state, {"lineage": {}})
     with pytest.raises(UserError, match="has another encoder than has made the latents"):
-        decoder(data, str(tmp_path / "other"))
+        decoder_of(record, str(tmp_path / "other"))
     tuned = {name: value + 0.1 if name.startswith("decoder") else value for name, value in vae.state_dict().items()}
-    registry.save(tmp_path / "tuned", "pv_vae", vae.config.model_dump(mode="json"), tuned, {"lineage": {}})
-    assert isinstance(decoder(data, str(tmp_path / "tuned")), PVVAE)
+    disk.save(tmp_path / "tuned", "pv_vae", vae.config.model_dump(mode="json"), tuned, {"lineage": {}})
+    assert isinstance(decoder_of(record, str(tmp_path / "tuned")), PVVAE)
 
 
 def test_a_dataset_of_images_has_no_windows(tmp_path: Path) -> None:
@@ -320,7 +308,7 @@ def test_a_dataset_of_images_has_no_windows(tmp_path: Path) -> None:
         Image.fromarray(np.full((32, 32, 3), 50 * number, np.uint8)).save(tmp_path / "pictures" / f"{number}.png")
     root = _image_dataset(images, tmp_path)
     with pytest.raises(UserError, match="has images, and a video prior needs clips"):
-        data_of(pixels(), {"dataset": root})
+        target_of(pixels(), {"dataset": root})
 
 
 def _image_dataset(images: Any, folder: Path) -> str:
@@ -388,7 +376,7 @@ def test_from_latents_to_a_served_champion(
     result = finetune_latte.run(chosen, inputs, str(tmp_path / "out"))
     assert result["uri"] == "models:/latte/1" and result["metrics"]["heldout_loss"] > 0
     assert result["metrics"]["heldout_loss_later"] > 0
-    prior = sampling.load_prior("models:/latte@champion")
+    prior = load_prior("models:/latte@champion")
     assert list(prior.classes) == ["a", "b"] and prior.frames == 9 and prior.settings.guidance == 2.0
     client = mlflow.MlflowClient()
     assert [m.step for m in client.get_metric_history(store, "heldout/loss")] == [chosen.steps]
@@ -409,7 +397,7 @@ def test_from_latents_to_a_served_champion(
     videos = served.predict(pandas.DataFrame({"seed": [3, 4], "class": ["b", None]}))
     assert videos.shape == (2, 9, 32, 48, 3)
     settings = prior.settings
-    ours = sampling.whole(sampling.generate_videos(prior.latte, prior.vae, 9, [3], [1], settings))
+    ours = whole(generate_videos(prior.latte, prior.codec, 9, [3], [1], settings))
     np.testing.assert_array_equal(videos[:1], ours)
     columns = {c.name: c.required for c in served.metadata.get_input_schema().inputs}
     assert columns == {"seed": True, "class": False, "frames": False}
@@ -441,8 +429,8 @@ def test_a_feature_network_measures_the_distance_to_heldout_videos(
 def test_pixels_make_a_champion_as_well(inputs: dict[str, str], store: str, tmp_path: Path) -> None:
     chosen = pixels(steps=2, name="latte-pixels")
     assert finetune_latte.run(chosen, {"dataset": inputs["dataset"]}, str(tmp_path / "out"))["uri"]
-    prior = sampling.load_prior("models:/latte-pixels@champion")
-    assert prior.vae is None and prior.fps == 3.0
+    prior = load_prior("models:/latte-pixels@champion")
+    assert isinstance(prior.codec, Pixels) and prior.fps == 3.0
 
 
 @pytest.mark.slow

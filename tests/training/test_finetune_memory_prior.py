@@ -16,21 +16,23 @@ import latent_stages
 import numpy as np
 import pytest
 import torch
+from latent_stages import prepared
 from torch import Tensor, nn
 
 from longtake.datasets import clip, stage
 from longtake.datasets.errors import UserError
 from longtake.training import registry
 from longtake.training.loop import train
-from longtake.training.models.common.sampling import Settings
+from longtake.training.models.generator import Settings
 from longtake.training.models.memory import continuation
 from longtake.training.models.memory import finetune as finetune_memory_prior
 from longtake.training.models.memory import pretrain as pretrain_memory
+from longtake.training.models.memory.data import expected as expected_line
+from longtake.training.models.memory.data import loader_of
 from longtake.training.models.memory.dit import MemoryDiT
 from longtake.training.models.memory.finetune import Config
 from longtake.training.models.memory.history import Given, Steps, lengths_of, steps_of
-from longtake.training.models.memory.shared import expected as expected_line
-from longtake.training.models.memory.shared import heldout_of, loader_of, prepared
+from longtake.training.models.memory.shared import heldout_of
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -64,8 +66,8 @@ def draws(seed: int = 5) -> torch.Generator:
 class Recording:
     """An engine at some step that keeps what it is called with; its velocity leads straight to what is truly there."""
 
-    def __init__(self, true: Tensor | None = None, step: int = 0) -> None:
-        self.true, self.global_steps, self.calls = true, step, list[Any]()
+    def __init__(self, true: Tensor | None = None) -> None:
+        self.true, self.calls = true, list[Any]()
 
     def __call__(
         self,
@@ -97,10 +99,8 @@ def called(
     folder.mkdir(exist_ok=True)
     setup = prepared(chosen, inputs, folder)
     batch = next(iter(loader_of(chosen, inputs, setup.data, setup.model.config, "train", batch=2, seed=seed)))
-    engine = Recording(steps_of(batch, setup.model, 6).high, step)
-    loss, logged = finetune_memory_prior._loss(
-        chosen, setup.model, "generator", {"generator": engine}, batch, draws(seed)
-    )
+    engine = Recording(steps_of(batch, setup.model, 6).high)
+    loss, logged = finetune_memory_prior._loss(chosen, setup.model, latent_stages.turn(engine, batch, draws(seed)))
     assert loss.item() == logged["loss"].item()
     return setup, batch, loss.item(), engine.calls[0]
 
@@ -144,7 +144,7 @@ def test_nothing_of_the_segment_is_in_what_it_is_given(inputs: dict[str, str], t
     setup, batch, _, call = called(chosen, inputs, tmp_path)
     changed = batch | {name: batch[name] + 3 for name in ("latent", "latent_2")}
     engine = Recording()
-    finetune_memory_prior._loss(chosen, setup.model, "generator", {"generator": engine}, changed, draws())
+    finetune_memory_prior._loss(chosen, setup.model, latent_stages.turn(engine, changed, draws()))
     other, window = engine.calls[0], call.x.shape[2] - 3
     assert torch.equal(other.memory.high, call.memory.high) and torch.equal(other.memory.low, call.memory.low)
     assert torch.equal(other.x[:, :, :window], call.x[:, :, :window])
@@ -170,8 +170,8 @@ def test_the_losses_of_starts_and_of_what_comes_later_are_told_apart(inputs: dic
         chosen = config(no_history=share)
         setup = prepared(chosen, inputs, tmp_path)
         batch = next(iter(loader_of(chosen, inputs, setup.data, setup.model.config, "train", batch=2)))
-        arguments = ("generator", {"generator": Recording()}, batch, draws())
-        loss, logged = finetune_memory_prior._loss(chosen, setup.model, *arguments)
+        turn = latent_stages.turn(Recording(), batch, draws())
+        loss, logged = finetune_memory_prior._loss(chosen, setup.model, turn)
         assert {name for name in logged if name.startswith("loss_")} == told
         assert logged[told.pop()].item() == pytest.approx(loss.item())
 
@@ -258,7 +258,7 @@ def test_a_stopped_training_ends_with_the_same_weights(inputs: dict[str, str], t
     log = latent_stages.Log()
     resumed = latent_stages.fit(finetune_memory_prior, chosen, inputs, tmp_path / "stopped", log=log)
     torch.testing.assert_close(resumed, straight, atol=0, rtol=0)
-    assert all(0 <= row["history_steps"] <= 6 for row in log.rows)
+    assert all(0 <= row["history_steps"] <= 6 for row in log.steps)
 
 
 @pytest.mark.usefixtures("group")
@@ -411,7 +411,7 @@ def test_what_comes_next_is_compared_with_the_last_frame_repeated(
         "by_history": {0: losses},
         "trivial": {"heldout_loss_mean": 2.0},
     }
-    found = continuation.evaluate(setup.model, setup.vae, [videos[:3], videos[3:]], tmp_path, how, **given)
+    found = continuation.evaluate(setup.model, setup.codec, [videos[:3], videos[3:]], tmp_path, how, **given)
     # at once what is of as much history, with a class or without
     assert calls == [([0], 6, [], 1.0), ([1], 6, [(0, [1])], 2.0), ([2], 4, [], 1.0), ([3], None, [], 1.0)]
     assert found["psnr_next"] == pytest.approx((100 + 100 - 20 * np.log10(51 / 255)) / 3, abs=1e-3)

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -124,7 +125,7 @@ def test_the_loop_reports_a_leap_with_its_batch(
     log = small.Log()
     # of a step's two passes the second
     settings = {"batch": 8, "accumulate": 2, "log_every": 52, "checkpoint_every": 200}
-    small.fit(tmp_path, type(made)(made.modules, loss), log=log, steps=53, **settings)
+    small.fit(tmp_path, replace(made, loss=loss), log=log, steps=53, **settings)
     found = json.loads((tmp_path / "spikes.jsonl").read_text())
     assert found["step"] == 53 and found["rank"] == 0 and found["keys"] == [f"105-{n}" for n in range(4)]
     assert "the loss leaps at step 53" in capsys.readouterr().err
@@ -165,7 +166,8 @@ import sys, time
 sys.path.insert(0, sys.argv[1])
 import small
 from pathlib import Path
-from longtake.training import checkpoint, engines, guards, weights
+from longtake.training import checkpoint, engines, guards
+from longtake.training.checkpoint import weights
 
 folder, how = Path(sys.argv[2]), sys.argv[3]
 write = weights.write

@@ -12,35 +12,33 @@ from torch import Tensor
 
 from longtake.training.models.common import flow
 from longtake.training.models.memory import segments
-from longtake.training.models.memory.dit import config_from_preset
+from longtake.training.models.memory.dit import MemoryDiT, config_from_preset
 from longtake.training.models.memory.encoder import Memory
 from longtake.training.models.memory.history import (
-    Remembering,
-    Steps,
     draw_omega,
     given_of,
     lengths_of,
     mask,
     noise_like,
-    picked,
     remembered,
     retrieve,
     steps_of,
     true_steps,
     whole_of,
 )
+from longtake.training.models.memory.latents import Steps, picked
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 ROOM, SEGMENT = 10, 3
 
 
-def model(**changes: Any) -> Remembering:
+def model(**changes: Any) -> MemoryDiT:
     """A tiny one with weights that matter: none of them zero."""
     torch.manual_seed(0)
     known = {"depth": 1, "width": 24, "heads": 2, "channels": 2, "memory_widths": (4, 8), "memory_heads": 2}
     settings = known | {"rates": ("2x2x2",), "shape": (SEGMENT, 4, 4), "history": ROOM, "window": 2} | changes
-    made = Remembering(config_from_preset("memory_dit_tiny", **settings))
+    made = MemoryDiT(config_from_preset("memory_dit_tiny", **settings))
     for parameter in made.parameters():
         if not parameter.any():
             torch.nn.init.normal_(parameter, std=0.3)

@@ -12,11 +12,10 @@ from torch import nn
 
 from longtake.datasets import latents as column
 from longtake.datasets.errors import UserError
-from longtake.training import registry
 from longtake.training.models.latte import model as lattes
 from longtake.training.models.latte.model import Latte
 from longtake.training.models.memory.dit import MemoryDiT, config_from_preset
-from longtake.training.registry import judge
+from longtake.training.registry import disk, judge
 from longtake.training.registry.gate import Gate
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -54,7 +53,7 @@ def judged(folder: Path, inputs: dict[str, str], model: Any, **changes: Any) -> 
     if isinstance(model, MemoryDiT):
         facts |= {"history": {"seconds": 2.0, "steps": 6}, "stage": "generation"}
     kind = "latte" if isinstance(model, Latte) else "memory_dit"
-    registry.save(folder, kind, model.config.model_dump(mode="json"), model.state_dict(), facts | changes)
+    disk.save(folder, kind, model.config.model_dump(mode="json"), model.state_dict(), facts | changes)
     return judge.load(str(folder))
 
 

@@ -11,18 +11,11 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor, nn
 
+from longtake.training.models.common.dit import attention
 from longtake.training.models.common.flow import training_loss
 from longtake.training.models.latte import model as latte
-from longtake.training.models.latte.model import (
-    PRESETS,
-    Block,
-    Latte,
-    LatteConfig,
-    attention,
-    config_from_preset,
-    generate,
-    windows,
-)
+from longtake.training.models.latte.model import PRESETS, Block, Latte, LatteConfig, config_from_preset
+from longtake.training.models.latte.sample import generate, windows
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

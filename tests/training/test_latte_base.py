@@ -15,11 +15,13 @@ from longtake.datasets.errors import UserError
 from longtake.training import checkpoint, registry
 from longtake.training.config import LoraConfig
 from longtake.training.engines import lora
-from longtake.training.loop import train
+from longtake.training.models.common.dit import sincos
 from longtake.training.models.latte import base as latte_base
 from longtake.training.models.latte import finetune as finetune_latte
-from longtake.training.models.latte.finetune import Config, data_of, loader_of, model_of, objective
-from longtake.training.models.latte.model import Latte, config_from_preset, sincos
+from longtake.training.models.latte.finetune import Config
+from longtake.training.models.latte.model import Latte, config_from_preset
+from longtake.training.models.memory.config import MemoryConfig
+from longtake.training.registry import disk
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -36,7 +38,7 @@ def saved(folder: Path, classes: tuple[str, ...] = (), encoder: str | None = Non
         nn.init.normal_(parameter, std=0.1)
     model.set_statistics(torch.arange(model.config.channels) * 0.1, torch.ones(model.config.channels) * 2)
     facts = {"classes": list(classes), "vae": {"uri": "vae", "encoder": encoder} if encoder else None}
-    registry.save(folder, "latte", model.config.model_dump(mode="json"), model.state_dict(), facts)
+    disk.save(folder, "latte", model.config.model_dump(mode="json"), model.state_dict(), facts)
     return str(folder)
 
 
@@ -107,7 +109,7 @@ def test_a_larger_frame_is_spread_over_the_positions_of_the_smaller_one(tmp_path
     close(seen[0][0], expected)
     # whose centres are those of the smaller frame, and so is a base of a base
     assert rows[0] + rows[-1] == 3
-    registry.save(tmp_path / "b", "latte", latte.config.model_dump(mode="json"), latte.state_dict(), {"classes": []})
+    disk.save(tmp_path / "b", "latte", latte.config.model_dump(mode="json"), latte.state_dict(), {"classes": []})
     again, _ = latte_base.go_on(str(tmp_path / "b"), {}, KNOWN | {"shape": (5, 16, 18)})
     assert again.config.scale == (0.25, 1 / 3)
     fixed, _ = latte_base.go_on(uri, {"scale": (1.0, 1.0)}, KNOWN | {"shape": (5, 8, 18)})
@@ -165,12 +167,7 @@ def test_a_prior_goes_on_from_its_base_and_a_stopped_one_ends_with_the_same_weig
     chosen = config(**changes)
 
     def fit(folder: Path, steps: int) -> dict[str, Tensor]:
-        torch.manual_seed(0)
-        data = data_of(chosen, inputs)
-        loader = loader_of(chosen, inputs, data, "train", batch=chosen.batch)
-        latte, _ = model_of(chosen, inputs, data, loader.classes)
-        work = objective(chosen, data, latte, None, loader.classes)
-        train(work, loader, chosen.model_copy(update={"steps": steps}), folder)
+        latent_stages.fit(finetune_latte, chosen, inputs, folder, steps)
         return checkpoint.trained(folder, chosen)
 
     straight = fit(tmp_path / "a", 4)
@@ -190,7 +187,7 @@ def test_a_stage_as_a_base_is_checked_with_the_recipe() -> None:
     base = Config(kind="finetune_latte", dataset="dataset", latents=None, size=(32, 32), frames=3)
     with pytest.raises(ValueError, match="base: one of the two learns latents, the other pixels"):
         finetune_latte.check(config(), {"base": base})
-    memory = latent_stages.memory_stage.MemoryConfig(**latent_stages.QUICK)
+    memory = MemoryConfig(**latent_stages.QUICK)
     object.__setattr__(memory, "kind", "pretrain_memory")
     with pytest.raises(ValueError, match="base: a pretrain_memory stage makes no Latte"):
         finetune_latte.check(config(), {"base": memory})

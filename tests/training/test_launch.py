@@ -38,14 +38,15 @@ from longtake.datasets.errors import Failure, UserError
 from longtake.datasets.loader import Loader, to_model
 from longtake.training import engines, launch
 from longtake.training.config import TrainConfig
-from longtake.training.loop import Objective, train
+from longtake.training.loop import train
+from longtake.training.objective import Objective
 
 class Config(TrainConfig):
     fault: str = ""
 
 calls = 0
 
-def loss(fault, folder, name, engines, batch, generator):
+def loss(fault, folder, turn):
     global calls
     calls += 1
     if fault not in ("", "late") and calls == 8 and torch.distributed.get_rank() == 1 and not (folder / "fault").exists():
@@ -57,8 +58,8 @@ def loss(fault, folder, name, engines, batch, generator):
         if fault == "bug":
             [][1]
         os.kill(os.getpid(), signal.SIGKILL)
-    colours = to_model(batch["video"]).mean((3, 4)).flatten(1)
-    error = (engines[name](colours) - colours).square().mean()
+    colours = to_model(turn.batch["video"]).mean((3, 4)).flatten(1)
+    error = (turn.engines[turn.name](colours) - colours).square().mean()
     return error, {"loss": error.detach()}
 
 def work(config, inputs, folder):
@@ -66,7 +67,7 @@ def work(config, inputs, folder):
     torch.manual_seed(0)
     (folder / f"environment-{rank}").write_bytes(Path("/proc/self/environ").read_bytes())
     loader = Loader(inputs["dataset"], columns=("video",), frames=9, size=(32, 32), batch=config.batch, rank=rank, world=world)
-    objective = Objective({"generator": nn.Linear(27, 27)}, partial(loss, config.fault, folder))
+    objective = Objective({"model": nn.Linear(27, 27)}, partial(loss, config.fault, folder))
     train(objective, loader, config, folder, None, launch.stop_requested)
     if config.fault == "late" and rank == 1:
         time.sleep(1)

@@ -23,7 +23,8 @@ from longtake.datasets.loader import Loader, to_model
 from longtake.datasets.stage import content
 from longtake.training import checkpoint, engines
 from longtake.training.config import TrainConfig
-from longtake.training.loop import Batch, Engines, Objective, learning_rate, pass_seed, train
+from longtake.training.loop import learning_rate, pass_seed, train
+from longtake.training.objective import Objective, Turn
 
 SETTINGS: dict[str, Any] = {
     "steps": 6,
@@ -42,16 +43,16 @@ def tiny(fault_at: int | None = None) -> Objective:
     module = nn.Sequential(nn.Linear(27, 8), nn.Dropout(0.2), nn.Linear(8, 27))
     calls = 0
 
-    def loss(name: str, made: Engines, batch: Batch, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
+    def loss(turn: Turn) -> tuple[Tensor, dict[str, Tensor]]:
         nonlocal calls
         calls += 1
-        colours = to_model(batch["video"]).mean((3, 4)).flatten(1)
-        noisy = colours + 0.1 * torch.randn(colours.shape, generator=generator)
-        error = (made[name](noisy.to(next(module.parameters()).dtype)).float() - colours).square().mean()
+        colours = to_model(turn.batch["video"]).mean((3, 4)).flatten(1)
+        noisy = colours + 0.1 * torch.randn(colours.shape, generator=turn.rng)
+        error = (turn.engines[turn.name](noisy.to(next(module.parameters()).dtype)).float() - colours).square().mean()
         error = error * (float("nan") if calls == fault_at else 1.0)
         return error, {"loss": error.detach()}
 
-    return Objective({"generator": module}, loss)
+    return Objective({"model": module}, loss)
 
 
 def loader(dataset: str, **options: Any) -> Loader:
@@ -93,22 +94,22 @@ def test_stopped_and_resumed_is_bit_for_bit_straight_through(
     # the schedule belongs to the whole run, so the first half ends by a stop, not by fewer steps
     stopping = tiny()
 
-    def loss(name: str, made: Engines, batch: Batch, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
+    def loss(turn: Turn) -> tuple[Tensor, dict[str, Tensor]]:
         if len(seen) == 3:
             os.kill(os.getpid(), signal.SIGTERM)
-        seen.append(batch["key"])
-        return stopping.loss(name, made, batch, generator)
+        seen.append(turn.batch["key"])
+        return stopping.loss(turn)
 
     seen: list[list[str]] = []
     with pytest.raises(Interrupted, match="stopped at step 4, state saved"):
-        run(dataset, tmp_path / "b", Objective(stopping.modules, loss), zero_stage=zero_stage, precision=precision)
+        run(dataset, tmp_path / "b", replace(stopping, loss=loss), zero_stage=zero_stage, precision=precision)
     resumed = run(dataset, tmp_path / "b", zero_stage=zero_stage, precision=precision)
     assert same(straight, resumed)
     assert not same(straight, engines_weights(tiny()))
 
 
 def engines_weights(objective: Objective) -> dict[str, Tensor]:
-    return {k: v.float() for k, v in objective.modules["generator"].state_dict().items()}
+    return {k: v.float() for k, v in objective.modules["model"].state_dict().items()}
 
 
 def test_training_learns(dataset: str, tmp_path: Path, group: None) -> None:
@@ -129,7 +130,7 @@ def test_training_learns(dataset: str, tmp_path: Path, group: None) -> None:
 
 
 def test_a_loss_that_is_not_finite_stops_and_names_the_batch(dataset: str, tmp_path: Path, group: None) -> None:
-    with pytest.raises(Failure, match="loss of generator is not finite at step 5"):
+    with pytest.raises(Failure, match="loss of model is not finite at step 5"):
         run(dataset, tmp_path, tiny(fault_at=5))
     keys = json.loads((tmp_path / "nonfinite-0.json").read_text())["keys"]
     assert len(keys) == 2 and all("-" in k for k in keys)
@@ -137,9 +138,9 @@ def test_a_loss_that_is_not_finite_stops_and_names_the_batch(dataset: str, tmp_p
 
 
 def test_accumulated_passes_equal_one_large_batch(dataset: str, tmp_path: Path, group: None) -> None:
-    def plain(name: str, made: Engines, batch: Batch, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
-        colours = to_model(batch["video"]).mean((3, 4)).flatten(1)
-        error = (made[name](colours) - colours).square().mean()
+    def plain(turn: Turn) -> tuple[Tensor, dict[str, Tensor]]:
+        colours = to_model(turn.batch["video"]).mean((3, 4)).flatten(1)
+        error = (turn.engines[turn.name](colours) - colours).square().mean()
         return error, {"loss": error.detach()}
 
     def module() -> nn.Module:
@@ -151,7 +152,7 @@ def test_accumulated_passes_equal_one_large_batch(dataset: str, tmp_path: Path, 
     results = []
     for n, stream in ((1, one), (2, two)):
         config = TrainConfig(**SETTINGS | {"steps": 1, "batch": 4, "accumulate": n})
-        train(Objective({"generator": module()}, plain), stream, config, tmp_path / str(n))
+        train(Objective({"model": module()}, plain), stream, config, tmp_path / str(n))
         results.append(checkpoint.trained(tmp_path / str(n), config))
     assert all(torch.allclose(results[0][k], results[1][k], atol=1e-6) for k in results[0])
 
@@ -159,11 +160,11 @@ def test_accumulated_passes_equal_one_large_batch(dataset: str, tmp_path: Path, 
 def test_a_batch_that_does_not_fit_is_named_with_what_to_lower(dataset: str, tmp_path: Path, group: None) -> None:
     plain = tiny()
 
-    def loss(name: str, made: Engines, batch: Batch, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
+    def loss(turn: Turn) -> tuple[Tensor, dict[str, Tensor]]:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
 
     with pytest.raises(Failure, match=r"at step 0 with video \(2, 3, 9, 32, 32\) on this process; lower batch"):
-        run(dataset, tmp_path, Objective(plain.modules, loss))
+        run(dataset, tmp_path, replace(plain, loss=loss))
 
 
 def test_old_checkpoints_go_and_a_damaged_one_is_named(dataset: str, tmp_path: Path, group: None) -> None:
@@ -214,7 +215,7 @@ def test_a_port_in_use_is_one_line(tmp_path: Path) -> None:
 def test_no_compiler_runs_at_the_start(group: None) -> None:
     import deepspeed
 
-    engines.engines_of({"x": nn.Linear(2, 2)}, TrainConfig(**SETTINGS), 1)
+    engines.engines_of({"x": nn.Linear(2, 2)}, "x", TrainConfig(**SETTINGS), 1)
     assert deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] is False
 
 
@@ -347,7 +348,7 @@ def test_without_a_gradient_weights_decay_and_biases_stand_still(
         return 0 * value, metrics
 
     settings = {"steps": 4, "weight_decay": 0.5, "zero_stage": zero_stage}
-    found = small.fit(tmp_path, Objective(made.modules, loss), **settings)
+    found = small.fit(tmp_path, replace(made, loss=loss), **settings)
     kept = {k: (1 - 1e-2 * 0.5) ** 4 if k.endswith("weight") else 1 for k in start}
     assert small.close(found, {k: kept[k] * v for k, v in start.items()})
 
@@ -388,13 +389,13 @@ def test_in_bf16_weights_and_averages_are_those_of_the_fp32_masters(
 ) -> None:
     made, seen = small.objective(), []
 
-    def loss(name: str, made_: Engines, batch: Batch, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
+    def loss(turn: Turn) -> tuple[Tensor, dict[str, Tensor]]:
         if zero_stage < 3:
             seen.append({k: v.clone() for k, v in made.modules["generator"].state_dict().items()})
-        return made.loss(name, made_, batch, generator)
+        return made.loss(turn)
 
     settings = {"zero_stage": zero_stage, "precision": "bf16", "ema_half_lives": [0.5], "checkpoint_every": 1}
-    small.fit(tmp_path, Objective(made.modules, loss), steps=8, lr=1e-4, keep_checkpoints=99, **settings)
+    small.fit(tmp_path, replace(made, loss=loss), steps=8, lr=1e-4, keep_checkpoints=99, **settings)
     masters = [small.weights(tmp_path, step=step) for step in range(1, 9)]
     for master, low in zip(masters, seen[1:], strict=False):
         assert all(low[k].dtype == torch.bfloat16 and torch.equal(master[k].bfloat16(), low[k]) for k in master)
@@ -424,7 +425,7 @@ def test_in_bf16_gradients_of_many_passes_are_added_up_in_fp32_unless_it_is_aske
         settings |= {"zero_stage": zero_stage, "offload": offload, "gradient_precision": precision}
         plain = nn.Linear(32, 32, bias=False).bfloat16()
         plain.load_state_dict(module.state_dict())
-        engine = engines.engines_of({"x": module}, TrainConfig(**settings), 1)["x"]
+        engine = engines.engines_of({"x": module}, "x", TrainConfig(**settings), 1)["x"]
         seen: list[Tensor] = []
         engine.basic_optimizer.register_step_pre_hook(
             lambda optimizer, *_: seen.extend(
@@ -504,14 +505,14 @@ def test_an_engine_that_starts_later_stands_still_until_then_and_resumes_exactly
 ) -> None:
     made, before = small.objective(starts=4), []
 
-    def loss(name: str, made_: Engines, batch: Batch, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
-        held = [f.value.clone() for f in engines.fragments(made_["adversary"])]
-        before.append((name, held))
-        return made.loss(name, made_, batch, generator)
+    def loss(turn: Turn) -> tuple[Tensor, dict[str, Tensor]]:
+        held = [f.value.clone() for f in engines.fragments(turn.engines["adversary"])]
+        before.append((turn.name, held))
+        return made.loss(turn)
 
     log = small.Log()
     settings = {"zero_stage": zero_stage, "checkpoint_every": 1, "keep_checkpoints": 99}
-    small.fit(tmp_path / "a", Objective(made.modules, loss, starts=made.starts), log=log, **settings)
+    small.fit(tmp_path / "a", replace(made, loss=loss), log=log, **settings)
     assert [name for name, _ in before] == ["generator"] * 4 + ["generator", "adversary"] * 2
     held = [torch.cat(values) for _, values in before]
     assert all(torch.equal(held[0], each) for each in held[:6]) and not torch.allclose(held[0], held[6], atol=1e-3)
@@ -571,8 +572,8 @@ def test_every_block_runs_compiled_whatever_shapes_come_first(
             pieces = first(x).split(list(range(2, 14)), dim=-1)
             return torch.cat([block(piece) for block, piece in zip(rest, pieces, strict=True)], dim=-1)
 
-    def loss(name: str, made: Engines, batch: Batch, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
-        value = made[name](batch["x"]).square().mean()
+    def loss(turn: Turn) -> tuple[Tensor, dict[str, Tensor]]:
+        value = turn.engines[turn.name](turn.batch["x"]).square().mean()
         return value, {"loss": value.detach()}
 
     class Shapes(small.Rows):  # type: ignore[misc]
@@ -581,7 +582,7 @@ def test_every_block_runs_compiled_whatever_shapes_come_first(
                 yield batch | {"x": batch["x"].view(*shapes[order[number % 3]], small.WIDTH)}
 
     Counted.runs = 0
-    made = Objective({"generator": Whole()}, loss, blocks=blocks)
+    made = Objective({"model": Whole()}, loss, blocks=blocks)
     # as torch has them, and again after
     with torch._dynamo.config.patch(recompile_limit=8, accumulated_recompile_limit=256):
         small.fit(tmp_path, made, Shapes(), steps=9, compile=True)
@@ -654,7 +655,7 @@ def test_a_compiled_module_learns_the_same_under_the_same_names(
     blocks = list(made.modules["generator"])
     compiled = small.fit(
         tmp_path / "compiled",
-        Objective(made.modules, made.loss, blocks=blocks),
+        replace(made, blocks=blocks),
         log=logs[1],
         zero_stage=zero_stage,
         compile=True,
@@ -684,8 +685,8 @@ def test_a_video_model_resumes_bit_for_bit(small: Any, dataset: str, tmp_path: P
         settings |= {"lambda_gan": 0.1, "gan_start": 1, "gan_warmup": 1, "discriminator": {"preset": "patchgan_tiny"}}
         config = pretrain_vae.Config(kind="pretrain_vae", dataset=dataset, sample_every=0, workers=0, **settings)
         torch.manual_seed(0)
-        model = pretrain_vae.begin(config, {})
-        made = replace(pretrain_vae.objective(config, model, []), heldout=list(islice(iter(loader(dataset)), 2)))
+        setup = pretrain_vae.Setup({"dataset": dataset}, pretrain_vae.begin(config, {}), None)
+        made = replace(pretrain_vae.objective(config, setup), heldout=list(islice(iter(loader(dataset)), 2)))
         train(made, loader(dataset), config, folder, log, stop)
         return checkpoint.trained(folder, config)
 

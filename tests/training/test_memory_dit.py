@@ -12,7 +12,6 @@ from pydantic import ValidationError
 from torch import Tensor, nn
 
 from longtake.datasets.errors import UserError
-from longtake.training import registry
 from longtake.training.config import LoraConfig
 from longtake.training.models.common.causal import fold
 from longtake.training.models.common.flow import training_loss
@@ -21,6 +20,7 @@ from longtake.training.models.common.streaming import Past
 from longtake.training.models.memory.adapter import attach_memory
 from longtake.training.models.memory.dit import PRESETS, MemoryDiT, MemoryDiTConfig, config_from_preset
 from longtake.training.models.memory.encoder import Memory, cropped, joined
+from longtake.training.registry import disk
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -216,8 +216,8 @@ def test_names_of_the_memory_begin_with_memory(model):
 
 @torch.no_grad()
 def test_a_model_folder_brings_it_back(model, tmp_path):
-    registry.save(tmp_path / "m", "memory_dit", model.config.model_dump(mode="json"), model.state_dict(), {})
-    again = registry.load_folder(tmp_path / "m")
+    disk.save(tmp_path / "m", "memory_dit", model.config.model_dump(mode="json"), model.state_dict(), {})
+    again = disk.load(tmp_path / "m")
     assert again.config == model.config
     memory = model.remember(*history(SMALL))
     assert torch.equal(again(latents(), T, TIMES, memory, IDS), model(latents(), T, TIMES, memory, IDS))

@@ -13,6 +13,7 @@ from typing import Any
 import latent_stages
 import pytest
 import torch
+from latent_stages import prepared
 from torch import Tensor, nn
 
 from longtake.datasets import clip
@@ -24,20 +25,15 @@ from longtake.training import registry
 from longtake.training.models.common import flow
 from longtake.training.models.memory import pretrain as pretrain_memory
 from longtake.training.models.memory import retrieval
-from longtake.training.models.memory import shared as memory_stage
+from longtake.training.models.memory.base import begin
+from longtake.training.models.memory.config import MemoryConfig
+from longtake.training.models.memory.data import Data, data_of, loader_of, told, videos_of
 from longtake.training.models.memory.dit import MemoryDiT, config_from_preset
-from longtake.training.models.memory.history import (
-    Remembering,
-    Steps,
-    full_tokens,
-    picked,
-    remembered,
-    steps_of,
-    with_history,
-)
+from longtake.training.models.memory.history import full_tokens, remembered, steps_of, with_history
+from longtake.training.models.memory.latents import Steps, picked
 from longtake.training.models.memory.pretrain import Config, check
-from longtake.training.models.memory.shared import Data, MemoryConfig, begin, data_of, loader_of, prepared, told
 from longtake.training.models.pv_vae.model import PVVAE
+from longtake.training.registry import disk
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -66,8 +62,6 @@ def draws() -> torch.Generator:
 
 class Recording:
     """An engine that keeps what it is called with; its velocity leads straight to `x0(times)`, or is zero."""
-
-    global_steps = 0
 
     def __init__(self, video: Steps | None = None) -> None:
         self.video, self.calls = video, list[Any]()
@@ -102,7 +96,7 @@ def test_the_loss_is_of_random_clean_steps_at_their_true_times(
     for seed in range(8):
         engine = Recording(steps)
         loss, logged = pretrain_memory._loss(
-            chosen, setup.model, "generator", {"generator": engine}, batch, torch.Generator().manual_seed(seed)
+            chosen, setup.model, latent_stages.turn(engine, batch, torch.Generator().manual_seed(seed))
         )
         call = engine.calls[0]
         assert loss.item() == logged["loss"].item() < 1e-4, "the true velocity has no loss"
@@ -117,7 +111,7 @@ def test_the_loss_is_of_random_clean_steps_at_their_true_times(
             else:
                 assert (z.transpose(1, 2)[~clean] != seen.transpose(1, 2)[~clean]).flatten(1).any(1).all()
         assert torch.equal(call.ids, batch["label"].cpu())
-    zero, _ = pretrain_memory._loss(chosen, setup.model, "generator", {"generator": Recording()}, batch, draws())
+    zero, _ = pretrain_memory._loss(chosen, setup.model, latent_stages.turn(Recording(), batch, draws()))
     assert zero > 0.5
 
 
@@ -167,7 +161,7 @@ def test_the_memory_learns_and_is_shown_in_every_way_of_training(
     log = latent_stages.Log()
     weights = latent_stages.fit(pretrain_memory, chosen, given, tmp_path / "run", log=log)
     # true above retrieved, of a segment of three steps that come after others
-    assert log.videos == {"retrieved": (12, 2 * 32, 48, 3)} and len(log.rows) == 4
+    assert log.videos == {"retrieved": (12, 2 * 32, 48, 3)} and len(log.steps) == 4
     moved = [n for n in weights if not torch.allclose(weights[n].float(), before[n].float(), atol=1e-5)]
     assert any(name.startswith("memory.") for name in moved) or way == "low"
     assert all(value.isfinite().all() for value in weights.values())
@@ -192,11 +186,11 @@ def test_what_is_retrieved_of_unseen_videos_comes_from_their_memory(history: str
     chosen = config(history=history, posterior="mean", low_latents=None, **dit(branches="high"))
     torch.manual_seed(0)
     settings = latent_stages.TINY | {"rates": ("2x2x1",), "memory_widths": (16, 32), "branches": "high"}
-    model = Remembering(config_from_preset(**settings, channels=2, shape=(2, 2, 2), history=6))
+    model = MemoryDiT(config_from_preset(**settings, channels=2, shape=(2, 2, 2), history=6))
     optimizer, generator = torch.optim.AdamW(model.parameters(), lr=3e-3), torch.Generator().manual_seed(1)
     for _ in range(250):
         batch = random_videos(16, generator)
-        loss, _ = pretrain_memory._loss(chosen, model, "generator", {"generator": model}, batch, generator)
+        loss, _ = pretrain_memory._loss(chosen, model, latent_stages.turn(model, batch, generator))
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -217,18 +211,18 @@ def test_what_is_retrieved_of_unseen_videos_comes_from_their_memory(history: str
 def test_a_perfect_memory_reaches_the_bound_of_the_autoencoder(inputs: dict[str, str], tmp_path: Path) -> None:
     """And a video is encoded in one stream, cut at the front to whole groups."""
     setup, _, _ = started(config(), inputs, tmp_path)
-    videos = memory_stage.videos_of(config(), inputs, setup.data)
+    videos = videos_of(config(), inputs, setup.data)
     batch = next(iter(videos))
     video = with_history(batch)
     assert video.shape == (1, 3, 24 + 9, 32, 48) and torch.equal(video[:, :, 24:], batch["video"])
     whole = retrieval.whole_groups(video, 4, 4)
     assert whole.shape[2] == 29 and torch.equal(whole, video[:, :, 4:])
-    steps = retrieval.encoded(setup.model, setup.vae, whole)
+    steps = retrieval.encoded(setup.model, setup.codec, whole)
     assert steps.low is not None and steps.high.shape == (1, 8, 8, 2, 3) and steps.low.shape == (1, 8, 8, 1, 1)
-    at_once = setup.vae.encode(whole.float() / 127.5 - 1).mode()
+    at_once = setup.codec.encode(whole.float() / 127.5 - 1).mode()
     torch.testing.assert_close(setup.model.denormalise(steps.high), at_once, atol=1e-4, rtol=1e-4)
 
-    class Perfect(Remembering):
+    class Perfect(MemoryDiT):
         def forward(self, x: Tensor, t: Tensor, times: Tensor, *_: Any, first: Tensor) -> Tensor:  # type: ignore[override]
             assert len(times) <= 3 and torch.equal(first[0], times == 0)
             return (x - steps.high[:, :, times]) / t.view(-1, 1, 1, 1, 1)
@@ -236,7 +230,7 @@ def test_a_perfect_memory_reaches_the_bound_of_the_autoencoder(inputs: dict[str,
     perfect = Perfect(setup.model.config)
     perfect.load_state_dict(setup.model.state_dict())
     options: dict[str, Any] = {"fps": 12.0, "seed": 0, "steps": 2, "at_once": 3}
-    found = retrieval.evaluate(perfect, setup.vae, [retrieval.Video(0, whole, None)], tmp_path, **options)
+    found = retrieval.evaluate(perfect, setup.codec, [retrieval.Video(0, whole, None)], tmp_path, **options)
     assert found["psnr"] == pytest.approx(found["psnr_bound"], abs=1e-3)
     assert found["ssim"] == pytest.approx(found["ssim_bound"], abs=1e-4)
     assert len(found["psnr_by_step"]) == 8 and found["tokens"] == 4 * 1 * 1
@@ -250,9 +244,9 @@ def test_a_perfect_memory_reaches_the_bound_of_the_autoencoder(inputs: dict[str,
     shown = clip.decode((tmp_path / "retrieved.mp4").read_bytes())
     assert shown.shape == (29, 64, 48, 3)
     assert abs(shown[:, :32].astype(float) - whole[0].permute(1, 2, 3, 0).numpy()).mean() < 12
-    worse = retrieval.evaluate(setup.model.eval(), setup.vae, [retrieval.Video(0, whole, None)], tmp_path, **options)
+    worse = retrieval.evaluate(setup.model.eval(), setup.codec, [retrieval.Video(0, whole, None)], tmp_path, **options)
     assert worse["psnr"] < found["psnr"]
-    again = retrieval.evaluate(setup.model, setup.vae, [retrieval.Video(0, whole, None)], tmp_path, **options)
+    again = retrieval.evaluate(setup.model, setup.codec, [retrieval.Video(0, whole, None)], tmp_path, **options)
     assert again == worse
 
 
@@ -364,11 +358,11 @@ def saved(folder: Path, inputs: dict[str, str], facts: dict[str, Any] | None = N
     for parameter in model.parameters():
         nn.init.normal_(parameter, std=0.05)
     encoder = {"vae": {"encoder": column.read_latents(inputs["latents"]).encoder["digest"]}}
-    registry.save(folder, "memory_dit", model.config.model_dump(mode="json"), model.state_dict(), facts or encoder)
+    disk.save(folder, "memory_dit", model.config.model_dump(mode="json"), model.state_dict(), facts or encoder)
     return str(folder)
 
 
-def based(inputs: dict[str, str], base: str, **changes: Any) -> Remembering:
+def based(inputs: dict[str, str], base: str, **changes: Any) -> MemoryDiT:
     chosen = config(**{"base": base, "model": None} | changes)
     given = inputs | {"base": base}
     return begin(chosen, given, data_of(chosen, given), 0)
@@ -438,7 +432,7 @@ def test_what_a_base_has_not_learned_of_first_latents_is_learned_beside_a_low_ra
     assert isinstance(model, MemoryDiT)
     nn.init.zeros_(model.first.shift)
     vae = {"vae": facts["vae"]}
-    registry.save(tmp_path / "base", "memory_dit", model.config.model_dump(mode="json"), model.state_dict(), vae)
+    disk.save(tmp_path / "base", "memory_dit", model.config.model_dump(mode="json"), model.state_dict(), vae)
     base = str(tmp_path / "base")
     chosen = config(base=base, model=None, lora={"rank": 2, "targets": [r"layers\..*"], "full": ["memory"]})
     weights = latent_stages.fit(pretrain_memory, chosen, inputs | {"base": base}, tmp_path / "run")

@@ -16,21 +16,20 @@ import pytest
 from mlflow import MlflowClient
 
 from longtake.datasets.errors import Failure, UserError
-from longtake.training import registry
 from longtake.training.registry import aliases, promotion
 
 NAME = "pv-vae"
 VERSIONS = 6
 # promotes a version, and is killed by the alias that is set first or second, with a lock that expires soon
 KILLED = (
-    "import os, sys\nfrom longtake.training import aliases, promotion\nput, sets = aliases.put, []\n"
+    "import os, sys\nfrom longtake.training.registry import aliases, promotion\nput, sets = aliases.put, []\n"
     "promotion._LIFE, promotion._MARGIN = 1.0, 0.0\n"
     "def dying(*given):\n    sets.append(given)\n    if len(sets) == int(sys.argv[2]):\n        os.kill(os.getpid(), 9)\n"
     "    put(*given)\naliases.put = dying\npromotion.promote(sys.argv[1])"
 )
 # promotes versions in turn, again and again
 BUSY = (
-    "import sys\nfrom longtake.training import promotion\n"
+    "import sys\nfrom longtake.training.registry import promotion\n"
     "for number in sys.argv[1:]:\n    promotion.promote(f'models:/pv-vae/{number}')"
 )
 
@@ -116,7 +115,7 @@ def lock(owner: str, expires: float, after: str = "") -> str:
 def test_a_promotion_keeps_the_one_before(store: MlflowClient) -> None:
     assert promotion.promote(version(1)) and now() == ("1", None)
     assert promotion.promote(version(2), over="1") and now() == ("2", "1")
-    registry.promote(version(4))
+    promotion.promote(version(4))
     assert now() == ("4", "2") and quiet(store)
 
 

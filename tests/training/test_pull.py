@@ -24,6 +24,7 @@ from longtake.datasets.errors import Failure, UserError
 from longtake.training import registry
 from longtake.training.models.pv_vae.model import PVVAE, config_from_preset
 from longtake.training.registry import cache as pull
+from longtake.training.registry import disk
 
 DEAD = "http://127.0.0.1:9"
 
@@ -95,7 +96,7 @@ def vae() -> PVVAE:
 
 
 def saved(vae: PVVAE, folder: Path, **facts: Any) -> Path:
-    registry.save(folder, "pv_vae", vae.config.model_dump(mode="json"), vae.state_dict(), {"lineage": {}} | facts)
+    disk.save(folder, "pv_vae", vae.config.model_dump(mode="json"), vae.state_dict(), {"lineage": {}} | facts)
     return folder
 
 
@@ -493,7 +494,7 @@ def test_a_store_that_was_made_anew_is_not_taken_for_the_old_one(local: Path, va
     other = saved(vae, tmp_path / "other", classes=["dog"])
     assert registry.register(other, "pv-vae", run) == "models:/pv-vae/1"
     after = pull.pull("models:/pv-vae/1")
-    assert after != before and registry.read_config(after)["classes"] == ["dog"]
+    assert after != before and disk.read_config(after)["classes"] == ["dog"]
 
 
 def test_an_alias_that_has_moved_is_another_model_even_with_the_same_weights(

@@ -10,15 +10,8 @@ from pydantic import ValidationError
 from torch import Tensor, nn
 
 from longtake.training.models.common.causal import CausalConv3d, Downsample, Upsample, fold, unfold
-from longtake.training.models.pv_vae.model import (
-    PRESETS,
-    PVVAE,
-    Posterior,
-    PVVAEConfig,
-    config_from_preset,
-    frames_of,
-    latent_groups,
-)
+from longtake.training.models.common.codec import Posterior, frames_of, latent_groups
+from longtake.training.models.pv_vae.model import PRESETS, PVVAE, PVVAEConfig, config_from_preset
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

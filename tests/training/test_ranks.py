@@ -22,8 +22,10 @@ import torch
 from torch import nn
 from longtake.datasets.errors import Failure
 from longtake.datasets.loader import Loader, to_model
-from longtake.training import adversarial, checkpoint, engines
-from longtake.training.loop import Objective, train
+from longtake.training import checkpoint, engines
+from longtake.training.models.common import adversarial
+from longtake.training.loop import train
+from longtake.training.objective import Objective
 
 dataset, folder, settings, fault = sys.argv[1], Path(sys.argv[2]), json.loads(sys.argv[3]), json.loads(sys.argv[4])
 
@@ -38,22 +40,22 @@ def modules():
     torch.manual_seed(0)
     return {"generator": Layers(nn.Linear(27, 8), nn.Tanh(), nn.Linear(8, 27)), "discriminator": Layers(nn.Linear(27, 8), nn.Tanh(), nn.Linear(8, 1))}
 
-def loss(name, made, batch, generator):
-    real = colours(batch)
+def loss(turn):
+    name, made, real = turn.name, turn.engines, colours(turn.batch)
     calls[name] = calls.get(name, 0) + 1
     if name == "generator":
-        seeds.append(batch["seed"])
+        seeds.append(turn.seed)
         fake = made["generator"](real).float()
-        batch["made"] = fake.detach()
+        turn.carry["made"] = fake.detach()
         judge = made["discriminator"]
         reconstruction = lambda shown: ((shown - real).square().mean(), {})
-        if adversarial.heard(config, state, judge):
+        if adversarial.heard(config, state, turn.step):
             value, terms = adversarial.generator_loss(config, state, fake, reconstruction, judge.module)
             weights.append(float(terms["gan_weight"]))
         else:
             value, terms = reconstruction(fake)
     else:
-        value, terms = adversarial.discriminator_loss(config, state, made["discriminator"], real, batch["made"])
+        value, terms = adversarial.discriminator_loss(config, state, made["discriminator"], real, turn.carry["made"])
     if fault and calls[name] == fault["call"] and torch.distributed.get_rank() == fault["rank"]:
         value = value * float("nan")
     return value, {"loss": value.detach()}
@@ -67,7 +69,7 @@ if __name__ == "__main__":
         own = {"discriminator": adversarial.settings(config)}
         loader = Loader(dataset, columns=("video",), frames=9, size=(32, 32), batch=config.batch, rank=rank, world=world)
         try:
-            train(Objective(made, loss, settings=own, state=state), loader, config, folder)
+            train(Objective(made, loss, lead="generator", settings=own, state=state), loader, config, folder)
         except Failure as e:
             print(json.dumps({"failure": str(e)}), flush=True)
             sys.exit(1)

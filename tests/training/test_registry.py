@@ -18,7 +18,9 @@ from safetensors.torch import load_file, save_file
 from longtake.datasets import compact, index, schema, storage, view
 from longtake.datasets.errors import Failure, UserError
 from longtake.training import registry
+from longtake.training.models.common.codec import reconstruct_arrays
 from longtake.training.models.pv_vae.model import PVVAE, config_from_preset
+from longtake.training.registry import disk, lineage, promotion
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +42,7 @@ def sharded(vae: PVVAE, tmp_path: Path) -> Path:
 
 def saved(vae: PVVAE, folder: Path, facts: dict[str, Any] | None = None, **options: Any) -> Path:
     config = vae.config.model_dump(mode="json")
-    registry.save(folder, "pv_vae", config, vae.state_dict(), facts or {"lineage": {}}, **options)
+    disk.save(folder, "pv_vae", config, vae.state_dict(), facts or {"lineage": {}}, **options)
     return folder
 
 
@@ -105,20 +107,20 @@ def test_weights_may_be_an_iterator_tied_cast_or_strided(vae: PVVAE, tmp_path: P
     config = vae.config.model_dump(mode="json")
     whole = torch.arange(12.0).view(3, 4)
     pairs = iter([("a", whole.T), ("b", whole), ("c", whole[1:]), ("d", torch.nn.Parameter(whole))])
-    registry.save(tmp_path / "m", "pv_vae", config, pairs, {})
+    disk.save(tmp_path / "m", "pv_vae", config, pairs, {})
     read = load_file(tmp_path / "m" / "model.safetensors")
     assert torch.equal(read["a"], whole.T) and torch.equal(read["c"], whole[1:]) and torch.equal(read["d"], whole)
     with pytest.raises(ValueError, match="a comes twice"):
-        registry.save(tmp_path / "n", "pv_vae", config, iter([("a", whole), ("a", whole)]), {})
+        disk.save(tmp_path / "n", "pv_vae", config, iter([("a", whole), ("a", whole)]), {})
     assert not (tmp_path / "n").exists()
 
 
 def test_saving_holds_one_file_in_memory_at_a_time(tmp_path: Path) -> None:
     script = (
-        "import resource, sys, torch\nfrom pathlib import Path\nfrom longtake.training import registry\n"
+        "import resource, sys, torch\nfrom pathlib import Path\nfrom longtake.training.registry import disk\n"
         "peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10\nbefore = peak()\n"
         "many = ((f'w{n}', torch.full((1 << 20,), float(n))) for n in range(100))\n"
-        "registry.save(Path(sys.argv[1]), 'pv_vae', {}, many, {}, max_bytes=32 << 20)\nprint(peak() - before)"
+        "disk.save(Path(sys.argv[1]), 'pv_vae', {}, many, {}, max_bytes=32 << 20)\nprint(peak() - before)"
     )
     done = subprocess.run([sys.executable, "-P", "-c", script, str(tmp_path / "m")], capture_output=True, text=True)
     assert int(done.stdout) < 150, f"400 MB in files of 32 MB took {done.stdout} MB; {done.stderr}"
@@ -127,9 +129,9 @@ def test_saving_holds_one_file_in_memory_at_a_time(tmp_path: Path) -> None:
 
 def test_a_save_that_is_cut_off_leaves_what_was_there(vae: PVVAE, folder: Path) -> None:
     script = (
-        "import os, sys, torch\nfrom pathlib import Path\nfrom longtake.training import registry\n"
+        "import os, sys, torch\nfrom pathlib import Path\nfrom longtake.training.registry import disk\n"
         "def dying():\n    yield 'a', torch.zeros(1000)\n    yield 'b', torch.zeros(1000)\n    os.kill(os.getpid(), 9)\n"
-        "registry.save(Path(sys.argv[1]), 'pv_vae', {}, dying(), {}, max_bytes=4000)"
+        "disk.save(Path(sys.argv[1]), 'pv_vae', {}, dying(), {}, max_bytes=4000)"
     )
     for target in (folder, folder.parent / "new"):
         assert subprocess.run([sys.executable, "-P", "-c", script, str(target)]).returncode == -9
@@ -252,8 +254,8 @@ def test_a_store_that_is_down_is_a_failure(dead_store: None, folder: Path) -> No
     for action in (
         lambda: registry.load("models:/pv-vae@champion"),
         lambda: registry.register(folder, "pv-vae", "0" * 32),
-        lambda: registry.promote("models:/pv-vae/1"),
-        lambda: registry.lineage({"encoder": "models:/pv-vae@champion"}),
+        lambda: promotion.promote("models:/pv-vae/1"),
+        lambda: lineage.record({"encoder": "models:/pv-vae@champion"}),
     ):
         with pytest.raises(Failure, match=r"127\.0\.0\.1") as e:
             action()
@@ -267,7 +269,7 @@ def test_a_registered_model_serves_numpy_and_torch(folder: Path, store: str, mon
     uri = registry.register(folder, "pv-vae", store)
     assert uri == "models:/pv-vae/1"
     assert registry.register(folder, "pv-vae", store) == uri, "the same run does not register the same weights twice"
-    registry.promote(uri)
+    promotion.promote(uri)
     client = mlflow.MlflowClient()
     assert (
         client.get_model_version_by_alias("pv-vae", "candidate").version
@@ -280,7 +282,7 @@ def test_a_registered_model_serves_numpy_and_torch(folder: Path, store: str, mon
     served = mlflow.pyfunc.load_model("models:/pv-vae@champion")
     made = served.predict(video)
     assert made.dtype == np.uint8 and made.shape == video.shape
-    assert np.array_equal(made, registry.reconstruct(loaded, video))
+    assert np.array_equal(made, reconstruct_arrays(loaded, video))
 
     signature = served.metadata.signature
     for side in (signature.inputs, signature.outputs):
@@ -320,7 +322,7 @@ def test_registering_that_was_killed_is_done_again_without_leftovers(
 
     logged = tmp_path / "artifacts" / "models"
     script = (
-        "import os, sys, mlflow\nfrom pathlib import Path\nfrom longtake.training import registry\n"
+        "import os, sys, mlflow\nfrom pathlib import Path\nfrom longtake.training.registry import disk\n"
         "where, name = sys.argv[3].rsplit('.', 1)\nowner = eval(where)\nreal = getattr(owner, name)\n"
         "def dying(*a, **k):\n    sys.argv[4] == 'after' and real(*a, **k)\n    os.kill(os.getpid(), 9)\n"
         "setattr(owner, name, dying)\nregistry.register(Path(sys.argv[1]), 'pv-vae', sys.argv[2])"
@@ -354,7 +356,7 @@ def test_lineage_says_what_a_model_was_made_of(
     import mlflow
 
     parent = registry.register(folder, "encoder", store)
-    registry.promote(parent)
+    promotion.promote(parent)
     table = compact.table(dataset, "train")
     url = storage.join(str(tmp_path), "view.parquet")
     view.write(url, view.rows("train", table["key"], [None] * len(table)), {})
@@ -363,16 +365,14 @@ def test_lineage_says_what_a_model_was_made_of(
     repository = tmp_path / "repository"
     repository.mkdir()
     monkeypatch.chdir(repository)
-    assert registry.lineage({})["git"] is None
+    assert lineage.record({})["git"] is None
     git = ["git", "-c", "user.name=n", "-c", "user.email=e@x"]
     for command in (["init", "-q"], ["commit", "-q", "--allow-empty", "-m", "first"]):
         subprocess.run([*git, *command], check=True)
-    found = registry.lineage(
-        {"dataset": dataset, "view": url, "encoder": "models:/encoder@champion", "own": str(folder)}
-    )
+    found = lineage.record({"dataset": dataset, "view": url, "encoder": "models:/encoder@champion", "own": str(folder)})
     assert found["git"]["dirty"] is False and len(found["git"]["revision"]) == 40
     (repository / "new.txt").touch()
-    assert registry.lineage({})["git"] == found["git"] | {"dirty": True}
+    assert lineage.record({})["git"] == found["git"] | {"dirty": True}
     sha256 = hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
     assert found["inputs"]["encoder"] == {"uri": "models:/encoder/1", "sha256": sha256}
     assert found["inputs"]["own"] == {"uri": str(folder), "sha256": sha256}
@@ -380,12 +380,12 @@ def test_lineage_says_what_a_model_was_made_of(
     assert found["inputs"]["dataset"]["splits"] == {s: compact.open_split(dataset, s)[0].digest for s in schema.SPLITS}
     assert (found["recipe"], found["run"], found["torch"]) == ("abc", store, torch.__version__)
     with pytest.raises(UserError, match=r"nothing: neither a dataset, a view nor a model"):
-        registry.lineage({"dataset": str(tmp_path / "nothing")})
+        lineage.record({"dataset": str(tmp_path / "nothing")})
     with pytest.raises(UserError, match="no such view"):
-        registry.lineage({"view": str(tmp_path / "nothing.parquet")})
+        lineage.record({"view": str(tmp_path / "nothing.parquet")})
 
     saved(vae, tmp_path / "child", {"lineage": found})
-    assert registry.read_config(tmp_path / "child")["lineage"] == found
+    assert disk.read_config(tmp_path / "child")["lineage"] == found
     uri = registry.register(tmp_path / "child", "prior", store)
     registry.register(tmp_path / "child", "prior", store)
     client = mlflow.MlflowClient()
@@ -415,11 +415,11 @@ def test_no_login_of_an_input_is_kept_with_a_model(
     storage.write(login("view.parquet"), b"rows")
     storage.write(login("latents/latents.json"), b"{}")
     named = {"dataset": login("clips"), "view": login("view.parquet"), "latents": login("latents")}
-    lineage = registry.lineage(named)
-    assert lineage["inputs"]["dataset"] == registry.lineage({"dataset": dataset})["inputs"]["dataset"] | {
+    found = lineage.record(named)
+    assert found["inputs"]["dataset"] == lineage.record({"dataset": dataset})["inputs"]["dataset"] | {
         "uri": f"memory://***@host/{tmp_path.name}/clips"
     }
-    saved(vae, tmp_path / "child", {"lineage": lineage})
+    saved(vae, tmp_path / "child", {"lineage": found})
     registry.register(tmp_path / "child", "child", store)
     stage = StageRun("vae", "pretrain_vae", "FINISHED", False, 1.0, store, "models:/child/1", {}, {}, named, None)
     page = report.build(tmp_path / "report", "r", [stage], login("clips"), None, "http://me:TopSecret@host:5000")
@@ -445,8 +445,8 @@ def test_a_dataset_with_one_more_shard_has_another_digest(dataset: str, tmp_path
     import shutil
 
     shutil.copytree(dataset, tmp_path / "d")
-    before = registry.lineage({"dataset": dataset})["inputs"]["dataset"]["digest"]
-    assert registry.lineage({"dataset": str(tmp_path / "d")})["inputs"]["dataset"]["digest"] == before
+    before = lineage.record({"dataset": dataset})["inputs"]["dataset"]["digest"]
+    assert lineage.record({"dataset": str(tmp_path / "d")})["inputs"]["dataset"]["digest"] == before
     (tmp_path / "d" / "train" / f"{index.shard_names(dataset, 'train')[0]}.parquet").unlink()
     shutil.rmtree(tmp_path / "d" / "compact", ignore_errors=True)
-    assert registry.lineage({"dataset": str(tmp_path / "d")})["inputs"]["dataset"]["digest"] != before
+    assert lineage.record({"dataset": str(tmp_path / "d")})["inputs"]["dataset"]["digest"] != before

@@ -15,19 +15,13 @@ from torch import nn
 from longtake.datasets.errors import UserError
 from longtake.datasets.latents import encoder_digest
 from longtake.datasets.loader import to_model
-from longtake.training import registry
-from longtake.training.models.common import sampling
-from longtake.training.models.common.sampling import (
-    Settings,
-    generate_videos,
-    grid,
-    reconstruct_video,
-    video_file,
-    whole,
-)
-from longtake.training.models.latte import model as lattes
+from longtake.training.models.common.codec import Pixels, load_codec, reconstruct_video, to_array
+from longtake.training.models.common.video import grid, video_file, whole
+from longtake.training.models.generator import Settings, class_id
 from longtake.training.models.latte.model import Latte, LatteConfig
+from longtake.training.models.latte.sample import Prior, generate, generate_videos, load_prior
 from longtake.training.models.pv_vae.model import PVVAE, config_from_preset
+from longtake.training.registry import disk
 from longtake.training.registry import requests as serving
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -55,7 +49,7 @@ def prior() -> Latte:
     return awake(Latte(SMALL))
 
 
-def made(prior: Latte, vae: PVVAE | None, frames: int = 9, seeds: tuple[int, ...] = (1,), **more: Any) -> np.ndarray:
+def made(prior: Latte, vae: Any, frames: int = 9, seeds: tuple[int, ...] = (1,), **more: Any) -> np.ndarray:
     return whole(generate_videos(prior, vae, frames, seeds, settings=more.pop("settings", QUICK), **more))
 
 
@@ -90,9 +84,9 @@ def test_videos_are_as_long_as_asked_and_longer_ones_begin_with_the_shorter(
 
 def test_a_stream_is_what_decoding_all_latents_at_once_gives(prior: Latte, vae: PVVAE) -> None:
     video = made(prior, vae, 21)
-    latent = torch.cat(list(lattes.generate(prior, 6, [1], overlap=1, steps=2)), 2)
+    latent = torch.cat(list(generate(prior, 6, [1], overlap=1, steps=2)), 2)
     with torch.no_grad():
-        reference = sampling._to_array(vae.decode(latent))
+        reference = to_array(vae.decode(latent))
     assert np.abs(video.astype(int) - reference).max() <= 1
 
 
@@ -103,11 +97,11 @@ def test_the_first_frames_come_before_the_last_are_made(prior: Latte, vae: PVVAE
     first = next(chunks)
     assert first.shape[1] == 1 and len(steps) == QUICK.steps
     rest = sum(chunk.shape[1] for chunk in chunks)
-    assert rest == 80 and len(steps) == sampling.rounds(bundle(prior, vae), 81, QUICK) == 10 * QUICK.steps
+    assert rest == 80 and len(steps) == bundle(prior, vae).rounds(81, QUICK) == 10 * QUICK.steps
 
 
-def bundle(prior: Latte, vae: PVVAE | None, classes: tuple[str, ...] = ("cat", "dog", "7")) -> sampling.Prior:
-    return sampling.Prior(prior, vae, classes, 9, 12.0, QUICK)
+def bundle(prior: Latte, vae: Any, classes: tuple[str, ...] = ("cat", "dog", "7")) -> Prior:
+    return Prior(prior, vae, classes, 9, 12.0, (32, 32), QUICK)
 
 
 @pytest.mark.parametrize(("frames", "near"), [(6, "5 or 9"), (10, "9 or 13"), (0, "1"), (4, "1 or 5")])
@@ -125,32 +119,36 @@ def test_a_prior_of_other_latents_is_refused(vae: PVVAE) -> None:
 
 def test_a_prior_of_pixels_needs_no_autoencoder() -> None:
     pixels = awake(Latte(LatteConfig(depth=2, width=32, heads=2, channels=3, patch=16, shape=(4, 32, 48))))
-    assert made(pixels, None, 4).shape == (1, 4, 32, 48, 3)
-    assert made(pixels, None, 6).shape == (1, 6, 32, 48, 3)
+    assert made(pixels, Pixels(), 4).shape == (1, 4, 32, 48, 3)
+    assert made(pixels, Pixels(), 6).shape == (1, 6, 32, 48, 3)
 
 
-def test_a_class_has_a_name_and_a_number(prior: Latte) -> None:
-    known = bundle(prior, None)
-    assert [known.class_id(c) for c in ("dog", "1", "7", None)] == [1, 1, 2, -1]
+def test_a_class_has_a_name_and_a_number() -> None:
+    known = ("cat", "dog", "7")
+    assert [class_id(c, known) for c in ("dog", "1", "7", None)] == [1, 1, 2, -1]
     for wrong, said in (
         ("dgo", "3 classes, by name such as dog"),
         ("3", "by number 0 to 2"),
         ("-1", "by number 0 to 2"),
     ):
         with pytest.raises(UserError, match=said):
-            known.class_id(wrong)
+            class_id(wrong, known)
     with pytest.raises(UserError, match="has no classes"):
-        bundle(awake(Latte(SMALL.model_copy(update={"classes": 0}))), None, ()).class_id("0")
+        class_id("0", ())
 
 
 def save(folder: Path, prior: Latte, vae: PVVAE | None) -> tuple[str, str]:
     """A prior and its autoencoder as model folders."""
-    facts: dict[str, Any] = {"classes": ["cat", "dog", "7"], "window": {"frames": 9, "fps": 12.0}, "lineage": {}}
+    facts: dict[str, Any] = {
+        "classes": ["cat", "dog", "7"],
+        "window": {"frames": 9, "fps": 12.0, "size": [32, 32]},
+        "lineage": {},
+    }
     facts |= {"sampling": vars(QUICK), "vae": None}
     if vae:
-        registry.save(folder / "vae", "pv_vae", vae.config.model_dump(mode="json"), vae.state_dict(), {"lineage": {}})
+        disk.save(folder / "vae", "pv_vae", vae.config.model_dump(mode="json"), vae.state_dict(), {"lineage": {}})
         facts["vae"] = {"uri": str(folder / "vae"), "sha256": "0", "encoder": encoder_digest(vae)}
-    registry.save(folder / "latte", "latte", prior.config.model_dump(mode="json"), prior.state_dict(), facts)
+    disk.save(folder / "latte", "latte", prior.config.model_dump(mode="json"), prior.state_dict(), facts)
     return str(folder / "latte"), str(folder / "vae")
 
 
@@ -158,9 +156,9 @@ def test_a_saved_prior_finds_its_autoencoder_and_makes_the_same_videos(
     prior: Latte, vae: PVVAE, tmp_path: Path
 ) -> None:
     uri, _ = save(tmp_path, prior, vae)
-    loaded = sampling.load_prior(uri)
+    loaded = load_prior(uri)
     assert (loaded.classes, loaded.frames, loaded.fps, loaded.settings) == (("cat", "dog", "7"), 9, 12.0, QUICK)
-    np.testing.assert_array_equal(made(loaded.latte, loaded.vae), made(prior, vae))
+    np.testing.assert_array_equal(made(loaded.latte, loaded.codec), made(prior, vae))
 
 
 def test_another_decoder_is_taken_and_another_encoder_is_not(prior: Latte, vae: PVVAE, tmp_path: Path) -> None:
@@ -170,22 +168,22 @@ def test_another_decoder_is_taken_and_another_encoder_is_not(prior: Latte, vae: 
     with torch.no_grad():
         other.decoder[0].weight.mul_(1.1)
     _, decoder = save(tmp_path / "decoder", prior, other)
-    assert sampling.load_prior(uri, decoder).vae is not None
+    assert load_prior(uri, decoder).codec is not None
     with torch.no_grad():
         other.encoder[0].weight.mul_(1.1)
     _, encoder = save(tmp_path / "encoder", prior, other)
     with pytest.raises(UserError, match="another encoder than the latents"):
-        sampling.load_prior(uri, encoder)
+        load_prior(uri, encoder)
     with pytest.raises(UserError, match="is a PVVAE, which generates no videos"):
-        sampling.load_prior(decoder)
+        load_prior(decoder)
     with pytest.raises(UserError, match="is a Latte, not a video autoencoder"):
-        sampling.load_vae(uri)
+        load_codec(uri)
 
 
 def test_half_precision_makes_nearly_the_same_video(prior: Latte, vae: PVVAE, tmp_path: Path) -> None:
     uri, _ = save(tmp_path, prior, vae)
-    half = sampling.load_prior(uri, dtype=torch.bfloat16)
-    close = np.abs(made(half.latte, half.vae).astype(int) - made(prior, vae)).mean()
+    half = load_prior(uri, dtype=torch.bfloat16)
+    close = np.abs(made(half.latte, half.codec).astype(int) - made(prior, vae)).mean()
     assert 0 < close < 15
 
 
@@ -223,7 +221,7 @@ def noise(frames: int) -> np.ndarray:
 
 def at_once(vae: PVVAE, frames: np.ndarray, visible: int | None = None) -> np.ndarray:
     video = to_model(torch.from_numpy(frames).permute(3, 0, 1, 2)[None])
-    return sampling._to_array(vae.reconstruct(video, visible))[0]
+    return to_array(vae.reconstruct(video, visible))[0]
 
 
 @pytest.mark.parametrize(("frames", "visible"), [(1, None), (21, None), (37, 9), (21, 1), (21, 21)])

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from longtake.datasets.errors import Failure, UserError
 from longtake.datasets.latents import shrunk
 from longtake.datasets.loader import to_pixels
-from longtake.training.models.common.sampling import Settings
+from longtake.training.models.generator import Settings
 from longtake.training.models.memory import segments
 from longtake.training.models.memory.dit import MemoryDiT, MemoryDiTConfig
 from longtake.training.models.memory.encoder import Memory

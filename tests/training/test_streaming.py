@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from longtake.training.models.common.causal import ChannelRMSNorm, NormSiLU
+from longtake.training.models.common.codec import Posterior
 from longtake.training.models.common.streaming import Past, ramps, regroup, spans
-from longtake.training.models.pv_vae.model import PVVAE, Posterior, PVVAEConfig
+from longtake.training.models.pv_vae.model import PVVAE, PVVAEConfig
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -122,9 +123,7 @@ def test_sample_videos_do_not_change_what_is_learned(small: Any, tmp_path: Path,
             return {"dream": pixels.view(4, 4, 8, 1).expand(-1, -1, -1, 3).numpy()}
 
         log = small.Log()
-        learned = small.fit(
-            folder, type(made)(made.modules, made.loss, sample), log=log, sample_every=every, zero_stage=zero_stage
-        )
+        learned = small.fit(folder, replace(made, sample=sample), log=log, sample_every=every, zero_stage=zero_stage)
         assert not any(modes) and not resting[1].training and resting[0].training
         return learned, log
 

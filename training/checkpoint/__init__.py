@@ -1,6 +1,6 @@
 """Checkpoints: written under a temporary name, synced, renamed, then `latest` is flipped. A kill costs nothing older.
 
-A checkpoint is a folder: one DeepSpeed checkpoint an engine, `weights-RANK.safetensors` (the first module's weights in fp32
+A checkpoint is a folder: one DeepSpeed checkpoint an engine, `weights-RANK.safetensors` (the lead module's weights in fp32
 and their averages, as fragments; other modules' weights lie in a folder of their name), `meta.json` (step, loader state,
 seeds, run, recipe, settings, the objective's state). DeepSpeed's files are pickles: they are read back only from the
 stage's own folder or its own copies, never from a registry. Nobody else may write there.
@@ -129,8 +129,10 @@ class Checkpoints:
                 self._copies.finish()
         self._thread.shutdown(wait=False)
 
-    def save(self, engines: Mapping[str, Any], averages: Averages, meta: Mapping[str, Any]) -> None:
+    def save(self, engines: Mapping[str, Any], lead: str, averages: Averages, meta: Mapping[str, Any]) -> None:
         """Write the state of all ranks; returns when it is with the operating system, `wait` when it is safe.
+
+        `averages` are those of the engine `lead`.
 
         Raises:
             Failure: it could not be written, or the one before it could not.
@@ -148,8 +150,8 @@ class Checkpoints:
                 for name, engine in engines.items():
                     engine.save_checkpoint(str(scratch), tag=name, save_latest=False)
                 for name, engine in engines.items():
-                    first = engine is next(iter(engines.values()))
-                    weights.write(scratch if first else scratch / name, rank, engine, averages if first else {})
+                    leads = name == lead
+                    weights.write(scratch if leads else scratch / name, rank, engine, averages if leads else {})
                 if rank == 0:
                     (scratch / "meta.json").write_bytes(storage.canonical_json({**meta, "world": world}))
         except BaseException:
@@ -278,7 +280,7 @@ def _convert(path: Path, names: Sequence[str], zero_stage: int) -> str:
     shutil.rmtree(scratch, ignore_errors=True)
     for name in names:
         command = [sys.executable, "-P", "-m", "deepspeed.checkpoint.ds_to_universal"]
-        command += ["--input_folder", str(path / name), "--output_folder", str(scratch / name)]
+        command += ["--input_folder", str(path / _tag(path, name)), "--output_folder", str(scratch / _tag(path, name))]
         command += ["--num_extract_workers", "1", "--num_merge_workers", "1"]
         command += ["--inject_missing_state"] if zero_stage < 3 else []
         environment = os.environ | {"DS_ACCELERATOR": "cpu"}
@@ -314,12 +316,17 @@ def latest(folder: Path) -> Path | None:
     return folder / name
 
 
+def _tag(path: Path, name: str) -> str:
+    """The name that an engine has in a checkpoint: once the only one of a prior was called generator."""
+    return "generator" if name == "model" and not (path / name).is_dir() else name
+
+
 def load(path: Path, engines: Mapping[str, Any], universal: bool = False) -> None:
     """Put a checkpoint's state into the engines. Raises Failure where it is damaged."""
     try:
         for name, engine in engines.items():
             decays = [group["weight_decay"] for group in engine.optimizer.param_groups]
-            loaded, _ = engine.load_checkpoint(str(path / _UNIVERSAL if universal else path), tag=name)
+            loaded, _ = engine.load_checkpoint(str(path / _UNIVERSAL if universal else path), tag=_tag(path, name))
             if loaded is None:
                 raise FileNotFoundError(f"no state of {name}")
             # of a universal checkpoint ZeRO-3 gives all groups what the first one has, and one count of steps to share

@@ -1,4 +1,4 @@
-"""The weights in a checkpoint: `weights-RANK.safetensors`, where each rank leaves what it holds of the first module, and
+"""The weights in a checkpoint: `weights-RANK.safetensors`, where each rank leaves what it holds of the lead module, and
 `NAME/weights-RANK.safetensors` of each other one.
 
 A key is `KIND/START/NAME`: `KIND` is "raw" or an average's half-life, `START` the first of the tensor's flattened elements
@@ -52,7 +52,7 @@ class Weights(Mapping[str, Tensor]):
     Args:
         path: the checkpoint's folder.
         kind: "raw", or an average by its half-life, such as "1000".
-        module: name of the engine; nothing is the first one.
+        module: name of the engine; nothing is the lead.
 
     Raises:
         UserError: the checkpoint holds no such weights.

@@ -192,6 +192,7 @@ def freeze(module: nn.Module, patterns: tuple[str, ...]) -> None:
 
 def engines_of(
     modules: Mapping[str, nn.Module],
+    lead: str,
     config: TrainConfig,
     world: int,
     universal: bool = False,
@@ -201,7 +202,7 @@ def engines_of(
 
     A module that is named in `own` has the rate, betas and weight decay of that.
 
-    The first module is changed as `freeze` and `lora` of the config say. With `universal` the engines will load a
+    The module `lead` is changed as `freeze` and `lora` of the config say. With `universal` the engines will load a
     universal checkpoint (see `checkpoint.for_world`).
 
     Raises:
@@ -214,10 +215,9 @@ def engines_of(
     # else a C++ extension is compiled at the first start, for minutes, and a killed build hangs every later one
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(dist_backend=torch.distributed.get_backend(), dist_init_required=False)
-    first = next(iter(modules.values()))
-    freeze(first, config.freeze)
+    freeze(modules[lead], config.freeze)
     if config.lora:
-        learns = lora.attach(first, config.lora)
+        learns = lora.attach(modules[lead], config.lora)
         if torch.distributed.get_rank() == 0:
             print(learns, flush=True)
     made = {}

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from longtake.datasets import storage
 from longtake.datasets.errors import UserError
+from longtake.training.engines import device
 from longtake.training.metrics.backbones import from_state_dict
 
 Pixels = Literal["imagenet", "caffe", "signed", "unit", "bytes"]
@@ -138,6 +139,28 @@ def features(network: FeatureNetwork, video: Tensor) -> Tensor:
         with torch.autocast(video.device.type, enabled=False):
             return network.videos(levels)
     return feature_maps(network, (levels / 127.5 - 1).transpose(1, 2).flatten(0, 1))[-1].mean((2, 3))
+
+
+def checked_network(path: str | None, frames: int, size: tuple[int, int]) -> FeatureNetwork | None:
+    """The feature network, on this rank's device, after it has taken a video as they will come; None without a path.
+
+    Raises:
+        UserError: no such file, or no such network; it does not take these videos.
+    """
+    if path is None:
+        return None
+    network = load_network(path, device=device())
+    try:
+        features(network, torch.zeros(1, 3, frames, *size, device=device()))
+    except (RuntimeError, ValueError) as e:
+        what = f"{frames} frames of {size[0]}x{size[1]}"
+        raise UserError(f"features: {path}: takes no videos of {what} ({str(e).splitlines()[0][:120]})") from e
+    return network
+
+
+def digest_of(*paths: str | None) -> str:
+    """The digests of some networks' files, for a stage's `outside`; those that are None are left out."""
+    return " ".join(hashlib.sha256(read_file(path)).hexdigest() for path in paths if path)
 
 
 def read_file(path: str, digest: str | None = None) -> bytes:

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from longtake.training.models.pv_vae.model import PVVAEConfig, latent_groups
+from longtake.training.models.common.codec import latent_groups
 
 
 class Against(NamedTuple):
@@ -51,7 +51,7 @@ def mean_colour(video: Tensor) -> Tensor:
     return video.mean((2, 3, 4), keepdim=True).expand_as(video)
 
 
-def scaled_down(video: Tensor, vae: PVVAEConfig) -> Tensor:
+def scaled_down(video: Tensor, vae: Any) -> Tensor:
     """A clip (B, 3, T, H, W) scaled down, in height and width alike, to about as many numbers as its latent has, and up again."""
     _, channels, frames, height, width = video.shape
     positions = (

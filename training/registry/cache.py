@@ -32,8 +32,7 @@ from tqdm import tqdm
 from longtake.datasets import storage
 from longtake.datasets.errors import Failure, UserError
 from longtake.datasets.masking import shown
-from longtake.training import registry
-from longtake.training.registry import store as model_store
+from longtake.training.registry import disk, store
 
 _CHUNK = 4 << 20
 _LOOKED_AT = 100  # folders of artifacts in which config.json is looked for
@@ -59,10 +58,10 @@ def pull(uri: str) -> Path:
     if os.environ.get("LONGTAKE_OFFLINE", "0") not in ("", "0"):
         return _offline(uri, before, "LONGTAKE_OFFLINE is set")
     try:
-        found = model_store.locate(uri)
-    except model_store.Unreachable as e:
+        found = store.locate(uri)
+    except store.Unreachable as e:
         if before is None:
-            raise model_store.Unreachable(f"{e}; it was never pulled to {cache()}") from e
+            raise store.Unreachable(f"{e}; it was never pulled to {cache()}") from e
         folder = _offline(uri, before, "")
         named = before["named"]
         what = f"{named['name']} version {named['version']}" if named["version"] else named["uri"]
@@ -86,7 +85,7 @@ def pull(uri: str) -> Path:
 
 def describe(uri: str) -> dict[str, Any]:
     """What config.json says of the model that a URI names, and its `bytes`; its weights are not fetched. Raises as `pull`."""
-    found = model_store.locate(uri)
+    found = store.locate(uri)
     at, sizes = _model_folder(uri, found.location)
     content = _config(uri, _small(uri, found.location, at, sizes), found.sha256)
     return {**content, "bytes": sum(sizes.get(name) or 0 for name in content["sha256"])}
@@ -101,7 +100,7 @@ def beside(uri: str, path: str, to: Path, most: int) -> None:
     """
     if os.environ.get("LONGTAKE_OFFLINE", "0") not in ("", "0"):
         raise Failure(f"{uri}: LONGTAKE_OFFLINE is set")
-    location = model_store.artifacts_of(uri)
+    location = store.artifacts_of(uri)
     at, _, name = path.rpartition("/")
     sizes = _listing(uri, location, at)
     if sizes.get(name) is None:
@@ -145,17 +144,17 @@ def _folder(key: str) -> Path:
 
 
 def _store() -> str:
-    return shown(model_store.store())
+    return shown(store.store())
 
 
-def _named(found: model_store.Named) -> dict[str, Any]:
+def _named(found: store.Named) -> dict[str, Any]:
     """What tells a version of a store from every other, one that has been deleted included."""
     name = found.uri.removeprefix("models:/").partition("/")[0]
     return {"name": name, "uri": found.uri, "version": found.version, "sha256": found.sha256, "created": found.created}
 
 
 def _reference(uri: str) -> Path:
-    return cache() / "refs" / (hashlib.sha256(f"{model_store.store()}\n{uri}".encode()).hexdigest() + ".json")
+    return cache() / "refs" / (hashlib.sha256(f"{store.store()}\n{uri}".encode()).hexdigest() + ".json")
 
 
 def _recalled(uri: str) -> dict[str, Any] | None:
@@ -187,22 +186,20 @@ def _offline(uri: str, before: Mapping[str, Any] | None, why: str) -> Path:
 def _damaged(folder: Path) -> str:
     """The first file of a model folder that is not what it should be; empty where all are."""
     try:
-        content = registry.read_config(folder)
+        content = disk.read_config(folder)
         key = _SHA256.fullmatch(folder.name)
-        if (folder / "config.json").is_symlink() or (
-            key and registry.file_digest(folder / "config.json") != folder.name
-        ):
+        if (folder / "config.json").is_symlink() or (key and disk.file_digest(folder / "config.json") != folder.name):
             return "config.json"
     except (UserError, Failure, OSError):
         return "config.json"
     for name, sha256 in content["sha256"].items():
         path = folder / name
-        if path.is_symlink() or not path.is_file() or registry.file_digest(path) != sha256:
+        if path.is_symlink() or not path.is_file() or disk.file_digest(path) != sha256:
             return str(name)
     return ""
 
 
-def _fetched(uri: str, found: model_store.Named) -> Path:
+def _fetched(uri: str, found: store.Named) -> Path:
     """Fetch a model into the cache, unless it is there."""
     at, sizes = _model_folder(uri, found.location)
     data = _small(uri, found.location, at, sizes)
@@ -245,7 +242,7 @@ def _fetch_weights(uri: str, location: str, at: str, digests: Mapping[str, str],
     with tqdm(total=total, unit="B", unit_scale=True, desc=uri, disable=None, leave=False) as bar:
         for name, sha256 in digests.items():
             path = begun / name
-            if path.is_file() and registry.file_digest(path) == sha256:
+            if path.is_file() and disk.file_digest(path) == sha256:
                 bar.update(path.stat().st_size)
                 continue
             path.unlink(missing_ok=True)
@@ -253,7 +250,7 @@ def _fetch_weights(uri: str, location: str, at: str, digests: Mapping[str, str],
             # what an earlier pull has left may be of another file: then all of it comes again
             for resumed in [True, False] if part.exists() else [False]:
                 _grow(f"{uri}: {name}", location, _inside(at, name), part, _size(uri, sizes, name), bar)
-                got = registry.file_digest(part)
+                got = disk.file_digest(part)
                 if got == sha256:
                     part.rename(path)
                     break
@@ -305,14 +302,14 @@ def _take(what: str, location: str, path: str, f: BinaryIO, size: int, furthest:
 
 def _config(uri: str, data: bytes, registered: str | None) -> dict[str, Any]:
     """config.json, checked before any file that it names is fetched."""
-    content = registry.checked_config(uri, registry.parsed(f"{uri}: config.json", data))
+    content = disk.checked_config(uri, disk.parsed(f"{uri}: config.json", data))
     wrong = [name for name, sha256 in content["sha256"].items() if not _SHA256.fullmatch(str(sha256))]
     if wrong or not content["sha256"]:
         raise Failure(f"{uri}: config.json: sha256: needs the digest of each weights file")
-    if uri.startswith("models:/") and registry.digest(content) != registered:
+    if uri.startswith("models:/") and disk.digest(content) != registered:
         said = f"says {registered[:12]}..." if registered else "is missing"
         raise Failure(
-            f"{uri}: its config.json names weights {registry.digest(content)[:12]}..., but the version's tag sha256 {said};"
+            f"{uri}: its config.json names weights {disk.digest(content)[:12]}..., but the version's tag sha256 {said};"
             " they are not what was registered: register the model again"
         )
     return content
@@ -327,7 +324,7 @@ def _model_folder(uri: str, location: str) -> tuple[str, Listing]:
             return at, sizes
         if at.count("/") < 2 and len(todo) < _LOOKED_AT:
             todo += [_inside(at, name) for name, size in sorted(sizes.items()) if size is None]
-    if not model_store.is_served(location) and storage.is_local(location) and not storage.exists(location):
+    if not store.is_served(location) and storage.is_local(location) and not storage.exists(location):
         raise UserError(
             f"{uri}: its files are not in {location} any more; where a workspace was moved, `longtake status RECIPE`"
             " with its new path brings its records along"
@@ -336,8 +333,8 @@ def _model_folder(uri: str, location: str) -> tuple[str, Listing]:
 
 
 def _listing(uri: str, location: str, at: str) -> Listing:
-    if model_store.is_served(location):
-        found: Listing = model_store.list_served(location, at)
+    if store.is_served(location):
+        found: Listing = store.list_served(location, at)
     else:
         url = storage.join(location, at) if at else location
         fs, path = _filesystem(url)
@@ -362,8 +359,8 @@ def _size(uri: str, sizes: Listing, name: str) -> int:
         raise Failure(f"{uri}: {name} is a symbolic link in the store, and none is followed")
     if size is None:
         raise Failure(f"{uri}: {name} is named in config.json, but it is not in the store; register the model again")
-    if size > registry.MOST_JSON.get(name, size):
-        raise Failure(f"{uri}: {name}: is larger than {registry.MOST_JSON[name]} bytes")
+    if size > disk.MOST_JSON.get(name, size):
+        raise Failure(f"{uri}: {name}: is larger than {disk.MOST_JSON[name]} bytes")
     return size
 
 
@@ -377,8 +374,8 @@ def _small(uri: str, location: str, at: str, sizes: Listing) -> bytes:
 
 
 def _opened(location: str, path: str, start: int) -> tuple[int, Iterator[bytes]]:
-    if model_store.is_served(location):
-        return model_store.read_served(location, path, start)
+    if store.is_served(location):
+        return store.read_served(location, path, start)
     fs, name = _filesystem(storage.join(location, path))
 
     def chunks() -> Iterator[bytes]:

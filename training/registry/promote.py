@@ -104,7 +104,7 @@ def let_through(candidate: str, inputs: Mapping[str, str], gate: Gate, run_id: s
 
 def _verdict(candidate: str, champion: str | None, inputs: Mapping[str, str], gate: Gate) -> Verdict:
     ours, theirs = judge.load(candidate), judge.load(champion) if champion else None
-    return decide(gate, judge.BETTER, *judge.rows_of(ours, theirs, inputs, gate))
+    return decide(gate, judge.better_of(ours), *judge.rows_of(ours, theirs, inputs, gate))
 
 
 def _earlier(candidate: str, run_id: str) -> Decision | None:

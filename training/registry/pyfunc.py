@@ -1,8 +1,8 @@
 """The MLflow pyfunc of our models, which MLflow runs as code; on a GPU where there is one.
 
-An autoencoder takes uint8 videos (B, T, H, W, 3) and gives its reconstruction of them. A prior takes a table of `seed`,
-and if wanted `class` and `frames`, and gives a generated video for each row, uint8 (N, T, H, W, 3); one with a memory
-takes `storyboard` as well. A memory that is trained to retrieve takes videos and gives what it has kept of them.
+A kind that generates takes a table of `seed`, and if wanted `class`, `frames` and, where it accepts them, `storyboard`, and
+gives a video for each row, uint8 (N, T, H, W, 3). Any other takes uint8 videos (B, T, H, W, 3) and answers with as many: an
+autoencoder with their reconstruction, a memory that is trained to retrieve with what it has kept of them.
 """
 
 from functools import partial
@@ -14,10 +14,9 @@ import torch
 from mlflow.models import set_model
 from mlflow.pyfunc import PythonModel
 
-from longtake.training import registry
-from longtake.training.models.common import sampling
-from longtake.training.models.memory import prior as recall
-from longtake.training.registry import requests as serving
+from longtake.training.models import kind_of
+from longtake.training.registry import disk
+from longtake.training.registry.requests import serve
 
 
 class Videos(PythonModel):
@@ -25,21 +24,18 @@ class Videos(PythonModel):
 
     def load_context(self, context: Any) -> None:
         folder = context.artifacts["model"]
-        facts = registry.read_config(Path(folder))
-        kind = facts["model"]
-        self.tables = kind == "latte" or (kind == "memory_dit" and facts["stage"] == "generation")
-        if kind == "latte":
-            self.answer = partial(serving.serve, sampling.load_prior(folder))
-        elif self.tables:
-            self.answer = partial(serving.serve, recall.load_prior(folder, "generation"))
-        elif kind == "memory_dit":
-            self.answer = partial(serving.serve_recall, recall.load_prior(folder, "retrieval"))
+        facts = disk.read_config(Path(folder))
+        kind = kind_of(facts)
+        self.generates = kind.generator is not None
+        if kind.generator:
+            model = disk.load(Path(folder))
+            self.answer: Any = partial(serve, kind.generator(folder, model, facts, None, torch.float32))
         else:
-            model = registry.load_folder(Path(folder)).to("cuda" if torch.cuda.is_available() else "cpu")
-            self.answer = partial(registry.reconstruct, model)
+            assert kind.answer is not None
+            self.answer = kind.answer(folder)
 
     def predict(self, context, model_input, params=None) -> np.ndarray:  # MLflow would read hints
-        return self.answer(model_input, params) if self.tables else self.answer(_pixels(model_input))
+        return self.answer(model_input, params) if self.generates else self.answer(_pixels(model_input))
 
 
 def _pixels(given: Any) -> Any:

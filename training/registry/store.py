@@ -81,15 +81,19 @@ def _log(folder: Path, run_id: str, sha256: str) -> str:
 
 
 def _signature(folder: Path) -> Any:
-    """What the pyfunc of a model folder takes and gives (see served.py)."""
+    """What the pyfunc of a model folder takes and gives (see pyfunc.py)."""
     from mlflow.models import ModelSignature
     from mlflow.types import ColSpec, ParamSchema, ParamSpec, Schema, TensorSpec
 
+    from longtake.training.models import kind_of
+
+    kind = kind_of(json.loads((folder / "config.json").read_bytes()))
     video = Schema([TensorSpec(np.dtype("uint8"), (-1, -1, -1, -1, 3))])
-    if json.loads((folder / "config.json").read_bytes())["model"] != "latte":
+    if kind.generator is None:
         return ModelSignature(inputs=video, outputs=video)
     asked = [("long", "seed", True), ("string", "class", False), ("long", "frames", False)]
-    table = Schema([ColSpec(kind, name, required=required) for kind, name, required in asked])
+    asked += [("string", "storyboard", False)] if "storyboard" in kind.accepts else []
+    table = Schema([ColSpec(type_, name, required=required) for type_, name, required in asked])
     changes = ParamSchema([ParamSpec("steps", "long", None), ParamSpec("guidance", "double", None)])
     return ModelSignature(inputs=table, outputs=video, params=changes)
 

@@ -28,7 +28,8 @@ from longtake.training import engines
 from longtake.training.config import TrainConfig
 from longtake.training.models.common import patchgan
 from longtake.training.models.common.patchgan import PatchGAN, PatchGANConfig
-from longtake.training.registry import cache as pull
+from longtake.training.objective import Terms
+from longtake.training.registry import cache
 
 NAME = "discriminator"
 FILE = f"{NAME}/{NAME}.safetensors"  # in the artifacts of a run, or in a model folder
@@ -36,8 +37,6 @@ _KEEP = 0.95  # of the averages of the squared gradients, a pass
 _KEEP_LOGITS = 0.99  # of the averages of the logits [LeCam]
 _MOST = 10.0  # the ratio at most: a discriminator that says next to nothing is not magnified without bound
 _BESIDE = 1 << 20  # bytes that a file may have beside its tensors
-
-Terms = dict[str, Tensor]
 
 
 class GANConfig(TrainConfig):
@@ -144,14 +143,14 @@ def _of(parent: str, model: PatchGAN, scratch: Path) -> Path:
         return path
     most = sum(value.nbytes for value in model.state_dict().values()) + _BESIDE
     path = scratch / NAME
-    pull.beside(parent, FILE, path, most)
+    cache.beside(parent, FILE, path, most)
     return path
 
 
-def heard(config: GANConfig, state: Mapping[str, Tensor], discriminator: Any) -> bool:
-    """Whether the generator listens to the discriminator's engine yet: one that has not learned has nothing to say."""
-    steps = discriminator.global_steps
-    return bool(steps and int(state["gan_learned"]) + steps >= config.gan_warmup)
+def heard(config: GANConfig, state: Mapping[str, Tensor], step: int) -> bool:
+    """Whether the generator hears the discriminator at a step: not before that has learned for `gan_warmup` steps."""
+    learned = step - config.gan_start
+    return learned > 0 and int(state["gan_learned"]) + learned >= config.gan_warmup
 
 
 def generator_loss(

@@ -9,14 +9,17 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from itertools import pairwise
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from longtake.training.models.common.condition import NO_CLASS
+
 Velocity = Callable[[Tensor, Tensor], Tensor]  # (x_t, t) -> velocity, of the shape of x_t
 ClassVelocity = Callable[[Tensor, Tensor, Tensor | None], Tensor]  # the same, given class ids (B,)
-
-NO_CLASS = -1  # the class id that stands for "no class": unlabelled, or left out for guidance
+TIMES = 8  # of the flow, at which the loss of a held-out clip is measured
 
 
 def shifted(t: Tensor, shift: float) -> Tensor:
@@ -116,6 +119,37 @@ def training_loss(
         t = t[:, None] * counted
     noise = torch.randn(x0.shape, generator=generator, device=x0.device)
     return loss(velocity(interpolate(x0, noise, t), t), x0, noise, counted)
+
+
+def clip_draws(seed: int, number: int) -> torch.Generator:
+    """The random state of held-out clip `number`, on the CPU: the same on every device, whatever other clips there are."""
+    return torch.Generator().manual_seed(int(np.random.SeedSequence([seed, number]).generate_state(1)[0]))
+
+
+@torch.no_grad()
+def losses_over_time(
+    velocity: Velocity,
+    x0: Tensor,
+    draws: torch.Generator,
+    clean: int | None = None,
+    scale: Tensor | float = 1.0,
+) -> np.ndarray[Any, Any]:
+    """The loss `(TIMES,)` of one clip `(1, C, T, H, W)` at times spread evenly over 0..1, each with noise of its own.
+
+    Args:
+        velocity: called once, with a batch of TIMES; its times are `(TIMES,)`, or `(TIMES, T)` where `clean` is given.
+        clean: how many leading frames are given clean; they do not count.
+        scale: `(1, C, 1, 1, 1)`, the unit of errors where models normalise by different statistics.
+    """
+    t = (torch.arange(TIMES, device=x0.device) + 0.5) / TIMES
+    x0, counted = x0.expand(TIMES, -1, -1, -1, -1), None
+    given = x0[:, :, : clean or 0]
+    noise = torch.randn(x0[:, :, clean or 0 :].shape, generator=draws).to(x0.device)
+    if clean is not None:
+        counted = noised_frames(torch.full((TIMES,), clean, device=x0.device), x0.shape[2])
+        t, noise = t[:, None] * counted, torch.cat([torch.zeros_like(given), noise], dim=2)
+    made = velocity(interpolate(x0, noise, t), t)
+    return loss(made * scale, x0 * scale, noise * scale, counted).cpu().numpy()
 
 
 def guided(velocity: ClassVelocity, classes: Tensor | None, guidance: float) -> Velocity:

@@ -17,11 +17,13 @@ from longtake.training.metrics.distance import Sample, heldout_distance
 from longtake.training.metrics.features import FeatureNetwork
 from longtake.training.metrics.share import gathered, mine, place, united
 from longtake.training.metrics.trivial import FLOW, Against, Gaussian, Still, comparisons
-from longtake.training.models.common import flow, sampling
+from longtake.training.models.common.codec import Codec, decoded
+from longtake.training.models.common.flow import TIMES, clip_draws, losses_over_time
+from longtake.training.models.common.video import video_file
+from longtake.training.models.generator import Settings
 from longtake.training.models.latte.model import Latte
-from longtake.training.models.pv_vae.model import PVVAE
+from longtake.training.models.latte.sample import generate_latents, generate_videos
 
-_TIMES = 8  # of the flow, at which the loss is measured
 _SHOWN = 12
 _LONGER = 3  # windows in a longer video, without what they share
 _AGAINST = (
@@ -58,18 +60,18 @@ def heldout_losses(
     """The flow's loss `(clips, times)` of clips `(1, C, T, H, W)`, normalised, from their first frame on, with class ids.
 
     Times are spread evenly over 0..1, no frame is clean, and clip n, counted from `first`, always gets the same noise: so
-    values compare between trainings on the same latents. `scale` `(1, C, 1, 1, 1)` is the unit of errors where models normalise by
-    different statistics.
+    values compare between trainings on the same latents. `scale` `(1, C, 1, 1, 1)` is the unit of errors where models
+    normalise by different statistics.
     """
     rows = []
     for number, (clip, ids) in enumerate(clips, first):
-        times = (torch.arange(_TIMES, device=clip.device) + 0.5) / _TIMES
-        x0 = clip.expand(_TIMES, -1, -1, -1, -1)
-        draws = torch.Generator().manual_seed(int(np.random.SeedSequence([seed, number]).generate_state(1)[0]))
-        noise = torch.randn(x0.shape, generator=draws).to(x0.device)
-        velocity = latte(flow.interpolate(x0, noise, times), times, None if ids is None else ids.expand(_TIMES))
-        rows.append(flow.loss(velocity * scale, x0 * scale, noise * scale).cpu().numpy())
-    return np.stack(rows) if rows else np.empty((0, _TIMES))
+        velocity = partial(_velocity, latte, ids)
+        rows.append(losses_over_time(velocity, clip, clip_draws(seed, number), scale=scale))
+    return np.stack(rows) if rows else np.empty((0, TIMES))
+
+
+def _velocity(latte: Callable[..., Tensor], ids: Tensor | None, x: Tensor, t: Tensor) -> Tensor:
+    return latte(x, t, None if ids is None else ids.expand(len(x)))
 
 
 class Videos(NamedTuple):
@@ -79,7 +81,7 @@ class Videos(NamedTuple):
     fps: float
     videos: int
     seed: int
-    settings: sampling.Settings
+    settings: Settings
     classes: Sequence[str] = ()
     batch: int = 8
 
@@ -88,7 +90,7 @@ class Videos(NamedTuple):
         return self.seed + number, number % len(self.classes) if self.classes else None
 
 
-def generated(latte: Latte, vae: PVVAE | None, how: Videos) -> Iterator[tuple[int, Tensor, Tensor]]:
+def generated(latte: Latte, codec: Codec, how: Videos) -> Iterator[tuple[int, Tensor, Tensor]]:
     """This rank's videos: number, latent (1, C, T, h, w), pixels (1, 3, T, H, W) uint8; every rank must take all of its own.
 
     The ranks take whole batches in turn, so a video is the same to the bit on any number of them. Latents are sampled in
@@ -98,16 +100,16 @@ def generated(latte: Latte, vae: PVVAE | None, how: Videos) -> Iterator[tuple[in
         numbers = range(block * how.batch, min(how.videos, (block + 1) * how.batch))
         seeds, ids = zip(*map(how.of, numbers), strict=True)
         classes = [c for c in ids if c is not None] or None
-        chunks = sampling.generate_latents(latte, vae, how.frames, seeds, classes, how.settings)
+        chunks = generate_latents(latte, codec, how.frames, seeds, classes, how.settings)
         latents = torch.cat(list(chunks), dim=2)
         for number, latent in zip(numbers, latents.split(1), strict=True):
-            yield number, latent, sampling.decoded(vae, latent)
+            yield number, latent, decoded(codec, latent)
 
 
 @torch.no_grad()
 def evaluate(
     latte: Latte,
-    vae: PVVAE | None,
+    codec: Codec,
     clips: Iterable[Held],
     folder: Path,
     how: Videos,
@@ -137,12 +139,12 @@ def evaluate(
     Raises:
         UserError: the network does not take such videos, or there are too few.
     """
-    losses, held = _losses(latte, vae, clips, how.seed, trivial, latents)
+    losses, held = _losses(latte, codec, clips, how.seed, trivial, latents)
     if network is None:
         how = how._replace(videos=min(how.videos, _SHOWN))
     made, fake = look.Latents(), Sample("generated", network) if network else None
     shown = dict[int, dict[str, Any]]()
-    for number, latent, video in generated(latte, vae, how):
+    for number, latent, video in generated(latte, codec, how):
         if number < _SHOWN:
             shown[number] = _show(folder, f"seed-{how.of(number)[0]}", how, number, [video])
         if latents:
@@ -151,7 +153,7 @@ def evaluate(
             fake.add(to_model(video))
     if _goes_on(latte, how) and place()[0] == 0:
         longer = how._replace(frames=1 + _LONGER * (how.frames - 1))
-        shown[_SHOWN] = _show(folder, "longer", longer, 0, _longer(latte, vae, longer))
+        shown[_SHOWN] = _show(folder, "longer", longer, 0, _longer(latte, codec, longer))
     summary: dict[str, Any] = losses | {"videos": how.videos, "frames": how.frames, "split": "val", "seed": how.seed}
     summary |= {"distance": None, "series": {}}
     if network and fake:
@@ -170,7 +172,7 @@ def evaluate(
 
 
 def _losses(
-    latte: Latte, vae: PVVAE | None, clips: Iterable[Held], seed: int, trivial: tuple[Still, Gaussian], latents: bool
+    latte: Latte, codec: Codec, clips: Iterable[Held], seed: int, trivial: tuple[Still, Gaussian], latents: bool
 ) -> tuple[dict[str, Any], look.Latents]:
     """The losses over all ranks, and this rank's held-out latents."""
     held, rows = look.Latents(), dict[int, dict[str, Any]]()
@@ -180,7 +182,7 @@ def _losses(
             models = {"": latte, "mean": trivial[0].__call__, "gaussian": trivial[1].__call__}
             if latents:
                 latent = latte.denormalise(x0)
-                held.add(number, latent, lambda latent=latent: to_model(sampling.decoded(vae, latent)))  # type: ignore[misc]
+                held.add(number, latent, lambda latent=latent: to_model(decoded(codec, latent)))  # type: ignore[misc]
         # a clip has one window of either kind, with noise of the same number
         rows[2 * number + bool(start)] = {
             name: heldout_losses(model, [(x0, ids)], seed, first=number)[0] for name, model in models.items()
@@ -223,16 +225,16 @@ def _goes_on(latte: Latte, how: Videos) -> bool:
     return bool(config.conditioning and config.shape and how.settings.overlap < config.shape[0])
 
 
-def _longer(latte: Latte, vae: PVVAE | None, how: Videos) -> Iterator[Tensor]:
+def _longer(latte: Latte, codec: Codec, how: Videos) -> Iterator[Tensor]:
     seed, class_id = how.of(0)
     ids = None if class_id is None else [class_id]
-    for chunk in sampling.generate_videos(latte, vae, how.frames, [seed], ids, how.settings):
+    for chunk in generate_videos(latte, codec, how.frames, [seed], ids, how.settings):
         yield torch.from_numpy(chunk).permute(0, 4, 1, 2, 3)
 
 
 def _show(folder: Path, name: str, how: Videos, number: int, chunks: Iterable[Tensor]) -> dict[str, Any]:
     """Write a video `(1, 3, t, H, W)` uint8, and say what it is."""
-    with sampling.video_file(folder / f"{name}.mp4", how.fps) as write:
+    with video_file(folder / f"{name}.mp4", how.fps) as write:
         for chunk in chunks:
             write(chunk[0].permute(1, 2, 3, 0).cpu().numpy())
     seed, class_id = how.of(number)

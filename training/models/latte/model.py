@@ -10,18 +10,26 @@ Beyond the papers, and assumptions therefore: each frame has its own time, so th
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Literal, Self
+from collections.abc import Iterator, Sequence
+from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from longtake.training.models.common.causal import fold, unfold
-from longtake.training.models.common.flow import NO_CLASS, euler, guided
+from longtake.training.models.common.condition import class_rows
+from longtake.training.models.common.dit import (
+    Modulation,
+    attention,
+    embedded_time,
+    frequencies,
+    modulated,
+    sincos,
+    start_weights,
+)
+from longtake.training.models.common.statistics import Normalising, copy_statistics, denormalised, normalised
 
 # fmt: off
 PRESETS: dict[str, dict[str, Any]] = {  # parameters with 64 channels, patch 1, no classes
@@ -32,9 +40,6 @@ PRESETS: dict[str, dict[str, Any]] = {  # parameters with 64 channels, patch 1, 
     "latte_tiny": dict(depth=4,  width=128,  heads=4),   # 1.3M
 }
 # fmt: on
-
-_FREQUENCIES = 256  # of the flow's time [DiT]
-_ROWS = 65535  # that CUDA's attention kernels take at once (pytorch/pytorch#142228)
 
 
 class LatteConfig(BaseModel):
@@ -87,120 +92,6 @@ def config_from_preset(preset: str, **overrides: Any) -> LatteConfig:
     if preset not in PRESETS:
         raise ValueError(f"unknown preset {preset!r}; choose one of: {', '.join(PRESETS)}")
     return LatteConfig(**PRESETS[preset] | overrides)
-
-
-def sincos(positions: Tensor, width: int) -> Tensor:
-    """Sines and cosines at `width / 2` frequencies from 1 down towards 1/10000: positions `(...)` -> `(..., width)`, fp32."""
-    rates = torch.exp(torch.arange(width // 2, device=positions.device) * (-math.log(10000) / (width // 2)))
-    angles = positions.float().unsqueeze(-1) * rates
-    return torch.cat([angles.sin(), angles.cos()], dim=-1)
-
-
-def attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """softmax(q kᵀ / sqrt(d)) v over `(rows, heads, length, d)`, for any number of rows."""
-    parts = zip(query.split(_ROWS), key.split(_ROWS), value.split(_ROWS), strict=True)
-    done = [F.scaled_dot_product_attention(*part) for part in parts]
-    return done[0] if len(done) == 1 else torch.cat(done)
-
-
-def modulated(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """Layer norm without learned gain, then scale and shift: in fp32, rounded once to the dtype of `x`."""
-    return (F.layer_norm(x.float(), x.shape[-1:], eps=1e-6) * (1 + scale) + shift).to(x.dtype)
-
-
-class Modulation(nn.Module):
-    """Condition `(B, T or 1, D)` -> `parts` tensors `(B, T or 1, 1, D)` in fp32, for tokens `(B, T, N, D)`; from zero."""
-
-    def __init__(self, width: int, parts: int) -> None:
-        super().__init__()
-        self.parts = parts
-        self.linear = nn.Linear(width, parts * width)
-
-    def forward(self, condition: Tensor) -> tuple[Tensor, ...]:
-        return self.linear(F.silu(condition)).float().unsqueeze(2).chunk(self.parts, dim=-1)
-
-
-def start_weights(model: nn.Module) -> None:
-    """Xavier for the linear maps, zero for all modulation [DiT]; the output's zero is up to the model.
-
-    The class starts on the level of the time. DiT starts both close to zero, which narrow models do not get over
-    soon: at width 128 the loss on a toy set after 200 steps is 0.35 with its numbers and 0.29 with these.
-    """
-    for module in model.modules():
-        if isinstance(module, nn.Linear):
-            nn.init.xavier_uniform_(module.weight)
-            nn.init.zeros_(module.bias)
-        elif isinstance(module, nn.Embedding):
-            nn.init.normal_(module.weight, std=0.5)
-    for module in model.modules():
-        if isinstance(module, Modulation):
-            nn.init.zeros_(module.linear.weight)
-
-
-def embedded_time(width: int) -> nn.Sequential:
-    """Maps the `frequencies` of a time `(..., 256)` to a condition `(..., width)`."""
-    return nn.Sequential(nn.Linear(_FREQUENCIES, width), nn.SiLU(), nn.Linear(width, width))
-
-
-def frequencies(t: Tensor) -> Tensor:
-    """Times of the flow, 0 to 1 `(...)` -> `(..., 256)`, fp32."""
-    return sincos(1000 * t, _FREQUENCIES)
-
-
-def class_rows(
-    classes: Tensor | None, x: Tensor, known: int, hidden: float = 0.0, generator: torch.Generator | None = None
-) -> Tensor:
-    """Rows `(B,)` of an embedding of `known` classes whose last row is no class, a share `hidden` of them hidden.
-
-    ValueError for another shape than `(B,)`, or a class that is not known.
-    """
-    if classes is None:
-        return torch.full((x.shape[0],), known, device=x.device)
-    if classes.shape != x.shape[:1]:
-        raise ValueError(f"classes has shape {tuple(classes.shape)}; a batch of {x.shape[0]} needs one id each")
-    check_classes(classes.tolist(), known)
-    rows = torch.where(classes == NO_CLASS, known, classes).to(x.device)
-    if hidden:
-        hide = torch.rand(rows.shape, generator=generator, device=x.device) < hidden
-        rows = torch.where(hide, known, rows)
-    return rows
-
-
-class Normalising(nn.Module):
-    """A module whose own buffers are statistics: they stay fp32 whatever the weights are cast to.
-
-    In bf16 a mean would be off by up to 0.2 %: where it is many times the std, by a good part of that.
-    """
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        before = dict(self._buffers)
-        super()._apply(fn, recurse)
-        for name, buffer in before.items():
-            now = self._buffers[name]
-            if buffer is not None and now is not None and now.dtype != buffer.dtype:
-                self._buffers[name] = buffer.to(now.device)
-        return self
-
-
-def copy_statistics(to_mean: Tensor, to_std: Tensor, mean: Tensor, std: Tensor) -> None:
-    """Into a model's buffers, `(C,)` each. ValueError for another shape or a std that is not positive."""
-    for name, given in (("mean", mean), ("std", std)):
-        if given.shape != to_mean.shape:
-            raise ValueError(f"{name} is {tuple(given.shape)}; this model has {len(to_mean)} channels")
-    if not ((std > 0) & std.isfinite() & mean.isfinite()).all():
-        raise ValueError("std: every channel needs a finite mean and a positive, finite std")
-    to_mean.copy_(mean)
-    to_std.copy_(std)
-
-
-def normalised(latent: Tensor, mean: Tensor, std: Tensor) -> Tensor:
-    """Latents `(B, C, T, H, W)` as an autoencoder makes them -> zero mean and unit variance per channel, fp32."""
-    return (latent.float() - mean.float().view(-1, 1, 1, 1)) / std.float().view(-1, 1, 1, 1)
-
-
-def denormalised(latent: Tensor, mean: Tensor, std: Tensor) -> Tensor:
-    """The inverse of `normalised`, fp32."""
-    return latent.float() * std.float().view(-1, 1, 1, 1) + mean.float().view(-1, 1, 1, 1)
 
 
 class Block(nn.Module):
@@ -361,94 +252,3 @@ class Latte(Normalising):
         batch, frames = x.shape[0], x.shape[2]
         if t.shape not in ((batch,), (batch, frames)):
             raise ValueError(f"t has shape {tuple(t.shape)}; Latte needs ({batch},) or ({batch}, {frames})")
-
-
-def check_classes(classes: Sequence[int], known: int) -> None:
-    """ValueError that names the first id that is neither -1 (no class) nor one of 0..known-1."""
-    for c in classes:
-        if not NO_CLASS <= c < known:
-            has = f"classes 0 to {known - 1}, and {NO_CLASS} for none" if known else "no classes"
-            raise ValueError(f"class {c} is out of range; this model has {has}")
-
-
-def windows(frames: int, window: int, overlap: int) -> int:
-    """How many windows `generate` samples for so many latent frames."""
-    return 1 if frames <= window else 1 + math.ceil((frames - window) / (window - overlap))
-
-
-def generate(
-    model: Latte,
-    frames: int,
-    seeds: Sequence[int],
-    shape: tuple[int, int, int] | None = None,
-    overlap: int = 2,
-    classes: Sequence[int] | None = None,
-    steps: int = 100,
-    guidance: float = 1.0,
-    shift: float = 1.0,
-    each_step: Callable[[], object] | None = None,
-) -> Iterator[Tensor]:
-    """Sample a clip of `frames` latent frames for each seed, any number, window by window.
-
-    Yields `(B, C, t, H, W)`, fp32, denormalised: the first window, then of each further one what is new, given the
-    last `overlap` frames before it. Only one window is held. A sample depends on its seed, not on its neighbours in
-    the batch, and a longer clip begins with the shorter one: the last window is sampled whole and cut.
-
-    shape       (frames, height, width) of a window, in latents; by default what the model was trained on
-    classes     an id for each seed, -1 for none
-    steps       Euler steps of each window [PV-VAE: 100]
-    guidance    1 is none; needs classes
-    each_step   called after each of the `windows(...) * steps` steps
-
-    Raises:
-        ValueError: at the call, for what does not fit together.
-    """
-    config = model.config
-    shape = shape or config.shape
-    if shape is None:
-        raise ValueError("shape: give (frames, height, width) of a window; the model's config names none")
-    if steps < 1:
-        raise ValueError(f"steps is {steps}; sampling needs at least 1")
-    if frames < 1 or not seeds:
-        raise ValueError(f"frames is {frames}, seeds are {len(seeds)}; there is nothing to generate")
-    if frames > shape[0]:
-        if not 1 <= overlap < shape[0]:
-            raise ValueError(f"overlap is {overlap}; a window of {shape[0]} can go on from 1 to {shape[0] - 1} frames")
-        if not config.conditioning:
-            raise ValueError(
-                f"frames is {frames}: this model was trained without clean leading frames (conditioning: 0) "
-                f"and cannot go on beyond one window of {shape[0]}"
-            )
-    if classes is not None:
-        if len(classes) != len(seeds):
-            raise ValueError(f"classes are {len(classes)}, seeds {len(seeds)}; each sample needs one of both")
-        check_classes(classes, config.classes)
-    elif guidance != 1.0:
-        raise ValueError(f"guidance is {guidance}; it needs classes to guide to")
-    ids = torch.tensor(classes) if classes is not None and config.classes else None
-    draws = [torch.Generator().manual_seed(seed) for seed in seeds]  # on the CPU: the same noise on every device
-
-    def sample(clean: Tensor | None) -> Tensor:
-        count = shape[0] - (0 if clean is None else clean.shape[2])
-        frame = (config.channels, *shape[1:])
-        noise = torch.stack([torch.stack([torch.randn(frame, generator=g) for _ in range(count)], 1) for g in draws])
-        start = 0 if clean is None else 1
-        velocity = guided(lambda x, t, c: model(x, t, c, start), ids, guidance)
-        training = model.training
-        model.eval()
-        try:
-            return euler(velocity, noise.to(model.latent_mean.device), steps, shift, clean, each_step)
-        finally:
-            model.train(training)
-
-    return _chunks(model, sample, frames, overlap)
-
-
-def _chunks(model: Latte, sample: Callable[[Tensor | None], Tensor], frames: int, overlap: int) -> Iterator[Tensor]:
-    clean = None
-    while frames > 0:
-        chunk = sample(clean)
-        seen = chunk if clean is None else torch.cat([clean, chunk], dim=2)
-        clean = seen[:, :, -overlap:].clone()
-        yield model.denormalise(chunk[:, :, :frames])
-        frames -= chunk.shape[2]

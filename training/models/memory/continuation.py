@@ -7,6 +7,7 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -21,15 +22,17 @@ from longtake.training.metrics.features import FeatureNetwork, features
 from longtake.training.metrics.reconstruction import psnr
 from longtake.training.metrics.share import place, united
 from longtake.training.metrics.trivial import FLOW, Against, comparisons, unit
-from longtake.training.models.common import flow, sampling
+from longtake.training.models.common import flow
+from longtake.training.models.common.codec import Codec
+from longtake.training.models.common.condition import NO_CLASS
+from longtake.training.models.common.video import video_file
+from longtake.training.models.generator import Settings
 from longtake.training.models.memory import segments
 from longtake.training.models.memory.dit import MemoryDiT
 from longtake.training.models.memory.encoder import repeated
-from longtake.training.models.memory.history import Given, remembered
-from longtake.training.models.memory.retrieval import Video, posterior_of, whole_groups
-from longtake.training.models.pv_vae.model import PVVAE
+from longtake.training.models.memory.history import Given, posterior_of, remembered
+from longtake.training.models.memory.retrieval import Video, whole_groups
 
-_TIMES = 8  # of the flow, at which the loss is measured
 _AGAINST = (*FLOW, Against("the next segment", "psnr_next", "repeating the last frame", "psnr_next_copy_last"))
 
 Clips = Iterable[tuple[int, Given, Tensor | None]]  # numbers, segments with what they are given, class ids or None
@@ -51,22 +54,19 @@ def heldout_losses(
     """
     rows = []
     for number, (given, ids) in enumerate(clips, first):
-        times = (torch.arange(_TIMES, device=given.x0.device) + 0.5) / _TIMES
-        x0 = given.x0.expand(_TIMES, -1, -1, -1, -1)
-        counted = flow.noised_frames(torch.full((_TIMES,), given.window, device=x0.device), x0.shape[2])
-        t = times[:, None] * counted
-        draws = torch.Generator().manual_seed(int(np.random.SeedSequence([seed, number]).generate_state(1)[0]))
-        segment = torch.randn(_TIMES, *x0.shape[1:2], x0.shape[2] - given.window, *x0.shape[3:], generator=draws)
-        noise = torch.cat([torch.zeros_like(x0[:, :, : given.window]), segment.to(x0.device)], dim=2)
-        memory = None if given.memory is None else repeated(remembered(model, given.memory), _TIMES)
-        rows_of = None if ids is None else ids.expand(_TIMES)
-        steps, seen = (
-            given.times.expand(_TIMES, -1),
-            given.seen if given.seen is None else given.seen.expand(_TIMES, -1),
-        )
-        velocity = model(flow.interpolate(x0, noise, t), t, steps, memory, rows_of, None, given.first, seen)
-        rows.append(flow.loss(velocity * scale, x0 * scale, noise * scale, counted).cpu().numpy())
+        velocity = partial(_velocity, model, given, ids)
+        rows.append(flow.losses_over_time(velocity, given.x0, flow.clip_draws(seed, number), given.window, scale))
     return np.stack(rows)
+
+
+def _velocity(model: Any, given: Given, ids: Tensor | None, x: Tensor, t: Tensor) -> Tensor:
+    """Of one segment, for a batch of its noised copies."""
+    count = len(x)
+    memory = None if given.memory is None else repeated(remembered(model, given.memory), count)
+    classes = None if ids is None else ids.expand(count)
+    seen = None if given.seen is None else given.seen.expand(count, -1)
+    velocity: Tensor = model(x, t, given.times.expand(count, -1), memory, classes, None, given.first, seen)
+    return velocity
 
 
 def losses_of_all_ranks(model: Any, clips: Clips, seed: int) -> np.ndarray[Any, Any]:
@@ -95,14 +95,14 @@ class Continuing(NamedTuple):
     segments: int
     fps: float
     seed: int
-    settings: sampling.Settings
+    settings: Settings
     posterior: Literal["sample", "mean"]
 
 
 @torch.no_grad()
 def evaluate(
     model: MemoryDiT,
-    vae: PVVAE,
+    vae: Codec,
     batches: Iterable[Sequence[Video]],
     folder: Path,
     how: Continuing,
@@ -188,10 +188,10 @@ class _Begun(NamedTuple):
     def classes(self) -> list[int]:
         """The video's class, if it is known."""
         ids = self.video.ids
-        return [] if ids is None or int(ids) == flow.NO_CLASS else [int(ids)]
+        return [] if ids is None or int(ids) == NO_CLASS else [int(ids)]
 
 
-def _alike(vae: PVVAE, videos: Iterable[Video], how: Continuing) -> Iterable[list[_Begun]]:
+def _alike(vae: Codec, videos: Iterable[Video], how: Continuing) -> Iterable[list[_Begun]]:
     """Those that can be gone on with at once: of as much history, with a class or without."""
     groups = dict[tuple[int, bool], list[_Begun]]()
     for video in videos:
@@ -206,7 +206,7 @@ def _alike(vae: PVVAE, videos: Iterable[Video], how: Continuing) -> Iterable[lis
 
 def _continued(
     model: MemoryDiT,
-    vae: PVVAE,
+    vae: Codec,
     group: Sequence[_Begun],
     folder: Path,
     how: Continuing,
@@ -235,7 +235,7 @@ def _continued(
         for one, row in zip(group, rows, strict=True):
             number, given = one.video.number, min(length, one.past.shape[2])
             row["entry"] = {"file": f"continued-{number}.mp4", "seed": how.seed + number, "given_frames": given}
-            writers.append(files.enter_context(sampling.video_file(folder / row["entry"]["file"], how.fps)))
+            writers.append(files.enter_context(video_file(folder / row["entry"]["file"], how.fps)))
             if given:
                 writers[-1](one.past[0, :, -given:].permute(1, 2, 3, 0).cpu().numpy())
         for segment, chunk in enumerate(made):

@@ -20,6 +20,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from longtake.training.models.common.causal import fold, unfold
+from longtake.training.models.common.condition import class_rows
+from longtake.training.models.common.dit import Modulation, embedded_time, frequencies, modulated, start_weights
 from longtake.training.models.common.rotary import (
     CrossAttention,
     Rotation,
@@ -28,19 +30,8 @@ from longtake.training.models.common.rotary import (
     rotated,
     rotation,
 )
+from longtake.training.models.common.statistics import Normalising, copy_statistics, denormalised, normalised
 from longtake.training.models.common.streaming import Past
-from longtake.training.models.latte.model import (
-    Modulation,
-    Normalising,
-    class_rows,
-    copy_statistics,
-    denormalised,
-    embedded_time,
-    frequencies,
-    modulated,
-    normalised,
-    start_weights,
-)
 from longtake.training.models.memory.encoder import (
     FRAMEPACK,
     Encoder,
@@ -53,6 +44,7 @@ from longtake.training.models.memory.encoder import (
     remembered,
     tokens_of,
 )
+from longtake.training.models.memory.latents import Steps
 
 # fmt: off
 PRESETS: dict[str, dict[str, Any]] = {  # parameters with 64 channels, patch 1, no classes, one encoder at 4x4x2
@@ -381,7 +373,7 @@ class MemoryDiT(Normalising):
         x: Tensor,
         t: Tensor,
         times: Tensor,
-        memory: Memory | None = None,
+        memory: Memory | Steps | None = None,
         classes: Tensor | None = None,
         generator: torch.Generator | None = None,
         first: Tensor | None = None,
@@ -389,6 +381,9 @@ class MemoryDiT(Normalising):
         level: Tensor | None = None,
     ) -> Tensor:
         """The velocity of x, `(B, C, T, H, W)`.
+
+        In place of a memory it takes the latents that one is to be made of: so that in training one call goes through all
+        that learns, as the hooks of ZeRO need it.
 
         x           any steps in any order, such as a window, a segment to generate, or steps to retrieve
         t           0 (data) to 1 (noise): `(B,)`, or `(B, T)` with 0 for steps that are given clean
@@ -402,6 +397,8 @@ class MemoryDiT(Normalising):
         Raises:
             ValueError: another shape, or a class id that the model does not know.
         """
+        if isinstance(memory, Steps):
+            memory = self.remember(memory.high, memory.low, memory.start, first=memory.first, skip=memory.skip)
         self._check(x, t, times, memory)
         x = self.first(x, None if first is None else first.to(x.device).expand(len(x), -1))
         patches = fold(x.to(self.dtype), 1, self.config.patch).movedim(1, -1)  # (B, T, h, w, C p p)

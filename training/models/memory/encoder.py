@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from longtake.training.models.common.causal import CausalConv3d, fold
+from longtake.training.models.common.dit import attention
 from longtake.training.models.common.streaming import Past
-from longtake.training.models.latte.model import attention
 
 Rate = tuple[int, int, int]  # height, width, time
 Branches = Literal["both", "high", "low"]

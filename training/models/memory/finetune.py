@@ -4,8 +4,8 @@ It learns to denoise a segment of a video, given a memory of all that came befor
 With `base` a model of `pretrain_memory` is taught to do so; with `model: {memory: none}` there are the last steps alone.
 """
 
-import hashlib
 import math
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -18,22 +18,21 @@ from torch import Tensor
 
 from longtake.datasets.loader import Loader
 from longtake.datasets.loader.streams import Lengths
-from longtake.datasets.stage import Measuring, Scheduling, StageConfig
-from longtake.training.evaluation import checked_network
-from longtake.training.loop import Batch, Engines, Objective
-from longtake.training.metrics.features import read_file
+from longtake.datasets.stage import Measuring, Scheduling
+from longtake.training import stage
+from longtake.training.data import on_device
+from longtake.training.metrics.features import checked_network, digest_of
 from longtake.training.metrics.share import batches, mine, place
 from longtake.training.models.common import flow
-from longtake.training.models.common.sampling import Settings
+from longtake.training.models.generator import Settings
 from longtake.training.models.memory import continuation
-from longtake.training.models.memory import shared as memory_stage
+from longtake.training.models.memory.config import MemoryConfig, check
 from longtake.training.models.memory.continuation import Clips, Continuing
+from longtake.training.models.memory.data import videos_of
 from longtake.training.models.memory.dit import MemoryDiT, MemoryDiTConfig
 from longtake.training.models.memory.history import (
     Given,
-    Remembering,
     corrupted,
-    full_tokens,
     given_of,
     lengths_of,
     remembered,
@@ -42,10 +41,25 @@ from longtake.training.models.memory.history import (
     with_history,
 )
 from longtake.training.models.memory.retrieval import Video
-from longtake.training.models.memory.shared import MemoryConfig, Setup, heldout_of, on_device, videos_of
+from longtake.training.models.memory.shared import (
+    MODEL,
+    Setup,
+    above_each_other,
+    announce,
+    counts,
+    facts_of,
+    heldout_of,
+    loader,
+    objective_of,
+    prepare,
+)
+from longtake.training.objective import Batch, Engines, Objective, Terms, Turn
+
+__all__ = ["MODEL", "announce", "check", "counts", "loader", "prepare"]  # of the stage, beside what is here
 
 VERSION = 3
 PRODUCES = "model"
+SUMMARY = "continued.json"
 
 
 class Config(MemoryConfig):
@@ -103,13 +117,9 @@ class Config(MemoryConfig):
         return lengths_of(dit, self.no_history, least)
 
 
-def check(config: Config, inputs: Mapping[str, StageConfig]) -> None:
-    memory_stage.check(config, inputs)
-
-
 def outside(config: Config) -> str:
     """Changes with the feature network."""
-    return hashlib.sha256(read_file(config.features)).hexdigest() if config.features else ""
+    return digest_of(config.features)
 
 
 def objective(config: Config, setup: Setup) -> Objective:
@@ -119,38 +129,24 @@ def objective(config: Config, setup: Setup) -> Objective:
         UserError: `features` takes no such videos, which would be seen at the end.
     """
     checked_network(config.features, config.frames, setup.data.size())
-    return Objective(
-        {"generator": setup.model},
-        partial(_loss, config, setup.model),
-        sample=partial(_sample, config, setup),
-        fps=max(1, round(setup.data.fps)),
-        tokens=partial(full_tokens, setup.model.config.patch),
-        blocks=list(setup.model.blocks()),
-    )
+    return objective_of(config, setup, partial(_loss, config, setup.model), _sample)
 
 
-def _loss(
-    config: Config,
-    model: Remembering,
-    name: str,
-    engines: Engines,
-    batch: Batch,
-    generator: torch.Generator,
-) -> tuple[Tensor, dict[str, Tensor]]:
-    count = len(batch["key"])
-    given = given_to(batch, model, batch["history_latent"].shape[3], config.posterior, generator)
-    t = flow.sample_t(count, config.time_mean, config.time_std, config.shift, generator, given.x0.device)
+def _loss(config: Config, model: MemoryDiT, turn: Turn) -> tuple[Tensor, Terms]:
+    batch, rng, count = turn.batch, turn.rng, len(turn.batch["key"])
+    given = given_to(batch, model, batch["history_latent"].shape[3], config.posterior, rng)
+    t = flow.sample_t(count, config.time_mean, config.time_std, config.shift, rng, given.x0.device)
     noised = flow.noised_frames(torch.full((count,), given.window, device=t.device), given.x0.shape[2])
     t = t[:, None] * noised
     memory, level = given.memory, None
     if config.history_noise:
-        level = config.history_noise * torch.rand(count, generator=generator, device=t.device)
+        level = config.history_noise * torch.rand(count, generator=rng, device=t.device)
         t = torch.where(noised > 0, t, level[:, None])
-        memory = memory and corrupted(memory, level, generator)
-    noise = torch.randn(given.x0.shape, generator=generator, device=given.x0.device)
+        memory = memory and corrupted(memory, level, rng)
+    noise = torch.randn(given.x0.shape, generator=rng, device=given.x0.device)
     ids = batch["label"].cpu() if config.classes else None
     x = flow.interpolate(given.x0, noise, t)
-    velocity = engines[name](x, t, given.times, memory, ids, generator, given.first, given.seen, level)
+    velocity = turn.engines[turn.name](x, t, given.times, memory, ids, rng, given.first, given.seen, level)
     losses = flow.loss(velocity, given.x0, noise, noised)
     return losses.mean(), {
         "loss": losses.detach().mean(),
@@ -206,11 +202,9 @@ def losses_by_history(
 
 
 @torch.no_grad()
-def _sample(
-    config: Config, setup: Setup, engines: Engines, generator: torch.Generator
-) -> dict[str, np.ndarray[Any, Any]]:
-    """Of a held-out clip: the window and the segment after it, and below it what is generated in its place."""
-    model = engines["generator"].module
+def _sample(config: Any, setup: Setup, engines: Engines, rng: torch.Generator) -> dict[str, np.ndarray[Any, Any]]:
+    """The window and the segment after it of a held-out clip and, below it, what is generated in its place."""
+    model = engines["model"].module
     batch = on_device(next(iter(heldout_of(config, setup))))
     room, segment = batch["history_latent"].shape[3], batch["latent"].shape[3]
     steps = steps_of(batch, model, room)
@@ -229,31 +223,31 @@ def _sample(
     known = int(true_steps(batch, room)) - given.window
     before = steps.high[:, :, room - known - given.window : room - given.window]
     generated = torch.cat([clean, made], dim=2)
-    return {"continued": memory_stage.above_each_other(setup.vae, model, before, given.x0, generated)}
+    return {"continued": above_each_other(setup.codec, model, before, given.x0, generated)}
 
 
-def work(config: Config, inputs: Mapping[str, str], folder: Path) -> None:
-    """What each rank does: train from the latest checkpoint in `folder`, leave the last one there, and measure it."""
-    memory_stage.work(config, inputs, folder, partial(objective, config), partial(_evaluate, config))
-
-
-def run(config: Config, inputs: Mapping[str, str], output: str) -> dict[str, Any]:
-    """Train from the latest checkpoint, go on with held-out clips, log and register the model, make it champion.
-
-    Raises:
-        UserError: no usable sample; latents, models or histories that do not fit; a workspace for no checkpoints.
-        Failure, Interrupted: of the loop.
-    """
+def facts(config: Config, setup: Setup, lineage: Mapping[str, Any]) -> dict[str, Any]:
+    """What config.json says of the model (see `longtake.training.models.memory.history`)."""
     sampling = {"steps": config.sample_steps, "guidance": config.guidance, "shift": config.shift}
-    facts = {
+    return facts_of(config, setup, lineage) | {
         "stage": "generation",
         "sampling": sampling | {"history_noise": config.sample_noise},
         "posterior": config.posterior,
     }
-    return memory_stage.run(__name__, config, inputs, output, facts, "continued.json")
 
 
-def _evaluate(config: Config, setup: Setup, folder: Path) -> None:
+def run(config: Config, inputs: Mapping[str, str], output: str) -> dict[str, Any]:
+    """See `stage.run`."""
+    return stage.run(sys.modules[__name__], config, inputs, output)
+
+
+def work(config: Config, inputs: Mapping[str, str], folder: Path) -> None:
+    """See `stage.work`."""
+    stage.work(sys.modules[__name__], config, inputs, folder)
+
+
+def evaluate(config: Config, setup: Setup, folder: Path) -> None:
+    """Go on with held-out videos, each rank its share."""
     model = setup.model
 
     def clips_of(loader: Loader, what: str) -> Clips:
@@ -271,7 +265,7 @@ def _evaluate(config: Config, setup: Setup, folder: Path) -> None:
         print("evaluate: no distance to the history, since `features` names no feature network", flush=True)
     continuation.evaluate(
         model,
-        setup.vae,
+        setup.codec,
         _videos(config, setup),
         folder,
         Continuing(

@@ -26,46 +26,20 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from longtake.datasets.latents import shrunk
+from longtake.datasets.loader import to_model
 from longtake.datasets.loader.streams import Lengths
 from longtake.training.models.common import flow
+from longtake.training.models.common.codec import Codec, Posterior
 from longtake.training.models.memory.dit import MemoryDiT, MemoryDiTConfig
 from longtake.training.models.memory.encoder import Memory
-from longtake.training.models.pv_vae.model import Posterior
+from longtake.training.models.memory.latents import Steps, some
 
-
-class Steps(NamedTuple):
-    """Steps that follow each other: of the full latents, of the low-res branch's, and the time of the first.
-
-    high   (B, C, T, H, W) normalised, fp32
-    low    (B, C, T, h, w) normalised with its own statistics, or None without such a branch
-    start  in steps; times are absolute, and whatever is cut off at the front, what is left keeps its own
-    first  (B, T) bool, which of them are a video's first latent
-    skip   (B,), so many in front of each sample are not there; None: all are
-    """
-
-    high: Tensor
-    low: Tensor | None
-    start: int
-    first: Tensor
-    skip: Tensor | None = None
-
-    def ending(self, end: int, late: Tensor, count: int, known: Tensor) -> "Steps":
-        """Of each sample the `count` steps that end `late` `(B,)` steps before step `end`; it has the last `known` of them.
-
-        All have the times of those that end at `end`: what is seen beside a sample that ends earlier must be that much later.
-        """
-        index = (end - late[:, None] - count + torch.arange(count, device=late.device)).clamp(min=0)
-        low = None if self.low is None else picked(self.low, index)
-        start = self.start + end - count
-        return Steps(picked(self.high, index), low, start, self.first.gather(1, index), _some(count - known))
-
-
-def _some(skip: Tensor) -> Tensor | None:
-    return skip if bool(skip.any()) else None
+_CHUNK = 32  # frames on the device at once
 
 
 def remembered(model: MemoryDiT, steps: Steps) -> Memory:
-    """The memory that a model makes of them, as whole groups."""
+    """The memory that a model makes of latents in whole groups."""
     return model.remember(steps.high, steps.low, steps.start, first=steps.first, skip=steps.skip)
 
 
@@ -120,7 +94,7 @@ def steps_of(
     full = moments("latent")
     high = model.normalise(full.sample(generator) if posterior == "sample" else full.mode())
     places = batch["stream_step"][:, None] - most + torch.arange(high.shape[2], device=high.device)
-    return Steps(high, low, room - most, places == 0, _some(most - true_steps(batch, most)))
+    return Steps(high, low, room - most, places == 0, some(most - true_steps(batch, most)))
 
 
 def draw_omega(batch: int, steps: int, most: int, generator: torch.Generator, skip: Tensor | None = None) -> Tensor:
@@ -136,11 +110,6 @@ def draw_omega(batch: int, steps: int, most: int, generator: torch.Generator, sk
     if skip is not None:
         ranks = torch.where(torch.arange(steps, device=device) < skip[:, None], 1.0, ranks)
     return ranks.argsort(1)[:, :count].sort(1).values
-
-
-def picked(steps: Tensor, omega: Tensor) -> Tensor:
-    """The steps Ω `(B, k)` of `(B, C, T, H, W)`: `(B, C, k, H, W)`."""
-    return steps.gather(2, omega[:, None, :, None, None].expand(-1, steps.shape[1], -1, *steps.shape[3:]))
 
 
 def mask(steps: Steps, omega: Tensor, sigma: Tensor, noise: Steps) -> Steps:
@@ -251,29 +220,6 @@ def with_history(batch: Mapping[str, Any]) -> Tensor:
     return torch.cat([before[:, :, before.shape[2] - int(batch["history_frames"]) :], batch["video"]], dim=2)
 
 
-class Remembering(MemoryDiT):
-    """A MemoryDiT that may be called with a history in place of the memory of it.
-
-    So that one call goes through all that learns, as the hooks of ZeRO need it.
-    """
-
-    def forward(
-        self,
-        x: Tensor,
-        t: Tensor,
-        times: Tensor,
-        memory: Memory | Steps | None = None,
-        classes: Tensor | None = None,
-        generator: torch.Generator | None = None,
-        first: Tensor | None = None,
-        seen: Tensor | None = None,
-        level: Tensor | None = None,
-    ) -> Tensor:
-        if isinstance(memory, Steps):
-            memory = remembered(self, memory)
-        return super().forward(x, t, times, memory, classes, generator, first, seen, level)
-
-
 @torch.no_grad()
 def retrieve(
     model: MemoryDiT,
@@ -299,9 +245,9 @@ def retrieve(
     """
     batch, device = memory.tokens.shape[0], model.latent_mean.device
     made = []
-    for some in torch.tensor(times).split(at_once):
-        noise = torch.randn(batch, model.config.channels, len(some), *shape, generator=generator).to(device)
-        at = some.to(device)
+    for part in torch.tensor(times).split(at_once):
+        noise = torch.randn(batch, model.config.channels, len(part), *shape, generator=generator).to(device)
+        at = part.to(device)
         begins = None if first is None else (at == first)[None]
         velocity = partial(_velocity, model, memory, at, classes, begins)
         made.append(flow.euler(velocity, noise, steps, shift))
@@ -319,3 +265,20 @@ def _velocity(
 ) -> Tensor:
     velocity: Tensor = model(x, t, times, memory, classes, first=first)
     return velocity
+
+
+@torch.no_grad()
+def encoded(model: MemoryDiT, vae: Codec, video: Tensor) -> Steps:
+    """The steps of a video `(1, 3, T, H, W)`, uint8, in one stream: what `MemoryDiT.remember` takes, on its device."""
+    shrink = model.config.shrink
+    low = model.normalise_low(posterior_of(vae, video, shrink).mode()) if shrink else None
+    high = model.normalise(posterior_of(vae, video).mode())
+    return Steps(high, low, 0, torch.arange(high.shape[2], device=high.device)[None] == 0)
+
+
+@torch.no_grad()
+def posterior_of(codec: Any, video: Tensor, by: tuple[int, int] = (1, 1)) -> Posterior:
+    """What the autoencoder says of a video `(1, 3, T, H, W)`, uint8, scaled down `by` that, in one stream."""
+    at, stride = next(codec.parameters()).device, codec.config.spatial_stride
+    chunks = (shrunk(to_model(chunk.to(at)), by, stride) for chunk in video.split(_CHUNK, 2))
+    return Posterior(*(torch.cat(parts, dim=2) for parts in zip(*codec.encode_stream(chunks), strict=True)))

@@ -5,6 +5,7 @@ and the transformer denoises those steps at their true times from the memory alo
 must hold all of them. The history is what came before a segment in its stream, and the segment itself.
 """
 
+import sys
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
@@ -17,33 +18,46 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from longtake.datasets.loader.streams import Lengths
-from longtake.datasets.stage import StageConfig
-from longtake.training.loop import Batch, Engines, Objective
+from longtake.training import stage
+from longtake.training.data import on_device
 from longtake.training.metrics.share import batches
 from longtake.training.models.common import flow
 from longtake.training.models.memory import retrieval
-from longtake.training.models.memory import shared as memory_stage
-from longtake.training.models.memory.dit import MemoryDiTConfig
+from longtake.training.models.memory.config import MemoryConfig, check
+from longtake.training.models.memory.data import videos_of
+from longtake.training.models.memory.dit import MemoryDiT, MemoryDiTConfig
 from longtake.training.models.memory.history import (
-    Remembering,
-    Steps,
     draw_omega,
-    full_tokens,
     lengths_of,
     mask,
     noise_like,
-    picked,
     remembered,
     retrieve,
     steps_of,
     whole_of,
     with_history,
 )
+from longtake.training.models.memory.latents import Steps, picked
 from longtake.training.models.memory.retrieval import Video
-from longtake.training.models.memory.shared import MemoryConfig, Setup, heldout_of, videos_of
+from longtake.training.models.memory.shared import (
+    MODEL,
+    Setup,
+    above_each_other,
+    announce,
+    counts,
+    facts_of,
+    heldout_of,
+    loader,
+    objective_of,
+    prepare,
+)
+from longtake.training.objective import Batch, Engines, Objective, Terms, Turn
+
+__all__ = ["MODEL", "announce", "check", "counts", "loader", "prepare"]  # of the stage, beside what is here
 
 VERSION = 2
 PRODUCES = "model"
+SUMMARY = "retrieved.json"
 
 
 class Config(MemoryConfig):
@@ -73,48 +87,32 @@ class Config(MemoryConfig):
         return self
 
 
-def check(config: Config, inputs: Mapping[str, StageConfig]) -> None:
-    memory_stage.check(config, inputs)
-
-
 def objective(config: Config, setup: Setup) -> Objective:
-    """The flow's loss of the steps to retrieve; and retrieved steps of a held-out clip as a sample."""
-    return Objective(
-        {"generator": setup.model},
-        partial(_loss, config, setup.model),
-        sample=partial(_sample, config, setup),
-        fps=max(1, round(setup.data.fps)),
-        tokens=partial(full_tokens, setup.model.config.patch),
-        blocks=list(setup.model.blocks()),
-    )
+    """The flow's loss of the latents to retrieve; and retrieved ones of a held-out clip as a sample."""
+    return objective_of(config, setup, partial(_loss, config, setup.model), _sample)
 
 
-def _loss(
-    config: Config,
-    model: Remembering,
-    name: str,
-    engines: Engines,
-    batch: Batch,
-    generator: torch.Generator,
-) -> tuple[Tensor, dict[str, Tensor]]:
-    steps = remembered_steps(batch, model, config.posterior, generator)
+def _loss(config: Config, model: MemoryDiT, turn: Turn) -> tuple[Tensor, Terms]:
+    batch, rng = turn.batch, turn.rng
+    steps = remembered_steps(batch, model, config.posterior, rng)
     count = len(batch["key"])
-    omega = draw_omega(count, steps.high.shape[2], config.retrieved, generator, steps.skip)
-    seen = steps if config.history == "clean" else masked(config, steps, omega, generator)
+    omega = draw_omega(count, steps.high.shape[2], config.retrieved, rng, steps.skip)
+    seen = steps if config.history == "clean" else masked(config, steps, omega, rng)
     x0 = picked(steps.high, omega)
-    t = flow.sample_t(count, config.time_mean, config.time_std, config.shift, generator, x0.device)
-    noise = torch.randn(x0.shape, generator=generator, device=x0.device)
+    t = flow.sample_t(count, config.time_mean, config.time_std, config.shift, rng, x0.device)
+    noise = torch.randn(x0.shape, generator=rng, device=x0.device)
     ids = batch["label"].cpu() if config.classes else None
     first = steps.first.gather(1, omega)
-    velocity = engines[name](flow.interpolate(x0, noise, t), t, steps.start + omega, seen, ids, generator, first)
+    x = flow.interpolate(x0, noise, t)
+    velocity = turn.engines[turn.name](x, t, steps.start + omega, seen, ids, rng, first)
     loss = flow.loss(velocity, x0, noise).mean()
-    logged = {"loss": loss.detach(), "history_steps": batch["history_steps"].float().mean()}
-    return loss, logged | {"retrieved": loss.new_tensor(float(omega.shape[1]))}
+    terms = {"loss": loss.detach(), "history_steps": batch["history_steps"].float().mean()}
+    return loss, terms | {"retrieved": loss.new_tensor(float(omega.shape[1]))}
 
 
 def remembered_steps(
     batch: Batch,
-    model: Remembering,
+    model: MemoryDiT,
     posterior: Literal["sample", "mean"] = "mean",
     generator: torch.Generator | None = None,
 ) -> Steps:
@@ -132,12 +130,10 @@ def masked(config: Config, steps: Steps, omega: Tensor, generator: torch.Generat
 
 
 @torch.no_grad()
-def _sample(
-    config: Config, setup: Setup, engines: Engines, generator: torch.Generator
-) -> dict[str, np.ndarray[Any, Any]]:
-    """Of a held-out clip: its segment, and below it what the memory of it and its history holds of it."""
-    model, length = engines["generator"].module, setup.data.shape[0]
-    batch = memory_stage.on_device(next(iter(heldout_of(config, setup))))
+def _sample(config: Any, setup: Setup, engines: Engines, rng: torch.Generator) -> dict[str, np.ndarray[Any, Any]]:
+    """A held-out segment and, below it, the same frames retrieved from the memory of it and its history."""
+    model, length = engines["model"].module, setup.data.shape[0]
+    batch = on_device(next(iter(heldout_of(config, setup))))
     steps = remembered_steps(batch, model)
     total = steps.high.shape[2]
     times = [steps.start + n for n in range(max(0, total - length), total)]
@@ -148,31 +144,32 @@ def _sample(
     shape = (steps.high.shape[3], steps.high.shape[4])
     made = retrieve(model, memory, times, shape, draws, config.sample_steps, config.shift, ids, config.retrieved, first)
     before, true = steps.high.split([total - len(times), len(times)], dim=2)
-    return {"retrieved": memory_stage.above_each_other(setup.vae, model, before, true, made)}
+    return {"retrieved": above_each_other(setup.codec, model, before, true, made)}
 
 
-def work(config: Config, inputs: Mapping[str, str], folder: Path) -> None:
-    """What each rank does: train from the latest checkpoint in `folder`, leave the last one there, and measure it."""
-    memory_stage.work(config, inputs, folder, partial(objective, config), partial(_evaluate, config))
+def facts(config: Config, setup: Setup, lineage: Mapping[str, Any]) -> dict[str, Any]:
+    """What config.json says of the model (see `longtake.training.models.memory.history`)."""
+    sampling = {"steps": config.sample_steps, "guidance": 1.0, "shift": config.shift}
+    return facts_of(config, setup, lineage) | {"stage": "retrieval", "sampling": sampling}
 
 
 def run(config: Config, inputs: Mapping[str, str], output: str) -> dict[str, Any]:
-    """Train from the latest checkpoint, retrieve held-out clips, log and register the model, make it champion.
-
-    Raises:
-        UserError: no usable sample; latents, models or histories that do not fit; a workspace for no checkpoints.
-        Failure, Interrupted: of the loop.
-    """
-    facts = {"stage": "retrieval", "sampling": {"steps": config.sample_steps, "guidance": 1.0, "shift": config.shift}}
-    return memory_stage.run(__name__, config, inputs, output, facts, "retrieved.json")
+    """See `stage.run`."""
+    return stage.run(sys.modules[__name__], config, inputs, output)
 
 
-def _evaluate(config: Config, setup: Setup, folder: Path) -> None:
-    loader = videos_of(config, setup.inputs, setup.data)
-    shares = batches(loader, min(config.eval_clips, loader.samples), "retrieve")
+def work(config: Config, inputs: Mapping[str, str], folder: Path) -> None:
+    """See `stage.work`."""
+    stage.work(sys.modules[__name__], config, inputs, folder)
+
+
+def evaluate(config: Config, setup: Setup, folder: Path) -> None:
+    """Retrieve held-out clips, each rank its share."""
+    clips = videos_of(config, setup.inputs, setup.data)
+    shares = batches(clips, min(config.eval_clips, clips.samples), "retrieve")
     retrieval.evaluate(
         setup.model,
-        setup.vae,
+        setup.codec,
         (Video(number, with_history(batch), batch.get("label")) for number, batch in shares),
         folder,
         fps=setup.data.fps,

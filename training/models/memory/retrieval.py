@@ -8,6 +8,7 @@ process group measure, each its share.
 import json
 import math
 from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,20 +16,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from longtake.datasets.latents import shrunk
 from longtake.datasets.loader import to_model, to_pixels
 from longtake.training.metrics.reconstruction import psnr, ssim
 from longtake.training.metrics.share import place, united
 from longtake.training.metrics.trivial import Against, comparisons
-from longtake.training.models.common import flow, sampling
+from longtake.training.models.common import flow
+from longtake.training.models.common.codec import Codec
+from longtake.training.models.common.video import video_file
 from longtake.training.models.memory.dit import MemoryDiT
 from longtake.training.models.memory.encoder import repeated
-from longtake.training.models.memory.history import Steps, remembered, retrieve
-from longtake.training.models.pv_vae.model import PVVAE, Posterior
+from longtake.training.models.memory.history import encoded, remembered, retrieve
+from longtake.training.models.memory.latents import Steps
 
-_CHUNK = 32  # frames on the device at once
 _SHOWN = 4  # clips in the video to look at
-_TIMES = 8  # of the flow, at which the loss is measured
 FIGURES = ("psnr", "ssim", "psnr_bound", "ssim_bound", "psnr_copy_last", "psnr_copy_nearest", "tokens")
 _AGAINST = (
     Against("retrieval", "psnr", "copying the last frame", "psnr_copy_last"),
@@ -69,36 +69,19 @@ def heldout_losses(
     """
     rows = []
     for number, (steps, ids) in enumerate(clips):
-        draws = torch.Generator().manual_seed(int(np.random.SeedSequence([seed, number]).generate_state(1)[0]))
-        omega = torch.randperm(steps.high.shape[2], generator=draws)[:_AT_ONCE].sort().values
-        true = steps.high[:, :, omega.to(steps.high.device)]
-        t = (torch.arange(_TIMES, device=true.device) + 0.5) / _TIMES
-        x0 = true.expand(_TIMES, -1, -1, -1, -1)
-        noise = torch.randn(x0.shape, generator=draws).to(x0.device)
-        memory = repeated(remembered(model, steps), _TIMES)
-        omega = omega.to(x0.device)
-        rows_of = None if ids is None else ids.expand(_TIMES)
-        first = steps.first[:, omega]
-        velocity = model(flow.interpolate(x0, noise, t), t, steps.start + omega, memory, rows_of, first=first)
-        rows.append(flow.loss(velocity * scale, x0 * scale, noise * scale).cpu().numpy())
+        draws = flow.clip_draws(seed, number)
+        omega = torch.randperm(steps.high.shape[2], generator=draws)[:_AT_ONCE].sort().values.to(steps.high.device)
+        velocity = partial(_velocity, model, steps, omega, ids)
+        rows.append(flow.losses_over_time(velocity, steps.high[:, :, omega], draws, scale=scale))
     return np.stack(rows)
 
 
-@torch.no_grad()
-def encoded(model: MemoryDiT, vae: PVVAE, video: Tensor) -> Steps:
-    """The steps of a video `(1, 3, T, H, W)`, uint8, in one stream: what `MemoryDiT.remember` takes, on its device."""
-    shrink = model.config.shrink
-    low = model.normalise_low(posterior_of(vae, video, shrink).mode()) if shrink else None
-    high = model.normalise(posterior_of(vae, video).mode())
-    return Steps(high, low, 0, torch.arange(high.shape[2], device=high.device)[None] == 0)
-
-
-@torch.no_grad()
-def posterior_of(vae: PVVAE, video: Tensor, by: tuple[int, int] = (1, 1)) -> Posterior:
-    """What the autoencoder says of a video `(1, 3, T, H, W)`, uint8, scaled down `by` that, in one stream."""
-    at, stride = next(vae.parameters()).device, vae.config.spatial_stride
-    chunks = (shrunk(to_model(chunk.to(at)), by, stride) for chunk in video.split(_CHUNK, 2))
-    return Posterior(*(torch.cat(parts, dim=2) for parts in zip(*vae.encode_stream(chunks), strict=True)))
+def _velocity(model: MemoryDiT, steps: Steps, omega: Tensor, ids: Tensor | None, x: Tensor, t: Tensor) -> Tensor:
+    """Of the steps Ω of one video, for a batch of their noised copies."""
+    memory = repeated(remembered(model, steps), len(x))
+    classes = None if ids is None else ids.expand(len(x))
+    velocity: Tensor = model(x, t, steps.start + omega, memory, classes, first=steps.first[:, omega])
+    return velocity
 
 
 def retrieved(
@@ -123,7 +106,7 @@ def retrieved(
 
 def evaluate(
     model: MemoryDiT,
-    vae: PVVAE,
+    vae: Codec,
     videos: Iterable[Video],
     folder: Path,
     *,
@@ -182,7 +165,7 @@ def evaluate(
     summary["against"] = comparisons(_AGAINST, summary)
     if place()[0] == 0:
         (folder / "retrieved.json").write_text(json.dumps({"summary": summary, "clips": rows}, indent=2))
-        with sampling.video_file(folder / "retrieved.mp4", fps) as write:
+        with video_file(folder / "retrieved.mp4", fps) as write:
             for path in (_shown(folder, number) for number in found if number < _SHOWN):
                 write(np.load(path, mmap_mode="r"))
                 path.unlink()
@@ -195,7 +178,7 @@ def _shown(folder: Path, number: int) -> Path:
 
 
 def _compared(
-    model: MemoryDiT, vae: PVVAE, video: Tensor, made: Tensor, true: Tensor, shown: list[np.ndarray[Any, Any]] | None
+    model: MemoryDiT, vae: Codec, video: Tensor, made: Tensor, true: Tensor, shown: list[np.ndarray[Any, Any]] | None
 ) -> dict[str, Any]:
     """A video against what is decoded of its retrieved steps, and of its true ones; step by step. `shown` gets both."""
     errors: dict[str, list[float]] = {"": [], "_bound": [], "_copy_last": [], "_copy_nearest": []}
@@ -231,7 +214,7 @@ def _kept(model: MemoryDiT, frames: int, shape: Sequence[int]) -> Tensor:
 
 
 @torch.no_grad()
-def _frames(model: MemoryDiT, vae: PVVAE, steps: Tensor) -> Iterator[Tensor]:
+def _frames(model: MemoryDiT, vae: Codec, steps: Tensor) -> Iterator[Tensor]:
     """The frames `(1, 3, t, H, W)` of each step, in [-1, 1]."""
     for frames in vae.decode_stream([model.denormalise(steps)], steps=1):
         yield frames.float().clamp(-1, 1)

@@ -27,13 +27,13 @@ from longtake.datasets import storage
 from longtake.datasets.errors import Failure, UserError
 from longtake.datasets.latents import shrunk
 from longtake.datasets.loader import to_pixels
-from longtake.training.models.common.flow import NO_CLASS, euler, guided, interpolate
-from longtake.training.models.common.sampling import Settings
+from longtake.training.models.common.codec import Codec, Posterior
+from longtake.training.models.common.condition import NO_CLASS, check_classes
+from longtake.training.models.common.flow import euler, guided, interpolate
 from longtake.training.models.common.streaming import Past
-from longtake.training.models.latte.model import check_classes
+from longtake.training.models.generator import Settings
 from longtake.training.models.memory.dit import MemoryDiT
 from longtake.training.models.memory.encoder import Memory, cropped, repeated
-from longtake.training.models.pv_vae.model import PVVAE, Posterior
 
 Story = Sequence[tuple[int, Sequence[int]]]  # from which new step on, and a class id for each video
 _Made = TypeVar("_Made")
@@ -126,7 +126,7 @@ def segments(model: MemoryDiT, steps: int) -> int:
 
 def generate(
     model: MemoryDiT,
-    vae: PVVAE,
+    vae: Codec,
     steps: int,
     seeds: Sequence[int],
     *,
@@ -177,7 +177,7 @@ def generate(
 
 def _chunks(
     model: MemoryDiT,
-    vae: PVVAE,
+    vae: Codec,
     steps: int,
     seeds: Sequence[int],
     start: Tensor | None,
@@ -338,7 +338,7 @@ def _shape(model: MemoryDiT) -> tuple[int, int, int]:
 
 def _check(
     model: MemoryDiT,
-    vae: PVVAE,
+    vae: Codec,
     steps: int,
     seeds: Sequence[int],
     start: Tensor | None,

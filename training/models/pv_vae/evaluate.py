@@ -20,8 +20,8 @@ from longtake.training.metrics.perceptual import Perceptual, lpips
 from longtake.training.metrics.reconstruction import psnr, ssim
 from longtake.training.metrics.share import batches, mine, place, united
 from longtake.training.metrics.trivial import Against, comparisons, mean_colour, scaled_down
-from longtake.training.models.common.sampling import reconstruct_video
-from longtake.training.models.pv_vae.model import PVVAE, frames_of, latent_groups
+from longtake.training.models.common.codec import frames_of, latent_groups, reconstruct_video
+from longtake.training.models.pv_vae.model import PVVAE
 
 Frames = Callable[[], Iterator[np.ndarray[Any, Any]]]  # of a clip, (H, W, 3) uint8, from its start at each call
 

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, NonNegativeInt, PositiveInt, model_validator
@@ -31,6 +31,7 @@ from longtake.training.models.common.causal import (
     fold,
     unfold,
 )
+from longtake.training.models.common.codec import Posterior, frames_of, latent_groups
 from longtake.training.models.common.streaming import Past, regroup, stream, tiled
 
 # fmt: off
@@ -104,39 +105,6 @@ def config_from_preset(preset: str, **overrides: Any) -> PVVAEConfig:
     if preset not in PRESETS:
         raise ValueError(f"unknown preset {preset!r}; choose one of: {', '.join(PRESETS)}")
     return PVVAEConfig(**PRESETS[preset] | overrides)
-
-
-def latent_groups(frames: int, temporal_stride: int = 4) -> int:
-    """Latent steps of a clip of 1 + 4n frames: 1 + n."""
-    return 1 + (frames - 1) // temporal_stride
-
-
-def frames_of(groups: int, temporal_stride: int = 4) -> int:
-    """Frames of a clip of 1 + n latent steps: 1 + 4n."""
-    return 1 + (groups - 1) * temporal_stride
-
-
-class Posterior(NamedTuple):
-    """A diagonal Gaussian over latents: `mean` and `logvar` are `(B, C, t, h, w)`, logvar in [-30, 20].
-
-    A tuple, because DeepSpeed's ZeRO-3 hooks look for tensors in tuples but not in dataclasses.
-    """
-
-    mean: Tensor
-    logvar: Tensor
-
-    def mode(self) -> Tensor:
-        return self.mean
-
-    def sample(self, generator: torch.Generator | None = None) -> Tensor:
-        """One draw, in the dtype of `mean`; `generator` lives on the same device."""
-        noise = torch.randn(self.mean.shape, generator=generator, device=self.mean.device)
-        return (self.mean.float() + torch.exp(0.5 * self.logvar.float()) * noise).to(self.mean.dtype)
-
-    def kl(self) -> Tensor:
-        """KL to N(0, 1) in nats per latent element, averaged over each sample: `(B,)`, fp32."""
-        mean, logvar = self.mean.float(), self.logvar.float()
-        return 0.5 * (mean.square() + logvar.exp() - 1 - logvar).flatten(1).mean(1)
 
 
 class LatentPadding(nn.Module):

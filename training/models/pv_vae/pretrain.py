@@ -5,40 +5,39 @@ Beside the frames it must match the differences of neighbours, so that copying t
 phase the encoder stands still, and the decoder learns to show what the latents hold.
 """
 
-import hashlib
-import os
-import tempfile
+import sys
 from collections.abc import Mapping
-from contextlib import nullcontext
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
 import numpy as np
 import torch
 from pydantic import Field, field_validator, model_validator
 from torch import Tensor, nn
 
-from longtake.datasets.cache import Cache
 from longtake.datasets.errors import UserError
 from longtake.datasets.loader import Loader, Mixture, to_model, to_pixels
 from longtake.datasets.loader.whole import longest
 from longtake.datasets.stage import DatasetInput, Measuring, ModelInput, StageConfig, ViewInput
-from longtake.training import checkpoint, launch, registry, tracker
-from longtake.training.config import ModelName
+from longtake.training import checkpoint, data, registry, stage
+from longtake.training.config import EvaluatedConfig, ModelName
+from longtake.training.data import HELDOUT
 from longtake.training.engines import device
-from longtake.training.evaluation import EvaluatedConfig, checked_network, emptied, published
-from longtake.training.loop import Batch, Engines, Objective, train
-from longtake.training.metrics.features import read_file
+from longtake.training.metrics.features import checked_network, digest_of
 from longtake.training.metrics.perceptual import Perceptual, load_perceptual, perceptual_loss
 from longtake.training.models.common import adversarial
 from longtake.training.models.common.adversarial import GANConfig
-from longtake.training.models.pv_vae.evaluate import Frames, evaluate
-from longtake.training.models.pv_vae.model import PVVAE, PVVAEConfig, config_from_preset, frames_of, latent_groups
+from longtake.training.models.common.codec import frames_of, latent_groups
+from longtake.training.models.pv_vae.evaluate import Frames
+from longtake.training.models.pv_vae.evaluate import evaluate as measure
+from longtake.training.models.pv_vae.model import PVVAE, PVVAEConfig, config_from_preset
+from longtake.training.objective import Batch, Engines, Objective, Terms, Turn
 
 VERSION = 4
 PRODUCES = "model"
+MODEL = "pv_vae"
+SUMMARY = "heldout.json"
 
 # what the phases differ in; a recipe may change each
 PHASES: dict[str, dict[str, Any]] = {
@@ -166,147 +165,30 @@ def warnings(config: Config) -> list[str]:
 
 def outside(config: Config) -> str:
     """Changes with the files of the perceptual loss, and with the feature network."""
-    files = [path for path in (config.perceptual, config.perceptual_linear, config.features) if path]
-    return " ".join(hashlib.sha256(read_file(path)).hexdigest() for path in files)
+    return digest_of(config.perceptual, config.perceptual_linear, config.features)
 
 
-def objective(config: Config, model: PVVAE, heldout: Loader, parent: str | None = None) -> Objective:
-    """The generator and, where `lambda_gan` asks for one, its discriminator, that of `parent` if it fits."""
-    modules: dict[str, nn.Module] = {"generator": model}
-    state: dict[str, Tensor] = {}
-    if config.lambda_gan:
-        modules["discriminator"], state = adversarial.begin(config, parent)
-    perceptual = load_perceptual(config.perceptual, config.perceptual_linear, device=device())
-    return Objective(
-        modules,
-        partial(_loss, config, model.config, perceptual, state),
-        sample=partial(_sample, model.config, heldout),
-        fps=6,
-        tokens=partial(_tokens, model.config),
-        blocks=list(model.blocks()),
-        starts={"discriminator": config.gan_start},
-        settings={"discriminator": adversarial.settings(config)},
-        state=state,
-    )
+class Setup(NamedTuple):
+    """What the stage works with; `parent` has the discriminator that a new training continues, if any does."""
+
+    inputs: Mapping[str, str]
+    model: PVVAE
+    parent: str | None
 
 
-def _loss(
-    config: Config,
-    vae: PVVAEConfig,
-    perceptual: Perceptual | None,
-    state: Mapping[str, Tensor],
-    name: str,
-    engines: Engines,
-    batch: Batch,
-    generator: torch.Generator,
-) -> tuple[Tensor, dict[str, Tensor]]:
-    video = to_model(batch["video"])
-    if name == "discriminator":
-        return adversarial.discriminator_loss(config, state, engines[name], video, batch["made"])
-    groups = latent_groups(video.shape[2], vae.temporal_stride)
-    # k ~ U{0..floor((G-1) r)} groups are dropped, as many on each rank; the first frame always stays
-    most = int((groups - 1) * config.max_drop)
-    dropped = int(np.random.default_rng(batch["seed"]).integers(most + 1))
-    made, posterior = engines[name](video, visible=groups - dropped, generator=generator)
-    made = made.float()
-    batch["made"] = made.detach()
-    reconstruction = partial(_reconstruction, config, perceptual, generator, video)
-    judge = engines.get("discriminator")
-    if judge is not None and adversarial.heard(config, state, judge):
-        loss, terms = adversarial.generator_loss(config, state, made, reconstruction, judge.module)
-    else:
-        loss, terms = reconstruction(made)
-    kl = posterior.kl().mean()
-    loss = loss + config.lambda_kl * kl
-    return loss, {"loss": loss.detach(), "kl": kl.detach()} | terms
-
-
-def _reconstruction(
-    config: Config, perceptual: Perceptual | None, generator: torch.Generator, video: Tensor, made: Tensor
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """The losses of what was made of a video: of the frames, of their differences, of how alike they look."""
-    frames = (made - video).square().mean()
-    motion = (made.diff(dim=2) - video.diff(dim=2)).square().mean() if video.shape[2] > 1 else made.new_zeros(())
-    terms = {"reconstruction": frames, "motion": motion}
-    loss = config.lambda_reconstruction * (frames + config.lambda_motion * motion)
-    if perceptual:
-        terms["perceptual"] = perceptual_loss(
-            perceptual, made, video, frames=config.perceptual_frames, generator=generator
-        )
-        loss = loss + config.lambda_perceptual * terms["perceptual"]
-    return loss, {term: value.detach() for term, value in terms.items()}
-
-
-def _sample(
-    vae: PVVAEConfig, heldout: Loader, engines: Engines, generator: torch.Generator
-) -> dict[str, np.ndarray[Any, Any]]:
-    """Of the first held-out clip: the source, and beside it what is made of its first half."""
-    video = to_model(next(heldout.at([0]))["video"].to(device()))
-    visible = (latent_groups(video.shape[2], vae.temporal_stride) + 1) // 2
-    made, _ = engines["generator"](video, visible=visible, generator=generator)
-    both = torch.cat([video, made.float().clamp(-1, 1)], dim=4)[0].permute(1, 2, 3, 0)
-    return {"predicted": to_pixels(both).cpu().numpy()}
-
-
-def _tokens(vae: PVVAEConfig, batch: Batch) -> int:
-    """Latent positions of a batch."""
-    count, _, frames, height, width = batch["video"].shape
-    return int(count * latent_groups(frames, vae.temporal_stride) * height * width // vae.spatial_stride**2)
-
-
-def work(config: Config, inputs: Mapping[str, str], folder: Path) -> None:
-    """What each rank does: train from the latest checkpoint in `folder`, leave the last one there, and measure it."""
-    checked_network(config.features, config.frames, config.sizes[0])
-    _train(config, inputs, folder)
-    _evaluate(config, inputs, folder)
-
-
-def _train(config: Config, inputs: Mapping[str, str], folder: Path) -> None:
-    rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
-    torch.manual_seed(config.seed)
-    model = begin(config, inputs).to(device())
-    loader = _batches(config, inputs, rank, world)
-    heldout = _heldout(config, inputs)
-    with tracker.connect(folder) if rank == 0 else nullcontext() as log:
-        # a checkpoint has a discriminator of its own
-        parent = None if checkpoint.latest(folder) else inputs.get("parent")
-        made = replace(objective(config, model, heldout, parent), heldout=heldout)
-        train(made, loader, config, folder, log, launch.stop_requested)
-
-
-def _evaluate(config: Config, inputs: Mapping[str, str], folder: Path) -> None:
-    model = begin(config, inputs)
-    model.load_state_dict(checkpoint.trained(folder, config))
-    model.to(device()).eval()
-    evaluate(
-        model,
-        _heldout(config, inputs),
-        emptied(folder),
-        config.seed,
-        config.eval_clips,
-        load_perceptual(config.perceptual, config.perceptual_linear, device=device()),
-        network=checked_network(config.features, config.frames, config.sizes[0]),
-        latents=config.eval_latents,
-        whole=_long(config, inputs),
-        probed=_loader(config, inputs, "train", batch=1, seed=config.seed) if config.eval_probes else None,
-        probe_clips=config.eval_probes,
-    )
-
-
-def _long(config: Config, inputs: Mapping[str, str]) -> list[Frames]:
-    """The longest held-out clips that are longer than a window."""
-    least = config.frames * config.stride + 1
-    count = config.eval_long if config.frames > 1 else 0
-    clips = longest(inputs["dataset"], "val", inputs.get("view"), config.sizes[0], count, least, _cache(config))
-    return [partial(clip.frames, config.sizes[0], config.stride) for clip in clips]
-
-
-def begin(config: Config, inputs: Mapping[str, str]) -> PVVAE:
+def prepare(config: Config, inputs: Mapping[str, str], folder: Path) -> Setup:
     """The model before its first step: the parent's, or a random one.
 
     Raises:
         UserError: the parent is no PV-VAE, or another than `model` says, or cannot divide the windows.
     """
+    # a checkpoint has a discriminator of its own
+    parent = None if checkpoint.latest(folder) else inputs.get("parent")
+    return Setup(inputs, begin(config, inputs).to(device()), parent)
+
+
+def begin(config: Config, inputs: Mapping[str, str]) -> PVVAE:
+    """The model before its first step, on the CPU. Raises as `prepare`."""
     if config.parent is None:
         return PVVAE(config.vae())
     uri = inputs["parent"]
@@ -322,77 +204,160 @@ def begin(config: Config, inputs: Mapping[str, str]) -> PVVAE:
     return model.train()
 
 
-def run(config: Config, inputs: Mapping[str, str], output: str) -> dict[str, Any]:
-    """Train from the latest checkpoint, log and register the model, look at held-out clips, make it champion.
-
-    Raises:
-        UserError: no usable sample; a workspace where checkpoints cannot lie; a parent that does not fit.
-        Failure, Interrupted: of the loop.
-    """
-    folder = checkpoint.folder_of(config, output)
-    first = os.environ.get("RANK", "0") == "0"
-    with checkpoint.locked(folder) if first else nullcontext():
-        # before training, since datasets grow and aliases move
-        lineage = registry.lineage(inputs)
-        return _publish(config, inputs, folder, lineage) if launch.run(__name__, config, inputs, folder) else {}
-
-
-def _publish(config: Config, inputs: Mapping[str, str], folder: Path, lineage: Mapping[str, Any]) -> dict[str, Any]:
-    weights = checkpoint.trained(folder, config)
-    with tracker.connect(folder, system_metrics=False) as log, tempfile.TemporaryDirectory() as scratch:
-        made = Path(scratch) / "model"
-        facts = {
-            "lineage": lineage,
-            "window": {"frames": config.frames, "stride": config.stride, "size": list(config.sizes[0])},
-        }
-        registry.save(made, "pv_vae", begin(config, inputs).config.model_dump(mode="json"), weights, facts)
-        uri = registry.register(made, config.name, log.run_id)
-        figures = published(folder, "heldout.json", log)
-        if config.lambda_gan:
-            judge, state = checkpoint.beside(folder, "discriminator")
-            adversarial.save(Path(scratch) / adversarial.FILE, config, judge, state)
-            log.artifacts(Path(scratch) / adversarial.NAME, adversarial.NAME)
-    if config.promote:
-        registry.promote(uri)
-    used = _loader(config, inputs, "train", batch=1)
-    counts = {
-        "train_clips": float(used.samples),
-        "train_clips_too_short": float(used.samples_short),
-        "train_clips_too_small": float(used.samples_small),
-    }
-    return {"uri": uri, "metrics": figures | counts}
-
-
-def _batches(config: Config, inputs: Mapping[str, str], rank: int, world: int) -> Loader | Mixture:
-    """Batches of each size in turn: `batch` clips of the first size, of others as many as have as many pixels."""
-    each = config.batch // config.accumulate
-    share = {"rank": rank, "world": world, "seed": config.seed, "crop": "random"}
+def loader(config: Config, setup: Setup, rank: int, world: int) -> Loader | Mixture:
+    """This rank's share of batches of each size in turn: `batch` clips of the first size, of others as many pixels."""
+    share = data.share_of(config, rank, world) | {"crop": "random"}
     if len(config.sizes) == 1:
-        return _loader(config, inputs, "train", batch=each, workers=config.workers, **share)
-    first = config.sizes[0]
+        return _loader(config, setup, "train", **share)
+    first, batch, workers = config.sizes[0], share.pop("batch"), share.pop("workers")
     parts = {}
     for height, width in config.sizes:
-        count = each * first[0] * first[1] // (height * width) // world * world
-        loader = _loader(config, inputs, "train", size=(height, width), batch=max(world, count), **share)
-        parts[f"{height}x{width}"] = (loader, 1.0)
-    return Mixture(parts, seed=config.seed, workers=config.workers)
+        count = batch * first[0] * first[1] // (height * width) // world * world
+        clips = _loader(config, setup, "train", size=(height, width), batch=max(world, count), **share)
+        parts[f"{height}x{width}"] = (clips, 1.0)
+    return Mixture(parts, seed=config.seed, workers=workers)
 
 
-def _heldout(config: Config, inputs: Mapping[str, str]) -> Loader:
-    return _loader(config, inputs, "val", batch=1, last="pad", shuffle=False, epochs=1)
+def _loader(config: Config, setup: Setup, split: str, **options: Any) -> Loader:
+    window: dict[str, Any] = {"columns": ("video",), "size": config.sizes[0]}
+    return data.loader(config, setup.inputs, split, **window | options)
 
 
-def _cache(config: Config) -> Cache | None:
-    return Cache(config.cache.folder, config.cache.max_bytes) if config.cache else None
+def objective(config: Config, setup: Setup) -> Objective:
+    """The generator and, where `lambda_gan` asks for one, its discriminator, that of the parent if it fits.
+
+    Raises:
+        UserError: `features` takes no such videos, which would be seen at the end; no such network.
+    """
+    checked_network(config.features, config.frames, config.sizes[0])
+    model, heldout = setup.model, _loader(config, setup, "val", **HELDOUT)
+    modules: dict[str, nn.Module] = {"generator": model}
+    state: dict[str, Tensor] = {}
+    if config.lambda_gan:
+        modules["discriminator"], state = adversarial.begin(config, setup.parent)
+    perceptual = load_perceptual(config.perceptual, config.perceptual_linear, device=device())
+    return Objective(
+        modules,
+        partial(_loss, config, model.config, perceptual, state),
+        lead="generator",
+        sample=partial(_sample, model.config, heldout),
+        fps=6,
+        tokens=partial(_tokens, model.config),
+        blocks=list(model.blocks()),
+        heldout=heldout,
+        starts={"discriminator": config.gan_start},
+        settings={"discriminator": adversarial.settings(config)},
+        state=state,
+    )
 
 
-def _loader(config: Config, inputs: Mapping[str, str], split: str, **options: Any) -> Loader:
-    settings: dict[str, Any] = {
-        "view": inputs.get("view"),
-        "columns": ("video",),
-        "frames": config.frames,
-        "stride": config.stride,
-        "size": config.sizes[0],
-        "cache": _cache(config),
+def _loss(
+    config: Config, vae: PVVAEConfig, perceptual: Perceptual | None, state: Mapping[str, Tensor], turn: Turn
+) -> tuple[Tensor, Terms]:
+    video, engine = to_model(turn.batch["video"]), turn.engines[turn.name]
+    if turn.name == "discriminator":
+        return adversarial.discriminator_loss(config, state, engine, video, turn.carry["generated"])
+    groups = latent_groups(video.shape[2], vae.temporal_stride)
+    # k ~ U{0..floor((G-1) r)} groups are dropped, as many on each rank; the first frame always stays
+    most = int((groups - 1) * config.max_drop)
+    dropped = int(np.random.default_rng(turn.seed).integers(most + 1))
+    generated, posterior = engine(video, visible=groups - dropped, generator=turn.rng)
+    generated = generated.float()
+    turn.carry["generated"] = generated.detach()
+    reconstruction = partial(_reconstruction, config, perceptual, turn.rng, video)
+    judge = turn.engines.get("discriminator")
+    if judge is not None and adversarial.heard(config, state, turn.step):
+        loss, terms = adversarial.generator_loss(config, state, generated, reconstruction, judge.module)
+    else:
+        loss, terms = reconstruction(generated)
+    kl = posterior.kl().mean()
+    loss = loss + config.lambda_kl * kl
+    return loss, {"loss": loss.detach(), "kl": kl.detach()} | terms
+
+
+def _reconstruction(
+    config: Config, perceptual: Perceptual | None, rng: torch.Generator, video: Tensor, made: Tensor
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The losses of what was made of a video: of the frames, of their differences, of how alike they look."""
+    frames = (made - video).square().mean()
+    motion = (made.diff(dim=2) - video.diff(dim=2)).square().mean() if video.shape[2] > 1 else made.new_zeros(())
+    terms = {"reconstruction": frames, "motion": motion}
+    loss = config.lambda_reconstruction * (frames + config.lambda_motion * motion)
+    if perceptual:
+        terms["perceptual"] = perceptual_loss(perceptual, made, video, frames=config.perceptual_frames, generator=rng)
+        loss = loss + config.lambda_perceptual * terms["perceptual"]
+    return loss, {term: value.detach() for term, value in terms.items()}
+
+
+def _sample(
+    vae: PVVAEConfig, heldout: Loader, engines: Engines, rng: torch.Generator
+) -> dict[str, np.ndarray[Any, Any]]:
+    """The first held-out clip and, beside it, its prediction from the first half."""
+    video = to_model(next(heldout.at([0]))["video"].to(device()))
+    visible = (latent_groups(video.shape[2], vae.temporal_stride) + 1) // 2
+    predicted, _ = engines["generator"](video, visible=visible, generator=rng)
+    both = torch.cat([video, predicted.float().clamp(-1, 1)], dim=4)[0].permute(1, 2, 3, 0)
+    return {"predicted": to_pixels(both).cpu().numpy()}
+
+
+def _tokens(vae: PVVAEConfig, batch: Batch) -> int:
+    """Latent positions of a batch."""
+    count, _, frames, height, width = batch["video"].shape
+    return int(count * latent_groups(frames, vae.temporal_stride) * height * width // vae.spatial_stride**2)
+
+
+def run(config: Config, inputs: Mapping[str, str], output: str) -> dict[str, Any]:
+    """See `stage.run`."""
+    return stage.run(sys.modules[__name__], config, inputs, output)
+
+
+def work(config: Config, inputs: Mapping[str, str], folder: Path) -> None:
+    """See `stage.work`."""
+    stage.work(sys.modules[__name__], config, inputs, folder)
+
+
+def evaluate(config: Config, setup: Setup, folder: Path) -> None:
+    """Measure reconstructions and predictions of held-out clips, each rank its share."""
+    measure(
+        setup.model,
+        _loader(config, setup, "val", **HELDOUT),
+        folder,
+        config.seed,
+        config.eval_clips,
+        load_perceptual(config.perceptual, config.perceptual_linear, device=device()),
+        network=checked_network(config.features, config.frames, config.sizes[0]),
+        latents=config.eval_latents,
+        whole=_long(config, setup.inputs),
+        probed=_loader(config, setup, "train", batch=1, seed=config.seed) if config.eval_probes else None,
+        probe_clips=config.eval_probes,
+    )
+
+
+def _long(config: Config, inputs: Mapping[str, str]) -> list[Frames]:
+    """The longest held-out clips that are longer than a window."""
+    least = config.frames * config.stride + 1
+    count = config.eval_long if config.frames > 1 else 0
+    clips = longest(inputs["dataset"], "val", inputs.get("view"), config.sizes[0], count, least, data.cache_of(config))
+    return [partial(clip.frames, config.sizes[0], config.stride) for clip in clips]
+
+
+def facts(config: Config, setup: Setup, lineage: Mapping[str, Any]) -> dict[str, Any]:
+    """What config.json says: the window that it has learned."""
+    return {"window": {"frames": config.frames, "stride": config.stride, "size": list(config.sizes[0])}}
+
+
+def counts(config: Config, setup: Setup) -> dict[str, float]:
+    """Clips of the train split that were used, and that were not."""
+    clips = _loader(config, setup, "train", batch=1)
+    return {
+        "train_clips": float(clips.samples),
+        "train_clips_too_short": float(clips.samples_short),
+        "train_clips_too_small": float(clips.samples_small),
     }
-    return Loader(inputs["dataset"], split, **settings | options)
+
+
+def keep(config: Config, folder: Path, scratch: Path) -> None:
+    """Leave the discriminator with the run, where there is one."""
+    if config.lambda_gan:
+        weights, state = checkpoint.beside(folder, "discriminator")
+        adversarial.save(scratch / adversarial.FILE, config, weights, state)

@@ -1,0 +1,260 @@
+"""Autoencoders of video behind one face: what a prior's latents are made by and decoded by, whichever family it is of."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from types import SimpleNamespace
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from longtake.datasets.errors import UserError
+from longtake.datasets.latents import encoder_digest
+from longtake.datasets.loader import to_model, to_pixels
+from longtake.training import registry
+from longtake.training.registry import disk
+
+
+class Posterior(NamedTuple):
+    """A diagonal Gaussian over latents: `mean` and `logvar` are `(B, C, t, h, w)`, logvar in [-30, 20].
+
+    A tuple, because DeepSpeed's ZeRO-3 hooks look for tensors in tuples but not in dataclasses.
+    """
+
+    mean: Tensor
+    logvar: Tensor
+
+    def mode(self) -> Tensor:
+        return self.mean
+
+    def sample(self, rng: torch.Generator | None = None) -> Tensor:
+        """One draw, in the dtype of `mean`; `rng` lives on the same device."""
+        noise = torch.randn(self.mean.shape, generator=rng, device=self.mean.device)
+        return (self.mean.float() + torch.exp(0.5 * self.logvar.float()) * noise).to(self.mean.dtype)
+
+    def kl(self) -> Tensor:
+        """KL to N(0, 1) in nats per latent element, averaged over each sample: `(B,)`, fp32."""
+        mean, logvar = self.mean.float(), self.logvar.float()
+        return 0.5 * (mean.square() + logvar.exp() - 1 - logvar).flatten(1).mean(1)
+
+
+class Strides(Protocol):
+    """What the config of a codec says of its latents."""
+
+    @property
+    def temporal_stride(self) -> int:
+        """Frames of a latent after the first, which is of one frame."""
+
+    @property
+    def spatial_stride(self) -> int:
+        """Pixels a side of a latent position."""
+
+    @property
+    def latent_channels(self) -> int: ...
+
+
+class Codec(Protocol):
+    """Video `(B, 3, 1 + f n, H, W)` in [-1, 1] <-> latents `(B, C, 1 + n, H / s, W / s)`, whole or as streams."""
+
+    @property
+    def config(self) -> Any:
+        """With the attributes of `Strides`."""
+
+    @property
+    def dtype(self) -> torch.dtype: ...
+
+    def encode(self, video: Tensor) -> Posterior: ...
+
+    def decode(self, latent: Tensor) -> Tensor: ...
+
+    def encode_stream(
+        self, chunks: Iterable[Tensor], steps: int = 4, tile: int | None = None
+    ) -> Iterator[Posterior]: ...
+
+    def decode_stream(self, latents: Iterable[Tensor], steps: int = 4, tile: int | None = None) -> Iterator[Tensor]: ...
+
+
+class Pixels(nn.Module):
+    """The codec of a prior that generates pixels: videos are their own latents."""
+
+    config = SimpleNamespace(temporal_stride=1, spatial_stride=1, latent_channels=3)
+    dtype = torch.float32
+
+    def encode(self, video: Tensor) -> Posterior:
+        return Posterior(video, torch.full_like(video, -30.0))
+
+    def decode(self, latent: Tensor) -> Tensor:
+        return latent
+
+    def encode_stream(self, chunks: Iterable[Tensor], steps: int = 4, tile: int | None = None) -> Iterator[Posterior]:
+        yield from map(self.encode, chunks)
+
+    def decode_stream(self, latents: Iterable[Tensor], steps: int = 4, tile: int | None = None) -> Iterator[Tensor]:
+        yield from latents
+
+
+def latent_groups(frames: int, temporal_stride: int = 4) -> int:
+    """Latents of a clip of 1 + 4n frames: 1 + n."""
+    return 1 + (frames - 1) // temporal_stride
+
+
+def frames_of(groups: int, temporal_stride: int = 4) -> int:
+    """Frames of a clip of 1 + n latents: 1 + 4n."""
+    return 1 + (groups - 1) * temporal_stride
+
+
+def nearest_lengths(frames: int, factor: int) -> tuple[int, int]:
+    """The lengths 1 + factor * n around `frames`, or twice itself where it is one."""
+    low = 1 + max(0, frames - 1) // factor * factor
+    return low, low if low == frames else low + factor
+
+
+def latents_of(frames: int, factor: int) -> int:
+    """The number of latents of a video of `frames`. ValueError where no latents are of so many."""
+    low, high = nearest_lengths(frames, factor)
+    if frames < 1 or low != high:
+        raise ValueError(f"frames is {frames}; this model makes 1 + {factor}n frames, such as {low} or {high}")
+    return latent_groups(frames, factor)
+
+
+def frames_of_seconds(seconds: float, fps: float, factor: int) -> int:
+    """The least number of frames 1 + factor * n that lasts so long."""
+    return nearest_lengths(max(1, math.ceil(seconds * fps - 1e-6)), factor)[1]
+
+
+def load_codec(uri: str) -> Any:
+    """The autoencoder of the registry or of a model folder. Raises UserError where it is none, and as `registry.load`."""
+    return _load(uri)[0]
+
+
+def _load(uri: str) -> tuple[Any, dict[str, Any]]:
+    codec, facts = registry.load_with_facts(uri)
+    if not hasattr(codec, "decode_stream"):
+        raise UserError(f"{uri}: is a {type(codec).__name__}, not a video autoencoder; name a `pretrain_vae` model")
+    return codec, facts
+
+
+def decoder_of(uri: str, needed: Mapping[str, Any] | None, vae: str | None) -> tuple[Any, str]:
+    """The codec that a prior names in `needed`, or this one, and its weights' digest; of a prior of pixels `Pixels`.
+
+    UserError where its encoder is another, or the prior needs none.
+    """
+    if needed is None:
+        if vae is not None:
+            raise UserError(f"{uri}: makes pixels and needs no autoencoder; leave it out")
+        return Pixels(), ""
+    codec, facts = _load(vae or needed["uri"])
+    if encoder_digest(codec) != needed["encoder"]:
+        raise UserError(
+            f"{vae or needed['uri']}: has another encoder than the latents that {uri} was trained on; name {needed['uri']}"
+        )
+    return codec, disk.digest(facts)
+
+
+def decoded(codec: Codec, latent: Tensor) -> Tensor:
+    """Latents `(B, C, t, h, w)`, denormalised, as videos `(B, 3, T, H, W)` uint8."""
+    return to_pixels(torch.cat(list(codec.decode_stream([latent])), dim=2))
+
+
+@torch.no_grad()
+def reconstruct_video(
+    codec: Any,
+    frames: Iterable[np.ndarray],
+    visible: int | None = None,
+    tile: int | None = None,
+    steps: int = 4,
+    seed: int = 0,
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """What an autoencoder makes of a video of any length: pairs of its frames and ours, both `(t, H, W, 3)` uint8.
+
+    A length that is not 1 + 4n is filled up with the last frame, and cut again.
+
+    Args:
+        frames: `(H, W, 3)` uint8, sides in multiples of the codec's stride.
+        visible: the encoder sees so many frames, 1 + 4n; all others are predicted. None shows everything.
+        steps: latents at once.
+        seed: of padding that is noise.
+
+    Raises:
+        ValueError: a size that does not divide; a video with fewer frames than are to be visible; a codec that does not
+            predict, where some are not.
+    """
+    factor = codec.config.temporal_stride
+    if visible is not None and (visible < 1 or (visible - 1) % factor):
+        low, high = nearest_lengths(visible, factor)
+        raise ValueError(f"visible is {visible}; the model sees 1 + {factor}n frames, such as {low} or {high}")
+    if visible is not None and not hasattr(codec, "pad"):
+        raise ValueError("visible: this model does not predict frames; leave it out")
+    device = next(codec.parameters()).device
+    rng = torch.Generator(device).manual_seed(seed)
+    source = iter(frames)
+    waiting: deque[np.ndarray] = deque()  # frames whose reconstruction is to come
+    read = 0
+
+    def taken(count: int) -> list[np.ndarray]:
+        nonlocal read
+        some = list(itertools.islice(source, count))
+        waiting.extend(some)
+        read += len(some)
+        return some
+
+    def seen() -> Iterator[Tensor]:
+        last = None
+        while some := taken(factor * steps if visible is None else min(factor * steps, visible - read)):
+            last = some[-1]
+            yield to_tensor(some, device)
+        if last is None:
+            raise ValueError("the video has no frame")
+        if visible is not None and read < visible:
+            raise ValueError(f"visible is {visible}, but the video has only {read} frames")
+        if missing := -(read - 1) % factor:
+            yield to_tensor([last] * missing, device)
+
+    def latents() -> Iterator[Tensor]:
+        latent = None
+        for posterior in codec.encode_stream(seen(), steps, tile):
+            latent = posterior.mode()
+            yield latent
+        while visible is not None and (some := taken(factor * steps)):
+            assert latent is not None
+            yield codec.pad(latent[:, :, :0], math.ceil(len(some) / factor), rng)
+
+    for chunk in codec.decode_stream(latents(), steps, tile):
+        video = to_array(chunk)[0]
+        shown = [waiting.popleft() for _ in range(min(len(video), len(waiting)))]
+        if shown:
+            yield np.stack(shown), video[: len(shown)]
+
+
+def reconstruct_arrays(codec: Any, video: np.ndarray) -> np.ndarray:
+    """What an autoencoder makes of uint8 videos (B, T, H, W, 3): uint8 of the same shape.
+
+    Raises:
+        UserError: the array is not of that shape and type, or the model cannot divide it.
+    """
+    if not isinstance(video, np.ndarray) or video.dtype != np.uint8 or video.ndim != 5 or video.shape[-1] != 3:
+        got = f"{video.dtype} {video.shape}" if isinstance(video, np.ndarray) else type(video).__name__
+        raise UserError(f"videos: need a uint8 array (B, T, H, W, 3), got {got}")
+    device = next(codec.parameters()).device
+    pixels = torch.from_numpy(np.ascontiguousarray(video)).permute(0, 4, 1, 2, 3).to(device)
+    with torch.inference_mode():
+        try:
+            made = codec.reconstruct(to_model(pixels))
+        except ValueError as e:
+            raise UserError(f"videos: {e}") from e
+    return to_array(made)
+
+
+def to_tensor(frames: Sequence[np.ndarray], device: torch.device) -> Tensor:
+    """Frames `(H, W, 3)` uint8 -> `(1, 3, T, H, W)` in [-1, 1]."""
+    return to_model(torch.from_numpy(np.stack(frames)).to(device).permute(3, 0, 1, 2)[None])
+
+
+def to_array(video: Tensor) -> np.ndarray:
+    """`(B, 3, T, H, W)` in about [-1, 1] -> `(B, T, H, W, 3)` uint8."""
+    return to_pixels(video).permute(0, 2, 3, 4, 1).cpu().numpy()

@@ -1,0 +1,59 @@
+"""Generated videos as arrays and files: chunks put together, side by side, and written as H.264."""
+
+import math
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from longtake.datasets import storage
+
+_GAP = 2  # pixels between the videos of a grid
+
+
+def whole(chunks: Iterable[np.ndarray]) -> np.ndarray:
+    """Chunks `(B, t, H, W, 3)` as one array."""
+    return np.concatenate(list(chunks), axis=1)
+
+
+def grid(videos: np.ndarray) -> np.ndarray:
+    """Chunks `(B, t, H, W, 3)` of videos side by side, in rows as many as there are columns or one less: `(t, H', W', 3)`."""
+    count, frames, height, width, _ = videos.shape
+    columns = math.ceil(math.sqrt(count))
+    rows = math.ceil(count / columns)
+    out = np.zeros((frames, rows * (height + _GAP) - _GAP, columns * (width + _GAP) - _GAP, 3), np.uint8)
+    for n, video in enumerate(videos):
+        top, left = n // columns * (height + _GAP), n % columns * (width + _GAP)
+        out[:, top : top + height, left : left + width] = video
+    return out
+
+
+@contextmanager
+def video_file(path: str | Path, fps: float, crf: int = 16) -> Iterator[Callable[[np.ndarray], None]]:
+    """Write an H.264 file, chunk by chunk `(t, H, W, 3)` uint8, H and W even: there whole after the block, or not at all.
+
+    The same frames give the same bytes. Any fsspec URL. Raises Failure where it cannot be written.
+    """
+    import av
+
+    options = {"fflags": "+bitexact", "movflags": "+faststart"}
+    with (
+        storage.staged(str(path)) as scratch,
+        av.open(str(scratch), "w", format="mp4", container_options=options) as container,
+    ):
+        rate = Fraction(fps).limit_denominator(1001)
+        stream: Any = container.add_stream("libx264", rate=rate, options={"crf": str(crf), "mbtree": "0"})
+        stream.pix_fmt, stream.codec_context.thread_count = "yuv420p", 1
+
+        def write(frames: np.ndarray) -> None:
+            if not stream.codec_context.is_open:
+                stream.height, stream.width = frames.shape[1:3]
+            for frame in frames:
+                image = av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")
+                container.mux(stream.encode(image))
+
+        yield write
+        container.mux(stream.encode())

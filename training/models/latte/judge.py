@@ -1,0 +1,39 @@
+"""How a Latte is measured on one held-out clip (see `longtake.training.models.kind.Judge`)."""
+
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
+
+from torch import Tensor
+
+from longtake.datasets.loader import to_model
+from longtake.training.data import columns_of
+from longtake.training.models.kind import Judge, Judged
+from longtake.training.models.latte.evaluate import heldout_losses
+from longtake.training.registry.gate import Window
+
+
+def judge(facts: Mapping[str, Any]) -> Judge:
+    """The flow's loss, of a prior of latents, or of pixels, whose windows have a stride and a size of their own."""
+    fields = () if facts.get("vae") else ("stride", "size")
+    return Judge({"loss": "lower"}, frozenset(fields), _options, _figures)
+
+
+def _options(judged: Judged, inputs: Mapping[str, str], window: Window) -> dict[str, Any]:
+    if judged.encoder() is None:
+        return {"columns": ["video"], "stride": window.stride, "size": window.size or (64, 64)}
+    # generated videos begin with a clip's first latent, which few windows of long clips have
+    columns = columns_of(judged.uri, judged.encoder(), inputs, window.frames or 1)
+    return {"columns": columns, "clip_starts": 0.5}
+
+
+def _figures(
+    judged: Judged, batch: Mapping[str, Any], ids: Tensor | None, seed: int, unit: Tensor | float
+) -> dict[str, float]:
+    model = judged.model
+    if judged.encoder() is None:
+        losses = heldout_losses(model, [(to_model(batch["video"]), ids)], seed, unit)
+    else:
+        latent = model.normalise(batch["latent"][:, 0].float())
+        losses = heldout_losses(partial(model, start=batch["start"]), [(latent, ids)], seed, unit)
+    return {"loss": float(losses.mean())}

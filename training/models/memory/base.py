@@ -1,0 +1,102 @@
+"""A model with a memory before its first step: with random weights, or those of a base."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from pydantic import ValidationError
+
+from longtake.datasets.errors import Failure, UserError
+from longtake.training import data as common
+from longtake.training import registry
+from longtake.training.engines import device, lora
+from longtake.training.models.memory.config import MemoryConfig, check_low
+from longtake.training.models.memory.data import Data
+from longtake.training.models.memory.dit import MemoryDiT, MemoryDiTConfig
+from longtake.training.models.memory.encoder import parse_rate
+
+
+def begin(config: MemoryConfig, inputs: Mapping[str, str], data: Data, classes: int) -> MemoryDiT:
+    """The model before its first step, which normalises what it learns: the base's weights, or random ones.
+
+    Raises:
+        UserError: a memory that this history, or these latents, do not have; a base that does not fit.
+        Failure: the latents do not vary.
+    """
+    base, facts = registry.load_with_facts(inputs["base"]) if "base" in inputs else (None, {})
+    if base is not None and not isinstance(base, MemoryDiT):
+        raise UserError(
+            f"base: {inputs['base']} is a {type(base).__name__}, not a MemoryDiT; name a `pretrain_memory` model"
+        )
+    known = {"channels": data.made.channels, "classes": classes, "history_noise": config.noise}
+    try:
+        given = base.config.model_dump() | (config.model or {}) | known if base else config.dit(**known).model_dump()
+        _check_history(given, data)
+        dit = MemoryDiTConfig(**given | {"shape": data.shape, "history": data.history})
+    except ValidationError as e:
+        raise UserError(f"model: {e.errors()[0]['msg'].removeprefix('Value error, ')}") from e
+    check_low(dit, data.low.shrink if data.low else None)
+    if config.precision == "bf16" and device().type == "cpu" and _strided(dit):
+        raise UserError(
+            "precision: bf16: torch's strided convolutions of small frames crash on a CPU; train this memory in fp32"
+        )
+    model = MemoryDiT(dit)
+    if base is not None:
+        if (facts.get("vae") or {}).get("encoder") != data.made.encoder["digest"]:
+            raise UserError(
+                f"base: {inputs['base']} has learned latents of another autoencoder than {inputs['latents']}; encode by that one"
+            )
+        _take(model, base, inputs["base"])
+    try:
+        low = common.statistics(data.low, "mean") if data.low else (None, None)
+        if base is None:
+            model.set_statistics(*common.statistics(data.made, config.posterior), *low)
+        elif base.config.shrink is None and data.low:
+            model.set_statistics(model.latent_mean.clone(), model.latent_std.clone(), *low)
+    except ValueError as e:
+        raise Failure(f"latents: {data.made.column}: {e}; train the autoencoder for longer") from e
+    return model
+
+
+def _strided(dit: MemoryDiTConfig) -> bool:
+    """Whether the memory has convolutions that stride in space."""
+    sides = [side for rate in map(parse_rate, dit.rates) for side in rate[:2]]
+    return dit.memory == "encoder" and dit.branches != "low" and dit.patch * max(sides) > 1
+
+
+def _check_history(dit: Mapping[str, Any], data: Data) -> None:
+    """Refuse a model that the history, or the latents, are too small for."""
+    if data.history < dit["window"]:
+        raise UserError(
+            f"history_seconds: are {data.history} steps, fewer than the {dit['window']} of the window beside the memory; raise it"
+        )
+    for rate in dit["rates"] if dit["memory"] in ("encoder", "patchify") else ():
+        height, width, time = parse_rate(rate)
+        if time > data.history:
+            raise UserError(
+                f"rates: {rate}: a token stands for {time} steps, the history has {data.history}; raise history_seconds"
+            )
+        rows, columns = (side // dit["patch"] for side in data.shape[1:])
+        if height > rows or width > columns:
+            raise UserError(f"rates: {rate}: the latents make a grid of {rows}x{columns} tokens; choose a lower rate")
+
+
+def _take(model: MemoryDiT, base: MemoryDiT, uri: str) -> None:
+    """Give a model the weights of its base. What the base lacks of the memory, or of attention to it, begins anew."""
+    ours, theirs = model.state_dict(), base.state_dict()
+    new = sorted(ours.keys() - theirs.keys())
+    strange = [name for name in new if not name.startswith("memory.") and ".cross." not in name]
+    strange += sorted(theirs.keys() - ours.keys())
+    strange += [name for name in ours.keys() & theirs.keys() if ours[name].shape != theirs[name].shape]
+    if strange:
+        raise UserError(
+            f"base: {uri} does not fit these settings, such as in {strange[0]}; leave out of `model` what differs"
+        )
+    model.token_in.load_state_dict(base.token_in.state_dict())
+    model.start_memory()
+    model.load_state_dict(theirs, strict=False)
+    if not base.first.shift.any():
+        # of a base from before it was told which latents are first, or that has learned nothing of them
+        new.append("first.shift")
+    if new:
+        lora.let_learn(model, new)
+        print(f"base: {len(new)} tensors are not in {uri} and begin anew, such as {new[0]}", flush=True)

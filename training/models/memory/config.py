@@ -1,0 +1,140 @@
+"""The settings of `pretrain_memory` and `finetune_memory_prior`, and what they must agree on with the stages before them."""
+
+import math
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from longtake.datasets.errors import UserError
+from longtake.datasets.loader.streams import Lengths
+from longtake.datasets.stage import DatasetInput, Input, Measuring, ModelInput, StageConfig, ViewInput
+from longtake.training import data
+from longtake.training.config import ModelName, TrainConfig
+from longtake.training.models.memory.dit import MemoryDiTConfig, config_from_preset
+from longtake.training.models.memory.history import lengths_of
+
+_FROM_DATA = (
+    "channels",
+    "classes",
+    "shape",
+    "history",
+    "history_noise",
+)  # fields of MemoryDiTConfig that `model` must not have
+_PRESET = {"preset": "memory_dit_xl"}
+
+
+class MemoryConfig(TrainConfig):
+    """What both stages are told. "Assumption" marks what the paper (arXiv 2512.23851) does not say."""
+
+    dataset: DatasetInput
+    latents: Annotated[str, Input("latents")]
+    low_latents: Annotated[str, Input("latents")] | None = (
+        None  # with the `shrink` of the rates, for the low-res branch
+    )
+    view: ViewInput | None = None
+    vae: ModelInput | None = None  # makes videos of latents; None is the model that has encoded them
+    base: ModelInput | None = None  # the memory_dit to go on from; None begins with random weights
+    name: ModelName = "memory-dit"
+    model: dict[str, Any] | None = None  # a preset with fields to change, or with a base, fields alone; None: as it is
+    classes: bool = False  # learn the dataset's labels
+    frames: int = Field(21, ge=1)  # of a segment, 1 + 4n [assumption]
+    history_seconds: float = Field(20.0, gt=0)  # before the segment [paper: 5 to over 20]
+    history_least: float | None = Field(
+        None, ge=0
+    )  # s of it that a stream of latents must have room for; None is `history_seconds`
+    posterior: Literal["sample", "mean"] = "sample"  # what of each latent is learned, drawn anew each step [assumption]
+    time_mean: float = 0.2  # of the flow's logit-normal times: that of the masks [assumption]
+    time_std: float = Field(1.0, gt=0)  # likewise
+    shift: float = Field(1.0, gt=0)  # of times towards noise, in training and sampling; 1 is none [assumption]
+    lr: float = Field(1e-4, gt=0)  # [assumption]
+    schedule: Literal["constant", "cosine"] = "constant"
+    weight_decay: float = Field(0.0, ge=0)
+    sample_steps: int = Field(50, ge=1)  # Euler steps [assumption]
+    # held-out clips that are measured, at most, over all processes
+    eval_clips: Annotated[int, Measuring()] = Field(64, ge=1)
+
+    @field_validator("model")
+    @classmethod
+    def _without_data(cls, model: dict[str, Any] | None) -> dict[str, Any] | None:
+        if taken := [name for name in _FROM_DATA if name in (model or {})]:
+            raise ValueError(f"{taken[0]} follows from the stage's other settings; leave it out")
+        return model
+
+    @model_validator(mode="after")
+    def _known(self) -> "MemoryConfig":
+        model = self.model or {}
+        if self.base is None:
+            if self.lora is not None:
+                raise ValueError("lora: without a base all else would stay random; name one, or leave it out")
+            self.dit()
+        elif "preset" in model:
+            raise ValueError("model: preset: the base has its own; leave it out, or the base")
+        elif unknown := model.keys() - MemoryDiTConfig.model_fields.keys():
+            raise ValueError(f"model: unknown {min(unknown)}; there are {', '.join(MemoryDiTConfig.model_fields)}")
+        if self.history_least is not None and self.history_least > self.history_seconds:
+            raise ValueError(f"history_least: {self.history_least:g} s are more than history_seconds; lower it")
+        return self
+
+    @property
+    def noise(self) -> float:
+        """The most that its history has."""
+        return 0.0
+
+    @property
+    def reaches(self) -> tuple[tuple[int, float], ...]:
+        """From which step on histories have how many seconds at most."""
+        return ((0, self.history_seconds),)
+
+    @property
+    def least_seconds(self) -> float:
+        return self.history_seconds if self.history_least is None else self.history_least
+
+    def histories(self, dit: MemoryDiTConfig, least: int) -> Lengths:
+        """What a segment is given of its stream; `least` steps at least must have room in that."""
+        return lengths_of(dit, 0.0, least)
+
+    def dit(self, **known: Any) -> MemoryDiTConfig:
+        """Of the model without a base."""
+        return config_from_preset(**_PRESET | (self.model or {}) | known)
+
+
+def check(config: MemoryConfig, inputs: Mapping[str, StageConfig]) -> None:
+    """Refuse latents of another dataset or encoder, or at another scale, and windows that they do not have."""
+    data.check_recipe(config, inputs, ("latents", "low_latents"), config.frames)
+    made: Any = inputs.get("latents")
+    low: Any = inputs.get("low_latents")
+    if made is not None and low is not None:
+        if made.encoder != low.encoder:
+            raise ValueError(f"low_latents: are of another encoder, {low.encoder}, than latents, {made.encoder}")
+        if made.join_seconds != low.join_seconds:
+            raise ValueError(
+                f"low_latents: have join_seconds {low.join_seconds:g}, latents {made.join_seconds:g}; set both alike"
+            )
+    clip = getattr(inputs.get("dataset"), "clip", None)
+    if made is not None and clip is not None:
+        longest, needed = max(made.join_seconds, clip.max_seconds), config.least_seconds + config.frames / clip.fps
+        if longest < needed:
+            raise ValueError(
+                f"latents: streams of at most {longest:g} s have no room for {config.least_seconds:g} s of history and a"
+                f" segment; set join_seconds: {math.ceil(3 * needed)} in their stage, or lower history_seconds"
+            )
+    if config.base is None and (low is not None or config.low_latents is None):
+        try:
+            check_low(config.dit(), None if low is None else low.shrink)
+        except UserError as e:
+            raise ValueError(str(e)) from e
+
+
+def check_low(dit: MemoryDiTConfig, shrink: tuple[int, int] | None) -> None:
+    """Refuse a low-res column that the rates do not need, or the lack of one; `shrink` is the column's, None without."""
+    if dit.shrink == shrink:
+        return
+    if dit.shrink is None:
+        raise UserError("low_latents: this memory has no low-res branch that reads them; leave them out")
+    needs = f"a `cache_latents` stage with shrink: [{dit.shrink[0]}, {dit.shrink[1]}]"
+    if shrink is None:
+        raise UserError(f"low_latents: rates {', '.join(dit.rates)} need {needs}; name it, or set branches: high")
+    raise UserError(
+        f"low_latents: are shrunk by {shrink[0]}x{shrink[1]}, rates {', '.join(dit.rates)} need {needs}; name that"
+    )

@@ -1,0 +1,29 @@
+"""The rows of models with a memory (see `longtake.training.models.kind`)."""
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+from longtake.training.models.kind import Kind
+from longtake.training.models.memory.dit import MemoryDiT, MemoryDiTConfig
+from longtake.training.models.memory.prior import ACCEPTS, generator_of, load_prior
+from longtake.training.models.memory.recall import recall_each
+
+
+def kind(facts: Mapping[str, Any]) -> Kind:
+    """A model that was trained to go on from a history, or one that was trained to retrieve it."""
+    row = Kind(
+        f"MemoryDiT that does {facts.get('stage')}",
+        MemoryDiTConfig,
+        MemoryDiT,
+        "longtake.training.models.memory.judge",
+    )
+    if facts.get("stage") == "retrieval":
+        return row._replace(answer=_answer)
+    return row._replace(generator=generator_of, accepts=ACCEPTS)
+
+
+def _answer(folder: str) -> Callable[[np.ndarray], np.ndarray]:
+    return partial(recall_each, load_prior(folder, "retrieval"))

@@ -1,0 +1,99 @@
+"""What a model is made of: recorded when its training begins, and pinned, since datasets grow and aliases move."""
+
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+from collections.abc import Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from longtake.datasets import compact, schema, storage
+from longtake.datasets.errors import UserError
+from longtake.datasets.latents import read_latents
+from longtake.datasets.masking import shown
+from longtake.training.registry import store
+from longtake.training.registry.disk import digest, read_config
+
+_FILE = "lineage.json"  # in the folder of checkpoints
+_MODELS = ("vae", "base", "parent")  # inputs that are models, whose aliases may move
+
+
+def record(inputs: Mapping[str, str]) -> dict[str, Any]:
+    """What a model is made of, for its config.json: call it when training begins, since data and aliases move.
+
+    Args:
+        inputs: URIs of datasets, views and models by the config field that names them.
+
+    Returns:
+        `inputs`: for each field its `uri`, without a login or key, and `digest` of a dataset (of all its shards), view or
+        latents (sha256 of the file), or `sha256` of a model, whose URI is that of the version; `recipe`: digest of the
+        resolved recipe, of LONGTAKE_RECIPE; `git`: revision of the working folder and whether it had changes; `longtake`,
+        `torch`: versions; `run`: MLFLOW_RUN_ID. What is not known is None.
+
+    Raises:
+        UserError, Failure: an input is not there or damaged.
+    """
+    return {
+        "inputs": {field: _input(uri) for field, uri in inputs.items()},
+        "recipe": os.environ.get("LONGTAKE_RECIPE"),
+        "git": _git(),
+        "longtake": version("longtake"),
+        "torch": version("torch"),
+        "run": os.environ.get("MLFLOW_RUN_ID"),
+    }
+
+
+def _input(uri: str) -> dict[str, Any]:
+    if uri.startswith("models:/"):
+        return store.resolve(uri)
+    if uri.endswith(".parquet"):
+        try:
+            return {"uri": shown(uri), "digest": hashlib.sha256(storage.read(uri)).hexdigest()}
+        except FileNotFoundError as e:
+            raise UserError(f"{uri}: no such view; run its `curate` stage") from e
+    if storage.exists(storage.join(uri, "dataset.json")):
+        splits = {split: compact.open_split(uri, split)[0].digest for split in schema.SPLITS}
+        sha256 = hashlib.sha256(storage.canonical_json(splits)).hexdigest()
+        return {"uri": shown(uri), "digest": sha256, "splits": splits}
+    if storage.exists(record := storage.join(uri, "latents.json")):
+        return {"uri": shown(uri), "digest": hashlib.sha256(storage.read(record)).hexdigest()}
+    if (Path(uri) / "config.json").exists():
+        return {"uri": uri, "sha256": digest(read_config(Path(uri)))}
+    raise UserError(f"{uri}: neither a dataset, a view nor a model, nor latents")
+
+
+def _git() -> dict[str, Any] | None:
+    """The commit of the working folder's repository; None where there is none."""
+    git = shutil.which("git")
+
+    def ask(*arguments: str) -> str | None:
+        try:
+            done = subprocess.run([str(git), *arguments], capture_output=True, text=True, check=False, timeout=30)
+        except (OSError, subprocess.TimeoutExpired):
+            return None
+        return done.stdout.strip() if done.returncode == 0 else None
+
+    revision = ask("rev-parse", "HEAD") if git else None
+    changes = ask("status", "--porcelain") if revision else None
+    return {"revision": revision, "dirty": None if changes is None else bool(changes)} if revision else None
+
+
+def pinned(inputs: Mapping[str, str], folder: Path) -> dict[str, str]:
+    """The inputs with the models' versions, as they were when this training began; their lineage is kept in `folder`.
+
+    Where latents are an input and no autoencoder is, it is the one that has made the latents.
+    """
+    path = folder / _FILE
+    if not path.exists():
+        vae = {"vae": read_latents(inputs["latents"]).encoder["uri"]} if "latents" in inputs else {}
+        storage.write(str(path), storage.canonical_json(record(vae | dict(inputs))))
+    known = read(folder)["inputs"]
+    return dict(inputs) | {name: known[name]["uri"] for name in _MODELS if name in known}
+
+
+def read(folder: Path) -> dict[str, Any]:
+    """The lineage that `pinned` has kept."""
+    return dict(json.loads((folder / _FILE).read_bytes()))

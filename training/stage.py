@@ -1,0 +1,158 @@
+"""The life of a training stage, whatever it trains: lock, pin, launch, train, measure, publish, promote, count.
+
+A stage is a module with `VERSION`, `PRODUCES` and a `Config` (a `TrainConfig` with its `kind`), as every stage has it (see
+`longtake.datasets.stage`), whose `run` is the one below; and with
+
+- `MODEL`, the kind of its model in config.json, and `SUMMARY`, the file that `evaluate` leaves its figures in;
+- `prepare(config, inputs, folder) -> Setup`: data and model from before the first step, checked. The inputs are pinned,
+  `folder` is that of the checkpoints; a `Setup` has `model`, on this rank's device, and whatever else the stage needs;
+- `loader(config, setup, rank, world) -> Stream`: this rank's share of the training batches;
+- `objective(config, setup) -> Objective`;
+- `evaluate(config, setup, folder)`: measures the trained model on held-out clips, each rank its share, and leaves
+  `SUMMARY` and pictures in the folder;
+- `facts(config, setup, lineage) -> dict`: what config.json says of the model beside its config and lineage;
+- `counts(config, setup) -> dict[str, float]`: how many clips there were to learn from, as metrics.
+
+It may also have
+
+- `announce(config, setup, loader) -> (lines, figures)`: what to print and to log before the first step;
+- `keep(config, folder, scratch)`: writes into `scratch` what is to lie with the run beside the model.
+"""
+
+import contextlib
+import gc
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from types import ModuleType
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+
+from longtake.training import checkpoint, launch, registry, tracker
+from longtake.training.config import TrainConfig
+from longtake.training.loop import train
+from longtake.training.registry import disk, lineage, promotion
+from longtake.training.tracker import Tracker
+
+SERIES = "by_step/"  # of metrics whose steps are no training steps, but positions in a clip
+_FOUND = "heldout"  # folder of what the evaluation leaves, and its name among the artifacts
+
+
+class Setup(Protocol):
+    """What a stage works with."""
+
+    @property
+    def model(self) -> nn.Module: ...
+
+
+def run(stage: ModuleType, config: Any, inputs: Mapping[str, str], output: str) -> dict[str, Any]:
+    """Train from the latest checkpoint, measure, log and register the model, make it champion.
+
+    Raises:
+        UserError: no usable sample; data, models or windows that do not fit; a workspace for no checkpoints.
+        Failure, Interrupted: of the loop.
+    """
+    folder = checkpoint.folder_of(config, output)
+    first = os.environ.get("RANK", "0") == "0"
+    with checkpoint.locked(folder) if first else contextlib.nullcontext():
+        if first:
+            lineage.pinned(inputs, folder)
+        return publish(stage, config, inputs, folder) if launch.run(stage.__name__, config, inputs, folder) else {}
+
+
+def work(stage: Any, config: Any, inputs: Mapping[str, str], folder: Path) -> None:
+    """What each rank does: train from the latest checkpoint in `folder`, leave the last one there, and measure it."""
+    torch.manual_seed(config.seed)
+    torch.distributed.barrier()  # the first rank has pinned the inputs before
+    inputs = lineage.pinned(inputs, folder)
+    _train(stage, config, inputs, folder)
+    found = _emptied(folder)
+    setup = stage.prepare(config, inputs, folder)
+    setup.model.load_state_dict(checkpoint.trained(folder, config))
+    setup.model.eval()
+    stage.evaluate(config, setup, found)
+
+
+def _train(stage: Any, config: TrainConfig, inputs: Mapping[str, str], folder: Path) -> None:
+    setup = stage.prepare(config, inputs, folder)
+    loader = stage.loader(config, setup, torch.distributed.get_rank(), torch.distributed.get_world_size())
+    objective = stage.objective(config, setup)
+    with _tracked(folder) as log:
+        if log and hasattr(stage, "announce"):
+            lines, figures = stage.announce(config, setup, loader)
+            print(*lines, sep="\n", flush=True)
+            log.log(0, figures)
+        train(objective, loader, config, folder, log, launch.stop_requested)
+
+
+@contextlib.contextmanager
+def _tracked(folder: Path) -> Iterator[Tracker | None]:
+    """The run, on the first rank; None on the others."""
+    if torch.distributed.get_rank():
+        yield None
+        return
+    with tracker.connect(folder) as log:
+        yield log
+
+
+def _emptied(folder: Path) -> Path:
+    """The folder for what is found, empty, once the training no longer holds any of the device's memory.
+
+    Every rank must call it, on a disk that they share.
+    """
+    gc.collect()
+    torch.cuda.empty_cache()
+    found = folder / _FOUND
+    if torch.distributed.get_rank() == 0:
+        shutil.rmtree(found, ignore_errors=True)
+        found.mkdir()
+    torch.distributed.barrier()
+    return found
+
+
+def publish(stage: Any, config: Any, inputs: Mapping[str, str], folder: Path) -> dict[str, Any]:
+    """Make a model folder of a finished training, register it, and hand all that was found to its run.
+
+    Returns:
+        `uri` of the version, and `metrics`.
+    """
+    setup = stage.prepare(config, lineage.pinned(inputs, folder), folder)
+    record = lineage.read(folder)
+    facts = {"lineage": record} | stage.facts(config, setup, record)
+    with tracker.connect(folder, system_metrics=False) as log, TemporaryDirectory() as scratch:
+        model, beside = Path(scratch) / "model", Path(scratch) / "beside"
+        disk.save(
+            model, stage.MODEL, setup.model.config.model_dump(mode="json"), checkpoint.trained(folder, config), facts
+        )
+        uri = registry.register(model, config.name, log.run_id)
+        figures = published(folder, stage.SUMMARY, log)
+        if hasattr(stage, "keep"):
+            stage.keep(config, folder, beside)
+            for path in sorted(beside.iterdir()) if beside.exists() else ():
+                log.artifacts(path, path.name)
+    if config.promote:
+        promotion.promote(uri)
+    return {"uri": uri, "metrics": figures | stage.counts(config, setup)}
+
+
+def published(folder: Path, name: str, log: Tracker) -> dict[str, float]:
+    """Hand what was found to the run, its curves as metrics `by_step/...`; returns the other figures of `name`'s summary.
+
+    Raises:
+        Failure: the run does not take it.
+    """
+    summary: Mapping[str, Any] = json.loads((folder / _FOUND / name).read_bytes())["summary"]
+    curves: dict[int, dict[str, float]] = {}
+    for series, points in summary["series"].items():
+        for step, value in points:
+            curves.setdefault(step, {})[f"{SERIES}{series}"] = value
+    for step, values in sorted(curves.items()):
+        log.log(step, values)
+    log.artifacts(folder / _FOUND, _FOUND)
+    plain = {name: value for name, value in summary.items() if type(value) in (int, float) and name != "seed"}
+    return {name: float(value) for name, value in plain.items()}
