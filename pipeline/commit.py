@@ -41,10 +41,10 @@ def make_group(
         board: the Ray actor that is told how far this is (see watch.py).
 
     Returns:
-        `{"split", "group", "sources", "clips", "error"}`; with an error the group is not committed and can be run again.
+        `{"units", "clips", "error"}`, the units being sources; with an error the group is not committed and can be run again.
     """
     split, name, limits = group["split"], group_name(group["group"]), geometry["limits"]
-    result = {"split": split, "group": group["group"], "sources": len(rows), "clips": 0, "error": ""}
+    result = {"units": len(rows), "clips": 0, "error": ""}
     folder = storage.join(dataset, split)
     try:
         with storage.spool_folder(folder) as spool:

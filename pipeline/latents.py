@@ -4,8 +4,6 @@ A stream is a clip, or with `join_seconds` clips that follow each other without 
 latents is of a single frame. Streams of the same shape go through the encoder together, in batches that a shard's own
 clips make up in the order of their keys, a few latent steps at a time: memory does not grow with their length, and the
 bytes do not depend on who else is at work. Every frame is decoded and encoded once.
-
-Commit: a stale index goes, then the tar, then the index, which is written last. Until then nothing of it counts.
 """
 
 import hashlib
@@ -13,7 +11,7 @@ import json
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import groupby, islice
@@ -31,7 +29,8 @@ from longtake.datasets.errors import Failure, UserError
 from longtake.datasets.latents import Moments, merged, moments, shrunk
 from longtake.datasets.loader import to_model
 from longtake.datasets.neighbours import follows
-from longtake.datasets.shard import sha256_of, write_tar
+from longtake.datasets.shard import Member
+from longtake.pipeline import column as columns
 
 _AHEAD = 2  # chunks that are decoded while one is encoded
 _NEEDED = ("encode_stream", "encoder", "config")
@@ -208,8 +207,7 @@ def make_latents(
         for clips in encoded(model, of, url, batches(every, settings, of), settings, spool, tell):
             made |= {clip.key: clip for clip in clips}
         tell(len(made), "its commit")
-        _remove_stale(dataset, base, column)
-        size = _commit(dataset, split, name, column, rows, made, of, settings, spool)
+        size = _commit(dataset, base, column, made, of, settings, spool)
     frames = sum(frames_of(stream, of.factor) for stream in every)
     return {
         "clips": len(made),
@@ -421,65 +419,36 @@ def _ahead(items: Iterator[Any]) -> Iterator[Iterator[Any]]:
 
 def _commit(
     dataset: str,
-    split: str,
-    name: str,
+    base: index.Shard,
     column: str,
-    rows: Sequence[Row],
-    made: Mapping[str, _Clip],
+    clips: Mapping[str, _Clip],
     of: Geometry,
     settings: Settings,
     spool: Path,
 ) -> int:
     """Bytes of the tar."""
-    url = storage.join(dataset, split, f"{name}.{column}")
     none = spool / "none.npy"
     with none.open("wb") as f:
         _header(f, (0, 2, of.channels, 0, 0), "<u2" if settings.dtype == "bfloat16" else "<f2")
+    keys = base.table["key"].to_pylist()
+    members = ((key, {"npy": (clips[key].path if key in clips else none).read_bytes()}) for key in keys)
 
-    def parts() -> Iterator[tuple[str, dict[str, bytes]]]:
-        for row in rows:
-            found = made.get(row["key"])
-            yield row["key"], {"npy": (found.path if found else none).read_bytes()}
-
-    with storage.staged(f"{url}.tar") as tar:
-        members = write_tar(tar, parts())
-        size, digest = tar.stat().st_size, sha256_of(tar)
-    table = []
-    for member, row in zip(members, rows, strict=True):
-        found = made.get(row["key"])
-        channels, height, width = found.shape if found else (of.channels, 0, 0)
-        table.append(
-            {field: getattr(member, field) for field in ("key", "offset", "size", "crc32", "sha256")}
-            | {"base_sha256": row["sha256"], "factor": of.factor, "dtype": settings.dtype}
-            | {"steps": len(found.sums) if found else 0, "channels": channels, "height": height, "width": width}
-            | {"step_crc32": np.array(found.sums if found else [], "<u4").tobytes()}
-            | ({"stream_step": found.first if found else 0} if settings.join_seconds else {})
+    def row_of(member: Member, row: Row) -> Row:
+        clip = clips.get(row["key"])
+        channels, height, width = clip.shape if clip else (of.channels, 0, 0)
+        return (
+            {"factor": of.factor, "dtype": settings.dtype, "steps": len(clip.sums) if clip else 0}
+            | {"channels": channels, "height": height, "width": width}
+            | {"step_crc32": np.array(clip.sums if clip else [], "<u4").tobytes()}
+            | ({"stream_step": clip.first if clip else 0} if settings.join_seconds else {})
         )
-    parted = [made[row["key"]].moments for row in rows if row["key"] in made]
+
+    parts = [clips[key].moments for key in keys if key in clips]
     empty = Moments(0, *(np.zeros(of.channels) for _ in range(3)))
-    notes = (merged(parted) if parted else empty).plain()
+    notes = (merged(parts) if parts else empty).plain()
     kind = schema.STREAM_INDEX if settings.join_seconds else schema.LATENT_INDEX
-    index.write_index(f"{url}.parquet", table, kind, size, digest, notes)
-    return size
+    return columns.commit(dataset, base, column, members, row_of, kind, notes)
 
 
 def _header(file: Any, shape: tuple[int, ...], kind: str) -> None:
     np.lib.format.write_array_header_1_0(file, {"descr": kind, "fortran_order": False, "shape": shape})
-
-
-def _remove_stale(dataset: str, base: index.Shard, column: str) -> None:
-    """Take the index of other clips away: a reader shall not find it beside the new tar."""
-    name = f"{base.name}.{column}"
-    there = name in index.shard_names(dataset, base.split, column)
-    if there and not fits(base, index.read_shard(dataset, base.split, name)):
-        fs, path = storage.filesystem(storage.join(dataset, base.split, f"{name}.parquet"))
-        with suppress(FileNotFoundError):
-            storage.retrying(path, lambda: fs.rm_file(path))
-
-
-def fits(base: index.Shard, made: index.Shard) -> bool:
-    """Whether a column's shard is of just these clips."""
-    return bool(
-        base.table["key"].to_pylist() == made.table["key"].to_pylist()
-        and base.table["sha256"].to_pylist() == made.table["base_sha256"].to_pylist()
-    )

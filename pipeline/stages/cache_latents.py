@@ -7,45 +7,27 @@ one view are not taken over by the next; without a view all clips are encoded, a
 """
 
 import importlib
-import sys
 from collections import Counter
-from collections.abc import Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Mapping
 from dataclasses import asdict
 from functools import partial
-from time import monotonic
-from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal
 
 import numpy as np
 from pydantic import Field, PositiveInt
-from tqdm import tqdm
 
-from longtake.datasets import compact, index, schema, storage, view
-from longtake.datasets import latents as columns
-from longtake.datasets.errors import Failure, Interrupted, UserError
+from longtake.datasets import index, storage
+from longtake.datasets import latents as records
+from longtake.datasets.errors import Failure, UserError
 from longtake.datasets.latents import Latents, read_latents
-from longtake.datasets.masking import shown
 from longtake.datasets.stage import DatasetInput, Input, Scheduling, StageConfig, ViewInput
-from longtake.pipeline.board import Board, watched
-from longtake.pipeline.cluster import TaskConfig, connected
-
-if TYPE_CHECKING:
-    from longtake.pipeline.latents import Geometry, Settings
+from longtake.pipeline import column as columns
+from longtake.pipeline.column import WorkerConfig
 
 VERSION = 1
 PRODUCES = "latents"
 
-_TELL_SECONDS = 1.0
 _SETTINGS = {"size", "shrink", "join_seconds", "precision", "dtype", "tile", "overlap", "batch", "steps"}
-
-
-class WorkerConfig(TaskConfig):
-    """What one worker asks of Ray. `gpus` may be a part of one; None is 1 where the cluster has any, else 0."""
-
-    gpus: float | None = Field(None, ge=0)
-
-    def options(self) -> dict[str, Any]:
-        return super().options() | {"num_gpus": self.gpus or 0}
 
 
 class Config(StageConfig):
@@ -99,13 +81,7 @@ def complete(uri: str) -> bool:
         made = read_latents(uri)
     except (UserError, Failure):
         return False
-    for split in schema.SPLITS:
-        names = set(index.shard_names(made.dataset, split))
-        if names - {n.partition(".")[0] for n in index.shard_names(made.dataset, split, made.column)}:
-            return False
-        if compact.open_split(made.dataset, split)[0].digest != made.digests[split]:
-            return False
-    return True
+    return columns.complete(made.dataset, made.column, made.digests)
 
 
 def run(config: Config, inputs: Mapping[str, str], output: str) -> dict[str, Any]:
@@ -117,76 +93,52 @@ def run(config: Config, inputs: Mapping[str, str], output: str) -> dict[str, Any
     """
     from longtake.pipeline import latents
 
+    # What to encode, and by what.
     dataset = storage.absolute(inputs["dataset"])
-    if storage.is_memory(dataset):
-        raise UserError(
-            f"dataset: {dataset}: Ray workers cannot see this process's memory; use a folder or an object store"
-        )
-    index.describe(dataset)
+    base = columns.open_base(dataset, inputs.get("view"))
     uri, model = _encoder(inputs["encoder"])
     of = latents.geometry(model, uri)
-    settings = latents.Settings(
-        **config.model_dump(include=_SETTINGS),
-        threads=max(1, int(config.task.cpus)),
-    )
+    settings = latents.Settings(**config.model_dump(include=_SETTINGS), threads=max(1, int(config.task.cpus)))
     latents.check(settings, of.stride)
-    digest = columns.encoder_digest(model)
-    bases = {split: compact.open_split(dataset, split)[0] for split in schema.SPLITS}
-    judged = {split: view.kept(base, inputs.get("view")) for split, base in bases.items()}
-    column = latents.column_name(digest, settings, next(v for _, _, v in judged.values()))
-    keeps = {split: _by_shard(bases[split], keep) for split, (keep, _, _) in judged.items()}
-    if not any(keep.any() for shards in keeps.values() for keep in shards.values()):
-        raise UserError(f"dataset: {dataset}: no clip to encode; run its `shard` stage, or name another view")
-    swept = _sweep(dataset)
-    if jobs := [job for split in schema.SPLITS for job in _missing(dataset, split, column, keeps[split])]:
+    digest = records.encoder_digest(model)
+    column = latents.column_name(digest, settings, base.view)
+
+    # What is missing.
+    swept = columns.sweep(dataset)
+    jobs = [job for split, keeps in base.keeps.items() for job in columns.missing(dataset, split, column, keeps)]
+    totals = Counter[str]()
+    if jobs:
+        plain = {"of": asdict(of), "settings": asdict(settings), "dataset": dataset, "column": column}
         try:
-            totals = _make(config, dataset, column, model, of, settings, jobs)
+            totals = columns.make("cache_latents", jobs, config.task, config.workers, _load, [model], plain)
         finally:
-            swept += _sweep(dataset)  # of workers that died on the way
-    else:
-        totals = Counter()
-    read = {split: index.read_shards(dataset, split, column) for split in schema.SPLITS}
-    shards = {split: [s for s in some if s.name.partition(".")[0] in keeps[split]] for split, some in read.items()}
-    parts = [columns.read_moments(dataset, shard) for shard in shards["train"]]
-    if not any(part.count for part in parts):
-        what = "`size`; lower it" if config.shrink == (1, 1) else "`size` and `shrink`; lower them"
-        raise UserError(f"dataset: {dataset}: no clip of the train split is large enough for {what}")
-    found = columns.merged(parts)
-    columns.write_latents(
-        output,
-        Latents(
-            dataset=dataset,
-            column=column,
-            encoder={"uri": uri, "digest": digest, "model": type(model).__name__, "config": _plain(model)},
-            channels=of.channels,
-            factor=of.factor,
-            stride=of.stride,
-            size=config.size,
-            precision=config.precision,
-            dtype=config.dtype,
-            count=found.count,
-            mean=tuple(found.mean.tolist()),
-            std=tuple(np.sqrt(found.m2 / found.count).tolist()),
-            posterior_std=tuple(np.sqrt(found.variance).tolist()),
-            view=inputs.get("view"),
-            digests={split: base.digest for split, base in bases.items()},
-            shrink=config.shrink,
-            join_seconds=config.join_seconds,
-        ),
+            swept += columns.sweep(dataset)  # of workers that died on the way
+
+    # The record, with the statistics of all shards.
+    shards = columns.shards_of(dataset, column, base)
+    moments = _moments(config, dataset, shards["train"])
+    encoder = {"uri": uri, "digest": digest, "model": type(model).__name__}
+    record = Latents(
+        dataset=dataset,
+        column=column,
+        encoder=encoder | {"config": dict(model.config.model_dump(mode="json"))},
+        channels=of.channels,
+        factor=of.factor,
+        stride=of.stride,
+        size=config.size,
+        precision=config.precision,
+        dtype=config.dtype,
+        count=moments.count,
+        mean=tuple(moments.mean.tolist()),
+        std=tuple(np.sqrt(moments.m2 / moments.count).tolist()),
+        posterior_std=tuple(np.sqrt(moments.variance).tolist()),
+        view=inputs.get("view"),
+        digests={split: rows.digest for split, rows in base.rows.items()},
+        shrink=config.shrink,
+        join_seconds=config.join_seconds,
     )
-    steps = np.concatenate([shard.table["steps"].to_numpy() for some in shards.values() for shard in some])
-    metrics = {
-        "clips": float((steps > 0).sum()),
-        "clips_left_out": float((steps == 0).sum()),  # not in the view, or too small for `size` or `shrink`
-        "steps": float(steps.sum()),
-        "bytes": float(sum(shard.tar_bytes for some in shards.values() for shard in some)),
-        "shards": float(sum(len(some) for some in shards.values())),
-        "encoded_shards": float(len(jobs)),  # the others were there
-        "encoded_frames": float(totals["frames"]),
-        "encoded_frames_cut": float(totals["frames_cut"]),  # from tails that make no whole step
-        "debris_swept": float(swept),
-    }
-    return {"uri": output, "metrics": metrics, "column": column}
+    records.write_latents(output, record)
+    return {"uri": output, "metrics": _metrics(shards, jobs, totals, swept), "column": column}
 
 
 def _encoder(uri: str) -> tuple[str, Any]:
@@ -197,157 +149,45 @@ def _encoder(uri: str) -> tuple[str, Any]:
     return uri, longtake.load(uri)
 
 
-def _plain(model: Any) -> dict[str, Any]:
-    return dict(model.config.model_dump(mode="json"))
+def _load(
+    device: str, model: Any, *, of: Mapping[str, Any], settings: Mapping[str, Any], dataset: str, column: str
+) -> columns.Make:
+    """In an actor: what encodes a shard."""
+    import torch
+
+    from longtake.pipeline.latents import Geometry, Settings, make_latents
+
+    how = Settings(**settings)
+    torch.set_num_threads(how.threads)
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
+    torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = True, False
+    kind = torch.bfloat16 if how.precision == "bf16" else torch.float32
+    encoder = model.eval().requires_grad_(False).to(device, kind)
+    return partial(make_latents, encoder, Geometry(**of), settings=how, dataset=dataset, column=column)
 
 
-def _sweep(dataset: str) -> int:
-    return sum(storage.sweep(storage.join(dataset, split)) for split in schema.SPLITS)
+def _moments(config: Config, dataset: str, shards: list[index.Shard]) -> records.Moments:
+    """The statistics of a split's shards. Raises UserError where they have no latent."""
+    parts = [records.read_moments(dataset, shard) for shard in shards]
+    if not any(part.count for part in parts):
+        what = "`size`; lower it" if config.shrink == (1, 1) else "`size` and `shrink`; lower them"
+        raise UserError(f"dataset: {dataset}: no clip of the train split is large enough for {what}")
+    return records.merged(parts)
 
 
-def _by_shard(base: compact.Rows, keep: np.ndarray) -> dict[str, np.ndarray]:
-    names = base.shards["name"].to_pylist()
-    return dict(zip(names, np.split(keep, base.starts[1:]) if names else [], strict=True))
-
-
-class Job(NamedTuple):
-    """A shard to encode, and which of its clips: a bit for each."""
-
-    split: str
-    name: str
-    clips: int
-    keep: bytes
-
-
-def _missing(dataset: str, split: str, column: str, keeps: Mapping[str, np.ndarray]) -> Iterator[Job]:
-    """The base shards that this column has not, or has of other clips."""
-    from longtake.pipeline import latents
-
-    there = set(index.shard_names(dataset, split, column))
-
-    def is_there(name: str) -> bool:
-        full = f"{name}.{column}"
-        return full in there and latents.fits(
-            index.read_shard(dataset, split, name), index.read_shard(dataset, split, full)
-        )
-
-    with ThreadPoolExecutor(16) as pool:
-        for (name, keep), done in zip(keeps.items(), pool.map(is_there, keeps), strict=True):
-            if not done:
-                yield Job(split, name, len(keep), np.packbits(keep).tobytes())
-
-
-class Worker:
-    """An actor's side: holds the encoder on its device and makes one shard after the other."""
-
-    def __init__(self, models: list[Any], board: Any, device: str, plain: Mapping[str, Any]) -> None:
-        import ray
-        import torch
-
-        from longtake.pipeline.latents import Geometry, Settings, make_latents
-
-        settings = Settings(**plain["settings"])
-        arguments = {"dataset": plain["dataset"], "column": plain["column"]}
-        self._board, self._broken = board, ""
-        if device == "cuda" and not torch.cuda.is_available():
-            # told by the jobs: Ray would start an actor that fails here again and again
-            self._broken = "task.gpus: the torch of a worker cannot use its GPU; install a CUDA build, or set 0"
-            return
-        torch.set_num_threads(settings.threads)
-        torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
-        torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = True, False
-        kind = torch.bfloat16 if settings.precision == "bf16" else torch.float32
-        model = ray.get(models[0]).eval().requires_grad_(False).to(device, kind)
-        self._make = partial(make_latents, model, Geometry(**plain["of"]), settings=settings, **arguments)
-
-    def __call__(self, job: dict[str, Any]) -> dict[str, Any]:
-        shard, last = f"{job['split']}/{job['name']}", 0.0
-
-        def tell(clips: int, at: str) -> None:
-            nonlocal last
-            if monotonic() - last > _TELL_SECONDS:
-                last = monotonic()
-                self._board.begin.remote(shard, clips, at)
-
-        result: dict[str, Any] = {"job_clips": job["clips"], "error": self._broken}
-        if self._broken:
-            return result
-        tell(0, "its first clips")
-        keep = np.unpackbits(np.frombuffer(job["keep"], np.uint8), count=job["clips"]).astype(bool)
-        try:
-            result |= self._make(split=job["split"], name=job["name"], keep=keep, tell=tell)
-        except (Failure, OSError) as e:
-            result["error"] = f"{shard}: {e}"
-        self._board.finish.remote(shard, job["clips"])
-        return result
-
-
-def _make(
-    config: Config,
-    dataset: str,
-    column: str,
-    model: Any,
-    of: "Geometry",
-    settings: "Settings",
-    jobs: list[Job],
-) -> Counter[str]:
-    """Encode shards; returns what `make_latents` counts, of all together."""
-    errors: list[str] = []
-    totals = Counter[str]()
-    try:
-        with (
-            connected("cache_latents", config.task) as ray,
-            tqdm(desc="cache_latents", total=sum(job.clips for job in jobs), unit="clip") as bar,
-        ):
-            task, workers = _pool(config, [node["Resources"] for node in ray.nodes() if node["Alive"]])
-            board = ray.remote(num_cpus=0, max_restarts=-1)(Board).remote()
-            device = "cuda" if task.gpus else "cpu"
-            plain = {"of": asdict(of), "settings": asdict(settings), "dataset": dataset, "column": column}
-            # one block a shard: a retry repeats no other
-            rows = ray.data.from_items([job._asdict() for job in jobs], override_num_blocks=len(jobs))
-            made = rows.map(
-                Worker,
-                fn_constructor_kwargs={"models": [ray.put(model)], "board": board, "device": device, "plain": plain},
-                compute=ray.data.ActorPoolStrategy(size=min(workers, len(jobs)), max_tasks_in_flight_per_actor=2),
-                **task.options(),
-            )
-
-            def tell(done: int, line: str) -> None:
-                bar.update(max(0, done - bar.n))
-                if line:
-                    bar.write(f"cache_latents: {shown(line)}", file=sys.stderr)
-
-            done = 0
-            for number, result in enumerate(
-                watched(made.iter_rows(), ray, board, "cache_latents", config.task.stall_seconds, tell), 1
-            ):
-                done += result.pop("job_clips")
-                if error := result.pop("error"):
-                    errors.append(error)
-                totals.update({name: int(value) for name, value in result.items() if value is not None})
-                bar.set_postfix(shards=f"{number}/{len(jobs)}", refresh=False)
-                tell(done, "")
-    except KeyboardInterrupt as e:
-        raise Interrupted("cache_latents: stopped; committed shards are kept") from e
-    if errors:
-        raise Failure(f"{len(errors)} of {len(jobs)} shards could not be encoded, the first: {errors[0]}")
-    return totals
-
-
-def _pool(config: Config, nodes: list[dict[str, float]]) -> tuple[WorkerConfig, int]:
-    """What each worker gets, with `gpus` known, and how many there are.
-
-    Raises:
-        UserError: no node has so many GPUs.
-    """
-    most = max((node.get("GPU", 0) for node in nodes), default=0)
-    gpus = (1.0 if most else 0.0) if config.task.gpus is None else config.task.gpus
-    if gpus > most:
-        raise UserError(
-            f"stage cache_latents: task.gpus: a worker needs {gpus:g} GPU, no node of the Ray cluster has more than {most:g}"
-        )
-    task = config.task.model_copy(update={"gpus": gpus})
-    room = [
-        min(node.get("CPU", 0) // task.cpus, node.get("GPU", 0) // gpus if gpus else float("inf")) for node in nodes
-    ]
-    return task, config.workers or max(1, int(sum(room)))
+def _metrics(
+    shards: Mapping[str, list[index.Shard]], jobs: list[columns.Job], totals: Counter[str], swept: int
+) -> dict[str, float]:
+    every = [shard for split in shards.values() for shard in split]
+    steps = np.concatenate([shard.table["steps"].to_numpy() for shard in every])
+    return {
+        "clips": float((steps > 0).sum()),
+        "clips_left_out": float((steps == 0).sum()),  # not in the view, or too small for `size` or `shrink`
+        "steps": float(steps.sum()),
+        "bytes": float(sum(shard.tar_bytes for shard in every)),
+        "shards": float(len(every)),
+        "encoded_shards": float(len(jobs)),  # the others were there
+        "encoded_frames": float(totals["frames"]),
+        "encoded_frames_cut": float(totals["frames_cut"]),  # from tails that make no whole step
+        "debris_swept": float(swept),
+    }

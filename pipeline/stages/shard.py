@@ -3,20 +3,16 @@
 Speed: one sequential decode a source; the driver holds references only.
 """
 
-import sys
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
-from tqdm import tqdm
 
 from longtake.datasets import index, later, schema, storage
-from longtake.datasets.errors import Failure, Interrupted, UserError
-from longtake.datasets.masking import shown
+from longtake.datasets.errors import UserError
 from longtake.datasets.stage import Scheduling, StageConfig
-from longtake.pipeline import retry
-from longtake.pipeline.board import Board, watched
-from longtake.pipeline.cluster import TaskConfig, connected
+from longtake.pipeline import groups, retry
+from longtake.pipeline.cluster import TaskConfig
 from longtake.pipeline.commit import group_name, make_group
 from longtake.pipeline.config import ClipConfig, FrameDiffConfig, LimitsConfig
 from longtake.pipeline.discover import listing_digest
@@ -86,9 +82,9 @@ def run(config: Config, inputs: Mapping[str, str], output: str) -> dict[str, Any
         Failure: some groups could not be written.
     """
     _describe(config, output)
-    groups = plan(output, config.sources, config.val_fraction, config.group_bytes, config.group_sources)
+    planned = plan(output, config.sources, config.val_fraction, config.group_bytes, config.group_sources)
     swept = _sweep(output)
-    if missing := missing_groups(output, groups):
+    if missing := missing_groups(output, planned):
         try:
             _make(config, output, missing)
         finally:
@@ -101,7 +97,7 @@ def run(config: Config, inputs: Mapping[str, str], output: str) -> dict[str, Any
             f"sources: none of {totals['sources']} sources gave a clip ({reasons}); see `longtake dataset sources {output}`"
         )
     assert totals["sources"] == totals["sources_good"] + totals["sources_rejected"]
-    assert totals["sources"] + totals["sources_tried_again"] == sum(g["sources"] for g in groups)
+    assert totals["sources"] + totals["sources_tried_again"] == sum(group["sources"] for group in planned)
     assert totals["clips"] == totals["clips_cut"]
     flat = {name: float(value) for name, value in totals.items() if isinstance(value, int | float)}
     return {
@@ -136,7 +132,7 @@ def missing_groups(output: str, groups: list[dict[str, Any]]) -> list[dict[str, 
     return [g for g in groups if (g["split"], group_name(g["group"])) not in done]
 
 
-def _make(config: Config, output: str, groups: list[dict[str, Any]]) -> None:
+def _make(config: Config, output: str, missing: list[dict[str, Any]]) -> None:
     geometry = {
         "clip": config.clip.model_dump(mode="json"),
         "limits": config.limits.model_dump(mode="json"),
@@ -145,39 +141,16 @@ def _make(config: Config, output: str, groups: list[dict[str, Any]]) -> None:
     }
     memory = {}
     if any(storage.is_memory(pattern) for pattern in config.sources):
-        uris = (source["uri"] for group in groups for source in sources_of(output, group))
+        uris = (source["uri"] for group in missing for source in sources_of(output, group))
         memory = {uri: storage.read(uri) for uri in uris if storage.is_memory(uri)}
-    again = planned_again(output, groups)
-    groups = [g | {"again": again.get((g["split"], g["group"]), [])} for g in groups]
-    errors = []
-    try:
-        with (
-            connected("shard", config.task) as ray,
-            tqdm(desc="shard", total=sum(g["sources"] for g in groups), unit="source") as bar,
-        ):
-            shared = ray.put(memory)
-            # on a node that dies it starts afresh, and is told again
-            board = ray.remote(num_cpus=0, max_restarts=-1)(Board).remote()
-            # one block a group: one group is one task, and a retry repeats no other
-            rows = ray.data.from_items(groups, override_num_blocks=len(groups))
-            made = rows.map(
-                lambda group: make_group(group, sources_of(output, group), output, geometry, ray.get(shared), board),
-                **config.task.options(),
-            )
+    again = planned_again(output, missing)
+    jobs = [group | {"again": again.get((group["split"], group["group"]), [])} for group in missing]
 
-            def tell(done: int, line: str) -> None:
-                bar.update(max(0, done - bar.n))
-                if line:
-                    bar.write(f"shard: {shown(storage.printable(line))}", file=sys.stderr)
+    def start(ray: Any, rows: Any, board: Any) -> Any:
+        shared = ray.put(memory)
+        return rows.map(
+            lambda group: make_group(group, sources_of(output, group), output, geometry, ray.get(shared), board),
+            **config.task.options(),
+        )
 
-            clips = done = 0
-            for result in watched(made.iter_rows(), ray, board, "shard", config.task.stall_seconds, tell):
-                clips, done = clips + result["clips"], done + result["sources"]
-                bar.set_postfix(clips=clips, refresh=False)
-                tell(done, "")
-                if result["error"]:
-                    errors.append(result["error"])
-    except KeyboardInterrupt as e:
-        raise Interrupted("shard: stopped; committed shards are kept") from e
-    if errors:
-        raise Failure(f"{len(errors)} of {len(groups)} groups could not be written, the first: {errors[0]}")
+    groups.run("shard", jobs, config.task, start, unit="source", total=sum(group["sources"] for group in jobs))

@@ -28,6 +28,7 @@ from longtake.datasets.stage import content
 from longtake.datasets.verify import verify
 from longtake.infra import graph, recipe
 from longtake.pipeline import latents
+from longtake.pipeline.column import by_shard, missing
 from longtake.pipeline.stages import cache_latents
 from longtake.training import registry
 from longtake.training.models.pv_vae.model import PVVAE, config_from_preset
@@ -66,7 +67,7 @@ def cache(root: str, model: PVVAE, chosen: latents.Settings, kept: str | None = 
     totals: dict[str, int] = {}
     for split in schema.SPLITS:
         base, _ = index_of(root, split)
-        for shard, keep in cache_latents._by_shard(base, view.kept(base, kept)[0]).items():
+        for shard, keep in by_shard(base, view.kept(base, kept)[0]).items():
             made = latents.make_latents(model, of, root, split, shard, name, chosen, keep)
             totals = {key: totals.get(key, 0) + value for key, value in made.items()}
     return name, totals
@@ -404,8 +405,8 @@ def test_shards_that_are_missing_or_of_other_clips_are_made_again(
 ) -> None:
     name, _ = cache(root, model, settings())
     made = hashes(root)
-    keeps = cache_latents._by_shard(index_of(root, "train")[0], np.ones(len(clips(root)), bool))
-    assert len(keeps) > 1 and not list(cache_latents._missing(root, "train", name, keeps))
+    keeps = by_shard(index_of(root, "train")[0], np.ones(len(clips(root)), bool))
+    assert len(keeps) > 1 and not list(missing(root, "train", name, keeps))
     (Path(root) / "train" / f"00001.{name}.parquet").unlink()
     (Path(root) / "train" / f"00001.{name}.tar").write_bytes(b"half a tar")
     # as if the base shard had been made of other sources since
@@ -413,7 +414,7 @@ def test_shards_that_are_missing_or_of_other_clips_are_made_again(
     shard = index.read_shard(root, "train", f"00000.{name}")
     rows = [row | {"base_sha256": "0" * 64} for row in shard.table.to_pylist()]
     index.write_index(str(url), rows, schema.LATENT_INDEX, shard.tar_bytes, shard.tar_sha256, {})
-    jobs = list(cache_latents._missing(root, "train", name, keeps))
+    jobs = list(missing(root, "train", name, keeps))
     assert [job.name for job in jobs] == ["00000", "00001"]
     write_tar, beside = latents.write_tar, []
 

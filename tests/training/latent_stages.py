@@ -14,7 +14,7 @@ from torch import nn
 from longtake.datasets import compact, index, schema, storage, view
 from longtake.datasets import latents as column
 from longtake.pipeline import latents
-from longtake.pipeline.stages import cache_latents
+from longtake.pipeline.column import by_shard
 from longtake.training import checkpoint
 from longtake.training.loop import train
 from longtake.training.models.memory import shared
@@ -104,7 +104,7 @@ def encoded(
     name = latents.column_name(column.encoder_digest(model), chosen, "")
     bases = {split: compact.open_split(dataset, split)[0] for split in schema.SPLITS}
     for split, base in bases.items():
-        for shard, keep in cache_latents._by_shard(base, view.kept(base, None)[0]).items():
+        for shard, keep in by_shard(base, view.kept(base, None)[0]).items():
             latents.make_latents(model, of, dataset, split, shard, name, chosen, keep)
     found = column.merged(column.read_moments(dataset, s) for s in index.read_shards(dataset, "train", name))
     record = column.Latents(

@@ -1,0 +1,267 @@
+"""A column of a dataset, whatever it holds: which shards lack it, how a pool of actors makes them, how one is committed.
+
+A column's shard lies beside the base shard of the same name. It is committed as that is: its tar first, then its index, by
+which readers find it. The column's name has a digest of all that decides its values, so that another setting makes another
+column, and nothing else in the dataset is touched.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from time import monotonic
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+from pydantic import Field
+
+from longtake.datasets import compact, index, schema, storage, view
+from longtake.datasets.errors import Failure, UserError
+from longtake.datasets.shard import Member, sha256_of, write_tar
+from longtake.pipeline import groups
+from longtake.pipeline.cluster import TaskConfig
+
+Tell = Callable[[int, str], None]
+Make = Callable[..., dict[str, int]]  # make(split=, name=, keep=, tell=) makes and commits a shard; returns counts
+
+_TELL_SECONDS = 1.0
+
+
+class WorkerConfig(TaskConfig):
+    """What one worker asks of Ray. `gpus` may be a part of one; None is 1 where the cluster has any, else 0."""
+
+    gpus: float | None = Field(None, ge=0)
+
+    def options(self) -> dict[str, Any]:
+        return super().options() | {"num_gpus": self.gpus or 0}
+
+
+class Base(NamedTuple):
+    """The base shards of a dataset, and which of their clips a column is made of."""
+
+    rows: Mapping[str, compact.Rows]  # by split
+    keeps: Mapping[str, Mapping[str, np.ndarray]]  # by split and shard: (N,) bool, a clip each
+    view: str  # digest of the view that keeps them
+
+
+def open_base(dataset: str, view_uri: str | None) -> Base:
+    """The base of a column of all clips, or of those that a view keeps.
+
+    Raises:
+        UserError: no dataset is here, or its workers could not see it; no clip is kept.
+    """
+    if storage.is_memory(dataset):
+        raise UserError(
+            f"dataset: {dataset}: Ray workers cannot see this process's memory; use a folder or an object store"
+        )
+    index.describe(dataset)
+    rows = {split: compact.open_split(dataset, split)[0] for split in schema.SPLITS}
+    judged = {split: view.kept(base, view_uri) for split, base in rows.items()}
+    keeps = {split: by_shard(rows[split], keep) for split, (keep, _, _) in judged.items()}
+    if not any(keep.any() for shards in keeps.values() for keep in shards.values()):
+        raise UserError(f"dataset: {dataset}: no clip to encode; run its `shard` stage, or name another view")
+    return Base(rows, keeps, next(digest for _, _, digest in judged.values()))
+
+
+def by_shard(base: compact.Rows, keep: np.ndarray) -> dict[str, np.ndarray]:
+    """`keep` (N,) of a split's clips, by the shard that they lie in."""
+    names = base.shards["name"].to_pylist()
+    return dict(zip(names, np.split(keep, base.starts[1:]) if names else [], strict=True))
+
+
+class Job(NamedTuple):
+    """A shard to make, and which of its clips: a bit for each."""
+
+    split: str
+    name: str
+    clips: int
+    keep: bytes
+
+
+def missing(dataset: str, split: str, column: str, keeps: Mapping[str, np.ndarray]) -> Iterator[Job]:
+    """The base shards that a column has not, or has of other clips."""
+    there = set(index.shard_names(dataset, split, column))
+
+    def is_there(name: str) -> bool:
+        full = f"{name}.{column}"
+        return full in there and fits(index.read_shard(dataset, split, name), index.read_shard(dataset, split, full))
+
+    with ThreadPoolExecutor(16) as pool:
+        for (name, keep), present in zip(keeps.items(), pool.map(is_there, keeps), strict=True):
+            if not present:
+                yield Job(split, name, len(keep), np.packbits(keep).tobytes())
+
+
+def fits(base: index.Shard, shard: index.Shard) -> bool:
+    """Whether a column's shard is of just these clips."""
+    return bool(
+        base.table["key"].to_pylist() == shard.table["key"].to_pylist()
+        and base.table["sha256"].to_pylist() == shard.table["base_sha256"].to_pylist()
+    )
+
+
+class Worker:
+    """An actor's side: holds what makes the column on its device, and makes one shard after the other.
+
+    Args:
+        load: `load(device, *models, **settings)` gives the `Make`; called once in each actor.
+        models: references to what all actors share.
+        settings: plain data.
+    """
+
+    def __init__(
+        self, load: Callable[..., Make], models: list[Any], settings: Mapping[str, Any], device: str, board: Any
+    ) -> None:
+        import ray
+        import torch
+
+        self._board, self._broken = board, ""
+        if device == "cuda" and not torch.cuda.is_available():
+            # told by the jobs: Ray would start an actor that fails here again and again
+            self._broken = "task.gpus: the torch of a worker cannot use its GPU; install a CUDA build, or set 0"
+            return
+        self._make = load(device, *ray.get(models), **settings)
+
+    def __call__(self, job: dict[str, Any]) -> dict[str, Any]:
+        shard, last = f"{job['split']}/{job['name']}", 0.0
+
+        def tell(clips: int, at: str) -> None:
+            nonlocal last
+            if monotonic() - last > _TELL_SECONDS:
+                last = monotonic()
+                self._board.begin.remote(shard, clips, at)
+
+        result: dict[str, Any] = {"units": job["clips"], "error": self._broken}
+        if self._broken:
+            return result
+        tell(0, "its first clips")
+        keep = np.unpackbits(np.frombuffer(job["keep"], np.uint8), count=job["clips"]).astype(bool)
+        try:
+            result |= self._make(split=job["split"], name=job["name"], keep=keep, tell=tell)
+        except (Failure, OSError) as e:
+            result["error"] = f"{shard}: {e}"
+        self._board.finish.remote(shard, job["clips"])
+        return result
+
+
+def make(
+    stage: str,
+    jobs: Sequence[Job],
+    task: WorkerConfig,
+    workers: int | None,
+    load: Callable[..., Make],
+    models: Sequence[Any],
+    settings: Mapping[str, Any],
+) -> Counter[str]:
+    """Make the shards of a column by a pool of actors; returns the sums of what `Make` counts.
+
+    Args:
+        workers: None is as many as the cluster has room for.
+        load, models, settings: see `Worker`; the models are put into Ray's store once.
+
+    Raises:
+        UserError: no node has so many GPUs, or room for a task.
+        Failure, Interrupted: as `groups.run`.
+    """
+
+    def start(ray: Any, rows: Any, board: Any) -> Any:
+        own, room = _pool(stage, task, [node["Resources"] for node in ray.nodes() if node["Alive"]])
+        given = {"load": load, "models": [ray.put(model) for model in models], "settings": dict(settings)}
+        return rows.map(
+            Worker,
+            fn_constructor_kwargs=given | {"device": "cuda" if own.gpus else "cpu", "board": board},
+            compute=ray.data.ActorPoolStrategy(size=min(workers or room, len(jobs)), max_tasks_in_flight_per_actor=2),
+            **own.options(),
+        )
+
+    return groups.run(
+        stage,
+        [job._asdict() for job in jobs],
+        task,
+        start,
+        unit="clip",
+        total=sum(job.clips for job in jobs),
+        failed="shards could not be encoded",
+    )
+
+
+def _pool(stage: str, task: WorkerConfig, nodes: list[dict[str, float]]) -> tuple[WorkerConfig, int]:
+    """What each worker gets, with `gpus` known, and how many have room.
+
+    Raises:
+        UserError: no node has so many GPUs.
+    """
+    most = max((node.get("GPU", 0) for node in nodes), default=0)
+    gpus = (1.0 if most else 0.0) if task.gpus is None else task.gpus
+    if gpus > most:
+        raise UserError(
+            f"stage {stage}: task.gpus: a worker needs {gpus:g} GPU, no node of the Ray cluster has more than {most:g}"
+        )
+    room = [
+        min(node.get("CPU", 0) // task.cpus, node.get("GPU", 0) // gpus if gpus else float("inf")) for node in nodes
+    ]
+    return task.model_copy(update={"gpus": gpus}), max(1, int(sum(room)))
+
+
+def commit(
+    dataset: str,
+    base: index.Shard,
+    column: str,
+    members: Iterable[tuple[str, dict[str, bytes]]],
+    row_of: Callable[[Member, Mapping[str, Any]], Mapping[str, Any]],
+    kind: pa.Schema,
+    notes: Mapping[str, Any],
+) -> int:
+    """Write a column's shard of all clips of a base shard; returns the bytes of its tar.
+
+    An index of other clips is taken away first: a reader must not find it beside the new tar.
+
+    Args:
+        members: each clip's key and file, in the order of the base.
+        row_of: what the index says of a member beside where it lies, given the base's row.
+        kind: schema of the index.
+        notes: what to keep with the shard, such as statistics.
+    """
+    url = storage.join(dataset, base.split, f"{base.name}.{column}")
+    if f"{base.name}.{column}" in index.shard_names(dataset, base.split, column) and not fits(
+        base, index.read_shard(dataset, base.split, f"{base.name}.{column}")
+    ):
+        fs, path = storage.filesystem(f"{url}.parquet")
+        with suppress(FileNotFoundError):
+            storage.retrying(path, lambda: fs.rm_file(path))
+    with storage.staged(f"{url}.tar") as tar:
+        written = write_tar(tar, members)
+        size, digest = tar.stat().st_size, sha256_of(tar)
+    table = [
+        {field: getattr(member, field) for field in ("key", "offset", "size", "crc32", "sha256")}
+        | {"base_sha256": row["sha256"]}
+        | dict(row_of(member, row))
+        for member, row in zip(written, base.table.to_pylist(), strict=True)
+    ]
+    index.write_index(f"{url}.parquet", table, kind, size, digest, notes)
+    return size
+
+
+def shards_of(dataset: str, column: str, base: Base) -> dict[str, list[index.Shard]]:
+    """The committed shards of a column, by split, that are of the base's shards."""
+    return {
+        split: [s for s in index.read_shards(dataset, split, column) if s.name.partition(".")[0] in keeps]
+        for split, keeps in base.keeps.items()
+    }
+
+
+def sweep(dataset: str) -> int:
+    """Delete what workers that died have left beside the shards; returns how much."""
+    return sum(storage.sweep(storage.join(dataset, split)) for split in schema.SPLITS)
+
+
+def complete(dataset: str, column: str, digests: Mapping[str, str]) -> bool:
+    """Whether a column has all shards that the dataset has now, and these are those of `digests`, by split."""
+    for split in schema.SPLITS:
+        names = set(index.shard_names(dataset, split))
+        if names - {n.partition(".")[0] for n in index.shard_names(dataset, split, column)}:
+            return False
+        if compact.open_split(dataset, split)[0].digest != digests[split]:
+            return False
+    return True

@@ -1,0 +1,71 @@
+"""One Ray job over groups: connect, make each group in one task, show how far it is, say what failed."""
+
+import sys
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from tqdm import tqdm
+
+from longtake.datasets import storage
+from longtake.datasets.errors import Failure, Interrupted
+from longtake.datasets.masking import shown
+from longtake.pipeline.board import Board, watched
+from longtake.pipeline.cluster import TaskConfig, connected
+
+Start = Callable[[Any, Any, Any], Any]
+
+
+def run(
+    stage: str,
+    jobs: Sequence[Mapping[str, Any]],
+    task: TaskConfig,
+    start: Start,
+    *,
+    unit: str,
+    total: int,
+    failed: str = "groups could not be written",
+) -> Counter[str]:
+    """Make each job's group, in any order, and add up what the results count.
+
+    Args:
+        stage: name of the work, for the bar and in errors.
+        jobs: plain data; one is one task, and a retry repeats no other.
+        task: what one task needs of the cluster.
+        start: `start(ray, rows, board)` maps the rows of a Ray Data set, one a job, to results: mappings of counts, with
+            `units` done and an `error`, which is empty where there is none. `board` is a `Board` for the tasks to tell.
+        unit, total: what the bar counts, and how many there are.
+        failed: what to say of groups with an error.
+
+    Returns:
+        The sums of all numbers in the results.
+
+    Raises:
+        UserError: no node has room for a task.
+        Failure: some groups have an error; nothing has moved for `task.stall_seconds`.
+        Interrupted: stopped; what is committed is kept.
+    """
+    errors, totals = list[str](), Counter[str]()
+    try:
+        with connected(stage, task) as ray, tqdm(desc=stage, total=total, unit=unit) as bar:
+            # on a node that dies it starts afresh, and is told again
+            board = ray.remote(num_cpus=0, max_restarts=-1)(Board).remote()
+            rows = ray.data.from_items([dict(job) for job in jobs], override_num_blocks=len(jobs))
+
+            def tell(units: int, line: str) -> None:
+                bar.update(max(0, units - bar.n))
+                if line:
+                    bar.write(f"{stage}: {shown(storage.printable(line))}", file=sys.stderr)
+
+            results = watched(start(ray, rows, board).iter_rows(), ray, board, stage, task.stall_seconds, tell)
+            for number, result in enumerate(results, 1):
+                if error := result.pop("error"):
+                    errors.append(error)
+                totals.update({name: int(value) for name, value in result.items() if isinstance(value, int | float)})
+                bar.set_postfix(done=f"{number}/{len(jobs)}", clips=totals["clips"], refresh=False)
+                tell(totals["units"], "")
+    except KeyboardInterrupt as e:
+        raise Interrupted(f"{stage}: stopped; committed shards are kept") from e
+    if errors:
+        raise Failure(f"{len(errors)} of {len(jobs)} {failed}, the first: {errors[0]}")
+    return totals
