@@ -65,7 +65,7 @@ def main() -> None:
     with engines.process_group(), tempfile.TemporaryDirectory(dir=".") as folder:
         module = nn.Sequential(*[nn.Linear(options.width, options.width) for _ in range(options.layers)])
 
-        def loss(name: str, made: Any, batch: Any, generator: Any) -> Any:
+        def loss(name: str, made: Any, batch: Any, rng: Any) -> Any:
             value = made[name](batch["x"]).square().mean()
             return value, {"loss": value.detach()}
 

@@ -34,12 +34,12 @@ WARM_UP = 2
 
 def footage(folder: Path, clips: int, size: int, frames: int) -> str:
     """A dataset of drifting noise."""
-    generator = np.random.default_rng(0)
+    rng = np.random.default_rng(0)
     for split in schema.SPLITS:
         (folder / split).mkdir(parents=True)
         rows, videos = [], []
         for number in range(clips):
-            picture = generator.integers(0, 256, (size // 8, size // 8, 3), np.uint8).repeat(8, 0).repeat(8, 1)
+            picture = rng.integers(0, 256, (size // 8, size // 8, 3), np.uint8).repeat(8, 0).repeat(8, 1)
             clip.write(folder / "clip.mp4", np.stack([np.roll(picture, 2 * n, 1) for n in range(frames)]), 24)
             videos.append((f"{number:020d}-00000", {"mp4": (folder / "clip.mp4").read_bytes(), "json": b"{}"}))
         tar = folder / split / "00000.tar"
@@ -96,14 +96,14 @@ def trained(config: Config, data: Data, loader: Any, steps: int) -> float:
         for batch in loader:
             yield {k: v.to(device, non_blocking=True) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
 
-    generator = torch.Generator(device).manual_seed(0)
+    rng = torch.Generator(device).manual_seed(0)
     start = 0.0
     for number, batch in enumerate(batches()):
         if number == WARM_UP:
             start = time.perf_counter()
         if number == WARM_UP + steps:
             break
-        value, _ = loss("generator", {"generator": latte}, batch, generator)
+        value, _ = loss("generator", {"generator": latte}, batch, rng)
         value.backward()
         optimizer.step()
         optimizer.zero_grad()

@@ -84,7 +84,7 @@ def measure(steps: int, zero_stage: int, preset: str, batch: int, size: int) -> 
         video = torch.rand(batch // world, 3, 9, size, size, device=engines.device()) * 2 - 1
         turns = Turns(video, preset, world)
 
-        def loss(name: str, running: Any, batch: Any, generator: Any) -> Any:
+        def loss(name: str, running: Any, batch: Any, rng: Any) -> Any:
             value = loss_of(running[name], batch["video"])
             return value, {"loss": value.detach()}
 

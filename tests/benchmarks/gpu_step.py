@@ -68,7 +68,7 @@ def measure(options: argparse.Namespace, preset: str, compiled: bool) -> dict[st
 
     def loss(turn: Turn) -> Any:
         video = to_model(turn.batch["video"])
-        out, posterior = turn.engines[turn.name](video, generator=turn.rng)
+        out, posterior = turn.engines[turn.name](video, rng=turn.rng)
         value = (out.float() - video).square().mean() + 1e-6 * posterior.kl().mean()
         return value, {"loss": value.detach()}
 

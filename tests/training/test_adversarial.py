@@ -319,7 +319,7 @@ def test_all_ranks_show_the_encoder_as_many_frames_any_number_of_them_as_often()
     class Stop(Exception):
         pass
 
-    def encoder(video: Tensor, visible: int, generator: torch.Generator) -> Any:
+    def encoder(video: Tensor, visible: int, rng: torch.Generator) -> Any:
         seen.append(visible)
         raise Stop
 

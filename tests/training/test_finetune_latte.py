@@ -156,9 +156,7 @@ def test_the_loss_is_of_normalised_draws_at_their_place_in_the_clip(inputs: dict
     assert set(batch) >= {"latent", "label", "start", "key"} and "video" not in batch
     seen: list[Any] = []
 
-    def engine(
-        x: torch.Tensor, t: torch.Tensor, ids: torch.Tensor, start: torch.Tensor, generator: Any
-    ) -> torch.Tensor:
+    def engine(x: torch.Tensor, t: torch.Tensor, ids: torch.Tensor, start: torch.Tensor, rng: Any) -> torch.Tensor:
         seen.append((x, t, ids, start))
         return torch.zeros_like(x)
 
@@ -180,7 +178,7 @@ def test_a_share_of_windows_start_their_clip_of_latents_and_of_pixels(
 ) -> None:
     told: list[torch.Tensor] = []
 
-    def engine(x: torch.Tensor, t: Any, ids: Any, start: torch.Tensor, generator: Any) -> torch.Tensor:
+    def engine(x: torch.Tensor, t: Any, ids: Any, start: torch.Tensor, rng: Any) -> torch.Tensor:
         told.append(start)
         return torch.zeros_like(x)
 

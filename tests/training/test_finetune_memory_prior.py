@@ -76,7 +76,7 @@ class Recording:
         times: Tensor,
         memory: Any,
         ids: Any,
-        generator: Any,
+        rng: Any,
         first: Tensor,
         seen: Tensor | None,
         level: Tensor | None,

@@ -80,8 +80,8 @@ def test_the_good_pass_of_an_update_left_out_leaves_no_trace(
         optimizer.zero_grad()
         for number in range(2):
             x = small.rows(2 * step + number, 4)
-            generator = torch.Generator().manual_seed(pass_seed(0, step, number, 0))
-            noisy = x + 0.01 * torch.randn(x.shape, generator=generator)
+            rng = torch.Generator().manual_seed(pass_seed(0, step, number, 0))
+            noisy = x + 0.01 * torch.randn(x.shape, generator=rng)
             (small.loss_of(module, noisy) / 2).backward()
         optimizer.step()
     assert small.close(with_fault, module.state_dict())

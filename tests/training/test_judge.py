@@ -30,9 +30,9 @@ def inputs(dataset: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, 
 
 
 def awake(model: nn.Module, seed: int = 0) -> nn.Module:
-    generator = torch.Generator().manual_seed(seed)
+    rng = torch.Generator().manual_seed(seed)
     for parameter in model.parameters():
-        nn.init.normal_(parameter, std=0.1, generator=generator)
+        nn.init.normal_(parameter, std=0.1, generator=rng)
     return model.eval()
 
 

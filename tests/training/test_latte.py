@@ -11,9 +11,9 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor, nn
 
+from longtake.training.models.common import dit
 from longtake.training.models.common.dit import attention
 from longtake.training.models.common.flow import training_loss
-from longtake.training.models.latte import model as latte
 from longtake.training.models.latte.model import PRESETS, Block, Latte, LatteConfig, config_from_preset
 from longtake.training.models.latte.sample import generate, windows
 
@@ -77,7 +77,7 @@ def test_at_the_start_the_gradient_reaches_the_output_and_after_a_step_everythin
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
     for _ in range(3):  # output, then gates, then what is behind the gates
         optimizer.zero_grad()
-        (model(latents(), T, IDS, generator=seeded()) - 1).square().mean().backward()
+        (model(latents(), T, IDS, rng=seeded()) - 1).square().mean().backward()
         optimizer.step()
     assert all(p.grad is not None and p.grad.any() for p in model.parameters())
 
@@ -163,7 +163,7 @@ def test_a_window_knows_whether_it_begins_its_clip_and_nothing_more(model):
 
 @pytest.mark.parametrize("rows", [1, 5, 7])
 def test_attention_is_the_softmax_of_the_formula_in_any_number_of_rows(monkeypatch, rows):
-    monkeypatch.setattr(latte, "_ROWS", 5)
+    monkeypatch.setattr(dit, "_ROWS", 5)
     q, k, v = (torch.randn(rows, 2, 6, 8, generator=seeded(i)) for i in range(3))
     expected = torch.softmax(q @ k.transpose(-1, -2) / math.sqrt(8), dim=-1) @ v
     torch.testing.assert_close(attention(q, k, v), expected, rtol=0, atol=1e-5)
@@ -222,11 +222,11 @@ def test_as_many_labels_are_hidden_in_training_as_asked(dropout):
     x = latents(1, 1, 1, 1).expand(4000, -1, -1, -1, -1)
     ids, t = torch.full((4000,), 2), torch.full((4000,), 0.5)
     free = model(x[:1], t[:1])
-    assert not (model(x, t, ids, generator=seeded()) - free).abs().amax((1, 2, 3, 4)).min() < 1e-6
-    made = model.train()(x, t, ids, generator=seeded())
+    assert not (model(x, t, ids, rng=seeded()) - free).abs().amax((1, 2, 3, 4)).min() < 1e-6
+    made = model.train()(x, t, ids, rng=seeded())
     hidden = (made - free).abs().amax((1, 2, 3, 4)) < 1e-6
     assert hidden.float().mean().item() == pytest.approx(dropout, abs=0.025)
-    assert torch.equal(made, model(x, t, ids, generator=seeded()))
+    assert torch.equal(made, model(x, t, ids, rng=seeded()))
 
 
 @torch.no_grad()
@@ -277,7 +277,7 @@ def test_activation_checkpointing_changes_no_gradient():
     gradients = []
     for checkpointing in (False, True):
         model = awake_model(replaced(activation_checkpointing=checkpointing)).train()
-        model(latents(), T, IDS, generator=seeded()).square().mean().backward()
+        model(latents(), T, IDS, rng=seeded()).square().mean().backward()
         gradients.append([p.grad for p in model.parameters()])
     for plain, recomputed in zip(*gradients, strict=True):
         torch.testing.assert_close(plain, recomputed)
@@ -288,7 +288,7 @@ def test_activation_checkpointing_keeps_fewer_tensors_for_the_backward_pass():
     for checkpointing in (False, True):
         model, count = awake_model(replaced(activation_checkpointing=checkpointing)).train(), []
         with torch.autograd.graph.saved_tensors_hooks(lambda x, c=count: c.append(x.numel()) or x, lambda x: x):
-            model(latents(), T, IDS, generator=seeded())
+            model(latents(), T, IDS, rng=seeded())
         kept.append(sum(count))
     assert kept[1] < kept[0] / 3
 
@@ -311,9 +311,9 @@ def test_close_times_stay_apart_in_bf16():
     assert (made.diff(dim=0).abs().amax(1) > 0).all()
 
 
-def toy(batch: int, frames: int, generator: torch.Generator) -> Tensor:
+def toy(batch: int, frames: int, rng: torch.Generator) -> Tensor:
     """Latents of two classes: a point on a circle that turns by 45 degrees a frame, one way or the other."""
-    phase = 2 * math.pi * torch.rand(batch, 1, generator=generator)
+    phase = 2 * math.pi * torch.rand(batch, 1, generator=rng)
     turn = torch.where(torch.arange(batch) % 2 == 0, 1.0, -1.0).view(-1, 1) * math.pi / 4
     angle = phase + turn * torch.arange(frames)
     point = torch.stack([angle.cos(), angle.sin()], dim=1).repeat(1, 3, 1)
@@ -325,18 +325,16 @@ def trained() -> tuple[Latte, list[float]]:
     """A small model after some seconds on the toy set, with clean leading frames half of the time."""
     torch.manual_seed(0)
     config = LatteConfig(depth=2, width=48, heads=4, channels=6, classes=2, conditioning=0.5, shape=(4, 2, 1))
-    model, generator, losses = Latte(config), seeded(), []
+    model, rng, losses = Latte(config), seeded(), []
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.99))
     ids = torch.arange(32) % 2
     model.set_statistics(torch.zeros(6), torch.full((6,), 0.7))
     for step in range(400):
         for group in optimizer.param_groups:
             group["lr"] = 6e-3 * min(1, (step + 1) / 20) * (1 - step / 400)
-        x0 = model.normalise(toy(32, 4, generator))
-        start = torch.randint(2, (32,), generator=generator)
-        loss = training_loss(
-            lambda x, t, start=start: model(x, t, ids, start, generator), x0, generator, conditioning=0.5
-        ).mean()
+        x0 = model.normalise(toy(32, 4, rng))
+        start = torch.randint(2, (32,), generator=rng)
+        loss = training_loss(lambda x, t, start=start: model(x, t, ids, start, rng), x0, rng, conditioning=0.5).mean()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

@@ -299,9 +299,9 @@ def plainly(small: Any, steps: int, clip: float = 0.0) -> tuple[list[dict[str, T
     weights, norms = [{k: v.clone() for k, v in module.state_dict().items()}], []
     for step in range(steps):
         x = small.rows(step, 4)
-        generator = torch.Generator().manual_seed(pass_seed(0, step, 0, 0))
+        rng = torch.Generator().manual_seed(pass_seed(0, step, 0, 0))
         optimizer.zero_grad()
-        small.loss_of(module, x + 0.01 * torch.randn(x.shape, generator=generator)).backward()
+        small.loss_of(module, x + 0.01 * torch.randn(x.shape, generator=rng)).backward()
         gradients = {k: [p.grad for p in child.parameters()] for k, child in module.named_children() if k != "1"}
         found = {f"/{k}": float(torch.nn.utils.get_total_norm(g)) for k, g in gradients.items()}
         if clip:
@@ -473,8 +473,8 @@ def test_gradient_norms_are_those_of_all_accumulated_passes(
     module = small.module()
     for number in range(2):
         x = small.rows(number, 4)
-        generator = torch.Generator().manual_seed(pass_seed(0, 0, number, 0))
-        (small.loss_of(module, x + 0.01 * torch.randn(x.shape, generator=generator)) / 2).backward()
+        rng = torch.Generator().manual_seed(pass_seed(0, 0, number, 0))
+        (small.loss_of(module, x + 0.01 * torch.randn(x.shape, generator=rng)) / 2).backward()
     for child in ("0", "2"):
         expected = float(torch.nn.utils.get_total_norm([p.grad for p in module[int(child)].parameters()]))
         assert log.rows[0][1][f"gradient_norm_generator/{child}"] == pytest.approx(expected, rel=1e-5)

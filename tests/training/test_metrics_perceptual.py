@@ -166,8 +166,8 @@ def test_frames_are_drawn_for_each_clip_by_the_generator():
     exact = [2 - 2 * torch.cos(torch.tensor(angle)).item() for angle in (0.0, 0.5, 1.0, 1.5)]
 
     def drawn(seed, frames, clip=slice(None)):
-        generator = torch.Generator().manual_seed(seed)
-        return perceptual_loss(identity(), made[clip], source[clip], frames=frames, generator=generator).item()
+        rng = torch.Generator().manual_seed(seed)
+        return perceptual_loss(identity(), made[clip], source[clip], frames=frames, rng=rng).item()
 
     singles = {round(drawn(seed, 1, slice(0, 1)), 4) for seed in range(40)}
     assert singles == {round(value, 4) for value in exact}

@@ -66,9 +66,7 @@ class Recording:
     def __init__(self, video: Steps | None = None) -> None:
         self.video, self.calls = video, list[Any]()
 
-    def __call__(
-        self, x: Tensor, t: Tensor, times: Tensor, memory: Any, ids: Any, generator: Any, first: Tensor
-    ) -> Tensor:
+    def __call__(self, x: Tensor, t: Tensor, times: Tensor, memory: Any, ids: Any, rng: Any, first: Tensor) -> Tensor:
         self.calls.append(SimpleNamespace(x=x, t=t, times=times, memory=memory, ids=ids, first=first))
         if self.video is None:
             return torch.zeros_like(x)
@@ -172,9 +170,9 @@ def _folder(path: Path) -> Path:
     return path
 
 
-def random_videos(count: int, generator: torch.Generator) -> dict[str, Any]:
+def random_videos(count: int, rng: torch.Generator) -> dict[str, Any]:
     """A batch whose every step is a colour of its own, which nothing but the step itself can tell."""
-    colours = torch.randn(count, 2, 8, 1, 1, generator=generator).expand(-1, -1, -1, 2, 2)
+    colours = torch.randn(count, 2, 8, 1, 1, generator=rng).expand(-1, -1, -1, 2, 2)
     moments = torch.stack([colours, torch.full_like(colours, -30.0)], 1)
     parts = {"latent": moments[:, :, :, 6:], "history_latent": moments[:, :, :, :6]}
     facts = {name: torch.full((count,), 6) for name in ("history_steps", "stream_step")}
@@ -187,10 +185,10 @@ def test_what_is_retrieved_of_unseen_videos_comes_from_their_memory(history: str
     torch.manual_seed(0)
     settings = latent_stages.TINY | {"rates": ("2x2x1",), "memory_widths": (16, 32), "branches": "high"}
     model = MemoryDiT(config_from_preset(**settings, channels=2, shape=(2, 2, 2), history=6))
-    optimizer, generator = torch.optim.AdamW(model.parameters(), lr=3e-3), torch.Generator().manual_seed(1)
+    optimizer, rng = torch.optim.AdamW(model.parameters(), lr=3e-3), torch.Generator().manual_seed(1)
     for _ in range(250):
-        batch = random_videos(16, generator)
-        loss, _ = pretrain_memory._loss(chosen, model, latent_stages.turn(model, batch, generator))
+        batch = random_videos(16, rng)
+        loss, _ = pretrain_memory._loss(chosen, model, latent_stages.turn(model, batch, rng))
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

@@ -108,7 +108,7 @@ def test_dropped_frames_move_nothing(groups, data, padding, size):
     video, seen = clip(frames_of(groups)), frames_of(visible)
     other = video.clone()
     other[:, :, seen:] += size * torch.randn(other[:, :, seen:].shape)
-    first, second = (model(v, visible=visible, generator=seeded()) for v in (video, other))
+    first, second = (model(v, visible=visible, rng=seeded()) for v in (video, other))
     assert first[1].mean.shape[2] == visible
     assert torch.equal(first[1].mean, second[1].mean)
     assert torch.equal(first[1].logvar, second[1].logvar)
@@ -130,7 +130,7 @@ def test_the_decoder_sees_the_token_in_place_of_dropped_groups():
     model.padding.token.fill_(0.3)
     seen = model.encode(video[:, :, :9]).sample(seeded())
     by_hand = torch.cat([seen, torch.full((1, 64, 2, 2, 2), 0.3)], dim=2)
-    assert torch.equal(model(video, visible=3, generator=seeded())[0], model.decode(by_hand))
+    assert torch.equal(model(video, visible=3, rng=seeded())[0], model.decode(by_hand))
 
 
 def test_the_token_always_has_a_gradient_and_a_real_one_when_frames_were_dropped():
@@ -222,7 +222,7 @@ def test_activation_checkpointing_changes_no_gradient():
     gradients = []
     for checkpointing in (False, True):
         model = awake_model(SMALL.model_copy(update={"activation_checkpointing": checkpointing})).train()
-        reconstruction, posterior = model(clip(5), visible=1, generator=seeded())
+        reconstruction, posterior = model(clip(5), visible=1, rng=seeded())
         (reconstruction.square().mean() + posterior.kl().mean()).backward()
         gradients.append([parameter.grad for parameter in model.parameters()])
     for plain, recomputed in zip(*gradients, strict=True):
@@ -231,7 +231,7 @@ def test_activation_checkpointing_changes_no_gradient():
 
 def test_bf16_runs_and_kl_stays_fp32():
     model = awake_model().bfloat16()
-    reconstruction, posterior = model(clip(9), visible=2, generator=seeded())
+    reconstruction, posterior = model(clip(9), visible=2, rng=seeded())
     (reconstruction.float().square().mean() + posterior.kl().mean()).backward()
     assert reconstruction.dtype == posterior.mean.dtype == torch.bfloat16
     assert posterior.kl().dtype == torch.float32

@@ -32,9 +32,9 @@ SMALL = LatteConfig(depth=2, width=32, heads=2, channels=8, classes=3, shape=(3,
 
 def awake(model: nn.Module, seed: int = 0) -> Any:
     """Random weights, also where a layer starts at zero."""
-    generator = torch.Generator().manual_seed(seed)
+    rng = torch.Generator().manual_seed(seed)
     for parameter in model.parameters():
-        nn.init.normal_(parameter, std=0.15, generator=generator)
+        nn.init.normal_(parameter, std=0.15, generator=rng)
     return model.eval()
 
 

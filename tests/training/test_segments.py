@@ -41,9 +41,9 @@ SMALL: dict[str, Any] = {
 
 
 def awake(made: nn.Module) -> Any:
-    generator = torch.Generator().manual_seed(0)
+    rng = torch.Generator().manual_seed(0)
     for parameter in made.parameters():
-        nn.init.normal_(parameter, std=0.15, generator=generator)
+        nn.init.normal_(parameter, std=0.15, generator=rng)
     return made.eval()
 
 

@@ -161,7 +161,7 @@ def test_a_stream_between_forward_and_backward_changes_no_gradient_and_no_stream
         model.zero_grad()
         stream, parts = model.encode_stream([clip(17, seed=3)], steps=1), []
         parts += [next(stream)] if streams else []
-        made, _ = model(video, generator=torch.Generator().manual_seed(0))
+        made, _ = model(video, rng=torch.Generator().manual_seed(0))
         parts += [next(stream)] if streams else []
         made.square().mean().backward()
         gradients.append([p.grad.clone() for p in model.parameters()])

@@ -115,9 +115,9 @@ def test_sample_videos_do_not_change_what_is_learned(small: Any, tmp_path: Path,
         resting = made.modules["generator"][1] = nn.Sequential(nn.Dropout(0.2), nn.Dropout(0.5).eval())
         modes = []
 
-        def sample(engines: Any, generator: torch.Generator) -> dict[str, np.ndarray]:
+        def sample(engines: Any, rng: torch.Generator) -> dict[str, np.ndarray]:
             modes.append(any(m.training for m in engines["generator"].module.modules()))
-            x = torch.randn(4, small.WIDTH, generator=generator)
+            x = torch.randn(4, small.WIDTH, generator=rng)
             torch.rand(3)
             pixels = engines["generator"].module(x).sigmoid().mul(255).byte()
             return {"dream": pixels.view(4, 4, 8, 1).expand(-1, -1, -1, 3).numpy()}

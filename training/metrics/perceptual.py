@@ -107,7 +107,7 @@ def perceptual_loss(
     source: Tensor,
     *,
     frames: int | None = None,
-    generator: torch.Generator | None = None,
+    rng: torch.Generator | None = None,
 ) -> Tensor:
     """LPIPS averaged over clips and frames, as a loss: its gradient reaches `made` only. Without a network, 0.
 
@@ -122,16 +122,16 @@ def perceptual_loss(
     if perceptual is None:
         return made.new_zeros((), dtype=torch.float32)
     if frames is not None and frames < made.shape[2]:
-        made, source = _drawn((made, source), frames, generator)
+        made, source = _drawn((made, source), frames, rng)
     return lpips(perceptual, made, source.detach()).mean()
 
 
-def _drawn(videos: Sequence[Tensor], frames: int, generator: torch.Generator | None) -> list[Tensor]:
+def _drawn(videos: Sequence[Tensor], frames: int, rng: torch.Generator | None) -> list[Tensor]:
     if frames < 1:
         raise ValueError(f"frames must be at least 1, got {frames}")
     first = videos[0]
-    at = generator.device if generator is not None else first.device
-    chosen = torch.rand(first.shape[0], first.shape[2], generator=generator, device=at).argsort(1)[:, :frames]
+    at = rng.device if rng is not None else first.device
+    chosen = torch.rand(first.shape[0], first.shape[2], generator=rng, device=at).argsort(1)[:, :frames]
     clips = torch.arange(first.shape[0], device=first.device)[:, None]
     return [video.transpose(1, 2)[clips, chosen.to(first.device)].transpose(1, 2) for video in videos]
 

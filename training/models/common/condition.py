@@ -9,7 +9,7 @@ NO_CLASS = -1  # the id of a sample that is of no class
 
 
 def class_rows(
-    classes: Tensor | None, x: Tensor, known: int, hidden: float = 0.0, generator: torch.Generator | None = None
+    classes: Tensor | None, x: Tensor, known: int, hidden: float = 0.0, rng: torch.Generator | None = None
 ) -> Tensor:
     """Rows `(B,)` of an embedding of `known` classes whose last row is no class, a share `hidden` of them hidden.
 
@@ -22,7 +22,7 @@ def class_rows(
     check_classes(classes.tolist(), known)
     rows = torch.where(classes == NO_CLASS, known, classes).to(x.device)
     if hidden:
-        hide = torch.rand(rows.shape, generator=generator, device=x.device) < hidden
+        hide = torch.rand(rows.shape, generator=rng, device=x.device) < hidden
         rows = torch.where(hide, known, rows)
     return rows
 

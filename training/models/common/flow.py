@@ -32,11 +32,11 @@ def sample_t(
     mean: float = 0.0,
     std: float = 1.0,
     shift: float = 1.0,
-    generator: torch.Generator | None = None,
+    rng: torch.Generator | None = None,
     device: torch.device | str = "cpu",
 ) -> Tensor:
-    """Training times: sigmoid of N(mean, std²), then `shifted`. `(batch,)` fp32 in 0..1; `generator` on `device`."""
-    normal = torch.randn(batch, generator=generator, device=device)
+    """Training times: sigmoid of N(mean, std²), then `shifted`. `(batch,)` fp32 in 0..1; `rng` on `device`."""
+    normal = torch.randn(batch, generator=rng, device=device)
     return shifted(torch.sigmoid(mean + std * normal), shift)
 
 
@@ -44,7 +44,7 @@ def sample_conditioning(
     batch: int,
     frames: int,
     probability: float,
-    generator: torch.Generator | None = None,
+    rng: torch.Generator | None = None,
     device: torch.device | str = "cpu",
 ) -> Tensor:
     """How many leading frames of each sample are clean in training: `(batch,)` int64.
@@ -53,8 +53,8 @@ def sample_conditioning(
     """
     if frames < 2:
         return torch.zeros(batch, dtype=torch.long, device=device)
-    conditioned = torch.rand(batch, generator=generator, device=device) < probability
-    return conditioned * torch.randint(1, frames, (batch,), generator=generator, device=device)
+    conditioned = torch.rand(batch, generator=rng, device=device) < probability
+    return conditioned * torch.randint(1, frames, (batch,), generator=rng, device=device)
 
 
 def noised_frames(clean: Tensor, frames: int) -> Tensor:
@@ -99,7 +99,7 @@ def loss(velocity: Tensor, x0: Tensor, noise: Tensor, counted: Tensor | None = N
 def training_loss(
     velocity: Velocity,
     x0: Tensor,
-    generator: torch.Generator | None = None,
+    rng: torch.Generator | None = None,
     mean: float = 0.0,
     std: float = 1.0,
     shift: float = 1.0,
@@ -108,16 +108,16 @@ def training_loss(
     """One draw of times, clean frames and noise, and what `velocity` makes of it: `(B,)` fp32.
 
     `conditioning` is the probability that a sample has clean leading frames (`sample_conditioning`); only its other
-    frames count. `generator` is on the device of `x0`.
+    frames count. `rng` is on the device of `x0`.
     """
     batch, frames = x0.shape[0], x0.shape[2]
-    t = sample_t(batch, mean, std, shift, generator, x0.device)
+    t = sample_t(batch, mean, std, shift, rng, x0.device)
     counted = None
     if conditioning:
-        clean = sample_conditioning(batch, frames, conditioning, generator, x0.device)
+        clean = sample_conditioning(batch, frames, conditioning, rng, x0.device)
         counted = noised_frames(clean, frames)
         t = t[:, None] * counted
-    noise = torch.randn(x0.shape, generator=generator, device=x0.device)
+    noise = torch.randn(x0.shape, generator=rng, device=x0.device)
     return loss(velocity(interpolate(x0, noise, t), t), x0, noise, counted)
 
 

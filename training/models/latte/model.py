@@ -175,20 +175,20 @@ class Latte(Normalising):
         t: Tensor,
         classes: Tensor | None = None,
         start: Tensor | int = 0,
-        generator: torch.Generator | None = None,
+        rng: torch.Generator | None = None,
     ) -> Tensor:
         """The velocity.
 
         t           0 (data) to 1 (noise): `(B,)`, or `(B, T)` with 0 for frames that are given clean
         classes     ids `(B,)`; -1 is no class, and None is no class for all. In training mode `label_dropout` of
-                    them are hidden, drawn from `generator` (on the device of `x`).
+                    them are hidden, drawn from `rng` (on the device of `x`).
         start       index of the first frame in its clip, one for all or `(B,)`. Only whether it is 0 matters: the
                     first latent of a clip stands for one frame, all others for a group.
 
         Raises:
             ValueError: another shape, or a class id that the model does not know.
         """
-        hidden, condition = self._hidden(x, t, classes, start, generator, self.config.depth)
+        hidden, condition = self._hidden(x, t, classes, start, rng, self.config.depth)
         tokens = self.token_out(modulated(hidden, *self.modulation_out(condition)))
         height, width = (side // self.config.patch for side in x.shape[3:])
         return unfold(tokens.unflatten(2, (height, width)).movedim(-1, 1), 1, self.config.patch)
@@ -209,7 +209,7 @@ class Latte(Normalising):
         t: Tensor,
         classes: Tensor | None,
         start: Tensor | int,
-        generator: torch.Generator | None,
+        rng: torch.Generator | None,
         layers: int,
     ) -> tuple[Tensor, Tensor]:
         """Tokens `(B, T, N, D)` after so many blocks, and their condition `(B, T or 1, D)`."""
@@ -218,7 +218,7 @@ class Latte(Normalising):
         condition = self.time_in(frequencies(times).to(self.dtype))
         if self.class_in is not None:
             hidden = self.config.label_dropout if self.training else 0.0
-            rows = class_rows(classes, x, self.config.classes, hidden, generator)
+            rows = class_rows(classes, x, self.config.classes, hidden, rng)
             condition = condition + self.class_in(rows).unsqueeze(1)
         elif classes is not None:
             raise ValueError("classes: this model has none; leave them out")

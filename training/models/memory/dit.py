@@ -375,7 +375,7 @@ class MemoryDiT(Normalising):
         times: Tensor,
         memory: Memory | Steps | None = None,
         classes: Tensor | None = None,
-        generator: torch.Generator | None = None,
+        rng: torch.Generator | None = None,
         first: Tensor | None = None,
         seen: Tensor | None = None,
         level: Tensor | None = None,
@@ -389,7 +389,7 @@ class MemoryDiT(Normalising):
         t           0 (data) to 1 (noise): `(B,)`, or `(B, T)` with 0 for steps that are given clean
         times       positions of the steps in their video, `(T,)` or `(B, T)`, on the scale of the memory's; only differences count
         classes     ids `(B,)`; -1 is no class, and None is no class for all. In training mode `label_dropout` of
-                    them are hidden, drawn from `generator` (on the device of `x`).
+                    them are hidden, drawn from `rng` (on the device of `x`).
         first       `(B or 1, T)` bool, which steps are a video's first; None: none
         seen        `(B, T)` bool, False for steps that a sample does not have; None: it has all
         level       `(B,)`, how much noise what the memory was made of has, as `t`; None: it was clean
@@ -403,7 +403,7 @@ class MemoryDiT(Normalising):
         x = self.first(x, None if first is None else first.to(x.device).expand(len(x), -1))
         patches = fold(x.to(self.dtype), 1, self.config.patch).movedim(1, -1)  # (B, T, h, w, C p p)
         tokens = self.token_in(patches).flatten(2, 3)
-        condition = self._condition(t[:, None] if t.ndim == 1 else t, level, x, classes, generator)
+        condition = self._condition(t[:, None] if t.ndim == 1 else t, level, x, classes, rng)
         head = self.config.width // self.config.heads
         here = rotation(grid_positions(times, patches.shape[2], patches.shape[3], x.device), head)
         parts: tuple[Tensor, ...] = (tokens,)
@@ -433,16 +433,14 @@ class MemoryDiT(Normalising):
         level: Tensor | None,
         x: Tensor,
         classes: Tensor | None,
-        generator: torch.Generator | None,
+        rng: torch.Generator | None,
     ) -> tuple[Tensor, Tensor]:
         """Of tokens at times `(B, T or 1)`, and of the memory's: `(B, T or 1, D)` and `(B, 1, D)`."""
         both = torch.cat([t, torch.zeros_like(t[:, :1]) if level is None else level.to(t)[:, None]], dim=1)
         condition = self.time_in(frequencies(both).to(self.dtype))
         if self.class_in is not None:
             hidden = self.config.label_dropout if self.training else 0.0
-            condition = (
-                condition + self.class_in(class_rows(classes, x, self.config.classes, hidden, generator))[:, None]
-            )
+            condition = condition + self.class_in(class_rows(classes, x, self.config.classes, hidden, rng))[:, None]
         elif classes is not None:
             raise ValueError("classes: this model has none; leave them out")
         return condition[:, :-1], condition[:, -1:]

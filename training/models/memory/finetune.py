@@ -166,10 +166,10 @@ def given_to(
     model: MemoryDiT,
     most: int,
     posterior: Literal["sample", "mean"] = "mean",
-    generator: torch.Generator | None = None,
+    rng: torch.Generator | None = None,
 ) -> Given:
     """What a batch's segments are given, `most` steps of history at most."""
-    steps = steps_of(batch, model, most, posterior, generator)
+    steps = steps_of(batch, model, most, posterior, rng)
     return given_of(steps, batch["latent"].shape[3], batch["stream_step"], model.config)
 
 

@@ -70,7 +70,7 @@ def steps_of(
     model: MemoryDiT,
     most: int,
     posterior: Literal["sample", "mean"] = "mean",
-    generator: torch.Generator | None = None,
+    rng: torch.Generator | None = None,
 ) -> Steps:
     """The last `most` steps before the window, as many of them as each sample has, and the window's own, in order.
 
@@ -92,21 +92,21 @@ def steps_of(
     small = "latent_2" if "latent_2" in batch else "latent" if model.config.shrink == (1, 1) else None
     low = model.normalise_low(moments(small).mode()) if small else None
     full = moments("latent")
-    high = model.normalise(full.sample(generator) if posterior == "sample" else full.mode())
+    high = model.normalise(full.sample(rng) if posterior == "sample" else full.mode())
     places = batch["stream_step"][:, None] - most + torch.arange(high.shape[2], device=high.device)
     return Steps(high, low, room - most, places == 0, some(most - true_steps(batch, most)))
 
 
-def draw_omega(batch: int, steps: int, most: int, generator: torch.Generator, skip: Tensor | None = None) -> Tensor:
+def draw_omega(batch: int, steps: int, most: int, rng: torch.Generator, skip: Tensor | None = None) -> Tensor:
     """Ω, the steps to retrieve: `(batch, k)` distinct ones of 0..steps-1 in order, other ones for each sample.
 
     k is uniform in 1..most (at most as many as every sample has) and the same for the samples of a call [assumption:
     1 to 4]. The first `skip` `(batch,)` steps are not drawn.
     """
-    device = generator.device
+    device = rng.device
     fewest = steps if skip is None else steps - int(skip.max())
-    count = 1 + int(torch.randint(min(most, fewest), (), generator=generator, device=device))
-    ranks = torch.rand(batch, steps, generator=generator, device=device)
+    count = 1 + int(torch.randint(min(most, fewest), (), generator=rng, device=device))
+    ranks = torch.rand(batch, steps, generator=rng, device=device)
     if skip is not None:
         ranks = torch.where(torch.arange(steps, device=device) < skip[:, None], 1.0, ranks)
     return ranks.argsort(1)[:, :count].sort(1).values
@@ -129,18 +129,18 @@ def mask(steps: Steps, omega: Tensor, sigma: Tensor, noise: Steps) -> Steps:
     return steps._replace(high=noised(steps.high, noise.high), low=low)
 
 
-def noise_like(steps: Steps, generator: torch.Generator) -> Steps:
+def noise_like(steps: Steps, rng: torch.Generator) -> Steps:
     """Standard normal, of the same shapes."""
 
     def normal(x: Tensor) -> Tensor:
-        return torch.randn(x.shape, generator=generator, device=x.device)
+        return torch.randn(x.shape, generator=rng, device=x.device)
 
     return steps._replace(high=normal(steps.high), low=None if steps.low is None else normal(steps.low))
 
 
-def corrupted(steps: Steps, level: Tensor, generator: torch.Generator) -> Steps:
+def corrupted(steps: Steps, level: Tensor, rng: torch.Generator) -> Steps:
     """As the flow has them at time `level` `(B,)`: both branches are noised, every step of a sample alike."""
-    noise = noise_like(steps, generator)
+    noise = noise_like(steps, rng)
     low = None
     if steps.low is not None and noise.low is not None:
         low = flow.interpolate(steps.low, noise.low, level)
@@ -226,7 +226,7 @@ def retrieve(
     memory: Memory,
     times: Sequence[int],
     shape: tuple[int, int],
-    generator: torch.Generator,
+    rng: torch.Generator,
     steps: int = 50,
     shift: float = 1.0,
     classes: Tensor | None = None,
@@ -238,7 +238,7 @@ def retrieve(
     Args:
         times: true times of the steps, as the memory was made with.
         shape: height and width of a step in latents.
-        generator: on the CPU: the same noise on every device.
+        rng: on the CPU: the same noise on every device.
         steps: Euler steps.
         at_once: steps that are denoised together; a model has learned as many as its training retrieved.
         first: the time of the video's first step, None where the memory begins later.
@@ -246,7 +246,7 @@ def retrieve(
     batch, device = memory.tokens.shape[0], model.latent_mean.device
     made = []
     for part in torch.tensor(times).split(at_once):
-        noise = torch.randn(batch, model.config.channels, len(part), *shape, generator=generator).to(device)
+        noise = torch.randn(batch, model.config.channels, len(part), *shape, generator=rng).to(device)
         at = part.to(device)
         begins = None if first is None else (at == first)[None]
         velocity = partial(_velocity, model, memory, at, classes, begins)

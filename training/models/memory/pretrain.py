@@ -114,19 +114,19 @@ def remembered_steps(
     batch: Batch,
     model: MemoryDiT,
     posterior: Literal["sample", "mean"] = "mean",
-    generator: torch.Generator | None = None,
+    rng: torch.Generator | None = None,
 ) -> Steps:
     """The history and the segment of each sample, in whole groups."""
     room, segment = batch["history_latent"].shape[3], batch["latent"].shape[3]
-    steps = steps_of(batch, model, room, posterior, generator)
+    steps = steps_of(batch, model, room, posterior, rng)
     return whole_of(steps, batch["stream_step"] + segment, model.config)
 
 
-def masked(config: Config, steps: Steps, omega: Tensor, generator: torch.Generator) -> Steps:
+def masked(config: Config, steps: Steps, omega: Tensor, rng: torch.Generator) -> Steps:
     """What the memory is made of: every step outside of Ω at a level of noise of its own."""
     batch, _, count = steps.high.shape[:3]
-    sigma = flow.sample_t(batch * count, config.mask_mean, config.mask_std, 1.0, generator, steps.high.device)
-    return mask(steps, omega, sigma.view(batch, count), noise_like(steps, generator))
+    sigma = flow.sample_t(batch * count, config.mask_mean, config.mask_std, 1.0, rng, steps.high.device)
+    return mask(steps, omega, sigma.view(batch, count), noise_like(steps, rng))
 
 
 @torch.no_grad()

@@ -114,13 +114,13 @@ class LatentPadding(nn.Module):
         super().__init__()
         self.token = nn.Parameter(torch.zeros(1, channels, 1, 1, 1)) if kind == "token" else None
 
-    def forward(self, latent: Tensor, steps: int, generator: torch.Generator | None = None) -> Tensor:
+    def forward(self, latent: Tensor, steps: int, rng: torch.Generator | None = None) -> Tensor:
         """`(B, C, t, h, w)` -> `(B, C, t + steps, h, w)`. With 0 steps the token still gets its (zero) gradient, so
         that every rank reduces the same parameters whatever it has drawn."""
         batch, channels, _, height, width = latent.shape
         shape = (batch, channels, steps, height, width)
         if self.token is None:
-            tail = torch.randn(shape, generator=generator, device=latent.device).to(latent.dtype)
+            tail = torch.randn(shape, generator=rng, device=latent.device).to(latent.dtype)
         else:
             tail = self.token.to(latent.dtype).expand(shape)
         return torch.cat([latent, tail], dim=2)
@@ -226,12 +226,12 @@ class PVVAE(nn.Module):
         """Res blocks and attentions, each once: what is worth compiling in place, by `nn.Module.compile`."""
         return (module for module in self.modules() if isinstance(module, ResBlock | SpatialAttention))
 
-    def pad(self, latent: Tensor, steps: int, generator: torch.Generator | None = None) -> Tensor:
+    def pad(self, latent: Tensor, steps: int, rng: torch.Generator | None = None) -> Tensor:
         """Append `steps` padding latents in time."""
-        return self.padding(latent, steps, generator)
+        return self.padding(latent, steps, rng)
 
     def forward(
-        self, video: Tensor, visible: int | None = None, generator: torch.Generator | None = None
+        self, video: Tensor, visible: int | None = None, rng: torch.Generator | None = None
     ) -> tuple[Tensor, Posterior]:
         """Predictive reconstruction (paper, method): encode the first `visible` latent groups, decode all frames.
 
@@ -245,7 +245,7 @@ class PVVAE(nn.Module):
         if not 1 <= visible <= groups:
             raise ValueError(f"visible is {visible}; a clip of {video.shape[2]} frames has latent groups 1 to {groups}")
         posterior = self.encode(video[:, :, : frames_of(visible, stride)])
-        latent = self.pad(posterior.sample(generator), groups - visible, generator)
+        latent = self.pad(posterior.sample(rng), groups - visible, rng)
         return self.decode(latent), posterior
 
     @torch.no_grad()
@@ -253,7 +253,7 @@ class PVVAE(nn.Module):
         self,
         video: Tensor,
         visible_frames: int | None = None,
-        generator: torch.Generator | None = None,
+        rng: torch.Generator | None = None,
         tile: int | None = None,
         overlap: int = 64,
     ) -> Tensor:
@@ -261,7 +261,7 @@ class PVVAE(nn.Module):
         self._check(video)
         latent = self.encode(video[:, :, :visible_frames], tile, overlap).mode()
         unseen = latent_groups(video.shape[2], self.config.temporal_stride) - latent.shape[2]
-        return self.decode(self.pad(latent, unseen, generator), tile, overlap).clamp(-1.0, 1.0)
+        return self.decode(self.pad(latent, unseen, rng), tile, overlap).clamp(-1.0, 1.0)
 
     @property
     def _down(self) -> tuple[int, int]:

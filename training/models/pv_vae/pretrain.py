@@ -261,7 +261,7 @@ def _loss(
     # k ~ U{0..floor((G-1) r)} groups are dropped, as many on each rank; the first frame always stays
     most = int((groups - 1) * config.max_drop)
     dropped = int(np.random.default_rng(turn.seed).integers(most + 1))
-    generated, posterior = engine(video, visible=groups - dropped, generator=turn.rng)
+    generated, posterior = engine(video, visible=groups - dropped, rng=turn.rng)
     generated = generated.float()
     turn.carry["generated"] = generated.detach()
     reconstruction = partial(_reconstruction, config, perceptual, turn.rng, video)
@@ -284,7 +284,7 @@ def _reconstruction(
     terms = {"reconstruction": frames, "motion": motion}
     loss = config.lambda_reconstruction * (frames + config.lambda_motion * motion)
     if perceptual:
-        terms["perceptual"] = perceptual_loss(perceptual, made, video, frames=config.perceptual_frames, generator=rng)
+        terms["perceptual"] = perceptual_loss(perceptual, made, video, frames=config.perceptual_frames, rng=rng)
         loss = loss + config.lambda_perceptual * terms["perceptual"]
     return loss, {term: value.detach() for term, value in terms.items()}
 
@@ -295,7 +295,7 @@ def _sample(
     """The first held-out clip and, beside it, its prediction from the first half."""
     video = to_model(next(heldout.at([0]))["video"].to(device()))
     visible = (latent_groups(video.shape[2], vae.temporal_stride) + 1) // 2
-    predicted, _ = engines["generator"](video, visible=visible, generator=rng)
+    predicted, _ = engines["generator"](video, visible=visible, rng=rng)
     both = torch.cat([video, predicted.float().clamp(-1, 1)], dim=4)[0].permute(1, 2, 3, 0)
     return {"predicted": to_pixels(both).cpu().numpy()}
 
