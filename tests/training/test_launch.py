@@ -210,7 +210,7 @@ def test_a_stage_started_by_hand_lets_threads_sleep_soon_before_torch_is_loaded(
     tmp_path: Path, own: dict[str, str], expected: str
 ) -> None:
     script = (
-        "import os, sys\nfrom longtake.infra import cli\nfrom longtake.training import processes\n"
+        "import os, sys\nfrom longtake.infra import cli\nfrom longtake.training.launch import processes\n"
         "def spin(before=processes.spin_briefly):\n    before()\n"
         "    print(*(os.environ.get(name) for name in processes.SPINNING), 'torch' in sys.modules)\n"
         "processes.spin_briefly = spin\n"

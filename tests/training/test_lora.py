@@ -167,7 +167,7 @@ def test_frozen_parts_stand_still_bit_for_bit_and_are_in_the_checkpoint(
 def test_what_cannot_be_trained_is_one_line(small: Any, group: None) -> None:
     def refused(**changes: Any) -> str:
         with pytest.raises(UserError) as caught:
-            engines.engines_of({"generator": small.module()}, TrainConfig(**small.SETTINGS | changes), 1)
+            engines.engines_of({"generator": small.module()}, "generator", TrainConfig(**small.SETTINGS | changes), 1)
         return str(caught.value)
 
     assert refused(lora={"targets": ["nowhere"]}) == (
