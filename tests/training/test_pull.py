@@ -566,7 +566,7 @@ def test_a_copy_is_whole_and_replaces_nothing(local: Path, tmp_path: Path) -> No
 @pytest.mark.slow
 def test_two_processes_at_once_fetch_a_model_once(proxy: Proxy) -> None:
     script = (
-        "import sys\nfrom longtake.training import pull\nprint('ready', flush=True)\nsys.stdin.readline()\n"
+        "import sys\nfrom longtake.training.registry import cache as pull\nprint('ready', flush=True)\nsys.stdin.readline()\n"
         "print(pull.pull('models:/pv-vae@champion'))"
     )
     environment = os.environ | {"MLFLOW_TRACKING_URI": proxy.url}
