@@ -16,7 +16,7 @@ from longtake.datasets.errors import UserError
 from longtake.datasets.masking import shown
 from longtake.datasets.stage import StageConfig
 from longtake.infra import stages, yaml_text
-from longtake.infra.cluster.deploy import Deploy
+from longtake.infra.deploy import Deploy
 
 _KEYS = ("name", "workspace", "stages", "deploy", "outside")
 _NAME = re.compile(r"[a-z][a-z0-9_-]*")

@@ -1,5 +1,6 @@
 """The layout that everything else relies on."""
 
+import os
 import subprocess
 import sys
 import tomllib
@@ -39,6 +40,17 @@ def test_ray_workers_do_not_find_them_either(ray_session: None) -> None:
         return [n for n in ("datasets", "pipeline", "training", "infra") if u.find_spec(n)]
 
     assert ray.get(found.remote()) == []
+
+
+def test_no_module_imports_what_imports_it() -> None:
+    script = (
+        "import graphlib, grimp\n"
+        "graph = grimp.build_graph('longtake.datasets', 'longtake.infra', 'longtake.pipeline', 'longtake.training')\n"
+        "graphlib.TopologicalSorter({m: graph.find_modules_directly_imported_by(m) for m in graph.modules}).prepare()"
+    )
+    environment = os.environ | {"PYTHONPATH": ".typing"}
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr.splitlines()[-1]
 
 
 @pytest.mark.slow

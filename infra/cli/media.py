@@ -10,6 +10,7 @@ from typing import Any
 import click
 
 from longtake.datasets.errors import Failure, UserError
+from longtake.training.registry.uri import in_store
 
 precision_option = click.option(
     "--precision",
@@ -129,7 +130,7 @@ def check_output(out: str) -> None:
 
 def known(uri: str) -> str:
     """The URI of a model, as it is. Raises UserError where it needs a registry and none is named."""
-    if uri.startswith(("models:/", "runs:/")) and not os.environ.get("MLFLOW_TRACKING_URI"):
+    if in_store(uri) and not os.environ.get("MLFLOW_TRACKING_URI"):
         raise UserError(
             f"{uri}: MLFLOW_TRACKING_URI is not set; set it to the registry, such as sqlite:///runs/quickstart/mlflow.db"
         )

@@ -7,6 +7,7 @@ import click
 
 from longtake.datasets.errors import Failure, UserError
 from longtake.datasets.masking import shown, shown_within
+from longtake.training.registry.uri import in_store, parse
 
 _LOCK = "longtake.lock"  # tag of what is registered only to keep others away
 _SHOWN = ("champion", "candidate", "previous")
@@ -53,7 +54,7 @@ def show(model: str, as_json: bool) -> None:
 
     _check_store()
     uri = _uri(model)
-    name = uri.removeprefix("models:/").partition("@")[0].partition("/")[0]
+    name = parse(uri).name
     with model_store.asking(uri) as client:
         if uri == f"models:/{name}":
             uri = _default(client, name)
@@ -137,7 +138,7 @@ def _check_store() -> None:
 
 
 def _uri(model: str) -> str:
-    return model if model.startswith(("models:/", "runs:/")) else f"models:/{model}"
+    return model if in_store(model) else f"models:/{model}"
 
 
 def _default(client: Any, name: str) -> str:

@@ -19,8 +19,8 @@ from longtake.datasets.errors import UserError
 from longtake.datasets.masking import shown
 from longtake.infra import yaml_text
 from longtake.infra.cluster import submit
-from longtake.infra.cluster.deploy import Deploy
-from longtake.infra.cluster.pods import KubeRay, bytes_of
+from longtake.infra.deploy import Deploy
+from longtake.infra.pods import KubeRay, bytes_of
 from longtake.infra.recipe import Recipe
 
 _FOLDER = "/etc/longtake"

@@ -17,8 +17,8 @@ from typing import Any
 from longtake.datasets.errors import UserError
 from longtake.infra import graph
 from longtake.infra.cluster import jobs, wheel
-from longtake.infra.cluster.deploy import Deploy, Resources, environment
 from longtake.infra.cluster.jobs import cluster_labels, cluster_nodes
+from longtake.infra.deploy import Deploy, Resources, environment
 from longtake.infra.graph import Node
 from longtake.infra.recipe import Recipe
 

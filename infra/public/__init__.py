@@ -27,14 +27,16 @@ def load(uri: str) -> "nn.Module":
 
 
 def resolve(uri: str) -> str:
-    """The URI of the version, "models:/NAME/VERSION", that a model's URI names now, since an alias moves.
+    """The URI of the version, "models:/NAME/VERSION", that a model's URI names now, since an alias moves; a folder's path, whole.
 
     Raises:
         UserError, Failure: as `longtake.training.registry.store.locate`.
     """
+    from longtake.datasets import storage
     from longtake.training.registry import store
+    from longtake.training.registry.uri import in_store
 
-    return store.locate(uri).uri
+    return store.locate(uri).uri if in_store(uri) else storage.absolute(uri)
 
 
 def __getattr__(name: str) -> Any:

@@ -37,6 +37,7 @@ from longtake.infra.upkeep.debris import (
     run_of,
     size,
 )
+from longtake.training.registry.uri import parse
 
 KINDS = ("checkpoints", "latents", "debris", "cache")
 OLDER_SECONDS = 3600.0
@@ -212,8 +213,8 @@ def _version(store: Runs, uri: str) -> Any:
     """The registered version that a `models:/NAME/VERSION` URI names; None where there is none."""
     from mlflow.exceptions import MlflowException
 
-    name, _, number = uri.removeprefix("models:/").partition("/")
-    if not uri.startswith("models:/") or not number:
+    name, number, _ = parse(uri)
+    if not number:
         return None
     try:
         return store.client.get_model_version(name, number)

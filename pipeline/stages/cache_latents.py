@@ -145,8 +145,8 @@ def _encoder(uri: str) -> tuple[str, Any]:
     """The model, and the URI of its version: an alias may point elsewhere before a stopped run goes on."""
     # the public door, as any other user's: training is no part of the pipeline
     longtake: Any = importlib.import_module("longtake")
-    uri = longtake.resolve(uri) if uri.startswith(("models:/", "runs:/")) else storage.absolute(uri)
-    return uri, longtake.load(uri)
+    version = longtake.resolve(uri)
+    return version, longtake.load(version)
 
 
 def _load(

@@ -15,7 +15,7 @@ from longtake.datasets.errors import UserError
 from longtake.infra import graph, recipe
 from longtake.infra.cli.submit import render
 from longtake.infra.cluster import kuberay
-from longtake.infra.cluster.pods import KubeRay
+from longtake.infra.pods import KubeRay
 
 ROOT = Path(__file__).resolve().parents[2]
 SCHEMA = json.loads((Path(__file__).parent / "data" / "rayjob.schema.json").read_text())

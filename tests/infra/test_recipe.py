@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from longtake.datasets.errors import UserError
 from longtake.infra import graph, recipe
 from longtake.infra.cli import cli
-from longtake.infra.cluster.deploy import Deploy, environment
+from longtake.infra.deploy import Deploy, environment
 from longtake.pipeline.stages import shard
 
 GOOD: dict[str, Any] = {

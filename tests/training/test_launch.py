@@ -15,9 +15,10 @@ import torch
 import yaml
 
 from longtake.datasets.errors import UserError
-from longtake.training import checkpoint, launch
+from longtake.training import checkpoint
 from longtake.training.checkpoint import weights
 from longtake.training.config import LaunchConfig
+from longtake.training.launch import ray
 
 BIN = Path(sys.executable).parent
 LONGTAKE = [sys.executable, "-P", "-m", "longtake.infra.cli"]
@@ -357,7 +358,7 @@ def test_a_cluster_without_room_is_refused_at_once(dataset: str, tmp_path: Path)
 def test_room_is_counted_node_by_node_and_one_cpu_stays_free() -> None:
     def fits(nodes: list[dict[str, float]], **how: Any) -> bool:
         try:
-            launch._check(LaunchConfig(by="ray", **how), nodes)
+            ray._check(LaunchConfig(by="ray", **how), nodes)
         except UserError:
             return False
         return True

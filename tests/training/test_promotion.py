@@ -114,7 +114,7 @@ def lock(owner: str, expires: float, after: str = "") -> str:
 
 def test_a_promotion_keeps_the_one_before(store: MlflowClient) -> None:
     assert promotion.promote(version(1)) and now() == ("1", None)
-    assert promotion.promote(version(2), over="1") and now() == ("2", "1")
+    assert promotion.promote_over(version(2), "1") and now() == ("2", "1")
     promotion.promote(version(4))
     assert now() == ("4", "2") and quiet(store)
 
@@ -122,7 +122,7 @@ def test_a_promotion_keeps_the_one_before(store: MlflowClient) -> None:
 def test_what_is_champion_already_moves_nothing(store: MlflowClient) -> None:
     promotion.promote(version(1))
     promotion.promote(version(2))
-    assert not promotion.promote(version(2)) and not promotion.promote(version(2), over="1")
+    assert not promotion.promote(version(2)) and not promotion.promote_over(version(2), "1")
     assert now() == ("2", "1") and quiet(store)
 
 
@@ -133,7 +133,7 @@ def test_a_champion_that_has_changed_since_is_told(store: MlflowClient) -> None:
         with pytest.raises(
             Failure, match=f"champion of pv-vae changed from {named} to v4 while v5 was measured; run the same"
         ):
-            promotion.promote(version(5), over=over)
+            promotion.promote_over(version(5), over)
     assert now() == ("4", "3") and quiet(store)
 
 
@@ -141,7 +141,7 @@ def test_of_several_that_were_measured_against_one_champion_one_wins_and_the_oth
     store: MlflowClient,
 ) -> None:
     promotion.promote(version(1))
-    said = together(*(lambda n=n: promotion.promote(version(n), over="1") for n in range(2, 6)))
+    said = together(*(lambda n=n: promotion.promote_over(version(n), "1") for n in range(2, 6)))
     winners = [n for n, answer in enumerate(said, 2) if answer is True]
     assert len(winners) == 1, said
     losers = [str(answer) for answer in said if answer is not True]
@@ -213,9 +213,9 @@ def test_a_promotion_that_was_cut_off_has_a_champion_and_ends_when_it_is_run_aga
     promotion.promote(version(2))
     cut_off(monkeypatch, at)
     with pytest.raises(Failure, match="on fire"):
-        promotion.promote(version(3), over="2")
+        promotion.promote_over(version(3), "2")
     assert now()[0] == "2", "the champion is the one that it was"
-    assert promotion.promote(version(3), over="2"), "it has come about by this"
+    assert promotion.promote_over(version(3), "2"), "it has come about by this"
     assert now() == ("3", "2") and quiet(store)
 
 
@@ -240,7 +240,7 @@ def test_what_people_have_set_since_counts_more_than_a_move_that_was_cut_off(
     with pytest.raises(Failure, match="on fire"):
         promotion.promote(version(2))
     store.set_registered_model_alias(NAME, "champion", "4")
-    assert promotion.promote(version(5), over="4") and now() == ("5", "4") and quiet(store)
+    assert promotion.promote_over(version(5), "4") and now() == ("5", "4") and quiet(store)
 
 
 def test_a_move_to_a_version_that_was_deleted_is_dropped(store: MlflowClient, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -269,7 +269,7 @@ def test_expired_locks_are_taken_over_by_one_process_only(store: MlflowClient) -
     promotion.promote(version(1))
     lock("a", time.time() - 1)
     lock("b", time.time() - 1, after="a")
-    said = together(*(lambda n=n: promotion.promote(version(n), over="1") for n in range(2, 6)))
+    said = together(*(lambda n=n: promotion.promote_over(version(n), "1") for n in range(2, 6)))
     assert sum(answer is True for answer in said) == 1 and now()[1] == "1", said
     assert all("changed from v1 to" in str(answer) for answer in said if answer is not True), said
     assert quiet(store)

@@ -7,6 +7,8 @@ door imports torch only when a model is loaded, for commands that ask the store 
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from longtake.training.registry.uri import in_store
+
 if TYPE_CHECKING:
     from torch import nn
 
@@ -27,7 +29,7 @@ def load_with_facts(uri: str) -> tuple["nn.Module", dict[str, Any]]:
     """The same, and what its config.json says of it."""
     from longtake.training.registry import cache, disk
 
-    if not uri.startswith(("models:/", "runs:/")):
+    if not in_store(uri):
         return disk.load(Path(uri)), disk.read_config(Path(uri))
     folder = cache.pull(uri)
     content = disk.read_config(folder)

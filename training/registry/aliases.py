@@ -15,12 +15,13 @@ from typing import Any
 from longtake.datasets.errors import Failure, UserError
 from longtake.datasets.masking import shown, shown_within
 from longtake.training.registry.store import asking
+from longtake.training.registry.uri import parse
 
 
 def split(uri: str) -> tuple[str, str]:
     """(name, version) of "models:/NAME/VERSION". Raises UserError for anything else."""
-    name, _, number = uri.removeprefix("models:/").partition("/")
-    if not uri.startswith("models:/") or not name or not number.isdigit():
+    name, number, _ = parse(uri)
+    if not name or not number.isdigit():
         raise UserError(f"{uri}: needs a version of a registered model, such as models:/pv-vae/3")
     return name, number
 

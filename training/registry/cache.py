@@ -33,6 +33,7 @@ from longtake.datasets import storage
 from longtake.datasets.errors import Failure, UserError
 from longtake.datasets.masking import shown
 from longtake.training.registry import disk, store
+from longtake.training.registry.uri import parse
 
 _CHUNK = 4 << 20
 _LOOKED_AT = 100  # folders of artifacts in which config.json is looked for
@@ -149,7 +150,7 @@ def _store() -> str:
 
 def _named(found: store.Named) -> dict[str, Any]:
     """What tells a version of a store from every other, one that has been deleted included."""
-    name = found.uri.removeprefix("models:/").partition("/")[0]
+    name = parse(found.uri).name
     return {"name": name, "uri": found.uri, "version": found.version, "sha256": found.sha256, "created": found.created}
 
 

@@ -134,23 +134,16 @@ def bootstrap(differences: np.ndarray[Any, Any], confidence: float, resamples: i
     The percentiles are widened as Student's t asks for with few sources: "expanded percentiles" (Hesterberg,
     arXiv 1411.5279). Of 8 normal differences a bound of 95 % holds in 94 % of cases; plain percentiles do in 92 %.
     """
+    from scipy.stats import t as student  # not at import: a model is loaded without it
+
     count = len(differences)
     draws = np.random.default_rng(seed)
     most = max(1, _AT_ONCE // count)
     parts = [min(most, resamples - begin) for begin in range(0, resamples, most)]
     means = np.concatenate([differences[draws.integers(count, size=(part, count))].mean(1) for part in parts])
-    level = NormalDist().cdf(-math.sqrt(count / (count - 1)) * _student(confidence, count - 1))
+    level = NormalDist().cdf(-math.sqrt(count / (count - 1)) * float(student.ppf(confidence, count - 1)))
     low, high = np.quantile(means, [level, 1 - level], axis=0)
     return [Interval(*map(float, each)) for each in zip(differences.mean(0), low, high, strict=True)]
-
-
-def _student(confidence: float, freedom: int) -> float:
-    """Student's t of that confidence, from the normal's (Abramowitz & Stegun 26.7.5): 0.3 % off with 7 degrees of freedom."""
-    z, n = NormalDist().inv_cdf(confidence), freedom
-    first = (z**3 + z) / 4
-    second = (5 * z**5 + 16 * z**3 + 3 * z) / 96
-    third = (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384
-    return z + first / n + second / n**2 + third / n**3
 
 
 def _judged(

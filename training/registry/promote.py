@@ -9,8 +9,7 @@ from collections.abc import Mapping
 from typing import Annotated, Any, Literal, NamedTuple
 
 from longtake.datasets.stage import DatasetInput, Input, ModelInput, StageConfig, ViewInput
-from longtake.training.registry import aliases, judge, promotion
-from longtake.training.registry import store as model_store
+from longtake.training.registry import aliases, judge, promotion, store
 from longtake.training.registry.gate import Gate, Interval, Verdict, decide
 
 VERSION = 2
@@ -84,7 +83,7 @@ def let_through(candidate: str, inputs: Mapping[str, str], gate: Gate, run_id: s
     Raises:
         UserError, Failure: as `judge.rows_of` and `promotion.promote`.
     """
-    candidate = str(model_store.resolve(candidate)["uri"])
+    candidate = str(store.resolve(candidate)["uri"])
     name, number = aliases.split(candidate)
     champion = aliases.read(name).get("champion")
     before = None if champion is None else f"models:/{name}/{champion}"
@@ -97,7 +96,7 @@ def let_through(candidate: str, inputs: Mapping[str, str], gate: Gate, run_id: s
     # before the move, so that one who is killed after it finds its figures here
     aliases.log_json(run_id, _RECORD, facts | {"gate": gate.model_dump(mode="json"), "inputs": inside})
     if verdict.promoted:
-        promotion.promote(candidate, over=champion)
+        promotion.promote_over(candidate, champion)
     aliases.tag_version(candidate, {"gate.verdict": made.line(), "gate.run": run_id})
     return made
 

@@ -12,14 +12,13 @@ import os
 import socket
 import time
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from typing import NamedTuple
 
 from longtake.datasets.errors import Failure, UserError
-from longtake.training.registry import aliases
-from longtake.training.registry import store as model_store
+from longtake.training.registry import aliases, store
 
 LOCK = "longtake.lock"  # a tag that every lock has: no model to show
 _OWNER, _HOLDER, _EXPIRES = (f"{LOCK}.{part}" for part in ("owner", "holder", "expires"))
@@ -58,31 +57,46 @@ class Move(NamedTuple):
     back: bool
 
 
-def promote(uri: str, over: str | None = "") -> bool:
+def promote(uri: str) -> bool:
     """Give a registered version ("models:/NAME/VERSION") the alias `champion`, and what had it `previous`.
-
-    Args:
-        over: the version that it was measured against, None if there was none; "" takes any champion's place.
 
     Returns:
         Whether it has come about by this; False where it was the champion already.
 
     Raises:
         UserError: there is no such version.
-        Failure: the champion is another than `over`; another promotion does not end; the store cannot be reached.
+        Failure: another promotion does not end; the store cannot be reached.
     """
+    return _promote(uri, lambda champion: None)
+
+
+def promote_over(uri: str, measured: str | None) -> bool:
+    """`promote` a version that was measured against champion `measured`; None: there was none.
+
+    Raises:
+        Failure: the champion is another by now; and as `promote`.
+    """
+
+    def check(champion: str | None) -> None:
+        if champion != measured:
+            name, number = aliases.split(uri)
+            before, now = (f"v{which}" if which else "none" for which in (measured, champion))
+            raise Failure(
+                f"the champion of {name} changed from {before} to {now} while v{number} was measured; run the same command again"
+            )
+
+    return _promote(uri, check)
+
+
+def _promote(uri: str, check: Callable[[str | None], None]) -> bool:
     name, number = aliases.split(uri)
-    model_store.resolve(uri)
+    store.resolve(uri)
     with _locked(name) as lock:
         finished = _finish(lock)
         champion = aliases.read(name).get("champion")
         if champion == number:
             return finished is not None and finished.champion == number
-        if over not in ("", champion):
-            before, now = (f"v{which}" if which else "none" for which in (over, champion))
-            raise Failure(
-                f"the champion of {name} changed from {before} to {now} while v{number} was measured; run the same command again"
-            )
+        check(champion)
         _begin(lock, Move(champion, number, champion, False))
     return True
 
@@ -141,7 +155,7 @@ def _finish(lock: _Lock) -> Move | None:
         # not where aliases were set by hand since, or a version was deleted
         move = Move(*json.loads(noted))
         if aliases.read(lock.model).get("champion") in (move.was, move.champion):
-            model_store.resolve(f"models:/{lock.model}/{move.champion}")
+            store.resolve(f"models:/{lock.model}/{move.champion}")
             _set(lock, move)
             return move
     aliases.tag(lock.model, _MOVE, None)

@@ -20,6 +20,7 @@ import numpy as np
 
 from longtake.datasets.errors import Failure, UserError
 from longtake.datasets.masking import shown
+from longtake.training.registry.uri import parse
 
 _PIECE = 1 << 16  # bytes of a file that is read; what a connection that breaks has brought of one is lost
 _DIGEST = 32  # hex digits of a data set's digest; MLflow takes 36 characters
@@ -241,19 +242,18 @@ def locate(uri: str) -> Named:
 
     if uri.startswith("runs:/"):
         return _of_run(uri)
-    name, at, alias = uri.removeprefix("models:/").partition("@")
-    name, _, number = (name, "", "") if at else name.partition("/")
+    name, number, alias = parse(uri)
     with asking(uri) as client:
-        if name.startswith("m-") and not at and not number:
+        if name.startswith("m-") and not alias and not number:
             model = client.get_logged_model(name)
             return Named(uri, "", model.tags.get("sha256"), model.creation_timestamp, model.artifact_location)
-        if not name or not (alias if at else number == "latest" or number.isdecimal()):
+        if not name or not (alias or number == "latest" or number.isdecimal()):
             raise UserError(f"{uri}: name a model as models:/NAME@ALIAS or models:/NAME/VERSION")
         try:
             if number == "latest":
                 number = str(max((int(v.version) for v in versions(client, name)), default=0))
             by_alias, by_number = client.get_model_version_by_alias, client.get_model_version
-            found = by_alias(name, alias) if at else by_number(name, number)
+            found = by_alias(name, alias) if alias else by_number(name, number)
         except MlflowException as e:
             if e.error_code not in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
                 raise

@@ -30,6 +30,7 @@ from longtake.training.models.common import patchgan
 from longtake.training.models.common.patchgan import PatchGAN, PatchGANConfig
 from longtake.training.objective import Terms
 from longtake.training.registry import cache
+from longtake.training.registry.uri import in_store
 
 NAME = "discriminator"
 FILE = f"{NAME}/{NAME}.safetensors"  # in the artifacts of a run, or in a model folder
@@ -136,7 +137,7 @@ def _text(config: PatchGANConfig) -> str:
 
 def _of(parent: str, model: PatchGAN, scratch: Path) -> Path:
     """The file of a parent's discriminator. Raises UserError or Failure where it has none that can be had."""
-    if not parent.startswith(("models:/", "runs:/")):
+    if not in_store(parent):
         path = Path(parent) / FILE
         if not path.is_file():
             raise UserError(f"{parent} has none")

@@ -9,7 +9,7 @@ import re
 from pydantic import Field, PositiveFloat, field_validator
 
 from longtake.datasets.stage import StageConfig
-from longtake.infra.cluster.pods import KubeRay
+from longtake.infra.pods import KubeRay
 
 _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 
