@@ -1,6 +1,5 @@
 """Shared by the tests of training: a process group of one, a small training, and processes that do it together."""
 
-import importlib.util
 import json
 import os
 import socket
@@ -9,30 +8,20 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
+import small
 
 from longtake.training import engines
 
-SMALL = Path(__file__).with_name("small.py")
+SMALL = Path(small.__file__)
 
 
 @pytest.fixture(scope="module")
 def group() -> Iterator[None]:
     with engines.process_group():
         yield
-
-
-@pytest.fixture(scope="session")
-def small() -> ModuleType:
-    """tests/training/small.py"""
-    spec = importlib.util.spec_from_file_location("small", SMALL)
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 class Ranks:

@@ -26,6 +26,7 @@ sys.path.insert(0, sys.argv[1])
 import importlib.util as u
 import numpy as np
 from longtake.training import registry
+from longtake.training.models.common.codec import reconstruct_arrays
 from longtake.datasets.errors import UserError
 
 absent = [n for n in ("ray", "deepspeed", "av", "decord", "matplotlib", "sqlalchemy", "sklearn") if u.find_spec(n)]

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import small
 import torch
 
 from longtake.datasets.errors import Failure, Interrupted
@@ -31,7 +32,7 @@ def fault(kind: str, *calls: int, **more: Any) -> dict[str, Any]:
 @STAGES
 @KINDS
 def test_what_is_not_finite_leaves_weights_and_averages_alone(
-    small: Any, tmp_path: Path, group: None, kind: str, zero_stage: int, precision: str
+    tmp_path: Path, group: None, kind: str, zero_stage: int, precision: str
 ) -> None:
     log = small.Log()
     settings = {"zero_stage": zero_stage, "precision": precision, "ema_half_lives": [2], "skip_nonfinite": 2}
@@ -54,7 +55,7 @@ def test_what_is_not_finite_leaves_weights_and_averages_alone(
 
 
 @KINDS
-def test_too_many_updates_left_out_end_the_training(small: Any, tmp_path: Path, group: None, kind: str) -> None:
+def test_too_many_updates_left_out_end_the_training(tmp_path: Path, group: None, kind: str) -> None:
     what = "gradient" if kind == "gradient" else "loss"
     with pytest.raises(Failure, match=rf"{what} of generator is not finite at step 5; the batch's keys are in"):
         small.fit(tmp_path, small.objective(fault=fault(kind, 1, 4, 5)), skip_nonfinite=2)
@@ -64,9 +65,7 @@ def test_too_many_updates_left_out_end_the_training(small: Any, tmp_path: Path, 
 
 
 @STAGES
-def test_the_good_pass_of_an_update_left_out_leaves_no_trace(
-    small: Any, tmp_path: Path, group: None, zero_stage: int
-) -> None:
+def test_the_good_pass_of_an_update_left_out_leaves_no_trace(tmp_path: Path, group: None, zero_stage: int) -> None:
     """The batch of step 2 is dropped whole; what follows is what a training without it does."""
     settings = {"zero_stage": zero_stage, "accumulate": 2, "batch": 8, "steps": 3, "gradient_clip": 0}
     with_fault = small.fit(tmp_path, small.objective(fault=fault("nan", 4)), skip_nonfinite=1, **settings)
@@ -111,7 +110,7 @@ def test_a_loss_that_stays_up_is_the_new_mean(tmp_path: Path) -> None:
 
 
 def test_the_loop_reports_a_leap_with_its_batch(
-    small: Any, tmp_path: Path, group: None, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, group: None, capsys: pytest.CaptureFixture[str]
 ) -> None:
     made = small.objective()
     calls = 0
@@ -134,13 +133,13 @@ def test_the_loop_reports_a_leap_with_its_batch(
 
 @pytest.mark.parametrize(("wait", "warned"), [(0.05, True), (0.0, False)])
 def test_waiting_for_data_warns(
-    small: Any, tmp_path: Path, group: None, capsys: pytest.CaptureFixture[str], wait: float, warned: bool
+    tmp_path: Path, group: None, capsys: pytest.CaptureFixture[str], wait: float, warned: bool
 ) -> None:
     small.fit(tmp_path, stream=small.Rows(wait=wait), log_every=3, warn_data_wait=0.5)
     assert ("of the time went into waiting for data" in capsys.readouterr().err) == warned
 
 
-def test_a_stop_that_the_caller_asks_for_saves_and_raises(small: Any, tmp_path: Path, group: None) -> None:
+def test_a_stop_that_the_caller_asks_for_saves_and_raises(tmp_path: Path, group: None) -> None:
     from longtake.training.config import TrainConfig
     from longtake.training.loop import train
 
@@ -153,7 +152,7 @@ def test_a_stop_that_the_caller_asks_for_saves_and_raises(small: Any, tmp_path: 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_saves_and_raises_and_is_handled_as_before_after(
-    small: Any, tmp_path: Path, group: None, number: signal.Signals
+    tmp_path: Path, group: None, number: signal.Signals
 ) -> None:
     before = signal.getsignal(number)
     with pytest.raises(Interrupted, match="stopped at step 4, state saved"):
@@ -185,14 +184,14 @@ with engines.process_group():
 
 
 def alone(folder: Path, how: str) -> "subprocess.CompletedProcess[str]":
-    command = [sys.executable, "-P", "-W", "ignore", "-c", ALONE, str(Path(__file__).parent), str(folder), how]
+    command = [sys.executable, "-P", "-W", "ignore", "-c", ALONE, str(Path(small.__file__).parent), str(folder), how]
     return subprocess.run(
         command, capture_output=True, text=True, timeout=120, env=os.environ | {"OMP_NUM_THREADS": "1"}
     )
 
 
 @pytest.mark.slow
-def test_who_cannot_save_in_time_ends_with_the_last_checkpoint_whole(small: Any, tmp_path: Path, group: None) -> None:
+def test_who_cannot_save_in_time_ends_with_the_last_checkpoint_whole(tmp_path: Path, group: None) -> None:
     done = alone(tmp_path, "save")
     assert done.returncode == 1
     assert "error: train: could not save within stop_seconds (1); the last checkpoint is whole" in done.stderr
@@ -210,9 +209,7 @@ def test_a_process_alone_that_hangs_says_where_and_ends(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @STAGES
-def test_what_is_not_finite_on_one_rank_is_left_out_on_both(
-    small: Any, tmp_path: Path, pair: Any, zero_stage: int
-) -> None:
+def test_what_is_not_finite_on_one_rank_is_left_out_on_both(tmp_path: Path, pair: Any, zero_stage: int) -> None:
     for kind in ("nan", "gradient"):
         folder = tmp_path / kind
         options = {"fault": fault(kind, 2, rank=1)}
@@ -244,9 +241,7 @@ def test_a_rank_that_hangs_is_named_by_the_one_that_waits(tmp_path: Path, ranks:
 
 
 @pytest.mark.slow
-def test_a_rank_that_is_killed_ends_the_other_which_says_so(
-    small: Any, tmp_path: Path, ranks: Any, group: None
-) -> None:
+def test_a_rank_that_is_killed_ends_the_other_which_says_so(tmp_path: Path, ranks: Any, group: None) -> None:
     both = ranks(2)
     # noise is drawn by rank, and one rank goes on with what two began; slow rows let step 3 be saved before the kill
     both.tell(tmp_path, {"fault": fault("SIGKILL", 6, rank=1), "noise": 0.0}, wait=0.5, stall_seconds=10)
@@ -262,7 +257,7 @@ def test_a_rank_that_is_killed_ends_the_other_which_says_so(
 
 
 @pytest.mark.slow
-def test_a_leap_on_another_rank_is_told_by_the_first_and_named(small: Any, tmp_path: Path, pair: Any) -> None:
+def test_a_leap_on_another_rank_is_told_by_the_first_and_named(tmp_path: Path, pair: Any) -> None:
     said = pair.work(tmp_path, {"fault": fault("leap", 105, rank=1)}, steps=106, checkpoint_every=200, log_every=53)
     found = json.loads((tmp_path / "spikes.jsonl").read_text())
     assert found["step"] == 105 and found["rank"] == 1 and found["keys"] == ["104-2", "104-3"]
@@ -271,7 +266,7 @@ def test_a_leap_on_another_rank_is_told_by_the_first_and_named(small: Any, tmp_p
 
 
 @pytest.mark.slow
-def test_a_signal_to_one_rank_stops_both_at_the_same_step(small: Any, tmp_path: Path, pair: Any) -> None:
+def test_a_signal_to_one_rank_stops_both_at_the_same_step(tmp_path: Path, pair: Any) -> None:
     said = pair.work(tmp_path, {"fault": fault("SIGTERM", 4, rank=1)}, zero_stage=2)
     assert [each["message"] for each in said] == ["train: stopped at step 4, state saved"] * 2
     assert {each["step"] for each in said} == {"step-00000004"}

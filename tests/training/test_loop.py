@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import small
 import torch
 from torch import Tensor, nn
 
@@ -69,7 +70,7 @@ def same(one: dict[str, Tensor], two: dict[str, Tensor]) -> bool:
     return one.keys() == two.keys() and all(torch.equal(one[k], two[k]) for k in one)
 
 
-def test_a_process_trains_in_one_group_after_another(small: Any, tmp_path: Path) -> None:
+def test_a_process_trains_in_one_group_after_another(tmp_path: Path) -> None:
     learned = []
     for number in range(2):
         with engines.process_group():
@@ -78,7 +79,7 @@ def test_a_process_trains_in_one_group_after_another(small: Any, tmp_path: Path)
 
 
 def test_engines_hide_no_module_from_a_tracker_that_imports_it(
-    small: Any, tmp_path: Path, group: None, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, group: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # the group hides MLflow while it loads DeepSpeed; with a tracker's thread at work that ended trainings
     monkeypatch.setattr(engines, "_without", None)
@@ -238,9 +239,7 @@ def test_a_warm_up_is_no_longer_than_its_training(asked: int | None, steps: int,
     assert learning_rate(config, 0) == 1 / max(1, expected) and learning_rate(config, steps - 1) == 1.0
 
 
-def test_a_warm_up_that_was_shortened_is_told(
-    small: Any, tmp_path: Path, group: None, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_warm_up_that_was_shortened_is_told(tmp_path: Path, group: None, capsys: pytest.CaptureFixture[str]) -> None:
     small.fit(tmp_path / "a", steps=4, warmup_steps=40)
     assert "warmup_steps: 40 are more than all 4 steps; warming up for 0" in capsys.readouterr().out
     small.fit(tmp_path / "b", steps=4)
@@ -292,7 +291,7 @@ def test_a_full_disk_while_saving_is_one_line_and_costs_no_older_checkpoint(
 STAGES = pytest.mark.parametrize("zero_stage", [0, 1, 2, 3])
 
 
-def plainly(small: Any, steps: int, clip: float = 0.0) -> tuple[list[dict[str, Tensor]], list[dict[str, float]]]:
+def plainly(steps: int, clip: float = 0.0) -> tuple[list[dict[str, Tensor]], list[dict[str, float]]]:
     """The small training by hand in plain PyTorch: the weights before and after each step, and the gradients' norms."""
     module = small.module()
     optimizer = small.adamw(module)
@@ -324,10 +323,8 @@ def averaged(weights: list[dict[str, Tensor]], half_life: float) -> dict[str, Te
 
 
 @STAGES
-def test_weights_and_several_averages_are_those_of_plain_pytorch(
-    small: Any, tmp_path: Path, group: None, zero_stage: int
-) -> None:
-    expected, _ = plainly(small, 30)
+def test_weights_and_several_averages_are_those_of_plain_pytorch(tmp_path: Path, group: None, zero_stage: int) -> None:
+    expected, _ = plainly(30)
     lives = [0.5, 2, 1000]
     settings = {"gradient_clip": 0, "zero_stage": zero_stage}
     raw = small.fit(tmp_path, steps=30, ema_half_lives=lives, checkpoint_every=11, **settings)
@@ -338,9 +335,7 @@ def test_weights_and_several_averages_are_those_of_plain_pytorch(
 
 
 @STAGES
-def test_without_a_gradient_weights_decay_and_biases_stand_still(
-    small: Any, tmp_path: Path, group: None, zero_stage: int
-) -> None:
+def test_without_a_gradient_weights_decay_and_biases_stand_still(tmp_path: Path, group: None, zero_stage: int) -> None:
     made, start = small.objective(starts=0), small.module().state_dict()
 
     def loss(*arguments: Any) -> tuple[Tensor, dict[str, Tensor]]:
@@ -385,7 +380,7 @@ def test_of_every_family_linear_and_convolution_weights_decay_and_nothing_else()
 
 @STAGES
 def test_in_bf16_weights_and_averages_are_those_of_the_fp32_masters(
-    small: Any, tmp_path: Path, group: None, zero_stage: int
+    tmp_path: Path, group: None, zero_stage: int
 ) -> None:
     made, seen = small.objective(), []
 
@@ -449,9 +444,9 @@ def test_in_bf16_gradients_of_many_passes_are_added_up_in_fp32_unless_it_is_aske
 @pytest.mark.parametrize("clip", [0.0, 0.05])
 @STAGES
 def test_gradient_norms_and_clipping_are_those_of_plain_pytorch(
-    small: Any, tmp_path: Path, group: None, zero_stage: int, clip: float, precision: str
+    tmp_path: Path, group: None, zero_stage: int, clip: float, precision: str
 ) -> None:
-    weights, norms = plainly(small, 4, clip)
+    weights, norms = plainly(4, clip)
     log = small.Log()
     settings = {"steps": 4, "gradient_clip": clip, "zero_stage": zero_stage, "precision": precision}
     raw = small.fit(tmp_path, log=log, **settings)
@@ -465,9 +460,7 @@ def test_gradient_norms_and_clipping_are_those_of_plain_pytorch(
 
 
 @STAGES
-def test_gradient_norms_are_those_of_all_accumulated_passes(
-    small: Any, tmp_path: Path, group: None, zero_stage: int
-) -> None:
+def test_gradient_norms_are_those_of_all_accumulated_passes(tmp_path: Path, group: None, zero_stage: int) -> None:
     log = small.Log()
     small.fit(tmp_path, log=log, steps=1, batch=8, accumulate=2, zero_stage=zero_stage)
     module = small.module()
@@ -483,9 +476,7 @@ def test_gradient_norms_are_those_of_all_accumulated_passes(
 @pytest.mark.parametrize(
     ("zero_stage", "offload"), [(1, "optimizer"), (2, "optimizer"), (3, "optimizer"), (3, "parameters")]
 )
-def test_what_is_offloaded_learns_the_same(
-    small: Any, tmp_path: Path, group: None, zero_stage: int, offload: str
-) -> None:
+def test_what_is_offloaded_learns_the_same(tmp_path: Path, group: None, zero_stage: int, offload: str) -> None:
     logs = [small.Log(), small.Log()]
     settings = {"zero_stage": zero_stage, "ema_half_lives": [2], "gradient_clip": 0.05}
     here = small.fit(tmp_path / "here", log=logs[0], **settings)
@@ -501,7 +492,7 @@ def test_what_is_offloaded_learns_the_same(
 
 @STAGES
 def test_an_engine_that_starts_later_stands_still_until_then_and_resumes_exactly(
-    small: Any, tmp_path: Path, group: None, zero_stage: int
+    tmp_path: Path, group: None, zero_stage: int
 ) -> None:
     made, before = small.objective(starts=4), []
 
@@ -554,9 +545,7 @@ class Counted(nn.Module):
 
 
 @pytest.mark.parametrize("order", [[0, 1, 2], [2, 0, 1]])
-def test_every_block_runs_compiled_whatever_shapes_come_first(
-    small: Any, tmp_path: Path, group: None, order: list[int]
-) -> None:
+def test_every_block_runs_compiled_whatever_shapes_come_first(tmp_path: Path, group: None, order: list[int]) -> None:
     torch._dynamo.reset()
     blocks = [Counted(width) for width in range(2, 14)]
     module = nn.ModuleList([nn.Linear(small.WIDTH, sum(range(2, 14))), *blocks])
@@ -592,7 +581,7 @@ def test_every_block_runs_compiled_whatever_shapes_come_first(
 
 @STAGES
 def test_convolutions_with_channels_last_learn_the_same(
-    small: Any, tmp_path: Path, group: None, zero_stage: int, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, group: None, zero_stage: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)
     plain = small.fit(tmp_path / "plain", small.objective("clip"), zero_stage=zero_stage)
@@ -607,7 +596,7 @@ def test_convolutions_with_channels_last_learn_the_same(
     assert small.close(plain, turned)
 
 
-def heldout_by_hand(small: Any, weights: dict[str, Tensor], clips: int, dtype: torch.dtype) -> float:
+def heldout_by_hand(weights: dict[str, Tensor], clips: int, dtype: torch.dtype) -> float:
     module = small.module("noisy").to(dtype).eval()
     module.load_state_dict(weights)
     losses = []
@@ -622,7 +611,7 @@ def heldout_by_hand(small: Any, weights: dict[str, Tensor], clips: int, dtype: t
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @STAGES
 def test_the_loss_of_heldout_clips_is_that_of_the_average_and_leaves_no_trace(
-    small: Any, tmp_path: Path, group: None, zero_stage: int, precision: str
+    tmp_path: Path, group: None, zero_stage: int, precision: str
 ) -> None:
     settings = {"zero_stage": zero_stage, "precision": precision, "ema_half_lives": [2, 50], "keep_checkpoints": 9}
     settings |= {"checkpoint_every": 1, "sample_every": 0, "lr": 1e-2}
@@ -645,9 +634,7 @@ def test_the_loss_of_heldout_clips_is_that_of_the_average_and_leaves_no_trace(
 
 @pytest.mark.slow
 @STAGES
-def test_a_compiled_module_learns_the_same_under_the_same_names(
-    small: Any, tmp_path: Path, group: None, zero_stage: int
-) -> None:
+def test_a_compiled_module_learns_the_same_under_the_same_names(tmp_path: Path, group: None, zero_stage: int) -> None:
     torch._dynamo.reset()
     logs = [small.Log(), small.Log()]
     plain = small.fit(tmp_path / "plain", log=logs[0], zero_stage=zero_stage)
@@ -671,7 +658,7 @@ def test_what_only_says_how_the_work_is_done_may_change_in_the_middle_of_a_run()
     assert content(before) == content(after) != content(TrainConfig(steps=11))
 
 
-def test_a_video_model_resumes_bit_for_bit(small: Any, dataset: str, tmp_path: Path, group: None) -> None:
+def test_a_video_model_resumes_bit_for_bit(dataset: str, tmp_path: Path, group: None) -> None:
     from longtake.training.models.pv_vae import pretrain as pretrain_vae
 
     def fit(folder: Path, stop: Callable[[], bool] = lambda: False) -> dict[str, Tensor]:

@@ -23,7 +23,7 @@ from longtake.infra import graph, recipe, runs
 from longtake.infra.cli.housekeeping import doctor as command
 from longtake.infra.upkeep import doctor, machine
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 
 
 @pytest.fixture(autouse=True)

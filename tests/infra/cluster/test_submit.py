@@ -11,7 +11,6 @@ import time
 import zipfile
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
-from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from typing import Any
 
@@ -19,18 +18,13 @@ import click
 import pytest
 import yaml
 from click.testing import CliRunner, Result
+from dashboard import TOKEN, Dashboard, node
 
 from longtake.datasets.errors import Failure, UserError
 from longtake.infra import graph, recipe
 from longtake.infra.cli.submit import jobs_group, submit
 from longtake.infra.cluster import jobs, wheel
 from longtake.infra.cluster import submit as submission
-
-_spec = spec_from_file_location("dashboard", Path(__file__).with_name("dashboard.py"))
-assert _spec and _spec.loader
-_dashboard = module_from_spec(_spec)
-_spec.loader.exec_module(_dashboard)
-node, TOKEN = _dashboard.node, _dashboard.TOKEN
 
 STAGES = {
     "shards": {"kind": "shard", "sources": ["raw"], "task": {"cpus": 1}},
@@ -48,7 +42,7 @@ STAGES = {
 def ray(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     for name in [n for n in os.environ if n.startswith("RAY_")]:
         monkeypatch.delenv(name)
-    served = _dashboard.Dashboard()
+    served = Dashboard()
     yield served
     served.close()
 

@@ -23,7 +23,7 @@ from longtake.training.metrics.perceptual import load_perceptual, lpips
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 
 
 @pytest.fixture(scope="session")

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import small
 import torch
 from torch import nn
 
@@ -115,7 +116,7 @@ def train(dataset: str, folder: Path, world: int, fault: Any = None, **changes: 
     return launch(world, dataset, str(folder), json.dumps(SETTINGS | changes), json.dumps(fault))
 
 
-def plainly(small: Any, dataset: str) -> dict[str, Any]:
+def plainly(dataset: str) -> dict[str, Any]:
     """The same training by hand, in plain PyTorch and one process."""
     from longtake.datasets.loader import Loader, to_model
 
@@ -164,11 +165,11 @@ EXACT, ROUNDED = {"atol": 1e-6, "rel": 1e-4}, {"atol": 3e-3, "rel": 1e-2}
     [(0, "fp32"), (1, "fp32"), (2, "fp32"), (3, "fp32"), (0, "bf16"), (1, "bf16"), (3, "bf16")],
 )
 def test_two_engines_on_two_processes_learn_what_plain_pytorch_learns(
-    small: Any, dataset: str, tmp_path: Path, zero_stage: int, precision: str
+    dataset: str, tmp_path: Path, zero_stage: int, precision: str
 ) -> None:
     (code, out, err), other = train(dataset, tmp_path, 2, zero_stage=zero_stage, precision=precision)
     assert not code and not other[0], err + other[2]
-    found, expected = json.loads(out), plainly(small, dataset)
+    found, expected = json.loads(out), plainly(dataset)
     near = EXACT if precision == "fp32" else ROUNDED
     assert_close(found["learned"], expected["learned"], near["atol"])
     assert found["weights"] == pytest.approx(expected["weights"], rel=near["rel"]) and len(found["weights"]) == 3
@@ -213,7 +214,7 @@ def norms(log: Any) -> list[dict[str, float]]:
 
 @STAGES
 def test_averages_and_gradient_norms_on_two_processes_are_those_of_one(
-    small: Any, tmp_path: Path, group: None, pair: Any, zero_stage: int
+    tmp_path: Path, group: None, pair: Any, zero_stage: int
 ) -> None:
     settings = {"zero_stage": zero_stage, "ema_half_lives": [0.5, 50], "gradient_clip": 0.05}
     log = small.Log()
@@ -228,7 +229,7 @@ def test_averages_and_gradient_norms_on_two_processes_are_those_of_one(
 
 @STAGES
 def test_in_bf16_two_processes_learn_nearly_what_one_learns(
-    small: Any, tmp_path: Path, group: None, pair: Any, zero_stage: int
+    tmp_path: Path, group: None, pair: Any, zero_stage: int
 ) -> None:
     settings = {"zero_stage": zero_stage, "ema_half_lives": [0.5], "precision": "bf16", "lr": 1e-3}
     log = small.Log()
@@ -255,7 +256,7 @@ def test_losses_are_means_over_passes_steps_and_ranks_whatever_each_rank_tells(t
 
 @STAGES
 def test_two_processes_share_heldout_clips_and_find_what_one_finds(
-    small: Any, tmp_path: Path, group: None, pair: Any, zero_stage: int
+    tmp_path: Path, group: None, pair: Any, zero_stage: int
 ) -> None:
     settings = {"zero_stage": zero_stage, "ema_half_lives": [2], "heldout_every": 3}
     options, log = QUIET | {"heldout": 3}, small.Log()
@@ -280,7 +281,6 @@ PLACES = [
 
 @pytest.mark.parametrize(("zero_stage", "options", "more"), [p[1:] for p in PLACES], ids=[str(p[0]) for p in PLACES])
 def test_what_two_processes_began_one_and_then_two_go_on_with(
-    small: Any,
     tmp_path: Path,
     group: None,
     pair: Any,
@@ -305,7 +305,7 @@ def test_what_two_processes_began_one_and_then_two_go_on_with(
 
 @STAGES
 def test_frozen_parts_and_low_rank_changes_on_two_processes_are_those_of_one(
-    small: Any, tmp_path: Path, group: None, pair: Any, zero_stage: int
+    tmp_path: Path, group: None, pair: Any, zero_stage: int
 ) -> None:
     for name, kind, more in (("f", "mlp", {"freeze": ["0"]}), ("l", "clip", {"lora": {"rank": 2}})):
         settings = {"zero_stage": zero_stage, "ema_half_lives": [2], **more}

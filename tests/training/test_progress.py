@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import small
 import torch
 from torch import Tensor, nn
 
@@ -21,7 +22,7 @@ def mlp_flops(rows: int, width: int = 32, hidden: int = 8) -> int:
     return 2 * product + 3 * product
 
 
-def test_a_logged_step_says_what_it_took(small: Any, tmp_path: Path, group: None) -> None:
+def test_a_logged_step_says_what_it_took(tmp_path: Path, group: None) -> None:
     log = small.Log()
     small.fit(tmp_path, log=log, steps=6, log_every=3, peak_tflops=0.001)
     assert [step for step, _ in log.rows] == [3, 6]
@@ -44,7 +45,7 @@ def test_a_logged_step_says_what_it_took(small: Any, tmp_path: Path, group: None
         assert 0.05 < found["host_memory_gb"] < 64
 
 
-def test_every_accumulated_pass_counts(small: Any, tmp_path: Path, group: None) -> None:
+def test_every_accumulated_pass_counts(tmp_path: Path, group: None) -> None:
     log = small.Log()
     small.fit(tmp_path, log=log, steps=2, batch=8, accumulate=2)
     for _, found in log.rows:
@@ -91,7 +92,7 @@ def test_a_compiled_block_counts_as_it_is() -> None:
     assert counted(block, x) == (2 * 7 * 300, 2 * 7 * 400)
 
 
-def test_the_profiler_records_the_steps_asked_for(small: Any, tmp_path: Path, group: None) -> None:
+def test_the_profiler_records_the_steps_asked_for(tmp_path: Path, group: None) -> None:
     log = small.Log()
     small.fit(tmp_path, log=log, profile=(2, 4))
     ((folder, name),) = log.folders
@@ -102,14 +103,14 @@ def test_the_profiler_records_the_steps_asked_for(small: Any, tmp_path: Path, gr
     assert len(steps) == 3
 
 
-def test_a_profile_that_would_end_after_the_training_ends_with_it(small: Any, tmp_path: Path, group: None) -> None:
+def test_a_profile_that_would_end_after_the_training_ends_with_it(tmp_path: Path, group: None) -> None:
     log = small.Log()
     small.fit(tmp_path, log=log, steps=3, profile=(2, 50))
     assert len(log.folders) == 1 and (tmp_path / "profile" / "trace.json.gz").exists()
 
 
 @pytest.mark.parametrize("zero_stage", [0, 3])
-def test_sample_videos_do_not_change_what_is_learned(small: Any, tmp_path: Path, group: None, zero_stage: int) -> None:
+def test_sample_videos_do_not_change_what_is_learned(tmp_path: Path, group: None, zero_stage: int) -> None:
     def sampled(every: int, folder: Path) -> tuple[dict[str, Tensor], Any]:
         made = small.objective("noisy")
         resting = made.modules["generator"][1] = nn.Sequential(nn.Dropout(0.2), nn.Dropout(0.5).eval())

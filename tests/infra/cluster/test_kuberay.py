@@ -17,7 +17,7 @@ from longtake.infra.cli.submit import render
 from longtake.infra.cluster import kuberay
 from longtake.infra.pods import KubeRay
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 SCHEMA = json.loads((Path(__file__).parent / "data" / "rayjob.schema.json").read_text())
 ENV = ["MLFLOW_TRACKING_URI", "AWS_SECRET_ACCESS_KEY"]
 IMAGE = "registry.example/longtake:0.1.0"

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import small
 import torch
 from torch import Tensor
 
@@ -19,12 +20,12 @@ PRECISIONS = pytest.mark.parametrize("precision", ["fp32", "bf16"])
 LORA = {"rank": 2, "alpha": 4.0}
 
 
-def before(small: Any, kind: str) -> dict[str, Tensor]:
+def before(kind: str) -> dict[str, Tensor]:
     return {k: v.clone() for k, v in small.module(kind).state_dict().items()}
 
 
 @pytest.mark.parametrize("kind", ["mlp", "clip"])
-def test_an_attached_change_alters_nothing_at_first_and_survives_a_copy(small: Any, kind: str) -> None:
+def test_an_attached_change_alters_nothing_at_first_and_survives_a_copy(kind: str) -> None:
     import copy
 
     module, plain = small.module(kind), small.module(kind)
@@ -43,12 +44,12 @@ def test_an_attached_change_alters_nothing_at_first_and_survives_a_copy(small: A
 @STAGES
 @pytest.mark.parametrize("kind", ["mlp", "clip"])
 def test_only_the_low_rank_change_learns_and_merging_it_gives_the_same_outputs(
-    small: Any, tmp_path: Path, group: None, kind: str, zero_stage: int, precision: str
+    tmp_path: Path, group: None, kind: str, zero_stage: int, precision: str
 ) -> None:
     made = small.objective(kind)
     settings = {"zero_stage": zero_stage, "precision": precision, "lora": LORA}
     trained = small.fit(tmp_path, made, **settings, ema_half_lives=[5])
-    plain = before(small, kind)
+    plain = before(kind)
     wide = torch.float32 if precision == "fp32" else torch.bfloat16
     for name, value in plain.items():
         assert torch.equal(trained[name], value.to(wide)), name
@@ -88,11 +89,11 @@ def test_the_change_of_a_layer_with_a_norm_of_its_own_is_merged_exactly() -> Non
 
 @STAGES
 def test_parameters_named_in_full_learn_beside_the_low_rank_change_and_resume_exactly(
-    small: Any, tmp_path: Path, group: None, zero_stage: int
+    tmp_path: Path, group: None, zero_stage: int
 ) -> None:
     settings = {"zero_stage": zero_stage, "lora": LORA | {"full": ["2"]}, "ema_half_lives": [2]}
     trained = small.fit(tmp_path / "a", **settings)
-    plain = before(small, "mlp")
+    plain = before("mlp")
     assert torch.equal(trained["0.weight"], plain["0.weight"]) and torch.equal(trained["0.bias"], plain["0.bias"])
     assert not torch.allclose(trained["2.weight"], plain["2.weight"], atol=1e-3)
     assert not torch.allclose(trained["2.bias"], plain["2.bias"], atol=1e-3)
@@ -106,7 +107,7 @@ def test_parameters_named_in_full_learn_beside_the_low_rank_change_and_resume_ex
     assert small.same(trained, small.fit(tmp_path / "b", **settings))
 
 
-def test_alpha_is_the_rank_unless_it_is_said_and_the_effective_scale_is_told(small: Any) -> None:
+def test_alpha_is_the_rank_unless_it_is_said_and_the_effective_scale_is_told() -> None:
     for alpha, scale in ((None, 1.0), (2.0, 0.25), (16.0, 2.0)):
         config = LoraConfig(rank=8, alpha=alpha, full=("2.bias",))
         module, plain = small.module(), small.module()
@@ -121,7 +122,7 @@ def test_alpha_is_the_rank_unless_it_is_said_and_the_effective_scale_is_told(sma
         torch.testing.assert_close(merged["0.weight"] - plain[0].weight, scale * up @ down)
 
 
-def test_what_began_anew_learns_in_full_but_where_it_is_frozen(small: Any) -> None:
+def test_what_began_anew_learns_in_full_but_where_it_is_frozen() -> None:
     module = small.module()
     lora.let_learn(module, ["2.weight", "2.bias"])
     engines.freeze(module, ("2.bias",))
@@ -130,7 +131,7 @@ def test_what_began_anew_learns_in_full_but_where_it_is_frozen(small: Any) -> No
     assert learning == ["0.lora_down.weight", "0.lora_up.weight", "2.weight"]
 
 
-def test_what_is_frozen_is_neither_changed_nor_learned_in_full(small: Any) -> None:
+def test_what_is_frozen_is_neither_changed_nor_learned_in_full() -> None:
     module = small.module()
     engines.freeze(module, ("2",))
     lora.attach(module, LoraConfig(**LORA, full=("2", "0.bias")))
@@ -139,7 +140,7 @@ def test_what_is_frozen_is_neither_changed_nor_learned_in_full(small: Any) -> No
 
 
 @STAGES
-def test_resuming_a_low_rank_training_is_bit_exact(small: Any, tmp_path: Path, group: None, zero_stage: int) -> None:
+def test_resuming_a_low_rank_training_is_bit_exact(tmp_path: Path, group: None, zero_stage: int) -> None:
     settings = {"zero_stage": zero_stage, "lora": LORA, "ema_half_lives": [2]}
     straight = small.fit(tmp_path / "a", small.objective("clip"), **settings)
     small.fit(tmp_path / "b", small.objective("clip"), **settings | {"steps": 3})
@@ -150,11 +151,11 @@ def test_resuming_a_low_rank_training_is_bit_exact(small: Any, tmp_path: Path, g
 @PRECISIONS
 @STAGES
 def test_frozen_parts_stand_still_bit_for_bit_and_are_in_the_checkpoint(
-    small: Any, tmp_path: Path, group: None, zero_stage: int, precision: str
+    tmp_path: Path, group: None, zero_stage: int, precision: str
 ) -> None:
     settings = {"zero_stage": zero_stage, "precision": precision, "freeze": ["0", "2.bias"], "ema_half_lives": [2]}
     straight = small.fit(tmp_path / "a", **settings)
-    plain = before(small, "mlp")
+    plain = before("mlp")
     wide = torch.float32 if precision == "fp32" else torch.bfloat16
     for name in ("0.weight", "0.bias", "2.bias"):
         assert torch.equal(straight[name], plain[name].to(wide)), name
@@ -164,7 +165,7 @@ def test_frozen_parts_stand_still_bit_for_bit_and_are_in_the_checkpoint(
     assert small.same(straight, small.fit(tmp_path / "b", **settings))
 
 
-def test_what_cannot_be_trained_is_one_line(small: Any, group: None) -> None:
+def test_what_cannot_be_trained_is_one_line(group: None) -> None:
     def refused(**changes: Any) -> str:
         with pytest.raises(UserError) as caught:
             engines.engines_of({"generator": small.module()}, "generator", TrainConfig(**small.SETTINGS | changes), 1)

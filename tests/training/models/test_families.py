@@ -22,7 +22,7 @@ from longtake.training import models, registry
 from longtake.training.registry import judge
 from longtake.training.registry.gate import Gate
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 PAGE = (ROOT / "training" / "models" / "README.md").read_text()
 FAMILIES = sorted(path.name for path in (ROOT / "training" / "models").iterdir() if (path / "kind.py").exists())
 

@@ -14,6 +14,7 @@ from typing import Any
 
 import fsspec
 import pytest
+import small
 
 from longtake.datasets import storage
 from longtake.datasets.errors import Failure, UserError
@@ -33,12 +34,12 @@ def steps(folder: Path) -> list[int]:
     return sorted(int(p.name.removeprefix("step-")) for p in folder.glob("step-*"))
 
 
-def test_the_latest_stay_and_those_at_the_interval(small: Any, tmp_path: Path, group: None) -> None:
+def test_the_latest_stay_and_those_at_the_interval(tmp_path: Path, group: None) -> None:
     small.fit(tmp_path, steps=9, checkpoint_every=1, keep_checkpoints=2, keep_every=4)
     assert steps(tmp_path) == [4, 8, 9] and not list(tmp_path.glob(".*"))
 
 
-def test_what_a_kill_has_left_goes(small: Any, tmp_path: Path, group: None) -> None:
+def test_what_a_kill_has_left_goes(tmp_path: Path, group: None) -> None:
     small.fit(tmp_path)
     (tmp_path / ".step-00000004.tmp").mkdir()
     (tmp_path / "step-00000001").mkdir()
@@ -46,7 +47,7 @@ def test_what_a_kill_has_left_goes(small: Any, tmp_path: Path, group: None) -> N
     assert steps(tmp_path) == [6, 9] and not list(tmp_path.glob(".*"))
 
 
-def test_an_older_step_can_be_chosen_by_hand(small: Any, tmp_path: Path, group: None) -> None:
+def test_an_older_step_can_be_chosen_by_hand(tmp_path: Path, group: None) -> None:
     straight = small.fit(tmp_path)
     (tmp_path / "step-00000006" / "meta.json").write_text("{")
     with pytest.raises(Failure, match="write an older step's name into") as caught:
@@ -57,7 +58,7 @@ def test_an_older_step_can_be_chosen_by_hand(small: Any, tmp_path: Path, group: 
 
 
 @pytest.mark.parametrize("name", ["meta.json", "weights-00000.safetensors", "generator/mp_rank_00_model_states.pt"])
-def test_a_damaged_file_is_named(small: Any, tmp_path: Path, group: None, name: str) -> None:
+def test_a_damaged_file_is_named(tmp_path: Path, group: None, name: str) -> None:
     small.fit(tmp_path, ema_half_lives=[2])
     path = tmp_path / "step-00000006" / name
     whole = path.read_bytes()
@@ -70,9 +71,7 @@ def test_a_damaged_file_is_named(small: Any, tmp_path: Path, group: None, name: 
         small.fit(tmp_path, steps=7, ema_half_lives=[2])
 
 
-def test_a_checkpoint_of_other_settings_is_refused_and_the_keys_are_named(
-    small: Any, tmp_path: Path, group: None
-) -> None:
+def test_a_checkpoint_of_other_settings_is_refused_and_the_keys_are_named(tmp_path: Path, group: None) -> None:
     small.fit(tmp_path)
     with pytest.raises(UserError) as caught:
         small.fit(tmp_path, lr=2e-2, weight_decay=0.1)
@@ -84,7 +83,7 @@ def test_a_checkpoint_of_other_settings_is_refused_and_the_keys_are_named(
     small.fit(tmp_path, steps=7, log_every=5)
 
 
-def test_a_checkpoint_of_another_dataset_is_refused(small: Any, tmp_path: Path, group: None) -> None:
+def test_a_checkpoint_of_another_dataset_is_refused(tmp_path: Path, group: None) -> None:
     small.fit(tmp_path)
     with pytest.raises(UserError, match="belongs to another dataset"):
         small.fit(tmp_path, stream=small.Rows(data="others"), steps=7)
@@ -97,7 +96,7 @@ def store(tmp_path: Path, request: pytest.FixtureRequest) -> str:
 
 
 @pytest.mark.parametrize("store", ["memory", "folder"], indirect=True)
-def test_an_empty_machine_goes_on_from_the_copy(small: Any, tmp_path: Path, group: None, store: str) -> None:
+def test_an_empty_machine_goes_on_from_the_copy(tmp_path: Path, group: None, store: str) -> None:
     settings = {"ema_half_lives": [2], "zero_stage": 1}
     small.fit(
         tmp_path / "a", upload=store, steps=4, checkpoint_every=1, keep_checkpoints=2, keep_every=1000, **settings
@@ -125,7 +124,6 @@ class Faulty:
 
 @pytest.mark.parametrize("store", ["memory"], indirect=True)
 def test_a_store_that_fails_for_a_while_costs_a_warning(
-    small: Any,
     tmp_path: Path,
     group: None,
     store: str,
@@ -141,7 +139,7 @@ def test_a_store_that_fails_for_a_while_costs_a_warning(
 
 @pytest.mark.parametrize("store", ["memory"], indirect=True)
 def test_a_store_that_fails_to_the_end_fails_there_and_a_second_run_mends_it(
-    small: Any, tmp_path: Path, group: None, store: str, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, group: None, store: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     faulty = Faulty(monkeypatch)
     with pytest.raises(
@@ -185,7 +183,7 @@ def test_hostile_names_in_a_listing_do_not_leave_the_folder(
         assert not [p for p in tmp_path.rglob("*") if p.is_file()] and not Path("/evil").exists()
 
 
-def test_a_folder_behind_a_link_can_be_fetched_into(small: Any, tmp_path: Path, group: None) -> None:
+def test_a_folder_behind_a_link_can_be_fetched_into(tmp_path: Path, group: None) -> None:
     small.fit(tmp_path / "a", upload=str(tmp_path / "far"))
     (tmp_path / "real").mkdir()
     (tmp_path / "link").symlink_to(tmp_path / "real")
@@ -205,7 +203,7 @@ with engines.process_group():
 """
 
 
-def test_what_a_killed_process_was_writing_goes_with_the_next_training(small: Any, tmp_path: Path, group: None) -> None:
+def test_what_a_killed_process_was_writing_goes_with_the_next_training(tmp_path: Path, group: None) -> None:
     dead = subprocess.Popen([sys.executable, "-c", ""])
     dead.wait()
     (tmp_path / f".latest~{socket.gethostname()}@{dead.pid}~00000000.tmp").touch()
@@ -215,7 +213,7 @@ def test_what_a_killed_process_was_writing_goes_with_the_next_training(small: An
 
 
 @pytest.mark.slow
-def test_a_kill_at_any_moment_leaves_a_checkpoint_that_goes_on_exactly(small: Any, tmp_path: Path, group: None) -> None:
+def test_a_kill_at_any_moment_leaves_a_checkpoint_that_goes_on_exactly(tmp_path: Path, group: None) -> None:
     settings = {"steps": 300, "checkpoint_every": 1, "ema_half_lives": [5]}
     folder, far, chance = tmp_path / "a", tmp_path / "far", random.Random(0)
     reached = [0]
@@ -227,7 +225,7 @@ def test_a_kill_at_any_moment_leaves_a_checkpoint_that_goes_on_exactly(small: An
             "ignore",
             "-c",
             ENDLESS,
-            str(Path(__file__).parent),
+            str(Path(small.__file__).parent),
             str(folder),
             str(far),
         ]
