@@ -14,6 +14,7 @@ import argparse
 import json
 import statistics
 import tempfile
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -50,11 +51,13 @@ def trained(options: argparse.Namespace, variant: str, seed: int, folder: Path) 
     }  # fmt: skip
     config = pretrain_vae.Config(**settings | VARIANTS[variant] | json.loads(options.set))
     torch.manual_seed(seed)
-    model = pretrain_vae.begin(config, {"parent": options.model})
+    inputs = {"dataset": options.dataset, "parent": options.model}
+    setup = pretrain_vae.prepare(config, inputs, folder)
     loader = Loader(options.dataset, "train", **window(options), batch=8, seed=seed, crop="random", last="pad")
-    train(pretrain_vae.objective(config, model, []), loader, config, folder)
-    model.load_state_dict(checkpoint.trained(folder, config))
-    return model.eval()
+    objective = replace(pretrain_vae.objective(config, setup._replace(parent=None)), heldout=())
+    train(objective, loader, config, folder)
+    setup.model.load_state_dict(checkpoint.trained(folder, config))
+    return setup.model.eval()
 
 
 def high_power(frames: Tensor) -> Tensor:

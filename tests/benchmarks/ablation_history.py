@@ -46,10 +46,10 @@ from longtake.training.models.common.codec import load_codec
 from longtake.training.models.generator import Settings
 from longtake.training.models.memory import finetune as stage
 from longtake.training.models.memory import segments
-from longtake.training.models.memory import shared as memory_stage
 from longtake.training.models.memory.dit import MemoryDiTConfig
 from longtake.training.models.memory.history import lengths_of
-from longtake.training.registry import disk
+from longtake.training.models.memory.shared import Setup, heldout_of
+from longtake.training.registry import disk, lineage
 
 VARIANTS: dict[str, dict[str, Any]] = {"extremes": {}, "uniform": {}, "noise": {"history_noise": 0.5}}
 LEVELS = {"extremes": (0.0,), "uniform": (0.0,), "noise": (0.0, 0.1)}  # of the past in generation
@@ -151,11 +151,9 @@ def work(options: argparse.Namespace, variant: str, seed: int) -> None:
     config = (Extremes if variant == "extremes" else stage.Config)(**settings | VARIANTS[variant])
     with engines.process_group():
         torch.manual_seed(seed)
-        setup = memory_stage.prepared(config, inputs, folder)
-        loader = memory_stage.loader_of(
-            config, setup.inputs, setup.data, setup.model.config, "train", batch=4, seed=seed
-        )
-        print(memory_stage.expected(config, setup.data, loader), flush=True)
+        setup = stage.prepare(config, lineage.pinned(inputs, folder), folder)
+        loader = stage.loader(config, setup, 0, 1)
+        print(*stage.announce(config, setup, loader)[0], sep="\n", flush=True)
         train(stage.objective(config, setup), loader, config, folder / "checkpoints")
         setup.model.load_state_dict(checkpoint.trained(folder / "checkpoints", config))
         setup.model.eval()
@@ -165,7 +163,7 @@ def work(options: argparse.Namespace, variant: str, seed: int) -> None:
 
 
 @torch.no_grad()
-def losses(config: stage.Config, setup: memory_stage.Setup) -> dict[int, float]:
+def losses(config: stage.Config, setup: Setup) -> dict[int, float]:
     """By steps of history, of all held-out streams that have room for the longest, at its place and from the same noise."""
     counts = (0, *lengths_of(setup.model.config).some)
     made = stage.losses_by_history(config.model_copy(update={"seed": 0}), setup, counts)
@@ -173,7 +171,7 @@ def losses(config: stage.Config, setup: memory_stage.Setup) -> dict[int, float]:
 
 
 @torch.no_grad()
-def drift(options: argparse.Namespace, setup: memory_stage.Setup, level: float) -> dict[str, list[float]]:
+def drift(options: argparse.Namespace, setup: Setup, level: float) -> dict[str, list[float]]:
     """By segment, means over held-out streams: the distance of the features, and the spread of the latents beside the data's."""
     network = load_network(options.features) if options.features else None
     model, length, begin = setup.model, setup.data.shape[0], setup.data.shape[0]
@@ -181,18 +179,20 @@ def drift(options: argparse.Namespace, setup: memory_stage.Setup, level: float) 
     config = stage.Config(
         kind="finetune_memory_prior", dataset="", latents="", model=MODEL, frames=FRAMES, history_seconds=HISTORY / FPS
     )
-    loader = memory_stage.heldout_of(config, setup, begin)
+    loader = heldout_of(config, setup, begin)
     batches = list(islice(loader, options.films))
     # what was given is a stream's first segment
     start = torch.cat([batch["history_latent"][:, 0, :, -begin:].float() for batch in batches])
     count = -(-TIMES * (setup.data.history + length) // length)
-    given = torch.cat([to_model_frames(chunk) for chunk in setup.vae.decode_stream([start])], dim=2)
+    given = torch.cat([to_model_frames(chunk) for chunk in setup.codec.decode_stream([start])], dim=2)
     apart: list[float] = []
     spread: list[float] = []
-    films = segments.generate(model, setup.vae, count * length, list(range(len(start))), start=start, settings=settings)
+    films = segments.generate(
+        model, setup.codec, count * length, list(range(len(start))), start=start, settings=settings
+    )
     for chunk in films:
         frames = torch.from_numpy(chunk).permute(0, 4, 1, 2, 3)
-        latent = model.normalise(setup.vae.encode(to_model(frames[:, :, -5:])).mode()[:, :, -1:])
+        latent = model.normalise(setup.codec.encode(to_model(frames[:, :, -5:])).mode()[:, :, -1:])
         spread.append(float(latent.std(dim=(1, 2, 3, 4)).mean()))
         if network:
             each = [

@@ -50,9 +50,9 @@ from longtake.training.loop import train
 from longtake.training.models.common.codec import load_codec
 from longtake.training.models.memory import finetune as finetune_memory_prior
 from longtake.training.models.memory import pretrain as pretrain_memory
-from longtake.training.models.memory import shared as memory_stage
 from longtake.training.models.memory.dit import parse_rate
-from longtake.training.registry import disk
+from longtake.training.models.memory.shared import Setup
+from longtake.training.registry import disk, lineage
 
 STAGES = {"retrieval": pretrain_memory, "generation": finetune_memory_prior}
 
@@ -245,10 +245,9 @@ def work(options: argparse.Namespace, job: Job) -> None:
     config, inputs = settings_of(options, job)
     with engines.process_group():
         torch.manual_seed(job.seed)
-        setup = memory_stage.prepared(config, inputs, folder)
-        print(memory_stage.told(setup.model.config, setup.data), flush=True)
-        dit, given = setup.model.config, {"batch": config.batch, "seed": job.seed}
-        loader = memory_stage.loader_of(config, setup.inputs, setup.data, dit, "train", **given)
+        setup = stage.prepare(config, lineage.pinned(inputs, folder), folder)
+        loader = stage.loader(config, setup, 0, 1)
+        print(*stage.announce(config, setup, loader)[0], sep="\n", flush=True)
         began = time.monotonic()
         train(stage.objective(config, setup), loader, config, folder / "checkpoints")
         trained = time.monotonic()
@@ -258,8 +257,8 @@ def work(options: argparse.Namespace, job: Job) -> None:
             keep(setup, folder)
         pictures = folder / "heldout"
         pictures.mkdir(exist_ok=True)
-        stage._evaluate(config, setup, pictures)
-    told = json.loads((pictures / ("retrieved.json" if job.kind == "retrieval" else "continued.json")).read_text())
+        stage.evaluate(config, setup, pictures)
+    told = json.loads((pictures / stage.SUMMARY).read_text())
     record = job._asdict() | {
         "summary": told["summary"],
         "steps": config.steps,
@@ -272,7 +271,7 @@ def work(options: argparse.Namespace, job: Job) -> None:
     shutil.rmtree(folder / "checkpoints")
 
 
-def keep(setup: memory_stage.Setup, folder: Path) -> None:
+def keep(setup: Setup, folder: Path) -> None:
     """The model as a base of others: whole, and its transformer alone."""
     weights, config = setup.model.state_dict(), setup.model.config
     facts = {"lineage": {}, "vae": {"uri": setup.inputs["vae"], "encoder": setup.data.made.encoder["digest"]}}

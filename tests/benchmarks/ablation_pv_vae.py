@@ -32,6 +32,7 @@ from longtake.training.metrics.features import load_network
 from longtake.training.metrics.latents import latent_temporal_distance
 from longtake.training.models.common import flow
 from longtake.training.models.latte import model as latte
+from longtake.training.models.latte.sample import generate
 from longtake.training.models.pv_vae import pretrain as pretrain_vae
 from longtake.training.models.pv_vae.evaluate import evaluate
 from longtake.training.models.pv_vae.model import PVVAE
@@ -130,7 +131,7 @@ def prior(options: argparse.Namespace, latents: Tensor, seed: int, folder: Path)
         checkpoint_every=options.prior_steps,
     )
     stream: Any = Latents(latents, 16, seed)
-    train(Objective({"prior": model}, loss), stream, config, folder)
+    train(Objective({"model": model}, loss), stream, config, folder)
     model.load_state_dict(checkpoint.trained(folder, config))
     return model.eval()
 
@@ -159,7 +160,7 @@ def measure(options: argparse.Namespace, variant: str, seed: int, model: PVVAE, 
             seeds = list(range(options.samples))
             made = [
                 model.decode(z).clamp(-1, 1)
-                for z in latte.generate(learned, held.shape[2], seeds, steps=options.sample_steps)
+                for z in generate(learned, held.shape[2], seeds, steps=options.sample_steps)
             ]
             network = load_network(options.features)
             distance = video_distance(real, torch.cat(made, dim=2).split(8), network, split="val", seed=0, kernel=False)

@@ -22,7 +22,7 @@ from torch import nn
 from longtake.training import checkpoint, engines
 from longtake.training.config import TrainConfig
 from longtake.training.loop import train
-from longtake.training.objective import Objective
+from longtake.training.objective import Objective, Turn
 
 
 class Same:
@@ -65,8 +65,8 @@ def main() -> None:
     with engines.process_group(), tempfile.TemporaryDirectory(dir=".") as folder:
         module = nn.Sequential(*[nn.Linear(options.width, options.width) for _ in range(options.layers)])
 
-        def loss(name: str, made: Any, batch: Any, rng: Any) -> Any:
-            value = made[name](batch["x"]).square().mean()
+        def loss(turn: Turn) -> Any:
+            value = turn.engines[turn.name](turn.batch["x"]).square().mean()
             return value, {"loss": value.detach()}
 
         stream: Any = Same(options.width)

@@ -26,8 +26,12 @@ from longtake.datasets import latents as column
 from longtake.datasets.shard import write_tar
 from longtake.pipeline import latents
 from longtake.training import engines
-from longtake.training.models.latte.finetune import Config, Data, begin, loader_of, objective
+from longtake.training.data import LatentTarget, PixelTarget, Target
+from longtake.training.models.common.codec import Pixels
+from longtake.training.models.latte.finetune import Config, _loss, loader_of
+from longtake.training.models.latte.model import Latte
 from longtake.training.models.pv_vae.model import PVVAE, config_from_preset
+from longtake.training.objective import Turn
 
 WARM_UP = 2
 
@@ -84,13 +88,13 @@ def loaded(loader: Any, steps: int) -> float:
     return (time.perf_counter() - start) / steps
 
 
-def trained(config: Config, data: Data, loader: Any, steps: int) -> float:
+def trained(config: Config, target: Target, loader: Any, steps: int) -> float:
     """Seconds a step: the objective of the stage, AdamW."""
     device = engines.device()
     torch.manual_seed(0)
     dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
-    latte = begin(config, data, 0).to(device, dtype)
-    loss, optimizer = objective(config, data, latte, None).loss, torch.optim.AdamW(latte.parameters(), lr=1e-4)
+    latte = Latte(config.latte(target.channels, target.shape)).to(device, dtype)
+    optimizer = torch.optim.AdamW(latte.parameters(), lr=1e-4)
 
     def batches() -> Iterator[dict[str, Any]]:
         for batch in loader:
@@ -103,7 +107,7 @@ def trained(config: Config, data: Data, loader: Any, steps: int) -> float:
             start = time.perf_counter()
         if number == WARM_UP + steps:
             break
-        value, _ = loss("generator", {"generator": latte}, batch, rng)
+        value, _ = _loss(config, target, latte, Turn("model", {"model": latte}, batch, number, rng, 0, {}))
         value.backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -128,15 +132,15 @@ def main() -> None:
         general = {"kind": "finetune_latte", "dataset": dataset, "batch": options.batch, "precision": options.precision}
         side = size // made.stride
 
-        def pixels(frames: int, stride: int, patch: int) -> tuple[Config, Data]:
+        def pixels(frames: int, stride: int, patch: int) -> tuple[Config, Target]:
             model = {"preset": options.preset, "patch": patch}
             config = Config(**general, size=(size, size), frames=frames, stride=stride, model=model)
-            return config, Data(None, 3, (frames, size, size), 24.0 / stride)
+            return config, PixelTarget((frames, size, size), 24.0 / stride, config.clip_starts)
 
-        rows: dict[str, tuple[Config, Data]] = {
+        rows: dict[str, tuple[Config, Target]] = {
             "latents": (
                 Config(**general, latents="cached", model={"preset": options.preset}, frames=17),
-                Data(made, made.channels, (5, side, side), 24.0),
+                LatentTarget(made, made.channels, (5, side, side), 24.0, Pixels(), "sample", 0.5),
             ),
             "pixels, equal tokens": pixels(5, 4, 16),
             "pixels, all frames": pixels(17, 1, 16),
@@ -145,18 +149,18 @@ def main() -> None:
         print(f"{options.preset}, {size}x{size}, batch {options.batch}, workers {options.workers}, {engines.device()}")
         print(f"{'':<28} {'tokens':>7} {'loader samples/s':>17} {'training samples/s':>19} {'latents are':>12}")
         base = 0.0
-        for name, (config, data) in rows.items():
+        for name, (config, target) in rows.items():
 
-            def loader(chosen: Config = config, what: Data = data) -> Any:
+            def loader(chosen: Config = config, what: Target = target) -> Any:
                 return loader_of(
                     chosen, {"dataset": dataset}, what, "train", batch=options.batch, workers=options.workers
                 )
 
             steps = options.steps if "patch 8" not in name else min(2, options.steps)
             alone = options.batch / loaded(loader(), 4 * options.steps)
-            rate = options.batch / trained(config, data, loader(), steps)
+            rate = options.batch / trained(config, target, loader(), steps)
             base = base or rate
-            tokens = int(np.prod(data.shape)) // config.latte(data.channels, data.shape).patch ** 2
+            tokens = int(np.prod(target.shape)) // config.latte(target.channels, target.shape).patch ** 2
             print(f"{name:<28} {tokens:>7} {alone:>17.1f} {rate:>19.2f} {base / rate:>11.1f}x", flush=True)
 
 

@@ -44,8 +44,8 @@ if __name__ == "__main__":
     parser.add_argument("--euler", type=int, default=2, help="steps of a segment")
     arguments = parser.parse_args()
     torch.manual_seed(0)
-    device = device()
-    clock = time.perf_counter if device.type == "cuda" else time.process_time
+    at = device()
+    clock = time.perf_counter if at.type == "cuda" else time.process_time
     vae = PVVAE(vae_config("pv_vae_tiny", latent_channels=8, encoder_width=8, decoder_width=8)).eval()
     factor, side = vae.config.temporal_stride, arguments.size // vae.config.spatial_stride
     sizes = {"channels": 8, "history": SECONDS * FPS // factor, "shape": (STEPS, side, side)}
@@ -53,7 +53,7 @@ if __name__ == "__main__":
     model = MemoryDiT(config).eval()
     for each in (vae, model):
         awake(each)
-        each.to(device)
+        each.to(at)
     steps = round(arguments.minutes * 60 * FPS / factor)
     count, process = segments(model, steps), psutil.Process()
     print(

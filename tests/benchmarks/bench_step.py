@@ -24,7 +24,7 @@ from longtake.training import engines
 from longtake.training.config import TrainConfig
 from longtake.training.loop import train
 from longtake.training.models.pv_vae.model import PVVAE, config_from_preset
-from longtake.training.objective import Objective
+from longtake.training.objective import Objective, Turn
 
 WARM_UP = 5
 
@@ -84,8 +84,8 @@ def measure(steps: int, zero_stage: int, preset: str, batch: int, size: int) -> 
         video = torch.rand(batch // world, 3, 9, size, size, device=engines.device()) * 2 - 1
         turns = Turns(video, preset, world)
 
-        def loss(name: str, running: Any, batch: Any, rng: Any) -> Any:
-            value = loss_of(running[name], batch["video"])
+        def loss(turn: Turn) -> Any:
+            value = loss_of(turn.engines[turn.name], turn.batch["video"])
             return value, {"loss": value.detach()}
 
         config = TrainConfig(

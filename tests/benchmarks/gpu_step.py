@@ -93,7 +93,7 @@ def measure(options: argparse.Namespace, preset: str, compiled: bool) -> dict[st
     found["parameters_million"] = round(sum(p.numel() for p in model.parameters()) / 1e6, 1)
     with tempfile.TemporaryDirectory() as folder:
         try:
-            objective = Objective({"generator": model}, loss, blocks=list(model.blocks()))
+            objective = Objective({"model": model}, loss, blocks=list(model.blocks()))
             train(objective, stream, config, Path(folder), rows if rank == 0 else None)
         except Failure as e:
             return found | {"error": str(e)}
