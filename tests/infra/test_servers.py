@@ -27,6 +27,7 @@ from pathlib import Path
 import mlflow, torch
 from longtake.infra import recipe, runs
 from longtake.training import registry
+from longtake.training.registry import disk, promotion
 from longtake.training.models.pv_vae.model import PVVAE, config_from_preset
 
 store = runs.connect(recipe.load(sys.argv[1]))

@@ -410,7 +410,7 @@ def test_a_remote_workspace_loses_dead_latents_and_orphans_and_nothing_else(
 def test_after_a_clean_nothing_runs_again_and_a_stopped_training_goes_on_where_it_was(
     dataset: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, one_thread: None
 ) -> None:
-    from longtake.training.models.pv_vae import pretrain as pretrain_vae
+    from longtake.training import launch
 
     made = tmp_path / "dataset"
     shutil.copytree(dataset, made)
@@ -427,7 +427,7 @@ def test_after_a_clean_nothing_runs_again_and_a_stopped_training_goes_on_where_i
         runner.run_stage(loaded, name)
     asked = iter(range(100))
     with monkeypatch.context() as patch:
-        patch.setattr(pretrain_vae.launch, "stop_requested", lambda: next(asked) >= 3)
+        patch.setattr(launch, "stop_requested", lambda: next(asked) >= 3)
         with pytest.raises(Interrupted):
             runner.run_stage(loaded, "next")
 

@@ -322,7 +322,7 @@ def test_registering_that_was_killed_is_done_again_without_leftovers(
 
     logged = tmp_path / "artifacts" / "models"
     script = (
-        "import os, sys, mlflow\nfrom pathlib import Path\nfrom longtake.training.registry import disk\n"
+        "import os, sys, mlflow\nfrom pathlib import Path\nfrom longtake.training import registry\n"
         "where, name = sys.argv[3].rsplit('.', 1)\nowner = eval(where)\nreal = getattr(owner, name)\n"
         "def dying(*a, **k):\n    sys.argv[4] == 'after' and real(*a, **k)\n    os.kill(os.getpid(), 9)\n"
         "setattr(owner, name, dying)\nregistry.register(Path(sys.argv[1]), 'pv-vae', sys.argv[2])"
