@@ -24,6 +24,7 @@ from longtake.datasets import latents as column
 from longtake.datasets.errors import Failure, UserError
 from longtake.datasets.latents import read_latents
 from longtake.datasets.loader import Loader, to_model
+from longtake.datasets.shard import write_tar
 from longtake.datasets.stage import content
 from longtake.datasets.verify import verify
 from longtake.infra import graph, recipe
@@ -416,13 +417,13 @@ def test_shards_that_are_missing_or_of_other_clips_are_made_again(
     index.write_index(str(url), rows, schema.LATENT_INDEX, shard.tar_bytes, shard.tar_sha256, {})
     jobs = list(missing(root, "train", name, keeps))
     assert [job.name for job in jobs] == ["00000", "00001"]
-    write_tar, beside = latents.write_tar, []
+    beside = []
 
     def writing(*arguments: Any) -> Any:
         beside.append(url.exists())
         return write_tar(*arguments)
 
-    monkeypatch.setattr(latents, "write_tar", writing)
+    monkeypatch.setattr("longtake.pipeline.column.write_tar", writing)
     for job in jobs:
         of = latents.geometry(model, "")
         latents.make_latents(model, of, root, "train", job.name, name, settings(), keeps[job.name])
@@ -462,8 +463,6 @@ def test_clips_that_a_view_drops_have_no_latents_and_the_loader_leaves_them_out(
 def pictures(root: Path, shapes: list[tuple[int, int]]) -> str:
     """A dataset of images of noise, of these heights and widths."""
     import av
-
-    from longtake.datasets.shard import write_tar
 
     def png(number: int, height: int, width: int) -> bytes:
         picture = np.random.default_rng(number).integers(0, 256, (height, width, 3), np.uint8)

@@ -622,7 +622,7 @@ def test_the_loss_of_heldout_clips_is_that_of_the_average_and_leaves_no_trace(
     assert small.same(plain, looked) and small.same(*(small.weights(tmp_path / f, "2") for f in ("plain", "looked")))
     found = {step: row["heldout/loss"] for step, row in log.rows if "heldout/loss" in row}
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-    expected = {s: heldout_by_hand(small, small.weights(tmp_path / "looked", "2", s), 3, dtype) for s in (2, 4, 6)}
+    expected = {s: heldout_by_hand(small.weights(tmp_path / "looked", "2", s), 3, dtype) for s in (2, 4, 6)}
     assert found == pytest.approx(expected, rel=1e-5) and len(set(found.values())) == 3
     # and over a stop
     again = small.Log()
