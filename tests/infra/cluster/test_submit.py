@@ -296,8 +296,13 @@ def test_ctrl_c_leaves_the_job_running_and_says_how_to_come_back(ray: Any, path:
         time.sleep(0.5)
         os.kill(os.getpid(), signal.SIGINT)
 
+    # a shell's background job ignores SIGINT, and pytest as one with it
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     threading.Thread(target=press, daemon=True).start()
-    result = send(path, ray)
+    try:
+        result = send(path, ray)
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert result.exit_code == 130 and result.stdout == "begun\n"
     assert f"goes on; watch it: longtake jobs logs {name_of(path)}" in result.stderr
     assert ray.jobs[name_of(path)]["status"] == "RUNNING"
