@@ -96,8 +96,8 @@ def column_of(dataset: str, uri: str, frames: int, field: str = "latents") -> La
 
 def columns_of(
     uri: str, encoder: str | None, inputs: Mapping[str, str], frames: int, shrink: tuple[int, int] | None = None
-) -> list[str]:
-    """The columns that a trained model sees: of the latents that it has learned, and of scaled-down ones if it needs them.
+) -> dict[str, str]:
+    """The columns that a trained model sees: `latent`, of those that it has learned, and `low`, scaled down, if it needs them.
 
     Args:
         uri: of the model, for messages.
@@ -122,7 +122,7 @@ def columns_of(
     for field, column in zip(("latents", "low_latents"), columns, strict=False):
         if column.encoder["digest"] != encoder:
             raise UserError(f"{field}: {inputs[field]} are of another autoencoder than {uri} has learned")
-    return [column.column for column in columns]
+    return dict(zip(("latent", "low"), (column.column for column in columns), strict=False))
 
 
 def commonest_size(dataset: str, made: Latents) -> tuple[int, int]:
@@ -213,7 +213,7 @@ class LatentTarget:
 
     def columns(self, split: str) -> dict[str, Any]:
         starts = {"clip_starts": self.clip_starts} if split == "train" else {}
-        return {"columns": (self.record.column,), **starts}
+        return {"columns": {"latent": self.record.column}, **starts}
 
     def given(self, model: Any, batch: Batch, rng: torch.Generator | None = None) -> Tensor:
         posterior = Posterior(*batch["latent"].float().unbind(1))
@@ -245,7 +245,7 @@ class PixelTarget:
         return self.shape[1:]
 
     def columns(self, split: str) -> dict[str, Any]:
-        return {"columns": ("video",), "size": self.size}
+        return {"columns": {"video": "video"}, "size": self.size}
 
     def given(self, model: Any, batch: Batch, rng: torch.Generator | None = None) -> Tensor:
         return to_model(batch["video"])

@@ -31,6 +31,7 @@ from longtake.datasets.loader.window import Source, Window
 from longtake.datasets.view import kept
 
 COLUMNS = ("video", "frame_diff", "latent-DIGEST", "json", "label")
+_LATENT = "latent-"  # how columns of latents begin
 
 
 class Stream:
@@ -89,15 +90,16 @@ class Loader(Stream):
 
     A batch is `{"key": [str], "epoch": int}` and of the columns asked for `video` uint8 (B, 3, T, H, W), `frame_diff`
     uint8 (B, 3, T-1, h, w), `latent` float16 or bfloat16 (B, 2, C, 1 + (T-1)/4, h, w) of mean and log-variance, `json`
-    [dict] and `label` int64 (B,); B is this rank's share. A second column of latents is `latent_2`, of the same steps, and
-    so on. With `history_seconds` also `history_video`, `history_latent`, `history_latent_2` and how many of their frames
-    and steps are true (see `datasets.loader.window`).
+    [dict] and `label` int64 (B,); B is this rank's share. Several columns of latents, of the same steps, have the names
+    that the caller gives them. With `history_seconds` also `history_video`, `history_latent` and so on, and how many of
+    their frames and steps are true (see `datasets.loader.window`).
 
     Args:
         dataset: URL of the dataset.
         split: "train" or "val".
         view: URL of a view, whose weights say how often a clip comes; None takes every clip once an epoch.
-        columns: some of `COLUMNS`.
+        columns: some of `COLUMNS`; or `{name: column}`, the cache columns by the names that batches have them under,
+            such as `{"latent": "latent-1f...", "low": "latent-9c..."}`. Without a name one is called by its kind, "latent".
         frames: frames T in a window, or several T of which a clip takes the longest that it fills. A clip shorter than
             all is left out; `samples_short` counts them.
         stride: every how many frames of the clip.
@@ -136,7 +138,7 @@ class Loader(Stream):
         split: str = "train",
         *,
         view: str | None = None,
-        columns: Sequence[str] = ("video", "json"),
+        columns: Sequence[str] | Mapping[str, str] = ("video", "json"),
         frames: int | Sequence[int] = 17,
         stride: int = 1,
         size: tuple[int, int] | int = (64, 64),
@@ -159,7 +161,7 @@ class Loader(Stream):
         cache: Cache | None = None,
         unreadable: Literal["stop", "skip"] = "stop",
     ) -> None:
-        _known(columns)
+        named = _by_name(columns)
         if clip_starts is not None and not 0 <= clip_starts <= 1:
             raise UserError(f"clip_starts: {clip_starts:g} is no share of windows; give one from 0 to 1")
         index.describe(dataset)
@@ -167,9 +169,10 @@ class Loader(Stream):
         base, facts = compact.open_split(dataset, split, cache=cache)
         if not len(base.shards):
             raise UserError(f"{where}: no committed shard; run its `shard` stage")
-        found = {c: _column(base, dataset, split, c, cache) for c in columns if c == "frame_diff" or "latent-" in c}
-        joined = {c: rows for c, (rows, _) in found.items()}
-        latents = {c: sizes for c, (_, sizes) in found.items() if c != "frame_diff"}
+        cached = {name: c for name, c in named.items() if c == "frame_diff" or c.startswith(_LATENT)}
+        opened = {name: _column(base, dataset, split, c, cache) for name, c in cached.items()}
+        joined = {name: rows for name, (rows, _) in opened.items()}
+        latents = {name: sizes for name, (_, sizes) in opened.items() if name != "frame_diff"}
         keep, weights, judged = kept(base, view)
         viewed = keep.copy()
         self.samples_without_latent = 0
@@ -187,7 +190,7 @@ class Loader(Stream):
         )
         self.samples_short = int((short & keep).sum())
         keep &= ~short
-        small &= keep & ("video" in columns)
+        small &= keep & ("video" in named)
         self.samples_small = int(small.sum())
         if self.samples_small == keep.sum() > 0:
             height, width = (facts[name][int(np.flatnonzero(small)[0])].as_py() for name in ("height", "width"))
@@ -196,16 +199,16 @@ class Loader(Stream):
                 f"{where}: clips of {height}x{width} are smaller than size {asked}; raise `clip.short_side` or lower `size`"
             )
         keep &= ~small
-        _fit({name: joined[name] for name in latents}, lengths, stride)
-        if not histories and (streamed := [c for c in latents if streams.joined(joined[c])]):
+        _fit({named[name]: joined[name] for name in latents}, lengths, stride)
+        if not histories and (streamed := [name for name in latents if streams.joined(joined[name])]):
             raise UserError(
-                f"columns: {streamed[0]} was encoded in streams of several clips, a window inside of one has no first latent;"
+                f"columns: {named[streamed[0]]} was encoded in streams of several clips, a window inside of one has no first latent;"
                 " name latents without `join_seconds`"
             )
         self.samples_without_history = self.samples_of_mixed_streams = 0
         if histories:
-            rows = [joined[c] for c in latents]
-            keep = self._in_streams(where, rows, columns, keep, viewed, weights, lengths, histories, shuffle)
+            rows = [joined[name] for name in latents]
+            keep = self._in_streams(where, rows, named.values(), keep, viewed, weights, lengths, histories, shuffle)
         elif history_least:
             reaches = neighbours.reach_back(base, history_least, encoded)
             self.samples_without_history = int((keep & ~reaches).sum())
@@ -239,10 +242,10 @@ class Loader(Stream):
             order.check_batch(fullest.samples, fullest.batch, world, last, where)
         self.batches_per_epoch, self.batch = sum(counts), batch
         self.samples_left_out = sum(max(0, b.samples - n * b.batch) for b, n in zip(buckets, counts, strict=True))
-        self.classes = _classes(dataset, split, facts, cache) if "label" in columns else []
+        self.classes = _classes(dataset, split, facts, cache) if "label" in named else []
         reader = Reader(cache)
         plan = Batches(
-            source=Source(base, joined, tuple(columns), reader, self.classes),
+            source=Source(base, joined, named, reader, self.classes),
             buckets=buckets,
             counts=counts,
             seed=seed,
@@ -268,7 +271,7 @@ class Loader(Stream):
         self,
         where: str,
         latents: list[compact.Rows],
-        columns: Sequence[str],
+        columns: Iterable[str],
         keep: np.ndarray,
         viewed: np.ndarray,
         weights: np.ndarray | None,
@@ -283,7 +286,7 @@ class Loader(Stream):
         Raises:
             UserError: other columns than latents; several lengths of windows; no stream is long enough, or in the view.
         """
-        other = [c for c in columns if c != "label" and not c.startswith("latent-")]
+        other = [c for c in columns if c != "label" and not c.startswith(_LATENT)]
         if other or not latents or len(frames) > 1:
             raise UserError("histories: are of latents and windows of one length; leave out what else is asked for")
         window, totals = 1 + (frames[0] - 1) // _factor(latents[0]), streams.totals(latents[0])
@@ -411,11 +414,27 @@ def _count(number: int, step: int, end: int | None) -> Iterator[int]:
         number += step
 
 
-def _known(columns: Sequence[str]) -> None:
-    if unknown := {c for c in columns if c not in COLUMNS and not c.startswith("latent-")}:
+def _by_name(columns: Sequence[str] | Mapping[str, str]) -> dict[str, str]:
+    """Columns by the names that batches have them under. Raises UserError for one that is unknown, or has no name of its own."""
+    pairs = list(columns.items()) if isinstance(columns, Mapping) else [(_kind(column), column) for column in columns]
+    listed = [column for _, column in pairs]
+    if unknown := {c for c in listed if c not in COLUMNS and not c.startswith(_LATENT)}:
         raise UserError(f"columns: unknown {', '.join(sorted(unknown))}; there are {', '.join(COLUMNS)}")
-    if twice := {c for c in columns if list(columns).count(c) > 1}:
+    if twice := {c for c in listed if listed.count(c) > 1}:
         raise UserError(f"columns: {', '.join(sorted(twice))} twice; name each once")
+    named = dict(pairs)
+    if len(named) < len(pairs):
+        both = [column for name, column in pairs if name == "latent"]
+        raise UserError(f"columns: {' and '.join(both)} need names, such as columns={{'latent': ..., 'low': ...}}")
+    for name, column in pairs:
+        if name != column and (name in COLUMNS or not column.startswith(_LATENT)):
+            raise UserError(f"columns: {column} cannot be called {name!r}; choose another name, or leave it out")
+    return named
+
+
+def _kind(column: str) -> str:
+    """What a column is called where the caller gives no name."""
+    return "latent" if column.startswith(_LATENT) else column
 
 
 def _column(

@@ -6,7 +6,7 @@ A plan travels to worker processes as it is; it holds row numbers, and no rows o
 import functools
 import sys
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -102,7 +102,7 @@ class Batches:
                 print(shown(f"warning: skipped: {sample}"), file=sys.stderr)
         # the ranks' batches stay as large as each other
         filled = [*good, *(good[n % len(good)] for n in range(len(samples) - len(good)))]
-        out = collate(filled) | {"epoch": epoch}
+        out = collate(filled, self.source.latents) | {"epoch": epoch}
         return out | ({"skipped": len(samples) - len(good)} if self.skip else {})
 
     def _samples(self, number: int) -> tuple[int, Window, list[Sample]]:
@@ -193,8 +193,8 @@ class Mixed:
             yield next(streams[part]) | {"part": self.names[part]}
 
 
-def collate(samples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Stack samples: arrays and numbers become tensors, everything else lists."""
+def collate(samples: Sequence[Mapping[str, Any]], latents: Collection[str] = ()) -> dict[str, Any]:
+    """Stack samples: arrays and numbers become tensors, everything else lists. `latents` are names of columns of latents."""
     out: dict[str, Any] = {}
     for name, first in samples[0].items():
         values = [s[name] for s in samples]
@@ -202,7 +202,7 @@ def collate(samples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
             out[name] = torch.from_numpy(np.stack(values))
         else:
             out[name] = torch.tensor(values) if isinstance(first, int) else values
-        if name.removeprefix("history_").startswith("latent"):
+        if name.removeprefix("history_") in latents:
             if out[name].dtype == torch.uint16:
                 # numpy has no bfloat16, only its bits
                 out[name] = out[name].view(torch.bfloat16)

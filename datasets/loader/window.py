@@ -54,11 +54,12 @@ class Source:
     """A split with its cache columns, as worker processes need it."""
 
     def __init__(
-        self, base: Rows, columns: Mapping[str, Rows], names: tuple[str, ...], reader: Reader, classes: list[str]
+        self, base: Rows, columns: Mapping[str, Rows], names: Mapping[str, str], reader: Reader, classes: list[str]
     ) -> None:
+        """`names` are columns by the names that samples have them under, `columns` the rows of those that are caches."""
         self.base, self.columns, self.names, self.reader = base, columns, names, reader
         self.labels = {label: number for number, label in enumerate(classes)}
-        self.latents = tuple(name for name in columns if name.startswith("latent-"))
+        self.latents = tuple(name for name in columns if name != "frame_diff")
         self.latent = self.latents[0] if self.latents else None
 
     def row(self, shard: int, at: int) -> dict[str, Any]:
@@ -98,8 +99,8 @@ def load(source: Source, sample: Sample, window: Window) -> dict[str, Any]:
     if source.latents:
         _in_step(source, sample.shard, [places[column] for column in source.latents])
         first, count = frames[0] // quantum, 1 + (window.frames - 1) // quantum
-        for number, column in enumerate(source.latents):
-            out[_named(number)] = _latent(source, column, sample.shard, places[column], first, count)
+        for column in source.latents:
+            out[column] = _latent(source, column, sample.shard, places[column], first, count)
     if window.history_seconds:
         out |= _history(source, sample, row, frames[0], window, spot)
     if "label" in source.names:
@@ -163,25 +164,20 @@ def _latent_dtype(place: Mapping[str, Any]) -> str:
     return "<u2" if place.get("dtype") == "bfloat16" else "<f2"
 
 
-def _named(number: int) -> str:
-    """What the latents of a sample's n-th column of them are called: "latent", "latent_2", ..."""
-    return f"latent_{number + 1}" if number else "latent"
-
-
 def _in_step(source: Source, shard: int, places: Sequence[Mapping[str, Any]]) -> None:
     """Raises Failure where a clip has other steps in one column of latents than in another."""
     for column, place in zip(source.latents[1:], places[1:], strict=True):
         if place["steps"] != places[0]["steps"]:
             url = source.columns[column].tar(shard)[0]
             raise Failure(
-                f"{url}: {place['key']}: has {place['steps']} steps, and {places[0]['steps']} in {source.latent}; "
+                f"{url}: {place['key']}: has {place['steps']} steps, and {places[0]['steps']} in {source.names[str(source.latent)]}; "
                 "delete the column's indexes and run its stage again"
             )
         if first_step(place) != first_step(places[0]):
             url = source.columns[column].tar(shard)[0]
             raise Failure(
                 f"{url}: {place['key']}: begins at step {first_step(place)} of its stream, and at"
-                f" {first_step(places[0])} in {source.latent}; encode both with the same join_seconds"
+                f" {first_step(places[0])} in {source.names[str(source.latent)]}; encode both with the same join_seconds"
             )
 
 
@@ -190,8 +186,8 @@ def _history(
 ) -> dict[str, Any]:
     """What came just before the window, from its clip and the neighbours that it follows without a hole.
 
-    `history_video` (3, Th, H, W) with `history_frames`, `history_latent` (Sh, 2, C, h, w), and `history_latent_2` and
-    so on of further columns, with `history_steps`: so many at the end are true, before them all is zero.
+    `history_video` (3, Th, H, W) with `history_frames`, `history_NAME` (Sh, 2, C, h, w) of each column of
+    latents with `history_steps`: so many at the end are true, before them all is zero.
     """
     out: dict[str, Any] = {}
     before = list(pasts(source.base, sample.shard, sample.at, window.history_seconds))
@@ -218,7 +214,7 @@ def _history(
                 for some, inside in inside_of
             ]
             shape = (len(wanted), 2, *(own[name] for name in ("channels", "height", "width")))
-            out |= _ended(_named(number), parts, np.zeros(shape, _latent_dtype(own)), "steps", 0)
+            out |= _ended(column, parts, np.zeros(shape, _latent_dtype(own)), "steps", 0)
     return out
 
 
@@ -227,8 +223,8 @@ def _of_stream(
 ) -> dict[str, np.ndarray | int]:
     """A window at a step that is drawn of its clip's stream, and what the stream has before it.
 
-    `latent` and `history_latent` (Sh, 2, C, h, w), of further columns `latent_2` and `history_latent_2`, and so on; Sh is
-    the longest that may be drawn, `history_steps` how many at the end are true, `stream_step` where the window begins.
+    Of each column of latents `NAME` and `history_NAME` (Sh, 2, C, h, w); Sh is the longest that may be drawn,
+    `history_steps` how many at the end are true, `stream_step` where the window begins.
     """
     assert window.lengths and source.latent
     places = []
@@ -256,7 +252,7 @@ def _of_stream(
         steps = np.concatenate(parts)
         before = np.zeros((room, *steps.shape[1:]), steps.dtype)
         before[room - known :] = steps[:known]
-        out |= {_named(number): steps[known:], f"history_{_named(number)}": before}
+        out |= {column: steps[known:], f"history_{column}": before}
     return out
 
 

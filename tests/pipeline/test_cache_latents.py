@@ -266,11 +266,11 @@ def test_a_shrunk_column_is_of_the_video_scaled_down_in_the_same_steps(
         made = torch.from_numpy(found[key]).float().permute(1, 2, 0, 3, 4)
         torch.testing.assert_close(made, of_means(model, video[: 1 + (len(video) - 1) // 4 * 4], shrink), **FP16)
     assert not list(verify(root))
-    columns = ("video", whole, name)
+    columns = {"video": "video", "latent": whole, "low": name}
     loader = Loader(root, columns=columns, frames=5, size=32, batch=1, epochs=1, history_seconds=1.0)
     for batch in loader:
         (key,), start = batch["key"], int(batch["start"][0]) // 4
-        for suffix, arrays in (("latent", full), ("latent_2", found)):
+        for suffix, arrays in (("latent", full), ("low", found)):
             steps = torch.from_numpy(arrays[key]).permute(1, 2, 0, 3, 4)
             assert torch.equal(batch[suffix][0], steps[:, :, start : start + 2])
             before = min(start, int(batch["history_steps"][0]))
@@ -287,7 +287,7 @@ def test_shrinking_takes_whole_positions_and_leaves_out_what_has_none(model: PVV
     assert (totals["clips"], totals["clips_small"]) == (3, 2)
     sizes = [a.shape[3:] for a in members(root, whole).values()], [a.shape[3:] for a in members(root, name).values()]
     assert sizes == ([(5, 3), (5, 5), (3, 7), (1, 4), (2, 2)], [(2, 1), (2, 1), (1, 2), (0, 0), (0, 0)])
-    loader = Loader(root, columns=(whole, name), frames=1, size=16, batch=1, epochs=1)
+    loader = Loader(root, columns={"latent": whole, "low": name}, frames=1, size=16, batch=1, epochs=1)
     assert (loader.samples, loader.samples_without_latent) == (3, 2)
     # at a common size: scaled and cropped to it first
     sized, _ = cache(root, model, settings(shrink=(2, 1), size=(48, 32)))

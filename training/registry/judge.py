@@ -134,7 +134,7 @@ def _measured(judged: Judged, inputs: Mapping[str, str], window: Window, gate: G
 def _loader(judged: Judged, inputs: Mapping[str, str], window: Window, seed: int) -> Loader:
     """Windows of held-out clips in a random order, one at a time, of the columns that this model sees."""
     options = judge_of(judged.facts).options(judged, inputs, window)
-    columns = [*options.pop("columns"), *(["label"] if judged.facts.get("classes") else [])]
+    columns = options.pop("columns") | ({"label": "label"} if judged.facts.get("classes") else {})
     return Loader(
         inputs["dataset"], "val", view=inputs.get("view"), columns=columns, frames=window.frames or 1, batch=1,
         last="pad", seed=seed, epochs=1, **options,

@@ -18,6 +18,7 @@ from longtake.datasets.loader import Loader
 from longtake.datasets.shard import sha256_of, write_tar
 
 HIGH, LOW = "latent-test", "latent-low"
+BOTH = {"latent": HIGH, "low": LOW}
 WINDOW: dict[str, Any] = {"frames": 5, "size": (16, 16), "batch": 2, "epochs": 2}
 Change = Callable[[dict[str, Any], np.ndarray], np.ndarray]
 
@@ -80,19 +81,32 @@ def each(batches: Any) -> Iterator[dict[str, Any]]:
 
 def test_a_second_column_is_of_the_same_steps_in_its_own_shape(pair: str) -> None:
     starts = set()
-    for sample in each(Loader(pair, **WINDOW, columns=(HIGH, LOW))):
-        assert sample["latent"].shape == (2, 3, 2, 2, 2) and sample["latent_2"].shape == (2, 2, 2, 1, 1)
-        assert torch.equal(sample["latent_2"][0], sample["latent"][0, :2, :, ::2, ::2] + 0.5)
-        assert torch.equal(sample["latent_2"][1], sample["latent"][1, :2, :, ::2, ::2] - 0.5)
+    for sample in each(Loader(pair, **WINDOW, columns=BOTH)):
+        assert sample["latent"].shape == (2, 3, 2, 2, 2) and sample["low"].shape == (2, 2, 2, 1, 1)
+        assert torch.equal(sample["low"][0], sample["latent"][0, :2, :, ::2, ::2] + 0.5)
+        assert torch.equal(sample["low"][1], sample["latent"][1, :2, :, ::2, ::2] - 0.5)
         starts.add(int(sample["latent"][0, 0, 0, 0, 0]) % 64)
     assert starts == {0, 1}
 
 
-def test_columns_are_numbered_in_the_order_in_which_they_are_named(pair: str) -> None:
-    loaders = [Loader(pair, **WINDOW, columns=columns) for columns in ((HIGH, "video", LOW), (LOW, HIGH))]
-    for first, second in zip(*loaders, strict=True):
-        assert first["key"] == second["key"] and "latent_3" not in first
-        assert torch.equal(first["latent"], second["latent_2"]) and torch.equal(first["latent_2"], second["latent"])
+def test_columns_have_the_names_that_they_are_given_in_any_order(pair: str) -> None:
+    given = ({"latent": HIGH, "video": "video", "low": LOW}, {"a": LOW, "b": HIGH})
+    for first, second in zip(*(Loader(pair, **WINDOW, columns=columns) for columns in given), strict=False):
+        assert first["key"] == second["key"] and {"latent", "low", "video"} <= first.keys() and "latent" not in second
+        assert torch.equal(first["latent"], second["b"]) and torch.equal(first["low"], second["a"])
+
+
+@pytest.mark.parametrize(
+    ("columns", "said"),
+    [
+        ((HIGH, LOW), f"columns: {HIGH} and {LOW} need names, such as"),
+        ({"clip": "video"}, "columns: video cannot be called 'clip'"),
+        ({"video": HIGH}, f"columns: {HIGH} cannot be called 'video'"),
+    ],
+)
+def test_columns_that_would_be_mistaken_are_refused(pair: str, columns: Any, said: str) -> None:
+    with pytest.raises(UserError, match=said):
+        Loader(pair, **WINDOW, columns=columns)
 
 
 def test_three_columns_and_bfloat16_beside_float16(own: str) -> None:
@@ -101,17 +115,17 @@ def test_three_columns_and_bfloat16_beside_float16(own: str) -> None:
 
     beside(own)
     beside(own, bits, "latent-third", dtype="bfloat16")
-    for batch in Loader(own, **WINDOW, columns=(HIGH, LOW, "latent-third"), history_seconds=1.0):
-        assert batch["latent_3"].dtype == batch["history_latent_3"].dtype == torch.bfloat16
-        assert batch["latent_2"].dtype == batch["history_latent_2"].dtype == torch.float16
-        assert torch.equal(batch["latent_3"], batch["latent"].bfloat16())
-        assert torch.equal(batch["history_latent_3"], batch["history_latent"].bfloat16())
+    for batch in Loader(own, **WINDOW, columns=BOTH | {"third": "latent-third"}, history_seconds=1.0):
+        assert batch["third"].dtype == batch["history_third"].dtype == torch.bfloat16
+        assert batch["low"].dtype == batch["history_low"].dtype == torch.float16
+        assert torch.equal(batch["third"], batch["latent"].bfloat16())
+        assert torch.equal(batch["history_third"], batch["history_latent"].bfloat16())
 
 
 def test_the_history_of_a_second_column_is_of_the_same_steps(pair: str) -> None:
     counts = set()
-    for sample in each(Loader(pair, **WINDOW, columns=(HIGH, LOW), history_seconds=2.0)):
-        high, small, count = sample["history_latent"], sample["history_latent_2"], int(sample["history_steps"])
+    for sample in each(Loader(pair, **WINDOW, columns=BOTH, history_seconds=2.0)):
+        high, small, count = sample["history_latent"], sample["history_low"], int(sample["history_steps"])
         assert high.shape == (2, 3, 6, 2, 2) and small.shape == (2, 2, 6, 1, 1)
         true = small[:, :, 6 - count :]
         assert torch.equal(true[0], high[0, :2, 6 - count :, ::2, ::2] + 0.5)
@@ -129,19 +143,19 @@ def test_clips_that_one_column_alone_keeps_apart_share_no_batch(handmade: Callab
 
     for nth, (axis, number) in enumerate(((3, 1), (4, 2), (4, 4))):
         beside(root, wide(axis, number), f"latent-{nth}")
-    columns = (HIGH, "latent-0", "latent-1", "latent-2")
+    columns = {"latent": HIGH} | {f"number_{nth}": f"latent-{nth}" for nth in range(3)}
     shapes, keys = set(), set()
     for batch in Loader(
         root, **WINDOW | {"epochs": 1}, columns=columns, last="pad"
     ):  # stacking them is what would fail
-        shapes.add(tuple(tuple(batch[name].shape[-2:]) for name in ("latent_2", "latent_3", "latent_4")))
+        shapes.add(tuple(tuple(batch[name].shape[-2:]) for name in columns if name != "latent"))
         keys |= set(batch["key"])
     assert len(shapes) == 8 and len(keys) == 12
 
 
 @pytest.mark.parametrize("at", [0, 1, 3, 5])
 def test_resuming_with_two_columns_and_their_history_gives_bitwise_the_same_batches(pair: str, at: int) -> None:
-    options: dict[str, Any] = {**WINDOW, "columns": (HIGH, LOW), "history_seconds": 2.0, "history_least": 1.0}
+    options: dict[str, Any] = {**WINDOW, "columns": BOTH, "history_seconds": 2.0, "history_least": 1.0}
     whole = list(Loader(pair, **options))
     assert len(whole) == 6
     first = Loader(pair, **options)
@@ -152,14 +166,14 @@ def test_resuming_with_two_columns_and_their_history_gives_bitwise_the_same_batc
         loader.load_state_dict(state)
     for expected, *parts in zip(whole[at:], *ranks, strict=True):
         assert expected["key"] == [key for part in parts for key in part["key"]]
-        for name in ("latent", "latent_2", "history_latent", "history_latent_2", "history_steps"):
+        for name in ("latent", "low", "history_latent", "history_low", "history_steps"):
             assert torch.equal(expected[name], torch.cat([part[name] for part in parts]))
 
 
 def test_a_state_of_other_columns_or_another_least_history_is_refused(pair: str) -> None:
-    options: dict[str, Any] = WINDOW | {"columns": (HIGH, LOW)}
+    options: dict[str, Any] = WINDOW | {"columns": BOTH}
     state = Loader(pair, **options).state_dict()
-    for other in ({"columns": (HIGH,)}, {"columns": (LOW, HIGH)}, {"history_least": 1.0}):
+    for other in ({"columns": (HIGH,)}, {"columns": {"low": LOW, "latent": HIGH}}, {"history_least": 1.0}):
         with pytest.raises(UserError, match="another dataset, view or window"):
             Loader(pair, **options | other).load_state_dict(state)
     least = Loader(pair, **options, history_least=1.0).state_dict()
@@ -170,7 +184,7 @@ def test_a_state_of_other_columns_or_another_least_history_is_refused(pair: str)
 @pytest.mark.parametrize("history", [0.0, 1.0])
 def test_damaged_steps_of_a_second_column_are_an_error(own: str, history: float) -> None:
     beside(own)
-    options = WINDOW | {"batch": 1, "shuffle": False, "epochs": 1, "columns": (HIGH, LOW), "history_seconds": history}
+    options = WINDOW | {"batch": 1, "shuffle": False, "epochs": 1, "columns": BOTH, "history_seconds": history}
     tar = Path(own) / "train" / f"00000.{LOW}.tar"
     rows = index.read_shard(own, "train", tar.stem).table.to_pylist()
     data = bytearray(tar.read_bytes())
@@ -191,17 +205,17 @@ def test_damaged_steps_of_a_second_column_are_an_error(own: str, history: float)
 def test_a_second_column_of_other_clips_is_an_error(own: str) -> None:
     beside(own, base_sha256="0" * 64)
     with pytest.raises(Failure, match=rf"{LOW}\.tar: made from other clips"):
-        list(Loader(own, **WINDOW, columns=(HIGH, LOW)))
+        list(Loader(own, **WINDOW, columns=BOTH))
 
 
 def test_columns_of_other_steps_are_one_line(own: str) -> None:
     beside(own, factor=8)
     with pytest.raises(UserError, match=f"{LOW} has a step for 8 frames, {HIGH} for 4; name latents of one encoder"):
-        Loader(own, **WINDOW, columns=(HIGH, LOW))
+        Loader(own, **WINDOW, columns=BOTH)
     beside(own, lambda row, high: low(row, high)[: 2 if row["key"] == "a-00001" else 3])
     for history in (0.0, 1.0):
         with pytest.raises(Failure, match=rf"{LOW}\.tar: a-00001: has 2 steps, and 3 in {HIGH}; delete") as caught:
-            list(Loader(own, **WINDOW, columns=(HIGH, LOW), history_seconds=history))
+            list(Loader(own, **WINDOW, columns=BOTH, history_seconds=history))
         assert "\n" not in str(caught.value)
     with pytest.raises(UserError, match=f"columns: {HIGH} twice"):
         Loader(own, **WINDOW, columns=(HIGH, HIGH))
@@ -210,7 +224,7 @@ def test_columns_of_other_steps_are_one_line(own: str) -> None:
 def test_a_clip_without_latents_in_one_column_is_left_out_and_ends_what_came_before(own: str) -> None:
     beside(own, lambda row, high: low(row, high)[: 0 if row["key"] == "a-00001" else None])
     options = WINDOW | {"batch": 1, "epochs": 3, "history_seconds": 1.0}
-    loader = Loader(own, **options, columns=(HIGH, LOW))
+    loader = Loader(own, **options, columns=BOTH)
     assert (loader.samples, loader.samples_without_latent) == (3, 1)
     steps: dict[str, set[int]] = {}
     for sample in each(loader):
@@ -220,7 +234,7 @@ def test_a_clip_without_latents_in_one_column_is_left_out_and_ends_what_came_bef
     assert max(steps["a-00003"]) == 3
     # the clip is known to videos
     assert Loader(own, **options, history_least=1.0).samples == 3
-    assert Loader(own, **options, columns=(HIGH, LOW), history_least=1.0).samples == 1
+    assert Loader(own, **options, columns=BOTH, history_least=1.0).samples == 1
 
 
 def joined(handmade: Callable[..., str], folder: Path) -> str:
@@ -316,7 +330,7 @@ def test_without_a_least_history_opening_reads_no_rows(pair: str, monkeypatch: p
 
 def test_a_dataset_folded_together_gives_the_same_clips(handmade: Callable[..., str], tmp_path: Path) -> None:
     root = beside(joined(handmade, tmp_path))
-    options: dict[str, Any] = WINDOW | {"columns": (HIGH, LOW), "history_least": 1.0, "batch": 1}
+    options: dict[str, Any] = WINDOW | {"columns": BOTH, "history_least": 1.0, "batch": 1}
     before = [batch["key"] for batch in Loader(root, **options)]
     for column in (None, HIGH, LOW):
         compact.write(root, "train", column)

@@ -212,7 +212,7 @@ def loader(config: Config, setup: Setup, rank: int, world: int) -> Loader:
 def loader_of(config: Config, inputs: Mapping[str, str], target: Target, split: str, **options: Any) -> Loader:
     """Windows of what this trains on, with labels where classes are learned, and nothing else."""
     settings = target.columns(split)
-    settings["columns"] += ("label",) if config.classes else ()
+    settings["columns"] |= {"label": "label"} if config.classes else {}
     return data.loader(config, inputs, split, **settings | options)
 
 
@@ -366,7 +366,7 @@ def _probed(config: Config, setup: Setup) -> tuple[Pairs, Pairs]:
     layer = max(1, latte.config.depth // 2)
 
     def pairs(split: str) -> Iterator[tuple[Tensor, Tensor]]:
-        columns = tuple(dict.fromkeys(("video", *target.columns("val")["columns"])))
+        columns = {"video": "video"} | target.columns("val")["columns"]
         order = {"seed": config.seed} if split == "train" else {"shuffle": False, "last": "pad"}
         clips = data.loader(config, setup.inputs, split, columns=columns, size=target.size, batch=1, **order)
         for number, batch in batches(clips, min(config.eval_probes, clips.samples), "probe"):

@@ -21,7 +21,7 @@ def judge(facts: Mapping[str, Any]) -> Judge:
 
 def _options(judged: Judged, inputs: Mapping[str, str], window: Window) -> dict[str, Any]:
     if judged.encoder() is None:
-        return {"columns": ["video"], "stride": window.stride, "size": window.size or (64, 64)}
+        return {"columns": {"video": "video"}, "stride": window.stride, "size": window.size or (64, 64)}
     # generated videos begin with a clip's first latent, which few windows of long clips have
     columns = columns_of(judged.uri, judged.encoder(), inputs, window.frames or 1)
     return {"columns": columns, "clip_starts": 0.5}

@@ -89,10 +89,10 @@ def loader_of(
 
     `histories` are by default the config's.
     """
-    # one column where the low-res branch reads the same
-    columns = list(dict.fromkeys(made.column for made in (data.made, data.low) if made))
+    columns = {"latent": data.made.column} | ({"label": "label"} if config.classes else {})
+    if data.low and data.low.column != data.made.column:
+        columns["low"] = data.low.column
     histories = histories or data.histories(config, dit)
-    columns += ["label"] if config.classes else []
     return common.loader(config, inputs, split, columns=columns, histories=histories, **options)
 
 

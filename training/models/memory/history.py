@@ -77,8 +77,8 @@ def steps_of(
     A batch whose history has room for S steps has its window at time S, however many are taken.
 
     Args:
-        batch: of a `Loader` with `histories`; a second column of latents is the low-res branch's, which else reads the
-            first one where nothing is to be scaled down.
+        batch: of a `Loader` with `histories`, of the columns `latent` and `low`, the low-res branch's, which else reads
+            `latent` where nothing is to be scaled down.
         posterior: "sample" draws each full latent from what the autoencoder says of it; "mean" takes the likeliest, as
             the low-res branch always does: it reads encoded video in generation too.
     """
@@ -89,7 +89,7 @@ def steps_of(
 
     room = batch["history_latent"].shape[3]
     most = min(most, room)
-    small = "latent_2" if "latent_2" in batch else "latent" if model.config.shrink == (1, 1) else None
+    small = "low" if "low" in batch else "latent" if model.config.shrink == (1, 1) else None
     low = model.normalise_low(moments(small).mode()) if small else None
     full = moments("latent")
     high = model.normalise(full.sample(rng) if posterior == "sample" else full.mode())

@@ -24,7 +24,7 @@ def judge(facts: Mapping[str, Any]) -> Judge:
 
 
 def _options(judged: Judged, inputs: Mapping[str, str], window: Window) -> dict[str, Any]:
-    return {"columns": ["video"], "stride": window.stride, "size": window.size or (64, 64)}
+    return {"columns": {"video": "video"}, "stride": window.stride, "size": window.size or (64, 64)}
 
 
 def _figures(

@@ -142,7 +142,7 @@ def test_the_loss_is_of_the_segment_given_what_generation_would_be_given_there(
 def test_nothing_of_the_segment_is_in_what_it_is_given(inputs: dict[str, str], tmp_path: Path) -> None:
     chosen = config(posterior="mean")
     setup, batch, _, call = called(chosen, inputs, tmp_path)
-    changed = batch | {name: batch[name] + 3 for name in ("latent", "latent_2")}
+    changed = batch | {name: batch[name] + 3 for name in ("latent", "low")}
     engine = Recording()
     finetune_memory_prior._loss(chosen, setup.model, latent_stages.turn(engine, changed, draws()))
     other, window = engine.calls[0], call.x.shape[2] - 3
@@ -375,7 +375,7 @@ def test_losses_by_history_are_of_the_same_segments_from_the_same_noise(
     assert all(np.allclose(some, losses[0], rtol=1e-5) for some in losses.values())
     # what is not given does not matter
     batch = next(iter(heldout_of(config(), setup, 6)))
-    changed = batch | {name: batch[name] + 3 for name in ("history_latent", "history_latent_2")}
+    changed = batch | {name: batch[name] + 3 for name in ("history_latent", "history_low")}
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.copy_(0.1 * torch.randn(parameter.shape, generator=draws()))

@@ -65,9 +65,9 @@ def batch(true: tuple[int, ...] = (10, 7)) -> dict[str, Any]:
     high, low = column(1.0, 4), column(10.0, 2)
     return {
         "latent": high["window"],
-        "latent_2": low["window"],
+        "low": low["window"],
         "history_latent": high["history"],
-        "history_latent_2": low["history"],
+        "history_low": low["history"],
         "history_steps": torch.tensor(true),
         "stream_step": torch.tensor([steps + 5 * (steps == ROOM) for steps in true]),
         "key": [""] * len(true),
@@ -137,7 +137,7 @@ def test_both_columns_are_normalised_by_their_own_statistics_and_drawn_where_ask
     torch.testing.assert_close(steps.high[0, 0, :, 0, 0], (torch.arange(3, 13).float() - 1) / 2)
     torch.testing.assert_close(steps.low[0, 0, :, 0, 0], (10 * torch.arange(3, 13).float() - 5) / 10)
     uncertain = batch()
-    uncertain["latent"][:, 1] = uncertain["latent_2"][:, 1] = 0.0
+    uncertain["latent"][:, 1] = uncertain["low"][:, 1] = 0.0
     drawn = steps_of(uncertain, dit, 7, "sample", draws())
     assert (drawn.high[:, :, :7] - steps.high[:, :, :7]).abs().max() < 1e-3
     assert 0.2 < (drawn.high[:, :, 7:] - steps.high[:, :, 7:]).std() < 0.8

@@ -336,7 +336,7 @@ def test_where_nothing_is_scaled_down_both_branches_read_the_same_column(
 ) -> None:
     chosen = config(low_latents="latents", posterior="mean", **dit(rates=["1x1x2"]))
     setup, batch, steps = started(chosen, inputs | {"low_latents": inputs["latents"]}, tmp_path)
-    assert "latent_2" not in batch and steps.low is not None
+    assert "low" not in batch and steps.low is not None
     torch.testing.assert_close(steps.low, steps.high, atol=0, rtol=0)
     assert remembered(setup.model, steps).tokens.shape == (2, steps.high.shape[2] // 2 * 2 * 3, 32)
 
