@@ -25,6 +25,7 @@ from longtake.datasets.errors import UserError
 from longtake.datasets.latents import encoder_digest
 from longtake.infra.cli import cli
 from longtake.infra.report import StageRun, build
+from longtake.training.models.common.condition import of_classes
 from longtake.training.models.common.video import video_file
 from longtake.training.models.generator import Request
 from longtake.training.models.latte.model import Latte, LatteConfig
@@ -442,7 +443,7 @@ def test_a_shell_makes_the_same_video_as_python(models: Path, tmp_path: Path) ->
     done = run("--class", "dog", "--seed", "3", "--frames", "17", "--out", "x.mp4")
     assert done.returncode == 0 and done.stdout.strip() == "x.mp4" and "generate: 100%" in done.stderr, done.stderr
     prior = load_prior(str(models / "latte"))
-    ours = generate_videos(prior.latte, prior.codec, 17, [3], [1], prior.settings)
+    ours = generate_videos(prior.latte, prior.codec, 17, [3], of_classes([1]), prior.settings)
     with video_file(tmp_path / "y.mp4", 12) as write:
         for chunk in ours:
             write(chunk[0])

@@ -10,6 +10,7 @@ import torch
 from pydantic import BaseModel
 from torch import Tensor, nn
 
+from longtake.training.models.common.condition import Condition
 from longtake.training.models.generator import Generator
 from longtake.training.registry.gate import Better, Window
 
@@ -33,14 +34,14 @@ class Judge(NamedTuple):
     better   its metrics, and which way each is better
     window   fields of a gate's window, beside `frames`, that mean something to it
     options  `options(judged, inputs, window)`: columns and other options of the loader of its clips
-    figures  `figures(judged, batch, ids, seed, unit)`: the metrics of a batch of one clip, empty where it has none. `ids` are
-             labels by the model's own numbers, `seed` is the clip's own, `unit` is the unit of errors
+    figures  `figures(judged, batch, condition, seed, unit)`: the metrics of a batch of one clip, empty where it has none.
+             `condition` has labels by the model's own numbers, `seed` is the clip's own, `unit` is the unit of errors
     """
 
     better: Mapping[str, Better]
     window: frozenset[str]
     options: Callable[[Judged, Mapping[str, str], Window], dict[str, Any]]
-    figures: Callable[[Judged, Mapping[str, Any], Tensor | None, int, Tensor | float], dict[str, float]]
+    figures: Callable[[Judged, Mapping[str, Any], Condition | None, int, Tensor | float], dict[str, float]]
 
 
 class Kind(NamedTuple):

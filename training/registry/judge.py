@@ -19,7 +19,7 @@ from longtake.training import registry
 from longtake.training.data import on_device
 from longtake.training.engines import device
 from longtake.training.models import judge_of, kind_of
-from longtake.training.models.common.condition import NO_CLASS
+from longtake.training.models.common.condition import Condition, of_classes
 from longtake.training.models.kind import Judged
 from longtake.training.objective import Batch
 from longtake.training.registry.gate import Better, Gate, Rows, Window, check
@@ -120,8 +120,8 @@ def _measured(judged: Judged, inputs: Mapping[str, str], window: Window, gate: G
     for batch in tqdm(islice(loader, count), f"measure {judged.uri}", count, unit="clip"):
         key = batch["key"][0]
         try:
-            ids = _ids(judged, batch, loader.classes)
-            found = figures(judged, on_device(batch), ids, _seed(gate.seed, key), unit)
+            condition = _condition(judged, batch, loader.classes)
+            found = figures(judged, on_device(batch), condition, _seed(gate.seed, key), unit)
         except UserError:
             raise
         except ValueError as e:
@@ -141,13 +141,13 @@ def _loader(judged: Judged, inputs: Mapping[str, str], window: Window, seed: int
     )  # fmt: skip
 
 
-def _ids(judged: Judged, batch: Batch, classes: list[str]) -> Tensor | None:
+def _condition(judged: Judged, batch: Batch, classes: list[str]) -> Condition | None:
     """The labels by the model's own numbers: a dataset may have got more classes since it learned them."""
     if "label" not in batch:
         return None
     known = list(judged.facts["classes"])
     names = [classes[int(label)] if label >= 0 else "" for label in batch["label"]]
-    return torch.tensor([known.index(name) if name in known else NO_CLASS for name in names])
+    return of_classes(known.index(name) if name in known else None for name in names)
 
 
 def _seed(seed: int, key: str) -> int:

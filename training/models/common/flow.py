@@ -15,10 +15,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from longtake.training.models.common.condition import NO_CLASS
+from longtake.training.models.common.condition import Condition
 
 Velocity = Callable[[Tensor, Tensor], Tensor]  # (x_t, t) -> velocity, of the shape of x_t
-ClassVelocity = Callable[[Tensor, Tensor, Tensor | None], Tensor]  # the same, given class ids (B,)
+ConditionedVelocity = Callable[[Tensor, Tensor, Condition | None], Tensor]  # (x_t, t, condition) -> velocity
 TIMES = 8  # of the flow, at which the loss of a held-out clip is measured
 
 
@@ -152,14 +152,15 @@ def losses_over_time(
     return loss(made * scale, x0 * scale, noise * scale, counted).cpu().numpy()
 
 
-def guided(velocity: ClassVelocity, classes: Tensor | None, guidance: float) -> Velocity:
-    """Classifier-free guidance (arXiv 2207.12598): v(no class) + guidance (v(class) - v(no class)).
+def guided(velocity: ConditionedVelocity, condition: Condition | None, guidance: float) -> Velocity:
+    """Classifier-free guidance (arXiv 2207.12598): v(null) + guidance (v(condition) - v(null)).
 
-    Both come from one call with twice the batch. With guidance 1, or without classes, `velocity` is called as it is.
+    Both come from one call with twice the batch. With guidance 1, or where nothing is asked for, `velocity` is called as
+    it is.
     """
-    if classes is None or guidance == 1.0:
-        return lambda x, t: velocity(x, t, classes)
-    both = torch.cat([classes, torch.full_like(classes, NO_CLASS)])
+    if condition is None or guidance == 1.0 or not condition.asks:
+        return lambda x, t: velocity(x, t, condition)
+    both = condition.join(condition.null)
 
     def combined(x: Tensor, t: Tensor) -> Tensor:
         given, free = velocity(torch.cat([x, x]), torch.cat([t, t]), both).float().chunk(2)

@@ -18,6 +18,7 @@ from longtake.training.metrics.features import FeatureNetwork
 from longtake.training.metrics.share import gathered, mine, place, united
 from longtake.training.metrics.trivial import FLOW, Against, Gaussian, Still, comparisons
 from longtake.training.models.common.codec import Codec, decoded
+from longtake.training.models.common.condition import Condition, of_classes
 from longtake.training.models.common.flow import TIMES, clip_draws, losses_over_time
 from longtake.training.models.common.video import video_file
 from longtake.training.models.generator import Settings
@@ -41,37 +42,37 @@ _AGAINST = (
 
 
 class Held(NamedTuple):
-    """A held-out window: its number, what the prior is to generate, normalised (1, C, T, H, W), class ids, index in its clip."""
+    """A held-out window: its number, what the prior is to generate, normalised (1, C, T, H, W), its condition, index in its clip."""
 
     number: int
     x0: Tensor
-    ids: Tensor | None
+    condition: Condition | None
     start: int
 
 
 @torch.no_grad()
 def heldout_losses(
     latte: Callable[..., Tensor],
-    clips: Iterable[tuple[Tensor, Tensor | None]],
+    clips: Iterable[tuple[Tensor, Condition | None]],
     seed: int,
     scale: Tensor | float = 1.0,
     first: int = 0,
 ) -> np.ndarray[Any, Any]:
-    """The flow's loss `(clips, times)` of clips `(1, C, T, H, W)`, normalised, from their first frame on, with class ids.
+    """The flow's loss `(clips, times)` of clips `(1, C, T, H, W)`, normalised, from their first frame on, with their conditions.
 
     Times are spread evenly over 0..1, no frame is clean, and clip n, counted from `first`, always gets the same noise: so
     values compare between trainings on the same latents. `scale` `(1, C, 1, 1, 1)` is the unit of errors where models
     normalise by different statistics.
     """
     rows = []
-    for number, (clip, ids) in enumerate(clips, first):
-        velocity = partial(_velocity, latte, ids)
+    for number, (clip, condition) in enumerate(clips, first):
+        velocity = partial(_velocity, latte, condition)
         rows.append(losses_over_time(velocity, clip, clip_draws(seed, number), scale=scale))
     return np.stack(rows) if rows else np.empty((0, TIMES))
 
 
-def _velocity(latte: Callable[..., Tensor], ids: Tensor | None, x: Tensor, t: Tensor) -> Tensor:
-    return latte(x, t, None if ids is None else ids.expand(len(x)))
+def _velocity(latte: Callable[..., Tensor], condition: Condition | None, x: Tensor, t: Tensor) -> Tensor:
+    return latte(x, t, condition and condition.expand(len(x)))
 
 
 class Videos(NamedTuple):
@@ -99,8 +100,8 @@ def generated(latte: Latte, codec: Codec, how: Videos) -> Iterator[tuple[int, Te
     for block in mine(math.ceil(how.videos / how.batch), "generate", "batch"):
         numbers = range(block * how.batch, min(how.videos, (block + 1) * how.batch))
         seeds, ids = zip(*map(how.of, numbers), strict=True)
-        classes = [c for c in ids if c is not None] or None
-        chunks = generate_latents(latte, codec, how.frames, seeds, classes, how.settings)
+        condition = of_classes(ids) if how.classes else None
+        chunks = generate_latents(latte, codec, how.frames, seeds, condition, how.settings)
         latents = torch.cat(list(chunks), dim=2)
         for number, latent in zip(numbers, latents.split(1), strict=True):
             yield number, latent, decoded(codec, latent)
@@ -176,7 +177,7 @@ def _losses(
 ) -> tuple[dict[str, Any], look.Latents]:
     """The losses over all ranks, and this rank's held-out latents."""
     held, rows = look.Latents(), dict[int, dict[str, Any]]()
-    for number, x0, ids, start in clips:
+    for number, x0, condition, start in clips:
         models: dict[str, Callable[..., Tensor]] = {"later": partial(latte, start=1)}
         if not start:
             models = {"": latte, "mean": trivial[0].__call__, "gaussian": trivial[1].__call__}
@@ -185,7 +186,7 @@ def _losses(
                 held.add(number, latent, lambda latent=latent: to_model(decoded(codec, latent)))  # type: ignore[misc]
         # a clip has one window of either kind, with noise of the same number
         rows[2 * number + bool(start)] = {
-            name: heldout_losses(model, [(x0, ids)], seed, first=number)[0] for name, model in models.items()
+            name: heldout_losses(model, [(x0, condition)], seed, first=number)[0] for name, model in models.items()
         }
     each = list(united(rows).values())
     found = {name: [row[name] for row in each if name in row] for name in ("", "mean", "gaussian", "later")}
@@ -227,8 +228,8 @@ def _goes_on(latte: Latte, how: Videos) -> bool:
 
 def _longer(latte: Latte, codec: Codec, how: Videos) -> Iterator[Tensor]:
     seed, class_id = how.of(0)
-    ids = None if class_id is None else [class_id]
-    for chunk in generate_videos(latte, codec, how.frames, [seed], ids, how.settings):
+    condition = None if class_id is None else of_classes([class_id])
+    for chunk in generate_videos(latte, codec, how.frames, [seed], condition, how.settings):
         yield torch.from_numpy(chunk).permute(0, 4, 1, 2, 3)
 
 

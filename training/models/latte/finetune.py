@@ -25,6 +25,7 @@ from longtake.training.metrics.features import checked_network, digest_of
 from longtake.training.metrics.probes import Pairs
 from longtake.training.metrics.share import batches, place
 from longtake.training.models.common import flow
+from longtake.training.models.common.condition import of_batch, of_classes
 from longtake.training.models.common.video import grid
 from longtake.training.models.generator import Settings
 from longtake.training.models.latte import base as bases
@@ -246,9 +247,9 @@ def objective(config: Config, setup: Setup) -> Objective:
 
 def _loss(config: Config, target: Target, latte: Latte, turn: Turn) -> tuple[Tensor, Terms]:
     x0 = target.given(latte, turn.batch, turn.rng)
-    ids = turn.batch["label"].cpu() if config.classes else None
+    condition = of_batch(turn.batch)
     loss = flow.training_loss(
-        lambda x, t: turn.engines[turn.name](x, t, ids, target.start(turn.batch, turn.rng), turn.rng),
+        lambda x, t: turn.engines[turn.name](x, t, condition, target.start(turn.batch, turn.rng), turn.rng),
         x0,
         turn.rng,
         config.time_mean,
@@ -262,9 +263,9 @@ def _loss(config: Config, target: Target, latte: Latte, turn: Turn) -> tuple[Ten
 def _sample(config: Config, setup: Setup, engines: Engines, rng: torch.Generator) -> dict[str, np.ndarray[Any, Any]]:
     """Some videos in a grid, always of the same seeds and classes."""
     seeds, count = [config.seed + n for n in range(_SAMPLED)], len(setup.classes)
-    ids = [n % count for n in range(_SAMPLED)] if count else None
+    condition = of_classes(n % count for n in range(_SAMPLED)) if count else None
     latte = engines["model"].module
-    chunks = generate_videos(latte, setup.target.codec, config.frames, seeds, ids, config.settings())
+    chunks = generate_videos(latte, setup.target.codec, config.frames, seeds, condition, config.settings())
     return {"generated": np.concatenate([grid(chunk) for chunk in chunks])}
 
 
@@ -352,7 +353,7 @@ def _held(config: Config, setup: Setup) -> Iterator[Held]:
             # a clip as long as a window has no later one
             if bool(batch["start"]) is later:
                 x0 = setup.target.given(setup.model, on_device(batch))
-                yield Held(number, x0, batch.get("label"), int(batch["start"]))
+                yield Held(number, x0, of_batch(batch), int(batch["start"]))
 
 
 def _videos(loader: Loader, count: int) -> Iterator[Tensor]:

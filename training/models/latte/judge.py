@@ -8,6 +8,7 @@ from torch import Tensor
 
 from longtake.datasets.loader import to_model
 from longtake.training.data import columns_of
+from longtake.training.models.common.condition import Condition
 from longtake.training.models.kind import Judge, Judged
 from longtake.training.models.latte.evaluate import heldout_losses
 from longtake.training.registry.gate import Window
@@ -28,12 +29,12 @@ def _options(judged: Judged, inputs: Mapping[str, str], window: Window) -> dict[
 
 
 def _figures(
-    judged: Judged, batch: Mapping[str, Any], ids: Tensor | None, seed: int, unit: Tensor | float
+    judged: Judged, batch: Mapping[str, Any], condition: Condition | None, seed: int, unit: Tensor | float
 ) -> dict[str, float]:
     model = judged.model
     if judged.encoder() is None:
-        losses = heldout_losses(model, [(to_model(batch["video"]), ids)], seed, unit)
+        losses = heldout_losses(model, [(to_model(batch["video"]), condition)], seed, unit)
     else:
         latent = model.normalise(batch["latent"][:, 0].float())
-        losses = heldout_losses(partial(model, start=batch["start"]), [(latent, ids)], seed, unit)
+        losses = heldout_losses(partial(model, start=batch["start"]), [(latent, condition)], seed, unit)
     return {"loss": float(losses.mean())}

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from longtake.training.models.common.causal import fold, unfold
-from longtake.training.models.common.condition import class_rows
+from longtake.training.models.common.condition import Condition, class_vectors
 from longtake.training.models.common.dit import (
     Modulation,
     attention,
@@ -97,7 +97,7 @@ def config_from_preset(preset: str, **overrides: Any) -> LatteConfig:
 class Block(nn.Module):
     """Attention among the tokens of a frame (`space`) or the frames of a token's position (`time`), then an MLP.
 
-    Tokens `(B, T, N, D)` and condition `(B, T or 1, D)` -> tokens. Starts as the identity.
+    Tokens `(B, T, N, D)` and their control `(B, T or 1, D)` -> tokens. Starts as the identity.
     """
 
     def __init__(self, config: LatteConfig, over: Literal["space", "time"]) -> None:
@@ -110,8 +110,8 @@ class Block(nn.Module):
         hidden = config.mlp_ratio * width
         self.mlp = nn.Sequential(nn.Linear(width, hidden), nn.GELU("tanh"), nn.Linear(hidden, width))
 
-    def forward(self, x: Tensor, condition: Tensor) -> Tensor:
-        shift, scale, gate, mlp_shift, mlp_scale, mlp_gate = self.modulation(condition)
+    def forward(self, x: Tensor, control: Tensor) -> Tensor:
+        shift, scale, gate, mlp_shift, mlp_scale, mlp_gate = self.modulation(control)
         x = (x + gate * self._mixed(modulated(x, shift, scale))).to(x.dtype)
         return (x + mlp_gate * self.mlp(modulated(x, mlp_shift, mlp_scale))).to(x.dtype)
 
@@ -173,33 +173,33 @@ class Latte(Normalising):
         self,
         x: Tensor,
         t: Tensor,
-        classes: Tensor | None = None,
+        condition: Condition | None = None,
         start: Tensor | int = 0,
         rng: torch.Generator | None = None,
     ) -> Tensor:
         """The velocity.
 
         t           0 (data) to 1 (noise): `(B,)`, or `(B, T)` with 0 for frames that are given clean
-        classes     ids `(B,)`; -1 is no class, and None is no class for all. In training mode `label_dropout` of
-                    them are hidden, drawn from `rng` (on the device of `x`).
+        condition   of the batch; None says nothing. In training mode `label_dropout` of the samples lose theirs, drawn
+                    from `rng` (on the device of `x`).
         start       index of the first frame in its clip, one for all or `(B,)`. Only whether it is 0 matters: the
                     first latent of a clip stands for one frame, all others for a group.
 
         Raises:
             ValueError: another shape, or a class id that the model does not know.
         """
-        hidden, condition = self._hidden(x, t, classes, start, rng, self.config.depth)
-        tokens = self.token_out(modulated(hidden, *self.modulation_out(condition)))
+        hidden, control = self._hidden(x, t, condition, start, rng, self.config.depth)
+        tokens = self.token_out(modulated(hidden, *self.modulation_out(control)))
         height, width = (side // self.config.patch for side in x.shape[3:])
         return unfold(tokens.unflatten(2, (height, width)).movedim(-1, 1), 1, self.config.patch)
 
     def features(
-        self, x: Tensor, t: Tensor, layer: int, classes: Tensor | None = None, start: Tensor | int = 0
+        self, x: Tensor, t: Tensor, layer: int, condition: Condition | None = None, start: Tensor | int = 0
     ) -> Tensor:
         """Hidden states after block `layer`, 1..depth (the paper probes 14 of 28): `(B, width, T, H/patch, W/patch)`."""
         if not 1 <= layer <= self.config.depth:
             raise ValueError(f"layer is {layer}; this model has blocks 1 to {self.config.depth}")
-        hidden, _ = self._hidden(x, t, classes, start, None, layer)
+        hidden, _ = self._hidden(x, t, condition, start, None, layer)
         height, width = (side // self.config.patch for side in x.shape[3:])
         return hidden.unflatten(2, (height, width)).movedim(-1, 1)
 
@@ -207,29 +207,26 @@ class Latte(Normalising):
         self,
         x: Tensor,
         t: Tensor,
-        classes: Tensor | None,
+        condition: Condition | None,
         start: Tensor | int,
         rng: torch.Generator | None,
         layers: int,
     ) -> tuple[Tensor, Tensor]:
-        """Tokens `(B, T, N, D)` after so many blocks, and their condition `(B, T or 1, D)`."""
+        """Tokens `(B, T, N, D)` after so many blocks, and what modulates them `(B, T or 1, D)`."""
         self._check(x, t)
         times = t[:, None] if t.ndim == 1 else t
-        condition = self.time_in(frequencies(times).to(self.dtype))
-        if self.class_in is not None:
-            hidden = self.config.label_dropout if self.training else 0.0
-            rows = class_rows(classes, x, self.config.classes, hidden, rng)
-            condition = condition + self.class_in(rows).unsqueeze(1)
-        elif classes is not None:
-            raise ValueError("classes: this model has none; leave them out")
+        control = self.time_in(frequencies(times).to(self.dtype))
+        vectors = class_vectors(self.class_in, condition, x, self.config.label_dropout if self.training else 0.0, rng)
+        if vectors is not None:
+            control = control + vectors[:, None]
         patches = fold(x.to(self.dtype), 1, self.config.patch).movedim(1, -1)  # (B, T, h, w, C p p)
         tokens = (self.token_in(patches) + self._positions(patches.shape, start, x.device)).flatten(2, 3)
         for block in list(self.layers)[:layers]:
             if self.config.activation_checkpointing and self.training:
-                tokens = checkpoint(block, tokens, condition, use_reentrant=False)
+                tokens = checkpoint(block, tokens, control, use_reentrant=False)
             else:
-                tokens = block(tokens, condition)
-        return tokens, condition
+                tokens = block(tokens, control)
+        return tokens, control
 
     def _positions(self, shape: Sequence[int], start: Tensor | int, device: torch.device) -> Tensor:
         """Sines and cosines of frame, row and column, added up: `(B or 1, T, h, w, D)` in the dtype of the weights."""

@@ -19,7 +19,7 @@ from longtake.training import registry
 from longtake.training.engines import device
 from longtake.training.models.common import codec as codecs
 from longtake.training.models.common.codec import Codec, latents_of, to_array
-from longtake.training.models.common.condition import NO_CLASS, check_classes
+from longtake.training.models.common.condition import Condition, check_classes, of_classes
 from longtake.training.models.common.flow import euler, guided
 from longtake.training.models.generator import Request, Settings
 from longtake.training.models.latte.model import Latte
@@ -72,8 +72,9 @@ class Prior:
         each_step: Callable[[], object] | None = None,
     ) -> Iterator[np.ndarray]:
         assert start is None
-        seeds, ids = [request.seed for request in requests], [request.story[0][1] for request in requests]
-        return generate_videos(self.latte, self.codec, frames, seeds, ids, settings, tile=tile, each_step=each_step)
+        seeds = [request.seed for request in requests]
+        asked = of_classes(request.story[0][1] for request in requests)
+        return generate_videos(self.latte, self.codec, frames, seeds, asked, settings, tile=tile, each_step=each_step)
 
     def forget(self, folder: str) -> None:
         pass
@@ -114,7 +115,7 @@ def generate_videos(
     codec: Codec,
     frames: int,
     seeds: Sequence[int],
-    classes: Sequence[int] | None = None,
+    condition: Condition | None = None,
     settings: Settings | None = None,
     shape: tuple[int, int, int] | None = None,
     tile: int | None = None,
@@ -127,7 +128,7 @@ def generate_videos(
     Args:
         codec: decodes; `codec.Pixels` where the prior makes pixels.
         frames: of each video, 1 + 4n where the codec has 4 frames in a latent.
-        classes: an id for each seed, -1 for none.
+        condition: a class for each seed; None asks for none.
         shape: (frames, height, width) of a window, as the prior sees it; None is what it was trained on.
         tile: pixels a side; decode larger frames in overlapping tiles.
         each_step: called after each Euler step of each window.
@@ -135,7 +136,7 @@ def generate_videos(
     Raises:
         ValueError: at the call, for what does not fit together.
     """
-    latents = generate_latents(latte, codec, frames, seeds, classes, settings, shape, each_step)
+    latents = generate_latents(latte, codec, frames, seeds, condition, settings, shape, each_step)
     return (to_array(chunk) for chunk in codec.decode_stream(latents, tile=tile))
 
 
@@ -144,7 +145,7 @@ def generate_latents(
     codec: Codec,
     frames: int,
     seeds: Sequence[int],
-    classes: Sequence[int] | None = None,
+    condition: Condition | None = None,
     settings: Settings | None = None,
     shape: tuple[int, int, int] | None = None,
     each_step: Callable[[], object] | None = None,
@@ -156,16 +157,15 @@ def generate_latents(
         raise ValueError(
             f"the prior has {latte.config.channels} channels, the autoencoder {codec.config.latent_channels}"
         )
-    towards_class = classes is not None and any(c != NO_CLASS for c in classes)
     return generate(
         latte,
         count,
         seeds,
         shape,
         settings.overlap,
-        classes,
+        condition,
         settings.steps,
-        settings.guidance if towards_class else 1.0,
+        settings.guidance if condition and condition.asks else 1.0,
         settings.shift,
         each_step,
     )
@@ -182,7 +182,7 @@ def generate(
     seeds: Sequence[int],
     shape: tuple[int, int, int] | None = None,
     overlap: int = 2,
-    classes: Sequence[int] | None = None,
+    condition: Condition | None = None,
     steps: int = 100,
     guidance: float = 1.0,
     shift: float = 1.0,
@@ -195,7 +195,7 @@ def generate(
     the batch, and a longer clip begins with the shorter one: the last window is sampled whole and cut.
 
     shape       (frames, height, width) of a window, in latents; by default what the model was trained on
-    classes     an id for each seed, -1 for none
+    condition   a class for each seed; None asks for none
     steps       Euler steps of each window [PV-VAE: 100]
     guidance    1 is none; needs classes
     each_step   called after each of the `windows(...) * steps` steps
@@ -219,13 +219,13 @@ def generate(
                 f"frames is {frames}: this model was trained without clean leading frames (conditioning: 0) "
                 f"and cannot go on beyond one window of {shape[0]}"
             )
-    if classes is not None:
-        if len(classes) != len(seeds):
-            raise ValueError(f"classes are {len(classes)}, seeds {len(seeds)}; each sample needs one of both")
-        check_classes(classes, config.classes)
+    if condition is not None and condition.classes is not None:
+        if len(condition.classes) != len(seeds):
+            raise ValueError(f"classes are {len(condition.classes)}, seeds {len(seeds)}; each sample needs one of both")
+        check_classes(condition.classes.tolist(), config.classes)
     elif guidance != 1.0:
         raise ValueError(f"guidance is {guidance}; it needs classes to guide to")
-    ids = torch.tensor(classes) if classes is not None and config.classes else None
+    asked = condition if config.classes else None
     draws = [torch.Generator().manual_seed(seed) for seed in seeds]  # on the CPU: the same noise on every device
 
     def sample(clean: Tensor | None) -> Tensor:
@@ -233,7 +233,7 @@ def generate(
         frame = (config.channels, *shape[1:])
         noise = torch.stack([torch.stack([torch.randn(frame, generator=g) for _ in range(count)], 1) for g in draws])
         start = 0 if clean is None else 1
-        velocity = guided(lambda x, t, c: model(x, t, c, start), ids, guidance)
+        velocity = guided(lambda x, t, c: model(x, t, c, start), asked, guidance)
         training = model.training
         model.eval()
         try:

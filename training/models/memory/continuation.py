@@ -7,7 +7,7 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
-from functools import partial
+from functools import partial, reduce
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -24,7 +24,7 @@ from longtake.training.metrics.share import place, united
 from longtake.training.metrics.trivial import FLOW, Against, comparisons, unit
 from longtake.training.models.common import flow
 from longtake.training.models.common.codec import Codec
-from longtake.training.models.common.condition import NO_CLASS
+from longtake.training.models.common.condition import Condition
 from longtake.training.models.common.video import video_file
 from longtake.training.models.generator import Settings
 from longtake.training.models.memory import segments
@@ -35,43 +35,44 @@ from longtake.training.models.memory.retrieval import Video, whole_groups
 
 _AGAINST = (*FLOW, Against("the next segment", "psnr_next", "repeating the last frame", "psnr_next_copy_last"))
 
-Clips = Iterable[tuple[int, Given, Tensor | None]]  # numbers, segments with what they are given, class ids or None
+Clips = Iterable[tuple[int, Given, Condition | None]]  # numbers, segments with what they are given, conditions
 
 
 @torch.no_grad()
 def heldout_losses(
     model: Any,
-    clips: Iterable[tuple[Given, Tensor | None]],
+    clips: Iterable[tuple[Given, Condition | None]],
     seed: int,
     scale: Tensor | float = 1.0,
     first: int = 0,
 ) -> np.ndarray[Any, Any]:
-    """The flow's loss `(clips, times)` of held-out segments, one a batch, given their history; with class ids or None.
+    """The flow's loss `(clips, times)` of held-out segments, one a batch, given their history; with their conditions.
 
     Times are spread evenly over 0..1, and clip n, counted from `first`, always gets the same noise: so values compare
     between trainings on the same latents, whatever the memory. `scale` `(1, C, 1, 1, 1)` is the unit of errors where
     models normalise by different statistics.
     """
     rows = []
-    for number, (given, ids) in enumerate(clips, first):
-        velocity = partial(_velocity, model, given, ids)
+    for number, (given, condition) in enumerate(clips, first):
+        velocity = partial(_velocity, model, given, condition)
         rows.append(flow.losses_over_time(velocity, given.x0, flow.clip_draws(seed, number), given.window, scale))
     return np.stack(rows)
 
 
-def _velocity(model: Any, given: Given, ids: Tensor | None, x: Tensor, t: Tensor) -> Tensor:
+def _velocity(model: Any, given: Given, condition: Condition | None, x: Tensor, t: Tensor) -> Tensor:
     """Of one segment, for a batch of its noised copies."""
     count = len(x)
     memory = None if given.memory is None else repeated(remembered(model, given.memory), count)
-    classes = None if ids is None else ids.expand(count)
     seen = None if given.seen is None else given.seen.expand(count, -1)
-    velocity: Tensor = model(x, t, given.times.expand(count, -1), memory, classes, None, given.first, seen)
+    velocity: Tensor = model(
+        x, t, given.times.expand(count, -1), memory, condition and condition.expand(count), None, given.first, seen
+    )
     return velocity
 
 
 def losses_of_all_ranks(model: Any, clips: Clips, seed: int) -> np.ndarray[Any, Any]:
     """`heldout_losses` of all ranks' clips, in order. Every rank must call it."""
-    rows = {number: heldout_losses(model, [(given, ids)], seed, first=number)[0] for number, given, ids in clips}
+    rows = {number: heldout_losses(model, [(given, asked)], seed, first=number)[0] for number, given, asked in clips}
     return np.stack(list(united(rows).values()))
 
 
@@ -185,14 +186,13 @@ class _Begun(NamedTuple):
     start: Tensor | None
 
     @property
-    def classes(self) -> list[int]:
-        """The video's class, if it is known."""
-        ids = self.video.ids
-        return [] if ids is None or int(ids) == NO_CLASS else [int(ids)]
+    def asks(self) -> bool:
+        """Whether anything is known of the video, such as its class."""
+        return self.video.condition is not None and self.video.condition.asks
 
 
 def _alike(vae: Codec, videos: Iterable[Video], how: Continuing) -> Iterable[list[_Begun]]:
-    """Those that can be gone on with at once: of as much history, with a class or without."""
+    """Those that can be gone on with at once: of as much history, with a condition or without."""
     groups = dict[tuple[int, bool], list[_Begun]]()
     for video in videos:
         past, start = video.pixels[:, :, : -how.frames], None
@@ -200,7 +200,7 @@ def _alike(vae: Codec, videos: Iterable[Video], how: Continuing) -> Iterable[lis
             past = whole_groups(past, vae.config.temporal_stride, 1)
             start = segments.drawn(posterior_of(vae, past), [how.seed + video.number], how.posterior)
         begun = _Begun(video, past, start)
-        groups.setdefault((past.shape[2], bool(begun.classes)), []).append(begun)
+        groups.setdefault((past.shape[2], begun.asks), []).append(begun)
     return groups.values()
 
 
@@ -216,15 +216,15 @@ def _continued(
     assert model.config.shape
     length = model.config.shape[0] * vae.config.temporal_stride
     starts = [one.start for one in group if one.start is not None]
-    classes = [number for one in group for number in one.classes]
+    asked = [one.video.condition for one in group if one.video.condition and one.asks]
     made = segments.generate(
         model,
         vae,
         how.segments * model.config.shape[0],
         [how.seed + one.video.number for one in group],
         start=torch.cat(starts) if starts else None,
-        story=[(0, classes)] if classes else [],
-        settings=how.settings if classes else replace(how.settings, guidance=1.0),
+        story=[(0, reduce(Condition.join, asked))] if asked else [],
+        settings=how.settings if asked else replace(how.settings, guidance=1.0),
     )
     seen: list[list[Tensor]] = [[] for _ in group]
     rows: list[dict[str, Any]] = [

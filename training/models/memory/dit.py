@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from longtake.training.models.common.causal import fold, unfold
-from longtake.training.models.common.condition import class_rows
+from longtake.training.models.common.condition import Condition, class_vectors
 from longtake.training.models.common.dit import Modulation, embedded_time, frequencies, modulated, start_weights
 from longtake.training.models.common.rotary import (
     CrossAttention,
@@ -177,7 +177,7 @@ def config_from_preset(preset: str, **overrides: Any) -> MemoryDiTConfig:
 class Block(nn.Module):
     """Attention among all tokens, cross-attention of the last part where the model has it, then an MLP.
 
-    Tokens come in parts `(B, T, N, D)`, the memory's and the video's, each with its condition `(B, T or 1, D)`. Starts
+    Tokens come in parts `(B, T, N, D)`, the memory's and the video's, each with its control `(B, T or 1, D)`. Starts
     as the identity.
     """
 
@@ -195,7 +195,7 @@ class Block(nn.Module):
     def forward(
         self,
         parts: tuple[Tensor, ...],
-        conditions: tuple[Tensor, ...],
+        controls: tuple[Tensor, ...],
         turned: Rotation,
         hidden: tuple[Tensor, Rotation, Rotation, Tensor | None] | None = None,
         mask: Tensor | None = None,
@@ -204,7 +204,7 @@ class Block(nn.Module):
 
         `hidden` has states, the rotations of the last part and of theirs, and which of them are seen.
         """
-        known = [self.modulation(condition) for condition in conditions]
+        known = [self.modulation(control) for control in controls]
         seen = [modulated(x, *m[:2]).flatten(1, 2) for x, m in zip(parts, known, strict=True)]
         mixed = self._mixed(torch.cat(seen, dim=1), turned, mask).split([x.shape[1] for x in seen], dim=1)
         after = [(x + m[2] * y.view_as(x)).to(x.dtype) for x, y, m in zip(parts, mixed, known, strict=True)]
@@ -374,7 +374,7 @@ class MemoryDiT(Normalising):
         t: Tensor,
         times: Tensor,
         memory: Memory | Steps | None = None,
-        classes: Tensor | None = None,
+        condition: Condition | None = None,
         rng: torch.Generator | None = None,
         first: Tensor | None = None,
         seen: Tensor | None = None,
@@ -388,8 +388,8 @@ class MemoryDiT(Normalising):
         x           any steps in any order, such as a window, a segment to generate, or steps to retrieve
         t           0 (data) to 1 (noise): `(B,)`, or `(B, T)` with 0 for steps that are given clean
         times       positions of the steps in their video, `(T,)` or `(B, T)`, on the scale of the memory's; only differences count
-        classes     ids `(B,)`; -1 is no class, and None is no class for all. In training mode `label_dropout` of
-                    them are hidden, drawn from `rng` (on the device of `x`).
+        condition   of the batch; None says nothing. In training mode `label_dropout` of the samples lose theirs, drawn
+                    from `rng` (on the device of `x`).
         first       `(B or 1, T)` bool, which steps are a video's first; None: none
         seen        `(B, T)` bool, False for steps that a sample does not have; None: it has all
         level       `(B,)`, how much noise what the memory was made of has, as `t`; None: it was clean
@@ -403,16 +403,16 @@ class MemoryDiT(Normalising):
         x = self.first(x, None if first is None else first.to(x.device).expand(len(x), -1))
         patches = fold(x.to(self.dtype), 1, self.config.patch).movedim(1, -1)  # (B, T, h, w, C p p)
         tokens = self.token_in(patches).flatten(2, 3)
-        condition = self._condition(t[:, None] if t.ndim == 1 else t, level, x, classes, rng)
+        control = self._control(t[:, None] if t.ndim == 1 else t, level, x, condition, rng)
         head = self.config.width // self.config.heads
         here = rotation(grid_positions(times, patches.shape[2], patches.shape[3], x.device), head)
         parts: tuple[Tensor, ...] = (tokens,)
-        conditions: tuple[Tensor, ...] = condition[:1]
+        controls: tuple[Tensor, ...] = control[:1]
         turned, hidden = here, None
         mask = None if seen is None else seen.repeat_interleave(patches.shape[2] * patches.shape[3], dim=1)
         if memory is not None and memory.tokens.shape[1]:
             parts = (memory.tokens.to(self.dtype).unsqueeze(1), tokens)
-            conditions = (condition[1], condition[0])
+            controls = (control[1], control[0])
             there = rotation(memory.positions[None], head)
             turned = one_after_the_other(there, here)
             if self.config.cross_attention:
@@ -421,29 +421,27 @@ class MemoryDiT(Normalising):
         mask = None if mask is None else mask[:, None, None]
         for block in self.layers:
             if self.config.activation_checkpointing and self.training:
-                parts = checkpoint(block, parts, conditions, turned, hidden, mask, use_reentrant=False)
+                parts = checkpoint(block, parts, controls, turned, hidden, mask, use_reentrant=False)
             else:
-                parts = block(parts, conditions, turned, hidden, mask)
-        made = self.token_out(modulated(parts[-1], *self.modulation_out(condition[0])))
+                parts = block(parts, controls, turned, hidden, mask)
+        made = self.token_out(modulated(parts[-1], *self.modulation_out(control[0])))
         return unfold(made.unflatten(2, tuple(patches.shape[2:4])).movedim(-1, 1), 1, self.config.patch)
 
-    def _condition(
+    def _control(
         self,
         t: Tensor,
         level: Tensor | None,
         x: Tensor,
-        classes: Tensor | None,
+        condition: Condition | None,
         rng: torch.Generator | None,
     ) -> tuple[Tensor, Tensor]:
-        """Of tokens at times `(B, T or 1)`, and of the memory's: `(B, T or 1, D)` and `(B, 1, D)`."""
+        """What modulates tokens at times `(B, T or 1)`, and the memory's: `(B, T or 1, D)` and `(B, 1, D)`."""
         both = torch.cat([t, torch.zeros_like(t[:, :1]) if level is None else level.to(t)[:, None]], dim=1)
-        condition = self.time_in(frequencies(both).to(self.dtype))
-        if self.class_in is not None:
-            hidden = self.config.label_dropout if self.training else 0.0
-            condition = condition + self.class_in(class_rows(classes, x, self.config.classes, hidden, rng))[:, None]
-        elif classes is not None:
-            raise ValueError("classes: this model has none; leave them out")
-        return condition[:, :-1], condition[:, -1:]
+        control = self.time_in(frequencies(both).to(self.dtype))
+        vectors = class_vectors(self.class_in, condition, x, self.config.label_dropout if self.training else 0.0, rng)
+        if vectors is not None:
+            control = control + vectors[:, None]
+        return control[:, :-1], control[:, -1:]
 
     def _check(self, x: Tensor, t: Tensor, times: Tensor, memory: Memory | None) -> None:
         patch, width = self.config.patch, self.config.width

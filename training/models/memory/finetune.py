@@ -24,6 +24,7 @@ from longtake.training.data import on_device
 from longtake.training.metrics.features import checked_network, digest_of
 from longtake.training.metrics.share import batches, mine, place
 from longtake.training.models.common import flow
+from longtake.training.models.common.condition import of_batch
 from longtake.training.models.generator import Settings
 from longtake.training.models.memory import continuation
 from longtake.training.models.memory.config import MemoryConfig, check
@@ -144,9 +145,9 @@ def _loss(config: Config, model: MemoryDiT, turn: Turn) -> tuple[Tensor, Terms]:
         t = torch.where(noised > 0, t, level[:, None])
         memory = memory and corrupted(memory, level, rng)
     noise = torch.randn(given.x0.shape, generator=rng, device=given.x0.device)
-    ids = batch["label"].cpu() if config.classes else None
+    condition = of_batch(batch)
     x = flow.interpolate(given.x0, noise, t)
-    velocity = turn.engines[turn.name](x, t, given.times, memory, ids, rng, given.first, given.seen, level)
+    velocity = turn.engines[turn.name](x, t, given.times, memory, condition, rng, given.first, given.seen, level)
     losses = flow.loss(velocity, given.x0, noise, noised)
     return losses.mean(), {
         "loss": losses.detach().mean(),
@@ -196,7 +197,7 @@ def losses_by_history(
 
     def given(count: int) -> Clips:
         for number, batch in batches(loader, clips, f"evaluate after {count} steps"):
-            yield number, given_last(on_device(batch), setup.model, count), batch.get("label")
+            yield number, given_last(on_device(batch), setup.model, count), of_batch(batch)
 
     return {count: continuation.losses_of_all_ranks(setup.model, given(count), config.seed) for count in counts}
 
@@ -212,9 +213,9 @@ def _sample(config: Any, setup: Setup, engines: Engines, rng: torch.Generator) -
     memory = given.memory and remembered(model, given.memory)
     clean, true = given.x0[:, :, : given.window], given.x0[:, :, given.window :]
     noise = torch.randn(true.shape, generator=torch.Generator().manual_seed(config.seed)).to(true.device)
-    ids = batch["label"].cpu() if config.classes else None
+    condition = of_batch(batch)
     made = flow.euler(
-        lambda x, t: model(x, t, given.times, memory, ids, None, given.first, given.seen),
+        lambda x, t: model(x, t, given.times, memory, condition, None, given.first, given.seen),
         noise,
         config.sample_steps,
         config.shift,
@@ -252,7 +253,7 @@ def evaluate(config: Config, setup: Setup, folder: Path) -> None:
 
     def clips_of(loader: Loader, what: str) -> Clips:
         for number, batch in batches(loader, min(config.eval_clips, loader.samples), what):
-            yield number, given_to(on_device(batch), model, setup.data.history), batch.get("label")
+            yield number, given_to(on_device(batch), model, setup.data.history), of_batch(batch)
 
     def losses_of(loader: Loader, what: str) -> np.ndarray[Any, Any]:
         return continuation.losses_of_all_ranks(model, clips_of(loader, what), config.seed)
@@ -291,7 +292,7 @@ def _videos(config: Config, setup: Setup) -> Iterator[list[Video]]:
     for block in mine(math.ceil(count / config.eval_batch), "go on", "batch"):
         numbers = range(block * config.eval_batch, min(count, (block + 1) * config.eval_batch))
         read = zip(numbers, loader.at(numbers), strict=True)
-        yield [Video(number, with_history(batch), batch.get("label")) for number, batch in read]
+        yield [Video(number, with_history(batch), of_batch(batch)) for number, batch in read]
 
 
 def measured(lengths: Lengths) -> list[int]:

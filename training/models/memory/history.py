@@ -31,6 +31,7 @@ from longtake.datasets.loader import to_model
 from longtake.datasets.loader.streams import Lengths
 from longtake.training.models.common import flow
 from longtake.training.models.common.codec import Codec, Posterior
+from longtake.training.models.common.condition import Condition
 from longtake.training.models.memory.dit import MemoryDiT, MemoryDiTConfig
 from longtake.training.models.memory.encoder import Memory
 from longtake.training.models.memory.latents import Steps, some
@@ -229,7 +230,7 @@ def retrieve(
     rng: torch.Generator,
     steps: int = 50,
     shift: float = 1.0,
-    classes: Tensor | None = None,
+    condition: Condition | None = None,
     at_once: int = 4,
     first: int | None = 0,
 ) -> Tensor:
@@ -249,7 +250,7 @@ def retrieve(
         noise = torch.randn(batch, model.config.channels, len(part), *shape, generator=rng).to(device)
         at = part.to(device)
         begins = None if first is None else (at == first)[None]
-        velocity = partial(_velocity, model, memory, at, classes, begins)
+        velocity = partial(_velocity, model, memory, at, condition, begins)
         made.append(flow.euler(velocity, noise, steps, shift))
     return torch.cat(made, dim=2)
 
@@ -258,12 +259,12 @@ def _velocity(
     model: MemoryDiT,
     memory: Memory,
     times: Tensor,
-    classes: Tensor | None,
+    condition: Condition | None,
     first: Tensor | None,
     x: Tensor,
     t: Tensor,
 ) -> Tensor:
-    velocity: Tensor = model(x, t, times, memory, classes, first=first)
+    velocity: Tensor = model(x, t, times, memory, condition, first=first)
     return velocity
 
 

@@ -8,6 +8,7 @@ from torch import Tensor
 from longtake.datasets.latents import read_latents
 from longtake.datasets.loader.streams import Lengths
 from longtake.training.data import columns_of
+from longtake.training.models.common.condition import Condition
 from longtake.training.models.kind import Judge, Judged
 from longtake.training.models.memory import continuation, retrieval
 from longtake.training.models.memory.history import given_of, steps_of, true_steps, whole_of
@@ -35,23 +36,23 @@ def _histories(judged: Judged, inputs: Mapping[str, str], window: Window) -> Len
 
 
 def _continuation(
-    judged: Judged, batch: Mapping[str, Any], ids: Tensor | None, seed: int, unit: Tensor | float
+    judged: Judged, batch: Mapping[str, Any], condition: Condition | None, seed: int, unit: Tensor | float
 ) -> dict[str, float]:
     """The loss of a segment, given its history."""
     room, segment = batch["history_latent"].shape[3], batch["latent"].shape[3]
     steps = steps_of(batch, judged.model, room)
     given = given_of(steps, segment, batch["stream_step"], judged.model.config)
-    losses = continuation.heldout_losses(judged.model, [(given, ids)], seed, unit)
+    losses = continuation.heldout_losses(judged.model, [(given, condition)], seed, unit)
     return {"loss": float(losses.mean())}
 
 
 def _retrieval(
-    judged: Judged, batch: Mapping[str, Any], ids: Tensor | None, seed: int, unit: Tensor | float
+    judged: Judged, batch: Mapping[str, Any], condition: Condition | None, seed: int, unit: Tensor | float
 ) -> dict[str, float]:
     """The loss of some latents, given the memory of all; nothing where the history is too short to be remembered."""
     room, segment = batch["history_latent"].shape[3], batch["latent"].shape[3]
     if int(true_steps(batch, room)) + segment < judged.model.config.group:
         return {}
     steps = whole_of(steps_of(batch, judged.model, room), batch["stream_step"] + segment, judged.model.config)
-    losses = retrieval.heldout_losses(judged.model, [(steps, ids)], seed, unit)
+    losses = retrieval.heldout_losses(judged.model, [(steps, condition)], seed, unit)
     return {"loss": float(losses.mean())}

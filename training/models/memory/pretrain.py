@@ -22,6 +22,7 @@ from longtake.training import stage
 from longtake.training.data import on_device
 from longtake.training.metrics.share import batches
 from longtake.training.models.common import flow
+from longtake.training.models.common.condition import of_batch
 from longtake.training.models.memory import retrieval
 from longtake.training.models.memory.config import MemoryConfig, check
 from longtake.training.models.memory.data import videos_of
@@ -101,10 +102,9 @@ def _loss(config: Config, model: MemoryDiT, turn: Turn) -> tuple[Tensor, Terms]:
     x0 = picked(steps.high, omega)
     t = flow.sample_t(count, config.time_mean, config.time_std, config.shift, rng, x0.device)
     noise = torch.randn(x0.shape, generator=rng, device=x0.device)
-    ids = batch["label"].cpu() if config.classes else None
     first = steps.first.gather(1, omega)
     x = flow.interpolate(x0, noise, t)
-    velocity = turn.engines[turn.name](x, t, steps.start + omega, seen, ids, rng, first)
+    velocity = turn.engines[turn.name](x, t, steps.start + omega, seen, of_batch(batch), rng, first)
     loss = flow.loss(velocity, x0, noise).mean()
     terms = {"loss": loss.detach(), "history_steps": batch["history_steps"].float().mean()}
     return loss, terms | {"retrieved": loss.new_tensor(float(omega.shape[1]))}
@@ -140,9 +140,9 @@ def _sample(config: Any, setup: Setup, engines: Engines, rng: torch.Generator) -
     memory = remembered(model, steps)
     first = steps.start if bool(steps.first[0, 0]) else None
     draws = torch.Generator().manual_seed(config.seed)
-    ids = batch["label"].cpu() if config.classes else None
     shape = (steps.high.shape[3], steps.high.shape[4])
-    made = retrieve(model, memory, times, shape, draws, config.sample_steps, config.shift, ids, config.retrieved, first)
+    passes, at_once = config.sample_steps, config.retrieved
+    made = retrieve(model, memory, times, shape, draws, passes, config.shift, of_batch(batch), at_once, first)
     before, true = steps.high.split([total - len(times), len(times)], dim=2)
     return {"retrieved": above_each_other(setup.codec, model, before, true, made)}
 
@@ -170,7 +170,7 @@ def evaluate(config: Config, setup: Setup, folder: Path) -> None:
     retrieval.evaluate(
         setup.model,
         setup.codec,
-        (Video(number, with_history(batch), batch.get("label")) for number, batch in shares),
+        (Video(number, with_history(batch), of_batch(batch)) for number, batch in shares),
         folder,
         fps=setup.data.fps,
         seed=config.seed,

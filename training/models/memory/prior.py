@@ -17,7 +17,7 @@ from longtake.training import registry
 from longtake.training.engines import device
 from longtake.training.models.common import codec as codecs
 from longtake.training.models.common.codec import Posterior, frames_of, latent_groups, latents_of, nearest_lengths
-from longtake.training.models.common.condition import NO_CLASS
+from longtake.training.models.common.condition import Condition, of_classes
 from longtake.training.models.generator import Request, Settings
 from longtake.training.models.memory import segments
 from longtake.training.models.memory.dit import MemoryDiT
@@ -115,13 +115,13 @@ class MemoryPrior:
         What a film goes on from is drawn as in training, by each request's own seed.
         """
         seeds = [request.seed for request in requests]
-        beats: dict[int, Sequence[int]] = {}
+        beats: dict[int, Condition] = {}
         for number, (at, _) in enumerate(requests[0].story):
             frame = math.ceil(at * (fps or self.fps) - 1e-6)
             begins = -(-frame // self._factor) if start is None else frame // self._factor
-            beats[begins] = [request.story[number][1] for request in requests]
-        if all(c == NO_CLASS for ids in beats.values() for c in ids):
-            # without any class guidance has no effect
+            beats[begins] = of_classes(request.story[number][1] for request in requests)
+        if not any(condition.asks for condition in beats.values()):
+            # with nothing asked for guidance has no effect
             settings = replace(settings, guidance=1.0)
         return segments.generate(
             self.model,

@@ -22,6 +22,7 @@ from longtake.training.metrics.share import place, united
 from longtake.training.metrics.trivial import Against, comparisons
 from longtake.training.models.common import flow
 from longtake.training.models.common.codec import Codec
+from longtake.training.models.common.condition import Condition
 from longtake.training.models.common.video import video_file
 from longtake.training.models.memory.dit import MemoryDiT
 from longtake.training.models.memory.encoder import repeated
@@ -38,11 +39,11 @@ _AT_ONCE = 4  # steps that are retrieved together there
 
 
 class Video(NamedTuple):
-    """A held-out video: its number, pixels uint8 `(1, 3, T, H, W)`, class ids or None."""
+    """A held-out video: its number, pixels uint8 `(1, 3, T, H, W)`, its condition."""
 
     number: int
     pixels: Tensor
-    ids: Tensor | None
+    condition: Condition | None
 
 
 def whole_groups(video: Tensor, factor: int, group: int) -> Tensor:
@@ -59,7 +60,7 @@ def whole_groups(video: Tensor, factor: int, group: int) -> Tensor:
 
 @torch.no_grad()
 def heldout_losses(
-    model: MemoryDiT, clips: Iterable[tuple[Steps, Tensor | None]], seed: int, scale: Tensor | float = 1.0
+    model: MemoryDiT, clips: Iterable[tuple[Steps, Condition | None]], seed: int, scale: Tensor | float = 1.0
 ) -> np.ndarray[Any, Any]:
     """The flow's loss `(clips, times)` of steps of held-out videos in whole groups, one a batch, given the memory of all.
 
@@ -68,19 +69,21 @@ def heldout_losses(
     `scale` `(1, C, 1, 1, 1)` is the unit of errors where models normalise by different statistics.
     """
     rows = []
-    for number, (steps, ids) in enumerate(clips):
+    for number, (steps, condition) in enumerate(clips):
         draws = flow.clip_draws(seed, number)
         omega = torch.randperm(steps.high.shape[2], generator=draws)[:_AT_ONCE].sort().values.to(steps.high.device)
-        velocity = partial(_velocity, model, steps, omega, ids)
+        velocity = partial(_velocity, model, steps, omega, condition)
         rows.append(flow.losses_over_time(velocity, steps.high[:, :, omega], draws, scale=scale))
     return np.stack(rows)
 
 
-def _velocity(model: MemoryDiT, steps: Steps, omega: Tensor, ids: Tensor | None, x: Tensor, t: Tensor) -> Tensor:
+def _velocity(
+    model: MemoryDiT, steps: Steps, omega: Tensor, condition: Condition | None, x: Tensor, t: Tensor
+) -> Tensor:
     """Of the steps Ω of one video, for a batch of their noised copies."""
     memory = repeated(remembered(model, steps), len(x))
-    classes = None if ids is None else ids.expand(len(x))
-    velocity: Tensor = model(x, t, steps.start + omega, memory, classes, first=steps.first[:, omega])
+    given = condition and condition.expand(len(x))
+    velocity: Tensor = model(x, t, steps.start + omega, memory, given, first=steps.first[:, omega])
     return velocity
 
 
@@ -91,7 +94,7 @@ def retrieved(
     passes: int,
     shift: float,
     at_once: int,
-    classes: Tensor | None = None,
+    condition: Condition | None = None,
 ) -> Tensor:
     """All steps `(1, C, T, H, W)` as the memory of them has them, normalised, `at_once` random ones at a time."""
     draws = torch.Generator().manual_seed(seed)
@@ -100,7 +103,7 @@ def retrieved(
     shape = (steps.high.shape[3], steps.high.shape[4])
     with torch.no_grad():
         memory = remembered(model, steps)
-    made = retrieve(model, memory, (steps.start + times).tolist(), shape, draws, passes, shift, classes, at_once)
+    made = retrieve(model, memory, (steps.start + times).tolist(), shape, draws, passes, shift, condition, at_once)
     return made[:, :, times.argsort().to(made.device)]
 
 
@@ -132,10 +135,10 @@ def evaluate(
     """
     factor = vae.config.temporal_stride
     mine = dict[int, dict[str, Any]]()
-    for number, pixels, ids in videos:
+    for number, pixels, condition in videos:
         video = whole_groups(pixels, factor, model.config.group)
         true = encoded(model, vae, video)
-        made = retrieved(model, true, seed + number, steps, shift, at_once, ids)
+        made = retrieved(model, true, seed + number, steps, shift, at_once, condition)
         shown: list[np.ndarray[Any, Any]] | None = [] if number < _SHOWN else None
         mine[number] = _compared(model, vae, video, made, true.high, shown)
         mine[number]["tokens"] = model.config.tokens((true.high.shape[2], *true.high.shape[3:]))

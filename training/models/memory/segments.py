@@ -28,14 +28,14 @@ from longtake.datasets.errors import Failure, UserError
 from longtake.datasets.latents import shrunk
 from longtake.datasets.loader import to_pixels
 from longtake.training.models.common.codec import Codec, Posterior
-from longtake.training.models.common.condition import NO_CLASS, check_classes
+from longtake.training.models.common.condition import Condition, check_classes
 from longtake.training.models.common.flow import euler, guided, interpolate
 from longtake.training.models.common.streaming import Past
 from longtake.training.models.generator import Settings
 from longtake.training.models.memory.dit import MemoryDiT
 from longtake.training.models.memory.encoder import Memory, cropped, repeated
 
-Story = Sequence[tuple[int, Sequence[int]]]  # from which new step on, and a class id for each video
+Story = Sequence[tuple[int, Condition]]  # from which new step on, and what each video is asked to be
 _Made = TypeVar("_Made")
 
 _SETTINGS = "settings.json"
@@ -146,8 +146,8 @@ def generate(
     Args:
         start: `(1 or B, C, T, h, w)`, latents as the autoencoder makes them of a video from its first frame on. The
             result goes on after them, and they are not part of it.
-        story: (step, class ids) in order: from which new step on each video is of which class, -1 for none. A change
-            takes effect with the first segment that begins there or later.
+        story: (step, condition) in order: from which new step on the videos are asked to be what. A change takes
+            effect with the first segment that begins there or later.
         settings: Euler steps of a segment, guidance, shift, and the noise of what it is given of the past.
         folder: a URL where finished segments are kept. The same call goes on after them, to the same bytes.
         models: digests of the weights: what decides the result beside the other arguments.
@@ -168,7 +168,7 @@ def generate(
         "precision": [str(model.dtype), str(vae.dtype)],
         "seeds": list(seeds),
         "start": None if start is None else _digest(start),
-        "story": [[step, list(ids)] for step, ids in story],
+        "story": [[step, condition.record()] for step, condition in story],
         "settings": {name: value for name, value in vars(settings).items() if name != "overlap"},
         "tile": tile,
     }
@@ -212,7 +212,7 @@ def _chunks(
         place = storage.join(folder, f"{number:05d}{_SUFFIX}") if folder else ""
         latent = _kept(place, (len(seeds), model.config.channels, *_shape(model)))
         if latent is None:
-            latent = _sample(model, history, seeds, number, _classes(story, done), settings, each_step).cpu()
+            latent = _sample(model, history, seeds, number, _condition(story, done), settings, each_step).cpu()
             if place:
                 storage.write(place, safetensors.save({"latent": latent}))
         elif each_step:
@@ -226,7 +226,7 @@ def _sample(
     history: History,
     seeds: Sequence[int],
     number: int,
-    classes: Sequence[int] | None,
+    condition: Condition | None,
     settings: Settings,
     each_step: Callable[[], object] | None,
 ) -> Tensor:
@@ -237,27 +237,26 @@ def _sample(
     # by segment: each can be made without the draws of those before
     noise = torch.stack([torch.randn(model.config.channels, *shape, generator=_draws(seed, number)) for seed in seeds])
     first = (times == 0)[None]
-    ids = None if classes is None or not model.config.classes else torch.tensor(classes)
+    asked = condition if model.config.classes else None
 
-    def velocity(x: Tensor, t: Tensor, rows: Tensor | None) -> Tensor:
+    def velocity(x: Tensor, t: Tensor, part: Condition | None) -> Tensor:
         memory = None if history.memory is None else repeated(history.memory, len(x) // len(seeds))
         level = torch.full((len(x),), history.level, device=x.device) if history.level else None
-        return model(x, t, times, memory, rows, first=first, level=level)
+        return model(x, t, times, memory, part, first=first, level=level)
 
-    guidance = settings.guidance if ids is not None and (ids != NO_CLASS).any() else 1.0
     training = model.training
     model.eval()
     try:
-        moves = guided(velocity, ids, guidance)
+        moves = guided(velocity, asked, settings.guidance)
         made = euler(moves, noise.to(device), settings.steps, settings.shift, clean, each_step, history.level)
         return model.denormalise(made)
     finally:
         model.train(training)
 
 
-def _classes(story: Story, step: int) -> Sequence[int] | None:
-    """What a segment that begins at `step` is of; None without any class."""
-    return next((ids for begins, ids in reversed(story) if begins <= step), None)
+def _condition(story: Story, step: int) -> Condition | None:
+    """What a segment that begins at `step` is asked to be; None before the story begins."""
+    return next((condition for begins, condition in reversed(story) if begins <= step), None)
 
 
 def _kept_open(stream_of: Callable[[Iterator[Tensor]], Iterator[_Made]]) -> Callable[[Tensor], _Made]:
@@ -369,9 +368,11 @@ def _check(
         )
     if [step for step, _ in story] != sorted({step for step, _ in story}):
         raise ValueError("story: its steps must rise")
-    for step, ids in story:
-        if len(ids) != len(seeds):
-            raise ValueError(f"story: at step {step} are {len(ids)} classes for {len(seeds)} seeds")
-        check_classes(ids, config.classes)
-    if settings.guidance != 1.0 and not any(c != NO_CLASS for _, ids in story for c in ids):
+    for step, condition in story:
+        if condition.classes is None:
+            continue
+        if len(condition.classes) != len(seeds):
+            raise ValueError(f"story: at step {step} are {len(condition.classes)} classes for {len(seeds)} seeds")
+        check_classes(condition.classes.tolist(), config.classes)
+    if settings.guidance != 1.0 and not any(condition.asks for _, condition in story):
         raise ValueError(f"guidance is {settings.guidance}; it needs a class to guide to")

@@ -6,6 +6,7 @@ from typing import Any
 from torch import Tensor
 
 from longtake.datasets.loader import to_model
+from longtake.training.models.common.condition import Condition
 from longtake.training.models.kind import Judge, Judged
 from longtake.training.models.pv_vae.evaluate import compared
 from longtake.training.registry.gate import Better, Window
@@ -28,7 +29,7 @@ def _options(judged: Judged, inputs: Mapping[str, str], window: Window) -> dict[
 
 
 def _figures(
-    judged: Judged, batch: Mapping[str, Any], ids: Tensor | None, seed: int, unit: Tensor | float
+    judged: Judged, batch: Mapping[str, Any], condition: Condition | None, seed: int, unit: Tensor | float
 ) -> dict[str, float]:
     figures, _, _ = compared(judged.model, to_model(batch["video"]))
     return {name: value for name, value in figures.items() if name in _BETTER}

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
 
 from longtake.training.models.common import flow
+from longtake.training.models.common.condition import NO_CLASS, of_classes
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -177,27 +180,27 @@ def test_given_frames_are_seen_clean_at_every_step_and_are_not_returned():
 def test_guidance_extrapolates_from_no_class_to_the_class_in_one_call():
     x, calls = torch.zeros(2, 1, 1, 1, 1), []
 
-    def velocity(x: Tensor, t: Tensor, classes: Tensor | None) -> Tensor:
-        calls.append(classes)
-        return x + torch.as_tensor(classes).float().view(-1, 1, 1, 1, 1) * t.view(-1, 1, 1, 1, 1)
+    def velocity(x: Tensor, t: Tensor, condition: Any) -> Tensor:
+        calls.append(condition.classes)
+        return x + condition.classes.float().view(-1, 1, 1, 1, 1) * t.view(-1, 1, 1, 1, 1)
 
-    classes, t = torch.tensor([3, 5]), torch.tensor([1.0, 0.5])
-    made = flow.guided(velocity, classes, 4.0)(x, t).flatten()
+    condition, t = of_classes([3, 5]), torch.tensor([1.0, 0.5])
+    made = flow.guided(velocity, condition, 4.0)(x, t).flatten()
     assert made.tolist() == [-1 + 4 * (3 + 1), -0.5 + 4 * (2.5 + 0.5)]
-    assert [c.tolist() for c in calls] == [[3, 5, flow.NO_CLASS, flow.NO_CLASS]]
+    assert [c.tolist() for c in calls] == [[3, 5, NO_CLASS, NO_CLASS]]
 
 
 def test_guidance_1_is_no_guidance_and_costs_none():
     x, calls = torch.randn(2, 1, 1, 1, 1), []
 
-    def velocity(x: Tensor, t: Tensor, classes: Tensor | None) -> Tensor:
+    def velocity(x: Tensor, t: Tensor, condition: Any) -> Tensor:
         calls.append(len(x))
-        return x + torch.as_tensor(classes).float().view(-1, 1, 1, 1, 1)
+        return x + condition.classes.float().view(-1, 1, 1, 1, 1)
 
-    classes, t = torch.tensor([3, 5]), torch.ones(2)
-    plain = flow.guided(velocity, classes, 1.0)(x, t)
-    assert torch.equal(plain, velocity(x, t, classes))
-    torch.testing.assert_close(flow.guided(velocity, classes, 1.0 + 1e-7)(x, t), plain, rtol=0, atol=1e-5)
+    condition, t = of_classes([3, 5]), torch.ones(2)
+    plain = flow.guided(velocity, condition, 1.0)(x, t)
+    assert torch.equal(plain, velocity(x, t, condition))
+    torch.testing.assert_close(flow.guided(velocity, condition, 1.0 + 1e-7)(x, t), plain, rtol=0, atol=1e-5)
     assert calls == [2, 2, 4]
 
 

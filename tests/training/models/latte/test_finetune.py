@@ -24,6 +24,7 @@ from longtake.training import registry
 from longtake.training.data import decoder_of
 from longtake.training.loop import train
 from longtake.training.models.common.codec import Pixels, Posterior
+from longtake.training.models.common.condition import Condition, of_classes
 from longtake.training.models.common.video import whole
 from longtake.training.models.latte import finetune as finetune_latte
 from longtake.training.models.latte.finetune import Config, check, heldout_of, loader_of, target_of
@@ -156,8 +157,8 @@ def test_the_loss_is_of_normalised_draws_at_their_place_in_the_clip(inputs: dict
     assert set(batch) >= {"latent", "label", "start", "key"} and "video" not in batch
     seen: list[Any] = []
 
-    def engine(x: torch.Tensor, t: torch.Tensor, ids: torch.Tensor, start: torch.Tensor, rng: Any) -> torch.Tensor:
-        seen.append((x, t, ids, start))
+    def engine(x: torch.Tensor, t: torch.Tensor, condition: Condition, start: torch.Tensor, rng: Any) -> torch.Tensor:
+        seen.append((x, t, condition.classes, start))
         return torch.zeros_like(x)
 
     loss, logged = finetune_latte._loss(chosen, setup.target, latte, latent_stages.turn(engine, batch, _draws()))
@@ -395,7 +396,7 @@ def test_from_latents_to_a_served_champion(
     videos = served.predict(pandas.DataFrame({"seed": [3, 4], "class": ["b", None]}))
     assert videos.shape == (2, 9, 32, 48, 3)
     settings = prior.settings
-    ours = whole(generate_videos(prior.latte, prior.codec, 9, [3], [1], settings))
+    ours = whole(generate_videos(prior.latte, prior.codec, 9, [3], of_classes([1]), settings))
     np.testing.assert_array_equal(videos[:1], ours)
     columns = {c.name: c.required for c in served.metadata.get_input_schema().inputs}
     assert columns == {"seed": True, "class": False, "frames": False}

@@ -12,6 +12,7 @@ from pydantic import ValidationError
 from torch import Tensor, nn
 
 from longtake.training.models.common import dit
+from longtake.training.models.common.condition import Condition, of_classes
 from longtake.training.models.common.dit import attention
 from longtake.training.models.common.flow import training_loss
 from longtake.training.models.latte.model import PRESETS, Block, Latte, LatteConfig, config_from_preset
@@ -50,7 +51,7 @@ def model() -> Latte:
 
 
 T = torch.tensor([0.3, 0.8])
-IDS = torch.tensor([1, 4])
+IDS = of_classes([1, 4])
 
 
 # shapes and the start
@@ -140,7 +141,12 @@ def test_the_whole_model_mixes_space_and_time_but_never_samples(model):
 def test_permuting_the_batch_permutes_the_prediction(model):
     x, order = latents(3), torch.tensor([2, 0, 1])
     t, ids = torch.tensor([0.1, 0.5, 0.9]), torch.tensor([0, 3, -1])
-    torch.testing.assert_close(model(x[order], t[order], ids[order]), model(x, t, ids)[order], rtol=0, atol=1e-5)
+    torch.testing.assert_close(
+        model(x[order], t[order], of_classes(ids[order].tolist())),
+        model(x, t, Condition(ids))[order],
+        rtol=0,
+        atol=1e-5,
+    )
 
 
 @torch.no_grad()
@@ -211,8 +217,8 @@ def test_the_time_of_a_frame_conditions_that_frame_and_reaches_others_only_throu
 @torch.no_grad()
 def test_the_class_counts_and_none_is_minus_one(model):
     x = latents()
-    assert not torch.allclose(model(x, T, IDS), model(x, T, IDS.flip(0)), atol=1e-4)
-    assert torch.equal(model(x, T), model(x, T, torch.tensor([-1, -1])))
+    assert not torch.allclose(model(x, T, IDS), model(x, T, of_classes([4, 1])), atol=1e-4)
+    assert torch.equal(model(x, T), model(x, T, of_classes([-1, -1])))
 
 
 @pytest.mark.parametrize("dropout", [0.1, 0.5])
@@ -222,11 +228,11 @@ def test_as_many_labels_are_hidden_in_training_as_asked(dropout):
     x = latents(1, 1, 1, 1).expand(4000, -1, -1, -1, -1)
     ids, t = torch.full((4000,), 2), torch.full((4000,), 0.5)
     free = model(x[:1], t[:1])
-    assert not (model(x, t, ids, rng=seeded()) - free).abs().amax((1, 2, 3, 4)).min() < 1e-6
-    made = model.train()(x, t, ids, rng=seeded())
+    assert not (model(x, t, Condition(ids), rng=seeded()) - free).abs().amax((1, 2, 3, 4)).min() < 1e-6
+    made = model.train()(x, t, Condition(ids), rng=seeded())
     hidden = (made - free).abs().amax((1, 2, 3, 4)) < 1e-6
     assert hidden.float().mean().item() == pytest.approx(dropout, abs=0.025)
-    assert torch.equal(made, model(x, t, ids, rng=seeded()))
+    assert torch.equal(made, model(x, t, Condition(ids), rng=seeded()))
 
 
 @torch.no_grad()
@@ -334,7 +340,9 @@ def trained() -> tuple[Latte, list[float]]:
             group["lr"] = 6e-3 * min(1, (step + 1) / 20) * (1 - step / 400)
         x0 = model.normalise(toy(32, 4, rng))
         start = torch.randint(2, (32,), generator=rng)
-        loss = training_loss(lambda x, t, start=start: model(x, t, ids, start, rng), x0, rng, conditioning=0.5).mean()
+        loss = training_loss(
+            lambda x, t, start=start: model(x, t, Condition(ids), start, rng), x0, rng, conditioning=0.5
+        ).mean()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -350,7 +358,7 @@ def test_it_learns_a_toy_set(trained):
 
 def test_what_it_generates_follows_its_class_beyond_the_window(trained):
     seeds, classes = list(range(8)), [0, 1] * 4
-    made = torch.cat(list(generate(trained[0], 12, seeds, classes=classes, steps=20)), dim=2).mean((3, 4))
+    made = torch.cat(list(generate(trained[0], 12, seeds, condition=of_classes(classes), steps=20)), dim=2).mean((3, 4))
     angle = torch.atan2(made[:, 1], made[:, 0])
     turns = torch.remainder(angle.diff(dim=1) + math.pi, 2 * math.pi) - math.pi
     assert made[:, :2].norm(dim=1).mean().item() == pytest.approx(1, abs=0.15)
@@ -367,15 +375,17 @@ def clip(model: Latte, frames: int, seeds: list[int], **settings) -> Tensor:
 
 
 def test_a_seed_gives_the_same_clip_again_and_another_seed_another(model):
-    a, b, c = (clip(model, 11, [seed], classes=[1], guidance=2.0) for seed in (5, 5, 6))
+    a, b, c = (clip(model, 11, [seed], condition=of_classes([1]), guidance=2.0) for seed in (5, 5, 6))
     assert a.shape == (1, 6, 11, 2, 3)
     assert torch.equal(a, b)
     assert not torch.allclose(a, c, atol=1e-2)
 
 
 def test_a_sample_does_not_depend_on_its_batch(model):
-    together = clip(model, 8, [5, 6, 7], classes=[1, 2, -1], guidance=3.0)
-    torch.testing.assert_close(together[1:2], clip(model, 8, [6], classes=[2], guidance=3.0), rtol=1e-4, atol=1e-4)
+    together = clip(model, 8, [5, 6, 7], condition=of_classes([1, 2, -1]), guidance=3.0)
+    torch.testing.assert_close(
+        together[1:2], clip(model, 8, [6], condition=of_classes([2]), guidance=3.0), rtol=1e-4, atol=1e-4
+    )
 
 
 @pytest.mark.parametrize("overlap", [1, 2, 3])
@@ -440,9 +450,9 @@ def test_only_a_window_is_held_however_long_the_clip(model):
 
 
 def test_a_model_in_training_samples_as_in_evaluation_and_goes_on_training(model):
-    expected = clip(model, 4, [5], classes=[1])
+    expected = clip(model, 4, [5], condition=of_classes([1]))
     hiding = awake_model(replaced(label_dropout=1.0)).train()
-    assert torch.equal(clip(hiding, 4, [5], classes=[1]), expected)
+    assert torch.equal(clip(hiding, 4, [5], condition=of_classes([1])), expected)
     assert hiding.training
 
 
@@ -452,12 +462,15 @@ def test_a_model_in_training_samples_as_in_evaluation_and_goes_on_training(model
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (dict(classes=torch.tensor([1, 5])), "class 5 is out of range; this model has classes 0 to 4, and -1 for none"),
         (
-            dict(classes=torch.tensor([-2, 0])),
+            dict(condition=Condition(torch.tensor([1, 5]))),
+            "class 5 is out of range; this model has classes 0 to 4, and -1 for none",
+        ),
+        (
+            dict(condition=Condition(torch.tensor([-2, 0]))),
             "class -2 is out of range; this model has classes 0 to 4, and -1 for none",
         ),
-        (dict(classes=torch.tensor([1])), r"classes has shape \(1,\); a batch of 2 needs one id each"),
+        (dict(condition=Condition(torch.tensor([1]))), r"classes has shape \(1,\); a batch of 2 needs one id each"),
         (dict(t=torch.zeros(2, 3)), r"t has shape \(2, 3\); Latte needs \(2,\) or \(2, 4\)"),
         (dict(x=torch.zeros(2, 5, 4, 2, 2)), r"x has shape \(2, 5, 4, 2, 2\); Latte needs \(B, 6, T, H, W\)"),
     ],
@@ -487,8 +500,8 @@ def test_wrong_sizes_layers_and_classes_of_a_model_without_are_refused(model):
     [
         (dict(frames=0), "frames is 0, seeds are 1; there is nothing to generate"),
         (dict(overlap=4), "overlap is 4; a window of 4 can go on from 1 to 3 frames"),
-        (dict(classes=[5]), "class 5 is out of range; this model has classes 0 to 4, and -1 for none"),
-        (dict(classes=[1, 2]), "classes are 2, seeds 1; each sample needs one of both"),
+        (dict(condition=of_classes([5])), "class 5 is out of range; this model has classes 0 to 4, and -1 for none"),
+        (dict(condition=of_classes([1, 2])), "classes are 2, seeds 1; each sample needs one of both"),
         (dict(guidance=2.0), "guidance is 2.0; it needs classes to guide to"),
         (dict(steps=0), "steps is 0; sampling needs at least 1"),
     ],
@@ -505,7 +518,7 @@ def test_generation_needs_a_shape_and_beyond_a_window_a_model_trained_for_it():
         generate(Latte(replaced(conditioning=0)), 5, [1])
     assert clip(Latte(replaced(conditioning=0, classes=0)), 4, [1]).shape == (1, 6, 4, 2, 3)
     with pytest.raises(ValueError, match=r"^class 0 is out of range; this model has no classes$"):
-        generate(Latte(replaced(classes=0)), 4, [1], classes=[0])
+        generate(Latte(replaced(classes=0)), 4, [1], condition=of_classes([0]))
 
 
 def test_configs_are_checked():

@@ -16,6 +16,7 @@ from longtake.datasets.errors import UserError
 from longtake.datasets.latents import encoder_digest
 from longtake.datasets.loader import to_model
 from longtake.training.models.common.codec import Pixels, load_codec, reconstruct_video, to_array
+from longtake.training.models.common.condition import of_classes
 from longtake.training.models.common.video import grid, video_file, whole
 from longtake.training.models.generator import Settings, class_id
 from longtake.training.models.latte.model import Latte, LatteConfig
@@ -63,11 +64,11 @@ def test_the_same_seed_makes_the_same_video_whoever_else_is_made(prior: Latte, v
 
 
 def test_the_class_and_the_guidance_matter(prior: Latte, vae: PVVAE) -> None:
-    free, first, second = (made(prior, vae, classes=c) for c in (None, [0], [1]))
+    free, first, second = (made(prior, vae, condition=c) for c in (None, of_classes([0]), of_classes([1])))
     assert (free != first).any() and (first != second).any()
-    np.testing.assert_array_equal(free, made(prior, vae, classes=[-1]))
+    np.testing.assert_array_equal(free, made(prior, vae, condition=of_classes([-1])))
     np.testing.assert_array_equal(free, made(prior, vae, settings=Settings(steps=2, overlap=1, guidance=3.0)))
-    strong = made(prior, vae, classes=[0], settings=Settings(steps=2, overlap=1, guidance=3.0))
+    strong = made(prior, vae, condition=of_classes([0]), settings=Settings(steps=2, overlap=1, guidance=3.0))
     assert (strong != first).any()
 
 
@@ -267,7 +268,7 @@ def test_a_served_prior_takes_a_table_and_gives_videos(prior: Latte, vae: PVVAE)
     table = pandas.DataFrame({"seed": [1, 1, 2], "class": ["dog", None, "0"]})
     videos = serving.serve(known, table)
     assert videos.shape == (3, 9, 32, 32, 3) and videos.dtype == np.uint8
-    np.testing.assert_array_equal(videos[0], made(prior, vae, classes=[1])[0])
+    np.testing.assert_array_equal(videos[0], made(prior, vae, condition=of_classes([1]))[0])
     np.testing.assert_array_equal(videos[1], made(prior, vae)[0])
     longer = serving.serve(known, {"seed": np.array([1]), "frames": [13]}, {"steps": 3, "guidance": None})
     np.testing.assert_array_equal(longer, made(prior, vae, 13, settings=Settings(steps=3, overlap=1)))

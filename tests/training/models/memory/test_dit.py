@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from longtake.datasets.errors import UserError
 from longtake.training.config import LoraConfig
 from longtake.training.models.common.causal import fold
+from longtake.training.models.common.condition import of_classes
 from longtake.training.models.common.flow import training_loss
 from longtake.training.models.common.rotary import CrossAttention, grid_positions, rotated, rotation
 from longtake.training.models.common.streaming import Past
@@ -37,7 +38,7 @@ MEMORIES = [
     {"memory": "framepack"},
 ]
 T = torch.tensor([0.3, 0.8])
-IDS = torch.tensor([1, 4])
+IDS = of_classes([1, 4])
 TIMES = torch.tensor([16, 17, 3])
 
 
@@ -159,9 +160,9 @@ def test_samples_with_less_history_see_in_a_batch_what_they_see_alone(changes):
         own = None if low is None else low[:1, :, 24 - short :]
         less = model.remember(high[:1, :, 24 - short :], own, 24 - short) if short else None
         first = 0 if short else 1
-        alone = model(x[:1, :, first:], T[:1], torch.as_tensor(TIMES)[first:], less, IDS[:1])
+        alone = model(x[:1, :, first:], T[:1], torch.as_tensor(TIMES)[first:], less, of_classes([1]))
         close(made[:1, :, first:], alone)
-        whole = model(x[1:], T[1:], TIMES, model.remember(high[1:], None if low is None else low[1:]), IDS[1:])
+        whole = model(x[1:], T[1:], TIMES, model.remember(high[1:], None if low is None else low[1:]), of_classes([4]))
         close(made[1:], whole)
         # and nothing of what is not there matters
         other = high.clone()
@@ -412,7 +413,7 @@ def test_classes_count_and_are_hidden_in_training_from_the_given_generator(model
     memory = model.remember(*history(SMALL))
     with_class, without = (model(latents(), T, TIMES, memory, ids) for ids in (IDS, None))
     assert not torch.allclose(with_class, without, atol=1e-4)
-    assert torch.equal(model(latents(), T, TIMES, memory, torch.tensor([-1, -1])), without)
+    assert torch.equal(model(latents(), T, TIMES, memory, of_classes([-1, -1])), without)
     hiding = awake_model(label_dropout=1.0).train()
     assert torch.equal(hiding(latents(), T, TIMES, memory, IDS, seeded()), without)
 
@@ -623,7 +624,7 @@ def test_cross_attention_starts_silent_and_finds_by_position():
         (dict(x=torch.zeros(2, 5, 3, 8, 8)), r"x has shape \(2, 5, 3, 8, 8\); this model needs \(B, 4, T, H, W\)"),
         (dict(t=torch.zeros(2, 4)), r"t has shape \(2, 4\); it needs \(2,\) or \(2, 3\)"),
         (dict(times=torch.zeros(2)), r"times has shape \(2,\); it needs \(3,\) or \(2, 3\)"),
-        (dict(classes=torch.tensor([5, 0])), "class 5 is out of range; this model has classes 0 to 4, and -1 for none"),
+        (dict(condition=of_classes([5, 0])), "class 5 is out of range; this model has classes 0 to 4, and -1 for none"),
         (
             dict(memory=Memory(torch.zeros(1, 6, 32), torch.zeros(6, 3), torch.zeros(1, 6, 16))),
             r"memory has tokens \(1, 6, 32\); it needs \(2, N, 32\)",

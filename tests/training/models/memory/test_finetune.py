@@ -23,6 +23,7 @@ from longtake.datasets import clip, stage
 from longtake.datasets.errors import UserError
 from longtake.training import registry
 from longtake.training.loop import train
+from longtake.training.models.common.condition import of_classes
 from longtake.training.models.generator import Settings
 from longtake.training.models.memory import continuation
 from longtake.training.models.memory import finetune as finetune_memory_prior
@@ -81,7 +82,7 @@ class Recording:
         seen: Tensor | None,
         level: Tensor | None,
     ) -> Tensor:
-        given = {"x": x, "t": t, "times": times, "memory": memory, "ids": ids, "first": first, "level": level}
+        given = {"x": x, "t": t, "times": times, "memory": memory, "ids": ids.classes, "first": first, "level": level}
         shape = torch.ones(times.shape, dtype=torch.bool)
         self.calls.append(SimpleNamespace(**given, seen=shape if seen is None else seen))
         if self.true is None:
@@ -391,7 +392,7 @@ def test_what_comes_next_is_compared_with_the_last_frame_repeated(
 ) -> None:
     setup = prepared(config(), inputs, tmp_path)
     pixels = torch.randint(0, 256, (1, 3, 24 + 9, 32, 48), dtype=torch.uint8, generator=draws())
-    ids = [None, torch.tensor([1]), None, None]
+    ids = [None, of_classes([1]), None, None]
     videos = [continuation.Video(n, pixels[:, :, begin:], ids[n]) for n, begin in enumerate((0, 0, 8, 24))]
     calls = []
 

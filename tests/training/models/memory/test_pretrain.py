@@ -67,7 +67,7 @@ class Recording:
         self.video, self.calls = video, list[Any]()
 
     def __call__(self, x: Tensor, t: Tensor, times: Tensor, memory: Any, ids: Any, rng: Any, first: Tensor) -> Tensor:
-        self.calls.append(SimpleNamespace(x=x, t=t, times=times, memory=memory, ids=ids, first=first))
+        self.calls.append(SimpleNamespace(x=x, t=t, times=times, memory=memory, ids=ids.classes, first=first))
         if self.video is None:
             return torch.zeros_like(x)
         return (x - picked(self.video.high, times - self.video.start)) / t.view(-1, 1, 1, 1, 1)

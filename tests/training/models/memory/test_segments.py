@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from longtake.datasets.errors import Failure, UserError
 from longtake.datasets.latents import shrunk
 from longtake.datasets.loader import to_pixels
+from longtake.training.models.common.condition import of_classes
 from longtake.training.models.generator import Settings
 from longtake.training.models.memory import segments
 from longtake.training.models.memory.dit import MemoryDiT, MemoryDiTConfig
@@ -249,20 +250,27 @@ def test_a_story_changes_the_class_with_the_next_segment(
     model: MemoryDiT, vae: PVVAE, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen = Seen(model, monkeypatch)
-    made(model, vae, 12, [3, 4], story=[(0, [0, 1]), (4, [2, 2]), (9, [-1, 0])], settings=Settings(steps=1))
-    assert [None if c[4] is None else c[4].tolist() for c in seen.calls] == [[0, 1], [0, 1], [2, 2], [-1, 0]]
+    made(
+        model,
+        vae,
+        12,
+        [3, 4],
+        story=[(0, of_classes([0, 1])), (4, of_classes([2, 2])), (9, of_classes([-1, 0]))],
+        settings=Settings(steps=1),
+    )
+    assert [None if c[4] is None else c[4].classes.tolist() for c in seen.calls] == [[0, 1], [0, 1], [2, 2], [-1, 0]]
     seen.calls.clear()
-    made(model, vae, 6, [3, 4], story=[(3, [2, -1])], settings=Settings(steps=1, guidance=2.0))
+    made(model, vae, 6, [3, 4], story=[(3, of_classes([2, -1]))], settings=Settings(steps=1, guidance=2.0))
     (first, *_, none), (x, _, _, memory, ids) = seen.calls
     assert len(first) == 2 and none is None and memory is not None and ids is not None
-    assert len(x) == len(memory.tokens) == 4 and ids.tolist() == [2, -1, -1, -1]
+    assert len(x) == len(memory.tokens) == 4 and ids.classes.tolist() == [2, -1, -1, -1]
     torch.testing.assert_close(memory.tokens[:2], memory.tokens[2:])
 
 
 @pytest.mark.parametrize("after", [0, 3, 4, 5, 7])
 def test_a_stopped_run_goes_on_to_the_same_bytes(model: MemoryDiT, vae: PVVAE, tmp_path: Path, after: int) -> None:
     arguments: dict[str, Any] = {"model": model, "vae": vae, "steps": 11, "seeds": [3, 5], "settings": QUICK}
-    arguments |= {"start": latents(2), "story": [(0, [0, 1]), (6, [1, 2])]}
+    arguments |= {"start": latents(2), "story": [(0, of_classes([0, 1])), (6, of_classes([1, 2]))]}
     uninterrupted = list(generate(**arguments))
     arguments["folder"] = str(tmp_path)
     done: list[int] = []
@@ -300,7 +308,7 @@ def test_finished_segments_are_not_sampled_again(
     [
         ({"seeds": [4]}, "seeds"),
         ({"settings": Settings(steps=3)}, "settings"),
-        ({"story": [(0, [1])]}, "story"),
+        ({"story": [(0, of_classes([1]))]}, "story"),
         ({"start": latents(2)}, "start"),
         ({"models": "other"}, "models"),
         ({"tile": 128}, "tile"),
@@ -343,9 +351,9 @@ def test_what_was_kept_is_forgotten_and_nothing_else(model: MemoryDiT, vae: PVVA
         ({"start": torch.zeros(1, 8, 2, 4, 4)}, r"start has shape .* needs \(1 or 1, 8, T, 2, 4\)"),
         ({"start": torch.zeros(2, 8, 2, 2, 4)}, "start has shape"),
         ({"start": torch.zeros(1, 8, 0, 2, 4)}, "start has shape"),
-        ({"story": [(0, [3])]}, "class 3 is out of range"),
-        ({"story": [(0, [1, 1])]}, "2 classes for 1 seeds"),
-        ({"story": [(3, [1]), (3, [2])]}, "must rise"),
+        ({"story": [(0, of_classes([3]))]}, "class 3 is out of range"),
+        ({"story": [(0, of_classes([1, 1]))]}, "2 classes for 1 seeds"),
+        ({"story": [(3, of_classes([1])), (3, of_classes([2]))]}, "must rise"),
         ({"settings": Settings(steps=1, guidance=2.0)}, "needs a class to guide to"),
     ],
 )
