@@ -14,17 +14,26 @@ It may also have
   make its inputs.
 """
 
-from typing import Annotated, Any, Literal
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict
 
 Product = Literal["dataset", "view", "latents", "model"]
 
 
+RUN = "run"  # the field of a stage's config that says how the work is done, not what comes out
+
+
 class StageConfig(BaseModel):
-    """Strict base of all configs in a recipe: an unknown key is an error, values never change."""
+    """Strict base of all configs in a recipe: an unknown key is an error, values never change.
+
+    The docstring of a config is the documentation of its fields, a line each: `name   what it is`.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
+
+    MOVED: ClassVar[Mapping[str, str]] = {}  # keys that were here once, and a remark where they are now
 
 
 class Input:
@@ -34,31 +43,37 @@ class Input:
         self.product = product
 
 
-class Scheduling:
-    """Marks a config field that says how the work is done, not what comes out: it is no part of the fingerprint."""
-
-
-class Naming(Scheduling):
+class Naming:
     """Marks a config field that says how the result is called: another name makes a stage run, but not begin anew."""
 
 
 class Measuring(Naming):
-    """Marks a config field that says how the result is measured: likewise."""
+    """Marks a config field that says how the result is measured: another value makes a stage run, but not begin anew."""
 
 
 def names(config: StageConfig) -> dict[str, Any]:
     """The fields marked `Naming` or `Measuring`, as plain data."""
-    return config.model_dump(mode="json", include=_marked(config, Naming))
+    return config.model_dump(mode="json", include=_named(config))
 
 
 def content(config: StageConfig) -> dict[str, Any]:
-    """What decides what a stage makes: its config as plain data, without the fields marked `Scheduling` or `Naming`."""
-    return config.model_dump(mode="json", exclude=_marked(config, Scheduling))
+    """What decides what a stage makes: its config as plain data, without `run` and the fields marked `Naming`."""
+    return config.model_dump(mode="json", exclude={RUN} | _named(config))
 
 
-def _marked(config: StageConfig, marker: type[Scheduling]) -> set[str]:
+def cost(config: StageConfig) -> dict[str, Any]:
+    """What decides the time of a step or clip: `content` without inputs and costless fields, and the costly part of `run`."""
+    costless: frozenset[str] = getattr(config, "COSTLESS", frozenset())
+    run = getattr(config, RUN, None)
+    settings = {
+        name: value for name, value in content(config).items() if name not in costless | inputs_of(config).keys()
+    }
+    return settings | ({} if run is None else {RUN: run.model_dump(mode="json", include=run.COSTLY)})
+
+
+def _named(config: StageConfig) -> set[str]:
     fields = type(config).model_fields.items()
-    return {name for name, field in fields if any(isinstance(m, marker) for m in field.metadata)}
+    return {name for name, field in fields if any(isinstance(m, Naming) for m in field.metadata)}
 
 
 DatasetInput = Annotated[str, Input("dataset")]

@@ -7,14 +7,14 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import resources
-from typing import Any
+from typing import Any, get_args
 
 from pydantic import ValidationError
 
 from longtake.datasets import storage
 from longtake.datasets.errors import UserError
 from longtake.datasets.masking import shown
-from longtake.datasets.stage import StageConfig
+from longtake.datasets.stage import RUN, StageConfig
 from longtake.infra import stages, yaml_text
 from longtake.infra.deploy import Deploy
 
@@ -217,8 +217,14 @@ def first_line(error: ValidationError, prefix: str, model: type[StageConfig]) ->
     key = ".".join([prefix, *(str(part) for part in first["loc"])])
     more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
     if first["type"] == "extra_forbidden":
-        allowed = _fields_at(model, first["loc"][:-1])
-        return f"{key}: unknown key{_suggest(str(first['loc'][-1]), allowed)}; allowed: {', '.join(allowed)}{more}"
+        owner, name = _model_at(model, first["loc"][:-1]), str(first["loc"][-1])
+        if owner and (remark := _moved(owner, name)):
+            return f"{key}: {remark}{more}"
+        allowed = [field for field in owner.model_fields if field != "kind"] if owner else []
+        remedy = f"allowed: {', '.join(allowed)}"
+        if owner and "kind" in owner.model_fields:
+            remedy = f"see `longtake stage --help {kind_of(owner)}`"
+        return f"{key}: unknown key{_suggest(name, allowed)}; {remedy}{more}"
     if first["type"] == "missing":
         return f"{key}: is missing{more}"
     message = first["msg"].removeprefix("Value error, ")
@@ -226,7 +232,21 @@ def first_line(error: ValidationError, prefix: str, model: type[StageConfig]) ->
     return f"{key}: {message[0].lower()}{message[1:]}{given}{more}"
 
 
-def _fields_at(model: Any, location: Sequence[Any]) -> list[str]:
+def kind_of(config: type[StageConfig]) -> str:
+    """The kind of stage that a config is of."""
+    return str(get_args(config.model_fields["kind"].annotation)[0])
+
+
+def _moved(model: type[StageConfig], name: str) -> str | None:
+    """Where a key is now that a model had once; None for one that it never had."""
+    if name in model.MOVED:
+        return model.MOVED[name]
+    run = model.model_fields.get(RUN)
+    how: Any = run.annotation if run else None
+    return f"is now {RUN}.{name}; write `{RUN}: {{{name}: ...}}`" if how and name in how.model_fields else None
+
+
+def _model_at(model: Any, location: Sequence[Any]) -> type[StageConfig] | None:
     for part in location:
         if part not in model.model_fields:
             # a key of a mapping, whose values' model has been found
@@ -235,9 +255,9 @@ def _fields_at(model: Any, location: Sequence[Any]) -> list[str]:
         candidates = [annotation, *getattr(annotation, "__args__", ())]
         found = [c for c in candidates if isinstance(c, type) and issubclass(c, StageConfig)]
         if not found:
-            return []
+            return None
         model = found[0]
-    return [name for name in model.model_fields if name != "kind"]
+    return model
 
 
 def _suggest(word: str, allowed: Any) -> str:

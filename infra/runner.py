@@ -18,6 +18,7 @@ from longtake.infra import graph, runs, stages
 from longtake.infra.graph import Node
 from longtake.infra.recipe import Recipe
 from longtake.infra.runs import Runs
+from longtake.training.config import TrainConfig
 
 
 @dataclass(frozen=True)
@@ -184,7 +185,7 @@ def run_stage(recipe: Recipe, name: str, parent: str | None = None, fresh: bool 
 
     try:
         with launch.together() as rank:
-            if launch.launched() and not hasattr(stage, "work"):
+            if launch.launched() and not issubclass(stage.Config, TrainConfig):
                 raise UserError(
                     f"stage {name}: {node.kind} does not train, it runs in one process: start it without torchrun or deepspeed"
                 )

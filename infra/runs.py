@@ -84,8 +84,8 @@ class Runs:
             output = f"{node.output}-{secrets.token_hex(4)}"
         tags |= {_OUTPUT: output} | ({_PARENT: parent} if parent else {})
         run_id = self.client.create_run(self.experiment, tags=tags).info.run_id
-        for key, value in _flat(node.config.model_dump(mode="json")).items():
-            self.client.log_param(run_id, key, shown(str(value))[:_MAX_PARAM])
+        for key, value in params_of(node.config.model_dump(mode="json")).items():
+            self.client.log_param(run_id, key, value)
         return run_id, output
 
     def finish(self, run_id: str, result: Mapping[str, Any]) -> None:
@@ -223,8 +223,10 @@ def _run(run: Any, workspace: str) -> Run:
     return Run(info.run_id, info.status, output, uri, seconds, tags.get(_ERROR, ""))
 
 
-def _flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    out: dict[str, Any] = {}
+def params_of(config: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
+    """The MLflow parameters of a config: `{"run.workers": "8"}`."""
+    params: dict[str, str] = {}
     for key, value in config.items():
-        out |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-    return out
+        nested = isinstance(value, dict)
+        params |= params_of(value, f"{prefix}{key}.") if nested else {f"{prefix}{key}": shown(str(value))[:_MAX_PARAM]}
+    return params

@@ -6,7 +6,7 @@ import os
 import secrets
 import tempfile
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, ClassVar
 
 from pydantic import Field
 
@@ -16,14 +16,20 @@ from longtake.datasets.stage import StageConfig
 
 
 class TaskConfig(StageConfig):
-    """What one task asks of Ray, and how long the work may stand still."""
+    """What one task asks of Ray, and how long the work may stand still.
+
+    cpus            of a task
+    memory_bytes    of a task; 0 reserves none
+    custom          custom resources of your nodes, such as {spot: 1}
+    stall_seconds   a group that has not moved for so long is named; if none has, the stage fails
+    """
+
+    COSTLY: ClassVar[frozenset[str]] = frozenset({"cpus", "memory_bytes", "custom"})
 
     cpus: float = Field(1, gt=0)
-    memory_bytes: int = Field(0, ge=0)  # 0: not reserved
-    custom: dict[str, float] = Field({})  # custom resources of your nodes, such as {spot: 1}
-    stall_seconds: float = Field(
-        3600, gt=0
-    )  # a group that has not moved for so long is named; if none has, the stage fails
+    memory_bytes: int = Field(0, ge=0)
+    custom: dict[str, float] = Field({})
+    stall_seconds: float = Field(3600, gt=0)
 
     def options(self) -> dict[str, Any]:
         """Arguments of Ray's tasks."""
@@ -90,7 +96,7 @@ def _check(stage: str, task: TaskConfig, nodes: list[dict[str, float]]) -> None:
         most = max((node.get(name, 0) for node in nodes), default=0)
         if most < amount:
             raise UserError(
-                f"stage {stage}: task.{key}: a task needs {amount:g} {name}, no node of the Ray cluster has more than"
+                f"stage {stage}: run.{key}: a task needs {amount:g} {name}, no node of the Ray cluster has more than"
                 f" {most:g}; lower it, or add a larger node"
             )
     raise UserError(

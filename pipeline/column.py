@@ -29,9 +29,16 @@ _TELL_SECONDS = 1.0
 
 
 class WorkerConfig(TaskConfig):
-    """What one worker asks of Ray. `gpus` may be a part of one; None is 1 where the cluster has any, else 0."""
+    """What one worker asks of Ray, and how many there are.
+
+    gpus      of a worker, perhaps a part of one; null is 1 where the cluster has any, else 0
+    workers   null: as many as the cluster has room for
+    """
+
+    COSTLY = TaskConfig.COSTLY | {"gpus", "workers"}
 
     gpus: float | None = Field(None, ge=0)
+    workers: int | None = Field(None, ge=1)
 
     def options(self) -> dict[str, Any]:
         return super().options() | {"num_gpus": self.gpus or 0}
@@ -119,7 +126,7 @@ class Worker:
         self._board, self._broken = board, ""
         if device == "cuda" and not torch.cuda.is_available():
             # told by the jobs: Ray would start an actor that fails here again and again
-            self._broken = "task.gpus: the torch of a worker cannot use its GPU; install a CUDA build, or set 0"
+            self._broken = "run.gpus: the torch of a worker cannot use its GPU; install a CUDA build, or set 0"
             return
         self._make = load(device, *ray.get(models), **settings)
 
@@ -149,7 +156,6 @@ def make(
     stage: str,
     jobs: Sequence[Job],
     task: WorkerConfig,
-    workers: int | None,
     load: Callable[..., Make],
     models: Sequence[Any],
     settings: Mapping[str, Any],
@@ -157,7 +163,6 @@ def make(
     """Make the shards of a column by a pool of actors; returns the sums of what `Make` counts.
 
     Args:
-        workers: None is as many as the cluster has room for.
         load, models, settings: see `Worker`; the models are put into Ray's store once.
 
     Raises:
@@ -171,7 +176,9 @@ def make(
         return rows.map(
             Worker,
             fn_constructor_kwargs=given | {"device": "cuda" if own.gpus else "cpu", "board": board},
-            compute=ray.data.ActorPoolStrategy(size=min(workers or room, len(jobs)), max_tasks_in_flight_per_actor=2),
+            compute=ray.data.ActorPoolStrategy(
+                size=min(task.workers or room, len(jobs)), max_tasks_in_flight_per_actor=2
+            ),
             **own.options(),
         )
 
@@ -196,7 +203,7 @@ def _pool(stage: str, task: WorkerConfig, nodes: list[dict[str, float]]) -> tupl
     gpus = (1.0 if most else 0.0) if task.gpus is None else task.gpus
     if gpus > most:
         raise UserError(
-            f"stage {stage}: task.gpus: a worker needs {gpus:g} GPU, no node of the Ray cluster has more than {most:g}"
+            f"stage {stage}: run.gpus: a worker needs {gpus:g} GPU, no node of the Ray cluster has more than {most:g}"
         )
     room = [
         min(node.get("CPU", 0) // task.cpus, node.get("GPU", 0) // gpus if gpus else float("inf")) for node in nodes

@@ -18,15 +18,27 @@ def _ratio(text: str) -> str:
 
 
 class ClipConfig(StageConfig):
-    """The geometry of clips. `short_side`, `multiple`: pixels. Times in seconds."""
+    """What a clip is.
+
+    short_side       pixels
+    fps              frames per second, resampled by time
+    min_seconds      shorter shots are dropped
+    max_seconds      longer shots are cut into pieces
+    aspects          the shapes of clips; a video is cropped to the nearest
+    multiple         the long side is rounded to multiples of so many pixels
+    max_crop         share of the picture that may fall outside the nearest shape
+    crf              x264's quality, 0 is lossless
+    encoder_preset   x264's speed
+    gop              frames from one key frame to the next
+    """
 
     short_side: int = Field(256, ge=32, le=4096, multiple_of=2)
     fps: float = Field(24, gt=0, le=240)
     min_seconds: float = Field(1.0, gt=0)
     max_seconds: float = Field(10.0, gt=0, le=600)
     aspects: tuple[Annotated[str, AfterValidator(_ratio)], ...] = ("9:16", "3:4", "1:1", "4:3", "16:9")
-    multiple: int = Field(16, ge=2, multiple_of=2)  # the long side is rounded to it
-    max_crop: float = Field(0.35, ge=0, lt=1)  # share of the picture that may fall outside the nearest bucket
+    multiple: int = Field(16, ge=2, multiple_of=2)
+    max_crop: float = Field(0.35, ge=0, lt=1)
     crf: int = Field(20, ge=0, le=51)
     encoder_preset: Literal["ultrafast", "superfast", "veryfast", "faster", "fast", "medium", "slow"] = "veryfast"
     gop: int = Field(12, ge=1)
@@ -59,17 +71,27 @@ class ClipConfig(StageConfig):
 
 
 class LimitsConfig(StageConfig):
-    """What one source may cost before it is rejected or cut off."""
+    """What one source may cost before it is rejected or cut off.
+
+    max_bytes         of the file
+    max_pixels        of a coded frame
+    max_frames        decoded
+    timeout_seconds   of its decoding
+    memory_bytes      address space of the decoding process
+    """
 
     max_bytes: int = Field(64 << 30, gt=0)
-    max_pixels: int = Field(7680 * 4320, gt=0)  # of a coded frame
-    max_frames: int = Field(2_000_000, gt=0)  # decoded
+    max_pixels: int = Field(7680 * 4320, gt=0)
+    max_frames: int = Field(2_000_000, gt=0)
     timeout_seconds: float = Field(1800, gt=0)
-    memory_bytes: int = Field(6 << 30, gt=0)  # address space of the decoding process
+    memory_bytes: int = Field(6 << 30, gt=0)
 
 
 class FrameDiffConfig(StageConfig):
-    """The frame-difference column; clips are box-averaged by the whole factor that brings them nearest to this short side."""
+    """The frame-difference column.
+
+    short_side   pixels: clips are box-averaged by the whole factor that brings them nearest to it
+    """
 
     short_side: int = Field(64, ge=8)
 

@@ -43,7 +43,7 @@ Tell = Callable[[int, str], None]
 
 @dataclass(frozen=True)
 class Settings:
-    """What decides a column's values; `batch`, `steps`, `threads` say how the work is done, and decide no more than roundings."""
+    """What decides a column's values; `batch`, `chunk`, `threads` say how the work is done, and decide no more than roundings."""
 
     size: tuple[int, int] | None  # height, width
     precision: Literal["fp32", "bf16"]
@@ -51,7 +51,7 @@ class Settings:
     tile: int | None  # pixels
     overlap: int
     batch: int
-    steps: int
+    chunk: int  # latents
     threads: int = 1  # that decode
     shrink: tuple[int, int] = (1, 1)  # of height, width
     join_seconds: float = 0.0  # of a stream of several clips
@@ -62,7 +62,7 @@ class Settings:
             "shrink": self.shrink == (1, 1),
             "join_seconds": not self.join_seconds,
         }
-        without = ("batch", "steps", "threads", *(name for name, is_unused in unused.items() if is_unused))
+        without = ("batch", "chunk", "threads", *(name for name, is_unused in unused.items() if is_unused))
         return {name: value for name, value in asdict(self).items() if name not in without}
 
 
@@ -308,7 +308,7 @@ def _posteriors(
             yield shrunk(whole, settings.shrink, of.stride)
 
     with torch.inference_mode():
-        stream = model.encode_stream(on_device(), settings.steps, settings.tile, settings.overlap)  # type: ignore[operator]
+        stream = model.encode_stream(on_device(), settings.chunk, settings.tile, settings.overlap)  # type: ignore[operator]
         for posterior in _in_memory(stream, f"{tar}: {len(rows)} clips from {rows[0]['key']} on"):
             both = torch.stack([posterior.mean, posterior.logvar], 1).permute(0, 3, 1, 2, 4, 5)
             latent = both.to(kind).cpu().contiguous()
@@ -338,7 +338,7 @@ def _chunks(
             taken = min(count, left)
             yield number, np.stack(list(pool.map(partial(_take, count=taken), videos)))
             left -= taken
-            count = settings.steps * of.factor
+            count = settings.chunk * of.factor
 
 
 def _take(frames: Iterator[np.ndarray], count: int) -> np.ndarray:

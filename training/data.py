@@ -34,13 +34,13 @@ def loader(config: Any, inputs: Mapping[str, str], split: str, **options: Any) -
 
 def cache_of(config: TrainConfig) -> Cache | None:
     """The cache of a remote dataset's tars that a stage names."""
-    return Cache(config.cache.folder, config.cache.max_bytes) if config.cache else None
+    return Cache(config.run.cache.folder, config.run.cache.max_bytes) if config.run.cache else None
 
 
 def share_of(config: TrainConfig, rank: int, world: int) -> dict[str, Any]:
     """The options of a training loader for this rank's share of each pass."""
     batch = config.batch // config.accumulate
-    return {"batch": batch, "rank": rank, "world": world, "seed": config.seed, "workers": config.workers}
+    return {"batch": batch, "rank": rank, "world": world, "seed": config.seed, "workers": config.run.workers}
 
 
 def on_device(batch: Batch) -> Batch:

@@ -54,20 +54,20 @@ def train(
     run = _begin(objective, loader, config, folder)
     step, lead = run.step, run.engines[objective.lead]
     nonfinite = guards.Nonfinite(folder, config.skip_nonfinite, run.left_out)
-    spikes, leaps = guards.Spikes(folder, config.spike), 0
+    spikes, leaps = guards.Spikes(folder, config.run.spike), 0
     checkpoints = checkpoint.Checkpoints(
-        folder, config.keep_checkpoints, config.keep_every, config.upload, config.stall_seconds
+        folder, config.run.keep_checkpoints, config.run.keep_every, config.run.upload, config.run.stall_seconds
     )
     batches = iter(loader)
     with (
-        guards.stop_signal(config.stop_seconds, stop) as stop_requested,
+        guards.stop_signal(config.run.stop_seconds, stop) as stop_requested,
         checkpoints,
-        guards.watchdog(config.stall_seconds) as beat,
+        guards.watchdog(config.run.stall_seconds) as beat,
         Progress(config, folder, step, beat) as progress,
     ):
         while step < config.steps:
             progress.begin(step)
-            logs = (step + 1) % config.log_every == 0 or step + 1 == config.steps
+            logs = (step + 1) % config.run.log_every == 0 or step + 1 == config.steps
             rates = learning_rates(objective, config, step)
             update = _Update()
 
@@ -112,19 +112,19 @@ def train(
                 tracker.later(profile, "profile")
 
             # Sample videos to look at.
-            if objective.sample and config.sample_every and step % config.sample_every == 0:
+            if objective.sample and config.run.sample_every and step % config.run.sample_every == 0:
                 with progress.aside(step, "sample"):
                     _sample(objective, run.engines, config, step, tracker)
 
             # Measure held-out clips.
-            if config.heldout_every and (step % config.heldout_every == 0 or step == config.steps):
+            if config.run.heldout_every and (step % config.run.heldout_every == 0 or step == config.steps):
                 with progress.aside(step, "heldout"):
                     figures = _heldout(objective, run, config, step)
                 if tracker and figures:
                     tracker.log(step, figures)
 
             # Checkpoint, and leave if told to.
-            if step % config.checkpoint_every == 0 or step == config.steps or leave:
+            if step % config.run.checkpoint_every == 0 or step == config.steps or leave:
                 beat(step, "checkpoint")
                 state = _state(objective, loader, config, step, nonfinite.count)
                 checkpoints.save(run.engines, objective.lead, run.averages, state)
@@ -149,8 +149,8 @@ def _begin(objective: Objective, loader: Stream, config: TrainConfig, folder: Pa
     folder.mkdir(parents=True, exist_ok=True)
     if rank == 0:
         _first_rank_begins(config, folder)
-    if config.upload:
-        upload.fetch(folder, config.upload)
+    if config.run.upload:
+        upload.fetch(folder, config.run.upload)
     universal = checkpoint.for_world(folder, list(objective.modules), config.zero_stage)
     made = engines.engines_of(objective.modules, objective.lead, config, world, universal, objective.settings)
     _speed_up(objective, config)
@@ -342,7 +342,7 @@ def _heldout(objective: Objective, run: _Run, config: TrainConfig, step: int) ->
     forked = torch.random.fork_rng([device] if device.type == "cuda" else [])
     rows = []
     with forked, average, _not_learning(run.engines), eagerly:
-        for number, clip, counts in _shared_out(objective.heldout, config.heldout_clips):
+        for number, clip, counts in _shared_out(objective.heldout, config.run.heldout_clips):
             seed = int(np.random.SeedSequence([config.seed, number]).generate_state(1, np.uint64)[0] >> 1)
             torch.manual_seed(seed)
             rng = torch.Generator(device).manual_seed(seed)

@@ -226,8 +226,8 @@ class Progress:
         self._config, self._first_step, self._beat = config, step, beat
         self._rank, self._world = torch.distributed.get_rank(), torch.distributed.get_world_size()
         self._clock, self._flops, self._rows = Clock(), Flops(), list[Mapping[str, Any]]()
-        self._peak = peak_flops(config.peak_tflops)
-        self._profile = Profile(config.profile, folder / "profile", config.steps)
+        self._peak = peak_flops(config.run.peak_tflops)
+        self._profile = Profile(config.run.profile, folder / "profile", config.steps)
         self._bar = tqdm(
             desc="train",
             total=config.steps,
@@ -285,10 +285,10 @@ class Progress:
         wait = figures["data_wait_share"]
         self._bar.set_postfix(loss=f"{figures.get('loss', math.nan):.4f}", data_wait=f"{wait:.0%}", refresh=False)
         # the first steps wait for the loader to start
-        if wait > self._config.warn_data_wait and step > self._first_step + self._config.log_every:
+        if wait > self._config.run.warn_data_wait and step > self._first_step + self._config.run.log_every:
             self.warn(
                 f"step {step}: {wait:.0%} of the time went into waiting for data; raise workers (now"
-                f" {self._config.workers}), or cache the dataset"
+                f" {self._config.run.workers}), or cache the dataset"
             )
         return figures
 

@@ -135,7 +135,7 @@ def publish(stage: Any, config: Any, inputs: Mapping[str, str], folder: Path) ->
             stage.keep(config, folder, beside)
             for path in sorted(beside.iterdir()) if beside.exists() else ():
                 log.artifacts(path, path.name)
-    if config.promote:
+    if config.run.promote:
         promotion.promote(uri)
     return {"uri": uri, "metrics": figures | stage.counts(config, setup)}
 

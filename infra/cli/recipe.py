@@ -1,6 +1,7 @@
 """Commands about recipes: run, stage, graph, status, report."""
 
 import json
+import textwrap
 import time
 from typing import Any
 
@@ -77,7 +78,45 @@ def run(
     click.echo(f"  {'runs':<10} mlflow ui --backend-store-uri {shown(store.tracking_uri)}")
 
 
-@click.command()
+def _explain(context: click.Context, parameter: click.Parameter, kind: str | None) -> None:
+    """Print the command's help, or the settings of a kind of stage."""
+    if kind is None or context.resilient_parsing:
+        return
+    if not kind:
+        click.echo(context.get_help())
+        context.exit()
+    from longtake.datasets.errors import UserError
+    from longtake.infra import settings, stages
+
+    if kind not in stages.STAGES:
+        raise UserError(f"--help {kind}: there is no such kind of stage; there are {', '.join(stages.STAGES)}")
+    config = stages.load(kind).Config
+    rows = list(settings.settings_of(config))
+    keys, defaults = (max(len(row[n]) for row in rows) for n in (0, 1))
+    defaults = min(defaults, 24)
+    click.echo(f"{settings.summary_of(config)}\n")
+    for key, default, text in rows:
+        indent = " " * (keys + defaults + 4)
+        beside = default if len(default) <= defaults else ""
+        shown_text = text if beside == default else f"{text} [default: {default}]"
+        lines = textwrap.wrap(shown_text, max(40, 118 - len(indent))) or [""]
+        click.echo(f"{key:<{keys}}  {beside:<{defaults}}  {lines[0]}".rstrip())
+        for line in lines[1:]:
+            click.echo(indent + line)
+    context.exit()
+
+
+@click.command(add_help_option=False)
+@click.option(
+    "--help",
+    metavar="[KIND]",
+    is_flag=False,
+    flag_value="",
+    is_eager=True,
+    expose_value=False,
+    callback=_explain,
+    help="Show this message, or the settings of a kind of stage, such as `--help pretrain_vae`.",
+)
 @_recipe
 @click.argument("name")
 @_set
@@ -87,7 +126,7 @@ def stage(recipe: str, name: str, overrides: tuple[str, ...], parent: str | None
     """Run exactly the stage NAME of RECIPE, in this process. Its inputs must have finished.
 
     This is what `longtake run`, a cluster job and a scheduled task execute. A stage that trains may have several
-    processes: by its `launcher` in the recipe ({by: torchrun, processes: 2}, or ray), or by a launcher of your own that
+    processes: by its `run.launcher` in the recipe ({by: torchrun, processes: 2}, or ray), or by a launcher of your own that
     starts this command, on every node of a job:
 
     \b
@@ -95,7 +134,7 @@ def stage(recipe: str, name: str, overrides: tuple[str, ...], parent: str | None
       deepspeed --hostfile HOSTS --no_local_rank --module longtake.infra.cli stage my.yaml vae
 
     Such launchers end with an exit code of their own when they are stopped. torchrun kills after 30 seconds: set
-    TORCH_ELASTIC_SHUTDOWN_TIMEOUT to the stop_seconds of the stage.
+    TORCH_ELASTIC_SHUTDOWN_TIMEOUT to the run.stop_seconds of the stage.
     """
     from longtake.training.launch.processes import spin_briefly
 

@@ -17,11 +17,13 @@ import yaml
 from longtake.datasets import storage
 from longtake.datasets.errors import UserError
 from longtake.datasets.masking import shown
+from longtake.datasets.stage import RUN
 from longtake.infra import yaml_text
 from longtake.infra.cluster import submit
 from longtake.infra.deploy import Deploy
 from longtake.infra.pods import KubeRay, bytes_of
 from longtake.infra.recipe import Recipe
+from longtake.training.config import LaunchConfig, TrainConfig
 
 _FOLDER = "/etc/longtake"
 _NAME = 47  # characters that KubeRay allows
@@ -235,12 +237,12 @@ def _gpu_workers(todo: submit.Work, deploy: Deploy, pods: KubeRay) -> int:
     most = 0
     for node in todo.nodes:
         own = deploy.of(node.name).gpus
-        how, task = getattr(node.config, "launcher", None), getattr(node.config, "task", None)
-        ranks = how.processes if how and how.by == "ray" and how.gpus else 0
+        how = node.config.run.launcher if isinstance(node.config, TrainConfig) else LaunchConfig()
+        ranks = how.processes if how.by == "ray" and how.gpus else 0
         # as many processes as a pod has room for are in one
-        each = max(1, int(pods.gpus / how.gpus + 1e-6)) if how and ranks else 1
+        each = max(1, int(pods.gpus / how.gpus + 1e-6)) if ranks else 1
         own_pods = math.ceil(own / pods.gpus) + math.ceil(ranks / each)
-        most = max(most, own_pods, 1 if task and getattr(task, "gpus", None) else 0)
+        most = max(most, own_pods, 1 if getattr(getattr(node.config, RUN, None), "gpus", None) else 0)
     return max(pods.gpu_workers or most, most) if most else 0
 
 

@@ -15,12 +15,15 @@ from pathlib import Path
 from typing import Any
 
 from longtake.datasets.errors import UserError
+from longtake.datasets.stage import RUN
 from longtake.infra import graph
 from longtake.infra.cluster import jobs, wheel
 from longtake.infra.cluster.jobs import cluster_labels, cluster_nodes
 from longtake.infra.deploy import Deploy, Resources, environment
 from longtake.infra.graph import Node
 from longtake.infra.recipe import Recipe
+from longtake.pipeline.cluster import TaskConfig
+from longtake.training.config import TrainConfig
 
 __all__ = ["cluster_labels", "cluster_nodes", "lacking", "submit"]
 
@@ -140,11 +143,11 @@ def _no_node_is(where: str, asked: dict[str, str], labels: list[dict[str, str]] 
 
 def _tasks(node: Node, entry: dict[str, tuple[str, float]], cluster: list[dict[str, float]]) -> str | None:
     """Of a stage whose Ray tasks ask for resources of their own, beside those of its process."""
-    task = getattr(node.config, "task", None)
-    if task is None:
+    task = getattr(node.config, RUN, None)
+    if not isinstance(task, TaskConfig):
         return None
     bundle = _bundle(task)
-    where = f"stages.{node.name}.task"
+    where = f"stages.{node.name}.{RUN}"
     if wrong := _no_node_has(where, bundle, cluster):
         return wrong
     held = dict(entry.values())
@@ -160,9 +163,9 @@ def _tasks(node: Node, entry: dict[str, tuple[str, float]], cluster: list[dict[s
 
 def _ranks(node: Node, entry: dict[str, tuple[str, float]], cluster: list[dict[str, float]]) -> str | None:
     """Of a stage that trains in processes of the cluster; they leave one CPU for what reads data, as at their start."""
-    how = getattr(node.config, "launcher", None)
-    if how is None or how.by != "ray":
+    if not isinstance(node.config, TrainConfig) or node.config.run.launcher.by != "ray":
         return None
+    how = node.config.run.launcher
     bundle = list(_bundle(how).values())
     held = dict(entry.values())
     held["CPU"] = held.get("CPU", 0) + 1
@@ -174,7 +177,7 @@ def _ranks(node: Node, entry: dict[str, tuple[str, float]], cluster: list[dict[s
         return None
     each = " and ".join(f"{amount:g} {name}" for name, amount in bundle)
     return (
-        f"stages.{node.name}.launcher: {how.processes} processes of {each}, a spare CPU and what deploy.resources asks do"
+        f"stages.{node.name}.run.launcher: {how.processes} processes of {each}, a spare CPU and what deploy.resources asks do"
         f" not fit: the cluster has {total['CPU']:g} CPU and {total['GPU']:g} GPU on {len(cluster)} nodes"
     )
 

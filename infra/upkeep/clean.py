@@ -183,7 +183,7 @@ def _why_checkpoint(
     path: Path, last: str, run: Past, ours: list[Past], current: set[str], named: bool, store: Runs
 ) -> str | None:
     """Why a checkpoint may go; None where it stays."""
-    every = run.params.get("keep_every", "None")
+    every = run.params.get("run.keep_every", run.params.get("keep_every", "None"))
     if run.status == "FINISHED" and path.name != last:
         number = int(path.name.removeprefix("step-"))
         # the recipe asks to keep these for good

@@ -20,24 +20,17 @@ from typing import Any
 
 from longtake.datasets import index, storage
 from longtake.datasets.masking import shown_within
+from longtake.datasets.stage import RUN, cost
 from longtake.infra import graph, runner, runs, yaml_text
 from longtake.infra.graph import Node
 from longtake.infra.recipe import Recipe
 from longtake.infra.runs import Runs
 from longtake.infra.upkeep import debris
 from longtake.infra.upkeep.look import FRAMES, Range, Source, listed, look, ratio
+from longtake.training.config import TrainConfig
 
 SAMPLE = 5  # sources that are looked into
 TRIAL_STEPS = 5
-
-# settings that change neither the time of a step nor the bytes of a clip
-_FREE = (
-    "steps", "lr", "warmup_steps", "schedule", "final_lr", "betas", "weight_decay", "gradient_clip", "skip_nonfinite",
-    "seed", "name", "dataset", "view", "latents", "low_latents", "parent", "base", "encoder", "log_every",
-    "sample_every", "checkpoint_every", "keep_checkpoints", "keep_every", "checkpoints", "upload", "spike", "profile",
-    "peak_tflops", "warn_data_wait", "stall_seconds", "stop_seconds", "eval_clips", "eval_videos", "lambda_gan",
-    "launcher.max_failures",
-)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -168,7 +161,7 @@ def _measured(recipe: Recipe, nodes: list[Node], store: Runs, clips: Mapping[str
     found = {}
     for node in nodes:
         alike = [r for r in _runs(store, node.kind) if _same(r.data.params, node)]
-        stage = _trained(node, store, alike) if hasattr(node.config, "steps") and hasattr(node.config, "lr") else None
+        stage = _trained(node, store, alike) if isinstance(node.config, TrainConfig) else None
         if stage is None and alike and node.kind in ("curate", "cache_latents"):
             stage = _passed(node, alike, count)
         if stage:
@@ -184,8 +177,10 @@ def _runs(store: Runs, kind: str) -> list[Any]:
 
 def _same(params: Mapping[str, str], node: Node) -> bool:
     """Whether a run had the settings that decide what a step or a clip costs."""
-    mine = {k: str(v)[: runs._MAX_PARAM] for k, v in runs._flat(node.config.model_dump(mode="json")).items()}
-    return all(k in _FREE or params.get(k) == mine.get(k) for k in params.keys() | mine.keys())
+    mine = runs.params_of(cost(node.config))
+    costly = {name.split(".")[0] for name in mine} - {RUN}
+    theirs = {name for name in params if name.split(".")[0] in costly}
+    return all(params.get(name) == mine.get(name) for name in theirs | mine.keys())
 
 
 def _trained(node: Node, store: Runs, alike: list[Any]) -> Stage | None:
@@ -203,11 +198,11 @@ def _trained(node: Node, store: Runs, alike: list[Any]) -> Stage | None:
     points.sort()
     each = Range(statistics.median(points), points[len(points) // 20], points[-1 - len(points) // 20])
     wall = each.times(config.steps / 3600)
-    cpus = wall.times(config.launcher.processes * config.launcher.cpus)
+    cpus = wall.times(config.run.launcher.processes * config.run.launcher.cpus)
     # a process has a GPU to itself unless the launcher shares them out
-    shares = config.launcher.gpus or float(gpus)
-    on = wall.times(config.launcher.processes * shares) if shares else None
-    how = f"{len(points)} measurements of a step in {len(alike)} runs with these settings; {config.launcher.cpus:g} CPUs a process"
+    shares = config.run.launcher.gpus or float(gpus)
+    on = wall.times(config.run.launcher.processes * shares) if shares else None
+    how = f"{len(points)} measurements of a step in {len(alike)} runs with these settings; {config.run.launcher.cpus:g} CPUs a process"
     return Stage(
         node.name,
         node.kind,
@@ -224,9 +219,9 @@ def _checkpoints(config: Any, alike: list[Any]) -> Range | None:
     """As many as are kept, each as large as those that runs have left."""
     sizes = []
     for run in alike:
-        folder = Path(config.checkpoints or storage.join(run.data.tags.get("longtake.output", ""), "checkpoints"))
+        folder = Path(config.run.checkpoints or storage.join(run.data.tags.get("longtake.output", ""), "checkpoints"))
         sizes += [float(debris.size(str(path))) for path in folder.glob("step-*")] if folder.is_dir() else []
-    kept = config.keep_checkpoints + (config.steps // config.keep_every if config.keep_every else 0)
+    kept = config.run.keep_checkpoints + (config.steps // config.run.keep_every if config.run.keep_every else 0)
     return Range(statistics.mean(sizes), min(sizes), max(sizes)).times(kept) if sizes else None
 
 
@@ -240,8 +235,8 @@ def _passed(node: Node, alike: list[Any], clips: Range | None) -> Stage | None:
         return None
     seconds = ratio([((r.info.end_time - r.info.start_time) / 1000, n) for r, n in rows])
     wall = _product(seconds, clips).times(1 / 3600)
-    workers = getattr(config, "workers", None) or 1
-    task = getattr(config, "task", None)
+    workers = getattr(getattr(config, RUN, None), "workers", None) or 1
+    task = getattr(config, RUN, None)
     made = ratio([(r.data.metrics["bytes"], n) for r, n in rows]) if node.kind == "cache_latents" else None
     gpus = (getattr(task, "gpus", None) or 0) * workers
     return Stage(
@@ -309,20 +304,22 @@ def _stop(child: "subprocess.Popen[bytes]") -> None:
 def _tiny(recipe: Recipe, uris: list[str], workspace: str) -> dict[str, Any]:
     content: dict[str, Any] = yaml_text.parse(recipe.to_yaml(), recipe.path)
     content |= {"name": "trial", "workspace": workspace, "outside": {}}
-    for stage in content["stages"].values():
+    trained = {name for name, config in recipe.stages.items() if isinstance(config, TrainConfig)}
+    for name, stage in content["stages"].items():
         if stage["kind"] == "shard":
             # both splits shall have something
             stage |= {"sources": uris, "val_fraction": 0.5, "group_sources": 1}
-        elif "lr" in stage:
-            stage |= {"steps": min(stage["steps"], TRIAL_STEPS), "log_every": 1, "checkpoint_every": TRIAL_STEPS}
-            stage |= {"checkpoints": None, "upload": None, "sample_every": 0, "launcher": {"by": "process"}}
-            stage |= {name: 1 for name in ("eval_clips", "eval_videos") if name in stage}
+        elif name in trained:
+            stage |= {"steps": min(stage["steps"], TRIAL_STEPS)}
+            stage[RUN] |= {"log_every": 1, "checkpoint_every": TRIAL_STEPS, "checkpoints": None, "upload": None}
+            stage[RUN] |= {"sample_every": 0, "launcher": {"by": "process"}}
+            stage |= {count: 1 for count in ("eval_clips", "eval_videos") if count in stage}
     return content
 
 
 def _scaled(stage: Stage, real: Any, small: Any) -> Stage:
     """From the trial's steps to the recipe's."""
-    times = getattr(real, "steps", 1) / getattr(small, "steps", 1) if hasattr(real, "lr") else 1.0
+    times = real.steps / small.steps if isinstance(real, TrainConfig) else 1.0
     hours = {k: v and v.times(times) for k, v in vars(stage).items() if k.endswith("_hours")}
     return replace(stage, how=f"a trial on the sample, here, by one process: {stage.how}", **hours)
 

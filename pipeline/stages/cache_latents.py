@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict
 from functools import partial
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import numpy as np
 from pydantic import Field, PositiveInt
@@ -20,41 +20,65 @@ from longtake.datasets import index, storage
 from longtake.datasets import latents as records
 from longtake.datasets.errors import Failure, UserError
 from longtake.datasets.latents import Latents, read_latents
-from longtake.datasets.stage import DatasetInput, Input, Scheduling, StageConfig, ViewInput
+from longtake.datasets.stage import DatasetInput, Input, StageConfig, ViewInput
 from longtake.pipeline import column as columns
 from longtake.pipeline.column import WorkerConfig
 
 VERSION = 1
 PRODUCES = "latents"
 
-_SETTINGS = {"size", "shrink", "join_seconds", "precision", "dtype", "tile", "overlap", "batch", "steps"}
+_SETTINGS = {"size", "shrink", "join_seconds", "precision", "dtype", "tile", "overlap"}
+
+
+class EncodeConfig(WorkerConfig):
+    """How the workers encode.
+
+    batch   clips of one shape that are encoded together
+    chunk   latents of each clip that are encoded at once
+    """
+
+    COSTLY = WorkerConfig.COSTLY | {"batch", "chunk"}
+
+    batch: int = Field(8, ge=1)
+    chunk: int = Field(4, ge=1)
 
 
 class Config(StageConfig):
     """Encode a dataset by a model of the registry ("models:/pv-vae@champion"), a stage that trains one, or a model folder.
 
-    Clips are encoded whole, whatever their length; of their frames the last ones that make no whole step are left out.
-    With `join_seconds` clips that follow each other without a hole are encoded as one video of so many seconds at most,
-    as a film is generated: a model with a memory learns of such streams, and its history lies within one.
-    With `shrink` the column is of the video scaled down: as many steps, h // height x w // width positions of h x w.
-    With the same weights, settings and kind of machine every run writes the same bytes.
+    Clips are encoded whole, whatever their length; the last frames that make no whole latent are left out. With
+    `join_seconds` clips that follow each other without a hole are encoded as one video, as a film is generated: a model
+    with a memory learns of such streams, and its history lies within one. With `shrink` the column is of the video scaled
+    down: as many latents, h // height x w // width positions of h x w. With the same weights, settings and kind of
+    machine every run writes the same bytes.
+
+    dataset        to encode
+    encoder        a model with an encoder
+    view           encode its kept clips only; loaders then leave the others out
+    size           height and width, as the loader's; null: each clip's own, to whole positions
+    shrink         scale down by (height, width) before encoding; to whole positions
+    join_seconds   of clips encoded in one stream, at most; 0: each by itself
+    precision      of the encoder; fp32 is without TF32
+    dtype          as stored
+    tile           pixels a side; encode larger frames in overlapping tiles
+    overlap        of tiles, in pixels
+    run            the workers that encode
     """
+
+    MOVED: ClassVar = {"steps": "is now run.chunk", "task": "is now run"}
 
     kind: Literal["cache_latents"]
     dataset: DatasetInput
     encoder: Annotated[str, Input("model")]
-    view: ViewInput | None = None  # encode its kept clips only; loaders then leave the others out
-    size: tuple[PositiveInt, PositiveInt] | None = None  # as the loader's; None: each clip's own, to whole positions
-    shrink: tuple[PositiveInt, PositiveInt] = (1, 1)  # of (height, width), before it is encoded; to whole positions
-    join_seconds: float = Field(0.0, ge=0)  # of clips encoded in one stream, at most; 0: each by itself
-    precision: Literal["fp32", "bf16"] = "fp32"  # of the encoder; fp32 is without TF32
-    dtype: Literal["float16", "bfloat16"] = "float16"  # as stored
-    tile: PositiveInt | None = None  # pixels of a side; encode larger frames in overlapping tiles
-    overlap: int = Field(64, ge=0)  # of tiles, in pixels
-    batch: Annotated[int, Scheduling()] = Field(8, ge=1)  # clips of one shape that are encoded together
-    steps: Annotated[int, Scheduling()] = Field(4, ge=1)  # latent steps of each that are encoded at once
-    workers: Annotated[int | None, Scheduling()] = Field(None, ge=1)  # None: as many as the cluster has room for
-    task: Annotated[WorkerConfig, Scheduling()] = WorkerConfig()  # of each worker
+    view: ViewInput | None = None
+    size: tuple[PositiveInt, PositiveInt] | None = None
+    shrink: tuple[PositiveInt, PositiveInt] = (1, 1)
+    join_seconds: float = Field(0.0, ge=0)
+    precision: Literal["fp32", "bf16"] = "fp32"
+    dtype: Literal["float16", "bfloat16"] = "float16"
+    tile: PositiveInt | None = None
+    overlap: int = Field(64, ge=0)
+    run: EncodeConfig = EncodeConfig()
 
 
 def check(config: Config, inputs: Mapping[str, StageConfig]) -> None:
@@ -98,7 +122,12 @@ def run(config: Config, inputs: Mapping[str, str], output: str) -> dict[str, Any
     base = columns.open_base(dataset, inputs.get("view"))
     uri, model = _encoder(inputs["encoder"])
     of = latents.geometry(model, uri)
-    settings = latents.Settings(**config.model_dump(include=_SETTINGS), threads=max(1, int(config.task.cpus)))
+    how: dict[str, Any] = {
+        "batch": config.run.batch,
+        "chunk": config.run.chunk,
+        "threads": max(1, int(config.run.cpus)),
+    }
+    settings = latents.Settings(**config.model_dump(include=_SETTINGS), **how)
     latents.check(settings, of.stride)
     digest = records.encoder_digest(model)
     column = latents.column_name(digest, settings, base.view)
@@ -110,7 +139,7 @@ def run(config: Config, inputs: Mapping[str, str], output: str) -> dict[str, Any
     if jobs:
         plain = {"of": asdict(of), "settings": asdict(settings), "dataset": dataset, "column": column}
         try:
-            totals = columns.make("cache_latents", jobs, config.task, config.workers, _load, [model], plain)
+            totals = columns.make("cache_latents", jobs, config.run, _load, [model], plain)
         finally:
             swept += columns.sweep(dataset)  # of workers that died on the way
 

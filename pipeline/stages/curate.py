@@ -3,7 +3,7 @@
 import hashlib
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -25,7 +25,11 @@ Drops = Iterator[tuple[str, np.ndarray]]  # (reason, row numbers)
 
 
 class Bounds(StageConfig):
-    """Keep clips whose score lies between these, bounds included; percentiles are over all clips of the dataset."""
+    """Keep clips whose score is within bounds, which are included; null does not bound.
+
+    min, max                         of the score
+    min_percentile, max_percentile   of the scores of all clips of the dataset
+    """
 
     min: FiniteFloat | None = None
     max: FiniteFloat | None = None
@@ -42,20 +46,33 @@ class Bounds(StageConfig):
 
 
 class NearDuplicates(StageConfig):
-    """Clips whose perceptual hashes differ in at most `radius` of 64 bits."""
+    """Clips that look alike to a perceptual hash.
+
+    radius   hashes of 64 bits differ in so many at most
+    """
 
     radius: int = Field(4, ge=0, le=16)
 
 
 class Scorer(StageConfig):
-    """A score for a clip's middle frame by an image encoder with one output, such as of beauty or of text in the picture."""
+    """A score for a clip's middle frame by an image encoder with one output, such as of beauty or of text in the picture.
+
+    encoder   TorchScript file: frames (B, 3, size, size) in 0..1 -> (B, 1)
+    size      pixels a side
+    """
 
     encoder: str
     size: int = Field(224, ge=8)
 
 
 class Embedding(StageConfig):
-    """Clips whose middle frames look alike to an image encoder (see `pipeline.embed`)."""
+    """Clips whose middle frames look alike to an image encoder (see `pipeline.embed`).
+
+    encoder      TorchScript file: frames (B, 3, size, size) in 0..1 -> (B, D)
+    size         pixels a side
+    similarity   cosine from which on two clips repeat each other
+    clusters     within which they are compared; null: about the square root of their number
+    """
 
     encoder: str
     size: int = Field(224, ge=8)
@@ -64,9 +81,14 @@ class Embedding(StageConfig):
 
 
 class Balance(StageConfig):
-    """Evens out the classes of the training clips: at most so many of each, weights against their counts, or both."""
+    """Evens out the classes of the training clips, which are their labels.
 
-    by: Literal["label"] = "label"
+    most      clips of a class, at most
+    weights   against the classes' counts
+    """
+
+    MOVED: ClassVar = {"by": "is always the label; leave it out"}
+
     most: int | None = Field(None, ge=1)
     weights: bool = False
 
@@ -85,6 +107,14 @@ class Config(StageConfig):
 
     Of clips that repeat each other one stays: a held-out one before any of training, so that nothing held out is
     trained on, then the first by key. Balancing leaves the held-out clips alone; clips without a label are a class.
+
+    dataset            whose clips are judged
+    scores             more scores, each from an encoder
+    rules              bounds of scores: min, max, min_percentile, max_percentile
+    exact_duplicates   drop clips whose pixels are equal
+    near_duplicates    drop clips whose perceptual hashes are near
+    embedding          drop clips whose embeddings are near
+    balance            even out the classes
     """
 
     kind: Literal["curate"]

@@ -4,13 +4,13 @@ Speed: one sequential decode a source; the driver holds references only.
 """
 
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field, field_validator, model_validator
 
 from longtake.datasets import index, later, schema, storage
 from longtake.datasets.errors import UserError
-from longtake.datasets.stage import Scheduling, StageConfig
+from longtake.datasets.stage import StageConfig
 from longtake.pipeline import groups, retry
 from longtake.pipeline.cluster import TaskConfig
 from longtake.pipeline.commit import group_name, make_group
@@ -25,18 +25,31 @@ PRODUCES = "dataset"
 
 
 class Config(StageConfig):
-    """Videos by URL (file, folder, glob; any fsspec protocol) to shards of H.264 clips and their frame differences."""
+    """Cut videos into shards of H.264 clips and their frame differences.
+
+    sources         folders, files, globs or manifests, by any fsspec URL
+    clip            what a clip is
+    frame_diff      the column of frame differences
+    limits          what one source may cost
+    decoder         decord rejects what it would show wrongly (see second_opinion.py)
+    val_fraction    share of the sources that is held out, by their content
+    group_bytes     source files in one group, and so in one shard
+    group_sources   sources in one group, at most
+    run             what a task asks of Ray
+    """
+
+    MOVED: ClassVar = {"task": "is now run"}
 
     kind: Literal["shard"]
     sources: tuple[str, ...] = Field(min_length=1)
     clip: ClipConfig = ClipConfig()
     frame_diff: FrameDiffConfig = FrameDiffConfig()
     limits: LimitsConfig = LimitsConfig()
-    decoder: Literal["pyav", "decord"] = "pyav"  # decord rejects what it would show wrongly (see second_opinion.py)
-    val_fraction: float = Field(0.05, ge=0, lt=1)  # of the sources, by their content
-    group_bytes: int = Field(1 << 30, gt=0)  # of source files in one group, and so in one shard
+    decoder: Literal["pyav", "decord"] = "pyav"
+    val_fraction: float = Field(0.05, ge=0, lt=1)
+    group_bytes: int = Field(1 << 30, gt=0)
     group_sources: int = Field(1024, gt=0)
-    task: Annotated[TaskConfig, Scheduling()] = TaskConfig()
+    run: TaskConfig = TaskConfig()
 
     @field_validator("sources")
     @classmethod
@@ -49,9 +62,9 @@ class Config(StageConfig):
 
     @model_validator(mode="after")
     def _patient(self) -> "Config":
-        if self.task.stall_seconds <= self.limits.timeout_seconds:
+        if self.run.stall_seconds <= self.limits.timeout_seconds:
             raise ValueError(
-                f"task.stall_seconds {self.task.stall_seconds:g} must be more than limits.timeout_seconds"
+                f"run.stall_seconds {self.run.stall_seconds:g} must be more than limits.timeout_seconds"
                 f" {self.limits.timeout_seconds:g}, which one source may take"
             )
         return self
@@ -150,7 +163,7 @@ def _make(config: Config, output: str, missing: list[dict[str, Any]]) -> None:
         shared = ray.put(memory)
         return rows.map(
             lambda group: make_group(group, sources_of(output, group), output, geometry, ray.get(shared), board),
-            **config.task.options(),
+            **config.run.options(),
         )
 
-    groups.run("shard", jobs, config.task, start, unit="source", total=sum(group["sources"] for group in jobs))
+    groups.run("shard", jobs, config.run, start, unit="source", total=sum(group["sources"] for group in jobs))

@@ -46,7 +46,7 @@ def trained(options: argparse.Namespace, variant: str, seed: int, folder: Path) 
         "kind": "pretrain_vae", "dataset": options.dataset, "parent": options.model, "seed": seed, "batch": 8,
         "frames": options.frames, "sizes": [[options.size, options.size]], "max_drop": 0.0,
         "steps": options.warmup + options.steps, "gan_start": 0, "gan_warmup": options.warmup, "lr": options.lr, "warmup_steps": 0,
-        "ema_half_lives": [20], "checkpoint_every": 10**6, "sample_every": 0, "workers": 0, "perceptual": options.perceptual,
+        "ema_half_lives": [20], "run": {"checkpoint_every": 10**6, "sample_every": 0, "workers": 0}, "perceptual": options.perceptual,
         "discriminator": {"preset": "patchgan_tiny"},
     }  # fmt: skip
     config = pretrain_vae.Config(**settings | VARIANTS[variant] | json.loads(options.set))

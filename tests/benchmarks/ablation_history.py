@@ -90,7 +90,7 @@ def prepare(options: argparse.Namespace) -> dict[str, str]:
                 "model": {"preset": "pv_vae_tiny", "patch": 2, "latent_channels": 16},
                 "sizes": [[SIZE, SIZE], [SIZE // 2, SIZE // 2]],
                 "max_drop": 0.0, "lambda_gan": 0, "lr": 1.0e-3, "betas": [0.9, 0.99], "gradient_clip": 0.1,
-                "warmup_steps": 40, "ema_half_lives": [20], "sample_every": 0, "eval_clips": 16,
+                "warmup_steps": 40, "ema_half_lives": [20], "run": {"sample_every": 0}, "eval_clips": 16,
             },
             "latents": joined,
             "low_latents": joined | {"shrink": [2, 2]},
@@ -145,8 +145,8 @@ def work(options: argparse.Namespace, variant: str, seed: int) -> None:
     settings = {
         "kind": "finetune_memory_prior", **inputs, "model": MODEL, "frames": FRAMES, "history_seconds": HISTORY / FPS,
         "seed": seed, "steps": options.steps, "batch": 4, "lr": 1e-3, "schedule": "cosine", "warmup_steps": 20,
-        "workers": 0, "ema_half_lives": [20], "sample_every": 0, "checkpoint_every": 250, "keep_checkpoints": 1,
-        "sample_steps": options.sample_steps,
+        "ema_half_lives": [20], "sample_steps": options.sample_steps,
+        "run": {"workers": 0, "sample_every": 0, "checkpoint_every": 250, "keep_checkpoints": 1},
     }  # fmt: skip
     config = (Extremes if variant == "extremes" else stage.Config)(**settings | VARIANTS[variant])
     with engines.process_group():

@@ -130,7 +130,7 @@ def stages_of(options: argparse.Namespace, sources: list[str]) -> dict[str, Any]
             "model": {"preset": "pv_vae_tiny", "patch": 2, "latent_channels": options.channels},
             "sizes": [[SIZE, SIZE], [SIZE // 2, SIZE // 2]],
             "max_drop": 0.0, "lambda_gan": 0, "lr": 1.0e-3, "betas": [0.9, 0.99], "gradient_clip": 0.1,
-            "warmup_steps": 40, "ema_half_lives": [20], "sample_every": 0, "eval_clips": 64,
+            "warmup_steps": 40, "ema_half_lives": [20], "run": {"sample_every": 0}, "eval_clips": 64,
         }  # fmt: skip
     latents = {"kind": "cache_latents", "dataset": "shards", "encoder": options.vae or "vae", "size": [SIZE, SIZE]}
     latents |= {"join_seconds": 3 * (HISTORY + CLIP) / FPS}
@@ -225,11 +225,8 @@ def settings_of(options: argparse.Namespace, job: Job) -> tuple[Any, dict[str, s
         "lr": options.lr,
         "schedule": "cosine",
         "warmup_steps": 20,
-        "workers": 0,
         "ema_half_lives": [20],
-        "sample_every": 0,
-        "checkpoint_every": 250,
-        "keep_checkpoints": 1,
+        "run": {"workers": 0, "sample_every": 0, "checkpoint_every": 250, "keep_checkpoints": 1},
         "sample_steps": options.sample_steps,
         "eval_clips": options.clips,
     }

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from longtake.datasets.loader import Loader, to_model
 from longtake.training import checkpoint, engines
-from longtake.training.config import TrainConfig
+from longtake.training.config import RunConfig, TrainConfig
 from longtake.training.loop import train
 from longtake.training.metrics.distance import video_distance
 from longtake.training.metrics.features import load_network
@@ -88,7 +88,7 @@ def vae(options: argparse.Namespace, variant: str, seed: int, folder: Path, pare
         "kind": "pretrain_vae", "dataset": options.dataset, "model": {"preset": options.preset}, "seed": seed, "batch": options.batch,
         "frames": options.frames, "sizes": [[options.size, options.size]], "steps": options.steps // (2 if parent else 1),
         "lr": 1e-3, "betas": [0.9, 0.99], "gradient_clip": 0.1, "warmup_steps": 20, "ema_half_lives": [20],
-        "checkpoint_every": options.steps, "sample_every": 0, "workers": 0,
+        "run": {"checkpoint_every": options.steps, "sample_every": 0, "workers": 0},
         "lambda_gan": options.gan if parent else 0.0, "discriminator": {"preset": "patchgan_tiny"},
         "gan_weight": "fixed", "gan_warmup": 0, "discriminator_betas": [0.9, 0.99],
     }  # fmt: skip
@@ -128,7 +128,7 @@ def prior(options: argparse.Namespace, latents: Tensor, seed: int, folder: Path)
         lr=1e-3,
         ema_half_lives=(50,),
         seed=seed,
-        checkpoint_every=options.prior_steps,
+        run=RunConfig(checkpoint_every=options.prior_steps),
     )
     stream: Any = Latents(latents, 16, seed)
     train(Objective({"model": model}, loss), stream, config, folder)

@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 from longtake.training import checkpoint, engines
-from longtake.training.config import TrainConfig
+from longtake.training.config import RunConfig, TrainConfig
 from longtake.training.loop import train
 from longtake.training.objective import Objective, Turn
 
@@ -47,7 +47,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=6)
     parser.add_argument("--saves", type=int, default=5)
     parser.add_argument("--zero", type=int, default=1)
-    parser.add_argument("--interval", type=int, default=TrainConfig.model_fields["checkpoint_every"].default)
+    parser.add_argument("--interval", type=int, default=RunConfig.model_fields["checkpoint_every"].default)
     options = parser.parse_args()
     gone_on, waited = list[float](), list[float]()
     save = checkpoint.Checkpoints.save
@@ -74,7 +74,7 @@ def main() -> None:
             steps=between * options.saves,
             batch=64,
             zero_stage=options.zero,
-            checkpoint_every=between,
+            run=RunConfig(checkpoint_every=between),
             ema_half_lives=(1000,),
         )
         train(Objective({"model": module}, loss), stream, config, Path(folder))

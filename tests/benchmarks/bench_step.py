@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from longtake.training import engines
-from longtake.training.config import TrainConfig
+from longtake.training.config import RunConfig, TrainConfig
 from longtake.training.loop import train
 from longtake.training.models.pv_vae.model import PVVAE, config_from_preset
 from longtake.training.objective import Objective, Turn
@@ -92,8 +92,7 @@ def measure(steps: int, zero_stage: int, preset: str, batch: int, size: int) -> 
             steps=steps,
             batch=batch,
             zero_stage=zero_stage,
-            checkpoint_every=steps,
-            log_every=10,
+            run=RunConfig(checkpoint_every=steps, log_every=10),
             schedule="constant",
             lr=1e-4,
         )

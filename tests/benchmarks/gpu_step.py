@@ -21,7 +21,7 @@ import torch
 from longtake.datasets.errors import Failure
 from longtake.datasets.loader import to_model
 from longtake.training import engines
-from longtake.training.config import TrainConfig
+from longtake.training.config import RunConfig, TrainConfig
 from longtake.training.loop import train
 from longtake.training.models.pv_vae.model import PVVAE, config_from_preset
 from longtake.training.objective import Objective, Turn
@@ -76,10 +76,7 @@ def measure(options: argparse.Namespace, preset: str, compiled: bool) -> dict[st
     config = TrainConfig(
         **settings,  # type: ignore[arg-type]
         steps=options.steps,
-        log_every=1,
-        checkpoint_every=options.steps,
-        sample_every=0,
-        peak_tflops=options.peak_tflops,
+        run=RunConfig(log_every=1, checkpoint_every=options.steps, sample_every=0, peak_tflops=options.peak_tflops),
     )
     rows: Any = Rows()
     stream: Any = Same(options.batch // world, options.frames, options.size)

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import yaml
+from flat import nested
 
 from longtake.datasets.verify import verify
 
@@ -95,7 +96,7 @@ def test_two_runs_of_one_recipe_at_once_make_one_model_and_no_half_of_it(dataset
         "checkpoint_every": 20, "sample_every": 0, "workers": 0, "eval_clips": 1, "ema_half_lives": [],
     }  # fmt: skip
     view = {"kind": "curate", "dataset": str(made), "rules": {}}
-    path = recipe(tmp_path, {"view": view, "vae": training})
+    path = recipe(tmp_path, {"view": view, "vae": nested(training)})
     both = [
         subprocess.Popen(
             [*COMMAND, "run", path],

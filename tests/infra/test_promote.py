@@ -11,6 +11,7 @@ import mlflow
 import pytest
 import torch
 import yaml
+from flat import nested
 from mlflow import MlflowClient
 
 from longtake.datasets.errors import Failure, UserError
@@ -262,13 +263,15 @@ def stages(folder: Path, dataset: str, candidate: str, **train: Any) -> recipe.R
         "eval_clips": 2, "ema_half_lives": [], "promote": False,
     }  # fmt: skip
     judged = {"kind": "promote", "candidate": candidate, "dataset": dataset, "gate": GATE}
-    content = {"name": "e", "workspace": str(folder / "run"), "stages": {"vae": vae | train, "gate": judged}}
+    content = {"name": "e", "workspace": str(folder / "run"), "stages": {"vae": nested(vae | train), "gate": judged}}
     (folder / "r.yaml").write_text(yaml.safe_dump(content))
     return graph.pin(recipe.load(str(folder / "r.yaml")))
 
 
 def test_a_candidate_must_not_promote_itself(store: MlflowClient, dataset: str, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="makes its model champion before it is judged; set promote: false there"):
+    with pytest.raises(
+        UserError, match=r"makes its model champion before it is judged; set run: \{promote: false\} there"
+    ):
         graph.build(stages(tmp_path, dataset, "vae", promote=True))
     with pytest.raises(UserError, match="models:/nothing: name a model as"):
         runner.run_stage(stages(tmp_path, dataset, "models:/nothing"), "gate")

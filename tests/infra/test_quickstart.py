@@ -17,7 +17,7 @@ pytestmark = pytest.mark.slow
 
 SETTINGS = {
     "images": {"steps": 4, "batch": 2},
-    "vae": {"steps": 30, "checkpoint_every": 10, "batch": 2},
+    "vae": {"steps": 30, "run.checkpoint_every": 10, "batch": 2},
     "decoder": {"steps": 4, "batch": 2},
     "latte": {"steps": 6, "batch": 2, "sample_steps": 2, "eval_videos": 2},
 }
@@ -27,7 +27,7 @@ SMALL = [
     for key, value in values.items()
     for word in ("--set", f"stages.{stage}.{key}={value}")
 ]
-SHORT = ["--set", "stages.vae.steps=30", "--set", "stages.vae.checkpoint_every=10", "--set", "stages.vae.batch=2"]
+SHORT = ["--set", "stages.vae.steps=30", "--set", "stages.vae.run.checkpoint_every=10", "--set", "stages.vae.batch=2"]
 COMMAND = [sys.executable, "-P", "-m", "longtake.infra.cli"]
 
 
@@ -198,7 +198,7 @@ def test_killed_while_sharding_training_and_registering_it_ends_the_same(
 
 
 def test_ctrl_c_saves_says_how_to_go_on_and_goes_on(footage: Path, tmp_path: Path) -> None:
-    more = [*SHORT, "--set", "stages.vae.steps=2000", "--set", "stages.vae.checkpoint_every=1000"]
+    more = [*SHORT, "--set", "stages.vae.steps=2000", "--set", "stages.vae.run.checkpoint_every=1000"]
     child = start(tmp_path, footage, more, subprocess.PIPE)
     assert child.stdout
     deadline = time.time() + 200

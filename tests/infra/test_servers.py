@@ -15,6 +15,7 @@ from pathlib import Path
 import psutil
 import pytest
 import yaml
+from flat import nested
 
 from longtake.datasets import storage
 
@@ -136,7 +137,9 @@ def test_a_training_outlives_the_sqlite_server_and_its_metrics_arrive_when_that_
         "checkpoint_every": 20, "sample_every": 0, "workers": 0, "eval_clips": 1, "ema_half_lives": [],
     }  # fmt: skip
     recipe = folder / "train.yaml"
-    recipe.write_text(yaml.safe_dump({"name": "t", "workspace": str(folder / "ws"), "stages": {"vae": training}}))
+    recipe.write_text(
+        yaml.safe_dump({"name": "t", "workspace": str(folder / "ws"), "stages": {"vae": nested(training)}})
+    )
     try:
         uri = work(env, paste(start, env), folder)
         mine = env | {"MLFLOW_TRACKING_URI": uri}

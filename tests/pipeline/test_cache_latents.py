@@ -553,7 +553,7 @@ def test_a_recipe_leads_from_a_model_to_latents(tmp_path: Path) -> None:
 
     node = built()[-1]
     assert node.kind == "cache_latents" and set(node.upstream) == {"shards", "vae"}
-    assert content(built(batch=2, steps=1, workers=3, task={"cpus": 2})[-1].config) == content(node.config)
+    assert content(built(run={"batch": 2, "chunk": 1, "workers": 3, "cpus": 2})[-1].config) == content(node.config)
     assert built(size=[32, 32])[-1].fingerprint != node.fingerprint
     assert built(shrink=[4, 4])[-1].fingerprint != node.fingerprint
     for changed, says in (
@@ -590,7 +590,10 @@ def saved(model: PVVAE, path: Path) -> str:
 
 
 def config(encoder: str, **changed: Any) -> cache_latents.Config:
-    return cache_latents.Config(**{"kind": "cache_latents", "dataset": "x", "encoder": encoder, "batch": 3} | changed)
+    how = {"batch": 3} | {
+        name: changed.pop(name) for name in cache_latents.EncodeConfig.model_fields if name in changed
+    }
+    return cache_latents.Config(kind="cache_latents", dataset="x", encoder=encoder, run=how, **changed)  # type: ignore[arg-type]
 
 
 @pytest.mark.slow
@@ -636,8 +639,8 @@ def test_what_stops_the_stage_is_one_line(root: str, folder: str, tmp_path: Path
         ({"size": (40, 64)}, {}, "size: 40x64 is not in multiples of 16"),
         ({"size": (1024, 1024)}, {}, "no clip of the train split is large enough for `size`"),
         ({"shrink": (9, 9)}, {}, "no clip of the train split is large enough for `size` and `shrink`; lower them"),
-        ({"task": {"gpus": 64}}, {}, r"task\.gpus: a worker needs 64 GPU, no node of the Ray cluster has more than"),
-        ({"task": {"cpus": 999}}, {}, r"task\.cpus: a task needs 999 CPU"),
+        ({"gpus": 64}, {}, r"run\.gpus: a worker needs 64 GPU, no node of the Ray cluster has more than"),
+        ({"cpus": 999}, {}, r"run\.cpus: a task needs 999 CPU"),
     ):
         with pytest.raises(UserError, match=says):
             cache_latents.run(config(folder, **changed), {"dataset": root, "encoder": folder} | inputs, output)
@@ -692,7 +695,7 @@ def test_killed_at_any_moment_it_ends_with_the_same_bytes(
         "    config = cache_latents.Config.model_validate_json(sys.argv[1])\n"
         "    cache_latents.run(config, json.loads(sys.argv[2]), sys.argv[3])"
     )
-    chosen = config(folder, batch=1, steps=1, workers=1).model_dump_json()
+    chosen = config(folder, batch=1, chunk=1, workers=1).model_dump_json()
     inputs = json.dumps({"dataset": root, "encoder": folder})
     command = [sys.executable, "-P", "-c", script, chosen, inputs, str(tmp_path / "out")]
     environment = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}

@@ -273,7 +273,7 @@ def test_a_group_that_stands_still_is_named(tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
         uri = f"http://127.0.0.1:{server.getsockname()[1]}/silent.mp4"
         (tmp_path / "list.csv").write_text(f"uri,bytes,etag\n{uri},1000,a\n")
-        hasty = config(tmp_path / "list.csv", task={"stall_seconds": 30}, limits={"timeout_seconds": 2})
+        hasty = config(tmp_path / "list.csv", run={"stall_seconds": 30}, limits={"timeout_seconds": 2})
         recipe = {
             "name": "hasty",
             "workspace": str(tmp_path / "out"),
@@ -291,18 +291,18 @@ def test_a_group_that_stands_still_is_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("task", "says"),
     [
-        ({"cpus": 999}, r"stage shard: task\.cpus: a task needs 999 CPU, no node of the Ray cluster has more than"),
-        ({"custom": {"spot": 1}}, r"stage shard: task\.custom\.spot: a task needs 1 spot, .* more than 0"),
-        ({"memory_bytes": 1 << 60}, r"task\.memory_bytes: a task needs"),
+        ({"cpus": 999}, r"stage shard: run\.cpus: a task needs 999 CPU, no node of the Ray cluster has more than"),
+        ({"custom": {"spot": 1}}, r"stage shard: run\.custom\.spot: a task needs 1 spot, .* more than 0"),
+        ({"memory_bytes": 1 << 60}, r"run\.memory_bytes: a task needs"),
     ],
 )
 def test_more_than_a_node_has_is_refused_at_once(footage: Path, tmp_path: Path, task: Any, says: str) -> None:
     with pytest.raises(UserError, match=says):
-        shard.run(config(footage, task=task), {}, str(tmp_path / "out"))
+        shard.run(config(footage, run=task), {}, str(tmp_path / "out"))
 
 
 def test_how_the_work_is_scheduled_is_no_part_of_the_fingerprint(footage: Path) -> None:
-    assert content(config(footage)) == content(config(footage, task={"cpus": 2}))
+    assert content(config(footage)) == content(config(footage, run={"cpus": 2}))
     assert content(config(footage)) != content(config(footage, val_fraction=0.5))
-    with pytest.raises(ValueError, match=r"task\.stall_seconds 10 must be more than limits\.timeout_seconds 1800"):
-        config(footage, task={"stall_seconds": 10})
+    with pytest.raises(ValueError, match=r"run\.stall_seconds 10 must be more than limits\.timeout_seconds 1800"):
+        config(footage, run={"stall_seconds": 10})

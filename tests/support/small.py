@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from flat import nested
 from torch import Tensor, nn
 
 from longtake.datasets.errors import Failure, Interrupted, UserError
@@ -180,7 +181,7 @@ def fit(
     folder: Path, made: Objective | None = None, stream: Rows | None = None, log: Any = None, **changes: Any
 ) -> dict[str, Tensor]:
     """Train, with these settings changed, and return the raw weights of the last checkpoint."""
-    config = TrainConfig(**SETTINGS | changes)
+    config = TrainConfig(**nested(SETTINGS | changes))
     made = made or objective()
     train(made, stream or Rows(config.batch // config.accumulate), config, folder, log)  # type: ignore[arg-type]
     return weights(folder)
@@ -208,7 +209,7 @@ def work(
     lives = [f"{life:g}" for life in changes.get("ema_half_lives", [])]
     found: dict[str, Any] = {}
     try:
-        config = TrainConfig(**SETTINGS | changes)
+        config = TrainConfig(**nested(SETTINGS | changes))
         stream = Rows(config.batch // config.accumulate, wait)
         fit(Path(folder), objective(**options or {}), stream, log, **changes)
     except (UserError, Failure, Interrupted) as e:

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from flat import nested
 from torch import nn
 
 from longtake.datasets import index, stage
@@ -210,7 +211,7 @@ def test_a_clip_that_fits_a_window_is_the_same_whole_and_in_pieces() -> None:
 
 
 def config(**changes: Any) -> EvaluatedConfig:
-    return EvaluatedConfig(**changes)
+    return EvaluatedConfig(**nested(changes))
 
 
 def test_a_network_that_takes_no_such_videos_is_refused_in_one_line(tmp_path: Path) -> None:

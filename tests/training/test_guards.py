@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import small
 import torch
+from flat import nested
 
 from longtake.datasets.errors import Failure, Interrupted
 from longtake.training import checkpoint
@@ -145,7 +146,9 @@ def test_a_stop_that_the_caller_asks_for_saves_and_raises(tmp_path: Path, group:
 
     asked = iter([False, True])
     with pytest.raises(Interrupted, match="stopped at step 2, state saved"):
-        train(small.objective(), small.Rows(), TrainConfig(**small.SETTINGS), tmp_path, stop=lambda: next(asked))
+        train(
+            small.objective(), small.Rows(), TrainConfig(**nested(small.SETTINGS)), tmp_path, stop=lambda: next(asked)
+        )
     assert (tmp_path / "latest").read_text() == "step-00000002"
     assert small.same(small.fit(tmp_path), small.fit(tmp_path / "straight"))
 

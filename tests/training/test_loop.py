@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import small
 import torch
+from flat import nested
 from torch import Tensor, nn
 
 from longtake.datasets.errors import Failure, Interrupted, UserError
@@ -61,7 +62,7 @@ def loader(dataset: str, **options: Any) -> Loader:
 
 
 def run(dataset: str, folder: Path, objective: Objective | None = None, **changes: Any) -> dict[str, Tensor]:
-    config = TrainConfig(**SETTINGS | changes)
+    config = TrainConfig(**nested(SETTINGS | changes))
     train(objective or tiny(), loader(dataset), config, folder)
     return checkpoint.trained(folder, config)
 
@@ -125,7 +126,7 @@ def test_training_learns(dataset: str, tmp_path: Path, group: None) -> None:
             self.last = metrics
 
     recorder: Any = Recorder()
-    train(tiny(), loader(dataset), TrainConfig(**SETTINGS | {"steps": 60}), tmp_path, recorder)
+    train(tiny(), loader(dataset), TrainConfig(**nested(SETTINGS | {"steps": 60})), tmp_path, recorder)
     assert recorder.losses[-1] < 0.7 * recorder.losses[0]
     assert {"loss", "learning_rate", "seconds_per_step", "samples_per_second", "data_wait_share"} <= recorder.names
 
@@ -152,7 +153,7 @@ def test_accumulated_passes_equal_one_large_batch(dataset: str, tmp_path: Path, 
     two = Loader(dataset, columns=("video",), frames=9, size=(32, 32), batch=2, shuffle=False)
     results = []
     for n, stream in ((1, one), (2, two)):
-        config = TrainConfig(**SETTINGS | {"steps": 1, "batch": 4, "accumulate": n})
+        config = TrainConfig(**nested(SETTINGS | {"steps": 1, "batch": 4, "accumulate": n}))
         train(Objective({"model": module()}, plain), stream, config, tmp_path / str(n))
         results.append(checkpoint.trained(tmp_path / str(n), config))
     assert all(torch.allclose(results[0][k], results[1][k], atol=1e-6) for k in results[0])
@@ -216,7 +217,7 @@ def test_a_port_in_use_is_one_line(tmp_path: Path) -> None:
 def test_no_compiler_runs_at_the_start(group: None) -> None:
     import deepspeed
 
-    engines.engines_of({"x": nn.Linear(2, 2)}, "x", TrainConfig(**SETTINGS), 1)
+    engines.engines_of({"x": nn.Linear(2, 2)}, "x", TrainConfig(**nested(SETTINGS)), 1)
     assert deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] is False
 
 
@@ -420,7 +421,7 @@ def test_in_bf16_gradients_of_many_passes_are_added_up_in_fp32_unless_it_is_aske
         settings |= {"zero_stage": zero_stage, "offload": offload, "gradient_precision": precision}
         plain = nn.Linear(32, 32, bias=False).bfloat16()
         plain.load_state_dict(module.state_dict())
-        engine = engines.engines_of({"x": module}, "x", TrainConfig(**settings), 1)["x"]
+        engine = engines.engines_of({"x": module}, "x", TrainConfig(**nested(settings)), 1)["x"]
         seen: list[Tensor] = []
         engine.basic_optimizer.register_step_pre_hook(
             lambda optimizer, *_: seen.extend(
@@ -654,7 +655,8 @@ def test_a_compiled_module_learns_the_same_under_the_same_names(tmp_path: Path, 
 
 def test_what_only_says_how_the_work_is_done_may_change_in_the_middle_of_a_run() -> None:
     before = TrainConfig(steps=10)
-    after = TrainConfig(steps=10, workers=4, cache={"folder": "/x", "max_bytes": 1}, log_every=1, checkpoint_every=7)
+    run = {"workers": 4, "cache": {"folder": "/x", "max_bytes": 1}, "log_every": 1, "checkpoint_every": 7}
+    after = TrainConfig(steps=10, run=run)
     assert content(before) == content(after) != content(TrainConfig(steps=11))
 
 
@@ -670,7 +672,9 @@ def test_a_video_model_resumes_bit_for_bit(dataset: str, tmp_path: Path, group: 
             "batch": 2,
         }
         settings |= {"lambda_gan": 0.1, "gan_start": 1, "gan_warmup": 1, "discriminator": {"preset": "patchgan_tiny"}}
-        config = pretrain_vae.Config(kind="pretrain_vae", dataset=dataset, sample_every=0, workers=0, **settings)
+        config = pretrain_vae.Config(
+            kind="pretrain_vae", dataset=dataset, run={"sample_every": 0, "workers": 0}, **settings
+        )
         torch.manual_seed(0)
         setup = pretrain_vae.Setup({"dataset": dataset}, pretrain_vae.begin(config, {}), None)
         made = replace(pretrain_vae.objective(config, setup), heldout=list(islice(iter(loader(dataset)), 2)))

@@ -51,14 +51,14 @@ def folder_of(config: TrainConfig, output: str) -> Path:
     Raises:
         UserError: the output is remote and no folder is named.
     """
-    if config.checkpoints is None and not storage.is_local(output):
+    if config.run.checkpoints is None and not storage.is_local(output):
         raise UserError(
             f"checkpoints: {output} is remote; name a local folder that all processes share, and upload: to keep a copy"
         )
-    if config.checkpoints is None:
+    if config.run.checkpoints is None:
         return Path(storage.join(output, "checkpoints"))
     suffix = output.rstrip("/").rpartition("/")[2].partition("-")[2]
-    return Path(config.checkpoints) / suffix
+    return Path(config.run.checkpoints) / suffix
 
 
 @contextlib.contextmanager

@@ -37,7 +37,7 @@ def launched() -> bool:
 
 
 def run(module: str, config: TrainConfig, inputs: Mapping[str, str], folder: Path) -> bool:
-    """Do the stage's work in as many processes as `config.launcher` says; returns when all have ended well.
+    """Do the stage's work in as many processes as `config.run.launcher` says; returns when all have ended well.
 
     Args:
         module: name of the stage's module, which has `Config` and `work`.
@@ -54,17 +54,17 @@ def run(module: str, config: TrainConfig, inputs: Mapping[str, str], folder: Pat
     if os.environ.get("RANK", "0") == "0":
         preflight.check(config)
     if launched():
-        if config.launcher.by != "process":
+        if config.run.launcher.by != "process":
             raise UserError(
-                f"launcher: by {config.launcher.by}, but a launcher has started {os.environ['WORLD_SIZE']} of this"
-                " process already; leave launcher out, or start the stage by `longtake` alone"
+                f"run.launcher: by {config.run.launcher.by}, but a launcher has started {os.environ['WORLD_SIZE']} of this"
+                " process already; leave run.launcher out, or start the stage by `longtake` alone"
             )
         work(job)
         if _end_group:
             # all ranks at once, since the end of a group is a collective of some backends
             _end_group()
         return os.environ["RANK"] == "0"
-    {"process": _here, "torchrun": torchrun.run, "ray": ray.run}[config.launcher.by](job, config)
+    {"process": _here, "torchrun": torchrun.run, "ray": ray.run}[config.run.launcher.by](job, config)
     return True
 
 

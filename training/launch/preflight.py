@@ -28,8 +28,8 @@ def check(config: TrainConfig) -> None:
     if run_id := os.environ.get("MLFLOW_RUN_ID"):
         registered(config.name)
         artifacts(run_id, config)
-    if config.upload:
-        uploaded(config.upload)
+    if config.run.upload:
+        uploaded(config.run.upload)
 
 
 def registered(name: str) -> None:

@@ -72,7 +72,7 @@ def work(job: Job) -> None:
     module = importlib.import_module(job.module)
     config = module.Config.model_validate(job.config)
     torch.set_num_threads(environment.threads() or share_of_cpus(_processes_here()))
-    with process_group(config.stall_seconds):
+    with process_group(config.run.stall_seconds):
         module.work(config, job.inputs, Path(job.folder))
 
 
@@ -125,10 +125,10 @@ def signals_passed_on(stop: Callable[[], Any], config: TrainConfig) -> Iterator[
     def note(*_: Any) -> None:
         stop()
         # the processes' own limit comes first, and they know more
-        signal.setitimer(signal.ITIMER_REAL, config.stop_seconds + 30)
+        signal.setitimer(signal.ITIMER_REAL, config.run.stop_seconds + 30)
 
     def late(*_: Any) -> None:
-        raise Failure(f"training: has not stopped {config.stop_seconds:g} s after the signal; {GO_ON}")
+        raise Failure(f"training: has not stopped {config.run.stop_seconds:g} s after the signal; {GO_ON}")
 
     handlers: dict[int, Any] = {signal.SIGINT: note, signal.SIGTERM: note, signal.SIGALRM: late}
     before = {number: signal.signal(number, handler) for number, handler in handlers.items()}

@@ -79,7 +79,7 @@ class _Post:
 
 def run(job: Job, config: TrainConfig) -> None:
     """Ray Train in the cluster that RAY_ADDRESS names, else in one of our own for as long as it takes."""
-    how = config.launcher
+    how = config.run.launcher
     spin_briefly()
     with _cluster(how) as ray:
         from ray.train import FailureConfig, RunConfig, ScalingConfig
@@ -100,7 +100,7 @@ def run(job: Job, config: TrainConfig) -> None:
                 "shared": str(storage / name),
             },
             torch_config=TorchConfig(
-                backend="nccl" if how.gpus else "gloo", timeout_s=int(1.5 * config.stall_seconds + 30)
+                backend="nccl" if how.gpus else "gloo", timeout_s=int(1.5 * config.run.stall_seconds + 30)
             ),
             scaling_config=ScalingConfig(
                 num_workers=how.processes,
@@ -192,8 +192,8 @@ def _check(how: LaunchConfig, nodes: list[dict[str, float]]) -> None:
     if room < how.processes or cpus < how.processes * how.cpus + 1:
         each = f"{how.cpus:g} CPU" + (f" and {how.gpus:g} GPU" if how.gpus else "")
         raise UserError(
-            f"launcher: {how.processes} processes of {each} and one spare CPU do not fit into the Ray cluster, which has"
-            f" {cpus:g} CPU and {gpus:g} GPU on {len(nodes)} nodes; lower launcher.processes or launcher.cpus, or add nodes"
+            f"run.launcher: {how.processes} processes of {each} and one spare CPU do not fit into the Ray cluster, which has"
+            f" {cpus:g} CPU and {gpus:g} GPU on {len(nodes)} nodes; lower its processes or cpus, or add nodes"
         )
 
 

@@ -41,7 +41,7 @@ def run(job: Job, config: TrainConfig) -> None:
     noisy = logging.getLogger("torch.distributed.elastic")
     noisy.addHandler(logging.NullHandler())
     noisy.propagate = False
-    count = config.launcher.processes
+    count = config.run.launcher.processes
     with tempfile.TemporaryDirectory() as folder:
         scratch = Path(folder)
         (scratch / "job.json").write_text(json.dumps(job._asdict()))
@@ -53,7 +53,7 @@ def run(job: Job, config: TrainConfig) -> None:
             rdzv_backend="c10d",
             rdzv_endpoint="localhost:0",
             local_addr="127.0.0.1",
-            max_restarts=config.launcher.max_failures,
+            max_restarts=config.run.launcher.max_failures,
             # SIGINT and SIGTERM are ours
             signals_to_handle="SIGHUP,SIGQUIT",
             logs_specs=DefaultLogsSpecs(log_dir=folder, redirects=dict.fromkeys(range(1, count), Std.ALL)),

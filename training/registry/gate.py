@@ -25,39 +25,64 @@ Rows = Mapping[tuple[str, str], Mapping[str, float]]  # (source, clip) -> {metri
 
 
 class Gain(StageConfig):
-    """A metric that must get better by `gain` at least, in the metric's own unit, with the gate's confidence."""
+    """A metric that must get better, with the gate's confidence.
+
+    better   higher or lower
+    gain     by so much at least, in the metric's own unit
+    """
 
     better: Better
     gain: float = Field(0.0, ge=0)
 
 
 class Tolerance(StageConfig):
-    """A metric that must not get worse by more than `tolerance`, with the gate's confidence."""
+    """A metric that must not get worse, with the gate's confidence.
+
+    better      higher or lower
+    tolerance   it may lose so much at most, in the metric's own unit
+    """
 
     better: Better
     tolerance: float = Field(0.0, ge=0)
 
 
 class Window(StageConfig):
-    """What of each held-out clip is looked at; what is not given is as the candidate was trained."""
+    """What of each held-out clip is looked at; null is as the candidate was trained.
+
+    frames            of the window
+    stride            of videos: every n-th frame
+    size              height and width of videos
+    history_seconds   before the window, for a model with a memory
+    history_least     seconds that a clip must follow others for; null takes every clip
+    """
 
     frames: int | None = Field(None, ge=1)
-    stride: int | None = Field(None, ge=1)  # of videos
-    size: tuple[int, int] | None = None  # height, width, of videos
-    history_seconds: float | None = Field(None, gt=0)  # before the window, for a model with a memory
-    history_least: float | None = Field(None, ge=0)  # s that a clip must follow others for; None takes every clip
+    stride: int | None = Field(None, ge=1)
+    size: tuple[int, int] | None = None
+    history_seconds: float | None = Field(None, gt=0)
+    history_least: float | None = Field(None, ge=0)
 
 
 class Gate(StageConfig):
-    """What a candidate must show. All figures of the defaults are assumptions."""
+    """What a candidate must show. All figures of the defaults are assumptions.
+
+    metrics            that must gain
+    must_not_regress   metrics that may lose a little
+    confidence         of each bound, one-sided
+    resamples          of the bootstrap
+    least_sources      fewer tell nothing
+    seed               of the clips that are looked at, of noise and of the bootstrap
+    samples            held-out clips, at most; random ones where there are more
+    window             what of each clip is looked at
+    """
 
     metrics: dict[str, Gain] = Field(min_length=1)
     must_not_regress: dict[str, Tolerance] = Field(default_factory=dict)
-    confidence: float = Field(0.95, gt=0.5, lt=1)  # of each bound, one-sided
+    confidence: float = Field(0.95, gt=0.5, lt=1)
     resamples: int = Field(2000, ge=100)
-    least_sources: int = Field(8, ge=2)  # fewer tell nothing
-    seed: int = Field(0, ge=0)  # of the clips that are looked at, of noise and of the bootstrap
-    samples: int = Field(256, ge=1)  # held-out clips, at most; random ones where there are more
+    least_sources: int = Field(8, ge=2)
+    seed: int = Field(0, ge=0)
+    samples: int = Field(256, ge=1)
     window: Window = Window()
 
     @model_validator(mode="after")

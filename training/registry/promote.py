@@ -19,14 +19,22 @@ _RECORD = "verdict.json"
 
 
 class Config(StageConfig):
-    """Let a registered candidate through a gate, on the val split of a dataset."""
+    """Let a registered candidate through a gate, on the val split of a dataset.
+
+    candidate     a model; the stage that trains it needs `run: {promote: false}`
+    dataset       whose held-out clips are measured
+    view          which of them; null measures all
+    latents       that a prior has learned
+    low_latents   that a memory's low-res branch has learned
+    gate          what the candidate must show
+    """
 
     kind: Literal["promote"]
-    candidate: ModelInput  # the stage that trains it needs promote: false
+    candidate: ModelInput
     dataset: DatasetInput
     view: ViewInput | None = None
-    latents: Annotated[str, Input("latents")] | None = None  # of a prior, those that it has learned
-    low_latents: Annotated[str, Input("latents")] | None = None  # likewise, of a memory's low-res branch
+    latents: Annotated[str, Input("latents")] | None = None
+    low_latents: Annotated[str, Input("latents")] | None = None
     gate: Gate
 
 
@@ -52,9 +60,10 @@ class Decision(NamedTuple):
 
 def check(config: Config, inputs: Mapping[str, StageConfig]) -> None:
     """Refuse a candidate that makes itself champion, and latents of another dataset."""
-    if getattr(inputs.get("candidate"), "promote", False):
+    candidate: Any = inputs.get("candidate")
+    if candidate is not None and candidate.run.promote:
         raise ValueError(
-            f"candidate: the stage {config.candidate} makes its model champion before it is judged; set promote: false there"
+            f"candidate: the stage {config.candidate} makes its model champion before it is judged; set run: {{promote: false}} there"
         )
     for field in ("latents", "low_latents"):
         made: Any = inputs.get(field)

@@ -132,7 +132,7 @@ def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
             "sizes": [[32, 32]],
             "steps": STEPS,
             "batch": 4,
-            "checkpoint_every": 20,
+            "run": {"checkpoint_every": 20},
             "lambda_gan": 0,
             "ema_half_lives": [20],
         },
@@ -239,8 +239,8 @@ def test_a_wrong_token_and_gpus_that_the_cluster_lacks_are_said_before_anything_
 
     wanted = refused("--set", "deploy.resources.images={gpus: 1}")
     assert "stage images: deploy.resources.images.gpus: needs 1 GPU, no node of the cluster has more than 0" in wanted
-    wanted = refused("--set", "stages.images.launcher={by: ray, gpus: 1}")
-    assert "stages.images.launcher: 1 processes of 1 CPU and 1 GPU" in wanted
+    wanted = refused("--set", "stages.images.run.launcher={by: ray, gpus: 1}")
+    assert "stages.images.run.launcher: 1 processes of 1 CPU and 1 GPU" in wanted
     monkeypatch.delenv("RAY_AUTH_TOKEN")
     assert "needs a token" in refused()
     monkeypatch.setenv("RAY_AUTH_TOKEN", "f" * 64)

@@ -47,7 +47,7 @@ def load(workspace: str = "s3://bucket/ws", image: str | None = IMAGE, **deploy:
                 "dataset": "shards",
                 "model": {"preset": "pv_vae_tiny"},
             }
-            | {"sizes": [[64, 64]], "batch": 12, "launcher": launcher},
+            | {"sizes": [[64, 64]], "batch": 12, "run": {"launcher": launcher}},
         },
     }
     Path("my.yaml").write_text(yaml.safe_dump(content))
@@ -186,7 +186,7 @@ def test_a_local_workspace_needs_a_volume_that_all_pods_share() -> None:
         (
             {"launcher": {"by": "ray", "processes": 4}},
             {},
-            r"stages\.images\.launcher: 4 processes of 1 CPU, a spare CPU",
+            r"stages\.images\.run\.launcher: 4 processes of 1 CPU, a spare CPU",
         ),
     ],
 )

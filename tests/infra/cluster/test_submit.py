@@ -27,7 +27,7 @@ from longtake.infra.cluster import jobs, wheel
 from longtake.infra.cluster import submit as submission
 
 STAGES = {
-    "shards": {"kind": "shard", "sources": ["raw"], "task": {"cpus": 1}},
+    "shards": {"kind": "shard", "sources": ["raw"], "run": {"cpus": 1}},
     "images": {
         "kind": "pretrain_vae",
         "phase": "image",
@@ -423,18 +423,18 @@ def test_another_minor_version_of_ray_is_refused(ray: Any, path: Path) -> None:
             {"deploy.resources.shards": {"labels": {"zone": "us"}}},
             r"shards\.labels: no node of the cluster is zone: us",
         ),
-        ({"stages.shards.task.cpus": 5}, r"stage shards: stages\.shards\.task\.cpus: needs 5 CPU"),
+        ({"stages.shards.run.cpus": 5}, r"stage shards: stages\.shards\.run\.cpus: needs 5 CPU"),
         (
-            {"stages.shards.task.cpus": 4, "deploy.resources.shards": {"cpus": 3}},
-            r"task\.cpus: a task and the process of deploy\.resources\.shards need 7 CPU together, the cluster has 6",
+            {"stages.shards.run.cpus": 4, "deploy.resources.shards": {"cpus": 3}},
+            r"run\.cpus: a task and the process of deploy\.resources\.shards need 7 CPU together, the cluster has 6",
         ),
         (
-            {"stages.images.launcher": {"by": "ray", "processes": 3, "gpus": 1}},
-            r"stage images: stages\.images\.launcher: 3 processes of 1 CPU and 1 GPU.*has 6 CPU and 1 GPU on 2 nodes",
+            {"stages.images.run.launcher": {"by": "ray", "processes": 3, "gpus": 1}},
+            r"stage images: stages\.images\.run\.launcher: 3 processes of 1 CPU and 1 GPU.*has 6 CPU and 1 GPU on 2 nodes",
         ),
         (
-            {"stages.images.launcher": {"by": "ray", "processes": 6}},
-            r"images\.launcher: 6 processes of 1 CPU, a spare CPU",
+            {"stages.images.run.launcher": {"by": "ray", "processes": 6}},
+            r"images\.run\.launcher: 6 processes of 1 CPU, a spare CPU",
         ),
     ],
 )
@@ -451,7 +451,7 @@ def test_what_the_cluster_lacks_is_said_with_stage_key_need_and_stock(
 
 def test_what_fits_is_not_refused(ray: Any, path: Path) -> None:
     ray.nodes = [node(CPU=4.0, memory=8e9), node(CPU=2.0, GPU=1.0, memory=8e9)]
-    settings = ["deploy.resources.shards={cpus: 4}", "stages.shards.task.cpus=2", "stages.images.batch=4"]
-    settings += ["stages.images.launcher={by: ray, processes: 4}", "deploy.resources.images={gpus: 1, cpus: 1}"]
+    settings = ["deploy.resources.shards={cpus: 4}", "stages.shards.run.cpus=2", "stages.images.batch=4"]
+    settings += ["stages.images.run.launcher={by: ray, processes: 4}", "deploy.resources.images={gpus: 1, cpus: 1}"]
     ok(send(path, ray, *[word for s in settings for word in ("--set", s)]))
     assert jobs.cluster_nodes(ray.address)[1] == {"CPU": 2.0, "GPU": 1.0, "memory": 8e9}

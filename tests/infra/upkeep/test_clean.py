@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import yaml
 from click.testing import CliRunner
+from flat import nested
 
 from longtake.datasets import latents as column
 from longtake.datasets import storage
@@ -45,7 +46,7 @@ class Workspace:
         stages = {
             "shards": {"kind": "shard", "sources": [str(self.folder / "videos")]},
             "view": {"kind": "curate", "dataset": "shards"},
-            "vae": TRAINING | vae,
+            "vae": nested(TRAINING | vae),
             "latents": {"kind": "cache_latents", "dataset": "shards", "encoder": "vae"},
         }
         path = self.folder / "r.yaml"

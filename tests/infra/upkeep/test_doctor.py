@@ -166,11 +166,9 @@ def test_sources_that_are_not_there_are_a_failure_and_other_checks_go_on(tmp_pat
 
 
 def test_a_recipe_that_asks_for_more_than_there_is_is_told_what_and_where(tmp_path: Path) -> None:
-    path = write(tmp_path, shards={"task": {"cpus": 512}})
+    path = write(tmp_path, shards={"run": {"cpus": 512}})
     [line] = examined(path)["resources"]
-    assert (
-        line.level == "fail" and "stages.shards.task.cpus: needs 512 CPU" in line.says and "this machine" in line.says
-    )
+    assert line.level == "fail" and "stages.shards.run.cpus: needs 512 CPU" in line.says and "this machine" in line.says
     result = CliRunner().invoke(command, [path])
     assert result.exit_code == 1 and "needs 512 CPU" in result.output
 
@@ -184,7 +182,7 @@ def test_a_cluster_is_asked_where_one_is_named(
     monkeypatch.setattr(jobs, "cluster_nodes", lambda _: [{"CPU": 600.0}, {"CPU": 8.0, "GPU": 2.0}])
     monkeypatch.setattr(jobs, "cluster_labels", lambda _: [{}, {}])
     monkeypatch.setattr(jobs, "cluster_version", lambda _: "2.60.0")
-    found = examined(write(tmp_path, shards={"task": {"cpus": 512}}), address)
+    found = examined(write(tmp_path, shards={"run": {"cpus": 512}}), address)
     assert "2 nodes, 608 CPUs, 2 GPUs" in found["Ray"][0].says
     assert found["resources"][0].level == "ok"
     monkeypatch.setattr(jobs, "cluster_version", lambda _: "1.9.0")

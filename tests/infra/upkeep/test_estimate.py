@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import yaml
 from click.testing import CliRunner
+from flat import nested
 
 from longtake.datasets import index
 from longtake.datasets.errors import UserError
@@ -38,7 +39,7 @@ def write(folder: Path, sources: Path, **vae: Any) -> str:
     stages = {
         "shards": {"kind": "shard", "sources": [str(sources)], "clip": clip, "val_fraction": 0.3, "group_sources": 2},
         "view": {"kind": "curate", "dataset": "shards", "rules": {}},
-        "vae": TRAINING | vae,
+        "vae": nested(TRAINING | vae),
         "latents": {"kind": "cache_latents", "dataset": "shards", "encoder": "vae"},
     }
     path = folder / "r.yaml"

@@ -258,7 +258,7 @@ def test_a_kill_at_any_moment_leaves_a_checkpoint_that_goes_on_exactly(tmp_path:
 
 
 def test_a_run_from_nothing_has_a_folder_of_its_own_among_named_checkpoints(tmp_path: Path) -> None:
-    config = TrainConfig(checkpoints=str(tmp_path))
+    config = TrainConfig(run={"checkpoints": str(tmp_path)})
     assert checkpoint.folder_of(config, "s3://lab/my-run/vae/0a1b") == tmp_path
     assert checkpoint.folder_of(config, "s3://lab/my-run/vae/0a1b-77ff") == tmp_path / "77ff"
     assert checkpoint.folder_of(TrainConfig(), f"{tmp_path}/vae/0a1b-77ff") == tmp_path / "vae/0a1b-77ff/checkpoints"

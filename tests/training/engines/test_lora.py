@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import small
 import torch
+from flat import nested
 from torch import Tensor
 
 from longtake.datasets.errors import UserError
@@ -61,7 +62,7 @@ def test_only_the_low_rank_change_learns_and_merging_it_gives_the_same_outputs(
     averaged = small.weights(tmp_path, "5")
     wrapped.load_state_dict(averaged)
     merged.load_state_dict(
-        checkpoint.trained(tmp_path, TrainConfig(**small.SETTINGS | settings | {"ema_half_lives": [5]}))
+        checkpoint.trained(tmp_path, TrainConfig(**nested(small.SETTINGS | settings | {"ema_half_lives": [5]})))
     )
     x = torch.randn(3, small.WIDTH)
     assert torch.allclose(wrapped(x), merged(x), atol=1e-5 if precision == "fp32" else 1e-2)
@@ -98,7 +99,7 @@ def test_parameters_named_in_full_learn_beside_the_low_rank_change_and_resume_ex
     assert not torch.allclose(trained["2.weight"], plain["2.weight"], atol=1e-3)
     assert not torch.allclose(trained["2.bias"], plain["2.bias"], atol=1e-3)
     assert sorted(trained.keys() - plain.keys()) == ["0.lora_down.weight", "0.lora_up.weight"]
-    config = TrainConfig(**small.SETTINGS | settings)
+    config = TrainConfig(**nested(small.SETTINGS | settings))
     merged = checkpoint.trained(tmp_path / "a", config)
     assert merged.keys() == plain.keys() and torch.equal(
         merged["2.weight"], small.weights(tmp_path / "a", "2")["2.weight"]
@@ -168,7 +169,9 @@ def test_frozen_parts_stand_still_bit_for_bit_and_are_in_the_checkpoint(
 def test_what_cannot_be_trained_is_one_line(group: None) -> None:
     def refused(**changes: Any) -> str:
         with pytest.raises(UserError) as caught:
-            engines.engines_of({"generator": small.module()}, "generator", TrainConfig(**small.SETTINGS | changes), 1)
+            engines.engines_of(
+                {"generator": small.module()}, "generator", TrainConfig(**nested(small.SETTINGS | changes)), 1
+            )
         return str(caught.value)
 
     assert refused(lora={"targets": ["nowhere"]}) == (
@@ -184,4 +187,4 @@ def test_what_cannot_be_trained_is_one_line(group: None) -> None:
         lora.attach(grouped, LoraConfig())
     for wrong in ({"freeze": ["("]}, {"lora": {"targets": ["("]}}, {"lora": {"full": ["("]}}):
         with pytest.raises(ValueError, match=r"'\(' is no regular expression"):
-            TrainConfig(**small.SETTINGS | wrong)
+            TrainConfig(**nested(small.SETTINGS | wrong))

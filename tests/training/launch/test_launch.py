@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from flat import nested
 
 from longtake.datasets.errors import UserError
 from longtake.training import checkpoint
@@ -137,7 +138,7 @@ def colours(folder: Path, dataset: str, **settings: Any) -> tuple[int, str, Path
     checkpoints = folder / "checkpoints"
     checkpoints.mkdir(exist_ok=True)
     given = {"steps": STEPS, "batch": 4, "workers": 0, "checkpoint_every": 3, "lr": 1e-2, **settings}
-    command = [sys.executable, "start.py", json.dumps(given), dataset, str(checkpoints)]
+    command = [sys.executable, "start.py", json.dumps(nested(given)), dataset, str(checkpoints)]
     done = subprocess.run(
         command,
         cwd=folder,
@@ -246,7 +247,7 @@ def recipe(folder: Path, dataset: str, launcher: dict[str, Any] | None = None, *
         **({"launcher": launcher} if launcher else {}),
         **settings,
     }
-    content = {"name": "small", "workspace": str(folder / "run"), "stages": {"vae": stage}}
+    content = {"name": "small", "workspace": str(folder / "run"), "stages": {"vae": nested(stage)}}
     (folder / "r.yaml").write_text(yaml.safe_dump(content))
     (folder / "hosts").write_text("localhost slots=2\n")
     return checkpoints
@@ -318,7 +319,7 @@ def test_sigterm_under_ray_saves_exits_0_and_the_same_command_goes_on(
         (LONGTAKE, {"by": "torchrun", "processes": 2}, {"batch": 3}, "divide among 2 processes"),
         (LONGTAKE, {"by": "ray", "processes": 2, "cpus": 0.5}, {"batch": 3}, "divide among 2 processes"),
         (TORCHRUN, None, {"batch": 3}, "divide among 2 processes"),
-        (TORCHRUN, {"by": "torchrun", "processes": 2}, {}, "leave launcher out"),
+        (TORCHRUN, {"by": "torchrun", "processes": 2}, {}, "leave run.launcher out"),
         (TORCHRUN, None, {"kind": "curate"}, "stage vae: curate does not train"),
         (TORCHRUN, None, {"view": "other"}, "its input other has no finished run"),
     ],

@@ -27,7 +27,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Mlflo
 
 def test_registry_artifacts_and_upload_are_written_to(tmp_path: Path, run: tuple[MlflowClient, str]) -> None:
     client, run_id = run
-    config = TrainConfig(name="tried", upload=f"memory://{tmp_path.name}")
+    config = TrainConfig(name="tried", run={"upload": f"memory://{tmp_path.name}"})
     preflight.check(config)
     # and once more, as where a training goes on
     preflight.check(config)
@@ -40,7 +40,7 @@ def test_registry_artifacts_and_upload_are_written_to(tmp_path: Path, run: tuple
 def test_an_upload_that_cannot_be_written_is_named(tmp_path: Path, run: tuple[MlflowClient, str]) -> None:
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(UserError, match=r"upload: .*/file/x cannot be written \(.*\); give the right to"):
-        preflight.check(TrainConfig(upload=str(tmp_path / "file" / "x")))
+        preflight.check(TrainConfig(run={"upload": str(tmp_path / "file" / "x")}))
 
 
 def test_artifacts_that_cannot_be_written_are_named(tmp_path: Path, run: tuple[MlflowClient, str]) -> None:

@@ -15,6 +15,7 @@ import latent_stages
 import numpy as np
 import pytest
 import yaml
+from flat import nested
 
 from longtake.datasets import clip
 from longtake.infra import stages
@@ -60,7 +61,7 @@ def test_the_family_of_the_page_is_trained_registered_generated_served_judged_an
 
     settings = yaml.safe_load(re.search(r"```yaml\n(.*?)```", PAGE, re.S)[1])["toy"]  # type: ignore[index]
     train = stages.load(settings["kind"])
-    config = train.Config(**settings | {"dataset": "shards", "workers": 0, "batch": 4})
+    config = train.Config(**nested(settings | {"dataset": "shards", "workers": 0, "batch": 4}))
     result = train.run(config, {"dataset": dataset}, str(tmp_path / "out"))
     assert result["uri"] == "models:/toy/1" and result["metrics"].keys() >= {"error", "train_clips"}
     done = CliRunner().invoke(

@@ -41,17 +41,27 @@ _BESIDE = 1 << 20  # bytes that a file may have beside its tensors
 
 
 class GANConfig(TrainConfig):
-    """How to train against a discriminator. Assumptions where nothing is noted."""
+    """How to train against a discriminator. Assumptions where nothing is noted.
 
-    lambda_gan: float = Field(0.5, ge=0)  # 0 trains no discriminator
-    # adaptive: times |gradient of the reconstruction| / |gradient of the GAN loss| at the output; fixed: as it is
+    lambda_gan            weight of the adversarial loss; 0 trains no discriminator
+    gan_weight            adaptive: lambda_gan |gradient of the reconstruction| / |gradient of the GAN loss| at the output;
+                          fixed: lambda_gan as it is
+    discriminator         a preset with fields of PatchGANConfig to change
+    discriminator_lr      null is `lr`; its warm-up and schedule begin at gan_start
+    discriminator_betas   of Adam [VQGAN]
+    gan_start             step at which the discriminator begins to learn [paper]
+    gan_warmup            steps that it, or its parent, has learned before the generator is trained against it
+    lambda_lecam          weight of a term that keeps its logits bounded where data are few: see `lecam`
+    """
+
+    lambda_gan: float = Field(0.5, ge=0)
     gan_weight: Literal["adaptive", "fixed"] = "adaptive"
     discriminator: dict[str, Any] = Field(default_factory=lambda: {"preset": "patchgan"})
-    discriminator_lr: float | None = Field(None, gt=0)  # None is `lr`; its warm-up and schedule begin at gan_start
-    discriminator_betas: tuple[float, float] = (0.5, 0.9)  # [VQGAN]
-    gan_start: int = Field(5000, ge=0)  # step at which the discriminator begins to learn [paper]
-    gan_warmup: int = Field(1000, ge=0)  # steps that it has learned, its parents' too, before the generator hears it
-    lambda_lecam: float = Field(0.0, ge=0)  # of a term that keeps its logits bounded where data are few: see `lecam`
+    discriminator_lr: float | None = Field(None, gt=0)
+    discriminator_betas: tuple[float, float] = (0.5, 0.9)
+    gan_start: int = Field(5000, ge=0)
+    gan_warmup: int = Field(1000, ge=0)
+    lambda_lecam: float = Field(0.0, ge=0)
 
     @field_validator("discriminator")
     @classmethod

@@ -49,45 +49,69 @@ _PROBED_AT = 0.25  # time of the flow at which probes see hidden states [assumpt
 
 
 class Config(EvaluatedConfig):
-    """Train Latte on a dataset's latents, or pixels, and register it. `model` is a preset with fields of LatteConfig to change.
+    """Train Latte on a dataset's latents, or pixels, and register it.
 
-    With a `base` it goes on from that one: see `training.models.latte.base` for what is taken of it.
+    With a `base` it continues from that one: see `training.models.latte.base` for what is taken of it. The defaults are
+    PV-VAE's where it gives them [paper]; "assumption" marks what no paper gives.
 
-    The defaults are PV-VAE's, where it says something [paper]; "assumption" marks what no paper says.
+    dataset        to train on
+    latents        of the dataset, to train on; null trains on pixels
+    view           which clips to use; null uses all
+    vae            decodes samples; null is the model that has encoded the latents
+    base           the Latte to continue from; null begins with random weights
+    model          a preset with fields of LatteConfig to change: `{preset: latte_xl}`; with a base, fields alone
+    classes        learn the dataset's labels
+    frames         of a window; 1 + 4n for latents [paper: 17]
+    stride         take every n-th frame; latents always have all
+    size           height and width of pixels; latents have their own
+    clip_starts    share of windows that start their clip, as generated videos do: their first latent is of one frame.
+                   Pixels look the same anywhere; so many windows are only marked as such [paper: all; assumption]
+    posterior      what of each latent is learned: a sample, drawn anew each step, or the mean [assumption]
+    conditioning   probability that a window has clean leading frames [assumption]
+    time_mean      of the logit-normal times (arXiv 2403.03206, rf/lognorm(0, 1))
+    time_std       of the logit-normal times
+    shift          of times towards noise, in training and sampling (2403.03206, eq. 23); 1 is none
+    steps          of the training [paper: 250,000]
+    batch          windows in a step [paper: 64]
+    lr             learning rate [paper: 1e-4]
+    warmup_steps   of a linear warm-up [Latte: none, adaLN-Zero starts silently]
+    schedule       of the learning rate [Latte, DiT: constant]
+    weight_decay   of linear weights [Latte, DiT: 0]
+    ema_half_lives of weight averages, in steps [DiT: a decay of 0.9999]
+    sample_steps   Euler steps of a sample [paper: 100]
+    guidance       of samples with a class; 1 is none [assumption]
+    overlap        latents that a window of a longer video is given [assumption]
+    eval_videos    generated at the end; with `features` they are compared with as many held-out and training clips
     """
 
     kind: Literal["finetune_latte"]
     dataset: DatasetInput
-    latents: Annotated[str, Input("latents")] | None = None  # None trains on pixels
+    latents: Annotated[str, Input("latents")] | None = None
     view: ViewInput | None = None
-    vae: ModelInput | None = None  # makes videos of latents; None is the model that has encoded them
-    base: ModelInput | None = None  # the Latte to go on from; None begins with random weights
+    vae: ModelInput | None = None
+    base: ModelInput | None = None
     name: ModelName = "latte"
-    # a preset, latte_xl unless it says otherwise, with fields to change; with a base, fields alone; None: as it is
     model: dict[str, Any] | None = None
-    classes: bool = False  # learn the dataset's labels
-    frames: int = Field(17, ge=1)  # of a window; 1 + 4n for latents [paper: 17]
-    stride: int = Field(1, ge=1)  # every how many frames; latents have all
-    size: tuple[int, int] | None = None  # height, width of pixels; latents have their own
-    # share of windows that start their clip, as generated videos do: their first latent is of one frame. The others start
-    # later. Pixels look the same anywhere, and so many windows are only told that they do [paper: all; assumption]
+    classes: bool = False
+    frames: int = Field(17, ge=1)
+    stride: int = Field(1, ge=1)
+    size: tuple[int, int] | None = None
     clip_starts: float = Field(0.5, ge=0, le=1)
-    posterior: Literal["sample", "mean"] = "sample"  # what of each latent is learned, drawn anew each step [assumption]
-    conditioning: float = Field(0.3, ge=0, le=1)  # probability that a window has clean leading frames [assumption]
-    time_mean: float = 0.0  # of the logit-normal times (arXiv 2403.03206, rf/lognorm(0, 1))
-    time_std: float = Field(1.0, gt=0)  # likewise
-    shift: float = Field(1.0, gt=0)  # of times towards noise, in training and sampling (2403.03206, eq. 23); 1 is none
-    steps: int = Field(250_000, ge=1)  # [paper]
-    batch: int = Field(64, ge=1)  # [paper]
-    lr: float = Field(1e-4, gt=0)  # [paper]
-    warmup_steps: int | None = Field(0, ge=0)  # [Latte: none, adaLN-Zero starts silently]
-    schedule: Literal["constant", "cosine"] = "constant"  # [Latte, DiT]
-    weight_decay: float = Field(0.0, ge=0)  # [Latte, DiT]
-    ema_half_lives: tuple[float, ...] = (6931.0,)  # steps [DiT: a decay of 0.9999]
-    sample_steps: int = Field(100, ge=1)  # Euler steps [paper]
-    guidance: float = Field(1.0, ge=0)  # of samples with a class; 1 is none [assumption]
-    overlap: int = Field(2, ge=1)  # latent steps that a window of a longer video is given [assumption]
-    # generated at the end, and with `features` compared with as many held-out and training clips
+    posterior: Literal["sample", "mean"] = "sample"
+    conditioning: float = Field(0.3, ge=0, le=1)
+    time_mean: float = 0.0
+    time_std: float = Field(1.0, gt=0)
+    shift: float = Field(1.0, gt=0)
+    steps: int = Field(250_000, ge=1)
+    batch: int = Field(64, ge=1)
+    lr: float = Field(1e-4, gt=0)
+    warmup_steps: int | None = Field(0, ge=0)
+    schedule: Literal["constant", "cosine"] = "constant"
+    weight_decay: float = Field(0.0, ge=0)
+    ema_half_lives: tuple[float, ...] = (6931.0,)
+    sample_steps: int = Field(100, ge=1)
+    guidance: float = Field(1.0, ge=0)
+    overlap: int = Field(2, ge=1)
     eval_videos: Annotated[int, Measuring()] = Field(16, ge=1)
 
     @field_validator("model")
@@ -334,7 +358,7 @@ def evaluate(config: Config, setup: Setup, folder: Path) -> dict[str, Any]:
             config.seed,
             config.settings(),
             setup.classes,
-            config.eval_batch,
+            config.run.eval_batch,
         ),
         target.trivial(windows.at(range(_WINDOWS))),
         latents=config.eval_latents and target.record is not None,

@@ -25,33 +25,48 @@ _PRESET = {"preset": "memory_dit_xl"}
 
 
 class MemoryConfig(TrainConfig):
-    """What both stages are told. "Assumption" marks what the paper (arXiv 2512.23851) does not say."""
+    """What both stages of a memory need. "Assumption" marks what the paper (arXiv 2512.23851) does not give.
+
+    dataset           to train on
+    latents           of the dataset, with `join_seconds`
+    low_latents       with the `shrink` of the rates, for the low-res branch
+    view              which clips to use; null uses all
+    vae               decodes samples; null is the model that has encoded the latents
+    base              the memory_dit to continue from; null begins with random weights
+    model             a preset with fields of MemoryDiTConfig to change: `{preset: memory_dit_xl}`; with a base, fields alone
+    classes           learn the dataset's labels
+    frames            of a segment, 1 + 4n [assumption]
+    history_seconds   before the segment [paper: 5 to over 20]
+    history_least     seconds of history that a stream of latents must have room for; null is `history_seconds`
+    posterior         what of each latent is learned: a sample, drawn anew each step, or the mean [assumption]
+    time_mean         of the flow's logit-normal times: that of the masks [assumption]
+    time_std          of the flow's logit-normal times [assumption]
+    shift             of times towards noise, in training and sampling; 1 is none [assumption]
+    lr                learning rate [assumption]
+    sample_steps      Euler steps of a sample [assumption]
+    eval_clips        held-out clips that are measured, at most, over all processes
+    """
 
     dataset: DatasetInput
     latents: Annotated[str, Input("latents")]
-    low_latents: Annotated[str, Input("latents")] | None = (
-        None  # with the `shrink` of the rates, for the low-res branch
-    )
+    low_latents: Annotated[str, Input("latents")] | None = None
     view: ViewInput | None = None
-    vae: ModelInput | None = None  # makes videos of latents; None is the model that has encoded them
-    base: ModelInput | None = None  # the memory_dit to go on from; None begins with random weights
+    vae: ModelInput | None = None
+    base: ModelInput | None = None
     name: ModelName = "memory-dit"
-    model: dict[str, Any] | None = None  # a preset with fields to change, or with a base, fields alone; None: as it is
-    classes: bool = False  # learn the dataset's labels
-    frames: int = Field(21, ge=1)  # of a segment, 1 + 4n [assumption]
-    history_seconds: float = Field(20.0, gt=0)  # before the segment [paper: 5 to over 20]
-    history_least: float | None = Field(
-        None, ge=0
-    )  # s of it that a stream of latents must have room for; None is `history_seconds`
-    posterior: Literal["sample", "mean"] = "sample"  # what of each latent is learned, drawn anew each step [assumption]
-    time_mean: float = 0.2  # of the flow's logit-normal times: that of the masks [assumption]
-    time_std: float = Field(1.0, gt=0)  # likewise
-    shift: float = Field(1.0, gt=0)  # of times towards noise, in training and sampling; 1 is none [assumption]
-    lr: float = Field(1e-4, gt=0)  # [assumption]
+    model: dict[str, Any] | None = None
+    classes: bool = False
+    frames: int = Field(21, ge=1)
+    history_seconds: float = Field(20.0, gt=0)
+    history_least: float | None = Field(None, ge=0)
+    posterior: Literal["sample", "mean"] = "sample"
+    time_mean: float = 0.2
+    time_std: float = Field(1.0, gt=0)
+    shift: float = Field(1.0, gt=0)
+    lr: float = Field(1e-4, gt=0)
     schedule: Literal["constant", "cosine"] = "constant"
     weight_decay: float = Field(0.0, ge=0)
-    sample_steps: int = Field(50, ge=1)  # Euler steps [assumption]
-    # held-out clips that are measured, at most, over all processes
+    sample_steps: int = Field(50, ge=1)
     eval_clips: Annotated[int, Measuring()] = Field(64, ge=1)
 
     @field_validator("model")

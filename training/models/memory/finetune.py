@@ -18,7 +18,7 @@ from torch import Tensor
 
 from longtake.datasets.loader import Loader
 from longtake.datasets.loader.streams import Lengths
-from longtake.datasets.stage import Measuring, Scheduling
+from longtake.datasets.stage import Measuring
 from longtake.training import stage
 from longtake.training.data import on_device
 from longtake.training.metrics.features import checked_network, digest_of
@@ -64,27 +64,29 @@ SUMMARY = "continued.json"
 
 
 class Config(MemoryConfig):
-    """Train a memory_dit to go on from its history, and register it. See MemoryConfig for what is an assumption.
+    """Train a memory_dit to continue from its history, and register it. See MemoryConfig for what is an assumption.
 
     With a base: `lora` trains a new adaptation, `lora.full: ["memory"]` the memory with it, `freeze: ["memory"]` neither.
+
+    no_history           probability that a sample has none, and begins its stream as a video begins [assumption]
+    history_noise        most noise of a history, which the model is told: what is generated has errors too
+    sample_noise         the level that samples are made with
+    history_curriculum   [step, seconds] from which step on histories are how long, such as [[0, 5], [20000, 20]]
+    guidance             of samples with a class; 1 is none [assumption]
+    eval_videos          held-out videos that are continued at the end, over all processes
+    eval_segments        by how many segments they are continued
+    features             a feature network (see training.metrics.features); null measures no distance
     """
 
     kind: Literal["finetune_memory_prior"]
-    no_history: float = Field(
-        0.1, ge=0, le=1
-    )  # probability that a sample has none, and begins its stream as a video begins [assumption]
-    history_noise: float = Field(
-        0.0, ge=0, lt=1
-    )  # each sample's history has noise of a level in 0..this, of which it is told, as what is generated has errors
-    sample_noise: float = Field(0.0, ge=0)  # the level that samples are made with
-    history_curriculum: tuple[tuple[int, float], ...] = ()  # [step, seconds] from when on, e.g. [[0, 5], [20000, 20]]
-    guidance: float = Field(1.0, ge=0)  # of samples with a class; 1 is none [assumption]
-    # held-out videos that are gone on with at the end, over all processes, and by how many segments
+    no_history: float = Field(0.1, ge=0, le=1)
+    history_noise: float = Field(0.0, ge=0, lt=1)
+    sample_noise: float = Field(0.0, ge=0)
+    history_curriculum: tuple[tuple[int, float], ...] = ()
+    guidance: float = Field(1.0, ge=0)
     eval_videos: Annotated[int, Measuring()] = Field(4, ge=1)
     eval_segments: Annotated[int, Measuring()] = Field(3, ge=1)
-    # a feature network (see training.metrics.features); without one no distance is measured
     features: Annotated[str | None, Measuring()] = None
-    eval_batch: Annotated[int, Scheduling()] = Field(8, ge=1)  # videos that a process generates at once
 
     @field_validator("history_curriculum")
     @classmethod
@@ -289,8 +291,8 @@ def _videos(config: Config, setup: Setup) -> Iterator[list[Video]]:
     """This rank's batches of held-out videos. Ranks take whole ones in turn, so that each is the same on any number."""
     loader = videos_of(config, setup.inputs, setup.data)
     count = min(config.eval_videos, loader.samples)
-    for block in mine(math.ceil(count / config.eval_batch), "go on", "batch"):
-        numbers = range(block * config.eval_batch, min(count, (block + 1) * config.eval_batch))
+    for block in mine(math.ceil(count / config.run.eval_batch), "go on", "batch"):
+        numbers = range(block * config.run.eval_batch, min(count, (block + 1) * config.run.eval_batch))
         read = zip(numbers, loader.at(numbers), strict=True)
         yield [Video(number, with_history(batch), of_batch(batch)) for number, batch in read]
 

@@ -66,13 +66,18 @@ class Config(MemoryConfig):
 
     The paper adapts a pretrained transformer: `base`, with `lora: {rank: 128, full: ["memory"]}`; new cross-attention
     learns in full too. See MemoryConfig for what is an assumption.
+
+    history     what the memory is made of; clean is that of the paper's v1 to v3
+    retrieved   latents that are retrieved at once: 1 to this many [assumption]
+    mask_mean   of the masks' logit-normal levels [paper: L(0.2, 1)]
+    mask_std    of the masks' logit-normal levels [paper: L(0.2, 1)]
     """
 
     kind: Literal["pretrain_memory"]
-    history: Literal["masked", "clean"] = "masked"  # what the memory is made of; clean is that of the paper's v1 to v3
-    retrieved: int = Field(4, ge=1)  # steps at once, 1 to this many [assumption]
-    mask_mean: float = 0.2  # of the masks' logit-normal levels [paper: L(0.2, 1)]
-    mask_std: float = Field(1.0, gt=0)  # likewise
+    history: Literal["masked", "clean"] = "masked"
+    retrieved: int = Field(4, ge=1)
+    mask_mean: float = 0.2
+    mask_std: float = Field(1.0, gt=0)
 
     def histories(self, dit: MemoryDiTConfig, least: int) -> Lengths:
         """Those of generation, and none: but for those that make no token of the memory with the segment."""

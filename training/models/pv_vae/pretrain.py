@@ -50,34 +50,48 @@ PHASES: dict[str, dict[str, Any]] = {
 
 
 class Config(GANConfig, EvaluatedConfig):
-    """Train PV-VAE on a dataset and register it. `model` is a preset with fields of PVVAEConfig to change.
+    """Train PV-VAE on a dataset and register it.
 
-    `phase` sets the defaults that PHASES lists. No weight of a loss is published but where noted; they are assumptions,
-    borrowed from the nearest public code.
+    No weight of a loss is published but where noted; they are assumptions, borrowed from the nearest public code.
+
+    phase                   of the paper's schedule: the defaults that PHASES lists
+    dataset                 to train on
+    view                    which clips to use; null uses all
+    parent                  the model to continue from; null begins with random weights
+    model                   a preset with fields of PVVAEConfig to change: `{preset: pv_vae}`; null is the parent's
+    frames                  of a window, 1 + 4n
+    stride                  take every n-th frame
+    sizes                   height and width of windows; batches of each in turn
+    max_drop                r: at most this share of the latents after the first is dropped [paper]
+    lambda_reconstruction   weight of the reconstruction
+    lambda_motion           weight of the differences, inside the reconstruction term [paper]
+    lambda_kl               weight of the KL divergence
+    lambda_perceptual       weight of the perceptual loss; of no effect without `perceptual`
+    perceptual              a feature network (see training.metrics.features) for the perceptual loss; null has no such loss
+    perceptual_linear       LPIPS's weights of its channels
+    perceptual_frames       frames of a clip that it sees, drawn each time; null takes all
+    eval_long               the longest held-out clips, encoded whole and in pieces: PSNR by position, two passes a frame;
+                            not for single frames
     """
 
     kind: Literal["pretrain_vae"]
     phase: Literal["image", "predictive", "decoder"] = "predictive"
     dataset: DatasetInput
     view: ViewInput | None = None
-    parent: ModelInput | None = None  # the model to go on from; None begins with random weights
+    parent: ModelInput | None = None
     name: ModelName = "pv-vae"
-    model: dict[str, Any] | None = None  # None is the parent's, or the preset pv_vae
-    frames: int = Field(17, ge=1)  # 1 + 4n
+    model: dict[str, Any] | None = None
+    frames: int = Field(17, ge=1)
     stride: int = Field(1, ge=1)
-    sizes: tuple[tuple[int, int], ...] = Field(((256, 256),), min_length=1)  # height, width; batches of each in turn
-    max_drop: float = Field(1.0, ge=0, le=1)  # r: at most this share of the latent groups after the first is dropped
+    sizes: tuple[tuple[int, int], ...] = Field(((256, 256),), min_length=1)
+    max_drop: float = Field(1.0, ge=0, le=1)
     lambda_reconstruction: float = Field(1.0, ge=0)
-    lambda_motion: float = Field(1.0, ge=0)  # of the differences, inside the reconstruction term [paper]
+    lambda_motion: float = Field(1.0, ge=0)
     lambda_kl: float = Field(1e-6, ge=0)
-    lambda_perceptual: float = Field(1.0, ge=0)  # of no effect without `perceptual`
-    perceptual: str | None = (
-        None  # a feature network: see training.metrics.features; none, and no such loss, by default
-    )
-    perceptual_linear: str | None = None  # LPIPS's weights of its channels
-    perceptual_frames: int | None = Field(4, ge=1)  # of a clip that it looks at, drawn each time; None takes all
-    # the longest held-out clips, encoded whole as `cache_latents` does and in pieces: PSNR by position; two passes a frame.
-    # None for single frames
+    lambda_perceptual: float = Field(1.0, ge=0)
+    perceptual: str | None = None
+    perceptual_linear: str | None = None
+    perceptual_frames: int | None = Field(4, ge=1)
     eval_long: Annotated[int, Measuring()] = Field(8, ge=0)
 
     @model_validator(mode="before")

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from flat import nested
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
@@ -216,7 +217,7 @@ def vae_config(dataset: str, **changes: Any) -> pretrain_vae.Config:
         "kind": "pretrain_vae", "dataset": dataset, "model": {"preset": "pv_vae_tiny"}, "frames": 1, "max_drop": 0.0,
         "sizes": [[32, 32]], "batch": 4, "workers": 0, "sample_every": 0, "checkpoint_every": 1000, "ema_half_lives": [], **TINY,
     }  # fmt: skip
-    return pretrain_vae.Config(**settings | changes)
+    return pretrain_vae.Config(**nested(settings | changes))
 
 
 def started(settings: pretrain_vae.Config) -> pretrain_vae.Setup:

@@ -8,6 +8,7 @@ from typing import Any
 import latent_stages
 import pytest
 import torch
+from flat import nested
 from torch import Tensor, nn
 
 from longtake.datasets import latents as column
@@ -156,7 +157,7 @@ def inputs(dataset: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, 
 
 def config(**changes: Any) -> Config:
     quick = latent_stages.QUICK | {"kind": "finetune_latte", "base": "base", "model": None, "classes": True}
-    return Config(**{n: v for n, v in quick.items() if n in Config.model_fields} | changes)
+    return Config(**{n: v for n, v in nested(quick).items() if n in Config.model_fields} | changes)
 
 
 @pytest.mark.usefixtures("group")
@@ -187,7 +188,7 @@ def test_a_stage_as_a_base_is_checked_with_the_recipe() -> None:
     base = Config(kind="finetune_latte", dataset="dataset", latents=None, size=(32, 32), frames=3)
     with pytest.raises(ValueError, match="base: one of the two learns latents, the other pixels"):
         finetune_latte.check(config(), {"base": base})
-    memory = MemoryConfig(**latent_stages.QUICK)
+    memory = MemoryConfig(**nested(latent_stages.QUICK))
     object.__setattr__(memory, "kind", "pretrain_memory")
     with pytest.raises(ValueError, match="base: a pretrain_memory stage makes no Latte"):
         finetune_latte.check(config(), {"base": memory})

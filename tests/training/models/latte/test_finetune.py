@@ -13,6 +13,7 @@ import latent_stages
 import numpy as np
 import pytest
 import torch
+from flat import nested
 from torch import nn
 
 from longtake.datasets import clip, index, schema, storage
@@ -21,6 +22,7 @@ from longtake.datasets.errors import Failure, UserError
 from longtake.infra import graph, recipe
 from longtake.pipeline.stages import cache_latents
 from longtake.training import registry
+from longtake.training.config import RunConfig
 from longtake.training.data import decoder_of
 from longtake.training.loop import train
 from longtake.training.models.common.codec import Pixels, Posterior
@@ -70,7 +72,7 @@ def inputs(dataset: str, vae: PVVAE, tmp_path_factory: pytest.TempPathFactory) -
 
 
 def config(**changes: Any) -> Config:
-    return Config(**QUICK | changes)
+    return Config(**nested(QUICK | changes))
 
 
 def pixels(**changes: Any) -> Config:
@@ -129,7 +131,7 @@ def test_samples_are_shown_in_every_way_of_training(
             shown.append((name, video.shape, fps))
 
     purpose, loader = finetune_latte.objective(chosen, setup), finetune_latte.loader(chosen, setup, 0, 1)
-    train(purpose, loader, chosen.model_copy(update={"sample_every": 1}), tmp_path, Log())  # type: ignore[arg-type]
+    train(purpose, loader, chosen.model_copy(update={"run": RunConfig(sample_every=1)}), tmp_path, Log())  # type: ignore[arg-type]
     assert shown == [("generated", (9, 2 * 32 + 2, 2 * 48 + 2, 3), 12)]
 
 

@@ -16,6 +16,7 @@ import latent_stages
 import numpy as np
 import pytest
 import torch
+from flat import nested
 from latent_stages import prepared
 from torch import Tensor, nn
 
@@ -46,7 +47,7 @@ def inputs(dataset: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, 
 
 def config(**changes: Any) -> Config:
     quick = {"kind": "finetune_memory_prior", "eval_videos": 2, "eval_segments": 2, "no_history": 0.0}
-    return Config(**latent_stages.QUICK | quick | changes)
+    return Config(**nested(latent_stages.QUICK | quick | changes))
 
 
 def alone(inputs: dict[str, str]) -> dict[str, str]:
@@ -471,7 +472,7 @@ def test_from_a_pretrained_memory_to_a_champion_that_goes_on(
 ) -> None:
     import mlflow
 
-    first = pretrain_memory.Config(**latent_stages.QUICK | {"kind": "pretrain_memory", "classes": True})
+    first = pretrain_memory.Config(**nested(latent_stages.QUICK | {"kind": "pretrain_memory", "classes": True}))
     base = pretrain_memory.run(first, inputs, str(tmp_path / "memory"))["uri"]
     monkeypatch.setenv("MLFLOW_RUN_ID", store)
     network = torch.jit.script(nn.Sequential(nn.AdaptiveAvgPool2d(2), nn.Flatten()))
@@ -560,7 +561,7 @@ stages:
     history_seconds: 2
     steps: 2
     batch: 2
-    workers: 0
+    run: {{workers: 0}}
     sample_steps: 1
     eval_clips: 1
   prior:
@@ -575,7 +576,7 @@ stages:
     history_seconds: 2
     steps: 2
     batch: 2
-    workers: 0
+    run: {{workers: 0}}
     sample_steps: 1
     eval_clips: 1
     eval_videos: 1

@@ -13,6 +13,7 @@ from typing import Any
 import latent_stages
 import pytest
 import torch
+from flat import nested
 from latent_stages import prepared
 from torch import Tensor, nn
 
@@ -45,7 +46,7 @@ def inputs(dataset: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, 
 
 
 def config(**changes: Any) -> Config:
-    return Config(**latent_stages.QUICK | {"kind": "pretrain_memory"} | changes)
+    return Config(**nested(latent_stages.QUICK | {"kind": "pretrain_memory"} | changes))
 
 
 def alone(inputs: dict[str, str]) -> dict[str, str]:
@@ -351,7 +352,7 @@ def test_latents_that_do_not_vary_fail(inputs: dict[str, str], tmp_path: Path) -
 
 def saved(folder: Path, inputs: dict[str, str], facts: dict[str, Any] | None = None, **changes: Any) -> str:
     """A model folder, as if it had been trained on these latents."""
-    chosen = MemoryConfig(**latent_stages.QUICK | dit(**changes))
+    chosen = MemoryConfig(**nested(latent_stages.QUICK | dit(**changes)))
     model = begin(chosen, inputs, data_of(chosen, inputs), 0)
     for parameter in model.parameters():
         nn.init.normal_(parameter, std=0.05)
