@@ -46,7 +46,7 @@ from longtake.training.models.common.codec import load_codec
 from longtake.training.models.generator import Settings
 from longtake.training.models.memory import finetune as stage
 from longtake.training.models.memory import segments
-from longtake.training.models.memory.dit import MemoryDiTConfig
+from longtake.training.models.memory.dit_config import MemoryDiTConfig
 from longtake.training.models.memory.history import lengths_of
 from longtake.training.models.memory.shared import Setup, heldout_of
 from longtake.training.registry import disk, lineage

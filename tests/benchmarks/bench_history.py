@@ -26,8 +26,9 @@ from torch import Tensor
 
 from longtake.training import engines
 from longtake.training.models.common.streaming import Past
-from longtake.training.models.memory.dit import MemoryDiT, config_from_preset
-from longtake.training.models.memory.encoder import Memory
+from longtake.training.models.memory.dit import MemoryDiT
+from longtake.training.models.memory.dit_config import config_from_preset
+from longtake.training.models.memory.tokens import Memory
 
 TIME_TARGET, MEMORY_TARGET = 20, 5
 

@@ -20,7 +20,8 @@ from torch import nn
 
 from longtake.training.engines import device
 from longtake.training.models.generator import Settings
-from longtake.training.models.memory.dit import MemoryDiT, config_from_preset
+from longtake.training.models.memory.dit import MemoryDiT
+from longtake.training.models.memory.dit_config import config_from_preset
 from longtake.training.models.memory.segments import generate, segments
 from longtake.training.models.pv_vae.model import PVVAE
 from longtake.training.models.pv_vae.model import config_from_preset as vae_config

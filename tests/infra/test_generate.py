@@ -32,7 +32,8 @@ from longtake.training.models.latte.model import Latte, LatteConfig
 from longtake.training.models.latte.sample import generate_videos, load_prior
 from longtake.training.models.memory import prior as memory
 from longtake.training.models.memory import segments
-from longtake.training.models.memory.dit import MemoryDiT, MemoryDiTConfig
+from longtake.training.models.memory.dit import MemoryDiT
+from longtake.training.models.memory.dit_config import MemoryDiTConfig
 from longtake.training.models.pv_vae.model import PVVAE, config_from_preset
 from longtake.training.registry import disk
 

@@ -18,7 +18,8 @@ from longtake.datasets.errors import UserError
 from longtake.datasets.latents import encoder_digest
 from longtake.infra.cli import cli, media
 from longtake.training.models.memory import recall
-from longtake.training.models.memory.dit import MemoryDiT, MemoryDiTConfig
+from longtake.training.models.memory.dit import MemoryDiT
+from longtake.training.models.memory.dit_config import MemoryDiTConfig
 from longtake.training.models.memory.prior import MemoryPrior, load_prior
 from longtake.training.models.pv_vae.model import PVVAE, config_from_preset
 from longtake.training.registry import disk

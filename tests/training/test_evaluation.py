@@ -33,7 +33,7 @@ from longtake.training.metrics.features import FeatureNetwork
 from longtake.training.models.generator import Settings
 from longtake.training.models.latte import evaluate as generated, model as latte
 from longtake.training.models.latte.evaluate import Held, Videos
-from longtake.training.models.memory import continuation, dit as memory_dit, retrieval
+from longtake.training.models.memory import continuation, dit as memory_dit, dit_config, retrieval
 from longtake.training.models.memory.history import Given
 from longtake.training.models.pv_vae import evaluate as heldout
 from longtake.training.models.pv_vae.model import PVVAE, config_from_preset
@@ -59,7 +59,7 @@ if __name__ == "__main__":
     torch.manual_seed(0)
     vae = PVVAE(config_from_preset("pv_vae_tiny", latent_channels=8, encoder_width=8, decoder_width=8)).eval()
     prior = latte.Latte(latte.config_from_preset("latte_tiny", depth=2, width=32, heads=2, channels=8, shape=(3, 2, 2))).eval()
-    film = memory_dit.MemoryDiT(memory_dit.config_from_preset(
+    film = memory_dit.MemoryDiT(dit_config.config_from_preset(
         "memory_dit_tiny", depth=2, width=32, heads=2, memory_widths=(8, 16), memory_heads=2, rates=("1x1x2",), branches="high",
         window=2, channels=8, shape=(3, 2, 2), history=6,
     )).eval()

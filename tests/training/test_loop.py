@@ -353,7 +353,8 @@ def test_of_every_family_linear_and_convolution_weights_decay_and_nothing_else()
     from longtake.training.engines.lora import attach
     from longtake.training.models.common import patchgan
     from longtake.training.models.latte import model as latte
-    from longtake.training.models.memory import dit as memory_dit
+    from longtake.training.models.memory.dit import MemoryDiT
+    from longtake.training.models.memory.dit_config import config_from_preset as memory_config
     from longtake.training.models.pv_vae import model as pv_vae
 
     changed = pv_vae.PVVAE(pv_vae.config_from_preset("pv_vae_tiny"))
@@ -364,7 +365,7 @@ def test_of_every_family_linear_and_convolution_weights_decay_and_nothing_else()
         changed,
         patchgan.PatchGAN(patchgan.config_from_preset("patchgan_tiny")),
         latte.Latte(latte.config_from_preset("latte_tiny", channels=4, **known)),
-        memory_dit.MemoryDiT(memory_dit.config_from_preset("memory_dit_tiny", channels=4, **known, history=8)),
+        MemoryDiT(memory_config("memory_dit_tiny", channels=4, **known, history=8)),
     ]
     for module in families:
         names = {id(p): name for name, p in module.named_parameters() if p.requires_grad}

@@ -14,7 +14,8 @@ from longtake.datasets import latents as column
 from longtake.datasets.errors import UserError
 from longtake.training.models.latte import model as lattes
 from longtake.training.models.latte.model import Latte
-from longtake.training.models.memory.dit import MemoryDiT, config_from_preset
+from longtake.training.models.memory.dit import MemoryDiT
+from longtake.training.models.memory.dit_config import config_from_preset
 from longtake.training.registry import disk, judge
 from longtake.training.registry.gate import Gate
 

@@ -22,7 +22,8 @@ from longtake.training.config import LoraConfig
 from longtake.training.engines import lora as low_rank
 from longtake.training.models.common.rotary import CrossAttention, Rotation, grid_positions, rotation
 from longtake.training.models.common.streaming import Past
-from longtake.training.models.memory.encoder import Branches, Encoder, Memory, parse_rate, remembered
+from longtake.training.models.memory.encoder import Branches, Encoder
+from longtake.training.models.memory.tokens import Memory, parse_rate, remembered
 
 
 class Backbone(Protocol):

@@ -11,8 +11,10 @@ from longtake.training import registry
 from longtake.training.engines import device, lora
 from longtake.training.models.memory.config import MemoryConfig, check_low
 from longtake.training.models.memory.data import Data
-from longtake.training.models.memory.dit import MemoryDiT, MemoryDiTConfig
-from longtake.training.models.memory.encoder import parse_rate
+from longtake.training.models.memory.dit import MemoryDiT
+from longtake.training.models.memory.dit_config import MemoryDiTConfig
+from longtake.training.models.memory.tokens import parse_rate
+from longtake.training.models.memory.variants import VARIANTS
 
 
 def begin(config: MemoryConfig, inputs: Mapping[str, str], data: Data, classes: int) -> MemoryDiT:
@@ -60,7 +62,7 @@ def begin(config: MemoryConfig, inputs: Mapping[str, str], data: Data, classes: 
 def _strided(dit: MemoryDiTConfig) -> bool:
     """Whether the memory has convolutions that stride in space."""
     sides = [side for rate in map(parse_rate, dit.rates) for side in rate[:2]]
-    return dit.memory == "encoder" and dit.branches != "low" and dit.patch * max(sides) > 1
+    return dit.variant.low and dit.branches != "low" and dit.patch * max(sides) > 1
 
 
 def _check_history(dit: Mapping[str, Any], data: Data) -> None:
@@ -69,7 +71,7 @@ def _check_history(dit: Mapping[str, Any], data: Data) -> None:
         raise UserError(
             f"history_seconds: are {data.history} steps, fewer than the {dit['window']} of the window beside the memory; raise it"
         )
-    for rate in dit["rates"] if dit["memory"] in ("encoder", "patchify") else ():
+    for rate in dit["rates"] if VARIANTS[dit["memory"]].rated else ():
         height, width, time = parse_rate(rate)
         if time > data.history:
             raise UserError(

@@ -11,7 +11,7 @@ from longtake.datasets.loader.streams import Lengths
 from longtake.datasets.stage import DatasetInput, Input, Measuring, ModelInput, StageConfig, ViewInput
 from longtake.training import data
 from longtake.training.config import ModelName, TrainConfig
-from longtake.training.models.memory.dit import MemoryDiTConfig, config_from_preset
+from longtake.training.models.memory.dit_config import MemoryDiTConfig, config_from_preset
 from longtake.training.models.memory.history import lengths_of
 
 _FROM_DATA = (

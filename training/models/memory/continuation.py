@@ -29,9 +29,9 @@ from longtake.training.models.common.video import video_file
 from longtake.training.models.generator import Settings
 from longtake.training.models.memory import segments
 from longtake.training.models.memory.dit import MemoryDiT
-from longtake.training.models.memory.encoder import repeated
 from longtake.training.models.memory.history import Given, posterior_of, remembered
 from longtake.training.models.memory.retrieval import Video, whole_groups
+from longtake.training.models.memory.tokens import repeated
 
 _AGAINST = (*FLOW, Against("the next segment", "psnr_next", "repeating the last frame", "psnr_next_copy_last"))
 

@@ -11,7 +11,7 @@ from longtake.datasets.loader.streams import Lengths
 from longtake.training import data as common
 from longtake.training.data import HELDOUT
 from longtake.training.models.memory.config import MemoryConfig
-from longtake.training.models.memory.dit import MemoryDiTConfig
+from longtake.training.models.memory.dit_config import MemoryDiTConfig
 
 
 class Data(NamedTuple):
@@ -125,7 +125,7 @@ def told(dit: MemoryDiTConfig, data: Data) -> str:
     """How many tokens stand for how much history."""
     height, width, steps = *data.shape[1:], data.history
     count, seconds = dit.tokens((steps // dit.group * dit.group, height, width)), steps * data.made.factor / data.fps
-    how = ", ".join(dit.rates) if dit.memory in ("encoder", "patchify") else dit.memory
+    how = ", ".join(dit.rates) if dit.variant.rated else dit.memory
     return (
         f"memory ({how}): {seconds:.4g} s of history, {steps} steps of {height}x{width} latents, are {count} tokens,"
         f" {count / seconds:.4g} a second"

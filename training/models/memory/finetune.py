@@ -30,7 +30,8 @@ from longtake.training.models.memory import continuation
 from longtake.training.models.memory.config import MemoryConfig, check
 from longtake.training.models.memory.continuation import Clips, Continuing
 from longtake.training.models.memory.data import videos_of
-from longtake.training.models.memory.dit import MemoryDiT, MemoryDiTConfig
+from longtake.training.models.memory.dit import MemoryDiT
+from longtake.training.models.memory.dit_config import MemoryDiTConfig
 from longtake.training.models.memory.history import (
     Given,
     corrupted,

@@ -32,9 +32,10 @@ from longtake.datasets.loader.streams import Lengths
 from longtake.training.models.common import flow
 from longtake.training.models.common.codec import Codec, Posterior
 from longtake.training.models.common.condition import Condition
-from longtake.training.models.memory.dit import MemoryDiT, MemoryDiTConfig
-from longtake.training.models.memory.encoder import Memory
+from longtake.training.models.memory.dit import MemoryDiT
+from longtake.training.models.memory.dit_config import MemoryDiTConfig
 from longtake.training.models.memory.latents import Steps, some
+from longtake.training.models.memory.tokens import Memory
 
 _CHUNK = 32  # frames on the device at once
 
@@ -178,13 +179,13 @@ def given_of(steps: Steps, segment: int, behind: Tensor, config: MemoryDiTConfig
     known = most - (torch.zeros_like(behind) if steps.skip is None else steps.skip)
     late = torch.minimum(behind % config.group, known)
     held = (known - late) // config.group * config.group
-    if config.memory == "none":
+    if config.variant.empty:
         held = torch.zeros_like(held)
     beside = torch.where(held > 0, late.clamp(min=config.window), max(config.window, config.group - 1))
     window = torch.minimum(known, beside)
     wide = int(window.max())
     memory = None
-    if config.memory != "none":
+    if not config.variant.empty:
         memory = steps.ending(most, late, _reach(config, most, held), held)
     there = torch.arange(wide + segment, device=window.device) >= (wide - window)[:, None]
     part = steps.high[:, :, most - wide :]
@@ -205,7 +206,7 @@ def whole_of(steps: Steps, behind: Tensor, config: MemoryDiTConfig) -> Steps:
 def _reach(config: MemoryDiTConfig, most: int, held: Tensor) -> int:
     """How many steps a memory is made of, where samples have `held` `(B,)` of `most`."""
     # a packed one has other layers for older steps, which all ranks must call: ZeRO-3 gathers their weights together
-    return max(config.group, most if config.memory == "framepack" else int(held.max()))
+    return max(config.group, int(held.max()) if config.variant.joins else most)
 
 
 def full_tokens(patch: int, batch: Mapping[str, Any]) -> int:

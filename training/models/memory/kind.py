@@ -7,7 +7,8 @@ from typing import Any
 import numpy as np
 
 from longtake.training.models.kind import Kind
-from longtake.training.models.memory.dit import MemoryDiT, MemoryDiTConfig
+from longtake.training.models.memory.dit import MemoryDiT
+from longtake.training.models.memory.dit_config import MemoryDiTConfig
 from longtake.training.models.memory.prior import ACCEPTS, generator_of, load_prior
 from longtake.training.models.memory.recall import recall_each
 

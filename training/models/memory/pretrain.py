@@ -26,7 +26,8 @@ from longtake.training.models.common.condition import of_batch
 from longtake.training.models.memory import retrieval
 from longtake.training.models.memory.config import MemoryConfig, check
 from longtake.training.models.memory.data import videos_of
-from longtake.training.models.memory.dit import MemoryDiT, MemoryDiTConfig
+from longtake.training.models.memory.dit import MemoryDiT
+from longtake.training.models.memory.dit_config import MemoryDiTConfig
 from longtake.training.models.memory.history import (
     draw_omega,
     lengths_of,
@@ -52,6 +53,7 @@ from longtake.training.models.memory.shared import (
     objective_of,
     prepare,
 )
+from longtake.training.models.memory.variants import VARIANTS
 from longtake.training.objective import Batch, Engines, Objective, Terms, Turn
 
 __all__ = ["MODEL", "announce", "check", "counts", "loader", "prepare"]  # of the stage, beside what is here
@@ -88,7 +90,7 @@ class Config(MemoryConfig):
 
     @model_validator(mode="after")
     def _remembers(self) -> "Config":
-        if (self.model or {}).get("memory") == "none":
+        if VARIANTS[(self.model or {}).get("memory", "encoder")].empty:
             raise ValueError("model: memory none has nothing to retrieve from; choose encoder, patchify or framepack")
         return self
 

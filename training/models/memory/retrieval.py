@@ -25,9 +25,9 @@ from longtake.training.models.common.codec import Codec
 from longtake.training.models.common.condition import Condition
 from longtake.training.models.common.video import video_file
 from longtake.training.models.memory.dit import MemoryDiT
-from longtake.training.models.memory.encoder import repeated
 from longtake.training.models.memory.history import encoded, remembered, retrieve
 from longtake.training.models.memory.latents import Steps
+from longtake.training.models.memory.tokens import repeated
 
 _SHOWN = 4  # clips in the video to look at
 FIGURES = ("psnr", "ssim", "psnr_bound", "ssim_bound", "psnr_copy_last", "psnr_copy_nearest", "tokens")

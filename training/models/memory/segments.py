@@ -33,7 +33,7 @@ from longtake.training.models.common.flow import euler, guided, interpolate
 from longtake.training.models.common.streaming import Past
 from longtake.training.models.generator import Settings
 from longtake.training.models.memory.dit import MemoryDiT
-from longtake.training.models.memory.encoder import Memory, cropped, repeated
+from longtake.training.models.memory.tokens import Memory, cropped, repeated
 
 Story = Sequence[tuple[int, Condition]]  # from which new step on, and what each video is asked to be
 _Made = TypeVar("_Made")

@@ -90,7 +90,7 @@ def facts_of(config: MemoryConfig, setup: Setup, lineage: Mapping[str, Any]) -> 
         "size": list(known.size()),
     }
     return {
-        "rates": list(dit.rates) if dit.memory in ("encoder", "patchify") else [],
+        "rates": list(dit.rates) if dit.variant.rated else [],
         "vae": made_of["vae"] | {"encoder": known.made.encoder["digest"]},
         "latents": made_of["latents"],
         "low_latents": made_of["low_latents"] | {"shrink": list(known.low.shrink)} if known.low else None,

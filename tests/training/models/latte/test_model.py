@@ -262,7 +262,7 @@ def test_statistics_travel_with_the_weights_and_normalising_inverts():
 @pytest.mark.parametrize("cast", [lambda m: m.bfloat16(), lambda m: m.half(), lambda m: m.to("cpu", torch.bfloat16)])
 def test_statistics_stay_whole_whatever_the_weights_are_cast_to(cast: Any) -> None:
     from longtake.training.models.memory.dit import MemoryDiT
-    from longtake.training.models.memory.dit import config_from_preset as memory_config
+    from longtake.training.models.memory.dit_config import config_from_preset as memory_config
 
     mean, std = torch.linspace(20, 30, 4) + 1 / 3, torch.full((4,), 1 / 3)
     latte = Latte(config_from_preset("latte_tiny", channels=4))

@@ -19,8 +19,9 @@ from longtake.training.models.common.flow import training_loss
 from longtake.training.models.common.rotary import CrossAttention, grid_positions, rotated, rotation
 from longtake.training.models.common.streaming import Past
 from longtake.training.models.memory.adapter import attach_memory
-from longtake.training.models.memory.dit import PRESETS, MemoryDiT, MemoryDiTConfig, config_from_preset
-from longtake.training.models.memory.encoder import Memory, cropped, joined
+from longtake.training.models.memory.dit import MemoryDiT
+from longtake.training.models.memory.dit_config import PRESETS, MemoryDiTConfig, config_from_preset
+from longtake.training.models.memory.tokens import Memory, cropped, joined
 from longtake.training.registry import disk
 
 pytestmark = pytest.mark.usefixtures("one_thread")

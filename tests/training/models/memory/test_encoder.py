@@ -7,17 +7,9 @@ import torch
 from torch import Tensor, nn
 
 from longtake.training.models.common.streaming import Past
-from longtake.training.models.memory.encoder import (
-    FRAMEPACK,
-    Encoder,
-    FramePack,
-    Memory,
-    Patchify,
-    cropped,
-    joined,
-    parse_rate,
-    tokens_of,
-)
+from longtake.training.models.memory.baselines import FRAMEPACK, FramePack, Patchify
+from longtake.training.models.memory.encoder import Encoder
+from longtake.training.models.memory.tokens import Memory, cropped, joined, parse_rate, tokens_of
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from longtake.training.models.common import flow
 from longtake.training.models.memory import segments
-from longtake.training.models.memory.dit import MemoryDiT, config_from_preset
-from longtake.training.models.memory.encoder import Memory
+from longtake.training.models.memory.dit import MemoryDiT
+from longtake.training.models.memory.dit_config import config_from_preset
 from longtake.training.models.memory.history import (
     draw_omega,
     given_of,
@@ -27,6 +27,7 @@ from longtake.training.models.memory.history import (
     whole_of,
 )
 from longtake.training.models.memory.latents import Steps, picked
+from longtake.training.models.memory.tokens import Memory
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -29,7 +29,8 @@ from longtake.training.models.memory import retrieval
 from longtake.training.models.memory.base import begin
 from longtake.training.models.memory.config import MemoryConfig
 from longtake.training.models.memory.data import Data, data_of, loader_of, told, videos_of
-from longtake.training.models.memory.dit import MemoryDiT, config_from_preset
+from longtake.training.models.memory.dit import MemoryDiT
+from longtake.training.models.memory.dit_config import config_from_preset
 from longtake.training.models.memory.history import full_tokens, remembered, steps_of, with_history
 from longtake.training.models.memory.latents import Steps, picked
 from longtake.training.models.memory.pretrain import Config, check

@@ -18,9 +18,10 @@ from longtake.datasets.loader import to_pixels
 from longtake.training.models.common.condition import of_classes
 from longtake.training.models.generator import Settings
 from longtake.training.models.memory import segments
-from longtake.training.models.memory.dit import MemoryDiT, MemoryDiTConfig
-from longtake.training.models.memory.encoder import Memory
+from longtake.training.models.memory.dit import MemoryDiT
+from longtake.training.models.memory.dit_config import MemoryDiTConfig
 from longtake.training.models.memory.segments import History, generate
+from longtake.training.models.memory.tokens import Memory
 from longtake.training.models.pv_vae.model import PVVAE, config_from_preset
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -1,0 +1,127 @@
+"""The numbers of a `memory_dit`, and its presets."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, model_validator
+
+from longtake.training.models.memory.tokens import parse_rate
+from longtake.training.models.memory.variants import VARIANTS, Variant
+
+# fmt: off
+PRESETS: dict[str, dict[str, Any]] = {  # parameters with 64 channels, patch 1, no classes, one encoder at 4x4x2
+    "memory_dit_xl":   dict(depth=28, width=1152, heads=16),  # 678M, 4.6M of them the encoder's
+    "memory_dit_l":    dict(depth=24, width=1024, heads=16),  # 461M
+    "memory_dit_b":    dict(depth=12, width=768,  heads=12),  # 134M
+    "memory_dit_s":    dict(depth=12, width=384,  heads=6),   # 37M
+    "memory_dit_tiny": dict(depth=4,  width=128,  heads=4, memory_widths=(32, 64, 128, 256)),  # 2.3M
+}
+# fmt: on
+
+
+class MemoryDiTConfig(BaseModel):
+    """The numbers of one model. "Assumption" marks what the paper does not say.
+
+    depth, width, heads   of the transformer; a head's width must be even, 6 at least
+    channels        of the latents
+    patch           positions a side that make one token, a power of two
+    mlp_ratio       hidden width of the MLPs over `width`
+    classes         known class ids are 0..classes-1; 0 is an unconditional model
+    label_dropout   probability that training hides a class, for guidance [assumption: 0.1]
+    memory          encoder: φ; patchify: one linear map at the rate; framepack: `memory.FRAMEPACK`; none
+    rates           of the encoders or patchifiers, HxWxT over the token grid; their tokens are concatenated
+    branches        of the encoders: both, or one alone for comparison
+    memory_widths   of an encoder's convolutions [paper: 64, 128, 256, 512]
+    memory_heads    of its attention [assumption: 8]
+    cross_attention every block also attends to the encoders' last hidden states
+    history         steps that the memory reaches back, at most
+    shape           (T, H, W) of a segment in latents, which generation makes at a time
+    window          clean steps beside the memory [paper: 3]
+    history_noise   most noise, as a time of the flow, that its history had in training; it is told how much
+    activation_checkpointing   recompute blocks and convolutions in the backward pass: less memory, more time
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    depth: PositiveInt
+    width: PositiveInt
+    heads: PositiveInt
+    channels: PositiveInt = 64
+    patch: PositiveInt = 1
+    mlp_ratio: PositiveInt = 4
+    classes: NonNegativeInt = 0
+    label_dropout: float = Field(0.1, ge=0, le=1)
+    memory: Literal["encoder", "patchify", "framepack", "none"] = "encoder"
+    rates: tuple[str, ...] = Field(("4x4x2",), min_length=1)
+    branches: Literal["both", "high", "low"] = "both"
+    memory_widths: tuple[PositiveInt, ...] = Field((64, 128, 256, 512), min_length=1)
+    memory_heads: PositiveInt = 8
+    cross_attention: bool = False
+    history: NonNegativeInt = 120
+    shape: tuple[PositiveInt, PositiveInt, PositiveInt] | None = None
+    window: NonNegativeInt = 3
+    history_noise: float = Field(0.0, ge=0, lt=1)
+    activation_checkpointing: bool = False
+
+    @model_validator(mode="after")
+    def _fits(self) -> MemoryDiTConfig:
+        if self.width % self.heads or self.width // self.heads % 2 or self.width // self.heads < 6:
+            raise ValueError(f"width is {self.width}; divided by heads, {self.heads}, it must be even and 6 at least")
+        if self.patch & (self.patch - 1):
+            raise ValueError(f"patch is {self.patch}; it must be a power of two")
+        if self.shape and (self.shape[1] % self.patch or self.shape[2] % self.patch):
+            raise ValueError(f"shape: {self.shape[1]}x{self.shape[2]} is no multiple of patch {self.patch}")
+        if len({parse_rate(rate) for rate in self.rates}) < len(self.rates):
+            raise ValueError(f"rates: {', '.join(self.rates)} has one twice")
+        if self.memory_widths[-1] % self.memory_heads:
+            raise ValueError(
+                f"memory_widths end with {self.memory_widths[-1]}, no multiple of {self.memory_heads} heads"
+            )
+        self._reaches()
+        if self.cross_attention and (self.memory != "encoder" or self.branches == "low"):
+            raise ValueError("cross_attention: needs memory: encoder with its high branch, whose states it reads")
+        return self
+
+    def _reaches(self) -> None:
+        """A segment and a history have one token of the memory at least."""
+        if not self.variant.empty and self.history < self.group:
+            raise ValueError(f"history is {self.history} steps; one token of the memory stands for {self.group}")
+        if not self.shape or not self.variant.rated:
+            return
+        _, height, width = self.shape
+        for rows, columns, _ in map(parse_rate, self.rates):
+            if self.patch * rows > height or self.patch * columns > width:
+                raise ValueError(
+                    f"rates: one token of the memory stands for {self.patch * rows}x{self.patch * columns}, frames are"
+                    f" {height}x{width}"
+                )
+
+    @property
+    def variant(self) -> Variant:
+        """What its memory is."""
+        return VARIANTS[self.memory]
+
+    @property
+    def shrink(self) -> tuple[int, int] | None:
+        """What videos are scaled down by (height, width) before they are encoded as `low`; None where that is not read."""
+        if not self.variant.low or self.branches == "high":
+            return None
+        rates = [parse_rate(rate) for rate in self.rates]
+        return min(rate[0] for rate in rates), min(rate[1] for rate in rates)
+
+    @property
+    def group(self) -> int:
+        """Latents of a group: histories, and pieces of them, are whole groups."""
+        return max(parse_rate(rate)[2] for rate in self.rates) if self.variant.rated else 1
+
+    def tokens(self, shape: tuple[int, int, int]) -> int:
+        """How many tokens the memory of a history of `shape` (T, H, W) latents has."""
+        return self.variant.tokens(self, shape)
+
+
+def config_from_preset(preset: str, **overrides: Any) -> MemoryDiTConfig:
+    """The preset's config with some fields replaced. ValueError for an unknown preset or field."""
+    if preset not in PRESETS:
+        raise ValueError(f"unknown preset {preset!r}; choose one of: {', '.join(PRESETS)}")
+    return MemoryDiTConfig(**PRESETS[preset] | overrides)
