@@ -37,6 +37,7 @@ from longtake.infra.upkeep.debris import (
     run_of,
     size,
 )
+from longtake.training.config import TrainConfig
 from longtake.training.registry.uri import parse
 
 KINDS = ("checkpoints", "latents", "debris", "cache")
@@ -150,7 +151,8 @@ def _checkpoints(nodes: list[Node], store: Runs, past: list[Past]) -> Found:
     by_id = {run.id: run for run in ours}
     current = {node.fingerprint for node in nodes}
     # a folder that the recipe names may serve several runs, one after the other
-    named = {Path(c) for node in nodes if (c := getattr(node.config, "checkpoints", None))}
+    trained = [node.config.run for node in nodes if isinstance(node.config, TrainConfig)]
+    named = {Path(run.checkpoints) for run in trained if run.checkpoints}
     default = {Path(run.output) / "checkpoints" for run in ours if storage.is_local(run.output)}
     for folder in sorted(named | default):
         if not folder.is_dir() or is_link(folder):

@@ -185,7 +185,7 @@ def test_captions_and_labels_that_change_reach_loaders_and_views_and_no_tar(
         assert labels.items() <= {source: label for source, (label, _) in read().items()}.items()
     assert sorted(read().values(), key=str) == sorted(now, key=str)
     assert list(layout_problems(str(out))) == []
-    view = curate.Config(kind="curate", dataset="x", balance={"by": "label", "weights": True})
+    view = curate.Config(kind="curate", dataset="x", balance={"weights": True})
     assert curate.run(view, {"dataset": str(out)}, str(tmp_path / "view"))["metrics"]["clips_kept"] > 0
 
 

@@ -398,7 +398,8 @@ def test_what_comes_next_is_compared_with_the_last_frame_repeated(
     calls = []
 
     def generate(model: Any, vae: Any, steps: int, seeds: list[int], *, start: Any, story: Any, settings: Any) -> Any:
-        calls.append((seeds, None if start is None else start.shape[2], story, settings.guidance))
+        told = [(at, condition.classes.tolist()) for at, condition in story]
+        calls.append((seeds, None if start is None else start.shape[2], told, settings.guidance))
         true = pixels[:, :, -9:].permute(0, 2, 3, 4, 1).numpy().repeat(len(seeds), 0)
         # off by 51 of 255, and what comes later does not count
         yield np.concatenate([true if seeds[0] != 2 else np.where(true > 127, true - 51, true + 51), true[:, :3]], 1)
