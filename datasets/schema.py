@@ -1,4 +1,4 @@
-"""The pyarrow schemas of everything tabular in a dataset. Layout and meaning: see the README's "The dataset on disk"."""
+"""The pyarrow schemas of everything tabular in a dataset. Layout and meaning: see README.md beside this file."""
 
 import pyarrow as pa
 

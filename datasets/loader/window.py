@@ -1,6 +1,6 @@
 """One sample to what a training step sees of it: a window of its clip, the same in every column, and what came before.
 
-The window is drawn from the sample's own random numbers; see the README's "Reading a dataset" for what each column gives.
+The window is drawn from the sample's own random numbers; see datasets/README.md for what each column gives.
 """
 
 import zlib
