@@ -70,6 +70,20 @@ def decoded(
         raise Failure(f"{name}: has no frame; run `longtake dataset verify`")
 
 
+def fitted(
+    mp4: bytes | memoryview,
+    clip_size: tuple[int, int],
+    frames: Sequence[int],
+    size: tuple[int, int],
+    name: str,
+    place: float = 0.5,
+) -> Iterator[np.ndarray]:
+    """Chosen frames of a clip of `clip_size`, scaled to cover `size` and cropped (see `crop`), a frame (H, W, 3) at a time."""
+    scaled = covering_size(clip_size, size)
+    for frame in decoded(mp4, frames, None if scaled == clip_size else scaled, name):
+        yield crop(frame[None], size, place)[0]
+
+
 def frame_difference(video: np.ndarray, factor: int) -> np.ndarray:
     """|x_t - x_{t-1}| of a clip as shown, after averaging boxes of `factor` x `factor` pixels.
 
