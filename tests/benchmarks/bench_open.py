@@ -136,7 +136,7 @@ def measure(dataset: str, kind: str, profile: bool) -> dict[str, float]:
     state = loader.state_dict() | {"taken": loader.batches_per_epoch // 2}
     # as a new process would: nothing of the epoch is known
     plan._epochs.clear()
-    plan.split.base._seen.clear()
+    plan.split.base._tables.clear()
     begun = time.perf_counter()
     loader.load_state_dict(state)
     out["resume"] = time.perf_counter() - begun + samples(state["taken"])
