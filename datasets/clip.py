@@ -10,10 +10,11 @@ import zstandard
 from longtake.datasets import media
 from longtake.datasets.errors import Failure
 
+Bytes = bytes | memoryview
+Size = tuple[int, int]  # (height, width)
 
-def decode(
-    mp4: bytes, frames: Sequence[int] | None = None, size: tuple[int, int] | None = None, name: str = "clip"
-) -> np.ndarray:
+
+def decode(mp4: Bytes, frames: Sequence[int] | None = None, size: Size | None = None, name: str = "clip") -> np.ndarray:
     """Decode chosen frames of a clip, or all of them, with one thread.
 
     PyAV rather than decord, which failed on clips 48 pixels wide and took more CPU at every size that was measured.
@@ -34,10 +35,7 @@ def decode(
 
 
 def decoded(
-    mp4: bytes | memoryview,
-    frames: Sequence[int] | None = None,
-    size: tuple[int, int] | None = None,
-    name: str = "clip",
+    mp4: Bytes, frames: Sequence[int] | None = None, size: Size | None = None, name: str = "clip"
 ) -> Iterator[np.ndarray]:
     """The frames of `decode`, (H, W, 3) uint8, one at a time."""
     import av
@@ -71,12 +69,7 @@ def decoded(
 
 
 def fitted(
-    mp4: bytes | memoryview,
-    clip_size: tuple[int, int],
-    frames: Sequence[int],
-    size: tuple[int, int],
-    name: str,
-    place: float = 0.5,
+    mp4: Bytes, clip_size: Size, frames: Sequence[int], size: Size, name: str, place: float = 0.5
 ) -> Iterator[np.ndarray]:
     """Chosen frames of a clip of `clip_size`, scaled to cover `size` and cropped (see `crop`), a frame (H, W, 3) at a time."""
     scaled = covering_size(clip_size, size)
@@ -121,7 +114,7 @@ def pack_array(array: np.ndarray) -> bytes:
     return zstandard.ZstdCompressor(level=1).compress(buffer.getvalue())
 
 
-def unpack_array(data: bytes | memoryview, name: str = "array", max_bytes: int = 1 << 32) -> np.ndarray:
+def unpack_array(data: Bytes, name: str = "array", max_bytes: int = 1 << 32) -> np.ndarray:
     """Read a `.npy.zst` member. Raises Failure where it is damaged or has more than `max_bytes` decompressed."""
     try:
         # decompress() trusts the size in the header and ignores its own bound where there is one
@@ -133,7 +126,7 @@ def unpack_array(data: bytes | memoryview, name: str = "array", max_bytes: int =
         raise Failure(f"{name}: damaged ({e}); delete the column's index and run its stage again") from e
 
 
-def crop(video: np.ndarray, size: tuple[int, int], place: float = 0.5) -> np.ndarray:
+def crop(video: np.ndarray, size: Size, place: float = 0.5) -> np.ndarray:
     """The part of (T, H, W, 3) with the aspect ratio of `size`; `place` 0 is the left or top, 1 the right or bottom."""
     h, w = video.shape[1:3]
     target_h, target_w = min(h, w * size[0] // size[1]), min(w, h * size[1] // size[0])
@@ -141,7 +134,7 @@ def crop(video: np.ndarray, size: tuple[int, int], place: float = 0.5) -> np.nda
     return video[:, top : top + target_h, left : left + target_w]
 
 
-def covering_size(clip: tuple[int, int], size: tuple[int, int]) -> tuple[int, int]:
+def covering_size(clip: Size, size: Size) -> Size:
     """The smallest (height, width) with the clip's aspect ratio that covers `size`."""
     scale = max(size[0] / clip[0], size[1] / clip[1])
     return max(size[0], round(clip[0] * scale)), max(size[1], round(clip[1] * scale))

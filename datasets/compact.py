@@ -194,8 +194,8 @@ def open_split(
     try:
         if compact := _read_compact(dataset, split, column):
             shards, facts, notes = compact
-            whole = notes["whole"] and notes["plans"] == index.table_names(storage.join(dataset, "plan"))
-            if whole or shards["name"].to_pylist() == index.shard_names(dataset, split, column):
+            complete = notes["whole"] and notes["plans"] == index.table_names(storage.join(dataset, "plan"))
+            if complete or shards["name"].to_pylist() == index.shard_names(dataset, split, column):
                 local = _local(dataset, split, column, notes, cache)
                 return _relabelled(_rows(dataset, split, shards, local), facts, column)
             raise Failure(f"{storage.join(dataset, _FOLDER)}: the {split} indexes are not those that were folded in")

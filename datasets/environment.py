@@ -151,4 +151,4 @@ def _shorten_ray_folder() -> None:
             " set RAY_TMPDIR to a shorter folder"
         )
     os.environ["RAY_TMPDIR"] = str(short)
-    print(f"Ray: {folder} is too long for its sockets; they lie in {short} (RAY_TMPDIR)", file=sys.stderr)
+    print(f"Ray: {folder} is too long for its sockets; they are in {short} (RAY_TMPDIR)", file=sys.stderr)

@@ -275,11 +275,11 @@ def alive(pid: str) -> bool:
     return True
 
 
-def retrying(what: str, action: Callable[[], Any], attempts: int = 5, first_wait: float = 0.5) -> Any:
+def retrying(label: str, action: Callable[[], Any], attempts: int = 5, first_wait: float = 0.5) -> Any:
     """Call `action` again after passing faults of the network, waiting about twice as long each time.
 
     A lasting fault (missing, there already, forbidden, a full disk) is raised at once, an HTTP server's as the error that a
-    local file would raise. The fault of the last attempt is raised as Failure naming `what`.
+    local file would raise. The fault of the last attempt is raised as Failure naming `label`.
     """
     for attempt in range(attempts):
         try:
@@ -289,12 +289,12 @@ def retrying(what: str, action: Callable[[], Any], attempts: int = 5, first_wait
             if refusal := _refusal(e):
                 raise refusal from e
             if type(e).__name__ in _NO_CREDENTIALS:
-                raise Failure(f"{what}: {e}; give this machine the store's credentials") from e
+                raise Failure(f"{label}: {e}; give this machine the store's credentials") from e
             lasting = isinstance(e, _ANSWERS) or getattr(e, "errno", None) in _LASTING
             if lasting or not (isinstance(e, OSError) or of_network(e)):
                 raise
             if attempt == attempts - 1:
-                raise Failure(f"{what}: {e} (gave up after {attempts} attempts)") from e
+                raise Failure(f"{label}: {e} (gave up after {attempts} attempts)") from e
             # at random, so that a thousand processes refused at once do not return at once
             time.sleep(first_wait * 2**attempt * random.SystemRandom().uniform(0.5, 1.5))
 

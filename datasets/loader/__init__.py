@@ -127,8 +127,9 @@ class Loader(Stream):
         selection = select(base, facts, view, shapes, latent_facts, "video" in names)
         opened.check_windows(lengths, stride, histories)
         if histories:
-            window_latents = 1 + (lengths[0] - 1) // factor_of(opened.latents[0])
-            selection = in_streams(selection, opened.latents[0], window_latents, histories, shuffle)
+            latents = opened.rows[next(iter(opened.latent_facts))]
+            window_latents = 1 + (lengths[0] - 1) // factor_of(latents)
+            selection = in_streams(selection, latents, window_latents, histories, shuffle)
             often = None if selection.weights is None else selection.weights[selection.keep]
             self._history_mean = partial(histories.mean, selection.stream_latents, window_latents, weights=often)
         elif history_least:
@@ -150,17 +151,9 @@ class Loader(Stream):
         self.batches_per_epoch, self.batch = sum(counts), batch
         self.samples_left_out = sum(max(0, b.samples - n * b.batch) for b, n in zip(buckets, counts, strict=True))
         self.classes = classes(base, facts, cache) if "label" in names else []
-        plan = Batches(
-            split=Split(base, opened.rows, names, Reader(cache), self.classes),
-            buckets=buckets,
-            counts=counts,
-            seed=seed,
-            shuffle=shuffle,
-            rank=rank,
-            world=world,
-            remote=not storage.is_local(dataset),
-            skip=unreadable == "skip",
-        )
+        split_columns = Split(base, opened.rows, names, Reader(cache), self.classes)
+        remote, skip = not storage.is_local(dataset), unreadable == "skip"
+        plan = Batches(split_columns, buckets, counts, seed, shuffle, rank, world, remote, skip)
 
         # what a state must agree with; settings that came later count only where they are set, so that old states fit
         digests = [base.digest, selection.view_digest, *(rows.digest for rows in opened.rows.values())]

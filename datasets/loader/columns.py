@@ -25,10 +25,6 @@ class Columns:
     rows: Mapping[str, Rows]  # of cache columns
     latent_facts: Mapping[str, pa.Table]  # `compact.FACTS` of columns of latents
 
-    @property
-    def latents(self) -> list[Rows]:
-        return [self.rows[name] for name in self.latent_facts]
-
     def check_windows(self, lengths: Sequence[int], stride: int, histories: streams.Lengths | None) -> None:
         """Check that the columns have windows of these numbers of frames.
 
@@ -60,7 +56,11 @@ class Columns:
 
 def by_name(columns: Sequence[str] | Mapping[str, str]) -> dict[str, str]:
     """Columns by the names that batches have them under. Raises UserError for an unknown column, or a name that it cannot have."""
-    pairs = list(columns.items()) if isinstance(columns, Mapping) else [(_kind(column), column) for column in columns]
+    pairs = (
+        list(columns.items())
+        if isinstance(columns, Mapping)
+        else [("latent" if c.startswith(_LATENT) else c, c) for c in columns]
+    )
     listed = [column for _, column in pairs]
     if unknown := {c for c in listed if c not in COLUMNS and not c.startswith(_LATENT)}:
         raise UserError(f"columns: unknown {', '.join(sorted(unknown))}; there are {', '.join(COLUMNS)}")
@@ -101,11 +101,6 @@ def classes(base: Rows, facts: pa.Table, cache: Cache | None) -> list[str]:
     if not labels:
         raise UserError(f"{base.dataset}: no clip has a label; give the manifest a `label` column")
     return sorted(labels)
-
-
-def _kind(column: str) -> str:
-    """The name of a column where the caller gives none."""
-    return "latent" if column.startswith(_LATENT) else column
 
 
 def _open(base: Rows, column: str, cache: Cache | None) -> tuple[Rows, pa.Table]:

@@ -12,14 +12,14 @@ from longtake.datasets.loader.workers import Plan, Stream
 class Mixture(Stream):
     """Whole batches of several endless loaders in turn, each with its share of the batches, exact in every 1000.
 
-    A batch is that of its loader, and `part`: the loader's name. Each loader keeps its own epochs. Images beside
-    videos are a loader of windows of one frame.
+    A batch is its loader's, with the loader's name as `part`. Each loader keeps its own epochs. To mix images and videos,
+    read the images with a loader of windows of one frame.
 
     Args:
         parts: `{name: (loader, weight)}`, the loaders made for the same rank and world.
 
     Raises:
-        UserError: a weight that is not above 0, or too small for a batch in 1000; loaders of several ranks, or not endless.
+        UserError: a weight is not above 0, or too small for a batch in 1000; the loaders have several ranks, or an end.
     """
 
     def __init__(self, parts: Mapping[str, tuple[Stream, float]], *, seed: int = 0, workers: int = 0) -> None:

@@ -25,14 +25,14 @@ Last = Literal["drop", "pad"]
 
 @dataclass(frozen=True)
 class Epoch:
-    """The order of one epoch of S shards: which block a position is in, and what a block needs to be shuffled."""
+    """The order of one epoch of S shards, of which several make a block; a block is shuffled when it is needed."""
 
     sizes: np.ndarray  # (S,) samples in each shard
     starts: np.ndarray  # (S,) number of each shard's first sample
-    shards: np.ndarray  # (S,) in the order in which they are read
-    ends: np.ndarray  # position after each block of them
-    block: int
-    seed: tuple[int, int] | None  # None: in the order on disk
+    shards: np.ndarray  # those with samples, in the order in which they are read
+    ends: np.ndarray  # the position after each block
+    block: int  # shards in a block
+    seed: tuple[int, int] | None  # (seed, epoch); None: in the order on disk
 
     def samples(self, positions: np.ndarray) -> np.ndarray:
         """(P,) numbers of the samples at these positions of the epoch."""

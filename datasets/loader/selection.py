@@ -89,15 +89,15 @@ def in_streams(
         UserError: no stream is in the view, or long enough.
     """
     totals, firsts = streams.totals(latents), streams.firsts(latents)
-    keep, mixed_streams = _split_off(selection.keep, np.isin(firsts, firsts[~selection.in_view]))
-    if mixed_streams and not keep.any():
+    keep, mixed = _split_off(selection.keep, np.isin(firsts, firsts[~selection.in_view]))
+    if mixed and not keep.any():
         raise UserError(
             f"{selection.where}: every stream of latents has clips that the view leaves out; encode them with this view"
         )
 
     longest = int(totals[keep].max(initial=0))
-    keep, without_history = _split_off(keep, totals < histories.least + window)
-    if without_history and not keep.any():
+    keep, short = _split_off(keep, totals < histories.least + window)
+    if short and not keep.any():
         raise UserError(
             f"{selection.where}: no stream of latents has {histories.least} steps of history and {window} of a window,"
             f" the longest {longest} in all; lower the seconds of history, or encode clips in longer streams, with"
@@ -108,14 +108,8 @@ def in_streams(
         rows = np.flatnonzero(keep)
         keep = np.zeros_like(keep)
         keep[rows[np.unique(firsts[rows], return_index=True)[1]]] = True
-    return replace(
-        selection,
-        keep=keep,
-        mixed_streams=mixed_streams,
-        without_history=without_history,
-        stream_latents=totals[keep],
-        longest_stream=longest,
-    )
+    selection = replace(selection, keep=keep, mixed_streams=mixed, without_history=short)
+    return replace(selection, stream_latents=totals[keep], longest_stream=longest)
 
 
 def _split_off(keep: np.ndarray, out: np.ndarray) -> tuple[np.ndarray, int]:

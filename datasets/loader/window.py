@@ -23,31 +23,25 @@ from longtake.datasets.shard import described
 
 @dataclass(frozen=True)
 class Window:
-    """What to take of a clip: T frames, every `stride`-th, at (height, width), and where on the longer side.
+    """A window of a clip and its history."""
 
-    `clip_starts` is the probability that a window is a clip's first one; None draws all of them alike.
-    """
-
-    frames: int
-    stride: int
-    size: tuple[int, int]
-    random_crop: bool
+    frames: int  # T
+    stride: int  # take every `stride`-th frame
+    size: tuple[int, int]  # (height, width)
+    random_crop: bool  # along the longer side; else in the middle
     history_seconds: float = 0.0
-    clip_starts: float | None = None
-    lengths: Lengths | None = None
+    clip_starts: float | None = None  # probability that a window starts its clip; None: all starts are equally likely
+    lengths: Lengths | None = None  # of histories in streams of latents
 
 
 @dataclass(frozen=True)
 class Sample:
-    """A row of the index by its shard and number there, and what its random draws are made of.
-
-    `chance` is (seed, epoch, copy), None without draws; `batch` is the number of the sample's global batch.
-    """
+    """A row of the index in an epoch."""
 
     shard: int
-    row: int
-    chance: tuple[int, int, int] | None
-    batch: int = 0
+    row: int  # in the shard
+    chance: tuple[int, int, int] | None  # (seed, epoch, copy), of which random numbers are made; None: draw nothing
+    batch: int = 0  # number of its global batch
 
 
 class Split:
@@ -198,12 +192,12 @@ def _history(
     before = list(pasts(split.base, sample.shard, sample.row, window.history_seconds))
 
     if "video" in split.names:
-        wanted = start - window.stride * np.arange(round(window.history_seconds * row["fps"] / window.stride), 0, -1)
+        frames = start - window.stride * np.arange(round(window.history_seconds * row["fps"] / window.stride), 0, -1)
         parts = [
-            _video(split, sample.shard, past, inside.tolist(), window.size, place)
-            for past, inside in _inside(wanted, [(past, past["frame_count"]) for _, past in before])
+            _video(split, sample.shard, past, numbers.tolist(), window.size, place)
+            for past, numbers in _by_clip(frames, [(past, past["frame_count"]) for _, past in before])
         ]
-        room = np.zeros((3, len(wanted), *window.size), np.uint8)
+        room = np.zeros((3, len(frames), *window.size), np.uint8)
         out["history_video"], out["history_frames"] = _at_end(room, parts, 1)
 
     if split.latents:
@@ -213,15 +207,15 @@ def _history(
         for rows in clips:
             split.check_alike(sample.shard, rows)
         factor = clips[0][0]["factor"]
-        wanted = start // factor - np.arange(round(window.history_seconds * row["fps"] / factor), 0, -1)
-        pieces = _inside(wanted, [(rows, rows[0]["steps"]) for rows in clips])
-        for number, column in enumerate(split.latents):
+        latents = start // factor - np.arange(round(window.history_seconds * row["fps"] / factor), 0, -1)
+        pieces = _by_clip(latents, [(rows, rows[0]["steps"]) for rows in clips])
+        for n, column in enumerate(split.latents):
             parts = [
-                _latents(split, column, sample.shard, rows[number], int(inside[0]), len(inside))
-                for rows, inside in pieces
+                _latents(split, column, sample.shard, rows[n], int(numbers[0]), len(numbers))
+                for rows, numbers in pieces
             ]
-            cached = clips[0][number]
-            shape = (len(wanted), 2, cached["channels"], cached["height"], cached["width"])
+            cached = clips[0][n]
+            shape = (len(latents), 2, cached["channels"], cached["height"], cached["width"])
             room = np.zeros(shape, _dtype(cached))
             out[f"history_{column}"], out["history_steps"] = _at_end(room, parts, 0)
     return out
@@ -261,18 +255,18 @@ def _of_stream(split: Split, sample: Sample, window: Window, rng: np.random.Gene
     return out
 
 
-def _inside(wanted: np.ndarray, clips: list[tuple[Any, int]]) -> list[tuple[Any, np.ndarray]]:
-    """The clips, given latest first with their lengths, that have some of the `wanted` numbers, earliest first.
+def _by_clip(numbers: np.ndarray, clips: list[tuple[Any, int]]) -> list[tuple[Any, np.ndarray]]:
+    """Numbers of frames or latents split by clip, counted from its start; earliest clip first, none without numbers.
 
-    Number 0 is the first of the latest clip, -1 the last of the one before; each clip comes with its numbers from its start.
+    `clips` come with their lengths, latest first. Number 0 is the first of the latest clip, -1 the last of the one before.
     """
     pieces: list[tuple[Any, np.ndarray]] = []
     base = clips[0][1]
     for past, length in clips:
         base -= length
-        inside = wanted[(wanted >= base) & (wanted < base + length)] - base
-        if len(inside):
-            pieces.insert(0, (past, inside))
+        part = numbers[(numbers >= base) & (numbers < base + length)] - base
+        if len(part):
+            pieces.insert(0, (past, part))
     return pieces
 
 

@@ -21,7 +21,7 @@ class Plan(Protocol):
 
 
 class Stream:
-    """Batches by their numbers, from where the state says. The common part of `Loader` and `Mixture`."""
+    """Batches by their numbers, from where the state says. The base of `Loader` and `Mixture`."""
 
     def __init__(
         self,
