@@ -1,9 +1,9 @@
 """Whole remote files on a local disk, shared by all processes and threads of one host and bounded in bytes.
 
 An entry is named by the sha256 of its content: the same bytes under two URLs are one entry, and none is ever stale.
-Beside the entries lie only the files of fetches under way, each held by `flock`: what can be locked is debris of the
-dead. Given up: an entry is checked when it is fetched and not again; one that was evicted while open takes its room
-until it is closed, beyond the cap; the folder must be a disk of this host, not one shared over a network.
+Beside the entries are only the files of fetches under way, each locked by `flock`: a file that can be locked is debris of a
+dead process. What it gives up: an entry is checked only when it is fetched; an entry evicted while open takes its room
+until it is closed, beyond the cap; the folder must be on a disk of this host, not one shared over a network.
 """
 
 import contextlib
@@ -25,7 +25,7 @@ from longtake.datasets.errors import Failure
 _BLOCK = 8 << 20
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
 _ROOM_LOCK = ".room.lock"
-# nothing else in the folder is ever touched: it may not be ours alone
+# files of other names are never touched: the folder may be shared
 _ENTRY = re.compile(r"[0-9a-f]{64}")
 _UNDER_WAY = re.compile(rf"{_ENTRY.pattern}\.lock|\.{_ENTRY.pattern}~.+@\d+~[0-9a-f]+\.tmp")
 _REMEDY = "run `longtake dataset verify`"
@@ -35,7 +35,7 @@ _warning = threading.Lock()
 
 
 class Cache:
-    """Plain data, so it travels to worker processes; entries and fetches under way take `max_bytes` together."""
+    """A folder whose entries and fetches under way take at most `max_bytes` together. Travels to worker processes."""
 
     def __init__(self, folder: str, max_bytes: int) -> None:
         self.folder = Path(folder).absolute()
@@ -44,10 +44,10 @@ class Cache:
     def open(self, url: str, size: int, sha256: str) -> BinaryIO | None:
         """The local copy of a file, open for reading: fetched whole and checked if it is not there yet.
 
-        None where there is no room for it (said once a process on stderr): read it from the store then.
+        None where there is no room for it, with a warning once a process on stderr: read it from the store then.
 
         Raises:
-            Failure: the store's file stays unreadable or is another than described; the folder cannot be used.
+            Failure: the store's file stays unreadable or has another content; the folder cannot be used.
         """
         if not _ENTRY.fullmatch(sha256):
             raise Failure(f"{url}: its index says {sha256!r} where a sha256 belongs; {_REMEDY}")
@@ -71,7 +71,7 @@ class Cache:
         try:
             if path.stat().st_size != size:
                 return None
-            # where another user owns the file only its recency is lost
+            # fails where another user owns the file: only its recency is lost
             with contextlib.suppress(OSError):
                 os.utime(path)
             return path.open("rb")
@@ -83,13 +83,13 @@ class Cache:
             try:
                 return self._hit(size, sha256) or self._fill(url, size, sha256)
             except OSError as e:
-                # the disk has less room than the cap, or the folder was deleted under our feet
+                # the disk has less room than the cap, or the folder was deleted meanwhile
                 if e.errno not in (*_NO_ROOM, errno.ENOENT):
                     raise
             return self._fill(url, size, sha256, keep=0.5)
 
     def _fill(self, url: str, size: int, sha256: str, keep: float = 1.0) -> BinaryIO | None:
-        temporary = self.folder / storage._temporary_name(sha256)
+        temporary = self.folder / storage.temporary_name(sha256)
         try:
             with self._locked(_ROOM_LOCK):
                 if not self._make_room(size, keep):
@@ -109,7 +109,7 @@ class Cache:
             temporary.unlink(missing_ok=True)
 
     def _make_room(self, size: int, keep: float) -> bool:
-        """Evict the least recently used until `size` fits, and down to the share `keep` of what is used now.
+        """Evict the least recently used entries until `size` fits, and at most the share `keep` of the used bytes is left.
 
         False, and nothing evicted, where the fetches under way leave no room.
         """
@@ -118,61 +118,61 @@ class Cache:
             with contextlib.suppress(FileNotFoundError):
                 if _ENTRY.fullmatch(path.name):
                     entries.append((path.stat().st_mtime_ns, path.stat().st_size, path))
-                elif _UNDER_WAY.fullmatch(path.name) and not _swept(path):
+                elif _UNDER_WAY.fullmatch(path.name) and not _delete_debris(path):
                     under_way += path.stat().st_size
         if under_way + size > self.max_bytes:
             return False
-        used = under_way + sum(taken for _, taken, _ in entries)
+        used = under_way + sum(entry_bytes for _, entry_bytes, _ in entries)
         most = min(self.max_bytes - size, int(used * keep))
-        for _, taken, path in sorted(entries):
+        for _, entry_bytes, path in sorted(entries):
             if used > most:
                 path.unlink(missing_ok=True)
-                used -= taken
+                used -= entry_bytes
         return True
 
     @contextlib.contextmanager
     def _locked(self, name: str) -> Iterator[None]:
-        """Hold a lock file that goes away with the block; the lock itself goes with this process at the latest."""
+        """Hold a lock file for the block, and delete it then. The lock ends with this process at the latest."""
         self.folder.mkdir(parents=True, exist_ok=True)
         while True:
             with (self.folder / name).open("ab") as handle:
                 fcntl.flock(handle, fcntl.LOCK_EX)
-                # whoever held it has deleted it: the lock is another file now
+                # its last holder has deleted it: the lock is another file now
                 if not os.fstat(handle.fileno()).st_nlink:
                     continue
                 try:
                     yield
                 finally:
                     (self.folder / name).unlink(missing_ok=True)
-                    # a child forked meanwhile has the handle too
+                    # explicitly: a child forked meanwhile has the handle too
                     fcntl.flock(handle, fcntl.LOCK_UN)
                 return
 
 
 def _fetch(url: str, out: BinaryIO, size: int, sha256: str) -> None:
     fs, path = storage.filesystem(url)
-    # a second time for a read that was torn on the way
+    # twice: a read may be damaged on the way
     for _ in range(2):
         out.seek(0)
         digest, start, block = hashlib.sha256(), 0, b"-"
         while start < size and block:
             try:
-                ask = functools.partial(fs.cat_file, path, start=start, end=min(start + _BLOCK, size))
-                block = storage.retrying("cannot be read", ask)
+                read = functools.partial(fs.cat_file, path, start=start, end=min(start + _BLOCK, size))
+                block = storage.retrying("cannot be read", read)
             except (OSError, Failure) as e:
                 why = "is missing" if isinstance(e, FileNotFoundError) else str(e) or type(e).__name__
                 raise Failure(f"{url}: {why}; if this lasts, {_REMEDY}") from e
             digest.update(block)
             start += out.write(block)
         out.truncate(size)
-        found = f"{start} bytes with sha256 {digest.hexdigest()}"
-        if found == (expected := f"{size} bytes with sha256 {sha256}"):
+        content = f"{start} bytes with sha256 {digest.hexdigest()}"
+        if content == (expected := f"{size} bytes with sha256 {sha256}"):
             return
-    raise Failure(f"{url}: has {found}, its index says {expected}; {_REMEDY}")
+    raise Failure(f"{url}: has {content}, its index says {expected}; {_REMEDY}")
 
 
-def _swept(path: Path) -> bool:
-    """Delete a lock or temporary file unless somebody living holds it."""
+def _delete_debris(path: Path) -> bool:
+    """Delete a lock or temporary file unless a living process holds it. Returns whether it is gone."""
     with path.open("rb") as handle, contextlib.suppress(BlockingIOError):
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         if os.fstat(handle.fileno()).st_nlink:

@@ -1,4 +1,4 @@
-"""Decoding a clip of a shard. One decoder for the pipeline and the loader, so that both see the same pixels."""
+"""Decoding, scaling and cropping a clip. One decoder for the pipeline and the loader, so that both see the same pixels."""
 
 import io
 from collections.abc import Iterator, Sequence
@@ -10,10 +10,11 @@ import zstandard
 from longtake.datasets import media
 from longtake.datasets.errors import Failure
 
+Bytes = bytes | memoryview
+Size = tuple[int, int]  # (height, width)
 
-def decode(
-    mp4: bytes, frames: Sequence[int] | None = None, size: tuple[int, int] | None = None, name: str = "clip"
-) -> np.ndarray:
+
+def decode(mp4: Bytes, frames: Sequence[int] | None = None, size: Size | None = None, name: str = "clip") -> np.ndarray:
     """Decode chosen frames of a clip, or all of them, with one thread.
 
     PyAV rather than decord, which failed on clips 48 pixels wide and took more CPU at every size that was measured.
@@ -22,7 +23,7 @@ def decode(
         mp4: the bytes of a `KEY.mp4` member; its frame n is shown at n / fps.
         frames: ascending frame numbers; decoding starts at the keyframe before the first one. None takes all.
         size: (height, width) to scale to; None keeps the clip's own.
-        name: what to call the clip in an error.
+        name: the clip's name in error messages.
 
     Returns:
         (T, H, W, 3) uint8 RGB.
@@ -34,27 +35,24 @@ def decode(
 
 
 def decoded(
-    mp4: bytes | memoryview,
-    frames: Sequence[int] | None = None,
-    size: tuple[int, int] | None = None,
-    name: str = "clip",
+    mp4: Bytes, frames: Sequence[int] | None = None, size: Size | None = None, name: str = "clip"
 ) -> Iterator[np.ndarray]:
-    """The same, a frame (H, W, 3) at a time."""
+    """The frames of `decode`, (H, W, 3) uint8, one at a time."""
     import av
 
     count = 0
     height, width = size or (None, None)
     try:
-        # one for all frames: a frame's own would set up its tables anew each time
+        # one for all frames: each frame's own would set up its tables again
         scaler = av.video.reformatter.VideoReformatter()
         with media.opened(mp4) as container:
             stream = container.streams.video[0]
             stream.codec_context.thread_count = 1
-            step = 1 / (stream.average_rate * stream.time_base)  # of a frame, in ticks
+            duration = 1 / (stream.average_rate * stream.time_base)  # of a frame, in ticks
             if frames and frames[0] > 0:
-                container.seek(int(frames[0] * step), stream=stream)
-            # whole numbers: these fractions would cost as much as scaling a small frame
-            ticks, parts = step.numerator, step.denominator
+                container.seek(int(frames[0] * duration), stream=stream)
+            # integers: fractions would cost as much as scaling a small frame
+            ticks, parts = duration.numerator, duration.denominator
             for frame in container.decode(stream):
                 if frames is not None and (2 * frame.pts * parts + ticks) // (2 * ticks) != frames[count]:
                     continue
@@ -70,8 +68,17 @@ def decoded(
         raise Failure(f"{name}: has no frame; run `longtake dataset verify`")
 
 
+def fitted(
+    mp4: Bytes, clip_size: Size, frames: Sequence[int], size: Size, name: str, place: float = 0.5
+) -> Iterator[np.ndarray]:
+    """Chosen frames of a clip of `clip_size`, scaled to cover `size` and cropped (see `crop`), a frame (H, W, 3) at a time."""
+    scaled = covering_size(clip_size, size)
+    for frame in decoded(mp4, frames, None if scaled == clip_size else scaled, name):
+        yield crop(frame[None], size, place)[0]
+
+
 def frame_difference(video: np.ndarray, factor: int) -> np.ndarray:
-    """|x_t - x_{t-1}| of a clip as shown, after averaging boxes of `factor` x `factor` pixels.
+    """|x_t - x_{t-1}| of a decoded clip, after averaging boxes of `factor` x `factor` pixels.
 
     Args:
         video: (T, H, W, 3) uint8; H and W are divisible by `factor`.
@@ -83,7 +90,7 @@ def frame_difference(video: np.ndarray, factor: int) -> np.ndarray:
     if factor > 1:
         wide = np.uint16 if factor <= 16 else np.uint32
         small = np.empty((t, h // factor, w // factor, c), np.uint8)
-        # frame by frame stays in the cache, channel by channel vectorizes: two to six times faster than all at once
+        # one frame stays in the CPU's cache and one channel vectorizes: two to six times faster than all at once
         for frame, out in zip(video, small, strict=True):
             rows = frame.reshape(h // factor, factor, w, c).sum(1, dtype=wide)
             for n in range(c):
@@ -97,18 +104,18 @@ def frame_difference(video: np.ndarray, factor: int) -> np.ndarray:
 
 
 def pack_array(array: np.ndarray) -> bytes:
-    """A `.npy.zst` member.
+    """The bytes of a `.npy.zst` member.
 
-    Of the lossless codecs that were measured (see bench_frame_diff) none is both smaller and as fast to read; level 1
-    takes 0.4 % more bytes than 3 and a third less time to write.
+    No other lossless codec that was measured (see bench_frame_diff) is both smaller and as fast to read. Level 1 takes
+    0.4 % more bytes than 3 and a third less time to write.
     """
     buffer = io.BytesIO()
     np.save(buffer, array, allow_pickle=False)
     return zstandard.ZstdCompressor(level=1).compress(buffer.getvalue())
 
 
-def unpack_array(data: bytes | memoryview, name: str = "array", max_bytes: int = 1 << 32) -> np.ndarray:
-    """Read a `.npy.zst` member. Raises Failure where it is damaged or would unfold beyond `max_bytes`."""
+def unpack_array(data: Bytes, name: str = "array", max_bytes: int = 1 << 32) -> np.ndarray:
+    """Read a `.npy.zst` member. Raises Failure where it is damaged or has more than `max_bytes` decompressed."""
     try:
         # decompress() trusts the size in the header and ignores its own bound where there is one
         if zstandard.frame_content_size(data) > max_bytes:
@@ -119,22 +126,22 @@ def unpack_array(data: bytes | memoryview, name: str = "array", max_bytes: int =
         raise Failure(f"{name}: damaged ({e}); delete the column's index and run its stage again") from e
 
 
-def crop(video: np.ndarray, size: tuple[int, int], place: float = 0.5) -> np.ndarray:
-    """The part of (T, H, W, 3) with the height-to-width ratio of `size`; `place` 0 is the left or top, 1 the other end."""
+def crop(video: np.ndarray, size: Size, place: float = 0.5) -> np.ndarray:
+    """The part of (T, H, W, 3) with the aspect ratio of `size`; `place` 0 is the left or top, 1 the right or bottom."""
     h, w = video.shape[1:3]
     target_h, target_w = min(h, w * size[0] // size[1]), min(w, h * size[1] // size[0])
     top, left = round((h - target_h) * place), round((w - target_w) * place)
     return video[:, top : top + target_h, left : left + target_w]
 
 
-def covering_size(clip: tuple[int, int], size: tuple[int, int]) -> tuple[int, int]:
-    """The smallest (height, width) of the clip's own shape that covers `size`."""
+def covering_size(clip: Size, size: Size) -> Size:
+    """The smallest (height, width) with the clip's aspect ratio that covers `size`."""
     scale = max(size[0] / clip[0], size[1] / clip[1])
     return max(size[0], round(clip[0] * scale)), max(size[1], round(clip[1] * scale))
 
 
 def write(path: Path, video: np.ndarray, fps: int, crf: int = 16) -> None:
-    """Write (T, H, W, 3) uint8 RGB as an H.264 file that browsers play; H and W even."""
+    """Write (T, H, W, 3) uint8 RGB, H and W even, as an H.264 file that browsers play."""
     import av
 
     with av.open(str(path), "w", container_options={"fflags": "+bitexact", "movflags": "+faststart"}) as container:

@@ -1,11 +1,12 @@
-"""The index rows of a split by shard: from one compact file in place of thousands of small indexes, or from these.
+"""The index rows of a split by shard: from one compact file instead of thousands of small indexes, or from the indexes.
 
-`compact/SPLIT.arrow` holds the rows of all indexes as they are, to be mapped into memory and read where needed;
-`compact/SPLIT.facts.parquet` those columns that every opening looks at; `compact/SPLIT.shards.parquet` a row a shard
-and the commit record of both. A cache column has the same three, named SPLIT.COLUMN. All are derived and may be
-deleted: the indexes stay the truth. A shard's rows are checked against its index's own digest when they are first used.
-What it gives up: that an index was replaced by another of the same name is noticed by `dataset verify`, or by the
-checksum of a sample, not on opening.
+`compact/SPLIT.arrow` has the rows of all indexes, to be mapped into memory; `compact/SPLIT.facts.parquet` the columns that
+every opening reads; `compact/SPLIT.shards.parquet` a row a shard and the commit record of both. A cache column has the same
+three, named SPLIT.COLUMN. All are derived and may be deleted: the indexes stay the truth. A shard's rows are checked
+against its index's own digest when they are first used.
+
+What it gives up: opening does not notice that an index was replaced by another of the same name. `dataset verify` and the
+checksum of a sample do.
 """
 
 import hashlib
@@ -14,7 +15,7 @@ import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
@@ -29,13 +30,13 @@ from longtake.datasets import index, later, schema, storage
 from longtake.datasets.cache import Cache
 from longtake.datasets.errors import Failure
 from longtake.datasets.masking import shown
+from longtake.datasets.shard import sha256_of
 
 FACTS = ("frame_count", "height", "width", "label")
 _FOLDER = "compact"
 _NOTES = b"longtake.compact"
 _ROWS_A_BATCH = 1 << 17
-_PLAIN = ("dataset", "split", "shards", "lies", "firsts", "later")  # what travels to other processes
-_AT_ONCE, _LISTED = 4096, 64  # shards whose rows are kept, as tables and as lists
+_TABLES, _LISTS = 4096, 64  # shards whose rows are kept in memory, as tables and as lists
 _SHARDS = pa.schema(
     [
         ("name", pa.string()),
@@ -50,15 +51,15 @@ _SHARDS = pa.schema(
 
 @dataclass
 class Rows:
-    """The rows of S shards. Travels to other processes by the path of the file where they lie, where there is one."""
+    """The rows of S shards. Travels to other processes as the path of their compact file, where there is one."""
 
     dataset: str
     split: str
     shards: pa.Table  # of _SHARDS
-    lies: str | pa.Table  # a local Arrow file, or the rows themselves
-    firsts: np.ndarray  # (S,) where each shard's rows begin there
+    data: str | pa.Table  # the path of a local Arrow file, or the rows themselves
+    offsets: np.ndarray  # (S,) where each shard's rows begin in it
     later: frozenset[str] = frozenset()  # names of shards with annotations that came later (see later.py)
-    _seen: dict[int, pa.Table] = field(default_factory=dict)
+    _tables: dict[int, pa.Table] = field(default_factory=dict)
     _lists: dict[int, dict[str, list[Any]]] = field(default_factory=dict)
     _tars: dict[int, tuple[str, int, str]] = field(default_factory=dict)
     _annotations: dict[int, dict[str, dict[str, Any]]] = field(default_factory=dict)
@@ -75,66 +76,65 @@ class Rows:
 
     @cached_property
     def digest(self) -> str:
-        """Of what the shards hold; equal only if every byte of every tar is equal."""
+        """A digest of the shards' content; equal only if every byte of every tar is equal."""
         facts = [self.shards[name].to_pylist() for name in ("name", "tar_sha256", "tar_bytes", "rows")]
         return hashlib.sha256(json.dumps([self.split, *facts]).encode()).hexdigest()
 
     @cached_property
     def _table(self) -> pa.Table:
-        return self.lies if isinstance(self.lies, pa.Table) else pa.ipc.open_file(pa.memory_map(self.lies)).read_all()
+        return self.data if isinstance(self.data, pa.Table) else pa.ipc.open_file(pa.memory_map(self.data)).read_all()
 
     def only(self, names: Sequence[str]) -> "Rows":
         """The rows of the shards of these names, in this order. Raises KeyError where there is no such shard."""
-        at = {name: number for number, name in enumerate(self.shards["name"].to_pylist())}
-        numbers = np.array([at[name] for name in names], np.int64)
-        return Rows(self.dataset, self.split, self.shards.take(numbers), self.lies, self.firsts[numbers], self.later)
+        by_name = {name: number for number, name in enumerate(self.shards["name"].to_pylist())}
+        numbers = np.array([by_name[name] for name in names], np.int64)
+        return Rows(self.dataset, self.split, self.shards.take(numbers), self.data, self.offsets[numbers], self.later)
 
     def name(self, shard: int) -> str:
         return self.shards["name"][shard].as_py()
 
     def tar(self, shard: int) -> tuple[str, int, str]:
         """URL, size and sha256 of a shard's tar."""
-        if (found := self._tars.get(shard)) is None:
+        if (tar := self._tars.get(shard)) is None:
             name, size, sha256 = (self.shards[c][shard].as_py() for c in ("name", "tar_bytes", "tar_sha256"))
-            found = storage.join(self.dataset, self.split, f"{name}.tar"), size, sha256
-            self._tars[shard] = found
-        return found
+            tar = self._tars[shard] = storage.join(self.dataset, self.split, f"{name}.tar"), size, sha256
+        return tar
 
-    def row(self, shard: int, at: int) -> dict[str, Any]:
-        """One row, without its scores."""
+    def row(self, shard: int, number: int) -> dict[str, Any]:
+        """Row `number` of a shard, without its scores."""
         if (lists := self._lists.get(shard)) is None:
-            # values of a shard at once: one by one they would take longer than the sample itself
+            # all values of a shard at once: one by one they would take longer than the sample itself
             table = self.labelled(shard)
             lists = {name: table[name].to_pylist() for name in table.column_names if name not in schema.SCORES}
-            if len(self._lists) >= _LISTED:
+            if len(self._lists) >= _LISTS:
                 self._lists = {}
             self._lists[shard] = lists
-        return {name: values[at] for name, values in lists.items()}
+        return {name: values[number] for name, values in lists.items()}
 
     def annotations(self, shard: int) -> dict[str, dict[str, Any]]:
-        """What the samples of a source say since their shard was cut, by source."""
+        """The annotations of a shard that came after it was cut, by source."""
         if self.name(shard) not in self.later:
             return {}
-        if (known := self._annotations.get(shard)) is None:
-            if len(self._annotations) >= _LISTED:
+        if (by_source := self._annotations.get(shard)) is None:
+            if len(self._annotations) >= _LISTS:
                 self._annotations = {}
-            known = self._annotations[shard] = later.of_clips(self.dataset, self.split, self.name(shard))
-        return known
+            by_source = self._annotations[shard] = later.of_clips(self.dataset, self.split, self.name(shard))
+        return by_source
 
     def labelled(self, shard: int) -> pa.Table:
         """The rows of one shard, with the latest labels."""
-        known = self.annotations(shard)
-        return later.labelled(self.of(shard), known) if known else self.of(shard)
+        annotations = self.annotations(shard)
+        return later.labelled(self.of(shard), annotations) if annotations else self.of(shard)
 
     def of(self, shard: int) -> pa.Table:
-        """The rows of one shard, as its index has them. Raises Failure where the compact file has other ones."""
-        if (rows := self._seen.get(shard)) is not None:
+        """The rows of one shard, as its index has them. Raises Failure where the compact file has others."""
+        if (rows := self._tables.get(shard)) is not None:
             return rows
         facts = self.shards.slice(shard, 1).drop_columns("rows").to_pylist()[0]
         url = storage.join(self.dataset, self.split, f"{facts['name']}.parquet")
         try:
-            rows = self._table.slice(int(self.firsts[shard]), int(self.counts[shard]))
-            # before anything follows an offset that damage may have sent out of the file
+            rows = self._table.slice(int(self.offsets[shard]), int(self.counts[shard]))
+            # first of all: damage may have sent an offset out of the file
             rows.validate(full=True)
             committed = index.is_committed(url, index.Shard(self.split, table=rows, **facts))
         except (pa.ArrowException, OSError, MemoryError, OverflowError):
@@ -142,39 +142,37 @@ class Rows:
         if not committed:
             where = storage.join(self.dataset, _FOLDER)
             raise Failure(f"{where}: damaged, other rows than {url} has; {_remedy(self.dataset)}")
-        # several threads are at it: emptied at once, no key is missed by another
-        if len(self._seen) >= _AT_ONCE:
-            self._seen.clear()
-        self._seen[shard] = rows
+        # emptied in one call: several threads use it
+        if len(self._tables) >= _TABLES:
+            self._tables.clear()
+        self._tables[shard] = rows
         return rows
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: getattr(self, name) for name in _PLAIN} | {
-            n: {} for n in ("_seen", "_lists", "_tars", "_annotations")
-        }
+        return {f.name: {} if f.name.startswith("_") else getattr(self, f.name) for f in fields(self)}
 
 
 def write(dataset: str, split: str, column: str | None = None) -> int:
-    """Fold the indexes of a split, or of its cache column, into their compact files. Returns how many shards they cover."""
+    """Write the compact files of a split, or of its cache column. Returns the number of shards that they cover."""
     plans = index.table_names(storage.join(dataset, "plan"))
     names = index.shard_names(dataset, split, column)
     shards, facts = [], []
     with storage.spool_folder(dataset) as spool, storage.staged(_url(dataset, split, column, "arrow")) as path:
         rows_schema = schema.COLUMN_INDEX if column else schema.INDEX
-        # a first shard says what this column's index has beyond the common part
+        # the index of a column may have more than the common part, as its first shard shows
         if names:
             rows_schema = index.read_shard(dataset, split, names[0]).table.schema.remove_metadata()
         with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, rows_schema) as writer:
-            for some in _together(_read(dataset, split, names)):
-                shards += [_shard(s) for s in some]
-                table = pa.concat_tables([s.table.replace_schema_metadata(None) for s in some])
+            for group in _in_groups(_read(dataset, split, names)):
+                shards += [_shard_row(s) for s in group]
+                table = pa.concat_tables([s.table.replace_schema_metadata(None) for s in group])
                 writer.write_table(table.combine_chunks())
                 facts.append(table.select([name for name in FACTS if name in rows_schema.names]))
-        notes = {"plans": plans, "bytes": path.stat().st_size, "sha256": _sha256(path)}
+        notes = {"plans": plans, "bytes": path.stat().st_size, "sha256": sha256_of(path)}
         notes["whole"] = column is None and _planned(dataset, split, plans) == set(names)
-        known = pa.concat_tables(facts) if facts else schema.INDEX.empty_table().select(FACTS)
+        table = pa.concat_tables(facts) if facts else schema.INDEX.empty_table().select(FACTS)
         local = spool / "facts.parquet"
-        pq.write_table(known.replace_schema_metadata({_NOTES: json.dumps(notes).encode()}), local, compression="zstd")
+        pq.write_table(table.replace_schema_metadata({_NOTES: json.dumps(notes).encode()}), local, compression="zstd")
         data = local.read_bytes()
     storage.write(_url(dataset, split, column, "facts.parquet"), data)
     record = _url(dataset, split, column, "shards.parquet")
@@ -187,17 +185,17 @@ def open_split(
 ) -> tuple[Rows, pa.Table]:
     """The rows of all committed shards of a split, or of its cache column, and the columns `FACTS` of all rows.
 
-    From the compact files where they cover all shards; else from the indexes, which takes longer, and is said on stderr
-    where there is a compact file.
+    They are read from the compact files where these cover all shards; else from the indexes, which takes longer, with a
+    warning on stderr where there is a compact file.
 
     Raises:
         Failure: an index that has to be read itself is damaged.
     """
     try:
-        if found := _folded(dataset, split, column):
-            shards, facts, notes = found
-            whole = notes["whole"] and notes["plans"] == index.table_names(storage.join(dataset, "plan"))
-            if whole or shards["name"].to_pylist() == index.shard_names(dataset, split, column):
+        if compact := _read_compact(dataset, split, column):
+            shards, facts, notes = compact
+            complete = notes["whole"] and notes["plans"] == index.table_names(storage.join(dataset, "plan"))
+            if complete or shards["name"].to_pylist() == index.shard_names(dataset, split, column):
                 local = _local(dataset, split, column, notes, cache)
                 return _relabelled(_rows(dataset, split, shards, local), facts, column)
             raise Failure(f"{storage.join(dataset, _FOLDER)}: the {split} indexes are not those that were folded in")
@@ -205,22 +203,21 @@ def open_split(
         print(shown(f"warning: {e}; {_remedy(dataset)}"), file=sys.stderr)
     read = list(_read(dataset, split, index.shard_names(dataset, split, column)))
     empty = (schema.COLUMN_INDEX if column else schema.INDEX).empty_table()
-    tables = [s.table.replace_schema_metadata(None) for s in read]
-    rows = pa.concat_tables(tables or [empty])
-    shards = pa.Table.from_pylist([_shard(s) for s in read], schema=_SHARDS)
+    rows = pa.concat_tables([s.table.replace_schema_metadata(None) for s in read] or [empty])
+    shards = pa.Table.from_pylist([_shard_row(s) for s in read], schema=_SHARDS)
     facts = rows.select([name for name in FACTS if name in rows.column_names])
     return _relabelled(_rows(dataset, split, shards, rows), facts, column)
 
 
 def _relabelled(rows: Rows, facts: pa.Table, column: str | None) -> tuple[Rows, pa.Table]:
-    """Rows and facts with the annotations that came later; they are of base shards alone."""
+    """Rows and facts with the annotations that came later, which only base shards have."""
     names = [] if column else rows.shards["name"].to_pylist()
-    if not names or not (found := later.shards(rows.dataset, rows.split).intersection(names)):
+    if not names or not (changed := later.shards(rows.dataset, rows.split).intersection(names)):
         return rows, facts
-    rows.later = frozenset(found)
+    rows.later = frozenset(changed)
     labels = facts["label"].to_pylist()
     for number, name in enumerate(names):
-        if name in found:
+        if name in changed:
             start = int(rows.starts[number])
             labels[start : start + int(rows.counts[number])] = rows.labelled(number)["label"].to_pylist()
     return rows, facts.set_column(facts.column_names.index("label"), "label", pa.array(labels, pa.string()))
@@ -238,12 +235,12 @@ def table(dataset: str, split: str) -> pa.Table:
 
 
 def problems(dataset: str, split: str) -> Iterator[str]:
-    """A line for what is damaged in the compact files of a split."""
+    """A line for each damage in the compact files of a split."""
     columns = {n.split(".")[1] for n in storage.names(storage.join(dataset, _FOLDER)) if n.startswith(f"{split}.")}
     for column in [None, *sorted(columns - {"arrow", "facts", "shards"})]:
         try:
-            if found := _folded(dataset, split, column):
-                shards, _, notes = found
+            if compact := _read_compact(dataset, split, column):
+                shards, _, notes = compact
                 with tempfile.TemporaryDirectory() as spool:
                     path = Path(spool) / "rows.arrow"
                     _fetch(_url(dataset, split, column, "arrow"), path, notes)
@@ -256,13 +253,13 @@ def problems(dataset: str, split: str) -> Iterator[str]:
             yield f"{e}; {_remedy(dataset)}"
 
 
-def _rows(dataset: str, split: str, shards: pa.Table, lies: str | pa.Table) -> Rows:
+def _rows(dataset: str, split: str, shards: pa.Table, data: str | pa.Table) -> Rows:
     counts = shards["rows"].to_numpy()
-    return Rows(dataset, split, shards, lies, np.cumsum(counts) - counts)
+    return Rows(dataset, split, shards, data, np.cumsum(counts) - counts)
 
 
-def _folded(dataset: str, split: str, column: str | None) -> tuple[pa.Table, pa.Table, dict[str, Any]] | None:
-    """The shards, facts and notes of a compact file, None where there is none. Raises Failure: damaged, or being written."""
+def _read_compact(dataset: str, split: str, column: str | None) -> tuple[pa.Table, pa.Table, dict[str, Any]] | None:
+    """The shards, facts and notes of the compact files; None where there are none. Raises Failure: damaged, or being written."""
     record = _url(dataset, split, column, "shards")
     if not storage.exists(f"{record}.parquet"):
         return None
@@ -283,6 +280,7 @@ def _folded(dataset: str, split: str, column: str | None) -> tuple[pa.Table, pa.
 
 
 def _local(dataset: str, split: str, column: str | None, notes: dict[str, Any], cache: Cache | None) -> str:
+    """The path of a local Arrow file, fetched where the dataset is remote."""
     url = _url(dataset, split, column, "arrow")
     if storage.is_local(url):
         path = storage.filesystem(url)[1]
@@ -290,11 +288,11 @@ def _local(dataset: str, split: str, column: str | None, notes: dict[str, Any], 
             raise Failure(f"{url}: is missing or has another size")
         return path
     # shared by the processes of this host, which map it; named by its content, so never stale
-    kept = (cache.folder if cache else Path(tempfile.gettempdir())) / f"longtake-{notes['sha256']}.arrow"
-    if not kept.exists():
-        with storage.staged(str(kept)) as spool:
+    copy = (cache.folder if cache else Path(tempfile.gettempdir())) / f"longtake-{notes['sha256']}.arrow"
+    if not copy.exists():
+        with storage.staged(str(copy)) as spool:
             _fetch(url, spool, notes)
-    return str(kept)
+    return str(copy)
 
 
 def _fetch(url: str, target: Path, notes: dict[str, Any]) -> None:
@@ -303,37 +301,37 @@ def _fetch(url: str, target: Path, notes: dict[str, Any]) -> None:
         storage.retrying(url, lambda: fs.get_file(path, str(target)))
     except FileNotFoundError as e:
         raise Failure(f"{url}: is missing") from e
-    if _sha256(target) != notes["sha256"]:
+    if sha256_of(target) != notes["sha256"]:
         raise Failure(f"{url}: damaged, or just being written")
 
 
 def _read(dataset: str, split: str, names: Sequence[str]) -> Iterator[index.Shard]:
     rest = iter(names)
     with ThreadPoolExecutor(16) as pool:
-        while some := list(islice(rest, _AT_ONCE)):
-            yield from pool.map(lambda name: index.read_shard(dataset, split, name), some)
+        while part := list(islice(rest, _TABLES)):
+            yield from pool.map(lambda name: index.read_shard(dataset, split, name), part)
 
 
-def _together(shards: Iterator[index.Shard]) -> Iterator[list[index.Shard]]:
-    """Shards in lists of about as many rows as make a batch."""
-    held: list[index.Shard] = []
+def _in_groups(shards: Iterator[index.Shard]) -> Iterator[list[index.Shard]]:
+    """Shards in lists of at least `_ROWS_A_BATCH` rows."""
+    group: list[index.Shard] = []
     rows = 0
     for shard in shards:
-        held.append(shard)
+        group.append(shard)
         rows += len(shard.table)
         if rows >= _ROWS_A_BATCH:
-            yield held
-            held, rows = [], 0
-    if held:
-        yield held
+            yield group
+            group, rows = [], 0
+    if group:
+        yield group
 
 
-def _shard(shard: index.Shard) -> dict[str, Any]:
+def _shard_row(shard: index.Shard) -> dict[str, Any]:
     return {name: getattr(shard, name) for name in _SHARDS.names if name != "rows"} | {"rows": len(shard.table)}
 
 
 def _planned(dataset: str, split: str, plans: Sequence[str]) -> set[str]:
-    """Names of the shards that the plans of a dataset will make in all."""
+    """Names of all shards that the plans of a dataset will make."""
     names = set[str]()
     for plan in plans:
         groups = index.from_parquet(storage.join(dataset, "plan", plan), ["split", "group"])
@@ -342,13 +340,8 @@ def _planned(dataset: str, split: str, plans: Sequence[str]) -> set[str]:
     return names
 
 
-def _sha256(path: Path) -> str:
-    with path.open("rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest()
-
-
-def _url(dataset: str, split: str, column: str | None, what: str) -> str:
-    return storage.join(dataset, _FOLDER, f"{split}.{column}.{what}" if column else f"{split}.{what}")
+def _url(dataset: str, split: str, column: str | None, ending: str) -> str:
+    return storage.join(dataset, _FOLDER, f"{split}.{column}.{ending}" if column else f"{split}.{ending}")
 
 
 def _remedy(dataset: str) -> str:

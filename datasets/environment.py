@@ -1,6 +1,6 @@
-"""What shells, batch systems and images leave in the environment, read as they mean it, or refused in a line.
+"""Environment variables of shells, launchers, batch systems and container images: read as they are meant, or refused in a line.
 
-Light to import: it comes before all else.
+Light to import: it runs before everything else.
 """
 
 import os
@@ -22,14 +22,14 @@ _EMPTY_IS_UNSET = (
     *("WORLD_SIZE", "RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "LOCAL_SIZE", "MASTER_ADDR", "MASTER_PORT"),
     *("OMP_NUM_THREADS", "TMPDIR", "RAY_ADDRESS", "RAY_TMPDIR", "MLFLOW_TRACKING_URI", "LONGTAKE_CACHE"),
 )
-# of a process among those of its node, as launchers other than torchrun call it
+# the local rank under the names of launchers other than torchrun
 _LOCAL_RANKS = ("SLURM_LOCALID", "OMPI_COMM_WORLD_LOCAL_RANK", "MPI_LOCALRANKID", "PMI_LOCAL_RANK", "PALS_LOCAL_RANKID")
 
 
 def tidy() -> None:
     """Drop variables that are set but empty, and put a null device where a standard stream is closed.
 
-    Else a file that is opened later gets the closed stream's number, and whatever a library prints goes into it.
+    Otherwise a file that is opened later gets the closed stream's number, and a library's prints go into it.
     """
     for name in _EMPTY_IS_UNSET:
         if os.environ.get(name) == "":
@@ -71,13 +71,13 @@ def ranks() -> tuple[int, int]:
     if _number("LOCAL_RANK", 0) < 0:
         raise UserError(f"LOCAL_RANK={os.environ['LOCAL_RANK']}: is no rank; set it as torchrun does, or unset it")
     if "LOCAL_RANK" not in os.environ and "WORLD_SIZE" in os.environ:
-        # Kubeflow and the like start one process in each pod
+        # Kubeflow and others start one process in each pod
         os.environ["LOCAL_RANK"] = str(next((_number(name, 0) for name in _LOCAL_RANKS if os.environ.get(name)), 0))
     return rank, world
 
 
 def threads() -> int | None:
-    """OMP_NUM_THREADS, of a list of nested levels the first; None where it is not set.
+    """OMP_NUM_THREADS, or the first of its list of nested levels; None where it is not set.
 
     Raises:
         UserError: it is no number.
@@ -98,21 +98,21 @@ def _number(name: str, default: int) -> int:
 
 
 def ray_address() -> str:
-    """RAY_ADDRESS, or "local" for a Ray of our own, whose folder of sockets is then looked after.
+    """RAY_ADDRESS, or "local" for a new Ray, whose folder of sockets is then made short enough.
 
     Raises:
-        UserError: no server takes connections there: Ray itself would wait for a quarter of an hour.
+        UserError: no server takes connections there. Ray itself would wait for a quarter of an hour.
     """
     address = os.environ.get("RAY_ADDRESS") or "local"
     if address == "local":
         _shorten_ray_folder()
-    elif wrong := silent_ray(address):
-        raise UserError(wrong)
+    elif problem := silent_ray(address):
+        raise UserError(problem)
     return address
 
 
 def silent_ray(address: str) -> str | None:
-    """Why no connection to an address of a Ray cluster, HOST:PORT or ray://HOST:PORT, can be made; None where it can."""
+    """Why a Ray cluster at HOST:PORT or ray://HOST:PORT takes no connection; None where it does."""
     if address in ("auto", "local"):
         return None
     parts = urlsplit(address if "://" in address else f"//{address}")
@@ -133,13 +133,13 @@ def silent_ray(address: str) -> str | None:
 
 
 def long_folder() -> str | None:
-    """The temporary folder, where its path is too long for Ray's sockets; None where it fits."""
+    """The temporary folder, if its path is too long for Ray's sockets; None if it fits."""
     folder = os.environ.get("RAY_TMPDIR") or tempfile.gettempdir()
     return folder if len(os.fsencode(folder)) + _SESSION > _SOCKET else None
 
 
 def _shorten_ray_folder() -> None:
-    """Give Ray /tmp where TMPDIR is too long for its sockets. Raises UserError where that cannot be."""
+    """Give Ray /tmp where TMPDIR is too long for its sockets. Raises UserError where /tmp cannot be used."""
     folder = long_folder()
     if folder is None:
         return
@@ -151,4 +151,4 @@ def _shorten_ray_folder() -> None:
             " set RAY_TMPDIR to a shorter folder"
         )
     os.environ["RAY_TMPDIR"] = str(short)
-    print(f"Ray: {folder} is too long for its sockets; they lie in {short} (RAY_TMPDIR)", file=sys.stderr)
+    print(f"Ray: {folder} is too long for its sockets; they are in {short} (RAY_TMPDIR)", file=sys.stderr)

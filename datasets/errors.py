@@ -2,11 +2,11 @@
 
 
 class UserError(ValueError):
-    """Something the user can put right: names the file or key and the remedy. Exit code 2."""
+    """A mistake that the user can put right: names the file or key and the remedy. Exit code 2."""
 
 
 class Failure(RuntimeError):
-    """Something that went wrong on the way: names the file and how to go on. Exit code 1."""
+    """A fault during the work: names the file and how to continue. Exit code 1."""
 
 
 class Interrupted(Exception):

@@ -1,4 +1,4 @@
-"""Reading and writing a dataset's tables: dataset.json, indexes (the commit records), sources, plans."""
+"""A dataset's tables, read and written: dataset.json, indexes (the commit records), sources, plans."""
 
 import hashlib
 import json
@@ -45,7 +45,7 @@ def from_parquet(url: str, columns: list[str] | None = None) -> pa.Table:
     except FileNotFoundError as e:
         raise Failure(f"{url}: is missing; run the stage that made it again") from e
     try:
-        # not read_table, whose threads outlive it and have aborted processes that ended soon after
+        # not read_table: its threads outlive it and have aborted processes that ended soon after
         file = pq.ParquetFile(pa.BufferReader(data))
         if missing := set(columns or ()) - set(file.schema_arrow.names):
             raise ValueError(f"no column {', '.join(sorted(missing))}")
@@ -68,7 +68,7 @@ def write_index(
     tar_sha256: str,
     notes: Mapping[str, Any] | None = None,
 ) -> None:
-    """Commit a tar: from this moment it exists. `notes` are JSON values that `read_notes` gives back."""
+    """Commit a tar: from this moment it exists. `notes` are JSON values that `read_notes` returns."""
     table = rows_table(rows, table_schema)
     record = {"format": schema.FORMAT_VERSION, "bytes": tar_bytes, "sha256": tar_sha256}
     record["rows_sha256"] = _rows_sha256(url, record, table)
@@ -80,7 +80,7 @@ def write_index(
 
 
 def read_notes(dataset: str, shard: Shard) -> dict[str, Any]:
-    """What `write_index` was told to note of a shard of `read_shard`. Raises Failure: it was told nothing, or they are damaged."""
+    """The notes that `write_index` got for a shard. Raises Failure: there are none, or they are damaged."""
     try:
         text, digest = json.loads((shard.table.schema.metadata or {})[_NOTES])
         if hashlib.sha256(text.encode()).hexdigest() != digest:
@@ -112,13 +112,13 @@ def read_shard(dataset: str, split: str, name: str) -> Shard:
 
 
 def is_committed(url: str, shard: Shard) -> bool:
-    """Whether the rows of a shard are those that the index at `url` committed."""
+    """Whether a shard has the rows that the index at `url` committed."""
     record = {"format": shard.format, "bytes": shard.tar_bytes, "sha256": shard.tar_sha256}
     return shard.rows_sha256 == _rows_sha256(url, record, shard.table)
 
 
 def _rows_sha256(url: str, record: Mapping[str, Any], table: pa.Table) -> str:
-    """A digest of an index: its split and name, the tar it commits, every row. Parquet itself checks none of them."""
+    """A digest of an index: its split and name, the tar it commits, every row. Parquet itself checks none of these."""
     place = url.split("/")[-2:]
     digest = hashlib.sha256(
         json.dumps([place, record, [[f.name, str(f.type)] for f in table.schema]], sort_keys=True).encode()
@@ -167,42 +167,47 @@ def read_tables(folder: str, table_schema: pa.Schema) -> pa.Table:
 
 
 def read_sources(dataset: str) -> pa.Table:
-    """A row for each source, the last where it was planned again (see `last_tries`)."""
+    """A row for each source, of its last try where it was planned again (see `last_tries`)."""
     return last_tries(read_tries(dataset))
 
 
 def read_tries(dataset: str) -> pa.Table:
-    """A row for each source that was planned, each time."""
+    """A row for each time that a source was planned."""
     return read_tables(storage.join(dataset, "sources"), schema.SOURCES)
 
 
 def last_tries(tries: pa.Table) -> pa.Table:
-    """Without the rows of sources that could not be read and were planned again, under the same URI, in another group."""
+    """The rows without sources that could not be read and were planned again, under the same URI, in another group."""
     unread = pc.fill_null(pc.is_in(tries["reason"], pa.array(schema.UNREAD)), False)
     if not pc.any(unread).as_py():
         return tries
-    # what repeats another source is no try of its own
-    rivals = pc.and_(pc.is_in(tries["uri"], tries["uri"].filter(unread)), pc.is_null(tries["duplicate_of"]))
-    columns = [tries[name].filter(rivals).to_pylist() for name in ("uri", "bytes", "split", "group")]
-    by_uri: dict[str, list[tuple[int, bool, int | None, tuple[str, int]]]] = {}
-    for at, failed, uri, size, *group in zip(
-        np.flatnonzero(rivals), unread.filter(rivals).to_pylist(), *columns, strict=True
+    # a source that repeats another one is no try
+    related = pc.and_(pc.is_in(tries["uri"], tries["uri"].filter(unread)), pc.is_null(tries["duplicate_of"]))
+    columns = [tries[name].filter(related).to_pylist() for name in ("uri", "bytes", "split", "group")]
+    by_uri: dict[str, list[_Try]] = {}
+    for row, failed, uri, size, split, group in zip(
+        np.flatnonzero(related).tolist(), unread.filter(related).to_pylist(), *columns, strict=True
     ):
-        by_uri.setdefault(uri, []).append((int(at), failed, size, (group[0], group[1])))
-
-    def repeats(at: int, size: int | None, group: tuple[str, int], other: tuple[int, bool, int | None, Any]) -> bool:
-        same = other[3] != group and (size == other[2] or None in (size, other[2]))
-        return same and (other[0] > at or not other[1])
-
+        by_uri.setdefault(uri, []).append(_Try(row, failed, size, (split, group)))
     superseded = {
-        at
-        for rows in by_uri.values()
-        for at, failed, size, group in rows
-        if failed and any(repeats(at, size, group, other) for other in rows)
+        one.row for same in by_uri.values() for one in same if one.failed and any(map(one.is_repeated_by, same))
     }
-    return (
-        tries.take(pa.array([n for n in range(len(tries)) if n not in superseded], pa.int64())) if superseded else tries
-    )
+    rows = [row for row in range(len(tries)) if row not in superseded]
+    return tries.take(pa.array(rows, pa.int64())) if superseded else tries
+
+
+@dataclass(frozen=True)
+class _Try:
+    """One row of a source that was planned."""
+
+    row: int
+    failed: bool
+    size: int | None
+    group: tuple[str, int]
+
+    def is_repeated_by(self, other: "_Try") -> bool:
+        same = other.group != self.group and (self.size == other.size or None in (self.size, other.size))
+        return same and (other.row > self.row or not other.failed)
 
 
 def describe(dataset: str) -> dict[str, Any]:
@@ -213,8 +218,8 @@ def describe(dataset: str) -> dict[str, Any]:
     """
     url = storage.join(dataset, "dataset.json")
     try:
-        found = json.loads(storage.read(url))
-        if not isinstance(found, dict):
+        content = json.loads(storage.read(url))
+        if not isinstance(content, dict):
             raise ValueError("not an object")
     except FileNotFoundError as e:
         raise UserError(
@@ -222,13 +227,13 @@ def describe(dataset: str) -> dict[str, Any]:
         ) from e
     except ValueError as e:
         raise Failure(f"{url}: damaged ({e}); delete it and run the `shard` stage again") from e
-    if found.get("format", 0) > schema.FORMAT_VERSION:
-        raise UserError(f"{url}: format {found['format']} is newer than this longtake reads; upgrade longtake")
-    return found
+    if content.get("format", 0) > schema.FORMAT_VERSION:
+        raise UserError(f"{url}: format {content['format']} is newer than this longtake reads; upgrade longtake")
+    return content
 
 
 def digest(shards: Iterable[Shard]) -> str:
-    """A digest of what a list of shards holds; equal only if every byte of every tar is equal."""
+    """A digest of the content of shards; equal only if every byte of every tar is equal."""
     record = [[s.split, s.name, s.tar_sha256, s.tar_bytes, len(s.table)] for s in shards]
     return hashlib.sha256(json.dumps(record).encode()).hexdigest()
 

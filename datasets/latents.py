@@ -1,4 +1,7 @@
-"""What a stage that caches latents leaves behind: which column of which dataset, by which encoder, and its statistics."""
+"""The record of a column of latents: of which dataset, by which encoder, and its statistics.
+
+latents.json, the indexes and their notes call the latents of a clip `steps`.
+"""
 
 import hashlib
 import json
@@ -16,33 +19,33 @@ if TYPE_CHECKING:
 
 _FORMAT = 1
 _FILE = "latents.json"
-_HEADER = 128  # bytes that a .npy of these shapes has before its data
+_HEADER = 128  # bytes before the data in a .npy of these shapes
 
 
 @dataclass(frozen=True)
 class Latents:
-    """A column of latents. `mean` and `std` (C,) are of the posterior means over the train split.
+    """A column of latents. `mean` and `std` (C,) are those of the posterior means over the train split.
 
     A draw from the posteriors has a standard deviation of sqrt(std² + posterior_std²).
     """
 
     dataset: str  # URL
     column: str  # for `Loader(columns=...)`: "latent-DIGEST"
-    encoder: Mapping[str, Any]  # `uri`, of a version; `digest`, of what encodes; `model` and its `config`
+    encoder: Mapping[str, Any]  # `uri` of a version; `digest` of its encoder; `model` and its `config`
     channels: int
-    factor: int  # frames in a step after the first
-    stride: int  # pixels in a position, each way
-    size: tuple[int, int] | None  # (height, width) that was encoded; None: each clip's own, to whole positions
+    factor: int  # frames in a latent after the first
+    stride: int  # pixels in a position, in height and width
+    size: tuple[int, int] | None  # (height, width) that was encoded; None: each clip's own, cut to whole positions
     precision: str
     dtype: str
     count: int  # positions that the statistics are over
     mean: tuple[float, ...]
     std: tuple[float, ...]
     posterior_std: tuple[float, ...]  # root of the mean posterior variance
-    view: str | None  # URL; its kept clips alone have latents
+    view: str | None  # URL; only the clips that it keeps have latents
     digests: Mapping[str, str]  # of the splits' base shards when this was written (see `compact.Rows`)
     shrink: tuple[int, int] = (1, 1)  # (height, width) factors that the video was scaled down by (see `shrunk`)
-    join_seconds: float = 0.0  # of one stream, at most; 0: every clip is encoded by itself
+    join_seconds: float = 0.0  # longest stream of several clips; 0: every clip is encoded by itself
 
 
 def write_latents(uri: str, latents: Latents) -> None:
@@ -50,22 +53,22 @@ def write_latents(uri: str, latents: Latents) -> None:
 
 
 def read_latents(uri: str) -> Latents:
-    """What a `cache_latents` stage has made.
+    """The record that a `cache_latents` stage has written.
 
     Raises:
-        UserError: nothing such is here, or it is of another format.
+        UserError: there is none at `uri`, or it has another format.
         Failure: it is damaged.
     """
     url = storage.join(uri, _FILE)
     try:
         content = json.loads(storage.read(url))
-        if (found := content.pop("format")) != _FORMAT:
+        if (number := content.pop("format")) != _FORMAT:
             raise UserError(
-                f"{url}: format {found}, this longtake reads {_FORMAT}; run its `cache_latents` stage again"
+                f"{url}: format {number}, this longtake reads {_FORMAT}; run its `cache_latents` stage again"
             )
         tuples = {name: tuple(content[name]) for name in ("mean", "std", "posterior_std")}
         tuples["shrink"] = tuple(content.get("shrink", (1, 1)))
-        # both are outputs of stages, in one workspace perhaps, which may have been moved
+        # these are outputs of stages, perhaps in one workspace that was moved
         then, now = content["dataset"].rsplit("/", 2)[0], uri.rstrip("/").rsplit("/", 2)[0]
         content |= {name: content[name] and storage.placed(content[name], then, now) for name in ("dataset", "view")}
         return Latents(**content | tuples | {"size": content["size"] and tuple(content["size"])})
@@ -78,11 +81,11 @@ def read_latents(uri: str) -> Latents:
 
 
 def shrunk(video: "Tensor", shrink: tuple[int, int], stride: int) -> "Tensor":
-    """What is encoded of (B, C, T, H, W) where a column has this `shrink`: means over boxes of (height, width) pixels.
+    """(B, C, T, H, W) as it is encoded for a column with this `shrink`: means over boxes of (height, width) pixels.
 
-    The top left of the frame is taken that makes whole positions of `stride` pixels: where H x W pixels make h x w
-    positions, these are h // height x w // width, and position (i, j) is of the pixels of the boxes' positions from
-    (height * i, width * j) on. ValueError where none is left.
+    Only the top left of the frame that makes whole positions of `stride` pixels is used: where H x W pixels make h x w
+    positions, the result makes h // height x w // width, and its position (i, j) has the pixels of those from
+    (height * i, width * j) on. Raises ValueError where none is left.
     """
     from torch.nn.functional import avg_pool3d
 
@@ -97,7 +100,7 @@ def shrunk(video: "Tensor", shrink: tuple[int, int], stride: int) -> "Tensor":
 
 
 def encoder_digest(model: Any) -> str:
-    """Of what encodes in a torch module: one whose decoder alone was trained on has the same, and so the same latents."""
+    """A digest of a torch module's encoder. Training only the decoder keeps it, as it keeps the latents."""
     import torch
 
     digest = hashlib.sha256(type(model).__name__.encode())
@@ -109,23 +112,21 @@ def encoder_digest(model: Any) -> str:
 
 @dataclass(frozen=True)
 class Moments:
-    """Of `count` values a channel: their mean, the sum of squared deviations from it, and the mean posterior variance; (C,)."""
+    """Statistics of `count` values a channel, each (C,)."""
 
     count: int
     mean: np.ndarray
-    m2: np.ndarray
-    variance: np.ndarray
+    m2: np.ndarray  # sum of squared deviations from the mean
+    variance: np.ndarray  # mean posterior variance
 
     def plain(self) -> dict[str, Any]:
-        return {
-            "count": self.count,
-            **{name: getattr(self, name).tolist() for name in ("mean", "m2", "variance")},
-        }
+        """JSON values, for notes."""
+        return {"count": self.count} | {name: getattr(self, name).tolist() for name in ("mean", "m2", "variance")}
 
 
-def moments(steps: np.ndarray) -> list[Moments]:
-    """Of each step of (steps, 2, C, h, w), mean and log-variance, by itself; in float64."""
-    wide = steps.astype(np.float64).reshape(*steps.shape[:3], -1)
+def moments(latents: np.ndarray) -> list[Moments]:
+    """The statistics of each latent of (L, 2, C, h, w), mean and log-variance, by itself; in float64."""
+    wide = latents.astype(np.float64).reshape(*latents.shape[:3], -1)
     mean = wide[:, 0].mean(-1)
     m2 = np.square(wide[:, 0] - mean[..., None]).sum(-1)
     variance = np.exp(wide[:, 1]).mean(-1)
@@ -133,27 +134,27 @@ def moments(steps: np.ndarray) -> list[Moments]:
 
 
 def merged(parts: Iterable[Moments]) -> Moments:
-    """Of all values together. The order of the parts decides the last bits. Raises ValueError where there are none."""
-    some = [part for part in parts if part.count]
-    if not some:
+    """The statistics of all values. The order of the parts decides the last bits. Raises ValueError where there are none."""
+    filled = [part for part in parts if part.count]
+    if not filled:
         raise ValueError("no values")
-    counts = np.array([part.count for part in some], np.float64)[:, None]
+    counts = np.array([part.count for part in filled], np.float64)[:, None]
     total = counts.sum()
-    means = np.stack([part.mean for part in some])
+    means = np.stack([part.mean for part in filled])
     mean = (counts * means).sum(0) / total
-    m2 = np.stack([part.m2 for part in some]).sum(0) + (counts * np.square(means - mean)).sum(0)
-    variance = (counts * np.stack([part.variance for part in some])).sum(0) / total
+    m2 = np.stack([part.m2 for part in filled]).sum(0) + (counts * np.square(means - mean)).sum(0)
+    variance = (counts * np.stack([part.variance for part in filled])).sum(0) / total
     return Moments(int(total), mean, m2, variance)
 
 
 def read_moments(dataset: str, shard: index.Shard) -> Moments:
-    """The statistics that were noted with a shard of latents. Raises Failure where they are damaged."""
+    """The statistics in the notes of a shard of latents. Raises Failure where they are damaged."""
     notes = index.read_notes(dataset, shard)
     return Moments(notes["count"], *(np.array(notes[name], np.float64) for name in ("mean", "m2", "variance")))
 
 
 def problems(dataset: str, shard: index.Shard) -> Iterator[str]:
-    """A line for what a shard of latents says of itself that cannot be."""
+    """A line for each contradiction in the index of a shard of latents."""
     url = storage.join(dataset, shard.split, f"{shard.name}.parquet")
     remedy = "delete it and run its `cache_latents` stage again"
     try:

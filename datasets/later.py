@@ -1,7 +1,7 @@
 """Annotations that came after a shard was cut: DATASET/annotations/SPLIT-NNNNN.parquet, beside the shard of that name.
 
-A caption that was mended or a label that was added needs no decoding and moves no shard: readers take the later word.
-The tars themselves, and so other readers of WebDataset, keep the word of the day they were cut.
+A corrected caption or an added label needs no decoding and moves no shard: our readers take the later annotations. The
+tars themselves, and so other readers of WebDataset, keep those of the day they were cut.
 """
 
 from collections.abc import Mapping, Sequence
@@ -25,7 +25,7 @@ def shards(dataset: str, split: str) -> set[str]:
 
 
 def read(dataset: str, split: str, shard: str) -> list[dict[str, Any]]:
-    """`source`, `uri` and `extra`, the annotations, of the sources of a shard that have later ones."""
+    """A shard's sources with later annotations: `source`, `uri` and `extra`, the annotations as JSON."""
     url = _url(dataset, split, shard)
     try:
         data = storage.read(url)
@@ -42,21 +42,22 @@ def write(dataset: str, split: str, shard: str, rows: Sequence[Mapping[str, Any]
 
 
 def of_clips(dataset: str, split: str, shard: str) -> dict[str, dict[str, Any]]:
-    """What the samples of each of these sources have of their annotations, by source."""
+    """The later annotations of a shard as its samples have them, by source."""
     return {row["source"]: of_sample(row["extra"]) for row in read(dataset, split, shard)}
 
 
-def sample(said: Mapping[str, Any], known: Mapping[str, Mapping[str, Any]], source: str) -> dict[str, Any]:
-    """A sample's JSON with the later annotations of its source in place of those it was cut with."""
-    if source not in known:
-        return dict(said)
-    return {name: value for name, value in said.items() if name in OURS and name != "manifest"} | {**known[source]}
+def sample(content: Mapping[str, Any], by_source: Mapping[str, Mapping[str, Any]], source: str) -> dict[str, Any]:
+    """A sample's JSON with the later annotations of its source instead of those it was cut with."""
+    if source not in by_source:
+        return dict(content)
+    ours = {name: value for name, value in content.items() if name in OURS and name != "manifest"}
+    return ours | {**by_source[source]}
 
 
-def labelled(table: pa.Table, known: Mapping[str, Mapping[str, Any]]) -> pa.Table:
+def labelled(table: pa.Table, by_source: Mapping[str, Mapping[str, Any]]) -> pa.Table:
     """Index rows of one shard with the later labels."""
     rows = zip(table["source"].to_pylist(), table["label"].to_pylist(), strict=True)
-    labels = [label_of(known[source]) if source in known else label for source, label in rows]
+    labels = [label_of(by_source[source]) if source in by_source else label for source, label in rows]
     return table.set_column(table.column_names.index("label"), "label", pa.array(labels, pa.string()))
 
 

@@ -1,13 +1,13 @@
-"""What of an address may be printed, logged and kept."""
+"""Addresses without their secrets, as they may be printed, logged and kept."""
 
 import re
 from collections.abc import Mapping
 from typing import Any
 
-# of an address in a text; one that stands in quotes ends at them
+# a character of an address in a text; an address in quotes ends at them
 _CHARACTER = r"""(?:[^\s"'<>]|'(?![,.:;)\]}]*(?:\s|\Z)))"""
-# A login ends at the last @ before the path. A password may have slashes though, so that with one it ends at the last @ of
-# all; what is HOST:PORT/PATH@ as well is a login only if no domain stands there and something like a host follows.
+# A login ends at the last @ before the path. A password may have slashes though; a login with one ends at the last @ of all.
+# HOST:PORT/PATH@ is a login only if HOST is no domain and something like a host follows.
 _PORT = r"\d{1,5}[/?#]"
 _LOGIN = re.compile(
     rf"""(?x) ://
@@ -25,11 +25,11 @@ _SECRET = re.compile(
 
 
 def shown(text: str) -> str:
-    """A URL, or a text with URLs, as it may be printed and kept: without passwords, keys and signatures."""
+    """A URL, or a text with URLs, without passwords, keys and signatures."""
     spans = sorted(m.span(m.lastindex or 0) for pattern in (_LOGIN, _SECRET) for m in pattern.finditer(text))
     out, end = "", 0
     for start, stop in spans:
-        # a login and a parameter may overlap: nothing of either stays
+        # a login and a parameter may overlap: mask both
         if start >= end:
             out += text[end:start] + "***"
         end = max(end, stop)
@@ -37,7 +37,7 @@ def shown(text: str) -> str:
 
 
 def shown_within(content: Any) -> Any:
-    """Plain data, such as of JSON, with every text in it `shown`."""
+    """JSON values with every text in them `shown`."""
     if isinstance(content, str):
         return shown(content)
     if isinstance(content, Mapping):

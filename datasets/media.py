@@ -1,8 +1,8 @@
-"""The one door through which FFmpeg opens what others have made.
+"""The one function that opens foreign media with FFmpeg.
 
-FFmpeg goes by the first bytes, and some of what it knows names other files: playlists and manifests (HLS, DASH), scripts
-(ffconcat), session descriptions, numbered pictures. So it is handed bytes and never a name, it may take them for one of the
-formats below only, which hold their pictures themselves, and by no protocol may it open anything besides.
+FFmpeg recognises a format by its first bytes, and some formats name other files: playlists and manifests (HLS, DASH),
+scripts (ffconcat), session descriptions, numbered pictures. So FFmpeg gets bytes and never a name, may recognise only the
+formats below, which contain their pictures, and may open nothing else by any protocol.
 """
 
 import contextlib
@@ -19,13 +19,13 @@ _VIDEOS = (
 )
 _PICTURES = "bmp gif jpeg jpegls jpegxl j2k pam pbm pgm pgmyuv png ppm qoi sgi sunrast tiff webp"
 FORMATS = (*_VIDEOS.split(), *(f"{name}_pipe" for name in _PICTURES.split()), "jpegxl_anim")
-# the whitelist of protocols holds none
+# no protocol is called "none"
 _NOTHING_ELSE = {"format_whitelist": ",".join(FORMATS), "protocol_whitelist": "none"}
 _BUFFER = 1 << 16
 
 
 class _Nameless:
-    """What FFmpeg needs of a file, without its name, by which it would guess the format."""
+    """A file as FFmpeg needs it, without its name, by which it would guess the format."""
 
     def __init__(self, file: Any) -> None:
         self.read, self.seek, self.tell = file.read, file.seek, file.tell

@@ -6,7 +6,7 @@ FORMAT_VERSION = 2
 SPLITS = ("train", "val")
 SCORES = ("motion", "still", "brightness", "contrast", "sharpness", "saturation", "dark", "letterbox")
 
-# Reasons of sources of which nothing was read. The last may pass: such a source is planned again once it answers.
+# Reasons of sources that could not be read. "unreachable" may pass: such a source is planned again once it answers.
 UNREAD = ("missing", "refused", "unreachable")
 
 # One row a source at planning time; `group` is unique within a split and never changes.
@@ -14,7 +14,7 @@ PLAN = pa.schema(
     [
         ("source", pa.string()),  # 20 hex digits of the content identity
         ("uri", pa.string()),
-        ("bytes", pa.int64()),  # null where its store does not say
+        ("bytes", pa.int64()),  # null where its store does not give it
         ("split", pa.string()),
         ("group", pa.int32()),
         ("duplicate_of", pa.string()),  # the URI whose content this one repeats, else null
@@ -31,10 +31,10 @@ SOURCES = pa.schema(
         ("reason", pa.string()),  # a code of pipeline.source.REASONS where rejected, else null
         ("detail", pa.string()),  # one line for people; also what was odd about a good source
         ("codec", pa.string()),
-        ("width", pa.int32()),  # as shown: after rotation and sample aspect ratio
+        ("width", pa.int32()),  # as displayed: after rotation and sample aspect ratio
         ("height", pa.int32()),
         ("fps", pa.float64()),
-        ("frames_expected", pa.int64()),  # what the container says, 0 where it says nothing
+        ("frames_expected", pa.int64()),  # by the container, 0 where it has no number
         ("frames_decoded", pa.int64()),
         ("frames_sampled", pa.int64()),  # at the clips' frame rate
         ("shots", pa.int32()),
@@ -46,7 +46,7 @@ SOURCES = pa.schema(
     ]
 )
 
-# One row a sample. The file's key-value metadata holds the tar's own size and sha256: it is the commit record.
+# One row a sample. The file's key-value metadata has the tar's size and sha256: it is the commit record.
 INDEX = pa.schema(
     [
         ("key", pa.string()),  # SOURCE-CLIP, the clip in five digits
@@ -56,11 +56,11 @@ INDEX = pa.schema(
         ("mp4_size", pa.int64()),
         ("json_offset", pa.int64()),
         ("json_size", pa.int64()),
-        # of each member: what every read is checked by, at several times the speed of sha256
+        # every read is checked by these, several times as fast as by sha256
         ("mp4_crc32", pa.uint32()),
         ("json_crc32", pa.uint32()),
         ("sha256", pa.string()),  # of the mp4 member
-        ("first_frame", pa.int64()),  # number of the source frame shown first
+        ("first_frame", pa.int64()),  # number of the clip's first frame in the source
         ("start_seconds", pa.float64()),  # since the source's first frame
         ("frame_count", pa.int32()),
         ("fps", pa.float64()),
@@ -84,9 +84,9 @@ COLUMN_INDEX = pa.schema(
     ]
 )
 
-# That of a `latent-DIGEST` column: KEY.npy is (steps, 2, channels, height, width), mean and log-variance, so that a window
-# of steps is one range of bytes. Step 0 is of the first frame, step n of the `factor` frames up to n * factor; frames
-# after the last step are not in it. A clip that was left out has 0 steps of 0 x 0.
+# One row a sample of a `latent-DIGEST` column: KEY.npy is (steps, 2, channels, height, width), mean and log-variance, so
+# that a window is one range of bytes. A step is a latent: step 0 is of the first frame, step n of the `factor` frames up to
+# n * factor; frames after the last step are not in it. A clip that was left out has 0 steps of 0 x 0.
 LATENT_INDEX = pa.schema(
     [
         *COLUMN_INDEX,
@@ -100,8 +100,8 @@ LATENT_INDEX = pa.schema(
     ]
 )
 
-# The same of a column whose clips go on with the stream of the clip before them. Step n of a stream is of its `factor`
-# frames up to n * factor, and is kept with the clip that has this frame.
+# The same for a column whose clips may continue the stream of the clip before them. Step n of a stream is of its `factor`
+# frames up to n * factor, and is stored with the clip that has this frame.
 STREAM_INDEX = LATENT_INDEX.append(pa.field("stream_step", pa.int32()))  # steps of its stream before it
 
 # One row a clip of the dataset, used or not.

@@ -13,7 +13,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Member:
-    """Where one file of a tar lies: byte offset and size of its data, its sha256 (hex) and its CRC-32."""
+    """One file of a tar: byte offset and size of its data, its sha256 (hex) and its CRC-32."""
 
     key: str
     extension: str
@@ -33,7 +33,7 @@ def write_tar(path: Path, samples: Iterable[tuple[str, dict[str, bytes]]]) -> li
                 info.size = len(data)
                 info.mode = 0o644
                 tar.addfile(info, io.BytesIO(data))
-                # a ustar header is one block, and `offset` now stands behind the padded data
+                # `tar.offset` is now behind the padded data
                 offset = tar.offset - -(-len(data) // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
                 digests = hashlib.sha256(data).hexdigest(), zlib.crc32(data)
                 members.append(Member(key, extension, offset, len(data), *digests))
@@ -41,7 +41,7 @@ def write_tar(path: Path, samples: Iterable[tuple[str, dict[str, bytes]]]) -> li
 
 
 def described(data: bytes) -> dict[str, Any]:
-    """The JSON of a sample; of an image with a caption in a .txt alone this caption, of a bare one nothing.
+    """The JSON of a sample from its .json, or a caption from the .txt of an image; empty where there is neither.
 
     Raises:
         ValueError: it is no JSON.
@@ -51,9 +51,6 @@ def described(data: bytes) -> dict[str, Any]:
     return {"caption": data.decode("utf-8", "replace").strip()} if data else {}
 
 
-def sha256_of(path: Path, block: int = 1 << 20) -> str:
-    digest = hashlib.sha256()
+def sha256_of(path: Path) -> str:
     with path.open("rb") as f:
-        while data := f.read(block):
-            digest.update(data)
-    return digest.hexdigest()
+        return hashlib.file_digest(f, "sha256").hexdigest()

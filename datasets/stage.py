@@ -1,15 +1,15 @@
-"""What every stage shares: a strict config, and the marker of an input that another stage makes.
+"""The common part of all stages: a strict config, and markers for its fields.
 
 A stage is a module with `Config` (a `StageConfig` with its `kind`), `VERSION` (raise it when the same config
-would give another output), `PRODUCES` (what its output is) and `run(config, inputs, output) -> dict`.
+would give another output), `PRODUCES` (the kind of its output) and `run(config, inputs, output) -> dict`.
 It may also have
 
-- `outside(config) -> str`: a digest of what it reads from beyond the recipe, such as the listing of the sources, so
-  that a change out there reruns it;
-- `retried(uri) -> str`: beside `outside`, a digest of what it could not read when it made `uri` and has read since, or
-  can read now; empty where there is nothing of the kind;
-- `complete(uri) -> bool`: whether what it made is still all there, else it runs again and makes what is missing;
-- `warnings(config) -> list[str]`: "KEY: why", of settings that are allowed and rarely meant;
+- `outside(config) -> str`: a digest of its inputs outside the recipe, for example the listing of the sources; when it
+  changes, the stage runs again;
+- `retried(uri) -> str`: beside `outside`, a digest of the inputs that it could not read when it made `uri` and has read
+  since, or can read now; empty where there are none;
+- `complete(uri) -> bool`: whether its output is still complete; if not it runs again and makes the missing parts;
+- `warnings(config) -> list[str]`: "KEY: why" for settings that are allowed and rarely meant;
 - `check(config, inputs)`: raises ValueError("KEY: why") where its config does not fit the configs of the stages that
   make its inputs.
 """
@@ -22,33 +22,33 @@ from pydantic import BaseModel, ConfigDict
 Product = Literal["dataset", "view", "latents", "model"]
 
 
-RUN = "run"  # the field of a stage's config that says how the work is done, not what comes out
+RUN = "run"  # the field of a stage's config that says how the work is done and does not change the output
 
 
 class StageConfig(BaseModel):
     """Strict base of all configs in a recipe: an unknown key is an error, values never change.
 
-    The docstring of a config is the documentation of its fields, a line each: `name   what it is`.
+    The docstring of a config documents its fields, a line each: `name   meaning`.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    MOVED: ClassVar[Mapping[str, str]] = {}  # keys that were here once, and a remark where they are now
+    MOVED: ClassVar[Mapping[str, str]] = {}  # former keys, and where they are now
 
 
 class Input:
-    """Marks a config field that names another stage of the recipe, or a URI of what such a stage makes."""
+    """Marks a config field that names another stage of the recipe, or the URI of such a stage's output."""
 
     def __init__(self, product: Product) -> None:
         self.product = product
 
 
 class Naming:
-    """Marks a config field that says how the result is called: another name makes a stage run, but not begin anew."""
+    """Marks a config field that names the result: with another name a stage runs again, but does not start over."""
 
 
 class Measuring(Naming):
-    """Marks a config field that says how the result is measured: another value makes a stage run, but not begin anew."""
+    """Marks a config field that says how to measure the result: with another value a stage runs again, but does not start over."""
 
 
 def names(config: StageConfig) -> dict[str, Any]:
@@ -57,12 +57,12 @@ def names(config: StageConfig) -> dict[str, Any]:
 
 
 def content(config: StageConfig) -> dict[str, Any]:
-    """What decides what a stage makes: its config as plain data, without `run` and the fields marked `Naming`."""
+    """The settings that decide a stage's output: its config as plain data, without `run` and the fields marked `Naming`."""
     return config.model_dump(mode="json", exclude={RUN} | _named(config))
 
 
 def cost(config: StageConfig) -> dict[str, Any]:
-    """What decides the time of a step or clip: `content` without inputs and costless fields, and the costly part of `run`."""
+    """The settings that decide the time of a step or clip: `content` without inputs and costless fields, and the costly ones of `run`."""
     costless: frozenset[str] = getattr(config, "COSTLESS", frozenset())
     run = getattr(config, RUN, None)
     settings = {
@@ -83,15 +83,15 @@ ModelInput = Annotated[str, Input("model")]
 
 def inputs_of(config: StageConfig) -> dict[str, tuple[str, Product]]:
     """The inputs that a config names: `{field: (stage name or URI, product)}`, unset ones left out."""
-    found: dict[str, tuple[str, Product]] = {}
+    inputs: dict[str, tuple[str, Product]] = {}
     for name, field in type(config).model_fields.items():
         value: Any = getattr(config, name)
-        # an optional input, `ViewInput | None`, hides its marker in the union's members
+        # an optional input, `ViewInput | None`, has its marker in the union's members
         markers = [
             *field.metadata,
             *(m for a in getattr(field.annotation, "__args__", ()) for m in getattr(a, "__metadata__", ())),
         ]
         for marker in markers:
             if isinstance(marker, Input) and value is not None:
-                found[name] = (value, marker.product)
-    return found
+                inputs[name] = (value, marker.product)
+    return inputs

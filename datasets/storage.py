@@ -23,12 +23,12 @@ from longtake.datasets.errors import Failure, UserError
 
 _FOREIGN_DEBRIS_SECONDS = 24 * 3600
 _LASTING = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES)
-_NO_CREDENTIALS = ("NoCredentialsError", "PartialCredentialsError", "ProfileNotFound")  # botocore's, which do not pass
+_NO_CREDENTIALS = ("NoCredentialsError", "PartialCredentialsError", "ProfileNotFound")  # of botocore, not worth a retry
 _ANSWERS = (FileNotFoundError, FileExistsError, PermissionError, IsADirectoryError, NotADirectoryError)
-_LATER = (408, 425, 429)  # HTTP statuses below 500 that may be others a moment later
+_PASSING = (408, 425, 429)  # HTTP statuses below 500 that are worth a retry
 _PROTOCOL = re.compile(r"(?!file:|local:)([a-z][a-z0-9+.-]+)://", re.IGNORECASE)
 _FILE_URL = re.compile(r"(?:file|local):(?://(?:localhost(?=/))?|(?=/))", re.IGNORECASE)
-# what a line, a table or JSON cannot hold as text: control characters, line ends, bytes that are not UTF-8
+# characters that a line, a table or JSON cannot hold: control characters, line ends, bytes that are not UTF-8
 _UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
 
 
@@ -63,7 +63,7 @@ def _options(protocol: str) -> dict[str, Any]:
         return {}
     import aiohttp
 
-    # aiohttp would end any answer after five minutes, however steadily it comes
+    # without it aiohttp would end any answer after five minutes
     return {"client_kwargs": {"timeout": aiohttp.ClientTimeout(total=None, sock_connect=30, sock_read=60)}}
 
 
@@ -80,13 +80,13 @@ def _local_path(url: str) -> str:
 def named(path: str) -> str:
     """A local path as text that tables, JSON and consoles can hold and `filesystem` reads back.
 
-    The path itself, or where it has control characters or bytes that are not UTF-8, its file:// URL, percent-encoded.
+    This is the path, or its percent-encoded file:// URL where it has control characters or bytes that are not UTF-8.
     """
     return "file://" + quote(os.fsencode(path)) if _UNPRINTABLE.search(path) else path
 
 
 def printable(text: str) -> str:
-    """Text on one line, with escapes for what a line, a table or JSON cannot hold."""
+    """Text on one line, with escapes for characters that a line, a table or JSON cannot hold."""
     return _UNPRINTABLE.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
 
 
@@ -104,15 +104,15 @@ def protocols(fs: Any) -> tuple[str, ...]:
 
 
 def absolute(url: str) -> str:
-    """A URL that means the same from any working folder: local paths made absolute, others as they are."""
+    """A URL that means the same in any working folder: local paths become absolute, others stay."""
     if is_local(url):
         return str(Path(filesystem(url)[1]).absolute())
-    # a page that lists a folder ends in a slash
+    # an HTTP page that lists a folder ends in a slash
     return url if url.startswith("http") else url.rstrip("/")
 
 
 def placed(url: str, then: str, now: str) -> str:
-    """A record of a place below the folder `then`: the same place below `now` where that is there, as after a move."""
+    """A recorded URL in a folder that was moved from `then` to `now`: the URL below `now` if it exists, else as recorded."""
     if then in ("", now) or not url.startswith(f"{then}/"):
         return url
     moved = now + url[len(then) :]
@@ -140,19 +140,19 @@ def read_range(url: str, start: int, size: int) -> bytes:
 
 
 def names(url: str) -> list[str]:
-    """Names in a folder, sorted; none where there is no folder."""
+    """Names in a folder, sorted; empty where there is no folder."""
     fs, path = filesystem(url)
     fs.invalidate_cache(path)
     try:
-        listed = retrying(url, lambda: fs.ls(path, detail=False))
-        return sorted(entry.rstrip("/").rsplit("/", 1)[-1] for entry in listed)
+        entries = retrying(url, lambda: fs.ls(path, detail=False))
+        return sorted(entry.rstrip("/").rsplit("/", 1)[-1] for entry in entries)
     except (FileNotFoundError, NotADirectoryError):
         return []
 
 
 @contextlib.contextmanager
 def failing_clearly(url: str) -> Iterator[None]:
-    """Turn the errors of a full or closed disk into one line that names the file and the way on."""
+    """Turn the errors of a full or read-only disk into one line that names the file and the remedy."""
     try:
         yield
     except OSError as e:
@@ -172,7 +172,7 @@ def failing_clearly(url: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def staged(url: str) -> Iterator[Path]:
-    """A local path to fill; when the block ends well it becomes `url`, whole, else it vanishes.
+    """A local path to fill; it becomes `url`, whole, when the block succeeds, and is deleted when it fails.
 
     Local: a temporary name beside the target, fsync, rename. Remote: a spool file, then one upload.
     """
@@ -180,20 +180,27 @@ def staged(url: str) -> Iterator[Path]:
     with failing_clearly(url):
         if is_local(url):
             target = Path(path)
-            target.parent.mkdir(parents=True, exist_ok=True)
-            spool = target.parent / _temporary_name(target.name)
-            try:
+            with _spool_beside(target) as spool:
                 yield spool
                 sync(spool)
                 spool.replace(target)
                 sync(target.parent)
-            finally:
-                spool.unlink(missing_ok=True)
         else:
             with spool_folder(url) as folder:
                 spool = folder / path.rsplit("/", 1)[-1]
                 yield spool
                 retrying(url, lambda: (fs.makedirs(fs._parent(path), exist_ok=True), fs.put_file(str(spool), path)))
+
+
+@contextlib.contextmanager
+def _spool_beside(target: Path) -> Iterator[Path]:
+    """A temporary path in the target's folder, which is made; deleted after the block."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    spool = target.parent / temporary_name(target.name)
+    try:
+        yield spool
+    finally:
+        spool.unlink(missing_ok=True)
 
 
 def write(url: str, data: bytes) -> None:
@@ -203,41 +210,36 @@ def write(url: str, data: bytes) -> None:
 
 
 def write_if_absent(url: str, data: bytes | Path) -> bool:
-    """Write a whole file, given as bytes or as a local copy, unless it is there; of many writers at once exactly one gets True."""
+    """Write a whole file, from bytes or a local copy, unless it exists; of several writers at once exactly one gets True."""
     fs, path = filesystem(url)
     with failing_clearly(url):
-        if is_local(url):
-            target = Path(path)
-            target.parent.mkdir(parents=True, exist_ok=True)
-            spool = target.parent / _temporary_name(target.name)
-            try:
-                if isinstance(data, Path):
-                    shutil.copyfile(data, spool)
-                else:
-                    spool.write_bytes(data)
-                sync(spool)
+        if not is_local(url):
+            put = fs.put_file if isinstance(data, Path) else fs.pipe_file
+            arguments = (str(data), path) if isinstance(data, Path) else (path, data)
+            with contextlib.suppress(FileExistsError):
+                retrying(url, lambda: put(*arguments, mode="create"))
+                return True
+            return False
+        target = Path(path)
+        with _spool_beside(target) as spool:
+            if isinstance(data, Path):
+                shutil.copyfile(data, spool)
+            else:
+                spool.write_bytes(data)
+            sync(spool)
+            with contextlib.suppress(FileExistsError):
                 os.link(spool, target)
                 sync(target.parent)
                 return True
-            except FileExistsError:
-                return False
-            finally:
-                spool.unlink(missing_ok=True)
-        put = fs.put_file if isinstance(data, Path) else fs.pipe_file
-        arguments = (str(data), path) if isinstance(data, Path) else (path, data)
-        try:
-            retrying(url, lambda: put(*arguments, mode="create"))
-            return True
-        except FileExistsError:
-            return False
+    return False
 
 
 @contextlib.contextmanager
 def spool_folder(url: str) -> Iterator[Path]:
-    """A scratch folder that goes away with the block: inside a local `url`, else in the machine's temporary folder."""
+    """A scratch folder for the block: inside a local `url`, else in the machine's temporary folder."""
     parent = Path(filesystem(url)[1]) if is_local(url) else Path(tempfile.gettempdir())
     with failing_clearly(url):
-        folder = parent / _temporary_name("spool")
+        folder = parent / temporary_name("spool")
         folder.mkdir(parents=True)
     try:
         yield folder
@@ -246,9 +248,9 @@ def spool_folder(url: str) -> Iterator[Path]:
 
 
 def sweep(folder: str) -> int:
-    """Remove what dead writers left behind, for a remote folder in this machine's temporary one; returns how many.
+    """Delete the temporary files of dead writers, for a remote folder in this machine's temporary one; returns their number.
 
-    A living writer's files stay, those of other machines for a day.
+    A living writer's files stay, and those of other machines for a day.
     """
     count = 0
     root = Path(filesystem(folder)[1]) if is_local(folder) else Path(tempfile.gettempdir())
@@ -256,13 +258,14 @@ def sweep(folder: str) -> int:
         host, _, pid = path.name.rsplit("~", 2)[1].partition("@")
         with contextlib.suppress(FileNotFoundError):
             old = time.time() - path.stat().st_mtime > _FOREIGN_DEBRIS_SECONDS
-            if old if host != socket.gethostname() else not _alive(pid):
+            if old if host != socket.gethostname() else not alive(pid):
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
                 count += 1
     return count
 
 
-def _alive(pid: str) -> bool:
+def alive(pid: str) -> bool:
+    """Whether a process of this machine is running."""
     try:
         os.kill(int(pid), 0)
     except (ProcessLookupError, ValueError):
@@ -272,38 +275,38 @@ def _alive(pid: str) -> bool:
     return True
 
 
-def retrying(what: str, action: Callable[[], Any], attempts: int = 5, first_wait: float = 0.5) -> Any:
+def retrying(label: str, action: Callable[[], Any], attempts: int = 5, first_wait: float = 0.5) -> Any:
     """Call `action` again after passing faults of the network, waiting about twice as long each time.
 
-    What cannot pass (missing, there already, forbidden, a full disk) is raised at once, that of an HTTP server as the
-    error that a local file would raise; the last fault is raised as Failure naming `what`.
+    A lasting fault (missing, there already, forbidden, a full disk) is raised at once, an HTTP server's as the error that a
+    local file would raise. The fault of the last attempt is raised as Failure naming `label`.
     """
     for attempt in range(attempts):
         try:
             return action()
         except Exception as caught:
-            e = _told(caught)
+            e = _cause(caught)
             if refusal := _refusal(e):
                 raise refusal from e
             if type(e).__name__ in _NO_CREDENTIALS:
-                raise Failure(f"{what}: {e}; give this machine the store's credentials") from e
+                raise Failure(f"{label}: {e}; give this machine the store's credentials") from e
             lasting = isinstance(e, _ANSWERS) or getattr(e, "errno", None) in _LASTING
             if lasting or not (isinstance(e, OSError) or of_network(e)):
                 raise
             if attempt == attempts - 1:
-                raise Failure(f"{what}: {e} (gave up after {attempts} attempts)") from e
-            # a thousand processes refused at once shall not come back at once
+                raise Failure(f"{label}: {e} (gave up after {attempts} attempts)") from e
+            # at random, so that a thousand processes refused at once do not return at once
             time.sleep(first_wait * 2**attempt * random.SystemRandom().uniform(0.5, 1.5))
 
 
-def _told(error: Exception) -> BaseException:
-    """An error, or the one behind it: over HTTP, fsspec calls every fault a file that is not there."""
+def _cause(error: Exception) -> BaseException:
+    """The error, or its cause over HTTP, where fsspec raises FileNotFoundError for every fault."""
     cause = error.__cause__
     return cause if cause and isinstance(error, FileNotFoundError) and of_network(cause) else error
 
 
 def of_network(error: BaseException | None) -> bool:
-    """Whether an error is one of a connection or of a store's client, which has errors of its own."""
+    """Whether an error is of a connection or of a store's client, which has its own errors."""
     return isinstance(error, ConnectionError | TimeoutError) or _client(error) in ("aiohttp", "botocore", "aiobotocore")
 
 
@@ -312,7 +315,7 @@ def _client(error: BaseException | None) -> str:
 
 
 def _refusal(error: BaseException) -> OSError | None:
-    """What an HTTP server means by an answer that will not be another one a moment later."""
+    """The local error for an HTTP server's lasting refusal; None for other errors."""
     if _client(error) != "aiohttp":
         return None
     import aiohttp
@@ -321,19 +324,20 @@ def _refusal(error: BaseException) -> OSError | None:
         return PermissionError(errno.EACCES, "redirects without end")
     if isinstance(error, aiohttp.NonHttpUrlClientError | aiohttp.InvalidURL):
         return PermissionError(errno.EACCES, f"not an HTTP address: {error}")
-    if isinstance(error, aiohttp.ClientResponseError) and 400 <= error.status < 500 and error.status not in _LATER:
-        says = f"HTTP {error.status} {error.message}".strip()
+    if isinstance(error, aiohttp.ClientResponseError) and 400 <= error.status < 500 and error.status not in _PASSING:
+        answer = f"HTTP {error.status} {error.message}".strip()
         gone = error.status in (404, 410)
-        return FileNotFoundError(errno.ENOENT, says) if gone else PermissionError(errno.EACCES, says)
+        return FileNotFoundError(errno.ENOENT, answer) if gone else PermissionError(errno.EACCES, answer)
     return None
 
 
-def _temporary_name(name: str) -> str:
+def temporary_name(name: str) -> str:
+    """A name that `sweep` knows as one of this process."""
     return f".{name}~{socket.gethostname()}@{os.getpid()}~{secrets.token_hex(4)}.tmp"
 
 
 def sync(path: Path) -> None:
-    """Bring a file, or the names in a folder, to the disk itself."""
+    """Flush a file, or the names in a folder, to the disk itself."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

@@ -1,4 +1,4 @@
-"""Checking that a dataset is what its indexes and its plan say. Every problem is a line with what to do about it."""
+"""Checking a dataset against its indexes and its plan. Every problem is a line with a remedy."""
 
 import contextlib
 import hashlib
@@ -33,7 +33,7 @@ def tars(dataset: str) -> list[tuple[str, str]]:
 
 
 def tar_bytes(dataset: str) -> int:
-    """Bytes of all tars as they lie there: how much `verify` will read."""
+    """Bytes of all tars: how much `verify` will read."""
     total = 0
     for split in schema.SPLITS:
         fs, path = storage.filesystem(storage.join(dataset, split))
@@ -43,11 +43,11 @@ def tar_bytes(dataset: str) -> int:
 
 
 def verify(dataset: str, threads: int = 8, progress: Callable[[int], Any] = lambda read: None) -> Iterator[str]:
-    """All problems of a dataset, tar by tar as they are found, then those of the whole.
+    """All problems of a dataset, tar by tar, then those of the dataset as a whole.
 
     Args:
         threads: tars read at once, each in blocks of 4 MiB.
-        progress: called with the number of bytes each time some have been read, by one thread at a time.
+        progress: called after each block with its number of bytes, by one thread at a time.
     """
     lock = threading.Lock()
 
@@ -58,10 +58,10 @@ def verify(dataset: str, threads: int = 8, progress: Callable[[int], Any] = lamb
     images = storage.exists(storage.join(dataset, "dataset.json")) and index.describe(dataset).get("kind") == "images"
     pool = ThreadPoolExecutor(threads)
     try:
-        for found in pool.map(lambda tar: list(problems(dataset, tar, locked, images)), tars(dataset)):
-            yield from found
+        for lines in pool.map(lambda tar: list(problems(dataset, tar, locked, images)), tars(dataset)):
+            yield from lines
     finally:
-        # else Ctrl-C would wait for all tars
+        # otherwise Ctrl-C would wait for all tars
         pool.shutdown(cancel_futures=True)
     yield from layout_problems(dataset)
 
@@ -69,7 +69,7 @@ def verify(dataset: str, threads: int = 8, progress: Callable[[int], Any] = lamb
 def problems(
     dataset: str, tar: tuple[str, str], progress: Callable[[int], Any] = lambda read: None, images: bool = False
 ) -> Iterator[str]:
-    """Each way in which a tar differs from its index, and its index from the base shard or the sources."""
+    """The differences of a tar from its index, and of its index from the base shard or the sources."""
     split, name = tar
     url = storage.join(dataset, split, f"{name}.tar")
     number, _, column = name.partition(".")
@@ -86,17 +86,17 @@ def problems(
     yield from _tar_problems(url, shard, members, remedy, progress)
     if column.startswith("latent-"):
         yield from columns.problems(dataset, shard)
-    # the other table's own problem is reported where that one is looked at
+    # a problem of the other table is reported when that one is checked
     with contextlib.suppress(Failure):
         yield from _base_problems(url, dataset, shard, remedy) if column else _source_problems(dataset, shard, remedy)
 
 
 @dataclass
 class _Member:
-    """A file that an index places in its tar, filled while the tar passes by."""
+    """A file of a tar as its index describes it, and its content while the tar is read."""
 
     name: re.Pattern[str]
-    what: str
+    label: str  # in messages
     offset: int
     size: int
     crc32: int | None
@@ -115,27 +115,28 @@ class _Member:
             self.digest.update(part)
 
     def wrong(self) -> bool:
+        """Whether the file differs from the index, once all blocks are fed."""
         try:
             info = tarfile.TarInfo.frombuf(bytes(self.header), "utf-8", "strict")
         except (tarfile.HeaderError, UnicodeDecodeError):
             return True
-        named = self.name.fullmatch(info.name) and info.size == self.size and self.checksum == self.crc32
-        return not named or self.sha256 not in (None, self.digest.hexdigest())
+        right = self.name.fullmatch(info.name) and info.size == self.size and self.checksum == self.crc32
+        return not right or self.sha256 not in (None, self.digest.hexdigest())
 
 
 def _members(table: pa.Table, column: str, images: bool) -> Iterator[_Member]:
-    # the index of a column does not say what its files end in, nor that of plain image tars what they are called
+    # the index of a column has no endings of files, that of plain image tars no names
     fields = [("", r"\.[\w.]+", "sha256")] if column else [("mp4_", r"\.mp4", "sha256"), ("json_", r"\.json", None)]
     for row in table.to_pylist():
         for prefix, ending, sha256 in fields:
             offset, size = row.get(f"{prefix}offset"), row.get(f"{prefix}size")
             missing = offset is None or size is None or size < 0
             if images and size == 0:
-                continue  # no text beside this picture
+                continue  # a picture without text
             name = re.compile(r".*", re.DOTALL) if images else re.compile(re.escape(str(row.get("key"))) + ending)
             yield _Member(
                 name=name,
-                what=f"{row.get('key')}{'.' + prefix[:-1] if prefix else ''}",
+                label=f"{row.get('key')}{'.' + prefix[:-1] if prefix else ''}",
                 offset=-1 if missing else offset,
                 size=0 if missing else size,
                 crc32=row.get(f"{prefix}crc32"),
@@ -157,7 +158,7 @@ def _tar_problems(
         yield f"{url}: {size} bytes, the index says {shard.tar_bytes}; {remedy}"
         return
     waiting = sorted(members, key=lambda m: m.offset, reverse=True)
-    passing: list[_Member] = []
+    current: list[_Member] = []  # that this block or the next may have bytes of
     digest = hashlib.sha256()
     for start in range(0, size, _BLOCK):
         block = storage.read_range(url, start, min(_BLOCK, size - start))
@@ -165,17 +166,17 @@ def _tar_problems(
         digest.update(block)
         end = start + len(block)
         while waiting and waiting[-1].offset - tarfile.BLOCKSIZE < end:
-            passing.append(waiting.pop())
-        for member in passing:
+            current.append(waiting.pop())
+        for member in current:
             member.feed(start, block)
-        passing = [m for m in passing if m.offset + m.size > end]
-    wrong = [m.what for m in members if m.wrong()]
+        current = [m for m in current if m.offset + m.size > end]
+    wrong = [m.label for m in members if m.wrong()]
     if digest.hexdigest() != shard.tar_sha256:
         where = f" (in {', '.join(wrong)})" if wrong else ""
         yield f"{url}: its bytes are not those that were committed{where}; {remedy}"
     else:
-        for what in wrong:
-            yield f"{url}: {what} is not where the index says, or is another; {remedy}"
+        for label in wrong:
+            yield f"{url}: {label} is not where the index says, or is another; {remedy}"
 
 
 def _base_problems(url: str, dataset: str, shard: index.Shard, remedy: str) -> Iterator[str]:
@@ -187,7 +188,7 @@ def _base_problems(url: str, dataset: str, shard: index.Shard, remedy: str) -> I
 
 
 def _source_problems(dataset: str, shard: index.Shard, remedy: str) -> Iterator[str]:
-    """What the group's own table of sources says otherwise than its shard."""
+    """The differences between a shard and its group's table of sources."""
     url = storage.join(dataset, "sources", f"{shard.split}-{shard.name}.parquet")
     if not storage.exists(url):
         yield f"{url}: is missing; {remedy}"
@@ -198,16 +199,16 @@ def _source_problems(dataset: str, shard: index.Shard, remedy: str) -> Iterator[
         yield f"{url}: not a table of sources; {remedy}"
         return
     good = sources.filter(pc.equal(sources["status"], "good"))
-    said = dict(zip(good["source"].to_pylist(), good["clips"].to_pylist(), strict=True))
-    for source in sorted(clips.keys() - said.keys()):
+    counts = dict(zip(good["source"].to_pylist(), good["clips"].to_pylist(), strict=True))
+    for source in sorted(clips.keys() - counts.keys()):
         yield f"{url}: source {source} of {clips[source]} clips has no good row; {remedy}"
-    for source, count in said.items():
+    for source, count in counts.items():
         if clips.get(source, 0) != count:
             yield f"{url}: source {source} has {count} clips, the index {clips.get(source, 0)}; {remedy}"
 
 
 def layout_problems(dataset: str) -> Iterator[str]:
-    """Files that belong to nothing, groups that are planned but not committed, counts that do not add up."""
+    """Files that do not belong to the dataset, groups that are planned but not committed, counts that do not add up."""
     committed = set(tars(dataset))
     yield from _stray_files(dataset, committed)
     damaged = False
@@ -237,12 +238,12 @@ def _stray_files(dataset: str, committed: set[tuple[str, str]]) -> Iterator[str]
             yield f"{storage.join(dataset, name)}: belongs to nothing in this dataset; delete it"
     for split in schema.SPLITS:
         for name in storage.names(storage.join(dataset, split)):
-            url, known = storage.join(dataset, split, name), _SHARD_FILE.fullmatch(name)
+            url, match = storage.join(dataset, split, name), _SHARD_FILE.fullmatch(name)
             if name.startswith("."):
-                continue  # of a writer that is at work, or debris that the next `shard` sweeps
-            if not known:
+                continue  # of a writer at work, or debris that the next `shard` sweeps
+            if not match:
                 yield f"{url}: belongs to nothing in this dataset; delete it"
-            elif (split, known[1]) not in committed:
+            elif (split, match[1]) not in committed:
                 yield f"{url}: its shard was never committed; run the `shard` stage again, or delete it"
             elif (split, name.rpartition(".")[0]) not in committed:
                 yield f"{url}: has no index, the debris of a stopped run; delete it, or run its stage again"

@@ -1,4 +1,4 @@
-"""A view: which clips of a dataset to use and why not the others. Writing one decodes nothing."""
+"""A view: which clips of a dataset to use, and why the others are left out. Writing one decodes nothing."""
 
 import hashlib
 import json
@@ -19,7 +19,7 @@ _COMPARE = {"min": ("<", operator.lt), "max": (">", operator.gt)}
 
 
 def broken(table: pa.Table, rules: Mapping[str, Mapping[str, float]]) -> Iterator[tuple[str, np.ndarray]]:
-    """Each bound as the reason it gives and the rows (N,) bool that break it; a row without the score breaks none.
+    """For each bound its reason and (N,) bool, the rows that break it. A row without the score breaks none.
 
     Args:
         rules: `{column: {"min": a, "max": b, "min_percentile": c, "max_percentile": d}}`, each bound optional;
@@ -27,14 +27,14 @@ def broken(table: pa.Table, rules: Mapping[str, Mapping[str, float]]) -> Iterato
     """
     for column, bounds in rules.items():
         values = np.asarray(table[column], dtype=np.float64)
-        known = values[~np.isnan(values)]
+        scores = values[~np.isnan(values)]
         for bound, limit in bounds.items():
             kind, _, percentile = bound.partition("_")
             sign, breaks = _COMPARE[kind]
             if not percentile:
                 yield f"{column} {sign} {limit:g}", breaks(values, limit)
-            elif len(known):
-                value = np.percentile(known, limit)
+            elif len(scores):
+                value = np.percentile(scores, limit)
                 yield f"{column} {sign} {value:.4g} (percentile {limit:g})", breaks(values, value)
 
 
@@ -44,10 +44,10 @@ def rows(
     reasons: Sequence[str | None] | np.ndarray,
     weights: np.ndarray | None = None,
 ) -> pa.Table:
-    """A view of N clips: kept where they have no reason.
+    """A view of N clips, which keeps those without a reason.
 
     Args:
-        split: one for all, or one for each.
+        split: one for all clips, or one for each.
         weights: (N,) how often a kept clip should be seen, against a mean of 1; None gives all the same.
     """
     why = pa.array(reasons, pa.string())
@@ -72,8 +72,9 @@ def write(url: str, table: pa.Table, digests: Mapping[str, str]) -> None:
     """Save a view.
 
     Args:
-        table: of `rows`; where it has a split's rows in the order of the shards, readers need not match them by key.
-        digests: for each such split the digest of its shards (see `compact.Rows`).
+        table: made by `rows`.
+        digests: the digest of a split's shards (see `compact.Rows`), for each split whose rows are in the order of its
+            shards; readers need not match these by key.
     """
     storage.write(url, index.to_parquet(table.replace_schema_metadata({_DIGESTS: json.dumps(digests).encode()})))
 
@@ -81,7 +82,7 @@ def write(url: str, table: pa.Table, digests: Mapping[str, str]) -> None:
 def of_split(url: str, split: str, digest: str) -> tuple[pa.Table, str]:
     """The columns `keep` and `weight` of a split's rows in the order of its shards, and the view's own digest.
 
-    Where the view was not made of just these shards, the column `key` tells whose they are.
+    Where the view was made of other shards, there is a column `key` to match its rows by.
     """
     try:
         data = storage.read(url)
@@ -92,22 +93,20 @@ def of_split(url: str, split: str, digest: str) -> tuple[pa.Table, str]:
         raise Failure(f"{url}: not a readable Parquet file ({e}); run its `curate` stage again") from e
     aligned = json.loads((file.schema_arrow.metadata or {}).get(_DIGESTS, b"{}")).get(split) == digest
     table = file.read(["split", "keep", "weight", *([] if aligned else ["key"])])
-    mine = table.filter(pc.equal(table["split"], split)).drop_columns("split")
-    return mine, hashlib.sha256(data).hexdigest()
+    return table.filter(pc.equal(table["split"], split)).drop_columns("split"), hashlib.sha256(data).hexdigest()
 
 
 def kept(base: Rows, url: str | None) -> tuple[np.ndarray, np.ndarray | None, str]:
-    """Which rows of a split a view keeps, (N,) bool, their weights if they differ, and the view's digest; None keeps all."""
+    """(N,) bool, the rows of a split that a view keeps, their weights if they differ, and the view's digest; None keeps all."""
     total = int(base.counts.sum())
     if url is None:
         return np.ones(total, bool), None, ""
-    judged, digest = of_split(url, base.split, base.digest)
-    if "key" in judged.column_names:
-        # clips came since, or it was written by hand: match by key
+    table, digest = of_split(url, base.split, base.digest)
+    if "key" in table.column_names:
+        # there are new clips, or the view was written by hand: match by key
         keys = pa.concat_tables([base.of(n).select(["key"]) for n in range(len(base.shards))])["key"]
-        at = pc.index_in(keys, judged["key"].combine_chunks())
-        judged = judged.take(at)
-    keep = judged["keep"].fill_null(False).to_numpy().astype(bool)
-    weights = judged["weight"].fill_null(0).to_numpy().astype(np.float64)
-    even = bool((weights[keep] == 1).all())
-    return keep & (weights > 0), None if even else weights, digest
+        table = table.take(pc.index_in(keys, table["key"].combine_chunks()))
+    keep = table["keep"].fill_null(False).to_numpy().astype(bool)
+    weights = table["weight"].fill_null(0).to_numpy().astype(np.float64)
+    alike = bool((weights[keep] == 1).all())
+    return keep & (weights > 0), None if alike else weights, digest

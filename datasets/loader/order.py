@@ -1,8 +1,8 @@
 """The order of an epoch as pure functions: no I/O, no state.
 
 Blockwise shuffle: shards are permuted, then samples are shuffled within blocks of several shards, so that reading
-keeps to a few tars at a time and any position is found without making the whole order. What it gives up: two samples
-far apart on disk in the same epoch's permutation never meet in one block.
+keeps to a few tars at a time and any position is found without making the whole order. What it gives up: samples of
+shards that are far apart in an epoch's permutation are never near each other in its order.
 
 Global batches are pieces of the order; ranks take slices of a batch by position and workers take whole batches in
 turn, so neither the world size nor the worker count changes what a batch holds.
@@ -25,35 +25,36 @@ Last = Literal["drop", "pad"]
 
 @dataclass(frozen=True)
 class Epoch:
-    """The order of one epoch of S shards: which block a position is in, and what a block needs to be shuffled."""
+    """The order of one epoch of S shards, of which several make a block; a block is shuffled when it is needed."""
 
     sizes: np.ndarray  # (S,) samples in each shard
     starts: np.ndarray  # (S,) number of each shard's first sample
-    shards: np.ndarray  # (S,) in the order in which they are read
-    ends: np.ndarray  # position after each block of them
-    block: int
-    seed: tuple[int, int] | None  # None: in the order on disk
+    shards: np.ndarray  # those with samples, in the order in which they are read
+    ends: np.ndarray  # the position after each block
+    block: int  # shards in a block
+    seed: tuple[int, int] | None  # (seed, epoch); None: in the order on disk
 
     def samples(self, positions: np.ndarray) -> np.ndarray:
         """(P,) numbers of the samples at these positions of the epoch."""
         if self.seed is None:
             return np.asarray(positions)
-        found = np.empty(len(positions), np.int64)
+        samples = np.empty(len(positions), np.int64)
         blocks = np.searchsorted(self.ends, positions, "right")
         for number in np.unique(blocks).tolist():
-            here = blocks == number
-            before = self.ends[number - 1] if number else 0
-            found[here] = self._shuffled(number)[positions[here] - before]
-        return found
+            in_block = blocks == number
+            start = self.ends[number - 1] if number else 0
+            samples[in_block] = self._shuffled(number)[positions[in_block] - start]
+        return samples
 
     def blocks(self, positions: np.ndarray) -> np.ndarray:
-        """The shards that samples at these positions are drawn from, in order of need."""
+        """The shards that samples at these positions are drawn from, in the order in which they are needed."""
         numbers = np.unique(np.searchsorted(self.ends, positions, "right"))
         return np.concatenate([self.shards[n * self.block : (n + 1) * self.block] for n in numbers.tolist()])
 
     def _shuffled(self, number: int) -> np.ndarray:
-        some = self.shards[number * self.block : (number + 1) * self.block]
-        samples = np.concatenate([np.arange(self.starts[s], self.starts[s] + self.sizes[s]) for s in some])
+        """The samples of a block, in the order in which they come."""
+        shards = self.shards[number * self.block : (number + 1) * self.block]
+        samples = np.concatenate([np.arange(self.starts[s], self.starts[s] + self.sizes[s]) for s in shards])
         return _rng(*self.seed, 1 + number).permutation(samples)  # type: ignore[misc]
 
 
@@ -74,9 +75,9 @@ def epoch(sizes: np.ndarray, seed: int, number: int, block: int = 16, shuffle: b
 
 
 def repeats(weights: np.ndarray, total: int, seed: int, number: int) -> np.ndarray:
-    """(N,) how often each of N samples comes in epoch `number`: its share of `total` rounded down or up, `total` in all.
+    """(N,) how often each of N samples comes in epoch `number`: its share of `total`, rounded down or up so that all add up.
 
-    Systematic resampling: over the epochs each comes as often as its weight says.
+    Systematic resampling: over the epochs each sample comes as often as its weight says.
     """
     edges = np.concatenate([[0.0], np.cumsum(weights, dtype=np.float64)])
     edges = np.floor(edges * (total / edges[-1]) + _rng(seed, number, 0).random())
@@ -92,25 +93,25 @@ def batch_count(samples: int, global_batch: int, last: Last) -> int:
 
 
 def schedule(counts: Sequence[int], seed: int, number: int, shuffle: bool = True) -> np.ndarray:
-    """(M,) for each batch of epoch `number` the bucket it is of, when bucket b gives counts[b] batches."""
+    """(M,) the bucket of each batch of epoch `number`, where bucket b has counts[b] batches."""
     buckets = np.repeat(np.arange(len(counts), dtype=np.int32), counts)
     return _rng(seed, number, 0).permutation(buckets) if shuffle else buckets
 
 
 def mixed(weights: Sequence[float], seed: int, number: int) -> tuple[int, int]:
-    """Which of several streams global batch `number` comes from, and which batch of that stream it is.
+    """Which of several loaders global batch `number` comes from, and which batch of that loader it is.
 
-    In every `ROUND` batches each stream has its share, to the nearest batch.
+    In every `ROUND` batches each loader has its share, to the nearest batch.
     """
     counts = shares(weights)
-    round_, at = divmod(number, ROUND)
-    turns = _rng(seed, round_, 0).permutation(np.repeat(np.arange(len(counts)), counts))
-    part = int(turns[at])
-    return part, round_ * int(counts[part]) + int((turns[:at] == part).sum())
+    round_, turn = divmod(number, ROUND)
+    parts = _rng(seed, round_, 0).permutation(np.repeat(np.arange(len(counts)), counts))
+    part = int(parts[turn])
+    return part, round_ * int(counts[part]) + int((parts[:turn] == part).sum())
 
 
 def shares(weights: Sequence[float], total: int = ROUND) -> np.ndarray:
-    """Whole numbers that add up to `total`, by the largest remainders."""
+    """Whole numbers in proportion to `weights` that add up to `total`, by the largest remainders."""
     exact = np.asarray(weights, np.float64) * total / np.sum(weights)
     counts = np.floor(exact).astype(np.int64)
     counts[np.argsort(counts - exact, kind="stable")[: total - counts.sum()]] += 1
@@ -127,8 +128,8 @@ def rank_slice(rows: np.ndarray, rank: int, world: int) -> np.ndarray:
     return rows.reshape(world, -1)[rank]
 
 
-def check_batch(samples: int, global_batch: int, world: int, last: Last, what: str) -> None:
-    """Refuse a batch that gives uneven ranks or an endless epoch of nothing.
+def check_batch(samples: int, global_batch: int, world: int, last: Last, where: str) -> None:
+    """Refuse a batch that does not divide among the ranks, or an epoch without batches.
 
     Raises:
         UserError: naming the numbers and the remedy.
@@ -138,17 +139,17 @@ def check_batch(samples: int, global_batch: int, world: int, last: Last, what: s
             f"batch: {global_batch} samples do not divide among {world} processes; choose a multiple of {world}"
         )
     if samples == 0:
-        raise UserError(f"{what}: no usable sample; loosen the view, or lower `frames` below the clips' length")
+        raise UserError(f"{where}: no usable sample; loosen the view, or lower `frames` below the clips' length")
     if batch_count(samples, global_batch, last) == 0:
-        raise UserError(f"{what}: {samples} samples give no batch of {global_batch}; lower `batch` or use `last: pad`")
+        raise UserError(f"{where}: {samples} samples give no batch of {global_batch}; lower `batch` or use `last: pad`")
 
 
 def sample_rng(seed: int, epoch: int, key: str, copy: int = 0) -> np.random.Generator:
-    """Random numbers of one sample in one epoch, the same wherever and whenever it is read.
+    """The random numbers of one sample in one epoch, the same wherever and whenever it is read.
 
-    `copy` tells apart the times that a sample of more than weight 1 comes in the epoch.
+    `copy` numbers the times that a sample comes in the epoch.
     """
-    # not by a SeedSequence, which takes as long as reading a latent
+    # not a SeedSequence, which takes as long as reading a latent
     digest = hashlib.blake2b(f"{seed} {epoch} {copy} {key}".encode(), digest_size=16).digest()
     return np.random.Generator(np.random.Philox(key=int.from_bytes(digest)))
 

@@ -1,4 +1,4 @@
-"""Bytes of members of tars: from a map of the local file, from the cache's copy, or by ranges from the store."""
+"""Members of tars as bytes: from the local file or the cache's copy, mapped into memory, or by ranges from the store."""
 
 import mmap
 import threading
@@ -23,7 +23,7 @@ class Reader:
         self._lock = threading.Lock()
 
     def member(self, rows: Rows, shard: int, offset: int, size: int, crc32: int) -> memoryview:
-        """A member's bytes. Raises Failure where they are not there, or not those of this CRC-32."""
+        """A member's bytes. Raises Failure where they are missing, or have another CRC-32."""
         data = self.range(rows, shard, offset, size)
         # a damaged clip often decodes, to other pixels
         if zlib.crc32(data) != crc32:
@@ -32,7 +32,7 @@ class Reader:
         return data
 
     def range(self, rows: Rows, shard: int, offset: int, size: int) -> memoryview:
-        """Bytes that the caller checks himself. Raises Failure where they are not there."""
+        """Bytes that the caller has to check. Raises Failure where they are missing."""
         url, tar_bytes, sha256 = rows.tar(shard)
         try:
             mapped = self._mapped(url, tar_bytes, sha256)
@@ -49,29 +49,29 @@ class Reader:
         return data
 
     def fetch(self, rows: Rows, shard: int) -> None:
-        """Have a remote tar in the cache, ready for when it is needed."""
+        """Bring a remote tar into the cache before it is needed."""
         url, tar_bytes, sha256 = rows.tar(shard)
         if self.cache and not storage.is_local(url) and (file := self.cache.open(url, tar_bytes, sha256)):
             file.close()
 
     def _mapped(self, url: str, tar_bytes: int, sha256: str) -> mmap.mmap | None:
+        """The tar mapped into memory; None where it is read from the store, also while the cache has no room."""
         with self._lock:
             if url in self._maps:
                 self._maps.move_to_end(url)
                 return self._maps[url]
+        mapped: mmap.mmap | None = None
         if storage.is_local(url):
             with Path(storage.filesystem(url)[1]).open("rb") as f:
-                made: mmap.mmap | None = mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ)
-        elif self.cache and (kept := self.cache.open(url, tar_bytes, sha256)):
-            with kept:
-                made = mmap.mmap(kept.fileno(), 0, access=mmap.ACCESS_READ)
-        else:
-            made = None  # from the store, also for as long as the cache has no room
+                mapped = mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ)
+        elif self.cache and (copy := self.cache.open(url, tar_bytes, sha256)):
+            with copy:
+                mapped = mmap.mmap(copy.fileno(), 0, access=mmap.ACCESS_READ)
         with self._lock:
-            self._maps[url] = made
+            self._maps[url] = mapped
             if len(self._maps) > _OPEN_TARS:
                 self._maps.popitem(last=False)
-        return made
+        return mapped
 
     def __getstate__(self) -> dict[str, object]:
         return {"cache": self.cache}

@@ -1,4 +1,4 @@
-"""Whole clips, the longest of a split: for what is measured on more frames than a training window has."""
+"""The longest clips of a split as a whole, for measurements on more frames than a training window has."""
 
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -12,7 +12,7 @@ from longtake.datasets.view import kept
 
 
 class Whole(NamedTuple):
-    """A clip by its place in a split."""
+    """A clip by its shard and row of a split's index."""
 
     base: compact.Rows
     reader: Reader
@@ -25,12 +25,11 @@ class Whole(NamedTuple):
         Raises:
             Failure: the clip is damaged.
         """
-        own, row = (self.row["height"], self.row["width"]), self.row
+        row = self.row
         mp4 = self.reader.member(self.base, self.shard, row["mp4_offset"], row["mp4_size"], row["mp4_crc32"])
-        scaled = clip.covering_size(own, size)
         name = f"{self.base.tar(self.shard)[0]}: {row['key']}.mp4"
-        for frame in clip.decoded(mp4, range(0, row["frame_count"], stride), None if scaled == own else scaled, name):
-            yield clip.crop(frame[None], size)[0]
+        numbers = range(0, row["frame_count"], stride)
+        yield from clip.fitted(mp4, (row["height"], row["width"]), numbers, size, name)
 
 
 def longest(
@@ -44,15 +43,15 @@ def longest(
 ) -> list[Whole]:
     """The `count` longest clips of a split that have at least `least` frames and are as large as `size`, longest first.
 
-    Of equally long ones always the same, from all over the split.
+    Among equally long clips the choice is always the same, and from all over the split.
     """
     base, facts = compact.open_split(dataset, split, cache=cache)
     keep, _, _ = kept(base, view)
     lengths, heights, widths = (facts[name].to_numpy() for name in ("frame_count", "height", "width"))
     usable = np.flatnonzero(keep & (lengths >= least) & (heights >= size[0]) & (widths >= size[1]))
     order = np.lexsort((np.random.default_rng(0).permutation(len(usable)), -lengths[usable]))
-    reader, found = Reader(cache), []
-    for number in usable[order[:count]].tolist():
-        shard = int(np.searchsorted(base.starts, number, "right")) - 1
-        found.append(Whole(base, reader, shard, base.row(shard, number - int(base.starts[shard]))))
-    return found
+    reader = Reader(cache)
+    numbers = usable[order[:count]]
+    shards = np.searchsorted(base.starts, numbers, "right") - 1
+    places = zip(shards.tolist(), (numbers - base.starts[shards]).tolist(), strict=True)
+    return [Whole(base, reader, shard, base.row(shard, row)) for shard, row in places]

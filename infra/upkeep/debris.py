@@ -74,7 +74,7 @@ def _spools(root: Path, older: float, deep: bool) -> Found:
             still = time.time() - newest(str(path))
             if match := SPOOL.fullmatch(name):
                 foreign = match["host"] != socket.gethostname()
-                if not foreign and storage._alive(match["pid"]):
+                if not foreign and storage.alive(match["pid"]):
                     continue
                 if still > max(older, _FOREIGN_SECONDS if foreign else 0):
                     reason = f"left by process {match['pid']} of {match['host']}, {_ago(still)}"

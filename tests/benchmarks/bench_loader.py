@@ -42,7 +42,7 @@ import webdataset
 from longtake.datasets import clip, compact, index, schema, storage
 from longtake.datasets.loader import Loader, order
 from longtake.datasets.loader.reader import Reader
-from longtake.datasets.loader.window import _draw
+from longtake.datasets.loader.window import draw
 from longtake.datasets.shard import sha256_of, write_tar
 from longtake.pipeline import plan
 from longtake.pipeline.commit import make_group
@@ -181,14 +181,14 @@ def _serve(work: Callable[[Any], None], pipe: Connection) -> None:
 
 def windows(loader: Loader, number: int) -> list[tuple[int, int, dict[str, Any], list[int]]]:
     """What batch `number` is made of: shard, place, row and frames of each sample."""
-    source = loader._plan.source
-    _, window, samples = loader._plan._samples(number)
+    split = loader.plan.split
+    _, window, samples = loader.plan.samples_of(number)
     out = []
     for one in samples:
-        row = source.row(one.shard, one.at)
+        row = split.base.row(one.shard, one.row)
         rng = order.sample_rng(*one.chance[:2], row["key"], one.chance[2]) if one.chance else None
-        quantum = FACTOR if source.latent else 1
-        out.append((one.shard, one.at, row, _draw(window, rng, row["frame_count"], quantum)[0]))
+        quantum = FACTOR if split.latents else 1
+        out.append((one.shard, one.row, row, draw(window, rng, row["frame_count"], quantum)[0]))
     return out
 
 
@@ -203,7 +203,7 @@ def by_pyav(job: tuple[bytes, list[int]]) -> None:
 
 def video(dataset: str, repeats: int, batches: int) -> None:
     loader = Loader(dataset, columns=("video",), frames=FRAMES, size=SIZE, batch=BATCH, workers=WORKERS)
-    rows, reader = loader._plan.source.base, Reader()
+    rows, reader = loader.plan.split.base, Reader()
     decoders = {"decord": Bare(by_decord, WORKERS), "clip.decode": Bare(by_pyav, WORKERS)}
     times: dict[str, list[Times]] = {name: [] for name in ("ours", *decoders)}
     stream, number = iter(loader), 0
@@ -234,8 +234,8 @@ def latent(dataset: str, repeats: int, batches: int) -> None:
     step = 2 * int(np.prod(SHAPE))
     for workers in (0, WORKERS):
         loader = Loader(dataset, workers=workers, **options)
-        source = loader._plan.source
-        files = [os.open(source.columns[LATENT].tar(n)[0], os.O_RDONLY) for n in range(len(source.base.shards))]
+        split = loader.plan.split
+        files = [os.open(split.columns[LATENT].tar(n)[0], os.O_RDONLY) for n in range(len(split.base.shards))]
 
         def raw(job: tuple[int, int, int, list[int] | None]) -> None:
             file, start, size, sums = job
@@ -258,7 +258,7 @@ def latent(dataset: str, repeats: int, batches: int) -> None:
             jobs: list[list[Any]] = [[] for _ in bare.pipes]
             for n in range(number, number + batches):
                 for at, row_at, _, frames in windows(loader, n):
-                    place = source.columns[LATENT].of(at).slice(row_at, 1).to_pylist()[0]
+                    place = split.columns[LATENT].of(at).slice(row_at, 1).to_pylist()[0]
                     first, count = frames[0] // FACTOR, 1 + (FRAMES - 1) // FACTOR
                     start = place["offset"] + place["size"] - (STEPS - first) * step
                     sums = np.frombuffer(place["step_crc32"], "<u4")[first : first + count].tolist()

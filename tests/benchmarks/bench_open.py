@@ -124,19 +124,19 @@ def measure(dataset: str, kind: str, profile: bool) -> dict[str, float]:
     loader = Loader(dataset, columns=("video",), batch=BATCH, **KINDS[kind])
     out["open"], out["open CPU"] = time.perf_counter() - begun, time.process_time() - cpu
     out["open peak"] = _peak()
-    plan: Any = loader._plan
+    plan: Any = loader.plan
 
     def samples(number: int) -> float:
         begun = time.perf_counter()
-        for one in plan._samples(number)[2]:
-            plan.source.row(one.shard, one.at)
+        for one in plan.samples_of(number)[2]:
+            plan.split.base.row(one.shard, one.row)
         return time.perf_counter() - begun
 
     out["first"] = samples(0)
     state = loader.state_dict() | {"taken": loader.batches_per_epoch // 2}
     # as a new process would: nothing of the epoch is known
     plan._epochs.clear()
-    plan.source.base._seen.clear()
+    plan.split.base._tables.clear()
     begun = time.perf_counter()
     loader.load_state_dict(state)
     out["resume"] = time.perf_counter() - begun + samples(state["taken"])

@@ -223,12 +223,12 @@ def test_rows_travel_by_the_path_of_their_file(copy: Path) -> None:
 def test_many_shards_are_kept_in_bounds_by_many_threads(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from concurrent.futures import ThreadPoolExecutor
 
-    monkeypatch.setattr(compact, "_AT_ONCE", 2)
+    monkeypatch.setattr(compact, "_TABLES", 2)
     rows = compact.open_split(str(copy), "train")[0]
     wanted = [rows.of(n) for n in range(5)]
     with ThreadPoolExecutor(8) as pool:
         assert all(pool.map(lambda n: rows.of(n % 5) == wanted[n % 5], range(400)))
-    assert len(rows._seen) <= 2 + 8
+    assert len(rows._tables) <= 2 + 8
 
 
 def test_a_damaged_index_is_not_folded_in(copy: Path) -> None:
@@ -258,7 +258,7 @@ def test_a_remote_compact_file_is_fetched_once_for_all_processes(copy: Path, tmp
     fs.put(str(copy), "/compacted", recursive=True)
     cache = Cache(str(tmp_path / "cache"), 1 << 30)
     rows, _ = compact.open_split("memory://compacted", "train", cache=cache)
-    assert isinstance(rows.lies, str) and Path(rows.lies).parent == tmp_path / "cache"
+    assert isinstance(rows.data, str) and Path(rows.data).parent == tmp_path / "cache"
     fs.rm("/compacted/compact/train.arrow")
     assert compact.open_split("memory://compacted", "train", cache=cache)[0].of(0) == rows.of(0)
     remote = Loader("memory://compacted", **OPTIONS, cache=cache)

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 from longtake.datasets.errors import UserError
 from longtake.datasets.loader import batches, order
-from longtake.datasets.loader.batches import Batches, Bucket
+from longtake.datasets.loader.batches import Batches
+from longtake.datasets.loader.buckets import Bucket
 from longtake.datasets.loader.window import Window
 
 sizes = st.lists(st.integers(0, 30), min_size=1, max_size=40)
@@ -62,7 +63,7 @@ class Plans:
     def __init__(self, shard_sizes: list[int], counts: list[int], batch: int, last: order.Last, seed: int, **more: Any):
         ends = np.cumsum(shard_sizes)
         base = SimpleNamespace(starts=ends - np.array(shard_sizes))
-        self.source: Any = SimpleNamespace(base=base, columns={}, latents=(), reader=SimpleNamespace(cache=None))
+        self.split: Any = SimpleNamespace(base=base, columns={}, latents=(), reader=SimpleNamespace(cache=None))
         parts = np.split(np.random.default_rng(seed).permutation(int(ends[-1])), np.cumsum(counts))
         self.rows = [np.sort(p).astype(np.int32) for p in parts[: len(counts)]]
         weights = more.get("weights")
@@ -76,11 +77,11 @@ class Plans:
     def rank(self, rank: int, world: int, workers: int, start: int, end: int) -> list[list[str]]:
         """The batches of one rank as its workers give them, dealt in turn."""
 
-        def load(source: Any, sample: Any, window: Window) -> dict[str, Any]:
-            row = int(source.base.starts[sample.shard]) + sample.at
+        def load(split: Any, sample: Any, window: Window) -> dict[str, Any]:
+            row = int(split.base.starts[sample.shard]) + sample.row
             return {"key": f"{window.frames}:{row}.{sample.chance[2]}"}
 
-        plan = Batches(self.source, self.buckets, self.counts, self.seed, True, rank, world, False, False)
+        plan = Batches(self.split, self.buckets, self.counts, self.seed, True, rank, world, False, False)
         step = max(1, workers)
         with mock.patch.object(batches, "load", load):
             dealt = [plan.make(iter(range(start + w, end, step))) for w in range(step)]

@@ -238,6 +238,6 @@ def test_the_expected_length_counts_streams_as_often_as_the_view_has_them(root: 
 
 def test_clips_by_themselves_are_streams_of_their_own(handmade: Callable[..., str], tmp_path: Path) -> None:
     made = handmade(tmp_path, [[{"source": "a", "clip": n, "start": float(n)} for n in range(3)]], columns=(HIGH,))
-    rows = Loader(made, **WINDOW)._plan.source.columns["latent"]  # type: ignore[attr-defined]
+    rows = Loader(made, **WINDOW).plan.split.columns["latent"]  # type: ignore[attr-defined]
     assert not streams.joined(rows) and streams.totals(rows).tolist() == [3, 3, 3]
     assert {int(b["stream_step"]) for b in Loader(made, **WINDOW, histories=Lengths((1, 2), 2))} == {1}

@@ -1,0 +1,127 @@
+"""The columns of a loader: their names in batches, their rows in the order of the base's, and the windows that they allow."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from longtake.datasets import compact, schema
+from longtake.datasets.cache import Cache
+from longtake.datasets.compact import Rows
+from longtake.datasets.errors import Failure, UserError
+from longtake.datasets.loader import streams
+
+COLUMNS = ("video", "frame_diff", "latent-DIGEST", "json", "label")
+_LATENT = "latent-"  # how columns of latents begin
+
+
+@dataclass(frozen=True)
+class Columns:
+    """The columns of a loader by the names that batches have them under."""
+
+    names: Mapping[str, str]  # all columns
+    rows: Mapping[str, Rows]  # of cache columns
+    latent_facts: Mapping[str, pa.Table]  # `compact.FACTS` of columns of latents
+
+    def check_windows(self, lengths: Sequence[int], stride: int, histories: streams.Lengths | None) -> None:
+        """Check that the columns have windows of these numbers of frames.
+
+        Raises:
+            UserError: a window would not be of whole latents; columns of latents have other factors; a stream of several
+                clips is read without `histories`, or anything but latents and labels with them.
+        """
+        factors = {self.names[name]: factor_of(self.rows[name]) for name in self.latent_facts}
+        for column, factor in factors.items():
+            first, first_factor = next(iter(factors.items()))
+            if factor != first_factor:
+                raise UserError(
+                    f"columns: {column} has a step for {factor} frames, {first} for {first_factor}; name latents of one encoder"
+                )
+            if stride != 1 or any((t - 1) % factor for t in lengths):
+                raise UserError(
+                    f"frames: {column} has a step for {factor} frames: windows of 1 + {factor}n frames, stride 1"
+                )
+        if histories:
+            others = [c for c in self.names.values() if c != "label" and not c.startswith(_LATENT)]
+            if others or not factors or len(lengths) > 1:
+                raise UserError("histories: are of latents and windows of one length; leave out what else is asked for")
+        elif joined := [self.names[name] for name in self.latent_facts if streams.joined(self.rows[name])]:
+            raise UserError(
+                f"columns: {joined[0]} was encoded in streams of several clips, a window inside of one has no first latent;"
+                " name latents without `join_seconds`"
+            )
+
+
+def by_name(columns: Sequence[str] | Mapping[str, str]) -> dict[str, str]:
+    """Columns by the names that batches have them under. Raises UserError for an unknown column, or a name that it cannot have."""
+    pairs = (
+        list(columns.items())
+        if isinstance(columns, Mapping)
+        else [("latent" if c.startswith(_LATENT) else c, c) for c in columns]
+    )
+    listed = [column for _, column in pairs]
+    if unknown := {c for c in listed if c not in COLUMNS and not c.startswith(_LATENT)}:
+        raise UserError(f"columns: unknown {', '.join(sorted(unknown))}; there are {', '.join(COLUMNS)}")
+    if twice := {c for c in listed if listed.count(c) > 1}:
+        raise UserError(f"columns: {', '.join(sorted(twice))} twice; name each once")
+    names = dict(pairs)
+    if len(names) < len(pairs):
+        nameless = [column for name, column in pairs if name == "latent"]
+        raise UserError(f"columns: {' and '.join(nameless)} need names, such as columns={{'latent': ..., 'low': ...}}")
+    for name, column in pairs:
+        if name != column and (name in COLUMNS or not column.startswith(_LATENT)):
+            raise UserError(f"columns: {column} cannot be called {name!r}; choose another name, or leave it out")
+    return names
+
+
+def open_columns(base: Rows, names: Mapping[str, str], cache: Cache | None) -> Columns:
+    """Open the cache columns among `names`, beside their base. Raises Failure where one lacks clips of the base."""
+    caches = {name: c for name, c in names.items() if c == "frame_diff" or c.startswith(_LATENT)}
+    opened = {name: _open(base, column, cache) for name, column in caches.items()}
+    return Columns(
+        names,
+        {name: rows for name, (rows, _) in opened.items()},
+        {name: facts for name, (_, facts) in opened.items() if name != "frame_diff"},
+    )
+
+
+def factor_of(latents: Rows) -> int:
+    """Frames in a latent after the first; 1 for a column without rows."""
+    filled = np.flatnonzero(latents.counts)
+    return latents.of(int(filled[0]))["factor"][0].as_py() if len(filled) else 1
+
+
+def classes(base: Rows, facts: pa.Table, cache: Cache | None) -> list[str]:
+    """The labels of all splits of a dataset, sorted: the numbers of column `label` count them. Raises UserError: there are none."""
+    splits = [split for split in schema.SPLITS if split != base.split]
+    others = [compact.open_split(base.dataset, split, cache=cache)[1] for split in splits]
+    labels = {label for table in (facts, *others) for label in pc.unique(table["label"]).drop_null().to_pylist()}
+    if not labels:
+        raise UserError(f"{base.dataset}: no clip has a label; give the manifest a `label` column")
+    return sorted(labels)
+
+
+def _open(base: Rows, column: str, cache: Cache | None) -> tuple[Rows, pa.Table]:
+    """The rows of a cache column and their `FACTS`, in the base's order.
+
+    Raises:
+        Failure: a shard has another number of rows than in the base. That they belong to its clips is checked on reading.
+    """
+    rows, facts = compact.open_split(base.dataset, base.split, column, cache)
+    names = rows.shards["name"].to_pylist()
+    counts = dict(zip(names, rows.counts.tolist(), strict=True))
+    base_names = base.shards["name"].to_pylist()
+    expected = {f"{n}.{column}": count for n, count in zip(base_names, base.counts.tolist(), strict=True)}
+    wrong = {name: count for name, count in expected.items() if counts.get(name) != count}
+    if wrong:
+        missing = sum(max(0, count - counts.get(name, 0)) for name, count in wrong.items())
+        problem = (
+            f"{missing} clips have no {column}" if missing else f"{next(iter(wrong))} has clips that are not there"
+        )
+        where = f"{base.dataset} ({base.split})"
+        raise Failure(f"{where}: {problem}; delete the column's indexes and run its stage again")
+    # a column's shard is committed before its base shard: drop those that are ahead
+    in_base = np.array([name in expected for name in names], bool)
+    return rows.only(list(expected)), facts if in_base.all() else facts.filter(np.repeat(in_base, rows.counts))
