@@ -1,6 +1,5 @@
 """Builds the report of a recipe or of a dataset: one HTML file that needs nothing else, and its pictures beside it."""
 
-import math
 import shlex
 from collections.abc import Sequence
 from datetime import datetime
@@ -16,10 +15,9 @@ from longtake.datasets.masking import shown
 from longtake.infra.report.account import Line, account
 from longtake.infra.report.clips import contact, histograms, load
 from longtake.infra.report.embed import Pictures
-from longtake.infra.report.generated import generated
-from longtake.infra.report.heldout import heldout
-from longtake.infra.report.memory import continued, retrieved
+from longtake.infra.report.gallery import galleries
 from longtake.infra.report.runs import StageRun, outcome, telling, training
+from longtake.infra.report.text import duration, number
 
 
 def build(
@@ -45,10 +43,7 @@ def build(
         places=_places(stages, dataset, view, tracking_uri),
         data=_data(dataset, view, pictures),
         training=training(stages, pictures),
-        heldout=[found for stage in stages if (found := heldout(stage, pictures))],
-        generated=[found for stage in stages if (found := generated(stage, pictures))],
-        retrieved=retrieved(stages, pictures),
-        continued=[found for found in map(continued, stages) if found],
+        galleries=galleries(stages, pictures),
         stages=stages,
     )
     return _save(folder, page)
@@ -137,22 +132,5 @@ def _render(**context: Any) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"number": _number, "duration": _duration, "telling": telling}
+    environment.filters |= {"number": number, "duration": duration, "telling": telling}
     return shown(environment.get_template("page.html").render(context))
-
-
-def _number(value: float) -> str:
-    """A number for people: whole ones with thousands separators, others to four digits."""
-    if math.isinf(value):
-        return "∞" if value > 0 else "−∞"
-    if value == round(value, 0):
-        return f"{int(value):,}"
-    return f"{value:.4g}"
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 60:
-        return f"{seconds:.1f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {rest:02d} s"
