@@ -5,12 +5,12 @@ from pathlib import Path
 import pytest
 
 from longtake.datasets import clip, index, schema, storage
-from longtake.infra.cli import _guarded, cli
+from longtake.infra.cli import exit_code, cli
 
 
 def longtake(*arguments: str) -> int:
     """Run a command in this process as the `longtake` script does; its exit code."""
-    return _guarded(lambda: cli(list(arguments), standalone_mode=False))
+    return exit_code(lambda: cli(list(arguments), standalone_mode=False))
 
 
 def shards(dataset: str) -> list[int]:

@@ -187,7 +187,7 @@ def test_a_store_that_cannot_be_written_is_one_line(
         except sqlite3.OperationalError as e:
             raise RuntimeError("(sqlite3.OperationalError) and sixty lines") from e
 
-    assert cli._guarded(fails) == 1
+    assert cli.exit_code(fails) == 1
     said = capsys.readouterr().err
     assert said.startswith("error: MLFLOW_TRACKING_URI=sqlite:////there/mlflow.db: ") and said.count("\n") == 1
 
