@@ -24,6 +24,7 @@ from longtake.infra.recipe import Recipe
 from longtake.infra.runs import Runs
 from longtake.infra.upkeep import debris
 from longtake.infra.upkeep.debris import SPOOL, Finds, Item, Kept, is_link, locked, pages, run_of, size
+from longtake.training.config import TrainConfig
 from longtake.training.registry.uri import parse
 
 KINDS = ("checkpoints", "latents", "debris", "cache")
@@ -137,7 +138,8 @@ def _checkpoints(nodes: list[Node], store: Runs, past: list[PastRun]) -> Finds:
     by_id = {run.id: run for run in ours}
     current = {node.fingerprint for node in nodes}
     # several runs may use a folder that the recipe names, one after the other
-    named = {Path(c) for node in nodes if (c := getattr(node.config, "checkpoints", None))}
+    trained = [node.config.run for node in nodes if isinstance(node.config, TrainConfig)]
+    named = {Path(run.checkpoints) for run in trained if run.checkpoints}
     default = {Path(run.output) / "checkpoints" for run in ours if storage.is_local(run.output)}
     for folder in sorted(named | default):
         if not folder.is_dir() or is_link(folder):

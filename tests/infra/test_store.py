@@ -197,7 +197,7 @@ def test_no_password_of_a_store_or_source_is_printed_or_logged(
 ) -> None:
     with_store(tmp_path / "ws")
     path = tmp_path / "r.yaml"
-    stage = VAE | {"dataset": "http://me:TopSecret@host/clips", "upload": "s3://b/x?token=TopSecret"}
+    stage = VAE | {"dataset": "http://me:TopSecret@host/clips", "run": {"upload": "s3://b/x?token=TopSecret"}}
     path.write_text(yaml.safe_dump({"name": "kept", "workspace": f"{tmp_path}/ws", "stages": {"vae": stage}}))
     loaded = recipe.load(str(path))
     store, node = runs.connect(loaded), graph.build(loaded)[0]
