@@ -240,7 +240,7 @@ def report(url: str, view: str | None, to: str) -> None:
 
     page, lines = build_of_dataset(Path(to), url, view)
     for line in lines:
-        click.echo(f"{line.total} {line.what} = " + " + ".join(f"{part.count} {part.name}" for part in line.parts))
+        click.echo(f"{line.total} {line.name} = " + " + ".join(f"{part.count} {part.name}" for part in line.parts))
     click.echo(page)
     if any(line.difference for line in lines):
         raise Failure(f"{url}: the account does not add up; run the `shard` stage again, then `curate`")

@@ -59,7 +59,7 @@ def clean(recipe: str, overrides: tuple[str, ...], kinds: tuple[str, ...], older
             continue
         items.append(item)
         click.echo(
-            f"{'gone' if yes else 'would go':<9} {_bytes(item.bytes):>9}  {item.what:<13} {shown(item.where)}: {shown(item.reason)}"
+            f"{'gone' if yes else 'would go':<9} {_bytes(item.bytes):>9}  {item.kind:<13} {shown(item.where)}: {shown(item.reason)}"
         )
     for item in kept:
         click.echo(f"{'stays':<9} {'':>9}  {'':<13} {shown(item.where)}: {shown(item.reason)}")

@@ -148,7 +148,7 @@ def _no_node_is(where: str, selectors: dict[str, str], labels: list[dict[str, st
 
 
 def _lacks_for_tasks(node: Node, own: Bundle, cluster: list[dict[str, float]]) -> str | None:
-    """What the Ray tasks of a stage lack, beside its own process."""
+    """The resources that the Ray tasks of a stage lack, beside its own process."""
     task = getattr(node.config, RUN, None)
     if not isinstance(task, TaskConfig):
         return None
@@ -168,7 +168,7 @@ def _lacks_for_tasks(node: Node, own: Bundle, cluster: list[dict[str, float]]) -
 
 
 def _lacks_for_ranks(node: Node, own: Bundle, cluster: list[dict[str, float]]) -> str | None:
-    """What the ranks of a stage that trains on the cluster lack. One CPU is left for the data, as when they start."""
+    """The resources that the ranks of a stage lack. One CPU is left for reading data, as when they start."""
     if not isinstance(node.config, TrainConfig) or node.config.run.launcher.by != "ray":
         return None
     launcher = node.config.run.launcher

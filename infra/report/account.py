@@ -26,7 +26,7 @@ class Part:
 class Line:
     """A whole and the parts that should make it up."""
 
-    what: str
+    name: str
     total: int
     parts: list[Part]
     lost: str = ""  # a common word for the parts that are not good

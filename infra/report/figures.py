@@ -78,7 +78,7 @@ def _kind(kind: str) -> str:
 
 
 def latents(stage: str, folder: Path, summary: Mapping[str, Any], keep: Pictures) -> dict[str, str] | None:
-    """The picture of latents as colours, and of which videos they are; None where there is none."""
+    """The picture of latents as colours, and of which videos they are; None if there is none."""
     path = folder / "latents.png"
     if not path.is_file() or path.stat().st_size > _PICTURE_BYTES:
         return None

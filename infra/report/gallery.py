@@ -1,7 +1,7 @@
-"""What evaluations have left: the JSON records and the videos in a run's `heldout` artifacts, whatever the kind of model.
+"""The results of evaluations, for any kind of model: JSON records and videos in a run's `heldout` artifacts.
 
-A record holds the figures in `summary`, the verdicts in `summary.against`, and a row a video in `videos` or `clips`. How a
-page words them is looked up in `LAYOUTS` by the record's file name. Any other record is shown with all its numbers.
+A record has figures in `summary`, verdicts in `summary.against`, and a row for each video in `videos` or `clips`. LAYOUTS
+has the page's words for a record, by its file name. Any other record is shown with all its numbers.
 """
 
 import json
@@ -20,20 +20,21 @@ _VIDEO_BYTES = 4_000_000  # of a stage's videos in one page
 
 @dataclass(frozen=True)
 class Layout:
-    """The words for one kind of record. Texts in braces are paths in its summary, those of a caption in a video's row.
+    """The words for one kind of record.
 
-    A text is left out where one of its values is missing.
+    Braces in a text are paths in the summary; in a caption, paths in the video's row. A text with a missing value is left
+    out.
     """
 
     title: str
     note: str = ""  # below the title
     heading: str = ""  # beside the stage's name
     scores: Mapping[str, str] | None = None  # labels and paths, in the summary and in the rows; None: all numbers
-    unit: str = ""
-    notes: Sequence[tuple[str, str]] = ()  # a sentence, and what stands in its place where it is left out
+    unit: str = ""  # of the scores
+    notes: Sequence[tuple[str, str]] = ()  # a sentence, and its replacement if it is left out
     columns: Mapping[str, str] | None = None  # labels and paths of a table that compares the stages
     caption: Sequence[str] = ("{file}",)  # of a video
-    video: str | None = None  # a file that no row names, shown with some of its frames in a row
+    video: str | None = None  # a file that no row names, shown with some of its frames side by side
 
 
 _SPLIT = "split {split}, seed {seed}"
@@ -91,7 +92,7 @@ LAYOUTS = {
         columns={
             "rate (height × width × time)": "rate",
             "tokens": "tokens",
-            "of latents": "steps",
+            "of latents": "steps",  # the records' key for latents
             "PSNR": "psnr",
             "PSNR bound": "psnr_bound",
             "SSIM": "ssim",

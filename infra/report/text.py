@@ -47,7 +47,7 @@ def fill(template: str, record: Mapping[str, Any]) -> str:
 
 
 def value_at(path: str, record: Mapping[str, Any]) -> Any:
-    """The value at a path such as "distance[kernel]"; None where there is none."""
+    """The value at a path such as "distance[kernel]"; None if there is none."""
     try:
         return string.Formatter().get_field(path, (), record)[0]
     except (LookupError, TypeError):

@@ -51,7 +51,7 @@ class PastRun(NamedTuple):
 def find(
     recipe: Recipe, nodes: list[Node], store: Runs, kinds: Iterable[str] = KINDS[:3], older: float = OLDER_SECONDS
 ) -> Finds:
-    """What may be deleted of these KINDS, and what stays though it looks unused. Deletes nothing.
+    """Items of these KINDS that may be deleted, and those that look unused but stay. Deletes nothing.
 
     Args:
         nodes: the recipe's graph as it is now. What these stages have made, or would resume, stays.
@@ -198,7 +198,7 @@ def _last(folder: Path, steps: list[Path]) -> str:
 
 
 def _version(store: Runs, uri: str) -> Any:
-    """The registered version that a `models:/NAME/VERSION` URI names; None where there is none."""
+    """The registered version that a `models:/NAME/VERSION` URI names; None if there is none."""
     from mlflow.exceptions import MlflowException
 
     name, number, _ = parse(uri)

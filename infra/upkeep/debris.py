@@ -32,7 +32,7 @@ _SHA256 = re.compile(r"[0-9a-f]{64}")
 class Item:
     """Something that may be deleted: `paths` of files and folders, in the order of their deletion."""
 
-    what: str
+    kind: str
     where: str
     bytes: int
     reason: str

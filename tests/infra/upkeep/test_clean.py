@@ -399,7 +399,7 @@ def test_a_remote_workspace_loses_dead_latents_and_orphans_and_nothing_else(
     storage.write("s3://lake/ws/latents/0123456789ab/latents.json", b"{}")
     before = set(fs.find("lake"))
     items, _ = here.find(older=-10)
-    assert {item.what for item in items.values()} == {"latents", "output"}
+    assert {item.kind for item in items.values()} == {"latents", "output"}
     for item in items.values():
         clean.remove(item, here.open()[2])
     fs.invalidate_cache()
