@@ -1,11 +1,12 @@
 """Commands that look after machines and workspaces: doctor, clean, plan."""
 
+import json
 from collections.abc import Mapping
 from typing import Any
 
 import click
 
-from longtake.datasets.masking import shown
+from longtake.datasets.masking import shown, shown_within
 from longtake.infra.cli.recipe import load_pinned, recipe_argument, set_option
 
 _UNITS = ("B", "kB", "MB", "GB", "TB", "PB")
@@ -94,7 +95,7 @@ def doctor(recipe: str | None, overrides: tuple[str, ...], address: str | None, 
         if not as_json:
             click.echo(f"{line.level:<5} {line.check}: {line.says}" + (f"; {line.fix}" if line.fix else ""))
     if as_json:
-        click.echo(doctors.as_json(lines))
+        click.echo(json.dumps([line._asdict() for line in lines], indent=2))
     if any(line.level == "fail" for line in lines):
         raise click.exceptions.Exit(1)
 
@@ -133,7 +134,7 @@ def plan(
     estimate = estimates.estimate(loaded, graphs.build(loaded), runs.connect(loaded), trial, sample)
     price = estimates.money(estimate, cpu_hour, gpu_hour) if cpu_hour or gpu_hour else None
     if as_json:
-        click.echo(estimates.as_json(estimate | {"money": price and price._asdict()}))
+        click.echo(json.dumps(shown_within(estimate | {"money": price and price._asdict()}), indent=2))
         return
     for source in estimate["sources"]:
         why = f", no clip: {source['rejected']}" if source["rejected"] else ""

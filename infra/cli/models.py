@@ -130,13 +130,13 @@ def pull(uri: str, to: str | None) -> None:
 
 def _check_store() -> None:
     """Raise UserError if no store is named, or a database that does not exist, which MLflow would create."""
-    from pathlib import Path
+    from longtake.infra.sqlite_store import path_of
 
     os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
     uri = os.environ.get("MLFLOW_TRACKING_URI", "")
     if not uri:
         raise UserError("MLFLOW_TRACKING_URI is not set; name the store, such as http://HOST:5000")
-    if uri.startswith("sqlite:///") and not Path(uri.removeprefix("sqlite:///").partition("?")[0]).is_file():
+    if (path := path_of(uri)) and not path.is_file():
         raise UserError(f"MLFLOW_TRACKING_URI={uri}: no such database")
 
 

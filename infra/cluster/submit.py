@@ -18,14 +18,11 @@ from longtake.datasets.errors import UserError
 from longtake.datasets.stage import RUN
 from longtake.infra import graph
 from longtake.infra.cluster import jobs, wheel
-from longtake.infra.cluster.jobs import cluster_labels, cluster_nodes
 from longtake.infra.deploy import Deploy, Resources, environment
 from longtake.infra.graph import Node
 from longtake.infra.recipe import Recipe
 from longtake.pipeline.cluster import TaskConfig
 from longtake.training.config import TrainConfig
-
-__all__ = ["cluster_labels", "cluster_nodes", "lacking", "submit"]
 
 _FILE = "recipe.yaml"
 _STARTING = "No available agent"  # the answer of a head that has just been started
@@ -210,7 +207,7 @@ def submit(client: Any, recipe: Recipe, stage: str | None, force: bool = False, 
         return Submitted(latest.submission_id, "done", "has done this work already")
     if check:
         address = client.get_address()
-        shortages = lacking(todo.nodes, recipe.deploy, cluster_nodes(address), cluster_labels(address))
+        shortages = lacking(todo.nodes, recipe.deploy, jobs.cluster_nodes(address), jobs.cluster_labels(address))
         if shortages:
             more = f" (and {len(shortages) - 1} more)" if len(shortages) > 1 else ""
             raise UserError(

@@ -23,8 +23,9 @@ from longtake.infra.graph import Node
 from longtake.infra.recipe import Recipe
 from longtake.infra.runs import Runs
 from longtake.infra.upkeep import debris
-from longtake.infra.upkeep.debris import SPOOL, Finds, Item, Kept, is_link, locked, pages, run_of, size
+from longtake.infra.upkeep.debris import SPOOL, Finds, Item, Kept, is_link, locked, run_of, size
 from longtake.training.config import TrainConfig
+from longtake.training.registry.store import everything
 from longtake.training.registry.uri import parse
 
 KINDS = ("checkpoints", "latents", "debris", "cache")
@@ -113,8 +114,8 @@ def _remove_local(path: Path) -> None:
 def _past_runs(store: Runs, condition: str) -> list[PastRun]:
     """The stages' runs of all experiments of the store."""
     client = store.client
-    experiments = [e.experiment_id for e in pages(lambda t: client.search_experiments(page_token=t))]
-    runs = pages(lambda t: client.search_runs(experiments, condition, max_results=_PAGE, page_token=t))
+    experiments = [e.experiment_id for e in everything(client.search_experiments)]
+    runs = everything(client.search_runs, experiments, condition, max_results=_PAGE)
     return [_past_run(run) for run in runs if "longtake.output" in run.data.tags]
 
 

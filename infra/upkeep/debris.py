@@ -8,10 +8,10 @@ import socket
 import stat
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import psutil
 
@@ -132,7 +132,7 @@ def _is_free(output: str, runs: set[str]) -> bool:
 def _partial_models(store: Runs, older: float) -> Finds:
     """Models that killed runs have logged only in part; a resumed run logs them anew."""
     client = store.client
-    for model in pages(lambda t: client.search_logged_models([store.experiment], page_token=t)):
+    for model in model_store.everything(client.search_logged_models, [store.experiment]):
         age = time.time() - model.last_updated_timestamp / 1000
         if model.status == "READY" or "sha256" not in model.tags or age < older:
             continue
@@ -246,14 +246,3 @@ def run_of(path: Path) -> str:
     with contextlib.suppress(OSError, ValueError, AttributeError):
         return str(json.loads((path / "meta.json").read_bytes()).get("run"))
     return ""
-
-
-def pages(fetch: Callable[[str | None], Any]) -> Iterator[Any]:
-    """The items of all pages of a listing of MLflow; `fetch` gives the page of a token."""
-    token = None
-    while True:
-        page = fetch(token)
-        yield from page
-        token = page.token
-        if not token:
-            return

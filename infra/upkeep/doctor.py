@@ -5,7 +5,6 @@ report of themselves; only this machine's disks, memory and limits are examined.
 """
 
 import itertools
-import json
 import os
 import secrets
 import socket
@@ -301,7 +300,3 @@ def _connection_error(url: str) -> str | None:
             return None
     except OSError as e:
         return f"{shown(url)}: nothing answers at port {port} of {parts.hostname} ({e.strerror or e})"
-
-
-def as_json(lines: list[Line]) -> str:
-    return json.dumps([line._asdict() for line in lines], indent=2)

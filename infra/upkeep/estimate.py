@@ -6,7 +6,6 @@ What nothing measured is reported as not known. Given up: hours are those of the
 and nothing predicts what a filter would drop of other footage.
 """
 
-import json
 import os
 import shutil
 import signal
@@ -20,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 from longtake.datasets import index, storage
-from longtake.datasets.masking import shown_within
 from longtake.datasets.stage import RUN, cost
 from longtake.infra import graph, runner, runs, yaml_text
 from longtake.infra.graph import Node
@@ -324,7 +322,3 @@ def _scaled(stage: Stage, real: Any, short: Any) -> Stage:
     times = real.steps / short.steps if isinstance(real, TrainConfig) else 1.0
     hours = {k: v and v.times(times) for k, v in vars(stage).items() if k.endswith("_hours")}
     return replace(stage, how=f"a trial on the sample, here, by one process: {stage.how}", **hours)
-
-
-def as_json(estimated: Mapping[str, Any]) -> str:
-    return json.dumps(shown_within(estimated), indent=2)
