@@ -17,7 +17,7 @@ from longtake.datasets.errors import Failure, Interrupted, UserError
 from longtake.datasets.masking import shown
 from longtake.infra.cli import dataset, generate, housekeeping, models, promote, recipe, reconstruct, retrieve, submit
 
-_SHELL = """
+_EPILOG = """
 Start here:
 
 \b
@@ -43,7 +43,7 @@ After a stop the same command continues where it was.
 _STOPPED = 130
 
 
-@click.group(epilog=_SHELL, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.group(epilog=_EPILOG, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
 @click.version_option(package_name="longtake")
 def cli() -> None:
     """Longtake turns raw videos into training shards, and the shards into registered video models."""

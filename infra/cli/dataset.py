@@ -14,7 +14,10 @@ _PICTURES = {b"\xff\xd8": "jpg", b"\x89PNG": "png", b"RIFF": "webp"}  # by their
 @click.option("--seconds", default=12.0, show_default=True, help="Length of each.")
 @click.option("--seed", default=0, show_default=True, help="The same seed makes the same footage.")
 def footage(folder: str, count: int, seconds: float, seed: int) -> None:
-    """Make test footage in FOLDER: moving objects and cameras, cuts, fades, stills, with the ground truth beside it."""
+    """Make test footage in FOLDER, with its ground truth.
+
+    The videos have moving objects and cameras, cuts, fades and stills.
+    """
     from longtake.infra.footage import generate
 
     paths = generate(folder, count, seed, seconds)

@@ -112,10 +112,11 @@ def generate(
     tile: int | None,
     precision: str,
 ) -> None:
-    """Generate videos with MODEL, a prior of the registry (models:/latte@champion) or a model folder.
+    """Generate videos with MODEL, a prior.
 
-    The same model, seed and options give the same file. MLFLOW_TRACKING_URI names the registry. A model with a memory
-    keeps finished segments in FILE.mp4.part until the file is whole, so that after a stop the same command continues.
+    MODEL is in the registry (models:/latte@champion) or a model folder. The same model, seed and options give the same
+    file. MLFLOW_TRACKING_URI names the registry. A model with a memory keeps finished segments in FILE.mp4.part until
+    the file is whole, so that after a stop the same command continues.
 
     \b
     Examples:

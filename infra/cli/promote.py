@@ -21,10 +21,10 @@ KEPT_BACK = 3  # exit code
 )
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object, with all figures.")
 def promote(name: str, candidate: str, path: str, as_json: bool) -> None:
-    """Measure a version of the registered model NAME against its champion, and make it champion if it passes the gate.
+    """Make a version of the model NAME its champion, if it passes the gate.
 
-    Both are measured on the same clips of a dataset's val split. The old champion remains available as `previous`. The
-    figures are in an MLflow run beside the candidate's. The gate is a YAML file:
+    The version and the present champion are measured on the same clips of a dataset's val split. The old champion
+    remains available as `previous`. The figures are in an MLflow run beside the candidate's. The gate is a YAML file:
 
     \b
       dataset: runs/quickstart/shards/0123456789ab
@@ -65,9 +65,10 @@ def promote(name: str, candidate: str, path: str, as_json: bool) -> None:
 @click.command()
 @click.argument("name")
 def rollback(name: str) -> None:
-    """Make the `previous` version of the registered model NAME its champion again, and the champion `previous`.
+    """Make the `previous` version of the model NAME its champion again.
 
-    Twice in a row changes nothing. The old champion gets the tags rollback.to and rollback.at.
+    The present champion becomes `previous`. Twice in a row changes nothing. The old champion gets the tags rollback.to
+    and rollback.at.
     """
     media.check_registry(f"models:/{name}")
     from longtake.training.registry import promotion

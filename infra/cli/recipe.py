@@ -41,10 +41,10 @@ def load_pinned(path: str, overrides: tuple[str, ...]) -> Any:
 def run(
     recipe: str, overrides: tuple[str, ...], start: str | None, only: str | None, force: bool, dry_run: bool
 ) -> None:
-    """Run a RECIPE: a YAML file or URL, or the name of one that comes with longtake, such as quickstart.
+    """Run RECIPE: its stages, in order, and its report.
 
-    A stage that has finished with the same settings, code version and inputs is reused. Whatever stops a run, the
-    same command continues it.
+    RECIPE is a YAML file or URL, or the name of a recipe of the package, such as quickstart. A stage that has finished
+    with the same settings, code version and inputs is reused. Whatever stops a run, the same command continues it.
 
     \b
     Examples:
@@ -173,10 +173,11 @@ def graph(recipe: str, overrides: tuple[str, ...], as_json: bool) -> None:
 @set_option
 @click.option("--to", "target", required=True, metavar="URL", help="File to write; an existing one is kept.")
 def resolve(recipe: str, overrides: tuple[str, ...], target: str) -> None:
-    """Write RECIPE resolved, for a scheduler: bases, overrides, variables, and digests of what its stages read from outside.
+    """Write RECIPE with everything resolved, for a scheduler.
 
-    Commands that get this file see the same sources, even if some are added later. The last line printed is JSON:
-    `recipe`, the file, its `workspace`, and `todo`, the stages that have not finished.
+    Resolved are bases, overrides, variables, and digests of what its stages read from outside. Commands that get this
+    file see the same sources, even if some are added later. The last line printed is JSON: `recipe`, the file, its
+    `workspace`, and `todo`, the stages that have not finished.
     """
     from longtake.datasets import storage
     from longtake.datasets.errors import UserError
@@ -204,7 +205,7 @@ def resolve(recipe: str, overrides: tuple[str, ...], target: str) -> None:
 @recipe_argument
 @set_option
 def status(recipe: str, overrides: tuple[str, ...]) -> None:
-    """Show for each stage of RECIPE whether it has run with these settings, when, and what it made."""
+    """Show the run of each stage of RECIPE with these settings, and its product."""
     from longtake.infra import graph as graphs
     from longtake.infra import runs
 

@@ -32,10 +32,10 @@ def reconstruct(
     tile: int | None,
     precision: str,
 ) -> None:
-    """Reconstruct VIDEO, a file of any length, with MODEL: an autoencoder of the registry or a model folder.
+    """Reconstruct VIDEO, of any length, with MODEL, an autoencoder.
 
-    Frames are cropped to multiples of 16 pixels around their middle. The output has no sound. An image is a video of one
-    frame.
+    MODEL is in the registry (models:/pv-vae@champion) or a model folder. Frames are cropped to multiples of 16 pixels
+    around their middle. The output has no sound. An image is a video of one frame.
 
     \b
     Examples:

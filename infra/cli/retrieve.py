@@ -27,10 +27,11 @@ from longtake.infra.cli import media
 def retrieve(
     model: str, video: str, at: str, out: str, seed: int, steps: int | None, vae: str | None, precision: str
 ) -> None:
-    """Retrieve frames of VIDEO from the memory of MODEL: a `pretrain_memory` model of the registry or a model folder.
+    """Retrieve frames of VIDEO from the memory of MODEL.
 
-    The video is converted to the frame rate and size of the model's training clips. A memory holds a limited number of
-    seconds: a longer video is divided into stretches of that length, each with a memory of its own.
+    MODEL is from `pretrain_memory`, in the registry (models:/memory-dit@champion) or a model folder. The video is
+    converted to the frame rate and size of the model's training clips. A memory holds a limited number of seconds: a
+    longer video is divided into stretches of that length, each with a memory of its own.
 
     \b
     Example:

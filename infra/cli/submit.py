@@ -35,13 +35,15 @@ def submit(
     force: bool,
     no_check: bool,
 ) -> None:
-    """Run RECIPE as a job of a Ray cluster, with the code that is installed here, and print what it prints.
+    """Run RECIPE as a job of a Ray cluster, and print its output.
 
-    The same recipe is the same job. Submitted again, it attaches to the job that runs. After a job that failed or was
-    stopped, a new one continues its work. Ctrl-C leaves the job running. The exit code is the job's.
+    The job gets the code that is installed here. The same recipe is the same job. Submitted again, it attaches to the
+    job that runs. After a job that failed or was stopped, a new one continues its work. Ctrl-C leaves the job running.
+    The exit code is the job's.
 
-    The workspace and the sources must be where the nodes reach them. Of the variables that are set here, a job gets those
-    that `deploy.env` of the recipe names. A token of the cluster is read from RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH.
+    The workspace and the sources must be where the nodes reach them. Of the variables that are set here, a job gets
+    those that `deploy.env` of the recipe names. A token of the cluster is read from RAY_AUTH_TOKEN or
+    RAY_AUTH_TOKEN_PATH.
 
     \b
     Examples:

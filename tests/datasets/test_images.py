@@ -16,7 +16,7 @@ from longtake.datasets import images, index, schema
 from longtake.datasets.errors import UserError
 from longtake.datasets.loader import Loader, Mixture
 from longtake.datasets.verify import verify
-from longtake.infra.cli import exit_code, cli
+from longtake.infra.cli import cli, exit_code
 
 RNG = np.random.default_rng(0)
 WINDOW = {"frames": 1, "size": (32, 32), "batch": 1, "epochs": 1, "shuffle": False}

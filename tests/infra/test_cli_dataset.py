@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from longtake.datasets import clip, index, schema, storage
-from longtake.infra.cli import exit_code, cli
+from longtake.infra.cli import cli, exit_code
 
 
 def longtake(*arguments: str) -> int:
@@ -14,7 +14,7 @@ def longtake(*arguments: str) -> int:
 
 
 def shards(dataset: str) -> list[int]:
-    """How many there are in train and in val."""
+    """The numbers of train and val."""
     return [len(index.shard_names(dataset, split)) for split in schema.SPLITS]
 
 

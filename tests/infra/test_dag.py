@@ -165,7 +165,9 @@ def test_of_a_long_log_the_last_lines_are_shown() -> None:
 
 def test_an_end_is_said_with_its_exit_code_and_its_own_error() -> None:
     message = "Job entrypoint command failed with exit code 2, last available logs:\nstart\nerror: no such file\nbye"
-    assert ray_jobs.ending({"status": "FAILED", "driver_exit_code": 2, "message": message}) == "exit code 2: no such file"
+    assert (
+        ray_jobs.ending({"status": "FAILED", "driver_exit_code": 2, "message": message}) == "exit code 2: no such file"
+    )
     gone = {"status": "FAILED", "driver_exit_code": None, "message": "The head node died"}
     assert ray_jobs.ending(gone) == "failed: The head node died"
 

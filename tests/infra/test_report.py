@@ -111,7 +111,7 @@ def page(dataset, view, stages, tmp_path_factory):
 
 @pytest.fixture
 def memories(tmp_path):
-    """Two stages that have retrieved, one whose video is lost, and one that has gone on with videos."""
+    """Two stages that retrieved, one of them without its video, and a stage that continued videos."""
 
     def stage(name, kind, files):
         folder = tmp_path / name / "heldout"
@@ -164,7 +164,7 @@ def test_retrieved_frames_are_compared_by_rate(memories, tmp_path):
     assert shown.size == (2 * (8 * 82 - 2), 2 * 64)
 
 
-def test_videos_that_a_memory_went_on_with_are_shown_with_how_far_they_drift(memories, tmp_path):
+def test_continued_videos_are_shown_with_their_drift(memories, tmp_path):
     page = build(tmp_path / "page", "memories", memories, None, None, "")
     section = page.read_text().split('<section id="continued">')[1].split("</section>")[0]
     assert "Held-out flow loss by latents of history: 0: 0.875, 6: 0.6875." in section
@@ -199,7 +199,7 @@ def test_a_page_without_memories_says_nothing_of_them(page):
 
 
 def text_of(page: Path) -> str:
-    """What a reader sees, on one line."""
+    """The text on the page, on one line."""
     body = page.read_text().split("<body>")[1]
     return " ".join(htmllib.unescape(re.sub(r"<[^>]*>", "", body)).split())
 

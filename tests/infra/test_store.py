@@ -129,7 +129,7 @@ def test_a_link_to_a_workspace_is_no_move(
 def test_records_of_another_store_are_taken_at_the_workspace_s_present_path(
     tmp_path: Path, with_store: Callable[[Path], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Where a server keeps the runs, and each machine mounts the workspace where it likes."""
+    """A server keeps the runs, and each machine mounts the workspace at a path of its own."""
     old, new = tmp_path / "old", tmp_path / "new"
     old.mkdir()
     with_store(tmp_path / "server")

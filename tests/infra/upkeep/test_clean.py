@@ -72,7 +72,7 @@ class Workspace:
         return run, output
 
     def find(self, *kinds: str, older: float = 3600, **vae: Any) -> tuple[dict[str, Item], dict[str, str]]:
-        """What goes and what stays, by where it is in the workspace."""
+        """The items to delete and those that stay, by their place in the workspace."""
         loaded, nodes, store = self.open(**vae)
         found = list(clean.find(loaded, list(nodes.values()), store, kinds or clean.KINDS[:3], older))
 
