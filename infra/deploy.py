@@ -1,6 +1,6 @@
-"""How a recipe runs elsewhere: what its stages ask of a cluster, which variables travel, when it is scheduled.
+"""The deployment of a recipe: the resources of its stages, the variables of its jobs, its schedule.
 
-Nothing here changes what a stage makes: it is no part of a fingerprint.
+Nothing here changes a stage's result, so it is no part of a fingerprint.
 """
 
 import os
@@ -15,18 +15,18 @@ _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 
 
 class Resources(StageConfig):
-    """What the process of a stage asks of its node. What its Ray tasks and ranks ask is in the stage's own config."""
+    """Resources of the process of a stage. Those of its Ray tasks and ranks are in the stage's own config."""
 
-    cpus: float = Field(0, ge=0)  # with all zero it runs on the head
+    cpus: float = Field(0, ge=0)  # with all zero, the process runs on the head
     gpus: float = Field(0, ge=0)
     memory_bytes: int = Field(0, ge=0)
     custom: dict[str, PositiveFloat] = Field({})  # custom resources of your nodes, such as {spot: 1}
-    labels: dict[str, str] = Field({})  # of the node, such as {zone: eu}
-    timeout_seconds: float = Field(7 * 86400, gt=0)  # a scheduler stops a stage that takes longer
+    labels: dict[str, str] = Field({})  # labels of the node, such as {zone: eu}
+    timeout_seconds: float = Field(7 * 86400, gt=0)  # after which a scheduler stops the stage
 
 
 class Schedule(StageConfig):
-    """When a scheduler runs the recipe: by the clock, when one of these URIs has changed, or both."""
+    """The schedule of the recipe: by the clock, when one of these URIs has changed, or both."""
 
     cron: str | None = None
     assets: tuple[str, ...] = ()
@@ -43,19 +43,19 @@ class Deploy(StageConfig):
     """The recipe's key `deploy`."""
 
     image: str | None = None  # of the pods on Kubernetes
-    kuberay: KubeRay = KubeRay()  # how many of them, and how large
-    env: tuple[str, ...] = ("MLFLOW_TRACKING_URI",)  # names of variables that jobs get from where they are submitted
+    kuberay: KubeRay = KubeRay()  # number and size of the pods
+    env: tuple[str, ...] = ("MLFLOW_TRACKING_URI",)  # names of variables that jobs get from the machine that submits
     resources: dict[str, Resources] = Field({})  # by stage
     schedule: Schedule = Schedule()
     retries: int = Field(2, ge=0)  # of a stage, by a scheduler
-    stop_seconds: float = Field(120, gt=0)  # that a stopped job has to save its state
+    stop_seconds: float = Field(120, gt=0)  # for a stopped job to save its state
 
     @field_validator("env")
     @classmethod
     def _names(cls, env: tuple[str, ...]) -> tuple[str, ...]:
         for name in env:
             if not _VARIABLE.fullmatch(name):
-                # the value of a secret, written in place of its name, must not be shown
+                # not shown: it may be a secret's value, written in place of its name
                 raise ValueError("takes names of environment variables, not their values")
         return env
 

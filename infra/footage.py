@@ -1,7 +1,7 @@
-"""Renders deterministic test footage with known cuts, fades, static and black stretches and motion.
+"""Render deterministic test footage with known cuts, fades, static and black stretches and motion.
 
-Every frame is a weighted sum of shots. A shot is a stack of layers, each a crop of a photograph that ships inside an
-installed library, moved by one similarity map per frame: the camera over a background, then flat soft-edged objects.
+Every frame is a weighted sum of shots. A shot is a stack of layers: the camera over a background, then flat soft-edged
+objects. Each layer is a crop of a photograph that ships with an installed library, moved by one similarity map per frame.
 The ground truth comes from the same weights and maps, never from pixels. Given up: depth, motion blur, sensor noise,
 sharpness above 480 rows, and equal bytes under other versions of Pillow, NumPy or FFmpeg.
 """
@@ -39,7 +39,7 @@ Layer = tuple[Image.Image, npt.NDArray[np.complex128], npt.NDArray[np.complex128
 
 @dataclass(frozen=True)
 class Event:
-    """Frames first_frame <= t < last_frame; a cut is the new shot's first frame, static ones equal the one before."""
+    """Frames first_frame <= t < last_frame. A cut is the new shot's first frame; static frames equal the frame before."""
 
     kind: Kind
     first_frame: int
@@ -48,7 +48,7 @@ class Event:
 
 @dataclass(frozen=True)
 class Truth:
-    """Ground truth of one video; its events are in order, and its fades go to black, from black, or there and back.
+    """Ground truth of one video. Events are in order; a fade goes to black, from black, or to black and back.
 
     cuts: first frame of each shot that follows a hard cut.
     motion: pixels that the visible layer moved since the frame before, mean over a grid of points (and over both shots
@@ -64,13 +64,13 @@ class Truth:
     shots: list[Range]
 
 
-def _check(valid: bool, rule: str, got: object) -> None:
+def _require(valid: bool, rule: str, got: object) -> None:
     if not valid:
         raise UserError(f"{rule}, got {got!r}")
 
 
-def _check_whole(name: str, value: object, least: int) -> None:
-    _check(isinstance(value, int) and value >= least, f"{name} must be a whole number >= {least}", value)
+def _require_int(name: str, value: object, least: int) -> None:
+    _require(isinstance(value, int) and value >= least, f"{name} must be a whole number >= {least}", value)
 
 
 @cache
@@ -96,16 +96,16 @@ def _texture(rng: np.random.Generator, photo: Image.Image, alpha: Floats, share:
 
 
 def _background(rng: np.random.Generator, photo: Image.Image, clock: Floats, pace: float, size: Range) -> Layer:
-    """A camera move over a canvas of twice the picture: pan, zoom and roll, together or alone, or hardly any."""
+    """A camera move over a canvas of twice the picture's size: pan, zoom and roll, or hardly any motion."""
     picture = np.array(size[::-1])
     moves = ((1, 0, 0), (0.2, 1, 0), (0.8, 0.4, 1), (0.1, 0.1, 0.1))
     pan, zoom, roll = moves[rng.choice(4, p=(0.35, 0.25, 0.25, 0.15))]
     reach, phase = pace * clock[-1], clock / clock[-1] - 0.5
     growth, angle = rng.choice((-1, 1), 2) * (zoom * min(reach / 2, 0.35), roll * min(reach / 3, 0.14))
     turn = 0.95 * np.exp((growth + 1j * angle) * phase + 1j * rng.uniform(-0.03, 0.03))
-    room = 0.35 * picture  # how far the view's centre may go without the view leaving the canvas
-    way = np.exp([1j * rng.uniform(0, 2 * np.pi)]).view(float)
-    travel = pan * way * min(reach * size[0], (2 * room / np.maximum(np.abs(way), 1e-9)).min())
+    room = 0.35 * picture  # from the middle to the view's centre, with the view inside the canvas
+    direction = np.exp([1j * rng.uniform(0, 2 * np.pi)]).view(float)
+    travel = pan * direction * min(reach * size[0], (2 * room / np.maximum(np.abs(direction), 1e-9)).min())
     centre = picture + rng.uniform(-1, 1, 2) * (room - np.abs(travel) / 2) + np.outer(phase, travel)
     texture = _texture(rng, photo, np.ones((2 * size[0], 2 * size[1])), rng.uniform(0.6, 1.0), 0.15)
     return texture, turn, centre @ (1, 1j) - turn * (picture @ (0.5, 0.5j))
@@ -121,13 +121,14 @@ def _object(rng: np.random.Generator, photo: Image.Image, clock: Floats, pace: f
     edge = (np.hypot(x, y), np.maximum(np.abs(x), np.abs(y)) / 0.7, np.hypot(x, y) / (0.75 + bumps))[rng.integers(3)]
     texture = _texture(rng, photo, np.clip((1 - edge) * radius / 2 + 0.5, 0, 1), rng.uniform(0.25, 0.6), 0.6)
     speed = pace * size[0] * rng.uniform(0.7, 1.8)
-    way = np.exp([1j * rng.uniform(0, 2 * np.pi)]).view(float)
+    direction = np.exp([1j * rng.uniform(0, 2 * np.pi)]).view(float)
     anchor = picture * rng.uniform(0.3, 0.7, 2)
-    line = anchor + np.outer(clock - clock[-1] / 2, speed * way)
-    swing = picture * rng.uniform(0.15, 0.3, 2)
-    swung = anchor + swing * np.sin(np.outer(clock, (1, 1.4)) * speed / np.hypot(*swing) + rng.uniform(0, 6.3, 2))
+    line = anchor + np.outer(clock - clock[-1] / 2, speed * direction)
+    reach = picture * rng.uniform(0.15, 0.3, 2)
+    swing = anchor + reach * np.sin(np.outer(clock, (1, 1.4)) * speed / np.hypot(*reach) + rng.uniform(0, 6.3, 2))
     span = picture - 2 * radius
-    path = (line, swung, radius + span - np.abs(line % (2 * span) - span))[rng.integers(3)]
+    bounce = radius + span - np.abs(line % (2 * span) - span)
+    path = (line, swing, bounce)[rng.integers(3)]
     spin = rng.choice((-1, 0, 0, 1)) * rng.uniform(0.2, 0.6) * speed / radius
     turn = np.exp(1j * (spin * clock + rng.uniform(0, 6.3)))
     return texture, turn, (0.5 + 0.5j) * side - turn * (path @ (1, 1j))
@@ -135,17 +136,17 @@ def _object(rng: np.random.Generator, photo: Image.Image, clock: Floats, pace: f
 
 def _motion(layers: list[Layer], size: Range) -> Floats:
     """(T,) mean displacement in pixels between frames t-1 and t over a 16x16 grid of the topmost visible layer."""
-    steps = (np.arange(16) + 0.5) / 16
-    points = np.add.outer(1j * steps * size[0], steps * size[1]).ravel()
-    seen = np.zeros((len(layers[0][1]) - 1, len(points)))
+    ticks = (np.arange(16) + 0.5) / 16
+    points = np.add.outer(1j * ticks * size[0], ticks * size[1]).ravel()
+    distance = np.zeros((len(layers[0][1]) - 1, len(points)))
     for texture, turn, shift in layers:
-        there = turn[1:, None] * points + shift[1:, None]
-        before = (there - shift[:-1, None]) / turn[:-1, None]
+        texel = turn[1:, None] * points + shift[1:, None]
+        before = (texel - shift[:-1, None]) / turn[:-1, None]
         alpha = np.asarray(texture)[..., 3]
-        row = np.clip(there.imag.astype(int), 0, alpha.shape[0] - 1)
-        column = np.clip(there.real.astype(int), 0, alpha.shape[1] - 1)
-        seen = np.where(alpha[row, column] >= 128, np.abs(points - before), seen)
-    return np.concatenate([[0.0], seen.mean(-1)])
+        row = np.clip(texel.imag.astype(int), 0, alpha.shape[0] - 1)
+        column = np.clip(texel.real.astype(int), 0, alpha.shape[1] - 1)
+        distance = np.where(alpha[row, column] >= 128, np.abs(points - before), distance)
+    return np.concatenate([[0.0], distance.mean(-1)])
 
 
 def _timeline(rng: np.random.Generator, seed: int, frames: int) -> tuple[Floats, list[Event]]:
@@ -188,23 +189,29 @@ def _draw(layers: list[Layer], t: int, size: Range) -> Frame:
     for texture, turn, shift in layers:
         a, b = complex(turn[t]), complex(shift[t])
         affine = (a.real, -a.imag, b.real, a.imag, a.real, b.imag)
-        seen = texture.transform(size[::-1], Image.Transform.AFFINE, affine, Image.Resampling.BILINEAR)
-        picture.paste(seen, mask=seen)
+        view = texture.transform(size[::-1], Image.Transform.AFFINE, affine, Image.Resampling.BILINEAR)
+        picture.paste(view, mask=view)
     return np.asarray(picture)
 
 
 def render(seed: int, seconds: float = 12.0, fps: int = 24, size: Range = (240, 320)) -> tuple[Iterator[Frame], Truth]:
-    """Frames, each uint8 (H, W, 3) RGB, rendered one at a time as they are asked for, and their ground truth.
+    """Frames, uint8 RGB (H, W, 3), rendered lazily one at a time, and their ground truth. A pure function.
 
-    A pure function: seed >= 0; fps >= 1, whole; seconds for at least 32 frames; size (height, width) in pixels, even,
-    at least 32, at most 2.5 to 1; else ValueError. Any four seeds in a row show every transition (cut, dissolve, fade,
-    long black); `seed % 12` of 5 is mostly static, of 11 two fifths black.
+    Any four seeds in a row show every transition (cut, dissolve, fade, long black). A seed with `seed % 12` of 5 is mostly
+    static, with 11 two fifths black.
+
+    Args:
+        seconds: long enough for 32 frames.
+        size: (height, width) in pixels, even, at least 32, at most 2.5 to 1.
+
+    Raises:
+        UserError: an argument out of its range.
     """
-    _check_whole("seed", seed, 0)
-    _check_whole("fps", fps, 1)
-    _check(32 <= seconds * fps < math.inf, f"seconds must give at least 32 frames at {fps} fps", seconds)
+    _require_int("seed", seed, 0)
+    _require_int("fps", fps, 1)
+    _require(32 <= seconds * fps < math.inf, f"seconds must give at least 32 frames at {fps} fps", seconds)
     fits = len(size) == 2 and not any(side % 2 for side in size) and min(size) >= 32 and max(size) <= 2.5 * min(size)
-    _check(fits, "size must be (height, width), both even, at least 32 and at most 2.5 times the other", size)
+    _require(fits, "size must be (height, width), both even, at least 32 and at most 2.5 times the other", size)
     rng, frames, photos = np.random.default_rng(seed), round(seconds * fps), _photos()
     weights, events = _timeline(rng, seed, frames)
     bright = (weights > 0.5) & (weights.sum(0) > 0.99)
@@ -218,7 +225,7 @@ def render(seed: int, seconds: float = 12.0, fps: int = 24, size: Range = (240, 
         shown = np.flatnonzero(weight)
         clock = (np.cumsum(ticks[shown]) - 1) / fps
         pace = float(np.exp(rng.uniform(np.log(0.03), np.log(0.6))))  # picture heights per second
-        # Neighbouring shots never share a photo, else a hard cut could be hard to see.
+        # neighbouring shots never share a photo, which could hide a hard cut
         layers = [_background(rng, photos[order[i % len(photos)]], clock, pace, size)]
         layers += [_object(rng, photos[k], clock, pace, size) for k in rng.choice(len(photos), rng.integers(1, 5))]
         moved[i, shown] = _motion(layers, size)
@@ -245,22 +252,25 @@ def write_video(path: Path | str, frames: Iterable[Frame], fps: int, *, codec: s
     """Encode uint8 (H, W, 3) RGB frames of one even size to `path` (yuv420p, a key frame at least every second).
 
     The same frames give the same bytes: one encoder thread and no dates. `path` appears only once it is complete.
-    No frames, frames of another kind, fps < 1, crf outside 0..51 or an unknown codec raise ValueError.
+
+    Raises:
+        UserError: no frames, frames of another kind, fps < 1 or crf outside 0..51.
+        ValueError: an unknown codec.
     """
     path, stream = Path(path), iter(frames)
     head = next(stream, np.empty(0, np.uint8))
     shape = head.shape
-    _check(len(shape) == 3 and not any(np.mod(shape[:2], 2)), "frames must be uint8 (H, W, 3), H and W even", shape)
-    _check_whole("fps", fps, 1)
-    _check(0 <= crf <= 51, "crf must be 0 to 51", crf)
+    _require(len(shape) == 3 and not any(np.mod(shape[:2], 2)), "frames must be uint8 (H, W, 3), H and W even", shape)
+    _require_int("fps", fps, 1)
+    _require(0 <= crf <= 51, "crf must be 0 to 51", crf)
     try:
         with av.open(str(_partial(path)), "w", options={"fflags": "+bitexact", "movflags": "+faststart"}) as container:
-            # with its macroblock tree x264 makes other bytes of the same frames from time to time
-            same = {"mbtree": "0"} if codec == "libx264" else {}
-            video = container.add_stream(codec, fps, {"crf": str(crf)} | same, height=shape[0], width=shape[1])
+            # with its macroblock tree, x264 sometimes writes other bytes for the same frames
+            deterministic = {"mbtree": "0"} if codec == "libx264" else {}
+            video = container.add_stream(codec, fps, {"crf": str(crf)} | deterministic, height=shape[0], width=shape[1])
             video.pix_fmt, video.codec_context.gop_size, video.codec_context.thread_count = "yuv420p", fps, 1
             for frame in chain([head], stream):
-                _check(frame.shape == shape, f"frames must all have the shape {shape}", frame.shape)
+                _require(frame.shape == shape, f"frames must all have the shape {shape}", frame.shape)
                 container.mux(video.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
             container.mux(video.encode())
         _partial(path).replace(path)
@@ -282,10 +292,10 @@ def generate(
     """Write `clip-000.mp4` ... and `clip-000.truth.json` ... into `folder`; returns the paths of the `count` videos.
 
     The truth is written last, so a video with its truth beside it is complete. Such a pair is kept if its truth is
-    the one these arguments give; all else is rendered again. count < 1 and what `render` refuses raise ValueError.
+    the one for these arguments; all else is rendered again. Raises UserError for count < 1, and as `render`.
     """
-    _check_whole("count", count, 1)
-    _check_whole("seed", seed, 0)
+    _require_int("count", count, 1)
+    _require_int("seed", seed, 0)
     videos = [Path(folder) / f"clip-{index:03d}.mp4" for index in range(count)]
     for index, video in enumerate(tqdm(videos, desc="footage", unit="clip")):
         frames, truth = render(seed * 1_000_000 + index, seconds, fps, size)  # no clip is in the sets of two seeds

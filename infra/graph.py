@@ -1,9 +1,8 @@
-"""The graph of a recipe's stages: edges, order and fingerprints. What the CLI runs, a cluster gets and a DAG renders."""
+"""The graph of a recipe's stages: edges, order and fingerprints. The CLI, clusters and DAGs all run this graph."""
 
 import hashlib
 import json
 import sys
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from graphlib import CycleError, TopologicalSorter
 from typing import Any
@@ -20,10 +19,10 @@ from longtake.infra.recipe import Recipe
 class Node:
     """A stage in its graph.
 
-    `fingerprint` says what the stage would make: its config, its version, the fingerprints of its inputs, and what it
-    reads from outside. `result` is the same without names, its own and those of its inputs. `output` is named by the
-    result without what lies outside, so that a grown folder of sources adds to the same dataset, and a training goes on
-    from its checkpoint under a corrected name.
+    `fingerprint` identifies the stage's product: a digest of its config, its version, the fingerprints of its inputs, and
+    of what it reads from outside. `result` is the same without the names of the stage and its inputs. `output` is named by
+    the result without what is outside. So a grown folder of sources adds to the same dataset, and a training resumes from
+    its checkpoint under a corrected name.
     """
 
     name: str
@@ -37,7 +36,7 @@ class Node:
 
 
 def pin(recipe: Recipe) -> Recipe:
-    """The recipe with a digest of all that its stages read from outside, so that every process sees the same world."""
+    """The recipe with a digest of all that its stages read from outside, so that every process sees the same sources."""
     outside = dict(recipe.outside)
     for node in build(recipe):
         module = stages.load(node.kind)
@@ -52,13 +51,13 @@ def _retried(module: Any, node: Node) -> str:
     try:
         return str(module.retried(node.output))
     except (Failure, PermissionError) as e:
-        # a machine that only submits or renders a recipe may have no right to its workspace
+        # a machine that only submits or renders a recipe may have no access to its workspace
         print(f"{node.name}: not looked whether what was unreachable answers now ({shown(str(e))})", file=sys.stderr)
         return ""
 
 
 def build(recipe: Recipe) -> list[Node]:
-    """The stages in an order in which they can run.
+    """The stages in the order of their dependencies.
 
     Raises:
         UserError: an input that is no stage and no URI, or of the wrong kind; a cycle.
@@ -75,10 +74,10 @@ def build(recipe: Recipe) -> list[Node]:
         config = recipe.stages[name]
         inputs, upstream = links[name]
         kind = config.kind  # type: ignore[attr-defined]
-        _check(recipe, name, inputs)
-        known = {field: nodes[value].result if value in nodes else value for field, value in inputs.items()}
-        made = _hash([kind, stages.load(kind).VERSION, content(config) | known])
-        result = _hash([made, recipe.outside.get(name)])
+        _check_inputs(recipe, name, inputs)
+        resolved = {field: nodes[value].result if value in nodes else value for field, value in inputs.items()}
+        own = _hash([kind, stages.load(kind).VERSION, content(config) | resolved])
+        result = _hash([own, recipe.outside.get(name)])
         nodes[name] = Node(
             name,
             kind,
@@ -87,7 +86,7 @@ def build(recipe: Recipe) -> list[Node]:
             tuple(upstream),
             fingerprint=_hash([result, names(config), *(nodes[up].fingerprint for up in upstream)]),
             result=result,
-            output=storage.join(recipe.workspace, name, made[:12]),
+            output=storage.join(recipe.workspace, name, own[:12]),
         )
     return list(nodes.values())
 
@@ -106,32 +105,30 @@ def _links(recipe: Recipe, name: str, config: StageConfig) -> tuple[dict[str, st
     return inputs, upstream
 
 
-def _check(recipe: Recipe, name: str, inputs: dict[str, str]) -> None:
-    """Inputs make what is needed; and a stage may compare its config with those of the stages that it reads from."""
+def _check_inputs(recipe: Recipe, name: str, inputs: dict[str, str]) -> None:
+    """Check the products of a stage's inputs, and its config against theirs where the stage has a `check`."""
     config = recipe.stages[name]
     for field, (value, product) in inputs_of(config).items():
         if value in recipe.stages:
-            made = stages.load(recipe.stages[value].kind).PRODUCES  # type: ignore[attr-defined]
-            if made != product:
+            actual = stages.load(recipe.stages[value].kind).PRODUCES  # type: ignore[attr-defined]
+            if actual != product:
                 raise UserError(
-                    f"{recipe.path}: stages.{name}.{field}: needs a {product}, but stage {value} makes a {made}"
+                    f"{recipe.path}: stages.{name}.{field}: needs a {product}, but stage {value} makes a {actual}"
                 )
     module = stages.load(config.kind)  # type: ignore[attr-defined]
     if hasattr(module, "check"):
+        upstream = {field: recipe.stages[value] for field, value in inputs.items() if value in recipe.stages}
         try:
-            module.check(
-                config, {field: recipe.stages[value] for field, value in inputs.items() if value in recipe.stages}
-            )
+            module.check(config, upstream)
         except ValueError as e:
             raise UserError(f"{recipe.path}: stages.{name}.{e}") from e
 
 
 def warnings(node: Node) -> list[str]:
-    """What its settings should make a user think of, before it runs."""
+    """Warnings about a stage's settings, before it runs."""
     module = stages.load(node.kind)
-    return (
-        [f"stages.{node.name}.{text}" for text in module.warnings(node.config)] if hasattr(module, "warnings") else []
-    )
+    texts = module.warnings(node.config) if hasattr(module, "warnings") else []
+    return [f"stages.{node.name}.{text}" for text in texts]
 
 
 def _hash(value: Any) -> str:
@@ -139,23 +136,23 @@ def _hash(value: Any) -> str:
 
 
 def whole_fingerprint(nodes: list[Node]) -> str:
-    """Of all stages together."""
+    """The fingerprint of all stages together."""
     return _hash([[n.name, n.fingerprint] for n in nodes])
 
 
 def downstream(nodes: list[Node], start: str) -> set[str]:
-    """A stage and all that hang on it."""
-    found = {start}
+    """A stage and all that depend on it."""
+    names = {start}
     for node in nodes:
-        if found & set(node.upstream):
-            found.add(node.name)
-    return found
+        if names & set(node.upstream):
+            names.add(node.name)
+    return names
 
 
 def describe(recipe: Recipe, nodes: list[Node]) -> dict[str, Any]:
-    """The graph as plain data: the one description that every scheduler renders.
+    """The graph as plain data, for every scheduler.
 
-    A scheduler first appends the URL of a file to `resolve` and runs that; the file then stands for `path` in all other
+    A scheduler first appends the URL of a file to `resolve` and runs that. The file then replaces `path` in all other
     commands, so that all stages of one run see the same sources.
     """
     deploy = recipe.deploy
@@ -185,9 +182,9 @@ def describe(recipe: Recipe, nodes: list[Node]) -> dict[str, Any]:
     }
 
 
-def select(nodes: list[Node], wanted: str, recipe: Recipe) -> Node:
-    """Raises UserError where the recipe has no such stage."""
-    by_name: Mapping[str, Node] = {n.name: n for n in nodes}
-    if wanted not in by_name:
-        raise UserError(f"{recipe.path}: there is no stage {wanted!r}; stages: {', '.join(by_name)}")
-    return by_name[wanted]
+def select(nodes: list[Node], name: str, recipe: Recipe) -> Node:
+    """The stage of a name. Raises UserError if the recipe has none."""
+    by_name = {n.name: n for n in nodes}
+    if name not in by_name:
+        raise UserError(f"{recipe.path}: there is no stage {name!r}; stages: {', '.join(by_name)}")
+    return by_name[name]

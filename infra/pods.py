@@ -1,4 +1,4 @@
-"""The pods that a recipe asks of Kubernetes. Light to import: recipes are checked with it."""
+"""The pods that a recipe asks of Kubernetes. It imports nothing heavy, since every recipe is checked with it."""
 
 import re
 
@@ -16,23 +16,23 @@ class KubeRay(StageConfig):
     head_memory: str = "8Gi"
     workers: PositiveInt = 1  # pods without GPU
     max_workers: PositiveInt | None = None  # Ray's autoscaler adds pods up to this; None: never
-    cpus: PositiveInt = 4  # a worker
-    memory: str = "16Gi"  # likewise
+    cpus: PositiveInt = 4  # of a worker
+    memory: str = "16Gi"  # of a worker
     custom: dict[str, PositiveFloat] = Field({})  # custom resources that every worker offers to Ray
     gpu_workers: PositiveInt | None = None  # pods with GPUs; None: as many as the stages need at once
-    gpus: PositiveInt = 1  # a pod with GPUs
-    gpu_cpus: PositiveInt = 8  # likewise
-    gpu_memory: str = "64Gi"  # likewise
-    gpu_nodes: dict[str, str] = Field({})  # labels of the nodes that pods with GPUs go to
+    gpus: PositiveInt = 1  # of a pod with GPUs
+    gpu_cpus: PositiveInt = 8  # of a pod with GPUs
+    gpu_memory: str = "64Gi"  # of a pod with GPUs
+    gpu_nodes: dict[str, str] = Field({})  # labels of the nodes for pods with GPUs
     shm: str = "8Gi"  # of /dev/shm, which counts as memory of the pod
     claims: dict[str, str] = Field({})  # folder in the pods -> PersistentVolumeClaim that all of them share
-    secret: str | None = None  # the Secret that has the variables of deploy.env, beside those of `plain`
-    plain: tuple[str, ...] = ("MLFLOW_TRACKING_URI",)  # variables of deploy.env whose value may stand in the manifest
+    secret: str | None = None  # the Secret with the variables of deploy.env that are not in `plain`
+    plain: tuple[str, ...] = ("MLFLOW_TRACKING_URI",)  # variables of deploy.env whose values the manifest may show
     token: bool = False  # have KubeRay, from 1.5.1 on, make a token for the cluster
     service_account: str | None = None
     pull_secret: str | None = None  # the Secret of the image's registry
     namespace: str | None = None
-    ttl_seconds: int = Field(3600, ge=0)  # that the cluster's logs stay to be read
+    ttl_seconds: int = Field(3600, ge=0)  # for which the cluster and its logs stay after the end
 
     @field_validator("head_memory", "memory", "gpu_memory", "shm")
     @classmethod
@@ -51,5 +51,5 @@ class KubeRay(StageConfig):
 
 
 def bytes_of(amount: str) -> int:
-    """16Gi and the like as a number."""
+    """The bytes of an amount such as 16Gi."""
     return int(amount[:-2]) * _UNITS[amount[-2:]]

@@ -17,6 +17,7 @@ from longtake.datasets.masking import shown
 from longtake.datasets.stage import RUN, StageConfig
 from longtake.infra import stages, yaml_text
 from longtake.infra.deploy import Deploy
+from longtake.infra.settings import nested_of
 
 _KEYS = ("name", "workspace", "stages", "deploy", "outside")
 _NAME = re.compile(r"[a-z][a-z0-9_-]*")
@@ -103,8 +104,8 @@ def _merge_bases(path: str, seen: tuple[str, ...]) -> dict[str, Any]:
 def _merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
     merged = dict(base)
     for key, value in over.items():
-        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
-        merged[key] = _merge(merged[key], value) if both else value
+        mappings = isinstance(value, dict) and isinstance(merged.get(key), dict)
+        merged[key] = _merge(merged[key], value) if mappings else value
     return merged
 
 
@@ -113,12 +114,12 @@ def _override(content: dict[str, Any], override: str) -> None:
     if not equals or not key:
         raise UserError(f"--set {override}: write KEY.PATH=VALUE, such as stages.vae.steps=200")
     *parents, last = key.split(".")
-    at: Any = content
+    mapping: Any = content
     for parent in parents:
-        at = at.setdefault(parent, {})
-        if not isinstance(at, dict):
+        mapping = mapping.setdefault(parent, {})
+        if not isinstance(mapping, dict):
             raise UserError(f"--set {override}: {parent} is a value, it has no keys below it")
-    at[last] = yaml_text.parse(value, f"--set {override}")
+    mapping[last] = yaml_text.parse(value, f"--set {override}")
 
 
 def _read_variables(value: Any, path: str, key: str) -> Any:
@@ -134,9 +135,9 @@ def _read_variables(value: Any, path: str, key: str) -> Any:
             raise UserError(
                 f"{path}: {key}: the environment variable {match[1]} is not set; set it, or write a value there"
             )
-        # an empty one would make of FOLDER/clips the root's own
-        beside = (value[: match.start()][-1:], value[match.end() :][:1])
-        if not os.environ[match[1]] and "/" in beside:
+        # an empty FOLDER would turn FOLDER/clips into /clips
+        neighbours = (value[: match.start()][-1:], value[match.end() :][:1])
+        if not os.environ[match[1]] and "/" in neighbours:
             raise UserError(
                 f"{path}: {key}: the environment variable {match[1]} is empty, which leaves a part of a path out"
             )
@@ -146,7 +147,7 @@ def _read_variables(value: Any, path: str, key: str) -> Any:
 
 
 def refuse_login(what: str, url: str) -> None:
-    """Raises UserError where an address that is recorded or told to others has a password or key in it."""
+    """Raise UserError if an address that is recorded or shown to others has a password or key in it."""
     if not storage.is_local(url) and shown(url) != url:
         raise UserError(
             f"{what} {shown(url)}: has a login or key in it, and this address is recorded; take it out, and give it to the"
@@ -155,6 +156,7 @@ def refuse_login(what: str, url: str) -> None:
 
 
 def _validate(content: dict[str, Any], path: str) -> Recipe:
+    # keys
     for key in content:
         if key not in _KEYS:
             raise UserError(
@@ -163,23 +165,10 @@ def _validate(content: dict[str, Any], path: str) -> Recipe:
     for key in ("name", "workspace"):
         if not isinstance(content.get(key), str) or not content[key].strip():
             raise UserError(f"{path}: {key}: must be a text")
-    listed = content.get("stages")
-    if not isinstance(listed, dict) or not listed:
-        raise UserError(f"{path}: stages: must be a mapping of stage names to their configs")
-    configs = {}
-    for name, config in listed.items():
-        if not isinstance(name, str) or not _NAME.fullmatch(name):
-            raise UserError(f"{path}: stages.{name}: a stage's name has lower-case letters, digits, - and _ only")
-        kind = config.get("kind") if isinstance(config, dict) else None
-        if not isinstance(kind, str) or kind not in stages.STAGES:
-            what = f"unknown kind {kind!r}{_suggest(str(kind), stages.STAGES)}" if kind else "has no kind"
-            raise UserError(f"{path}: stages.{name}.kind: {what}; allowed: {', '.join(stages.STAGES)}")
-        try:
-            configs[name] = stages.load(config["kind"]).Config(**config)
-        except ValidationError as e:
-            raise UserError(f"{path}: {first_line(e, f'stages.{name}', stages.load(config['kind']).Config)}") from e
+    configs = _stages(content.get("stages"), path)
+
+    # MLflow records URLs inside the workspace
     workspace = storage.absolute(content["workspace"])
-    # what lies in it is recorded in MLflow, and found again by that
     refuse_login(f"{path}: workspace", workspace)
     for name, config in configs.items():
         for source in getattr(config, "sources", ()):
@@ -188,6 +177,8 @@ def _validate(content: dict[str, Any], path: str) -> Recipe:
                     f"{path}: stages.{name}.sources: {source} is the workspace, whose videos are no sources;"
                     " put one of them into a folder of its own"
                 )
+
+    # digests and deployment
     outside = content.get("outside") or {}
     if not isinstance(outside, dict) or not all(isinstance(v, str) for item in outside.items() for v in item):
         raise UserError(
@@ -197,7 +188,26 @@ def _validate(content: dict[str, Any], path: str) -> Recipe:
     return Recipe(path, content["name"], workspace, configs, outside, deploy)
 
 
-def _deploy(content: Any, path: str, known: Mapping[str, StageConfig]) -> Deploy:
+def _stages(content: Any, path: str) -> dict[str, StageConfig]:
+    if not isinstance(content, dict) or not content:
+        raise UserError(f"{path}: stages: must be a mapping of stage names to their configs")
+    configs = {}
+    for name, config in content.items():
+        if not isinstance(name, str) or not _NAME.fullmatch(name):
+            raise UserError(f"{path}: stages.{name}: a stage's name has lower-case letters, digits, - and _ only")
+        kind = config.get("kind") if isinstance(config, dict) else None
+        if not isinstance(kind, str) or kind not in stages.STAGES:
+            error = f"unknown kind {kind!r}{_suggest(str(kind), stages.STAGES)}" if kind else "has no kind"
+            raise UserError(f"{path}: stages.{name}.kind: {error}; allowed: {', '.join(stages.STAGES)}")
+        model = stages.load(kind).Config
+        try:
+            configs[name] = model(**config)
+        except ValidationError as e:
+            raise UserError(f"{path}: {first_line(e, f'stages.{name}', model)}") from e
+    return configs
+
+
+def _deploy(content: Any, path: str, configs: Mapping[str, StageConfig]) -> Deploy:
     if not isinstance(content, dict):
         raise UserError(f"{path}: deploy: must be a mapping with the keys {', '.join(Deploy.model_fields)}")
     try:
@@ -206,13 +216,13 @@ def _deploy(content: Any, path: str, known: Mapping[str, StageConfig]) -> Deploy
         line = first_line(e, "deploy", Deploy) if isinstance(e, ValidationError) else f"deploy: {e}"
         raise UserError(f"{path}: {line}") from None
     for name in deploy.resources:
-        if name not in known:
-            raise UserError(f"{path}: deploy.resources.{name}: there is no such stage{_suggest(name, known)}")
+        if name not in configs:
+            raise UserError(f"{path}: deploy.resources.{name}: there is no such stage{_suggest(name, configs)}")
     return deploy
 
 
 def first_line(error: ValidationError, prefix: str, model: type[StageConfig]) -> str:
-    """The first mistake that pydantic found, as `KEY: what is wrong; what is allowed`."""
+    """The first error of pydantic, as `KEY: what is wrong; what is allowed`."""
     first = error.errors(include_url=False)[0]
     key = ".".join([prefix, *(str(part) for part in first["loc"])])
     more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
@@ -228,35 +238,31 @@ def first_line(error: ValidationError, prefix: str, model: type[StageConfig]) ->
     if first["type"] == "missing":
         return f"{key}: is missing{more}"
     message = first["msg"].removeprefix("Value error, ")
-    given = "" if first["type"] == "value_error" else f", not {first['input']!r}"
-    return f"{key}: {message[0].lower()}{message[1:]}{given}{more}"
+    actual = "" if first["type"] == "value_error" else f", not {first['input']!r}"
+    return f"{key}: {message[0].lower()}{message[1:]}{actual}{more}"
 
 
 def kind_of(config: type[StageConfig]) -> str:
-    """The kind of stage that a config is of."""
+    """The kind of stage of a config."""
     return str(get_args(config.model_fields["kind"].annotation)[0])
 
 
 def _moved(model: type[StageConfig], name: str) -> str | None:
-    """Where a key is now that a model had once; None for one that it never had."""
+    """The new place of a key that a model had once; None for a key that it never had."""
     if name in model.MOVED:
         return model.MOVED[name]
-    run = model.model_fields.get(RUN)
-    how: Any = run.annotation if run else None
-    return f"is now {RUN}.{name}; write `{RUN}: {{{name}: ...}}`" if how and name in how.model_fields else None
+    run: Any = nested_of(model.model_fields[RUN].annotation) if RUN in model.model_fields else None
+    return f"is now {RUN}.{name}; write `{RUN}: {{{name}: ...}}`" if run and name in run.model_fields else None
 
 
 def _model_at(model: Any, location: Sequence[Any]) -> type[StageConfig] | None:
     for part in location:
         if part not in model.model_fields:
-            # a key of a mapping, whose values' model has been found
+            # a key of a mapping, of whose values this is the model
             continue
-        annotation = model.model_fields[part].annotation
-        candidates = [annotation, *getattr(annotation, "__args__", ())]
-        found = [c for c in candidates if isinstance(c, type) and issubclass(c, StageConfig)]
-        if not found:
+        model = nested_of(model.model_fields[part].annotation)
+        if model is None:
             return None
-        model = found[0]
     return model
 
 

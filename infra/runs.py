@@ -1,4 +1,4 @@
-"""MLflow as the only run database: where it is, which stages have finished, and one run a stage."""
+"""The runs of stages in MLflow, the only run database: its place, finished runs, one run a stage."""
 
 import json
 import logging
@@ -24,7 +24,7 @@ _FINGERPRINT, _STAGE, _KIND, _OUTPUT, _URI, _ERROR = (
     f"longtake.{t}" for t in ("fingerprint", "stage", "kind", "output", "uri", "error")
 )
 _PARENT = "mlflow.parentRunId"
-_MAX_PARAM = 500
+_MAX_CHARACTERS = 500  # of a parameter or tag
 
 
 @dataclass(frozen=True)
@@ -33,15 +33,15 @@ class Run:
 
     id: str
     status: str  # RUNNING, FINISHED, FAILED or KILLED
-    output: str  # the folder that it works in
-    uri: str  # what the stage made; empty until it has finished
+    output: str  # the folder of the stage's work
+    uri: str  # the stage's product; empty until it has finished
     seconds: float
     error: str
 
 
 @dataclass(frozen=True)
 class Runs:
-    """An MLflow experiment, opened."""
+    """The runs of an MLflow experiment."""
 
     client: Any
     experiment: str
@@ -49,31 +49,30 @@ class Runs:
     workspace: str
 
     def find(self, fingerprint: str) -> Run | None:
-        """The finished run of a fingerprint, else the latest one that can be taken up again."""
-        found = self.client.search_runs(
-            [self.experiment], f"tags.`{_FINGERPRINT}` = '{fingerprint}'", order_by=["start_time DESC"]
-        )
-        finished = [r for r in found if r.info.status == "FINISHED"]
-        return _run((finished or found)[0], self.workspace) if found else None
+        """The finished run of a fingerprint, else the latest one, which can be resumed."""
+        condition = f"tags.`{_FINGERPRINT}` = '{fingerprint}'"
+        runs = self.client.search_runs([self.experiment], condition, order_by=["start_time DESC"])
+        finished = [r for r in runs if r.info.status == "FINISHED"]
+        return _run((finished or runs)[0], self.workspace) if runs else None
 
     def finished(self, fingerprint: str) -> Run | None:
         run = self.find(fingerprint)
         return run if run and run.status == "FINISHED" else None
 
     def was_deleted(self, fingerprint: str) -> bool:
-        """Whether there was a finished run of a fingerprint that somebody has deleted."""
+        """Whether somebody has deleted a finished run of a fingerprint."""
         from mlflow.entities import ViewType
 
         condition = f"tags.`{_FINGERPRINT}` = '{fingerprint}' and attributes.status = 'FINISHED'"
         return bool(self.client.search_runs([self.experiment], condition, ViewType.DELETED_ONLY, max_results=1))
 
     def open(self, node: Node, parent: str | None, fresh: bool = False) -> tuple[str, str]:
-        """(run id, output) to work in: an unfinished run of the same fingerprint goes on, unless `fresh`.
+        """(run id, output) to work in: an unfinished run of the same fingerprint is resumed, unless `fresh`.
 
-        A fresh run gets an output of its own, so that it starts from nothing and harms nothing that was made before.
+        A fresh run gets an output of its own, so that it starts from nothing and changes no earlier output.
         """
         run = None if fresh else self.find(node.fingerprint)
-        # one that has finished is repaired where it is
+        # the output of a finished run is repaired in place
         output = run.output if run else node.output
         if run and run.status != "FINISHED":
             self.client.update_run(run.id, status="RUNNING")
@@ -97,17 +96,15 @@ class Runs:
         self.client.set_terminated(run_id, "FINISHED")
 
     def end(self, run_id: str, status: str, error: str) -> None:
-        """Note how a run ended badly; a store that cannot note it does not hide the error itself."""
+        """Record how a run failed. If the store cannot record it, that is printed, so that the error itself still shows."""
         from mlflow.exceptions import MlflowException
 
         try:
-            self.client.set_tag(run_id, _ERROR, shown(error)[:_MAX_PARAM])
+            self.client.set_tag(run_id, _ERROR, shown(error)[:_MAX_CHARACTERS])
             self.client.set_terminated(run_id, status)
         except MlflowException as e:
-            print(
-                f"tracking: could not note that run {run_id} ended as {status} ({str(e).splitlines()[0]})",
-                file=sys.stderr,
-            )
+            reason = str(e).splitlines()[0]
+            print(f"tracking: could not note that run {run_id} ended as {status} ({reason})", file=sys.stderr)
 
     def log_json(self, run_id: str, name: str, content: Any) -> None:
         with tempfile.TemporaryDirectory() as folder:
@@ -116,7 +113,7 @@ class Runs:
             self.client.log_artifact(run_id, str(path))
 
     def open_parent(self, recipe: Recipe, fingerprint: str) -> str:
-        """The run that stands for the whole recipe; an unfinished one goes on."""
+        """The run of the whole recipe; an unfinished one is resumed."""
         run = self.find(fingerprint)
         if run and run.status != "FINISHED":
             self.client.update_run(run.id, status="RUNNING")
@@ -127,13 +124,13 @@ class Runs:
         return run_id
 
     def metrics(self, run_id: str) -> tuple[dict[str, float], dict[str, list[tuple[int, float]]]]:
-        """(last values, histories of those with more than one step)."""
+        """(last values, histories of the metrics with more than one step)."""
         last = dict(self.client.get_run(run_id).data.metrics)
         history = {}
         for name in last:
             points = [(m.step, m.value) for m in self.client.get_metric_history(run_id, name)]
             if len(points) > 1:
-                # a resumed run may log a step again: the later value counts
+                # a resumed run may log a step twice: the later value counts
                 history[name] = sorted(dict(points).items())
         return last, history
 
@@ -141,7 +138,7 @@ class Runs:
         return dict(self.client.get_run(run_id).data.params)
 
     def download(self, run_id: str, name: str, folder: Path) -> Path | None:
-        """A folder of artifacts, fetched; None where the run has none of this name."""
+        """Download a folder of artifacts; None if the run has none of this name."""
         if not any(a.path == name for a in self.client.list_artifacts(run_id)):
             return None
         return Path(self.client.download_artifacts(run_id, name, str(folder)))
@@ -150,49 +147,36 @@ class Runs:
 def connect(recipe: Recipe) -> Runs:
     """Open the store: MLFLOW_TRACKING_URI if set, else sqlite and artifacts inside the workspace.
 
-    Records of a workspace that was moved are brought along; an experiment that was deleted is restored.
+    Records of a workspace that was moved are updated; an experiment that was deleted is restored.
 
     Raises:
         UserError: no store can be reached or made.
         Failure: the disk is full or closed, or another program has locked the store.
     """
-    uri = os.environ.get("MLFLOW_TRACKING_URI")
-    if not uri:
-        if not storage.is_local(recipe.workspace):
-            raise UserError(
-                f"{recipe.path}: workspace {recipe.workspace} is remote: set MLFLOW_TRACKING_URI to an MLflow server"
-            )
-        if wrong := re.search(r"[?%\x00-\x1f\ud800-\udfff]", recipe.workspace):
-            raise UserError(
-                f"{recipe.path}: workspace {recipe.workspace!a}: has {wrong[0]!a} in its path, where no sqlite store can lie;"
-                " choose another path, or set MLFLOW_TRACKING_URI to a store elsewhere"
-            )
-        with storage.failing_clearly(recipe.workspace):
-            Path(recipe.workspace).mkdir(parents=True, exist_ok=True)
-        uri = f"sqlite:///{recipe.workspace}/mlflow.db"
+    uri = os.environ.get("MLFLOW_TRACKING_URI") or _sqlite_uri(recipe)
     os.environ |= {"MLFLOW_TRACKING_URI": uri, "MLFLOW_EXPERIMENT_NAME": recipe.name}
     from mlflow.exceptions import MlflowException
 
     try:
-        with sqlite_store.alone(uri):
-            client = _client(uri)
-            # its first answer is what makes the store's tables
+        with sqlite_store.opened_alone(uri):
+            client = client_of(uri)
+            # the first question makes the store create its tables
             experiment = client.get_experiment_by_name(recipe.name)
             if experiment is not None:
-                sqlite_store.bring_along(uri, recipe.workspace, experiment.artifact_location)
+                sqlite_store.update_places(uri, recipe.workspace, experiment.artifact_location)
         if experiment is not None and experiment.lifecycle_stage == "deleted":
             client.restore_experiment(experiment.experiment_id)
             print(f"MLflow: the experiment {recipe.name} was deleted; it is restored with its runs", file=sys.stderr)
         if experiment is None:
-            # a server keeps artifacts where it was told to
+            # a server has a place of its own for artifacts
             location = None if uri.startswith("http") else storage.join(recipe.workspace, "artifacts")
             try:
                 return Runs(client, client.create_experiment(recipe.name, location), uri, recipe.workspace)
             except MlflowException as e:
+                # another process may just have made it
                 experiment = client.get_experiment_by_name(recipe.name)
                 if e.error_code != "RESOURCE_ALREADY_EXISTS" or experiment is None:
                     raise
-                # another process has just made it
         return Runs(client, experiment.experiment_id, uri, recipe.workspace)
     except MlflowException as e:
         message, where = shown(str(e).splitlines()[0]), shown(uri)
@@ -201,13 +185,30 @@ def connect(recipe: Recipe) -> Runs:
         raise UserError(f"MLFLOW_TRACKING_URI={where}: {message}") from e
 
 
-def _client(uri: str) -> Any:
+def _sqlite_uri(recipe: Recipe) -> str:
+    """The store inside the workspace, whose folder is made."""
+    if not storage.is_local(recipe.workspace):
+        raise UserError(
+            f"{recipe.path}: workspace {recipe.workspace} is remote: set MLFLOW_TRACKING_URI to an MLflow server"
+        )
+    if match := re.search(r"[?%\x00-\x1f\ud800-\udfff]", recipe.workspace):
+        raise UserError(
+            f"{recipe.path}: workspace {recipe.workspace!a}: has {match[0]!a} in its path, where no sqlite store can lie;"
+            " choose another path, or set MLFLOW_TRACKING_URI to a store elsewhere"
+        )
+    with storage.failing_clearly(recipe.workspace):
+        Path(recipe.workspace).mkdir(parents=True, exist_ok=True)
+    return f"sqlite:///{recipe.workspace}/mlflow.db"
+
+
+def client_of(uri: str) -> Any:
+    """MLflow's client of a store, quiet and with few retries."""
     os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
     from mlflow import MlflowClient, set_tracking_uri
 
-    # it prints a stack trace beside each error that it raises
+    # it logs a stack trace for each error that it raises
     logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)
     set_tracking_uri(uri)
     return MlflowClient(uri)
@@ -217,9 +218,9 @@ def _run(run: Any, workspace: str) -> Run:
     tags, info = run.data.tags, run.info
     seconds = ((info.end_time or time.time() * 1000) - info.start_time) / 1000
     output = tags.get(_OUTPUT, "")
-    # an output is WORKSPACE/STAGE/DIGEST, and the workspace may have had another path then
-    then = output.rsplit("/", 2)[0]
-    output, uri = (storage.placed(url, then, workspace) for url in (output, tags.get(_URI, "")))
+    # an output is WORKSPACE/STAGE/DIGEST, and the workspace may have been moved since
+    old_workspace = output.rsplit("/", 2)[0]
+    output, uri = (storage.placed(url, old_workspace, workspace) for url in (output, tags.get(_URI, "")))
     return Run(info.run_id, info.status, output, uri, seconds, tags.get(_ERROR, ""))
 
 
@@ -227,6 +228,6 @@ def params_of(config: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
     """The MLflow parameters of a config: `{"run.workers": "8"}`."""
     params: dict[str, str] = {}
     for key, value in config.items():
-        nested = isinstance(value, dict)
-        params |= params_of(value, f"{prefix}{key}.") if nested else {f"{prefix}{key}": shown(str(value))[:_MAX_PARAM]}
+        text = shown(str(value))[:_MAX_CHARACTERS]
+        params |= params_of(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": text}
     return params

@@ -1,4 +1,4 @@
-"""The settings of a kind of stage as a table: names, defaults, and what each is, from the docstring of its config."""
+"""The settings of a kind of stage as a table: names, defaults, and their documentation in the docstring of the config."""
 
 import inspect
 import re
@@ -13,7 +13,7 @@ _ENTRY = re.compile(r"([a-z_]+(?:, [a-z_]+)*) {2,}(\S.*)|([a-z_]{14,}) (\S.*)")
 
 
 class Setting(NamedTuple):
-    """A key of a recipe, such as `run.workers`, its default as YAML, and what it is."""
+    """A key of a recipe, such as `run.workers`, its default as YAML, and its documentation."""
 
     key: str
     default: str
@@ -21,26 +21,26 @@ class Setting(NamedTuple):
 
 
 def settings_of(config: type[StageConfig], prefix: str = "") -> Iterator[Setting]:
-    """The settings of a config, those of nested ones below their key. Those without documentation have an empty text."""
+    """The settings of a config, each nested config below its key. The text is empty without documentation."""
     texts = _texts(config)
     for name in _order(config):
         field = config.model_fields[name]
         nested = nested_of(field.annotation)
-        default = "" if nested and isinstance(field.get_default(call_default_factory=True), nested) else _shown(field)
+        default = "" if nested and isinstance(field.get_default(call_default_factory=True), nested) else _default(field)
         yield Setting(f"{prefix}{name}", default, texts.get(name, ""))
         if nested:
             yield from settings_of(nested, f"{prefix}{name}.")
 
 
 def _order(config: type[StageConfig]) -> list[str]:
-    """Its own fields, those of its bases, and last how the work is done."""
+    """The names of a config's own fields, then those of its bases, and `run` last."""
     names = dict.fromkeys(name for base in config.__mro__ for name in inspect.get_annotations(base))
-    own = [name for name in names if name in config.model_fields and name not in ("kind", RUN)]
-    return own + [name for name in config.model_fields if name == RUN]
+    fields = [name for name in names if name in config.model_fields and name not in ("kind", RUN)]
+    return fields + [name for name in config.model_fields if name == RUN]
 
 
 def nested_of(annotation: Any) -> type[StageConfig] | None:
-    """The config that a field holds, if it holds one."""
+    """The config in a field's annotation; None if there is none."""
     for candidate in (annotation, *getattr(annotation, "__args__", ())):
         if isinstance(candidate, type) and issubclass(candidate, StageConfig):
             return candidate
@@ -55,7 +55,7 @@ def summary_of(config: type[StageConfig]) -> str:
 
 
 def _texts(config: type[StageConfig]) -> dict[str, str]:
-    """What the docstrings of a config and its bases say of its fields; a nearer one counts more."""
+    """The documentation of fields in the docstrings of a config and its bases; a subclass overrides its bases."""
     texts: dict[str, str] = {}
     for base in reversed(config.__mro__):
         names: list[str] = []
@@ -71,30 +71,30 @@ def _texts(config: type[StageConfig]) -> dict[str, str]:
 
 
 def _entry(line: str, config: type[StageConfig]) -> tuple[list[str], str] | None:
+    """The fields and the text of a line of a docstring's table; None for other lines."""
     match = _ENTRY.fullmatch(line)
     if not match:
         return None
     names = (match[1] or match[3]).split(", ")
-    known = all(name in config.model_fields for name in names)
-    return (names, match[2] or match[4]) if known else None
+    return (names, match[2] or match[4]) if set(names) <= set(config.model_fields) else None
 
 
-def _shown(field: Any) -> str:
+def _default(field: Any) -> str:
     default = field.get_default(call_default_factory=True)
     if default is PydanticUndefined:
         return "needed"
     if default is None or isinstance(default, bool):
         return {None: "null", True: "true", False: "false"}[default]
-    return _plain(default)
+    return _inline_yaml(default)
 
 
-def _plain(value: Any) -> str:
+def _inline_yaml(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:g}"
     if isinstance(value, tuple | list):
-        return f"[{', '.join(_plain(part) for part in value)}]"
+        return f"[{', '.join(_inline_yaml(part) for part in value)}]"
     if isinstance(value, dict):
-        return "{" + ", ".join(f"{name}: {_plain(part)}" for name, part in value.items()) + "}"
+        return "{" + ", ".join(f"{name}: {_inline_yaml(part)}" for name, part in value.items()) + "}"
     if isinstance(value, StageConfig):
-        return _plain(value.model_dump(exclude_defaults=True))
+        return _inline_yaml(value.model_dump(exclude_defaults=True))
     return str(value)

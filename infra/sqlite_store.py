@@ -1,4 +1,4 @@
-"""The sqlite store of runs inside a workspace: opened by one process at a time, waited for, and moved with its workspace."""
+"""The sqlite store of runs inside a workspace: opened by one process at a time, and moved with its workspace."""
 
 import contextlib
 import fcntl
@@ -10,10 +10,10 @@ from pathlib import Path
 
 from longtake.datasets.errors import Failure
 
-PATIENCE = 60.0  # seconds that a store which another program has locked is waited for
+PATIENCE = 60.0  # seconds to wait for a store that another program has locked
 
 _SCHEME = "sqlite:///"
-# where MLflow keeps places, and we in the tags of runs
+# columns with paths: MLflow's, and the tags of our runs
 _PLACES = (
     ("experiments", "artifact_location"),
     ("runs", "artifact_uri"),
@@ -30,70 +30,65 @@ def path_of(uri: str) -> Path | None:
 
 
 @contextlib.contextmanager
-def alone(uri: str) -> Iterator[None]:
-    """Let one process at a time open an sqlite store: several that make its tables at once break each other's.
+def opened_alone(uri: str) -> Iterator[None]:
+    """Let one process at a time open an sqlite store, since processes that create its tables at once collide.
 
     Raises:
         Failure: another program holds the store's own lock for PATIENCE seconds.
     """
     path = path_of(uri)
-    with contextlib.ExitStack() as held:
+    with contextlib.ExitStack() as files:
         if path and path.parent.is_dir() and not path.is_dir():
-            # where no lock can be written no store can be made either, and MLflow says so
+            # if no lock can be written, MLflow cannot write the store either and reports it
             with contextlib.suppress(OSError):
-                handle = held.enter_context(path.with_name(f"{path.name}.lock").open("a"))
+                handle = files.enter_context(path.with_name(f"{path.name}.lock").open("a"))
                 fcntl.flock(handle, fcntl.LOCK_EX)
             if path.exists():
-                _wait(path)
+                _wait_until_readable(path)
         yield
 
 
-def _wait(path: Path) -> None:
-    """Until the store can be read: MLflow's own patience is some seconds, and ends in a stack trace."""
-    until, said = time.monotonic() + PATIENCE, False
+def _wait_until_readable(path: Path) -> None:
+    """Wait longer than MLflow itself, which fails after some seconds with a stack trace."""
+    deadline, announced = time.monotonic() + PATIENCE, False
+    url = f"{path.absolute().as_uri()}?mode=ro"
     while True:
         try:
-            with contextlib.closing(
-                sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True, timeout=1.0)
-            ) as db:
+            with contextlib.closing(sqlite3.connect(url, uri=True, timeout=1.0)) as db:
                 db.execute("SELECT count(*) FROM sqlite_master").fetchone()
             return
         except sqlite3.OperationalError as e:
             if "locked" not in str(e):
-                # MLflow meets it too, and tells what it is
+                # MLflow runs into the same error and reports it
                 return
-            if not said:
+            if not announced:
                 print(f"{path}: locked by another program; waiting up to {PATIENCE:g} s", file=sys.stderr)
-                said = True
-            if time.monotonic() > until:
+                announced = True
+            if time.monotonic() > deadline:
                 raise Failure(
                     f"{path}: another program has kept this store of runs locked for {PATIENCE:g} s (a backup, a viewer"
                     " of sqlite files); end it, then run the same command again"
                 ) from e
 
 
-def bring_along(uri: str, workspace: str, artifacts: str) -> None:
-    """Make the store's records name places in `workspace`, where they were written when it had another path.
+def update_places(uri: str, workspace: str, artifacts: str) -> None:
+    """Make the records of a moved workspace name its new path.
 
     Args:
-        artifacts: where the store says that an experiment of this workspace keeps its artifacts.
+        artifacts: the folder of an experiment's artifacts in the store's records.
     """
     path, old = path_of(uri), artifacts.removeprefix("file://").removesuffix("/artifacts")
-    if (
-        path is None
-        or path != Path(workspace) / "mlflow.db"
-        or old == workspace
-        or not artifacts.endswith("/artifacts")
-    ):
+    moved = old != workspace and artifacts.endswith("/artifacts")
+    if path is None or path != Path(workspace) / "mlflow.db" or not moved:
         return
     if Path(old).exists() and Path(old).samefile(workspace):
-        # a link to it
+        # the old path is a link to the new one
         return
     with contextlib.closing(sqlite3.connect(path, timeout=PATIENCE)) as db, db:
         for table, column in _PLACES:
             for prefix in (old, f"file://{old}"):
                 db.execute(
-                    # the names are those above
+                    # the names are from _PLACES
                     f"UPDATE {table} SET {column} = ? || substr({column}, ?) WHERE substr({column}, 1, ?) = ?",  # noqa: S608
                     (workspace, len(prefix) + 1, len(prefix) + 1, f"{prefix}/"),
                 )

@@ -1,9 +1,8 @@
-"""YAML as a person means it: one reader for recipes, storyboards, gates and `--set`, and a writer of what it reads.
+"""YAML as people mean it: one reader for recipes, storyboards, gates and `--set`, and its writer.
 
-`yaml.safe_load` follows YAML 1.1, for which 16:9 is 969, no is false, 010 is 8 and 1e-4 is a text. Here yes, no, on, off,
-16:9 and dates are texts (a field that wants a boolean takes these words), 1e-4 is a number, and a key is the text that
-stands there. What may be meant in two ways is refused: a key that is there twice, 010, tags. So is what a small file
-may ask of a machine: aliases of aliases, depth.
+`yaml.safe_load` follows YAML 1.1, which reads 16:9 as 969, no as false, 010 as 8 and 1e-4 as a text. Here yes, no, on, off,
+16:9 and dates are texts (a boolean field takes these words), 1e-4 is a number, and keys are texts as written. Ambiguous
+input is refused: duplicate keys, 010, tags. So are small files that would exhaust the machine: aliases of aliases, depth.
 """
 
 import re
@@ -14,7 +13,7 @@ import yaml
 
 from longtake.datasets.errors import UserError
 
-_NODES = 100_000  # with what aliases repeat
+_NODES = 100_000  # with the repetitions of aliases
 _DEPTH = 64
 _LENGTH = 1 << 22
 _WORDS = {"": None, "~": None} | {
@@ -35,7 +34,7 @@ def parse(text: str, where: str) -> Any:
         where: the file or option, for messages.
 
     Raises:
-        UserError: it is no YAML, or one of its traps; with line, column and key.
+        UserError: invalid or ambiguous YAML, with line, column and key.
     """
     if len(text) > _LENGTH:
         raise UserError(f"{where}: not valid YAML (more than {_LENGTH} characters)")
@@ -43,36 +42,36 @@ def parse(text: str, where: str) -> Any:
         node = yaml.compose(text, _Loader)
     except yaml.YAMLError as e:
         mark, problem = getattr(e, "problem_mark", None), getattr(e, "problem", None) or getattr(e, "reason", None)
-        at = f"{where}:{mark.line + 1}:{mark.column + 1}" if mark else where
+        place = f"{where}:{mark.line + 1}:{mark.column + 1}" if mark else where
         tab = "; indent with spaces" if "'\\t'" in str(problem) else ""
-        raise UserError(f"{at}: not valid YAML ({problem or ' '.join(str(e).split())}{tab})") from e
+        raise UserError(f"{place}: not valid YAML ({problem or ' '.join(str(e).split())}{tab})") from e
     except RecursionError as e:
         raise UserError(f"{where}: not valid YAML (nested too deep)") from e
-    return None if node is None else _Reading(where).value(node, ())
+    return None if node is None else _Document(where).value(node, ())
 
 
 def dump(content: Any) -> str:
-    """A document that `parse`, and any other reader, takes for this content."""
+    """A document that `parse`, and any other reader, reads as this content."""
     return yaml.dump(content, Dumper=Dumper, sort_keys=False, allow_unicode=True)
 
 
 class Dumper(yaml.SafeDumper):
-    """Puts texts in quotes where a reader of YAML 1.1 or 1.2 might take them for something else."""
+    """Quotes texts that a reader of YAML 1.1 or 1.2 might take for another type."""
 
 
-def _quoted(dumper: yaml.SafeDumper, text: str) -> yaml.Node:
+def _represent_text(dumper: yaml.SafeDumper, text: str) -> yaml.Node:
     try:
-        plain = _scalar(text) == text
+        unquoted = _scalar(text) == text
     except ValueError:
-        plain = False
-    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=None if plain else "'")
+        unquoted = False
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=None if unquoted else "'")
 
 
-Dumper.add_representer(str, _quoted)
+Dumper.add_representer(str, _represent_text)
 
 
 class _Loader(yaml.SafeLoader):
-    """Notes which tags are written out."""
+    """Records which tags are written out."""
 
     def compose_scalar_node(self, anchor: Any) -> Any:
         tag = self.peek_event().tag
@@ -81,8 +80,8 @@ class _Loader(yaml.SafeLoader):
         return node
 
 
-class _Reading:
-    """One document: where it is from, and how much of it has been read."""
+class _Document:
+    """The values of one document; counts its nodes."""
 
     def __init__(self, where: str) -> None:
         self.where, self.nodes = where, 0
@@ -90,12 +89,12 @@ class _Reading:
     def value(self, node: yaml.Node, path: tuple[str, ...]) -> Any:
         self.nodes += 1
         if self.nodes > _NODES or len(path) > _DEPTH:
-            many = f"has more than {_NODES} values" if self.nodes > _NODES else f"is nested more than {_DEPTH} deep"
-            raise self.wrong(node, path, many)
+            limit = f"has more than {_NODES} values" if self.nodes > _NODES else f"is nested more than {_DEPTH} deep"
+            raise self.error(node, path, limit)
         if isinstance(node, yaml.ScalarNode):
             return self.scalar(node, path)
         if node.tag not in ("tag:yaml.org,2002:map", "tag:yaml.org,2002:seq"):
-            raise self.wrong(node, path, f"the tag {node.tag} is not read; leave it out")
+            raise self.error(node, path, f"the tag {node.tag} is not read; leave it out")
         if isinstance(node, yaml.SequenceNode):
             return [self.value(item, (*path, str(n))) for n, item in enumerate(node.value)]
         assert isinstance(node, yaml.MappingNode)
@@ -108,15 +107,15 @@ class _Reading:
                     merged = part | merged
                 continue
             if name in own:
-                raise self.wrong(key, path, f"the key {name} is there twice; keep one of them")
+                raise self.error(key, path, f"the key {name} is there twice; keep one of them")
             own[name] = self.value(item, (*path, name))
         return merged | own
 
     def key(self, node: yaml.Node, path: tuple[str, ...]) -> str:
         if not isinstance(node, yaml.ScalarNode):
-            raise self.wrong(node, path, "a list or mapping cannot be a key; write a text")
+            raise self.error(node, path, "a list or mapping cannot be a key; write a text")
         if not node.value and node.style is None:
-            raise self.wrong(node, path, "a key is missing before the colon")
+            raise self.error(node, path, "a key is missing before the colon")
         return str(node.value)
 
     def merged(self, node: yaml.Node, path: tuple[str, ...]) -> Iterator[dict[str, Any]]:
@@ -124,29 +123,27 @@ class _Reading:
         parts: Iterable[yaml.Node] = node.value if isinstance(node, yaml.SequenceNode) else [node]
         for part in parts:
             if not isinstance(part, yaml.MappingNode):
-                raise self.wrong(part, (*path, "<<"), "needs a mapping, or a list of them")
+                raise self.error(part, (*path, "<<"), "needs a mapping, or a list of them")
             yield self.value(part, (*path, "<<"))
 
     def scalar(self, node: Any, path: tuple[str, ...]) -> Any:
-        if node.written in ("!", "tag:yaml.org,2002:str") or node.style is not None:
-            if node.written not in (None, "!", "tag:yaml.org,2002:str"):
-                raise self.wrong(node, path, f"the tag {node.written} is not read; leave it out")
+        if node.written not in (None, "!", "tag:yaml.org,2002:str"):
+            raise self.error(node, path, f"the tag {node.written} is not read; leave it out")
+        if node.written is not None or node.style is not None:
             return str(node.value)
-        if node.written is not None:
-            raise self.wrong(node, path, f"the tag {node.written} is not read; leave it out")
         try:
             return _scalar(node.value)
         except ValueError as e:
-            raise self.wrong(node, path, str(e)) from e
+            raise self.error(node, path, str(e)) from e
 
-    def wrong(self, node: yaml.Node, path: tuple[str, ...], what: str) -> UserError:
+    def error(self, node: yaml.Node, path: tuple[str, ...], message: str) -> UserError:
         mark = node.start_mark
         key = " ".join(".".join(path).split())[:200]
-        return UserError(f"{self.where}:{mark.line + 1}:{mark.column + 1}: {key}{': ' * bool(key)}{what}")
+        return UserError(f"{self.where}:{mark.line + 1}:{mark.column + 1}: {key}{': ' * bool(key)}{message}")
 
 
 def _scalar(text: str) -> Any:
-    """What a value without quotes is. ValueError where it may be meant in two ways."""
+    """The value of a text without quotes. Raises ValueError if it is ambiguous."""
     if text in _WORDS:
         return _WORDS[text]
     if text.lower() in _FLOATS:

@@ -17,7 +17,7 @@ from longtake.datasets.errors import Failure, Interrupted, UserError
 from longtake.datasets.masking import shown
 from longtake.infra.cli import dataset, generate, housekeeping, models, promote, recipe, reconstruct, retrieve, submit
 
-_SHELL = """
+_EPILOG = """
 Start here:
 
 \b
@@ -28,16 +28,22 @@ Start here:
   longtake submit my.yaml --address http://head:8265    the same on a Ray cluster
   longtake models list                  the registered models
 
-Exit codes: 0 done, 1 failure, 2 something to put right in the recipe or the command, 3 kept back by a gate (`longtake
-promote` alone), 130 stopped by Ctrl-C. Stopped by
-SIGTERM, or by a Ray cluster that takes a node away: 0 when the state is saved, for a scheduler to run it again; 1 if that
-took longer than stop_seconds. The same command goes on.
+Exit codes:
+
+\b
+  0    done; or stopped by SIGTERM or a lost node of a Ray cluster, with the state saved
+  1    failure; or stopped like that, but saving took longer than stop_seconds
+  2    something to put right in the recipe or the command
+  3    kept back by a gate (`longtake promote` alone)
+  130  stopped by Ctrl-C
+
+After a stop the same command continues where it was.
 """
 
 _STOPPED = 130
 
 
-@click.group(epilog=_SHELL, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.group(epilog=_EPILOG, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
 @click.version_option(package_name="longtake")
 def cli() -> None:
     """Longtake turns raw videos into training shards, and the shards into registered video models."""
@@ -58,43 +64,44 @@ def main() -> None:
     environment.tidy()
     sys.excepthook = _print_trace
     signal.signal(signal.SIGTERM, _stop)
-    came = _signals_noted()
-    code = _guarded(lambda: cli(standalone_mode=False))
-    if code == _STOPPED and signal.SIGINT not in came():
-        # the state is saved: nothing went wrong that a scheduler should report, but one that takes 0 for done
+    signals = _record_signals()
+    code = exit_code(lambda: cli(standalone_mode=False))
+    if code == _STOPPED and signal.SIGINT not in signals():
+        # the state is saved: no failure, unless the scheduler takes 0 for finished work
         code = int(os.environ.get("LONGTAKE_STOPPED_CODE", "0"))
-    # native threads of torch and its like have aborted a process that had done its work while it unloaded them
+    # native threads, such as torch's, can abort a process that has finished while it unloads them
     atexit._run_exitfuncs()
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
 
 
-def _print_trace(*raised: Any) -> None:
-    """A stack trace as Python prints it, but for passwords."""
-    print(shown("".join(traceback.format_exception(*raised))), end="", file=sys.stderr)
+def _print_trace(*error: Any) -> None:
+    """Print a stack trace as Python does, without passwords."""
+    print(shown("".join(traceback.format_exception(*error))), end="", file=sys.stderr)
 
 
 def _stop(*_: Any) -> None:
     raise KeyboardInterrupt
 
 
-def _signals_noted() -> Callable[[], set[int]]:
-    """Note every signal that has come from now on, whoever handles it."""
+def _record_signals() -> Callable[[], set[int]]:
+    """Record every signal from now on, whoever handles it; returns a function that gives them."""
     read, write = os.pipe()
     os.set_blocking(read, False)
     os.set_blocking(write, False)
     signal.set_wakeup_fd(write, warn_on_full_buffer=False)
 
-    def came() -> set[int]:
+    def signals() -> set[int]:
         with contextlib.suppress(BlockingIOError):
             return set(os.read(read, 1 << 16))
         return set()
 
-    return came
+    return signals
 
 
-def _guarded(action: Callable[[], Any]) -> int:
+def exit_code(action: Callable[[], Any]) -> int:
+    """The exit code of an action; our errors are printed as one line, others are raised."""
     from longtake.infra.cli.recipe import STAGE_ENDED
 
     try:
@@ -107,33 +114,33 @@ def _guarded(action: Callable[[], Any]) -> int:
     except ModuleNotFoundError as e:
         if (e.name or "").startswith("longtake"):
             raise
-        return _say(UserError(f'the package {e.name} is missing; run: pip install "longtake[all]"'), 2)
+        return _print_error(UserError(f'the package {e.name} is missing; run: pip install "longtake[all]"'), 2)
     except UserError as e:
-        return _say(e, 2)
+        return _print_error(e, 2)
     except Failure as e:
         code = getattr(e, STAGE_ENDED, None)
-        # a stage's own process has said what went wrong
-        return code if code is not None else _say(e, 1)
+        # a stage's own process has printed its error
+        return code if code is not None else _print_error(e, 1)
     except Interrupted as e:
-        return _stopped(str(e)) if e.args else _STOPPED
+        return _print_stop(str(e)) if e.args else _STOPPED
     except (KeyboardInterrupt, click.Abort):
-        return _stopped("stopped")
+        return _print_stop("stopped")
     except SystemExit as e:
         # Ray's answer to SIGTERM
         if e.code != signal.SIGTERM:
             raise
-        return _stopped("stopped")
+        return _print_stop("stopped")
     except Exception as e:
-        line = _trouble(e)
+        line = _disk_error(e)
         if line is None:
             raise
-        return _say(Failure(line), 1)
+        return _print_error(Failure(line), 1)
 
 
-def _trouble(error: BaseException | None) -> str | None:
-    """What is wrong with a disk or an sqlite store, and the remedy; None of other errors.
+def _disk_error(error: BaseException | None) -> str | None:
+    """An error of a disk or an sqlite store, with its remedy; None for other errors.
 
-    Libraries wrap it in errors of their own, some without keeping the cause.
+    Libraries wrap such errors in their own, sometimes without the cause.
     """
     store = f"MLFLOW_TRACKING_URI={os.environ.get('MLFLOW_TRACKING_URI')}"
     while error is not None:
@@ -147,12 +154,12 @@ def _trouble(error: BaseException | None) -> str | None:
     return None
 
 
-def _stopped(what: str) -> int:
-    print(f"\n{what}; run the same command again to go on", file=sys.stderr)
+def _print_stop(message: str) -> int:
+    print(f"\n{message}; run the same command again to go on", file=sys.stderr)
     return _STOPPED
 
 
-def _say(error: Exception, code: int) -> int:
+def _print_error(error: Exception, code: int) -> int:
     line = shown(" ".join(str(error).split()))
     print(f"error: {line}", file=sys.stderr)
     return code

@@ -5,16 +5,19 @@ import click
 from longtake.datasets.masking import shown, shown_within
 
 _DIFF_LINES = 20
-_PICTURES = {b"\xff\xd8": "jpg", b"\x89PNG": "png", b"RIFF": "webp"}  # how they begin
+_PICTURES = {b"\xff\xd8": "jpg", b"\x89PNG": "png", b"RIFF": "webp"}  # by their first bytes
 
 
 @click.command()
 @click.argument("folder")
-@click.option("--count", default=12, show_default=True, help="Videos to make.")
+@click.option("--count", default=12, show_default=True, help="Number of videos.")
 @click.option("--seconds", default=12.0, show_default=True, help="Length of each.")
 @click.option("--seed", default=0, show_default=True, help="The same seed makes the same footage.")
 def footage(folder: str, count: int, seconds: float, seed: int) -> None:
-    """Make test footage in FOLDER: moving objects and cameras, cuts, fades, stills, with the ground truth beside it."""
+    """Make test footage in FOLDER, with its ground truth.
+
+    The videos have moving objects and cameras, cuts, fades and stills.
+    """
     from longtake.infra.footage import generate
 
     paths = generate(folder, count, seed, seconds)
@@ -23,20 +26,20 @@ def footage(folder: str, count: int, seconds: float, seed: int) -> None:
 
 @click.group()
 def dataset() -> None:
-    """Look at a dataset and check it. DATASET is a folder or any fsspec URL with a dataset.json."""
+    """Inspect and check a dataset. DATASET is a folder or any fsspec URL with a dataset.json."""
 
 
 @dataset.command()
 @click.argument("url")
 def ls(url: str) -> None:
-    """What DATASET holds: sources, clips, shards; the account always adds up."""
+    """The sources, clips and shards of DATASET; the account always adds up."""
     from longtake.datasets import index
 
-    described = index.describe(url)
+    description = index.describe(url)
     totals = index.summary(url)
-    clip = described["clip"]
-    made_of = f"clips of short side {clip['short_side']} at {clip['fps']:g} fps"
-    click.echo(f"{shown(url)}: format {described['format']}, {described.get('kind') or made_of}")
+    clip = description["clip"]
+    clips = f"clips of short side {clip['short_side']} at {clip['fps']:g} fps"
+    click.echo(f"{shown(url)}: format {description['format']}, {description.get('kind') or clips}")
     rejected = ", ".join(f"{n} {reason}" for reason, n in totals["rejected_by_reason"].items())
     click.echo(
         f"sources  {totals['sources']} = {totals['sources_good']} good + {totals['sources_rejected']} rejected"
@@ -50,7 +53,7 @@ def ls(url: str) -> None:
 
 @dataset.command()
 @click.argument("url")
-@click.option("--rejected", is_flag=True, help="Only those that gave no clip.")
+@click.option("--rejected", is_flag=True, help="Only sources without clips.")
 def sources(url: str, rejected: bool) -> None:
     """A line for each source of DATASET: status, clips, reason, URI."""
     from longtake.datasets import index, storage
@@ -67,7 +70,7 @@ def sources(url: str, rejected: bool) -> None:
 @click.argument("key")
 @click.option("--save", metavar="FOLDER", help="Write the members there, to play them.")
 def show(url: str, key: str, save: str | None) -> None:
-    """The index row and JSON of one sample of DATASET, and where its bytes lie."""
+    """The index row and JSON of one sample of DATASET, and the place of its bytes."""
     import json
     import zlib
     from pathlib import Path
@@ -95,8 +98,8 @@ def show(url: str, key: str, save: str | None) -> None:
             tar = storage.join(url, split, f"{row['shard']}.tar")
             place = row["json_offset"], row["json_size"], row["json_crc32"]
             text = member(split, row["shard"], *place) if row["json_size"] else b""
-            said = later.sample(described(text), later.of_clips(url, split, row["shard"]), row["source"])
-            click.echo(json.dumps(shown_within(row | {"tar": tar, "json": said}), indent=2))
+            facts = later.sample(described(text), later.of_clips(url, split, row["shard"]), row["source"])
+            click.echo(json.dumps(shown_within(row | {"tar": tar, "json": facts}), indent=2))
             if save is None:
                 return
             folder = Path(save)
@@ -105,13 +108,13 @@ def show(url: str, key: str, save: str | None) -> None:
                 mp4 = member(split, row["shard"], row["mp4_offset"], row["mp4_size"], row["mp4_crc32"])
                 ending = next((ending for start, ending in _PICTURES.items() if mp4.startswith(start)), "mp4")
                 (folder / f"{key}.{ending}").write_bytes(mp4)
-                (folder / f"{key}.json").write_text(json.dumps(said))
+                (folder / f"{key}.json").write_text(json.dumps(facts))
             column = f"{row['shard']}.frame_diff"
             if column in index.shard_names(url, split, "frame_diff"):
                 diffs = index.read_shard(url, split, column).table
                 (place,) = diffs.filter(pc.equal(diffs["key"], key)).to_pylist()
                 packed = member(split, column, place["offset"], place["size"], place["crc32"])
-                # twice as large, for H.264 wants even sides
+                # twice as large, since H.264 needs even sides
                 difference = clip.unpack_array(packed, f"{key} (frame_diff)").repeat(2, 1).repeat(2, 2)
                 clip.write(folder / f"{key}.frame_diff.mp4", difference, round(row["fps"]))
             click.echo(f"saved in {folder}", err=True)
@@ -125,7 +128,7 @@ def show(url: str, key: str, save: str | None) -> None:
 def verify(url: str, threads: int) -> None:
     """Hash all of DATASET again and compare it with its indexes, sources and plan.
 
-    A line for each problem, with what to delete or to run again; exit code 1 if there is any.
+    Each problem is a line with its remedy. Exit code 1 if there is any.
     """
     from tqdm import tqdm
 
@@ -134,35 +137,35 @@ def verify(url: str, threads: int) -> None:
     from longtake.datasets.errors import Failure
 
     index.describe(url)
-    found = 0
+    problems = 0
     with tqdm(desc="verify", total=check.tar_bytes(url), unit="B", unit_scale=True) as bar:
         for problem in check.verify(url, threads, bar.update):
-            found += 1
+            problems += 1
             bar.write(shown(problem))
-    count = len(check.tars(url))
-    if found:
-        raise Failure(f"{url}: {found} problem{'s' if found > 1 else ''} in {count} tars")
-    click.echo(f"{shown(url)}: {count} tars are what their indexes say, and all counts add up")
+    tars = len(check.tars(url))
+    if problems:
+        raise Failure(f"{url}: {problems} problem{'s' if problems > 1 else ''} in {tars} tars")
+    click.echo(f"{shown(url)}: {tars} tars are what their indexes say, and all counts add up")
 
 
 @dataset.command()
 @click.argument("a")
 @click.argument("b")
 def diff(a: str, b: str) -> None:
-    """What differs between the datasets A and B: geometry, sources, clips, counts.
+    """The differences between the datasets A and B: clip settings, sources, clips, counts.
 
     Reads indexes only. Exit code 0 if they hold the same, 1 if not.
     """
     from longtake.datasets.diff import differences
 
-    found = differences(a, b)
-    for kind, lines in found.items():
+    kinds = differences(a, b)
+    for kind, lines in kinds.items():
         click.echo(f"{kind}: {len(lines)}")
         for line in lines[:_DIFF_LINES]:
             click.echo(f"  {shown(line)}")
         if len(lines) > _DIFF_LINES:
             click.echo(f"  and {len(lines) - _DIFF_LINES} more")
-    if found:
+    if kinds:
         raise click.exceptions.Exit(1)
     click.echo("the same sources, the same clips")
 
@@ -170,9 +173,9 @@ def diff(a: str, b: str) -> None:
 @dataset.command()
 @click.argument("url")
 def compact(url: str) -> None:
-    """Fold the many small indexes of DATASET into one file a split, so that it opens fast.
+    """Merge the many small indexes of DATASET into one file a split, so that it opens fast.
 
-    The file is derived: the indexes stay as they are, and shards that are newer than it are read from them.
+    The indexes stay as they are. Shards that are newer than the merged file are read from their own indexes.
     """
     from longtake.datasets import compact as folded
     from longtake.datasets import index, schema
@@ -186,37 +189,36 @@ def compact(url: str) -> None:
 @click.argument("url")
 @click.argument("tars", nargs=-1)
 @click.option(
-    "--val-fraction", default=0.0, show_default=True, type=click.FloatRange(0, 1), help="Of TARS, to go to val."
+    "--val-fraction", default=0.0, show_default=True, type=click.FloatRange(0, 1), help="Share of TARS for val."
 )
 @click.option("--threads", default=8, show_default=True, type=click.IntRange(1), help="Tars read at once.")
 def index_images(url: str, tars: tuple[str, ...], val_fraction: float, threads: int) -> None:
-    """Make a DATASET of plain WebDataset tars of images, to be trained on alone or beside videos.
+    """Make a DATASET of plain WebDataset tars of images, for training alone or beside videos.
 
-    The tars lie in URL/train/ and URL/val/ and stay as they are; each is read once, and an index is written beside it.
-    TARS that lie elsewhere on this machine are linked into URL first. Run it again when tars have come: what has an index
-    is not read again.
+    The tars are in URL/train/ and URL/val/ and stay as they are. Each is read once, and an index is written beside it. TARS
+    from elsewhere on this machine are linked into URL first. Run it again after adding tars: it reads only the new ones.
 
     \b
-    A sample is all files of a tar that are named alike up to the first dot:
+    A sample is all files of a tar with the same name up to the first dot:
       KEY.jpg | .jpeg | .png | .webp   the image
       KEY.json                         an object; its "label" is the label
-      KEY.txt                          a caption: {"caption": ...} where there is no .json
-      KEY.cls                          the label, before that of the .json
+      KEY.txt                          a caption: {"caption": ...} if there is no .json
+      KEY.cls                          the label, in place of that of the .json
 
-    Then `Loader(URL, frames=1, size=(64, 64))` reads it; `Mixture` joins it with videos at a ratio. Images that cannot be
-    used are left out and counted; `longtake dataset sources URL --rejected` lists them. Exit code 1 if a tar is damaged.
+    Then `Loader(URL, frames=1, size=(64, 64))` reads it, and `Mixture` joins it with videos at a ratio. Unusable images are
+    left out and counted; `longtake dataset sources URL --rejected` lists them. Exit code 1 if a tar is damaged.
     """
     from longtake.datasets import images
     from longtake.datasets.errors import Failure
 
     counts = images.adopt(url, tars, val_fraction, threads)
-    for split, found in counts.items():
-        left_out = ", ".join(f"{n} {reason}" for reason, n in found.left_out.items())
+    for split, count in counts.items():
+        left_out = ", ".join(f"{n} {reason}" for reason, n in count.left_out.items())
         click.echo(
-            f"{split:<6} {found.images} images in {found.tars} tars, {found.new} of them new"
-            f"; left out: {left_out or 'none'}" + (f"; odd: {found.odd}" if found.odd else "")
+            f"{split:<6} {count.images} images in {count.tars} tars, {count.new} of them new"
+            f"; left out: {left_out or 'none'}" + (f"; odd: {count.odd}" if count.odd else "")
         )
-    failed = [f"{tar}: {why}" for found in counts.values() for tar, why in found.failed.items()]
+    failed = [f"{tar}: {error}" for count in counts.values() for tar, error in count.failed.items()]
     for line in failed:
         click.echo(shown(line))
     if failed:
@@ -241,7 +243,7 @@ def report(url: str, view: str | None, to: str) -> None:
 
     page, lines = build_of_dataset(Path(to), url, view)
     for line in lines:
-        click.echo(f"{line.total} {line.what} = " + " + ".join(f"{part.count} {part.name}" for part in line.parts))
+        click.echo(f"{line.total} {line.name} = " + " + ".join(f"{part.count} {part.name}" for part in line.parts))
     click.echo(page)
     if any(line.difference for line in lines):
         raise Failure(f"{url}: the account does not add up; run the `shard` stage again, then `curate`")

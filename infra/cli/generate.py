@@ -24,30 +24,33 @@ Job = tuple[int, str | None]  # a seed, and a class by name or number
     "--frames",
     type=int,
     metavar="N",
-    help="Of each video, 1 + 4n; longer than the model's window is fine. [default: its window]",
+    help="Length of each video, 1 + 4n; longer than the model's window is fine. [default: its window]",
 )
 @click.option(
     "--seconds",
     type=click.FloatRange(min=0, min_open=True),
     metavar="S",
-    help="In place of --frames: as many as last so long.",
+    help="Length in seconds, in place of --frames.",
 )
 @click.option("--class", "classes", multiple=True, metavar="C", help="Class by name or number. Repeat it for several.")
 @click.option(
     "--start",
     metavar="FILE",
-    help="Go on from the end of this video, which is no part of the result. For models with a memory.",
+    help="Continue this video; it is no part of the result. For models with a memory.",
 )
 @click.option(
     "--storyboard",
     metavar="FILE.yaml",
-    help="What is to be seen when: a list of {at: 3.5s, class: C}. For models with a memory.",
+    help="Classes over time: a list of {at: 3.5s, class: C}. For models with a memory.",
 )
-@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="The first video's.")
+@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Seed of the first video.")
 @click.option(
-    "--count", type=click.IntRange(min=1), metavar="K", help="Videos, of the seeds from --seed on. [default: 1]"
+    "--count",
+    type=click.IntRange(min=1),
+    metavar="K",
+    help="Number of videos, with the seeds from --seed on. [default: 1]",
 )
-@click.option("--seeds", metavar="A,B,...", help="These seeds, such as 0,7,40-47, in place of --seed and --count.")
+@click.option("--seeds", metavar="A,B,...", help="Seeds, such as 0,7,40-47, in place of --seed and --count.")
 @click.option(
     "--out",
     required=True,
@@ -56,13 +59,16 @@ Job = tuple[int, str | None]  # a seed, and a class by name or number
 )
 @click.option("--grid", is_flag=True, help="All videos side by side in one file.")
 @click.option(
-    "--guidance", type=click.FloatRange(min=0), metavar="G", help="Towards the class; 1 is none. [default: the model's]"
+    "--guidance",
+    type=click.FloatRange(min=0),
+    metavar="G",
+    help="Guidance towards the class; 1 is none. [default: the model's]",
 )
 @click.option(
     "--history-noise",
     type=click.FloatRange(min=0, max=1, max_open=True),
     metavar="L",
-    help="Level of noise that a model with a memory is given its past with, of those that it has learned. [default: the model's]",
+    help="Noise level of the past for a model with a memory, from the levels in its training. [default: the model's]",
 )
 @click.option(
     "--steps", type=click.IntRange(min=1), metavar="S", help="Euler steps of a window. [default: the model's]"
@@ -71,9 +77,11 @@ Job = tuple[int, str | None]  # a seed, and a class by name or number
     "--fps",
     type=click.FloatRange(min=0, min_open=True),
     metavar="F",
-    help="Of the file. [default: of the training clips]",
+    help="Frame rate of the file. [default: of the training clips]",
 )
-@click.option("--vae", metavar="MODEL", help="Decode by this autoencoder, of the same encoder. [default: the model's]")
+@click.option(
+    "--vae", metavar="MODEL", help="Decode with this autoencoder, of the same encoder. [default: the model's]"
+)
 @click.option(
     "--batch",
     type=click.IntRange(min=1),
@@ -104,10 +112,11 @@ def generate(
     tile: int | None,
     precision: str,
 ) -> None:
-    """Generate videos by MODEL, a prior of the registry (models:/latte@champion) or a model folder.
+    """Generate videos with MODEL, a prior.
 
-    The same model, seed and options give the same file. The registry is the one that MLFLOW_TRACKING_URI names. A model
-    with a memory keeps what it has made in FILE.mp4.part until the file is whole: stopped, the same command goes on.
+    MODEL is in the registry (models:/latte@champion) or a model folder. The same model, seed and options give the same
+    file. MLFLOW_TRACKING_URI names the registry. A model with a memory keeps finished segments in FILE.mp4.part until
+    the file is whole, so that after a stop the same command continues.
 
     \b
     Examples:
@@ -117,9 +126,9 @@ def generate(
       longtake generate models:/latte@champion --class dog --guidance 4 --count 9 --grid --out dogs.mp4
       longtake generate models:/memory-dit@champion --seconds 60 --start clip.mp4 --storyboard story.yaml --out x.mp4
     """
-    chosen = _seeds(seed, count, seeds)
+    all_seeds = _seeds(seed, count, seeds)
     media.check_output(out)
-    jobs = [(s, c) for c in classes or (None,) for s in chosen]
+    jobs = [(s, c) for c in classes or (None,) for s in all_seeds]
     if len(set(jobs)) < len(jobs):
         raise UserError("--seeds, --class: the same video is asked for twice")
     if grid and len(jobs) > _MOST_AT_ONCE:
@@ -131,74 +140,75 @@ def generate(
     if guidance not in (None, 1.0) and not (classes or storyboard):
         raise UserError("--guidance: leads towards a class; name one with --class")
     if start:
-        media.check_there(start)
-    with media.models("lower --batch or --count, or set --tile 256"):
-        generator = _loaded(model, vae, precision)
-        asked = {"start": start, "storyboard": storyboard, "history_noise": history_noise}
-        for name, value in asked.items():
+        media.check_exists(start)
+    with media.memory_errors("lower --batch or --count, or set --tile 256"):
+        generator = _load_generator(model, vae, precision)
+        options = {"start": start, "storyboard": storyboard, "history_noise": history_noise}
+        for name, value in options.items():
             if value and name not in generator.accepts:
                 raise UserError(f"--{name.replace('_', '-')}: {model} takes none, having no memory; leave it out")
-        film = _film(generator, frames, seconds, fps, start, {"guidance": guidance, "steps": steps} | asked)
+        plan = _plan(generator, frames, seconds, fps, start, {"guidance": guidance, "steps": steps} | options)
         story = _storyboard(storyboard, generator.classes) if storyboard else None
         groups = [jobs[n : n + batch] for n in range(0, len(jobs), batch)]
-        videos = partial(_videos, film, groups, story, tile, f"{out}.part")
-        for name in _written(film, videos, groups, out, grid, len(chosen) > 1, len(classes) > 1):
+        videos = partial(_videos, plan, groups, story, tile, f"{out}.part")
+        for name in _write(plan, videos, groups, out, grid, len(all_seeds) > 1, len(classes) > 1):
             click.echo(name)
         generator.forget(f"{out}.part")
 
 
-class Film(NamedTuple):
-    """How each video is made: by what, with how many frames at which rate, after what, and in how many steps."""
+class Plan(NamedTuple):
+    """The facts that all videos share."""
 
     generator: Any
     settings: Any
     frames: int
     fps: float
-    start: Any
-    rounds: int
+    start: Any  # the latents that all continue, or None
+    rounds: int  # solver steps of a group of videos
 
 
-def _loaded(model: str, vae: str | None, precision: str) -> Any:
-    """The generator of a registered model or model folder. Raises UserError where it generates nothing."""
+def _load_generator(model: str, vae: str | None, precision: str) -> Any:
+    """The generator of a registered model or model folder. Raises UserError if the model generates nothing."""
     from longtake.training import registry
     from longtake.training.models import kind_of
 
-    uri = media.known(model)
+    uri = media.check_registry(model)
     module, facts = registry.load_with_facts(uri)
     kind = kind_of(facts)
     if kind.generator is None:
         raise UserError(
             f"{model}: is a {kind.what}, which generates no videos; name a prior, such as of `finetune_latte`"
         )
-    return kind.generator(model, module, facts, media.known(vae) if vae else None, media.dtype(precision))
+    decoder = media.check_registry(vae) if vae else None
+    return kind.generator(model, module, facts, decoder, media.dtype(precision))
 
 
-def _film(
+def _plan(
     generator: Any,
     frames: int | None,
     seconds: float | None,
     fps: float | None,
     start: str | None,
-    asked: Mapping[str, Any],
-) -> Film:
-    """What is asked for, completed by what the model was registered with."""
-    known = vars(generator.settings)
-    settings = replace(generator.settings, **{n: v for n, v in asked.items() if v is not None and n in known})
-    rate, begun = fps or generator.fps, None
+    options: Mapping[str, Any],
+) -> Plan:
+    """The plan of the options, with the model's own settings as defaults."""
+    names = vars(generator.settings)
+    settings = replace(generator.settings, **{n: v for n, v in options.items() if v is not None and n in names})
+    rate, beginning = fps or generator.fps, None
     if start:
-        with _named_by(f"--start: {start}"):
-            begun = generator.begin(media.frames_at(start, generator.size, generator.fps))
-    if frames is None and seconds is None and begun is None:
+        with _naming(f"--start: {start}"):
+            beginning = generator.begin(media.frames_at(start, generator.size, generator.fps))
+    if frames is None and seconds is None and beginning is None:
         frames = generator.frames
     if frames is None:
-        frames = generator.frames_of_seconds(seconds or generator.frames / rate, rate, begun)
-    with _named_by("--frames"):
-        rounds = generator.rounds(frames, settings, begun)
-    return Film(generator, settings, frames, rate, begun, rounds)
+        frames = generator.frames_of_seconds(seconds or generator.frames / rate, rate, beginning)
+    with _naming("--frames"):
+        rounds = generator.rounds(frames, settings, beginning)
+    return Plan(generator, settings, frames, rate, beginning, rounds)
 
 
 def _videos(
-    film: Film,
+    plan: Plan,
     groups: Sequence[Sequence[Job]],
     story: list[tuple[float, int]] | None,
     tile: int | None,
@@ -206,26 +216,26 @@ def _videos(
     number: int,
     each_step: Callable[[], Any],
 ) -> Iterator[Any]:
-    """The videos of group `number`, side by side, in chunks."""
+    """The videos of group `number`, in chunks of all of them, (videos, frames, H, W, 3)."""
     from longtake.training.models.generator import Request, class_id
 
-    classes = film.generator.classes
+    classes = plan.generator.classes
     requests = [Request(seed, story or [(0.0, class_id(name, classes))]) for seed, name in groups[number]]
-    with _named_by(""):
-        yield from film.generator.videos(
+    with _naming(""):
+        yield from plan.generator.videos(
             requests,
-            film.frames,
-            film.settings,
-            fps=film.fps,
-            start=film.start,
+            plan.frames,
+            plan.settings,
+            fps=plan.fps,
+            start=plan.start,
             folder=f"{folder}/{number}",
             tile=tile,
             each_step=each_step,
         )
 
 
-def _written(
-    film: Film,
+def _write(
+    plan: Plan,
     videos: Callable[[int, Callable[[], Any]], Iterator[Any]],
     groups: Sequence[Sequence[Job]],
     out: str,
@@ -233,37 +243,37 @@ def _written(
     by_seed: bool,
     by_class: bool,
 ) -> list[str]:
-    """The files, once all are whole."""
+    """Write the files; returns their names once all are whole."""
     import numpy as np
 
     from longtake.training.models.common import video
 
-    written = []
-    storage.sweep(out.rpartition("/")[0] or ".")  # of what a killed run has begun
-    with media.progress("generate", film.rounds * len(groups), "step") as bar:
+    files_written = []
+    storage.sweep(out.rpartition("/")[0] or ".")  # removes the partial files of a killed run
+    with media.progress("generate", plan.rounds * len(groups), "step") as bar:
         if grid:
-            with video.video_file(out, film.fps) as write:
+            with video.video_file(out, plan.fps) as write:
                 for chunks in zip(*(videos(number, bar.update) for number in range(len(groups))), strict=True):
                     write(video.grid(np.concatenate(chunks)))
             return [out]
         for number, group in enumerate(groups):
-            names = [_named(out, s, c, by_seed, by_class) for s, c in group]
+            names = [_file_name(out, s, c, by_seed, by_class) for s, c in group]
             with ExitStack() as files:
-                writers = [files.enter_context(video.video_file(name, film.fps)) for name in names]
+                writers = [files.enter_context(video.video_file(name, plan.fps)) for name in names]
                 for chunk in videos(number, bar.update):
                     for write, frames in zip(writers, chunk, strict=True):
                         write(frames)
-            written += names
-    return written
+            files_written += names
+    return files_written
 
 
 @contextmanager
-def _named_by(what: str) -> Iterator[None]:
-    """Errors of what was asked for, with the option that asked for it."""
+def _naming(option: str) -> Iterator[None]:
+    """Put the name of the option before errors that it causes."""
     try:
         yield
     except (UserError, ValueError) as e:
-        raise UserError(f"{what}: {e}" if what else str(e)) from e
+        raise UserError(f"{option}: {e}" if option else str(e)) from e
 
 
 def _storyboard(path: str, classes: Sequence[str]) -> list[tuple[float, int]]:
@@ -276,19 +286,19 @@ def _storyboard(path: str, classes: Sequence[str]) -> list[tuple[float, int]]:
         raise UserError(f"--storyboard: {path}: {e.strerror}") from e
     except UnicodeDecodeError as e:
         raise UserError(f"--storyboard: {path}: not a text file") from e
-    given = yaml_text.parse(text, f"--storyboard: {path}")
-    with _named_by(f"--storyboard: {path}"):
-        return story_of(given, classes)
+    content = yaml_text.parse(text, f"--storyboard: {path}")
+    with _naming(f"--storyboard: {path}"):
+        return story_of(content, classes)
 
 
-def _seeds(first: int, count: int | None, given: str | None) -> list[int]:
-    """The seeds that are asked for, in order."""
-    if given is None:
+def _seeds(first: int, count: int | None, listing: str | None) -> list[int]:
+    """The seeds of the options, in order."""
+    if listing is None:
         return list(range(first, first + (count or 1)))
     if count is not None:
         raise UserError("--seeds and --count: give one of them")
     seeds: list[int] = []
-    for part in given.split(","):
+    for part in listing.split(","):
         low, dash, high = part.strip().partition("-")
         if not low.isdecimal() or (dash and (not high.isdecimal() or int(high) < int(low))):
             raise UserError(f"--seeds: {part.strip()!r} is no seed; write numbers and ranges, such as 0,7,40-47")
@@ -296,7 +306,7 @@ def _seeds(first: int, count: int | None, given: str | None) -> list[int]:
     return seeds
 
 
-def _named(out: str, seed: int, name: str | None, by_seed: bool, by_class: bool) -> str:
-    """`out` with what tells one of several videos from the others in front of its suffix."""
+def _file_name(out: str, seed: int, name: str | None, by_seed: bool, by_class: bool) -> str:
+    """`out` with the class and the seed of one of several videos before its suffix."""
     parts = [str(name).replace("/", "_")] * by_class + [f"seed{seed}"] * by_seed
     return "-".join([out.removesuffix(".mp4"), *parts]) + ".mp4"

@@ -1,12 +1,13 @@
 """Commands that look after machines and workspaces: doctor, clean, plan."""
 
+import json
 from collections.abc import Mapping
 from typing import Any
 
 import click
 
-from longtake.datasets.masking import shown
-from longtake.infra.cli.recipe import _load, _recipe, _set
+from longtake.datasets.masking import shown, shown_within
+from longtake.infra.cli.recipe import load_pinned, recipe_argument, set_option
 
 _UNITS = ("B", "kB", "MB", "GB", "TB", "PB")
 
@@ -19,21 +20,21 @@ def _bytes(count: float) -> str:
 
 
 @click.command()
-@_recipe
-@_set
+@recipe_argument
+@set_option
 @click.option(
-    "--checkpoints", "kinds", flag_value="checkpoints", multiple=True, help="Those that nothing takes up again."
+    "--checkpoints", "kinds", flag_value="checkpoints", multiple=True, help="Checkpoints that no run would resume."
 )
-@click.option("--latents", "kinds", flag_value="latents", multiple=True, help="Those of dead versions of an encoder.")
+@click.option("--latents", "kinds", flag_value="latents", multiple=True, help="Latents of unused versions of encoders.")
 @click.option("--debris", "kinds", flag_value="debris", multiple=True, help="What killed processes left behind.")
 @click.option("--cache", "kinds", flag_value="cache", multiple=True, help="Pulled models that no URI names any more.")
-@click.option("--older", default=1.0, show_default=True, metavar="HOURS", help="How long debris must have lain still.")
+@click.option("--older", default=1.0, show_default=True, metavar="HOURS", help="Least age of debris.")
 @click.option("--yes", is_flag=True, help="Delete; without it nothing is touched.")
 def clean(recipe: str, overrides: tuple[str, ...], kinds: tuple[str, ...], older: float, yes: bool) -> None:
     """List what RECIPE's workspace no longer needs, and why; with --yes, delete it.
 
-    Without a choice: checkpoints, latents and debris. What a run would take up again or reuse stays, and so do shards,
-    sources and views, and all that a run uses which is RUNNING in MLflow or holds the lock of its checkpoints.
+    Without a choice: checkpoints, latents and debris. What a run would resume or reuse stays. So do shards, sources and
+    views, and everything used by a run that is RUNNING in MLflow or holds the lock of its checkpoints.
 
     \b
     Examples:
@@ -45,37 +46,37 @@ def clean(recipe: str, overrides: tuple[str, ...], kinds: tuple[str, ...], older
     from longtake.infra.upkeep import clean as cleaning
     from longtake.infra.upkeep import debris
 
-    loaded = _load(recipe, overrides)
+    loaded = load_pinned(recipe, overrides)
     store = runs.connect(loaded)
     chosen = [kind for kind in cleaning.KINDS if kind in (kinds or cleaning.KINDS[:3])]
-    found = list(cleaning.find(loaded, graphs.build(loaded), store, chosen, older * 3600))
-    kept = [each for each in found if isinstance(each, debris.Kept)]
+    candidates = list(cleaning.find(loaded, graphs.build(loaded), store, chosen, older * 3600))
+    kept = [each for each in candidates if isinstance(each, debris.Kept)]
     items = []
-    for item in found:
+    for item in candidates:
         if isinstance(item, debris.Kept):
             continue
-        if yes and (stays := cleaning.remove(item, store)):
-            kept.append(stays)
+        if yes and (refusal := cleaning.remove(item, store)):
+            kept.append(refusal)
             continue
         items.append(item)
         click.echo(
-            f"{'gone' if yes else 'would go':<9} {_bytes(item.bytes):>9}  {item.what:<13} {shown(item.where)}: {shown(item.reason)}"
+            f"{'gone' if yes else 'would go':<9} {_bytes(item.bytes):>9}  {item.kind:<13} {shown(item.where)}: {shown(item.reason)}"
         )
-    for stays in kept:
-        click.echo(f"{'stays':<9} {'':>9}  {'':<13} {shown(stays.where)}: {shown(stays.reason)}")
+    for item in kept:
+        click.echo(f"{'stays':<9} {'':>9}  {'':<13} {shown(item.where)}: {shown(item.reason)}")
     total = f"{len(items)} of {_bytes(sum(item.bytes for item in items))}"
     click.echo(f"{total} deleted" if yes else f"{total} would go; add --yes to delete")
 
 
 @click.command()
 @click.argument("recipe", required=False)
-@_set
-@click.option("--address", metavar="URL", help="Dashboard of the Ray cluster that it is to run on, http://HEAD:8265.")
+@set_option
+@click.option("--address", metavar="URL", help="Dashboard of the Ray cluster to run on, http://HEAD:8265.")
 @click.option("--json", "as_json", is_flag=True, help="The findings as JSON.")
 def doctor(recipe: str | None, overrides: tuple[str, ...], address: str | None, as_json: bool) -> None:
-    """Look whether this machine and, with RECIPE, its servers, storage, sources and cluster are fit for the work.
+    """Check this machine and, with RECIPE, its servers, storage, sources and cluster.
 
-    Exit code 1 where a check fails. Nothing is changed for good.
+    Exit code 1 if a check fails. Whatever is written for a check is deleted again.
 
     \b
     Examples:
@@ -94,31 +95,31 @@ def doctor(recipe: str | None, overrides: tuple[str, ...], address: str | None, 
         if not as_json:
             click.echo(f"{line.level:<5} {line.check}: {line.says}" + (f"; {line.fix}" if line.fix else ""))
     if as_json:
-        click.echo(doctors.as_json(lines))
+        click.echo(json.dumps([line._asdict() for line in lines], indent=2))
     if any(line.level == "fail" for line in lines):
         raise click.exceptions.Exit(1)
 
 
 @click.command()
-@_recipe
-@_set
-@click.option("--sample", default=5, show_default=True, type=click.IntRange(1), help="Sources to look into.")
+@recipe_argument
+@set_option
+@click.option("--sample", default=5, show_default=True, type=click.IntRange(1), help="Sources to measure.")
 @click.option(
     "--trial",
     default=0.0,
     metavar="SECONDS",
-    help="Where no run with these settings tells, run the recipe on the sample with few steps, for so long at most.",
+    help="Where no run with these settings was measured, run the recipe on the sample with few steps, for at most this long.",
 )
-@click.option("--cpu-hour", default=0.0, metavar="PRICE", help="Of an hour of a CPU.")
-@click.option("--gpu-hour", default=0.0, metavar="PRICE", help="Of an hour of a GPU.")
+@click.option("--cpu-hour", default=0.0, metavar="PRICE", help="Price of a CPU hour.")
+@click.option("--gpu-hour", default=0.0, metavar="PRICE", help="Price of a GPU hour.")
 @click.option("--json", "as_json", is_flag=True, help="The estimate as JSON.")
 def plan(
     recipe: str, overrides: tuple[str, ...], sample: int, trial: float, cpu_hour: float, gpu_hour: float, as_json: bool
 ) -> None:
-    """Estimate what a run of RECIPE would make and cost: clips, bytes, hours, by stage; nothing is run but the sample.
+    """Estimate what a run of RECIPE would make and cost: clips, bytes, hours, by stage. Only a sample is run.
 
-    Rates are measured: of sources by cutting some frames of a few here, of training by runs with the same settings, or
-    with --trial by some steps on this machine. What has not been measured is said to be unknown.
+    Rates are measured. For sources, frames of a few are cut here. For training, runs with the same settings count or, with
+    --trial, some steps on this machine. What has not been measured is reported as unknown.
 
     \b
     Examples:
@@ -129,28 +130,28 @@ def plan(
     from longtake.infra import runs
     from longtake.infra.upkeep import estimate as estimates
 
-    loaded = _load(recipe, overrides)
-    told = estimates.estimate(loaded, graphs.build(loaded), runs.connect(loaded), trial, sample)
-    price = estimates.money(told, cpu_hour, gpu_hour) if cpu_hour or gpu_hour else None
+    loaded = load_pinned(recipe, overrides)
+    estimate = estimates.estimate(loaded, graphs.build(loaded), runs.connect(loaded), trial, sample)
+    price = estimates.money(estimate, cpu_hour, gpu_hour) if cpu_hour or gpu_hour else None
     if as_json:
-        click.echo(estimates.as_json(told | {"money": price and price._asdict()}))
+        click.echo(json.dumps(shown_within(estimate | {"money": price and price._asdict()}), indent=2))
         return
-    for source in told["sources"]:
+    for source in estimate["sources"]:
         why = f", no clip: {source['rejected']}" if source["rejected"] else ""
         size = f"{source['width']}x{source['height']}, {_bytes(source['bytes'])}"
         click.echo(f"  {shown(source['uri'])}: {source['seconds']:.1f} s, {size}{why}")
-    for stage in told["stages"]:
+    for stage in estimate["stages"]:
         click.echo(f"{stage['name']:<12} {_costs(stage) if stage['todo'] else 'nothing to do'}   ({stage['how']})")
-    click.echo(f"{'total':<12} {_costs(told['total'])}")
-    disk = told["disk"]
+    click.echo(f"{'total':<12} {_costs(estimate['total'])}")
+    disk = estimate["disk"]
     if disk["free"] is not None and disk["needed"]:
         enough = "enough for what is known" if disk["enough"] else "NOT enough: free some, or choose another workspace"
         click.echo(f"{'disk':<12} {_bytes(disk['needed']['high'])} at most of {_bytes(disk['free'])} free, {enough}")
     if price:
         click.echo(f"{'money':<12} {price.value:.4g} ({price.low:.4g} to {price.high:.4g}) for the hours above")
-    for line in told["unknown"]:
+    for line in estimate["unknown"]:
         click.echo(f"{'unknown':<12} {shown(line.replace('not known: ', ''))}")
-    if told["unknown"] and not trial:
+    if estimate["unknown"] and not trial:
         click.echo(f"{'':<12} --trial SECONDS measures some steps of each stage here")
 
 
@@ -158,8 +159,8 @@ def _costs(stage: Mapping[str, Any]) -> str:
     parts = [f"{stage['sources']} sources of {_bytes(stage['source_bytes'])}"] if stage.get("sources") else []
     if clips := stage.get("clips"):
         parts.append(f"{clips['value']:.0f} clips ({clips['low']:.0f} to {clips['high']:.0f})")
-    if made := stage.get("bytes"):
-        parts.append(f"{_bytes(made['value'])} ({_bytes(made['low'])} to {_bytes(made['high'])})")
+    if written := stage.get("bytes"):
+        parts.append(f"{_bytes(written['value'])} ({_bytes(written['low'])} to {_bytes(written['high'])})")
     for key, unit in (("wall_hours", "h"), ("cpu_hours", "CPU h"), ("gpu_hours", "GPU h")):
         if hours := stage.get(key):
             parts.append(f"{hours['value']:.3g} {unit} ({hours['low']:.3g} to {hours['high']:.3g})")

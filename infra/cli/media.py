@@ -1,4 +1,4 @@
-"""What the commands that make videos of models share: frames of a video file, options, errors in words, progress."""
+"""Shared by the commands that generate videos: frames of a video file, options, error messages, progress."""
 
 import os
 import sys
@@ -17,81 +17,83 @@ precision_option = click.option(
     type=click.Choice(["fp32", "bf16"]),
     default="fp32",
     show_default=True,
-    help="Of the models' arithmetic.",
+    help="Precision of the models' arithmetic.",
 )
 tile_option = click.option(
     "--tile",
     type=click.IntRange(min=1),
     metavar="PIXELS",
-    help="Work on larger frames in overlapping tiles of this side.",
+    help="Process larger frames in overlapping tiles of this size.",
 )
 
 
 def frames_of(path: str, stride: int) -> tuple[Iterator[Any], float, int]:
-    """Upright RGB frames (H, W, 3) of a video, cropped to multiples of `stride` around their middle, frames a second,
-    and how many there should be (0: unknown).
+    """(frames, frame rate, expected number of frames; 0: unknown) of a video.
+
+    The frames are upright RGB (H, W, 3), cropped to multiples of `stride` around their middle.
 
     Raises:
         UserError: no video, or too small.
-        Failure: while frames are read, where it is damaged.
+        Failure: while frames are read, if the video is damaged.
     """
-    known = _probed(path)
-    width, height = known.width // 2 * 2, known.height // 2 * 2
+    facts = _probe(path)
+    width, height = facts.width // 2 * 2, facts.height // 2 * 2
     if min(width, height) < stride:
         raise UserError(
-            f"{path}: the picture is {known.width}x{known.height}; the model needs at least {stride}x{stride}"
+            f"{path}: the picture is {facts.width}x{facts.height}; the model needs at least {stride}x{stride}"
         )
     crop = width // stride * stride, height // stride * stride
-    if crop != (known.width, known.height):
-        click.echo(f"{path}: {known.width}x{known.height} is cropped to {crop[0]}x{crop[1]}", err=True)
-    own = known.width, known.height
-    frames = _rgb(path, lambda size: (width, height) if size == own else _covering(size, crop), crop)
-    made = (frame for _, frame in frames)
-    return made, known.fps or 25.0, known.frames
+    if crop != (facts.width, facts.height):
+        click.echo(f"{path}: {facts.width}x{facts.height} is cropped to {crop[0]}x{crop[1]}", err=True)
+    first_size = facts.width, facts.height
+    timed = _rgb(path, lambda size: (width, height) if size == first_size else _covering(size, crop), crop)
+    return (frame for _, frame in timed), facts.fps or 25.0, facts.frames
 
 
 def frames_at(path: str, size: tuple[int, int], fps: float) -> Iterator[Any]:
-    """RGB frames (H, W, 3) of a video as a model has learned to see them: `size` (height, width) is cut out of the
-    middle after scaling to cover it, and at each tick of `fps` the frame is taken that is on screen then.
+    """RGB frames (H, W, 3) of a video as in a model's training clips.
+
+    The picture is scaled to cover `size` (height, width), which is cut out of its middle. Each tick of `fps` gives the frame
+    that is on screen at that time.
 
     Raises:
         UserError: no video.
-        Failure: while frames are read, where it is damaged.
+        Failure: while frames are read, if the video is damaged.
     """
-    _probed(path)
+    _probe(path)
     crop = size[1], size[0]
-    return _ticks(_rgb(path, lambda own: _covering(own, crop), crop), fps)
+    return _ticks(_rgb(path, lambda size: _covering(size, crop), crop), fps)
 
 
 def _covering(size: tuple[int, int], crop: tuple[int, int]) -> tuple[int, int]:
-    """The smallest even (width, height) of the shape of `size` that covers `crop`."""
-    scale = max(wanted / own for wanted, own in zip(crop, size, strict=True))
-    width, height = (max(wanted, round(own * scale / 2) * 2) for wanted, own in zip(crop, size, strict=True))
+    """The smallest even (width, height) with the aspect ratio of `size` that covers `crop`."""
+    scale = max(target / side for target, side in zip(crop, size, strict=True))
+    width, height = (max(target, round(side * scale / 2) * 2) for target, side in zip(crop, size, strict=True))
     return width, height
 
 
 def _ticks(timed: Iterable[tuple[float, Any]], fps: float) -> Iterator[Any]:
-    """Of (seconds, frame) those on screen at 0, 1/fps, 2/fps, ...; a frame may come up to half a tick early."""
-    tick, shown, before, duration = 0, None, 0.0, 1 / fps
+    """The frames of (seconds, frame) on screen at 0, 1/fps, 2/fps, ...; a frame may come up to half a tick early."""
+    tick, current, start, duration = 0, None, 0.0, 1 / fps
     for seconds, frame in timed:
-        if shown is not None:
-            duration = seconds - before
+        if current is not None:
+            duration = seconds - start
             while tick / fps < seconds - min(duration, 1 / fps) / 2:
-                yield shown
+                yield current
                 tick += 1
-        shown, before = frame, seconds
-    while shown is not None and tick / fps < before + (duration - min(duration, 1 / fps) / 2):
-        yield shown
+        current, start = frame, seconds
+    while current is not None and tick / fps < start + (duration - min(duration, 1 / fps) / 2):
+        yield current
         tick += 1
 
 
-def check_there(path: str) -> None:
-    """Raises UserError where no file is."""
+def check_exists(path: str) -> None:
+    """Raise UserError if there is no such file."""
     if not Path(path).is_file():
         raise UserError(f"{path}: no such video file")
 
 
-def _probed(path: str) -> Any:
+def _probe(path: str) -> Any:
     from longtake.pipeline import container, decode
 
     try:
@@ -103,7 +105,7 @@ def _probed(path: str) -> Any:
 def _rgb(
     path: str, scaled: Callable[[tuple[int, int]], tuple[int, int]], crop: tuple[int, int]
 ) -> Iterator[tuple[float, Any]]:
-    """(seconds, frame) of all frames, each scaled by its own shape, which may change; sizes are (width, height)."""
+    """(seconds, frame) of all frames, each scaled by its own size, which may change; sizes are (width, height)."""
     import av
     from av.video.reformatter import VideoReformatter
 
@@ -121,15 +123,15 @@ def _rgb(
 
 
 def check_output(out: str) -> None:
-    """Raises UserError where the name is not that of an mp4."""
+    """Raise UserError if the file's name does not end in .mp4."""
     if PurePosixPath(out).suffix != ".mp4":
         raise UserError(
             f"--out: {out}: videos are written as mp4; name it such as {PurePosixPath(out).stem or 'x'}.mp4"
         )
 
 
-def known(uri: str) -> str:
-    """The URI of a model, as it is. Raises UserError where it needs a registry and none is named."""
+def check_registry(uri: str) -> str:
+    """The URI of a model, unchanged. Raises UserError if it needs a registry and MLFLOW_TRACKING_URI is not set."""
     if in_store(uri) and not os.environ.get("MLFLOW_TRACKING_URI"):
         raise UserError(
             f"{uri}: MLFLOW_TRACKING_URI is not set; set it to the registry, such as sqlite:///runs/quickstart/mlflow.db"
@@ -144,8 +146,8 @@ def dtype(precision: str) -> Any:
 
 
 @contextmanager
-def models(remedy: str) -> Iterator[None]:
-    """Put errors of memory into words that help."""
+def memory_errors(remedy: str) -> Iterator[None]:
+    """Turn errors of a GPU's memory into a Failure with a remedy."""
     import torch
 
     try:
@@ -155,8 +157,8 @@ def models(remedy: str) -> Iterator[None]:
 
 
 @contextmanager
-def progress(what: str, total: int | None, unit: str) -> Iterator[Any]:
+def progress(title: str, total: int | None, unit: str) -> Iterator[Any]:
     from tqdm import tqdm
 
-    with tqdm(desc=what, total=total, unit=unit, mininterval=0.2 if sys.stderr.isatty() else 15.0) as bar:
+    with tqdm(desc=title, total=total, unit=unit, mininterval=0.2 if sys.stderr.isatty() else 15.0) as bar:
         yield bar

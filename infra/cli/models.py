@@ -1,4 +1,4 @@
-"""`longtake models`: what is registered, and fetching it."""
+"""`longtake models`: list, show and fetch registered models."""
 
 import os
 from typing import Any
@@ -9,7 +9,7 @@ from longtake.datasets.errors import Failure, UserError
 from longtake.datasets.masking import shown, shown_within
 from longtake.training.registry.uri import in_store, parse
 
-_LOCK = "longtake.lock"  # tag of what is registered only to keep others away
+_LOCK = "longtake.lock"  # tag of registered models that are only locks
 _SHOWN = ("champion", "candidate", "previous")
 
 
@@ -21,15 +21,14 @@ def models() -> None:
 @models.command("list")
 @click.option("--json", "as_json", is_flag=True, help="As JSON.")
 def list_(as_json: bool) -> None:
-    """Which models there are, with their aliases and the time of the newest version."""
+    """List the models, with their aliases and the time of the newest version."""
     from longtake.training.registry import store as model_store
 
     _check_store()
     with model_store.asking("models") as client:
-        found = [m for m in model_store.everything(client.search_registered_models) if _LOCK not in m.tags]
-        rows = [
-            _summary(model, model_store.versions(client, model.name)) for model in sorted(found, key=lambda m: m.name)
-        ]
+        registered = [m for m in model_store.everything(client.search_registered_models) if _LOCK not in m.tags]
+        registered.sort(key=lambda m: m.name)
+        rows = [_summary(model, model_store.versions(client, model.name)) for model in registered]
     if as_json:
         return _print_json(rows)
     if not rows:
@@ -45,16 +44,18 @@ def list_(as_json: bool) -> None:
 @click.argument("model")
 @click.option("--json", "as_json", is_flag=True, help="As JSON.")
 def show(model: str, as_json: bool) -> None:
-    """The versions of MODEL (NAME, NAME@ALIAS or NAME/VERSION), and what is known of one of them.
+    """Show the versions of MODEL (NAME, NAME@ALIAS or NAME/VERSION), and the facts about one of them.
 
-    Without an alias or version that is the champion, else the newest.
+    Without an alias or version, that is the champion or else the newest version.
     """
-    from longtake.training.registry import cache as pull
+    from longtake.training.registry import cache
     from longtake.training.registry import store as model_store
 
     _check_store()
     uri = _uri(model)
     name = parse(uri).name
+
+    # which version, and what MLflow has of it
     with model_store.asking(uri) as client:
         if uri == f"models:/{name}":
             uri = _default(client, name)
@@ -65,10 +66,12 @@ def show(model: str, as_json: bool) -> None:
         aliases = dict(client.get_registered_model(name).aliases)
         version = next(v for v in versions if str(v.version) == number)
         metrics = _metrics(client, version.run_id)
+
+    # the model's own files
     content: dict[str, Any] = {}
     problem = None
     try:
-        content = pull.describe(f"models:/{name}/{number}")
+        content = cache.describe(f"models:/{name}/{number}")
     except (UserError, Failure) as e:
         problem = str(e)
     lineage = content.get("lineage")
@@ -103,12 +106,12 @@ def show(model: str, as_json: bool) -> None:
 
 @models.command()
 @click.argument("uri")
-@click.option("--to", metavar="FOLDER", help="Write a copy of the model there. [default: only into the cache]")
+@click.option("--to", metavar="FOLDER", help="Copy the model there. [default: only into the cache]")
 def pull(uri: str, to: str | None) -> None:
     """Fetch the model URI (NAME@ALIAS or NAME/VERSION) into the cache, check it and print its folder.
 
-    What is there already is not fetched again, and a stopped pull goes on where it was. Models that were pulled load
-    without the store; LONGTAKE_OFFLINE=1 does not ask it at all. The cache is LONGTAKE_CACHE, else ~/.cache/longtake.
+    Files in the cache are not fetched again, and a stopped pull is resumed. Pulled models load without the store; with
+    LONGTAKE_OFFLINE=1 it is not asked at all. The cache is LONGTAKE_CACHE, else ~/.cache/longtake.
 
     \b
     Example:
@@ -116,24 +119,24 @@ def pull(uri: str, to: str | None) -> None:
     """
     from pathlib import Path
 
-    from longtake.training.registry import cache as pull
+    from longtake.training.registry import cache
 
     _check_store()
-    folder = pull.pull(_uri(uri))
+    folder = cache.pull(_uri(uri))
     if to is not None:
-        pull.copy(folder, Path(to))
+        cache.copy(folder, Path(to))
     click.echo(to if to is not None else folder)
 
 
 def _check_store() -> None:
-    """Raises UserError where no store is named, or a database that is not there: MLflow would make it."""
-    from pathlib import Path
+    """Raise UserError if no store is named, or a database that does not exist, which MLflow would create."""
+    from longtake.infra.sqlite_store import path_of
 
     os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
     uri = os.environ.get("MLFLOW_TRACKING_URI", "")
     if not uri:
         raise UserError("MLFLOW_TRACKING_URI is not set; name the store, such as http://HOST:5000")
-    if uri.startswith("sqlite:///") and not Path(uri.removeprefix("sqlite:///").partition("?")[0]).is_file():
+    if (path := path_of(uri)) and not path.is_file():
         raise UserError(f"MLFLOW_TRACKING_URI={uri}: no such database")
 
 
@@ -147,25 +150,25 @@ def _default(client: Any, name: str) -> str:
 
     numbers = [str(v.version) for v in model_store.versions(client, name)]
     if not numbers:
-        # says which models there are
+        # resolving it raises an error that lists the models
         return f"models:/{name}/latest"
     aliases = client.get_registered_model(name).aliases
     return f"models:/{name}/{aliases.get('champion', numbers[0])}"
 
 
 def _metrics(client: Any, run_id: str | None) -> dict[str, float]:
-    """The last values of a run's metrics; none where the run is gone."""
+    """The last values of a run's metrics; {} if the run is gone."""
     from mlflow.exceptions import MlflowException
 
     if not run_id:
         return {}
     try:
-        found = client.get_run(run_id).data.metrics
+        metrics = client.get_run(run_id).data.metrics
     except MlflowException as e:
         if e.error_code != "RESOURCE_DOES_NOT_EXIST":
             raise
         return {}
-    return {name: value for name, value in sorted(found.items()) if not name.startswith("system/")}
+    return {name: value for name, value in sorted(metrics.items()) if not name.startswith("system/")}
 
 
 def _summary(model: Any, versions: list[Any]) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""`longtake promote` and `longtake rollback`: which version of a registered model is its champion."""
+"""`longtake promote` and `longtake rollback`: choose the champion among the versions of a registered model."""
 
 import json
 from typing import Any
@@ -8,7 +8,7 @@ import click
 from longtake.datasets.errors import UserError
 from longtake.infra.cli import media
 
-KEPT = 3
+KEPT_BACK = 3  # exit code
 
 
 @click.command()
@@ -16,30 +16,32 @@ KEPT = 3
 @click.option(
     "--candidate", required=True, metavar="VERSION", help="A version's number, or an alias such as candidate."
 )
-@click.option("--gate", "path", required=True, metavar="FILE", help="What it must show, and on what; see below.")
+@click.option(
+    "--gate", "path", required=True, metavar="FILE", help="Required gains and the data to measure them on; see below."
+)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object, with all figures.")
 def promote(name: str, candidate: str, path: str, as_json: bool) -> None:
-    """Measure a version of the registered model NAME against its champion, and make it champion if it passes the gate.
+    """Make a version of the model NAME its champion, if it passes the gate.
 
-    Both are measured on the same clips of a dataset's val split. The old champion stays at hand as `previous`. An MLflow
-    run beside that of the candidate keeps the figures. The gate is a YAML file:
+    The version and the present champion are measured on the same clips of a dataset's val split. The old champion
+    remains available as `previous`. The figures are in an MLflow run beside the candidate's. The gate is a YAML file:
 
     \b
       dataset: runs/quickstart/shards/0123456789ab
       view: runs/quickstart/view/0123456789ab/view.parquet    # optional
-      metrics:                        # each must gain so much
+      metrics:                        # each must gain this much
         psnr_predicted: {better: higher, gain: 0.1}
       must_not_regress:               # none may lose more
         psnr_all: {better: higher, tolerance: 0.05}
-      confidence: 0.95                # of each, over held-out sources
+      confidence: 0.95                # of each gain, over held-out sources
       least_sources: 8
 
     Priors have the metric loss, and need latents: (and low_latents:) beside dataset:.
 
     Exit codes: 0 the candidate is the champion, 3 kept back, 2 something to put right, 1 failure.
     """
-    gate, inputs = _gate(path)
-    uri = media.known(f"models:/{name}" + (f"/{candidate}" if candidate.isdigit() else f"@{candidate}"))
+    gate, inputs = _read_gate(path)
+    uri = media.check_registry(f"models:/{name}" + (f"/{candidate}" if candidate.isdigit() else f"@{candidate}"))
     from longtake.training.registry import aliases
     from longtake.training.registry import store as model_store
     from longtake.training.registry.promote import let_through
@@ -47,35 +49,36 @@ def promote(name: str, candidate: str, path: str, as_json: bool) -> None:
     uri = str(model_store.resolve(uri)["uri"])
     number = aliases.split(uri)[1]
     with aliases.run_beside(uri, f"promote {name}/{number}") as run_id:
-        made = let_through(uri, inputs, gate, run_id)
-        aliases.log_metrics(run_id, made.figures())
+        outcome = let_through(uri, inputs, gate, run_id)
+        aliases.log_metrics(run_id, outcome.figures())
     if as_json:
-        said = {"candidate": uri, "before": made.before, "champion": made.champion, "verdict": made.line()}
-        click.echo(json.dumps(said | {"run": run_id, "figures": made.figures()}))
+        facts = {"candidate": uri, "before": outcome.before, "champion": outcome.champion, "verdict": outcome.line()}
+        click.echo(json.dumps(facts | {"run": run_id, "figures": outcome.figures()}))
     else:
-        if made.verdict:
-            click.echo(_table(made.verdict))
-        click.echo(f"{made.line()}\nchampion: {made.champion or 'none'}   run {run_id}")
-    if made.champion != uri:
-        raise click.exceptions.Exit(KEPT)
+        if outcome.verdict:
+            click.echo(_table(outcome.verdict))
+        click.echo(f"{outcome.line()}\nchampion: {outcome.champion or 'none'}   run {run_id}")
+    if outcome.champion != uri:
+        raise click.exceptions.Exit(KEPT_BACK)
 
 
 @click.command()
 @click.argument("name")
 def rollback(name: str) -> None:
-    """Make the `previous` version of the registered model NAME its champion again, and the champion `previous`.
+    """Make the `previous` version of the model NAME its champion again.
 
-    Twice in a row changes nothing. The version that is rolled back gets the tags rollback.to and rollback.at.
+    The present champion becomes `previous`. Twice in a row changes nothing. The old champion gets the tags rollback.to
+    and rollback.at.
     """
-    media.known(f"models:/{name}")
+    media.check_registry(f"models:/{name}")
     from longtake.training.registry import promotion
 
     before, now = promotion.rollback(name)
     click.echo(f"models:/{name}: champion is v{now} again, previous is v{before}")
 
 
-def _gate(path: str) -> tuple[Any, dict[str, str]]:
-    """The gate of a file, and the inputs that it names. Raises UserError."""
+def _read_gate(path: str) -> tuple[Any, dict[str, str]]:
+    """The gate of a file, and the inputs that the file names. Raises UserError."""
     from pydantic import ValidationError
 
     from longtake.datasets import storage
@@ -98,19 +101,19 @@ def _gate(path: str) -> tuple[Any, dict[str, str]]:
     if not isinstance(content, dict):
         raise UserError(f"{path}: a gate is a mapping with the keys {', '.join(GateFile.model_fields)}")
     try:
-        found = GateFile.model_validate(content)
+        file = GateFile.model_validate(content)
     except ValidationError as e:
-        kind: type[StageConfig] = GateFile
-        raise UserError(f"{path}: {recipe.first_line(e, 'gate', kind)}") from e
-    named = found.model_dump(include={"dataset", "view", "latents", "low_latents"}, exclude_none=True)
-    return Gate(**found.model_dump(exclude=set(GateFile.model_fields) - set(Gate.model_fields))), named
+        model: type[StageConfig] = GateFile
+        raise UserError(f"{path}: {recipe.first_line(e, 'gate', model)}") from e
+    inputs = file.model_dump(include={"dataset", "view", "latents", "low_latents"}, exclude_none=True)
+    return Gate(**file.model_dump(exclude=set(GateFile.model_fields) - set(Gate.model_fields))), inputs
 
 
 def _table(verdict: Any) -> str:
     lines = [f"{'metric':<16}{'candidate':>12}{'champion':>12}{'gain':>12}{'at least':>12}"]
     for metric, value in verdict.candidate.items():
         cells = [f"{value:>12.4g}", f"{verdict.champion[metric]:>12.4g}" if verdict.champion else f"{'-':>12}"]
-        found = verdict.gains.get(metric)
-        cells += [f"{found.gain:>+12.4g}", f"{found.low:>+12.4g}"] if found else [f"{'-':>12}"] * 2
+        gain = verdict.gains.get(metric)
+        cells += [f"{gain.gain:>+12.4g}", f"{gain.low:>+12.4g}"] if gain else [f"{'-':>12}"] * 2
         lines.append(f"{metric:<16}{''.join(cells)}")
     return "\n".join(lines)

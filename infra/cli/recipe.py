@@ -9,10 +9,10 @@ import click
 
 from longtake.datasets.masking import shown
 
-STAGE_ENDED = "code"
+STAGE_ENDED = "code"  # attribute of an error: the exit code of a stage's process, which has printed its own error
 
-_recipe = click.argument("recipe")
-_set = click.option(
+recipe_argument = click.argument("recipe")
+set_option = click.option(
     "--set",
     "overrides",
     multiple=True,
@@ -21,7 +21,8 @@ _set = click.option(
 )
 
 
-def _load(path: str, overrides: tuple[str, ...]) -> Any:
+def load_pinned(path: str, overrides: tuple[str, ...]) -> Any:
+    """The recipe with digests of what its stages read from outside."""
     from longtake.infra.graph import pin
     from longtake.infra.recipe import load
 
@@ -29,10 +30,10 @@ def _load(path: str, overrides: tuple[str, ...]) -> Any:
 
 
 @click.command()
-@_recipe
-@_set
+@recipe_argument
+@set_option
 @click.option(
-    "--from", "start", metavar="STAGE", help="Run this stage and all that hang on it, even if they have finished."
+    "--from", "start", metavar="STAGE", help="Run this stage and all that depend on it, even if they have finished."
 )
 @click.option("--only", metavar="STAGE", help="Run or reuse this stage alone.")
 @click.option("--force", is_flag=True, help="Run the chosen stages even if they have finished.")
@@ -40,10 +41,10 @@ def _load(path: str, overrides: tuple[str, ...]) -> Any:
 def run(
     recipe: str, overrides: tuple[str, ...], start: str | None, only: str | None, force: bool, dry_run: bool
 ) -> None:
-    """Run a RECIPE: a YAML file or URL, or the name of one that comes with longtake, such as quickstart.
+    """Run RECIPE: its stages, in order, and its report.
 
-    A stage that has finished with the same settings, code version and inputs is reused. Whatever stops a run, the
-    same command goes on where it was.
+    RECIPE is a YAML file or URL, or the name of a recipe of the package, such as quickstart. A stage that has finished
+    with the same settings, code version and inputs is reused. Whatever stops a run, the same command continues it.
 
     \b
     Examples:
@@ -55,13 +56,13 @@ def run(
     from longtake.infra import runner, runs
 
     begin = time.time()
-    loaded = _load(recipe, overrides)
+    loaded = load_pinned(recipe, overrides)
     choice = runner.Choice(start, only, force)
     if dry_run:
         nodes = graphs.build(loaded)
         todo = runner.plan(loaded, nodes, runs.connect(loaded), choice)
-        for name, runs_now in todo.items():
-            click.echo(f"{name}: {'would run' if runs_now else 'would be reused'}")
+        for name, needed in todo.items():
+            click.echo(f"{name}: {'would run' if needed else 'would be reused'}")
         for node in nodes:
             for text in graphs.warnings(node) if todo.get(node.name) else ():
                 click.echo(f"warning: {text}", err=True)
@@ -71,8 +72,8 @@ def run(
     store = runs.connect(loaded)
     click.echo(f"\n{loaded.name}: done in {runner.elapsed(begin)}")
     for node in nodes:
-        if done := store.finished(node.fingerprint):
-            click.echo(f"  {node.name:<10} {shown(done.uri)}")
+        if finished := store.finished(node.fingerprint):
+            click.echo(f"  {node.name:<10} {shown(finished.uri)}")
     if page:
         click.echo(f"  {'report':<10} {page}   <- open this in a browser")
     click.echo(f"  {'runs':<10} mlflow ui --backend-store-uri {shown(store.tracking_uri)}")
@@ -98,8 +99,8 @@ def _explain(context: click.Context, parameter: click.Parameter, kind: str | Non
     for key, default, text in rows:
         indent = " " * (keys + defaults + 4)
         beside = default if len(default) <= defaults else ""
-        shown_text = text if beside == default else f"{text} [default: {default}]"
-        lines = textwrap.wrap(shown_text, max(40, 118 - len(indent))) or [""]
+        text_with_default = text if beside == default else f"{text} [default: {default}]"
+        lines = textwrap.wrap(text_with_default, max(40, 118 - len(indent))) or [""]
         click.echo(f"{key:<{keys}}  {beside:<{defaults}}  {lines[0]}".rstrip())
         for line in lines[1:]:
             click.echo(indent + line)
@@ -117,9 +118,9 @@ def _explain(context: click.Context, parameter: click.Parameter, kind: str | Non
     callback=_explain,
     help="Show this message, or the settings of a kind of stage, such as `--help pretrain_vae`.",
 )
-@_recipe
+@recipe_argument
 @click.argument("name")
-@_set
+@set_option
 @click.option("--parent", metavar="RUN_ID", help="MLflow run of the recipe that this stage's run belongs to.")
 @click.option("--force", is_flag=True, help="Run it even if it has finished.")
 def stage(recipe: str, name: str, overrides: tuple[str, ...], parent: str | None, force: bool) -> None:
@@ -133,7 +134,7 @@ def stage(recipe: str, name: str, overrides: tuple[str, ...], parent: str | None
       torchrun --nproc-per-node 2 -m longtake.infra.cli stage my.yaml vae
       deepspeed --hostfile HOSTS --no_local_rank --module longtake.infra.cli stage my.yaml vae
 
-    Such launchers end with an exit code of their own when they are stopped. torchrun kills after 30 seconds: set
+    Such launchers exit with a code of their own when they are stopped. torchrun kills after 30 seconds: set
     TORCH_ELASTIC_SHUTDOWN_TIMEOUT to the run.stop_seconds of the stage.
     """
     from longtake.training.launch.processes import spin_briefly
@@ -144,20 +145,20 @@ def stage(recipe: str, name: str, overrides: tuple[str, ...], parent: str | None
     from longtake.training import launch
 
     with launch.together():
-        result = runner.run_stage(_load(recipe, overrides), name, parent, force)
+        result = runner.run_stage(load_pinned(recipe, overrides), name, parent, force)
     if result:
         click.echo(f"{name}: {shown(result['uri'])}")
 
 
 @click.command()
-@_recipe
-@_set
+@recipe_argument
+@set_option
 @click.option("--json", "as_json", is_flag=True, help="The whole graph as JSON, for schedulers.")
 def graph(recipe: str, overrides: tuple[str, ...], as_json: bool) -> None:
     """Show the stages of RECIPE, their inputs and order."""
     from longtake.infra import graph as graphs
 
-    loaded = _load(recipe, overrides)
+    loaded = load_pinned(recipe, overrides)
     nodes = graphs.build(loaded)
     if as_json:
         click.echo(json.dumps(graphs.describe(loaded, nodes), indent=2))
@@ -168,14 +169,15 @@ def graph(recipe: str, overrides: tuple[str, ...], as_json: bool) -> None:
 
 
 @click.command()
-@_recipe
-@_set
-@click.option("--to", "target", required=True, metavar="URL", help="File to write; one that is there is kept.")
+@recipe_argument
+@set_option
+@click.option("--to", "target", required=True, metavar="URL", help="File to write; an existing one is kept.")
 def resolve(recipe: str, overrides: tuple[str, ...], target: str) -> None:
-    """Write RECIPE resolved, for a scheduler: bases, overrides, variables, and digests of what its stages read from outside.
+    """Write RECIPE with everything resolved, for a scheduler.
 
-    Commands that get this file see the same sources, whatever is added meanwhile. The last line printed is JSON:
-    `recipe`, the file, its `workspace`, and `todo`, the stages that have not finished.
+    Resolved are bases, overrides, variables, and digests of what its stages read from outside. Commands that get this
+    file see the same sources, even if some are added later. The last line printed is JSON: `recipe`, the file, its
+    `workspace`, and `todo`, the stages that have not finished.
     """
     from longtake.datasets import storage
     from longtake.datasets.errors import UserError
@@ -186,49 +188,48 @@ def resolve(recipe: str, overrides: tuple[str, ...], target: str) -> None:
     target = storage.absolute(target)
     recipes.refuse_login("--to", target)
     if not storage.exists(target):
-        loaded = _load(recipe, overrides)
+        loaded = load_pinned(recipe, overrides)
         with storage.failing_clearly(target):
-            # a second process that resolves meanwhile takes what the first has seen
+            # a second process that resolves at the same time takes the file of the first
             storage.write_if_absent(target, loaded.to_yaml().encode())
     elif overrides:
         raise UserError(f"--set: {target} is there already; name another file, or leave --set out")
     loaded = recipes.load(target)
     nodes = graphs.build(loaded)
     todo = runner.plan(loaded, nodes, runs.connect(loaded), runner.Choice())
-    said = {"recipe": target, "workspace": loaded.workspace, "todo": [name for name, again in todo.items() if again]}
-    click.echo(json.dumps(said))
+    unfinished = [name for name, needed in todo.items() if needed]
+    click.echo(json.dumps({"recipe": target, "workspace": loaded.workspace, "todo": unfinished}))
 
 
 @click.command()
-@_recipe
-@_set
+@recipe_argument
+@set_option
 def status(recipe: str, overrides: tuple[str, ...]) -> None:
-    """Show for each stage of RECIPE whether it has run with these settings, when, and what it made."""
+    """Show the run of each stage of RECIPE with these settings, and its product."""
     from longtake.infra import graph as graphs
     from longtake.infra import runs
 
-    loaded = _load(recipe, overrides)
+    loaded = load_pinned(recipe, overrides)
     store = runs.connect(loaded)
     for node in graphs.build(loaded):
-        found = store.find(node.fingerprint)
-        if found is None:
+        run = store.find(node.fingerprint)
+        if run is None:
             click.echo(f"{node.name:<12} {'not run':<10}")
         else:
-            click.echo(
-                f"{node.name:<12} {found.status.lower():<10} {found.seconds:8.1f} s   {shown(found.uri or found.error)}   run {found.id}"
-            )
+            facts = f"{run.status.lower():<10} {run.seconds:8.1f} s   {shown(run.uri or run.error)}   run {run.id}"
+            click.echo(f"{node.name:<12} {facts}")
     click.echo(f"\nruns: mlflow ui --backend-store-uri {shown(store.tracking_uri)}")
 
 
 @click.command()
-@_recipe
-@_set
+@recipe_argument
+@set_option
 def report(recipe: str, overrides: tuple[str, ...]) -> None:
     """Write report.html of RECIPE's workspace again, from what has run so far."""
     from longtake.infra import graph as graphs
     from longtake.infra import runner, runs
 
-    loaded = _load(recipe, overrides)
+    loaded = load_pinned(recipe, overrides)
     nodes = graphs.build(loaded)
     store = runs.connect(loaded)
     parent = store.open_parent(loaded, graphs.whole_fingerprint(nodes))

@@ -13,9 +13,12 @@ from longtake.infra.cli import media
 @click.option(
     "--visible", type=int, metavar="N", help="The encoder sees the first N frames, 1 + 4n; the others are predicted."
 )
-@click.option("--side-by-side", is_flag=True, help="The source on the left, what the model makes of it on the right.")
+@click.option("--side-by-side", is_flag=True, help="The source on the left, its reconstruction on the right.")
 @click.option(
-    "--fps", type=click.FloatRange(min=0, min_open=True), metavar="F", help="Of the file. [default: the video's]"
+    "--fps",
+    type=click.FloatRange(min=0, min_open=True),
+    metavar="F",
+    help="Frame rate of the file. [default: the video's]",
 )
 @media.tile_option
 @media.precision_option
@@ -29,9 +32,10 @@ def reconstruct(
     tile: int | None,
     precision: str,
 ) -> None:
-    """Reconstruct VIDEO, a file of any length, by MODEL: an autoencoder of the registry or a model folder.
+    """Reconstruct VIDEO, of any length, with MODEL, an autoencoder.
 
-    Frames are cropped to multiples of 16 pixels around their middle; sound is left out. An image is a video of one frame.
+    MODEL is in the registry (models:/pv-vae@champion) or a model folder. Frames are cropped to multiples of 16 pixels
+    around their middle. The output has no sound. An image is a video of one frame.
 
     \b
     Examples:
@@ -39,23 +43,23 @@ def reconstruct(
       longtake reconstruct models:/pv-vae@champion in.mp4 --visible 9 --out predicted.mp4
     """
     media.check_output(out)
-    media.check_there(video)
-    with media.models("set --tile 256"):
+    media.check_exists(video)
+    with media.memory_errors("set --tile 256"):
         import numpy as np
         import torch
 
         from longtake.training.models.common.codec import load_codec, reconstruct_video
         from longtake.training.models.common.video import video_file
 
-        vae = load_codec(media.known(model))
+        vae = load_codec(media.check_registry(model))
         vae = vae.to(torch.device("cuda" if torch.cuda.is_available() else "cpu"), media.dtype(precision))
         source, rate, count = media.frames_of(video, vae.config.spatial_stride)
         with media.progress("reconstruct", count or None, "frame") as bar:
             try:
                 with video_file(out, fps or rate) as write:
-                    for shown, made in reconstruct_video(vae, source, visible, tile):
-                        write(np.concatenate([shown, made], axis=2) if side_by_side else made)
-                        bar.update(len(made))
+                    for original, copy in reconstruct_video(vae, source, visible, tile):
+                        write(np.concatenate([original, copy], axis=2) if side_by_side else copy)
+                        bar.update(len(copy))
             except UserError:
                 raise
             except ValueError as e:

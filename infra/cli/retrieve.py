@@ -1,4 +1,4 @@
-"""`longtake retrieve`: what a memory has kept of a video, beside the video itself."""
+"""`longtake retrieve`: frames of a video as a memory keeps them, beside the true frames."""
 
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
@@ -14,101 +14,109 @@ from longtake.infra.cli import media
 @click.command()
 @click.argument("model")
 @click.argument("video")
-@click.option("--at", required=True, metavar="T,T,...", help="Which frames, by their times, such as 3.2s,11s.")
+@click.option("--at", required=True, metavar="T,T,...", help="Times of the frames, such as 3.2s,11s.")
 @click.option(
-    "--out", required=True, metavar="DIR", help="Where to write a picture for each: true left, retrieved right."
+    "--out", required=True, metavar="DIR", help="Where to write a picture a frame: true left, retrieved right."
 )
-@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of the noise to begin with.")
+@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Seed of the initial noise.")
 @click.option("--steps", type=click.IntRange(min=1), metavar="S", help="Euler steps. [default: the model's]")
-@click.option("--vae", metavar="MODEL", help="Decode by this autoencoder, of the same encoder. [default: the model's]")
+@click.option(
+    "--vae", metavar="MODEL", help="Decode with this autoencoder, of the same encoder. [default: the model's]"
+)
 @media.precision_option
 def retrieve(
     model: str, video: str, at: str, out: str, seed: int, steps: int | None, vae: str | None, precision: str
 ) -> None:
-    """Retrieve frames of VIDEO from the memory of MODEL: a `pretrain_memory` model of the registry or a model folder.
+    """Retrieve frames of VIDEO from the memory of MODEL.
 
-    The video is brought to the rate and size that the model has learned. A memory reaches back so many seconds: a longer
-    video is taken in stretches of that length, and a frame is retrieved from the memory of its own.
+    MODEL is from `pretrain_memory`, in the registry (models:/memory-dit@champion) or a model folder. The video is
+    converted to the frame rate and size of the model's training clips. A memory holds a limited number of seconds: a
+    longer video is divided into stretches of that length, each with a memory of its own.
 
     \b
     Example:
       longtake retrieve models:/memory-dit@champion in.mp4 --at 3.2s,11s --out retrieved
     """
-    media.check_there(video)
-    with media.models("set --precision bf16"):
+    media.check_exists(video)
+    with media.memory_errors("set --precision bf16"):
         from dataclasses import replace
 
         from longtake.training.models.memory.prior import load_prior
         from longtake.training.models.memory.recall import recall
 
         times = _times(at)
-        prior = load_prior(media.known(model), "retrieval", media.known(vae) if vae else None, media.dtype(precision))
+        decoder = media.check_registry(vae) if vae else None
+        prior = load_prior(media.check_registry(model), "retrieval", decoder, media.dtype(precision))
         settings = replace(prior.settings, steps=steps or prior.settings.steps)
-        asked: dict[int, list[str]] = {}
+        names: dict[int, list[str]] = {}  # of pictures, by the number of the frame
         for name, seconds in times.items():
-            asked.setdefault(int(seconds * prior.fps + 1e-6), []).append(name)
+            names.setdefault(int(seconds * prior.fps + 1e-6), []).append(name)
         frames = media.frames_at(video, prior.size, prior.fps)
-        with media.progress("retrieve", len(asked), "frame") as bar:
+        with media.progress("retrieve", len(names), "frame") as bar:
             try:
-                for begin, stretch, wanted in _stretches(frames, sorted(asked), prior):
-                    made, bound = recall(prior, stretch, wanted[-1] - begin, seed, settings)
-                    for n in wanted:
-                        for name in asked[n]:
-                            _show(out, name, *(each[n - begin] for each in (stretch, made, bound)))
+                for first, stretch, numbers in _stretches(frames, sorted(names), prior):
+                    retrieved, bound = recall(prior, stretch, numbers[-1] - first, seed, settings)
+                    for n in numbers:
+                        for name in names[n]:
+                            _write_picture(out, name, stretch[n - first], retrieved[n - first], bound[n - first])
                         bar.update()
             except UserError as e:
                 raise UserError(f"{video}: {e}") from e
 
 
-def _times(given: str) -> dict[str, float]:
-    """Seconds by how they are written in names of files."""
+def _times(option: str) -> dict[str, float]:
+    """Seconds by their text in file names."""
     from longtake.training.models.generator import seconds_of
 
     try:
-        seconds = [seconds_of(part) for part in given.split(",")]
+        seconds = [seconds_of(part) for part in option.split(",")]
     except ValueError as e:
         raise UserError(f"--at: {e}") from e
     return {f"{s:g}s": s for s in seconds}
 
 
-def _stretches(frames: Iterable[Any], asked: Sequence[int], prior: Any) -> Iterator[tuple[int, Any, list[int]]]:
-    """The parts of a video that a memory is made of, where frames are asked for: number of the first, all, those asked.
+def _stretches(frames: Iterable[Any], numbers: Sequence[int], prior: Any) -> Iterator[tuple[int, Any, list[int]]]:
+    """The stretches of a video, one memory each, that have frames of `numbers`.
 
-    One follows the other; the last ends with the video. Raises UserError where the video is too short.
+    Stretches follow each other; the last one ends with the video. Raises UserError if the video is too short.
+
+    Yields:
+        Number of the first frame, all frames (T, H, W, 3), and those of `numbers` among them.
     """
     import numpy as np
 
     longest = prior.holds(1 << 62)
-    held: deque[Any] = deque(maxlen=longest)
-    left, seen = list(asked), 0
+    recent: deque[Any] = deque(maxlen=longest)
+    remaining, count = list(numbers), 0
 
-    def taken(begin: int, end: int) -> Iterator[tuple[int, Any, list[int]]]:
-        nonlocal left
-        if inside := [n for n in left if begin <= n < end]:
-            left = [n for n in left if n not in inside]
-            first = begin - (seen - len(held))
-            yield begin, np.stack(list(held)[first : first + end - begin]), inside
+    def stretch(start: int, end: int) -> Iterator[tuple[int, Any, list[int]]]:
+        nonlocal remaining
+        if inside := [n for n in remaining if start <= n < end]:
+            remaining = [n for n in remaining if n not in inside]
+            first = start - (count - len(recent))
+            yield start, np.stack(list(recent)[first : first + end - start]), inside
 
     for frame in frames:
-        held.append(frame)
-        seen += 1
-        if seen % longest == 0:
-            yield from taken(seen - longest, seen)
-        if not left:
+        recent.append(frame)
+        count += 1
+        if count % longest == 0:
+            yield from stretch(count - longest, count)
+        if not remaining:
             return
-    if left[-1] >= seen:
-        raise UserError(f"lasts {seen / prior.fps:.4g} s; --at {left[-1] / prior.fps:.4g}s is beyond")
-    whole = prior.holds(len(held))
-    if not whole:
+
+    if remaining[-1] >= count:
+        raise UserError(f"lasts {count / prior.fps:.4g} s; --at {remaining[-1] / prior.fps:.4g}s is beyond")
+    length = prior.holds(len(recent))
+    if not length:
         least = next(n for n in range(1, longest + 1) if prior.holds(n))
-        raise UserError(f"has {seen} frames at {prior.fps:g} a second; a memory takes {least} or more")
-    if seen < longest:
-        yield from taken(0, whole)
-    yield from taken(seen - whole, seen)
+        raise UserError(f"has {count} frames at {prior.fps:g} a second; a memory takes {least} or more")
+    if count < longest:
+        yield from stretch(0, length)
+    yield from stretch(count - length, count)
 
 
-def _show(folder: str, name: str, true: Any, made: Any, bound: Any) -> None:
-    """Write a picture and say how close it is."""
+def _write_picture(folder: str, name: str, true: Any, retrieved: Any, bound: Any) -> None:
+    """Write the true and the retrieved frame (H, W, 3) side by side, and print their PSNR."""
     import io
 
     import numpy as np
@@ -119,10 +127,10 @@ def _show(folder: str, name: str, true: Any, made: Any, bound: Any) -> None:
     from longtake.training.metrics.reconstruction import psnr
 
     source, ours, alone = (
-        to_model(torch.from_numpy(f.copy()).permute(2, 0, 1)[None, :, None]) for f in (true, made, bound)
+        to_model(torch.from_numpy(frame.copy()).permute(2, 0, 1)[None, :, None]) for frame in (true, retrieved, bound)
     )
     sink = io.BytesIO()
-    Image.fromarray(np.concatenate([true, made], axis=1)).save(sink, "PNG")
+    Image.fromarray(np.concatenate([true, retrieved], axis=1)).save(sink, "PNG")
     url = storage.join(folder, f"{name}.png")
     storage.write(url, sink.getvalue())
     click.echo(

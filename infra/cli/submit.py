@@ -8,19 +8,19 @@ from typing import Any, NoReturn
 
 import click
 
-from longtake.infra.cli.recipe import _load, _recipe, _set
+from longtake.infra.cli.recipe import load_pinned, recipe_argument, set_option
 
 _address = click.option(
     "--address",
     metavar="URL",
-    help="Of the Ray dashboard, http://HEAD:8265; else RAY_API_SERVER_ADDRESS or RAY_ADDRESS.",
+    help="The Ray dashboard, http://HEAD:8265; else RAY_API_SERVER_ADDRESS or RAY_ADDRESS.",
 )
-_stage = click.option("--stage", metavar="STAGE", help="Of this stage alone; its inputs must have finished.")
+_stage = click.option("--stage", metavar="STAGE", help="This stage alone; its inputs must have finished.")
 
 
 @click.command()
-@_recipe
-@_set
+@recipe_argument
+@set_option
 @_address
 @_stage
 @click.option("--detach", is_flag=True, help="Do not wait for the job; print its id.")
@@ -35,13 +35,15 @@ def submit(
     force: bool,
     no_check: bool,
 ) -> None:
-    """Run RECIPE as a job of a Ray cluster, with the code that is installed here, and print what it prints.
+    """Run RECIPE as a job of a Ray cluster, and print its output.
 
-    The same recipe is the same job: submitted again, it attaches to the job that runs, and starts another one only after one
-    that failed or was stopped, which goes on where that was. Ctrl-C leaves the job running. The exit code is the job's.
+    The job gets the code that is installed here. The same recipe is the same job. Submitted again, it attaches to the
+    job that runs. After a job that failed or was stopped, a new one continues its work. Ctrl-C leaves the job running.
+    The exit code is the job's.
 
-    The workspace and the sources must be where the nodes reach them. Of the variables that are set here, a job gets those
-    that `deploy.env` of the recipe names. A token of the cluster is read from RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH.
+    The workspace and the sources must be where the nodes reach them. Of the variables that are set here, a job gets
+    those that `deploy.env` of the recipe names. A token of the cluster is read from RAY_AUTH_TOKEN or
+    RAY_AUTH_TOKEN_PATH.
 
     \b
     Examples:
@@ -52,34 +54,35 @@ def submit(
     from longtake.infra.cluster import submit as submission
 
     url = jobs.address_of(address)
-    loaded = _load(recipe, overrides)
+    loaded = load_pinned(recipe, overrides)
     client = jobs.client(url)
-    made = submission.submit(client, loaded, stage, force, not no_check)
-    if made.how == "done":
-        _note(f"job {made.job} {made.said}: nothing to do; --force does it anew")
+    submitted = submission.submit(client, loaded, stage, force, not no_check)
+    if submitted.how == "done":
+        _note(f"job {submitted.job} {submitted.note}: nothing to do; --force does it anew")
         return
-    _note(f"job {made.job} {made.said or 'is submitted'}" + ("; attached to it" if made.how == "attached" else ""))
+    attached = "; attached to it" if submitted.how == "attached" else ""
+    _note(f"job {submitted.job} {submitted.note or 'is submitted'}{attached}")
     if detach:
-        _note(_ways_back(url, made.job))
-        click.echo(made.job)
+        _note(_ways_back(url, submitted.job))
+        click.echo(submitted.job)
         return
-    _attach(client, url, made.job)
+    _attach(client, url, submitted.job)
 
 
 def _attach(client: Any, address: str, job: str) -> NoReturn:
     from longtake.infra.cluster import submit as submission
 
     try:
-        code, said = submission.watch(client, job, lambda text: click.echo(text, nl=False))
+        code, line = submission.watch(client, job, lambda text: click.echo(text, nl=False))
     except KeyboardInterrupt:
         _note(f"\njob {job} goes on; {_ways_back(address, job)}")
         _leave(130)
-    _note(f"error: {said}" if code else said)
+    _note(f"error: {line}" if code else line)
     _leave(code)
 
 
 def _leave(code: int) -> NoReturn:
-    # past the rule of `longtake` that a command which was stopped itself has ended well
+    # not by an exception of ours: `longtake` would turn 130 into 0 for a command that was stopped itself
     sys.exit(code)
 
 
@@ -103,20 +106,20 @@ def list_(address: str | None) -> None:
     """The jobs of the cluster, the latest first."""
     from longtake.infra.cluster import jobs
 
-    found = jobs.ours(jobs.client(jobs.address_of(address)))
-    for job in found:
+    ours = jobs.ours(jobs.client(jobs.address_of(address)))
+    for job in ours:
         start = datetime.datetime.fromtimestamp((job.start_time or 0) / 1000).astimezone()
         code = jobs.exit_code(job) if job.status.is_terminal() else None
-        how = "" if code is None else f"exit {code}"
-        click.echo(f"{job.submission_id:<50} {job.status.value:<10} {start:%Y-%m-%d %H:%M:%S}  {how}".rstrip())
-    if not found:
+        ending = "" if code is None else f"exit {code}"
+        click.echo(f"{job.submission_id:<50} {job.status.value:<10} {start:%Y-%m-%d %H:%M:%S}  {ending}".rstrip())
+    if not ours:
         click.echo("no jobs")
 
 
 @jobs_group.command()
 @click.argument("job")
 @_address
-@click.option("--follow", is_flag=True, help="Go on until the job has ended; the exit code is the job's.")
+@click.option("--follow", is_flag=True, help="Continue until the job has ended; the exit code is the job's.")
 def logs(job: str, address: str | None, follow: bool) -> None:
     """Print what JOB has printed."""
     from longtake.infra.cluster import jobs
@@ -134,7 +137,7 @@ def logs(job: str, address: str | None, follow: bool) -> None:
 @_address
 @click.option("--wait", is_flag=True, help="Wait until it has saved its state and ended.")
 def stop(job: str, address: str | None, wait: bool) -> None:
-    """Ask JOB to save its state and stop. It has `deploy.stop_seconds` of its recipe; submitted again, it goes on."""
+    """Ask JOB to save its state and stop. It has `deploy.stop_seconds` of its recipe; a new submission continues."""
     from longtake.infra.cluster import jobs
 
     status = jobs.stop(jobs.client(jobs.address_of(address)), job, wait)
@@ -147,8 +150,8 @@ def render() -> None:
 
 
 @render.command()
-@_recipe
-@_set
+@recipe_argument
+@set_option
 @_stage
 @click.option("--to", "folder", metavar="FOLDER", help="Write FOLDER/NAME.yaml; else to the standard output.")
 def kuberay(recipe: str, overrides: tuple[str, ...], stage: str | None, folder: str | None) -> None:
@@ -165,7 +168,7 @@ def kuberay(recipe: str, overrides: tuple[str, ...], stage: str | None, folder: 
     from longtake.infra.cluster import kuberay as manifests
     from longtake.infra.cluster import submit as submission
 
-    loaded = _load(recipe, overrides)
+    loaded = load_pinned(recipe, overrides)
     text = manifests.render(loaded, loaded.deploy.kuberay, stage)
     if folder is None:
         click.echo(text, nl=False)

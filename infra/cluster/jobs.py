@@ -1,7 +1,7 @@
-"""A Ray cluster by its dashboard's address: its version, what its nodes have, its jobs and their logs.
+"""A Ray cluster through its dashboard: its version, the resources of its nodes, its jobs and their logs.
 
-The address is that of the dashboard, such as http://head:8265; nothing else of the cluster need be reachable. The token is
-Ray's own: RAY_AUTH_TOKEN, or the file that RAY_AUTH_TOKEN_PATH names.
+Only the dashboard must be reachable, at an address such as http://head:8265. The token is Ray's own: RAY_AUTH_TOKEN, or the
+file that RAY_AUTH_TOKEN_PATH names.
 """
 
 import asyncio
@@ -21,25 +21,25 @@ STOPPED = 130  # exit code of a job that was stopped
 
 _SECONDS = 20.0  # for an answer
 _NODES = 10000  # the most that Ray lists
-_QUIET_SECONDS = 30.0  # without a line of the log, then the job is asked how it is
-_QUIET_TIMES = 10  # then the connection may be dead: a new one is made
-_ATTEMPTS = 20  # to connect to a log again, a tenth of a second to fifteen apart
+_QUIET_SECONDS = 30.0  # without a line of the log, before the job's status is asked for
+_QUIET_TIMES = 10  # of these, before a new connection is made, as the old one may be dead
+_ATTEMPTS = 20  # to connect to a log again, 0.1 to 15 seconds apart
 _NOISY = ("ray.dashboard.modules.dashboard_sdk", "ray.dashboard.modules.job.sdk", "ray._private.runtime_env.packaging")
 _ADDRESSES = ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS")
 
 
-def address_of(given: str | None) -> str:
-    """The dashboard that is given, else what RAY_API_SERVER_ADDRESS or RAY_ADDRESS names. Raises UserError."""
-    found = given or next((url for url in map(os.environ.get, _ADDRESSES) if url and url.startswith("http")), None)
-    if not found:
+def address_of(option: str | None) -> str:
+    """The dashboard of the option --address, of RAY_API_SERVER_ADDRESS or of RAY_ADDRESS. Raises UserError."""
+    url = option or next((url for url in map(os.environ.get, _ADDRESSES) if url and url.startswith("http")), None)
+    if not url:
         raise UserError("which cluster? give --address http://HEAD:8265, or set RAY_API_SERVER_ADDRESS to that")
-    if not found.startswith(("http://", "https://")):
-        raise UserError(f"--address {found}: is no dashboard's address; write http://HEAD:8265")
-    return found.rstrip("/")
+    if not url.startswith(("http://", "https://")):
+        raise UserError(f"--address {url}: is no dashboard's address; write http://HEAD:8265")
+    return url.rstrip("/")
 
 
 def cluster_nodes(address: str) -> list[dict[str, float]]:
-    """The resources of each living node, such as [{"CPU": 8.0, "GPU": 1.0, "memory": 3e10}, ...], bytes for memory.
+    """The resources of each node that is alive, such as [{"CPU": 8.0, "GPU": 1.0, "memory": 3e10}, ...], memory in bytes.
 
     Raises:
         UserError: nothing answers at the address, it is no Ray dashboard, or it wants another token.
@@ -48,17 +48,17 @@ def cluster_nodes(address: str) -> list[dict[str, float]]:
 
 
 def cluster_labels(address: str) -> list[dict[str, str]]:
-    """The labels of the same nodes, in the same order. Raises as `cluster_nodes` does."""
+    """The labels of the same nodes, in the same order. Raises as `cluster_nodes`."""
     return [dict(node["labels"] or {}) for node in _nodes(address)]
 
 
 def cluster_version(address: str) -> str:
-    """Ray's version there, such as "2.60.0". Raises as `cluster_nodes` does."""
+    """The version of Ray on the cluster, such as "2.60.0". Raises as `cluster_nodes`."""
     return str(_get(address, "/api/version").get("ray_version"))
 
 
 def check_version(address: str) -> None:
-    """Raises UserError where the cluster has another minor version of Ray than this machine."""
+    """Raise UserError if the cluster has another minor version of Ray than this machine."""
     ours, theirs = version("ray"), cluster_version(address)
     if ours.split(".")[:2] != theirs.split(".")[:2]:
         raise UserError(
@@ -68,9 +68,9 @@ def check_version(address: str) -> None:
 
 
 def _nodes(address: str) -> list[dict[str, Any]]:
-    found = _get(address, "/api/v0/nodes", detail="1", limit=str(_NODES))
-    listed = sorted(found["data"]["result"]["result"], key=lambda node: str(node["node_id"]))
-    return [node for node in listed if node["state"] == "ALIVE"]
+    answer = _get(address, "/api/v0/nodes", detail="1", limit=str(_NODES))
+    nodes = sorted(answer["data"]["result"]["result"], key=lambda node: str(node["node_id"]))
+    return [node for node in nodes if node["state"] == "ALIVE"]
 
 
 def _get(address: str, path: str, **parameters: str) -> dict[str, Any]:
@@ -82,7 +82,8 @@ def _get(address: str, path: str, **parameters: str) -> dict[str, Any]:
         raise UserError(
             f"{address}: no Ray dashboard answers ({type(e).__name__}); is it the head's, such as http://HEAD:8265?"
         ) from e
-    _refused(address, answer.status_code)
+    if refusal := {401: "needs a token", 403: "refuses the token"}.get(answer.status_code):
+        raise UserError(f"{address}: {refusal}; set RAY_AUTH_TOKEN, or RAY_AUTH_TOKEN_PATH to the file that has it")
     try:
         content = answer.json()
     except ValueError:
@@ -92,14 +93,8 @@ def _get(address: str, path: str, **parameters: str) -> dict[str, Any]:
     return content
 
 
-def _refused(address: str, status: int) -> None:
-    what = {401: "needs a token", 403: "refuses the token"}.get(status)
-    if what:
-        raise UserError(f"{address}: {what}; set RAY_AUTH_TOKEN, or RAY_AUTH_TOKEN_PATH to the file that has it")
-
-
 def headers() -> dict[str, str]:
-    """Of a request: the token, if there is one. Raises UserError where its file cannot be read."""
+    """The headers of a request, with the token if there is one. Raises UserError if its file cannot be read."""
     token = os.environ.get("RAY_AUTH_TOKEN", "").strip()
     path = os.environ.get("RAY_AUTH_TOKEN_PATH")
     if not path and os.environ.get("RAY_AUTH_MODE", "").lower() == "token":
@@ -113,13 +108,13 @@ def headers() -> dict[str, str]:
 
 
 def client(address: str) -> Any:
-    """Ray's client of the jobs there. Raises as `check_version` and `cluster_nodes` do."""
+    """Ray's client of a cluster's jobs. Raises as `check_version` and `cluster_nodes`."""
     check_version(address)
     from ray.job_submission import JobSubmissionClient
 
     for name in _NOISY:
         logging.getLogger(name).setLevel(logging.WARNING)
-    # they would win over the address
+    # the client prefers these variables to the address
     hidden = {name: os.environ.pop(name) for name in _ADDRESSES if name in os.environ}
     try:
         return JobSubmissionClient(address, headers=headers())
@@ -129,7 +124,7 @@ def client(address: str) -> Any:
 
 @contextlib.contextmanager
 def answered(client: Any) -> Iterator[None]:
-    """Turn the errors of Ray's client into one line. Raises UserError, Failure."""
+    """Turn errors of Ray's client into UserError or Failure, in one line."""
     import requests
     from ray.exceptions import AuthenticationError
 
@@ -143,13 +138,13 @@ def answered(client: Any) -> Iterator[None]:
     except requests.exceptions.RequestException as e:
         raise Failure(f"{address}: the Ray dashboard does not answer any more ({type(e).__name__})") from e
     except RuntimeError as e:
-        said = re.search(r"(?:Error|Exception): (.*)", str(e)) or re.search(r"(.*)", str(e))
-        assert said
-        raise Failure(f"{address}: Ray answers with an error ({said[1].strip()})") from e
+        match = re.search(r"(?:Error|Exception): (.*)", str(e)) or re.search(r"(.*)", str(e))
+        assert match
+        raise Failure(f"{address}: Ray answers with an error ({match[1].strip()})") from e
 
 
 def info(client: Any, job: str) -> Any:
-    """Ray's `JobDetails`. Raises UserError where the cluster knows no such job."""
+    """Ray's `JobDetails` of a job. Raises UserError if the cluster does not know the job."""
     with answered(client):
         try:
             return client.get_job_info(job)
@@ -162,8 +157,8 @@ def info(client: Any, job: str) -> Any:
 def ours(client: Any) -> list[Any]:
     """The jobs that `longtake submit` has started, the latest first."""
     with answered(client):
-        found = [job for job in client.list_jobs() if (job.submission_id or "").startswith("longtake-")]
-    return sorted(found, key=lambda job: job.start_time or 0, reverse=True)
+        jobs = [job for job in client.list_jobs() if (job.submission_id or "").startswith("longtake-")]
+    return sorted(jobs, key=lambda job: job.start_time or 0, reverse=True)
 
 
 def tries(client: Any, name: str) -> list[Any]:
@@ -173,7 +168,7 @@ def tries(client: Any, name: str) -> list[Any]:
 
 
 def exit_code(job: Any) -> int | None:
-    """Of a job that has ended, as a shell would say it; None where its command has not even started."""
+    """The exit code of an ended job, as in a shell; None if its command never started."""
     if job.status == "STOPPED":
         return STOPPED
     code = 0 if job.status == "SUCCEEDED" else job.driver_exit_code
@@ -181,7 +176,7 @@ def exit_code(job: Any) -> int | None:
 
 
 def stop(client: Any, job: str, wait: bool) -> str:
-    """Ask a job to save and stop; returns its status, with `wait` the one that it ends with."""
+    """Ask a job to save and stop; returns its status, with `wait` its last one."""
     status = info(client, job).status
     if not status.is_terminal():
         with answered(client):
@@ -192,20 +187,20 @@ def stop(client: Any, job: str, wait: bool) -> str:
 
 
 def log(client: Any, job: str) -> str:
-    """What a job has printed so far."""
+    """The output of a job so far."""
     info(client, job)
     with answered(client):
         return str(client.get_job_logs(job))
 
 
 def follow(client: Any, job: str, write: Callable[[str], Any]) -> Any:
-    """Write what a job prints, from its first line on, until it has ended; returns its `JobDetails` then.
+    """Write the output of a job, from its first line on, until it has ended; returns its last `JobDetails`.
 
-    Ray sends a log from its beginning each time: after a broken connection, what was written already is left out.
+    Ray sends a log from its beginning for each connection; what was written already is skipped.
 
     Raises:
         UserError: the cluster does not know the job any more.
-        Failure: the dashboard stays away.
+        Failure: the dashboard does not come back.
     """
     return asyncio.run(_follow(client, job, write))
 
@@ -215,45 +210,46 @@ async def _follow(client: Any, job: str, write: Callable[[str], Any]) -> Any:
 
     written, failures = 0, 0
     while True:
-        seen, began = 0, time.monotonic()
+        received, start = 0, time.monotonic()
         try:
-            async for text in _received(client, job):
-                if new := text[max(0, written - seen) :]:
+            async for text in _log_pieces(client, job):
+                if new := text[max(0, written - received) :]:
                     write(new)
                     failures = 0
-                seen += len(text)
-                written = max(written, seen)
-            found = await asyncio.to_thread(info, client, job)
-            if found.status.is_terminal():
-                return found
+                received += len(text)
+                written = max(written, received)
+            details = await asyncio.to_thread(info, client, job)
+            if details.status.is_terminal():
+                return details
         except (OSError, RuntimeError, aiohttp.ClientError) as e:
-            failures = 1 if time.monotonic() - began > _QUIET_SECONDS else failures + 1
+            failures = 1 if time.monotonic() - start > _QUIET_SECONDS else failures + 1
             if failures >= _ATTEMPTS:
                 raise Failure(f"{client.get_address()}: lost the log of job {job}, which may still run ({e})") from e
         await asyncio.sleep(min(15.0, 0.1 * 2**failures))
 
 
-async def _received(client: Any, job: str) -> AsyncIterator[str]:
+async def _log_pieces(client: Any, job: str) -> AsyncIterator[str]:
+    """The pieces of a job's log, over one connection; ends with the job, or if the connection seems dead."""
     stream = client.tail_job_logs(job)
-    quiet = 0
-    coming = asyncio.ensure_future(anext(stream, None))
+    quiet_times = 0
+    piece = asyncio.ensure_future(anext(stream, None))
     try:
         while True:
-            done, _ = await asyncio.wait({coming}, timeout=_QUIET_SECONDS)
-            if done:
-                quiet = 0
-                text = coming.result()
+            arrived, _ = await asyncio.wait({piece}, timeout=_QUIET_SECONDS)
+            if arrived:
+                quiet_times = 0
+                text = piece.result()
                 if text is None:
                     return
                 yield text
-                coming = asyncio.ensure_future(anext(stream, None))
+                piece = asyncio.ensure_future(anext(stream, None))
                 continue
-            # a dead connection is as quiet as a long step
-            quiet += 1
+            # a dead connection is as quiet as a long pause of the job
+            quiet_times += 1
             ended = (await asyncio.to_thread(info, client, job)).status.is_terminal()
-            if quiet >= (2 if ended else _QUIET_TIMES):
+            if quiet_times >= (2 if ended else _QUIET_TIMES):
                 return
     finally:
-        coming.cancel()
-        await asyncio.wait({coming})
+        piece.cancel()
+        await asyncio.wait({piece})
         await stream.aclose()

@@ -1,6 +1,6 @@
-"""Recipes as RayJob manifests of KubeRay: a cluster that starts for the recipe, runs it and goes away again.
+"""Recipes as RayJob manifests of KubeRay: a cluster that starts for the recipe, runs it and is deleted afterwards.
 
-The image has the code and its dependencies (infra/Dockerfile makes one); the recipe, with all defaults and digests written
+The image has the code and its dependencies (infra/Dockerfile builds one). The recipe, with all defaults and digests written
 out, is mounted from a ConfigMap. Plain variables are written into the manifest, secret ones only by reference.
 """
 
@@ -8,6 +8,7 @@ import json
 import math
 import os
 import re
+from collections.abc import Callable
 from functools import partial
 from importlib.metadata import version
 from typing import Any
@@ -29,7 +30,7 @@ _FOLDER = "/etc/longtake"
 _NAME = 47  # characters that KubeRay allows
 _LONGEST = 2**31 - 1
 _RAY_MEMORY = 0.7  # of a pod's; the rest is Ray's object store
-_SAVE_SECONDS = 30  # beside those that a stage has to stop in
+_SAVE_SECONDS = 30  # beyond those that a stage has for its stop
 
 
 def render(recipe: Recipe, pods: KubeRay, stage: str | None = None) -> str:
@@ -37,7 +38,7 @@ def render(recipe: Recipe, pods: KubeRay, stage: str | None = None) -> str:
 
     Raises:
         UserError: no pinned image; a variable that may not be written down; a stage that asks for more than the pods have; a
-            workspace that they do not share.
+            workspace that the pods do not share.
     """
     deploy, todo = recipe.deploy, submit.work(recipe, stage)
     _check_image(recipe)
@@ -48,43 +49,41 @@ def render(recipe: Recipe, pods: KubeRay, stage: str | None = None) -> str:
             " deploy.kuberay.custom"
         )
     gpu_workers = _gpu_workers(todo, deploy, pods)
-    wrong = submit.lacking(todo.nodes, deploy, _simulated(pods, gpu_workers))
-    if wrong:
-        raise UserError(f"{recipe.path}: {wrong[0]}; change deploy.kuberay, or what the stage asks for")
+    shortages = submit.lacking(todo.nodes, deploy, _planned_nodes(pods, gpu_workers))
+    if shortages:
+        raise UserError(f"{recipe.path}: {shortages[0]}; change deploy.kuberay, or what the stage asks for")
     name = re.sub(r"[^a-z0-9-]+", "-", todo.name.lower())
     if len(name) > _NAME:
         name = f"{name[: _NAME - 13].rstrip('-')}-{todo.fingerprint[:12]}"
-    place = {"name": name, "labels": {"app.kubernetes.io/name": "longtake", "longtake/recipe": _label(recipe.name)}}
-    place |= {"namespace": pods.namespace} if pods.namespace else {}
+    metadata = {"name": name, "labels": {"app.kubernetes.io/name": "longtake", "longtake/recipe": _label(recipe.name)}}
+    metadata |= {"namespace": pods.namespace} if pods.namespace else {}
+    spec = _job(recipe, pods, todo, name, gpu_workers)
     documents = [
-        {"apiVersion": "v1", "kind": "ConfigMap", "metadata": place, "data": {"recipe.yaml": recipe.to_yaml()}},
-        {
-            "apiVersion": "ray.io/v1",
-            "kind": "RayJob",
-            "metadata": place,
-            "spec": _job(recipe, pods, todo, name, gpu_workers),
-        },
+        {"apiVersion": "v1", "kind": "ConfigMap", "metadata": metadata, "data": {"recipe.yaml": recipe.to_yaml()}},
+        {"apiVersion": "ray.io/v1", "kind": "RayJob", "metadata": metadata, "spec": spec},
     ]
-    return yaml.dump_all(documents, Dumper=_Plain, sort_keys=False, allow_unicode=True)
+    return yaml.dump_all(documents, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
 
 
-class _Plain(yaml_text.Dumper):
+class _Dumper(yaml_text.Dumper):
+    """Writes repeated values in full, without aliases."""
+
     def ignore_aliases(self, data: Any) -> bool:
         return True
 
 
 def _job(recipe: Recipe, pods: KubeRay, todo: submit.Work, name: str, gpu_workers: int) -> dict[str, Any]:
-    deploy, asked = recipe.deploy, todo.resources
+    deploy, resources = recipe.deploy, todo.resources
     seconds = sum(deploy.of(node.name).timeout_seconds for node in todo.nodes)
     command = ["longtake", todo.arguments[0], f"{_FOLDER}/recipe.yaml", *todo.arguments[2:]]
-    own: dict[str, Any] = {"entrypointNumCpus": asked.cpus, "entrypointNumGpus": asked.gpus}
-    own |= {"entrypointResources": json.dumps(asked.custom)} if asked.custom else {}
+    entrypoint: dict[str, Any] = {"entrypointNumCpus": resources.cpus, "entrypointNumGpus": resources.gpus}
+    entrypoint |= {"entrypointResources": json.dumps(resources.custom)} if resources.custom else {}
     pod = partial(_pod, recipe, pods, name)
     return {
         "entrypoint": " ".join(command),
         "metadata": {"recipe": recipe.name, "fingerprint": todo.fingerprint},
-        # with none of them it runs on the head
-        **{key: value for key, value in own.items() if value},
+        # with none of these, the job runs on the head
+        **{key: value for key, value in entrypoint.items() if value},
         "submissionMode": "K8sJobMode",
         "activeDeadlineSeconds": min(math.ceil(seconds), _LONGEST),
         "backoffLimit": deploy.retries,
@@ -92,47 +91,35 @@ def _job(recipe: Recipe, pods: KubeRay, todo: submit.Work, name: str, gpu_worker
         "shutdownAfterJobFinishes": True,
         "ttlSecondsAfterFinished": pods.ttl_seconds,
         "submitterPodTemplate": pod(container="submitter", cpus=1, memory="1Gi", restart="Never", bare=True),
-        "rayClusterSpec": {
-            "rayVersion": version("ray"),
-            **({"authOptions": {"mode": "token"}} if pods.token else {}),
-            **({"enableInTreeAutoscaling": True} if pods.max_workers else {}),
-            "headGroupSpec": {
-                # tasks go to the workers
-                "rayStartParams": {"dashboard-host": "0.0.0.0", "num-cpus": "0"},  # noqa: S104
-                "template": pod(container="ray-head", cpus=pods.head_cpus, memory=pods.head_memory),
-            },
-            "workerGroupSpecs": [
-                {
-                    "groupName": "cpu",
-                    "replicas": pods.workers,
-                    "minReplicas": pods.workers,
-                    "maxReplicas": pods.max_workers or pods.workers,
-                    "rayStartParams": _start(pods, pods.cpus),
-                    "template": pod(container="ray-worker", cpus=pods.cpus, memory=pods.memory),
-                },
-                *(
-                    {
-                        "groupName": "gpu",
-                        "replicas": count,
-                        "minReplicas": count,
-                        "maxReplicas": count,
-                        "rayStartParams": _start(pods, pods.gpu_cpus) | {"num-gpus": str(pods.gpus)},
-                        "template": pod(
-                            container="ray-worker", cpus=pods.gpu_cpus, memory=pods.gpu_memory, gpus=pods.gpus
-                        ),
-                    }
-                    for count in [gpu_workers]
-                    if count
-                ),
-            ],
-        },
+        "rayClusterSpec": _cluster(pods, pod, gpu_workers),
     }
 
 
-def _start(pods: KubeRay, cpus: int) -> dict[str, str]:
-    # quoted once more, since KubeRay writes it into a shell's command
+def _cluster(pods: KubeRay, pod: Callable[..., dict[str, Any]], gpu_workers: int) -> dict[str, Any]:
+    cpu_pod = pod(container="ray-worker", cpus=pods.cpus, memory=pods.memory)
+    gpu_pod = pod(container="ray-worker", cpus=pods.gpu_cpus, memory=pods.gpu_memory, gpus=pods.gpus)
+    # quoted twice, since KubeRay writes it into a shell's command
     custom = {"resources": json.dumps(json.dumps(pods.custom))} if pods.custom else {}
-    return {"num-cpus": str(cpus), **custom}
+    cpu_start = {"num-cpus": str(pods.cpus)} | custom
+    gpu_start = {"num-cpus": str(pods.gpu_cpus)} | custom | {"num-gpus": str(pods.gpus)}
+    workers = [_group("cpu", pods.workers, pods.max_workers or pods.workers, cpu_start, cpu_pod)]
+    workers += [_group("gpu", gpu_workers, gpu_workers, gpu_start, gpu_pod)] if gpu_workers else []
+    return {
+        "rayVersion": version("ray"),
+        **({"authOptions": {"mode": "token"}} if pods.token else {}),
+        **({"enableInTreeAutoscaling": True} if pods.max_workers else {}),
+        "headGroupSpec": {
+            # without CPUs for Ray, so that tasks go to the workers
+            "rayStartParams": {"dashboard-host": "0.0.0.0", "num-cpus": "0"},  # noqa: S104
+            "template": pod(container="ray-head", cpus=pods.head_cpus, memory=pods.head_memory),
+        },
+        "workerGroupSpecs": workers,
+    }
+
+
+def _group(name: str, least: int, most: int, start: dict[str, str], template: dict[str, Any]) -> dict[str, Any]:
+    replicas = {"replicas": least, "minReplicas": least, "maxReplicas": most}
+    return {"groupName": name, **replicas, "rayStartParams": start, "template": template}
 
 
 def _pod(
@@ -146,7 +133,7 @@ def _pod(
     restart: str | None = None,
     bare: bool = False,
 ) -> dict[str, Any]:
-    """A pod's template; a bare one sees neither recipe nor secrets."""
+    """The template of a pod; a bare pod gets neither recipe nor secrets."""
     amounts = {"cpu": str(cpus), "memory": memory} | ({"nvidia.com/gpu": str(gpus)} if gpus else {})
     volumes: list[dict[str, Any]] = []
     mounts: list[dict[str, Any]] = []
@@ -162,15 +149,15 @@ def _pod(
         for number, (folder, claim) in enumerate(sorted(pods.claims.items())):
             volumes.append({"name": f"claim-{number}", "persistentVolumeClaim": {"claimName": claim}})
             mounts.append({"name": f"claim-{number}", "mountPath": folder})
-    one: dict[str, Any] = {
+    spec_of_container: dict[str, Any] = {
         "name": container,
         "image": recipe.deploy.image,
         "resources": {"requests": amounts, "limits": amounts},
         "securityContext": {"allowPrivilegeEscalation": False, "capabilities": {"drop": ["ALL"]}},
     }
-    one |= {"env": _environment(recipe, pods), "volumeMounts": mounts} if not bare else {}
+    spec_of_container |= {"env": _environment(recipe, pods), "volumeMounts": mounts} if not bare else {}
     spec: dict[str, Any] = {
-        "containers": [one],
+        "containers": [spec_of_container],
         "securityContext": {"runAsNonRoot": True, "runAsUser": 1000, "runAsGroup": 1000, "fsGroup": 1000},
         "terminationGracePeriodSeconds": math.ceil(recipe.deploy.stop_seconds) + _SAVE_SECONDS,
     }
@@ -185,8 +172,8 @@ def _pod(
 
 
 def _environment(recipe: Recipe, pods: KubeRay) -> list[dict[str, Any]]:
-    """Those that `deploy.env` allows, and what a job needs to stop well."""
-    found: list[dict[str, Any]] = []
+    """The variables that `deploy.env` allows, and those for a job's stop."""
+    variables: list[dict[str, Any]] = []
     for name in recipe.deploy.env:
         if name not in pods.plain:
             if not pods.secret:
@@ -194,7 +181,7 @@ def _environment(recipe: Recipe, pods: KubeRay) -> list[dict[str, Any]]:
                     f"{recipe.path}: deploy.env: {name} needs deploy.kuberay.secret, the Secret that has it; or name it in"
                     " deploy.kuberay.plain if its value may be read by all"
                 )
-            found.append({"name": name, "valueFrom": {"secretKeyRef": {"name": pods.secret, "key": name}}})
+            variables.append({"name": name, "valueFrom": {"secretKeyRef": {"name": pods.secret, "key": name}}})
         elif name in os.environ:
             value = os.environ[name]
             if shown(value) != value:
@@ -202,9 +189,9 @@ def _environment(recipe: Recipe, pods: KubeRay) -> list[dict[str, Any]]:
                     f"{recipe.path}: deploy.env: {name} has a password in it; put it into the Secret of"
                     " deploy.kuberay.secret, and take it out of deploy.kuberay.plain"
                 )
-            found.append({"name": name, "value": value})
-    own = submit.stopping(recipe.deploy) | {"RAY_USAGE_STATS_ENABLED": "0"}
-    return [*found, *({"name": name, "value": value} for name, value in own.items())]
+            variables.append({"name": name, "value": value})
+    fixed = submit.stop_variables(recipe.deploy) | {"RAY_USAGE_STATS_ENABLED": "0"}
+    return [*variables, *({"name": name, "value": value} for name, value in fixed.items())]
 
 
 def _check_image(recipe: Recipe) -> None:
@@ -233,29 +220,22 @@ def _check_workspace(recipe: Recipe, pods: KubeRay) -> None:
 
 
 def _gpu_workers(todo: submit.Work, deploy: Deploy, pods: KubeRay) -> int:
-    """Pods with GPUs, so that the stage that asks for most has its GPUs all at once."""
+    """The number of pods with GPUs at which every stage has all its GPUs at once."""
     most = 0
     for node in todo.nodes:
-        own = deploy.of(node.name).gpus
-        how = node.config.run.launcher if isinstance(node.config, TrainConfig) else LaunchConfig()
-        ranks = how.processes if how.by == "ray" and how.gpus else 0
-        # as many processes as a pod has room for are in one
-        each = max(1, int(pods.gpus / how.gpus + 1e-6)) if ranks else 1
-        own_pods = math.ceil(own / pods.gpus) + math.ceil(ranks / each)
-        most = max(most, own_pods, 1 if getattr(getattr(node.config, RUN, None), "gpus", None) else 0)
+        launcher = node.config.run.launcher if isinstance(node.config, TrainConfig) else LaunchConfig()
+        ranks = launcher.processes if launcher.by == "ray" and launcher.gpus else 0
+        ranks_a_pod = max(1, int(pods.gpus / launcher.gpus + 1e-6)) if ranks else 1
+        pods_of_stage = math.ceil(deploy.of(node.name).gpus / pods.gpus) + math.ceil(ranks / ranks_a_pod)
+        most = max(most, pods_of_stage, 1 if getattr(getattr(node.config, RUN, None), "gpus", None) else 0)
     return max(pods.gpu_workers or most, most) if most else 0
 
 
-def _simulated(pods: KubeRay, gpu_workers: int) -> list[dict[str, float]]:
-    """The cluster as it will be, for `submit.lacking`."""
-    plain = {"CPU": float(pods.cpus), "memory": _RAY_MEMORY * bytes_of(pods.memory), **pods.custom}
-    strong = {
-        "CPU": float(pods.gpu_cpus),
-        "GPU": float(pods.gpus),
-        "memory": _RAY_MEMORY * bytes_of(pods.gpu_memory),
-        **pods.custom,
-    }
-    return [{"CPU": 0.0}, *[plain] * (pods.max_workers or pods.workers), *[strong] * gpu_workers]
+def _planned_nodes(pods: KubeRay, gpu_workers: int) -> list[dict[str, float]]:
+    """The resources of the cluster's nodes, for `submit.lacking`."""
+    cpu_pod = {"CPU": float(pods.cpus), "memory": _RAY_MEMORY * bytes_of(pods.memory), **pods.custom}
+    gpu_pod = {"CPU": float(pods.gpu_cpus), "GPU": float(pods.gpus), "memory": _RAY_MEMORY * bytes_of(pods.gpu_memory)}
+    return [{"CPU": 0.0}, *[cpu_pod] * (pods.max_workers or pods.workers), *[gpu_pod | pods.custom] * gpu_workers]
 
 
 def _label(text: str) -> str:

@@ -1,6 +1,6 @@
-"""Recipes as Ray jobs: what a job asks for, whether the cluster has it, and one job at a time for the same work.
+"""Recipes as Ray jobs: the resources of a job, those of the cluster, and one job at a time for the same work.
 
-A job gets the recipe with all defaults and digests written out, and a wheel of this code without dependencies; those are
+A job gets the recipe with all defaults and digests written out, and a wheel of this code without dependencies, which are
 in the image of the cluster's nodes.
 """
 
@@ -18,26 +18,23 @@ from longtake.datasets.errors import UserError
 from longtake.datasets.stage import RUN
 from longtake.infra import graph
 from longtake.infra.cluster import jobs, wheel
-from longtake.infra.cluster.jobs import cluster_labels, cluster_nodes
 from longtake.infra.deploy import Deploy, Resources, environment
 from longtake.infra.graph import Node
 from longtake.infra.recipe import Recipe
 from longtake.pipeline.cluster import TaskConfig
 from longtake.training.config import TrainConfig
 
-__all__ = ["cluster_labels", "cluster_nodes", "lacking", "submit"]
-
 _FILE = "recipe.yaml"
-_STARTING = "No available agent"  # what a head answers that has just been started
+_STARTING = "No available agent"  # the answer of a head that has just been started
 _START_SECONDS = 60.0
-_NOT_EQUAL = ("!", "in(")  # how Ray's label selectors begin that are no plain values
+_NOT_EQUAL = ("!", "in(")  # the beginnings of Ray's label selectors other than plain values
 
 
 @dataclass(frozen=True)
 class Work:
     """One stage or a whole graph, as a job."""
 
-    name: str  # of the job; those of later tries end in -2, -3 ...
+    name: str  # of the job; later tries end in -2, -3 ...
     fingerprint: str
     nodes: list[Node]
     arguments: list[str]  # of `longtake`
@@ -46,15 +43,15 @@ class Work:
 
 @dataclass(frozen=True)
 class Submitted:
-    """What became of a submission."""
+    """The result of a submission."""
 
     job: str
     how: str  # new, attached or done
-    said: str = ""
+    note: str = ""
 
 
 def work(recipe: Recipe, stage: str | None) -> Work:
-    """What one stage, or all of them, is as a job. Raises UserError where labels of stages contradict each other."""
+    """The job of one stage, or of all of them. Raises UserError if labels of stages contradict each other."""
     nodes = graph.build(recipe)
     if stage is None:
         fingerprint = graph.whole_fingerprint(nodes)
@@ -70,156 +67,158 @@ def work(recipe: Recipe, stage: str | None) -> Work:
 
 
 def _largest(recipe: Recipe, names: Sequence[str]) -> Resources:
-    """What one process needs that does the work of all these stages, one after the other."""
-    all_of = {name: recipe.deploy.of(name) for name in names}
+    """The resources of one process that runs all these stages, one after the other."""
+    resources = {name: recipe.deploy.of(name) for name in names}
     labels: dict[str, str] = {}
-    for name, asked in all_of.items():
-        for label, value in asked.labels.items():
+    for name, request in resources.items():
+        for label, value in request.labels.items():
             if labels.setdefault(label, value) != value:
                 raise UserError(
                     f"{recipe.path}: deploy.resources.{name}.labels: {label}: {value} contradicts the {labels[label]} of"
                     " another stage; submit them one by one with --stage"
                 )
     custom: dict[str, float] = {}
-    for asked in all_of.values():
-        custom |= {key: max(amount, custom.get(key, 0)) for key, amount in asked.custom.items()}
+    for request in resources.values():
+        custom |= {key: max(amount, custom.get(key, 0)) for key, amount in request.custom.items()}
     return Resources(
-        cpus=max(r.cpus for r in all_of.values()),
-        gpus=max(r.gpus for r in all_of.values()),
-        memory_bytes=max(r.memory_bytes for r in all_of.values()),
+        cpus=max(r.cpus for r in resources.values()),
+        gpus=max(r.gpus for r in resources.values()),
+        memory_bytes=max(r.memory_bytes for r in resources.values()),
         custom=custom,
         labels=labels,
     )
 
 
-# What the cluster lacks: Ray would wait for it for ever.
+# Resources that the cluster lacks: Ray would wait for them forever.
 
 
 def lacking(
     nodes: Sequence[Node], deploy: Deploy, cluster: list[dict[str, float]], labels: list[dict[str, str]] | None = None
 ) -> list[str]:
-    """What stages ask for that a cluster does not have, a line each: `stage NAME: KEY: what it needs and what there is`.
+    """The resources that stages ask for and a cluster lacks, in lines `stage NAME: KEY: what it needs and what there is`.
 
     Args:
-        cluster: resources of each node, as of `cluster_nodes`.
-        labels: of the same nodes, as of `cluster_labels`; None leaves labels unchecked.
+        cluster: resources of each node, as `cluster_nodes` gives them.
+        labels: labels of the same nodes, as `cluster_labels` gives them; None: labels are not checked.
     """
-    found = []
+    shortages = []
     for node in nodes:
-        entry = _bundle(own := deploy.of(node.name))
-        key = f"deploy.resources.{node.name}"
-        wrong = _no_node_has(key, entry, cluster) or _no_node_is(f"{key}.labels", own.labels, labels)
-        wrong = wrong or _tasks(node, entry, cluster) or _ranks(node, entry, cluster)
-        if wrong:
-            found.append(f"stage {node.name}: {wrong}")
-    return found
+        resources = deploy.of(node.name)
+        key, own = f"deploy.resources.{node.name}", _bundle(resources)
+        shortage = (
+            _no_node_has(key, own, cluster)
+            or _no_node_is(f"{key}.labels", resources.labels, labels)
+            or _lacks_for_tasks(node, own, cluster)
+            or _lacks_for_ranks(node, own, cluster)
+        )
+        if shortage:
+            shortages.append(f"stage {node.name}: {shortage}")
+    return shortages
 
 
-def _bundle(asked: Any) -> dict[str, tuple[str, float]]:
-    """Key in the config -> (Ray's name of the resource, amount)."""
-    bundle = {"cpus": ("CPU", asked.cpus), "gpus": ("GPU", getattr(asked, "gpus", None) or 0)}
-    bundle |= {"memory_bytes": ("memory", getattr(asked, "memory_bytes", 0))}
-    bundle |= {f"custom.{name}": (name, amount) for name, amount in getattr(asked, "custom", {}).items()}
+Bundle = dict[str, tuple[str, float]]  # key in the config -> (Ray's name of the resource, amount)
+
+
+def _bundle(config: Any) -> Bundle:
+    bundle = {"cpus": ("CPU", config.cpus), "gpus": ("GPU", getattr(config, "gpus", None) or 0)}
+    bundle |= {"memory_bytes": ("memory", getattr(config, "memory_bytes", 0))}
+    bundle |= {f"custom.{name}": (name, amount) for name, amount in getattr(config, "custom", {}).items()}
     return {key: (name, amount) for key, (name, amount) in bundle.items() if amount}
 
 
-def _no_node_has(where: str, bundle: dict[str, tuple[str, float]], cluster: list[dict[str, float]]) -> str | None:
+def _no_node_has(where: str, bundle: Bundle, cluster: list[dict[str, float]]) -> str | None:
     if any(all(node.get(name, 0) >= amount for name, amount in bundle.values()) for node in cluster):
         return None
     for key, (name, amount) in bundle.items():
         most = max((node.get(name, 0) for node in cluster), default=0)
         if most < amount:
             return f"{where}.{key}: needs {amount:g} {name}, no node of the cluster has more than {most:g}"
-    asked = ", ".join(f"{amount:g} {name}" for name, amount in bundle.values())
-    return f"{where}: no single node of the cluster has all of {asked}" if bundle else None
+    amounts = ", ".join(f"{amount:g} {name}" for name, amount in bundle.values())
+    return f"{where}: no single node of the cluster has all of {amounts}" if bundle else None
 
 
-def _no_node_is(where: str, asked: dict[str, str], labels: list[dict[str, str]] | None) -> str | None:
-    plain = {name: value for name, value in asked.items() if not value.startswith(_NOT_EQUAL)}
-    if labels is None or any(all(node.get(n) == value for n, value in plain.items()) for node in labels):
+def _no_node_is(where: str, selectors: dict[str, str], labels: list[dict[str, str]] | None) -> str | None:
+    values = {name: value for name, value in selectors.items() if not value.startswith(_NOT_EQUAL)}
+    if labels is None or any(all(node.get(n) == value for n, value in values.items()) for node in labels):
         return None
-    return f"{where}: no node of the cluster is {', '.join(f'{name}: {value}' for name, value in plain.items())}"
+    return f"{where}: no node of the cluster is {', '.join(f'{name}: {value}' for name, value in values.items())}"
 
 
-def _tasks(node: Node, entry: dict[str, tuple[str, float]], cluster: list[dict[str, float]]) -> str | None:
-    """Of a stage whose Ray tasks ask for resources of their own, beside those of its process."""
+def _lacks_for_tasks(node: Node, own: Bundle, cluster: list[dict[str, float]]) -> str | None:
+    """The resources that the Ray tasks of a stage lack, beside its own process."""
     task = getattr(node.config, RUN, None)
     if not isinstance(task, TaskConfig):
         return None
     bundle = _bundle(task)
     where = f"stages.{node.name}.{RUN}"
-    if wrong := _no_node_has(where, bundle, cluster):
-        return wrong
-    held = dict(entry.values())
+    if shortage := _no_node_has(where, bundle, cluster):
+        return shortage
+    reserved = dict(own.values())
     for key, (name, amount) in bundle.items():
-        both, total = amount + held.get(name, 0), sum(n.get(name, 0) for n in cluster)
-        if both > total:
+        needed, total = amount + reserved.get(name, 0), sum(n.get(name, 0) for n in cluster)
+        if needed > total:
             return (
-                f"{where}.{key}: a task and the process of deploy.resources.{node.name} need {both:g} {name} together,"
+                f"{where}.{key}: a task and the process of deploy.resources.{node.name} need {needed:g} {name} together,"
                 f" the cluster has {total:g}"
             )
     return None
 
 
-def _ranks(node: Node, entry: dict[str, tuple[str, float]], cluster: list[dict[str, float]]) -> str | None:
-    """Of a stage that trains in processes of the cluster; they leave one CPU for what reads data, as at their start."""
+def _lacks_for_ranks(node: Node, own: Bundle, cluster: list[dict[str, float]]) -> str | None:
+    """The resources that the ranks of a stage lack. One CPU is left for reading data, as when they start."""
     if not isinstance(node.config, TrainConfig) or node.config.run.launcher.by != "ray":
         return None
-    how = node.config.run.launcher
-    bundle = list(_bundle(how).values())
-    held = dict(entry.values())
-    held["CPU"] = held.get("CPU", 0) + 1
-    room = sum(min(int(n.get(name, 0) / amount + 1e-6) for name, amount in bundle) for n in cluster)
+    launcher = node.config.run.launcher
+    ranks, amounts = launcher.processes, list(_bundle(launcher).values())
+    reserved = dict(own.values())
+    reserved["CPU"] = reserved.get("CPU", 0) + 1
+    room = sum(min(int(n.get(name, 0) / amount + 1e-6) for name, amount in amounts) for n in cluster)
     total = {name: sum(n.get(name, 0) for n in cluster) for name in ("CPU", "GPU")}
-    if room >= how.processes and all(
-        total[name] >= how.processes * amount + held.get(name, 0) for name, amount in bundle
-    ):
+    if room >= ranks and all(total[name] >= ranks * amount + reserved.get(name, 0) for name, amount in amounts):
         return None
-    each = " and ".join(f"{amount:g} {name}" for name, amount in bundle)
+    each = " and ".join(f"{amount:g} {name}" for name, amount in amounts)
     return (
-        f"stages.{node.name}.run.launcher: {how.processes} processes of {each}, a spare CPU and what deploy.resources asks do"
+        f"stages.{node.name}.run.launcher: {ranks} processes of {each}, a spare CPU and what deploy.resources asks do"
         f" not fit: the cluster has {total['CPU']:g} CPU and {total['GPU']:g} GPU on {len(cluster)} nodes"
     )
 
 
-# Sending it.
+# Submission.
 
 
 def submit(client: Any, recipe: Recipe, stage: str | None, force: bool = False, check: bool = True) -> Submitted:
-    """Have the work done once: start a job, or name the one that does it now or has done it.
+    """Get the work done once: start a job, or name the job that is doing it or has done it.
 
     Args:
-        client: of `jobs.client`.
-        force: start one even if it has been done, which does it anew.
-        check: refuse what no node has room for.
+        client: from `jobs.client`.
+        force: start a job even if the work has been done, and do it again.
+        check: refuse work that no node has room for.
 
     Raises:
         UserError: the cluster lacks something.
         Failure: Ray refuses the job.
     """
     todo = work(recipe, stage)
-    before = jobs.tries(client, todo.name)
-    if before and not before[-1].status.is_terminal():
-        latest = before[-1]
+    tries = jobs.tries(client, todo.name)
+    latest = tries[-1] if tries else None
+    if latest and not latest.status.is_terminal():
         return Submitted(latest.submission_id, "attached", f"is {latest.status.value.lower()} already")
-    if before and before[-1].status == "SUCCEEDED" and not force:
-        return Submitted(before[-1].submission_id, "done", "has done this work already")
+    if latest and latest.status == "SUCCEEDED" and not force:
+        return Submitted(latest.submission_id, "done", "has done this work already")
     if check:
         address = client.get_address()
-        wrong = lacking(todo.nodes, recipe.deploy, cluster_nodes(address), cluster_labels(address))
-        if wrong:
-            more = f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else ""
-            raise UserError(f"{wrong[0]}{more}; lower it, add nodes, or use --no-check where they come by themselves")
-    job = f"{todo.name}-{_number(before[-1], todo.name) + 1}" if before else todo.name
-    return _post(client, recipe, todo, job, force)
-
-
-def _number(job: Any, name: str) -> int:
-    return int(job.submission_id.removeprefix(name).lstrip("-") or 1)
+        shortages = lacking(todo.nodes, recipe.deploy, jobs.cluster_nodes(address), jobs.cluster_labels(address))
+        if shortages:
+            more = f" (and {len(shortages) - 1} more)" if len(shortages) > 1 else ""
+            raise UserError(
+                f"{shortages[0]}{more}; lower it, add nodes, or use --no-check where they come by themselves"
+            )
+    number = int(latest.submission_id.removeprefix(todo.name).lstrip("-") or 1) + 1 if latest else 1
+    return _post(client, recipe, todo, f"{todo.name}-{number}" if latest else todo.name, force)
 
 
 def _post(client: Any, recipe: Recipe, todo: Work, job: str, force: bool) -> Submitted:
-    asked = todo.resources
+    resources = todo.resources
     with tempfile.TemporaryDirectory() as scratch:
         # on the workers' sys.path: nothing in it may have a package's name
         folder = Path(scratch) / "recipe"
@@ -232,44 +231,39 @@ def _post(client: Any, recipe: Recipe, todo: Work, job: str, force: bool) -> Sub
             "runtime_env": {
                 "working_dir": str(folder),
                 "py_modules": [str(code)],
-                "env_vars": _variables(recipe.deploy),
+                "env_vars": environment(recipe.deploy) | stop_variables(recipe.deploy),
             },
             "metadata": {"recipe": recipe.name, "fingerprint": todo.fingerprint, "code": code.name},
-            # with none of them it runs on the head
-            "entrypoint_num_cpus": asked.cpus or None,
-            "entrypoint_num_gpus": asked.gpus or None,
-            "entrypoint_memory": asked.memory_bytes or None,
-            "entrypoint_resources": asked.custom or None,
-            "entrypoint_label_selector": asked.labels or None,
+            # with all None, the job runs on the head
+            "entrypoint_num_cpus": resources.cpus or None,
+            "entrypoint_num_gpus": resources.gpus or None,
+            "entrypoint_memory": resources.memory_bytes or None,
+            "entrypoint_resources": resources.custom or None,
+            "entrypoint_label_selector": resources.labels or None,
         }
-        patience = time.monotonic() + _START_SECONDS
+        deadline = time.monotonic() + _START_SECONDS
         with jobs.answered(client):
             while True:
                 try:
                     client.submit_job(**request)
                     return Submitted(job, "new")
                 except RuntimeError as e:
-                    # of two at once one loses; Ray calls it an error of the server
+                    # if two submit at once, one fails with what Ray calls an error of the server
                     if any(other.submission_id == job for other in jobs.ours(client)):
                         return Submitted(job, "attached", "was started by another submission at this moment")
-                    if _STARTING not in str(e) or time.monotonic() > patience:
+                    if _STARTING not in str(e) or time.monotonic() > deadline:
                         raise
                     time.sleep(1)
 
 
 def _command(arguments: Sequence[str]) -> str:
-    """The shell's line. Ray may write the job's working folder anew while a process is in it, which then is nowhere."""
-    given = " ".join('"$recipe"' if word == _FILE else shlex.quote(word) for word in arguments)
-    return f'recipe="$PWD/{_FILE}"; cd /tmp; exec python -P -m longtake.infra.cli {given}'
+    """The shell's line. It leaves the job's working folder, which Ray may replace while the process runs."""
+    words = " ".join('"$recipe"' if word == _FILE else shlex.quote(word) for word in arguments)
+    return f'recipe="$PWD/{_FILE}"; cd /tmp; exec python -P -m longtake.infra.cli {words}'
 
 
-def _variables(deploy: Deploy) -> dict[str, str]:
-    """Of the job: the allow-listed ones, and how long it may take to stop."""
-    return environment(deploy) | stopping(deploy)
-
-
-def stopping(deploy: Deploy) -> dict[str, str]:
-    """Variables of a job that say how long it may take to stop, and that it has not done its work then."""
+def stop_variables(deploy: Deploy) -> dict[str, str]:
+    """A job's variables for its stop: the seconds that it may take, and an exit code that is not 0."""
     return {
         "RAY_JOB_STOP_WAIT_TIME_S": str(math.ceil(deploy.stop_seconds)),
         "LONGTAKE_STOPPED_CODE": str(jobs.STOPPED),
@@ -277,12 +271,12 @@ def stopping(deploy: Deploy) -> dict[str, str]:
 
 
 def watch(client: Any, job: str, write: Callable[[str], Any]) -> tuple[int, str]:
-    """Follow a job to its end; returns its exit code and a line about how it ended. Raises as `jobs.follow` does."""
-    ended = jobs.follow(client, job, write)
-    code = jobs.exit_code(ended)
+    """Follow a job to its end; returns its exit code and a line about its end. Raises as `jobs.follow`."""
+    details = jobs.follow(client, job, write)
+    code = jobs.exit_code(details)
     if code is None:
-        reason = " ".join((ended.message or "no reason given").split())
+        reason = " ".join((details.message or "no reason given").split())
         return 1, f"job {job} did not start: {reason[-600:]}"
-    if ended.status == "STOPPED":
+    if details.status == "STOPPED":
         return code, f"job {job} was stopped"
     return code, f"job {job} ended with exit code {code}"

@@ -1,7 +1,7 @@
-"""The installed longtake as a wheel without dependencies, for machines that have those but not this code.
+"""The installed longtake as a wheel without dependencies, for machines that have the dependencies but not this code.
 
-It is made of the files that this process would import, so that an editable install ships what is being edited. The same
-code makes the same bytes, and another code another version: `0.1.0+` and a digest of the files.
+It contains the files that this process would import, so that an editable install ships its current state. The same code
+gives the same bytes. The version is `0.1.0+` and a digest of the files.
 """
 
 import base64
@@ -12,7 +12,7 @@ import zipfile
 from pathlib import Path
 
 _PACKAGES = ("datasets", "infra", "pipeline", "training")
-_TIME = (1980, 1, 1, 0, 0, 0)  # the first that an archive can name
+_TIME = (1980, 1, 1, 0, 0, 0)  # the earliest time in a zip archive
 _COMPILED = (".pyc", ".pyo", ".so", ".pyd")
 
 
@@ -39,20 +39,20 @@ def build(folder: Path) -> Path:
 
 
 def _files() -> dict[str, bytes]:
-    """Of each file below `longtake` its name in the wheel and its bytes: code and what lies beside it."""
-    found = {}
+    """The bytes of each file below `longtake`, code and data, by its name in the wheel."""
+    files = {}
     top = importlib.import_module("longtake")
     if top.__file__:
-        # a package of its own, whose folder may be that of the whole source
-        found = {f"longtake/{path.name}": path.read_bytes() for path in Path(top.__file__).parent.glob("*.py")}
+        # the top package alone: its folder may be that of the whole source
+        files = {f"longtake/{path.name}": path.read_bytes() for path in Path(top.__file__).parent.glob("*.py")}
     for name in _PACKAGES:
         (root,) = importlib.import_module(f"longtake.{name}").__path__
         for path in sorted(Path(root).rglob("*")):
             inside = path.relative_to(root)
             hidden = any(part.startswith(".") or part == "__pycache__" for part in inside.parts)
             if path.is_file() and not hidden and path.suffix not in _COMPILED:
-                found[f"longtake/{name}/{inside.as_posix()}"] = path.read_bytes()
-    return found
+                files[f"longtake/{name}/{inside.as_posix()}"] = path.read_bytes()
+    return files
 
 
 def _digest(files: dict[str, bytes]) -> str:

@@ -12,15 +12,15 @@ from ray_operator import RayJob, Resolve
 GRAPHS = Path(os.environ.get("LONGTAKE_GRAPHS") or Path(__file__).parent / "graphs")
 
 
-def schedule(wanted: dict[str, Any]) -> Any:
-    """By the clock (UTC), when one of the assets has changed, or both; None is by hand."""
-    clock = CronTriggerTimetable(wanted["cron"], timezone="UTC") if wanted["cron"] else None
-    assets = AssetAny(*(Asset(uri) for uri in wanted["assets"])) if wanted["assets"] else None
+def schedule(config: dict[str, Any]) -> Any:
+    """The timetable of `deploy.schedule`: cron (UTC), changed assets, or both; None: started by hand."""
+    clock = CronTriggerTimetable(config["cron"], timezone="UTC") if config["cron"] else None
+    assets = AssetAny(*(Asset(uri) for uri in config["assets"])) if config["assets"] else None
     return AssetOrTimeSchedule(timetable=clock, assets=assets) if clock and assets else clock or assets
 
 
 def build(name: str, graph: dict[str, Any]) -> DAG:
-    """resolve -> the stages by the graph's edges -> report; of each stage, the asset NAME.STAGE."""
+    """resolve -> the stages by the graph's edges -> report. Each stage updates the asset NAME.STAGE."""
     deploy = graph["deploy"]
     retry = {
         "retries": deploy["retries"],

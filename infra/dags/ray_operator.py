@@ -1,6 +1,6 @@
-"""Airflow tasks that are Ray jobs. They wait in the triggerer, so that a week of training holds no worker slot.
+"""Airflow tasks that are Ray jobs. They wait in the triggerer, so that a week of training occupies no worker slot.
 
-Airflow's components all import this file: put its folder on the PYTHONPATH of each (see README.md).
+All components of Airflow import this file: put its folder on the PYTHONPATH of each (see README.md).
 """
 
 import asyncio
@@ -28,18 +28,18 @@ from ray_jobs import Ray, RayError
 
 CONNECTION = "longtake_ray"
 _WORKER_PATIENCE = 60.0  # seconds that a worker waits for Ray; the triggerer has more
-# Airflow 3.3 takes a task for killed that goes on before the end of the process that deferred it is noted, which takes
-# [workers] min_heartbeat_interval (5 s) and a round of the scheduler
+# Airflow 3.3 takes a task for killed if it resumes before Airflow has noted the end of the process that deferred it. That
+# takes [workers] min_heartbeat_interval (5 s) and a round of the scheduler.
 _SETTLE = 10.0
 
 
 def patience() -> float:
-    """Seconds without an answer from Ray after which a task fails, to try again later."""
+    """Seconds without an answer from Ray after which a task fails, to be retried later."""
     return float(os.environ.get("LONGTAKE_RAY_PATIENCE_SECONDS", "600"))
 
 
-def here() -> Ray | None:
-    """Ray as the environment names it: LONGTAKE_RAY_ADDRESS, with RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH."""
+def of_environment() -> Ray | None:
+    """The cluster of LONGTAKE_RAY_ADDRESS, with RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH; None if it is not set."""
     address = os.environ.get("LONGTAKE_RAY_ADDRESS")
     if not address:
         return None
@@ -50,20 +50,20 @@ def here() -> Ray | None:
 
 
 def of_connection(connection: Any) -> Ray:
-    """Ray as an Airflow connection names it: host, port, and its password for the token; `schema` may be https."""
+    """The cluster of an Airflow connection: host, port, and its password as the token; `schema` may be https."""
     host = connection.host or ""
     address = host if "://" in host else f"{connection.schema or 'http'}://{host}"
     return Ray(f"{address}:{connection.port}" if connection.port else address, connection.password or "")
 
 
 def job_name(dag: str, run: str, task: str) -> str:
-    """The name of a task's jobs: the same in every try."""
+    """The name of a task's jobs, the same in every try."""
     digest = hashlib.sha256("\n".join((dag, run, task)).encode()).hexdigest()
     return f"{dag}-{task}-{digest[:12]}"
 
 
 class RayJobTrigger(BaseTrigger):
-    """Waits for a job's end and writes its log into the task's. Nothing is lost if it is started again elsewhere."""
+    """Waits for a job's end and copies its log into the task's. It can be restarted elsewhere without loss."""
 
     def __init__(self, job: str, timeout_seconds: float | None) -> None:
         super().__init__()
@@ -74,28 +74,28 @@ class RayJobTrigger(BaseTrigger):
         return "ray_operator.RayJobTrigger", {"job": self.job, "timeout_seconds": self.timeout_seconds}
 
     async def _ray(self) -> Ray:
-        return here() or of_connection(await BaseHook.aget_connection(CONNECTION))
+        return of_environment() or of_connection(await BaseHook.aget_connection(CONNECTION))
 
     async def run(self) -> AsyncIterator[TriggerEvent]:
-        begin = time.monotonic()
-        event = await self._end()
-        await asyncio.sleep(max(0.0, begin + _SETTLE - time.monotonic()))
+        start = time.monotonic()
+        event = await self._wait_for_end()
+        await asyncio.sleep(max(0.0, start + _SETTLE - time.monotonic()))
         yield TriggerEvent({"job": self.job} | event)
 
-    async def _end(self) -> dict[str, Any]:
-        """How the job ended, as `status`, `why` and `timed_out`; or the `error` for which that is not known."""
+    async def _wait_for_end(self) -> dict[str, Any]:
+        """The end of the job, as `status`, `why` and `timed_out`; or the `error` because of which it is not known."""
         ray = await self._ray()
-        seen, pause, stopping, answered = 0, 1.0, False, time.monotonic()
+        read, pause, stopping, answered = 0, 1.0, False, time.monotonic()
         while True:
             try:
-                found = await asyncio.to_thread(ray_jobs.find, ray, self.job)
-                if found is None:
+                details = await asyncio.to_thread(ray_jobs.find, ray, self.job)
+                if details is None:
                     return {"error": f"{ray.address}: Ray knows no such job: was the cluster started anew?"}
-                over = found["status"] in ray_jobs.ENDED
-                seen = await self._show(ray, seen, "\n" if over else "")
-                late = ray_jobs.seconds(found) > (self.timeout_seconds or math.inf)
-                if over:
-                    return {"status": found["status"], "why": ray_jobs.why(found)[:500], "timed_out": late}
+                ended = details["status"] in ray_jobs.ENDED
+                read = await self._copy_log(ray, read, "\n" if ended else "")
+                late = ray_jobs.seconds(details) > (self.timeout_seconds or math.inf)
+                if ended:
+                    return {"status": details["status"], "why": ray_jobs.ending(details)[:500], "timed_out": late}
                 if late and not stopping:
                     await asyncio.to_thread(ray_jobs.stop, ray, self.job)
                     self.log.error("%s took more than %g s: told to stop", self.job, self.timeout_seconds)
@@ -108,29 +108,30 @@ class RayJobTrigger(BaseTrigger):
             await asyncio.sleep(pause)
             pause = ray_jobs.longer(pause)
 
-    async def _show(self, ray: Ray, seen: int, end: str) -> int:
+    async def _copy_log(self, ray: Ray, read: int, end: str) -> int:
+        """Copy the new lines of the log after `read` characters; returns the number of characters read."""
         try:
             log = await asyncio.to_thread(ray_jobs.logs, ray, self.job)
-            lines, seen = ray_jobs.news(log if log.endswith("\n") else log + end, seen)
+            lines, read = ray_jobs.news(log if log.endswith("\n") else log + end, read)
         except RayError as e:
-            # the node that keeps the log may be gone; whether the job has ended is said elsewhere
+            # the node with the log may be gone, though the job still runs or has ended
             lines = [f"(no log: {e})"]
         for line in lines:
             self.log.info("%s", line)
-        return seen
+        return read
 
     async def on_kill(self) -> None:
-        """Stop the job: a user cleared the task or marked it. A restart of the triggerer does not come here."""
+        """Stop the job, since a user cleared or marked the task. A restart of the triggerer does not call this."""
         ray = await self._ray()
         await asyncio.to_thread(ray_jobs.patiently, lambda: ray_jobs.stop(ray, self.job), 20)
         self.log.info("%s: told to stop", self.job)
 
 
 class RayJob(BaseOperator):
-    """A task that is done when its Ray job is.
+    """A task that runs as a Ray job.
 
     Args:
-        command: its third word is the recipe, for which the resolved recipe of the run is put in.
+        command: the third word is the recipe, which the resolved recipe of the run replaces.
         deploy: `env` and `stop_seconds` of the graph.
         asks: `resources` of the graph's stage.
     """
@@ -151,7 +152,7 @@ class RayJob(BaseOperator):
 
     def ray(self) -> Ray:
         try:
-            return here() or of_connection(BaseHook.get_connection(CONNECTION))
+            return of_environment() or of_connection(BaseHook.get_connection(CONNECTION))
         except AirflowNotFoundException:
             line = (
                 f"where is Ray? Set LONGTAKE_RAY_ADDRESS for all parts of Airflow, or add the connection {CONNECTION}"
@@ -162,7 +163,8 @@ class RayJob(BaseOperator):
         """The command of this run.
 
         Raises:
-            AirflowSkipException: there is nothing to do.
+            AirflowSkipException: the stage has finished already.
+            AirflowFailException: the task `resolve` has not ended well.
         """
         resolved = context["ti"].xcom_pull(task_ids="resolve")
         if not resolved:
@@ -177,7 +179,7 @@ class RayJob(BaseOperator):
     def _wait_for_job(self, context: Context) -> None:
         dag, run = context["dag"].dag_id, context["run_id"]
         env = {name: os.environ[name] for name in self.deploy["env"] if name in os.environ}
-        # a job that saved its state and ended, since its node goes away, is not done
+        # so that a job which stops with its state saved, as its node goes away, does not exit with 0
         env["LONGTAKE_STOPPED_CODE"] = "130"
         env["RAY_JOB_STOP_WAIT_TIME_S"] = str(max(1, round(self.deploy["stop_seconds"])))
         metadata = {"dag": dag, "run": run, "task": self.task_id}
@@ -195,7 +197,7 @@ class RayJob(BaseOperator):
         self.defer(trigger=trigger, method_name="ended", kwargs={"attached": attached})
 
     def ended(self, context: Context, event: Mapping[str, Any], attached: bool) -> Any:
-        """Where the task goes on after its wait."""
+        """Finish the task after its wait."""
         job = event["job"]
         if error := event.get("error"):
             raise AirflowException(f"{self.task_id}: job {job}: {error}")
@@ -205,13 +207,13 @@ class RayJob(BaseOperator):
             raise AirflowTaskTimeout(f"{self.task_id}: job {job} took more than {self.execution_timeout}: stopped")
         if event["status"] == "STOPPED":
             if attached:
-                # it was being stopped, for the task that was cleared, when this one came
+                # this task attached to a job that was already being stopped for a cleared task
                 return self._wait_for_job(context)
             raise AirflowFailException(f"{self.task_id}: job {job} was stopped; clear this task to go on")
         raise AirflowException(f"{self.task_id}: job {job}: {event['why']}")
 
     def result(self, context: Context, job: str) -> Any:
-        """What other tasks may read: ids and URLs alone."""
+        """The task's result for other tasks: ids and URLs only."""
         return job
 
     def on_kill(self) -> None:
@@ -220,7 +222,7 @@ class RayJob(BaseOperator):
 
 
 class Resolve(RayJob):
-    """Pins what a run sees, and skips at once all stages that have nothing to do. Its `command` ends before the URL."""
+    """Pins the sources of a run, and skips all stages that have finished. Its `command` ends before the URL."""
 
     def __init__(self, *, folder: str, stages: Sequence[str], **more: Any) -> None:
         super().__init__(**more)
@@ -234,19 +236,18 @@ class Resolve(RayJob):
     def result(self, context: Context, job: str) -> Any:
         ray = self.ray()
         try:
-            said = ray_jobs.last_json(ray_jobs.patiently(lambda: ray_jobs.logs(ray, job), _WORKER_PATIENCE))
+            output = ray_jobs.last_json(ray_jobs.patiently(lambda: ray_jobs.logs(ray, job), _WORKER_PATIENCE))
         except RayError as e:
             raise AirflowException(f"{self.task_id}: job {job}: {e}") from None
-        if not said["recipe"].startswith(said["workspace"]):
-            line = (
-                f"the graph's workspace is not the job's, {said['workspace']}: write a whole path or URL in the recipe"
-            )
+        workspace, todo = output["workspace"], output["todo"]
+        if not output["recipe"].startswith(workspace):
+            line = f"the graph's workspace is not the job's, {workspace}: write a whole path or URL in the recipe"
             raise AirflowFailException(f"{self.task_id}: job {job}: {line}")
-        resolved = {"recipe": said["recipe"], "todo": said["todo"]}
-        done = [name for name in self.stages if name not in said["todo"]]
+        resolved = {"recipe": output["recipe"], "todo": todo}
+        finished = [name for name in self.stages if name not in todo]
         for name in self.stages:
-            self.log.info("%s: %s", name, "nothing to do: already made" if name in done else "to do")
-        if not done:
+            self.log.info("%s: %s", name, "nothing to do: already made" if name in finished else "to do")
+        if not finished:
             return resolved
         context["ti"].xcom_push(key="return_value", value=resolved)
-        raise DownstreamTasksSkipped(tasks=done if said["todo"] else [*done, "report"])
+        raise DownstreamTasksSkipped(tasks=finished if todo else [*finished, "report"])

@@ -1,6 +1,6 @@
 """Longtake: `longtake.load("models:/NAME@champion")` gives the torch module of a registered model.
 
-This is the package `longtake` itself; it lies here since the repository's top folders are its parts.
+This is the package `longtake` itself. It is in this folder because the repository's top folders are its parts.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -27,7 +27,7 @@ def load(uri: str) -> "nn.Module":
 
 
 def resolve(uri: str) -> str:
-    """The URI of the version, "models:/NAME/VERSION", that a model's URI names now, since an alias moves; a folder's path, whole.
+    """The version "models:/NAME/VERSION" that a model's URI names now, since an alias moves; the absolute path of a folder.
 
     Raises:
         UserError, Failure: as `longtake.training.registry.store.locate`.

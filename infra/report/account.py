@@ -1,4 +1,4 @@
-"""The account of a dataset's inputs: where every source, clip and frame went. Each line is a sum that must be right."""
+"""The account of a dataset's inputs: what became of every source, clip and frame. Each line is a sum that must be right."""
 
 from collections import Counter
 from collections.abc import Mapping
@@ -14,7 +14,7 @@ from longtake.pipeline.plan import groups
 
 @dataclass(frozen=True)
 class Part:
-    """One term of a sum; `good` tells what is used from what is not."""
+    """One term of a sum; `good` if it is used."""
 
     name: str
     count: int
@@ -26,10 +26,10 @@ class Part:
 class Line:
     """A whole and the parts that should make it up."""
 
-    what: str
+    name: str
     total: int
     parts: list[Part]
-    lost: str = ""  # what the parts that are not good have in common
+    lost: str = ""  # a common word for the parts that are not good
 
     @property
     def difference(self) -> int:
@@ -37,9 +37,9 @@ class Line:
 
 
 def account(dataset: str, clips: pa.Table, view: pa.Table | None) -> dict[str, Any]:
-    """The lines, every rejected source, what was odd about good ones, and what was dropped as too short.
+    """The lines, every rejected source, good sources with a remark, and the number of pieces that were too short.
 
-    The two sides of a line come from different files (plan, sources, indexes, view), so that a lost one shows.
+    The two sides of a line come from different files (plan, sources, indexes, view), so that a lost file shows.
     """
     tries = index.read_tries(dataset)
     sources = index.last_tries(tries)
@@ -49,26 +49,17 @@ def account(dataset: str, clips: pa.Table, view: pa.Table | None) -> dict[str, A
     )
     good = sources.filter(pc.equal(sources["status"], "good"))
     odd = good.filter(pc.is_valid(good["detail"])).sort_by("uri")
-    again = [Part("planned again", n, True)] if (n := len(tries) - len(sources)) else []
+    retried = [Part("planned again", n, True)] if (n := len(tries) - len(sources)) else []
+    in_shards = [Part(f"in {split} shards", n, True) for split, n in _counts(clips["split"]).items()]
     lines = [
-        Line("sources found", planned, [Part("good", len(good), True), *again, *_rejections(rejected)], "rejected"),
-        Line(
-            "clips cut",
-            _sum(sources["clips"]),
-            [Part(f"in {s} shards", n, True) for s, n in _counts(clips["split"]).items()],
-        ),
+        Line("sources found", planned, [Part("good", len(good), True), *retried, *_rejections(rejected)], "rejected"),
+        Line("clips cut", _sum(sources["clips"]), in_shards),
     ]
     if view is not None:
         dropped = view.filter(pc.invert(view["keep"]))
         reasons = [Part(reason, n, False) for reason, n in _counts(dropped["reason"]).items()]
-        lines.append(
-            Line(
-                "clips judged by the view",
-                len(clips),
-                [Part("kept", len(view) - len(dropped), True), *reasons],
-                "dropped",
-            )
-        )
+        kept = Part("kept", len(view) - len(dropped), True)
+        lines.append(Line("clips judged by the view", len(clips), [kept, *reasons], "dropped"))
     frames = [
         Part("in clips", _sum(clips["frame_count"]), True),
         Part("in pieces too short", _sum(sources["frames_dropped_short"]), False),

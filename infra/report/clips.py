@@ -1,4 +1,4 @@
-"""The clips of a dataset as the page shows them: contact sheets and histograms, kept beside dropped."""
+"""The clips of a dataset on the page: contact sheets and histograms, kept beside dropped."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -15,31 +15,31 @@ from longtake.infra.report.embed import Pictures, data_uri
 
 MOST_KEPT, MOST_DROPPED = 48, 24
 _FRAMES, _HEIGHT = 4, 96
-_LEAST_MOTION = 1e-5  # below it a clip stands still; a log axis needs some least value
+_LEAST_MOTION = 1e-5  # of a still clip, since a log axis has no zero
 _T = TypeVar("_T")
 
 
 def load(dataset: str, view: pa.Table | None) -> pa.Table:
-    """The index of all clips with their split, and what the view says of each: `keep` and `reason`."""
+    """The index of all clips with their split, and the view's `keep` and `reason`."""
     tables = [index.read_all(dataset, split) for split in schema.SPLITS]
     splits = pa.array([s for s, t in zip(schema.SPLITS, tables, strict=True) for _ in range(len(t))], pa.string())
     clips = pa.concat_tables(tables).append_column("split", splits)
     if view is None:
         keep, reason = pa.repeat(True, len(clips)), pa.nulls(len(clips), pa.string())
     else:
-        at = pc.index_in(clips["key"], value_set=view["key"].combine_chunks())
-        keep = pc.fill_null(view["keep"].take(at), False)
-        reason = pc.if_else(pc.is_valid(at), view["reason"].take(at), "not in the view")
+        rows = pc.index_in(clips["key"], value_set=view["key"].combine_chunks())
+        keep = pc.fill_null(view["keep"].take(rows), False)
+        reason = pc.if_else(pc.is_valid(rows), view["reason"].take(rows), "not in the view")
     return clips.append_column("keep", keep).append_column("reason", reason)
 
 
 def spread(sources: Sequence[_T], most: int) -> list[int]:
-    """Numbers of at most `most` clips that show as many sources as they can; `sources` has one entry a clip."""
-    seen = Counter[_T]()
+    """Numbers of at most `most` clips from as many sources as possible; `sources` has one entry a clip."""
+    counts = Counter[_T]()
     rounds: dict[int, list[int]] = {}
     for i, source in enumerate(sources):
-        rounds.setdefault(seen[source], []).append(i)
-        seen[source] += 1
+        rounds.setdefault(counts[source], []).append(i)
+        counts[source] += 1
     chosen: list[int] = []
     for _, members in sorted(rounds.items()):
         room = min(most - len(chosen), len(members))
@@ -47,17 +47,17 @@ def spread(sources: Sequence[_T], most: int) -> list[int]:
     return sorted(chosen)
 
 
-def contact(dataset: str, clips: pa.Table, uris: dict[str, str], keep: bool, pictures_kept: Pictures) -> dict[str, Any]:
-    """A contact sheet of the kept or of the dropped clips: a tile a clip, and all in one picture beside the page."""
+def contact(dataset: str, clips: pa.Table, uris: dict[str, str], keep: bool, folder: Pictures) -> dict[str, Any]:
+    """A contact sheet of the kept or of the dropped clips: one tile a clip, and one picture of all beside the page."""
     part = clips.filter(pc.equal(clips["keep"], keep)).sort_by([("source", "ascending"), ("clip", "ascending")])
     chosen = spread(part["source"].to_pylist(), MOST_KEPT if keep else MOST_DROPPED)
     rows = part.take(pa.array(chosen, pa.int64())).to_pylist()
     with ThreadPoolExecutor(4) as pool:
         strips = list(pool.map(lambda row: _strip(dataset, row), rows))
-    tiles = [_tile(row, uris.get(row["source"], ""), found) for row, found in zip(rows, strips, strict=True)]
-    drawn = [(found, _caption(tile)) for found, tile in zip(strips, tiles, strict=True) if not isinstance(found, str)]
+    tiles = [_tile(row, uris.get(row["source"], ""), strip) for row, strip in zip(rows, strips, strict=True)]
+    drawn = [(strip, _caption(tile)) for strip, tile in zip(strips, tiles, strict=True) if not isinstance(strip, str)]
     if drawn:
-        pictures_kept.add(f"clips-{'kept' if keep else 'dropped'}.jpg", pictures.sheet(*zip(*drawn, strict=True)))
+        folder.add(f"clips-{'kept' if keep else 'dropped'}.jpg", pictures.sheet(*zip(*drawn, strict=True)))
     return {
         "tiles": tiles,
         "all": len(part),
@@ -67,19 +67,19 @@ def contact(dataset: str, clips: pa.Table, uris: dict[str, str], keep: bool, pic
 
 
 def _strip(dataset: str, row: dict[str, Any]) -> Any:
-    """First frame, last frame and two between, which shows a cut that was missed; the error where there are none."""
+    """The first frame, the last and two between, which show a missed cut; the error if they cannot be read."""
     url = storage.join(dataset, row["split"], f"{row['shard']}.tar")
     frames = np.linspace(0, row["frame_count"] - 1, _FRAMES).round().astype(int).tolist()
     try:
         mp4 = storage.read_range(url, row["mp4_offset"], row["mp4_size"])
         return pictures.strip(clip.decode(mp4, frames, name=row["key"]), _HEIGHT)
-    except (OSError, RuntimeError) as e:  # a Failure, or what decord raises for what is no video
+    except (OSError, RuntimeError) as e:  # a Failure, or decord's error for a file that is no video
         return str(e)
 
 
-def _tile(row: dict[str, Any], uri: str, found: Any) -> dict[str, Any]:
+def _tile(row: dict[str, Any], uri: str, strip: Any) -> dict[str, Any]:
     source, _, number = row["key"].rpartition("-")
-    failed = isinstance(found, str)
+    failed = isinstance(strip, str)
     return {
         "key": row["key"],
         "short": f"{source[:8]}-{number}",
@@ -89,9 +89,9 @@ def _tile(row: dict[str, Any], uri: str, found: Any) -> dict[str, Any]:
         "size": f"{row['width']}×{row['height']}",
         "motion": row["motion"],
         "reason": row["reason"],
-        "error": found if failed else None,
-        "picture": None if failed else data_uri("jpg", pictures.jpeg(found)),
-        "shape": None if failed else found.size,
+        "error": strip if failed else None,
+        "picture": None if failed else data_uri("jpg", pictures.jpeg(strip)),
+        "shape": None if failed else strip.size,
     }
 
 
@@ -101,8 +101,8 @@ def _caption(tile: dict[str, Any]) -> str:
     return f"{tile['short']}  {tile['seconds']:.1f} s  {size}  motion {tile['motion']:.4f}{reason}"
 
 
-def histograms(clips: pa.Table, pictures_kept: Pictures) -> list[dict[str, Any]]:
-    """How the clips are spread over length, motion, size, brightness and sharpness."""
+def histograms(clips: pa.Table, folder: Pictures) -> list[dict[str, Any]]:
+    """Histograms of the clips' length, motion, size, brightness and sharpness."""
     kept = np.asarray(clips["keep"], dtype=bool)
     values = {
         "length": (np.asarray(clips["frame_count"]) / np.asarray(clips["fps"]), "seconds"),
@@ -110,20 +110,14 @@ def histograms(clips: pa.Table, pictures_kept: Pictures) -> list[dict[str, Any]]
         "brightness": (np.asarray(clips["brightness"], dtype=float), ""),
         "sharpness": (np.asarray(clips["sharpness"], dtype=float), ""),
     }
-    made = []
+    plots = []
     for name, (column, unit) in values.items():
-        picture = pictures.histogram(column[kept], column[~kept], log=name == "motion")
-        made.append(
-            {
-                "name": name,
-                "unit": unit,
-                "median": float(np.median(column)),
-                "picture": pictures_kept.add(f"clips-{name}.svg", picture),
-            }
-        )
+        histogram = pictures.histogram(column[kept], column[~kept], log=name == "motion")
+        picture = folder.add(f"clips-{name}.svg", histogram)
+        plots.append({"name": name, "unit": unit, "median": float(np.median(column)), "picture": picture})
     sizes = np.array([f"{w}×{h}" for w, h in zip(clips["width"].to_pylist(), clips["height"].to_pylist(), strict=True)])
     names = sorted(set(sizes.tolist()))
     counts = [np.array([int((sizes[mask] == name).sum()) for name in names]) for mask in (kept, ~kept)]
-    size = pictures_kept.add("clips-size.svg", pictures.bars(names, *counts))
-    made.insert(2, {"name": "size", "unit": "width × height", "median": None, "picture": size})
-    return made
+    picture = folder.add("clips-size.svg", pictures.bars(names, *counts))
+    plots.insert(2, {"name": "size", "unit": "width × height", "median": None, "picture": picture})
+    return plots

@@ -17,11 +17,11 @@ def data_uri(kind: str, data: bytes) -> str:
 
 @dataclass(frozen=True)
 class Pictures:
-    """The folder that keeps a copy of the page's pictures."""
+    """The folder with copies of the page's pictures."""
 
     folder: Path
 
     def add(self, name: str, data: bytes) -> str:
-        """Write one, its name made harmless, and return it as a data URI."""
+        """Write a picture under a safe form of its name, and return it as a data URI."""
         storage.write(str(self.folder / re.sub(r"[^\w.-]+", "_", name)), data)
         return data_uri(name.rsplit(".", 1)[1], data)

@@ -1,6 +1,5 @@
 """Builds the report of a recipe or of a dataset: one HTML file that needs nothing else, and its pictures beside it."""
 
-import math
 import shlex
 from collections.abc import Sequence
 from datetime import datetime
@@ -16,10 +15,9 @@ from longtake.datasets.masking import shown
 from longtake.infra.report.account import Line, account
 from longtake.infra.report.clips import contact, histograms, load
 from longtake.infra.report.embed import Pictures
-from longtake.infra.report.generated import generated
-from longtake.infra.report.heldout import heldout
-from longtake.infra.report.memory import continued, retrieved
+from longtake.infra.report.gallery import galleries
 from longtake.infra.report.runs import StageRun, outcome, telling, training
+from longtake.infra.report.text import duration, number
 
 
 def build(
@@ -29,7 +27,7 @@ def build(
 
     Args:
         stages: the recipe's stages in order; may be empty.
-        dataset, view: URLs, None where the recipe has made none.
+        dataset, view: URLs; None if the recipe has none yet.
 
     Returns:
         The path of the page.
@@ -43,19 +41,16 @@ def build(
         seconds=sum(s.seconds for s in stages if not s.reused),
         made=datetime.now().astimezone(),
         places=_places(stages, dataset, view, tracking_uri),
-        data=_data(dataset, view, pictures),
+        data=_dataset(dataset, view, pictures),
         training=training(stages, pictures),
-        heldout=[found for stage in stages if (found := heldout(stage, pictures))],
-        generated=[found for stage in stages if (found := generated(stage, pictures))],
-        retrieved=retrieved(stages, pictures),
-        continued=[found for found in map(continued, stages) if found],
+        galleries=galleries(stages, pictures),
         stages=stages,
     )
     return _save(folder, page)
 
 
 def build_of_dataset(folder: Path, dataset: str, view: str | None) -> tuple[Path, list[Line]]:
-    """The dataset's part of the page alone, as `build`; returns the path and the lines of its account.
+    """Write the dataset's part of the page alone, as `build`; returns the path and the lines of its account.
 
     Raises:
         UserError: there is no such dataset, or no such view.
@@ -63,19 +58,10 @@ def build_of_dataset(folder: Path, dataset: str, view: str | None) -> tuple[Path
     index.describe(dataset)
     if view is not None:
         views.read_view(view)
-    data = _data(dataset, view, Pictures(folder / "pictures"))
+    data = _dataset(dataset, view, Pictures(folder / "pictures"))
     name = dataset.rstrip("/").rsplit("/", 1)[-1]
-    places = _places((), dataset, view, "")
-    page = _render(
-        recipe=name,
-        status="",
-        line="",
-        seconds=0,
-        made=datetime.now().astimezone(),
-        places=places,
-        data=data,
-        stages=None,
-    )
+    places, now = _places((), dataset, view, ""), datetime.now().astimezone()
+    page = _render(recipe=name, status="", line="", seconds=0, made=now, places=places, data=data, stages=None)
     return _save(folder, page), data["account"]["lines"]
 
 
@@ -89,27 +75,27 @@ def _places(
     stages: Sequence[StageRun], dataset: str | None, view: str | None, tracking_uri: str
 ) -> list[tuple[str, str]]:
     models = [("model", s.uri) for s in stages if s.uri.startswith("models:/")]
-    found = [("dataset", dataset or ""), ("view", view or ""), *models, ("tracking", tracking_uri)]
+    places = [("dataset", dataset or ""), ("view", view or ""), *models, ("tracking", tracking_uri)]
     if tracking_uri and not tracking_uri.startswith(("http://", "https://")):
-        found.append(("see the runs", f"mlflow ui --backend-store-uri {shlex.quote(tracking_uri)}"))
-    return [(name, place) for name, place in found if place]
+        places.append(("see the runs", f"mlflow ui --backend-store-uri {shlex.quote(tracking_uri)}"))
+    return [(name, place) for name, place in places if place]
 
 
-def _data(dataset: str | None, view: str | None, pictures: Pictures) -> dict[str, Any]:
-    """All that the page says of the dataset, or `{"missing": why}`."""
+def _dataset(dataset: str | None, view: str | None, pictures: Pictures) -> dict[str, Any]:
+    """The facts about the dataset on the page, or `{"missing": reason}`."""
     if dataset is None:
         return {"missing": "No dataset yet: no `shard` stage has finished."}
     try:
         description = index.describe(dataset)
     except UserError as e:
         return {"missing": str(e)}
-    judged, note = None, "No view yet: every clip counts as kept."
+    table, note = None, "No view yet: every clip counts as kept."
     if view is not None:
         try:
-            judged, note = views.read_view(view), ""
+            table, note = views.read_view(view), ""
         except UserError as e:
             note = f"{e} Until then every clip counts as kept."
-    clips = load(dataset, judged)
+    clips = load(dataset, table)
     sources = index.read_sources(dataset)
     uris = {
         s["source"]: s["uri"] for s in sources.select(["source", "uri", "status"]).to_pylist() if s["status"] == "good"
@@ -117,9 +103,9 @@ def _data(dataset: str | None, view: str | None, pictures: Pictures) -> dict[str
     return {
         "missing": None,
         "note": note,
-        "geometry": description.get("clip", {}),
+        "clip": description.get("clip", {}),
         "url": dataset,
-        "account": account(dataset, clips, judged),
+        "account": account(dataset, clips, table),
         "seconds": float(pc.sum(pc.divide(clips["frame_count"], clips["fps"])).as_py() or 0),
         "kept": contact(dataset, clips, uris, True, pictures),
         "dropped": contact(dataset, clips, uris, False, pictures),
@@ -137,22 +123,5 @@ def _render(**context: Any) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"number": _number, "duration": _duration, "telling": telling}
+    environment.filters |= {"number": number, "duration": duration, "telling": telling}
     return shown(environment.get_template("page.html").render(context))
-
-
-def _number(value: float) -> str:
-    """A number for people: whole ones with thousands separators, others to four digits."""
-    if math.isinf(value):
-        return "∞" if value > 0 else "−∞"
-    if value == round(value, 0):
-        return f"{int(value):,}"
-    return f"{value:.4g}"
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 60:
-        return f"{seconds:.1f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {rest:02d} s"

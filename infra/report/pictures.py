@@ -20,7 +20,7 @@ GAP = 2
 _MARGIN, _CAPTION, _COLUMNS = 8, 18, 3
 _MOST_BARS = 10
 _MOST_POINTS = 1000
-# drawn in the light colours; in the SVG each becomes a CSS variable, so these page.css has too
+# plots are drawn in the light colours, which become CSS variables of the SVG; page.css has the same values
 _COLOURS = {
     "paper": ("#ffffff", "#171b21"),
     "ink": ("#59636e", "#9aa5b1"),
@@ -74,8 +74,8 @@ def sheet(strips: Sequence["Image"], captions: Sequence[str]) -> bytes:
 def histogram(kept: np.ndarray, dropped: np.ndarray, log: bool = False) -> bytes:
     """Kept and dropped values stacked in common bins; with `log`, bins of equal ratio (values must be positive)."""
     figure, axes = _axes()
-    both = np.concatenate([kept, dropped])
-    low, high = float(both.min()), float(both.max())
+    values = np.concatenate([kept, dropped])
+    low, high = float(values.min()), float(values.max())
     if log and low < high:
         bins = np.geomspace(low, high, 25)
         axes.set_xscale("log")
@@ -89,15 +89,15 @@ def histogram(kept: np.ndarray, dropped: np.ndarray, log: bool = False) -> bytes
 
 
 def bars(names: Sequence[str], kept: np.ndarray, dropped: np.ndarray) -> bytes:
-    """Stacked horizontal bars, the longest first; what does not fit is summed up in a last one."""
+    """Stacked horizontal bars, the longest first; the last bar is the sum of those that do not fit."""
     order = np.argsort(-(kept + dropped), kind="stable")
-    shown, rest = order[:_MOST_BARS], order[_MOST_BARS:]
-    labels = [names[i] for i in shown] + ([f"{len(rest)} others"] if len(rest) else [])
-    tail = [[int(counts[rest].sum())] if len(rest) else [] for counts in (kept, dropped)]
-    one, two = (np.append(counts[shown], end) for counts, end in zip((kept, dropped), tail, strict=True))
+    longest, others = order[:_MOST_BARS], order[_MOST_BARS:]
+    labels = [names[i] for i in longest] + ([f"{len(others)} others"] if len(others) else [])
+    sums = [[int(counts[others].sum())] if len(others) else [] for counts in (kept, dropped)]
+    left, right = (np.append(counts[longest], last) for counts, last in zip((kept, dropped), sums, strict=True))
     figure, axes = _axes()
-    axes.barh(labels, one, color=_LIGHT["kept"], height=0.7)
-    axes.barh(labels, two, left=one, color=_LIGHT["dropped"], height=0.7)
+    axes.barh(labels, left, color=_LIGHT["kept"], height=0.7)
+    axes.barh(labels, right, left=left, color=_LIGHT["dropped"], height=0.7)
     axes.set_ylim(len(labels) - 0.4, -0.6)
     axes.grid(axis="y", visible=False)
     _whole_numbers(axes.xaxis)
@@ -105,15 +105,15 @@ def bars(names: Sequence[str], kept: np.ndarray, dropped: np.ndarray) -> bytes:
 
 
 def curve(points: Sequence[tuple[int, float]]) -> bytes:
-    """A metric by step: the values pale, their running mean over them; log scale where they span over a decade."""
+    """A metric by step: pale values, their running mean over them; log scale if they span more than a decade."""
     from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
     figure, axes = _axes()
     steps, values = (np.array(column, dtype=float) for column in zip(*points, strict=True))
-    raw = _extremes(values)
-    axes.plot(steps[raw], values[raw], color=_LIGHT["kept"], alpha=0.35, linewidth=0.9)
-    mean = np.linspace(0, len(values) - 1, min(len(values), _MOST_POINTS)).astype(int)
-    axes.plot(steps[mean], running_mean(values)[mean], color=_LIGHT["kept"], linewidth=1.8)
+    peaks = _extremes(values)
+    axes.plot(steps[peaks], values[peaks], color=_LIGHT["kept"], alpha=0.35, linewidth=0.9)
+    spread = np.linspace(0, len(values) - 1, min(len(values), _MOST_POINTS)).astype(int)
+    axes.plot(steps[spread], running_mean(values)[spread], color=_LIGHT["kept"], linewidth=1.8)
     if len(values) == 1:
         axes.plot(steps, values, "o", color=_LIGHT["kept"], markersize=4)
     if values.min() > 0 and values.max() > 10 * values.min():
@@ -129,7 +129,7 @@ def curve(points: Sequence[tuple[int, float]]) -> bytes:
 
 
 def lines(curves: Mapping[str, Sequence[tuple[int, float]]]) -> bytes:
-    """One or two curves over the same whole numbers, with a legend where there are two."""
+    """One or two curves over the same whole numbers, with a legend for two."""
     from matplotlib.ticker import MaxNLocator
 
     figure, axes = _axes()
@@ -143,10 +143,10 @@ def lines(curves: Mapping[str, Sequence[tuple[int, float]]]) -> bytes:
 
 
 def paths(kinds: Mapping[str, Sequence[Sequence[tuple[float, float]]]]) -> bytes:
-    """Paths (V, T, 2) of one or two kinds in one plane, a dot at each step, a ring at the first."""
+    """Paths (V, T, 2) of one or two kinds in one plane, a dot at each latent, a ring at the first."""
     figure, axes = _axes()
-    for (label, some), colour in zip(kinds.items(), ("kept", "dropped"), strict=False):
-        for number, path in enumerate(some):
+    for (label, group), colour in zip(kinds.items(), ("kept", "dropped"), strict=False):
+        for number, path in enumerate(group):
             x, y = zip(*path, strict=True)
             name = label if number == 0 else None
             axes.plot(x, y, color=_LIGHT[colour], linewidth=0.9, marker=".", markersize=3, alpha=0.8, label=name)
@@ -157,16 +157,16 @@ def paths(kinds: Mapping[str, Sequence[Sequence[tuple[float, float]]]]) -> bytes
 
 
 def running_mean(values: np.ndarray) -> np.ndarray:
-    """The mean of a window around each value, a twentieth of all values wide; at the ends what is left of it."""
+    """The mean around each value over a twentieth of all values, over fewer at the ends."""
     reach = len(values) // 40
-    at = np.arange(len(values))
-    first, last = np.maximum(at - reach, 0), np.minimum(at + reach, len(values) - 1) + 1
+    centres = np.arange(len(values))
+    first, last = np.maximum(centres - reach, 0), np.minimum(centres + reach, len(values) - 1) + 1
     sums = np.concatenate([[0.0], np.cumsum(values)])
     return (sums[last] - sums[first]) / (last - first)
 
 
 def _extremes(values: np.ndarray) -> np.ndarray:
-    """Numbers of few enough values to draw that no spike is lost: the least and greatest of each stretch."""
+    """Numbers of the values to draw, without losing a spike: the least and the greatest of each stretch."""
     if len(values) <= _MOST_POINTS:
         return np.arange(len(values))
     stretches = np.array_split(np.arange(len(values)), _MOST_POINTS // 2)
@@ -196,7 +196,7 @@ def _whole_numbers(axis: Any) -> None:
 
 
 def _svg(figure: "Figure") -> bytes:
-    """The figure as an SVG whose bytes depend on the drawing alone."""
+    """The figure as an SVG; the same drawing gives the same bytes."""
     import matplotlib as mpl
 
     sink = io.StringIO()

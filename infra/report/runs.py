@@ -1,4 +1,4 @@
-"""What the recipe's stages did, as their MLflow runs tell it: the training curves and the table of stages."""
+"""The training curves and the table of the recipe's stages, from their MLflow runs."""
 
 import math
 import re
@@ -18,7 +18,7 @@ _TELLING = (
 
 @dataclass(frozen=True)
 class StageRun:
-    """One stage of a recipe: how it went, what it made (`uri`) and what its MLflow run holds."""
+    """One stage of a recipe: its status, its product (`uri`) and the content of its MLflow run."""
 
     name: str
     kind: str
@@ -36,14 +36,14 @@ class StageRun:
 def training(stages: Sequence[StageRun], keep: Pictures) -> list[dict[str, Any]]:
     """A section for every stage with a history: its curves, losses first, and its numbers."""
     return [
-        {"stage": s, "curves": [_curve(s, metric, keep) for metric in sorted(_by_training_step(s), key=_losses_first)]}
-        for s in stages
-        if any(map(s.history.get, _by_training_step(s)))
+        {"stage": stage, "curves": [_curve(stage, metric, keep) for metric in sorted(metrics, key=_losses_first)]}
+        for stage in stages
+        if any(map(stage.history.get, metrics := _training_metrics(stage)))
     ]
 
 
-def _by_training_step(stage: StageRun) -> list[str]:
-    """The metrics with a history, but those of an evaluation by position."""
+def _training_metrics(stage: StageRun) -> list[str]:
+    """The metrics by optimizer step. An evaluation logs its metrics by position as by_step/NAME."""
     return [metric for metric in stage.history if not metric.startswith("by_step/")]
 
 
@@ -65,7 +65,7 @@ def _curve(stage: StageRun, metric: str, keep: Pictures) -> dict[str, Any]:
 
 
 def telling(metrics: Mapping[str, float], most: int = 4) -> list[tuple[str, float]]:
-    """The few metrics that say most about a stage."""
+    """The most important metrics of a stage."""
 
     def rank(name: str) -> int:
         return next((i for i, word in enumerate(_TELLING) if re.fullmatch(word, name)), len(_TELLING))
@@ -74,13 +74,14 @@ def telling(metrics: Mapping[str, float], most: int = 4) -> list[tuple[str, floa
 
 
 def outcome(stages: Sequence[StageRun]) -> tuple[str, str]:
-    """The status of the recipe as a whole: (status, a line for people)."""
+    """(status, a line for people) of the whole recipe."""
     if not stages:
         return "EMPTY", "no stage has run"
-    bad = [s for s in stages if s.status != "FINISHED"]
-    worst = next((w for w in ("FAILED", "KILLED", "RUNNING") if any(s.status == w for s in bad)), "FINISHED")
+    unfinished = [s for s in stages if s.status != "FINISHED"]
+    statuses = {s.status for s in unfinished}
+    worst = next((status for status in ("FAILED", "KILLED", "RUNNING") if status in statuses), "FINISHED")
     reused = sum(s.reused for s in stages)
     parts = [f"{len(stages)} stage{'s' * (len(stages) != 1)}"]
     parts += [f"{reused} reused"] if reused else []
-    parts += [f"not finished: {', '.join(s.name for s in bad)}"] if bad else []
+    parts += [f"not finished: {', '.join(s.name for s in unfinished)}"] if unfinished else []
     return worst, ", ".join(parts)

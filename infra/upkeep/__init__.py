@@ -1,1 +1,1 @@
-"""What keeps a workspace and a machine in order: checks, estimates, cleaning."""
+"""The upkeep of workspaces and machines: checks, estimates, cleaning."""

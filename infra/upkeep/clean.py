@@ -1,8 +1,8 @@
-"""What a workspace no longer needs: old checkpoints, latents of dead encoders, what killed processes left behind.
+"""Find and delete what a workspace no longer needs: old checkpoints, latents of unused encoders, debris.
 
-MLflow says what is still needed, so that nothing goes that a run would take up again: a checkpoint is judged by the run
-that its meta.json names, an output by the runs that name it. Committed shards, sources and views are never touched, nor
-what links lead to. What it gives up: a run that MLflow holds for running keeps what it may use, though it be long dead.
+MLflow decides what is needed, so that everything stays that a run would resume or reuse. A checkpoint is judged by the run
+that its meta.json names, an output by the runs that name it. Committed shards, sources, views and the targets of links are
+never touched. Given up: a dead run that is still RUNNING in MLflow keeps all that it might use.
 """
 
 import contextlib
@@ -23,21 +23,9 @@ from longtake.infra.graph import Node
 from longtake.infra.recipe import Recipe
 from longtake.infra.runs import Runs
 from longtake.infra.upkeep import debris
-from longtake.infra.upkeep.debris import (
-    SPOOL,
-    Found,
-    Item,
-    Kept,
-    cached_models,
-    files,
-    is_link,
-    locked,
-    pages,
-    remove_model,
-    run_of,
-    size,
-)
+from longtake.infra.upkeep.debris import SPOOL, Finds, Item, Kept, is_link, locked, run_of, size
 from longtake.training.config import TrainConfig
+from longtake.training.registry.store import everything
 from longtake.training.registry.uri import parse
 
 KINDS = ("checkpoints", "latents", "debris", "cache")
@@ -48,8 +36,8 @@ _STEP = re.compile(r"step-(\d+)")
 _PAGE = 1000
 
 
-class Past(NamedTuple):
-    """A stage's run, as MLflow tells it."""
+class PastRun(NamedTuple):
+    """A stage's run in MLflow."""
 
     id: str
     experiment: str
@@ -63,32 +51,33 @@ class Past(NamedTuple):
 
 def find(
     recipe: Recipe, nodes: list[Node], store: Runs, kinds: Iterable[str] = KINDS[:3], older: float = OLDER_SECONDS
-) -> Found:
-    """What may go of these KINDS, and what stays though it looks old. Deletes nothing.
+) -> Finds:
+    """Items of these KINDS that may be deleted, and those that look unused but stay. Deletes nothing.
 
     Args:
-        nodes: of the recipe as it is now: what these stages have made, or would take up again, stays.
-        older: seconds for which debris must have lain still.
+        nodes: the recipe's graph as it is now. What these stages have made, or would resume, stays.
+        older: seconds since the last change of debris, at least.
     """
-    past = _past(store, f"tags.`longtake.output` LIKE '{recipe.workspace.partition(chr(39))[0]}/%'")
+    past = _past_runs(store, f"tags.`longtake.output` LIKE '{recipe.workspace.partition(chr(39))[0]}/%'")
     past = [run for run in past if run.output.startswith(f"{recipe.workspace}/")]
-    finders: dict[str, Callable[[], Found]] = {
+    finders: dict[str, Callable[[], Finds]] = {
         "checkpoints": lambda: _checkpoints(nodes, store, past),
         "latents": lambda: _latents(recipe, nodes, store, past),
         "debris": lambda: debris.find(recipe, store, [(run.id, run.output) for run in past], older),
-        "cache": lambda: cached_models(older),
+        "cache": lambda: debris.cached_models(older),
     }
     for kind in kinds:
         yield from finders[kind]()
 
 
 def remove(item: Item, store: Runs) -> Kept | None:
-    """Delete it; a kill in the middle leaves debris that the next `clean` finds. What is returned says why it stays.
+    """Delete an item; returns the reason if it must stay. A kill leaves debris that the next `clean` finds.
 
     Raises:
-        Failure: it cannot be deleted; UserError: a training has begun in its folder meanwhile.
+        Failure: it cannot be deleted.
+        UserError: a training has started in its folder since it was found.
     """
-    if item.model and (kept := remove_model(item, store)):
+    if item.model and (kept := debris.remove_model(item, store)):
         return kept
     for url in item.paths:
         with storage.failing_clearly(url):
@@ -111,46 +100,45 @@ def _remove_local(path: Path) -> None:
         if path.is_symlink() or not path.is_dir():
             path.unlink()
             return
-        # a folder goes by its name first, so that nobody takes half of it for the whole
-        doomed = path.with_name(f".{path.name}~{socket.gethostname()}@{os.getpid()}~{secrets.token_hex(4)}.tmp")
+        # renamed first, so that nobody takes a half deleted folder for a whole one
         if SPOOL.fullmatch(path.name) is None:
-            path.rename(doomed)
-            path = doomed
+            path = path.rename(
+                path.with_name(f".{path.name}~{socket.gethostname()}@{os.getpid()}~{secrets.token_hex(4)}.tmp")
+            )
         shutil.rmtree(path)
 
 
-# What MLflow knows.
+# Runs.
 
 
-def _past(store: Runs, condition: str) -> list[Past]:
-    """Stages' runs of all experiments of the store."""
+def _past_runs(store: Runs, condition: str) -> list[PastRun]:
+    """The stages' runs of all experiments of the store."""
     client = store.client
-    experiments = [e.experiment_id for e in pages(lambda t: client.search_experiments(page_token=t))]
-    found = pages(lambda t: client.search_runs(experiments, condition, max_results=_PAGE, page_token=t))
-    return [_as_past(run) for run in found if "longtake.output" in run.data.tags]
+    experiments = [e.experiment_id for e in everything(client.search_experiments)]
+    runs = everything(client.search_runs, experiments, condition, max_results=_PAGE)
+    return [_past_run(run) for run in runs if "longtake.output" in run.data.tags]
 
 
-def _as_past(run: Any) -> Past:
-    tags = run.data.tags
-    names = ("longtake.fingerprint", "longtake.kind", "longtake.output", "longtake.uri")
-    fingerprint, kind, output, uri = (tags.get(name, "") for name in names)
-    return Past(
-        run.info.run_id, run.info.experiment_id, run.info.status, fingerprint, kind, output, uri, run.data.params
+def _past_run(run: Any) -> PastRun:
+    info, tags = run.info, run.data.tags
+    fingerprint, kind, output, uri = (
+        tags.get(f"longtake.{tag}", "") for tag in ("fingerprint", "kind", "output", "uri")
     )
+    return PastRun(info.run_id, info.experiment_id, info.status, fingerprint, kind, output, uri, run.data.params)
 
 
-def _is_running(run: Past) -> bool:
+def _is_running(run: PastRun) -> bool:
     return run.status in ("RUNNING", "SCHEDULED")
 
 
 # Checkpoints.
 
 
-def _checkpoints(nodes: list[Node], store: Runs, past: list[Past]) -> Found:
+def _checkpoints(nodes: list[Node], store: Runs, past: list[PastRun]) -> Finds:
     ours = [run for run in past if run.experiment == store.experiment]
     by_id = {run.id: run for run in ours}
     current = {node.fingerprint for node in nodes}
-    # a folder that the recipe names may serve several runs, one after the other
+    # several runs may use a folder that the recipe names, one after the other
     trained = [node.config.run for node in nodes if isinstance(node.config, TrainConfig)]
     named = {Path(run.checkpoints) for run in trained if run.checkpoints}
     default = {Path(run.output) / "checkpoints" for run in ours if storage.is_local(run.output)}
@@ -169,26 +157,25 @@ def _checkpoints(nodes: list[Node], store: Runs, past: list[Past]) -> Found:
                 if run is None:
                     yield Kept(str(path), "no run of this recipe's experiment wrote it")
                 elif _is_running(run):
-                    yield Kept(
-                        str(path), f"run {run.id} is {run.status} in MLflow; if it is dead, run it again or end it"
-                    )
+                    reason = f"run {run.id} is {run.status} in MLflow; if it is dead, run it again or end it"
+                    yield Kept(str(path), reason)
                 else:
-                    reasons[path] = _why_checkpoint(path, last, run, ours, current, folder in named, store)
-            going = [path for path, reason in reasons.items() if reason]
-            for path in going:
-                # who has no checkpoint must not be told of one
-                first = (str(folder / "latest"),) if path.name == last else ()
-                yield Item("checkpoint", str(path), size(str(path)), str(reasons[path]), (*first, str(path)))
+                    reasons[path] = _why_unneeded(path, last, run, ours, current, folder in named, store)
+            for path, unneeded in reasons.items():
+                if unneeded:
+                    # `latest` must never name a checkpoint that is gone
+                    first = (str(folder / "latest"),) if path.name == last else ()
+                    yield Item("checkpoint", str(path), size(str(path)), unneeded, (*first, str(path)))
 
 
-def _why_checkpoint(
-    path: Path, last: str, run: Past, ours: list[Past], current: set[str], named: bool, store: Runs
+def _why_unneeded(
+    path: Path, last: str, run: PastRun, ours: list[PastRun], current: set[str], named: bool, store: Runs
 ) -> str | None:
-    """Why a checkpoint may go; None where it stays."""
+    """The reason why a checkpoint may be deleted; None if it stays."""
     every = run.params.get("run.keep_every", run.params.get("keep_every", "None"))
     if run.status == "FINISHED" and path.name != last:
         number = int(path.name.removeprefix("step-"))
-        # the recipe asks to keep these for good
+        # the recipe keeps every n-th for good
         return None if every.isdigit() and number % int(every) == 0 else f"its stage has finished, {last} is the last"
     if named:
         return None
@@ -197,22 +184,22 @@ def _why_checkpoint(
             return None
         gone = "the recipe has no stage with these settings any more"
         return f"{gone}, {run.uri} is registered" if _version(store, run.uri) else None
-    done = [r for r in ours if r.fingerprint == run.fingerprint and r.status == "FINISHED" and r.output != run.output]
-    # a finished run is what `run` takes, never again this one
-    return f"its run ended as {run.status}, and run {done[0].id} has finished the same" if done else None
+    alike = [r for r in ours if r.fingerprint == run.fingerprint and r.status == "FINISHED" and r.output != run.output]
+    # `longtake run` reuses the finished run and never resumes this one
+    return f"its run ended as {run.status}, and run {alike[0].id} has finished the same" if alike else None
 
 
 def _last(folder: Path, steps: list[Path]) -> str:
-    """The name of the checkpoint that a training would go on from."""
+    """The name of the checkpoint that a training would resume from; empty if there is none."""
     with contextlib.suppress(OSError, UnicodeDecodeError):
-        named = (folder / "latest").read_text().strip()
-        if folder / named in steps:
-            return named
+        name = (folder / "latest").read_text().strip()
+        if folder / name in steps:
+            return name
     return steps[-1].name if steps else ""
 
 
 def _version(store: Runs, uri: str) -> Any:
-    """The registered version that a `models:/NAME/VERSION` URI names; None where there is none."""
+    """The registered version that a `models:/NAME/VERSION` URI names; None if there is none."""
     from mlflow.exceptions import MlflowException
 
     name, number, _ = parse(uri)
@@ -229,57 +216,58 @@ def _version(store: Runs, uri: str) -> Any:
 # Latents.
 
 
-def _latents(recipe: Recipe, nodes: list[Node], store: Runs, past: list[Past]) -> Found:
-    described: dict[tuple[str, str], list[tuple[Past, column.Latents]]] = {}
-    for run in _past(store, "tags.`longtake.kind` = 'cache_latents'"):
+def _latents(recipe: Recipe, nodes: list[Node], store: Runs, past: list[PastRun]) -> Finds:
+    # who made which column, which of them the recipe uses, and who may be reading
+    makers: dict[tuple[str, str], list[tuple[PastRun, column.Latents]]] = {}
+    for run in _past_runs(store, "tags.`longtake.kind` = 'cache_latents'"):
         with contextlib.suppress(UserError, Failure):
-            made = column.read_latents(run.uri or run.output)
-            described.setdefault((made.dataset, made.column), []).append((run, made))
+            record = column.read_latents(run.uri or run.output)
+            makers.setdefault((record.dataset, record.column), []).append((run, record))
     live, encoders = _live_latents(nodes, store)
-    reading = [
+    readers = [
         run
-        for run in _past(store, "attributes.status = 'RUNNING'")
+        for run in _past_runs(store, "attributes.status = 'RUNNING'")
         if run in past or any(value.startswith(recipe.workspace) for value in run.params.values())
     ]
     for dataset in sorted({run.output for run in past if run.kind == "shard"}):
         if storage.is_local(dataset) and is_link(Path(dataset)):
             continue
         for name, sizes in sorted(_columns(dataset).items()):
-            told = described.get((dataset, name), [])
+            runs = makers.get((dataset, name), [])
             where = f"{dataset}: {name}"
-            others = [run for run, _ in told if run.experiment != store.experiment]
-            if any(run.id in live for run, _ in told):
+            others = [run for run, _ in runs if run.experiment != store.experiment]
+            if any(run.id in live for run, _ in runs):
                 continue
-            if not told:
+            if not runs:
                 yield Kept(where, "no stage has finished it, or one of another tracking store has")
             elif others:
                 yield Kept(where, f"run {others[0].id} of another experiment made it too")
-            elif why := _encoder_lives(store, told[0][1].encoder["uri"], encoders):
-                yield Kept(where, why)
-            elif reading:
-                yield Kept(
-                    where, f"run {reading[0].id} is RUNNING in MLflow and may read it; if it is dead, end it there"
-                )
+            elif use := _use_of_encoder(store, runs[0][1].encoder["uri"], encoders):
+                yield Kept(where, use)
+            elif readers:
+                reason = f"run {readers[0].id} is RUNNING in MLflow and may read it; if it is dead, end it there"
+                yield Kept(where, reason)
             else:
-                reason = f"its encoder {told[0][1].encoder['uri']} has no alias and no stage names it"
+                reason = f"its encoder {runs[0][1].encoder['uri']} has no alias and no stage names it"
                 yield Item("latents", where, sum(sizes.values()), reason, tuple(sizes))
 
 
 def _live_latents(nodes: list[Node], store: Runs) -> tuple[set[str], set[str]]:
-    """Runs whose latents the recipe uses now, and the encoders that its stages name."""
+    """Ids of the runs whose latents the recipe uses now, and the encoders that its stages name."""
     live, encoders = set(), set()
-    made = {node.name: store.find(node.fingerprint) for node in nodes}
+    runs = {node.name: store.find(node.fingerprint) for node in nodes}
     for node in nodes:
         if node.kind == "cache_latents":
             value = node.inputs["encoder"]
-            source = made.get(value)
-            encoders.add(source.uri if source else value)
-            if run := made[node.name]:
+            maker = runs.get(value)
+            encoders.add(maker.uri if maker else value)
+            if run := runs[node.name]:
                 live.add(run.id)
     return live, encoders
 
 
-def _encoder_lives(store: Runs, uri: str, encoders: set[str]) -> str | None:
+def _use_of_encoder(store: Runs, uri: str, encoders: set[str]) -> str | None:
+    """The use that an encoder still has; None if it has none."""
     if uri in encoders:
         return f"a stage of the recipe names its encoder {uri}"
     version = _version(store, uri)
@@ -288,10 +276,10 @@ def _encoder_lives(store: Runs, uri: str, encoders: set[str]) -> str | None:
 
 
 def _columns(dataset: str) -> dict[str, dict[str, int]]:
-    """Of each column of latents its files and their bytes: indexes before tars, so that no half of it looks whole."""
-    found: dict[str, dict[str, int]] = {}
+    """The bytes of the files of each column of latents. Indexes go before tars, so that no half of it looks whole."""
+    columns: dict[str, dict[str, int]] = {}
     for part in ("compact", *schema.SPLITS):
-        for url, count in sorted(files(storage.join(dataset, part)), key=lambda f: f[0].endswith(".tar")):
+        for url, count in sorted(debris.files(storage.join(dataset, part)), key=lambda f: f[0].endswith(".tar")):
             if match := _COLUMN.fullmatch(url.rpartition("/")[2]):
-                found.setdefault(match[1], {})[url] = count
-    return found
+                columns.setdefault(match[1], {})[url] = count
+    return columns

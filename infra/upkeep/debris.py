@@ -1,4 +1,4 @@
-"""What killed processes have left in a workspace, in MLflow and in a user's cache, and how old and large files are."""
+"""The debris of killed processes in a workspace, in MLflow and in a user's cache; the age and size of files."""
 
 import contextlib
 import json
@@ -8,10 +8,12 @@ import socket
 import stat
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
+
+import psutil
 
 from longtake.datasets import storage
 from longtake.datasets.errors import Failure, UserError
@@ -19,7 +21,7 @@ from longtake.infra.recipe import Recipe
 from longtake.infra.runs import Runs
 from longtake.training.registry import store as model_store
 
-_FOREIGN_SECONDS = 24 * 3600.0  # for debris of other machines, whose processes cannot be asked
+_FOREIGN_SECONDS = 24 * 3600.0  # for debris of other machines, whose processes cannot be looked up
 _OUTPUT = re.compile(r"[0-9a-f]{12}(-[0-9a-f]{8})?")
 SPOOL = re.compile(r"\..+~(?P<host>[^~]+)@(?P<pid>\d+)~[0-9a-f]+\.tmp")
 _SCRATCH = re.compile(r"\.(step-\d+|universal)\.tmp")
@@ -28,68 +30,68 @@ _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 @dataclass(frozen=True)
 class Item:
-    """Something that may go: `paths` of files and folders, in the order in which they go."""
+    """Something that may be deleted: `paths` of files and folders, in the order of their deletion."""
 
-    what: str
+    kind: str
     where: str
     bytes: int
     reason: str
     paths: tuple[str, ...]
-    model: str = ""  # id of the half model in MLflow that goes with it
+    model: str = ""  # id of the partly logged model in MLflow that is deleted with it
 
 
 class Kept(NamedTuple):
-    """Something that looks old and stays."""
+    """Something that looks unused and stays."""
 
     where: str
     reason: str
 
 
-Found = Iterator[Item | Kept]
+Finds = Iterator[Item | Kept]
 
 
 # Debris.
 
 
-def find(recipe: Recipe, store: Runs, past: Iterable[tuple[str, str]], older: float) -> Found:
+def find(recipe: Recipe, store: Runs, past: Iterable[tuple[str, str]], older: float) -> Finds:
     """Debris of a workspace.
 
     Args:
         past: (id, output) of the runs that the store knows.
-        older: seconds for which it must have lain still.
+        older: seconds since its last change, at least.
     """
     local = storage.is_local(recipe.workspace)
-    # a remote workspace's spools lie in this machine's temporary folder
+    # spools of a remote workspace are in this machine's temporary folder
     yield from _spools(Path(recipe.workspace) if local else Path(tempfile.gettempdir()), older, deep=local)
     yield from _orphans(recipe, store, dict(past), older)
-    yield from _half_models(store, older)
+    yield from _partial_models(store, older)
 
 
-def _spools(root: Path, older: float, deep: bool) -> Found:
-    for folder, below, files in os.walk(root):
-        here = [n for n in (*below, *files) if SPOOL.fullmatch(n) or (deep and _SCRATCH.fullmatch(n))]
-        below[:] = [name for name in below if name not in here] if deep else []
-        for name in here:
+def _spools(root: Path, older: float, deep: bool) -> Finds:
+    for folder, subfolders, files in os.walk(root):
+        matching = [n for n in (*subfolders, *files) if SPOOL.fullmatch(n) or (deep and _SCRATCH.fullmatch(n))]
+        subfolders[:] = [name for name in subfolders if name not in matching] if deep else []
+        for name in matching:
             path = Path(folder) / name
-            still = time.time() - newest(str(path))
+            age = age_of(str(path))
             if match := SPOOL.fullmatch(name):
                 foreign = match["host"] != socket.gethostname()
-                if not foreign and storage.alive(match["pid"]):
+                if not foreign and psutil.pid_exists(int(match["pid"])):
                     continue
-                if still > max(older, _FOREIGN_SECONDS if foreign else 0):
-                    reason = f"left by process {match['pid']} of {match['host']}, {_ago(still)}"
+                if age > max(older, _FOREIGN_SECONDS if foreign else 0):
+                    reason = f"left by process {match['pid']} of {match['host']}, {_ago(age)}"
                     yield Item("debris", str(path), size(str(path)), reason, (str(path),))
-            elif still > older:
+            elif age > older:
                 owner = path.parent if name.startswith(".step") else path.parent.parent
                 with locked(owner) as free:
                     if free:
-                        reason = f"half a checkpoint of a killed training, {_ago(still)}"
+                        reason = f"half a checkpoint of a killed training, {_ago(age)}"
                         yield Item("debris", str(path), size(str(path)), reason, (str(path),))
 
 
-def _orphans(recipe: Recipe, store: Runs, past: dict[str, str], older: float) -> Found:
-    """Outputs that no run names, of stages that hold nothing which cannot be made again."""
-    known, runs = set(past.values()), set(past)
+def _orphans(recipe: Recipe, store: Runs, past: dict[str, str], older: float) -> Finds:
+    """Outputs that no run names, if all that they hold can be made again."""
+    named, runs = set(past.values()), set(past)
     outputs = [
         storage.join(recipe.workspace, stage, name)
         for stage in storage.names(recipe.workspace)
@@ -98,17 +100,17 @@ def _orphans(recipe: Recipe, store: Runs, past: dict[str, str], older: float) ->
         if _OUTPUT.fullmatch(name)
     ]
     for output in outputs:
-        inside = set(storage.names(output))
-        if output in known or not inside or (storage.is_local(output) and is_link(Path(output))):
+        content = set(storage.names(output))
+        if output in named or not content or (storage.is_local(output) and is_link(Path(output))):
             continue
-        if not known:
+        if not named:
             yield Kept(output, "this tracking store knows no run of this workspace; is MLFLOW_TRACKING_URI right?")
-        elif inside - {"checkpoints", "latents.json"}:
+        elif content - {"checkpoints", "latents.json"}:
             yield Kept(output, "no run names it, but it may hold what cannot be made again; delete it yourself")
         elif _named_elsewhere(output, store):
             yield Kept(output, "a run names it by the path that the workspace had before it was moved")
-        elif (still := time.time() - newest(output)) > older and _is_free(output, runs):
-            yield Item("output", output, size(output), f"no run in MLflow names it, {_ago(still)}", (output,))
+        elif (age := age_of(output)) > older and _is_free(output, runs):
+            yield Item("output", output, size(output), f"no run in MLflow names it, {_ago(age)}", (output,))
 
 
 def _named_elsewhere(output: str, store: Runs) -> bool:
@@ -127,21 +129,19 @@ def _is_free(output: str, runs: set[str]) -> bool:
         return free
 
 
-def _half_models(store: Runs, older: float) -> Found:
-    """Models that killed runs have logged by half; a run that goes on logs them anew."""
+def _partial_models(store: Runs, older: float) -> Finds:
+    """Models that killed runs have logged only in part; a resumed run logs them anew."""
     client = store.client
-    for model in pages(lambda t: client.search_logged_models([store.experiment], page_token=t)):
-        still = time.time() - model.last_updated_timestamp / 1000
-        if model.status == "READY" or "sha256" not in model.tags or still < older:
+    for model in model_store.everything(client.search_logged_models, [store.experiment]):
+        age = time.time() - model.last_updated_timestamp / 1000
+        if model.status == "READY" or "sha256" not in model.tags or age < older:
             continue
         where = f"MLflow: model {model.model_id} of run {model.source_run_id}"
         if model.source_run_id and client.get_run(model.source_run_id).info.status in ("RUNNING", "SCHEDULED"):
             yield Kept(where, "its run is RUNNING in MLflow; if it is dead, run it again or end it")
         else:
-            bytes_ = _artifact_bytes(model.artifact_location)
-            yield Item(
-                "half model", where, bytes_, f"its run was killed while it logged it, {_ago(still)}", (), model.model_id
-            )
+            reason = f"its run was killed while it logged it, {_ago(age)}"
+            yield Item("half model", where, _artifact_bytes(model.artifact_location), reason, (), model.model_id)
 
 
 def _artifact_bytes(location: str) -> int:
@@ -155,7 +155,7 @@ def _artifact_bytes(location: str) -> int:
 
 
 def remove_model(item: Item, store: Runs) -> Kept | None:
-    """Delete half a model; what is returned says why it stays."""
+    """Delete a partly logged model; returns the reason if it cannot be deleted."""
     from mlflow.exceptions import MlflowException
 
     try:
@@ -171,15 +171,15 @@ def remove_model(item: Item, store: Runs) -> Kept | None:
 # Pulled models.
 
 
-def cached_models(older: float) -> Found:
+def cached_models(older: float) -> Finds:
     """Models in this user's cache that no ref names any more."""
     root = Path(os.environ.get("LONGTAKE_CACHE") or Path.home() / ".cache" / "longtake")
     refs = "".join(path.read_text(errors="replace") for path in root.glob("refs/**/*") if path.is_file())
     for path in sorted(root.glob("models/*")):
         if not _SHA256.fullmatch(path.name) or path.is_symlink() or not path.is_dir() or path.name in refs:
             continue
-        if (still := time.time() - newest(str(path))) > older:
-            reason = f"no URI that was pulled names it any more, {_ago(still)}"
+        if (age := age_of(str(path))) > older:
+            reason = f"no URI that was pulled names it any more, {_ago(age)}"
             yield Item("cached model", str(path), size(str(path)), reason, (str(path),))
 
 
@@ -187,12 +187,12 @@ def cached_models(older: float) -> Found:
 
 
 def is_link(path: Path) -> bool:
-    """Whether the folder, or the one of its stage above it, leads elsewhere."""
+    """Whether the folder, or the folder of its stage above it, is a link."""
     return path.is_symlink() or path.parent.is_symlink()
 
 
 def files(url: str) -> Iterator[tuple[str, int]]:
-    """Files below a URL, or itself, with their bytes; links are not followed."""
+    """Files below a URL, or the URL's own file, with their bytes; links are not followed."""
     for path, count, _ in _stats(url):
         yield path, count
 
@@ -202,12 +202,13 @@ def size(url: str) -> int:
     return sum(count for _, count in files(url))
 
 
-def newest(url: str) -> float:
-    """When anything below a URL was written last, in seconds since 1970; now, where the store does not say."""
-    return max((when for _, _, when in _stats(url)), default=time.time())
+def age_of(url: str) -> float:
+    """Seconds since anything below a URL was written last; 0 where the store has no times."""
+    return time.time() - max((when for _, _, when in _stats(url)), default=time.time())
 
 
 def _stats(url: str) -> Iterator[tuple[str, int, float]]:
+    """(path, bytes, time of the last change) of all below a URL, and of the URL itself."""
     if not storage.is_local(url):
         fs, path = storage.filesystem(url)
         fs.invalidate_cache(path)
@@ -216,10 +217,10 @@ def _stats(url: str) -> Iterator[tuple[str, int, float]]:
             yield fs.unstrip_protocol(name), int(facts.get("size") or 0), getattr(when, "timestamp", lambda w=when: w)()
         return
     for folder, _, names in [*os.walk(url), (str(Path(url).parent), [], [Path(url).name])]:
-        for here in (Path(folder, name) for name in names):
+        for file in (Path(folder, name) for name in names):
             with contextlib.suppress(OSError):
-                told = here.lstat()
-                yield str(here), 0 if stat.S_ISDIR(told.st_mode) else told.st_size, told.st_mtime
+                status = file.lstat()
+                yield str(file), 0 if stat.S_ISDIR(status.st_mode) else status.st_size, status.st_mtime
 
 
 def _ago(seconds: float) -> str:
@@ -228,12 +229,12 @@ def _ago(seconds: float) -> str:
 
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[bool]:
-    """Hold the folder against a training that would begin; False where one is at work."""
+    """Keep a training from starting in a folder of checkpoints; False if one is at work there."""
     from longtake.training.checkpoint import locked
 
-    with contextlib.ExitStack() as held:
+    with contextlib.ExitStack() as lock:
         try:
-            held.enter_context(locked(folder))
+            lock.enter_context(locked(folder))
         except UserError:
             yield False
             return
@@ -241,16 +242,7 @@ def locked(folder: Path) -> Iterator[bool]:
 
 
 def run_of(path: Path) -> str:
+    """The MLflow run that wrote a checkpoint; empty if its meta.json cannot be read."""
     with contextlib.suppress(OSError, ValueError, AttributeError):
         return str(json.loads((path / "meta.json").read_bytes()).get("run"))
     return ""
-
-
-def pages(ask: Callable[[str | None], Any]) -> Iterator[Any]:
-    token = None
-    while True:
-        page = ask(token)
-        yield from page
-        token = page.token
-        if not token:
-            return

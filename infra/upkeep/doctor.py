@@ -1,10 +1,10 @@
-"""Is this machine, are the servers and is the storage fit for the work? One line a check, with the fix where it is not.
+"""Checks of this machine, the servers and the storage: one line a check, with the fix where it fails.
 
-Nothing is changed for good: what is written to look whether it can be written is deleted again. What it gives up: nodes of
-a cluster are judged by what they tell of themselves, and only this machine's disks, memory and limits are looked at.
+Nothing is changed for good: whatever a check writes is deleted again. Given up: nodes of a cluster are judged by what they
+report of themselves; only this machine's disks, memory and limits are examined.
 """
 
-import json
+import itertools
 import os
 import secrets
 import socket
@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterator
 from email.utils import parsedate_to_datetime
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
 
 from longtake.datasets import environment, storage
@@ -25,26 +26,26 @@ from longtake.infra.upkeep import machine
 from longtake.infra.upkeep.machine import Level, Line
 from longtake.training.registry import store as model_store
 
-SKEW = (5.0, 900.0)  # seconds: to warn from, and what S3 refuses
+SKEW = (5.0, 900.0)  # seconds: a warning from the first, a failure from the second, which S3 refuses
 
 _PROBE_BYTES = 8 << 20
-_SECONDS = 10.0
+_SECONDS = 10.0  # for an answer
 
 
 def examine(
     recipe: Recipe | None = None, nodes: list[Node] | None = None, address: str | None = None
 ) -> Iterator[Line]:
-    """All checks that apply: of this machine; with a recipe, its servers, storage, sources and resources.
+    """All checks that apply: this machine and, with a recipe, its servers, storage, sources and resources.
 
     Args:
-        nodes: of the recipe's graph.
-        address: of a Ray cluster's dashboard, such as http://head:8265, that the recipe is to run on.
+        nodes: the recipe's graph.
+        address: the dashboard of the Ray cluster to run on, such as http://head:8265.
     """
     workspace = recipe.workspace if recipe else None
     uri = os.environ.get("MLFLOW_TRACKING_URI") or ("" if recipe is None else "sqlite in the workspace")
     checks: dict[str, Callable[[], Iterator[Line]]] = {
         "versions": machine.versions,
-        "environment": surroundings,
+        "environment": variables,
         "accelerators": machine.accelerators,
         "shared memory": machine.shared_memory,
         "memory": machine.memory,
@@ -58,7 +59,7 @@ def examine(
     if uri:
         checks["MLflow"] = lambda: tracking(recipe)
     if workspace:
-        checks["storage"] = lambda: stored(str(workspace))
+        checks["storage"] = lambda: round_trip(str(workspace))
     if recipe and nodes is not None:
         checks["sources"] = lambda: sources(nodes)
         checks["resources"] = lambda: resources(recipe, nodes, address)
@@ -68,12 +69,16 @@ def examine(
     for name, check in checks.items():
         try:
             yield from check()
-        except Exception as e:  # a check that breaks is a finding, whatever broke it
-            yield Line("fail", name, f"{type(e).__name__}: {shown(' '.join(str(e).split()))[:300]}", "see the message")
+        except Exception as e:  # a check that breaks has failed, for whatever reason
+            yield Line("fail", name, f"{type(e).__name__}: {_on_one_line(e)[:300]}", "see the message")
 
 
-def surroundings() -> Iterator[Line]:
-    """What a scheduler or a shell has left in the environment."""
+def _on_one_line(error: Exception) -> str:
+    return shown(" ".join(str(error).split()))
+
+
+def variables() -> Iterator[Line]:
+    """The variables that a scheduler or a shell has set."""
     try:
         rank, world = environment.ranks()
         threads = environment.threads()
@@ -82,8 +87,8 @@ def surroundings() -> Iterator[Line]:
         return
     if world > 1:
         yield Line("ok", "environment", f"a launcher has started this process as rank {rank} of {world}")
-    if wrong := environment.silent_ray(os.environ.get("RAY_ADDRESS") or "local"):
-        yield Line("fail", "environment", wrong, "see the message")
+    if error := environment.silent_ray(os.environ.get("RAY_ADDRESS") or "local"):
+        yield Line("fail", "environment", error, "see the message")
     elif folder := environment.long_folder():
         says = f"{folder}: is too long a path for Ray's sockets, which will lie in /tmp"
         yield Line("warn", "environment", says, "set RAY_TMPDIR to a short folder of your own")
@@ -97,13 +102,13 @@ def surroundings() -> Iterator[Line]:
 def ray_cluster(address: str) -> Iterator[Line]:
     from longtake.infra.cluster import jobs
 
-    if wrong := _silent(address):
-        yield Line("fail", "Ray", wrong, "start the cluster (`ray start --head`), or give the right --address")
+    if error := _connection_error(address):
+        yield Line("fail", "Ray", error, "start the cluster (`ray start --head`), or give the right --address")
         return
     try:
-        found = jobs.cluster_nodes(address)
-        total = {name: sum(node.get(name, 0) for node in found) for name in ("CPU", "GPU")}
-        says = f"{address}: Ray {jobs.cluster_version(address)}, {len(found)} nodes, {total['CPU']:g} CPUs, {total['GPU']:g} GPUs"
+        nodes = jobs.cluster_nodes(address)
+        total = {name: sum(node.get(name, 0) for node in nodes) for name in ("CPU", "GPU")}
+        says = f"{address}: Ray {jobs.cluster_version(address)}, {len(nodes)} nodes, {total['CPU']:g} CPUs, {total['GPU']:g} GPUs"
         jobs.check_version(address)
     except (UserError, Failure) as e:
         yield Line("fail", "Ray", str(e), "see the message")
@@ -112,97 +117,88 @@ def ray_cluster(address: str) -> Iterator[Line]:
 
 
 def tracking(recipe: Recipe | None) -> Iterator[Line]:
-    """Write and read a tag and an artifact of a run that is deleted again."""
+    """Write and read a tag and an artifact of a run, which is deleted again."""
     from longtake.infra import runs
 
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", str(int(_SECONDS)))
     uri = os.environ.get("MLFLOW_TRACKING_URI", "")
-    if uri.startswith("http") and (wrong := _silent(uri)):
-        yield Line(
-            "fail", "MLflow", wrong, "start the server (see infra/README.md), or set MLFLOW_TRACKING_URI to where it is"
-        )
+    if uri.startswith("http") and (error := _connection_error(uri)):
+        fix = "start the server (see infra/README.md), or set MLFLOW_TRACKING_URI to where it is"
+        yield Line("fail", "MLflow", error, fix)
         return
     if recipe:
         store = runs.connect(recipe)
         client, experiment, uri = store.client, store.experiment, store.tracking_uri
     else:
-        client, experiment = runs._client(uri), "0"
-    from mlflow.exceptions import MlflowException
+        client, experiment = runs.client_of(uri), "0"
 
-    mark, began = secrets.token_hex(8), time.monotonic()
+    token, start = secrets.token_hex(8), time.monotonic()
     run = client.create_run(experiment, tags={"mlflow.runName": "longtake doctor"})
     run_id = run.info.run_id
     try:
-        client.set_tag(run_id, "longtake.doctor", mark)
-        if client.get_run(run_id).data.tags.get("longtake.doctor") != mark:
+        client.set_tag(run_id, "longtake.doctor", token)
+        if client.get_run(run_id).data.tags.get("longtake.doctor") != token:
             yield Line("fail", "MLflow", f"{shown(uri)}: gives back another tag than was written", "check its database")
             return
-        yield Line("ok", "MLflow", f"{shown(uri)}: a run made, written, read in {time.monotonic() - began:.2f} s")
-        try:
-            client.log_text(run_id, mark, "doctor.txt")
-            with tempfile.TemporaryDirectory() as folder:
-                read = Path(client.download_artifacts(run_id, "doctor.txt", folder)).read_text()
-            try:
-                gone = model_store.delete_artifacts(run.info.artifact_uri)
-            except (MlflowException, OSError):
-                gone = False
-            left = "" if gone else "; cannot be deleted there, a file of 16 bytes stays"
-        except Exception as e:  # whatever the client of a store raises
-            fix = "start the server with --artifacts-destination, or give this machine the store's credentials"
-            yield Line(
-                "fail",
-                "MLflow artifacts",
-                f"{shown(run.info.artifact_uri)}: {shown(' '.join(str(e).split()))[:200]}",
-                fix,
-            )
-            return
-        if read == mark:
-            yield Line("ok", "MLflow artifacts", f"{run.info.artifact_uri}: written and read{left}")
-        else:
-            yield Line(
-                "fail", "MLflow artifacts", f"{run.info.artifact_uri}: gives back other bytes", "check the store"
-            )
+        yield Line("ok", "MLflow", f"{shown(uri)}: a run made, written, read in {time.monotonic() - start:.2f} s")
+        yield _artifacts(client, run, token)
     finally:
         client.delete_run(run_id)
 
 
-def stored(url: str) -> Iterator[Line]:
-    """Write, list, read and delete a file, and how fast that was."""
-    name = f"doctor-{secrets.token_hex(8)}"
-    target, small = storage.join(url, name), b"1"
-    began = time.monotonic()
-    there = storage.exists(url)
+def _artifacts(client: Any, run: Any, text: str) -> Line:
+    """Write, read and delete an artifact of a run."""
+    from mlflow.exceptions import MlflowException
+
+    uri = run.info.artifact_uri
     try:
-        storage.write(target, small)
-        listed = name in storage.names(url)
-        read = storage.read(target)
-        latency = (time.monotonic() - began) / 3
-        data = secrets.token_bytes(_PROBE_BYTES)
-        began = time.monotonic()
+        client.log_text(run.info.run_id, text, "doctor.txt")
+        with tempfile.TemporaryDirectory() as folder:
+            content = Path(client.download_artifacts(run.info.run_id, "doctor.txt", folder)).read_text()
+        try:
+            deleted = model_store.delete_artifacts(uri)
+        except (MlflowException, OSError):
+            deleted = False
+    except Exception as e:  # whatever the client of a store raises
+        fix = "start the server with --artifacts-destination, or give this machine the store's credentials"
+        return Line("fail", "MLflow artifacts", f"{shown(uri)}: {_on_one_line(e)[:200]}", fix)
+    if content != text:
+        return Line("fail", "MLflow artifacts", f"{uri}: gives back other bytes", "check the store")
+    remainder = "" if deleted else "; cannot be deleted there, a file of 16 bytes stays"
+    return Line("ok", "MLflow artifacts", f"{uri}: written and read{remainder}")
+
+
+def round_trip(url: str) -> Iterator[Line]:
+    """Write, list, read and delete a file, and measure how fast that is."""
+    name = f"doctor-{secrets.token_hex(8)}"
+    target, byte, data = storage.join(url, name), b"1", secrets.token_bytes(_PROBE_BYTES)
+    existed = storage.exists(url)
+    try:
+        times = [time.monotonic()]
+        storage.write(target, byte)
+        intact = name in storage.names(url) and storage.read(target) == byte
+        times.append(time.monotonic())
         storage.write(target, data)
-        wrote = time.monotonic() - began
-        began = time.monotonic()
-        whole = storage.read(target)
-        took = time.monotonic() - began
+        times.append(time.monotonic())
+        intact = storage.read(target) == data and intact
+        times.append(time.monotonic())
     except (Failure, UserError, OSError) as e:
-        says = shown(" ".join(str(e).split()))[:300]
-        yield Line(
-            "fail", "storage", f"{shown(url)}: {says}", "give this machine the rights and credentials to write there"
-        )
+        fix = "give this machine the rights and credentials to write there"
+        yield Line("fail", "storage", f"{shown(url)}: {_on_one_line(e)[:300]}", fix)
         return
     finally:
         _delete(target)
-        if not there and storage.is_local(url):
+        if not existed and storage.is_local(url):
             _remove_empty(Path(url))
-    if not listed or read != small or whole != data:
-        yield Line(
-            "fail", "storage", f"{shown(url)}: does not list or give back what was written", "use a store that does"
-        )
+    if not intact:
+        says = f"{shown(url)}: does not list or give back what was written"
+        yield Line("fail", "storage", says, "use a store that does")
     elif name in storage.names(url):
         yield Line("fail", "storage", f"{shown(url)}: {name} could not be deleted", "give the right to delete")
     else:
-        speed = f"{_PROBE_BYTES / wrote / 1e6:.0f} MB/s written, {_PROBE_BYTES / took / 1e6:.0f} MB/s read"
-        yield Line("ok", "storage", f"{shown(url)}: {latency * 1000:.0f} ms an operation, {speed}")
+        small, write, read = (end - start for start, end in itertools.pairwise(times))
+        speed = f"{_PROBE_BYTES / write / 1e6:.0f} MB/s written, {_PROBE_BYTES / read / 1e6:.0f} MB/s read"
+        yield Line("ok", "storage", f"{shown(url)}: {small / 3 * 1000:.0f} ms an operation, {speed}")
 
 
 def _delete(url: str) -> None:
@@ -211,40 +207,39 @@ def _delete(url: str) -> None:
         fs.rm_file(path)
     except (FileNotFoundError, NotADirectoryError):
         pass
-    except Exception as e:  # said by the caller, who looks whether it is gone
+    except Exception as e:  # the caller lists the folder, and reports a file that is still there
         print(shown(f"{url}: {e}"), file=sys.stderr)
 
 
 def _remove_empty(folder: Path) -> None:
-    """A workspace that was not there before, where nothing has come into it."""
+    """Delete a workspace that did not exist before, if it is still empty."""
     if folder.is_dir() and not any(folder.iterdir()):
         folder.rmdir()
 
 
 def sources(nodes: list[Node]) -> Iterator[Line]:
-    """The first listing of each."""
+    """The first listing of each pattern of sources."""
     from longtake.pipeline.discover import find
 
     for node in nodes:
         for pattern in getattr(node.config, "sources", ()):
             check = f"sources of {node.name}"
-            began = time.monotonic()
+            start = time.monotonic()
             try:
                 batch = next(find([pattern]), None)
             except (UserError, Failure, OSError) as e:
-                yield Line("fail", check, shown(" ".join(str(e).split()))[:300], "see the message")
+                yield Line("fail", check, _on_one_line(e)[:300], "see the message")
                 continue
             if batch is None or not len(batch):
-                yield Line(
-                    "fail", check, f"{shown(pattern)}: lists nothing", "name a folder, glob or manifest with videos"
-                )
+                fix = "name a folder, glob or manifest with videos"
+                yield Line("fail", check, f"{shown(pattern)}: lists nothing", fix)
             else:
-                says = f"{shown(pattern)}: {len(batch)} in the first listing, {time.monotonic() - began:.1f} s"
+                says = f"{shown(pattern)}: {len(batch)} in the first listing, {time.monotonic() - start:.1f} s"
                 yield Line("ok", check, says)
 
 
 def resources(recipe: Recipe, nodes: list[Node], address: str | None) -> Iterator[Line]:
-    """Whether each stage finds the CPUs, GPUs and memory that it asks for."""
+    """Compare the CPUs, GPUs and memory that each stage asks for with those of the cluster, or of this machine."""
     from longtake.infra.cluster import jobs
     from longtake.infra.cluster.submit import lacking
 
@@ -261,44 +256,43 @@ def resources(recipe: Recipe, nodes: list[Node], address: str | None) -> Iterato
     else:
         import torch
 
-        here = {
+        ours = {
             "CPU": float(os.cpu_count() or 1),
             "GPU": float(torch.cuda.device_count()),
             "memory": machine.bytes_of_memory()[0],
         }
-        cluster, where, labels = [here], "this machine", None
-    if wrong := lacking(nodes, recipe.deploy, cluster, labels):
-        for line in wrong:
-            yield Line(
-                "fail", "resources", f"{where}: {line}", "lower it in the recipe, or name a larger cluster by --address"
-            )
-    else:
+        cluster, where, labels = [ours], "this machine", None
+    shortages = lacking(nodes, recipe.deploy, cluster, labels)
+    for line in shortages:
+        fix = "lower it in the recipe, or name a larger cluster by --address"
+        yield Line("fail", "resources", f"{where}: {line}", fix)
+    if not shortages:
         yield Line("ok", "resources", f"{where}: has what the {len(nodes)} stages ask for")
 
 
 def clocks(urls: list[str]) -> Iterator[Line]:
-    """This machine's clock against that of servers, which stores of objects check."""
+    """This machine's clock against the clocks of servers; object stores refuse a large difference."""
     import requests
 
     for url in urls:
         where = shown(url)
         try:
             before = time.time()
-            told = requests.head(url, timeout=_SECONDS, allow_redirects=False).headers.get("Date")
+            date = requests.head(url, timeout=_SECONDS, allow_redirects=False).headers.get("Date")
             after = time.time()
         except requests.exceptions.RequestException:
-            # that it does not answer is another check's finding
+            # another check reports that it does not answer
             continue
-        if told is None:
+        if date is None:
             continue
-        skew = parsedate_to_datetime(told).timestamp() + 0.5 - (before + after) / 2
+        skew = parsedate_to_datetime(date).timestamp() + 0.5 - (before + after) / 2
         level: Level = "fail" if abs(skew) > SKEW[1] else "warn" if abs(skew) > SKEW[0] else "ok"
         says = f"{where}: {abs(skew):.1f} s {'ahead' if skew > 0 else 'behind'}"
         yield Line(level, "clock", says, "" if level == "ok" else "run ntpd or chronyd on both machines")
 
 
-def _silent(url: str) -> str | None:
-    """Why no connection to the server of a URL can be made; None where it can."""
+def _connection_error(url: str) -> str | None:
+    """The reason why the server of a URL cannot be reached; None if it can."""
     parts = urlsplit(url)
     port = parts.port or (443 if parts.scheme == "https" else 80)
     try:
@@ -306,7 +300,3 @@ def _silent(url: str) -> str | None:
             return None
     except OSError as e:
         return f"{shown(url)}: nothing answers at port {port} of {parts.hostname} ({e.strerror or e})"
-
-
-def as_json(lines: list[Line]) -> str:
-    return json.dumps([line._asdict() for line in lines], indent=2)

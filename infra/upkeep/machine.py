@@ -1,7 +1,6 @@
-"""What this machine is fit for: versions, accelerators, memory, limits, disks; one line a check."""
+"""Checks of this machine: versions, accelerators, memory, limits, disks. Each gives a line."""
 
 import os
-import re
 import resource
 import shutil
 import sys
@@ -10,23 +9,24 @@ from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
 from typing import Literal, NamedTuple
 
+import psutil
+
 # minor versions that the tests of this longtake ran with
 TESTED = {"python": "3.11", "ray": "2.60", "torch": "2.13", "deepspeed": "0.19", "mlflow": "3.17"}
 
-# [A] all of these are assumptions of what a run needs; only the 95 % are a fact: from there on Ray refuses to spill to a disk
+# [assumption] what a run needs; FULL alone is a fact: a fuller disk gets no objects from Ray
 LEAST_DISK = 5 << 30  # bytes
 LEAST_INODES = 100_000
 FULL = 0.95  # share of a disk that may be in use
 LEAST_MEMORY = 4 << 30  # bytes
-LEAST_FILES = 8192  # that a process may open
-SHARED_SHARE = 0.3  # of the memory: /dev/shm, where Ray keeps its objects by default
-
+LEAST_FILES = 8192  # open files of a process
+SHARED_SHARE = 0.3  # of the memory, in /dev/shm: where Ray keeps its objects by default
 
 Level = Literal["ok", "warn", "fail"]
 
 
 class Line(NamedTuple):
-    """What a check has found; `fix` is empty where all is well."""
+    """The result of a check; `fix` is empty where all is well."""
 
     level: Level
     check: str
@@ -35,50 +35,51 @@ class Line(NamedTuple):
 
 
 def versions(tested: dict[str, str] = TESTED) -> Iterator[Line]:
-    """Against what the package requires, and against what it was tested with."""
+    """Installed versions against those that the package requires, and those that it was tested with."""
     from packaging.requirements import Requirement
 
-    broken = set()
+    # what the package requires
+    broken = set[str]()
     for text in requires("longtake") or []:
-        asked = Requirement(text)
-        extra = asked.marker is not None and "extra" in str(asked.marker)
-        if asked.name == "longtake" or (extra and "dev" in str(asked.marker)):
+        required = Requirement(text)
+        name, marker = required.name, str(required.marker or "")
+        if name in {"longtake", *broken} or ("extra" in marker and "dev" in marker):
             continue
         try:
-            found = version(asked.name)
+            installed = version(name)
         except PackageNotFoundError:
-            if asked.name not in broken:
-                yield Line("warn", f"version of {asked.name}", "is not installed", 'pip install "longtake[all]"')
-            broken.add(asked.name)
+            broken.add(name)
+            yield Line("warn", f"version of {name}", "is not installed", 'pip install "longtake[all]"')
             continue
-        if not asked.specifier.contains(found, prereleases=True) and asked.name not in broken:
-            broken.add(asked.name)
-            wants = f"{asked.name}{asked.specifier}"
-            yield Line("fail", f"version of {asked.name}", f"{found}; longtake needs {wants}", f'pip install "{wants}"')
+        if not required.specifier.contains(installed, prereleases=True):
+            broken.add(name)
+            wants = f"{name}{required.specifier}"
+            yield Line("fail", f"version of {name}", f"{installed}; longtake needs {wants}", f'pip install "{wants}"')
+
+    # what it was tested with
     same = []
     for name, minor in tested.items():
         if name in broken:
             continue
-        found = ".".join(map(str, sys.version_info[:3])) if name == "python" else version(name)
-        if found.split("+")[0].split(".")[:2] == minor.split("."):
-            same.append(f"{name} {found}")
+        installed = ".".join(map(str, sys.version_info[:3])) if name == "python" else version(name)
+        if installed.split("+")[0].split(".")[:2] == minor.split("."):
+            same.append(f"{name} {installed}")
         else:
             fix = f"use Python {minor}" if name == "python" else f'if anything is odd, pip install "{name}=={minor}.*"'
-            yield Line("warn", f"version of {name}", f"{found}; tested with {minor}", fix)
+            yield Line("warn", f"version of {name}", f"{installed}; tested with {minor}", fix)
     if same:
         yield Line("ok", "versions", ", ".join(same))
 
 
 def accelerators() -> Iterator[Line]:
-    """Each CUDA device with its memory, and whether it computes; NCCL."""
+    """Each CUDA device with its memory and the result of a product; the version of NCCL."""
     import torch
 
     if not torch.cuda.is_available():
         driver = shutil.which("nvidia-smi")
         if driver and torch.version.cuda is None:
-            yield Line(
-                "fail", "accelerators", "a GPU's driver is here, but torch is built for CPUs", "install torch for CUDA"
-            )
+            says = "a GPU's driver is here, but torch is built for CPUs"
+            yield Line("fail", "accelerators", says, "install torch for CUDA")
         elif driver:
             fix = "look at nvidia-smi: the driver must be at least as new as that CUDA"
             yield Line("fail", "accelerators", f"torch for CUDA {torch.version.cuda} finds no GPU", fix)
@@ -88,20 +89,19 @@ def accelerators() -> Iterator[Line]:
     for number in range(torch.cuda.device_count()):
         try:
             free, total = torch.cuda.mem_get_info(number)
-            one = torch.ones(64, 64, device=f"cuda:{number}")
-            right = (one @ one).sum().item() == 64**3
+            ones = torch.ones(64, 64, device=f"cuda:{number}")
+            correct = (ones @ ones).sum().item() == 64**3
         except RuntimeError as e:
-            yield Line(
-                "fail", f"GPU {number}", str(e).splitlines()[0], "reset or reboot, or hide it by CUDA_VISIBLE_DEVICES"
-            )
+            fix = "reset or reboot, or hide it by CUDA_VISIBLE_DEVICES"
+            yield Line("fail", f"GPU {number}", str(e).splitlines()[0], fix)
             continue
-        name = f"{torch.cuda.get_device_name(number)}, {gb(free)} of {gb(total)} free"
-        if not right:
-            yield Line("fail", f"GPU {number}", f"{name}: computes wrongly", "take it out of service")
+        says = f"{torch.cuda.get_device_name(number)}, {gb(free)} of {gb(total)} free"
+        if not correct:
+            yield Line("fail", f"GPU {number}", f"{says}: computes wrongly", "take it out of service")
         elif free < total / 2:
-            yield Line("warn", f"GPU {number}", name, "another process uses it: see nvidia-smi")
+            yield Line("warn", f"GPU {number}", says, "another process uses it: see nvidia-smi")
         else:
-            yield Line("ok", f"GPU {number}", name)
+            yield Line("ok", f"GPU {number}", says)
     if torch.distributed.is_nccl_available():
         yield Line("ok", "NCCL", ".".join(map(str, torch.cuda.nccl.version())))
     else:
@@ -112,9 +112,9 @@ def shared_memory(folder: str = "/dev/shm") -> Iterator[Line]:  # noqa: S108
     if not Path(folder).is_dir():
         yield Line("warn", folder, "is not there", "Ray keeps its objects on the disk then, slowly")
         return
-    total, wanted = shutil.disk_usage(folder).total, SHARED_SHARE * bytes_of_memory()[0]
-    if total < wanted:
-        fix = f"docker run --shm-size={wanted / 1e9:.0f}g, or on Kubernetes an emptyDir with medium: Memory"
+    total, needed = shutil.disk_usage(folder).total, SHARED_SHARE * bytes_of_memory()[0]
+    if total < needed:
+        fix = f"docker run --shm-size={needed / 1e9:.0f}g, or on Kubernetes an emptyDir with medium: Memory"
         yield Line("warn", folder, f"{gb(total)}, less than {SHARED_SHARE:.0%} of the memory", fix)
     else:
         yield Line("ok", folder, gb(total))
@@ -122,26 +122,21 @@ def shared_memory(folder: str = "/dev/shm") -> Iterator[Line]:  # noqa: S108
 
 def memory() -> Iterator[Line]:
     total, free = bytes_of_memory()
+    says = f"{gb(free)} of {gb(total)} free"
     if free < LEAST_MEMORY:
-        yield Line(
-            "warn",
-            "memory",
-            f"{gb(free)} of {gb(total)} free",
-            f"end other processes: {gb(LEAST_MEMORY)} are little",
-        )
+        yield Line("warn", "memory", says, f"end other processes: {gb(LEAST_MEMORY)} are little")
     else:
-        yield Line("ok", "memory", f"{gb(free)} of {gb(total)} free")
+        yield Line("ok", "memory", says)
 
 
 def bytes_of_memory() -> tuple[float, float]:
-    """Bytes in all and free, of the machine or of the container that this is."""
-    told = dict(re.findall(r"^(\w+):\s+(\d+) kB", Path("/proc/meminfo").read_text(), re.MULTILINE))
-    total, free = int(told["MemTotal"]) * 1024.0, int(told["MemAvailable"]) * 1024.0
+    """Total and free bytes of this machine, or of this container, whose limit psutil does not read."""
+    memory = psutil.virtual_memory()
     limit, used = (Path(f"/sys/fs/cgroup/memory.{name}") for name in ("max", "current"))
-    if limit.exists() and (most := limit.read_text().strip()).isdigit() and int(most) < total:
-        # pages of files count as used, but are given back when they are wanted
-        return float(most), max(0.0, min(free, int(most) - int(used.read_text())))
-    return total, free
+    if limit.exists() and (text := limit.read_text().strip()).isdigit() and int(text) < memory.total:
+        # cached pages of files count as used, though the kernel gives them back
+        return float(text), max(0.0, min(memory.available, int(text) - int(used.read_text())))
+    return float(memory.total), float(memory.available)
 
 
 def open_files() -> Iterator[Line]:
@@ -156,17 +151,14 @@ def open_files() -> Iterator[Line]:
 def disks(folders: list[str]) -> Iterator[Line]:
     """Free bytes and inodes where the folders are, or will be."""
     for folder in folders:
-        there = Path(folder)
-        while not there.exists():
-            there = there.parent
-        space, inodes = shutil.disk_usage(there), os.statvfs(there)
+        path = existing_parent(Path(folder))
+        space, inodes = shutil.disk_usage(path), os.statvfs(path)
         says = f"{gb(space.free)} of {gb(space.total)} free"
-        # btrfs and the like have no count of inodes
+        # some file systems, such as btrfs, count no inodes
         few = inodes.f_files > 0 and inodes.f_favail < LEAST_INODES
-        if not os.access(there, os.W_OK):
-            yield Line(
-                "fail", f"disk of {folder}", "cannot be written", "give write permission, or choose another folder"
-            )
+        if not os.access(path, os.W_OK):
+            fix = "give write permission, or choose another folder"
+            yield Line("fail", f"disk of {folder}", "cannot be written", fix)
         elif space.free < space.total * (1 - FULL):
             yield Line("fail", f"disk of {folder}", says, f"free some space: over {FULL:.0%} Ray stops to spill there")
         elif space.free < LEAST_DISK:
@@ -175,6 +167,11 @@ def disks(folders: list[str]) -> Iterator[Line]:
             yield Line("warn", f"disk of {folder}", f"{inodes.f_favail} inodes free", "delete small files")
         else:
             yield Line("ok", f"disk of {folder}", says)
+
+
+def existing_parent(path: Path) -> Path:
+    """The path itself, or the nearest folder above it that exists."""
+    return next(parent for parent in (path, *path.parents) if parent.exists())
 
 
 def gb(count: float) -> str:

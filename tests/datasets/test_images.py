@@ -16,7 +16,7 @@ from longtake.datasets import images, index, schema
 from longtake.datasets.errors import UserError
 from longtake.datasets.loader import Loader, Mixture
 from longtake.datasets.verify import verify
-from longtake.infra.cli import _guarded, cli
+from longtake.infra.cli import cli, exit_code
 
 RNG = np.random.default_rng(0)
 WINDOW = {"frames": 1, "size": (32, 32), "batch": 1, "epochs": 1, "shuffle": False}
@@ -347,7 +347,7 @@ def test_the_command_says_what_it_did(tmp_path: Path, capsys: pytest.CaptureFixt
     write(tmp_path / "train" / "a.tar", {"x.jpg": image, "y.png": b"nothing"})
 
     def run() -> int:
-        return _guarded(lambda: cli(["dataset", "index", str(tmp_path)], standalone_mode=False))
+        return exit_code(lambda: cli(["dataset", "index", str(tmp_path)], standalone_mode=False))
 
     assert run() == 0
     said = capsys.readouterr().out.splitlines()

@@ -1,4 +1,4 @@
-"""What the tests of commands share: a store of runs whose tables are made, and variables that go away with the test."""
+"""Shared by the tests of commands: a store of runs with its tables, and variables that end with the test."""
 
 import shutil
 from collections.abc import Callable, Iterator
@@ -38,7 +38,7 @@ def with_store(fresh_store: Path) -> Callable[[Path], None]:
 
 @pytest.fixture
 def own_store(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """What `runs.connect` and stages set goes away with the test."""
+    """Variables of `runs.connect` and stages end with the test."""
     names = ("TRACKING_URI", "EXPERIMENT_NAME", "RUN_ID", "HTTP_REQUEST_TIMEOUT")
     for name in (*(f"MLFLOW_{n}" for n in names), "LONGTAKE_RECIPE", "RAY_ADDRESS"):
         # a value first, so that whatever the test leaves there is taken back

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from longtake.infra.cli import _guarded, cli
+from longtake.infra.cli import cli, exit_code
 
 
 def longtake(*arguments: str, cwd: Path | None = None, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -29,7 +29,7 @@ def test_help_imports_nothing_heavy() -> None:
 def test_every_command_explains_itself(capsys: pytest.CaptureFixture[str]) -> None:
     commands = [[n] for n in cli.commands] + [["dataset", n] for n in cli.commands["dataset"].commands]  # type: ignore[attr-defined]
     for command in commands:
-        assert _guarded(lambda c=command: cli([*c, "--help"], standalone_mode=False)) == 0  # type: ignore[misc]
+        assert exit_code(lambda c=command: cli([*c, "--help"], standalone_mode=False)) == 0  # type: ignore[misc]
         assert len(capsys.readouterr().out.splitlines()) > 4, command
 
 

@@ -5,16 +5,16 @@ from pathlib import Path
 import pytest
 
 from longtake.datasets import clip, index, schema, storage
-from longtake.infra.cli import _guarded, cli
+from longtake.infra.cli import cli, exit_code
 
 
 def longtake(*arguments: str) -> int:
     """Run a command in this process as the `longtake` script does; its exit code."""
-    return _guarded(lambda: cli(list(arguments), standalone_mode=False))
+    return exit_code(lambda: cli(list(arguments), standalone_mode=False))
 
 
 def shards(dataset: str) -> list[int]:
-    """How many there are in train and in val."""
+    """The numbers of train and val."""
     return [len(index.shard_names(dataset, split)) for split in schema.SPLITS]
 
 

@@ -165,9 +165,11 @@ def test_of_a_long_log_the_last_lines_are_shown() -> None:
 
 def test_an_end_is_said_with_its_exit_code_and_its_own_error() -> None:
     message = "Job entrypoint command failed with exit code 2, last available logs:\nstart\nerror: no such file\nbye"
-    assert ray_jobs.why({"status": "FAILED", "driver_exit_code": 2, "message": message}) == "exit code 2: no such file"
+    assert (
+        ray_jobs.ending({"status": "FAILED", "driver_exit_code": 2, "message": message}) == "exit code 2: no such file"
+    )
     gone = {"status": "FAILED", "driver_exit_code": None, "message": "The head node died"}
-    assert ray_jobs.why(gone) == "failed: The head node died"
+    assert ray_jobs.ending(gone) == "failed: The head node died"
 
 
 def test_the_time_of_a_job_is_counted_from_its_submission_to_its_end() -> None:
@@ -238,4 +240,4 @@ def test_a_real_ray_starts_attaches_stops_and_refuses(tmp_path: Path) -> None:
         failing = ray_jobs.request("echo 'error: all is lost'; exit 3", {})
         assert ray_jobs.start(ray, "job", failing) == ("job-2", False)
         ended = servers.until("its end", 60, lambda: (j := ray_jobs.find(ray, "job-2"))["status"] == "FAILED" and j)
-        assert ray_jobs.why(ended) == "exit code 3: all is lost"
+        assert ray_jobs.ending(ended) == "exit code 3: all is lost"

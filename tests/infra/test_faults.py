@@ -1,4 +1,4 @@
-"""What goes wrong around a run: a store that is down or fresh, and two of the same at once."""
+"""Faults around a run: a store that is down or fresh, and two equal runs at once."""
 
 import os
 import shutil
@@ -26,7 +26,7 @@ def free_port() -> int:
 
 
 def environment(**more: str) -> dict[str, str]:
-    """Of a fresh shell: without what other tests have set for Ray and MLflow."""
+    """The environment of a fresh shell, without other tests' variables for Ray and MLflow."""
     clean = {k: v for k, v in os.environ.items() if not k.startswith(("RAY_", "MLFLOW_"))}
     return clean | {"OMP_NUM_THREADS": "1"} | more
 

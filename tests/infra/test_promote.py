@@ -16,7 +16,7 @@ from mlflow import MlflowClient
 
 from longtake.datasets.errors import Failure, UserError
 from longtake.infra import graph, recipe, runner
-from longtake.infra.cli import _guarded
+from longtake.infra.cli import exit_code
 from longtake.infra.cli.promote import promote, rollback
 from longtake.training.models.pv_vae.model import PVVAE, config_from_preset
 from longtake.training.registry import aliases, disk, promotion
@@ -98,7 +98,7 @@ def written(folder: Path, **changes: Any) -> str:
 def asked(candidate: str, gate: str, *more: str) -> int:
     """The exit code."""
     arguments = [NAME, "--candidate", candidate, "--gate", gate, *more]
-    return _guarded(lambda: promote(arguments, standalone_mode=False))
+    return exit_code(lambda: promote(arguments, standalone_mode=False))
 
 
 def last_run(store: MlflowClient) -> Any:
@@ -244,7 +244,7 @@ def test_a_champion_that_changes_meanwhile_is_a_failure(
 
 def test_rollback_goes_back_and_forth(store: MlflowClient, capsys: pytest.CaptureFixture[str]) -> None:
     def back() -> int:
-        return _guarded(lambda: rollback([NAME], standalone_mode=False))
+        return exit_code(lambda: rollback([NAME], standalone_mode=False))
 
     assert back() == 2 and "no champion to go back to" in capsys.readouterr().err
     promotion.promote(f"models:/{NAME}/1")

@@ -32,7 +32,7 @@ COMMAND = [sys.executable, "-P", "-m", "longtake.infra.cli"]
 
 
 def environment(footage: Path) -> dict[str, str]:
-    """Of a fresh shell: without what other tests have set for Ray and MLflow."""
+    """The environment of a fresh shell, without other tests' variables for Ray and MLflow."""
     clean = {k: v for k, v in os.environ.items() if not k.startswith(("RAY_", "MLFLOW_"))}
     return clean | {"VIDEOS": str(footage)}
 
@@ -87,7 +87,7 @@ def tars(folder: Path) -> dict[str, str]:
 
 @pytest.fixture(scope="module")
 def whole(footage: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where the quickstart itself has been run, with few steps."""
+    """The workspace of the quickstart, run with few steps."""
     folder = tmp_path_factory.mktemp("whole")
     done = longtake(folder, footage, "run", "quickstart", *SMALL)
     assert done.returncode == 0, done.stdout + done.stderr

@@ -16,7 +16,7 @@ from longtake.datasets import index, storage
 from longtake.infra import footage
 from longtake.infra.report import StageRun, build
 from longtake.infra.report.clips import spread
-from longtake.infra.report.measured import verdicts
+from longtake.infra.report.figures import verdicts
 from longtake.infra.report.pictures import curve, running_mean
 from longtake.pipeline.commit import make_group
 from longtake.pipeline.config import ClipConfig, FrameDiffConfig, LimitsConfig
@@ -111,7 +111,7 @@ def page(dataset, view, stages, tmp_path_factory):
 
 @pytest.fixture
 def memories(tmp_path):
-    """Two stages that have retrieved, one whose video is lost, and one that has gone on with videos."""
+    """Two stages that retrieved, one of them without its video, and a stage that continued videos."""
 
     def stage(name, kind, files):
         folder = tmp_path / name / "heldout"
@@ -157,15 +157,17 @@ def test_retrieved_frames_are_compared_by_rate(memories, tmp_path):
     section = html.split('<section id="retrieved">')[1].split("</section>")[0]
     assert section.count("<video") == 1 and section.count("no playable video") == 1
     assert section.count("data:image/svg") == 2 and section.count("data:image/jpeg") == 1
-    assert {"phi-retrieved.jpg", "phi-psnr-by-step.svg"} <= {p.name for p in (tmp_path / "page" / "pictures").iterdir()}
+    assert {"phi-retrieved.jpg", "phi-PSNR_by_latent.svg"} <= {
+        p.name for p in (tmp_path / "page" / "pictures").iterdir()
+    }
     shown = Image.open(tmp_path / "page" / "pictures" / "phi-retrieved.jpg")
     assert shown.size == (2 * (8 * 82 - 2), 2 * 64)
 
 
-def test_videos_that_a_memory_went_on_with_are_shown_with_how_far_they_drift(memories, tmp_path):
+def test_continued_videos_are_shown_with_their_drift(memories, tmp_path):
     page = build(tmp_path / "page", "memories", memories, None, None, "")
     section = page.read_text().split('<section id="continued">')[1].split("</section>")[0]
-    assert "Held-out flow loss by steps of history: 0: 0.875, 6: 0.6875." in section
+    assert "Held-out flow loss by latents of history: 0: 0.875, 6: 0.6875." in section
     assert section.count("<video") == 1 and "continued-1.mp4: no playable video" in section
     text = spaced(page)
     assert "distance to the beginning 0.0625" in text and "truly came next 0.01562" in text
@@ -179,12 +181,25 @@ def test_videos_that_a_memory_went_on_with_are_shown_with_how_far_they_drift(mem
     assert "No distance to the beginning was measured" in again
 
 
+def test_a_record_of_a_new_kind_of_model_is_shown_with_all_its_numbers(memories, tmp_path):
+    heldout = memories[0].artifacts / "heldout"
+    verdict = {"what": "colour", "trivial": "grey", "unit": "", "beats": True, "figure": 0.5, "baseline": 1.5}
+    rows = [{"file": "retrieved.mp4", "error": 0.25}, {"error": 2.0}]
+    record = {"summary": {"hue_error": 0.125, "seed": None, "against": [verdict]}, "videos": rows}
+    (heldout / "colours.json").write_text(json.dumps(record))
+    html = build(tmp_path / "page", "r", memories, None, None, "").read_text()
+    section = html.split('<section id="colours">')[1].split("</section>")[0]
+    text = " ".join(htmllib.unescape(re.sub(r"<[^>]*>", " ", section)).split())
+    assert text == "Colours phi Colour beats grey: yes, 0.5 against 1.5. hue_error 0.125 retrieved.mp4 error 0.25"
+    assert section.count("<video") == 1 and '<a href="#colours">Colours</a>' in html
+
+
 def test_a_page_without_memories_says_nothing_of_them(page):
     assert "Retrieved from memory" not in text_of(page) and "Continued videos" not in text_of(page)
 
 
 def text_of(page: Path) -> str:
-    """What a reader sees, on one line."""
+    """The text on the page, on one line."""
     body = page.read_text().split("<body>")[1]
     return " ".join(htmllib.unescape(re.sub(r"<[^>]*>", "", body)).split())
 
@@ -264,7 +279,7 @@ def test_training_and_heldout_tell_the_truth(page):
     assert "encoded whole, have 19.0 dB beyond the 36 frames of a training window: 1.2 dB less than in pieces" in text
     assert page.read_text().count("data:image/png") == 1
     kept = {p.name for p in (page.parent / "pictures").iterdir()}
-    assert {"vae-PSNR_by_latent_step.svg", "vae-distance_of_latents.svg", "vae-paths.svg", "vae-latents.png"} <= kept
+    assert {"vae-PSNR_by_latent.svg", "vae-distance_of_latents.svg", "vae-paths.svg", "vae-latents.png"} <= kept
     assert "lost-00000.mp4: no playable video" in text
     assert page.read_text().count("<video") == 1
 

@@ -129,7 +129,7 @@ def test_a_link_to_a_workspace_is_no_move(
 def test_records_of_another_store_are_taken_at_the_workspace_s_present_path(
     tmp_path: Path, with_store: Callable[[Path], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Where a server keeps the runs, and each machine mounts the workspace where it likes."""
+    """A server keeps the runs, and each machine mounts the workspace at a path of its own."""
     old, new = tmp_path / "old", tmp_path / "new"
     old.mkdir()
     with_store(tmp_path / "server")
@@ -187,7 +187,7 @@ def test_a_store_that_cannot_be_written_is_one_line(
         except sqlite3.OperationalError as e:
             raise RuntimeError("(sqlite3.OperationalError) and sixty lines") from e
 
-    assert cli._guarded(fails) == 1
+    assert cli.exit_code(fails) == 1
     said = capsys.readouterr().err
     assert said.startswith("error: MLFLOW_TRACKING_URI=sqlite:////there/mlflow.db: ") and said.count("\n") == 1
 

@@ -1,4 +1,4 @@
-"""What the operator does with each answer of Ray; run by Airflow's own Python, without its servers."""
+"""The operator's reactions to each answer of Ray; run by Airflow's own Python, without its servers."""
 
 import asyncio
 import json
@@ -42,7 +42,7 @@ def context(todo: list[str] | None, pushed: dict[str, Any] | None = None) -> Any
 
 
 def event(fake: FakeRay, trigger: Any) -> Any:
-    """What a trigger says at last, after it went through the database."""
+    """The last event of a trigger that went through the database."""
     kind, arguments = trigger.serialize()
     module, _, name = kind.rpartition(".")
     again = getattr(sys.modules[module], name)(**json.loads(json.dumps(arguments)))

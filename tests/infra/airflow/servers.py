@@ -42,7 +42,7 @@ def make_venv() -> None:
 
 
 def until(what: str, seconds: float, true: Callable[[], Any], every: float = 1.0) -> Any:
-    """What `true` returns once it is true."""
+    """The result of `true` once it is true."""
     end = time.monotonic() + seconds
     while time.monotonic() < end:
         if found := true():
@@ -92,7 +92,7 @@ def processes(folder: Path) -> Iterator[Processes]:
 
 
 def clean_env(**more: str) -> dict[str, str]:
-    """Of a fresh shell: without what others have set for Ray, MLflow and Airflow."""
+    """The environment of a fresh shell, without variables for Ray, MLflow and Airflow."""
     kept = {k: v for k, v in os.environ.items() if not k.startswith(("RAY_", "MLFLOW_", "AIRFLOW", "LONGTAKE_"))}
     return kept | {"NO_PROXY": "127.0.0.1,localhost", "no_proxy": "127.0.0.1,localhost"} | more
 

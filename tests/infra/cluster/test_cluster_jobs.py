@@ -1,4 +1,4 @@
-"""A recipe submitted to a Ray cluster of three nodes that loses one, is stopped, and goes on. Other tests ask what is sent."""
+"""A recipe submitted to a Ray cluster of three nodes that loses one, is stopped, and continues. Other tests check the requests."""
 
 import contextlib
 import hashlib

@@ -74,7 +74,7 @@ def manifest(loaded: recipe.Recipe, pods: KubeRay, stage: str | None = None) -> 
 
 
 def templates(job: dict[str, Any]) -> list[dict[str, Any]]:
-    """Of the head, each group of workers, and the submitter."""
+    """The pods of the head, of each group of workers, and of the submitter."""
     cluster = job["spec"]["rayClusterSpec"]
     groups = [cluster["headGroupSpec"], *cluster["workerGroupSpecs"]]
     return [*(g["template"] for g in groups), job["spec"]["submitterPodTemplate"]]

@@ -75,7 +75,7 @@ def ok(result: Result) -> Result:
 
 
 def command(sent: dict[str, Any]) -> list[str]:
-    """What a job gives to `longtake`, as its shell does it, with the recipe's path from where the job begins."""
+    """The arguments of `longtake` in a job's shell, with the recipe's path in the job's first folder."""
     # nothing of the folder that it begins in is needed afterwards
     script = 'python() { test "$PWD" = /tmp && printf "%s\\n" "$@"; }; ' + sent["entrypoint"].replace("exec ", "")
     said = subprocess.run(["sh", "-c", script], cwd="/", capture_output=True, text=True, check=True).stdout.splitlines()

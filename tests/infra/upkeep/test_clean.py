@@ -72,7 +72,7 @@ class Workspace:
         return run, output
 
     def find(self, *kinds: str, older: float = 3600, **vae: Any) -> tuple[dict[str, Item], dict[str, str]]:
-        """What goes and what stays, by where it is in the workspace."""
+        """The items to delete and those that stay, by their place in the workspace."""
         loaded, nodes, store = self.open(**vae)
         found = list(clean.find(loaded, list(nodes.values()), store, kinds or clean.KINDS[:3], older))
 
@@ -399,7 +399,7 @@ def test_a_remote_workspace_loses_dead_latents_and_orphans_and_nothing_else(
     storage.write("s3://lake/ws/latents/0123456789ab/latents.json", b"{}")
     before = set(fs.find("lake"))
     items, _ = here.find(older=-10)
-    assert {item.what for item in items.values()} == {"latents", "output"}
+    assert {item.kind for item in items.values()} == {"latents", "output"}
     for item in items.values():
         clean.remove(item, here.open()[2])
     fs.invalidate_cache()

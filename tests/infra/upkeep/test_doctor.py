@@ -151,12 +151,12 @@ def test_a_store_that_loses_or_keeps_what_it_should_not_is_a_failure(
 ) -> None:
     with monkeypatch.context() as patch:
         patch.setattr(storage, "read", lambda url: b"other")
-        assert next(doctor.stored(str(tmp_path / "a"))).level == "fail"
+        assert next(doctor.round_trip(str(tmp_path / "a"))).level == "fail"
     with monkeypatch.context() as patch:
         patch.setattr(doctor, "_delete", lambda url: None)
-        [line] = doctor.stored(str(tmp_path / "b"))
+        [line] = doctor.round_trip(str(tmp_path / "b"))
         assert line.level == "fail" and "could not be deleted" in line.says
-    [line] = doctor.stored(str(tmp_path / "c"))
+    [line] = doctor.round_trip(str(tmp_path / "c"))
     assert line.level == "ok" and not (tmp_path / "c").exists(), "it was not there before"
 
 

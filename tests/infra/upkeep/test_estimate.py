@@ -17,7 +17,7 @@ from longtake.datasets.errors import UserError
 from longtake.infra import graph, recipe, runner, runs
 from longtake.infra.cli.housekeeping import plan
 from longtake.infra.upkeep import estimate
-from longtake.infra.upkeep import look as sample
+from longtake.infra.upkeep import sources as sample
 from longtake.pipeline import retry
 
 TRAINING = {
@@ -88,13 +88,13 @@ def test_of_all_sources_looked_into_the_clips_and_bytes_are_those_that_sharding_
 
 def test_a_sample_gives_a_range_and_is_the_same_each_time(footage: Path, tmp_path: Path) -> None:
     path = write(tmp_path, footage)
-    count, total, chosen = sample.listed((str(footage),), 3)
+    count, total, chosen = sample.draw((str(footage),), 3)
     assert (
         count == 6
         and total == sum(p.stat().st_size for p in footage.glob("*.mp4"))
         and len({u for u, _ in chosen}) == 3
     )
-    assert (count, total, chosen) == sample.listed((str(footage),), 3)
+    assert (count, total, chosen) == sample.draw((str(footage),), 3)
     found, stages = told(path, sample=3)
     assert [s["uri"] for s in found["sources"]] == [u for u, _ in chosen]
     bytes_ = stages["shards"]["bytes"]
@@ -114,9 +114,9 @@ def test_a_source_is_scaled_from_the_frames_decoded_to_its_whole(
 ) -> None:
     loaded, _, _ = opened(write(tmp_path, footage))
     path = sorted(footage.glob("*.mp4"))[0]
-    whole = sample.look(str(path), path.stat().st_size, loaded.stages["shards"])
+    whole = sample.measure(str(path), path.stat().st_size, loaded.stages["shards"])
     monkeypatch.setattr(sample, "FRAMES", 72)
-    part = sample.look(str(path), path.stat().st_size, loaded.stages["shards"])
+    part = sample.measure(str(path), path.stat().st_size, loaded.stages["shards"])
     assert whole and part and part.seconds == whole.seconds
     assert 0.4 * whole.made_bytes < part.made_bytes < 2.5 * whole.made_bytes
 
