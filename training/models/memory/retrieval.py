@@ -219,5 +219,5 @@ def _kept(model: MemoryDiT, frames: int, shape: Sequence[int]) -> Tensor:
 @torch.no_grad()
 def _frames(model: MemoryDiT, vae: Codec, steps: Tensor) -> Iterator[Tensor]:
     """The frames `(1, 3, t, H, W)` of each step, in [-1, 1]."""
-    for frames in vae.decode_stream([model.denormalise(steps)], steps=1):
+    for frames in vae.decode_stream([model.denormalise(steps)], chunk=1):
         yield frames.float().clamp(-1, 1)
