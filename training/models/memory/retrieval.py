@@ -70,7 +70,7 @@ def heldout_losses(
     """
     rows = []
     for number, (steps, condition) in enumerate(clips):
-        draws = flow.clip_draws(seed, number)
+        draws = flow.clip_rng(seed, number)
         omega = torch.randperm(steps.high.shape[2], generator=draws)[:_AT_ONCE].sort().values.to(steps.high.device)
         velocity = partial(_velocity, model, steps, omega, condition)
         rows.append(flow.losses_over_time(velocity, steps.high[:, :, omega], draws, scale=scale))
