@@ -160,7 +160,7 @@ def measure(options: argparse.Namespace, variant: str, seed: int, model: PVVAE, 
             seeds = list(range(options.samples))
             made = [
                 model.decode(z).clamp(-1, 1)
-                for z in generate(learned, held.shape[2], seeds, steps=options.sample_steps)
+                for z in generate(learned, held.shape[2], seeds, solver_steps=options.sample_steps)
             ]
             network = load_network(options.features)
             distance = video_distance(real, torch.cat(made, dim=2).split(8), network, split="val", seed=0, kernel=False)

@@ -1,4 +1,4 @@
-"""What generates videos, behind one face: `longtake generate`, the served model and the judge know no family."""
+"""The interface to models that generate videos, so that generation, serving and the judge know no family."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ import numpy as np
 from longtake.datasets.errors import UserError
 from longtake.training.models.common.condition import NO_CLASS
 
-Story = list[tuple[float, int]]  # from which second on a video is of which class; -1 is none
+Story = list[tuple[float, int]]  # (second, class id) from which on a video has that class; -1 is no class
 
 
 @dataclass(frozen=True)
 class Settings:
-    """How to sample. PV-VAE: 100 Euler steps, no shift; the others are choices.
+    """How to sample. PV-VAE: 100 Euler steps, no shift; the other defaults are choices.
 
-    steps      Euler steps of a window
-    guidance   towards the class, 1 is none; without a class it has no effect
-    shift      of the flow's times towards noise
-    overlap    latents (frames, for a prior of pixels) of a window that are given by the one before
-    history_noise   level of noise, 0 to 1, that a model with a memory is given its past with; 0 is none
+    steps           Euler steps of a window
+    guidance        towards the class, 1 is none; without a class it has no effect
+    shift           of the flow's times towards noise
+    overlap         latents (frames, for a prior of pixels) that a window shares with the one before
+    history_noise   noise, 0 to 1, on the history of a model with a memory; 0 is none
     """
 
-    steps: int = 100
+    steps: int = 100  # the name that registered models and recipes have; functions call them `solver_steps`
     guidance: float = 1.0
     shift: float = 1.0
     overlap: int = 2
@@ -35,20 +35,20 @@ class Settings:
 
 
 class Request(NamedTuple):
-    """A video that is asked for: its seed, and what it is of at which second."""
+    """A video to generate: its seed, and its classes over time."""
 
     seed: int
     story: Story
 
 
 class Generator(Protocol):
-    """A loaded prior with all that it needs to make videos.
+    """A loaded prior with all that it needs to generate videos.
 
-    accepts    what may be asked for beside a seed (see `kind.Kind`)
+    accepts    options of a request beside the seed (see `kind.Kind`)
     classes    names of its classes in the order of their ids
-    frames     of a video, unless another length is asked for
-    fps, size  frames per second, and (height, width), of the videos that it has learned
-    settings   those that it was registered with
+    frames     of a video of the default length
+    fps, size  frames per second, and (height, width), of its training videos
+    settings   the ones that it was registered with
     """
 
     @property
@@ -70,13 +70,13 @@ class Generator(Protocol):
     def settings(self) -> Settings: ...
 
     def begin(self, frames: Iterator[np.ndarray]) -> Any:
-        """What to continue from: of the end of a video `(H, W, 3)` uint8. UserError where it is too short."""
+        """The `start` of `videos` from a video's frames `(H, W, 3)` uint8. UserError if the video is too short."""
 
     def frames_of_seconds(self, seconds: float, fps: float, start: Any = None) -> int:
-        """The least number of frames that it can make and that last so long, after `start`."""
+        """The smallest number of frames, after `start`, that it can generate and that last at least `seconds`."""
 
     def rounds(self, frames: int, settings: Settings, start: Any = None) -> int:
-        """How often `videos` calls `each_step`. ValueError where it makes no videos of so many frames."""
+        """How often `videos` calls `each_step`. ValueError if it cannot generate videos of `frames` frames."""
 
     def videos(
         self,
@@ -90,29 +90,36 @@ class Generator(Protocol):
         tile: int | None = None,
         each_step: Callable[[], object] | None = None,
     ) -> Iterator[np.ndarray]:
-        """The videos of some requests side by side: chunks `(B, t, H, W, 3)` uint8 that follow each other.
+        """Generate a batch of videos: chunks `(B, t, H, W, 3)` uint8 in order.
 
         The same model, request and settings give the same video.
 
         Args:
-            frames: of each video, beside those of `start`.
-            fps: that the seconds of stories count by; None is the model's.
-            start: of `begin`; continue from there.
-            folder: URL for what is finished, if the model keeps any: the same call continues after it.
+            frames: of each video, without those of `start`.
+            fps: frame rate for the seconds of stories; None is the model's.
+            start: result of `begin`, to continue from.
+            folder: URL where the model may keep finished parts, after which the same call continues.
             tile: pixels a side; decode larger frames in overlapping tiles.
-            each_step: called after each of the `rounds`.
+            each_step: called after each Euler step, `rounds` times.
 
         Raises:
-            ValueError: at the call, for what does not fit together.
-            UserError, Failure: of the folder.
+            ValueError: at the call, for arguments that do not fit together.
+            UserError, Failure: the folder cannot be used.
         """
 
     def forget(self, folder: str) -> None:
-        """Remove what `videos` has kept in the folders of this one."""
+        """Remove what `videos` has kept in `folder`."""
+
+
+def fields_of(facts: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of a `Generator` that its config.json names: `classes`, `frames`, `fps`, `size` and `settings`."""
+    window = facts["window"]
+    described = {"classes": tuple(facts["classes"]), "settings": Settings(**facts["sampling"])}
+    return described | {"frames": window["frames"], "fps": window["fps"], "size": tuple(window["size"])}
 
 
 def class_id(name: str | None, classes: Sequence[str]) -> int:
-    """Which of a model's classes, by name or number, is meant; -1 for None. UserError where there is none such."""
+    """The id of a class by its name or number; -1 for None. UserError if the model has no such class."""
     if name is None:
         return NO_CLASS
     if name in classes:
@@ -133,10 +140,10 @@ def class_id(name: str | None, classes: Sequence[str]) -> int:
 
 
 def story_of(storyboard: Any, classes: Sequence[str]) -> Story:
-    """A storyboard as (seconds, class id): a list of `{at: 3.5s, class: NAME}`, times rising; a class of null is none.
+    """Parse a storyboard, a list of `{at: 3.5s, class: NAME}` with rising times; a class of null is no class.
 
     Raises:
-        UserError: anything else.
+        UserError: it is anything else.
     """
     if not isinstance(storyboard, list) or not storyboard:
         raise UserError("needs a list with entries such as {at: 3.5s, class: NAME}")
@@ -146,21 +153,21 @@ def story_of(storyboard: Any, classes: Sequence[str]) -> Story:
             has = ", ".join(map(str, entry)) if isinstance(entry, Mapping) else repr(entry)[:60]
             raise UserError(f"entry {number} needs `at` and `class`, and has {has or 'neither'}")
         try:
-            at = seconds_of(entry["at"])
+            second = seconds_of(entry["at"])
         except ValueError as e:
             raise UserError(f"entry {number}: at: {e}") from e
-        if story and at <= story[-1][0]:
-            raise UserError(f"entry {number}: at: {at:g} s must be later than the {story[-1][0]:g} s before")
+        if story and second <= story[-1][0]:
+            raise UserError(f"entry {number}: at: {second:g} s must be later than the {story[-1][0]:g} s before")
         name = entry["class"]
         try:
-            story.append((at, class_id(None if name is None else str(name), classes)))
+            story.append((second, class_id(None if name is None else str(name), classes)))
         except UserError as e:
             raise UserError(f"entry {number}: {e}") from e
     return story
 
 
 def seconds_of(text: Any) -> float:
-    """`3.2s`, `3.2` or 3.2 as seconds. ValueError for anything else."""
+    """Parse `3.2s`, `3.2` or 3.2. ValueError for anything else."""
     try:
         seconds = float(str(text).strip().removesuffix("s"))
     except ValueError:

@@ -1,8 +1,8 @@
 """Layers shared by the video models: causal in time, free in space.
 
-Every tensor is `(B, C, T, H, W)`. Output step t of any layer depends on input steps up to t only; the first frame
-stands alone, so that an image is a clip of one frame. All memory of the past enters through `causal_pad`: `past` is
-None for a whole clip, and otherwise what a stream remembers (`streaming.Past`).
+Every tensor is `(B, C, T, H, W)`. Output frame t of any layer depends only on input frames up to t. The first frame
+stands alone, so that an image is a clip of one frame. The past enters through `causal_pad` alone: `past` is None for a
+whole clip, and the memory of a stream otherwise (`streaming.Past`).
 """
 
 from __future__ import annotations
@@ -20,30 +20,30 @@ NEIGHBOUR_GAIN = 0.3  # initial weights of a kernel's neighbour taps, relative t
 
 
 def starts(past: Past | None) -> bool:
-    """Whether a layer's input begins with the first step of a clip."""
+    """Whether a layer's input begins with the first frame of a clip."""
     return past is None or not past.begun
 
 
-def causal_pad(layer: nn.Module, x: Tensor, steps: int, past: Past | None = None) -> Tensor:
-    """Put `steps` copies of the first frame in front: `(B, C, T, H, W)` -> `(B, C, steps + T, H, W)`.
+def causal_pad(layer: nn.Module, x: Tensor, count: int, past: Past | None = None) -> Tensor:
+    """Put `count` copies of the first frame in front: `(B, C, T, H, W)` -> `(B, C, count + T, H, W)`.
 
-    In a stream, pieces after the first get the last `steps` inputs of `layer` instead. The one place where a layer
-    looks into the past. Repeating the first frame is an assumption (the PV-VAE paper only says "causal"); a still
-    video then looks the same at every step, the first included.
+    In a stream, chunks after the first get the last `count` input frames of `layer` instead. Only here does a layer
+    look into the past. Repeating the first frame is an assumption (the PV-VAE paper only says "causal"); a still video
+    then looks the same at every frame, the first included.
     """
-    if not steps:
+    if not count:
         return x
     if past is None:
         # not `expand`, which would lose the memory format of channels last
-        return torch.cat([*[x[:, :, :1]] * steps, x], dim=2)
-    return _continue(layer, x, steps, past)
+        return torch.cat([*[x[:, :, :1]] * count, x], dim=2)
+    return _pad_from_past(layer, x, count, past)
 
 
 @torch.compiler.disable  # compiled blocks stay one graph for whole clips; a stream leaves the graph here
-def _continue(layer: nn.Module, x: Tensor, steps: int, past: Past) -> Tensor:
-    before = past.inputs[layer] if past.begun else x[:, :, :1].expand(-1, -1, steps, -1, -1)
+def _pad_from_past(layer: nn.Module, x: Tensor, count: int, past: Past) -> Tensor:
+    before = past.inputs[layer] if past.begun else x[:, :, :1].expand(-1, -1, count, -1, -1)
     x = torch.cat([before, x], dim=2)
-    past.inputs[layer] = x[:, :, -steps:].clone()  # a view would keep all of x
+    past.inputs[layer] = x[:, :, -count:].clone()  # a view would keep all of x
     return x
 
 
@@ -62,12 +62,12 @@ def unfold(x: Tensor, time: int, space: int) -> Tensor:
 class CausalConv3d(nn.Conv3d):
     """A 3D convolution, causal in time, zero padding in space.
 
-    Keeps T, H and W, or divides those that are multiples of `stride` (time, height, width) by it. An output stands for a
-    cell of `stride` inputs: it sees no step after its cell's, and as much above and left of the cell as below and right,
-    so `kernel` (one for all axes, or each) must in space be odd where the stride is, and even where that is.
+    Divides T, H and W, multiples of `stride` (time, height, width), by it. Each output stands for a cell of `stride` inputs.
+    It sees no frame after its cell, and as much above and left of the cell as below and right. So along height and width
+    `kernel` (one for all axes, or one each) must be odd where the stride is odd, and even where it is even.
 
-    Starts close to an orthogonal map of each cell by itself, times `gain`: the neighbours only get small noise.
-    On the tiny model that is worth 1 dB of PSNR after 300 steps against torch's default. `gain=0` starts at zero.
+    Starts close to an orthogonal map of each cell, times `gain`, with small noise for its neighbours. On the tiny model
+    that is worth 1 dB of PSNR after 300 steps against torch's default. `gain=0` starts at zero.
     """
 
     def __init__(
@@ -89,24 +89,26 @@ class CausalConv3d(nn.Conv3d):
             cell = self.weight[:, :, -self.stride[0] :]
             for axis in (1, 2):
                 cell = cell.narrow(2 + axis, self.around[axis], self.stride[axis])
-            own = nn.init.orthogonal_(torch.empty_like(cell))
+            orthogonal = nn.init.orthogonal_(torch.empty_like(cell))
             self.weight.mul_(NEIGHBOUR_GAIN)
-            cell += own
+            cell += orthogonal
             self.weight.mul_(self.gain)
 
     def forward(self, x: Tensor, past: Past | None = None) -> Tensor:
         return self._convolve(causal_pad(self, x, self.kernel_size[0] - self.stride[0], past))
 
     def _convolve(self, x: Tensor) -> Tensor:
-        # in inference on one thread torch would take a small clip through im2col, up to 20 times slower
-        plain = not (torch.is_grad_enabled() or torch.compiler.is_compiling()) and torch.backends.mkldnn.is_available()
-        if plain and x.device.type == "cpu" and x.dtype == torch.float32:
+        # for small clips on one thread torch would choose im2col in inference, up to 20 times slower
+        inference = (
+            not (torch.is_grad_enabled() or torch.compiler.is_compiling()) and torch.backends.mkldnn.is_available()
+        )
+        if inference and x.device.type == "cpu" and x.dtype == torch.float32:
             return torch.mkldnn_convolution(x, self.weight, self.bias, self.around, self.stride, (1, 1, 1), 1)
         return super().forward(x)
 
 
 class Chain(nn.Sequential):
-    """Layers one after the other, which all get the stream's past."""
+    """Layers in sequence, each of which gets the stream's past."""
 
     def forward(self, x: Tensor, past: Past | None = None) -> Tensor:
         for layer in self:
@@ -136,7 +138,7 @@ class ChannelRMSNorm(nn.Module):
 
 
 class NormSiLU(torch.autograd.Function):
-    """`silu(ChannelRMSNorm(x))`, in fp32, which keeps only `x` for the backward pass, not the two steps in between."""
+    """`silu(ChannelRMSNorm(x))` in fp32 that keeps only `x` for the backward pass, not the intermediate results."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, gain: Tensor, eps: float) -> Tensor:
@@ -187,7 +189,7 @@ class ResBlock(nn.Module):
 
 
 class SpatialAttention(nn.Module):
-    """Single-head self-attention among the positions of each frame, residual; starts as the identity."""
+    """Single-head self-attention among the positions of each frame, with a residual; starts as the identity."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -204,8 +206,8 @@ class SpatialAttention(nn.Module):
 class Downsample(nn.Module):
     """Halve H and W, and with `time=2` also T: 1 + 2m frames -> 1 + m, the first alone.
 
-    A linear map of what `fold` gathers, plus a shortcut without parameters that averages groups of the same
-    channels; so `in_channels * time * 4` must be a multiple of `out_channels`.
+    A linear map of the cells that `fold` gathers, plus a shortcut without parameters that averages groups of channels;
+    so `in_channels * time * 4` must be a multiple of `out_channels`.
     """
 
     def __init__(self, in_channels: int, out_channels: int, time: int) -> None:
@@ -219,7 +221,7 @@ class Downsample(nn.Module):
 
 
 class Upsample(nn.Module):
-    """Double H and W, and with `time=2` also T: 1 + m steps -> 1 + 2m frames, one from the first step.
+    """Double H and W, and with `time=2` also T: 1 + m frames -> 1 + 2m, one from the first.
 
     The mirror of `Downsample`: a linear map and a shortcut that duplicates channels, both spread out by `unfold`;
     so `out_channels * time * 4` must be a multiple of `in_channels`.

@@ -1,4 +1,4 @@
-"""Autoencoders of video behind one face: what a prior's latents are made by and decoded by, whichever family it is of."""
+"""The interface to video autoencoders, which encode and decode a prior's latents, and what any of them can do."""
 
 from __future__ import annotations
 
@@ -44,15 +44,15 @@ class Posterior(NamedTuple):
 
 
 class Strides(Protocol):
-    """What the config of a codec says of its latents."""
+    """The fields of a codec's config that describe its latents."""
 
     @property
     def temporal_stride(self) -> int:
-        """Frames of a latent after the first, which is of one frame."""
+        """Frames in each latent but the first, which stands for one frame."""
 
     @property
     def spatial_stride(self) -> int:
-        """Pixels a side of a latent position."""
+        """Pixels along one side of a latent position."""
 
     @property
     def latent_channels(self) -> int: ...
@@ -63,7 +63,7 @@ class Codec(Protocol):
 
     @property
     def config(self) -> Any:
-        """With the attributes of `Strides`."""
+        """Has the attributes of `Strides`."""
 
     @property
     def dtype(self) -> torch.dtype: ...
@@ -72,11 +72,11 @@ class Codec(Protocol):
 
     def decode(self, latent: Tensor) -> Tensor: ...
 
-    def encode_stream(
-        self, chunks: Iterable[Tensor], steps: int = 4, tile: int | None = None
-    ) -> Iterator[Posterior]: ...
+    def encode_stream(self, chunks: Iterable[Tensor], chunk: int = 4, tile: int | None = None) -> Iterator[Posterior]:
+        """Posteriors of one latent, then of `chunk` latents at once."""
 
-    def decode_stream(self, latents: Iterable[Tensor], steps: int = 4, tile: int | None = None) -> Iterator[Tensor]: ...
+    def decode_stream(self, latents: Iterable[Tensor], chunk: int = 4, tile: int | None = None) -> Iterator[Tensor]:
+        """Videos of one latent, then of `chunk` latents at once."""
 
 
 class Pixels(nn.Module):
@@ -91,10 +91,10 @@ class Pixels(nn.Module):
     def decode(self, latent: Tensor) -> Tensor:
         return latent
 
-    def encode_stream(self, chunks: Iterable[Tensor], steps: int = 4, tile: int | None = None) -> Iterator[Posterior]:
+    def encode_stream(self, chunks: Iterable[Tensor], chunk: int = 4, tile: int | None = None) -> Iterator[Posterior]:
         yield from map(self.encode, chunks)
 
-    def decode_stream(self, latents: Iterable[Tensor], steps: int = 4, tile: int | None = None) -> Iterator[Tensor]:
+    def decode_stream(self, latents: Iterable[Tensor], chunk: int = 4, tile: int | None = None) -> Iterator[Tensor]:
         yield from latents
 
 
@@ -109,13 +109,13 @@ def frames_of(groups: int, temporal_stride: int = 4) -> int:
 
 
 def nearest_lengths(frames: int, factor: int) -> tuple[int, int]:
-    """The lengths 1 + factor * n around `frames`, or twice itself where it is one."""
+    """The lengths 1 + factor * n just below and above `frames`; both are `frames` if it is such a length."""
     low = 1 + max(0, frames - 1) // factor * factor
     return low, low if low == frames else low + factor
 
 
 def latents_of(frames: int, factor: int) -> int:
-    """The number of latents of a video of `frames`. ValueError where no latents are of so many."""
+    """The number of latents of a video of `frames`. ValueError unless that is 1 + factor * n."""
     low, high = nearest_lengths(frames, factor)
     if frames < 1 or low != high:
         raise ValueError(f"frames is {frames}; this model makes 1 + {factor}n frames, such as {low} or {high}")
@@ -123,16 +123,16 @@ def latents_of(frames: int, factor: int) -> int:
 
 
 def frames_of_seconds(seconds: float, fps: float, factor: int) -> int:
-    """The least number of frames 1 + factor * n that lasts so long."""
+    """The smallest number of frames 1 + factor * n that lasts at least `seconds`."""
     return nearest_lengths(max(1, math.ceil(seconds * fps - 1e-6)), factor)[1]
 
 
 def load_codec(uri: str) -> Any:
-    """The autoencoder of the registry or of a model folder. Raises UserError where it is none, and as `registry.load`."""
-    return _load(uri)[0]
+    """The autoencoder of the registry or of a model folder. Raises UserError for another model, and as `registry.load`."""
+    return _codec_and_facts(uri)[0]
 
 
-def _load(uri: str) -> tuple[Any, dict[str, Any]]:
+def _codec_and_facts(uri: str) -> tuple[Any, dict[str, Any]]:
     codec, facts = registry.load_with_facts(uri)
     if not hasattr(codec, "decode_stream"):
         raise UserError(f"{uri}: is a {type(codec).__name__}, not a video autoencoder; name a `pretrain_vae` model")
@@ -140,15 +140,21 @@ def _load(uri: str) -> tuple[Any, dict[str, Any]]:
 
 
 def decoder_of(uri: str, needed: Mapping[str, Any] | None, vae: str | None) -> tuple[Any, str]:
-    """The codec that a prior names in `needed`, or this one, and its weights' digest; of a prior of pixels `Pixels`.
+    """The codec that decodes a prior's latents, and the digest of its weights.
 
-    UserError where its encoder is another, or the prior needs none.
+    Args:
+        uri: of the prior, for messages.
+        needed: `uri` and `encoder` digest of the prior's own autoencoder; None for a prior of pixels, which gets `Pixels`.
+        vae: URI of another autoencoder with the same encoder.
+
+    Raises:
+        UserError: `vae` has another encoder, or the prior needs none.
     """
     if needed is None:
         if vae is not None:
             raise UserError(f"{uri}: makes pixels and needs no autoencoder; leave it out")
         return Pixels(), ""
-    codec, facts = _load(vae or needed["uri"])
+    codec, facts = _codec_and_facts(vae or needed["uri"])
     if encoder_digest(codec) != needed["encoder"]:
         raise UserError(
             f"{vae or needed['uri']}: has another encoder than the latents that {uri} was trained on; name {needed['uri']}"
@@ -167,22 +173,22 @@ def reconstruct_video(
     frames: Iterable[np.ndarray],
     visible: int | None = None,
     tile: int | None = None,
-    steps: int = 4,
+    chunk: int = 4,
     seed: int = 0,
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """What an autoencoder makes of a video of any length: pairs of its frames and ours, both `(t, H, W, 3)` uint8.
+    """Reconstruct a video of any length: yields pairs of its frames and their reconstruction, both `(t, H, W, 3)` uint8.
 
-    A length that is not 1 + 4n is filled up with the last frame, and cut again.
+    A length that is not 1 + 4n is padded with the last frame; the reconstruction is cut to the video's length.
 
     Args:
         frames: `(H, W, 3)` uint8, sides in multiples of the codec's stride.
-        visible: the encoder sees so many frames, 1 + 4n; all others are predicted. None shows everything.
-        steps: latents at once.
+        visible: number of frames that the encoder sees, 1 + 4n; all others are predicted. None shows everything.
+        chunk: latents at once.
         seed: of padding that is noise.
 
     Raises:
-        ValueError: a size that does not divide; a video with fewer frames than are to be visible; a codec that does not
-            predict, where some are not.
+        ValueError: a size that does not divide; a video with fewer frames than `visible`; `visible` with a codec that
+            does not predict.
     """
     factor = codec.config.temporal_stride
     if visible is not None and (visible < 1 or (visible - 1) % factor):
@@ -193,21 +199,21 @@ def reconstruct_video(
     device = next(codec.parameters()).device
     rng = torch.Generator(device).manual_seed(seed)
     source = iter(frames)
-    waiting: deque[np.ndarray] = deque()  # frames whose reconstruction is to come
+    waiting: deque[np.ndarray] = deque()  # frames read whose reconstruction is still to come
     read = 0
 
-    def taken(count: int) -> list[np.ndarray]:
+    def next_frames(count: int) -> list[np.ndarray]:
         nonlocal read
-        some = list(itertools.islice(source, count))
-        waiting.extend(some)
-        read += len(some)
-        return some
+        batch = list(itertools.islice(source, count))
+        waiting.extend(batch)
+        read += len(batch)
+        return batch
 
-    def seen() -> Iterator[Tensor]:
+    def visible_chunks() -> Iterator[Tensor]:
         last = None
-        while some := taken(factor * steps if visible is None else min(factor * steps, visible - read)):
-            last = some[-1]
-            yield to_tensor(some, device)
+        while batch := next_frames(factor * chunk if visible is None else min(factor * chunk, visible - read)):
+            last = batch[-1]
+            yield to_tensor(batch, device)
         if last is None:
             raise ValueError("the video has no frame")
         if visible is not None and read < visible:
@@ -217,22 +223,22 @@ def reconstruct_video(
 
     def latents() -> Iterator[Tensor]:
         latent = None
-        for posterior in codec.encode_stream(seen(), steps, tile):
+        for posterior in codec.encode_stream(visible_chunks(), chunk, tile):
             latent = posterior.mode()
             yield latent
-        while visible is not None and (some := taken(factor * steps)):
+        while visible is not None and (hidden := next_frames(factor * chunk)):
             assert latent is not None
-            yield codec.pad(latent[:, :, :0], math.ceil(len(some) / factor), rng)
+            yield codec.pad(latent[:, :, :0], math.ceil(len(hidden) / factor), rng)
 
-    for chunk in codec.decode_stream(latents(), steps, tile):
-        video = to_array(chunk)[0]
-        shown = [waiting.popleft() for _ in range(min(len(video), len(waiting)))]
-        if shown:
-            yield np.stack(shown), video[: len(shown)]
+    for video in codec.decode_stream(latents(), chunk, tile):
+        reconstruction = to_array(video)[0]
+        originals = [waiting.popleft() for _ in range(min(len(reconstruction), len(waiting)))]
+        if originals:
+            yield np.stack(originals), reconstruction[: len(originals)]
 
 
 def reconstruct_arrays(codec: Any, video: np.ndarray) -> np.ndarray:
-    """What an autoencoder makes of uint8 videos (B, T, H, W, 3): uint8 of the same shape.
+    """Reconstruct videos `(B, T, H, W, 3)` uint8: an array of the same shape and type.
 
     Raises:
         UserError: the array is not of that shape and type, or the model cannot divide it.
@@ -244,10 +250,10 @@ def reconstruct_arrays(codec: Any, video: np.ndarray) -> np.ndarray:
     pixels = torch.from_numpy(np.ascontiguousarray(video)).permute(0, 4, 1, 2, 3).to(device)
     with torch.inference_mode():
         try:
-            made = codec.reconstruct(to_model(pixels))
+            reconstruction = codec.reconstruct(to_model(pixels))
         except ValueError as e:
             raise UserError(f"videos: {e}") from e
-    return to_array(made)
+    return to_array(reconstruction)
 
 
 def to_tensor(frames: Sequence[np.ndarray], device: torch.device) -> Tensor:

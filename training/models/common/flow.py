@@ -2,7 +2,7 @@
 
 X_t = (1 - t) X_0 + t ε, and a network learns the velocity ε - X_0 from X_t and t. All arithmetic is in fp32.
 Samples are `(B, C, T, ...)`. Times are `(B,)`, or `(B, T)` where frames differ: a frame at t = 0 is clean, so a clip
-whose first frames have t = 0 is denoised given those frames. That is how a window goes on from the one before it.
+whose first frames have t = 0 is denoised given those frames. That is how a window continues the one before it.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from longtake.training.models.common.condition import Condition
 
 Velocity = Callable[[Tensor, Tensor], Tensor]  # (x_t, t) -> velocity, of the shape of x_t
 ConditionedVelocity = Callable[[Tensor, Tensor, Condition | None], Tensor]  # (x_t, t, condition) -> velocity
-TIMES = 8  # of the flow, at which the loss of a held-out clip is measured
+TIMES = 8  # times of the flow at which the loss of a held-out clip is measured
 
 
 def shifted(t: Tensor, shift: float) -> Tensor:
@@ -47,9 +47,9 @@ def sample_conditioning(
     rng: torch.Generator | None = None,
     device: torch.device | str = "cpu",
 ) -> Tensor:
-    """How many leading frames of each sample are clean in training: `(batch,)` int64.
+    """Draw the number of clean leading frames of each training sample: `(batch,)` int64.
 
-    With `probability` uniform in 1..frames-1, else 0; always 0 for a single frame. The distribution is an assumption.
+    Uniform in 1..frames-1 with `probability`, else 0; always 0 for a single frame. The distribution is an assumption.
     """
     if frames < 2:
         return torch.zeros(batch, dtype=torch.long, device=device)
@@ -58,19 +58,19 @@ def sample_conditioning(
 
 
 def noised_frames(clean: Tensor, frames: int) -> Tensor:
-    """Which frames are noised when the first `clean` `(B,)` are not: `(B, frames)`, 1 or 0, fp32."""
+    """A mask `(B, frames)` fp32: 0 for the first `clean` `(B,)` frames, 1 for the noised ones after them."""
     return (torch.arange(frames, device=clean.device) >= clean[:, None]).float()
 
 
-def _over(x: Tensor, t: Tensor) -> Tensor:
-    """`t` `(B,)` or `(B, T)`, in fp32, so that it multiplies `x` `(B, C, T, ...)`."""
+def _broadcastable(t: Tensor, x: Tensor) -> Tensor:
+    """Times `(B,)` or `(B, T)` in fp32, in a shape that multiplies `x` `(B, C, T, ...)`."""
     t = t.float() if t.ndim == 1 else t.float().unsqueeze(1)
     return t.reshape(*t.shape, *[1] * (x.ndim - t.ndim))
 
 
 def interpolate(x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-    """X_t, fp32. Where t is 0 it is `x0` to the bit."""
-    t = _over(x0, t)
+    """X_t, fp32. Equal to `x0` to the bit where t is 0."""
+    t = _broadcastable(t, x0)
     return (1 - t) * x0.float() + t * noise.float()
 
 
@@ -80,8 +80,8 @@ def target(x0: Tensor, noise: Tensor) -> Tensor:
 
 
 def denoised(x_t: Tensor, velocity: Tensor, t: Tensor) -> Tensor:
-    """X_0 as `velocity` has it: x_t - t v, fp32."""
-    return x_t.float() - _over(x_t, t) * velocity.float()
+    """The X_0 that `velocity` predicts: x_t - t v, fp32."""
+    return x_t.float() - _broadcastable(t, x_t) * velocity.float()
 
 
 def loss(velocity: Tensor, x0: Tensor, noise: Tensor, counted: Tensor | None = None) -> Tensor:
@@ -105,10 +105,10 @@ def training_loss(
     shift: float = 1.0,
     conditioning: float = 0.0,
 ) -> Tensor:
-    """One draw of times, clean frames and noise, and what `velocity` makes of it: `(B,)` fp32.
+    """The loss `(B,)` fp32 of `velocity` at one draw of times, clean frames and noise.
 
-    `conditioning` is the probability that a sample has clean leading frames (`sample_conditioning`); only its other
-    frames count. `rng` is on the device of `x0`.
+    `conditioning` is the probability that a sample has clean leading frames (`sample_conditioning`), which do not count.
+    `rng` is on the device of `x0`.
     """
     batch, frames = x0.shape[0], x0.shape[2]
     t = sample_t(batch, mean, std, shift, rng, x0.device)
@@ -121,8 +121,8 @@ def training_loss(
     return loss(velocity(interpolate(x0, noise, t), t), x0, noise, counted)
 
 
-def clip_draws(seed: int, number: int) -> torch.Generator:
-    """The random state of held-out clip `number`, on the CPU: the same on every device, whatever other clips there are."""
+def clip_rng(seed: int, number: int) -> torch.Generator:
+    """The random state of held-out clip `number`, on the CPU: independent of the device and of the other clips."""
     return torch.Generator().manual_seed(int(np.random.SeedSequence([seed, number]).generate_state(1)[0]))
 
 
@@ -130,41 +130,40 @@ def clip_draws(seed: int, number: int) -> torch.Generator:
 def losses_over_time(
     velocity: Velocity,
     x0: Tensor,
-    draws: torch.Generator,
+    rng: torch.Generator,
     clean: int | None = None,
     scale: Tensor | float = 1.0,
 ) -> np.ndarray[Any, Any]:
-    """The loss `(TIMES,)` of one clip `(1, C, T, H, W)` at times spread evenly over 0..1, each with noise of its own.
+    """The loss `(TIMES,)` of one clip `(1, C, T, H, W)` at times spread evenly over 0..1, each with its own noise.
 
     Args:
-        velocity: called once, with a batch of TIMES; its times are `(TIMES,)`, or `(TIMES, T)` where `clean` is given.
-        clean: how many leading frames are given clean; they do not count.
-        scale: `(1, C, 1, 1, 1)`, the unit of errors where models normalise by different statistics.
+        velocity: called once, with a batch of TIMES; its times are `(TIMES,)`, or `(TIMES, T)` with `clean`.
+        rng: draws the noise, on the CPU.
+        clean: number of clean leading frames, which do not count.
+        scale: `(1, C, 1, 1, 1)`, the unit of errors, for comparing models with different normalisation.
     """
     t = (torch.arange(TIMES, device=x0.device) + 0.5) / TIMES
     x0, counted = x0.expand(TIMES, -1, -1, -1, -1), None
-    given = x0[:, :, : clean or 0]
-    noise = torch.randn(x0[:, :, clean or 0 :].shape, generator=draws).to(x0.device)
+    noise = torch.randn(x0[:, :, clean or 0 :].shape, generator=rng).to(x0.device)
     if clean is not None:
         counted = noised_frames(torch.full((TIMES,), clean, device=x0.device), x0.shape[2])
-        t, noise = t[:, None] * counted, torch.cat([torch.zeros_like(given), noise], dim=2)
-    made = velocity(interpolate(x0, noise, t), t)
-    return loss(made * scale, x0 * scale, noise * scale, counted).cpu().numpy()
+        t, noise = t[:, None] * counted, torch.cat([torch.zeros_like(x0[:, :, :clean]), noise], dim=2)
+    predicted = velocity(interpolate(x0, noise, t), t)
+    return loss(predicted * scale, x0 * scale, noise * scale, counted).cpu().numpy()
 
 
 def guided(velocity: ConditionedVelocity, condition: Condition | None, guidance: float) -> Velocity:
     """Classifier-free guidance (arXiv 2207.12598): v(null) + guidance (v(condition) - v(null)).
 
-    Both come from one call with twice the batch. With guidance 1, or where nothing is asked for, `velocity` is called as
-    it is.
+    Both come from one call with twice the batch. With guidance 1, or an empty condition, `velocity` is called directly.
     """
     if condition is None or guidance == 1.0 or not condition.asks:
         return lambda x, t: velocity(x, t, condition)
-    both = condition.join(condition.null)
+    conditions = condition.join(condition.null)
 
     def combined(x: Tensor, t: Tensor) -> Tensor:
-        given, free = velocity(torch.cat([x, x]), torch.cat([t, t]), both).float().chunk(2)
-        return free + guidance * (given - free)
+        conditional, null = velocity(torch.cat([x, x]), torch.cat([t, t]), conditions).float().chunk(2)
+        return null + guidance * (conditional - null)
 
     return combined
 
@@ -173,30 +172,35 @@ def guided(velocity: ConditionedVelocity, condition: Condition | None, guidance:
 def euler(
     velocity: Velocity,
     noise: Tensor,
-    steps: int,
+    solver_steps: int,
     shift: float = 1.0,
     clean: Tensor | None = None,
     each_step: Callable[[], object] | None = None,
     level: float = 0.0,
 ) -> Tensor:
-    """Follow the velocity from noise (t = 1) to data (t = 0) in `steps` Euler steps: fp32, of the shape of `noise`.
+    """Follow the velocity from noise (t = 1) to data (t = 0) in `solver_steps` Euler steps: fp32, of the shape of `noise`.
 
-    `clean` `(B, C, n, ...)` are frames in front of the noise that are given: `velocity` sees them unchanged and with
-    t = `level` at every step (its t is then `(B, n + T)`, else `(B,)`), the noise that they have. They are not part of
-    the result.
-    ValueError if there is no step.
+    Args:
+        velocity: its t is `(B,)`, or `(B, n + T)` with `clean`.
+        shift: of the times towards noise, see `shifted`.
+        clean: frames `(B, C, n, ...)` in front of the noise, which `velocity` always sees unchanged and with t = `level`;
+            they are not part of the result.
+        each_step: called after each Euler step.
+        level: noise in the `clean` frames, as t.
+
+    Raises:
+        ValueError: fewer than one step.
     """
-    if steps < 1:
-        raise ValueError(f"steps is {steps}; sampling needs at least 1")
+    if solver_steps < 1:
+        raise ValueError(f"steps is {solver_steps}; sampling needs at least 1")
     x, batch, frames = noise.float(), noise.shape[0], noise.shape[2]
-    times = shifted(torch.linspace(1, 0, steps + 1, dtype=torch.float64), shift).tolist()
-    given = 0 if clean is None else clean.shape[2]
+    times = shifted(torch.linspace(1, 0, solver_steps + 1, dtype=torch.float64), shift).tolist()
     for now, after in pairwise(times):
         if clean is None:
             v = velocity(x, x.new_full((batch,), now)).float()
         else:
-            t = torch.cat([x.new_full((batch, given), level), x.new_full((batch, frames), now)], dim=1)
-            v = velocity(torch.cat([clean.float(), x], dim=2), t).float()[:, :, given:]
+            t = torch.cat([x.new_full((batch, clean.shape[2]), level), x.new_full((batch, frames), now)], dim=1)
+            v = velocity(torch.cat([clean.float(), x], dim=2), t).float()[:, :, clean.shape[2] :]
         x = x + (after - now) * v
         if each_step:
             each_step()

@@ -1,11 +1,11 @@
 """A 3D PatchGAN discriminator with hinge losses: one logit for each overlapping patch of a video or an image.
 
 The layout is that of the 2D PatchGAN (arXiv 1611.07004) with convolutions over time, as TATS uses it beside its VQGAN
-(arXiv 2204.03638): `layers` strided convolutions, one that keeps the size, one that makes the logits.
+(arXiv 2204.03638): `layers` strided convolutions, one that keeps the size, one that computes the logits.
 
 Normalisation is by groups of channels within a sample. Batch statistics would differ between ranks, mean little with
-one clip a rank, and mix real and fake, which go through the discriminator in one call. Spectral normalisation changes
-a buffer at every call and works on whole weight matrices, which ZeRO-3 keeps in parts.
+one clip a rank, and mix real and fake, which share one call. Spectral normalisation changes a buffer at every call and
+needs whole weight matrices, which ZeRO-3 splits.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class PatchGANConfig(BaseModel):
 
     width      channels after the first layer [TATS: 64]; doubled by each further one up to 8 times
     layers     strided layers, each halving height, width and (rounding up) time [TATS: 3]
-    groups     of channels that are normalised together, in every layer but the first [assumption: 32]
+    groups     groups of channels, each normalised together, in every layer but the first [assumption: 32]
     channels   of the video
     """
 
@@ -49,7 +49,7 @@ class PatchGANConfig(BaseModel):
         return self
 
     def widths(self) -> list[int]:
-        """Channels after each layer but the one that makes the logits."""
+        """Channels after each layer but that of the logits."""
         return [self.width * min(2**i, 8) for i in range(self.layers + 1)]
 
 
@@ -63,8 +63,8 @@ def config_from_preset(preset: str, **overrides: Any) -> PatchGANConfig:
 class PatchConv(nn.Conv3d):
     """3 x 4 x 4 convolution; `stride` 2 halves H and W and, rounding up, T; `stride` 1 keeps them.
 
-    In time the first and the last frame are repeated, so that an image is looked at like a still clip; in space the
-    border is zero.
+    In time the first and the last frame are repeated, so that an image is treated as a still clip; in space the border
+    is zero.
     """
 
     def __init__(self, in_channels: int, out_channels: int, stride: int) -> None:
@@ -112,5 +112,5 @@ def discriminator_loss(real: Tensor, fake: Tensor) -> Tensor:
 
 
 def generator_loss(fake: Tensor) -> Tensor:
-    """Hinge loss of the generator from the discriminator's logits of what it made, fp32: -mean."""
+    """Hinge loss of the generator from the discriminator's logits of its output, fp32: -mean."""
     return -fake.float().mean()

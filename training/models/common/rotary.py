@@ -1,4 +1,4 @@
-"""Positions that enter attention by rotation (RoPE, arXiv 2104.09864), in time, row and column: only differences count."""
+"""Rotary positions in time, row and column (RoPE, arXiv 2104.09864): attention depends only on their differences."""
 
 from __future__ import annotations
 
@@ -6,22 +6,22 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-_BASE = 10_000.0  # of the rotations' frequencies
+_BASE = 10_000.0  # base of the rotations' frequencies
 
 Rotation = tuple[Tensor, Tensor]  # cosines and sines, each (B or 1, 1, N, d / 2) fp32, for heads of width d
 
 
 def rotation(positions: Tensor, width: int) -> Rotation:
-    """Of heads of `width` d at positions `(B or 1, N, 3)`: a third of the pairs for each axis, what is left for time."""
+    """The rotation of heads of `width` d at positions `(B or 1, N, 3)`: a third of the pairs each axis, the rest for time."""
     space = width // 6
     counts = (width // 2 - 2 * space, space, space)
-    # fp64: a late time has few digits left behind the point in fp32
+    # fp64, since a late time keeps few fractional digits in fp32
     angles = [
         positions[..., axis, None].double() * _BASE ** (-torch.arange(n, device=positions.device).double() / n)
         for axis, n in enumerate(counts)
     ]
-    whole = torch.cat(angles, dim=-1).unsqueeze(1)
-    return whole.cos().float(), whole.sin().float()
+    turns = torch.cat(angles, dim=-1).unsqueeze(1)
+    return turns.cos().float(), turns.sin().float()
 
 
 def rotated(x: Tensor, by: Rotation) -> Tensor:
@@ -32,13 +32,13 @@ def rotated(x: Tensor, by: Rotation) -> Tensor:
 
 
 def one_after_the_other(first: Rotation, then: Rotation) -> Rotation:
-    """Of tokens at one set of positions and then of those at another."""
+    """The rotation of tokens at one set of positions followed by tokens at another."""
     cos, sin = (torch.cat([a.expand(len(b), -1, -1, -1), b], dim=2) for a, b in zip(first, then, strict=True))
     return cos, sin
 
 
 def grid_positions(times: Tensor, rows: int, columns: int, device: torch.device) -> Tensor:
-    """Of a token grid at `times` `(T,)` or `(B, T)`: `(B or 1, T rows columns, 3)` fp32."""
+    """The positions of a token grid at `times` `(T,)` or `(B, T)`: `(B or 1, T rows columns, 3)` fp32."""
     times = times.to(device, torch.float32).reshape(-1, times.shape[-1])
     shape = (*times.shape, rows, columns)
     row, column = (torch.arange(n, device=device, dtype=torch.float32) for n in (rows, columns))
@@ -47,9 +47,9 @@ def grid_positions(times: Tensor, rows: int, columns: int, device: torch.device)
 
 
 class CrossAttention(nn.Module):
-    """What tokens `(B, N, D)` at one set of positions find in hidden states `(B, M, D_hidden)` at another: `(B, N, D)`.
+    """Attention from tokens `(B, N, D)` to hidden states `(B, M, D_hidden)`, each with their own positions: `(B, N, D)`.
 
-    `seen` `(B, M)` bool says which there are. Its output map starts at zero.
+    `seen` `(B, M)` bool is False for states that a sample does not have. The output map starts at zero.
     """
 
     def __init__(self, width: int, hidden: int, heads: int) -> None:
@@ -65,9 +65,9 @@ class CrossAttention(nn.Module):
         normed = F.layer_norm(x.float(), x.shape[-1:], eps=1e-6).to(x.dtype)
         query = self.query(normed).unflatten(-1, (self.heads, -1)).transpose(1, 2)
         key, value = self.key_value(hidden).unflatten(-1, (2, self.heads, -1)).permute(2, 0, 3, 1, 4)
-        some = None if seen is None else seen.any(1, keepdim=True)
-        # a softmax over nothing is no number: who sees nothing gets zero instead
-        mask = None if seen is None or some is None else (seen | ~some)[:, None, None]
+        sees_any = None if seen is None else seen.any(1, keepdim=True)
+        # a softmax over nothing is NaN: a sample without states sees all of them, and then gets zero
+        mask = None if seen is None or sees_any is None else (seen | ~sees_any)[:, None, None]
         mixed = F.scaled_dot_product_attention(rotated(query, here), rotated(key, there), value, mask)
-        found: Tensor = self.out(mixed.transpose(1, 2).flatten(2))
-        return found if some is None else torch.where(some[..., None], found, 0.0)
+        out: Tensor = self.out(mixed.transpose(1, 2).flatten(2))
+        return out if sees_any is None else torch.where(sees_any[..., None], out, 0.0)

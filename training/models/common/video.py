@@ -1,4 +1,4 @@
-"""Generated videos as arrays and files: chunks put together, side by side, and written as H.264."""
+"""Generated videos as arrays and files: joined chunks, grids and H.264."""
 
 import math
 from collections.abc import Callable, Iterable, Iterator
@@ -11,7 +11,7 @@ import numpy as np
 
 from longtake.datasets import storage
 
-_GAP = 2  # pixels between the videos of a grid
+_GAP = 2  # pixels between neighbours in a grid
 
 
 def whole(chunks: Iterable[np.ndarray]) -> np.ndarray:
@@ -20,7 +20,7 @@ def whole(chunks: Iterable[np.ndarray]) -> np.ndarray:
 
 
 def grid(videos: np.ndarray) -> np.ndarray:
-    """Chunks `(B, t, H, W, 3)` of videos side by side, in rows as many as there are columns or one less: `(t, H', W', 3)`."""
+    """Arrange the videos of a chunk `(B, t, H, W, 3)` in an almost square grid: `(t, H', W', 3)`."""
     count, frames, height, width, _ = videos.shape
     columns = math.ceil(math.sqrt(count))
     rows = math.ceil(count / columns)
@@ -33,9 +33,10 @@ def grid(videos: np.ndarray) -> np.ndarray:
 
 @contextmanager
 def video_file(path: str | Path, fps: float, crf: int = 16) -> Iterator[Callable[[np.ndarray], None]]:
-    """Write an H.264 file, chunk by chunk `(t, H, W, 3)` uint8, H and W even: there whole after the block, or not at all.
+    """Write an H.264 file to a path or fsspec URL, chunk by chunk `(t, H, W, 3)` uint8 with even H and W.
 
-    The same frames give the same bytes. Any fsspec URL. Raises Failure where it cannot be written.
+    The file appears complete after the block, or not at all. The same frames give the same bytes. Raises Failure if it
+    cannot be written.
     """
     import av
 

@@ -19,7 +19,7 @@ from longtake.training.metrics.share import gathered, mine, place, united
 from longtake.training.metrics.trivial import FLOW, Against, Gaussian, Still, comparisons
 from longtake.training.models.common.codec import Codec, decoded
 from longtake.training.models.common.condition import Condition, of_classes
-from longtake.training.models.common.flow import TIMES, clip_draws, losses_over_time
+from longtake.training.models.common.flow import TIMES, clip_rng, losses_over_time
 from longtake.training.models.common.video import video_file
 from longtake.training.models.generator import Settings
 from longtake.training.models.latte.model import Latte
@@ -67,7 +67,7 @@ def heldout_losses(
     rows = []
     for number, (clip, condition) in enumerate(clips, first):
         velocity = partial(_velocity, latte, condition)
-        rows.append(losses_over_time(velocity, clip, clip_draws(seed, number), scale=scale))
+        rows.append(losses_over_time(velocity, clip, clip_rng(seed, number), scale=scale))
     return np.stack(rows) if rows else np.empty((0, TIMES))
 
 

@@ -1,11 +1,11 @@
 """Latte (arXiv 2401.03048): a diffusion transformer over video latents, the prior of PV-VAE (arXiv 2605.02134).
 
 Every latent position is a token. Blocks alternate between attention among the positions of each frame and attention
-among the frames of each position. The time of the flow, and a class where there are any, enter through adaLN-Zero
-(arXiv 2212.09748): they shift, scale and gate every block, and at the start every gate is closed.
+among the frames of each position. The time of the flow and, if the model has classes, the class enter through adaLN-Zero
+(arXiv 2212.09748): they shift, scale and gate every block, and every gate starts closed.
 
-Beyond the papers, and assumptions therefore: each frame has its own time, so that leading frames can be given clean
-(`flow.py`); and a window knows whether it begins its clip. With both, `generate` goes on for as long as it is asked.
+Two things are not in the papers. Each frame has its own time, so that leading frames can be clean (`flow.py`). A window
+knows whether it begins its clip. With both, `sample.generate` can continue a video without end.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from longtake.training.models.common.dit import (
     sincos,
     start_weights,
 )
-from longtake.training.models.common.statistics import Normalising, copy_statistics, denormalised, normalised
+from longtake.training.models.common.statistics import Normalising
 
 # fmt: off
 PRESETS: dict[str, dict[str, Any]] = {  # parameters with 64 channels, patch 1, no classes
@@ -49,15 +49,15 @@ class LatteConfig(BaseModel):
     width           channels of a token, a multiple of 4 and of `heads` [paper: 1152]
     heads           of the attention [paper: 16]
     channels        of the input: 64 for PV-VAE latents, 3 for pixels
-    patch           positions a side that make one token: 1 for PV-VAE latents [paper]; 16 for pixels gives as many
+    patch           positions along one side of a token: 1 for PV-VAE latents [paper]; 16 gives pixels as many tokens
     mlp_ratio       hidden width of the MLPs over `width` [paper: 4]
-    classes         known class ids are 0..classes-1; 0 is an unconditional model
+    classes         number of classes, with ids 0..classes-1; 0 is an unconditional model
     label_dropout   probability that training hides a class, for guidance [paper: 0.1]
     conditioning    probability that a training sample has clean leading frames [assumption: 0.3]; the objective draws
-                    them (`flow.training_loss`). A model with 0 cannot go on beyond one window.
-    shape           (frames, height, width) of its training windows in latents, which `generate` makes by default
-    scale           positions that a row and a column count as; less than 1 spreads a frame over those of a smaller one,
-                    which a base has learned [PixArt-α, arXiv 2310.00426]
+                    them (`flow.training_loss`). A model with 0 cannot continue beyond one window.
+    shape           (latents, height, width) of its training windows, the default of `sample.generate`
+    scale           factors on row and column positions; less than 1 spreads a frame over the positions of the smaller
+                    frames that a base has learned [PixArt-α, arXiv 2310.00426]
     activation_checkpointing   recompute blocks in the backward pass: less memory, more time
     """
 
@@ -112,10 +112,10 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, control: Tensor) -> Tensor:
         shift, scale, gate, mlp_shift, mlp_scale, mlp_gate = self.modulation(control)
-        x = (x + gate * self._mixed(modulated(x, shift, scale))).to(x.dtype)
+        x = (x + gate * self._attention(modulated(x, shift, scale))).to(x.dtype)
         return (x + mlp_gate * self.mlp(modulated(x, mlp_shift, mlp_scale))).to(x.dtype)
 
-    def _mixed(self, x: Tensor) -> Tensor:
+    def _attention(self, x: Tensor) -> Tensor:
         if self.over == "time":
             x = x.transpose(1, 2)
         rows = self.qkv(x).flatten(0, 1).unflatten(-1, (3, self.heads, -1))
@@ -127,15 +127,11 @@ class Block(nn.Module):
 class Latte(Normalising):
     """Velocity of the rectified flow at x_t `(B, C, T, H, W)`, normalised, for any T and any H, W in multiples of `patch`.
 
-    Inputs are cast to the dtype of the weights; outputs have it. `latent_mean` and `latent_std`, per channel, travel
-    with the weights: what is outside of the flow is in latents as the autoencoder makes them, what is inside normalised.
+    Inputs are cast to the dtype of the weights; outputs have it.
     """
 
-    latent_mean: Tensor
-    latent_std: Tensor
-
     def __init__(self, config: LatteConfig) -> None:
-        super().__init__()
+        super().__init__(config.channels)
         self.config = config
         width, token = config.width, config.channels * config.patch**2
         self.token_in = nn.Linear(token, width)
@@ -144,8 +140,6 @@ class Latte(Normalising):
         self.layers = nn.ModuleList(Block(config, ("space", "time")[i % 2]) for i in range(config.depth))
         self.modulation_out = Modulation(width, 2)
         self.token_out = nn.Linear(width, token)
-        self.register_buffer("latent_mean", torch.zeros(config.channels))
-        self.register_buffer("latent_std", torch.ones(config.channels))
         start_weights(self)
         nn.init.zeros_(self.token_out.weight)
 
@@ -154,20 +148,8 @@ class Latte(Normalising):
         return self.token_in.weight.dtype
 
     def blocks(self) -> Iterator[Block]:
-        """The blocks in order, such as for `block.compile()`."""
+        """The blocks in order, for example for `block.compile()`."""
         yield from self.layers  # type: ignore[misc]
-
-    def set_statistics(self, mean: Tensor, std: Tensor) -> None:
-        """Normalise by these, `(C,)` each, from now on. ValueError for another shape or a std that is not positive."""
-        copy_statistics(self.latent_mean, self.latent_std, mean, std)
-
-    def normalise(self, latent: Tensor) -> Tensor:
-        """Latents as the autoencoder makes them -> zero mean and unit variance per channel, fp32."""
-        return normalised(latent, self.latent_mean, self.latent_std)
-
-    def denormalise(self, latent: Tensor) -> Tensor:
-        """The inverse of `normalise`, fp32."""
-        return denormalised(latent, self.latent_mean, self.latent_std)
 
     def forward(
         self,
@@ -179,9 +161,9 @@ class Latte(Normalising):
     ) -> Tensor:
         """The velocity.
 
-        t           0 (data) to 1 (noise): `(B,)`, or `(B, T)` with 0 for frames that are given clean
-        condition   of the batch; None says nothing. In training mode `label_dropout` of the samples lose theirs, drawn
-                    from `rng` (on the device of `x`).
+        t           0 (data) to 1 (noise): `(B,)`, or `(B, T)` with 0 for clean frames
+        condition   of the batch; None is an empty one. In training mode a share `label_dropout` of the samples loses
+                    its class, drawn from `rng` (on the device of `x`).
         start       index of the first frame in its clip, one for all or `(B,)`. Only whether it is 0 matters: the
                     first latent of a clip stands for one frame, all others for a group.
 
@@ -212,8 +194,8 @@ class Latte(Normalising):
         rng: torch.Generator | None,
         layers: int,
     ) -> tuple[Tensor, Tensor]:
-        """Tokens `(B, T, N, D)` after so many blocks, and what modulates them `(B, T or 1, D)`."""
-        self._check(x, t)
+        """Tokens `(B, T, N, D)` after the first `layers` blocks, and their control `(B, T or 1, D)`."""
+        self._check_shapes(x, t)
         times = t[:, None] if t.ndim == 1 else t
         control = self.time_in(frequencies(times).to(self.dtype))
         vectors = class_vectors(self.class_in, condition, x, self.config.label_dropout if self.training else 0.0, rng)
@@ -229,7 +211,7 @@ class Latte(Normalising):
         return tokens, control
 
     def _positions(self, shape: Sequence[int], start: Tensor | int, device: torch.device) -> Tensor:
-        """Sines and cosines of frame, row and column, added up: `(B or 1, T, h, w, D)` in the dtype of the weights."""
+        """The sum of the embeddings of frame, row and column: `(B or 1, T, h, w, D)` in the dtype of the weights."""
         frames, height, width = shape[1:4]
         later = (torch.as_tensor(start, device=device).reshape(-1, 1) > 0).long()
         time = sincos(torch.arange(frames, device=device) + later, self.config.width)
@@ -240,7 +222,7 @@ class Latte(Normalising):
         space = torch.cat([rows[:, None].expand(-1, width, -1), columns[None].expand(height, -1, -1)], dim=-1)
         return (time[:, :, None, None] + space).to(self.dtype)
 
-    def _check(self, x: Tensor, t: Tensor) -> None:
+    def _check_shapes(self, x: Tensor, t: Tensor) -> None:
         patch = self.config.patch
         if x.ndim != 5 or x.shape[1] != self.config.channels:
             raise ValueError(f"x has shape {tuple(x.shape)}; Latte needs (B, {self.config.channels}, T, H, W)")

@@ -1,6 +1,6 @@
-"""Videos of any length by a Latte: latents window by window, each given the end of the one before, decoded in a stream.
+"""Videos of any length from a Latte: latents window by window, each conditioned on the end of the one before, then decoded.
 
-Memory depends on the size of the frames and on how many videos are made at once, not on their length.
+Memory depends on the size of the frames and on the number of videos in a batch, not on their length.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from longtake.training.models.common import codec as codecs
 from longtake.training.models.common.codec import Codec, latents_of, to_array
 from longtake.training.models.common.condition import Condition, check_classes, of_classes
 from longtake.training.models.common.flow import euler, guided
-from longtake.training.models.generator import Request, Settings
+from longtake.training.models.generator import Request, Settings, fields_of
 from longtake.training.models.latte.model import Latte
 
 ACCEPTS = frozenset({"class"})
@@ -29,11 +29,7 @@ ACCEPTS = frozenset({"class"})
 
 @dataclass(frozen=True)
 class Prior:
-    """A registered Latte with the codec that makes videos of its latents: a `Generator`.
-
-    `classes` are the names of its classes in the order of their ids, `frames` those of a window, `fps` and `size`
-    (height, width) those of what it has learned.
-    """
+    """A registered Latte with the codec that decodes its latents: a `Generator` whose `frames` are those of a window."""
 
     latte: Latte
     codec: Any
@@ -73,8 +69,10 @@ class Prior:
     ) -> Iterator[np.ndarray]:
         assert start is None
         seeds = [request.seed for request in requests]
-        asked = of_classes(request.story[0][1] for request in requests)
-        return generate_videos(self.latte, self.codec, frames, seeds, asked, settings, tile=tile, each_step=each_step)
+        condition = of_classes(request.story[0][1] for request in requests)
+        return generate_videos(
+            self.latte, self.codec, frames, seeds, condition, settings, tile=tile, each_step=each_step
+        )
 
     def forget(self, folder: str) -> None:
         pass
@@ -84,30 +82,21 @@ def load_prior(uri: str, vae: str | None = None, dtype: torch.dtype = torch.floa
     """A prior of the registry ("models:/latte@champion") or of a model folder, on the GPU where there is one.
 
     Args:
-        vae: decode by this autoencoder and not by the one that the prior names; its encoder must be the same.
+        vae: decode with this autoencoder instead of the prior's own; its encoder must be the same.
 
     Raises:
-        UserError: no such model; it is no Latte; the autoencoder is another one.
-        Failure: the store cannot be reached; or a model is damaged.
+        UserError: no such model; it is no Latte; the autoencoder has another encoder.
+        Failure: the store cannot be reached; a model is damaged.
     """
     return prior_of(uri, *registry.load_with_facts(uri), vae, dtype)
 
 
 def prior_of(uri: str, latte: Any, facts: Mapping[str, Any], vae: str | None, dtype: torch.dtype) -> Prior:
-    """`load_prior` of a model that is loaded."""
+    """The prior of a model that is already loaded; see `load_prior`."""
     if not isinstance(latte, Latte):
         raise UserError(f"{uri}: is a {type(latte).__name__}, which generates no videos; name a `finetune_latte` model")
     codec, _ = codecs.decoder_of(uri, facts.get("vae"), vae)
-    window = facts["window"]
-    return Prior(
-        latte.to(device(), dtype),
-        codec.to(device(), dtype),
-        tuple(facts["classes"]),
-        window["frames"],
-        window["fps"],
-        (window["size"][0], window["size"][1]),
-        Settings(**facts["sampling"]),
-    )
+    return Prior(latte.to(device(), dtype), codec.to(device(), dtype), **fields_of(facts))
 
 
 def generate_videos(
@@ -123,13 +112,13 @@ def generate_videos(
 ) -> Iterator[np.ndarray]:
     """A video for each seed, as chunks `(B, t, H, W, 3)` uint8 that follow each other; the same seed, the same video.
 
-    Longer videos than the windows that the prior has learned go on from their own last frames (see `generate`).
+    A video longer than a window continues from its own last latents (see `generate`).
 
     Args:
-        codec: decodes; `codec.Pixels` where the prior makes pixels.
-        frames: of each video, 1 + 4n where the codec has 4 frames in a latent.
-        condition: a class for each seed; None asks for none.
-        shape: (frames, height, width) of a window, as the prior sees it; None is what it was trained on.
+        codec: decodes the latents; `codec.Pixels` for a prior of pixels.
+        frames: of each video, 1 + 4n for a codec with 4 frames in a latent.
+        condition: a class for each seed; None is no class.
+        shape: (latents, height, width) of a window; None is that of training.
         tile: pixels a side; decode larger frames in overlapping tiles.
         each_step: called after each Euler step of each window.
 
@@ -150,7 +139,7 @@ def generate_latents(
     shape: tuple[int, int, int] | None = None,
     each_step: Callable[[], object] | None = None,
 ) -> Iterator[Tensor]:
-    """What `generate_videos` decodes: chunks `(B, C, t, h, w)`, denormalised, fp32."""
+    """The latents that `generate_videos` decodes: chunks `(B, C, t, h, w)`, denormalised, fp32."""
     settings = settings or Settings()
     count = latents_of(frames, codec.config.temporal_stride)
     if codec.config.latent_channels != latte.config.channels:
@@ -171,34 +160,38 @@ def generate_latents(
     )
 
 
-def windows(frames: int, window: int, overlap: int) -> int:
-    """How many windows `generate` samples for so many latent frames."""
-    return 1 if frames <= window else 1 + math.ceil((frames - window) / (window - overlap))
+def windows(latents: int, window: int, overlap: int) -> int:
+    """Sampling windows that `generate` needs for a video, all numbers in latents."""
+    return 1 if latents <= window else 1 + math.ceil((latents - window) / (window - overlap))
 
 
 def generate(
     model: Latte,
-    frames: int,
+    latents: int,
     seeds: Sequence[int],
     shape: tuple[int, int, int] | None = None,
     overlap: int = 2,
     condition: Condition | None = None,
-    steps: int = 100,
+    solver_steps: int = 100,
     guidance: float = 1.0,
     shift: float = 1.0,
     each_step: Callable[[], object] | None = None,
 ) -> Iterator[Tensor]:
-    """Sample a clip of `frames` latent frames for each seed, any number, window by window.
+    """Sample a clip of `latents` latents for each seed, window by window.
 
-    Yields `(B, C, t, H, W)`, fp32, denormalised: the first window, then of each further one what is new, given the
-    last `overlap` frames before it. Only one window is held. A sample depends on its seed, not on its neighbours in
-    the batch, and a longer clip begins with the shorter one: the last window is sampled whole and cut.
+    A sampling window has as many latents as one of training. Each after the first starts with the last `overlap` latents
+    before it, clean, and samples the others. Only one window is in memory. A sample depends on its seed, not on the other
+    samples, and a longer clip begins with the shorter one: the last window is sampled in full and cut.
 
-    shape       (frames, height, width) of a window, in latents; by default what the model was trained on
-    condition   a class for each seed; None asks for none
-    steps       Euler steps of each window [PV-VAE: 100]
-    guidance    1 is none; needs classes
-    each_step   called after each of the `windows(...) * steps` steps
+    shape          (latents, height, width) of a window; None is that of training
+    overlap        latents that a window shares with the one before
+    condition      a class for each seed; None is no class
+    solver_steps   Euler steps of each window [PV-VAE: 100]
+    guidance       1 is none; needs classes
+    each_step      called after each of the `windows(...) * solver_steps` Euler steps
+
+    Yields:
+        The new latents of each window, `(B, C, t, H, W)`, fp32, denormalised.
 
     Raises:
         ValueError: at the call, for what does not fit together.
@@ -207,16 +200,16 @@ def generate(
     shape = shape or config.shape
     if shape is None:
         raise ValueError("shape: give (frames, height, width) of a window; the model's config names none")
-    if steps < 1:
-        raise ValueError(f"steps is {steps}; sampling needs at least 1")
-    if frames < 1 or not seeds:
-        raise ValueError(f"frames is {frames}, seeds are {len(seeds)}; there is nothing to generate")
-    if frames > shape[0]:
+    if solver_steps < 1:
+        raise ValueError(f"steps is {solver_steps}; sampling needs at least 1")
+    if latents < 1 or not seeds:
+        raise ValueError(f"frames is {latents}, seeds are {len(seeds)}; there is nothing to generate")
+    if latents > shape[0]:
         if not 1 <= overlap < shape[0]:
             raise ValueError(f"overlap is {overlap}; a window of {shape[0]} can go on from 1 to {shape[0] - 1} frames")
         if not config.conditioning:
             raise ValueError(
-                f"frames is {frames}: this model was trained without clean leading frames (conditioning: 0) "
+                f"frames is {latents}: this model was trained without clean leading frames (conditioning: 0) "
                 f"and cannot go on beyond one window of {shape[0]}"
             )
     if condition is not None and condition.classes is not None:
@@ -225,30 +218,30 @@ def generate(
         check_classes(condition.classes.tolist(), config.classes)
     elif guidance != 1.0:
         raise ValueError(f"guidance is {guidance}; it needs classes to guide to")
-    asked = condition if config.classes else None
-    draws = [torch.Generator().manual_seed(seed) for seed in seeds]  # on the CPU: the same noise on every device
+    labels = condition if config.classes else None
+    rngs = [torch.Generator().manual_seed(seed) for seed in seeds]  # on the CPU: the same noise on every device
 
     def sample(clean: Tensor | None) -> Tensor:
         count = shape[0] - (0 if clean is None else clean.shape[2])
-        frame = (config.channels, *shape[1:])
-        noise = torch.stack([torch.stack([torch.randn(frame, generator=g) for _ in range(count)], 1) for g in draws])
+        one = (config.channels, *shape[1:])
+        noise = torch.stack([torch.stack([torch.randn(one, generator=rng) for _ in range(count)], 1) for rng in rngs])
         start = 0 if clean is None else 1
-        velocity = guided(lambda x, t, c: model(x, t, c, start), asked, guidance)
+        velocity = guided(lambda x, t, c: model(x, t, c, start), labels, guidance)
         training = model.training
         model.eval()
         try:
-            return euler(velocity, noise.to(model.latent_mean.device), steps, shift, clean, each_step)
+            return euler(velocity, noise.to(model.latent_mean.device), solver_steps, shift, clean, each_step)
         finally:
             model.train(training)
 
-    return _chunks(model, sample, frames, overlap)
+    return _chunks(model, sample, latents, overlap)
 
 
-def _chunks(model: Latte, sample: Callable[[Tensor | None], Tensor], frames: int, overlap: int) -> Iterator[Tensor]:
+def _chunks(model: Latte, sample: Callable[[Tensor | None], Tensor], latents: int, overlap: int) -> Iterator[Tensor]:
     clean = None
-    while frames > 0:
+    while latents > 0:
         chunk = sample(clean)
-        seen = chunk if clean is None else torch.cat([clean, chunk], dim=2)
-        clean = seen[:, :, -overlap:].clone()
-        yield model.denormalise(chunk[:, :, :frames])
-        frames -= chunk.shape[2]
+        window = chunk if clean is None else torch.cat([clean, chunk], dim=2)
+        clean = window[:, :, -overlap:].clone()
+        yield model.denormalise(chunk[:, :, :latents])
+        latents -= chunk.shape[2]

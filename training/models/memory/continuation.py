@@ -55,7 +55,7 @@ def heldout_losses(
     rows = []
     for number, (given, condition) in enumerate(clips, first):
         velocity = partial(_velocity, model, given, condition)
-        rows.append(flow.losses_over_time(velocity, given.x0, flow.clip_draws(seed, number), given.window, scale))
+        rows.append(flow.losses_over_time(velocity, given.x0, flow.clip_rng(seed, number), given.window, scale))
     return np.stack(rows)
 
 

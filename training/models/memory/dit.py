@@ -29,7 +29,7 @@ from longtake.training.models.common.rotary import (
     rotated,
     rotation,
 )
-from longtake.training.models.common.statistics import Normalising, copy_statistics, denormalised, normalised
+from longtake.training.models.common.statistics import Normalising, copy_statistics, normalised
 from longtake.training.models.common.streaming import Past
 from longtake.training.models.memory.baselines import FramePack, Patchify
 from longtake.training.models.memory.dit_config import MemoryDiTConfig
@@ -113,13 +113,11 @@ class MemoryDiT(Normalising):
     `memory.`.
     """
 
-    latent_mean: Tensor
-    latent_std: Tensor
     low_mean: Tensor
     low_std: Tensor
 
     def __init__(self, config: MemoryDiTConfig) -> None:
-        super().__init__()
+        super().__init__(config.channels)
         self.config = config
         width, token = config.width, config.channels * config.patch**2
         self.first = First(config.channels)
@@ -129,9 +127,8 @@ class MemoryDiT(Normalising):
         self.layers = nn.ModuleList(Block(config) for _ in range(config.depth))
         self.modulation_out = Modulation(width, 2)
         self.token_out = nn.Linear(width, token)
-        for name in ("latent", "low"):
-            self.register_buffer(f"{name}_mean", torch.zeros(config.channels))
-            self.register_buffer(f"{name}_std", torch.ones(config.channels))
+        self.register_buffer("low_mean", torch.zeros(config.channels))
+        self.register_buffer("low_std", torch.ones(config.channels))
         start_weights(self)
         zeros = [self.token_out, *(block.cross.out for block in self.blocks() if block.cross)]
         for linear in zeros:
@@ -160,23 +157,15 @@ class MemoryDiT(Normalising):
 
         ValueError for another shape or a std that is not positive.
         """
-        copy_statistics(self.latent_mean, self.latent_std, mean, std)
+        super().set_statistics(mean, std)
         if (low_mean is None) != (low_std is None):
             raise ValueError("low_mean and low_std: give both or none")
         if low_mean is not None and low_std is not None:
             copy_statistics(self.low_mean, self.low_std, low_mean, low_std)
 
-    def normalise(self, latent: Tensor) -> Tensor:
-        """Latents as the autoencoder makes them -> zero mean and unit variance per channel, fp32."""
-        return normalised(latent, self.latent_mean, self.latent_std)
-
     def normalise_low(self, latent: Tensor) -> Tensor:
-        """The same for latents of the scaled-down video."""
+        """See `normalise`, for latents of the scaled-down video."""
         return normalised(latent, self.low_mean, self.low_std)
-
-    def denormalise(self, latent: Tensor) -> Tensor:
-        """The inverse of `normalise`, fp32."""
-        return denormalised(latent, self.latent_mean, self.latent_std)
 
     def remember(
         self,

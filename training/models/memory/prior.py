@@ -18,7 +18,7 @@ from longtake.training.engines import device
 from longtake.training.models.common import codec as codecs
 from longtake.training.models.common.codec import Posterior, frames_of, latent_groups, latents_of, nearest_lengths
 from longtake.training.models.common.condition import Condition, of_classes
-from longtake.training.models.generator import Request, Settings
+from longtake.training.models.generator import Request, Settings, fields_of
 from longtake.training.models.memory import segments
 from longtake.training.models.memory.dit import MemoryDiT
 from longtake.training.models.memory.history import posterior_of
@@ -169,17 +169,12 @@ def prior_of(
     if facts["stage"] != stage:
         raise UserError(f"{uri}: has been trained for {facts['stage']}, not {stage}; name a `{_KINDS[stage]}` model")
     codec, digest = codecs.decoder_of(uri, facts["vae"], vae)
-    window = facts["window"]
     return MemoryPrior(
         model.to(device(), dtype),
         codec.to(device(), dtype),
-        tuple(facts["classes"]),
-        window["frames"],
-        window["fps"],
-        (window["size"][0], window["size"][1]),
-        Settings(**facts["sampling"]),
-        f"{disk.digest(facts)} {digest}",
-        facts.get("posterior", "mean"),
+        **fields_of(facts),
+        digest=f"{disk.digest(facts)} {digest}",
+        posterior=facts.get("posterior", "mean"),
     )
 
 

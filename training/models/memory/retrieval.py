@@ -70,7 +70,7 @@ def heldout_losses(
     """
     rows = []
     for number, (steps, condition) in enumerate(clips):
-        draws = flow.clip_draws(seed, number)
+        draws = flow.clip_rng(seed, number)
         omega = torch.randperm(steps.high.shape[2], generator=draws)[:_AT_ONCE].sort().values.to(steps.high.device)
         velocity = partial(_velocity, model, steps, omega, condition)
         rows.append(flow.losses_over_time(velocity, steps.high[:, :, omega], draws, scale=scale))
@@ -219,5 +219,5 @@ def _kept(model: MemoryDiT, frames: int, shape: Sequence[int]) -> Tensor:
 @torch.no_grad()
 def _frames(model: MemoryDiT, vae: Codec, steps: Tensor) -> Iterator[Tensor]:
     """The frames `(1, 3, t, H, W)` of each step, in [-1, 1]."""
-    for frames in vae.decode_stream([model.denormalise(steps)], steps=1):
+    for frames in vae.decode_stream([model.denormalise(steps)], chunk=1):
         yield frames.float().clamp(-1, 1)

@@ -119,6 +119,6 @@ def above_each_other(codec: Codec, model: MemoryDiT, before: Tensor, *steps: Ten
     """
     videos = []
     for some in steps:
-        chunks = list(codec.decode_stream([model.denormalise(torch.cat([before, some], dim=2))], steps=1))
+        chunks = list(codec.decode_stream([model.denormalise(torch.cat([before, some], dim=2))], chunk=1))
         videos.append(torch.cat([to_pixels(chunk) for chunk in chunks[before.shape[2] :]], dim=2))
     return torch.cat(videos, dim=3)[0].permute(1, 2, 3, 0).cpu().numpy()

@@ -1,13 +1,13 @@
 """The predictive video VAE of PV-VAE (arXiv 2605.02134): encode a prefix, reconstruct and predict the whole clip.
 
-A clip of 1 + 4n frames becomes 1 + n latent steps of 64 channels at 1/16 of the size: the first frame stands alone,
-then every 4 frames are one latent group. Encoder and decoder are both causal in time: latent step i depends on
-frames up to 4i, frames up to 4i depend on latent steps up to i. In training the encoder sees only the first groups;
+A clip of 1 + 4n frames becomes 1 + n latents of 64 channels at 1/16 of the size: the first frame stands alone, then
+every 4 frames are one latent group. Encoder and decoder are both causal in time: latent i depends on frames up to 4i,
+frames up to 4i depend on latents up to i. In training the encoder sees only the first groups;
 padding takes the place of the others, and the decoder has to predict their frames.
 
 The paper fixes strides, latent channels and the order of the stages, and publishes no block details. The blocks here
 follow the nearest public design (Wan2.2's VAE) with two differences, both assumptions: samplers are linear maps
-(all look into the past is then in stride-1 convolutions), and the two output convolutions come without norm and
+(only stride-1 convolutions then look into the past), and the two output convolutions come without norm and
 activation (with them the tiny model is 1 dB worse after 300 steps).
 """
 
@@ -55,8 +55,8 @@ class PVVAEConfig(BaseModel):
     latent_channels   channels of the latent [paper: 64]
     temporal_downs    how many of the halvings, finest first, also halve time [paper: 2]
     attention         spatial attention between the two res blocks in the middle [nearest public design: yes]
-    padding           what stands for unseen latent steps: a learned `token` [paper; assumption: one (1, C, 1, 1, 1)
-                      parameter, from zero] or `noise` from N(0, 1) [paper]
+    padding           replaces unseen latents: a learned `token` [paper; assumption: one (1, C, 1, 1, 1) parameter,
+                      from zero] or `noise` from N(0, 1) [paper]
     activation_checkpointing   recompute res blocks in the backward pass: less memory, more time
     """
 
@@ -86,12 +86,12 @@ class PVVAEConfig(BaseModel):
         return self
 
     def time_factor(self, halving: int) -> int:
-        """By how much halving number `halving`, finest first, also shortens time: 2 or 1."""
+        """The factor, 2 or 1, by which halving number `halving`, finest first, also shortens time."""
         return 2 if halving < self.temporal_downs else 1
 
     @property
     def spatial_stride(self) -> int:
-        """Pixels a side of one latent position (16 in the paper)."""
+        """Pixels along one side of a latent position (16 in the paper)."""
         return self.patch * 2 ** (len(self.multipliers) - 1)
 
     @property
@@ -108,17 +108,17 @@ def config_from_preset(preset: str, **overrides: Any) -> PVVAEConfig:
 
 
 class LatentPadding(nn.Module):
-    """Appends steps that stand for what the encoder has not seen. A module, so that ZeRO-3 gathers its token."""
+    """Appends latents in place of those that the encoder has not seen. A module, so that ZeRO-3 gathers its token."""
 
     def __init__(self, channels: int, kind: Literal["token", "noise"]) -> None:
         super().__init__()
         self.token = nn.Parameter(torch.zeros(1, channels, 1, 1, 1)) if kind == "token" else None
 
-    def forward(self, latent: Tensor, steps: int, rng: torch.Generator | None = None) -> Tensor:
-        """`(B, C, t, h, w)` -> `(B, C, t + steps, h, w)`. With 0 steps the token still gets its (zero) gradient, so
-        that every rank reduces the same parameters whatever it has drawn."""
+    def forward(self, latent: Tensor, count: int, rng: torch.Generator | None = None) -> Tensor:
+        """`(B, C, t, h, w)` -> `(B, C, t + count, h, w)`. With a count of 0 the token still gets a (zero) gradient, so
+        that all ranks reduce the same parameters."""
         batch, channels, _, height, width = latent.shape
-        shape = (batch, channels, steps, height, width)
+        shape = (batch, channels, count, height, width)
         if self.token is None:
             tail = torch.randn(shape, generator=rng, device=latent.device).to(latent.dtype)
         else:
@@ -188,8 +188,8 @@ class PVVAE(nn.Module):
     def encode(self, video: Tensor, tile: int | None = None, overlap: int = 64) -> Posterior:
         """The posterior of a clip or of any prefix of 1 + 4n frames. ValueError for other shapes.
 
-        `tile` encodes large frames in squares of so many pixels that share at least `overlap`, both multiples of 16:
-        bounded memory, the same latents away from the squares' borders, blended where they overlap.
+        `tile` encodes large frames in squares of `tile` pixels a side that share at least `overlap`, both multiples of
+        16. That bounds memory; latents are the same away from the squares' borders and blended where they overlap.
         """
         self._check(video)
         return _posterior(tiled(lambda x, _: self._moments(x), video, *self._tiling(tile, overlap), self._down))
@@ -199,44 +199,44 @@ class PVVAE(nn.Module):
         return tiled(lambda x, _: self._frames(x), latent, *self._tiling(tile, overlap), self._down[::-1])
 
     def encode_stream(
-        self, chunks: Iterable[Tensor], steps: int = 4, tile: int | None = None, overlap: int = 64
+        self, chunks: Iterable[Tensor], chunk: int = 4, tile: int | None = None, overlap: int = 64
     ) -> Iterator[Posterior]:
         """`encode` of a video of any length in constant memory, equal to encoding it at once.
 
-        The chunks are `(B, 3, any, H, W)` in [-1, 1] and make 1 + 4n frames. The first posterior has one latent step,
-        the next ones `steps`, the last what is left; each comes as soon as its frames have come. No gradients.
-        `vae.decode_stream(p.mode() for p in vae.encode_stream(chunks))` is a reconstruction. ValueError for frames in
-        wrong sizes, and, after all whole groups have come, for a tail that is no group of 4.
+        The chunks are `(B, 3, any, H, W)` in [-1, 1] and make 1 + 4n frames. The first posterior has one latent, the
+        next ones `chunk`, the last the rest; each comes as soon as its frames have been read. No gradients.
+        `vae.decode_stream(p.mode() for p in vae.encode_stream(chunks))` is a reconstruction. ValueError for frames of a
+        wrong size and, after all whole groups, for a tail of fewer than 4 frames.
         """
-        pieces = self._groups(chunks, steps)
+        pieces = self._whole_groups(chunks, chunk)
         for moments in stream(self._moments, pieces, *self._tiling(tile, overlap), self._down):
             yield _posterior(moments)
 
     def decode_stream(
-        self, latents: Iterable[Tensor], steps: int = 4, tile: int | None = None, overlap: int = 64
+        self, latents: Iterable[Tensor], chunk: int = 4, tile: int | None = None, overlap: int = 64
     ) -> Iterator[Tensor]:
         """`decode` of latents `(B, 64, any, h, w)` of any length in constant memory, equal to decoding them at once.
 
-        The first piece is one frame, the next ones 4 times `steps`, the last what is left. No gradients.
+        The first chunk is one frame, the next ones 4 times `chunk`, the last the rest. No gradients.
         """
-        pieces = regroup(latents, 1, _positive("steps", steps))
+        pieces = regroup(latents, 1, _positive("chunk", chunk))
         yield from stream(self._frames, pieces, *self._tiling(tile, overlap), self._down[::-1])
 
     def blocks(self) -> Iterator[nn.Module]:
-        """Res blocks and attentions, each once: what is worth compiling in place, by `nn.Module.compile`."""
+        """Res blocks and attentions, each once: the modules worth compiling in place with `nn.Module.compile`."""
         return (module for module in self.modules() if isinstance(module, ResBlock | SpatialAttention))
 
-    def pad(self, latent: Tensor, steps: int, rng: torch.Generator | None = None) -> Tensor:
-        """Append `steps` padding latents in time."""
-        return self.padding(latent, steps, rng)
+    def pad(self, latent: Tensor, count: int, rng: torch.Generator | None = None) -> Tensor:
+        """Append `count` padding latents in time."""
+        return self.padding(latent, count, rng)
 
     def forward(
         self, video: Tensor, visible: int | None = None, rng: torch.Generator | None = None
     ) -> tuple[Tensor, Posterior]:
         """Predictive reconstruction (paper, method): encode the first `visible` latent groups, decode all frames.
 
-        Returns the video, reconstructed where seen and predicted where not, and the posterior of the visible groups.
-        ValueError if `visible` is not in 1..groups; None shows everything.
+        Returns the video, with unseen frames predicted, and the posterior of the visible groups. ValueError if `visible`
+        is not in 1..groups; None shows everything.
         """
         self._check(video)
         stride = self.config.temporal_stride
@@ -257,7 +257,7 @@ class PVVAE(nn.Module):
         tile: int | None = None,
         overlap: int = 64,
     ) -> Tensor:
-        """For evaluation: the most likely latent of the first `visible_frames` (1 + 4n), all frames, in [-1, 1]."""
+        """Decode all frames, in [-1, 1], from the most likely latent of the first `visible_frames` (1 + 4n); for evaluation."""
         self._check(video)
         latent = self.encode(video[:, :, :visible_frames], tile, overlap).mode()
         unseen = latent_groups(video.shape[2], self.config.temporal_stride) - latent.shape[2]
@@ -265,7 +265,7 @@ class PVVAE(nn.Module):
 
     @property
     def _down(self) -> tuple[int, int]:
-        """Positions of a frame and of its latent in the unit that tiles are counted in."""
+        """Sides of a frame and of its latent in the unit that tiles are counted in."""
         return self.config.spatial_stride, 1
 
     def _moments(self, video: Tensor, past: Past | None = None) -> Tensor:
@@ -274,19 +274,19 @@ class PVVAE(nn.Module):
     def _frames(self, latent: Tensor, past: Past | None = None) -> Tensor:
         return unfold(self.decoder(latent.to(self.dtype), past), 1, self.config.patch)
 
-    def _groups(self, chunks: Iterable[Tensor], steps: int) -> Iterator[Tensor]:
-        """One frame, then as many as `steps` latent groups have."""
-        stride, seen = self.config.temporal_stride, 0
-        for piece in regroup(chunks, 1, _positive("steps", steps) * stride):
+    def _whole_groups(self, chunks: Iterable[Tensor], chunk: int) -> Iterator[Tensor]:
+        """One frame, then the frames of `chunk` latents at once, without a tail that fills no latent."""
+        stride, total = self.config.temporal_stride, 0
+        for piece in regroup(chunks, 1, _positive("chunk", chunk) * stride):
             self._check_size(piece)
-            seen += piece.shape[2]
-            whole = piece.shape[2] - (seen - 1) % stride
-            if whole > 0:
-                yield piece[:, :, :whole]
-        self._check_frames(seen)
+            total += piece.shape[2]
+            frames = piece.shape[2] - (total - 1) % stride
+            if frames > 0:
+                yield piece[:, :, :frames]
+        self._check_frames(total)
 
     def _tiling(self, tile: int | None, overlap: int) -> tuple[int | None, int]:
-        """Pixels to units of one latent position."""
+        """Tile and overlap, from pixels to latent positions."""
         space = self.config.spatial_stride
         if tile is None:
             return None, 0

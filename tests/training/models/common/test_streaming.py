@@ -67,22 +67,22 @@ lengths = st.lists(st.integers(0, 11), min_size=1, max_size=4).filter(any)
 
 
 @settings(max_examples=15, deadline=None)
-@given(n=st.integers(0, 8), chunks=lengths, steps=st.integers(1, 4))
+@given(n=st.integers(0, 8), chunks=lengths, chunk=st.integers(1, 4))
 @torch.no_grad()
-def test_a_streamed_encoding_equals_that_of_the_whole_for_any_chunks(model, n, chunks, steps):
+def test_a_streamed_encoding_equals_that_of_the_whole_for_any_chunks(model, n, chunks, chunk):
     video = clip(1 + 4 * n)
-    whole, streamed = model.encode(video), joined(model.encode_stream(cut(video, chunks), steps))
+    whole, streamed = model.encode(video), joined(model.encode_stream(cut(video, chunks), chunk))
     close(streamed.mean, whole.mean)
     close(streamed.logvar, whole.logvar)
 
 
 @settings(max_examples=15, deadline=None)
-@given(groups=st.integers(1, 9), chunks=lengths, steps=st.integers(1, 4))
+@given(groups=st.integers(1, 9), chunks=lengths, chunk=st.integers(1, 4))
 @torch.no_grad()
-def test_a_streamed_decoding_equals_that_of_the_whole_for_any_chunks(model, groups, chunks, steps):
+def test_a_streamed_decoding_equals_that_of_the_whole_for_any_chunks(model, groups, chunks, chunk):
     latent = torch.randn(1, 64, groups, 2, 2, generator=torch.Generator().manual_seed(groups))
-    streamed = list(model.decode_stream(cut(latent, chunks), steps))
-    assert [piece.shape[2] for piece in streamed][:2] == [1, 4 * min(steps, groups - 1)][: len(streamed)]
+    streamed = list(model.decode_stream(cut(latent, chunks), chunk))
+    assert [piece.shape[2] for piece in streamed][:2] == [1, 4 * min(chunk, groups - 1)][: len(streamed)]
     close(torch.cat(streamed, dim=2), model.decode(latent))
 
 
@@ -112,7 +112,7 @@ def test_encoding_what_was_appended_goes_on_from_what_was_encoded(model):
             seen.append(at)
             yield video[:, :, at : at + 3]
 
-    stream = model.encode_stream(chunks(), steps=1)
+    stream = model.encode_stream(chunks(), chunk=1)
     close(next(stream).mean, model.encode(video[:, :, :1]).mean)
     assert seen == [0]  # as soon as it is known: the other frames have not been asked for
     close(next(stream).mean, model.encode(video[:, :, :5]).mean[:, :, 1:])
@@ -130,7 +130,7 @@ def test_streams_compose_into_a_reconstruction(model):
 @torch.no_grad()
 def test_two_streams_in_turns_do_not_disturb_each_other(model):
     videos = [clip(13, seed=1), clip(13, seed=2)]
-    streams = [model.encode_stream([v], steps=1) for v in videos]
+    streams = [model.encode_stream([v], chunk=1) for v in videos]
     turns = list(zip(*streams, strict=True))
     for number, video in enumerate(videos):
         close(torch.cat([turn[number].mean for turn in turns], dim=2), model.encode(video).mean)
@@ -140,7 +140,7 @@ def test_streams_in_threads_do_not_disturb_each_other(model):
     videos, made = [clip(21, seed=seed) for seed in range(4)], {}
 
     def work(seed: int) -> None:
-        made[seed] = joined(model.encode_stream([videos[seed]], steps=1)).mean
+        made[seed] = joined(model.encode_stream([videos[seed]], chunk=1)).mean
 
     threads = [threading.Thread(target=work, args=(seed,)) for seed in range(4)]
     for thread in threads:
@@ -159,7 +159,7 @@ def test_a_stream_between_forward_and_backward_changes_no_gradient_and_no_stream
         whole = model.encode(clip(17, seed=3)).mean
     for streams in (False, True):
         model.zero_grad()
-        stream, parts = model.encode_stream([clip(17, seed=3)], steps=1), []
+        stream, parts = model.encode_stream([clip(17, seed=3)], chunk=1), []
         parts += [next(stream)] if streams else []
         made, _ = model(video, rng=torch.Generator().manual_seed(0))
         parts += [next(stream)] if streams else []
@@ -193,7 +193,7 @@ def test_what_a_stream_remembers_does_not_grow(model):
 
 @torch.no_grad()
 def test_bad_streams_are_refused_in_one_line(model):
-    stream = model.encode_stream(cut(clip(15), [4]), steps=2)
+    stream = model.encode_stream(cut(clip(15), [4]), chunk=2)
     assert [next(stream).mean.shape[2] for _ in range(3)] == [1, 2, 1]
     with pytest.raises(ValueError, match=r"^video has 15 frames; PV-VAE needs 1\+4n \(e.g. 13 or 17\)$"):
         next(stream)
@@ -203,8 +203,8 @@ def test_bad_streams_are_refused_in_one_line(model):
         list(model.encode_stream([torch.zeros(1, 3, 5, 30, 32)]))
     with pytest.raises(ValueError, match=r"^a chunk has B, C, H, W = \(1, 3, 32, 48\); the stream began with \(1, 3, "):
         list(model.encode_stream([clip(5), clip(4, 32, 48)]))
-    with pytest.raises(ValueError, match=r"^steps is 0; needs to be at least 1$"):
-        list(model.decode_stream([torch.zeros(1, 64, 2, 2, 2)], steps=0))
+    with pytest.raises(ValueError, match=r"^chunk is 0; needs to be at least 1$"):
+        list(model.decode_stream([torch.zeros(1, 64, 2, 2, 2)], chunk=0))
 
 
 @pytest.mark.parametrize(("tile", "overlap"), [(40, 16), (64, 64), (64, 24), (64, -16), (0, 0)])

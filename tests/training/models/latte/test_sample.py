@@ -85,7 +85,7 @@ def test_videos_are_as_long_as_asked_and_longer_ones_begin_with_the_shorter(
 
 def test_a_stream_is_what_decoding_all_latents_at_once_gives(prior: Latte, vae: PVVAE) -> None:
     video = made(prior, vae, 21)
-    latent = torch.cat(list(generate(prior, 6, [1], overlap=1, steps=2)), 2)
+    latent = torch.cat(list(generate(prior, 6, [1], overlap=1, solver_steps=2)), 2)
     with torch.no_grad():
         reference = to_array(vae.decode(latent))
     assert np.abs(video.astype(int) - reference).max() <= 1
@@ -228,14 +228,14 @@ def at_once(vae: PVVAE, frames: np.ndarray, visible: int | None = None) -> np.nd
 @pytest.mark.parametrize(("frames", "visible"), [(1, None), (21, None), (37, 9), (21, 1), (21, 21)])
 def test_a_streamed_reconstruction_is_that_of_the_whole_video(vae: PVVAE, frames: int, visible: int | None) -> None:
     source = noise(frames)
-    shown, ours = (np.concatenate(part) for part in zip(*reconstruct_video(vae, source, visible, steps=2), strict=True))
+    shown, ours = (np.concatenate(part) for part in zip(*reconstruct_video(vae, source, visible, chunk=2), strict=True))
     np.testing.assert_array_equal(shown, source)
     assert np.abs(ours.astype(int) - at_once(vae, source, visible)).max() <= 1
 
 
 def test_any_number_of_frames_is_reconstructed(vae: PVVAE) -> None:
     for frames in (2, 8, 20):
-        pairs = list(reconstruct_video(vae, noise(frames), steps=2))
+        pairs = list(reconstruct_video(vae, noise(frames), chunk=2))
         assert sum(len(ours) for _, ours in pairs) == frames
         np.testing.assert_array_equal(np.concatenate([shown for shown, _ in pairs]), noise(frames))
     assert sum(len(ours) for _, ours in reconstruct_video(vae, noise(20), visible=9)) == 20
@@ -244,7 +244,7 @@ def test_any_number_of_frames_is_reconstructed(vae: PVVAE) -> None:
 def test_a_long_video_is_read_no_further_than_it_is_shown(vae: PVVAE) -> None:
     read: list[int] = []
     endless = (read.append(1) or frame for frame in itertools.cycle(noise(7)))
-    stream = reconstruct_video(vae, endless, steps=2)
+    stream = reconstruct_video(vae, endless, chunk=2)
     shown = 0
     for _ in range(6):
         shown += len(next(stream)[0])
