@@ -271,7 +271,7 @@ def work(options: argparse.Namespace, job: Job) -> None:
 def keep(setup: Setup, folder: Path) -> None:
     """The model as a base of others: whole, and its transformer alone."""
     weights, config = setup.model.state_dict(), setup.model.config
-    facts = {"lineage": {}, "vae": {"uri": setup.inputs["vae"], "encoder": setup.data.made.encoder["digest"]}}
+    facts = {"lineage": {}, "vae": {"uri": setup.inputs["vae"], "encoder": setup.data.latents.encoder["digest"]}}
     disk.save(folder / "model", "memory_dit", config.model_dump(mode="json"), weights, facts)
     alone = {name: value for name, value in weights.items() if not name.startswith("memory.")}
     without = config.model_copy(update={"memory": "none"})

@@ -14,7 +14,7 @@ from longtake.training.models.memory.recall import recall_each
 
 
 def kind(facts: Mapping[str, Any]) -> Kind:
-    """A model that was trained to go on from a history, or one that was trained to retrieve it."""
+    """The row of a model that was trained to continue a history, or of one that was trained to retrieve it."""
     row = Kind(
         f"MemoryDiT that does {facts.get('stage')}",
         MemoryDiTConfig,

@@ -25,7 +25,7 @@ MODEL = "memory_dit"
 
 
 class Setup(NamedTuple):
-    """All that a stage works with; the model has its weights from before the first step."""
+    """Everything that a stage works with; the model has its initial weights."""
 
     inputs: Mapping[str, str]
     data: Data
@@ -35,12 +35,12 @@ class Setup(NamedTuple):
 
 
 def prepare(config: MemoryConfig, inputs: Mapping[str, str], folder: Path) -> Setup:
-    """Read, check and load all of it. Raises as `data_of` and `begin`."""
-    known = data_of(config, inputs)
-    codec = common.decoder_of(known.made, inputs["vae"])
+    """Read, check and load the data and the models. Raises as `data_of` and `begin`."""
+    record = data_of(config, inputs)
+    codec = common.decoder_of(record.latents, inputs["vae"])
     labels = {"columns": ("label",), "batch": 1}
     classes = common.loader(config, inputs, "train", **labels).classes if config.classes else []
-    return Setup(inputs, known, classes, begin(config, inputs, known, len(classes)).to(device()), codec)
+    return Setup(inputs, record, classes, begin(config, inputs, record, len(classes)).to(device()), codec)
 
 
 def loader(config: MemoryConfig, setup: Setup, rank: int, world: int) -> Loader:
@@ -60,7 +60,7 @@ def objective_of(
     loss: Callable[[Turn], tuple[Tensor, Terms]],
     sample: Callable[[MemoryConfig, Setup, Engines, torch.Generator], dict[str, np.ndarray[Any, Any]]],
 ) -> Objective:
-    """The objective of either stage. Raises UserError where nothing is held out, which would be seen at the end."""
+    """The objective of either stage. Raises UserError where nothing is held out, before training and not after it."""
     data.videos_of(config, setup.inputs, setup.data)
     return Objective(
         {"model": setup.model},
@@ -74,34 +74,49 @@ def objective_of(
 
 
 def announce(config: MemoryConfig, setup: Setup, loader: Loader) -> tuple[list[str], dict[str, float]]:
-    """How many tokens stand for how much history, and how much of it there is."""
-    lines = [data.told(setup.model.config, setup.data), data.expected(config, setup.data, loader)]
+    """The lines and the metric that a training begins with: the size of its memory and of its history."""
+    lines = [data.describe_memory(setup.model.config, setup.data), data.describe_history(config, setup.data, loader)]
     return lines, {"history_steps_expected": loader.history_mean(setup.data.reach(config, 0))}
 
 
 def facts_of(config: MemoryConfig, setup: Setup, lineage: Mapping[str, Any]) -> dict[str, Any]:
-    """What config.json says of either stage's model (see `longtake.training.models.memory.history`)."""
-    known, dit, made_of = setup.data, setup.model.config, lineage["inputs"]
-    window = {
-        "frames": config.frames,
-        "steps": known.shape[0],
-        "factor": known.made.factor,
-        "fps": known.fps,
-        "size": list(known.size()),
-    }
+    """The facts that both stages write into config.json, beside `config` (`MemoryDiTConfig`) and `lineage`.
+
+    `registry.load_with_facts(uri)` gives the model and its facts. Their `steps` are latents, but in `sampling`. Either
+    stage adds `stage` and `sampling`, and `finetune_memory_prior` adds `posterior`.
+
+        stage        "retrieval" (of `pretrain_memory`) or "generation" (of `finetune_memory_prior`)
+        rates        ["4x4x2"] and so on; [] for a memory without rates
+        vae          {"uri", "sha256", "encoder"}: what decodes, and encodes what is appended; `encoder` is its digest
+        latents      {"uri", "digest"}: the column that it has learned from
+        low_latents  {"uri", "digest", "shrink": [4, 4]}: the column of the low-res branch; null without one
+        classes      ["cat", "dog"]: names in the order of their ids
+        window       {"frames": 21, "steps": 6, "factor": 4, "fps": 24.0, "size": [480, 832]}: of a segment; a video's
+                     first one has `frames`, each later one `steps * factor`. `size` is height and width in pixels
+        history      {"seconds": 20.0, "steps": 120}: what the memory has learned to hold, as in `config.history`
+        sampling     {"steps": 50, "guidance": 1.0, "shift": 1.0}: the solver's steps; of generation `history_noise` too
+        posterior    "sample" or "mean", what of each latent the model has learned
+    """
+    data, dit, inputs = setup.data, setup.model.config, lineage["inputs"]
     return {
         "rates": list(dit.rates) if dit.variant.rated else [],
-        "vae": made_of["vae"] | {"encoder": known.made.encoder["digest"]},
-        "latents": made_of["latents"],
-        "low_latents": made_of["low_latents"] | {"shrink": list(known.low.shrink)} if known.low else None,
+        "vae": inputs["vae"] | {"encoder": data.latents.encoder["digest"]},
+        "latents": inputs["latents"],
+        "low_latents": inputs["low_latents"] | {"shrink": list(data.low.shrink)} if data.low else None,
         "classes": list(setup.classes),
-        "window": window,
+        "window": {
+            "frames": config.frames,
+            "steps": data.shape[0],
+            "factor": data.latents.factor,
+            "fps": data.fps,
+            "size": list(data.size()),
+        },
         "history": {"seconds": config.history_seconds, "steps": dit.history},
     }
 
 
 def counts(config: MemoryConfig, setup: Setup) -> dict[str, float]:
-    """Clips of the train split that were used, and that were not; and the mean history of a sample."""
+    """Counts of the train split's clips that were used and that were left out, and the mean history of a sample."""
     clips = data.loader_of(config, setup.inputs, setup.data, setup.model.config, "train", batch=1)
     return {
         "train_clips": float(clips.samples),
@@ -112,13 +127,14 @@ def counts(config: MemoryConfig, setup: Setup) -> dict[str, float]:
     }
 
 
-def above_each_other(codec: Codec, model: MemoryDiT, before: Tensor, *steps: Tensor) -> np.ndarray[Any, Any]:
-    """Latents `(1, C, T, H, W)`, normalised, as one video `(t, height, width, 3)` uint8.
+def above_each_other(codec: Codec, model: MemoryDiT, before: Tensor, *rows: Tensor) -> np.ndarray[Any, Any]:
+    """Decode rows of latents `(1, C, T, H, W)`, normalised, into one video `(t, height, width, 3)` uint8.
 
-    Each is decoded as what comes after `before`, which begins a video, or is long enough that the decoder does not mind.
+    Each row is decoded as the continuation of `before`, which begins a video or is long enough for the decoder not to see
+    its beginning.
     """
     videos = []
-    for some in steps:
-        chunks = list(codec.decode_stream([model.denormalise(torch.cat([before, some], dim=2))], steps=1))
+    for latents in rows:
+        chunks = list(codec.decode_stream([model.denormalise(torch.cat([before, latents], dim=2))], steps=1))
         videos.append(torch.cat([to_pixels(chunk) for chunk in chunks[before.shape[2] :]], dim=2))
     return torch.cat(videos, dim=3)[0].permute(1, 2, 3, 0).cpu().numpy()
