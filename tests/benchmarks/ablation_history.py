@@ -46,9 +46,9 @@ from longtake.training.models.common.codec import load_codec
 from longtake.training.models.generator import Settings
 from longtake.training.models.memory import finetune as stage
 from longtake.training.models.memory import segments
+from longtake.training.models.memory.data import Setup, heldout_of
 from longtake.training.models.memory.dit_config import MemoryDiTConfig
 from longtake.training.models.memory.history import history_lengths
-from longtake.training.models.memory.shared import Setup, heldout_of
 from longtake.training.registry import disk, lineage
 
 VARIANTS: dict[str, dict[str, Any]] = {"extremes": {}, "uniform": {}, "noise": {"history_noise": 0.5}}

@@ -50,7 +50,7 @@ from longtake.training.loop import train
 from longtake.training.models.common.codec import load_codec
 from longtake.training.models.memory import finetune as finetune_memory_prior
 from longtake.training.models.memory import pretrain as pretrain_memory
-from longtake.training.models.memory.shared import Setup
+from longtake.training.models.memory.data import Setup
 from longtake.training.models.memory.tokens import parse_rate
 from longtake.training.registry import disk, lineage
 

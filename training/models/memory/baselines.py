@@ -3,26 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from longtake.training.models.common.streaming import Past
-from longtake.training.models.memory.tokens import Memory, Project, Rate, centres_of, joined, seen_tokens, whole_cells
+from longtake.training.models.memory.tokens import Memory, Project, Rate, grid_memory, joined, whole_cells
 
 FRAMEPACK = ((1, 1, 1, 1), (2, 2, 2, 2), (16, 4, 4, 4))  # a number of latents, latest first, and their cells (t, h, w)
-
-
-def _packed_centres(start: float, shape: Sequence[int], cell: Sequence[int], device: torch.device) -> Tensor:
-    """Centres `(N, 3)` of the cells of a grid of `shape` tokens; the last cell of an axis repeats its last token."""
-    axes = [
-        torch.arange(-(-n // k) * k, device=device).clamp(max=n - 1).view(-1, k).float().mean(1)
-        for n, k in zip(shape, cell, strict=True)
-    ]
-    axes[0] = axes[0] + start
-    return torch.stack(torch.meshgrid(*axes, indexing="ij"), dim=-1).flatten(0, 2)
 
 
 def _filled(latents: Tensor, kernel: tuple[int, int, int]) -> Tensor:
@@ -31,7 +20,7 @@ def _filled(latents: Tensor, kernel: tuple[int, int, int]) -> Tensor:
     return F.pad(latents, (0, right, 0, below, 0, 0), mode="replicate")
 
 
-class _Kernel(nn.Module):
+class CellEmbedding(nn.Module):
     """A linear map to one token from a cell (time, height, width) of a transformer's tokens, each of `patch` latents a side.
 
     `(B, C, T, H, W)` -> `(B, t, h, w, D)`.
@@ -40,8 +29,8 @@ class _Kernel(nn.Module):
     def __init__(self, cell: tuple[int, int, int], patch: int, channels: int, width: int) -> None:
         super().__init__()
         self.cell, self.patch = cell, patch
-        self.kernel = (cell[0], patch * cell[1], patch * cell[2])  # latents
-        self.linear = nn.Linear(channels * math.prod(self.kernel), width)
+        self.size = (cell[0], patch * cell[1], patch * cell[2])  # latents
+        self.linear = nn.Linear(channels * math.prod(self.size), width)
         nn.init.xavier_uniform_(self.linear.weight)
         nn.init.zeros_(self.linear.bias)
 
@@ -59,7 +48,7 @@ class _Kernel(nn.Module):
         self.linear.bias.copy_(embedding.bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        time, rows, columns = self.kernel
+        time, rows, columns = self.size
         x = x.to(self.linear.weight.dtype)
         x = x.unflatten(4, (-1, columns)).unflatten(3, (-1, rows)).unflatten(2, (-1, time))  # B C T t H h W w
         return self.linear(x.permute(0, 2, 4, 6, 1, 3, 5, 7).flatten(4))
@@ -71,11 +60,7 @@ class Patchify(nn.Module):
     def __init__(self, rate: Rate, patch: int, channels: int, width: int) -> None:
         super().__init__()
         self.rate, self.patch = rate, patch
-        self.kernel = _Kernel((rate[2], *rate[:2]), patch, channels, width)
-
-    def start_from(self, embedding: nn.Linear) -> None:
-        """Begin as a transformer's patch embedding, scaled up, instead of as noise."""
-        self.kernel.start_from(embedding)
+        self.kernel = CellEmbedding((rate[2], *rate[:2]), patch, channels, width)
 
     def forward(
         self,
@@ -89,12 +74,8 @@ class Patchify(nn.Module):
         """See `Encoder.forward`. Tokens do not depend on each other, so that no past is needed."""
         if high is None:
             raise ValueError("high: is missing; a patchifier reads it")
-        grid = self.kernel(whole_cells(high, "high", self.kernel.kernel))
-        rows, columns, time = self.rate
-        centres = centres_of(start, grid.shape[1:4], (time, rows, columns), grid.device)
-        seen = seen_tokens(skip, time * torch.arange(grid.shape[1]), grid.shape[2] * grid.shape[3])
-        tokens = grid.flatten(1, 3)
-        return Memory(tokens, centres, tokens[..., :0], seen)
+        grid = self.kernel(whole_cells(high, "high", self.kernel.size))
+        return grid_memory(grid, self.kernel.cell, start, skip=skip)
 
 
 class FramePack(nn.Module):
@@ -111,12 +92,7 @@ class FramePack(nn.Module):
         super().__init__()
         most = sum(latents for latents, *_ in FRAMEPACK)
         self.patch, self.reach = patch, most if reach is None else min(most, reach)
-        self.kernels = nn.ModuleList(_Kernel((t, h, w), patch, channels, width) for _, t, h, w in FRAMEPACK)
-
-    def start_from(self, embedding: nn.Linear) -> None:
-        """Begin as a transformer's patch embedding, scaled up, instead of as noise."""
-        for kernel in self.kernels:
-            kernel.start_from(embedding)  # type: ignore[operator]
+        self.kernels = nn.ModuleList(CellEmbedding((t, h, w), patch, channels, width) for _, t, h, w in FRAMEPACK)
 
     def forward(
         self,
@@ -144,11 +120,8 @@ class FramePack(nn.Module):
             begin = end - min(latents, end) // cell[0] * cell[0]
             if begin == end:
                 break
-            grid = kernel(_filled(high[:, :, begin:end], kernel.kernel))  # type: ignore[arg-type]
-            centres = _packed_centres(start + begin, (end - begin, *sides), cell, grid.device)
-            seen = seen_tokens(skip, begin + cell[0] * torch.arange(grid.shape[1]), grid.shape[2] * grid.shape[3])
-            tokens = grid.flatten(1, 3)
-            parts.append(Memory(tokens, centres, tokens[..., :0], seen))
+            grid = kernel(_filled(high[:, :, begin:end], kernel.size))  # type: ignore[arg-type]
+            parts.append(grid_memory(grid, cell, start, begin, skip, shape=(end - begin, *sides)))
             end = begin
         if not parts:
             raise ValueError("high has 0 steps; give one at least")

@@ -71,10 +71,7 @@ def _velocity(model: Any, segment: Segment, condition: Condition | None, x: Tens
 
 def losses_of_all_ranks(model: Any, clips: Clips, seed: int) -> np.ndarray[Any, Any]:
     """`heldout_losses` of all ranks' clips, in order. Every rank must call it."""
-    rows = {
-        number: heldout_losses(model, [(segment, condition)], seed, first=number)[0]
-        for number, segment, condition in clips
-    }
+    rows = {n: heldout_losses(model, [(segment, condition)], seed, first=n)[0] for n, segment, condition in clips}
     return np.stack(list(united(rows).values()))
 
 
@@ -192,11 +189,6 @@ class _Start(NamedTuple):
     frames: Tensor
     latents: Tensor | None
 
-    @property
-    def asks(self) -> bool:
-        """Whether anything is known of the video, such as its class."""
-        return self.video.condition is not None and self.video.condition.asks
-
 
 def _groups(vae: Codec, videos: Iterable[Video], how: Continuation) -> Iterable[list[_Start]]:
     """Groups of videos that can be continued at once: of as much history, with a condition or without."""
@@ -206,8 +198,8 @@ def _groups(vae: Codec, videos: Iterable[Video], how: Continuation) -> Iterable[
         if frames.shape[2]:
             frames = trim_to_groups(frames, vae.config.temporal_stride, 1)
             latents = segments.draw_latents(posterior_of(vae, frames), [how.seed + video.number], how.posterior)
-        start = _Start(video, frames, latents)
-        groups.setdefault((frames.shape[2], start.asks), []).append(start)
+        asks = video.condition is not None and video.condition.asks
+        groups.setdefault((frames.shape[2], asks), []).append(_Start(video, frames, latents))
     return groups.values()
 
 
@@ -223,7 +215,7 @@ def _continue(
     assert model.config.shape
     length = model.config.shape[0] * vae.config.temporal_stride
     starts = [start.latents for start in group if start.latents is not None]
-    conditions = [start.video.condition for start in group if start.video.condition and start.asks]
+    conditions = [condition for start in group if (condition := start.video.condition) and condition.asks]
     chunks = segments.generate(
         model,
         vae,

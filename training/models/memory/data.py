@@ -1,6 +1,6 @@
 """The data of both memory stages: segments of streams of latents, with the history that comes before them."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -10,7 +10,9 @@ from longtake.datasets.loader import Loader
 from longtake.datasets.loader.streams import Lengths
 from longtake.training import data as common
 from longtake.training.data import HELDOUT
+from longtake.training.models.common.codec import Codec
 from longtake.training.models.memory.config import MemoryConfig
+from longtake.training.models.memory.dit import MemoryDiT
 from longtake.training.models.memory.dit_config import MemoryDiTConfig
 
 
@@ -54,6 +56,16 @@ class Data(NamedTuple):
         return replace(lengths, reaches=reaches if min(reach for _, reach in reaches) < lengths.most else ())
 
 
+class Setup(NamedTuple):
+    """Everything that a stage works with; the model has its initial weights."""
+
+    inputs: Mapping[str, str]
+    data: Data
+    classes: Sequence[str]
+    model: MemoryDiT
+    codec: Codec
+
+
 def data_of(config: MemoryConfig, inputs: Mapping[str, str]) -> Data:
     """Read the columns to learn from and check that they fit each other.
 
@@ -87,50 +99,38 @@ def data_of(config: MemoryConfig, inputs: Mapping[str, str]) -> Data:
 
 
 def loader_of(
-    config: MemoryConfig,
-    inputs: Mapping[str, str],
-    data: Data,
-    dit: MemoryDiTConfig,
-    split: str,
-    histories: Lengths | None = None,
-    **options: Any,
+    config: MemoryConfig, setup: Setup, split: str, histories: Lengths | None = None, **options: Any
 ) -> Loader:
     """Segments with the history that their streams have, and with labels where they are learned.
 
     `histories` are the config's by default.
     """
+    data = setup.data
     columns = {"latent": data.latents.column} | ({"label": "label"} if config.classes else {})
     if data.low and data.low.column != data.latents.column:
         columns["low"] = data.low.column
-    histories = histories or data.histories(config, dit)
-    return common.loader(config, inputs, split, columns=columns, histories=histories, **options)
+    histories = histories or data.histories(config, setup.model.config)
+    return common.loader(config, setup.inputs, split, columns=columns, histories=histories, **options)
 
 
-def heldout_of(
-    config: MemoryConfig,
-    inputs: Mapping[str, str],
-    data: Data,
-    dit: MemoryDiTConfig,
-    begin: int | None = None,
-    least: int = 0,
-) -> Loader:
+def heldout_of(config: MemoryConfig, setup: Setup, begin: int | None = None, least: int = 0) -> Loader:
     """A segment of each held-out stream, with as much history as occurs in generation.
 
     Args:
         begin: take the segments at this latent of their streams, from streams that have it.
         least: take only streams with room for this many latents before a segment, wherever that begins.
     """
-    histories = data.histories(config, dit)
+    histories = setup.data.histories(config, setup.model.config)
     if begin is not None:
         histories = replace(histories, some=(begin,), least=max(begin, least))
-    return loader_of(config, inputs, data, dit, "val", histories, **HELDOUT)
+    return loader_of(config, setup, "val", histories, **HELDOUT)
 
 
-def videos_of(config: MemoryConfig, inputs: Mapping[str, str], data: Data) -> Loader:
+def videos_of(config: MemoryConfig, setup: Setup) -> Loader:
     """The pixels of held-out segments and of their history."""
     columns = ("video", *(("label",) if config.classes else ()))
     history = {"history_seconds": config.history_seconds, "history_least": config.least_seconds}
-    return common.loader(config, inputs, "val", columns=columns, size=data.size(), **HELDOUT, **history)
+    return common.loader(config, setup.inputs, "val", columns=columns, size=setup.data.size(), **HELDOUT, **history)
 
 
 def describe_memory(dit: MemoryDiTConfig, data: Data) -> str:

@@ -31,7 +31,7 @@ from longtake.training.models.common.rotary import (
 )
 from longtake.training.models.common.statistics import Normalising, copy_statistics, denormalised, normalised
 from longtake.training.models.common.streaming import Past
-from longtake.training.models.memory.baselines import FramePack, Patchify
+from longtake.training.models.memory.baselines import CellEmbedding
 from longtake.training.models.memory.dit_config import MemoryDiTConfig
 from longtake.training.models.memory.stretch import Stretch
 from longtake.training.models.memory.tokens import Memory, cropped, joined, run_encoders
@@ -151,9 +151,9 @@ class MemoryDiT(Normalising):
 
     def start_memory(self) -> None:
         """Let a patchifier or FramePack begin as the patch embedding that this transformer has now."""
-        for memory in self.memory:
-            if isinstance(memory, Patchify | FramePack):
-                memory.start_from(self.token_in)
+        for module in self.memory.modules():
+            if isinstance(module, CellEmbedding):
+                module.start_from(self.token_in)
 
     def set_statistics(
         self, mean: Tensor, std: Tensor, low_mean: Tensor | None = None, low_std: Tensor | None = None

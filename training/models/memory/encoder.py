@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 from typing import Literal
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -22,9 +21,8 @@ from longtake.training.models.memory.tokens import (
     Memory,
     Project,
     Rate,
-    centres_of,
     fill_front,
-    seen_tokens,
+    grid_memory,
     whole_cells,
 )
 
@@ -138,12 +136,9 @@ class Encoder(nn.Module):
             branches[1] = _crop(branches[1], branches[0])
         if past is not None:
             past.begun = True
-        tokens = sum(branches[1:], branches[0])
+        grid = sum(branches[1:], branches[0])
         rows, columns, time = self.rate
-        centres = centres_of(start, tokens.shape[1:4], (time, rows, columns), tokens.device)
-        seen = seen_tokens(skip, time * torch.arange(tokens.shape[1]), tokens.shape[2] * tokens.shape[3])
-        tokens = tokens.flatten(1, 3)
-        return Memory(tokens, centres, tokens[..., :0] if hidden is None else hidden.flatten(1, 3), seen)
+        return grid_memory(grid, (time, rows, columns), start, skip=skip, hidden=hidden)
 
     def _hidden_states(self, x: Tensor, past: Past | None, skip: Tensor | None) -> Tensor:
         """Last hidden states `(B, T', h, w, D_hidden)`."""

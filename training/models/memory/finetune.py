@@ -29,7 +29,7 @@ from longtake.training.models.generator import Settings
 from longtake.training.models.memory import continuation
 from longtake.training.models.memory.config import MemoryConfig, check
 from longtake.training.models.memory.continuation import Clips, Continuation
-from longtake.training.models.memory.data import videos_of
+from longtake.training.models.memory.data import Setup, heldout_of, videos_of
 from longtake.training.models.memory.dit import MemoryDiT
 from longtake.training.models.memory.dit_config import MemoryDiTConfig
 from longtake.training.models.memory.history import (
@@ -44,12 +44,10 @@ from longtake.training.models.memory.history import (
 from longtake.training.models.memory.retrieval import Video
 from longtake.training.models.memory.shared import (
     MODEL,
-    Setup,
     above_each_other,
     announce,
     counts,
     facts_of,
-    heldout_of,
     loader,
     objective_of,
     prepare,
@@ -270,7 +268,7 @@ def evaluate(config: Config, setup: Setup, folder: Path) -> None:
 
 def _videos(config: Config, setup: Setup) -> Iterator[list[Video]]:
     """This rank's batches of held-out videos. Ranks take whole batches in turn: the batches are the same on any number."""
-    loader = videos_of(config, setup.inputs, setup.data)
+    loader = videos_of(config, setup)
     count = min(config.eval_videos, loader.samples)
     for block in mine(math.ceil(count / config.run.eval_batch), "continue", "batch"):
         numbers = range(block * config.run.eval_batch, min(count, (block + 1) * config.run.eval_batch))

@@ -9,7 +9,7 @@ import numpy as np
 from longtake.training.models.kind import Kind
 from longtake.training.models.memory.dit import MemoryDiT
 from longtake.training.models.memory.dit_config import MemoryDiTConfig
-from longtake.training.models.memory.prior import ACCEPTS, generator_of, load_prior
+from longtake.training.models.memory.prior import ACCEPTS, load_prior, prior_of
 from longtake.training.models.memory.recall import recall_each
 
 
@@ -23,7 +23,7 @@ def kind(facts: Mapping[str, Any]) -> Kind:
     )
     if facts.get("stage") == "retrieval":
         return row._replace(answer=_answer)
-    return row._replace(generator=generator_of, accepts=ACCEPTS)
+    return row._replace(generator=prior_of, accepts=ACCEPTS)
 
 
 def _answer(folder: str) -> Callable[[np.ndarray], np.ndarray]:

@@ -25,19 +25,17 @@ from longtake.training.models.common import flow
 from longtake.training.models.common.condition import of_batch
 from longtake.training.models.memory import retrieval
 from longtake.training.models.memory.config import MemoryConfig, check
-from longtake.training.models.memory.data import videos_of
+from longtake.training.models.memory.data import Setup, heldout_of, videos_of
 from longtake.training.models.memory.dit import MemoryDiT
 from longtake.training.models.memory.dit_config import MemoryDiTConfig
 from longtake.training.models.memory.history import groups_of, history_lengths, memory_of
 from longtake.training.models.memory.retrieval import Video, retrieve
 from longtake.training.models.memory.shared import (
     MODEL,
-    Setup,
     above_each_other,
     announce,
     counts,
     facts_of,
-    heldout_of,
     loader,
     objective_of,
     prepare,
@@ -153,7 +151,7 @@ def work(config: Config, inputs: Mapping[str, str], folder: Path) -> None:
 
 def evaluate(config: Config, setup: Setup, folder: Path) -> None:
     """Retrieve held-out clips and measure them; each rank takes its share."""
-    clips = videos_of(config, setup.inputs, setup.data)
+    clips = videos_of(config, setup)
     shares = batches(clips, min(config.eval_clips, clips.samples), "retrieve")
     retrieval.evaluate(
         setup.model,

@@ -158,16 +158,11 @@ def load_prior(uri: str, stage: Stage, vae: str | None = None, dtype: torch.dtyp
         UserError: no such model; it has no memory or another stage; the autoencoder is another one.
         Failure: the store cannot be reached, or a model is damaged.
     """
-    return prior_of(uri, *registry.load_with_facts(uri), stage, vae, dtype)
-
-
-def generator_of(uri: str, model: Any, facts: Mapping[str, Any], vae: str | None, dtype: torch.dtype) -> MemoryPrior:
-    """Make a prior for generation of a loaded model. Raises as `load_prior`."""
-    return prior_of(uri, model, facts, "generation", vae, dtype)
+    return prior_of(uri, *registry.load_with_facts(uri), vae, dtype, stage)
 
 
 def prior_of(
-    uri: str, model: Any, facts: Mapping[str, Any], stage: Stage, vae: str | None, dtype: torch.dtype
+    uri: str, model: Any, facts: Mapping[str, Any], vae: str | None, dtype: torch.dtype, stage: Stage = "generation"
 ) -> MemoryPrior:
     """Make a prior of a loaded model. Raises as `load_prior`."""
     if not isinstance(model, MemoryDiT):

@@ -133,19 +133,15 @@ def heldout_losses(
     for number, (stretch, condition) in enumerate(clips):
         rng = flow.clip_draws(seed, number)
         omega = torch.randperm(stretch.high.shape[2], generator=rng)[:_AT_ONCE].sort().values.to(stretch.high.device)
-        velocity = partial(_velocity, model, stretch, omega, condition)
+        velocity = partial(
+            model,
+            times=stretch.start + omega,
+            memory=repeated(memory_of(model, stretch), flow.TIMES),
+            condition=condition and condition.expand(flow.TIMES),
+            first=stretch.first[:, omega],
+        )
         rows.append(flow.losses_over_time(velocity, stretch.high[:, :, omega], rng, scale=scale))
     return np.stack(rows)
-
-
-def _velocity(
-    model: MemoryDiT, stretch: Stretch, omega: Tensor, condition: Condition | None, x: Tensor, t: Tensor
-) -> Tensor:
-    """The velocity of noised copies `x` of one video's latents Ω, given the memory of all of it."""
-    memory = repeated(memory_of(model, stretch), len(x))
-    conditions = condition and condition.expand(len(x))
-    velocity: Tensor = model(x, t, stretch.start + omega, memory, conditions, first=stretch.first[:, omega])
-    return velocity
 
 
 def evaluate(

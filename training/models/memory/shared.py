@@ -1,9 +1,9 @@
 """The parts of a training stage that `pretrain_memory` and `finetune_memory_prior` share (see `longtake.training.stage`)."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,10 +13,17 @@ from longtake.datasets.loader import Loader, to_pixels
 from longtake.training import data as common
 from longtake.training.engines import device
 from longtake.training.models.common.codec import Codec
-from longtake.training.models.memory import data
 from longtake.training.models.memory.base import begin
 from longtake.training.models.memory.config import MemoryConfig
-from longtake.training.models.memory.data import Data, data_of
+from longtake.training.models.memory.data import (
+    Setup,
+    data_of,
+    describe_history,
+    describe_memory,
+    heldout_of,
+    loader_of,
+    videos_of,
+)
 from longtake.training.models.memory.dit import MemoryDiT
 from longtake.training.models.memory.history import full_tokens
 from longtake.training.objective import Engines, Objective, Terms, Turn
@@ -24,34 +31,18 @@ from longtake.training.objective import Engines, Objective, Terms, Turn
 MODEL = "memory_dit"
 
 
-class Setup(NamedTuple):
-    """Everything that a stage works with; the model has its initial weights."""
-
-    inputs: Mapping[str, str]
-    data: Data
-    classes: Sequence[str]
-    model: MemoryDiT
-    codec: Codec
-
-
 def prepare(config: MemoryConfig, inputs: Mapping[str, str], folder: Path) -> Setup:
     """Read, check and load the data and the models. Raises as `data_of` and `begin`."""
-    record = data_of(config, inputs)
-    codec = common.decoder_of(record.latents, inputs["vae"])
+    data = data_of(config, inputs)
+    codec = common.decoder_of(data.latents, inputs["vae"])
     labels = {"columns": ("label",), "batch": 1}
     classes = common.loader(config, inputs, "train", **labels).classes if config.classes else []
-    return Setup(inputs, record, classes, begin(config, inputs, record, len(classes)).to(device()), codec)
+    return Setup(inputs, data, classes, begin(config, inputs, data, len(classes)).to(device()), codec)
 
 
 def loader(config: MemoryConfig, setup: Setup, rank: int, world: int) -> Loader:
     """This rank's share of the training segments."""
-    share = common.share_of(config, rank, world)
-    return data.loader_of(config, setup.inputs, setup.data, setup.model.config, "train", **share)
-
-
-def heldout_of(config: MemoryConfig, setup: Setup, begin: int | None = None, least: int = 0) -> Loader:
-    """See `data.heldout_of`."""
-    return data.heldout_of(config, setup.inputs, setup.data, setup.model.config, begin, least)
+    return loader_of(config, setup, "train", **common.share_of(config, rank, world))
 
 
 def objective_of(
@@ -61,7 +52,7 @@ def objective_of(
     sample: Callable[[MemoryConfig, Setup, Engines, torch.Generator], dict[str, np.ndarray[Any, Any]]],
 ) -> Objective:
     """The objective of either stage. Raises UserError where nothing is held out, before training and not after it."""
-    data.videos_of(config, setup.inputs, setup.data)
+    videos_of(config, setup)
     return Objective(
         {"model": setup.model},
         loss,
@@ -75,7 +66,7 @@ def objective_of(
 
 def announce(config: MemoryConfig, setup: Setup, loader: Loader) -> tuple[list[str], dict[str, float]]:
     """The lines and the metric that a training begins with: the size of its memory and of its history."""
-    lines = [data.describe_memory(setup.model.config, setup.data), data.describe_history(config, setup.data, loader)]
+    lines = [describe_memory(setup.model.config, setup.data), describe_history(config, setup.data, loader)]
     return lines, {"history_steps_expected": loader.history_mean(setup.data.reach(config, 0))}
 
 
@@ -117,7 +108,7 @@ def facts_of(config: MemoryConfig, setup: Setup, lineage: Mapping[str, Any]) -> 
 
 def counts(config: MemoryConfig, setup: Setup) -> dict[str, float]:
     """Counts of the train split's clips that were used and that were left out, and the mean history of a sample."""
-    clips = data.loader_of(config, setup.inputs, setup.data, setup.model.config, "train", batch=1)
+    clips = loader_of(config, setup, "train", batch=1)
     return {
         "train_clips": float(clips.samples),
         "train_clips_too_short": float(clips.samples_short),

@@ -1,5 +1,6 @@
 """Consecutive latents of videos, as a memory is made of them, and the noise that training puts on them."""
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -30,9 +31,15 @@ class Stretch(NamedTuple):
         All get the times of a sample without a lag: what a lagging sample sees beside them must be that much later.
         """
         index = (end - lag[:, None] - count + torch.arange(count, device=lag.device)).clamp(min=0)
-        low = None if self.low is None else gather_latents(self.low, index)
+        part = self.apply(lambda latents: gather_latents(latents, index))
         first, skip = self.first.gather(1, index), skip_or_none(count - lengths)
-        return Stretch(gather_latents(self.high, index), low, self.start + end - count, first, skip)
+        return part._replace(start=self.start + end - count, first=first, skip=skip)
+
+    def apply(self, function: Callable[..., Tensor], *others: "Stretch") -> "Stretch":
+        """Replace each branch's latents by a function of them and of the same branch of `others`; first high, then low."""
+        high = function(self.high, *(other.high for other in others))
+        low = None if self.low is None else function(self.low, *(other.low for other in others))
+        return self._replace(high=high, low=low)
 
 
 def skip_or_none(skip: Tensor) -> Tensor | None:
@@ -69,25 +76,14 @@ def mask(stretch: Stretch, omega: Tensor, sigma: Tensor, noise: Stretch) -> Stre
         noise: ε of both branches.
     """
     clean = torch.zeros_like(sigma, dtype=torch.bool).scatter(1, omega, True)[:, None, :, None, None]
-
-    def masked(z: Tensor, epsilon: Tensor) -> Tensor:
-        return torch.where(clean, z, flow.interpolate(z, epsilon, sigma))
-
-    low = None if stretch.low is None or noise.low is None else masked(stretch.low, noise.low)
-    return stretch._replace(high=masked(stretch.high, noise.high), low=low)
+    return stretch.apply(lambda z, epsilon: torch.where(clean, z, flow.interpolate(z, epsilon, sigma)), noise)
 
 
 def noise_like(stretch: Stretch, rng: torch.Generator) -> Stretch:
     """Standard normal noise of the same shapes."""
-
-    def normal(x: Tensor) -> Tensor:
-        return torch.randn(x.shape, generator=rng, device=x.device)
-
-    return stretch._replace(high=normal(stretch.high), low=None if stretch.low is None else normal(stretch.low))
+    return stretch.apply(lambda x: torch.randn(x.shape, generator=rng, device=x.device))
 
 
 def add_noise(stretch: Stretch, level: Tensor, rng: torch.Generator) -> Stretch:
     """Both branches as the flow has them at time `level` `(B,)`: every latent of a sample is noised alike."""
-    noise = noise_like(stretch, rng)
-    low = None if stretch.low is None or noise.low is None else flow.interpolate(stretch.low, noise.low, level)
-    return stretch._replace(high=flow.interpolate(stretch.high, noise.high, level), low=low)
+    return stretch.apply(lambda z, epsilon: flow.interpolate(z, epsilon, level), noise_like(stretch, rng))

@@ -66,11 +66,37 @@ def fill_front(x: Tensor, skip: Tensor | None) -> Tensor:
     return x.gather(2, index.view(len(x), 1, -1, *[1] * (x.ndim - 3)).expand_as(x))
 
 
-def seen_tokens(skip: Tensor | None, firsts: Tensor, cells: int) -> Tensor | None:
-    """Which tokens are of no skipped latent: `(B, T' cells)`, with `cells` tokens at each time of first latents `firsts` `(T',)`."""
-    if skip is None:
-        return None
-    return (skip[:, None] <= firsts.to(skip.device)).repeat_interleave(cells, dim=1)
+def grid_memory(
+    grid: Tensor,
+    cell: Sequence[int],
+    start: int,
+    begin: int = 0,
+    skip: Tensor | None = None,
+    hidden: Tensor | None = None,
+    shape: Sequence[int] | None = None,
+) -> Memory:
+    """The memory of a grid of tokens, each of which stands for a cell of the transformer's tokens.
+
+    grid        `(B, T', h, w, D)`
+    cell        time, rows, columns, powers of two
+    start       time of the history's first latent
+    begin       the history's latent that the grid begins with
+    skip        `(B,)`: tokens with any of the history's first `skip` latents are not seen; None: all are
+    hidden      `(B, T', h, w, D_hidden)`
+    shape       transformer's tokens an axis, where cells reach beyond: these repeat the last token; None: no cell does
+    """
+    tokens, seen = grid.flatten(1, 3), None
+    shape = shape or [count * side for count, side in zip(grid.shape[1:4], cell, strict=True)]
+    axes = [
+        torch.arange(count * side, device=grid.device).clamp(max=size - 1).view(-1, side).float().mean(1)
+        for count, side, size in zip(grid.shape[1:4], cell, shape, strict=True)
+    ]
+    axes[0] = axes[0] + (start + begin)
+    positions = torch.stack(torch.meshgrid(*axes, indexing="ij"), dim=-1).flatten(0, 2)
+    if skip is not None:
+        firsts = begin + cell[0] * torch.arange(grid.shape[1], device=skip.device)
+        seen = (skip[:, None] <= firsts).repeat_interleave(grid.shape[2] * grid.shape[3], dim=1)
+    return Memory(tokens, positions, tokens[..., :0] if hidden is None else hidden.flatten(1, 3), seen)
 
 
 def parse_rate(rate: str) -> Rate:
@@ -86,13 +112,6 @@ def tokens_of(rate: Rate | str, patch: int, shape: tuple[int, int, int]) -> int:
     """The number of tokens that a rate makes of latents of `shape` (T, H, W): floor, per axis."""
     rows, columns, time = parse_rate(rate) if isinstance(rate, str) else rate
     return (shape[0] // time) * (shape[1] // (patch * rows)) * (shape[2] // (patch * columns))
-
-
-def centres_of(start: float, counts: Sequence[int], cell: Sequence[int], device: torch.device) -> Tensor:
-    """Centres `(N, 3)` of cells of `cell` units an axis: `counts` of them, in time from `start`, else from 0."""
-    axes = [(torch.arange(n, device=device) + 0.5) * s - 0.5 for n, s in zip(counts, cell, strict=True)]
-    axes[0] = axes[0] + start
-    return torch.stack(torch.meshgrid(*axes, indexing="ij"), dim=-1).flatten(0, 2)
 
 
 def whole_cells(latents: Tensor, name: str, kernel: tuple[int, int, int]) -> Tensor:

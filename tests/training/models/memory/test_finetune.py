@@ -29,11 +29,10 @@ from longtake.training.models.generator import Settings
 from longtake.training.models.memory import continuation
 from longtake.training.models.memory import finetune as finetune_memory_prior
 from longtake.training.models.memory import pretrain as pretrain_memory
-from longtake.training.models.memory.data import describe_history, loader_of
+from longtake.training.models.memory.data import describe_history, heldout_of, loader_of
 from longtake.training.models.memory.dit import MemoryDiT
 from longtake.training.models.memory.finetune import Config
 from longtake.training.models.memory.history import Segment, history_lengths, stretch_of
-from longtake.training.models.memory.shared import heldout_of
 from longtake.training.models.memory.stretch import Stretch
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -100,7 +99,7 @@ def called(
     """The stage's objects, a batch, the loss of the true velocity, and the call."""
     folder.mkdir(exist_ok=True)
     setup = prepared(chosen, inputs, folder)
-    batch = next(iter(loader_of(chosen, inputs, setup.data, setup.model.config, "train", batch=2, seed=seed)))
+    batch = next(iter(loader_of(chosen, setup, "train", batch=2, seed=seed)))
     engine = Recording(stretch_of(batch, setup.model, 6).high)
     loss, logged = finetune_memory_prior._loss(chosen, setup.model, latent_stages.turn(engine, batch, draws(seed)))
     assert loss.item() == logged["loss"].item()
@@ -160,7 +159,7 @@ def test_some_samples_have_no_history_and_begin_a_stream(inputs: dict[str, str],
     assert (call.memory.skip == call.memory.high.shape[2]).all() and call.x.shape[2] == 3
     assert call.first.tolist() == [[True, False, False]] * 2
     setup = prepared(config(no_history=0.5), inputs, tmp_path)
-    loader = loader_of(config(no_history=0.5), inputs, setup.data, setup.model.config, "train", batch=2, epochs=8)
+    loader = loader_of(config(no_history=0.5), setup, "train", batch=2, epochs=8)
     begins = torch.cat([batch["stream_step"] for batch in loader])
     assert 0.3 < (begins == 0).float().mean() < 0.7 and len(begins) > 40
     _, _, _, without = called(config(**NONE), alone(inputs), tmp_path / "none")
@@ -171,7 +170,7 @@ def test_the_losses_of_starts_and_of_what_comes_later_are_told_apart(inputs: dic
     for share, told in ((0.0, {"loss_later"}), (1.0, {"loss_start"})):
         chosen = config(no_history=share)
         setup = prepared(chosen, inputs, tmp_path)
-        batch = next(iter(loader_of(chosen, inputs, setup.data, setup.model.config, "train", batch=2)))
+        batch = next(iter(loader_of(chosen, setup, "train", batch=2)))
         turn = latent_stages.turn(Recording(), batch, draws())
         loss, logged = finetune_memory_prior._loss(chosen, setup.model, turn)
         assert {name for name in logged if name.startswith("loss_")} == told
@@ -182,15 +181,15 @@ def test_the_curriculum_lengthens_the_history_by_the_step(inputs: dict[str, str]
     curriculum = [[0, 0.7], [10, 1.0], [20, 2.0]]
     chosen = config(history_curriculum=curriculum, posterior="mean", batch=4, accumulate=2, no_history=0.1)
     setup = prepared(chosen, inputs, tmp_path)
-    dit, every = setup.model.config, history_lengths(setup.model.config).some
-    loader = loader_of(chosen, inputs, setup.data, dit, "train", batch=2)
+    every = history_lengths(setup.model.config).some
+    loader = loader_of(chosen, setup, "train", batch=2)
     # two batches a step
     for batches, reach in ((range(20), 2), (range(20, 40), 3), (range(40, 90), 6)):
         assert {setup.data.reach(chosen, batch // 2) for batch in batches} == {reach}
         known = [n for batch in loader.at(batches) for n in batch["history_steps"].tolist()]
         assert set(known) == {0} | {length for length in every if length <= reach}
         assert abs(np.mean(known) - loader.history_mean(reach)) < 3 * np.std(known) / np.sqrt(len(known))
-    plain = loader_of(config(no_history=0.1), inputs, setup.data, dit, "train", batch=2)
+    plain = loader_of(config(no_history=0.1), setup, "train", batch=2)
     for one, other in zip(loader.at(range(40, 50)), plain.at(range(40, 50)), strict=True):
         assert torch.equal(one["latent"], other["latent"]) and torch.equal(one["history_steps"], other["history_steps"])
 
@@ -227,17 +226,19 @@ def test_the_history_is_as_long_on_the_average_on_any_number_of_ranks(inputs: di
         out = []
         for rank in range(world):
             options: dict[str, Any] = {"rank": rank, "world": world, "batch": batch, "epochs": epochs, "last": "pad"}
-            loader = loader_of(chosen, inputs, setup.data, setup.model.config, "train", **options)
+            loader = loader_of(chosen, setup, "train", **options)
             for each in loader:
                 given = finetune_memory_prior.segment_of(each, setup.model, 6)
                 known = each["history_steps"]
                 late = torch.minimum(each["stream_step"] % 2, known)
                 skip = 0 if given.history.skip is None else given.history.skip
-                assert torch.equal(given.history.high.shape[2] - skip - torch.zeros_like(known), (known - late) // 2 * 2)
+                assert torch.equal(
+                    given.history.high.shape[2] - skip - torch.zeros_like(known), (known - late) // 2 * 2
+                )
                 out += known.tolist()
         return out
 
-    loader = loader_of(chosen, inputs, setup.data, setup.model.config, "train", batch=1)
+    loader = loader_of(chosen, setup, "train", batch=1)
     expected = loader.history_mean()
     one, many = lengths(1, 1, 40), lengths(64, 64, 8)
     # of single samples, and of batches so large that their least would be none
@@ -282,7 +283,7 @@ def test_the_held_out_clips_are_the_same_each_time(inputs: dict[str, str], tmp_p
     )
     setup = prepared(chosen, inputs, tmp_path)
     made = replace(finetune_memory_prior.objective(chosen, setup), heldout=heldout_of(chosen, setup))
-    loader = loader_of(chosen, inputs, setup.data, setup.model.config, "train", batch=2)
+    loader = loader_of(chosen, setup, "train", batch=2)
     log = latent_stages.Log()
     train(made, loader, chosen, tmp_path / "run", log)  # type: ignore[arg-type]
     losses = [row["heldout/loss"] for row in log.rows if "heldout/loss" in row]

@@ -28,7 +28,7 @@ from longtake.training.models.memory import pretrain as pretrain_memory
 from longtake.training.models.memory import retrieval
 from longtake.training.models.memory.base import begin
 from longtake.training.models.memory.config import MemoryConfig
-from longtake.training.models.memory.data import Data, data_of, describe_memory, loader_of, videos_of
+from longtake.training.models.memory.data import Data, Setup, data_of, describe_memory, loader_of, videos_of
 from longtake.training.models.memory.dit import MemoryDiT
 from longtake.training.models.memory.dit_config import config_from_preset
 from longtake.training.models.memory.history import full_tokens, groups_of, memory_of, stretch_of
@@ -79,7 +79,7 @@ def started(chosen: Config, inputs: dict[str, str], folder: Path) -> tuple[Any, 
     """The stage's objects, a batch, and its history as the loss sees it."""
     folder.mkdir(exist_ok=True)
     setup = prepared(chosen, inputs, folder)
-    batch = next(iter(loader_of(chosen, setup.inputs, setup.data, setup.model.config, "train", batch=2)))
+    batch = next(iter(loader_of(chosen, setup, "train", batch=2)))
     return setup, batch, groups_of(batch, setup.model, chosen.posterior, draws())
 
 
@@ -213,7 +213,7 @@ def test_what_is_retrieved_of_unseen_videos_comes_from_their_memory(history: str
 def test_a_perfect_memory_reaches_the_bound_of_the_autoencoder(inputs: dict[str, str], tmp_path: Path) -> None:
     """And a video is encoded in one stream, cut at the front to whole groups."""
     setup, _, _ = started(config(), inputs, tmp_path)
-    videos = videos_of(config(), inputs, setup.data)
+    videos = videos_of(config(), setup)
     batch = next(iter(videos))
     video = retrieval.Video.of_batch(0, batch).pixels
     assert video.shape == (1, 3, 24 + 9, 32, 48) and torch.equal(video[:, :, 24:], batch["video"])
@@ -318,8 +318,9 @@ def test_low_latents_that_do_not_fit_are_refused_in_one_line(inputs: dict[str, s
 def test_streams_that_are_too_short_are_refused_in_one_line(inputs: dict[str, str]) -> None:
     def loader(chosen: Config) -> Any:
         data = data_of(chosen, inputs)
-        model = chosen.dit(shape=data.shape, history=data.history, channels=8)
-        return loader_of(chosen, inputs, data, model, "train", batch=2)
+        model: Any = SimpleNamespace(config=chosen.dit(shape=data.shape, history=data.history, channels=8))
+        setup = Setup(inputs, data, (), model, codec=None)  # type: ignore[arg-type]
+        return loader_of(chosen, setup, "train", batch=2)
 
     with pytest.raises(UserError, match="no stream of latents has 90 steps of history and 3 of a window, the longest"):
         loader(config(history_seconds=30.0))
@@ -331,7 +332,7 @@ def test_streams_that_are_too_short_are_refused_in_one_line(inputs: dict[str, st
 def test_a_history_that_fills_no_group_is_not_drawn(inputs: dict[str, str], tmp_path: Path) -> None:
     chosen = config(history_least=0.0, low_latents=None, **dit(rates=["2x2x4"], branches="high"))
     setup = prepared(chosen, alone(inputs), tmp_path)
-    loader = loader_of(chosen, setup.inputs, setup.data, setup.model.config, "train", batch=2)
+    loader = loader_of(chosen, setup, "train", batch=2)
     for batch in islice(loader, 20):
         steps = groups_of(batch, setup.model)
         assert steps.skip is None or (steps.skip < steps.high.shape[2]).all()
