@@ -46,9 +46,9 @@ from longtake.training.models.common.codec import load_codec
 from longtake.training.models.generator import Settings
 from longtake.training.models.memory import finetune as stage
 from longtake.training.models.memory import segments
+from longtake.training.models.memory.data import Setup, heldout_of
 from longtake.training.models.memory.dit_config import MemoryDiTConfig
-from longtake.training.models.memory.history import lengths_of
-from longtake.training.models.memory.shared import Setup, heldout_of
+from longtake.training.models.memory.history import history_lengths
 from longtake.training.registry import disk, lineage
 
 VARIANTS: dict[str, dict[str, Any]] = {"extremes": {}, "uniform": {}, "noise": {"history_noise": 0.5}}
@@ -133,7 +133,7 @@ class Extremes(stage.Config):
     """The rule of before: all of the history, or none."""
 
     def histories(self, dit: MemoryDiTConfig, least: int) -> Lengths:
-        made = lengths_of(dit, self.no_history, least)
+        made = history_lengths(dit, self.no_history, least)
         return replace(made, some=made.some[-1:])
 
 
@@ -165,7 +165,7 @@ def work(options: argparse.Namespace, variant: str, seed: int) -> None:
 @torch.no_grad()
 def losses(config: stage.Config, setup: Setup) -> dict[int, float]:
     """By steps of history, of all held-out streams that have room for the longest, at its place and from the same noise."""
-    counts = (0, *lengths_of(setup.model.config).some)
+    counts = (0, *history_lengths(setup.model.config).some)
     made = stage.losses_by_history(config.model_copy(update={"seed": 0}), setup, counts)
     return {count: float(losses.mean()) for count, losses in made.items()}
 

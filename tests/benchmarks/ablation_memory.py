@@ -50,7 +50,7 @@ from longtake.training.loop import train
 from longtake.training.models.common.codec import load_codec
 from longtake.training.models.memory import finetune as finetune_memory_prior
 from longtake.training.models.memory import pretrain as pretrain_memory
-from longtake.training.models.memory.shared import Setup
+from longtake.training.models.memory.data import Setup
 from longtake.training.models.memory.tokens import parse_rate
 from longtake.training.registry import disk, lineage
 
@@ -271,7 +271,7 @@ def work(options: argparse.Namespace, job: Job) -> None:
 def keep(setup: Setup, folder: Path) -> None:
     """The model as a base of others: whole, and its transformer alone."""
     weights, config = setup.model.state_dict(), setup.model.config
-    facts = {"lineage": {}, "vae": {"uri": setup.inputs["vae"], "encoder": setup.data.made.encoder["digest"]}}
+    facts = {"lineage": {}, "vae": {"uri": setup.inputs["vae"], "encoder": setup.data.latents.encoder["digest"]}}
     disk.save(folder / "model", "memory_dit", config.model_dump(mode="json"), weights, facts)
     alone = {name: value for name, value in weights.items() if not name.startswith("memory.")}
     without = config.model_copy(update={"memory": "none"})

@@ -22,7 +22,7 @@ from longtake.training.engines import device
 from longtake.training.models.generator import Settings
 from longtake.training.models.memory.dit import MemoryDiT
 from longtake.training.models.memory.dit_config import config_from_preset
-from longtake.training.models.memory.segments import generate, segments
+from longtake.training.models.memory.segments import count_segments, generate
 from longtake.training.models.pv_vae.model import PVVAE
 from longtake.training.models.pv_vae.model import config_from_preset as vae_config
 
@@ -56,7 +56,7 @@ if __name__ == "__main__":
         awake(each)
         each.to(at)
     steps = round(arguments.minutes * 60 * FPS / factor)
-    count, process = segments(model, steps), psutil.Process()
+    count, process = count_segments(model, steps), psutil.Process()
     print(
         f"{arguments.minutes:g} min, {steps} steps in {count} segments of {STEPS}; {config.tokens((config.history, side, side))} tokens of memory"
     )

@@ -273,8 +273,8 @@ def test_what_is_gone_on_from_is_drawn_as_in_training_by_each_video_s_own_seed(m
     start = prior.begin(np.random.default_rng(0).integers(0, 255, (13, 32, 32, 3), np.uint8))
     # new weights are sure of nothing
     start = start._replace(logvar=torch.linspace(-4, 2, start.mean.numel()).view_as(start.mean))
-    assert torch.equal(segments.drawn(start, [1, 2], "mean"), start.mean.expand(2, -1, -1, -1, -1))
-    draws = segments.drawn(start, range(400), "sample")
+    assert torch.equal(segments.draw_latents(start, [1, 2], "mean"), start.mean.expand(2, -1, -1, -1, -1))
+    draws = segments.draw_latents(start, range(400), "sample")
     deviation = (0.5 * start.logvar[0]).exp()
     assert torch.allclose(draws.std(0), deviation, rtol=0.3)
     assert ((draws.mean(0) - start.mean[0]).abs() < 0.3 * deviation).all()

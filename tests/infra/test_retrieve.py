@@ -183,13 +183,13 @@ def test_steps_that_are_retrieved_in_any_order_are_shown_in_their_own(
 ) -> None:
     """With a retrieval that gives back the truth, what is shown is what the autoencoder alone makes of it."""
     frames, asked = footage(29), []
-    truth = recall.encoded(prior.model, prior.codec, torch.from_numpy(frames).permute(3, 0, 1, 2)[None]).high
+    truth = recall.encode_video(prior.model, prior.codec, torch.from_numpy(frames).permute(3, 0, 1, 2)[None]).high
 
     def perfect(model: MemoryDiT, memory: Any, times: list[int], *more: Any) -> torch.Tensor:
         asked.append(times)
         return truth[:, :, times]
 
-    monkeypatch.setattr(recall.history, "retrieve", perfect)
+    monkeypatch.setattr(recall.retrieval, "retrieve", perfect)
     for last, steps in ((28, 8), (13, 5), (12, 4), (0, 1)):
         made, bound = recall.recall(prior, frames, last)
         np.testing.assert_array_equal(made, bound)

@@ -34,7 +34,7 @@ from longtake.training.models.generator import Settings
 from longtake.training.models.latte import evaluate as generated, model as latte
 from longtake.training.models.latte.evaluate import Held, Videos
 from longtake.training.models.memory import continuation, dit as memory_dit, dit_config, retrieval
-from longtake.training.models.memory.history import Given
+from longtake.training.models.memory.history import Segment
 from longtake.training.models.pv_vae import evaluate as heldout
 from longtake.training.models.pv_vae.model import PVVAE, config_from_preset
 
@@ -87,16 +87,16 @@ if __name__ == "__main__":
     def clips():
         for n in mine:
             first = torch.zeros(1, 5, dtype=torch.bool)
-            yield n, Given(None, random(1, 8, 5, 2, 2, seed=60 + n), 2, torch.arange(5)[None], first, None), None
+            yield n, Segment(None, random(1, 8, 5, 2, 2, seed=60 + n), 2, torch.arange(5)[None], first, None), None
 
     batches = [[video(n) for n in range(b, min(5, b + batch))] for b in range(0, 5, batch)][rank::world]
     losses = continuation.losses_of_all_ranks(film, clips(), 0)
-    how = continuation.Continuing(9, 2, 8.0, 0, Settings(2), "sample")
+    how = continuation.Continuation(9, 2, 8.0, 0, Settings(2), "sample")
     gone_on = continuation.evaluate(
         film, vae, batches, folder, how, losses=losses, starts=losses, by_history={0: losses, 4: losses},
         trivial=continuation.trivial_losses(film, clips(), 0), network=colours,
     )
-    held = retrieval.evaluate(film, vae, [video(n) for n in range(rank, 5, world)], folder, fps=8.0, seed=0, steps=2)
+    held = retrieval.evaluate(film, vae, [video(n) for n in range(rank, 5, world)], folder, fps=8.0, seed=0, solver_steps=2)
     print(json.dumps({"made": made, "seen": seen, "gone_on": gone_on, "held": held}), flush=True)
 """
 

@@ -1,13 +1,17 @@
-"""A memory for a transformer that is not ours, such as Wan's or HunyuanVideo's from diffusers.
+"""A memory for a foreign transformer, such as Wan's or HunyuanVideo's from diffusers.
 
-Wrap it into a `Backbone`, which says how tokens come into it, and `attach_memory`:
+1. Write a module around the transformer that is a `Backbone`: it projects patches to tokens, lists its blocks, and
+   computes the velocity with the memory's tokens in front of its own.
+2. Attach a memory to it. Its own weights stand still; `lora` names layers that learn low-rank changes:
 
-    model = attach_memory(backbone, ["4x4x2"], lora=LoraConfig(rank=128, targets=[r".*to_[qkv]"]))
-    memory = model.remember(high, low)
-    velocity = model(x, t, times, memory, prompt)
+       model = attach_memory(backbone, ["4x4x2"], lora=LoraConfig(rank=128, targets=[r".*to_[qkv]"]))
 
-Tokens of the memory are concatenated to the backbone's own; cross-attention from φ's hidden states is added to what each
-block gives, by a hook; and the backbone itself learns nothing, or low-rank changes of the layers that `lora` names.
+3. Train `model` like a `MemoryDiT`: what learns are the parameters with `requires_grad`.
+
+       memory = model.remember(high, low)               # latents `(B, C, T, H, W)`, and of the scaled-down video
+       velocity = model(x, t, times, memory, prompt)    # whatever the backbone takes comes after the memory
+
+Cross-attention to φ's hidden states is added to the output of each block by a hook.
 """
 
 from __future__ import annotations
@@ -23,14 +27,14 @@ from longtake.training.engines import lora as low_rank
 from longtake.training.models.common.rotary import CrossAttention, Rotation, grid_positions, rotation
 from longtake.training.models.common.streaming import Past
 from longtake.training.models.memory.encoder import Branches, Encoder
-from longtake.training.models.memory.tokens import Memory, parse_rate, remembered
+from longtake.training.models.memory.tokens import Memory, parse_rate, run_encoders
 
 
 class Backbone(Protocol):
-    """A module around a foreign transformer. Its attributes are the transformer's own numbers.
+    """A module around a foreign transformer, with the transformer's own numbers.
 
-    channels, patch     of its latents, and how many a side make one token, a power of two
-    width, heads        of its tokens and attention; a head's width must be even and 6 at least
+    channels, patch     of its latents, and latents a side of a token, a power of two
+    width, heads        of its tokens and attention; a head's width must be even and at least 6
     """
 
     channels: int
@@ -39,25 +43,25 @@ class Backbone(Protocol):
     heads: int
 
     def blocks(self) -> Sequence[nn.Module]:
-        """Its blocks in order. Each gives `(B, M + N, width)` tokens, alone or first of a tuple: M of the memory, then its own."""
+        """Its blocks in order. Each returns tokens `(B, M + N, width)`, M of the memory and then its own, maybe first of a tuple."""
 
     def project(self, patches: Tensor) -> Tensor:
-        """Its patch projection: `(..., channels patch patch)`, channels first, then rows, then columns -> `(..., width)`."""
+        """Project patches to tokens: `(..., channels patch patch)`, channels first, then rows, then columns -> `(..., width)`."""
 
-    def velocity(self, x: Tensor, t: Tensor, times: Tensor, memory: Memory | None, *given: Any) -> Tensor:
-        """The velocity of x `(B, C, T, H, W)` at t `(B,)` or `(B, T)`, its steps at `times` `(T,)` or `(B, T)`.
+    def velocity(self, x: Tensor, t: Tensor, times: Tensor, memory: Memory | None, *extra: Any) -> Tensor:
+        """The velocity of x `(B, C, T, H, W)` at t `(B,)` or `(B, T)`, its latents at `times` `(T,)` or `(B, T)`.
 
-        `memory.tokens` are put in front of its own tokens, which are in order of time, row and column, at
-        `memory.positions`, and at t = 0 where tokens have times of their own; they are left out of the result.
-        `given` is what else it takes, such as a prompt.
+        `memory.tokens` come in front of its own tokens, which are in order of time, row and column. Their positions are
+        `memory.positions`, and their t is 0 where tokens have their own; they are left out of the result. `extra` is
+        whatever else it takes, such as a prompt.
         """
 
 
 class WithMemory(nn.Module):
-    """A backbone, its memory φ (names begin with `memory.`) and cross-attention for each block (`cross.`).
+    """A backbone, its memory φ (names of weights begin with `memory.`) and cross-attention for each block (`cross.`).
 
     Made by `attach_memory`. Where the backbone recomputes its blocks in the backward pass, that pass must come before the
-    next forward pass: the hooks see the states of the last one.
+    next forward pass: the hooks see the states of the latest one.
     """
 
     def __init__(
@@ -72,53 +76,54 @@ class WithMemory(nn.Module):
         super().__init__()
         self.backbone = backbone
         self.seen: tuple[Tensor, Rotation, Rotation] | None = None  # states, and rotations of x and of the states
-        of = self._of
-        chosen = [parse_rate(rate) for rate in rates]
-        shrink = (min(rate[0] for rate in chosen), min(rate[1] for rate in chosen))
-        shape = (of.patch, of.channels, of.width)
-        self.memory = nn.ModuleList(Encoder(rate, *shape, branches, widths, heads, shrink) for rate in chosen)
-        blocks = of.blocks() if cross_attention else []
-        self.cross = nn.ModuleList(CrossAttention(of.width, widths[-1], of.heads) for _ in blocks)
+        own = cast(Backbone, backbone)
+        parsed = [parse_rate(rate) for rate in rates]
+        shrink = (min(rate[0] for rate in parsed), min(rate[1] for rate in parsed))
+        shape = (own.patch, own.channels, own.width)
+        self.memory = nn.ModuleList(Encoder(rate, *shape, branches, widths, heads, shrink) for rate in parsed)
+        blocks = own.blocks() if cross_attention else []
+        self.cross = nn.ModuleList(CrossAttention(own.width, widths[-1], own.heads) for _ in blocks)
         for block, cross in zip(blocks, self.cross, strict=True):
             block.register_forward_hook(_Hook(self, cross))
 
     @property
-    def _of(self) -> Backbone:
+    def _backbone(self) -> Backbone:
         return cast(Backbone, self.backbone)
 
     def remember(
         self, high: Tensor, low: Tensor | None = None, start: int = 0, pasts: Sequence[Past] | None = None
     ) -> Memory:
-        """As `MemoryDiT.remember`."""
-        return remembered(list(self.memory), self._of.project, high, low, start, pasts)
+        """See `MemoryDiT.remember`."""
+        return run_encoders(list(self.memory), self._backbone.project, high, low, start, pasts)
 
-    def forward(self, x: Tensor, t: Tensor, times: Tensor, memory: Memory | None = None, *given: Any) -> Tensor:
-        """As `Backbone.velocity`."""
+    def forward(self, x: Tensor, t: Tensor, times: Tensor, memory: Memory | None = None, *extra: Any) -> Tensor:
+        """See `Backbone.velocity`."""
         self.seen = None
         if memory is not None and memory.tokens.shape[1] and len(self.cross):
-            rows, columns = (side // self._of.patch for side in x.shape[3:])
-            head = self._of.width // self._of.heads
-            here = rotation(grid_positions(times, rows, columns, x.device), head)
-            self.seen = (memory.hidden, here, rotation(memory.positions[None], head))
-        return self._of.velocity(x, t, times, memory, *given)
+            rows, columns = (side // self._backbone.patch for side in x.shape[3:])
+            head = self._backbone.width // self._backbone.heads
+            own = rotation(grid_positions(times, rows, columns, x.device), head)
+            self.seen = (memory.hidden, own, rotation(memory.positions[None], head))
+        return self._backbone.velocity(x, t, times, memory, *extra)
 
 
 class _Hook:
-    """A forward hook that adds to a block's own tokens what they find in φ's hidden states; an object, because it must
-    survive a deep copy of the module.
+    """A forward hook that adds cross-attention to φ's hidden states to a block's own tokens.
+
+    An object and no closure, because it must survive a deep copy of the module.
     """
 
     def __init__(self, model: WithMemory, cross: nn.Module) -> None:
         self.model, self.cross = model, cross
 
-    def __call__(self, block: nn.Module, inputs: Any, given: Any) -> Any:
+    def __call__(self, block: nn.Module, inputs: Any, outputs: Any) -> Any:
         if self.model.seen is None:
-            return given
-        tokens = given[0] if isinstance(given, tuple) else given
-        states, here, there = self.model.seen
+            return outputs
+        tokens = outputs[0] if isinstance(outputs, tuple) else outputs
+        states, own_rotation, remote = self.model.seen
         memory, own = tokens.split([states.shape[1], tokens.shape[1] - states.shape[1]], dim=1)
-        tokens = torch.cat([memory, own + self.cross(own, states, here, there)], dim=1)
-        return (tokens, *given[1:]) if isinstance(given, tuple) else tokens
+        tokens = torch.cat([memory, own + self.cross(own, states, own_rotation, remote)], dim=1)
+        return (tokens, *outputs[1:]) if isinstance(outputs, tuple) else tokens
 
 
 def attach_memory(
@@ -130,13 +135,14 @@ def attach_memory(
     cross_attention: bool = True,
     lora: LoraConfig | None = None,
 ) -> WithMemory:
-    """`backbone`, a module that is a `Backbone`, with a memory; its own weights stand still but for the changes of `lora`.
+    """Add a memory to `backbone`, a module that is a `Backbone`; its own weights stand still but for the changes of `lora`.
 
-    At first the cross-attention adds nothing, and tokens of the memory are those of the scaled-down video alone.
+    At first the cross-attention adds nothing, and the memory's tokens are those of the scaled-down video alone. The other
+    arguments are those of `MemoryDiTConfig` and `Encoder`.
 
     Raises:
-        ValueError: a rate that is none; cross-attention without the high branch, whose states it reads.
-        UserError: `lora` names a layer that the backbone has not.
+        ValueError: a malformed rate; cross-attention without the high branch, whose states it reads.
+        UserError: `lora` names a layer that the backbone does not have.
     """
     if cross_attention and branches == "low":
         raise ValueError("cross_attention: needs the high branch, whose states it reads")

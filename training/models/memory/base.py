@@ -1,4 +1,4 @@
-"""A model with a memory before its first step: with random weights, or those of a base."""
+"""The model before the first optimizer step: with random weights, or with those of a base."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -18,10 +18,10 @@ from longtake.training.models.memory.variants import VARIANTS
 
 
 def begin(config: MemoryConfig, inputs: Mapping[str, str], data: Data, classes: int) -> MemoryDiT:
-    """The model before its first step, which normalises what it learns: the base's weights, or random ones.
+    """Make the model with the base's weights or random ones, and the statistics of the latents that it learns.
 
     Raises:
-        UserError: a memory that this history, or these latents, do not have; a base that does not fit.
+        UserError: the history or the latents are too small for the memory; the base does not fit.
         Failure: the latents do not vary.
     """
     base, facts = registry.load_with_facts(inputs["base"]) if "base" in inputs else (None, {})
@@ -29,11 +29,14 @@ def begin(config: MemoryConfig, inputs: Mapping[str, str], data: Data, classes: 
         raise UserError(
             f"base: {inputs['base']} is a {type(base).__name__}, not a MemoryDiT; name a `pretrain_memory` model"
         )
-    known = {"channels": data.made.channels, "classes": classes, "history_noise": config.noise}
+    from_data = {"channels": data.latents.channels, "classes": classes, "history_noise": config.noise}
     try:
-        given = base.config.model_dump() | (config.model or {}) | known if base else config.dit(**known).model_dump()
-        _check_history(given, data)
-        dit = MemoryDiTConfig(**given | {"shape": data.shape, "history": data.history})
+        if base is not None:
+            fields = base.config.model_dump() | (config.model or {}) | from_data
+        else:
+            fields = config.dit(**from_data).model_dump()
+        _check_history(fields, data)
+        dit = MemoryDiTConfig(**fields | {"shape": data.shape, "history": data.history})
     except ValidationError as e:
         raise UserError(f"model: {e.errors()[0]['msg'].removeprefix('Value error, ')}") from e
     check_low(dit, data.low.shrink if data.low else None)
@@ -43,19 +46,19 @@ def begin(config: MemoryConfig, inputs: Mapping[str, str], data: Data, classes: 
         )
     model = MemoryDiT(dit)
     if base is not None:
-        if (facts.get("vae") or {}).get("encoder") != data.made.encoder["digest"]:
+        if (facts.get("vae") or {}).get("encoder") != data.latents.encoder["digest"]:
             raise UserError(
                 f"base: {inputs['base']} has learned latents of another autoencoder than {inputs['latents']}; encode by that one"
             )
-        _take(model, base, inputs["base"])
+        _load_base(model, base, inputs["base"])
     try:
         low = common.statistics(data.low, "mean") if data.low else (None, None)
         if base is None:
-            model.set_statistics(*common.statistics(data.made, config.posterior), *low)
+            model.set_statistics(*common.statistics(data.latents, config.posterior), *low)
         elif base.config.shrink is None and data.low:
             model.set_statistics(model.latent_mean.clone(), model.latent_std.clone(), *low)
     except ValueError as e:
-        raise Failure(f"latents: {data.made.column}: {e}; train the autoencoder for longer") from e
+        raise Failure(f"latents: {data.latents.column}: {e}; train the autoencoder for longer") from e
     return model
 
 
@@ -66,7 +69,7 @@ def _strided(dit: MemoryDiTConfig) -> bool:
 
 
 def _check_history(dit: Mapping[str, Any], data: Data) -> None:
-    """Refuse a model that the history, or the latents, are too small for."""
+    """Refuse a history or latents that are too small for a model. `dit` has fields of MemoryDiTConfig."""
     if data.history < dit["window"]:
         raise UserError(
             f"history_seconds: are {data.history} steps, fewer than the {dit['window']} of the window beside the memory; raise it"
@@ -82,8 +85,8 @@ def _check_history(dit: Mapping[str, Any], data: Data) -> None:
             raise UserError(f"rates: {rate}: the latents make a grid of {rows}x{columns} tokens; choose a lower rate")
 
 
-def _take(model: MemoryDiT, base: MemoryDiT, uri: str) -> None:
-    """Give a model the weights of its base. What the base lacks of the memory, or of attention to it, begins anew."""
+def _load_base(model: MemoryDiT, base: MemoryDiT, uri: str) -> None:
+    """Load the base's weights. Those that it lacks of the memory, or of attention to it, start anew."""
     ours, theirs = model.state_dict(), base.state_dict()
     new = sorted(ours.keys() - theirs.keys())
     strange = [name for name in new if not name.startswith("memory.") and ".cross." not in name]
@@ -97,7 +100,7 @@ def _take(model: MemoryDiT, base: MemoryDiT, uri: str) -> None:
     model.start_memory()
     model.load_state_dict(theirs, strict=False)
     if not base.first.shift.any():
-        # of a base from before it was told which latents are first, or that has learned nothing of them
+        # the base is older than this weight, or has learned nothing by it
         new.append("first.shift")
     if new:
         lora.let_learn(model, new)

@@ -1,38 +1,27 @@
-"""What φ is compared with: a large patchifier, and FramePack. Both are called as `encoder.Encoder` is."""
+"""Baselines of φ: a large patchifier and FramePack. Both are called as `encoder.Encoder` is."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from longtake.training.models.common.streaming import Past
-from longtake.training.models.memory.tokens import Memory, Project, Rate, centres_of, joined, seen_tokens, whole_cells
+from longtake.training.models.memory.tokens import Memory, Project, Rate, grid_memory, joined, whole_cells
 
-FRAMEPACK = ((1, 1, 1, 1), (2, 2, 2, 2), (16, 4, 4, 4))  # latest latents, and the cell of tokens (t, h, w) that is one
-
-
-def _packed_centres(start: float, shape: Sequence[int], cell: Sequence[int], device: torch.device) -> Tensor:
-    """Positions `(N, 3)` of the cells of a grid of `shape` tokens, of which the last one an axis repeats its last token."""
-    axes = [
-        torch.arange(-(-n // k) * k, device=device).clamp(max=n - 1).view(-1, k).float().mean(1)
-        for n, k in zip(shape, cell, strict=True)
-    ]
-    axes[0] = axes[0] + start
-    return torch.stack(torch.meshgrid(*axes, indexing="ij"), dim=-1).flatten(0, 2)
+FRAMEPACK = ((1, 1, 1, 1), (2, 2, 2, 2), (16, 4, 4, 4))  # a number of latents, latest first, and their cells (t, h, w)
 
 
 def _filled(latents: Tensor, kernel: tuple[int, int, int]) -> Tensor:
-    """`latents` with the last row and column repeated, up to multiples of the kernel's."""
+    """Repeat the last row and column of `latents`, up to multiples of the kernel's."""
     below, right = (-side % k for side, k in zip(latents.shape[3:], kernel[1:], strict=True))
     return F.pad(latents, (0, right, 0, below, 0, 0), mode="replicate")
 
 
-class _Kernel(nn.Module):
-    """A linear map of cells of a transformer's tokens (time, height, width), of `patch` latents a side each, to one token.
+class CellEmbedding(nn.Module):
+    """A linear map to one token from a cell (time, height, width) of a transformer's tokens, each of `patch` latents a side.
 
     `(B, C, T, H, W)` -> `(B, t, h, w, D)`.
     """
@@ -40,17 +29,17 @@ class _Kernel(nn.Module):
     def __init__(self, cell: tuple[int, int, int], patch: int, channels: int, width: int) -> None:
         super().__init__()
         self.cell, self.patch = cell, patch
-        self.kernel = (cell[0], patch * cell[1], patch * cell[2])  # latents
-        self.linear = nn.Linear(channels * math.prod(self.kernel), width)
+        self.size = (cell[0], patch * cell[1], patch * cell[2])  # latents
+        self.linear = nn.Linear(channels * math.prod(self.size), width)
         nn.init.xavier_uniform_(self.linear.weight)
         nn.init.zeros_(self.linear.bias)
 
     @torch.no_grad()
     def start_from(self, embedding: nn.Linear) -> None:
-        """Become the transformer's patch embedding of a smaller video, whose latents are the means over those of a cell.
+        """Become the transformer's patch embedding of a smaller video, whose latents are the means over a cell's.
 
         Each weight is repeated over the cell and divided by its size (FramePack's `initialize_weight_from_another_conv3d`).
-        With a patch of 1 a token is thus the mean of the tokens that it stands for.
+        With a patch of 1 a token is thus the mean of its cell's tokens.
         """
         weight = embedding.weight.unflatten(1, (-1, 1, self.patch, self.patch))
         for axis, times in enumerate(self.cell, 2):
@@ -59,23 +48,19 @@ class _Kernel(nn.Module):
         self.linear.bias.copy_(embedding.bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        time, rows, columns = self.kernel
+        time, rows, columns = self.size
         x = x.to(self.linear.weight.dtype)
         x = x.unflatten(4, (-1, columns)).unflatten(3, (-1, rows)).unflatten(2, (-1, time))  # B C T t H h W w
         return self.linear(x.permute(0, 2, 4, 6, 1, 3, 5, 7).flatten(4))
 
 
 class Patchify(nn.Module):
-    """A large patchifier: one linear map of all latents of a token, at the rate of an encoder. Reads `high` alone."""
+    """A large patchifier: one linear map of all latents of a token, at the rate of an encoder. Reads only `high`."""
 
     def __init__(self, rate: Rate, patch: int, channels: int, width: int) -> None:
         super().__init__()
         self.rate, self.patch = rate, patch
-        self.kernel = _Kernel((rate[2], *rate[:2]), patch, channels, width)
-
-    def start_from(self, embedding: nn.Linear) -> None:
-        """Begin as a transformer's patch embedding, scaled up; else it begins as noise."""
-        self.kernel.start_from(embedding)
+        self.kernel = CellEmbedding((rate[2], *rate[:2]), patch, channels, width)
 
     def forward(
         self,
@@ -86,37 +71,28 @@ class Patchify(nn.Module):
         project: Project | None = None,
         skip: Tensor | None = None,
     ) -> Memory:
-        """As `Encoder.forward`; no token knows of another, so that a past is not needed."""
+        """See `Encoder.forward`. Tokens do not depend on each other, so that no past is needed."""
         if high is None:
             raise ValueError("high: is missing; a patchifier reads it")
-        made = self.kernel(whole_cells(high, "high", self.kernel.kernel))
-        rows, columns, time = self.rate
-        centres = centres_of(start, made.shape[1:4], (time, rows, columns), made.device)
-        seen = seen_tokens(skip, time * torch.arange(made.shape[1]), made.shape[2] * made.shape[3])
-        tokens = made.flatten(1, 3)
-        return Memory(tokens, centres, tokens[..., :0], seen)
+        grid = self.kernel(whole_cells(high, "high", self.kernel.size))
+        return grid_memory(grid, self.kernel.cell, start, skip=skip)
 
 
 class FramePack(nn.Module):
-    """FramePack's (arXiv 2504.12626): the older a step, the larger the kernel that it is seen through (`FRAMEPACK`).
+    """FramePack's memory (arXiv 2504.12626): the older a latent, the larger the kernel that reads it (`FRAMEPACK`).
 
-    The latest step has the transformer's own tokens. Where a kernel does not divide the frame, its last rows and columns
-    are repeated. Steps older than the last kernel reaches are dropped, and so are the oldest that do not fill a kernel
+    The latest latent has the transformer's own tokens. Where a kernel does not divide the frame, its last rows and columns
+    are repeated. Latents older than the last kernel reaches are dropped, and so are the oldest that do not fill a kernel
     [assumptions].
-    What a step's tokens are thus changes as the history goes on: with a `past`, which keeps the latest steps, the result
-    is the memory of all that was seen, the last `reach` steps of it, and replaces the one before. Reads `high` alone.
+    A latent's tokens thus change as the history grows: with a `past`, which keeps the latest latents, the result is the
+    memory of the last `reach` latents of all chunks so far, and replaces the one before. Reads only `high`.
     """
 
     def __init__(self, patch: int, channels: int, width: int, reach: int | None = None) -> None:
         super().__init__()
-        most = sum(steps for steps, *_ in FRAMEPACK)
+        most = sum(latents for latents, *_ in FRAMEPACK)
         self.patch, self.reach = patch, most if reach is None else min(most, reach)
-        self.kernels = nn.ModuleList(_Kernel((t, h, w), patch, channels, width) for _, t, h, w in FRAMEPACK)
-
-    def start_from(self, embedding: nn.Linear) -> None:
-        """Begin as a transformer's patch embedding, scaled up; else it begins as noise."""
-        for kernel in self.kernels:
-            kernel.start_from(embedding)  # type: ignore[operator]
+        self.kernels = nn.ModuleList(CellEmbedding((t, h, w), patch, channels, width) for _, t, h, w in FRAMEPACK)
 
     def forward(
         self,
@@ -127,7 +103,7 @@ class FramePack(nn.Module):
         project: Project | None = None,
         skip: Tensor | None = None,
     ) -> Memory:
-        """As `Encoder.forward`, but for what a past means."""
+        """See `Encoder.forward`; but the result is of all that `past` has seen."""
         if high is None:
             raise ValueError("high: is missing; a packed memory reads it")
         if past is not None:
@@ -139,16 +115,13 @@ class FramePack(nn.Module):
             past.inputs[self] = high.clone()
             past.begun = True
         parts, end = [], high.shape[2]
-        grid = [-(-side // self.patch) for side in high.shape[3:]]
-        for kernel, (steps, *cell) in zip(self.kernels, FRAMEPACK, strict=True):
-            begin = end - min(steps, end) // cell[0] * cell[0]
+        sides = [-(-side // self.patch) for side in high.shape[3:]]
+        for kernel, (latents, *cell) in zip(self.kernels, FRAMEPACK, strict=True):
+            begin = end - min(latents, end) // cell[0] * cell[0]
             if begin == end:
                 break
-            made = kernel(_filled(high[:, :, begin:end], kernel.kernel))  # type: ignore[arg-type]
-            centres = _packed_centres(start + begin, (end - begin, *grid), cell, made.device)
-            seen = seen_tokens(skip, begin + cell[0] * torch.arange(made.shape[1]), made.shape[2] * made.shape[3])
-            tokens = made.flatten(1, 3)
-            parts.append(Memory(tokens, centres, tokens[..., :0], seen))
+            grid = kernel(_filled(high[:, :, begin:end], kernel.size))  # type: ignore[arg-type]
+            parts.append(grid_memory(grid, cell, start, begin, skip, shape=(end - begin, *sides)))
             end = begin
         if not parts:
             raise ValueError("high has 0 steps; give one at least")
@@ -156,12 +129,12 @@ class FramePack(nn.Module):
 
 
 def framepack_tokens(patch: int, shape: tuple[int, int, int]) -> int:
-    """How many tokens `FramePack` makes of latents of `shape` (T, H, W)."""
-    count, left = 0, shape[0]
+    """The number of tokens that `FramePack` makes of latents of `shape` (T, H, W)."""
+    tokens, remaining = 0, shape[0]
     for latents, time, rows, columns in FRAMEPACK:
-        cells = min(latents, left) // time
+        cells = min(latents, remaining) // time
         if not cells:
             break
         height, width = -(-shape[1] // (patch * rows)), -(-shape[2] // (patch * columns))
-        count, left = count + cells * height * width, left - cells * time
-    return count
+        tokens, remaining = tokens + cells * height * width, remaining - cells * time
+    return tokens

@@ -1,4 +1,4 @@
-"""The settings of `pretrain_memory` and `finetune_memory_prior`, and what they must agree on with the stages before them."""
+"""The settings of `pretrain_memory` and `finetune_memory_prior`, and their agreement with the stages before them."""
 
 import math
 from collections.abc import Mapping
@@ -12,39 +12,34 @@ from longtake.datasets.stage import DatasetInput, Input, Measuring, ModelInput, 
 from longtake.training import data
 from longtake.training.config import ModelName, TrainConfig
 from longtake.training.models.memory.dit_config import MemoryDiTConfig, config_from_preset
-from longtake.training.models.memory.history import lengths_of
+from longtake.training.models.memory.history import history_lengths
 
-_FROM_DATA = (
-    "channels",
-    "classes",
-    "shape",
-    "history",
-    "history_noise",
-)  # fields of MemoryDiTConfig that `model` must not have
+# fields of MemoryDiTConfig that follow from other settings, so that `model` must not have them
+_FROM_DATA = ("channels", "classes", "shape", "history", "history_noise")
 _PRESET = {"preset": "memory_dit_xl"}
 
 
 class MemoryConfig(TrainConfig):
-    """What both stages of a memory need. "Assumption" marks what the paper (arXiv 2512.23851) does not give.
+    """The settings that both stages share. "Assumption" marks what the paper (arXiv 2512.23851) does not give.
 
     dataset           to train on
     latents           of the dataset, with `join_seconds`
     low_latents       with the `shrink` of the rates, for the low-res branch
     view              which clips to use; null uses all
-    vae               decodes samples; null is the model that has encoded the latents
+    vae               decodes samples; null is the model that encoded the latents
     base              the memory_dit to continue from; null begins with random weights
     model             a preset with fields of MemoryDiTConfig to change: `{preset: memory_dit_xl}`; with a base, fields alone
     classes           learn the dataset's labels
     frames            of a segment, 1 + 4n [assumption]
-    history_seconds   before the segment [paper: 5 to over 20]
+    history_seconds   of history before the segment, at most [paper: 5 to over 20]
     history_least     seconds of history that a stream of latents must have room for; null is `history_seconds`
     posterior         what of each latent is learned: a sample, drawn anew each step, or the mean [assumption]
-    time_mean         of the flow's logit-normal times: that of the masks [assumption]
+    time_mean         of the flow's logit-normal times: the masks' mean [assumption]
     time_std          of the flow's logit-normal times [assumption]
     shift             of times towards noise, in training and sampling; 1 is none [assumption]
     lr                learning rate [assumption]
-    sample_steps      Euler steps of a sample [assumption]
-    eval_clips        held-out clips that are measured, at most, over all processes
+    sample_steps      solver steps (Euler) of a sample [assumption]
+    eval_clips        held-out clips to measure, at most, over all processes
     """
 
     dataset: DatasetInput
@@ -72,12 +67,12 @@ class MemoryConfig(TrainConfig):
     @field_validator("model")
     @classmethod
     def _without_data(cls, model: dict[str, Any] | None) -> dict[str, Any] | None:
-        if taken := [name for name in _FROM_DATA if name in (model or {})]:
-            raise ValueError(f"{taken[0]} follows from the stage's other settings; leave it out")
+        if forbidden := [name for name in _FROM_DATA if name in (model or {})]:
+            raise ValueError(f"{forbidden[0]} follows from the stage's other settings; leave it out")
         return model
 
     @model_validator(mode="after")
-    def _known(self) -> "MemoryConfig":
+    def _check_model(self) -> "MemoryConfig":
         model = self.model or {}
         if self.base is None:
             if self.lora is not None:
@@ -93,42 +88,43 @@ class MemoryConfig(TrainConfig):
 
     @property
     def noise(self) -> float:
-        """The most that its history has."""
+        """The most noise of a history in training, as a time of the flow."""
         return 0.0
 
     @property
     def reaches(self) -> tuple[tuple[int, float], ...]:
-        """From which step on histories have how many seconds at most."""
+        """(optimizer step, seconds): the most history from each step on."""
         return ((0, self.history_seconds),)
 
     @property
     def least_seconds(self) -> float:
+        """Seconds of history that a stream must have room for."""
         return self.history_seconds if self.history_least is None else self.history_least
 
     def histories(self, dit: MemoryDiTConfig, least: int) -> Lengths:
-        """What a segment is given of its stream; `least` steps at least must have room in that."""
-        return lengths_of(dit, 0.0, least)
+        """The lengths of history of a segment, in latents. A stream must have room for `least` of them."""
+        return history_lengths(dit, 0.0, least)
 
-    def dit(self, **known: Any) -> MemoryDiTConfig:
-        """Of the model without a base."""
-        return config_from_preset(**_PRESET | (self.model or {}) | known)
+    def dit(self, **overrides: Any) -> MemoryDiTConfig:
+        """The config of a model trained from scratch."""
+        return config_from_preset(**_PRESET | (self.model or {}) | overrides)
 
 
 def check(config: MemoryConfig, inputs: Mapping[str, StageConfig]) -> None:
-    """Refuse latents of another dataset or encoder, or at another scale, and windows that they do not have."""
+    """Refuse latents of another dataset, encoder or scale, and histories and segments that they are too short for."""
     data.check_recipe(config, inputs, ("latents", "low_latents"), config.frames)
-    made: Any = inputs.get("latents")
+    latents: Any = inputs.get("latents")
     low: Any = inputs.get("low_latents")
-    if made is not None and low is not None:
-        if made.encoder != low.encoder:
-            raise ValueError(f"low_latents: are of another encoder, {low.encoder}, than latents, {made.encoder}")
-        if made.join_seconds != low.join_seconds:
+    if latents is not None and low is not None:
+        if latents.encoder != low.encoder:
+            raise ValueError(f"low_latents: are of another encoder, {low.encoder}, than latents, {latents.encoder}")
+        if latents.join_seconds != low.join_seconds:
             raise ValueError(
-                f"low_latents: have join_seconds {low.join_seconds:g}, latents {made.join_seconds:g}; set both alike"
+                f"low_latents: have join_seconds {low.join_seconds:g}, latents {latents.join_seconds:g}; set both alike"
             )
     clip = getattr(inputs.get("dataset"), "clip", None)
-    if made is not None and clip is not None:
-        longest, needed = max(made.join_seconds, clip.max_seconds), config.least_seconds + config.frames / clip.fps
+    if latents is not None and clip is not None:
+        longest, needed = max(latents.join_seconds, clip.max_seconds), config.least_seconds + config.frames / clip.fps
         if longest < needed:
             raise ValueError(
                 f"latents: streams of at most {longest:g} s have no room for {config.least_seconds:g} s of history and a"

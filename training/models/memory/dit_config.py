@@ -1,4 +1,4 @@
-"""The numbers of a `memory_dit`, and its presets."""
+"""The config of a `memory_dit` and its presets."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from longtake.training.models.memory.variants import VARIANTS, Variant
 
 # fmt: off
 PRESETS: dict[str, dict[str, Any]] = {  # parameters with 64 channels, patch 1, no classes, one encoder at 4x4x2
-    "memory_dit_xl":   dict(depth=28, width=1152, heads=16),  # 678M, 4.6M of them the encoder's
+    "memory_dit_xl":   dict(depth=28, width=1152, heads=16),  # 678M, of which the encoder has 4.6M
     "memory_dit_l":    dict(depth=24, width=1024, heads=16),  # 461M
     "memory_dit_b":    dict(depth=12, width=768,  heads=12),  # 134M
     "memory_dit_s":    dict(depth=12, width=384,  heads=6),   # 37M
@@ -21,24 +21,24 @@ PRESETS: dict[str, dict[str, Any]] = {  # parameters with 64 channels, patch 1, 
 
 
 class MemoryDiTConfig(BaseModel):
-    """The numbers of one model. "Assumption" marks what the paper does not say.
+    """The config of one model. "Assumption" marks what the paper does not give.
 
     depth, width, heads   of the transformer; a head's width must be even, 6 at least
     channels        of the latents
     patch           positions a side that make one token, a power of two
     mlp_ratio       hidden width of the MLPs over `width`
-    classes         known class ids are 0..classes-1; 0 is an unconditional model
+    classes         their number: ids are 0..classes-1; 0 is an unconditional model
     label_dropout   probability that training hides a class, for guidance [assumption: 0.1]
     memory          encoder: φ; patchify: one linear map at the rate; framepack: `memory.FRAMEPACK`; none
     rates           of the encoders or patchifiers, HxWxT over the token grid; their tokens are concatenated
-    branches        of the encoders: both, or one alone for comparison
+    branches        of the encoders: both, or only one for comparison
     memory_widths   of an encoder's convolutions [paper: 64, 128, 256, 512]
     memory_heads    of its attention [assumption: 8]
     cross_attention every block also attends to the encoders' last hidden states
-    history         steps that the memory reaches back, at most
-    shape           (T, H, W) of a segment in latents, which generation makes at a time
-    window          clean steps beside the memory [paper: 3]
-    history_noise   most noise, as a time of the flow, that its history had in training; it is told how much
+    history         latents that the memory reaches back, at most
+    shape           (T, H, W) in latents of a segment, which is generated at once
+    window          recent latents, clean beside the memory [paper: 3]; config.json has this name
+    history_noise   most noise, as a time of the flow, that its history had in training; it sees the level
     activation_checkpointing   recompute blocks and convolutions in the backward pass: less memory, more time
     """
 
@@ -65,7 +65,7 @@ class MemoryDiTConfig(BaseModel):
     activation_checkpointing: bool = False
 
     @model_validator(mode="after")
-    def _fits(self) -> MemoryDiTConfig:
+    def _check_fields(self) -> MemoryDiTConfig:
         if self.width % self.heads or self.width // self.heads % 2 or self.width // self.heads < 6:
             raise ValueError(f"width is {self.width}; divided by heads, {self.heads}, it must be even and 6 at least")
         if self.patch & (self.patch - 1):
@@ -78,13 +78,13 @@ class MemoryDiTConfig(BaseModel):
             raise ValueError(
                 f"memory_widths end with {self.memory_widths[-1]}, no multiple of {self.memory_heads} heads"
             )
-        self._reaches()
+        self._check_group()
         if self.cross_attention and (self.memory != "encoder" or self.branches == "low"):
             raise ValueError("cross_attention: needs memory: encoder with its high branch, whose states it reads")
         return self
 
-    def _reaches(self) -> None:
-        """A segment and a history have one token of the memory at least."""
+    def _check_group(self) -> None:
+        """Refuse a segment or a history that is smaller than one token of the memory."""
         if not self.variant.empty and self.history < self.group:
             raise ValueError(f"history is {self.history} steps; one token of the memory stands for {self.group}")
         if not self.shape or not self.variant.rated:
@@ -99,12 +99,12 @@ class MemoryDiTConfig(BaseModel):
 
     @property
     def variant(self) -> Variant:
-        """What its memory is."""
+        """The row of its memory."""
         return VARIANTS[self.memory]
 
     @property
     def shrink(self) -> tuple[int, int] | None:
-        """What videos are scaled down by (height, width) before they are encoded as `low`; None where that is not read."""
+        """The factors (height, width) that videos are scaled down by for `low`; None where `low` is not read."""
         if not self.variant.low or self.branches == "high":
             return None
         rates = [parse_rate(rate) for rate in self.rates]
@@ -112,11 +112,11 @@ class MemoryDiTConfig(BaseModel):
 
     @property
     def group(self) -> int:
-        """Latents of a group: histories, and pieces of them, are whole groups."""
+        """Latents of a group; histories, and chunks of them, are whole groups."""
         return max(parse_rate(rate)[2] for rate in self.rates) if self.variant.rated else 1
 
     def tokens(self, shape: tuple[int, int, int]) -> int:
-        """How many tokens the memory of a history of `shape` (T, H, W) latents has."""
+        """The number of tokens that stand for a history of `shape` (T, H, W) in latents."""
         return self.variant.tokens(self, shape)
 
 

@@ -1,8 +1,8 @@
-"""φ, the memory encoder of arXiv 2512.23851: latents of some past seconds, as a few tokens of a diffusion transformer.
+"""φ, the memory encoder of arXiv 2512.23851: it turns the latents of past seconds into a few tokens of a transformer.
 
-It is causal in time: pieces of a history encoded one after the other, each with the `Past` of those before it, give the
-tokens of the whole. Histories are `(B, C, T, H, W)` latents, normalised. Sides that a rate does not divide are cut at the
-bottom and right.
+It is causal in time: chunks of a history, encoded in order and each with the `Past` of those before it, give the tokens
+of the whole. Histories are `(B, C, T, H, W)` latents, normalised. Sides that a rate does not divide are cut at the bottom
+and right.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 from typing import Literal
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -18,15 +17,22 @@ from torch.utils.checkpoint import checkpoint
 from longtake.training.models.common.causal import CausalConv3d, fold
 from longtake.training.models.common.dit import attention
 from longtake.training.models.common.streaming import Past
-from longtake.training.models.memory.tokens import Memory, Project, Rate, begun, centres_of, seen_tokens, whole_cells
+from longtake.training.models.memory.tokens import (
+    Memory,
+    Project,
+    Rate,
+    fill_front,
+    grid_memory,
+    whole_cells,
+)
 
 Branches = Literal["both", "high", "low"]
 
-_SILU_GAIN = 1.68  # keeps the variance of what SiLU makes of a normal variable
+_SILU_GAIN = 1.68  # keeps the variance of SiLU of a normal variable
 
 
-class _Among(nn.Module):
-    """Attention among the positions of each step of `(B, C, T, H, W)`, residual; starts as the identity."""
+class _SpatialAttention(nn.Module):
+    """Residual attention among the positions of each latent of `(B, C, T, H, W)`; starts as the identity."""
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
@@ -44,16 +50,17 @@ class _Among(nn.Module):
 
 
 class Encoder(nn.Module):
-    """φ at one rate: a convolutional branch over all latents, and one that lets the transformer see a small video.
+    """φ at one rate: the sum of a convolutional branch over all latents and of a low-res view of the video.
 
     The high branch: a convolution, then strided ones, in time first, with SiLU and without norms; then attention among
-    the positions of a step, and a linear map. The low branch: the video scaled down by the rate and encoded by the same
-    autoencoder; of its latents every r_t-th step, the last of its group, through the transformer's own projection.
+    the positions of a latent, and a linear map. The low branch: the video scaled down by the rate and encoded by the same
+    autoencoder; the last latent of each group goes through the transformer's own projection.
 
-    Both are added up. At the start the high branch adds nothing to the low one, so that a transformer sees what it knows.
+    At the start the high branch adds nothing to the low one, so that a pretrained transformer sees familiar tokens.
 
     Assumptions: causality, the kernels' sizes (3, or 1x4x4 where the stride is in space), no norms, which widths a rate
-    with few strides leaves out, attention within a step (which keeps going on exact and bounded), and that start.
+    with few strides leaves out, attention within a latent (so that encoding by chunks is exact and bounded), and that
+    start.
     """
 
     def __init__(
@@ -72,8 +79,8 @@ class Encoder(nn.Module):
         Args:
             patch: latents a side of the transformer's tokens, a power of two.
             width: of the transformer.
-            shrink: what the video of the low branch was scaled down by (height, width), a divisor of the rate, which
-                is the default; where it is less, neighbouring patches are averaged.
+            shrink: the factors (height, width) that the low branch's video was scaled down by, divisors of the rate,
+                which is the default; where they are smaller, neighbouring patches are averaged.
             checkpointing: training recomputes the convolutions in the backward pass.
         """
         super().__init__()
@@ -88,7 +95,7 @@ class Encoder(nn.Module):
         self.stem = _conv(channels, sizes[0], (1, 1, 1), 1.0)
         shapes = zip(sizes[:-1], sizes[1:], strides, strict=True)
         self.down = nn.ModuleList(_conv(*shape, _SILU_GAIN) for shape in shapes)
-        self.among = _Among(sizes[-1], heads)
+        self.among = _SpatialAttention(sizes[-1], heads)
         self.out = nn.Linear(sizes[-1], width)
         if branches == "both":
             nn.init.zeros_(self.out.weight)
@@ -103,75 +110,72 @@ class Encoder(nn.Module):
         project: Project | None = None,
         skip: Tensor | None = None,
     ) -> Memory:
-        """The memory of a history, or of the piece of it that begins at step `start` and goes on from `past`.
+        """The memory of a history, or of its chunk that begins at latent `start`, after `past`.
 
         high        `(B, C, T, H, W)`; not read with `branches="low"`
         low         `(B, C, T, h, w)`, normalised with the statistics of its own column; not read with "high"
-        past        of what came before; goes on to the end of this piece. Not together with gradients through pieces
+        past        state after the chunks before; advances to the end of this one. Not with gradients through chunks
         project     the transformer's patch projection, for the low branch
-        skip        `(B,)`, so many steps in front of each sample, whole groups, are no part of its history
+        skip        `(B,)` leading latents of each sample, in whole groups, that are no part of its history
 
         Raises:
             ValueError: T is no multiple of the rate's; the grid is smaller than the rate; a branch has no input.
         """
-        made: list[Tensor] = []  # (B, T', h, w, D) of each branch
+        branches: list[Tensor] = []  # (B, T', h, w, D) of each
         hidden = None
         if self.branches != "low":
             if high is None:
                 raise ValueError(f"high: is missing; an encoder with branches {self.branches!r} reads it")
-            hidden = self._high(high, past, skip)
-            made.append(self.out(hidden))
+            hidden = self._hidden_states(high, past, skip)
+            branches.append(self.out(hidden))
         if self.branches != "high":
             if low is None or project is None:
                 raise ValueError(f"low: is missing; an encoder with branches {self.branches!r} reads it")
-            made.append(self._low(low, project))
-        if len(made) == 2:
-            made[1] = _cut(made[1], made[0])
+            branches.append(self._low_tokens(low, project))
+        if len(branches) == 2:
+            branches[1] = _crop(branches[1], branches[0])
         if past is not None:
             past.begun = True
-        tokens = sum(made[1:], made[0])
+        grid = sum(branches[1:], branches[0])
         rows, columns, time = self.rate
-        centres = centres_of(start, tokens.shape[1:4], (time, rows, columns), tokens.device)
-        seen = seen_tokens(skip, time * torch.arange(tokens.shape[1]), tokens.shape[2] * tokens.shape[3])
-        tokens = tokens.flatten(1, 3)
-        return Memory(tokens, centres, tokens[..., :0] if hidden is None else hidden.flatten(1, 3), seen)
+        return grid_memory(grid, (time, rows, columns), start, skip=skip, hidden=hidden)
 
-    def _high(self, x: Tensor, past: Past | None, skip: Tensor | None) -> Tensor:
+    def _hidden_states(self, x: Tensor, past: Past | None, skip: Tensor | None) -> Tensor:
         """Last hidden states `(B, T', h, w, D_hidden)`."""
         rows, columns, time = self.rate
         x = whole_cells(x, "high", (time, self.patch * rows, self.patch * columns))
-        x, each = begun(x.to(self.stem.weight.dtype), skip), 1
+        x, stride = fill_front(x.to(self.stem.weight.dtype), skip), 1
         for layer in [self.stem, *self.down]:
             if self.checkpointing and self.training and past is None:
                 x = checkpoint(_activated, layer, x, past, use_reentrant=False)
             else:
                 x = _activated(layer, x, past)
-            each *= layer.stride[0]
-            x = begun(x, None if skip is None else skip // each)
+            stride *= layer.stride[0]
+            x = fill_front(x, None if skip is None else skip // stride)
         return self.among(x).movedim(1, -1)
 
-    def _low(self, low: Tensor, project: Project) -> Tensor:
-        each = (self.rate[0] // self.shrink[0], self.rate[1] // self.shrink[1])  # its patches that make one token
-        low = whole_cells(low, "low", (self.rate[2], self.patch * each[0], self.patch * each[1]))
+    def _low_tokens(self, low: Tensor, project: Project) -> Tensor:
+        cell = (self.rate[0] // self.shrink[0], self.rate[1] // self.shrink[1])  # patches that make one token
+        low = whole_cells(low, "low", (self.rate[2], self.patch * cell[0], self.patch * cell[1]))
         patches = fold(low[:, :, self.rate[2] - 1 :: self.rate[2]], 1, self.patch).movedim(1, -1)
-        if each != (1, 1):
-            patches = patches.unflatten(3, (-1, each[1])).unflatten(2, (-1, each[0])).mean((3, 5))
+        if cell != (1, 1):
+            patches = patches.unflatten(3, (-1, cell[1])).unflatten(2, (-1, cell[0])).mean((3, 5))
         return project(patches)
 
 
-def _cut(low: Tensor, high: Tensor) -> Tensor:
-    """Tokens of the low branch on the grid of the high one. ValueError where they do not cover it."""
+def _crop(low: Tensor, high: Tensor) -> Tensor:
+    """Crop the low branch's tokens to the grid of the high one. ValueError where they do not cover it."""
     (time, rows, columns), (t, h, w) = high.shape[1:4], low.shape[1:4]
     if t != time or h < rows or w < columns:
         raise ValueError(f"low makes {t}x{h}x{w} tokens (time, rows, columns), high {time}x{rows}x{columns}")
     return low[:, :, :rows, :columns]
 
 
-def _conv(inside: int, outside: int, stride: tuple[int, int, int], gain: float) -> CausalConv3d:
-    """Sees its cells and their neighbours, in time or where it strides in space in space alone; keeps the variance."""
+def _conv(inputs: int, outputs: int, stride: tuple[int, int, int], gain: float) -> CausalConv3d:
+    """A convolution of cells and their neighbours, in time and space or, with a stride in space, in space; keeps the variance."""
     time = 3 if stride[1:] == (1, 1) else 1
-    gain *= math.sqrt(max(1.0, outside / (inside * math.prod(stride))))
-    return CausalConv3d(inside, outside, (time, 2 + stride[1], 2 + stride[2]), gain, stride)
+    gain *= math.sqrt(max(1.0, outputs / (inputs * math.prod(stride))))
+    return CausalConv3d(inputs, outputs, (time, 2 + stride[1], 2 + stride[2]), gain, stride)
 
 
 def _activated(layer: nn.Module, x: Tensor, past: Past | None) -> Tensor:
@@ -179,17 +183,17 @@ def _activated(layer: nn.Module, x: Tensor, past: Past | None) -> Tensor:
 
 
 def _strides(rate: Rate, patch: int) -> list[tuple[int, int, int]]:
-    """Of the convolutions, (time, height, width): in time first, then in space; of a rate that divides nothing, one of 1."""
+    """The strides (time, height, width) of the convolutions: in time first, then in space; at least one, of 1."""
     rows, columns, time = (n.bit_length() - 1 for n in (patch * rate[0], patch * rate[1], rate[2]))
     strides = [(2, 1, 1)] * time + [(1, 1 + (i < rows), 1 + (i < columns)) for i in range(max(rows, columns))]
     return strides or [(1, 1, 1)]
 
 
 def _widths(widths: tuple[int, ...], strided: int) -> list[int]:
-    """Of the stem and so many convolutions, which end with the last: with fewer of them those in between are left out.
+    """Widths of the stem and of `strided` convolutions. The last is always used; with few convolutions the middle ones are not.
 
-    A convolution that divides little then keeps most of what it sees, which is worth more than depth: a map of latents
-    at 2x2x1 and back has an error of 0.09 after 250 steps, with the others before it 0.12, after it 0.17.
+    A convolution with a small stride then keeps most of its input, which is worth more than depth: a map of latents at
+    2x2x1 and back has an error of 0.09 after 250 steps, with the other convolutions before it 0.12, after it 0.17.
     """
     later = widths[1:][-strided:]
     return [widths[0], *later, *[widths[-1]] * (strided - len(later))]

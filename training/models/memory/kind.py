@@ -9,12 +9,12 @@ import numpy as np
 from longtake.training.models.kind import Kind
 from longtake.training.models.memory.dit import MemoryDiT
 from longtake.training.models.memory.dit_config import MemoryDiTConfig
-from longtake.training.models.memory.prior import ACCEPTS, generator_of, load_prior
+from longtake.training.models.memory.prior import ACCEPTS, load_prior, prior_of
 from longtake.training.models.memory.recall import recall_each
 
 
 def kind(facts: Mapping[str, Any]) -> Kind:
-    """A model that was trained to go on from a history, or one that was trained to retrieve it."""
+    """The row of a model that was trained to continue a history, or of one that was trained to retrieve it."""
     row = Kind(
         f"MemoryDiT that does {facts.get('stage')}",
         MemoryDiTConfig,
@@ -23,7 +23,7 @@ def kind(facts: Mapping[str, Any]) -> Kind:
     )
     if facts.get("stage") == "retrieval":
         return row._replace(answer=_answer)
-    return row._replace(generator=generator_of, accepts=ACCEPTS)
+    return row._replace(generator=prior_of, accepts=ACCEPTS)
 
 
 def _answer(folder: str) -> Callable[[np.ndarray], np.ndarray]:

@@ -1,4 +1,4 @@
-"""A registered model with a memory and its autoencoder, in frames, seconds and names: what generates or retrieves by it."""
+"""A registered model with a memory and its autoencoder: generation and retrieval in frames, seconds and class names."""
 
 from __future__ import annotations
 
@@ -26,18 +26,21 @@ from longtake.training.registry import disk
 
 Stage = Literal["generation", "retrieval"]
 _KINDS = {"generation": "finetune_memory_prior", "retrieval": "pretrain_memory"}
-
-
 ACCEPTS = frozenset({"class", "start", "storyboard", "history_noise"})
 
 
 @dataclass(frozen=True)
 class MemoryPrior:
-    """A registered `memory_dit` with the codec that makes videos of its latents, and encodes what it remembers.
+    """A registered `memory_dit` with the codec that decodes its latents and encodes what it remembers.
 
-    A `Generator` if it was trained to generate. `classes` are the names of its classes in the order of their ids,
-    `frames` those of a video's first segment, `fps` and `size` (height, width) those of what it has learned from;
-    `digest` is of all weights.
+    A `Generator` if it was trained to generate.
+
+    classes    names in the order of their ids
+    frames     of a video's first segment
+    fps, size  of the videos that it has learned from; (height, width) in pixels
+    settings   of sampling, by default; their `steps` are the solver's, as in the registered files
+    digest     of all weights
+    posterior  what of each latent it has learned
     """
 
     model: MemoryDiT
@@ -48,7 +51,7 @@ class MemoryPrior:
     size: tuple[int, int]
     settings: Settings
     digest: str
-    posterior: Literal["sample", "mean"] = "mean"  # what of each latent it has learned
+    posterior: Literal["sample", "mean"] = "mean"
     accepts: frozenset[str] = ACCEPTS
 
     @property
@@ -56,7 +59,7 @@ class MemoryPrior:
         return int(self.codec.config.temporal_stride)
 
     def latents(self, frames: int, start: Posterior | None = None) -> int:
-        """The number of latents of so many new frames. ValueError where no latents are of so many."""
+        """The number of latents of `frames` new frames. ValueError where no whole number of latents makes these."""
         if start is None:
             return latents_of(frames, self._factor)
         factor = self._factor
@@ -68,24 +71,26 @@ class MemoryPrior:
         return frames // factor
 
     def frames_of_seconds(self, seconds: float, fps: float, start: Posterior | None = None) -> int:
+        """The least number of new frames, in whole latents, that last `seconds`."""
         if start is None:
             return codecs.frames_of_seconds(seconds, fps, self._factor)
         return max(1, math.ceil((seconds * fps - 1e-6) / self._factor)) * self._factor
 
     def rounds(self, frames: int, settings: Settings, start: Posterior | None = None) -> int:
-        return segments.segments(self.model, self.latents(frames, start)) * settings.steps
+        """The number of solver steps that generate `frames` new frames."""
+        return segments.count_segments(self.model, self.latents(frames, start)) * settings.steps
 
     def holds(self, frames: int) -> int:
-        """How many of so many frames a memory takes at once: 1 + 4n that make whole groups of latents; 0 for too few."""
+        """How many of `frames` frames a memory takes at once: 1 + 4n that make whole groups of latents; 0 if too few."""
         group = self.model.config.group
         most = max(group, self.model.config.history)
         count = min(latent_groups(frames, self._factor), most) // group * group if frames > 0 else 0
         return frames_of(count, self._factor) if count else 0
 
     def begin(self, frames: Iterable[np.ndarray]) -> Posterior:
-        """What the autoencoder says, `(1, C, T, h, w)`, of the end of a video `(H, W, 3)` uint8, as much as a segment can know of.
+        """The autoencoder's posterior `(1, C, T, h, w)` of a video's end, as much of it as a segment can know of.
 
-        UserError where it is too short to go on from.
+        Frames are `(H, W, 3)` uint8. UserError where they are too few to continue from.
         """
         config = self.model.config
         most = frames_of(max(config.history, config.window, 1), self._factor)
@@ -96,7 +101,7 @@ class MemoryPrior:
         count = self.holds(len(end))
         if count < least:
             count = nearest_lengths(len(end), self._factor)[0]
-        return posterior_of(self.codec, video_of(np.stack(list(end)[-count:])))
+        return posterior_of(self.codec, to_tensor(np.stack(list(end)[-count:])))
 
     def videos(
         self,
@@ -112,23 +117,23 @@ class MemoryPrior:
     ) -> Iterator[np.ndarray]:
         """See `Generator.videos`, and `segments.generate`. All requests' stories change at the same times.
 
-        What a film goes on from is drawn as in training, by each request's own seed.
+        The latents of a start are drawn as in training, by each request's own seed.
         """
         seeds = [request.seed for request in requests]
         beats: dict[int, Condition] = {}
-        for number, (at, _) in enumerate(requests[0].story):
-            frame = math.ceil(at * (fps or self.fps) - 1e-6)
+        for number, (seconds, _) in enumerate(requests[0].story):
+            frame = math.ceil(seconds * (fps or self.fps) - 1e-6)
             begins = -(-frame // self._factor) if start is None else frame // self._factor
             beats[begins] = of_classes(request.story[number][1] for request in requests)
         if not any(condition.asks for condition in beats.values()):
-            # with nothing asked for guidance has no effect
+            # guidance to no condition has no effect
             settings = replace(settings, guidance=1.0)
         return segments.generate(
             self.model,
             self.codec,
             self.latents(frames, start),
             seeds,
-            start=None if start is None else segments.drawn(start, seeds, self.posterior),
+            start=None if start is None else segments.draw_latents(start, seeds, self.posterior),
             story=list(beats.items()),
             settings=settings,
             folder=folder,
@@ -138,6 +143,7 @@ class MemoryPrior:
         )
 
     def forget(self, folder: str) -> None:
+        """See `segments.forget`."""
         segments.forget(folder)
 
 
@@ -145,25 +151,20 @@ def load_prior(uri: str, stage: Stage, vae: str | None = None, dtype: torch.dtyp
     """A model of the registry or of a model folder, on the GPU where there is one.
 
     Args:
-        stage: what it is for.
-        vae: decode by this autoencoder and not by the one that the model names; its encoder must be the same.
+        stage: what it must have been trained for.
+        vae: decode by this autoencoder instead of the one that the model names; its encoder must be the same.
 
     Raises:
-        UserError: no such model; it has no memory, or is for something else; the autoencoder is another one.
-        Failure: the store cannot be reached; or a model is damaged.
+        UserError: no such model; it has no memory or another stage; the autoencoder is another one.
+        Failure: the store cannot be reached, or a model is damaged.
     """
-    return prior_of(uri, *registry.load_with_facts(uri), stage, vae, dtype)
-
-
-def generator_of(uri: str, model: Any, facts: Mapping[str, Any], vae: str | None, dtype: torch.dtype) -> MemoryPrior:
-    """`load_prior` of a model that is loaded, to generate by it."""
-    return prior_of(uri, model, facts, "generation", vae, dtype)
+    return prior_of(uri, *registry.load_with_facts(uri), vae, dtype, stage)
 
 
 def prior_of(
-    uri: str, model: Any, facts: Mapping[str, Any], stage: Stage, vae: str | None, dtype: torch.dtype
+    uri: str, model: Any, facts: Mapping[str, Any], vae: str | None, dtype: torch.dtype, stage: Stage = "generation"
 ) -> MemoryPrior:
-    """`load_prior` of a model that is loaded."""
+    """Make a prior of a loaded model. Raises as `load_prior`."""
     if not isinstance(model, MemoryDiT):
         raise UserError(f"{uri}: is a {type(model).__name__}, which has no memory; name a `{_KINDS[stage]}` model")
     if facts["stage"] != stage:
@@ -178,6 +179,6 @@ def prior_of(
     )
 
 
-def video_of(frames: np.ndarray) -> Tensor:
+def to_tensor(frames: np.ndarray) -> Tensor:
     """Frames `(t, H, W, 3)` uint8 -> `(1, 3, t, H, W)` uint8."""
     return torch.from_numpy(np.ascontiguousarray(frames)).permute(3, 0, 1, 2)[None]

@@ -1,4 +1,4 @@
-"""What a memory has kept of a video: its frames, retrieved from the memory alone (arXiv 2512.23851)."""
+"""What a memory keeps of a video: its frames, retrieved from the memory alone (arXiv 2512.23851)."""
 
 import numpy as np
 import torch
@@ -8,23 +8,23 @@ from longtake.datasets.errors import UserError
 from longtake.datasets.loader import to_pixels
 from longtake.training.models.common.codec import frames_of
 from longtake.training.models.generator import Settings
-from longtake.training.models.memory import history
-from longtake.training.models.memory.history import encoded
-from longtake.training.models.memory.prior import MemoryPrior, video_of
+from longtake.training.models.memory import retrieval
+from longtake.training.models.memory.history import encode_video, memory_of
+from longtake.training.models.memory.prior import MemoryPrior, to_tensor
 
 
 @torch.no_grad()
 def recall(
     prior: MemoryPrior, frames: np.ndarray, last: int | None = None, seed: int = 0, settings: Settings | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
-    """What a memory of a video has kept of its frames, and what the autoencoder alone keeps: both `(n, H, W, 3)` uint8.
+    """The frames that a memory of a video keeps, and those that the autoencoder alone keeps: both `(n, H, W, 3)` uint8.
 
-    The memory is of the first `prior.holds(...)` frames. The steps from the first on to that of frame `last` are
-    retrieved, since the decoder looks back, and n is how many frames they make.
+    The memory is of the first `prior.holds(...)` frames. Since the decoder looks back, all latents up to that of frame
+    `last` are retrieved; n is the number of their frames.
 
     Args:
         frames: `(t, H, W, 3)` uint8.
-        last: the last frame that is wanted; None is the last of the memory.
+        last: the last frame that is needed; None is the last of the memory.
         settings: None is what the model was registered with.
 
     Raises:
@@ -46,26 +46,26 @@ def recall(
     if not 0 <= last < count:
         raise UserError(f"video: frame {last} is none of the {count} that the memory is of")
     try:
-        steps = encoded(model, prior.codec, video_of(frames[:count]))
-        memory = history.remembered(model, steps)
+        stretch = encode_video(model, prior.codec, to_tensor(frames[:count]))
+        memory = memory_of(model, stretch)
     except ValueError as e:
         raise UserError(f"video: {e}") from e
-    draws = torch.Generator().manual_seed(seed)
+    rng = torch.Generator().manual_seed(seed)
     # some random ones at a time, as in training
-    times = torch.randperm(1 + -(-last // factor), generator=draws)
-    shape = (steps.high.shape[3], steps.high.shape[4])
-    made = history.retrieve(model, memory, times.tolist(), shape, draws, settings.steps, settings.shift)
-    return _decoded(prior, made[:, :, times.argsort()]), _decoded(prior, steps.high[:, :, : len(times)])
+    times = torch.randperm(1 + -(-last // factor), generator=rng)
+    shape = (stretch.high.shape[3], stretch.high.shape[4])
+    latents = retrieval.retrieve(model, memory, times.tolist(), shape, rng, settings.steps, settings.shift)
+    return _decode(prior, latents[:, :, times.argsort()]), _decode(prior, stretch.high[:, :, : len(times)])
 
 
-def _decoded(prior: MemoryPrior, steps: Tensor) -> np.ndarray:
-    """Normalised steps as frames `(n, H, W, 3)` uint8."""
-    chunks = prior.codec.decode_stream([prior.model.denormalise(steps)])
+def _decode(prior: MemoryPrior, latents: Tensor) -> np.ndarray:
+    """Normalised latents as frames `(n, H, W, 3)` uint8."""
+    chunks = prior.codec.decode_stream([prior.model.denormalise(latents)])
     return np.concatenate([to_pixels(chunk)[0].permute(1, 2, 3, 0).cpu().numpy() for chunk in chunks])
 
 
 def recall_each(prior: MemoryPrior, videos: np.ndarray) -> np.ndarray:
-    """What the memory of each of some videos `(B, T, H, W, 3)` uint8 has kept, of all frames it is of. Raises UserError."""
+    """The frames that a memory of each video `(B, T, H, W, 3)` uint8 keeps, of all that it holds. Raises UserError."""
     if not isinstance(videos, np.ndarray) or videos.ndim != 5 or not len(videos):
         got = f"{videos.dtype} {videos.shape}" if isinstance(videos, np.ndarray) else type(videos).__name__
         raise UserError(f"videos: need a uint8 array (B, T, H, W, 3), got {got}")

@@ -1,11 +1,11 @@
 """Videos of any length by a prior with a memory (arXiv 2512.23851): segment by segment, each given what came before.
 
-A segment sees the past as compressed tokens and, clean beside them, the last steps. Once made it is decoded, and only
-its own steps are encoded into the memory, by streams that stay open: what a segment costs does not depend on how much
-came before. A *step* is a latent frame.
+A segment sees the past as compressed tokens and, clean beside them, the recent latents. Once generated it is decoded, and
+only its own latents are encoded into the memory, by streams that stay open: the cost of a segment does not depend on how
+much came before.
 
-What it gives up: a run that goes on from kept segments decodes and encodes them again, since no state of a stream is
-kept; that is little beside the many passes that each of them was sampled with, and exact.
+What it gives up: a run that is resumed decodes and encodes its kept segments again, since no state of a stream is kept.
+That is exact, and little beside the many passes that each of them was sampled with.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import json
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
 import numpy as np
@@ -35,99 +36,135 @@ from longtake.training.models.generator import Settings
 from longtake.training.models.memory.dit import MemoryDiT
 from longtake.training.models.memory.tokens import Memory, cropped, repeated
 
-Story = Sequence[tuple[int, Condition]]  # from which new step on, and what each video is asked to be
-_Made = TypeVar("_Made")
+Story = Sequence[tuple[int, Condition]]  # the new latent from which on each condition holds
+_Output = TypeVar("_Output")
 
 _SETTINGS = "settings.json"
 _SUFFIX = ".safetensors"
+_NOISES = ("high", "low", "recent")  # what is noised; each draws its own
 
 
 class History:
-    """What a model is given of the steps so far, which come piece by piece and are encoded once.
+    """What a model is given of the latents so far, which come in chunks and are encoded once.
 
-    steps    how many there have been
-    memory   of the last `config.history` of them, None without any
-    window   `(B, C, n, h, w)`, normalised: the last `config.window` steps, and whatever else the memory does not have
-             yet, since it takes steps in groups; None without any
-    level    of noise, as a time of the flow, that memory and window have: what was generated is then trusted less, as
-             the model has learned it; 0 is none. `seeds` are the videos', whose noise does not depend on each other
+    latents  their number
+    memory   of the last `config.history` of them; None without any
+    recent   `(B, C, n, h, w)`, normalised: the last `config.window` latents, and all others that the memory does not have
+             yet, since it takes them in groups; None without any
+    level    of noise, as a time of the flow, that memory and recent latents get: what was generated is then trusted less,
+             as the model has learned it; 0 is none. Each video's noise depends on its own one of `seeds` alone
     """
 
     def __init__(self, model: MemoryDiT, level: float = 0.0, seeds: Sequence[int] = ()) -> None:
-        self.steps, self.level, self._seeds = 0, level, seeds
+        self.latents, self.level, self._seeds = 0, level, seeds
         self.memory: Memory | None = None
-        self.window: Tensor | None = None
+        self.recent: Tensor | None = None
         self._model = model
         self._pasts = [Past() for _ in model.memory]
-        self._waiting = 0  # of the last steps, that fill no group yet
-        self._low: Tensor | None = None  # of these
+        self._waiting = 0  # number of the last latents, which fill no group yet
+        self._low: Tensor | None = None  # these, of the scaled-down video
 
     @torch.no_grad()
     def append(self, latent: Tensor, low: Tensor | None = None) -> None:
-        """Steps that come next, `(B, C, T, h, w)` as the autoencoder makes them; `low` is of the scaled-down video."""
-        model = self._model
+        """Add the latents that come next, `(B, C, T, h, w)` as the autoencoder makes them; `low` is of the scaled-down video."""
+        model, group = self._model, self._model.config.group
         high = model.normalise(latent)
-        held = high if self.window is None else torch.cat([self.window, high], dim=2)
+        recent = high if self.recent is None else torch.cat([self.recent, high], dim=2)
         if low is not None:
             low = model.normalise_low(low)
             low = low if self._low is None else torch.cat([self._low, low], dim=2)
-        self.steps += high.shape[2]
+        self.latents += high.shape[2]
         waiting = self._waiting + high.shape[2]
-        group = model.config.group
-        if whole := waiting // group * group:
-            first = held.shape[2] - waiting
-            begin = self.steps - waiting
-            piece = self._noised(held[:, :, first : first + whole], begin, "high")
-            small = None if low is None else self._noised(low[:, :, :whole], begin, "low")
-            begins = begin + torch.arange(whole, device=piece.device)[None] == 0
-            self.memory = model.append(self.memory, piece, small, begin, self._pasts, begins.expand(len(piece), -1))
-            waiting -= whole
+
+        # Encode the whole groups.
+        if count := waiting // group * group:
+            first, begin = recent.shape[2] - waiting, self.latents - waiting
+            chunk = self._noised(recent[:, :, first : first + count], begin, "high")
+            low_chunk = None if low is None else self._noised(low[:, :, :count], begin, "low")
+            is_first = (begin + torch.arange(count, device=chunk.device)[None] == 0).expand(len(chunk), -1)
+            self.memory = model.append(self.memory, chunk, low_chunk, begin, self._pasts, is_first)
+            waiting -= count
         if self.memory is not None:
             # whole groups, as in training: of one that begins earlier no rate keeps a token
             reach = (model.config.history - waiting) // group * group
-            self.memory = cropped(self.memory, self.steps - waiting - reach)
+            self.memory = cropped(self.memory, self.latents - waiting - reach)
+
+        # Keep the rest. Clones, because a view would keep all of the chunk.
         self._waiting = waiting
-        # a view would keep all of the piece
         self._low = None if low is None else low[:, :, low.shape[2] - waiting :].clone()
-        seen = min(max(model.config.window, waiting), held.shape[2])
-        self.window = held[:, :, held.shape[2] - seen :].clone() if seen else None
+        count = min(max(model.config.window, waiting), recent.shape[2])
+        self.recent = recent[:, :, recent.shape[2] - count :].clone() if count else None
 
-    def given(self) -> Tensor | None:
-        """The window as the next segment sees it."""
-        return None if self.window is None else self._noised(self.window, self.steps, "window")
+    def noised_recent(self) -> Tensor | None:
+        """The recent latents as the next segment sees them."""
+        return None if self.recent is None else self._noised(self.recent, self.latents, "recent")
 
-    def _noised(self, steps: Tensor, at: int, what: str) -> Tensor:
+    def _noised(self, latents: Tensor, time: int, name: str) -> Tensor:
         if not self.level:
-            return steps
-        kind = ("high", "low", "window").index(what) + 1
-        noise = torch.stack([torch.randn(steps.shape[1:], generator=_draws(seed, at, kind)) for seed in self._seeds])
-        return interpolate(steps, noise.to(steps.device), torch.full((len(steps),), self.level, device=steps.device))
+            return latents
+        kind = _NOISES.index(name) + 1
+        noise = torch.stack([torch.randn(latents.shape[1:], generator=_rng(seed, time, kind)) for seed in self._seeds])
+        level = torch.full((len(latents),), self.level, device=latents.device)
+        return interpolate(latents, noise.to(latents.device), level)
 
 
-def _draws(*numbers: int) -> torch.Generator:
-    """On the CPU: the same noise on every device."""
+def _rng(*numbers: int) -> torch.Generator:
+    """A random state that depends on all the numbers; on the CPU: the same noise on every device."""
     state = np.random.SeedSequence(numbers).generate_state(1, np.uint64)
     return torch.Generator().manual_seed(int(state[0] >> 1))
 
 
-def drawn(posterior: Posterior, seeds: Sequence[int], how: Literal["sample", "mean"]) -> Tensor:
-    """Latents `(B, C, T, h, w)` of one video to go on from, for each seed: its own draw, or as every other's the mean."""
-    if how == "mean":
+def draw_latents(posterior: Posterior, seeds: Sequence[int], choice: Literal["sample", "mean"]) -> Tensor:
+    """Latents `(B, C, T, h, w)` of one video to continue, one for each seed: its own sample, or the mean."""
+    if choice == "mean":
         return posterior.mode().float().expand(len(seeds), -1, -1, -1, -1)
     on_cpu = Posterior(*(moment.float().cpu() for moment in posterior))
-    draws = [on_cpu.sample(_draws(seed, 0, 4)) for seed in seeds]
-    return torch.cat(draws).to(posterior.mean.device)
+    samples = [on_cpu.sample(_rng(seed, 0, 4)) for seed in seeds]
+    return torch.cat(samples).to(posterior.mean.device)
 
 
-def segments(model: MemoryDiT, steps: int) -> int:
-    """How many segments `generate` makes for so many new steps."""
-    return -(-steps // _shape(model)[0])
+def count_segments(model: MemoryDiT, latents: int) -> int:
+    """The number of segments that `generate` samples for `latents` new latents."""
+    return -(-latents // _shape(model)[0])
+
+
+@dataclass(frozen=True)
+class _Job:
+    """The arguments of `generate`."""
+
+    model: MemoryDiT
+    vae: Codec
+    latents: int
+    seeds: Sequence[int]
+    start: Tensor | None
+    story: Story
+    settings: Settings
+    folder: str | None
+    models: str
+    tile: int | None
+    each_step: Callable[[], object] | None
+
+    def record(self) -> dict[str, Any]:
+        """All that decides the segments, but for their number."""
+        return {
+            "models": self.models,
+            "precision": [str(self.model.dtype), str(self.vae.dtype)],
+            "seeds": list(self.seeds),
+            "start": None if self.start is None else _digest(self.start),
+            "story": [[begin, condition.record()] for begin, condition in self.story],
+            "settings": {name: value for name, value in vars(self.settings).items() if name != "overlap"},
+            "tile": self.tile,
+        }
+
+    def condition(self, latent: int) -> Condition | None:
+        """The condition of a segment that begins at a new latent; None before the story begins."""
+        return next((condition for begin, condition in reversed(self.story) if begin <= latent), None)
 
 
 def generate(
     model: MemoryDiT,
     vae: Codec,
-    steps: int,
+    latents: int,
     seeds: Sequence[int],
     *,
     start: Tensor | None = None,
@@ -138,106 +175,78 @@ def generate(
     tile: int | None = None,
     each_step: Callable[[], object] | None = None,
 ) -> Iterator[np.ndarray]:
-    """A video of `steps` new latent steps for each seed: chunks `(B, t, H, W, 3)` uint8, one for each segment.
+    """A video of `latents` new latents for each seed: chunks of frames `(B, t, H, W, 3)` uint8, one for each segment.
 
-    The same seed gives the same video, and a longer one begins with the shorter one: the last segment is sampled
-    whole and cut. Without `start` the first step is one frame; all others are as many as the autoencoder has in a step.
+    The same seed gives the same video, and a longer one begins with the shorter one: the last segment is sampled whole and
+    cut. Without `start` the first latent is one frame; all others are as many as the autoencoder has in a latent.
 
     Args:
         start: `(1 or B, C, T, h, w)`, latents as the autoencoder makes them of a video from its first frame on. The
-            result goes on after them, and they are not part of it.
-        story: (step, condition) in order: from which new step on the videos are asked to be what. A change takes
-            effect with the first segment that begins there or later.
-        settings: Euler steps of a segment, guidance, shift, and the noise of what it is given of the past.
-        folder: a URL where finished segments are kept. The same call goes on after them, to the same bytes.
-        models: digests of the weights: what decides the result beside the other arguments.
+            result begins after them.
+        story: (new latent, condition) in order. A condition takes effect with the first segment that begins at its latent
+            or later.
+        settings: solver steps of a segment (`steps`), guidance, shift, and the noise of its history.
+        folder: a URL where finished segments are kept. The same call resumes after them, to the same bytes.
+        models: digests of the weights, which decide the result beside the other arguments.
         tile: pixels a side; decode larger frames in overlapping tiles.
-        each_step: called after each of the `segments(...) * settings.steps` steps, those of kept segments included.
+        each_step: called after each of the `count_segments(...) * settings.steps` solver steps, also those of kept segments.
 
     Raises:
-        ValueError: at the call, for what does not fit together.
+        ValueError: at the call, for arguments that do not fit together.
         UserError: at the first chunk, where the folder has segments of other settings.
         Failure: a kept segment is damaged.
     """
-    settings = settings or Settings()
-    _check(model, vae, steps, seeds, start, story, settings)
-    deque(vae.decode_stream((), 1, tile), maxlen=0)  # refuses a tile that does not fit before anything is sampled
-    given = None if start is None else start.to(model.latent_mean.device).expand(len(seeds), -1, -1, -1, -1)
-    record = {
-        "models": models,
-        "precision": [str(model.dtype), str(vae.dtype)],
-        "seeds": list(seeds),
-        "start": None if start is None else _digest(start),
-        "story": [[step, condition.record()] for step, condition in story],
-        "settings": {name: value for name, value in vars(settings).items() if name != "overlap"},
-        "tile": tile,
-    }
-    return _chunks(model, vae, steps, seeds, given, story, settings, folder, record, tile, each_step)
+    job = _Job(model, vae, latents, seeds, start, story, settings or Settings(), folder, models, tile, each_step)
+    _check(job)
+    return _chunks(job)
 
 
-def _chunks(
-    model: MemoryDiT,
-    vae: Codec,
-    steps: int,
-    seeds: Sequence[int],
-    start: Tensor | None,
-    story: Story,
-    settings: Settings,
-    folder: str | None,
-    record: Mapping[str, Any],
-    tile: int | None,
-    each_step: Callable[[], object] | None,
-) -> Iterator[np.ndarray]:
-    device, length, shrink = model.latent_mean.device, _shape(model)[0], model.config.shrink
-    decode = _kept_open(lambda latents: vae.decode_stream(latents, 1, tile))
+def _chunks(job: _Job) -> Iterator[np.ndarray]:
+    model, vae, seeds = job.model, job.vae, job.seeds
+    device, shape, shrink = model.latent_mean.device, _shape(model), model.config.shrink
+    decode = _kept_open(lambda latents: vae.decode_stream(latents, 1, job.tile))
     encode = _kept_open(lambda video: vae.encode_stream(video, 1))
-    history = History(model, settings.history_noise, seeds)
+    history = History(model, job.settings.history_noise, seeds)
 
-    def appended(latent: Tensor) -> np.ndarray:
-        """The frames of the steps that come next, which from then on are history."""
+    def append(latents: Tensor) -> np.ndarray:
+        """Add latents to the history and return their frames."""
         frames, lows = [], []
-        for step in latent.split(1, dim=2):
-            video = decode(step)
+        for latent in latents.split(1, dim=2):
+            video = decode(latent)
             frames.append(to_pixels(video).permute(0, 2, 3, 4, 1).cpu().numpy())
             if shrink:
                 lows.append(encode(shrunk(video.float().clamp(-1, 1), shrink, vae.config.spatial_stride)).mode())
-        history.append(latent, torch.cat(lows, dim=2) if lows else None)
+        history.append(latents, torch.cat(lows, dim=2) if lows else None)
         return np.concatenate(frames, axis=1)
 
-    if folder:
-        _claim(folder, record)
-    for piece in () if start is None else start.split(length, dim=2):
-        appended(piece)
-    for number, done in enumerate(range(0, steps, length)):
-        place = storage.join(folder, f"{number:05d}{_SUFFIX}") if folder else ""
-        latent = _kept(place, (len(seeds), model.config.channels, *_shape(model)))
-        if latent is None:
-            latent = _sample(model, history, seeds, number, _condition(story, done), settings, each_step).cpu()
-            if place:
-                storage.write(place, safetensors.save({"latent": latent}))
-        elif each_step:
-            for _ in range(settings.steps):
-                each_step()
-        yield appended(latent[:, :, : steps - done].to(device))
+    if job.folder:
+        _open_folder(job.folder, job.record())
+    if job.start is not None:
+        start = job.start.to(device).expand(len(seeds), -1, -1, -1, -1)
+        for chunk in start.split(shape[0], dim=2):
+            append(chunk)
+    for number, begin in enumerate(range(0, job.latents, shape[0])):
+        url = storage.join(job.folder, f"{number:05d}{_SUFFIX}") if job.folder else ""
+        segment = _load_segment(url, (len(seeds), model.config.channels, *shape))
+        if segment is None:
+            segment = _sample(job, history, number, job.condition(begin)).cpu()
+            if url:
+                storage.write(url, safetensors.save({"latent": segment}))
+        elif job.each_step:
+            for _ in range(job.settings.steps):
+                job.each_step()
+        yield append(segment[:, :, : job.latents - begin].to(device))
 
 
-def _sample(
-    model: MemoryDiT,
-    history: History,
-    seeds: Sequence[int],
-    number: int,
-    condition: Condition | None,
-    settings: Settings,
-    each_step: Callable[[], object] | None,
-) -> Tensor:
+def _sample(job: _Job, history: History, number: int, condition: Condition | None) -> Tensor:
     """Segment `number`: `(B, C, T, h, w)`, fp32, denormalised."""
-    device, shape, clean = model.latent_mean.device, _shape(model), history.given()
-    known = 0 if clean is None else clean.shape[2]
-    times = torch.arange(history.steps - known, history.steps + shape[0], device=device)
-    # by segment: each can be made without the draws of those before
-    noise = torch.stack([torch.randn(model.config.channels, *shape, generator=_draws(seed, number)) for seed in seeds])
+    model, seeds, settings = job.model, job.seeds, job.settings
+    device, shape, clean = model.latent_mean.device, _shape(model), history.noised_recent()
+    recent = 0 if clean is None else clean.shape[2]
+    times = torch.arange(history.latents - recent, history.latents + shape[0], device=device)
+    # by segment: each can be sampled without the draws of those before
+    noise = torch.stack([torch.randn(model.config.channels, *shape, generator=_rng(seed, number)) for seed in seeds])
     first = (times == 0)[None]
-    asked = condition if model.config.classes else None
 
     def velocity(x: Tensor, t: Tensor, part: Condition | None) -> Tensor:
         memory = None if history.memory is None else repeated(history.memory, len(x) // len(seeds))
@@ -247,47 +256,42 @@ def _sample(
     training = model.training
     model.eval()
     try:
-        moves = guided(velocity, asked, settings.guidance)
-        made = euler(moves, noise.to(device), settings.steps, settings.shift, clean, each_step, history.level)
-        return model.denormalise(made)
+        flow = guided(velocity, condition if model.config.classes else None, settings.guidance)
+        x = euler(flow, noise.to(device), settings.steps, settings.shift, clean, job.each_step, history.level)
+        return model.denormalise(x)
     finally:
         model.train(training)
 
 
-def _condition(story: Story, step: int) -> Condition | None:
-    """What a segment that begins at `step` is asked to be; None before the story begins."""
-    return next((condition for begins, condition in reversed(story) if begins <= step), None)
-
-
-def _kept_open(stream_of: Callable[[Iterator[Tensor]], Iterator[_Made]]) -> Callable[[Tensor], _Made]:
-    """A stream as a function of its next piece, of which it must make one thing, at once."""
+def _kept_open(stream_of: Callable[[Iterator[Tensor]], Iterator[_Output]]) -> Callable[[Tensor], _Output]:
+    """A stream as a function of its next chunk, of which the stream must make one output, at once."""
     waiting: deque[Tensor] = deque()
 
-    def pieces() -> Iterator[Tensor]:
+    def chunks() -> Iterator[Tensor]:
         while True:
             yield waiting.popleft()
 
-    made = stream_of(pieces())
+    outputs = stream_of(chunks())
 
-    def push(piece: Tensor) -> _Made:
-        waiting.append(piece)
-        return next(made)
+    def push(chunk: Tensor) -> _Output:
+        waiting.append(chunk)
+        return next(outputs)
 
     return push
 
 
-def _claim(folder: str, record: Mapping[str, Any]) -> None:
-    """Note what the segments of a folder are of. Raises UserError where they are of something else."""
+def _open_folder(folder: str, record: Mapping[str, Any]) -> None:
+    """Write down what decides the segments of a folder. Raises UserError where it has segments of something else."""
     url = storage.join(folder, _SETTINGS)
     try:
-        noted = storage.read(url)
+        content = storage.read(url)
     except FileNotFoundError:
         storage.write(url, storage.canonical_json(record))
         return
-    if noted != storage.canonical_json(record):
+    if content != storage.canonical_json(record):
         try:
-            found = json.loads(noted)
-            other = [name for name in record if found.get(name) != json.loads(json.dumps(record[name]))]
+            previous = json.loads(content)
+            other = [name for name in record if previous.get(name) != json.loads(json.dumps(record[name]))]
         except (ValueError, AttributeError):
             other = ["damaged settings"]
         raise UserError(
@@ -297,7 +301,7 @@ def _claim(folder: str, record: Mapping[str, Any]) -> None:
 
 
 def forget(folder: str) -> None:
-    """Remove what `generate` has kept in the folders of this one, and these where nothing else is in them."""
+    """Remove the segments that `generate` has kept in subfolders of this folder, and each folder that is then empty."""
     fs, path = storage.filesystem(folder)
     for name in storage.names(folder):
         inner = storage.join(folder, name)
@@ -310,8 +314,8 @@ def forget(folder: str) -> None:
         fs.rmdir(path)
 
 
-def _kept(url: str, shape: tuple[int, ...]) -> Tensor | None:
-    """The latents of a finished segment. Raises Failure where they are damaged."""
+def _load_segment(url: str, shape: tuple[int, ...]) -> Tensor | None:
+    """The latents of a finished segment; None where there is none. Raises Failure where they are damaged."""
     if not url:
         return None
     try:
@@ -335,27 +339,20 @@ def _shape(model: MemoryDiT) -> tuple[int, int, int]:
     return model.config.shape
 
 
-def _check(
-    model: MemoryDiT,
-    vae: Codec,
-    steps: int,
-    seeds: Sequence[int],
-    start: Tensor | None,
-    story: Story,
-    settings: Settings,
-) -> None:
-    """Raises ValueError for what does not fit together."""
-    config, (_, height, width) = model.config, _shape(model)
-    if steps < 1 or not seeds:
-        raise ValueError(f"steps is {steps}, seeds are {len(seeds)}; there is nothing to generate")
+def _check(job: _Job) -> None:
+    """Refuse arguments that do not fit together: ValueError."""
+    config, seeds, start, settings = job.model.config, job.seeds, job.start, job.settings
+    _, height, width = _shape(job.model)
+    if job.latents < 1 or not seeds:
+        raise ValueError(f"latents is {job.latents}, seeds are {len(seeds)}; there is nothing to generate")
     if settings.steps < 1:
         raise ValueError(f"steps is {settings.steps}; sampling needs at least 1")
     if not 0 <= settings.history_noise <= config.history_noise:
         raise ValueError(
             f"history_noise is {settings.history_noise:g}; the model has learned 0 to {config.history_noise:g}"
         )
-    if vae.config.latent_channels != config.channels:
-        raise ValueError(f"the prior has {config.channels} channels, the autoencoder {vae.config.latent_channels}")
+    if job.vae.config.latent_channels != config.channels:
+        raise ValueError(f"the prior has {config.channels} channels, the autoencoder {job.vae.config.latent_channels}")
     if start is not None and (
         start.ndim != 5
         or start.shape[0] not in (1, len(seeds))
@@ -366,13 +363,16 @@ def _check(
         raise ValueError(
             f"start has shape {tuple(start.shape)}; it needs (1 or {len(seeds)}, {config.channels}, T, {height}, {width})"
         )
-    if [step for step, _ in story] != sorted({step for step, _ in story}):
-        raise ValueError("story: its steps must rise")
-    for step, condition in story:
+    begins = [begin for begin, _ in job.story]
+    if begins != sorted(set(begins)):
+        raise ValueError("story: its latents must rise")
+    for begin, condition in job.story:
         if condition.classes is None:
             continue
         if len(condition.classes) != len(seeds):
-            raise ValueError(f"story: at step {step} are {len(condition.classes)} classes for {len(seeds)} seeds")
+            raise ValueError(f"story: at latent {begin} are {len(condition.classes)} classes for {len(seeds)} seeds")
         check_classes(condition.classes.tolist(), config.classes)
-    if settings.guidance != 1.0 and not any(condition.asks for _, condition in story):
+    if settings.guidance != 1.0 and not any(condition.asks for _, condition in job.story):
         raise ValueError(f"guidance is {settings.guidance}; it needs a class to guide to")
+    # an empty stream refuses a tile that does not fit, before anything is sampled
+    deque(job.vae.decode_stream((), 1, job.tile), maxlen=0)

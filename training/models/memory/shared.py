@@ -1,9 +1,9 @@
 """The parts of a training stage that `pretrain_memory` and `finetune_memory_prior` share (see `longtake.training.stage`)."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,10 +13,17 @@ from longtake.datasets.loader import Loader, to_pixels
 from longtake.training import data as common
 from longtake.training.engines import device
 from longtake.training.models.common.codec import Codec
-from longtake.training.models.memory import data
 from longtake.training.models.memory.base import begin
 from longtake.training.models.memory.config import MemoryConfig
-from longtake.training.models.memory.data import Data, data_of
+from longtake.training.models.memory.data import (
+    Setup,
+    data_of,
+    describe_history,
+    describe_memory,
+    heldout_of,
+    loader_of,
+    videos_of,
+)
 from longtake.training.models.memory.dit import MemoryDiT
 from longtake.training.models.memory.history import full_tokens
 from longtake.training.objective import Engines, Objective, Terms, Turn
@@ -24,34 +31,18 @@ from longtake.training.objective import Engines, Objective, Terms, Turn
 MODEL = "memory_dit"
 
 
-class Setup(NamedTuple):
-    """All that a stage works with; the model has its weights from before the first step."""
-
-    inputs: Mapping[str, str]
-    data: Data
-    classes: Sequence[str]
-    model: MemoryDiT
-    codec: Codec
-
-
 def prepare(config: MemoryConfig, inputs: Mapping[str, str], folder: Path) -> Setup:
-    """Read, check and load all of it. Raises as `data_of` and `begin`."""
-    known = data_of(config, inputs)
-    codec = common.decoder_of(known.made, inputs["vae"])
+    """Read, check and load the data and the models. Raises as `data_of` and `begin`."""
+    data = data_of(config, inputs)
+    codec = common.decoder_of(data.latents, inputs["vae"])
     labels = {"columns": ("label",), "batch": 1}
     classes = common.loader(config, inputs, "train", **labels).classes if config.classes else []
-    return Setup(inputs, known, classes, begin(config, inputs, known, len(classes)).to(device()), codec)
+    return Setup(inputs, data, classes, begin(config, inputs, data, len(classes)).to(device()), codec)
 
 
 def loader(config: MemoryConfig, setup: Setup, rank: int, world: int) -> Loader:
     """This rank's share of the training segments."""
-    share = common.share_of(config, rank, world)
-    return data.loader_of(config, setup.inputs, setup.data, setup.model.config, "train", **share)
-
-
-def heldout_of(config: MemoryConfig, setup: Setup, begin: int | None = None, least: int = 0) -> Loader:
-    """See `data.heldout_of`."""
-    return data.heldout_of(config, setup.inputs, setup.data, setup.model.config, begin, least)
+    return loader_of(config, setup, "train", **common.share_of(config, rank, world))
 
 
 def objective_of(
@@ -60,8 +51,8 @@ def objective_of(
     loss: Callable[[Turn], tuple[Tensor, Terms]],
     sample: Callable[[MemoryConfig, Setup, Engines, torch.Generator], dict[str, np.ndarray[Any, Any]]],
 ) -> Objective:
-    """The objective of either stage. Raises UserError where nothing is held out, which would be seen at the end."""
-    data.videos_of(config, setup.inputs, setup.data)
+    """The objective of either stage. Raises UserError where nothing is held out, before training and not after it."""
+    videos_of(config, setup)
     return Objective(
         {"model": setup.model},
         loss,
@@ -74,35 +65,50 @@ def objective_of(
 
 
 def announce(config: MemoryConfig, setup: Setup, loader: Loader) -> tuple[list[str], dict[str, float]]:
-    """How many tokens stand for how much history, and how much of it there is."""
-    lines = [data.told(setup.model.config, setup.data), data.expected(config, setup.data, loader)]
+    """The lines and the metric that a training begins with: the size of its memory and of its history."""
+    lines = [describe_memory(setup.model.config, setup.data), describe_history(config, setup.data, loader)]
     return lines, {"history_steps_expected": loader.history_mean(setup.data.reach(config, 0))}
 
 
 def facts_of(config: MemoryConfig, setup: Setup, lineage: Mapping[str, Any]) -> dict[str, Any]:
-    """What config.json says of either stage's model (see `longtake.training.models.memory.history`)."""
-    known, dit, made_of = setup.data, setup.model.config, lineage["inputs"]
-    window = {
-        "frames": config.frames,
-        "steps": known.shape[0],
-        "factor": known.made.factor,
-        "fps": known.fps,
-        "size": list(known.size()),
-    }
+    """The facts that both stages write into config.json, beside `config` (`MemoryDiTConfig`) and `lineage`.
+
+    `registry.load_with_facts(uri)` gives the model and its facts. Their `steps` are latents, but in `sampling`. Either
+    stage adds `stage` and `sampling`, and `finetune_memory_prior` adds `posterior`.
+
+        stage        "retrieval" (of `pretrain_memory`) or "generation" (of `finetune_memory_prior`)
+        rates        ["4x4x2"] and so on; [] for a memory without rates
+        vae          {"uri", "sha256", "encoder"}: what decodes, and encodes what is appended; `encoder` is its digest
+        latents      {"uri", "digest"}: the column that it has learned from
+        low_latents  {"uri", "digest", "shrink": [4, 4]}: the column of the low-res branch; null without one
+        classes      ["cat", "dog"]: names in the order of their ids
+        window       {"frames": 21, "steps": 6, "factor": 4, "fps": 24.0, "size": [480, 832]}: of a segment; a video's
+                     first one has `frames`, each later one `steps * factor`. `size` is height and width in pixels
+        history      {"seconds": 20.0, "steps": 120}: what the memory has learned to hold, as in `config.history`
+        sampling     {"steps": 50, "guidance": 1.0, "shift": 1.0}: the solver's steps; of generation `history_noise` too
+        posterior    "sample" or "mean", what of each latent the model has learned
+    """
+    data, dit, inputs = setup.data, setup.model.config, lineage["inputs"]
     return {
         "rates": list(dit.rates) if dit.variant.rated else [],
-        "vae": made_of["vae"] | {"encoder": known.made.encoder["digest"]},
-        "latents": made_of["latents"],
-        "low_latents": made_of["low_latents"] | {"shrink": list(known.low.shrink)} if known.low else None,
+        "vae": inputs["vae"] | {"encoder": data.latents.encoder["digest"]},
+        "latents": inputs["latents"],
+        "low_latents": inputs["low_latents"] | {"shrink": list(data.low.shrink)} if data.low else None,
         "classes": list(setup.classes),
-        "window": window,
+        "window": {
+            "frames": config.frames,
+            "steps": data.shape[0],
+            "factor": data.latents.factor,
+            "fps": data.fps,
+            "size": list(data.size()),
+        },
         "history": {"seconds": config.history_seconds, "steps": dit.history},
     }
 
 
 def counts(config: MemoryConfig, setup: Setup) -> dict[str, float]:
-    """Clips of the train split that were used, and that were not; and the mean history of a sample."""
-    clips = data.loader_of(config, setup.inputs, setup.data, setup.model.config, "train", batch=1)
+    """Counts of the train split's clips that were used and that were left out, and the mean history of a sample."""
+    clips = loader_of(config, setup, "train", batch=1)
     return {
         "train_clips": float(clips.samples),
         "train_clips_too_short": float(clips.samples_short),
@@ -112,13 +118,14 @@ def counts(config: MemoryConfig, setup: Setup) -> dict[str, float]:
     }
 
 
-def above_each_other(codec: Codec, model: MemoryDiT, before: Tensor, *steps: Tensor) -> np.ndarray[Any, Any]:
-    """Latents `(1, C, T, H, W)`, normalised, as one video `(t, height, width, 3)` uint8.
+def above_each_other(codec: Codec, model: MemoryDiT, before: Tensor, *rows: Tensor) -> np.ndarray[Any, Any]:
+    """Decode rows of latents `(1, C, T, H, W)`, normalised, into one video `(t, height, width, 3)` uint8.
 
-    Each is decoded as what comes after `before`, which begins a video, or is long enough that the decoder does not mind.
+    Each row is decoded as the continuation of `before`, which begins a video or is long enough for the decoder not to see
+    its beginning.
     """
     videos = []
-    for some in steps:
-        chunks = list(codec.decode_stream([model.denormalise(torch.cat([before, some], dim=2))], chunk=1))
+    for latents in rows:
+        chunks = list(codec.decode_stream([model.denormalise(torch.cat([before, latents], dim=2))], chunk=1))
         videos.append(torch.cat([to_pixels(chunk) for chunk in chunks[before.shape[2] :]], dim=2))
     return torch.cat(videos, dim=3)[0].permute(1, 2, 3, 0).cpu().numpy()

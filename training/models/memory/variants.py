@@ -1,4 +1,4 @@
-"""The memories that a `memory_dit` may have, a row each: φ, those that it is compared with, and none."""
+"""The memories that a `memory_dit` may have, a row each: φ, its baselines, and none."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ Shape = tuple[int, int, int]  # (T, H, W) in latents
 
 
 class Variant(NamedTuple):
-    """What a memory is; its functions take the model's config.
+    """One kind of memory; its functions take the model's config.
 
-    build    the modules that make its tokens
-    tokens   how many they make of a history of `Shape`
-    rated    its tokens stand for cells at the config's `rates`
-    low      it has a branch that reads the video scaled down
+    build    returns the modules that make its tokens
+    tokens   returns the number of tokens of a history of `Shape`
+    rated    tokens stand for cells at the config's `rates`
+    low      a branch reads the scaled-down video
     empty    it holds nothing
-    joins    pieces of a history are joined; else each piece makes the memory of all again
+    joins    memories of chunks are joined; else each chunk makes the memory of the whole history anew
     """
 
     build: Callable[[Any], list[nn.Module]]

@@ -300,7 +300,7 @@ def test_a_packed_memory_has_as_many_tokens_of_a_grid_whatever_the_patch(patch):
     """FramePack's own kernels over latents, 1x2x2, 2x4x4 and 4x8x8, are those of a transformer with a patch of 2."""
     pack = FramePack(patch, CHANNELS, WIDTH)
     made = pack(noise(1, CHANNELS, 19, 16 * patch, 16 * patch))
-    assert [kernel.kernel for kernel in pack.kernels] == [(k, k * patch, k * patch) for k in (1, 2, 4)]
+    assert [kernel.size for kernel in pack.kernels] == [(k, k * patch, k * patch) for k in (1, 2, 4)]
     assert made.tokens.shape[1] == 256 + 64 + 64
     assert made.positions[-1].tolist() == [18, 15, 15]
 
@@ -348,8 +348,8 @@ def test_at_the_start_a_token_is_the_mean_of_the_patch_embeddings_that_it_stands
     torch.manual_seed(3)
     embedding, high = project(), noise(2, CHANNELS, 19, 8, 8)
     pack, large = FramePack(1, CHANNELS, WIDTH), Patchify((4, 2, 2), 1, CHANNELS, WIDTH)
-    for memory in (pack, large):
-        memory.start_from(embedding)
+    for kernel in (*pack.kernels, large.kernel):
+        kernel.start_from(embedding)
     tokens = embedded(high, embedding, 1)
     parts = [(tokens[:, :16], (4, 4, 4)), (tokens[:, 16:18], (2, 2, 2)), (tokens[:, 18:], (1, 1, 1))]
     packed = torch.cat([means(part, cell).flatten(1, 3) for part, cell in parts], 1)
@@ -363,8 +363,8 @@ def test_at_the_start_larger_patches_are_the_patch_embedding_of_the_latents_scal
     """Each weight is repeated in place, as FramePack's authors do it: one token sees the means of its latents."""
     embedding, high = project(2), noise(2, CHANNELS, 19, 16, 16)
     pack, large = FramePack(2, CHANNELS, WIDTH), Patchify((2, 4, 1), 2, CHANNELS, WIDTH)
-    for memory in (pack, large):
-        memory.start_from(embedding)
+    for kernel in (*pack.kernels, large.kernel):
+        kernel.start_from(embedding)
     scaled = [
         torch.nn.functional.avg_pool3d(high[:, :, a:b], k, k) for a, b, k in ((0, 16, 4), (16, 18, 2), (18, 19, 1))
     ]

@@ -29,12 +29,11 @@ from longtake.training.models.generator import Settings
 from longtake.training.models.memory import continuation
 from longtake.training.models.memory import finetune as finetune_memory_prior
 from longtake.training.models.memory import pretrain as pretrain_memory
-from longtake.training.models.memory.data import expected as expected_line
-from longtake.training.models.memory.data import loader_of
+from longtake.training.models.memory.data import describe_history, heldout_of, loader_of
 from longtake.training.models.memory.dit import MemoryDiT
 from longtake.training.models.memory.finetune import Config
-from longtake.training.models.memory.history import Given, Steps, lengths_of, steps_of
-from longtake.training.models.memory.shared import heldout_of
+from longtake.training.models.memory.history import Segment, history_lengths, stretch_of
+from longtake.training.models.memory.stretch import Stretch
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -100,8 +99,8 @@ def called(
     """The stage's objects, a batch, the loss of the true velocity, and the call."""
     folder.mkdir(exist_ok=True)
     setup = prepared(chosen, inputs, folder)
-    batch = next(iter(loader_of(chosen, inputs, setup.data, setup.model.config, "train", batch=2, seed=seed)))
-    engine = Recording(steps_of(batch, setup.model, 6).high)
+    batch = next(iter(loader_of(chosen, setup, "train", batch=2, seed=seed)))
+    engine = Recording(stretch_of(batch, setup.model, 6).high)
     loss, logged = finetune_memory_prior._loss(chosen, setup.model, latent_stages.turn(engine, batch, draws(seed)))
     assert loss.item() == logged["loss"].item()
     return setup, batch, loss.item(), engine.calls[0]
@@ -113,7 +112,7 @@ def test_the_loss_is_of_the_segment_given_what_generation_would_be_given_there(
     chosen, counts = config(posterior="mean", classes=True, no_history=0.25), set()
     for seed in range(8):
         setup, batch, loss, call = called(chosen, inputs, tmp_path, seed=seed)
-        true = steps_of(batch, setup.model, 6)
+        true = stretch_of(batch, setup.model, 6)
         assert loss < 1e-3, "the true velocity has no loss, and what is given does not count"
         window = call.x.shape[2] - 3
         assert (call.t[:, :window] == 0).all() and (call.t[:, window:] > 0).all() and call.seen[:, window:].all()
@@ -122,7 +121,7 @@ def test_the_loss_is_of_the_segment_given_what_generation_would_be_given_there(
         for n, begin in enumerate(batch["stream_step"].tolist()):
             # the same steps, one after the other, through what generation keeps its history in
             known = min(begin, 6)
-            before = Steps(true.high[n : n + 1, :, :6], true.low[n : n + 1, :, :6], 0, true.first[n : n + 1, :6])
+            before = Stretch(true.high[n : n + 1, :, :6], true.low[n : n + 1, :, :6], 0, true.first[n : n + 1, :6])
             told = [call.first[n, window:].tolist(), [begin == 0, False, False]]
             assert told[0] == told[1], "only the first step of a stream is a first latent"
             late = begin % 2
@@ -160,7 +159,7 @@ def test_some_samples_have_no_history_and_begin_a_stream(inputs: dict[str, str],
     assert (call.memory.skip == call.memory.high.shape[2]).all() and call.x.shape[2] == 3
     assert call.first.tolist() == [[True, False, False]] * 2
     setup = prepared(config(no_history=0.5), inputs, tmp_path)
-    loader = loader_of(config(no_history=0.5), inputs, setup.data, setup.model.config, "train", batch=2, epochs=8)
+    loader = loader_of(config(no_history=0.5), setup, "train", batch=2, epochs=8)
     begins = torch.cat([batch["stream_step"] for batch in loader])
     assert 0.3 < (begins == 0).float().mean() < 0.7 and len(begins) > 40
     _, _, _, without = called(config(**NONE), alone(inputs), tmp_path / "none")
@@ -171,7 +170,7 @@ def test_the_losses_of_starts_and_of_what_comes_later_are_told_apart(inputs: dic
     for share, told in ((0.0, {"loss_later"}), (1.0, {"loss_start"})):
         chosen = config(no_history=share)
         setup = prepared(chosen, inputs, tmp_path)
-        batch = next(iter(loader_of(chosen, inputs, setup.data, setup.model.config, "train", batch=2)))
+        batch = next(iter(loader_of(chosen, setup, "train", batch=2)))
         turn = latent_stages.turn(Recording(), batch, draws())
         loss, logged = finetune_memory_prior._loss(chosen, setup.model, turn)
         assert {name for name in logged if name.startswith("loss_")} == told
@@ -182,15 +181,15 @@ def test_the_curriculum_lengthens_the_history_by_the_step(inputs: dict[str, str]
     curriculum = [[0, 0.7], [10, 1.0], [20, 2.0]]
     chosen = config(history_curriculum=curriculum, posterior="mean", batch=4, accumulate=2, no_history=0.1)
     setup = prepared(chosen, inputs, tmp_path)
-    dit, every = setup.model.config, lengths_of(setup.model.config).some
-    loader = loader_of(chosen, inputs, setup.data, dit, "train", batch=2)
+    every = history_lengths(setup.model.config).some
+    loader = loader_of(chosen, setup, "train", batch=2)
     # two batches a step
     for batches, reach in ((range(20), 2), (range(20, 40), 3), (range(40, 90), 6)):
         assert {setup.data.reach(chosen, batch // 2) for batch in batches} == {reach}
         known = [n for batch in loader.at(batches) for n in batch["history_steps"].tolist()]
         assert set(known) == {0} | {length for length in every if length <= reach}
         assert abs(np.mean(known) - loader.history_mean(reach)) < 3 * np.std(known) / np.sqrt(len(known))
-    plain = loader_of(config(no_history=0.1), inputs, setup.data, dit, "train", batch=2)
+    plain = loader_of(config(no_history=0.1), setup, "train", batch=2)
     for one, other in zip(loader.at(range(40, 50)), plain.at(range(40, 50)), strict=True):
         assert torch.equal(one["latent"], other["latent"]) and torch.equal(one["history_steps"], other["history_steps"])
 
@@ -206,7 +205,7 @@ def test_noise_of_the_history_is_of_a_level_of_each_sample_which_the_model_is_to
         assert setup.model.config.history_noise == 0.5
         window = call.x.shape[2] - 3
         assert torch.equal(call.t[:, :window], call.level[:, None].expand(-1, window))
-        true = steps_of(batch, setup.model, 6)
+        true = stretch_of(batch, setup.model, 6)
         for n, level in enumerate(call.level.tolist()):
             held = call.memory.high.shape[2] - (0 if call.memory.skip is None else int(call.memory.skip[n]))
             late = int(batch["stream_step"][n]) % 2
@@ -227,29 +226,31 @@ def test_the_history_is_as_long_on_the_average_on_any_number_of_ranks(inputs: di
         out = []
         for rank in range(world):
             options: dict[str, Any] = {"rank": rank, "world": world, "batch": batch, "epochs": epochs, "last": "pad"}
-            loader = loader_of(chosen, inputs, setup.data, setup.model.config, "train", **options)
+            loader = loader_of(chosen, setup, "train", **options)
             for each in loader:
-                given = finetune_memory_prior.given_to(each, setup.model, 6)
+                given = finetune_memory_prior.segment_of(each, setup.model, 6)
                 known = each["history_steps"]
                 late = torch.minimum(each["stream_step"] % 2, known)
-                skip = 0 if given.memory.skip is None else given.memory.skip
-                assert torch.equal(given.memory.high.shape[2] - skip - torch.zeros_like(known), (known - late) // 2 * 2)
+                skip = 0 if given.history.skip is None else given.history.skip
+                assert torch.equal(
+                    given.history.high.shape[2] - skip - torch.zeros_like(known), (known - late) // 2 * 2
+                )
                 out += known.tolist()
         return out
 
-    loader = loader_of(chosen, inputs, setup.data, setup.model.config, "train", batch=1)
+    loader = loader_of(chosen, setup, "train", batch=1)
     expected = loader.history_mean()
     one, many = lengths(1, 1, 40), lengths(64, 64, 8)
     # of single samples, and of batches so large that their least would be none
     spread = 3 * np.std(one) / np.sqrt(len(one))
     assert expected > 1.5 and abs(np.mean(one) - expected) < spread and abs(np.mean(many) - expected) < spread
-    said = expected_line(chosen, setup.data, loader)
-    assert said.startswith(f"history: {expected:.1f} steps on the average")
+    said = describe_history(chosen, setup.data, loader)
+    assert said.startswith(f"history: {expected:.1f} latents on the average")
     rising = config(no_history=0.2, history_least=0.0, history_curriculum=[[0, 1.0], [9, 2.0]])
-    shorter = f"from step 0 on {loader.history_mean(3):.1f} steps on the average, "  # 2 or 3 of them
+    shorter = f"from step 0 on {loader.history_mean(3):.1f} latents on the average, "  # 2 or 3 of them
     assert loader.history_mean(3) < expected
-    said = expected_line(rising, setup.data, loader)
-    assert said.startswith(f"history: {shorter}") and f"; from step 9 on {expected:.1f} steps" in said
+    said = describe_history(rising, setup.data, loader)
+    assert said.startswith(f"history: {shorter}") and f"; from step 9 on {expected:.1f} latents" in said
 
 
 @pytest.mark.usefixtures("group")
@@ -282,7 +283,7 @@ def test_the_held_out_clips_are_the_same_each_time(inputs: dict[str, str], tmp_p
     )
     setup = prepared(chosen, inputs, tmp_path)
     made = replace(finetune_memory_prior.objective(chosen, setup), heldout=heldout_of(chosen, setup))
-    loader = loader_of(chosen, inputs, setup.data, setup.model.config, "train", batch=2)
+    loader = loader_of(chosen, setup, "train", batch=2)
     log = latent_stages.Log()
     train(made, loader, chosen, tmp_path / "run", log)  # type: ignore[arg-type]
     losses = [row["heldout/loss"] for row in log.rows if "heldout/loss" in row]
@@ -325,16 +326,16 @@ def test_heldout_losses_compare_between_models_and_leave_out_what_is_given(
 ) -> None:
     setup = prepared(config(), inputs, tmp_path)
 
-    def clips() -> Iterator[tuple[Given, Tensor | None]]:
+    def clips() -> Iterator[tuple[Segment, Tensor | None]]:
         for batch in heldout_of(config(), setup):
-            yield finetune_memory_prior.given_to(batch, setup.model, 6), None
+            yield finetune_memory_prior.segment_of(batch, setup.model, 6), None
 
     losses = continuation.heldout_losses(setup.model.eval(), clips(), 3)
     assert losses.shape == (len(list(clips())), 8) and np.isfinite(losses).all()
     np.testing.assert_array_equal(losses, continuation.heldout_losses(setup.model, clips(), 3))
     # a new model says zero: its loss is the mean square of noise - x0, whatever the window
     wider = [
-        (g._replace(x0=g.x0[:, :, g.window :], window=0, times=g.times[:, g.window :], first=g.first[:, g.window :]), i)
+        (g._replace(x0=g.x0[:, :, g.recent :], recent=0, times=g.times[:, g.recent :], first=g.first[:, g.recent :]), i)
         for g, i in clips()
     ]
     np.testing.assert_allclose(losses, continuation.heldout_losses(setup.model, wider, 3), rtol=1e-4)
@@ -344,23 +345,23 @@ def test_losses_by_history_are_of_the_same_segments_from_the_same_noise(
     inputs: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     setup = prepared(config(), inputs, tmp_path)
-    counts, calls = (0, 2, 3, 4, 6), list[tuple[Tensor, Given]]()
+    counts, calls = (0, 2, 3, 4, 6), list[tuple[Tensor, Segment]]()
 
     def velocity(x: Tensor, t: Tensor, steps: Tensor, memory: Any, *more: Any) -> Tensor:
         calls.append((x[:, :, -3:], memory))
         return torch.zeros_like(x)
 
     # as the stage would call it, but with what it is called with kept
-    model, seen = setup.model.eval(), list[Given]()
-    original = finetune_memory_prior.given_last
+    model, seen = setup.model.eval(), list[Segment]()
+    original = finetune_memory_prior.segment_after
 
-    def noted(*arguments: Any) -> Given:
+    def noted(*arguments: Any) -> Segment:
         seen.append(original(*arguments))
         return seen[-1]
 
     with monkeypatch.context() as patch:
         patch.setattr(model, "forward", velocity)
-        patch.setattr(finetune_memory_prior, "given_last", noted)
+        patch.setattr(finetune_memory_prior, "segment_after", noted)
         losses = finetune_memory_prior.losses_by_history(config(), setup, counts)
     clips = heldout_of(config(), setup, 6).samples
     assert set(losses) == set(counts) and clips > 1 and len(calls) == len(seen) == clips * len(counts)
@@ -369,10 +370,10 @@ def test_losses_by_history_are_of_the_same_segments_from_the_same_noise(
             at = number * clips + clip_number
             assert torch.equal(calls[at][0], calls[clip_number][0]), "the same segment, and the same noise in it"
             given = seen[at]
-            held = 0 if given.memory is None else given.memory.high.shape[2] - int(given.memory.skip or 0)
-            shown = given.window if given.seen is None else int(given.seen[0, : given.window].sum())
+            held = 0 if given.history is None else given.history.high.shape[2] - int(given.history.skip or 0)
+            shown = given.recent if given.seen is None else int(given.seen[0, : given.recent].sum())
             assert held == count // 2 * 2 and shown == min(count, 2), "of the history, so many of its last steps"
-            assert bool(given.first[:, : given.window].any() if given.window else False) is False
+            assert bool(given.first[:, : given.recent].any() if given.recent else False) is False
     # whoever says zero has the same loss with any history
     assert all(np.allclose(some, losses[0], rtol=1e-5) for some in losses.values())
     # what is not given does not matter
@@ -398,15 +399,15 @@ def test_what_comes_next_is_compared_with_the_last_frame_repeated(
     calls = []
 
     def generate(model: Any, vae: Any, steps: int, seeds: list[int], *, start: Any, story: Any, settings: Any) -> Any:
-        told = [(at, condition.classes.tolist()) for at, condition in story]
-        calls.append((seeds, None if start is None else start.shape[2], told, settings.guidance))
+        classes = [(begin, condition.classes.tolist()) for begin, condition in story]
+        calls.append((seeds, None if start is None else start.shape[2], classes, settings.guidance))
         true = pixels[:, :, -9:].permute(0, 2, 3, 4, 1).numpy().repeat(len(seeds), 0)
         # off by 51 of 255, and what comes later does not count
         yield np.concatenate([true if seeds[0] != 2 else np.where(true > 127, true - 51, true + 51), true[:, :3]], 1)
         yield true
 
     monkeypatch.setattr(continuation.segments, "generate", generate)
-    how = continuation.Continuing(9, 2, 12.0, 0, Settings(2, guidance=2.0), "mean")
+    how = continuation.Continuation(9, 2, 12.0, 0, Settings(2, guidance=2.0), "mean")
     losses = np.ones((3, 8))
     given: dict[str, Any] = {
         "losses": losses,
@@ -592,5 +593,5 @@ def test_a_recipe_goes_from_latents_to_a_model_that_remembers(inputs: dict[str, 
     command = [sys.executable, "-P", "-m", "longtake.infra.cli", "run", str(tmp_path / "memory.yaml")]
     done = subprocess.run(command, cwd=tmp_path, env=clean, capture_output=True, text=True, timeout=500)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.count("memory (2x2x2): 2 s of history, 6 steps of") == 2
+    assert done.stdout.count("memory (2x2x2): 2 s of history, 6 latents of") == 2
     assert "models:/memory-prior/1" in done.stdout, done.stdout

@@ -15,18 +15,15 @@ from longtake.training.models.memory import segments
 from longtake.training.models.memory.dit import MemoryDiT
 from longtake.training.models.memory.dit_config import config_from_preset
 from longtake.training.models.memory.history import (
-    draw_omega,
-    given_of,
-    lengths_of,
-    mask,
-    noise_like,
-    remembered,
-    retrieve,
-    steps_of,
-    true_steps,
-    whole_of,
+    cut_to_groups,
+    history_lengths,
+    memory_of,
+    split_segment,
+    stretch_of,
+    true_lengths,
 )
-from longtake.training.models.memory.latents import Steps, picked
+from longtake.training.models.memory.retrieval import retrieve
+from longtake.training.models.memory.stretch import Stretch, draw_omega, gather_latents, mask, noise_like
 from longtake.training.models.memory.tokens import Memory
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -75,9 +72,9 @@ def batch(true: tuple[int, ...] = (10, 7)) -> dict[str, Any]:
     }
 
 
-def random_steps(count: int = 6, batch: int = 2, start: int = 4) -> Steps:
+def random_stretch(count: int = 6, batch: int = 2, start: int = 4) -> Stretch:
     noise = draws(9)
-    return Steps(
+    return Stretch(
         torch.randn(batch, 2, count, 4, 4, generator=noise),
         torch.randn(batch, 2, count, 2, 2, generator=noise),
         start,
@@ -88,7 +85,7 @@ def random_steps(count: int = 6, batch: int = 2, start: int = 4) -> Steps:
 def test_steps_are_those_that_each_sample_truly_has_at_their_own_times() -> None:
     dit = model()
     for most in (10, 7, 5, 0):
-        steps = steps_of(batch(), dit, most)
+        steps = stretch_of(batch(), dit, most)
         assert steps.low is not None and steps.high.shape == (2, 2, most + SEGMENT, 4, 4)
         skip = [0, max(0, most - 7)]
         assert skip == [0, 0] if steps.skip is None else steps.skip.tolist() == skip
@@ -98,14 +95,14 @@ def test_steps_are_those_that_each_sample_truly_has_at_their_own_times() -> None
             torch.testing.assert_close(steps.low[n, 1, missing:, 1, 0], 10 * times[missing:], atol=0, rtol=0)
         # the second sample's stream begins seven steps before its window
         assert steps.first[0].sum() == 0 and steps.first[1].nonzero().flatten().tolist() == [most - 7] * (most >= 7)
-        assert true_steps(batch(), most).tolist() == [most, min(7, most)]
+        assert true_lengths(batch(), most).tolist() == [most, min(7, most)]
 
 
 @pytest.mark.parametrize("group", [1, 2, 4])
 def test_a_memory_has_whole_groups_counted_from_the_first_step_of_the_video(group: int) -> None:
     given, dit = batch(), model(rates=("2x2x" + str(group),))
     ends = given["stream_step"] + SEGMENT
-    whole = whole_of(steps_of(given, dit, 10), ends, dit.config)
+    whole = cut_to_groups(stretch_of(given, dit, 10), ends, dit.config)
     count = whole.high.shape[2]
     for n, (known, end) in enumerate(zip((13, 10), ends.tolist(), strict=True)):
         late = end % group
@@ -121,28 +118,28 @@ def test_a_packed_memory_calls_all_its_layers_however_little_history_a_rank_has(
     calls = [0, 0, 0]
     for number, kernel in enumerate(dit.memory[0].kernels):
         kernel.register_forward_hook(lambda *_, number=number: calls.__setitem__(number, calls[number] + 1))
-    whole = whole_of(steps_of(short, dit, ROOM), short["stream_step"] + SEGMENT, dit.config)
-    memory = remembered(dit, whole)
+    whole = cut_to_groups(stretch_of(short, dit, ROOM), short["stream_step"] + SEGMENT, dit.config)
+    memory = memory_of(dit, whole)
     assert calls == [1, 1, 1], "else ranks wait for each other's weights"
     assert memory.seen is not None and whole.skip is not None
     assert (whole.high.shape[2] - whole.skip).tolist() == [SEGMENT, 1 + SEGMENT]
-    alone = remembered(dit, Steps(whole.high[:1, :, -SEGMENT:], None, whole.start + ROOM, whole.first[:1, -SEGMENT:]))
+    alone = memory_of(dit, Stretch(whole.high[:1, :, -SEGMENT:], None, whole.start + ROOM, whole.first[:1, -SEGMENT:]))
     torch.testing.assert_close(memory.tokens[:1, memory.seen[0]], alone.tokens)
 
 
 def test_both_columns_are_normalised_by_their_own_statistics_and_drawn_where_asked() -> None:
     dit = model()
     dit.set_statistics(*(torch.full((2,), value) for value in (1.0, 2.0, 5.0, 10.0)))
-    steps = steps_of(batch(), dit, 7)
+    steps = stretch_of(batch(), dit, 7)
     assert steps.low is not None and steps.skip is None
     torch.testing.assert_close(steps.high[0, 0, :, 0, 0], (torch.arange(3, 13).float() - 1) / 2)
     torch.testing.assert_close(steps.low[0, 0, :, 0, 0], (10 * torch.arange(3, 13).float() - 5) / 10)
     uncertain = batch()
     uncertain["latent"][:, 1] = uncertain["low"][:, 1] = 0.0
-    drawn = steps_of(uncertain, dit, 7, "sample", draws())
+    drawn = stretch_of(uncertain, dit, 7, "sample", draws())
     assert (drawn.high[:, :, :7] - steps.high[:, :, :7]).abs().max() < 1e-3
     assert 0.2 < (drawn.high[:, :, 7:] - steps.high[:, :, 7:]).std() < 0.8
-    torch.testing.assert_close(steps_of(uncertain, dit, 7, "sample", draws()).high, drawn.high, atol=0, rtol=0)
+    torch.testing.assert_close(stretch_of(uncertain, dit, 7, "sample", draws()).high, drawn.high, atol=0, rtol=0)
     # the low-res branch never: generation encodes frames for it, and takes the likeliest latents
     assert drawn.low is not None and torch.equal(drawn.low, steps.low)
 
@@ -170,7 +167,7 @@ def test_omega_has_every_count_and_every_step_about_as_often() -> None:
     assert len({tuple(row.tolist()) for row in draw_omega(8, 6, 3, draws(1))}) > 1
 
 
-def masked(steps: Steps, sigma: float | Tensor, omega: Tensor, noise: Steps | None = None) -> Steps:
+def masked(steps: Stretch, sigma: float | Tensor, omega: Tensor, noise: Stretch | None = None) -> Stretch:
     level = sigma if isinstance(sigma, Tensor) else torch.full(steps.high.shape[:3:2], sigma)
     return mask(steps, omega, level, noise or noise_like(steps, draws(3)))
 
@@ -182,14 +179,14 @@ def others() -> Tensor:
     return torch.ones(2, 6, dtype=torch.bool).scatter(1, OMEGA, False)
 
 
-def branches(steps: Steps) -> list[Tensor]:
+def branches(steps: Stretch) -> list[Tensor]:
     """Of each branch `(B, T, ...)`."""
     assert steps.low is not None
     return [steps.high.transpose(1, 2), steps.low.transpose(1, 2)]
 
 
 def test_steps_in_omega_are_clean_to_the_bit_and_all_others_noised_at_their_own_level() -> None:
-    steps, noise = random_steps(), noise_like(random_steps(), draws(3))
+    steps, noise = random_stretch(), noise_like(random_stretch(), draws(3))
     steps.high[0, 0, 1, 0, 0] = -0.0
     sigma = torch.rand(2, 6, generator=draws(1))
     made = masked(steps, sigma, OMEGA, noise)
@@ -203,7 +200,7 @@ def test_steps_in_omega_are_clean_to_the_bit_and_all_others_noised_at_their_own_
 
 
 def test_what_is_in_omega_does_not_leak_into_other_steps_and_nothing_gets_into_it() -> None:
-    steps, noise = random_steps(), noise_like(random_steps(), draws(3))
+    steps, noise = random_stretch(), noise_like(random_stretch(), draws(3))
     made = masked(steps, 0.5, OMEGA, noise)
     changed = steps._replace(high=steps.high.clone(), low=steps.low.clone() if steps.low is not None else None)
     for part in branches(changed):
@@ -222,15 +219,15 @@ def test_what_is_in_omega_does_not_leak_into_other_steps_and_nothing_gets_into_i
 
 
 def test_picked_steps_are_those_of_each_sample() -> None:
-    steps = random_steps()
-    found = picked(steps.high, OMEGA)
+    steps = random_stretch()
+    found = gather_latents(steps.high, OMEGA)
     for number, row in enumerate(OMEGA.tolist()):
         for at, step in enumerate(row):
             assert torch.equal(found[number, :, at], steps.high[number, :, step])
 
 
 def test_a_call_with_a_history_is_a_call_with_the_memory_of_it() -> None:
-    dit, steps = model(), random_steps()
+    dit, steps = model(), random_stretch()
     x, t, times = (
         torch.randn(2, 2, 2, 4, 4, generator=draws(2)),
         torch.tensor([0.3, 0.9]),
@@ -255,7 +252,7 @@ def test_training_gives_each_sample_what_generation_gives_there(rates: tuple[str
         history = segments.History(dit)
         for piece in latents[:, :, :known].split(SEGMENT, 2) if known else ():
             history.append(piece)
-        seen = history.given()
+        seen = history.noised_recent()
         clean = x if seen is None else torch.cat([seen, x], dim=2)
         times = torch.arange(known + SEGMENT - clean.shape[2], known + SEGMENT)
         t = torch.zeros(1, clean.shape[2])
@@ -273,12 +270,12 @@ def test_training_gives_each_sample_what_generation_gives_there(rates: tuple[str
         "history_steps": torch.tensor(counts).clamp(max=16),
         "stream_step": torch.tensor(counts),
     }
-    given = given_of(steps_of(together, dit, 16), SEGMENT, together["stream_step"], dit.config)
-    assert given.memory is not None
-    clean = torch.cat([given.x0[:, :, : given.window], x.expand(len(counts), -1, -1, -1, -1)], dim=2)
+    given = split_segment(stretch_of(together, dit, 16), SEGMENT, together["stream_step"], dit.config)
+    assert given.history is not None
+    clean = torch.cat([given.x0[:, :, : given.recent], x.expand(len(counts), -1, -1, -1, -1)], dim=2)
     t = torch.zeros(len(counts), clean.shape[2])
     t[:, -SEGMENT:] = 0.7
-    made = dit(clean, t, given.times, given.memory, first=given.first, seen=given.seen)[:, :, -SEGMENT:]
+    made = dit(clean, t, given.times, given.history, first=given.first, seen=given.seen)[:, :, -SEGMENT:]
     for n, known in enumerate(counts):
         # of a history that is cut, φ's first tokens have in generation seen what came before
         if known <= 16:
@@ -305,10 +302,10 @@ def test_a_history_that_is_cut_has_in_generation_the_tokens_that_it_has_in_train
         if known:
             history.append(piece)
         behind, past = torch.tensor([known]), min(known, most)
-        steps = Steps(torch.zeros(1, 2, past + SEGMENT, 4, 4), None, known - past, torch.zeros(1, past + SEGMENT) > 0)
-        given = given_of(steps, SEGMENT, behind, dit.config)
-        assert given.memory is not None
-        memory = remembered(dit, given.memory)
+        steps = Stretch(torch.zeros(1, 2, past + SEGMENT, 4, 4), None, known - past, torch.zeros(1, past + SEGMENT) > 0)
+        given = split_segment(steps, SEGMENT, behind, dit.config)
+        assert given.history is not None
+        memory = memory_of(dit, given.history)
         positions = memory.positions if memory.seen is None else memory.positions[memory.seen[0]]
         # times are those of the window's scale, which is shifted by what fills no group
         late = given.times[0, -1] - (known + SEGMENT - 1)
@@ -328,7 +325,7 @@ def test_every_history_that_generation_comes_to_is_drawn_and_no_other(
     segment: int, time: int, window: int, most: int, start: int, count: int
 ) -> None:
     config = model(shape=(segment, 4, 4), rates=(f"2x2x{time}",), window=window, history=most, branches="high").config
-    lengths = lengths_of(config)
+    lengths = history_lengths(config)
     groups = start // time * time
     begin = groups if max(window, 1) <= groups <= most else 0
     met = begin + count * segment
@@ -353,7 +350,7 @@ class Oracle:
         self.config, self.latent_mean = model().config, torch.zeros(2)
 
     def __call__(
-        self, x: Tensor, t: Tensor, times: Tensor, memory: Memory, classes: Tensor | None, first: Tensor
+        self, x: Tensor, t: Tensor, times: Tensor, memory: Memory, condition: Tensor | None, first: Tensor
     ) -> Tensor:
         assert first.tolist() == [[time == 0 for time in times.tolist()]]
         self.called.append(times.tolist())
@@ -365,14 +362,14 @@ def test_retrieval_asks_for_a_few_steps_at_a_time_and_gives_them_in_the_order_as
     oracle = Oracle(video)
     memory = Memory(torch.zeros(1, 1, 24), torch.zeros(1, 3), torch.zeros(1, 1, 0))
     asked = [7, 2, 3, 8, 0]
-    made = retrieve(oracle, memory, asked, (4, 4), draws(1), steps=3, at_once=2)  # type: ignore[arg-type]
+    made = retrieve(oracle, memory, asked, (4, 4), draws(1), solver_steps=3, at_once=2)  # type: ignore[arg-type]
     torch.testing.assert_close(made, video[:, :, asked], atol=1e-5, rtol=1e-5)
     assert oracle.called[::3] == [[7, 2], [3, 8], [0]]
 
 
 def test_the_target_of_the_flow_is_exact_for_retrieved_steps() -> None:
-    steps = random_steps()
-    x0 = picked(steps.high, OMEGA)
+    steps = random_stretch()
+    x0 = gather_latents(steps.high, OMEGA)
     noise, t = torch.randn(x0.shape, generator=draws(2)), torch.tensor([0.4, 0.8])
     velocity = (flow.interpolate(x0, noise, t) - x0) / t.view(-1, 1, 1, 1, 1)
     assert flow.loss(velocity, x0, noise).max() < 1e-9

@@ -28,12 +28,12 @@ from longtake.training.models.memory import pretrain as pretrain_memory
 from longtake.training.models.memory import retrieval
 from longtake.training.models.memory.base import begin
 from longtake.training.models.memory.config import MemoryConfig
-from longtake.training.models.memory.data import Data, data_of, loader_of, told, videos_of
+from longtake.training.models.memory.data import Data, Setup, data_of, describe_memory, loader_of, videos_of
 from longtake.training.models.memory.dit import MemoryDiT
 from longtake.training.models.memory.dit_config import config_from_preset
-from longtake.training.models.memory.history import full_tokens, remembered, steps_of, with_history
-from longtake.training.models.memory.latents import Steps, picked
+from longtake.training.models.memory.history import full_tokens, groups_of, memory_of, stretch_of
 from longtake.training.models.memory.pretrain import Config, check
+from longtake.training.models.memory.stretch import Stretch, gather_latents
 from longtake.training.models.pv_vae.model import PVVAE
 from longtake.training.registry import disk
 
@@ -65,22 +65,22 @@ def draws() -> torch.Generator:
 class Recording:
     """An engine that keeps what it is called with; its velocity leads straight to `x0(times)`, or is zero."""
 
-    def __init__(self, video: Steps | None = None) -> None:
+    def __init__(self, video: Stretch | None = None) -> None:
         self.video, self.calls = video, list[Any]()
 
     def __call__(self, x: Tensor, t: Tensor, times: Tensor, memory: Any, ids: Any, rng: Any, first: Tensor) -> Tensor:
         self.calls.append(SimpleNamespace(x=x, t=t, times=times, memory=memory, ids=ids.classes, first=first))
         if self.video is None:
             return torch.zeros_like(x)
-        return (x - picked(self.video.high, times - self.video.start)) / t.view(-1, 1, 1, 1, 1)
+        return (x - gather_latents(self.video.high, times - self.video.start)) / t.view(-1, 1, 1, 1, 1)
 
 
-def started(chosen: Config, inputs: dict[str, str], folder: Path) -> tuple[Any, dict[str, Any], Steps]:
+def started(chosen: Config, inputs: dict[str, str], folder: Path) -> tuple[Any, dict[str, Any], Stretch]:
     """The stage's objects, a batch, and its history as the loss sees it."""
     folder.mkdir(exist_ok=True)
     setup = prepared(chosen, inputs, folder)
-    batch = next(iter(loader_of(chosen, setup.inputs, setup.data, setup.model.config, "train", batch=2)))
-    return setup, batch, pretrain_memory.remembered_steps(batch, setup.model, chosen.posterior, draws())
+    batch = next(iter(loader_of(chosen, setup, "train", batch=2)))
+    return setup, batch, groups_of(batch, setup.model, chosen.posterior, draws())
 
 
 @pytest.mark.parametrize("history", ["masked", "clean"])
@@ -117,7 +117,9 @@ def test_the_loss_is_of_random_clean_steps_at_their_true_times(
 
 def test_masks_have_one_level_a_step_for_both_branches(inputs: dict[str, str], tmp_path: Path) -> None:
     chosen = config(mask_mean=0.2)
-    zeros = Steps(torch.zeros(200, 1, 8, 8, 8), torch.zeros(200, 1, 8, 8, 8), 0, torch.zeros(200, 8, dtype=torch.bool))
+    zeros = Stretch(
+        torch.zeros(200, 1, 8, 8, 8), torch.zeros(200, 1, 8, 8, 8), 0, torch.zeros(200, 8, dtype=torch.bool)
+    )
     made = pretrain_memory.masked(chosen, zeros, torch.zeros(200, 1, dtype=torch.long), draws())
     assert made.low is not None
     high, low = (part[:, 0, 1:].flatten(2).std(2).flatten() for part in (made.high, made.low))
@@ -195,7 +197,7 @@ def test_what_is_retrieved_of_unseen_videos_comes_from_their_memory(history: str
         loss.backward()
         optimizer.step()
     model.eval()
-    steps = steps_of(random_videos(64, draws()), model, 6)
+    steps = stretch_of(random_videos(64, draws()), model, 6)
     x0, times, t = steps.high[:, :, 3:6], steps.start + torch.arange(3, 6), torch.full((64,), 0.9)
     noise = torch.randn(x0.shape, generator=draws())
     others = steps._replace(high=steps.high.roll(1, 0))
@@ -211,25 +213,25 @@ def test_what_is_retrieved_of_unseen_videos_comes_from_their_memory(history: str
 def test_a_perfect_memory_reaches_the_bound_of_the_autoencoder(inputs: dict[str, str], tmp_path: Path) -> None:
     """And a video is encoded in one stream, cut at the front to whole groups."""
     setup, _, _ = started(config(), inputs, tmp_path)
-    videos = videos_of(config(), inputs, setup.data)
+    videos = videos_of(config(), setup)
     batch = next(iter(videos))
-    video = with_history(batch)
+    video = retrieval.Video.of_batch(0, batch).pixels
     assert video.shape == (1, 3, 24 + 9, 32, 48) and torch.equal(video[:, :, 24:], batch["video"])
-    whole = retrieval.whole_groups(video, 4, 4)
+    whole = retrieval.trim_to_groups(video, 4, 4)
     assert whole.shape[2] == 29 and torch.equal(whole, video[:, :, 4:])
-    steps = retrieval.encoded(setup.model, setup.codec, whole)
+    steps = retrieval.encode_video(setup.model, setup.codec, whole)
     assert steps.low is not None and steps.high.shape == (1, 8, 8, 2, 3) and steps.low.shape == (1, 8, 8, 1, 1)
     at_once = setup.codec.encode(whole.float() / 127.5 - 1).mode()
     torch.testing.assert_close(setup.model.denormalise(steps.high), at_once, atol=1e-4, rtol=1e-4)
 
     class Perfect(MemoryDiT):
-        def forward(self, x: Tensor, t: Tensor, times: Tensor, *_: Any, first: Tensor) -> Tensor:  # type: ignore[override]
+        def forward(self, x: Tensor, t: Tensor, times: Tensor, *, first: Tensor, **_: Any) -> Tensor:  # type: ignore[override]
             assert len(times) <= 3 and torch.equal(first[0], times == 0)
             return (x - steps.high[:, :, times]) / t.view(-1, 1, 1, 1, 1)
 
     perfect = Perfect(setup.model.config)
     perfect.load_state_dict(setup.model.state_dict())
-    options: dict[str, Any] = {"fps": 12.0, "seed": 0, "steps": 2, "at_once": 3}
+    options: dict[str, Any] = {"fps": 12.0, "seed": 0, "solver_steps": 2, "at_once": 3}
     found = retrieval.evaluate(perfect, setup.codec, [retrieval.Video(0, whole, None)], tmp_path, **options)
     assert found["psnr"] == pytest.approx(found["psnr_bound"], abs=1e-3)
     assert found["ssim"] == pytest.approx(found["ssim_bound"], abs=1e-4)
@@ -256,10 +258,12 @@ def data(shape: tuple[int, int, int], fps: float, history: int) -> Data:
 
 def test_the_tokens_of_twenty_seconds_are_told_before_training() -> None:
     wan = config_from_preset("memory_dit_tiny", channels=16, patch=2, rates=("4x4x2",))
-    assert told(wan, data((6, 60, 104), 24.0, 120)) == (
-        "memory (4x4x2): 20 s of history, 120 steps of 60x104 latents, are 5460 tokens, 273 a second"
+    assert describe_memory(wan, data((6, 60, 104), 24.0, 120)) == (
+        "memory (4x4x2): 20 s of history, 120 latents of 60x104, are 5460 tokens, 273 a second"
     )
-    assert "none): " in told(config_from_preset("memory_dit_tiny", memory="none"), data((6, 4, 4), 24.0, 120))
+    assert "none): " in describe_memory(
+        config_from_preset("memory_dit_tiny", memory="none"), data((6, 4, 4), 24.0, 120)
+    )
 
 
 def test_tokens_of_a_batch_are_those_of_full_context() -> None:
@@ -314,8 +318,9 @@ def test_low_latents_that_do_not_fit_are_refused_in_one_line(inputs: dict[str, s
 def test_streams_that_are_too_short_are_refused_in_one_line(inputs: dict[str, str]) -> None:
     def loader(chosen: Config) -> Any:
         data = data_of(chosen, inputs)
-        model = chosen.dit(shape=data.shape, history=data.history, channels=8)
-        return loader_of(chosen, inputs, data, model, "train", batch=2)
+        model: Any = SimpleNamespace(config=chosen.dit(shape=data.shape, history=data.history, channels=8))
+        setup = Setup(inputs, data, (), model, codec=None)  # type: ignore[arg-type]
+        return loader_of(chosen, setup, "train", batch=2)
 
     with pytest.raises(UserError, match="no stream of latents has 90 steps of history and 3 of a window, the longest"):
         loader(config(history_seconds=30.0))
@@ -327,9 +332,9 @@ def test_streams_that_are_too_short_are_refused_in_one_line(inputs: dict[str, st
 def test_a_history_that_fills_no_group_is_not_drawn(inputs: dict[str, str], tmp_path: Path) -> None:
     chosen = config(history_least=0.0, low_latents=None, **dit(rates=["2x2x4"], branches="high"))
     setup = prepared(chosen, alone(inputs), tmp_path)
-    loader = loader_of(chosen, setup.inputs, setup.data, setup.model.config, "train", batch=2)
+    loader = loader_of(chosen, setup, "train", batch=2)
     for batch in islice(loader, 20):
-        steps = pretrain_memory.remembered_steps(batch, setup.model)
+        steps = groups_of(batch, setup.model)
         assert steps.skip is None or (steps.skip < steps.high.shape[2]).all()
 
 
@@ -340,7 +345,7 @@ def test_where_nothing_is_scaled_down_both_branches_read_the_same_column(
     setup, batch, steps = started(chosen, inputs | {"low_latents": inputs["latents"]}, tmp_path)
     assert "low" not in batch and steps.low is not None
     torch.testing.assert_close(steps.low, steps.high, atol=0, rtol=0)
-    assert remembered(setup.model, steps).tokens.shape == (2, steps.high.shape[2] // 2 * 2 * 3, 32)
+    assert memory_of(setup.model, steps).tokens.shape == (2, steps.high.shape[2] // 2 * 2 * 3, 32)
 
 
 def test_latents_that_do_not_vary_fail(inputs: dict[str, str], tmp_path: Path) -> None:
@@ -536,9 +541,7 @@ def test_from_latents_to_a_registered_memory(
 
     chosen = config(classes=True, sample_every=2, ema_half_lives=[10.0])
     result = pretrain_memory.run(chosen, inputs, str(tmp_path / "out"))
-    assert (
-        "memory (2x2x2): 2 s of history, 6 steps of 2x3 latents, are 3 tokens, 1.5 a second" in capsys.readouterr().out
-    )
+    assert "memory (2x2x2): 2 s of history, 6 latents of 2x3, are 3 tokens, 1.5 a second" in capsys.readouterr().out
     assert result["uri"] == "models:/memory-dit/1"
     assert [m.step for m in mlflow.MlflowClient().get_metric_history(store, "heldout/loss")] == [chosen.steps]
     assert result["metrics"]["psnr"] > 0 and result["metrics"]["history_steps_expected"] > 0

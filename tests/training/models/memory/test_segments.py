@@ -111,7 +111,7 @@ def test_the_first_step_is_one_frame_and_every_chunk_a_segment(model: MemoryDiT,
     chunks = list(generate(model, vae, 7, [3, 4], settings=QUICK))
     assert [chunk.shape for chunk in chunks] == [(2, n, 32, 64, 3) for n in (9, 12, 4)]
     assert all(chunk.dtype == np.uint8 for chunk in chunks)
-    assert segments.segments(model, 7) == 3
+    assert segments.count_segments(model, 7) == 3
 
 
 def test_the_same_seed_is_the_same_video_and_a_longer_one_begins_with_the_shorter(model: MemoryDiT, vae: PVVAE) -> None:
@@ -165,14 +165,14 @@ def test_no_step_is_unseen_whatever_the_pieces_are(group: str, pieces: list[int]
     low = torch.randn(1, 8, 15, 1, 2, generator=torch.Generator().manual_seed(2))
     for high, small in zip(whole.split(pieces, 2), low.split(pieces, 2), strict=True):
         history.append(high, small)
-        held = history.steps // group_of * group_of
-        known = 0 if history.window is None else history.window.shape[2]
-        assert known >= min(history.steps, max(2, history.steps - held))
+        held = history.latents // group_of * group_of
+        known = 0 if history.recent is None else history.recent.shape[2]
+        assert known >= min(history.latents, max(2, history.latents - held))
         assert (history.memory is not None) == (held > 0)
         if history.memory is not None:
-            assert history.memory.positions[:, 0].max() < held <= history.steps
-    assert history.steps == 15 and history.window is not None and history.memory is not None
-    torch.testing.assert_close(history.window, model.normalise(whole)[:, :, -history.window.shape[2] :])
+            assert history.memory.positions[:, 0].max() < held <= history.latents
+    assert history.latents == 15 and history.recent is not None and history.memory is not None
+    torch.testing.assert_close(history.recent, model.normalise(whole)[:, :, -history.recent.shape[2] :])
     with torch.no_grad():
         high, small = model.normalise(whole)[:, :, :held], model.normalise_low(low)[:, :, :held]
         first = torch.arange(held)[None] == 0
@@ -185,10 +185,10 @@ def test_a_history_stays_as_large_as_it_may_reach_back(model: MemoryDiT) -> None
     history = History(model)
     for number in range(12):
         history.append(latents(3, seed=number), torch.zeros(1, 8, 3, 1, 2))
-        assert history.memory is not None and history.window is not None
-        since = history.steps - model.config.history
+        assert history.memory is not None and history.recent is not None
+        since = history.latents - model.config.history
         assert history.memory.positions[:, 0].min() >= since
-        held = [history.memory.tokens, history.memory.hidden, history.window]
+        held = [history.memory.tokens, history.memory.hidden, history.recent]
         held += [each for past in history._pasts for each in past.inputs.values()]
         sizes.append(sum(each.untyped_storage().nbytes() for each in held))
     assert max(sizes[4:]) <= max(sizes[:6])
@@ -270,7 +270,7 @@ def test_a_story_changes_the_class_with_the_next_segment(
 
 @pytest.mark.parametrize("after", [0, 3, 4, 5, 7])
 def test_a_stopped_run_goes_on_to_the_same_bytes(model: MemoryDiT, vae: PVVAE, tmp_path: Path, after: int) -> None:
-    arguments: dict[str, Any] = {"model": model, "vae": vae, "steps": 11, "seeds": [3, 5], "settings": QUICK}
+    arguments: dict[str, Any] = {"model": model, "vae": vae, "latents": 11, "seeds": [3, 5], "settings": QUICK}
     arguments |= {"start": latents(2), "story": [(0, of_classes([0, 1])), (6, of_classes([1, 2]))]}
     uninterrupted = list(generate(**arguments))
     arguments["folder"] = str(tmp_path)
@@ -346,7 +346,7 @@ def test_what_was_kept_is_forgotten_and_nothing_else(model: MemoryDiT, vae: PVVA
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"steps": 0}, "nothing to generate"),
+        ({"latents": 0}, "nothing to generate"),
         ({"seeds": []}, "nothing to generate"),
         ({"settings": Settings(steps=0)}, "needs at least 1"),
         ({"start": torch.zeros(1, 8, 2, 4, 4)}, r"start has shape .* needs \(1 or 1, 8, T, 2, 4\)"),
@@ -361,7 +361,7 @@ def test_what_was_kept_is_forgotten_and_nothing_else(model: MemoryDiT, vae: PVVA
 def test_what_does_not_fit_together_is_refused_at_the_call(
     model: MemoryDiT, vae: PVVAE, changes: dict[str, Any], said: str
 ) -> None:
-    arguments: dict[str, Any] = {"steps": 3, "seeds": [1], "settings": QUICK} | changes
+    arguments: dict[str, Any] = {"latents": 3, "seeds": [1], "settings": QUICK} | changes
     with pytest.raises(ValueError, match=said):
         generate(model, vae, **arguments)
     with pytest.raises(ValueError, match="names no segment"):
