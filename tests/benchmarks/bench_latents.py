@@ -95,7 +95,7 @@ if __name__ == "__main__":
         def encode() -> None:
             with torch.inference_mode():
                 for pieces in videos:
-                    for _ in model.encode_stream(map(tensor, pieces), settings.steps):
+                    for _ in model.encode_stream(map(tensor, pieces), settings.chunk):
                         pass
 
         def at_once() -> None:
