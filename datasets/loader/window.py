@@ -142,7 +142,7 @@ def _dtype(cached: Mapping[str, Any]) -> str:
 def _history(
     split: Split, sample: Sample, row: Mapping[str, Any], start: int, window: Window, place: float
 ) -> dict[str, Any]:
-    """What came just before the window, from its clip and the neighbours that it follows without a hole.
+    """The frames and latents just before the window, from its clip and the clips that it follows without a hole.
 
     `history_video` (3, Th, H, W) and `history_NAME` (Lh, 2, C, h, w) for each column of latents. Of these the last
     `history_frames` and `history_steps` are true, and all before them is zero.
@@ -181,7 +181,7 @@ def _history(
 
 
 def _of_stream(split: Split, sample: Sample, window: Window, rng: np.random.Generator | None) -> dict[str, Any]:
-    """A window at a drawn latent of its clip's stream, and what the stream has before it.
+    """A window at a drawn latent of its clip's stream, and the latents before it in the stream.
 
     For each column of latents `NAME` and `history_NAME` (Lh, 2, C, h, w); Lh is the longest history that may be drawn,
     `history_steps` how many at its end are true, `stream_step` the latent at which the window begins.
