@@ -134,7 +134,7 @@ class Rows:
         url = storage.join(self.dataset, self.split, f"{facts['name']}.parquet")
         try:
             rows = self._table.slice(int(self.offsets[shard]), int(self.counts[shard]))
-            # first of all: damage may have sent an offset out of the file
+            # before any use: damage may have put an offset outside the file
             rows.validate(full=True)
             committed = index.is_committed(url, index.Shard(self.split, table=rows, **facts))
         except (pa.ArrowException, OSError, MemoryError, OverflowError):

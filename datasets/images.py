@@ -49,7 +49,7 @@ class Counts:
     """The content of a split after `adopt`."""
 
     tars: int = 0
-    new: int = 0  # of the tars
+    new: int = 0  # tars indexed by this call
     images: int = 0
     odd: int = 0  # images with a file beside them that could not be used
     left_out: dict[str, int] = field(default_factory=dict)  # images by reason
@@ -259,7 +259,7 @@ class _Sample:
 
     picture: dict[str, Any] | None = None  # its row of the index, without the columns that the other files give
     source: dict[str, Any] = field(default_factory=dict)  # its row of the sources
-    places: dict[str, dict[str, int]] = field(default_factory=dict)  # of its json and txt
+    places: dict[str, dict[str, int]] = field(default_factory=dict)  # offset, size and CRC-32 of its json and txt
     labels: dict[str, str] = field(default_factory=dict)  # by the ending of the file that has it
     odd: list[str] = field(default_factory=list)  # problems with its other files
 

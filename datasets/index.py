@@ -181,7 +181,7 @@ def last_tries(tries: pa.Table) -> pa.Table:
     unread = pc.fill_null(pc.is_in(tries["reason"], pa.array(schema.UNREAD)), False)
     if not pc.any(unread).as_py():
         return tries
-    # a source that repeats another one is no try
+    # a source that repeats another one is not a try
     related = pc.and_(pc.is_in(tries["uri"], tries["uri"].filter(unread)), pc.is_null(tries["duplicate_of"]))
     columns = [tries[name].filter(related).to_pylist() for name in ("uri", "bytes", "split", "group")]
     by_uri: dict[str, list[_Try]] = {}

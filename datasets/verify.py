@@ -125,7 +125,7 @@ class _Member:
 
 
 def _members(table: pa.Table, column: str, images: bool) -> Iterator[_Member]:
-    # the index of a column has no endings of files, that of plain image tars no names
+    # the index of a column has no file endings, that of plain image tars no names
     fields = [("", r"\.[\w.]+", "sha256")] if column else [("mp4_", r"\.mp4", "sha256"), ("json_", r"\.json", None)]
     for row in table.to_pylist():
         for prefix, ending, sha256 in fields:
@@ -158,7 +158,7 @@ def _tar_problems(
         yield f"{url}: {size} bytes, the index says {shard.tar_bytes}; {remedy}"
         return
     waiting = sorted(members, key=lambda m: m.offset, reverse=True)
-    current: list[_Member] = []  # that this block or the next may have bytes of
+    current: list[_Member] = []  # members with bytes in this block or later ones
     digest = hashlib.sha256()
     for start in range(0, size, _BLOCK):
         block = storage.read_range(url, start, min(_BLOCK, size - start))
@@ -240,7 +240,7 @@ def _stray_files(dataset: str, committed: set[tuple[str, str]]) -> Iterator[str]
         for name in storage.names(storage.join(dataset, split)):
             url, match = storage.join(dataset, split, name), _SHARD_FILE.fullmatch(name)
             if name.startswith("."):
-                continue  # of a writer at work, or debris that the next `shard` sweeps
+                continue  # a writer's at work, or debris that the next `shard` sweeps
             if not match:
                 yield f"{url}: belongs to nothing in this dataset; delete it"
             elif (split, match[1]) not in committed:

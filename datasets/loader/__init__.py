@@ -1,6 +1,6 @@
 """The loader: any split, view and columns of a dataset as a deterministic stream of batches.
 
-`columns` are opened, `selection` says which samples take part and `buckets` which of them share batches. `order` is the
+`split` opens the columns, `selection` says which samples take part and `buckets` which of them share batches. `order` is the
 order of an epoch, `batches` makes a batch from its number alone, `window` a sample, and `workers` run them.
 
 Samples are read by their byte offsets and cross process borders as uint8. The state is the number of batches taken:
@@ -21,12 +21,11 @@ from longtake.datasets.errors import UserError
 from longtake.datasets.loader import order
 from longtake.datasets.loader.batches import Batches
 from longtake.datasets.loader.buckets import batch_counts, make_buckets, window_shapes
-from longtake.datasets.loader.columns import COLUMNS, by_name, classes, factor_of, open_columns
 from longtake.datasets.loader.mixture import Mixture
-from longtake.datasets.loader.reader import Reader
 from longtake.datasets.loader.selection import in_streams, select, with_history
+from longtake.datasets.loader.split import COLUMNS, by_name, classes, factor_of, open_columns
 from longtake.datasets.loader.streams import Lengths
-from longtake.datasets.loader.window import Split, Window
+from longtake.datasets.loader.window import Window
 from longtake.datasets.loader.workers import Stream
 
 __all__ = ("COLUMNS", "Loader", "Mixture", "Stream", "to_model", "to_pixels")
@@ -118,8 +117,7 @@ class Loader(Stream):
         base, facts = compact.open_split(dataset, split, cache=cache)
         if not len(base.shards):
             raise UserError(f"{where}: no committed shard; run its `shard` stage")
-        opened = open_columns(base, names, cache)
-        latent_facts = list(opened.latent_facts.values())
+        opened, latent_facts = open_columns(base, names, cache)
 
         # the samples that take part, and their shapes
         lengths = sorted({frames} if isinstance(frames, int) else set(frames), reverse=True)
@@ -127,7 +125,7 @@ class Loader(Stream):
         selection = select(base, facts, view, shapes, latent_facts, "video" in names)
         opened.check_windows(lengths, stride, histories)
         if histories:
-            latents = opened.rows[next(iter(opened.latent_facts))]
+            latents = opened.columns[opened.latents[0]]
             window_latents = 1 + (lengths[0] - 1) // factor_of(latents)
             selection = in_streams(selection, latents, window_latents, histories, shuffle)
             often = None if selection.weights is None else selection.weights[selection.keep]
@@ -151,12 +149,12 @@ class Loader(Stream):
         self.batches_per_epoch, self.batch = sum(counts), batch
         self.samples_left_out = sum(max(0, b.samples - n * b.batch) for b, n in zip(buckets, counts, strict=True))
         self.classes = classes(base, facts, cache) if "label" in names else []
-        split_columns = Split(base, opened.rows, names, Reader(cache), self.classes)
+        opened.labels = {label: number for number, label in enumerate(self.classes)}
         remote, skip = not storage.is_local(dataset), unreadable == "skip"
-        plan = Batches(split_columns, buckets, counts, seed, shuffle, rank, world, remote, skip)
+        plan = Batches(opened, buckets, counts, seed, shuffle, rank, world, remote, skip)
 
         # what a state must agree with; settings that came later count only where they are set, so that old states fit
-        digests = [base.digest, selection.view_digest, *(rows.digest for rows in opened.rows.values())]
+        digests = [base.digest, selection.view_digest, *(rows.digest for rows in opened.columns.values())]
         shapes_of = [[b.window.frames, *b.window.size] for b in buckets]
         data = [digests, split, stride, crop, last, shuffle, history_seconds, shapes_of]
         data += [history_least] if history_least else []

@@ -17,7 +17,8 @@ import torch
 from longtake.datasets.errors import Failure
 from longtake.datasets.loader import order
 from longtake.datasets.loader.buckets import Bucket
-from longtake.datasets.loader.window import Sample, Split, Window, load
+from longtake.datasets.loader.split import Split
+from longtake.datasets.loader.window import Sample, Window, load
 from longtake.datasets.masking import shown
 
 _THREADS, _AHEAD = 8, 32  # samples of a remote dataset read at once, and waiting to be taken

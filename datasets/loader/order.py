@@ -35,7 +35,7 @@ class Epoch:
     seed: tuple[int, int] | None  # (seed, epoch); None: in the order on disk
 
     def samples(self, positions: np.ndarray) -> np.ndarray:
-        """(P,) numbers of the samples at these positions of the epoch."""
+        """(P,) the numbers of the samples at these (P,) positions of the epoch."""
         if self.seed is None:
             return np.asarray(positions)
         samples = np.empty(len(positions), np.int64)
@@ -99,7 +99,7 @@ def schedule(counts: Sequence[int], seed: int, number: int, shuffle: bool = True
 
 
 def mixed(weights: Sequence[float], seed: int, number: int) -> tuple[int, int]:
-    """Which of several loaders global batch `number` comes from, and which batch of that loader it is.
+    """The loader of several that global batch `number` comes from, and the number of that loader's batch.
 
     In every `ROUND` batches each loader has its share, to the nearest batch.
     """
@@ -119,7 +119,7 @@ def shares(weights: Sequence[float], total: int = ROUND) -> np.ndarray:
 
 
 def positions(batch: int, global_batch: int, samples: int) -> np.ndarray:
-    """(global_batch,) positions in the epoch of one global batch; beyond the end it starts again at the front."""
+    """(global_batch,) positions in the epoch of one global batch; after the epoch's end come those of its start."""
     return np.arange(batch * global_batch, (batch + 1) * global_batch) % samples
 
 

@@ -1,4 +1,4 @@
-"""Which rows of a split take part, and how many are left out for which reason: pure functions over its N rows."""
+"""The rows of a split that take part, and counts of the others by reason: pure functions over its N rows."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace

@@ -19,7 +19,7 @@ from longtake.datasets.compact import Rows
 
 @dataclass(frozen=True)
 class Lengths:
-    """Where in its stream a window begins, which decides its history: all latents before it, `most` of them.
+    """The places in a stream at which windows begin, and so the lengths of their histories: all before, at most `most`.
 
     With probability `none` it begins at the stream's first latent, else at one of `some`, each as likely. Histories are
     alike from `most` on, so a window at the last of `some` may as well begin later, by any multiple of `unit`. Beginnings
@@ -34,11 +34,11 @@ class Lengths:
     reaches: tuple[tuple[int, int], ...] = ()  # (first batch, most latents), rising, from batch 0 on
 
     def beginnings(self, total: int, window: int) -> tuple[int, ...]:
-        """Those of `some` that a stream of `total` latents has room for, else the stream's first latent."""
+        """The places of `some` that a stream of `total` latents has room for, else the stream's first latent."""
         return tuple(begin for begin in self.some if begin + window <= total) or (0,)
 
     def within(self, reach: int) -> "Lengths":
-        """The same with histories of at most `reach` latents; if `some` are all longer, the shortest, cut to `reach`."""
+        """Lengths with histories of at most `reach` latents; if all are longer, the shortest, cut to `reach`."""
         if reach >= self.most:
             return self
         some = tuple(begin for begin in self.some if begin <= reach) or self.some[:1]

@@ -5,17 +5,16 @@ The window is drawn from the sample's own random numbers; see datasets/README.md
 
 import zlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import takewhile
 from typing import Any
 
 import numpy as np
 
 from longtake.datasets import clip, later
-from longtake.datasets.compact import Rows
 from longtake.datasets.errors import Failure
 from longtake.datasets.loader.order import sample_rng
-from longtake.datasets.loader.reader import Reader
+from longtake.datasets.loader.split import Split
 from longtake.datasets.loader.streams import Lengths, clips_of, latents_before
 from longtake.datasets.neighbours import pasts
 from longtake.datasets.shard import described
@@ -44,46 +43,6 @@ class Sample:
     batch: int = 0  # number of its global batch
 
 
-class Split:
-    """A split with its cache columns, as worker processes need it."""
-
-    def __init__(
-        self, base: Rows, columns: Mapping[str, Rows], names: Mapping[str, str], reader: Reader, classes: list[str]
-    ) -> None:
-        """`names` are columns by the names that samples have them under, `columns` the rows of those that are caches."""
-        self.base, self.columns, self.names, self.reader = base, columns, names, reader
-        self.labels = {label: number for number, label in enumerate(classes)}
-        self.latents = tuple(name for name in columns if name != "frame_diff")
-
-    def cache_row(self, column: str, sample: Sample, row: Mapping[str, Any]) -> dict[str, Any]:
-        """The sample's row in a cache column's index. Raises Failure where it is of another clip than `row`."""
-        cached = self.columns[column].row(sample.shard, sample.row)
-        if cached["key"] != row["key"] or cached["base_sha256"] != row["sha256"]:
-            url = self.columns[column].tar(sample.shard)[0]
-            raise Failure(f"{url}: made from other clips; delete the column's indexes and run its stage again")
-        return cached
-
-    def latent_rows(self, sample: Sample, row: Mapping[str, Any]) -> list[dict[str, Any]]:
-        """The sample's rows in the indexes of all columns of latents."""
-        return [self.cache_row(column, sample, row) for column in self.latents]
-
-    def check_alike(self, shard: int, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Raise Failure where a clip has other latents in one column, by its `latent_rows`, than in another."""
-        for column, row in zip(self.latents[1:], rows[1:], strict=True):
-            where = f"{self.columns[column].tar(shard)[0]}: {row['key']}"
-            first_column, first = self.names[self.latents[0]], rows[0]
-            if row["steps"] != first["steps"]:
-                raise Failure(
-                    f"{where}: has {row['steps']} steps, and {first['steps']} in {first_column}; "
-                    "delete the column's indexes and run its stage again"
-                )
-            if latents_before(row) != latents_before(first):
-                raise Failure(
-                    f"{where}: begins at step {latents_before(row)} of its stream, and at"
-                    f" {latents_before(first)} in {first_column}; encode both with the same join_seconds"
-                )
-
-
 def load(split: Split, sample: Sample, window: Window) -> dict[str, Any]:
     """The columns of one sample, as arrays ready to be stacked. Raises Failure naming what is damaged."""
     row = split.base.row(sample.shard, sample.row)
@@ -93,7 +52,7 @@ def load(split: Split, sample: Sample, window: Window) -> dict[str, Any]:
     if window.lengths:
         out |= _of_stream(split, sample, window, rng)
     else:
-        latents = split.latent_rows(sample, row)
+        latents = split.latent_rows(sample.shard, sample.row, row)
         split.check_alike(sample.shard, latents)
         factor = latents[0]["factor"] if latents else 1
         frames, place = draw(window, rng, row["frame_count"], factor)
@@ -150,7 +109,7 @@ def _frame_diff(
 ) -> np.ndarray:
     """(3, T-1, h, w) uint8."""
     name = f"{split.base.tar(sample.shard)[0]}: {row['key']}"
-    cached = split.cache_row("frame_diff", sample, row)
+    cached = split.cache_row("frame_diff", sample.shard, sample.row, row)
     packed = split.reader.member(split.columns["frame_diff"], sample.shard, *_span(cached))
     diff = clip.unpack_array(packed, f"{name} (frame_diff)")
     if len(diff) != row["frame_count"] - 1:
@@ -183,7 +142,7 @@ def _dtype(cached: Mapping[str, Any]) -> str:
 def _history(
     split: Split, sample: Sample, row: Mapping[str, Any], start: int, window: Window, place: float
 ) -> dict[str, Any]:
-    """What came just before the window, from its clip and the neighbours that it follows without a hole.
+    """The frames and latents just before the window, from its clip and the clips that it follows without a hole.
 
     `history_video` (3, Th, H, W) and `history_NAME` (Lh, 2, C, h, w) for each column of latents. Of these the last
     `history_frames` and `history_steps` are true, and all before them is zero.
@@ -201,7 +160,7 @@ def _history(
         out["history_video"], out["history_frames"] = _at_end(room, parts, 1)
 
     if split.latents:
-        rows_of = (split.latent_rows(replace(sample, row=number), past) for number, past in before)
+        rows_of = (split.latent_rows(sample.shard, number, past) for number, past in before)
         # a clip without latents ends the history
         clips = list(takewhile(lambda rows: all(cached["steps"] for cached in rows), rows_of))
         for rows in clips:
@@ -222,7 +181,7 @@ def _history(
 
 
 def _of_stream(split: Split, sample: Sample, window: Window, rng: np.random.Generator | None) -> dict[str, Any]:
-    """A window at a drawn latent of its clip's stream, and what the stream has before it.
+    """A window at a drawn latent of its clip's stream, and the latents before it in the stream.
 
     For each column of latents `NAME` and `history_NAME` (Lh, 2, C, h, w); Lh is the longest history that may be drawn,
     `history_steps` how many at its end are true, `stream_step` the latent at which the window begins.
@@ -230,8 +189,7 @@ def _of_stream(split: Split, sample: Sample, window: Window, rng: np.random.Gene
     assert window.lengths
     clips = []
     for number in clips_of(split.columns[split.latents[0]], sample.shard, sample.row):
-        row = split.base.row(sample.shard, number)
-        clips.append(split.latent_rows(replace(sample, row=number), row))
+        clips.append(split.latent_rows(sample.shard, number, split.base.row(sample.shard, number)))
         split.check_alike(sample.shard, clips[-1])
 
     # without random numbers as late as there is room, whatever a curriculum says

@@ -1,7 +1,7 @@
-"""The columns of a loader: their names in batches, their rows in the order of the base's, and the windows that they allow."""
+"""A split and its columns: their names in batches, their rows in the order of the base's, and the windows that they allow."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -12,18 +12,21 @@ from longtake.datasets.cache import Cache
 from longtake.datasets.compact import Rows
 from longtake.datasets.errors import Failure, UserError
 from longtake.datasets.loader import streams
+from longtake.datasets.loader.reader import Reader
+from longtake.datasets.loader.streams import latents_before
 
 COLUMNS = ("video", "frame_diff", "latent-DIGEST", "json", "label")
 _LATENT = "latent-"  # how columns of latents begin
 
 
-@dataclass(frozen=True)
-class Columns:
-    """The columns of a loader by the names that batches have them under."""
+class Split:
+    """A split with its cache columns, as worker processes need it."""
 
-    names: Mapping[str, str]  # all columns
-    rows: Mapping[str, Rows]  # of cache columns
-    latent_facts: Mapping[str, pa.Table]  # `compact.FACTS` of columns of latents
+    def __init__(self, base: Rows, names: Mapping[str, str], columns: Mapping[str, Rows], reader: Reader) -> None:
+        """`names` are columns by the names that samples have them under, `columns` the rows of those that are caches."""
+        self.base, self.names, self.columns, self.reader = base, names, columns, reader
+        self.latents = tuple(name for name in columns if name != "frame_diff")
+        self.labels: dict[str, int] = {}  # the number of each label
 
     def check_windows(self, lengths: Sequence[int], stride: int, histories: streams.Lengths | None) -> None:
         """Check that the columns have windows of these numbers of frames.
@@ -32,7 +35,7 @@ class Columns:
             UserError: a window would not be of whole latents; columns of latents have other factors; a stream of several
                 clips is read without `histories`, or anything but latents and labels with them.
         """
-        factors = {self.names[name]: factor_of(self.rows[name]) for name in self.latent_facts}
+        factors = {self.names[name]: factor_of(self.columns[name]) for name in self.latents}
         for column, factor in factors.items():
             first, first_factor = next(iter(factors.items()))
             if factor != first_factor:
@@ -47,11 +50,39 @@ class Columns:
             others = [c for c in self.names.values() if c != "label" and not c.startswith(_LATENT)]
             if others or not factors or len(lengths) > 1:
                 raise UserError("histories: are of latents and windows of one length; leave out what else is asked for")
-        elif joined := [self.names[name] for name in self.latent_facts if streams.joined(self.rows[name])]:
+        elif joined := [self.names[name] for name in self.latents if streams.joined(self.columns[name])]:
             raise UserError(
                 f"columns: {joined[0]} was encoded in streams of several clips, a window inside of one has no first latent;"
                 " name latents without `join_seconds`"
             )
+
+    def cache_row(self, column: str, shard: int, number: int, row: Mapping[str, Any]) -> dict[str, Any]:
+        """Row `number` of a shard in a cache column's index. Raises Failure where its clip is not that of the base's `row`."""
+        cached = self.columns[column].row(shard, number)
+        if cached["key"] != row["key"] or cached["base_sha256"] != row["sha256"]:
+            url = self.columns[column].tar(shard)[0]
+            raise Failure(f"{url}: made from other clips; delete the column's indexes and run its stage again")
+        return cached
+
+    def latent_rows(self, shard: int, number: int, row: Mapping[str, Any]) -> list[dict[str, Any]]:
+        """The `cache_row` of each column of latents."""
+        return [self.cache_row(column, shard, number, row) for column in self.latents]
+
+    def check_alike(self, shard: int, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Raise Failure where a clip has other latents in one column, by its `latent_rows`, than in another."""
+        for column, row in zip(self.latents[1:], rows[1:], strict=True):
+            where = f"{self.columns[column].tar(shard)[0]}: {row['key']}"
+            first_column, first = self.names[self.latents[0]], rows[0]
+            if row["steps"] != first["steps"]:
+                raise Failure(
+                    f"{where}: has {row['steps']} steps, and {first['steps']} in {first_column}; "
+                    "delete the column's indexes and run its stage again"
+                )
+            if latents_before(row) != latents_before(first):
+                raise Failure(
+                    f"{where}: begins at step {latents_before(row)} of its stream, and at"
+                    f" {latents_before(first)} in {first_column}; encode both with the same join_seconds"
+                )
 
 
 def by_name(columns: Sequence[str] | Mapping[str, str]) -> dict[str, str]:
@@ -76,15 +107,16 @@ def by_name(columns: Sequence[str] | Mapping[str, str]) -> dict[str, str]:
     return names
 
 
-def open_columns(base: Rows, names: Mapping[str, str], cache: Cache | None) -> Columns:
-    """Open the cache columns among `names`, beside their base. Raises Failure where one lacks clips of the base."""
+def open_columns(base: Rows, names: Mapping[str, str], cache: Cache | None) -> tuple[Split, list[pa.Table]]:
+    """A split with the cache columns among `names`, and the `FACTS` of its columns of latents.
+
+    Raises:
+        Failure: a column lacks clips of the base.
+    """
     caches = {name: c for name, c in names.items() if c == "frame_diff" or c.startswith(_LATENT)}
     opened = {name: _open(base, column, cache) for name, column in caches.items()}
-    return Columns(
-        names,
-        {name: rows for name, (rows, _) in opened.items()},
-        {name: facts for name, (_, facts) in opened.items() if name != "frame_diff"},
-    )
+    split = Split(base, names, {name: rows for name, (rows, _) in opened.items()}, Reader(cache))
+    return split, [opened[name][1] for name in split.latents]
 
 
 def factor_of(latents: Rows) -> int:
