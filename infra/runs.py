@@ -186,7 +186,7 @@ def connect(recipe: Recipe) -> Runs:
 
 
 def _sqlite_uri(recipe: Recipe) -> str:
-    """The store inside the workspace, whose folder is made."""
+    """The URI of the store inside the workspace; creates the folder."""
     if not storage.is_local(recipe.workspace):
         raise UserError(
             f"{recipe.path}: workspace {recipe.workspace} is remote: set MLFLOW_TRACKING_URI to an MLflow server"

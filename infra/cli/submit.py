@@ -103,7 +103,7 @@ def jobs_group() -> None:
 @jobs_group.command(name="list")
 @_address
 def list_(address: str | None) -> None:
-    """The jobs of the cluster, the latest first."""
+    """List the jobs of the cluster, the latest first."""
     from longtake.infra.cluster import jobs
 
     ours = jobs.ours(jobs.client(jobs.address_of(address)))
@@ -121,7 +121,7 @@ def list_(address: str | None) -> None:
 @_address
 @click.option("--follow", is_flag=True, help="Continue until the job has ended; the exit code is the job's.")
 def logs(job: str, address: str | None, follow: bool) -> None:
-    """Print what JOB has printed."""
+    """Print the output of JOB."""
     from longtake.infra.cluster import jobs
 
     url = jobs.address_of(address)
@@ -146,7 +146,7 @@ def stop(job: str, address: str | None, wait: bool) -> None:
 
 @click.group()
 def render() -> None:
-    """Write what other systems run from a recipe."""
+    """Write manifests of a recipe for other systems."""
 
 
 @render.command()

@@ -149,15 +149,15 @@ def _pod(
         for number, (folder, claim) in enumerate(sorted(pods.claims.items())):
             volumes.append({"name": f"claim-{number}", "persistentVolumeClaim": {"claimName": claim}})
             mounts.append({"name": f"claim-{number}", "mountPath": folder})
-    spec_of_container: dict[str, Any] = {
+    container_spec: dict[str, Any] = {
         "name": container,
         "image": recipe.deploy.image,
         "resources": {"requests": amounts, "limits": amounts},
         "securityContext": {"allowPrivilegeEscalation": False, "capabilities": {"drop": ["ALL"]}},
     }
-    spec_of_container |= {"env": _environment(recipe, pods), "volumeMounts": mounts} if not bare else {}
+    container_spec |= {"env": _environment(recipe, pods), "volumeMounts": mounts} if not bare else {}
     spec: dict[str, Any] = {
-        "containers": [spec_of_container],
+        "containers": [container_spec],
         "securityContext": {"runAsNonRoot": True, "runAsUser": 1000, "runAsGroup": 1000, "fsGroup": 1000},
         "terminationGracePeriodSeconds": math.ceil(recipe.deploy.stop_seconds) + _SAVE_SECONDS,
     }

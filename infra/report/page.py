@@ -1,4 +1,4 @@
-"""Builds the report of a recipe or of a dataset: one HTML file that needs nothing else, and its pictures beside it."""
+"""Build the report of a recipe or of a dataset: one HTML file that needs nothing else, and its pictures beside it."""
 
 import shlex
 from collections.abc import Sequence
