@@ -78,7 +78,7 @@ if __name__ == "__main__":
         probed=tuple([(vae.encode(v).mode().detach(), v) for v in (random(1, 3, 9, 32, 32, seed=s + n) for n in mine)] for s in (30, 40)),
     )
     seen = heldout.evaluate(
-        vae, Clips(), folder, 0, 3, network=colours, latents=True, whole=[shown(n) for n in range(3)], probed=Clips(), probe_clips=2
+        vae, Clips(), folder, 0, 3, network=colours, latents=True, long_clips=[shown(n) for n in range(3)], probed=Clips(), probe_clips=2
     )
     def video(n):  # after 8, 16, 8, 16 and 8 frames
         frames = random(1, 3, 17 + n % 2 * 8, 32, 32, seed=50 + n)

@@ -185,14 +185,14 @@ def _losses(
     latents: bool,
 ) -> tuple[dict[str, Any], look.Latents]:
     """The losses over all ranks, and this rank's held-out latents."""
-    kept, rows = look.Latents(), dict[int, dict[str, Any]]()
+    heldout_latents, rows = look.Latents(), dict[int, dict[str, Any]]()
     for number, x0, condition, start in clips:
         models: dict[str, Callable[..., Tensor]] = {"later": partial(latte, start=1)}
         if not start:
             models = {"": latte, "mean": trivial[0].__call__, "gaussian": trivial[1].__call__}
             if latents:
                 latent = latte.denormalise(x0)
-                kept.add(number, latent, lambda latent=latent: to_model(decoded(codec, latent)))  # type: ignore[misc]
+                heldout_latents.add(number, latent, lambda latent=latent: to_model(decoded(codec, latent)))  # type: ignore[misc]
         # the window that starts a clip and the later one have the same noise
         rows[2 * number + bool(start)] = {
             name: heldout_losses(model, [(x0, condition)], seed, first=number)[0] for name, model in models.items()
@@ -203,7 +203,7 @@ def _losses(
         f"heldout_loss_{name}".rstrip("_"): float(np.mean(curves)) if curves else None
         for name, curves in values.items()
     }
-    return losses | {"heldout_loss_by_time": np.mean(values[""], 0).tolist(), "clips": len(values[""])}, kept
+    return losses | {"heldout_loss_by_time": np.mean(values[""], 0).tolist(), "clips": len(values[""])}, heldout_latents
 
 
 def _distances(

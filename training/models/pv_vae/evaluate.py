@@ -49,7 +49,7 @@ def evaluate(
     *,
     network: FeatureNetwork | None = None,
     latents: bool = False,
-    whole: Sequence[Frames] = (),
+    long_clips: Sequence[Frames] = (),
     probed: Loader | None = None,
     probe_clips: int = 0,
 ) -> dict[str, Any]:
@@ -66,7 +66,7 @@ def evaluate(
         network: for `reconstruction_frechet` and `reconstruction_kernel`, the distances of the full reconstructions to
             their sources (with I3D rFVD and rKVD).
         latents: also examine the latents (`look.looked_at`).
-        whole: clips longer than the loader's, for `by_position`.
+        long_clips: clips longer than the loader's, for `by_position`.
         probed: training clips, to whose latents linear probes are fitted; at most `probe_clips`, and as many held-out
             clips to score them.
 
@@ -76,8 +76,8 @@ def evaluate(
     """
     device = next(model.parameters()).device
     count = min(most, loader.samples)
-    rows: dict[int, dict[str, Any]] = {}
-    kept, sources, copies = look.Latents(), *(Sample(n, network) if network else None for n in ("sources", "copies"))
+    rows, heldout_latents = dict[int, dict[str, Any]](), look.Latents()
+    sources, copies = (Sample(n, network) if network else None for n in ("sources", "copies"))
     for number, batch in batches(loader, count, "evaluate"):
         video = to_model(batch["video"].to(device))
         latent = model.encode(video).mode()
@@ -88,7 +88,7 @@ def evaluate(
         if perceptual:
             row["lpips_all"] = lpips(perceptual, full, video).item()
         if latents:
-            kept.add(number, latent, partial(torch.clone, video))
+            heldout_latents.add(number, latent, partial(torch.clone, video))
         if sources and copies:
             sources.add(video)
             copies.add(full)
@@ -109,11 +109,11 @@ def evaluate(
         distance = heldout_distance(sources.of_all_ranks(), copies.of_all_ranks(), seed)
         summary |= {f"reconstruction_{name}": distance[name] for name in ("frechet", "kernel")} | {"distance": distance}
     if latents:
-        summary["latents"] = look.looked_at({"heldout": kept}, folder)
+        summary["latents"] = look.looked_at({"heldout": heldout_latents}, folder)
         summary |= look.figures(summary["latents"])
         summary["series"] |= look.series(summary["latents"])
-    if whole:
-        figures, series = by_position(model, whole, summary["frames"])
+    if long_clips:
+        figures, series = by_position(model, long_clips, summary["frames"])
         summary |= figures
         summary["series"] |= series
     if probed:

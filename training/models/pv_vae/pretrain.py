@@ -342,7 +342,7 @@ def evaluate(config: Config, setup: Setup, folder: Path) -> None:
         load_perceptual(config.perceptual, config.perceptual_linear, device=device()),
         network=checked_network(config.features, config.frames, config.sizes[0]),
         latents=config.eval_latents,
-        whole=_long_clips(config, setup.inputs),
+        long_clips=_long_clips(config, setup.inputs),
         probed=_loader(config, setup, "train", batch=1, seed=config.seed) if config.eval_probes else None,
         probe_clips=config.eval_probes,
     )

@@ -1,4 +1,4 @@
-"""A Latte that goes on from another one: it begins as its base does, whatever its classes, its size and its latents are."""
+"""A Latte trained from a base: at first it does what the base does, whatever its classes, size and latents."""
 
 from __future__ import annotations
 
