@@ -31,6 +31,7 @@ from longtake.training.metrics.distance import video_distance
 from longtake.training.metrics.features import load_network
 from longtake.training.metrics.latents import latent_temporal_distance
 from longtake.training.models.common import flow
+from longtake.training.models.generator import Settings
 from longtake.training.models.latte import model as latte
 from longtake.training.models.latte.sample import generate
 from longtake.training.models.pv_vae import pretrain as pretrain_vae
@@ -160,7 +161,7 @@ def measure(options: argparse.Namespace, variant: str, seed: int, model: PVVAE, 
             seeds = list(range(options.samples))
             made = [
                 model.decode(z).clamp(-1, 1)
-                for z in generate(learned, held.shape[2], seeds, solver_steps=options.sample_steps)
+                for z in generate(learned, held.shape[2], seeds, settings=Settings(options.sample_steps))
             ]
             network = load_network(options.features)
             distance = video_distance(real, torch.cat(made, dim=2).split(8), network, split="val", seed=0, kernel=False)

@@ -32,7 +32,7 @@ from longtake.training.metrics import trivial
 from longtake.training.metrics.features import FeatureNetwork
 from longtake.training.models.generator import Settings
 from longtake.training.models.latte import evaluate as generated, model as latte
-from longtake.training.models.latte.evaluate import Held, Videos
+from longtake.training.models.latte.evaluate import HeldoutWindow, VideoPlan
 from longtake.training.models.memory import continuation, dit as memory_dit, dit_config, retrieval
 from longtake.training.models.memory.history import Segment
 from longtake.training.models.pv_vae import evaluate as heldout
@@ -70,15 +70,15 @@ if __name__ == "__main__":
     mine = range(rank, 3, world)
     made = generated.evaluate(
         prior, vae,
-        (Held(n, random(1, 8, 3, 2, 2, seed=n), None, start) for start in (0, 4) for n in mine),
-        folder, Videos(9, 8.0, 5, 0, Settings(2), (), batch), trivial.unit(8, torch.zeros(())),
+        (HeldoutWindow(n, random(1, 8, 3, 2, 2, seed=n), None, start) for start in (0, 4) for n in mine),
+        folder, VideoPlan(9, 8.0, 5, 0, Settings(2), (), batch), trivial.unit(8, torch.zeros(())),
         latents=True, network=colours,
         real=(random(1, 3, 9, 32, 32, seed=10 + n) for n in mine),
         train=(random(1, 3, 9, 32, 32, seed=20 + n) for n in mine),
         probed=tuple([(vae.encode(v).mode().detach(), v) for v in (random(1, 3, 9, 32, 32, seed=s + n) for n in mine)] for s in (30, 40)),
     )
     seen = heldout.evaluate(
-        vae, Clips(), folder, 0, 3, network=colours, latents=True, whole=[shown(n) for n in range(3)], probed=Clips(), probe_clips=2
+        vae, Clips(), folder, 0, 3, network=colours, latents=True, long_clips=[shown(n) for n in range(3)], probed=Clips(), probe_clips=2
     )
     def video(n):  # after 8, 16, 8, 16 and 8 frames
         frames = random(1, 3, 17 + n % 2 * 8, 32, 32, seed=50 + n)

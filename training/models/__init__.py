@@ -1,4 +1,4 @@
-"""The kinds of models. A family is a folder here, a line in this table, and a line for each of its stages in `infra.stages`."""
+"""The kinds of models. A family is a folder here, a line in `KINDS`, and a line for each of its stages in `infra.stages`."""
 
 import importlib
 from collections.abc import Mapping
@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from longtake.training.models.kind import Judge, Kind
 
-# name in config.json -> the module whose `kind(facts)` is its row
+# name in config.json -> module whose `kind(facts)` returns its row
 KINDS = {
     "pv_vae": "longtake.training.models.pv_vae.kind",
     "latte": "longtake.training.models.latte.kind",
@@ -16,12 +16,12 @@ KINDS = {
 
 
 def kind_of(facts: Mapping[str, Any]) -> "Kind":
-    """The row of a model that has this config.json."""
+    """The row of the model with this config.json."""
     kind: Kind = importlib.import_module(KINDS[facts["model"]]).kind(facts)
     return kind
 
 
 def judge_of(facts: Mapping[str, Any]) -> "Judge":
-    """How a model that has this config.json is measured."""
+    """How the model with this config.json is measured."""
     judge: Judge = importlib.import_module(kind_of(facts).judge).judge(facts)
     return judge

@@ -1,4 +1,4 @@
-"""One row for each kind of model: all that serving, generation, the judge and the registry ask of a family."""
+"""One row for each kind of model: all that serving, generation, the judge and the registry need from a family."""
 
 from __future__ import annotations
 
@@ -16,26 +16,27 @@ from longtake.training.registry.gate import Better, Window
 
 
 class Judged(NamedTuple):
-    """A registered version, its module on this device, and what its config.json says of it."""
+    """A registered version to measure: its URI, its module on this device, and its config.json."""
 
     uri: str
     model: Any
     facts: Mapping[str, Any]
 
     def encoder(self) -> str | None:
-        """Digest of what has made the latents that it has learned; None where it sees pixels."""
+        """Digest of the encoder of the latents that it was trained on; None for a model of pixels."""
         encoder: str | None = (self.facts.get("vae") or {}).get("encoder")
         return encoder
 
 
 class Judge(NamedTuple):
-    """How a kind of model is measured on held-out clips, one by one, so that two of a kind can be compared.
+    """How a kind of model is measured on single held-out clips, so that two models of a kind can be compared.
 
-    better   its metrics, and which way each is better
-    window   fields of a gate's window, beside `frames`, that mean something to it
-    options  `options(judged, inputs, window)`: columns and other options of the loader of its clips
-    figures  `figures(judged, batch, condition, seed, unit)`: the metrics of a batch of one clip, empty where it has none.
-             `condition` has labels by the model's own numbers, `seed` is the clip's own, `unit` is the unit of errors
+    better   for each metric, whether higher or lower is better
+    window   fields of a gate's window, beside `frames`, that apply to the kind
+    options  `options(judged, inputs, window)` returns columns and other options for the loader of its clips
+    figures  `figures(judged, batch, condition, seed, unit)` returns the metrics of a batch of one clip, empty for a clip
+             that it cannot measure. `condition` has the model's own class ids, `seed` depends on the clip alone, and
+             `unit` is the unit of errors
     """
 
     better: Mapping[str, Better]
@@ -47,14 +48,14 @@ class Judge(NamedTuple):
 class Kind(NamedTuple):
     """A kind of model.
 
-    what       what it is, as in "models:/x/1 is a WHAT, not ..."
+    what       noun for messages, as in "models:/x/1 is a WHAT, not ..."
     config     class of its config
-    module     class of its module, which is made of a config, also on the device "meta"
-    judge      the module whose `judge(facts)` says how it is measured, imported only then
-    generator  `generator(uri, model, facts, vae, dtype)`, with an autoencoder in place of its own, or None: the loaded model
-               with all that it needs to make videos. None for a kind that generates nothing
-    accepts    what may be asked of the generator beside a seed: of "class", "start", "storyboard", "history_noise"
-    answer     `answer(folder)`: what the served model does with videos, uint8 (B, T, H, W, 3); None for one that generates
+    module     class of its module, constructed from a config, also on the device "meta"
+    judge      name of the module whose `judge(facts)` returns its `Judge`; imported on demand
+    generator  `generator(uri, model, facts, vae, dtype)` returns a `Generator` of a loaded model; `vae` replaces its
+               autoencoder, if not None. None for a kind that generates nothing
+    accepts    options of a request to the generator: some of "class", "start", "storyboard", "history_noise"
+    answer     `answer(folder)` returns the function of videos, uint8 (B, T, H, W, 3), that is served; None for a generator
     """
 
     what: str

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from longtake.datasets.errors import UserError
-from longtake.training.models.common.video import whole
+from longtake.training.models.common.video import concatenated
 from longtake.training.models.generator import Generator, Request, Story, class_id, story_of
 
 
@@ -74,7 +74,7 @@ def serve(generator: Generator, table: Any, params: Mapping[str, Any] | None = N
     settings = type(generator.settings)(**known | changes)
     try:
         # one by one: the last bits of a video do not depend on the others
-        return np.concatenate([whole(generator.videos([o.request], o.frames, settings)) for o in orders])
+        return np.concatenate([concatenated(generator.videos([o.request], o.frames, settings)) for o in orders])
     except (ValueError, TypeError) as e:
         raise UserError(f"videos: {e}") from e
 

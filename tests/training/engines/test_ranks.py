@@ -50,7 +50,7 @@ def loss(turn):
         turn.carry["made"] = fake.detach()
         judge = made["discriminator"]
         reconstruction = lambda shown: ((shown - real).square().mean(), {})
-        if adversarial.heard(config, state, turn.step):
+        if adversarial.trains_generator(config, state, turn.step):
             value, terms = adversarial.generator_loss(config, state, fake, reconstruction, judge.module)
             weights.append(float(terms["gan_weight"]))
         else:

@@ -1,12 +1,12 @@
-"""The adversarial piece of any objective: a discriminator beside a generator, and how much the generator hears of it.
+"""The adversarial part of any objective: a discriminator, and the weight of its loss for the generator.
 
-A fixed weight suits one scale of the losses only: beside a mean of squared errors 0.5 is hundreds of times too much. So
-`lambda_gan` is multiplied by |gradient of the reconstruction| / |gradient of the GAN loss|, as VQGAN has it (arXiv
-2012.09841, equation 7). Both are taken at the generator's output and not at its last weights: so no weight need be whole, at no
-ZeRO stage, and the way back through the generator is walked once.
+A fixed weight suits only one scale of the other losses: beside a mean of squared errors 0.5 is hundreds of times too much.
+So `lambda_gan` is multiplied by |gradient of the reconstruction| / |gradient of the GAN loss| (VQGAN, arXiv 2012.09841,
+equation 7). Both gradients are taken at the generator's output, not at its last weights. So no ZeRO stage has to gather
+weights, and the generator needs one backward pass.
 
-The discriminator of a `parent` goes on; a new one learns alone at first. Where it ends it is saved with the run of its
-training, and never registered.
+A training continues the discriminator of its `parent`; a new discriminator first learns alone. At the end it is saved with
+the run of its training, and never registered.
 """
 
 import json
@@ -33,11 +33,11 @@ from longtake.training.registry import cache
 from longtake.training.registry.uri import in_store
 
 NAME = "discriminator"
-FILE = f"{NAME}/{NAME}.safetensors"  # in the artifacts of a run, or in a model folder
-_KEEP = 0.95  # of the averages of the squared gradients, a pass
-_KEEP_LOGITS = 0.99  # of the averages of the logits [LeCam]
-_MOST = 10.0  # the ratio at most: a discriminator that says next to nothing is not magnified without bound
-_BESIDE = 1 << 20  # bytes that a file may have beside its tensors
+FILE = f"{NAME}/{NAME}.safetensors"  # path in the artifacts of a run, or in a model folder
+_GRADIENT_DECAY = 0.95  # of the averages of squared gradients, each pass
+_LOGIT_DECAY = 0.99  # of the averages of logits, each pass [LeCam]
+_MAX_RATIO = 10.0  # bounds the weight of a discriminator with tiny gradients
+_HEADER_BYTES = 1 << 20  # bytes that a file may have beside its tensors
 
 
 class GANConfig(TrainConfig):
@@ -50,8 +50,8 @@ class GANConfig(TrainConfig):
     discriminator_lr      null is `lr`; its warm-up and schedule begin at gan_start
     discriminator_betas   of Adam [VQGAN]
     gan_start             step at which the discriminator begins to learn [paper]
-    gan_warmup            steps that it, or its parent, has learned before the generator is trained against it
-    lambda_lecam          weight of a term that keeps its logits bounded where data are few: see `lecam`
+    gan_warmup            steps for which it learns alone, those of its parent included
+    lambda_lecam          weight of a term that bounds its logits when data are few, see `lecam`
     """
 
     lambda_gan: float = Field(0.5, ge=0)
@@ -65,13 +65,13 @@ class GANConfig(TrainConfig):
 
     @field_validator("discriminator")
     @classmethod
-    def _known_discriminator(cls, model: dict[str, Any]) -> dict[str, Any]:
+    def _valid_discriminator(cls, model: dict[str, Any]) -> dict[str, Any]:
         model_config_of(model)
         return model
 
 
 def model_config_of(model: Mapping[str, Any]) -> PatchGANConfig:
-    """Of the setting `discriminator`. ValueError for an unknown preset or field."""
+    """The config for the setting `discriminator`. ValueError for an unknown preset or field."""
     return patchgan.config_from_preset(**({"preset": "patchgan"} | dict(model)))
 
 
@@ -82,15 +82,16 @@ def settings(config: GANConfig) -> TrainConfig:
 
 
 def begin(config: GANConfig, parent: str | None = None) -> tuple[PatchGAN, dict[str, Tensor]]:
-    """The discriminator before its first step, that of `parent` if it fits, and the state of the piece.
+    """A discriminator before its first step, the parent's if it fits, and the state for `Objective.state`.
 
-    Every rank of a process group must call it; all get the same. Where there is a parent, a line says which it is.
+    Every rank of a process group must call it; all get the same. With a `parent`, a line on stderr says whether its
+    discriminator is used.
     """
     model = PatchGAN(model_config_of(config.discriminator)).to(engines.device())
     state = {
-        "gan_learned": torch.zeros(1, dtype=torch.int64),  # steps before this training
-        "gan_squares": torch.zeros(2, device=engines.device()),  # of the two gradients, averages
-        "gan_logits": torch.zeros(2, device=engines.device()),  # of real and of made videos, averages
+        "gan_learned": torch.zeros(1, dtype=torch.int64),  # steps learned before this training
+        "gan_squares": torch.zeros(2, device=engines.device()),  # averages of both squared gradients
+        "gan_logits": torch.zeros(2, device=engines.device()),  # averages for real and generated videos
     }
     if parent is None:
         return model, state
@@ -98,12 +99,12 @@ def begin(config: GANConfig, parent: str | None = None) -> tuple[PatchGAN, dict[
     if torch.distributed.get_rank() == 0:
         try:
             with tempfile.TemporaryDirectory() as scratch:
-                learned.fill_(load(_of(parent, model, Path(scratch)), model))
-            said = f"goes on with that of {parent}, which has learned {int(learned)} steps"
+                learned.fill_(load(_file_of(parent, model, Path(scratch)), model))
+            message = f"goes on with that of {parent}, which has learned {int(learned)} steps"
         except (UserError, Failure, ValueError) as e:
-            said = f"begins anew ({str(e).splitlines()[0]})"
-        print(f"discriminator: {said}", file=sys.stderr)
-    # so no rank depends on what another could fetch
+            message = f"begins anew ({str(e).splitlines()[0]})"
+        print(f"discriminator: {message}", file=sys.stderr)
+    # only rank 0 has fetched it
     for tensor in (learned, *model.state_dict().values()):
         torch.distributed.broadcast(tensor, src=0)
     state["gan_learned"].copy_(learned)
@@ -113,7 +114,7 @@ def begin(config: GANConfig, parent: str | None = None) -> tuple[PatchGAN, dict[
 def save(path: Path, config: GANConfig, weights: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
     """Write the discriminator of a finished training, with its settings and how many steps it has learned."""
     learned = int(state["gan_learned"][0]) + max(0, config.steps - config.gan_start)
-    content = {"config": _text(model_config_of(config.discriminator)), "learned": str(learned)}
+    content = {"config": _json_of(model_config_of(config.discriminator)), "learned": str(learned)}
     path.parent.mkdir(parents=True, exist_ok=True)
     save_file({name: value.contiguous() for name, value in weights.items()}, path, content)
 
@@ -122,13 +123,13 @@ def load(path: Path, model: PatchGAN) -> int:
     """Put a saved discriminator's weights into `model`; returns how many steps it has learned.
 
     Raises:
-        ValueError: it is another one, or damaged; then the model has not changed.
+        ValueError: it has other settings, or is damaged; then the model is unchanged.
     """
     state = model.state_dict()
     try:
         with safe_open(path, "pt") as file:
             content = file.metadata() or {}
-            if content.get("config") != _text(model.config):
+            if content.get("config") != _json_of(model.config):
                 raise ValueError(f"the parent's has other settings: {str(content.get('config'))[:200]}")
             if {name: file.get_slice(name).get_shape() for name in file.keys()} != {  # noqa: SIM118
                 name: list(value.shape) for name, value in state.items()
@@ -141,25 +142,25 @@ def load(path: Path, model: PatchGAN) -> int:
     return max(0, steps)
 
 
-def _text(config: PatchGANConfig) -> str:
+def _json_of(config: PatchGANConfig) -> str:
     return json.dumps(config.model_dump(mode="json"), sort_keys=True)
 
 
-def _of(parent: str, model: PatchGAN, scratch: Path) -> Path:
-    """The file of a parent's discriminator. Raises UserError or Failure where it has none that can be had."""
+def _file_of(parent: str, model: PatchGAN, scratch: Path) -> Path:
+    """The file of a parent's discriminator. Raises UserError or Failure if there is none or it cannot be fetched."""
     if not in_store(parent):
         path = Path(parent) / FILE
         if not path.is_file():
             raise UserError(f"{parent} has none")
         return path
-    most = sum(value.nbytes for value in model.state_dict().values()) + _BESIDE
     path = scratch / NAME
-    cache.beside(parent, FILE, path, most)
+    max_bytes = sum(value.nbytes for value in model.state_dict().values()) + _HEADER_BYTES
+    cache.beside(parent, FILE, path, max_bytes)
     return path
 
 
-def heard(config: GANConfig, state: Mapping[str, Tensor], step: int) -> bool:
-    """Whether the generator hears the discriminator at a step: not before that has learned for `gan_warmup` steps."""
+def trains_generator(config: GANConfig, state: Mapping[str, Tensor], step: int) -> bool:
+    """Whether the generator has a GAN loss at a step: not before the discriminator has learned for `gan_warmup` steps."""
     learned = step - config.gan_start
     return learned > 0 and int(state["gan_learned"]) + learned >= config.gan_warmup
 
@@ -167,77 +168,82 @@ def heard(config: GANConfig, state: Mapping[str, Tensor], step: int) -> bool:
 def generator_loss(
     config: GANConfig,
     state: Mapping[str, Tensor],
-    made: Tensor,
+    output: Tensor,
     reconstruction: Callable[[Tensor], tuple[Tensor, Terms]],
-    judge: Callable[[Tensor], Tensor],
+    discriminator: Callable[[Tensor], Tensor],
 ) -> tuple[Tensor, Terms]:
     """All losses of a generator's output, and their terms with `gan_ratio` of the gradients and the `gan_weight` used.
 
-    Every rank must call it. The gradients reach the output through a linear stand-in, whose value is the loss.
+    Every rank must call it. The returned loss has the right value and gradient, but is linear in the output.
 
     Args:
-        made: the output, fp32, `(B, ...)`; as many samples on each rank.
-        reconstruction: all losses of the output but the GAN's, a mean over samples, and terms to log; called once.
-        judge: the frozen discriminator.
+        output: of the generator, fp32, `(B, ...)`; the same B on each rank.
+        reconstruction: all other losses of the output, as a mean over samples, and terms to log; called once.
+        discriminator: frozen.
     """
-    shown = made.detach().requires_grad_()
-    loss, terms = reconstruction(shown)
-    judged = patchgan.generator_loss(judge(shown))
-    towards_real, towards_approval = (torch.autograd.grad(value, shown)[0] for value in (loss, judged))
-    ratio, smoothed = balance(state["gan_squares"], towards_real, towards_approval)
+    leaf = output.detach().requires_grad_()
+    loss, terms = reconstruction(leaf)
+    gan = patchgan.generator_loss(discriminator(leaf))
+    loss_gradient, gan_gradient = (torch.autograd.grad(value, leaf)[0] for value in (loss, gan))
+
+    ratio, smoothed = balance(state["gan_squares"], loss_gradient, gan_gradient)
     weight = config.lambda_gan * (smoothed if config.gan_weight == "adaptive" else torch.ones_like(smoothed))
-    gradient = towards_real + weight * towards_approval
-    value = (loss + weight * judged).detach() + (gradient * (made - made.detach())).sum()
-    return value, terms | {"gan": judged.detach(), "gan_ratio": ratio, "gan_weight": weight}
+    gradient = loss_gradient + weight * gan_gradient
+    value = (loss + weight * gan).detach() + (gradient * (output - output.detach())).sum()
+    return value, terms | {"gan": gan.detach(), "gan_ratio": ratio, "gan_weight": weight}
 
 
 @torch.no_grad()
 def balance(squares: Tensor, reconstruction: Tensor, adversarial: Tensor) -> tuple[Tensor, Tensor]:
-    """|reconstruction| / |adversarial| of two gradients of mean losses: of all ranks' samples, and smoothed, at most 10.
+    """|reconstruction| / |adversarial| of two gradients over all ranks' samples, and the smoothed ratio; both at most 10.
 
-    Of the averages of squares one divides the other, so that they need no correction while they are young, and one that
-    leaps counts at once. What is not finite does not move them.
+    The smoothed ratio is that of averaged squares. So the averages need no bias correction, and a gradient that jumps
+    counts at once. Values that are not finite are not averaged.
 
     Args:
-        squares: the averages, `(2,)`, moved in place.
+        squares: the averages, `(2,)`, updated in place.
     """
     now = torch.stack([reconstruction.square().sum(), adversarial.square().sum()])
     if (world := torch.distributed.get_world_size()) > 1:
         torch.distributed.all_reduce(now)
         # a rank's mean has `world` times the gradients of the mean over all
         now /= world**2
-    _move(squares, now, _KEEP)
-    ratio, smoothed = ((a / b.clamp_min(torch.finfo(b.dtype).tiny)).sqrt().clamp(max=_MOST) for a, b in (now, squares))
+    _update(squares, now, _GRADIENT_DECAY)
+    ratio, smoothed = (
+        (a / b.clamp_min(torch.finfo(b.dtype).tiny)).sqrt().clamp(max=_MAX_RATIO) for a, b in (now, squares)
+    )
     return ratio, smoothed
 
 
 def discriminator_loss(
-    config: GANConfig, state: Mapping[str, Tensor], judge: Callable[[Tensor], Tensor], real: Tensor, made: Tensor
+    config: GANConfig, state: Mapping[str, Tensor], engine: Callable[[Tensor], Tensor], real: Tensor, generated: Tensor
 ) -> tuple[Tensor, Terms]:
-    """The discriminator's loss, and terms to log. Every rank must call it; `judge` is its engine, called once."""
-    # both in one call: two would be wrong under ZeRO
-    good, bad = judge(torch.cat([real, made])).float().chunk(2)
-    loss = patchgan.discriminator_loss(good, bad)
-    logits = torch.stack([good.detach().mean(), bad.detach().mean()])
+    """The discriminator's loss, and terms to log. Every rank must call it; `engine` is the discriminator's, called once."""
+    # one call for both, since ZeRO allows one forward for each backward
+    real_logits, generated_logits = engine(torch.cat([real, generated])).float().chunk(2)
+    loss = patchgan.discriminator_loss(real_logits, generated_logits)
+    logits = torch.stack([real_logits.detach().mean(), generated_logits.detach().mean()])
     terms = {"discriminator": loss.detach(), "judged_real": logits[0], "judged_made": logits[1]}
     if config.lambda_lecam:
-        terms["lecam"] = lecam(good, bad, *state["gan_logits"].clone())
+        terms["lecam"] = lecam(real_logits, generated_logits, *state["gan_logits"].clone())
         loss = loss + config.lambda_lecam * terms["lecam"]
         terms["lecam"] = terms["lecam"].detach()
         now = logits.clone()
         if (world := torch.distributed.get_world_size()) > 1:
             torch.distributed.all_reduce(now)
             now /= world
-        _move(state["gan_logits"], now, _KEEP_LOGITS)
+        _update(state["gan_logits"], now, _LOGIT_DECAY)
     return loss, terms
 
 
-def lecam(real: Tensor, made: Tensor, average_real: Tensor, average_made: Tensor) -> Tensor:
-    """How far the logits of real videos lie above the average of made ones, and those of made ones below that of real
-    ones, squared (arXiv 2104.03310, with the hinge of its code): it draws both towards each other."""
-    return F.relu(real - average_made).square().mean() + F.relu(average_real - made).square().mean()
+def lecam(real: Tensor, generated: Tensor, mean_real: Tensor, mean_generated: Tensor) -> Tensor:
+    """LeCam regularisation of logits (arXiv 2104.03310, with the hinge of its code), which draws both kinds together.
+
+    Squares of how far real logits are above the average of generated ones, and generated ones below that of real ones.
+    """
+    return F.relu(real - mean_generated).square().mean() + F.relu(mean_real - generated).square().mean()
 
 
-def _move(averages: Tensor, now: Tensor, keep: float) -> None:
-    """Move averages towards what is now, if all of it is finite."""
-    averages.copy_(torch.where(torch.isfinite(now).all(), averages.lerp(now, 1 - keep), averages))
+def _update(averages: Tensor, now: Tensor, decay: float) -> None:
+    """Update running averages in place, if all of `now` is finite."""
+    averages.copy_(torch.where(torch.isfinite(now).all(), averages.lerp(now, 1 - decay), averages))

@@ -43,27 +43,12 @@ class Posterior(NamedTuple):
         return 0.5 * (mean.square() + logvar.exp() - 1 - logvar).flatten(1).mean(1)
 
 
-class Strides(Protocol):
-    """The fields of a codec's config that describe its latents."""
-
-    @property
-    def temporal_stride(self) -> int:
-        """Frames in each latent but the first, which stands for one frame."""
-
-    @property
-    def spatial_stride(self) -> int:
-        """Pixels along one side of a latent position."""
-
-    @property
-    def latent_channels(self) -> int: ...
-
-
 class Codec(Protocol):
     """Video `(B, 3, 1 + f n, H, W)` in [-1, 1] <-> latents `(B, C, 1 + n, H / s, W / s)`, whole or as streams."""
 
     @property
     def config(self) -> Any:
-        """Has the attributes of `Strides`."""
+        """Has `temporal_stride`, frames in a latent but the first; `spatial_stride`, pixels a side; `latent_channels`."""
 
     @property
     def dtype(self) -> torch.dtype: ...

@@ -62,26 +62,16 @@ def noised_frames(clean: Tensor, frames: int) -> Tensor:
     return (torch.arange(frames, device=clean.device) >= clean[:, None]).float()
 
 
-def _broadcastable(t: Tensor, x: Tensor) -> Tensor:
-    """Times `(B,)` or `(B, T)` in fp32, in a shape that multiplies `x` `(B, C, T, ...)`."""
-    t = t.float() if t.ndim == 1 else t.float().unsqueeze(1)
-    return t.reshape(*t.shape, *[1] * (x.ndim - t.ndim))
-
-
 def interpolate(x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
     """X_t, fp32. Equal to `x0` to the bit where t is 0."""
-    t = _broadcastable(t, x0)
+    t = t.float() if t.ndim == 1 else t.float().unsqueeze(1)
+    t = t.reshape(*t.shape, *[1] * (x0.ndim - t.ndim))
     return (1 - t) * x0.float() + t * noise.float()
 
 
 def target(x0: Tensor, noise: Tensor) -> Tensor:
     """The velocity of X_t at any t, fp32."""
     return noise.float() - x0.float()
-
-
-def denoised(x_t: Tensor, velocity: Tensor, t: Tensor) -> Tensor:
-    """The X_0 that `velocity` predicts: x_t - t v, fp32."""
-    return x_t.float() - _broadcastable(t, x_t) * velocity.float()
 
 
 def loss(velocity: Tensor, x0: Tensor, noise: Tensor, counted: Tensor | None = None) -> Tensor:

@@ -14,8 +14,8 @@ from longtake.datasets import storage
 _GAP = 2  # pixels between neighbours in a grid
 
 
-def whole(chunks: Iterable[np.ndarray]) -> np.ndarray:
-    """Chunks `(B, t, H, W, 3)` as one array."""
+def concatenated(chunks: Iterable[np.ndarray]) -> np.ndarray:
+    """Chunks `(B, t, H, W, 3)` as one array `(B, T, H, W, 3)`."""
     return np.concatenate(list(chunks), axis=1)
 
 

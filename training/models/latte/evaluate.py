@@ -1,4 +1,4 @@
-"""How well a prior has learned what videos there are: its loss on held-out clips, and generated videos to look at."""
+"""How well a prior has learned a distribution of videos: its loss on held-out clips, and generated videos to look at."""
 
 import json
 import math
@@ -26,7 +26,7 @@ from longtake.training.models.latte.model import Latte
 from longtake.training.models.latte.sample import generate_latents, generate_videos
 
 _SHOWN = 12
-_LONGER = 3  # windows in a longer video, without what they share
+_LONGER = 3  # windows in the longer video, overlaps left out
 _AGAINST = (
     *FLOW,
     Against(
@@ -41,11 +41,11 @@ _AGAINST = (
 )
 
 
-class Held(NamedTuple):
-    """A held-out window: its number, what the prior is to generate, normalised (1, C, T, H, W), its condition, index in its clip."""
+class HeldoutWindow(NamedTuple):
+    """A held-out window: its number, its normalised data, its condition, and the index of its first frame in its clip."""
 
     number: int
-    x0: Tensor
+    x0: Tensor  # (1, C, T, H, W)
     condition: Condition | None
     start: int
 
@@ -58,11 +58,11 @@ def heldout_losses(
     scale: Tensor | float = 1.0,
     first: int = 0,
 ) -> np.ndarray[Any, Any]:
-    """The flow's loss `(clips, times)` of clips `(1, C, T, H, W)`, normalised, from their first frame on, with their conditions.
+    """The flow's loss `(clips, times)` of normalised clips `(1, C, T, H, W)`, from their first frame on, with conditions.
 
     Times are spread evenly over 0..1, no frame is clean, and clip n, counted from `first`, always gets the same noise: so
-    values compare between trainings on the same latents. `scale` `(1, C, 1, 1, 1)` is the unit of errors where models
-    normalise by different statistics.
+    values of trainings on the same latents can be compared. `scale` `(1, C, 1, 1, 1)` is the unit of errors, for models
+    with different normalisation.
     """
     rows = []
     for number, (clip, condition) in enumerate(clips, first):
@@ -75,8 +75,8 @@ def _velocity(latte: Callable[..., Tensor], condition: Condition | None, x: Tens
     return latte(x, t, condition and condition.expand(len(x)))
 
 
-class Videos(NamedTuple):
-    """How to generate: `frames` of each, at `fps`, `videos` of them from `seed` on, `batch` at a time on each rank."""
+class VideoPlan(NamedTuple):
+    """Videos to generate: their number, the frames and rate of each, the first seed, and the number in a batch of a rank."""
 
     frames: int
     fps: float
@@ -86,22 +86,22 @@ class Videos(NamedTuple):
     classes: Sequence[str] = ()
     batch: int = 8
 
-    def of(self, number: int) -> tuple[int, int | None]:
-        """Seed and class of a video."""
+    def seed_and_class(self, number: int) -> tuple[int, int | None]:
+        """Seed and class id of a video."""
         return self.seed + number, number % len(self.classes) if self.classes else None
 
 
-def generated(latte: Latte, codec: Codec, how: Videos) -> Iterator[tuple[int, Tensor, Tensor]]:
-    """This rank's videos: number, latent (1, C, T, h, w), pixels (1, 3, T, H, W) uint8; every rank must take all of its own.
+def generated(latte: Latte, codec: Codec, plan: VideoPlan) -> Iterator[tuple[int, Tensor, Tensor]]:
+    """Generate this rank's videos: number, latent (1, C, T, h, w), pixels (1, 3, T, H, W) uint8.
 
-    The ranks take whole batches in turn, so a video is the same to the bit on any number of them. Latents are sampled in
-    batches, videos decoded one by one: of memory it takes a batch of latents and one video.
+    Every rank must use up its iterator. Ranks take whole batches in turn, so a video is the same to the bit on any number
+    of ranks. Latents are sampled in batches and decoded one by one, so memory holds a batch of latents and one video.
     """
-    for block in mine(math.ceil(how.videos / how.batch), "generate", "batch"):
-        numbers = range(block * how.batch, min(how.videos, (block + 1) * how.batch))
-        seeds, ids = zip(*map(how.of, numbers), strict=True)
-        condition = of_classes(ids) if how.classes else None
-        chunks = generate_latents(latte, codec, how.frames, seeds, condition, how.settings)
+    for block in mine(math.ceil(plan.videos / plan.batch), "generate", "batch"):
+        numbers = range(block * plan.batch, min(plan.videos, (block + 1) * plan.batch))
+        seeds, ids = zip(*map(plan.seed_and_class, numbers), strict=True)
+        condition = of_classes(ids) if plan.classes else None
+        chunks = generate_latents(latte, codec, plan.frames, seeds, condition, plan.settings)
         latents = torch.cat(list(chunks), dim=2)
         for number, latent in zip(numbers, latents.split(1), strict=True):
             yield number, latent, decoded(codec, latent)
@@ -111,9 +111,9 @@ def generated(latte: Latte, codec: Codec, how: Videos) -> Iterator[tuple[int, Te
 def evaluate(
     latte: Latte,
     codec: Codec,
-    clips: Iterable[Held],
+    clips: Iterable[HeldoutWindow],
     folder: Path,
-    how: Videos,
+    plan: VideoPlan,
     trivial: tuple[Still, Gaussian],
     *,
     latents: bool = False,
@@ -122,45 +122,49 @@ def evaluate(
     train: Iterable[Tensor] = (),
     probed: tuple[probes.Pairs, probes.Pairs] | None = None,
 ) -> dict[str, Any]:
-    """`heldout_losses`, and generated videos: some as NAME.mp4 in `folder`, all that was found in `generated.json`.
+    """Measure held-out losses and generate videos: some as NAME.mp4 in `folder`, all figures in `generated.json`.
 
-    `heldout_loss` is of windows that start their clips, as generated videos do, `heldout_loss_later` of those that do not,
-    None where there are none; `heldout_loss_mean` and `heldout_loss_gaussian` are those of the `trivial` velocities. Where the
-    model can go on beyond a window, one more video is longer. With a network the Fréchet and kernel distance of the
-    generated videos to the `real` ones is measured, and the Fréchet distances of the `train` videos and of their mean;
-    without one `distance` is None, and no more videos are made than are shown. Every rank of the process group, where
-    there is one, calls it with its share of the iterables, and must find all of them used up.
+    `heldout_loss` is that of windows that start their clips, as generated videos do. `heldout_loss_later` is that of other
+    windows, None if there are none. `heldout_loss_mean` and `heldout_loss_gaussian` are those of the `trivial` velocities.
+    If the model can continue beyond a window, one more video is longer. With a network, the Fréchet and kernel distances of
+    the generated to the `real` videos are measured, and the Fréchet distances of the `train` videos and of their mean.
+    Without one `distance` is None, and only videos to look at are generated. Every rank of the process group calls it with
+    its share of the iterables, which it uses up.
 
     Args:
-        trivial: what the mean of the data, or its mean and variance, tell of the velocity.
-        latents: also look at those of held-out and generated videos, see `look.looked_at`; of a prior of latents.
-        real, train: (1, 3, T, H, W) in [-1, 1].
+        trivial: velocities that know only the mean of the data, or its mean and variance.
+        latents: also examine latents of held-out and generated videos (`look.looked_at`), for a prior of latents.
+        real, train: videos (1, 3, T, H, W) in [-1, 1].
         probed: `features` and videos of training and held-out clips, for `probes.scores`.
 
     Raises:
         UserError: the network does not take such videos, or there are too few.
     """
-    losses, held = _losses(latte, codec, clips, how.seed, trivial, latents)
+    losses, heldout_latents = _losses(latte, codec, clips, plan.seed, trivial, latents)
+
+    # generated videos
     if network is None:
-        how = how._replace(videos=min(how.videos, _SHOWN))
-    made, fake = look.Latents(), Sample("generated", network) if network else None
+        plan = plan._replace(videos=min(plan.videos, _SHOWN))
+    generated_latents, sample = look.Latents(), Sample("generated", network) if network else None
     shown = dict[int, dict[str, Any]]()
-    for number, latent, video in generated(latte, codec, how):
+    for number, latent, video in generated(latte, codec, plan):
         if number < _SHOWN:
-            shown[number] = _show(folder, f"seed-{how.of(number)[0]}", how, number, [video])
+            shown[number] = _write(folder, f"seed-{plan.seed_and_class(number)[0]}", plan, number, [video])
         if latents:
-            made.add(number, latent, partial(to_model, video))
-        if fake:
-            fake.add(to_model(video))
-    if _goes_on(latte, how) and place()[0] == 0:
-        longer = how._replace(frames=1 + _LONGER * (how.frames - 1))
-        shown[_SHOWN] = _show(folder, "longer", longer, 0, _longer(latte, codec, longer))
-    summary: dict[str, Any] = losses | {"videos": how.videos, "frames": how.frames, "split": "val", "seed": how.seed}
+            generated_latents.add(number, latent, partial(to_model, video))
+        if sample:
+            sample.add(to_model(video))
+    if _can_continue(latte, plan) and place()[0] == 0:
+        longer = plan._replace(frames=1 + _LONGER * (plan.frames - 1))
+        shown[_SHOWN] = _write(folder, "longer", longer, 0, _longer_video(latte, codec, longer))
+
+    # figures
+    summary: dict[str, Any] = losses | {"videos": plan.videos, "frames": plan.frames, "split": "val", "seed": plan.seed}
     summary |= {"distance": None, "series": {}}
-    if network and fake:
-        summary |= _distances(network, real, train, fake, how)
+    if network and sample:
+        summary |= _distances(network, real, train, sample, plan)
     if latents:
-        summary["latents"] = look.looked_at({"heldout": held, "generated": made}, folder)
+        summary["latents"] = look.looked_at({"heldout": heldout_latents, "generated": generated_latents}, folder)
         summary |= look.figures(summary["latents"])
         summary["series"] = look.series(summary["latents"])
     if probed:
@@ -173,71 +177,78 @@ def evaluate(
 
 
 def _losses(
-    latte: Latte, codec: Codec, clips: Iterable[Held], seed: int, trivial: tuple[Still, Gaussian], latents: bool
+    latte: Latte,
+    codec: Codec,
+    clips: Iterable[HeldoutWindow],
+    seed: int,
+    trivial: tuple[Still, Gaussian],
+    latents: bool,
 ) -> tuple[dict[str, Any], look.Latents]:
     """The losses over all ranks, and this rank's held-out latents."""
-    held, rows = look.Latents(), dict[int, dict[str, Any]]()
+    heldout_latents, rows = look.Latents(), dict[int, dict[str, Any]]()
     for number, x0, condition, start in clips:
         models: dict[str, Callable[..., Tensor]] = {"later": partial(latte, start=1)}
         if not start:
             models = {"": latte, "mean": trivial[0].__call__, "gaussian": trivial[1].__call__}
             if latents:
                 latent = latte.denormalise(x0)
-                held.add(number, latent, lambda latent=latent: to_model(decoded(codec, latent)))  # type: ignore[misc]
-        # a clip has one window of either kind, with noise of the same number
+                heldout_latents.add(number, latent, lambda latent=latent: to_model(decoded(codec, latent)))  # type: ignore[misc]
+        # the window that starts a clip and the later one have the same noise
         rows[2 * number + bool(start)] = {
             name: heldout_losses(model, [(x0, condition)], seed, first=number)[0] for name, model in models.items()
         }
-    each = list(united(rows).values())
-    found = {name: [row[name] for row in each if name in row] for name in ("", "mean", "gaussian", "later")}
-    names = {name: f"heldout_loss_{name}".rstrip("_") for name in found}
-    losses: dict[str, Any] = {names[name]: float(np.mean(some)) if some else None for name, some in found.items()}
-    return losses | {"heldout_loss_by_time": np.mean(found[""], 0).tolist(), "clips": len(found[""])}, held
+    all_rows = list(united(rows).values())
+    values = {name: [row[name] for row in all_rows if name in row] for name in ("", "mean", "gaussian", "later")}
+    losses: dict[str, Any] = {
+        f"heldout_loss_{name}".rstrip("_"): float(np.mean(curves)) if curves else None
+        for name, curves in values.items()
+    }
+    return losses | {"heldout_loss_by_time": np.mean(values[""], 0).tolist(), "clips": len(values[""])}, heldout_latents
 
 
 def _distances(
-    network: FeatureNetwork, real: Iterable[Tensor], train: Iterable[Tensor], fake: Sample, how: Videos
+    network: FeatureNetwork, real: Iterable[Tensor], train: Iterable[Tensor], generated: Sample, plan: VideoPlan
 ) -> dict[str, Any]:
-    """Of the generated videos, the training videos and their mean to the real ones; over all ranks."""
-    truth, learned = Sample("real", network), Sample("train", network, kernel=False)
+    """Distances of the generated videos, the training videos and their mean to the real ones; over all ranks."""
+    truth, training = Sample("real", network), Sample("train", network, kernel=False)
     for video in real:
         truth.add(video)
-    total, at = torch.zeros(1, 0), torch.device("cpu")
+    total, device = torch.zeros(1, 0), torch.device("cpu")
     for video in train:
-        learned.add(video)
-        total, at = video.cpu() + (total.view_as(video) if learned.videos > 1 else 0), video.device
-    fake, truth, learned = (side.of_all_ranks() for side in (fake, truth, learned))
+        training.add(video)
+        total, device = video.cpu() + (total.view_as(video) if training.videos > 1 else 0), video.device
+    generated, truth, training = (side.of_all_ranks() for side in (generated, truth, training))
+
+    # the mean of all ranks' training videos, as a sample of its own
     mean = Sample("mean", network, kernel=False)
-    whole = gathered(total.flatten()[None] if total.numel() else torch.empty(0, 0)).sum(0) / max(1, learned.videos)
-    if learned.shape:
-        mean.add(whole.view(1, 3, *learned.shape).to(at), max(2, how.videos))
-    found = heldout_distance(truth, fake, how.seed)
-    others = {
-        f"frechet_{name}": heldout_distance(truth, side, how.seed)
-        for name, side in (("train", learned), ("mean_video", mean))
-    }
-    return {"distance": found, "frechet": found["frechet"], "kernel": found["kernel"]} | {
-        name: other["frechet"] for name, other in others.items()
-    }
+    total = gathered(total.flatten()[None] if total.numel() else torch.empty(0, 0)).sum(0) / max(1, training.videos)
+    if training.shape:
+        mean.add(total.view(1, 3, *training.shape).to(device), max(2, plan.videos))
+
+    distance = heldout_distance(truth, generated, plan.seed)
+    figures = {"distance": distance, "frechet": distance["frechet"], "kernel": distance["kernel"]}
+    for name, side in (("train", training), ("mean_video", mean)):
+        figures[f"frechet_{name}"] = heldout_distance(truth, side, plan.seed)["frechet"]
+    return figures
 
 
-def _goes_on(latte: Latte, how: Videos) -> bool:
+def _can_continue(latte: Latte, plan: VideoPlan) -> bool:
     config = latte.config
-    return bool(config.conditioning and config.shape and how.settings.overlap < config.shape[0])
+    return bool(config.conditioning and config.shape and plan.settings.overlap < config.shape[0])
 
 
-def _longer(latte: Latte, codec: Codec, how: Videos) -> Iterator[Tensor]:
-    seed, class_id = how.of(0)
+def _longer_video(latte: Latte, codec: Codec, plan: VideoPlan) -> Iterator[Tensor]:
+    seed, class_id = plan.seed_and_class(0)
     condition = None if class_id is None else of_classes([class_id])
-    for chunk in generate_videos(latte, codec, how.frames, [seed], condition, how.settings):
+    for chunk in generate_videos(latte, codec, plan.frames, [seed], condition, plan.settings):
         yield torch.from_numpy(chunk).permute(0, 4, 1, 2, 3)
 
 
-def _show(folder: Path, name: str, how: Videos, number: int, chunks: Iterable[Tensor]) -> dict[str, Any]:
-    """Write a video `(1, 3, t, H, W)` uint8, and say what it is."""
-    with video_file(folder / f"{name}.mp4", how.fps) as write:
+def _write(folder: Path, name: str, plan: VideoPlan, number: int, chunks: Iterable[Tensor]) -> dict[str, Any]:
+    """Write chunks `(1, 3, t, H, W)` uint8 as a video; returns its entry for `generated.json`."""
+    with video_file(folder / f"{name}.mp4", plan.fps) as write:
         for chunk in chunks:
             write(chunk[0].permute(1, 2, 3, 0).cpu().numpy())
-    seed, class_id = how.of(number)
-    entry = {"file": f"{name}.mp4", "seed": seed, "frames": how.frames}
-    return entry | {"class": None if class_id is None else how.classes[class_id]}
+    seed, class_id = plan.seed_and_class(number)
+    entry = {"file": f"{name}.mp4", "seed": seed, "frames": plan.frames}
+    return entry | {"class": None if class_id is None else plan.classes[class_id]}

@@ -28,8 +28,8 @@ from longtake.training.models.common import flow
 from longtake.training.models.common.condition import of_batch, of_classes
 from longtake.training.models.common.video import grid
 from longtake.training.models.generator import Settings
-from longtake.training.models.latte import base as bases
-from longtake.training.models.latte.evaluate import Held, Videos
+from longtake.training.models.latte.base import continue_from
+from longtake.training.models.latte.evaluate import HeldoutWindow, VideoPlan
 from longtake.training.models.latte.evaluate import evaluate as measure
 from longtake.training.models.latte.model import Latte, LatteConfig, config_from_preset
 from longtake.training.models.latte.sample import generate_videos
@@ -44,15 +44,15 @@ _FROM_DATA = ("channels", "classes", "shape", "conditioning")  # fields of Latte
 _PRESET = {"preset": "latte_xl"}
 _PIXEL_PATCH = 16
 _SAMPLED = 4  # videos in a sample during training
-_WINDOWS = 16  # of pixels, which their mean and variance are taken of
-_PROBED_AT = 0.25  # time of the flow at which probes see hidden states [assumption]
+_WINDOWS = 16  # windows from which the mean and variance of pixels are computed
+_PROBE_TIME = 0.25  # time of the flow at which probes see hidden states [assumption]
 
 
 class Config(EvaluatedConfig):
     """Train Latte on a dataset's latents, or pixels, and register it.
 
-    With a `base` it continues from that one: see `training.models.latte.base` for what is taken of it. The defaults are
-    PV-VAE's where it gives them [paper]; "assumption" marks what no paper gives.
+    With a `base` training continues that model (see `training.models.latte.base`). Defaults are PV-VAE's [paper], or
+    Latte's or DiT's where noted; "assumption" marks those that no paper gives.
 
     dataset        to train on
     latents        of the dataset, to train on; null trains on pixels
@@ -62,26 +62,26 @@ class Config(EvaluatedConfig):
     model          a preset with fields of LatteConfig to change: `{preset: latte_xl}`; with a base, fields alone
     classes        learn the dataset's labels
     frames         of a window; 1 + 4n for latents [paper: 17]
-    stride         take every n-th frame; latents always have all
+    stride         take every n-th frame; latents always use all
     size           height and width of pixels; latents have their own
-    clip_starts    share of windows that start their clip, as generated videos do: their first latent is of one frame.
-                   Pixels look the same anywhere; so many windows are only marked as such [paper: all; assumption]
-    posterior      what of each latent is learned: a sample, drawn anew each step, or the mean [assumption]
+    clip_starts    share of windows that start their clip, as generated videos do: their first latent stands for one frame.
+                   Pixels look the same anywhere, so windows of pixels are only marked [paper: all; assumption]
+    posterior      what is learned of each latent: a sample, drawn anew each step, or the mean [assumption]
     conditioning   probability that a window has clean leading frames [assumption]
-    time_mean      of the logit-normal times (arXiv 2403.03206, rf/lognorm(0, 1))
-    time_std       of the logit-normal times
+    time_mean      mean of the logit-normal times (arXiv 2403.03206, rf/lognorm(0, 1))
+    time_std       standard deviation of the logit-normal times
     shift          of times towards noise, in training and sampling (2403.03206, eq. 23); 1 is none
-    steps          of the training [paper: 250,000]
+    steps          of training [paper: 250,000]
     batch          windows in a step [paper: 64]
     lr             learning rate [paper: 1e-4]
-    warmup_steps   of a linear warm-up [Latte: none, adaLN-Zero starts silently]
+    warmup_steps   of a linear warm-up [Latte: none, since adaLN-Zero starts as the identity]
     schedule       of the learning rate [Latte, DiT: constant]
     weight_decay   of linear weights [Latte, DiT: 0]
-    ema_half_lives of weight averages, in steps [DiT: a decay of 0.9999]
+    ema_half_lives half-lives of weight averages, in steps [DiT: a decay of 0.9999]
     sample_steps   Euler steps of a sample [paper: 100]
     guidance       of samples with a class; 1 is none [assumption]
-    overlap        latents that a window of a longer video is given [assumption]
-    eval_videos    generated at the end; with `features` they are compared with as many held-out and training clips
+    overlap        clean latents at the start of each further window of a longer video [assumption]
+    eval_videos    videos generated at the end; with `features` compared with as many held-out and training clips
     """
 
     kind: Literal["finetune_latte"]
@@ -117,12 +117,12 @@ class Config(EvaluatedConfig):
     @field_validator("model")
     @classmethod
     def _without_data(cls, model: dict[str, Any] | None) -> dict[str, Any] | None:
-        if taken := [name for name in _FROM_DATA if name in (model or {})]:
-            raise ValueError(f"{taken[0]} follows from the stage's other settings; leave it out")
+        if derived := [name for name in _FROM_DATA if name in (model or {})]:
+            raise ValueError(f"{derived[0]} follows from the stage's other settings; leave it out")
         return model
 
     @model_validator(mode="after")
-    def _begins(self) -> "Config":
+    def _valid_model(self) -> "Config":
         model = self.model or {}
         if self.base is None:
             if self.lora is not None:
@@ -135,7 +135,7 @@ class Config(EvaluatedConfig):
         return self
 
     @model_validator(mode="after")
-    def _fits(self) -> "Config":
+    def _valid_windows(self) -> "Config":
         if self.latents is None:
             if self.size is None:
                 raise ValueError("size: training on pixels needs (height, width); or name latents")
@@ -150,17 +150,17 @@ class Config(EvaluatedConfig):
         return self
 
     def latte(self, channels: int, shape: tuple[int, int, int], classes: int = 0) -> LatteConfig:
-        """Of the model without a base that this data needs."""
+        """The config of a model for this data that is trained from scratch."""
         patch = {} if self.latents else {"patch": _PIXEL_PATCH}
-        known = {"channels": channels, "classes": classes, "shape": shape, "conditioning": self.conditioning}
-        return config_from_preset(**_PRESET | patch | (self.model or {}) | known)
+        from_data = {"channels": channels, "classes": classes, "shape": shape, "conditioning": self.conditioning}
+        return config_from_preset(**_PRESET | patch | (self.model or {}) | from_data)
 
     def settings(self) -> Settings:
         return Settings(self.sample_steps, self.guidance, self.shift, self.overlap)
 
 
 def check(config: Config, inputs: Mapping[str, StageConfig]) -> None:
-    """Refuse latents of another dataset, windows that they do not have, and a base that is no such prior."""
+    """Refuse latents of another dataset, windows that they do not have, and a base of another kind."""
     data.check_recipe(config, inputs, ("latents",), (config.frames - 1) * config.stride + 1)
     base: Any = inputs.get("base")
     if base is not None and base.kind != config.kind:
@@ -175,31 +175,31 @@ def outside(config: Config) -> str:
 
 
 class Setup(NamedTuple):
-    """What the stage works with; `taken` says what the model has of its base, if it has one."""
+    """All that the stage works with; `base_note` says what the model has from its base, "" without one."""
 
     inputs: Mapping[str, str]
     target: Target
     classes: Sequence[str]
     model: Latte
-    taken: str
+    base_note: str
 
 
 def prepare(config: Config, inputs: Mapping[str, str], folder: Path) -> Setup:
     """Data, checked, and the model before its first step.
 
     Raises:
-        UserError: the latents are of another dataset, or of what it was before; no clip is as long as a window; an
-            autoencoder or a base that does not fit.
+        UserError: the latents are of another dataset, or of an older state of it; no clip is as long as a window; an
+            autoencoder or a base does not fit.
         Failure: damaged files; latents that do not vary.
     """
     target = target_of(config, inputs)
     classes = loader_of(config, inputs, target, "train", batch=1).classes
-    model, taken = _model(config, inputs, target, classes)
-    return Setup(inputs, target, classes, model.to(device()), taken)
+    model, base_note = _model(config, inputs, target, classes)
+    return Setup(inputs, target, classes, model.to(device()), base_note)
 
 
 def target_of(config: Config, inputs: Mapping[str, str]) -> Target:
-    """What there is to learn, checked. Raises as `prepare`."""
+    """The target, latents or pixels, checked. Raises as `prepare`."""
     dataset = inputs["dataset"]
     fps = data.frame_rate(dataset, (config.frames - 1) * config.stride + 1) / config.stride
     if config.latents is None:
@@ -212,13 +212,13 @@ def target_of(config: Config, inputs: Mapping[str, str]) -> Target:
 
 
 def _model(config: Config, inputs: Mapping[str, str], target: Target, classes: Sequence[str]) -> tuple[Latte, str]:
-    """The model before its first step, which normalises what it learns; and a line that says what is taken of a base."""
+    """The model before its first step, with its normalisation, and a note about its base."""
     record = target.record
     moments = data.statistics(record, config.posterior) if record else None
     if "base" in inputs:
-        known = {"channels": target.channels, "shape": target.shape, "conditioning": config.conditioning}
+        from_data = {"channels": target.channels, "shape": target.shape, "conditioning": config.conditioning}
         encoder = record.encoder["digest"] if record else None
-        return bases.go_on(inputs["base"], config.model or {}, known, classes, encoder, moments)
+        return continue_from(inputs["base"], config.model or {}, from_data, classes, encoder, moments)
     latte = Latte(config.latte(target.channels, target.shape, len(classes)))
     if record and moments:
         try:
@@ -235,23 +235,23 @@ def loader(config: Config, setup: Setup, rank: int, world: int) -> Loader:
 
 
 def loader_of(config: Config, inputs: Mapping[str, str], target: Target, split: str, **options: Any) -> Loader:
-    """Windows of what this trains on, with labels where classes are learned, and nothing else."""
+    """Windows of the target, with labels if classes are learned."""
     settings = target.columns(split)
     settings["columns"] |= {"label": "label"} if config.classes else {}
     return data.loader(config, inputs, split, **settings | options)
 
 
 def heldout_of(config: Config, setup: Setup, later: bool = False) -> Loader:
-    """Held-out clips one by one, always the same window of each: the first one, or one that starts later, if there is any."""
+    """Held-out clips one by one, always with the same window: the first or, with `later`, one that starts later."""
     options = {"clip_starts": 0.0, "seed": config.seed} if later else {}
     return loader_of(config, setup.inputs, setup.target, "val", **HELDOUT | options)
 
 
 def objective(config: Config, setup: Setup) -> Objective:
-    """The flow's loss; and videos of the first classes, or of none, as samples.
+    """The flow's loss, with videos of the first classes as samples.
 
     Raises:
-        UserError: nothing is held out; `features` takes no such videos, which would be seen at the end.
+        UserError: no clip is held out; the network `features` does not take such videos.
     """
     checked_network(config.features, config.frames, setup.target.size)
     heldout = heldout_of(config, setup)
@@ -285,7 +285,7 @@ def _loss(config: Config, target: Target, latte: Latte, turn: Turn) -> tuple[Ten
 
 
 def _sample(config: Config, setup: Setup, engines: Engines, rng: torch.Generator) -> dict[str, np.ndarray[Any, Any]]:
-    """Some videos in a grid, always of the same seeds and classes."""
+    """A grid of videos, always of the same seeds and classes."""
     seeds, count = [config.seed + n for n in range(_SAMPLED)], len(setup.classes)
     condition = of_classes(n % count for n in range(_SAMPLED)) if count else None
     latte = engines["model"].module
@@ -299,17 +299,17 @@ def _tokens(latte: LatteConfig, batch: Batch) -> int:
 
 
 def announce(config: Config, setup: Setup, loader: Loader) -> tuple[list[str], dict[str, float]]:
-    """What is taken of a base."""
-    return [setup.taken] if setup.taken else [], {}
+    """The note about the base."""
+    return [setup.base_note] if setup.base_note else [], {}
 
 
 def facts(config: Config, setup: Setup, lineage: Mapping[str, Any]) -> dict[str, Any]:
-    """What config.json says: the autoencoder, the latents, the classes, the window and how to sample."""
-    target, made_of = setup.target, lineage["inputs"]
+    """The fields of config.json: autoencoder, latents, classes, window and sampling."""
+    target, origins = setup.target, lineage["inputs"]
     window = {"frames": config.frames, "stride": config.stride, "size": list(target.size), "fps": target.fps}
     return {
-        "vae": made_of["vae"] | {"encoder": target.record.encoder["digest"]} if target.record else None,
-        "latents": made_of["latents"] if target.record else None,
+        "vae": origins["vae"] | {"encoder": target.record.encoder["digest"]} if target.record else None,
+        "latents": origins["latents"] if target.record else None,
         "classes": list(setup.classes),
         "window": window,
         "sampling": vars(config.settings()),
@@ -317,7 +317,7 @@ def facts(config: Config, setup: Setup, lineage: Mapping[str, Any]) -> dict[str,
 
 
 def counts(config: Config, setup: Setup) -> dict[str, float]:
-    """Clips of the train split that were used, and that were not."""
+    """Clips of the train split: used, too short, and without latents."""
     clips = loader_of(config, setup.inputs, setup.target, "train", batch=1)
     return {
         "train_clips": float(clips.samples),
@@ -338,38 +338,31 @@ def work(config: Config, inputs: Mapping[str, str], folder: Path) -> None:
 
 def evaluate(config: Config, setup: Setup, folder: Path) -> dict[str, Any]:
     """Measure what has been trained, each rank its share."""
-    target = setup.target
+    target, count = setup.target, config.eval_videos
     network = checked_network(config.features, config.frames, target.size)
     if network is None and place()[0] == 0:
         print("evaluate: no Fréchet distance, since `features` names no feature network", flush=True)
     pixels = {"columns": ("video",), "size": target.size, "batch": 1, "last": "pad"}
     real = data.loader(config, setup.inputs, "val", shuffle=False, epochs=1, **pixels)
-    learned = data.loader(config, setup.inputs, "train", seed=config.seed, **pixels)
+    train = data.loader(config, setup.inputs, "train", seed=config.seed, **pixels)
     windows = loader_of(config, setup.inputs, target, "train", batch=1, seed=config.seed)
+    settings, batch = config.settings(), config.run.eval_batch
     return measure(
         setup.model,
         target.codec,
-        _held(config, setup),
+        _heldout_windows(config, setup),
         folder,
-        Videos(
-            config.frames,
-            target.fps,
-            config.eval_videos,
-            config.seed,
-            config.settings(),
-            setup.classes,
-            config.run.eval_batch,
-        ),
+        VideoPlan(config.frames, target.fps, count, config.seed, settings, setup.classes, batch),
         target.trivial(windows.at(range(_WINDOWS))),
         latents=config.eval_latents and target.record is not None,
         network=network,
-        real=_videos(real, min(config.eval_videos, real.samples)),
-        train=_videos(learned, config.eval_videos),
+        real=_videos(real, min(count, real.samples)),
+        train=_videos(train, count),
         probed=_probed(config, setup) if config.eval_probes else None,
     )
 
 
-def _held(config: Config, setup: Setup) -> Iterator[Held]:
+def _heldout_windows(config: Config, setup: Setup) -> Iterator[HeldoutWindow]:
     for later in (False, True):
         heldout = heldout_of(config, setup, later)
         count = min(config.eval_clips, heldout.samples)
@@ -377,7 +370,7 @@ def _held(config: Config, setup: Setup) -> Iterator[Held]:
             # a clip as long as a window has no later one
             if bool(batch["start"]) is later:
                 x0 = setup.target.given(setup.model, on_device(batch))
-                yield Held(number, x0, of_batch(batch), int(batch["start"]))
+                yield HeldoutWindow(number, x0, of_batch(batch), int(batch["start"]))
 
 
 def _videos(loader: Loader, count: int) -> Iterator[Tensor]:
@@ -386,7 +379,7 @@ def _videos(loader: Loader, count: int) -> Iterator[Tensor]:
 
 
 def _probed(config: Config, setup: Setup) -> tuple[Pairs, Pairs]:
-    """Hidden states of half the blocks [paper: 14 of 28] and videos, of training clips and as many held-out ones."""
+    """Hidden states after half the blocks [paper: 14 of 28], with videos, of training and held-out clips."""
     latte, target = setup.model, setup.target
     layer = max(1, latte.config.depth // 2)
 
@@ -394,12 +387,12 @@ def _probed(config: Config, setup: Setup) -> tuple[Pairs, Pairs]:
         columns = {"video": "video"} | target.columns("val")["columns"]
         order = {"seed": config.seed} if split == "train" else {"shuffle": False, "last": "pad"}
         clips = data.loader(config, setup.inputs, split, columns=columns, size=target.size, batch=1, **order)
-        for number, batch in batches(clips, min(config.eval_probes, clips.samples), "probe"):
-            there = on_device(batch)
-            x0 = target.given(latte, there)
+        for number, loaded in batches(clips, min(config.eval_probes, clips.samples), "probe"):
+            batch = on_device(loaded)
+            x0 = target.given(latte, batch)
             noise = torch.randn(x0.shape, generator=torch.Generator().manual_seed(config.seed + number)).to(x0.device)
-            t = x0.new_full((1,), _PROBED_AT)
-            hidden = latte.features(flow.interpolate(x0, noise, t), t, layer, None, there["start"])
-            yield hidden.float(), to_model(there["video"])
+            t = x0.new_full((1,), _PROBE_TIME)
+            hidden = latte.features(flow.interpolate(x0, noise, t), t, layer, None, batch["start"])
+            yield hidden.float(), to_model(batch["video"])
 
     return pairs("train"), pairs("val")

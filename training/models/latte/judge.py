@@ -15,7 +15,7 @@ from longtake.training.registry.gate import Window
 
 
 def judge(facts: Mapping[str, Any]) -> Judge:
-    """The flow's loss, of a prior of latents, or of pixels, whose windows have a stride and a size of their own."""
+    """The flow's loss. For a prior of pixels the gate also sets stride and size of windows."""
     fields = () if facts.get("vae") else ("stride", "size")
     return Judge({"loss": "lower"}, frozenset(fields), _options, _figures)
 
@@ -23,7 +23,7 @@ def judge(facts: Mapping[str, Any]) -> Judge:
 def _options(judged: Judged, inputs: Mapping[str, str], window: Window) -> dict[str, Any]:
     if judged.encoder() is None:
         return {"columns": {"video": "video"}, "stride": window.stride, "size": window.size or (64, 64)}
-    # generated videos begin with a clip's first latent, which few windows of long clips have
+    # generated videos begin with the first latent of a clip, which few windows of long clips contain
     columns = columns_of(judged.uri, judged.encoder(), inputs, window.frames or 1)
     return {"columns": columns, "clip_starts": 0.5}
 

@@ -9,6 +9,6 @@ from longtake.training.models.latte.sample import ACCEPTS, prior_of
 
 
 def kind(facts: Mapping[str, Any]) -> Kind:
-    """A prior, which generates videos window by window."""
+    """A prior that generates videos window by window."""
     judge = "longtake.training.models.latte.judge"
     return Kind("Latte", LatteConfig, Latte, judge, generator=prior_of, accepts=ACCEPTS)

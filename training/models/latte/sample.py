@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -25,6 +25,7 @@ from longtake.training.models.generator import Request, Settings, fields_of
 from longtake.training.models.latte.model import Latte
 
 ACCEPTS = frozenset({"class"})
+_DEFAULT = Settings()
 
 
 @dataclass(frozen=True)
@@ -105,7 +106,7 @@ def generate_videos(
     frames: int,
     seeds: Sequence[int],
     condition: Condition | None = None,
-    settings: Settings | None = None,
+    settings: Settings = _DEFAULT,
     shape: tuple[int, int, int] | None = None,
     tile: int | None = None,
     each_step: Callable[[], object] | None = None,
@@ -117,10 +118,8 @@ def generate_videos(
     Args:
         codec: decodes the latents; `codec.Pixels` for a prior of pixels.
         frames: of each video, 1 + 4n for a codec with 4 frames in a latent.
-        condition: a class for each seed; None is no class.
-        shape: (latents, height, width) of a window; None is that of training.
         tile: pixels a side; decode larger frames in overlapping tiles.
-        each_step: called after each Euler step of each window.
+        condition, settings, shape, each_step: see `generate`; without classes, guidance has no effect.
 
     Raises:
         ValueError: at the call, for what does not fit together.
@@ -135,29 +134,19 @@ def generate_latents(
     frames: int,
     seeds: Sequence[int],
     condition: Condition | None = None,
-    settings: Settings | None = None,
+    settings: Settings = _DEFAULT,
     shape: tuple[int, int, int] | None = None,
     each_step: Callable[[], object] | None = None,
 ) -> Iterator[Tensor]:
     """The latents that `generate_videos` decodes: chunks `(B, C, t, h, w)`, denormalised, fp32."""
-    settings = settings or Settings()
     count = latents_of(frames, codec.config.temporal_stride)
     if codec.config.latent_channels != latte.config.channels:
         raise ValueError(
             f"the prior has {latte.config.channels} channels, the autoencoder {codec.config.latent_channels}"
         )
-    return generate(
-        latte,
-        count,
-        seeds,
-        shape,
-        settings.overlap,
-        condition,
-        settings.steps,
-        settings.guidance if condition and condition.asks else 1.0,
-        settings.shift,
-        each_step,
-    )
+    if condition is None or not condition.asks:
+        settings = replace(settings, guidance=1.0)
+    return generate(latte, count, seeds, condition, settings, shape, each_step)
 
 
 def windows(latents: int, window: int, overlap: int) -> int:
@@ -169,12 +158,9 @@ def generate(
     model: Latte,
     latents: int,
     seeds: Sequence[int],
-    shape: tuple[int, int, int] | None = None,
-    overlap: int = 2,
     condition: Condition | None = None,
-    solver_steps: int = 100,
-    guidance: float = 1.0,
-    shift: float = 1.0,
+    settings: Settings = _DEFAULT,
+    shape: tuple[int, int, int] | None = None,
     each_step: Callable[[], object] | None = None,
 ) -> Iterator[Tensor]:
     """Sample a clip of `latents` latents for each seed, window by window.
@@ -183,12 +169,9 @@ def generate(
     before it, clean, and samples the others. Only one window is in memory. A sample depends on its seed, not on the other
     samples, and a longer clip begins with the shorter one: the last window is sampled in full and cut.
 
-    shape          (latents, height, width) of a window; None is that of training
-    overlap        latents that a window shares with the one before
-    condition      a class for each seed; None is no class
-    solver_steps   Euler steps of each window [PV-VAE: 100]
-    guidance       1 is none; needs classes
-    each_step      called after each of the `windows(...) * solver_steps` Euler steps
+    condition   a class for each seed; None is no class, and then needs a guidance of 1
+    shape       (latents, height, width) of a window; None is that of training
+    each_step   called after each Euler step of each of the `windows(...)`
 
     Yields:
         The new latents of each window, `(B, C, t, H, W)`, fp32, denormalised.
@@ -196,12 +179,12 @@ def generate(
     Raises:
         ValueError: at the call, for what does not fit together.
     """
-    config = model.config
+    config, overlap = model.config, settings.overlap
     shape = shape or config.shape
     if shape is None:
         raise ValueError("shape: give (frames, height, width) of a window; the model's config names none")
-    if solver_steps < 1:
-        raise ValueError(f"steps is {solver_steps}; sampling needs at least 1")
+    if settings.steps < 1:
+        raise ValueError(f"steps is {settings.steps}; sampling needs at least 1")
     if latents < 1 or not seeds:
         raise ValueError(f"frames is {latents}, seeds are {len(seeds)}; there is nothing to generate")
     if latents > shape[0]:
@@ -216,8 +199,9 @@ def generate(
         if len(condition.classes) != len(seeds):
             raise ValueError(f"classes are {len(condition.classes)}, seeds {len(seeds)}; each sample needs one of both")
         check_classes(condition.classes.tolist(), config.classes)
-    elif guidance != 1.0:
-        raise ValueError(f"guidance is {guidance}; it needs classes to guide to")
+    elif settings.guidance != 1.0:
+        raise ValueError(f"guidance is {settings.guidance}; it needs classes to guide to")
+
     labels = condition if config.classes else None
     rngs = [torch.Generator().manual_seed(seed) for seed in seeds]  # on the CPU: the same noise on every device
 
@@ -226,11 +210,12 @@ def generate(
         one = (config.channels, *shape[1:])
         noise = torch.stack([torch.stack([torch.randn(one, generator=rng) for _ in range(count)], 1) for rng in rngs])
         start = 0 if clean is None else 1
-        velocity = guided(lambda x, t, c: model(x, t, c, start), labels, guidance)
+        velocity = guided(lambda x, t, c: model(x, t, c, start), labels, settings.guidance)
         training = model.training
         model.eval()
         try:
-            return euler(velocity, noise.to(model.latent_mean.device), solver_steps, shift, clean, each_step)
+            noise = noise.to(model.latent_mean.device)
+            return euler(velocity, noise, settings.steps, settings.shift, clean, each_step)
         finally:
             model.train(training)
 

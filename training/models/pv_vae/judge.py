@@ -20,7 +20,7 @@ _BETTER: dict[str, Better] = {
 
 
 def judge(facts: Mapping[str, Any]) -> Judge:
-    """The same for every PV-VAE; `psnr_predicted` of windows of more than a frame alone."""
+    """The same for every PV-VAE; `psnr_predicted` only for windows of more than one frame."""
     return Judge(_BETTER, frozenset({"stride", "size"}), _options, _figures)
 
 

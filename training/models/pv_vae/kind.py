@@ -13,10 +13,10 @@ from longtake.training.models.pv_vae.model import PVVAE, PVVAEConfig
 
 def kind(facts: Mapping[str, Any]) -> Kind:
     """An autoencoder, which is served as one."""
-    return Kind("PVVAE", PVVAEConfig, PVVAE, "longtake.training.models.pv_vae.judge", answer=_answer)
+    return Kind("PVVAE", PVVAEConfig, PVVAE, "longtake.training.models.pv_vae.judge", answer=_reconstruct)
 
 
-def _answer(folder: str) -> Callable[[np.ndarray], np.ndarray]:
+def _reconstruct(folder: str) -> Callable[[np.ndarray], np.ndarray]:
     from longtake.training.engines import device
     from longtake.training.models.common.codec import reconstruct_arrays
     from longtake.training.registry import disk

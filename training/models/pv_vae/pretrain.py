@@ -1,8 +1,8 @@
 """`pretrain_vae`: PV-VAE in the three phases of its paper (arXiv 2605.02134): images, predictive reconstruction, decoder.
 
 In the predictive phase the encoder sees the first frames of a clip, the decoder reconstructs them and predicts the rest.
-Beside the frames it must match the differences of neighbours, so that copying the last frame does not pay. In the last
-phase the encoder stands still, and the decoder learns to show what the latents hold.
+A loss on differences of neighbouring frames makes copying the last frame a bad prediction. In the last phase the encoder is
+frozen, and the decoder learns to reconstruct from the latents.
 """
 
 import sys
@@ -28,7 +28,7 @@ from longtake.training.metrics.features import checked_network, digest_of
 from longtake.training.metrics.perceptual import Perceptual, load_perceptual, perceptual_loss
 from longtake.training.models.common import adversarial
 from longtake.training.models.common.adversarial import GANConfig
-from longtake.training.models.common.codec import frames_of, latent_groups
+from longtake.training.models.common.codec import latent_groups, nearest_lengths
 from longtake.training.models.pv_vae.evaluate import Frames
 from longtake.training.models.pv_vae.evaluate import evaluate as measure
 from longtake.training.models.pv_vae.model import PVVAE, PVVAEConfig, config_from_preset
@@ -39,7 +39,7 @@ PRODUCES = "model"
 MODEL = "pv_vae"
 SUMMARY = "heldout.json"
 
-# what the phases differ in; a recipe may change each
+# defaults by phase; a recipe may change each
 PHASES: dict[str, dict[str, Any]] = {
     "image": {"frames": 1, "sizes": [[256, 256], [384, 384], [512, 512]], "steps": 300_000, "max_drop": 0.0},
     "predictive": {"frames": 17, "sizes": [[256, 256], [512, 512]], "steps": 50_000, "max_drop": 1.0},
@@ -52,9 +52,9 @@ PHASES: dict[str, dict[str, Any]] = {
 class Config(GANConfig, EvaluatedConfig):
     """Train PV-VAE on a dataset and register it.
 
-    No weight of a loss is published but where noted; they are assumptions, borrowed from the nearest public code.
+    Weights of losses are assumptions from the nearest public code, except where a source is noted.
 
-    phase                   of the paper's schedule: the defaults that PHASES lists
+    phase                   of the paper's schedule; sets the defaults in PHASES
     dataset                 to train on
     view                    which clips to use; null uses all
     parent                  the model to continue from; null begins with random weights
@@ -62,16 +62,16 @@ class Config(GANConfig, EvaluatedConfig):
     frames                  of a window, 1 + 4n
     stride                  take every n-th frame
     sizes                   height and width of windows; batches of each in turn
-    max_drop                r: at most this share of the latents after the first is dropped [paper]
+    max_drop                largest share of the latents after the first that is dropped [paper: r]
     lambda_reconstruction   weight of the reconstruction
-    lambda_motion           weight of the differences, inside the reconstruction term [paper]
+    lambda_motion           weight of the differences of frames, inside the reconstruction term [paper]
     lambda_kl               weight of the KL divergence
-    lambda_perceptual       weight of the perceptual loss; of no effect without `perceptual`
+    lambda_perceptual       weight of the perceptual loss; without effect if `perceptual` is null
     perceptual              a feature network (see training.metrics.features) for the perceptual loss; null has no such loss
-    perceptual_linear       LPIPS's weights of its channels
-    perceptual_frames       frames of a clip that it sees, drawn each time; null takes all
-    eval_long               the longest held-out clips, encoded whole and in pieces: PSNR by position, two passes a frame;
-                            not for single frames
+    perceptual_linear       LPIPS's weights for the network's channels
+    perceptual_frames       random frames of a clip that it sees; null takes all
+    eval_long               number of longest held-out clips whose PSNR by position is measured, whole and in windows, which
+                            takes two passes a frame; not for single frames
     """
 
     kind: Literal["pretrain_vae"]
@@ -96,85 +96,83 @@ class Config(GANConfig, EvaluatedConfig):
 
     @model_validator(mode="before")
     @classmethod
-    def _phased(cls, given: Any) -> Any:
-        return PHASES.get(given.get("phase", "predictive"), {}) | given if isinstance(given, dict) else given
+    def _defaults_of_phase(cls, fields: Any) -> Any:
+        return PHASES.get(fields.get("phase", "predictive"), {}) | fields if isinstance(fields, dict) else fields
 
     @field_validator("model")
     @classmethod
-    def _known(cls, model: dict[str, Any] | None) -> dict[str, Any] | None:
+    def _valid_model(cls, model: dict[str, Any] | None) -> dict[str, Any] | None:
         if model is not None:
             config_from_preset(**({"preset": "pv_vae"} | model))
         return model
 
     @model_validator(mode="after")
-    def _divides(self) -> "Config":
+    def _valid_windows(self) -> "Config":
         if self.model is not None or self.parent is None:
-            fits(self, self.vae())
+            check_windows(self, self.vae())
         if self.lora is not None and self.parent is None:
             raise ValueError("lora: without a parent all else would stay random; name one, or leave it out")
         return self
 
     def vae(self) -> PVVAEConfig:
-        """Of `model`, or the full size where that is not given."""
+        """The config of `model`, or of the full size if that is null."""
         return config_from_preset(**({"preset": "pv_vae"} | (self.model or {})))
 
 
-def fits(config: Config, vae: PVVAEConfig) -> None:
-    """ValueError where the model cannot divide the windows."""
-    if (config.frames - 1) % vae.temporal_stride:
-        near = frames_of(latent_groups(config.frames, vae.temporal_stride), vae.temporal_stride)
-        raise ValueError(
-            f"frames {config.frames}: the model needs 1 + {vae.temporal_stride}n frames, such as {near} or {near + vae.temporal_stride}"
-        )
+def check_windows(config: Config, vae: PVVAEConfig) -> None:
+    """Raise ValueError if the model cannot divide the windows."""
+    stride = vae.temporal_stride
+    low, high = nearest_lengths(config.frames, stride)
+    if low != high:
+        raise ValueError(f"frames {config.frames}: the model needs 1 + {stride}n frames, such as {low} or {high}")
     for size in config.sizes:
         if any(side % vae.spatial_stride for side in size):
             raise ValueError(f"sizes {size[0]}x{size[1]}: the model needs multiples of {vae.spatial_stride}")
 
 
 def check(config: Config, inputs: Mapping[str, StageConfig]) -> None:
-    """Refuse a window that the clips of a `shard` stage cannot fill, and a model that is not the parent's."""
+    """Refuse a window that does not fit into the clips of a `shard` stage, and a model other than the parent's."""
     parent = inputs.get("parent")
     if isinstance(parent, Config):
         if config.model is not None and config.vae() != parent.vae():
             raise ValueError("model: is not that of the parent; leave it out")
-        fits(config, parent.vae())
-    geometry = getattr(inputs.get("dataset"), "clip", None)
-    if geometry is None:
+        check_windows(config, parent.vae())
+    clip = getattr(inputs.get("dataset"), "clip", None)
+    if clip is None:
         return
-    if geometry.short_side < max(min(size) for size in config.sizes):
-        raise ValueError(
-            f"sizes: {max(min(size) for size in config.sizes)} is larger than clip.short_side {geometry.short_side} of the dataset"
-        )
+    side = max(min(size) for size in config.sizes)
+    if clip.short_side < side:
+        raise ValueError(f"sizes: {side} is larger than clip.short_side {clip.short_side} of the dataset")
     span = (config.frames - 1) * config.stride + 1
-    if geometry.max_frames < span:
+    if clip.max_frames < span:
         raise ValueError(
-            f"frames: a window spans {span} frames, the dataset's clips have at most {geometry.max_frames}; raise clip.max_seconds"
+            f"frames: a window spans {span} frames, the dataset's clips have at most {clip.max_frames}; raise clip.max_seconds"
         )
 
 
 def warnings(config: Config) -> list[str]:
-    """What to know before the first step."""
-    said, taught = [], bool(config.perceptual and config.lambda_perceptual)
-    if config.perceptual and not taught:
-        said.append(
+    """Lines to print before the first step."""
+    lines, has_perceptual = [], bool(config.perceptual and config.lambda_perceptual)
+    if config.perceptual and not has_perceptual:
+        lines.append(
             "lambda_perceptual: is 0, so the network in `perceptual` measures, and teaches nothing; raise it, or leave out"
             " perceptual"
         )
-    if config.lambda_gan and not taught:
-        said.append(
+    if config.lambda_gan and not has_perceptual:
+        lines.append(
             "lambda_gan: without a perceptual loss nothing but squared errors holds the discriminator's detail to what was"
             " there; name a feature network in `perceptual`, or set lambda_gan: 0"
         )
-    # a parent's discriminator has learned alone before; either learns a step before it is heard
-    alone = config.gan_warmup if config.parent is None else 0
-    heard = config.gan_start + max(1, alone)
-    if config.lambda_gan and config.steps <= heard:
-        said.append(
+    # a parent's discriminator needs no warm-up, but each learns one step before the generator's first GAN loss
+    warmup = config.gan_warmup if config.parent is None else 0
+    first = config.gan_start + max(1, warmup)
+    if config.lambda_gan and config.steps <= first:
+        lines.append(
             f"lambda_gan: training ends at step {config.steps}, and the generator would hear the discriminator from step"
-            f" {heard} on (gan_start: {config.gan_start}{f', gan_warmup: {alone}' if alone else ''}); lower that, or set"
+            f" {first} on (gan_start: {config.gan_start}{f', gan_warmup: {warmup}' if warmup else ''}); lower that, or set"
             " lambda_gan: 0"
         )
-    return said
+    return lines
 
 
 def outside(config: Config) -> str:
@@ -183,7 +181,7 @@ def outside(config: Config) -> str:
 
 
 class Setup(NamedTuple):
-    """What the stage works with; `parent` has the discriminator that a new training continues, if any does."""
+    """All that the stage works with; `parent` is the model whose discriminator a new training continues."""
 
     inputs: Mapping[str, str]
     model: PVVAE
@@ -194,7 +192,7 @@ def prepare(config: Config, inputs: Mapping[str, str], folder: Path) -> Setup:
     """The model before its first step: the parent's, or a random one.
 
     Raises:
-        UserError: the parent is no PV-VAE, or another than `model` says, or cannot divide the windows.
+        UserError: the parent is no PV-VAE, differs from `model`, or cannot divide the windows.
     """
     # a checkpoint has a discriminator of its own
     parent = None if checkpoint.latest(folder) else inputs.get("parent")
@@ -212,14 +210,14 @@ def begin(config: Config, inputs: Mapping[str, str]) -> PVVAE:
     if config.model is not None and config.vae() != model.config:
         raise UserError(f"model: is not that of the parent {uri}; leave it out")
     try:
-        fits(config, model.config)
+        check_windows(config, model.config)
     except ValueError as e:
         raise UserError(str(e)) from e
     return model.train()
 
 
 def loader(config: Config, setup: Setup, rank: int, world: int) -> Loader | Mixture:
-    """This rank's share of batches of each size in turn: `batch` clips of the first size, of others as many pixels."""
+    """This rank's batches of each size in turn: `batch` clips of the first size, about as many pixels of the others."""
     share = data.share_of(config, rank, world) | {"crop": "random"}
     if len(config.sizes) == 1:
         return _loader(config, setup, "train", **share)
@@ -227,8 +225,8 @@ def loader(config: Config, setup: Setup, rank: int, world: int) -> Loader | Mixt
     parts = {}
     for height, width in config.sizes:
         count = batch * first[0] * first[1] // (height * width) // world * world
-        clips = _loader(config, setup, "train", size=(height, width), batch=max(world, count), **share)
-        parts[f"{height}x{width}"] = (clips, 1.0)
+        windows = _loader(config, setup, "train", size=(height, width), batch=max(world, count), **share)
+        parts[f"{height}x{width}"] = (windows, 1.0)
     return Mixture(parts, seed=config.seed, workers=workers)
 
 
@@ -238,10 +236,10 @@ def _loader(config: Config, setup: Setup, split: str, **options: Any) -> Loader:
 
 
 def objective(config: Config, setup: Setup) -> Objective:
-    """The generator and, where `lambda_gan` asks for one, its discriminator, that of the parent if it fits.
+    """The generator and, unless `lambda_gan` is 0, a discriminator, the parent's if it fits.
 
     Raises:
-        UserError: `features` takes no such videos, which would be seen at the end; no such network.
+        UserError: the network `features` does not take such videos; a network cannot be found.
     """
     checked_network(config.features, config.frames, config.sizes[0])
     model, heldout = setup.model, _loader(config, setup, "val", **HELDOUT)
@@ -268,20 +266,23 @@ def objective(config: Config, setup: Setup) -> Objective:
 def _loss(
     config: Config, vae: PVVAEConfig, perceptual: Perceptual | None, state: Mapping[str, Tensor], turn: Turn
 ) -> tuple[Tensor, Terms]:
+    """The loss of the engine whose turn it is, and its terms."""
     video, engine = to_model(turn.batch["video"]), turn.engines[turn.name]
     if turn.name == "discriminator":
         return adversarial.discriminator_loss(config, state, engine, video, turn.carry["generated"])
+
+    # drop k ~ U{0..floor((G-1) r)} latent groups, the same k on each rank; the first frame always stays
     groups = latent_groups(video.shape[2], vae.temporal_stride)
-    # k ~ U{0..floor((G-1) r)} groups are dropped, as many on each rank; the first frame always stays
-    most = int((groups - 1) * config.max_drop)
-    dropped = int(np.random.default_rng(turn.seed).integers(most + 1))
+    max_dropped = int((groups - 1) * config.max_drop)
+    dropped = int(np.random.default_rng(turn.seed).integers(max_dropped + 1))
     generated, posterior = engine(video, visible=groups - dropped, rng=turn.rng)
     generated = generated.float()
     turn.carry["generated"] = generated.detach()
-    reconstruction = partial(_reconstruction, config, perceptual, turn.rng, video)
-    judge = turn.engines.get("discriminator")
-    if judge is not None and adversarial.heard(config, state, turn.step):
-        loss, terms = adversarial.generator_loss(config, state, generated, reconstruction, judge.module)
+
+    reconstruction = partial(_reconstruction_loss, config, perceptual, turn.rng, video)
+    discriminator = turn.engines.get("discriminator")
+    if discriminator is not None and adversarial.trains_generator(config, state, turn.step):
+        loss, terms = adversarial.generator_loss(config, state, generated, reconstruction, discriminator.module)
     else:
         loss, terms = reconstruction(generated)
     kl = posterior.kl().mean()
@@ -289,16 +290,16 @@ def _loss(
     return loss, {"loss": loss.detach(), "kl": kl.detach()} | terms
 
 
-def _reconstruction(
-    config: Config, perceptual: Perceptual | None, rng: torch.Generator, video: Tensor, made: Tensor
+def _reconstruction_loss(
+    config: Config, perceptual: Perceptual | None, rng: torch.Generator, video: Tensor, output: Tensor
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """The losses of what was made of a video: of the frames, of their differences, of how alike they look."""
-    frames = (made - video).square().mean()
-    motion = (made.diff(dim=2) - video.diff(dim=2)).square().mean() if video.shape[2] > 1 else made.new_zeros(())
+    """The losses of a reconstruction: of its frames, of their differences, and the perceptual loss."""
+    frames = (output - video).square().mean()
+    motion = (output.diff(dim=2) - video.diff(dim=2)).square().mean() if video.shape[2] > 1 else output.new_zeros(())
     terms = {"reconstruction": frames, "motion": motion}
     loss = config.lambda_reconstruction * (frames + config.lambda_motion * motion)
     if perceptual:
-        terms["perceptual"] = perceptual_loss(perceptual, made, video, frames=config.perceptual_frames, rng=rng)
+        terms["perceptual"] = perceptual_loss(perceptual, output, video, frames=config.perceptual_frames, rng=rng)
         loss = loss + config.lambda_perceptual * terms["perceptual"]
     return loss, {term: value.detach() for term, value in terms.items()}
 
@@ -310,8 +311,8 @@ def _sample(
     video = to_model(next(heldout.at([0]))["video"].to(device()))
     visible = (latent_groups(video.shape[2], vae.temporal_stride) + 1) // 2
     predicted, _ = engines["generator"](video, visible=visible, rng=rng)
-    both = torch.cat([video, predicted.float().clamp(-1, 1)], dim=4)[0].permute(1, 2, 3, 0)
-    return {"predicted": to_pixels(both).cpu().numpy()}
+    panels = torch.cat([video, predicted.float().clamp(-1, 1)], dim=4)[0].permute(1, 2, 3, 0)
+    return {"predicted": to_pixels(panels).cpu().numpy()}
 
 
 def _tokens(vae: PVVAEConfig, batch: Batch) -> int:
@@ -341,27 +342,29 @@ def evaluate(config: Config, setup: Setup, folder: Path) -> None:
         load_perceptual(config.perceptual, config.perceptual_linear, device=device()),
         network=checked_network(config.features, config.frames, config.sizes[0]),
         latents=config.eval_latents,
-        whole=_long(config, setup.inputs),
+        long_clips=_long_clips(config, setup.inputs),
         probed=_loader(config, setup, "train", batch=1, seed=config.seed) if config.eval_probes else None,
         probe_clips=config.eval_probes,
     )
 
 
-def _long(config: Config, inputs: Mapping[str, str]) -> list[Frames]:
+def _long_clips(config: Config, inputs: Mapping[str, str]) -> list[Frames]:
     """The longest held-out clips that are longer than a window."""
-    least = config.frames * config.stride + 1
+    min_frames = config.frames * config.stride + 1
     count = config.eval_long if config.frames > 1 else 0
-    clips = longest(inputs["dataset"], "val", inputs.get("view"), config.sizes[0], count, least, data.cache_of(config))
+    clips = longest(
+        inputs["dataset"], "val", inputs.get("view"), config.sizes[0], count, min_frames, data.cache_of(config)
+    )
     return [partial(clip.frames, config.sizes[0], config.stride) for clip in clips]
 
 
 def facts(config: Config, setup: Setup, lineage: Mapping[str, Any]) -> dict[str, Any]:
-    """What config.json says: the window that it has learned."""
+    """The field of config.json: the window of training."""
     return {"window": {"frames": config.frames, "stride": config.stride, "size": list(config.sizes[0])}}
 
 
 def counts(config: Config, setup: Setup) -> dict[str, float]:
-    """Clips of the train split that were used, and that were not."""
+    """Clips of the train split: used, too short, and too small."""
     clips = _loader(config, setup, "train", batch=1)
     return {
         "train_clips": float(clips.samples),
@@ -371,7 +374,7 @@ def counts(config: Config, setup: Setup) -> dict[str, float]:
 
 
 def keep(config: Config, folder: Path, scratch: Path) -> None:
-    """Leave the discriminator with the run, where there is one."""
+    """Save the discriminator, if there is one, with the run."""
     if config.lambda_gan:
         weights, state = checkpoint.beside(folder, "discriminator")
         adversarial.save(scratch / adversarial.FILE, config, weights, state)

@@ -94,11 +94,17 @@ def test_the_generators_gradient_and_loss_are_those_of_the_weighed_sum(kind: str
 def test_the_generator_hears_a_discriminator_that_has_learned_enough_itself_or_as_the_parents() -> None:
     new, kept = state(), state()
     kept["gan_learned"].fill_(70)
-    heard = adversarial.heard
-    assert [heard(config(gan_warmup=3, gan_start=2), new, 2 + n) for n in range(5)] == [False, False, False, True, True]
-    assert [heard(config(gan_warmup=0, gan_start=2), new, 2 + n) for n in range(3)] == [False, True, True]
-    assert [heard(config(gan_warmup=72, gan_start=2), kept, 2 + n) for n in range(4)] == [False, False, True, True]
-    assert [heard(config(gan_warmup=9, gan_start=2), kept, 2 + n) for n in range(2)] == [False, True]
+    trains = adversarial.trains_generator
+    assert [trains(config(gan_warmup=3, gan_start=2), new, 2 + n) for n in range(5)] == [
+        False,
+        False,
+        False,
+        True,
+        True,
+    ]
+    assert [trains(config(gan_warmup=0, gan_start=2), new, 2 + n) for n in range(3)] == [False, True, True]
+    assert [trains(config(gan_warmup=72, gan_start=2), kept, 2 + n) for n in range(4)] == [False, False, True, True]
+    assert [trains(config(gan_warmup=9, gan_start=2), kept, 2 + n) for n in range(2)] == [False, True]
 
 
 def test_lecam_is_that_of_its_formula_and_follows_the_logits() -> None:
@@ -358,7 +364,7 @@ def test_a_gan_that_ends_before_it_acts_is_warned_about(changes: dict[str, Any])
         settings = {"steps": steps, "gan_start": 5, "gan_warmup": 4, "perceptual": "vgg.pth"}
         config = vae_config("d", **settings | changes)
         learned = {"gan_learned": torch.tensor([100 if "parent" in changes else 0])}
-        acts = any(adversarial.heard(config, learned, step) for step in range(steps))
+        acts = any(adversarial.trains_generator(config, learned, step) for step in range(steps))
         texts = pretrain_vae.warnings(config)
         assert bool(texts) is not acts, steps
         assert (

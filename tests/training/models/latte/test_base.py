@@ -1,4 +1,4 @@
-"""A Latte that goes on from another one: it begins as its base does, whatever its classes, its size and its latents are."""
+"""A Latte trained from a base: at first it does what the base does, whatever its classes, size and latents."""
 
 from __future__ import annotations
 
@@ -62,12 +62,12 @@ def close(made: Tensor, expected: Tensor) -> None:
 def test_all_weights_and_the_normalisation_are_taken(tmp_path: Path) -> None:
     uri = saved(tmp_path, ("a", "b"), "enc")
     moments = torch.zeros(4) + 0.5, torch.tensor([1.0, 2.0, 3.0, 2.0])
-    latte, told = latte_base.go_on(uri, {"label_dropout": 0.2}, KNOWN, ("a", "b"), "enc", moments)
+    latte, notes = latte_base.continue_from(uri, {"label_dropout": 0.2}, KNOWN, ("a", "b"), "enc", moments)
     torch.testing.assert_close(latte.state_dict(), base_of(uri).state_dict(), rtol=0, atol=0)
     assert latte.config == base_of(uri).config.model_copy(update={"label_dropout": 0.2})
-    assert told.startswith(f"base: {uri}: ") and "\n" not in told
+    assert notes.startswith(f"base: {uri}: ") and "\n" not in notes
     # (0.5 - 0) / 2 is the farthest mean, 1 / 2 and 3 / 2 the outermost deviations
-    assert "means to ±0.25 and deviations of 0.5 to 1.5" in told and "2 of 2 classes are known" in told
+    assert "means to ±0.25 and deviations of 0.5 to 1.5" in notes and "2 of 2 classes are known" in notes
 
 
 @torch.no_grad()
@@ -75,29 +75,29 @@ def test_all_weights_and_the_normalisation_are_taken(tmp_path: Path) -> None:
 def test_a_new_class_begins_as_no_class_and_a_known_one_as_it_was(tmp_path: Path, had: tuple[str, ...]) -> None:
     uri = saved(tmp_path, had)
     classes = ("b", "c", "a")
-    latte, told = latte_base.go_on(uri, {}, KNOWN, classes)
+    latte, notes = latte_base.continue_from(uri, {}, KNOWN, classes)
     base, x = base_of(uri), noise()
     none = base(x, T)
     for number, name in enumerate(classes):
         expected = base(x, T, of_classes([had.index(name)] * 2)) if name in had else none
         close(latte.eval()(x, T, of_classes([number] * 2)), expected)
     close(latte(x, T), none)
-    assert ("1 of its classes are left out" in told) == bool(had) and f"{1 if had else 3} begin as no class" in told
+    assert ("1 of its classes are left out" in notes) == bool(had) and f"{1 if had else 3} begin as no class" in notes
 
 
 @torch.no_grad()
 def test_without_classes_the_base_goes_on_as_it_is_without_a_class(tmp_path: Path) -> None:
     uri = saved(tmp_path, ("a", "b"))
-    latte, told = latte_base.go_on(uri, {}, KNOWN)
-    assert latte.class_in is None and "its 2 classes are left out" in told
+    latte, notes = latte_base.continue_from(uri, {}, KNOWN)
+    assert latte.class_in is None and "its 2 classes are left out" in notes
     close(latte.eval()(noise(), T), base_of(uri)(noise(), T))
 
 
 @torch.no_grad()
 def test_a_larger_frame_is_spread_over_the_positions_of_the_smaller_one(tmp_path: Path) -> None:
     uri = saved(tmp_path / "a")
-    latte, told = latte_base.go_on(uri, {}, KNOWN | {"shape": (5, 8, 18)})
-    assert latte.config.scale == (0.5, 1 / 3) and "windows were 3x4x6 and are 5x8x18" in told
+    latte, notes = latte_base.continue_from(uri, {}, KNOWN | {"shape": (5, 8, 18)})
+    assert latte.config.scale == (0.5, 1 / 3) and "windows were 3x4x6 and are 5x8x18" in notes
     seen: list[Tensor] = []
     latte.layers[0].register_forward_pre_hook(lambda _, given: seen.append(given[0]))
     nn.init.zeros_(latte.token_in.weight)
@@ -112,9 +112,9 @@ def test_a_larger_frame_is_spread_over_the_positions_of_the_smaller_one(tmp_path
     # whose centres are those of the smaller frame, and so is a base of a base
     assert rows[0] + rows[-1] == 3
     disk.save(tmp_path / "b", "latte", latte.config.model_dump(mode="json"), latte.state_dict(), {"classes": []})
-    again, _ = latte_base.go_on(str(tmp_path / "b"), {}, KNOWN | {"shape": (5, 16, 18)})
+    again, _ = latte_base.continue_from(str(tmp_path / "b"), {}, KNOWN | {"shape": (5, 16, 18)})
     assert again.config.scale == (0.25, 1 / 3)
-    fixed, _ = latte_base.go_on(uri, {"scale": (1.0, 1.0)}, KNOWN | {"shape": (5, 8, 18)})
+    fixed, _ = latte_base.continue_from(uri, {"scale": (1.0, 1.0)}, KNOWN | {"shape": (5, 8, 18)})
     assert fixed.config.scale == (1.0, 1.0)
 
 
@@ -132,14 +132,14 @@ def test_a_base_that_does_not_fit_is_refused_in_one_line(tmp_path: Path) -> None
     ]
     for uri, changes, encoder, said in cases:
         with pytest.raises(UserError, match=said) as e:
-            latte_base.go_on(uri, changes, KNOWN, (), encoder)
+            latte_base.continue_from(uri, changes, KNOWN, (), encoder)
         assert "\n" not in str(e.value)
 
 
 def test_classes_that_are_new_beside_a_low_rank_change_learn_in_full(tmp_path: Path) -> None:
     uri = saved(tmp_path, ("a", "b"))
     for classes, learns in ((("a", "b"), False), (("a", "c"), True)):
-        latte, _ = latte_base.go_on(uri, {}, KNOWN, classes)
+        latte, _ = latte_base.continue_from(uri, {}, KNOWN, classes)
         lora.attach(latte, LoraConfig(rank=2))
         assert latte.class_in is not None and latte.class_in.weight.requires_grad == learns
 

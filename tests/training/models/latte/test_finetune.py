@@ -27,7 +27,7 @@ from longtake.training.data import decoder_of
 from longtake.training.loop import train
 from longtake.training.models.common.codec import Pixels, Posterior
 from longtake.training.models.common.condition import Condition, of_classes
-from longtake.training.models.common.video import whole
+from longtake.training.models.common.video import concatenated
 from longtake.training.models.latte import finetune as finetune_latte
 from longtake.training.models.latte.finetune import Config, check, heldout_of, loader_of, target_of
 from longtake.training.models.latte.sample import generate_videos, load_prior
@@ -398,7 +398,7 @@ def test_from_latents_to_a_served_champion(
     videos = served.predict(pandas.DataFrame({"seed": [3, 4], "class": ["b", None]}))
     assert videos.shape == (2, 9, 32, 48, 3)
     settings = prior.settings
-    ours = whole(generate_videos(prior.latte, prior.codec, 9, [3], of_classes([1]), settings))
+    ours = concatenated(generate_videos(prior.latte, prior.codec, 9, [3], of_classes([1]), settings))
     np.testing.assert_array_equal(videos[:1], ours)
     columns = {c.name: c.required for c in served.metadata.get_input_schema().inputs}
     assert columns == {"seed": True, "class": False, "frames": False}

@@ -15,8 +15,10 @@ from longtake.training.models.common import dit
 from longtake.training.models.common.condition import Condition, of_classes
 from longtake.training.models.common.dit import attention
 from longtake.training.models.common.flow import training_loss
+from longtake.training.models.generator import Settings
+from longtake.training.models.latte import sample
 from longtake.training.models.latte.model import PRESETS, Block, Latte, LatteConfig, config_from_preset
-from longtake.training.models.latte.sample import generate, windows
+from longtake.training.models.latte.sample import windows
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -358,9 +360,7 @@ def test_it_learns_a_toy_set(trained):
 
 def test_what_it_generates_follows_its_class_beyond_the_window(trained):
     seeds, classes = list(range(8)), [0, 1] * 4
-    made = torch.cat(list(generate(trained[0], 12, seeds, condition=of_classes(classes), solver_steps=20)), dim=2).mean(
-        (3, 4)
-    )
+    made = torch.cat(list(generate(trained[0], 12, seeds, condition=of_classes(classes), steps=20)), dim=2).mean((3, 4))
     angle = torch.atan2(made[:, 1], made[:, 0])
     turns = torch.remainder(angle.diff(dim=1) + math.pi, 2 * math.pi) - math.pi
     assert made[:, :2].norm(dim=1).mean().item() == pytest.approx(1, abs=0.15)
@@ -372,8 +372,12 @@ def test_what_it_generates_follows_its_class_beyond_the_window(trained):
 # generation
 
 
-def clip(model: Latte, frames: int, seeds: list[int], **settings) -> Tensor:
-    return torch.cat(list(generate(model, frames, seeds, **({"solver_steps": 3} | settings))), dim=2)
+def generate(model: Latte, latents: int, seeds: list[int], condition=None, shape=None, each_step=None, **settings):
+    return sample.generate(model, latents, seeds, condition, Settings(**settings), shape, each_step)
+
+
+def clip(model: Latte, latents: int, seeds: list[int], **settings) -> Tensor:
+    return torch.cat(list(generate(model, latents, seeds, **({"steps": 3} | settings))), dim=2)
 
 
 def test_a_seed_gives_the_same_clip_again_and_another_seed_another(model):
@@ -402,7 +406,7 @@ def test_a_longer_clip_begins_with_the_shorter_one(model, overlap):
 )
 def test_chunks_are_the_first_window_and_then_what_is_new(model, frames, overlap, lengths):
     steps: list[int] = []
-    chunks = generate(model, frames, [5], overlap=overlap, solver_steps=2, each_step=lambda: steps.append(1))
+    chunks = generate(model, frames, [5], overlap=overlap, steps=2, each_step=lambda: steps.append(1))
     assert [c.shape[2] for c in chunks] == lengths
     assert len(steps) == 2 * windows(frames, 4, overlap) == 2 * len(lengths)
 
@@ -412,7 +416,7 @@ def test_each_window_sees_the_frames_before_it_clean_and_itself_as_a_later_one(m
     model.set_statistics(torch.full((6,), 3.0), torch.full((6,), 2.0))
     calls, forward = [], Latte.forward
     monkeypatch.setattr(Latte, "forward", lambda self, *a: calls.append(a) or forward(self, *a))
-    first, second, third = generate(model, 8, [5], solver_steps=2)
+    first, second, third = generate(model, 8, [5], steps=2)
     whole = torch.cat([first, second, third], dim=2)
     assert [start for *_, start in calls] == [0, 0, 1, 1, 1, 1]
     for x, t, _, _ in calls[2:4]:
@@ -446,7 +450,7 @@ def test_only_a_window_is_held_however_long_the_clip(model):
     def alive() -> int:
         return sum(tensor.numel() for tensor in tensors() if id(tensor) not in known)
 
-    held = [alive() for i, _ in enumerate(generate(model, 40, [5], solver_steps=1)) if i in (2, 18)]
+    held = [alive() for i, _ in enumerate(generate(model, 40, [5], steps=1)) if i in (2, 18)]
     assert len(held) == 2
     assert held[0] == held[1]
 
@@ -505,7 +509,7 @@ def test_wrong_sizes_layers_and_classes_of_a_model_without_are_refused(model):
         (dict(condition=of_classes([5])), "class 5 is out of range; this model has classes 0 to 4, and -1 for none"),
         (dict(condition=of_classes([1, 2])), "classes are 2, seeds 1; each sample needs one of both"),
         (dict(guidance=2.0), "guidance is 2.0; it needs classes to guide to"),
-        (dict(solver_steps=0), "steps is 0; sampling needs at least 1"),
+        (dict(steps=0), "steps is 0; sampling needs at least 1"),
     ],
 )
 def test_generation_refuses_at_the_call_what_does_not_fit(model, settings, message):
