@@ -75,7 +75,7 @@ class WithMemory(nn.Module):
     ) -> None:
         super().__init__()
         self.backbone = backbone
-        self.seen: tuple[Tensor, Rotation, Rotation] | None = None  # states, and rotations of x and of the states
+        self.hidden: tuple[Tensor, Rotation, Rotation] | None = None  # states, and rotations of x and of the states
         own = cast(Backbone, backbone)
         parsed = [parse_rate(rate) for rate in rates]
         shrink = (min(rate[0] for rate in parsed), min(rate[1] for rate in parsed))
@@ -98,12 +98,12 @@ class WithMemory(nn.Module):
 
     def forward(self, x: Tensor, t: Tensor, times: Tensor, memory: Memory | None = None, *extra: Any) -> Tensor:
         """See `Backbone.velocity`."""
-        self.seen = None
+        self.hidden = None
         if memory is not None and memory.tokens.shape[1] and len(self.cross):
             rows, columns = (side // self._backbone.patch for side in x.shape[3:])
             head = self._backbone.width // self._backbone.heads
             own = rotation(grid_positions(times, rows, columns, x.device), head)
-            self.seen = (memory.hidden, own, rotation(memory.positions[None], head))
+            self.hidden = (memory.hidden, own, rotation(memory.positions[None], head))
         return self._backbone.velocity(x, t, times, memory, *extra)
 
 
@@ -117,10 +117,10 @@ class _Hook:
         self.model, self.cross = model, cross
 
     def __call__(self, block: nn.Module, inputs: Any, outputs: Any) -> Any:
-        if self.model.seen is None:
+        if self.model.hidden is None:
             return outputs
         tokens = outputs[0] if isinstance(outputs, tuple) else outputs
-        states, own_rotation, remote = self.model.seen
+        states, own_rotation, remote = self.model.hidden
         memory, own = tokens.split([states.shape[1], tokens.shape[1] - states.shape[1]], dim=1)
         tokens = torch.cat([memory, own + self.cross(own, states, own_rotation, remote)], dim=1)
         return (tokens, *outputs[1:]) if isinstance(outputs, tuple) else tokens
