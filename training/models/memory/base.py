@@ -17,7 +17,7 @@ from longtake.training.models.memory.tokens import parse_rate
 from longtake.training.models.memory.variants import VARIANTS
 
 
-def begin(config: MemoryConfig, inputs: Mapping[str, str], data: Data, classes: int) -> MemoryDiT:
+def initial_model(config: MemoryConfig, inputs: Mapping[str, str], data: Data, classes: int) -> MemoryDiT:
     """Make the model with the base's weights or random ones, and the statistics of the latents that it learns.
 
     Raises:

@@ -298,12 +298,7 @@ class MemoryDiT(Normalising):
         return unfold(velocity.unflatten(2, tuple(patches.shape[2:4])).movedim(-1, 1), 1, self.config.patch)
 
     def _control(
-        self,
-        t: Tensor,
-        level: Tensor | None,
-        x: Tensor,
-        condition: Condition | None,
-        rng: torch.Generator | None,
+        self, t: Tensor, level: Tensor | None, x: Tensor, condition: Condition | None, rng: torch.Generator | None
     ) -> tuple[Tensor, Tensor]:
         """The controls of tokens at times t `(B, T or 1)` and of the memory's tokens: `(B, T or 1, D)` and `(B, 1, D)`."""
         times = torch.cat([t, torch.zeros_like(t[:, :1]) if level is None else level.to(t)[:, None]], dim=1)

@@ -26,7 +26,7 @@ from longtake.training import registry
 from longtake.training.models.common import flow
 from longtake.training.models.memory import pretrain as pretrain_memory
 from longtake.training.models.memory import retrieval
-from longtake.training.models.memory.base import begin
+from longtake.training.models.memory.base import initial_model
 from longtake.training.models.memory.config import MemoryConfig
 from longtake.training.models.memory.data import Data, Setup, data_of, describe_memory, loader_of, videos_of
 from longtake.training.models.memory.dit import MemoryDiT
@@ -294,7 +294,7 @@ def test_a_memory_that_the_latents_do_not_have_is_refused_in_one_line(inputs: di
     changes, said = REFUSED[case]
     chosen = config(low_latents=None, **changes)
     with pytest.raises(UserError, match=said) as e:
-        begin(chosen, alone(inputs), data_of(chosen, alone(inputs)), 0)
+        initial_model(chosen, alone(inputs), data_of(chosen, alone(inputs)), 0)
     assert "\n" not in str(e.value)
 
 
@@ -303,7 +303,7 @@ def test_low_latents_that_do_not_fit_are_refused_in_one_line(inputs: dict[str, s
         column.write_latents(str(tmp_path / "low"), replace(column.read_latents(inputs["low_latents"]), **facts))
         given = inputs | {"low_latents": str(tmp_path / "low")}
         with pytest.raises(UserError) as e:
-            begin(chosen, given, data_of(chosen, given), 0)
+            initial_model(chosen, given, data_of(chosen, given), 0)
         assert "\n" not in str(e.value)
         return str(e.value)
 
@@ -353,13 +353,13 @@ def test_latents_that_do_not_vary_fail(inputs: dict[str, str], tmp_path: Path) -
     column.write_latents(str(tmp_path / "flat"), replace(column.read_latents(inputs["latents"]), std=(0.0,) * 8))
     given = inputs | {"latents": str(tmp_path / "flat")}
     with pytest.raises(Failure, match="every channel needs a finite mean and a positive"):
-        begin(chosen, given, data_of(chosen, given), 0)
+        initial_model(chosen, given, data_of(chosen, given), 0)
 
 
 def saved(folder: Path, inputs: dict[str, str], facts: dict[str, Any] | None = None, **changes: Any) -> str:
     """A model folder, as if it had been trained on these latents."""
     chosen = MemoryConfig(**nested(latent_stages.QUICK | dit(**changes)))
-    model = begin(chosen, inputs, data_of(chosen, inputs), 0)
+    model = initial_model(chosen, inputs, data_of(chosen, inputs), 0)
     for parameter in model.parameters():
         nn.init.normal_(parameter, std=0.05)
     encoder = {"vae": {"encoder": column.read_latents(inputs["latents"]).encoder["digest"]}}
@@ -370,7 +370,7 @@ def saved(folder: Path, inputs: dict[str, str], facts: dict[str, Any] | None = N
 def based(inputs: dict[str, str], base: str, **changes: Any) -> MemoryDiT:
     chosen = config(**{"base": base, "model": None} | changes)
     given = inputs | {"base": base}
-    return begin(chosen, given, data_of(chosen, given), 0)
+    return initial_model(chosen, given, data_of(chosen, given), 0)
 
 
 def test_a_base_gives_its_weights_and_statistics_and_what_it_lacks_begins_anew(
