@@ -17,7 +17,7 @@ Cross-attention to φ's hidden states is added to the output of each block by a 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Protocol, cast
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -66,7 +66,7 @@ class WithMemory(nn.Module):
 
     def __init__(
         self,
-        backbone: nn.Module,
+        backbone: Any,  # a module that is a Backbone
         rates: Sequence[str],
         branches: Branches,
         widths: tuple[int, ...],
@@ -75,36 +75,31 @@ class WithMemory(nn.Module):
     ) -> None:
         super().__init__()
         self.backbone = backbone
-        self.seen: tuple[Tensor, Rotation, Rotation] | None = None  # states, and rotations of x and of the states
-        own = cast(Backbone, backbone)
+        self.hidden: tuple[Tensor, Rotation, Rotation] | None = None  # states, and rotations of x and of the states
         parsed = [parse_rate(rate) for rate in rates]
         shrink = (min(rate[0] for rate in parsed), min(rate[1] for rate in parsed))
-        shape = (own.patch, own.channels, own.width)
+        shape = (self.backbone.patch, self.backbone.channels, self.backbone.width)
         self.memory = nn.ModuleList(Encoder(rate, *shape, branches, widths, heads, shrink) for rate in parsed)
-        blocks = own.blocks() if cross_attention else []
-        self.cross = nn.ModuleList(CrossAttention(own.width, widths[-1], own.heads) for _ in blocks)
+        blocks = self.backbone.blocks() if cross_attention else []
+        self.cross = nn.ModuleList(CrossAttention(self.backbone.width, widths[-1], self.backbone.heads) for _ in blocks)
         for block, cross in zip(blocks, self.cross, strict=True):
             block.register_forward_hook(_Hook(self, cross))
-
-    @property
-    def _backbone(self) -> Backbone:
-        return cast(Backbone, self.backbone)
 
     def remember(
         self, high: Tensor, low: Tensor | None = None, start: int = 0, pasts: Sequence[Past] | None = None
     ) -> Memory:
         """See `MemoryDiT.remember`."""
-        return run_encoders(list(self.memory), self._backbone.project, high, low, start, pasts)
+        return run_encoders(list(self.memory), self.backbone.project, high, low, start, pasts)
 
     def forward(self, x: Tensor, t: Tensor, times: Tensor, memory: Memory | None = None, *extra: Any) -> Tensor:
         """See `Backbone.velocity`."""
-        self.seen = None
+        self.hidden = None
         if memory is not None and memory.tokens.shape[1] and len(self.cross):
-            rows, columns = (side // self._backbone.patch for side in x.shape[3:])
-            head = self._backbone.width // self._backbone.heads
+            rows, columns = (side // self.backbone.patch for side in x.shape[3:])
+            head = self.backbone.width // self.backbone.heads
             own = rotation(grid_positions(times, rows, columns, x.device), head)
-            self.seen = (memory.hidden, own, rotation(memory.positions[None], head))
-        return self._backbone.velocity(x, t, times, memory, *extra)
+            self.hidden = (memory.hidden, own, rotation(memory.positions[None], head))
+        return self.backbone.velocity(x, t, times, memory, *extra)
 
 
 class _Hook:
@@ -117,10 +112,10 @@ class _Hook:
         self.model, self.cross = model, cross
 
     def __call__(self, block: nn.Module, inputs: Any, outputs: Any) -> Any:
-        if self.model.seen is None:
+        if self.model.hidden is None:
             return outputs
         tokens = outputs[0] if isinstance(outputs, tuple) else outputs
-        states, own_rotation, remote = self.model.seen
+        states, own_rotation, remote = self.model.hidden
         memory, own = tokens.split([states.shape[1], tokens.shape[1] - states.shape[1]], dim=1)
         tokens = torch.cat([memory, own + self.cross(own, states, own_rotation, remote)], dim=1)
         return (tokens, *outputs[1:]) if isinstance(outputs, tuple) else tokens

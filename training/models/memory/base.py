@@ -17,7 +17,7 @@ from longtake.training.models.memory.tokens import parse_rate
 from longtake.training.models.memory.variants import VARIANTS
 
 
-def begin(config: MemoryConfig, inputs: Mapping[str, str], data: Data, classes: int) -> MemoryDiT:
+def initial_model(config: MemoryConfig, inputs: Mapping[str, str], data: Data, classes: int) -> MemoryDiT:
     """Make the model with the base's weights or random ones, and the statistics of the latents that it learns.
 
     Raises:
@@ -29,6 +29,8 @@ def begin(config: MemoryConfig, inputs: Mapping[str, str], data: Data, classes: 
         raise UserError(
             f"base: {inputs['base']} is a {type(base).__name__}, not a MemoryDiT; name a `pretrain_memory` model"
         )
+
+    # The config: the base's or the preset's, with what follows from the data.
     from_data = {"channels": data.latents.channels, "classes": classes, "history_noise": config.noise}
     try:
         if base is not None:
@@ -44,6 +46,8 @@ def begin(config: MemoryConfig, inputs: Mapping[str, str], data: Data, classes: 
         raise UserError(
             "precision: bf16: torch's strided convolutions of small frames crash on a CPU; train this memory in fp32"
         )
+
+    # The weights and the statistics. A base that never read low-res latents gets theirs.
     model = MemoryDiT(dit)
     if base is not None:
         if (facts.get("vae") or {}).get("encoder") != data.latents.encoder["digest"]:

@@ -16,7 +16,6 @@ from longtake.training.models.memory.history import history_lengths
 
 # fields of MemoryDiTConfig that follow from other settings, so that `model` must not have them
 _FROM_DATA = ("channels", "classes", "shape", "history", "history_noise")
-_PRESET = {"preset": "memory_dit_xl"}
 
 
 class MemoryConfig(TrainConfig):
@@ -107,7 +106,7 @@ class MemoryConfig(TrainConfig):
 
     def dit(self, **overrides: Any) -> MemoryDiTConfig:
         """The config of a model trained from scratch."""
-        return config_from_preset(**_PRESET | (self.model or {}) | overrides)
+        return config_from_preset(**{"preset": "memory_dit_xl"} | (self.model or {}) | overrides)
 
 
 def check(config: MemoryConfig, inputs: Mapping[str, StageConfig]) -> None:

@@ -233,11 +233,11 @@ def _continue(
         # The end of what is given comes first in each file.
         writers = []
         for start, row in zip(group, rows, strict=True):
-            number, given = start.video.number, min(length, start.frames.shape[2])
-            row["entry"] = {"file": f"continued-{number}.mp4", "seed": how.seed + number, "given_frames": given}
+            number, count = start.video.number, min(length, start.frames.shape[2])
+            row["entry"] = {"file": f"continued-{number}.mp4", "seed": how.seed + number, "given_frames": count}
             writers.append(files.enter_context(video_file(folder / row["entry"]["file"], how.fps)))
-            if given:
-                writers[-1](start.frames[0, :, -given:].permute(1, 2, 3, 0).cpu().numpy())
+            if count:
+                writers[-1](start.frames[0, :, -count:].permute(1, 2, 3, 0).cpu().numpy())
 
         for segment, chunk in enumerate(chunks):
             for n, start in enumerate(group):

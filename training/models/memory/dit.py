@@ -86,7 +86,7 @@ class Block(nn.Module):
         return self.out(mixed.transpose(1, 2).flatten(2))
 
 
-class First(nn.Module):
+class FirstLatentShift(nn.Module):
     """Adds a learned shift to those latents that are a video's first; zero at the start of training.
 
     Models registered before this module existed have no such weight, which is the same as zero.
@@ -123,7 +123,7 @@ class MemoryDiT(Normalising):
         super().__init__(config.channels)
         self.config = config
         width, token = config.width, config.channels * config.patch**2
-        self.first = First(config.channels)
+        self.first = FirstLatentShift(config.channels)
         self.token_in = nn.Linear(token, width)
         self.time_in = embedded_time(width)
         self.class_in = nn.Embedding(config.classes + 1, width) if config.classes else None  # the last row: no class
@@ -254,12 +254,16 @@ class MemoryDiT(Normalising):
         if isinstance(memory, Stretch):
             memory = self.remember(memory.high, memory.low, memory.start, first=memory.first, skip=memory.skip)
         self._check_shapes(x, t, times, memory)
+
+        # Tokens, their controls and their positions.
         x = self.first(x, None if first is None else first.to(x.device).expand(len(x), -1))
         patches = fold(x.to(self.dtype), 1, self.config.patch).movedim(1, -1)  # (B, T, h, w, C p p)
         tokens = self.token_in(patches).flatten(2, 3)
         control = self._control(t[:, None] if t.ndim == 1 else t, level, x, condition, rng)
         head = self.config.width // self.config.heads
         own = rotation(grid_positions(times, patches.shape[2], patches.shape[3], x.device), head)
+
+        # The memory's tokens come in front.
         parts: tuple[Tensor, ...] = (tokens,)
         controls: tuple[Tensor, ...] = control[:1]
         rotary, hidden = own, None
@@ -272,6 +276,7 @@ class MemoryDiT(Normalising):
             if self.config.cross_attention:
                 hidden = (memory.hidden.to(self.dtype), own, remote, memory.seen)
             mask = _joint_mask(memory, mask, tokens)
+
         mask = None if mask is None else mask[:, None, None]
         for block in self.layers:
             if self.config.activation_checkpointing and self.training:
@@ -282,12 +287,7 @@ class MemoryDiT(Normalising):
         return unfold(velocity.unflatten(2, tuple(patches.shape[2:4])).movedim(-1, 1), 1, self.config.patch)
 
     def _control(
-        self,
-        t: Tensor,
-        level: Tensor | None,
-        x: Tensor,
-        condition: Condition | None,
-        rng: torch.Generator | None,
+        self, t: Tensor, level: Tensor | None, x: Tensor, condition: Condition | None, rng: torch.Generator | None
     ) -> tuple[Tensor, Tensor]:
         """The controls of tokens at times t `(B, T or 1)` and of the memory's tokens: `(B, T or 1, D)` and `(B, 1, D)`."""
         times = torch.cat([t, torch.zeros_like(t[:, :1]) if level is None else level.to(t)[:, None]], dim=1)

@@ -148,8 +148,8 @@ def split_segment(stretch: Stretch, length: int, position: Tensor, config: Memor
         remembered = torch.zeros_like(remembered)
 
     # Beside a memory: the latents that it does not have yet, and at least the window. Else all that could fill no group.
-    wanted = torch.where(remembered > 0, lag.clamp(min=config.window), max(config.window, config.group - 1))
-    recents = torch.minimum(lengths, wanted)
+    limits = torch.where(remembered > 0, lag.clamp(min=config.window), max(config.window, config.group - 1))
+    recents = torch.minimum(lengths, limits)
     recent = int(recents.max())
     history = None
     if not config.variant.empty:

@@ -73,8 +73,8 @@ class Config(MemoryConfig):
         """The lengths that occur in generation, and none, as far as history and segment fill a group of the memory."""
         assert dit.shape
         lengths = history_lengths(dit, 0.0, least)
-        some = tuple(begin for begin in (0, *lengths.some) if begin + dit.shape[0] >= dit.group)
-        return replace(lengths, some=some, least=max(least, some[0]))
+        counts = tuple(count for count in (0, *lengths.some) if count + dit.shape[0] >= dit.group)
+        return replace(lengths, some=counts, least=max(least, counts[0]))
 
     @model_validator(mode="after")
     def _remembers(self) -> "Config":

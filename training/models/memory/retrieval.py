@@ -30,6 +30,7 @@ from longtake.training.models.memory.stretch import Stretch
 from longtake.training.models.memory.tokens import Memory, repeated
 
 _SHOWN = 4  # clips in retrieved.mp4
+_PICTURES = "shown-{}.npy"  # the frames of a video, which a rank leaves for rank 0 to join
 _AT_ONCE = 4  # latents that are retrieved together for a held-out loss
 _MEANS = ("psnr", "ssim", "psnr_bound", "ssim_bound", "psnr_copy_last", "psnr_copy_nearest")
 _AGAINST = (
@@ -179,7 +180,7 @@ def evaluate(
         records[number] = _compare(model, vae, video, latents, stretch.high, pictures)
         records[number]["tokens"] = model.config.tokens((stretch.high.shape[2], *stretch.high.shape[3:]))
         if pictures:
-            np.save(_picture_file(folder, number), np.concatenate(pictures))
+            np.save(folder / _PICTURES.format(number), np.concatenate(pictures))
     records = united(records)
     rows = list(records.values())
     by_latent = [row["psnr_by_step"] for row in rows]
@@ -202,15 +203,10 @@ def evaluate(
     if place()[0] == 0:
         (folder / "retrieved.json").write_text(json.dumps({"summary": summary, "clips": rows}, indent=2))
         with video_file(folder / "retrieved.mp4", fps) as write:
-            for path in (_picture_file(folder, number) for number in records if number < _SHOWN):
+            for path in (folder / _PICTURES.format(number) for number in records if number < _SHOWN):
                 write(np.load(path, mmap_mode="r"))
                 path.unlink()
     return summary
-
-
-def _picture_file(folder: Path, number: int) -> Path:
-    """Where a rank leaves the frames of a video for rank 0, which joins them into one file."""
-    return folder / f"shown-{number}.npy"
 
 
 def _compare(

@@ -41,7 +41,7 @@ _Output = TypeVar("_Output")
 
 _SETTINGS = "settings.json"
 _SUFFIX = ".safetensors"
-_NOISES = ("high", "low", "recent")  # what is noised; each draws its own
+_NOISES = ("high", "low", "recent")  # what is noised; the places decide the draws
 
 
 class History:

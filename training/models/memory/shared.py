@@ -13,7 +13,7 @@ from longtake.datasets.loader import Loader, to_pixels
 from longtake.training import data as common
 from longtake.training.engines import device
 from longtake.training.models.common.codec import Codec
-from longtake.training.models.memory.base import begin
+from longtake.training.models.memory.base import initial_model
 from longtake.training.models.memory.config import MemoryConfig
 from longtake.training.models.memory.data import (
     Setup,
@@ -32,12 +32,13 @@ MODEL = "memory_dit"
 
 
 def prepare(config: MemoryConfig, inputs: Mapping[str, str], folder: Path) -> Setup:
-    """Read, check and load the data and the models. Raises as `data_of` and `begin`."""
+    """Read, check and load the data and the models. Raises as `data_of` and `initial_model`."""
     data = data_of(config, inputs)
     codec = common.decoder_of(data.latents, inputs["vae"])
     labels = {"columns": ("label",), "batch": 1}
     classes = common.loader(config, inputs, "train", **labels).classes if config.classes else []
-    return Setup(inputs, data, classes, begin(config, inputs, data, len(classes)).to(device()), codec)
+    model = initial_model(config, inputs, data, len(classes))
+    return Setup(inputs, data, classes, model.to(device()), codec)
 
 
 def loader(config: MemoryConfig, setup: Setup, rank: int, world: int) -> Loader:

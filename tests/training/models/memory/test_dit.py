@@ -61,14 +61,14 @@ def awake_model(**changes) -> MemoryDiT:
     return model.eval()
 
 
-def latents(steps: int = 3, side: tuple[int, int] = (8, 8), seed: int = 0, batch: int = 2) -> Tensor:
-    return torch.randn(batch, 4, steps, *side, generator=seeded(seed))
+def latents(count: int = 3, side: tuple[int, int] = (8, 8), seed: int = 0, batch: int = 2) -> Tensor:
+    return torch.randn(batch, 4, count, *side, generator=seeded(seed))
 
 
-def history(config: MemoryDiTConfig, steps: int = 16, side: tuple[int, int] = (8, 8)) -> tuple[Tensor, Tensor | None]:
-    high = latents(steps, side, 1)
+def history(config: MemoryDiTConfig, count: int = 16, side: tuple[int, int] = (8, 8)) -> tuple[Tensor, Tensor | None]:
+    high = latents(count, side, 1)
     small = config.shrink
-    return high, latents(steps, (side[0] // small[0], side[1] // small[1]), 2) if small else None
+    return high, latents(count, (side[0] // small[0], side[1] // small[1]), 2) if small else None
 
 
 def close(made: Tensor, expected: Tensor) -> None:
@@ -259,7 +259,7 @@ def test_shifting_all_times_changes_nothing_and_shifting_some_does(changes):
 
 
 @torch.no_grad()
-def test_steps_may_come_in_any_order_and_each_sample_at_its_own_times(model):
+def test_latents_may_come_in_any_order_and_each_sample_at_its_own_times(model):
     memory = model.remember(*history(SMALL))
     x, t, order = latents(), torch.tensor([[0.0, 0.4, 0.9], [0.5, 0.0, 0.1]]), [2, 0, 1]
     base = model(x, t, TIMES, memory, IDS)
@@ -284,7 +284,7 @@ def test_rows_and_columns_and_times_tell_tokens_apart(model):
 
 @torch.no_grad()
 @pytest.mark.parametrize("changes", MEMORIES)
-def test_memory_and_all_steps_mix_but_samples_never(changes):
+def test_memory_and_all_latents_mix_but_samples_never(changes):
     model = awake_model(**changes)
     high, low = history(model.config, 24)
 
@@ -319,7 +319,7 @@ def test_each_branch_and_each_encoder_counts(model):
 
 
 @torch.no_grad()
-def test_tokens_of_the_memory_are_clean_and_steps_have_their_own_time(model):
+def test_tokens_of_the_memory_are_clean_and_latents_have_their_own_time(model):
     """Steps at t = 0 that are given beside the memory are told as clean; the memory is seen the same at all times."""
     memory, x = model.remember(*history(SMALL)), latents()
     seen = []
@@ -467,7 +467,7 @@ def test_the_flow_can_be_learned_from_the_memory_alone():
     optimizer = torch.optim.AdamW(model.parameters(), 3e-3)
     losses, draw = [], seeded()
     for _ in range(150):
-        level = torch.randn(8, 4, 4, 1, 1, generator=draw)  # a colour for each step
+        level = torch.randn(8, 4, 4, 1, 1, generator=draw)  # a colour for each latent
         high = level.expand(-1, -1, -1, 4, 4)
         memory = model.remember(high, high[..., ::2, ::2])
         times = torch.randperm(4, generator=draw)[:2]
@@ -503,7 +503,7 @@ class Foreign(nn.Module):
         return self.inside(patches)
 
     def velocity(self, x: Tensor, t: Tensor, times: Tensor, memory: Memory | None, prompt: Tensor) -> Tensor:
-        batch, _, steps, height, width = x.shape
+        batch, _, count, height, width = x.shape
         blocks = x.unflatten(4, (-1, 2)).unflatten(3, (-1, 2))  # B C T h 2 w 2
         tokens = self.inside(blocks.permute(0, 2, 3, 5, 1, 4, 6).flatten(4)).flatten(1, 3)
         tokens = tokens + self.place(grid_positions(times, height // 2, width // 2, x.device)) + prompt[:, None]
@@ -515,7 +515,7 @@ class Foreign(nn.Module):
         for layer in self.layers:
             given = layer(tokens)
             tokens = given[0] if isinstance(given, tuple) else given
-        made = self.outside(tokens[:, front:]).view(batch, steps, height // 2, width // 2, 4, 2, 2)
+        made = self.outside(tokens[:, front:]).view(batch, count, height // 2, width // 2, 4, 2, 2)
         return made.permute(0, 4, 1, 2, 5, 3, 6).reshape(x.shape)
 
 

@@ -44,11 +44,11 @@ def project(patch: int = 1) -> nn.Linear:
     return nn.Linear(CHANNELS * patch**2, WIDTH)
 
 
-def history(steps: int, side: tuple[int, int] = (8, 12), rate: str = "4x4x2", batch: int = 2) -> tuple[Tensor, Tensor]:
+def history(count: int, side: tuple[int, int] = (8, 12), rate: str = "4x4x2", batch: int = 2) -> tuple[Tensor, Tensor]:
     """Latents, and those of the video scaled down by the rate."""
     rows, columns, _ = parse_rate(rate)
-    low = noise(batch, CHANNELS, steps, side[0] // rows, side[1] // columns, seed=8)
-    return noise(batch, CHANNELS, steps, *side), low
+    low = noise(batch, CHANNELS, count, side[0] // rows, side[1] // columns, seed=8)
+    return noise(batch, CHANNELS, count, *side), low
 
 
 def same(a: Memory, b: Memory, tolerance: float = 1e-5) -> None:
@@ -67,7 +67,7 @@ def test_a_rate_is_height_width_and_time_in_powers_of_two():
 
 
 def test_twenty_seconds_of_480p_are_5460_tokens_at_4x4x2():
-    """60x104 latents, six steps a second, patches of two: the paper's "about 5k"."""
+    """60x104 latents, six a second, patches of two: the paper's "about 5k"."""
     assert tokens_of("4x4x2", 2, (120, 60, 104)) == 5460
     second = {rate: tokens_of(rate, 2, (6, 60, 104)) for rate in ("2x2x1", "2x2x2", "4x4x2")}
     assert second == {"2x2x1": 6 * 15 * 26, "2x2x2": 3 * 15 * 26, "4x4x2": 3 * 7 * 13}
@@ -121,7 +121,7 @@ def test_positions_after_cropping_are_the_true_ones():
 
 @torch.no_grad()
 def test_a_token_sees_the_place_that_its_position_says():
-    """A change in one latent reaches, of a step's tokens, most of all the one that is there."""
+    """A change in one latent reaches, of a latent's tokens, most of all the one that is there."""
     phi = encoder("2x2x2", branches="high")
     high = noise(1, CHANNELS, 4, 16, 16)
     for t, row, column in [(0, 0, 0), (2, 6, 9), (3, 15, 1)]:
@@ -191,7 +191,7 @@ def test_at_the_start_both_branches_give_what_the_low_one_alone_gives():
 
 @torch.no_grad()
 @pytest.mark.parametrize("patch", [1, 2])
-def test_the_low_branch_is_the_last_step_of_each_group_through_the_given_projection(patch):
+def test_the_low_branch_is_the_last_latent_of_each_group_through_the_given_projection(patch):
     _, low = history(4, (8 * patch, 12 * patch))
     p = project(patch)
     made = encoder(branches="low", patch=patch)(None, low, project=p).tokens.view(2, 2, 2, 3, WIDTH)
@@ -281,7 +281,7 @@ def test_a_patchifier_is_one_linear_map_of_all_latents_of_a_token():
 
 
 @torch.no_grad()
-def test_a_packed_memory_sees_late_steps_finely_and_old_ones_coarsely():
+def test_a_packed_memory_sees_late_latents_finely_and_old_ones_coarsely():
     torch.manual_seed(0)
     pack = FramePack(1, CHANNELS, WIDTH)
     made = pack(noise(1, CHANNELS, 24, 16, 16), start=100)
@@ -291,7 +291,7 @@ def test_a_packed_memory_sees_late_steps_finely_and_old_ones_coarsely():
     }  # fmt: skip
     assert made.positions[-1].tolist() == [123, 15, 15]
     assert made.positions[0].tolist() == [106.5, 1.5, 1.5]
-    assert sum(steps for steps, *_ in FRAMEPACK) == 19
+    assert sum(latents for latents, *_ in FRAMEPACK) == 19
 
 
 @torch.no_grad()
@@ -376,7 +376,7 @@ def test_at_the_start_larger_patches_are_the_patch_embedding_of_the_latents_scal
 
 @torch.no_grad()
 @pytest.mark.parametrize("cuts", [(1, 2, 9), (5, 20), (24,)])
-def test_a_packed_memory_of_pieces_is_that_of_all_steps_so_far(cuts):
+def test_a_packed_memory_of_chunks_is_that_of_all_latents_so_far(cuts):
     torch.manual_seed(0)
     pack, past, high = FramePack(1, CHANNELS, WIDTH), Past(), noise(1, CHANNELS, 30, 8, 8)
     for begin, end in zip((0, *cuts), (*cuts, 30), strict=True):

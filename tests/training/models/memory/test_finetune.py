@@ -119,20 +119,20 @@ def test_the_loss_is_of_the_segment_given_what_generation_would_be_given_there(
         assert (call.x[:, :, window:] != true.high[:, :, 6:]).all()
         assert torch.equal(call.ids, batch["label"].cpu())
         for n, begin in enumerate(batch["stream_step"].tolist()):
-            # the same steps, one after the other, through what generation keeps its history in
+            # the same latents, one after the other, through what generation keeps its history in
             known = min(begin, 6)
             before = Stretch(true.high[n : n + 1, :, :6], true.low[n : n + 1, :, :6], 0, true.first[n : n + 1, :6])
             told = [call.first[n, window:].tolist(), [begin == 0, False, False]]
-            assert told[0] == told[1], "only the first step of a stream is a first latent"
+            assert told[0] == told[1], "only the beginning of a stream is a first latent"
             late = begin % 2
             count = (known - late) // 2 * 2
             memory = call.memory
             held = memory.high.shape[2] - (0 if memory.skip is None else int(memory.skip[n]))
-            assert held == count, "all of the history in whole groups, counted from the stream's first step"
+            assert held == count, "all of the history in whole groups, counted from the stream's first latent"
             if held:
                 assert torch.equal(memory.high[n, :, -held:], before.high[0, :, 6 - late - held : 6 - late])
                 assert torch.equal(memory.low[n, :, -held:], before.low[0, :, 6 - late - held : 6 - late])
-                assert memory.first[n, -held:].tolist() == [begin <= 6 and not step for step in range(held)]
+                assert memory.first[n, -held:].tolist() == [begin <= 6 and not n for n in range(held)]
             seen = int(call.seen[n, :window].sum())
             assert seen == min(known, 2 if held else max(2, late)), "beside it the window, of what there is"
             assert torch.equal(call.x[n, :, window - seen : window], before.high[0, :, 6 - seen :])
@@ -347,7 +347,7 @@ def test_losses_by_history_are_of_the_same_segments_from_the_same_noise(
     setup = prepared(config(), inputs, tmp_path)
     counts, calls = (0, 2, 3, 4, 6), list[tuple[Tensor, Segment]]()
 
-    def velocity(x: Tensor, t: Tensor, steps: Tensor, memory: Any, *more: Any) -> Tensor:
+    def velocity(x: Tensor, t: Tensor, times: Tensor, memory: Any, *more: Any) -> Tensor:
         calls.append((x[:, :, -3:], memory))
         return torch.zeros_like(x)
 
@@ -372,7 +372,7 @@ def test_losses_by_history_are_of_the_same_segments_from_the_same_noise(
             given = seen[at]
             held = 0 if given.history is None else given.history.high.shape[2] - int(given.history.skip or 0)
             shown = given.recent if given.seen is None else int(given.seen[0, : given.recent].sum())
-            assert held == count // 2 * 2 and shown == min(count, 2), "of the history, so many of its last steps"
+            assert held == count // 2 * 2 and shown == min(count, 2), "of the history, so many of its last latents"
             assert bool(given.first[:, : given.recent].any() if given.recent else False) is False
     # whoever says zero has the same loss with any history
     assert all(np.allclose(some, losses[0], rtol=1e-5) for some in losses.values())

@@ -56,8 +56,8 @@ def batch(true: tuple[int, ...] = (10, 7)) -> dict[str, Any]:
             [time.expand(len(true), 1, 2, -1, side, side), torch.full((len(true), 1, 2, 13, side, side), -30.0)], 1
         )
         before = moments[:, :, :, :ROOM].clone()
-        for number, steps in enumerate(true):
-            before[number, :, :, : ROOM - steps] = 99.0
+        for number, length in enumerate(true):
+            before[number, :, :, : ROOM - length] = 99.0
         return {"history": before.half(), "window": moments[:, :, :, ROOM:].half()}
 
     high, low = column(1.0, 4), column(10.0, 2)
@@ -82,24 +82,24 @@ def random_stretch(count: int = 6, batch: int = 2, start: int = 4) -> Stretch:
     )
 
 
-def test_steps_are_those_that_each_sample_truly_has_at_their_own_times() -> None:
+def test_latents_are_those_that_each_sample_truly_has_at_their_own_times() -> None:
     dit = model()
     for most in (10, 7, 5, 0):
-        steps = stretch_of(batch(), dit, most)
-        assert steps.low is not None and steps.high.shape == (2, 2, most + SEGMENT, 4, 4)
+        stretch = stretch_of(batch(), dit, most)
+        assert stretch.low is not None and stretch.high.shape == (2, 2, most + SEGMENT, 4, 4)
         skip = [0, max(0, most - 7)]
-        assert skip == [0, 0] if steps.skip is None else steps.skip.tolist() == skip
-        times = steps.start + torch.arange(most + SEGMENT).float()
+        assert skip == [0, 0] if stretch.skip is None else stretch.skip.tolist() == skip
+        times = stretch.start + torch.arange(most + SEGMENT).float()
         for n, missing in enumerate(skip):
-            torch.testing.assert_close(steps.high[n, 0, missing:, 0, 0], times[missing:], atol=0, rtol=0)
-            torch.testing.assert_close(steps.low[n, 1, missing:, 1, 0], 10 * times[missing:], atol=0, rtol=0)
-        # the second sample's stream begins seven steps before its window
-        assert steps.first[0].sum() == 0 and steps.first[1].nonzero().flatten().tolist() == [most - 7] * (most >= 7)
+            torch.testing.assert_close(stretch.high[n, 0, missing:, 0, 0], times[missing:], atol=0, rtol=0)
+            torch.testing.assert_close(stretch.low[n, 1, missing:, 1, 0], 10 * times[missing:], atol=0, rtol=0)
+        # the second sample's stream begins seven latents before its segment
+        assert stretch.first[0].sum() == 0 and stretch.first[1].nonzero().flatten().tolist() == [most - 7] * (most >= 7)
         assert true_lengths(batch(), most).tolist() == [most, min(7, most)]
 
 
 @pytest.mark.parametrize("group", [1, 2, 4])
-def test_a_memory_has_whole_groups_counted_from_the_first_step_of_the_video(group: int) -> None:
+def test_a_memory_has_whole_groups_counted_from_the_first_latent_of_the_video(group: int) -> None:
     given, dit = batch(), model(rates=("2x2x" + str(group),))
     ends = given["stream_step"] + SEGMENT
     whole = cut_to_groups(stretch_of(given, dit, 10), ends, dit.config)
@@ -109,8 +109,8 @@ def test_a_memory_has_whole_groups_counted_from_the_first_step_of_the_video(grou
         held = (known - late) // group * group
         skip = 0 if whole.skip is None else int(whole.skip[n])
         assert count - skip == held
-        # its last step is the video's last that fills a group; what cannot be seen is of nobody's
-        assert whole.high[n, 0, skip:, 0, 0].tolist() == [float(13 - late - held + step) for step in range(held)]
+        # its last latent is the video's last that fills a group; what cannot be seen is of nobody's
+        assert whole.high[n, 0, skip:, 0, 0].tolist() == [float(13 - late - held + n) for n in range(held)]
 
 
 def test_a_packed_memory_calls_all_its_layers_however_little_history_a_rank_has() -> None:
@@ -130,35 +130,35 @@ def test_a_packed_memory_calls_all_its_layers_however_little_history_a_rank_has(
 def test_both_columns_are_normalised_by_their_own_statistics_and_drawn_where_asked() -> None:
     dit = model()
     dit.set_statistics(*(torch.full((2,), value) for value in (1.0, 2.0, 5.0, 10.0)))
-    steps = stretch_of(batch(), dit, 7)
-    assert steps.low is not None and steps.skip is None
-    torch.testing.assert_close(steps.high[0, 0, :, 0, 0], (torch.arange(3, 13).float() - 1) / 2)
-    torch.testing.assert_close(steps.low[0, 0, :, 0, 0], (10 * torch.arange(3, 13).float() - 5) / 10)
+    stretch = stretch_of(batch(), dit, 7)
+    assert stretch.low is not None and stretch.skip is None
+    torch.testing.assert_close(stretch.high[0, 0, :, 0, 0], (torch.arange(3, 13).float() - 1) / 2)
+    torch.testing.assert_close(stretch.low[0, 0, :, 0, 0], (10 * torch.arange(3, 13).float() - 5) / 10)
     uncertain = batch()
     uncertain["latent"][:, 1] = uncertain["low"][:, 1] = 0.0
     drawn = stretch_of(uncertain, dit, 7, "sample", draws())
-    assert (drawn.high[:, :, :7] - steps.high[:, :, :7]).abs().max() < 1e-3
-    assert 0.2 < (drawn.high[:, :, 7:] - steps.high[:, :, 7:]).std() < 0.8
+    assert (drawn.high[:, :, :7] - stretch.high[:, :, :7]).abs().max() < 1e-3
+    assert 0.2 < (drawn.high[:, :, 7:] - stretch.high[:, :, 7:]).std() < 0.8
     torch.testing.assert_close(stretch_of(uncertain, dit, 7, "sample", draws()).high, drawn.high, atol=0, rtol=0)
     # the low-res branch never: generation encodes frames for it, and takes the likeliest latents
-    assert drawn.low is not None and torch.equal(drawn.low, steps.low)
+    assert drawn.low is not None and torch.equal(drawn.low, stretch.low)
 
 
-@given(steps=st.integers(1, 12), most=st.integers(1, 5), seed=st.integers(0, 1000))
-def test_omega_is_some_distinct_steps_of_each_sample(steps: int, most: int, seed: int) -> None:
-    omega = draw_omega(5, steps, most, draws(seed))
-    assert omega.shape[0] == 5 and 1 <= omega.shape[1] <= min(most, steps)
-    assert ((omega >= 0) & (omega < steps)).all() and (omega.diff(dim=1) > 0).all()
-    torch.testing.assert_close(draw_omega(5, steps, most, draws(seed)), omega, atol=0, rtol=0)
+@given(latents=st.integers(1, 12), most=st.integers(1, 5), seed=st.integers(0, 1000))
+def test_omega_is_some_distinct_latents_of_each_sample(latents: int, most: int, seed: int) -> None:
+    omega = draw_omega(5, latents, most, draws(seed))
+    assert omega.shape[0] == 5 and 1 <= omega.shape[1] <= min(most, latents)
+    assert ((omega >= 0) & (omega < latents)).all() and (omega.diff(dim=1) > 0).all()
+    torch.testing.assert_close(draw_omega(5, latents, most, draws(seed)), omega, atol=0, rtol=0)
 
 
-def test_omega_has_no_step_that_a_sample_does_not_have() -> None:
+def test_omega_has_no_latent_that_a_sample_does_not_have() -> None:
     for seed in range(50):
         omega = draw_omega(3, 8, 4, draws(seed), torch.tensor([0, 5, 2]))
         assert omega.shape[1] <= 3 and (omega[1] >= 5).all() and (omega[2] >= 2).all() and (omega.diff(dim=1) > 0).all()
 
 
-def test_omega_has_every_count_and_every_step_about_as_often() -> None:
+def test_omega_has_every_count_and_every_latent_about_as_often() -> None:
     many = [draw_omega(8, 6, 4, draws(seed)) for seed in range(400)]
     counts = torch.tensor([omega.shape[1] for omega in many]).bincount(minlength=5)[1:] / 400
     assert (counts - 0.25).abs().max() < 0.08
@@ -167,9 +167,9 @@ def test_omega_has_every_count_and_every_step_about_as_often() -> None:
     assert len({tuple(row.tolist()) for row in draw_omega(8, 6, 3, draws(1))}) > 1
 
 
-def masked(steps: Stretch, sigma: float | Tensor, omega: Tensor, noise: Stretch | None = None) -> Stretch:
-    level = sigma if isinstance(sigma, Tensor) else torch.full(steps.high.shape[:3:2], sigma)
-    return mask(steps, omega, level, noise or noise_like(steps, draws(3)))
+def masked(stretch: Stretch, sigma: float | Tensor, omega: Tensor, noise: Stretch | None = None) -> Stretch:
+    level = sigma if isinstance(sigma, Tensor) else torch.full(stretch.high.shape[:3:2], sigma)
+    return mask(stretch, omega, level, noise or noise_like(stretch, draws(3)))
 
 
 OMEGA = torch.tensor([[1, 4], [0, 2]])
@@ -179,63 +179,63 @@ def others() -> Tensor:
     return torch.ones(2, 6, dtype=torch.bool).scatter(1, OMEGA, False)
 
 
-def branches(steps: Stretch) -> list[Tensor]:
+def branches(stretch: Stretch) -> list[Tensor]:
     """Of each branch `(B, T, ...)`."""
-    assert steps.low is not None
-    return [steps.high.transpose(1, 2), steps.low.transpose(1, 2)]
+    assert stretch.low is not None
+    return [stretch.high.transpose(1, 2), stretch.low.transpose(1, 2)]
 
 
-def test_steps_in_omega_are_clean_to_the_bit_and_all_others_noised_at_their_own_level() -> None:
-    steps, noise = random_stretch(), noise_like(random_stretch(), draws(3))
-    steps.high[0, 0, 1, 0, 0] = -0.0
+def test_latents_in_omega_are_clean_to_the_bit_and_all_others_noised_at_their_own_level() -> None:
+    stretch, noise = random_stretch(), noise_like(random_stretch(), draws(3))
+    stretch.high[0, 0, 1, 0, 0] = -0.0
     sigma = torch.rand(2, 6, generator=draws(1))
-    made = masked(steps, sigma, OMEGA, noise)
-    for z, epsilon, seen in zip(branches(steps), branches(noise), branches(made), strict=True):
+    made = masked(stretch, sigma, OMEGA, noise)
+    for z, epsilon, seen in zip(branches(stretch), branches(noise), branches(made), strict=True):
         clean = ~others()
         assert torch.equal(z[clean].view(torch.int32), seen[clean].view(torch.int32))
         level = sigma.view(2, 6, 1, 1, 1)
         torch.testing.assert_close(seen[others()], ((1 - level) * z + level * epsilon)[others()])
         assert (seen[others()] != z[others()]).any(dim=(1, 2, 3)).all()
-    assert made.start == steps.start
+    assert made.start == stretch.start
 
 
-def test_what_is_in_omega_does_not_leak_into_other_steps_and_nothing_gets_into_it() -> None:
-    steps, noise = random_stretch(), noise_like(random_stretch(), draws(3))
-    made = masked(steps, 0.5, OMEGA, noise)
-    changed = steps._replace(high=steps.high.clone(), low=steps.low.clone() if steps.low is not None else None)
+def test_what_is_in_omega_does_not_leak_into_other_latents_and_nothing_gets_into_it() -> None:
+    stretch, noise = random_stretch(), noise_like(random_stretch(), draws(3))
+    made = masked(stretch, 0.5, OMEGA, noise)
+    changed = stretch._replace(high=stretch.high.clone(), low=stretch.low.clone() if stretch.low is not None else None)
     for part in branches(changed):
         part[~others()] += 5.0
     for before, after in zip(branches(made), branches(masked(changed, 0.5, OMEGA, noise)), strict=True):
         assert torch.equal(before[others()], after[others()]) and not torch.equal(before, after)
     for part, epsilon in zip(branches(changed), branches(noise), strict=True):
-        part.copy_(branches(steps)[0] if part.shape[-1] == 4 else branches(steps)[1])
+        part.copy_(branches(stretch)[0] if part.shape[-1] == 4 else branches(stretch)[1])
         part[others()] += 5.0
         epsilon[~others()] = torch.nan
     for before, after in zip(branches(made), branches(masked(changed, 0.5, OMEGA, noise)), strict=True):
         assert torch.equal(before[~others()], after[~others()])
-    whole = [branches(masked(some, 1.0, OMEGA, noise)) for some in (steps, changed)]
+    whole = [branches(masked(some, 1.0, OMEGA, noise)) for some in (stretch, changed)]
     for one, other in zip(*whole, strict=True):
-        assert torch.equal(one[others()], other[others()]), "at level 1 nothing of a masked step is left"
+        assert torch.equal(one[others()], other[others()]), "at level 1 nothing of a masked latent is left"
 
 
-def test_picked_steps_are_those_of_each_sample() -> None:
-    steps = random_stretch()
-    found = gather_latents(steps.high, OMEGA)
+def test_gathered_latents_are_those_of_each_sample() -> None:
+    stretch = random_stretch()
+    found = gather_latents(stretch.high, OMEGA)
     for number, row in enumerate(OMEGA.tolist()):
-        for at, step in enumerate(row):
-            assert torch.equal(found[number, :, at], steps.high[number, :, step])
+        for at, latent in enumerate(row):
+            assert torch.equal(found[number, :, at], stretch.high[number, :, latent])
 
 
 def test_a_call_with_a_history_is_a_call_with_the_memory_of_it() -> None:
-    dit, steps = model(), random_stretch()
+    dit, stretch = model(), random_stretch()
     x, t, times = (
         torch.randn(2, 2, 2, 4, 4, generator=draws(2)),
         torch.tensor([0.3, 0.9]),
         torch.tensor([[11, 12], [4, 20]]),
     )
-    memory = dit.remember(steps.high, steps.low, steps.start)
-    assert torch.equal(dit(x, t, times, steps), dit(x, t, times, memory))
-    assert not torch.allclose(dit(x, t, times, steps), dit(x, t, times, None), atol=1e-4)
+    memory = dit.remember(stretch.high, stretch.low, stretch.start)
+    assert torch.equal(dit(x, t, times, stretch), dit(x, t, times, memory))
+    assert not torch.allclose(dit(x, t, times, stretch), dit(x, t, times, None), atol=1e-4)
 
 
 @pytest.mark.parametrize("rates", [("2x2x2",), ("2x2x4",), ("1x1x8", "2x2x2")])
@@ -246,9 +246,9 @@ def test_training_gives_each_sample_what_generation_gives_there(rates: tuple[str
     x = torch.randn(1, 2, SEGMENT, 4, 4, generator=draws(6))
     counts = list(range(0, 25, SEGMENT))
     moments = torch.cat([latents, torch.full_like(latents, -30.0)])[None]
-    steps, alone = list[Tensor](), list[Tensor]()
+    histories, alone = list[Tensor](), list[Tensor]()
     for known in counts:
-        # what generation sees after so many steps
+        # what generation sees after so many latents
         history = segments.History(dit)
         for piece in latents[:, :, :known].split(SEGMENT, 2) if known else ():
             history.append(piece)
@@ -262,11 +262,11 @@ def test_training_gives_each_sample_what_generation_gives_there(rates: tuple[str
         past = min(known, 16)
         before = torch.full((1, 2, 2, 16, 4, 4), 99.0)
         before[:, :, :, 16 - past :] = moments[:, :, :, known - past : known]
-        steps.append(before)
+        histories.append(before)
     # all of them in one batch of training
     together = {
         "latent": moments[:, :, :, :SEGMENT].expand(len(counts), -1, -1, -1, -1, -1),
-        "history_latent": torch.cat(steps),
+        "history_latent": torch.cat(histories),
         "history_steps": torch.tensor(counts).clamp(max=16),
         "stream_step": torch.tensor(counts),
     }
@@ -302,8 +302,10 @@ def test_a_history_that_is_cut_has_in_generation_the_tokens_that_it_has_in_train
         if known:
             history.append(piece)
         behind, past = torch.tensor([known]), min(known, most)
-        steps = Stretch(torch.zeros(1, 2, past + SEGMENT, 4, 4), None, known - past, torch.zeros(1, past + SEGMENT) > 0)
-        given = split_segment(steps, SEGMENT, behind, dit.config)
+        stretch = Stretch(
+            torch.zeros(1, 2, past + SEGMENT, 4, 4), None, known - past, torch.zeros(1, past + SEGMENT) > 0
+        )
+        given = split_segment(stretch, SEGMENT, behind, dit.config)
         assert given.history is not None
         memory = memory_of(dit, given.history)
         positions = memory.positions if memory.seen is None else memory.positions[memory.seen[0]]
@@ -343,7 +345,7 @@ def test_every_history_that_generation_comes_to_is_drawn_and_no_other(
 
 
 class Oracle:
-    """Knows every step of a video, and tells its times to `called`."""
+    """Knows every latent of a video, and tells its times to `called`."""
 
     def __init__(self, video: Tensor) -> None:
         self.video, self.called = video, list[list[int]]()
@@ -357,7 +359,7 @@ class Oracle:
         return (x - self.video[:, :, times]) / t.view(-1, 1, 1, 1, 1)
 
 
-def test_retrieval_asks_for_a_few_steps_at_a_time_and_gives_them_in_the_order_asked() -> None:
+def test_retrieval_asks_for_a_few_latents_at_a_time_and_gives_them_in_the_order_asked() -> None:
     video = torch.randn(1, 2, 9, 4, 4, generator=draws(8))
     oracle = Oracle(video)
     memory = Memory(torch.zeros(1, 1, 24), torch.zeros(1, 3), torch.zeros(1, 1, 0))
@@ -368,8 +370,8 @@ def test_retrieval_asks_for_a_few_steps_at_a_time_and_gives_them_in_the_order_as
 
 
 def test_the_target_of_the_flow_is_exact_for_retrieved_steps() -> None:
-    steps = random_stretch()
-    x0 = gather_latents(steps.high, OMEGA)
+    stretch = random_stretch()
+    x0 = gather_latents(stretch.high, OMEGA)
     noise, t = torch.randn(x0.shape, generator=draws(2)), torch.tensor([0.4, 0.8])
     velocity = (flow.interpolate(x0, noise, t) - x0) / t.view(-1, 1, 1, 1, 1)
     assert flow.loss(velocity, x0, noise).max() < 1e-9

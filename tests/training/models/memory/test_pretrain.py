@@ -26,7 +26,7 @@ from longtake.training import registry
 from longtake.training.models.common import flow
 from longtake.training.models.memory import pretrain as pretrain_memory
 from longtake.training.models.memory import retrieval
-from longtake.training.models.memory.base import begin
+from longtake.training.models.memory.base import initial_model
 from longtake.training.models.memory.config import MemoryConfig
 from longtake.training.models.memory.data import Data, Setup, data_of, describe_memory, loader_of, videos_of
 from longtake.training.models.memory.dit import MemoryDiT
@@ -84,27 +84,27 @@ def started(chosen: Config, inputs: dict[str, str], folder: Path) -> tuple[Any, 
 
 
 @pytest.mark.parametrize("history", ["masked", "clean"])
-def test_the_loss_is_of_random_clean_steps_at_their_true_times(
+def test_the_loss_is_of_random_clean_latents_at_their_true_times(
     inputs: dict[str, str], tmp_path: Path, history: str
 ) -> None:
     chosen = config(history=history, posterior="mean", classes=True)
-    setup, batch, steps = started(chosen, inputs, tmp_path)
-    assert steps.low is not None and steps.high.shape[2] % 2 == 0, "a step that fills no group is left out"
-    had = torch.ones(2, steps.high.shape[2], dtype=torch.bool)
-    if steps.skip is not None:
-        had = torch.arange(steps.high.shape[2]) >= steps.skip[:, None]
+    setup, batch, stretch = started(chosen, inputs, tmp_path)
+    assert stretch.low is not None and stretch.high.shape[2] % 2 == 0, "a latent that fills no group is left out"
+    had = torch.ones(2, stretch.high.shape[2], dtype=torch.bool)
+    if stretch.skip is not None:
+        had = torch.arange(stretch.high.shape[2]) >= stretch.skip[:, None]
     for seed in range(8):
-        engine = Recording(steps)
+        engine = Recording(stretch)
         loss, logged = pretrain_memory._loss(
             chosen, setup.model, latent_stages.turn(engine, batch, torch.Generator().manual_seed(seed))
         )
         call = engine.calls[0]
         assert loss.item() == logged["loss"].item() < 1e-4, "the true velocity has no loss"
-        assert call.memory.start == steps.start and call.memory.high.shape == steps.high.shape
-        at = call.times - steps.start
-        assert torch.equal(call.first, steps.first.gather(1, at)) and had.gather(1, at).all()
+        assert call.memory.start == stretch.start and call.memory.high.shape == stretch.high.shape
+        at = call.times - stretch.start
+        assert torch.equal(call.first, stretch.first.gather(1, at)) and had.gather(1, at).all()
         clean = torch.zeros_like(had).scatter(1, at, True)
-        for z, seen in ((steps.high, call.memory.high), (steps.low, call.memory.low)):
+        for z, seen in ((stretch.high, call.memory.high), (stretch.low, call.memory.low)):
             assert torch.equal(z.transpose(1, 2)[clean], seen.transpose(1, 2)[clean])
             if history == "clean":
                 assert torch.equal(z, seen)
@@ -115,7 +115,7 @@ def test_the_loss_is_of_random_clean_steps_at_their_true_times(
     assert zero > 0.5
 
 
-def test_masks_have_one_level_a_step_for_both_branches(inputs: dict[str, str], tmp_path: Path) -> None:
+def test_masks_have_one_level_a_latent_for_both_branches(inputs: dict[str, str], tmp_path: Path) -> None:
     chosen = config(mask_mean=0.2)
     zeros = Stretch(
         torch.zeros(200, 1, 8, 8, 8), torch.zeros(200, 1, 8, 8, 8), 0, torch.zeros(200, 8, dtype=torch.bool)
@@ -162,7 +162,7 @@ def test_the_memory_learns_and_is_shown_in_every_way_of_training(
     before = prepared(chosen, given, _folder(tmp_path / "before")).model.state_dict()
     log = latent_stages.Log()
     weights = latent_stages.fit(pretrain_memory, chosen, given, tmp_path / "run", log=log)
-    # true above retrieved, of a segment of three steps that come after others
+    # true above retrieved, of a segment of three latents that come after others
     assert log.videos == {"retrieved": (12, 2 * 32, 48, 3)} and len(log.steps) == 4
     moved = [n for n in weights if not torch.allclose(weights[n].float(), before[n].float(), atol=1e-5)]
     assert any(name.startswith("memory.") for name in moved) or way == "low"
@@ -175,7 +175,7 @@ def _folder(path: Path) -> Path:
 
 
 def random_videos(count: int, rng: torch.Generator) -> dict[str, Any]:
-    """A batch whose every step is a colour of its own, which nothing but the step itself can tell."""
+    """A batch whose every latent is a colour of its own, which nothing but the latent itself can tell."""
     colours = torch.randn(count, 2, 8, 1, 1, generator=rng).expand(-1, -1, -1, 2, 2)
     moments = torch.stack([colours, torch.full_like(colours, -30.0)], 1)
     parts = {"latent": moments[:, :, :, 6:], "history_latent": moments[:, :, :, :6]}
@@ -197,16 +197,16 @@ def test_what_is_retrieved_of_unseen_videos_comes_from_their_memory(history: str
         loss.backward()
         optimizer.step()
     model.eval()
-    steps = stretch_of(random_videos(64, draws()), model, 6)
-    x0, times, t = steps.high[:, :, 3:6], steps.start + torch.arange(3, 6), torch.full((64,), 0.9)
+    stretch = stretch_of(random_videos(64, draws()), model, 6)
+    x0, times, t = stretch.high[:, :, 3:6], stretch.start + torch.arange(3, 6), torch.full((64,), 0.9)
     noise = torch.randn(x0.shape, generator=draws())
-    others = steps._replace(high=steps.high.roll(1, 0))
+    others = stretch._replace(high=stretch.high.roll(1, 0))
     with torch.no_grad():
         own, foreign, none = (
             flow.loss(model(flow.interpolate(x0, noise, t), t, times, memory), x0, noise).mean().item()
-            for memory in (steps, others, None)
+            for memory in (stretch, others, None)
         )
-    # what noise hides of a step has a variance of about 1
+    # what noise hides of a latent has a variance of about 1
     assert own < 0.4 and foreign > 1.5 and none > 0.6, (own, foreign, none)
 
 
@@ -219,15 +219,15 @@ def test_a_perfect_memory_reaches_the_bound_of_the_autoencoder(inputs: dict[str,
     assert video.shape == (1, 3, 24 + 9, 32, 48) and torch.equal(video[:, :, 24:], batch["video"])
     whole = retrieval.trim_to_groups(video, 4, 4)
     assert whole.shape[2] == 29 and torch.equal(whole, video[:, :, 4:])
-    steps = retrieval.encode_video(setup.model, setup.codec, whole)
-    assert steps.low is not None and steps.high.shape == (1, 8, 8, 2, 3) and steps.low.shape == (1, 8, 8, 1, 1)
+    stretch = retrieval.encode_video(setup.model, setup.codec, whole)
+    assert stretch.low is not None and stretch.high.shape == (1, 8, 8, 2, 3) and stretch.low.shape == (1, 8, 8, 1, 1)
     at_once = setup.codec.encode(whole.float() / 127.5 - 1).mode()
-    torch.testing.assert_close(setup.model.denormalise(steps.high), at_once, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(setup.model.denormalise(stretch.high), at_once, atol=1e-4, rtol=1e-4)
 
     class Perfect(MemoryDiT):
         def forward(self, x: Tensor, t: Tensor, times: Tensor, *, first: Tensor, **_: Any) -> Tensor:  # type: ignore[override]
             assert len(times) <= 3 and torch.equal(first[0], times == 0)
-            return (x - steps.high[:, :, times]) / t.view(-1, 1, 1, 1, 1)
+            return (x - stretch.high[:, :, times]) / t.view(-1, 1, 1, 1, 1)
 
     perfect = Perfect(setup.model.config)
     perfect.load_state_dict(setup.model.state_dict())
@@ -236,7 +236,7 @@ def test_a_perfect_memory_reaches_the_bound_of_the_autoencoder(inputs: dict[str,
     assert found["psnr"] == pytest.approx(found["psnr_bound"], abs=1e-3)
     assert found["ssim"] == pytest.approx(found["ssim_bound"], abs=1e-4)
     assert len(found["psnr_by_step"]) == 8 and found["tokens"] == 4 * 1 * 1
-    # a step has 2x3 tokens: there is room for one frame, the middle one
+    # a latent has 2x3 tokens: there is room for one frame, the middle one
     for name, kept in (("psnr_copy_last", 28), ("psnr_copy_nearest", 14)):
         error = (whole[:, :, kept : kept + 1].double() - whole).div(255).square().mean()
         assert found[name] == pytest.approx(-10 * error.log10().item(), abs=1e-3)
@@ -294,7 +294,7 @@ def test_a_memory_that_the_latents_do_not_have_is_refused_in_one_line(inputs: di
     changes, said = REFUSED[case]
     chosen = config(low_latents=None, **changes)
     with pytest.raises(UserError, match=said) as e:
-        begin(chosen, alone(inputs), data_of(chosen, alone(inputs)), 0)
+        initial_model(chosen, alone(inputs), data_of(chosen, alone(inputs)), 0)
     assert "\n" not in str(e.value)
 
 
@@ -303,7 +303,7 @@ def test_low_latents_that_do_not_fit_are_refused_in_one_line(inputs: dict[str, s
         column.write_latents(str(tmp_path / "low"), replace(column.read_latents(inputs["low_latents"]), **facts))
         given = inputs | {"low_latents": str(tmp_path / "low")}
         with pytest.raises(UserError) as e:
-            begin(chosen, given, data_of(chosen, given), 0)
+            initial_model(chosen, given, data_of(chosen, given), 0)
         assert "\n" not in str(e.value)
         return str(e.value)
 
@@ -334,18 +334,18 @@ def test_a_history_that_fills_no_group_is_not_drawn(inputs: dict[str, str], tmp_
     setup = prepared(chosen, alone(inputs), tmp_path)
     loader = loader_of(chosen, setup, "train", batch=2)
     for batch in islice(loader, 20):
-        steps = groups_of(batch, setup.model)
-        assert steps.skip is None or (steps.skip < steps.high.shape[2]).all()
+        stretch = groups_of(batch, setup.model)
+        assert stretch.skip is None or (stretch.skip < stretch.high.shape[2]).all()
 
 
 def test_where_nothing_is_scaled_down_both_branches_read_the_same_column(
     inputs: dict[str, str], tmp_path: Path
 ) -> None:
     chosen = config(low_latents="latents", posterior="mean", **dit(rates=["1x1x2"]))
-    setup, batch, steps = started(chosen, inputs | {"low_latents": inputs["latents"]}, tmp_path)
-    assert "low" not in batch and steps.low is not None
-    torch.testing.assert_close(steps.low, steps.high, atol=0, rtol=0)
-    assert memory_of(setup.model, steps).tokens.shape == (2, steps.high.shape[2] // 2 * 2 * 3, 32)
+    setup, batch, stretch = started(chosen, inputs | {"low_latents": inputs["latents"]}, tmp_path)
+    assert "low" not in batch and stretch.low is not None
+    torch.testing.assert_close(stretch.low, stretch.high, atol=0, rtol=0)
+    assert memory_of(setup.model, stretch).tokens.shape == (2, stretch.high.shape[2] // 2 * 2 * 3, 32)
 
 
 def test_latents_that_do_not_vary_fail(inputs: dict[str, str], tmp_path: Path) -> None:
@@ -353,13 +353,13 @@ def test_latents_that_do_not_vary_fail(inputs: dict[str, str], tmp_path: Path) -
     column.write_latents(str(tmp_path / "flat"), replace(column.read_latents(inputs["latents"]), std=(0.0,) * 8))
     given = inputs | {"latents": str(tmp_path / "flat")}
     with pytest.raises(Failure, match="every channel needs a finite mean and a positive"):
-        begin(chosen, given, data_of(chosen, given), 0)
+        initial_model(chosen, given, data_of(chosen, given), 0)
 
 
 def saved(folder: Path, inputs: dict[str, str], facts: dict[str, Any] | None = None, **changes: Any) -> str:
     """A model folder, as if it had been trained on these latents."""
     chosen = MemoryConfig(**nested(latent_stages.QUICK | dit(**changes)))
-    model = begin(chosen, inputs, data_of(chosen, inputs), 0)
+    model = initial_model(chosen, inputs, data_of(chosen, inputs), 0)
     for parameter in model.parameters():
         nn.init.normal_(parameter, std=0.05)
     encoder = {"vae": {"encoder": column.read_latents(inputs["latents"]).encoder["digest"]}}
@@ -370,7 +370,7 @@ def saved(folder: Path, inputs: dict[str, str], facts: dict[str, Any] | None = N
 def based(inputs: dict[str, str], base: str, **changes: Any) -> MemoryDiT:
     chosen = config(**{"base": base, "model": None} | changes)
     given = inputs | {"base": base}
-    return begin(chosen, given, data_of(chosen, given), 0)
+    return initial_model(chosen, given, data_of(chosen, given), 0)
 
 
 def test_a_base_gives_its_weights_and_statistics_and_what_it_lacks_begins_anew(

@@ -68,12 +68,12 @@ def vae() -> PVVAE:
     return made
 
 
-def latents(steps: int, batch: int = 1, seed: int = 5) -> Tensor:
-    return torch.randn(batch, 8, steps, 2, 4, generator=torch.Generator().manual_seed(seed))
+def latents(count: int, batch: int = 1, seed: int = 5) -> Tensor:
+    return torch.randn(batch, 8, count, 2, 4, generator=torch.Generator().manual_seed(seed))
 
 
-def made(model: MemoryDiT, vae: PVVAE, steps: int, seeds: Sequence[int] = (3,), **options: Any) -> np.ndarray:
-    return np.concatenate(list(generate(model, vae, steps, seeds, **{"settings": QUICK} | options)), axis=1)
+def made(model: MemoryDiT, vae: PVVAE, count: int, seeds: Sequence[int] = (3,), **options: Any) -> np.ndarray:
+    return np.concatenate(list(generate(model, vae, count, seeds, **{"settings": QUICK} | options)), axis=1)
 
 
 def kept(folder: Path) -> Tensor:
@@ -107,7 +107,7 @@ class Seen(nn.Module):
         monkeypatch.setattr(model, "forward", noted)
 
 
-def test_the_first_step_is_one_frame_and_every_chunk_a_segment(model: MemoryDiT, vae: PVVAE) -> None:
+def test_the_first_latent_is_one_frame_and_every_chunk_a_segment(model: MemoryDiT, vae: PVVAE) -> None:
     chunks = list(generate(model, vae, 7, [3, 4], settings=QUICK))
     assert [chunk.shape for chunk in chunks] == [(2, n, 32, 64, 3) for n in (9, 12, 4)]
     assert all(chunk.dtype == np.uint8 for chunk in chunks)
@@ -159,7 +159,7 @@ def test_a_segment_sees_the_memory_of_all_before_as_if_it_were_encoded_at_once(
 
 @pytest.mark.parametrize("group", ["2x2x1", "2x2x2", "2x2x4", "2x2x8"])
 @pytest.mark.parametrize("pieces", [[3, 3, 3, 3, 3], [1] * 15, [15], [2, 7, 5, 1]])
-def test_no_step_is_unseen_whatever_the_pieces_are(group: str, pieces: list[int]) -> None:
+def test_no_latent_is_unseen_whatever_the_chunks_are(group: str, pieces: list[int]) -> None:
     model = dit(rates=(group,), history=64)
     group_of, history, whole = model.config.group, History(model), latents(15)
     low = torch.randn(1, 8, 15, 1, 2, generator=torch.Generator().manual_seed(2))
