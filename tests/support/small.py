@@ -222,9 +222,20 @@ def work(
     return found | {"log": log.rows}
 
 
+def spare_memory_reports() -> None:
+    """Without DeepSpeed's reports at the start of bf16 under ZeRO 1, each of which collects all garbage first.
+
+    That takes seconds in a process which has loaded as much as a session of tests. Needs a process group.
+    """
+    from deepspeed.runtime import bf16_optimizer
+
+    bf16_optimizer.see_memory_usage = lambda *_, **__: None
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
     with engines.process_group():
+        spare_memory_reports()
         for line in sys.stdin:
             said = work(**json.loads(line))
             print(json.dumps(said), flush=True)
