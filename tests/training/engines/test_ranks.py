@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -10,6 +11,8 @@ import small
 import torch
 from flat import nested
 from torch import nn
+
+from longtake.training import checkpoint
 
 pytestmark = pytest.mark.slow
 
@@ -281,7 +284,10 @@ def test_what_two_processes_began_one_and_then_two_go_on_with(
     zero_stage: int,
     options: dict[str, Any],
     more: dict[str, Any],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    """That the converter runs in a process of its own is shown by the training of two engines."""
+    monkeypatch.setattr(checkpoint, "subprocess", SimpleNamespace(run=small.converted_here))
     settings: dict[str, Any] = {"zero_stage": zero_stage, "ema_half_lives": [2], **more}
     kinds = ["raw", *(str(life) for life in settings["ema_half_lives"])]
     small.fit(tmp_path / "straight", small.objective(**options), **settings)
