@@ -1,4 +1,4 @@
-"""An object store that fails and stalls, workers, decoders and drivers that die: the dataset is the same to the byte."""
+"""An object store that fails and stalls, workers with their decoders and drivers that die: the dataset is the same to the byte."""
 
 import json
 import random
