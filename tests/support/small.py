@@ -4,6 +4,7 @@ The script takes jobs from its input, one JSON line each (what `work` takes), an
 """
 
 import contextlib
+import gc
 import io
 import json
 import os
@@ -226,16 +227,6 @@ def work(
     return found | {"log": log.rows}
 
 
-def spare_memory_reports() -> None:
-    """Without DeepSpeed's reports at the start of bf16 under ZeRO 1, each of which collects all garbage first.
-
-    That takes seconds in a process which has loaded as much as a session of tests. Needs a process group.
-    """
-    from deepspeed.runtime import bf16_optimizer
-
-    bf16_optimizer.see_memory_usage = lambda *_, **__: None
-
-
 def converted_here(command: Sequence[str], **_: Any) -> subprocess.CompletedProcess[str]:
     """In place of `subprocess.run` in `checkpoint`: DeepSpeed's converter in this process, which has it loaded."""
     from deepspeed.checkpoint import ds_to_universal
@@ -254,7 +245,7 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     checkpoint.subprocess = SimpleNamespace(run=converted_here)  # type: ignore[assignment]
     with engines.process_group():
-        spare_memory_reports()
+        gc.freeze()
         for line in sys.stdin:
             said = work(**json.loads(line))
             print(json.dumps(said), flush=True)

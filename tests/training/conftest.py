@@ -1,5 +1,6 @@
 """Shared by the tests of training: a process group of one, a small training, and processes that do it together."""
 
+import gc
 import json
 import os
 import socket
@@ -21,7 +22,10 @@ SMALL = Path(small.__file__)
 @pytest.fixture(scope="module")
 def group() -> Iterator[None]:
     with engines.process_group():
-        small.spare_memory_reports()
+        # DeepSpeed collects all garbage whenever an engine is made, up to nine times: seconds each where as much is
+        # loaded as in a session of tests. What is there already stays
+        gc.collect()
+        gc.freeze()
         yield
 
 
