@@ -57,7 +57,7 @@ def model() -> PVVAE:
 
 
 def settings(**changed: Any) -> latents.Settings:
-    usual = {"size": None, "precision": "fp32", "dtype": "float16", "tile": None, "overlap": 64, "batch": 3, "steps": 2}
+    usual = {"size": None, "precision": "fp32", "dtype": "float16", "tile": None, "overlap": 64, "batch": 3, "chunk": 2}
     return latents.Settings(**usual | changed)
 
 
@@ -212,7 +212,7 @@ def test_no_frame_is_encoded_twice_and_memory_does_not_grow_with_the_clip(
 
     monkeypatch.setattr(model, "_moments", encoding)
     monkeypatch.setattr(model, "encode_stream", streaming)
-    _, totals = cache(root, model, settings(batch=1, steps=1))
+    _, totals = cache(root, model, settings(batch=1, chunk=1))
     assert sum(decoded) == sum(encoded) == totals["frames"]
     assert max(decoded) == max(encoded) == 4
 
@@ -231,7 +231,7 @@ def test_tiles_and_reduced_precision_are_columns_of_their_own(model: PVVAE) -> N
         )
     }
     assert len(names) == 6
-    assert latents.column_name(digest, settings(), "") == latents.column_name(digest, settings(batch=7, steps=9), "")
+    assert latents.column_name(digest, settings(), "") == latents.column_name(digest, settings(batch=7, chunk=9), "")
     assert latents.column_name(digest, settings(), "") != latents.column_name(digest, settings(), "view")
     assert latents.column_name(column.encoder_digest(vae(1)), settings(), "") not in names
 
@@ -690,7 +690,7 @@ def test_killed_at_any_moment_it_ends_with_the_same_bytes(
     tmp_path: Path,
 ) -> None:
     undisturbed = str(shutil.copytree(root, tmp_path / "undisturbed"))
-    cache(undisturbed, model, settings(batch=1, steps=1))
+    cache(undisturbed, model, settings(batch=1, chunk=1))
     script = (
         "import json, sys\nfrom longtake.pipeline.stages import cache_latents\n"
         "if __name__ == '__main__':\n"

@@ -287,7 +287,7 @@ def test_a_group_that_stands_still_is_named(tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
         uri = f"http://127.0.0.1:{server.getsockname()[1]}/silent.mp4"
         (tmp_path / "list.csv").write_text(f"uri,bytes,etag\n{uri},1000,a\n")
-        hasty = config(tmp_path / "list.csv", run={"stall_seconds": 8}, limits={"timeout_seconds": 2})
+        hasty = config(tmp_path / "list.csv", run={"stall_seconds": 20}, limits={"timeout_seconds": 2})
         recipe = {
             "name": "hasty",
             "workspace": str(tmp_path / "out"),
@@ -298,7 +298,7 @@ def test_a_group_that_stands_still_is_named(tmp_path: Path) -> None:
         command = [str(Path(sys.executable).parent / "longtake"), "stage", str(tmp_path / "recipe.yaml"), "shards"]
         done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 1 and "Traceback" not in done.stderr
-    line = rf"error: stage shard: nothing has moved for 8 s: group train/00000 has stood still for \d+ s at {uri}"
+    line = rf"error: stage shard: nothing has moved for 20 s: group train/00000 has stood still for \d+ s at {uri}"
     assert re.search(line, done.stderr)
 
 
