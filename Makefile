@@ -1,5 +1,6 @@
 # make demo [VIDEOS=folder]   install, then the quickstart recipe: videos -> shards -> model -> report
-# make test                   install, then the tests (the long ones: make test-slow)
+# make test                   install, then the tests (the long ones: make test-slow; all of these at once: make test-all)
+# make soak                   the long forms of tests that kill, of which the others run short ones; some 20 minutes
 # make lint                   what CI checks besides
 # make airflow-test           the DAGs in a real Airflow (installed into .venv-airflow) on a real Ray; some 8 minutes
 
@@ -8,11 +9,15 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 # two at a time, a file of tests each; more threads than that would wait for each other
-TEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder
+JOBS := 2
+TEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
+
+# which tests: `pytest -m` with that
+MARKED := not slow and not soak
 
 export VIDEOS
 
-.PHONY: install demo test test-slow airflow-test lint format clean
+.PHONY: install demo test test-slow test-all soak airflow-test lint format clean
 
 install: $(INSTALLED)
 
@@ -29,10 +34,13 @@ demo: install
 	@VIDEOS="$${VIDEOS:-runs/footage}" $(BIN)/longtake run quickstart
 
 test: install
-	$(TEST)
+	$(TEST) -m "$(MARKED)"
 
-test-slow: install
-	$(TEST) -m slow
+test-slow: MARKED := slow and not soak
+test-all: MARKED := not soak
+soak: MARKED := soak
+
+test-slow test-all soak: test
 
 airflow-test: install
 	OMP_NUM_THREADS=1 $(BIN)/python tests/infra/airflow/run.py

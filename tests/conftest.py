@@ -26,6 +26,32 @@ settings.register_profile("patient", deadline=None)
 settings.load_profile("patient")
 
 
+# the files that take longest, minutes each
+LONGEST = [
+    "infra/test_quickstart.py",
+    "training/launch/test_launch.py",
+    "training/engines/test_ranks.py",
+    "infra/cluster/test_cluster_jobs.py",
+    "pipeline/test_chaos_s3.py",
+    "pipeline/test_chaos.py",
+    "pipeline/test_cache_latents.py",
+    "training/models/memory/test_finetune.py",
+    "pipeline/test_shard_stage.py",
+    "training/test_loop.py",
+    "training/test_guards.py",
+]
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest files begin, then those with slow tests: at the end no process works alone on a long one."""
+    tests = Path(__file__).parent
+    places = {tests / name: place for place, name in enumerate(LONGEST)}
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    # files stay whole and in order
+    items.sort(key=lambda item: places.get(item.path, len(places) + (item.path not in slow)))
+
+
 @pytest.fixture(scope="session", autouse=True)
 def model_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
     """What tests pull from registries stays out of the user's own cache."""

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -197,18 +198,21 @@ def test_killed_while_sharding_training_and_registering_it_ends_the_same(
     assert weights[finished] == weights[tmp_path], "the interrupted training ends with the same weights"
 
 
-def test_ctrl_c_saves_says_how_to_go_on_and_goes_on(footage: Path, tmp_path: Path) -> None:
+def test_ctrl_c_saves_says_how_to_go_on_and_goes_on(finished: Path, footage: Path) -> None:
+    """A longer training on the data that is there."""
     more = [*SHORT, "--set", "stages.vae.steps=2000", "--set", "stages.vae.run.checkpoint_every=1000"]
-    child = start(tmp_path, footage, more, subprocess.PIPE)
+    folders = set(finished.glob("runs/quickstart/vae/*"))
+    child = start(finished, footage, more, subprocess.PIPE)
     assert child.stdout
     deadline = time.time() + 200
     said = ""
-    # the bar comes when training begins
-    while "train:" not in said.partition("vae: running")[2] and time.time() < deadline:
+    # some steps of the training are done
+    while not re.search(r"train: .*\| [2-9]\d*/2000 ", said.partition("vae: running")[2]) and time.time() < deadline:
         said += os.read(child.stdout.fileno(), 1 << 16).decode(errors="replace")
-    time.sleep(4)
+    assert "shards: reused" in said, said
     os.killpg(child.pid, signal.SIGINT)
     rest = child.communicate(timeout=60)[0]
     assert child.returncode == 130 and "run the same command again" in rest and "Traceback" not in rest, rest
-    assert list(tmp_path.glob("runs/quickstart/vae/*/checkpoints/step-*")), rest
-    assert "killed" in longtake(tmp_path, footage, "status", short(tmp_path), *more).stdout
+    (folder,) = set(finished.glob("runs/quickstart/vae/*")) - folders
+    assert list(folder.glob("checkpoints/step-*")), rest
+    assert "killed" in longtake(finished, footage, "status", short(finished), *more).stdout

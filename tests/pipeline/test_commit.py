@@ -5,11 +5,13 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from longtake.datasets import index, storage
 from longtake.pipeline import discover
+from longtake.pipeline.commit import make_group
 from longtake.pipeline.stages import shard
 
 SCRIPT = """
@@ -18,7 +20,7 @@ from contextlib import contextmanager
 from longtake.datasets import storage
 from longtake.pipeline.commit import make_group
 
-when, folder, geometry, group, rows = json.loads(sys.argv[1])
+when, *arguments = json.loads(sys.argv[1])
 plain, calls = storage.staged, 0
 
 @contextmanager
@@ -36,7 +38,7 @@ def dying(url):
         os.kill(os.getpid(), signal.SIGKILL)
 
 storage.staged = dying
-print(json.dumps(make_group(group, rows, folder, geometry)))
+print(json.dumps(make_group(*arguments)))
 """
 
 
@@ -50,30 +52,31 @@ def hashes(folder: Path) -> dict[str, str]:
 def test_a_kill_at_any_step_of_a_commit_loses_and_doubles_nothing(
     when: tuple[int, str], footage: Path, tmp_path: Path, committed: dict[str, str]
 ) -> None:
-    done = run(when, footage, tmp_path)
-    assert done.returncode == -9
+    arguments = group_of(footage, tmp_path)
+    command = [sys.executable, "-P", "-c", SCRIPT, json.dumps([when, *arguments])]
+    assert subprocess.run(command, stdout=subprocess.DEVNULL).returncode == -9
     whole = index.shard_names(str(tmp_path), "train")
     # the index is the fifth file, and the tar exists from then on, not a moment earlier
     assert whole == (["00000"] if when == (5, "after") else [])
     for part in ("train", "sources"):
         storage.sweep(str(tmp_path / part))
-    assert json.loads(run((0, "never"), footage, tmp_path).stdout)["error"] == ""
+    assert make_group(*arguments)["error"] == ""
     assert hashes(tmp_path) == committed
 
 
-def run(when: tuple[int, str], footage: Path, folder: Path) -> subprocess.CompletedProcess[str]:
+def group_of(footage: Path, folder: Path) -> tuple[Any, ...]:
+    """What `make_group` needs to make a group of one video, as plain data."""
     config = shard.Config(kind="shard", sources=["x"], clip={"short_side": 32, "fps": 6, "max_seconds": 3})
     plain = config.model_dump(mode="json", include={"clip", "limits", "frame_diff", "decoder"})
     geometry = {"diff": plain.pop("frame_diff"), **plain}
     (found,) = (row for batch in discover.find([str(sorted(footage.glob("*.mp4"))[0])]) for row in batch.to_pylist())
     del found["etag"]
     row = {"source": "ab" * 10, "split": "train", "group": 0, "duplicate_of": None} | found
-    arguments = json.dumps([when, str(folder), geometry, {"split": "train", "group": 0}, [row]])
-    return subprocess.run([sys.executable, "-P", "-c", SCRIPT, arguments], capture_output=True, text=True)
+    return {"split": "train", "group": 0}, [row], str(folder), geometry
 
 
 @pytest.fixture(scope="module")
 def committed(footage: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     folder = tmp_path_factory.mktemp("undisturbed")
-    assert run((0, "never"), footage, folder).returncode == 0
+    assert make_group(*group_of(footage, folder))["error"] == ""
     return hashes(folder)

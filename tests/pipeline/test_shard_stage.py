@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -234,7 +235,15 @@ def test_a_full_disk_is_one_line_and_the_run_can_go_on(sharded: Path, footage: P
 
 
 @pytest.mark.slow
-def test_killed_at_any_moment_it_ends_with_the_same_bytes(sharded: Path, footage: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "moments",
+    [("*/*", "*/?????.parquet"), pytest.param((4.0, 6.0, 8.0), marks=pytest.mark.soak)],
+    ids=["first files", "seconds"],
+)
+def test_killed_at_any_moment_it_ends_with_the_same_bytes(
+    sharded: Path, footage: Path, tmp_path: Path, moments: Sequence[str | float]
+) -> None:
+    """Killed when a file of this name is there, or after so many seconds."""
     script = (
         "import sys\nfrom longtake.pipeline.stages import shard\n"
         "if __name__ == '__main__':\n"
@@ -243,9 +252,14 @@ def test_killed_at_any_moment_it_ends_with_the_same_bytes(sharded: Path, footage
     output = tmp_path / "out"
     command = [sys.executable, "-P", "-c", script, config(footage).model_dump_json(), str(output)]
     environment = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
-    for delay in (4.0, 6.0, 8.0):
+    for moment in moments:
         child = subprocess.Popen(command, env=environment, start_new_session=True, stderr=subprocess.DEVNULL)
-        time.sleep(delay)
+        if isinstance(moment, str):
+            while child.poll() is None and not list(output.glob(moment)):
+                time.sleep(0.01)
+            assert child.poll() is None, f"{moment} was never there"
+        else:
+            time.sleep(moment)
         os.killpg(child.pid, signal.SIGKILL)
         child.wait()
     assert subprocess.run(command, env=environment, stderr=subprocess.DEVNULL).returncode == 0
@@ -273,7 +287,7 @@ def test_a_group_that_stands_still_is_named(tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
         uri = f"http://127.0.0.1:{server.getsockname()[1]}/silent.mp4"
         (tmp_path / "list.csv").write_text(f"uri,bytes,etag\n{uri},1000,a\n")
-        hasty = config(tmp_path / "list.csv", run={"stall_seconds": 30}, limits={"timeout_seconds": 2})
+        hasty = config(tmp_path / "list.csv", run={"stall_seconds": 20}, limits={"timeout_seconds": 2})
         recipe = {
             "name": "hasty",
             "workspace": str(tmp_path / "out"),
@@ -284,7 +298,7 @@ def test_a_group_that_stands_still_is_named(tmp_path: Path) -> None:
         command = [str(Path(sys.executable).parent / "longtake"), "stage", str(tmp_path / "recipe.yaml"), "shards"]
         done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 1 and "Traceback" not in done.stderr
-    line = rf"error: stage shard: nothing has moved for 30 s: group train/00000 has stood still for \d+ s at {uri}"
+    line = rf"error: stage shard: nothing has moved for 20 s: group train/00000 has stood still for \d+ s at {uri}"
     assert re.search(line, done.stderr)
 
 

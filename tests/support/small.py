@@ -3,13 +3,18 @@
 The script takes jobs from its input, one JSON line each (what `work` takes), and answers with a line each.
 """
 
+import contextlib
+import gc
+import io
 import json
 import os
 import signal
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -222,9 +227,25 @@ def work(
     return found | {"log": log.rows}
 
 
+def converted_here(command: Sequence[str], **_: Any) -> subprocess.CompletedProcess[str]:
+    """In place of `subprocess.run` in `checkpoint`: DeepSpeed's converter in this process, which has it loaded."""
+    from deepspeed.checkpoint import ds_to_universal
+
+    assert list(command[1:4]) == ["-P", "-m", ds_to_universal.__name__]
+    before, sys.argv = sys.argv, list(command[3:])
+    try:
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+            ds_to_universal.main(ds_to_universal.parse_arguments())
+    finally:
+        sys.argv = before
+    return subprocess.CompletedProcess(command, 0, "", "")
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
+    checkpoint.subprocess = SimpleNamespace(run=converted_here)  # type: ignore[assignment]
     with engines.process_group():
+        gc.freeze()
         for line in sys.stdin:
             said = work(**json.loads(line))
             print(json.dumps(said), flush=True)

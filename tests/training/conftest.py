@@ -1,5 +1,6 @@
 """Shared by the tests of training: a process group of one, a small training, and processes that do it together."""
 
+import gc
 import json
 import os
 import socket
@@ -21,13 +22,20 @@ SMALL = Path(small.__file__)
 @pytest.fixture(scope="module")
 def group() -> Iterator[None]:
     with engines.process_group():
+        # DeepSpeed collects all garbage whenever an engine is made, up to nine times: seconds each where as much is
+        # loaded as in a session of tests. What is there already stays
+        gc.collect()
+        gc.freeze()
         yield
 
 
 class Ranks:
-    """`world` processes in a group, which do jobs for `small.work`."""
+    """`world` processes in a group, which do jobs: for `small.work`, or what the text of a script does.
 
-    def __init__(self, world: int) -> None:
+    A job is a line of JSON on the script's input; it answers with another.
+    """
+
+    def __init__(self, world: int, script: str = "") -> None:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
@@ -38,21 +46,26 @@ class Ranks:
             environment = os.environ | {k: str(v) for k, v in place.items()}
             environment |= {"MASTER_ADDR": "127.0.0.1", "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
             pipe = subprocess.PIPE
-            command = [sys.executable, "-P", str(SMALL)]
+            command = [sys.executable, *(["-P", "-c", script] if script else [str(SMALL)])]
             self.processes.append(
                 subprocess.Popen(command, env=environment, stdin=pipe, stdout=pipe, stderr=self.errors[rank], text=True)
             )
 
     def tell(self, folder: Path, options: dict[str, Any] | None = None, wait: float = 0.0, **changes: Any) -> None:
-        job = json.dumps({"folder": str(folder), "changes": changes, "options": options, "wait": wait})
+        self.send({"folder": str(folder), "changes": changes, "options": options, "wait": wait})
+
+    def send(self, job: dict[str, Any]) -> None:
         for process in self.processes:
             assert process.stdin
-            process.stdin.write(job + "\n")
+            process.stdin.write(json.dumps(job) + "\n")
             process.stdin.flush()
 
     def work(self, folder: Path, options: dict[str, Any] | None = None, **changes: Any) -> list[dict[str, Any]]:
         """What came of a job on each rank."""
         self.tell(folder, options, **changes)
+        return self.answers()
+
+    def answers(self) -> list[dict[str, Any]]:
         return [self.answer(rank) for rank in range(len(self.processes))]
 
     def answer(self, rank: int) -> dict[str, Any]:
@@ -91,13 +104,11 @@ def pair() -> Iterator[Ranks]:
     ranks.end()
 
 
-@pytest.fixture
-def ranks() -> Iterator[Callable[[int], Ranks]]:
-    """Starts ranks for one test, which may do with them what it likes."""
+def _started() -> Iterator[Callable[..., Ranks]]:
     started: list[Ranks] = []
 
-    def start(world: int) -> Ranks:
-        started.append(Ranks(world))
+    def start(world: int, script: str = "") -> Ranks:
+        started.append(Ranks(world, script))
         return started[-1]
 
     yield start
@@ -105,3 +116,15 @@ def ranks() -> Iterator[Callable[[int], Ranks]]:
         for process in each.processes:
             process.kill()
             process.communicate()
+
+
+@pytest.fixture
+def ranks() -> Iterator[Callable[[int], Ranks]]:
+    """Starts ranks for one test, which may do with them what it likes."""
+    yield from _started()
+
+
+@pytest.fixture(scope="module")
+def module_ranks() -> Iterator[Callable[[int, str], Ranks]]:
+    """Starts ranks that stay for a file's tests."""
+    yield from _started()

@@ -1,23 +1,25 @@
 """The loop on two processes: the same weights as on one, whatever the ZeRO stage; what one rank meets, all act on."""
 
 import json
-import os
-import socket
-import subprocess
-import sys
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import small
 import torch
+from flat import nested
 from torch import nn
+
+from longtake.training import checkpoint
 
 pytestmark = pytest.mark.slow
 
 # a generator that must please a discriminator, both learning: the two-engine recipe in full
 SCRIPT = """
 import json, sys
+from functools import partial
 from pathlib import Path
 import torch
 from torch import nn
@@ -27,8 +29,6 @@ from longtake.training import checkpoint, engines
 from longtake.training.models.common import adversarial
 from longtake.training.loop import train
 from longtake.training.objective import Objective
-
-dataset, folder, settings, fault = sys.argv[1], Path(sys.argv[2]), json.loads(sys.argv[3]), json.loads(sys.argv[4])
 
 def colours(batch):
     return to_model(batch["video"]).mean((3, 4)).flatten(1)
@@ -41,7 +41,7 @@ def modules():
     torch.manual_seed(0)
     return {"generator": Layers(nn.Linear(27, 8), nn.Tanh(), nn.Linear(8, 27)), "discriminator": Layers(nn.Linear(27, 8), nn.Tanh(), nn.Linear(8, 1))}
 
-def loss(turn):
+def loss(config, state, fault, turn):
     name, made, real = turn.name, turn.engines, colours(turn.batch)
     calls[name] = calls.get(name, 0) + 1
     if name == "generator":
@@ -61,23 +61,28 @@ def loss(turn):
         value = value * float("nan")
     return value, {"loss": value.detach()}
 
-calls, seeds, weights = {}, [], []
+def work(dataset, folder, settings, fault):
+    config = adversarial.GANConfig(**settings)
+    made, state = modules(), adversarial.begin(config)[1]
+    own = {"discriminator": adversarial.settings(config)}
+    loader = Loader(dataset, columns=("video",), frames=9, size=(32, 32), batch=config.batch, rank=rank, world=world)
+    told = partial(loss, config, state, fault)
+    try:
+        train(Objective(made, told, lead="generator", settings=own, state=state), loader, config, folder)
+    except Failure as e:
+        return {"failure": str(e)}
+    learned = checkpoint.Weights(checkpoint.latest(folder))
+    judge, kept = checkpoint.beside(folder, "discriminator")
+    learned = {name: value.tolist() for name, value in [*learned.items(), *((f"judge.{k}", v) for k, v in judge.items())]}
+    return {"learned": learned, "seeds": seeds, "weights": weights, "state": kept}
+
 if __name__ == "__main__":
     with engines.process_group() as (rank, world):
         torch.set_num_threads(1)
-        config = adversarial.GANConfig(**settings)
-        made, state = modules(), adversarial.begin(config)[1]
-        own = {"discriminator": adversarial.settings(config)}
-        loader = Loader(dataset, columns=("video",), frames=9, size=(32, 32), batch=config.batch, rank=rank, world=world)
-        try:
-            train(Objective(made, loss, lead="generator", settings=own, state=state), loader, config, folder)
-        except Failure as e:
-            print(json.dumps({"failure": str(e)}), flush=True)
-            sys.exit(1)
-        learned = checkpoint.Weights(checkpoint.latest(folder))
-        judge, kept = checkpoint.beside(folder, "discriminator")
-        learned = {name: value.tolist() for name, value in [*learned.items(), *((f"judge.{k}", v) for k, v in judge.items())]}
-        print(json.dumps({"learned": learned, "seeds": seeds, "weights": weights, "state": kept}), flush=True)
+        for line in sys.stdin:
+            job = json.loads(line)
+            calls, seeds, weights = {}, [], []
+            print(json.dumps(work(job["dataset"], Path(job["folder"]), job["settings"], job["fault"])), flush=True)
 """
 SETTINGS: dict[str, Any] = {
     "steps": 5,
@@ -95,25 +100,22 @@ SETTINGS: dict[str, Any] = {
 }
 
 
-def launch(world: int, *arguments: str) -> list[tuple[int, str, str]]:
-    """(exit code, last line of stdout, stderr) of each rank."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    ranks = []
-    for rank in range(world):
-        place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-        environment = os.environ | {name: str(value) for name, value in place.items()} | {"OMP_NUM_THREADS": "1"}
-        command = [sys.executable, "-P", "-c", SCRIPT, *arguments]
-        pipe = subprocess.PIPE
-        ranks.append(subprocess.Popen(command, env=environment, stdout=pipe, stderr=pipe, text=True))
-    said = [process.communicate(timeout=240) for process in ranks]
-    # DeepSpeed says something first
-    return [(p.returncode, out.rstrip().rpartition("\n")[2], err) for p, (out, err) in zip(ranks, said, strict=True)]
+Trained = Callable[..., list[dict[str, Any]]]
 
 
-def train(dataset: str, folder: Path, world: int, fault: Any = None, **changes: Any) -> list[tuple[int, str, str]]:
-    return launch(world, dataset, str(folder), json.dumps(SETTINGS | changes), json.dumps(fault))
+@pytest.fixture(scope="module")
+def train(dataset: str, module_ranks: Callable[[int, str], Any]) -> Trained:
+    """Trains on so many processes, which stay for the next training; returns what each says."""
+    started: dict[int, Any] = {}
+
+    def of(folder: Path, world: int, fault: Any = None, **changes: Any) -> list[dict[str, Any]]:
+        if world not in started:
+            started[world] = module_ranks(world, SCRIPT)
+        settings = nested(SETTINGS | changes)
+        started[world].send({"dataset": dataset, "folder": str(folder), "settings": settings, "fault": fault})
+        return list(started[world].answers())
+
+    return of
 
 
 def plainly(dataset: str) -> dict[str, Any]:
@@ -165,37 +167,32 @@ EXACT, ROUNDED = {"atol": 1e-6, "rel": 1e-4}, {"atol": 3e-3, "rel": 1e-2}
     [(0, "fp32"), (1, "fp32"), (2, "fp32"), (3, "fp32"), (0, "bf16"), (1, "bf16"), (3, "bf16")],
 )
 def test_two_engines_on_two_processes_learn_what_plain_pytorch_learns(
-    dataset: str, tmp_path: Path, zero_stage: int, precision: str
+    dataset: str, train: Trained, tmp_path: Path, zero_stage: int, precision: str
 ) -> None:
-    (code, out, err), other = train(dataset, tmp_path, 2, zero_stage=zero_stage, precision=precision)
-    assert not code and not other[0], err + other[2]
-    found, expected = json.loads(out), plainly(dataset)
+    found, second = train(tmp_path, 2, zero_stage=zero_stage, precision=precision)
+    expected = plainly(dataset)
     near = EXACT if precision == "fp32" else ROUNDED
     assert_close(found["learned"], expected["learned"], near["atol"])
     assert found["weights"] == pytest.approx(expected["weights"], rel=near["rel"]) and len(found["weights"]) == 3
-    second = json.loads(other[1])
     assert second["weights"] == found["weights"], "all ranks weigh the discriminator alike"
     assert second["seeds"] == found["seeds"] and len(set(found["seeds"])) == SETTINGS["steps"]
 
 
 @pytest.mark.parametrize("zero_stage", [1, 3])
 def test_training_of_two_engines_goes_on_with_another_number_of_processes(
-    dataset: str, tmp_path: Path, zero_stage: int
+    train: Trained, tmp_path: Path, zero_stage: int
 ) -> None:
-    straight = train(dataset, tmp_path / "straight", 1, zero_stage=zero_stage, steps=6)
+    (expected,) = train(tmp_path / "straight", 1, zero_stage=zero_stage, steps=6)
     for world, steps in ((2, 2), (1, 4), (2, 6)):
-        said = train(dataset, tmp_path / "elastic", world, zero_stage=zero_stage, steps=steps)
-        assert not any(code for code, *_ in said), said[0][2] + said[-1][2]
-    found, expected = json.loads(said[0][1]), json.loads(straight[0][1])
+        found, *_ = train(tmp_path / "elastic", world, zero_stage=zero_stage, steps=steps)
     assert_close(found["learned"], expected["learned"])
     assert found["weights"] == pytest.approx(expected["weights"][-2:], rel=1e-4)
     assert found["state"]["gan_squares"] == pytest.approx(expected["state"]["gan_squares"], rel=1e-4)
 
 
-def test_a_loss_that_is_not_finite_on_one_rank_stops_both_and_names_the_batch(dataset: str, tmp_path: Path) -> None:
-    for code, out, _ in train(dataset, tmp_path, 2, fault={"call": 3, "rank": 1}):
-        assert code == 1
-        assert "loss of generator is not finite at step 3; the batch's keys are in" in json.loads(out)["failure"]
+def test_a_loss_that_is_not_finite_on_one_rank_stops_both_and_names_the_batch(train: Trained, tmp_path: Path) -> None:
+    for said in train(tmp_path, 2, fault={"call": 3, "rank": 1}):
+        assert "loss of generator is not finite at step 3; the batch's keys are in" in said["failure"]
     assert [p.name for p in tmp_path.glob("nonfinite*")] == ["nonfinite-1.json"]
     assert len(json.loads((tmp_path / "nonfinite-1.json").read_text())["keys"]) == 2
 
@@ -287,7 +284,10 @@ def test_what_two_processes_began_one_and_then_two_go_on_with(
     zero_stage: int,
     options: dict[str, Any],
     more: dict[str, Any],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    """That the converter runs in a process of its own is shown by the training of two engines."""
+    monkeypatch.setattr(checkpoint, "subprocess", SimpleNamespace(run=small.converted_here))
     settings: dict[str, Any] = {"zero_stage": zero_stage, "ema_half_lives": [2], **more}
     kinds = ["raw", *(str(life) for life in settings["ema_half_lives"])]
     small.fit(tmp_path / "straight", small.objective(**options), **settings)
