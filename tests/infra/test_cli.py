@@ -28,7 +28,7 @@ class Here:
         for name, value in environment.items():
             self._monkeypatch.setenv(name, value)
         self._capsys.readouterr()
-        code = _guarded(lambda: cli(list(arguments), standalone_mode=False))
+        code = exit_code(lambda: cli(list(arguments), standalone_mode=False))
         return subprocess.CompletedProcess(arguments, code, *self._capsys.readouterr())
 
 
