@@ -4,7 +4,7 @@ import random
 import resource
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -72,18 +72,15 @@ def look(uri: str, size: int, config: Any) -> Source | None:
             return None
         spool = Path(folder) / "clips"
         spool.mkdir()
-        plain = config.model_dump(mode="json")
-        limits = plain["limits"] | {"max_frames": min(FRAMES, plain["limits"]["max_frames"])}
-        job = {"path": path, "source": "s", "folder": str(spool), "clip": plain["clip"], "limits": limits}
-        job |= {"diff": plain["frame_diff"], "decoder": plain["decoder"], "extra": {}}
+        most_frames = min(FRAMES, config.limits.max_frames)
+        cut = config.cut.model_copy(update={"limits": config.limits.model_copy(update={"max_frames": most_frames})})
         try:
             facts = decode.probe(path)
         except container.Unreadable as e:
             return Source(uri, size, 0.0, 0, 0, 0.0, 0.0, 0.0, str(e))
-        begin = isolate.Worker()
         # a process alone: what it takes to start is measured by one that does no more than that
-        idle = _cpu_of(begin, job | {"path": str(Path(folder) / "none")}, limits)[0]
-        spent, result = _cpu_of(isolate.Worker(), job, limits)
+        idle, _ = _cpu_of(isolate.Worker(), str(Path(folder) / "none"), str(spool), cut)
+        spent, result = _cpu_of(isolate.Worker(), path, str(spool), cut)
         account = result["account"]
         decoded, expected = account.get("frames_decoded") or 0, facts.frames or account.get("frames_expected") or 0
         seconds = facts.seconds or (expected / facts.fps if facts.fps else 0.0)
@@ -95,11 +92,11 @@ def look(uri: str, size: int, config: Any) -> Source | None:
         )  # fmt: skip
 
 
-def _cpu_of(worker: Any, job: dict[str, Any], limits: Mapping[str, Any]) -> tuple[float, dict[str, Any]]:
+def _cpu_of(worker: Any, path: str, folder: str, cut: Any) -> tuple[float, dict[str, Any]]:
     """CPU seconds of a worker's process from its start to its end, and its result."""
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     try:
-        result = worker.run(job, limits["timeout_seconds"], limits["memory_bytes"])
+        result = worker.run(path, "s", folder, cut, {})
     except OSError as e:
         result = {"account": {"reason": e.strerror or str(e)}, "clips": []}
     finally:

@@ -25,23 +25,18 @@ from longtake.datasets.loader import to_model
 from longtake.infra.footage import generate
 from longtake.pipeline import latents, plan
 from longtake.pipeline.commit import make_group
-from longtake.pipeline.config import ClipConfig, FrameDiffConfig, LimitsConfig
+from longtake.pipeline.config import ClipConfig, CutConfig
 from longtake.training.models.pv_vae.model import PVVAE, config_from_preset
 
 
 def make_dataset(folder: Path, clips: int, side: int, seconds: float) -> str:
     """One shard of `train`."""
     generate(str(folder / "videos"), max(2, clips // 3), 0, 12.0)
-    geometry = {
-        "clip": ClipConfig(short_side=side, fps=12, max_seconds=seconds).model_dump(mode="json"),
-        "limits": LimitsConfig().model_dump(mode="json"),
-        "diff": FrameDiffConfig().model_dump(mode="json"),
-        "decoder": "pyav",
-    }
+    cut = CutConfig(clip=ClipConfig(short_side=side, fps=12, max_seconds=seconds))
     root = str(folder / "dataset")
     storage.write(f"{root}/dataset.json", b'{"format": 2}')
     for group in plan.plan(root, [str(folder / "videos" / "*.mp4")], 0.0, 1 << 40, 10_000):
-        assert not make_group(group, plan.sources_of(root, group), root, geometry)["error"]
+        assert not make_group(group, plan.sources_of(root, group), root, cut)["error"]
     return root
 
 

@@ -17,8 +17,9 @@ import json, os, signal, sys
 from contextlib import contextmanager
 from longtake.datasets import storage
 from longtake.pipeline.commit import make_group
+from longtake.pipeline.config import CutConfig
 
-when, folder, geometry, group, rows = json.loads(sys.argv[1])
+when, folder, cut, group, rows = json.loads(sys.argv[1])
 plain, calls = storage.staged, 0
 
 @contextmanager
@@ -36,7 +37,7 @@ def dying(url):
         os.kill(os.getpid(), signal.SIGKILL)
 
 storage.staged = dying
-print(json.dumps(make_group(group, rows, folder, geometry)))
+print(json.dumps(make_group(group, rows, folder, CutConfig(**cut))))
 """
 
 
@@ -63,12 +64,12 @@ def test_a_kill_at_any_step_of_a_commit_loses_and_doubles_nothing(
 
 def run(when: tuple[int, str], footage: Path, folder: Path) -> subprocess.CompletedProcess[str]:
     config = shard.Config(kind="shard", sources=["x"], clip={"short_side": 32, "fps": 6, "max_seconds": 3})
-    plain = config.model_dump(mode="json", include={"clip", "limits", "frame_diff", "decoder"})
-    geometry = {"diff": plain.pop("frame_diff"), **plain}
     (found,) = (row for batch in discover.find([str(sorted(footage.glob("*.mp4"))[0])]) for row in batch.to_pylist())
     del found["etag"]
     row = {"source": "ab" * 10, "split": "train", "group": 0, "duplicate_of": None} | found
-    arguments = json.dumps([when, str(folder), geometry, {"split": "train", "group": 0}, [row]])
+    arguments = json.dumps(
+        [when, str(folder), config.cut.model_dump(mode="json"), {"split": "train", "group": 0}, [row]]
+    )
     return subprocess.run([sys.executable, "-P", "-c", SCRIPT, arguments], capture_output=True, text=True)
 
 
