@@ -1,4 +1,4 @@
-"""How far the groups of a job are, told by the tasks that make them: for the progress bar, and to name what stands still."""
+"""Progress of a job's groups, reported by the tasks that make them: for the bar, and to name a group that stands still."""
 
 import time
 from collections.abc import Callable, Iterator
@@ -12,37 +12,41 @@ _POLL_SECONDS = 1.0
 
 
 class Board:
-    """A Ray actor: the groups that are being made, each with the sources done, the source at hand, and since when."""
+    """A Ray actor: for each group at work the number of finished sources, the current source, and when it began."""
 
     def __init__(self) -> None:
-        self._at: dict[str, tuple[int, str, float]] = {}
+        self._groups: dict[str, tuple[int, str, float]] = {}
         self._finished = self._moves = 0
 
-    def begin(self, group: str, done: int, uri: str) -> None:
-        self._at[group] = (done, uri, time.monotonic())
+    def begin(self, group: str, finished: int, uri: str) -> None:
+        self._groups[group] = (finished, uri, time.monotonic())
         self._moves += 1
 
     def finish(self, group: str, sources: int) -> None:
-        self._at.pop(group, None)
+        self._groups.pop(group, None)
         self._finished += sources
         self._moves += 1
 
     def state(self) -> tuple[int, int, list[tuple[str, int, str, float]]]:
-        """A number that changes when anything moves, the sources done, and the groups at hand, longest unmoved first."""
+        """A number that changes when anything moves, the finished sources, and the groups at work, longest unmoved first.
+
+        A group is (name, its finished sources, URI of the current source, seconds since it moved).
+        """
         now = time.monotonic()
-        at = [(group, done, uri, now - since) for group, (done, uri, since) in self._at.items()]
-        return self._moves, self._finished + sum(done for _, done, _, _ in at), sorted(at, key=lambda a: -a[3])
+        groups = [(group, finished, uri, now - since) for group, (finished, uri, since) in self._groups.items()]
+        finished = self._finished + sum(count for _, count, _, _ in groups)
+        return self._moves, finished, sorted(groups, key=lambda group: -group[3])
 
 
 def watched(
-    results: Iterator[Any], ray: Any, board: Any, stage: str, stall_seconds: float, tell: Callable[[int, str], None]
+    results: Iterator[Any], ray: Any, board: Any, stage: str, stall_seconds: float, show: Callable[[int, str], None]
 ) -> Iterator[Any]:
-    """Pass on the results of a job while looking at its board.
+    """Pass on the results of a job while watching its board.
 
     Args:
         results: blocks while waiting for the cluster.
         stall_seconds: after which a group that has not moved is named.
-        tell: called about once a second with the sources done and, where a group stands still, one line that names it.
+        show: called about once a second with the finished sources and, where a group stands still, one line that names it.
 
     Raises:
         Failure: nothing at all has moved for `stall_seconds`; names the groups that stand still.
@@ -58,38 +62,41 @@ def watched(
             queue.put(("error", e))
 
     Thread(target=read, daemon=True).start()
-    moved, before, named = time.monotonic(), -1, set[tuple[str, int]]()
+    moved, last_moves, named = time.monotonic(), -1, set[tuple[str, int]]()
     while True:
         try:
-            what, value = queue.get(timeout=_POLL_SECONDS)
+            event, value = queue.get(timeout=_POLL_SECONDS)
         except Empty:
-            what, value = "", None
-        if what == "error":
+            event, value = "", None
+        if event == "error":
             raise value
-        if what == "end":
+        if event == "end":
             return
-        if what == "result":
+        if event == "result":
             moved = time.monotonic()
             yield value
             continue
+
         try:
-            moves, done, at = ray.get(board.state.remote(), timeout=5)
+            moves, finished, groups = ray.get(board.state.remote(), timeout=5)
         except ray.exceptions.GetTimeoutError:
-            continue  # a busy or moving node: the results still say that work goes on
+            continue  # a busy or moving node: results still show that work continues
         except ray.exceptions.RayActorError:
-            moves, done, at = before, 0, []  # lost with its node; the tasks that begin from now on tell the next one
-        if moves != before:
-            moved, before = time.monotonic(), moves
-        standing = [
-            (g, n, f"group {g} has stood still for {s:.0f} s at {uri}") for g, n, uri, s in at if s > stall_seconds
-        ]
+            moves, finished, groups = last_moves, 0, []  # lost with its node; tasks report to the next one
+        if moves != last_moves:
+            moved, last_moves = time.monotonic(), moves
+
+        stalled = {
+            (group, count): f"group {group} has stood still for {seconds:.0f} s at {uri}"
+            for group, count, uri, seconds in groups
+            if seconds > stall_seconds
+        }
         if time.monotonic() - moved > stall_seconds:
             free = ray.available_resources().get("CPU", 0)
             waits = f"no group is being made, {free:g} CPU are free: does another job hold the cluster?"
-            which = "; ".join(line for _, _, line in standing[:3]) or waits
+            which = "; ".join([*stalled.values()][:3]) or waits
             raise Failure(
                 f"stage {stage}: nothing has moved for {stall_seconds:g} s: {which}; run the same command again"
             )
-        fresh = [line for group, n, line in standing if (group, n) not in named]
-        named |= {(group, n) for group, n, _ in standing}
-        tell(done, "; ".join(fresh))
+        show(finished, "; ".join(line for key, line in stalled.items() if key not in named))
+        named |= stalled.keys()

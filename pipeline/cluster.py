@@ -1,4 +1,4 @@
-"""Connecting to Ray: the cluster that RAY_ADDRESS names, else one of our own on this machine for as long as it takes."""
+"""Connecting to Ray: the cluster that RAY_ADDRESS names, else a local one that ends with the work."""
 
 import contextlib
 import logging
@@ -18,10 +18,10 @@ from longtake.datasets.stage import StageConfig
 class TaskConfig(StageConfig):
     """What one task asks of Ray, and how long the work may stand still.
 
-    cpus            of a task
-    memory_bytes    of a task; 0 reserves none
+    cpus            CPUs of a task
+    memory_bytes    memory of a task; 0 reserves none
     custom          custom resources of your nodes, such as {spot: 1}
-    stall_seconds   a group that has not moved for so long is named; if none has, the stage fails
+    stall_seconds   a group that has not moved for this long is named; if none has, the stage fails
     """
 
     COSTLY: ClassVar[frozenset[str]] = frozenset({"cpus", "memory_bytes", "custom"})
@@ -38,11 +38,11 @@ class TaskConfig(StageConfig):
 
 
 @contextlib.contextmanager
-def connected(stage: str, task: "TaskConfig | None" = None) -> Iterator[Any]:
-    """The `ray` module, connected, with quiet logs and no progress bars of Ray's own.
+def connected(stage: str, task: TaskConfig | None = None) -> Iterator[Any]:
+    """Connect to Ray for the block, with quiet logs and without Ray's progress bars; gives the `ray` module.
 
     Args:
-        stage: what to call the work in an error.
+        stage: name of the work in errors.
         task: what one task needs.
 
     Raises:
@@ -51,13 +51,13 @@ def connected(stage: str, task: "TaskConfig | None" = None) -> Iterator[Any]:
     address = environment.ray_address()
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     if address == "local" and "RAY_AUTH_MODE" not in os.environ:
-        # else Ray writes a token of its own into the home folder
+        # without these Ray writes a token into the home folder
         os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
     import ray
 
     ours = not ray.is_initialized()
-    # Ray puts the working folder on its workers' sys.path, where our `datasets` would hide the package of that name; it
-    # stays as long as they live in it
+    # Ray puts the working folder on its workers' sys.path, where our `datasets` would hide the package of that name: start
+    # in an empty folder, which must exist as long as the workers do
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as empty:
         if ours:
             try:
@@ -71,7 +71,7 @@ def connected(stage: str, task: "TaskConfig | None" = None) -> Iterator[Any]:
             except (ConnectionError, OSError) as e:
                 raise UserError(f"RAY_ADDRESS={address}: no Ray cluster answers ({str(e).splitlines()[0]})") from e
         try:
-            _check(stage, task or TaskConfig(), [node["Resources"] for node in ray.nodes() if node["Alive"]])
+            _require_room(stage, task or TaskConfig(), [node["Resources"] for node in ray.nodes() if node["Alive"]])
             context = ray.data.DataContext.get_current()
             context.enable_progress_bars = False
             context.print_on_execution_start = False
@@ -86,8 +86,8 @@ def connected(stage: str, task: "TaskConfig | None" = None) -> Iterator[Any]:
                 ray.shutdown()
 
 
-def _check(stage: str, task: TaskConfig, nodes: list[dict[str, float]]) -> None:
-    """Ray waits for ever for a node that can hold a task; say so at once. Raises UserError."""
+def _require_room(stage: str, task: TaskConfig, nodes: list[dict[str, float]]) -> None:
+    """Raises UserError where no node can hold a task: Ray would wait for ever."""
     needs = {"cpus": ("CPU", task.cpus), "memory_bytes": ("memory", task.memory_bytes)}
     needs |= {f"custom.{name}": (name, amount) for name, amount in task.custom.items()}
     if any(all(node.get(name, 0) >= amount for name, amount in needs.values()) for node in nodes):

@@ -1,8 +1,8 @@
-"""A column of a dataset, whatever it holds: which shards lack it, how a pool of actors makes them, how one is committed.
+"""A column of a dataset, whatever it holds: find the shards that lack it, make them in a pool of actors, commit them.
 
-A column's shard lies beside the base shard of the same name. It is committed as that is: its tar first, then its index, by
-which readers find it. The column's name has a digest of all that decides its values, so that another setting makes another
-column, and nothing else in the dataset is touched.
+A column's shard is beside the base shard of the same name. It is committed in the same way: its tar first, then its
+index, by which readers find it. The column's name has a digest of all that decides its values, so that another setting
+makes another column, and nothing else in the dataset is touched.
 """
 
 from collections import Counter
@@ -22,17 +22,16 @@ from longtake.datasets.shard import Member, sha256_of, write_tar
 from longtake.pipeline import groups
 from longtake.pipeline.cluster import TaskConfig
 
-Tell = Callable[[int, str], None]
-Make = Callable[..., dict[str, int]]  # make(split=, name=, keep=, tell=) makes and commits a shard; returns counts
+Make = Callable[..., dict[str, int]]  # make(split=, name=, keep=, report=) makes and commits a shard; returns counts
 
-_TELL_SECONDS = 1.0
+_REPORT_SECONDS = 1.0
 
 
 class WorkerConfig(TaskConfig):
-    """What one worker asks of Ray, and how many there are.
+    """What one worker asks of Ray, and the number of workers.
 
-    gpus      of a worker, perhaps a part of one; null is 1 where the cluster has any, else 0
-    workers   null: as many as the cluster has room for
+    gpus      GPUs of a worker, or a fraction of one; null: 1 if the cluster has any, else 0
+    workers   number of workers; null: as many as the cluster has room for
     """
 
     COSTLY = TaskConfig.COSTLY | {"gpus", "workers"}
@@ -45,18 +44,18 @@ class WorkerConfig(TaskConfig):
 
 
 class Base(NamedTuple):
-    """The base shards of a dataset, and which of their clips a column is made of."""
+    """The base shards of a dataset, and which of their clips a column is made from."""
 
     rows: Mapping[str, compact.Rows]  # by split
     keeps: Mapping[str, Mapping[str, np.ndarray]]  # by split and shard: (N,) bool, a clip each
-    view: str  # digest of the view that keeps them
+    view: str  # digest of the view that keeps them, "" without one
 
 
 def open_base(dataset: str, view_uri: str | None) -> Base:
-    """The base of a column of all clips, or of those that a view keeps.
+    """The base of a column of all clips, or of the clips that a view keeps.
 
     Raises:
-        UserError: no dataset is here, or its workers could not see it; no clip is kept.
+        UserError: no dataset is here, or workers could not see it; no clip is kept.
     """
     if storage.is_memory(dataset):
         raise UserError(
@@ -64,21 +63,21 @@ def open_base(dataset: str, view_uri: str | None) -> Base:
         )
     index.describe(dataset)
     rows = {split: compact.open_split(dataset, split)[0] for split in schema.SPLITS}
-    judged = {split: view.kept(base, view_uri) for split, base in rows.items()}
-    keeps = {split: by_shard(rows[split], keep) for split, (keep, _, _) in judged.items()}
+    kept = {split: view.kept(base, view_uri) for split, base in rows.items()}
+    keeps = {split: by_shard(rows[split], keep) for split, (keep, _, _) in kept.items()}
     if not any(keep.any() for shards in keeps.values() for keep in shards.values()):
         raise UserError(f"dataset: {dataset}: no clip to encode; run its `shard` stage, or name another view")
-    return Base(rows, keeps, next(digest for _, _, digest in judged.values()))
+    return Base(rows, keeps, next(digest for _, _, digest in kept.values()))
 
 
 def by_shard(base: compact.Rows, keep: np.ndarray) -> dict[str, np.ndarray]:
-    """`keep` (N,) of a split's clips, by the shard that they lie in."""
+    """`keep` (N,) of a split's clips, split by shard."""
     names = base.shards["name"].to_pylist()
     return dict(zip(names, np.split(keep, base.starts[1:]) if names else [], strict=True))
 
 
 class Job(NamedTuple):
-    """A shard to make, and which of its clips: a bit for each."""
+    """A shard to make, and a bit for each of its clips: whether it is part of the column."""
 
     split: str
     name: str
@@ -87,21 +86,23 @@ class Job(NamedTuple):
 
 
 def missing(dataset: str, split: str, column: str, keeps: Mapping[str, np.ndarray]) -> Iterator[Job]:
-    """The base shards that a column has not, or has of other clips."""
-    there = set(index.shard_names(dataset, split, column))
+    """The base shards that a column lacks, or has from other clips."""
+    committed = set(index.shard_names(dataset, split, column))
 
-    def is_there(name: str) -> bool:
+    def is_missing(name: str) -> bool:
         full = f"{name}.{column}"
-        return full in there and fits(index.read_shard(dataset, split, name), index.read_shard(dataset, split, full))
+        if full not in committed:
+            return True
+        return not fits(index.read_shard(dataset, split, name), index.read_shard(dataset, split, full))
 
     with ThreadPoolExecutor(16) as pool:
-        for (name, keep), present in zip(keeps.items(), pool.map(is_there, keeps), strict=True):
-            if not present:
+        for (name, keep), absent in zip(keeps.items(), pool.map(is_missing, keeps), strict=True):
+            if absent:
                 yield Job(split, name, len(keep), np.packbits(keep).tobytes())
 
 
 def fits(base: index.Shard, shard: index.Shard) -> bool:
-    """Whether a column's shard is of just these clips."""
+    """Whether a column's shard was made from just these clips."""
     return bool(
         base.table["key"].to_pylist() == shard.table["key"].to_pylist()
         and base.table["sha256"].to_pylist() == shard.table["base_sha256"].to_pylist()
@@ -109,43 +110,43 @@ def fits(base: index.Shard, shard: index.Shard) -> bool:
 
 
 class Worker:
-    """An actor's side: holds what makes the column on its device, and makes one shard after the other.
+    """An actor of the pool, which loads its models once and makes one shard after the other.
 
     Args:
-        load: `load(device, *models, **settings)` gives the `Make`; called once in each actor.
+        load: `load(device, *models, **arguments)` gives the `Make`.
         models: references to what all actors share.
-        settings: plain data.
+        arguments: of `load`; small, and the same for all actors.
     """
 
     def __init__(
-        self, load: Callable[..., Make], models: list[Any], settings: Mapping[str, Any], device: str, board: Any
+        self, load: Callable[..., Make], models: list[Any], arguments: Mapping[str, Any], device: str, board: Any
     ) -> None:
         import ray
         import torch
 
         self._board, self._broken = board, ""
         if device == "cuda" and not torch.cuda.is_available():
-            # told by the jobs: Ray would start an actor that fails here again and again
+            # an error of the jobs: Ray would restart an actor that fails here again and again
             self._broken = "run.gpus: the torch of a worker cannot use its GPU; install a CUDA build, or set 0"
             return
-        self._make = load(device, *ray.get(models), **settings)
+        self._make = load(device, *ray.get(models), **arguments)
 
     def __call__(self, job: dict[str, Any]) -> dict[str, Any]:
         shard, last = f"{job['split']}/{job['name']}", 0.0
 
-        def tell(clips: int, at: str) -> None:
+        def report(clips: int, position: str) -> None:
             nonlocal last
-            if monotonic() - last > _TELL_SECONDS:
+            if monotonic() - last > _REPORT_SECONDS:
                 last = monotonic()
-                self._board.begin.remote(shard, clips, at)
+                self._board.begin.remote(shard, clips, position)
 
         result: dict[str, Any] = {"units": job["clips"], "error": self._broken}
         if self._broken:
             return result
-        tell(0, "its first clips")
+        report(0, "its first clips")
         keep = np.unpackbits(np.frombuffer(job["keep"], np.uint8), count=job["clips"]).astype(bool)
         try:
-            result |= self._make(split=job["split"], name=job["name"], keep=keep, tell=tell)
+            result |= self._make(split=job["split"], name=job["name"], keep=keep, report=report)
         except (Failure, OSError) as e:
             result["error"] = f"{shard}: {e}"
         self._board.finish.remote(shard, job["clips"])
@@ -158,28 +159,33 @@ def make(
     task: WorkerConfig,
     load: Callable[..., Make],
     models: Sequence[Any],
-    settings: Mapping[str, Any],
+    arguments: Mapping[str, Any],
 ) -> Counter[str]:
-    """Make the shards of a column by a pool of actors; returns the sums of what `Make` counts.
+    """Make the shards of a column in a pool of actors; returns the sums of what `Make` counts.
 
     Args:
-        load, models, settings: see `Worker`; the models are put into Ray's store once.
+        load, models, arguments: see `Worker`; the models are put into Ray's store once.
 
     Raises:
-        UserError: no node has so many GPUs, or room for a task.
+        UserError: no node has enough GPUs, or room for a task.
         Failure, Interrupted: as `groups.run`.
     """
 
     def start(ray: Any, rows: Any, board: Any) -> Any:
-        own, room = _pool(stage, task, [node["Resources"] for node in ray.nodes() if node["Alive"]])
-        given = {"load": load, "models": [ray.put(model) for model in models], "settings": dict(settings)}
+        worker, room = _pool(stage, task, [node["Resources"] for node in ray.nodes() if node["Alive"]])
         return rows.map(
             Worker,
-            fn_constructor_kwargs=given | {"device": "cuda" if own.gpus else "cpu", "board": board},
+            fn_constructor_kwargs={
+                "load": load,
+                "models": [ray.put(model) for model in models],
+                "arguments": dict(arguments),
+                "device": "cuda" if worker.gpus else "cpu",
+                "board": board,
+            },
             compute=ray.data.ActorPoolStrategy(
                 size=min(task.workers or room, len(jobs)), max_tasks_in_flight_per_actor=2
             ),
-            **own.options(),
+            **worker.options(),
         )
 
     return groups.run(
@@ -194,10 +200,10 @@ def make(
 
 
 def _pool(stage: str, task: WorkerConfig, nodes: list[dict[str, float]]) -> tuple[WorkerConfig, int]:
-    """What each worker gets, with `gpus` known, and how many have room.
+    """The needs of a worker, with its `gpus` resolved, and the number of workers that have room.
 
     Raises:
-        UserError: no node has so many GPUs.
+        UserError: no node has enough GPUs.
     """
     most = max((node.get("GPU", 0) for node in nodes), default=0)
     gpus = (1.0 if most else 0.0) if task.gpus is None else task.gpus
@@ -220,20 +226,20 @@ def commit(
     kind: pa.Schema,
     notes: Mapping[str, Any],
 ) -> int:
-    """Write a column's shard of all clips of a base shard; returns the bytes of its tar.
+    """Write a column's shard for all clips of a base shard; returns the bytes of its tar.
 
-    An index of other clips is taken away first: a reader must not find it beside the new tar.
+    An index of other clips is deleted first: a reader must not find it beside the new tar.
 
     Args:
-        members: each clip's key and file, in the order of the base.
-        row_of: what the index says of a member beside where it lies, given the base's row.
+        members: each clip's key and files, in the order of the base.
+        row_of: `row_of(member, base_row)` gives the columns of the index beside the member's place and digests.
         kind: schema of the index.
-        notes: what to keep with the shard, such as statistics.
+        notes: metadata of the index, such as statistics.
     """
-    url = storage.join(dataset, base.split, f"{base.name}.{column}")
-    if f"{base.name}.{column}" in index.shard_names(dataset, base.split, column) and not fits(
-        base, index.read_shard(dataset, base.split, f"{base.name}.{column}")
-    ):
+    name = f"{base.name}.{column}"
+    url = storage.join(dataset, base.split, name)
+    committed = name in index.shard_names(dataset, base.split, column)
+    if committed and not fits(base, index.read_shard(dataset, base.split, name)):
         fs, path = storage.filesystem(f"{url}.parquet")
         with suppress(FileNotFoundError):
             storage.retrying(path, lambda: fs.rm_file(path))
@@ -251,7 +257,7 @@ def commit(
 
 
 def shards_of(dataset: str, column: str, base: Base) -> dict[str, list[index.Shard]]:
-    """The committed shards of a column, by split, that are of the base's shards."""
+    """The committed shards of a column, by split, without those whose base shard is gone."""
     return {
         split: [s for s in index.read_shards(dataset, split, column) if s.name.partition(".")[0] in keeps]
         for split, keeps in base.keeps.items()
@@ -259,12 +265,12 @@ def shards_of(dataset: str, column: str, base: Base) -> dict[str, list[index.Sha
 
 
 def sweep(dataset: str) -> int:
-    """Delete what workers that died have left beside the shards; returns how much."""
+    """Delete the temporary files of workers that died; returns their number."""
     return sum(storage.sweep(storage.join(dataset, split)) for split in schema.SPLITS)
 
 
 def complete(dataset: str, column: str, digests: Mapping[str, str]) -> bool:
-    """Whether a column has all shards that the dataset has now, and these are those of `digests`, by split."""
+    """Whether a column has all shards of the dataset, whose digests by split are still those given."""
     for split in schema.SPLITS:
         names = set(index.shard_names(dataset, split))
         if names - {n.partition(".")[0] for n in index.shard_names(dataset, split, column)}:

@@ -1,10 +1,10 @@
-"""One group to one shard. Committed by its index, which is written last; until then nothing of it counts.
+"""One group to one shard, committed by its index, which is written last; until then the shard does not exist.
 
-Order: data tar, frame-diff tar, frame-diff index, source rows, index. Every step is atomic and gives the same bytes
+Order: data tar, frame-diff tar, frame-diff index, source rows, index. Every write is atomic and gives the same bytes
 whoever does it, so that two drivers at once, a retry or a kill at any moment do no harm.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ from longtake.datasets import annotations, index, schema, storage
 from longtake.datasets.errors import Failure
 from longtake.datasets.masking import shown
 from longtake.datasets.shard import Member, sha256_of, write_tar
+from longtake.pipeline.config import CutConfig
 from longtake.pipeline.fetch import Unread, fetch
 from longtake.pipeline.isolate import Worker
 from longtake.pipeline.retry import waiting
@@ -27,7 +28,7 @@ def make_group(
     group: Mapping[str, Any],
     rows: Sequence[Mapping[str, Any]],
     dataset: str,
-    geometry: Mapping[str, Any],
+    cut: CutConfig,
     memory: Mapping[str, bytes] | None = None,
     board: Any = None,
 ) -> dict[str, Any]:
@@ -36,41 +37,23 @@ def make_group(
     Args:
         group: `{"split", "group"}`, and perhaps `again`: URIs that have been planned anew, in another group.
         rows: its plan rows, in order of identity.
-        geometry: the `clip`, `limits`, `diff` and `decoder` of `source.process`, as plain data.
         memory: contents of sources that only the driver can see.
-        board: the Ray actor that is told how far this is (see watch.py).
+        board: the Ray actor that progress is reported to (see board.py).
 
     Returns:
-        `{"units", "clips", "error"}`, the units being sources; with an error the group is not committed and can be run again.
+        `{"units", "clips", "error"}`, the units being sources. A group with an error is not committed and can be run again.
     """
-    split, name, limits = group["split"], group_name(group["group"]), geometry["limits"]
+    split, name = group["split"], group_name(group["group"])
     result = {"units": len(rows), "clips": 0, "error": ""}
-    folder = storage.join(dataset, split)
+
+    def report(sources: int, uri: str) -> None:
+        if board is not None:
+            board.begin.remote(f"{split}/{name}", sources, uri)
+
     try:
-        with storage.spool_folder(folder) as spool:
-            sources, clips = list[Any](), list[Any]()
-            unread, silent = set[str](), set[str]()
-            for done, row in enumerate(rows):
-                if board is not None:
-                    board.begin.remote(f"{split}/{name}", done, row["uri"])
-                if row["uri"] in group.get("again", ()):
-                    account, cut = _rejected("unreachable", "planned again, into a later group"), list[Any]()
-                elif row["source"] == waiting(row["uri"]):
-                    account, cut = _asked_again(row, spool, limits["max_bytes"]), []
-                # a copy takes the place of what could not be read
-                elif row["duplicate_of"] is not None and row["source"] not in unread:
-                    account, cut = _rejected("duplicate", f"same content as {row['duplicate_of']}"), []
-                else:
-                    store = "/".join(row["uri"].split("/", 3)[:3])
-                    account, cut = _cut(row, spool, geometry, memory or {}, attempts=1 if store in silent else 5)
-                    (unread.add if account["reason"] in schema.UNREAD else unread.discard)(row["source"])
-                    (silent.add if account["reason"] == "unreachable" else silent.discard)(store)
-                if (named := len(annotations.rows_of(row["extra"]))) > 1:
-                    account["detail"] = "; ".join(filter(None, (account["detail"], f"{named} rows name it")))
-                sources.append(dict.fromkeys(schema.SOURCES.names) | dict(row) | account)
-                clips += cut
-            if board is not None:
-                board.begin.remote(f"{split}/{name}", len(rows), "its commit")
+        with storage.spool_folder(storage.join(dataset, split)) as spool:
+            sources, clips = _cut_sources(rows, group.get("again", ()), spool, cut, memory or {}, report)
+            report(len(rows), "its commit")
             _commit(dataset, split, name, spool, clips, sources)
             result["clips"] = len(clips)
     except (Failure, OSError) as e:
@@ -80,25 +63,57 @@ def make_group(
     return result
 
 
+def _cut_sources(
+    rows: Sequence[Mapping[str, Any]],
+    again: Iterable[str],
+    spool: Path,
+    cut: CutConfig,
+    memory: Mapping[str, bytes],
+    report: Callable[[int, str], None],
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """The rows of schema.SOURCES of a group, and the rows of its clips, whose files are in the spool."""
+    sources, clips = list[dict[str, Any]](), list[dict[str, Any]]()
+    unread, silent = set[str](), set[str]()  # identities that could not be read, stores that did not answer
+    for number, row in enumerate(rows):
+        report(number, row["uri"])
+        cut_clips = list[dict[str, Any]]()
+        if row["uri"] in again:
+            account = _rejected("unreachable", "planned again, into a later group")
+        elif row["source"] == waiting(row["uri"]):
+            account = _ask_again(row, spool, cut.limits.max_bytes)
+        # a copy takes the place of what could not be read
+        elif row["duplicate_of"] is not None and row["source"] not in unread:
+            account = _rejected("duplicate", f"same content as {row['duplicate_of']}")
+        else:
+            store = "/".join(row["uri"].split("/", 3)[:3])
+            account, cut_clips = _cut(row, spool, cut, memory, attempts=1 if store in silent else 5)
+            (unread.add if account["reason"] in schema.UNREAD else unread.discard)(row["source"])
+            (silent.add if account["reason"] == "unreachable" else silent.discard)(store)
+        if (count := len(annotations.rows_of(row["extra"]))) > 1:
+            account["detail"] = "; ".join(filter(None, (account["detail"], f"{count} rows name it")))
+        sources.append(dict.fromkeys(schema.SOURCES.names) | dict(row) | account)
+        clips += cut_clips
+    return sources, clips
+
+
 def _cut(
-    row: Mapping[str, Any], spool: Path, geometry: Mapping[str, Any], memory: Mapping[str, bytes], attempts: int
+    row: Mapping[str, Any], spool: Path, cut: CutConfig, memory: Mapping[str, bytes], attempts: int
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """The account of one source, and the rows of its clips."""
     global _worker
-    limits = geometry["limits"]
-    if (row["bytes"] or 0) > limits["max_bytes"]:
-        return _rejected("too_large", f"{row['bytes']} bytes; limits.max_bytes is {limits['max_bytes']}"), []
-    fetched = spool / "source"
+    most_bytes = cut.limits.max_bytes
+    if (row["bytes"] or 0) > most_bytes:
+        return _rejected("too_large", f"{row['bytes']} bytes; limits.max_bytes is {most_bytes}"), []
+    copy = spool / "source"
     try:
-        path = fetch(row["uri"], fetched, limits["max_bytes"], attempts, memory)
+        path = fetch(row["uri"], copy, most_bytes, attempts, memory)
         size = path.stat().st_size
         _worker = _worker or Worker()
-        extra = annotations.of_sample(row["extra"])
-        job = {"path": str(path), "source": row["source"], "folder": str(spool), "extra": extra, **geometry}
-        result = _worker.run(job, limits["timeout_seconds"], limits["memory_bytes"])
+        result = _worker.run(str(path), row["source"], str(spool), cut, annotations.of_sample(row["extra"]))
     except Unread as e:
         return _rejected(e.reason, e.detail), []
     finally:
-        fetched.unlink(missing_ok=True)
+        copy.unlink(missing_ok=True)
     account, clips = result["account"] | {"clips": len(result["clips"])}, result["clips"]
     if row["bytes"] is None:
         account["bytes"] = size
@@ -112,8 +127,8 @@ def _cut(
     return account, clips
 
 
-def _asked_again(row: Mapping[str, Any], spool: Path, most_bytes: int) -> dict[str, Any]:
-    """The account of a source that was unreachable when it was planned: what its store says now."""
+def _ask_again(row: Mapping[str, Any], spool: Path, most_bytes: int) -> dict[str, Any]:
+    """The account of a source that was unreachable when it was planned, by what its store answers now."""
     target = spool / "source"
     try:
         fetch(row["uri"], target, most_bytes, attempts=1)

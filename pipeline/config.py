@@ -1,4 +1,4 @@
-"""What a clip looks like: length, rate, size buckets; and the limits on what a source may ask of us."""
+"""How sources are cut: what a clip looks like, and what a source may cost."""
 
 import math
 from collections.abc import Iterator
@@ -25,8 +25,8 @@ class ClipConfig(StageConfig):
     min_seconds      shorter shots are dropped
     max_seconds      longer shots are cut into pieces
     aspects          the shapes of clips; a video is cropped to the nearest
-    multiple         the long side is rounded to multiples of so many pixels
-    max_crop         share of the picture that may fall outside the nearest shape
+    multiple         pixels; the long side is rounded to a multiple of it
+    max_crop         share of the picture that may be cropped
     crf              x264's quality, 0 is lossless
     encoder_preset   x264's speed
     gop              frames from one key frame to the next
@@ -62,7 +62,7 @@ class ClipConfig(StageConfig):
         return max(2, math.floor(self.max_seconds * self.fps + 1e-9))
 
     def buckets(self) -> Iterator[tuple[int, int]]:
-        """(width, height) of each aspect."""
+        """Yield the (width, height) of each aspect."""
         for aspect in self.aspects:
             width, height = (int(n) for n in aspect.split(":"))
             ratio = max(width, height) / min(width, height)
@@ -73,10 +73,10 @@ class ClipConfig(StageConfig):
 class LimitsConfig(StageConfig):
     """What one source may cost before it is rejected or cut off.
 
-    max_bytes         of the file
-    max_pixels        of a coded frame
-    max_frames        decoded
-    timeout_seconds   of its decoding
+    max_bytes         size of the file
+    max_pixels        size of a coded frame
+    max_frames        frames that are decoded
+    timeout_seconds   time to cut it
     memory_bytes      address space of the decoding process
     """
 
@@ -90,7 +90,7 @@ class LimitsConfig(StageConfig):
 class FrameDiffConfig(StageConfig):
     """The frame-difference column.
 
-    short_side   pixels: clips are box-averaged by the whole factor that brings them nearest to it
+    short_side   pixels; clips are box-averaged by the whole factor that brings them nearest to it
     """
 
     short_side: int = Field(64, ge=8)
@@ -102,8 +102,26 @@ class FrameDiffConfig(StageConfig):
         return factor
 
 
+class CutConfig(StageConfig):
+    """How one source is cut.
+
+    clip         what a clip is
+    frame_diff   the column of frame differences
+    limits       what the source may cost
+    decoder      decord rejects what it would show wrongly (see second_opinion.py)
+    """
+
+    clip: ClipConfig = ClipConfig()
+    frame_diff: FrameDiffConfig = FrameDiffConfig()
+    limits: LimitsConfig = LimitsConfig()
+    decoder: Literal["pyav", "decord"] = "pyav"
+
+
 def fit(config: ClipConfig, width: int, height: int) -> tuple[tuple[int, int], tuple[int, int], float]:
-    """The bucket for a picture: (scaled size, bucket size, share of the picture cropped), sizes (width, height) and even."""
+    """The scaled size of a picture, the size of its bucket, and the share that is cropped.
+
+    Sizes are (width, height) and even.
+    """
     bucket = min(config.buckets(), key=lambda b: abs(math.log((b[0] / b[1]) / (width / height))))
     scale = max(bucket[0] / width, bucket[1] / height)
     scaled = (max(bucket[0], round(width * scale / 2) * 2), max(bucket[1], round(height * scale / 2) * 2))

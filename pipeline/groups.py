@@ -1,4 +1,4 @@
-"""One Ray job over groups: connect, make each group in one task, show how far it is, say what failed."""
+"""One Ray job over groups: connect, make each group in one task, show progress, report what failed."""
 
 import sys
 from collections import Counter
@@ -26,16 +26,16 @@ def run(
     total: int,
     failed: str = "groups could not be written",
 ) -> Counter[str]:
-    """Make each job's group, in any order, and add up what the results count.
+    """Make each job's group, in any order, and add up the counts of the results.
 
     Args:
         stage: name of the work, for the bar and in errors.
-        jobs: plain data; one is one task, and a retry repeats no other.
+        jobs: plain data; each is one task, so that a retry repeats no other.
         task: what one task needs of the cluster.
-        start: `start(ray, rows, board)` maps the rows of a Ray Data set, one a job, to results: mappings of counts, with
-            `units` done and an `error`, which is empty where there is none. `board` is a `Board` for the tasks to tell.
-        unit, total: what the bar counts, and how many there are.
-        failed: what to say of groups with an error.
+        start: `start(ray, rows, board)` maps the rows of a Ray Data set, one for each job, to results: mappings of counts,
+            among them `units`, and an `error`, which is empty where there is none. Tasks report to `board`, a `Board`.
+        unit, total: what the bar counts, and its end.
+        failed: the message about groups with an error.
 
     Returns:
         The sums of all numbers in the results.
@@ -48,22 +48,22 @@ def run(
     errors, totals = list[str](), Counter[str]()
     try:
         with connected(stage, task) as ray, tqdm(desc=stage, total=total, unit=unit) as bar:
-            # on a node that dies it starts afresh, and is told again
+            # if its node dies it restarts empty, and tasks report to it anew
             board = ray.remote(num_cpus=0, max_restarts=-1)(Board).remote()
             rows = ray.data.from_items([dict(job) for job in jobs], override_num_blocks=len(jobs))
 
-            def tell(units: int, line: str) -> None:
+            def show(units: int, line: str) -> None:
                 bar.update(max(0, units - bar.n))
                 if line:
                     bar.write(f"{stage}: {shown(storage.printable(line))}", file=sys.stderr)
 
-            results = watched(start(ray, rows, board).iter_rows(), ray, board, stage, task.stall_seconds, tell)
+            results = watched(start(ray, rows, board).iter_rows(), ray, board, stage, task.stall_seconds, show)
             for number, result in enumerate(results, 1):
                 if error := result.pop("error"):
                     errors.append(error)
                 totals.update({name: int(value) for name, value in result.items() if isinstance(value, int | float)})
                 bar.set_postfix(done=f"{number}/{len(jobs)}", clips=totals["clips"], refresh=False)
-                tell(totals["units"], "")
+                show(totals["units"], "")
     except KeyboardInterrupt as e:
         raise Interrupted(f"{stage}: stopped; committed shards are kept") from e
     if errors:

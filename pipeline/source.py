@@ -1,6 +1,6 @@
 """One source to clips: a single pass over its frames feeds cutting, scoring, encoding and the frame differences.
 
-Runs inside the isolated worker (see isolate.py): memory is bounded by one clip, whatever the source's length.
+Runs inside the isolated worker (see isolate.py). Memory is bounded by one clip, whatever the source's length.
 """
 
 import errno
@@ -8,7 +8,7 @@ import hashlib
 import json
 import math
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -16,12 +16,12 @@ from typing import Any
 import numpy as np
 from av.video.reformatter import VideoReformatter
 
-from longtake.datasets import clip as clips
+from longtake.datasets import clip
 from longtake.datasets.annotations import label_of
-from longtake.pipeline.config import ClipConfig, FrameDiffConfig, LimitsConfig, fit
+from longtake.pipeline.config import CutConfig, fit
 from longtake.pipeline.container import Unreadable, is_no_video
 from longtake.pipeline.cut import Sampled, shots
-from longtake.pipeline.decode import Frame, Probe, Tally, frames, probe, to_planes
+from longtake.pipeline.decode import Frame, Probe, Tally, frames, luma, probe, to_planes
 from longtake.pipeline.encode import encode
 from longtake.pipeline.score import perceptual_hash, score
 
@@ -43,7 +43,7 @@ REASONS = {
     "timed_out": "it took longer than `limits.timeout_seconds`",
 }
 _MAX_GAP_SECONDS = 2.0
-_MISMATCH = 0.01
+_TOLERANCE = 0.01  # share by which counts and lengths may differ without a note
 _COUNTS = (
     "frames_decoded",
     "frames_sampled",
@@ -55,114 +55,111 @@ _COUNTS = (
     "frames_dropped_transition",
 )
 
-Sizes = tuple[tuple[int, int], tuple[int, int]]  # (width, height) to scale to, and to cut out of the middle
+Sizes = tuple[tuple[int, int], tuple[int, int]]  # (width, height) to scale to, and to crop from the middle
 
 
 class Rejected(Exception):
+    """Why a source gives no clips: a key of REASONS, and a line for people."""
+
     def __init__(self, reason: str, detail: str) -> None:
         super().__init__(detail)
         self.reason, self.detail = reason, detail
 
 
 def process(
-    path: str,
-    source: str,
-    folder: str,
-    clip: ClipConfig,
-    limits: LimitsConfig,
-    diff: FrameDiffConfig,
-    decoder: str = "pyav",
-    extra: Mapping[str, Any] | None = None,
+    path: str, source: str, folder: str, cut: CutConfig, extra: Mapping[str, Any] | None = None
 ) -> dict[str, Any]:
-    """Cut one local video into `folder`: KEY.mp4, KEY.json and KEY.npy.zst (frame differences) a clip.
+    """Cut one local video into `folder`: KEY.mp4, KEY.json and KEY.npy.zst (frame differences) for each clip.
 
-    `extra` are its annotations (`annotations.of_sample`): they go into each KEY.json, `label` into the index as well.
+    Args:
+        source: the identity of the source, with which keys begin.
+        extra: its annotations (`annotations.of_sample`), which go into each KEY.json; `label` goes into the index as well.
 
     Returns:
         `{"account": columns of schema.SOURCES, "clips": rows of schema.INDEX without offsets}`.
     """
     account: dict[str, Any] = dict.fromkeys(_COUNTS, 0)
-    rows: list[dict[str, Any]] = []
+    clips: list[dict[str, Any]] = []
+
+    def write(frames: list[Sampled]) -> None:
+        clips.append(_write_clip(Path(folder), source, len(clips), frames, cut, extra or {}))
+
     try:
-        _cut(path, source, Path(folder), clip, limits, diff, decoder, extra or {}, account, rows)
-        account |= {"status": "good", "reason": None, "detail": account.get("detail")}
+        header = _header(path)
+        account |= {name: getattr(header, name) for name in ("codec", "width", "height", "fps")}
+        account["frames_expected"] = header.frames
+        _sizes(cut, header.width, header.height, header.coded_pixels)
+        try:
+            notes = _cut(path, cut, header, account, write)
+        except Unreadable as e:
+            # how far decord came depends on its threads
+            clips.clear()
+            account |= dict.fromkeys(_COUNTS, 0)
+            raise Rejected("unreadable", str(e)) from e
+        if not clips:
+            raise _without_clips(cut, account, notes)
+        account |= {"status": "good", "reason": None, "detail": "; ".join(notes) or None}
     except Rejected as e:
-        assert not rows, "a source with clips is good"
+        assert not clips, "a source with clips is good"
         account |= {"status": "rejected", "reason": e.reason, "detail": e.detail}
-    return {"account": account, "clips": rows}
+    return {"account": account, "clips": clips}
 
 
-def _cut(
-    path: str,
-    source: str,
-    folder: Path,
-    clip: ClipConfig,
-    limits: LimitsConfig,
-    diff: FrameDiffConfig,
-    decoder: str,
-    extra: Mapping[str, Any],
-    account: dict[str, Any],
-    rows: list[dict[str, Any]],
-) -> None:
+def _header(path: str) -> Probe:
+    """What the container says. Raises Rejected where nothing can be decoded."""
     if not Path(path).stat().st_size:
         raise Rejected("empty", "0 bytes")
     try:
-        facts = probe(path)
+        return probe(path)
     except Unreadable as e:
         if is_no_video(e):
             raise Rejected("no_video", str(e)) from e
         raise Rejected("no_frames" if "frame" in str(e) else "unreadable", str(e)) from e
-    account |= {
-        "codec": facts.codec,
-        "width": facts.width,
-        "height": facts.height,
-        "fps": facts.fps,
-        "frames_expected": facts.frames,
-    }
-    _fitted(clip, limits, facts.width, facts.height, facts.coded_pixels)
 
+
+def _cut(
+    path: str, cut: CutConfig, header: Probe, account: dict[str, Any], write: Callable[[list[Sampled]], None]
+) -> list[str]:
+    """Write the clips, count frames, shots and clips in the account, and return notes for people. Raises Unreadable."""
     notes: list[str] = []
-    tally, unfit = Tally(), Counter[str]()
-    held: list[Sampled] = []
+    tally, misfits = Tally(), Counter[str]()
+    pending: list[Sampled] = []  # frames of the clip that is not written yet
 
     def flush() -> None:
-        if len(held) >= clip.min_frames:
-            rows.append(_write_clip(folder, source, len(rows), held, clip, diff, extra))
+        if len(pending) >= cut.clip.min_frames:
+            write(pending)
             account["clips"] += 1
-        elif held:
+        elif pending:
             account["clips_dropped_short"] += 1
-            account["frames_dropped_short"] += len(held)
-        held.clear()
+            account["frames_dropped_short"] += len(pending)
+        pending.clear()
 
-    stream = _counted(frames(path, decoder, tally), limits.max_frames, account, notes)
-    fitting = _fitting(stream, clip, limits, unfit)
-    try:
-        for frame, starts, dropped in shots(_sampled(fitting, float(clip.rate))):
-            account["frames_sampled"] += 1
-            account["shots"] += starts
-            if starts or dropped or len(held) == clip.max_frames:
-                flush()
-            if dropped:
-                account[f"frames_dropped_{dropped}"] += 1
-            else:
-                held.append(frame)
-        flush()
-    except Unreadable as e:
-        # how far decord came is a matter of its threads
-        rows.clear()
-        account |= dict.fromkeys(_COUNTS, 0)
-        raise Rejected("unreadable", str(e)) from e
-    notes += _differences(facts, tally, account, float(clip.rate)) if not notes else []
-    notes += [f"frames left out, of another shape: {count} ({why})" for why, count in unfit.items()]
-    account["detail"] = "; ".join(notes) or None
+    stream = _counted(frames(path, cut.decoder, tally), cut.limits.max_frames, account, notes)
+    for frame, starts, dropped in shots(resample(_with_sizes(stream, cut, misfits), float(cut.clip.rate))):
+        account["frames_sampled"] += 1
+        account["shots"] += starts
+        if starts or dropped or len(pending) == cut.clip.max_frames:
+            flush()
+        if dropped:
+            account[f"frames_dropped_{dropped}"] += 1
+        else:
+            pending.append(frame)
+    flush()
+
+    notes += _differences(header, tally, account, float(cut.clip.rate)) if not notes else []
+    notes += [f"frames left out, of another shape: {count} ({why})" for why, count in misfits.items()]
+    return notes
+
+
+def _without_clips(cut: CutConfig, account: Mapping[str, Any], notes: list[str]) -> Rejected:
+    """Why a source that was decoded to its end has no clips."""
     if not account["frames_decoded"]:
-        raise Rejected("no_frames", account["detail"] or "no decodable frame")
-    if not rows:
-        black, sampled = account["frames_dropped_black"], account["frames_sampled"]
-        if black > sampled / 2:
-            raise Rejected("black", "; ".join([f"{black} of {sampled} frames are black", *notes]))
-        longest = f"{sampled} frames at {clip.fps:g} fps in {account['shots']} shots"
-        raise Rejected("too_short", "; ".join([f"{longest}; clip.min_seconds is {clip.min_seconds:g}", *notes]))
+        return Rejected("no_frames", "; ".join(notes) or "no decodable frame")
+    black, sampled = account["frames_dropped_black"], account["frames_sampled"]
+    if black > sampled / 2:
+        return Rejected("black", "; ".join([f"{black} of {sampled} frames are black", *notes]))
+    longest = f"{sampled} frames at {cut.clip.fps:g} fps in {account['shots']} shots"
+    return Rejected("too_short", "; ".join([f"{longest}; clip.min_seconds is {cut.clip.min_seconds:g}", *notes]))
 
 
 def _counted(stream: Iterator[Frame], limit: int, account: dict[str, Any], notes: list[str]) -> Iterator[Frame]:
@@ -174,16 +171,16 @@ def _counted(stream: Iterator[Frame], limit: int, account: dict[str, Any], notes
         yield frame
 
 
-def _differences(facts: Probe, tally: Tally, account: Mapping[str, Any], rate: float) -> Iterator[str]:
-    """What there is to say where frames and seconds are not those of the container or its packets."""
-    decoded, shown, said = account["frames_decoded"], account["frames_sampled"] / rate, facts.stream_seconds
-    if facts.frames and abs(decoded - facts.frames) > _MISMATCH * facts.frames:
-        yield f"the container says {facts.frames} frames, {decoded} could be decoded"
-    # two fields may come in packets of their own
-    elif not facts.frames and min(abs(n * decoded - tally.packets) for n in (1, 2)) > _MISMATCH * tally.packets:
+def _differences(header: Probe, tally: Tally, account: Mapping[str, Any], rate: float) -> Iterator[str]:
+    """Notes where frames and seconds differ from what the container or its packets say."""
+    decoded, shown, seconds = account["frames_decoded"], account["frames_sampled"] / rate, header.stream_seconds
+    if header.frames and abs(decoded - header.frames) > _TOLERANCE * header.frames:
+        yield f"the container says {header.frames} frames, {decoded} could be decoded"
+    # two fields may come in separate packets
+    elif not header.frames and min(abs(n * decoded - tally.packets) for n in (1, 2)) > _TOLERANCE * tally.packets:
         yield f"its packets hold {tally.packets} frames, {decoded} could be decoded"
-    if said and abs(shown - said) > max(_MISMATCH * said, 2 / rate):
-        yield f"the container says {said:.2f} s, {shown:.2f} s are shown"
+    if seconds and abs(shown - seconds) > max(_TOLERANCE * seconds, 2 / rate):
+        yield f"the container says {seconds:.2f} s, {shown:.2f} s are shown"
     if tally.refused:
         yield f"damaged packets: {tally.refused}"
     if tally.damaged:
@@ -194,45 +191,47 @@ def _differences(facts: Probe, tally: Tally, account: Mapping[str, Any], rate: f
         yield f"it ends early: {tally.ended}"
 
 
-def _fitted(clip: ClipConfig, limits: LimitsConfig, width: int, height: int, coded_pixels: int) -> Sizes:
-    """The sizes to scale to and to cut out for a picture as shown. Raises Rejected where it makes no clips."""
-    if coded_pixels > limits.max_pixels:
-        raise Rejected("too_large", f"{coded_pixels} pixels a frame; limits.max_pixels is {limits.max_pixels}")
-    scaled, bucket, lost = fit(clip, width, height)
-    if lost > clip.max_crop:
-        raise Rejected("aspect", f"{width}x{height}: {lost:.0%} would be cropped; clip.max_crop is {clip.max_crop:.0%}")
-    if min(width, height) < clip.short_side:
-        raise Rejected("too_small", f"{width}x{height}; clip.short_side is {clip.short_side}")
+def _sizes(cut: CutConfig, width: int, height: int, coded_pixels: int) -> Sizes:
+    """The sizes to scale to and to crop for a picture as shown. Raises Rejected where it can give no clips."""
+    most_pixels, most_crop, short_side = cut.limits.max_pixels, cut.clip.max_crop, cut.clip.short_side
+    if coded_pixels > most_pixels:
+        raise Rejected("too_large", f"{coded_pixels} pixels a frame; limits.max_pixels is {most_pixels}")
+    scaled, bucket, lost = fit(cut.clip, width, height)
+    if lost > most_crop:
+        raise Rejected("aspect", f"{width}x{height}: {lost:.0%} would be cropped; clip.max_crop is {most_crop:.0%}")
+    if min(width, height) < short_side:
+        raise Rejected("too_small", f"{width}x{height}; clip.short_side is {short_side}")
     return scaled, bucket
 
 
-def _fitting(
-    stream: Iterator[Frame], clip: ClipConfig, limits: LimitsConfig, unfit: Counter[str]
-) -> Iterator[tuple[Frame, Sizes | None]]:
-    """Each frame with the same for its shape, which may change; None for those to leave out, which are counted."""
+def _with_sizes(stream: Iterator[Frame], cut: CutConfig, misfits: Counter[str]) -> Iterator[tuple[Frame, Sizes | None]]:
+    """Each frame with the sizes for its shape, which may change; None for a frame to leave out, counted in `misfits`."""
 
     @cache
-    def fitted(width: int, height: int, coded_pixels: int) -> Sizes | str:
+    def sizes_or_reason(width: int, height: int, coded_pixels: int) -> Sizes | str:
         try:
-            return _fitted(clip, limits, width, height, coded_pixels)
+            return _sizes(cut, width, height, coded_pixels)
         except Rejected as e:
             return e.detail
 
     for frame in stream:
-        sizes = fitted(*frame.size, frame.image.width * frame.image.height)
+        sizes = sizes_or_reason(*frame.size, frame.image.width * frame.image.height)
         if isinstance(sizes, str):
-            unfit[sizes] += 1
+            misfits[sizes] += 1
             yield frame, None
         else:
             yield frame, sizes
 
 
-def _sampled(stream: Iterable[tuple[Frame, Sizes | None]], fps: float) -> Iterator[Sampled]:
+def resample(stream: Iterable[tuple[Frame, Sizes | None]], fps: float) -> Iterator[Sampled]:
     """Frames at a steady rate by their times: each tick shows the frame that is on screen then.
 
     A frame may come up to half a tick (or half its own duration) early, so that times rounded to milliseconds do not
     double one frame and skip the next. Over a gap of more than two seconds, and where frames are missing, nothing is
     shown.
+
+    Args:
+        stream: frames and the sizes to scale and crop them to; None for a frame that is left out.
     """
     tick, previous, duration, after_gap = 0, None, 1 / fps, False
     planes: np.ndarray | None = None
@@ -248,64 +247,60 @@ def _sampled(stream: Iterable[tuple[Frame, Sizes | None]], fps: float) -> Iterat
             yield Sampled(planes, frame.number, tick / fps, after_gap)
             tick, after_gap = tick + 1, False
 
-    for frame, fitting in stream:
+    for frame, frame_sizes in stream:
         missing = previous is None
         if previous is not None:
-            step = frame.seconds - previous.seconds
-            parted = frame.starts or step > _MAX_GAP_SECONDS
-            missing = parted and step > duration
-            shown = duration if missing else step
+            interval = frame.seconds - previous.seconds
+            parted = frame.starts or interval > _MAX_GAP_SECONDS
+            missing = parted and interval > duration
+            shown = duration if missing else interval
             yield from until(previous.seconds + shown if missing else frame.seconds, shown, previous)
-            after_gap |= parted or fitting != sizes
-            duration = duration if parted else step
-        if fitting is None:
+            after_gap |= parted or frame_sizes != sizes
+            duration = duration if parted else interval
+        if frame_sizes is None:
             previous, after_gap = None, True
             continue
         if missing:
             tick = max(tick, math.ceil(frame.seconds * fps - 1e-6))
-        previous, planes, sizes = frame, None, fitting
+        previous, planes, sizes = frame, None, frame_sizes
+
     if previous is not None:
-        # the last one for its whole time, which at low rates is long
-        if duration * (1 + _MISMATCH) < previous.duration <= _MAX_GAP_SECONDS:
+        # the last frame is shown for its whole duration, which at low rates is long
+        if duration * (1 + _TOLERANCE) < previous.duration <= _MAX_GAP_SECONDS:
             duration = previous.duration
         yield from until(previous.seconds + duration, duration, previous)
 
 
 def _write_clip(
-    folder: Path,
-    source: str,
-    number: int,
-    held: list[Sampled],
-    clip: ClipConfig,
-    diff: FrameDiffConfig,
-    extra: Mapping[str, Any],
+    folder: Path, source: str, number: int, frames: list[Sampled], cut: CutConfig, extra: Mapping[str, Any]
 ) -> dict[str, Any]:
-    key = f"{source}-{number:05d}"
-    planes = [f.planes for f in held]
-    height, width = planes[0].shape[0] * 2 // 3, planes[0].shape[1]
-    mp4 = encode(planes, clip.rate, clip.crf, clip.encoder_preset, clip.gop)
-    scores = score(planes)
+    """Write the files of one clip; returns its row of schema.INDEX without offsets. Raises OSError: the disk is full."""
+    key, settings = f"{source}-{number:05d}", cut.clip
+    planes = [frame.planes for frame in frames]
+    height, width = luma(planes[0]).shape
+    mp4 = encode(planes, settings.rate, settings.crf, settings.encoder_preset, settings.gop)
     facts: dict[str, Any] = {
         "source": source,
         "clip": number,
-        "first_frame": held[0].number,
-        "start_seconds": round(held[0].seconds, 6),
-        "frame_count": len(held),
-        "fps": float(clip.rate),
+        "first_frame": frames[0].number,
+        "start_seconds": round(frames[0].seconds, 6),
+        "frame_count": len(frames),
+        "fps": float(settings.rate),
         "width": width,
         "height": height,
     }
-    rounded = {name: round(value, 6) for name, value in scores.items()}
-    text = json.dumps({**extra, **facts, "scores": rounded}, sort_keys=True, allow_nan=False)
+    scores = {name: round(value, 6) for name, value in score(planes).items()}
+    text = json.dumps({**extra, **facts, "scores": scores}, sort_keys=True, allow_nan=False)
     try:
         (folder / f"{key}.mp4").write_bytes(mp4)
         (folder / f"{key}.json").write_text(text)
-        # of the clip as it will be decoded again, not of the frames before encoding
-        difference = clips.frame_difference(clips.decode(mp4, name=key), diff.factor(width, height))
-        (folder / f"{key}.npy.zst").write_bytes(clips.pack_array(difference))
+        # the difference of the clip as it will be decoded, not of the frames before encoding
+        video = clip.decode(mp4, name=key)
+        difference = clip.frame_difference(video, cut.frame_diff.factor(width, height))
+        (folder / f"{key}.npy.zst").write_bytes(clip.pack_array(difference))
     except OSError as e:
         if e.errno == errno.ENOSPC:
             raise OSError(errno.ENOSPC, "No space left on device", str(folder)) from e
         raise
     row = {"key": key, "sha256": hashlib.sha256(mp4).hexdigest(), "label": label_of(extra)}
-    return row | facts | rounded | {"phash": perceptual_hash(planes[len(planes) // 2])}
+    return row | facts | scores | {"phash": perceptual_hash(planes[len(planes) // 2])}

@@ -4,7 +4,6 @@ import os
 import secrets
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 from hypothesis import settings
@@ -12,7 +11,6 @@ from hypothesis import settings
 from longtake.datasets import index, schema, storage
 from longtake.pipeline import plan
 from longtake.pipeline.commit import make_group
-from longtake.pipeline.config import ClipConfig, FrameDiffConfig, LimitsConfig
 from longtake.pipeline.stages import shard
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -118,23 +116,13 @@ def footage(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def geometry(**clip: Any) -> dict[str, Any]:
-    """What commit.make_group needs, for small clips."""
-    return {
-        "clip": ClipConfig(**{"short_side": 32, "fps": 12.0, "max_seconds": 3.0} | clip).model_dump(mode="json"),
-        "limits": LimitsConfig().model_dump(mode="json"),
-        "diff": FrameDiffConfig().model_dump(mode="json"),
-        "decoder": "pyav",
-    }
-
-
 def make_dataset(folder: Path, paths: list[Path], val_fraction: float = 0.3, group_sources: int = 2) -> str:
     """A dataset made without Ray, group by group."""
     config = shard.Config(kind="shard", sources=[str(paths[0])], clip={"short_side": 32, "fps": 12, "max_seconds": 3})
     described = {"format": schema.FORMAT_VERSION, **config.model_dump(mode="json", include={"clip", "frame_diff"})}
     storage.write(str(folder / "dataset.json"), storage.canonical_json(described))
     for group in plan.plan(str(folder), [str(p) for p in paths], val_fraction, 1 << 40, group_sources):
-        assert not make_group(group, plan.sources_of(str(folder), group), str(folder), geometry())["error"]
+        assert not make_group(group, plan.sources_of(str(folder), group), str(folder), config.cut)["error"]
     return str(folder)
 
 

@@ -4,7 +4,7 @@ import random
 import resource
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -72,18 +72,16 @@ def measure(uri: str, size: int, config: Any) -> SampledSource | None:
             return None
         spool = Path(folder) / "clips"
         spool.mkdir()
-        settings = config.model_dump(mode="json")
-        limits = settings["limits"] | {"max_frames": min(FRAMES, settings["limits"]["max_frames"])}
-        job = {"path": path, "source": "s", "folder": str(spool), "clip": settings["clip"], "limits": limits}
-        job |= {"diff": settings["frame_diff"], "decoder": settings["decoder"], "extra": {}}
+        limits = config.limits.model_copy(update={"max_frames": min(FRAMES, config.limits.max_frames)})
+        cut = config.cut.model_copy(update={"limits": limits})
         try:
             facts = decode.probe(path)
         except container.Unreadable as e:
             return SampledSource(uri, size, 0.0, 0, 0, 0.0, 0.0, 0.0, str(e))
 
         # a worker that finds no video measures the start of a process alone
-        startup, _ = _run(isolate.Worker(), job | {"path": str(Path(folder) / "none")}, limits)
-        cpu_seconds, result = _run(isolate.Worker(), job, limits)
+        startup, _ = _run(isolate.Worker(), str(Path(folder) / "none"), str(spool), cut)
+        cpu_seconds, result = _run(isolate.Worker(), path, str(spool), cut)
         account = result["account"]
         decoded, expected = account.get("frames_decoded") or 0, facts.frames or account.get("frames_expected") or 0
         seconds = facts.seconds or (expected / facts.fps if facts.fps else 0.0)
@@ -95,11 +93,11 @@ def measure(uri: str, size: int, config: Any) -> SampledSource | None:
         )  # fmt: skip
 
 
-def _run(worker: Any, job: dict[str, Any], limits: Mapping[str, Any]) -> tuple[float, dict[str, Any]]:
+def _run(worker: Any, path: str, folder: str, cut: Any) -> tuple[float, dict[str, Any]]:
     """CPU seconds of a worker's process, from its start to its end, and its result."""
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     try:
-        result = worker.run(job, limits["timeout_seconds"], limits["memory_bytes"])
+        result = worker.run(path, "s", folder, cut, {})
     except OSError as e:
         result = {"account": {"reason": e.strerror or str(e)}, "clips": []}
     finally:

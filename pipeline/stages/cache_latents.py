@@ -1,17 +1,16 @@
-"""`cache_latents`: a dataset's clips through a video autoencoder, once, as a cache column beside the shards.
+"""`cache_latents`: encode a dataset's clips once by a video autoencoder, as a cache column beside the shards.
 
-A pool of Ray actors, each with the encoder, takes shard after shard; rows carry their names, not their bytes. The
-column is named by all that decides its values, the encoder's weights first: another encoder makes another column, and
-nothing else in the dataset is touched. What it gives up: a view in the config is part of that name, so that latents of
-one view are not taken over by the next; without a view all clips are encoded, and every later view can use them.
+Each actor of a Ray pool holds the encoder and takes shard after shard; rows carry names of shards, not bytes. The name
+of the column depends on all that decides its values, the encoder's weights first: another encoder makes another column,
+and nothing else in the dataset is touched. What it gives up: a view in the config is part of that name, so that latents
+of one view are not reused for the next; without a view all clips are encoded, and every later view can use them.
 """
 
 import importlib
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import asdict
 from functools import partial
-from typing import Annotated, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 import numpy as np
 from pydantic import Field, PositiveInt
@@ -19,10 +18,13 @@ from pydantic import Field, PositiveInt
 from longtake.datasets import index, storage
 from longtake.datasets import latents as records
 from longtake.datasets.errors import Failure, UserError
-from longtake.datasets.latents import Latents, read_latents
+from longtake.datasets.latents import Latents, Moments, read_latents
 from longtake.datasets.stage import DatasetInput, Input, StageConfig, ViewInput
 from longtake.pipeline import column as columns
 from longtake.pipeline.column import WorkerConfig
+
+if TYPE_CHECKING:
+    from longtake.pipeline.streams import Settings, Strides
 
 VERSION = 1
 PRODUCES = "latents"
@@ -46,20 +48,20 @@ class EncodeConfig(WorkerConfig):
 class Config(StageConfig):
     """Encode a dataset by a model of the registry ("models:/pv-vae@champion"), a stage that trains one, or a model folder.
 
-    Clips are encoded whole, whatever their length; the last frames that make no whole latent are left out. With
+    Clips are encoded whole, whatever their length, but for the last frames that make no whole latent. With
     `join_seconds` clips that follow each other without a hole are encoded as one video, as a film is generated: a model
-    with a memory learns of such streams, and its history lies within one. With `shrink` the column is of the video scaled
-    down: as many latents, h // height x w // width positions of h x w. With the same weights, settings and kind of
-    machine every run writes the same bytes.
+    with a memory learns from such streams, and its history is within one. With `shrink` the video is scaled down before
+    it is encoded: the column has as many latents, of h // height x w // width positions instead of h x w. The same
+    weights, settings and kind of machine give the same bytes in every run.
 
     dataset        to encode
     encoder        a model with an encoder
     view           encode its kept clips only; loaders then leave the others out
     size           height and width, as the loader's; null: each clip's own, to whole positions
     shrink         scale down by (height, width) before encoding; to whole positions
-    join_seconds   of clips encoded in one stream, at most; 0: each by itself
+    join_seconds   longest stream of clips that are encoded as one video; 0: each clip by itself
     precision      of the encoder; fp32 is without TF32
-    dtype          as stored
+    dtype          of the stored latents
     tile           pixels a side; encode larger frames in overlapping tiles
     overlap        of tiles, in pixels
     run            the workers that encode
@@ -82,7 +84,7 @@ class Config(StageConfig):
 
 
 def check(config: Config, inputs: Mapping[str, StageConfig]) -> None:
-    """Refuse a size that the stages it reads from cannot serve."""
+    """Refuse a size that the stages it reads from cannot give. Raises ValueError."""
     if config.size is None:
         return
     if hasattr(encoder := inputs.get("encoder"), "vae"):
@@ -92,20 +94,18 @@ def check(config: Config, inputs: Mapping[str, StageConfig]) -> None:
         if any(side < stride * by for side, by in zip(config.size, config.shrink, strict=True)):
             (height, width), (rows, columns) = config.size, config.shrink
             raise ValueError(f"shrink: {rows}x{columns} leaves no whole position of size {height}x{width}; lower it")
-    geometry = getattr(inputs.get("dataset"), "clip", None)
-    if geometry is not None and geometry.short_side < min(config.size):
-        raise ValueError(
-            f"size: {min(config.size)} is larger than clip.short_side {geometry.short_side} of the dataset"
-        )
+    clip = getattr(inputs.get("dataset"), "clip", None)
+    if clip is not None and clip.short_side < min(config.size):
+        raise ValueError(f"size: {min(config.size)} is larger than clip.short_side {clip.short_side} of the dataset")
 
 
 def complete(uri: str) -> bool:
-    """Whether all shards that the dataset has now are encoded, and are those that were."""
+    """Whether all shards that the dataset has now are encoded, and have not changed since."""
     try:
-        made = read_latents(uri)
+        record = read_latents(uri)
     except (UserError, Failure):
         return False
-    return columns.complete(made.dataset, made.column, made.digests)
+    return columns.complete(record.dataset, record.column, record.digests)
 
 
 def run(config: Config, inputs: Mapping[str, str], output: str) -> dict[str, Any]:
@@ -115,33 +115,33 @@ def run(config: Config, inputs: Mapping[str, str], output: str) -> dict[str, Any
         UserError: no dataset, no video autoencoder, or a size that does not fit; no clip to encode.
         Failure: some shards could not be encoded.
     """
-    from longtake.pipeline import latents
+    from longtake.pipeline import streams
 
     # What to encode, and by what.
     dataset = storage.absolute(inputs["dataset"])
     base = columns.open_base(dataset, inputs.get("view"))
     uri, model = _encoder(inputs["encoder"])
-    of = latents.geometry(model, uri)
-    how: dict[str, Any] = {
-        "batch": config.run.batch,
-        "chunk": config.run.chunk,
-        "threads": max(1, int(config.run.cpus)),
-    }
-    settings = latents.Settings(**config.model_dump(include=_SETTINGS), **how)
-    latents.check(settings, of.stride)
+    strides = streams.strides_of(model, uri)
+    settings = streams.Settings(
+        **config.model_dump(include=_SETTINGS),
+        batch=config.run.batch,
+        chunk=config.run.chunk,
+        threads=max(1, int(config.run.cpus)),
+    )
+    streams.check(settings, strides.stride)
     digest = records.encoder_digest(model)
-    column = latents.column_name(digest, settings, base.view)
+    column = streams.column_name(digest, settings, base.view)
 
     # What is missing.
     swept = columns.sweep(dataset)
     jobs = [job for split, keeps in base.keeps.items() for job in columns.missing(dataset, split, column, keeps)]
     totals = Counter[str]()
     if jobs:
-        plain = {"of": asdict(of), "settings": asdict(settings), "dataset": dataset, "column": column}
+        arguments = {"strides": strides, "settings": settings, "dataset": dataset, "column": column}
         try:
-            totals = columns.make("cache_latents", jobs, config.run, _load, [model], plain)
+            totals = columns.make("cache_latents", jobs, config.run, _load, [model], arguments)
         finally:
-            swept += columns.sweep(dataset)  # of workers that died on the way
+            swept += columns.sweep(dataset)  # what workers that died have left
 
     # The record, with the statistics of all shards.
     shards = columns.shards_of(dataset, column, base)
@@ -151,9 +151,9 @@ def run(config: Config, inputs: Mapping[str, str], output: str) -> dict[str, Any
         dataset=dataset,
         column=column,
         encoder=encoder | {"config": dict(model.config.model_dump(mode="json"))},
-        channels=of.channels,
-        factor=of.factor,
-        stride=of.stride,
+        channels=strides.channels,
+        factor=strides.factor,
+        stride=strides.stride,
         size=config.size,
         precision=config.precision,
         dtype=config.dtype,
@@ -171,52 +171,51 @@ def run(config: Config, inputs: Mapping[str, str], output: str) -> dict[str, Any
 
 
 def _encoder(uri: str) -> tuple[str, Any]:
-    """The model, and the URI of its version: an alias may point elsewhere before a stopped run goes on."""
-    # the public door, as any other user's: training is no part of the pipeline
+    """The URI of the model's version, and the model. An alias may name another version before a stopped run continues."""
+    # through the public door, as any user: the pipeline does not import training
     longtake: Any = importlib.import_module("longtake")
     version = longtake.resolve(uri)
     return version, longtake.load(version)
 
 
 def _load(
-    device: str, model: Any, *, of: Mapping[str, Any], settings: Mapping[str, Any], dataset: str, column: str
+    device: str, model: Any, *, strides: "Strides", settings: "Settings", dataset: str, column: str
 ) -> columns.Make:
-    """In an actor: what encodes a shard."""
+    """The function that encodes a shard, loaded in an actor."""
     import torch
 
-    from longtake.pipeline.latents import Geometry, Settings, make_latents
+    from longtake.pipeline.latents import make_latents
 
-    how = Settings(**settings)
-    torch.set_num_threads(how.threads)
+    torch.set_num_threads(settings.threads)
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
     torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = True, False
-    kind = torch.bfloat16 if how.precision == "bf16" else torch.float32
-    encoder = model.eval().requires_grad_(False).to(device, kind)
-    return partial(make_latents, encoder, Geometry(**of), settings=how, dataset=dataset, column=column)
+    precision = torch.bfloat16 if settings.precision == "bf16" else torch.float32
+    encoder = model.eval().requires_grad_(False).to(device, precision)
+    return partial(make_latents, encoder, strides, settings=settings, dataset=dataset, column=column)
 
 
-def _moments(config: Config, dataset: str, shards: list[index.Shard]) -> records.Moments:
+def _moments(config: Config, dataset: str, shards: list[index.Shard]) -> Moments:
     """The statistics of a split's shards. Raises UserError where they have no latent."""
     parts = [records.read_moments(dataset, shard) for shard in shards]
     if not any(part.count for part in parts):
-        what = "`size`; lower it" if config.shrink == (1, 1) else "`size` and `shrink`; lower them"
-        raise UserError(f"dataset: {dataset}: no clip of the train split is large enough for {what}")
+        remedy = "`size`; lower it" if config.shrink == (1, 1) else "`size` and `shrink`; lower them"
+        raise UserError(f"dataset: {dataset}: no clip of the train split is large enough for {remedy}")
     return records.merged(parts)
 
 
 def _metrics(
     shards: Mapping[str, list[index.Shard]], jobs: list[columns.Job], totals: Counter[str], swept: int
 ) -> dict[str, float]:
-    every = [shard for split in shards.values() for shard in split]
-    steps = np.concatenate([shard.table["steps"].to_numpy() for shard in every])
+    column = [shard for split in shards.values() for shard in split]
+    latents = np.concatenate([shard.table["steps"].to_numpy() for shard in column])
     return {
-        "clips": float((steps > 0).sum()),
-        "clips_left_out": float((steps == 0).sum()),  # not in the view, or too small for `size` or `shrink`
-        "steps": float(steps.sum()),
-        "bytes": float(sum(shard.tar_bytes for shard in every)),
-        "shards": float(len(every)),
-        "encoded_shards": float(len(jobs)),  # the others were there
+        "clips": float((latents > 0).sum()),
+        "clips_left_out": float((latents == 0).sum()),  # not in the view, or too small for `size` or `shrink`
+        "steps": float(latents.sum()),  # the name of latents on disk and in the tracker
+        "bytes": float(sum(shard.tar_bytes for shard in column)),
+        "shards": float(len(column)),
+        "encoded_shards": float(len(jobs)),  # in this run
         "encoded_frames": float(totals["frames"]),
-        "encoded_frames_cut": float(totals["frames_cut"]),  # from tails that make no whole step
+        "encoded_frames_cut": float(totals["frames_cut"]),  # tails that make no whole latent
         "debris_swept": float(swept),
     }

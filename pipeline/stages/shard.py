@@ -14,7 +14,7 @@ from longtake.datasets.stage import StageConfig
 from longtake.pipeline import groups, retry
 from longtake.pipeline.cluster import TaskConfig
 from longtake.pipeline.commit import group_name, make_group
-from longtake.pipeline.config import ClipConfig, FrameDiffConfig, LimitsConfig
+from longtake.pipeline.config import ClipConfig, CutConfig, FrameDiffConfig, LimitsConfig
 from longtake.pipeline.discover import listing_digest
 from longtake.pipeline.plan import groups as groups_of
 from longtake.pipeline.plan import plan, sources_of
@@ -50,6 +50,10 @@ class Config(StageConfig):
     group_bytes: int = Field(1 << 30, gt=0)
     group_sources: int = Field(1024, gt=0)
     run: TaskConfig = TaskConfig()
+
+    @property
+    def cut(self) -> CutConfig:
+        return CutConfig(clip=self.clip, frame_diff=self.frame_diff, limits=self.limits, decoder=self.decoder)
 
     @field_validator("sources")
     @classmethod
@@ -131,9 +135,8 @@ def _describe(config: Config, output: str) -> None:
         raise UserError(
             f"workspace: {output}: Ray workers cannot see this process's memory; use a folder or an object store"
         )
-    geometry = config.model_dump(mode="json", include={"clip", "frame_diff", "decoder", "val_fraction"})
-    description = {"format": schema.FORMAT_VERSION, **geometry}
-    record = storage.canonical_json(description)
+    settings = config.model_dump(mode="json", include={"clip", "frame_diff", "decoder", "val_fraction"})
+    record = storage.canonical_json({"format": schema.FORMAT_VERSION, **settings})
     url = storage.join(output, "dataset.json")
     if not storage.write_if_absent(url, record) and storage.read(url) != record:
         raise UserError(f"{url}: this dataset was made with another geometry; choose another output, or delete it")
@@ -146,12 +149,6 @@ def missing_groups(output: str, groups: list[dict[str, Any]]) -> list[dict[str, 
 
 
 def _make(config: Config, output: str, missing: list[dict[str, Any]]) -> None:
-    geometry = {
-        "clip": config.clip.model_dump(mode="json"),
-        "limits": config.limits.model_dump(mode="json"),
-        "diff": config.frame_diff.model_dump(mode="json"),
-        "decoder": config.decoder,
-    }
     memory = {}
     if any(storage.is_memory(pattern) for pattern in config.sources):
         uris = (source["uri"] for group in missing for source in sources_of(output, group))
@@ -160,9 +157,9 @@ def _make(config: Config, output: str, missing: list[dict[str, Any]]) -> None:
     jobs = [group | {"again": again.get((group["split"], group["group"]), [])} for group in missing]
 
     def start(ray: Any, rows: Any, board: Any) -> Any:
-        shared = ray.put(memory)
+        shared, cut = ray.put(memory), config.cut
         return rows.map(
-            lambda group: make_group(group, sources_of(output, group), output, geometry, ray.get(shared), board),
+            lambda group: make_group(group, sources_of(output, group), output, cut, ray.get(shared), board),
             **config.run.options(),
         )
 

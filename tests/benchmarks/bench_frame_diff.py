@@ -25,7 +25,7 @@ import zstandard
 from av.video.reformatter import VideoReformatter
 
 from longtake.datasets import clip as clips
-from longtake.pipeline.config import ClipConfig, FrameDiffConfig, LimitsConfig
+from longtake.pipeline.config import ClipConfig, CutConfig, FrameDiffConfig
 from longtake.pipeline.source import process
 
 WINDOW = 17
@@ -194,7 +194,7 @@ def differences(videos: Iterable[Path], clip: ClipConfig, diff: FrameDiffConfig)
     found = []
     for number, path in enumerate(videos):
         with tempfile.TemporaryDirectory() as folder:
-            process(str(path), f"{number:020x}", folder, clip, LimitsConfig(), diff)
+            process(str(path), f"{number:020x}", folder, CutConfig(clip=clip, frame_diff=diff))
             found += [clips.unpack_array(p.read_bytes()) for p in sorted(Path(folder).glob("*.npy.zst"))]
     return found
 

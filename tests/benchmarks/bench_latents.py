@@ -23,25 +23,20 @@ import torch
 from longtake.datasets import index, storage
 from longtake.datasets.loader import to_model
 from longtake.infra.footage import generate
-from longtake.pipeline import latents, plan
+from longtake.pipeline import latents, plan, streams
 from longtake.pipeline.commit import make_group
-from longtake.pipeline.config import ClipConfig, FrameDiffConfig, LimitsConfig
+from longtake.pipeline.config import ClipConfig, CutConfig
 from longtake.training.models.pv_vae.model import PVVAE, config_from_preset
 
 
 def make_dataset(folder: Path, clips: int, side: int, seconds: float) -> str:
     """One shard of `train`."""
     generate(str(folder / "videos"), max(2, clips // 3), 0, 12.0)
-    geometry = {
-        "clip": ClipConfig(short_side=side, fps=12, max_seconds=seconds).model_dump(mode="json"),
-        "limits": LimitsConfig().model_dump(mode="json"),
-        "diff": FrameDiffConfig().model_dump(mode="json"),
-        "decoder": "pyav",
-    }
+    cut = CutConfig(clip=ClipConfig(short_side=side, fps=12, max_seconds=seconds))
     root = str(folder / "dataset")
     storage.write(f"{root}/dataset.json", b'{"format": 2}')
     for group in plan.plan(root, [str(folder / "videos" / "*.mp4")], 0.0, 1 << 40, 10_000):
-        assert not make_group(group, plan.sources_of(root, group), root, geometry)["error"]
+        assert not make_group(group, plan.sources_of(root, group), root, cut)["error"]
     return root
 
 
@@ -62,7 +57,7 @@ if __name__ == "__main__":
     parser.add_argument("--seconds", type=float, default=4.0)
     parser.add_argument("--clips", type=int, default=24, help="about so many")
     parser.add_argument("--batch", type=int, default=8)
-    parser.add_argument("--steps", type=int, default=4)
+    parser.add_argument("--chunk", type=int, default=4)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=3)
     arguments = parser.parse_args()
@@ -70,23 +65,23 @@ if __name__ == "__main__":
     torch.manual_seed(0)
     kind = torch.bfloat16 if arguments.precision == "bf16" else torch.float32
     model = PVVAE(config_from_preset(arguments.preset)).eval().requires_grad_(False).to(arguments.device, kind)
-    of = latents.geometry(model, arguments.preset)
-    settings = latents.Settings(
+    strides = streams.strides_of(model, arguments.preset)
+    settings = streams.Settings(
         size=None,
         precision=arguments.precision,
         dtype="float16",
         tile=None,
         overlap=64,
         batch=arguments.batch,
-        steps=arguments.steps,
+        chunk=arguments.chunk,
         threads=arguments.threads,
     )
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(arguments.threads) as pool:
         root = make_dataset(Path(folder), arguments.clips, arguments.side, arguments.seconds)
         rows = index.read_all(root, "train").to_pylist()
         tar = storage.join(root, "train", "00000.tar")
-        groups = latents.batches(rows, settings, of)
-        chunks = list(latents._chunks(tar, groups, settings, of, pool))
+        groups = streams.batches(streams.streams(rows, settings, strides), settings, strides)
+        chunks = list(latents.video_chunks(tar, groups, settings, strides, pool))
         videos = [[chunk for number, chunk in chunks if number == n] for n in range(len(groups))]
 
         def tensor(chunk: np.ndarray) -> torch.Tensor:
@@ -104,12 +99,12 @@ if __name__ == "__main__":
                     model.encode(tensor(np.concatenate(pieces, 1)))
 
         def decode() -> None:
-            for _ in latents._chunks(tar, groups, settings, of, pool):
+            for _ in latents.video_chunks(tar, groups, settings, strides, pool):
                 pass
 
         def stage() -> None:
             keep = np.ones(len(rows), bool)
-            latents.make_latents(model, of, root, "train", "00000", "latent-bench", settings, keep)
+            latents.make_latents(model, strides, root, "train", "00000", "latent-bench", settings, keep)
 
         works = {"encode": encode, "at once": at_once, "decode": decode, "stage": stage}
         for work in works.values():

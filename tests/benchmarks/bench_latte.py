@@ -24,7 +24,7 @@ import torch
 from longtake.datasets import clip, compact, index, schema, storage
 from longtake.datasets import latents as column
 from longtake.datasets.shard import write_tar
-from longtake.pipeline import latents
+from longtake.pipeline import latents, streams
 from longtake.training import engines
 from longtake.training.data import LatentTarget, PixelTarget, Target
 from longtake.training.models.common.codec import Pixels
@@ -63,16 +63,20 @@ def cached(dataset: str, size: int) -> column.Latents:
     """Its latents by an autoencoder with random weights."""
     torch.manual_seed(0)
     vae = PVVAE(config_from_preset("pv_vae_tiny")).eval().to(engines.device())
-    chosen = latents.Settings((size, size), "fp32", "float16", None, 64, 8, 4)
-    of, digest = latents.geometry(vae, "here"), column.encoder_digest(vae)
-    name = latents.column_name(digest, chosen, "")
+    chosen = streams.Settings((size, size), "fp32", "float16", None, 64, 8, 4)
+    strides, digest = streams.strides_of(vae, "here"), column.encoder_digest(vae)
+    name = streams.column_name(digest, chosen, "")
     for split in schema.SPLITS:
         count = len(compact.open_split(dataset, split)[1])
-        latents.make_latents(vae, of, dataset, split, "00000", name, chosen, np.ones(count, bool))
+        latents.make_latents(vae, strides, dataset, split, "00000", name, chosen, np.ones(count, bool))
     found = column.read_moments(dataset, index.read_shard(dataset, "train", f"00000.{name}"))
     std, drawn = np.sqrt(found.m2 / found.count) + 1e-3, np.sqrt(found.variance)
-    facts = dict(dataset=dataset, column=name, encoder={"digest": digest}, channels=of.channels, factor=of.factor)
-    facts |= dict(stride=of.stride, size=(size, size), precision="fp32", dtype="float16", count=found.count, view=None)
+    facts = dict(
+        dataset=dataset, column=name, encoder={"digest": digest}, channels=strides.channels, factor=strides.factor
+    )
+    facts |= dict(
+        stride=strides.stride, size=(size, size), precision="fp32", dtype="float16", count=found.count, view=None
+    )
     values = {"mean": found.mean, "std": std, "posterior_std": drawn}
     return column.Latents(**facts, **{n: tuple(v.tolist()) for n, v in values.items()}, digests={})
 

@@ -46,7 +46,6 @@ from longtake.datasets.loader.window import draw
 from longtake.datasets.shard import sha256_of, write_tar
 from longtake.pipeline import plan
 from longtake.pipeline.commit import make_group
-from longtake.pipeline.config import ClipConfig, FrameDiffConfig, LimitsConfig
 from longtake.pipeline.stages import shard
 
 FRAMES, SIZE, BATCH, WORKERS = 17, (128, 128), 8, 2
@@ -59,10 +58,8 @@ def make_clips(folder: str, videos: list[Path], short_side: int = 128) -> str:
     described = shard.Config(kind="shard", sources=[str(videos[0])], clip={"short_side": short_side})
     kept = described.model_dump(mode="json", include={"clip", "frame_diff"})
     storage.write(f"{folder}/dataset.json", storage.canonical_json({"format": schema.FORMAT_VERSION, **kept}))
-    options = {"clip": ClipConfig(short_side=short_side), "limits": LimitsConfig(), "diff": FrameDiffConfig()}
-    geometry = {name: value.model_dump(mode="json") for name, value in options.items()} | {"decoder": "pyav"}
     for group in plan.plan(folder, [str(v) for v in videos], 0.0, 1 << 40, 8):
-        made = make_group(group, plan.sources_of(folder, group), folder, geometry)
+        made = make_group(group, plan.sources_of(folder, group), folder, described.cut)
         assert not made["error"], made["error"]
     compact.write(folder, "train")
     return folder

@@ -20,7 +20,7 @@ import av
 import numpy as np
 import psutil
 
-from longtake.pipeline.config import ClipConfig, FrameDiffConfig, LimitsConfig
+from longtake.pipeline.config import ClipConfig, CutConfig, LimitsConfig
 from longtake.pipeline.isolate import Worker
 
 RATE, SEGMENT_SECONDS, TARGET_MB = 24, 20, 600
@@ -75,20 +75,15 @@ if __name__ == "__main__":
         path = Path(folder, "source.mp4")
         make(path, arguments.minutes, arguments.height)
         size = path.stat().st_size
-        plain = {
-            "clip": ClipConfig(short_side=arguments.short_side),
-            "limits": LimitsConfig(),
-            "diff": FrameDiffConfig(),
-        }
-        job = {"path": str(path), "source": f"{0:020x}", "folder": folder, "decoder": "pyav", "extra": {}}
+        limits = LimitsConfig(timeout_seconds=6 * 3600)
+        cut = CutConfig(clip=ClipConfig(short_side=arguments.short_side), limits=limits)
         samples: list[tuple[int, int]] = []
         done = threading.Event()
         thread = threading.Thread(target=watch, args=(samples, done))
         worker = Worker()
         begun = time.perf_counter()
         thread.start()
-        memory = LimitsConfig().memory_bytes
-        result = worker.run(job | {k: v.model_dump(mode="json") for k, v in plain.items()}, 6 * 3600, memory)
+        result = worker.run(str(path), f"{0:020x}", folder, cut, {})
         done.set()
         thread.join()
         worker.close()

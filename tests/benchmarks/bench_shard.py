@@ -37,7 +37,7 @@ from pathlib import Path
 import psutil
 
 from longtake.datasets import index
-from longtake.pipeline.config import ClipConfig, FrameDiffConfig, LimitsConfig
+from longtake.pipeline.config import ClipConfig, CutConfig, LimitsConfig
 from longtake.pipeline.isolate import Worker
 from longtake.pipeline.stages import shard
 
@@ -67,13 +67,12 @@ def children() -> float:
 
 def cutting(videos: list[Path], clip: ClipConfig) -> tuple[float, int, int]:
     """CPU seconds, source frames, clips."""
-    plain = {"clip": clip, "limits": LimitsConfig(), "diff": FrameDiffConfig()}
+    cut = CutConfig(clip=clip, limits=LimitsConfig(timeout_seconds=600))
     before, frames, clips = children(), 0, 0
     worker = Worker()
     for n, video in enumerate(videos):
         with tempfile.TemporaryDirectory() as folder:
-            job = {"path": str(video), "source": f"{n:020x}", "folder": folder, "decoder": "pyav", "extra": {}}
-            result = worker.run(job | {k: v.model_dump(mode="json") for k, v in plain.items()}, 600, 6 << 30)
+            result = worker.run(str(video), f"{n:020x}", folder, cut, {})
             frames += result["account"].get("frames_decoded", 0)
             clips += len(result["clips"])
     worker.close()

@@ -16,7 +16,7 @@ from longtake.datasets import clip, images, media
 from longtake.datasets.errors import Failure, UserError
 from longtake.infra.cli.media import frames_of
 from longtake.infra.footage import write_video
-from longtake.pipeline.config import ClipConfig, FrameDiffConfig, LimitsConfig
+from longtake.pipeline.config import ClipConfig, CutConfig
 from longtake.pipeline.source import process
 
 _IN_OPEN = 0x20
@@ -117,9 +117,9 @@ def with_data_in(name: str, movie: bytes) -> bytes:
 
 def doors(path: Path, folder: Path) -> Iterator[tuple[str, Callable[[], object]]]:
     """Each way in which a command opens what others have made."""
-    cut = ClipConfig(short_side=32, fps=10), LimitsConfig(), FrameDiffConfig()
     for decoder in ("pyav", "decord"):
-        yield decoder, lambda decoder=decoder: process(str(path), "ab" * 10, str(folder), *cut, decoder)  # type: ignore[misc]
+        cut = CutConfig(clip=ClipConfig(short_side=32, fps=10), decoder=decoder)
+        yield decoder, lambda cut=cut: process(str(path), "ab" * 10, str(folder), cut)  # type: ignore[misc]
     yield "command", lambda: list(frames_of(str(path), 2)[0])
     yield "clip", lambda: clip.decode(path.read_bytes())
     yield "picture", lambda: images.picture(path.read_bytes())
@@ -163,9 +163,9 @@ def test_a_name_is_a_name_whatever_it_looks_like(name: str, tmp_path: Path, monk
     for path in (name, tmp_path / name):
         with media.opened(path) as container:
             assert sum(1 for _ in container.decode(video=0)) == 20
-    config = ClipConfig(short_side=32, fps=10), LimitsConfig(), FrameDiffConfig()
     for decoder in ("pyav", "decord"):
-        assert process(str(tmp_path / name), "ab" * 10, str(tmp_path), *config, decoder)["account"]["clips"] == 1
+        cut = CutConfig(clip=ClipConfig(short_side=32, fps=10), decoder=decoder)
+        assert process(str(tmp_path / name), "ab" * 10, str(tmp_path), cut)["account"]["clips"] == 1
 
 
 def test_a_movie_whose_data_lie_in_another_file_is_not_read_from_there(planted: Path) -> None:

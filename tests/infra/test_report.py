@@ -19,7 +19,7 @@ from longtake.infra.report.clips import spread
 from longtake.infra.report.figures import verdicts
 from longtake.infra.report.pictures import curve, running_mean
 from longtake.pipeline.commit import make_group
-from longtake.pipeline.config import ClipConfig, FrameDiffConfig, LimitsConfig
+from longtake.pipeline.config import ClipConfig, CutConfig
 from longtake.pipeline.plan import plan, sources_of
 from longtake.pipeline.stages import curate
 
@@ -45,10 +45,8 @@ def dataset(tmp_path_factory):
     storage.write(
         storage.join(url, "dataset.json"), storage.canonical_json({"format": 1, "clip": clip.model_dump(mode="json")})
     )
-    configs = {"clip": clip, "limits": LimitsConfig(), "diff": FrameDiffConfig()}
-    geometry = {name: config.model_dump(mode="json") for name, config in configs.items()} | {"decoder": "pyav"}
     for group in plan(url, [str(raw)], val_fraction=0.3, group_bytes=1 << 30, group_sources=100):
-        assert make_group(group, sources_of(url, group), url, geometry)["error"] == ""
+        assert make_group(group, sources_of(url, group), url, CutConfig(clip=clip))["error"] == ""
     return url
 
 

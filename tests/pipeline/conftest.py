@@ -166,12 +166,10 @@ def victims() -> Callable[[int], list[psutil.Process]]:
 @pytest.fixture(scope="session")
 def planned() -> Callable[[shard.Config, str], list[tuple[Any, ...]]]:
     def plan(config: shard.Config, output: str) -> list[tuple[Any, ...]]:
-        """Begin a dataset; returns what `make_group` needs to make each of its groups, as plain data."""
+        """Begin a dataset; returns the arguments of `make_group` for each of its groups."""
         shard._describe(config, output)
         groups = shard.plan(output, config.sources, config.val_fraction, config.group_bytes, config.group_sources)
-        geometry = config.model_dump(mode="json", include={"clip", "limits", "decoder"})
-        geometry["diff"] = config.frame_diff.model_dump(mode="json")
-        return [(group, shard.sources_of(output, group), output, geometry) for group in groups]
+        return [(group, shard.sources_of(output, group), output, config.cut) for group in groups]
 
     return plan
 

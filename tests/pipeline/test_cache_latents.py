@@ -28,7 +28,7 @@ from longtake.datasets.shard import write_tar
 from longtake.datasets.stage import content
 from longtake.datasets.verify import verify
 from longtake.infra import graph, recipe
-from longtake.pipeline import latents
+from longtake.pipeline import latents, streams
 from longtake.pipeline.column import by_shard, missing
 from longtake.pipeline.stages import cache_latents
 from longtake.training import registry
@@ -56,20 +56,20 @@ def model() -> PVVAE:
     return vae()
 
 
-def settings(**changed: Any) -> latents.Settings:
+def settings(**changed: Any) -> streams.Settings:
     usual = {"size": None, "precision": "fp32", "dtype": "float16", "tile": None, "overlap": 64, "batch": 3, "chunk": 2}
-    return latents.Settings(**usual | changed)
+    return streams.Settings(**usual | changed)
 
 
-def cache(root: str, model: PVVAE, chosen: latents.Settings, kept: str | None = None) -> tuple[str, dict[str, int]]:
+def cache(root: str, model: PVVAE, chosen: streams.Settings, kept: str | None = None) -> tuple[str, dict[str, int]]:
     """What the stage does, in this process and in turn. Returns the column's name, and what was counted."""
-    of = latents.geometry(model, "here")
-    name = latents.column_name(column.encoder_digest(model), chosen, kept or "")
+    strides = streams.strides_of(model, "here")
+    name = streams.column_name(column.encoder_digest(model), chosen, kept or "")
     totals: dict[str, int] = {}
     for split in schema.SPLITS:
         base, _ = index_of(root, split)
         for shard, keep in by_shard(base, view.kept(base, kept)[0]).items():
-            made = latents.make_latents(model, of, root, split, shard, name, chosen, keep)
+            made = latents.make_latents(model, strides, root, split, shard, name, chosen, keep)
             totals = {key: totals.get(key, 0) + value for key, value in made.items()}
     return name, totals
 
@@ -167,7 +167,7 @@ def test_a_column_is_what_encoding_the_decoded_clips_at_once_gives(cached: Any, 
     lengths = [len(video) for videos in frames.values() for video in videos.values()]
     assert totals["clips"] == len(lengths) and totals["frames"] + totals["frames_cut"] == sum(lengths)
     assert totals["frames_cut"] == sum((n - 1) % 4 for n in lengths) > 0
-    assert totals["steps"] == sum(1 + (n - 1) // 4 for n in lengths)
+    assert totals["latents"] == sum(1 + (n - 1) // 4 for n in lengths)
 
 
 def test_a_window_anywhere_has_the_steps_of_the_whole_clip(cached: Any, model: PVVAE) -> None:
@@ -220,7 +220,7 @@ def test_no_frame_is_encoded_twice_and_memory_does_not_grow_with_the_clip(
 def test_tiles_and_reduced_precision_are_columns_of_their_own(model: PVVAE) -> None:
     digest = column.encoder_digest(model)
     names = {
-        latents.column_name(digest, settings(**changed), "")
+        streams.column_name(digest, settings(**changed), "")
         for changed in (
             {},
             {"size": (32, 32)},
@@ -231,9 +231,9 @@ def test_tiles_and_reduced_precision_are_columns_of_their_own(model: PVVAE) -> N
         )
     }
     assert len(names) == 6
-    assert latents.column_name(digest, settings(), "") == latents.column_name(digest, settings(batch=7, chunk=9), "")
-    assert latents.column_name(digest, settings(), "") != latents.column_name(digest, settings(), "view")
-    assert latents.column_name(column.encoder_digest(vae(1)), settings(), "") not in names
+    assert streams.column_name(digest, settings(), "") == streams.column_name(digest, settings(batch=7, chunk=9), "")
+    assert streams.column_name(digest, settings(), "") != streams.column_name(digest, settings(), "view")
+    assert streams.column_name(column.encoder_digest(vae(1)), settings(), "") not in names
 
 
 def means(video: np.ndarray, shrink: tuple[int, int]) -> np.ndarray:
@@ -299,10 +299,10 @@ def test_shrinking_takes_whole_positions_and_leaves_out_what_has_none(model: PVV
 
 
 def test_shrinking_makes_another_column_and_without_it_the_name_is_as_it_was() -> None:
-    assert latents.column_name("abc", settings(), "") == "latent-fcce1dd01c79c519"
+    assert streams.column_name("abc", settings(), "") == "latent-fcce1dd01c79c519"
     chosen = settings(size=(32, 64), dtype="bfloat16", shrink=(1, 1))
-    assert latents.column_name("abc", chosen, "") == "latent-d83962b82316d454"
-    names = {latents.column_name("abc", settings(shrink=by), "") for by in ((1, 1), (2, 2), (1, 2), (2, 1))}
+    assert streams.column_name("abc", chosen, "") == "latent-d83962b82316d454"
+    names = {streams.column_name("abc", settings(shrink=by), "") for by in ((1, 1), (2, 2), (1, 2), (2, 1))}
     assert len(names) == 4
 
 
@@ -425,8 +425,8 @@ def test_shards_that_are_missing_or_of_other_clips_are_made_again(
 
     monkeypatch.setattr("longtake.pipeline.column.write_tar", writing)
     for job in jobs:
-        of = latents.geometry(model, "")
-        latents.make_latents(model, of, root, "train", job.name, name, settings(), keeps[job.name])
+        strides = streams.strides_of(model, "")
+        latents.make_latents(model, strides, root, "train", job.name, name, settings(), keeps[job.name])
     assert beside == [False, True]  # the index of other clips goes first: a reader never sees it with the new tar
     assert hashes(root) == made
 
@@ -482,7 +482,7 @@ def test_images_are_clips_of_one_frame_and_share_batches_at_a_common_size(model:
     root = Path(pictures(tmp_path / "images", [(48, 40), (40, 70), (33, 33), (20, 60)]))
     before = (root / "train" / "a.tar").read_bytes()
     name, totals = cache(str(root), model, settings(size=(32, 32)))
-    assert (totals["clips"], totals["clips_small"], totals["steps"]) == (3, 1, 3)
+    assert (totals["clips"], totals["clips_small"], totals["latents"]) == (3, 1, 3)
     assert (root / "train" / "a.tar").read_bytes() == before and not list(verify(str(root)))
     loader = Loader(str(root), columns=("video", name), frames=1, size=(32, 32), batch=3, epochs=1)
     (batch,) = loader
@@ -520,16 +520,16 @@ def test_values_beyond_float16_are_refused_and_bfloat16_takes_them(root: str) ->
 
 def test_what_does_not_fit_the_encoder_is_one_line() -> None:
     with pytest.raises(UserError, match="encoder: here: is a Linear, which does not encode videos"):
-        latents.geometry(nn.Linear(1, 1), "here")
+        streams.strides_of(nn.Linear(1, 1), "here")
     with pytest.raises(UserError, match="size: 40x64 is not in multiples of 16, as the encoder needs; 32x64 is"):
-        latents.check(settings(size=(40, 64)), 16)
-    latents.check(settings(size=(64, 32), shrink=(4, 2)), 16)
+        streams.check(settings(size=(40, 64)), 16)
+    streams.check(settings(size=(64, 32), shrink=(4, 2)), 16)
     with pytest.raises(UserError, match="shrink: 4x3 leaves no whole position of size 64x32; lower it"):
-        latents.check(settings(size=(64, 32), shrink=(4, 3)), 16)
+        streams.check(settings(size=(64, 32), shrink=(4, 3)), 16)
     with pytest.raises(ValueError, match="shrink: 4x1 leaves nothing of 63x16 pixels"):
         column.shrunk(torch.zeros(1, 3, 1, 63, 16), (4, 1), 16)
     with pytest.raises(UserError, match="tile: 40 with overlap 16"):
-        latents.check(settings(tile=40, overlap=16), 16)
+        streams.check(settings(tile=40, overlap=16), 16)
 
 
 def test_a_recipe_leads_from_a_model_to_latents(tmp_path: Path) -> None:
@@ -671,7 +671,7 @@ def test_an_alias_is_taken_for_the_version_that_it_names_at_the_start(
         config("x"), {"dataset": root, "encoder": "models:/pv-vae@champion"}, str(tmp_path / "out")
     )
     assert read_latents(result["uri"]).encoder["uri"] == version == "models:/pv-vae/1"
-    assert read_latents(result["uri"]).column == latents.column_name(
+    assert read_latents(result["uri"]).column == streams.column_name(
         column.encoder_digest(registry.load(folder)),
         settings(),
         "",  # type: ignore[arg-type]

@@ -25,6 +25,7 @@ DYING = """
 import asyncio, json, os, signal, sys, urllib.request
 from s3fs import S3FileSystem
 from longtake.pipeline.commit import make_group
+from longtake.pipeline.config import CutConfig
 
 nth, moment = int(sys.argv[1]), sys.argv[2]
 plain, puts = S3FileSystem._call_s3, 0
@@ -58,7 +59,8 @@ async def dying(self, method, *more, **call):
     return answer
 
 S3FileSystem._call_s3 = dying
-print(json.dumps(make_group(*json.loads(sys.argv[3]))))
+*job, cut = json.loads(sys.argv[3])
+print(json.dumps(make_group(*job, CutConfig(**cut))))
 """
 
 
@@ -147,7 +149,8 @@ def test_a_kill_at_any_step_of_a_commit_to_a_store_loses_and_doubles_nothing(
     points = [(1, "before"), (1, "during"), (1, "after"), (4, "after"), (5, "before"), (5, "during"), (5, "after")]
     groups = planned(tiny("s3://raw"), output)
     for (nth, moment), arguments in zip(points, groups, strict=False):
-        process = drivers.script(DYING, str(nth), moment, json.dumps(arguments))
+        *job, cut = arguments
+        process = drivers.script(DYING, str(nth), moment, json.dumps([*job, cut.model_dump(mode="json")]))
         assert process.wait(timeout=120) == -signal.SIGKILL
         split, name = arguments[0]["split"], f"{arguments[0]['group']:05d}"
         assert (name in index.shard_names(output, split)) == ((nth, moment) == (5, "after")), (nth, moment)

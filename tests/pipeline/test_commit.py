@@ -19,8 +19,9 @@ import json, os, signal, sys
 from contextlib import contextmanager
 from longtake.datasets import storage
 from longtake.pipeline.commit import make_group
+from longtake.pipeline.config import CutConfig
 
-when, *arguments = json.loads(sys.argv[1])
+when, group, rows, folder, cut = json.loads(sys.argv[1])
 plain, calls = storage.staged, 0
 
 @contextmanager
@@ -38,7 +39,7 @@ def dying(url):
         os.kill(os.getpid(), signal.SIGKILL)
 
 storage.staged = dying
-print(json.dumps(make_group(*arguments)))
+print(json.dumps(make_group(group, rows, folder, CutConfig(**cut))))
 """
 
 
@@ -60,23 +61,25 @@ def test_a_kill_at_any_step_of_a_commit_loses_and_doubles_nothing(
     assert whole == (["00000"] if when == (5, "after") else [])
     for part in ("train", "sources"):
         storage.sweep(str(tmp_path / part))
-    assert make_group(*arguments)["error"] == ""
+    assert made_again(*arguments)["error"] == ""
     assert hashes(tmp_path) == committed
 
 
 def group_of(footage: Path, folder: Path) -> tuple[Any, ...]:
     """What `make_group` needs to make a group of one video, as plain data."""
     config = shard.Config(kind="shard", sources=["x"], clip={"short_side": 32, "fps": 6, "max_seconds": 3})
-    plain = config.model_dump(mode="json", include={"clip", "limits", "frame_diff", "decoder"})
-    geometry = {"diff": plain.pop("frame_diff"), **plain}
     (found,) = (row for batch in discover.find([str(sorted(footage.glob("*.mp4"))[0])]) for row in batch.to_pylist())
     del found["etag"]
     row = {"source": "ab" * 10, "split": "train", "group": 0, "duplicate_of": None} | found
-    return {"split": "train", "group": 0}, [row], str(folder), geometry
+    return {"split": "train", "group": 0}, [row], str(folder), config.cut.model_dump(mode="json")
+
+
+def made_again(group: Any, rows: Any, folder: str, cut: Any) -> dict[str, Any]:
+    return make_group(group, rows, folder, CutConfig(**cut))
 
 
 @pytest.fixture(scope="module")
 def committed(footage: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     folder = tmp_path_factory.mktemp("undisturbed")
-    assert make_group(*group_of(footage, folder))["error"] == ""
+    assert made_again(*group_of(footage, folder))["error"] == ""
     return hashes(folder)

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from longtake.datasets import clip, index
 from longtake.datasets.loader import Loader
 from longtake.infra.cli.media import frames_at
-from longtake.pipeline.config import ClipConfig, FrameDiffConfig, LimitsConfig
+from longtake.pipeline.config import ClipConfig, CutConfig, LimitsConfig
 from longtake.pipeline.decode import Tally, _clocked
 from longtake.pipeline.orientation import oriented, upright
 from longtake.pipeline.source import process
@@ -32,8 +32,8 @@ def cut(path: Path, decoder: str = "pyav", config: ClipConfig = CONFIG, **limits
     """The account of a source, and for each clip its row and its frames."""
     folder = path.parent / "out"
     folder.mkdir(exist_ok=True)
-    given = str(path), "ab" * 10, str(folder), config, LimitsConfig(**limits), FrameDiffConfig(), decoder
-    result = process(*given)
+    cut = CutConfig(clip=config, limits=LimitsConfig(**limits), decoder=decoder)
+    result = process(str(path), "ab" * 10, str(folder), cut)
     shown = [(row, clip.decode((folder / f"{row['key']}.mp4").read_bytes())) for row in result["clips"]]
     return result["account"], shown
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from longtake.infra.footage import Event, generate, load_truth
 from longtake.pipeline.cut import Sampled, shots
 from longtake.pipeline.decode import frames
-from longtake.pipeline.source import _sampled
+from longtake.pipeline.source import resample
 
 FPS = 24
 SIZE = (64, 96)
@@ -58,7 +58,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> Found:
     # no seed that a threshold was tuned on
     for video in generate(tmp_path_factory.mktemp("cuts"), count=VIDEOS, seed=21, seconds=8.0, fps=FPS, size=(48, 64)):
         scaled = (64, 48)
-        sampled = _sampled(((frame, (scaled, scaled)) for frame in frames(str(video))), FPS)
+        sampled = resample(((frame, (scaled, scaled)) for frame in frames(str(video))), FPS)
         events = load_truth(video.with_suffix(".truth.json")).events
         results.append((events, [(frame.number, start, why) for frame, start, why in shots(sampled)]))
     return results

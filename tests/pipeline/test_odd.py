@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 
 from longtake.datasets import clip
-from longtake.pipeline.config import ClipConfig, FrameDiffConfig, LimitsConfig
+from longtake.pipeline.config import ClipConfig, CutConfig, LimitsConfig
 from longtake.pipeline.isolate import Worker
 
-PLAIN = {"clip": ClipConfig(short_side=64, fps=12), "limits": LimitsConfig(), "diff": FrameDiffConfig()}
+CUT = CutConfig(clip=ClipConfig(short_side=64, fps=12), limits=LimitsConfig(timeout_seconds=120))
 
 # The first class whose pattern is found in "file | note" says the outcome: good, or rejected with that reason; a
 # part of the detail, which must be empty where nothing is said; size and frames of all clips at 12 fps, where it matters.
@@ -74,17 +74,14 @@ def outcomes(videos: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str
     """For each class its files and what came of them."""
     found: dict[str, list[tuple[str, dict[str, Any]]]] = {name: [] for name, *_ in CLASSES}
     worker = Worker()
-    plain = {name: config.model_dump(mode="json") for name, config in PLAIN.items()}
     for row in csv.DictReader((videos / "index.csv").open()):
         if row["kind"] == "odd":
             folder = tmp_path_factory.mktemp("out")
-            job = {"path": str(videos / row["file"]), "source": "ab" * 10, "folder": str(folder), "decoder": "pyav"}
+            result = worker.run(str(videos / row["file"]), "ab" * 10, str(folder), CUT, {})
             said = f"{row['file']} | {row['note']}"
             name = next((name for name, pattern, *_ in CLASSES if re.search(pattern, said)), None)
             assert name, f"{said}: of no class"
-            found[name].append(
-                (row["file"], worker.run(job | {"extra": {}} | plain, 120.0, 6 << 30) | {"folder": folder})
-            )
+            found[name].append((row["file"], result | {"folder": folder}))
     worker.close()
     return found
 

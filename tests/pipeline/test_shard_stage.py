@@ -204,7 +204,7 @@ def test_an_object_store_gets_the_same_clips(sharded: Path, footage: Path, s3_va
     planned = shard.plan(output, ["s3://bucket/raw/*.mp4"], 0.3, 1 << 30, 2)
     # the session's Ray workers know no keys: groups are made here, as a worker would
     for group in shard.missing_groups(output, planned):
-        assert not make_group(group, sources_of(output, group), output, _geometry())["error"]
+        assert not make_group(group, sources_of(output, group), output, config("x").cut)["error"]
     assert shard.missing_groups(output, planned) == []
 
     # the store's tags name the sources, so keys and splits are others, but the clips are the same bytes
@@ -212,11 +212,6 @@ def test_an_object_store_gets_the_same_clips(sharded: Path, footage: Path, s3_va
         return {c for split in schema.SPLITS for c in index.read_all(url, split)["sha256"].to_pylist()}
 
     assert clips(output) == clips(str(sharded))
-
-
-def _geometry() -> dict[str, Any]:
-    plain = config("x").model_dump(mode="json", include={"clip", "limits", "frame_diff", "decoder"})
-    return {"diff": plain.pop("frame_diff"), **plain}
 
 
 @pytest.mark.skipif(os.geteuid() != 0 or not shutil.which("mount"), reason="making a small disk needs root")

@@ -15,7 +15,7 @@ import pytest
 
 from longtake.datasets import clip
 from longtake.infra.footage import load_truth, write_video
-from longtake.pipeline.config import ClipConfig, FrameDiffConfig, LimitsConfig, fit
+from longtake.pipeline.config import ClipConfig, CutConfig, LimitsConfig, fit
 from longtake.pipeline.isolate import Worker
 from longtake.pipeline.source import process
 
@@ -33,15 +33,14 @@ def cut(
     path: Path, folder: Path, config: ClipConfig = SMALL, limits: LimitsConfig | None = None, decoder: str = "pyav"
 ) -> dict[str, Any]:
     folder.mkdir(exist_ok=True)
-    return process(str(path), "ab" * 10, str(folder), config, limits or LimitsConfig(), FrameDiffConfig(), decoder)
+    settings = CutConfig(clip=config, limits=limits or LimitsConfig(), decoder=decoder)
+    return process(str(path), "ab" * 10, str(folder), settings)
 
 
-def job(path: Path, folder: Path) -> dict[str, Any]:
+def cut_apart(worker: Worker, path: Path, folder: Path, seconds: float, memory: int) -> dict[str, Any]:
     folder.mkdir(exist_ok=True)
-    plain = {"clip": SMALL, "limits": LimitsConfig(), "diff": FrameDiffConfig()}
-    return {"path": str(path), "source": "ab" * 10, "folder": str(folder), "decoder": "pyav", "extra": {}} | {
-        k: v.model_dump(mode="json") for k, v in plain.items()
-    }
+    limits = LimitsConfig(timeout_seconds=seconds, memory_bytes=memory)
+    return worker.run(str(path), "ab" * 10, str(folder), CutConfig(clip=SMALL, limits=limits), {})
 
 
 def write_timed(path: Path, frames: list[np.ndarray], times: list[float], **stream_options: Any) -> None:
@@ -131,7 +130,7 @@ def test_the_same_frames_give_the_same_bytes_in_every_process(footage: Path, tmp
         "import sys; from pathlib import Path; from longtake.pipeline.source import process; "
         "from longtake.pipeline.config import *; import hashlib\n"
         "for n, v in enumerate(sorted(Path(sys.argv[1]).glob('*.mp4'))[:3]):\n"
-        "    r = process(str(v), 'ab' * 10, sys.argv[2], ClipConfig(short_side=64, fps=12), LimitsConfig(), FrameDiffConfig())\n"
+        "    r = process(str(v), 'ab' * 10, sys.argv[2], CutConfig(clip=ClipConfig(short_side=64, fps=12)))\n"
         "    print([c['sha256'] for c in r['clips']])"
     )
     outputs = []
@@ -168,14 +167,14 @@ def test_a_crash_and_a_hang_cost_one_source_each(
     os.mkfifo(fifo)
     # nobody writes to it, so opening it waits for ever; its size must not stop it earlier
     begin = time.time()
-    hung = worker.run(job(fifo, tmp_path / "h") | {"path": str(fifo)}, 2.0, 6 << 30)
+    hung = cut_apart(worker, fifo, tmp_path / "h", 2.0, 6 << 30)
     assert hung["account"]["reason"] in ("timed_out", "empty") and time.time() - begin < 10
-    small = worker.run(job(video, tmp_path / "m"), 60.0, 300 << 20)
+    small = cut_apart(worker, video, tmp_path / "m", 60.0, 300 << 20)
     worker.close()
-    starved = worker.run(job(video, tmp_path / "m2"), 60.0, 200 << 20)
+    starved = cut_apart(worker, video, tmp_path / "m2", 60.0, 200 << 20)
     assert starved["account"]["status"] == "rejected" and starved["account"]["reason"] in ("crashed", "too_large")
     worker.close()
-    again = worker.run(job(video, tmp_path / "g"), 60.0, 6 << 30)
+    again = cut_apart(worker, video, tmp_path / "g", 60.0, 6 << 30)
     assert again["account"]["status"] == "good" and small["account"]["status"] in ("good", "rejected")
 
 

@@ -21,17 +21,11 @@ from longtake.datasets.errors import UserError
 from longtake.datasets.verify import verify
 from longtake.pipeline import plan, retry, seen
 from longtake.pipeline.commit import make_group
-from longtake.pipeline.config import ClipConfig, FrameDiffConfig, LimitsConfig
+from longtake.pipeline.config import ClipConfig, CutConfig, LimitsConfig
 from longtake.pipeline.discover import find
 from longtake.pipeline.stages import shard
 
-LIMITS = LimitsConfig().model_dump(mode="json")
-GEOMETRY = {
-    "clip": ClipConfig(short_side=32, fps=10, max_seconds=1).model_dump(mode="json"),
-    "limits": LIMITS | {"max_bytes": 1 << 20},
-    "diff": FrameDiffConfig().model_dump(mode="json"),
-    "decoder": "pyav",
-}
+CUT = CutConfig(clip=ClipConfig(short_side=32, fps=10, max_seconds=1), limits=LimitsConfig(max_bytes=1 << 20))
 
 
 class Web:
@@ -132,7 +126,7 @@ def make(dataset: Path, pattern: str, group_sources: int = 3) -> dict[str, Any]:
     storage.write(f"{url}/dataset.json", storage.canonical_json({"format": schema.FORMAT_VERSION}))
     groups = plan.plan(url, [pattern], 0.2, 1 << 30, group_sources)
     for group in shard.missing_groups(url, groups):
-        assert not make_group(group, plan.sources_of(url, group), url, GEOMETRY)["error"]
+        assert not make_group(group, plan.sources_of(url, group), url, CUT)["error"]
     retry.record(url)
     assert not list(verify(url))
     totals = index.summary(url)
@@ -238,7 +232,7 @@ def test_a_source_that_is_always_cut_short_makes_nothing_run_for_ever(
     before = index.summary(url)
     Path(f"{url}/{old['split']}/{old['group']:05d}.parquet").unlink()
     old["again"] = seen.planned_again(url, [old])[old["split"], old["group"]]
-    assert not make_group(old, plan.sources_of(url, old), url, GEOMETRY)["error"]
+    assert not make_group(old, plan.sources_of(url, old), url, CUT)["error"]
     assert index.summary(url) == before and not list(verify(url))
     # a damaged account does not keep the stage from running
     Path(f"{url}/sources/{old['split']}-{old['group']:05d}.parquet").write_bytes(b"torn")
@@ -410,7 +404,7 @@ def test_what_is_wrong_with_this_machine_is_no_fault_of_a_source(
         error.__cause__, denial = Expired(denial), error
     monkeypatch.setattr(Denying, "denial", denial)
     row = {"source": "ab" * 10, "uri": "denying://b/a.mp4", "bytes": 5, "split": "train", "group": 0, "extra": None}
-    result = make_group(row, [row | {"duplicate_of": None}], str(tmp_path), GEOMETRY)
+    result = make_group(row, [row | {"duplicate_of": None}], str(tmp_path), CUT)
     if expected == "of this machine":
         assert result["error"] and not index.shard_names(str(tmp_path), "train")
     else:

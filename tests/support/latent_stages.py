@@ -13,7 +13,7 @@ from torch import nn
 
 from longtake.datasets import compact, index, schema, storage, view
 from longtake.datasets import latents as column
-from longtake.pipeline import latents
+from longtake.pipeline import latents, streams
 from longtake.pipeline.column import by_shard
 from longtake.training import checkpoint
 from longtake.training.loop import train
@@ -99,21 +99,21 @@ def encoded(
     folder: Path, dataset: str, model: PVVAE, uri: str, shrink: tuple[int, int] = (1, 1), join: float = 100.0
 ) -> str:
     """Latents as `cache_latents` makes them, without Ray."""
-    chosen = latents.Settings(None, "fp32", "float16", None, 64, 4, 2, shrink=shrink, join_seconds=join)
-    of = latents.geometry(model, "here")
-    name = latents.column_name(column.encoder_digest(model), chosen, "")
+    chosen = streams.Settings(None, "fp32", "float16", None, 64, 4, 2, shrink=shrink, join_seconds=join)
+    strides = streams.strides_of(model, "here")
+    name = streams.column_name(column.encoder_digest(model), chosen, "")
     bases = {split: compact.open_split(dataset, split)[0] for split in schema.SPLITS}
     for split, base in bases.items():
         for shard, keep in by_shard(base, view.kept(base, None)[0]).items():
-            latents.make_latents(model, of, dataset, split, shard, name, chosen, keep)
+            latents.make_latents(model, strides, dataset, split, shard, name, chosen, keep)
     found = column.merged(column.read_moments(dataset, s) for s in index.read_shards(dataset, "train", name))
     record = column.Latents(
         dataset=dataset,
         column=name,
         encoder={"uri": uri, "digest": column.encoder_digest(model), "model": "PVVAE", "config": {}},
-        channels=of.channels,
-        factor=of.factor,
-        stride=of.stride,
+        channels=strides.channels,
+        factor=strides.factor,
+        stride=strides.stride,
         size=None,
         precision="fp32",
         dtype="float16",
