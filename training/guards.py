@@ -1,4 +1,4 @@
-"""What keeps a month of training from being lost: stop signals, stalls, losses that are not finite or leap, full memory."""
+"""What keeps a month of training from being lost: stop signals, stalls, losses that spike or are not finite, full memory."""
 
 import json
 import math
@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, NoReturn, Self
 
 import torch
 from torch import Tensor
@@ -21,11 +21,13 @@ from longtake.datasets.errors import Failure
 from longtake.training import engines
 
 Batch = Mapping[str, Any]
+# parts of the errors that torch raises where the other end of a collective is gone
+_BROKEN = ("gloo", "Gloo", "NCCL", "Connection closed by peer")
 
 
 @contextmanager
-def memory_told(step: int, batch: Batch) -> Iterator[None]:
-    """Say which batch did not fit, and what to lower."""
+def explain_out_of_memory(step: int, batch: Batch) -> Iterator[None]:
+    """Turn an out-of-memory error into a Failure that names the batch and what to lower."""
     try:
         yield
     except torch.OutOfMemoryError as e:
@@ -36,48 +38,54 @@ def memory_told(step: int, batch: Batch) -> Iterator[None]:
         ) from e
 
 
-def contagious(loss: Tensor) -> Tensor:
-    """The loss, with gradients that are not finite if it is not: an infinite one can have finite gradients."""
+def with_nonfinite_gradients(loss: Tensor) -> Tensor:
+    """The loss, with gradients that are not finite where it is not: an infinite loss can have finite gradients."""
     return loss * torch.where(loss.detach().isfinite(), 1.0, math.nan)
 
 
 @dataclass
 class Nonfinite:
-    """Counts the updates that were left out because something was not finite, and stops where they are too many.
+    """Counts the updates that are left out because something is not finite, and stops where they are too many.
 
-    The batch's keys are in `folder/nonfinite-RANK.json`, written by the ranks whose loss was not finite, or by all where
-    only a gradient was not.
+    The ranks whose loss is not finite write the keys of their batch to `folder/nonfinite-RANK.json`; all ranks do where
+    only a gradient is not.
     """
 
     folder: Path
     most: int
     count: int = 0
 
-    def heed(self, step: int, name: str, here: bool, anywhere: bool, keys: Sequence[str]) -> None:
-        """Note that a loss of engine `name` was not finite on this rank, or `anywhere`, or else only a gradient was not.
+    def record(self, step: int, name: str, here: bool, anywhere: bool, keys: Sequence[str]) -> None:
+        """Count an update that is left out, because of a loss or gradient of engine `name`.
 
         Every rank must call it, for the same update.
 
+        Args:
+            here: the loss of this rank is not finite.
+            anywhere: the loss of some rank is not finite; else only a gradient is not.
+
         Raises:
-            Failure: more than `most` so far.
+            Failure: more than `most` updates were left out.
         """
         self.count += 1
         rank = torch.distributed.get_rank()
         if here or not anywhere:
-            found = {"step": step, "what": f"{'loss' if here else 'gradient'} of {name}", "keys": list(keys)}
+            cause = f"{'loss' if here else 'gradient'} of {name}"
             with (self.folder / f"nonfinite-{rank}.json").open("a") as file:
-                file.write(json.dumps(found) + "\n")
+                file.write(json.dumps({"step": step, "what": cause, "keys": list(keys)}) + "\n")
+
+        # report once all ranks have written
         torch.distributed.barrier()
         files = ", ".join(sorted(p.name for p in self.folder.glob("nonfinite-*.json")))
-        said = f"{'loss' if anywhere else 'gradient'} of {name} is not finite at step {step}"
+        trouble = f"{'loss' if anywhere else 'gradient'} of {name} is not finite at step {step}"
         if self.count > self.most:
             raise Failure(
-                f"{said}; the batch's keys are in {self.folder} ({files}); the last checkpoint is whole: lower lr and go on,"
-                " or allow some with skip_nonfinite"
+                f"{trouble}; the batch's keys are in {self.folder} ({files}); the last checkpoint is whole: lower lr and go"
+                " on, or allow some with skip_nonfinite"
             )
         if rank == 0:
             print(
-                f"warning: {said}; update left out ({self.count} of at most {self.most}), keys in {files}",
+                f"warning: {trouble}; update left out ({self.count} of at most {self.most}), keys in {files}",
                 file=sys.stderr,
             )
 
@@ -86,8 +94,8 @@ class Nonfinite:
 class Spikes:
     """Reports losses of this rank far above their running mean; `folder/spikes.jsonl` names the rank and the batch.
 
-    Of losses that leap one after the other only the first is reported. They do not move the mean, unless they stay up for
-    as long as it looks back: then it begins anew.
+    Only the first loss of a spike is reported. A spike does not move the mean, unless it lasts as long as the mean looks
+    back: then the mean begins anew.
     """
 
     folder: Path
@@ -95,69 +103,65 @@ class Spikes:
     memory: int = 100  # passes that the running mean and variance look back, about
     mean: float = 0.0
     variance: float = 0.0
-    seen: int = 0
-    leaps: int = 0
+    passes: int = 0  # in the mean
+    length: int = 0  # passes of the spike so far
 
-    def heed(self, step: int, loss: float, keys: Sequence[str]) -> bool:
-        """Whether the loss of this pass begins to leap."""
+    def begins(self, step: int, loss: float, keys: Sequence[str]) -> bool:
+        """Take in the loss of a pass; returns whether a spike begins with it."""
         if not math.isfinite(loss):
             return False
-        if self.seen >= self.memory and loss > self.mean + self.deviations * math.sqrt(self.variance):
-            self.leaps += 1
-            if self.leaps > self.memory:
-                self.mean = self.variance = 0.0
-                self.seen = self.leaps = 0
-            if self.leaps != 1:
-                return False
-            rank = torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
-            found: dict[str, Any] = {"step": step, "rank": rank}
-            found |= {"loss": loss, "mean": self.mean, "deviation": math.sqrt(self.variance), "keys": list(keys)}
-            # all ranks write there: a line must go at once
-            with (self.folder / "spikes.jsonl").open("ab", buffering=0) as file:
-                file.write((json.dumps(found) + "\n").encode())
-            return True
-        self.leaps = 0
-        self.seen += 1
-        share = 1 / min(self.seen, self.memory)
-        off = loss - self.mean
-        self.mean += share * off
-        self.variance = (1 - share) * (self.variance + share * off * off)
-        return False
+
+        # a usual loss moves the mean
+        if self.passes < self.memory or loss <= self.mean + self.deviations * math.sqrt(self.variance):
+            self.length = 0
+            self.passes += 1
+            share = 1 / min(self.passes, self.memory)
+            off = loss - self.mean
+            self.mean += share * off
+            self.variance = (1 - share) * (self.variance + share * off * off)
+            return False
+
+        # a long spike is no spike
+        self.length += 1
+        if self.length > self.memory:
+            self.mean = self.variance = 0.0
+            self.passes = self.length = 0
+        if self.length != 1:
+            return False
+
+        rank = torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
+        record: dict[str, Any] = {"step": step, "rank": rank}
+        record |= {"loss": loss, "mean": self.mean, "deviation": math.sqrt(self.variance), "keys": list(keys)}
+        # all ranks write there: a line must go at once
+        with (self.folder / "spikes.jsonl").open("ab", buffering=0) as file:
+            file.write((json.dumps(record) + "\n").encode())
+        return True
 
 
-def on_any_rank(*here: Any) -> list[bool]:
+def on_any_rank(*flags: Any) -> list[bool]:
     """For each flag whether it is set on any rank. Every rank must call it."""
-    flags = torch.stack([torch.as_tensor(flag, dtype=torch.float32, device=engines.device()) for flag in here])
+    values = torch.stack([torch.as_tensor(flag, dtype=torch.float32, device=engines.device()) for flag in flags])
     if torch.distributed.get_world_size() > 1:
-        torch.distributed.all_reduce(flags, torch.distributed.ReduceOp.MAX)
-    return flags.bool().tolist()
+        torch.distributed.all_reduce(values, torch.distributed.ReduceOp.MAX)
+    return values.bool().tolist()
 
 
 @contextmanager
 def stop_signal(seconds: float, also: Callable[[], bool]) -> Iterator[Callable[[], bool]]:
-    """Whether this process was told to stop, by SIGINT, SIGTERM or `also`; a second SIGINT kills at once.
+    """Yields whether this process is asked to stop, by SIGINT, SIGTERM or `also`; a second SIGINT kills at once.
 
-    Whoever is not done `seconds` after the signal is ended, with exit code 1: a scheduler kills soon after, and half a
+    A process that has not finished `seconds` after the signal exits with code 1: a scheduler kills soon after, and half a
     checkpoint costs nothing.
     """
-    came = threading.Event()
-    alarm: list[threading.Timer] = []
-
-    def give_up() -> None:
-        print(
-            f"error: train: could not save within stop_seconds ({seconds:g}); the last checkpoint is whole",
-            file=sys.stderr,
-        )
-        sys.stderr.flush()
-        os._exit(1)
+    signalled = threading.Event()
+    deadline = threading.Timer(seconds, _give_up, [seconds])
+    deadline.daemon = True
 
     def note(number: int, _: Any) -> None:
-        if not came.is_set():
-            alarm.append(threading.Timer(seconds, give_up))
-            alarm[-1].daemon = True
-            alarm[-1].start()
-        came.set()
-        # of SIGTERM several may come at once: from a launcher, from a parent, and to the whole group
+        if not signalled.is_set():
+            deadline.start()
+        signalled.set()
+        # SIGTERM may come several times: from a launcher, from a parent, and to the whole group
         if number == signal.SIGINT:
             signal.signal(number, signal.SIG_DFL)
 
@@ -165,96 +169,122 @@ def stop_signal(seconds: float, also: Callable[[], bool]) -> Iterator[Callable[[
     main = threading.current_thread() is threading.main_thread()
     before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)} if main else {}
     try:
-        yield lambda: came.is_set() or also()
+        yield lambda: signalled.is_set() or also()
     finally:
-        for timer in alarm:
-            timer.cancel()
+        deadline.cancel()
         for number, handler in before.items():
             signal.signal(number, handler)
 
 
-@contextmanager
-def watchdog(seconds: float) -> Iterator[Callable[[int, str], None]]:
-    """Yields `beat(step, what)`, to be called as work goes on; where none comes for `seconds`, says who is missing and ends.
+def _give_up(seconds: float) -> None:
+    _exit(f"could not save within stop_seconds ({seconds:g}); the last checkpoint is whole")
 
-    Each rank leaves the number of its last beat in the store that all share; all ranks make the same beats, in one order.
-    So one that waits in a collective for another that is dead, stuck or slow finds there who has not come as far as itself.
+
+def _exit(error: str, pause: Callable[[], Any] = lambda: None) -> NoReturn:
+    """End this process from a thread, with exit code 1, some time after its error is printed."""
+    print(f"error: train: {error}", file=sys.stderr)
+    sys.stderr.flush()
+    pause()
+    os._exit(1)
+
+
+class _Beat(NamedTuple):
+    """The last beat of a rank: how many it has made, and the step and part that began with it."""
+
+    number: int
+    step: int
+    part: str
+
+    def __str__(self) -> str:
+        return f"at step {self.step} in {self.part}"
+
+
+class Watchdog:
+    """Ends a process that hangs, and says which ranks are missing; a context.
+
+    All ranks make the same beats in one order, and each leaves its last one in the store that they share. A rank that
+    waits in a collective for another that is dead, stuck or slow finds there who has not come as far as itself.
+
+    Args:
+        seconds: without a beat, after which the process ends.
 
     Raises:
-        Failure: the connection to another process broke.
+        Failure: at the end of the context, where the connection to another process broke.
     """
-    rank, world, shared = torch.distributed.get_rank(), torch.distributed.get_world_size(), engines.store()
-    state: list[Any] = [0, 0, "start", time.monotonic()]
-    done, pause = threading.Event(), min(1.0, seconds / 4)
 
-    def beat(step: int, what: str) -> None:
-        state[:] = [state[0] + 1, step, what, time.monotonic()]
+    def __init__(self, seconds: float) -> None:
+        self._seconds, self._interval = seconds, min(1.0, seconds / 4)
+        self._rank, self._world = torch.distributed.get_rank(), torch.distributed.get_world_size()
+        self._store = engines.store()
+        self._last, self._time = _Beat(0, 0, "start"), time.monotonic()
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
-    def look() -> None:
-        sent = None
-        while not done.wait(pause):
-            *now, at = state
-            stalled = time.monotonic() - at > seconds
-            try:
-                if now != sent and world > 1:
-                    shared.set(f"longtake/beat/{rank}", json.dumps([*now, socket.gethostname()]))
-                    sent = now
-                behind = _behind(shared, rank, world, now[0]) if stalled else ""
-            except RuntimeError as e:
-                behind = _unreachable(e)
-            if not stalled:
-                continue
-            stood = f"no step for {seconds:g} s (stall_seconds): rank {rank} stands at step {now[1]} in {now[2]}"
-            why = f"{stood}; {behind}" if behind else stood
-            print(f"error: train: {why}; the last checkpoint is whole: run the same command again", file=sys.stderr)
-            sys.stderr.flush()
-            # the others shall be able to say where they stand, before their connections to this one break
-            done.wait(2 * pause)
-            os._exit(1)
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
 
-    thread = threading.Thread(target=look, name="watchdog", daemon=True)
-    thread.start()
-    try:
-        yield beat
-    except RuntimeError as e:
-        # how torch reports a collective whose other end is gone
-        if not any(mark in str(e) for mark in ("gloo", "Gloo", "NCCL", "Connection closed by peer")):
-            raise
-        # those that live say in this time how far they are
-        done.wait(2 * pause)
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
         try:
-            behind = _behind(shared, rank, world, state[0])
-        except RuntimeError as lost:
-            behind = _unreachable(lost)
-        who = behind or "no rank is known to be behind"
-        raise Failure(
-            f"another process is gone, at step {state[1]} in {state[2]} ({_line(e)}); {who}; the last checkpoint is whole:"
-            " run the same command again"
-        ) from e
-    finally:
-        done.set()
-        thread.join()
+            if isinstance(error, RuntimeError) and any(mark in str(error) for mark in _BROKEN):
+                self._pause()  # in which the living ranks report where they stand
+                behind = self._behind() or "no rank is known to be behind"
+                raise Failure(
+                    f"another process is gone, {self._last} ({_line(error)}); {behind}; the last checkpoint is whole:"
+                    " run the same command again"
+                ) from error
+        finally:
+            self._ended.set()
+            self._thread.join()
 
+    def beat(self, step: int, part: str) -> None:
+        """Note that a part of a step begins."""
+        self._last, self._time = _Beat(self._last.number + 1, step, part), time.monotonic()
 
-def _line(e: Exception) -> str:
-    return str(e).splitlines()[0]
+    def _pause(self) -> None:
+        self._ended.wait(2 * self._interval)
+
+    def _watch(self) -> None:
+        sent = None
+        while not self._ended.wait(self._interval):
+            stalled = time.monotonic() - self._time > self._seconds
+            last, trouble = self._last, ""
+            try:
+                if last != sent and self._world > 1:
+                    self._store.set(f"longtake/beat/{self._rank}", json.dumps([*last, socket.gethostname()]))
+                    sent = last
+            except RuntimeError as e:
+                trouble = _unreachable(e)
+            if stalled:
+                where = f"no step for {self._seconds:g} s (stall_seconds): rank {self._rank} stands {last}"
+                behind = trouble or self._behind()
+                where += f"; {behind}" if behind else ""
+                # give the other ranks time to report their position before this connection breaks
+                _exit(f"{where}; the last checkpoint is whole: run the same command again", self._pause)
+
+    def _behind(self) -> str:
+        """Which ranks have made fewer beats than this one, and where they were last seen; empty where there are none."""
+        ranks = []
+        try:
+            for rank in range(self._world):
+                key = f"longtake/beat/{rank}"
+                if rank == self._rank:
+                    continue
+                if not self._store.check([key]):
+                    ranks.append(f"rank {rank} never began")
+                    continue
+                *last, host = json.loads(self._store.get(key))
+                beat = _Beat(*last)
+                if beat.number < self._last.number:
+                    ranks.append(f"rank {rank} on {host} is missing, last seen {beat}")
+        except RuntimeError as e:
+            return _unreachable(e)
+        return "; ".join(ranks[:8]) + (f"; and {len(ranks) - 8} more" if len(ranks) > 8 else "")
 
 
 def _unreachable(e: Exception) -> str:
     return f"rank 0, which keeps the ranks' store, cannot be reached ({_line(e)})"
 
 
-def _behind(shared: Any, rank: int, world: int, beats: int) -> str:
-    """Which ranks have made fewer than `beats`, and where they were seen last; nothing where there are none."""
-    found = []
-    for other in range(world):
-        key = f"longtake/beat/{other}"
-        if other == rank:
-            continue
-        if not shared.check([key]):
-            found.append(f"rank {other} never began")
-            continue
-        count, step, what, host = json.loads(shared.get(key))
-        if count < beats:
-            found.append(f"rank {other} on {host} is missing, last seen at step {step} in {what}")
-    return "; ".join(found[:8]) + (f"; and {len(found) - 8} more" if len(found) > 8 else "")
+def _line(e: BaseException) -> str:
+    return str(e).splitlines()[0]

@@ -29,8 +29,8 @@ from longtake.training.objective import Batch, Engines, Objective, Turn
 from longtake.training.progress import Progress, means
 from longtake.training.tracker import Tracker
 
-_ALL_RANKS = 1 << 31
-_MAY_CHANGE = ("steps", "skip_nonfinite")
+_ALL_RANKS = 1 << 31  # in place of a rank, in the seed that all share
+_MAY_CHANGE = ("steps", "skip_nonfinite")  # settings that a resumed training may change
 
 
 def train(
@@ -43,18 +43,21 @@ def train(
 ) -> None:
     """Train to `config.steps` from the latest checkpoint in `folder`, if there is one, and leave the last one there.
 
-    Every rank of the process group calls it. `tracker` is for the first rank only; `stop` says that somebody wants this
-    process to save and leave, beside SIGINT and SIGTERM.
+    Every rank of the process group calls it.
+
+    Args:
+        tracker: on the first rank only.
+        stop: whether this process is to save and end; SIGINT and SIGTERM ask for the same.
 
     Raises:
         UserError: the checkpoints in `folder` belong to other settings, or to another dataset.
         Failure: out of memory; a loss or gradient is not finite; a checkpoint cannot be read or written.
-        Interrupted: told to stop, and saved.
+        Interrupted: asked to stop; the state is saved.
     """
-    run = _begin(objective, loader, config, folder)
+    run = _resume(objective, loader, config, folder)
     step, lead = run.step, run.engines[objective.lead]
     nonfinite = guards.Nonfinite(folder, config.skip_nonfinite, run.left_out)
-    spikes, leaps = guards.Spikes(folder, config.run.spike), 0
+    spikes, spike_count = guards.Spikes(folder, config.run.spike), 0
     checkpoints = checkpoint.Checkpoints(
         folder, config.run.keep_checkpoints, config.run.keep_every, config.run.upload, config.run.stall_seconds
     )
@@ -62,16 +65,16 @@ def train(
     with (
         guards.stop_signal(config.run.stop_seconds, stop) as stop_requested,
         checkpoints,
-        guards.watchdog(config.run.stall_seconds) as beat,
-        Progress(config, folder, step, beat) as progress,
+        guards.Watchdog(config.run.stall_seconds) as watchdog,
+        Progress(config, folder, step, watchdog.beat) as progress,
     ):
         while step < config.steps:
             progress.begin(step)
-            logs = (step + 1) % config.run.log_every == 0 or step + 1 == config.steps
+            log_due = (step + 1) % config.run.log_every == 0 or step + 1 == config.steps
             rates = learning_rates(objective, config, step)
             update = _Update()
 
-            # One update: forward and backward of every engine, in as many passes as accumulate.
+            # Forward and backward of every engine, in as many passes as accumulate; the last one updates the weights.
             for number in range(config.accumulate):
                 with progress.part(step, "data"):
                     batch = _on_device(next(batches))
@@ -80,22 +83,26 @@ def train(
                 for name, rate in rates.items():
                     turn = Turn(name, run.engines, batch, step, rng, seed, update.carry)
                     engines.set_lr(run.engines[name], rate)
-                    _take(turn, objective, progress, update, norms=logs and number + 1 == config.accumulate)
+                    _take_turn(turn, objective, progress, update, log_due and number + 1 == config.accumulate)
                 update.tokens += objective.tokens(batch) if objective.tokens else 0
             step += 1
 
-            # Stop, or leave the update out, on all ranks alike.
-            leapt = [
-                spikes.heed(step, float(terms.get("loss", math.nan)), keys)
+            # Ask all ranks: whether to stop, whether a loss spikes, which losses are not finite.
+            spiking = [
+                spikes.begins(step, float(terms.get("loss", math.nan)), keys)
                 for terms, keys in zip(update.terms, update.keys, strict=True)
             ]
-            leave, leapt_anywhere, *lost = guards.on_any_rank(stop_requested(), any(leapt), *update.lost.values())
-            for (name, here), anywhere in zip(update.lost.items(), lost, strict=True):
+            stopping, spiked, *bad = guards.on_any_rank(stop_requested(), any(spiking), *update.nonfinite.values())
+
+            # Count the updates that the engines have left out; too many end the training.
+            for (name, here), anywhere in zip(update.nonfinite.items(), bad, strict=True):
                 update.norms[f"gradient_norm_{name}"] = engines.gradient_norm(run.engines[name])
                 if anywhere or engines.left_out(run.engines[name]):
-                    nonfinite.heed(step, name, bool(here), anywhere, list(chain.from_iterable(update.keys)))
-            leaps += leapt_anywhere
-            if leapt_anywhere:
+                    nonfinite.record(step, name, bool(here), anywhere, list(chain.from_iterable(update.keys)))
+
+            # Report a spike of the loss.
+            if spiked:
+                spike_count += 1
                 progress.warn(f"the loss leaps at step {step}; {folder}/spikes.jsonl names the rank and the batch")
 
             # Move the averages.
@@ -103,9 +110,9 @@ def train(
 
             # Log.
             profile = progress.end(step, [update.norms, *update.terms], sum(map(len, update.keys)), update.tokens)
-            if logs:
+            if log_due:
                 figures = progress.take(step) | {"learning_rate": rates[objective.lead]}
-                figures |= {"updates_left_out": float(nonfinite.count), "spikes": float(leaps)}
+                figures |= {"updates_left_out": float(nonfinite.count), "spikes": float(spike_count)}
                 if tracker:
                     tracker.log(step, figures)
             if profile and tracker:
@@ -114,7 +121,9 @@ def train(
             # Sample videos to look at.
             if objective.sample and config.run.sample_every and step % config.run.sample_every == 0:
                 with progress.aside(step, "sample"):
-                    _sample(objective, run.engines, config, step, tracker)
+                    for name, video in _sample(objective, run.engines, config.seed).items():
+                        if tracker:
+                            tracker.video(step, name, video, objective.fps)
 
             # Measure held-out clips.
             if config.run.heldout_every and (step % config.run.heldout_every == 0 or step == config.steps):
@@ -123,19 +132,19 @@ def train(
                 if tracker and figures:
                     tracker.log(step, figures)
 
-            # Checkpoint, and leave if told to.
-            if step % config.run.checkpoint_every == 0 or step == config.steps or leave:
-                beat(step, "checkpoint")
-                state = _state(objective, loader, config, step, nonfinite.count)
-                checkpoints.save(run.engines, objective.lead, run.averages, state)
-            if leave:
+            # Checkpoint, and end if asked to.
+            if step % config.run.checkpoint_every == 0 or step == config.steps or stopping:
+                watchdog.beat(step, "checkpoint")
+                meta = _meta(objective, loader, config, step, nonfinite.count)
+                checkpoints.save(run.engines, objective.lead, run.averages, meta)
+            if stopping:
                 checkpoints.wait()
                 raise Interrupted(f"train: stopped at step {step}, state saved")
 
 
 @dataclass(frozen=True)
 class _Run:
-    """A training as it begins or continues: after how many steps, and how many updates were left out before."""
+    """A training as it begins or continues: its optimizer steps so far, and how many updates were left out."""
 
     engines: Engines
     averages: ema.Averages
@@ -143,34 +152,39 @@ class _Run:
     left_out: int
 
 
-def _begin(objective: Objective, loader: Stream, config: TrainConfig, folder: Path) -> _Run:
-    """Make the engines, and bring them and the loader to where the latest checkpoint stands. Raises as `train`."""
+def _resume(objective: Objective, loader: Stream, config: TrainConfig, folder: Path) -> _Run:
+    """Make the engines; set them, the loader and the objective's state to the latest checkpoint. Raises as `train`."""
+    # the first rank prepares the folder, and another machine's checkpoint is fetched into it
     rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
     folder.mkdir(parents=True, exist_ok=True)
     if rank == 0:
-        _first_rank_begins(config, folder)
+        _prepare_folder(config, folder)
     if config.run.upload:
         upload.fetch(folder, config.run.upload)
+
+    # engines, compiled blocks, averages
     universal = checkpoint.for_world(folder, list(objective.modules), config.zero_stage)
-    made = engines.engines_of(objective.modules, objective.lead, config, world, universal, objective.settings)
+    trained = engines.engines_of(objective.modules, objective.lead, config, world, universal, objective.settings)
     _speed_up(objective, config)
-    averages = ema.begin(made[objective.lead], config.ema_half_lives)
+    averages = ema.begin(trained[objective.lead], config.ema_half_lives)
     path = checkpoint.latest(folder)
     if path is None:
-        return _Run(made, averages, 0, 0)
+        return _Run(trained, averages, 0, 0)
+
+    # the checkpoint's state
     meta = checkpoint.meta(path)
     _check_settings(config, meta["settings"], path)
     loader.load_state_dict(meta["loader"])
-    checkpoint.load(path, made, universal)
+    checkpoint.load(path, trained, universal)
     saved = {life: checkpoint.Weights(path, life) for life in averages}
-    ema.restore(averages, made[objective.lead], saved)
+    ema.restore(averages, trained[objective.lead], saved)
     for name, value in objective.state.items():
         value.copy_(torch.tensor(meta["state"][name]))
-    return _Run(made, averages, meta["step"], meta["left_out"])
+    return _Run(trained, averages, meta["step"], meta["left_out"])
 
 
-def _first_rank_begins(config: TrainConfig, folder: Path) -> None:
-    """Say what is odd about the settings, and delete what an earlier attempt has reported."""
+def _prepare_folder(config: TrainConfig, folder: Path) -> None:
+    """Delete the reports of an earlier attempt, and print what is odd about the settings."""
     if (config.warmup_steps or 0) > config.steps:
         print(
             f"warmup_steps: {config.warmup_steps} are more than all {config.steps} steps; warming up for {config.warmup}",
@@ -180,8 +194,8 @@ def _first_rank_begins(config: TrainConfig, folder: Path) -> None:
         report.unlink()
 
 
-def _state(objective: Objective, loader: Stream, config: TrainConfig, step: int, left_out: int) -> dict[str, Any]:
-    """What a checkpoint holds beside the engines."""
+def _meta(objective: Objective, loader: Stream, config: TrainConfig, step: int, left_out: int) -> dict[str, Any]:
+    """The content of a checkpoint beside the engines."""
     return {
         "step": step,
         "loader": loader.state_dict(),
@@ -196,20 +210,20 @@ def _state(objective: Objective, loader: Stream, config: TrainConfig, step: int,
 
 @dataclass
 class _Update:
-    """What one update has come to on this rank.
+    """The figures of one update on this rank.
 
-    terms   figures of each pass
-    norms   of gradients, of the whole update
-    keys    of the clips of each pass
-    lost    whether an engine's loss was not finite, by name
-    tokens  of all passes
-    carry   of the pass that runs (see `Turn`)
+    terms       to log, of each pass
+    norms       of gradients, of the whole update
+    keys        of the clips of each pass
+    nonfinite   by engine, whether its loss was not finite in some pass
+    tokens      of all passes
+    carry       of the current pass (see `Turn`)
     """
 
     terms: list[dict[str, Any]] = field(default_factory=list)
     norms: dict[str, Any] = field(default_factory=dict)
     keys: list[list[str]] = field(default_factory=list)
-    lost: dict[str, Tensor] = field(default_factory=dict)
+    nonfinite: dict[str, Tensor] = field(default_factory=dict)
     tokens: int = 0
     carry: dict[str, Any] = field(default_factory=dict)
 
@@ -219,15 +233,18 @@ class _Update:
         self.keys.append(batch.get("key", []))
 
 
-def _take(turn: Turn, objective: Objective, progress: Progress, update: _Update, norms: bool) -> None:
-    """Take an engine's turn: forward, backward, and its update after the last pass; with `norms` of each child's gradients."""
+def _take_turn(turn: Turn, objective: Objective, progress: Progress, update: _Update, norms: bool) -> None:
+    """Forward and backward of one engine; DeepSpeed updates its weights after the last pass.
+
+    `norms` adds the norms of each child's gradients to the update's figures.
+    """
     engine, name, batch = turn.engines[turn.name], turn.name, turn.batch
-    with _only_learning(turn.engines, name), guards.memory_told(turn.step, batch):
+    with _only_learning(turn.engines, name), guards.explain_out_of_memory(turn.step, batch):
         with progress.part(turn.step, "forward", name, batch):
             loss, terms = objective.loss(turn)
         with progress.part(turn.step, "backward", name, batch):
-            engine.backward(guards.contagious(loss))
-        update.lost[name] = update.lost.get(name, 0) + ~torch.isfinite(loss.detach())
+            engine.backward(guards.with_nonfinite_gradients(loss))
+        update.nonfinite[name] = update.nonfinite.get(name, 0) + ~torch.isfinite(loss.detach())
         if norms:
             children = engines.gradient_norms(engine)
             update.norms |= {f"gradient_norm_{name}/{child}": norm for child, norm in children.items()}
@@ -250,36 +267,36 @@ def learning_rates(objective: Objective, config: TrainConfig, step: int) -> dict
     """The rates of the engines that learn in a step, in the order of their turns."""
     rates = {}
     for name in objective.modules:
-        since = step - objective.starts.get(name, 0)
-        if since >= 0:
-            own = objective.settings.get(name)
-            rates[name] = learning_rate(own, since) if own else learning_rate(config, step)
+        since_start = step - objective.starts.get(name, 0)
+        if since_start >= 0:
+            settings = objective.settings.get(name)
+            rates[name] = learning_rate(settings, since_start) if settings else learning_rate(config, step)
     return rates
 
 
-def pass_seed(seed: int, step: int, number: int, rank: int) -> int:
-    """The seed of a rank's `number`-th forward pass of a step, or of `_ALL_RANKS` together."""
-    return int(np.random.SeedSequence([seed, step, number, rank]).generate_state(1, np.uint64)[0] >> 1)
+def pass_seed(*numbers: int) -> int:
+    """A seed from the training's seed, step, pass and rank, or from whatever else tells a draw from the others."""
+    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1)
 
 
 def _seeded(seed: int, step: int, number: int) -> tuple[torch.Generator, int]:
-    """The random state of a pass, torch's own seeded alike, and the number that its ranks share.
+    """Seed torch for a pass; returns this rank's random state, seeded alike, and a seed that all ranks share.
 
-    To be called after the data have come, since a loader that starts draws from torch's own.
+    Call it after the data have come: a loader that starts draws from torch's own random state.
     """
-    own = pass_seed(seed, step, number, torch.distributed.get_rank())
-    torch.manual_seed(own)
-    return torch.Generator(engines.device()).manual_seed(own), pass_seed(seed, step, number, _ALL_RANKS)
+    rank_seed = pass_seed(seed, step, number, torch.distributed.get_rank())
+    torch.manual_seed(rank_seed)
+    return torch.Generator(engines.device()).manual_seed(rank_seed), pass_seed(seed, step, number, _ALL_RANKS)
 
 
 def _speed_up(objective: Objective, config: TrainConfig) -> None:
-    """Compile, and choose how convolutions are computed, as the config says."""
+    """Choose how convolutions are computed, and compile, as the config says."""
     torch.backends.cudnn.benchmark = config.cudnn_benchmark
     if config.channels_last:
         for module in objective.modules.values():
             engines.channels_last(module)
     if config.compile:
-        # blocks of a class share these limits, of 8 graphs: beyond, those whose shapes come late would stay uncompiled
+        # blocks of a class share a limit of 8 graphs: beyond it, blocks whose shapes come late would stay uncompiled
         dynamo: Any = importlib.import_module("torch._dynamo.config")
         dynamo.recompile_limit = dynamo.accumulated_recompile_limit = 1 << 16
         for block in objective.blocks:
@@ -306,7 +323,8 @@ def _only_learning(all_engines: Engines, name: str) -> Iterator[None]:
 
 
 @contextmanager
-def _not_learning(all_engines: Engines) -> Iterator[None]:
+def _evaluating(all_engines: Engines) -> Iterator[None]:
+    """Put all modules into evaluation mode for the block."""
     learning = [m for engine in all_engines.values() for m in engine.module.modules() if m.training]
     for module in learning:
         module.training = False
@@ -316,34 +334,28 @@ def _not_learning(all_engines: Engines) -> Iterator[None]:
 
 
 @torch.no_grad()
-def _sample(
-    objective: Objective, all_engines: Engines, config: TrainConfig, step: int, tracker: Tracker | None
-) -> None:
+def _sample(objective: Objective, all_engines: Engines, seed: int) -> Mapping[str, np.ndarray]:
     """Sample videos for people to look at, always from the same noise. Under ZeRO-3 every rank must take part."""
     assert objective.sample is not None
-    rng = torch.Generator(engines.device()).manual_seed(config.seed)
-    with _not_learning(all_engines):
-        videos = objective.sample(all_engines, rng)
-    for name, video in videos.items():
-        if tracker:
-            tracker.video(step, name, video, objective.fps)
+    with _evaluating(all_engines):
+        return objective.sample(all_engines, torch.Generator(engines.device()).manual_seed(seed))
 
 
 @torch.no_grad()
 def _heldout(objective: Objective, run: _Run, config: TrainConfig, step: int) -> dict[str, float]:
-    """The lead's mean loss on held-out clips, with its first average; it leaves no trace in the training.
+    """The lead's mean loss on held-out clips, with its first average.
 
-    Each clip has its own noise, times and whatever else is drawn, always the same.
+    Each clip has its own noise and times, always the same. The training's random state stays as it is.
     """
     lead, name, device = run.engines[objective.lead], objective.lead, engines.device()
     average = ema.swapped(next(iter(run.averages.values())), lead) if run.averages else nullcontext()
     # compiled blocks would be compiled again, for a module that does not learn
-    eagerly = torch.compiler.set_stance("force_eager")
-    forked = torch.random.fork_rng([device] if device.type == "cuda" else [])
+    uncompiled = torch.compiler.set_stance("force_eager")
+    random_state = torch.random.fork_rng([device] if device.type == "cuda" else [])
     rows = []
-    with forked, average, _not_learning(run.engines), eagerly:
-        for number, clip, counts in _shared_out(objective.heldout, config.run.heldout_clips):
-            seed = int(np.random.SeedSequence([config.seed, number]).generate_state(1, np.uint64)[0] >> 1)
+    with random_state, average, _evaluating(run.engines), uncompiled:
+        for number, clip, counts in _heldout_share(objective.heldout, config.run.heldout_clips):
+            seed = pass_seed(config.seed, number)
             torch.manual_seed(seed)
             rng = torch.Generator(device).manual_seed(seed)
             # without the other engines: the loss that needs no opponent
@@ -352,32 +364,31 @@ def _heldout(objective: Objective, run: _Run, config: TrainConfig, step: int) ->
     return means(rows)
 
 
-def _shared_out(clips: Iterable[Batch], most: int) -> Iterator[tuple[int, Batch, bool]]:
+def _heldout_share(clips: Iterable[Batch], most: int) -> Iterator[tuple[int, Batch, bool]]:
     """This rank's share of the first `most` clips: number, clip, and whether it counts.
 
-    Ranks take turns. All take as many clips, as ZeRO-3 needs it: one that is left without takes another's, which does not
+    Ranks take turns. ZeRO-3 needs equally many clips on all: a rank that has none left takes another's, which does not
     count.
     """
     rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
     if isinstance(clips, Loader):
-        # which continues where it was left: from its first clip again
+        # a loader continues after its last clip: begin with its first again
         clips.load_state_dict(clips.state_dict() | {"taken": 0})
     remaining = islice(clips, most)
     for first in count(0, world):
-        own: Batch | None = None
-        number = first
-        for other, clip in enumerate(islice(remaining, world)):
-            if other == rank or own is None:
-                own, number = clip, first + other
-        if own is None:
+        share: tuple[int, Batch] | None = None
+        for number, clip in enumerate(islice(remaining, world), first):
+            if share is None or number == first + rank:
+                share = number, clip
+        if share is None:
             return
-        yield number, own, number == first + rank
+        yield *share, share[0] == first + rank
 
 
 def _check_settings(config: TrainConfig, saved: Mapping[str, Any], path: Path) -> None:
     """Raise UserError where a checkpoint belongs to other settings."""
     now = content(config)
-    other = [k for k in sorted(now.keys() | saved.keys()) if k not in _MAY_CHANGE and now.get(k) != saved.get(k)]
-    if other:
-        differences = ", ".join(f"{k}: {saved.get(k)} there, {now.get(k)} here" for k in other[:3])
+    changed = [k for k in sorted(now.keys() | saved.keys()) if k not in _MAY_CHANGE and now.get(k) != saved.get(k)]
+    if changed:
+        differences = ", ".join(f"{k}: {saved.get(k)} there, {now.get(k)} here" for k in changed[:3])
         raise UserError(f"{path}: belongs to other settings ({differences}); name another folder in checkpoints")

@@ -219,7 +219,7 @@ class Progress:
 
     Args:
         step: that the training begins or continues at.
-        beat: `beat(step, what)` says what is done now (see `guards.watchdog`).
+        beat: `beat(step, what)` says what is done now (see `guards.Watchdog`).
     """
 
     def __init__(self, config: TrainConfig, folder: Path, step: int, beat: Callable[[int, str], None]) -> None:

@@ -91,11 +91,11 @@ def test_a_leap_of_the_loss_is_reported_once_and_does_not_move_the_mean(tmp_path
     noise = np.random.default_rng(0)
     spikes = Spikes(tmp_path, 6.0)
     falling = [2 * 0.99**step + 0.1 * float(noise.standard_normal()) for step in range(600)]
-    assert not any(spikes.heed(step, loss, ["a"]) for step, loss in enumerate(falling))
+    assert not any(spikes.begins(step, loss, ["a"]) for step, loss in enumerate(falling))
     mean = spikes.mean
-    assert [spikes.heed(600 + n, 5.0, [f"k{n}"]) for n in range(3)] == [True, False, False]
-    assert spikes.mean == mean and not spikes.heed(603, float("nan"), [])
-    assert not spikes.heed(604, mean, []) and spikes.heed(605, 5.0, ["again"])
+    assert [spikes.begins(600 + n, 5.0, [f"k{n}"]) for n in range(3)] == [True, False, False]
+    assert spikes.mean == mean and not spikes.begins(603, float("nan"), [])
+    assert not spikes.begins(604, mean, []) and spikes.begins(605, 5.0, ["again"])
     found = [json.loads(line) for line in (tmp_path / "spikes.jsonl").read_text().splitlines()]
     assert [(f["step"], f["loss"], f["keys"]) for f in found] == [(600, 5.0, ["k0"]), (605, 5.0, ["again"])]
     assert found[0]["mean"] == mean
@@ -104,10 +104,10 @@ def test_a_leap_of_the_loss_is_reported_once_and_does_not_move_the_mean(tmp_path
 def test_a_loss_that_stays_up_is_the_new_mean(tmp_path: Path) -> None:
     spikes = Spikes(tmp_path, 6.0, memory=10)
     for step in range(50):
-        spikes.heed(step, 1.0 + 0.01 * (step % 3), [])
-    reported = [spikes.heed(50 + step, 3.0 + 0.01 * (step % 3), []) for step in range(40)]
+        spikes.begins(step, 1.0 + 0.01 * (step % 3), [])
+    reported = [spikes.begins(50 + step, 3.0 + 0.01 * (step % 3), []) for step in range(40)]
     assert sum(reported) == 1 and reported[0]
-    assert spikes.mean == pytest.approx(3.01, abs=0.01) and spikes.heed(99, 5.0, [])
+    assert spikes.mean == pytest.approx(3.01, abs=0.01) and spikes.begins(99, 5.0, [])
 
 
 def test_the_loop_reports_a_leap_with_its_batch(
