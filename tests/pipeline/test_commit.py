@@ -12,6 +12,7 @@ import pytest
 from longtake.datasets import index, storage
 from longtake.pipeline import discover
 from longtake.pipeline.commit import make_group
+from longtake.pipeline.config import CutConfig
 from longtake.pipeline.stages import shard
 
 SCRIPT = """
