@@ -226,7 +226,7 @@ def _compare(
     begin, sizes = 0, []
     count, copied = video.shape[2], _spread_frames(model, video.shape[2], latents.shape)
     for frames, bound in zip(_decode(model, vae, latents), _decode(model, vae, true_latents), strict=True):
-        source = to_model(video[:, :, begin : begin + frames.shape[2]].to(frames.device))
+        true = to_model(video[:, :, begin : begin + frames.shape[2]].to(frames.device))
         nearest = copied[(torch.arange(begin, begin + frames.shape[2])[:, None] - copied).abs().argmin(1)]
         copies = {"_copy_last": torch.full_like(nearest, count - 1), "_copy_nearest": nearest}
         begin += frames.shape[2]
@@ -234,11 +234,11 @@ def _compare(
         candidates = {"": frames, "_bound": bound}
         candidates |= {name: to_model(video[:, :, index].to(frames.device)) for name, index in copies.items()}
         for name, candidate in candidates.items():
-            errors[name].append(10 ** (-psnr(candidate, source).item() / 10))
+            errors[name].append(10 ** (-psnr(candidate, true).item() / 10))
         for name in likeness:
-            likeness[name] += ssim(candidates[name], source).item() * sizes[-1]
+            likeness[name] += ssim(candidates[name], true).item() * sizes[-1]
         if pictures is not None:
-            pair = torch.cat([to_pixels(source), to_pixels(frames)], dim=3)
+            pair = torch.cat([to_pixels(true), to_pixels(frames)], dim=3)
             pictures.append(pair[0].permute(1, 2, 3, 0).cpu().numpy())
     record: dict[str, Any] = {"psnr_by_step": [-10 * math.log10(error) for error in errors[""]]}
     for name, values in errors.items():
