@@ -16,6 +16,7 @@ from longtake.datasets.errors import UserError
 from longtake.training import checkpoint, registry
 from longtake.training.config import LoraConfig
 from longtake.training.engines import lora
+from longtake.training.models.common.condition import of_classes
 from longtake.training.models.common.dit import sincos
 from longtake.training.models.latte import base as latte_base
 from longtake.training.models.latte import finetune as finetune_latte
@@ -78,8 +79,8 @@ def test_a_new_class_begins_as_no_class_and_a_known_one_as_it_was(tmp_path: Path
     base, x = base_of(uri), noise()
     none = base(x, T)
     for number, name in enumerate(classes):
-        expected = base(x, T, torch.tensor([had.index(name)] * 2)) if name in had else none
-        close(latte.eval()(x, T, torch.tensor([number] * 2)), expected)
+        expected = base(x, T, of_classes([had.index(name)] * 2)) if name in had else none
+        close(latte.eval()(x, T, of_classes([number] * 2)), expected)
     close(latte(x, T), none)
     assert ("1 of its classes are left out" in notes) == bool(had) and f"{1 if had else 3} begin as no class" in notes
 
