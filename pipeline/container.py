@@ -1,4 +1,4 @@
-"""Which stream of an untrusted file is the film, and what its container says of it."""
+"""Choose the stream of an untrusted file that is the film, and read what its container says about it."""
 
 import contextlib
 import mmap
@@ -13,9 +13,9 @@ import av
 from longtake.datasets import media
 
 _NO_VIDEO = "no video stream"
-_PICTURES = ("bmp", "gif", "jpegxl", "mjpeg", "png", "tiff", "webp")  # codecs of covers
+_COVER_CODECS = ("bmp", "gif", "jpegxl", "mjpeg", "png", "tiff", "webp")
 _FLV = re.compile(rb"FLV\x01[\0-\x05]\0{3}\x09\0{4}")  # a header, and the size of no tag before it
-_COUNTED_PACKETS = 64  # of the other streams, within which a cover has no second one
+_COUNTED_PACKETS = 64  # of the other streams; a cover has no second packet before them
 
 
 class Unreadable(ValueError):
@@ -28,7 +28,7 @@ def is_no_video(error: Unreadable) -> bool:
 
 @contextlib.contextmanager
 def film(path: str) -> Iterator[tuple[Any, Any]]:
-    """The open container and the stream to show, which is decoded by one thread. Raises Unreadable."""
+    """Open a file; gives its container and the stream to show, which is decoded by one thread. Raises Unreadable."""
     with contextlib.ExitStack() as stack:
         try:
             container = stack.enter_context(media.opened(path))
@@ -40,48 +40,48 @@ def film(path: str) -> Iterator[tuple[Any, Any]]:
 
 
 def _chosen(path: str, container: Any) -> Any:
-    """The stream to show: none that is a cover, if there is another; the default one; the largest; the first."""
+    """The stream to show: no cover, if there is another; the default one; the largest; the first."""
     videos = [s for s in container.streams.video if not s.disposition & s.disposition.attached_pic]
     if not videos:
         raise Unreadable(_NO_VIDEO)
-    known = [s for s in videos if s.codec_context is not None]
-    if not known:
+    decodable = [s for s in videos if s.codec_context is not None]
+    if not decodable:
         raise Unreadable("no decoder for its video stream")
-    covers = _covers(path, known) if len(known) > 1 else set()
+    covers = _covers(path, decodable) if len(decodable) > 1 else set()
 
     def rank(stream: Any) -> tuple[bool, bool, bool, int]:
-        said, context = stream.disposition, stream.codec_context
-        beside = bool(said & (said.still_image | said.timed_thumbnails | said.dependent))
-        return stream.index not in covers, not beside, bool(said & said.default), context.width * context.height
+        flags, context = stream.disposition, stream.codec_context
+        secondary = bool(flags & (flags.still_image | flags.timed_thumbnails | flags.dependent))
+        return stream.index not in covers, not secondary, bool(flags & flags.default), context.width * context.height
 
-    return max(known, key=rank)
+    return max(decodable, key=rank)
 
 
 def unread(path: str, container: Any) -> str:
-    """What FFmpeg leaves out at the end without a word: FLV that follows other FLV with a header of its own."""
+    """A note where FFmpeg silently ignores the end of a file: FLV that follows other FLV with its own header. Else empty."""
     if container.format.name == "flv":
         with Path(path).open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-            if found := _FLV.search(data, 1):
-                return f"another recording begins at byte {found.start()}, which FFmpeg does not read"
+            if header := _FLV.search(data, 1):
+                return f"another recording begins at byte {header.start()}, which FFmpeg does not read"
     return ""
 
 
 def _covers(path: str, videos: list[Any]) -> set[int]:
-    """Those of several streams that are a picture alone."""
-    suspects = {s.index for s in videos if s.codec_context.name in _PICTURES}
+    """The indices of those of several streams that are a single picture."""
+    suspects = {s.index for s in videos if s.codec_context.name in _COVER_CODECS}
     if not suspects or len(suspects) == len(videos):
         return set()
-    seen: Counter[int] = Counter()
+    packets: Counter[int] = Counter()  # by stream
     with media.opened(path) as container, contextlib.suppress(av.error.FFmpegError):
         for packet in container.demux([container.streams[s.index] for s in videos]):
-            seen[packet.stream_index] += packet.size > 0
-            if sum(n for index, n in seen.items() if index not in suspects) >= _COUNTED_PACKETS:
+            packets[packet.stream_index] += packet.size > 0
+            if sum(n for index, n in packets.items() if index not in suspects) >= _COUNTED_PACKETS:
                 break
-    return {index for index in suspects if seen[index] <= 1}
+    return {index for index in suspects if packets[index] <= 1}
 
 
 def seconds_of(stream: Any) -> float:
-    """What the container says of this stream's length, 0.0 where it says nothing."""
+    """The length of a stream by its container, 0.0 where it says nothing."""
     if stream.duration:
         return max(0.0, float(stream.duration * stream.time_base))
     # Matroska: 00:00:05.000000000

@@ -1,17 +1,17 @@
-"""Shot boundaries while frames stream by: hard cuts, gradual transitions, black stretches, gaps in time.
+"""Shot boundaries in a stream of frames: hard cuts, gradual transitions, black stretches, gaps in time.
 
-A hard cut stands out from its neighbours by a factor, not by an absolute amount, so that fast motion and noise do not
-cut; and it moves light and shade about, so that a change of exposure does not. A dissolve or a fade moves evenly from
-one picture to another while both lose detail faster than a move of the camera or of the light could make them. A fade
-through black or white of which a low rate shows a few frames is one picture that goes out and another that comes up.
+A hard cut stands out from its neighbours by a factor, not by an absolute amount: fast motion and noise are no cuts. It
+also moves light and shade about: a change of exposure is no cut. A dissolve or a fade moves evenly from one picture to
+another while both lose detail faster than a move of the camera or of the light could make them. A short fade through
+black or white, of which a low rate shows few frames, is one picture that fades out and another that fades in.
 
-Found of 71 hard cuts and 129 gradual transitions in generated footage 71 and 127, nothing else; of 30 and 152 made by
-blending real footage 30 and 148, with 5 and 1 false. In 42 real clips, 15 hard cuts, two sudden motions and a light that
-nearly goes out. At 12 frames a second 99 % of the frames inside transitions of generated footage are dropped, and 0.2 %
-of the others.
+In generated footage with 71 hard cuts and 129 gradual transitions it finds 71 and 127, and no false ones. In blended
+real footage with 30 and 152 it finds 30 and 148, and 5 and 1 false ones. In 42 real clips it finds 15 hard cuts, two
+sudden motions and a light that nearly goes out. At 12 frames a second it drops 99 % of the frames inside transitions of
+generated footage, and 0.2 % of the others.
 What it gives up: jump cuts within a scene, cuts between very dim pictures, wipes, fades that stop half-way, dissolves
-of more than 2.5 seconds or between fast moves; while the camera moves, a blur or a light that goes nearly out may pass
-for a transition.
+of more than 2.5 seconds or between fast moves. While the camera moves, a blur or a light that nearly goes out may be
+taken for a transition.
 """
 
 from collections import deque
@@ -28,26 +28,26 @@ _BLACK_LUMA, _BLACK_SHARE = 36, 0.002  # a black frame has at most this share of
 
 _LOOK = 3  # frames on either side that the threshold of hard cuts adapts to
 _RATIO = 3.0  # how far a cut stands out from its neighbours
-_SAME = 0.002  # nearer ones are encoded repeats of one frame, and say nothing about how fast things move
-_FLOOR = 0.1  # no cut below this distance times what the grids lack in likeness: 0.2 and more across most cuts
-_UNLIT = 0.08  # cells below are black bars or as good as: equal across any cut
-_FLAT = 0.01  # standard deviation of a grid below which its light and shade are none
+_SAME = 0.002  # nearer frames are encoded repeats of one, and say nothing about motion
+_FLOOR = 0.1  # least distance * (1 - likeness of the grids) of a cut; 0.2 and more across most cuts
+_UNLIT = 0.08  # darker cells are black bars or nearly so: equal across any cut
+_FLAT = 0.01  # a grid with a smaller standard deviation has no light and shade
 
 _REACH = 28  # distinct frames on either side of a transition's middle
-_SECONDS = 2.5  # a longer change is the scene's own; it bounds what the reach means at low frame rates
-_CHANGE = 0.035  # mean luma change of the cells over a whole transition: less is as good as still
+_SECONDS = 2.5  # a longer change belongs to the scene; this bounds the reach at low frame rates
+_CHANGE = 0.035  # mean luma change of the cells over a whole transition; less counts as still
 _BEND = 0.3  # share of that change by which the grids on the way may leave the straight line
-_PACE = 0.2  # and the share by which they may run ahead or lag behind
-_DIP = 0.65  # how much of a blend's loss of detail there must be: 1 in a blend, 0 in camera moves and changes of light
+_PACE = 0.2  # share by which they may run ahead or lag behind
+_DIP = 0.65  # least share of a blend's loss of detail: 1 in a blend, 0 in camera moves and changes of light
 _MISFIT = 0.35  # mean distance from a blend's detail, as a share of the mean loss
-_ALIKE = 0.8  # no transition if the grids of its ends correlate by more: light that changes, a focus that is pulled
-_FADE = 8  # distinct frames on either side of the middle of a short fade, which has too few for a blend to show
-_FADE_SECONDS = 1.4  # a longer one shows frames enough, or is the scene's own at a low frame rate
-_GONE = 0.5  # share of the light that is left in the middle at most
-_RISE = 1.03  # from one frame of it to the next
-_FAINT = 0.03  # light by which a frame is as good as black or white
-_SCALED = 0.9  # correlation of the grids of two frames of one fade
-_EDGE = 0.03  # a frame with less of the other shot than this still belongs to its own
+_ALIKE = 0.8  # if the grids of its ends correlate by more, it is a change of light or focus, no transition
+_FADE = 8  # distinct frames on either side of the middle of a short fade, which has too few to be found as a blend
+_FADE_SECONDS = 1.4  # a longer fade shows enough frames, or belongs to the scene at a low frame rate
+_GONE = 0.5  # greatest share of the light in the middle of a fade
+_RISE = 1.03  # least factor of the light from one frame of a fade to the next
+_FAINT = 0.03  # light of a frame that is nearly black or white
+_SCALED = 0.9  # least correlation of the grids of two frames of one fade
+_EDGE = 0.03  # a frame with less of the other shot still belongs to its own
 
 
 @dataclass(frozen=True)
@@ -62,8 +62,8 @@ class Sampled:
 
 @dataclass(frozen=True)
 class Signature:
-    """What a frame is compared by: mean luma of 8 x 8 cells, histograms of luma and chroma, all 0..1; detail is the
-    mean variance of luma inside the cells, light the mean luma."""
+    """A frame as it is compared: mean luma of 8 x 8 cells, histograms of luma and chroma, the mean variance of luma inside
+    the cells (detail) and the mean luma (light), all 0..1."""
 
     grid: np.ndarray
     histograms: np.ndarray
@@ -77,27 +77,28 @@ class _Shown:
 
     ticks: list[Sampled]
     signature: Signature
-    step: float  # distance to the one before
+    change: float  # distance to the frame before
     black: bool
     cut: bool = False
     blended: bool = False
 
 
 def shots(frames: Iterable[Sampled]) -> Iterator[tuple[Sampled, bool, str]]:
-    """Each frame with (starts a shot, why it belongs to none: "black", "transition" or ""), some 60 source frames late.
+    """Each frame with (whether it starts a shot, why it belongs to none: "black", "transition" or "").
 
-    A source frame that is shown for several ticks counts once, or a low frame rate would look like a row of cuts.
+    Frames come some 60 source frames late. A source frame that is shown for several ticks counts once, or a low frame rate
+    would look like a row of cuts.
     """
     gaps = 0
 
-    def stretch(frame: Sampled) -> int:
+    def gaps_before(frame: Sampled) -> int:
         nonlocal gaps
         gaps += frame.after_gap
         return gaps
 
-    for _, steady in groupby(frames, stretch):
+    for _, stretch in groupby(frames, gaps_before):
         outside = True
-        for shown in _blends(_cuts(_distinct(steady))):
+        for shown in _with_blends(_with_cuts(_distinct(stretch))):
             dropped = "black" if shown.black else "transition" if shown.blended else ""
             for n, frame in enumerate(shown.ticks):
                 yield frame, not dropped and n == 0 and (outside or shown.cut), dropped
@@ -111,59 +112,59 @@ def is_black(planes: np.ndarray) -> bool:
 
 def _distinct(frames: Iterable[Sampled]) -> Iterator[_Shown]:
     before = None
-    for _, same in groupby(frames, lambda frame: frame.number):
-        ticks = list(same)
+    for _, group in groupby(frames, lambda frame: frame.number):
+        ticks = list(group)
         current = signature(ticks[0].planes)
         yield _Shown(ticks, current, distance(before or current, current), is_black(ticks[0].planes))
         before = current
 
 
-def _middles(stream: Iterable[_Shown], reach: int) -> Iterator[tuple[deque[_Shown], int]]:
-    """Each item as its place in a window that reaches as far as this to both sides, where there is as much."""
+def _windows(stream: Iterable[_Shown], reach: int) -> Iterator[tuple[deque[_Shown], int]]:
+    """For each item a window of up to `reach` items on both sides, and the item's place in it."""
     window: deque[_Shown] = deque(maxlen=2 * reach + 1)
     for shown in stream:
         window.append(shown)
         if len(window) > reach:
             yield window, len(window) - 1 - reach
-    for at in range(max(0, len(window) - reach), len(window)):
-        yield window, at
+    for middle in range(max(0, len(window) - reach), len(window)):
+        yield window, middle
 
 
-def _cuts(stream: Iterable[_Shown]) -> Iterator[_Shown]:
-    """The same, hard cuts marked."""
-    for window, at in _middles(stream, _LOOK):
-        window[at].cut = _is_cut(window, at)
-        yield window[at]
+def _with_cuts(stream: Iterable[_Shown]) -> Iterator[_Shown]:
+    """The same frames, hard cuts marked."""
+    for window, middle in _windows(stream, _LOOK):
+        window[middle].cut = _is_cut(window, middle)
+        yield window[middle]
 
 
-def _is_cut(window: deque[_Shown], at: int) -> bool:
-    here = window[at].step
-    if here <= _FLOOR / 2:  # whatever the likeness, which is -1 or more
+def _is_cut(window: deque[_Shown], middle: int) -> bool:
+    change = window[middle].change
+    if change <= _FLOOR / 2:  # whatever the likeness, which is -1 or more
         return False
-    others = sorted(shown.step for i, shown in enumerate(window) if i != at and shown.step > _SAME)
+    others = sorted(shown.change for i, shown in enumerate(window) if i != middle and shown.change > _SAME)
     # without the largest neighbour: a second cut nearby must not hide this one
     level = float(np.mean(others[:-1] or others or [0.0]))
-    if here <= _RATIO * level:
+    if change <= _RATIO * level:
         return False
-    before, current = window[at - 1].signature, window[at].signature
-    if here * (1 - likeness(before.grid, current.grid)) <= _FLOOR:
+    before, current = window[middle - 1].signature, window[middle].signature
+    if change * (1 - likeness(before.grid, current.grid)) <= _FLOOR:
         return False
-    # a flash comes back to where it was: the frame after it looks like the one before
-    return at == len(window) - 1 or distance(before, window[at + 1].signature) >= here / 3
+    # after a flash the picture is as before it
+    return middle == len(window) - 1 or distance(before, window[middle + 1].signature) >= change / 3
 
 
-def _blends(stream: Iterable[_Shown]) -> Iterator[_Shown]:
-    """The same, frames inside gradual transitions marked."""
+def _with_blends(stream: Iterable[_Shown]) -> Iterator[_Shown]:
+    """The same frames, those inside gradual transitions marked."""
     window: deque[_Shown] = deque()
-    for window, at in _middles(stream, _REACH):
-        _mark(window, at)
-        _mark_fade(window, at)
-        if at >= _REACH:  # no later middle reaches back to it
-            yield window[at - _REACH]
+    for window, middle in _windows(stream, _REACH):
+        _mark_blend(window, middle)
+        _mark_fade(window, middle)
+        if middle >= _REACH:  # no later middle reaches back to it
+            yield window[middle - _REACH]
     yield from list(window)[-_REACH:]
 
 
-def _mark(window: deque[_Shown], middle: int) -> None:
+def _mark_blend(window: deque[_Shown], middle: int) -> None:
     """Mark the frames of the widest transition that has this middle."""
     reach = min(middle, len(window) - 1 - middle)
     while reach > 1 and window[middle + reach].ticks[0].seconds - window[middle - reach].ticks[0].seconds > _SECONDS:
@@ -171,12 +172,12 @@ def _mark(window: deque[_Shown], middle: int) -> None:
     if reach < 2:
         return
     around = list(window)[middle - reach : middle + reach + 1]
-    # hardly a frame of a steady shot gets any further: no two ends have enough more detail
+    # most frames of a steady shot end here: no frame around has enough more detail
     if around[reach].signature.detail >= (1 - _DIP / 2) * max([shown.signature.detail for shown in around]):
         return
     grids = np.stack([shown.signature.grid for shown in around])
     detail = np.array([shown.signature.detail for shown in around])
-    # at the middle first, for all widths at once
+    # compare the ends with the middle only, for all widths at once
     before, after = slice(reach - 2, None, -1), slice(reach + 2, None)
     change = np.abs(grids[after] - grids[before]).mean(1)
     bend = np.abs(grids[reach] - (grids[after] + grids[before]) / 2).mean(1)
@@ -186,67 +187,70 @@ def _mark(window: deque[_Shown], middle: int) -> None:
         inside = slice(reach - half, reach + half + 1)
         blended = blend(grids[inside], detail[inside])
         if blended.any():
-            for shown, yes in zip(around[inside], blended, strict=True):
-                shown.blended |= bool(yes)
+            for shown, is_blend in zip(around[inside], blended, strict=True):
+                shown.blended |= bool(is_blend)
             return
 
 
 def _mark_fade(window: deque[_Shown], middle: int) -> None:
-    """Mark the frames of a short fade through black or white of which this is the darkest or the lightest."""
-    here = window[middle].signature.light
-    near = [window[n].signature.light for n in (middle - 1, middle + 1) if 0 <= n < len(window)]
+    """Mark the frames of a short fade through black or white of which the middle is the darkest or the lightest."""
+    light_here = window[middle].signature.light
+    beside = [window[n].signature.light for n in (middle - 1, middle + 1) if 0 <= n < len(window)]
     for dark in (True, False):
-        if not near or ((here > min(near)) if dark else (here < max(near))):
+        if not beside or ((light_here > min(beside)) if dark else (light_here < max(beside))):
             continue
         around = list(window)[max(0, middle - _FADE) : middle + _FADE + 1]
         light = [s.signature.light - _DARKEST if dark else _BRIGHTEST - s.signature.light for s in around]
-        at = min(middle, _FADE)
-        if light[at] >= _GONE * max(light):
+        turn = min(middle, _FADE)
+        if light[turn] >= _GONE * max(light):
             continue
         grids = [s.signature.grid for s in around]
-        first, last = _ramp(light, grids, at, -1), _ramp(light, grids, at, 1)
+        first, last = _ramp_end(light, grids, turn, -1), _ramp_end(light, grids, turn, 1)
         if around[last].ticks[0].seconds - around[first].ticks[0].seconds > _FADE_SECONDS:
             continue
-        whole = first < at < last and likeness(grids[first], grids[last]) < _ALIKE
-        # of one that stays black, or comes out of it, the frames on the way
-        if whole or (light[at] < _FAINT and max(at - first, last - at) > 1):
-            for shown in around[min(first + 1, at) : max(last, at + 1)]:
+        between_shots = first < turn < last and likeness(grids[first], grids[last]) < _ALIKE
+        # a fade to black that stays black, or out of it, has one ramp only
+        if between_shots or (light[turn] < _FAINT and max(turn - first, last - turn) > 1):
+            for shown in around[min(first + 1, turn) : max(last, turn + 1)]:
                 shown.blended = True
 
 
-def _ramp(light: list[float], grids: list[np.ndarray], at: int, way: int) -> int:
-    """The last frame, that way, before which the same picture fades to the one at `at`; `at` itself where none does.
+def _ramp_end(light: list[float], grids: list[np.ndarray], turn: int, way: int) -> int:
+    """The farthest frame, in direction `way`, of one picture that fades towards frame `turn`; `turn` where none fades.
 
-    The one at `at` may belong to the picture on its other side.
+    Frame `turn` may belong to the picture on its other side.
     """
-    end = own = at
+    end = nearest = turn  # nearest: the frame of this picture that is next to the turn
     while 0 <= end + way < len(light):
         ahead = end + way
         if light[ahead] <= _RISE * light[end] and light[ahead] >= _FAINT:
             break
         if light[end] >= _FAINT and likeness(grids[end], grids[ahead]) < _SCALED:
-            if end != at:
+            if end != turn:
                 break
-            own = ahead
+            nearest = ahead
         end = ahead
-    return end if light[own] < _GONE * light[end] else at
+    return end if light[nearest] < _GONE * light[end] else turn
 
 
 def blend(grids: np.ndarray, detail: np.ndarray) -> np.ndarray:
-    """Which frames of a row are blends of its two ends, (T,) bool; none unless the row runs evenly from end to end.
+    """Which of T frames are blends of the first and the last, (T,) bool; none unless they run evenly from end to end.
 
-    Blending moves the grid on a straight line. Detail of two unrelated pictures adds up as noise does: of shares 1 - s
-    and s are left (1 - s)^2 and s^2, half as much in the middle as a move of the camera or of the light would leave.
+    Blending moves the grid on a straight line. The detail of two unrelated pictures adds up as noise does: shares 1 - s
+    and s leave (1 - s)^2 and s^2 of it, in the middle half of what a move of the camera or of the light would leave.
+
+    Args:
+        grids: (T, 64), and detail: (T,), as in `Signature`.
     """
-    way = grids[-1] - grids[0]
-    share = (grids - grids[0]) @ way / (way @ way)
-    bend = np.abs(grids - grids[0] - np.outer(share, way)).mean() / np.abs(way).mean()
+    line = grids[-1] - grids[0]
+    share = (grids - grids[0]) @ line / (line @ line)
+    bend = np.abs(grids - grids[0] - np.outer(share, line)).mean() / np.abs(line).mean()
     lag = np.abs(share - np.linspace(0, 1, len(share))).max()
     share = share.clip(0, 1)
-    plain = (1 - share) * detail[0] + share * detail[-1]
+    unblended = (1 - share) * detail[0] + share * detail[-1]
     expected = (1 - share) ** 2 * detail[0] + share**2 * detail[-1]
-    loss = (plain - expected).sum() + 1e-6
-    dip, misfit = (plain - detail).sum() / loss, np.abs(detail - expected).sum() / loss
+    loss = (unblended - expected).sum() + 1e-6
+    dip, misfit = (unblended - detail).sum() / loss, np.abs(detail - expected).sum() / loss
     even = bend < _BEND and lag < _PACE and dip > _DIP and misfit < _MISFIT and likeness(grids[0], grids[-1]) < _ALIKE
     return np.asarray(even & (share > _EDGE) & (share < 1 - _EDGE))
 
@@ -254,9 +258,9 @@ def blend(grids: np.ndarray, detail: np.ndarray) -> np.ndarray:
 def signature(planes: np.ndarray) -> Signature:
     y = luma(planes)
     h, w = y.shape[0] // 8, y.shape[1] // 8
-    whole = y[: h * 8, : w * 8].astype(np.float32)
-    grid = whole.reshape(8, h, w * 8).sum(1).reshape(8, 8, w).sum(2).reshape(-1) / (h * w)
-    detail = float(np.vdot(whole, whole)) / whole.size - float(np.vdot(grid, grid)) / grid.size
+    cells = y[: h * 8, : w * 8].astype(np.float32)
+    grid = cells.reshape(8, h, w * 8).sum(1).reshape(8, 8, w).sum(2).reshape(-1) / (h * w)
+    detail = float(np.vdot(cells, cells)) / cells.size - float(np.vdot(grid, grid)) / grid.size
     histograms = [
         np.bincount(plane.reshape(-1), minlength=256).reshape(32, 8).sum(1) / plane.size
         for plane in (y, *chroma(planes))

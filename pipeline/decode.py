@@ -1,7 +1,7 @@
-"""Opening an untrusted video: what its container says, and its frames in order. Two decoders, one interface.
+"""Decode an untrusted video: the facts of its container, and its frames in order. Two decoders, one interface.
 
-PyAV is the default: it gives the codec's own planes, so that scaling and colour conversion happen once. decord is
-the second opinion (see second_opinion.py).
+PyAV is the default: it gives the codec's planes, so that scaling and colour conversion happen once. decord is the second
+opinion (see second_opinion.py).
 """
 
 import contextlib
@@ -9,6 +9,7 @@ import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from fractions import Fraction
+from itertools import chain, pairwise
 from typing import Any
 
 import av
@@ -20,21 +21,21 @@ from longtake.pipeline.container import Unreadable, film, seconds_of, unread
 from longtake.pipeline.orientation import Orientation, orientation_of, shown_size, upright
 from longtake.pipeline.second_opinion import decord_frames
 
-_MAX_DAMAGED_PACKETS = 1000  # one after the other
-_BACK_SECONDS = 0.25  # times that go back by less are in disorder, as of B-frames in AVI; by more, the clock is another
+_MAX_DAMAGED_PACKETS = 1000  # in a row
+_BACK_SECONDS = 0.25  # times that go back by less are out of order, as for B-frames in AVI; by more, a new clock begins
 
 
 @dataclass(frozen=True)
 class Probe:
-    """What the container says. Sizes are as shown: after orientation and sample aspect ratio."""
+    """What the container says; 0 where it says nothing. Sizes are as shown: after orientation and sample aspect ratio."""
 
     codec: str
     width: int
     height: int
     fps: float
-    frames: int  # 0 where it says nothing
-    seconds: float  # 0.0 where it says nothing; where it says nothing of the stream, those of the whole
-    stream_seconds: float  # 0.0 where it says nothing
+    frames: int
+    seconds: float  # of the stream, else of the file
+    stream_seconds: float
     coded_pixels: int
 
 
@@ -43,12 +44,12 @@ class Frame:
     """A decoded frame: its number in the source, seconds since the first one, and the picture."""
 
     number: int
-    seconds: float  # as shown: where the clock goes back, it goes on from there
-    duration: float  # seconds that the container says it is shown, 0.0 where it says nothing
+    seconds: float  # never goes back, even if the clock does
+    duration: float  # seconds by the container, 0.0 where it says nothing
     image: Any  # av.VideoFrame
     orientation: Orientation
     aspect: Fraction | None  # of a sample
-    starts: bool  # nothing joins it to the frame before: the clock went back, or damaged frames lay between
+    starts: bool  # it does not continue the frame before: the clock went back, or damaged frames were between
 
     @property
     def size(self) -> tuple[int, int]:
@@ -58,17 +59,19 @@ class Frame:
 
 @dataclass
 class Tally:
-    """What decoding has met with."""
+    """Counts of what decoding met."""
 
-    packets: int = 0  # that hold a frame to show
-    refused: int = 0  # of them, by the decoder
-    damaged: int = 0  # frames left out: flagged by the decoder, or predicted from such
-    turns_back: int = 0  # of the clock
-    ended: str = ""  # why it came to an end too early
+    packets: int = 0  # with a frame to show
+    refused: int = 0  # packets that the decoder refused
+    damaged: int = 0  # frames left out: flagged by the decoder, or predicted from flagged ones
+    turns_back: int = 0  # how often the clock went back
+    ended: str = ""  # why decoding ended too early
 
 
 @dataclass(frozen=True)
 class _Picture:
+    """A frame before its time is known."""
+
     number: int
     image: Any
     orientation: Orientation
@@ -86,35 +89,35 @@ def probe(path: str) -> Probe:
         with contextlib.suppress(StopIteration):
             first = next(image for image in _decoded(container, stream, Tally()) if image is not None)
             width, height = shown_size(first.width, first.height, stream.sample_aspect_ratio, orientation_of(first))
-            own = seconds_of(stream)
+            stream_seconds = seconds_of(stream)
             return Probe(
                 codec=stream.codec_context.name,
                 width=width,
                 height=height,
                 fps=float(stream.average_rate or stream.guessed_rate or 0),
                 frames=stream.frames or 0,
-                seconds=own or max(0.0, (container.duration or 0) / 1e6),
-                stream_seconds=own,
+                seconds=stream_seconds or max(0.0, (container.duration or 0) / 1e6),
+                stream_seconds=stream_seconds,
                 coded_pixels=first.width * first.height,
             )
         raise Unreadable("no decodable frame")
 
 
 def frames(path: str, decoder: str = "pyav", tally: Tally | None = None) -> Iterator[Frame]:
-    """All whole frames in order, with times that never go back; `tally` counts what is left out. Raises Unreadable."""
+    """All intact frames in order, with times that never go back; `tally` counts what is left out. Raises Unreadable."""
     yield from {"pyav": _pyav_frames, "decord": _decord_frames}[decoder](path, tally or Tally())
 
 
 def _pyav_frames(path: str, tally: Tally) -> Iterator[Frame]:
     with film(path) as (container, stream):
-        step = 1 / float(stream.average_rate or stream.guessed_rate or 25)
-        whole = _whole(_decoded(container, stream, tally), stream, tally)
-        timed = ((picture, _time(picture.image)) for picture in _progressive(whole))
-        for shown, seconds, back in _clocked(timed, step, tally):
-            image = shown.image
+        interval = 1 / float(stream.average_rate or stream.guessed_rate or 25)
+        intact = _intact(_decoded(container, stream, tally), stream, tally)
+        timed = ((picture, _time(picture.image)) for picture in _deinterlaced(intact))
+        for picture, seconds, back in monotonic(timed, interval, tally):
+            image = picture.image
             duration = float(image.duration * image.time_base) if image.duration and image.time_base else 0.0
-            starts = shown.starts or back
-            yield Frame(shown.number, seconds, duration, image, shown.orientation, shown.aspect, starts)
+            starts = picture.starts or back
+            yield Frame(picture.number, seconds, duration, image, picture.orientation, picture.aspect, starts)
         tally.ended = tally.ended or unread(path, container)
 
 
@@ -122,55 +125,49 @@ def _time(image: Any) -> float | None:
     return None if image.time is None or not math.isfinite(image.time) else float(image.time)
 
 
-def _clocked(timed: Iterable[tuple[Any, float | None]], step: float, tally: Tally) -> Iterator[tuple[Any, float, bool]]:
+def monotonic(
+    timed: Iterable[tuple[Any, float | None]], interval: float, tally: Tally
+) -> Iterator[tuple[Any, float, bool]]:
     """Each picture with its seconds since the first one, which only grow, and whether the clock went back before it.
 
-    Where it does, as between recordings that were joined, time goes on from there. A time that is missing, or alone
-    out of line, is a step after the one before.
+    Where the clock goes back, as between recordings that were joined, time continues. A time that is missing, or alone out
+    of line, is one interval after the time before.
+
+    Args:
+        timed: pictures with their times by the container's clock.
+        interval: seconds from one picture to the next by the frame rate.
     """
-    origin, last, shown = math.nan, -step, step
-    for (picture, time), (_, later) in _pairs(timed):
+    origin, last, shown = math.nan, -interval, interval
+    tolerance = max(_BACK_SECONDS, 2 * interval)
+    for (picture, time), (_, later) in pairwise(chain(timed, [(None, None)])):
         back = False
-        seconds = last + step
+        seconds = last + interval
         if time is not None:
             origin = time if math.isnan(origin) else origin
             seconds = time - origin
-            if seconds < last - max(_BACK_SECONDS, 2 * step):
-                back = later is None or not 0 < later - origin - last < 2 * max(_BACK_SECONDS, 2 * step)
-                seconds = last + max(step, shown) if back else last
+            if seconds < last - tolerance:
+                back = later is None or not 0 < later - origin - last < 2 * tolerance
+                seconds = last + max(interval, shown) if back else last
                 origin = time - seconds if back else origin
         if seconds <= last:
-            seconds = last + step * 1e-3
+            seconds = last + interval * 1e-3
         tally.turns_back += back
-        shown = step if seconds - last > 2 * max(_BACK_SECONDS, 2 * step) else seconds - last
+        shown = interval if seconds - last > 2 * tolerance else seconds - last
         last = seconds
         yield picture, seconds, back
 
 
-def _pairs(
-    timed: Iterable[tuple[Any, float | None]],
-) -> Iterator[tuple[tuple[Any, float | None], tuple[Any, float | None]]]:
-    """Each item with the next one; the last with (None, None)."""
-    before = None
-    for item in timed:
-        if before is not None:
-            yield before, item
-        before = item
-    if before is not None:
-        yield before, (None, None)
-
-
 def _decord_frames(path: str, tally: Tally) -> Iterator[Frame]:
     with film(path) as (_, stream):
-        step, aspect = 1 / float(stream.average_rate or stream.guessed_rate or 25), stream.sample_aspect_ratio
+        interval, aspect = 1 / float(stream.average_rate or stream.guessed_rate or 25), stream.sample_aspect_ratio
     timed = (((image, orientation), time) for image, time, orientation in decord_frames(path))
-    for number, ((image, orientation), seconds, back) in enumerate(_clocked(timed, step, tally)):
+    for number, ((image, orientation), seconds, back) in enumerate(monotonic(timed, interval, tally)):
         tally.packets += 1
         yield Frame(number, seconds, 0.0, image, orientation, aspect, back)
 
 
 def _decoded(container: Any, stream: Any, tally: Tally) -> Iterator[Any]:
-    """The frames; None where the decoder has refused a packet that others may need."""
+    """The frames; None where the decoder refused a packet that later frames may need."""
     damaged, missing = 0, False
     packets = container.demux(stream)
     while True:
@@ -179,7 +176,7 @@ def _decoded(container: Any, stream: Any, tally: Tally) -> Iterator[Any]:
         except StopIteration:
             return
         except av.error.FFmpegError as e:
-            # the demuxer cannot go on after an error of its own: flush what the decoder still holds
+            # a demuxer cannot continue after its own error: flush the frames that are still in the decoder
             tally.ended = e.strerror or str(e)
             with contextlib.suppress(av.error.FFmpegError):
                 yield from stream.codec_context.decode(None)
@@ -195,7 +192,7 @@ def _decoded(container: Any, stream: Any, tally: Tally) -> Iterator[Any]:
                 tally.ended = f"{damaged} damaged packets, one after the other"
                 return
             continue
-        # what comes out at the end was decoded before
+        # the empty packet at the end only flushes frames that were decoded before
         if missing and packet.size:
             yield None
             missing = False
@@ -204,18 +201,18 @@ def _decoded(container: Any, stream: Any, tally: Tally) -> Iterator[Any]:
 
 
 def _is_shown(packet: Any, stream: Any) -> bool:
-    """Whether it holds a frame to show: VP8 has some that others are predicted from and no one sees."""
+    """Whether a packet has a frame to show: VP8 has hidden ones, from which others are predicted."""
     if not packet.size or packet.is_discard:
         return False
     return stream.codec_context.name != "vp8" or bool(bytes(memoryview(packet)[:1])[0] & 0x10)
 
 
-def _whole(images: Iterator[Any], stream: Any, tally: Tally) -> Iterator[_Picture]:
-    """Frames that are neither damaged nor predicted from damaged ones: after one, none until the next whole key frame.
+def _intact(images: Iterator[Any], stream: Any, tally: Tally) -> Iterator[_Picture]:
+    """Frames that are neither damaged nor predicted from damaged ones: after one, none until the next intact key frame.
 
-    Before the first key frame the decoder itself knows when a stream that refreshes bit by bit is whole.
+    Before the first key frame the decoder's flags decide: it knows when a stream that refreshes bit by bit is complete.
     """
-    # a shape that the codec changes comes with a key frame; one that the container gives stands for all
+    # a shape that the codec changes comes with a key frame; a shape that the container gives holds for all frames
     of_codec = stream.sample_aspect_ratio == stream.codec_context.sample_aspect_ratio
     aspect = stream.sample_aspect_ratio
     number, keyed, broken, starts = 0, False, False, False
@@ -235,54 +232,55 @@ def _whole(images: Iterator[Any], stream: Any, tally: Tally) -> Iterator[_Pictur
         starts = False
 
 
-def _progressive(pictures: Iterator[_Picture]) -> Iterator[_Picture]:
-    """Interlaced frames woven into whole ones (yadif, one frame from two fields); those before the first pass as they are."""
-    graph, first, woven = None, None, False
+def _deinterlaced(pictures: Iterator[_Picture]) -> Iterator[_Picture]:
+    """Progressive frames (yadif, one frame from two fields), from the first interlaced frame on; earlier ones unchanged."""
+    graph, following, interlaced = None, None, False  # following: the picture that the filter gives next
 
-    def pulled(image: Any) -> Iterator[_Picture]:
-        nonlocal first
-        assert first is not None
-        for whole in _pulled(graph, image):
-            yield replace(first, image=whole)
-            first = replace(first, number=first.number + 1, starts=False)
+    def filtered(image: Any) -> Iterator[_Picture]:
+        nonlocal following
+        assert following is not None
+        for progressive in _filtered(graph, image):
+            yield replace(following, image=progressive)
+            following = replace(following, number=following.number + 1, starts=False)
 
     for picture in pictures:
-        if first is not None and (picture.starts or picture.shape != first.shape):
-            yield from pulled(None)
-            graph = first = None
-        woven |= picture.image.interlaced_frame
-        if not woven:
+        if following is not None and (picture.starts or picture.shape != following.shape):
+            yield from filtered(None)
+            graph = following = None
+        interlaced |= picture.image.interlaced_frame
+        if not interlaced:
             yield picture
             continue
-        if first is None:
-            graph, first = _weaver(picture.image), picture
-        yield from pulled(picture.image)
-    if first is not None:
-        yield from pulled(None)
+        if following is None:
+            graph, following = _deinterlacer(picture.image), picture
+        yield from filtered(picture.image)
+    if following is not None:
+        yield from filtered(None)
 
 
-def _weaver(image: Any) -> Any:
+def _deinterlacer(image: Any) -> Any:
     graph = av.filter.Graph()
-    first = graph.add_buffer(width=image.width, height=image.height, format=image.format, time_base=image.time_base)
-    graph.link_nodes(first, graph.add("yadif", "mode=send_frame:deint=interlaced"), graph.add("buffersink")).configure()
+    buffer = graph.add_buffer(width=image.width, height=image.height, format=image.format, time_base=image.time_base)
+    yadif = graph.add("yadif", "mode=send_frame:deint=interlaced")
+    graph.link_nodes(buffer, yadif, graph.add("buffersink")).configure()
     return graph
 
 
-def _pulled(graph: Any, image: Any) -> Iterator[Any]:
+def _filtered(graph: Any, image: Any) -> Iterator[Any]:
     graph.push(image)
-    # an empty or a finished filter says so by an error
+    # an empty or a finished filter raises one of these
     with contextlib.suppress(BlockingIOError, av.error.EOFError):
         while True:
             yield graph.pull()
 
 
 def to_planes(frame: Frame, scaled: tuple[int, int], crop: tuple[int, int], scaler: Any) -> np.ndarray:
-    """Scale, convert and turn a frame in one pass, then cut the centre.
+    """Scale, convert and turn a frame in one pass, then crop its centre.
 
     Args:
         scaled: (width, height) upright, both even.
         crop: (width, height) upright, both even, no larger.
-        scaler: a VideoReformatter, the same one for all frames of a source: it keeps its tables.
+        scaler: a VideoReformatter, which keeps its tables: use one for all frames of a source.
 
     Returns:
         (3/2 * height, width) uint8, planar YUV 4:2:0, BT.601, limited range.
@@ -290,7 +288,7 @@ def to_planes(frame: Frame, scaled: tuple[int, int], crop: tuple[int, int], scal
     width, height = scaled[::-1] if frame.orientation[0] else scaled
     image = frame.image
     if tone.is_hdr(image):
-        # at the small size, where it costs little; what follows only converts, with tables of its own
+        # at the small size, where it costs little; the reformat below only converts, with its own tables
         image, scaler = tone.sdr_image(image, width, height, scaler), VideoReformatter()
     image = scaler.reformat(
         image,
@@ -302,14 +300,13 @@ def to_planes(frame: Frame, scaled: tuple[int, int], crop: tuple[int, int], scal
         interpolation="BICUBIC",
         threads=1,
     )
-    planes = [upright(_plane(p), frame.orientation) for p in image.planes]
-    cut = []
-    for plane, part in zip(planes, (1, 2, 2), strict=True):
-        w, h = crop[0] // part, crop[1] // part
-        # the luma offset stays even so that chroma lies where it belongs
-        left, top = ((scaled[0] - crop[0]) // 4 * 2) // part, ((scaled[1] - crop[1]) // 4 * 2) // part
-        cut.append(plane[top : top + h, left : left + w].reshape(-1))
-    return np.concatenate(cut).reshape(crop[1] * 3 // 2, crop[0])
+    cropped = []
+    for plane, subsampling in zip(image.planes, (1, 2, 2), strict=True):
+        w, h = crop[0] // subsampling, crop[1] // subsampling
+        # the luma offset is even, so that chroma stays aligned
+        left, top = ((side - inner) // 4 * 2 // subsampling for side, inner in zip(scaled, crop, strict=True))
+        cropped.append(upright(_plane(plane), frame.orientation)[top : top + h, left : left + w].reshape(-1))
+    return np.concatenate(cropped).reshape(crop[1] * 3 // 2, crop[0])
 
 
 def _plane(plane: Any) -> np.ndarray:

@@ -18,13 +18,13 @@ import pyarrow as pa
 from longtake.datasets import storage
 from longtake.datasets.errors import Failure, UserError
 from longtake.pipeline.listing import expand, is_glob, matching
-from longtake.pipeline.manifest import FOUND, is_manifest, read
+from longtake.pipeline.manifest import LISTING, is_manifest, read
 
 _BATCH_ROWS = 1 << 16
 
 
 def find(patterns: Sequence[str], threads: int = 16) -> Iterator[pa.RecordBatch]:
-    """Expand files, folders, globs and manifests (fsspec URLs) to batches of FOUND. A file named twice has two rows.
+    """Expand files, folders, globs and manifests (fsspec URLs) to batches of LISTING. A file named twice has two rows.
 
     A folder gives every file below it whose suffix is a video's; a glob or a file is taken as it is. A manifest (see
     manifest.py; a glob of them is all of them) has a column `uri`, counted from its own folder where relative; perhaps
@@ -57,7 +57,7 @@ def _listing(pattern: str, threads: int) -> Iterator[pa.RecordBatch]:
     entries = expand(pattern)
     for start in range(0, len(entries), _BATCH_ROWS):
         rows = [entry._asdict() for entry in entries[start : start + _BATCH_ROWS]]
-        yield _sized(pa.RecordBatch.from_pylist(rows, schema=FOUND), threads)
+        yield _sized(pa.RecordBatch.from_pylist(rows, schema=LISTING), threads)
 
 
 def _listed(pattern: str, threads: int) -> Iterator[pa.RecordBatch]:
@@ -76,8 +76,8 @@ def _sized(batch: pa.RecordBatch, threads: int) -> pa.RecordBatch:
     with ThreadPoolExecutor(threads) as pool:
         for n, size in zip(unknown, pool.map(_size, [uris[n] for n in unknown]), strict=True):
             sizes[n] = size
-    place = FOUND.get_field_index("bytes")
-    return batch.set_column(place, FOUND.field(place), pa.array(sizes, pa.int64()))
+    place = LISTING.get_field_index("bytes")
+    return batch.set_column(place, LISTING.field(place), pa.array(sizes, pa.int64()))
 
 
 def _size(uri: str) -> int | None:

@@ -1,7 +1,7 @@
-"""Reading sources where they lie: whole, in parts, or not at all, and then why.
+"""Read sources from their stores, whole or in part.
 
-A source that its store does not have, will not give, or fails to give whole is `Unread`; what is wrong with this
-machine (a full disk, credentials that have expired) is no fault of the source and is raised as it is.
+A source that its store does not have, will not give, or fails to give whole is `Unread`. A fault of this machine (a full
+disk, expired credentials) is not the source's, and is raised as it is.
 """
 
 import contextlib
@@ -18,14 +18,14 @@ from longtake.datasets.errors import Failure, UserError
 from longtake.datasets.masking import shown
 
 _OUR_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
-# what botocore and S3 call credentials that are ours to renew
+# the errors of botocore and S3 for credentials that the user has to renew
 _RENEWABLE = """ExpiredToken ExpiredTokenException InvalidAccessKeyId InvalidClientTokenId RequestTimeTooSkewed
 SignatureDoesNotMatch TokenRefreshRequired NoCredentialsError PartialCredentialsError TokenRetrievalError"""
 _OUR_CREDENTIALS = frozenset(_RENEWABLE.split())
 
 
 class Unread(Exception):
-    """Why a source was not read: one of schema.UNREAD, or `too_large`, and a line for people."""
+    """Why a source was not read: one of schema.UNREAD or `too_large`, and a line for people."""
 
     def __init__(self, reason: str, detail: str) -> None:
         super().__init__(detail)
@@ -38,59 +38,60 @@ def fetch(
     """A local copy of a source: the file itself where it is local, else `target`.
 
     Args:
-        attempts: at what may pass.
+        attempts: for errors that may pass.
         memory: contents of sources that only the driver can see.
 
     Raises:
-        Unread: it is not there, or not to be had, or has more than `most_bytes`.
-        Failure, OSError: of this machine.
+        Unread: it is missing, is not given, or has more than `most_bytes`.
+        Failure, OSError: this machine is at fault.
     """
-    with _telling():
+    with _as_unread():
         fs, path = storage.filesystem(uri)
         if memory and uri in memory:
             target.write_bytes(memory[uri])
         elif storage.is_local(uri):
             target = _regular(path, most_bytes)
         else:
-            storage.retrying(uri, lambda: _take(fs, path, target, most_bytes), attempts)
+            storage.retrying(uri, lambda: _download(fs, path, target, most_bytes), attempts)
     return target
 
 
 def _regular(path: str, most_bytes: int) -> Path:
+    """A local file that can be opened. Raises Unread, OSError."""
     file = Path(path)
-    facts = file.stat()
-    if stat.S_ISDIR(facts.st_mode):
-        # listed since it could not be read
+    status = file.stat()
+    if stat.S_ISDIR(status.st_mode):
+        # listed because it could not be read
         next(file.iterdir(), None)
         raise Unread("missing", "a folder, whose videos are sources of their own")
-    if not stat.S_ISREG(facts.st_mode):
+    if not stat.S_ISREG(status.st_mode):
         raise Unread("refused", "not a file but a pipe, socket or device")
-    if facts.st_size > most_bytes:
-        raise Unread("too_large", f"{facts.st_size} bytes; limits.max_bytes is {most_bytes}")
+    if status.st_size > most_bytes:
+        raise Unread("too_large", f"{status.st_size} bytes; limits.max_bytes is {most_bytes}")
     with file.open("rb"):
         return file
 
 
-def _take(fs: Any, path: str, target: Path, most_bytes: int) -> None:
+def _download(fs: Any, path: str, target: Path, most_bytes: int) -> None:
     progress = _Bounded(most_bytes)
     fs.get_file(path, str(target), callback=progress)
     if not target.is_file():
         raise FileNotFoundError(errno.ENOENT, "not a file")
-    # an answer over HTTP may be compressed on the way; its client has compared the lengths
-    whole = None if {"http", "https"} & set(storage.protocols(fs)) else progress.said
-    if whole not in (None, target.stat().st_size):
-        raise OSError(f"cut short: {target.stat().st_size} of {whole} bytes came")
+    # HTTP may compress on the way, and its client has compared the lengths
+    expected = None if _is_http(fs) else progress.expected
+    if expected not in (None, target.stat().st_size):
+        raise OSError(f"cut short: {target.stat().st_size} of {expected} bytes came")
 
 
 class _Bounded(Callback):
-    """Ends a transfer that brings more than it should."""
+    """Stops a transfer of more than `most_bytes`."""
 
     def __init__(self, most_bytes: int) -> None:
         super().__init__()
-        self._most, self.said = most_bytes, None
+        self._most, self.expected = most_bytes, None
 
     def set_size(self, size: Any) -> None:
-        self.said = size
+        self.expected = size
         self.absolute_update(self.value)
 
     def relative_update(self, inc: int = 1) -> None:
@@ -98,13 +99,13 @@ class _Bounded(Callback):
 
     def absolute_update(self, value: int) -> None:
         self.value = value
-        if max(value, self.said or 0) > self._most:
-            raise Unread("too_large", f"{max(value, self.said or 0)} bytes; limits.max_bytes is {self._most}")
+        if (size := max(value, self.expected or 0)) > self._most:
+            raise Unread("too_large", f"{size} bytes; limits.max_bytes is {self._most}")
 
 
 def part(uri: str, size: int, start: int, end: int) -> bytes:
-    """Bytes `start` to `end` of a source that has `size` bytes. Raises Unread: not all of them can be had."""
-    with _telling():
+    """Bytes `start` to `end` of a source that has `size` bytes. Raises Unread: not all of them come."""
+    with _as_unread():
         fs, path = storage.filesystem(uri)
         if storage.is_local(uri):
             with _regular(path, size).open("rb") as f:
@@ -117,10 +118,14 @@ def part(uri: str, size: int, start: int, end: int) -> bytes:
     return data
 
 
+def _is_http(fs: Any) -> bool:
+    return bool({"http", "https"} & set(storage.protocols(fs)))
+
+
 def _range(fs: Any, path: str, size: int, start: int, end: int) -> bytes:
-    if not {"http", "https"} & set(storage.protocols(fs)):
+    if not _is_http(fs):
         return bytes(fs.cat_file(path, start=start, end=end))
-    # `cat_file` would take the whole from a server that knows no ranges
+    # `cat_file` would download the whole file from a server without ranges
     with fs.open(path, "rb", size=size, block_size=end - start, cache_type="none") as f:
         f.seek(start)
         return bytes(f.read(end - start))
@@ -129,12 +134,12 @@ def _range(fs: Any, path: str, size: int, start: int, end: int) -> bytes:
 def answers(uri: str) -> bool:
     """Whether a store, asked once, gives a source's first byte or refuses it for good."""
     try:
-        with _telling():
+        with _as_unread():
             fs, path = storage.filesystem(uri)
             if storage.is_local(uri):
                 Path(path).stat()
             else:
-                storage.retrying(uri, lambda: _first(fs, path), attempts=1)
+                storage.retrying(uri, lambda: _first_byte(fs, path), attempts=1)
     except Unread as e:
         return e.reason != "unreachable"
     except (Failure, OSError):
@@ -142,25 +147,25 @@ def answers(uri: str) -> bool:
     return True
 
 
-def _first(fs: Any, path: str) -> bytes:
-    if not {"http", "https"} & set(storage.protocols(fs)):
+def _first_byte(fs: Any, path: str) -> bytes:
+    if not _is_http(fs):
         return bytes(fs.cat_file(path, start=0, end=1))
-    # given a size, it is not asked for, in a way that hides why there is no answer
+    # with a size the client does not ask for it, which would hide why there is no answer
     with fs.open(path, "rb", size=1, block_size=0) as f:
         return bytes(f.read(1))
 
 
 @contextlib.contextmanager
-def _telling() -> Iterator[None]:
-    """Turn what goes wrong with a source into Unread."""
+def _as_unread() -> Iterator[None]:
+    """Turn errors of a source into Unread."""
     try:
         yield
     except Failure as e:
         cause = e.__cause__ or e
-        _raise_ours(cause)
+        _raise_credentials(cause)
         status = getattr(cause, "status", 0)
-        says = f"HTTP {status} {getattr(cause, 'message', '')}" if status else str(cause) or type(cause).__name__
-        raise Unread("unreachable", says) from e
+        detail = f"HTTP {status} {getattr(cause, 'message', '')}" if status else str(cause) or type(cause).__name__
+        raise Unread("unreachable", detail) from e
     except UserError as e:
         if isinstance(e.__cause__, ImportError):
             raise Failure(str(e)) from e
@@ -168,7 +173,7 @@ def _telling() -> Iterator[None]:
     except (FileNotFoundError, NotADirectoryError) as e:
         raise Unread("missing", e.strerror or "its store has no such file") from e
     except PermissionError as e:
-        _raise_ours(e.__cause__)
+        _raise_credentials(e.__cause__)
         raise Unread("refused", e.strerror or str(e)) from e
     except OSError as e:
         if e.errno in _OUR_DISK:
@@ -180,13 +185,14 @@ def _telling() -> Iterator[None]:
     except Unread:
         raise
     except Exception as e:
-        # clients of stores have errors of their own
+        # clients of stores raise their own errors
         codes = {str(getattr(e, name, "")) for name in ("status_code", "status", "code")}
         reason = "missing" if codes & {"404", "410"} else "refused" if codes & {"401", "403", "451"} else "unreachable"
         raise Unread(reason, f"{type(e).__name__}: {e}") from e
 
 
-def _raise_ours(cause: BaseException | None) -> None:
+def _raise_credentials(cause: BaseException | None) -> None:
+    """Raises Failure where an error is about credentials that have to be renewed."""
     code = getattr(cause, "response", {}).get("Error", {}).get("Code", "") if cause else ""
     if {code, type(cause).__name__} & _OUR_CREDENTIALS:
         raise Failure(f"{cause}; renew the credentials, then run the same command again") from cause

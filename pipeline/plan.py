@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from longtake.datasets import annotations, index, later, schema, storage
 from longtake.pipeline.changes import Changes
-from longtake.pipeline.copies import told_apart
+from longtake.pipeline.copies import separated
 from longtake.pipeline.discover import find
 from longtake.pipeline.fetch import Unread, part
 from longtake.pipeline.retry import Tries, answering, by_name, read_tries, waiting
@@ -232,7 +232,7 @@ def _told_apart(new: "_Buckets", known: "_Buckets", threads: int) -> Iterator[tu
     with ThreadPoolExecutor(threads) as pool:
         for bucket in tqdm(sorted(new.names), "sort", unit="bucket", delay=2):
             ours = known.read(bucket)
-            yield told_apart(new.read(bucket), ours, 2 * _SAMPLE_BYTES + 2, pool), ours
+            yield separated(new.read(bucket), ours, 2 * _SAMPLE_BYTES + 2, pool), ours
 
 
 def _identified(

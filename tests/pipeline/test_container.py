@@ -19,7 +19,7 @@ from longtake.datasets import clip, index
 from longtake.datasets.loader import Loader
 from longtake.infra.cli.media import frames_at
 from longtake.pipeline.config import ClipConfig, CutConfig, LimitsConfig
-from longtake.pipeline.decode import Tally, _clocked
+from longtake.pipeline.decode import Tally, monotonic
 from longtake.pipeline.orientation import oriented, upright
 from longtake.pipeline.source import process
 from longtake.pipeline.stages import shard
@@ -278,7 +278,7 @@ def test_what_ffmpeg_does_not_read_is_told(tmp_path: Path) -> None:
 
 def clocked(times: list[float | None], step: float) -> tuple[list[float], list[bool], int]:
     tally = Tally()
-    said = list(_clocked(((n, t) for n, t in enumerate(times)), step, tally))
+    said = list(monotonic(((n, t) for n, t in enumerate(times)), step, tally))
     assert [n for n, _, _ in said] == list(range(len(times)))
     return [s for _, s, _ in said], [b for _, _, b in said], tally.turns_back
 

@@ -15,7 +15,7 @@ from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
 from longtake.datasets.errors import UserError
-from longtake.pipeline import discover, manifest
+from longtake.pipeline import discover, manifest, tables
 
 
 def rows_of(*patterns: str) -> list[dict[str, Any]]:
@@ -130,7 +130,7 @@ def test_csv_is_read_as_pythons_own_reader_does(
     data = (start + content).encode()
     path.write_bytes(gzip.compress(data[:50]) + gzip.compress(data[50:]) if packed else data)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(manifest, "_BLOCK_BYTES", block)
+        patch.setattr(tables, "_BLOCK_BYTES", block)
         read = [row for batch in manifest.read(str(path)) for row in batch.to_pylist()]
     assert [row["uri"] for row in read] == [row["uri"] for row in expected] == [row[0] for row in many]
     mine = [json.loads(row["extra"]) if row["extra"] else None for row in read]
@@ -153,7 +153,7 @@ def test_quotes_inside_cells_without_quotes_are_read_as_pythons_own_reader_does(
     path.write_bytes(content.encode())
     expected = list(csv.DictReader(io.StringIO(content, newline="")))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(manifest, "_BLOCK_BYTES", 600)
+        patch.setattr(tables, "_BLOCK_BYTES", 600)
         read = [row for batch in manifest.read(str(path)) for row in batch.to_pylist()]
     assert [row["uri"] for row in read] == [row["uri"] for row in expected]
     assert [row["extra"] and json.loads(row["extra"]) for row in read] == [
@@ -214,7 +214,7 @@ def test_json_is_read_as_pythons_own_reader_does(
     path = tmp_path_factory.mktemp("m") / f"list.json{'.gz' * packed}"
     path.write_bytes(gzip.compress(data) if packed else data)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(manifest, "_BLOCK_BYTES", block)
+        patch.setattr(tables, "_BLOCK_BYTES", block)
         read = [row for batch in manifest.read(str(path)) for row in batch.to_pylist()]
     assert [(row["uri"], row["bytes"]) for row in read] == [(f"s3://b/{n}", n) for n in range(len(rows))]
     mine = [row["extra"] and json.loads(row["extra"], parse_constant=refused) for row in read]
