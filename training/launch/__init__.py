@@ -22,30 +22,30 @@ from longtake.training.config import TrainConfig
 from longtake.training.launch import preflight, ray, torchrun
 from longtake.training.launch.processes import Error, Job, error_of, stop_requested, work
 
-__all__ = ["Said", "launched", "run", "share", "stop_requested", "together"]
+__all__ = ["FailedElsewhere", "launched", "run", "share", "stop_requested", "together"]
 
 T = TypeVar("T")
-_SHARED, _ERROR, _SAID = "longtake/shared", "longtake/error", "longtake/said"
+_SHARED, _ERROR, _PRINTED = "longtake/shared", "longtake/error", "longtake/printed"
 _DAY = 86400.0
 
-_end_group: Callable[[], None] | None = None  # of the ranks that a launcher has started
+_end_group: Callable[[], None] | None = None  # ends the process group of ranks that a launcher has started
 
 
 def launched() -> bool:
-    """Whether torchrun, the deepspeed launcher or the like has started this process beside others."""
+    """Whether a launcher, such as torchrun or deepspeed, has started this process beside others."""
     return environment.ranks()[1] > 1
 
 
 def run(module: str, config: TrainConfig, inputs: Mapping[str, str], folder: Path) -> bool:
-    """Do the stage's work in as many processes as `config.run.launcher` says; returns when all have ended well.
+    """Do the stage's work in the processes of `config.run.launcher`; returns when all have ended well.
 
     Args:
         module: name of the stage's module, which has `Config` and `work`.
         folder: of checkpoints; on a disk that all processes share.
 
     Returns:
-        Whether this is the process that goes on with the result: beside rank 0 of those that a launcher has started,
-        the others have nothing more to do.
+        Whether this is the process that continues with the result: of processes that a launcher has started, only rank 0
+        does.
 
     Raises:
         UserError, Failure, Interrupted: as `work` raised it in some process.
@@ -61,7 +61,7 @@ def run(module: str, config: TrainConfig, inputs: Mapping[str, str], folder: Pat
             )
         work(job)
         if _end_group:
-            # all ranks at once, since the end of a group is a collective of some backends
+            # all ranks at once, since some backends end a group by a collective
             _end_group()
         return os.environ["RANK"] == "0"
     {"process": _here, "torchrun": torchrun.run, "ray": ray.run}[config.run.launcher.by](job, config)
@@ -72,11 +72,8 @@ def _here(job: Job, _: TrainConfig) -> None:
     work(job)
 
 
-# Ranks that a launcher has started.
-
-
-class Said(Failure):
-    """Another process of the job says what went wrong; this one ends with the same exit code."""
+class FailedElsewhere(Failure):
+    """Another process of the job prints the error; this one ends with the same exit code."""
 
     def __init__(self, error: Error) -> None:
         super().__init__(error.message)
@@ -88,7 +85,7 @@ def together() -> Iterator[int]:
     """The rank of this process among those that a launcher has started; 0 where there is none. May be nested.
 
     Raises:
-        Said, Interrupted: in place of this rank's own error, where another rank has met one first.
+        FailedElsewhere, Interrupted: in place of this rank's own error, where another rank has met one first.
     """
     global _end_group
     if not launched():
@@ -104,17 +101,17 @@ def together() -> Iterator[int]:
         try:
             yield rank
         except BaseException as e:
-            first = _claim(store, rank, error_of(e))
+            first = _earlier_error(store, rank, error_of(e))
             if first is None:
                 raise
-            _wait_until_said(store)
-            raise Interrupted if first.kind == "Interrupted" else Said(first) from e
+            _wait_until_printed(store)
+            raise Interrupted if first.kind == "Interrupted" else FailedElsewhere(first) from e
         finally:
             _end_group = outer
 
 
-def _claim(store: Any, rank: int, error: Error) -> Error | None:
-    """The error that another rank has met before this one, if any."""
+def _earlier_error(store: Any, rank: int, error: Error) -> Error | None:
+    """The error that another rank reported before this one; None where this rank's is the first, which it now reports."""
     try:
         number, *first = json.loads(store.compare_set(_ERROR, "", json.dumps([rank, *error])))
     except (RuntimeError, ValueError):
@@ -122,28 +119,28 @@ def _claim(store: Any, rank: int, error: Error) -> Error | None:
         return None if rank == 0 else Error("Failure", "rank 0 has ended")
     if number != rank:
         return Error(*first)
-    atexit.register(_said, store)
+    atexit.register(_note_printed, store)
     return None
 
 
-def _said(store: Any) -> None:
+def _note_printed(store: Any) -> None:
     with contextlib.suppress(RuntimeError):
-        store.set(_SAID, "yes")
+        store.set(_PRINTED, "yes")
 
 
-def _wait_until_said(store: Any) -> None:
+def _wait_until_printed(store: Any) -> None:
     """Wait until the rank that failed first has printed its error: launchers kill all ranks once one exits."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
     with contextlib.suppress(RuntimeError):
-        store.wait([_SAID], timedelta(seconds=10))
+        store.wait([_PRINTED], timedelta(seconds=10))
 
 
 def share(make: Callable[[], T]) -> T:
     """What `make` returns on rank 0, plain data, on every rank; it is called on rank 0 alone. Inside `together`.
 
     Raises:
-        Said: on the other ranks, where `make` has raised.
+        FailedElsewhere: on the other ranks, where `make` has raised.
     """
     if not launched():
         return make()
@@ -156,13 +153,13 @@ def share(make: Callable[[], T]) -> T:
             time.sleep(0.05)
         value = json.loads(store.get(_SHARED))
         if value is None:
-            raise Said(Error("Failure", "rank 0 has failed"))
+            raise FailedElsewhere(Error("Failure", "rank 0 has failed"))
         return value[0]
     try:
-        made = make()
+        value = make()
     except BaseException as e:
-        _claim(store, 0, error_of(e))
+        _earlier_error(store, 0, error_of(e))
         store.set(_SHARED, "null")
         raise
-    store.set(_SHARED, json.dumps([made]))
-    return made
+    store.set(_SHARED, json.dumps([value]))
+    return value

@@ -1,4 +1,4 @@
-"""What the end of a training needs, tried before its first step: a month of work shall not end at a closed door."""
+"""What the end of a training needs, tried before its first step: a month of work must not end at a closed door."""
 
 import json
 import os

@@ -16,9 +16,9 @@ from longtake.datasets.errors import Failure, Interrupted, UserError
 from longtake.datasets.masking import shown
 from longtake.training.config import TrainConfig
 
-GO_ON = "the last checkpoint is whole: run the same command again to go on from it"
+RUN_AGAIN = "the last checkpoint is whole: run the same command again to go on from it"  # the end of an error's message
 
-stop_sources: list[Callable[[], bool]] = []
+stop_sources: list[Callable[[], bool]] = []  # each says whether its launcher asks this process to stop
 _TYPES: dict[str, type[Exception]] = {"UserError": UserError, "Failure": Failure, "Interrupted": Interrupted}
 
 
@@ -40,20 +40,22 @@ class Error(NamedTuple):
     final: bool = False  # another attempt would not help
 
 
-SPINNING = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")  # variables that say how threads wait
-CUT_SHORT = Error("Failure", f"training: was to stop, but a process ended without saving; {GO_ON}", final=True)
+SPINNING = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")  # environment variables of how threads wait
+STOPPED_UNSAVED = Error(
+    "Failure", f"training: was to stop, but a process ended without saving; {RUN_AGAIN}", final=True
+)
 
 
 def stop_requested() -> bool:
-    """Whether this process is asked to save and stop by other means than a signal to itself."""
-    return any(asked() for asked in stop_sources)
+    """Whether this process is asked to save and stop, other than by a signal to itself."""
+    return any(source() for source in stop_sources)
 
 
 def spin_briefly() -> None:
-    """Let torch's threads sleep soon where they wait for each other, in this process and those that it starts.
+    """Let torch's threads sleep soon where they wait for each other, in this process and its children.
 
-    By itself GCC's OpenMP lets them spin for 300,000 rounds, and beside other work they take its cores and their own. On
-    two cores, steps a second of a tiny PV-VAE alone and beside two busy processes: 7.8 and 1.6; with 10,000 rounds 7.5 and
+    By default GCC's OpenMP lets them spin for 300,000 rounds, which takes cores from other work. On two cores, steps a
+    second of a tiny PV-VAE alone and beside two busy processes: 7.8 and 1.6; with 10,000 rounds 7.5 and
     2.4; asleep at once 5.8 and 3.6. A user's own setting stays. Of no effect once torch is imported.
     """
     for name in SPINNING:
@@ -77,7 +79,7 @@ def work(job: Job) -> None:
 
 
 def _processes_here() -> int:
-    # as torchrun and as the deepspeed launcher call it
+    # the names that torchrun and the deepspeed launcher use
     return int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)
 
 
@@ -86,18 +88,22 @@ def share_of_cpus(processes: int) -> int:
 
 
 def error_of(e: BaseException) -> Error:
+    """An exception in the form that crosses between processes."""
     if isinstance(e, KeyboardInterrupt | SystemExit):
         e = Interrupted("training: stopped")
-    kind = next((name for name, known in _TYPES.items() if isinstance(e, known)), type(e).__name__)
+    kind = next((name for name, type_ in _TYPES.items() if isinstance(e, type_)), type(e).__name__)
     trace = "" if kind in _TYPES else "".join(traceback.format_exception(e))
     return Error(kind, str(e), trace, final=kind in ("UserError", "Interrupted"))
 
 
 def raise_error(error: Error | None, dead: Mapping[int, str]) -> None:
-    """Raise what ended a job: what is final before a process that died, and that before what others met because of it."""
+    """Raise the error that ended a job: a final one first, then a process that died, then errors that this may have caused.
+
+    `dead` says by rank how a process died.
+    """
     if dead and not (error and error.final):
         rank, how = next(iter(dead.items()))
-        raise Failure(f"training: process {rank} {how}; {GO_ON}")
+        raise Failure(f"training: process {rank} {how}; {RUN_AGAIN}")
     if error and error.kind in _TYPES:
         raise _TYPES[error.kind](error.message)
     if error:
@@ -105,18 +111,18 @@ def raise_error(error: Error | None, dead: Mapping[int, str]) -> None:
         raise Failure(f"training: {error.kind}: {error.message}; the lines above say where")
 
 
-def again(before: Error | None) -> str:
-    """What is said when a job's processes are started once more."""
-    why = f"{before.kind}: {before.message}" if before else "a process died"
-    return f"\ntraining: starting again from the last checkpoint ({' '.join(why.split())})\n"
+def restart_line(error: Error | None) -> str:
+    """The line to print when a job's processes are started again, after this error."""
+    cause = f"{error.kind}: {error.message}" if error else "a process died"
+    return f"\ntraining: starting again from the last checkpoint ({' '.join(cause.split())})\n"
 
 
 @contextlib.contextmanager
 def signals_passed_on(stop: Callable[[], Any], config: TrainConfig) -> Iterator[None]:
-    """Make SIGINT and SIGTERM a request to the other processes to save and stop.
+    """Turn SIGINT and SIGTERM into a request to the other processes to save and stop.
 
     Raises:
-        Failure: they have not done so in `stop_seconds` and some more.
+        Failure: they have not stopped some time after `stop_seconds`.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -128,7 +134,7 @@ def signals_passed_on(stop: Callable[[], Any], config: TrainConfig) -> Iterator[
         signal.setitimer(signal.ITIMER_REAL, config.run.stop_seconds + 30)
 
     def late(*_: Any) -> None:
-        raise Failure(f"training: has not stopped {config.run.stop_seconds:g} s after the signal; {GO_ON}")
+        raise Failure(f"training: has not stopped {config.run.stop_seconds:g} s after the signal; {RUN_AGAIN}")
 
     handlers: dict[int, Any] = {signal.SIGINT: note, signal.SIGTERM: note, signal.SIGALRM: late}
     before = {number: signal.signal(number, handler) for number, handler in handlers.items()}

@@ -18,14 +18,14 @@ from longtake.datasets import environment
 from longtake.datasets.errors import Failure, Interrupted, UserError
 from longtake.training.config import LaunchConfig, TrainConfig
 from longtake.training.launch.processes import (
-    CUT_SHORT,
-    GO_ON,
+    RUN_AGAIN,
     SPINNING,
+    STOPPED_UNSAVED,
     Error,
     Job,
-    again,
     error_of,
     raise_error,
+    restart_line,
     signals_passed_on,
     spin_briefly,
     stop_sources,
@@ -35,8 +35,8 @@ from longtake.training.launch.processes import (
 _ENVIRONMENT = ("MLFLOW_RUN_ID", "MLFLOW_TRACKING_URI", "MLFLOW_EXPERIMENT_NAME", "LONGTAKE_RECIPE")
 
 
-class _Post:
-    """An actor: what the starting process and the training processes of a Ray job tell each other."""
+class _Messages:
+    """An actor between the starting process and the training processes of a Ray job: output, errors, requests to stop."""
 
     def __init__(self) -> None:
         self.stop = False
@@ -45,15 +45,15 @@ class _Post:
         self.text: list[str] = []
 
     def begin(self, rank: int) -> bool:
-        """Whether a process is to work: not where the job has met a final error, or was to stop when it died."""
+        """Whether a process is to work: not after a final error, nor where it died when it was to stop."""
         self.attempts[rank] += 1
         if self.error and self.error.final:
             return False
         if self.attempts[rank] > 1 and self.stop:
-            self.error = CUT_SHORT
+            self.error = STOPPED_UNSAVED
             return False
         if self.attempts[rank] > 1 and rank == 0:
-            self.text.append(again(self.error))
+            self.text.append(restart_line(self.error))
             self.error = None
         return True
 
@@ -61,15 +61,15 @@ class _Post:
         if self.error is None:
             self.error = error
 
-    def tell(self, text: str) -> bool:
-        """Take what a process prints; says whether it is to stop."""
+    def print(self, text: str) -> bool:
+        """Take a process's output; returns whether the process is to stop."""
         self.text.append(text)
         return self.stop
 
     def ask_to_stop(self) -> None:
         self.stop = True
 
-    def take(self) -> str:
+    def take_text(self) -> str:
         text, self.text = "".join(self.text), []
         return text
 
@@ -87,14 +87,14 @@ def run(job: Job, config: TrainConfig) -> None:
         from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
         near = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
-        post = ray.remote(num_cpus=0)(_Post).options(scheduling_strategy=near).remote()
+        messages = ray.remote(num_cpus=0)(_Messages).options(scheduling_strategy=near).remote()
         storage, name = Path(job.folder) / "ray", secrets.token_hex(8)
         (storage / name).mkdir(parents=True)
         trainer = TorchTrainer(
             _ray_process,
             train_loop_config={
                 "job": job,
-                "post": post,
+                "messages": messages,
                 "environment": {key: os.environ[key] for key in _ENVIRONMENT if key in os.environ},
                 "cwd": str(Path.cwd()),
                 "shared": str(storage / name),
@@ -115,13 +115,13 @@ def run(job: Job, config: TrainConfig) -> None:
                 worker_runtime_env={"env_vars": {name: os.environ[name] for name in SPINNING if name in os.environ}},
             ),
         )
-        ended: list[BaseException] = []
+        failures: list[BaseException] = []
 
         def fit() -> None:
             try:
                 trainer.fit()
             except BaseException as e:
-                ended.append(e)
+                failures.append(e)
 
         # in a thread, since in the main one it takes SIGINT for itself, and aborts
         thread, stop = threading.Thread(target=fit, daemon=True), threading.Event()
@@ -131,23 +131,23 @@ def run(job: Job, config: TrainConfig) -> None:
                 while thread.is_alive():
                     thread.join(0.5)
                     if stop.is_set():
-                        post.ask_to_stop.remote()
-                    sys.stderr.write(ray.get(post.take.remote()))
+                        messages.ask_to_stop.remote()
+                    sys.stderr.write(ray.get(messages.take_text.remote()))
                     sys.stderr.flush()
-            error = ray.get(post.outcome.remote())
+            error = ray.get(messages.outcome.remote())
         except ray.exceptions.RayError as e:
-            raise Failure(f"training: Ray failed ({str(e).splitlines()[0]}); {GO_ON}") from e
+            raise Failure(f"training: Ray failed ({str(e).splitlines()[0]}); {RUN_AGAIN}") from e
         finally:
             shutil.rmtree(storage, ignore_errors=True)
-        failure = ended[0] if ended else None
+        failure = failures[0] if failures else None
         if failure or (error and error.final):
             raise_error(error, _dead(ray, failure))
         if failure:
-            raise Failure(f"training: Ray failed ({str(failure).splitlines()[0]}); {GO_ON}") from failure
+            raise Failure(f"training: Ray failed ({str(failure).splitlines()[0]}); {RUN_AGAIN}") from failure
 
 
 def _dead(ray: Any, failure: BaseException | None) -> dict[int, str]:
-    """The processes that died without a word."""
+    """How processes died that reported no error, by rank."""
     failed = getattr(failure, "worker_failures", {})
     how = "died, perhaps for want of memory (lower `batch` or `workers`)"
     return {rank: how for rank, e in failed.items() if isinstance(e, ray.exceptions.RayActorError)}
@@ -180,15 +180,18 @@ def _cluster(how: LaunchConfig) -> Iterator[Any]:
                 # Ray's own handler exits with code 15
                 signal.signal(signal.SIGTERM, ending)
         logging.getLogger("ray.train").setLevel(logging.ERROR)
-        _check(how, [node["Resources"] for node in ray.nodes() if node["Alive"]])
+        check_room(how, [node["Resources"] for node in ray.nodes() if node["Alive"]])
         yield ray
 
 
-def _check(how: LaunchConfig, nodes: list[dict[str, float]]) -> None:
-    """Ray waits for ever for room; say so at once. The spare CPU is for what reads data and for Ray itself."""
-    wanted = {"CPU": how.cpus, "GPU": how.gpus}
-    room = sum(min(int(node.get(k, 0) / each + 1e-6) for k, each in wanted.items() if each) for node in nodes)
-    cpus, gpus = (sum(node.get(name, 0) for node in nodes) for name in wanted)
+def check_room(how: LaunchConfig, nodes: list[dict[str, float]]) -> None:
+    """Raise UserError where the processes do not fit in, since Ray would wait for ever.
+
+    The spare CPU is for what reads data and for Ray itself.
+    """
+    needs = {"CPU": how.cpus, "GPU": how.gpus}
+    room = sum(min(int(node.get(k, 0) / each + 1e-6) for k, each in needs.items() if each) for node in nodes)
+    cpus, gpus = (sum(node.get(name, 0) for node in nodes) for name in needs)
     if room < how.processes or cpus < how.processes * how.cpus + 1:
         each = f"{how.cpus:g} CPU" + (f" and {how.gpus:g} GPU" if how.gpus else "")
         raise UserError(
@@ -219,46 +222,46 @@ class _Relay:
         return False
 
 
-def _ray_process(given: dict[str, Any]) -> None:
-    """One process of `_ray`, in a thread of Ray's worker: signals do not come here, so it asks the starting process.
+def _ray_process(context: dict[str, Any]) -> None:
+    """One training process, in a thread of Ray's worker. Signals do not come here, so it asks `messages` whether to stop.
 
-    A node that is to go (a spot instance, a drained pod) is a request to stop too: Ray tells the processes of the job.
+    A node that will go (a spot instance, a drained pod) is a request to stop too: Ray tells the processes of the job.
     """
     import ray
 
-    rank, post = ray.train.get_context().get_world_rank(), given["post"]
-    if not ray.get(post.begin.remote(rank)):
+    rank, messages = ray.train.get_context().get_world_rank(), context["messages"]
+    if not ray.get(messages.begin.remote(rank)):
         return
-    os.environ.update(given["environment"])
-    asked, ended = threading.Event(), threading.Event()
-    relay: Any = _Relay(lambda text: ray.get(post.tell.remote(text)), rank)
+    os.environ.update(context["environment"])
+    stop, ended = threading.Event(), threading.Event()
+    relay: Any = _Relay(lambda text: ray.get(messages.print.remote(text)), rank)
 
     def listen() -> None:
         while not ended.wait(1.0):
             relay.flush()
-            if ray.get(post.tell.remote("")):
-                asked.set()
+            if ray.get(messages.print.remote("")):
+                stop.set()
 
     def watch_nodes() -> None:
         # a barrier of these threads on all ranks
         while not ended.wait(1.0):
             if ray.train.get_preemption_info():
-                asked.set()
+                stop.set()
 
     try:
-        if not Path(given["shared"]).is_dir():
+        if not Path(context["shared"]).is_dir():
             raise UserError(
-                f"checkpoints: {given['job'].folder} is not there on node {ray.util.get_node_ip_address()};"
+                f"checkpoints: {context['job'].folder} is not there on node {ray.util.get_node_ip_address()};"
                 " name a folder on a disk that all nodes of the Ray cluster share"
             )
-        os.chdir(given["cwd"])
-        stop_sources[:] = [asked.is_set]
+        os.chdir(context["cwd"])
+        stop_sources[:] = [stop.is_set]
         for task in (listen, watch_nodes):
             threading.Thread(target=task, daemon=True).start()
         with contextlib.redirect_stdout(relay), contextlib.redirect_stderr(relay):
-            work(given["job"])
+            work(context["job"])
     except BaseException as e:
-        ray.get(post.note.remote(error_of(e)))
+        ray.get(messages.note.remote(error_of(e)))
         if not isinstance(e, Interrupted):
             raise
     finally:

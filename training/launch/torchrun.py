@@ -17,13 +17,13 @@ from pathlib import Path
 from longtake.datasets.errors import Failure, Interrupted
 from longtake.training.config import TrainConfig
 from longtake.training.launch.processes import (
-    CUT_SHORT,
-    GO_ON,
+    RUN_AGAIN,
+    STOPPED_UNSAVED,
     Error,
     Job,
-    again,
     error_of,
     raise_error,
+    restart_line,
     share_of_cpus,
     signals_passed_on,
     spin_briefly,
@@ -60,7 +60,7 @@ def run(job: Job, config: TrainConfig) -> None:
         )
         spin_briefly()
         os.environ.setdefault("OMP_NUM_THREADS", str(share_of_cpus(count)))
-        # a store of its own for each attempt: in a shared one the next would find the addresses of those that died
+        # each attempt has its own store: in a shared one the next would find the addresses of processes that died
         os.environ |= {"PYTHONSAFEPATH": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
         failures = {}
         with signals_passed_on((scratch / "stop").touch, config):
@@ -70,16 +70,18 @@ def run(job: Job, config: TrainConfig) -> None:
                 failures = e.failures
         error = _last_error(scratch)
         if failures or (error and error.final):
-            # SIGTERM is what the agent ends the others with
+            # the agent ends the others with SIGTERM
             killed = {r: -f.exitcode for r, f in failures.items() if f.exitcode < 0 and -f.exitcode != signal.SIGTERM}
             raise_error(error, {rank: _how(number) for rank, number in killed.items()})
         for rank, failure in failures.items():
-            said = _last_words(scratch, rank)
-            raise Failure(said or f"training: process {rank} ended with exit code {failure.exitcode}; {GO_ON}")
+            error_line = _last_words(scratch, rank)
+            raise Failure(
+                error_line or f"training: process {rank} ended with exit code {failure.exitcode}; {RUN_AGAIN}"
+            )
 
 
 def _how(number: int) -> str:
-    """How a process ended that a signal has killed."""
+    """How a process ended that was killed by signal `number`."""
     want = ", perhaps for want of memory: lower `batch`, `workers` or `processes`" if number == signal.SIGKILL else ""
     return f"was killed by signal {number}{want}"
 
@@ -90,7 +92,7 @@ def _last_error(scratch: Path) -> Error | None:
 
 
 def _last_words(scratch: Path, rank: int) -> str:
-    """The error that a process other than the first has printed before it ended itself, such as one that hung."""
+    """The error that a process other than the first printed before it ended itself, for example because it hung."""
     logs = sorted(scratch.glob(f"*/attempt_*/{rank}/stderr.log"))
     lines = logs[-1].read_text(errors="replace").splitlines() if logs else []
     return next((line.removeprefix("error: ") for line in reversed(lines) if line.startswith("error: ")), "")
@@ -104,17 +106,17 @@ def process(scratch: Path, parent: int) -> int:
         return 0
 
     def note(error: Error) -> None:
-        own = scratch / f"note-{attempt}-{rank}"
-        own.write_text(json.dumps(error))
+        file = scratch / f"note-{attempt}-{rank}"
+        file.write_text(json.dumps(error))
         # the first error of an attempt counts
         with contextlib.suppress(FileExistsError):
-            (scratch / f"error-{attempt:04d}.json").hardlink_to(own)
+            (scratch / f"error-{attempt:04d}.json").hardlink_to(file)
 
     if attempt and stop.exists():
-        note(CUT_SHORT)
+        note(STOPPED_UNSAVED)
         return 0
     if attempt and rank == 0:
-        print(again(before), end="", file=sys.stderr, flush=True)
+        print(restart_line(before), end="", file=sys.stderr, flush=True)
     # without the process that started it, there is nobody to work for
     stop_sources.append(lambda: stop.exists() or os.getppid() != parent)
     try:
@@ -127,7 +129,7 @@ def process(scratch: Path, parent: int) -> int:
 
 if __name__ == "__main__":
     code = process(Path(sys.argv[1]), int(sys.argv[2]))
-    # native threads of torch and its like have aborted a process that had done its work while it unloaded them
+    # native threads, such as torch's, have aborted a finished process while it unloaded them
     atexit._run_exitfuncs()
     sys.stdout.flush()
     sys.stderr.flush()

@@ -2,6 +2,7 @@
 
 The layers are torchvision's, under its key names (`features.N.weight`, `features.N.squeeze.weight`, ...), so that its
 published files fit. Which of them a file holds is seen from its keys and shapes. Heads (`classifier...`) are left out.
+The package itself is refused, since each of its versions needs one version of torch.
 """
 
 from collections.abc import Mapping
@@ -20,9 +21,9 @@ def _vgg(*widths: int) -> list[Layer]:
     """Convolutions of 3x3 with a ReLU each; 0 is a pooling of 2x2."""
     layers: list[Layer] = []
     width = 3
-    for wanted in widths:
-        layers += [("conv", width, wanted, 3, 1, 1), ("relu",)] if wanted else [("pool", 2, 2, 0)]
-        width = wanted or width
+    for outputs in widths:
+        layers += [("conv", width, outputs, 3, 1, 1), ("relu",)] if outputs else [("pool", 2, 2, 0)]
+        width = outputs or width
     return layers
 
 
@@ -90,7 +91,7 @@ class Fire(nn.Module):
         return F.relu(torch.cat([self.expand1x1(x), self.expand3x3(x)], 1))
 
 
-def _made(layer: Layer) -> nn.Module:
+def _module_of(layer: Layer) -> nn.Module:
     kind, *sizes = layer
     if kind == "conv":
         inputs, outputs, kernel, stride, padding = sizes
@@ -107,15 +108,15 @@ class Backbone(nn.Module):
     def __init__(self, architecture: str) -> None:
         super().__init__()
         layers, self.taps = ARCHITECTURES[architecture]
-        self.features = nn.ModuleList(_made(layer) for layer in layers)
+        self.features = nn.ModuleList(_module_of(layer) for layer in layers)
 
     def forward(self, x: Tensor) -> list[Tensor]:
-        seen = []
+        maps = []
         for index, layer in enumerate(self.features):
             x = layer(x)
             if index in self.taps:
-                seen.append(x)
-        return seen
+                maps.append(x)
+        return maps
 
 
 def from_state_dict(weights: Mapping[str, Tensor], source: str) -> tuple[str, Backbone]:
@@ -124,12 +125,12 @@ def from_state_dict(weights: Mapping[str, Tensor], source: str) -> tuple[str, Ba
     Raises:
         UserError: no known architecture has these keys and shapes; names `source`.
     """
-    wanted = {key: value.shape for key, value in weights.items() if key.startswith("features.")}
+    shapes = {key: value.shape for key, value in weights.items() if key.startswith("features.")}
     for name in ARCHITECTURES:
         with torch.device("meta"):
             network = Backbone(name)
-        if wanted == {key: value.shape for key, value in network.state_dict().items()}:
-            held = {key: weights[key].float() for key in wanted}
-            network.load_state_dict(held, assign=True)
+        if shapes == {key: value.shape for key, value in network.state_dict().items()}:
+            state = {key: weights[key].float() for key in shapes}
+            network.load_state_dict(state, assign=True)
             return name, network
     raise UserError(f"{source}: its weights are of none of {', '.join(ARCHITECTURES)} (torchvision's key names)")

@@ -74,7 +74,10 @@ def temporal_distance(rows: Tensor) -> dict[str, Any]:
 
 
 def spearman(x: Tensor, y: Tensor) -> float:
-    """Rank correlation of two vectors, ties at their mean rank; 0 where either is constant."""
+    """Rank correlation of two vectors, ties at their mean rank; 0 where either is constant.
+
+    Our own, since scipy.stats.spearmanr has other last bits, and warns of a constant vector and refuses a single number.
+    """
     ranks = [(v[:, None] > v).double().sum(1) + (v[:, None] == v).double().sum(1) / 2 for v in (x, y)]
     a, b = (r - r.mean() for r in ranks)
     scale = a.norm() * b.norm()

@@ -1,7 +1,8 @@
 """Where pixels go: flow and tracks computed from the frames alone, as targets of the probes.
 
 The ground truth of generated footage says how far the picture moves, not where to, so both come from a plain method:
-exhaustive block matching, refined below a pixel. Known limits: motion beyond `radius` and within flat areas is not
+exhaustive block matching, refined below a pixel. It is our own: OpenCV would be one more dependency for this function
+alone, and a flow network would need weights. Known limits: motion beyond `radius` and within flat areas is not
 seen (the latter gives 0), occlusions are not marked, the refinement is off by some hundredths of a pixel also where
 nothing moves, and errors add up along a track.
 """
@@ -18,7 +19,7 @@ _TIE = 1e-4  # of cost for a pixel of displacement: flat areas stay where they a
 
 @dataclass(frozen=True)
 class Matching:
-    """Of block matching, in pixels; ours."""
+    """The settings of block matching, in pixels; the values are ours."""
 
     radius: int = 4  # largest displacement from frame to frame, in x and in y
     window: int = 9  # side of the square compared, odd

@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from longtake.datasets.errors import Interrupted
 from longtake.datasets.loader import Loader
-from longtake.training.launch.processes import GO_ON, stop_requested
+from longtake.training.launch.processes import RUN_AGAIN, stop_requested
 
 T = TypeVar("T")
 
@@ -33,7 +33,7 @@ def mine(count: int, what: str, unit: str) -> Iterator[int]:
             break
         yield number
     if gathered(torch.tensor([[float(stop_requested())]])).any():
-        raise Interrupted(f"{what}: stopped; {GO_ON}")
+        raise Interrupted(f"{what}: stopped; {RUN_AGAIN}")
 
 
 def batches(loader: Loader, count: int, what: str) -> Iterator[tuple[int, dict[str, Any]]]:

@@ -359,7 +359,7 @@ def test_a_cluster_without_room_is_refused_at_once(dataset: str, tmp_path: Path)
 def test_room_is_counted_node_by_node_and_one_cpu_stays_free() -> None:
     def fits(nodes: list[dict[str, float]], **how: Any) -> bool:
         try:
-            ray._check(LaunchConfig(by="ray", **how), nodes)
+            ray.check_room(LaunchConfig(by="ray", **how), nodes)
         except UserError:
             return False
         return True

@@ -1,0 +1,113 @@
+"""Reading checkpoints: state back into engines, whatever the number of processes, and the weights of a finished training."""
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from longtake.datasets.errors import Failure
+from longtake.training.checkpoint.folder import latest, meta
+from longtake.training.checkpoint.weights import RAW, Weights, damaged
+from longtake.training.config import TrainConfig
+from longtake.training.engines import lora
+from longtake.training.engines.ema import label
+
+_UNIVERSAL = "universal"
+
+
+def for_world(folder: Path, names: Sequence[str], zero_stage: int) -> bool:
+    """Make the latest checkpoint fit for this number of processes; returns whether engines must load it as universal.
+
+    ZeRO shards the optimizer by process, so a checkpoint of another number of processes is converted first, once, into a
+    folder beside its files. Every rank must call it.
+
+    Raises:
+        Failure: on every rank, where DeepSpeed cannot convert it.
+    """
+    path, world = latest(folder), torch.distributed.get_world_size()
+    if path is None or zero_stage == 0 or meta(path)["world"] == world:
+        return False
+    errors = [""]
+    if torch.distributed.get_rank() == 0 and not (path / _UNIVERSAL).exists():
+        errors = [_convert(path, names, zero_stage)]
+    # also the barrier that all wait at
+    torch.distributed.broadcast_object_list(errors, src=0)
+    if errors[0]:
+        raise Failure(
+            f"{path}: could not be converted for {world} processes ({errors[0]}); go on with as many as before"
+        )
+    return True
+
+
+def _convert(path: Path, names: Sequence[str], zero_stage: int) -> str:
+    """Write `path/universal`; returns the error, or an empty string."""
+    scratch = path / f".{_UNIVERSAL}.tmp"
+    shutil.rmtree(scratch, ignore_errors=True)
+    for name in names:
+        command = [sys.executable, "-P", "-m", "deepspeed.checkpoint.ds_to_universal"]
+        command += ["--input_folder", str(path / _tag(path, name)), "--output_folder", str(scratch / _tag(path, name))]
+        command += ["--num_extract_workers", "1", "--num_merge_workers", "1"]
+        command += ["--inject_missing_state"] if zero_stage < 3 else []
+        environment = os.environ | {"DS_ACCELERATOR": "cpu"}
+        process = subprocess.run(command, capture_output=True, check=False, text=True, env=environment)
+        if process.returncode:
+            return (process.stderr.strip().splitlines() or ["no reason given"])[-1]
+    scratch.rename(path / _UNIVERSAL)
+    return ""
+
+
+def _tag(path: Path, name: str) -> str:
+    """The name of an engine in a checkpoint: old ones call the only engine of a prior generator."""
+    return "generator" if name == "model" and not (path / name).is_dir() else name
+
+
+def load(path: Path, engines: Mapping[str, Any], universal: bool = False) -> None:
+    """Put a checkpoint's state into the engines. Raises Failure where it is damaged."""
+    try:
+        for name, engine in engines.items():
+            decays = [group["weight_decay"] for group in engine.optimizer.param_groups]
+            loaded, _ = engine.load_checkpoint(str(path / _UNIVERSAL if universal else path), tag=_tag(path, name))
+            if loaded is None:
+                raise FileNotFoundError(f"no state of {name}")
+            # from a universal checkpoint ZeRO-3 gives all groups the first one's decay, and one tensor of steps to share
+            for group, decay in zip(engine.optimizer.param_groups, decays, strict=True):
+                group["weight_decay"] = decay
+            for state in engine.basic_optimizer.state.values():
+                state["step"] = state["step"].clone()
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as e:  # whatever an unpickler makes of damaged bytes
+        raise damaged(path, e) from e
+
+
+def trained(folder: Path, config: TrainConfig) -> dict[str, Tensor]:
+    """The weights of a finished training: its first average, or the raw weights where none is kept; LoRA merged into them.
+
+    Raises:
+        Failure: there is no checkpoint, or it is damaged.
+    """
+    weights = Weights(_last(folder), label(config.ema_half_lives[0]) if config.ema_half_lives else RAW)
+    return dict(lora.merged(weights, config.lora) if config.lora else weights)
+
+
+def beside(folder: Path, name: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The raw weights of a module other than the lead after a finished training, and the state of its objective.
+
+    Raises:
+        Failure: there is no checkpoint, or it is damaged.
+    """
+    path = _last(folder)
+    return dict(Weights(path, RAW, name)), dict(meta(path)["state"])
+
+
+def _last(folder: Path) -> Path:
+    path = latest(folder)
+    if path is None:
+        raise Failure(f"{folder}: holds no checkpoint; run the same command again")
+    return path
