@@ -4,6 +4,7 @@
 each. The child is recycled after some jobs, since decoders leak, and dies with its parent.
 """
 
+import contextlib
 import json
 import os
 import queue
@@ -20,6 +21,7 @@ from typing import Any
 from longtake.pipeline.config import CutConfig
 
 _JOBS_A_PROCESS = 64
+_KILLED = signal.SIGKILL.name
 
 
 class Worker:
@@ -35,25 +37,16 @@ class Worker:
         Raises:
             OSError: the child's disk is full or fails.
         """
-        child = self._ready(cut.limits.memory_bytes)
-        assert child.stdin and child.stdout
         job = {"path": path, "source": source, "folder": folder, "cut": cut.model_dump(mode="json"), "extra": extra}
-        child.stdin.write(json.dumps(job) + "\n")
-        child.stdin.flush()
-
-        answer: queue.Queue[str] = queue.Queue()
-        threading.Thread(target=lambda: answer.put(child.stdout.readline()), daemon=True).start()  # type: ignore[union-attr]
         timeout = cut.limits.timeout_seconds
-        try:
-            line = answer.get(timeout=timeout)
-        except queue.Empty:
-            self.close()
+        line, ending = self._answer(job, cut.limits.memory_bytes, timeout)
+        if ending == _KILLED:
+            # from outside, such as for another's memory: no fault of the source, unless it happens again
+            line, ending = self._answer(job, cut.limits.memory_bytes, timeout)
+        if line is None:
             return _rejected("timed_out", f"not done after {timeout:g} s (limits.timeout_seconds)")
         if not line:
-            code = child.wait()
-            self._child = None
-            end = signal.Signals(-code).name if code < 0 else f"exit code {code}"
-            return _rejected("crashed", f"the decoder process ended with {end}")
+            return _rejected("crashed", f"the decoder process ended with {ending}")
 
         self._jobs += 1
         if self._jobs >= _JOBS_A_PROCESS:
@@ -62,6 +55,26 @@ class Worker:
         if "os_error" in result:
             raise OSError(*result["os_error"])
         return result
+
+    def _answer(self, job: Mapping[str, Any], memory: int, timeout: float) -> tuple[str | None, str]:
+        """The child's line, None if it takes too long, empty if it has ended; and how it has ended."""
+        child = self._ready(memory)
+        assert child.stdin and child.stdout
+        answer: queue.Queue[str] = queue.Queue()
+        threading.Thread(target=lambda: answer.put(child.stdout.readline()), daemon=True).start()  # type: ignore[union-attr]
+        with contextlib.suppress(BrokenPipeError):
+            child.stdin.write(json.dumps(job) + "\n")
+            child.stdin.flush()
+        try:
+            line = answer.get(timeout=timeout)
+        except queue.Empty:
+            self.close()
+            return None, ""
+        if line:
+            return line, ""
+        code = child.wait()
+        self._child = None
+        return "", signal.Signals(-code).name if code < 0 else f"exit code {code}"
 
     def close(self) -> None:
         """Kill the child; the next job starts another."""

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from fractions import Fraction
@@ -11,6 +12,7 @@ from typing import Any
 
 import av
 import numpy as np
+import psutil
 import pytest
 
 from longtake.datasets import clip
@@ -209,3 +211,29 @@ def test_the_perceptual_hash_forgives_recoding_and_tells_scenes_apart(footage: P
     other = [(a ^ b).bit_count() for n, a in enumerate(large) for b in large[n + 1 :]]
     assert max(same) <= 6 and max(near) <= 16
     assert sum(other) / len(other) > 20
+
+
+@pytest.mark.parametrize(("kills", "status"), [(1, "good"), (2, "rejected")])
+def test_a_source_whose_decoder_is_killed_from_outside_is_cut_again_once(
+    footage: Path, tmp_path: Path, kills: int, status: str
+) -> None:
+    """As the kernel does where memory runs out, which may be another's fault."""
+    mine, killed = Worker(), 0
+
+    def kill() -> None:
+        nonlocal killed
+        before = {child.pid for child in psutil.Process().children()}
+        while killed < kills:
+            for child in psutil.Process().children():
+                if child.pid not in before:
+                    child.kill()
+                    before.add(child.pid)
+                    killed += 1
+            time.sleep(0.01)
+
+    thread = threading.Thread(target=kill, daemon=True)
+    thread.start()
+    result = cut_apart(mine, sorted(footage.glob("*.mp4"))[0], tmp_path / "k", 60.0, 6 << 30)
+    mine.close()
+    assert killed == kills and result["account"]["status"] == status
+    assert status == "good" or result["account"]["detail"] == "the decoder process ended with SIGKILL"
