@@ -232,7 +232,7 @@ def test_recipes_of_the_pages_are_valid(block: Block, quickstart: Path) -> None:
         from longtake.infra.cli import promote
 
         (quickstart / "gate.yaml").write_text(block.text)
-        gate, inputs = promote._gate(str(quickstart / "gate.yaml"))
+        gate, inputs = promote.read_gate(str(quickstart / "gate.yaml"))
         assert gate.metrics and inputs["dataset"]
     elif block.info == "yaml story.yaml":
         from longtake.training.models.generator import story_of

@@ -40,7 +40,7 @@ def promote(name: str, candidate: str, path: str, as_json: bool) -> None:
 
     Exit codes: 0 the candidate is the champion, 3 kept back, 2 something to put right, 1 failure.
     """
-    gate, inputs = _read_gate(path)
+    gate, inputs = read_gate(path)
     uri = media.check_registry(f"models:/{name}" + (f"/{candidate}" if candidate.isdigit() else f"@{candidate}"))
     from longtake.training.registry import aliases
     from longtake.training.registry import store as model_store
@@ -77,7 +77,7 @@ def rollback(name: str) -> None:
     click.echo(f"models:/{name}: champion is v{now} again, previous is v{before}")
 
 
-def _read_gate(path: str) -> tuple[Any, dict[str, str]]:
+def read_gate(path: str) -> tuple[Any, dict[str, str]]:
     """The gate of a file, and the inputs that the file names. Raises UserError."""
     from pydantic import ValidationError
 
