@@ -49,7 +49,7 @@ def show(model: str, as_json: bool) -> None:
 
     Without an alias or version that is the champion, else the newest.
     """
-    from longtake.training.registry import cache as pull
+    from longtake.training.registry import fetch
     from longtake.training.registry import store as model_store
 
     _check_store()
@@ -68,7 +68,7 @@ def show(model: str, as_json: bool) -> None:
     content: dict[str, Any] = {}
     problem = None
     try:
-        content = pull.describe(f"models:/{name}/{number}")
+        content = fetch.describe(f"models:/{name}/{number}")
     except (UserError, Failure) as e:
         problem = str(e)
     lineage = content.get("lineage")

@@ -29,7 +29,7 @@ from longtake.training.config import TrainConfig
 from longtake.training.models.common import patchgan
 from longtake.training.models.common.patchgan import PatchGAN, PatchGANConfig
 from longtake.training.objective import Terms
-from longtake.training.registry import cache
+from longtake.training.registry import fetch
 from longtake.training.registry.uri import in_store
 
 NAME = "discriminator"
@@ -154,7 +154,7 @@ def _of(parent: str, model: PatchGAN, scratch: Path) -> Path:
         return path
     most = sum(value.nbytes for value in model.state_dict().values()) + _BESIDE
     path = scratch / NAME
-    cache.beside(parent, FILE, path, most)
+    fetch.beside(parent, FILE, path, most)
     return path
 
 
