@@ -51,13 +51,13 @@ def on_device(batch: Batch) -> Batch:
 def check_recipe(config: Any, inputs: Mapping[str, StageConfig], columns: Collection[str], span: int) -> None:
     """ValueError where a recipe's latents are of another dataset, or its clips are shorter than `span` frames."""
     for field in columns:
-        made: Any = inputs.get(field)
-        if made is not None and made.dataset != config.dataset:
-            raise ValueError(f"{field}: are of the dataset {made.dataset}, not of {config.dataset}")
-    geometry = getattr(inputs.get("dataset"), "clip", None)
-    if geometry is not None and geometry.max_frames < span:
+        latents: Any = inputs.get(field)
+        if latents is not None and latents.dataset != config.dataset:
+            raise ValueError(f"{field}: are of the dataset {latents.dataset}, not of {config.dataset}")
+    clip = getattr(inputs.get("dataset"), "clip", None)
+    if clip is not None and clip.max_frames < span:
         raise ValueError(
-            f"frames: a window spans {span} frames, the dataset's clips have at most {geometry.max_frames}; raise clip.max_seconds"
+            f"frames: a window spans {span} frames, the dataset's clips have at most {clip.max_frames}; raise clip.max_seconds"
         )
 
 
@@ -72,41 +72,43 @@ def frame_rate(dataset: str, span: int) -> float:
 
 
 def column_of(dataset: str, uri: str, frames: int, field: str = "latents") -> Latents:
-    """The record of a column of latents that windows of so many frames can be taken of.
+    """The record of a column of latents, checked to have windows of `frames` frames.
 
     Raises:
-        UserError: the latents are of another dataset, or of what it was before; or have no such windows.
+        UserError: the latents are of another dataset or of an earlier state of it, or have no such windows.
         Failure: damaged files.
     """
-    made = read_latents(uri)
-    if made.dataset != storage.absolute(dataset):
-        raise UserError(f"{field}: {uri} are of the dataset {made.dataset}, not of {dataset}")
-    low, high = nearest_lengths(frames, made.factor)
+    record = read_latents(uri)
+    if record.dataset != storage.absolute(dataset):
+        raise UserError(f"{field}: {uri} are of the dataset {record.dataset}, not of {dataset}")
+    low, high = nearest_lengths(frames, record.factor)
     if low != high:
-        raise UserError(f"frames: {frames}: latents have windows of 1 + {made.factor}n frames, such as {low} or {high}")
+        raise UserError(
+            f"frames: {frames}: latents have windows of 1 + {record.factor}n frames, such as {low} or {high}"
+        )
     for split in schema.SPLITS:
-        if compact.open_split(dataset, split)[0].digest != made.digests[split]:
+        if compact.open_split(dataset, split)[0].digest != record.digests[split]:
             raise UserError(
                 f"{field}: {uri}: the dataset has changed since they were made; run their `cache_latents` stage again"
             )
-    if not len(compact.open_split(dataset, "train", made.column)[1]):
-        raise UserError(f"{field}: {dataset} has no column {made.column}; run their `cache_latents` stage again")
-    return made
+    if not len(compact.open_split(dataset, "train", record.column)[1]):
+        raise UserError(f"{field}: {dataset} has no column {record.column}; run their `cache_latents` stage again")
+    return record
 
 
 def columns_of(
     uri: str, encoder: str | None, inputs: Mapping[str, str], frames: int, shrink: tuple[int, int] | None = None
 ) -> dict[str, str]:
-    """The columns that a trained model sees: `latent`, of those that it has learned, and `low`, scaled down, if it needs them.
+    """The columns that a trained model sees: `latent`, and `low`, of a video scaled down, if it needs one.
 
     Args:
         uri: of the model, for messages.
-        encoder: digest of what has made the latents that it has learned.
+        encoder: digest of the encoder of the latents that it has learned.
         inputs: URIs `dataset`, `latents`, `low_latents`.
-        shrink: what the video of the second column is scaled down by.
+        shrink: factors by which the video of the second column is scaled down.
 
     Raises:
-        UserError: a column that is not given, or of another autoencoder or scale; and as `column_of`.
+        UserError: a column is missing, or of another autoencoder or scale; and as `column_of`.
     """
     if "latents" not in inputs:
         raise UserError(f"latents: {uri} has learned latents; name what their `cache_latents` stage has made")
@@ -125,31 +127,31 @@ def columns_of(
     return dict(zip(("latent", "low"), (column.column for column in columns), strict=False))
 
 
-def commonest_size(dataset: str, made: Latents) -> tuple[int, int]:
+def commonest_size(dataset: str, record: Latents) -> tuple[int, int]:
     """Height and width that the latents of most clips have, in positions."""
-    sizes = compact.open_split(dataset, "train", made.column)[1]
+    sizes = compact.open_split(dataset, "train", record.column)[1]
     sides = np.stack([sizes[name].to_numpy() for name in ("height", "width")])
     kinds, counts = np.unique(sides[:, sides[0] > 0], axis=1, return_counts=True)
     height, width = kinds[:, counts.argmax()].tolist()
     return height, width
 
 
-def statistics(made: Latents, posterior: Literal["sample", "mean"]) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation `(C,)` of what is learned: draws from the posteriors, or their means."""
-    mean, std = torch.tensor(made.mean), torch.tensor(made.std)
-    return mean, (std.square() + torch.tensor(made.posterior_std).square()).sqrt() if posterior == "sample" else std
+def statistics(record: Latents, posterior: Literal["sample", "mean"]) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation `(C,)` of the training targets: draws from the posteriors, or their means."""
+    mean, std = torch.tensor(record.mean), torch.tensor(record.std)
+    return mean, (std.square() + torch.tensor(record.posterior_std).square()).sqrt() if posterior == "sample" else std
 
 
-def decoder_of(made: Latents, uri: str) -> Any:
-    """The autoencoder that makes videos of the latents, frozen, on this rank's device.
+def decoder_of(record: Latents, uri: str) -> Any:
+    """The autoencoder that decodes the latents, frozen, on this rank's device.
 
     Raises:
-        UserError: it is none, or has another encoder than has made the latents.
+        UserError: it is no autoencoder, or has another encoder than the latents.
     """
     codec = load_codec(uri)
-    if encoder_digest(codec) != made.encoder["digest"]:
+    if encoder_digest(codec) != record.encoder["digest"]:
         raise UserError(
-            f"vae: {uri} has another encoder than has made the latents, {made.encoder['uri']}; encode again, or name that"
+            f"vae: {uri} has another encoder than has made the latents, {record.encoder['uri']}; encode again, or name that"
         )
     return codec.requires_grad_(False).to(device())
 
@@ -160,7 +162,7 @@ class Target(Protocol):
     record    of the column of latents; None for pixels
     channels, shape   of a window, (frames, height, width), as the prior sees it
     fps       frames per second of its videos
-    codec     makes videos of it
+    codec     decodes it to videos
     """
 
     @property
@@ -186,7 +188,7 @@ class Target(Protocol):
         """The options of a loader of its windows."""
 
     def given(self, model: Any, batch: Batch, rng: torch.Generator | None = None) -> Tensor:
-        """What is to be generated, normalised as the model does, fp32; without `rng` always the same."""
+        """The target, normalised by the model, fp32; without `rng` always the same."""
 
     def start(self, batch: Batch, rng: torch.Generator) -> Tensor:
         """0 for each window that starts its clip, whose first latent is of one frame; else another number."""
@@ -197,7 +199,7 @@ class Target(Protocol):
 
 @dataclass(frozen=True)
 class LatentTarget:
-    """Latents of a column: drawn from what the autoencoder says of them, or their means. A `Target`."""
+    """Latents of a column: draws from the autoencoder's posteriors, or their means. A `Target`."""
 
     record: Latents
     channels: int
@@ -231,11 +233,11 @@ class LatentTarget:
 
 @dataclass(frozen=True)
 class PixelTarget:
-    """Pixels, which look the same anywhere in a clip: windows are only told that they start it. A `Target`."""
+    """Pixels, which look the same anywhere in a clip: whether a window starts its clip is drawn. A `Target`."""
 
     shape: tuple[int, int, int]
     fps: float
-    clip_starts: float  # share of training windows that are told so
+    clip_starts: float  # share of training windows that count as starting their clip
     codec: Codec = dataclasses.field(default_factory=Pixels)
     record: None = None
     channels: int = 3

@@ -1,4 +1,4 @@
-"""What a training tells of itself: where the time of a step goes, how much is computed, how much memory it takes."""
+"""Figures of a running training: the time of each part of a step, operations, memory; and its progress bar."""
 
 import math
 import re
@@ -109,37 +109,38 @@ class Flops:
     """Floating point operations of a step on this rank, counted once for each shape of batch and engine."""
 
     def __init__(self) -> None:
-        self._known: dict[Any, float] = {}
+        self._counted: dict[Any, float] = {}
 
     @contextmanager
     def counting(self, key: Any, phase: str) -> Iterator[None]:
-        """Count the block the first time that `key` and phase ("forward" or "backward") come."""
-        if (key, phase) in self._known:
+        """Count the operations of the block, the first time for this `key` and phase ("forward" or "backward")."""
+        if (key, phase) in self._counted:
             yield
             return
         counter = _Counter(phase == "backward")
         # a compiled block is opaque to the counter
         with torch.compiler.set_stance("force_eager"), counter:
             yield
-        self._known[key, phase] = float(counter.total)
+        self._counted[key, phase] = float(counter.total)
 
     def of(self, key: Any) -> float:
-        return self._known.get((key, "forward"), 0.0) + self._known.get((key, "backward"), 0.0)
+        """Operations of both phases."""
+        return self._counted.get((key, "forward"), 0.0) + self._counted.get((key, "backward"), 0.0)
 
 
 def peak_flops(stated: float | None) -> float | None:
-    """Operations per second that a device can do: `stated` in TFLOP/s, or what its maker says; None where that is unknown."""
+    """Peak operations per second of a device: `stated` in TFLOP/s, or its maker's figure; None where unknown."""
     if stated:
         return stated * 1e12
     if not torch.cuda.is_available():
         return None
     words = re.split(r"[\s-]", torch.cuda.get_device_name())
-    found = [key for key in PEAKS if all(word in words for word in key.split())]
-    return PEAKS[max(found, key=len)] * 1e12 if found else None
+    models = [key for key in PEAKS if all(word in words for word in key.split())]
+    return PEAKS[max(models, key=len)] * 1e12 if models else None
 
 
 def memory() -> dict[str, float]:
-    """Peak memory since the last call in GB: of the GPU, and what the process holds of the host's."""
+    """Memory in GB: the GPU's peak since the last call, and the process's share of the host's."""
     figures = {"host_memory_gb": psutil.Process().memory_info().rss / 1e9}
     if torch.cuda.is_available():
         figures["gpu_memory_gb"] = torch.cuda.max_memory_allocated() / 1e9
@@ -155,19 +156,21 @@ def means(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     """
     totals = _totals(rows)
     world = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
-    found = [totals] * world
+    totals_of_ranks = [totals] * world
     if world > 1:
         # names with their values, in one exchange: ranks that know other metrics cannot wait for each other
-        torch.distributed.all_gather_object(found, totals)
+        torch.distributed.all_gather_object(totals_of_ranks, totals)
     means = {}
-    for name in dict.fromkeys(name for each in found for name in each):
-        total, count = (sum(parts) for parts in zip(*(each[name] for each in found if name in each), strict=True))
+    for name in dict.fromkeys(name for each in totals_of_ranks for name in each):
+        total, count = (
+            sum(parts) for parts in zip(*(each[name] for each in totals_of_ranks if name in each), strict=True)
+        )
         means[name] = total / count if count else math.nan
     return means
 
 
 def _totals(rows: Sequence[Mapping[str, Any]]) -> dict[str, tuple[float, int]]:
-    """Of each metric the sum of its finite values, and how many they are."""
+    """The sum and the number of the finite values of each metric."""
     totals = {}
     for name in dict.fromkeys(name for row in rows for name in row):
         # brought together on the device, since each number by itself would make it wait
@@ -188,7 +191,7 @@ class Profile:
         self._running: Any = None
 
     def before(self, step: int) -> None:
-        """To be called before the step with this number, counted from 1."""
+        """Call it before the step with this number, counted from 1."""
         if self._steps and step == self._steps[0]:
             activities = [torch.profiler.ProfilerActivity.CPU]
             if torch.cuda.is_available():
@@ -197,7 +200,7 @@ class Profile:
             self._running.__enter__()
 
     def after(self, step: int) -> Path | None:
-        """To be called after it; the folder of what was recorded once that is complete."""
+        """Call it after the step; returns the folder of the profile once it is complete."""
         if self._running is None or not self._steps or step < self._steps[1]:
             return None
         self._running.__exit__(None, None, None)
@@ -215,11 +218,11 @@ def batch_key(name: str, batch: Mapping[str, Any]) -> tuple[Any, ...]:
 
 
 class Progress:
-    """The times, operations and figures of a training since they were logged last, and its bar on the first rank; a context.
+    """The times, operations and figures of a training since the last log, and its bar on the first rank; a context.
 
     Args:
-        step: that the training begins or continues at.
-        beat: `beat(step, what)` says what is done now (see `guards.Watchdog`).
+        step: the training begins or continues at it.
+        beat: `beat(step, part)` notes the part of a step that begins (see `guards.Watchdog`).
     """
 
     def __init__(self, config: TrainConfig, folder: Path, step: int, beat: Callable[[int, str], None]) -> None:
@@ -249,7 +252,7 @@ class Progress:
 
     @contextmanager
     def part(self, step: int, part: str, engine: str = "", batch: Mapping[str, Any] | None = None) -> Iterator[None]:
-        """Count the time of the block as `part`, one of PARTS, and with a batch its operations for it."""
+        """Count the time of the block as `part`, one of PARTS; with a batch also its operations."""
         self._beat(step, f"{part} of {engine}" if engine else part)
         key = None if batch is None else batch_key(engine, batch)
         with self._clock.part(part), nullcontext() if key is None else self._flops.counting(key, part):
@@ -265,10 +268,10 @@ class Progress:
             yield
 
     def end(self, step: int, rows: Sequence[Mapping[str, Any]], samples: int, tokens: int) -> Path | None:
-        """End step number `step` with the figures of its passes, and how much this rank has seen in it.
+        """End step number `step`: the figures of its passes, and the samples and tokens of this rank.
 
         Returns:
-            The folder of a profile that is complete now.
+            The folder of the profile if it is complete now.
         """
         self._rows += rows
         self._clock.steps += 1
@@ -278,7 +281,7 @@ class Progress:
         return self._profile.after(step)
 
     def take(self, step: int) -> dict[str, float]:
-        """The means of all since the last call. Every rank must call it."""
+        """The means since the last call. Every rank must call it."""
         self._beat(step, "log")
         figures = means(self._rows) | self._clock.take(self._peak and self._peak * self._world) | memory()
         self._rows, self._clock = [], Clock()

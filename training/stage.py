@@ -10,13 +10,13 @@ A stage is a module with `VERSION`, `PRODUCES` and a `Config` (a `TrainConfig` w
 - `objective(config, setup) -> Objective`;
 - `evaluate(config, setup, folder)`: measures the trained model on held-out clips, each rank its share, and leaves
   `SUMMARY` and pictures in the folder;
-- `facts(config, setup, lineage) -> dict`: what config.json says of the model beside its config and lineage;
-- `counts(config, setup) -> dict[str, float]`: how many clips there were to learn from, as metrics.
+- `facts(config, setup, lineage) -> dict`: more for config.json, beside the model's config and lineage;
+- `counts(config, setup) -> dict[str, float]`: the number of clips to learn from, as metrics.
 
 It may also have
 
-- `announce(config, setup, loader) -> (lines, figures)`: what to print and to log before the first step;
-- `keep(config, folder, scratch)`: writes into `scratch` what is to lie with the run beside the model.
+- `announce(config, setup, loader) -> (lines, figures)`: lines to print and figures to log before the first step;
+- `keep(config, folder, scratch)`: writes further artifacts of the run into `scratch`.
 """
 
 import contextlib
@@ -40,7 +40,7 @@ from longtake.training.registry import disk, lineage, promotion
 from longtake.training.tracker import Tracker
 
 SERIES = "by_step/"  # of metrics whose steps are no training steps, but positions in a clip
-_FOUND = "heldout"  # folder of what the evaluation leaves, and its name among the artifacts
+_EVALUATION = "heldout"  # folder of the evaluation, and its name among the artifacts
 
 
 class Setup(Protocol):
@@ -55,7 +55,7 @@ def run(stage: ModuleType, config: Any, inputs: Mapping[str, str], output: str) 
 
     Raises:
         UserError: no usable sample; data, models or windows that do not fit; a workspace for no checkpoints.
-        Failure, Interrupted: of the loop.
+        Failure, Interrupted: as `loop.train`.
     """
     folder = checkpoint.folder_of(config, output)
     first = os.environ.get("RANK", "0") == "0"
@@ -71,11 +71,11 @@ def work(stage: Any, config: Any, inputs: Mapping[str, str], folder: Path) -> No
     torch.distributed.barrier()  # the first rank has pinned the inputs before
     inputs = lineage.pinned(inputs, folder)
     _train(stage, config, inputs, folder)
-    found = _emptied(folder)
+    results = _empty_folder(folder)
     setup = stage.prepare(config, inputs, folder)
     setup.model.load_state_dict(checkpoint.trained(folder, config))
     setup.model.eval()
-    stage.evaluate(config, setup, found)
+    stage.evaluate(config, setup, results)
 
 
 def _train(stage: Any, config: TrainConfig, inputs: Mapping[str, str], folder: Path) -> None:
@@ -100,23 +100,23 @@ def _tracked(folder: Path) -> Iterator[Tracker | None]:
         yield log
 
 
-def _emptied(folder: Path) -> Path:
-    """The folder for what is found, empty, once the training no longer holds any of the device's memory.
+def _empty_folder(folder: Path) -> Path:
+    """Free the training's device memory; returns an empty folder for the evaluation.
 
     Every rank must call it, on a disk that they share.
     """
     gc.collect()
     torch.cuda.empty_cache()
-    found = folder / _FOUND
+    results = folder / _EVALUATION
     if torch.distributed.get_rank() == 0:
-        shutil.rmtree(found, ignore_errors=True)
-        found.mkdir()
+        shutil.rmtree(results, ignore_errors=True)
+        results.mkdir()
     torch.distributed.barrier()
-    return found
+    return results
 
 
 def publish(stage: Any, config: Any, inputs: Mapping[str, str], folder: Path) -> dict[str, Any]:
-    """Make a model folder of a finished training, register it, and hand all that was found to its run.
+    """Make a model folder of a finished training, register it, and log its evaluation to the run.
 
     Returns:
         `uri` of the version, and `metrics`.
@@ -141,18 +141,18 @@ def publish(stage: Any, config: Any, inputs: Mapping[str, str], folder: Path) ->
 
 
 def published(folder: Path, name: str, log: Tracker) -> dict[str, float]:
-    """Hand what was found to the run, its curves as metrics `by_step/...`; returns the other figures of `name`'s summary.
+    """Log the evaluation to the run, its curves as metrics `by_step/...`; returns the other figures of `name`'s summary.
 
     Raises:
-        Failure: the run does not take it.
+        Failure: the run cannot be written.
     """
-    summary: Mapping[str, Any] = json.loads((folder / _FOUND / name).read_bytes())["summary"]
+    summary: Mapping[str, Any] = json.loads((folder / _EVALUATION / name).read_bytes())["summary"]
     curves: dict[int, dict[str, float]] = {}
     for series, points in summary["series"].items():
         for step, value in points:
             curves.setdefault(step, {})[f"{SERIES}{series}"] = value
     for step, values in sorted(curves.items()):
         log.log(step, values)
-    log.artifacts(folder / _FOUND, _FOUND)
-    plain = {name: value for name, value in summary.items() if type(value) in (int, float) and name != "seed"}
-    return {name: float(value) for name, value in plain.items()}
+    log.artifacts(folder / _EVALUATION, _EVALUATION)
+    numbers = {name: value for name, value in summary.items() if type(value) in (int, float) and name != "seed"}
+    return {name: float(value) for name, value in numbers.items()}

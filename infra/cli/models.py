@@ -48,7 +48,7 @@ def show(model: str, as_json: bool) -> None:
 
     Without an alias or version, that is the champion or else the newest version.
     """
-    from longtake.training.registry import cache
+    from longtake.training.registry import fetch
     from longtake.training.registry import store as model_store
 
     _check_store()
@@ -71,7 +71,7 @@ def show(model: str, as_json: bool) -> None:
     content: dict[str, Any] = {}
     problem = None
     try:
-        content = cache.describe(f"models:/{name}/{number}")
+        content = fetch.describe(f"models:/{name}/{number}")
     except (UserError, Failure) as e:
         problem = str(e)
     lineage = content.get("lineage")

@@ -83,7 +83,7 @@ def test_engines_hide_no_module_from_a_tracker_that_imports_it(
     tmp_path: Path, group: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # the group hides MLflow while it loads DeepSpeed; with a tracker's thread at work that ended trainings
-    monkeypatch.setattr(engines, "_without", None)
+    monkeypatch.setattr(engines.group, "without", None)
     assert small.fit(tmp_path, steps=1)
 
 

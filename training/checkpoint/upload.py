@@ -1,6 +1,6 @@
-"""Copies of checkpoints in a store: sent beside the training, fetched where a machine comes up empty.
+"""Copies of checkpoints in a store: sent while the training runs, fetched where a machine starts empty.
 
-A store that fails costs no training: the next checkpoint is tried again, and only at the end it counts.
+A store that fails does not end the training: the next checkpoint is tried, and only the last one counts.
 """
 
 import re
@@ -29,7 +29,7 @@ class Copies:
         self._folder, self._url, self._kept = folder, url, kept
         self._thread = ThreadPoolExecutor(1, "copies")
         self._pending: Future[None] | None = None
-        self.source: Path | None = None  # is being read, so must not go
+        self.source: Path | None = None  # is being read, so must not be deleted
 
     def begin(self, path: Path) -> None:
         """Start to copy a checkpoint, unless one is still under way: then the next will be copied instead."""
@@ -38,7 +38,7 @@ class Copies:
             self._pending = self._thread.submit(self._copy, path)
 
     def finish(self) -> None:
-        """Wait, and try once more where the latest is not there. Raises Failure if it cannot be copied."""
+        """Wait, and try once more where the latest has no copy. Raises Failure if it cannot be copied."""
         if self._pending is not None:
             self._pending.result()
         latest = self._folder / "latest"
@@ -72,13 +72,13 @@ def _line(e: Exception) -> str:
 def _upload(final: Path, url: str, kept: set[str]) -> None:
     """Copy a checkpoint to a store and flip its `latest`; then remove there what is not `kept` here."""
     fs, root = storage.filesystem(url)
-    there = storage.join(root, final.name)
+    copy = storage.join(root, final.name)
     # an attempt that was cut short, or one by another number of processes
-    if storage.retrying(f"{url}: look", partial(fs.exists, there)):
-        storage.retrying(f"{url}: clear", partial(fs.rm, there, recursive=True))
+    if storage.retrying(f"{url}: look", partial(fs.exists, copy)):
+        storage.retrying(f"{url}: clear", partial(fs.rm, copy, recursive=True))
     # meta.json last: a copy without it is not whole
     for path in sorted((p for p in final.rglob("*") if p.is_file()), key=lambda p: (p.name == "meta.json", p)):
-        target = storage.join(there, path.relative_to(final).as_posix())
+        target = storage.join(copy, path.relative_to(final).as_posix())
         storage.retrying(f"{url}: upload", partial(_put, fs, path, target))
     storage.write(storage.join(url, "latest"), final.name.encode())
     for name in storage.names(url):
@@ -92,7 +92,7 @@ def _put(fs: Any, path: Path, target: str) -> None:
 
 
 def _latest(url: str) -> str | None:
-    """The name of the latest checkpoint in a store. Raises Failure for what is no such name."""
+    """The name of the latest checkpoint in a store. Raises Failure for a name that is none."""
     if not storage.exists(storage.join(url, "latest")):
         return None
     name = storage.read(storage.join(url, "latest")).decode(errors="replace").strip()
@@ -103,15 +103,15 @@ def _latest(url: str) -> str | None:
 
 def fetch(folder: Path, url: str) -> None:
     """Get the latest checkpoint that was uploaded to `url` where there is none here. Every rank must call it."""
-    why = [""]
+    errors = [""]
     if torch.distributed.get_rank() == 0 and not (folder / "latest").exists():
         try:
             _download(folder, url)
         except (UserError, Failure, OSError) as e:
-            why = [f"{url}: could not be fetched ({e})"]
-    torch.distributed.broadcast_object_list(why, src=0)
-    if why[0]:
-        raise Failure(why[0])
+            errors = [f"{url}: could not be fetched ({e})"]
+    torch.distributed.broadcast_object_list(errors, src=0)
+    if errors[0]:
+        raise Failure(errors[0])
 
 
 def _download(folder: Path, url: str) -> None:

@@ -1,8 +1,8 @@
-"""The weights in a checkpoint: `weights-RANK.safetensors`, where each rank leaves what it holds of the lead module, and
-`NAME/weights-RANK.safetensors` of each other one.
+"""The weights in a checkpoint: `weights-RANK.safetensors`, with the fragments of the lead module that a rank
+holds, and `NAME/weights-RANK.safetensors` with those of each other module.
 
 A key is `KIND/START/NAME`: `KIND` is "raw" or an average's half-life, `START` the first of the tensor's flattened elements
-that the piece holds. Put together they are the same whatever number of ranks and ZeRO stage has written them.
+that the piece holds. Put together they are the same for any number of ranks and any ZeRO stage.
 """
 
 import json
@@ -27,18 +27,18 @@ def name_of(rank: int) -> str:
 
 
 def write(folder: Path, rank: int, engine: Any, averages: Averages) -> None:
-    """Write what this rank holds: the weights in fp32, and their averages."""
-    held, shapes = {}, {}
+    """Write this rank's fragments of the weights, in fp32, and of their averages."""
+    tensors, shapes = {}, {}
     for fragment in fragments(engine):
-        held[f"{RAW}/{fragment.start}/{fragment.name}"] = fragment.value.contiguous()
+        tensors[f"{RAW}/{fragment.start}/{fragment.name}"] = fragment.value.contiguous()
         shapes[fragment.name] = list(fragment.shape)
     for life, values in averages.items():
-        held |= {f"{life}/{start}/{name}": value for (name, start), value in values.items()}
-    save_file(held, folder / name_of(rank), {"shapes": json.dumps(shapes)})
+        tensors |= {f"{life}/{start}/{name}": value for (name, start), value in values.items()}
+    save_file(tensors, folder / name_of(rank), {"shapes": json.dumps(shapes)})
 
 
 def damaged(path: Path, why: Exception) -> Failure:
-    """That the checkpoint `path` cannot be read."""
+    """The error that the checkpoint `path` cannot be read."""
     names = path.parent / "latest"
     cause = (str(why) or type(why).__name__).splitlines()[0]
     return Failure(

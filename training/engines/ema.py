@@ -1,6 +1,6 @@
-"""Exponential moving averages of the weights, several at once, each rank averaging what ZeRO lets it hold.
+"""Exponential moving averages of the weights, several at once, on each rank for its own fragments.
 
-So they cost a rank 1/world of the model a half-life, no communication, and they follow the fp32 weights, not their bf16
+A half-life costs a rank 1/world of the model and no communication. Averages follow the fp32 weights, not their bf16
 copies. They are put together only when they are read from a checkpoint (`checkpoint.Weights`).
 """
 
@@ -22,9 +22,9 @@ def label(half_life: float) -> str:
 
 
 def begin(engine: Any, half_lives: Sequence[float]) -> Averages:
-    """Averages that stand at the engine's weights."""
-    found = [f for f in fragments(engine) if f.learns]
-    return {label(life): {(f.name, f.start): f.value.clone() for f in found} for life in half_lives}
+    """Averages that begin at the engine's weights."""
+    learning = [f for f in fragments(engine) if f.learns]
+    return {label(life): {(f.name, f.start): f.value.clone() for f in learning} for life in half_lives}
 
 
 def move(averages: Averages, engine: Any, step: int) -> None:
@@ -32,31 +32,31 @@ def move(averages: Averages, engine: Any, step: int) -> None:
     if not averages:
         return
     values = [f.value for f in fragments(engine) if f.learns]
-    for life, held in averages.items():
+    for life, average in averages.items():
         keep = 0.5 ** (1 / min(float(life), step / 10))
-        torch._foreach_lerp_(list(held.values()), values, 1 - keep)
+        torch._foreach_lerp_(list(average.values()), values, 1 - keep)
 
 
 def restore(averages: Averages, engine: Any, saved: Mapping[str, Any]) -> None:
     """Set the averages to saved ones, `checkpoint.Weights` by half-life, whatever number of ranks has saved them."""
-    places: list[Fragment] = [f for f in fragments(engine) if f.learns]
-    for life, held in averages.items():
-        for place in places:
-            flat = saved[life].read(place.name, place.start, place.value.numel())
-            held[place.name, place.start].copy_(flat)
+    pieces: list[Fragment] = [f for f in fragments(engine) if f.learns]
+    for life, average in averages.items():
+        for piece in pieces:
+            flat = saved[life].read(piece.name, piece.start, piece.value.numel())
+            average[piece.name, piece.start].copy_(flat)
 
 
 @contextmanager
 def swapped(average: Mapping[tuple[str, int], Tensor], engine: Any) -> Iterator[None]:
-    """Let the engine's module compute with an average for a while; what the optimizer keeps is not touched.
+    """Let the engine's module compute with an average for the block; the optimizer's state is not touched.
 
-    Every rank must call it. Costs as much memory again as the module's own weights on this rank.
+    Every rank must call it. It costs the memory of the module's weights on this rank once more.
     """
     sharded = engine.zero_optimization_stage() == 3
     learning = {name: p for name, p in engine.module.named_parameters() if p.requires_grad}
-    # those that ZeRO-3 never lets go, being small, are copies of the shards
-    kept = _gathered(learning.values()) if sharded else []
-    _let_go(kept)
+    # ZeRO-3 keeps small parameters gathered, as copies of the shards
+    persistent = _gathered(learning.values()) if sharded else []
+    _partition(persistent)
     weights = {name: p.ds_tensor.data if sharded else p.data for name, p in learning.items()}
     before = {name: weight.clone() for name, weight in weights.items()}
     pieces: dict[str, list[tuple[int, Tensor]]] = {name: [] for name in weights}
@@ -65,20 +65,20 @@ def swapped(average: Mapping[tuple[str, int], Tensor], engine: Any) -> Iterator[
     rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
     for name, weight in weights.items():
         first = rank * weight.numel() if sharded else 0
-        whole = torch.zeros(weight.numel(), dtype=weight.dtype, device=weight.device)
+        full = torch.zeros(weight.numel(), dtype=weight.dtype, device=weight.device)
         for start, value in pieces[name]:
-            whole[start - first : start - first + value.numel()] = value.to(whole)
+            full[start - first : start - first + value.numel()] = value.to(full)
         if world > 1 and not sharded:
             # each element is on one rank, and zero on the others
-            torch.distributed.all_reduce(whole)
-        weight.copy_(whole.view(weight.shape))
-    _gather(kept)
+            torch.distributed.all_reduce(full)
+        weight.copy_(full.view(weight.shape))
+    _gather(persistent)
     yield
     if sharded:
-        _let_go(_gathered(learning.values()))
+        _partition(_gathered(learning.values()))
     for name, weight in weights.items():
         weight.copy_(before[name])
-    _gather(kept)
+    _gather(persistent)
 
 
 def _gathered(parameters: Iterable[nn.Parameter]) -> list[Any]:
@@ -87,7 +87,7 @@ def _gathered(parameters: Iterable[nn.Parameter]) -> list[Any]:
     return [p for p in parameters if p.ds_status == ZeroParamStatus.AVAILABLE]  # type: ignore[attr-defined]
 
 
-def _let_go(parameters: list[Any]) -> None:
+def _partition(parameters: list[Any]) -> None:
     if parameters:
         parameters[0].partition(parameters)
 

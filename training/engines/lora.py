@@ -16,20 +16,20 @@ from longtake.datasets.errors import UserError
 from longtake.training.config import LoraConfig
 
 _DOWN, _UP = "lora_down", "lora_up"
-_NEW = "begun_anew"
+_NEW = "begun_anew"  # attribute of a module
 
 
 def let_learn(module: nn.Module, new: Iterable[str]) -> None:
-    """Have `attach` let these parameters of `module` learn in full: no base has given them, and what is random needs more than a change."""
+    """Have `attach` train these parameters of `module` in full: they are new and random, and need more than a low-rank change."""
     setattr(module, _NEW, frozenset(new))
 
 
 def attach(module: nn.Module, config: LoraConfig) -> str:
-    """Let all of `module` stand still but for what `config.full` names and low-rank changes of `config.targets`.
+    """Freeze all of `module` except `config.full` and low-rank changes of `config.targets`.
 
     A layer gets two children, `lora_down` to `rank` channels with the layer's own kernel and `lora_up` back, the latter
     zero: nothing changes at first. They are modules of their own so that ZeRO-3 gathers them when they are called.
-    A layer that is learned in full gets none; nor does one that stands still already, and nor does `full` wake it.
+    A layer that is trained in full, or was frozen before, gets none; `full` does not unfreeze it.
 
     Returns:
         What learns now, as a line to print.
@@ -47,11 +47,11 @@ def attach(module: nn.Module, config: LoraConfig) -> str:
     learning = {name for name, parameter in module.named_parameters() if parameter.requires_grad}
     full = learning & getattr(module, _NEW, frozenset())
     for pattern in config.full:
-        found = {name for name, _ in module.named_parameters() if re.match(pattern, name)}
-        if not found:
+        matches = {name for name, _ in module.named_parameters() if re.match(pattern, name)}
+        if not matches:
             names = ", ".join(name for name, _ in module.named_children())
             raise UserError(f"lora.full: {pattern!r} matches no parameter; their names begin with {names}")
-        full |= found & learning
+        full |= matches & learning
     for name, parameter in module.named_parameters():
         parameter.requires_grad_(name in full)
     changed = 0

@@ -35,7 +35,7 @@ class Moments:
 
 
 def moments(rows: Tensor) -> Moments:
-    """Of (N, D), N >= 1, on the device of `rows`."""
+    """The moments of rows (N, D), N >= 1, on their device."""
     if rows.ndim != 2 or not len(rows):
         raise ValueError(f"moments are of (N, D) with N at least 1, got {tuple(rows.shape)}")
     values = rows.double()
@@ -52,11 +52,11 @@ def merge(parts: Iterable[Moments]) -> Moments:
             total = part
             continue
         count = total.count + part.count
-        step = part.mean - total.mean
+        shift = part.mean - total.mean
         total = Moments(
             count,
-            total.mean + step * (part.count / count),
-            total.scatter + part.scatter + torch.outer(step, step) * (total.count * part.count / count),
+            total.mean + shift * (part.count / count),
+            total.scatter + part.scatter + torch.outer(shift, shift) * (total.count * part.count / count),
         )
     if total is None:
         raise ValueError("no samples at all")
@@ -95,7 +95,7 @@ def kernel_distance(first: Tensor, second: Tensor) -> float:
 
 
 def gathered_moments(part: Moments | None) -> Moments:
-    """The moments of all ranks together; None for a rank that has no rows. Every rank must call it.
+    """The moments of all ranks together; `part` is None on a rank without rows. Every rank must call it.
 
     Raises:
         ValueError: no rank has any.
@@ -110,9 +110,9 @@ def gathered_moments(part: Moments | None) -> Moments:
 
 
 class Sample:
-    """Videos of one kind, taken in batch by batch, as a distribution of a network's features.
+    """Videos of one kind, added batch by batch, as a distribution of a network's features.
 
-    With `kernel` all features are kept, 4 bytes a number; else moments alone, whatever the number of videos.
+    With `kernel` all features are kept, 4 bytes a number; else only moments, for any number of videos.
     """
 
     def __init__(self, name: str, network: FeatureNetwork, kernel: bool = True) -> None:
@@ -123,7 +123,7 @@ class Sample:
         self._rows: list[Tensor] = []
 
     def add(self, batch: Tensor, times: int = 1) -> None:
-        """Take in (B, 3, T, H, W) in [-1, 1], on the network's device, each so many times. ValueError for another T, H, W."""
+        """Add videos (B, 3, T, H, W) in [-1, 1], on the network's device, each `times` times. ValueError for another T, H, W."""
         self.shape = self.shape or tuple(batch.shape[2:])
         _alike(self.name, tuple(batch.shape[2:]), self.shape)
         rows = features(self.network, batch).repeat(times, 1)
@@ -138,11 +138,11 @@ class Sample:
         return torch.cat(self._rows) if self._rows else torch.empty(0, 0)
 
     def of_all_ranks(self) -> "Sample":
-        """This kind's videos of all ranks, of which some may have none. Every rank must call it."""
+        """The videos of all ranks; a rank may have none. Every rank must call it."""
         total = Sample(self.name, self.network, self.kernel)
-        known = gathered(torch.tensor([[self.videos, *(self.shape or (0, 0, 0))]]))
-        total.videos = int(known[:, 0].sum())
-        for row in known[known[:, 0] > 0].tolist():
+        counts = gathered(torch.tensor([[self.videos, *(self.shape or (0, 0, 0))]]))
+        total.videos = int(counts[:, 0].sum())
+        for row in counts[counts[:, 0] > 0].tolist():
             total.shape = total.shape or tuple(row[1:])
             _alike(self.name, tuple(row[1:]), total.shape)
         if total.videos:
@@ -200,7 +200,7 @@ def video_distance(
     kernel: bool = True,
     across_ranks: bool = False,
 ) -> dict[str, Any]:
-    """Fréchet (and kernel) distance between real and generated videos, with all that makes the value comparable.
+    """Fréchet (and kernel) distance between real and generated videos, with all facts that make the value comparable.
 
     With StyleGAN-V's I3D it is FVD and KVD, with a network of images the distance over single frames.
 
@@ -208,7 +208,7 @@ def video_distance(
         real, fake: batches (B, 3, T, H, W) in [-1, 1], on the device of the network, all of one T, H and W.
         split, seed: which data the real videos are of, and what the fake ones were drawn with; for the record.
         kernel: also the kernel distance, which keeps all features in memory (4 bytes a number).
-        across_ranks: every rank gives its share, be it none, and gets the value over all of them.
+        across_ranks: every rank gives its share, which may be empty, and gets the value over all.
 
     Returns:
         A flat dict for JSON. `warning` is None, or says that there are too few samples for the covariance.
@@ -220,8 +220,8 @@ def video_distance(
     for side, batches in zip(sides, (real, fake), strict=True):
         for batch in batches:
             side.add(batch)
-    ours, made = (side.of_all_ranks() if across_ranks else side for side in sides)
-    return distance(ours, made, split=split, seed=seed)
+    total_real, total_fake = (side.of_all_ranks() if across_ranks else side for side in sides)
+    return distance(total_real, total_fake, split=split, seed=seed)
 
 
 def _alike(name: str, shape: tuple[int, ...], first: tuple[int, ...]) -> None:

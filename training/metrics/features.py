@@ -28,7 +28,7 @@ from longtake.training.metrics.backbones import from_state_dict
 Pixels = Literal["imagenet", "caffe", "signed", "unit", "bytes"]
 Images = Callable[[Tensor], list[Tensor]]
 
-# what a network wants to see, as (shift, scale) of pixels in [-1, 1]
+# the pixels that a network takes, as (shift, scale) of pixels in [-1, 1]
 _MEANS, _STDS = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 PIXELS: dict[str, tuple[tuple[float, ...], tuple[float, ...]]] = {
     "imagenet": (tuple(2 * m - 1 for m in _MEANS), tuple(2 * s for s in _STDS)),  # LPIPS's scaling layer
@@ -169,9 +169,9 @@ def read_file(path: str, digest: str | None = None) -> bytes:
         data = storage.read(path)
     except FileNotFoundError:
         raise UserError(f"{path}: no such file; name the weights of a feature network") from None
-    found = hashlib.sha256(data).hexdigest()
-    if digest is not None and found != digest.lower():
-        raise UserError(f"{path}: its sha256 is {found}, expected {digest}")
+    sha256 = hashlib.sha256(data).hexdigest()
+    if digest is not None and sha256 != digest.lower():
+        raise UserError(f"{path}: its sha256 is {sha256}, expected {digest}")
     return data
 
 
@@ -201,10 +201,8 @@ def _load_torchscript(data: bytes, source: str, device: torch.device | str) -> A
         for name in archive.namelist():
             if not name.endswith(".py"):
                 continue
-            if found := _REACHES_OUT.search(archive.read(name).decode(errors="replace")):
-                raise UserError(
-                    f"{source}: its code calls {found.group().rstrip('( ')}, which a network has no use for"
-                )
+            if call := _REACHES_OUT.search(archive.read(name).decode(errors="replace")):
+                raise UserError(f"{source}: its code calls {call.group().rstrip('( ')}, which a network has no use for")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", DeprecationWarning)  # the published I3D comes in no other format

@@ -20,10 +20,10 @@ _PATHS = 32  # and as paths
 _CELL, _GAP = 80, 2  # pixels
 
 
-class _Seen(NamedTuple):
-    """Of one video: `distances` (T + 1), the mean latent (T, C) of each step; of some its latent and frames at its steps."""
+class _Video(NamedTuple):
+    """One video's `distances` (T + 1) and mean latents (T, C); to be shown, also its latents and the frames at them."""
 
-    apart: Tensor | None
+    distances: Tensor | None
     pooled: Tensor | None
     latent: Tensor | None
     frames: np.ndarray[Any, Any] | None
@@ -34,36 +34,36 @@ class Latents:
 
     def __init__(self) -> None:
         self._moments: Moments | None = None
-        self._seen: dict[int, _Seen] = {}
+        self._videos: dict[int, _Video] = {}
 
     def add(self, number: int, latent: Tensor, video: Callable[[], Tensor]) -> None:
         """Video `number`: its latent (1, C, T, h, w); `video` gives (1, 3, 1 + r (T - 1), H, W) in [-1, 1] if it is shown."""
         part = moments(latent.movedim(1, -1).flatten(0, -2).cpu())
         self._moments = part if self._moments is None else merge([self._moments, part])
-        steps, followed = latent.shape[2], number < _PATHS and latent.shape[2] > 1
+        count, has_path = latent.shape[2], number < _PATHS and latent.shape[2] > 1
         shown = video() if number < _SHOWN else None
-        self._seen[number] = _Seen(
-            distances(latent)[0] if steps > 1 else None,
-            latent[0].double().mean((2, 3)).T.cpu() if followed else None,
+        self._videos[number] = _Video(
+            distances(latent)[0] if count > 1 else None,
+            latent[0].double().mean((2, 3)).T.cpu() if has_path else None,
             None if shown is None else latent.float().cpu(),
-            None if shown is None else _at_steps(shown, steps),
+            None if shown is None else _frames_at_latents(shown, count),
         )
 
     def of_all_ranks(self) -> "Latents":
-        """Those of all ranks, of which some may have none. Every rank must call it."""
-        whole = Latents()
-        whole._moments, whole._seen = gathered_moments(self._moments), united(self._seen)
-        return whole
+        """The latents of all ranks; a rank may have none. Every rank must call it."""
+        total = Latents()
+        total._moments, total._videos = gathered_moments(self._moments), united(self._videos)
+        return total
 
     def temporal_distance(self) -> dict[str, Any] | None:
-        """LTD of the videos; None where they have a single step."""
-        rows = [seen.apart for seen in self._seen.values() if seen.apart is not None]
+        """LTD of the videos; None where they have a single latent."""
+        rows = [video.distances for video in self._videos.values() if video.distances is not None]
         return temporal_distance(torch.stack(rows)) if rows else None
 
 
-def _at_steps(video: Tensor, steps: int) -> np.ndarray[Any, Any]:
-    """The frames (T, H, W, 3) uint8 that latent steps end with."""
-    stride = (video.shape[2] - 1) // (steps - 1) if steps > 1 else 1
+def _frames_at_latents(video: Tensor, count: int) -> np.ndarray[Any, Any]:
+    """The last frame (H, W, 3) of each of `count` latents, uint8 `(T, H, W, 3)`."""
+    stride = (video.shape[2] - 1) // (count - 1) if count > 1 else 1
     return to_pixels(video[0, :, ::stride].permute(1, 2, 3, 0)).cpu().numpy()
 
 
@@ -74,67 +74,69 @@ def looked_at(kinds: Mapping[str, Latents], folder: Path) -> dict[str, Any]:
 
     Returns:
         `ltd`, by kind as `latent_temporal_distance` gives it, and `paths`, by kind (V, T, 2); both empty where the
-        latents have a single step.
+        videos have a single latent.
     """
-    whole = {kind: latents.of_all_ranks() for kind, latents in kinds.items()}
-    ltd = {kind: found for kind, some in whole.items() if (found := some.temporal_distance())}
-    paths = _paths(whole)
+    total = {kind: latents.of_all_ranks() for kind, latents in kinds.items()}
+    ltd = {kind: distance for kind, latents in total.items() if (distance := latents.temporal_distance())}
+    paths = _paths(total)
     if place()[0] == 0:
-        _draw(whole, folder / "latents.png")
+        _draw(total, folder / "latents.png")
         if paths:
             draw_trajectories(torch.cat(list(paths.values())), folder / "paths.png")
-    return {"ltd": ltd, "paths": {kind: some.tolist() for kind, some in paths.items()}}
+    return {"ltd": ltd, "paths": {kind: path.tolist() for kind, path in paths.items()}}
 
 
-def series(found: Mapping[str, Any]) -> dict[str, Points]:
+def series(results: Mapping[str, Any]) -> dict[str, Points]:
     """The curves of `looked_at` by interval, by the names of metrics; those of the kinds after the first with its name."""
     curves = dict[str, Points]()
-    for number, (kind, ltd) in enumerate(found["ltd"].items()):
+    for number, (kind, ltd) in enumerate(results["ltd"].items()):
         for name in ("raw", "normalised"):
             curves[f"ltd_{name}" + (f"_{kind}" if number else "")] = list(enumerate(ltd[name], 1))
     return curves
 
 
-def figures(found: Mapping[str, Any]) -> dict[str, float]:
+def figures(results: Mapping[str, Any]) -> dict[str, float]:
     """The numbers of `looked_at`, by the names of metrics."""
     names = ("rising", "spearman", "curve_roughness", "path_roughness")
     return {
         f"ltd_{name}" + (f"_{kind}" if number else ""): ltd[name]
-        for number, (kind, ltd) in enumerate(found["ltd"].items())
+        for number, (kind, ltd) in enumerate(results["ltd"].items())
         for name in names
     }
 
 
-def _paths(whole: Mapping[str, Latents]) -> dict[str, Tensor]:
+def _paths(kinds: Mapping[str, Latents]) -> dict[str, Tensor]:
     """(V, T, 2) of each kind, in the plane of the first one's two strongest components."""
-    pooled = {kind: [s.pooled for s in some._seen.values() if s.pooled is not None] for kind, some in whole.items()}
+    pooled = {
+        kind: [v.pooled for v in latents._videos.values() if v.pooled is not None] for kind, latents in kinds.items()
+    }
     first = next(iter(pooled.values()))
     if not first or first[0].shape[1] < 2:
         return {}
     plane = components(moments(torch.cat(first)), 2)
-    return {kind: torch.stack([plane.project(one) for one in some]) for kind, some in pooled.items() if some}
+    return {kind: torch.stack([plane.project(row) for row in rows]) for kind, rows in pooled.items() if rows}
 
 
-def _draw(whole: Mapping[str, Latents], file: Path) -> None:
-    """For some videos of each kind two rows: the frames at the latent steps, and below them the latents as colours."""
+def _draw(kinds: Mapping[str, Latents], file: Path) -> None:
+    """A picture with two rows for each of some videos of a kind: the frames at the latents, and the latents as colours."""
     from PIL import Image
 
-    first = next(iter(whole.values()))
+    first = next(iter(kinds.values()))
     assert first._moments
     if len(first._moments.mean) < 3 or first._moments.count < 2:
         return
     pca = components(first._moments, 3)
     rows: list[Sequence[np.ndarray[Any, Any]]] = []
-    for some in whole.values():
-        for seen in some._seen.values():
-            if seen.latent is not None and seen.frames is not None:
-                rows += [list(seen.frames), list(pca_pictures(seen.latent, pca)[0].numpy())]
+    for latents in kinds.values():
+        for video in latents._videos.values():
+            if video.latent is not None and video.frames is not None:
+                rows += [list(video.frames), list(pca_pictures(video.latent, pca)[0].numpy())]
     height, width = rows[0][0].shape[:2]
     cell = (round(_CELL * width / height), _CELL)
     columns = max(map(len, rows))
     sheet = Image.new("RGB", (columns * (cell[0] + _GAP) - _GAP, len(rows) * (cell[1] + _GAP) - _GAP), "#ffffff")
     for y, row in enumerate(rows):
         for x, picture in enumerate(row):
-            how = Image.Resampling.NEAREST if y % 2 else Image.Resampling.BICUBIC
-            sheet.paste(Image.fromarray(picture).resize(cell, how), (x * (cell[0] + _GAP), y * (cell[1] + _GAP)))
+            resampling = Image.Resampling.NEAREST if y % 2 else Image.Resampling.BICUBIC
+            sheet.paste(Image.fromarray(picture).resize(cell, resampling), (x * (cell[0] + _GAP), y * (cell[1] + _GAP)))
     sheet.save(file)

@@ -29,26 +29,26 @@ def dense_flow(first: Tensor, second: Tensor, matching: Matching = Matching()) -
     """Displacement (x, y) in pixels of each pixel of `first` on its way to `second`: (N, 3, H, W) twice -> (N, 2, H, W).
 
     The displacement with the smallest mean squared difference over a window, and the vertex of the parabola through
-    it and its two neighbours in x, then in y. Outside the picture its border goes on.
+    it and its two neighbours in x, then in y. The border is repeated outside the picture.
     """
     radius, window = matching.radius, matching.window
     if radius < 1 or window < 1 or not window % 2:
         raise ValueError(f"matching: radius {radius} must be at least 1 and window {window} odd")
     height, width = first.shape[-2:]
-    there = F.pad(second.float(), (radius + 1,) * 4, mode="replicate")
+    padded = F.pad(second.float(), (radius + 1,) * 4, mode="replicate")
     moves = range(-radius - 1, radius + 2)  # one more on each side, for the parabola
-    shifted = [[there[..., y : y + height, x : x + width] for x in range(len(moves))] for y in range(len(moves))]
+    shifted = [[padded[..., y : y + height, x : x + width] for x in range(len(moves))] for y in range(len(moves))]
     costs = torch.stack([torch.stack([_blurred(first, s, window) for s in row], 1) for row in shifted], 1)  # N y x H W
     lengths = torch.tensor([[(x * x + y * y) ** 0.5 for x in moves] for y in moves], device=costs.device)
     inner = (costs + _TIE * lengths[..., None, None])[:, 1:-1, 1:-1].flatten(1, 2)
     best = inner.argmin(1, keepdim=True)
     side = 2 * radius + 1
     row, column = best // side + 1, best % side + 1
-    flat, step = costs.flatten(1, 2), len(moves)
-    at = row * step + column
-    middle = flat.gather(1, at)
-    y = row - radius - 1 + _vertex(flat.gather(1, at - step), middle, flat.gather(1, at + step))
-    x = column - radius - 1 + _vertex(flat.gather(1, at - 1), middle, flat.gather(1, at + 1))
+    flat, line = costs.flatten(1, 2), len(moves)
+    index = row * line + column
+    middle = flat.gather(1, index)
+    y = row - radius - 1 + _vertex(flat.gather(1, index - line), middle, flat.gather(1, index + line))
+    x = column - radius - 1 + _vertex(flat.gather(1, index - 1), middle, flat.gather(1, index + 1))
     return torch.cat([x, y], 1)
 
 
@@ -126,7 +126,7 @@ def cell_centres(grid: tuple[int, int], size: tuple[int, ...], device: torch.dev
 
 
 def sampled(field: Tensor, points: Tensor) -> Tensor:
-    """A field (N, C, H, W) read bilinearly at points (N, 2, h, w) in its own pixels; its border goes on outside."""
+    """A field (N, C, H, W) read bilinearly at points (N, 2, h, w) in its own pixels; the border is repeated outside."""
     scale = points.new_tensor([2 / field.shape[-1], 2 / field.shape[-2]])
     where = points.movedim(1, -1) * scale - 1
     return F.grid_sample(field, where.to(field.dtype), padding_mode="border", align_corners=False)

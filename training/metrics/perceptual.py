@@ -113,8 +113,8 @@ def perceptual_loss(
 
     Args:
         made, source: (B, 3, T, H, W) in [-1, 1].
-        frames: that many frames, drawn anew for each clip without repetition; None takes all.
-        generator: draws them.
+        frames: number of frames, drawn for each clip without repetition; None takes all.
+        rng: draws them.
 
     Returns:
         () fp32.
@@ -122,16 +122,16 @@ def perceptual_loss(
     if perceptual is None:
         return made.new_zeros((), dtype=torch.float32)
     if frames is not None and frames < made.shape[2]:
-        made, source = _drawn((made, source), frames, rng)
+        made, source = _draw_frames((made, source), frames, rng)
     return lpips(perceptual, made, source.detach()).mean()
 
 
-def _drawn(videos: Sequence[Tensor], frames: int, rng: torch.Generator | None) -> list[Tensor]:
+def _draw_frames(videos: Sequence[Tensor], frames: int, rng: torch.Generator | None) -> list[Tensor]:
     if frames < 1:
         raise ValueError(f"frames must be at least 1, got {frames}")
     first = videos[0]
-    at = rng.device if rng is not None else first.device
-    chosen = torch.rand(first.shape[0], first.shape[2], generator=rng, device=at).argsort(1)[:, :frames]
+    device = rng.device if rng is not None else first.device
+    chosen = torch.rand(first.shape[0], first.shape[2], generator=rng, device=device).argsort(1)[:, :frames]
     clips = torch.arange(first.shape[0], device=first.device)[:, None]
     return [video.transpose(1, 2)[clips, chosen.to(first.device)].transpose(1, 2) for video in videos]
 
@@ -141,15 +141,15 @@ def _unit(network: FeatureNetwork, frames: Tensor) -> list[Tensor]:
 
 
 def _linear_weights(path: str, device: torch.device | str) -> tuple[Tensor, ...]:
-    held = load_state_dict(read_file(path), path)
-    found: list[Tensor] = []
+    state = load_state_dict(read_file(path), path)
+    weights: list[Tensor] = []
     for index in count():
-        weight = held.get(f"lin{index}.model.1.weight")
+        weight = state.get(f"lin{index}.model.1.weight")
         if weight is None:
             break
         if weight.ndim != 4 or weight.shape[0] != 1:
             raise UserError(f"{path}: lin{index}.model.1.weight must be (1, C, 1, 1), is {tuple(weight.shape)}")
-        found.append(weight.float().flatten().to(device))
-    if not found:
+        weights.append(weight.float().flatten().to(device))
+    if not weights:
         raise UserError(f"{path}: no LPIPS weights, such as lin0.model.1.weight")
-    return tuple(found)
+    return tuple(weights)

@@ -1,4 +1,4 @@
-"""What a prior has understood: linear probes on its features (PV-VAE, arXiv 2605.02134: flow, next frame, tracking).
+"""What a model's features tell of motion: linear probes on them (PV-VAE, arXiv 2605.02134: flow, next frame, tracking).
 
 A probe is one 1x1 linear head, fitted by ridge regression in closed form: no steps, no seed, the same result each
 time. Each score stands beside `baseline`, that of always predicting the mean of the training targets. Which layer
@@ -66,10 +66,10 @@ def fit_probe(train: Pairs, ridge: float = 1e-4) -> Probe:
 
 
 def moments_of(features: Tensor, targets: Tensor) -> Moments:
-    """Of features and targets side by side (C + K,), over all steps that have a target and all positions."""
-    seen = _matched(features, targets)
-    both = torch.cat([seen.double(), targets.to(seen.device).double()], 1)
-    return moments(both.movedim(1, -1).flatten(0, -2))
+    """Moments of features and targets side by side (C + K,), over all latents that have a target and all positions."""
+    matched = _matched(features, targets)
+    pairs = torch.cat([matched.double(), targets.to(matched.device).double()], 1)
+    return moments(pairs.movedim(1, -1).flatten(0, -2))
 
 
 def solved(total: Moments, width: int, ridge: float = 1e-4) -> Probe:
@@ -87,7 +87,7 @@ def solved(total: Moments, width: int, ridge: float = 1e-4) -> Probe:
 def scores(train: Pairs, heldout: Pairs) -> dict[str, float]:
     """All three probes on features (1, C, t, h, w), fitted to those of training videos (1, 3, T, H, W), scored on held-out ones.
 
-    Each rank gives its share of both, be it none, and gets the scores over all of them. The held-out features are kept.
+    Each rank gives its share of both, which may be empty, and gets the scores over all of them. The held-out features are kept.
 
     Returns:
         `flow_epe`, `next_frame_psnr`, `tracking_error` and `tracking_within`, each also with `_baseline`.
@@ -99,30 +99,30 @@ def scores(train: Pairs, heldout: Pairs) -> dict[str, float]:
     for features, video in train:
         part = moments_of(features, torch.cat(_targets(features, video), 1))
         total = part if total is None else merge([total, part])
-    known = gathered_moments(total)
-    held = list[tuple[Tensor, ...]]()
+    joint = gathered_moments(total)
+    rows = list[tuple[Tensor, ...]]()
     for features, video in heldout:
-        held.append((features.cpu(), *(target.cpu() for target in _targets(features, video))))
+        rows.append((features.cpu(), *(target.cpu() for target in _targets(features, video))))
         size = (video.shape[3], video.shape[4])
-    held = list(united(dict(enumerate(held, place()[0] << 32))).values())
+    rows = list(united(dict(enumerate(rows, place()[0] << 32))).values())
     height, width = (int(side) for side in gathered(torch.tensor([size])).amax(0))
-    probe = solved(known, len(known.mean) - sum(_TARGETS))
+    probe = solved(joint, len(joint.mean) - sum(_TARGETS))
     parts = [
         Probe(probe.features_mean, weights, mean)
         for weights, mean in zip(probe.weights.split(_TARGETS, 1), probe.targets_mean.split(_TARGETS), strict=True)
     ]
-    flow, following, tracks = ([(row[0], row[1 + n]) for row in held] for n in range(3))
-    flow_found, next_found = flow_score(parts[0], flow), next_frame_score(parts[1], following)
-    tracked = tracking_score(parts[2], tracks, (height, width))
+    flow, following, tracks = ([(row[0], row[1 + n]) for row in rows] for n in range(3))
+    flow_errors, next_errors = flow_score(parts[0], flow), next_frame_score(parts[1], following)
+    track_errors = tracking_score(parts[2], tracks, (height, width))
     return {
-        "flow_epe": flow_found["epe"],
-        "flow_epe_baseline": flow_found["baseline"],
-        "next_frame_psnr": next_found["psnr"],
-        "next_frame_psnr_baseline": next_found["baseline"],
-        "tracking_error": tracked["error"],
-        "tracking_error_baseline": tracked["error_baseline"],
-        "tracking_within": tracked["within"],
-        "tracking_within_baseline": tracked["within_baseline"],
+        "flow_epe": flow_errors["epe"],
+        "flow_epe_baseline": flow_errors["baseline"],
+        "next_frame_psnr": next_errors["psnr"],
+        "next_frame_psnr_baseline": next_errors["baseline"],
+        "tracking_error": track_errors["error"],
+        "tracking_error_baseline": track_errors["error_baseline"],
+        "tracking_within": track_errors["within"],
+        "tracking_within_baseline": track_errors["within_baseline"],
     }
 
 
@@ -137,7 +137,7 @@ def flow_score(probe: Probe, heldout: Pairs) -> dict[str, float]:
     Returns:
         `epe` and `baseline`; lower is better.
     """
-    errors = _means(probe, heldout, lambda made, target: (made - target).norm(dim=1))
+    errors = _means(probe, heldout, lambda prediction, target: (prediction - target).norm(dim=1))
     return {"epe": errors[0], "baseline": errors[1]}
 
 
@@ -147,9 +147,9 @@ def next_frame_score(probe: Probe, heldout: Pairs) -> dict[str, float]:
     Returns:
         `psnr` and `baseline`; higher is better.
     """
-    errors = _means(probe, heldout, lambda made, target: (made.clamp(-1, 1) - target).square())
-    made, baseline = (-10 * math.log10(max(error / 4, 1e-10)) for error in errors)
-    return {"psnr": made, "baseline": baseline}
+    errors = _means(probe, heldout, lambda prediction, target: (prediction.clamp(-1, 1) - target).square())
+    score, baseline = (-10 * math.log10(max(error / 4, 1e-10)) for error in errors)
+    return {"psnr": score, "baseline": baseline}
 
 
 def tracking_score(probe: Probe, heldout: Pairs, size: tuple[int, int], threshold: float = 4.0) -> dict[str, float]:
@@ -173,8 +173,8 @@ def tracking_score(probe: Probe, heldout: Pairs, size: tuple[int, int], threshol
         true = follow(targets.double(), size)
         inside = ((true >= 0) & (true <= limit.to(true)[:, None, None, None])).all(1)[:, 1:].cummin(1).values
         count += int(inside.sum())
-        made = probe(_matched(features, targets))
-        for index, field in enumerate((made, probe.mean(made))):
+        prediction = probe(_matched(features, targets))
+        for index, field in enumerate((prediction, probe.mean(prediction))):
             error = (follow(field.to(true), size) - true).norm(dim=1)[:, 1:][inside]
             sums[0, index] += error.sum().cpu()
             sums[1, index] += (error < threshold).sum().cpu()
@@ -194,9 +194,9 @@ def _means(probe: Probe, pairs: Pairs, error: Callable[[Tensor, Tensor], Tensor]
     """The mean error of the probe and of the training mean over all positions of all pairs."""
     sums, count = [0.0, 0.0], 0
     for features, targets in pairs:
-        made = probe(_matched(features, targets))
-        target = targets.to(made)
-        errors = [error(made, target), error(probe.mean(made), target)]
+        prediction = probe(_matched(features, targets))
+        target = targets.to(prediction)
+        errors = [error(prediction, target), error(probe.mean(prediction), target)]
         sums = [total + float(one.sum()) for total, one in zip(sums, errors, strict=True)]
         count += errors[0].numel()
     if not count:
@@ -205,9 +205,9 @@ def _means(probe: Probe, pairs: Pairs, error: Callable[[Tensor, Tensor], Tensor]
 
 
 def _matched(features: Tensor, targets: Tensor) -> Tensor:
-    """The features at the steps that have a target."""
-    steps = targets.shape[2] if targets.ndim == 5 else 0
-    seen = features[:, :, :steps] if features.ndim == 5 else features
-    if not steps or seen.shape[:1] + seen.shape[2:] != targets.shape[:1] + targets.shape[2:]:
+    """The features at the latents that have a target."""
+    latents = targets.shape[2] if targets.ndim == 5 else 0
+    matched = features[:, :, :latents] if features.ndim == 5 else features
+    if not latents or matched.shape[:1] + matched.shape[2:] != targets.shape[:1] + targets.shape[2:]:
         raise ValueError(f"features {tuple(features.shape)} and targets {tuple(targets.shape)} do not fit each other")
-    return seen
+    return matched

@@ -1,4 +1,4 @@
-"""A rank's share of an evaluation, and what all ranks have measured, together again. Without a process group, all of it."""
+"""Evaluation shared among ranks: a rank's share of the clips, and the results of all ranks together."""
 
 import itertools
 from collections.abc import Iterator, Mapping
@@ -22,10 +22,10 @@ def place() -> tuple[int, int]:
 
 
 def mine(count: int, what: str, unit: str) -> Iterator[int]:
-    """This rank's numbers of 0..count-1, every world-th one, with a bar on the first rank. Every rank must take all of its own.
+    """This rank's numbers of 0..count-1, every world-th one, with a bar on the first rank. Every rank must take all its numbers.
 
     Raises:
-        Interrupted: on all ranks, where one is asked to stop.
+        Interrupted: on all ranks, where some rank is asked to stop.
     """
     rank, world = place()
     for number in tqdm(range(rank, count, world), what, unit=unit, disable=rank != 0):
@@ -43,29 +43,29 @@ def batches(loader: Loader, count: int, what: str) -> Iterator[tuple[int, dict[s
 
 
 def united(part: Mapping[int, T]) -> dict[int, T]:
-    """What all ranks have of their numbers, plain data, in order. Every rank must call it."""
+    """The results of all ranks by number, plain data, in order of number. Every rank must call it."""
     parts: list[Any] = [part]
     if _grouped():
         parts = [None] * dist.get_world_size()
         dist.all_gather_object(parts, dict(part))
-    return dict(sorted((number, value) for some in parts for number, value in some.items()))
+    return dict(sorted((number, value) for results in parts for number, value in results.items()))
 
 
 def gathered(rows: Tensor) -> Tensor:
     """The rows (N, D) of all ranks, in order of rank; N may differ, and be 0 for any D. Every rank must call it."""
     if not _grouped():
         return rows
-    at = torch.device("cuda") if dist.get_backend() == "nccl" else torch.device("cpu")
-    mine = torch.tensor(rows.shape if len(rows) else (0, 0), device=at)
-    shapes = [torch.zeros_like(mine) for _ in range(dist.get_world_size())]
-    dist.all_gather(shapes, mine)
-    counts, widths = zip(*(shape.tolist() for shape in shapes), strict=True)
-    padded = rows.new_zeros((max(counts), max(widths)), device=at)
+    device = torch.device("cuda") if dist.get_backend() == "nccl" else torch.device("cpu")
+    shape = torch.tensor(rows.shape if len(rows) else (0, 0), device=device)
+    shapes = [torch.zeros_like(shape) for _ in range(dist.get_world_size())]
+    dist.all_gather(shapes, shape)
+    counts, widths = zip(*(size.tolist() for size in shapes), strict=True)
+    padded = rows.new_zeros((max(counts), max(widths)), device=device)
     if len(rows):
-        padded[: len(rows)] = rows.to(at)
-    held = [torch.empty_like(padded) for _ in counts]
-    dist.all_gather(held, padded)
-    return torch.cat([part[:n] for part, n in zip(held, counts, strict=True)]).to(rows.device)
+        padded[: len(rows)] = rows.to(device)
+    parts = [torch.empty_like(padded) for _ in counts]
+    dist.all_gather(parts, padded)
+    return torch.cat([part[:n] for part, n in zip(parts, counts, strict=True)]).to(rows.device)
 
 
 def _grouped() -> bool:

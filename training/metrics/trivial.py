@@ -1,7 +1,7 @@
-"""What a model has to beat to have learned anything: predictions that take no training.
+"""Baselines that take no training, which a model that has learned anything must beat.
 
-Of a video autoencoder a held frame, a mean, and a clip scaled down to as many numbers as its latents have. Of a flow
-the velocity that knows nothing but the data's mean, or its mean and variance.
+For a video autoencoder: a repeated frame, a mean, and a clip scaled down to the size of its latents. For a flow: the
+velocity that knows only the data's mean, or its mean and variance.
 """
 
 import math
@@ -18,7 +18,7 @@ from longtake.training.models.common.codec import latent_groups
 class Against(NamedTuple):
     """A figure of a model beside that of a trivial prediction, by their names in a summary."""
 
-    what: str  # the figure is of, in words, one thing
+    what: str  # the thing measured, in words
     figure: str
     trivial: str  # in words
     baseline: str
@@ -33,17 +33,17 @@ FLOW = (
 
 
 def comparisons(table: Sequence[Against], summary: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Those of which the summary has both figures, for JSON: what, figure, trivial, baseline, unit, and whether it `beats`."""
-    found = []
+    """The comparisons for which the summary has both figures, for JSON: what, figure, trivial, baseline, unit, and whether it `beats`."""
+    rows = []
     for what, figure, trivial, baseline, unit, higher in table:
         ours, theirs = summary.get(figure), summary.get(baseline)
         if ours is None or theirs is None:
             continue
         beats = ours > theirs if higher else ours < theirs
-        found.append(
+        rows.append(
             {"what": what, "figure": ours, "trivial": trivial, "baseline": theirs, "unit": unit, "beats": beats}
         )
-    return found
+    return rows
 
 
 def mean_colour(video: Tensor) -> Tensor:
@@ -66,7 +66,7 @@ def scaled_down(video: Tensor, vae: Any) -> Tensor:
 
 
 class Still(NamedTuple):
-    """A velocity that knows the mean of the data alone, (C,): E[ε - x0]."""
+    """A velocity that knows only the mean of the data, (C,): E[ε - x0]."""
 
     mean: Tensor
 
@@ -89,7 +89,7 @@ class Gaussian(NamedTuple):
 
 
 def unit(channels: int, like: Tensor) -> tuple[Still, Gaussian]:
-    """Both of data that is normalised, on the device of `like`."""
+    """Both baselines for normalised data, on the device of `like`."""
     mean, std = like.new_zeros(channels, dtype=torch.float32), like.new_ones(channels, dtype=torch.float32)
     return Still(mean), Gaussian(mean, std)
 

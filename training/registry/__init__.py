@@ -1,7 +1,7 @@
 """The registry: models in MLflow, or in folders.
 
-`disk` reads and writes model folders, `cache` fetches them, `store` asks MLflow, `promotion` moves the champion. This front
-door imports torch only when a model is loaded, for commands that ask the store alone.
+`disk` reads and writes model folders, `cache` and `fetch` get them from a store, `store` asks MLflow, `log` writes to it,
+`promotion` moves the champion. Torch is imported only when a model is loaded, for commands that ask the store alone.
 """
 
 from pathlib import Path
@@ -42,7 +42,7 @@ def register(folder: Path, name: str, run_id: str) -> str:
 
     The version gets the alias `candidate`. A version that this run has registered before is not registered again.
     """
-    from longtake.training.registry import disk, store
+    from longtake.training.registry import disk, log
 
     content = disk.read_config(folder)
-    return store.log_model(folder, name, run_id, disk.digest(content), content.get("lineage", {}))
+    return log.log_model(folder, name, run_id, disk.digest(content), content.get("lineage", {}))

@@ -1,6 +1,6 @@
-"""What promotion asks of the registry, and tells it: aliases, tags, empty models that are locks, and runs of its own.
+"""The calls of promotion to the registry: aliases, tags, empty models that are locks, and runs of its own.
 
-Each call is answered before it returns, and raises, as `model_store.asking`, UserError where there is no such model, version
+Each call waits for the answer, and raises, as `store.asking`, UserError where there is no such model, version
 or run, and Failure where the store cannot be reached.
 """
 
@@ -29,8 +29,8 @@ def split(uri: str) -> tuple[str, str]:
 def read(name: str) -> dict[str, str]:
     """The aliases of a registered model: `{alias: version}`."""
     with asking(f"models:/{name}") as client:
-        found = client.get_registered_model(name).aliases
-    return {alias: str(number) for alias, number in found.items()}
+        numbers = client.get_registered_model(name).aliases
+    return {alias: str(number) for alias, number in numbers.items()}
 
 
 def put(name: str, alias: str, number: str) -> None:
@@ -73,7 +73,7 @@ def create(name: str, tags: Mapping[str, str]) -> bool:
         try:
             client.create_registered_model(name, dict(tags))
         except Exception as e:
-            # the latter: it was there, and is gone before the store could say so
+            # the latter: it existed, and was deleted before the store could say so
             if _code(e) in ("RESOURCE_ALREADY_EXISTS", "RESOURCE_DOES_NOT_EXIST"):
                 return False
             raise
@@ -88,26 +88,27 @@ def delete(name: str) -> None:
 
 @contextmanager
 def run_beside(uri: str, name: str) -> Iterator[str]:
-    """The id of a new run, in the experiment of the run that has made a version. It ends with the block."""
+    """The id of a new run, in the experiment of the run that made a version. The run ends with the block."""
     model, number = split(uri)
     with asking(uri) as client:
-        made_by = client.get_model_version(model, number).run_id
-        experiment = client.get_run(made_by).info.experiment_id if made_by else "0"
+        training_run = client.get_model_version(model, number).run_id
+        experiment = client.get_run(training_run).info.experiment_id if training_run else "0"
         run_id = str(client.create_run(experiment, run_name=name).info.run_id)
     try:
         yield run_id
     except BaseException as e:
-        # a store that does not take it does not hide the error itself
+        # a store that fails must not hide the error itself
         with suppress(UserError, Failure), asking(uri) as client, redirect_stdout(StringIO()):
             client.set_tag(run_id, "longtake.error", shown(f"{type(e).__name__}: {e}")[:500])
             client.set_terminated(run_id, "FAILED" if isinstance(e, Exception) else "KILLED")
         raise
-    # it prints where the run can be seen
+    # the client prints where the run can be seen
     with asking(uri) as client, redirect_stdout(StringIO()):
         client.set_terminated(run_id, "FINISHED")
 
 
 def log_metrics(run_id: str, metrics: Mapping[str, float]) -> None:
+    """Metrics of a run."""
     with asking(f"run {run_id}") as client:
         for name, value in metrics.items():
             client.log_metric(run_id, name, value)
@@ -120,9 +121,9 @@ def log_json(run_id: str, name: str, content: Any) -> None:
 
 
 def read_json(run_id: str, name: str) -> Any:
-    """What `log_json` has logged; None where the run has no such artifact."""
+    """The data that `log_json` has logged; None where the run has no such artifact."""
     with asking(f"run {run_id}: {name}") as client, TemporaryDirectory() as folder:
-        if not any(found.path == name for found in client.list_artifacts(run_id)):
+        if not any(entry.path == name for entry in client.list_artifacts(run_id)):
             return None
         return json.loads(Path(client.download_artifacts(run_id, name, folder)).read_bytes())
 

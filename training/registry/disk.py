@@ -36,13 +36,13 @@ def save(
     facts: Mapping[str, Any],
     max_bytes: int = 5 << 30,
 ) -> None:
-    """Write a model folder, whole or not at all; one that is there is replaced.
+    """Write a model folder, whole or not at all; an older one is replaced.
 
     Args:
         model: a name in `KINDS`.
         weights: taken one after the other, so that an iterator needs memory for one file at a time.
         facts: more for config.json, such as its lineage.
-        max_bytes: of a weights file, unless a single tensor is larger.
+        max_bytes: size of a weights file, unless a single tensor is larger.
 
     Raises:
         UserError: the folder has something else in it.
@@ -54,23 +54,23 @@ def save(
         parent.mkdir(parents=True, exist_ok=True)
         storage.sweep(str(parent))
         with storage.spool_folder(str(parent)) as spool:
-            made = spool / "model"
-            made.mkdir()
-            _write_weights(made, weights.items() if isinstance(weights, Mapping) else weights, max_bytes)
+            scratch = spool / "model"
+            scratch.mkdir()
+            _write_weights(scratch, weights.items() if isinstance(weights, Mapping) else weights, max_bytes)
             content = {
                 **facts,
                 "format": _FORMAT,
                 "model": model,
                 "config": dict(config),
-                "sha256": {path.name: file_digest(path) for path in sorted(made.iterdir())},
+                "sha256": {path.name: file_digest(path) for path in sorted(scratch.iterdir())},
                 "longtake": version("longtake"),
             }
-            (made / "config.json").write_bytes(storage.canonical_json(content))
-            for path in [*made.iterdir(), made]:
+            (scratch / "config.json").write_bytes(storage.canonical_json(content))
+            for path in [*scratch.iterdir(), scratch]:
                 storage.sync(path)
             if folder.exists():
                 folder.rename(spool / "old")
-            made.rename(folder)
+            scratch.rename(folder)
             storage.sync(parent)
 
 
@@ -88,33 +88,33 @@ def _write_weights(folder: Path, weights: Iterable[tuple[str, Tensor]], max_byte
     if len(names) == 1:
         (folder / "0").rename(folder / "model.safetensors")
         return
-    where: dict[str, str] = {}
+    files: dict[str, str] = {}
     for number, inside in enumerate(names):
         file = f"model-{number + 1:05d}-of-{len(names):05d}.safetensors"
         (folder / f"{number}").rename(folder / file)
-        where |= dict.fromkeys(inside, file)
-    content = {"metadata": {"total_size": total}, "weight_map": where}
+        files |= dict.fromkeys(inside, file)
+    content = {"metadata": {"total_size": total}, "weight_map": files}
     (folder / _INDEX).write_bytes(storage.canonical_json(content))
 
 
 def _shards(weights: Iterable[tuple[str, Tensor]], max_bytes: int) -> Iterator[dict[str, Tensor]]:
     shard: dict[str, Tensor] = {}
-    size, seen, lies = 0, set[str](), set[int]()
+    size, names, addresses = 0, set[str](), set[int]()
     for name, value in weights:
-        if name in seen:
+        if name in names:
             raise ValueError(f"weights: {name} comes twice")
         tensor = value.detach().cpu().contiguous()
         if shard and size + tensor.nbytes > max_bytes:
             yield shard
-            shard, size, lies = {}, 0, set()
-        if (at := tensor.untyped_storage().data_ptr()) in lies:
+            shard, size, addresses = {}, 0, set()
+        if (address := tensor.untyped_storage().data_ptr()) in addresses:
             # a file has no tensors that share memory, such as tied weights
             tensor = tensor.clone()
-        seen.add(name)
-        lies.add(at)
+        names.add(name)
+        addresses.add(address)
         shard[name] = tensor
         size += tensor.nbytes
-    if not seen:
+    if not names:
         raise ValueError("weights: there are none")
     yield shard
 
@@ -132,7 +132,7 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def checked_config(where: Path | str, content: dict[str, Any]) -> dict[str, Any]:
-    """What config.json says, unless it is none of this longtake or names other files than weights. Raises as above."""
+    """The content of config.json, checked to be of this longtake and to name only weights files. Raises as `read_config`."""
     if content.get("model") not in list(KINDS):
         raise UserError(
             f"{where}: config.json: unknown model {str(content.get('model'))[:80]!r};"
@@ -177,12 +177,12 @@ def module_of(folder: Path, content: Mapping[str, Any]) -> nn.Module:
     files = _weight_files(folder, set(content["sha256"]))
     kind = kind_of(content)
     try:
-        made = kind.config(**content["config"])
-        # what it needs is compared with what there is before memory is taken for it
+        config = kind.config(**content["config"])
+        # compare the shapes before memory is taken for the module
         with torch.device("meta"):
-            shapes = {name: list(t.shape) for name, t in kind.module(made).state_dict().items()}
+            shapes = {name: list(t.shape) for name, t in kind.module(config).state_dict().items()}
         _check_shapes(folder, files, shapes)
-        module = kind.module(made)
+        module = kind.module(config)
         state = module.state_dict()
         for path in files:
             with safe_open(path, "pt") as tensors, torch.no_grad():
@@ -209,19 +209,19 @@ def _weight_files(folder: Path, named: set[str]) -> list[Path]:
 
 
 def _check_shapes(folder: Path, files: list[Path], shapes: Mapping[str, list[int]]) -> None:
-    found: dict[str, list[int]] = {}
+    stored: dict[str, list[int]] = {}
     for path in files:
         with safe_open(path, "pt") as tensors:
             for name in tensors.keys():  # noqa: SIM118
-                if name in found:
+                if name in stored:
                     raise Failure(f"{path}: tensor {name[:80]} is in another file too")
-                found[name] = tensors.get_slice(name).get_shape()
-    for what, names in (("missing", shapes.keys() - found.keys()), ("not known", found.keys() - shapes.keys())):
+                stored[name] = tensors.get_slice(name).get_shape()
+    for what, names in (("missing", shapes.keys() - stored.keys()), ("not known", stored.keys() - shapes.keys())):
         if names:
             raise Failure(f"{folder}: {len(names)} tensors are {what} to this config, such as {min(names)[:80]}")
-    if wrong := [name for name in shapes if shapes[name] != found[name]]:
+    if wrong := [name for name in shapes if shapes[name] != stored[name]]:
         name = wrong[0]
-        raise Failure(f"{folder}: tensor {name} has shape {found[name]}, its config needs {shapes[name]}")
+        raise Failure(f"{folder}: tensor {name} has shape {stored[name]}, its config needs {shapes[name]}")
 
 
 def _read_json(path: Path) -> dict[str, Any]:

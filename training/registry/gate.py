@@ -28,7 +28,7 @@ class Gain(StageConfig):
     """A metric that must get better, with the gate's confidence.
 
     better   higher or lower
-    gain     by so much at least, in the metric's own unit
+    gain     least gain, in the metric's own unit
     """
 
     better: Better
@@ -39,7 +39,7 @@ class Tolerance(StageConfig):
     """A metric that must not get worse, with the gate's confidence.
 
     better      higher or lower
-    tolerance   it may lose so much at most, in the metric's own unit
+    tolerance   largest loss, in the metric's own unit
     """
 
     better: Better
@@ -47,7 +47,7 @@ class Tolerance(StageConfig):
 
 
 class Window(StageConfig):
-    """What of each held-out clip is looked at; null is as the candidate was trained.
+    """The part of each held-out clip that is measured; null is as the candidate was trained.
 
     frames            of the window
     stride            of videos: every n-th frame
@@ -70,10 +70,10 @@ class Gate(StageConfig):
     must_not_regress   metrics that may lose a little
     confidence         of each bound, one-sided
     resamples          of the bootstrap
-    least_sources      fewer tell nothing
-    seed               of the clips that are looked at, of noise and of the bootstrap
+    least_sources      fewer do not suffice
+    seed               of the choice of clips, of noise and of the bootstrap
     samples            held-out clips, at most; random ones where there are more
-    window             what of each clip is looked at
+    window             the part of each clip that is measured
     """
 
     metrics: dict[str, Gain] = Field(min_length=1)
@@ -114,13 +114,13 @@ class Verdict(NamedTuple):
         """As metrics of a run: candidate.X, champion.X, gain.X, gain_low.X, gain_high.X, sources, promoted."""
         out = {f"candidate.{name}": value for name, value in self.candidate.items()}
         out |= {f"champion.{name}": value for name, value in self.champion.items()}
-        for name, found in self.gains.items():
-            out |= {f"gain.{name}": found.gain, f"gain_low.{name}": found.low, f"gain_high.{name}": found.high}
+        for name, interval in self.gains.items():
+            out |= {f"gain.{name}": interval.gain, f"gain_low.{name}": interval.low, f"gain_high.{name}": interval.high}
         return out | {"sources": float(self.sources), "promoted": float(self.promoted)}
 
 
 def decide(gate: Gate, better: Mapping[str, Better], candidate: Rows, champion: Rows | None) -> Verdict:
-    """Compare two models by the clips that both were measured on; without a champion there is nothing to compare with.
+    """Compare two models by the clips that both were measured on. Without a champion every finite candidate passes.
 
     Args:
         better: which way each metric is better.
@@ -139,7 +139,7 @@ def decide(gate: Gate, better: Mapping[str, Better], candidate: Rows, champion: 
         signed = [[_sign(better[m]) * (ours[s][m] - theirs[s][m]) for m in measured] for s in sources]
         bounds = bootstrap(np.array(signed), gate.confidence, gate.resamples, gate.seed)
         gains = dict(zip(measured, bounds, strict=True))
-    promoted, reason = _judged(gate, len(sources), means, None if champion is None else _means(theirs), gains)
+    promoted, reason = _decision(gate, len(sources), means, None if champion is None else _means(theirs), gains)
     return Verdict(promoted, reason, len(sources), means, _means(theirs), gains)
 
 
@@ -154,10 +154,10 @@ def check(gate: Gate, measured: Sequence[str], better: Mapping[str, Better]) -> 
 
 
 def bootstrap(differences: np.ndarray[Any, Any], confidence: float, resamples: int, seed: int) -> list[Interval]:
-    """Of differences (S, M) of S >= 2 sources in M metrics: each mean, and its one-sided bounds of that confidence.
+    """The mean of each metric's differences (S, M), S >= 2 sources, and its one-sided bounds of that confidence.
 
-    The percentiles are widened as Student's t asks for with few sources: "expanded percentiles" (Hesterberg,
-    arXiv 1411.5279). Of 8 normal differences a bound of 95 % holds in 94 % of cases; plain percentiles do in 92 %.
+    Percentiles are widened by Student's t for few sources: "expanded percentiles" (Hesterberg, arXiv 1411.5279). With 8
+    normal differences a bound of 95 % holds in 94 % of cases; plain percentiles do in 92 %.
     """
     from scipy.stats import t as student  # not at import: a model is loaded without it
 
@@ -171,7 +171,7 @@ def bootstrap(differences: np.ndarray[Any, Any], confidence: float, resamples: i
     return [Interval(*map(float, each)) for each in zip(differences.mean(0), low, high, strict=True)]
 
 
-def _judged(
+def _decision(
     gate: Gate,
     sources: int,
     ours: Mapping[str, float],
@@ -185,7 +185,7 @@ def _judged(
             return False, f"{broken[0]} of the {whose} is not finite"
     if theirs is None:
         return True, f"there was no champion to compare with; measured on {sources} sources"
-    told = []
+    gained = []
     needs = {name: rule.gain for name, rule in gate.metrics.items()}
     needs |= {name: -rule.tolerance for name, rule in gate.must_not_regress.items()}
     for name, need in needs.items():
@@ -193,8 +193,8 @@ def _judged(
         line = f"{name} {gain:+.4g} (at least {low:+.4g} with {100 * gate.confidence:g} % confidence"
         if low < need:
             return False, f"{line}, the gate asks for {need:+g})"
-        told.append(f"{line})")
-    return True, f"{', '.join(told)}, on {sources} sources"
+        gained.append(f"{line})")
+    return True, f"{', '.join(gained)}, on {sources} sources"
 
 
 def _by_source(rows: Rows, others: Rows | None) -> dict[str, dict[str, float]]:
@@ -203,7 +203,7 @@ def _by_source(rows: Rows, others: Rows | None) -> dict[str, dict[str, float]]:
     for place in sorted(rows.keys() if others is None else rows.keys() & others.keys()):
         for metric, value in rows[place].items():
             each[place[0]][metric].append(value)
-    return {source: {m: float(np.mean(values)) for m, values in found.items()} for source, found in each.items()}
+    return {source: {m: float(np.mean(values)) for m, values in metrics.items()} for source, metrics in each.items()}
 
 
 def _means(sources: Mapping[str, Mapping[str, float]]) -> dict[str, float]:

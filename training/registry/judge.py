@@ -1,6 +1,6 @@
-"""What a registered model is worth on held-out clips, clip by clip, so that two can be compared: by the same clips, noise and times.
+"""Metrics of registered models on held-out clips, clip by clip: two models see the same clips, noise and times.
 
-Which metrics a model has, and how one clip is measured, its kind says (see `longtake.training.models.kind`).
+A model's kind says which metrics it has and how one clip is measured (see `longtake.training.models.kind`).
 """
 
 import hashlib
@@ -26,13 +26,13 @@ from longtake.training.registry.gate import Better, Gate, Rows, Window, check
 
 
 def load(uri: str) -> Judged:
-    """Raises UserError, Failure as `registry.load`."""
+    """A registered model, on this rank's device. Raises UserError, Failure as `registry.load`."""
     model, facts = registry.load_with_facts(uri)
     return Judged(uri, model.to(device()).eval(), facts)
 
 
 def better_of(judged: Judged) -> Mapping[str, Better]:
-    """The metrics that such a model can have, and which way each is better."""
+    """The metrics that such a model can have, and the better direction of each."""
     return judge_of(judged.facts).better
 
 
@@ -42,7 +42,7 @@ def rows_of(
     """The figures of both, by source and clip, on up to `gate.samples` clips of the val split.
 
     Args:
-        inputs: URIs `dataset` and, where there are, `view`, `latents`, `low_latents`.
+        inputs: URIs `dataset` and, if any, `view`, `latents`, `low_latents`.
 
     Raises:
         UserError: models that do not compare, or do not take the window; inputs that they need and do not have.
@@ -66,32 +66,32 @@ def rows_of(
     )
 
 
-def _window(candidate: Judged, champion: Judged | None, asked: Window) -> Window:
+def _window(candidate: Judged, champion: Judged | None, gate: Window) -> Window:
     """The gate's window, completed by that of the models. Raises UserError where they do not agree on what it leaves open."""
-    used = judge_of(candidate.facts).window
+    fields = judge_of(candidate.facts).window
     for field in ("stride", "size", "history_seconds", "history_least"):
-        if field not in used and getattr(asked, field) is not None:
+        if field not in fields and getattr(gate, field) is not None:
             why = "sees latents, which have their own" if field in ("stride", "size") else "has no memory"
             raise UserError(f"gate: window: {field}: {candidate.uri} {why}; leave it out")
-    own = trained_on(candidate)
-    theirs = trained_on(champion) if champion else own
+    ours = trained_on(candidate)
+    theirs = trained_on(champion) if champion else ours
     settled: dict[str, Any] = {}
     for field in ("frames", "stride", "size", "history_seconds"):
-        value = getattr(asked, field)
-        if value is None and getattr(own, field) != getattr(theirs, field):
+        value = getattr(gate, field)
+        if value is None and getattr(ours, field) != getattr(theirs, field):
             raise UserError(
-                f"{candidate.uri} was made for {field} {getattr(own, field)}, its champion for {getattr(theirs, field)};"
-                f" say in the gate what to compare them on, such as window: {{{field}: {_plain(getattr(own, field))}}}"
+                f"{candidate.uri} was made for {field} {getattr(ours, field)}, its champion for {getattr(theirs, field)};"
+                f" say in the gate what to compare them on, such as window: {{{field}: {_as_list(getattr(ours, field))}}}"
             )
-        settled[field] = getattr(own, field) if value is None else value
+        settled[field] = getattr(ours, field) if value is None else value
     if settled["frames"] is None:
         raise UserError(
             f"{candidate.uri}: its config.json has no window; give the gate one, such as window: {{frames: 17}}"
         )
-    return Window(**settled, history_least=asked.history_least)
+    return Window(**settled, history_least=gate.history_least)
 
 
-def _plain(value: Any) -> Any:
+def _as_list(value: Any) -> Any:
     return list(value) if isinstance(value, tuple) else value
 
 
@@ -107,7 +107,7 @@ def trained_on(judged: Judged) -> Window:
 
 
 def _unit(candidate: Judged, champion: Judged) -> Tensor | float:
-    """What errors of the candidate count in the champion's units: channels that it divides by more count as much more."""
+    """The factor from errors of the candidate to the champion's units: models divide channels by different deviations."""
     ours, theirs = (dict(each.model.named_buffers()).get("latent_std") for each in (candidate, champion))
     return 1.0 if ours is None or theirs is None else (ours / theirs).view(1, -1, 1, 1, 1)
 
@@ -121,13 +121,13 @@ def _measured(judged: Judged, inputs: Mapping[str, str], window: Window, gate: G
         key = batch["key"][0]
         try:
             condition = _condition(judged, batch, loader.classes)
-            found = figures(judged, on_device(batch), condition, _seed(gate.seed, key), unit)
+            metrics = figures(judged, on_device(batch), condition, _seed(gate.seed, key), unit)
         except UserError:
             raise
         except ValueError as e:
             raise UserError(f"{judged.uri}: does not take this window: {e}; change the gate's window") from e
-        if found:
-            rows[key.rpartition("-")[0], key] = found
+        if metrics:
+            rows[key.rpartition("-")[0], key] = metrics
     return rows
 
 
@@ -145,9 +145,9 @@ def _condition(judged: Judged, batch: Batch, classes: list[str]) -> Condition | 
     """The labels by the model's own numbers: a dataset may have got more classes since it learned them."""
     if "label" not in batch:
         return None
-    known = list(judged.facts["classes"])
+    learned = list(judged.facts["classes"])
     names = [classes[int(label)] if label >= 0 else "" for label in batch["label"]]
-    return of_classes(known.index(name) if name in known else None for name in names)
+    return of_classes(learned.index(name) if name in learned else None for name in names)
 
 
 def _seed(seed: int, key: str) -> int:

@@ -1,4 +1,4 @@
-"""What a model is made of: recorded when its training begins, and pinned, since datasets grow and aliases move."""
+"""The lineage of a model: recorded when its training begins, and pinned, since datasets grow and aliases move."""
 
 import hashlib
 import json
@@ -22,7 +22,7 @@ _MODELS = ("vae", "base", "parent")  # inputs that are models, whose aliases may
 
 
 def record(inputs: Mapping[str, str]) -> dict[str, Any]:
-    """What a model is made of, for its config.json: call it when training begins, since data and aliases move.
+    """The lineage of a model, for its config.json: call it when training begins, since data and aliases move.
 
     Args:
         inputs: URIs of datasets, views and models by the config field that names them.
@@ -31,10 +31,10 @@ def record(inputs: Mapping[str, str]) -> dict[str, Any]:
         `inputs`: for each field its `uri`, without a login or key, and `digest` of a dataset (of all its shards), view or
         latents (sha256 of the file), or `sha256` of a model, whose URI is that of the version; `recipe`: digest of the
         resolved recipe, of LONGTAKE_RECIPE; `git`: revision of the working folder and whether it had changes; `longtake`,
-        `torch`: versions; `run`: MLFLOW_RUN_ID. What is not known is None.
+        `torch`: versions; `run`: MLFLOW_RUN_ID. Unknown facts are None.
 
     Raises:
-        UserError, Failure: an input is not there or damaged.
+        UserError, Failure: an input is missing or damaged.
     """
     return {
         "inputs": {field: _input(uri) for field, uri in inputs.items()},
@@ -71,10 +71,10 @@ def _git() -> dict[str, Any] | None:
 
     def ask(*arguments: str) -> str | None:
         try:
-            done = subprocess.run([str(git), *arguments], capture_output=True, text=True, check=False, timeout=30)
+            process = subprocess.run([str(git), *arguments], capture_output=True, text=True, check=False, timeout=30)
         except (OSError, subprocess.TimeoutExpired):
             return None
-        return done.stdout.strip() if done.returncode == 0 else None
+        return process.stdout.strip() if process.returncode == 0 else None
 
     revision = ask("rev-parse", "HEAD") if git else None
     changes = ask("status", "--porcelain") if revision else None
@@ -82,16 +82,16 @@ def _git() -> dict[str, Any] | None:
 
 
 def pinned(inputs: Mapping[str, str], folder: Path) -> dict[str, str]:
-    """The inputs with the models' versions, as they were when this training began; their lineage is kept in `folder`.
+    """The inputs with the models' versions as of the beginning of this training; the lineage is kept in `folder`.
 
-    Where latents are an input and no autoencoder is, it is the one that has made the latents.
+    Where latents are an input and no autoencoder is, `vae` is the autoencoder of the latents.
     """
     path = folder / _FILE
     if not path.exists():
         vae = {"vae": read_latents(inputs["latents"]).encoder["uri"]} if "latents" in inputs else {}
         storage.write(str(path), storage.canonical_json(record(vae | dict(inputs))))
-    known = read(folder)["inputs"]
-    return dict(inputs) | {name: known[name]["uri"] for name in _MODELS if name in known}
+    recorded = read(folder)["inputs"]
+    return dict(inputs) | {name: recorded[name]["uri"] for name in _MODELS if name in recorded}
 
 
 def read(folder: Path) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """`promote`: measure a candidate and the champion on the same held-out clips, and make the better one champion.
 
-What a gate asks for is in `longtake.training.registry.gate`. A candidate that is kept back is no failure: what the stage makes is
-the version that is champion afterwards.
+What a gate asks for is in `longtake.training.registry.gate`. A candidate that does not pass is no failure: the stage's
+output is the version that is champion afterwards.
 """
 
 import os
@@ -39,7 +39,7 @@ class Config(StageConfig):
 
 
 class Decision(NamedTuple):
-    """What has come of it: the versions by their URIs, `champion` is the one that it is now, `before` None if none was.
+    """The outcome: versions by their URIs; `champion` is the one from now on, `before` the earlier one or None.
 
     `verdict` is None where the candidate was the champion already, and nothing was measured.
     """
@@ -66,9 +66,9 @@ def check(config: Config, inputs: Mapping[str, StageConfig]) -> None:
             f"candidate: the stage {config.candidate} makes its model champion before it is judged; set run: {{promote: false}} there"
         )
     for field in ("latents", "low_latents"):
-        made: Any = inputs.get(field)
-        if made is not None and made.dataset != config.dataset:
-            raise ValueError(f"{field}: are of the dataset {made.dataset}, not of {config.dataset}")
+        latents: Any = inputs.get(field)
+        if latents is not None and latents.dataset != config.dataset:
+            raise ValueError(f"{field}: are of the dataset {latents.dataset}, not of {config.dataset}")
 
 
 def run(config: Config, inputs: Mapping[str, str], output: str) -> dict[str, Any]:
@@ -77,9 +77,9 @@ def run(config: Config, inputs: Mapping[str, str], output: str) -> dict[str, Any
     Raises:
         UserError, Failure: as `judge.rows_of` and `promotion.promote`.
     """
-    made = let_through(inputs["candidate"], inputs, config.gate, os.environ["MLFLOW_RUN_ID"])
-    print(made.line(), flush=True)
-    return {"uri": made.champion, "metrics": made.figures()}
+    decision = let_through(inputs["candidate"], inputs, config.gate, os.environ["MLFLOW_RUN_ID"])
+    print(decision.line(), flush=True)
+    return {"uri": decision.champion, "metrics": decision.figures()}
 
 
 def let_through(candidate: str, inputs: Mapping[str, str], gate: Gate, run_id: str) -> Decision:
@@ -99,15 +99,15 @@ def let_through(candidate: str, inputs: Mapping[str, str], gate: Gate, run_id: s
     if champion == number:
         return _earlier(candidate, run_id) or Decision(candidate, candidate, candidate, None)
     verdict = _verdict(candidate, before, inputs, gate)
-    made = Decision(candidate, before, candidate if verdict.promoted else before or "", verdict)
-    facts = {"candidate": candidate, "before": before, "verdict": _plain(verdict), "line": made.line()}
+    decision = Decision(candidate, before, candidate if verdict.promoted else before or "", verdict)
+    facts = {"candidate": candidate, "before": before, "verdict": _as_json(verdict), "line": decision.line()}
     inside = {field: inputs[field] for field in ("dataset", "view", "latents", "low_latents") if field in inputs}
-    # before the move, so that one who is killed after it finds its figures here
+    # before the move, so that a run that is killed after it finds its figures here
     aliases.log_json(run_id, _RECORD, facts | {"gate": gate.model_dump(mode="json"), "inputs": inside})
     if verdict.promoted:
         promotion.promote_over(candidate, champion)
-    aliases.tag_version(candidate, {"gate.verdict": made.line(), "gate.run": run_id})
-    return made
+    aliases.tag_version(candidate, {"gate.verdict": decision.line(), "gate.run": run_id})
+    return decision
 
 
 def _verdict(candidate: str, champion: str | None, inputs: Mapping[str, str], gate: Gate) -> Verdict:
@@ -116,15 +116,15 @@ def _verdict(candidate: str, champion: str | None, inputs: Mapping[str, str], ga
 
 
 def _earlier(candidate: str, run_id: str) -> Decision | None:
-    """What this run has decided, where it was killed after it had made the candidate champion."""
+    """The decision of this run, where it was killed after it made the candidate champion."""
     record = aliases.read_json(run_id, _RECORD)
     if not record or record["candidate"] != candidate or not record["verdict"]["promoted"]:
         return None
-    gains = {metric: Interval(**found) for metric, found in record["verdict"]["gains"].items()}
-    made = Decision(candidate, record["before"], candidate, Verdict(**record["verdict"] | {"gains": gains}))
-    aliases.tag_version(candidate, {"gate.verdict": made.line(), "gate.run": run_id})
-    return made
+    gains = {metric: Interval(**gain) for metric, gain in record["verdict"]["gains"].items()}
+    decision = Decision(candidate, record["before"], candidate, Verdict(**record["verdict"] | {"gains": gains}))
+    aliases.tag_version(candidate, {"gate.verdict": decision.line(), "gate.run": run_id})
+    return decision
 
 
-def _plain(verdict: Verdict) -> dict[str, Any]:
-    return verdict._asdict() | {"gains": {metric: found._asdict() for metric, found in verdict.gains.items()}}
+def _as_json(verdict: Verdict) -> dict[str, Any]:
+    return verdict._asdict() | {"gains": {metric: gain._asdict() for metric, gain in verdict.gains.items()}}

@@ -1,10 +1,10 @@
 """Moving the aliases `champion` and `previous` of a registered model: one process at a time, each move whole in the end.
 
-MLflow cannot set an alias only if it is what one thinks it is. It can make a registered model only where there is none:
-an empty one, NAME.promotion, is the lock. It is there for the time of a move, and expires if its holder was killed; the
-hosts' clocks must agree to within 20 seconds.
+MLflow cannot compare and set an alias, but it refuses to create a registered model twice: an empty one, NAME.promotion,
+is the lock. It exists for the time of a move, and expires if its holder was killed; the hosts' clocks must agree to
+within 20 seconds.
 
-Before its aliases are set, a move is written into a tag of the model; where it was cut off, the next one finishes it.
+Before its aliases are set, a move is written into a tag of the model. The next move finishes an interrupted one.
 """
 
 import json
@@ -36,7 +36,7 @@ class _Link(NamedTuple):
 
 
 class _Lock(NamedTuple):
-    """Expired locks, which each have the next one's name, and last our own."""
+    """A chain of expired locks, each naming the next, that ends with our own."""
 
     model: str
     links: tuple[_Link, ...]
@@ -44,7 +44,7 @@ class _Lock(NamedTuple):
 
     def check(self) -> None:
         """Raises Failure where the lock may be another's by now."""
-        if time.time() > self.expires - _MARGIN or not _held(self.links):
+        if time.time() > self.expires - _MARGIN or not _still_owned(self.links):
             raise Failure(f"{self.model}: its promotion took too long, and lost its lock; run the same command again")
 
 
@@ -61,7 +61,7 @@ def promote(uri: str) -> bool:
     """Give a registered version ("models:/NAME/VERSION") the alias `champion`, and what had it `previous`.
 
     Returns:
-        Whether it has come about by this; False where it was the champion already.
+        Whether this call made it the champion; False where it was already.
 
     Raises:
         UserError: there is no such version.
@@ -104,7 +104,7 @@ def _promote(uri: str, check: Callable[[str | None], None]) -> bool:
 def rollback(name: str) -> tuple[str, str]:
     """Make `previous` the champion again, and the champion `previous`: two in a row change nothing.
 
-    Where a rollback was cut off, it is finished, and no other begun. What is rolled back gets the tags `rollback.to` and
+    An interrupted rollback is finished, and no other begun. The version that is rolled back gets the tags `rollback.to` and
     `rollback.at`.
 
     Returns:
@@ -137,7 +137,7 @@ def _begin(lock: _Lock, move: Move) -> None:
 
 
 def _set(lock: _Lock, move: Move) -> None:
-    # a kill between the two leaves the champion that there was, and what is `previous` is in the tag
+    # a kill between the two leaves the old champion, and the tag says what `previous` is to be
     if move.previous is not None:
         lock.check()
         aliases.put(lock.model, "previous", move.previous)
@@ -147,13 +147,13 @@ def _set(lock: _Lock, move: Move) -> None:
 
 
 def _finish(lock: _Lock) -> Move | None:
-    """Finish a move that was cut off, and return it; one that others have overtaken is dropped."""
-    noted = (aliases.tags_of(lock.model) or {}).get(_MOVE)
-    if noted is None:
+    """Finish a move that was interrupted, and return it; a move that others have overtaken is dropped."""
+    record = (aliases.tags_of(lock.model) or {}).get(_MOVE)
+    if record is None:
         return None
     with suppress(ValueError, TypeError, UserError):
         # not where aliases were set by hand since, or a version was deleted
-        move = Move(*json.loads(noted))
+        move = Move(*json.loads(record))
         if aliases.read(lock.model).get("champion") in (move.was, move.champion):
             store.resolve(f"models:/{lock.model}/{move.champion}")
             _set(lock, move)
@@ -164,18 +164,18 @@ def _finish(lock: _Lock) -> Move | None:
 
 @contextmanager
 def _locked(model: str) -> Iterator[_Lock]:
-    lock = _take(model)
+    lock = _acquire(model)
     try:
         yield lock
     finally:
-        # one that stays expires; the first goes first, so that who comes to the others by it finds it gone
+        # delete the oldest first; a lock that cannot be deleted expires
         with suppress(Failure, UserError):
             for link in lock.links:
-                if _held([link]):
+                if _still_owned([link]):
                     aliases.delete(link.name)
 
 
-def _take(model: str) -> _Lock:
+def _acquire(model: str) -> _Lock:
     """Wait for the lock. Raises Failure after its whole life, UserError where a model has its name."""
     owner = uuid.uuid4().hex[:16]
     until = time.monotonic() + _LIFE
@@ -193,9 +193,9 @@ def _take(model: str) -> _Lock:
             # only one process can make the successor of an expired lock
             link = _Link(f"{model}.promotion.{holder[_OWNER]}", owner)
         else:
-            if _held(expired):
+            if _still_owned(expired):
                 return _Lock(model, (*expired, link), expires)
-            # it was somebody's way to a lock that is gone
+            # the chain has changed: this lock was reached by one that is gone
             aliases.delete(link.name)
         if time.monotonic() > until:
             if holder is not None and LOCK not in holder:
@@ -208,10 +208,10 @@ def _take(model: str) -> _Lock:
 
 
 def _expired(tags: Mapping[str, str]) -> bool:
-    # one without tags was read while it was deleted; or it is no lock
+    # a model without tags was being deleted, or is no lock
     return {_OWNER, _EXPIRES} <= tags.keys() and float(tags[_EXPIRES]) < time.time()
 
 
-def _held(links: list[_Link] | tuple[_Link, ...]) -> bool:
-    """Whether locks are still whose they were."""
+def _still_owned(links: list[_Link] | tuple[_Link, ...]) -> bool:
+    """Whether all locks still have their owners."""
     return all((aliases.tags_of(link.name) or {}).get(_OWNER) == link.owner for link in links)

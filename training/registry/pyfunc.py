@@ -38,16 +38,16 @@ class Videos(PythonModel):
         return self.answer(model_input, params) if self.generates else self.answer(_pixels(model_input))
 
 
-def _pixels(given: Any) -> Any:
+def _pixels(video: Any) -> Any:
     """Nested lists of 0..255, as JSON brings them over HTTP, as an array; anything else as it is."""
-    if not isinstance(given, list):
-        return given
+    if not isinstance(video, list):
+        return video
     try:
-        values = np.array(given)
+        values = np.array(video)
     except ValueError:
-        return given
-    whole = values.dtype.kind in "iu" and values.size and values.min() >= 0 and values.max() <= 255
-    return values.astype(np.uint8) if whole else values
+        return video
+    fits = values.dtype.kind in "iu" and values.size and values.min() >= 0 and values.max() <= 255
+    return values.astype(np.uint8) if fits else values
 
 
 set_model(Videos())

@@ -1,4 +1,4 @@
-"""What callers of a served prior ask for, as tables, and the videos that they get."""
+"""Requests to a served prior, as tables, and the videos in answer."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Order(NamedTuple):
 
 
 def orders_of(generator: Generator, table: Any) -> list[Order]:
-    """What a caller of the served model asks for.
+    """The videos that a caller of the served model asks for.
 
     Args:
         table: a pandas table, or lists or arrays by name: `seed` and, where wanted, `class` (a name or a number; None
@@ -33,10 +33,10 @@ def orders_of(generator: Generator, table: Any) -> list[Order]:
         UserError: other columns or values.
     """
     columns = {str(name): list(table[name]) for name in getattr(table, "columns", table)}
-    known = ["seed", "class", "frames", *(["storyboard"] if "storyboard" in generator.accepts else [])]
-    if "seed" not in columns or set(columns) - set(known):
+    names = ["seed", "class", "frames", *(["storyboard"] if "storyboard" in generator.accepts else [])]
+    if "seed" not in columns or set(columns) - set(names):
         raise UserError(
-            f"videos: need a column seed, and if wanted {', '.join(known[1:])}; got {', '.join(columns) or 'none'}"
+            f"videos: need a column seed, and if wanted {', '.join(names[1:])}; got {', '.join(columns) or 'none'}"
         )
     count = len(columns["seed"])
     if not count or any(len(values) != count for values in columns.values()):
@@ -68,10 +68,10 @@ def serve(generator: Generator, table: Any, params: Mapping[str, Any] | None = N
     """Videos for `orders_of(table)`: `(N, T, H, W, 3)` uint8. `params` may change some of the settings. Raises UserError."""
     orders = orders_of(generator, table)
     changes = {name: value for name, value in (params or {}).items() if value is not None}
-    known = vars(generator.settings)
-    if unknown := changes.keys() - known.keys():
-        raise UserError(f"params: unknown {', '.join(sorted(unknown))}; there are {', '.join(known)}")
-    settings = type(generator.settings)(**known | changes)
+    defaults = vars(generator.settings)
+    if unknown := changes.keys() - defaults.keys():
+        raise UserError(f"params: unknown {', '.join(sorted(unknown))}; there are {', '.join(defaults)}")
+    settings = type(generator.settings)(**defaults | changes)
     try:
         # one by one: the last bits of a video do not depend on the others
         return np.concatenate([concatenated(generator.videos([o.request], o.frames, settings)) for o in orders])

@@ -392,7 +392,7 @@ def test_a_rank_that_waits_for_the_others_says_so_and_hears_signals(tmp_path: Pa
 import sys
 from longtake.infra import cli
 from longtake.training import engines
-engines._SILENT = 0.1
+engines.group.QUIET = 0.1
 def wait():
     with engines.process_group():
         pass

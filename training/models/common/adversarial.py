@@ -29,7 +29,7 @@ from longtake.training.config import TrainConfig
 from longtake.training.models.common import patchgan
 from longtake.training.models.common.patchgan import PatchGAN, PatchGANConfig
 from longtake.training.objective import Terms
-from longtake.training.registry import cache
+from longtake.training.registry import fetch
 from longtake.training.registry.uri import in_store
 
 NAME = "discriminator"
@@ -155,7 +155,7 @@ def _file_of(parent: str, model: PatchGAN, scratch: Path) -> Path:
         return path
     path = scratch / NAME
     max_bytes = sum(value.nbytes for value in model.state_dict().values()) + _HEADER_BYTES
-    cache.beside(parent, FILE, path, max_bytes)
+    fetch.beside(parent, FILE, path, max_bytes)
     return path
 
 

@@ -1,0 +1,88 @@
+"""What ZeRO leaves on a rank: its fragments of the weights, and their gradients."""
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from longtake.training.engines.group import device
+
+
+class Fragment(NamedTuple):
+    """The part of a parameter or buffer that this rank holds: flat elements from `start` on."""
+
+    name: str
+    shape: torch.Size
+    start: int
+    value: Tensor
+    learns: bool
+
+
+def fragments(engine: Any) -> Iterator[Fragment]:
+    """This rank's share of the module's state: each element is on exactly one rank, trained ones in fp32, as updated.
+
+    Nothing is copied or gathered: these are ZeRO's own tensors on this rank, at any stage.
+    """
+    rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    stage = engine.zero_optimization_stage()
+    low, full = (
+        (getattr(engine.optimizer, f"{kind}_groups", []) for kind in ("fp16", "fp32")) if stage == 0 else ([], [])
+    )
+    masters = {id(p): m.data for a, b in zip(low, full, strict=True) for p, m in zip(a, b, strict=True)}
+    for number, (name, p) in enumerate(engine.module.named_parameters()):
+        if stage == 3:
+            from deepspeed.utils import safe_get_local_fp32_param
+
+            value = safe_get_local_fp32_param(p) if p.requires_grad else p.ds_tensor.data
+            start = rank * p.ds_tensor.numel()
+            value = value.flatten()[: max(0, p.ds_numel - start)]
+            if value.numel():
+                yield Fragment(name, p.ds_shape, start, value, p.requires_grad)
+        elif hasattr(p, "_hp_mapping"):
+            if p._hp_mapping is not None:
+                start = p._hp_mapping.lp_fragment_address.start
+                yield Fragment(name, p.shape, start, p._hp_mapping.hp_fragment.data, p.requires_grad)
+        elif number % world == rank:
+            yield Fragment(name, p.shape, 0, masters.get(id(p), p.data).flatten(), p.requires_grad)
+    if rank == 0:
+        persistent = engine.module.state_dict().keys()
+        for name, buffer in engine.module.named_buffers():
+            if name in persistent:
+                yield Fragment(name, buffer.shape, 0, buffer.data.flatten(), False)
+
+
+def gradient_norms(engine: Any) -> dict[str, float]:
+    """Norm of the gradients of each child of the module, before clipping; call it between the last backward and the update.
+
+    Every rank must call it. Ranks exchange one small vector.
+    """
+    children = [name for name, child in engine.module.named_children() if any(True for _ in child.parameters())]
+    gradients: dict[str, list[Tensor]] = {name: [] for name in children}
+    rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    for number, (name, p) in enumerate(engine.module.named_parameters()):
+        child = name.partition(".")[0]
+        if p.requires_grad and child in gradients:
+            gradient = _local_gradient(engine, p, number % world == rank)
+            if gradient is not None:
+                gradients[child].append(gradient.float())
+    norms = [torch.nn.utils.get_total_norm(values).to(device()) for values in gradients.values()]
+    squares = torch.stack(norms).square() if norms else torch.zeros(0, device=device())
+    torch.distributed.all_reduce(squares)
+    return dict(zip(children, squares.sqrt().tolist(), strict=True))
+
+
+def _local_gradient(engine: Any, p: nn.Parameter, mine: bool) -> Tensor | None:
+    """The part of a parameter's gradient that this rank counts."""
+    if engine.zero_optimization_stage() == 3:
+        from deepspeed.utils import safe_get_local_grad
+
+        return safe_get_local_grad(p)
+    if not hasattr(p, "_hp_mapping"):
+        return p.grad if mine else None
+    mapping: Any = p._hp_mapping
+    if mapping is None:
+        return None
+    gradient = mapping.get_lp_grad_fragment(p._index_in_param_group).flatten()  # type: ignore[attr-defined]
+    place = mapping.lp_fragment_address
+    return gradient[place.start : place.start + place.numel] if gradient.numel() == p.numel() else gradient

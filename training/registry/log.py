@@ -1,0 +1,128 @@
+"""Writing models to MLflow's store: logged to a run as a pyfunc, and registered."""
+
+import contextlib
+import io
+import json
+import sys
+import warnings
+from collections.abc import Iterator, Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from longtake.datasets.masking import shown
+from longtake.training.registry.store import delete_artifacts, failing_clearly
+
+_DIGEST = 32  # hex digits of a data set's digest; MLflow takes 36 characters
+
+
+def log_model(folder: Path, name: str, run_id: str, sha256: str, lineage: Mapping[str, Any]) -> str:
+    """Log a model folder to a run as a pyfunc and register it as `candidate`; returns "models:/NAME/VERSION".
+
+    The run gets the data of the lineage as its inputs, the version the parents as tags. A model or version of this run
+    with the same digest is used again; half a model, of a run that was killed, is deleted.
+
+    Raises:
+        Failure: the store cannot be reached.
+    """
+    import mlflow
+
+    client = mlflow.MlflowClient()
+    parents = {field: shown(facts["uri"]) for field, facts in lineage.get("inputs", {}).items()}
+    tags = {"sha256": sha256} | {f"parent.{field}": uri for field, uri in parents.items()}
+    with failing_clearly(f"MLflow: {name}"), _quietly():
+        client.log_inputs(run_id, _data(lineage.get("inputs", {})))
+        versions = client.search_model_versions(f"name = '{name}' and run_id = '{run_id}'")
+        numbers = [int(v.version) for v in versions if v.tags.get("sha256") == sha256]
+        if not numbers:
+            model = _logged(client, run_id, sha256) or _log(folder, run_id, sha256)
+            numbers = [int(mlflow.register_model(f"models:/{model}", name, tags=tags).version)]
+        client.set_registered_model_alias(name, "candidate", str(max(numbers)))
+    return f"models:/{name}/{max(numbers)}"
+
+
+def _log(folder: Path, run_id: str, sha256: str) -> str:
+    """Log a model folder to a run; returns the id of the logged model."""
+    import mlflow
+
+    signature = _signature(folder)
+    # `predict` checks its input itself: MLflow would print the array
+    signature._is_signature_from_type_hint = True
+    packages = ("longtake", "torch", "safetensors", "numpy", "pandas")
+    mlflow.start_run(run_id=run_id, log_system_metrics=False)
+    try:
+        logged = mlflow.pyfunc.log_model(
+            name="model",
+            python_model=str(Path(__file__).with_name("pyfunc.py")),
+            artifacts={"model": str(folder)},
+            signature=signature,
+            # without a build's own suffix, such as +cpu, which the package index does not know
+            pip_requirements=[f"{p}=={version(p).partition('+')[0]}" for p in packages],
+            tags={"sha256": sha256},
+        )
+    finally:
+        mlflow.end_run("RUNNING")
+    return str(logged.model_id)
+
+
+def _signature(folder: Path) -> Any:
+    """The inputs, outputs and parameters of a model folder's pyfunc (see pyfunc.py)."""
+    from mlflow.models import ModelSignature
+    from mlflow.types import ColSpec, ParamSchema, ParamSpec, Schema, TensorSpec
+
+    from longtake.training.models import kind_of
+
+    kind = kind_of(json.loads((folder / "config.json").read_bytes()))
+    video = Schema([TensorSpec(np.dtype("uint8"), (-1, -1, -1, -1, 3))])
+    if kind.generator is None:
+        return ModelSignature(inputs=video, outputs=video)
+    columns = [("long", "seed", True), ("string", "class", False), ("long", "frames", False)]
+    columns += [("string", "storyboard", False)] if "storyboard" in kind.accepts else []
+    table = Schema([ColSpec(type_, name, required=required) for type_, name, required in columns])
+    changes = ParamSchema([ParamSpec("steps", "long", None), ParamSpec("guidance", "double", None)])
+    return ModelSignature(inputs=table, outputs=video, params=changes)
+
+
+def _logged(client: Any, run_id: str, sha256: str) -> str | None:
+    """The id of a complete model that a run has logged; its incomplete ones are deleted."""
+    experiment = client.get_run(run_id).info.experiment_id
+    complete = None
+    for model in client.search_logged_models([experiment], f"source_run_id = '{run_id}'"):
+        if model.status == "READY" and model.tags.get("sha256") == sha256:
+            complete = model.model_id
+        elif model.status != "READY" and "sha256" in model.tags:
+            if not delete_artifacts(location := model.artifact_location):
+                print(
+                    f"tracking: {location}: half a model of a killed run, which this store cannot delete",
+                    file=sys.stderr,
+                )
+            client.delete_logged_model(model.model_id)
+    return complete
+
+
+def _data(inputs: Mapping[str, Mapping[str, Any]]) -> list[Any]:
+    """Data sets and views as inputs of a run, with our digests."""
+    from mlflow.data.code_dataset_source import CodeDatasetSource
+    from mlflow.data.meta_dataset import MetaDataset
+    from mlflow.entities import DatasetInput, InputTag
+
+    return [
+        DatasetInput(
+            MetaDataset(
+                CodeDatasetSource({"uri": shown(facts["uri"])}), name=field, digest=facts["digest"][:_DIGEST]
+            )._to_mlflow_entity(),
+            [InputTag("mlflow.data.context", "training")],
+        )
+        for field, facts in inputs.items()
+        if facts.get("digest")
+    ]
+
+
+@contextlib.contextmanager
+def _quietly() -> Iterator[None]:
+    """Hide MLflow's advice, which it prints past logging; its errors are exceptions."""
+    with contextlib.redirect_stderr(io.StringIO()), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
