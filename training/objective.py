@@ -1,4 +1,4 @@
-"""What is trained: modules, a loss for each of them, and what a loss is given."""
+"""The objective of a training: modules, a loss for each of them, and the inputs of a loss."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -16,15 +16,15 @@ Terms = dict[str, Tensor]  # scalars to log, by name
 
 
 class Turn(NamedTuple):
-    """One engine's turn in a pass: all that its loss may depend on.
+    """One engine's turn in a pass: all inputs of its loss.
 
-    name     of the engine that learns; the weights of all others stand still meanwhile
+    name     of the engine that learns; the weights of all others are frozen meanwhile
     engines  all engines by name: `engines[name](...)` for the one that learns, `engines[other].module(...)` for others
     batch    of the loader, on this rank's device
     step     optimizer steps before this one
     rng      this rank's random state of the pass, on its device
     seed     a number of the pass that all ranks share
-    carry    what earlier turns of the pass leave for later ones, such as a generated video
+    carry    data from earlier turns of the pass for later ones, for example a generated video
     """
 
     name: str
@@ -38,7 +38,7 @@ class Turn(NamedTuple):
 
 @dataclass(frozen=True)
 class Objective:
-    """What is trained, and how well: modules by engine name, and the loss of each engine in its turn.
+    """Modules by engine name, and the loss of each engine in its turn.
 
     Args:
         modules: in the order in which their engines take turns.

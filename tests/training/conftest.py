@@ -45,6 +45,8 @@ class Ranks:
             place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "MASTER_PORT": port}
             environment = os.environ | {k: str(v) for k, v in place.items()}
             environment |= {"MASTER_ADDR": "127.0.0.1", "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+            # -P keeps the script's own folder off sys.path, where its helpers are
+            environment |= {"PYTHONPATH": str(SMALL.parent)}
             pipe = subprocess.PIPE
             command = [sys.executable, *(["-P", "-c", script] if script else [str(SMALL)])]
             self.processes.append(

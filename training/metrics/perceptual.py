@@ -75,44 +75,44 @@ def load_perceptual(
     return Perceptual(network, weights)
 
 
-def lpips(perceptual: Perceptual, made: Tensor, source: Tensor) -> Tensor:
+def lpips(perceptual: Perceptual, output: Tensor, source: Tensor) -> Tensor:
     """LPIPS of each clip, the mean over its frames; 0 for equal clips.
 
     d = sum over taps of the spatial mean of w . (f_made - f_source)^2, where f has unit length over the channels at
     each position (arXiv 1801.03924, eq. 1).
 
     Args:
-        made, source: (B, 3, T, H, W) in [-1, 1].
+        output, source: (B, 3, T, H, W) in [-1, 1].
 
     Returns:
         (B,) fp32.
     """
-    if made.shape != source.shape or made.ndim != 5:
+    if output.shape != source.shape or output.ndim != 5:
         raise ValueError(
-            f"LPIPS needs two (B, 3, T, H, W) of one shape, got {tuple(made.shape)} and {tuple(source.shape)}"
+            f"LPIPS needs two (B, 3, T, H, W) of one shape, got {tuple(output.shape)} and {tuple(source.shape)}"
         )
-    pair = [_unit(perceptual.network, video.transpose(1, 2).flatten(0, 1)) for video in (made, source)]
-    each = made.new_zeros(made.shape[0] * made.shape[2], dtype=torch.float32)
+    pair = [_unit(perceptual.network, video.transpose(1, 2).flatten(0, 1)) for video in (output, source)]
+    each = output.new_zeros(output.shape[0] * output.shape[2], dtype=torch.float32)
     for tap, (a, b) in enumerate(zip(*pair, strict=True)):
         square = (a - b).square()
         if perceptual.weights is not None:
             square = square * perceptual.weights[tap][:, None, None]
         each = each + square.sum(1).mean((1, 2))
-    return each.view(made.shape[0], -1).mean(1)
+    return each.view(output.shape[0], -1).mean(1)
 
 
 def perceptual_loss(
     perceptual: Perceptual | None,
-    made: Tensor,
+    output: Tensor,
     source: Tensor,
     *,
     frames: int | None = None,
     rng: torch.Generator | None = None,
 ) -> Tensor:
-    """LPIPS averaged over clips and frames, as a loss: its gradient reaches `made` only. Without a network, 0.
+    """LPIPS averaged over clips and frames, as a loss: its gradient reaches `output` only. Without a network, 0.
 
     Args:
-        made, source: (B, 3, T, H, W) in [-1, 1].
+        output, source: (B, 3, T, H, W) in [-1, 1].
         frames: number of frames, drawn for each clip without repetition; None takes all.
         rng: draws them.
 
@@ -120,10 +120,10 @@ def perceptual_loss(
         () fp32.
     """
     if perceptual is None:
-        return made.new_zeros((), dtype=torch.float32)
-    if frames is not None and frames < made.shape[2]:
-        made, source = _draw_frames((made, source), frames, rng)
-    return lpips(perceptual, made, source.detach()).mean()
+        return output.new_zeros((), dtype=torch.float32)
+    if frames is not None and frames < output.shape[2]:
+        output, source = _draw_frames((output, source), frames, rng)
+    return lpips(perceptual, output, source.detach()).mean()
 
 
 def _draw_frames(videos: Sequence[Tensor], frames: int, rng: torch.Generator | None) -> list[Tensor]:

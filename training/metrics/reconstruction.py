@@ -11,27 +11,27 @@ SSIM_SIGMA = 1.5  # of the Gaussian window in pixels, cut off at 5 pixels: 11x11
 _REACH = 5
 
 
-def psnr(made: Tensor, source: Tensor) -> Tensor:
+def psnr(output: Tensor, source: Tensor) -> Tensor:
     """Peak signal-to-noise ratio in dB of each clip, over all of its pixels.
 
     Args:
-        made, source: (B, C, T, H, W) in [-1, 1].
+        output, source: (B, C, T, H, W) in [-1, 1].
 
     Returns:
         (B,) fp32; equal clips give 100.
     """
-    error = (made.float() - source.float()).div(2).square().flatten(1).mean(1)
+    error = (output.float() - source.float()).div(2).square().flatten(1).mean(1)
     return -10 * torch.log10(error.clamp_min(1e-10))
 
 
-def ssim(made: Tensor, source: Tensor) -> Tensor:
+def ssim(output: Tensor, source: Tensor) -> Tensor:
     """Structural similarity of each clip: the mean over its frames (Wang et al., IEEE TIP 2004, eq. 13).
 
     torchmetrics computes it: Gaussian window of 11x11 with sigma 1.5, k1 0.01, k2 0.03, data range 2 (values outside
     [-1, 1] are clamped), each colour channel by itself, borders reflected and counted.
 
     Args:
-        made, source: (B, C, T, H, W) in [-1, 1], H and W above 5.
+        output, source: (B, C, T, H, W) in [-1, 1], H and W above 5.
 
     Returns:
         (B,) fp32; equal clips give 1.
@@ -43,12 +43,12 @@ def ssim(made: Tensor, source: Tensor) -> Tensor:
         from torchmetrics.functional.image import structural_similarity_index_measure
     except ImportError as error:
         raise UserError('SSIM needs torchmetrics: pip install "longtake[training]"') from error
-    if made.shape != source.shape or made.ndim != 5 or min(made.shape[-2:]) <= _REACH:
+    if output.shape != source.shape or output.ndim != 5 or min(output.shape[-2:]) <= _REACH:
         raise ValueError(
-            f"SSIM needs two (B, C, T, H, W) of one shape with sides above {_REACH}, got {tuple(made.shape)} and {tuple(source.shape)}"
+            f"SSIM needs two (B, C, T, H, W) of one shape with sides above {_REACH}, got {tuple(output.shape)} and {tuple(source.shape)}"
         )
-    frames = [video.float().transpose(1, 2).flatten(0, 1) for video in (made, source)]
+    frames = [video.float().transpose(1, 2).flatten(0, 1) for video in (output, source)]
     each = structural_similarity_index_measure(
         frames[0], frames[1], sigma=SSIM_SIGMA, data_range=(-1.0, 1.0), reduction="none"
     )
-    return cast(Tensor, each).view(made.shape[0], -1).mean(1)
+    return cast(Tensor, each).view(output.shape[0], -1).mean(1)

@@ -1,7 +1,7 @@
-"""All that training tells MLflow of a run: metrics, videos, files.
+"""A training's run in MLflow: metrics, videos, files.
 
-What a run is told lies in a spool on disk first, and a thread sends it: tracking that is down, slow or killed neither
-stops training nor loses anything.
+Records go into a spool on disk first, and a thread sends them: tracking that is down, slow or killed neither stops
+training nor loses anything.
 """
 
 import contextlib
@@ -77,7 +77,7 @@ class Tracker:
             self._queue(place, partial(shutil.copyfile, file))
 
     def artifacts(self, path: Path, name: str) -> None:
-        """What is in a folder, or one file, as artifacts in the folder `name` of the run; sent before it returns.
+        """Send a file or the files of a folder, as artifacts in the folder `name` of the run, before it returns.
 
         Raises:
             Failure: that was not possible.
@@ -102,11 +102,11 @@ class Tracker:
         return self
 
     def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
-        """`close`; after an error only what can be sent in some seconds, and the next process sends the rest."""
+        """`close`; after an error, send for some seconds only, and the next process sends the rest."""
         self._stop(_EVERY) if error else self.close()
 
     def _stop(self, patience: float) -> None:
-        """End the threads after a last attempt to send, which may take as long as it makes progress."""
+        """End the threads after a last attempt to send, which continues as long as it makes progress."""
         self._stop_sampling.set()
         if self._sampler.is_alive():
             self._sampler.join(_EVERY)
@@ -143,7 +143,7 @@ class Tracker:
         self._send()
 
     def _send(self) -> None:
-        """Send all that waits, or note why that is not possible."""
+        """Send all waiting records and files, or note why that is not possible."""
         try:
             for place, batch in self._batches():
                 self._post(batch)
@@ -152,7 +152,7 @@ class Tracker:
                 self._client.log_artifact(self.run_id, str(path), str(name.parent))
                 path.unlink()
         except Exception as e:
-            # stores raise errors of many kinds, and none may end this thread
+            # stores raise errors of many kinds; none may end this thread
             if not self._trouble:
                 print(f"tracking: {line(e)}; what is logged is kept in {self.spool.folder} and sent later", flush=True)
             self._trouble = line(e)
@@ -162,7 +162,7 @@ class Tracker:
             self._trouble = ""
 
     def _batches(self) -> Iterator[tuple[Place, list[Any]]]:
-        """What waits in the spool, at most _BATCH metrics at once where a step has no more."""
+        """The waiting metrics, in batches of at most _BATCH unless a single step has more."""
         from mlflow.entities import Metric
 
         batch: list[Any] = []
@@ -186,7 +186,7 @@ class Tracker:
             if e.error_code != "INVALID_PARAMETER_VALUE":
                 raise
             if len(metrics) > 1:
-                # one that MLflow will never take shall not hold up the others
+                # a metric that MLflow never takes must not hold up the others
                 for metric in metrics:
                     self._post([metric])
             elif (name := metrics[0].key) not in self._refused:
@@ -204,7 +204,7 @@ class Tracker:
             monitors = _monitors()
             seconds = MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL.get() or 10
             for monitor in monitors:
-                # a rate is one since the last reading: the first says nothing
+                # rates count from the last reading: the first means nothing
                 monitor.collect_metrics()
             stop = False
             while not stop:
@@ -216,14 +216,14 @@ class Tracker:
                 if self._step is not None:
                     self._append(self._step, values)
         except Exception as e:
-            # drivers fail in many ways, and none may touch training
+            # drivers fail in many ways; none may end the training
             print(f"tracking: no system metrics ({line(e)})", flush=True)
 
 
 def connect(folder: Path, system_metrics: bool = True) -> Tracker:
     """The run that MLFLOW_RUN_ID names, as `longtake stage` sets it.
 
-    What an earlier process of this run left in the spool is sent too. The process must be the only one with `folder`.
+    Records that an earlier process of this run left in the spool are sent too. No other process may use `folder`.
 
     Args:
         folder: local, outlives the process, such as the stage's checkpoints; the spool is `tracking/RUN` in it.
@@ -248,7 +248,7 @@ def _monitors() -> list[Any]:
 
     monitors = [CPUMonitor(), DiskMonitor(), NetworkMonitor()]
     for kind in (GPUMonitor, ROCMMonitor):
-        # where there is no such GPU they do not start
+        # they do not start without such a GPU
         with contextlib.suppress(Exception):
             monitors.append(kind())
     return monitors

@@ -1,7 +1,7 @@
-"""Records and files on disk that wait to be sent: nothing is lost by a kill, and what was sent is let go.
+"""Records and files on disk that wait to be sent: nothing is lost by a kill, and sent records are deleted.
 
-Records are lines of JSON in numbered segments, `00000001.jsonl`; `sent.json` says up to where they were sent. Files lie
-in `files/` under the names that they shall have. Only the power going can cost a line, since lines are not synced.
+Records are lines of JSON in numbered segments, `00000001.jsonl`; `sent.json` has the place of the last one sent. Files are
+in `files/` under their names as artifacts. Only a power cut can cost a line, since lines are not synced.
 """
 
 import json
@@ -33,7 +33,7 @@ class Spool:
             self._number = max(self.place[0], *self._segments(), 0) + 1
             self._handle = self._open(self._number)
         self._lock, self._unwritten = threading.Lock(), b""
-        self.trouble = ""  # why records are in memory alone
+        self.trouble = ""  # why records are only in memory
 
     def append(self, record: Any) -> None:
         """Add a record; where the disk takes none it stays in memory until the next one comes."""
@@ -55,14 +55,14 @@ class Spool:
                 self.trouble = f"{self.folder}: {e.strerror}"
 
     def waiting(self) -> Iterator[tuple[Place, Any]]:
-        """What was not sent, and for each record the place where it ends."""
+        """The records that were not sent, each with the place where it ends."""
         number, offset = self.place
         while True:
             # listed before it is read: a segment that has a successor is whole
-            there = [n for n in self._segments() if n >= number]
-            if there and there[0] > number:
-                number, offset = there[0], 0
-            if there:
+            segments = [n for n in self._segments() if n >= number]
+            if segments and segments[0] > number:
+                number, offset = segments[0], 0
+            if segments:
                 with self._path(number).open("rb") as f:
                     f.seek(offset)
                     for line in f:
@@ -70,15 +70,15 @@ class Spool:
                             break
                         offset += len(line)
                         with suppress(ValueError):
-                            # a disk that gives back another line than was written
+                            # the disk may return another line than was written
                             yield (number, offset), json.loads(line)
-            if len(there) < 2:
+            if len(segments) < 2:
                 return
-            number, offset = there[1], 0
+            number, offset = segments[1], 0
 
     def sent(self, place: Place) -> None:
-        """All up to a place was sent: the next `waiting`, also of another process, begins there."""
-        # in memory first: a full disk shall not send a record again and again
+        """Note that all records up to a place were sent: the next `waiting`, also of another process, begins there."""
+        # in memory first: with a full disk no record must be sent again and again
         self.place = place
         storage.write(str(self.folder / "sent.json"), json.dumps(place).encode())
         for number in self._segments():
@@ -86,16 +86,16 @@ class Spool:
                 self._path(number).unlink()
 
     def files(self) -> list[tuple[Path, Path]]:
-        """Each file that waits, and its name below `files`; the reader deletes what it has sent."""
+        """Each waiting file, and its name below `files`; the reader deletes a file once it is sent."""
         paths = (p for p in sorted(self.files_folder.rglob("*")) if p.is_file())
         return [(p, p.relative_to(self.files_folder)) for p in paths]
 
     def left(self) -> int:
-        """Records that were not sent."""
+        """The number of records that were not sent."""
         return sum(1 for _ in self.waiting()) + self._unwritten.count(b"\n")
 
     def remove(self) -> None:
-        """The end, when all was sent."""
+        """Delete the spool, once all is sent."""
         with self._lock:
             handle, self._handle = self._handle, -1
         if handle >= 0:
@@ -112,7 +112,7 @@ class Spool:
         return sorted(int(p.stem) for p in self.folder.glob("*.jsonl"))
 
     def _read_place(self) -> Place:
-        """Where `sent` came to; the start where that is not known, since the same twice does no harm."""
+        """The place of the last record sent, or the start where unknown, since sending twice does no harm."""
         try:
             number, offset = json.loads((self.folder / "sent.json").read_bytes())
             return int(number), int(offset)
