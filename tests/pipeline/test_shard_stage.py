@@ -185,7 +185,7 @@ def test_captions_and_labels_that_change_reach_loaders_and_views_and_no_tar(
         assert labels.items() <= {source: label for source, (label, _) in read().items()}.items()
     assert sorted(read().values(), key=str) == sorted(now, key=str)
     assert list(layout_problems(str(out))) == []
-    view = curate.Config(kind="curate", dataset="x", balance={"by": "label", "weights": True})
+    view = curate.Config(kind="curate", dataset="x", balance={"weights": True})
     assert curate.run(view, {"dataset": str(out)}, str(tmp_path / "view"))["metrics"]["clips_kept"] > 0
 
 
@@ -199,7 +199,7 @@ def test_an_object_store_gets_the_same_clips(sharded: Path, footage: Path, s3_va
     fs.mkdir("bucket")
     fs.put(str(footage), "bucket/raw", recursive=True)
     output = "s3://bucket/dataset"
-    shard._describe(config(footage), output)
+    shard.describe(config(footage), output)
     planned = shard.plan(output, ["s3://bucket/raw/*.mp4"], 0.3, 1 << 30, 2)
     # the session's Ray workers know no keys: groups are made here, as a worker would
     for group in shard.missing_groups(output, planned):
