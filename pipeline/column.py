@@ -18,9 +18,9 @@ from pydantic import Field
 
 from longtake.datasets import compact, index, schema, storage, view
 from longtake.datasets.errors import Failure, UserError
-from longtake.datasets.shard import Member, sha256_of, write_tar
 from longtake.pipeline import groups
 from longtake.pipeline.cluster import TaskConfig
+from longtake.pipeline.commit import column_rows, store_tar
 
 Make = Callable[..., dict[str, int]]  # make(split=, name=, keep=, report=) makes and commits a shard; returns counts
 
@@ -222,7 +222,7 @@ def commit(
     base: index.Shard,
     column: str,
     members: Iterable[tuple[str, dict[str, bytes]]],
-    row_of: Callable[[Member, Mapping[str, Any]], Mapping[str, Any]],
+    row_of: Callable[[Mapping[str, Any]], dict[str, Any]],
     kind: pa.Schema,
     notes: Mapping[str, Any],
 ) -> int:
@@ -232,7 +232,7 @@ def commit(
 
     Args:
         members: each clip's key and files, in the order of the base.
-        row_of: `row_of(member, base_row)` gives the columns of the index beside the member's place and digests.
+        row_of: `row_of(base_row)` gives the further columns of the index for a clip.
         kind: schema of the index.
         notes: metadata of the index, such as statistics.
     """
@@ -243,16 +243,10 @@ def commit(
         fs, path = storage.filesystem(f"{url}.parquet")
         with suppress(FileNotFoundError):
             storage.retrying(path, lambda: fs.rm_file(path))
-    with storage.staged(f"{url}.tar") as tar:
-        written = write_tar(tar, members)
-        size, digest = tar.stat().st_size, sha256_of(tar)
-    table = [
-        {field: getattr(member, field) for field in ("key", "offset", "size", "crc32", "sha256")}
-        | {"base_sha256": row["sha256"]}
-        | dict(row_of(member, row))
-        for member, row in zip(written, base.table.to_pylist(), strict=True)
-    ]
-    index.write_index(f"{url}.parquet", table, kind, size, digest, notes)
+    stored, size, digest = store_tar(f"{url}.tar", members)
+    base_rows = base.table.to_pylist()
+    rows = [row | row_of(base_row) for row, base_row in zip(column_rows(stored, base_rows), base_rows, strict=True)]
+    index.write_index(f"{url}.parquet", rows, kind, size, digest, notes)
     return size
 
 

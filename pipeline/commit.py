@@ -146,36 +146,36 @@ def _rejected(reason: str, detail: str) -> dict[str, Any]:
 def _commit(
     dataset: str, split: str, name: str, spool: Path, clips: list[dict[str, Any]], sources: list[dict[str, Any]]
 ) -> None:
-    def parts(extensions: tuple[str, ...]) -> Iterator[tuple[str, dict[str, bytes]]]:
+    def files(extensions: tuple[str, ...]) -> Iterator[tuple[str, dict[str, bytes]]]:
         for row in clips:
             yield row["key"], {e: (spool / f"{row['key']}.{e}").read_bytes() for e in extensions}
 
     base = storage.join(dataset, split, name)
-    members, size, digest = _write_tar(f"{base}.tar", parts(("mp4", "json")))
-    diffs, diff_size, diff_digest = _write_tar(f"{base}.frame_diff.tar", parts(("npy.zst",)))
-    column = [
-        {f: getattr(m, f) for f in ("key", "offset", "size", "crc32", "sha256")} | {"base_sha256": row["sha256"]}
-        for m, row in zip(diffs, clips, strict=True)
-    ]
+    members, size, digest = store_tar(f"{base}.tar", files(("mp4", "json")))
+    diffs, diff_size, diff_digest = store_tar(f"{base}.frame_diff.tar", files(("npy.zst",)))
+    column = column_rows(diffs, clips)
     index.write_index(f"{base}.frame_diff.parquet", column, schema.COLUMN_INDEX, diff_size, diff_digest)
-    storage.write(
-        storage.join(dataset, "sources", f"{split}-{name}.parquet"),
-        index.to_parquet(index.rows_table(sources, schema.SOURCES)),
-    )
-    placed = {(m.key, m.extension): m for m in members}
-    rows = [
-        row
-        | {
-            f"{e}_{what}": getattr(placed[row["key"], e], what)
-            for e in ("mp4", "json")
-            for what in ("offset", "size", "crc32")
-        }
-        for row in clips
-    ]
-    index.write_index(f"{base}.parquet", rows, schema.INDEX, size, digest)
+    account = index.to_parquet(index.rows_table(sources, schema.SOURCES))
+    storage.write(storage.join(dataset, "sources", f"{split}-{name}.parquet"), account)
+
+    places: dict[str, dict[str, Any]] = {row["key"]: {} for row in clips}
+    for member in members:
+        fields = ("offset", "size", "crc32")
+        places[member.key] |= {f"{member.extension}_{field}": getattr(member, field) for field in fields}
+    index.write_index(f"{base}.parquet", [row | places[row["key"]] for row in clips], schema.INDEX, size, digest)
 
 
-def _write_tar(url: str, samples: Iterator[tuple[str, dict[str, bytes]]]) -> tuple[list[Member], int, str]:
+def store_tar(url: str, samples: Iterable[tuple[str, dict[str, bytes]]]) -> tuple[list[Member], int, str]:
+    """Write a tar to a store; returns its members, its bytes and its sha256."""
     with storage.staged(url) as path:
         members = write_tar(path, samples)
         return members, path.stat().st_size, sha256_of(path)
+
+
+def column_rows(members: Iterable[Member], base: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The rows of schema.COLUMN_INDEX for a column's members, given the base shard's rows in the same order."""
+    return [
+        {field: getattr(member, field) for field in ("key", "offset", "size", "crc32", "sha256")}
+        | {"base_sha256": row["sha256"]}
+        for member, row in zip(members, base, strict=True)
+    ]

@@ -1,7 +1,7 @@
-"""Which rows repeat earlier ones: by content, by perceptual hash, by embedding.
+"""Find rows that repeat earlier ones: by content, by perceptual hash, by embedding.
 
-Rows come in order of preference and are judged in that order: one is dropped if it repeats an earlier one that stays.
-So whatever is dropped has its like among what stays, and no two that stay are alike.
+Rows come in order of preference and are judged in that order: a row is dropped if it repeats an earlier one that stays.
+So each dropped row is like one that stays, and no two that stay are alike.
 """
 
 import math
@@ -15,7 +15,7 @@ import pyarrow.compute as pc
 
 _FIRST_BATCH, _GROWTH = 1024, 4
 _MOST_PAIRS = 1 << 24
-_PAIRS_A_SORT = 20  # candidate pairs compared in the time that sorting takes for one hash
+_PAIRS_A_SORT = 20  # candidate pairs that are compared in the time of sorting one hash
 _CLUSTER = 1000
 _BLOCK = 1024
 _ROUNDING = 1e-6  # of the cosine of equal float32 vectors
@@ -41,7 +41,7 @@ def near(hashes: np.ndarray, radius: int) -> np.ndarray:
     distinct, first = np.unique(hashes, return_index=True)
     order = np.argsort(first)
     drop = np.ones(len(hashes), bool)
-    drop[first[order][_spread(distinct[order], radius)]] = False
+    drop[first[order][_kept_hashes(distinct[order], radius)]] = False
     return drop
 
 
@@ -49,44 +49,44 @@ def embedded(vectors: np.ndarray, similarity: float, clusters: int | None = None
     """(N,) bool: an earlier row of the same cluster that stays has at least this cosine.
 
     Args:
-        vectors: (N, D) float32 of any length.
+        vectors: (N, D) float32 of any norm.
         similarity: a cosine, above 0 up to 1.
-        clusters: k-means clusters, at most N; pairs across them are not seen. None takes one for every 1000 rows.
+        clusters: number of k-means clusters, at most N; pairs across them are missed. None: one for every 1000 rows.
     """
     unit = vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
     labels = _clusters(unit, min(clusters or len(unit) // _CLUSTER + 1, len(unit)))
     drop = np.zeros(len(unit), bool)
     for members in np.split(np.argsort(labels, kind="stable"), np.cumsum(np.bincount(labels))[:-1]):
-        drop[members] = _alike(unit[members], similarity - _ROUNDING)
+        drop[members] = _similar(unit[members], similarity - _ROUNDING)
     return drop
 
 
-def _spread(hashes: np.ndarray, radius: int) -> np.ndarray:
-    """Numbers of the distinct hashes that stay.
+def _kept_hashes(hashes: np.ndarray, radius: int) -> np.ndarray:
+    """The indices of the distinct hashes that stay.
 
-    In growing batches: what stays of the earlier ones drops most of a crowd before its own pairs are looked at.
+    Batches grow: the kept hashes of earlier ones drop most of a crowd before its own pairs are compared.
     """
     stay = np.empty(0, np.int64)
     start, size = 0, _FIRST_BATCH
     while start < len(hashes):
         batch = np.arange(start, min(start + size, len(hashes)))
-        masks = _masks(radius, len(stay) + len(batch))
-        rest = batch[~_met(hashes[batch], hashes[stay], radius, masks)]
-        pairs = _pairs(hashes[rest], radius, masks)
+        masks = bit_masks(radius, len(stay) + len(batch))
+        candidates = batch[~_near_any(hashes[batch], hashes[stay], radius, masks)]
+        pairs = _pairs(hashes[candidates], radius, masks)
         if pairs is None:
             size //= _GROWTH
             continue
-        stay = np.append(stay, rest[~_repeats(*pairs, len(rest))])
+        stay = np.append(stay, candidates[~_repeats(*pairs, len(candidates))])
         start += len(batch)
         size *= _GROWTH
     return stay
 
 
-def _masks(radius: int, count: int) -> list[np.uint64]:
+def bit_masks(radius: int, count: int) -> list[np.uint64]:
     """Bit masks such that any two hashes within `radius` bits are equal under at least one of them.
 
-    Of `radius + k` bands, k are free of differing bits. A greater k means rarer chance matches but more masks; the one
-    with the least work for `count` hashes is taken (0 compares all with all).
+    Of `radius + k` bands at least k have no differing bit. A greater k means fewer chance matches but more masks; the k
+    with the least work for `count` hashes is chosen (0 compares all with all).
     """
 
     def work(k: int) -> float:
@@ -95,63 +95,63 @@ def _masks(radius: int, count: int) -> list[np.uint64]:
 
     k = min(range(5), key=work)
     bands = max(1, radius + k)
-    # neighbouring bits of a perceptual hash go together; a band of distant ones tells more
+    # neighbouring bits of a perceptual hash correlate, so that a band of distant bits tells more hashes apart
     masks = [sum(1 << bit for bit in range(band, 64, bands)) for band in range(bands)]
     return [np.uint64(reduce(or_, chosen, 0)) for chosen in combinations(masks, k)]
 
 
-def _met(hashes: np.ndarray, others: np.ndarray, radius: int, masks: list[np.uint64]) -> np.ndarray:
-    """(N,) bool: one of the others lies within the radius."""
-    met = np.zeros(len(hashes), bool)
+def _near_any(hashes: np.ndarray, others: np.ndarray, radius: int, masks: list[np.uint64]) -> np.ndarray:
+    """(N,) bool: one of the others is within the radius."""
+    near = np.zeros(len(hashes), bool)
     for mask in masks:
-        there = others[np.argsort(others & mask)]
-        keys = there & mask
-        rows = np.flatnonzero(~met)
-        rows = rows[np.argsort(hashes[rows] & mask)]  # ascending questions keep searchsorted in the cache
-        at, end = (np.searchsorted(keys, hashes[rows] & mask, side) for side in ("left", "right"))
+        ordered = others[np.argsort(others & mask)]
+        keys = ordered & mask
+        rows = np.flatnonzero(~near)
+        rows = rows[np.argsort(hashes[rows] & mask)]  # ascending values keep searchsorted in the cache
+        position, end = (np.searchsorted(keys, hashes[rows] & mask, side) for side in ("left", "right"))
         while len(rows):
-            live = at < end
-            rows, at, end = rows[live], at[live], end[live]
-            close = np.bitwise_count(there[at] ^ hashes[rows]) <= radius
-            met[rows[close]] = True
-            rows, at, end = rows[~close], at[~close] + 1, end[~close]
-    return met
+            live = position < end
+            rows, position, end = rows[live], position[live], end[live]
+            close = np.bitwise_count(ordered[position] ^ hashes[rows]) <= radius
+            near[rows[close]] = True
+            rows, position, end = rows[~close], position[~close] + 1, end[~close]
+    return near
 
 
 def _pairs(hashes: np.ndarray, radius: int, masks: list[np.uint64]) -> tuple[np.ndarray, np.ndarray] | None:
-    """All pairs within the radius, perhaps repeated, as (earlier, later) numbers; None where they are too many."""
+    """All pairs within the radius, perhaps repeated, as indices (earlier, later); None where they are too many."""
     ones, others, count = [np.empty(0, np.int64)], [np.empty(0, np.int64)], 0
     for mask in masks:
         order = np.argsort(hashes & mask)
-        there = hashes[order]
-        keys = there & mask
-        at, step = np.arange(len(keys)), 1
-        while len(at := at[at + step < len(keys)]) and len(at := at[keys[at] == keys[at + step]]):
-            close = at[np.bitwise_count(there[at] ^ there[at + step]) <= radius]
+        ordered = hashes[order]
+        keys = ordered & mask
+        rows, offset = np.arange(len(keys)), 1
+        while len(rows := rows[rows + offset < len(keys)]) and len(rows := rows[keys[rows] == keys[rows + offset]]):
+            close = rows[np.bitwise_count(ordered[rows] ^ ordered[rows + offset]) <= radius]
             ones.append(order[close])
-            others.append(order[close + step])
+            others.append(order[close + offset])
             count += len(close)
             if count > _MOST_PAIRS:
                 return None
-            step += 1
+            offset += 1
     one, other = np.concatenate(ones), np.concatenate(others)
     return np.minimum(one, other), np.maximum(one, other)
 
 
 def _repeats(earlier: np.ndarray, later: np.ndarray, count: int) -> np.ndarray:
-    """(count,) bool: which of `count` rows go when each pair's later one goes wherever its earlier one stays."""
+    """(count,) bool: the rows that are dropped when the later row of each pair is dropped if the earlier one stays."""
     drop = np.zeros(count, bool)
     while len(earlier):
-        waits = np.zeros(count, bool)
-        waits[later] = True
-        drop[later[~waits[earlier]]] = True
-        live = waits[earlier] & ~drop[earlier] & ~drop[later]
+        undecided = np.zeros(count, bool)
+        undecided[later] = True
+        drop[later[~undecided[earlier]]] = True
+        live = undecided[earlier] & ~drop[earlier] & ~drop[later]
         earlier, later = earlier[live], later[live]
     return drop
 
 
 def _clusters(unit: np.ndarray, count: int) -> np.ndarray:
-    """(N,) int cluster of each vector."""
+    """The cluster of each vector, (N,) int."""
     if count <= 1:
         return np.zeros(len(unit), np.int64)
     from sklearn.cluster import MiniBatchKMeans
@@ -159,7 +159,7 @@ def _clusters(unit: np.ndarray, count: int) -> np.ndarray:
     return MiniBatchKMeans(count, batch_size=4096, n_init=1, random_state=0).fit_predict(unit)
 
 
-def _alike(unit: np.ndarray, similarity: float) -> np.ndarray:
+def _similar(unit: np.ndarray, similarity: float) -> np.ndarray:
     """(N,) bool: an earlier vector that stays has at least this cosine."""
     stay = np.empty(0, np.int64)
     for start in range(0, len(unit), _BLOCK):

@@ -1,7 +1,7 @@
-"""Finding sources: files, folders, globs and manifests at any fsspec URL, as a stream of Arrow batches.
+"""Find sources: files, folders, globs and manifests at any fsspec URL, as a stream of Arrow batches.
 
 A manifest streams in constant memory, whatever its length. A folder is listed as a whole, at about 1 kB a file: beyond
-some millions of files name them in a manifest.
+some millions of files, name them in a manifest.
 """
 
 import hashlib
@@ -26,19 +26,19 @@ _BATCH_ROWS = 1 << 16
 def find(patterns: Sequence[str], threads: int = 16) -> Iterator[pa.RecordBatch]:
     """Expand files, folders, globs and manifests (fsspec URLs) to batches of LISTING. A file named twice has two rows.
 
-    A folder gives every file below it whose suffix is a video's; a glob or a file is taken as it is. A manifest (see
-    manifest.py; a glob of them is all of them) has a column `uri`, counted from its own folder where relative; perhaps
-    `bytes` and `etag`, which spare a look at each file; all other columns (label, caption ...) travel to the samples.
-    `bytes` is null where nobody can tell.
+    A folder gives every file below it with the suffix of a video; a file, or what matches a glob, is taken whatever its
+    suffix. A manifest (see manifest.py), or each that matches a glob, has a column `uri`, relative to its folder; perhaps
+    `bytes` and `etag`, which save a request for each file; all other columns (label, caption ...) travel to the samples.
+    `bytes` is null where it is unknown.
 
     Raises:
-        UserError: a pattern matches nothing, or names nothing that exists; a manifest that is not readable or not of
-            the kinds that are read.
+        UserError: a pattern matches nothing, or names nothing that exists; a manifest is not readable or of a kind that is
+            not read.
     """
     count = 0
     for pattern in patterns:
-        listed = _listed if is_manifest(pattern) else _listing
-        for batch in listed(pattern, threads):
+        list_sources = _manifest_rows if is_manifest(pattern) else _files
+        for batch in list_sources(pattern, threads):
             count += len(batch)
             yield batch
     if not count:
@@ -46,29 +46,28 @@ def find(patterns: Sequence[str], threads: int = 16) -> Iterator[pa.RecordBatch]
 
 
 def listing_digest(patterns: Sequence[str]) -> str:
-    """Changes when a source appears, goes, or changes its size, tag or manifest columns. Reads no contents."""
+    """A digest that changes when a source appears, goes, or changes its size, tag or manifest columns. Reads no contents."""
     digest = hashlib.sha256()
     for batch in find(patterns):
         digest.update(json.dumps(batch.to_pydict()).encode())
     return digest.hexdigest()
 
 
-def _listing(pattern: str, threads: int) -> Iterator[pa.RecordBatch]:
+def _files(pattern: str, threads: int) -> Iterator[pa.RecordBatch]:
     entries = expand(pattern)
     for start in range(0, len(entries), _BATCH_ROWS):
         rows = [entry._asdict() for entry in entries[start : start + _BATCH_ROWS]]
-        yield _sized(pa.RecordBatch.from_pylist(rows, schema=LISTING), threads)
+        yield _with_sizes(pa.RecordBatch.from_pylist(rows, schema=LISTING), threads)
 
 
-def _listed(pattern: str, threads: int) -> Iterator[pa.RecordBatch]:
-    """The rows of manifests."""
+def _manifest_rows(pattern: str, threads: int) -> Iterator[pa.RecordBatch]:
     for manifest in matching(pattern) if is_glob(pattern) else [pattern]:
         for batch in read(manifest):
-            yield _sized(batch, threads)
+            yield _with_sizes(batch, threads)
 
 
-def _sized(batch: pa.RecordBatch, threads: int) -> pa.RecordBatch:
-    """A batch whose unknown sizes have been asked for; null where there is no answer: its group will say why."""
+def _with_sizes(batch: pa.RecordBatch, threads: int) -> pa.RecordBatch:
+    """Ask for the unknown sizes of a batch; null where there is no answer: the source's account will give the reason."""
     if not batch["bytes"].null_count:
         return batch
     sizes, uris = batch["bytes"].to_pylist(), batch["uri"].to_pylist()
@@ -84,8 +83,8 @@ def _size(uri: str) -> int | None:
     try:
         fs, path = storage.filesystem(uri)
         if storage.is_local(uri):
-            facts = Path(path).stat()
-            return facts.st_size if stat.S_ISREG(facts.st_mode) else None
+            status = Path(path).stat()
+            return status.st_size if stat.S_ISREG(status.st_mode) else None
         size: Any = storage.retrying(uri, partial(fs.size, path))
         return None if size is None else int(size)
     except UserError as e:

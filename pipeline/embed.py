@@ -1,4 +1,4 @@
-"""Clips to vectors, by any image encoder that was saved as TorchScript.
+"""Clips to vectors by an image encoder that was saved as TorchScript.
 
 A TorchScript file is code, and loading it runs it: name only files that you trust.
 """
@@ -37,20 +37,20 @@ def vectors(dataset: str, clips: pa.Table, encoder: str, size: int, key: str) ->
         dataset: URL of the dataset.
         clips: N rows of its index with the columns `split` and `shard`.
         encoder: path of a TorchScript module, (B, 3, size, size) float32 in 0..1 -> (B, D).
-        size: frames are scaled to cover it and their centre is taken.
-        key: what the config calls this encoder, for errors.
+        size: pixels a side; frames are scaled to cover it, and their centre is cropped.
+        key: the config's key of this encoder, for errors.
 
     Returns:
         (N, D) float32.
 
     Raises:
-        UserError: the encoder is missing, is no TorchScript, or gives something else.
+        UserError: the encoder is missing, is no TorchScript, or does not give (B, D) finite numbers.
         Failure: a clip is not readable.
     """
     import torch
 
     model = _load(encoder, key)
-    found: list[np.ndarray] = []
+    batches: list[np.ndarray] = []
     with (
         torch.inference_mode(),
         ThreadPoolExecutor() as pool,
@@ -59,9 +59,9 @@ def vectors(dataset: str, clips: pa.Table, encoder: str, size: int, key: str) ->
         for start in range(0, len(clips), _BATCH):
             rows = clips.slice(start, _BATCH).to_pylist()
             frames = np.stack(list(pool.map(lambda row: _middle_frame(dataset, row, size), rows)))
-            found.append(_encode(model, torch.from_numpy(frames), encoder, key))
+            batches.append(_encode(model, torch.from_numpy(frames), encoder, key))
             bar.update(len(rows))
-    return np.concatenate(found) if found else np.empty((0, 1), np.float32)
+    return np.concatenate(batches) if batches else np.empty((0, 1), np.float32)
 
 
 def _load(path: str, key: str) -> "torch.jit.ScriptModule":
@@ -97,8 +97,8 @@ def _encode(model: "torch.jit.ScriptModule", frames: "torch.Tensor", encoder: st
             f"{key}.encoder: {encoder}: does not take {tuple(frames.shape)} float32 ({last}); change `{key}.size`"
         ) from e
     if not isinstance(out, torch.Tensor) or out.ndim != 2 or len(out) != len(frames) or not out.isfinite().all():
-        what = f"{tuple(out.shape)}" if isinstance(out, torch.Tensor) else type(out).__name__
+        output = f"{tuple(out.shape)}" if isinstance(out, torch.Tensor) else type(out).__name__
         raise UserError(
-            f"{key}.encoder: {encoder}: gives {what} for {len(frames)} frames; ({len(frames)}, D) finite numbers are needed"
+            f"{key}.encoder: {encoder}: gives {output} for {len(frames)} frames; ({len(frames)}, D) finite numbers are needed"
         )
     return out.float().cpu().numpy()

@@ -1,4 +1,4 @@
-"""H.264 clips: byte-identical for the same frames, with groups of pictures short enough to seek in."""
+"""Encode H.264 clips: the same bytes for the same frames, and groups of pictures that are short enough to seek in."""
 
 import io
 from fractions import Fraction
@@ -22,7 +22,7 @@ def encode(clip: list[np.ndarray], fps: Fraction, crf: int, preset: str, gop: in
         # SMPTE 170M, limited range: what to_planes gives
         stream.codec_context.color_primaries = stream.codec_context.color_trc = stream.codec_context.colorspace = 6
         stream.codec_context.color_range = 1
-        # macroblock-tree rate control reads memory that it never wrote (with SIMD, at small sizes): other bytes each time
+        # macroblock-tree rate control reads uninitialized memory (with SIMD, at small sizes): other bytes each time
         stream.options = {"crf": str(crf), "preset": preset, "flags": "+bitexact", "sc_threshold": "0", "mbtree": "0"}
         for number, planes in enumerate(clip):
             frame = av.VideoFrame.from_numpy_buffer(planes, format="yuv420p")

@@ -1,6 +1,6 @@
-"""High dynamic range to the standard range that clips are stored in.
+"""Map high dynamic range to the standard range of clips.
 
-What it gives up: one fixed curve for all footage; a scene's own peak and the container's mastering metadata are not read.
+What it gives up: one fixed curve for all footage; a scene's peak and the container's mastering metadata are not read.
 """
 
 from typing import Any
@@ -10,7 +10,7 @@ import numpy as np
 
 _PQ, _HLG = 16, 18  # transfer characteristics of ITU-T H.273
 _WHITE, _PEAK = 203.0, 1000.0  # cd/m2: diffuse white (ITU-R BT.2408), and the light that becomes full white
-_KNEE = 0.3  # of diffuse white: below it light is kept as it is
+_KNEE = 0.3  # of diffuse white; darker light is unchanged
 # Primaries of BT.2020 to those of BT.709 (ITU-R BT.2087, annex 1)
 _GAMUT = np.array([[1.6605, -0.5876, -0.0728], [-0.1246, 1.1329, -0.0083], [-0.0182, -0.1006, 1.1187]], np.float32)
 
@@ -26,7 +26,7 @@ def to_sdr(rgb: np.ndarray, transfer: int) -> np.ndarray:
         # the system gamma of a 1000 cd/m2 display acts on luminance (BT.2100, table 5)
         luminance = light @ np.array([0.2627, 0.6780, 0.0593], np.float32)
         light = light * (luminance[..., None] ** 0.2) * (_PEAK / _WHITE)
-    # one factor for all three, taken from the largest: hues stay
+    # one factor for all three, from the largest: hues stay
     most = np.maximum(light.max(-1, keepdims=True), 1e-6)
     narrow = (light * (_compressed(most) / most)) @ _GAMUT.T
     return np.rint(255 * np.clip(narrow, 0, 1) ** (1 / 2.4)).astype(np.uint8)

@@ -23,7 +23,6 @@ from longtake.datasets import index, schema, storage
 from longtake.datasets.errors import Failure
 from longtake.datasets.latents import Moments, merged, moments, shrunk
 from longtake.datasets.loader import to_model
-from longtake.datasets.shard import Member
 from longtake.pipeline import column as columns
 from longtake.pipeline.streams import (
     Row,
@@ -285,7 +284,7 @@ def _commit(
     members = ((key, {"npy": (clips[key].path if key in clips else empty).read_bytes()}) for key in keys)
 
     # a latent is called a step in the columns of the index
-    def row_of(member: Member, row: Row) -> Row:
+    def row_of(row: Row) -> dict[str, Any]:
         clip = clips.get(row["key"])
         channels, height, width = clip.shape if clip else (strides.channels, 0, 0)
         return (

@@ -1,7 +1,7 @@
-"""What lies in folders and matches globs, on this machine and in stores. A path that exists is never a glob.
+"""List folders and globs, on this machine and in stores. A path that exists is never a glob.
 
-On this machine links are followed, each real folder is entered once, and what may not be read is listed as such. What
-a workspace of ours holds is no source for anyone who lists the folder above it: its samples would be cut again.
+On this machine links are followed, each real folder is entered once, and a folder that may not be read is listed as an
+entry. Workspaces below a listed folder are skipped: their clips would be cut again.
 """
 
 import contextlib
@@ -25,14 +25,14 @@ from longtake.pipeline.manifest import KINDS, is_other_list, suffix
 _SUFFIXES = """3g2 3gp asf avi av1 f4v flv gif h264 h265 hevc ivf m2ts m4v mjpeg mkv mov mp4 mpeg mpg mts mxf nut obu
 ogm ogv rm rmvb ts vob webm wmv y4m"""
 VIDEO_SUFFIXES = frozenset(_SUFFIXES.split())
-# the recipes that a workspace keeps, by which it is known wherever it lies
+# the recipes in a workspace, by which it is recognized
 _RESOLVED = re.compile(r"(?:(.*)/)?recipes/[0-9a-f]{12}\.yaml", re.DOTALL)
 # stores that list all keys below a prefix at once
 _FLAT = frozenset(("s3", "s3a", "gs", "gcs", "abfs", "az", "oss", "memory"))
 
 
 class Entry(NamedTuple):
-    """A source as its store lists it: `bytes` is None where that is not known, `etag` only where it is of the content."""
+    """A source as its store lists it: `bytes` None where unknown, `etag` only where it depends on the content."""
 
     uri: str
     bytes: int | None
@@ -40,48 +40,48 @@ class Entry(NamedTuple):
 
 
 def expand(pattern: str) -> list[Entry]:
-    """The sources that a file, folder or glob names, sorted. A folder or linked folder that may not be read is an entry too.
+    """The sources that a file, folder or glob names, sorted. A folder that may not be read is an entry too.
 
     Raises:
-        UserError: there is nothing of that name, no video in it, or it may not be read.
+        UserError: nothing has that name, no video is in it, or it may not be read.
     """
     try:
-        entries, passed_over = _local(pattern) if storage.is_local(pattern) else _remote(pattern)
+        entries, others = _local(pattern) if storage.is_local(pattern) else _remote(pattern)
     except PermissionError as e:
         raise UserError(f"sources: {pattern}: may not be read ({e.strerror or e})") from e
     except ValueError as e:
-        # what a store's client says of no name that it knows, as of `s3://` alone
+        # a store's client about a name that is none, for example `s3://` alone
         raise e if isinstance(e, UserError) else UserError(f"sources: {pattern}: {e}") from e
     if not entries:
-        others = ", ".join(f"{n} {s or 'without suffix'}" for s, n in passed_over.most_common(3))
-        only = f" (only {others})" if others else ""
+        suffixes = ", ".join(f"{n} {s or 'without suffix'}" for s, n in others.most_common(3))
+        only = f" (only {suffixes})" if suffixes else ""
         raise UserError(f"sources: {pattern}: no video there{only}; name a folder or glob that holds videos")
     return sorted(entries, key=lambda entry: entry.uri)
 
 
 def matching(pattern: str) -> list[str]:
-    """The URIs of all that matches a glob, files and folders, sorted. Raises UserError: nothing does."""
+    """The URIs of all files and folders that match a glob, sorted. Raises UserError: nothing matches."""
     fs, path = storage.filesystem(pattern)
     if storage.is_local(pattern):
         shut = dict[str, None]()
-        found = [storage.named(p) for p in dict.fromkeys(_matches("/", path.strip("/").split("/"), shut))]
+        uris = [storage.named(p) for p in dict.fromkeys(_matches("/", path.strip("/").split("/"), shut))]
         if shut:
             raise UserError(f"sources: {pattern}: {next(iter(shut))} may not be read")
     else:
         escaped = _escaped(fs, pattern, path)
-        found = [fs.unstrip_protocol(p) for p in storage.retrying(pattern, lambda: fs.glob(escaped))]
-    if not found:
+        uris = [fs.unstrip_protocol(p) for p in storage.retrying(pattern, lambda: fs.glob(escaped))]
+    if not uris:
         raise UserError(f"sources: {pattern}: no manifest there")
-    return sorted(found)
+    return sorted(uris)
 
 
 def is_glob(pattern: str) -> bool:
-    """Whether a pattern has characters of a glob and there is nothing of that very name."""
+    """Whether a pattern has characters of a glob and nothing has that very name."""
     fs, path = storage.filesystem(pattern)
-    return _magic(path) and not _exists(fs, pattern, path)
+    return _has_magic(path) and not _exists(fs, pattern, path)
 
 
-def _magic(path: str) -> bool:
+def _has_magic(path: str) -> bool:
     if re.match("https?://", path):
         # `?` begins the query of an address
         return any(c in path.split("/", 3)[-1] for c in "*[")
@@ -91,13 +91,13 @@ def _magic(path: str) -> bool:
 def _exists(fs: Any, pattern: str, path: str) -> bool:
     if storage.is_local(pattern):
         with contextlib.suppress(PermissionError):
-            return _there(path)
+            return _local_exists(path)
         return False
     return bool(storage.retrying(pattern, partial(fs.exists, path)))
 
 
-def _there(path: str) -> bool:
-    """Whether there is anything of that name, be it a link to nothing. Raises PermissionError where that cannot be told."""
+def _local_exists(path: str) -> bool:
+    """Whether anything has that name, even a broken link. Raises PermissionError where that is unknown."""
     try:
         os.lstat(path)
     except PermissionError:
@@ -108,10 +108,11 @@ def _there(path: str) -> bool:
 
 
 def _local(pattern: str) -> tuple[list[Entry], Counter[str]]:
+    """The entries, and counts of the suffixes of other files."""
     path = storage.filesystem(pattern)[1]
     shut = dict[str, None]()
-    if not _there(path):
-        if not _magic(path):
+    if not _local_exists(path):
+        if not _has_magic(path):
             raise UserError(f"sources: {pattern}: no such file or folder")
         paths = dict.fromkeys(p for p in _matches("/", path.strip("/").split("/"), shut) if not Path(p).is_dir())
         if shut and not paths:
@@ -120,7 +121,7 @@ def _local(pattern: str) -> tuple[list[Entry], Counter[str]]:
     if not Path(path).is_dir():
         _check_kind(pattern, path)
         return [_entry(path)], Counter()
-    # what names it may not be read: said at once
+    # raises PermissionError where the folder itself may not be read
     os.scandir(path).close()
     below = [file for _, files in _folders(path, shut) for file in files]
     videos = [file for file in below if suffix(file) in VIDEO_SUFFIXES]
@@ -134,16 +135,16 @@ def _check_kind(pattern: str, path: str) -> None:
 
 def _entry(path: str) -> Entry:
     try:
-        facts = Path(path).stat()
-        return Entry(storage.named(path), facts.st_size if stat.S_ISREG(facts.st_mode) else None)
+        status = Path(path).stat()
+        return Entry(storage.named(path), status.st_size if stat.S_ISREG(status.st_mode) else None)
     except OSError:
         return Entry(storage.named(path), None)
 
 
 def _folders(root: str, shut: dict[str, None]) -> Iterator[tuple[str, list[str]]]:
-    """(folder, paths of its files) for a folder and all below it: each real folder once, before those behind links.
+    """(folder, paths of its files) for a folder and all below it: each real folder once, linked folders last.
 
-    Hidden ones, workspaces and links that lead upwards are left out; `shut` gets those that may not be read.
+    Hidden folders, workspaces and links that lead upwards are left out; `shut` gets folders that may not be read.
     """
     above = os.path.realpath(root)
     entered = set[tuple[int, int]]()
@@ -151,12 +152,12 @@ def _folders(root: str, shut: dict[str, None]) -> Iterator[tuple[str, list[str]]
     while folders or links:
         folder = folders.popleft() if folders else links.popleft()
         try:
-            facts = Path(folder).stat()
-            if (facts.st_dev, facts.st_ino) in entered:
+            status = Path(folder).stat()
+            if (status.st_dev, status.st_ino) in entered:
                 continue
-            entered.add((facts.st_dev, facts.st_ino))
-            with os.scandir(folder) as listed:
-                entries = sorted((e for e in listed if not e.name.startswith(".")), key=lambda e: e.name)
+            entered.add((status.st_dev, status.st_ino))
+            with os.scandir(folder) as scan:
+                entries = sorted((e for e in scan if not e.name.startswith(".")), key=lambda e: e.name)
         except OSError:
             shut[folder] = None
             continue
@@ -192,16 +193,16 @@ def _is_workspace(folder: str) -> bool:
 
 
 def _matches(folder: str, segments: Sequence[str], shut: dict[str, None]) -> Iterator[str]:
-    """Paths that match a glob as in a shell, segment by segment; a segment that exists as it is written is no glob."""
+    """Paths that match a glob as in a shell, segment by segment. A segment that exists as it is written is no glob."""
     first, *rest = segments
     path = f"{folder.rstrip('/')}/{first}"
     try:
-        there = _there(path)
+        exists = _local_exists(path)
     except PermissionError:
         shut[folder] = None
         return
-    if there or not _magic(first):
-        paths = [path] if there else []
+    if exists or not _has_magic(first):
+        paths = [path] if exists else []
     elif first == "**":
         if not rest:
             yield from (file for _, files in _folders(folder, shut) for file in files)
@@ -227,45 +228,46 @@ def _matches(folder: str, segments: Sequence[str], shut: dict[str, None]) -> Ite
 
 
 def _remote(pattern: str) -> tuple[list[Entry], Counter[str]]:
+    """The entries, and counts of the suffixes of other files."""
     fs, path = storage.filesystem(pattern)
     http = bool({"http", "https"} & set(storage.protocols(fs)))
-    if http and not _magic(path) and not path.endswith("/"):
+    if http and not _has_magic(path) and not path.endswith("/"):
         _check_kind(pattern, path)
-        # what its server says of it decides about this one source
+        # whether it exists shows when it is fetched
         return [Entry(path, None)], Counter()
     try:
         info = None if http and path.endswith("/") else storage.retrying(pattern, partial(fs.info, path))
     except FileNotFoundError:
-        if not _magic(path):
+        if not _has_magic(path):
             raise UserError(f"sources: {pattern}: no such file or folder") from None
-        return _matching(fs, pattern, _escaped(fs, pattern, path)), Counter()
+        return _remote_matches(fs, pattern, _escaped(fs, pattern, path)), Counter()
     if info and info["type"] != "directory":
         _check_kind(pattern, path)
-        return [_stored(fs, info)], Counter()
+        return [_remote_entry(fs, info)], Counter()
     files, shut = _below(fs, pattern, path)
     files = [e for e in files if not _hidden(e["name"], path)]
     videos = [e for e in files if suffix(e["name"]) in VIDEO_SUFFIXES]
-    passed_over = Counter(suffix(e["name"]) for e in files) - Counter(suffix(e["name"]) for e in videos)
-    return [*(_stored(fs, e) for e in videos), *shut], passed_over
+    others = Counter(suffix(e["name"]) for e in files) - Counter(suffix(e["name"]) for e in videos)
+    return [*(_remote_entry(fs, e) for e in videos), *shut], others
 
 
-def _matching(fs: Any, pattern: str, path: str) -> list[Entry]:
+def _remote_matches(fs: Any, pattern: str, path: str) -> list[Entry]:
     if "**" not in path:
         matches = storage.retrying(pattern, lambda: fs.glob(path, detail=True)).values()
-        return [_stored(fs, e) for e in matches if e["type"] != "directory"]
+        return [_remote_entry(fs, e) for e in matches if e["type"] != "directory"]
     root = path[: re.search(r"[*?[]", path).start()].rpartition("/")[0]  # type: ignore[union-attr]
     files, shut = _below(fs, pattern, root)
     matches = re.compile(glob_translate(path)).match
-    return [*(_stored(fs, e) for e in files if matches(e["name"])), *shut]
+    return [*(_remote_entry(fs, e) for e in files if matches(e["name"])), *shut]
 
 
 def _below(fs: Any, pattern: str, root: str) -> tuple[list[dict[str, Any]], list[Entry]]:
-    """(files below a folder but for those of workspaces, folders that may not be listed)."""
+    """The files below a folder without those of workspaces, and the folders that may not be listed."""
     files, shut = list[dict[str, Any]](), list[Entry]()
     if _FLAT & set(storage.protocols(fs)):
         files += storage.retrying(pattern, lambda: fs.find(root, detail=True)).values()
     else:
-        # `fs.find` would pass over what it may not list
+        # `fs.find` would skip folders that may not be listed
         folders, entered = deque([root]), set[str]()
         while folders:
             folder = folders.popleft()
@@ -284,17 +286,17 @@ def _below(fs: Any, pattern: str, root: str) -> tuple[list[dict[str, Any]], list
 
 
 def _escaped(fs: Any, pattern: str, path: str) -> str:
-    """A glob whose leading folders exist as they are written, brackets or not."""
+    """A glob where the leading folders that exist as they are written, brackets or not, are escaped."""
     parts = path.split("/")
     for end in range(len(parts) - 1, 0, -1):
         head = "/".join(parts[:end])
-        if _magic(head) and storage.retrying(pattern, partial(fs.exists, head)):
+        if _has_magic(head) and storage.retrying(pattern, partial(fs.exists, head)):
             return "/".join([glob.escape(head), *parts[end:]])
     return path
 
 
-def _stored(fs: Any, entry: dict[str, Any]) -> Entry:
-    # other stores' tags say nothing of the content, or are not kept when a file moves
+def _remote_entry(fs: Any, entry: dict[str, Any]) -> Entry:
+    # other stores' tags do not depend on the content, or change when a file moves
     tag = str(entry.get("ETag") or "").strip('"') if "s3" in storage.protocols(fs) else ""
     return Entry(fs.unstrip_protocol(entry["name"]), entry.get("size"), tag or None)
 

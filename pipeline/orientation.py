@@ -1,33 +1,34 @@
-"""How a picture lies: the display matrix of a container or codec as one of the eight ways to show it, as ffmpeg does."""
+"""The orientation of a picture: the display matrix of a container or codec as one of eight ways to show it, as ffmpeg does."""
 
 import math
 from collections.abc import Sequence
 from fractions import Fraction
+from itertools import product
 from typing import Any
 
 import numpy as np
 
-# Whether the picture is transposed, and then mirrored left to right and top to bottom, to be shown upright.
+# How to show a picture upright: whether it is transposed, and then mirrored left to right and top to bottom.
 Orientation = tuple[bool, bool, bool]
 UPRIGHT: Orientation = (False, False, False)
 
-_SHEAR = 0.05  # cosine of the angle between the axes, from which on a matrix says nothing
+_SHEAR = 0.05  # a matrix means nothing where the cosine of the angle between its axes is larger
 
 
 def orientation_of(image: Any) -> Orientation:
-    """Of an av.VideoFrame. Its own `rotation` knows no mirrors, and takes zeros for a turn."""
+    """The orientation of an av.VideoFrame, whose `rotation` knows no mirrors, and reads zeros as a turn."""
     try:
-        said = image.side_data.get("DISPLAYMATRIX")
+        matrix = image.side_data.get("DISPLAYMATRIX")
     except ValueError:
-        # PyAV lists no side data at all where one is of a kind it does not know, such as EXIF
+        # PyAV lists no side data at all where one is of a kind that it does not know, such as EXIF
         return turned(image.rotation)
-    return UPRIGHT if said is None else oriented(np.frombuffer(said, np.int32).tolist())
+    return UPRIGHT if matrix is None else oriented(np.frombuffer(matrix, np.int32).tolist())
 
 
 def oriented(matrix: Sequence[int]) -> Orientation:
-    """The nearest way for nine numbers (a b u, c d v, x y w), where x' = ax + cy and y' = bx + dy.
+    """The orientation nearest to nine numbers (a b u, c d v, x y w), where x' = ax + cy and y' = bx + dy.
 
-    One that says nothing, of zeros or with axes at no right angle, is upright.
+    A matrix of zeros, or whose axes are at no right angle, is upright.
     """
     a, b, c, d = matrix[0], matrix[1], matrix[3], matrix[4]
     lengths = math.hypot(a, b) * math.hypot(c, d)
@@ -38,17 +39,17 @@ def oriented(matrix: Sequence[int]) -> Orientation:
 
 
 def turned(degrees: int) -> Orientation:
-    """By so many degrees counter-clockwise; beyond 180 is none that FFmpeg gives for a turn."""
+    """The orientation of a picture turned by `degrees` counter-clockwise; upright beyond 180, which FFmpeg never gives."""
     quarters = round(degrees / 90) % 4 if abs(degrees) <= 180 else 0
     return [UPRIGHT, (True, False, True), (False, True, True), (True, True, False)][quarters]
 
 
 def between(before: Orientation, after: Orientation) -> Orientation:
-    """What is left to do where a picture lies as `before` to show it as `after`."""
-    plane, truths = np.arange(6).reshape(2, 3), (False, True)
-    there, wanted = upright(plane, before), upright(plane, after)
-    each = ((t, x, y) for t in truths for x in truths for y in truths)
-    return next(o for o in each if np.array_equal(upright(there, o), wanted))
+    """The orientation that takes a picture shown by `before` to the picture shown by `after`."""
+    plane, either = np.arange(6).reshape(2, 3), (False, True)
+    start, goal = upright(plane, before), upright(plane, after)
+    orientations = product(either, either, either)
+    return next(o for o in orientations if np.array_equal(upright(start, o), goal))
 
 
 def upright(plane: np.ndarray, orientation: Orientation) -> np.ndarray:

@@ -1,5 +1,5 @@
-"""Sources that could not be read when their group was made. Those that were unreachable are planned again, into a new
-group, once their store answers; nothing else is made again.
+"""Track sources that could not be read when their group was made. Unreachable ones are planned again, into a new group,
+once their store answers; nothing else is made again.
 """
 
 import hashlib
@@ -23,19 +23,19 @@ from longtake.datasets.errors import Failure
 from longtake.pipeline.fetch import answers
 
 RECORD = "unreachable.json"
-_NOTHING: dict[str, Any] = {"awaited": [], "repeated": [], "rounds": 0}
+_NO_TRIES: dict[str, Any] = {"awaited": [], "repeated": [], "rounds": 0}
 _FIELDS = ("source", "uri", "bytes", "split", "group", "duplicate_of", "extra", "reason")
 _EMPTY = schema.SOURCES.empty_table().select(_FIELDS)
 
 
 @dataclass(frozen=True)
 class Tries:
-    """What planning needs to know of sources that were tried before.
+    """What planning needs to know about sources that were tried before.
 
     Attributes:
-        unread: the last row of each source of which nothing was read, columns of schema.SOURCES.
+        unread: the last row of each source of which nothing was read, with columns of schema.SOURCES.
         lost: identities of which nothing was ever read.
-        awaited: rows of `unread` that are worth another try, each with its number of `tries`.
+        awaited: rows of `unread` that are worth another try, each with the number of its `tries`.
         repeated: URIs of unreachable sources that were planned again.
     """
 
@@ -51,25 +51,27 @@ def by_name(uri: str) -> str:
 
 
 def waiting(uri: str) -> str:
-    """That of one that was unreachable when it was planned: it is not read under it, but planned again."""
+    """The identity of a source that was unreachable when it was planned: it is not read under it, but planned again."""
     return hashlib.sha256(f"waiting {uri}".encode()).hexdigest()[:20]
 
 
 def read_tries(dataset: str, threads: int = 16) -> Tries:
-    """Of the sources of all committed groups: others will be made, and accounted for, again."""
+    """The tries of the sources of all committed groups; other groups will be made, and accounted for, again."""
     urls = [
         storage.join(dataset, "sources", f"{split}-{name}.parquet")
         for split in schema.SPLITS
         for name in index.shard_names(dataset, split)
     ]
     with ThreadPoolExecutor(threads) as pool:
-        failed = _together(pool.map(lambda url: (rows := _read(url)).filter(_unread(rows)), urls))
-        # most datasets have none, and the rows of all others need not be held
-        rows = _together(pool.map(lambda url: _related(_read(url), failed), urls)) if len(failed) else failed
+        failed = _concatenated(pool.map(lambda url: (rows := _read(url)).filter(_is_unread(rows)), urls))
+        # most datasets have none; then no other rows have to be in memory
+        rows = _concatenated(pool.map(lambda url: _related(_read(url), failed), urls)) if len(failed) else failed
+
     last = index.last_tries(rows)
-    unread, read = last.filter(_unread(last)), last.filter(pc.invert(_unread(last)))
+    unread, read = last.filter(_is_unread(last)), last.filter(pc.invert(_is_unread(last)))
     read = read.filter(pc.invert(pc.fill_null(pc.equal(read["reason"], "duplicate"), False)))
     lost = unread["source"].filter(pc.invert(pc.is_in(unread["source"], read["source"])))
+
     answered = set(read["uri"].filter(pc.is_in(read["uri"], unread["uri"])).to_pylist())
     unreachable = rows.filter(pc.equal(rows["reason"], "unreachable"))
     counts = Counter(zip(unreachable["uri"].to_pylist(), unreachable["bytes"].to_pylist(), strict=True))
@@ -78,21 +80,22 @@ def read_tries(dataset: str, threads: int = 16) -> Tries:
         for row in unread.filter(pc.equal(unread["reason"], "unreachable")).to_pylist()
         if row["uri"] not in answered
     ]
+
     superseded = rows.filter(pc.invert(pc.is_in(_places(rows), _places(last))))
     repeated = superseded["uri"].filter(pc.equal(superseded["reason"], "unreachable")).to_pylist()
     return Tries(unread, lost.combine_chunks(), awaited, frozenset(repeated))
 
 
-def _together(tables: Iterable[pa.Table]) -> pa.Table:
+def _concatenated(tables: Iterable[pa.Table]) -> pa.Table:
     return pa.concat_tables([_EMPTY, *(table.replace_schema_metadata(None) for table in tables)])
 
 
-def _unread(rows: pa.Table) -> pa.ChunkedArray:
+def _is_unread(rows: pa.Table) -> pa.ChunkedArray:
     return pc.fill_null(pc.is_in(rows["reason"], pa.array(schema.UNREAD)), False)
 
 
 def _related(rows: pa.Table, failed: pa.Table) -> pa.Table:
-    """Those of the same name or content as any that failed."""
+    """The rows with the same URI or identity as one that failed."""
     return rows.filter(pc.or_(pc.is_in(rows["uri"], failed["uri"]), pc.is_in(rows["source"], failed["source"])))
 
 
@@ -100,7 +103,7 @@ def _read(url: str) -> pa.Table:
     try:
         return index.from_parquet(url, list(_FIELDS))
     except Failure:
-        # said where the account is made; here it must not keep its group from being made again
+        # the account reports it; here it must not keep its group from being made again
         return _EMPTY
 
 
@@ -109,21 +112,21 @@ def _places(rows: pa.Table) -> pa.ChunkedArray:
 
 
 def answering(awaited: Sequence[dict[str, Any]], threads: int = 64) -> list[dict[str, Any]]:
-    """Those whose store gives their first byte now, or refuses it for good."""
+    """The rows whose store gives their first byte now, or refuses it for good."""
     with ThreadPoolExecutor(threads) as pool:
-        asked = pool.map(answers, [row["uri"] for row in awaited])
-        told = list(tqdm(asked, "ask again", len(awaited), disable=not awaited, unit="source"))
-    return [row for row, answer in zip(awaited, told, strict=True) if answer]
+        results = pool.map(answers, [row["uri"] for row in awaited])
+        bar = tqdm(results, "ask again", len(awaited), disable=not awaited, unit="source")
+        return [row for row, answer in zip(awaited, bar, strict=True) if answer]
 
 
 def record(dataset: str) -> None:
-    """Write `unreachable.json`, from which `retried` tells without reading every account.
+    """Write `unreachable.json`, so that `retried` need not read every account.
 
-    `awaited` are the URIs that were not planned again yet, `repeated` those that were, in so many `rounds`.
+    `awaited` are the URIs that were not planned again yet, `repeated` the others, `rounds` how often some were.
     """
     tries = read_tries(dataset)
     written = read_record(dataset)
-    before = written or _NOTHING
+    before = written or _NO_TRIES
     grown = not tries.repeated <= {*before["repeated"]}
     contents = {
         "awaited": sorted({row["uri"] for row in tries.awaited} - tries.repeated),
@@ -135,48 +138,46 @@ def record(dataset: str) -> None:
 
 
 def read_record(dataset: str) -> dict[str, Any] | None:
-    """The contents of `unreachable.json`, None where it is missing or damaged: then the stage has to run to write it anew."""
+    """The contents of `unreachable.json`. None where it is missing or damaged: then the stage has to run to write it anew."""
     try:
         contents = json.loads(storage.read(storage.join(dataset, RECORD)))
     except (FileNotFoundError, NotADirectoryError, IsADirectoryError, ValueError, RecursionError):
         return None
-    listed = isinstance(contents, dict) and contents.keys() == _NOTHING.keys() and isinstance(contents["rounds"], int)
-    if not listed or not all(_are_texts(contents[name]) for name in ("awaited", "repeated")):
+    if not isinstance(contents, dict) or contents.keys() != _NO_TRIES.keys():
         return None
-    return dict(contents)
-
-
-def _are_texts(values: Any) -> bool:
-    return isinstance(values, list) and all(isinstance(value, str) for value in values)
+    lists = [contents["awaited"], contents["repeated"]]
+    texts = all(isinstance(uris, list) and all(isinstance(uri, str) for uri in uris) for uris in lists)
+    return dict(contents) if texts and isinstance(contents["rounds"], int) else None
 
 
 def retried(dataset: str, seconds: float = 10.0) -> str:
-    """The rounds in which unreachable sources were planned again, and the one that is due if any answers within `seconds`.
+    """A text that counts the rounds in which unreachable sources were planned again, with the one that is due if any answers
+    within `seconds`.
 
-    Empty where there is none. One that fails its second try is awaited no more: a store that never gives a source whole
-    makes nothing run for ever.
+    It is empty without a round. A source that fails its second try is awaited no more: a store that never gives a source
+    whole does not make the stage run for ever.
     """
-    contents = read_record(dataset) or _NOTHING
+    contents = read_record(dataset) or _NO_TRIES
     rounds = contents["rounds"] + _any_answers(contents["awaited"], seconds)
     return f" {rounds}" if rounds else ""
 
 
 def _any_answers(uris: Sequence[str], seconds: float, threads: int = 16) -> bool:
-    """Whether one of them answers, as far as that can be told within `seconds`: a store may leave each asker waiting."""
-    # in no order of names: a store that is silent would stand before all others
+    """Whether one of them answers within `seconds`; a store may never answer."""
+    # not in order of names: a silent store would block all others
     pending = iter(sorted(uris, key=lambda uri: hashlib.sha256(uri.encode()).digest()))
-    told: queue.SimpleQueue[bool] = queue.SimpleQueue()
+    results: queue.SimpleQueue[bool] = queue.SimpleQueue()
 
     def ask() -> None:
         for uri in pending:
-            told.put(answers(uri))
+            results.put(answers(uri))
 
-    # daemons, since a command may not wait for them as it ends
+    # daemons: a command must not wait for them when it ends
     for _ in range(min(threads, len(uris))):
         threading.Thread(target=ask, daemon=True).start()
     end = time.monotonic() + seconds
     try:
-        return any(told.get(timeout=max(0.0, end - time.monotonic())) for _ in uris)
+        return any(results.get(timeout=max(0.0, end - time.monotonic())) for _ in uris)
     except queue.Empty:
         print(f"of {len(uris)} sources that did not answer before, none has within {seconds:g} s", file=sys.stderr)
         return False

@@ -1,4 +1,4 @@
-"""Scores of a clip from its planes; names and order are `datasets.schema.SCORES`. All but `still` are 0..1 by scale."""
+"""Scores of a clip from its planes, with the names and order of `datasets.schema.SCORES`: shares, or values scaled to about 0..1."""
 
 from itertools import pairwise
 
@@ -8,7 +8,7 @@ from longtake.pipeline.decode import chroma, luma
 
 _STILL = 0.5 / 255
 _DARK = 36  # (limited-range) luma that still counts as black
-_LIT_SHARE = 0.01  # a row with no more pixels above black is part of a bar: coding noise
+_LIT_SHARE = 0.01  # a row with no more pixels above black is part of a bar: they are coding noise
 
 
 def score(clip: list[np.ndarray]) -> dict[str, float]:
@@ -17,33 +17,33 @@ def score(clip: list[np.ndarray]) -> dict[str, float]:
     motion: mean |luma difference| of neighbours. still: share of neighbours that hardly differ.
     brightness, contrast: mean and mean spatial deviation of luma. sharpness: mean |Laplacian| of luma.
     saturation: mean distance of chroma from grey. dark: share of nearly black pixels. letterbox: share of the picture
-    that is black bars, in all frames looked at.
+    that is black bars in all frames of the sample.
     """
     y = np.stack([luma(p) for p in clip])
-    steps = [float(np.abs(b.astype(np.int16) - a).mean()) / 255 for a, b in pairwise(y)]
-    middle = y[:: max(1, len(y) // 8)].astype(np.int16)
+    changes = [float(np.abs(b.astype(np.int16) - a).mean()) / 255 for a, b in pairwise(y)]
+    sample = y[:: max(1, len(y) // 8)].astype(np.int16)
     laplacian = (
-        4 * middle[:, 1:-1, 1:-1]
-        - middle[:, :-2, 1:-1]
-        - middle[:, 2:, 1:-1]
-        - middle[:, 1:-1, :-2]
-        - middle[:, 1:-1, 2:]
+        4 * sample[:, 1:-1, 1:-1]
+        - sample[:, :-2, 1:-1]
+        - sample[:, 2:, 1:-1]
+        - sample[:, 1:-1, :-2]
+        - sample[:, 1:-1, 2:]
     )
     colour = np.stack([chroma(p) for p in clip[:: max(1, len(clip) // 8)]]).astype(np.int16) - 128
     return {
-        "motion": float(np.mean(steps)) if steps else 0.0,
-        "still": float(np.mean([s < _STILL for s in steps])) if steps else 1.0,
+        "motion": float(np.mean(changes)) if changes else 0.0,
+        "still": float(np.mean([change < _STILL for change in changes])) if changes else 1.0,
         "brightness": float(np.clip((y.mean() - 16) / 219, 0, 1)),
-        "contrast": float(middle.std((1, 2)).mean() / 219),
+        "contrast": float(sample.std((1, 2)).mean() / 219),
         "sharpness": float(np.abs(laplacian).mean() / 255),
         "saturation": float(np.abs(colour).mean() / 128),
-        "dark": float((middle <= _DARK).mean()),
-        "letterbox": _bars(middle.max(0)),
+        "dark": float((sample <= _DARK).mean()),
+        "letterbox": _bars(sample.max(0)),
     }
 
 
 def _bars(brightest: np.ndarray) -> float:
-    """Share of rows and columns at the edges that are never brighter than black."""
+    """The share of the picture in rows and columns at the edges that are never brighter than black."""
     shown = 1.0
     for side in (0, 1):
         lit = np.flatnonzero((brightest > _DARK).mean(1 - side) > _LIT_SHARE)
@@ -51,9 +51,9 @@ def _bars(brightest: np.ndarray) -> float:
     return 1 - shown
 
 
-_SIDE, _KEPT = 32, 8
+_SIDE, _FREQUENCIES = 32, 8
 # The first rows of the type-II cosine transform.
-_COSINES = np.cos(np.pi / _SIDE * (np.arange(_SIDE) + 0.5) * np.arange(_KEPT)[:, None])
+_COSINES = np.cos(np.pi / _SIDE * (np.arange(_SIDE) + 0.5) * np.arange(_FREQUENCIES)[:, None])
 
 
 def perceptual_hash(planes: np.ndarray) -> int:

@@ -1,7 +1,7 @@
-"""The second opinion: decord, which brings an FFmpeg of its own. What it would get wrong without a word it is not given.
+"""The second opinion: decord, with its own FFmpeg. Files that it would silently decode wrongly are refused.
 
-It gives RGB, knows no mirrors, shows all frames in the shape of the first, and where a clock goes back it leaves out
-one part and repeats the end of the other. It does not tell what is damaged.
+It gives RGB, knows no mirrors, and shows all frames in the shape of the first. Where a clock goes back it leaves out one
+part and repeats the end of the other. It does not report damage.
 """
 
 import math
@@ -16,32 +16,32 @@ import av
 from longtake.pipeline.container import Unreadable, film
 from longtake.pipeline.orientation import Orientation, between, orientation_of, turned
 
-# what its demuxers, which no whitelist binds, take for nothing else: MP4, Matroska, AVI, FLV, ASF, Ogg, TS, PS, GIF
+# beginnings that its demuxers, which have no whitelist, cannot mistake: MP4, Matroska, AVI, FLV, ASF, Ogg, TS, PS, GIF
 _FIRST_BYTES = re.compile(
     rb"(?s)....(ftyp|moov|mdat|wide|free|skip)|\x1aE\xdf\xa3|RIFF....AVI |FLV\x01|0&\xb2u\x8ef\xcf\x11|OggS|GIF8"
     rb"|G.{187}G.{187}G|\0\0\x01\xba"
 )
-# places in its source and in memory, which tell nobody anything
+# parts of its errors that are no use to people: places in its source and in memory
 _PLACES = re.compile(r"\[[\d:]+\] \S+:\d+: |Check failed: .*?\([^()]*\) |\[/dev/fd/\d+\] |Stack trace.*", re.S)
 _BACK_SECONDS = 0.25
 
 
 def decord_frames(path: str) -> Iterator[tuple[av.VideoFrame, float | None, Orientation]]:
-    """Each frame, its time by the container's clock if that can be told, and how it lies. Raises Unreadable."""
+    """Each frame, its time by the container's clock or None, and its orientation. Raises Unreadable."""
     import decord
 
-    times, first = _looked_through(path)
+    times, first = _scan(path)
     orientation = between(turned(first.rotation), orientation_of(first))
     shape = (first.width, first.height)
     with Path(path).open("rb", buffering=0) as file:
         if not _FIRST_BYTES.match(file.read(1 << 10)):
             raise Unreadable("it begins as no format that decord may open; use decoder: pyav")
         try:
-            # by its descriptor, for a name might be taken for a pattern of names
+            # by its descriptor, since a name might be read as a pattern of names
             reader = decord.VideoReader(f"/dev/fd/{file.fileno()}", num_threads=1)
             if len(times) != len(reader):
                 times = [float(reader.get_frame_timestamp(n)[0]) for n in range(len(reader))]
-            # in AVI some are no numbers: then the rate counts
+            # in AVI some are NaN: then the frame rate gives the times
             usable = all(a < b for a, b in pairwise(times)) and all(map(math.isfinite, times))
             for number in range(len(reader)):
                 picture = reader[number].asnumpy()
@@ -50,12 +50,12 @@ def decord_frames(path: str) -> Iterator[tuple[av.VideoFrame, float | None, Orie
                 image = av.VideoFrame.from_ndarray(picture, format="rgb24")
                 yield image, times[number] if usable else None, orientation
         except (decord.DECORDError, IndexError) as e:
-            said = " ".join(_PLACES.sub("", str(e)).split()).removeprefix("ERROR ")
-            raise Unreadable(f"decord cannot read it: {said}") from e
+            message = " ".join(_PLACES.sub("", str(e)).split()).removeprefix("ERROR ")
+            raise Unreadable(f"decord cannot read it: {message}") from e
 
 
-def _looked_through(path: str) -> tuple[list[float], Any]:
-    """The times of all packets in the order in which they are shown, and the first key frame.
+def _scan(path: str) -> tuple[list[float], Any]:
+    """The times of all packets in the order of display, and the first key frame.
 
     Raises:
         Unreadable: the clock goes back or the shape changes, or no key frame can be decoded.

@@ -1,4 +1,4 @@
-"""`curate`: which clips of a dataset to use, as a view. Shards stay as they are; only an encoder decodes anything."""
+"""`curate`: choose the clips of a dataset to use, as a view. Shards do not change; only encoders decode frames."""
 
 import hashlib
 from collections import Counter
@@ -25,7 +25,7 @@ Drops = Iterator[tuple[str, np.ndarray]]  # (reason, row numbers)
 
 
 class Bounds(StageConfig):
-    """Keep clips whose score is within bounds, which are included; null does not bound.
+    """Inclusive bounds of a score; null is no bound.
 
     min, max                         of the score
     min_percentile, max_percentile   of the scores of all clips of the dataset
@@ -48,14 +48,14 @@ class Bounds(StageConfig):
 class NearDuplicates(StageConfig):
     """Clips that look alike to a perceptual hash.
 
-    radius   hashes of 64 bits differ in so many at most
+    radius   most bits of 64 in which their hashes differ
     """
 
     radius: int = Field(4, ge=0, le=16)
 
 
 class Scorer(StageConfig):
-    """A score for a clip's middle frame by an image encoder with one output, such as of beauty or of text in the picture.
+    """A score of a clip's middle frame by an image encoder with one output, for example beauty or text in the picture.
 
     encoder   TorchScript file: frames (B, 3, size, size) in 0..1 -> (B, 1)
     size      pixels a side
@@ -70,8 +70,8 @@ class Embedding(StageConfig):
 
     encoder      TorchScript file: frames (B, 3, size, size) in 0..1 -> (B, D)
     size         pixels a side
-    similarity   cosine from which on two clips repeat each other
-    clusters     within which they are compared; null: about the square root of their number
+    similarity   least cosine of two clips that repeat each other
+    clusters     number of clusters within which clips are compared; null: one for every 1000 clips
     """
 
     encoder: str
@@ -81,10 +81,10 @@ class Embedding(StageConfig):
 
 
 class Balance(StageConfig):
-    """Evens out the classes of the training clips, which are their labels.
+    """Even out the classes of the training clips. A class is a label.
 
-    most      clips of a class, at most
-    weights   against the classes' counts
+    most      most clips of a class
+    weights   weigh clips against the counts of their classes
     """
 
     MOVED: ClassVar = {"by": "is always the label; leave it out"}
@@ -100,15 +100,15 @@ class Balance(StageConfig):
 
 
 class Config(StageConfig):
-    """What a clip must pass, in this order, to be used; the first that it fails is the reason in the view.
+    """The tests that a clip must pass to be used, in this order; the first that it fails is the reason in the view.
 
     `rules` maps a score to its bounds, such as `{motion: {min: 0.004}, sharpness: {min_percentile: 5}}`. `scores` names
-    more of them, each from an encoder: `{aesthetic: {encoder: aesthetic.pt}}`; the view keeps their values.
+    more scores, each from an encoder: `{aesthetic: {encoder: aesthetic.pt}}`; the view has their values.
 
-    Of clips that repeat each other one stays: a held-out one before any of training, so that nothing held out is
-    trained on, then the first by key. Balancing leaves the held-out clips alone; clips without a label are a class.
+    Of clips that repeat each other one stays: a held-out clip rather than a training clip, so that nothing held out is
+    trained on, then the first by key. Balancing does not touch held-out clips; clips without a label are a class.
 
-    dataset            whose clips are judged
+    dataset            the clips
     scores             more scores, each from an encoder
     rules              bounds of scores: min, max, min_percentile, max_percentile
     exact_duplicates   drop clips whose pixels are equal
@@ -128,22 +128,22 @@ class Config(StageConfig):
 
     @field_validator("scores")
     @classmethod
-    def _new(cls, scores: dict[str, Scorer]) -> dict[str, Scorer]:
-        if taken := set(scores) & {*schema.INDEX.names, *schema.VIEW.names}:
-            raise ValueError(f"{', '.join(sorted(taken))} is the name of a column of the dataset; choose another")
+    def _without_clashes(cls, scores: dict[str, Scorer]) -> dict[str, Scorer]:
+        if clashes := set(scores) & {*schema.INDEX.names, *schema.VIEW.names}:
+            raise ValueError(f"{', '.join(sorted(clashes))} is the name of a column of the dataset; choose another")
         return scores
 
     @field_validator("rules")
     @classmethod
-    def _known(cls, rules: dict[str, Bounds], info: ValidationInfo) -> dict[str, Bounds]:
-        there = (*_COLUMNS, *info.data.get("scores", {}))
-        if unknown := set(rules) - set(there):
-            raise ValueError(f"unknown score {', '.join(sorted(unknown))}; there are {', '.join(there)}")
+    def _of_scores(cls, rules: dict[str, Bounds], info: ValidationInfo) -> dict[str, Bounds]:
+        scores = (*_COLUMNS, *info.data.get("scores", {}))
+        if unknown := set(rules) - set(scores):
+            raise ValueError(f"unknown score {', '.join(sorted(unknown))}; there are {', '.join(scores)}")
         return rules
 
 
 def outside(config: Config) -> str:
-    """Changes with the encoders' files."""
+    """The digests of the encoders' files."""
     encoders = {f"scores.{name}": scorer.encoder for name, scorer in config.scores.items()}
     encoders |= {"embedding": config.embedding.encoder} if config.embedding else {}
     return " ".join(hashlib.sha256(embed.read_encoder(path, key)).hexdigest() for key, path in encoders.items())
@@ -153,7 +153,7 @@ def run(config: Config, inputs: Mapping[str, str], output: str) -> dict[str, Any
     """Write the view beside the shards: DATASET/views/NAME.parquet.
 
     Raises:
-        UserError: no clip is kept, there are no labels to balance by, or the encoder does not work.
+        UserError: no clip is kept, no clip has a label to balance by, or an encoder does not work.
         Failure: a clip is not readable.
     """
     dataset = inputs["dataset"]
@@ -161,8 +161,8 @@ def run(config: Config, inputs: Mapping[str, str], output: str) -> dict[str, Any
     if config.balance and clips["label"].null_count == len(clips):
         raise UserError("balance: no clip has a label; give the manifest a `label` column or leave `balance` out")
     reasons, keep = np.full(len(clips), None, object), np.ones(len(clips), bool)
-    for step in (_rules, _exact, _near, _embedding, _balance):
-        for reason, rows in step(config, dataset, clips, np.flatnonzero(keep)):
+    for test in (_rules, _exact, _near, _embedding, _balance):
+        for reason, rows in test(config, dataset, clips, np.flatnonzero(keep)):
             reasons[rows[keep[rows]]] = reason
             keep[rows] = False
     dropped = Counter[str](reasons[~keep].tolist())
@@ -172,7 +172,7 @@ def run(config: Config, inputs: Mapping[str, str], output: str) -> dict[str, Any
     table = view.rows(clips["split"], clips["key"], reasons, _weights(config, clips, np.flatnonzero(keep)))
     for name in config.scores:
         table = table.append_column(name, clips[name])
-    # in the order of the shards, so that readers need not match the rows by key
+    # in the order of the shards, so that readers need not match rows by key
     table = table.take(pc.sort_indices(clips, [("split", "ascending"), ("row", "ascending")]))
     view.write(uri, table, {split: compact.open_split(dataset, split)[0].digest for split in schema.SPLITS})
     return {
@@ -183,7 +183,7 @@ def run(config: Config, inputs: Mapping[str, str], output: str) -> dict[str, Any
 
 
 def _by_preference(dataset: str) -> pa.Table:
-    """All clips with their `split`, in the order in which those that repeat each other stay."""
+    """All clips with their `split`, in order of preference among clips that repeat each other."""
     tables = []
     for split in ("val", "train"):
         clips = compact.table(dataset, split)
@@ -204,47 +204,47 @@ def _scored(config: Config, dataset: str, clips: pa.Table) -> pa.Table:
     return clips
 
 
-def _rules(config: Config, dataset: str, clips: pa.Table, left: np.ndarray) -> Drops:
+def _rules(config: Config, dataset: str, clips: pa.Table, rows: np.ndarray) -> Drops:
     rules = {name: bounds.model_dump(exclude_none=True) for name, bounds in config.rules.items()}
     for reason, broken in view.broken(clips, rules):
         yield reason, np.flatnonzero(broken)
 
 
-def _exact(config: Config, dataset: str, clips: pa.Table, left: np.ndarray) -> Drops:
+def _exact(config: Config, dataset: str, clips: pa.Table, rows: np.ndarray) -> Drops:
     if config.exact_duplicates:
-        yield "exact duplicate", left[dedup.exact(clips["sha256"].take(left))]
+        yield "exact duplicate", rows[dedup.exact(clips["sha256"].take(rows))]
 
 
-def _near(config: Config, dataset: str, clips: pa.Table, left: np.ndarray) -> Drops:
+def _near(config: Config, dataset: str, clips: pa.Table, rows: np.ndarray) -> Drops:
     if config.near_duplicates:
-        hashes = clips["phash"].take(left)
-        known = left[np.asarray(hashes.is_valid())]  # a clip without a hash is like no other
-        yield "near duplicate", known[dedup.near(hashes.drop_null().to_numpy(), config.near_duplicates.radius)]
+        hashes = clips["phash"].take(rows)
+        hashed = rows[np.asarray(hashes.is_valid())]  # a clip without a hash is like no other
+        yield "near duplicate", hashed[dedup.near(hashes.drop_null().to_numpy(), config.near_duplicates.radius)]
 
 
-def _embedding(config: Config, dataset: str, clips: pa.Table, left: np.ndarray) -> Drops:
-    if asked := config.embedding:
-        vectors = embed.vectors(dataset, clips.take(left), asked.encoder, asked.size, "embedding")
-        yield "similar embedding", left[dedup.embedded(vectors, asked.similarity, asked.clusters)]
+def _embedding(config: Config, dataset: str, clips: pa.Table, rows: np.ndarray) -> Drops:
+    if settings := config.embedding:
+        vectors = embed.vectors(dataset, clips.take(rows), settings.encoder, settings.size, "embedding")
+        yield "similar embedding", rows[dedup.embedded(vectors, settings.similarity, settings.clusters)]
 
 
-def _balance(config: Config, dataset: str, clips: pa.Table, left: np.ndarray) -> Drops:
+def _balance(config: Config, dataset: str, clips: pa.Table, rows: np.ndarray) -> Drops:
     if config.balance and config.balance.most:
         most = config.balance.most
-        for label, members in _classes(clips, left):
+        for label, members in _classes(clips, rows):
             if len(members) > most:
-                # by a hash of the key: the first by key would be all from few sources
+                # by a hash of the key: the first by key would all be from few sources
                 digests = [hashlib.sha256(key.encode()).digest() for key in clips["key"].take(members).to_pylist()]
                 chosen = sorted(range(len(members)), key=digests.__getitem__)
-                what = f"of label {label}" if label is not None else "without a label"
-                yield f"over {most} {what}", members[chosen[most:]]
+                class_ = f"of label {label}" if label is not None else "without a label"
+                yield f"over {most} {class_}", members[chosen[most:]]
 
 
-def _weights(config: Config, clips: pa.Table, kept: np.ndarray) -> np.ndarray:
-    """(N,) weights; with `balance.weights` those of a class's training clips add up to the same for every class."""
+def _weights(config: Config, clips: pa.Table, rows: np.ndarray) -> np.ndarray:
+    """(N,) weights; with `balance.weights` the weights of training clips add up to the same for every class."""
     weights = np.ones(len(clips))
     if config.balance and config.balance.weights:
-        classes = list(_classes(clips, kept))
+        classes = list(_classes(clips, rows))
         total = sum(len(members) for _, members in classes)
         for _, members in classes:
             weights[members] = total / len(classes) / len(members)
@@ -252,7 +252,7 @@ def _weights(config: Config, clips: pa.Table, kept: np.ndarray) -> np.ndarray:
 
 
 def _classes(clips: pa.Table, rows: np.ndarray) -> Iterator[tuple[str | None, np.ndarray]]:
-    """Each label among these rows, None included, with its training rows."""
+    """Each label among the training clips of these rows, None included, with the rows that have it."""
     train = rows[np.asarray(pc.equal(clips["split"], "train").take(rows))]
     labels = clips["label"].take(train).combine_chunks().dictionary_encode(null_encoding="encode")
     codes = labels.indices.to_numpy()

@@ -1,6 +1,6 @@
-"""`shard`: raw videos to a dataset of clips. Plan the groups, make those that are missing, account for every source.
+"""`shard`: raw videos to a dataset of clips. Plan the groups, make the missing ones, account for every source.
 
-Speed: one sequential decode a source; the driver holds references only.
+Each source is decoded once, in sequence; the driver holds references only.
 """
 
 from collections.abc import Mapping
@@ -11,11 +11,12 @@ from pydantic import Field, field_validator, model_validator
 from longtake.datasets import index, later, schema, storage
 from longtake.datasets.errors import UserError
 from longtake.datasets.stage import StageConfig
-from longtake.pipeline import groups, retry
+from longtake.pipeline import retry
 from longtake.pipeline.cluster import TaskConfig
 from longtake.pipeline.commit import group_name, make_group
 from longtake.pipeline.config import ClipConfig, CutConfig, FrameDiffConfig, LimitsConfig
 from longtake.pipeline.discover import listing_digest
+from longtake.pipeline.groups import run as run_groups
 from longtake.pipeline.plan import groups as groups_of
 from longtake.pipeline.plan import plan, sources_of
 from longtake.pipeline.seen import planned_again
@@ -33,8 +34,8 @@ class Config(StageConfig):
     limits          what one source may cost
     decoder         decord rejects what it would show wrongly (see second_opinion.py)
     val_fraction    share of the sources that is held out, by their content
-    group_bytes     source files in one group, and so in one shard
-    group_sources   sources in one group, at most
+    group_bytes     most bytes of the sources of one group, and so of one shard
+    group_sources   most sources of one group
     run             what a task asks of Ray
     """
 
@@ -75,38 +76,38 @@ class Config(StageConfig):
 
 
 def outside(config: Config) -> str:
-    """Changes with the listing of the sources."""
+    """A digest of the listing of the sources."""
     return listing_digest(config.sources)
 
 
 def retried(uri: str) -> str:
-    """Changes when sources that could not be reached before are planned again, or one can be reached now."""
+    """A text that changes when unreachable sources are planned again, or one of them can be reached now."""
     return retry.retried(uri)
 
 
 def complete(uri: str) -> bool:
-    """Whether every planned group is committed, and what did not answer recorded: what was deleted, being damaged, is
-    made again."""
-    planned = groups_of(uri)
-    return bool(planned) and retry.read_record(uri) is not None and not missing_groups(uri, planned)
+    """Whether every planned group is committed and unreachable sources are recorded. A deleted shard is made again."""
+    groups = groups_of(uri)
+    return bool(groups) and retry.read_record(uri) is not None and not missing_groups(uri, groups)
 
 
 def run(config: Config, inputs: Mapping[str, str], output: str) -> dict[str, Any]:
-    """Make what is missing of the dataset at `output`. Safe to run again, and to run twice at once.
+    """Make the missing groups of the dataset at `output`. Safe to run again, and to run twice at once.
 
     Raises:
         UserError: no source, no clip in any source, or another dataset in the way.
         Failure: some groups could not be written.
     """
-    _describe(config, output)
-    planned = plan(output, config.sources, config.val_fraction, config.group_bytes, config.group_sources)
+    describe(config, output)
+    groups = plan(output, config.sources, config.val_fraction, config.group_bytes, config.group_sources)
     swept = _sweep(output)
-    if missing := missing_groups(output, planned):
+    if missing := missing_groups(output, groups):
         try:
             _make(config, output, missing)
         finally:
-            swept += _sweep(output)  # of workers that died on the way
+            swept += _sweep(output)  # what workers that died have left
     retry.record(output)
+
     totals = index.summary(output)
     if not totals["clips"]:
         reasons = ", ".join(f"{n} {reason}" for reason, n in totals["rejected_by_reason"].items())
@@ -114,23 +115,24 @@ def run(config: Config, inputs: Mapping[str, str], output: str) -> dict[str, Any
             f"sources: none of {totals['sources']} sources gave a clip ({reasons}); see `longtake dataset sources {output}`"
         )
     assert totals["sources"] == totals["sources_good"] + totals["sources_rejected"]
-    assert totals["sources"] + totals["sources_tried_again"] == sum(group["sources"] for group in planned)
+    assert totals["sources"] + totals["sources_tried_again"] == sum(group["sources"] for group in groups)
     assert totals["clips"] == totals["clips_cut"]
-    flat = {name: float(value) for name, value in totals.items() if isinstance(value, int | float)}
+    metrics = {name: float(value) for name, value in totals.items() if isinstance(value, int | float)}
     return {
         "uri": output,
-        "metrics": flat | {"debris_swept": float(swept)},
+        "metrics": metrics | {"debris_swept": float(swept)},
         "rejected_by_reason": totals["rejected_by_reason"],
     }
 
 
 def _sweep(output: str) -> int:
-    return sum(
-        storage.sweep(storage.join(output, part)) for part in ("", "plan", "sources", later.FOLDER, *schema.SPLITS)
-    )
+    """Delete the temporary files of workers that died; returns their number."""
+    folders = ("", "plan", "sources", later.FOLDER, *schema.SPLITS)
+    return sum(storage.sweep(storage.join(output, folder)) for folder in folders)
 
 
-def _describe(config: Config, output: str) -> None:
+def describe(config: Config, output: str) -> None:
+    """Write dataset.json. Raises UserError where another one is in the way, or workers could not see the dataset."""
     if storage.is_memory(output):
         raise UserError(
             f"workspace: {output}: Ray workers cannot see this process's memory; use a folder or an object store"
@@ -143,13 +145,13 @@ def _describe(config: Config, output: str) -> None:
 
 
 def missing_groups(output: str, groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Those of the planned groups that have no committed shard."""
-    done = {(split, name) for split in schema.SPLITS for name in index.shard_names(output, split)}
-    return [g for g in groups if (g["split"], group_name(g["group"])) not in done]
+    """The groups that have no committed shard."""
+    committed = {(split, name) for split in schema.SPLITS for name in index.shard_names(output, split)}
+    return [g for g in groups if (g["split"], group_name(g["group"])) not in committed]
 
 
 def _make(config: Config, output: str, missing: list[dict[str, Any]]) -> None:
-    memory = {}
+    memory = {}  # sources that only this process can see
     if any(storage.is_memory(pattern) for pattern in config.sources):
         uris = (source["uri"] for group in missing for source in sources_of(output, group))
         memory = {uri: storage.read(uri) for uri in uris if storage.is_memory(uri)}
@@ -163,4 +165,4 @@ def _make(config: Config, output: str, missing: list[dict[str, Any]]) -> None:
             **config.run.options(),
         )
 
-    groups.run("shard", jobs, config.run, start, unit="source", total=sum(group["sources"] for group in jobs))
+    run_groups("shard", jobs, config.run, start, unit="source", total=sum(group["sources"] for group in jobs))

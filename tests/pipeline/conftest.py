@@ -167,7 +167,7 @@ def victims() -> Callable[[int], list[psutil.Process]]:
 def planned() -> Callable[[shard.Config, str], list[tuple[Any, ...]]]:
     def plan(config: shard.Config, output: str) -> list[tuple[Any, ...]]:
         """Begin a dataset; returns the arguments of `make_group` for each of its groups."""
-        shard._describe(config, output)
+        shard.describe(config, output)
         groups = shard.plan(output, config.sources, config.val_fraction, config.group_bytes, config.group_sources)
         return [(group, shard.sources_of(output, group), output, config.cut) for group in groups]
 

@@ -423,7 +423,7 @@ def test_shards_that_are_missing_or_of_other_clips_are_made_again(
         beside.append(url.exists())
         return write_tar(*arguments)
 
-    monkeypatch.setattr("longtake.pipeline.column.write_tar", writing)
+    monkeypatch.setattr("longtake.pipeline.commit.write_tar", writing)
     for job in jobs:
         strides = streams.strides_of(model, "")
         latents.make_latents(model, strides, root, "train", job.name, name, settings(), keeps[job.name])

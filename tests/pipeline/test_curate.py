@@ -54,7 +54,7 @@ def test_near_duplicates_are_those_of_brute_force(hashes: list[int], radius: int
 @given(st.integers(0, 16), st.sampled_from([10, 10**4, 10**5, 10**6, 10**8]), st.randoms(use_true_random=False))
 @settings(deadline=None)
 def test_hashes_within_the_radius_are_equal_under_some_mask(radius: int, count: int, random: Any) -> None:
-    masks = dedup._masks(radius, count)
+    masks = dedup.bit_masks(radius, count)
     for _ in range(20):
         difference = np.uint64(sum(1 << bit for bit in random.sample(range(64), radius)))
         assert any(difference & mask == 0 for mask in masks)

@@ -93,10 +93,10 @@ def test_the_split_of_a_source_depends_on_nothing_else(names: list[str]) -> None
 
 @given(st.lists(st.lists(st.integers(0, 50), max_size=20), max_size=5), st.integers(1, 120), st.integers(1, 7))
 def test_groups_are_bounded_and_full(parts: list[list[int]], most_bytes: int, most_rows: int) -> None:
-    cut = plan._Groups(0)
-    groups = [g for part in parts for g in cut.take(np.array(part, np.int64), most_bytes, most_rows).tolist()]
+    cut = plan.Grouping(0)
+    groups = [g for part in parts for g in cut.assign(np.array(part, np.int64), most_bytes, most_rows).tolist()]
     sizes = [size for part in parts for size in part]
-    whole = plan._Groups(0).take(np.array(sizes, np.int64), most_bytes, most_rows).tolist()
+    whole = plan.Grouping(0).assign(np.array(sizes, np.int64), most_bytes, most_rows).tolist()
     assert groups == whole and groups == sorted(groups) and set(groups) == set(range(len(set(groups))))
     for number in set(groups):
         members = [s for s, g in zip(sizes, groups, strict=True) if g == number]

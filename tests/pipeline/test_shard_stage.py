@@ -200,7 +200,7 @@ def test_an_object_store_gets_the_same_clips(sharded: Path, footage: Path, s3_va
     fs.mkdir("bucket")
     fs.put(str(footage), "bucket/raw", recursive=True)
     output = "s3://bucket/dataset"
-    shard._describe(config(footage), output)
+    shard.describe(config(footage), output)
     planned = shard.plan(output, ["s3://bucket/raw/*.mp4"], 0.3, 1 << 30, 2)
     # the session's Ray workers know no keys: groups are made here, as a worker would
     for group in shard.missing_groups(output, planned):

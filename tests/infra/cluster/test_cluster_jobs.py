@@ -169,7 +169,7 @@ def hashes(folder: str) -> dict[str, str]:
 
 def made_alone(config: Any, output: str) -> dict[str, str]:
     """The hashes of the dataset that this process makes group by group: no Ray, no kills."""
-    shard._describe(config, output)
+    shard.describe(config, output)
     for group in shard.plan(output, config.sources, config.val_fraction, config.group_bytes, config.group_sources):
         assert not make_group(group, shard.sources_of(output, group), output, config.cut)["error"]
     retry.record(output)
