@@ -12,13 +12,11 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
-from longtake.datasets import annotations, later, schema, storage
-from longtake.pipeline.seen import search
+from longtake.datasets import annotations, later, schema
+from longtake.pipeline.seen import batches, search
 
 _BUCKETS = 64
-_ROWS = 1 << 16
 _SPOOLED = pa.schema([("split", pa.string()), ("group", pa.int32()), ("uri", pa.string()), ("extra", pa.string())])
 _PLANNED = np.dtype([("extra", "i8"), ("val", "?"), ("group", "i4"), ("same", "?")])
 
@@ -74,15 +72,13 @@ class Changes:
     def _read(self) -> None:
         hashes, parts = [np.empty(0, np.int64)], [self._planned]
         for url in self.plans:
-            fs, path = storage.filesystem(url)
-            with fs.open(path, "rb") as f:
-                for batch in pq.ParquetFile(f).iter_batches(_ROWS, columns=["uri", "extra", "split", "group"]):
-                    part = np.zeros(len(batch), _PLANNED)
-                    part["extra"] = _hashes(batch["extra"])
-                    part["val"] = np.asarray(pc.equal(batch["split"], schema.SPLITS[1]))
-                    part["group"] = np.asarray(batch["group"])
-                    hashes.append(_hashes(batch["uri"]))
-                    parts.append(part)
+            for batch in batches(url, ("uri", "extra", "split", "group")):
+                part = np.zeros(len(batch), _PLANNED)
+                part["extra"] = _hashes(batch["extra"])
+                part["val"] = np.asarray(pc.equal(batch["split"], schema.SPLITS[1]))
+                part["group"] = np.asarray(batch["group"])
+                hashes.append(_hashes(batch["uri"]))
+                parts.append(part)
         uris, planned = np.concatenate(hashes), np.concatenate(parts)
         order = np.argsort(uris, kind="stable")
         self._uris, self._planned = uris[order], planned[order]

@@ -56,6 +56,11 @@ class Frame:
         """(width, height) as shown."""
         return shown_size(self.image.width, self.image.height, self.aspect, self.orientation)
 
+    @property
+    def shape(self) -> tuple[Any, ...]:
+        """What has to be equal for frames to go through one filter."""
+        return self.image.width, self.image.height, self.image.format.name, self.orientation, self.aspect
+
 
 @dataclass
 class Tally:
@@ -68,39 +73,24 @@ class Tally:
     ended: str = ""  # why decoding ended too early
 
 
-@dataclass(frozen=True)
-class _Picture:
-    """A frame before its time is known."""
-
-    number: int
-    image: Any
-    orientation: Orientation
-    aspect: Fraction | None
-    starts: bool
-
-    @property
-    def shape(self) -> tuple[Any, ...]:
-        return self.image.width, self.image.height, self.image.format.name, self.orientation, self.aspect
-
-
 def probe(path: str) -> Probe:
     """Read the container's header and the first frame. Raises Unreadable."""
     with film(path) as (container, stream):
-        with contextlib.suppress(StopIteration):
-            first = next(image for image in _decoded(container, stream, Tally()) if image is not None)
-            width, height = shown_size(first.width, first.height, stream.sample_aspect_ratio, orientation_of(first))
-            stream_seconds = seconds_of(stream)
-            return Probe(
-                codec=stream.codec_context.name,
-                width=width,
-                height=height,
-                fps=float(stream.average_rate or stream.guessed_rate or 0),
-                frames=stream.frames or 0,
-                seconds=stream_seconds or max(0.0, (container.duration or 0) / 1e6),
-                stream_seconds=stream_seconds,
-                coded_pixels=first.width * first.height,
-            )
-        raise Unreadable("no decodable frame")
+        first = next((image for image in _decoded(container, stream, Tally()) if image is not None), None)
+        if first is None:
+            raise Unreadable("no decodable frame")
+        width, height = shown_size(first.width, first.height, stream.sample_aspect_ratio, orientation_of(first))
+        stream_seconds = seconds_of(stream)
+        return Probe(
+            codec=stream.codec_context.name,
+            width=width,
+            height=height,
+            fps=float(stream.average_rate or stream.guessed_rate or 0),
+            frames=stream.frames or 0,
+            seconds=stream_seconds or max(0.0, (container.duration or 0) / 1e6),
+            stream_seconds=stream_seconds,
+            coded_pixels=first.width * first.height,
+        )
 
 
 def frames(path: str, decoder: str = "pyav", tally: Tally | None = None) -> Iterator[Frame]:
@@ -112,12 +102,11 @@ def _pyav_frames(path: str, tally: Tally) -> Iterator[Frame]:
     with film(path) as (container, stream):
         interval = 1 / float(stream.average_rate or stream.guessed_rate or 25)
         intact = _intact(_decoded(container, stream, tally), stream, tally)
-        timed = ((picture, _time(picture.image)) for picture in _deinterlaced(intact))
-        for picture, seconds, back in monotonic(timed, interval, tally):
-            image = picture.image
+        timed = ((frame, _time(frame.image)) for frame in _deinterlaced(intact))
+        for frame, seconds, back in monotonic(timed, interval, tally):
+            image = frame.image
             duration = float(image.duration * image.time_base) if image.duration and image.time_base else 0.0
-            starts = picture.starts or back
-            yield Frame(picture.number, seconds, duration, image, picture.orientation, picture.aspect, starts)
+            yield replace(frame, seconds=seconds, duration=duration, starts=frame.starts or back)
         tally.ended = tally.ended or unread(path, container)
 
 
@@ -207,8 +196,9 @@ def _is_shown(packet: Any, stream: Any) -> bool:
     return stream.codec_context.name != "vp8" or bool(bytes(memoryview(packet)[:1])[0] & 0x10)
 
 
-def _intact(images: Iterator[Any], stream: Any, tally: Tally) -> Iterator[_Picture]:
-    """Frames that are neither damaged nor predicted from damaged ones: after one, none until the next intact key frame.
+def _intact(images: Iterator[Any], stream: Any, tally: Tally) -> Iterator[Frame]:
+    """Frames, without times yet, that are neither damaged nor predicted from damaged ones: after a damaged frame, none
+    until the next intact key frame.
 
     Before the first key frame the decoder's flags decide: it knows when a stream that refreshes bit by bit is complete.
     """
@@ -228,32 +218,32 @@ def _intact(images: Iterator[Any], stream: Any, tally: Tally) -> Iterator[_Pictu
             continue
         if of_codec and image.key_frame:
             aspect = stream.codec_context.sample_aspect_ratio
-        yield _Picture(number - 1, image, orientation_of(image), aspect, starts)
+        yield Frame(number - 1, math.nan, 0.0, image, orientation_of(image), aspect, starts)
         starts = False
 
 
-def _deinterlaced(pictures: Iterator[_Picture]) -> Iterator[_Picture]:
+def _deinterlaced(frames: Iterator[Frame]) -> Iterator[Frame]:
     """Progressive frames (yadif, one frame from two fields), from the first interlaced frame on; earlier ones unchanged."""
-    graph, following, interlaced = None, None, False  # following: the picture that the filter gives next
+    graph, following, interlaced = None, None, False  # following: the frame that the filter gives next
 
-    def filtered(image: Any) -> Iterator[_Picture]:
+    def filtered(image: Any) -> Iterator[Frame]:
         nonlocal following
         assert following is not None
         for progressive in _filtered(graph, image):
             yield replace(following, image=progressive)
             following = replace(following, number=following.number + 1, starts=False)
 
-    for picture in pictures:
-        if following is not None and (picture.starts or picture.shape != following.shape):
+    for frame in frames:
+        if following is not None and (frame.starts or frame.shape != following.shape):
             yield from filtered(None)
             graph = following = None
-        interlaced |= picture.image.interlaced_frame
+        interlaced |= frame.image.interlaced_frame
         if not interlaced:
-            yield picture
+            yield frame
             continue
         if following is None:
-            graph, following = _deinterlacer(picture.image), picture
-        yield from filtered(picture.image)
+            graph, following = _deinterlacer(frame.image), frame
+        yield from filtered(frame.image)
     if following is not None:
         yield from filtered(None)
 
@@ -290,27 +280,15 @@ def to_planes(frame: Frame, scaled: tuple[int, int], crop: tuple[int, int], scal
     if tone.is_hdr(image):
         # at the small size, where it costs little; the reformat below only converts, with its own tables
         image, scaler = tone.sdr_image(image, width, height, scaler), VideoReformatter()
-    image = scaler.reformat(
-        image,
-        width,
-        height,
-        "yuv420p",
-        dst_colorspace="ITU601",
-        dst_color_range="MPEG",
-        interpolation="BICUBIC",
-        threads=1,
-    )
+    target = {"dst_colorspace": "ITU601", "dst_color_range": "MPEG", "interpolation": "BICUBIC", "threads": 1}
+    planes = scaler.reformat(image, width, height, "yuv420p", **target).to_ndarray()
     cropped = []
-    for plane, subsampling in zip(image.planes, (1, 2, 2), strict=True):
+    for plane, subsampling in zip((luma(planes), *chroma(planes)), (1, 2, 2), strict=True):
         w, h = crop[0] // subsampling, crop[1] // subsampling
         # the luma offset is even, so that chroma stays aligned
         left, top = ((side - inner) // 4 * 2 // subsampling for side, inner in zip(scaled, crop, strict=True))
-        cropped.append(upright(_plane(plane), frame.orientation)[top : top + h, left : left + w].reshape(-1))
+        cropped.append(upright(plane, frame.orientation)[top : top + h, left : left + w].reshape(-1))
     return np.concatenate(cropped).reshape(crop[1] * 3 // 2, crop[0])
-
-
-def _plane(plane: Any) -> np.ndarray:
-    return np.frombuffer(plane, np.uint8).reshape(plane.height, plane.line_size)[:, : plane.width]
 
 
 def luma(planes: np.ndarray) -> np.ndarray:

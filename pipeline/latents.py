@@ -30,10 +30,10 @@ from longtake.pipeline.streams import (
     Stream,
     Strides,
     batches,
-    encoded_size,
     frames_of,
     latents_of,
     streams,
+    target_size,
 )
 
 _AHEAD = 2  # chunks that are decoded while one is encoded
@@ -190,24 +190,20 @@ def _posteriors(
 
     with torch.inference_mode():
         stream = model.encode_stream(on_device(), settings.chunk, settings.tile, settings.overlap)  # type: ignore[operator]
-        for posterior in _in_memory(stream, f"{tar}: {len(rows)} clips from {rows[0]['key']} on"):
-            exact = torch.stack([posterior.mean, posterior.logvar], 1).permute(0, 3, 1, 2, 4, 5)
-            latents = exact.to(_TORCH[settings.dtype]).cpu().contiguous()
-            if not latents.isfinite().all():
-                key = next(row["key"] for row, own in zip(rows, latents, strict=True) if not own.isfinite().all())
-                remedy = "; try `dtype: bfloat16`" if settings.dtype == "float16" and exact.isfinite().all() else ""
-                raise Failure(f"{tar}: {key}: its latents are not finite in {settings.dtype}{remedy}")
-            stored = latents.view(torch.uint16) if settings.dtype == "bfloat16" else latents
-            yield stored.numpy(), latents.float().numpy()
-
-
-def _in_memory(stream: Iterator[Any], clips: str) -> Iterator[Any]:
-    try:
-        yield from stream
-    except torch.OutOfMemoryError as e:
-        raise Failure(
-            f"{clips} do not fit into the GPU's memory; lower `run.batch` or `run.chunk`, or set `tile`"
-        ) from e
+        try:
+            for posterior in stream:
+                exact = torch.stack([posterior.mean, posterior.logvar], 1).permute(0, 3, 1, 2, 4, 5)
+                latents = exact.to(_TORCH[settings.dtype]).cpu().contiguous()
+                if not latents.isfinite().all():
+                    key = next(row["key"] for row, own in zip(rows, latents, strict=True) if not own.isfinite().all())
+                    remedy = "; try `dtype: bfloat16`" if settings.dtype == "float16" and exact.isfinite().all() else ""
+                    raise Failure(f"{tar}: {key}: its latents are not finite in {settings.dtype}{remedy}")
+                stored = latents.view(torch.uint16) if settings.dtype == "bfloat16" else latents
+                yield stored.numpy(), latents.float().numpy()
+        except torch.OutOfMemoryError as e:
+            clips = f"{tar}: {len(rows)} clips from {rows[0]['key']} on"
+            remedy = "lower `run.batch` or `run.chunk`, or set `tile`"
+            raise Failure(f"{clips} do not fit into the GPU's memory; {remedy}") from e
 
 
 def video_chunks(
@@ -247,7 +243,7 @@ def _clip_frames(tar: str, row: Row, count: int, settings: Settings, strides: St
     if len(data) != row["mp4_size"] or zlib.crc32(data) != row["mp4_crc32"]:
         raise Failure(f"{name}: is damaged; run `longtake dataset verify`")
     clip_size = (row["height"], row["width"])
-    size = encoded_size(clip_size, settings, strides.stride)
+    size = target_size(clip_size, settings, strides.stride)
     assert size
     scaled = clip_file.covering_size(clip_size, size)
     frames = clip_file.decoded(data, range(count), None if scaled == clip_size else scaled, name)

@@ -4,7 +4,6 @@ On this machine links are followed, each real folder is entered once, and a fold
 entry. Workspaces below a listed folder are skipped: their clips would be cut again.
 """
 
-import contextlib
 import fnmatch
 import glob
 import os
@@ -78,7 +77,14 @@ def matching(pattern: str) -> list[str]:
 def is_glob(pattern: str) -> bool:
     """Whether a pattern has characters of a glob and nothing has that very name."""
     fs, path = storage.filesystem(pattern)
-    return _has_magic(path) and not _exists(fs, pattern, path)
+    if not _has_magic(path):
+        return False
+    if not storage.is_local(pattern):
+        return not storage.retrying(pattern, partial(fs.exists, path))
+    try:
+        return not _local_exists(path)
+    except PermissionError:
+        return True
 
 
 def _has_magic(path: str) -> bool:
@@ -86,14 +92,6 @@ def _has_magic(path: str) -> bool:
         # `?` begins the query of an address
         return any(c in path.split("/", 3)[-1] for c in "*[")
     return any(c in path for c in "*?[")
-
-
-def _exists(fs: Any, pattern: str, path: str) -> bool:
-    if storage.is_local(pattern):
-        with contextlib.suppress(PermissionError):
-            return _local_exists(path)
-        return False
-    return bool(storage.retrying(pattern, partial(fs.exists, path)))
 
 
 def _local_exists(path: str) -> bool:
@@ -245,7 +243,7 @@ def _remote(pattern: str) -> tuple[list[Entry], Counter[str]]:
         _check_kind(pattern, path)
         return [_remote_entry(fs, info)], Counter()
     files, shut = _below(fs, pattern, path)
-    files = [e for e in files if not _hidden(e["name"], path)]
+    files = [e for e in files if not any(p.startswith(".") for p in e["name"].removeprefix(path).split("/"))]
     videos = [e for e in files if suffix(e["name"]) in VIDEO_SUFFIXES]
     others = Counter(suffix(e["name"]) for e in files) - Counter(suffix(e["name"]) for e in videos)
     return [*(_remote_entry(fs, e) for e in videos), *shut], others
@@ -299,7 +297,3 @@ def _remote_entry(fs: Any, entry: dict[str, Any]) -> Entry:
     # other stores' tags do not depend on the content, or change when a file moves
     tag = str(entry.get("ETag") or "").strip('"') if "s3" in storage.protocols(fs) else ""
     return Entry(fs.unstrip_protocol(entry["name"]), entry.get("size"), tag or None)
-
-
-def _hidden(name: str, root: str) -> bool:
-    return any(part.startswith(".") for part in name.removeprefix(root).split("/"))

@@ -134,8 +134,8 @@ def _cut(
             account["frames_dropped_short"] += len(pending)
         pending.clear()
 
-    stream = _counted(frames(path, cut.decoder, tally), cut.limits.max_frames, account, notes)
-    for frame, starts, dropped in shots(resample(_with_sizes(stream, cut, misfits), float(cut.clip.rate))):
+    decoded = _with_sizes(frames(path, cut.decoder, tally), cut, account, notes, misfits)
+    for frame, starts, dropped in shots(resample(decoded, float(cut.clip.rate))):
         account["frames_sampled"] += 1
         account["shots"] += starts
         if starts or dropped or len(pending) == cut.clip.max_frames:
@@ -160,15 +160,6 @@ def _without_clips(cut: CutConfig, account: Mapping[str, Any], notes: list[str])
         return Rejected("black", "; ".join([f"{black} of {sampled} frames are black", *notes]))
     longest = f"{sampled} frames at {cut.clip.fps:g} fps in {account['shots']} shots"
     return Rejected("too_short", "; ".join([f"{longest}; clip.min_seconds is {cut.clip.min_seconds:g}", *notes]))
-
-
-def _counted(stream: Iterator[Frame], limit: int, account: dict[str, Any], notes: list[str]) -> Iterator[Frame]:
-    for frame in stream:
-        if account["frames_decoded"] == limit:
-            notes.append(f"cut off at limits.max_frames {limit}")
-            return
-        account["frames_decoded"] += 1
-        yield frame
 
 
 def _differences(header: Probe, tally: Tally, account: Mapping[str, Any], rate: float) -> Iterator[str]:
@@ -204,8 +195,13 @@ def _sizes(cut: CutConfig, width: int, height: int, coded_pixels: int) -> Sizes:
     return scaled, bucket
 
 
-def _with_sizes(stream: Iterator[Frame], cut: CutConfig, misfits: Counter[str]) -> Iterator[tuple[Frame, Sizes | None]]:
-    """Each frame with the sizes for its shape, which may change; None for a frame to leave out, counted in `misfits`."""
+def _with_sizes(
+    stream: Iterator[Frame], cut: CutConfig, account: dict[str, Any], notes: list[str], misfits: Counter[str]
+) -> Iterator[tuple[Frame, Sizes | None]]:
+    """Each frame, counted in the account, with the sizes for its shape, which may change.
+
+    The sizes are None for a frame to leave out, which is counted in `misfits`. Ends with a note at `limits.max_frames`.
+    """
 
     @cache
     def sizes_or_reason(width: int, height: int, coded_pixels: int) -> Sizes | str:
@@ -215,12 +211,14 @@ def _with_sizes(stream: Iterator[Frame], cut: CutConfig, misfits: Counter[str]) 
             return e.detail
 
     for frame in stream:
+        if account["frames_decoded"] == cut.limits.max_frames:
+            notes.append(f"cut off at limits.max_frames {cut.limits.max_frames}")
+            return
+        account["frames_decoded"] += 1
         sizes = sizes_or_reason(*frame.size, frame.image.width * frame.image.height)
         if isinstance(sizes, str):
             misfits[sizes] += 1
-            yield frame, None
-        else:
-            yield frame, sizes
+        yield frame, None if isinstance(sizes, str) else sizes
 
 
 def resample(stream: Iterable[tuple[Frame, Sizes | None]], fps: float) -> Iterator[Sampled]:

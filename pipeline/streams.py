@@ -11,7 +11,6 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 import numpy as np
-from torch import nn
 
 from longtake.datasets.errors import UserError
 from longtake.datasets.neighbours import follows
@@ -62,14 +61,13 @@ class Strides:
         return 1 + (frames - 1) // self.factor * self.factor
 
 
-def strides_of(model: nn.Module, uri: str) -> Strides:
+def strides_of(model: Any, uri: str) -> Strides:
     """The strides of a video autoencoder. Raises UserError where the model is none."""
-    config = getattr(model, "config", None)
+    config: Any = getattr(model, "config", None)
     if any(not hasattr(model, name) for name in _METHODS) or any(not hasattr(config, name) for name in _FACTS):
         raise UserError(
             f"encoder: {uri}: is a {type(model).__name__}, which does not encode videos; name a `pretrain_vae` model"
         )
-    assert config is not None
     return Strides(config.spatial_stride, config.temporal_stride, config.latent_channels)
 
 
@@ -85,7 +83,7 @@ def check(settings: Settings, stride: int) -> None:
         height, width = settings.size
         near = "x".join(str(max(1, side // stride) * stride) for side in settings.size)
         raise UserError(f"size: {height}x{width} is not in multiples of {stride}, as the encoder needs; {near} is")
-    if settings.size and encoded_size(settings.size, settings, stride) is None:
+    if settings.size and target_size(settings.size, settings, stride) is None:
         (height, width), (rows, columns) = settings.size, settings.shrink
         raise UserError(f"shrink: {rows}x{columns} leaves no whole position of size {height}x{width}; lower it")
     if settings.tile and (settings.tile % stride or settings.overlap % stride or settings.overlap >= settings.tile):
@@ -94,7 +92,7 @@ def check(settings: Settings, stride: int) -> None:
         )
 
 
-def encoded_size(clip_size: tuple[int, int], settings: Settings, stride: int) -> tuple[int, int] | None:
+def target_size(clip_size: tuple[int, int], settings: Settings, stride: int) -> tuple[int, int] | None:
     """The (height, width) at which a clip of this size is encoded, before it is shrunk.
 
     None of a clip that the loader leaves out at this size, or of which shrinking leaves no whole position.
@@ -113,7 +111,7 @@ def streams(rows: Sequence[Row], settings: Settings, strides: Strides) -> list[S
     """
     joined: list[list[Row]] = []
     for row in rows:
-        if not encoded_size((row["height"], row["width"]), settings, strides.stride):
+        if not target_size((row["height"], row["width"]), settings, strides.stride):
             continue
         seconds = 0.0
         if joined and settings.join_seconds:
@@ -142,7 +140,7 @@ def batches(streams: Sequence[Stream], settings: Settings, strides: Strides) -> 
     """Streams of clips of the same lengths and size, in their order, at most `settings.batch` together."""
     alike: dict[tuple[tuple[int, ...], tuple[int, int] | None], list[Stream]] = {}
     for stream in streams:
-        size = encoded_size((stream[0]["height"], stream[0]["width"]), settings, strides.stride)
+        size = target_size((stream[0]["height"], stream[0]["width"]), settings, strides.stride)
         lengths = tuple(row["frame_count"] for row in stream)
         # the tail of a single clip does not count
         lengths = lengths if len(stream) > 1 else (strides.covered(lengths[0]),)

@@ -9,8 +9,9 @@ of one view are not reused for the next; without a view all clips are encoded, a
 import importlib
 from collections import Counter
 from collections.abc import Mapping
+from dataclasses import asdict
 from functools import partial
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import numpy as np
 from pydantic import Field, PositiveInt
@@ -21,15 +22,13 @@ from longtake.datasets.errors import Failure, UserError
 from longtake.datasets.latents import Latents, Moments, read_latents
 from longtake.datasets.stage import DatasetInput, Input, StageConfig, ViewInput
 from longtake.pipeline import column as columns
+from longtake.pipeline import streams
 from longtake.pipeline.column import WorkerConfig
-
-if TYPE_CHECKING:
-    from longtake.pipeline.streams import Settings, Strides
 
 VERSION = 1
 PRODUCES = "latents"
 
-_SETTINGS = {"size", "shrink", "join_seconds", "precision", "dtype", "tile", "overlap"}
+_RECORDED = {"size", "shrink", "join_seconds", "precision", "dtype"}
 
 
 class EncodeConfig(WorkerConfig):
@@ -115,15 +114,13 @@ def run(config: Config, inputs: Mapping[str, str], output: str) -> dict[str, Any
         UserError: no dataset, no video autoencoder, or a size that does not fit; no clip to encode.
         Failure: some shards could not be encoded.
     """
-    from longtake.pipeline import streams
-
     # What to encode, and by what.
     dataset = storage.absolute(inputs["dataset"])
     base = columns.open_base(dataset, inputs.get("view"))
     uri, model = _encoder(inputs["encoder"])
     strides = streams.strides_of(model, uri)
     settings = streams.Settings(
-        **config.model_dump(include=_SETTINGS),
+        **config.model_dump(include=_RECORDED | {"tile", "overlap"}),
         batch=config.run.batch,
         chunk=config.run.chunk,
         threads=max(1, int(config.run.cpus)),
@@ -151,20 +148,14 @@ def run(config: Config, inputs: Mapping[str, str], output: str) -> dict[str, Any
         dataset=dataset,
         column=column,
         encoder=encoder | {"config": dict(model.config.model_dump(mode="json"))},
-        channels=strides.channels,
-        factor=strides.factor,
-        stride=strides.stride,
-        size=config.size,
-        precision=config.precision,
-        dtype=config.dtype,
+        **asdict(strides),
+        **config.model_dump(include=_RECORDED),
         count=moments.count,
         mean=tuple(moments.mean.tolist()),
         std=tuple(np.sqrt(moments.m2 / moments.count).tolist()),
         posterior_std=tuple(np.sqrt(moments.variance).tolist()),
         view=inputs.get("view"),
         digests={split: rows.digest for split, rows in base.rows.items()},
-        shrink=config.shrink,
-        join_seconds=config.join_seconds,
     )
     records.write_latents(output, record)
     return {"uri": output, "metrics": _metrics(shards, jobs, totals, swept), "column": column}
@@ -179,7 +170,7 @@ def _encoder(uri: str) -> tuple[str, Any]:
 
 
 def _load(
-    device: str, model: Any, *, strides: "Strides", settings: "Settings", dataset: str, column: str
+    device: str, model: Any, *, strides: streams.Strides, settings: streams.Settings, dataset: str, column: str
 ) -> columns.Make:
     """The function that encodes a shard, loaded in an actor."""
     import torch

@@ -23,6 +23,7 @@ from longtake.pipeline.seen import planned_again
 
 VERSION = 4
 PRODUCES = "dataset"
+retried = retry.retried
 
 
 class Config(StageConfig):
@@ -78,11 +79,6 @@ class Config(StageConfig):
 def outside(config: Config) -> str:
     """A digest of the listing of the sources."""
     return listing_digest(config.sources)
-
-
-def retried(uri: str) -> str:
-    """A text that changes when unreachable sources are planned again, or one of them can be reached now."""
-    return retry.retried(uri)
 
 
 def complete(uri: str) -> bool:

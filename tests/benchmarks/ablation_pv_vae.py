@@ -16,6 +16,7 @@ import json
 import statistics
 import tempfile
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -101,7 +102,9 @@ def vae(options: argparse.Namespace, variant: str, seed: int, folder: Path, pare
     loader = Loader(
         options.dataset, "train", **window(options), batch=config.batch, seed=seed, crop="random", last="pad"
     )
-    train(pretrain_vae.objective(config, model, []), loader, config, folder)
+    setup = pretrain_vae.Setup({"dataset": options.dataset}, model, None)
+    objective = replace(pretrain_vae.objective(config, setup), heldout=[])
+    train(objective, loader, config, folder)
     trained = PVVAE(config.vae())
     trained.load_state_dict(checkpoint.trained(folder, config))
     return trained.eval()

@@ -85,5 +85,5 @@ if __name__ == "__main__":
     print(
         f"a segment of the last third takes {slower:.2f} times one of the first (target {SLOWER}): {'held' if slower <= SLOWER else 'EXCEEDED'}"
     )
-    if device.type == "cuda":
+    if at.type == "cuda":
         print(f"GPU: at most {torch.cuda.max_memory_allocated() / 1e6:.0f} MB")

@@ -330,6 +330,7 @@ def test_another_encoder_is_another_view(encoder: str, tmp_path: Path) -> None:
         ({"near_duplicates": {"radius": 17}}, "less than or equal to 16"),
         ({"embedding": {"encoder": "x", "similarity": 0}}, "greater than 0"),
         ({"balance": {}}, "asks for nothing; give `most: N`"),
+        ({"balance": {"by": "source", "most": 1}}, "Extra inputs are not permitted"),
     ],
 )
 def test_a_mistake_in_the_config_says_what_is_allowed(options: dict[str, Any], message: str) -> None:
