@@ -1,6 +1,6 @@
 """What this code makes, as digests: of every tar of a folder of videos, and of the weights of seeded tiny trainings.
 
-    python -P tests/benchmarks/fingerprints.py WORKSPACE --videos ../shared/videos/real > before.json
+    python -P tests/benchmarks/fingerprints.py WORKSPACE --videos FOOTAGE > before.json
 
 Run it at two commits on the same machine: a change that is to change nothing gives the same output. An autoencoder with a
 GAN, a prior of pixels, and both stages of a memory are trained, each at ZeRO 0 to 3, by one process.
