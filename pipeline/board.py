@@ -90,11 +90,14 @@ def watched(
             if seconds > stall_seconds
         }
         if time.monotonic() - moved > stall_seconds:
-            free = ray.available_resources().get("CPU", 0)
-            waits = f"no group is being made, {free:g} CPU are free: does another job hold the cluster?"
-            which = "; ".join([*stalled.values()][:3]) or waits
+            cause = "; ".join([*stalled.values()][:3]) or _free_cpus(ray)
             raise Failure(
-                f"stage {stage}: nothing has moved for {stall_seconds:g} s: {which}; run the same command again"
+                f"stage {stage}: nothing has moved for {stall_seconds:g} s: {cause}; run the same command again"
             )
         show(finished, "; ".join(line for key, line in stalled.items() if key not in named))
         named |= stalled.keys()
+
+
+def _free_cpus(ray: Any) -> str:
+    free = ray.available_resources().get("CPU", 0)
+    return f"no group is being made, {free:g} CPU are free: does another job hold the cluster?"
