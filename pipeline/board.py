@@ -28,10 +28,8 @@ class Board:
         self._moves += 1
 
     def state(self) -> tuple[int, int, list[tuple[str, int, str, float]]]:
-        """A number that changes when anything moves, the finished sources, and the groups at work, longest unmoved first.
-
-        A group is (name, its finished sources, URI of the current source, seconds since it moved).
-        """
+        """A number that changes with each move, the finished sources, and the groups at work, longest unmoved first, as
+        (name, finished sources, URI of the current source, seconds since it moved)."""
         now = time.monotonic()
         groups = [(group, finished, uri, now - since) for group, (finished, uri, since) in self._groups.items()]
         finished = self._finished + sum(count for _, count, _, _ in groups)
@@ -51,30 +49,30 @@ def watched(
     Raises:
         Failure: nothing at all has moved for `stall_seconds`; names the groups that stand still.
     """
-    queue: Queue[tuple[str, Any]] = Queue()
+    queue, end = Queue[Any](), object()
 
     def read() -> None:
         try:
             for result in results:
-                queue.put(("result", result))
-            queue.put(("end", None))
+                queue.put(result)
+            queue.put(end)
         except BaseException as e:
-            queue.put(("error", e))
+            queue.put(e)
 
     Thread(target=read, daemon=True).start()
     moved, last_moves, named = time.monotonic(), -1, set[tuple[str, int]]()
     while True:
         try:
-            event, value = queue.get(timeout=_POLL_SECONDS)
+            result = queue.get(timeout=_POLL_SECONDS)
         except Empty:
-            event, value = "", None
-        if event == "error":
-            raise value
-        if event == "end":
+            result = None
+        if result is end:
             return
-        if event == "result":
+        if isinstance(result, BaseException):
+            raise result
+        if result is not None:
             moved = time.monotonic()
-            yield value
+            yield result
             continue
 
         try:
@@ -92,11 +90,14 @@ def watched(
             if seconds > stall_seconds
         }
         if time.monotonic() - moved > stall_seconds:
-            free = ray.available_resources().get("CPU", 0)
-            waits = f"no group is being made, {free:g} CPU are free: does another job hold the cluster?"
-            which = "; ".join([*stalled.values()][:3]) or waits
+            cause = "; ".join([*stalled.values()][:3]) or _free_cpus(ray)
             raise Failure(
-                f"stage {stage}: nothing has moved for {stall_seconds:g} s: {which}; run the same command again"
+                f"stage {stage}: nothing has moved for {stall_seconds:g} s: {cause}; run the same command again"
             )
         show(finished, "; ".join(line for key, line in stalled.items() if key not in named))
         named |= stalled.keys()
+
+
+def _free_cpus(ray: Any) -> str:
+    free = ray.available_resources().get("CPU", 0)
+    return f"no group is being made, {free:g} CPU are free: does another job hold the cluster?"

@@ -47,10 +47,10 @@ class Changes:
         uris, extras = (_hashes(batch[name]) for name in ("uri", "extra"))
         # a file that changed was planned again: its latest plan counts
         places = np.maximum(search(self._uris, uris, "right") - 1, 0)
-        known = self._uris[places] == uris
-        same = known & (planned["extra"][places] == extras)
+        is_planned = self._uris[places] == uris
+        same = is_planned & (planned["extra"][places] == extras)
         planned["same"][places[same]] = True
-        differing = np.flatnonzero(known & ~same)
+        differing = np.flatnonzero(is_planned & ~same)
         if len(differing):
             records = planned[places[differing]]
             rows = batch.take(pa.array(differing))

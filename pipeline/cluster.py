@@ -61,13 +61,9 @@ def connected(stage: str, task: TaskConfig | None = None) -> Iterator[Any]:
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as empty:
         if ours:
             try:
+                options = {"include_dashboard": False} if address == "local" else {}
                 with contextlib.chdir(empty):
-                    ray.init(
-                        address=address,
-                        log_to_driver=False,
-                        logging_level=logging.ERROR,
-                        **({"include_dashboard": False} if address == "local" else {}),
-                    )
+                    ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, **options)
             except (ConnectionError, OSError) as e:
                 raise UserError(f"RAY_ADDRESS={address}: no Ray cluster answers ({str(e).splitlines()[0]})") from e
         try:

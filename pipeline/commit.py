@@ -65,7 +65,7 @@ def make_group(
 
 def _cut_sources(
     rows: Sequence[Mapping[str, Any]],
-    again: Iterable[str],
+    again: Sequence[str],
     spool: Path,
     cut: CutConfig,
     memory: Mapping[str, bytes],

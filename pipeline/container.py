@@ -12,7 +12,6 @@ import av
 
 from longtake.datasets import media
 
-_NO_VIDEO = "no video stream"
 _COVER_CODECS = ("bmp", "gif", "jpegxl", "mjpeg", "png", "tiff", "webp")
 _FLV = re.compile(rb"FLV\x01[\0-\x05]\0{3}\x09\0{4}")  # a header, and the size of no tag before it
 _COUNTED_PACKETS = 64  # of the other streams; a cover has no second packet before them
@@ -22,8 +21,8 @@ class Unreadable(ValueError):
     """The file is not a video that can be decoded; the message says why in one line."""
 
 
-def is_no_video(error: Unreadable) -> bool:
-    return str(error) == _NO_VIDEO
+class NoVideo(Unreadable):
+    """The file has no video stream."""
 
 
 @contextlib.contextmanager
@@ -33,6 +32,8 @@ def film(path: str) -> Iterator[tuple[Any, Any]]:
         try:
             container = stack.enter_context(media.opened(path))
             stream = _chosen(path, container)
+        except Unreadable:
+            raise
         except (av.error.FFmpegError, ValueError, OSError) as e:
             raise Unreadable(getattr(e, "strerror", None) or str(e)) from e
         stream.codec_context.thread_count = 1
@@ -43,7 +44,7 @@ def _chosen(path: str, container: Any) -> Any:
     """The stream to show: no cover, if there is another; the default one; the largest; the first."""
     videos = [s for s in container.streams.video if not s.disposition & s.disposition.attached_pic]
     if not videos:
-        raise Unreadable(_NO_VIDEO)
+        raise NoVideo("no video stream")
     decodable = [s for s in videos if s.codec_context is not None]
     if not decodable:
         raise Unreadable("no decoder for its video stream")

@@ -51,11 +51,8 @@ def vectors(dataset: str, clips: pa.Table, encoder: str, size: int, key: str) ->
 
     model = _load(encoder, key)
     batches: list[np.ndarray] = []
-    with (
-        torch.inference_mode(),
-        ThreadPoolExecutor() as pool,
-        tqdm(desc=key, total=len(clips), unit="clip") as bar,
-    ):
+    bar = tqdm(desc=key, total=len(clips), unit="clip")
+    with torch.inference_mode(), ThreadPoolExecutor() as pool, bar:
         for start in range(0, len(clips), _BATCH):
             rows = clips.slice(start, _BATCH).to_pylist()
             frames = np.stack(list(pool.map(lambda row: _middle_frame(dataset, row, size), rows)))

@@ -112,7 +112,8 @@ def part(uri: str, size: int, start: int, end: int) -> bytes:
                 f.seek(start)
                 data = f.read(end - start)
         else:
-            data = storage.retrying(uri, lambda: _range(fs, path, size, start, end))
+            http = {"size": size, "block_size": end - start, "cache_type": "none"}
+            data = storage.retrying(uri, lambda: _range(fs, path, start, end, **http))
         if len(data) != end - start:
             raise Unread("unreachable", f"{len(data)} bytes came for {start} to {end} of {size}")
     return data
@@ -122,11 +123,11 @@ def _is_http(fs: Any) -> bool:
     return bool({"http", "https"} & set(storage.protocols(fs)))
 
 
-def _range(fs: Any, path: str, size: int, start: int, end: int) -> bytes:
+def _range(fs: Any, path: str, start: int, end: int, **http: Any) -> bytes:
     if not _is_http(fs):
         return bytes(fs.cat_file(path, start=start, end=end))
     # `cat_file` would download the whole file from a server without ranges
-    with fs.open(path, "rb", size=size, block_size=end - start, cache_type="none") as f:
+    with fs.open(path, "rb", **http) as f:
         f.seek(start)
         return bytes(f.read(end - start))
 
@@ -139,20 +140,13 @@ def answers(uri: str) -> bool:
             if storage.is_local(uri):
                 Path(path).stat()
             else:
-                storage.retrying(uri, lambda: _first_byte(fs, path), attempts=1)
+                # with a size the client does not ask for it, which would hide why there is no answer
+                storage.retrying(uri, lambda: _range(fs, path, 0, 1, size=1, block_size=0), attempts=1)
     except Unread as e:
         return e.reason != "unreachable"
     except (Failure, OSError):
         return False
     return True
-
-
-def _first_byte(fs: Any, path: str) -> bytes:
-    if not _is_http(fs):
-        return bytes(fs.cat_file(path, start=0, end=1))
-    # with a size the client does not ask for it, which would hide why there is no answer
-    with fs.open(path, "rb", size=1, block_size=0) as f:
-        return bytes(f.read(1))
 
 
 @contextlib.contextmanager

@@ -10,12 +10,12 @@ import os
 import queue
 import resource
 import signal
-import subprocess
 import sys
 import threading
 import traceback
 from collections.abc import Mapping
 from pathlib import Path
+from subprocess import DEVNULL, PIPE, Popen
 from typing import Any
 
 from longtake.pipeline.config import CutConfig
@@ -28,7 +28,7 @@ class Worker:
     """Runs jobs one at a time in a child process that it replaces when needed."""
 
     def __init__(self) -> None:
-        self._child: subprocess.Popen[str] | None = None
+        self._child: Popen[str] | None = None
         self._jobs = 0
 
     def run(self, path: str, source: str, folder: str, cut: CutConfig, extra: Mapping[str, Any]) -> dict[str, Any]:
@@ -83,18 +83,13 @@ class Worker:
             self._child.wait()
             self._child = None
 
-    def _ready(self, memory: int) -> subprocess.Popen[str]:
+    def _ready(self, memory: int) -> Popen[str]:
         if self._child is None or self._child.poll() is not None:
             self._jobs = 0
-            self._child = subprocess.Popen(
-                # -P keeps the working folder off sys.path
-                [sys.executable, "-P", "-m", "longtake.pipeline.isolate", str(memory)],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.DEVNULL,
-                text=True,
-                env=os.environ | {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"},
-            )
+            # -P keeps the working folder off sys.path
+            command = [sys.executable, "-P", "-m", "longtake.pipeline.isolate", str(memory)]
+            environment = os.environ | {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+            self._child = Popen(command, stdin=PIPE, stdout=PIPE, stderr=DEVNULL, text=True, env=environment)
         return self._child
 
 

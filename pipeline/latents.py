@@ -24,17 +24,7 @@ from longtake.datasets.errors import Failure
 from longtake.datasets.latents import Moments, merged, moments, shrunk
 from longtake.datasets.loader import to_model
 from longtake.pipeline import column as columns
-from longtake.pipeline.streams import (
-    Row,
-    Settings,
-    Stream,
-    Strides,
-    batches,
-    frames_of,
-    latents_of,
-    streams,
-    target_size,
-)
+from longtake.pipeline.streams import Settings, Stream, Strides, batches, frames_of, latents_of, streams, target_size
 
 _AHEAD = 2  # chunks that are decoded while one is encoded
 _NUMPY = {"bfloat16": "<u2", "float16": "<f2"}  # numpy has no bfloat16: its bits are stored
@@ -74,7 +64,7 @@ def make_latents(
         raise Failure(
             f"{dataset} ({split}): {name} has {len(rows)} clips, the view {len(keep)}; run the same command again"
         )
-    rows = [row for row, kept in zip(rows, keep.tolist(), strict=True) if kept]
+    rows = [row for row, is_kept in zip(rows, keep.tolist(), strict=True) if is_kept]
     shard_streams = streams(rows, settings, strides)
     groups = batches(shard_streams, settings, strides)
 
@@ -114,8 +104,8 @@ class _Clip:
 
     def append(self, start: int, stored: np.ndarray, values: np.ndarray) -> None:
         """Add its part of a chunk (t, 2, C, h, w), as stored and as numbers, whose first latent is `start` of the stream."""
-        own = slice(max(0, self.first - start), max(0, self.first + self._count - start))
-        stored, values = stored[own], values[own]
+        part = slice(max(0, self.first - start), max(0, self.first + self._count - start))
+        stored, values = stored[part], values[part]
         if not len(stored):
             return
         with self.path.open("ab") as f:
@@ -178,7 +168,12 @@ def encode_batches(
 
 
 def _posteriors(
-    model: nn.Module, strides: Strides, videos: Iterator[np.ndarray], settings: Settings, tar: str, rows: Sequence[Row]
+    model: nn.Module,
+    strides: Strides,
+    videos: Iterator[np.ndarray],
+    settings: Settings,
+    tar: str,
+    rows: Sequence[Mapping[str, Any]],
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Latents (B, t, 2, C, h, w), as stored and as numbers, of chunks of video (B, T, H, W, 3) uint8."""
     device = next(model.parameters()).device
@@ -195,7 +190,7 @@ def _posteriors(
                 exact = torch.stack([posterior.mean, posterior.logvar], 1).permute(0, 3, 1, 2, 4, 5)
                 latents = exact.to(_TORCH[settings.dtype]).cpu().contiguous()
                 if not latents.isfinite().all():
-                    key = next(row["key"] for row, own in zip(rows, latents, strict=True) if not own.isfinite().all())
+                    key = next(row["key"] for row, clip in zip(rows, latents, strict=True) if not clip.isfinite().all())
                     remedy = "; try `dtype: bfloat16`" if settings.dtype == "float16" and exact.isfinite().all() else ""
                     raise Failure(f"{tar}: {key}: its latents are not finite in {settings.dtype}{remedy}")
                 stored = latents.view(torch.uint16) if settings.dtype == "bfloat16" else latents
@@ -233,7 +228,9 @@ def _stream_frames(tar: str, stream: Stream, settings: Settings, strides: Stride
         remaining -= count
 
 
-def _clip_frames(tar: str, row: Row, count: int, settings: Settings, strides: Strides) -> Iterator[np.ndarray]:
+def _clip_frames(
+    tar: str, row: Mapping[str, Any], count: int, settings: Settings, strides: Strides
+) -> Iterator[np.ndarray]:
     """The first frames of a clip (H, W, 3), scaled and cropped as the loader does at this size."""
     name = f"{tar}: {row['key']}.mp4"
     try:
@@ -280,7 +277,7 @@ def _commit(
     members = ((key, {"npy": (clips[key].path if key in clips else empty).read_bytes()}) for key in keys)
 
     # a latent is called a step in the columns of the index
-    def row_of(row: Row) -> dict[str, Any]:
+    def row_of(row: Mapping[str, Any]) -> dict[str, Any]:
         clip = clips.get(row["key"])
         channels, height, width = clip.shape if clip else (strides.channels, 0, 0)
         return (

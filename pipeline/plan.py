@@ -210,9 +210,11 @@ def plan(
                 # a source of which nothing was read has no duplicates
                 known.add(_without_unread(pa.table(batch), tries))
             known.close()
+            planned = groups(dataset)
+            free = {s: max((g["group"] + 1 for g in planned if g["split"] == s), default=0) for s in schema.SPLITS}
             tables = assign(
                 _sorted_buckets(new, known, threads),
-                _free_groups(groups(dataset)),
+                free,
                 val_fraction,
                 group_bytes,
                 group_sources,
@@ -335,11 +337,6 @@ class _Buckets:
         """Whether all of several sources would fall into one split."""
         low, high = self._shares
         return 0 < val_fraction < 1 and self.first != self._last and (low < val_fraction) == (high < val_fraction)
-
-
-def _free_groups(planned: list[dict[str, Any]]) -> dict[str, int]:
-    """The first free group of each split."""
-    return {s: max((g["group"] + 1 for g in planned if g["split"] == s), default=0) for s in schema.SPLITS}
 
 
 def _write(path: Path, tables: Iterable[pa.Table]) -> None:

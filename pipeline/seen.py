@@ -47,14 +47,14 @@ class Seen:
         """The new sources of a batch of `discover.find`."""
         if not len(self._sized):
             return batch
-        seen = _contains(self._sized, _digests(batch["bytes"], batch["uri"]))
+        is_seen = _contains(self._sized, _digests(batch["bytes"], batch["uri"]))
         if len(self._unsized):
-            seen |= _contains(self._unsized, _digests(batch["uri"]))
+            is_seen |= _contains(self._unsized, _digests(batch["uri"]))
         if batch["bytes"].null_count:
             if not len(self._uris):
                 self._uris = np.sort(np.concatenate([_digests(part["uri"]) for part in self._planned(("uri",))]))
-            seen |= np.asarray(pc.is_null(batch["bytes"])) & _contains(self._uris, _digests(batch["uri"]))
-        return batch.filter(pa.array(~seen))
+            is_seen |= np.asarray(pc.is_null(batch["bytes"])) & _contains(self._uris, _digests(batch["uri"]))
+        return batch.filter(pa.array(~is_seen))
 
 
 def _contains(keys: np.ndarray, values: np.ndarray) -> np.ndarray:

@@ -19,7 +19,7 @@ from av.video.reformatter import VideoReformatter
 from longtake.datasets import clip
 from longtake.datasets.annotations import label_of
 from longtake.pipeline.config import CutConfig, fit
-from longtake.pipeline.container import Unreadable, is_no_video
+from longtake.pipeline.container import NoVideo, Unreadable
 from longtake.pipeline.cut import Sampled, shots
 from longtake.pipeline.decode import Frame, Probe, Tally, frames, luma, probe, to_planes
 from longtake.pipeline.encode import encode
@@ -111,9 +111,9 @@ def _header(path: str) -> Probe:
         raise Rejected("empty", "0 bytes")
     try:
         return probe(path)
+    except NoVideo as e:
+        raise Rejected("no_video", str(e)) from e
     except Unreadable as e:
-        if is_no_video(e):
-            raise Rejected("no_video", str(e)) from e
         raise Rejected("no_frames" if "frame" in str(e) else "unreadable", str(e)) from e
 
 

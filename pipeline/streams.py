@@ -39,13 +39,9 @@ class Settings:
 
     def values(self) -> dict[str, Any]:
         """The settings that decide a column's values."""
-        unused = {
-            "overlap": self.tile is None,
-            "shrink": self.shrink == (1, 1),
-            "join_seconds": not self.join_seconds,
-        }
-        without = ("batch", "chunk", "threads", *(name for name, is_unused in unused.items() if is_unused))
-        return {name: value for name, value in asdict(self).items() if name not in without}
+        used = {"overlap": self.tile, "shrink": self.shrink != (1, 1), "join_seconds": self.join_seconds}
+        skipped = {"batch", "chunk", "threads"} | {name for name in used if not used[name]}
+        return {name: value for name, value in asdict(self).items() if name not in skipped}
 
 
 @dataclass(frozen=True)
