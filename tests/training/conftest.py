@@ -27,6 +27,7 @@ def group() -> Iterator[None]:
         gc.collect()
         gc.freeze()
         yield
+    gc.unfreeze()
 
 
 class Ranks:
