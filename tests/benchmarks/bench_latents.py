@@ -3,7 +3,7 @@
     python tests/benchmarks/bench_latents.py [--preset pv_vae_tiny] [--device cpu] [--precision fp32] [--side 64] [--clips 24]
 
 Generated footage is cut into clips, as `shard` does. `encode` puts decoded clips from memory through the encoder, in the
-batches and steps of the stage; `stage` is its inner function, from mp4s to a committed column. They take turns, and the
+batches and chunks of the stage; `stage` is its inner function, from mp4s to a committed column. They take turns, and the
 figure is the median of the rounds' ratios. `at once` encodes the same clips without a stream, as a reference.
 """
 
