@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from longtake.datasets.errors import Failure, Interrupted, UserError
 from longtake.training import checkpoint, engines
+from longtake.training.checkpoint import resume
 from longtake.training.config import TrainConfig
 from longtake.training.loop import train
 from longtake.training.models.common.causal import CausalConv3d
@@ -243,7 +244,7 @@ def converted_here(command: Sequence[str], **_: Any) -> subprocess.CompletedProc
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    checkpoint.subprocess = SimpleNamespace(run=converted_here)  # type: ignore[assignment]
+    resume.subprocess = SimpleNamespace(run=converted_here)  # type: ignore[assignment]
     with engines.process_group():
         gc.freeze()
         for line in sys.stdin:
