@@ -12,7 +12,7 @@ import torch
 from flat import nested
 from torch import nn
 
-from longtake.training import checkpoint
+from longtake.training.checkpoint import resume
 
 pytestmark = pytest.mark.slow
 
@@ -287,7 +287,7 @@ def test_what_two_processes_began_one_and_then_two_go_on_with(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """That the converter runs in a process of its own is shown by the training of two engines."""
-    monkeypatch.setattr(checkpoint, "subprocess", SimpleNamespace(run=small.converted_here))
+    monkeypatch.setattr(resume, "subprocess", SimpleNamespace(run=small.converted_here))
     settings: dict[str, Any] = {"zero_stage": zero_stage, "ema_half_lives": [2], **more}
     kinds = ["raw", *(str(life) for life in settings["ema_half_lives"])]
     small.fit(tmp_path / "straight", small.objective(**options), **settings)
