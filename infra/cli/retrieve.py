@@ -41,27 +41,36 @@ def retrieve(
     with media.memory_errors("set --precision bf16"):
         from dataclasses import replace
 
-        from longtake.training.models.memory.prior import load_prior
-        from longtake.training.models.memory.recall import recall
-
         times = _times(at)
         decoder = media.check_registry(vae) if vae else None
-        prior = load_prior(media.check_registry(model), "retrieval", decoder, media.dtype(precision))
-        settings = replace(prior.settings, steps=steps or prior.settings.steps)
+        retriever = _retriever(media.check_registry(model), decoder, media.dtype(precision))
+        settings = replace(retriever.settings, steps=steps or retriever.settings.steps)
         names: dict[int, list[str]] = {}  # of pictures, by the number of the frame
         for name, seconds in times.items():
-            names.setdefault(int(seconds * prior.fps + 1e-6), []).append(name)
-        frames = media.frames_at(video, prior.size, prior.fps)
+            names.setdefault(int(seconds * retriever.fps + 1e-6), []).append(name)
+        frames = media.frames_at(video, retriever.size, retriever.fps)
         with media.progress("retrieve", len(names), "frame") as bar:
             try:
-                for first, stretch, numbers in _stretches(frames, sorted(names), prior):
-                    retrieved, bound = recall(prior, stretch, numbers[-1] - first, seed, settings)
+                for first, stretch, numbers in _stretches(frames, sorted(names), retriever):
+                    retrieved, bound = retriever.recall(stretch, numbers[-1] - first, seed, settings)
                     for n in numbers:
                         for name in names[n]:
                             _write_picture(out, name, stretch[n - first], retrieved[n - first], bound[n - first])
                         bar.update()
             except UserError as e:
                 raise UserError(f"{video}: {e}") from e
+
+
+def _retriever(uri: str, vae: str | None, dtype: Any) -> Any:
+    """The `Retriever` of a registered model. Raises UserError for one that retrieves nothing."""
+    from longtake.training import registry
+    from longtake.training.models import kind_of
+
+    model, facts = registry.load_with_facts(uri)
+    kind = kind_of(facts)
+    if kind.retriever is None:
+        raise UserError(f"{uri}: is a {kind.what}, which retrieves nothing; name a model that was trained to")
+    return kind.retriever(uri, model, facts, vae, dtype)
 
 
 def _times(option: str) -> dict[str, float]:
@@ -75,7 +84,7 @@ def _times(option: str) -> dict[str, float]:
     return {f"{s:g}s": s for s in seconds}
 
 
-def _stretches(frames: Iterable[Any], numbers: Sequence[int], prior: Any) -> Iterator[tuple[int, Any, list[int]]]:
+def _stretches(frames: Iterable[Any], numbers: Sequence[int], retriever: Any) -> Iterator[tuple[int, Any, list[int]]]:
     """The stretches of a video, one memory each, that have frames of `numbers`.
 
     Stretches follow each other; the last one ends with the video. Raises UserError if the video is too short.
@@ -85,7 +94,7 @@ def _stretches(frames: Iterable[Any], numbers: Sequence[int], prior: Any) -> Ite
     """
     import numpy as np
 
-    longest = prior.holds(1 << 62)
+    longest = retriever.holds(1 << 62)
     recent: deque[Any] = deque(maxlen=longest)
     remaining, count = list(numbers), 0
 
@@ -105,11 +114,11 @@ def _stretches(frames: Iterable[Any], numbers: Sequence[int], prior: Any) -> Ite
             return
 
     if remaining[-1] >= count:
-        raise UserError(f"lasts {count / prior.fps:.4g} s; --at {remaining[-1] / prior.fps:.4g}s is beyond")
-    length = prior.holds(len(recent))
+        raise UserError(f"lasts {count / retriever.fps:.4g} s; --at {remaining[-1] / retriever.fps:.4g}s is beyond")
+    length = retriever.holds(len(recent))
     if not length:
-        least = next(n for n in range(1, longest + 1) if prior.holds(n))
-        raise UserError(f"has {count} frames at {prior.fps:g} a second; a memory takes {least} or more")
+        least = next(n for n in range(1, longest + 1) if retriever.holds(n))
+        raise UserError(f"has {count} frames at {retriever.fps:g} a second; a memory takes {least} or more")
     if count < longest:
         yield from stretch(0, length)
     yield from stretch(count - length, count)

@@ -118,6 +118,22 @@ def fields_of(facts: Mapping[str, Any]) -> dict[str, Any]:
     return described | {"frames": window["frames"], "fps": window["fps"], "size": tuple(window["size"])}
 
 
+class Retriever(NamedTuple):
+    """A loaded model that retrieves frames of a video from its memory of it.
+
+    fps, size   frames per second, and (height, width), of the videos that it takes
+    settings    the ones that it was registered with
+    holds       `holds(frames)`: how many of that many frames one memory takes; 0 for too few
+    recall      `recall(frames, last, seed, settings)`: retrieved frames, and those that its autoencoder alone keeps
+    """
+
+    fps: float
+    size: tuple[int, int]
+    settings: Settings
+    holds: Callable[[int], int]
+    recall: Callable[[np.ndarray, int, int, Settings], tuple[np.ndarray, np.ndarray]]
+
+
 def class_id(name: str | None, classes: Sequence[str]) -> int:
     """The id of a class by its name or number; -1 for None. UserError if the model has no such class."""
     if name is None:

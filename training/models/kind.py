@@ -11,7 +11,7 @@ from pydantic import BaseModel
 from torch import Tensor, nn
 
 from longtake.training.models.common.condition import Condition
-from longtake.training.models.generator import Generator
+from longtake.training.models.generator import Generator, Retriever
 from longtake.training.registry.gate import Better, Window
 
 
@@ -54,6 +54,7 @@ class Kind(NamedTuple):
     judge      name of the module whose `judge(facts)` returns its `Judge`; imported on demand
     generator  `generator(uri, model, facts, vae, dtype)` returns a `Generator` of a loaded model; `vae` replaces its
                autoencoder, if not None. None for a kind that generates nothing
+    retriever  the same of a `Retriever`; None for a kind that retrieves nothing
     accepts    options of a request to the generator: some of "class", "start", "storyboard", "history_noise"
     answer     `answer(folder)` returns the function of videos, uint8 (B, T, H, W, 3), that is served; None for a generator
     """
@@ -63,5 +64,6 @@ class Kind(NamedTuple):
     module: type[nn.Module]
     judge: str
     generator: Callable[[str, nn.Module, Mapping[str, Any], str | None, torch.dtype], Generator] | None = None
+    retriever: Callable[[str, nn.Module, Mapping[str, Any], str | None, torch.dtype], Retriever] | None = None
     accepts: frozenset[str] = frozenset()
     answer: Callable[[str], Callable[[np.ndarray], np.ndarray]] | None = None

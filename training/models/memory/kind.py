@@ -10,7 +10,7 @@ from longtake.training.models.kind import Kind
 from longtake.training.models.memory.dit import MemoryDiT
 from longtake.training.models.memory.dit_config import MemoryDiTConfig
 from longtake.training.models.memory.prior import ACCEPTS, load_prior, prior_of
-from longtake.training.models.memory.recall import recall_each
+from longtake.training.models.memory.recall import recall_each, retriever_of
 
 
 def kind(facts: Mapping[str, Any]) -> Kind:
@@ -20,6 +20,7 @@ def kind(facts: Mapping[str, Any]) -> Kind:
         MemoryDiTConfig,
         MemoryDiT,
         "longtake.training.models.memory.judge",
+        retriever=retriever_of,
     )
     if facts.get("stage") == "retrieval":
         return row._replace(answer=_answer)

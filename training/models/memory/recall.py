@@ -1,5 +1,9 @@
 """What a memory keeps of a video: its frames, retrieved from the memory alone (arXiv 2512.23851)."""
 
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -7,10 +11,10 @@ from torch import Tensor
 from longtake.datasets.errors import UserError
 from longtake.datasets.loader import to_pixels
 from longtake.training.models.common.codec import frames_of
-from longtake.training.models.generator import Settings
+from longtake.training.models.generator import Retriever, Settings
 from longtake.training.models.memory import retrieval
 from longtake.training.models.memory.history import encode_video, memory_of
-from longtake.training.models.memory.prior import MemoryPrior, to_tensor
+from longtake.training.models.memory.prior import MemoryPrior, prior_of, to_tensor
 
 
 @torch.no_grad()
@@ -56,6 +60,12 @@ def recall(
     shape = (stretch.high.shape[3], stretch.high.shape[4])
     latents = retrieval.retrieve(model, memory, times.tolist(), shape, rng, settings.steps, settings.shift)
     return _decode(prior, latents[:, :, times.argsort()]), _decode(prior, stretch.high[:, :, : len(times)])
+
+
+def retriever_of(uri: str, model: Any, facts: Mapping[str, Any], vae: str | None, dtype: torch.dtype) -> Retriever:
+    """Make a retriever of a loaded model. Raises as `prior.load_prior`."""
+    prior = prior_of(uri, model, facts, vae, dtype, "retrieval")
+    return Retriever(prior.fps, prior.size, prior.settings, prior.holds, partial(recall, prior))
 
 
 def _decode(prior: MemoryPrior, latents: Tensor) -> np.ndarray:
