@@ -36,12 +36,12 @@ Job = tuple[int, str | None]  # a seed, and a class by name or number
 @click.option(
     "--start",
     metavar="FILE",
-    help="Continue this video; it is no part of the result. For models with a memory.",
+    help="Continue this video; it is no part of the result. Where the model takes one.",
 )
 @click.option(
     "--storyboard",
     metavar="FILE.yaml",
-    help="Classes over time: a list of {at: 3.5s, class: C}. For models with a memory.",
+    help="Classes over time: a list of {at: 3.5s, class: C}. Where the model takes one.",
 )
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Seed of the first video.")
 @click.option(
@@ -146,7 +146,7 @@ def generate(
         options = {"start": start, "storyboard": storyboard, "history_noise": history_noise}
         for name, value in options.items():
             if value and name not in generator.accepts:
-                raise UserError(f"--{name.replace('_', '-')}: {model} takes none, having no memory; leave it out")
+                raise UserError(f"--{name.replace('_', '-')}: {model} takes none; leave it out")
         plan = _plan(generator, frames, seconds, fps, start, {"guidance": guidance, "steps": steps} | options)
         story = _storyboard(storyboard, generator.classes) if storyboard else None
         groups = [jobs[n : n + batch] for n in range(0, len(jobs), batch)]

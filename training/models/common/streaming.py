@@ -27,9 +27,9 @@ Span = tuple[int, int]  # start, end
 class Past:
     """The memory of one stream between two chunks: `inputs`, the last input frames of each layer that looks back.
 
-    `begun` is False until the first chunk is through. Layers use both in `causal.causal_pad`. Besides, `stream` and the
-    encoders of `memory` set `begun`, `memory.FramePack` keeps whole latents, and up- and downsampling ask whether a
-    chunk holds the first frame.
+    `begun` is False until the first chunk is through. Layers use both in `causal.causal_pad`. Besides, `stream` and
+    encoders of a history set `begun`, one that packs it keeps whole latents here, and up- and downsampling ask whether
+    a chunk holds the first frame.
     """
 
     def __init__(self) -> None:

@@ -46,7 +46,7 @@ class Prior:
         return int(self.codec.config.temporal_stride)
 
     def begin(self, frames: Iterator[np.ndarray]) -> Any:
-        raise UserError("a Latte has no memory; name a `finetune_memory_prior` model")
+        raise UserError("a Latte continues no video; leave the start out")
 
     def frames_of_seconds(self, seconds: float, fps: float, start: Any = None) -> int:
         return codecs.frames_of_seconds(seconds, fps, self._factor)

@@ -29,7 +29,7 @@ class MemoryDiTConfig(BaseModel):
     mlp_ratio       hidden width of the MLPs over `width`
     classes         their number: ids are 0..classes-1; 0 is an unconditional model
     label_dropout   probability that training hides a class, for guidance [assumption: 0.1]
-    memory          encoder: φ; patchify: one linear map at the rate; framepack: `memory.FRAMEPACK`; none
+    memory          encoder: φ; patchify: one linear map at the rate; framepack: `baselines.FRAMEPACK`; none
     rates           of the encoders or patchifiers, HxWxT over the token grid; their tokens are concatenated
     branches        of the encoders: both, or only one for comparison
     memory_widths   of an encoder's convolutions [paper: 64, 128, 256, 512]
