@@ -15,18 +15,30 @@ _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 
 
 class Resources(StageConfig):
-    """Resources of the process of a stage. Those of its Ray tasks and ranks are in the stage's own config."""
+    """Resources of the process of a stage. Those of its Ray tasks and ranks are in the stage's own config.
 
-    cpus: float = Field(0, ge=0)  # with all zero, the process runs on the head
+    cpus              of the process; with all zero, it runs on the head
+    gpus              of the process
+    memory_bytes      of the process
+    custom            custom resources of your nodes, such as {spot: 1}
+    labels            of the node, such as {zone: eu}
+    timeout_seconds   after which a scheduler stops the stage
+    """
+
+    cpus: float = Field(0, ge=0)
     gpus: float = Field(0, ge=0)
     memory_bytes: int = Field(0, ge=0)
-    custom: dict[str, PositiveFloat] = Field({})  # custom resources of your nodes, such as {spot: 1}
-    labels: dict[str, str] = Field({})  # labels of the node, such as {zone: eu}
-    timeout_seconds: float = Field(7 * 86400, gt=0)  # after which a scheduler stops the stage
+    custom: dict[str, PositiveFloat] = Field({})
+    labels: dict[str, str] = Field({})
+    timeout_seconds: float = Field(7 * 86400, gt=0)
 
 
 class Schedule(StageConfig):
-    """The schedule of the recipe: by the clock, when one of these URIs has changed, or both."""
+    """The schedule of the recipe: by the clock, by assets, or both.
+
+    cron     a line of five fields, or such as @daily
+    assets   URIs: the recipe runs when one of them has changed
+    """
 
     cron: str | None = None
     assets: tuple[str, ...] = ()
@@ -40,15 +52,24 @@ class Schedule(StageConfig):
 
 
 class Deploy(StageConfig):
-    """The recipe's key `deploy`."""
+    """The recipe's key `deploy`: where and when it runs. Nothing here changes what a stage makes.
 
-    image: str | None = None  # of the pods on Kubernetes
-    kuberay: KubeRay = KubeRay()  # number and size of the pods
-    env: tuple[str, ...] = ("MLFLOW_TRACKING_URI",)  # names of variables that jobs get from the machine that submits
-    resources: dict[str, Resources] = Field({})  # by stage
+    image          of the pods on Kubernetes
+    kuberay        number and size of the pods
+    env            names of variables that jobs get from the machine that submits
+    resources      of the processes of stages, by stage
+    schedule       when a scheduler runs the recipe
+    retries        of a stage, by a scheduler
+    stop_seconds   for a stopped job to save its state
+    """
+
+    image: str | None = None
+    kuberay: KubeRay = KubeRay()
+    env: tuple[str, ...] = ("MLFLOW_TRACKING_URI",)
+    resources: dict[str, Resources] = Field({})
     schedule: Schedule = Schedule()
-    retries: int = Field(2, ge=0)  # of a stage, by a scheduler
-    stop_seconds: float = Field(120, gt=0)  # for a stopped job to save its state
+    retries: int = Field(2, ge=0)
+    stop_seconds: float = Field(120, gt=0)
 
     @field_validator("env")
     @classmethod

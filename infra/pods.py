@@ -10,29 +10,52 @@ _UNITS = {"Ki": 1 << 10, "Mi": 1 << 20, "Gi": 1 << 30, "Ti": 1 << 40}
 
 
 class KubeRay(StageConfig):
-    """The recipe's key `deploy.kuberay`: the pods of a RayJob. Memory as Kubernetes writes it, such as 16Gi."""
+    """The pods of a RayJob. Memory is written as Kubernetes does, such as 16Gi.
+
+    head_cpus         of the head
+    head_memory       of the head
+    workers           pods without GPU
+    max_workers       Ray's autoscaler adds pods up to this; null: never
+    cpus              of a worker
+    memory            of a worker
+    custom            custom resources that every worker offers to Ray
+    gpu_workers       pods with GPUs; null: as many as the stages need at once
+    gpus              of a pod with GPUs
+    gpu_cpus          of a pod with GPUs
+    gpu_memory        of a pod with GPUs
+    gpu_nodes         labels of the nodes for pods with GPUs
+    shm               size of /dev/shm, which counts as memory of the pod
+    claims            folder in the pods -> PersistentVolumeClaim that all of them share
+    secret            the Secret with the variables of deploy.env that are not in `plain`
+    plain             variables of deploy.env whose values the manifest may show
+    token             have KubeRay, from 1.5.1 on, make a token for the cluster
+    service_account   that the pods run as
+    pull_secret       the Secret of the image's registry
+    namespace         of the RayJob; null is that of the context
+    ttl_seconds       for which the cluster and its logs stay after the end
+    """
 
     head_cpus: PositiveInt = 2
     head_memory: str = "8Gi"
-    workers: PositiveInt = 1  # pods without GPU
-    max_workers: PositiveInt | None = None  # Ray's autoscaler adds pods up to this; None: never
-    cpus: PositiveInt = 4  # of a worker
-    memory: str = "16Gi"  # of a worker
-    custom: dict[str, PositiveFloat] = Field({})  # custom resources that every worker offers to Ray
-    gpu_workers: PositiveInt | None = None  # pods with GPUs; None: as many as the stages need at once
-    gpus: PositiveInt = 1  # of a pod with GPUs
-    gpu_cpus: PositiveInt = 8  # of a pod with GPUs
-    gpu_memory: str = "64Gi"  # of a pod with GPUs
-    gpu_nodes: dict[str, str] = Field({})  # labels of the nodes for pods with GPUs
-    shm: str = "8Gi"  # of /dev/shm, which counts as memory of the pod
-    claims: dict[str, str] = Field({})  # folder in the pods -> PersistentVolumeClaim that all of them share
-    secret: str | None = None  # the Secret with the variables of deploy.env that are not in `plain`
-    plain: tuple[str, ...] = ("MLFLOW_TRACKING_URI",)  # variables of deploy.env whose values the manifest may show
-    token: bool = False  # have KubeRay, from 1.5.1 on, make a token for the cluster
+    workers: PositiveInt = 1
+    max_workers: PositiveInt | None = None
+    cpus: PositiveInt = 4
+    memory: str = "16Gi"
+    custom: dict[str, PositiveFloat] = Field({})
+    gpu_workers: PositiveInt | None = None
+    gpus: PositiveInt = 1
+    gpu_cpus: PositiveInt = 8
+    gpu_memory: str = "64Gi"
+    gpu_nodes: dict[str, str] = Field({})
+    shm: str = "8Gi"
+    claims: dict[str, str] = Field({})
+    secret: str | None = None
+    plain: tuple[str, ...] = ("MLFLOW_TRACKING_URI",)
+    token: bool = False
     service_account: str | None = None
-    pull_secret: str | None = None  # the Secret of the image's registry
+    pull_secret: str | None = None
     namespace: str | None = None
-    ttl_seconds: int = Field(3600, ge=0)  # for which the cluster and its logs stay after the end
+    ttl_seconds: int = Field(3600, ge=0)
 
     @field_validator("head_memory", "memory", "gpu_memory", "shm")
     @classmethod

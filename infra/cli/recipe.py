@@ -88,10 +88,13 @@ def _explain(context: click.Context, parameter: click.Parameter, kind: str | Non
         context.exit()
     from longtake.datasets.errors import UserError
     from longtake.infra import settings, stages
+    from longtake.infra.deploy import Deploy
 
-    if kind not in stages.STAGES:
-        raise UserError(f"--help {kind}: there is no such kind of stage; there are {', '.join(stages.STAGES)}")
-    config = stages.load(kind).Config
+    if kind != "deploy" and kind not in stages.STAGES:
+        raise UserError(
+            f"--help {kind}: there is no such kind of stage; there are {', '.join(stages.STAGES)}, and deploy"
+        )
+    config = Deploy if kind == "deploy" else stages.load(kind).Config
     rows = list(settings.settings_of(config))
     keys, defaults = (max(len(row[n]) for row in rows) for n in (0, 1))
     defaults = min(defaults, 24)
@@ -116,7 +119,7 @@ def _explain(context: click.Context, parameter: click.Parameter, kind: str | Non
     is_eager=True,
     expose_value=False,
     callback=_explain,
-    help="Show this message, or the settings of a kind of stage, such as `--help pretrain_vae`.",
+    help="Show this message, or the settings of a kind of stage, such as `--help pretrain_vae`, or of `deploy`.",
 )
 @recipe_argument
 @click.argument("name")

@@ -5,15 +5,24 @@ from click.testing import CliRunner
 
 from longtake.infra import settings, stages
 from longtake.infra.cli.recipe import stage as command
+from longtake.infra.deploy import Deploy
 
 
-@pytest.mark.parametrize("kind", stages.STAGES)
+@pytest.mark.parametrize("kind", [*stages.STAGES, "deploy"])
 def test_every_setting_of_every_kind_is_documented(kind: str) -> None:
-    config = stages.load(kind).Config
+    config = Deploy if kind == "deploy" else stages.load(kind).Config
     rows = list(settings.settings_of(config))
     assert not [row.key for row in rows if not row.text]
     assert {row.key for row in rows if "." not in row.key} == config.model_fields.keys() - {"kind"}
     assert settings.summary_of(config) and "   " not in settings.summary_of(config)
+
+
+@pytest.mark.parametrize("kind", stages.STAGES)
+def test_what_costs_and_what_does_not_names_settings(kind: str) -> None:
+    config = stages.load(kind).Config
+    assert getattr(config, "COSTLESS", set()) <= config.model_fields.keys()
+    run = settings.nested_of(config.model_fields["run"].annotation) if "run" in config.model_fields else None
+    assert run is None or set() < run.COSTLY <= run.model_fields.keys()  # type: ignore[attr-defined]
 
 
 def test_settings_have_their_defaults_and_those_of_nested_configs() -> None:
