@@ -104,6 +104,17 @@ def test_every_family_is_a_folder_with_a_row() -> None:
     assert sorted({module.split(".")[3] for module in models.KINDS.values()}) == FAMILIES
 
 
+def test_no_line_outside_of_a_familys_folder_names_it_but_its_rows() -> None:
+    """Not even one that imports when it is called, which importing all modules would not show."""
+    rows = {*models.KINDS.values(), *stages.STAGES.values()}
+    for part in ("datasets", "infra", "pipeline", "training"):
+        for path in (ROOT / part).rglob("*.py"):
+            place = path.relative_to(ROOT).parts
+            own = place[2] if place[:2] == ("training", "models") else ""
+            named = re.findall(rf"longtake\.training\.models\.(?:{'|'.join(FAMILIES)})[\w.]*", path.read_text())
+            assert {name for name in named if name.split(".")[3] != own} <= rows, path
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_without_a_familys_folder_only_its_rows_break(family: str, tmp_path: Path) -> None:
