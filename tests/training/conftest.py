@@ -28,6 +28,7 @@ def group() -> Iterator[None]:
         gc.freeze()
         yield
     gc.unfreeze()
+    gc.collect()
 
 
 class Ranks:
