@@ -417,8 +417,8 @@ def test_after_a_clean_nothing_runs_again_and_a_stopped_training_goes_on_where_i
     shutil.copytree(dataset, made)
     stages = {
         "view": {"kind": "curate", "dataset": str(made), "rules": {}},
-        "vae": TRAINING | {"dataset": str(made)},
-        "next": TRAINING | {"dataset": str(made), "parent": "vae", "seed": 1},
+        "vae": nested(TRAINING | {"dataset": str(made)}),
+        "next": nested(TRAINING | {"dataset": str(made), "parent": "vae", "seed": 1}),
     }
     del stages["next"]["model"]
     path = tmp_path / "r.yaml"
