@@ -270,6 +270,26 @@ def test_commands_of_the_pages_parse(block: Block, quickstart: Path) -> None:
 
 
 @pytest.mark.parametrize("page", PAGES)
+def test_commands_of_the_pages_have_the_variables_that_they_need(page: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Set before them in the line, or exported above them on the page."""
+    for name in ("VIDEOS", "WORKSPACE", "CHECKPOINTS", "VAE", "MLFLOW_TRACKING_URI"):
+        monkeypatch.delenv(name, raising=False)
+    for code in re.findall(r"```(?:sh|bash|python)\n(.*?)```", (ROOT / page).read_text(), re.S):
+        for line in code.replace("\\\n", " ").splitlines():
+            for parts in re.findall(r'\b([A-Z_]+)=|os\.environ\["([A-Z_]+)"\]', line):
+                if line.startswith(("export ", "os.environ")) or "longtake" in line:
+                    monkeypatch.setenv("".join(parts), "/some/" + "".join(parts))
+            if (match := re.search(r"longtake (?:run|graph|submit) (\w+)(?=\s|$)", line)) and match[
+                1
+            ] in recipe.builtin():
+                recipe.load(match[1])
+            if re.search(
+                r"longtake (?:generate|retrieve|reconstruct|models|promote|rollback)\b.*(?:models:|pull|-)", line
+            ):
+                assert "MLFLOW_TRACKING_URI" in os.environ, f"{page}: {line}: which store?"
+
+
+@pytest.mark.parametrize("page", PAGES)
 def test_commands_in_sentences_exist(page: str) -> None:
     for code in re.findall(r"`(longtake [^`]+)`", "\n".join(prose(page))):
         words = code.split()[1:]

@@ -28,7 +28,7 @@ def promote(name: str, candidate: str, path: str, as_json: bool) -> None:
 
     \b
       dataset: runs/quickstart/shards/0123456789ab
-      view: runs/quickstart/view/0123456789ab/view.parquet    # optional
+      view: runs/quickstart/shards/0123456789ab/views/0123456789ab.parquet    # optional
       metrics:                        # each must gain this much
         psnr_predicted: {better: higher, gain: 0.1}
       must_not_regress:               # none may lose more

@@ -29,13 +29,13 @@ def retrieve(
 ) -> None:
     """Retrieve frames of VIDEO from the memory of MODEL.
 
-    MODEL is from `pretrain_memory`, in the registry (models:/memory-dit@champion) or a model folder. The video is
+    MODEL is from `pretrain_memory`, in the registry (models:/memory-retrieval@champion) or a model folder. The video is
     converted to the frame rate and size of the model's training clips. A memory holds a limited number of seconds: a
     longer video is divided into stretches of that length, each with a memory of its own.
 
     \b
     Example:
-      longtake retrieve models:/memory-dit@champion in.mp4 --at 3.2s,11s --out retrieved
+      longtake retrieve models:/memory-retrieval@champion in.mp4 --at 3.2s,11s --out retrieved
     """
     media.check_exists(video)
     with media.memory_errors("set --precision bf16"):
