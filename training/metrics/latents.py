@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from longtake.datasets.errors import UserError
-from longtake.training.metrics.distance import Moments, merge, moments
+from longtake.training.metrics.distance import Moments
 
 PICTURE_SPAN = 2.0  # standard deviations from the mean to black or white; ours
 
@@ -107,11 +107,6 @@ def components(total: Moments, count: int) -> Components:
     return Components(total.mean.cpu(), directions * largest.sign(), values.flip(0)[:count].clamp_min(0).sqrt())
 
 
-def channel_components(batches: Iterable[Tensor], count: int = 3) -> Components:
-    """Components of the channel vectors at all steps and positions of latents (B, C, T, h, w), jointly over videos."""
-    return components(merge(moments(b.detach().cpu().movedim(1, -1).flatten(0, -2)) for b in batches), count)
-
-
 def pca_pictures(latents: Tensor, pca: Components) -> Tensor:
     """Latents (B, C, T, h, w) as colours: three components -> uint8 (B, T, h, w, 3).
 
@@ -124,16 +119,6 @@ def pca_pictures(latents: Tensor, pca: Components) -> Tensor:
     reach = PICTURE_SPAN * pca.deviations
     share = torch.where(reach > 1e-12, scores / reach.clamp_min(1e-12), 0)
     return (127.5 + 127.5 * share).round().clamp(0, 255).to(torch.uint8)
-
-
-def trajectories(batches: Iterable[Tensor]) -> Tensor:
-    """The path of each video in latent space: (V, T, 2) float64.
-
-    Each step of latents (B, C, T, h, w), C >= 2, is averaged over space; the plane is that of the two strongest components
-    over all steps of all videos. All latents must have one T.
-    """
-    pooled = torch.cat([batch.detach().double().cpu().mean((3, 4)).transpose(1, 2) for batch in batches])
-    return components(moments(pooled.flatten(0, 1)), 2).project(pooled)
 
 
 def draw_trajectories(paths: Tensor, file: Path | str) -> None:

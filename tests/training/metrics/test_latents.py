@@ -2,20 +2,34 @@
 
 import json
 import math
+from collections.abc import Iterable
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch import Tensor
 
+from longtake.training.metrics.distance import merge, moments
 from longtake.training.metrics.latents import (
-    channel_components,
+    Components,
+    components,
     draw_trajectories,
     latent_temporal_distance,
     pca_pictures,
     spearman,
-    trajectories,
 )
+
+
+def channel_components(batches: Iterable[Tensor], count: int = 3) -> Components:
+    """Components of the channel vectors at all places of latents (B, C, T, h, w), over all videos, as `look` takes them."""
+    return components(merge(moments(b.movedim(1, -1).flatten(0, -2)) for b in batches), count)
+
+
+def trajectories(batches: Iterable[Tensor]) -> Tensor:
+    """The path of each video (V, T, 2) in the plane of the strongest components of its latents' means over space."""
+    pooled = torch.cat([batch.double().mean((3, 4)).transpose(1, 2) for batch in batches])
+    return components(moments(pooled.flatten(0, 1)), 2).project(pooled)
 
 
 def seeded(seed: int = 0) -> torch.Generator:
