@@ -15,24 +15,24 @@ PICTURE_SPAN = 2.0  # standard deviations from the mean to black or white; ours
 
 
 def latent_temporal_distance(batches: Iterable[Tensor]) -> dict[str, Any]:
-    """LTD: the mean distance of latents that lie D steps apart, for each D (PV-VAE, arXiv 2605.02134, analysis).
+    """LTD: the mean distance of latents that are D apart in time, for each D (PV-VAE, arXiv 2605.02134, analysis).
 
     The better latents follow time, the steadier the curve rises. The paper gives no formula; our assumption [A]: the
-    L2 norm over all channels and positions of a step, the mean over all pairs of steps and all videos. `normalised`
-    is divided by the mean L2 norm of a step [A], so that latents of any scale and size compare.
+    L2 norm over all channels and positions of a latent, the mean over all pairs and all videos. `normalised`
+    is divided by the mean L2 norm of a latent [A], so that latents of any scale and size compare.
 
     Args:
         batches: latents (B, C, T, h, w), T >= 2, of one T.
 
     Returns:
-        For JSON: `raw` and `normalised`, the curves for D = 1..T-1; `norm`; `rising`, the share of steps D -> D+1
+        For JSON: `raw` and `normalised`, the curves for D = 1..T-1; `norm`; `rising`, the share of D -> D+1
         on which the curve rises (1 where T is 2); `spearman`, the rank correlation of D and the curve, ties at their
         mean rank, 0 for a flat curve; `curve_roughness`, mean |second difference| of the curve over its mean
         |first difference|, 0 for a line; `path_roughness`, the mean norm of the latents' second differences in time
-        over that of their first ones, 0 for steady motion and about sqrt(2) for independent steps; `videos`.
+        over that of their first ones, 0 for steady motion and about sqrt(2) for independent latents; `videos`.
 
     Raises:
-        ValueError: no videos, unequal T, fewer than two steps.
+        ValueError: no videos, unequal T, fewer than two latents.
     """
     rows: list[Tensor] = []
     for batch in batches:
@@ -47,7 +47,7 @@ def latent_temporal_distance(batches: Iterable[Tensor]) -> dict[str, Any]:
 def distances(latents: Tensor) -> Tensor:
     """What LTD needs of each video (B, C, T, h, w), T >= 2: (B, T + 1) float64, on the CPU.
 
-    The mean distances of steps 1..T-1 apart, the mean norm of a step, and that of the second differences in time.
+    The mean distances of latents 1..T-1 apart, the mean norm of a latent, and that of the second differences in time.
     """
     if latents.ndim != 5 or latents.shape[2] < 2:
         raise ValueError(f"LTD needs latents (B, C, T, h, w) with T at least 2, got {tuple(latents.shape)}")
@@ -122,7 +122,7 @@ def pca_pictures(latents: Tensor, pca: Components) -> Tensor:
 
 
 def draw_trajectories(paths: Tensor, file: Path | str) -> None:
-    """A PNG of the paths (V, T, 2), a line a video, a dot at each step, a ring at its first; UserError without matplotlib."""
+    """A PNG of the paths (V, T, 2), a line a video, a dot at each latent, a ring at its first; UserError without matplotlib."""
     try:
         from matplotlib import colormaps
         from matplotlib.backends.backend_agg import FigureCanvasAgg

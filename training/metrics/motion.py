@@ -52,36 +52,36 @@ def dense_flow(first: Tensor, second: Tensor, matching: Matching = Matching()) -
     return torch.cat([x, y], 1)
 
 
-def flow_targets(video: Tensor, steps: int, grid: tuple[int, int], matching: Matching = Matching()) -> Tensor:
-    """Mean flow of each cell from the last frame that a latent step covers to the next frame, in pixels.
+def flow_targets(video: Tensor, latents: int, grid: tuple[int, int], matching: Matching = Matching()) -> Tensor:
+    """Mean flow of each cell from the last frame that a latent covers to the next frame, in pixels.
 
     Args:
-        video: (N, 3, T, H, W) in [-1, 1]; step i covers frames up to i (T-1)/(steps-1), as of a causal autoencoder.
+        video: (N, 3, T, H, W) in [-1, 1]; latent i covers frames up to i (T-1)/(latents-1), as of a causal autoencoder.
         grid: (h, w) of the features; both divide H and W.
 
     Returns:
-        (N, 2, steps', h, w), (x, y); the last step is left out: there is no next frame.
+        (N, 2, latents', h, w), (x, y); the last latent is left out: there is no next frame.
     """
-    ends = frames_of_steps(video.shape[2], steps)[:-1]
+    ends = frames_of_latents(video.shape[2], latents)[:-1]
     pairs = [(video[:, :, end], video[:, :, end + 1]) for end in ends]
     return torch.stack([pooled(dense_flow(a, b, matching), grid) for a, b in pairs], 2)
 
 
-def next_frame_targets(video: Tensor, steps: int, grid: tuple[int, int]) -> Tensor:
-    """The frame after the last one that a latent step covers, averaged over each cell: (N, 3, steps', h, w) in [-1, 1].
+def next_frame_targets(video: Tensor, latents: int, grid: tuple[int, int]) -> Tensor:
+    """The frame after the last one that a latent covers, averaged over each cell: (N, 3, latents', h, w) in [-1, 1].
 
-    Arguments as of `flow_targets`; the last step is left out.
+    Arguments as of `flow_targets`; the last latent is left out.
     """
-    ends = frames_of_steps(video.shape[2], steps)[:-1]
+    ends = frames_of_latents(video.shape[2], latents)[:-1]
     return torch.stack([pooled(video[:, :, end + 1].float(), grid) for end in ends], 2)
 
 
-def track_targets(video: Tensor, steps: int, grid: tuple[int, int], matching: Matching = Matching()) -> Tensor:
-    """How far the point at the centre of each cell moves until the next latent step: (N, 2, steps', h, w), in pixels.
+def track_targets(video: Tensor, latents: int, grid: tuple[int, int], matching: Matching = Matching()) -> Tensor:
+    """How far the point at the centre of each cell moves until the next latent: (N, 2, latents', h, w), in pixels.
 
     Dense flow is chained over the frames between, read bilinearly. Arguments as of `flow_targets`.
     """
-    ends = frames_of_steps(video.shape[2], steps)
+    ends = frames_of_latents(video.shape[2], latents)
     start = cell_centres(grid, video.shape[-2:], video.device).expand(len(video), -1, -1, -1)
     moves = []
     for first, last in pairwise(ends):
@@ -99,23 +99,23 @@ def follow(moves: Tensor, size: tuple[int, int]) -> Tensor:
         moves: (N, 2, S, h, w) in pixels; size: (H, W) of the video.
 
     Returns:
-        (N, 2, S + 1, h, w): where the points are at each step, in pixels, (x, y) with pixel centres at n + 0.5.
+        (N, 2, S + 1, h, w): where the points are at each latent, in pixels, (x, y) with pixel centres at n + 0.5.
     """
     grid = (moves.shape[-2], moves.shape[-1])
     points = [cell_centres(grid, size, moves.device).expand(len(moves), -1, -1, -1).to(moves.dtype)]
     scale = moves.new_tensor([grid[1] / size[1], grid[0] / size[0]])[:, None, None]
-    for step in moves.unbind(2):
-        points.append(points[-1] + sampled(step, points[-1] * scale))
+    for move in moves.unbind(2):
+        points.append(points[-1] + sampled(move, points[-1] * scale))
     return torch.stack(points, 2)
 
 
-def frames_of_steps(frames: int, steps: int) -> list[int]:
-    """The last frame that each latent step covers: [0, r, 2r, ...]; ValueError where frames is not 1 + r(steps - 1)."""
-    if steps < 2 or frames <= 1 or (frames - 1) % (steps - 1):
+def frames_of_latents(frames: int, latents: int) -> list[int]:
+    """The last frame that each latent covers: [0, r, 2r, ...]; ValueError where frames is not 1 + r(latents - 1)."""
+    if latents < 2 or frames <= 1 or (frames - 1) % (latents - 1):
         raise ValueError(
-            f"{steps} latent steps do not fit {frames} frames: frames must be 1 + r(steps - 1), steps 2 or more"
+            f"{latents} latents do not fit {frames} frames: frames must be 1 + r(latents - 1), 2 latents or more"
         )
-    return list(range(0, frames, (frames - 1) // (steps - 1)))
+    return list(range(0, frames, (frames - 1) // (latents - 1)))
 
 
 def cell_centres(grid: tuple[int, int], size: tuple[int, ...], device: torch.device | str = "cpu") -> Tensor:

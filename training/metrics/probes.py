@@ -45,10 +45,10 @@ class Probe:
 
 
 def fit_probe(train: Pairs, ridge: float = 1e-4) -> Probe:
-    """Ridge regression of targets on features, at every step and position alike.
+    """Ridge regression of targets on features, at every latent and position alike.
 
     Args:
-        train: features (N, C, t, h, w) and targets (N, K, t', h, w), t' <= t: steps without a target are left out.
+        train: features (N, C, t, h, w) and targets (N, K, t', h, w), t' <= t: latents without a target are left out.
         ridge: penalty of the squared weights, a share of the mean variance of the features; > 0.
 
     Raises:
@@ -127,8 +127,8 @@ def scores(train: Pairs, heldout: Pairs) -> dict[str, float]:
 
 
 def _targets(features: Tensor, video: Tensor) -> list[Tensor]:
-    steps, grid = features.shape[2], (features.shape[3], features.shape[4])
-    return [target(video, steps, grid) for target in (flow_targets, next_frame_targets, track_targets)]
+    latents, grid = features.shape[2], (features.shape[3], features.shape[4])
+    return [target(video, latents, grid) for target in (flow_targets, next_frame_targets, track_targets)]
 
 
 def flow_score(probe: Probe, heldout: Pairs) -> dict[str, float]:
@@ -155,7 +155,7 @@ def next_frame_score(probe: Probe, heldout: Pairs) -> dict[str, float]:
 def tracking_score(probe: Probe, heldout: Pairs, size: tuple[int, int], threshold: float = 4.0) -> dict[str, float]:
     """Points followed through the whole clip by the predicted field, against the same by the true one.
 
-    The heads' targets are those of `track_targets`; points start at the cell centres. Counted are the steps after
+    The heads' targets are those of `track_targets`; points start at the cell centres. Counted are the latents after
     the first, as long as the true point has not left the picture. Errors in the manner of TAP-Vid (arXiv 2211.03726, §3.2).
 
     Args:

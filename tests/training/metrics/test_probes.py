@@ -14,7 +14,7 @@ from longtake.training.metrics.motion import (
     dense_flow,
     flow_targets,
     follow,
-    frames_of_steps,
+    frames_of_latents,
     next_frame_targets,
     sampled,
     track_targets,
@@ -81,7 +81,7 @@ def test_two_halves_that_part_have_their_own_flow():
 
 
 def test_targets_belong_to_the_step_whose_last_frame_they_start_from():
-    assert frames_of_steps(9, 3) == [0, 4, 8] and frames_of_steps(4, 4) == [0, 1, 2, 3]
+    assert frames_of_latents(9, 3) == [0, 4, 8] and frames_of_latents(4, 4) == [0, 1, 2, 3]
     still = panning([(0, 0)], frames=9)
     video = still.clone()
     video[:, :, 5:] = still.roll(2, 4)[:, :, 5:]  # one jump, from frame 4 to frame 5
@@ -99,7 +99,7 @@ def test_targets_belong_to_the_step_whose_last_frame_they_start_from():
 @pytest.mark.parametrize(("frames", "steps"), [(8, 3), (9, 1), (1, 2)])
 def test_frames_that_do_not_fit_the_steps_are_refused(frames, steps):
     with pytest.raises(ValueError, match="frames must be 1"):
-        frames_of_steps(frames, steps)
+        frames_of_latents(frames, steps)
 
 
 def test_a_grid_that_does_not_divide_is_refused():
