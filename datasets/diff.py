@@ -23,7 +23,7 @@ def differences(a: str, b: str) -> dict[str, list[str]]:
     sources = [_sources(url) for url in (a, b)]
     clips = [_clips(url) for url in (a, b)]
     lines_of = {
-        "geometry": _changed(*descriptions),
+        "settings": _changed(*descriptions),
         "sources only in A": _only(*sources),
         "sources only in B": _only(*reversed(sources)),
         "sources with another outcome": _pairs(*sources),

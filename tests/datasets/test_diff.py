@@ -36,7 +36,7 @@ def test_every_kind_of_difference_is_named(dataset: str, tmp_path: Path) -> None
     gone = index.read_shard(dataset, "val", "00000").table
     keys = [f"train {shard.table['key'][1]}", *(f"val {key}" for key in gone["key"].to_pylist())]
     shards = sum(len(index.shard_names(dataset, split)) for split in schema.SPLITS)
-    assert found["geometry"] == ["clip.fps: 12.0 | 25"]
+    assert found["settings"] == ["clip.fps: 12.0 | 25"]
     assert set(found["sources only in A"]) == {f"val {s}" for s in gone["source"].to_pylist()}
     assert "sources only in B" not in found
     assert [line.split(": ")[0] for line in found["sources with another outcome"]] == [f"train {sources[0]['source']}"]

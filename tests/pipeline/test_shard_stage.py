@@ -190,8 +190,8 @@ def test_captions_and_labels_that_change_reach_loaders_and_views_and_no_tar(
     assert curate.run(view, {"dataset": str(out)}, str(tmp_path / "view"))["metrics"]["clips_kept"] > 0
 
 
-def test_another_geometry_does_not_mix_into_a_dataset(sharded: Path, footage: Path) -> None:
-    with pytest.raises(UserError, match="made with another geometry"):
+def test_other_settings_do_not_mix_into_a_dataset(sharded: Path, footage: Path) -> None:
+    with pytest.raises(UserError, match="made with other settings of clips"):
         shard.run(config(footage, clip={"short_side": 32, "fps": 6}), {}, str(sharded))
 
 
