@@ -28,6 +28,7 @@ settings.load_profile("patient")
 LONGEST = [
     "infra/test_quickstart.py",
     "training/launch/test_launch.py",
+    "training/engines/test_ranks.py",
     "infra/cluster/test_cluster_jobs.py",
     "pipeline/test_chaos_s3.py",
     "pipeline/test_chaos.py",
@@ -38,10 +39,6 @@ LONGEST = [
     "training/test_guards.py",
 ]
 
-# keeps engines whose buffers, though nothing is in them, are gigabytes of addresses: too many for a later fork, such as
-# of a Ray that starts
-LAST = "training/engines/test_ranks.py"
-
 
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -49,7 +46,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     tests = Path(__file__).parent
     places = {tests / name: place for place, name in enumerate(LONGEST)}
     slow = {item.path for item in items if item.get_closest_marker("slow")}
-    places[tests / LAST] = len(places) + 2
     # files stay whole and in order
     items.sort(key=lambda item: places.get(item.path, len(LONGEST) + (item.path not in slow)))
 

@@ -137,7 +137,9 @@ def describe(config: Config, output: str) -> None:
     record = storage.canonical_json({"format": schema.FORMAT_VERSION, **settings})
     url = storage.join(output, "dataset.json")
     if not storage.write_if_absent(url, record) and storage.read(url) != record:
-        raise UserError(f"{url}: this dataset was made with other settings of clips; choose another output, or delete it")
+        raise UserError(
+            f"{url}: this dataset was made with other settings of clips; choose another output, or delete it"
+        )
 
 
 def missing_groups(output: str, groups: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 import small
 import torch
@@ -219,6 +220,15 @@ def test_no_compiler_runs_at_the_start(group: None) -> None:
 
     engines.engines_of({"x": nn.Linear(2, 2)}, "x", TrainConfig(**nested(SETTINGS)), 1)
     assert deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] is False
+
+
+@pytest.mark.parametrize("zero_stage", [1, 2, 3])
+def test_buckets_for_gradients_are_no_larger_than_what_learns(tmp_path: Path, group: None, zero_stage: int) -> None:
+    """DeepSpeed's own are of 2 GB, on a GPU beside any model, and at ZeRO 3 never given back."""
+    small.fit(tmp_path / "warm", zero_stage=zero_stage)
+    before = psutil.Process().memory_info().vms
+    small.fit(tmp_path / "again", zero_stage=zero_stage)
+    assert psutil.Process().memory_info().vms - before < 500 << 20
 
 
 def test_the_schedule_warms_up_and_ends_where_it_should() -> None:

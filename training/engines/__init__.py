@@ -32,6 +32,8 @@ __all__ = [
     "store",
 ]
 
+_MOST_REDUCED = 500_000_000  # elements of gradients in a bucket: DeepSpeed's own default
+
 
 def deepspeed_config(config: TrainConfig, world: int, universal: bool = False) -> dict[str, Any]:
     """DeepSpeed's dict for a TrainConfig. Defaults of DeepSpeed that we rely on are stated.
@@ -118,8 +120,14 @@ def engines_of(
         if not groups:
             raise UserError(f"freeze: nothing is left to learn in {name}")
         optimizer = torch.optim.AdamW(groups, lr=own.lr, betas=own.betas)
+        # DeepSpeed allocates buckets for gradients of their full size: no larger than what learns
+        learning = sum(p.numel() for group in groups for p in group["params"])
+        zero = deepspeed_settings["zero_optimization"] | {"reduce_bucket_size": min(_MOST_REDUCED, learning)}
         engine = deepspeed.initialize(
-            model=module, optimizer=optimizer, config=deepspeed_settings, dist_init_required=False
+            model=module,
+            optimizer=optimizer,
+            config=deepspeed_settings | {"zero_optimization": zero},
+            dist_init_required=False,
         )[0]
         if config.zero_stage == 3:
             _fill_states(engine)
