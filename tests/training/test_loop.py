@@ -80,6 +80,18 @@ def test_a_process_trains_in_one_group_after_another(tmp_path: Path) -> None:
     assert small.same(*learned)
 
 
+def test_a_group_leaves_pytorch_as_it_was(tmp_path: Path) -> None:
+    """ZeRO 3 gives PyTorch another linear function."""
+    linear = torch.nn.functional.linear
+    with engines.process_group():
+        with engines.process_group():
+            small.fit(tmp_path / "inner", zero_stage=3)
+            assert torch.nn.functional.linear is not linear
+        assert torch.nn.functional.linear is linear
+        small.fit(tmp_path / "outer", zero_stage=3)
+    assert torch.nn.functional.linear is linear
+
+
 def test_engines_hide_no_module_from_a_tracker_that_imports_it(
     tmp_path: Path, group: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -38,7 +38,8 @@ def process_group(stall_seconds: float = 1800.0) -> Iterator[tuple[int, int]]:
     with _compiler_noise_hidden(), without("mlflow"):
         importlib.import_module("deepspeed")
     if torch.distributed.is_initialized():
-        yield torch.distributed.get_rank(), torch.distributed.get_world_size()
+        with _linear_kept():
+            yield torch.distributed.get_rank(), torch.distributed.get_world_size()
         return
     backend = "nccl" if gpu else "gloo"
     # one process alone needs no port, whatever else its scheduler has set
@@ -54,13 +55,24 @@ def process_group(stall_seconds: float = 1800.0) -> Iterator[tuple[int, int]]:
         os.environ |= variables
         torch.distributed.init_process_group(backend, store=torch.distributed.HashStore(), rank=0, world_size=1)
     try:
-        yield torch.distributed.get_rank(), torch.distributed.get_world_size()
+        with _linear_kept():
+            yield torch.distributed.get_rank(), torch.distributed.get_world_size()
         _leave()
     finally:
         _destroy_group()
         for name, value in before.items():
             if value is None and not launched:
                 del os.environ[name]
+
+
+@contextmanager
+def _linear_kept() -> Iterator[None]:
+    """Put PyTorch's linear function back: ZeRO 3 replaces it for good, by one that TorchScript cannot save."""
+    linear = torch.nn.functional.linear
+    try:
+        yield
+    finally:
+        torch.nn.functional.linear = linear
 
 
 def _joined_store(rank: int, world: int, patience: timedelta) -> torch.distributed.Store:
