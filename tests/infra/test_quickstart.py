@@ -179,10 +179,14 @@ def _marker(folder: Path, moment: str) -> bool:
     return len(list((folder / "runs" / "quickstart").glob(pattern))) >= count
 
 
-def test_killed_while_sharding_training_and_registering_it_ends_the_same(
-    finished: Path, footage: Path, tmp_path: Path
+@pytest.mark.parametrize(
+    "moments",
+    [("training", "registering"), pytest.param(("sharding", "training", "registering"), marks=pytest.mark.soak)],
+)
+def test_killed_at_its_worst_moments_it_ends_the_same(
+    finished: Path, footage: Path, tmp_path: Path, moments: tuple[str, ...]
 ) -> None:
-    for moment in ("sharding", "training", "registering"):
+    for moment in moments:
         child = start(tmp_path, footage, SHORT, subprocess.DEVNULL)
         deadline = time.time() + 200
         while not _marker(tmp_path, moment) and time.time() < deadline and child.poll() is None:

@@ -55,7 +55,7 @@ def hashes(folder: Path) -> dict[str, str]:
 
 
 @pytest.mark.timeout(1200)
-@pytest.mark.parametrize(("kills", "videos"), [(15, 30), pytest.param(100, 60, marks=pytest.mark.soak)])
+@pytest.mark.parametrize(("kills", "videos"), [(10, 20), pytest.param(100, 60, marks=pytest.mark.soak)])
 def test_kills_lose_double_and_tear_nothing(tmp_path: Path, kills: int, videos: int) -> None:
     rng = np.random.default_rng(0)
     (tmp_path / "videos").mkdir()

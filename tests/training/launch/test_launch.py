@@ -317,7 +317,14 @@ def test_sigterm_under_ray_saves_exits_0_and_the_same_command_goes_on(
     ("command", "launcher", "settings", "says"),
     [
         (LONGTAKE, {"by": "torchrun", "processes": 2}, {"batch": 3}, "divide among 2 processes"),
-        (LONGTAKE, {"by": "ray", "processes": 2, "cpus": 0.5}, {"batch": 3}, "divide among 2 processes"),
+        # a Ray is started for it
+        pytest.param(
+            LONGTAKE,
+            {"by": "ray", "processes": 2, "cpus": 0.5},
+            {"batch": 3},
+            "divide among 2 processes",
+            marks=pytest.mark.soak,
+        ),
         (TORCHRUN, None, {"batch": 3}, "divide among 2 processes"),
         (TORCHRUN, {"by": "torchrun", "processes": 2}, {}, "leave run.launcher out"),
         (TORCHRUN, None, {"kind": "curate"}, "stage vae: curate does not train"),
