@@ -137,7 +137,7 @@ class Batches:
         if block + 1 < len(sequence.ends) and (epoch, bucket, block) not in self._fetched:
             self._fetched.add((epoch, bucket, block))
             for shard in sequence.blocks(sequence.ends[block : block + 1]).tolist():
-                for column in (self.split.base, *self.split.columns.values()):
+                for column in self.split.tars():
                     pool.submit(self.split.reader.fetch, column, shard)
 
 
