@@ -126,6 +126,28 @@ CAPTION_INDEX = pa.schema(
     ]
 )
 
+# One caption of a clip, and where the states of its tokens are: SHA.npy is (tokens, width) uint16, the bits of bfloat16.
+TEXT = pa.struct(
+    [
+        ("sha", pa.string()),  # of the caption, see captions.py
+        ("start", pa.float64()),  # seconds in the clip; null: from its start
+        ("end", pa.float64()),  # null: to its end
+        ("offset", pa.int64()),
+        ("size", pa.int64()),
+        ("crc32", pa.uint32()),
+        ("tokens", pa.int32()),  # that have states, one at least
+    ]
+)
+
+# One row a sample of a `text-DIGEST` column; several captions may have the same states.
+TEXT_INDEX = pa.schema(
+    [
+        ("key", pa.string()),
+        ("base_sha256", pa.string()),  # of the mp4 that these are the captions of
+        ("texts", pa.list_(TEXT)),  # in the order of the captions; null: there are none; empty: a view left the clip out
+    ]
+)
+
 # How the names of columns begin that are a table and no tar.
 TABLES = ("caption-",)
 

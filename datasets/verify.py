@@ -14,13 +14,13 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from longtake.datasets import captions, compact, index, schema, storage
+from longtake.datasets import captions, compact, index, schema, storage, text
 from longtake.datasets import latents as columns
 from longtake.datasets.errors import Failure
 
 _BLOCK = 1 << 22
 _SHARD_FILE = re.compile(r"([^.]+)(\.[\w-]+)?\.(tar|parquet)")
-_STAGES = {"latent-": "cache_latents", "caption-": "caption"}  # what makes a column, by how its name begins
+_STAGES = {"latent-": "cache_latents", "caption-": "caption", text.PREFIX: "cache_text"}  # what makes a column, by how its name begins
 _FOLDERS = {"plan", "sources", "views", "compact", "annotations"}
 
 
@@ -96,6 +96,8 @@ def problems(
         yield from _tar_problems(url, shard, members, remedy, progress)
     if column.startswith("latent-"):
         yield from columns.problems(dataset, shard)
+    elif column.startswith(text.PREFIX):
+        yield from text.problems(dataset, shard)
     # a problem of the other table is reported when that one is checked
     with contextlib.suppress(Failure):
         yield from _base_problems(url, dataset, shard, remedy) if column else _source_problems(dataset, shard, remedy)
@@ -135,6 +137,9 @@ class _Member:
 
 
 def _members(table: pa.Table, column: str, images: bool) -> Iterator[_Member]:
+    if column.startswith(text.PREFIX):
+        yield from _text_members(table)
+        return
     # the index of a column has no file endings, that of plain image tars no names
     fields = [("", r"\.[\w.]+", "sha256")] if column else [("mp4_", r"\.mp4", "sha256"), ("json_", r"\.json", None)]
     for row in table.to_pylist():
@@ -152,6 +157,22 @@ def _members(table: pa.Table, column: str, images: bool) -> Iterator[_Member]:
                 crc32=row.get(f"{prefix}crc32"),
                 sha256=(row.get(sha256) or "") if sha256 else None,
             )
+
+
+def _text_members(table: pa.Table) -> Iterator[_Member]:
+    """A file for each distinct text of a column of token states."""
+    rows = table.column("texts").to_pylist() if "texts" in table.column_names else []
+    texts = {one["sha"]: one for row in rows for one in row or ()}
+    for sha, one in texts.items():
+        missing = one["offset"] is None or one["size"] is None or one["size"] < 0
+        yield _Member(
+            name=re.compile(re.escape(f"{sha}.npy")),
+            label=f"{sha}.npy",
+            offset=-1 if missing else one["offset"],
+            size=0 if missing else one["size"],
+            crc32=one["crc32"],
+            sha256=None,
+        )
 
 
 def _tar_problems(

@@ -129,7 +129,10 @@ class Worker:
             # an error of the jobs: Ray would restart an actor that fails here again and again
             self._broken = "run.gpus: the torch of a worker cannot use its GPU; install a CUDA build, or set 0"
             return
-        self._make = load(device, *ray.get(models), **arguments)
+        try:
+            self._make = load(device, *ray.get(models), **arguments)
+        except (UserError, Failure) as e:
+            self._broken = str(e)
 
     def __call__(self, job: dict[str, Any]) -> dict[str, Any]:
         shard, last = f"{job['split']}/{job['name']}", 0.0

@@ -36,16 +36,18 @@ class Loader(Stream):
 
     A batch is `{"key": [str], "epoch": int}` and the columns asked for: `video` uint8 (B, 3, T, H, W), `frame_diff`
     uint8 (B, 3, T-1, h, w), `latent` float16 or bfloat16 (B, 2, C, 1 + (T-1)/4, h, w) of mean and log-variance, `json`
-    [dict], `label` int64 (B,) and `caption` [str | None], one of those about the window, drawn; B is this rank's share.
-    Several columns of latents or captions have the names that the caller gives them. With `history_seconds` there are also `history_video`, `history_latent` and so on, and how many of their frames
-    and latents are true (see `datasets.loader.window`).
+    [dict], `label` int64 (B,), `caption` [str | None], one of those about the window, drawn, and `text` bfloat16
+    (B, N, width) of the states of its tokens with `text_mask` bool (B, N); B is this rank's share. Several columns of one
+    kind have the names that the caller gives them. With `history_seconds` there are also `history_video`,
+    `history_latent` and so on, and how many of their frames and latents are true (see `datasets.loader.window`).
 
     Args:
         dataset: URL of the dataset.
         split: "train" or "val".
         view: URL of a view, whose weights say how often a clip comes; None takes every clip once an epoch.
         columns: some of `COLUMNS`; or `{name: column}`, the cache columns by the names that batches have them under,
-            such as `{"latent": "latent-1f...", "low": "latent-9c..."}`. Without names they are called "latent", "caption".
+            such as `{"latent": "latent-1f...", "low": "latent-9c..."}`. Without names they are called "latent",
+            "caption" and "text".
         frames: frames T in a window, or several T of which a clip takes the longest that it fills. A clip shorter than
             all is left out; `samples_short` counts them.
         stride: take every `stride`-th frame of the clip.

@@ -15,8 +15,9 @@ from longtake.datasets.loader import streams
 from longtake.datasets.loader.reader import Reader
 from longtake.datasets.loader.streams import latents_before
 
-COLUMNS = ("video", "frame_diff", "latent-DIGEST", "caption-DIGEST", "json", "label")
-_CALLED = {"latent-": "latent", "caption-": "caption"}  # how columns begin, and what they are called without a name
+COLUMNS = ("video", "frame_diff", "latent-DIGEST", "caption-DIGEST", "text-DIGEST", "json", "label")
+# how columns begin, and what they are called without a name
+_CALLED = {"latent-": "latent", "caption-": "caption", "text-": "text"}
 
 
 class Split:
@@ -27,6 +28,8 @@ class Split:
         self.base, self.names, self.columns, self.reader = base, names, columns, reader
         self.latents = self.of_kind("latent")
         self.captions = self.of_kind("caption")
+        self.texts = self.of_kind("text")
+        self.widths: dict[str, int] = {}  # of the states in each column of texts
         self.labels: dict[str, int] = {}  # the number of each label
 
     def of_kind(self, kind: str) -> tuple[str, ...]:
@@ -42,7 +45,7 @@ class Split:
 
         Raises:
             UserError: a window would not be of whole latents; columns of latents have other factors; a stream of several
-                clips is read without `histories`, or anything but latents, captions and labels with them.
+                clips is read without `histories`, or anything but latents, captions, texts and labels with them.
         """
         factors = {self.names[name]: factor_of(self.columns[name]) for name in self.latents}
         for column, factor in factors.items():
@@ -122,11 +125,18 @@ def open_columns(base: Rows, names: Mapping[str, str], cache: Cache | None) -> t
     """A split with the cache columns among `names`, and the `FACTS` of its columns of latents.
 
     Raises:
+        UserError: a column of texts is of other captions than those that are asked for with it.
         Failure: a column lacks clips of the base.
     """
     caches = {name: c for name, c in names.items() if c == "frame_diff" or kind_of(c)}
     opened = {name: _open(base, column, cache) for name, column in caches.items()}
     split = Split(base, names, {name: rows for name, (rows, _) in opened.items()}, Reader(cache))
+    for name in split.texts:
+        notes = _notes(split.columns[name])
+        split.widths[name] = int(notes["width"])
+        spoken = [names[caption] for caption in split.captions]
+        if spoken and notes["captions"] not in (*spoken, ""):
+            raise UserError(f"columns: {names[name]} is of {notes['captions']}, not of {spoken[0]}; name that one")
     return split, [opened[name][1] for name in split.latents]
 
 
@@ -134,6 +144,13 @@ def factor_of(latents: Rows) -> int:
     """Frames in a latent after the first; 1 for a column without rows."""
     filled = np.flatnonzero(latents.counts)
     return latents.of(int(filled[0]))["factor"][0].as_py() if len(filled) else 1
+
+
+def _notes(texts: Rows) -> dict[str, Any]:
+    """What the first shard of a column of texts says of all: the `width` of its states, and which `captions` they are of."""
+    if not len(texts.shards):
+        return {"width": 0, "captions": ""}
+    return index.read_notes(texts.dataset, index.read_shard(texts.dataset, texts.split, texts.name(0)))
 
 
 def classes(base: Rows, facts: pa.Table, cache: Cache | None) -> list[str]:

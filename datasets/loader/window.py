@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from longtake.datasets import clip, later
+from longtake.datasets import clip, later, text
 from longtake.datasets.errors import Failure
 from longtake.datasets.loader import captions
 from longtake.datasets.loader.order import sample_rng
@@ -69,13 +69,15 @@ def load(split: Split, sample: Sample, window: Window) -> dict[str, Any]:
         if window.history_seconds:
             out |= _history(split, sample, row, frames[0], window, place)
 
-    if split.captions:
+    if split.captions or split.texts:
         if window.lengths:
             frames = _frames_of_stream(split, sample, window, out["stream_step"])
         # drawn last, so that windows are the same with captions and without
         where = captions.place(_clips(split, sample, window), frames[0], frames[-1] + 1, rng.random() if rng else None)
         for column in split.captions:
             out[column] = _caption(split, column, sample.shard, where)
+        for column in split.texts:
+            out[column] = _text(split, column, sample.shard, where)
     if "label" in split.names:
         out["label"] = split.labels.get(row["label"], -1)
     if "json" in split.names:
@@ -242,6 +244,19 @@ def _caption(split: Split, column: str, shard: int, place: captions.Place) -> st
     cached = split.cache_row(column, shard, place.row, split.base.row(shard, place.row))
     number = captions.drawn(cached["captions"], place)
     return None if number is None else str(cached["captions"][number]["text"])
+
+
+def _text(split: Split, column: str, shard: int, place: captions.Place) -> np.ndarray:
+    """(L, width) uint16, bfloat16's bits: the states of the caption that a sample gets, of which there are none without one."""
+    cached = split.cache_row(column, shard, place.row, split.base.row(shard, place.row))
+    if cached["texts"] == []:
+        url = split.columns[column].tar(shard)[0]
+        raise Failure(f"{url}: {cached['key']}: its view left this clip out; load that view, or make texts without one")
+    number = captions.drawn(cached["texts"], place)
+    if number is None:
+        return np.empty((0, split.widths[column]), np.uint16)
+    found = cached["texts"][number]
+    return text.unpacked(split.reader.member(split.columns[column], shard, *_span(found)), found["tokens"])
 
 
 def _by_clip(numbers: np.ndarray, clips: list[tuple[Any, int]]) -> list[tuple[Any, np.ndarray]]:

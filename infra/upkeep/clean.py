@@ -1,4 +1,4 @@
-"""Find and delete what a workspace no longer needs: old checkpoints, latents of unused encoders, debris.
+"""Find and delete what a workspace no longer needs: old checkpoints, latents and texts of unused encoders, debris.
 
 MLflow decides what is needed, so that everything stays that a run would resume or reuse. A checkpoint is judged by the run
 that its meta.json names, an output by the runs that name it. Committed shards, sources, views and the targets of links are
@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from longtake.datasets import latents as column
-from longtake.datasets import schema, storage
+from longtake.datasets import schema, storage, text
 from longtake.datasets.errors import Failure, UserError
 from longtake.infra.graph import Node
 from longtake.infra.recipe import Recipe
@@ -28,10 +28,11 @@ from longtake.training.config import TrainConfig
 from longtake.training.registry.store import everything
 from longtake.training.registry.uri import parse
 
-KINDS = ("checkpoints", "latents", "debris", "cache")
+KINDS = ("checkpoints", "latents", "text", "debris", "cache")
+USUAL = KINDS[:-1]
 OLDER_SECONDS = 3600.0
 
-_COLUMN = re.compile(r"[^.]+\.(latent-[0-9a-f]+)\..+")
+_COLUMN = re.compile(r"[^.]+\.((latent|text)-[0-9a-f]+)\..+")
 _STEP = re.compile(r"step-(\d+)")
 _PAGE = 1000
 
@@ -50,7 +51,7 @@ class PastRun(NamedTuple):
 
 
 def find(
-    recipe: Recipe, nodes: list[Node], store: Runs, kinds: Iterable[str] = KINDS[:3], older: float = OLDER_SECONDS
+    recipe: Recipe, nodes: list[Node], store: Runs, kinds: Iterable[str] = USUAL, older: float = OLDER_SECONDS
 ) -> Finds:
     """Items of these KINDS that may be deleted, and those that look unused but stay. Deletes nothing.
 
@@ -63,6 +64,7 @@ def find(
     finders: dict[str, Callable[[], Finds]] = {
         "checkpoints": lambda: _checkpoints(nodes, store, past),
         "latents": lambda: _latents(recipe, nodes, store, past),
+        "text": lambda: _texts(recipe, nodes, store, past),
         "debris": lambda: debris.find(recipe, store, [(run.id, run.output) for run in past], older),
         "cache": lambda: debris.cached_models(older),
     }
@@ -213,17 +215,63 @@ def _version(store: Runs, uri: str) -> Any:
         return None
 
 
-# Latents.
+# Columns of latents and of texts.
 
 
 def _latents(recipe: Recipe, nodes: list[Node], store: Runs, past: list[PastRun]) -> Finds:
-    # who made which column, which of them the recipe uses, and who may be reading
-    makers: dict[tuple[str, str], list[tuple[PastRun, column.Latents]]] = {}
-    for run in _past_runs(store, "tags.`longtake.kind` = 'cache_latents'"):
-        with contextlib.suppress(UserError, Failure):
-            record = column.read_latents(run.uri or run.output)
-            makers.setdefault((record.dataset, record.column), []).append((run, record))
     live, encoders = _live_latents(nodes, store)
+
+    def use(record: Any) -> str | None:
+        return _use_of_encoder(store, record.encoder["uri"], encoders)
+
+    def unused(record: Any) -> str:
+        return f"its encoder {record.encoder['uri']} has no alias and no stage names it"
+
+    made = _made(store, "cache_latents", column.read_latents)
+    yield from _unused_columns("latent", recipe, store, past, made, live, use, unused)
+
+
+def _texts(recipe: Recipe, nodes: list[Node], store: Runs, past: list[PastRun]) -> Finds:
+    runs = [store.find(node.fingerprint) for node in nodes if node.kind == "cache_text"]
+    live = {run.id for run in runs if run}
+
+    def unused(record: Any) -> str:
+        return f"no stage of the recipe makes texts of {record.captions} by {record.encoder['encoder']}"
+
+    made = _made(store, "cache_text", text.read_text)
+    yield from _unused_columns("text", recipe, store, past, made, live, lambda record: None, unused)
+
+
+Makers = dict[tuple[str, str], list[tuple[PastRun, Any]]]  # by dataset and column, the runs that made it, with their records
+
+
+def _made(store: Runs, kind: str, read: Callable[[str], Any]) -> Makers:
+    """Who made which column."""
+    makers: Makers = {}
+    for run in _past_runs(store, f"tags.`longtake.kind` = '{kind}'"):
+        with contextlib.suppress(UserError, Failure):
+            record = read(run.uri or run.output)
+            makers.setdefault((record.dataset, record.column), []).append((run, record))
+    return makers
+
+
+def _unused_columns(
+    kind: str,
+    recipe: Recipe,
+    store: Runs,
+    past: list[PastRun],
+    makers: Makers,
+    live: set[str],
+    use: Callable[[Any], str | None],
+    unused: Callable[[Any], str],
+) -> Finds:
+    """Columns whose names begin with `kind` and that nobody needs.
+
+    Args:
+        live: ids of the runs whose columns the recipe uses now.
+        use: the use that a record's column still has beside; None if it has none.
+        unused: the reason why it may be deleted.
+    """
     readers = [
         run
         for run in _past_runs(store, "attributes.status = 'RUNNING'")
@@ -232,7 +280,7 @@ def _latents(recipe: Recipe, nodes: list[Node], store: Runs, past: list[PastRun]
     for dataset in sorted({run.output for run in past if run.kind == "shard"}):
         if storage.is_local(dataset) and is_link(Path(dataset)):
             continue
-        for name, sizes in sorted(_columns(dataset).items()):
+        for name, sizes in sorted(_columns(dataset, kind).items()):
             runs = makers.get((dataset, name), [])
             where = f"{dataset}: {name}"
             others = [run for run, _ in runs if run.experiment != store.experiment]
@@ -242,14 +290,14 @@ def _latents(recipe: Recipe, nodes: list[Node], store: Runs, past: list[PastRun]
                 yield Kept(where, "no stage has finished it, or one of another tracking store has")
             elif others:
                 yield Kept(where, f"run {others[0].id} of another experiment made it too")
-            elif use := _use_of_encoder(store, runs[0][1].encoder["uri"], encoders):
-                yield Kept(where, use)
+            elif reason := use(runs[0][1]):
+                yield Kept(where, reason)
             elif readers:
                 reason = f"run {readers[0].id} is RUNNING in MLflow and may read it; if it is dead, end it there"
                 yield Kept(where, reason)
             else:
-                reason = f"its encoder {runs[0][1].encoder['uri']} has no alias and no stage names it"
-                yield Item("latents", where, sum(sizes.values()), reason, tuple(sizes))
+                label = "latents" if kind == "latent" else kind
+                yield Item(label, where, sum(sizes.values()), unused(runs[0][1]), tuple(sizes))
 
 
 def _live_latents(nodes: list[Node], store: Runs) -> tuple[set[str], set[str]]:
@@ -275,11 +323,11 @@ def _use_of_encoder(store: Runs, uri: str, encoders: set[str]) -> str | None:
     return f"its encoder {uri} is {' and '.join(sorted(aliases))}" if aliases else None
 
 
-def _columns(dataset: str) -> dict[str, dict[str, int]]:
-    """The bytes of the files of each column of latents. Indexes go before tars, so that no half of it looks whole."""
+def _columns(dataset: str, kind: str) -> dict[str, dict[str, int]]:
+    """The bytes of the files of each column of this kind. Indexes go before tars, so that no half of it looks whole."""
     columns: dict[str, dict[str, int]] = {}
     for part in ("compact", *schema.SPLITS):
         for url, count in sorted(debris.files(storage.join(dataset, part)), key=lambda f: f[0].endswith(".tar")):
-            if match := _COLUMN.fullmatch(url.rpartition("/")[2]):
+            if (match := _COLUMN.fullmatch(url.rpartition("/")[2])) and match[2] == kind:
                 columns.setdefault(match[1], {})[url] = count
     return columns

@@ -74,7 +74,7 @@ class Workspace:
     def find(self, *kinds: str, older: float = 3600, **vae: Any) -> tuple[dict[str, Item], dict[str, str]]:
         """The items to delete and those that stay, by their place in the workspace."""
         loaded, nodes, store = self.open(**vae)
-        found = list(clean.find(loaded, list(nodes.values()), store, kinds or clean.KINDS[:3], older))
+        found = list(clean.find(loaded, list(nodes.values()), store, kinds or clean.USUAL, older))
 
         def place(url: str) -> str:
             return url.removeprefix(f"{self.workspace}/")
