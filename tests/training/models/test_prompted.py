@@ -10,20 +10,15 @@ import letters
 import numpy as np
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from longtake.datasets.errors import UserError
-from longtake.datasets.latents import encoder_digest
 from longtake.training import registry
 from longtake.training.models import kind_of
 from longtake.training.models.common.condition import Condition
 from longtake.training.models.common.video import concatenated
 from longtake.training.models.generator import Request, Scene, Settings, check_requests
 from longtake.training.models.latte import sample
-from longtake.training.models.latte.model import Latte, LatteConfig
-from longtake.training.models.memory.dit import MemoryDiT
-from longtake.training.models.memory.dit_config import MemoryDiTConfig
-from longtake.training.models.pv_vae.model import PVVAE, config_from_preset
 from longtake.training.registry import disk, log
 from longtake.training.registry import requests as serving
 
@@ -32,41 +27,11 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 QUICK = Settings(steps=2, overlap=1)
 STRONG = Settings(steps=2, overlap=1, guidance=3.0)
 FAMILIES = ("latte", "memory")
-TEXT: dict[str, Any] = {"text_width": letters.WIDTH, "text_empty": 1, "text_length": 24}
-
-
-def awake(model: nn.Module) -> Any:
-    """Random weights, also where a layer starts at zero."""
-    rng = torch.Generator().manual_seed(0)
-    for parameter in model.parameters():
-        nn.init.normal_(parameter, std=0.15, generator=rng)
-    return model.eval()
 
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Folders of priors that have learned texts and two classes: `latte` and `memory`, with `hasty`, never without text."""
-    folder = tmp_path_factory.mktemp("models")
-    vae = awake(PVVAE(config_from_preset("pv_vae_tiny", latent_channels=8, encoder_width=8, decoder_width=8)))
-    disk.save(folder / "vae", "pv_vae", vae.config.model_dump(mode="json"), vae.state_dict(), {"lineage": {}})
-    facts: dict[str, Any] = {
-        "lineage": {},
-        "stage": "generation",
-        "classes": ["cat", "dog"],
-        "window": {"frames": 9, "fps": 12.0, "size": [32, 32]},
-        "sampling": vars(QUICK),
-        "vae": {"uri": str(folder / "vae"), "sha256": "0", "encoder": encoder_digest(vae)},
-        "text": letters.facts(),
-    }
-    small: dict[str, Any] = {"depth": 2, "width": 32, "heads": 2, "channels": 8, "classes": 2, "shape": (3, 2, 2)} | TEXT
-    memory = {"rates": ("2x2x2",), "memory_widths": (4, 8), "memory_heads": 2, "history": 6, "window": 2}
-    for name, kind, made in (
-        ("latte", "latte", Latte(LatteConfig(**small))),
-        ("hasty", "latte", Latte(LatteConfig(**small | {"text_dropout": 0.0}))),
-        ("memory", "memory_dit", MemoryDiT(MemoryDiTConfig(**small | memory))),
-    ):
-        disk.save(folder / name, kind, made.config.model_dump(mode="json"), awake(made).state_dict(), facts)
-    return folder
+    return letters.save_priors(tmp_path_factory.mktemp("models"))
 
 
 @pytest.fixture
