@@ -163,7 +163,7 @@ def _from_runs(recipe: Recipe, nodes: list[Node], store: Runs, clips: Mapping[st
     for node in nodes:
         alike = [r for r in _runs(store, node.kind) if _costs_the_same(r.data.params, node)]
         stage = _training(node, store, alike) if isinstance(node.config, TrainConfig) else None
-        if stage is None and alike and node.kind in ("curate", "cache_latents"):
+        if stage is None and alike and node.kind in ("curate", "caption", "cache_latents"):
             stage = _pass_over_clips(node, alike, count)
         if stage:
             stages[node.name] = stage
