@@ -229,7 +229,11 @@ def _pass_over_clips(node: Node, alike: list[Any], clips: Range | None) -> Stage
         return None
     seconds = ratio([((r.info.end_time - r.info.start_time) / 1000, n) for r, n in counted])
     wall = _product(seconds, clips).times(1 / 3600)
-    bytes_ = ratio([(r.data.metrics["bytes"], n) for r, n in counted]) if node.kind in ("cache_text", "cache_latents") else None
+    bytes_ = (
+        ratio([(r.data.metrics["bytes"], n) for r, n in counted])
+        if node.kind in ("cache_text", "cache_latents")
+        else None
+    )
     task = getattr(node.config, RUN, None)
     workers = getattr(task, "workers", None) or 1
     cpus, gpus = task.cpus if task else 1, (getattr(task, "gpus", None) or 0) * workers

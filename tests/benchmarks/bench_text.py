@@ -43,7 +43,12 @@ def make_base(root: str, shards: int, clips: int) -> None:
         keys = [f"{number:010x}{n:010x}-00000" for n in range(clips)]
         filled = {"key": keys, "sha256": [f"{key[:20]:0>64}" for key in keys], "source": [key[:20] for key in keys]}
         filled |= {"frame_count": [48] * clips, "fps": [24.0] * clips, "height": [64] * clips, "width": [64] * clips}
-        table = pa.table({f.name: pa.array(filled.get(f.name), f.type) if f.name in filled else pa.nulls(clips, f.type) for f in schema.INDEX})
+        table = pa.table(
+            {
+                f.name: pa.array(filled.get(f.name), f.type) if f.name in filled else pa.nulls(clips, f.type)
+                for f in schema.INDEX
+            }
+        )
         index.write_index(f"{root}/train/{number:05d}.parquet", table.to_pylist(), schema.INDEX, 0, "")
 
 
@@ -51,8 +56,12 @@ def make_captions(root: str, shards: int, clips: int) -> None:
     """A caption a clip: nine of ten of its own, the tenth one of a thousand."""
     for number in range(shards):
         rows = []
-        for n, row in enumerate(index.read_shard(root, "train", f"{number:05d}").table.select(["key", "sha256"]).to_pylist()):
-            own = f"clip {row['key'][:20]} shows a person who walks a dog through a park on a sunny day, seen from behind"
+        for n, row in enumerate(
+            index.read_shard(root, "train", f"{number:05d}").table.select(["key", "sha256"]).to_pylist()
+        ):
+            own = (
+                f"clip {row['key'][:20]} shows a person who walks a dog through a park on a sunny day, seen from behind"
+            )
             said = captions.Caption(own if n % 10 else f"class {(number * clips + n) // 10 % 1000}")
             rows.append(captions.row_of(row, [said], None, ""))
         index.write_table(f"{root}/train/{number:05d}.{CAPTION}.parquet", rows, schema.CAPTION_INDEX)
@@ -72,7 +81,9 @@ def make_texts(root: str, tokens: int, width: int) -> None:
             members, size, digest = store_tar(f"{url}.tar", ((sha, {"npy": text.packed(bits)}) for sha in shas))
             places = {m.key: text.Stored(url, m.offset, m.size, m.crc32, tokens) for m in members}
         notes = {"captions": CAPTION, "captions_sha256": said.rows_sha256, "width": width}
-        index.write_index(f"{url}.parquet", text.rows_of(base.table, spans, places), schema.TEXT_INDEX, size, digest, notes)
+        index.write_index(
+            f"{url}.parquet", text.rows_of(base.table, spans, places), schema.TEXT_INDEX, size, digest, notes
+        )
 
 
 def planned(root: str, output: str) -> dict[str, float]:

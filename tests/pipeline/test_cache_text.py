@@ -196,9 +196,7 @@ def test_whatever_the_captions_are_and_however_they_change(
 ) -> None:
     keys = spoken.keys(handmade_bases)
     for listed in (first, second, second):
-        said = {
-            key: [Caption(one, *span) for one, span in clip] for key, clip in zip(keys, listed, strict=True)
-        }
+        said = {key: [Caption(one, *span) for one, span in clip] for key, clip in zip(keys, listed, strict=True)}
         describe(handmade_bases, said)
         encoder = Counting()
         spoken.encode(handmade_bases, encoder, batch=2)
@@ -307,7 +305,12 @@ def test_it_is_only_done_where_it_saves_a_share(root: str) -> None:
 def config(encoder: str = "words", **changed: Any) -> cache_text.Config:
     how = {name: changed.pop(name) for name in cache_text.EncodeConfig.model_fields if name in changed}
     return cache_text.Config(
-        kind="cache_text", dataset="x", captions="y", encoder=encoder, run=how, **changed  # type: ignore[arg-type]
+        kind="cache_text",
+        dataset="x",
+        captions="y",
+        encoder=encoder,
+        run=how,
+        **changed,  # type: ignore[arg-type]
     )
 
 

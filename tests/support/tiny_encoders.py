@@ -5,10 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-WORDS = (
-    "a red blue green square circle moves left right up down to the two people walk through town at night and it rains"
-    " all time in , describe this : system user"
-).split()
+_TEXT = "a red blue green square circle moves left right up down to the two people walk through town at night and it rains"
+WORDS = f"{_TEXT} all time in , describe this : system user".split()
 SPECIAL = ["<pad>", "<s>", "</s>", "<unk>"]
 SIZE = len(SPECIAL) + len(WORDS)
 _ENDS = {"t5": ("", "</s>"), "umt5": ("", "</s>"), "llama": ("<s>", "")}  # else both

@@ -188,9 +188,15 @@ def test_weights_that_are_none_are_refused(folders: dict[str, str], tmp_path: Pa
         (
             (weights | {name: torch.zeros_like(weights[name])}, "its table of embeddings is empty"),
             # a table that says nothing about its words
-            (weights | {name: weights[name][:1].expand_as(weights[name]).clone()}, "two different texts the same states"),
+            (
+                weights | {name: weights[name][:1].expand_as(weights[name]).clone()},
+                "two different texts the same states",
+            ),
             (weights | {name: weights[name] * torch.inf}, "not finite|is empty"),
-            ({n: w for n, w in weights.items() if ".1.layer.0.SelfAttention.q" not in n}, "its weights lack .*SelfAttention"),
+            (
+                {n: w for n, w in weights.items() if ".1.layer.0.SelfAttention.q" not in n},
+                "its weights lack .*SelfAttention",
+            ),
         )
     ):
         folder = changed(folders["umt5"], tmp_path / str(number))
