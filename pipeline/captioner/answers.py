@@ -10,13 +10,14 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict
 from functools import partial
+from time import monotonic
 
 from longtake.datasets import storage
 from longtake.datasets.errors import Failure
 from longtake.pipeline.captioner.reply import Answer
 
 FOLDER = "answers"
-_A_FILE = 8  # answers at most
+_A_FILE, _SECONDS = 8, 0.5  # answers in a file at most, and for how long one gathers them
 
 
 class Answers:
@@ -25,6 +26,7 @@ class Answers:
     def __init__(self, output: str, column: str, split: str, name: str) -> None:
         self._folder = storage.join(output, FOLDER, column, f"{split}-{name}")
         self._waiting: list[Answer] = []
+        self._flushed = 0.0
 
     def read(self) -> dict[str, Answer]:
         """The answers that were kept, by key. Raises Failure where a file is damaged."""
@@ -41,14 +43,14 @@ class Answers:
 
     def add(self, answer: Answer) -> None:
         self._waiting.append(answer)
-        if len(self._waiting) >= _A_FILE:
+        if len(self._waiting) >= _A_FILE or monotonic() - self._flushed > _SECONDS:
             self.flush()
 
     def flush(self) -> None:
         """Write what was added since the last file."""
         if self._waiting:
             _write(storage.join(self._folder, f"{secrets.token_hex(8)}.json"), self._waiting)
-            self._waiting = []
+            self._waiting, self._flushed = [], monotonic()
 
     def delete(self) -> None:
         delete(self._folder)

@@ -21,7 +21,7 @@ from longtake.pipeline.captioner import frames, reply
 from longtake.pipeline.captioner.meter import Counter
 from longtake.pipeline.captioner.reply import Answer, Bad, Refusal
 
-_TICK = 1.0  # seconds after which `answers` says that it still waits
+_TICK = 0.5  # seconds after which `answers` says that it still waits
 _MOST_BYTES = 4 << 20  # of an answer; a server may never end one
 _FIRST_WAIT, _LONGEST_WAIT = 1.0, 60.0
 _REJECTIONS = 10  # requests that are refused before any answer was of use: then the settings are wrong
@@ -81,7 +81,7 @@ class Endpoint:
         self._rejected: list[Answer] = []
 
     def answers(self, clips: Sequence[Row], tar: str) -> Iterator[Answer | None]:
-        """An answer for each clip, as they come; None about once a second while none does.
+        """An answer for each clip, as they come; None now and then while none does.
 
         Raises:
             Spent: the budget is used up; answers that were under way have been given.
