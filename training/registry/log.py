@@ -14,7 +14,6 @@ import numpy as np
 
 from longtake.datasets.masking import shown
 from longtake.datasets.text import WORDS
-from longtake.training.registry.requests import columns_of
 from longtake.training.registry.store import delete_artifacts, failing_clearly
 
 _DIGEST = 32  # hex digits of a data set's digest; MLflow takes 36 characters
@@ -96,6 +95,7 @@ def _signature(folder: Path) -> Any:
     from mlflow.types import ColSpec, ParamSchema, ParamSpec, Schema, TensorSpec
 
     from longtake.training.models import kind_of
+    from longtake.training.registry.requests import columns_of
 
     kind = kind_of(_facts(folder))
     video = Schema([TensorSpec(np.dtype("uint8"), (-1, -1, -1, -1, 3))])

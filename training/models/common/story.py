@@ -18,9 +18,9 @@ Story = Sequence[tuple[int, Condition]]  # the new latent from which on each con
 
 
 def latent_at(second: float, fps: float, factor: int, goes_on: bool) -> int:
-    """The first new latent that has no frame before `second`, of latents of `factor` frames.
+    """The new latent with the first frame at or after `second`; latents have `factor` frames.
 
-    A video that does not go on from another begins with a latent of one frame.
+    The first latent of a video that does not go on from another has one frame.
     """
     frame = math.ceil(second * fps - 1e-6)
     return frame // factor if goes_on else -(-frame // factor)

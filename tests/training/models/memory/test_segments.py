@@ -355,7 +355,7 @@ def test_what_was_kept_is_forgotten_and_nothing_else(model: MemoryDiT, vae: PVVA
         ({"story": [(0, of_classes([3]))]}, "class 3 is out of range"),
         ({"story": [(0, of_classes([1, 1]))]}, "2 classes for 1 seeds"),
         ({"story": [(3, of_classes([1])), (3, of_classes([2]))]}, "must rise"),
-        ({"settings": Settings(steps=1, guidance=2.0)}, "needs a class to guide to"),
+        ({"settings": Settings(steps=1, guidance=2.0)}, "needs a class or a text to guide to"),
     ],
 )
 def test_what_does_not_fit_together_is_refused_at_the_call(
