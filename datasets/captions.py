@@ -8,6 +8,8 @@ those of the source, and are cut to each clip. Null is no caption; an empty text
 import hashlib
 import json
 import math
+import re
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
@@ -22,6 +24,8 @@ _FORMAT = 1
 _FILE = "captions.json"
 _FIELDS = frozenset(("text", "start", "end", "language", "source"))
 _PLACES = 3  # digits of seconds behind the point
+_WORD = re.compile(r"\w+")
+_SMALL = frozenset("a an and are as at by for from in into is it its of on or over that the then to while with".split())
 
 
 class Caption(NamedTuple):
@@ -223,3 +227,65 @@ def problems(dataset: str, shard: index.Shard) -> Iterator[str]:
             start, end = one["start"], one["end"]
             if one["text"] is None or one["source"] is None or not (start or 0.0) < (math.inf if end is None else end):
                 yield f"{url}: {row['key']}: a caption without text or maker, or that ends before it starts; {remedy}"
+
+
+# All captions of a dataset, to look at.
+
+
+def columns_of(dataset: str) -> list[str]:
+    """The names of a dataset's columns of captions, whole or not."""
+    stems = (
+        name.removesuffix(".parquet").partition(".")[2]
+        for split in schema.SPLITS
+        for name in index.table_names(storage.join(dataset, split))
+    )
+    return sorted({stem for stem in stems if stem.startswith("caption-")})
+
+
+def of_key(dataset: str, split: str, shard: str, key: str) -> dict[str, Any]:
+    """The captions of one clip in each column, or the reason why it has none."""
+    found = {}
+    for column in columns_of(dataset):
+        if f"{shard}.{column}" in index.shard_names(dataset, split, column):
+            for row in index.read_shard(dataset, split, f"{shard}.{column}").table.to_pylist():
+                if row["key"] == key:
+                    found[column] = row["reason"] if row["captions"] is None else row["captions"]
+    return found
+
+
+@dataclass(frozen=True)
+class Overview:
+    """What a column says, in numbers."""
+
+    clips: int
+    without: int  # clips that have no captions
+    reasons: Counter[str]  # of those, by the code of the reason
+    makers: Counter[str]  # captions by who made them
+    sources: dict[str, tuple[int, int]]  # clips and clips without captions of each source, by its URI
+    words: Counter[str]  # how many captions have a word, small words of English left out
+
+
+def overview(dataset: str, column: str) -> Overview:
+    """Raises UserError where the dataset has no such column."""
+    if column not in columns_of(dataset):
+        there = ", ".join(columns_of(dataset)) or "none; run a `caption` stage"
+        raise UserError(f"{dataset}: no column {column}; there are {there}")
+    reasons, makers, words, clips, without = (Counter[str]() for _ in range(5))
+    for split in schema.SPLITS:
+        for shard in index.read_shards(dataset, split, column):
+            for row in shard.table.to_pylist():
+                source = row["key"].rpartition("-")[0]
+                clips[source] += 1
+                if row["captions"] is None:
+                    without[source] += 1
+                    reasons[row["reason"].partition(":")[0]] += 1
+                for caption in row["captions"] or ():
+                    makers[caption["source"]] += 1
+                    words.update(_words(caption["text"]))
+    uris = {row["source"]: row["uri"] for row in index.read_sources(dataset).to_pylist() if row["status"] == "good"}
+    sources = {uris.get(source, source): (count, without[source]) for source, count in clips.items()}
+    return Overview(clips.total(), without.total(), reasons, makers, sources, words)
+
+
+def _words(text: str) -> set[str]:
+    return set(_WORD.findall(text.casefold())) - _SMALL

@@ -144,7 +144,10 @@ TEXT_INDEX = pa.schema(
     [
         ("key", pa.string()),
         ("base_sha256", pa.string()),  # of the mp4 that these are the captions of
-        ("texts", pa.list_(TEXT)),  # in the order of the captions; null: there are none; empty: a view left the clip out
+        (
+            "texts",
+            pa.list_(TEXT),
+        ),  # in the order of the captions; null: there are none; empty: a view left the clip out
     ]
 )
 

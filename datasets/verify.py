@@ -20,7 +20,11 @@ from longtake.datasets.errors import Failure
 
 _BLOCK = 1 << 22
 _SHARD_FILE = re.compile(r"([^.]+)(\.[\w-]+)?\.(tar|parquet)")
-_STAGES = {"latent-": "cache_latents", "caption-": "caption", text.PREFIX: "cache_text"}  # what makes a column, by how its name begins
+_STAGES = {
+    "latent-": "cache_latents",
+    "caption-": "caption",
+    text.PREFIX: "cache_text",
+}  # what makes a column, by how its name begins
 _FOLDERS = {"plan", "sources", "views", "compact", "annotations"}
 
 

@@ -6,6 +6,7 @@ from typing import Any
 STAGES = {
     "shard": "longtake.pipeline.stages.shard",
     "curate": "longtake.pipeline.stages.curate",
+    "caption": "longtake.pipeline.stages.caption",
     "cache_text": "longtake.pipeline.stages.cache_text",
     "cache_latents": "longtake.pipeline.stages.cache_latents",
     "pretrain_vae": "longtake.training.models.pv_vae.pretrain",

@@ -116,7 +116,9 @@ def make_shared(encoder: Any, work: Work, output: str, name: str, report: Report
             report(len(tokens), f"shared text {len(tokens)} of {len(texts)}")
         # the table first: beside another tar its checksums are wrong, and the texts are encoded again
         members, _, _ = store_tar(tar, ((s, {"npy": (spool / f"{s}.npy").read_bytes()}) for s in sorted(tokens)))
-    rows = [{"sha": m.key, "offset": m.offset, "size": m.size, "crc32": m.crc32, "tokens": tokens[m.key]} for m in members]
+    rows = [
+        {"sha": m.key, "offset": m.offset, "size": m.size, "crc32": m.crc32, "tokens": tokens[m.key]} for m in members
+    ]
     storage.write(_url(output, work.column, f"{name}.parquet"), index.to_parquet(index.rows_table(rows, _PLACES)))
     return {"encoded": len(rest)}
 

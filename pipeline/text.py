@@ -63,8 +63,12 @@ def missing(dataset: str, split: str, column: str, captions: str, keeps: Mapping
     def is_missing(name: str) -> bool:
         if f"{name}.{column}" not in committed:
             return True
-        base, said, made = (index.read_shard(dataset, split, n) for n in (name, f"{name}.{captions}", f"{name}.{column}"))
-        return not columns.fits(base, made) or index.read_notes(dataset, made).get("captions_sha256") != said.rows_sha256
+        base, said, made = (
+            index.read_shard(dataset, split, n) for n in (name, f"{name}.{captions}", f"{name}.{column}")
+        )
+        return (
+            not columns.fits(base, made) or index.read_notes(dataset, made).get("captions_sha256") != said.rows_sha256
+        )
 
     with ThreadPoolExecutor(16) as pool:
         absent_of = pool.map(is_missing, keeps)
@@ -106,7 +110,9 @@ def make_text(
     base = index.read_shard(dataset, split, name)
     said = index.read_shard(dataset, split, f"{name}.{work.captions}")
     if not columns.fits(base, said) or len(keep) != len(base.table):
-        raise Failure(f"{dataset} ({split}): {name} has other clips than its captions or its view; run their stages again")
+        raise Failure(
+            f"{dataset} ({split}): {name} has other clips than its captions or its view; run their stages again"
+        )
     rows = [row if kept else [] for row, kept in zip(said.table["captions"].to_pylist(), keep.tolist(), strict=True)]
     spans = [spans_of(row) for row in rows]
     texts = {spoken.sha_of(one["text"]): one["text"] for row in rows for one in row or ()}

@@ -66,9 +66,10 @@ class Loader(Stream):
         history_seconds: seconds before the window to give with it.
         history_least: seconds that must have come before the clip; a clip with less is left out, and
             `samples_without_history` counts them. With `history_seconds` the same, every history is whole.
-        histories: for latents, perhaps with captions, in place of `history_seconds`: how many latents of the clip's stream to give before a
+        histories: for latents, in place of `history_seconds`: how many latents of the clip's stream to give before a
             window, and so where in the stream it begins (see `datasets.loader.streams`). Without `shuffle` each stream
-            comes once. `history_mean` is their mean number, `longest_stream` the latents of the longest stream.
+            comes once. `history_mean` is their mean number, `longest_stream` the latents of the longest stream. Captions
+            are then those of the clip that has most of the window.
         workers: decoding processes of this rank; 0 decodes in this one.
         cache: keeps whole tars of a remote dataset; None reads each sample by itself.
         unreadable: "stop" at a sample that cannot be read, or "skip": another of this rank's share of the batch takes

@@ -1,4 +1,6 @@
-"""Commands about data: footage, dataset ls | sources | show | verify | diff | compact | index | report."""
+"""Commands about data: footage, dataset ls | sources | show | captions | verify | diff | compact | index | report."""
+
+from typing import Any
 
 import click
 
@@ -32,8 +34,8 @@ def dataset() -> None:
 @dataset.command()
 @click.argument("url")
 def ls(url: str) -> None:
-    """The sources, clips and shards of DATASET; the account always adds up."""
-    from longtake.datasets import index
+    """The sources, clips, shards and captions of DATASET; the account always adds up."""
+    from longtake.datasets import captions, index
 
     description = index.describe(url)
     totals = index.summary(url)
@@ -49,6 +51,44 @@ def ls(url: str) -> None:
         f"clips    {totals['clips']} ({totals['clip_seconds']:.1f} s); {totals['clips_dropped_short']} pieces were too short"
     )
     click.echo(f"shards   {totals['shards']} ({totals['tar_bytes'] / 1e6:.1f} MB)")
+    for column in captions.columns_of(url):
+        click.echo(f"captions {_captioned(captions.overview(url, column))}: {column}")
+
+
+def _captioned(overview: Any) -> str:
+    """How many clips have captions, and who made them."""
+    makers = ", ".join(f"{count} by {maker}" for maker, count in overview.makers.most_common())
+    return f"of {overview.clips - overview.without} of {overview.clips} clips" + (f" ({makers})" if makers else "")
+
+
+@dataset.command("captions")
+@click.argument("url")
+@click.option("--column", metavar="NAME", help="caption-DIGEST, where the dataset has several.")
+@click.option("--most", default=20, show_default=True, type=click.IntRange(1), help="Words and sources to list.")
+def captions_of(url: str, column: str | None, most: int) -> None:
+    """The captions of DATASET in numbers: who made them, which clips have none and why, the most common words.
+
+    Of the sources those are listed that have the most clips without captions.
+    """
+    from longtake.datasets import captions, index, storage
+    from longtake.datasets.errors import UserError
+
+    index.describe(url)
+    columns = captions.columns_of(url)
+    if not columns:
+        raise UserError(f"{url}: has no captions; run a `caption` stage")
+    if column is None and len(columns) > 1:
+        raise UserError(f"{url}: has {', '.join(columns)}; choose one by --column")
+    found = captions.overview(url, column or columns[0])
+    click.echo(f"captions {_captioned(found)}")
+    for reason, count in found.reasons.most_common():
+        click.echo(f"without  {count} {reason}")
+    worst = sorted(found.sources.items(), key=lambda pair: -pair[1][1])
+    for uri, (clips, without) in worst[:most]:
+        if without:
+            click.echo(shown(f"source   {without / clips:.0%} without, {without} of {clips}: {storage.printable(uri)}"))
+    for word, count in found.words.most_common(most):
+        click.echo(f"word     {count} {word}")
 
 
 @dataset.command()
@@ -70,14 +110,14 @@ def sources(url: str, rejected: bool) -> None:
 @click.argument("key")
 @click.option("--save", metavar="FOLDER", help="Write the members there, to play them.")
 def show(url: str, key: str, save: str | None) -> None:
-    """The index row and JSON of one sample of DATASET, and the place of its bytes."""
+    """The index row, JSON and captions of one sample of DATASET, and the place of its bytes."""
     import json
     import zlib
     from pathlib import Path
 
     import pyarrow.compute as pc
 
-    from longtake.datasets import clip, compact, index, later, schema, storage
+    from longtake.datasets import captions, clip, compact, index, later, schema, storage
     from longtake.datasets.errors import Failure, UserError
     from longtake.datasets.shard import described
 
@@ -99,7 +139,9 @@ def show(url: str, key: str, save: str | None) -> None:
             place = row["json_offset"], row["json_size"], row["json_crc32"]
             text = member(split, row["shard"], *place) if row["json_size"] else b""
             facts = later.sample(described(text), later.of_clips(url, split, row["shard"]), row["source"])
-            click.echo(json.dumps(shown_within(row | {"tar": tar, "json": facts}), indent=2))
+            texts = captions.of_key(url, split, row["shard"], key)
+            about = {"tar": tar, "json": facts} | ({"captions": texts} if texts else {})
+            click.echo(json.dumps(shown_within(row | about), indent=2))
             if save is None:
                 return
             folder = Path(save)

@@ -13,7 +13,13 @@ from longtake.datasets.shard import sha256_of
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.h5", "*.msgpack")
 _WEIGHTS, _WEIGHTS_INDEX = "model.safetensors", "model.safetensors.index.json"
 _TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
-_NOT_OF_STATES = ("_name_or_path", "transformers_version", "torch_dtype", "dtype", "architectures")  # keys of config.json
+_NOT_OF_STATES = (
+    "_name_or_path",
+    "transformers_version",
+    "torch_dtype",
+    "dtype",
+    "architectures",
+)  # keys of config.json
 
 
 class Files(NamedTuple):
@@ -28,7 +34,9 @@ class Files(NamedTuple):
         tokens = {name: digest_of(self.tokenizer / name) for name in _TOKENIZER if (self.tokenizer / name).is_file()}
         config = json.loads((self.model / "config.json").read_bytes())
         config = {name: value for name, value in config.items() if name not in _NOT_OF_STATES}
-        return weights | tokens | {"config.json": hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()}
+        return (
+            weights | tokens | {"config.json": hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()}
+        )
 
 
 def imported(name: str) -> ModuleType:

@@ -35,9 +35,7 @@ class Pretrained:
         _check_embedding(self._model, config.encoder)
         self.limit = _limit(config, self._model, self._tokenizer)
         self._config = config.model_copy(update={"encoder": str(files.model), "length": self.limit})
-        self._fill = next(
-            (i for i in (self._tokenizer.pad_token_id, self._tokenizer.eos_token_id) if i is not None), 0
-        )
+        self._fill = next((i for i in (self._tokenizer.pad_token_id, self._tokenizer.eos_token_id) if i is not None), 0)
         self._places = config.side == "left" and _takes_places(self._model)
         self.digest = prompts.digest(self._config, type(self._model).__name__, files.digests())
         prompts.check_crop(self._config, len(self._tokens([""])[0]))
@@ -124,7 +122,9 @@ def _model(transformers: Any, config: TextConfig, files: Files) -> nn.Module:
         dtype=_DTYPES[config.precision],
         output_loading_info=True,
     )
-    if absent := sorted(name for name in info["missing_keys"] if not name.removeprefix("text_model.").startswith(_UNUSED)):
+    if absent := sorted(
+        name for name in info["missing_keys"] if not name.removeprefix("text_model.").startswith(_UNUSED)
+    ):
         raise UserError(f"encoder: {config.encoder}: its weights lack {absent[0]}; copy the whole model there")
     if loader is transformers.AutoModel and described.is_encoder_decoder:
         model = model.get_encoder()
@@ -136,7 +136,10 @@ def _check_embedding(model: Any, name: str) -> None:
     embedding = getattr(getattr(model, "encoder", None), "embed_tokens", None) or model.get_input_embeddings()
     weight = embedding.weight
     if not weight[:: max(1, len(weight) // _ROWS)].float().std() > 0:
-        raise UserError(f"encoder: {name}: its table of embeddings is empty (all values alike); load it with another version of transformers, or convert its weights again")
+        raise UserError(
+            f"encoder: {name}: its table of embeddings is empty (all values alike); convert its weights again,"
+            " or load them with another version of transformers"
+        )
 
 
 def _limit(config: TextConfig, model: Any, tokenizer: Any) -> int:

@@ -173,14 +173,8 @@ def guided(
     Args:
         negative: of the batch; guidance leads away from its text in place of no text.
     """
-    if condition is None:
-        return lambda x, t: velocity(x, t, None)
-    null = condition.null
-    if negative is not None and negative.text is not None and negative.mask is not None:
-        null = Condition(null.classes, negative.text, negative.mask)
-        if condition.text is None:
-            condition = replace(condition, text=negative.text, mask=torch.zeros_like(negative.mask))
-    conditions, strengths = _ladder(null, condition, Guidance.of(guidance))
+    null, full = _ends(condition, negative)
+    conditions, strengths = _ladder(null, full, Guidance.of(guidance))
     if all(strength == 1.0 for strength in strengths):
         return lambda x, t: velocity(x, t, condition)
     joined = reduce(Condition.join, reversed(conditions))
@@ -193,6 +187,17 @@ def guided(
         return made
 
     return combined
+
+
+def _ends(condition: Condition | None, negative: Condition | None) -> tuple[Condition, Condition]:
+    """What guidance leads away from, and what it leads to, with the same fields."""
+    full = condition or Condition()
+    null = full.null
+    if negative is None or negative.text is None or negative.mask is None:
+        return null, full
+    if full.text is None:
+        full = replace(full, text=negative.text, mask=torch.zeros_like(negative.mask))
+    return Condition(null.classes, negative.text, negative.mask), full
 
 
 def _ladder(null: Condition, condition: Condition, guidance: Guidance) -> tuple[list[Condition], list[float]]:
