@@ -125,7 +125,7 @@ def test_another_encoder_than_that_of_the_training_is_refused(
     models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     letters.install(monkeypatch, digest="another")
-    with pytest.raises(UserError, match="has learned texts by another encoder than .* --text-encoder FOLDER"):
+    with pytest.raises(UserError, match=r"has learned texts by another encoder than .* --text-encoder FOLDER"):
         longtake(
             *("generate", models / "latte", "--prompt", "x", "--text-encoder", tmp_path, "--out", tmp_path / "x.mp4")
         )

@@ -276,7 +276,7 @@ def test_a_served_model_finds_its_encoder_where_the_environment_says(
 
     asked = {"seed": [1], "prompt": ["left"]}
     assert served().predict(None, {"seed": [1]}).shape == (1, 9, 32, 32, 3)
-    with pytest.raises(UserError, match="its text encoder is not at /nowhere/umt5; .* LONGTAKE_TEXT_ENCODER"):
+    with pytest.raises(UserError, match=r"its text encoder is not at /nowhere/umt5; .* LONGTAKE_TEXT_ENCODER"):
         served().predict(None, asked)
     monkeypatch.setenv("LONGTAKE_TEXT_ENCODER", str(tmp_path))
     np.testing.assert_array_equal(served().predict(None, asked), made(prior(models, "latte"), said("left")))
