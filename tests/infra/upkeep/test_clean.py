@@ -330,6 +330,33 @@ def test_latents_stay_while_a_run_may_read_them_or_another_experiment_has_made_t
     assert not items and "another experiment" in "".join(kept.values())
 
 
+def test_texts_go_that_no_stage_of_the_recipe_makes(here: Workspace) -> None:
+    import torch
+
+    dataset, _ = with_latents(here)
+
+    def make(name: str, length: int) -> None:
+        """A column of token states, by a stage with texts of this length."""
+        here.more = {"text": {"kind": "cache_text", "dataset": "shards", "captions": "/captions", "length": length}}
+        _, output = here.ran("text", "FINISHED")
+        encoder = TextConfig(length=length).model_dump() | {"digest": "d", "width": 1}
+        write_text(output, Text(dataset, name, encoder, "caption-1", None, {}, {}, {}), torch.zeros(1, 1))
+        for split, ending in (("train", "parquet"), ("train", "tar"), ("val", "parquet"), ("val", "tar")):
+            storage.write(storage.join(dataset, split, f"00000.{name}.{ending}"), b"0" * 100)
+
+    make("text-a1", 77)
+    make("text-b2", 99)
+    storage.write(storage.join(dataset, "train", "00000.text-dd.tar"), b"1")  # what nobody has described yet
+    for kinds in ((), ("text",)):
+        items, kept = here.find(*kinds)
+        (item,) = (found for where, found in items.items() if "text-" in where)
+        assert item.where.endswith("text-a1") and item.bytes == 400 and "no stage of the recipe makes" in item.reason
+        assert [where.rpartition(" ")[2] for where in kept if "text-" in where] == ["text-dd"]
+    run, _ = here.ran("vae", "RUNNING")
+    items, kept = here.find("text")
+    assert not items and any(f"run {run} is RUNNING" in reason for reason in kept.values())
+
+
 def test_captions_go_only_where_asked_for_and_no_stage_uses_them_or_names_their_captioner(here: Workspace) -> None:
     _, dataset = here.ran("shards", "FINISHED")
 
