@@ -246,9 +246,7 @@ def _plan(
     return Plan(generator, settings, frames, rate, beginning, rounds)
 
 
-def _requests(
-    plan: Plan, jobs: Sequence[Job], words: Sequence[str], story: Any, negative: str | None
-) -> list[Any]:
+def _requests(plan: Plan, jobs: Sequence[Job], words: Sequence[str], story: Any, negative: str | None) -> list[Any]:
     """The requests of all jobs, checked before any video is made. A story is that of them all."""
     from longtake.training.models.generator import Request, check_requests, scene_of
 

@@ -289,7 +289,8 @@ def test_what_is_gone_on_from_is_drawn_as_in_training_by_each_video_s_own_seed(m
     def made(how: Any, seeds: list[int]) -> np.ndarray:
         chosen = replace(prior, posterior=how)
         return np.concatenate(
-            list(chosen.videos([Request(seed, [(0.0, Scene())]) for seed in seeds], 8, chosen.settings, start=start)), axis=1
+            list(chosen.videos([Request(seed, [(0.0, Scene())]) for seed in seeds], 8, chosen.settings, start=start)),
+            axis=1,
         )
 
     both = made("sample", [3, 4])

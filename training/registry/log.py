@@ -76,7 +76,7 @@ def _of_text(folder: Path) -> tuple[str, ...]:
 
 
 def _pinned(package: str) -> str:
-    """A requirement of a package in the version that is here, in any where it is not: a training reads states from a column."""
+    """The requirement of a package in the version that is here; in any where it is not, as a text encoder's in a training."""
     try:
         # without a build's own suffix, such as +cpu, which the package index does not know
         return f"{package}=={version(package).partition('+')[0]}"

@@ -155,7 +155,9 @@ def test_guidance_leads_from_the_negative_prompt_or_from_none_to_the_prompt(
     generator = prior(models, "latte")
     model = generator.latte
     once = Settings(steps=1, overlap=1, guidance=3.0)
-    noise = torch.stack([torch.randn(8, 2, 2, generator=rng) for rng in [torch.Generator().manual_seed(1)] * 3], 1)[None]
+    noise = torch.stack([torch.randn(8, 2, 2, generator=rng) for rng in [torch.Generator().manual_seed(1)] * 3], 1)[
+        None
+    ]
 
     def velocity(prompt: str | None) -> Tensor:
         states = torch.zeros(1, 0, letters.WIDTH) if prompt is None else letters.states(prompt)[None]
@@ -173,9 +175,7 @@ def test_guidance_leads_from_the_negative_prompt_or_from_none_to_the_prompt(
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_negative_prompt_changes_the_video_of_its_own_request_alone(
-    models: Path, family: str, encoder: Any
-) -> None:
+def test_a_negative_prompt_changes_the_video_of_its_own_request_alone(models: Path, family: str, encoder: Any) -> None:
     generator = prior(models, family)
     free, away = (made(generator, said("left", negative=n), settings=STRONG) for n in (None, "up"))
     assert (free != away).any()

@@ -6,7 +6,7 @@ A model's folder does not have the weights of its encoder, which may be larger t
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from longtake.training.text import TextEncoder
 
 VARIABLE = "LONGTAKE_TEXT_ENCODER"  # where a served model's encoder lies, if not where it was
+_KEPT = 64  # prompts whose states are kept; of a large encoder each has some megabytes
 _REMEDY = f"say where it lies with --text-encoder FOLDER, or in {VARIABLE} for a served model"
 
 
@@ -55,7 +56,7 @@ class Prompts:
         """`encoder` is what config.json says of it, the fields of TextConfig and its `digest`; `length` the most tokens."""
         self._uri, self._digest, self._length = uri, str(encoder["digest"]), length
         self._config = TextConfig(**{name: value for name, value in encoder.items() if name in TextConfig.model_fields})
-        self._states: dict[str, Tensor] = {}
+        self._states = lru_cache(_KEPT)(self._encoded)
 
     def check(self, prompts: Sequence[str]) -> None:
         """Load the encoder, and count.
@@ -79,13 +80,13 @@ class Prompts:
         if not texts:
             return None, None
         self.check(texts)
-        for text in texts:
-            if text not in self._states:
-                (self._states[text],) = self._encoder.encode([text], str(device))
         none = torch.zeros(0, self._encoder.width, dtype=torch.bfloat16)
-        rows = [none if prompt is None else self._states[prompt] for prompt in prompts]
+        rows = [none if prompt is None else self._states(prompt, str(device)) for prompt in prompts]
         masks = [torch.ones(len(row), dtype=torch.bool) for row in rows]
         return pad_sequence(rows, batch_first=True).to(device), pad_sequence(masks, batch_first=True).to(device)
+
+    def _encoded(self, prompt: str, device: str) -> Tensor:
+        return self._encoder.encode([prompt], device)[0]
 
     @cached_property
     def _encoder(self) -> TextEncoder:

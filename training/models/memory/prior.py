@@ -130,9 +130,7 @@ class MemoryPrior:
         The latents of a start are drawn as in training, by each request's own seed.
         """
         seeds, where = [request.seed for request in requests], self.model.latent_mean.device
-        latent_of = partial(
-            scenes.latent_at, fps=fps or self.fps, factor=self._factor, goes_on=start is not None
-        )
+        latent_of = partial(scenes.latent_at, fps=fps or self.fps, factor=self._factor, goes_on=start is not None)
         story = texts.story_of_requests(requests, latent_of, self.prompts, where)
         negative = texts.negative_of_requests(requests, self.prompts, where)
         if not scenes.asks(story) and negative is None:

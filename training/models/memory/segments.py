@@ -203,7 +203,9 @@ def generate(
         UserError: at the first chunk, where the folder has segments of other settings.
         Failure: a kept segment is damaged.
     """
-    job = _Job(model, vae, latents, seeds, start, story, negative, settings or Settings(), folder, models, tile, each_step)
+    job = _Job(
+        model, vae, latents, seeds, start, story, negative, settings or Settings(), folder, models, tile, each_step
+    )
     _check(job)
     return _chunks(job)
 

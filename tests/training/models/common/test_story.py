@@ -27,9 +27,7 @@ def values(condition: Condition | None, latents: int) -> list[list[float]]:
     ("second", "begins", "goes_on"),
     [(0, 0, 0), (1 / 12, 1, 0), (4 / 12, 1, 1), (5 / 12, 2, 1), (0.75, 3, 2), (1.0, 3, 3), (1.0 + 1e-9, 3, 3)],
 )
-def test_a_scene_begins_with_the_latent_of_its_first_frame(
-    second: float, begins: int, goes_on: int
-) -> None:
+def test_a_scene_begins_with_the_latent_of_its_first_frame(second: float, begins: int, goes_on: int) -> None:
     assert latent_at(second, 12, 4, False) == begins
     assert latent_at(second, 12, 4, True) == goes_on
     assert latent_at(second, 12, 1, False) == round(second * 12)
