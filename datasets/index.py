@@ -121,11 +121,20 @@ def _rows_sha256(url: str, record: Mapping[str, Any], table: pa.Table) -> str:
     """A digest of an index: its split and name, the tar it commits, every row. Parquet itself checks none of these."""
     place = url.split("/")[-2:]
     digest = hashlib.sha256(
-        json.dumps([place, record, [[f.name, str(f.type)] for f in table.schema]], sort_keys=True).encode()
+        json.dumps([place, record, [[f.name, _name(f.type)] for f in table.schema]], sort_keys=True).encode()
     )
     for column in table.columns:
         _feed(digest, column)
     return digest.hexdigest()
+
+
+def _name(kind: pa.DataType) -> str:
+    """The name of a type. Parquet gives the values of lists another name than Arrow does."""
+    if pa.types.is_list(kind):
+        return f"list<{_name(kind.value_type)}>"
+    if pa.types.is_struct(kind):
+        return f"struct<{', '.join(f'{field.name}: {_name(field.type)}' for field in kind)}>"
+    return str(kind)
 
 
 def _feed(digest: Any, column: pa.ChunkedArray) -> None:

@@ -171,7 +171,8 @@ class Endpoint:
             "messages": [{"role": "user", "content": [*parts, {"type": "text", "text": text}]}],
             "response_format": {"type": "json_schema", "json_schema": form},
             "max_completion_tokens": self._asking.answer_tokens,
-        } | dict(self._asking.settings)
+            "extra_body": dict(self._asking.settings),
+        }
 
     def _content(self, request: Mapping[str, Any]) -> str:
         """The text of an answer; waits while the fault is one that passes.
@@ -215,7 +216,7 @@ class Endpoint:
         end = time.monotonic() + self._asking.timeout_seconds
         try:
             # as bytes, with bounds: neither the client nor its timeout ends an answer that never does
-            with self._client.with_streaming_response.chat.completions.create(**request) as response:
+            with self._client.chat.completions.with_streaming_response.create(**request) as response:
                 body = b""
                 for part in response.iter_bytes():
                     body += part
@@ -233,7 +234,8 @@ class Endpoint:
 
     def _refusal(self, error: Any) -> Exception:
         """What an answer with an HTTP status of 400 or more means."""
-        status, said = error.status_code, self._clean(str(error))
+        said = error.body.get("message") if isinstance(error.body, Mapping) else error.body
+        status, said = error.status_code, self._clean(str(said or ""))
         if status in (408, 409, 425, 429) or status >= 500:
             return _Passing(f"HTTP {status} {said}", _retry_after(error.response.headers))
         if status in _WRONG:
@@ -242,8 +244,8 @@ class Endpoint:
 
     def _clean(self, text: str) -> str:
         """A server's words on one line, without the key, which it may repeat."""
-        text = storage.printable(text)[:200]
-        return text.replace(self._asking.key, "***") if self._asking.key else text
+        text = text.replace(self._asking.key, "***") if self._asking.key else text
+        return storage.printable(text)[:200]
 
     def _read(self, body: bytes) -> str:
         """The text in the body of an answer. Raises Bad."""

@@ -16,6 +16,7 @@ PROMPT = (
 )
 FIELDS = ("frames", "seconds", "label")  # that a prompt may have in braces
 
+_FENCE = re.compile(r"\A\s*```(json)?|```\s*\Z")  # which some models put around JSON
 _FIELD = re.compile(r"\{(\w+)\}")
 
 
@@ -78,7 +79,7 @@ def read(content: Any, token: str, most: int) -> str:
     if not isinstance(content, str) or not content.strip():
         raise Bad("the answer is empty")
     try:
-        found = json.loads(content)
+        found = json.loads(_FENCE.sub("", content))
     except (ValueError, RecursionError):
         raise Bad(f"the answer is no JSON, or cut: {content[-40:]!a}") from None
     if not isinstance(found, dict) or not isinstance(found.get("caption"), str):

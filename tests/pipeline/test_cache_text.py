@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -174,10 +175,7 @@ def test_verify_finds_what_is_wrong_with_a_column(root: str) -> None:
         (lambda e: e.update(offset=e["offset"] + 512), "is not where the index says, or is another"),
         (lambda e: e.update(start=0.125), "is of other captions than caption-test has now"),
     ):
-        (line,) = {line.partition(";")[0] for line in wrong(change) if "0." in line}  # the first of a kind
-        import re
-
-        assert re.search(says, line), line
+        assert any(re.search(says, line) for line in wrong(change))
     assert any("is not that of its tokens" in line for line in wrong(lambda e: None, width=9))
 
 

@@ -220,9 +220,10 @@ def test_a_source_whose_decoder_is_killed_from_outside_is_cut_again_once(
     """As the kernel does where memory runs out, which may be another's fault."""
     mine, killed = Worker(), 0
 
+    before = {child.pid for child in psutil.Process().children()}
+
     def kill() -> None:
         nonlocal killed
-        before = {child.pid for child in psutil.Process().children()}
         while killed < kills:
             for child in psutil.Process().children():
                 if child.pid not in before:

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from longtake.datasets.errors import UserError
@@ -95,9 +96,10 @@ def _transformers() -> Any:
 
 def _loaded(name: str, load: Any, *arguments: Any, **options: Any) -> Any:
     """What a `from_pretrained` gives, of local files alone. Raises UserError with the first line of its error."""
+    errors = (OSError, ValueError, TypeError, KeyError, AttributeError, ImportError, RuntimeError, SafetensorError)
     try:
         return load(*arguments, local_files_only=True, trust_remote_code=False, **options)
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, ImportError, RuntimeError) as e:
+    except errors as e:
         why = next(iter(str(e).strip().splitlines()), type(e).__name__)
         raise UserError(f"encoder: {name}: transformers cannot load it ({why}); save it again with this version") from e
 

@@ -2,7 +2,8 @@
 
 At first the new model does what its base does. A class that the base does not have starts as no class, a text adds nothing
 where the base has none, and a larger frame is spread over the positions of the smaller one (arXiv 2310.00426), so that only
-detail is new. On a toy set of twice the size the loss starts at 0.28 and is 0.24 after 75 steps; with positions that the base has not seen, 4.3 and 0.32.
+detail is new. On a toy set of twice the size the loss starts at 0.28 and is 0.24 after 75 steps; with positions that the
+base has not seen, 4.3 and 0.32.
 """
 
 from collections.abc import Mapping, Sequence

@@ -18,6 +18,7 @@ from longtake.training.models.memory.base import initial_model
 from longtake.training.models.memory.config import MemoryConfig
 from longtake.training.models.memory.data import (
     Setup,
+    captions_of,
     data_of,
     describe_history,
     describe_memory,
