@@ -4,7 +4,7 @@ What stands for no text and what stands behind the end of a text are part of a m
 both are fields of its config.
 
     text_width     channels of an encoder's states; 0 is a model without text
-    text_dropout   probability that training hides a text, for guidance [GLIDE, arXiv 2112.10741: 0.2; here 0.1 as for classes]
+    text_dropout   probability that training hides a text, for guidance [assumption: 0.1, as for classes]
     text_null      what stands for no text: empty, the encoder's states of ""; learned, one token; zeros, no token at all
     text_empty     tokens of ""
     text_padding   what is behind a text's last token: mask, nothing; zeros, states of zero up to `text_length`, which are
