@@ -327,8 +327,9 @@ def test_another_file_in_the_folder_is_another_input(tmp_path: Path) -> None:
 
 
 def test_a_recipe_has_the_stage(tmp_path: Path) -> None:
+    (tmp_path / "a.mp4").write_bytes(b"1")
     stages = {
-        "shards": {"kind": "shard", "sources": [str(tmp_path)]},
+        "shards": {"kind": "shard", "sources": [str(tmp_path / "a.mp4")]},
         "text": {"kind": "cache_text", "dataset": "shards", "captions": str(tmp_path / "captions"), "length": 77},
     }
     path = tmp_path / "r.yaml"
