@@ -34,8 +34,9 @@ def _bytes(count: float) -> str:
 def clean(recipe: str, overrides: tuple[str, ...], kinds: tuple[str, ...], older: float, yes: bool) -> None:
     """List what RECIPE's workspace no longer needs, and why; with --yes, delete it.
 
-    Without a choice: checkpoints, latents and debris; not captions, which may have cost money. What a run would resume or reuse stays. So do shards, sources and
-    views, and everything used by a run that is RUNNING in MLflow or holds the lock of its checkpoints.
+    Without a choice: checkpoints, latents and debris; not captions, which may have cost money. What a run would resume or
+    reuse stays. So do shards, sources and views, and everything used by a run that is RUNNING in MLflow or holds the lock
+    of its checkpoints.
 
     \b
     Examples:

@@ -133,7 +133,9 @@ class Model:
         ).to(self._model.device, dtype=self._model.dtype)
         most = self._showing.answer_tokens
         with torch.inference_mode():
-            out = self._model.generate(**inputs, **{"do_sample": False, "max_new_tokens": most, **self._showing.settings})
+            out = self._model.generate(
+                **inputs, **{"do_sample": False, "max_new_tokens": most, **self._showing.settings}
+            )
         made = out[:, inputs["input_ids"].shape[1] :]
         ends = self._model.generation_config.eos_token_id
         ends = torch.tensor([ends] if isinstance(ends, int) else list(ends or ()), device=made.device)
