@@ -36,7 +36,9 @@ class Answers:
                 continue
             url = storage.join(self._folder, name)
             try:
-                found.update({answer.key: answer for answer in (Answer(**each) for each in json.loads(storage.read(url)))})
+                found.update(
+                    {answer.key: answer for answer in (Answer(**each) for each in json.loads(storage.read(url)))}
+                )
             except (ValueError, TypeError) as e:
                 raise Failure(f"{url}: damaged ({e}); delete it and run the same command again") from e
         return found

@@ -229,7 +229,9 @@ class Endpoint:
             raise self._refusal(e) from None
         except openai.APITimeoutError:
             raise _Passing(f"no answer in {self._asking.timeout_seconds:g} s") from None
-        except (openai.APIConnectionError, *_broken()) as e:
+        except Exception as e:
+            if not (isinstance(e, openai.APIConnectionError) or _of_connection(e)):
+                raise
             raise _Passing(f"the connection broke ({type(e.__cause__ or e).__name__})") from None
 
     def _refusal(self, error: Any) -> Exception:
@@ -268,11 +270,9 @@ class _Rejected(Exception):
     """A request that the server does not take, and would not take again."""
 
 
-def _broken() -> tuple[type[Exception], ...]:
-    """The errors of a connection that breaks while the body of an answer is read."""
-    import httpx
-
-    return (httpx.HTTPError, httpx.StreamError)
+def _of_connection(error: Exception) -> bool:
+    """Whether an error is of a connection that broke while the body of an answer was read, by the client's own client."""
+    return isinstance(error, OSError) or type(error).__module__.startswith(("httpx", "httpcore"))
 
 
 def _retry_after(headers: Mapping[str, str]) -> float | None:
@@ -292,12 +292,16 @@ def _retry_after(headers: Mapping[str, str]) -> float | None:
 
 def unreachable(url: str, seconds: float = 10.0) -> str | None:
     """Why nothing answers at the address of an endpoint; None if something does, whatever it says."""
-    import httpx
+    import openai
 
     try:
-        httpx.get(f"{url.rstrip('/')}/models", timeout=seconds)
-    except (httpx.ConnectError, httpx.ConnectTimeout, httpx.UnsupportedProtocol, httpx.InvalidURL) as e:
-        return str(e) or type(e).__name__
-    except httpx.HTTPError:
-        pass  # it is there, and slow or odd
+        openai.OpenAI(base_url=url, api_key="none", max_retries=0, timeout=seconds).models.list()
+    except openai.APIConnectionError as e:
+        cause = e.__cause__ or e
+        # it is there, and slow
+        if isinstance(e, openai.APITimeoutError) and "Connect" not in type(cause).__name__:
+            return None
+        return storage.printable(str(cause)) or type(cause).__name__
+    except (openai.OpenAIError, ValueError, TypeError, AttributeError):
+        pass  # it is there, and odd
     return None
