@@ -18,6 +18,7 @@ from longtake.datasets.captions import Caption
 from longtake.datasets.errors import Failure, UserError
 from longtake.datasets.loader import Loader
 from longtake.datasets.loader.batches import padded
+from longtake.datasets.loader.streams import Lengths
 
 WINDOW: dict[str, Any] = {"frames": 5, "size": (16, 16), "batch": 4, "epochs": 2}
 
@@ -80,6 +81,15 @@ def test_batches_are_the_same_whoever_makes_them_and_after_a_stop(root: str) -> 
         states = {key: p["text"][n][p["text_mask"][n]] for p in parts for n, key in enumerate(p["key"])}
         for n, key in enumerate(whole["key"]):
             assert torch.equal(whole["text"][n][whole["text_mask"][n]], states[key])
+
+
+def test_states_come_with_histories_of_latents(root: str) -> None:
+    encoder = Counting()
+    options = WINDOW | {"columns": ("latent-test", COLUMN, TEXT), "histories": Lengths((0, 1), 1)}
+    for batch in Loader(root, **options):
+        for states, true, caption in zip(batch["text"], batch["text_mask"], batch["caption"], strict=True):
+            expected = torch.zeros(0, 8, dtype=torch.bfloat16) if caption is None else encoder.states(caption)
+            assert torch.equal(states[true], expected)
 
 
 def test_several_columns_have_the_names_that_they_are_given(root: str) -> None:
