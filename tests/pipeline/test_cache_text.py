@@ -410,7 +410,8 @@ def test_an_encoder_from_a_folder_and_what_several_shards_have(root: str, tmp_pa
     # a worker that finds another encoder in the folder
     described = encoder.describe() | {"digest": "other", "width": 32}
     with pytest.raises(UserError, match="a worker finds another there than the driver"):
-        cache_text._load("cpu", encoder=described, work=text.Work(root, TEXT, COLUMN, 3), output=str(tmp_path / "out"))
+        work = text.Work(root, TEXT, COLUMN, 3)
+        cache_text._load("cpu", encoder=described, work=work, output=str(tmp_path / "out"), threads=1)
 
 
 @pytest.mark.slow
