@@ -184,7 +184,7 @@ def run(config: Config, inputs: Mapping[str, str], output: str) -> dict[str, Any
             totals = _ask(config, dataset, output, column, maker, jobs)
         finally:
             swept += columns.sweep(dataset)  # what workers that died have left
-    answers.sweep(output, column)
+    answers.sweep(output)
 
     # The record.
     counts = _counts([shard for shards in columns.shards_of(dataset, column, base).values() for shard in shards])
