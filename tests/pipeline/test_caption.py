@@ -26,7 +26,7 @@ from longtake.datasets.errors import Failure, UserError
 from longtake.datasets.loader import Loader
 from longtake.datasets.stage import content, names
 from longtake.datasets.verify import verify
-from longtake.infra.cli import main
+from longtake.infra.cli.dataset import dataset as commands
 from longtake.infra.footage import write_video
 from longtake.pipeline import captions
 from longtake.pipeline.captioner import endpoint, frames, reply
@@ -203,11 +203,11 @@ def test_commands_show_captions(films: list[Path], made_alone: MakeAlone, tmp_pa
         sources(listed(tmp_path, films, [{"caption": "the dog runs"}, {"caption": "a Dog sits"}, *[{}] * 4])), root
     )
     with pytest.raises(UserError, match="has no captions; run a `caption` stage"):
-        CliRunner().invoke(main.commands["dataset"], ["captions", root], catch_exceptions=False)  # type: ignore[attr-defined]
+        CliRunner().invoke(commands, ["captions", root], catch_exceptions=False)
     column = run(root, tmp_path / "out")["column"]
 
     def says(*arguments: str) -> str:
-        done = CliRunner().invoke(main.commands["dataset"], [*arguments], catch_exceptions=False)  # type: ignore[attr-defined]
+        done = CliRunner().invoke(commands, [*arguments], catch_exceptions=False)
         assert done.exit_code == 0
         return done.stdout
 
@@ -461,14 +461,16 @@ def test_answers_outlive_their_process_and_those_about_other_clips_do_not_count(
     )
     with pytest.raises(KeyboardInterrupt):
         make_captions(asked, *arguments)
-    (kept,) = (tmp_path / "out" / "answers" / "caption-fake" / f"train-{base.name}").glob("*.json")
-    answers = json.loads(kept.read_text())
+    files = list((tmp_path / "out" / "answers" / "caption-fake" / f"train-{base.name}").glob("*.json"))
+    answers = [answer for kept in files for answer in json.loads(kept.read_text())]
     assert len(answers) == 3
-    kept.write_text(json.dumps([answers[0] | {"base_sha256": "of another clip"}, *answers[1:]]))
+    for kept in files:
+        kept.unlink()
+    files[0].write_text(json.dumps([answers[0] | {"base_sha256": "of another clip"}, *answers[1:]]))
     make(root, tmp_path / "out", served)
     is_whole(root)
     assert served.asked[reply.token_of(answers[0]["key"])] == 2 and served.asked[reply.token_of(answers[1]["key"])] == 1
-    assert not kept.exists()
+    assert not files[0].exists()
 
 
 def test_a_later_annotation_takes_the_place_of_what_was_asked_and_nothing_is_asked_again(

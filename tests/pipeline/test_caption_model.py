@@ -20,7 +20,24 @@ from longtake.pipeline.stages import caption
 transformers = pytest.importorskip("transformers")
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-WORDS = "a red blue square circle moves left right up down over the grey ground slowly fast".split()
+WORDS = [
+    "a",
+    "red",
+    "blue",
+    "square",
+    "circle",
+    "moves",
+    "left",
+    "right",
+    "up",
+    "down",
+    "over",
+    "the",
+    "grey",
+    "ground",
+    "slowly",
+    "fast",
+]
 TEMPLATE = (
     "{% for message in messages %}{% for part in message['content'] %}"
     "{% if part['type'] == 'image' %}<image>{% else %}{{ part['text'] }}{% endif %}{% endfor %}{% endfor %}"
