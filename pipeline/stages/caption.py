@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import cache, partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
@@ -183,7 +184,7 @@ def run(config: Config, inputs: Mapping[str, str], output: str) -> dict[str, Any
             totals = _ask(config, dataset, output, column, maker, jobs)
         finally:
             swept += columns.sweep(dataset)  # what workers that died have left
-    answers.sweep(output, column)
+    answers.sweep(output)
 
     # The record.
     counts = _counts([shard for shards in columns.shards_of(dataset, column, base).values() for shard in shards])
@@ -228,14 +229,14 @@ def _captioner(config: Config) -> tuple[dict[str, Any], str]:
 
 
 def _check_endpoint(config: Config, url: str) -> None:
-    try:
-        from longtake.pipeline.captioner.endpoint import unreachable
-
-        import openai  # noqa: F401
-    except ImportError as e:
-        raise UserError(f"endpoint: needs the package {e.name}; run `pip install 'longtake[text]'`") from e
+    if find_spec("openai") is None:
+        raise UserError("endpoint: needs the package openai; run `pip install 'longtake[text]'`")
     if config.key_env is not None and not os.environ.get(config.key_env):
-        raise UserError(f"key_env: the environment variable {config.key_env} is not set; export the endpoint's key in it")
+        raise UserError(
+            f"key_env: the environment variable {config.key_env} is not set; export the endpoint's key in it"
+        )
+    from longtake.pipeline.captioner.endpoint import unreachable
+
     if problem := unreachable(url):
         raise UserError(f"endpoint: {shown(url)}: does not answer ({shown(problem)}); start it, or correct the address")
 
@@ -280,11 +281,14 @@ def _ask(config: Config, dataset: str, output: str, column: str, maker: str, job
         workers,
         _load_endpoint,
         [],
-        arguments | {"asking": _asking(config), "key_env": config.key_env, "proven": _is_proven(dataset, column, maker)},
+        arguments
+        | {"asking": _asking(config), "key_env": config.key_env, "proven": _is_proven(dataset, column, maker)},
         partial(_share_meter, budget),
     )
     if totals["spent"]:
-        bounds = [f"{value} {unit}" for value, unit in ((run.max_requests, "requests"), (run.max_tokens, "tokens")) if value]
+        bounds = [
+            f"{value} {unit}" for value, unit in ((run.max_requests, "requests"), (run.max_tokens, "tokens")) if value
+        ]
         raise Failure(
             f"caption: the budget of {' and '.join(bounds)} is used up: {totals['asked']} clips were answered in this run,"
             f" {totals['wanted'] - totals['answered']} are left; run the same command again: it goes on where it stopped"
@@ -312,7 +316,9 @@ def _showing(config: Config) -> Any:
     from longtake.pipeline.captioner.model import Showing
 
     names = {"prompt", "frames", "side", "max_characters", "answer_tokens", "settings"}
-    return Showing(folder=str(Path(config.model or "").absolute()), batch=config.run.batch, **config.model_dump(include=names))
+    return Showing(
+        folder=str(Path(config.model or "").absolute()), batch=config.run.batch, **config.model_dump(include=names)
+    )
 
 
 def _asking(config: Config) -> Any:
@@ -367,4 +373,3 @@ def _counts(shards: list[index.Shard]) -> dict[str, int]:
                 counts["clips_without"] += 1
                 counts[f"reason/{reason.partition(':')[0]}"] += 1
     return dict(counts)
-
