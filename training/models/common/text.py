@@ -4,7 +4,7 @@ What stands for no text and what stands behind the end of a text are part of a m
 both are fields of its config.
 
     text_width     channels of an encoder's states; 0 is a model without text
-    text_dropout   probability that training hides a text, for guidance [GLIDE, arXiv 2112.10741: 0.2; here 0.1 as for classes]
+    text_dropout   probability that training hides a text, for guidance [assumption: 0.1, as for classes]
     text_null      what stands for no text: empty, the encoder's states of ""; learned, one token; zeros, no token at all
     text_empty     tokens of ""
     text_padding   what is behind a text's last token: mask, nothing; zeros, states of zero up to `text_length`, which are
@@ -41,7 +41,9 @@ def check_settings(model: Mapping[str, Any], text: str | None) -> None:
     """ValueError where a stage's `model` has fields that follow from the texts, or any without texts."""
     for name in (name for name in model if name.startswith("text_")):
         if text is None:
-            raise ValueError(f"model: {name}: has no effect without texts; name a `cache_text` stage in text, or leave it out")
+            raise ValueError(
+                f"model: {name}: has no effect without texts; name a `cache_text` stage in text, or leave it out"
+            )
         if name in FROM_DATA:
             raise ValueError(f"{name} follows from the stage's other settings; leave it out")
 
