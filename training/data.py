@@ -155,7 +155,9 @@ def check_base_text(uri: str, facts: Mapping[str, Any], record: Text | None) -> 
     if learned is None:
         return
     if record is None:
-        raise UserError(f"base: {uri} has learned text; name what a `cache_text` stage has made, or a base without text")
+        raise UserError(
+            f"base: {uri} has learned text; name what a `cache_text` stage has made, or a base without text"
+        )
     if learned["digest"] != record.encoder["digest"]:
         raise UserError(
             f"base: {uri} has learned texts of another encoder, {learned.get('encoder')}; encode by that one, or name another"

@@ -41,7 +41,9 @@ def check_settings(model: Mapping[str, Any], text: str | None) -> None:
     """ValueError where a stage's `model` has fields that follow from the texts, or any without texts."""
     for name in (name for name in model if name.startswith("text_")):
         if text is None:
-            raise ValueError(f"model: {name}: has no effect without texts; name a `cache_text` stage in text, or leave it out")
+            raise ValueError(
+                f"model: {name}: has no effect without texts; name a `cache_text` stage in text, or leave it out"
+            )
         if name in FROM_DATA:
             raise ValueError(f"{name} follows from the stage's other settings; leave it out")
 

@@ -99,7 +99,9 @@ def test_the_record_does_not_tell_how_far_a_batch_is_padded() -> None:
 
 
 def test_a_mask_of_another_shape_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"^mask has shape \(2, 2\); a text of \(2, 3, 2\) needs \(B, N\) or \(B, T, N\)$"):
+    with pytest.raises(
+        ValueError, match=r"^mask has shape \(2, 2\); a text of \(2, 3, 2\) needs \(B, N\) or \(B, T, N\)$"
+    ):
         Condition(None, TEXT, MASK[:, :2])
 
 

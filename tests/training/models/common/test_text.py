@@ -21,7 +21,14 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 BATCH, FRAMES, PLACES, WIDTH, HEADS = 2, 3, 4, 16, 2
 NULLS, PADDINGS = ("empty", "zeros", "learned"), ("mask", "zeros")
-FIELDS: dict[str, Any] = {"depth": 2, "width": WIDTH, "heads": HEADS, "text_width": 5, "text_empty": 2, "text_length": 7}
+FIELDS: dict[str, Any] = {
+    "depth": 2,
+    "width": WIDTH,
+    "heads": HEADS,
+    "text_width": 5,
+    "text_empty": 2,
+    "text_length": 7,
+}
 X = torch.zeros(BATCH, 4, FRAMES, 2, 2)
 
 
@@ -160,7 +167,10 @@ def test_how_far_a_batch_is_padded_makes_no_difference(padding: str, lengths: tu
     close(added(module, wide), added(module, tight))
     # what the padding holds neither, under either rule
     assert wide.text is not None and wide.mask is not None
-    close(added(module, Condition(None, torch.where(wide.mask[..., None], wide.text, 5.0), wide.mask)), added(module, tight))
+    close(
+        added(module, Condition(None, torch.where(wide.mask[..., None], wide.text, 5.0), wide.mask)),
+        added(module, tight),
+    )
 
 
 @torch.no_grad()
@@ -212,7 +222,9 @@ def test_texts_that_do_not_fit_are_refused_in_one_line() -> None:
     assert text_tokens(None, None, X) == (None, None)
     with pytest.raises(ValueError, match=r"^empty has shape \(3, 5\); this model needs \(2, 5\)$"):
         module.set_empty(torch.zeros(3, 5))
-    with pytest.raises(ValueError, match=r"text_empty is 0; with text_null: empty it is the number of tokens of an empty text"):
+    with pytest.raises(
+        ValueError, match=r"text_empty is 0; with text_null: empty it is the number of tokens of an empty text"
+    ):
         LatteConfig(**FIELDS | {"text_empty": 0})
 
 

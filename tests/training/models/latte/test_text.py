@@ -19,6 +19,7 @@ from longtake.datasets import text as column
 from longtake.datasets.errors import UserError
 from longtake.training import checkpoint, registry
 from longtake.training.config import RunConfig
+from longtake.training.data import text_of
 from longtake.training.loop import train
 from longtake.training.models.common.condition import Condition
 from longtake.training.models.latte import base as latte_base
@@ -186,11 +187,17 @@ def test_a_base_with_text_of_another_encoder_is_refused_in_one_line(inputs: dict
     known = {"text": {"encoder": dict(record.encoder)}}
     other = {"text": {"encoder": dict(record.encoder) | {"digest": "other", "encoder": "umt5"}}}
     words = WORDED.model_copy(update={"text_width": texts.WIDTH, "text_empty": 1, "text_length": texts.LIMIT})
-    with pytest.raises(UserError, match=r"has learned texts of another encoder, umt5; encode by that one, or name another"):
+    with pytest.raises(
+        UserError, match=r"has learned texts of another encoder, umt5; encode by that one, or name another"
+    ):
         latte_base.continue_from(base(tmp_path / "a", other, words), {}, KNOWN, text=record)
-    with pytest.raises(UserError, match=r"has learned text; name what a `cache_text` stage has made, or a base without"):
+    with pytest.raises(
+        UserError, match=r"has learned text; name what a `cache_text` stage has made, or a base without"
+    ):
         latte_base.continue_from(base(tmp_path / "b", known, words), {}, KNOWN)
-    latte, note = latte_base.continue_from(base(tmp_path / "c", known, words), {"text_dropout": 0.3}, KNOWN, text=record)
+    latte, note = latte_base.continue_from(
+        base(tmp_path / "c", known, words), {"text_dropout": 0.3}, KNOWN, text=record
+    )
     assert latte.config.text_dropout == 0.3 and "anew" not in note
 
 
@@ -199,7 +206,8 @@ def test_a_base_with_text_of_another_encoder_is_refused_in_one_line(inputs: dict
 
 @pytest.mark.usefixtures("group")
 @pytest.mark.parametrize(
-    "changes", [{}, {"zero_stage": 3}, {"precision": "bf16"}, {"model": TINY | {"text_padding": "zeros", "text_null": "zeros"}}]
+    "changes",
+    [{}, {"zero_stage": 3}, {"precision": "bf16"}, {"model": TINY | {"text_padding": "zeros", "text_null": "zeros"}}],
 )
 def test_text_learns_in_every_way_of_training_and_samples_are_of_captions(
     inputs: dict[str, str], tmp_path: Path, changes: dict[str, Any]
@@ -220,7 +228,12 @@ def test_text_learns_in_every_way_of_training_and_samples_are_of_captions(
     assert len(words) == 4 + 2 * 8
     assert all((after[name].float() - before[name].float()).any() for name in words if not name.endswith("bias"))
     assert log.videos["generated"] == (9, 2 * 32 + 2, 2 * 48 + 2, 3)
-    assert shown["prompts"].split("\n") == ["a red square", "a blue circle moves left", "a red square", "a blue circle moves left"]
+    assert shown["prompts"].split("\n") == [
+        "a red square",
+        "a blue circle moves left",
+        "a red square",
+        "a blue circle moves left",
+    ]
 
 
 @pytest.mark.usefixtures("group")
@@ -262,9 +275,13 @@ def test_config_json_names_the_encoder_and_clips_without_captions_are_counted(
     assert facts["text"]["encoder"] == dict(record.encoder) and facts["text"]["uri"] == inputs["text"]
     assert len(facts["text"]["digest"]) == 64 and json.dumps(facts)
     counts = finetune_latte.counts(chosen, setup)
-    silent = sum(not batch["text_mask"].any() for batch in loader_of(chosen, inputs, setup.target, "train", batch=1, epochs=1))
+    silent = sum(
+        not batch["text_mask"].any() for batch in loader_of(chosen, inputs, setup.target, "train", batch=1, epochs=1)
+    )
     assert counts["train_clips_without_captions"] == silent > 0
-    without = started(config(text=None, model=TINY), {k: v for k, v in inputs.items() if k != "text"}, tmp_path / "none")
+    without = started(
+        config(text=None, model=TINY), {k: v for k, v in inputs.items() if k != "text"}, tmp_path / "none"
+    )
     assert "train_clips_without_captions" not in finetune_latte.counts(config(text=None, model=TINY), without)
 
 
@@ -291,7 +308,9 @@ def test_a_model_of_texts_is_judged_on_captions(inputs: dict[str, str], tmp_path
     rows, _ = rows_of(judged, None, inputs, gate)
     nobody = texts.column(tmp_path / "text", latent_stages.labelled(inputs["dataset"], tmp_path / "dataset"))
     assert len(rows) == 4 and nobody
-    with pytest.raises(UserError, match=r"^text: models:/worded/1 has learned text; name what their `cache_text` stage"):
+    with pytest.raises(
+        UserError, match=r"^text: models:/worded/1 has learned text; name what their `cache_text` stage"
+    ):
         rows_of(judged, None, {k: v for k, v in inputs.items() if k != "text"}, gate)
 
 
@@ -313,7 +332,7 @@ def test_texts_that_do_not_fit_are_refused_in_one_line(inputs: dict[str, str], t
             started(config(), inputs | {"text": folder}, tmp_path / f"run-{number}")
         assert "\n" not in str(e.value)
     with pytest.raises(UserError, match="no text here"):
-        started(config(), inputs | {"text": str(tmp_path)}, tmp_path / "run-none")
+        text_of(inputs | {"text": str(tmp_path)})
 
 
 def test_a_dataset_without_captions_is_refused(dataset: str, tmp_path: Path) -> None:

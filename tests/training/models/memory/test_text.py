@@ -151,7 +151,11 @@ def test_the_prompts_of_samples_and_of_continued_videos_are_kept_beside_them(
     chosen = config(sample_steps=1, eval_videos=1, eval_segments=1, eval_clips=1)
     setup = latent_stages.prepared(chosen, inputs, tmp_path)
     purpose = finetune_memory_prior.objective(chosen, setup)
-    assert len(purpose.prompts) == 1 and purpose.prompts[0] in ("a red square", "a blue circle moves left", "no caption")
+    assert len(purpose.prompts) == 1 and purpose.prompts[0] in (
+        "a red square",
+        "a blue circle moves left",
+        "no caption",
+    )
     (tmp_path / "heldout").mkdir()
     awake(setup.model)
     finetune_memory_prior.evaluate(chosen, setup, tmp_path / "heldout")
@@ -174,7 +178,11 @@ def test_text_goes_from_a_base_through_a_pretrained_memory_to_the_next_prior(
     chosen = config(low_latents=None, model=none)
     given = {name: uri for name, uri in inputs.items() if name != "low_latents"}
     first = saved(
-        latent_stages.prepared(chosen, given, tmp_path / "a"), finetune_memory_prior, chosen, tmp_path / "a", tmp_path / "first"
+        latent_stages.prepared(chosen, given, tmp_path / "a"),
+        finetune_memory_prior,
+        chosen,
+        tmp_path / "a",
+        tmp_path / "first",
     )
 
     quick = {k: v for k, v in latent_stages.QUICK.items() if k not in ("model", "text")}
@@ -194,7 +202,9 @@ def test_text_goes_from_a_base_through_a_pretrained_memory_to_the_next_prior(
         latent_stages.prepared(silent, there | {"base": second}, tmp_path / "d")
 
 
-def test_a_base_without_text_gets_it(inputs: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_base_without_text_gets_it(
+    inputs: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     plain = config(text=None)
     setup = latent_stages.prepared(plain, {k: v for k, v in inputs.items() if k != "text"}, tmp_path / "a")
     base = saved(setup, finetune_memory_prior, plain, tmp_path / "a", tmp_path / "base")
