@@ -23,7 +23,7 @@ def footage(folder: str, count: int, seconds: float, seed: int) -> None:
     from longtake.infra.footage import generate
 
     paths = generate(folder, count, seed, seconds)
-    click.echo(f"{len(paths)} videos in {folder}, their ground truth in *.truth.json")
+    click.echo(f"{len(paths)} videos in {folder}, their ground truth in *.truth.json, captions in captions.jsonl")
 
 
 @click.group()
