@@ -130,7 +130,8 @@ def _rows_sha256(url: str, record: Mapping[str, Any], table: pa.Table) -> str:
             digest.update(np.asarray(pc.binary_length(values)).tobytes())
             digest.update(b"".join(values.to_pylist()))
         else:
-            digest.update(np.asarray(column.fill_null(0)).tobytes())
+            nothing = False if pa.types.is_boolean(column.type) else 0
+            digest.update(np.asarray(column.fill_null(nothing)).tobytes())
     return digest.hexdigest()
 
 

@@ -104,6 +104,23 @@ LATENT_INDEX = pa.schema(
 # frames up to n * factor, and is stored with the clip that has this frame.
 STREAM_INDEX = LATENT_INDEX.append(pa.field("stream_step", pa.int32()))  # steps of its stream before it
 
+# One row a sample of the column `audio`: KEY.ogg has `samples` samples, those from the clip's first frame to the end of its
+# last. A clip without sound has an empty member, and a reason.
+AUDIO_INDEX = pa.schema(
+    [
+        *COLUMN_INDEX,
+        ("codec", pa.string()),  # "opus" or "flac"
+        ("rate", pa.int32()),  # samples a second
+        ("channels", pa.int32()),
+        ("samples", pa.int64()),  # in each channel
+        ("has_audio", pa.bool_()),
+        ("reason", pa.string()),  # a code of audio.REASONS where there is no sound, else null
+        ("loudness", pa.float32()),  # root of the mean square in dB, 0 for a square wave of full scale; -120 at least
+        ("silence", pa.float32()),  # share of 10 ms blocks below -60 dB
+        ("clipping", pa.float32()),  # share of samples at full scale
+    ]
+)
+
 # One row a clip of the dataset, used or not.
 VIEW = pa.schema(
     [

@@ -14,7 +14,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from longtake.datasets import compact, index, schema, storage
+from longtake.datasets import audio, compact, index, schema, storage
 from longtake.datasets import latents as columns
 from longtake.datasets.errors import Failure
 
@@ -77,6 +77,8 @@ def problems(
     remedy = f"delete {split}/{number}.parquet and run {again} again"
     if column.startswith("latent-"):
         remedy = f"delete {split}/{name}.parquet and run its `cache_latents` stage again"
+    elif column == audio.COLUMN:
+        remedy = f"delete {split}/{name}.parquet and run a `cache_audio` stage"
     try:
         shard = index.read_shard(dataset, split, name)
     except Failure as e:
@@ -86,6 +88,9 @@ def problems(
     yield from _tar_problems(url, shard, members, remedy, progress)
     if column.startswith("latent-"):
         yield from columns.problems(dataset, shard)
+    elif column == audio.COLUMN:
+        with contextlib.suppress(Failure):
+            yield from audio.problems(dataset, shard)
     # a problem of the other table is reported when that one is checked
     with contextlib.suppress(Failure):
         yield from _base_problems(url, dataset, shard, remedy) if column else _source_problems(dataset, shard, remedy)

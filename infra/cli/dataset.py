@@ -1,5 +1,7 @@
 """Commands about data: footage, dataset ls | sources | show | verify | diff | compact | index | report."""
 
+from typing import Any
+
 import click
 
 from longtake.datasets.masking import shown, shown_within
@@ -33,7 +35,7 @@ def dataset() -> None:
 @click.argument("url")
 def ls(url: str) -> None:
     """The sources, clips and shards of DATASET; the account always adds up."""
-    from longtake.datasets import index
+    from longtake.datasets import audio, index
 
     description = index.describe(url)
     totals = index.summary(url)
@@ -49,6 +51,8 @@ def ls(url: str) -> None:
         f"clips    {totals['clips']} ({totals['clip_seconds']:.1f} s); {totals['clips_dropped_short']} pieces were too short"
     )
     click.echo(f"shards   {totals['shards']} ({totals['tar_bytes'] / 1e6:.1f} MB)")
+    if sound := audio.count(url):
+        click.echo(f"sound    {sound.with_sound} of {sound.clips} clips have sound")
 
 
 @dataset.command()
@@ -70,14 +74,14 @@ def sources(url: str, rejected: bool) -> None:
 @click.argument("key")
 @click.option("--save", metavar="FOLDER", help="Write the members there, to play them.")
 def show(url: str, key: str, save: str | None) -> None:
-    """The index row and JSON of one sample of DATASET, and the place of its bytes."""
+    """The index row and JSON of one sample of DATASET, the place of its bytes, and what is known of its sound."""
     import json
     import zlib
     from pathlib import Path
 
     import pyarrow.compute as pc
 
-    from longtake.datasets import clip, compact, index, later, schema, storage
+    from longtake.datasets import audio, clip, compact, index, later, schema, storage
     from longtake.datasets.errors import Failure, UserError
     from longtake.datasets.shard import described
 
@@ -91,6 +95,16 @@ def show(url: str, key: str, save: str | None) -> None:
             raise Failure(f"{tar}: {key} is damaged; run `longtake dataset verify`")
         return data
 
+    def column_row(split: str, shard: str, column: str) -> dict[str, Any]:
+        name = f"{shard}.{column}"
+        if name not in index.shard_names(url, split, column):
+            return {}
+        table = index.read_shard(url, split, name).table
+        return next(iter(table.filter(pc.equal(table["key"], key)).to_pylist()), {})
+
+    def place_of(row: dict[str, Any]) -> tuple[int, int, int]:
+        return row["offset"], row["size"], row["crc32"]
+
     index.describe(url)
     for split in schema.SPLITS:
         table = compact.table(url, split)
@@ -99,7 +113,9 @@ def show(url: str, key: str, save: str | None) -> None:
             place = row["json_offset"], row["json_size"], row["json_crc32"]
             text = member(split, row["shard"], *place) if row["json_size"] else b""
             facts = later.sample(described(text), later.of_clips(url, split, row["shard"]), row["source"])
-            click.echo(json.dumps(shown_within(row | {"tar": tar, "json": facts}), indent=2))
+            sound = column_row(split, row["shard"], audio.COLUMN)
+            more = {"tar": tar, "json": facts} | ({"audio": sound} if sound else {})
+            click.echo(json.dumps(shown_within(row | more), indent=2))
             if save is None:
                 return
             folder = Path(save)
@@ -109,11 +125,11 @@ def show(url: str, key: str, save: str | None) -> None:
                 ending = next((ending for start, ending in _PICTURES.items() if mp4.startswith(start)), "mp4")
                 (folder / f"{key}.{ending}").write_bytes(mp4)
                 (folder / f"{key}.json").write_text(json.dumps(facts))
-            column = f"{row['shard']}.frame_diff"
-            if column in index.shard_names(url, split, "frame_diff"):
-                diffs = index.read_shard(url, split, column).table
-                (place,) = diffs.filter(pc.equal(diffs["key"], key)).to_pylist()
-                packed = member(split, column, place["offset"], place["size"], place["crc32"])
+            if sound and sound["has_audio"]:
+                heard = member(split, f"{row['shard']}.{audio.COLUMN}", *place_of(sound))
+                (folder / f"{key}.{audio.ENDING}").write_bytes(heard)
+            if diff := column_row(split, row["shard"], "frame_diff"):
+                packed = member(split, f"{row['shard']}.frame_diff", *place_of(diff))
                 # twice as large, since H.264 needs even sides
                 difference = clip.unpack_array(packed, f"{key} (frame_diff)").repeat(2, 1).repeat(2, 2)
                 clip.write(folder / f"{key}.frame_diff.mp4", difference, round(row["fps"]))
