@@ -122,7 +122,9 @@ def _cut(
             sound = _worker.keep_sound(str(path), result["clips"], str(spool), cut, clocks=result["clocks"])
             for clip, facts in zip(result["clips"], sound["clips"], strict=True):
                 clip["audio"] = facts
-            result["account"]["detail"] = "; ".join(filter(None, (result["account"]["detail"], sound["detail"]))) or None
+            result["account"]["detail"] = (
+                "; ".join(filter(None, (result["account"]["detail"], sound["detail"]))) or None
+            )
     except Unread as e:
         return _rejected(e.reason, e.detail), []
     finally:

@@ -185,7 +185,8 @@ def _placed(
     frames: Iterator[Any], clocks: Sequence[Clock], rate: int, channels: int, heard: Heard
 ) -> Iterator[tuple[int, int, np.ndarray]]:
     """Sound at its place: the number of its clock, that of its first sample since the first picture, (n, channels) int16."""
-    run, number = None, 0
+    run: _Run | None = None
+    number = 0
     for frame in frames:
         time = frame.time
         if time is None:

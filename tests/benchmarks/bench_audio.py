@@ -1,8 +1,8 @@
 """Codecs for the column of sound, and what it costs the loader.
 
-    python tests/benchmarks/bench_audio.py FOLDER [--seconds 10] [--windows 400] [--clip-short-side 256]
+    python tests/benchmarks/bench_audio.py FOLDER [--seconds 10] [--windows 100] [--clip-short-side 256]
 
-The sound of the videos of FOLDER (and of generated tones, with `--tones`) is cut into clips as `shard` does. For each codec:
+The sound of the videos of FOLDER, and generated tones, are cut into clips as `shard` does. For each codec:
 bytes a second, CPU milliseconds for a second to encode, to decode a clip, and to decode a window of 17 frames of it, and the
 error as a share of the sound's root mean square. Then batches of the loader are made with video alone and with video and
 sound, in turns: the target is a rate of 0.9 of that without. CPU seconds, so that other work does not disturb the clock.
@@ -14,6 +14,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -62,6 +63,13 @@ def timed(work: Callable[[], Any]) -> tuple[float, Any]:
     return time.process_time() - begin, result
 
 
+def windows_of(members: list[bytes], clips: list[np.ndarray]) -> list[np.ndarray]:
+    """A window from the middle of each clip."""
+    count = WINDOW * RATE // FPS
+    starts = [(len(clip) - count) // 2 for clip in clips]
+    return [sounds.decode(data, s, s + count, 2) for data, s in zip(members, starts, strict=True)]
+
+
 def compare(clips: list[np.ndarray]) -> dict[str, dict[str, float]]:
     """The figures of each codec, by the second of sound."""
     seconds = sum(len(clip) for clip in clips) / RATE
@@ -74,9 +82,7 @@ def compare(clips: list[np.ndarray]) -> dict[str, dict[str, float]]:
         decoding, decoded = timed(
             lambda m=members: [sounds.decode(d, 0, len(c), 2) for d, c in zip(m, clips, strict=True)]
         )
-        count = WINDOW * RATE // FPS
-        starts = [(len(clip) - count) // 2 for clip in clips]
-        window, _ = timed(lambda m=members: [sounds.decode(d, s, s + count, 2) for d, s in zip(m, starts, strict=True)])
+        window, _ = timed(partial(windows_of, members, clips))
         errors = [
             np.sqrt(np.square(d.T - c / 32768).mean() / np.square(c / 32768).mean())
             for d, c in zip(decoded, clips, strict=True)

@@ -1,6 +1,7 @@
 """The arithmetic of sound: which samples belong to which frames, whatever the frame rate and wherever a clip is cut."""
 
 from fractions import Fraction
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -21,10 +22,7 @@ fps_values = st.sampled_from((6.0, 10.0, 12.0, 23.976, 24.0, 25.0, 29.97, 30.0, 
 def rows(fps: float, cuts: list[int]) -> list[dict[str, Any]]:
     """Clips between these frames, as an index has them."""
     rate = float(ClipConfig(fps=fps).rate)
-    return [
-        {"start_seconds": round(a / rate, 6), "frame_count": b - a, "fps": rate}
-        for a, b in zip(cuts, cuts[1:], strict=False)
-    ]
+    return [{"start_seconds": round(a / rate, 6), "frame_count": b - a, "fps": rate} for a, b in pairwise(cuts)]
 
 
 @given(fps_values, st.sets(st.integers(0, 5_000_000), min_size=3, max_size=6), st.sampled_from(RATES))
@@ -34,7 +32,10 @@ def test_neighbours_join_to_the_sample_and_none_drifts(fps: float, cuts: set[int
     for row, (begin, end), (following, _) in zip(clips, spans, [*spans[1:], (None, None)], strict=True):
         assert following in (end, None)
         exact = ClipConfig(fps=fps).rate
-        for sample, seconds in ((begin, row["start_seconds"]), (end, row["start_seconds"] + row["frame_count"] / row["fps"])):
+        for sample, seconds in (
+            (begin, row["start_seconds"]),
+            (end, row["start_seconds"] + row["frame_count"] / row["fps"]),
+        ):
             assert abs(sample - seconds * rate) <= 0.51 + 1e-6 * rate
         first = round(row["start_seconds"] * exact)
         assert abs(begin - Fraction(first * rate) / exact) <= Fraction(1, 2)
@@ -111,7 +112,7 @@ def test_a_part_is_that_part_of_the_whole(codec: str) -> None:
 def test_a_damaged_member_is_one_line() -> None:
     data = encode(np.zeros((9_600, 2), np.int16), AudioConfig())
     for broken in (b"", b"no sound", data[: len(data) // 2]):
-        with pytest.raises(Failure, match="^KEY: .*; run `longtake dataset verify`$"):
+        with pytest.raises(Failure, match=r"^KEY: .*; run `longtake dataset verify`$"):
             audio.decode(broken, 0, 9_600, 2, "KEY")
 
 

@@ -2,6 +2,7 @@
 
 import hashlib
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,6 @@ from longtake.infra import graph, recipe
 from longtake.pipeline.isolate import Worker
 from longtake.pipeline.sounds import make_sounds
 from longtake.pipeline.stages import cache_audio
-
-pytestmark = pytest.mark.usefixtures("ray_session")
 
 
 def config(dataset: str, **options: Any) -> cache_audio.Config:
@@ -61,6 +60,22 @@ def mute(videos: list[Path], tmp_path: Path) -> str:
     return claps.dataset_of(tmp_path / "mute", copies)
 
 
+@pytest.fixture
+def alone(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Makes the shards in this process, without Ray."""
+    worker = Worker()
+
+    def make(_: str, jobs: Any, __: Any, ___: Any, ____: Any, arguments: dict[str, Any]) -> None:
+        for job in jobs:
+            keep = np.unpackbits(np.frombuffer(job.keep, np.uint8), count=job.clips).astype(bool)
+            make_sounds(worker, **arguments, split=job.split, name=job.name, keep=keep)
+
+    monkeypatch.setattr(cache_audio.columns, "make", make)
+    yield
+    worker.close()
+
+
+@pytest.mark.usefixtures("ray_session")
 def test_the_column_is_the_one_that_shard_makes(made: str, mute: str) -> None:
     before = hashes(mute)
     result = run(mute)
@@ -82,6 +97,7 @@ def test_the_column_is_the_one_that_shard_makes(made: str, mute: str) -> None:
     assert run(mute)["metrics"]["made_shards"] == 0 and hashes(mute) == found
 
 
+@pytest.mark.usefixtures("alone")
 def test_a_stopped_run_makes_what_is_missing(made: str, mute: str) -> None:
     run(mute)
     Path(mute, "train", "00001.audio.parquet").unlink()
@@ -93,6 +109,7 @@ def test_a_stopped_run_makes_what_is_missing(made: str, mute: str) -> None:
     }
 
 
+@pytest.mark.usefixtures("alone")
 def test_a_source_that_is_gone_or_another_is_marked(mute: str, tmp_path: Path) -> None:
     (tmp_path / "a.mp4").unlink()
     claps.write(tmp_path / "late.mp4", seconds=3)
@@ -105,6 +122,7 @@ def test_a_source_that_is_gone_or_another_is_marked(mute: str, tmp_path: Path) -
     assert masks == {True, False}
 
 
+@pytest.mark.usefixtures("alone")
 def test_another_file_of_the_same_size_is_another_source(videos: list[Path], mute: str, tmp_path: Path) -> None:
     long, other = tmp_path / "a.mp4", tmp_path / "other.mp4"
     claps.write(other, seconds=3)
@@ -114,6 +132,7 @@ def test_another_file_of_the_same_size_is_another_source(videos: list[Path], mut
     assert run(mute)["metrics"]["clips_changed"] == 4
 
 
+@pytest.mark.usefixtures("alone")
 def test_unreachable_sources_are_asked_again(mute: str, made: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def down(*_: Any, **__: Any) -> Path:
         raise sounds.Unread("unreachable", "no answer")
@@ -133,6 +152,7 @@ def test_unreachable_sources_are_asked_again(mute: str, made: str, monkeypatch: 
     assert [row["sha256"] for row in claps.column(mute)] == [row["sha256"] for row in claps.column(made)]
 
 
+@pytest.mark.usefixtures("alone")
 def test_one_column_has_one_setting(mute: str) -> None:
     run(mute)
     with pytest.raises(UserError, match="has sound with codec: opus; set the same, or delete"):
@@ -141,6 +161,7 @@ def test_one_column_has_one_setting(mute: str) -> None:
         run(storage.join(mute, "nowhere"))
 
 
+@pytest.mark.usefixtures("alone")
 def test_sound_is_folded_into_one_file_as_other_columns(mute: str) -> None:
     run(mute)
     plain = [batch["audio"] for batch in Loader(mute, columns=("audio",), frames=9, epochs=1)]

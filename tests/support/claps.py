@@ -19,7 +19,7 @@ from longtake.pipeline.stages import shard
 
 FPS = 25
 TIMES = (0.6, 1.4, 2.2, 3.0, 3.8)
-SMALL = ClipConfig(short_side=32, fps=FPS, min_seconds=0.5, max_seconds=1, crf=10)
+SMALL = ClipConfig(short_side=32, fps=FPS, min_seconds=0.5, max_seconds=1, crf=10, encoder_preset="ultrafast")
 _SIZE, _CORNER = 64, 24
 _NAMES = {1: "mono", 2: "stereo", 6: "5.1"}
 

@@ -105,7 +105,9 @@ def test_frames_with_a_broken_number_of_samples(tmp_path: Path) -> None:
 
 def test_sound_that_was_not_kept_is_asked_for_in_one_line(tmp_path: Path) -> None:
     dataset = claps.dataset_of(tmp_path / "d", [claps.write(tmp_path / "a.mp4")])
-    with pytest.raises(UserError, match=r"\(train\): 4 clips were cut without their sound; add it with a `cache_audio`"):
+    with pytest.raises(
+        UserError, match=r"\(train\): 4 clips were cut without their sound; add it with a `cache_audio`"
+    ):
         Loader(dataset, **WINDOW, columns=("video", "audio"))
     with pytest.raises(UserError, match="columns: audio cannot be called 'sound'"):
         Loader(dataset, **WINDOW, columns={"sound": "audio"})
