@@ -151,7 +151,8 @@ def _feed(digest: Any, column: pa.ChunkedArray) -> None:
         digest.update(np.asarray(pc.binary_length(values)).tobytes())
         digest.update(b"".join(values.to_pylist()))
     else:
-        digest.update(np.asarray(column.fill_null(0)).tobytes())
+        nothing = False if pa.types.is_boolean(column.type) else 0
+        digest.update(np.asarray(column.fill_null(nothing)).tobytes())
 
 
 def write_table(

@@ -154,6 +154,23 @@ TEXT_INDEX = pa.schema(
 # How the names of columns begin that are a table and no tar.
 TABLES = ("caption-",)
 
+# One row a sample of the column `audio`: KEY.ogg has `samples` samples, those from the clip's first frame to the end of its
+# last. A clip without sound has an empty member, and a reason.
+AUDIO_INDEX = pa.schema(
+    [
+        *COLUMN_INDEX,
+        ("codec", pa.string()),  # "opus" or "flac"
+        ("rate", pa.int32()),  # samples a second
+        ("channels", pa.int32()),
+        ("samples", pa.int64()),  # in each channel
+        ("has_audio", pa.bool_()),
+        ("reason", pa.string()),  # a code of audio.REASONS where there is no sound, else null
+        ("loudness", pa.float32()),  # root of the mean square in dB, 0 for a square wave of full scale; -120 at least
+        ("silence", pa.float32()),  # share of 10 ms blocks below -60 dB
+        ("clipping", pa.float32()),  # share of samples at full scale
+    ]
+)
+
 # One row a clip of the dataset, used or not.
 VIEW = pa.schema(
     [

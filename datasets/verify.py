@@ -14,7 +14,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from longtake.datasets import captions, compact, index, schema, storage, text
+from longtake.datasets import audio, captions, compact, index, schema, storage, text
 from longtake.datasets import latents as columns
 from longtake.datasets.errors import Failure
 
@@ -85,6 +85,8 @@ def problems(
     remedy = f"delete {split}/{number}.parquet and run {again} again"
     if stage := next((stage for begin, stage in _STAGES.items() if column.startswith(begin)), None):
         remedy = f"delete {split}/{name}.parquet and run its `{stage}` stage again"
+    elif column == audio.COLUMN:
+        remedy = f"delete {split}/{name}.parquet and run a `cache_audio` stage"
     try:
         shard = index.read_shard(dataset, split, name)
     except Failure as e:
@@ -102,6 +104,9 @@ def problems(
         yield from columns.problems(dataset, shard)
     elif column.startswith(text.PREFIX):
         yield from text.problems(dataset, shard)
+    elif column == audio.COLUMN:
+        with contextlib.suppress(Failure):
+            yield from audio.problems(dataset, shard)
     # a problem of the other table is reported when that one is checked
     with contextlib.suppress(Failure):
         yield from _base_problems(url, dataset, shard, remedy) if column else _source_problems(dataset, shard, remedy)

@@ -8,6 +8,7 @@ STAGES = {
     "curate": "longtake.pipeline.stages.curate",
     "caption": "longtake.pipeline.stages.caption",
     "cache_text": "longtake.pipeline.stages.cache_text",
+    "cache_audio": "longtake.pipeline.stages.cache_audio",
     "cache_latents": "longtake.pipeline.stages.cache_latents",
     "pretrain_vae": "longtake.training.models.pv_vae.pretrain",
     "finetune_latte": "longtake.training.models.latte.finetune",

@@ -88,7 +88,7 @@ def sayings(captions: pa.Array) -> pa.ChunkedArray:
     plain = pc.utf8_trim_whitespace(pc.utf8_lower(pc.replace_substring_regex(texts, r"\s+", " "))).to_pylist()
     said: list[set[str] | None] = [set() if has else None for has in captions.is_valid().to_pylist()]
     for number, text in zip(clip.tolist(), plain, strict=True):
-        said[number].add(text)  # type: ignore[union-attr]
+        said[number].add(text)
     return pa.chunked_array([pa.array([None if s is None else "\n".join(sorted(s)) for s in said], pa.string())])
 
 

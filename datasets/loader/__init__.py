@@ -35,11 +35,12 @@ class Loader(Stream):
     """Batches of windows, endless over epochs unless `epochs` is given.
 
     A batch is `{"key": [str], "epoch": int}` and the columns asked for: `video` uint8 (B, 3, T, H, W), `frame_diff`
-    uint8 (B, 3, T-1, h, w), `latent` float16 or bfloat16 (B, 2, C, 1 + (T-1)/4, h, w) of mean and log-variance, `json`
-    [dict], `label` int64 (B,), `caption` [str | None], one of those about the window, drawn, and `text` bfloat16
-    (B, N, width) of the states of its tokens with `text_mask` bool (B, N); B is this rank's share. Several columns of one
-    kind have the names that the caller gives them. With `history_seconds` there are also `history_video`,
-    `history_latent` and so on, and how many of their frames and latents are true (see `datasets.loader.window`).
+    uint8 (B, 3, T-1, h, w), `audio` float32 (B, channels, samples) and `audio_mask` bool (B,), `latent` float16 or
+    bfloat16 (B, 2, C, 1 + (T-1)/4, h, w) of mean and log-variance, `json` [dict], `label` int64 (B,), `caption`
+    [str | None], one of those about the window, drawn, and `text` bfloat16 (B, N, width) of the states of its tokens with
+    `text_mask` bool (B, N); B is this rank's share. Several columns of one kind have the names that the caller gives them.
+    With `history_seconds` there are also `history_video`, `history_latent` and so on, and how many of their frames and
+    latents are true (see `datasets.loader.window`).
 
     Args:
         dataset: URL of the dataset.
@@ -76,8 +77,8 @@ class Loader(Stream):
             its place, and `batch["skipped"]` and `skipped` count; a share with nothing readable still stops.
 
     Raises:
-        UserError: nothing to load, a batch that does not divide, an unknown column, columns of latents with other factors,
-            a share outside 0 to 1, no clip as large as `size` or with as much history.
+        UserError: nothing to load, a batch that does not divide, an unknown column, sound that was not kept, columns of
+            latents with other factors, a share outside 0 to 1, no clip as large as `size` or with as much history.
         Failure: a damaged index, or a column that does not belong to these clips.
     """
 

@@ -1,13 +1,14 @@
 """A split and its columns: their names in batches, their rows in the order of the base's, and the windows that they allow."""
 
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from longtake.datasets import compact, index, schema
+from longtake.datasets import audio, compact, index, schema
 from longtake.datasets.cache import Cache
 from longtake.datasets.compact import Rows
 from longtake.datasets.errors import Failure, UserError
@@ -15,7 +16,7 @@ from longtake.datasets.loader import streams
 from longtake.datasets.loader.reader import Reader
 from longtake.datasets.loader.streams import latents_before
 
-COLUMNS = ("video", "frame_diff", "latent-DIGEST", "caption-DIGEST", "text-DIGEST", "json", "label")
+COLUMNS = ("video", "frame_diff", "audio", "latent-DIGEST", "caption-DIGEST", "text-DIGEST", "json", "label")
 # how columns begin, and what they are called without a name
 _CALLED = {"latent-": "latent", "caption-": "caption", "text-": "text"}
 
@@ -39,6 +40,13 @@ class Split:
     def tars(self) -> list[Rows]:
         """The rows of the base and of the cache columns that have tars."""
         return [self.base, *(rows for name, rows in self.columns.items() if not index.is_table(self.names[name]))]
+
+    @cached_property
+    def sound(self) -> tuple[int, int]:
+        """The rate and the channels of the column of sound."""
+        rows = self.columns[audio.COLUMN]
+        first = rows.row(int(np.flatnonzero(rows.counts)[0]), 0)
+        return first["rate"], first["channels"]
 
     def check_windows(self, lengths: Sequence[int], stride: int, histories: streams.Lengths | None) -> None:
         """Check that the columns have windows of these numbers of frames.
@@ -125,10 +133,11 @@ def open_columns(base: Rows, names: Mapping[str, str], cache: Cache | None) -> t
     """A split with the cache columns among `names`, and the `FACTS` of its columns of latents.
 
     Raises:
-        UserError: a column of texts is of other captions than those that are asked for with it.
-        Failure: a column lacks clips of the base.
+        UserError: clips of the base have no sound to load; a column of texts is of other captions than those that are asked
+            for with it.
+        Failure: another column lacks clips of the base.
     """
-    caches = {name: c for name, c in names.items() if c == "frame_diff" or kind_of(c)}
+    caches = {name: c for name, c in names.items() if c in ("frame_diff", audio.COLUMN) or kind_of(c)}
     opened = {name: _open(base, column, cache) for name, column in caches.items()}
     split = Split(base, names, {name: rows for name, (rows, _) in opened.items()}, Reader(cache))
     for name in split.texts:
@@ -167,6 +176,7 @@ def _open(base: Rows, column: str, cache: Cache | None) -> tuple[Rows, pa.Table]
     """The rows of a cache column and their `FACTS`, in the base's order.
 
     Raises:
+        UserError: there is no sound of some shard.
         Failure: a shard has another number of rows than in the base. That they belong to its clips is checked on reading.
     """
     rows, facts = compact.open_split(base.dataset, base.split, column, cache)
@@ -181,6 +191,8 @@ def _open(base: Rows, column: str, cache: Cache | None) -> tuple[Rows, pa.Table]
             f"{missing} clips have no {column}" if missing else f"{next(iter(wrong))} has clips that are not there"
         )
         where = f"{base.dataset} ({base.split})"
+        if missing and column == audio.COLUMN:
+            raise UserError(f"{where}: {missing} clips were cut without their sound; add it with a `cache_audio` stage")
         raise Failure(f"{where}: {problem}; delete the column's indexes and run its stage again")
     # a column's shard is committed before its base shard: drop those that are ahead
     in_base = np.array([name in expected for name in names], bool)

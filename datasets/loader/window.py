@@ -13,7 +13,7 @@ import numpy as np
 
 from longtake.datasets import clip, later, text
 from longtake.datasets.errors import Failure
-from longtake.datasets.loader import captions
+from longtake.datasets.loader import captions, sound
 from longtake.datasets.loader.order import sample_rng
 from longtake.datasets.loader.split import Split
 from longtake.datasets.loader.streams import Lengths, clips_of, latents_before
@@ -63,6 +63,9 @@ def load(split: Split, sample: Sample, window: Window) -> dict[str, Any]:
             out["video"] = _video(split, sample.shard, row, frames, window.size, place)
         if "frame_diff" in split.names:
             out["frame_diff"] = _frame_diff(split, sample, row, frames, window.size, place)
+        if "audio" in split.names:
+            span = (window.frames - 1) * window.stride + 1
+            out |= sound.of_window(split, sample.shard, sample.row, row, frames[0], span)
         first, count = frames[0] // factor, 1 + (window.frames - 1) // factor
         for column, cached in zip(split.latents, latents, strict=True):
             out[column] = _latents(split, column, sample.shard, cached, first, count)
@@ -155,8 +158,9 @@ def _history(
 ) -> dict[str, Any]:
     """The frames and latents just before the window, from its clip and the clips that it follows without a hole.
 
-    `history_video` (3, Th, H, W) and `history_NAME` (Lh, 2, C, h, w) for each column of latents. Of these the last
-    `history_frames` and `history_steps` are true, and all before them is zero.
+    `history_video` (3, Th, H, W), `history_audio` (channels, samples) and `history_NAME` (Lh, 2, C, h, w) for each column
+    of latents. Of these the last `history_frames`, `history_samples` and `history_steps` are true, and all before them is
+    zero.
     """
     out: dict[str, Any] = {}
     before = list(pasts(split.base, sample.shard, sample.row, window.history_seconds))
@@ -169,6 +173,10 @@ def _history(
         ]
         room = np.zeros((3, len(frames), *window.size), np.uint8)
         out["history_video"], out["history_frames"] = _at_end(room, parts, 1)
+
+    if "audio" in split.names:
+        count = round(window.history_seconds * row["fps"] / window.stride) * window.stride
+        out |= sound.before_window(split, sample.shard, before, row, start, count)
 
     if split.latents:
         rows_of = (split.latent_rows(sample.shard, number, past) for number, past in before)
