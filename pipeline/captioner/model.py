@@ -146,7 +146,9 @@ class Model:
         from PIL import Image
 
         mp4, name = columns.clip_bytes(tar, row), f"{tar}: {row['key']}.mp4"
-        return [Image.fromarray(frame) for frame in frames.seen(mp4, row, self._showing.frames, self._showing.side, name)]
+        return [
+            Image.fromarray(frame) for frame in frames.seen(mp4, row, self._showing.frames, self._showing.side, name)
+        ]
 
     def _answer(self, row: Row, text: str | None) -> Answer:
         try:

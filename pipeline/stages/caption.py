@@ -211,7 +211,7 @@ def _captioner(config: Config) -> tuple[dict[str, Any], str]:
     """All that decides what a captioner says, as plain data, and its name; empty without one.
 
     Raises:
-        UserError: no such model or endpoint, a key that is not set, or a package that is not installed.
+        UserError: no such local model, or `transformers` is not installed.
     """
     if config.model is None:
         return {}, ""
@@ -224,11 +224,11 @@ def _captioner(config: Config) -> tuple[dict[str, Any], str]:
 
         name = Path(config.model).name or "model"
         return decides | {"model": name, "digest": digest_of(config.model)}, name
-    _check_endpoint(config, config.endpoint)
     return decides | {"model": config.model, "send": config.send}, config.model
 
 
 def _check_endpoint(config: Config, url: str) -> None:
+    """Raises UserError: no such endpoint, a key that is not set, or `openai` is not installed."""
     if find_spec("openai") is None:
         raise UserError("endpoint: needs the package openai; run `pip install 'longtake[text]'`")
     if config.key_env is not None and not os.environ.get(config.key_env):
@@ -268,10 +268,16 @@ def _begin(
 
 
 def _ask(config: Config, dataset: str, output: str, column: str, maker: str, jobs: list[Job]) -> Counter[str]:
-    """Have a captioner make the shards of the jobs. Raises Failure: its budget is used up, or some could not be made."""
+    """Have a captioner make the shards of the jobs.
+
+    Raises:
+        UserError: there is no such endpoint, or its key is not set.
+        Failure: the budget is used up, or some could not be made.
+    """
     arguments = {"maker": maker, "dataset": dataset, "output": output, "column": column}
     if config.endpoint is None:
         return columns.make("caption", jobs, config.run, _load_model, [], arguments | {"showing": _showing(config)})
+    _check_endpoint(config, config.endpoint)
     run = config.run
     workers = run.model_copy(update={"gpus": 0.0, "workers": run.workers or 1})
     budget = (run.requests_per_minute, run.max_requests, run.max_tokens)

@@ -26,7 +26,7 @@ from longtake.datasets.errors import Failure, UserError
 from longtake.datasets.loader import Loader
 from longtake.datasets.stage import content, names
 from longtake.datasets.verify import verify
-from longtake.infra.cli import main
+from longtake.infra.cli.dataset import dataset as commands
 from longtake.infra.footage import write_video
 from longtake.pipeline import captions
 from longtake.pipeline.captioner import endpoint, frames, reply
@@ -203,11 +203,11 @@ def test_commands_show_captions(films: list[Path], made_alone: MakeAlone, tmp_pa
         sources(listed(tmp_path, films, [{"caption": "the dog runs"}, {"caption": "a Dog sits"}, *[{}] * 4])), root
     )
     with pytest.raises(UserError, match="has no captions; run a `caption` stage"):
-        CliRunner().invoke(main.commands["dataset"], ["captions", root], catch_exceptions=False)  # type: ignore[attr-defined]
+        CliRunner().invoke(commands, ["captions", root], catch_exceptions=False)
     column = run(root, tmp_path / "out")["column"]
 
     def says(*arguments: str) -> str:
-        done = CliRunner().invoke(main.commands["dataset"], [*arguments], catch_exceptions=False)  # type: ignore[attr-defined]
+        done = CliRunner().invoke(commands, [*arguments], catch_exceptions=False)
         assert done.exit_code == 0
         return done.stdout
 
@@ -443,9 +443,11 @@ def test_answers_outlive_their_process_and_those_about_other_clips_do_not_count(
 ) -> None:
     class Dies(endpoint.Endpoint):
         def answers(self, clips: Any, tar: str) -> Any:
-            for n, answer in enumerate(super().answers(clips, tar)):
+            given = 0
+            for answer in super().answers(clips, tar):
                 yield answer
-                if n == 2:
+                given += answer is not None
+                if given == 3:
                     raise KeyboardInterrupt
 
     asked = Dies(asking(served.url, concurrency=1), Meter(None, None, None), proven=False)
@@ -461,14 +463,16 @@ def test_answers_outlive_their_process_and_those_about_other_clips_do_not_count(
     )
     with pytest.raises(KeyboardInterrupt):
         make_captions(asked, *arguments)
-    (kept,) = (tmp_path / "out" / "answers" / "caption-fake" / f"train-{base.name}").glob("*.json")
-    answers = json.loads(kept.read_text())
+    files = list((tmp_path / "out" / "answers" / "caption-fake" / f"train-{base.name}").glob("*.json"))
+    answers = [answer for kept in files for answer in json.loads(kept.read_text())]
     assert len(answers) == 3
-    kept.write_text(json.dumps([answers[0] | {"base_sha256": "of another clip"}, *answers[1:]]))
+    for kept in files:
+        kept.unlink()
+    files[0].write_text(json.dumps([answers[0] | {"base_sha256": "of another clip"}, *answers[1:]]))
     make(root, tmp_path / "out", served)
     is_whole(root)
     assert served.asked[reply.token_of(answers[0]["key"])] == 2 and served.asked[reply.token_of(answers[1]["key"])] == 1
-    assert not kept.exists()
+    assert not files[0].exists()
 
 
 def test_a_later_annotation_takes_the_place_of_what_was_asked_and_nothing_is_asked_again(
@@ -554,17 +558,17 @@ def test_the_stage_asks_about_clips_without_captions_alone(
     root = str(tmp_path / "d")
     made_alone(sources(listed(tmp_path, films, [{"caption": "said"}, *[{}] * 4, {"shots": [[0, 1, "shot"]]}])), root)
     with pytest.raises(
-        Failure, match=r"the budget of 6 requests is used up: 6 clips were answered in this run, 7 are left"
+        Failure, match=r"the budget of 6 requests is used up: 6 clips were answered in this run, 8 are left"
     ):
         run(root, tmp_path / "out", model="fake", endpoint=served.url, max_requests=6, workers=2, concurrency=2)
     result = run(root, tmp_path / "out", model="fake", endpoint=served.url, workers=2)
     record = read_captions(result["uri"])
     assert (
         record.captioner["model"] == "fake"
-        and record.counts["source/fake"] == 13 == result["metrics"]["asked_clips"] + 6
+        and record.counts["source/fake"] == 14 == result["metrics"]["asked_clips"] + 6
     )
     assert record.counts["source/manifest"] == 3 and record.counts["clips_without"] == 0
-    assert set(served.asked.values()) == {1} and len(served.asked) == 13
+    assert set(served.asked.values()) == {1} and len(served.asked) == 14
     assert not (tmp_path / "out" / "answers").exists()
     assert caption.complete(result["uri"]) and not list(verify(root))
     # a view: others are left out, and are another column
@@ -602,7 +606,7 @@ if __name__ == "__main__":
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kills", [2, pytest.param(12, marks=pytest.mark.soak)])
+@pytest.mark.parametrize("kills", [1, pytest.param(8, marks=pytest.mark.soak)])
 def test_killed_at_any_moment_nothing_is_lost_or_doubled_and_no_committed_clip_is_asked_again(
     root: str, tmp_path: Path, served: FakeEndpoint, kills: int, victims: Callable[[int], list[psutil.Process]]
 ) -> None:
@@ -620,24 +624,28 @@ def test_killed_at_any_moment_nothing_is_lost_or_doubled_and_no_committed_clip_i
     def start() -> subprocess.Popen[bytes]:
         return subprocess.Popen(command, env=environment, start_new_session=True, stderr=subprocess.DEVNULL)
 
-    for number in range(kills):
+    for _ in range(kills):
         before, child = served.answered.total(), start()
         deadline = time.time() + 120
         while child.poll() is None and served.answered.total() < before + 4 and time.time() < deadline:
             time.sleep(0.02)
-        if number % 2 and (workers := [w for w in victims(child.pid) if "MapWorker" in " ".join(w.cmdline())]):
-            workers[0].kill()  # Ray starts another, and the job goes on
-            time.sleep(1)
+        if child.poll() is not None:
+            break  # there was nothing left to do
         os.killpg(child.pid, signal.SIGKILL)
         child.wait()
         time.sleep(served.stall)  # requests of the dead still end
         for key, count in committed.items():
             assert served.asked[reply.token_of(key)] == count
         (column,) = {path.name.split(".")[1] for path in Path(root).glob("*/*.caption-*.parquet")} or {""}
-        committed = (
-            {row["key"]: served.asked[reply.token_of(row["key"])] for row in rows_of(root, column)} if column else {}
-        )
-    child = start()
+        rows = rows_of(root, column) if column else []
+        committed = {row["key"]: served.asked[reply.token_of(row["key"])] for row in rows}
+    # a worker that dies is started again, and the job goes on
+    before, child = served.answered.total(), start()
+    while child.poll() is None and served.answered.total() < before + 2:
+        time.sleep(0.02)
+    for worker in victims(child.pid):
+        if "MapWorker" in " ".join(worker.cmdline()):
+            worker.kill()
     assert child.wait(300) == 0
     for key, count in committed.items():
         assert served.asked[reply.token_of(key)] == count
@@ -648,5 +656,5 @@ def test_killed_at_any_moment_nothing_is_lost_or_doubled_and_no_committed_clip_i
         said = [c.text for c in records.rows_to_captions(row["captions"])]
         assert said == [caption_of(reply.token_of(row["key"]))] or row["reason"].startswith("bad_answer")
     # what was under way at a kill, or answered within the last half second, may be asked about again
-    assert served.answered.total() <= len(keys(root)) + 12 * kills
+    assert served.answered.total() <= len(keys(root)) + 12 * (kills + 1)
     assert not list(verify(root)) and caption.complete(str(tmp_path / "out"))
