@@ -336,7 +336,7 @@ def _asking(config: Config) -> Any:
 
 
 def _load_endpoint(
-    device: str, *, asking: Any, key_env: str | None, proven: bool, meter: Any, **place: str
+    device: str, *, asking: Any, key_env: str | None, proven: bool, meter: Any, **place: Any
 ) -> columns.Make:
     """The function that captions a shard by an endpoint, loaded in an actor."""
     from longtake.pipeline.captioner.endpoint import Endpoint
@@ -350,7 +350,7 @@ def _load_endpoint(
     return partial(make_captions, Endpoint(replace(asking, key=key), Shared(meter), proven), **place)
 
 
-def _load_model(device: str, *, showing: Any, **place: str) -> columns.Make:
+def _load_model(device: str, *, showing: Any, **place: Any) -> columns.Make:
     """The function that captions a shard by a local model, loaded in an actor."""
     from longtake.pipeline.captioner.model import Model
     from longtake.pipeline.captioner.shard import make_captions
