@@ -25,7 +25,10 @@ _FILE = "captions.json"
 _FIELDS = frozenset(("text", "start", "end", "language", "source"))
 _PLACES = 3  # digits of seconds behind the point
 _WORD = re.compile(r"\w+")
-_SMALL = frozenset("a an and are as at by for from in into is it its of on or over that the then to while with".split())
+_SMALL = frozenset(
+    ("a", "an", "and", "are", "as", "at", "by", "for", "from", "in", "into", "is", "it", "its", "of", "on", "or", "that",
+     "the", "then", "to", "while", "with")
+)  # fmt: skip
 
 
 class Caption(NamedTuple):
@@ -93,7 +96,9 @@ def _caption(entry: Any, source: str, timed: bool) -> Caption:
     if isinstance(entry, str) and not timed:
         entry = {"text": entry}
     if not isinstance(entry, Mapping):
-        raise ValueError(f"{_short(entry)} is no {'[start, end, text] and no object' if timed else 'text and no object'}")
+        raise ValueError(
+            f"{_short(entry)} is no {'[start, end, text] and no object' if timed else 'text and no object'}"
+        )
     if unknown := entry.keys() - _FIELDS:
         raise ValueError(f"unknown {', '.join(sorted(unknown))}; there are text, start, end, language and source")
     text, language = entry.get("text"), entry.get("language")
@@ -105,8 +110,8 @@ def _caption(entry: Any, source: str, timed: bool) -> Caption:
     start, end = (_seconds(entry.get(name), name) for name in ("start", "end"))
     if timed and (start is None or end is None):
         raise ValueError("a shot needs its start and its end")
-    if start is not None and end is not None and end <= start:
-        raise ValueError(f"it ends at {end:g} s, and starts at {start:g} s")
+    if end is not None and end <= (start or 0.0):
+        raise ValueError(f"it ends at {end:g} s, and starts at {start or 0.0:g} s")
     return Caption(text, start, end, language, source if maker is None else maker)
 
 
@@ -161,7 +166,9 @@ def rows_to_captions(value: Sequence[Mapping[str, Any]] | None) -> list[Caption]
     return [Caption(**each) for each in value or ()]
 
 
-def row_of(base: Mapping[str, Any], captions: Sequence[Caption], reason: str | None, annotations: str) -> dict[str, Any]:
+def row_of(
+    base: Mapping[str, Any], captions: Sequence[Caption], reason: str | None, annotations: str
+) -> dict[str, Any]:
     """A row of schema.CAPTION_INDEX for a row of the base shard; the reason counts only without captions."""
     return {
         "key": base["key"],
@@ -181,7 +188,9 @@ class Captions:
     captioner: Mapping[str, Any]  # what made those that the manifest lacks: model, prompt, frames ...; empty: nothing
     view: str | None  # URL; only for the clips that it keeps others were made
     digests: Mapping[str, str]  # of the splits' base shards when this was written (see `compact.Rows`)
-    counts: Mapping[str, int]  # clips, clips_without, captions, captions by source as source/NAME, reasons as reason/NAME
+    counts: Mapping[
+        str, int
+    ]  # clips, clips_without, captions, captions by source as source/NAME, reasons as reason/NAME
 
 
 def write_captions(uri: str, captions: Captions) -> None:

@@ -131,9 +131,7 @@ def _is_by(row: Row, maker: str) -> bool:
 
 def commit(dataset: str, base: index.Shard, column: str, rows: Sequence[Mapping[str, Any]]) -> None:
     """Commit a column's table for all clips of a base shard."""
-    index.write_table(
-        storage.join(dataset, base.split, f"{base.name}.{column}.parquet"), rows, schema.CAPTION_INDEX
-    )
+    index.write_table(storage.join(dataset, base.split, f"{base.name}.{column}.parquet"), rows, schema.CAPTION_INDEX)
 
 
 def is_images(dataset: str) -> bool:

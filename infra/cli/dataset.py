@@ -83,11 +83,11 @@ def captions_of(url: str, column: str | None, most: int) -> None:
     click.echo(f"captions {_captioned(found)}")
     for reason, count in found.reasons.most_common():
         click.echo(f"without  {count} {reason}")
-    worst = sorted(found.sources.items(), key=lambda pair: -pair[1][1])
+    worst = sorted(found.sources.items(), key=lambda pair: (-pair[1][1], pair[0]))
     for uri, (clips, without) in worst[:most]:
         if without:
             click.echo(shown(f"source   {without / clips:.0%} without, {without} of {clips}: {storage.printable(uri)}"))
-    for word, count in found.words.most_common(most):
+    for word, count in sorted(found.words.items(), key=lambda pair: (-pair[1], pair[0]))[:most]:
         click.echo(f"word     {count} {word}")
 
 

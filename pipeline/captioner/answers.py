@@ -36,7 +36,9 @@ class Answers:
                 continue
             url = storage.join(self._folder, name)
             try:
-                found.update({answer.key: answer for answer in (Answer(**each) for each in json.loads(storage.read(url)))})
+                found.update(
+                    {answer.key: answer for answer in (Answer(**each) for each in json.loads(storage.read(url)))}
+                )
             except (ValueError, TypeError) as e:
                 raise Failure(f"{url}: damaged ({e}); delete it and run the same command again") from e
         return found
@@ -67,6 +69,6 @@ def delete(folder: str) -> None:
         storage.retrying(path, partial(fs.rm, path, recursive=True))
 
 
-def sweep(output: str, column: str) -> None:
-    """Delete the answers of a column that has all its shards, which a stopped run may have left."""
-    delete(storage.join(output, FOLDER, column))
+def sweep(output: str) -> None:
+    """Delete all answers, once every shard is committed; a stopped run may have left some."""
+    delete(storage.join(output, FOLDER))

@@ -16,6 +16,7 @@ from typing import Any
 
 from longtake.datasets import storage
 from longtake.datasets.errors import Failure
+from longtake.datasets.masking import shown
 from longtake.pipeline import column as columns
 from longtake.pipeline.captioner import frames, reply
 from longtake.pipeline.captioner.meter import Counter
@@ -54,6 +55,10 @@ class Spent(Exception):
     """The budget is used up."""
 
 
+class Useless(Failure):
+    """The endpoint is of no use: it will be of none for the next shard either."""
+
+
 class _Passing(Exception):
     """A fault that may pass; `seconds` that the server asks to wait, if it says so."""
 
@@ -79,15 +84,27 @@ class Endpoint:
         )
         self._stopped = threading.Event()
         self._rejected: list[Answer] = []
+        self._useless: Useless | None = None
 
     def answers(self, clips: Sequence[Row], tar: str) -> Iterator[Answer | None]:
         """An answer for each clip, as they come; None now and then while none does.
 
         Raises:
             Spent: the budget is used up; answers that were under way have been given.
-            Failure: a clip is damaged; the endpoint does not answer, or refuses everything.
+            Failure: a clip is damaged.
+            Useless: the endpoint does not answer, or refuses everything; at once, if it was so for the shard before.
         """
+        if self._useless:
+            raise self._useless
+        try:
+            yield from self._answers(clips, tar)
+        except Useless as e:
+            self._useless = e
+            raise
+
+    def _answers(self, clips: Sequence[Row], tar: str) -> Iterator[Answer | None]:
         rest, self._rejected = iter(clips), []
+        self._stopped.clear()
         with ThreadPoolExecutor(self._asking.concurrency) as pool:
             running: set[Future[Answer]] = set()
             error: BaseException | None = None
@@ -111,7 +128,6 @@ class Endpoint:
                             yield from self._settled(future.result())
             finally:
                 self._stopped.set()
-            self._stopped.clear()
         if error:
             raise error
         yield from self._end()
@@ -133,8 +149,8 @@ class Endpoint:
 
     def _end(self) -> Iterator[Answer]:
         if self._rejected and not self._proven:
-            raise Failure(
-                f"{self._asking.url}: rejects every request ({self._rejected[0].reason}); check `model`, `send`, `frames`"
+            raise Useless(
+                f"{shown(self._asking.url)}: rejects every request ({self._rejected[0].reason}); check `model`, `send`, `frames`"
                 " and `settings`"
             )
         yield from self._held_back()
@@ -158,13 +174,13 @@ class Endpoint:
     def _request(self, row: Row, tar: str) -> dict[str, Any]:
         mp4, name = columns.clip_bytes(tar, row), f"{tar}: {row['key']}.mp4"
         if self._asking.send == "clip":
-            shown = len(frames.spread(row["frame_count"], self._asking.frames))
-            parts = [{"type": "video_url", "video_url": {"url": frames.data_url("video/mp4", mp4)}}]
+            count = len(frames.spread(row["frame_count"], self._asking.frames))
+            parts: list[Any] = [{"type": "video_url", "video_url": {"url": frames.data_url("video/mp4", mp4)}}]
         else:
             pictures = frames.seen(mp4, row, self._asking.frames, self._asking.side, name)
-            shown = len(pictures)
+            count = len(pictures)
             parts = [{"type": "image_url", "image_url": {"url": frames.jpeg_url(picture)}} for picture in pictures]
-        text = f"{reply.prompt_of(self._asking.prompt, row, shown)}\n\n{reply.instruction(reply.token_of(row['key']))}"
+        text = f"{reply.prompt_of(self._asking.prompt, row, count)}\n\n{reply.instruction(reply.token_of(row['key']))}"
         form = {"name": "caption", "strict": True, "schema": reply.SCHEMA}
         return {
             "model": self._asking.model,
@@ -179,7 +195,7 @@ class Endpoint:
 
         Raises:
             Bad: the answer is of no use. _Rejected: the request is not taken.
-            Spent: the budget is used up. Failure: the endpoint does not answer in time, or refuses everything.
+            Spent: the budget is used up. Useless: the endpoint does not answer in time, or refuses everything.
         """
         waited, pause = 0.0, _FIRST_WAIT
         while True:
@@ -193,15 +209,16 @@ class Endpoint:
                 return self._read(self._send(request))
             except _Passing as e:
                 # at random, so that all who were refused do not return at once
-                seconds = pause * random.SystemRandom().uniform(0.5, 1.5) if e.seconds is None else e.seconds
+                chance = random.SystemRandom().random()
+                seconds = pause * (0.5 + chance) if e.seconds is None else e.seconds + pause * chance
                 waited += time.monotonic() - begin + seconds
                 if waited > self._asking.patience_seconds:
-                    raise Failure(
-                        f"{self._asking.url}: {e}; nothing else in {self._asking.patience_seconds:g} s of"
+                    raise Useless(
+                        f"{shown(self._asking.url)}: {e}; nothing else in {self._asking.patience_seconds:g} s of"
                         " run.patience_seconds; run the same command again once it answers: it goes on where it stopped"
                     ) from None
                 if e.seconds is not None:
-                    self._meter.pause(seconds)
+                    self._meter.pause(e.seconds)
                 self._sleep(seconds)
                 pause = min(2 * pause, _LONGEST_WAIT)
 
@@ -210,7 +227,7 @@ class Endpoint:
             raise Spent
 
     def _send(self, request: Mapping[str, Any]) -> bytes:
-        """The body of the answer to a request. Raises _Passing, _Rejected, Failure."""
+        """The body of the answer to a request. Raises Bad, _Passing, _Rejected, Useless."""
         import openai
 
         end = time.monotonic() + self._asking.timeout_seconds
@@ -229,7 +246,9 @@ class Endpoint:
             raise self._refusal(e) from None
         except openai.APITimeoutError:
             raise _Passing(f"no answer in {self._asking.timeout_seconds:g} s") from None
-        except (openai.APIConnectionError, *_broken()) as e:
+        except Exception as e:
+            if not (isinstance(e, openai.APIConnectionError) or _of_connection(e)):
+                raise
             raise _Passing(f"the connection broke ({type(e.__cause__ or e).__name__})") from None
 
     def _refusal(self, error: Any) -> Exception:
@@ -239,7 +258,7 @@ class Endpoint:
         if status in (408, 409, 425, 429) or status >= 500:
             return _Passing(f"HTTP {status} {said}", _retry_after(error.response.headers))
         if status in _WRONG:
-            return Failure(f"{self._asking.url}: HTTP {status} {said}; check {_WRONG[status]}")
+            return Useless(f"{shown(self._asking.url)}: HTTP {status} {said}; check {_WRONG[status]}")
         return _Rejected(f"HTTP {status} {said}")
 
     def _clean(self, text: str) -> str:
@@ -268,11 +287,9 @@ class _Rejected(Exception):
     """A request that the server does not take, and would not take again."""
 
 
-def _broken() -> tuple[type[Exception], ...]:
-    """The errors of a connection that breaks while the body of an answer is read."""
-    import httpx
-
-    return (httpx.HTTPError, httpx.StreamError)
+def _of_connection(error: Exception) -> bool:
+    """Whether an error is of a connection that broke while the body of an answer was read, by the client's own client."""
+    return isinstance(error, OSError) or type(error).__module__.startswith(("httpx", "httpcore"))
 
 
 def _retry_after(headers: Mapping[str, str]) -> float | None:
@@ -292,12 +309,16 @@ def _retry_after(headers: Mapping[str, str]) -> float | None:
 
 def unreachable(url: str, seconds: float = 10.0) -> str | None:
     """Why nothing answers at the address of an endpoint; None if something does, whatever it says."""
-    import httpx
+    import openai
 
     try:
-        httpx.get(f"{url.rstrip('/')}/models", timeout=seconds)
-    except (httpx.ConnectError, httpx.ConnectTimeout, httpx.UnsupportedProtocol, httpx.InvalidURL) as e:
-        return str(e) or type(e).__name__
-    except httpx.HTTPError:
-        pass  # it is there, and slow or odd
+        openai.OpenAI(base_url=url, api_key="none", max_retries=0, timeout=seconds).models.list()
+    except openai.APIConnectionError as e:
+        cause = e.__cause__ or e
+        # it is there, and slow
+        if isinstance(e, openai.APITimeoutError) and "Connect" not in type(cause).__name__:
+            return None
+        return storage.printable(str(cause)) or type(cause).__name__
+    except (openai.OpenAIError, ValueError, TypeError, AttributeError):
+        pass  # it is there, and odd
     return None

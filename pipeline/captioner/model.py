@@ -101,7 +101,7 @@ class Model:
         for start in range(0, len(clips), self._showing.batch):
             rows = clips[start : start + self._showing.batch]
             try:
-                texts = self._generate([self._message(row, tar) for row in rows])
+                texts = self._generate(rows, tar)
             except torch.OutOfMemoryError as e:
                 raise Failure(
                     f"{tar}: {len(rows)} clips from {rows[0]['key']} on do not fit into the GPU's memory; lower `run.batch`"
@@ -110,36 +110,45 @@ class Model:
                 yield self._answer(row, text)
             yield None
 
-    def _message(self, row: Row, tar: str) -> dict[str, Any]:
-        from PIL import Image
-
-        mp4 = columns.clip_bytes(tar, row)
-        seen = frames.seen(mp4, row, self._showing.frames, self._showing.side, f"{tar}: {row['key']}.mp4")
-        pictures = [{"type": "image", "image": Image.fromarray(frame)} for frame in seen]
-        prompt = reply.prompt_of(self._showing.prompt, row, len(seen))
-        return {"role": "user", "content": [*pictures, {"type": "text", "text": prompt}]}
-
-    def _generate(self, messages: Sequence[Mapping[str, Any]]) -> list[str | None]:
-        """The model's answers; None for one that was cut."""
+    def _generate(self, rows: Sequence[Row], tar: str) -> list[str | None]:
+        """The model's answers about clips; None for one that was cut."""
         import torch
 
-        inputs = self._processor.apply_chat_template(
-            [[message] for message in messages],
-            add_generation_prompt=True,
-            tokenize=True,
-            return_dict=True,
-            return_tensors="pt",
+        shown = [self._pictures(row, tar) for row in rows]
+        talks = [
+            [{"role": "user", "content": [*[{"type": "image"}] * len(pictures), {"type": "text", "text": text}]}]
+            for row, pictures in zip(rows, shown, strict=True)
+            for text in (reply.prompt_of(self._showing.prompt, row, len(pictures)),)
+        ]
+        prompts = self._processor.apply_chat_template(talks, add_generation_prompt=True, tokenize=False)
+        begin = self._processor.tokenizer.bos_token
+        inputs = self._processor(
+            text=prompts,
+            images=shown,
             padding=True,
+            return_tensors="pt",
+            # templates have them already
+            add_special_tokens=not (begin and prompts[0].startswith(begin)),
         ).to(self._model.device, dtype=self._model.dtype)
         most = self._showing.answer_tokens
         with torch.inference_mode():
-            out = self._model.generate(**inputs, **{"do_sample": False, "max_new_tokens": most, **self._showing.settings})
+            out = self._model.generate(
+                **inputs, **{"do_sample": False, "max_new_tokens": most, **self._showing.settings}
+            )
         made = out[:, inputs["input_ids"].shape[1] :]
         ends = self._model.generation_config.eos_token_id
         ends = torch.tensor([ends] if isinstance(ends, int) else list(ends or ()), device=made.device)
         whole = torch.isin(made, ends).any(1).tolist()
         texts = self._processor.batch_decode(made, skip_special_tokens=True)
         return [text if end or made.shape[1] < most else None for text, end in zip(texts, whole, strict=True)]
+
+    def _pictures(self, row: Row, tar: str) -> list[Any]:
+        from PIL import Image
+
+        mp4, name = columns.clip_bytes(tar, row), f"{tar}: {row['key']}.mp4"
+        return [
+            Image.fromarray(frame) for frame in frames.seen(mp4, row, self._showing.frames, self._showing.side, name)
+        ]
 
     def _answer(self, row: Row, text: str | None) -> Answer:
         try:

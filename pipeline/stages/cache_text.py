@@ -118,7 +118,8 @@ def run(config: Config, inputs: Mapping[str, str], output: str) -> dict[str, Any
         shared = _shared_jobs(config, work, base, jobs, output)
         for split in schema.SPLITS:
             compact.forget(dataset, split, column)
-        arguments = {"encoder": described, "work": work, "output": output}
+        threads = max(1, int(config.run.cpus))
+        arguments = {"encoder": described, "work": work, "output": output, "threads": threads}
         try:
             for part in filter(None, (shared, jobs)):
                 totals += columns.make("cache_text", part, _task(config), _load, [], arguments)
@@ -184,10 +185,11 @@ def _shared_jobs(
     return shared_text.plan(work.dataset, work.column, work.captions, found.shared, jobs, output)
 
 
-def _load(device: str, *, encoder: Mapping[str, Any], work: text.Work, output: str) -> columns.Make:
+def _load(device: str, *, encoder: Mapping[str, Any], work: text.Work, output: str, threads: int) -> columns.Make:
     """The function that encodes a shard, loaded in an actor. Raises UserError where the worker finds another encoder."""
     import torch
 
+    torch.set_num_threads(threads)
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
     torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = True, False
     found = _encoder({name: encoder[name] for name in TextConfig.model_fields})

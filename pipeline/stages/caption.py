@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import cache, partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
@@ -183,7 +184,7 @@ def run(config: Config, inputs: Mapping[str, str], output: str) -> dict[str, Any
             totals = _ask(config, dataset, output, column, maker, jobs)
         finally:
             swept += columns.sweep(dataset)  # what workers that died have left
-    answers.sweep(output, column)
+    answers.sweep(output)
 
     # The record.
     counts = _counts([shard for shards in columns.shards_of(dataset, column, base).values() for shard in shards])
@@ -210,7 +211,7 @@ def _captioner(config: Config) -> tuple[dict[str, Any], str]:
     """All that decides what a captioner says, as plain data, and its name; empty without one.
 
     Raises:
-        UserError: no such model or endpoint, a key that is not set, or a package that is not installed.
+        UserError: no such local model, or `transformers` is not installed.
     """
     if config.model is None:
         return {}, ""
@@ -223,19 +224,19 @@ def _captioner(config: Config) -> tuple[dict[str, Any], str]:
 
         name = Path(config.model).name or "model"
         return decides | {"model": name, "digest": digest_of(config.model)}, name
-    _check_endpoint(config, config.endpoint)
     return decides | {"model": config.model, "send": config.send}, config.model
 
 
 def _check_endpoint(config: Config, url: str) -> None:
-    try:
-        from longtake.pipeline.captioner.endpoint import unreachable
-
-        import openai  # noqa: F401
-    except ImportError as e:
-        raise UserError(f"endpoint: needs the package {e.name}; run `pip install 'longtake[text]'`") from e
+    """Raises UserError: no such endpoint, a key that is not set, or `openai` is not installed."""
+    if find_spec("openai") is None:
+        raise UserError("endpoint: needs the package openai; run `pip install 'longtake[text]'`")
     if config.key_env is not None and not os.environ.get(config.key_env):
-        raise UserError(f"key_env: the environment variable {config.key_env} is not set; export the endpoint's key in it")
+        raise UserError(
+            f"key_env: the environment variable {config.key_env} is not set; export the endpoint's key in it"
+        )
+    from longtake.pipeline.captioner.endpoint import unreachable
+
     if problem := unreachable(url):
         raise UserError(f"endpoint: {shown(url)}: does not answer ({shown(problem)}); start it, or correct the address")
 
@@ -267,10 +268,16 @@ def _begin(
 
 
 def _ask(config: Config, dataset: str, output: str, column: str, maker: str, jobs: list[Job]) -> Counter[str]:
-    """Have a captioner make the shards of the jobs. Raises Failure: its budget is used up, or some could not be made."""
+    """Have a captioner make the shards of the jobs.
+
+    Raises:
+        UserError: there is no such endpoint, or its key is not set.
+        Failure: the budget is used up, or some could not be made.
+    """
     arguments = {"maker": maker, "dataset": dataset, "output": output, "column": column}
     if config.endpoint is None:
         return columns.make("caption", jobs, config.run, _load_model, [], arguments | {"showing": _showing(config)})
+    _check_endpoint(config, config.endpoint)
     run = config.run
     workers = run.model_copy(update={"gpus": 0.0, "workers": run.workers or 1})
     budget = (run.requests_per_minute, run.max_requests, run.max_tokens)
@@ -280,11 +287,14 @@ def _ask(config: Config, dataset: str, output: str, column: str, maker: str, job
         workers,
         _load_endpoint,
         [],
-        arguments | {"asking": _asking(config), "key_env": config.key_env, "proven": _is_proven(dataset, column, maker)},
+        arguments
+        | {"asking": _asking(config), "key_env": config.key_env, "proven": _is_proven(dataset, column, maker)},
         partial(_share_meter, budget),
     )
     if totals["spent"]:
-        bounds = [f"{value} {unit}" for value, unit in ((run.max_requests, "requests"), (run.max_tokens, "tokens")) if value]
+        bounds = [
+            f"{value} {unit}" for value, unit in ((run.max_requests, "requests"), (run.max_tokens, "tokens")) if value
+        ]
         raise Failure(
             f"caption: the budget of {' and '.join(bounds)} is used up: {totals['asked']} clips were answered in this run,"
             f" {totals['wanted'] - totals['answered']} are left; run the same command again: it goes on where it stopped"
@@ -312,7 +322,9 @@ def _showing(config: Config) -> Any:
     from longtake.pipeline.captioner.model import Showing
 
     names = {"prompt", "frames", "side", "max_characters", "answer_tokens", "settings"}
-    return Showing(folder=str(Path(config.model or "").absolute()), batch=config.run.batch, **config.model_dump(include=names))
+    return Showing(
+        folder=str(Path(config.model or "").absolute()), batch=config.run.batch, **config.model_dump(include=names)
+    )
 
 
 def _asking(config: Config) -> Any:
@@ -367,4 +379,3 @@ def _counts(shards: list[index.Shard]) -> dict[str, int]:
                 counts["clips_without"] += 1
                 counts[f"reason/{reason.partition(':')[0]}"] += 1
     return dict(counts)
-

@@ -19,7 +19,7 @@ TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=20) | st.sampl
     ["", "👩‍👩‍👧 two\nlines\r\n", "שלום עולם", "\u202eright to left", 'a "quoted", one\t;', "\x00", "x" * 100_000]
 )
 SECONDS = st.none() | st.floats(0, 1000)
-SPAN = st.tuples(SECONDS, SECONDS).filter(lambda span: None in span or span[0] < span[1])  # type: ignore[operator]
+SPAN = st.tuples(SECONDS, SECONDS).filter(lambda span: span[1] is None or (span[0] or 0.0) < span[1])  # type: ignore[operator]
 CAPTION = st.builds(
     lambda text, span, language, source: Caption(text, *span, language, source),
     TEXT, SPAN, st.none() | TEXT, TEXT,
@@ -151,7 +151,9 @@ def test_a_caption_of_a_clip_overlaps_it_and_stays_within(
 def root(handmade: Callable[..., str], tmp_path: Path) -> str:
     """Three shards of two clips, of which every second has two captions."""
     made = handmade(tmp_path / "d", [[{}, {}]] * 3, columns=("latent-test",))
-    return captioned(made, lambda row: [Caption(row["key"]), Caption("🙂", 0.5, 1.0)] if row["source"][-1] in "024" else [])
+    return captioned(
+        made, lambda row: [Caption(row["key"]), Caption("🙂", 0.5, 1.0)] if row["source"][-1] in "024" else []
+    )
 
 
 def test_a_column_is_verified_and_folded_like_any_other(root: str) -> None:
@@ -187,7 +189,10 @@ def test_each_damage_of_a_column_is_a_line(root: str) -> None:
     for row, says in (
         ({"captions": []}, "neither captions nor a reason"),
         ({"reason": None, "captions": None}, "neither captions nor a reason"),
-        ({"captions": [{"text": "a", "start": 2.0, "end": 1.0, "source": "m"}], "reason": None}, "ends before it starts"),
+        (
+            {"captions": [{"text": "a", "start": 2.0, "end": 1.0, "source": "m"}], "reason": None},
+            "ends before it starts",
+        ),
         ({"key": "another"}, "belongs to other clips"),
     ):
         rows = [captions.row_of(each, [], "not_annotated", "") | row for each in base]

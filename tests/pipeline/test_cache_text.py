@@ -327,8 +327,9 @@ def test_another_file_in_the_folder_is_another_input(tmp_path: Path) -> None:
 
 
 def test_a_recipe_has_the_stage(tmp_path: Path) -> None:
+    (tmp_path / "a.mp4").write_bytes(b"1")
     stages = {
-        "shards": {"kind": "shard", "sources": [str(tmp_path)]},
+        "shards": {"kind": "shard", "sources": [str(tmp_path / "a.mp4")]},
         "text": {"kind": "cache_text", "dataset": "shards", "captions": str(tmp_path / "captions"), "length": 77},
     }
     path = tmp_path / "r.yaml"
@@ -409,7 +410,8 @@ def test_an_encoder_from_a_folder_and_what_several_shards_have(root: str, tmp_pa
     # a worker that finds another encoder in the folder
     described = encoder.describe() | {"digest": "other", "width": 32}
     with pytest.raises(UserError, match="a worker finds another there than the driver"):
-        cache_text._load("cpu", encoder=described, work=text.Work(root, TEXT, COLUMN, 3), output=str(tmp_path / "out"))
+        work = text.Work(root, TEXT, COLUMN, 3)
+        cache_text._load("cpu", encoder=described, work=work, output=str(tmp_path / "out"), threads=1)
 
 
 @pytest.mark.slow

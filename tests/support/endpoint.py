@@ -148,7 +148,9 @@ class FakeEndpoint:
         _send(handler, 200, b'{"choices": []}')
 
 
-def _chat(handler: BaseHTTPRequestHandler, content: str | None, finish: str = "stop", refusal: str | None = None) -> None:
+def _chat(
+    handler: BaseHTTPRequestHandler, content: str | None, finish: str = "stop", refusal: str | None = None
+) -> None:
     message = {"role": "assistant", "content": content, "refusal": refusal}
     found = {
         "id": "1",

@@ -3,6 +3,7 @@
 import shutil
 from collections import Counter
 from collections.abc import Callable
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from longtake.datasets.captions import Caption
 from longtake.datasets.errors import Failure, UserError
 from longtake.datasets.loader import Loader
 from longtake.datasets.loader.batches import padded
+from longtake.datasets.loader.streams import Lengths
 
 WINDOW: dict[str, Any] = {"frames": 5, "size": (16, 16), "batch": 4, "epochs": 2}
 
@@ -67,11 +69,10 @@ def test_batches_are_the_same_whoever_makes_them_and_after_a_stop(root: str) -> 
     options = {**WINDOW, "columns": (TEXT,), "epochs": 3}
     expected = list(Loader(root, **options))
     stopped = Loader(root, **options)
-    first = [batch for batch, _ in zip(stopped, range(4), strict=False)]
+    first = list(islice(stopped, 4))
     resumed = Loader(root, **options, workers=2)
     resumed.load_state_dict(stopped.state_dict())
-    taken = stopped.state_dict()["taken"]
-    for one, other in zip(expected, [*first[:taken], *resumed], strict=True):
+    for one, other in zip(expected, [*first, *resumed], strict=True):
         assert torch.equal(one["text"], other["text"]) and torch.equal(one["text_mask"], other["text_mask"])
     halves = [list(Loader(root, **options, rank=rank, world=2)) for rank in range(2)]
     for whole, *parts in zip(expected, *halves, strict=True):
@@ -80,6 +81,15 @@ def test_batches_are_the_same_whoever_makes_them_and_after_a_stop(root: str) -> 
         states = {key: p["text"][n][p["text_mask"][n]] for p in parts for n, key in enumerate(p["key"])}
         for n, key in enumerate(whole["key"]):
             assert torch.equal(whole["text"][n][whole["text_mask"][n]], states[key])
+
+
+def test_states_come_with_histories_of_latents(root: str) -> None:
+    encoder = Counting()
+    options = WINDOW | {"columns": ("latent-test", COLUMN, TEXT), "histories": Lengths((0, 1), 1)}
+    for batch in Loader(root, **options):
+        for states, true, caption in zip(batch["text"], batch["text_mask"], batch["caption"], strict=True):
+            expected = torch.zeros(0, 8, dtype=torch.bfloat16) if caption is None else encoder.states(caption)
+            assert torch.equal(states[true], expected)
 
 
 def test_several_columns_have_the_names_that_they_are_given(root: str) -> None:

@@ -19,6 +19,7 @@ from longtake.datasets import latents as column
 from longtake.datasets import storage
 from longtake.datasets.captions import Captions, write_captions
 from longtake.datasets.errors import Interrupted
+from longtake.datasets.text import Text, TextConfig, write_text
 from longtake.infra import graph, recipe, runner, runs
 from longtake.infra.cli.housekeeping import clean as command
 from longtake.infra.upkeep import clean
