@@ -8,6 +8,7 @@ from typing import Any
 import letters
 import numpy as np
 import pytest
+import tiny_encoders
 from click.testing import CliRunner, Result
 
 from longtake.datasets import clip
@@ -125,21 +126,46 @@ def test_another_encoder_than_that_of_the_training_is_refused(
     models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     letters.install(monkeypatch, digest="another")
-    with pytest.raises(UserError, match="has learned texts by another encoder than .* --text-encoder FOLDER"):
+    with pytest.raises(UserError, match=r"has learned texts by another encoder than .* --text-encoder FOLDER"):
         longtake(
             *("generate", models / "latte", "--prompt", "x", "--text-encoder", tmp_path, "--out", tmp_path / "x.mp4")
         )
 
 
+def learned(config: TextConfig) -> tuple[dict[str, Any], dict[str, int]]:
+    """What config.json says of an encoder that a model has learned from, and fields of the model's config."""
+    encoder = load_encoder(config)
+    said = encoder.describe() | {"digest": encoder.digest, "width": encoder.width}
+    fields = {"text_width": encoder.width, "text_empty": len(encoder.encode([""])[0]), "text_length": encoder.limit}
+    return {"uri": "", "digest": "0", "encoder": said}, fields
+
+
 def test_the_packaged_words_lead_a_model_from_end_to_end(tmp_path: Path) -> None:
     pytest.importorskip("wordllama", reason="the extra [text] is not installed")
-    words = load_encoder(TextConfig())
-    known = {"uri": "", "digest": "0", "encoder": words.describe() | {"digest": words.digest, "width": words.width}}
-    tokens = len(words.encode([""])[0])
-    models = letters.save_priors(tmp_path, known, text_width=words.width, text_empty=tokens, text_length=64)
+    facts, fields = learned(TextConfig(length=64))
+    models = letters.save_priors(tmp_path, facts, **fields)
     for name, prompt in (("a", "a red square moves left"), ("b", "a red square moves left"), ("c", "rain")):
         longtake("generate", models / "latte", "--prompt", prompt, "--guidance", 2, "--out", tmp_path / f"{name}.mp4")
     a, b, c = ((tmp_path / f"{name}.mp4").read_bytes() for name in "abc")
     assert a == b != c
     with pytest.raises(UserError, match="tokens, and 64 fit; shorten it"):
         longtake("generate", models / "latte", "--prompt", "left " * 99, "--out", tmp_path / "x.mp4")
+
+
+def test_an_encoder_in_a_folder_may_move_and_another_may_not_take_its_place(tmp_path: Path) -> None:
+    pytest.importorskip("transformers", reason="the extra [text] is not installed")
+    facts, fields = learned(TextConfig(encoder=tiny_encoders.encoder("umt5", tmp_path / "umt5"), length=16))
+    other = tiny_encoders.encoder("umt5", tmp_path / "other", seed=1)
+    models = letters.save_priors(tmp_path, facts, **fields)
+    command = ["generate", models / "latte", "--prompt", "a red square moves left"]
+    longtake(*command, "--out", tmp_path / "a.mp4")
+    (tmp_path / "umt5").rename(tmp_path / "moved")
+    with pytest.raises(UserError, match=r"its text encoder is not at .*/umt5; say where it lies with --text-encoder"):
+        longtake(*command, "--out", tmp_path / "x.mp4")
+    longtake(*command, "--text-encoder", tmp_path / "moved", "--out", tmp_path / "b.mp4")
+    assert (tmp_path / "a.mp4").read_bytes() == (tmp_path / "b.mp4").read_bytes()
+    with pytest.raises(UserError, match=r"has learned texts by another encoder than .*/other \(digest"):
+        longtake(*command, "--text-encoder", other, "--out", tmp_path / "x.mp4")
+    with pytest.raises(UserError, match=r"text encoder: .*/vae: is no text encoder"):
+        longtake(*command, "--text-encoder", models / "vae", "--out", tmp_path / "x.mp4")
+    assert not (tmp_path / "x.mp4").exists()

@@ -69,7 +69,7 @@ def awake(model: nn.Module) -> Any:
 
 
 def save_priors(folder: Path, text_facts: dict[str, Any] | None = None, **text_fields: Any) -> Path:
-    """Folders of tiny priors that have learned texts and two classes: `latte`, `memory`, and `hasty`, without dropout.
+    """Folders of tiny priors of texts and two classes, `latte` and `memory`; `hasty` hid no text, `plain` has no classes.
 
     `text_facts` says by which encoder, if not by letters, and `text_fields` replaces fields of the models' configs.
     """
@@ -90,7 +90,9 @@ def save_priors(folder: Path, text_facts: dict[str, Any] | None = None, **text_f
     for name, model, made in (
         ("latte", "latte", Latte(LatteConfig(**small))),
         ("hasty", "latte", Latte(LatteConfig(**small | {"text_dropout": 0.0}))),
+        ("plain", "latte", Latte(LatteConfig(**small | {"classes": 0}))),
         ("memory", "memory_dit", MemoryDiT(MemoryDiTConfig(**small | memory))),
     ):
-        disk.save(folder / name, model, made.config.model_dump(mode="json"), awake(made).state_dict(), known)
+        described = known | {"classes": known["classes"] if made.config.classes else []}
+        disk.save(folder / name, model, made.config.model_dump(mode="json"), awake(made).state_dict(), described)
     return folder

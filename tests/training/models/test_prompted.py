@@ -89,6 +89,14 @@ def test_a_prompt_changes_the_video_and_the_same_makes_the_same(models: Path, fa
     assert (with_class != left).any() and (with_class != made(generator, said(None, class_id=1))).any()
 
 
+def test_a_model_of_texts_alone_needs_no_classes(models: Path, encoder: Any) -> None:
+    generator = prior(models, "plain")
+    told = made(generator, said("left", "right"), frames=25, settings=STRONG)
+    assert (told != made(generator, said("left"), frames=25, settings=STRONG)).any()
+    with pytest.raises(ValueError, match="class 1 is out of range; this model has no classes"):
+        made(generator, said("left", class_id=1))
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("settings", [QUICK, STRONG])
 def test_prompts_of_a_batch_do_not_see_each_other(models: Path, family: str, settings: Settings, encoder: Any) -> None:
@@ -276,7 +284,7 @@ def test_a_served_model_finds_its_encoder_where_the_environment_says(
 
     asked = {"seed": [1], "prompt": ["left"]}
     assert served().predict(None, {"seed": [1]}).shape == (1, 9, 32, 32, 3)
-    with pytest.raises(UserError, match="its text encoder is not at /nowhere/umt5; .* LONGTAKE_TEXT_ENCODER"):
+    with pytest.raises(UserError, match=r"its text encoder is not at /nowhere/umt5; .* LONGTAKE_TEXT_ENCODER"):
         served().predict(None, asked)
     monkeypatch.setenv("LONGTAKE_TEXT_ENCODER", str(tmp_path))
     np.testing.assert_array_equal(served().predict(None, asked), made(prior(models, "latte"), said("left")))

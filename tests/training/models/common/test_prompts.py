@@ -110,12 +110,12 @@ def test_an_encoder_that_is_gone_or_another_is_refused_with_where_to_name_it(
     remedy = r"say where it lies with --text-encoder FOLDER, or in LONGTAKE_TEXT_ENCODER for a served model"
     with pytest.raises(UserError, match=rf"latte: its text encoder is not at /nowhere/umt5; {remedy}"):
         prompts("/nowhere/umt5").check(["x"])
-    with pytest.raises(UserError, match="latte: text encoder: .*is no text encoder"):
+    with pytest.raises(UserError, match=r"latte: text encoder: .*is no text encoder"):
         prompts(str(tmp_path)).check(["x"])
     letters.install(monkeypatch, digest="another-encoder")
     with pytest.raises(UserError, match=rf"latte: has learned texts by another encoder than {tmp_path} .*; {remedy}"):
         prompts(str(tmp_path)).check(["x"])
-    with pytest.raises(UserError, match="by another encoder than words .*; install the version of wordllama"):
+    with pytest.raises(UserError, match=r"by another encoder than words .*; install the version of wordllama"):
         prompts().check(["x"])
 
 

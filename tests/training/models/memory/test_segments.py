@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -323,6 +324,20 @@ def test_segments_of_other_settings_are_refused(
     with pytest.raises(UserError, match=f"of a run that was stopped, with other {named}; delete it"):
         made(model, vae, 3, **{"seeds": [3], "folder": str(tmp_path)} | changes)
     assert before == {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+
+
+def test_settings_that_knew_of_fewer_options_are_the_same_if_these_are_not_used(
+    model: MemoryDiT, vae: PVVAE, tmp_path: Path
+) -> None:
+    whole = made(model, vae, 6)
+    made(model, vae, 3, folder=str(tmp_path))
+    record = json.loads((tmp_path / "settings.json").read_text())
+    assert record.pop("negative") is None
+    (tmp_path / "settings.json").write_text(json.dumps(record))
+    np.testing.assert_array_equal(made(model, vae, 6, folder=str(tmp_path)), whole)
+    (tmp_path / "settings.json").write_text("[]")
+    with pytest.raises(UserError, match="with other damaged settings; delete it"):
+        made(model, vae, 6, folder=str(tmp_path))
 
 
 def test_damaged_segments_are_named(model: MemoryDiT, vae: PVVAE, tmp_path: Path) -> None:
