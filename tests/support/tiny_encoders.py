@@ -5,7 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-_TEXT = "a red blue green square circle moves left right up down to the two people walk through town at night and it rains"
+_TEXT = (
+    "a red blue green square circle moves left right up down to the two people walk through town at night and it rains"
+)
 WORDS = f"{_TEXT} all time in , describe this : system user".split()
 SPECIAL = ["<pad>", "<s>", "</s>", "<unk>"]
 SIZE = len(SPECIAL) + len(WORDS)
