@@ -378,7 +378,7 @@ def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
 
 @pytest.mark.slow
 def test_a_champion_of_texts_is_registered_and_another_goes_on_from_it(
-    inputs: dict[str, str], store: str, tmp_path: Path
+    inputs: dict[str, str], store: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     result = finetune_latte.run(config(classes=True), inputs, str(tmp_path / "out"))
     model, facts = registry.load_with_facts("models:/latte@champion")
@@ -387,4 +387,5 @@ def test_a_champion_of_texts_is_registered_and_another_goes_on_from_it(
     assert result["metrics"]["train_clips_without_captions"] > 0
     further = config(classes=True, base="models:/latte@champion", model=None, steps=2)
     there = inputs | {"base": further.base or ""}
+    monkeypatch.setenv("MLFLOW_RUN_ID", store)
     assert finetune_latte.run(further, there, str(tmp_path / "further"))["uri"] == "models:/latte/2"
