@@ -98,7 +98,7 @@ def test_neighbours_in_opus_join_without_a_click(channels: int, tmp_path: Path) 
     wave = sum(0.15 * np.sin(2 * np.pi * pitch * at + pitch) for pitch in (220, 523, 1480))
     path = claps.write(tmp_path / "a.mov", codec="pcm_s16le", samples=np.asarray(wave), channels=channels)
     exact, _ = claps.cut(path, tmp_path / "flac", claps.settings(codec="flac", channels=channels))
-    rows, _ = claps.cut(path, tmp_path / "opus", claps.settings(channels=channels))
+    rows, _ = claps.cut(path, tmp_path / "opus", claps.settings(codec="opus", channels=channels))
     error = np.abs(joined(rows, tmp_path / "opus") - joined(exact, tmp_path / "flac"))
     assert error.max() < 0.05
     edges = [n * 48_000 for n in range(1, len(rows))]
@@ -231,13 +231,17 @@ def test_the_same_sources_give_the_same_sound_in_any_process(tmp_path: Path) -> 
 def test_without_sound_a_recipe_is_the_one_from_before() -> None:
     config = shard.Config(kind="shard", sources=("a",), audio=None)
     assert "audio" not in content(config)
-    assert content(shard.Config(kind="shard", sources=("a",)))["audio"]["codec"] == "opus"
+    assert content(shard.Config(kind="shard", sources=("a",)))["audio"]["codec"] == "flac"
     assert "audio" in config.model_dump()
 
 
 @pytest.mark.parametrize(
     ("settings", "said"),
-    [({"rate": 44_100}, "opus has 48000 samples per second"), ({"channels": 6}, "1 or 2"), ({"codec": "mp3"}, "opus")],
+    [
+        ({"codec": "opus", "rate": 44_100}, "opus has 48000 samples per second"),
+        ({"channels": 6}, "1 or 2"),
+        ({"codec": "mp3"}, "opus"),
+    ],
 )
 def test_settings_that_no_codec_has_are_refused(settings: dict[str, Any], said: str) -> None:
     with pytest.raises(ValueError, match=said):
