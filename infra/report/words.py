@@ -17,7 +17,7 @@ def columns(dataset: str) -> list[dict[str, Any]]:
 def _column(dataset: str, name: str) -> dict[str, Any]:
     overview = captions.overview(dataset, name)
     words = sorted(overview.words.items(), key=lambda pair: (-pair[1], pair[0]))
-    sources = [
+    sources: list[dict[str, Any]] = [
         {"uri": storage.printable(uri), "clips": clips, "without": without, "share": without / clips}
         for uri, (clips, without) in overview.sources.items()
         if without
