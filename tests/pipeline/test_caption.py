@@ -292,6 +292,7 @@ def is_whole(root: str, but: dict[str, str] | None = None) -> None:
 def test_an_endpoint_is_shown_frames_of_the_clip_and_asked_for_json(
     root: str, tmp_path: Path, served: FakeEndpoint
 ) -> None:
+    served.always = "slow"
     assert make(root, tmp_path / "out", served, settings={"temperature": 0.5})["asked"] == 18
     is_whole(root)
     assert set(served.asked.values()) == {1} and 1 < served.most_at_once <= 4
