@@ -63,9 +63,9 @@ def write(
     rng = np.random.default_rng(0)
     still = rng.integers(60, 160, (_SIZE // 4, _SIZE // 4, 3), np.uint8).repeat(4, 0).repeat(4, 1)
     with av.open(str(path), "w") as container:
-        video = container.add_stream("libx264", rate=FPS, options={"crf": "16", "bf": "2"})
+        video = container.add_stream("libx264", rate=FPS, options={"crf": "16", "bf": "2", "mbtree": "0"})
         video.width, video.height, video.pix_fmt = _SIZE, _SIZE, "yuv420p"
-        video.codec_context.time_base = Fraction(1, 1000)
+        video.codec_context.time_base, video.codec_context.thread_count = Fraction(1, 1000), 1
         stream = container.add_stream(codec, rate=rate) if codec else None
         if stream:
             stream.codec_context.layout = _NAMES[channels]
