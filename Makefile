@@ -1,4 +1,4 @@
-# make demo [VIDEOS=folder]   install, then the quickstart recipe: videos -> shards -> model -> report
+# make demo [VIDEOS=folder]   install, then a recipe: videos -> shards -> model -> report; with captions without VIDEOS
 # make test                   install, then the tests (the long ones: make test-slow; all of these at once: make test-all)
 # make soak                   the long forms of tests that kill, of which the others run short ones; some 20 minutes
 # make lint                   what CI checks besides
@@ -30,8 +30,8 @@ $(INSTALLED): pyproject.toml constraints.txt
 	@touch $(INSTALLED)
 
 demo: install
-	@if [ -z "$$VIDEOS" ]; then $(BIN)/longtake footage runs/footage; fi
-	@VIDEOS="$${VIDEOS:-runs/footage}" $(BIN)/longtake run quickstart
+	@if [ -n "$$VIDEOS" ]; then $(BIN)/longtake run quickstart; else \
+	  $(BIN)/longtake footage runs/footage && VIDEOS=runs/footage/captions.jsonl $(BIN)/longtake run quickstart_text; fi
 
 test: install
 	$(TEST) -m "$(MARKED)"

@@ -15,8 +15,9 @@ import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field, fields
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -76,8 +77,10 @@ class Rows:
 
     @cached_property
     def digest(self) -> str:
-        """A digest of the shards' content; equal only if every byte of every tar is equal."""
+        """A digest of the shards' content; equal only if every byte of every tar, or every row of a table, is equal."""
         facts = [self.shards[name].to_pylist() for name in ("name", "tar_sha256", "tar_bytes", "rows")]
+        # of a column without tars the rows are all that there is
+        facts[1] = [tar or rows for tar, rows in zip(facts[1], self.shards["rows_sha256"].to_pylist(), strict=True)]
         return hashlib.sha256(json.dumps([self.split, *facts]).encode()).hexdigest()
 
     @cached_property
@@ -232,6 +235,15 @@ def table(dataset: str, split: str) -> pa.Table:
         for n in range(len(rows.shards))
     ]
     return pa.concat_tables([empty, *parts])
+
+
+def forget(dataset: str, split: str, column: str) -> None:
+    """Delete the compact files of a column whose shards are going to change."""
+    # the record first: without it the others count as nothing
+    for ending in ("shards.parquet", "facts.parquet", "arrow"):
+        fs, path = storage.filesystem(_url(dataset, split, column, ending))
+        with suppress(FileNotFoundError):
+            storage.retrying(path, partial(fs.rm_file, path))
 
 
 def problems(dataset: str, split: str) -> Iterator[str]:

@@ -121,17 +121,50 @@ def _rows_sha256(url: str, record: Mapping[str, Any], table: pa.Table) -> str:
     """A digest of an index: its split and name, the tar it commits, every row. Parquet itself checks none of these."""
     place = url.split("/")[-2:]
     digest = hashlib.sha256(
-        json.dumps([place, record, [[f.name, str(f.type)] for f in table.schema]], sort_keys=True).encode()
+        json.dumps([place, record, [[f.name, _name(f.type)] for f in table.schema]], sort_keys=True).encode()
     )
     for column in table.columns:
-        digest.update(np.asarray(column.is_null()).tobytes())
-        if pa.types.is_string(column.type) or pa.types.is_binary(column.type):
-            values = column.cast(pa.binary()).fill_null(b"")
-            digest.update(np.asarray(pc.binary_length(values)).tobytes())
-            digest.update(b"".join(values.to_pylist()))
-        else:
-            digest.update(np.asarray(column.fill_null(0)).tobytes())
+        _feed(digest, column)
     return digest.hexdigest()
+
+
+def _name(kind: pa.DataType) -> str:
+    """The name of a type. Parquet gives the values of lists another name than Arrow does."""
+    if pa.types.is_list(kind):
+        return f"list<{_name(kind.value_type)}>"
+    if pa.types.is_struct(kind):
+        return f"struct<{', '.join(f'{field.name}: {_name(field.type)}' for field in kind)}>"
+    return str(kind)
+
+
+def _feed(digest: Any, column: pa.ChunkedArray) -> None:
+    """Add the values of a column to a digest; of lists and structs those inside them."""
+    digest.update(np.asarray(column.is_null()).tobytes())
+    if pa.types.is_struct(column.type):
+        for n in range(column.type.num_fields):
+            _feed(digest, pc.struct_field(column, [n]))
+    elif pa.types.is_list(column.type):
+        digest.update(np.asarray(pc.list_value_length(column).fill_null(0)).tobytes())
+        _feed(digest, pc.list_flatten(column))
+    elif pa.types.is_string(column.type) or pa.types.is_binary(column.type):
+        values = column.cast(pa.binary()).fill_null(b"")
+        digest.update(np.asarray(pc.binary_length(values)).tobytes())
+        digest.update(b"".join(values.to_pylist()))
+    else:
+        nothing = False if pa.types.is_boolean(column.type) else 0
+        digest.update(np.asarray(column.fill_null(nothing)).tobytes())
+
+
+def write_table(
+    url: str, rows: Iterable[Mapping[str, Any]], table_schema: pa.Schema, notes: Mapping[str, Any] | None = None
+) -> None:
+    """Commit a shard of a column that is a table and no tar."""
+    write_index(url, rows, table_schema, 0, "", notes)
+
+
+def is_table(column: str) -> bool:
+    """Whether a column is a table and no tar."""
+    return column.startswith(schema.TABLES)
 
 
 def shard_names(dataset: str, split: str, column: str | None = None) -> list[str]:

@@ -104,6 +104,73 @@ LATENT_INDEX = pa.schema(
 # frames up to n * factor, and is stored with the clip that has this frame.
 STREAM_INDEX = LATENT_INDEX.append(pa.field("stream_step", pa.int32()))  # steps of its stream before it
 
+# One caption of a clip.
+CAPTION = pa.struct(
+    [
+        ("text", pa.string()),  # an empty text is a caption too
+        ("start", pa.float64()),  # seconds in the clip; null: from its start
+        ("end", pa.float64()),  # null: to its end
+        ("language", pa.string()),
+        ("source", pa.string()),  # who made it: "manifest", "shots", or a captioner's name
+    ]
+)
+
+# One row a sample of a `caption-DIGEST` column, which is this table alone: it has no tar.
+CAPTION_INDEX = pa.schema(
+    [
+        ("key", pa.string()),
+        ("base_sha256", pa.string()),  # of the mp4 that these are the captions of
+        ("captions", pa.list_(CAPTION)),  # null: there are none; never an empty list
+        ("reason", pa.string()),  # why there are none, else null
+        ("annotations", pa.string()),  # digest of the captions that the source's annotations had (see captions.py)
+    ]
+)
+
+# One caption of a clip, and where the states of its tokens are: SHA.npy is (tokens, width) uint16, the bits of bfloat16.
+TEXT = pa.struct(
+    [
+        ("sha", pa.string()),  # of the caption, see captions.py
+        ("start", pa.float64()),  # seconds in the clip; null: from its start
+        ("end", pa.float64()),  # null: to its end
+        ("offset", pa.int64()),
+        ("size", pa.int64()),
+        ("crc32", pa.uint32()),
+        ("tokens", pa.int32()),  # that have states, one at least
+    ]
+)
+
+# One row a sample of a `text-DIGEST` column; several captions may have the same states.
+TEXT_INDEX = pa.schema(
+    [
+        ("key", pa.string()),
+        ("base_sha256", pa.string()),  # of the mp4 that these are the captions of
+        (
+            "texts",
+            pa.list_(TEXT),
+        ),  # in the order of the captions; null: there are none; empty: a view left the clip out
+    ]
+)
+
+# How the names of columns begin that are a table and no tar.
+TABLES = ("caption-",)
+
+# One row a sample of the column `audio`: KEY.ogg has `samples` samples, those from the clip's first frame to the end of its
+# last. A clip without sound has an empty member, and a reason.
+AUDIO_INDEX = pa.schema(
+    [
+        *COLUMN_INDEX,
+        ("codec", pa.string()),  # "opus" or "flac"
+        ("rate", pa.int32()),  # samples a second
+        ("channels", pa.int32()),
+        ("samples", pa.int64()),  # in each channel
+        ("has_audio", pa.bool_()),
+        ("reason", pa.string()),  # a code of audio.REASONS where there is no sound, else null
+        ("loudness", pa.float32()),  # root of the mean square in dB, 0 for a square wave of full scale; -120 at least
+        ("silence", pa.float32()),  # share of 10 ms blocks below -60 dB
+        ("clipping", pa.float32()),  # share of samples at full scale
+    ]
+)
+
 # One row a clip of the dataset, used or not.
 VIEW = pa.schema(
     [

@@ -19,7 +19,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict
 
-Product = Literal["dataset", "view", "latents", "model"]
+Product = Literal["dataset", "view", "captions", "text", "latents", "model"]
 
 
 RUN = "run"  # the field of a stage's config that says how the work is done and does not change the output
@@ -34,6 +34,8 @@ class StageConfig(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     MOVED: ClassVar[Mapping[str, str]] = {}  # former keys, and where they are now
+    # keys that came later, with the value by which a stage does what it did before; its output is then the one from before
+    LATER: ClassVar[Mapping[str, Any]] = {}
 
 
 class Input:
@@ -58,7 +60,8 @@ def names(config: StageConfig) -> dict[str, Any]:
 
 def content(config: StageConfig) -> dict[str, Any]:
     """The settings that decide a stage's output: its config as plain data, without `run` and the fields marked `Naming`."""
-    return config.model_dump(mode="json", exclude={RUN} | _named(config))
+    settings = config.model_dump(mode="json", exclude={RUN} | _named(config))
+    return {name: value for name, value in settings.items() if name not in config.LATER or value != config.LATER[name]}
 
 
 def cost(config: StageConfig) -> dict[str, Any]:

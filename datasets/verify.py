@@ -14,17 +14,22 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from longtake.datasets import compact, index, schema, storage
+from longtake.datasets import audio, captions, compact, index, schema, storage, text
 from longtake.datasets import latents as columns
 from longtake.datasets.errors import Failure
 
 _BLOCK = 1 << 22
 _SHARD_FILE = re.compile(r"([^.]+)(\.[\w-]+)?\.(tar|parquet)")
+_STAGES = {
+    "latent-": "cache_latents",
+    "caption-": "caption",
+    text.PREFIX: "cache_text",
+}  # what makes a column, by how its name begins
 _FOLDERS = {"plan", "sources", "views", "compact", "annotations"}
 
 
 def tars(dataset: str) -> list[tuple[str, str]]:
-    """(split, name) of every committed tar, base and column alike."""
+    """(split, name) of every committed tar, base and column alike; also of those that are tables alone."""
     return [
         (split, name.removesuffix(".parquet"))
         for split in schema.SPLITS
@@ -69,23 +74,39 @@ def verify(dataset: str, threads: int = 8, progress: Callable[[int], Any] = lamb
 def problems(
     dataset: str, tar: tuple[str, str], progress: Callable[[int], Any] = lambda read: None, images: bool = False
 ) -> Iterator[str]:
-    """The differences of a tar from its index, and of its index from the base shard or the sources."""
+    """The differences of a tar from its index, and of its index from the base shard or the sources.
+
+    A column that is a table has no tar.
+    """
     split, name = tar
     url = storage.join(dataset, split, f"{name}.tar")
     number, _, column = name.partition(".")
     again = "`longtake dataset index`" if images else "the `shard` stage"
     remedy = f"delete {split}/{number}.parquet and run {again} again"
-    if column.startswith("latent-"):
-        remedy = f"delete {split}/{name}.parquet and run its `cache_latents` stage again"
+    if stage := next((stage for begin, stage in _STAGES.items() if column.startswith(begin)), None):
+        remedy = f"delete {split}/{name}.parquet and run its `{stage}` stage again"
+    elif column == audio.COLUMN:
+        remedy = f"delete {split}/{name}.parquet and run a `cache_audio` stage"
     try:
         shard = index.read_shard(dataset, split, name)
     except Failure as e:
         yield str(e)
         return
-    members = list(_members(shard.table, column, images))
-    yield from _tar_problems(url, shard, members, remedy, progress)
+    if index.is_table(column):
+        found = list(captions.problems(dataset, shard))
+        yield from found
+        if found:
+            return
+    else:
+        members = list(_members(shard.table, column, images))
+        yield from _tar_problems(url, shard, members, remedy, progress)
     if column.startswith("latent-"):
         yield from columns.problems(dataset, shard)
+    elif column.startswith(text.PREFIX):
+        yield from text.problems(dataset, shard)
+    elif column == audio.COLUMN:
+        with contextlib.suppress(Failure):
+            yield from audio.problems(dataset, shard)
     # a problem of the other table is reported when that one is checked
     with contextlib.suppress(Failure):
         yield from _base_problems(url, dataset, shard, remedy) if column else _source_problems(dataset, shard, remedy)
@@ -125,6 +146,9 @@ class _Member:
 
 
 def _members(table: pa.Table, column: str, images: bool) -> Iterator[_Member]:
+    if column.startswith(text.PREFIX):
+        yield from _text_members(table)
+        return
     # the index of a column has no file endings, that of plain image tars no names
     fields = [("", r"\.[\w.]+", "sha256")] if column else [("mp4_", r"\.mp4", "sha256"), ("json_", r"\.json", None)]
     for row in table.to_pylist():
@@ -142,6 +166,22 @@ def _members(table: pa.Table, column: str, images: bool) -> Iterator[_Member]:
                 crc32=row.get(f"{prefix}crc32"),
                 sha256=(row.get(sha256) or "") if sha256 else None,
             )
+
+
+def _text_members(table: pa.Table) -> Iterator[_Member]:
+    """A file for each distinct text of a column of token states."""
+    rows = table.column("texts").to_pylist() if "texts" in table.column_names else []
+    texts = {one["sha"]: one for row in rows for one in row or ()}
+    for sha, one in texts.items():
+        missing = one["offset"] is None or one["size"] is None or one["size"] < 0
+        yield _Member(
+            name=re.compile(re.escape(f"{sha}.npy")),
+            label=f"{sha}.npy",
+            offset=-1 if missing else one["offset"],
+            size=0 if missing else one["size"],
+            crc32=one["crc32"],
+            sha256=None,
+        )
 
 
 def _tar_problems(
@@ -245,6 +285,8 @@ def _stray_files(dataset: str, committed: set[tuple[str, str]]) -> Iterator[str]
                 yield f"{url}: belongs to nothing in this dataset; delete it"
             elif (split, match[1]) not in committed:
                 yield f"{url}: its shard was never committed; run the `shard` stage again, or delete it"
+            elif name.endswith(".tar") and index.is_table((match[2] or "")[1:]):
+                yield f"{url}: belongs to nothing in this dataset, its column is a table; delete it"
             elif (split, name.rpartition(".")[0]) not in committed:
                 yield f"{url}: has no index, the debris of a stopped run; delete it, or run its stage again"
     for name in index.table_names(storage.join(dataset, "sources")):

@@ -104,7 +104,8 @@ def kept(base: Rows, url: str | None) -> tuple[np.ndarray, np.ndarray | None, st
     table, digest = of_split(url, base.split, base.digest)
     if "key" in table.column_names:
         # there are new clips, or the view was written by hand: match by key
-        keys = pa.concat_tables([base.of(n).select(["key"]) for n in range(len(base.shards))])["key"]
+        parts = [base.of(n).select(["key"]) for n in range(len(base.shards))]
+        keys = pa.concat_tables([schema.VIEW.empty_table().select(["key"]), *parts])["key"]
         table = table.take(pc.index_in(keys, table["key"].combine_chunks()))
     keep = table["keep"].fill_null(False).to_numpy().astype(bool)
     weights = table["weight"].fill_null(0).to_numpy().astype(np.float64)

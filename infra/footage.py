@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass
 from functools import cache
 from itertools import chain
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -33,8 +33,20 @@ Kind = Literal["cut", "fade", "dissolve", "static", "black"]
 Floats = npt.NDArray[np.float64]
 Frame = npt.NDArray[np.uint8]
 Range = tuple[int, int]
-# RGBA texture, turn and shift: in frame t picture point p shows texture point turn[t] * p + shift[t], points as x + iy.
-Layer = tuple[Image.Image, npt.NDArray[np.complex128], npt.NDArray[np.complex128]]
+PHOTOS = ("a Chinese temple", "a flower", "a portrait of a woman")  # in the order of `_photos`
+MANIFEST = "captions.jsonl"
+
+
+class Layer(NamedTuple):
+    """A picture and how it moves: in frame t point p of the video shows point turn[t] * p + shift[t] of the texture.
+
+    Points are x + iy. `words` say what it is and does.
+    """
+
+    texture: Image.Image  # RGBA
+    turn: npt.NDArray[np.complex128]
+    shift: npt.NDArray[np.complex128]
+    words: str
 
 
 @dataclass(frozen=True)
@@ -54,6 +66,7 @@ class Truth:
     motion: pixels that the visible layer moved since the frame before, mean over a grid of points (and over both shots
         as blended in a dissolve); 0 in static and black stretches and on a shot's first frame; NaN at hard cuts.
     shots: [first, last) frames of each shot, without fades and black; a dissolve is split at its middle.
+    captions: what is to be seen in each shot.
     """
 
     fps: int
@@ -62,6 +75,7 @@ class Truth:
     events: list[Event]
     motion: list[float]
     shots: list[Range]
+    captions: list[str]
 
 
 def _require(valid: bool, rule: str, got: object) -> None:
@@ -95,11 +109,14 @@ def _texture(rng: np.random.Generator, photo: Image.Image, alpha: Floats, share:
     return Image.fromarray(np.dstack([pixels[:, :: rng.choice((-1, 1))], (alpha * 255).astype(np.uint8)]))
 
 
-def _background(rng: np.random.Generator, photo: Image.Image, clock: Floats, pace: float, size: Range) -> Layer:
+def _background(
+    rng: np.random.Generator, photo: Image.Image, name: str, clock: Floats, pace: float, size: Range
+) -> Layer:
     """A camera move over a canvas of twice the picture's size: pan, zoom and roll, or hardly any motion."""
     picture = np.array(size[::-1])
     moves = ((1, 0, 0), (0.2, 1, 0), (0.8, 0.4, 1), (0.1, 0.1, 0.1))
-    pan, zoom, roll = moves[rng.choice(4, p=(0.35, 0.25, 0.25, 0.15))]
+    move = int(rng.choice(4, p=(0.35, 0.25, 0.25, 0.15)))
+    pan, zoom, roll = moves[move]
     reach, phase = pace * clock[-1], clock / clock[-1] - 0.5
     growth, angle = rng.choice((-1, 1), 2) * (zoom * min(reach / 2, 0.35), roll * min(reach / 3, 0.14))
     turn = 0.95 * np.exp((growth + 1j * angle) * phase + 1j * rng.uniform(-0.03, 0.03))
@@ -108,7 +125,8 @@ def _background(rng: np.random.Generator, photo: Image.Image, clock: Floats, pac
     travel = pan * direction * min(reach * size[0], (2 * room / np.maximum(np.abs(direction), 1e-9)).min())
     centre = picture + rng.uniform(-1, 1, 2) * (room - np.abs(travel) / 2) + np.outer(phase, travel)
     texture = _texture(rng, photo, np.ones((2 * size[0], 2 * size[1])), rng.uniform(0.6, 1.0), 0.15)
-    return texture, turn, centre @ (1, 1j) - turn * (picture @ (0.5, 0.5j))
+    camera = ("pans", "zooms in" if growth < 0 else "zooms out", "rolls", "hardly moves")[move]
+    return Layer(texture, turn, centre @ (1, 1j) - turn * (picture @ (0.5, 0.5j)), f"{name}, the camera {camera}")
 
 
 def _object(rng: np.random.Generator, photo: Image.Image, clock: Floats, pace: float, size: Range) -> Layer:
@@ -118,7 +136,8 @@ def _object(rng: np.random.Generator, photo: Image.Image, clock: Floats, pace: f
     side = math.ceil(2 * radius) + 4
     y, x = (np.indices((side, side)) + 0.5 - side / 2) / radius
     bumps = sum(rng.uniform(0.03, 0.08) * np.sin(k * np.arctan2(y, x) + rng.uniform(0, 6.3)) for k in (2, 3, 5))
-    edge = (np.hypot(x, y), np.maximum(np.abs(x), np.abs(y)) / 0.7, np.hypot(x, y) / (0.75 + bumps))[rng.integers(3)]
+    kind = int(rng.integers(3))
+    edge = (np.hypot(x, y), np.maximum(np.abs(x), np.abs(y)) / 0.7, np.hypot(x, y) / (0.75 + bumps))[kind]
     texture = _texture(rng, photo, np.clip((1 - edge) * radius / 2 + 0.5, 0, 1), rng.uniform(0.25, 0.6), 0.6)
     speed = pace * size[0] * rng.uniform(0.7, 1.8)
     direction = np.exp([1j * rng.uniform(0, 2 * np.pi)]).view(float)
@@ -128,10 +147,12 @@ def _object(rng: np.random.Generator, photo: Image.Image, clock: Floats, pace: f
     swing = anchor + reach * np.sin(np.outer(clock, (1, 1.4)) * speed / np.hypot(*reach) + rng.uniform(0, 6.3, 2))
     span = picture - 2 * radius
     bounce = radius + span - np.abs(line % (2 * span) - span)
-    path = (line, swing, bounce)[rng.integers(3)]
+    way = int(rng.integers(3))
+    path = (line, swing, bounce)[way]
     spin = rng.choice((-1, 0, 0, 1)) * rng.uniform(0.2, 0.6) * speed / radius
     turn = np.exp(1j * (spin * clock + rng.uniform(0, 6.3)))
-    return texture, turn, (0.5 + 0.5j) * side - turn * (path @ (1, 1j))
+    words = f"a {('disc', 'square', 'blob')[kind]} {('moves', 'swings', 'bounces')[way]}{' and spins' if spin else ''}"
+    return Layer(texture, turn, (0.5 + 0.5j) * side - turn * (path @ (1, 1j)), words)
 
 
 def _motion(layers: list[Layer], size: Range) -> Floats:
@@ -139,7 +160,7 @@ def _motion(layers: list[Layer], size: Range) -> Floats:
     ticks = (np.arange(16) + 0.5) / 16
     points = np.add.outer(1j * ticks * size[0], ticks * size[1]).ravel()
     distance = np.zeros((len(layers[0][1]) - 1, len(points)))
-    for texture, turn, shift in layers:
+    for texture, turn, shift, _ in layers:
         texel = turn[1:, None] * points + shift[1:, None]
         before = (texel - shift[:-1, None]) / turn[:-1, None]
         alpha = np.asarray(texture)[..., 3]
@@ -186,7 +207,7 @@ def _timeline(rng: np.random.Generator, seed: int, frames: int) -> tuple[Floats,
 
 def _draw(layers: list[Layer], t: int, size: Range) -> Frame:
     picture = Image.new("RGB", size[::-1])
-    for texture, turn, shift in layers:
+    for texture, turn, shift, _ in layers:
         a, b = complex(turn[t]), complex(shift[t])
         affine = (a.real, -a.imag, b.real, a.imag, a.real, b.imag)
         view = texture.transform(size[::-1], Image.Transform.AFFINE, affine, Image.Resampling.BILINEAR)
@@ -219,17 +240,19 @@ def render(seed: int, seconds: float = 12.0, fps: int = 24, size: Range = (240, 
     cuts = [event.first_frame for event in events if event.kind == "cut"]
     frozen = [range(event.first_frame, event.last_frame) for event in events if event.kind == "static"]
     ticks = ~np.isin(np.arange(frames), list(chain(*frozen)))
-    shot_layers, moved = [], np.zeros_like(weights)
+    shot_layers, captions, moved = [], list[str](), np.zeros_like(weights)
     order = rng.permutation(len(photos))
     for i, weight in enumerate(weights):
         shown = np.flatnonzero(weight)
         clock = (np.cumsum(ticks[shown]) - 1) / fps
         pace = float(np.exp(rng.uniform(np.log(0.03), np.log(0.6))))  # picture heights per second
         # neighbouring shots never share a photo, which could hide a hard cut
-        layers = [_background(rng, photos[order[i % len(photos)]], clock, pace, size)]
+        photo = int(order[i % len(photos)])
+        layers = [_background(rng, photos[photo], PHOTOS[photo], clock, pace, size)]
         layers += [_object(rng, photos[k], clock, pace, size) for k in rng.choice(len(photos), rng.integers(1, 5))]
         moved[i, shown] = _motion(layers, size)
         shot_layers.append((shown[0], layers))
+        captions.append("; ".join(layer.words for layer in layers))
     mean = np.round((weights * moved).sum(0) / np.maximum(weights.sum(0), 1e-9), 4).tolist()
     motion = [math.nan if t in cuts else value for t, value in enumerate(mean)]
 
@@ -241,7 +264,7 @@ def render(seed: int, seconds: float = 12.0, fps: int = 24, size: Range = (240, 
                 blend += np.float32(weights[i, t]) * _draw(layers, t - first, size)
             yield np.rint(blend).astype(np.uint8)
 
-    return stream(), Truth(fps, frames, cuts, events, motion, shots)
+    return stream(), Truth(fps, frames, cuts, events, motion, shots, captions)
 
 
 def _partial(path: Path) -> Path:
@@ -291,17 +314,22 @@ def generate(
 ) -> list[Path]:
     """Write `clip-000.mp4` ... and `clip-000.truth.json` ... into `folder`; returns the paths of the `count` videos.
 
-    The truth is written last, so a video with its truth beside it is complete. Such a pair is kept if its truth is
-    the one for these arguments; all else is rendered again. Raises UserError for count < 1, and as `render`.
+    The truth is written last, so a video with its truth beside it is complete. Such a pair is kept if its truth is the one
+    for these arguments; all else is rendered again. `captions.jsonl` is a manifest of the videos, with a timed caption for
+    each shot. Raises UserError for count < 1, and as `render`.
     """
     _require_int("count", count, 1)
     _require_int("seed", seed, 0)
     videos = [Path(folder) / f"clip-{index:03d}.mp4" for index in range(count)]
+    lines = []
     for index, video in enumerate(tqdm(videos, desc="footage", unit="clip")):
         frames, truth = render(seed * 1_000_000 + index, seconds, fps, size)  # no clip is in the sets of two seeds
         record = video.with_suffix(".truth.json")
         motion = [None if math.isnan(value) else value for value in truth.motion]
         text = json.dumps(asdict(truth) | {"motion": motion})
+        spans = zip(truth.shots, truth.captions, strict=True)
+        shots = [{"start": first / fps, "end": last / fps, "text": said} for (first, last), said in spans]
+        lines.append(json.dumps({"uri": video.name, "shots": shots}) + "\n")
         if video.exists() and record.exists() and record.read_text() == text:
             continue
         video.parent.mkdir(parents=True, exist_ok=True)
@@ -309,4 +337,7 @@ def generate(
         write_video(video, frames, fps)
         _partial(record).write_text(text)
         _partial(record).replace(record)
+    manifest = Path(folder) / MANIFEST
+    _partial(manifest).write_text("".join(lines))
+    _partial(manifest).replace(manifest)
     return videos

@@ -6,6 +6,9 @@ from typing import Any
 STAGES = {
     "shard": "longtake.pipeline.stages.shard",
     "curate": "longtake.pipeline.stages.curate",
+    "caption": "longtake.pipeline.stages.caption",
+    "cache_text": "longtake.pipeline.stages.cache_text",
+    "cache_audio": "longtake.pipeline.stages.cache_audio",
     "cache_latents": "longtake.pipeline.stages.cache_latents",
     "pretrain_vae": "longtake.training.models.pv_vae.pretrain",
     "finetune_latte": "longtake.training.models.latte.finetune",

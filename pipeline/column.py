@@ -5,6 +5,7 @@ index, by which readers find it. The column's name has a digest of all that deci
 makes another column, and nothing else in the dataset is touched.
 """
 
+import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -129,7 +130,10 @@ class Worker:
             # an error of the jobs: Ray would restart an actor that fails here again and again
             self._broken = "run.gpus: the torch of a worker cannot use its GPU; install a CUDA build, or set 0"
             return
-        self._make = load(device, *ray.get(models), **arguments)
+        try:
+            self._make = load(device, *ray.get(models), **arguments)
+        except (UserError, Failure) as e:
+            self._broken = str(e)
 
     def __call__(self, job: dict[str, Any]) -> dict[str, Any]:
         shard, last = f"{job['split']}/{job['name']}", 0.0
@@ -160,11 +164,13 @@ def make(
     load: Callable[..., Make],
     models: Sequence[Any],
     arguments: Mapping[str, Any],
+    share: Callable[[Any], Mapping[str, Any]] = lambda ray: {},
 ) -> Counter[str]:
     """Make the shards of a column in a pool of actors; returns the sums of what `Make` counts.
 
     Args:
         load, models, arguments: see `Worker`; the models are put into Ray's store once.
+        share: `share(ray)` gives further arguments that all actors share, such as another actor.
 
     Raises:
         UserError: no node has enough GPUs, or room for a task.
@@ -178,7 +184,7 @@ def make(
             fn_constructor_kwargs={
                 "load": load,
                 "models": [ray.put(model) for model in models],
-                "arguments": dict(arguments),
+                "arguments": {**arguments, **share(ray)},
                 "device": "cuda" if worker.gpus else "cpu",
                 "board": board,
             },
@@ -195,7 +201,7 @@ def make(
         start,
         unit="clip",
         total=sum(job.clips for job in jobs),
-        failed="shards could not be encoded",
+        failed="shards could not be made",
     )
 
 
@@ -215,6 +221,17 @@ def _pool(stage: str, task: WorkerConfig, nodes: list[dict[str, float]]) -> tupl
         min(node.get("CPU", 0) // task.cpus, node.get("GPU", 0) // gpus if gpus else float("inf")) for node in nodes
     ]
     return task.model_copy(update={"gpus": gpus}), max(1, int(sum(room)))
+
+
+def clip_bytes(tar: str, row: Mapping[str, Any]) -> bytes:
+    """The mp4 of a clip by its row of the base. Raises Failure where it is missing or damaged."""
+    try:
+        data = storage.read_range(tar, row["mp4_offset"], row["mp4_size"])
+    except FileNotFoundError as e:
+        raise Failure(f"{tar}: is missing; run `longtake dataset verify`") from e
+    if len(data) != row["mp4_size"] or zlib.crc32(data) != row["mp4_crc32"]:
+        raise Failure(f"{tar}: {row['key']}.mp4: is damaged; run `longtake dataset verify`")
+    return data
 
 
 def commit(

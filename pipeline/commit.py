@@ -1,14 +1,15 @@
 """One group to one shard, committed by its index, which is written last; until then the shard does not exist.
 
-Order: data tar, frame-diff tar, frame-diff index, source rows, index. Every write is atomic and gives the same bytes
-whoever does it, so that two drivers at once, a retry or a kill at any moment do no harm.
+Order: data tar, tar and index of frame differences, tar and index of sound, source rows, index. Every write is atomic and
+gives the same bytes whoever does it, so that two drivers at once, a retry or a kill at any moment do no harm.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from longtake.datasets import annotations, index, schema, storage
+from longtake.datasets import annotations, audio, index, schema, storage
 from longtake.datasets.errors import Failure
 from longtake.datasets.masking import shown
 from longtake.datasets.shard import Member, sha256_of, write_tar
@@ -54,7 +55,7 @@ def make_group(
         with storage.spool_folder(storage.join(dataset, split)) as spool:
             sources, clips = _cut_sources(rows, group.get("again", ()), spool, cut, memory or {}, report)
             report(len(rows), "its commit")
-            _commit(dataset, split, name, spool, clips, sources)
+            _commit(dataset, split, name, spool, clips, sources, cut)
             result["clips"] = len(clips)
     except (Failure, OSError) as e:
         result["error"] = f"{split}/{name}: {e}"
@@ -86,7 +87,8 @@ def _cut_sources(
             account = _rejected("duplicate", f"same content as {row['duplicate_of']}")
         else:
             store = "/".join(row["uri"].split("/", 3)[:3])
-            account, cut_clips = _cut(row, spool, cut, memory, attempts=1 if store in silent else 5)
+            attempts = 1 if store in silent else 5
+            account, cut_clips = _cut(row, spool, cut, memory, attempts, partial(report, number, row["uri"]))
             (unread.add if account["reason"] in schema.UNREAD else unread.discard)(row["source"])
             (silent.add if account["reason"] == "unreachable" else silent.discard)(store)
         if (count := len(annotations.rows_of(row["extra"]))) > 1:
@@ -97,9 +99,14 @@ def _cut_sources(
 
 
 def _cut(
-    row: Mapping[str, Any], spool: Path, cut: CutConfig, memory: Mapping[str, bytes], attempts: int
+    row: Mapping[str, Any],
+    spool: Path,
+    cut: CutConfig,
+    memory: Mapping[str, bytes],
+    attempts: int,
+    moved: Callable[[], None],
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """The account of one source, and the rows of its clips."""
+    """The account of one source, and the rows of its clips, each with the facts of its sound as `audio`."""
     global _worker
     most_bytes = cut.limits.max_bytes
     if (row["bytes"] or 0) > most_bytes:
@@ -110,6 +117,14 @@ def _cut(
         size = path.stat().st_size
         _worker = _worker or Worker()
         result = _worker.run(str(path), row["source"], str(spool), cut, annotations.of_sample(row["extra"]))
+        if cut.audio and result["clips"]:
+            moved()
+            sound = _worker.keep_sound(str(path), result["clips"], str(spool), cut, clocks=result["clocks"])
+            for clip, facts in zip(result["clips"], sound["clips"], strict=True):
+                clip["audio"] = facts
+            result["account"]["detail"] = (
+                "; ".join(filter(None, (result["account"]["detail"], sound["detail"]))) or None
+            )
     except Unread as e:
         return _rejected(e.reason, e.detail), []
     finally:
@@ -144,7 +159,13 @@ def _rejected(reason: str, detail: str) -> dict[str, Any]:
 
 
 def _commit(
-    dataset: str, split: str, name: str, spool: Path, clips: list[dict[str, Any]], sources: list[dict[str, Any]]
+    dataset: str,
+    split: str,
+    name: str,
+    spool: Path,
+    clips: list[dict[str, Any]],
+    sources: list[dict[str, Any]],
+    cut: CutConfig,
 ) -> None:
     def files(extensions: tuple[str, ...]) -> Iterator[tuple[str, dict[str, bytes]]]:
         for row in clips:
@@ -155,6 +176,11 @@ def _commit(
     diffs, diff_size, diff_digest = store_tar(f"{base}.frame_diff.tar", files(("npy.zst",)))
     column = column_rows(diffs, clips)
     index.write_index(f"{base}.frame_diff.parquet", column, schema.COLUMN_INDEX, diff_size, diff_digest)
+    if cut.audio:
+        sounds, sound_size, sound_digest = store_tar(f"{base}.audio.tar", sound_files(spool, clips))
+        rows = [found | row["audio"] for found, row in zip(column_rows(sounds, clips), clips, strict=True)]
+        notes = cut.audio.model_dump(mode="json")
+        index.write_index(f"{base}.audio.parquet", rows, schema.AUDIO_INDEX, sound_size, sound_digest, notes)
     account = index.to_parquet(index.rows_table(sources, schema.SOURCES))
     storage.write(storage.join(dataset, "sources", f"{split}-{name}.parquet"), account)
 
@@ -163,6 +189,13 @@ def _commit(
         fields = ("offset", "size", "crc32")
         places[member.key] |= {f"{member.extension}_{field}": getattr(member, field) for field in fields}
     index.write_index(f"{base}.parquet", [row | places[row["key"]] for row in clips], schema.INDEX, size, digest)
+
+
+def sound_files(spool: Path, clips: Iterable[Mapping[str, Any]]) -> Iterator[tuple[str, dict[str, bytes]]]:
+    """Keys and members of clips with the facts of their sound as `audio`; the member of one without sound is empty."""
+    for row in clips:
+        path = spool / f"{row['key']}.{audio.ENDING}"
+        yield row["key"], {audio.ENDING: path.read_bytes() if row["audio"]["has_audio"] else b""}
 
 
 def store_tar(url: str, samples: Iterable[tuple[str, dict[str, bytes]]]) -> tuple[list[Member], int, str]:

@@ -76,7 +76,7 @@ class LimitsConfig(StageConfig):
     max_bytes         size of the file
     max_pixels        size of a coded frame
     max_frames        frames that are decoded
-    timeout_seconds   time to cut it
+    timeout_seconds   time to cut it, and time to keep its sound
     memory_bytes      address space of the decoding process
     """
 
@@ -102,17 +102,40 @@ class FrameDiffConfig(StageConfig):
         return factor
 
 
+class AudioConfig(StageConfig):
+    """The column of sound.
+
+    codec      flac loses nothing; opus takes a quarter of its bytes, and three times as long to decode
+    bitrate    of opus, bits per second
+    rate       samples per second
+    channels   that the sound is mixed to
+    """
+
+    codec: Literal["flac", "opus"] = "flac"
+    bitrate: int = Field(128_000, ge=16_000, le=512_000)
+    rate: int = Field(48_000, ge=8_000, le=192_000)
+    channels: Literal[1, 2] = 2
+
+    @model_validator(mode="after")
+    def _possible(self) -> "AudioConfig":
+        if self.codec == "opus" and self.rate != 48_000:
+            raise ValueError(f"rate {self.rate}: opus has 48000 samples per second; leave rate out, or take flac")
+        return self
+
+
 class CutConfig(StageConfig):
     """How one source is cut.
 
     clip         what a clip is
     frame_diff   the column of frame differences
+    audio        the column of sound; null: none
     limits       what the source may cost
     decoder      decord rejects what it would show wrongly (see second_opinion.py)
     """
 
     clip: ClipConfig = ClipConfig()
     frame_diff: FrameDiffConfig = FrameDiffConfig()
+    audio: AudioConfig | None = AudioConfig()
     limits: LimitsConfig = LimitsConfig()
     decoder: Literal["pyav", "decord"] = "pyav"
 

@@ -7,7 +7,7 @@ opinion (see second_opinion.py).
 import contextlib
 import math
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from itertools import chain, pairwise
 from typing import Any
@@ -71,6 +71,8 @@ class Tally:
     damaged: int = 0  # frames left out: flagged by the decoder, or predicted from flagged ones
     turns_back: int = 0  # how often the clock went back
     ended: str = ""  # why decoding ended too early
+    # a pair for each clock: seconds since the first frame at which it begins, and its time at second 0
+    clocks: list[tuple[float, float]] = field(default_factory=list)
 
 
 def probe(path: str) -> Probe:
@@ -132,12 +134,16 @@ def monotonic(
         back = False
         seconds = last + interval
         if time is not None:
-            origin = time if math.isnan(origin) else origin
+            if math.isnan(origin):
+                origin = time
+                tally.clocks.append((0.0, origin))
             seconds = time - origin
             if seconds < last - tolerance:
                 back = later is None or not 0 < later - origin - last < 2 * tolerance
                 seconds = last + max(interval, shown) if back else last
-                origin = time - seconds if back else origin
+                if back:
+                    origin = time - seconds
+                    tally.clocks.append((seconds, origin))
         if seconds <= last:
             seconds = last + interval * 1e-3
         tally.turns_back += back

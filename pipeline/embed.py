@@ -61,6 +61,36 @@ def vectors(dataset: str, clips: pa.Table, encoder: str, size: int, key: str) ->
     return np.concatenate(batches) if batches else np.empty((0, 1), np.float32)
 
 
+def read_image(path: str, key: str) -> bytes:
+    """The bytes of a picture. Raises UserError, naming the config's `key`, where there is none."""
+    try:
+        return storage.read(path)
+    except (FileNotFoundError, IsADirectoryError) as e:
+        raise UserError(f"{key}.image: {path}: no such file; name a picture") from e
+
+
+def image_vector(path: str, encoder: str, size: int, key: str) -> np.ndarray:
+    """The encoder's vector (D,) of a picture. Raises UserError: it is no picture, or as `vectors`."""
+    import torch
+    from PIL import Image, UnidentifiedImageError
+
+    try:
+        with Image.open(io.BytesIO(read_image(path, key))) as image:
+            picture = np.asarray(image.convert("RGB"))
+    except (UnidentifiedImageError, Image.DecompressionBombError, OSError, ValueError) as e:
+        raise UserError(f"{key}.image: {path}: not a picture ({e}); name a JPEG or PNG") from e
+    cropped = Image.fromarray(clip.crop(picture[None], (size, size))[0]).resize((size, size))
+    frames = torch.from_numpy(np.asarray(cropped).transpose(2, 0, 1)[None].copy())
+    with torch.inference_mode():
+        return _encode(_load(encoder, key), frames, encoder, key)[0]
+
+
+def cosines(vectors: np.ndarray, vector: np.ndarray) -> np.ndarray:
+    """The cosines (N,) of vectors (N, D) to one (D,)."""
+    norms = np.linalg.norm(vectors, axis=1) * np.linalg.norm(vector)
+    return np.asarray(vectors @ vector / np.maximum(norms, 1e-12))
+
+
 def _load(path: str, key: str) -> "torch.jit.ScriptModule":
     import torch
 

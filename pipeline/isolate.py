@@ -13,11 +13,12 @@ import signal
 import sys
 import threading
 import traceback
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from subprocess import DEVNULL, PIPE, Popen
 from typing import Any
 
+from longtake.datasets.audio import without_sound
 from longtake.pipeline.config import CutConfig
 
 _JOBS_A_PROCESS = 64
@@ -37,21 +38,47 @@ class Worker:
         Raises:
             OSError: the child's disk is full or fails.
         """
-        job = {"path": path, "source": source, "folder": folder, "cut": cut.model_dump(mode="json"), "extra": extra}
+        result = self._result("cut", cut, {"path": path, "source": source, "folder": folder, "extra": extra})
+        return _rejected(*result["failed"]) if "failed" in result else result
+
+    def keep_sound(
+        self, path: str, clips: Sequence[Mapping[str, Any]], folder: str, cut: CutConfig, **known: Any
+    ) -> dict[str, Any]:
+        """The result of `audio.keep`. A crash or a time-out leaves the clips without sound.
+
+        Args:
+            known: `clocks` or `source`.
+
+        Raises:
+            OSError: the child's disk is full or fails.
+        """
+        names = ("key", "start_seconds", "frame_count", "fps")
+        rows = [{name: row[name] for name in names} for row in clips]
+        result = self._result("keep_sound", cut, {"path": path, "clips": rows, "folder": folder} | known)
+        if "failed" not in result:
+            return result
+        assert cut.audio
+        reason, detail = result["failed"]
+        silent = [without_sound(cut.audio.model_dump(), reason) for _ in clips]
+        return {"clips": silent, "detail": f"its sound: {detail}"}
+
+    def _result(self, work: str, cut: CutConfig, arguments: Mapping[str, Any]) -> dict[str, Any]:
+        """What the child's work gives, or `{"failed": [reason, detail]}`."""
+        job = {"work": work, "cut": cut.model_dump(mode="json"), **arguments}
         timeout = cut.limits.timeout_seconds
         line, ending = self._answer(job, cut.limits.memory_bytes, timeout)
         if ending == _KILLED:
             # from outside, such as for another's memory: no fault of the source, unless it happens again
             line, ending = self._answer(job, cut.limits.memory_bytes, timeout)
         if line is None:
-            return _rejected("timed_out", f"not done after {timeout:g} s (limits.timeout_seconds)")
+            return {"failed": ["timed_out", f"not done after {timeout:g} s (limits.timeout_seconds)"]}
         if not line:
-            return _rejected("crashed", f"the decoder process ended with {ending}")
+            return {"failed": ["crashed", f"the decoder process ended with {ending}"]}
 
         self._jobs += 1
         if self._jobs >= _JOBS_A_PROCESS:
             self.close()
-        result = json.loads(line)
+        result: dict[str, Any] = json.loads(line)
         if "os_error" in result:
             raise OSError(*result["os_error"])
         return result
@@ -102,8 +129,9 @@ def _serve(memory: int) -> None:
     # C libraries print to the descriptor itself: keep results apart from their noise
     out = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
-    from longtake.pipeline.source import process
+    from longtake.pipeline import audio, source
 
+    works: dict[str, Any] = {"cut": source.process, "keep_sound": audio.keep}
     lines: queue.Queue[str] = queue.Queue()
 
     def read() -> None:
@@ -116,15 +144,16 @@ def _serve(memory: int) -> None:
         job = json.loads(lines.get())
         try:
             cut = CutConfig(**job.pop("cut"))
-            result = process(**job, cut=cut)
+            result = works[job.pop("work")](**job, cut=cut)
         except MemoryError:
-            result = _rejected("too_large", f"needs more than limits.memory_bytes {memory}")
+            result = {"failed": ["too_large", f"needs more than limits.memory_bytes {memory}"]}
         except OSError as e:
             result = {"os_error": [e.errno, e.strerror or str(e), e.filename]}
         except Exception as e:
             # one strange file must not stop a job of millions: it is rejected, with the line that failed
             place = traceback.extract_tb(e.__traceback__)[-1]
-            result = _rejected("crashed", f"{type(e).__name__}: {e} ({Path(place.filename).name}:{place.lineno})")
+            detail = f"{type(e).__name__}: {e} ({Path(place.filename).name}:{place.lineno})"
+            result = {"failed": ["crashed", detail]}
         out.write(json.dumps(result) + "\n")
         out.flush()
 

@@ -232,18 +232,12 @@ def _clip_frames(
     tar: str, row: Mapping[str, Any], count: int, settings: Settings, strides: Strides
 ) -> Iterator[np.ndarray]:
     """The first frames of a clip (H, W, 3), scaled and cropped as the loader does at this size."""
-    name = f"{tar}: {row['key']}.mp4"
-    try:
-        data = storage.read_range(tar, row["mp4_offset"], row["mp4_size"])
-    except FileNotFoundError as e:
-        raise Failure(f"{tar}: is missing; run `longtake dataset verify`") from e
-    if len(data) != row["mp4_size"] or zlib.crc32(data) != row["mp4_crc32"]:
-        raise Failure(f"{name}: is damaged; run `longtake dataset verify`")
+    data = columns.clip_bytes(tar, row)
     clip_size = (row["height"], row["width"])
     size = target_size(clip_size, settings, strides.stride)
     assert size
     scaled = clip_file.covering_size(clip_size, size)
-    frames = clip_file.decoded(data, range(count), None if scaled == clip_size else scaled, name)
+    frames = clip_file.decoded(data, range(count), None if scaled == clip_size else scaled, f"{tar}: {row['key']}.mp4")
     return (clip_file.crop(frame[None], size)[0] for frame in frames)
 
 

@@ -13,7 +13,7 @@ from urllib.parse import unquote
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from longtake.datasets import storage
+from longtake.datasets import captions, storage
 from longtake.datasets.errors import Failure, UserError
 from longtake.datasets.masking import shown
 from longtake.pipeline.tables import DELIMITERS, ROW_BYTES, read_parquet, read_text, texts
@@ -25,6 +25,8 @@ _OTHERS = """7z arrow avro bz2 doc docx feather gz htm html ods orc pdf rar tar 
 zst"""
 _OTHER_LISTS = frozenset(_OTHERS.split())
 _NO_VALUE = "__HIVE_DEFAULT_PARTITION__"
+# rows that may have captions which are none: of another form than a plain text, or with a half of a pair of surrogates
+_CAPTIONS = r'"(captions|shots)": |"caption": [^"]|\\ud[89a-f]'
 _ADDRESS = re.compile(r"https?://[^?#]*", re.IGNORECASE)
 
 # A source as it is listed, before it is read. `etag`: the store's own content tag, where it has one.
@@ -135,6 +137,7 @@ def _listing(batch: pa.RecordBatch, extra: Any, url: str, base: str) -> pa.Recor
     if (longest := pc.max(pc.binary_length(extra)).as_py() or 0) > ROW_BYTES:
         uri = uris[pc.index(pc.binary_length(extra), longest).as_py()]
         raise ValueError(f"the row of {str(uri)[:200]} has {longest} bytes; {ROW_BYTES} are allowed")
+    _check_captions(uris, extra)
     columns = {
         "uri": _resolved(uris, base),
         "bytes": _sizes(batch["bytes"]) if "bytes" in names else pa.nulls(len(batch), pa.int64()),
@@ -142,6 +145,18 @@ def _listing(batch: pa.RecordBatch, extra: Any, url: str, base: str) -> pa.Recor
         "extra": extra,
     }
     return pa.RecordBatch.from_pydict(columns, schema=LISTING)
+
+
+def _check_captions(uris: Any, extra: Any) -> None:
+    """Raise ValueError for the first row whose captions are none, by its uri."""
+    suspects = pc.fill_null(pc.match_substring_regex(extra, _CAPTIONS), False)
+    if not pc.any(suspects).as_py():
+        return
+    for uri, text in zip(uris.filter(suspects).to_pylist(), extra.filter(suspects).to_pylist(), strict=True):
+        try:
+            captions.of_annotations(text)
+        except ValueError as e:
+            raise ValueError(f"the row of {str(uri)[:200]}: {e}") from e
 
 
 def _sizes(column: Any) -> Any:

@@ -76,8 +76,9 @@ def process(
         extra: its annotations (`annotations.of_sample`), which go into each KEY.json; `label` goes into the index as well.
 
     Returns:
-        `{"account": columns of schema.SOURCES, "clips": rows of schema.INDEX without offsets}`.
+        `{"account": columns of schema.SOURCES, "clips": rows of schema.INDEX without offsets, "clocks": as in Tally}`.
     """
+    tally = Tally()
     account: dict[str, Any] = dict.fromkeys(_COUNTS, 0)
     clips: list[dict[str, Any]] = []
 
@@ -90,7 +91,7 @@ def process(
         account["frames_expected"] = header.frames
         _sizes(cut, header.width, header.height, header.coded_pixels)
         try:
-            notes = _cut(path, cut, header, account, write)
+            notes = _cut(path, cut, header, account, tally, write)
         except Unreadable as e:
             # how far decord came depends on its threads
             clips.clear()
@@ -102,7 +103,7 @@ def process(
     except Rejected as e:
         assert not clips, "a source with clips is good"
         account |= {"status": "rejected", "reason": e.reason, "detail": e.detail}
-    return {"account": account, "clips": clips}
+    return {"account": account, "clips": clips, "clocks": tally.clocks}
 
 
 def _header(path: str) -> Probe:
@@ -118,11 +119,16 @@ def _header(path: str) -> Probe:
 
 
 def _cut(
-    path: str, cut: CutConfig, header: Probe, account: dict[str, Any], write: Callable[[list[Sampled]], None]
+    path: str,
+    cut: CutConfig,
+    header: Probe,
+    account: dict[str, Any],
+    tally: Tally,
+    write: Callable[[list[Sampled]], None],
 ) -> list[str]:
     """Write the clips, count frames, shots and clips in the account, and return notes for people. Raises Unreadable."""
     notes: list[str] = []
-    tally, misfits = Tally(), Counter[str]()
+    misfits = Counter[str]()
     pending: list[Sampled] = []  # frames of the clip that is not written yet
 
     def flush() -> None:

@@ -1,7 +1,8 @@
 """Files of rows as Arrow batches: CSV, TSV, JSON, JSON Lines and Parquet, streamed in constant memory.
 
-Each batch comes with `extra`: all columns but uri, bytes and etag as one JSON object a row. Who wrote a file need not be
-trusted: rows have bounds on their size and depth.
+Each batch comes with `extra`: all columns but uri, bytes and etag as one JSON object a row, without empty cells; but an empty
+`caption` is one, except in CSV, which has no other word for none. Who wrote a file need not be trusted: rows have bounds on
+their size and depth.
 """
 
 import codecs
@@ -9,7 +10,7 @@ import io
 import json
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from json.encoder import encode_basestring_ascii
 from typing import Any
@@ -20,6 +21,7 @@ import pyarrow.csv
 import pyarrow.parquet as pq
 
 SOURCE_COLUMNS = ("uri", "bytes", "etag")
+_CAPTION = "caption"  # the column whose empty texts count
 ROW_BYTES = 1 << 20
 
 DELIMITERS = {"csv": ",", "tsv": "\t"}
@@ -53,7 +55,7 @@ def read_parquet(open_file: Open, constants: Mapping[str, str | None]) -> Iterat
             batch = rows
             for name in constants.keys() - {*names}:
                 batch = batch.append_column(name, pa.array([constants[name]] * len(batch), pa.string()))
-            yield batch, _objects(batch)
+            yield batch, _objects(batch, {_CAPTION})
 
 
 def read_text(open_file: Open, kind: str) -> Iterator[Batch]:
@@ -174,7 +176,7 @@ def _json(entries: Iterator[tuple[str, Any]]) -> Iterator[Batch]:
         if not isinstance(row.get("uri", ""), str):
             raise ValueError(f"{where}: its uri is no text")
         finite = ((name, _finite(value, where)) for name, value in entry.items())
-        cells = {name: value for name, value in finite if value is not None and value != ""}
+        cells = {name: value for name, value in finite if value is not None and (value != "" or name == _CAPTION)}
         rows.append({name: None if value is None else str(value) for name, value in row.items()})
         extra.append(json.dumps(cells, sort_keys=True) if cells else None)
         size += len(extra[-1] or "")
@@ -278,22 +280,29 @@ def texts(column: Any) -> Any:
     return pc.if_else(pc.equal(text, ""), None, text)
 
 
-def _objects(batch: pa.RecordBatch) -> Any:
+def _objects(batch: pa.RecordBatch, with_empty: Collection[str] = ()) -> Any:
     """All columns but those of the source as a JSON object a row, without empty cells; null for an empty object.
 
     Built from columns, since a million small dicts take many seconds.
+
+    Args:
+        with_empty: columns whose empty texts stay.
     """
     names = sorted(name for name in batch.schema.names if name not in SOURCE_COLUMNS)
     if not names:
         return pa.nulls(len(batch), pa.string())
-    cells = [pc.binary_join_element_wise(f", {json.dumps(name)}: ", _values(batch[name]), "") for name in names]
+    values = [_values(batch[name], name in with_empty) for name in names]
+    cells = [
+        pc.binary_join_element_wise(f", {json.dumps(name)}: ", value, "")
+        for name, value in zip(names, values, strict=True)
+    ]
     joined = pc.binary_join_element_wise(*(pc.fill_null(cell, "") for cell in cells), "}", "")
     objects = pc.binary_replace_slice(joined, 0, 2, "{")
     return pc.if_else(pc.equal(joined, "}"), None, objects)
 
 
-def _values(column: Any) -> Any:
-    """A column as JSON values, null for empty cells."""
+def _values(column: Any, with_empty: bool = False) -> Any:
+    """A column as JSON values, null for empty cells; `with_empty` only for those that are null."""
     if pa.types.is_dictionary(column.type):
         column = column.dictionary_decode()
     if pa.types.is_large_string(column.type) or pa.types.is_string_view(column.type):
@@ -301,7 +310,7 @@ def _values(column: Any) -> Any:
     if pa.types.is_integer(column.type):
         return column.cast(pa.string())
     if pa.types.is_string(column.type):
-        text = pc.binary_join_element_wise('"', texts(column), '"', "")
+        text = pc.binary_join_element_wise('"', column if with_empty else texts(column), '"', "")
         special = pc.fill_null(pc.match_substring_regex(column, r'["\\\x00-\x1f]'), False)
         if pc.any(special).as_py():
             escaped = [encode_basestring_ascii(value) for value in column.filter(special).to_pylist()]

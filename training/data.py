@@ -1,4 +1,4 @@
-"""What training stages learn from: loaders of a dataset, columns of latents, and a prior's target, latents or pixels."""
+"""What training stages learn from: loaders of a dataset, columns of latents and texts, and a prior's target."""
 
 import dataclasses
 from collections.abc import Collection, Iterable, Mapping
@@ -10,12 +10,14 @@ import pyarrow.compute as pc
 import torch
 from torch import Tensor
 
-from longtake.datasets import compact, schema, storage
+from longtake.datasets import compact, schema, storage, view
 from longtake.datasets.cache import Cache
 from longtake.datasets.errors import UserError
 from longtake.datasets.latents import Latents, encoder_digest, read_latents
 from longtake.datasets.loader import Loader, to_model
+from longtake.datasets.loader.split import open_columns
 from longtake.datasets.stage import StageConfig
+from longtake.datasets.text import Text, read_text
 from longtake.training.config import TrainConfig
 from longtake.training.engines import device
 from longtake.training.metrics import trivial
@@ -49,11 +51,11 @@ def on_device(batch: Batch) -> Batch:
 
 
 def check_recipe(config: Any, inputs: Mapping[str, StageConfig], columns: Collection[str], span: int) -> None:
-    """ValueError where a recipe's latents are of another dataset, or its clips are shorter than `span` frames."""
+    """ValueError where a recipe's columns are of another dataset, or its clips are shorter than `span` frames."""
     for field in columns:
-        latents: Any = inputs.get(field)
-        if latents is not None and latents.dataset != config.dataset:
-            raise ValueError(f"{field}: are of the dataset {latents.dataset}, not of {config.dataset}")
+        column: Any = inputs.get(field)
+        if column is not None and column.dataset != config.dataset:
+            raise ValueError(f"{field}: are of the dataset {column.dataset}, not of {config.dataset}")
     clip = getattr(inputs.get("dataset"), "clip", None)
     if clip is not None and clip.max_frames < span:
         raise ValueError(
@@ -79,21 +81,104 @@ def column_of(dataset: str, uri: str, frames: int, field: str = "latents") -> La
         Failure: damaged files.
     """
     record = read_latents(uri)
-    if record.dataset != storage.absolute(dataset):
-        raise UserError(f"{field}: {uri} are of the dataset {record.dataset}, not of {dataset}")
+    _check_dataset(record, dataset, uri, field)
     low, high = nearest_lengths(frames, record.factor)
     if low != high:
         raise UserError(
             f"frames: {frames}: latents have windows of 1 + {record.factor}n frames, such as {low} or {high}"
         )
+    _check_state(record, dataset, uri, field, "cache_latents")
+    return record
+
+
+def _check_dataset(record: Latents | Text, dataset: str, uri: str, field: str) -> None:
+    if record.dataset != storage.absolute(dataset):
+        raise UserError(f"{field}: {uri} are of the dataset {record.dataset}, not of {dataset}")
+
+
+def _check_state(record: Latents | Text, dataset: str, uri: str, field: str, stage: str) -> None:
+    """UserError where a column is of an earlier state of its dataset, or is gone."""
     for split in schema.SPLITS:
         if compact.open_split(dataset, split)[0].digest != record.digests[split]:
             raise UserError(
-                f"{field}: {uri}: the dataset has changed since they were made; run their `cache_latents` stage again"
+                f"{field}: {uri}: the dataset has changed since they were made; run their `{stage}` stage again"
             )
-    if not len(compact.open_split(dataset, "train", record.column)[1]):
-        raise UserError(f"{field}: {dataset} has no column {record.column}; run their `cache_latents` stage again")
+    if not len(compact.open_split(dataset, "train", record.column)[0].shards):
+        raise UserError(f"{field}: {dataset} has no column {record.column}; run their `{stage}` stage again")
+
+
+def text_of(inputs: Mapping[str, str]) -> Text | None:
+    """The record of the column of texts among a stage's inputs, if there is one.
+
+    Raises:
+        UserError: the texts are of another dataset, or of an earlier state of it; no training clip has a caption.
+        Failure: damaged files.
+    """
+    if "text" not in inputs:
+        return None
+    dataset, uri = inputs["dataset"], inputs["text"]
+    record = read_text(uri)
+    _check_dataset(record, dataset, uri, "text")
+    _check_state(record, dataset, uri, "text", "cache_text")
+    if not captioned(inputs, record).any():
+        which = "its view keeps" if "view" in inputs else "there is"
+        raise UserError(f"text: {uri}: no training clip that {which} has a caption; make some by a `caption` stage")
     return record
+
+
+def captioned(inputs: Mapping[str, str], record: Text) -> np.ndarray:
+    """Which training clips of the stage's view have captions, bool (clips,)."""
+    base, _ = compact.open_split(inputs["dataset"], "train")
+    rows = open_columns(base, {"text": record.column}, None)[0].columns["text"]
+    counts = [pc.fill_null(pc.list_value_length(rows.of(shard)["texts"]), 0) for shard in range(len(rows.shards))]
+    keep, _, _ = view.kept(base, inputs.get("view"))
+    has: np.ndarray = np.concatenate([count.to_numpy() for count in counts])[keep] > 0
+    return has
+
+
+def text_counts(inputs: Mapping[str, str], record: Text | None) -> dict[str, float]:
+    """The number of training clips without captions, as a metric; nothing where no text is learned."""
+    return {} if record is None else {"train_clips_without_captions": float((~captioned(inputs, record)).sum())}
+
+
+def text_facts(record: Text | None, origin: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    """What config.json says of the texts that a model has learned: `uri` and `digest` of the record, and the `encoder`.
+
+    The encoder is `Text.encoder`: the fields of TextConfig, which load it again, its `digest` and its `width`.
+    """
+    return None if record is None else {**(origin or {}), "encoder": dict(record.encoder)}
+
+
+def check_base_text(uri: str, facts: Mapping[str, Any], record: Text | None) -> None:
+    """UserError where a base has learned texts of another encoder than a training has, or texts and the training has none."""
+    learned = (facts.get("text") or {}).get("encoder")
+    if learned is None:
+        return
+    if record is None:
+        raise UserError(
+            f"base: {uri} has learned text; name what a `cache_text` stage has made, or a base without text"
+        )
+    if learned["digest"] != record.encoder["digest"]:
+        raise UserError(
+            f"base: {uri} has learned texts of another encoder, {learned.get('encoder')}; encode by that one, or name another"
+            " base"
+        )
+
+
+def text_column_of(uri: str, facts: Mapping[str, Any], inputs: Mapping[str, str]) -> dict[str, str]:
+    """The column `text` that a trained model sees, if it has learned text.
+
+    Raises:
+        UserError: it is missing, or of another encoder; and as `text_of`.
+    """
+    if not facts.get("text"):
+        return {}
+    record = text_of(inputs)
+    if record is None:
+        raise UserError(f"text: {uri} has learned text; name what their `cache_text` stage has made")
+    if record.encoder["digest"] != facts["text"]["encoder"]["digest"]:
+        raise UserError(f"text: {inputs['text']} are of another encoder than {uri} has learned")
+    return {"text": record.column}
 
 
 def columns_of(

@@ -124,6 +124,8 @@ def train(
                     for name, video in _sample(objective, run.engines, config.seed).items():
                         if tracker:
                             tracker.video(step, name, video, objective.fps)
+                    if tracker and objective.prompts:
+                        tracker.text(step, "prompts", "\n".join(objective.prompts))
 
             # Measure held-out clips.
             if config.run.heldout_every and (step % config.run.heldout_every == 0 or step == config.steps):

@@ -47,6 +47,7 @@ class Objective:
         sample: `sample(engines, rng)` returns videos to look at by name, uint8 `(T, H, W, 3)`; called without
             gradients, on all ranks.
         fps: frames per second of those videos.
+        prompts: texts that those videos are to show, in order, kept beside them.
         tokens: number of tokens in a batch, for the tokens per second.
         blocks: parts of the modules that `compile` compiles one by one.
         heldout: held-out clips, one a batch, the same each time: the lead's loss on them is logged as `heldout/...`.
@@ -60,6 +61,7 @@ class Objective:
     lead: str = "model"
     sample: Callable[[Engines, torch.Generator], dict[str, np.ndarray]] | None = None
     fps: int = 8
+    prompts: Sequence[str] = ()
     tokens: Callable[[Batch], int] | None = None
     blocks: Sequence[nn.Module] = ()
     heldout: Iterable[Batch] = ()

@@ -35,17 +35,20 @@ class Loader(Stream):
     """Batches of windows, endless over epochs unless `epochs` is given.
 
     A batch is `{"key": [str], "epoch": int}` and the columns asked for: `video` uint8 (B, 3, T, H, W), `frame_diff`
-    uint8 (B, 3, T-1, h, w), `latent` float16 or bfloat16 (B, 2, C, 1 + (T-1)/4, h, w) of mean and log-variance, `json`
-    [dict] and `label` int64 (B,); B is this rank's share. Several columns of latents have the names that the caller gives
-    them. With `history_seconds` there are also `history_video`, `history_latent` and so on, and how many of their frames
-    and latents are true (see `datasets.loader.window`).
+    uint8 (B, 3, T-1, h, w), `audio` float32 (B, channels, samples) and `audio_mask` bool (B,), `latent` float16 or
+    bfloat16 (B, 2, C, 1 + (T-1)/4, h, w) of mean and log-variance, `json` [dict], `label` int64 (B,), `caption`
+    [str | None], one of those about the window, drawn, and `text` bfloat16 (B, N, width) of the states of its tokens with
+    `text_mask` bool (B, N); B is this rank's share. Several columns of one kind have the names that the caller gives them.
+    With `history_seconds` there are also `history_video`, `history_latent` and so on, and how many of their frames and
+    latents are true (see `datasets.loader.window`).
 
     Args:
         dataset: URL of the dataset.
         split: "train" or "val".
         view: URL of a view, whose weights say how often a clip comes; None takes every clip once an epoch.
         columns: some of `COLUMNS`; or `{name: column}`, the cache columns by the names that batches have them under,
-            such as `{"latent": "latent-1f...", "low": "latent-9c..."}`. A column without a name is called "latent".
+            such as `{"latent": "latent-1f...", "low": "latent-9c..."}`. Without names they are called "latent",
+            "caption" and "text".
         frames: frames T in a window, or several T of which a clip takes the longest that it fills. A clip shorter than
             all is left out; `samples_short` counts them.
         stride: take every `stride`-th frame of the clip.
@@ -66,15 +69,16 @@ class Loader(Stream):
             `samples_without_history` counts them. With `history_seconds` the same, every history is whole.
         histories: for latents, in place of `history_seconds`: how many latents of the clip's stream to give before a
             window, and so where in the stream it begins (see `datasets.loader.streams`). Without `shuffle` each stream
-            comes once. `history_mean` is their mean number, `longest_stream` the latents of the longest stream.
+            comes once. `history_mean` is their mean number, `longest_stream` the latents of the longest stream. Captions
+            are then those of the clip that has most of the window.
         workers: decoding processes of this rank; 0 decodes in this one.
         cache: keeps whole tars of a remote dataset; None reads each sample by itself.
         unreadable: "stop" at a sample that cannot be read, or "skip": another of this rank's share of the batch takes
             its place, and `batch["skipped"]` and `skipped` count; a share with nothing readable still stops.
 
     Raises:
-        UserError: nothing to load, a batch that does not divide, an unknown column, columns of latents with other factors,
-            a share outside 0 to 1, no clip as large as `size` or with as much history.
+        UserError: nothing to load, a batch that does not divide, an unknown column, sound that was not kept, columns of
+            latents with other factors, a share outside 0 to 1, no clip as large as `size` or with as much history.
         Failure: a damaged index, or a column that does not belong to these clips.
     """
 

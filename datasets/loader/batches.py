@@ -82,7 +82,7 @@ class Batches:
                 print(shown(f"warning: skipped: {sample}"), file=sys.stderr)
         # readable samples fill the places: all ranks keep the same batch size
         filled = [*good, *(good[n % len(good)] for n in range(len(samples) - len(good)))]
-        out = collate(filled, self.split.latents) | {"epoch": epoch}
+        out = collate(filled, self.split.latents, self.split.texts) | {"epoch": epoch}
         return out | ({"skipped": len(samples) - len(good)} if self.skip else {})
 
     def samples_of(self, number: int) -> tuple[int, Window, list[Sample]]:
@@ -137,16 +137,23 @@ class Batches:
         if block + 1 < len(sequence.ends) and (epoch, bucket, block) not in self._fetched:
             self._fetched.add((epoch, bucket, block))
             for shard in sequence.blocks(sequence.ends[block : block + 1]).tolist():
-                for column in (self.split.base, *self.split.columns.values()):
+                for column in self.split.tars():
                     pool.submit(self.split.reader.fetch, column, shard)
 
 
-def collate(samples: Sequence[Mapping[str, Any]], latents: Collection[str] = ()) -> dict[str, Any]:
-    """Stack samples: arrays and numbers become tensors, everything else lists. `latents` are the names of columns of latents."""
+def collate(
+    samples: Sequence[Mapping[str, Any]], latents: Collection[str] = (), texts: Collection[str] = ()
+) -> dict[str, Any]:
+    """Stack samples: arrays and numbers become tensors, everything else lists.
+
+    `latents` and `texts` are the names of columns of latents and of token states; these get a mask beside them.
+    """
     out: dict[str, Any] = {}
     for name, first in samples[0].items():
         values = [s[name] for s in samples]
-        if isinstance(first, np.ndarray):
+        if name in texts:
+            out[name], out[f"{name}_mask"] = padded(values)
+        elif isinstance(first, np.ndarray):
             out[name] = torch.from_numpy(np.stack(values))
         else:
             out[name] = torch.tensor(values) if isinstance(first, int) else values
@@ -157,6 +164,19 @@ def collate(samples: Sequence[Mapping[str, Any]], latents: Collection[str] = ())
             # (B, T, 2, C, h, w): time comes first on disk, so that a window is one range of bytes
             out[name] = out[name].permute(0, 2, 3, 1, 4, 5)
     return out
+
+
+def padded(states: Sequence[np.ndarray]) -> tuple[torch.Tensor, torch.Tensor]:
+    """States (L, width), as the bits of bfloat16, with zeros behind them up to the longest, and which of them are true.
+
+    Returns (B, N, width) bfloat16 and (B, N) bool; N is 1 where all are empty.
+    """
+    longest = max(1, *map(len, states))
+    out = np.zeros((len(states), longest, states[0].shape[1]), np.uint16)
+    for place, one in zip(out, states, strict=True):
+        place[: len(one)] = one
+    lengths = np.array([len(one) for one in states])
+    return torch.from_numpy(out).view(torch.bfloat16), torch.from_numpy(np.arange(longest) < lengths[:, None])
 
 
 @functools.lru_cache(maxsize=4)

@@ -1,13 +1,14 @@
 """A split and its columns: their names in batches, their rows in the order of the base's, and the windows that they allow."""
 
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from longtake.datasets import compact, schema
+from longtake.datasets import audio, compact, index, schema
 from longtake.datasets.cache import Cache
 from longtake.datasets.compact import Rows
 from longtake.datasets.errors import Failure, UserError
@@ -15,8 +16,9 @@ from longtake.datasets.loader import streams
 from longtake.datasets.loader.reader import Reader
 from longtake.datasets.loader.streams import latents_before
 
-COLUMNS = ("video", "frame_diff", "latent-DIGEST", "json", "label")
-_LATENT = "latent-"  # how columns of latents begin
+COLUMNS = ("video", "frame_diff", "audio", "latent-DIGEST", "caption-DIGEST", "text-DIGEST", "json", "label")
+# how columns begin, and what they are called without a name
+_CALLED = {"latent-": "latent", "caption-": "caption", "text-": "text"}
 
 
 class Split:
@@ -25,15 +27,33 @@ class Split:
     def __init__(self, base: Rows, names: Mapping[str, str], columns: Mapping[str, Rows], reader: Reader) -> None:
         """`names` are columns by the names that samples have them under, `columns` the rows of those that are caches."""
         self.base, self.names, self.columns, self.reader = base, names, columns, reader
-        self.latents = tuple(name for name in columns if name != "frame_diff")
+        self.latents = self.of_kind("latent")
+        self.captions = self.of_kind("caption")
+        self.texts = self.of_kind("text")
+        self.widths: dict[str, int] = {}  # of the states in each column of texts
         self.labels: dict[str, int] = {}  # the number of each label
+
+    def of_kind(self, kind: str) -> tuple[str, ...]:
+        """The names of the cache columns that are called `kind` where they have no other name."""
+        return tuple(name for name in self.columns if kind_of(self.names[name]) == kind)
+
+    def tars(self) -> list[Rows]:
+        """The rows of the base and of the cache columns that have tars."""
+        return [self.base, *(rows for name, rows in self.columns.items() if not index.is_table(self.names[name]))]
+
+    @cached_property
+    def sound(self) -> tuple[int, int]:
+        """The rate and the channels of the column of sound."""
+        rows = self.columns[audio.COLUMN]
+        first = rows.row(int(np.flatnonzero(rows.counts)[0]), 0)
+        return first["rate"], first["channels"]
 
     def check_windows(self, lengths: Sequence[int], stride: int, histories: streams.Lengths | None) -> None:
         """Check that the columns have windows of these numbers of frames.
 
         Raises:
             UserError: a window would not be of whole latents; columns of latents have other factors; a stream of several
-                clips is read without `histories`, or anything but latents and labels with them.
+                clips is read without `histories`, or anything but latents, captions, texts and labels with them.
         """
         factors = {self.names[name]: factor_of(self.columns[name]) for name in self.latents}
         for column, factor in factors.items():
@@ -47,7 +67,7 @@ class Split:
                     f"frames: {column} has a step for {factor} frames: windows of 1 + {factor}n frames, stride 1"
                 )
         if histories:
-            others = [c for c in self.names.values() if c != "label" and not c.startswith(_LATENT)]
+            others = [column for column in self.names.values() if column != "label" and kind_of(column) is None]
             if others or not factors or len(lengths) > 1:
                 raise UserError("histories: are of latents and windows of one length; leave out what else is asked for")
         elif joined := [self.names[name] for name in self.latents if streams.joined(self.columns[name])]:
@@ -87,35 +107,45 @@ class Split:
 
 def by_name(columns: Sequence[str] | Mapping[str, str]) -> dict[str, str]:
     """Columns by the names that batches have them under. Raises UserError for an unknown column, or a name that it cannot have."""
-    pairs = (
-        list(columns.items())
-        if isinstance(columns, Mapping)
-        else [("latent" if c.startswith(_LATENT) else c, c) for c in columns]
-    )
+    pairs = list(columns.items()) if isinstance(columns, Mapping) else [(kind_of(c) or c, c) for c in columns]
     listed = [column for _, column in pairs]
-    if unknown := {c for c in listed if c not in COLUMNS and not c.startswith(_LATENT)}:
+    if unknown := {c for c in listed if c not in COLUMNS and kind_of(c) is None}:
         raise UserError(f"columns: unknown {', '.join(sorted(unknown))}; there are {', '.join(COLUMNS)}")
     if twice := {c for c in listed if listed.count(c) > 1}:
         raise UserError(f"columns: {', '.join(sorted(twice))} twice; name each once")
     names = dict(pairs)
     if len(names) < len(pairs):
-        nameless = [column for name, column in pairs if name == "latent"]
-        raise UserError(f"columns: {' and '.join(nameless)} need names, such as columns={{'latent': ..., 'low': ...}}")
+        kind = next(name for n, (name, _) in enumerate(pairs) if name in dict(pairs[:n]))
+        nameless = [column for name, column in pairs if name == kind]
+        raise UserError(f"columns: {' and '.join(nameless)} need names, such as columns={{{kind!r}: ..., 'low': ...}}")
     for name, column in pairs:
-        if name != column and (name in COLUMNS or not column.startswith(_LATENT)):
+        if name != column and (name in COLUMNS or kind_of(column) is None):
             raise UserError(f"columns: {column} cannot be called {name!r}; choose another name, or leave it out")
     return names
+
+
+def kind_of(column: str) -> str | None:
+    """What a cache column is called that has no name; None for a column that has no digest in its name."""
+    return next((kind for begin, kind in _CALLED.items() if column.startswith(begin)), None)
 
 
 def open_columns(base: Rows, names: Mapping[str, str], cache: Cache | None) -> tuple[Split, list[pa.Table]]:
     """A split with the cache columns among `names`, and the `FACTS` of its columns of latents.
 
     Raises:
-        Failure: a column lacks clips of the base.
+        UserError: clips of the base have no sound to load; a column of texts is of other captions than those that are asked
+            for with it.
+        Failure: another column lacks clips of the base.
     """
-    caches = {name: c for name, c in names.items() if c == "frame_diff" or c.startswith(_LATENT)}
+    caches = {name: c for name, c in names.items() if c in ("frame_diff", audio.COLUMN) or kind_of(c)}
     opened = {name: _open(base, column, cache) for name, column in caches.items()}
     split = Split(base, names, {name: rows for name, (rows, _) in opened.items()}, Reader(cache))
+    for name in split.texts:
+        notes = _notes(split.columns[name])
+        split.widths[name] = int(notes["width"])
+        spoken = [names[caption] for caption in split.captions]
+        if spoken and notes["captions"] not in (*spoken, ""):
+            raise UserError(f"columns: {names[name]} is of {notes['captions']}, not of {spoken[0]}; name that one")
     return split, [opened[name][1] for name in split.latents]
 
 
@@ -123,6 +153,13 @@ def factor_of(latents: Rows) -> int:
     """Frames in a latent after the first; 1 for a column without rows."""
     filled = np.flatnonzero(latents.counts)
     return latents.of(int(filled[0]))["factor"][0].as_py() if len(filled) else 1
+
+
+def _notes(texts: Rows) -> dict[str, Any]:
+    """What the first shard of a column of texts says of all: the `width` of its states, and which `captions` they are of."""
+    if not len(texts.shards):
+        return {"width": 0, "captions": ""}
+    return index.read_notes(texts.dataset, index.read_shard(texts.dataset, texts.split, texts.name(0)))
 
 
 def classes(base: Rows, facts: pa.Table, cache: Cache | None) -> list[str]:
@@ -139,6 +176,7 @@ def _open(base: Rows, column: str, cache: Cache | None) -> tuple[Rows, pa.Table]
     """The rows of a cache column and their `FACTS`, in the base's order.
 
     Raises:
+        UserError: there is no sound of some shard.
         Failure: a shard has another number of rows than in the base. That they belong to its clips is checked on reading.
     """
     rows, facts = compact.open_split(base.dataset, base.split, column, cache)
@@ -153,6 +191,8 @@ def _open(base: Rows, column: str, cache: Cache | None) -> tuple[Rows, pa.Table]
             f"{missing} clips have no {column}" if missing else f"{next(iter(wrong))} has clips that are not there"
         )
         where = f"{base.dataset} ({base.split})"
+        if missing and column == audio.COLUMN:
+            raise UserError(f"{where}: {missing} clips were cut without their sound; add it with a `cache_audio` stage")
         raise Failure(f"{where}: {problem}; delete the column's indexes and run its stage again")
     # a column's shard is committed before its base shard: drop those that are ahead
     in_base = np.array([name in expected for name in names], bool)

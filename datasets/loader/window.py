@@ -11,8 +11,9 @@ from typing import Any
 
 import numpy as np
 
-from longtake.datasets import clip, later
+from longtake.datasets import clip, later, text
 from longtake.datasets.errors import Failure
+from longtake.datasets.loader import captions, sound
 from longtake.datasets.loader.order import sample_rng
 from longtake.datasets.loader.split import Split
 from longtake.datasets.loader.streams import Lengths, clips_of, latents_before
@@ -48,6 +49,7 @@ def load(split: Split, sample: Sample, window: Window) -> dict[str, Any]:
     row = split.base.row(sample.shard, sample.row)
     rng = sample_rng(*sample.chance[:2], row["key"], sample.chance[2]) if sample.chance else None
     out: dict[str, Any] = {"key": row["key"]}
+    frames: Sequence[int]
 
     if window.lengths:
         out |= _of_stream(split, sample, window, rng)
@@ -61,12 +63,24 @@ def load(split: Split, sample: Sample, window: Window) -> dict[str, Any]:
             out["video"] = _video(split, sample.shard, row, frames, window.size, place)
         if "frame_diff" in split.names:
             out["frame_diff"] = _frame_diff(split, sample, row, frames, window.size, place)
+        if "audio" in split.names:
+            span = (window.frames - 1) * window.stride + 1
+            out |= sound.of_window(split, sample.shard, sample.row, row, frames[0], span)
         first, count = frames[0] // factor, 1 + (window.frames - 1) // factor
         for column, cached in zip(split.latents, latents, strict=True):
             out[column] = _latents(split, column, sample.shard, cached, first, count)
         if window.history_seconds:
             out |= _history(split, sample, row, frames[0], window, place)
 
+    if split.captions or split.texts:
+        if window.lengths:
+            frames = _frames_of_stream(split, sample, window, out["stream_step"])
+        # drawn last, so that windows are the same with captions and without
+        where = captions.place(_clips(split, sample, window), frames[0], frames[-1] + 1, rng.random() if rng else None)
+        for column in split.captions:
+            out[column] = _caption(split, column, sample.shard, where)
+        for column in split.texts:
+            out[column] = _text(split, column, sample.shard, where)
     if "label" in split.names:
         out["label"] = split.labels.get(row["label"], -1)
     if "json" in split.names:
@@ -144,8 +158,9 @@ def _history(
 ) -> dict[str, Any]:
     """The frames and latents just before the window, from its clip and the clips that it follows without a hole.
 
-    `history_video` (3, Th, H, W) and `history_NAME` (Lh, 2, C, h, w) for each column of latents. Of these the last
-    `history_frames` and `history_steps` are true, and all before them is zero.
+    `history_video` (3, Th, H, W), `history_audio` (channels, samples) and `history_NAME` (Lh, 2, C, h, w) for each column
+    of latents. Of these the last `history_frames`, `history_samples` and `history_steps` are true, and all before them is
+    zero.
     """
     out: dict[str, Any] = {}
     before = list(pasts(split.base, sample.shard, sample.row, window.history_seconds))
@@ -158,6 +173,10 @@ def _history(
         ]
         room = np.zeros((3, len(frames), *window.size), np.uint8)
         out["history_video"], out["history_frames"] = _at_end(room, parts, 1)
+
+    if "audio" in split.names:
+        count = round(window.history_seconds * row["fps"] / window.stride) * window.stride
+        out |= sound.before_window(split, sample.shard, before, row, start, count)
 
     if split.latents:
         rows_of = (split.latent_rows(sample.shard, number, past) for number, past in before)
@@ -211,6 +230,41 @@ def _of_stream(split: Split, sample: Sample, window: Window, rng: np.random.Gene
         room[len(room) - before :] = latents[:before]
         out |= {column: latents[before:], f"history_{column}": room}
     return out
+
+
+def _clips(split: Split, sample: Sample, window: Window) -> list[tuple[int, Mapping[str, Any]]]:
+    """The clips that a window may be in: row numbers and rows of the base."""
+    numbers = [sample.row]
+    if window.lengths:
+        numbers = [*clips_of(split.columns[split.latents[0]], sample.shard, sample.row)]
+    return [(number, split.base.row(sample.shard, number)) for number in numbers]
+
+
+def _frames_of_stream(split: Split, sample: Sample, window: Window, begin: int) -> range:
+    """The frames of a window that begins at latent `begin` of its stream, counted from the stream's first."""
+    factor = split.columns[split.latents[0]].row(sample.shard, sample.row)["factor"]
+    first = max(0, (begin - 1) * factor + 1)
+    return range(first, (begin + (window.frames - 1) // factor) * factor + 1)
+
+
+def _caption(split: Split, column: str, shard: int, place: captions.Place) -> str | None:
+    """The text of the caption that a sample gets."""
+    cached = split.cache_row(column, shard, place.row, split.base.row(shard, place.row))
+    number = captions.drawn(cached["captions"], place)
+    return None if number is None else str(cached["captions"][number]["text"])
+
+
+def _text(split: Split, column: str, shard: int, place: captions.Place) -> np.ndarray:
+    """(L, width) uint16, bfloat16's bits: the states of the caption that a sample gets, of which there are none without one."""
+    cached = split.cache_row(column, shard, place.row, split.base.row(shard, place.row))
+    if cached["texts"] == []:
+        url = split.columns[column].tar(shard)[0]
+        raise Failure(f"{url}: {cached['key']}: its view left this clip out; load that view, or make texts without one")
+    number = captions.drawn(cached["texts"], place)
+    if number is None:
+        return np.empty((0, split.widths[column]), np.uint16)
+    found = cached["texts"][number]
+    return text.unpacked(split.reader.member(split.columns[column], shard, *_span(found)), found["tokens"])
 
 
 def _by_clip(numbers: np.ndarray, clips: list[tuple[Any, int]]) -> list[tuple[Any, np.ndarray]]:

@@ -1,4 +1,6 @@
-"""Commands about data: footage, dataset ls | sources | show | verify | diff | compact | index | report."""
+"""Commands about data: footage, dataset ls | sources | show | captions | verify | diff | compact | index | report."""
+
+from typing import Any
 
 import click
 
@@ -21,7 +23,7 @@ def footage(folder: str, count: int, seconds: float, seed: int) -> None:
     from longtake.infra.footage import generate
 
     paths = generate(folder, count, seed, seconds)
-    click.echo(f"{len(paths)} videos in {folder}, their ground truth in *.truth.json")
+    click.echo(f"{len(paths)} videos in {folder}, their ground truth in *.truth.json, captions in captions.jsonl")
 
 
 @click.group()
@@ -32,8 +34,8 @@ def dataset() -> None:
 @dataset.command()
 @click.argument("url")
 def ls(url: str) -> None:
-    """The sources, clips and shards of DATASET; the account always adds up."""
-    from longtake.datasets import index
+    """The sources, clips, shards, sound and captions of DATASET; the account always adds up."""
+    from longtake.datasets import audio, captions, index
 
     description = index.describe(url)
     totals = index.summary(url)
@@ -49,6 +51,46 @@ def ls(url: str) -> None:
         f"clips    {totals['clips']} ({totals['clip_seconds']:.1f} s); {totals['clips_dropped_short']} pieces were too short"
     )
     click.echo(f"shards   {totals['shards']} ({totals['tar_bytes'] / 1e6:.1f} MB)")
+    if sound := audio.count(url):
+        click.echo(f"sound    {sound.with_sound} of {sound.clips} clips have sound")
+    for column in captions.columns_of(url):
+        click.echo(f"captions {_captioned(captions.overview(url, column))}: {column}")
+
+
+def _captioned(overview: Any) -> str:
+    """How many clips have captions, and who made them."""
+    makers = ", ".join(f"{count} by {maker}" for maker, count in overview.makers.most_common())
+    return f"of {overview.clips - overview.without} of {overview.clips} clips" + (f" ({makers})" if makers else "")
+
+
+@dataset.command("captions")
+@click.argument("url")
+@click.option("--column", metavar="NAME", help="caption-DIGEST, where the dataset has several.")
+@click.option("--most", default=20, show_default=True, type=click.IntRange(1), help="Words and sources to list.")
+def captions_of(url: str, column: str | None, most: int) -> None:
+    """The captions of DATASET in numbers: who made them, which clips have none and why, the most common words.
+
+    Of the sources those are listed that have the most clips without captions.
+    """
+    from longtake.datasets import captions, index, storage
+    from longtake.datasets.errors import UserError
+
+    index.describe(url)
+    columns = captions.columns_of(url)
+    if not columns:
+        raise UserError(f"{url}: has no captions; run a `caption` stage")
+    if column is None and len(columns) > 1:
+        raise UserError(f"{url}: has {', '.join(columns)}; choose one by --column")
+    found = captions.overview(url, column or columns[0])
+    click.echo(f"captions {_captioned(found)}")
+    for reason, count in found.reasons.most_common():
+        click.echo(f"without  {count} {reason}")
+    worst = sorted(found.sources.items(), key=lambda pair: (-pair[1][1], pair[0]))
+    for uri, (clips, without) in worst[:most]:
+        if without:
+            click.echo(shown(f"source   {without / clips:.0%} without, {without} of {clips}: {storage.printable(uri)}"))
+    for word, count in sorted(found.words.items(), key=lambda pair: (-pair[1], pair[0]))[:most]:
+        click.echo(f"word     {count} {word}")
 
 
 @dataset.command()
@@ -70,14 +112,14 @@ def sources(url: str, rejected: bool) -> None:
 @click.argument("key")
 @click.option("--save", metavar="FOLDER", help="Write the members there, to play them.")
 def show(url: str, key: str, save: str | None) -> None:
-    """The index row and JSON of one sample of DATASET, and the place of its bytes."""
+    """The index row, JSON, sound and captions of one sample of DATASET, and the place of its bytes."""
     import json
     import zlib
     from pathlib import Path
 
     import pyarrow.compute as pc
 
-    from longtake.datasets import clip, compact, index, later, schema, storage
+    from longtake.datasets import audio, captions, clip, compact, index, later, schema, storage
     from longtake.datasets.errors import Failure, UserError
     from longtake.datasets.shard import described
 
@@ -91,6 +133,16 @@ def show(url: str, key: str, save: str | None) -> None:
             raise Failure(f"{tar}: {key} is damaged; run `longtake dataset verify`")
         return data
 
+    def column_row(split: str, shard: str, column: str) -> dict[str, Any]:
+        name = f"{shard}.{column}"
+        if name not in index.shard_names(url, split, column):
+            return {}
+        table = index.read_shard(url, split, name).table
+        return next(iter(table.filter(pc.equal(table["key"], key)).to_pylist()), {})
+
+    def place_of(row: dict[str, Any]) -> tuple[int, int, int]:
+        return row["offset"], row["size"], row["crc32"]
+
     index.describe(url)
     for split in schema.SPLITS:
         table = compact.table(url, split)
@@ -99,7 +151,10 @@ def show(url: str, key: str, save: str | None) -> None:
             place = row["json_offset"], row["json_size"], row["json_crc32"]
             text = member(split, row["shard"], *place) if row["json_size"] else b""
             facts = later.sample(described(text), later.of_clips(url, split, row["shard"]), row["source"])
-            click.echo(json.dumps(shown_within(row | {"tar": tar, "json": facts}), indent=2))
+            texts, sound = captions.of_key(url, split, row["shard"], key), column_row(split, row["shard"], audio.COLUMN)
+            about = {"tar": tar, "json": facts} | ({"audio": sound} if sound else {})
+            about |= {"captions": texts} if texts else {}
+            click.echo(json.dumps(shown_within(row | about), indent=2))
             if save is None:
                 return
             folder = Path(save)
@@ -109,11 +164,11 @@ def show(url: str, key: str, save: str | None) -> None:
                 ending = next((ending for start, ending in _PICTURES.items() if mp4.startswith(start)), "mp4")
                 (folder / f"{key}.{ending}").write_bytes(mp4)
                 (folder / f"{key}.json").write_text(json.dumps(facts))
-            column = f"{row['shard']}.frame_diff"
-            if column in index.shard_names(url, split, "frame_diff"):
-                diffs = index.read_shard(url, split, column).table
-                (place,) = diffs.filter(pc.equal(diffs["key"], key)).to_pylist()
-                packed = member(split, column, place["offset"], place["size"], place["crc32"])
+            if sound and sound["has_audio"]:
+                heard = member(split, f"{row['shard']}.{audio.COLUMN}", *place_of(sound))
+                (folder / f"{key}.{audio.ENDING}").write_bytes(heard)
+            if diff := column_row(split, row["shard"], "frame_diff"):
+                packed = member(split, f"{row['shard']}.frame_diff", *place_of(diff))
                 # twice as large, since H.264 needs even sides
                 difference = clip.unpack_array(packed, f"{key} (frame_diff)").repeat(2, 1).repeat(2, 2)
                 clip.write(folder / f"{key}.frame_diff.mp4", difference, round(row["fps"]))

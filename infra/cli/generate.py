@@ -1,5 +1,6 @@
 """`longtake generate`: videos of a registered prior."""
 
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
@@ -14,8 +15,15 @@ from longtake.datasets.errors import UserError
 from longtake.infra.cli import media
 
 _MOST_AT_ONCE = 64  # videos in a grid, which are all decoded side by side
+_MOST_OF_A_PROMPT = 40  # characters of it in the name of a file
 
-Job = tuple[int, str | None]  # a seed, and a class by name or number
+
+class Job(NamedTuple):
+    """A video to make: its seed, a class by name or number, and the number of its prompt, from 0; None for none."""
+
+    seed: int
+    name: str | None
+    prompt: int | None
 
 
 @click.command()
@@ -34,6 +42,24 @@ Job = tuple[int, str | None]  # a seed, and a class by name or number
 )
 @click.option("--class", "classes", multiple=True, metavar="C", help="Class by name or number. Repeat it for several.")
 @click.option(
+    "--prompt",
+    "prompts",
+    multiple=True,
+    metavar="TEXT",
+    help="What is to be seen, in words. Repeat it for several. Where the model takes one.",
+)
+@click.option("--prompts", "prompts_file", metavar="FILE.txt", help="More prompts, one a line; empty lines are none.")
+@click.option(
+    "--negative",
+    metavar="TEXT",
+    help="What is not to be seen: guidance, which must be above 1, leads away from it.",
+)
+@click.option(
+    "--text-encoder",
+    metavar="FOLDER",
+    help="Where the model's text encoder lies. [default: where it was in training]",
+)
+@click.option(
     "--start",
     metavar="FILE",
     help="Continue this video; it is no part of the result. Where the model takes one.",
@@ -41,7 +67,7 @@ Job = tuple[int, str | None]  # a seed, and a class by name or number
 @click.option(
     "--storyboard",
     metavar="FILE.yaml",
-    help="Classes over time: a list of {at: 3.5s, class: C}. Where the model takes one.",
+    help="Classes and prompts over time: a list of {at: 3.5s, class: C, prompt: TEXT}. Where the model takes one.",
 )
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Seed of the first video.")
 @click.option(
@@ -55,14 +81,14 @@ Job = tuple[int, str | None]  # a seed, and a class by name or number
     "--out",
     required=True,
     metavar="FILE.mp4",
-    help="Where to write. Several videos get their seed (and class) in the name.",
+    help="Where to write. Several videos get their seed (prompt, class) in the name.",
 )
 @click.option("--grid", is_flag=True, help="All videos side by side in one file.")
 @click.option(
     "--guidance",
     type=click.FloatRange(min=0),
     metavar="G",
-    help="Guidance towards the class; 1 is none. [default: the model's]",
+    help="Guidance towards class and prompt; 1 is none. [default: the model's]",
 )
 @click.option(
     "--history-noise",
@@ -96,6 +122,10 @@ def generate(
     frames: int | None,
     seconds: float | None,
     classes: tuple[str, ...],
+    prompts: tuple[str, ...],
+    prompts_file: str | None,
+    negative: str | None,
+    text_encoder: str | None,
     start: str | None,
     storyboard: str | None,
     seed: int,
@@ -124,34 +154,42 @@ def generate(
       longtake generate models:/latte@champion --out x.mp4
       longtake generate models:/latte@champion --frames 97 --seed 7 --out long.mp4
       longtake generate models:/latte@champion --class dog --guidance 4 --count 9 --grid --out dogs.mp4
+      longtake generate models:/latte@champion --prompt "a dog runs left" --negative "a cat" --guidance 4 --out dog.mp4
       longtake generate models:/memory-dit@champion --seconds 60 --start clip.mp4 --storyboard story.yaml --out x.mp4
     """
     all_seeds = _seeds(seed, count, seeds)
     media.check_output(out)
-    jobs = [(s, c) for c in classes or (None,) for s in all_seeds]
-    if len(set(jobs)) < len(jobs):
-        raise UserError("--seeds, --class: the same video is asked for twice")
+    words = [*prompts, *(_lines(prompts_file) if prompts_file else [])]
+    numbers: list[int | None] = [*range(len(words))] or [None]
+    jobs = [Job(s, c, number) for number in numbers for c in classes or (None,) for s in all_seeds]
+    if len(set(words)) < len(words) or len(set(jobs)) < len(jobs):
+        raise UserError("--seeds, --class, --prompt: the same video is asked for twice")
     if grid and len(jobs) > _MOST_AT_ONCE:
         raise UserError(f"--grid: {len(jobs)} videos, but at most {_MOST_AT_ONCE} fit; lower --count")
     if frames is not None and seconds is not None:
         raise UserError("--frames and --seconds: give one of them")
-    if classes and storyboard:
-        raise UserError("--class and --storyboard: give one of them")
-    if guidance not in (None, 1.0) and not (classes or storyboard):
-        raise UserError("--guidance: leads towards a class; name one with --class")
+    for option, given in (("--class", classes), ("--prompt", words)):
+        if given and storyboard:
+            raise UserError(f"{option} and --storyboard: give one of them")
+    if guidance not in (None, 1.0) and not (classes or words or storyboard or negative is not None):
+        raise UserError("--guidance: leads towards a class or a prompt; name one with --class or --prompt")
     if start:
         media.check_exists(start)
     with media.memory_errors("lower --batch or --count, or set --tile 256"):
-        generator = _load_generator(model, vae, precision)
+        generator = _load_generator(model, vae, precision, text_encoder)
         options = {"start": start, "storyboard": storyboard, "history_noise": history_noise}
-        for name, value in options.items():
-            if value and name not in generator.accepts:
+        texts = {"prompt": words, "negative": negative is not None, "text_encoder": text_encoder}
+        for name, value in (options | texts).items():
+            if value and ("prompt" if name in texts else name) not in generator.accepts:
                 raise UserError(f"--{name.replace('_', '-')}: {model} takes none; leave it out")
         plan = _plan(generator, frames, seconds, fps, start, {"guidance": guidance, "steps": steps} | options)
-        story = _storyboard(storyboard, generator.classes) if storyboard else None
-        groups = [jobs[n : n + batch] for n in range(0, len(jobs), batch)]
-        videos = partial(_videos, plan, groups, story, tile, f"{out}.part")
-        for name in _write(plan, videos, groups, out, grid, len(all_seeds) > 1, len(classes) > 1):
+        story = _storyboard(storyboard, generator) if storyboard else None
+        requests = _requests(plan, jobs, words, story, negative)
+        groups = [requests[n : n + batch] for n in range(0, len(jobs), batch)]
+        names = [out] if grid else _file_names(out, jobs, words)
+        videos = partial(_videos, plan, groups, tile, f"{out}.part")
+        _write(plan, videos, groups, names, grid)
+        for name in names:
             click.echo(name)
         generator.forget(f"{out}.part")
 
@@ -167,10 +205,11 @@ class Plan(NamedTuple):
     rounds: int  # solver steps of a group of videos
 
 
-def _load_generator(model: str, vae: str | None, precision: str) -> Any:
+def _load_generator(model: str, vae: str | None, precision: str, text_encoder: str | None) -> Any:
     """The generator of a registered model or model folder. Raises UserError if the model generates nothing."""
     from longtake.training import registry
     from longtake.training.models import kind_of
+    from longtake.training.models.common.prompts import with_encoder
 
     uri = media.check_registry(model)
     module, facts = registry.load_with_facts(uri)
@@ -180,7 +219,7 @@ def _load_generator(model: str, vae: str | None, precision: str) -> Any:
             f"{model}: is a {kind.what}, which generates no videos; name a prior, such as of `finetune_latte`"
         )
     decoder = media.check_registry(vae) if vae else None
-    return kind.generator(model, module, facts, decoder, media.dtype(precision))
+    return kind.generator(model, module, with_encoder(facts, text_encoder), decoder, media.dtype(precision))
 
 
 def _plan(
@@ -207,23 +246,30 @@ def _plan(
     return Plan(generator, settings, frames, rate, beginning, rounds)
 
 
+def _requests(plan: Plan, jobs: Sequence[Job], words: Sequence[str], story: Any, negative: str | None) -> list[Any]:
+    """The requests of all jobs, checked before any video is made. A story is that of them all."""
+    from longtake.training.models.generator import Request, check_requests, scene_of
+
+    def scene(job: Job) -> Any:
+        return scene_of(job.name, None if job.prompt is None else words[job.prompt], plan.generator.classes)
+
+    requests = [Request(job.seed, story or [(0.0, scene(job))], negative) for job in jobs]
+    check_requests(plan.generator, requests, plan.settings)
+    return requests
+
+
 def _videos(
     plan: Plan,
-    groups: Sequence[Sequence[Job]],
-    story: list[tuple[float, int]] | None,
+    groups: Sequence[Sequence[Any]],
     tile: int | None,
     folder: str,
     number: int,
     each_step: Callable[[], Any],
 ) -> Iterator[Any]:
     """The videos of group `number`, in chunks of all of them, (videos, frames, H, W, 3)."""
-    from longtake.training.models.generator import Request, class_id
-
-    classes = plan.generator.classes
-    requests = [Request(seed, story or [(0.0, class_id(name, classes))]) for seed, name in groups[number]]
     with _naming(""):
         yield from plan.generator.videos(
-            requests,
+            groups[number],
             plan.frames,
             plan.settings,
             fps=plan.fps,
@@ -237,34 +283,29 @@ def _videos(
 def _write(
     plan: Plan,
     videos: Callable[[int, Callable[[], Any]], Iterator[Any]],
-    groups: Sequence[Sequence[Job]],
-    out: str,
+    groups: Sequence[Sequence[Any]],
+    names: Sequence[str],
     grid: bool,
-    by_seed: bool,
-    by_class: bool,
-) -> list[str]:
-    """Write the files; returns their names once all are whole."""
+) -> None:
+    """Write the videos of all groups to the files of these names, or as a grid to the only one."""
     import numpy as np
 
     from longtake.training.models.common import video
 
-    files_written = []
-    storage.sweep(out.rpartition("/")[0] or ".")  # removes the partial files of a killed run
+    storage.sweep(names[0].rpartition("/")[0] or ".")  # removes the partial files of a killed run
     with media.progress("generate", plan.rounds * len(groups), "step") as bar:
         if grid:
-            with video.video_file(out, plan.fps) as write:
+            with video.video_file(names[0], plan.fps) as write:
                 for chunks in zip(*(videos(number, bar.update) for number in range(len(groups))), strict=True):
                     write(video.grid(np.concatenate(chunks)))
-            return [out]
+            return
+        left = iter(names)
         for number, group in enumerate(groups):
-            names = [_file_name(out, s, c, by_seed, by_class) for s, c in group]
             with ExitStack() as files:
-                writers = [files.enter_context(video.video_file(name, plan.fps)) for name in names]
+                writers = [files.enter_context(video.video_file(next(left), plan.fps)) for _ in group]
                 for chunk in videos(number, bar.update):
                     for write, frames in zip(writers, chunk, strict=True):
                         write(frames)
-            files_written += names
-    return files_written
 
 
 @contextmanager
@@ -276,19 +317,34 @@ def _naming(option: str) -> Iterator[None]:
         raise UserError(f"{option}: {e}" if option else str(e)) from e
 
 
-def _storyboard(path: str, classes: Sequence[str]) -> list[tuple[float, int]]:
+def _storyboard(path: str, generator: Any) -> Any:
     from longtake.infra import yaml_text
     from longtake.training.models.generator import story_of
 
-    try:
-        text = Path(path).read_text("utf-8-sig")
-    except OSError as e:
-        raise UserError(f"--storyboard: {path}: {e.strerror}") from e
-    except UnicodeDecodeError as e:
-        raise UserError(f"--storyboard: {path}: not a text file") from e
-    content = yaml_text.parse(text, f"--storyboard: {path}")
+    content = yaml_text.parse(_text("--storyboard", path), f"--storyboard: {path}")
     with _naming(f"--storyboard: {path}"):
-        return story_of(content, classes)
+        story = story_of(content, generator.classes)
+        if "prompt" not in generator.accepts and any(scene.prompt is not None for _, scene in story):
+            raise UserError("prompt: this model takes none; leave it out")
+        return story
+
+
+def _lines(path: str) -> list[str]:
+    """The prompts of a file, one a line."""
+    lines = [line.strip() for line in _text("--prompts", path).split("\n")]
+    if not any(lines):
+        raise UserError(f"--prompts: {path}: has no prompt; write one a line")
+    return [line for line in lines if line]
+
+
+def _text(option: str, path: str) -> str:
+    """The text of a file that an option names."""
+    try:
+        return Path(path).read_text("utf-8-sig")
+    except OSError as e:
+        raise UserError(f"{option}: {path}: {e.strerror}") from e
+    except UnicodeDecodeError as e:
+        raise UserError(f"{option}: {path}: not a text file") from e
 
 
 def _seeds(first: int, count: int | None, listing: str | None) -> list[int]:
@@ -306,7 +362,24 @@ def _seeds(first: int, count: int | None, listing: str | None) -> list[int]:
     return seeds
 
 
-def _file_name(out: str, seed: int, name: str | None, by_seed: bool, by_class: bool) -> str:
-    """`out` with the class and the seed of one of several videos before its suffix."""
-    parts = [str(name).replace("/", "_")] * by_class + [f"seed{seed}"] * by_seed
-    return "-".join([out.removesuffix(".mp4"), *parts]) + ".mp4"
+def _file_names(out: str, jobs: Sequence[Job], words: Sequence[str]) -> list[str]:
+    """`out` for each job, with what tells several apart before its suffix: the prompt, the class, the seed."""
+    several = {name for name, values in zip(Job._fields, zip(*jobs, strict=True), strict=True) if len(set(values)) > 1}
+
+    def name(job: Job) -> str:
+        parts = [out.removesuffix(".mp4")]
+        if "prompt" in several and job.prompt is not None:
+            parts.append(_short(job.prompt, words))
+        if "name" in several:
+            parts.append(str(job.name).replace("/", "_"))
+        if "seed" in several:
+            parts.append(f"seed{job.seed}")
+        return "-".join(parts) + ".mp4"
+
+    return [name(job) for job in jobs]
+
+
+def _short(number: int, words: Sequence[str]) -> str:
+    """A prompt in a file's name: its number, from 1, and its first words."""
+    start = re.sub(r"\W+", "-", words[number])[:_MOST_OF_A_PROMPT].strip("-")
+    return "-".join([f"{number + 1:0{len(str(len(words)))}}", start]).strip("-")

@@ -26,15 +26,18 @@ def _bytes(count: float) -> str:
     "--checkpoints", "kinds", flag_value="checkpoints", multiple=True, help="Checkpoints that no run would resume."
 )
 @click.option("--latents", "kinds", flag_value="latents", multiple=True, help="Latents of unused versions of encoders.")
+@click.option("--text", "kinds", flag_value="text", multiple=True, help="Texts of encoders that no stage names.")
 @click.option("--debris", "kinds", flag_value="debris", multiple=True, help="What killed processes left behind.")
 @click.option("--cache", "kinds", flag_value="cache", multiple=True, help="Pulled models that no URI names any more.")
+@click.option("--captions", "kinds", flag_value="captions", multiple=True, help="Captions that no stage uses any more.")
 @click.option("--older", default=1.0, show_default=True, metavar="HOURS", help="Least age of debris.")
 @click.option("--yes", is_flag=True, help="Delete; without it nothing is touched.")
 def clean(recipe: str, overrides: tuple[str, ...], kinds: tuple[str, ...], older: float, yes: bool) -> None:
     """List what RECIPE's workspace no longer needs, and why; with --yes, delete it.
 
-    Without a choice: checkpoints, latents and debris. What a run would resume or reuse stays. So do shards, sources and
-    views, and everything used by a run that is RUNNING in MLflow or holds the lock of its checkpoints.
+    Without a choice: checkpoints, latents, texts and debris; not captions, which may have cost money. What a run would
+    resume or reuse stays. So do shards, sources and views, and everything used by a run that is RUNNING in MLflow or
+    holds the lock of its checkpoints.
 
     \b
     Examples:
@@ -48,7 +51,7 @@ def clean(recipe: str, overrides: tuple[str, ...], kinds: tuple[str, ...], older
 
     loaded = load_pinned(recipe, overrides)
     store = runs.connect(loaded)
-    chosen = [kind for kind in cleaning.KINDS if kind in (kinds or cleaning.KINDS[:3])]
+    chosen = [kind for kind in cleaning.KINDS if kind in (kinds or cleaning.USUAL)]
     candidates = list(cleaning.find(loaded, graphs.build(loaded), store, chosen, older * 3600))
     kept = [each for each in candidates if isinstance(each, debris.Kept)]
     items = []

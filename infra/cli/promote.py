@@ -36,7 +36,7 @@ def promote(name: str, candidate: str, path: str, as_json: bool) -> None:
       confidence: 0.95                # of each gain, over held-out sources
       least_sources: 8
 
-    Priors have the metric loss, and need latents: (and low_latents:) beside dataset:.
+    Priors have the metric loss, and need latents: (and low_latents:, and text:) beside dataset:.
 
     Exit codes: 0 the candidate is the champion, 3 kept back, 2 something to put right, 1 failure.
     """
@@ -91,6 +91,7 @@ def read_gate(path: str) -> tuple[Any, dict[str, str]]:
         view: str | None = None
         latents: str | None = None
         low_latents: str | None = None
+        text: str | None = None
 
     try:
         content = yaml_text.parse(storage.read(path).decode("utf-8-sig"), path)
@@ -105,8 +106,9 @@ def read_gate(path: str) -> tuple[Any, dict[str, str]]:
     except ValidationError as e:
         model: type[StageConfig] = GateFile
         raise UserError(f"{path}: {recipe.first_line(e, 'gate', model)}") from e
-    inputs = file.model_dump(include={"dataset", "view", "latents", "low_latents"}, exclude_none=True)
-    return Gate(**file.model_dump(exclude=set(GateFile.model_fields) - set(Gate.model_fields))), inputs
+    named = set(GateFile.model_fields) - set(Gate.model_fields)
+    inputs = file.model_dump(include=named, exclude_none=True)
+    return Gate(**file.model_dump(exclude=named)), inputs
 
 
 def _table(verdict: Any) -> str:

@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from torch import nn
 
-__all__ = ["__version__", "load", "resolve"]
+    from longtake.training.text import TextEncoder
+
+__all__ = ["__version__", "load", "resolve", "text_encoder"]
 
 
 def load(uri: str) -> "nn.Module":
@@ -37,6 +39,29 @@ def resolve(uri: str) -> str:
     from longtake.training.registry.uri import in_store
 
     return store.locate(uri).uri if in_store(uri) else storage.absolute(uri)
+
+
+def text_encoder(encoder: str = "words", **settings: Any) -> "TextEncoder":
+    """A text encoder, on the CPU and checked: `encode` gives the states of a text's tokens.
+
+    Args:
+        encoder: "words", packaged embeddings of words, or a local folder with a model of transformers.
+        settings: further fields of `longtake.training.text.TextConfig`.
+
+    Raises:
+        UserError: as `longtake.training.text.load_encoder`; a setting that there is not.
+    """
+    from pydantic import ValidationError
+
+    from longtake.datasets.errors import UserError
+    from longtake.training.text import TextConfig, load_encoder
+
+    try:
+        config = TextConfig(encoder=encoder, **settings)
+    except ValidationError as e:
+        first = e.errors()[0]
+        raise UserError(f"{'.'.join(map(str, first['loc']))}: {first['msg']}") from e
+    return load_encoder(config)
 
 
 def __getattr__(name: str) -> Any:

@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from longtake.datasets import clip, index, schema, storage
-from longtake.infra.report import pictures
+from longtake.infra.report import pictures, words
 from longtake.infra.report.embed import Pictures, data_uri
 
 MOST_KEPT, MOST_DROPPED = 48, 24
@@ -54,7 +54,10 @@ def contact(dataset: str, clips: pa.Table, uris: dict[str, str], keep: bool, fol
     rows = part.take(pa.array(chosen, pa.int64())).to_pylist()
     with ThreadPoolExecutor(4) as pool:
         strips = list(pool.map(lambda row: _strip(dataset, row), rows))
-    tiles = [_tile(row, uris.get(row["source"], ""), strip) for row, strip in zip(rows, strips, strict=True)]
+    tiles = [
+        _tile(row, uris.get(row["source"], ""), strip) | {"texts": words.texts(dataset, row)}
+        for row, strip in zip(rows, strips, strict=True)
+    ]
     drawn = [(strip, _caption(tile)) for strip, tile in zip(strips, tiles, strict=True) if not isinstance(strip, str)]
     if drawn:
         folder.add(f"clips-{'kept' if keep else 'dropped'}.jpg", pictures.sheet(*zip(*drawn, strict=True)))

@@ -81,7 +81,7 @@ LAYOUTS = {
             ),
             _CAREFUL,
         ),
-        caption=("seed {seed}", "{class}", "{frames} frames"),
+        caption=("seed {seed}", "{class}", "{prompt}", "{frames} frames"),
     ),
     "retrieved.json": Layout(
         title="Retrieved from memory",
@@ -119,7 +119,7 @@ LAYOUTS = {
                 "No distance to the beginning was measured: the stage names no feature network in features.",
             ),
         ),
-        caption=("seed {seed}", "the first {given_frames} frames are given"),
+        caption=("seed {seed}", "{prompt}", "the first {given_frames} frames are given"),
     ),
 }
 

@@ -12,6 +12,7 @@ from longtake.datasets import index, storage
 from longtake.datasets import view as views
 from longtake.datasets.errors import UserError
 from longtake.datasets.masking import shown
+from longtake.infra.report import words
 from longtake.infra.report.account import Line, account
 from longtake.infra.report.clips import contact, histograms, load
 from longtake.infra.report.embed import Pictures
@@ -110,6 +111,7 @@ def _dataset(dataset: str | None, view: str | None, pictures: Pictures) -> dict[
         "kept": contact(dataset, clips, uris, True, pictures),
         "dropped": contact(dataset, clips, uris, False, pictures),
         "histograms": histograms(clips, pictures) if len(clips) else [],
+        "captions": words.columns(dataset),
     }
 
 

@@ -1,4 +1,4 @@
-"""Find and delete what a workspace no longer needs: old checkpoints, latents of unused encoders, debris.
+"""Find and delete what a workspace no longer needs: old checkpoints, latents and texts of unused encoders, captions, debris.
 
 MLflow decides what is needed, so that everything stays that a run would resume or reuse. A checkpoint is judged by the run
 that its meta.json names, an output by the runs that name it. Committed shards, sources, views and the targets of links are
@@ -16,8 +16,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from longtake.datasets import captions, schema, storage, text
 from longtake.datasets import latents as column
-from longtake.datasets import schema, storage
 from longtake.datasets.errors import Failure, UserError
 from longtake.infra.graph import Node
 from longtake.infra.recipe import Recipe
@@ -28,10 +28,13 @@ from longtake.training.config import TrainConfig
 from longtake.training.registry.store import everything
 from longtake.training.registry.uri import parse
 
-KINDS = ("checkpoints", "latents", "debris", "cache")
+KINDS = ("checkpoints", "latents", "text", "debris", "cache", "captions")
+USUAL = KINDS[:4]
 OLDER_SECONDS = 3600.0
 
-_COLUMN = re.compile(r"[^.]+\.(latent-[0-9a-f]+)\..+")
+_LATENTS = re.compile(r"[^.]+\.(latent-[0-9a-f]+)\..+")
+_TEXTS = re.compile(r"[^.]+\.(text-[0-9a-f]+)\..+")
+_CAPTIONS = re.compile(r"[^.]+\.(caption-[0-9a-f]+)\..+")
 _STEP = re.compile(r"step-(\d+)")
 _PAGE = 1000
 
@@ -50,7 +53,7 @@ class PastRun(NamedTuple):
 
 
 def find(
-    recipe: Recipe, nodes: list[Node], store: Runs, kinds: Iterable[str] = KINDS[:3], older: float = OLDER_SECONDS
+    recipe: Recipe, nodes: list[Node], store: Runs, kinds: Iterable[str] = USUAL, older: float = OLDER_SECONDS
 ) -> Finds:
     """Items of these KINDS that may be deleted, and those that look unused but stay. Deletes nothing.
 
@@ -63,8 +66,10 @@ def find(
     finders: dict[str, Callable[[], Finds]] = {
         "checkpoints": lambda: _checkpoints(nodes, store, past),
         "latents": lambda: _latents(recipe, nodes, store, past),
+        "text": lambda: _texts(recipe, nodes, store, past),
         "debris": lambda: debris.find(recipe, store, [(run.id, run.output) for run in past], older),
         "cache": lambda: debris.cached_models(older),
+        "captions": lambda: _captions(recipe, nodes, store, past),
     }
     for kind in kinds:
         yield from finders[kind]()
@@ -213,17 +218,76 @@ def _version(store: Runs, uri: str) -> Any:
         return None
 
 
-# Latents.
+# Columns.
 
 
 def _latents(recipe: Recipe, nodes: list[Node], store: Runs, past: list[PastRun]) -> Finds:
-    # who made which column, which of them the recipe uses, and who may be reading
-    makers: dict[tuple[str, str], list[tuple[PastRun, column.Latents]]] = {}
-    for run in _past_runs(store, "tags.`longtake.kind` = 'cache_latents'"):
+    live, encoders = _live(nodes, store, "cache_latents", "encoder")
+
+    def why(record: column.Latents) -> Kept | str:
+        uri = record.encoder["uri"]
+        use = _use_of_encoder(store, uri, encoders)
+        return Kept("", use) if use else f"its encoder {uri} has no alias and no stage names it"
+
+    makers = _makers(store, "cache_latents", column.read_latents)
+    yield from _unused(recipe, store, past, "latents", _LATENTS, makers, live, why)
+
+
+def _texts(recipe: Recipe, nodes: list[Node], store: Runs, past: list[PastRun]) -> Finds:
+    live, _ = _live(nodes, store, "cache_text", "")
+
+    def why(record: text.Text) -> Kept | str:
+        return f"no stage of the recipe makes texts of {record.captions} by its encoder {record.encoder['encoder']}"
+
+    makers = _makers(store, "cache_text", text.read_text)
+    yield from _unused(recipe, store, past, "text", _TEXTS, makers, live, why)
+
+
+def _captions(recipe: Recipe, nodes: list[Node], store: Runs, past: list[PastRun]) -> Finds:
+    live, _ = _live(nodes, store, "caption", "")
+    models = {
+        name for node in nodes if node.kind == "caption" and (name := getattr(node.config, "model", None)) is not None
+    }
+    named = models | {Path(name).name for name in models}
+
+    def why(record: captions.Captions) -> Kept | str:
+        model = record.captioner.get("model")
+        if model in named:
+            return Kept("", f"a stage of the recipe names its captioner {model}")
+        return f"no stage of the recipe uses it{f', its captioner is {model}' if model else ''}"
+
+    makers = _makers(store, "caption", captions.read_captions)
+    yield from _unused(recipe, store, past, "captions", _CAPTIONS, makers, live, why)
+
+
+def _makers(store: Runs, kind: str, read: Callable[[str], Any]) -> dict[tuple[str, str], list[tuple[PastRun, Any]]]:
+    """The runs that made each column, by dataset and name, with their records."""
+    makers: dict[tuple[str, str], list[tuple[PastRun, Any]]] = {}
+    for run in _past_runs(store, f"tags.`longtake.kind` = '{kind}'"):
         with contextlib.suppress(UserError, Failure):
-            record = column.read_latents(run.uri or run.output)
+            record = read(run.uri or run.output)
             makers.setdefault((record.dataset, record.column), []).append((run, record))
-    live, encoders = _live_latents(nodes, store)
+    return makers
+
+
+def _unused(
+    recipe: Recipe,
+    store: Runs,
+    past: list[PastRun],
+    kind: str,
+    pattern: re.Pattern[str],
+    makers: Mapping[tuple[str, str], list[tuple[PastRun, Any]]],
+    live: set[str],
+    why: Callable[[Any], Kept | str],
+) -> Finds:
+    """The columns of a kind that no run uses.
+
+    Args:
+        pattern: of the names of their files; its group is the column's name.
+        live: runs whose columns the recipe uses now.
+        why: `why(record)` is the reason to delete a column, or the one to keep it.
+    """
+    # who may be reading
     readers = [
         run
         for run in _past_runs(store, "attributes.status = 'RUNNING'")
@@ -232,7 +296,7 @@ def _latents(recipe: Recipe, nodes: list[Node], store: Runs, past: list[PastRun]
     for dataset in sorted({run.output for run in past if run.kind == "shard"}):
         if storage.is_local(dataset) and is_link(Path(dataset)):
             continue
-        for name, sizes in sorted(_columns(dataset).items()):
+        for name, sizes in sorted(_columns(dataset, pattern).items()):
             runs = makers.get((dataset, name), [])
             where = f"{dataset}: {name}"
             others = [run for run, _ in runs if run.experiment != store.experiment]
@@ -242,28 +306,27 @@ def _latents(recipe: Recipe, nodes: list[Node], store: Runs, past: list[PastRun]
                 yield Kept(where, "no stage has finished it, or one of another tracking store has")
             elif others:
                 yield Kept(where, f"run {others[0].id} of another experiment made it too")
-            elif use := _use_of_encoder(store, runs[0][1].encoder["uri"], encoders):
-                yield Kept(where, use)
+            elif isinstance(reason := why(runs[0][1]), Kept):
+                yield reason._replace(where=where)
             elif readers:
                 reason = f"run {readers[0].id} is RUNNING in MLflow and may read it; if it is dead, end it there"
                 yield Kept(where, reason)
             else:
-                reason = f"its encoder {runs[0][1].encoder['uri']} has no alias and no stage names it"
-                yield Item("latents", where, sum(sizes.values()), reason, tuple(sizes))
+                yield Item(kind, where, sum(sizes.values()), reason, tuple(sizes))
 
 
-def _live_latents(nodes: list[Node], store: Runs) -> tuple[set[str], set[str]]:
-    """Ids of the runs whose latents the recipe uses now, and the encoders that its stages name."""
-    live, encoders = set(), set()
+def _live(nodes: list[Node], store: Runs, kind: str, field: str) -> tuple[set[str], set[str]]:
+    """Ids of the runs whose columns the recipe's stages of a kind use now, and the models that these name in an input."""
+    live, models = set(), set()
     runs = {node.name: store.find(node.fingerprint) for node in nodes}
     for node in nodes:
-        if node.kind == "cache_latents":
-            value = node.inputs["encoder"]
-            maker = runs.get(value)
-            encoders.add(maker.uri if maker else value)
+        if node.kind == kind:
+            if value := node.inputs.get(field):
+                maker = runs.get(value)
+                models.add(maker.uri if maker else value)
             if run := runs[node.name]:
                 live.add(run.id)
-    return live, encoders
+    return live, models
 
 
 def _use_of_encoder(store: Runs, uri: str, encoders: set[str]) -> str | None:
@@ -275,11 +338,11 @@ def _use_of_encoder(store: Runs, uri: str, encoders: set[str]) -> str | None:
     return f"its encoder {uri} is {' and '.join(sorted(aliases))}" if aliases else None
 
 
-def _columns(dataset: str) -> dict[str, dict[str, int]]:
-    """The bytes of the files of each column of latents. Indexes go before tars, so that no half of it looks whole."""
+def _columns(dataset: str, pattern: re.Pattern[str]) -> dict[str, dict[str, int]]:
+    """The bytes of the files of each column. Indexes go before tars, so that no half of it looks whole."""
     columns: dict[str, dict[str, int]] = {}
     for part in ("compact", *schema.SPLITS):
         for url, count in sorted(debris.files(storage.join(dataset, part)), key=lambda f: f[0].endswith(".tar")):
-            if match := _COLUMN.fullmatch(url.rpartition("/")[2]):
+            if match := pattern.fullmatch(url.rpartition("/")[2]):
                 columns.setdefault(match[1], {})[url] = count
     return columns

@@ -105,7 +105,7 @@ def _orphans(recipe: Recipe, store: Runs, past: dict[str, str], older: float) ->
             continue
         if not named:
             yield Kept(output, "this tracking store knows no run of this workspace; is MLFLOW_TRACKING_URI right?")
-        elif content - {"checkpoints", "latents.json"}:
+        elif content - {"checkpoints", "captions.json", "latents.json", "text.json", "empty.safetensors", "shared"}:
             yield Kept(output, "no run names it, but it may hold what cannot be made again; delete it yourself")
         elif _named_elsewhere(output, store):
             yield Kept(output, "a run names it by the path that the workspace had before it was moved")

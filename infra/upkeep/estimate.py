@@ -31,6 +31,8 @@ from longtake.training.config import TrainConfig
 
 SAMPLE = 5  # sources
 TRIAL_STEPS = 5
+_WRITERS = ("cache_text", "cache_audio", "cache_latents")  # stages that write something for each clip
+_PASSES = ("curate", "caption", *_WRITERS)  # stages whose time goes by the clip
 
 
 @dataclass(frozen=True)
@@ -163,7 +165,7 @@ def _from_runs(recipe: Recipe, nodes: list[Node], store: Runs, clips: Mapping[st
     for node in nodes:
         alike = [r for r in _runs(store, node.kind) if _costs_the_same(r.data.params, node)]
         stage = _training(node, store, alike) if isinstance(node.config, TrainConfig) else None
-        if stage is None and alike and node.kind in ("curate", "cache_latents"):
+        if stage is None and alike and node.kind in _PASSES:
             stage = _pass_over_clips(node, alike, count)
         if stage:
             stages[node.name] = stage
@@ -229,7 +231,7 @@ def _pass_over_clips(node: Node, alike: list[Any], clips: Range | None) -> Stage
         return None
     seconds = ratio([((r.info.end_time - r.info.start_time) / 1000, n) for r, n in counted])
     wall = _product(seconds, clips).times(1 / 3600)
-    bytes_ = ratio([(r.data.metrics["bytes"], n) for r, n in counted]) if node.kind == "cache_latents" else None
+    bytes_ = ratio([(r.data.metrics["bytes"], n) for r, n in counted]) if node.kind in _WRITERS else None
     task = getattr(node.config, RUN, None)
     workers = getattr(task, "workers", None) or 1
     cpus, gpus = task.cpus if task else 1, (getattr(task, "gpus", None) or 0) * workers

@@ -98,6 +98,8 @@ def _run(worker: Any, path: str, folder: str, cut: Any) -> tuple[float, dict[str
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     try:
         result = worker.run(path, "s", folder, cut, {})
+        if cut.audio and result["clips"]:
+            worker.keep_sound(path, result["clips"], folder, cut, clocks=result["clocks"])
     except OSError as e:
         result = {"account": {"reason": e.strerror or str(e)}, "clips": []}
     finally:

@@ -12,8 +12,8 @@ from pydantic import Field, FiniteFloat, ValidationInfo, field_validator, model_
 
 from longtake.datasets import compact, schema, storage, view
 from longtake.datasets.errors import UserError
-from longtake.datasets.stage import DatasetInput, StageConfig
-from longtake.pipeline import dedup, embed
+from longtake.datasets.stage import DatasetInput, Input, StageConfig
+from longtake.pipeline import dedup, described, embed
 
 VERSION = 2
 PRODUCES = "view"
@@ -55,14 +55,54 @@ class NearDuplicates(StageConfig):
 
 
 class Scorer(StageConfig):
-    """A score of a clip's middle frame by an image encoder with one output, for example beauty or text in the picture.
+    """A score of a clip: by an encoder of its middle frame, or by its likeness to a picture or a prompt.
 
-    encoder   TorchScript file: frames (B, 3, size, size) in 0..1 -> (B, 1)
+    encoder   TorchScript file: frames (B, 3, size, size) in 0..1 -> (B, 1), for example beauty; with a picture (B, D)
     size      pixels a side
+    image     a picture; the score is the cosine of its vector and the frame's
+    prompt    a text; the score is the cosine of it and the most similar caption, by the stage's `text`; no encoder
     """
 
-    encoder: str
+    encoder: str | None = None
     size: int = Field(224, ge=8)
+    image: str | None = None
+    prompt: str | None = Field(None, min_length=1)
+
+    @model_validator(mode="after")
+    def _has_one_way(self) -> "Scorer":
+        if (self.encoder is None) == (self.prompt is None):
+            raise ValueError("needs an encoder or a prompt, and one of them")
+        if self.image and not self.encoder:
+            raise ValueError("image: is compared by an encoder; name one in place of the prompt")
+        return self
+
+
+class CaptionRules(StageConfig):
+    """Rules on what the stage's `captions` say of a clip.
+
+    missing      keep clips without captions
+    min_words    fewest words of one caption at least
+    languages    one caption at least names one of these as its language, such as [en]
+    match        a regular expression (RE2) that one caption at least must have somewhere, such as "(?i)\\bdogs?\\b"
+    avoid        a regular expression that no caption may have
+    duplicates   drop a clip of which nothing else is said than of an earlier one
+    """
+
+    missing: bool = False
+    min_words: int = Field(0, ge=0)
+    languages: tuple[str, ...] = ()
+    match: str | None = None
+    avoid: str | None = None
+    duplicates: bool = False
+
+    @field_validator("match", "avoid")
+    @classmethod
+    def _compiles(cls, pattern: str | None) -> str | None:
+        try:
+            pc.match_substring_regex(pa.array([""]), pattern or "")
+        except pa.ArrowInvalid as e:
+            raise ValueError(f"{pattern!r} is no regular expression ({e}); see RE2's syntax") from e
+        return pattern
 
 
 class Embedding(StageConfig):
@@ -103,14 +143,17 @@ class Config(StageConfig):
     """The tests that a clip must pass to be used, in this order; the first that it fails is the reason in the view.
 
     `rules` maps a score to its bounds, such as `{motion: {min: 0.004}, sharpness: {min_percentile: 5}}`. `scores` names
-    more scores, each from an encoder: `{aesthetic: {encoder: aesthetic.pt}}`; the view has their values.
+    more scores: `{aesthetic: {encoder: aesthetic.pt}, dogs: {prompt: a dog runs}}`; the view has their values.
 
     Of clips that repeat each other one stays: a held-out clip rather than a training clip, so that nothing held out is
     trained on, then the first by key. Balancing does not touch held-out clips; clips without a label are a class.
 
     dataset            the clips
-    scores             more scores, each from an encoder
+    captions           of a `caption` stage, for caption_rules
+    text               of a `cache_text` stage, for scores by prompts
+    scores             more scores, from encoders, pictures and prompts
     rules              bounds of scores: min, max, min_percentile, max_percentile
+    caption_rules      drop clips by what their captions say
     exact_duplicates   drop clips whose pixels are equal
     near_duplicates    drop clips whose perceptual hashes are near
     embedding          drop clips whose embeddings are near
@@ -119,8 +162,11 @@ class Config(StageConfig):
 
     kind: Literal["curate"]
     dataset: DatasetInput
+    captions: Annotated[str, Input("captions")] | None = None
+    text: Annotated[str, Input("text")] | None = None
     scores: dict[Annotated[str, Field(pattern="^[a-z][a-z0-9_]*$")], Scorer] = Field({})
     rules: dict[str, Bounds] = Field(default_factory=lambda: {"motion": Bounds(min=0.002), "still": Bounds(max=0.9)})
+    caption_rules: CaptionRules | None = None
     exact_duplicates: bool = True
     near_duplicates: NearDuplicates | None = None
     embedding: Embedding | None = None
@@ -141,12 +187,22 @@ class Config(StageConfig):
             raise ValueError(f"unknown score {', '.join(sorted(unknown))}; there are {', '.join(scores)}")
         return rules
 
+    @model_validator(mode="after")
+    def _has_words(self) -> "Config":
+        if self.caption_rules and not self.captions:
+            raise ValueError("caption_rules: need captions; name a `caption` stage in captions")
+        if prompts := [name for name, scorer in self.scores.items() if scorer.prompt and not self.text]:
+            raise ValueError(f"scores.{prompts[0]}.prompt: needs texts; name a `cache_text` stage in text")
+        return self
+
 
 def outside(config: Config) -> str:
-    """The digests of the encoders' files."""
-    encoders = {f"scores.{name}": scorer.encoder for name, scorer in config.scores.items()}
+    """The digests of the encoders' files, and of pictures."""
+    encoders = {f"scores.{name}": scorer.encoder for name, scorer in config.scores.items() if scorer.encoder}
     encoders |= {"embedding": config.embedding.encoder} if config.embedding else {}
-    return " ".join(hashlib.sha256(embed.read_encoder(path, key)).hexdigest() for key, path in encoders.items())
+    contents = [embed.read_encoder(path, key) for key, path in encoders.items()]
+    contents += [embed.read_image(s.image, f"scores.{name}") for name, s in config.scores.items() if s.image]
+    return " ".join(hashlib.sha256(content).hexdigest() for content in contents)
 
 
 def run(config: Config, inputs: Mapping[str, str], output: str) -> dict[str, Any]:
@@ -157,11 +213,13 @@ def run(config: Config, inputs: Mapping[str, str], output: str) -> dict[str, Any
         Failure: a clip is not readable.
     """
     dataset = inputs["dataset"]
-    clips = _scored(config, dataset, _by_preference(dataset))
+    clips = _scored(config, inputs, _by_preference(dataset))
     if config.balance and clips["label"].null_count == len(clips):
         raise UserError("balance: no clip has a label; give the manifest a `label` column or leave `balance` out")
+    if config.captions:
+        clips = clips.append_column("captions", described.captions_of(dataset, inputs["captions"], clips))
     reasons, keep = np.full(len(clips), None, object), np.ones(len(clips), bool)
-    for test in (_rules, _exact, _near, _embedding, _balance):
+    for test in (_rules, _captions, _exact, _near, _embedding, _balance):
         for reason, rows in test(config, dataset, clips, np.flatnonzero(keep)):
             reasons[rows[keep[rows]]] = reason
             keep[rows] = False
@@ -193,21 +251,42 @@ def _by_preference(dataset: str) -> pa.Table:
     return pa.concat_tables(tables)
 
 
-def _scored(config: Config, dataset: str, clips: pa.Table) -> pa.Table:
+def _scored(config: Config, inputs: Mapping[str, str], clips: pa.Table) -> pa.Table:
     for name, scorer in config.scores.items():
-        values = embed.vectors(dataset, clips, scorer.encoder, scorer.size, f"scores.{name}")
-        if values.shape[1] != 1:
-            raise UserError(
-                f"scores.{name}.encoder: {scorer.encoder}: gives {values.shape[1]} numbers a frame; a score is (B, 1)"
-            )
-        clips = clips.append_column(name, pa.array(values[:, 0]))
+        clips = clips.append_column(name, pa.array(_score(scorer, f"scores.{name}", inputs, clips), from_pandas=True))
     return clips
+
+
+def _score(scorer: Scorer, key: str, inputs: Mapping[str, str], clips: pa.Table) -> np.ndarray:
+    """(N,) float32, NaN where a clip has no score."""
+    dataset = inputs["dataset"]
+    if scorer.prompt:
+        return described.likeness(dataset, inputs["text"], clips, scorer.prompt, f"{key}.prompt")
+    assert scorer.encoder
+    values = embed.vectors(dataset, clips, scorer.encoder, scorer.size, key)
+    if scorer.image:
+        return embed.cosines(values, embed.image_vector(scorer.image, scorer.encoder, scorer.size, key))
+    if values.shape[1] != 1:
+        raise UserError(f"{key}.encoder: {scorer.encoder}: gives {values.shape[1]} numbers a frame; a score is (B, 1)")
+    return values[:, 0]
 
 
 def _rules(config: Config, dataset: str, clips: pa.Table, rows: np.ndarray) -> Drops:
     rules = {name: bounds.model_dump(exclude_none=True) for name, bounds in config.rules.items()}
     for reason, broken in view.broken(clips, rules):
         yield reason, np.flatnonzero(broken)
+
+
+def _captions(config: Config, dataset: str, clips: pa.Table, rows: np.ndarray) -> Drops:
+    if rules := config.caption_rules:
+        captions = clips["captions"].take(rows).combine_chunks()
+        if not rules.missing:
+            yield "no caption", rows[np.asarray(captions.is_null())]
+        wanted = (rules.min_words, rules.languages, rules.match, rules.avoid)
+        for reason, which in described.broken(captions, *wanted):
+            yield reason, rows[which]
+        if rules.duplicates:
+            yield "duplicate caption", rows[dedup.exact(described.sayings(captions))]
 
 
 def _exact(config: Config, dataset: str, clips: pa.Table, rows: np.ndarray) -> Drops:

@@ -8,13 +8,13 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from longtake.datasets import index, later, schema, storage
+from longtake.datasets import audio, index, later, schema, storage
 from longtake.datasets.errors import UserError
 from longtake.datasets.stage import StageConfig
 from longtake.pipeline import retry
 from longtake.pipeline.cluster import TaskConfig
 from longtake.pipeline.commit import group_name, make_group
-from longtake.pipeline.config import ClipConfig, CutConfig, FrameDiffConfig, LimitsConfig
+from longtake.pipeline.config import AudioConfig, ClipConfig, CutConfig, FrameDiffConfig, LimitsConfig
 from longtake.pipeline.discover import listing_digest
 from longtake.pipeline.groups import run as run_groups
 from longtake.pipeline.plan import groups as groups_of
@@ -27,11 +27,12 @@ retried = retry.retried
 
 
 class Config(StageConfig):
-    """Cut videos into shards of H.264 clips and their frame differences.
+    """Cut videos into shards of H.264 clips, their frame differences and their sound.
 
     sources         folders, files, globs or manifests, by any fsspec URL
     clip            what a clip is
     frame_diff      the column of frame differences
+    audio           the column of sound; null: none
     limits          what one source may cost
     decoder         decord rejects what it would show wrongly (see second_opinion.py)
     val_fraction    share of the sources that is held out, by their content
@@ -41,11 +42,13 @@ class Config(StageConfig):
     """
 
     MOVED: ClassVar = {"task": "is now run"}
+    LATER: ClassVar = {"audio": None}
 
     kind: Literal["shard"]
     sources: tuple[str, ...] = Field(min_length=1)
     clip: ClipConfig = ClipConfig()
     frame_diff: FrameDiffConfig = FrameDiffConfig()
+    audio: AudioConfig | None = AudioConfig()
     limits: LimitsConfig = LimitsConfig()
     decoder: Literal["pyav", "decord"] = "pyav"
     val_fraction: float = Field(0.05, ge=0, lt=1)
@@ -55,7 +58,7 @@ class Config(StageConfig):
 
     @property
     def cut(self) -> CutConfig:
-        return CutConfig(clip=self.clip, frame_diff=self.frame_diff, limits=self.limits, decoder=self.decoder)
+        return CutConfig(**{name: getattr(self, name) for name in CutConfig.model_fields})
 
     @field_validator("sources")
     @classmethod
@@ -114,6 +117,8 @@ def run(config: Config, inputs: Mapping[str, str], output: str) -> dict[str, Any
     assert totals["sources"] + totals["sources_tried_again"] == sum(group["sources"] for group in groups)
     assert totals["clips"] == totals["clips_cut"]
     metrics = {name: float(value) for name, value in totals.items() if isinstance(value, int | float)}
+    if sound := audio.count(output):
+        metrics["clips_with_sound"] = float(sound.with_sound)
     return {
         "uri": output,
         "metrics": metrics | {"debris_swept": float(swept)},
@@ -134,6 +139,8 @@ def describe(config: Config, output: str) -> None:
             f"workspace: {output}: Ray workers cannot see this process's memory; use a folder or an object store"
         )
     settings = config.model_dump(mode="json", include={"clip", "frame_diff", "decoder", "val_fraction"})
+    if config.audio:
+        settings["audio"] = config.audio.model_dump(mode="json")
     record = storage.canonical_json({"format": schema.FORMAT_VERSION, **settings})
     url = storage.join(output, "dataset.json")
     if not storage.write_if_absent(url, record) and storage.read(url) != record:

@@ -2,6 +2,7 @@ import json
 import shutil
 from pathlib import Path
 
+import claps
 import pytest
 
 from longtake.datasets import clip, index, schema, storage
@@ -25,7 +26,7 @@ def copy(dataset: str, tmp_path: Path) -> Path:
 
 def test_verify_a_whole_dataset(dataset: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert longtake("dataset", "verify", dataset, "--threads", "2") == 0
-    assert f"{2 * sum(shards(dataset))} tars are what their indexes say" in capsys.readouterr().out
+    assert f"{3 * sum(shards(dataset))} tars are what their indexes say" in capsys.readouterr().out
 
 
 def test_verify_names_every_problem_and_exits_1(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -37,7 +38,7 @@ def test_verify_names_every_problem_and_exits_1(copy: Path, capsys: pytest.Captu
     lines = said.out.splitlines()
     for name in ("train/00000.tar: is missing", "val/00007.tar: its shard", "val/00000.parquet: not a readable"):
         assert [line for line in lines if name in line], lines
-    assert f"error: {copy}: {len(lines)} problems in {2 * sum(shards(str(copy)))} tars" in said.err
+    assert f"error: {copy}: {len(lines)} problems in {3 * sum(shards(str(copy)))} tars" in said.err
 
 
 def test_diff_exits_0_and_1(dataset: str, copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -116,3 +117,27 @@ def test_report_accounts_for_every_input(
     assert longtake("dataset", "report", str(copy), "--to", str(tmp_path / "other")) == 1
     assert "the account does not add up; run the `shard` stage again" in capsys.readouterr().err
     assert longtake("dataset", "report", dataset, "--view", str(tmp_path / "none.parquet")) == 2
+
+
+def test_sound_is_counted_shown_and_saved(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    paths = [claps.write(tmp_path / "a.mp4"), claps.write(tmp_path / "b.mp4", codec=None)]
+    dataset = claps.dataset_of(tmp_path / "dataset", paths, {})
+    assert longtake("dataset", "ls", dataset) == 0
+    assert "sound    4 of 8 clips have sound" in capsys.readouterr().out
+    for row in claps.column(dataset)[::4]:
+        out = tmp_path / row["key"]
+        assert longtake("dataset", "show", dataset, row["key"], "--save", str(out)) == 0
+        shown = json.loads(capsys.readouterr().out)["audio"]
+        assert shown == {name: value for name, value in row.items() if name != "data"}
+        assert (out / f"{row['key']}.ogg").exists() == row["has_audio"]
+        if row["has_audio"]:
+            assert (out / f"{row['key']}.ogg").read_bytes() == row["data"]
+
+
+def test_a_dataset_without_the_column_says_nothing_of_sound(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    dataset = claps.dataset_of(tmp_path / "dataset", [claps.write(tmp_path / "a.mp4")])
+    assert longtake("dataset", "ls", dataset) == 0
+    assert "sound" not in capsys.readouterr().out
+    key = index.read_all(dataset, "train")["key"][0].as_py()
+    assert longtake("dataset", "show", dataset, key) == 0
+    assert "audio" not in json.loads(capsys.readouterr().out)

@@ -1,6 +1,7 @@
 """The generator's ground truth holds in its pixels, and its files are reproducible and resumable."""
 
 import itertools
+import json
 import math
 import os
 import subprocess
@@ -12,7 +13,7 @@ import numpy as np
 import pytest
 from scipy.stats import spearmanr
 
-from longtake.infra.footage import Truth, generate, load_truth, render, write_video
+from longtake.infra.footage import MANIFEST, Truth, generate, load_truth, render, write_video
 
 SECONDS, FPS, SIZE = 6.0, 12, (96, 128)
 SEEDS = range(12)
@@ -136,7 +137,13 @@ def test_files_are_reproducible_and_complete(tmp_path):
             assert np.diff([*keys, truth.frames]).max() <= FPS
         with av.open(str(a)) as container:
             assert sum(1 for _ in container.decode(video=0)) == truth.frames
-    assert len(list((tmp_path / "a").iterdir())) == 4
+    assert len(list((tmp_path / "a").iterdir())) == 5
+    rows = [json.loads(line) for line in (tmp_path / "a" / MANIFEST).read_text().splitlines()]
+    assert [row["uri"] for row in rows] == [path.name for path in first]
+    for path, row in zip(first, rows, strict=True):
+        truth = load_truth(path.with_suffix(".truth.json"))
+        assert np.allclose([(shot["start"] * FPS, shot["end"] * FPS) for shot in row["shots"]], truth.shots)
+        assert [shot["text"] for shot in row["shots"]] == truth.captions
     assert first[0].read_bytes() != first[1].read_bytes()
 
 

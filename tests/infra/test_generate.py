@@ -27,7 +27,7 @@ from longtake.infra.cli import cli
 from longtake.infra.report import StageRun, build
 from longtake.training.models.common.condition import of_classes
 from longtake.training.models.common.video import video_file
-from longtake.training.models.generator import Request
+from longtake.training.models.generator import Request, Scene
 from longtake.training.models.latte.model import Latte, LatteConfig
 from longtake.training.models.latte.sample import generate_videos, load_prior
 from longtake.training.models.memory import prior as memory
@@ -142,7 +142,7 @@ def test_a_grid_is_one_file_however_many_are_made_at_once(models: Path, tmp_path
         ),
         (["latte", "--class", "2"], "by number 0 to 1"),
         (["plain", "--class", "0"], "this model has no classes"),
-        (["latte", "--guidance", "3"], "--guidance: leads towards a class; name one with --class"),
+        (["latte", "--guidance", "3"], "--guidance: leads towards a class or a prompt; name one with"),
         (["latte", "--seeds", "1,x"], "--seeds: 'x' is no seed"),
         (["latte", "--seeds", "5-3"], "'5-3' is no seed"),
         (["latte", "--seeds", "1", "--count", "2"], "--seeds and --count: give one of them"),
@@ -153,7 +153,12 @@ def test_a_grid_is_one_file_however_many_are_made_at_once(models: Path, tmp_path
         (["latte", "--tile", "24"], "tile 24 with overlap 64"),
         (["latte", "--seconds", "1", "--frames", "9"], "--frames and --seconds: give one of them"),
         (["latte", "--start", __file__], "--start: latte takes none; leave it out"),
-        (["latte", "--storyboard", __file__], "--storyboard: latte takes none"),
+        (["latte", "--storyboard", __file__], "--storyboard: .*not valid YAML"),
+        (["latte", "--prompt", "a cat"], "--prompt: latte takes none; leave it out"),
+        (["memory", "--negative", ""], "--negative: memory takes none; leave it out"),
+        (["memory", "--text-encoder", "vae"], "--text-encoder: memory takes none; leave it out"),
+        (["memory", "--prompt", "cat", "--storyboard", "x"], "--prompt and --storyboard: give one of them"),
+        (["latte", "--class", "cat", "--class", "cow"], "class 'cow': this model has 2 classes"),
         (["memory", "--class", "cat", "--storyboard", "x"], "--class and --storyboard: give one of them"),
         (["memory", "--storyboard", "none.yaml"], "--storyboard: none.yaml: No such file"),
         (["memory", "--storyboard", "vae/config.json"], "--storyboard: vae/config.json: needs a list with entries"),
@@ -200,7 +205,7 @@ def test_a_model_with_a_memory_makes_the_same_bytes_each_time_and_leaves_nothing
     assert a == b != c
     prior = memory.load_prior(str(models / "memory"), "generation")
     with video_file(tmp_path / "python.mp4", 12) as write:
-        for chunk in prior.videos([Request(0, [(0.0, 1)])], 25, prior.settings):
+        for chunk in prior.videos([Request(0, [(0.0, Scene(1))])], 25, prior.settings):
             write(chunk[0])
     assert (tmp_path / "python.mp4").read_bytes() == a
 
@@ -231,9 +236,11 @@ def test_a_storyboard_is_followed(models: Path, tmp_path: Path) -> None:
     ("text", "said"),
     [
         ("[]", "needs a list with entries"),
-        ("- cat", "entry 1 needs `at` and `class`, and has 'cat'"),
-        ("- {at: 0s}", "entry 1 needs `at` and `class`, and has at"),
+        ("- cat", "entry 1 needs `at` and `class` or `prompt`, and has 'cat'"),
+        ("- {at: 0s}", "entry 1 needs `at` and `class` or `prompt`, and has at"),
         ("- {at: 0s, caption: a cat}", "and has at, caption"),
+        ("- {at: 0s, prompt: a cat}", "prompt: this model takes none; leave it out"),
+        ("- {at: 0s, prompt: 7}", "entry 1: prompt: 7 is no text; put it in quotes"),
         ("- {at: soon, class: cat}", "entry 1: at: 'soon' is no time"),
         ("- {at: -1s, class: cat}", "entry 1: at: '-1s' is no time"),
         ("- {at: 0s, class: dgo}", "entry 1: class 'dgo'"),
@@ -282,7 +289,8 @@ def test_what_is_gone_on_from_is_drawn_as_in_training_by_each_video_s_own_seed(m
     def made(how: Any, seeds: list[int]) -> np.ndarray:
         chosen = replace(prior, posterior=how)
         return np.concatenate(
-            list(chosen.videos([Request(seed, [(0.0, -1)]) for seed in seeds], 8, chosen.settings, start=start)), axis=1
+            list(chosen.videos([Request(seed, [(0.0, Scene())]) for seed in seeds], 8, chosen.settings, start=start)),
+            axis=1,
         )
 
     both = made("sample", [3, 4])

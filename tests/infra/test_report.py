@@ -10,9 +10,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import spoken
 from PIL import Image
 
 from longtake.datasets import index, storage
+from longtake.datasets.captions import Caption
 from longtake.infra import footage
 from longtake.infra.report import StageRun, build
 from longtake.infra.report.clips import spread
@@ -246,6 +248,28 @@ def test_a_damaged_clip_is_named_and_the_rest_shown(dataset, tmp_path):
     page = build(tmp_path, "r", [], str(copy), None, TRACKING)
     assert len(re.findall(r'title="(\S+) [^>]*>\s*<p class="wrong">', page.read_text())) == 1
     assert page.read_text().count("<img") > 5
+
+
+def test_captions_are_under_their_clips_and_counted(dataset, tmp_path):
+    copy = str(shutil.copytree(dataset, tmp_path / "copy"))
+    texts = ["<script>alert(3)</script> a dog", "a dog runs 🐕 after a dog", None, "مرحبا", "", "word " * 200]
+    said = {k: t if t is None else [Caption(t)] for k, t in zip(sorted(spoken.keys(copy)), texts * 99, strict=False)}
+    spoken.describe(copy, said)
+    page = build(tmp_path / "report", "r", [], copy, None, TRACKING)
+    raw, text = page.read_text(), text_of(page)
+    has = sum(value is not None for value in said.values())
+    assert f"{has} of {len(said)} clips have captions {spoken.COLUMN}" in text and f"{has} by manifest" in text
+    assert "<script" not in raw and "<script>alert(3)</script> a dog" in text and '<q dir="auto">مرحبا</q>' in raw
+    assert "(an empty caption)" in text and f"{'word ' * 56}…" in text
+    # a word counts once a caption, small ones never
+    dogs = sum(value is not None and "dog" in value[0].text for value in said.values())
+    assert re.search(rf"\bdog {dogs}\b", text) and not re.search(r"\ba \d", text.partition("by manifest")[2][:80])
+    (without,) = {len(said) - has} - {0}
+    assert f"{without} clips without ({without} none)" in text
+
+
+def test_a_dataset_without_captions_says_nothing_of_them(page):
+    assert "have captions" not in text_of(page) and "#captions" not in page.read_text()
 
 
 def test_names_are_escaped(page):

@@ -246,7 +246,7 @@ def test_a_served_teller_takes_a_table_with_storyboards(models: Path) -> None:
         told = serving.serve(teller, {"seed": [1], "frames": [17], "storyboard": [given]})
         np.testing.assert_array_equal(told[0], videos[0])
     for columns, said in (
-        ({"storyboard": [[{"at": 0}]]}, "videos: storyboard: entry 1 needs `at` and `class`, and has at"),
+        ({"storyboard": [[{"at": 0}]]}, "videos: storyboard: entry 1 needs `at` and `class` or `prompt`, and has at"),
         ({"storyboard": ["["]}, "videos: storyboard: Expecting value"),
         ({"storyboard": [board], "class": ["x"]}, "class and storyboard: give one of them"),
         ({"class": ["x"]}, "this model has no classes"),

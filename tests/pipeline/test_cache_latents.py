@@ -649,7 +649,7 @@ def test_what_stops_the_stage_is_one_line(root: str, folder: str, tmp_path: Path
     data = bytearray(tar.read_bytes())
     data[row["mp4_offset"] + 100] ^= 1
     tar.write_bytes(data)
-    with pytest.raises(Failure, match=r"1 of \d+ shards could not be encoded, the first: train/00000: .*is damaged"):
+    with pytest.raises(Failure, match=r"1 of \d+ shards could not be made, the first: train/00000: .*is damaged"):
         cache_latents.run(config(folder), {"dataset": root, "encoder": folder}, output)
 
 

@@ -14,6 +14,7 @@ import pytest
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
+from longtake.datasets import captions
 from longtake.datasets.errors import UserError
 from longtake.pipeline import discover, manifest, tables
 
@@ -48,7 +49,9 @@ def test_a_manifest_names_sources_and_carries_its_columns(tmp_path: Path, suffix
         path.write_text(json.dumps(rows) if suffix == "json" else "".join(json.dumps(r) + "\n" for r in rows))
     listed = rows_of(str(path))
     assert [(r["uri"], r["bytes"] or 0) for r in listed] == [(f"{tmp_path}/a.mp4", 5), (f"{tmp_path}/gone.mp4", 0)]
-    assert [json.loads(r["extra"]) for r in listed] == [{"label": "cat", "caption": "a cat, sitting"}, {"label": "dog"}]
+    # an empty caption is one, but where there is no other word for none
+    last = {"label": "dog"} if suffix in ("csv", "tsv") else {"label": "dog", "caption": ""}
+    assert [json.loads(r["extra"]) for r in listed] == [{"label": "cat", "caption": "a cat, sitting"}, last]
 
 
 TEXT = st.text(st.characters(exclude_categories=["Cs"]))
@@ -74,6 +77,51 @@ def test_every_value_of_a_manifest_comes_through(tmp_path_factory: pytest.TempPa
     columns = [("uri", pa.string()), ("bytes", pa.int64()), *zip(VALUES, types, strict=True)]
     pq.write_table(pa.Table.from_pylist(named, schema=pa.schema(columns)), path)
     assert extras(path) == [says(row) for row in rows]
+
+
+CAPTIONS = st.fixed_dictionaries(
+    {},
+    optional={
+        "caption": st.none() | TEXT | st.sampled_from(["👩‍👩‍👧", "two\nlines", "שלום", "\u202e", ""]),
+        "captions": st.none() | st.lists(TEXT, max_size=3),
+        "shots": st.none() | st.lists(st.tuples(st.floats(0, 5), st.floats(6, 9), TEXT).map(list), max_size=2),
+    },
+)
+
+
+@given(st.lists(CAPTIONS, min_size=1, max_size=4), st.sampled_from(["json", "jsonl"]))
+def test_captions_in_json_come_through(
+    tmp_path_factory: pytest.TempPathFactory, rows: list[dict[str, Any]], suffix: str
+) -> None:
+    path = tmp_path_factory.mktemp("m") / f"list.{suffix}"
+    named = [row | {"uri": f"s3://b/{n}"} for n, row in enumerate(rows)]
+    path.write_text(json.dumps(named) if suffix == "json" else "".join(json.dumps(row) + "\n" for row in named))
+    found = [row["extra"] for batch in manifest.read(str(path)) for row in batch.to_pylist()]
+    for extra, row in zip(found, rows, strict=True):
+        said = captions.of_annotations(extra)
+        assert said == list(dict.fromkeys(captions.of_source(row)))
+        assert (captions.Caption("") in said) == (row.get("caption") == "" or "" in (row.get("captions") or ()))
+
+
+@pytest.mark.parametrize(
+    "typed", [pa.list_(pa.string()), pa.list_(pa.struct([("text", pa.string()), ("end", pa.float64())]))]
+)
+def test_captions_in_parquet_come_through(tmp_path: Path, typed: Any) -> None:
+    entries = ["", "🙂"] if typed.value_type == pa.string() else [{"text": "", "end": None}, {"text": "🙂", "end": 2.0}]
+    table = pa.table(
+        {
+            "uri": ["s3://b/0", "s3://b/1", "s3://b/2"],
+            "caption": pa.array(["", None, "x" * 100_000]),
+            "captions": pa.array([entries, None, []], typed),
+        }
+    )
+    pq.write_table(table, tmp_path / "list.parquet")
+    said = [
+        [caption.text for caption in captions.of_annotations(row["extra"])]
+        for batch in manifest.read(str(tmp_path / "list.parquet"))
+        for row in batch.to_pylist()
+    ]
+    assert said == [["", "🙂"], [], ["x" * 100_000]]
 
 
 # what people write into captions, and what trips readers

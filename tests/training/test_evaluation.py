@@ -71,7 +71,7 @@ if __name__ == "__main__":
     made = generated.evaluate(
         prior, vae,
         (HeldoutWindow(n, random(1, 8, 3, 2, 2, seed=n), None, start) for start in (0, 4) for n in mine),
-        folder, VideoPlan(9, 8.0, 5, 0, Settings(2), (), batch), trivial.unit(8, torch.zeros(())),
+        folder, VideoPlan(9, 8.0, 5, 0, Settings(2), batch=batch), trivial.unit(8, torch.zeros(())),
         latents=True, network=colours,
         real=(random(1, 3, 9, 32, 32, seed=10 + n) for n in mine),
         train=(random(1, 3, 9, 32, 32, seed=20 + n) for n in mine),

@@ -13,7 +13,17 @@ import numpy as np
 from longtake.datasets.errors import UserError
 from longtake.training.models.common.condition import NO_CLASS
 
-Story = list[tuple[float, int]]  # (second, class id) from which on a video has that class; -1 is no class
+_ENTRIES = ({"at", "class"}, {"at", "prompt"}, {"at", "class", "prompt"})  # the keys of an entry of a storyboard
+
+
+class Scene(NamedTuple):
+    """What is to be seen: a class by its id, -1 for none, and a text, None for none. An empty text is one."""
+
+    class_id: int = NO_CLASS
+    prompt: str | None = None
+
+
+Story = list[tuple[float, Scene]]  # the second from which on each scene is to be seen
 
 
 @dataclass(frozen=True)
@@ -21,7 +31,7 @@ class Settings:
     """How to sample. PV-VAE: 100 Euler steps, no shift; the other defaults are choices.
 
     steps           Euler steps of a window
-    guidance        towards the class, 1 is none; without a class it has no effect
+    guidance        towards class and prompt, 1 is none; without any it has no effect
     shift           of the flow's times towards noise
     overlap         latents (frames, for a prior of pixels) that a window shares with the one before
     history_noise   noise, 0 to 1, on the history of a model with a memory; 0 is none
@@ -35,10 +45,11 @@ class Settings:
 
 
 class Request(NamedTuple):
-    """A video to generate: its seed, and its classes over time."""
+    """A video to generate: its seed, what is to be seen over time, and a text that guidance leads away from, None for none."""
 
     seed: int
     story: Story
+    negative: str | None = None
 
 
 class Generator(Protocol):
@@ -69,6 +80,9 @@ class Generator(Protocol):
     @property
     def settings(self) -> Settings: ...
 
+    def check_prompts(self, prompts: Sequence[str]) -> None:
+        """Refuse prompts that it cannot encode, where it accepts any: UserError that names what is missing or too long."""
+
     def begin(self, frames: Iterator[np.ndarray]) -> Any:
         """The `start` of `videos` from a video's frames `(H, W, 3)` uint8. UserError if the video is too short."""
 
@@ -96,6 +110,7 @@ class Generator(Protocol):
 
         Args:
             frames: of each video, without those of `start`.
+            requests: their stories change at the same seconds.
             fps: frame rate for the seconds of stories; None is the model's.
             start: result of `begin`, to continue from.
             folder: URL where the model may keep finished parts, after which the same call continues.
@@ -155,31 +170,58 @@ def class_id(name: str | None, classes: Sequence[str]) -> int:
     return number
 
 
+def scene_of(name: Any, prompt: Any, classes: Sequence[str]) -> Scene:
+    """The scene of a class's name or number and of a prompt, None for none. UserError: no such class, or no text."""
+    if prompt is not None and not isinstance(prompt, str):
+        raise UserError(f"prompt: {str(prompt)[:40]} is no text; put it in quotes")
+    return Scene(class_id(None if name is None else str(name), classes), prompt)
+
+
 def story_of(storyboard: Any, classes: Sequence[str]) -> Story:
-    """Parse a storyboard, a list of `{at: 3.5s, class: NAME}` with rising times; a class of null is no class.
+    """Parse a storyboard, a list of `{at: 3.5s, class: NAME, prompt: TEXT}` with rising times and one or both of the others.
+
+    A scene has only what its own entry says; null is none.
 
     Raises:
         UserError: it is anything else.
     """
     if not isinstance(storyboard, list) or not storyboard:
-        raise UserError("needs a list with entries such as {at: 3.5s, class: NAME}")
+        raise UserError("needs a list with entries such as {at: 3.5s, class: NAME} or {at: 3.5s, prompt: TEXT}")
     story: Story = []
     for number, entry in enumerate(storyboard, 1):
-        if not isinstance(entry, Mapping) or set(entry) != {"at", "class"}:
+        if not isinstance(entry, Mapping) or set(entry) not in _ENTRIES:
             has = ", ".join(map(str, entry)) if isinstance(entry, Mapping) else repr(entry)[:60]
-            raise UserError(f"entry {number} needs `at` and `class`, and has {has or 'neither'}")
+            raise UserError(f"entry {number} needs `at` and `class` or `prompt`, and has {has or 'none of them'}")
         try:
             second = seconds_of(entry["at"])
         except ValueError as e:
             raise UserError(f"entry {number}: at: {e}") from e
         if story and second <= story[-1][0]:
             raise UserError(f"entry {number}: at: {second:g} s must be later than the {story[-1][0]:g} s before")
-        name = entry["class"]
         try:
-            story.append((second, class_id(None if name is None else str(name), classes)))
+            story.append((second, scene_of(entry.get("class"), entry.get("prompt"), classes)))
         except UserError as e:
             raise UserError(f"entry {number}: {e}") from e
     return story
+
+
+def check_requests(generator: Generator, requests: Sequence[Request], settings: Settings) -> None:
+    """Refuse texts that a generator cannot be led by, before any video is made.
+
+    Raises:
+        UserError: the model takes no prompts, or not these; a negative prompt without guidance away from it.
+    """
+    negatives = [request.negative for request in requests if request.negative is not None]
+    prompts = [scene.prompt for request in requests for _, scene in request.story if scene.prompt is not None]
+    if not prompts and not negatives:
+        return
+    if "prompt" not in generator.accepts:
+        raise UserError("prompt: this model takes none; leave it out")
+    if negatives and settings.guidance <= 1:
+        raise UserError(
+            f"negative: guidance leads away from it, and is {settings.guidance:g}; set guidance above 1, such as 4"
+        )
+    generator.check_prompts(list(dict.fromkeys(prompts + negatives)))
 
 
 def seconds_of(text: Any) -> float:

@@ -19,7 +19,7 @@ from longtake.training import registry
 from longtake.training.data import on_device
 from longtake.training.engines import device
 from longtake.training.models import judge_of, kind_of
-from longtake.training.models.common.condition import Condition, of_classes
+from longtake.training.models.common.condition import Condition, of_batch, of_classes
 from longtake.training.models.kind import Judged
 from longtake.training.objective import Batch
 from longtake.training.registry.gate import Better, Gate, Rows, Window, check
@@ -42,7 +42,7 @@ def rows_of(
     """The figures of both, by source and clip, on up to `gate.samples` clips of the val split.
 
     Args:
-        inputs: URIs `dataset` and, if any, `view`, `latents`, `low_latents`.
+        inputs: URIs `dataset` and, if any, `view`, `latents`, `low_latents`, `text`.
 
     Raises:
         UserError: models that do not compare, or do not take the window; inputs that they need and do not have.
@@ -142,12 +142,17 @@ def _loader(judged: Judged, inputs: Mapping[str, str], window: Window, seed: int
 
 
 def _condition(judged: Judged, batch: Batch, classes: list[str]) -> Condition | None:
-    """The labels by the model's own numbers: a dataset may have got more classes since it learned them."""
+    """What the model is told of a clip: its text, and its label by the model's own number.
+
+    A dataset may have got more classes since the model learned them.
+    """
+    given = of_batch(batch)
     if "label" not in batch:
-        return None
+        return None if given.text is None else given
     learned = list(judged.facts["classes"])
     names = [classes[int(label)] if label >= 0 else "" for label in batch["label"]]
-    return of_classes(learned.index(name) if name in learned else None for name in names)
+    ids = of_classes(learned.index(name) if name in learned else None for name in names)
+    return Condition(ids.classes, given.text, given.mask)
 
 
 def _seed(seed: int, key: str) -> int:

@@ -28,8 +28,8 @@ def record(inputs: Mapping[str, str]) -> dict[str, Any]:
         inputs: URIs of datasets, views and models by the config field that names them.
 
     Returns:
-        `inputs`: for each field its `uri`, without a login or key, and `digest` of a dataset (of all its shards), view or
-        latents (sha256 of the file), or `sha256` of a model, whose URI is that of the version; `recipe`: digest of the
+        `inputs`: for each field its `uri`, without a login or key, and `digest` of a dataset (of all its shards), view,
+        latents or texts (sha256 of the file), or `sha256` of a model, whose URI is that of the version; `recipe`: digest of the
         resolved recipe, of LONGTAKE_RECIPE; `git`: revision of the working folder and whether it had changes; `longtake`,
         `torch`: versions; `run`: MLFLOW_RUN_ID. Unknown facts are None.
 
@@ -58,11 +58,12 @@ def _input(uri: str) -> dict[str, Any]:
         splits = {split: compact.open_split(uri, split)[0].digest for split in schema.SPLITS}
         sha256 = hashlib.sha256(storage.canonical_json(splits)).hexdigest()
         return {"uri": shown(uri), "digest": sha256, "splits": splits}
-    if storage.exists(record := storage.join(uri, "latents.json")):
-        return {"uri": shown(uri), "digest": hashlib.sha256(storage.read(record)).hexdigest()}
+    for name in ("latents.json", "text.json"):
+        if storage.exists(record := storage.join(uri, name)):
+            return {"uri": shown(uri), "digest": hashlib.sha256(storage.read(record)).hexdigest()}
     if (Path(uri) / "config.json").exists():
         return {"uri": uri, "sha256": digest(read_config(Path(uri)))}
-    raise UserError(f"{uri}: neither a dataset, a view nor a model, nor latents")
+    raise UserError(f"{uri}: neither a dataset, a view nor a model, nor latents or text")
 
 
 def _git() -> dict[str, Any] | None:

@@ -6,13 +6,14 @@ import json
 import sys
 import warnings
 from collections.abc import Iterator, Mapping
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from longtake.datasets.masking import shown
+from longtake.datasets.text import WORDS
 from longtake.training.registry.store import delete_artifacts, failing_clearly
 
 _DIGEST = 32  # hex digits of a data set's digest; MLflow takes 36 characters
@@ -50,7 +51,7 @@ def _log(folder: Path, run_id: str, sha256: str) -> str:
     signature = _signature(folder)
     # `predict` checks its input itself: MLflow would print the array
     signature._is_signature_from_type_hint = True
-    packages = ("longtake", "torch", "safetensors", "numpy", "pandas")
+    packages = ("longtake", "torch", "safetensors", "numpy", "pandas", *_of_text(folder))
     mlflow.start_run(run_id=run_id, log_system_metrics=False)
     try:
         logged = mlflow.pyfunc.log_model(
@@ -58,13 +59,34 @@ def _log(folder: Path, run_id: str, sha256: str) -> str:
             python_model=str(Path(__file__).with_name("pyfunc.py")),
             artifacts={"model": str(folder)},
             signature=signature,
-            # without a build's own suffix, such as +cpu, which the package index does not know
-            pip_requirements=[f"{p}=={version(p).partition('+')[0]}" for p in packages],
+            pip_requirements=[_pinned(package) for package in packages],
             tags={"sha256": sha256},
         )
     finally:
         mlflow.end_run("RUNNING")
     return str(logged.model_id)
+
+
+def _of_text(folder: Path) -> tuple[str, ...]:
+    """The packages that encode the prompts of a model folder; none for a model without text."""
+    text = _facts(folder).get("text")
+    if not text:
+        return ()
+    return ("tokenizers", "wordllama" if text["encoder"]["encoder"] == WORDS else "transformers")
+
+
+def _pinned(package: str) -> str:
+    """The requirement of a package in the version that is here; in any where it is not, as a text encoder's in a training."""
+    try:
+        # without a build's own suffix, such as +cpu, which the package index does not know
+        return f"{package}=={version(package).partition('+')[0]}"
+    except PackageNotFoundError:
+        return package
+
+
+def _facts(folder: Path) -> dict[str, Any]:
+    facts: dict[str, Any] = json.loads((folder / "config.json").read_bytes())
+    return facts
 
 
 def _signature(folder: Path) -> Any:
@@ -73,14 +95,19 @@ def _signature(folder: Path) -> Any:
     from mlflow.types import ColSpec, ParamSchema, ParamSpec, Schema, TensorSpec
 
     from longtake.training.models import kind_of
+    from longtake.training.registry.requests import columns_of
 
-    kind = kind_of(json.loads((folder / "config.json").read_bytes()))
+    kind = kind_of(_facts(folder))
     video = Schema([TensorSpec(np.dtype("uint8"), (-1, -1, -1, -1, 3))])
     if kind.generator is None:
         return ModelSignature(inputs=video, outputs=video)
-    columns = [("long", "seed", True), ("string", "class", False), ("long", "frames", False)]
-    columns += [("string", "storyboard", False)] if "storyboard" in kind.accepts else []
-    table = Schema([ColSpec(type_, name, required=required) for type_, name, required in columns])
+    numbers = ("seed", "frames")
+    table = Schema(
+        [
+            ColSpec("long" if name in numbers else "string", name, required=name == "seed")
+            for name in columns_of(kind.accepts)
+        ]
+    )
     changes = ParamSchema([ParamSpec("steps", "long", None), ParamSpec("guidance", "double", None)])
     return ModelSignature(inputs=table, outputs=video, params=changes)
 

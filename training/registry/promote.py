@@ -26,6 +26,7 @@ class Config(StageConfig):
     view          which of them; null measures all
     latents       that a prior has learned
     low_latents   that a memory's low-res branch has learned
+    text          of the captions, for a model that has learned text
     gate          what the candidate must show
     """
 
@@ -35,6 +36,7 @@ class Config(StageConfig):
     view: ViewInput | None = None
     latents: Annotated[str, Input("latents")] | None = None
     low_latents: Annotated[str, Input("latents")] | None = None
+    text: Annotated[str, Input("text")] | None = None
     gate: Gate
 
 
@@ -59,16 +61,16 @@ class Decision(NamedTuple):
 
 
 def check(config: Config, inputs: Mapping[str, StageConfig]) -> None:
-    """Refuse a candidate that makes itself champion, and latents of another dataset."""
+    """Refuse a candidate that makes itself champion, and latents or texts of another dataset."""
     candidate: Any = inputs.get("candidate")
     if candidate is not None and candidate.run.promote:
         raise ValueError(
             f"candidate: the stage {config.candidate} makes its model champion before it is judged; set run: {{promote: false}} there"
         )
-    for field in ("latents", "low_latents"):
-        latents: Any = inputs.get(field)
-        if latents is not None and latents.dataset != config.dataset:
-            raise ValueError(f"{field}: are of the dataset {latents.dataset}, not of {config.dataset}")
+    for field in ("latents", "low_latents", "text"):
+        column: Any = inputs.get(field)
+        if column is not None and column.dataset != config.dataset:
+            raise ValueError(f"{field}: are of the dataset {column.dataset}, not of {config.dataset}")
 
 
 def run(config: Config, inputs: Mapping[str, str], output: str) -> dict[str, Any]:
@@ -101,7 +103,8 @@ def let_through(candidate: str, inputs: Mapping[str, str], gate: Gate, run_id: s
     verdict = _verdict(candidate, before, inputs, gate)
     decision = Decision(candidate, before, candidate if verdict.promoted else before or "", verdict)
     facts = {"candidate": candidate, "before": before, "verdict": _as_json(verdict), "line": decision.line()}
-    inside = {field: inputs[field] for field in ("dataset", "view", "latents", "low_latents") if field in inputs}
+    fields = ("dataset", "view", "latents", "low_latents", "text")
+    inside = {field: inputs[field] for field in fields if field in inputs}
     # before the move, so that a run that is killed after it finds its figures here
     aliases.log_json(run_id, _RECORD, facts | {"gate": gate.model_dump(mode="json"), "inputs": inside})
     if verdict.promoted:

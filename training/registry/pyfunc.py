@@ -1,10 +1,13 @@
 """The MLflow pyfunc of our models, which MLflow runs as code; on a GPU where there is one.
 
-A kind that generates takes a table of `seed`, and if wanted `class`, `frames` and, where it accepts them, `storyboard`, and
-gives a video for each row, uint8 (N, T, H, W, 3). Any other takes uint8 videos (B, T, H, W, 3) and answers with as many: an
+A kind that generates takes a table of `seed`, and if wanted `class`, `frames` and, where it accepts them, `storyboard`,
+`prompt` and `negative`, and gives a video for each row, uint8 (N, T, H, W, 3). The text encoder that prompts need is a
+package among the requirements, or a folder, which LONGTAKE_TEXT_ENCODER names where it is not the one of the training; it
+is loaded with the first prompt. Any other takes uint8 videos (B, T, H, W, 3) and answers with as many: an
 autoencoder with their reconstruction, a memory that is trained to retrieve with what it has kept of them.
 """
 
+import os
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,6 +18,7 @@ from mlflow.models import set_model
 from mlflow.pyfunc import PythonModel
 
 from longtake.training.models import kind_of
+from longtake.training.models.common.prompts import VARIABLE, with_encoder
 from longtake.training.registry import disk
 from longtake.training.registry.requests import serve
 
@@ -24,7 +28,7 @@ class Videos(PythonModel):
 
     def load_context(self, context: Any) -> None:
         folder = context.artifacts["model"]
-        facts = disk.read_config(Path(folder))
+        facts = with_encoder(disk.read_config(Path(folder)), os.environ.get(VARIABLE))
         kind = kind_of(facts)
         self.generates = kind.generator is not None
         if kind.generator:

@@ -4,14 +4,22 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from longtake.datasets.errors import UserError
 from longtake.training.models.common.video import concatenated
-from longtake.training.models.generator import Generator, Request, Story, class_id, story_of
+from longtake.training.models.generator import Generator, Request, Settings, Story, check_requests, scene_of, story_of
+
+_FIRST = ("seed", "class", "frames")  # columns that all generators take
+
+
+def columns_of(accepts: Collection[str]) -> list[str]:
+    """The columns of a table of requests to a generator that accepts these options."""
+    more = {"storyboard": ("storyboard",), "prompt": ("prompt", "negative")}
+    return [*_FIRST, *(name for option, names in more.items() if option in accepts for name in names)]
 
 
 class Order(NamedTuple):
@@ -26,14 +34,15 @@ def orders_of(generator: Generator, table: Any) -> list[Order]:
 
     Args:
         table: a pandas table, or lists or arrays by name: `seed` and, where wanted, `class` (a name or a number; None
-            for none) and `frames`, the same in every row. A model that accepts storyboards also takes `storyboard` in
-            place of `class`: a list of `{at, class}` (see `generator.story_of`) or the same as JSON; None for none.
+            for none) and `frames`, the same in every row. A model that accepts prompts also takes `prompt` and `negative`,
+            texts, None for none. One that accepts storyboards takes `storyboard` in place of `class` and `prompt`: a list
+            of `{at, class, prompt}` (see `generator.story_of`) or the same as JSON; None for none.
 
     Raises:
         UserError: other columns or values.
     """
     columns = {str(name): list(table[name]) for name in getattr(table, "columns", table)}
-    names = ["seed", "class", "frames", *(["storyboard"] if "storyboard" in generator.accepts else [])]
+    names = columns_of(generator.accepts)
     if "seed" not in columns or set(columns) - set(names):
         raise UserError(
             f"videos: need a column seed, and if wanted {', '.join(names[1:])}; got {', '.join(columns) or 'none'}"
@@ -48,20 +57,33 @@ def orders_of(generator: Generator, table: Any) -> list[Order]:
     if len(lengths) > 1:
         raise UserError(f"videos: frames must be the same in every row, got {sorted(lengths)}")
     frames = lengths.pop()
-    classes, boards = (columns.get(name, [None] * count) for name in ("class", "storyboard"))
-    stories = [_story(generator, name, board) for name, board in zip(classes, boards, strict=True)]
-    return [Order(Request(seed, story), frames) for seed, story in zip(seeds, stories, strict=True)]
+    rows = [
+        {name: None if _is_none(values[n]) else values[n] for name, values in columns.items()} for n in range(count)
+    ]
+    return [
+        Order(Request(seed, _story(generator, row), _negative(row)), frames)
+        for seed, row in zip(seeds, rows, strict=True)
+    ]
 
 
-def _story(generator: Generator, name: Any, board: Any) -> Story:
-    if not _is_none(board):
-        if not _is_none(name):
-            raise UserError("videos: class and storyboard: give one of them in a row")
+def _story(generator: Generator, row: Mapping[str, Any]) -> Story:
+    board = row.get("storyboard")
+    if board is not None:
+        for name in ("class", "prompt"):
+            if row.get(name) is not None:
+                raise UserError(f"videos: {name} and storyboard: give one of them in a row")
         try:
             return story_of(json.loads(board) if isinstance(board, str) else board, generator.classes)
         except (UserError, json.JSONDecodeError) as e:
             raise UserError(f"videos: storyboard: {e}") from e
-    return [(0.0, class_id(None if _is_none(name) else str(name), generator.classes))]
+    return [(0.0, scene_of(row.get("class"), row.get("prompt"), generator.classes))]
+
+
+def _negative(row: Mapping[str, Any]) -> str | None:
+    negative = row.get("negative")
+    if negative is not None and not isinstance(negative, str):
+        raise UserError(f"videos: negative must be a text, got {negative!r}")
+    return negative
 
 
 def serve(generator: Generator, table: Any, params: Mapping[str, Any] | None = None) -> np.ndarray:
@@ -71,7 +93,8 @@ def serve(generator: Generator, table: Any, params: Mapping[str, Any] | None = N
     defaults = vars(generator.settings)
     if unknown := changes.keys() - defaults.keys():
         raise UserError(f"params: unknown {', '.join(sorted(unknown))}; there are {', '.join(defaults)}")
-    settings = type(generator.settings)(**defaults | changes)
+    settings = Settings(**defaults | changes)
+    check_requests(generator, [order.request for order in orders], settings)
     try:
         # one by one: the last bits of a video do not depend on the others
         return np.concatenate([concatenated(generator.videos([o.request], o.frames, settings)) for o in orders])

@@ -70,6 +70,11 @@ class Tracker:
         place = Path("samples") / f"step-{step:08d}" / f"{name}.mp4"
         self._queue(place, lambda scratch: clip.write(scratch, frames, fps))
 
+    def text(self, step: int, name: str, text: str) -> None:
+        """A text as artifact `samples/step-00001000/NAME.txt`, beside the videos of the step."""
+        place = Path("samples") / f"step-{step:08d}" / f"{name}.txt"
+        self._queue(place, lambda scratch: scratch.write_text(f"{text}\n", encoding="utf-8"))
+
     def later(self, path: Path, name: str) -> None:
         """`artifacts` for the middle of training: copied here, sent by the thread."""
         for file in sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]:

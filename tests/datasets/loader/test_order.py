@@ -63,7 +63,9 @@ class Plans:
     def __init__(self, shard_sizes: list[int], counts: list[int], batch: int, last: order.Last, seed: int, **more: Any):
         ends = np.cumsum(shard_sizes)
         base = SimpleNamespace(starts=ends - np.array(shard_sizes))
-        self.split: Any = SimpleNamespace(base=base, columns={}, latents=(), reader=SimpleNamespace(cache=None))
+        self.split: Any = SimpleNamespace(
+            base=base, columns={}, latents=(), texts=(), reader=SimpleNamespace(cache=None)
+        )
         parts = np.split(np.random.default_rng(seed).permutation(int(ends[-1])), np.cumsum(counts))
         self.rows = [np.sort(p).astype(np.int32) for p in parts[: len(counts)]]
         weights = more.get("weights")

@@ -17,7 +17,9 @@ from flat import nested
 
 from longtake.datasets import latents as column
 from longtake.datasets import storage
+from longtake.datasets.captions import Captions, write_captions
 from longtake.datasets.errors import Interrupted
+from longtake.datasets.text import Text, TextConfig, write_text
 from longtake.infra import graph, recipe, runner, runs
 from longtake.infra.cli.housekeeping import clean as command
 from longtake.infra.upkeep import clean
@@ -39,6 +41,7 @@ class Workspace:
 
     def __init__(self, folder: Path, workspace: str) -> None:
         self.folder, self.workspace = folder, workspace
+        self.more: dict[str, Any] = {}  # stages beside the usual ones
         (folder / "videos").mkdir(parents=True)
         (folder / "videos" / "a.mp4").write_bytes(b"1")
 
@@ -48,6 +51,7 @@ class Workspace:
             "view": {"kind": "curate", "dataset": "shards"},
             "vae": nested(TRAINING | vae),
             "latents": {"kind": "cache_latents", "dataset": "shards", "encoder": "vae"},
+            **self.more,
         }
         path = self.folder / "r.yaml"
         path.write_text(yaml.safe_dump({"name": "tidy", "workspace": self.workspace, "stages": stages}))
@@ -74,7 +78,7 @@ class Workspace:
     def find(self, *kinds: str, older: float = 3600, **vae: Any) -> tuple[dict[str, Item], dict[str, str]]:
         """The items to delete and those that stay, by their place in the workspace."""
         loaded, nodes, store = self.open(**vae)
-        found = list(clean.find(loaded, list(nodes.values()), store, kinds or clean.KINDS[:3], older))
+        found = list(clean.find(loaded, list(nodes.values()), store, kinds or clean.USUAL, older))
 
         def place(url: str) -> str:
             return url.removeprefix(f"{self.workspace}/")
@@ -325,6 +329,61 @@ def test_latents_stay_while_a_run_may_read_them_or_another_experiment_has_made_t
     store.client.create_run(other, tags=tags)
     items, kept = here.find("latents")
     assert not items and "another experiment" in "".join(kept.values())
+
+
+def test_texts_go_that_no_stage_of_the_recipe_makes(here: Workspace) -> None:
+    import torch
+
+    dataset, _ = with_latents(here)
+
+    def make(name: str, length: int) -> None:
+        """A column of token states, by a stage with texts of this length."""
+        here.more = {"text": {"kind": "cache_text", "dataset": "shards", "captions": "/captions", "length": length}}
+        _, output = here.ran("text", "FINISHED")
+        encoder = TextConfig(length=length).model_dump() | {"digest": "d", "width": 1}
+        write_text(output, Text(dataset, name, encoder, "caption-1", None, {}, {}, {}), torch.zeros(1, 1))
+        for split, ending in (("train", "parquet"), ("train", "tar"), ("val", "parquet"), ("val", "tar")):
+            storage.write(storage.join(dataset, split, f"00000.{name}.{ending}"), b"0" * 100)
+
+    make("text-a1", 77)
+    make("text-b2", 99)
+    storage.write(storage.join(dataset, "train", "00000.text-dd.tar"), b"1")  # what nobody has described yet
+    for kinds in ((), ("text",)):
+        items, kept = here.find(*kinds)
+        (item,) = (found for where, found in items.items() if "text-" in where)
+        assert item.where.endswith("text-a1") and item.bytes == 400 and "no stage of the recipe makes" in item.reason
+        assert [where.rpartition(" ")[2] for where in kept if "text-" in where] == ["text-dd"]
+    run, _ = here.ran("vae", "RUNNING")
+    items, kept = here.find("text")
+    assert not items and any(f"run {run} is RUNNING" in reason for reason in kept.values())
+
+
+def test_captions_go_only_where_asked_for_and_no_stage_uses_them_or_names_their_captioner(here: Workspace) -> None:
+    _, dataset = here.ran("shards", "FINISHED")
+
+    def make(name: str, model: str | None, prompt: str) -> None:
+        here.more = {"captions": {"kind": "caption", "dataset": "shards", "prompt": prompt}}
+        _, output = here.ran("captions", "FINISHED")
+        captioner = {"model": model} if model else {}
+        write_captions(output, Captions(dataset, name, captioner, None, {}, {}))
+        for split in ("train", "val"):
+            storage.write(storage.join(dataset, split, f"00000.{name}.parquet"), b"0" * 100)
+
+    make("caption-a1", None, "old")
+    make("caption-b2", "vlm", "older")
+    make("caption-c3", None, "now")
+    assert not any("caption" in where for where in here.find()[0])
+    items, kept = here.find("captions")
+    assert {where.rpartition(" ")[2] for where in items} == {"caption-a1", "caption-b2"} and not kept
+    assert all(item.bytes == 200 for item in items.values())
+    here.more["captions"] |= {"model": "vlm", "endpoint": "http://host/v1"}
+    items, kept = here.find("captions")
+    assert {where.rpartition(" ")[2] for where in items} == {"caption-a1", "caption-c3"}
+    assert ["names its captioner vlm" in reason for reason in kept.values()] == [True]
+    gone = next(item for item in items.values() if item.where.endswith("a1"))
+    before = tree(Path(dataset))
+    clean.remove(gone, here.open()[2])
+    assert before - tree(Path(dataset)) == {f"{split}/00000.caption-a1.parquet" for split in ("train", "val")}
 
 
 def test_half_models_of_killed_runs_go_and_whole_ones_stay(here: Workspace) -> None:

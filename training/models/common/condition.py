@@ -5,9 +5,10 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 NO_CLASS = -1  # the id of a sample without a class
@@ -18,8 +19,9 @@ class Condition:
     """The conditions of the B samples of a batch. A field of None is empty for all of them.
 
     classes   ids `(B,)` int64; -1 is no class
-    text      embeddings of texts, `(B, N, D)`
-    mask      `(B, N)` bool, True for rows of `text` that belong to words; a sample without any has no text
+    text      states of the tokens of texts, `(B, N, D)`
+    mask      `(B, N)` bool, which rows of `text` a sample sees; or `(B, T, N)`, which of them each of its T frames (latents)
+              sees, as in a storyboard. A sample or frame that sees none has no text
     """
 
     classes: Tensor | None = None
@@ -29,12 +31,28 @@ class Condition:
     def __post_init__(self) -> None:
         if (self.text is None) != (self.mask is None):
             raise ValueError("text and mask: give both or none")
+        if self.text is None or self.mask is None:
+            return
+        shape = self.mask.shape
+        if self.text.ndim != 3 or len(shape) not in (2, 3) or (shape[0], shape[-1]) != self.text.shape[:2]:
+            raise ValueError(
+                f"mask has shape {tuple(shape)}; a text of {tuple(self.text.shape)} needs (B, N) or (B, T, N)"
+            )
+
+    @property
+    def asks_for_class(self) -> bool:
+        """Whether any sample has a class."""
+        return self.classes is not None and bool((self.classes != NO_CLASS).any())
+
+    @property
+    def asks_for_text(self) -> bool:
+        """Whether any sample has a text."""
+        return self.mask is not None and bool(self.mask.any())
 
     @property
     def asks(self) -> bool:
         """Whether any sample has a class or a text: if not, guidance has no effect."""
-        classes = self.classes is not None and bool((self.classes != NO_CLASS).any())
-        return classes or (self.mask is not None and bool(self.mask.any()))
+        return self.asks_for_class or self.asks_for_text
 
     @property
     def null(self) -> Condition:
@@ -47,33 +65,54 @@ class Condition:
         if classes is not None:
             classes = torch.where(which.to(classes.device), NO_CLASS, classes)
         if mask is not None:
-            mask = mask & ~which.to(mask.device).reshape(-1, 1)
+            mask = mask & ~which.to(mask.device).reshape(-1, *[1] * (mask.ndim - 1))
         return Condition(classes, self.text, mask)
 
     def expand(self, count: int) -> Condition:
         """The condition of one sample, repeated for `count` samples."""
-        return Condition(*(None if part is None else part.expand(count, *part.shape[1:]) for part in self._parts()))
+        parts = (self.classes, self.text, self.mask)
+        return Condition(*(None if part is None else part.expand(count, *part.shape[1:]) for part in parts))
 
     def record(self) -> list[int] | dict[str, Any]:
         """The condition as plain data, for comparison: the classes, with a digest of the texts."""
         classes = [] if self.classes is None else self.classes.tolist()
         if self.text is None or self.mask is None:
             return classes
-        words = self.text.float() * self.mask[..., None]
-        return {"classes": classes, "text": hashlib.sha256(words.cpu().contiguous().numpy().tobytes()).hexdigest()}
+        mask = self.mask.cpu()
+        seen = mask if mask.ndim == 2 else mask.any(1)
+        # without the columns at the end that nobody sees: how far a batch is padded says nothing
+        length = int(seen.any(0).nonzero().max()) + 1 if seen.any() else 0
+        words = torch.where(seen[..., None], self.text.cpu().float(), 0.0)[:, :length]
+        digest = hashlib.sha256(words.contiguous().numpy().tobytes())
+        digest.update(mask[..., :length].contiguous().numpy().tobytes())
+        return {"classes": classes, "text": digest.hexdigest()}
 
     def join(self, other: Condition) -> Condition:
         """The samples of this condition followed by those of `other`, which has the same fields."""
-        pairs = zip(self._parts(), other._parts(), strict=True)
-        return Condition(*(None if one is None or two is None else torch.cat([one, two]) for one, two in pairs))
+        classes = None
+        if self.classes is not None and other.classes is not None:
+            classes = torch.cat([self.classes, other.classes])
+        return Condition(classes, *_joined_texts(self, other))
 
-    def _parts(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        return self.classes, self.text, self.mask
+
+def _joined_texts(one: Condition, other: Condition) -> tuple[Tensor, Tensor] | tuple[None, None]:
+    """The texts and masks of both, padded to one length and, where either is by frame, by frame."""
+    if one.text is None or one.mask is None or other.text is None or other.mask is None:
+        return None, None
+    length = max(one.text.shape[1], other.text.shape[1])
+    texts = [F.pad(text, (0, 0, 0, length - text.shape[1])) for text in (one.text, other.text)]
+    masks = [F.pad(mask, (0, length - mask.shape[-1])) for mask in (one.mask, other.mask)]
+    frames = [mask.shape[1] for mask in masks if mask.ndim == 3]
+    if frames:
+        masks = [mask if mask.ndim == 3 else mask[:, None].expand(-1, frames[0], -1) for mask in masks]
+    return torch.cat(texts), torch.cat(masks)
 
 
 def of_batch(batch: Mapping[str, Any]) -> Condition:
-    """The condition of a loader's batch: its labels, if it has them."""
-    return Condition(classes=batch["label"].cpu() if "label" in batch else None)
+    """The condition of a loader's batch: its labels and texts, if it has them."""
+    # on the CPU, where ids are checked without waiting for a GPU
+    classes = batch["label"].cpu() if "label" in batch else None
+    return Condition(classes, batch.get("text"), batch.get("text_mask"))
 
 
 def of_classes(ids: Iterable[int | None]) -> Condition:
@@ -81,28 +120,50 @@ def of_classes(ids: Iterable[int | None]) -> Condition:
     return Condition(classes=torch.tensor([NO_CLASS if number is None else number for number in ids]))
 
 
+class Hidden(NamedTuple):
+    """Samples of a training batch that lose their class, and those that lose their text, bool `(B,)`; None: none do."""
+
+    classes: Tensor | None = None
+    text: Tensor | None = None
+
+
+def draw_hidden(
+    condition: Condition | None, x: Tensor, label_dropout: float, text_dropout: float, rng: torch.Generator | None
+) -> Hidden:
+    """Draw what the samples of the batch `x` lose, each its class and its text with these probabilities.
+
+    Where there are both, half of the rarer losses take both at once: guidance leads away from neither a class nor a text,
+    which independent draws would show too seldom. `rng` is on the device of `x`.
+    """
+
+    def draw(probability: float) -> Tensor:
+        return torch.rand(len(x), generator=rng, device=x.device) < probability
+
+    condition = condition or Condition()
+    label_dropout = 0.0 if condition.classes is None else label_dropout
+    text_dropout = 0.0 if condition.text is None else text_dropout
+    both = min(label_dropout, text_dropout) / 2
+    if not both:
+        return Hidden(draw(label_dropout) if label_dropout else None, draw(text_dropout) if text_dropout else None)
+    together = draw(both)
+    classes, text = (together | draw((share - both) / (1 - both)) for share in (label_dropout, text_dropout))
+    return Hidden(classes, text)
+
+
 def class_vectors(
-    table: nn.Embedding | None,
-    condition: Condition | None,
-    x: Tensor,
-    hidden: float = 0.0,
-    rng: torch.Generator | None = None,
+    table: nn.Embedding | None, condition: Condition | None, x: Tensor, hidden: Tensor | None = None
 ) -> Tensor | None:
-    """Vectors `(B, D)` of a batch's classes, a random share of them hidden; None for a model without classes.
+    """Vectors `(B, D)` of a batch's classes; None for a model without classes.
 
     Args:
         table: a row for each class and, last, one for no class.
         condition: of the batch `x`; None is an empty one.
-        hidden: probability that a class is replaced by no class.
-        rng: draws the hidden samples, on the device of `x`.
+        hidden: bool `(B,)`, samples whose class is replaced by no class; None: none are.
 
     Raises:
-        ValueError: an unknown class; a condition other than a class.
+        ValueError: an unknown class, or any class for a model without.
     """
-    condition = condition or Condition()
-    classes = condition.classes
-    if condition.text is not None:
-        raise ValueError("text: this model takes none; leave it out")
+    classes = (condition or Condition()).classes
     if table is None:
         if classes is not None:
             raise ValueError("classes: this model has none; leave them out")
@@ -110,13 +171,12 @@ def class_vectors(
     count = table.num_embeddings - 1
     if classes is None:
         classes = torch.full(x.shape[:1], NO_CLASS)
-        hidden = 0.0
     if classes.shape != x.shape[:1]:
         raise ValueError(f"classes has shape {tuple(classes.shape)}; a batch of {x.shape[0]} needs one id each")
     check_classes(classes.tolist(), count)
     classes = classes.to(x.device)
-    if hidden:
-        classes = torch.where(torch.rand(classes.shape, generator=rng, device=x.device) < hidden, NO_CLASS, classes)
+    if hidden is not None:
+        classes = torch.where(hidden, NO_CLASS, classes)
     vectors: Tensor = table(torch.where(classes == NO_CLASS, count, classes))
     return vectors
 

@@ -8,8 +8,10 @@ whose first frames have t = 0 is denoised given those frames. That is how a wind
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
+from functools import reduce
 from itertools import pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -142,20 +144,74 @@ def losses_over_time(
     return loss(predicted * scale, x0 * scale, noise * scale, counted).cpu().numpy()
 
 
-def guided(velocity: ConditionedVelocity, condition: Condition | None, guidance: float) -> Velocity:
+class Guidance(NamedTuple):
+    """How far a sample is led towards its class and towards its text; 1 is none."""
+
+    classes: float = 1.0
+    text: float = 1.0
+
+    @classmethod
+    def of(cls, guidance: float | Guidance) -> Guidance:
+        """One number is that of both."""
+        return guidance if isinstance(guidance, Guidance) else cls(guidance, guidance)
+
+
+def guided(
+    velocity: ConditionedVelocity,
+    condition: Condition | None,
+    guidance: float | Guidance,
+    negative: Condition | None = None,
+) -> Velocity:
     """Classifier-free guidance (arXiv 2207.12598): v(null) + guidance (v(condition) - v(null)).
 
-    Both come from one call with twice the batch. With guidance 1, or an empty condition, `velocity` is called directly.
+    Where class and text have guidance of their own, first the class is led to and then the text (arXiv 2211.09800):
+    v(null) + classes (v(class) - v(null)) + text (v(condition) - v(class)).
+
+    All come from one call with two or three times the batch. With guidance 1, or an empty condition, `velocity` is called
+    directly.
+
+    Args:
+        negative: of the batch; guidance leads away from its text in place of no text.
     """
-    if condition is None or guidance == 1.0 or not condition.asks:
+    null, full = _ends(condition, negative)
+    conditions, strengths = _ladder(null, full, Guidance.of(guidance))
+    if all(strength == 1.0 for strength in strengths):
         return lambda x, t: velocity(x, t, condition)
-    conditions = condition.join(condition.null)
+    joined = reduce(Condition.join, reversed(conditions))
 
     def combined(x: Tensor, t: Tensor) -> Tensor:
-        conditional, null = velocity(torch.cat([x, x]), torch.cat([t, t]), conditions).float().chunk(2)
-        return null + guidance * (conditional - null)
+        count = len(conditions)
+        made, *others = velocity(torch.cat([x] * count), torch.cat([t] * count), joined).float().chunk(count)[::-1]
+        for strength, (lower, upper) in zip(strengths, pairwise([made, *others]), strict=True):
+            made = made + strength * (upper - lower)
+        return made
 
     return combined
+
+
+def _ends(condition: Condition | None, negative: Condition | None) -> tuple[Condition, Condition]:
+    """What guidance leads away from, and what it leads to, with the same fields."""
+    full = condition or Condition()
+    null = full.null
+    if negative is None or negative.text is None or negative.mask is None:
+        return null, full
+    if full.text is None:
+        full = replace(full, text=negative.text, mask=torch.zeros_like(negative.mask))
+    return Condition(null.classes, negative.text, negative.mask), full
+
+
+def _ladder(null: Condition, condition: Condition, guidance: Guidance) -> tuple[list[Condition], list[float]]:
+    """The conditions from none to all, and how far each step leads; none where nothing is asked for."""
+    by_class = condition.asks_for_class
+    by_text = condition.asks_for_text or null.asks_for_text
+    if by_class and by_text and guidance.classes != guidance.text:
+        middle = Condition(condition.classes, null.text, null.mask)
+        if guidance.classes == 1.0:
+            return [middle, condition], [guidance.text]
+        return [null, middle, condition], [guidance.classes, guidance.text]
+    if by_class or by_text:
+        return [null, condition], [guidance.classes if by_class else guidance.text]
+    return [], []
 
 
 @torch.no_grad()

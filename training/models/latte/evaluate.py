@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,9 +18,10 @@ from longtake.training.metrics.features import FeatureNetwork
 from longtake.training.metrics.share import gathered, mine, place, united
 from longtake.training.metrics.trivial import FLOW, Against, Gaussian, Still, comparisons
 from longtake.training.models.common.codec import Codec, decoded
-from longtake.training.models.common.condition import Condition, of_classes
+from longtake.training.models.common.condition import Condition
 from longtake.training.models.common.flow import TIMES, clip_rng, losses_over_time
 from longtake.training.models.common.video import video_file
+from longtake.training.models.common.wanted import Wanted
 from longtake.training.models.generator import Settings
 from longtake.training.models.latte.model import Latte
 from longtake.training.models.latte.sample import generate_latents, generate_videos
@@ -76,19 +77,18 @@ def _velocity(latte: Callable[..., Tensor], condition: Condition | None, x: Tens
 
 
 class VideoPlan(NamedTuple):
-    """Videos to generate: their number, the frames and rate of each, the first seed, and the number in a batch of a rank."""
+    """Videos to generate: their number, the frames and rate of each, the first seed, and the number in a batch of a rank.
+
+    `wanted` says what each of them is to show.
+    """
 
     frames: int
     fps: float
     videos: int
     seed: int
     settings: Settings
-    classes: Sequence[str] = ()
+    wanted: Wanted = Wanted()
     batch: int = 8
-
-    def seed_and_class(self, number: int) -> tuple[int, int | None]:
-        """Seed and class id of a video."""
-        return self.seed + number, number % len(self.classes) if self.classes else None
 
 
 def generated(latte: Latte, codec: Codec, plan: VideoPlan) -> Iterator[tuple[int, Tensor, Tensor]]:
@@ -99,8 +99,7 @@ def generated(latte: Latte, codec: Codec, plan: VideoPlan) -> Iterator[tuple[int
     """
     for block in mine(math.ceil(plan.videos / plan.batch), "generate", "batch"):
         numbers = range(block * plan.batch, min(plan.videos, (block + 1) * plan.batch))
-        seeds, ids = zip(*map(plan.seed_and_class, numbers), strict=True)
-        condition = of_classes(ids) if plan.classes else None
+        seeds, condition = [plan.seed + number for number in numbers], plan.wanted.condition(numbers)
         chunks = generate_latents(latte, codec, plan.frames, seeds, condition, plan.settings)
         latents = torch.cat(list(chunks), dim=2)
         for number, latent in zip(numbers, latents.split(1), strict=True):
@@ -149,7 +148,7 @@ def evaluate(
     shown = dict[int, dict[str, Any]]()
     for number, latent, video in generated(latte, codec, plan):
         if number < _SHOWN:
-            shown[number] = _write(folder, f"seed-{plan.seed_and_class(number)[0]}", plan, number, [video])
+            shown[number] = _write(folder, f"seed-{plan.seed + number}", plan, number, [video])
         if latents:
             generated_latents.add(number, latent, partial(to_model, video))
         if sample:
@@ -238,9 +237,7 @@ def _can_continue(latte: Latte, plan: VideoPlan) -> bool:
 
 
 def _longer_video(latte: Latte, codec: Codec, plan: VideoPlan) -> Iterator[Tensor]:
-    seed, class_id = plan.seed_and_class(0)
-    condition = None if class_id is None else of_classes([class_id])
-    for chunk in generate_videos(latte, codec, plan.frames, [seed], condition, plan.settings):
+    for chunk in generate_videos(latte, codec, plan.frames, [plan.seed], plan.wanted.condition([0]), plan.settings):
         yield torch.from_numpy(chunk).permute(0, 4, 1, 2, 3)
 
 
@@ -249,6 +246,5 @@ def _write(folder: Path, name: str, plan: VideoPlan, number: int, chunks: Iterab
     with video_file(folder / f"{name}.mp4", plan.fps) as write:
         for chunk in chunks:
             write(chunk[0].permute(1, 2, 3, 0).cpu().numpy())
-    seed, class_id = plan.seed_and_class(number)
-    entry = {"file": f"{name}.mp4", "seed": seed, "frames": plan.frames}
-    return entry | {"class": None if class_id is None else plan.classes[class_id]}
+    entry = {"file": f"{name}.mp4", "seed": plan.seed + number, "frames": plan.frames}
+    return entry | plan.wanted.words(number)

@@ -7,166 +7,44 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from pydantic import Field, field_validator, model_validator
 from torch import Tensor
 
 from longtake.datasets.errors import Failure, UserError
 from longtake.datasets.loader import Loader, to_model
-from longtake.datasets.stage import DatasetInput, Input, Measuring, ModelInput, StageConfig, ViewInput
+from longtake.datasets.text import Text, read_text
 from longtake.training import data, stage
-from longtake.training.config import EvaluatedConfig, ModelName
 from longtake.training.data import HELDOUT, LatentTarget, PixelTarget, Target, on_device
 from longtake.training.engines import device
 from longtake.training.metrics.features import checked_network, digest_of
 from longtake.training.metrics.probes import Pairs
 from longtake.training.metrics.share import batches, place
 from longtake.training.models.common import flow
-from longtake.training.models.common.condition import of_batch, of_classes
+from longtake.training.models.common.condition import of_batch
+from longtake.training.models.common.text import check_guidance, set_empty
 from longtake.training.models.common.video import grid
-from longtake.training.models.generator import Settings
+from longtake.training.models.common.wanted import Wanted
 from longtake.training.models.latte.base import continue_from
+from longtake.training.models.latte.config import Config, check
 from longtake.training.models.latte.evaluate import HeldoutWindow, VideoPlan
 from longtake.training.models.latte.evaluate import evaluate as measure
-from longtake.training.models.latte.model import Latte, LatteConfig, config_from_preset
+from longtake.training.models.latte.model import Latte, LatteConfig
 from longtake.training.models.latte.sample import generate_videos
 from longtake.training.objective import Batch, Engines, Objective, Terms, Turn
+
+__all__ = ["Config", "check"]  # the stage's parts from another file
 
 VERSION = 2
 PRODUCES = "model"
 MODEL = "latte"
 SUMMARY = "generated.json"
 
-_FROM_DATA = ("channels", "classes", "shape", "conditioning")  # fields of LatteConfig that `model` must not have
-_PRESET = {"preset": "latte_xl"}
-_PIXEL_PATCH = 16
 _SAMPLED = 4  # videos in a sample during training
 _WINDOWS = 16  # windows from which the mean and variance of pixels are computed
 _PROBE_TIME = 0.25  # time of the flow at which probes see hidden states [assumption]
-
-
-class Config(EvaluatedConfig):
-    """Train Latte on a dataset's latents, or pixels, and register it.
-
-    With a `base` training continues that model (see `training.models.latte.base`). Defaults are PV-VAE's [paper], or
-    Latte's or DiT's where noted; "assumption" marks those that no paper gives.
-
-    dataset        to train on
-    latents        of the dataset, to train on; null trains on pixels
-    view           which clips to use; null uses all
-    vae            decodes samples; null is the model that has encoded the latents
-    base           the Latte to continue from; null begins with random weights
-    model          a preset with fields of LatteConfig to change: `{preset: latte_xl}`; with a base, fields alone
-    classes        learn the dataset's labels
-    frames         of a window; 1 + 4n for latents [paper: 17]
-    stride         take every n-th frame; latents always use all
-    size           height and width of pixels; latents have their own
-    clip_starts    share of windows that start their clip, as generated videos do: their first latent stands for one frame.
-                   Pixels look the same anywhere, so windows of pixels are only marked [paper: all; assumption]
-    posterior      what is learned of each latent: a sample, drawn anew each step, or the mean [assumption]
-    conditioning   probability that a window has clean leading frames [assumption]
-    time_mean      mean of the logit-normal times (arXiv 2403.03206, rf/lognorm(0, 1))
-    time_std       standard deviation of the logit-normal times
-    shift          of times towards noise, in training and sampling (2403.03206, eq. 23); 1 is none
-    steps          of training [paper: 250,000]
-    batch          windows in a step [paper: 64]
-    lr             learning rate [paper: 1e-4]
-    warmup_steps   of a linear warm-up [Latte: none, since adaLN-Zero starts as the identity]
-    schedule       of the learning rate [Latte, DiT: constant]
-    weight_decay   of linear weights [Latte, DiT: 0]
-    ema_half_lives half-lives of weight averages, in steps [DiT: a decay of 0.9999]
-    sample_steps   Euler steps of a sample [paper: 100]
-    guidance       of samples with a class; 1 is none [assumption]
-    overlap        clean latents at the start of each further window of a longer video [assumption]
-    eval_videos    videos generated at the end; with `features` compared with as many held-out and training clips
-    """
-
-    kind: Literal["finetune_latte"]
-    dataset: DatasetInput
-    latents: Annotated[str, Input("latents")] | None = None
-    view: ViewInput | None = None
-    vae: ModelInput | None = None
-    base: ModelInput | None = None
-    name: ModelName = "latte"
-    model: dict[str, Any] | None = None
-    classes: bool = False
-    frames: int = Field(17, ge=1)
-    stride: int = Field(1, ge=1)
-    size: tuple[int, int] | None = None
-    clip_starts: float = Field(0.5, ge=0, le=1)
-    posterior: Literal["sample", "mean"] = "sample"
-    conditioning: float = Field(0.3, ge=0, le=1)
-    time_mean: float = 0.0
-    time_std: float = Field(1.0, gt=0)
-    shift: float = Field(1.0, gt=0)
-    steps: int = Field(250_000, ge=1)
-    batch: int = Field(64, ge=1)
-    lr: float = Field(1e-4, gt=0)
-    warmup_steps: int | None = Field(0, ge=0)
-    schedule: Literal["constant", "cosine"] = "constant"
-    weight_decay: float = Field(0.0, ge=0)
-    ema_half_lives: tuple[float, ...] = (6931.0,)
-    sample_steps: int = Field(100, ge=1)
-    guidance: float = Field(1.0, ge=0)
-    overlap: int = Field(2, ge=1)
-    eval_videos: Annotated[int, Measuring()] = Field(16, ge=1)
-
-    @field_validator("model")
-    @classmethod
-    def _without_data(cls, model: dict[str, Any] | None) -> dict[str, Any] | None:
-        if derived := [name for name in _FROM_DATA if name in (model or {})]:
-            raise ValueError(f"{derived[0]} follows from the stage's other settings; leave it out")
-        return model
-
-    @model_validator(mode="after")
-    def _valid_model(self) -> "Config":
-        model = self.model or {}
-        if self.base is None:
-            if self.lora is not None:
-                raise ValueError("lora: without a base all else would stay random; name one, or leave it out")
-            config_from_preset(**_PRESET | model)
-        elif "preset" in model:
-            raise ValueError("model: preset: the base has its own; leave it out, or the base")
-        elif unknown := model.keys() - LatteConfig.model_fields.keys():
-            raise ValueError(f"model: unknown {min(unknown)}; there are {', '.join(LatteConfig.model_fields)}")
-        return self
-
-    @model_validator(mode="after")
-    def _valid_windows(self) -> "Config":
-        if self.latents is None:
-            if self.size is None:
-                raise ValueError("size: training on pixels needs (height, width); or name latents")
-            if self.vae is not None:
-                raise ValueError("vae: a prior of pixels has none; leave it out, or name latents")
-            if self.base is None:
-                self.latte(3, (self.frames, *self.size))
-        elif self.size is not None:
-            raise ValueError("size: latents have the size that they were made with; leave it out")
-        elif self.stride != 1:
-            raise ValueError("stride: latents are of every frame; leave it out")
-        return self
-
-    def latte(self, channels: int, shape: tuple[int, int, int], classes: int = 0) -> LatteConfig:
-        """The config of a model for this data that is trained from scratch."""
-        patch = {} if self.latents else {"patch": _PIXEL_PATCH}
-        from_data = {"channels": channels, "classes": classes, "shape": shape, "conditioning": self.conditioning}
-        return config_from_preset(**_PRESET | patch | (self.model or {}) | from_data)
-
-    def settings(self) -> Settings:
-        return Settings(self.sample_steps, self.guidance, self.shift, self.overlap)
-
-
-def check(config: Config, inputs: Mapping[str, StageConfig]) -> None:
-    """Refuse latents of another dataset, windows that they do not have, and a base of another kind."""
-    data.check_recipe(config, inputs, ("latents",), (config.frames - 1) * config.stride + 1)
-    base: Any = inputs.get("base")
-    if base is not None and base.kind != config.kind:
-        raise ValueError(f"base: a {base.kind} stage makes no Latte; name a {config.kind} stage, or a model")
-    if base is not None and (base.latents is None) != (config.latents is None):
-        raise ValueError("base: one of the two learns latents, the other pixels; name a base of the same")
 
 
 def outside(config: Config) -> str:
@@ -180,22 +58,31 @@ class Setup(NamedTuple):
     inputs: Mapping[str, str]
     target: Target
     classes: Sequence[str]
+    text: Text | None
     model: Latte
     base_note: str
+
+    def wanted(self, config: Config) -> Wanted:
+        """What generated videos are to show."""
+        if self.text is None:
+            return Wanted(self.classes)
+        columns = {"text": self.text.column, "caption": self.text.captions}
+        columns |= {"label": "label"} if config.classes else {}
+        return Wanted(self.classes, data.loader(config, self.inputs, "val", columns=columns, **HELDOUT))
 
 
 def prepare(config: Config, inputs: Mapping[str, str], folder: Path) -> Setup:
     """Data, checked, and the model before its first step.
 
     Raises:
-        UserError: the latents are of another dataset, or of an older state of it; no clip is as long as a window; an
-            autoencoder or a base does not fit.
+        UserError: the latents or texts are of another dataset, or of an older state of it; no clip is as long as a window,
+            or none has a caption; an autoencoder or a base does not fit.
         Failure: damaged files; latents that do not vary.
     """
-    target = target_of(config, inputs)
+    target, text = target_of(config, inputs), data.text_of(inputs)
     classes = loader_of(config, inputs, target, "train", batch=1).classes
-    model, base_note = _model(config, inputs, target, classes)
-    return Setup(inputs, target, classes, model.to(device()), base_note)
+    model, base_note = _model(config, inputs, target, classes, text)
+    return Setup(inputs, target, classes, text, model.to(device()), base_note)
 
 
 def target_of(config: Config, inputs: Mapping[str, str]) -> Target:
@@ -211,15 +98,18 @@ def target_of(config: Config, inputs: Mapping[str, str]) -> Target:
     return LatentTarget(record, record.channels, shape, fps, codec, config.posterior, config.clip_starts)
 
 
-def _model(config: Config, inputs: Mapping[str, str], target: Target, classes: Sequence[str]) -> tuple[Latte, str]:
-    """The model before its first step, with its normalisation, and a note about its base."""
+def _model(
+    config: Config, inputs: Mapping[str, str], target: Target, classes: Sequence[str], text: Text | None
+) -> tuple[Latte, str]:
+    """The model before its first step, with its normalisation and what stands for no text, and a note about its base."""
     record = target.record
     moments = data.statistics(record, config.posterior) if record else None
     if "base" in inputs:
         from_data = {"channels": target.channels, "shape": target.shape, "conditioning": config.conditioning}
         encoder = record.encoder["digest"] if record else None
-        return continue_from(inputs["base"], config.model or {}, from_data, classes, encoder, moments)
-    latte = Latte(config.latte(target.channels, target.shape, len(classes)))
+        return continue_from(inputs["base"], config.model or {}, from_data, classes, encoder, moments, text)
+    latte = Latte(config.latte(target.channels, target.shape, len(classes), text))
+    set_empty(latte.text_in, text)
     if record and moments:
         try:
             latte.set_statistics(*moments)
@@ -235,9 +125,10 @@ def loader(config: Config, setup: Setup, rank: int, world: int) -> Loader:
 
 
 def loader_of(config: Config, inputs: Mapping[str, str], target: Target, split: str, **options: Any) -> Loader:
-    """Windows of the target, with labels if classes are learned."""
+    """Windows of the target, with labels and texts if they are learned."""
     settings = target.columns(split)
     settings["columns"] |= {"label": "label"} if config.classes else {}
+    settings["columns"] |= {"text": read_text(inputs["text"]).column} if "text" in inputs else {}
     return data.loader(config, inputs, split, **settings | options)
 
 
@@ -248,20 +139,26 @@ def heldout_of(config: Config, setup: Setup, later: bool = False) -> Loader:
 
 
 def objective(config: Config, setup: Setup) -> Objective:
-    """The flow's loss, with videos of the first classes as samples.
+    """The flow's loss, with videos of the first classes, or of the captions of the first held-out clips, as samples.
 
     Raises:
-        UserError: no clip is held out; the network `features` does not take such videos.
+        UserError: no clip is held out; the network `features` does not take such videos; guidance that the model does not
+            learn to take.
     """
     checked_network(config.features, config.frames, setup.target.size)
+    try:
+        check_guidance(setup.model.config, config.guidance)
+    except ValueError as e:
+        raise UserError(str(e)) from e
     heldout = heldout_of(config, setup)
     if not heldout.samples:
         raise UserError("dataset: its val split has no clip for the evaluation; raise val_fraction")
-    latte = setup.model
+    latte, wanted = setup.model, setup.wanted(config)
     return Objective(
         {"model": latte},
         partial(_loss, config, setup.target, latte),
-        sample=partial(_sample, config, setup),
+        sample=partial(_sample, config, setup.target, wanted),
+        prompts=wanted.prompts(_SAMPLED),
         fps=max(1, round(setup.target.fps)),
         tokens=partial(_tokens, latte.config),
         blocks=list(latte.blocks()),
@@ -284,12 +181,13 @@ def _loss(config: Config, target: Target, latte: Latte, turn: Turn) -> tuple[Ten
     return loss, {"loss": loss.detach()}
 
 
-def _sample(config: Config, setup: Setup, engines: Engines, rng: torch.Generator) -> dict[str, np.ndarray[Any, Any]]:
-    """A grid of videos, always of the same seeds and classes."""
-    seeds, count = [config.seed + n for n in range(_SAMPLED)], len(setup.classes)
-    condition = of_classes(n % count for n in range(_SAMPLED)) if count else None
+def _sample(
+    config: Config, target: Target, wanted: Wanted, engines: Engines, rng: torch.Generator
+) -> dict[str, np.ndarray[Any, Any]]:
+    """A grid of videos, always of the same seeds and conditions."""
+    seeds, condition = [config.seed + n for n in range(_SAMPLED)], wanted.condition(range(_SAMPLED))
     latte = engines["model"].module
-    chunks = generate_videos(latte, setup.target.codec, config.frames, seeds, condition, config.settings())
+    chunks = generate_videos(latte, target.codec, config.frames, seeds, condition, config.settings())
     return {"generated": np.concatenate([grid(chunk) for chunk in chunks])}
 
 
@@ -304,12 +202,13 @@ def announce(config: Config, setup: Setup, loader: Loader) -> tuple[list[str], d
 
 
 def facts(config: Config, setup: Setup, lineage: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields of config.json: autoencoder, latents, classes, window and sampling."""
+    """The fields of config.json: autoencoder, latents, texts, classes, window and sampling."""
     target, origins = setup.target, lineage["inputs"]
     window = {"frames": config.frames, "stride": config.stride, "size": list(target.size), "fps": target.fps}
     return {
         "vae": origins["vae"] | {"encoder": target.record.encoder["digest"]} if target.record else None,
         "latents": origins["latents"] if target.record else None,
+        "text": data.text_facts(setup.text, origins.get("text")),
         "classes": list(setup.classes),
         "window": window,
         "sampling": vars(config.settings()),
@@ -317,12 +216,13 @@ def facts(config: Config, setup: Setup, lineage: Mapping[str, Any]) -> dict[str,
 
 
 def counts(config: Config, setup: Setup) -> dict[str, float]:
-    """Clips of the train split: used, too short, and without latents."""
+    """Clips of the train split: used, too short, without latents, and without captions."""
     clips = loader_of(config, setup.inputs, setup.target, "train", batch=1)
     return {
         "train_clips": float(clips.samples),
         "train_clips_too_short": float(clips.samples_short),
         "train_clips_without_latents": float(clips.samples_without_latent),
+        **data.text_counts(setup.inputs, setup.text),
     }
 
 
@@ -352,7 +252,7 @@ def evaluate(config: Config, setup: Setup, folder: Path) -> dict[str, Any]:
         target.codec,
         _heldout_windows(config, setup),
         folder,
-        VideoPlan(config.frames, target.fps, count, config.seed, settings, setup.classes, batch),
+        VideoPlan(config.frames, target.fps, count, config.seed, settings, setup.wanted(config), batch),
         target.trivial(windows.at(range(_WINDOWS))),
         latents=config.eval_latents and target.record is not None,
         network=network,

@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from longtake.datasets.loader import to_model
-from longtake.training.data import columns_of
+from longtake.training.data import columns_of, text_column_of
 from longtake.training.models.common.condition import Condition
 from longtake.training.models.kind import Judge, Judged
 from longtake.training.models.latte.evaluate import heldout_losses
@@ -21,11 +21,12 @@ def judge(facts: Mapping[str, Any]) -> Judge:
 
 
 def _options(judged: Judged, inputs: Mapping[str, str], window: Window) -> dict[str, Any]:
+    text = text_column_of(judged.uri, judged.facts, inputs)
     if judged.encoder() is None:
-        return {"columns": {"video": "video"}, "stride": window.stride, "size": window.size or (64, 64)}
+        return {"columns": {"video": "video"} | text, "stride": window.stride, "size": window.size or (64, 64)}
     # generated videos begin with the first latent of a clip, which few windows of long clips contain
     columns = columns_of(judged.uri, judged.encoder(), inputs, window.frames or 1)
-    return {"columns": columns, "clip_starts": 0.5}
+    return {"columns": columns | text, "clip_starts": 0.5}
 
 
 def _figures(

@@ -2,7 +2,8 @@
 
 Every latent position is a token. Blocks alternate between attention among the positions of each frame and attention
 among the frames of each position. The time of the flow and, if the model has classes, the class enter through adaLN-Zero
-(arXiv 2212.09748): they shift, scale and gate every block, and every gate starts closed.
+(arXiv 2212.09748): they shift, scale and gate every block, and every gate starts closed. If the model has text, every block
+also attends to it (`common/text.py`).
 
 Two things are not in the papers. Each frame has its own time, so that leading frames can be clean (`flow.py`). A window
 knows whether it begins its clip. With both, `sample.generate` can continue a video without end.
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from longtake.training.models.common.causal import fold, unfold
-from longtake.training.models.common.condition import Condition, class_vectors
+from longtake.training.models.common.condition import Condition, Hidden, class_vectors, draw_hidden
 from longtake.training.models.common.dit import (
     Modulation,
     attention,
@@ -30,6 +31,7 @@ from longtake.training.models.common.dit import (
     start_weights,
 )
 from longtake.training.models.common.statistics import Normalising
+from longtake.training.models.common.text import TextAttention, TextIn, check_fields, text_tokens
 
 # fmt: off
 PRESETS: dict[str, dict[str, Any]] = {  # parameters with 64 channels, patch 1, no classes
@@ -53,6 +55,7 @@ class LatteConfig(BaseModel):
     mlp_ratio       hidden width of the MLPs over `width` [paper: 4]
     classes         number of classes, with ids 0..classes-1; 0 is an unconditional model
     label_dropout   probability that training hides a class, for guidance [paper: 0.1]
+    text_width, text_dropout, text_null, text_empty, text_padding, text_length   of text (see `common.text`)
     conditioning    probability that a training sample has clean leading frames [assumption: 0.3]; the objective draws
                     them (`flow.training_loss`). A model with 0 cannot continue beyond one window.
     shape           (latents, height, width) of its training windows, the default of `sample.generate`
@@ -71,6 +74,12 @@ class LatteConfig(BaseModel):
     mlp_ratio: PositiveInt = 4
     classes: NonNegativeInt = 0
     label_dropout: float = Field(0.1, ge=0, le=1)
+    text_width: NonNegativeInt = 0
+    text_dropout: float = Field(0.1, ge=0, le=1)
+    text_null: Literal["empty", "zeros", "learned"] = "empty"
+    text_empty: NonNegativeInt = 0
+    text_padding: Literal["mask", "zeros"] = "mask"
+    text_length: PositiveInt = 512
     conditioning: float = Field(0.3, ge=0, le=1)
     shape: tuple[PositiveInt, PositiveInt, PositiveInt] | None = None
     scale: tuple[PositiveFloat, PositiveFloat] = (1.0, 1.0)
@@ -84,6 +93,7 @@ class LatteConfig(BaseModel):
             raise ValueError(f"width is {self.width}; it must be a multiple of 4 and of heads, {self.heads}")
         if self.shape and (self.shape[1] % self.patch or self.shape[2] % self.patch):
             raise ValueError(f"shape: {self.shape[1]}x{self.shape[2]} is no multiple of patch {self.patch}")
+        check_fields(self)
         return self
 
 
@@ -97,7 +107,8 @@ def config_from_preset(preset: str, **overrides: Any) -> LatteConfig:
 class Block(nn.Module):
     """Attention among the tokens of a frame (`space`) or the frames of a token's position (`time`), then an MLP.
 
-    Tokens `(B, T, N, D)` and their control `(B, T or 1, D)` -> tokens. Starts as the identity.
+    Between the two the tokens attend to the text, where the model has it. Tokens `(B, T, N, D)`, their control
+    `(B, T or 1, D)` and what `TextIn` returns -> tokens. Starts as the identity.
     """
 
     def __init__(self, config: LatteConfig, over: Literal["space", "time"]) -> None:
@@ -109,10 +120,15 @@ class Block(nn.Module):
         self.out = nn.Linear(width, width)
         hidden = config.mlp_ratio * width
         self.mlp = nn.Sequential(nn.Linear(width, hidden), nn.GELU("tanh"), nn.Linear(hidden, width))
+        self.text = TextAttention(width, config.heads) if config.text_width else None
 
-    def forward(self, x: Tensor, control: Tensor) -> Tensor:
+    def forward(
+        self, x: Tensor, control: Tensor, text: Tensor | None = None, text_seen: Tensor | None = None
+    ) -> Tensor:
         shift, scale, gate, mlp_shift, mlp_scale, mlp_gate = self.modulation(control)
         x = (x + gate * self._attention(modulated(x, shift, scale))).to(x.dtype)
+        if self.text is not None and text is not None:
+            x = x + self.text(x, text, text_seen)
         return (x + mlp_gate * self.mlp(modulated(x, mlp_shift, mlp_scale))).to(x.dtype)
 
     def _attention(self, x: Tensor) -> Tensor:
@@ -137,11 +153,15 @@ class Latte(Normalising):
         self.token_in = nn.Linear(token, width)
         self.time_in = embedded_time(width)
         self.class_in = nn.Embedding(config.classes + 1, width) if config.classes else None  # the last row: no class
+        self.text_in = TextIn(config) if config.text_width else None
         self.layers = nn.ModuleList(Block(config, ("space", "time")[i % 2]) for i in range(config.depth))
         self.modulation_out = Modulation(width, 2)
         self.token_out = nn.Linear(width, token)
         start_weights(self)
         nn.init.zeros_(self.token_out.weight)
+        for block in self.blocks():
+            if block.text is not None:
+                block.text.start()
 
     @property
     def dtype(self) -> torch.dtype:
@@ -163,12 +183,12 @@ class Latte(Normalising):
 
         t           0 (data) to 1 (noise): `(B,)`, or `(B, T)` with 0 for clean frames
         condition   of the batch; None is an empty one. In training mode a share `label_dropout` of the samples loses
-                    its class, drawn from `rng` (on the device of `x`).
+                    its class, and `text_dropout` its text, drawn from `rng` (on the device of `x`).
         start       index of the first frame in its clip, one for all or `(B,)`. Only whether it is 0 matters: the
                     first latent of a clip stands for one frame, all others for a group.
 
         Raises:
-            ValueError: another shape, or a class id that the model does not know.
+            ValueError: another shape, a class id that the model does not know, or text for a model without.
         """
         hidden, control = self._hidden(x, t, condition, start, rng, self.config.depth)
         tokens = self.token_out(modulated(hidden, *self.modulation_out(control)))
@@ -198,16 +218,19 @@ class Latte(Normalising):
         self._check_shapes(x, t)
         times = t[:, None] if t.ndim == 1 else t
         control = self.time_in(frequencies(times).to(self.dtype))
-        vectors = class_vectors(self.class_in, condition, x, self.config.label_dropout if self.training else 0.0, rng)
+        dropouts = (self.config.label_dropout, self.config.text_dropout)
+        lost = draw_hidden(condition, x, *dropouts, rng) if self.training else Hidden()
+        vectors = class_vectors(self.class_in, condition, x, lost.classes)
         if vectors is not None:
             control = control + vectors[:, None]
+        text = text_tokens(self.text_in, condition, x, lost.text)
         patches = fold(x.to(self.dtype), 1, self.config.patch).movedim(1, -1)  # (B, T, h, w, C p p)
         tokens = (self.token_in(patches) + self._positions(patches.shape, start, x.device)).flatten(2, 3)
         for block in list(self.layers)[:layers]:
             if self.config.activation_checkpointing and self.training:
-                tokens = checkpoint(block, tokens, control, use_reentrant=False)
+                tokens = checkpoint(block, tokens, control, *text, use_reentrant=False)
             else:
-                tokens = block(tokens, control)
+                tokens = block(tokens, control, *text)
         return tokens, control
 
     def _positions(self, shape: Sequence[int], start: Tensor | int, device: torch.device) -> Tensor:

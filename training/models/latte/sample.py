@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -18,13 +19,18 @@ from longtake.datasets.errors import UserError
 from longtake.training import registry
 from longtake.training.engines import device
 from longtake.training.models.common import codec as codecs
+from longtake.training.models.common import prompts as texts
+from longtake.training.models.common import story as scenes
 from longtake.training.models.common.codec import Codec, latents_of, to_array
-from longtake.training.models.common.condition import Condition, check_classes, of_classes
+from longtake.training.models.common.condition import Condition, check_classes
 from longtake.training.models.common.flow import euler, guided
+from longtake.training.models.common.prompts import Prompts
+from longtake.training.models.common.story import Story
+from longtake.training.models.common.text import check_guidance
 from longtake.training.models.generator import Request, Settings, fields_of
 from longtake.training.models.latte.model import Latte
 
-ACCEPTS = frozenset({"class"})
+ACCEPTS = frozenset({"class", "storyboard"})
 _DEFAULT = Settings()
 
 
@@ -40,10 +46,15 @@ class Prior:
     size: tuple[int, int]
     settings: Settings
     accepts: frozenset[str] = ACCEPTS
+    prompts: Prompts | None = None
 
     @property
     def _factor(self) -> int:
         return int(self.codec.config.temporal_stride)
+
+    def check_prompts(self, prompts: Sequence[str]) -> None:
+        assert self.prompts
+        self.prompts.check(prompts)
 
     def begin(self, frames: Iterator[np.ndarray]) -> Any:
         raise UserError("a Latte continues no video; leave the start out")
@@ -68,11 +79,20 @@ class Prior:
         tile: int | None = None,
         each_step: Callable[[], object] | None = None,
     ) -> Iterator[np.ndarray]:
+        """See `Generator.videos`. A scene's class holds from the first window on that begins in it or later."""
         assert start is None
-        seeds = [request.seed for request in requests]
-        condition = of_classes(request.story[0][1] for request in requests)
+        seeds, where = [request.seed for request in requests], self.latte.latent_mean.device
+        latent_of = partial(scenes.latent_at, fps=fps or self.fps, factor=self._factor, goes_on=False)
         return generate_videos(
-            self.latte, self.codec, frames, seeds, condition, settings, tile=tile, each_step=each_step
+            self.latte,
+            self.codec,
+            frames,
+            seeds,
+            texts.story_of_requests(requests, latent_of, self.prompts, where),
+            settings,
+            tile=tile,
+            each_step=each_step,
+            negative=texts.negative_of_requests(requests, self.prompts, where),
         )
 
     def forget(self, folder: str) -> None:
@@ -97,7 +117,13 @@ def prior_of(uri: str, latte: Any, facts: Mapping[str, Any], vae: str | None, dt
     if not isinstance(latte, Latte):
         raise UserError(f"{uri}: is a {type(latte).__name__}, which generates no videos; name a `finetune_latte` model")
     codec, _ = codecs.decoder_of(uri, facts.get("vae"), vae)
-    return Prior(latte.to(device(), dtype), codec.to(device(), dtype), **fields_of(facts))
+    return Prior(
+        latte.to(device(), dtype),
+        codec.to(device(), dtype),
+        **fields_of(facts),
+        accepts=ACCEPTS | texts.accepted(facts),
+        prompts=texts.prompts_of(uri, facts),
+    )
 
 
 def generate_videos(
@@ -105,11 +131,12 @@ def generate_videos(
     codec: Codec,
     frames: int,
     seeds: Sequence[int],
-    condition: Condition | None = None,
+    condition: Condition | Story | None = None,
     settings: Settings = _DEFAULT,
     shape: tuple[int, int, int] | None = None,
     tile: int | None = None,
     each_step: Callable[[], object] | None = None,
+    negative: Condition | None = None,
 ) -> Iterator[np.ndarray]:
     """A video for each seed, as chunks `(B, t, H, W, 3)` uint8 that follow each other; the same seed, the same video.
 
@@ -119,12 +146,12 @@ def generate_videos(
         codec: decodes the latents; `codec.Pixels` for a prior of pixels.
         frames: of each video, 1 + 4n for a codec with 4 frames in a latent.
         tile: pixels a side; decode larger frames in overlapping tiles.
-        condition, settings, shape, each_step: see `generate`; without classes, guidance has no effect.
+        condition, settings, shape, each_step, negative: see `generate`; without classes and texts, guidance has no effect.
 
     Raises:
         ValueError: at the call, for what does not fit together.
     """
-    latents = generate_latents(latte, codec, frames, seeds, condition, settings, shape, each_step)
+    latents = generate_latents(latte, codec, frames, seeds, condition, settings, shape, each_step, negative)
     return (to_array(chunk) for chunk in codec.decode_stream(latents, tile=tile))
 
 
@@ -133,10 +160,11 @@ def generate_latents(
     codec: Codec,
     frames: int,
     seeds: Sequence[int],
-    condition: Condition | None = None,
+    condition: Condition | Story | None = None,
     settings: Settings = _DEFAULT,
     shape: tuple[int, int, int] | None = None,
     each_step: Callable[[], object] | None = None,
+    negative: Condition | None = None,
 ) -> Iterator[Tensor]:
     """The latents that `generate_videos` decodes: chunks `(B, C, t, h, w)`, denormalised, fp32."""
     count = latents_of(frames, codec.config.temporal_stride)
@@ -144,9 +172,9 @@ def generate_latents(
         raise ValueError(
             f"the prior has {latte.config.channels} channels, the autoencoder {codec.config.latent_channels}"
         )
-    if condition is None or not condition.asks:
+    if not scenes.asks(_story(condition)) and negative is None:
         settings = replace(settings, guidance=1.0)
-    return generate(latte, count, seeds, condition, settings, shape, each_step)
+    return generate(latte, count, seeds, condition, settings, shape, each_step, negative)
 
 
 def windows(latents: int, window: int, overlap: int) -> int:
@@ -158,10 +186,11 @@ def generate(
     model: Latte,
     latents: int,
     seeds: Sequence[int],
-    condition: Condition | None = None,
+    condition: Condition | Story | None = None,
     settings: Settings = _DEFAULT,
     shape: tuple[int, int, int] | None = None,
     each_step: Callable[[], object] | None = None,
+    negative: Condition | None = None,
 ) -> Iterator[Tensor]:
     """Sample a clip of `latents` latents for each seed, window by window.
 
@@ -169,9 +198,10 @@ def generate(
     before it, clean, and samples the others. Only one window is in memory. A sample depends on its seed, not on the other
     samples, and a longer clip begins with the shorter one: the last window is sampled in full and cut.
 
-    condition   a class for each seed; None is no class, and then needs a guidance of 1
+    condition   a class and a text for each seed, or a `Story` of them; None is none, and then needs a guidance of 1
     shape       (latents, height, width) of a window; None is that of training
     each_step   called after each Euler step of each of the `windows(...)`
+    negative    a text for each seed that guidance leads away from, in place of no text
 
     Yields:
         The new latents of each window, `(B, C, t, H, W)`, fp32, denormalised.
@@ -195,22 +225,29 @@ def generate(
                 f"frames is {latents}: this model was trained without clean leading frames (conditioning: 0) "
                 f"and cannot go on beyond one window of {shape[0]}"
             )
-    if condition is not None and condition.classes is not None:
-        if len(condition.classes) != len(seeds):
-            raise ValueError(f"classes are {len(condition.classes)}, seeds {len(seeds)}; each sample needs one of both")
-        check_classes(condition.classes.tolist(), config.classes)
-    elif settings.guidance != 1.0:
-        raise ValueError(f"guidance is {settings.guidance}; it needs classes to guide to")
+    story = _story(condition)
+    for _, held in story:
+        if held.classes is None:
+            continue
+        if len(held.classes) != len(seeds):
+            raise ValueError(f"classes are {len(held.classes)}, seeds {len(seeds)}; each sample needs one of both")
+        check_classes(held.classes.tolist(), config.classes)
+    if settings.guidance != 1.0 and not story and negative is None:
+        raise ValueError(f"guidance is {settings.guidance}; it needs a class or a text to guide to")
+    check_guidance(config, settings.guidance)
 
-    labels = condition if config.classes else None
+    if not config.classes:
+        story = [(begin, replace(held, classes=None)) for begin, held in story]
     rngs = [torch.Generator().manual_seed(seed) for seed in seeds]  # on the CPU: the same noise on every device
 
-    def sample(clean: Tensor | None) -> Tensor:
-        count = shape[0] - (0 if clean is None else clean.shape[2])
+    def sample(clean: Tensor | None, begin: int) -> Tensor:
+        given = 0 if clean is None else clean.shape[2]
+        count = shape[0] - given
         one = (config.channels, *shape[1:])
         noise = torch.stack([torch.stack([torch.randn(one, generator=rng) for _ in range(count)], 1) for rng in rngs])
         start = 0 if clean is None else 1
-        velocity = guided(lambda x, t, c: model(x, t, c, start), labels, settings.guidance)
+        now = scenes.seen(story, begin, range(begin - given, begin + count))
+        velocity = guided(lambda x, t, c: model(x, t, c, start), now, settings.guidance, negative)
         training = model.training
         model.eval()
         try:
@@ -222,11 +259,20 @@ def generate(
     return _chunks(model, sample, latents, overlap)
 
 
-def _chunks(model: Latte, sample: Callable[[Tensor | None], Tensor], latents: int, overlap: int) -> Iterator[Tensor]:
-    clean = None
-    while latents > 0:
-        chunk = sample(clean)
+def _story(condition: Condition | Story | None) -> Story:
+    """A condition that holds from the first latent on, as a story."""
+    if condition is None:
+        return []
+    return [(0, condition)] if isinstance(condition, Condition) else condition
+
+
+def _chunks(
+    model: Latte, sample: Callable[[Tensor | None, int], Tensor], latents: int, overlap: int
+) -> Iterator[Tensor]:
+    clean, made = None, 0
+    while made < latents:
+        chunk = sample(clean, made)
         window = chunk if clean is None else torch.cat([clean, chunk], dim=2)
         clean = window[:, :, -overlap:].clone()
-        yield model.denormalise(chunk[:, :, :latents])
-        latents -= chunk.shape[2]
+        yield model.denormalise(chunk[:, :, : latents - made])
+        made += chunk.shape[2]

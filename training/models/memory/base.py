@@ -6,9 +6,11 @@ from typing import Any
 from pydantic import ValidationError
 
 from longtake.datasets.errors import Failure, UserError
+from longtake.datasets.text import Text
 from longtake.training import data as common
 from longtake.training import registry
 from longtake.training.engines import device, lora
+from longtake.training.models.common.text import fields_of, is_of_text, set_empty
 from longtake.training.models.memory.config import MemoryConfig, check_low
 from longtake.training.models.memory.data import Data
 from longtake.training.models.memory.dit import MemoryDiT
@@ -17,7 +19,9 @@ from longtake.training.models.memory.tokens import parse_rate
 from longtake.training.models.memory.variants import VARIANTS
 
 
-def initial_model(config: MemoryConfig, inputs: Mapping[str, str], data: Data, classes: int) -> MemoryDiT:
+def initial_model(
+    config: MemoryConfig, inputs: Mapping[str, str], data: Data, classes: int, text: Text | None = None
+) -> MemoryDiT:
     """Make the model with the base's weights or random ones, and the statistics of the latents that it learns.
 
     Raises:
@@ -29,9 +33,13 @@ def initial_model(config: MemoryConfig, inputs: Mapping[str, str], data: Data, c
         raise UserError(
             f"base: {inputs['base']} is a {type(base).__name__}, not a MemoryDiT; name a `pretrain_memory` model"
         )
+    if "text" in type(config).model_fields:
+        # a training that takes no texts leaves alone what its base has learned of them
+        common.check_base_text(inputs.get("base", ""), facts, text)
 
     # The config: the base's or the preset's, with what follows from the data.
     from_data = {"channels": data.latents.channels, "classes": classes, "history_noise": config.noise}
+    from_data |= fields_of(text)
     try:
         if base is not None:
             fields = base.config.model_dump() | (config.model or {}) | from_data
@@ -63,6 +71,7 @@ def initial_model(config: MemoryConfig, inputs: Mapping[str, str], data: Data, c
             model.set_statistics(model.latent_mean.clone(), model.latent_std.clone(), *low)
     except ValueError as e:
         raise Failure(f"latents: {data.latents.column}: {e}; train the autoencoder for longer") from e
+    set_empty(model.text_in, text)
     return model
 
 
@@ -90,10 +99,12 @@ def _check_history(dit: Mapping[str, Any], data: Data) -> None:
 
 
 def _load_base(model: MemoryDiT, base: MemoryDiT, uri: str) -> None:
-    """Load the base's weights. Those that it lacks of the memory, or of attention to it, start anew."""
+    """Load the base's weights. Those that it lacks of the memory, of attention to it, or of text, start anew."""
     ours, theirs = model.state_dict(), base.state_dict()
     new = sorted(ours.keys() - theirs.keys())
-    strange = [name for name in new if not name.startswith("memory.") and ".cross." not in name]
+    strange = [
+        name for name in new if not name.startswith("memory.") and ".cross." not in name and not is_of_text(name)
+    ]
     strange += sorted(theirs.keys() - ours.keys())
     strange += [name for name in ours.keys() & theirs.keys() if ours[name].shape != theirs[name].shape]
     if strange:

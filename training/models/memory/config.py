@@ -11,6 +11,7 @@ from longtake.datasets.loader.streams import Lengths
 from longtake.datasets.stage import DatasetInput, Input, Measuring, ModelInput, StageConfig, ViewInput
 from longtake.training import data
 from longtake.training.config import ModelName, TrainConfig
+from longtake.training.models.common.text import check_settings
 from longtake.training.models.memory.dit_config import MemoryDiTConfig, config_from_preset
 from longtake.training.models.memory.history import history_lengths
 
@@ -73,6 +74,7 @@ class MemoryConfig(TrainConfig):
     @model_validator(mode="after")
     def _check_model(self) -> "MemoryConfig":
         model = self.model or {}
+        check_settings(model, getattr(self, "text", None))
         if self.base is None:
             if self.lora is not None:
                 raise ValueError("lora: without a base all else would stay random; name one, or leave it out")
@@ -110,8 +112,9 @@ class MemoryConfig(TrainConfig):
 
 
 def check(config: MemoryConfig, inputs: Mapping[str, StageConfig]) -> None:
-    """Refuse latents of another dataset, encoder or scale, and histories and segments that they are too short for."""
-    data.check_recipe(config, inputs, ("latents", "low_latents"), config.frames)
+    """Refuse latents of another dataset, encoder or scale, texts of another dataset, and histories and segments that the
+    latents are too short for."""
+    data.check_recipe(config, inputs, ("latents", "low_latents", "text"), config.frames)
     latents: Any = inputs.get("latents")
     low: Any = inputs.get("low_latents")
     if latents is not None and low is not None:

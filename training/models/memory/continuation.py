@@ -235,6 +235,7 @@ def _continue(
         for start, row in zip(group, rows, strict=True):
             number, count = start.video.number, min(length, start.frames.shape[2])
             row["entry"] = {"file": f"continued-{number}.mp4", "seed": how.seed + number, "given_frames": count}
+            row["entry"] |= {} if start.video.caption is None else {"prompt": start.video.caption}
             writers.append(files.enter_context(video_file(folder / row["entry"]["file"], how.fps)))
             if count:
                 writers[-1](start.frames[0, :, -count:].permute(1, 2, 3, 0).cpu().numpy())

@@ -1,4 +1,4 @@
-"""The data of both memory stages: segments of streams of latents, with the history that comes before them."""
+"""The data of both memory stages: segments of streams of latents, with the history that comes before them, and texts."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -8,6 +8,7 @@ from longtake.datasets.errors import UserError
 from longtake.datasets.latents import Latents
 from longtake.datasets.loader import Loader
 from longtake.datasets.loader.streams import Lengths
+from longtake.datasets.text import Text
 from longtake.training import data as common
 from longtake.training.data import HELDOUT
 from longtake.training.models.common.codec import Codec
@@ -57,13 +58,19 @@ class Data(NamedTuple):
 
 
 class Setup(NamedTuple):
-    """Everything that a stage works with; the model has its initial weights."""
+    """Everything that a stage works with; the model has its initial weights, `text` is None where none are learned."""
 
     inputs: Mapping[str, str]
     data: Data
     classes: Sequence[str]
     model: MemoryDiT
     codec: Codec
+    text: Text | None = None
+
+    def said(self, config: MemoryConfig) -> dict[str, str]:
+        """The columns of what is said of a clip: its label and its texts, where they are learned."""
+        label = {"label": "label"} if config.classes else {}
+        return label | ({} if self.text is None else {"text": self.text.column})
 
 
 def data_of(config: MemoryConfig, inputs: Mapping[str, str]) -> Data:
@@ -99,36 +106,53 @@ def data_of(config: MemoryConfig, inputs: Mapping[str, str]) -> Data:
 
 
 def loader_of(
-    config: MemoryConfig, setup: Setup, split: str, histories: Lengths | None = None, **options: Any
+    config: MemoryConfig,
+    setup: Setup,
+    split: str,
+    histories: Lengths | None = None,
+    columns: Mapping[str, str] | None = None,
+    **options: Any,
 ) -> Loader:
-    """Segments with the history that their streams have, and with labels where they are learned.
+    """Segments with the history that their streams have, and with labels and texts where they are learned.
 
-    `histories` are the config's by default.
+    `histories` are the config's by default; `columns` are more to read.
     """
     data = setup.data
-    columns = {"latent": data.latents.column} | ({"label": "label"} if config.classes else {})
+    columns = {"latent": data.latents.column} | setup.said(config) | dict(columns or {})
     if data.low and data.low.column != data.latents.column:
         columns["low"] = data.low.column
     histories = histories or data.histories(config, setup.model.config)
     return common.loader(config, setup.inputs, split, columns=columns, histories=histories, **options)
 
 
-def heldout_of(config: MemoryConfig, setup: Setup, begin: int | None = None, least: int = 0) -> Loader:
+def heldout_of(
+    config: MemoryConfig,
+    setup: Setup,
+    begin: int | None = None,
+    least: int = 0,
+    columns: Mapping[str, str] | None = None,
+) -> Loader:
     """A segment of each held-out stream, with as much history as occurs in generation.
 
     Args:
         begin: take the segments at this latent of their streams, from streams that have it.
         least: take only streams with room for this many latents before a segment, wherever that begins.
+        columns: more to read.
     """
     histories = setup.data.histories(config, setup.model.config)
     if begin is not None:
         histories = replace(histories, some=(begin,), least=max(begin, least))
-    return loader_of(config, setup, "val", histories, **HELDOUT)
+    return loader_of(config, setup, "val", histories, columns, **HELDOUT)
+
+
+def captions_of(setup: Setup) -> dict[str, str]:
+    """The column of captions that the texts are of, for people to read."""
+    return {} if setup.text is None else {"caption": setup.text.captions}
 
 
 def videos_of(config: MemoryConfig, setup: Setup) -> Loader:
     """The pixels of held-out segments and of their history."""
-    columns = ("video", *(("label",) if config.classes else ()))
+    columns = {"video": "video"} | setup.said(config) | captions_of(setup)
     history = {"history_seconds": config.history_seconds, "history_least": config.least_seconds}
     return common.loader(config, setup.inputs, "val", columns=columns, size=setup.data.size(), **HELDOUT, **history)
 

@@ -4,6 +4,9 @@ It denoises any latents of a video, in any order, some of them given clean. Thei
 by rotation (RoPE, arXiv 2104.09864), so that only differences count. The time of the flow and the class enter through
 adaLN-Zero as in Latte; tokens of the memory have the time 0 of clean data, or that of the noise in their history.
 
+The video's own tokens attend to a text, where the model has it, and the memory's tokens do not. A text says what is to be
+seen next, and a memory holds what was seen before, by other texts: so a memory is the same whatever is asked for.
+
 The memory is `encoder.Encoder` (arXiv 2512.23851) at one or several rates, or a baseline.
 A video's first latent stands for one frame, all others for several: the model sees which latent is the first.
 """
@@ -19,7 +22,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from longtake.training.models.common.causal import fold, unfold
-from longtake.training.models.common.condition import Condition, class_vectors
+from longtake.training.models.common.condition import Condition, Hidden, class_vectors, draw_hidden
 from longtake.training.models.common.dit import Modulation, embedded_time, frequencies, modulated, start_weights
 from longtake.training.models.common.rotary import (
     CrossAttention,
@@ -31,6 +34,7 @@ from longtake.training.models.common.rotary import (
 )
 from longtake.training.models.common.statistics import Normalising, copy_statistics, normalised
 from longtake.training.models.common.streaming import Past
+from longtake.training.models.common.text import TextAttention, TextIn, text_tokens
 from longtake.training.models.memory.baselines import CellEmbedding
 from longtake.training.models.memory.dit_config import MemoryDiTConfig
 from longtake.training.models.memory.stretch import Stretch
@@ -38,7 +42,7 @@ from longtake.training.models.memory.tokens import Memory, cropped, joined, run_
 
 
 class Block(nn.Module):
-    """Attention among all tokens, cross-attention of the last part where the model has it, then an MLP.
+    """Attention among all tokens, cross-attention of the last part to φ and to a text where the model has it, then an MLP.
 
     Tokens come in parts `(B, T, N, D)`, the memory's and the video's, each with its control `(B, T or 1, D)`. Starts
     as the identity.
@@ -54,6 +58,7 @@ class Block(nn.Module):
         hidden = config.mlp_ratio * width
         self.mlp = nn.Sequential(nn.Linear(width, hidden), nn.GELU("tanh"), nn.Linear(hidden, width))
         self.cross = CrossAttention(width, config.memory_widths[-1], config.heads) if config.cross_attention else None
+        self.text = TextAttention(width, config.heads) if config.text_width else None
 
     def forward(
         self,
@@ -62,6 +67,8 @@ class Block(nn.Module):
         rotary: Rotation,
         hidden: tuple[Tensor, Rotation, Rotation, Tensor | None] | None = None,
         mask: Tensor | None = None,
+        text: Tensor | None = None,
+        text_seen: Tensor | None = None,
     ) -> tuple[Tensor, ...]:
         """New tokens of all parts.
 
@@ -69,6 +76,7 @@ class Block(nn.Module):
             rotary: of all tokens, in order.
             hidden: hidden states for the last part, its rotation and theirs, and which of the states are seen.
             mask: `(B, 1, 1, N)`, which of all tokens are seen; None: all.
+            text, text_seen: for the last part, what `TextIn` returns.
         """
         modulations = [self.modulation(control) for control in controls]
         inputs = [modulated(x, *m[:2]).flatten(1, 2) for x, m in zip(parts, modulations, strict=True)]
@@ -76,6 +84,8 @@ class Block(nn.Module):
         sums = [(x + m[2] * y.view_as(x)).to(x.dtype) for x, y, m in zip(parts, mixed, modulations, strict=True)]
         if self.cross is not None and hidden is not None:
             sums[-1] = sums[-1] + self.cross(sums[-1].flatten(1, 2), *hidden).view_as(sums[-1])
+        if self.text is not None and text is not None:
+            sums[-1] = sums[-1] + self.text(sums[-1], text, text_seen)
         return tuple(
             (x + m[5] * self.mlp(modulated(x, *m[3:5]))).to(x.dtype) for x, m in zip(sums, modulations, strict=True)
         )
@@ -127,6 +137,7 @@ class MemoryDiT(Normalising):
         self.token_in = nn.Linear(token, width)
         self.time_in = embedded_time(width)
         self.class_in = nn.Embedding(config.classes + 1, width) if config.classes else None  # the last row: no class
+        self.text_in = TextIn(config) if config.text_width else None
         self.layers = nn.ModuleList(Block(config) for _ in range(config.depth))
         self.modulation_out = Modulation(width, 2)
         self.token_out = nn.Linear(width, token)
@@ -135,6 +146,9 @@ class MemoryDiT(Normalising):
         start_weights(self)
         for linear in (self.token_out, *(block.cross.out for block in self.blocks() if block.cross)):
             nn.init.zeros_(linear.weight)
+        for block in self.blocks():
+            if block.text is not None:
+                block.text.start()
         self.memory = nn.ModuleList(config.variant.build(config))
         self.start_memory()
 
@@ -242,14 +256,14 @@ class MemoryDiT(Normalising):
         times       positions of the latents in their video, `(T,)` or `(B, T)`, on the scale of the memory's; only
                     differences count
         memory      or the latents to make it of: in training one call must reach all weights, as the hooks of ZeRO need it
-        condition   of the batch; None is no condition. In training mode `label_dropout` of the samples lose theirs, drawn
-                    from `rng` (on the device of `x`)
+        condition   of the batch; None is no condition. In training mode `label_dropout` of the samples lose their class
+                    and `text_dropout` their text, drawn from `rng` (on the device of `x`)
         first       `(B or 1, T)` bool, which latents are a video's first; None: none
         seen        `(B, T)` bool, False for latents that a sample does not have; None: it has all
         level       `(B,)`, the noise of the latents that the memory was made of, as `t`; None: they were clean
 
         Raises:
-            ValueError: another shape, or a class id that the model does not know.
+            ValueError: another shape, a class id that the model does not know, or text for a model without.
         """
         if isinstance(memory, Stretch):
             memory = self.remember(memory.high, memory.low, memory.start, first=memory.first, skip=memory.skip)
@@ -259,7 +273,10 @@ class MemoryDiT(Normalising):
         x = self.first(x, None if first is None else first.to(x.device).expand(len(x), -1))
         patches = fold(x.to(self.dtype), 1, self.config.patch).movedim(1, -1)  # (B, T, h, w, C p p)
         tokens = self.token_in(patches).flatten(2, 3)
-        control = self._control(t[:, None] if t.ndim == 1 else t, level, x, condition, rng)
+        dropouts = (self.config.label_dropout, self.config.text_dropout)
+        lost = draw_hidden(condition, x, *dropouts, rng) if self.training else Hidden()
+        control = self._control(t[:, None] if t.ndim == 1 else t, level, x, condition, lost.classes)
+        text = text_tokens(self.text_in, condition, x, lost.text)
         head = self.config.width // self.config.heads
         own = rotation(grid_positions(times, patches.shape[2], patches.shape[3], x.device), head)
 
@@ -280,19 +297,22 @@ class MemoryDiT(Normalising):
         mask = None if mask is None else mask[:, None, None]
         for block in self.layers:
             if self.config.activation_checkpointing and self.training:
-                parts = checkpoint(block, parts, controls, rotary, hidden, mask, use_reentrant=False)
+                parts = checkpoint(block, parts, controls, rotary, hidden, mask, *text, use_reentrant=False)
             else:
-                parts = block(parts, controls, rotary, hidden, mask)
+                parts = block(parts, controls, rotary, hidden, mask, *text)
         velocity = self.token_out(modulated(parts[-1], *self.modulation_out(control[0])))
         return unfold(velocity.unflatten(2, tuple(patches.shape[2:4])).movedim(-1, 1), 1, self.config.patch)
 
     def _control(
-        self, t: Tensor, level: Tensor | None, x: Tensor, condition: Condition | None, rng: torch.Generator | None
+        self, t: Tensor, level: Tensor | None, x: Tensor, condition: Condition | None, hidden: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        """The controls of tokens at times t `(B, T or 1)` and of the memory's tokens: `(B, T or 1, D)` and `(B, 1, D)`."""
+        """The controls of tokens at times t `(B, T or 1)` and of the memory's tokens: `(B, T or 1, D)` and `(B, 1, D)`.
+
+        `hidden` `(B,)` bool are the samples that lose their class; None: none do.
+        """
         times = torch.cat([t, torch.zeros_like(t[:, :1]) if level is None else level.to(t)[:, None]], dim=1)
         control = self.time_in(frequencies(times).to(self.dtype))
-        vectors = class_vectors(self.class_in, condition, x, self.config.label_dropout if self.training else 0.0, rng)
+        vectors = class_vectors(self.class_in, condition, x, hidden)
         if vectors is not None:
             control = control + vectors[:, None]
         return control[:, :-1], control[:, -1:]

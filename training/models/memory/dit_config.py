@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, model_validator
 
+from longtake.training.models.common.text import check_fields
 from longtake.training.models.memory.tokens import parse_rate
 from longtake.training.models.memory.variants import VARIANTS, Variant
 
@@ -29,6 +30,7 @@ class MemoryDiTConfig(BaseModel):
     mlp_ratio       hidden width of the MLPs over `width`
     classes         their number: ids are 0..classes-1; 0 is an unconditional model
     label_dropout   probability that training hides a class, for guidance [assumption: 0.1]
+    text_width, text_dropout, text_null, text_empty, text_padding, text_length   of text (see `common.text`)
     memory          encoder: φ; patchify: one linear map at the rate; framepack: `baselines.FRAMEPACK`; none
     rates           of the encoders or patchifiers, HxWxT over the token grid; their tokens are concatenated
     branches        of the encoders: both, or only one for comparison
@@ -52,6 +54,12 @@ class MemoryDiTConfig(BaseModel):
     mlp_ratio: PositiveInt = 4
     classes: NonNegativeInt = 0
     label_dropout: float = Field(0.1, ge=0, le=1)
+    text_width: NonNegativeInt = 0
+    text_dropout: float = Field(0.1, ge=0, le=1)
+    text_null: Literal["empty", "zeros", "learned"] = "empty"
+    text_empty: NonNegativeInt = 0
+    text_padding: Literal["mask", "zeros"] = "mask"
+    text_length: PositiveInt = 512
     memory: Literal["encoder", "patchify", "framepack", "none"] = "encoder"
     rates: tuple[str, ...] = Field(("4x4x2",), min_length=1)
     branches: Literal["both", "high", "low"] = "both"
@@ -81,6 +89,7 @@ class MemoryDiTConfig(BaseModel):
         self._check_group()
         if self.cross_attention and (self.memory != "encoder" or self.branches == "low"):
             raise ValueError("cross_attention: needs memory: encoder with its high branch, whose states it reads")
+        check_fields(self)
         return self
 
     def _check_group(self) -> None:

@@ -16,15 +16,17 @@ import torch
 from pydantic import Field, field_validator, model_validator
 from torch import Tensor
 
+from longtake.datasets.errors import UserError
 from longtake.datasets.loader import Loader
 from longtake.datasets.loader.streams import Lengths
-from longtake.datasets.stage import Measuring
+from longtake.datasets.stage import Input, Measuring
 from longtake.training import stage
 from longtake.training.data import on_device
 from longtake.training.metrics.features import checked_network, digest_of
 from longtake.training.metrics.share import batches, mine, place
 from longtake.training.models.common import flow
 from longtake.training.models.common.condition import of_batch
+from longtake.training.models.common.text import check_guidance
 from longtake.training.models.generator import Settings
 from longtake.training.models.memory import continuation
 from longtake.training.models.memory.config import MemoryConfig, check
@@ -67,17 +69,19 @@ class Config(MemoryConfig):
 
     With a base: `lora` trains a new adaptation, `lora.full: ["memory"]` the memory with it, `freeze: ["memory"]` neither.
 
+    text                 of the dataset's captions, to learn what they say of a segment; null learns none
     no_history           probability that a sample has no history, and begins its stream as a video begins [assumption]
     history_noise        most noise of a history, a time of the flow that the model sees: generated latents have errors too
     sample_noise         this noise in generation
     history_curriculum   [step, seconds]: the most history from each step on, such as [[0, 5], [20000, 20]]
-    guidance             of samples with a class; 1 is none [assumption]
+    guidance             of samples with a class or a text; 1 is none [assumption]
     eval_videos          held-out videos to continue at the end, over all processes
     eval_segments        segments to continue each of them by
     features             a feature network (see training.metrics.features); null measures no distance
     """
 
     kind: Literal["finetune_memory_prior"]
+    text: Annotated[str, Input("text")] | None = None
     no_history: float = Field(0.1, ge=0, le=1)
     history_noise: float = Field(0.0, ge=0, lt=1)
     sample_noise: float = Field(0.0, ge=0)
@@ -128,9 +132,14 @@ def objective(config: Config, setup: Setup) -> Objective:
     """The flow's loss of a segment; a held-out segment, generated, as a sample.
 
     Raises:
-        UserError: `features` takes no such videos; raised before training and not after it.
+        UserError: `features` takes no such videos, or the model does not learn to take the guidance; raised before training
+            and not after it.
     """
     checked_network(config.features, config.frames, setup.data.size())
+    try:
+        check_guidance(setup.model.config, config.guidance)
+    except ValueError as e:
+        raise UserError(str(e)) from e
     return objective_of(config, setup, partial(_loss, config, setup.model), _sample)
 
 

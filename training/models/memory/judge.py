@@ -7,7 +7,7 @@ from torch import Tensor
 
 from longtake.datasets.latents import read_latents
 from longtake.datasets.loader.streams import Lengths
-from longtake.training.data import columns_of
+from longtake.training.data import columns_of, text_column_of
 from longtake.training.models.common.condition import Condition
 from longtake.training.models.kind import Judge, Judged
 from longtake.training.models.memory import continuation, retrieval
@@ -23,6 +23,8 @@ def judge(facts: Mapping[str, Any]) -> Judge:
 
 def _options(judged: Judged, inputs: Mapping[str, str], window: Window) -> dict[str, Any]:
     columns = columns_of(judged.uri, judged.encoder(), inputs, window.frames or 1, judged.model.config.shrink)
+    if judged.facts.get("stage") != "retrieval":
+        columns |= text_column_of(judged.uri, judged.facts, inputs)
     return {"columns": columns, "histories": _histories(judged, inputs, window)}
 
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from longtake.training.models.common.prompts import accepted
 from longtake.training.models.kind import Kind
 from longtake.training.models.memory.dit import MemoryDiT
 from longtake.training.models.memory.dit_config import MemoryDiTConfig
@@ -24,7 +25,7 @@ def kind(facts: Mapping[str, Any]) -> Kind:
     )
     if facts.get("stage") == "retrieval":
         return row._replace(answer=_answer)
-    return row._replace(generator=prior_of, accepts=ACCEPTS)
+    return row._replace(generator=prior_of, accepts=ACCEPTS | accepted(facts))
 
 
 def _answer(folder: str) -> Callable[[np.ndarray], np.ndarray]:

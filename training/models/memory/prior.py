@@ -6,6 +6,7 @@ import math
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Literal
 
 import numpy as np
@@ -16,8 +17,10 @@ from longtake.datasets.errors import UserError
 from longtake.training import registry
 from longtake.training.engines import device
 from longtake.training.models.common import codec as codecs
+from longtake.training.models.common import prompts as texts
+from longtake.training.models.common import story as scenes
 from longtake.training.models.common.codec import Posterior, frames_of, latent_groups, latents_of, nearest_lengths
-from longtake.training.models.common.condition import Condition, of_classes
+from longtake.training.models.common.prompts import Prompts
 from longtake.training.models.generator import Request, Settings, fields_of
 from longtake.training.models.memory import segments
 from longtake.training.models.memory.dit import MemoryDiT
@@ -41,6 +44,7 @@ class MemoryPrior:
     settings   of sampling, by default; their `steps` are the solver's, as in the registered files
     digest     of all weights
     posterior  what of each latent it has learned
+    prompts    the encoder of its texts; None for a model without
     """
 
     model: MemoryDiT
@@ -53,6 +57,7 @@ class MemoryPrior:
     digest: str
     posterior: Literal["sample", "mean"] = "mean"
     accepts: frozenset[str] = ACCEPTS
+    prompts: Prompts | None = None
 
     @property
     def _factor(self) -> int:
@@ -87,6 +92,11 @@ class MemoryPrior:
         count = min(latent_groups(frames, self._factor), most) // group * group if frames > 0 else 0
         return frames_of(count, self._factor) if count else 0
 
+    def check_prompts(self, prompts: Sequence[str]) -> None:
+        """See `Prompts.check`."""
+        assert self.prompts
+        self.prompts.check(prompts)
+
     def begin(self, frames: Iterable[np.ndarray]) -> Posterior:
         """The autoencoder's posterior `(1, C, T, h, w)` of a video's end, as much of it as a segment can know of.
 
@@ -115,17 +125,15 @@ class MemoryPrior:
         tile: int | None = None,
         each_step: Callable[[], object] | None = None,
     ) -> Iterator[np.ndarray]:
-        """See `Generator.videos`, and `segments.generate`. All requests' stories change at the same times.
+        """See `Generator.videos`, and `segments.generate`.
 
         The latents of a start are drawn as in training, by each request's own seed.
         """
-        seeds = [request.seed for request in requests]
-        beats: dict[int, Condition] = {}
-        for number, (seconds, _) in enumerate(requests[0].story):
-            frame = math.ceil(seconds * (fps or self.fps) - 1e-6)
-            begins = -(-frame // self._factor) if start is None else frame // self._factor
-            beats[begins] = of_classes(request.story[number][1] for request in requests)
-        if not any(condition.asks for condition in beats.values()):
+        seeds, where = [request.seed for request in requests], self.model.latent_mean.device
+        latent_of = partial(scenes.latent_at, fps=fps or self.fps, factor=self._factor, goes_on=start is not None)
+        story = texts.story_of_requests(requests, latent_of, self.prompts, where)
+        negative = texts.negative_of_requests(requests, self.prompts, where)
+        if not scenes.asks(story) and negative is None:
             # guidance to no condition has no effect
             settings = replace(settings, guidance=1.0)
         return segments.generate(
@@ -134,7 +142,8 @@ class MemoryPrior:
             self.latents(frames, start),
             seeds,
             start=None if start is None else segments.draw_latents(start, seeds, self.posterior),
-            story=list(beats.items()),
+            story=story,
+            negative=negative,
             settings=settings,
             folder=folder,
             models=self.digest,
@@ -176,6 +185,8 @@ def prior_of(
         **fields_of(facts),
         digest=f"{disk.digest(facts)} {digest}",
         posterior=facts.get("posterior", "mean"),
+        accepts=ACCEPTS | texts.accepted(facts),
+        prompts=texts.prompts_of(uri, facts),
     )
 
 

@@ -40,18 +40,20 @@ _AGAINST = (
 
 
 class Video(NamedTuple):
-    """A held-out video: its number, pixels uint8 `(1, 3, T, H, W)`, its condition."""
+    """A held-out video: its number, pixels uint8 `(1, 3, T, H, W)`, its condition, and its caption where texts are learned."""
 
     number: int
     pixels: Tensor
     condition: Condition | None
+    caption: str | None = None
 
     @classmethod
     def of_batch(cls, number: int, batch: Mapping[str, Any]) -> "Video":
         """The video of a batch of one: the frames that it truly has before its segment, and the segment's."""
         before = batch["history_video"]
         begin = before.shape[2] - int(batch["history_frames"])
-        return cls(number, torch.cat([before[:, :, begin:], batch["video"]], dim=2), of_batch(batch))
+        caption = batch["caption"][0] if "caption" in batch else None
+        return cls(number, torch.cat([before[:, :, begin:], batch["video"]], dim=2), of_batch(batch), caption)
 
 
 @torch.no_grad()
@@ -172,7 +174,7 @@ def evaluate(
         as many latents as the shortest video has; `tokens` of a memory, and the settings of the measurement.
     """
     records = dict[int, dict[str, Any]]()
-    for number, pixels, condition in videos:
+    for number, pixels, condition, _ in videos:
         video = trim_to_groups(pixels, vae.config.temporal_stride, model.config.group)
         stretch = encode_video(model, vae, video)
         latents = retrieve_all(model, stretch, seed + number, solver_steps, shift, at_once, condition)

@@ -15,7 +15,7 @@ import json
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeVar
 
 import numpy as np
@@ -28,15 +28,17 @@ from longtake.datasets import storage
 from longtake.datasets.errors import Failure, UserError
 from longtake.datasets.latents import shrunk
 from longtake.datasets.loader import to_pixels
+from longtake.training.models.common import story as scenes
 from longtake.training.models.common.codec import Codec, Posterior
 from longtake.training.models.common.condition import Condition, check_classes
 from longtake.training.models.common.flow import euler, guided, interpolate
+from longtake.training.models.common.story import Story
 from longtake.training.models.common.streaming import Past
+from longtake.training.models.common.text import check_guidance
 from longtake.training.models.generator import Settings
 from longtake.training.models.memory.dit import MemoryDiT
 from longtake.training.models.memory.tokens import Memory, cropped, repeated
 
-Story = Sequence[tuple[int, Condition]]  # the new latent from which on each condition holds
 _Output = TypeVar("_Output")
 
 _SETTINGS = "settings.json"
@@ -138,6 +140,7 @@ class _Job:
     seeds: Sequence[int]
     start: Tensor | None
     story: Story
+    negative: Condition | None
     settings: Settings
     folder: str | None
     models: str
@@ -152,13 +155,15 @@ class _Job:
             "seeds": list(self.seeds),
             "start": None if self.start is None else _digest(self.start),
             "story": [[begin, condition.record()] for begin, condition in self.story],
+            "negative": self.negative and self.negative.record(),
             "settings": {name: value for name, value in vars(self.settings).items() if name != "overlap"},
             "tile": self.tile,
         }
 
-    def condition(self, latent: int) -> Condition | None:
-        """The condition of a segment that begins at a new latent; None before the story begins."""
-        return next((condition for begin, condition in reversed(self.story) if begin <= latent), None)
+    def condition(self, latent: int, recent: int) -> Condition | None:
+        """The condition of a segment that begins at a new latent, with so many recent ones in front."""
+        now = scenes.seen(self.story, latent, range(latent - recent, latent + _shape(self.model)[0]))
+        return now if now is None or self.model.config.classes else replace(now, classes=None)
 
 
 def generate(
@@ -169,6 +174,7 @@ def generate(
     *,
     start: Tensor | None = None,
     story: Story = (),
+    negative: Condition | None = None,
     settings: Settings | None = None,
     folder: str | None = None,
     models: str = "",
@@ -183,8 +189,9 @@ def generate(
     Args:
         start: `(1 or B, C, T, h, w)`, latents as the autoencoder makes them of a video from its first frame on. The
             result begins after them.
-        story: (new latent, condition) in order. A condition takes effect with the first segment that begins at its latent
-            or later.
+        story: (new latent, condition) in order. A text is seen by its own latents, a class takes effect with the first
+            segment that begins at its latent or later (see `common.story`).
+        negative: a text for each seed that guidance leads away from, in place of no text.
         settings: solver steps of a segment (`steps`), guidance, shift, and the noise of its history.
         folder: a URL where finished segments are kept. The same call resumes after them, to the same bytes.
         models: digests of the weights, which decide the result beside the other arguments.
@@ -196,7 +203,9 @@ def generate(
         UserError: at the first chunk, where the folder has segments of other settings.
         Failure: a kept segment is damaged.
     """
-    job = _Job(model, vae, latents, seeds, start, story, settings or Settings(), folder, models, tile, each_step)
+    job = _Job(
+        model, vae, latents, seeds, start, story, negative, settings or Settings(), folder, models, tile, each_step
+    )
     _check(job)
     return _chunks(job)
 
@@ -229,7 +238,7 @@ def _chunks(job: _Job) -> Iterator[np.ndarray]:
         url = storage.join(job.folder, f"{number:05d}{_SUFFIX}") if job.folder else ""
         segment = _load_segment(url, (len(seeds), model.config.channels, *shape))
         if segment is None:
-            segment = _sample(job, history, number, job.condition(begin)).cpu()
+            segment = _sample(job, history, number).cpu()
             if url:
                 storage.write(url, safetensors.save({"latent": segment}))
         elif job.each_step:
@@ -238,7 +247,7 @@ def _chunks(job: _Job) -> Iterator[np.ndarray]:
         yield append(segment[:, :, : job.latents - begin].to(device))
 
 
-def _sample(job: _Job, history: History, number: int, condition: Condition | None) -> Tensor:
+def _sample(job: _Job, history: History, number: int) -> Tensor:
     """Segment `number`: `(B, C, T, h, w)`, fp32, denormalised."""
     model, seeds, settings = job.model, job.seeds, job.settings
     device, shape, clean = model.latent_mean.device, _shape(model), history.noised_recent()
@@ -256,7 +265,7 @@ def _sample(job: _Job, history: History, number: int, condition: Condition | Non
     training = model.training
     model.eval()
     try:
-        flow = guided(velocity, condition if model.config.classes else None, settings.guidance)
+        flow = guided(velocity, job.condition(number * shape[0], recent), settings.guidance, job.negative)
         x = euler(flow, noise.to(device), settings.steps, settings.shift, clean, job.each_step, history.level)
         return model.denormalise(x)
     finally:
@@ -291,13 +300,15 @@ def _open_folder(folder: str, record: Mapping[str, Any]) -> None:
     if content != storage.canonical_json(record):
         try:
             previous = json.loads(content)
-            other = [name for name in record if previous.get(name) != json.loads(json.dumps(record[name]))]
-        except (ValueError, AttributeError):
+            now = json.loads(storage.canonical_json(record))
+            other = [name for name in now | previous if previous.get(name) != now.get(name)]
+        except (ValueError, TypeError, AttributeError):
             other = ["damaged settings"]
-        raise UserError(
-            f"{folder}: has segments of a run that was stopped, with other {', '.join(other)};"
-            " delete it, or give the same command again to go on with that run"
-        )
+        if other:
+            raise UserError(
+                f"{folder}: has segments of a run that was stopped, with other {', '.join(other)};"
+                " delete it, or give the same command again to go on with that run"
+            )
 
 
 def forget(folder: str) -> None:
@@ -372,7 +383,8 @@ def _check(job: _Job) -> None:
         if len(condition.classes) != len(seeds):
             raise ValueError(f"story: at latent {begin} are {len(condition.classes)} classes for {len(seeds)} seeds")
         check_classes(condition.classes.tolist(), config.classes)
-    if settings.guidance != 1.0 and not any(condition.asks for _, condition in job.story):
-        raise ValueError(f"guidance is {settings.guidance}; it needs a class to guide to")
+    if settings.guidance != 1.0 and not scenes.asks(job.story) and job.negative is None:
+        raise ValueError(f"guidance is {settings.guidance}; it needs a class or a text to guide to")
+    check_guidance(config, settings.guidance)
     # an empty stream refuses a tile that does not fit, before anything is sampled
     deque(job.vae.decode_stream((), 1, job.tile), maxlen=0)

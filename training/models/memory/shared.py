@@ -11,12 +11,14 @@ from torch import Tensor
 
 from longtake.datasets.loader import Loader, to_pixels
 from longtake.training import data as common
+from longtake.training import registry
 from longtake.training.engines import device
 from longtake.training.models.common.codec import Codec
 from longtake.training.models.memory.base import initial_model
 from longtake.training.models.memory.config import MemoryConfig
 from longtake.training.models.memory.data import (
     Setup,
+    captions_of,
     data_of,
     describe_history,
     describe_memory,
@@ -32,13 +34,13 @@ MODEL = "memory_dit"
 
 
 def prepare(config: MemoryConfig, inputs: Mapping[str, str], folder: Path) -> Setup:
-    """Read, check and load the data and the models. Raises as `data_of` and `initial_model`."""
-    data = data_of(config, inputs)
+    """Read, check and load the data and the models. Raises as `data_of`, `initial_model` and `training.data.text_of`."""
+    data, text = data_of(config, inputs), common.text_of(inputs)
     codec = common.decoder_of(data.latents, inputs["vae"])
     labels = {"columns": ("label",), "batch": 1}
     classes = common.loader(config, inputs, "train", **labels).classes if config.classes else []
-    model = initial_model(config, inputs, data, len(classes))
-    return Setup(inputs, data, classes, model.to(device()), codec)
+    model = initial_model(config, inputs, data, len(classes), text)
+    return Setup(inputs, data, classes, model.to(device()), codec, text)
 
 
 def loader(config: MemoryConfig, setup: Setup, rank: int, world: int) -> Loader:
@@ -59,10 +61,19 @@ def objective_of(
         loss,
         sample=partial(sample, config, setup),
         fps=max(1, round(setup.data.fps)),
+        prompts=_prompts(config, setup),
         tokens=partial(full_tokens, setup.model.config.patch),
         blocks=list(setup.model.blocks()),
         heldout=heldout_of(config, setup),
     )
+
+
+def _prompts(config: MemoryConfig, setup: Setup) -> list[str]:
+    """The caption of the held-out segment that samples are of; none for a model without text."""
+    if setup.text is None:
+        return []
+    caption = next(iter(heldout_of(config, setup, columns=captions_of(setup))))["caption"][0]
+    return [" ".join((caption or "no caption").split())]
 
 
 def announce(config: MemoryConfig, setup: Setup, loader: Loader) -> tuple[list[str], dict[str, float]]:
@@ -82,6 +93,7 @@ def facts_of(config: MemoryConfig, setup: Setup, lineage: Mapping[str, Any]) -> 
         vae          {"uri", "sha256", "encoder"}: what decodes, and encodes what is appended; `encoder` is its digest
         latents      {"uri", "digest"}: the column that it has learned from
         low_latents  {"uri", "digest", "shrink": [4, 4]}: the column of the low-res branch; null without one
+        text         {"uri", "digest", "encoder"}: the texts that it has learned, or its base; null for a model without
         classes      ["cat", "dog"]: names in the order of their ids
         window       {"frames": 21, "steps": 6, "factor": 4, "fps": 24.0, "size": [480, 832]}: of a segment; a video's
                      first one has `frames`, each later one `steps * factor`. `size` is height and width in pixels
@@ -95,6 +107,7 @@ def facts_of(config: MemoryConfig, setup: Setup, lineage: Mapping[str, Any]) -> 
         "vae": inputs["vae"] | {"encoder": data.latents.encoder["digest"]},
         "latents": inputs["latents"],
         "low_latents": inputs["low_latents"] | {"shrink": list(data.low.shrink)} if data.low else None,
+        "text": common.text_facts(setup.text, inputs.get("text")) or _text_of_base(inputs),
         "classes": list(setup.classes),
         "window": {
             "frames": config.frames,
@@ -107,6 +120,11 @@ def facts_of(config: MemoryConfig, setup: Setup, lineage: Mapping[str, Any]) -> 
     }
 
 
+def _text_of_base(inputs: Mapping[str, Any]) -> dict[str, Any] | None:
+    """What the base's config.json says of texts, which a training without any keeps as they are."""
+    return registry.load_with_facts(inputs["base"]["uri"])[1].get("text") if "base" in inputs else None
+
+
 def counts(config: MemoryConfig, setup: Setup) -> dict[str, float]:
     """Counts of the train split's clips that were used and that were left out, and the mean history of a sample."""
     clips = loader_of(config, setup, "train", batch=1)
@@ -115,6 +133,7 @@ def counts(config: MemoryConfig, setup: Setup) -> dict[str, float]:
         "train_clips_too_short": float(clips.samples_short),
         "train_clips_without_latents": float(clips.samples_without_latent),
         "train_clips_without_history": float(clips.samples_without_history),
+        **common.text_counts(setup.inputs, setup.text),
         "history_steps_expected": clips.history_mean(),
     }
 

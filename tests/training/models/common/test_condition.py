@@ -2,9 +2,10 @@
 
 import pytest
 import torch
-from torch import nn
+import torch.nn.functional as F
+from torch import Tensor
 
-from longtake.training.models.common.condition import Condition, class_vectors, of_batch, of_classes
+from longtake.training.models.common.condition import Condition, class_vectors, draw_hidden, of_batch, of_classes
 
 TEXT = torch.arange(12.0).view(2, 3, 2)
 MASK = torch.tensor([[True, True, False], [True, False, False]])
@@ -57,9 +58,82 @@ def test_the_record_tells_texts_apart_by_their_words_alone() -> None:
     assert Condition(torch.tensor([3, -1]), other, MASK).record() != worded().record()
 
 
-def test_text_is_refused_by_a_model_that_takes_none() -> None:
-    with pytest.raises(ValueError, match=r"^text: this model takes none; leave it out$"):
-        class_vectors(nn.Embedding(6, 4), worded(), torch.zeros(2, 1))
+def test_classes_are_refused_by_a_model_that_takes_none() -> None:
     with pytest.raises(ValueError, match=r"^classes: this model has none; leave them out$"):
         class_vectors(None, of_classes([1]), torch.zeros(1, 1))
     assert class_vectors(None, None, torch.zeros(1, 1)) is None
+
+
+def test_a_batch_with_texts_has_them() -> None:
+    given = of_batch({"label": torch.tensor([3, -1]), "text": TEXT, "text_mask": MASK})
+    assert given.record() == worded().record()
+
+
+def test_texts_of_other_lengths_are_padded_where_they_are_joined() -> None:
+    short = Condition(torch.tensor([1]), TEXT[:1, :2], MASK[:1, :2])
+    both = short.join(worded())
+    assert both.text is not None and both.mask is not None
+    assert both.text.shape == (3, 3, 2) and both.mask.tolist() == [[True, True, False], *MASK.tolist()]
+    assert torch.equal(both.text[0, :2], TEXT[0, :2]) and not both.text[0, 2].any()
+    other = worded().join(short)
+    assert other.mask is not None and other.mask.tolist() == [*MASK.tolist(), [True, True, False]]
+
+
+def test_a_text_for_all_frames_joins_one_for_each() -> None:
+    frames = torch.tensor([[[True, False], [False, True]]])
+    story = Condition(None, TEXT[:1, :2], frames)
+    both = Condition(None, TEXT[:1], MASK[:1]).join(story)
+    assert both.mask is not None
+    assert both.mask.tolist() == [[[True, True, False]] * 2, [[True, False, False], [False, True, False]]]
+    null = story.null
+    assert null.mask is not None and not null.mask.any() and null.mask.shape == frames.shape
+    many = story.expand(3)
+    assert many.mask is not None and many.mask.shape == (3, 2, 2)
+    assert story.record() != Condition(None, TEXT[:1, :2], frames.flip(1)).record()
+
+
+def test_the_record_does_not_tell_how_far_a_batch_is_padded() -> None:
+    wide = Condition(torch.tensor([3, -1]), F.pad(TEXT, (0, 0, 0, 4)), F.pad(MASK, (0, 4)))
+    assert wide.record() == worded().record()
+    assert isinstance(Condition(None, TEXT, torch.zeros_like(MASK)).record(), dict)
+
+
+def test_a_mask_of_another_shape_is_refused() -> None:
+    with pytest.raises(
+        ValueError, match=r"^mask has shape \(2, 2\); a text of \(2, 3, 2\) needs \(B, N\) or \(B, T, N\)$"
+    ):
+        Condition(None, TEXT, MASK[:, :2])
+
+
+# what training hides
+
+
+def drawn(condition: Condition | None, label: float, text: float, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """Which of many samples lose their class and their text."""
+    x = torch.zeros(40_000, 1)
+    found = draw_hidden(condition, x, label, text, torch.Generator().manual_seed(seed))
+    return tuple(torch.zeros(len(x), dtype=torch.bool) if part is None else part for part in found)  # type: ignore[return-value]
+
+
+def test_a_class_and_a_text_are_hidden_as_often_as_asked_and_often_together() -> None:
+    classes, text = drawn(worded(), 0.1, 0.3)
+    assert classes.float().mean().item() == pytest.approx(0.1, abs=0.01)
+    assert text.float().mean().item() == pytest.approx(0.3, abs=0.01)
+    # 0.05 drawn together, and what independent draws add
+    alone = 0.05 / 0.95 * 0.25 / 0.95
+    assert (classes & text).float().mean().item() == pytest.approx(0.05 + 0.95 * alone, abs=0.01)
+
+
+@pytest.mark.parametrize(("label", "text"), [(0.0, 0.2), (0.2, 0.0), (0.0, 0.0), (1.0, 1.0)])
+def test_either_may_be_hidden_alone(label: float, text: float) -> None:
+    for found, share in zip(drawn(worded(), label, text), (label, text), strict=True):
+        assert found.float().mean().item() == pytest.approx(share, abs=0.01)
+
+
+def test_a_model_of_classes_alone_draws_as_it_did_before_there_were_texts() -> None:
+    classes, text = drawn(of_classes([1, 2]), 0.1, 0.3, seed=5)
+    rng = torch.Generator().manual_seed(5)
+    assert torch.equal(classes, torch.rand(40_000, generator=rng) < 0.1) and not text.any()
+    rng = torch.Generator().manual_seed(5)
+    draw_hidden(None, torch.zeros(3, 1), 0.5, 0.5, rng)
+    assert torch.equal(rng.get_state(), torch.Generator().manual_seed(5).get_state()), "nothing to hide, nothing drawn"

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from longtake.training.models.common import flow
-from longtake.training.models.common.condition import NO_CLASS, of_classes
+from longtake.training.models.common.condition import NO_CLASS, Condition, of_classes
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -202,6 +202,64 @@ def test_guidance_1_is_no_guidance_and_costs_none():
     assert torch.equal(plain, velocity(x, t, condition))
     torch.testing.assert_close(flow.guided(velocity, condition, 1.0 + 1e-7)(x, t), plain, rtol=0, atol=1e-5)
     assert calls == [2, 2, 4]
+
+
+def worded(*values: float, classes: list[int] | None = None) -> Condition:
+    """A text of one token for each sample; 0 is none."""
+    text = torch.tensor(values).view(-1, 1, 1)
+    return Condition(None if classes is None else torch.tensor(classes), text, text[..., 0] != 0)
+
+
+def adds(calls: list[int]) -> Any:
+    """A velocity of 10 for each class and 1 for each text, which both of them change too."""
+
+    def velocity(x: Tensor, t: Tensor, condition: Condition) -> Tensor:
+        calls.append(len(x))
+        none = torch.full((len(x),), NO_CLASS)
+        by_class = 1 + (none if condition.classes is None else condition.classes).float()
+        by_text = torch.zeros(len(x)) if condition.text is None else (condition.text[..., 0] * condition.mask).sum(1)
+        return x + (10 * by_class + by_text + by_class * by_text).view(-1, 1, 1, 1, 1)
+
+    return velocity
+
+
+def test_class_and_text_are_led_to_one_after_the_other() -> None:
+    x, t, calls = torch.zeros(1, 1, 1, 1, 1), torch.ones(1), list[int]()
+    condition = worded(3.0, classes=[1])
+    none, by_class, both = 0.0, 20.0, 20.0 + 3.0 + 6.0
+    for guidance, expected, count in (
+        (flow.Guidance(2.0, 5.0), none + 2 * (by_class - none) + 5 * (both - by_class), 3),
+        (flow.Guidance(1.0, 5.0), by_class + 5 * (both - by_class), 2),
+        (flow.Guidance(4.0, 1.0), none + 4 * (by_class - none) + 1 * (both - by_class), 3),
+        (flow.Guidance(4.0, 4.0), none + 4 * (both - none), 2),
+        (4.0, none + 4 * (both - none), 2),
+        (flow.Guidance(1.0, 1.0), both, 1),
+    ):
+        calls.clear()
+        assert flow.guided(adds(calls), condition, guidance)(x, t).item() == pytest.approx(expected)
+        assert calls == [count], "one call"
+
+
+def test_guidance_is_that_of_what_is_asked_for() -> None:
+    x, t, calls = torch.zeros(1, 1, 1, 1, 1), torch.ones(1), list[int]()
+    guidance = flow.Guidance(classes=2.0, text=5.0)
+    assert flow.guided(adds(calls), worded(3.0, classes=[NO_CLASS]), guidance)(x, t).item() == 15
+    assert flow.guided(adds(calls), worded(0.0, classes=[1]), guidance)(x, t).item() == 40
+    assert flow.guided(adds(calls), worded(3.0), guidance)(x, t).item() == 15
+    assert flow.guided(adds(calls), worded(0.0), guidance)(x, t).item() == 0
+    assert calls == [2, 2, 2, 1]
+
+
+def test_a_negative_text_is_led_away_from() -> None:
+    x, t, calls = torch.zeros(2, 1, 1, 1, 1), torch.ones(2), list[int]()
+    away = worded(2.0, 0.0)
+    made = flow.guided(adds(calls), worded(3.0, 3.0), 4.0, away)(x, t).flatten()
+    assert made.tolist() == [2 + 4 * (3 - 2), 4 * 3]
+    alone = flow.guided(adds(calls), None, 4.0, away)(x, t).flatten()
+    assert alone.tolist() == [2 + 4 * (0 - 2), 0]
+    classes = flow.guided(adds(calls), of_classes([1, 1]), flow.Guidance(2.0, 3.0), away)(x[:], t).flatten()
+    assert classes[1].item() == 40, "where nothing is led away from, the class has its own guidance"
+    assert flow.guided(adds(calls), worded(3.0, 3.0), 1.0, away)(x, t).flatten().tolist() == [3, 3]
 
 
 def test_sampling_needs_a_step():

@@ -508,7 +508,7 @@ def test_wrong_sizes_layers_and_classes_of_a_model_without_are_refused(model):
         (dict(overlap=4), "overlap is 4; a window of 4 can go on from 1 to 3 frames"),
         (dict(condition=of_classes([5])), "class 5 is out of range; this model has classes 0 to 4, and -1 for none"),
         (dict(condition=of_classes([1, 2])), "classes are 2, seeds 1; each sample needs one of both"),
-        (dict(guidance=2.0), "guidance is 2.0; it needs classes to guide to"),
+        (dict(guidance=2.0), "guidance is 2.0; it needs a class or a text to guide to"),
         (dict(steps=0), "steps is 0; sampling needs at least 1"),
     ],
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -325,6 +326,20 @@ def test_segments_of_other_settings_are_refused(
     assert before == {path.name: path.read_bytes() for path in tmp_path.iterdir()}
 
 
+def test_settings_that_knew_of_fewer_options_are_the_same_if_these_are_not_used(
+    model: MemoryDiT, vae: PVVAE, tmp_path: Path
+) -> None:
+    whole = made(model, vae, 6)
+    made(model, vae, 3, folder=str(tmp_path))
+    record = json.loads((tmp_path / "settings.json").read_text())
+    assert record.pop("negative") is None
+    (tmp_path / "settings.json").write_text(json.dumps(record))
+    np.testing.assert_array_equal(made(model, vae, 6, folder=str(tmp_path)), whole)
+    (tmp_path / "settings.json").write_text("[]")
+    with pytest.raises(UserError, match="with other damaged settings; delete it"):
+        made(model, vae, 6, folder=str(tmp_path))
+
+
 def test_damaged_segments_are_named(model: MemoryDiT, vae: PVVAE, tmp_path: Path) -> None:
     made(model, vae, 3, folder=str(tmp_path))
     (tmp_path / "00000.safetensors").write_bytes(b"broken")
@@ -355,7 +370,7 @@ def test_what_was_kept_is_forgotten_and_nothing_else(model: MemoryDiT, vae: PVVA
         ({"story": [(0, of_classes([3]))]}, "class 3 is out of range"),
         ({"story": [(0, of_classes([1, 1]))]}, "2 classes for 1 seeds"),
         ({"story": [(3, of_classes([1])), (3, of_classes([2]))]}, "must rise"),
-        ({"settings": Settings(steps=1, guidance=2.0)}, "needs a class to guide to"),
+        ({"settings": Settings(steps=1, guidance=2.0)}, "needs a class or a text to guide to"),
     ],
 )
 def test_what_does_not_fit_together_is_refused_at_the_call(

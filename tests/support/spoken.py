@@ -1,0 +1,104 @@
+"""Columns of captions as the `caption` stage writes them, and an encoder that keeps count of what it is given."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from longtake.datasets import captions, compact, index, schema, storage, view
+from longtake.datasets.captions import Caption, Captions
+from longtake.pipeline import text
+from longtake.pipeline.column import by_shard
+
+COLUMN = "caption-test"
+TEXT = "text-0123456789abcdef"
+
+Said = Callable[[str], Sequence[Caption] | None]
+
+
+def describe(dataset: str, said: Said | Mapping[str, Sequence[Caption] | None], column: str = COLUMN) -> None:
+    """Commit the captions of all clips, given by their keys."""
+    of = said if callable(said) else said.get
+    for split in schema.SPLITS:
+        for base in index.read_shards(dataset, split):
+            rows = [captions.row_of(row, of(row["key"]) or (), "none", "") for row in base.table.to_pylist()]
+            index.write_table(storage.join(dataset, split, f"{base.name}.{column}.parquet"), rows, schema.CAPTION_INDEX)
+
+
+def record(folder: Path, dataset: str, column: str = COLUMN) -> str:
+    """The output of the stage that has made them."""
+    digests = {split: compact.open_split(dataset, split)[0].digest for split in schema.SPLITS}
+    captions.write_captions(str(folder), Captions(dataset, column, {}, None, digests, {}))
+    return str(folder)
+
+
+def keys(dataset: str) -> list[str]:
+    """Of all clips, in the order of the splits and their shards."""
+    return [row["key"] for split in schema.SPLITS for row in index.read_all(dataset, split).to_pylist()]
+
+
+class Counting:
+    """States that say which text they are of, as many as it has words and one more."""
+
+    width, limit, digest = 8, 6, "counting"
+
+    def __init__(self) -> None:
+        self.seen: list[str] = []
+        self.batches: list[list[str]] = []
+
+    def count(self, texts: Sequence[str]) -> list[int]:
+        return [1 + len(one.split()) for one in texts]
+
+    def encode(self, texts: Sequence[str], device: str = "cpu") -> list[torch.Tensor]:
+        self.seen += texts
+        self.batches.append(list(texts))
+        return [self.states(one) for one in texts]
+
+    def states(self, one: str) -> torch.Tensor:
+        seed = int(hashlib.sha256(one.encode()).hexdigest()[:8], 16)
+        length = min(self.limit, *self.count([one]))
+        return torch.randn(length, self.width, generator=torch.Generator().manual_seed(seed)).to(torch.bfloat16)
+
+
+def encode(
+    dataset: str,
+    encoder: Any,
+    kept: str | None = None,
+    batch: int = 3,
+    elsewhere: Mapping[str, Any] | None = None,
+    column: str = TEXT,
+) -> dict[str, int]:
+    """What the stage does with the shards that lack texts, in this process and in turn. Returns the sums of counts."""
+    work = text.Work(dataset, column, COLUMN, batch)
+    totals: dict[str, int] = {}
+    for split in schema.SPLITS:
+        base = compact.open_split(dataset, split)[0]
+        keeps = by_shard(base, view.kept(base, kept)[0])
+        for job in text.missing(dataset, split, column, COLUMN, keeps):
+            made = text.make_text(encoder, work, split, job.name, keeps[job.name], elsewhere or {})
+            totals = {name: totals.get(name, 0) + value for name, value in made.items()}
+    return totals
+
+
+def states(dataset: str, column: str = TEXT) -> dict[str, list[torch.Tensor] | None]:
+    """The states of each caption of each clip, by its key, as numpy reads the tar's members."""
+    found: dict[str, list[torch.Tensor] | None] = {}
+    for split in schema.SPLITS:
+        for shard in index.read_shards(dataset, split, column):
+            tar = Path(storage.join(dataset, split, f"{shard.name}.tar")).read_bytes()
+            for row in shard.table.to_pylist():
+                entries = row["texts"]
+                found[row["key"]] = None if entries is None else [_loaded(tar, entry) for entry in entries]
+    return found
+
+
+def _loaded(tar: bytes, entry: Mapping[str, Any]) -> torch.Tensor:
+    import io
+
+    bits = np.load(io.BytesIO(tar[entry["offset"] : entry["offset"] + entry["size"]]), allow_pickle=False)
+    return torch.from_numpy(bits).view(torch.bfloat16)

@@ -1,0 +1,107 @@
+"""The files of an encoder's folder: which are read, what they must not be, and their digests. Nothing is ever downloaded."""
+
+import hashlib
+import importlib
+import json
+from pathlib import Path
+from types import ModuleType
+from typing import NamedTuple
+
+from longtake.datasets.errors import UserError
+from longtake.datasets.shard import sha256_of
+
+_PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.h5", "*.msgpack")
+_WEIGHTS, _WEIGHTS_INDEX = "model.safetensors", "model.safetensors.index.json"
+_TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+_NOT_OF_STATES = (
+    "_name_or_path",
+    "transformers_version",
+    "torch_dtype",
+    "dtype",
+    "architectures",
+)  # keys of config.json
+
+
+class Files(NamedTuple):
+    """The folders of a model and of its tokenizer, often the same."""
+
+    model: Path
+    tokenizer: Path
+
+    def digests(self) -> dict[str, str]:
+        """The sha256 of each file that decides states; of config.json without the keys that do not."""
+        weights = {path.name: digest_of(path) for path in weights_of(self.model)}
+        tokens = {name: digest_of(self.tokenizer / name) for name in _TOKENIZER if (self.tokenizer / name).is_file()}
+        config = json.loads((self.model / "config.json").read_bytes())
+        config = {name: value for name, value in config.items() if name not in _NOT_OF_STATES}
+        return (
+            weights | tokens | {"config.json": hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()}
+        )
+
+
+def imported(name: str) -> ModuleType:
+    """A module of the extra. Raises UserError where it is not installed."""
+    try:
+        return importlib.import_module(name)
+    except ImportError as e:
+        raise UserError(f"encoder: {name} is not installed; pip install 'longtake[text]'") from e
+
+
+def digest_of(path: Path) -> str:
+    """The sha256 of a file, read in blocks. Raises UserError where it cannot be read."""
+    try:
+        return sha256_of(path)
+    except OSError as e:
+        raise UserError(f"encoder: {path}: {e.strerror or e}; give read permission, or copy it again") from e
+
+
+def found(name: str) -> Files:
+    """The files of the encoder in a folder: a model with its tokenizer, or `text_encoder` and `tokenizer` side by side.
+
+    Raises:
+        UserError: no folder, no model in it, no tokenizer, or weights that are not safetensors.
+    """
+    folder = Path(name).expanduser().absolute()
+    if not folder.is_dir():
+        raise UserError(f'encoder: {name}: no such folder; name "words", or a folder with a model of transformers')
+    model = folder if (folder / "config.json").is_file() else folder / "text_encoder"
+    if not _is_model(model):
+        raise UserError(
+            f"encoder: {name}: is no text encoder (no config.json of a model); name a folder that `save_pretrained` wrote"
+        )
+    weights_of(model)
+    beside = (model, folder / "tokenizer", model.parent / "tokenizer")
+    tokenizer = next((each for each in beside if (each / "tokenizer.json").is_file()), None)
+    if tokenizer is None:
+        raise UserError(
+            f"encoder: {name}: has no tokenizer.json; save its fast tokenizer there (`tokenizer.save_pretrained(folder)`)"
+        )
+    return Files(model, tokenizer)
+
+
+def weights_of(folder: Path) -> list[Path]:
+    """The files of a model's weights, sorted. Raises UserError where they are missing, or could run code."""
+    if (folder / _WEIGHTS_INDEX).is_file():
+        try:
+            names = set(json.loads((folder / _WEIGHTS_INDEX).read_bytes())["weight_map"].values())
+        except (ValueError, KeyError, TypeError, AttributeError) as e:
+            raise UserError(f"encoder: {folder / _WEIGHTS_INDEX}: damaged ({e}); copy it again") from e
+    else:
+        names = {_WEIGHTS}
+    paths = sorted(folder / name for name in names)
+    missing = [path for path in paths if not path.is_file()]
+    if not missing:
+        return paths
+    if pickles := sorted(path.name for pattern in _PICKLES for path in folder.glob(pattern)):
+        raise UserError(
+            f"encoder: {folder}: has its weights in {pickles[0]}, which may run code when it is read;"
+            " convert them to safetensors (`model.save_pretrained(folder)`)"
+        )
+    raise UserError(f"encoder: {folder}: {missing[0].name} is missing; copy the whole model there, as safetensors")
+
+
+def _is_model(folder: Path) -> bool:
+    try:
+        return "model_type" in json.loads((folder / "config.json").read_bytes())
+    except (OSError, ValueError, TypeError):
+        return False
