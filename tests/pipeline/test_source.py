@@ -221,8 +221,6 @@ def test_a_source_whose_decoder_is_killed_from_outside_is_cut_again_once(
     mine, killed = Worker(), 0
     before = {child.pid for child in psutil.Process().children()}
 
-    before = {child.pid for child in psutil.Process().children()}
-
     def kill() -> None:
         nonlocal killed
         while killed < kills:
