@@ -67,7 +67,7 @@ print(json.dumps(make_group(*job, CutConfig(**cut))))
 @pytest.fixture(scope="module")
 def undisturbed(s3: Any, tiny: Tiny, made_alone: Callable[[shard.Config, object], dict[str, str]]) -> dict[str, str]:
     found = made_alone(tiny("s3://raw"), "s3://lake/undisturbed")
-    assert len([name for name in found if name.endswith(".tar")]) == 2 * 16
+    assert len([name for name in found if name.endswith(".tar")]) == 3 * 16
     return found
 
 
@@ -145,16 +145,16 @@ def test_a_kill_at_any_step_of_a_commit_to_a_store_loses_and_doubles_nothing(
     hashes: Hashes,
     undisturbed: dict[str, str],
 ) -> None:
-    # data tar 1, frame-diff tar 2 and its index 3, source rows 4, index 5: from then on the group is there, whole
-    points = [(1, "before"), (1, "during"), (1, "after"), (4, "after"), (5, "before"), (5, "during"), (5, "after")]
+    # data tar 1, frame-diff tar 2 and its index 3, sound 4 and 5, source rows 6, index 7: from then on the group is there
+    points = [(1, "before"), (1, "during"), (1, "after"), (6, "after"), (7, "before"), (7, "during"), (7, "after")]
     groups = planned(tiny("s3://raw"), output)
     for (nth, moment), arguments in zip(points, groups, strict=False):
         *job, cut = arguments
         process = drivers.script(DYING, str(nth), moment, json.dumps([*job, cut.model_dump(mode="json")]))
         assert process.wait(timeout=120) == -signal.SIGKILL
         split, name = arguments[0]["split"], f"{arguments[0]['group']:05d}"
-        assert (name in index.shard_names(output, split)) == ((nth, moment) == (5, "after")), (nth, moment)
-        if (nth, moment) == (5, "after"):
+        assert (name in index.shard_names(output, split)) == ((nth, moment) == (7, "after")), (nth, moment)
+        if (nth, moment) == (7, "after"):
             there = hashes(f"{output}/{split}")
             assert there.items() <= {n.removeprefix(f"{split}/"): digest for n, digest in undisturbed.items()}.items()
     assert s3.counts["torn"] == sum(moment == "during" for _, moment in points)
