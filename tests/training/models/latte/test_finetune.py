@@ -401,7 +401,7 @@ def test_from_latents_to_a_served_champion(
     ours = concatenated(generate_videos(prior.latte, prior.codec, 9, [3], of_classes([1]), settings))
     np.testing.assert_array_equal(videos[:1], ours)
     columns = {c.name: c.required for c in served.metadata.get_input_schema().inputs}
-    assert columns == {"seed": True, "class": False, "frames": False}
+    assert columns == {"seed": True, "class": False, "storyboard": False, "frames": False}
     assert served.predict({"seed": [3]}, params={"steps": 1}).shape == (1, 9, 32, 48, 3)
     # told to do it again, it goes on where it was: nothing is trained or registered twice
     monkeypatch.setenv("MLFLOW_RUN_ID", store)
