@@ -1,6 +1,6 @@
 """Whether text steers a tiny Latte: attributes in generated videos of prompts whose combinations it has never seen.
 
-    python tests/benchmarks/ablation_text.py OUT [--seeds 3] [--steps 3000]
+    python tests/benchmarks/ablation_text.py OUT [--seeds 3] [--steps 2000]
 
 Generated footage: one shape moves over a plain background; its caption says shape, colour, direction and background. Of all
 combinations a fifth is held out. One column of captions and one of token states (`words`), and Latte on pixels, trained by
@@ -12,7 +12,8 @@ way of its centre, its shape by the share of its bounding box that it fills. `fo
 `storyboard` is a video of two windows whose prompt turns the direction round half-way: the share of halves that move as
 their own prompt says.
 
-Each finished pair of a variant and a seed is a file of JSON in OUT and is not made again.
+Each finished pair of a variant and a seed is a file of JSON in OUT and is not made again. One takes some ten minutes on a
+core.
 """
 
 import argparse
@@ -48,7 +49,7 @@ ATTRIBUTES = ("shape", "colour", "direction", "background")
 VARIANTS = ("right", "shuffled")
 GUIDANCES = (1.0, 2.0, 4.0)
 SIZE, FRAMES, FPS, LENGTH = 32, 8, 8, 24  # pixels a side, frames of a window, a second, of a video
-MODEL = {"preset": "latte_tiny", "patch": 4}
+MODEL = {"preset": "latte_tiny", "patch": 8}
 
 
 class Look(NamedTuple):
@@ -263,7 +264,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path)
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=3000)
+    parser.add_argument("--steps", type=int, default=2000)
     parser.add_argument("--each", type=int, default=4, help="videos of each combination")
     parser.add_argument("--videos", type=int, default=48, help="videos that are judged, for each line of the table")
     options = parser.parse_args()
