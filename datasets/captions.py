@@ -24,6 +24,7 @@ _FORMAT = 1
 _FILE = "captions.json"
 _FIELDS = frozenset(("text", "start", "end", "language", "source"))
 _PLACES = 3  # digits of seconds behind the point
+_ROUNDING = 0.0015  # seconds that rounding may take from a span
 _WORD = re.compile(r"\w+")
 _SMALL = frozenset(
     ("a", "an", "and", "are", "as", "at", "by", "for", "from", "in", "into", "is", "it", "its", "of", "on", "or", "that",
@@ -138,20 +139,28 @@ def digest_of(captions: Sequence[Caption]) -> str:
     return hashlib.sha256(json.dumps(captions).encode()).hexdigest()[:16] if captions else ""
 
 
-def of_clip(captions: Sequence[Caption], start: float, seconds: float) -> list[Caption]:
+def of_clip(captions: Sequence[Caption], start: float, seconds: float, frame: float = 0.0) -> list[Caption]:
     """The captions of a source that are about a clip of it, `start` seconds into the source, with the seconds of the clip.
 
-    A span that is only partly in the clip is cut to it. One that covers it all is as long as the clip, without seconds.
+    A span that is only partly in the clip is cut to it. One that covers it all is as long as the clip, without seconds. One
+    that reaches into it by less than a `frame`, in seconds, is not about it: no frame shows it.
     """
-    cut = (_cut(caption, start, seconds) for caption in captions)
+    cut = (_cut(caption, start, seconds, frame) for caption in captions)
     return list(dict.fromkeys(caption for caption in cut if caption is not None))
 
 
-def _cut(caption: Caption, start: float, seconds: float) -> Caption | None:
+def _cut(caption: Caption, start: float, seconds: float, frame: float) -> Caption | None:
     if caption.start is None and caption.end is None:
         return caption
-    begin = 0.0 if caption.start is None else max(0.0, round(caption.start - start, _PLACES))
-    end = seconds if caption.end is None else min(seconds, round(caption.end - start, _PLACES))
+    first = start if caption.start is None else caption.start
+    last = start + seconds if caption.end is None else caption.end
+    # before rounding, which may move a span of the next shot into this one
+    overlap = min(last, start + seconds) - max(first, start)
+    reaches_in = first < start or last > start + seconds
+    if overlap <= 0 or (reaches_in and overlap < min(frame, seconds) - _ROUNDING):
+        return None
+    begin = max(0.0, round(first - start, _PLACES))
+    end = seconds if caption.end is None else min(seconds, round(last - start, _PLACES))
     if begin >= end:
         return None
     whole = begin == 0.0 and end == seconds

@@ -66,7 +66,9 @@ def _parsed(annotations: str | None) -> Said:
 
 def _of_clip(row: Row, source: Said) -> Said:
     return source._replace(
-        captions=captions.of_clip(source.captions, row["start_seconds"] or 0.0, row["frame_count"] / row["fps"])
+        captions=captions.of_clip(
+            source.captions, row["start_seconds"] or 0.0, row["frame_count"] / row["fps"], 1 / row["fps"]
+        )
     )
 
 

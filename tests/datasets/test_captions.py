@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from longtake.datasets import captions, compact, index, schema, storage
@@ -131,9 +131,14 @@ def test_spans_are_cut_to_the_clip_and_count_from_its_start() -> None:
     ]  # fmt: skip
     assert of_clip(said, 10.0, 2.0) == [Caption("all"), Caption("c")]
     assert of_clip([Caption("x", 1, 2)], 2.0, 1.0) == []
+    # neighbours whose span reaches in by less than a frame, as rounding alone makes it
+    shots = [Caption("before", 0, 2.02), Caption("own", 2, 3), Caption("after", 2.9993, 9)]
+    assert of_clip(shots, 2.0, 1.0, 1 / 12) == [Caption("own")]
+    assert len(of_clip(shots, 2.0, 1.0)) == 3
 
 
 @given(st.lists(st.tuples(st.floats(0, 20), st.floats(0.001, 20)), max_size=5), st.floats(0, 20), st.floats(0.1, 10))
+@example([(1.8125, 1.0)], 0.0, 1.8125)
 def test_a_caption_of_a_clip_overlaps_it_and_stays_within(
     spans: list[tuple[float, float]], start: float, seconds: float
 ) -> None:
