@@ -9,7 +9,7 @@ import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from time import monotonic
 from typing import Any, NamedTuple
 
@@ -86,28 +86,34 @@ class Job(NamedTuple):
     keep: bytes
 
 
-def missing(dataset: str, split: str, column: str, keeps: Mapping[str, np.ndarray]) -> Iterator[Job]:
-    """The base shards that a column lacks, or has from other clips."""
-    committed = set(index.shard_names(dataset, split, column))
-
-    def is_missing(name: str) -> bool:
-        full = f"{name}.{column}"
-        if full not in committed:
-            return True
-        return not fits(index.read_shard(dataset, split, name), index.read_shard(dataset, split, full))
-
-    with ThreadPoolExecutor(16) as pool:
-        for (name, keep), absent in zip(keeps.items(), pool.map(is_missing, keeps), strict=True):
-            if absent:
-                yield Job(split, name, len(keep), np.packbits(keep).tobytes())
-
-
 def fits(base: index.Shard, shard: index.Shard) -> bool:
     """Whether a column's shard was made from just these clips."""
     return bool(
         base.table["key"].to_pylist() == shard.table["key"].to_pylist()
         and base.table["sha256"].to_pylist() == shard.table["base_sha256"].to_pylist()
     )
+
+
+def missing(
+    dataset: str,
+    split: str,
+    column: str,
+    keeps: Mapping[str, np.ndarray],
+    is_of: Callable[[index.Shard, index.Shard], bool] = fits,
+) -> Iterator[Job]:
+    """The base shards that a column lacks, or has from something else: `is_of(base, shard)` is false."""
+    committed = set(index.shard_names(dataset, split, column))
+
+    def is_missing(name: str) -> bool:
+        full = f"{name}.{column}"
+        if full not in committed:
+            return True
+        return not is_of(index.read_shard(dataset, split, name), index.read_shard(dataset, split, full))
+
+    with ThreadPoolExecutor(16) as pool:
+        for (name, keep), absent in zip(keeps.items(), pool.map(is_missing, keeps), strict=True):
+            if absent:
+                yield Job(split, name, len(keep), np.packbits(keep).tobytes())
 
 
 class Worker:
@@ -166,7 +172,7 @@ def make(
     arguments: Mapping[str, Any],
     share: Callable[[Any], Mapping[str, Any]] = lambda ray: {},
 ) -> Counter[str]:
-    """Make the shards of a column in a pool of actors; returns the sums of what `Make` counts.
+    """Make the shards of a column in a pool of actors, if there are any to make; returns the sums of what `Make` counts.
 
     Args:
         load, models, arguments: see `Worker`; the models are put into Ray's store once.
@@ -194,15 +200,10 @@ def make(
             **worker.options(),
         )
 
-    return groups.run(
-        stage,
-        [job._asdict() for job in jobs],
-        task,
-        start,
-        unit="clip",
-        total=sum(job.clips for job in jobs),
-        failed="shards could not be made",
-    )
+    if not jobs:
+        return Counter()
+    rows, clips = [job._asdict() for job in jobs], sum(job.clips for job in jobs)
+    return groups.run(stage, rows, task, start, unit="clip", total=clips, failed="shards could not be made")
 
 
 def _pool(stage: str, task: WorkerConfig, nodes: list[dict[str, float]]) -> tuple[WorkerConfig, int]:
@@ -267,17 +268,25 @@ def commit(
     return size
 
 
-def shards_of(dataset: str, column: str, base: Base) -> dict[str, list[index.Shard]]:
-    """The committed shards of a column, by split, without those whose base shard is gone."""
-    return {
-        split: [s for s in index.read_shards(dataset, split, column) if s.name.partition(".")[0] in keeps]
+def shards_of(dataset: str, column: str, base: Base) -> list[index.Shard]:
+    """The committed shards of a column, split by split, without those whose base shard is gone."""
+    return [
+        shard
         for split, keeps in base.keeps.items()
-    }
+        for shard in index.read_shards(dataset, split, column)
+        if shard.name.partition(".")[0] in keeps
+    ]
 
 
-def sweep(dataset: str) -> int:
-    """Delete the temporary files of workers that died; returns their number."""
-    return sum(storage.sweep(storage.join(dataset, split)) for split in schema.SPLITS)
+@contextmanager
+def sweeping(dataset: str) -> Iterator[Counter[str]]:
+    """Delete the temporary files of workers that died, before and after the block; after it `swept` is their number."""
+    folders = [storage.join(dataset, split) for split in schema.SPLITS]
+    totals = Counter(swept=sum(map(storage.sweep, folders)))
+    try:
+        yield totals
+    finally:
+        totals["swept"] += sum(map(storage.sweep, folders))
 
 
 def complete(dataset: str, column: str, digests: Mapping[str, str]) -> bool:
