@@ -95,7 +95,7 @@ def _signature(folder: Path) -> Any:
     from mlflow.types import ColSpec, ParamSchema, ParamSpec, Schema, TensorSpec
 
     from longtake.training.models import kind_of
-    from longtake.training.registry.requests import columns_of
+    from longtake.training.registry.requests import PARAMETERS, columns_of
 
     kind = kind_of(_facts(folder))
     video = Schema([TensorSpec(np.dtype("uint8"), (-1, -1, -1, -1, 3))])
@@ -108,7 +108,7 @@ def _signature(folder: Path) -> Any:
             for name in columns_of(kind.accepts)
         ]
     )
-    changes = ParamSchema([ParamSpec("steps", "long", None), ParamSpec("guidance", "double", None)])
+    changes = ParamSchema([ParamSpec(name, of, None) for name, of in PARAMETERS.items()])
     return ModelSignature(inputs=table, outputs=video, params=changes)
 
 
