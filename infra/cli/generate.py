@@ -57,7 +57,7 @@ class Job(NamedTuple):
 @click.option(
     "--text-encoder",
     metavar="FOLDER",
-    help="Where the model's text encoder lies. [default: where it was in training]",
+    help="Where the model's text encoder is: a folder, or models:/NAME@ALIAS. [default: where it was in training]",
 )
 @click.option(
     "--start",
