@@ -15,7 +15,7 @@ import json
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal, TypeVar
 
 import numpy as np
@@ -156,7 +156,7 @@ class _Job:
             "start": None if self.start is None else _digest(self.start),
             "story": [[begin, condition.record()] for begin, condition in self.story],
             "negative": self.negative and self.negative.record(),
-            "settings": {name: value for name, value in vars(self.settings).items() if name != "overlap"},
+            "settings": {name: value for name, value in asdict(self.settings).items() if name != "overlap"},
             "tile": self.tile,
         }
 
