@@ -17,9 +17,6 @@ from longtake.datasets.errors import Failure
 COLUMN = "audio"
 ENDING = "ogg"  # of members; the container of both codecs
 REMEDY = "delete it and run a `cache_audio` stage"
-_PREROLL_SECONDS = (
-    0.25  # after which a decoder of Opus, which predicts from what came before, has forgotten where it began
-)
 
 # why a clip has no sound
 REASONS = {
@@ -87,7 +84,7 @@ def without_sound(settings: Mapping[str, Any], reason: str) -> dict[str, Any]:
 def decode(data: bytes | memoryview, begin: int, end: int, channels: int, name: str = "clip") -> np.ndarray:
     """Samples `begin` to `end` of a member, (channels, end - begin) float32 in [-1, 1]; no more than these is decoded.
 
-    A part of Opus differs from that of the whole by less than 1e-3, since decoding starts a quarter of a second before it.
+    A part is that of the whole; in Opus, of which it needs what came before, it differs by less than 1e-3.
 
     Raises:
         Failure: it is not decodable, or has no such samples.
@@ -96,13 +93,12 @@ def decode(data: bytes | memoryview, begin: int, end: int, channels: int, name: 
 
     out, found = np.zeros((channels, end - begin), np.float32), begin
     try:
-        for start, values in ogg.decoded(data, begin, _PREROLL_SECONDS) if begin < end else ():
-            first, last = max(begin, start), min(end, start + values.shape[1])
+        for start, values in ogg.decoded(data, begin, end) if begin < end else ():
+            first, last = max(begin, start), min(end, start + len(values[0]))
             if first < last:
-                out[:, first - begin : last - begin] = values[:, first - start : last - start]
+                for room, channel in zip(out, values, strict=True):
+                    room[first - begin : last - begin] = channel[first - start : last - start]
                 found = last
-            if last == end:
-                break
     except (av.error.FFmpegError, ArithmeticError, IndexError, TypeError, ValueError) as e:
         raise Failure(f"{name}: cannot decode its sound ({e}); run `longtake dataset verify`") from e
     if found != end:

@@ -2,6 +2,7 @@
 
 import io
 from collections.abc import Iterator, Sequence
+from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ from longtake.datasets.errors import Failure
 
 Bytes = bytes | memoryview
 Size = tuple[int, int]  # (height, width)
+_AAC_RATE, _AAC_BITRATE = 48_000, 192_000
 
 
 def decode(mp4: Bytes, frames: Sequence[int] | None = None, size: Size | None = None, name: str = "clip") -> np.ndarray:
@@ -151,3 +153,34 @@ def write(path: Path, video: np.ndarray, fps: int, crf: int = 16) -> None:
         for frame in video:
             container.mux(stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")))
         container.mux(stream.encode())
+
+
+def write_with_sound(path: Path, mp4: Bytes, samples: np.ndarray, rate: int) -> None:
+    """Write a clip's mp4 with sound that begins with its first frame, for any player: AAC, beside the packets as they are.
+
+    Args:
+        samples: (channels, n) float32 in [-1, 1], one channel or two.
+
+    Raises:
+        Failure: the mp4 cannot be read.
+    """
+    import av
+
+    # what the encoder puts before the first sample is left out by the edit list, which counts in ticks of the movie
+    options = {"fflags": "+bitexact", "movflags": "+faststart", "movie_timescale": str(_AAC_RATE)}
+    try:
+        with media.opened(mp4) as source, av.open(str(path), "w", format="mp4", container_options=options) as target:
+            video = target.add_stream_from_template(source.streams.video[0])
+            sound = target.add_stream("aac", rate=_AAC_RATE)
+            sound.codec_context.layout = layout = "mono" if len(samples) == 1 else "stereo"
+            sound.codec_context.bit_rate, sound.codec_context.thread_count = _AAC_BITRATE, 1
+            for packet in source.demux(source.streams.video[0]):
+                if packet.size:
+                    packet.stream = video
+                    target.mux(packet)
+            frame = av.AudioFrame.from_ndarray(np.ascontiguousarray(samples), format="fltp", layout=layout)
+            frame.sample_rate, frame.pts, frame.time_base = rate, 0, Fraction(1, rate)
+            target.mux(sound.encode(frame))
+            target.mux(sound.encode(None))
+    except (av.error.FFmpegError, IndexError, ValueError) as e:
+        raise Failure(f"{path.name}: cannot add sound to the clip ({e}); run `longtake dataset verify`") from e

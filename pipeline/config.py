@@ -105,14 +105,14 @@ class FrameDiffConfig(StageConfig):
 class AudioConfig(StageConfig):
     """The column of sound.
 
-    codec      flac loses nothing; opus takes a quarter of its bytes, and three times as long to decode
-    bitrate    of opus, bits per second
+    codec      opus takes a quarter of the bytes of flac, which loses nothing
+    bitrate    of opus, bits per second; with less than the least one a window would not sound as in the whole
     rate       samples per second
     channels   that the sound is mixed to
     """
 
-    codec: Literal["flac", "opus"] = "flac"
-    bitrate: int = Field(128_000, ge=16_000, le=512_000)
+    codec: Literal["opus", "flac"] = "opus"
+    bitrate: int = Field(128_000, ge=64_000, le=512_000)
     rate: int = Field(48_000, ge=8_000, le=192_000)
     channels: Literal[1, 2] = 2
 

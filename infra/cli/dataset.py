@@ -110,7 +110,7 @@ def sources(url: str, rejected: bool) -> None:
 @dataset.command()
 @click.argument("url")
 @click.argument("key")
-@click.option("--save", metavar="FOLDER", help="Write the members there, to play them.")
+@click.option("--save", metavar="FOLDER", help="Write the members there, the video with its sound, to play them.")
 def show(url: str, key: str, save: str | None) -> None:
     """The index row, JSON, sound and captions of one sample of DATASET, and the place of its bytes."""
     import json
@@ -147,13 +147,12 @@ def show(url: str, key: str, save: str | None) -> None:
     for split in schema.SPLITS:
         table = compact.table(url, split)
         for row in table.filter(pc.equal(table["key"], key)).to_pylist():
-            tar = storage.join(url, split, f"{row['shard']}.tar")
             place = row["json_offset"], row["json_size"], row["json_crc32"]
             text = member(split, row["shard"], *place) if row["json_size"] else b""
             facts = later.sample(described(text), later.of_clips(url, split, row["shard"]), row["source"])
             texts, sound = captions.of_key(url, split, row["shard"], key), column_row(split, row["shard"], audio.COLUMN)
-            about = {"tar": tar, "json": facts} | ({"audio": sound} if sound else {})
-            about |= {"captions": texts} if texts else {}
+            about = {"tar": storage.join(url, split, f"{row['shard']}.tar"), "json": facts}
+            about |= ({"audio": sound} if sound else {}) | ({"captions": texts} if texts else {})
             click.echo(json.dumps(shown_within(row | about), indent=2))
             if save is None:
                 return
@@ -167,6 +166,8 @@ def show(url: str, key: str, save: str | None) -> None:
             if sound and sound["has_audio"]:
                 heard = member(split, f"{row['shard']}.{audio.COLUMN}", *place_of(sound))
                 (folder / f"{key}.{audio.ENDING}").write_bytes(heard)
+                samples = audio.decode(heard, 0, sound["samples"], sound["channels"], key)
+                clip.write_with_sound(folder / f"{key}.mp4", mp4, samples, sound["rate"])
             if diff := column_row(split, row["shard"], "frame_diff"):
                 packed = member(split, f"{row['shard']}.frame_diff", *place_of(diff))
                 # twice as large, since H.264 needs even sides

@@ -1,8 +1,12 @@
+import io
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
+import av
 import claps
+import numpy as np
 import pytest
 
 from longtake.datasets import clip, index, schema, storage
@@ -130,8 +134,49 @@ def test_sound_is_counted_shown_and_saved(tmp_path: Path, capsys: pytest.Capture
         shown = json.loads(capsys.readouterr().out)["audio"]
         assert shown == {name: value for name, value in row.items() if name != "data"}
         assert (out / f"{row['key']}.ogg").exists() == row["has_audio"]
+        assert bool(streams(out / f"{row['key']}.mp4").get("audio")) == row["has_audio"]
         if row["has_audio"]:
             assert (out / f"{row['key']}.ogg").read_bytes() == row["data"]
+
+
+def streams(path: Path) -> dict[str, Any]:
+    """The name of the codec of each kind of stream."""
+    with av.open(str(path)) as container:
+        return {stream.type: stream.codec_context.name for stream in container.streams}
+
+
+def packets(mp4: bytes) -> list[tuple[Any, ...]]:
+    with av.open(io.BytesIO(mp4)) as container:
+        stream = container.streams.video[0]
+        return [(bytes(p), p.pts * p.time_base, p.dts * p.time_base) for p in container.demux(stream) if p.size]
+
+
+@pytest.mark.parametrize(
+    "settings", [{}, {"codec": "flac", "rate": 44_100, "channels": 1}, {"codec": "flac", "rate": 192_000}]
+)
+def test_a_clip_is_saved_as_one_file_that_shows_and_sounds_a_clap_at_once(
+    settings: dict[str, Any], tmp_path: Path
+) -> None:
+    dataset = claps.dataset_of(tmp_path / "d", [claps.write(tmp_path / "a.mp4")], settings, encoder_preset="medium")
+    heard = 0
+    for row in index.read_all(dataset, "train").to_pylist():
+        assert longtake("dataset", "show", dataset, row["key"], "--save", str(tmp_path / "out")) == 0
+        path = tmp_path / "out" / f"{row['key']}.mp4"
+        member = storage.read_range(f"{dataset}/train/{row['shard']}.tar", row["mp4_offset"], row["mp4_size"])
+        assert packets(path.read_bytes()) == packets(member)
+        assert streams(path) == {"video": "h264", "audio": "aac"}
+        with av.open(str(path)) as container:
+            sound = container.streams.audio[0]
+            assert (sound.start_time, sound.duration * sound.time_base) == (0, 1)
+            assert container.duration == 1_000_000
+            frames = list(container.decode(sound))
+        assert frames[0].pts == 0
+        samples = np.concatenate([frame.to_ndarray() for frame in frames], 1)
+        assert abs(samples.shape[1] - 48_000) < 1024  # the last frame of AAC, which the edit list cuts
+        for frame in claps.seen(clip.decode(path.read_bytes())):
+            assert abs(claps.heard_at(samples, 48_000, frame / claps.FPS) - frame / claps.FPS) < 2e-3
+            heard += 1
+    assert heard == len(claps.TIMES)
 
 
 def test_a_dataset_without_the_column_says_nothing_of_sound(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -234,7 +234,7 @@ def test_the_same_sources_give_the_same_sound_in_any_process(tmp_path: Path) -> 
 def test_without_sound_a_recipe_is_the_one_from_before() -> None:
     config = shard.Config(kind="shard", sources=("a",), audio=None)
     assert "audio" not in content(config)
-    assert content(shard.Config(kind="shard", sources=("a",)))["audio"]["codec"] == "flac"
+    assert content(shard.Config(kind="shard", sources=("a",)))["audio"]["codec"] == "opus"
     assert "audio" in config.model_dump()
 
 
@@ -244,6 +244,7 @@ def test_without_sound_a_recipe_is_the_one_from_before() -> None:
         ({"codec": "opus", "rate": 44_100}, "opus has 48000 samples per second"),
         ({"channels": 6}, "1 or 2"),
         ({"codec": "mp3"}, "opus"),
+        ({"bitrate": 32_000}, "greater than or equal to 64000"),
     ],
 )
 def test_settings_that_no_codec_has_are_refused(settings: dict[str, Any], said: str) -> None:

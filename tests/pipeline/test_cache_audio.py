@@ -155,8 +155,8 @@ def test_unreachable_sources_are_asked_again(mute: str, made: str, monkeypatch: 
 @pytest.mark.usefixtures("alone")
 def test_one_column_has_one_setting(mute: str) -> None:
     run(mute)
-    with pytest.raises(UserError, match="has sound with codec: flac; set the same, or delete"):
-        run(mute, audio={"codec": "opus"})
+    with pytest.raises(UserError, match="has sound with codec: opus; set the same, or delete"):
+        run(mute, audio={"codec": "flac"})
     with pytest.raises(UserError, match=r"has images, which have no sound|no clip to encode|no dataset here"):
         run(storage.join(mute, "nowhere"))
 
