@@ -16,6 +16,7 @@ from longtake.datasets.errors import Failure
 
 COLUMN = "audio"
 ENDING = "ogg"  # of members; the container of both codecs
+UNREACHABLE = "unreachable"
 REMEDY = "delete it and run a `cache_audio` stage"
 
 # why a clip has no sound
@@ -28,7 +29,7 @@ REASONS = {
     "crashed": "the decoder crashed on the sound",
     "missing": "its source is gone",
     "refused": "its source may not be read any more",
-    "unreachable": "the store of its source did not answer; the next run asks again",
+    UNREACHABLE: "the store of its source did not answer; the next run asks again",
     "changed": "its source is another file than the one that was cut",
 }
 

@@ -19,9 +19,10 @@ from pydantic import Field
 
 from longtake.datasets import compact, index, schema, storage, view
 from longtake.datasets.errors import Failure, UserError
+from longtake.datasets.shard import sha256_of, write_tar
 from longtake.pipeline import groups
 from longtake.pipeline.cluster import TaskConfig
-from longtake.pipeline.commit import column_rows, store_tar
+from longtake.pipeline.commit import column_rows
 
 Make = Callable[..., dict[str, int]]  # make(split=, name=, keep=, report=) makes and commits a shard; returns counts
 
@@ -246,7 +247,7 @@ def commit(
 ) -> int:
     """Write a column's shard for all clips of a base shard; returns the bytes of its tar.
 
-    An index of other clips is deleted first: a reader must not find it beside the new tar.
+    The index of another tar is deleted first: a reader must not find it beside the new one.
 
     Args:
         members: each clip's key and files, in the order of the base.
@@ -256,16 +257,22 @@ def commit(
     """
     name = f"{base.name}.{column}"
     url = storage.join(dataset, base.split, name)
-    committed = name in index.shard_names(dataset, base.split, column)
-    if committed and not fits(base, index.read_shard(dataset, base.split, name)):
-        fs, path = storage.filesystem(f"{url}.parquet")
-        with suppress(FileNotFoundError):
-            storage.retrying(path, lambda: fs.rm_file(path))
-    stored, size, digest = store_tar(f"{url}.tar", members)
+    is_committed = name in index.shard_names(dataset, base.split, column)
+    with storage.staged(f"{url}.tar") as tar:
+        stored = write_tar(tar, members)
+        size, digest = tar.stat().st_size, sha256_of(tar)
+        if is_committed and not _is_of_tar(index.read_shard(dataset, base.split, name), base, digest):
+            fs, path = storage.filesystem(f"{url}.parquet")
+            with suppress(FileNotFoundError):
+                storage.retrying(path, lambda: fs.rm_file(path))
     base_rows = base.table.to_pylist()
     rows = [row | row_of(base_row) for row, base_row in zip(column_rows(stored, base_rows), base_rows, strict=True)]
     index.write_index(f"{url}.parquet", rows, kind, size, digest, notes)
     return size
+
+
+def _is_of_tar(committed: index.Shard, base: index.Shard, digest: str) -> bool:
+    return fits(base, committed) and committed.tar_sha256 == digest
 
 
 def shards_of(dataset: str, column: str, base: Base) -> list[index.Shard]:

@@ -7,14 +7,13 @@ indexes tell.
 
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from contextlib import suppress
 from functools import partial
 from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
 from longtake.datasets import audio as sound
-from longtake.datasets import index, schema, storage
+from longtake.datasets import compact, index, schema, storage
 from longtake.datasets.audio import COLUMN
 from longtake.datasets.errors import Failure, UserError
 from longtake.datasets.stage import DatasetInput, StageConfig
@@ -87,10 +86,17 @@ def run(config: Config, inputs: Mapping[str, str], output: str) -> dict[str, Any
     if description.get("kind") == "images":
         raise UserError(f"dataset: {dataset}: has images, which have no sound; name a dataset that `shard` made")
     cut = CutConfig(audio=config.audio, limits=config.limits, decoder=description.get("decoder", "pyav"))
-    _prepare(dataset, config.audio)
+    _check_settings(dataset, config.audio)
 
     with columns.sweeping(dataset) as totals:
-        jobs = [job for split, keeps in base.keeps.items() for job in columns.missing(dataset, split, COLUMN, keeps)]
+        jobs = [
+            job
+            for split, keeps in base.keeps.items()
+            for job in columns.missing(dataset, split, COLUMN, keeps, _is_whole)
+        ]
+        for split in {job.split for job in jobs}:
+            # before a shard changes: a compact index would go on giving the places of before
+            compact.forget(dataset, split, COLUMN)
         columns.make("cache_audio", jobs, config.run, _load, [], {"dataset": dataset, "cut": cut})
 
     shards = columns.shards_of(dataset, COLUMN, base)
@@ -116,24 +122,20 @@ def _load(device: str, *, dataset: str, cut: CutConfig) -> columns.Make:
     return partial(make_sounds, Worker(), cut, dataset)
 
 
-def _prepare(dataset: str, settings: AudioConfig) -> None:
-    """Delete the indexes of shards that have clips of unreachable sources, so that these are asked again.
+def _is_whole(base: index.Shard, made: index.Shard) -> bool:
+    """Whether a shard has the sound of its base's clips, but for those that never come; others are asked for again."""
+    return columns.fits(base, made) and sound.UNREACHABLE not in made.table["reason"].to_pylist()
 
-    Raises:
-        UserError: the column was made with other settings.
-    """
+
+def _check_settings(dataset: str, settings: AudioConfig) -> None:
+    """Raises UserError where the column was made with other settings."""
     asked = settings.model_dump(mode="json")
     for shard in _shards(dataset):
-        url = storage.join(dataset, shard.split, f"{shard.name}.parquet")
         if differences := {n: v for n, v in index.read_notes(dataset, shard).items() if asked.get(n) != v}:
             there = ", ".join(f"{name}: {value}" for name, value in differences.items())
             raise UserError(
                 f"audio: {dataset} has sound with {there}; set the same, or delete */*.{COLUMN}.* there to make it anew"
             )
-        if "unreachable" in shard.table["reason"].to_pylist():
-            fs, path = storage.filesystem(url)
-            with suppress(FileNotFoundError):
-                storage.retrying(path, partial(fs.rm_file, path))
 
 
 def _shards(dataset: str) -> Iterable[index.Shard]:

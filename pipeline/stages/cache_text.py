@@ -70,12 +70,13 @@ class Config(TextConfig):
 
 
 def outside(config: Config) -> str:
-    """A digest of the names and sizes of the encoder's files; empty where they lie in no folder."""
+    """A digest of the names, sizes and times of the encoder's files; empty where they lie in no folder."""
     folder = Path(config.encoder).expanduser()
     if config.encoder == WORDS or not folder.is_dir():
         return ""
     files = sorted(path for path in folder.rglob("*") if path.is_file() and not path.name.startswith("."))
-    listed = [f"{path.relative_to(folder)} {path.stat().st_size}" for path in files]
+    # weights that were trained further have the size of before
+    listed = [f"{path.relative_to(folder)} {path.stat().st_size} {path.stat().st_mtime_ns}" for path in files]
     return hashlib.sha256("\n".join(listed).encode()).hexdigest()
 
 

@@ -153,6 +153,33 @@ def test_unreachable_sources_are_asked_again(mute: str, made: str, monkeypatch: 
 
 
 @pytest.mark.usefixtures("alone")
+def test_sound_that_was_kept_stays_while_others_are_asked_again(
+    mute: str, made: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from longtake.pipeline import sounds
+
+    fetch = sounds.fetch
+
+    def partly_down(uri: str, *rest: Any) -> Path:
+        if "late" in uri:
+            raise sounds.Unread("unreachable", "no answer")
+        return fetch(uri, *rest)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(sounds, "fetch", partly_down)
+        assert run(mute)["metrics"]["clips_unreachable"] == 4
+    compact.write(mute, "train", "audio")
+    (tmp_path / "a.mp4").unlink()
+    metrics = run(mute)["metrics"]
+    assert "clips_missing" not in metrics and "clips_unreachable" not in metrics
+    assert [row["sha256"] for row in claps.column(mute)] == [row["sha256"] for row in claps.column(made)]
+    # the compact index of before is not read
+    assert all(batch["audio_mask"].any() for batch in Loader(mute, columns=("audio",), frames=9, batch=8, epochs=1))
+    assert list(verify.verify(mute)) == []
+    assert run(mute)["metrics"]["made_shards"] == 0
+
+
+@pytest.mark.usefixtures("alone")
 def test_one_column_has_one_setting(mute: str) -> None:
     run(mute)
     with pytest.raises(UserError, match="has sound with codec: opus; set the same, or delete"):
