@@ -161,7 +161,8 @@ def _cut(caption: Caption, start: float, seconds: float, frame: float) -> Captio
     end = seconds if caption.end is None else min(seconds, round(last - start, _PLACES))
     if begin >= end:
         return None
-    whole = begin == 0.0 and end == seconds
+    # before rounding: a clip's own seconds may have more places
+    whole = first <= start + _ROUNDING and last >= start + seconds - _ROUNDING
     return caption._replace(start=None, end=None) if whole else caption._replace(start=begin, end=end)
 
 

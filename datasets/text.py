@@ -122,7 +122,8 @@ class Text:
 
     dataset: str  # URL
     column: str  # for `Loader(columns=...)`: "text-DIGEST"
-    encoder: Mapping[str, Any]  # the fields of TextConfig, the encoder's `digest`, and the `width` of a state
+    # the fields of TextConfig, the encoder's `digest`, the `width` of a state, and as `probe` the first values of those of ""
+    encoder: Mapping[str, Any]
     captions: str  # the column of captions that these are of
     view: str | None  # URL; only the captions of the clips that it keeps have states
     digests: Mapping[str, str]  # of the splits' base shards when this was written (see `compact.Rows`)

@@ -2,7 +2,7 @@
 
 import importlib
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any
@@ -19,6 +19,10 @@ from longtake.datasets.loader.split import open_columns
 from longtake.datasets.text import Stored, read_text, stored, unpacked
 
 _THREADS = 16  # that read states at once
+_RANGE = 32 << 20  # bytes of states that are read at once
+_TEXT = schema.CAPTION_INDEX.field("captions").type.value_type
+# the texts of a large dataset are more than the 2 GiB that an array of plain strings holds
+_CAPTIONS = pa.list_(pa.struct([f.with_type(pa.large_string()) if f.name == "text" else f for f in _TEXT]))
 
 
 def captions_of(dataset: str, uri: str, clips: pa.Table) -> pa.Array:
@@ -39,10 +43,10 @@ def captions_of(dataset: str, uri: str, clips: pa.Table) -> pa.Array:
     for split in schema.SPLITS:
         base, _ = compact.open_split(dataset, split)
         column = open_columns(base, {"caption": record.column}, None)[0].columns["caption"]
-        lists += [column.of(shard)["captions"].combine_chunks() for shard in range(len(column.shards))]
+        lists += [column.of(n)["captions"].combine_chunks().cast(_CAPTIONS) for n in range(len(column.shards))]
         offsets[split], total = total, total + int(base.counts.sum())
     starts = np.where(np.asarray(pc.equal(clips["split"], "val")), offsets["val"], offsets["train"])
-    everything = pa.concat_arrays(lists) if lists else pa.nulls(0, schema.CAPTION_INDEX.field("captions").type)
+    everything = pa.concat_arrays(lists) if lists else pa.nulls(0, _CAPTIONS)
     return everything.take(pa.array(starts + clips["row"].to_numpy()))
 
 
@@ -89,7 +93,7 @@ def sayings(captions: pa.Array) -> pa.ChunkedArray:
     said: list[set[str] | None] = [set() if has else None for has in captions.is_valid().to_pylist()]
     for number, text in zip(clip.tolist(), plain, strict=True):
         said[number].add(text)
-    return pa.chunked_array([pa.array([None if s is None else "\n".join(sorted(s)) for s in said], pa.string())])
+    return pa.chunked_array([pa.array([None if s is None else "\n".join(sorted(s)) for s in said], pa.large_string())])
 
 
 def likeness(dataset: str, uri: str, clips: pa.Table, prompt: str, key: str) -> np.ndarray:
@@ -124,7 +128,8 @@ def likeness(dataset: str, uri: str, clips: pa.Table, prompt: str, key: str) -> 
             parts = []
             for number in range(len(base.shards)):
                 shard = index.read_shard(dataset, split, f"{base.name(number)}.{record.column}")
-                cosines = dict(pool.map(partial(_cosine, query), stored(dataset, shard).items()))
+                parts_of_tar = _ranges(stored(dataset, shard))
+                cosines = {sha: c for found in pool.map(partial(_cosines, query), parts_of_tar) for sha, c in found}
                 rows = shard.table["texts"].to_pylist()
                 parts += [max((cosines[text["sha"]] for text in row or ()), default=np.nan) for row in rows]
                 bar.update(len(rows))
@@ -133,14 +138,30 @@ def likeness(dataset: str, uri: str, clips: pa.Table, prompt: str, key: str) -> 
     return np.array([values[split][row] for split, row in rows], np.float32)
 
 
-def _cosine(query: np.ndarray, text: tuple[str, Stored]) -> tuple[str, float]:
-    """The sha of a text, and its cosine to the query. Raises Failure where its states are damaged."""
-    sha, place = text
-    data = storage.read_range(place.tar, place.offset, place.size)
-    if zlib.crc32(data) != place.crc32:
+def _ranges(places: Mapping[str, Stored]) -> list[list[tuple[str, Stored]]]:
+    """The texts of a tar with their places, in groups that lie together and are read at once."""
+    groups: list[list[tuple[str, Stored]]] = []
+    for sha, place in sorted(places.items(), key=lambda item: item[1].offset):
+        if not groups or place.offset + place.size - groups[-1][0][1].offset > _RANGE:
+            groups.append([])
+        groups[-1].append((sha, place))
+    return groups
+
+
+def _cosines(query: np.ndarray, texts: Sequence[tuple[str, Stored]]) -> list[tuple[str, float]]:
+    """The sha of each text, and its cosine to the query. Raises Failure where the states of one are damaged."""
+    (_, first), (_, last) = texts[0], texts[-1]
+    data = memoryview(storage.read_range(first.tar, first.offset, last.offset + last.size - first.offset))
+    return [
+        (sha, _cosine(query, data[place.offset - first.offset :][: place.size], sha, place)) for sha, place in texts
+    ]
+
+
+def _cosine(query: np.ndarray, data: memoryview, sha: str, place: Stored) -> float:
+    if len(data) != place.size or zlib.crc32(data) != place.crc32:
         raise Failure(f"{place.tar}: {sha} is damaged; run `longtake dataset verify`")
     bits = unpacked(data, place.tokens).astype(np.uint32) << 16  # bfloat16 is the upper half of float32
-    return sha, float(query @ _unit(bits.view(np.float32).mean(0)))
+    return float(query @ _unit(bits.view(np.float32).mean(0)))
 
 
 def _unit(vector: np.ndarray) -> np.ndarray:

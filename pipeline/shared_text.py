@@ -19,14 +19,15 @@ from longtake.datasets import index, storage
 from longtake.datasets.text import Stored
 from longtake.pipeline import column as columns
 from longtake.pipeline.commit import store_tar
-from longtake.pipeline.text import Report, Work, copy, encoded, old_states
+from longtake.pipeline.text import Report, Work, copy, encoded
 
 SPLIT = "shared"  # of the jobs that encode a part, in place of a dataset's
 
-_FOLDER, _TEXTS = "shared", "texts"
+_FOLDER, _TEXTS, _LISTED = "shared", "texts", "list"
 _PART = 512  # texts in a part, about so many
 _WORTH = 10  # shared captions are encoded by themselves where that saves this share of all encodings, 1 in so many
 _SHA_BYTES = 32
+_AHEAD = 64  # shards whose captions are read ahead of those that are looked at
 _LIST = pa.schema([("sha", pa.string()), ("text", pa.string())])
 _PLACES = pa.schema(
     [("sha", pa.string()), ("offset", pa.int64()), ("size", pa.int64()), ("crc32", pa.uint32()), ("tokens", pa.int32())]
@@ -48,7 +49,7 @@ class Count(NamedTuple):
 
 
 def count(dataset: str, captions: str, keeps: Mapping[str, Mapping[str, np.ndarray]]) -> Count:
-    """The captions of all shards, or of the clips that a view keeps."""
+    """The captions of all shards, or of the clips that a view keeps; memory holds 32 bytes for each of a shard's."""
     total, parts = 0, []
     for found, texts in _by_shard(dataset, captions, keeps):
         total += found
@@ -71,39 +72,36 @@ def _by_shard(
 
     places = [(split, name, keep) for split, shards in keeps.items() for name, keep in shards.items()]
     with ThreadPoolExecutor(4) as pool:
-        yield from pool.map(read, places)
+        for first in range(0, len(places), _AHEAD):
+            yield from pool.map(read, places[first : first + _AHEAD])
 
 
-def plan(
-    dataset: str,
-    column: str,
-    captions: str,
-    shared: np.ndarray,
-    jobs: Sequence[columns.Job],
-    output: str,
-) -> list[columns.Job]:
-    """Write the list of the shared captions that these shards need and have not; returns a job for each part of them."""
+def plan(work: Work, shared: np.ndarray, jobs: Sequence[columns.Job], output: str) -> list[columns.Job]:
+    """List the shared captions that these shards need and have not, part by part; returns a job for each part."""
     needed: dict[str, str] = {}
     known = set(shared.astype(str).tolist())
     keeps = {split: {job.name: _bits(job) for job in of} for split, of in groupby(jobs, lambda job: job.split)}
     for split, shards in keeps.items():
         for name, keep in shards.items():
-            old = old_states(dataset, split, f"{name}.{column}")
-            for _, texts in _by_shard(dataset, captions, {split: {name: keep}}):
+            old = work.old_states(split, name)
+            for _, texts in _by_shard(work.dataset, work.captions, {split: {name: keep}}):
                 found = {sha: text for text in texts if (sha := spoken.sha_of(text)) in known and sha not in old}
                 needed |= found
-    rows = [{"sha": sha, "text": needed[sha]} for sha in sorted(needed)]
-    storage.write(_url(output, column, f"{_TEXTS}.parquet"), index.to_parquet(index.rows_table(rows, _LIST)))
     digits = len(f"{max(0, len(shared) - 1) // _PART:x}") if len(shared) > _PART else 0
-    sizes = {part: len(list(of)) for part, of in groupby(rows, lambda row: row["sha"][:digits])}
-    return [columns.Job(SPLIT, f"{_TEXTS}-{part}", size, b"") for part, size in sizes.items()]
+    parts = []
+    for part, shas in groupby(sorted(needed), lambda sha: sha[:digits]):
+        rows = [{"sha": sha, "text": needed[sha]} for sha in shas]
+        listed = index.to_parquet(index.rows_table(rows, _LIST))
+        storage.write(_url(output, work.column, f"{_LISTED}-{part}.parquet"), listed)
+        parts.append(columns.Job(SPLIT, f"{_TEXTS}-{part}", len(rows), b""))
+    return parts
 
 
 def make_shared(encoder: Any, work: Work, output: str, name: str, report: Report) -> dict[str, int]:
-    """Encode a part of the list that `plan` wrote, but for what is there; returns counts."""
-    prefix = name.removeprefix(f"{_TEXTS}-")
-    listed = index.from_parquet(_url(output, work.column, f"{_TEXTS}.parquet")).to_pylist()
-    texts = {row["sha"]: row["text"] for row in listed if row["sha"].startswith(prefix)}
+    """Encode a part of what `plan` has listed, but for what is there; returns counts."""
+    part = name.removeprefix(f"{_TEXTS}-")
+    listed = index.from_parquet(_url(output, work.column, f"{_LISTED}-{part}.parquet")).to_pylist()
+    texts = {row["sha"]: row["text"] for row in listed}
     done = _places(output, work.column, name)
     if texts.keys() <= done.keys():
         return {"encoded": 0}

@@ -42,7 +42,15 @@ class Work:
     column: str
     captions: str  # the column of captions
     batch: int  # texts that are encoded together
+    others: Sequence[str] = ()  # columns of other captions by the same encoder
     device: str = "cpu"
+
+    def old_states(self, split: str, name: str) -> dict[str, Stored]:
+        """Where states are of texts that a shard has now, in this column or in those of other captions."""
+        found: dict[str, Stored] = {}
+        for column in (*self.others, self.column):
+            found |= old_states(self.dataset, split, f"{name}.{column}")
+        return found
 
 
 # What is missing.
@@ -103,7 +111,7 @@ def make_text(
     spans = [spans_of(row) for row in rows]
     texts = {spoken.sha_of(one["text"]): one["text"] for row in rows for one in row or ()}
 
-    done = old_states(dataset, split, f"{name}.{work.column}") | {s: elsewhere[s] for s in texts if s in elsewhere}
+    done = work.old_states(split, name) | {s: elsewhere[s] for s in texts if s in elsewhere}
     with storage.spool_folder(folder) as spool:
         copied = {sha for sha in sorted(texts) if sha in done and copy(done[sha], spool / f"{sha}.npy")}
         tokens = {sha: done[sha].tokens for sha in copied}
@@ -113,6 +121,7 @@ def make_text(
             report(len(rows) * len(tokens) // (len(texts) + 1), f"text {len(tokens)} of {len(texts)}")
         cut = sum(count > encoder.limit for count in counted(encoder, [texts[sha] for sha in sorted(texts)]))
         notes = {"captions": work.captions, "captions_sha256": said.rows_sha256, "width": encoder.width}
+        notes |= {"encoder": encoder.digest}
         notes |= {"texts": len(texts), "texts_cut": cut, "tokens": sum(tokens.values())}
         size = _commit(work, base, spans, tokens, spool, notes)
     facts = {"clips": len(rows), "texts": len(texts), "encoded": len(rest), "copied": len(copied), "bytes": size}
@@ -126,6 +135,23 @@ def old_states(dataset: str, split: str, name: str) -> dict[str, Stored]:
     with suppress(Failure, KeyError):
         return stored(dataset, index.read_shard(dataset, split, name))
     return {}
+
+
+def others(dataset: str, column: str, encoder: str) -> list[str]:
+    """The columns of texts of a dataset, but for `column`, that an encoder with this digest has made."""
+    shards: dict[str, tuple[str, str]] = {}  # one of each column
+    for split in schema.SPLITS:
+        for name in storage.names(storage.join(dataset, split)):
+            shard, _, ending = name.removesuffix(".parquet").partition(".")
+            if name.endswith(".parquet") and ending.startswith(PREFIX) and ending != column:
+                shards.setdefault(ending, (split, f"{shard}.{ending}"))
+
+    def is_same(place: tuple[str, str]) -> bool:
+        with suppress(Failure):
+            return bool(index.read_notes(dataset, index.read_shard(dataset, *place)).get("encoder") == encoder)
+        return False
+
+    return sorted(other for other, place in shards.items() if is_same(place))
 
 
 def copy(place: Stored, path: Path) -> bool:

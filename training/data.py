@@ -25,6 +25,7 @@ from longtake.training.metrics.distance import merge, moments
 from longtake.training.models.common.codec import Codec, Pixels, Posterior, load_codec, nearest_lengths
 from longtake.training.objective import Batch
 
+_LEFT_OUT = -1  # captions of a clip that a column's view has left out
 HELDOUT: dict[str, Any] = {"batch": 1, "last": "pad", "shuffle": False, "epochs": 1}  # clips one by one, once
 
 
@@ -111,7 +112,8 @@ def text_of(inputs: Mapping[str, str]) -> Text | None:
     """The record of the column of texts among a stage's inputs, if there is one.
 
     Raises:
-        UserError: the texts are of another dataset, or of an earlier state of it; no training clip has a caption.
+        UserError: the texts are of another dataset, or of an earlier state of it or its captions; their view leaves out clips
+            to learn from; no training clip has a caption.
         Failure: damaged files.
     """
     if "text" not in inputs:
@@ -120,7 +122,15 @@ def text_of(inputs: Mapping[str, str]) -> Text | None:
     record = read_text(uri)
     _check_dataset(record, dataset, uri, "text")
     _check_state(record, dataset, uri, "text", "cache_text")
-    if not captioned(inputs, record).any():
+    for split, digest in record.captions_digests.items():
+        if compact.open_split(dataset, split, record.captions)[0].digest != digest:
+            raise UserError(f"text: {uri}: captions have changed since; run their `cache_text` stage again")
+    counts = {split: _captions_of(inputs, record, split) for split in schema.SPLITS}
+    if left_out := sum(int((each == _LEFT_OUT).sum()) for each in counts.values()):
+        raise UserError(
+            f"text: {uri}: its view leaves out {left_out} clips of this training; encode those too, or name its view here"
+        )
+    if not (counts["train"] > 0).any():
         which = "its view keeps" if "view" in inputs else "there is"
         raise UserError(f"text: {uri}: no training clip that {which} has a caption; make some by a `caption` stage")
     return record
@@ -128,12 +138,19 @@ def text_of(inputs: Mapping[str, str]) -> Text | None:
 
 def captioned(inputs: Mapping[str, str], record: Text) -> np.ndarray:
     """Which training clips of the stage's view have captions, bool (clips,)."""
-    base, _ = compact.open_split(inputs["dataset"], "train")
+    return _captions_of(inputs, record, "train") > 0
+
+
+def _captions_of(inputs: Mapping[str, str], record: Text, split: str) -> np.ndarray:
+    """The captions with states of each clip of the stage's view, (clips,); `_LEFT_OUT` of one that the texts' view lacks."""
+    base, _ = compact.open_split(inputs["dataset"], split)
     rows = open_columns(base, {"text": record.column}, None)[0].columns["text"]
-    counts = [pc.fill_null(pc.list_value_length(rows.of(shard)["texts"]), 0) for shard in range(len(rows.shards))]
+    lengths = [pc.list_value_length(rows.of(shard)["texts"]) for shard in range(len(rows.shards))]
+    # a clip without captions has null, one that the view left out an empty list
+    counts = [pc.fill_null(pc.if_else(pc.equal(each, 0), _LEFT_OUT, each), 0) for each in lengths]
     keep, _, _ = view.kept(base, inputs.get("view"))
-    has: np.ndarray = np.concatenate([count.to_numpy() for count in counts])[keep] > 0
-    return has
+    found: np.ndarray = np.concatenate([np.empty(0, np.int32), *(count.to_numpy() for count in counts)])[keep]
+    return found
 
 
 def text_counts(inputs: Mapping[str, str], record: Text | None) -> dict[str, float]:

@@ -32,6 +32,7 @@ from longtake.pipeline.column import WorkerConfig
 VERSION = 1
 PRODUCES = "text"
 
+_PROBED = 8  # values by which an encoder is known again
 _STORE = "MLFLOW_TRACKING_URI"  # where registered encoders are
 
 
@@ -104,8 +105,9 @@ def run(config: Config, inputs: Mapping[str, str], output: str) -> dict[str, Any
     captions = _captions(inputs["captions"], dataset)
     spoken_digests = _digests(dataset, captions.column)
     encoder = _encoder(config.encoder_config().model_dump())
-    described = encoder.describe() | {"digest": encoder.digest, "width": encoder.width}
     empty = encoder.encode([""])[0]
+    probe = empty.flatten()[:_PROBED].tolist()
+    described = encoder.describe() | {"digest": encoder.digest, "width": encoder.width, "probe": probe}
     column = text.column_name(encoder.digest, captions.column, base.view)
     del encoder  # the workers load their own
 
@@ -117,7 +119,8 @@ def run(config: Config, inputs: Mapping[str, str], output: str) -> dict[str, Any
     ]
     with columns.sweeping(dataset) as totals:
         if jobs:
-            work = text.Work(dataset, column, captions.column, config.run.batch)
+            siblings = text.others(dataset, column, described["digest"])
+            work = text.Work(dataset, column, captions.column, config.run.batch, siblings)
             shared = _shared_jobs(config, work, base, jobs, output)
             for split in schema.SPLITS:
                 compact.forget(dataset, split, column)
@@ -183,7 +186,7 @@ def _shared_jobs(
         raise UserError(f"captions: {work.captions}: no clip has a caption; give the manifest some, or a captioner")
     if config.encoder == WORDS or not found.is_worth:
         return []
-    return shared_text.plan(work.dataset, work.column, work.captions, found.shared, jobs, output)
+    return shared_text.plan(work, found.shared, jobs, output)
 
 
 def _load(

@@ -30,7 +30,7 @@ from longtake.datasets.loader import Loader
 from longtake.pipeline import column as columns
 from longtake.pipeline import shared_text
 from longtake.pipeline.commit import store_tar
-from longtake.pipeline.text import missing
+from longtake.pipeline.text import Work, missing
 
 CAPTION, TEXT = "caption-5eed", "text-5eed"
 BATCH = 8
@@ -97,7 +97,7 @@ def planned(root: str, output: str) -> dict[str, float]:
     if jobs:
         count = shared_text.count(root, CAPTION, base.keeps)
         counted = time.perf_counter()
-        parts = shared_text.plan(root, TEXT, CAPTION, count.shared, jobs, output)
+        parts = shared_text.plan(Work(root, TEXT, CAPTION, 64), count.shared, jobs, output)
         seconds |= {"count": counted - found, "list shared": time.perf_counter() - counted}
         print(f"  {count.captions} captions, {count.distinct} distinct, {len(count.shared)} shared, {len(parts)} parts")
     return seconds | {"all": time.perf_counter() - start}

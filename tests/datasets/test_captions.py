@@ -219,3 +219,9 @@ def test_the_record_comes_back_and_what_is_none_is_said(tmp_path: Path) -> None:
     storage.write(str(tmp_path / "captions.json"), b'{"format": 99}')
     with pytest.raises(UserError, match="format 99"):
         captions.read_captions(str(tmp_path))
+
+
+def test_a_span_that_ends_with_the_clip_is_the_whole_clip_whatever_its_seconds() -> None:
+    seconds = 61 / 30  # more places than spans are kept with
+    [caption] = of_clip([Caption("a shot", 0.0, seconds)], 0.0, seconds, 1 / 30)
+    assert (caption.start, caption.end) == (None, None)

@@ -219,6 +219,26 @@ def handmade_bases(tmp_path: Path) -> str:
     return root
 
 
+def test_texts_that_another_column_of_the_encoder_has_are_copied_from_there(root: str) -> None:
+    captions, first = told(root), Counting()
+    describe(root, captions)
+    spoken.encode(root, first)
+    key = spoken.keys(root)[0]
+    describe(root, captions | {key: [Caption("the only new one")]}, "caption-other")
+    assert text.others(root, "text-other", "another encoder") == [] == text.others(root, TEXT, first.digest)
+
+    encoder = Counting()
+    work = text.Work(root, "text-other", "caption-other", 3, text.others(root, "text-other", encoder.digest))
+    assert work.others == [TEXT]
+    for split in schema.SPLITS:
+        base = compact.open_split(root, split)[0]
+        keeps = by_shard(base, np.ones(int(base.counts.sum()), bool))
+        for job in text.missing(root, split, "text-other", "caption-other", keeps):
+            text.make_text(encoder, work, split, job.name, keeps[job.name], {})
+    assert encoder.seen == ["the only new one"]
+    assert spoken.states(root, "text-other").keys() == spoken.states(root).keys() and not list(verify(root))
+
+
 # captions that several shards have
 
 
@@ -230,8 +250,8 @@ def shared(root: str, encoder: Any, output: str) -> tuple[int, dict[str, Any]]:
         keeps[split] = by_shard(base, np.ones(int(base.counts.sum()), bool))
     found = shared_text.count(root, COLUMN, keeps)
     jobs = [job for split in schema.SPLITS for job in text.missing(root, split, TEXT, COLUMN, keeps[split])]
-    parts = shared_text.plan(root, TEXT, COLUMN, found.shared, jobs, output)
     work = text.Work(root, TEXT, COLUMN, 3)
+    parts = shared_text.plan(work, found.shared, jobs, output)
     for job in parts:
         shared_text.make_shared(encoder, work, output, job.name, lambda clips, position: None)
     return len(parts), shared_text.places(output, TEXT)
@@ -323,7 +343,10 @@ def test_another_file_in_the_folder_is_another_input(tmp_path: Path) -> None:
     (tmp_path / "model.safetensors").write_bytes(b"123")
     one = cache_text.outside(config(str(tmp_path)))
     (tmp_path / "model.safetensors").write_bytes(b"1234")
-    assert one != cache_text.outside(config(str(tmp_path))) != ""
+    longer = cache_text.outside(config(str(tmp_path)))
+    # trained further: the same size
+    os.utime(tmp_path / "model.safetensors", (1, 1))
+    assert len({one, longer, cache_text.outside(config(str(tmp_path))), ""}) == 4
 
 
 def test_a_recipe_has_the_stage(tmp_path: Path) -> None:

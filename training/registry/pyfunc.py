@@ -7,7 +7,6 @@ is loaded with the first prompt. Any other takes uint8 videos (B, T, H, W, 3) an
 autoencoder with their reconstruction, a memory that is trained to retrieve with what it has kept of them.
 """
 
-import os
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ from mlflow.models import set_model
 from mlflow.pyfunc import PythonModel
 
 from longtake.training.models import kind_of
-from longtake.training.models.common.prompts import VARIABLE, with_encoder
+from longtake.training.models.common.prompts import with_served_encoder
 from longtake.training.registry import disk
 from longtake.training.registry.requests import serve
 
@@ -28,7 +27,7 @@ class Videos(PythonModel):
 
     def load_context(self, context: Any) -> None:
         folder = context.artifacts["model"]
-        facts = with_encoder(disk.read_config(Path(folder)), os.environ.get(VARIABLE))
+        facts = with_served_encoder(disk.read_config(Path(folder)))
         kind = kind_of(facts)
         self.generates = kind.generator is not None
         if kind.generator:

@@ -17,8 +17,8 @@ def collapsed(text: str) -> str:
 def of_wan(text: str) -> str:
     """As Wan's models had it: entities such as `&amp;amp;` resolved twice, then white space collapsed, and not lowercased.
 
-    Wan repairs broken encodings (by `ftfy`) before. Longtake does not: a caption that is text already stays as it is under
-    both, and a broken one is better repaired in the manifest, where people see it.
+    Wan runs `ftfy` before, which repairs broken encodings and also makes curly quotes straight, splits ligatures and narrows
+    wide letters. Longtake does not: for the very tokens of Wan let the manifest have texts that ftfy has gone over.
     """
     return collapsed(html.unescape(html.unescape(text)))
 

@@ -16,6 +16,7 @@ from longtake.training.text.words import Words
 
 # of different lengths, so that one of them is padded when they are encoded together
 _SHORT, _LONG = "a red square", "two people walk through a town at night, and it rains all the time"
+_ROUNDED = 0.05  # share that other machines and precisions may change
 _ALIKE, _SAME = 0.999, 0.99  # cosines: from where on states are alike, and down to where they are the same
 
 
@@ -60,6 +61,16 @@ def load_encoder(config: TextConfig) -> TextEncoder:
         encoder = Pretrained(config.model_copy(update={"encoder": str(files.model)}), files)
     _check(encoder, config.encoder)
     return encoder
+
+
+def gives(encoder: TextEncoder, probe: Sequence[float]) -> bool:
+    """Whether an encoder gives the states that were kept as a `probe`, the first values of those of "", but for roundings.
+
+    The same files may give others by another version of the library that reads them.
+    """
+    states = encoder.encode([""])[0].flatten()[: len(probe)].double()
+    kept = torch.tensor(probe, dtype=torch.float64)
+    return len(states) == len(kept) and bool((states - kept).norm() <= _ROUNDED * kept.norm() + 1e-6)
 
 
 def _check(encoder: TextEncoder, name: str) -> None:

@@ -33,6 +33,8 @@ class Files(NamedTuple):
         weights = {path.name: digest_of(path) for path in weights_of(self.model)}
         tokens = {path.name: digest_of(path) for path in self.of_tokenizer()}
         config = json.loads((self.model / "config.json").read_bytes())
+        if other := config.get("transformers_weights"):
+            raise UserError(f"encoder: {self.model}: config.json names {other} as its weights; rename it {_WEIGHTS}")
         config = {name: value for name, value in config.items() if name not in _NOT_OF_STATES}
         return (
             weights | tokens | {"config.json": hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()}
@@ -91,7 +93,11 @@ def found(name: str) -> Files:
 
 
 def weights_of(folder: Path) -> list[Path]:
-    """The files of a model's weights, sorted. Raises UserError where they are missing, or could run code."""
+    """The files of a model's weights, sorted. Raises UserError where they are missing, ambiguous, or could run code."""
+    if (folder / _WEIGHTS_INDEX).is_file() and (folder / _WEIGHTS).is_file():
+        raise UserError(
+            f"encoder: {folder}: has both {_WEIGHTS} and {_WEIGHTS_INDEX}, and only one can be meant; delete the other"
+        )
     if (folder / _WEIGHTS_INDEX).is_file():
         try:
             names = set(json.loads((folder / _WEIGHTS_INDEX).read_bytes())["weight_map"].values())

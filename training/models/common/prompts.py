@@ -5,6 +5,7 @@ A model's folder does not have the weights of its encoder, which may be larger t
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -42,6 +43,12 @@ def with_encoder(facts: Mapping[str, Any], encoder: str | None) -> Mapping[str, 
     return {**facts, "text": text | {"encoder": text["encoder"] | {"encoder": encoder}}}
 
 
+def with_served_encoder(facts: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A config.json whose text encoder is where `VARIABLE` says; the packaged words are where the model is served."""
+    encoder = (facts.get("text") or {}).get("encoder", {}).get("encoder")
+    return facts if encoder == WORDS else with_encoder(facts, os.environ.get(VARIABLE))
+
+
 def prompts_of(uri: str, facts: Mapping[str, Any]) -> Prompts | None:
     """The prompts of the model with this config.json; None for a model without text."""
     return Prompts(uri, facts["text"]["encoder"], facts["config"]["text_length"]) if facts.get("text") else None
@@ -54,8 +61,9 @@ class Prompts:
     """
 
     def __init__(self, uri: str, encoder: Mapping[str, Any], length: int) -> None:
-        """`encoder` is what config.json says of it, the fields of TextConfig and its `digest`; `length` the most tokens."""
+        """`encoder` is what config.json says of it, as `Text.encoder`; `length` the most tokens."""
         self._uri, self._digest, self._length = uri, str(encoder["digest"]), length
+        self._probe = encoder.get("probe")  # older models have none
         self._config = TextConfig(**{name: value for name, value in encoder.items() if name in TextConfig.model_fields})
         self._states = lru_cache(_KEPT)(self._encoded)
 
@@ -105,6 +113,11 @@ class Prompts:
             raise UserError(
                 f"{self._uri}: has learned texts by another encoder than {name} (digest {self._digest[:12]}, not"
                 f" {encoder.digest[:12]}); {remedy}"
+            )
+        if self._probe is not None and not text.gives(encoder, self._probe):
+            raise UserError(
+                f"{self._uri}: {name} gives other states than in training, though its files are the same; install the"
+                " transformers that its training had"
             )
         return encoder
 

@@ -107,7 +107,7 @@ def test_a_prompt_that_does_not_fit_is_refused_in_one_line(
 def test_an_encoder_that_is_gone_or_another_is_refused_with_where_to_name_it(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    remedy = r"say where it lies with --text-encoder FOLDER, or in LONGTAKE_TEXT_ENCODER for a served model"
+    remedy = r"say where it is with --text-encoder FOLDER or models:/NAME@ALIAS, or in LONGTAKE_TEXT_ENCODER for a served model"
     with pytest.raises(UserError, match=rf"latte: its text encoder is not at /nowhere/umt5; {remedy}"):
         prompts("/nowhere/umt5").check(["x"])
     with pytest.raises(UserError, match=r"latte: text encoder: .*is no text encoder"):

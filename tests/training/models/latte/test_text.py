@@ -332,6 +332,11 @@ def test_texts_that_do_not_fit_are_refused_in_one_line(inputs: dict[str, str], t
         with pytest.raises(UserError, match=said) as e:
             started(config(), inputs | {"text": folder}, tmp_path / f"run-{number}")
         assert "\n" not in str(e.value)
+    # captions that are of another state, and texts whose view lacks clips to learn from
+    named = replace(record, captions_digests=dict.fromkeys(record.digests, "older"))
+    column.write_text(str(tmp_path / "older"), named, empty)
+    with pytest.raises(UserError, match=r"text: .*: captions have changed since; run their `cache_text` stage again"):
+        text_of(inputs | {"text": str(tmp_path / "older")})
     with pytest.raises(UserError, match="no text here"):
         text_of(inputs | {"text": str(tmp_path)})
 
