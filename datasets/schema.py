@@ -122,7 +122,8 @@ CAPTION_INDEX = pa.schema(
         ("base_sha256", pa.string()),  # of the mp4 that these are the captions of
         ("captions", pa.list_(CAPTION)),  # null: there are none; never an empty list
         ("reason", pa.string()),  # why there are none, else null
-        ("annotations", pa.string()),  # digest of the captions that the source's annotations had (see captions.py)
+        # digest of the captions that the source's annotations had; "asked:" before it where a captioner was
+        ("annotations", pa.string()),
     ]
 )
 

@@ -25,7 +25,7 @@ _STAGES = {
     "caption-": "caption",
     text.PREFIX: "cache_text",
 }  # what makes a column, by how its name begins
-_FOLDERS = {"plan", "sources", "views", "compact", "annotations"}
+_FOLDERS = {"plan", "sources", "views", "compact", "annotations", "answers"}
 
 
 def tars(dataset: str) -> list[tuple[str, str]]:

@@ -22,7 +22,10 @@ REASONS = {
     "refused": "the captioner does not want to describe it",
     "rejected": "the endpoint does not take the request",
     "bad_answer": "no answer was of use, in as many tries as it had",
+    "unanswered": "the endpoint always fails at it, while it answers others",
 }
+
+_ASKED = "asked:"  # begins the annotations of rows that a captioner has made
 
 Row = Mapping[str, Any]  # of a clip in the index of its shard
 
@@ -95,7 +98,17 @@ def committed(dataset: str, base: index.Shard, column: str) -> list[Row] | None:
 
 def is_due(rows: Sequence[Row] | None, found: Sequence[Said]) -> bool:
     """Whether the committed rows of a shard are missing, or of other annotations."""
-    return rows is None or [row["annotations"] for row in rows] != [each.digest for each in found]
+    return rows is None or [row["annotations"].removeprefix(_ASKED) for row in rows] != [each.digest for each in found]
+
+
+def asked(annotations: str) -> str:
+    """The `annotations` of a row that a captioner has made; a manifest may name it as the source of a caption too."""
+    return f"{_ASKED}{annotations}"
+
+
+def is_asked(row: Row) -> bool:
+    """Whether a captioner has looked at the clip of a committed row."""
+    return bool(row["annotations"].startswith(_ASKED))
 
 
 def begun(
@@ -117,18 +130,11 @@ def begun(
             rows.append(captions.row_of(row, about.captions, reason, about.digest))
         elif not kept:
             rows.append(captions.row_of(row, [], "not_in_view", about.digest))
-        elif before is not None and _is_by(before, maker):
-            rows.append({**before, "annotations": about.digest})
+        elif before is not None and is_asked(before):
+            rows.append({**before, "annotations": asked(about.digest)})
         else:
             rows.append(None)
     return rows
-
-
-def _is_by(row: Row, maker: str) -> bool:
-    """Whether a captioner has looked at the clip of a committed row."""
-    if row["captions"] is None:
-        return row["reason"].partition(":")[0] in ("refused", "rejected", "bad_answer")
-    return [caption["source"] for caption in row["captions"]] == [maker]
 
 
 def commit(dataset: str, base: index.Shard, column: str, rows: Sequence[Mapping[str, Any]]) -> None:

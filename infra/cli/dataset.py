@@ -6,7 +6,7 @@ import click
 
 from longtake.datasets.masking import shown, shown_within
 
-_DIFF_LINES = 20
+_DIFF_LINES, _MAKERS = 20, 4
 _PICTURES = {b"\xff\xd8": "jpg", b"\x89PNG": "png", b"RIFF": "webp"}  # by their first bytes
 
 
@@ -58,8 +58,13 @@ def ls(url: str) -> None:
 
 
 def _captioned(overview: Any) -> str:
-    """How many clips have captions, and who made them."""
-    makers = ", ".join(f"{count} by {maker}" for maker, count in overview.makers.most_common())
+    """How many clips have captions, and who made most of them."""
+    from longtake.datasets import storage
+
+    most = overview.makers.most_common(_MAKERS)
+    makers = ", ".join(f"{count} by {shown(storage.printable(maker))[:80]}" for maker, count in most)
+    if (rest := overview.makers.total() - sum(count for _, count in most)) > 0:
+        makers += f", {rest} by {len(overview.makers) - len(most)} others"
     return f"of {overview.clips - overview.without} of {overview.clips} clips" + (f" ({makers})" if makers else "")
 
 

@@ -341,7 +341,7 @@ def _use_of_encoder(store: Runs, uri: str, encoders: set[str]) -> str | None:
 def _columns(dataset: str, pattern: re.Pattern[str]) -> dict[str, dict[str, int]]:
     """The bytes of the files of each column. Indexes go before tars, so that no half of it looks whole."""
     columns: dict[str, dict[str, int]] = {}
-    for part in ("compact", *schema.SPLITS):
+    for part in ("compact", "answers", *schema.SPLITS):
         for url, count in sorted(debris.files(storage.join(dataset, part)), key=lambda f: f[0].endswith(".tar")):
             if match := pattern.fullmatch(url.rpartition("/")[2]):
                 columns.setdefault(match[1], {})[url] = count

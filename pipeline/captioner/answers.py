@@ -1,74 +1,81 @@
 """Answers of a captioner whose shard is not committed yet, in small files, so that no clip is asked about twice.
 
-OUTPUT/answers/COLUMN/SPLIT-NAME/ID.json has a few answers each. Files are written whole, never changed, and deleted once
-their shard is committed.
+DATASET/answers/SPLIT-NAME.COLUMN.ID.json has a few answers each: beside the clips, whatever else the dataset gets meanwhile.
+Files are written whole, never changed, and deleted once their shard is committed.
 """
 
 import json
 import secrets
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict
 from functools import partial
-from time import monotonic
 
 from longtake.datasets import storage
 from longtake.datasets.errors import Failure
 from longtake.pipeline.captioner.reply import Answer
 
 FOLDER = "answers"
-_A_FILE, _SECONDS = 8, 0.5  # answers in a file at most, and for how long one gathers them
 
 
 class Answers:
-    """The answers of one shard. `add` keeps them, `flush` before the end."""
+    """The answers of one shard. `flush` keeps what was added."""
 
-    def __init__(self, output: str, column: str, split: str, name: str) -> None:
-        self._folder = storage.join(output, FOLDER, column, f"{split}-{name}")
+    def __init__(self, dataset: str, column: str, split: str, name: str) -> None:
+        self._folder, self._prefix = storage.join(dataset, FOLDER), f"{split}-{name}.{column}."
         self._waiting: list[Answer] = []
-        self._flushed = 0.0
 
     def read(self) -> dict[str, Answer]:
         """The answers that were kept, by key. Raises Failure where a file is damaged."""
-        found = {}
-        for name in storage.names(self._folder):
-            if name.startswith(".") or not name.endswith(".json"):
-                continue
-            url = storage.join(self._folder, name)
-            try:
-                found.update(
-                    {answer.key: answer for answer in (Answer(**each) for each in json.loads(storage.read(url)))}
-                )
-            except (ValueError, TypeError) as e:
-                raise Failure(f"{url}: damaged ({e}); delete it and run the same command again") from e
-        return found
+        with ThreadPoolExecutor(16) as pool:
+            return {answer.key: answer for found in pool.map(_read, self._urls()) for answer in found}
 
     def add(self, answer: Answer) -> None:
         self._waiting.append(answer)
-        if len(self._waiting) >= _A_FILE or monotonic() - self._flushed > _SECONDS:
-            self.flush()
 
     def flush(self) -> None:
-        """Write what was added since the last file."""
         if self._waiting:
-            _write(storage.join(self._folder, f"{secrets.token_hex(8)}.json"), self._waiting)
-            self._waiting, self._flushed = [], monotonic()
+            url = storage.join(self._folder, f"{self._prefix}{secrets.token_hex(8)}.json")
+            storage.write(url, json.dumps([asdict(answer) for answer in self._waiting]).encode())
+            self._waiting = []
 
     def delete(self) -> None:
-        delete(self._folder)
+        _delete(self._urls())
+
+    def _urls(self) -> list[str]:
+        return _urls(self._folder, lambda name: name.startswith(self._prefix))
 
 
-def _write(url: str, answers: Sequence[Answer]) -> None:
-    storage.write(url, json.dumps([asdict(answer) for answer in answers]).encode())
+def _urls(folder: str, is_ours: Callable[[str], bool]) -> list[str]:
+    # hidden ones are a writer's at work
+    return [storage.join(folder, name) for name in storage.names(folder) if not name.startswith(".") and is_ours(name)]
 
 
-def delete(folder: str) -> None:
-    """Delete a folder of answers, if there is one."""
-    fs, path = storage.filesystem(folder)
-    with suppress(FileNotFoundError):
-        storage.retrying(path, partial(fs.rm, path, recursive=True))
+def _read(url: str) -> list[Answer]:
+    try:
+        return [Answer(**each) for each in json.loads(storage.read(url))]
+    except (ValueError, TypeError) as e:
+        raise Failure(f"{url}: damaged ({e}); delete it and run the same command again") from e
 
 
-def sweep(output: str) -> None:
-    """Delete all answers, once every shard is committed; a stopped run may have left some."""
-    delete(storage.join(output, FOLDER))
+def _delete(urls: Iterable[str]) -> None:
+    def delete(url: str) -> None:
+        fs, path = storage.filesystem(url)
+        with suppress(FileNotFoundError):
+            storage.retrying(path, partial(fs.rm_file, path))
+
+    with ThreadPoolExecutor(16) as pool:
+        list(pool.map(delete, urls))
+
+
+def are_kept(dataset: str, column: str) -> bool:
+    """Whether there are answers of a column."""
+    return bool(_urls(storage.join(dataset, FOLDER), lambda name: f".{column}." in name))
+
+
+def sweep(dataset: str, column: str) -> None:
+    """Delete all answers of a column, once every shard is committed; a stopped run may have left some."""
+    folder = storage.join(dataset, FOLDER)
+    storage.sweep(folder)
+    _delete(_urls(folder, lambda name: f".{column}." in name))

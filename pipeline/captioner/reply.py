@@ -3,7 +3,7 @@
 import hashlib
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -74,18 +74,18 @@ SCHEMA = {
 }
 
 
-def read(content: Any, token: str, most: int) -> str:
-    """The caption in an answer of at most `most` characters. Raises Bad."""
+def read(content: Any, token: str, most: int, clean: Callable[[str], str] = str) -> str:
+    """The caption in an answer of at most `most` characters. Raises Bad, which quotes what `clean` leaves of the answer."""
     if not isinstance(content, str) or not content.strip():
         raise Bad("the answer is empty")
     try:
         found = json.loads(_FENCE.sub("", content))
     except (ValueError, RecursionError):
-        raise Bad(f"the answer is no JSON, or cut: {content[-40:]!a}") from None
+        raise Bad(f"the answer is no JSON, or cut: {clean(content)[-40:]!a}") from None
     if not isinstance(found, dict) or not isinstance(found.get("caption"), str):
         raise Bad("the answer has no caption")
     if found.get("clip") != token:
-        raise Bad(f"the answer is about another clip, {str(found.get('clip'))[:20]!a}")
+        raise Bad(f"the answer is about another clip, {clean(str(found.get('clip')))[:20]!a}")
     return checked(found["caption"], most)
 
 

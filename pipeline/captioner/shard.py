@@ -25,7 +25,6 @@ def make_captions(
     captioner: Captioner,
     maker: str,
     dataset: str,
-    output: str,
     column: str,
     split: str,
     name: str,
@@ -37,7 +36,6 @@ def make_captions(
     Args:
         captioner: gives an answer for each clip, in any order, and None while it waits.
         maker: the captioner's name.
-        output: where answers are kept until the commit.
         keep: (N,) bool, the clips that the captioner may look at.
 
     Returns:
@@ -55,7 +53,7 @@ def make_captions(
     found = captions.said(dataset, base, captions.is_images(dataset))
     rows = captions.begun(base, found, captions.committed(dataset, base, column), maker, keep)
     wanted = [row for row, done in zip(base.table.to_pylist(), rows, strict=True) if done is None]
-    kept = Answers(output, column, split, name)
+    kept = Answers(dataset, column, split, name)
     digests = {row["key"]: row["sha256"] for row in wanted}
     answered = {key: one for key, one in kept.read().items() if digests.get(key) == one.base_sha256}
     before, spent = len(answered), False
@@ -79,7 +77,7 @@ def make_captions(
             else:
                 answered[answer.key] = answer
                 kept.add(answer)
-            report(ready + len(answered), f"{len(answered)} of {len(wanted)} answers")
+                report(ready + len(answered), f"{len(answered)} of {len(wanted)} answers")
     except Spent:
         spent = True
         return counts()
@@ -98,4 +96,4 @@ def make_captions(
 
 def _row(base: Mapping[str, Any], answer: Answer, annotations: str, maker: str) -> dict[str, Any]:
     made = [] if answer.text is None else [Caption(answer.text, source=maker)]
-    return records.row_of(base, made, answer.reason, annotations)
+    return records.row_of(base, made, answer.reason, captions.asked(annotations))

@@ -43,7 +43,7 @@ class CaptionConfig(WorkerConfig):
     max_requests          budget of a run in requests, those that fail included; null: no bound
     max_tokens            budget of a run in tokens, of prompts and answers; null: no bound
     timeout_seconds       longest wait for one answer
-    patience_seconds      longest wait for an endpoint that is busy or away, in which a request is tried again
+    patience_seconds      longest wait for an endpoint that is busy or away, or fails at a clip; its request is tried again
     tries                 answers that a clip may have that are cut, empty, too long, or about another clip
     batch                 clips at once, of a local model
     """
@@ -181,8 +181,8 @@ def run(config: Config, inputs: Mapping[str, str], output: str) -> dict[str, Any
     jobs = [shard.job for shard in begun if shard.job]
     with columns.sweeping(dataset) as totals:
         if jobs:
-            totals.update(_ask(config, dataset, output, column, maker, jobs))
-    answers.sweep(output)
+            totals.update(_ask(config, dataset, column, maker, jobs))
+    answers.sweep(dataset, column)
 
     # The record.
     counts = _counts(columns.shards_of(dataset, column, base))
@@ -231,7 +231,7 @@ def _check_endpoint(config: Config, url: str) -> None:
         raise UserError(
             f"key_env: the environment variable {config.key_env} is not set; export the endpoint's key in it"
         )
-    from longtake.pipeline.captioner.endpoint import unreachable
+    from longtake.pipeline.captioner.server import unreachable
 
     if problem := unreachable(url):
         raise UserError(f"endpoint: {shown(url)}: does not answer ({shown(problem)}); start it, or correct the address")
@@ -263,14 +263,14 @@ def _begin(
     return _Shard(committed=True, replaced=earlier is not None)
 
 
-def _ask(config: Config, dataset: str, output: str, column: str, maker: str, jobs: list[Job]) -> Counter[str]:
+def _ask(config: Config, dataset: str, column: str, maker: str, jobs: list[Job]) -> Counter[str]:
     """Have a captioner make the shards of the jobs.
 
     Raises:
         UserError: there is no such endpoint, or its key is not set.
         Failure: the budget is used up, or some could not be made.
     """
-    arguments: dict[str, Any] = {"maker": maker, "dataset": dataset, "output": output, "column": column}
+    arguments: dict[str, Any] = {"maker": maker, "dataset": dataset, "column": column}
     if config.endpoint is None:
         arguments["showing"] = _showing(config)
         return columns.make("caption", jobs, config.run, _load_model, [], arguments)
@@ -278,7 +278,7 @@ def _ask(config: Config, dataset: str, output: str, column: str, maker: str, job
     run = config.run
     workers = run.model_copy(update={"gpus": 0.0, "workers": run.workers or 1})
     budget = (run.requests_per_minute, run.max_requests, run.max_tokens)
-    arguments |= {"asking": _asking(config), "key_env": config.key_env, "proven": _is_proven(dataset, column, maker)}
+    arguments |= {"asking": _asking(config), "key_env": config.key_env, "proven": _is_proven(dataset, column)}
     share = partial(_share_meter, budget)
     totals = columns.make("caption", jobs, workers, _load_endpoint, [], arguments, share)
     if totals["spent"]:
@@ -298,12 +298,14 @@ def _share_meter(budget: tuple[float | None, int | None, int | None], ray: Any) 
     return {"meter": ray.remote(num_cpus=0)(Meter).remote(*budget)}
 
 
-def _is_proven(dataset: str, column: str, maker: str) -> bool:
-    """Whether the captioner has made any caption of a committed shard."""
+def _is_proven(dataset: str, column: str) -> bool:
+    """Whether the captioner has answered before: about a clip of a committed shard, or of one that is not committed yet."""
+    if answers.are_kept(dataset, column):
+        return True
     for split in schema.SPLITS:
         for name in index.shard_names(dataset, split, column):
-            table = index.read_shard(dataset, split, name).table
-            if any(each["source"] == maker for row in table["captions"].to_pylist() for each in row or ()):
+            rows = index.read_shard(dataset, split, name).table.to_pylist()
+            if any(row["captions"] and captions.is_asked(row) for row in rows):
                 return True
     return False
 

@@ -126,7 +126,7 @@ def test_an_answer_of_no_use_is_a_reason(dataset: str, folder: str, tmp_path: Pa
     for split in schema.SPLITS:
         for base in index.read_shards(root, split):
             keep = np.ones(len(base.table), bool)
-            made = make_captions(model, "tiny", root, str(tmp_path / "o"), "caption-tiny", split, base.name, keep)
+            made = make_captions(model, "tiny", root, "caption-tiny", split, base.name, keep)
             assert made["asked"] == len(keep)
     for shard in index.read_shards(root, "train", "caption-tiny"):
         for row in shard.table.to_pylist():

@@ -1,5 +1,6 @@
 """A stand-in for an OpenAI-compatible endpoint, which describes clips, fails, stalls and lies as a test wants it to."""
 
+import itertools
 import json
 import re
 import threading
@@ -18,19 +19,24 @@ def caption_of(token: str) -> str:
 class FakeEndpoint:
     """Serves on a free port of this machine, in threads, until `close`.
 
-    `moods` has what is still to happen to the requests about a clip, by the token that stands for it; then, and for all
-    others, `always`. A mood is the name of a method `_mood_NAME`.
+    `moods` has what is still to happen to the requests about a clip, by the token that stands for it, the last of it for
+    ever if that is in `lasting`; then, and for all others, `always`. A mood is the name of a method `_mood_NAME`.
     """
 
     def __init__(self) -> None:
         self.moods: dict[str, list[str]] = {}
+        self.lasting: dict[str, str] = {}
         self.always = "good"
+        self.models = "listed"  # the mood in which it lists its models
         self.key: str | None = None
         self.stall = 5.0  # seconds
         self.requests: list[dict[str, Any]] = []  # bodies, in order of their arrival
         self.asked = Counter[str]()  # requests by token
         self.answered = Counter[str]()  # good answers that were sent, by token
         self.at_once = self.most_at_once = 0
+        self.trickled = False  # whether anybody has waited for the end of an answer that never ends
+        usages = ("null", "[]", "1", *(f'{{"total_tokens": {n}}}' for n in ("1e999", "-5", '"many"', "true", "1e3")))
+        self._usages = itertools.cycle(usages)
         self._lock = threading.Lock()
         endpoint = self
 
@@ -39,7 +45,7 @@ class FakeEndpoint:
                 pass
 
             def do_GET(self) -> None:
-                _send(self, 200, b'{"data": []}')
+                getattr(endpoint, f"_mood_{endpoint.models}")(self, "")
 
             def do_POST(self) -> None:
                 endpoint._answer(self)
@@ -63,7 +69,7 @@ class FakeEndpoint:
             self.requests.append(body)
             self.asked[token] += 1
             waiting = self.moods.get(token)
-            mood = waiting.pop(0) if waiting else self.always
+            mood = waiting.pop(0) if waiting else self.lasting.get(token, self.always)
             self.at_once += 1
             self.most_at_once = max(self.most_at_once, self.at_once)
         try:
@@ -103,19 +109,48 @@ class FakeEndpoint:
         handler.wfile.write(b'{"choices": [')
         handler.close_connection = True
 
+    def _mood_torn_usage(self, handler: BaseHTTPRequestHandler, token: str) -> None:
+        handler.send_response(200)
+        handler.send_header("Content-Length", "1000")
+        handler.end_headers()
+        handler.wfile.write(b'{"usage": {"total_tokens": 100}, "choices": [')
+        handler.close_connection = True
+
+    def _mood_drips_usage(self, handler: BaseHTTPRequestHandler, token: str) -> None:
+        handler.send_response(200)
+        handler.end_headers()
+        handler.wfile.write(b'{"usage": {"total_tokens": 100}, "choices": [')
+        self._trickle(handler, b" ", 0.02)
+
     def _mood_stalls(self, handler: BaseHTTPRequestHandler, token: str) -> None:
         time.sleep(self.stall)
 
     def _mood_drips(self, handler: BaseHTTPRequestHandler, token: str) -> None:
         """An answer that never ends, a little at a time, so that no read of it is late."""
-        handler.send_response(200)
+        self._drip(handler, 200)
+
+    def _mood_drips_error(self, handler: BaseHTTPRequestHandler, token: str) -> None:
+        self._drip(handler, 500)
+
+    def _mood_floods_error(self, handler: BaseHTTPRequestHandler, token: str) -> None:
+        self._drip(handler, 500, b" " * (1 << 16), 0.0)
+
+    def _mood_drips_head(self, handler: BaseHTTPRequestHandler, token: str) -> None:
+        handler.wfile.write(b"HTTP/1.1 200 OK\r\nX-Word: ")
+        self._trickle(handler, b"x", 0.02)
+
+    def _drip(self, handler: BaseHTTPRequestHandler, status: int, part: bytes = b" ", pause: float = 0.02) -> None:
+        handler.send_response(status)
         handler.end_headers()
+        self._trickle(handler, part, pause)
+
+    def _trickle(self, handler: BaseHTTPRequestHandler, part: bytes, pause: float) -> None:
         end = time.monotonic() + self.stall
         while time.monotonic() < end:
-            handler.wfile.write(b" ")
+            handler.wfile.write(part)
             handler.wfile.flush()
-            time.sleep(0.02)
-        handler.close_connection = True
+            time.sleep(pause)
+        self.trickled = handler.close_connection = True
 
     def _mood_cut(self, handler: BaseHTTPRequestHandler, token: str) -> None:
         _chat(handler, json.dumps({"clip": token, "caption": caption_of(token)})[:-9])
@@ -145,7 +180,49 @@ class FakeEndpoint:
         _send(handler, 400, b'{"error": {"message": "no such picture"}}')
 
     def _mood_nonsense(self, handler: BaseHTTPRequestHandler, token: str) -> None:
-        _send(handler, 200, b'{"choices": []}')
+        _send(handler, 200, b'{"choices": [], "usage": {"total_tokens": 100}}')
+
+    def _mood_null(self, handler: BaseHTTPRequestHandler, token: str) -> None:
+        _send(handler, 200, b'{"choices": [{"message": null}], "usage": {"total_tokens": 100}}')
+
+    def _mood_deep(self, handler: BaseHTTPRequestHandler, token: str) -> None:
+        _send(handler, 200, b"[" * 100_000)
+
+    def _mood_odd_usage(self, handler: BaseHTTPRequestHandler, token: str) -> None:
+        """Good, but for what it says of its tokens."""
+        text = json.dumps({"clip": token, "caption": caption_of(token)})
+        usage = next(self._usages)
+        with self._lock:
+            self.answered[token] += 1
+        body = f'{{"choices": [{{"message": {{"content": {json.dumps(text)}}}}}], "usage": {usage}}}'
+        _send(handler, 200, body.encode())
+
+    def _mood_elsewhere(self, handler: BaseHTTPRequestHandler, token: str) -> None:
+        _send(handler, 308, b"", {"Location": "https://elsewhere.example/v1"})
+
+    def _mood_torn_with_key(self, handler: BaseHTTPRequestHandler, token: str) -> None:
+        _send(handler, 200, b'{"error": "no such key: ' + KEY.encode())
+
+    def _mood_cut_with_key(self, handler: BaseHTTPRequestHandler, token: str) -> None:
+        _chat(handler, '{"caption": "' + KEY.replace("-", "\\u002d"))
+
+    def _mood_wrong_with_key(self, handler: BaseHTTPRequestHandler, token: str) -> None:
+        _chat(handler, json.dumps({"clip": KEY, "caption": "another"}))
+
+    def _mood_refuses_with_key(self, handler: BaseHTTPRequestHandler, token: str) -> None:
+        _chat(handler, None, refusal=f"{'no ' * 55}{KEY}")
+
+    def _mood_rejects_with_key(self, handler: BaseHTTPRequestHandler, token: str) -> None:
+        _send(handler, 400, json.dumps({"error": {"message": f"{'x' * 190} {KEY}"}}).encode())
+
+    def _mood_caption_with_key(self, handler: BaseHTTPRequestHandler, token: str) -> None:
+        _chat(handler, json.dumps({"clip": token, "caption": f"a clip of {KEY}"}))
+
+    def _mood_down_with_key(self, handler: BaseHTTPRequestHandler, token: str) -> None:
+        _send(handler, 503, KEY.encode(), {"Retry-After": "0.05"})
+
+    def _mood_listed(self, handler: BaseHTTPRequestHandler, token: str) -> None:
+        _send(handler, 200, b'{"data": []}')
 
 
 def _chat(

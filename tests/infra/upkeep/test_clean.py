@@ -368,6 +368,7 @@ def test_captions_go_only_where_asked_for_and_no_stage_uses_them_or_names_their_
         write_captions(output, Captions(dataset, name, captioner, None, {}, {}))
         for split in ("train", "val"):
             storage.write(storage.join(dataset, split, f"00000.{name}.parquet"), b"0" * 100)
+        storage.write(storage.join(dataset, "answers", f"train-00001.{name}.ab12.json"), b"0" * 50)
 
     make("caption-a1", None, "old")
     make("caption-b2", "vlm", "older")
@@ -375,7 +376,7 @@ def test_captions_go_only_where_asked_for_and_no_stage_uses_them_or_names_their_
     assert not any("caption" in where for where in here.find()[0])
     items, kept = here.find("captions")
     assert {where.rpartition(" ")[2] for where in items} == {"caption-a1", "caption-b2"} and not kept
-    assert all(item.bytes == 200 for item in items.values())
+    assert all(item.bytes == 250 for item in items.values())
     here.more["captions"] |= {"model": "vlm", "endpoint": "http://host/v1"}
     items, kept = here.find("captions")
     assert {where.rpartition(" ")[2] for where in items} == {"caption-a1", "caption-c3"}
@@ -383,7 +384,8 @@ def test_captions_go_only_where_asked_for_and_no_stage_uses_them_or_names_their_
     gone = next(item for item in items.values() if item.where.endswith("a1"))
     before = tree(Path(dataset))
     clean.remove(gone, here.open()[2])
-    assert before - tree(Path(dataset)) == {f"{split}/00000.caption-a1.parquet" for split in ("train", "val")}
+    files = {f"{split}/00000.caption-a1.parquet" for split in ("train", "val")}
+    assert before - tree(Path(dataset)) == files | {"answers/train-00001.caption-a1.ab12.json"}
 
 
 def test_half_models_of_killed_runs_go_and_whole_ones_stay(here: Workspace) -> None:
