@@ -105,14 +105,14 @@ class FrameDiffConfig(StageConfig):
 class AudioConfig(StageConfig):
     """The column of sound.
 
-    codec      opus takes a quarter of the bytes of flac, which loses nothing
+    codec      opus takes a fifth of the bytes of flac, which loses nothing
     bitrate    of opus, bits per second; with less than the least one a window would not sound as in the whole
     rate       samples per second
     channels   that the sound is mixed to
     """
 
     codec: Literal["opus", "flac"] = "opus"
-    bitrate: int = Field(128_000, ge=64_000, le=512_000)
+    bitrate: int = Field(96_000, ge=64_000, le=512_000)
     rate: int = Field(48_000, ge=8_000, le=192_000)
     channels: Literal[1, 2] = 2
 

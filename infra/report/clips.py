@@ -1,4 +1,4 @@
-"""The clips of a dataset on the page: contact sheets and histograms, kept beside dropped."""
+"""The clips of a dataset on the page: contact sheets with their sound, and histograms, kept beside dropped."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from longtake.datasets import clip, index, schema, storage
-from longtake.infra.report import pictures, words
+from longtake.infra.report import pictures, sounds, words
 from longtake.infra.report.embed import Pictures, data_uri
 
 MOST_KEPT, MOST_DROPPED = 48, 24
@@ -55,8 +55,8 @@ def contact(dataset: str, clips: pa.Table, uris: dict[str, str], keep: bool, fol
     with ThreadPoolExecutor(4) as pool:
         strips = list(pool.map(lambda row: _strip(dataset, row), rows))
     tiles = [
-        _tile(row, uris.get(row["source"], ""), strip) | {"texts": words.texts(dataset, row)}
-        for row, strip in zip(rows, strips, strict=True)
+        _tile(row, uris.get(row["source"], ""), strip) | {"texts": words.texts(dataset, row), "sound": sound}
+        for row, strip, sound in zip(rows, strips, sounds.of_clips(dataset, rows), strict=True)
     ]
     drawn = [(strip, _caption(tile)) for strip, tile in zip(strips, tiles, strict=True) if not isinstance(strip, str)]
     if drawn:

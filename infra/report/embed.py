@@ -7,7 +7,7 @@ from pathlib import Path
 
 from longtake.datasets import storage
 
-_TYPES = {"svg": "image/svg+xml", "jpg": "image/jpeg", "png": "image/png", "mp4": "video/mp4"}
+_TYPES = {"svg": "image/svg+xml", "jpg": "image/jpeg", "png": "image/png", "mp4": "video/mp4", "ogg": "audio/ogg"}
 
 
 def data_uri(kind: str, data: bytes) -> str:

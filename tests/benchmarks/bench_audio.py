@@ -4,8 +4,9 @@
 
 The sound of the videos of FOLDER, and generated tones, are cut into clips as `shard` does. For each codec:
 bytes a second, CPU milliseconds for a second to encode, to decode a clip, and to decode a window of 17 frames of it, and the
-error as a share of the sound's root mean square. Then batches of the loader are made with video alone and with video and
-sound, in turns: the target is a rate of 0.9 of that without. CPU seconds, so that other work does not disturb the clock.
+error as a share of the sound's root mean square. Then the same batches of the loader are made with video alone and with
+video and sound, in turns: the target is a rate of 0.9 of that without. CPU seconds and medians, so that other work does not
+disturb them.
 """
 
 import argparse
@@ -111,13 +112,14 @@ def rates(dataset: str, batches: int, short_side: int) -> dict[str, float]:
     """Windows a CPU second of the loader with and without sound, which make the same batches in turns, and their ratio."""
     options: dict[str, Any] = {"frames": WINDOW, "size": (short_side, short_side), "batch": 4}
     loaders = {" and ".join(c): iter(Loader(dataset, columns=c, **options)) for c in (("video",), ("video", "audio"))}
-    seconds = dict.fromkeys(loaders, 0.0)
+    seconds: dict[str, list[float]] = {name: [] for name in loaders}
     for number in range(batches + 4):
         for name, loader in loaders.items():
             spent, _ = timed(partial(next, loader))
-            seconds[name] += spent if number >= 4 else 0  # the first ones open tars
-    found = {name: 4 * batches / spent for name, spent in seconds.items()}
-    return found | {"ratio": found["video and audio"] / found["video"]}
+            seconds[name] += [spent] if number >= 4 else []  # the first ones open tars
+    alone, both = seconds.values()
+    found = {name: 4 / statistics.median(spent) for name, spent in seconds.items()}
+    return found | {"ratio": statistics.median(a / b for a, b in zip(alone, both, strict=True))}
 
 
 def main() -> None:
@@ -133,13 +135,15 @@ def main() -> None:
     print(f"{len(chosen)} videos with sound: {', '.join(path.name for path in chosen)}")
     print(json.dumps({"footage": compare([c for clips in chosen.values() for c in clips])}, indent=2))
     print(json.dumps({"tones": compare(tones(given.seconds))}, indent=2))
-    for codec in ("flac", "opus"):
+    for name in ("flac", "opus 96k", "opus 128k"):
+        settings = CODECS[name]
+        assert settings
         with tempfile.TemporaryDirectory() as folder:
-            dataset = sharded(Path(folder), list(chosen), given.clip_short_side, {"codec": codec})
+            dataset = sharded(Path(folder), list(chosen), given.clip_short_side, settings.model_dump())
             sound = sum(s.tar_bytes for s in index.read_shards(dataset, "train", "audio"))
             video = sum(s.tar_bytes for s in index.read_shards(dataset, "train"))
             result = rates(dataset, given.batches, given.clip_short_side)
-            print(json.dumps({codec: result | {"MB": sound / 1e6, "video MB": video / 1e6}}, indent=2))
+            print(json.dumps({name: result | {"MB": sound / 1e6, "video MB": video / 1e6}}, indent=2))
 
 
 if __name__ == "__main__":

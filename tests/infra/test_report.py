@@ -8,6 +8,7 @@ import shutil
 import time
 from pathlib import Path
 
+import claps
 import numpy as np
 import pytest
 import spoken
@@ -270,6 +271,35 @@ def test_captions_are_under_their_clips_and_counted(dataset, tmp_path):
 
 def test_a_dataset_without_captions_says_nothing_of_them(page):
     assert "have captions" not in text_of(page) and "#captions" not in page.read_text()
+
+
+def test_sound_is_heard_under_its_clips(tmp_path, monkeypatch):
+    paths = [claps.write(tmp_path / "a.mp4"), claps.write(tmp_path / "b.mp4", codec=None)]
+    dataset = claps.dataset_of(tmp_path / "dataset", paths, {})
+    rows = claps.column(dataset)
+    players = r'<audio controls preload="none" src="data:audio/ogg;base64,([\w+/=]+)"></audio>'
+    raw = build(tmp_path / "report", "r", [], dataset, None, TRACKING).read_text()
+    heard = [base64.b64decode(data) for data in re.findall(players, raw)]
+    assert sorted(heard) == sorted(row["data"] for row in rows if row["has_audio"])
+    assert raw.count('<span title="its source has no sound">no sound</span>') == 4
+    assert not re.search(r'\b(src|href)="(?!data:|#)', raw) and len(raw) < 2e6
+
+    loud = [row for row in rows if row["has_audio"]]
+    monkeypatch.setattr("longtake.infra.report.sounds._SOUND_BYTES", 2 * max(row["size"] for row in loud))
+    raw = build(tmp_path / "small", "r", [], dataset, None, TRACKING).read_text()
+    assert len(re.findall(players, raw)) == 2 and raw.count(">sound left out</span>") == 2
+    assert f"longtake dataset show {dataset} {loud[-1]['key']} --save FOLDER" in raw
+
+    with Path(dataset, "train", "00000.audio.tar").open("r+b") as tar:
+        tar.seek(loud[0]["offset"] + 100)
+        tar.write(bytes(50))
+    raw = build(tmp_path / "damaged", "r", [], dataset, None, TRACKING).read_text()
+    assert raw.count(">sound is damaged</span>") == 1 and "longtake dataset verify" in raw
+    Path(dataset, "train", "00000.audio.tar").unlink()
+    assert build(tmp_path / "lost", "r", [], dataset, None, TRACKING).read_text().count(">sound is missing</span>") == 4
+
+    mute = claps.dataset_of(tmp_path / "mute", paths[1:])
+    assert "sound" not in build(tmp_path / "no column", "r", [], mute, None, TRACKING).read_text()
 
 
 def test_names_are_escaped(page):
