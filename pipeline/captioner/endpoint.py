@@ -151,7 +151,7 @@ class Endpoint:
     def _settled(self, answer: Answer) -> Iterator[Answer]:
         """Pass an answer on; one without an answer of use waits for one that has, so that it is not about the endpoint."""
         code = (answer.reason or "").partition(":")[0]
-        if code == "unanswered" or (code == "rejected" and not self._proven):
+        if code == "unanswered" or (code in ("rejected", "bad_answer") and not self._proven):
             self._held.append(answer)
             if len(self._held) >= _MOST_HELD:
                 raise self._of_no_use()
@@ -170,12 +170,13 @@ class Endpoint:
         yield from self._held_back()
 
     def _of_no_use(self) -> Useless:
-        reason = self._held[0].reason or ""
-        if not reason.startswith("rejected"):
-            return self._silent(reason)
-        return Useless(
-            f"{shown(self._asking.url)}: rejects every request ({reason}); check `model`, `send`, `frames` and `settings`"
-        )
+        reason, url = self._held[0].reason or "", shown(self._asking.url)
+        if reason.startswith("rejected"):
+            return Useless(f"{url}: rejects every request ({reason}); check `model`, `send`, `frames` and `settings`")
+        if reason.startswith("bad_answer"):
+            # such as the page of a proxy, or a model that cannot write JSON
+            return Useless(f"{url}: gives no answer of use ({reason}); check `endpoint`, `model` and `prompt`")
+        return self._silent(reason)
 
     def _silent(self, problem: str) -> Useless:
         return Useless(

@@ -399,6 +399,7 @@ def test_what_stays_of_no_use_ends_as_a_row_that_says_why(root: str, tmp_path: P
         ("stalls", {"patience_seconds": 0.2, "timeout_seconds": 0.3}, "no answer in 0.3 s"),
         ("drips_error", {"patience_seconds": 0.2, "timeout_seconds": 0.3}, "HTTP 500; nothing else"),
         ("elsewhere", {}, r"HTTP 308 https://elsewhere.example/v1; check `endpoint`"),
+        ("nonsense", {}, r"gives no answer of use \(bad_answer: .*check `endpoint`, `model` and `prompt`"),
         ("rejects", {}, r"rejects every request \(rejected: HTTP 400 .*no such picture.*check `model`"),
     ],
 )
