@@ -80,7 +80,7 @@ def _listed(value: Any, name: str) -> Sequence[Any]:
     if isinstance(value, str):
         try:
             value = json.loads(value)
-        except ValueError as e:
+        except (ValueError, RecursionError) as e:  # the second where it is nested too deep
             raise ValueError(f"{name}: {_short(value)} is no list in JSON") from e
     if value is None:
         return []

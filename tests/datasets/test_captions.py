@@ -108,6 +108,7 @@ def test_annotations_give_captions_with_their_spans_and_makers() -> None:
         ({"caption": 3}, "caption: 3 is no text"),
         ({"captions": "a dog"}, "captions: 'a dog' is no list in JSON"),
         ({"captions": {"text": "a"}}, "captions: .* is no list"),
+        ({"captions": "[" * 100_000}, r"captions: '\[{79} is no list in JSON"),
         ({"captions": ["a", None]}, "captions: entry 2: None is no text"),
         ({"captions": [{"text": "a", "begin": 1}]}, "captions: entry 1: unknown begin; there are text, start"),
         ({"captions": [{"start": 1}]}, "captions: entry 1: its text is None"),

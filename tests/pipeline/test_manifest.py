@@ -391,6 +391,8 @@ def test_sizes_as_pandas_writes_them(tmp_path: Path) -> None:
         ("m.jsonl", '{"uri":"a","x":' + "[" * 40 + "]" * 40 + "}", "line 1 is nested more than 32 deep"),
         ("m.jsonl", '{"uri":"a","x":' + "[" * 100_000 + "]" * 100_000 + "}", "line 1: "),
         ("m.jsonl", '{"uri":"a","x":' + "9" * 5000 + "}", "line 1: Exceeds the limit"),
+        ("m.jsonl", '{"uri":"a","captions":"' + "[" * 100_000 + '"}', "the row of a: captions: '[[["),
+        ("m.csv", "uri,shots\na," + "[" * 100_000 + "\n", "the row of a: shots: '[[["),
         ("m.jsonl", '{"uri":"a","x":"' + "y" * 1_100_000 + '"}', "line 1 has more than 1048576 characters"),
         ("m.json", '[{"uri":"a"},{"uri":"b"', "entry 2: the list breaks off"),
         ("m.json", '[{"uri":"a"},]', "entry 2: ']' where { is due"),
