@@ -132,11 +132,11 @@ def check_output(out: str) -> None:
     if not storage.is_local(out):
         return
     target = Path(storage.filesystem(out)[1])
-    if os.path.isdir(target):
-        raise UserError(f"--out: {out}: is a folder; name a file in it")
     folder = next(folder for folder in target.parents if os.path.lexists(folder))
     probe = folder / storage.temporary_name(target.name)
     try:
+        if target.is_dir():
+            raise UserError(f"--out: {out}: is a folder; name a file in it")
         probe.touch()
         probe.unlink()
     except OSError as e:
