@@ -9,6 +9,7 @@ import hashlib
 import json
 import math
 import re
+import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -71,7 +72,7 @@ def of_source(columns: Mapping[str, Any]) -> list[Caption]:
             try:
                 text.encode()
             except UnicodeEncodeError as e:
-                raise ValueError(f"caption: {ascii(text)[:80]} has half a character, which UTF-8 cannot hold") from e
+                raise ValueError(f"caption: {ascii(text)[:80]} is no UTF-8; write it again") from e
     return found
 
 
@@ -80,7 +81,7 @@ def _listed(value: Any, name: str) -> Sequence[Any]:
     if isinstance(value, str):
         try:
             value = json.loads(value)
-        except ValueError as e:
+        except (ValueError, RecursionError) as e:  # the second where it is nested too deep
             raise ValueError(f"{name}: {_short(value)} is no list in JSON") from e
     if value is None:
         return []
@@ -117,7 +118,8 @@ def _caption(entry: Any, source: str, timed: bool) -> Caption:
 def _seconds(value: Any, name: str) -> float | None:
     if value is None:
         return None
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value < 0:
+    # an integer may be more than a float holds, which `math.isfinite` does not take
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= sys.float_info.max:
         raise ValueError(f"its {name} is {_short(value)}, no seconds")
     return float(value)
 

@@ -1,7 +1,8 @@
 """Files of rows as Arrow batches: CSV, TSV, JSON, JSON Lines and Parquet, streamed in constant memory.
 
 Each batch comes with `extra`: all columns but uri, bytes and etag as one JSON object a row, without empty cells; but an empty
-`caption` is one, except in CSV, which has no other word for none. Who wrote a file need not be trusted: rows have bounds on
+`caption` is one, except in CSV, which has no other word for none. What no JSON and no UTF-8 has a word for becomes null or a
+replacement; in captions it stays, so that they are refused with their row. Who wrote a file need not be trusted: rows have bounds on
 their size and depth.
 """
 
@@ -12,6 +13,7 @@ import math
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from json.encoder import encode_basestring_ascii
 from typing import Any
 
@@ -19,6 +21,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.csv
 import pyarrow.parquet as pq
+
+from longtake.datasets.captions import NAMES as CAPTIONS
 
 SOURCE_COLUMNS = ("uri", "bytes", "etag")
 _CAPTION = "caption"  # the column whose empty texts count
@@ -52,6 +56,7 @@ def read_parquet(open_file: Open, constants: Mapping[str, str | None]) -> Iterat
         file = pq.ParquetFile(f)
         names = _unique(file.schema_arrow.names)
         for rows in file.iter_batches(_BATCH_ROWS):
+            rows.validate(full=True)  # texts are UTF-8
             batch = rows
             for name in constants.keys() - {*names}:
                 batch = batch.append_column(name, pa.array([constants[name]] * len(batch), pa.string()))
@@ -175,8 +180,8 @@ def _json(entries: Iterator[tuple[str, Any]]) -> Iterator[Batch]:
         row = {name: entry.pop(name) for name in SOURCE_COLUMNS if name in entry}
         if not isinstance(row.get("uri", ""), str):
             raise ValueError(f"{where}: its uri is no text")
-        finite = ((name, _finite(value, where)) for name, value in entry.items())
-        cells = {name: value for name, value in finite if value is not None and (value != "" or name == _CAPTION)}
+        said = ((name, _said(value, name in CAPTIONS, where)) for name, value in entry.items())
+        cells = {name: value for name, value in said if value is not None and (value != "" or name == _CAPTION)}
         rows.append({name: None if value is None else str(value) for name, value in row.items()})
         extra.append(json.dumps(cells, sort_keys=True) if cells else None)
         size += len(extra[-1] or "")
@@ -254,16 +259,19 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 _DECODER = json.JSONDecoder(object_pairs_hook=_object)
 
 
-def _finite(value: Any, where: str = "a cell", depth: int = 1) -> Any:
-    """A value with null for NaN and infinities, for which RFC 8259 has no word. Raises ValueError: it is nested too deep."""
+def _said(value: Any, exact: bool, where: str = "a cell", depth: int = 1) -> Any:
+    """A value with null for NaN and infinities, for which RFC 8259 has no word; `exact` only where they are all of a cell.
+
+    Raises ValueError: it is nested too deep.
+    """
     if isinstance(value, float):
-        return value if math.isfinite(value) else None
+        return value if math.isfinite(value) or (exact and depth > 1) else None
     if isinstance(value, dict | list | tuple) and depth > _DEPTH:
         raise ValueError(f"{where} is nested more than {_DEPTH} deep")
     if isinstance(value, dict):
-        return {name: _finite(inner, where, depth + 1) for name, inner in value.items()}
+        return {name: _said(inner, exact, where, depth + 1) for name, inner in value.items()}
     if isinstance(value, list | tuple):
-        return [_finite(inner, where, depth + 1) for inner in value]
+        return [_said(inner, exact, where, depth + 1) for inner in value]
     return value
 
 
@@ -291,7 +299,7 @@ def _objects(batch: pa.RecordBatch, with_empty: Collection[str] = ()) -> Any:
     names = sorted(name for name in batch.schema.names if name not in SOURCE_COLUMNS)
     if not names:
         return pa.nulls(len(batch), pa.string())
-    values = [_values(batch[name], name in with_empty) for name in names]
+    values = [_values(batch[name], name in with_empty, name in CAPTIONS) for name in names]
     cells = [
         pc.binary_join_element_wise(f", {json.dumps(name)}: ", value, "")
         for name, value in zip(names, values, strict=True)
@@ -301,8 +309,8 @@ def _objects(batch: pa.RecordBatch, with_empty: Collection[str] = ()) -> Any:
     return pc.if_else(pc.equal(joined, "}"), None, objects)
 
 
-def _values(column: Any, with_empty: bool = False) -> Any:
-    """A column as JSON values, null for empty cells; `with_empty` only for those that are null."""
+def _values(column: Any, with_empty: bool, exact: bool) -> Any:
+    """A column as JSON values, null for empty cells; `with_empty` only for those that are null. `exact` as in `_said`."""
     if pa.types.is_dictionary(column.type):
         column = column.dictionary_decode()
     if pa.types.is_large_string(column.type) or pa.types.is_string_view(column.type):
@@ -316,9 +324,10 @@ def _values(column: Any, with_empty: bool = False) -> Any:
             escaped = [encode_basestring_ascii(value) for value in column.filter(special).to_pylist()]
             text = pc.replace_with_mask(text, special, pa.array(escaped, pa.string()))
         return text
-    values = [_finite(value) for value in column.to_pylist()]
-    return pa.array([None if v is None else json.dumps(v, default=_text_of) for v in values], pa.string())
+    values = [_said(value, exact) for value in column.to_pylist()]
+    text_of = partial(_text_of, errors="surrogateescape" if exact else "replace")
+    return pa.array([None if v is None else json.dumps(v, default=text_of) for v in values], pa.string())
 
 
-def _text_of(value: Any) -> str:
-    return value.decode("utf-8", "replace") if isinstance(value, bytes) else str(value)
+def _text_of(value: Any, errors: str) -> str:
+    return value.decode("utf-8", errors) if isinstance(value, bytes) else str(value)

@@ -9,6 +9,7 @@ from typing import Any
 
 import click
 
+from longtake.datasets import storage
 from longtake.datasets.errors import Failure, UserError
 from longtake.training.registry.uri import in_store
 
@@ -123,11 +124,23 @@ def _rgb(
 
 
 def check_output(out: str) -> None:
-    """Raise UserError if the file's name does not end in .mp4."""
+    """Raise UserError if the file's name does not end in .mp4, or if it cannot be written where it is local."""
     if PurePosixPath(out).suffix != ".mp4":
         raise UserError(
             f"--out: {out}: videos are written as mp4; name it such as {PurePosixPath(out).stem or 'x'}.mp4"
         )
+    if not storage.is_local(out):
+        return
+    target = Path(storage.filesystem(out)[1])
+    folder = next(folder for folder in target.parents if os.path.lexists(folder))
+    probe = folder / storage.temporary_name(target.name)
+    try:
+        if target.is_dir():
+            raise UserError(f"--out: {out}: is a folder; name a file in it")
+        probe.touch()
+        probe.unlink()
+    except OSError as e:
+        raise UserError(f"--out: {out}: cannot be written in {folder} ({e.strerror}); choose another name") from e
 
 
 def check_registry(uri: str) -> str:

@@ -108,6 +108,7 @@ def test_annotations_give_captions_with_their_spans_and_makers() -> None:
         ({"caption": 3}, "caption: 3 is no text"),
         ({"captions": "a dog"}, "captions: 'a dog' is no list in JSON"),
         ({"captions": {"text": "a"}}, "captions: .* is no list"),
+        ({"captions": "[" * 100_000}, r"captions: '\[{79} is no list in JSON"),
         ({"captions": ["a", None]}, "captions: entry 2: None is no text"),
         ({"captions": [{"text": "a", "begin": 1}]}, "captions: entry 1: unknown begin; there are text, start"),
         ({"captions": [{"start": 1}]}, "captions: entry 1: its text is None"),
@@ -115,8 +116,10 @@ def test_annotations_give_captions_with_their_spans_and_makers() -> None:
         ({"shots": [[2, 1, "a"]]}, "shots: entry 1: it ends at 1 s, and starts at 2 s"),
         ({"shots": [[0, "x", "a"]]}, "shots: entry 1: its end is 'x', no seconds"),
         ({"shots": [[-1, 1, "a"]]}, "shots: entry 1: its start is -1, no seconds"),
+        ({"shots": [[10**400, 1, "a"]]}, "shots: entry 1: its start is 1000*, no seconds"),
+        ({"captions": [{"text": "a", "end": float("nan")}]}, "captions: entry 1: its end is nan, no seconds"),
         ({"shots": [{"text": "a", "start": 1}]}, "shots: entry 1: a shot needs its start and its end"),
-        ({"caption": "half \ud83d"}, "has half a character"),
+        ({"caption": "half \ud83d"}, "is no UTF-8"),
     ],
 )
 def test_what_is_no_caption_is_refused_with_its_place(columns: dict[str, Any], says: str) -> None:

@@ -317,6 +317,23 @@ def test_the_registry_must_be_named_and_files_are_mp4(
         longtake("generate", models / "latte", "--out", tmp_path / "x.gif")
 
 
+def test_where_nothing_can_be_written_is_said_before_a_model_is_loaded(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").touch()
+    (tmp_path / "folder.mp4").mkdir()
+    for out, says in (
+        (tmp_path / "a.txt" / "x.mp4", r"cannot be written in \S+/a\.txt \(Not a directory\); choose another name"),
+        (tmp_path / "a.txt" / "b" / "x.mp4", r"cannot be written in \S+/a\.txt \(Not a directory\)"),
+        (Path("/proc/x.mp4"), r"cannot be written in /proc \("),
+        (tmp_path / f"{'x' * 300}.mp4", "File name too long"),
+        (tmp_path / "folder.mp4", "is a folder; name a file in it"),
+    ):
+        for command in (["generate", tmp_path / "no-model"], ["reconstruct", tmp_path / "no-model", __file__]):
+            with pytest.raises(UserError, match=rf"^--out: {out}: .*{says}") as e:
+                longtake(*command, "--out", out)
+            assert "\n" not in str(e.value)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.txt", "folder.mp4"]
+
+
 @pytest.fixture(scope="module")
 def video(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """22 frames of 36 x 54, which 16 does not divide."""

@@ -353,6 +353,43 @@ def test_texts_of_any_arrow_type_are_texts(tmp_path: Path, column: Any) -> None:
     assert extras(tmp_path / "l.parquet") == [{"caption": "x"}, None]
 
 
+_TIMED = pa.list_(pa.struct([("text", pa.string()), ("start", pa.float64())]))
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        ('{"uri": "b", "shots": [[1' + "0" * 400 + ', 2, "x"]]}', "shots: entry 1: its start is 1000"),
+        (
+            '{"uri": "b", "captions": [{"text": "x", "start": 1e999}]}',
+            "captions: entry 1: its start is inf, no seconds",
+        ),
+        ('{"uri": "b", "captions": [{"text": "x", "end": NaN}]}', "captions: entry 1: its end is nan, no seconds"),
+        ({"captions": pa.array([[], [{"text": "x", "start": float("nan")}]], _TIMED)}, "entry 1: its start is nan"),
+        ({"caption": pa.array([b"fine", b"a\xffb"])}, r"caption: 'a\udcffb' is no UTF-8"),
+        ({"captions": pa.array([[], [b"a\xffb"]])}, r"caption: 'a\udcffb' is no UTF-8"),
+    ],
+)
+def test_captions_that_json_or_utf8_cannot_hold_are_refused_with_their_row(
+    tmp_path: Path, content: Any, says: str
+) -> None:
+    path = tmp_path / ("l.jsonl" if isinstance(content, str) else "l.parquet")
+    if isinstance(content, str):
+        path.write_text('{"uri": "a", "captions": NaN, "other": [NaN]}\n' + content)
+    else:
+        pq.write_table(pa.table({"uri": ["a", "b"]} | content), path)
+    with pytest.raises(UserError) as caught:
+        rows_of(str(path))
+    assert "the row of b: " in str(caught.value) and says in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_texts_of_parquet_are_utf8(tmp_path: Path) -> None:
+    texts = pa.StringArray.from_buffers(1, pa.py_buffer(bytes(4) + b"\3\0\0\0"), pa.py_buffer(b"a\xffb"))
+    pq.write_table(pa.table({"uri": ["a"], "caption": texts}), tmp_path / "l.parquet")
+    with pytest.raises(UserError, match=r"not a readable manifest \(In column 1: Invalid: Invalid UTF8"):
+        rows_of(str(tmp_path / "l.parquet"))
+
+
 def test_sizes_as_pandas_writes_them(tmp_path: Path) -> None:
     (tmp_path / "c.mp4").write_bytes(b"123")
     (tmp_path / "l.csv").write_text("uri,bytes\ns3://b/a,12.0\ns3://b/b,7\nc.mp4,\n")
@@ -391,6 +428,8 @@ def test_sizes_as_pandas_writes_them(tmp_path: Path) -> None:
         ("m.jsonl", '{"uri":"a","x":' + "[" * 40 + "]" * 40 + "}", "line 1 is nested more than 32 deep"),
         ("m.jsonl", '{"uri":"a","x":' + "[" * 100_000 + "]" * 100_000 + "}", "line 1: "),
         ("m.jsonl", '{"uri":"a","x":' + "9" * 5000 + "}", "line 1: Exceeds the limit"),
+        ("m.jsonl", '{"uri":"a","captions":"' + "[" * 100_000 + '"}', "the row of a: captions: '[[["),
+        ("m.csv", "uri,shots\na," + "[" * 100_000 + "\n", "the row of a: shots: '[[["),
         ("m.jsonl", '{"uri":"a","x":"' + "y" * 1_100_000 + '"}', "line 1 has more than 1048576 characters"),
         ("m.json", '[{"uri":"a"},{"uri":"b"', "entry 2: the list breaks off"),
         ("m.json", '[{"uri":"a"},]', "entry 2: ']' where { is due"),
