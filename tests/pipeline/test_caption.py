@@ -779,7 +779,7 @@ def test_killed_at_any_moment_nothing_is_lost_or_doubled_and_what_is_kept_is_not
         some = [bad[n] for n in rng.permutation(len(bad))[:2]]
         served.moods[reply.token_of(key)] = [*some, "odd_usage"][number % 2 :]
     lost = keys(root)[int(rng.integers(18))] if kills > 1 else ""
-    served.lasting = {reply.token_of(lost): "down"}
+    served.moods[reply.token_of(lost)], served.lasting = [], {reply.token_of(lost): "down"}
     settings = {
         "concurrency": 2,
         "timeout_seconds": timeout,
