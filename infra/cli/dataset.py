@@ -59,7 +59,9 @@ def ls(url: str) -> None:
 
 def _captioned(overview: Any) -> str:
     """How many clips have captions, and who made them."""
-    makers = ", ".join(f"{count} by {maker}" for maker, count in overview.makers.most_common())
+    from longtake.datasets import storage
+
+    makers = ", ".join(f"{count} by {storage.printable(maker)}" for maker, count in overview.makers.most_common())
     return f"of {overview.clips - overview.without} of {overview.clips} clips" + (f" ({makers})" if makers else "")
 
 
