@@ -12,7 +12,7 @@ from pydantic import Field, FiniteFloat, ValidationInfo, field_validator, model_
 
 from longtake.datasets import compact, schema, storage, view
 from longtake.datasets.errors import UserError
-from longtake.datasets.stage import DatasetInput, Input, StageConfig
+from longtake.datasets.stage import DatasetInput, Input, StageConfig, Utf8
 from longtake.pipeline import dedup, described, embed
 
 VERSION = 2
@@ -89,10 +89,10 @@ class CaptionRules(StageConfig):
     """
 
     missing: bool = False
-    min_words: int = Field(0, ge=0)
-    languages: tuple[str, ...] = ()
-    match: str | None = None
-    avoid: str | None = None
+    min_words: int = Field(0, ge=0, le=1 << 20)  # bytes of a manifest's row
+    languages: tuple[Utf8, ...] = ()
+    match: Utf8 | None = None
+    avoid: Utf8 | None = None
     duplicates: bool = False
 
     @field_validator("match", "avoid")
