@@ -66,7 +66,14 @@ class Scorer(StageConfig):
     encoder: str | None = None
     size: int = Field(224, ge=8)
     image: str | None = None
-    prompt: str | None = Field(None, min_length=1)
+    prompt: Utf8 | None = None
+
+    @field_validator("prompt")
+    @classmethod
+    def _says_something(cls, prompt: str | None) -> str | None:
+        if prompt is not None and not prompt.strip():
+            raise ValueError("says nothing; write what is to be seen, or leave it out")
+        return prompt
 
     @model_validator(mode="after")
     def _has_one_way(self) -> "Scorer":
