@@ -25,6 +25,8 @@ _FIELDS = frozenset(("text", "start", "end", "language", "source"))
 _PLACES = 3  # digits of seconds behind the point
 _ROUNDING = 0.0015  # seconds that rounding may take from a span
 _WORD = re.compile(r"\w+")
+_LETTERS = 40  # of a word or a maker that an overview has; scripts without spaces have sentences as words
+_WORDS = 100_000  # distinct words that it has
 _SMALL = frozenset(
     ("a", "an", "and", "are", "as", "at", "by", "for", "from", "in", "into", "is", "it", "its", "of", "on", "or", "that",
      "the", "then", "to", "while", "with")
@@ -262,7 +264,8 @@ class Overview:
     reasons: Counter[str]  # of those, by the code of the reason
     makers: Counter[str]  # captions by who made them
     sources: dict[str, tuple[int, int]]  # clips and clips without captions of each source, by its URI
-    words: Counter[str]  # how many captions have a word, small words of English left out
+    # how many captions have a word, small words of English left out; of very many words the rarest are forgotten
+    words: Counter[str]
 
 
 def overview(dataset: str, column: str) -> Overview:
@@ -280,12 +283,18 @@ def overview(dataset: str, column: str) -> Overview:
                     without[source] += 1
                     reasons[row["reason"].partition(":")[0]] += 1
                 for caption in row["captions"] or ():
-                    makers[caption["source"]] += 1
+                    makers[_cut_off(caption["source"])] += 1
                     words.update(_words(caption["text"]))
+            if len(words) > 2 * _WORDS:
+                words = Counter(dict(sorted(words.items(), key=lambda pair: (-pair[1], pair[0]))[:_WORDS]))
     uris = {row["source"]: row["uri"] for row in index.read_sources(dataset).to_pylist() if row["status"] == "good"}
     sources = {uris.get(source, source): (count, without[source]) for source, count in clips.items()}
     return Overview(clips.total(), without.total(), reasons, makers, sources, words)
 
 
 def _words(text: str) -> set[str]:
-    return set(_WORD.findall(text.casefold())) - _SMALL
+    return {_cut_off(word) for word in _WORD.findall(text.casefold())} - _SMALL
+
+
+def _cut_off(text: str) -> str:
+    return text if len(text) <= _LETTERS else f"{text[:_LETTERS]}…"

@@ -17,7 +17,7 @@ It may also have
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import AfterValidator, BaseModel, ConfigDict
 
 Product = Literal["dataset", "view", "captions", "text", "latents", "model"]
 
@@ -36,6 +36,17 @@ class StageConfig(BaseModel):
     MOVED: ClassVar[Mapping[str, str]] = {}  # former keys, and where they are now
     # keys that came later, with the value by which a stage does what it did before; its output is then the one from before
     LATER: ClassVar[Mapping[str, Any]] = {}
+
+
+def _encodable(text: str) -> str:
+    try:
+        text.encode()
+    except UnicodeEncodeError as e:
+        raise ValueError(f"{ascii(text)[:80]} is no UTF-8; write it again") from e
+    return text
+
+
+Utf8 = Annotated[str, AfterValidator(_encodable)]  # YAML may have halves of characters
 
 
 class Input:

@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-from pydantic import Field, PositiveInt, field_validator
+from pydantic import Field, field_validator
 
 from longtake.datasets import captions, index, record, schema, storage
 from longtake.datasets.errors import Failure
-from longtake.datasets.stage import StageConfig
+from longtake.datasets.stage import StageConfig, Utf8
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -46,8 +46,8 @@ class TextConfig(StageConfig):
 
     encoder: str = WORDS
     layer: int = Field(-1, le=-1)
-    length: PositiveInt | None = None
-    template: str | None = None
+    length: int | None = Field(None, ge=1, le=1 << 20)  # bytes of a manifest's row
+    template: Utf8 | None = None
     crop: int = Field(0, ge=0)
     clean: Literal["none", "whitespace", "wan"] = "whitespace"
     side: Literal["right", "left"] = "right"

@@ -107,7 +107,8 @@ def likeness(dataset: str, uri: str, clips: pa.Table, prompt: str, key: str) -> 
         key: the config's key, for the progress bar and errors.
 
     Raises:
-        UserError: there are no texts at `uri`, they are of another dataset, or their encoder is not there any more.
+        UserError: there are no texts at `uri`, they are of another dataset, their encoder is not there any more, or the prompt
+            has more tokens than it takes.
         Failure: the column lacks clips, or is damaged.
     """
     record = read_text(uri)
@@ -118,6 +119,8 @@ def likeness(dataset: str, uri: str, clips: pa.Table, prompt: str, key: str) -> 
     if encoder.digest != record.encoder["digest"]:
         name = record.encoder["encoder"]
         raise UserError(f"{key}: {name} is another encoder than {uri} is of; run its `cache_text` stage again")
+    if (count := encoder.count([prompt])[0]) > encoder.limit:
+        raise UserError(f"{key}: {prompt[:40]!r} has {count} tokens, and {encoder.limit} fit; shorten it")
     query = _unit(encoder.encode([prompt])[0].float().mean(0).numpy())
 
     values = {}

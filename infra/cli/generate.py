@@ -183,7 +183,7 @@ def generate(
             if value and ("prompt" if name in texts else name) not in generator.accepts:
                 raise UserError(f"--{name.replace('_', '-')}: {model} takes none; leave it out")
         plan = _plan(generator, frames, seconds, fps, start, {"guidance": strength, "steps": steps} | options)
-        story = _storyboard(storyboard, generator) if storyboard else None
+        story = _storyboard(storyboard, plan) if storyboard else None
         requests = _requests(plan, jobs, words, story, negative)
         groups = [requests[n : n + batch] for n in range(0, len(jobs), batch)]
         names = [out] if grid else _file_names(out, jobs, words)
@@ -317,15 +317,16 @@ def _naming(option: str) -> Iterator[None]:
         raise UserError(f"{option}: {e}" if option else str(e)) from e
 
 
-def _storyboard(path: str, generator: Any) -> Any:
+def _storyboard(path: str, plan: Plan) -> Any:
     from longtake.infra import yaml_text
-    from longtake.training.models.generator import story_of
+    from longtake.training.models.generator import check_story, story_of
 
     content = yaml_text.parse(_text("--storyboard", path), f"--storyboard: {path}")
     with _naming(f"--storyboard: {path}"):
-        story = story_of(content, generator.classes)
-        if "prompt" not in generator.accepts and any(scene.prompt is not None for _, scene in story):
+        story = story_of(content, plan.generator.classes)
+        if "prompt" not in plan.generator.accepts and any(scene.prompt is not None for _, scene in story):
             raise UserError("prompt: this model takes none; leave it out")
+        check_story(story, plan.frames, plan.fps)
         return story
 
 

@@ -12,7 +12,7 @@ from pydantic import Field, FiniteFloat, ValidationInfo, field_validator, model_
 
 from longtake.datasets import compact, schema, storage, view
 from longtake.datasets.errors import UserError
-from longtake.datasets.stage import DatasetInput, Input, StageConfig
+from longtake.datasets.stage import DatasetInput, Input, StageConfig, Utf8
 from longtake.pipeline import dedup, described, embed
 
 VERSION = 2
@@ -66,7 +66,14 @@ class Scorer(StageConfig):
     encoder: str | None = None
     size: int = Field(224, ge=8)
     image: str | None = None
-    prompt: str | None = Field(None, min_length=1)
+    prompt: Utf8 | None = None
+
+    @field_validator("prompt")
+    @classmethod
+    def _says_something(cls, prompt: str | None) -> str | None:
+        if prompt is not None and not prompt.strip():
+            raise ValueError("says nothing; write what is to be seen, or leave it out")
+        return prompt
 
     @model_validator(mode="after")
     def _has_one_way(self) -> "Scorer":
@@ -89,10 +96,10 @@ class CaptionRules(StageConfig):
     """
 
     missing: bool = False
-    min_words: int = Field(0, ge=0)
-    languages: tuple[str, ...] = ()
-    match: str | None = None
-    avoid: str | None = None
+    min_words: int = Field(0, ge=0, le=1 << 20)  # bytes of a manifest's row
+    languages: tuple[Utf8, ...] = ()
+    match: Utf8 | None = None
+    avoid: Utf8 | None = None
     duplicates: bool = False
 
     @field_validator("match", "avoid")

@@ -8,9 +8,12 @@ import av
 import claps
 import numpy as np
 import pytest
+import spoken
 
-from longtake.datasets import clip, index, schema, storage
+from longtake.datasets import captions, clip, index, schema, storage
+from longtake.datasets.captions import Caption
 from longtake.infra.cli import cli, exit_code
+from longtake.infra.report import words
 
 
 def longtake(*arguments: str) -> int:
@@ -104,6 +107,23 @@ def test_ls_adds_up(dataset: str, capsys: pytest.CaptureFixture[str]) -> None:
     clips = sum(len(index.read_all(dataset, split)) for split in schema.SPLITS)
     out = capsys.readouterr().out
     assert "sources  6 = 6 good + 0 rejected" in out and f"clips    {clips} " in out
+
+
+def test_long_words_are_cut_and_rare_ones_forgotten(
+    copy: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(captions, "_WORDS", 50)
+    keys = spoken.keys(str(copy))
+    texts = [f"{'x' * 900_000} dog {' '.join(f'w{n}_{k}' for k in range(40))}" for n in range(len(keys))]
+    said = {key: [Caption(text, source="\x1b[31m" + "m" * 999)] for key, text in zip(keys, texts, strict=True)}
+    spoken.describe(str(copy), said)
+    assert longtake("dataset", "captions", str(copy), "--most", "3") == 0
+    lines = capsys.readouterr().out.splitlines()
+    maker, long = f"\\x1b[31m{'m' * 35}…", f"{'x' * 40}…"
+    assert lines[0] == f"captions of {len(keys)} of {len(keys)} clips ({len(keys)} by {maker})"
+    assert lines[1:3] == [f"word     {len(keys)} dog", f"word     {len(keys)} {long}"]
+    (column,) = words.columns(str(copy))
+    assert column["words"][:2] == [("dog", len(keys)), (long, len(keys))] and column["words_all"] <= 100
 
 
 def test_report_accounts_for_every_input(

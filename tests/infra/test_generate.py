@@ -223,6 +223,11 @@ def test_a_storyboard_is_followed(models: Path, tmp_path: Path) -> None:
         ("- {at: -1s, class: cat}", "entry 1: at: '-1s' is no time"),
         ("- {at: 0s, class: dgo}", "entry 1: class 'dgo'"),
         ("- {at: 2s, class: cat}\n- {at: 1s, class: dog}", "entry 2: at: 1 s must be later than the 2 s before"),
+        (
+            "- {at: 0s, class: cat}\n- {at: 100s, class: dog}",
+            "entry 2: at: 100 s is beyond the end .* which has 0.75 s",
+        ),
+        ("- {at: 0.7s, class: cat}", "entry 1: at: 0.7 s is beyond the end of the video"),
         ("- {at: 0s, class: [}", "not valid YAML"),
     ],
 )

@@ -133,7 +133,7 @@ def test_what_cannot_be_prompted_is_said_in_one_line(
 ) -> None:
     monkeypatch.chdir(models)
     (models / "empty.txt").write_text("\n \n")
-    (models / "story.yaml").write_text(f"- {{at: 0s, class: cat}}\n- {{at: 9s, prompt: {'z' * 60}}}\n")
+    (models / "story.yaml").write_text(f"- {{at: 0s, class: cat}}\n- {{at: 0.5s, prompt: {'z' * 60}}}\n")
     (models / "worded.yaml").write_text("- {at: 0s, prompt: x}\n")
     with pytest.raises(UserError, match=said) as e:
         longtake("generate", *arguments, "--out", tmp_path / "x.mp4")

@@ -231,6 +231,7 @@ def test_a_served_teller_takes_a_table_with_storyboards(models: Path) -> None:
     for columns, said in (
         ({"storyboard": [[{"at": 0}]]}, "videos: storyboard: entry 1 needs `at` and `class` or `prompt`, and has at"),
         ({"storyboard": ["["]}, "videos: storyboard: Expecting value"),
+        ({"storyboard": [[{"at": 99, "class": None}]]}, "videos: storyboard: entry 1: at: 99 s is beyond the end"),
         ({"storyboard": [board], "class": ["x"]}, "class and storyboard: give one of them"),
         ({"class": ["x"]}, "this model has no classes"),
         ({"frames": [10]}, "such as 9 or 13"),

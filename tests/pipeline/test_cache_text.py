@@ -491,6 +491,20 @@ def test_killed_between_shards_it_ends_with_the_same_bytes(root: str, hashes: Ha
     assert hashes(root) == hashes(undisturbed)
 
 
+@pytest.mark.parametrize(
+    ("changed", "says"),
+    [
+        ({"template": "\ud800 {}"}, r"template\n.*'\\ud800 \{\}' is no UTF-8; write it again"),
+        ({"template": "{} and {}"}, "must have one {}, where the text stands"),
+        ({"length": 100_000_000}, "length\n.* less than or equal to 1048576"),
+        ({"length": 0}, "length\n.* greater than or equal to 1"),
+    ],
+)
+def test_settings_that_no_encoder_takes_are_refused(changed: dict[str, Any], says: str) -> None:
+    with pytest.raises(ValueError, match=says):
+        config(**changed)
+
+
 def test_the_settings_of_an_encoder_are_those_of_the_stage() -> None:
     chosen = config(layer=-2, template="x {}", crop=1, clean="wan", side="left", precision="bf16", length=3)
     assert chosen.encoder_config() == TextConfig(

@@ -166,6 +166,12 @@ def test_a_picture_scores_clips_by_an_encoder(own: str, tmp_path: Path) -> None:
         ({"scores": {"dogs": {}}}, "needs an encoder or a prompt, and one of them"),
         ({"scores": {"dogs": {"prompt": "a", "image": "b.png"}}, "text": "z"}, "image: is compared by an encoder"),
         ({"caption_rules": {"match": "(["}}, "is no regular expression"),
+        ({"caption_rules": {"match": "a\ud800"}}, r"caption_rules.match\n.*'a\\ud800' is no UTF-8; write it again"),
+        ({"caption_rules": {"avoid": "\udfff"}}, "caption_rules.avoid\n.* is no UTF-8"),
+        ({"caption_rules": {"languages": ["\ud800"]}}, "caption_rules.languages.0\n.* is no UTF-8"),
+        ({"caption_rules": {"min_words": 10**20}}, "caption_rules.min_words\n.* less than or equal to 1048576"),
+        ({"scores": {"dogs": {"prompt": ""}}, "text": "z"}, "scores.dogs.prompt\n.*says nothing; write what is to be"),
+        ({"scores": {"dogs": {"prompt": " \n"}}, "text": "z"}, "scores.dogs.prompt\n.*says nothing"),
     ],
 )
 def test_settings_that_cannot_work_are_refused(options: dict[str, Any], says: str) -> None:
@@ -178,6 +184,8 @@ def test_words_of_another_dataset_or_encoder_are_one_line(
 ) -> None:
     folder, text = prompted
     scores = {"reds": {"prompt": "red"}}
+    with pytest.raises(UserError, match=r"^scores\.reds\.prompt: 'red red .*' has 8 tokens, and 6 fit; shorten it$"):
+        run(folder, tmp_path, scores={"reds": {"prompt": "red " * 7}}, text=text)
     with pytest.raises(UserError, match=rf"^text: \S+ are of the dataset {folder}, not of {own}$"):
         run(own, tmp_path, scores=scores, text=text)
     other = spoken.Counting()

@@ -213,6 +213,16 @@ def story_of(storyboard: Any, classes: Sequence[str]) -> Story:
     return story
 
 
+def check_story(story: Story, frames: int, fps: float) -> None:
+    """Refuse a scene of which a video of so many frames shows nothing. Raises UserError."""
+    for number, (second, _) in enumerate(story, 1):
+        if math.ceil(second * fps - 1e-6) >= frames:  # its first frame, as `story.latent_at` counts
+            raise UserError(
+                f"entry {number}: at: {second:g} s is beyond the end of the video, which has {frames / fps:g} s;"
+                " begin it earlier, or make the video longer"
+            )
+
+
 def check_requests(generator: Generator, requests: Sequence[Request], settings: Settings) -> None:
     """Refuse texts that a generator cannot be led by, before any video is made.
 

@@ -12,7 +12,16 @@ import numpy as np
 from longtake.datasets.errors import UserError
 from longtake.training.models.common.guidance import PARTS
 from longtake.training.models.common.video import concatenated
-from longtake.training.models.generator import Generator, Request, Settings, Story, check_requests, scene_of, story_of
+from longtake.training.models.generator import (
+    Generator,
+    Request,
+    Settings,
+    Story,
+    check_requests,
+    check_story,
+    scene_of,
+    story_of,
+)
 
 _FIRST = ("seed", "class", "frames")  # columns that all generators take
 _BY_PART = {f"guidance_{part}": part for part in PARTS}
@@ -65,19 +74,21 @@ def orders_of(generator: Generator, table: Any) -> list[Order]:
         {name: None if _is_none(values[n]) else values[n] for name, values in columns.items()} for n in range(count)
     ]
     return [
-        Order(Request(seed, _story(generator, row), _negative(row)), frames)
+        Order(Request(seed, _story(generator, row, frames), _negative(row)), frames)
         for seed, row in zip(seeds, rows, strict=True)
     ]
 
 
-def _story(generator: Generator, row: Mapping[str, Any]) -> Story:
+def _story(generator: Generator, row: Mapping[str, Any], frames: int) -> Story:
     board = row.get("storyboard")
     if board is not None:
         for name in ("class", "prompt"):
             if row.get(name) is not None:
                 raise UserError(f"videos: {name} and storyboard: give one of them in a row")
         try:
-            return story_of(json.loads(board) if isinstance(board, str) else board, generator.classes)
+            story = story_of(json.loads(board) if isinstance(board, str) else board, generator.classes)
+            check_story(story, frames, generator.fps)
+            return story
         except (UserError, json.JSONDecodeError) as e:
             raise UserError(f"videos: storyboard: {e}") from e
     return [(0.0, scene_of(row.get("class"), row.get("prompt"), generator.classes))]
