@@ -35,6 +35,10 @@ class Settings:
     shift           of the flow's times towards noise
     overlap         latents (frames, for a prior of pixels) that a window shares with the one before
     history_noise   noise, 0 to 1, on the history of a model with a memory; 0 is none
+    temperature     of a model of tokens: its logits are divided by it
+    top_k           draw among the likeliest tokens; 0 is all [TATS: 2048]
+    top_p           and among the likeliest that reach this probability together; 1 is all [TATS: 0.8]
+    keep            latent frames of the past that each further window of tokens has; 0 is all that it has room for
     """
 
     steps: int = 100  # the name that registered models and recipes have; functions call them `solver_steps`
@@ -42,6 +46,10 @@ class Settings:
     shift: float = 1.0
     overlap: int = 2
     history_noise: float = 0.0
+    temperature: float = 1.0
+    top_k: int = 2048
+    top_p: float = 0.8
+    keep: int = 0
 
 
 class Request(NamedTuple):
