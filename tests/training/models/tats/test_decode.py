@@ -65,7 +65,11 @@ def test_no_number_draws_what_has_no_chance(uniform: float) -> None:
 
 @pytest.mark.parametrize(
     ("settings", "why"),
-    [((0.0, 0, 1.0), "temperature is 0"), ((1.0, -1, 1.0), "top_k is -1"), ((1.0, 0, 0.0), "top_p is 0; it must be above 0")],
+    [
+        ((0.0, 0, 1.0), "temperature is 0"),
+        ((1.0, -1, 1.0), "top_k is -1"),
+        ((1.0, 0, 0.0), "top_p is 0; it must be above 0"),
+    ],
 )
 def test_settings_that_leave_nothing_are_refused(settings: tuple[float, int, float], why: str) -> None:
     with pytest.raises(ValueError, match=why):
