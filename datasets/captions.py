@@ -14,14 +14,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
-from longtake.datasets import index, schema, storage
+from longtake.datasets import index, record, schema, storage
 from longtake.datasets.annotations import rows_of
-from longtake.datasets.errors import Failure, UserError
+from longtake.datasets.errors import UserError
 
 NAMES = ("caption", "captions", "shots")  # of annotations that are captions
 
-_FORMAT = 1
-_FILE = "captions.json"
 _FIELDS = frozenset(("text", "start", "end", "language", "source"))
 _PLACES = 3  # digits of seconds behind the point
 _ROUNDING = 0.0015  # seconds that rounding may take from a span
@@ -203,31 +201,12 @@ class Captions:
 
 
 def write_captions(uri: str, captions: Captions) -> None:
-    storage.write(storage.join(uri, _FILE), storage.canonical_json({"format": _FORMAT, **asdict(captions)}))
+    record.write(uri, "captions", asdict(captions))
 
 
 def read_captions(uri: str) -> Captions:
-    """The record that a `caption` stage has written.
-
-    Raises:
-        UserError: there is none at `uri`, or it has another format.
-        Failure: it is damaged.
-    """
-    url = storage.join(uri, _FILE)
-    try:
-        content = json.loads(storage.read(url))
-        if (number := content.pop("format")) != _FORMAT:
-            raise UserError(f"{url}: format {number}, this longtake reads {_FORMAT}; run its `caption` stage again")
-        # these are outputs of stages, perhaps in one workspace that was moved
-        then, now = content["dataset"].rsplit("/", 2)[0], uri.rstrip("/").rsplit("/", 2)[0]
-        content |= {name: content[name] and storage.placed(content[name], then, now) for name in ("dataset", "view")}
-        return Captions(**content)
-    except (FileNotFoundError, NotADirectoryError) as e:
-        raise UserError(f"{uri}: no captions here (no {_FILE}); name what a `caption` stage has made") from e
-    except UserError:
-        raise
-    except (ValueError, KeyError, TypeError, AttributeError) as e:
-        raise Failure(f"{url}: damaged ({e}); run its `caption` stage again") from e
+    """The record that a `caption` stage has written. Raises UserError, Failure: see `record.read`."""
+    return record.read(uri, "captions", "caption", Captions)
 
 
 def problems(dataset: str, shard: index.Shard) -> Iterator[str]:

@@ -11,14 +11,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from longtake.datasets import index, storage
-from longtake.datasets.errors import Failure, UserError
+from longtake.datasets import index, record, storage
+from longtake.datasets.errors import Failure
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-_FORMAT = 1
-_FILE = "latents.json"
 _HEADER = 128  # bytes before the data in a .npy of these shapes
 
 
@@ -49,35 +47,12 @@ class Latents:
 
 
 def write_latents(uri: str, latents: Latents) -> None:
-    storage.write(storage.join(uri, _FILE), storage.canonical_json({"format": _FORMAT, **asdict(latents)}))
+    record.write(uri, "latents", asdict(latents))
 
 
 def read_latents(uri: str) -> Latents:
-    """The record that a `cache_latents` stage has written.
-
-    Raises:
-        UserError: there is none at `uri`, or it has another format.
-        Failure: it is damaged.
-    """
-    url = storage.join(uri, _FILE)
-    try:
-        content = json.loads(storage.read(url))
-        if (number := content.pop("format")) != _FORMAT:
-            raise UserError(
-                f"{url}: format {number}, this longtake reads {_FORMAT}; run its `cache_latents` stage again"
-            )
-        tuples = {name: tuple(content[name]) for name in ("mean", "std", "posterior_std")}
-        tuples["shrink"] = tuple(content.get("shrink", (1, 1)))
-        # these are outputs of stages, perhaps in one workspace that was moved
-        then, now = content["dataset"].rsplit("/", 2)[0], uri.rstrip("/").rsplit("/", 2)[0]
-        content |= {name: content[name] and storage.placed(content[name], then, now) for name in ("dataset", "view")}
-        return Latents(**content | tuples | {"size": content["size"] and tuple(content["size"])})
-    except (FileNotFoundError, NotADirectoryError) as e:
-        raise UserError(f"{uri}: no latents here (no {_FILE}); name what a `cache_latents` stage has made") from e
-    except UserError:
-        raise
-    except (ValueError, KeyError, TypeError, AttributeError) as e:
-        raise Failure(f"{url}: damaged ({e}); run its `cache_latents` stage again") from e
+    """The record that a `cache_latents` stage has written. Raises UserError, Failure: see `record.read`."""
+    return record.read(uri, "latents", "cache_latents", Latents)
 
 
 def shrunk(video: "Tensor", shrink: tuple[int, int], stride: int) -> "Tensor":
@@ -101,11 +76,16 @@ def shrunk(video: "Tensor", shrink: tuple[int, int], stride: int) -> "Tensor":
 
 def encoder_digest(model: Any) -> str:
     """A digest of a torch module's encoder. Training only the decoder keeps it, as it keeps the latents."""
+    return state_digest(type(model).__name__, model.encoder)
+
+
+def state_digest(name: str, module: Any) -> str:
+    """A digest of a name and of the parameters and buffers of a torch module."""
     import torch
 
-    digest = hashlib.sha256(type(model).__name__.encode())
-    for name, tensor in sorted(model.encoder.state_dict().items()):
-        digest.update(json.dumps([name, str(tensor.dtype), list(tensor.shape)]).encode())
+    digest = hashlib.sha256(name.encode())
+    for key, tensor in sorted(module.state_dict().items()):
+        digest.update(json.dumps([key, str(tensor.dtype), list(tensor.shape)]).encode())
         digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 

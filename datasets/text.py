@@ -5,9 +5,9 @@ index has a row a clip with the captions that the column of captions has for it,
 """
 
 import io
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
@@ -15,8 +15,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from pydantic import Field, PositiveInt, field_validator
 
-from longtake.datasets import captions, index, schema, storage
-from longtake.datasets.errors import Failure, UserError
+from longtake.datasets import captions, index, record, schema, storage
+from longtake.datasets.errors import Failure
 from longtake.datasets.stage import StageConfig
 
 if TYPE_CHECKING:
@@ -25,8 +25,7 @@ if TYPE_CHECKING:
 PREFIX = "text-"  # of the names of these columns
 WORDS = "words"  # the name of the encoder that is installed with the extra
 
-_FORMAT = 1
-_FILE, _EMPTY = "text.json", "empty.safetensors"
+_EMPTY = "empty.safetensors"
 _HEADER = 128  # bytes before the data in a .npy of these shapes
 _DTYPE = np.dtype("<u2")
 
@@ -164,31 +163,12 @@ def write_text(uri: str, text: Text, empty: "Tensor") -> None:
 
     content = {name: value for name, value in asdict(text).items() if name != "uri"}
     storage.write(storage.join(uri, _EMPTY), save({"empty": empty.contiguous()}))
-    storage.write(storage.join(uri, _FILE), storage.canonical_json({"format": _FORMAT, **content}))
+    record.write(uri, "text", content)
 
 
 def read_text(uri: str) -> Text:
-    """The record that a `cache_text` stage has written.
-
-    Raises:
-        UserError: there is none at `uri`, or it has another format.
-        Failure: it is damaged.
-    """
-    url = storage.join(uri, _FILE)
-    try:
-        content = json.loads(storage.read(url))
-        if (number := content.pop("format")) != _FORMAT:
-            raise UserError(f"{url}: format {number}, this longtake reads {_FORMAT}; run its `cache_text` stage again")
-        # these are outputs of stages, perhaps in one workspace that was moved
-        then, now = content["dataset"].rsplit("/", 2)[0], uri.rstrip("/").rsplit("/", 2)[0]
-        content |= {name: content[name] and storage.placed(content[name], then, now) for name in ("dataset", "view")}
-        return Text(**content, uri=uri)
-    except (FileNotFoundError, NotADirectoryError) as e:
-        raise UserError(f"{uri}: no text here (no {_FILE}); name what a `cache_text` stage has made") from e
-    except UserError:
-        raise
-    except (ValueError, KeyError, TypeError, AttributeError) as e:
-        raise Failure(f"{url}: damaged ({e}); run its `cache_text` stage again") from e
+    """The record that a `cache_text` stage has written. Raises UserError, Failure: see `record.read`."""
+    return record.read(uri, "text", "cache_text", partial(Text, uri=uri))
 
 
 # Verification.

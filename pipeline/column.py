@@ -5,6 +5,7 @@ index, by which readers find it. The column's name has a digest of all that deci
 makes another column, and nothing else in the dataset is touched.
 """
 
+import importlib
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -48,6 +49,7 @@ class Base(NamedTuple):
     """The base shards of a dataset, and which of their clips a column is made from."""
 
     rows: Mapping[str, compact.Rows]  # by split
+    facts: Mapping[str, pa.Table]  # by split: `compact.FACTS` of all rows
     keeps: Mapping[str, Mapping[str, np.ndarray]]  # by split and shard: (N,) bool, a clip each
     view: str  # digest of the view that keeps them, "" without one
 
@@ -63,12 +65,14 @@ def open_base(dataset: str, view_uri: str | None) -> Base:
             f"dataset: {dataset}: Ray workers cannot see this process's memory; use a folder or an object store"
         )
     index.describe(dataset)
-    rows = {split: compact.open_split(dataset, split)[0] for split in schema.SPLITS}
+    opened = {split: compact.open_split(dataset, split) for split in schema.SPLITS}
+    rows = {split: one for split, (one, _) in opened.items()}
+    facts = {split: table for split, (_, table) in opened.items()}
     kept = {split: view.kept(base, view_uri) for split, base in rows.items()}
     keeps = {split: by_shard(rows[split], keep) for split, (keep, _, _) in kept.items()}
     if not any(keep.any() for shards in keeps.values() for keep in shards.values()):
         raise UserError(f"dataset: {dataset}: no clip to encode; run its `shard` stage, or name another view")
-    return Base(rows, keeps, next(digest for _, _, digest in kept.values()))
+    return Base(rows, facts, keeps, next(digest for _, _, digest in kept.values()))
 
 
 def by_shard(base: compact.Rows, keep: np.ndarray) -> dict[str, np.ndarray]:
@@ -86,15 +90,29 @@ class Job(NamedTuple):
     keep: bytes
 
 
-def missing(dataset: str, split: str, column: str, keeps: Mapping[str, np.ndarray]) -> Iterator[Job]:
-    """The base shards that a column lacks, or has from other clips."""
+def fits(base: index.Shard, shard: index.Shard) -> bool:
+    """Whether a column's shard was made from just these clips."""
+    return bool(
+        base.table["key"].to_pylist() == shard.table["key"].to_pylist()
+        and base.table["sha256"].to_pylist() == shard.table["base_sha256"].to_pylist()
+    )
+
+
+def missing(
+    dataset: str,
+    split: str,
+    column: str,
+    keeps: Mapping[str, np.ndarray],
+    is_of: Callable[[index.Shard, index.Shard], bool] = fits,
+) -> Iterator[Job]:
+    """The base shards that a column lacks, or has from something else: `is_of(base, shard)` is false."""
     committed = set(index.shard_names(dataset, split, column))
 
     def is_missing(name: str) -> bool:
         full = f"{name}.{column}"
         if full not in committed:
             return True
-        return not fits(index.read_shard(dataset, split, name), index.read_shard(dataset, split, full))
+        return not is_of(index.read_shard(dataset, split, name), index.read_shard(dataset, split, full))
 
     with ThreadPoolExecutor(16) as pool:
         for (name, keep), absent in zip(keeps.items(), pool.map(is_missing, keeps), strict=True):
@@ -102,12 +120,21 @@ def missing(dataset: str, split: str, column: str, keeps: Mapping[str, np.ndarra
                 yield Job(split, name, len(keep), np.packbits(keep).tobytes())
 
 
-def fits(base: index.Shard, shard: index.Shard) -> bool:
-    """Whether a column's shard was made from just these clips."""
-    return bool(
-        base.table["key"].to_pylist() == shard.table["key"].to_pylist()
-        and base.table["sha256"].to_pylist() == shard.table["base_sha256"].to_pylist()
-    )
+def check_keep(dataset: str, base: index.Shard, keep: np.ndarray) -> None:
+    """Raise Failure where `keep`, (N,) bool, is not of the clips of a base shard."""
+    if len(keep) != len(base.table):
+        raise Failure(
+            f"{dataset} ({base.split}): {base.name} has {len(base.table)} clips, the view {len(keep)};"
+            " run the same command again"
+        )
+
+
+def load_model(uri: str) -> tuple[str, Any]:
+    """The URI of a model's version, and the model. An alias may name another version before a stopped run continues."""
+    # through the public door, as any user: the pipeline does not import training
+    longtake: Any = importlib.import_module("longtake")
+    version = longtake.resolve(uri)
+    return version, longtake.load(version)
 
 
 class Worker:
@@ -159,6 +186,7 @@ class Worker:
 
 def make(
     stage: str,
+    dataset: str,
     jobs: Sequence[Job],
     task: WorkerConfig,
     load: Callable[..., Make],
@@ -166,7 +194,9 @@ def make(
     arguments: Mapping[str, Any],
     share: Callable[[Any], Mapping[str, Any]] = lambda ray: {},
 ) -> Counter[str]:
-    """Make the shards of a column in a pool of actors; returns the sums of what `Make` counts.
+    """Make the shards of a column in a pool of actors, if there are any to make.
+
+    Returns the sums of what `Make` counts, and of what workers that died have left, which is deleted (`swept`).
 
     Args:
         load, models, arguments: see `Worker`; the models are put into Ray's store once.
@@ -194,15 +224,14 @@ def make(
             **worker.options(),
         )
 
-    return groups.run(
-        stage,
-        [job._asdict() for job in jobs],
-        task,
-        start,
-        unit="clip",
-        total=sum(job.clips for job in jobs),
-        failed="shards could not be made",
-    )
+    if not jobs:
+        return Counter()
+    rows, clips = [job._asdict() for job in jobs], sum(job.clips for job in jobs)
+    try:
+        totals = groups.run(stage, rows, task, start, unit="clip", total=clips, failed="shards could not be made")
+    finally:
+        swept = sweep(dataset)
+    return totals + Counter(swept=swept)
 
 
 def _pool(stage: str, task: WorkerConfig, nodes: list[dict[str, float]]) -> tuple[WorkerConfig, int]:
@@ -267,12 +296,14 @@ def commit(
     return size
 
 
-def shards_of(dataset: str, column: str, base: Base) -> dict[str, list[index.Shard]]:
-    """The committed shards of a column, by split, without those whose base shard is gone."""
-    return {
-        split: [s for s in index.read_shards(dataset, split, column) if s.name.partition(".")[0] in keeps]
+def shards_of(dataset: str, column: str, base: Base) -> list[index.Shard]:
+    """The committed shards of a column, split by split, without those whose base shard is gone."""
+    return [
+        shard
         for split, keeps in base.keeps.items()
-    }
+        for shard in index.read_shards(dataset, split, column)
+        if shard.name.partition(".")[0] in keeps
+    ]
 
 
 def sweep(dataset: str) -> int:

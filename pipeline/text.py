@@ -8,7 +8,6 @@ import hashlib
 import json
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
@@ -55,28 +54,15 @@ def missing(dataset: str, split: str, column: str, captions: str, keeps: Mapping
     Raises:
         Failure: a shard has no captions.
     """
-    committed = set(index.shard_names(dataset, split, column))
     described = set(index.shard_names(dataset, split, captions))
     if absent := sorted(name for name in keeps if f"{name}.{captions}" not in described):
         raise Failure(f"{dataset} ({split}): {absent[0]} has no {captions}; run its `caption` stage again")
 
-    def is_missing(name: str) -> bool:
-        if f"{name}.{column}" not in committed:
-            return True
-        base, said, made = (
-            index.read_shard(dataset, split, n) for n in (name, f"{name}.{captions}", f"{name}.{column}")
-        )
-        return (
-            not columns.fits(base, made) or index.read_notes(dataset, made).get("captions_sha256") != said.rows_sha256
-        )
+    def is_of(base: index.Shard, made: index.Shard) -> bool:
+        said = index.read_shard(dataset, split, f"{base.name}.{captions}")
+        return columns.fits(base, made) and index.read_notes(dataset, made).get("captions_sha256") == said.rows_sha256
 
-    with ThreadPoolExecutor(16) as pool:
-        absent_of = pool.map(is_missing, keeps)
-        return [
-            columns.Job(split, name, len(keep), np.packbits(keep).tobytes())
-            for (name, keep), absent in zip(keeps.items(), absent_of, strict=True)
-            if absent
-        ]
+    return list(columns.missing(dataset, split, column, keeps, is_of))
 
 
 # A shard.

@@ -89,15 +89,11 @@ def run(config: Config, inputs: Mapping[str, str], output: str) -> dict[str, Any
     cut = CutConfig(audio=config.audio, limits=config.limits, decoder=description.get("decoder", "pyav"))
     _prepare(dataset, config.audio)
 
-    swept = columns.sweep(dataset)
+    totals = Counter(swept=columns.sweep(dataset))
     jobs = [job for split, keeps in base.keeps.items() for job in columns.missing(dataset, split, COLUMN, keeps)]
-    if jobs:
-        try:
-            columns.make("cache_audio", jobs, config.run, _load, [], {"dataset": dataset, "cut": cut})
-        finally:
-            swept += columns.sweep(dataset)  # what workers that died have left
+    totals += columns.make("cache_audio", dataset, jobs, config.run, _load, [], {"dataset": dataset, "cut": cut})
 
-    shards = [shard for split in columns.shards_of(dataset, COLUMN, base).values() for shard in split]
+    shards = columns.shards_of(dataset, COLUMN, base)
     reasons = Counter(reason for shard in shards for reason in shard.table["reason"].to_pylist())
     with_sound = reasons.pop(None, 0)
     metrics = {
@@ -106,7 +102,7 @@ def run(config: Config, inputs: Mapping[str, str], output: str) -> dict[str, Any
         "bytes": sum(shard.tar_bytes for shard in shards),
         "shards": len(shards),
         "made_shards": len(jobs),  # in this run
-        "debris_swept": swept,
+        "debris_swept": totals["swept"],
     }
     by_reason = {f"clips_{reason}": reasons[reason] for reason in sound.REASONS if reasons[reason]}
     return {"uri": dataset, "metrics": {name: float(value) for name, value in (metrics | by_reason).items()}}

@@ -6,7 +6,6 @@ and nothing else in the dataset is touched. What it gives up: a view in the conf
 of one view are not reused for the next; without a view all clips are encoded, and every later view can use them.
 """
 
-import importlib
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -117,7 +116,7 @@ def run(config: Config, inputs: Mapping[str, str], output: str) -> dict[str, Any
     # What to encode, and by what.
     dataset = storage.absolute(inputs["dataset"])
     base = columns.open_base(dataset, inputs.get("view"))
-    uri, model = _encoder(inputs["encoder"])
+    uri, model = columns.load_model(inputs["encoder"])
     strides = streams.strides_of(model, uri)
     settings = streams.Settings(
         **config.model_dump(include=_RECORDED | {"tile", "overlap"}),
@@ -130,19 +129,14 @@ def run(config: Config, inputs: Mapping[str, str], output: str) -> dict[str, Any
     column = streams.column_name(digest, settings, base.view)
 
     # What is missing.
-    swept = columns.sweep(dataset)
+    totals = Counter(swept=columns.sweep(dataset))
     jobs = [job for split, keeps in base.keeps.items() for job in columns.missing(dataset, split, column, keeps)]
-    totals = Counter[str]()
-    if jobs:
-        arguments = {"strides": strides, "settings": settings, "dataset": dataset, "column": column}
-        try:
-            totals = columns.make("cache_latents", jobs, config.run, _load, [model], arguments)
-        finally:
-            swept += columns.sweep(dataset)  # what workers that died have left
+    arguments = {"strides": strides, "settings": settings, "dataset": dataset, "column": column}
+    totals += columns.make("cache_latents", dataset, jobs, config.run, _load, [model], arguments)
 
     # The record, with the statistics of all shards.
     shards = columns.shards_of(dataset, column, base)
-    moments = _moments(config, dataset, shards["train"])
+    moments = _moments(config, dataset, [shard for shard in shards if shard.split == "train"])
     encoder = {"uri": uri, "digest": digest, "model": type(model).__name__}
     record = Latents(
         dataset=dataset,
@@ -158,15 +152,7 @@ def run(config: Config, inputs: Mapping[str, str], output: str) -> dict[str, Any
         digests={split: rows.digest for split, rows in base.rows.items()},
     )
     records.write_latents(output, record)
-    return {"uri": output, "metrics": _metrics(shards, jobs, totals, swept), "column": column}
-
-
-def _encoder(uri: str) -> tuple[str, Any]:
-    """The URI of the model's version, and the model. An alias may name another version before a stopped run continues."""
-    # through the public door, as any user: the pipeline does not import training
-    longtake: Any = importlib.import_module("longtake")
-    version = longtake.resolve(uri)
-    return version, longtake.load(version)
+    return {"uri": output, "metrics": _metrics(shards, jobs, totals), "column": column}
 
 
 def _load(
@@ -194,19 +180,16 @@ def _moments(config: Config, dataset: str, shards: list[index.Shard]) -> Moments
     return records.merged(parts)
 
 
-def _metrics(
-    shards: Mapping[str, list[index.Shard]], jobs: list[columns.Job], totals: Counter[str], swept: int
-) -> dict[str, float]:
-    column = [shard for split in shards.values() for shard in split]
-    latents = np.concatenate([shard.table["steps"].to_numpy() for shard in column])
+def _metrics(shards: list[index.Shard], jobs: list[columns.Job], totals: Counter[str]) -> dict[str, float]:
+    latents = np.concatenate([shard.table["steps"].to_numpy() for shard in shards])
     return {
         "clips": float((latents > 0).sum()),
         "clips_left_out": float((latents == 0).sum()),  # not in the view, or too small for `size` or `shrink`
         "steps": float(latents.sum()),  # the name of latents on disk and in the tracker
-        "bytes": float(sum(shard.tar_bytes for shard in column)),
-        "shards": float(len(column)),
+        "bytes": float(sum(shard.tar_bytes for shard in shards)),
+        "shards": float(len(shards)),
         "encoded_shards": float(len(jobs)),  # in this run
         "encoded_frames": float(totals["frames"]),
         "encoded_frames_cut": float(totals["frames_cut"]),  # tails that make no whole latent
-        "debris_swept": float(swept),
+        "debris_swept": float(totals["swept"]),
     }

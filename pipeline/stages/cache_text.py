@@ -106,13 +106,12 @@ def run(config: Config, inputs: Mapping[str, str], output: str) -> dict[str, Any
     del encoder  # the workers load their own
 
     # What is missing.
-    swept = columns.sweep(dataset)
+    totals = Counter(swept=columns.sweep(dataset))
     jobs = [
         job
         for split, keeps in base.keeps.items()
         for job in text.missing(dataset, split, column, captions.column, keeps)
     ]
-    totals = Counter[str]()
     if jobs:
         work = text.Work(dataset, column, captions.column, config.run.batch)
         shared = _shared_jobs(config, work, base, jobs, output)
@@ -120,11 +119,8 @@ def run(config: Config, inputs: Mapping[str, str], output: str) -> dict[str, Any
             compact.forget(dataset, split, column)
         threads = max(1, int(config.run.cpus))
         arguments = {"encoder": described, "work": work, "output": output, "threads": threads}
-        try:
-            for part in filter(None, (shared, jobs)):
-                totals += columns.make("cache_text", part, _task(config), _load, [], arguments)
-        finally:
-            swept += columns.sweep(dataset)  # what workers that died have left
+        for part in (shared, jobs):
+            totals += columns.make("cache_text", dataset, part, _task(config), _load, [], arguments)
 
     # The record.
     shards = columns.shards_of(dataset, column, base)
@@ -141,7 +137,7 @@ def run(config: Config, inputs: Mapping[str, str], output: str) -> dict[str, Any
     )
     records.write_text(output, found, empty)
     shared_text.forget(output)
-    return {"uri": output, "metrics": _metrics(counts, shards, jobs, totals, swept), "column": column}
+    return {"uri": output, "metrics": _metrics(counts, shards, jobs, totals), "column": column}
 
 
 def _captions(uri: str, dataset: str) -> Captions:
@@ -215,11 +211,11 @@ def _make(
     return text.make_text(encoder, work, split, name, keep, elsewhere, report)
 
 
-def _counts(dataset: str, shards: Mapping[str, list[index.Shard]]) -> dict[str, int]:
+def _counts(dataset: str, shards: list[index.Shard]) -> dict[str, int]:
     """Counts over all shards of the column."""
     names = ("clips", "clips_without", "clips_left_out", "captions", "texts", "texts_cut", "tokens")
     counts = Counter(dict.fromkeys(names, 0))
-    for shard in (shard for split in shards.values() for shard in split):
+    for shard in shards:
         notes, texts = index.read_notes(dataset, shard), shard.table["texts"]
         lengths = pc.list_value_length(texts)
         counts.update({name: int(notes[name]) for name in ("texts", "texts_cut", "tokens")})
@@ -229,18 +225,13 @@ def _counts(dataset: str, shards: Mapping[str, list[index.Shard]]) -> dict[str, 
 
 
 def _metrics(
-    counts: Mapping[str, int],
-    shards: Mapping[str, list[index.Shard]],
-    jobs: list[columns.Job],
-    totals: Counter[str],
-    swept: int,
+    counts: Mapping[str, int], shards: list[index.Shard], jobs: list[columns.Job], totals: Counter[str]
 ) -> dict[str, float]:
-    column = [shard for split in shards.values() for shard in split]
     return {name: float(count) for name, count in counts.items()} | {
-        "bytes": float(sum(shard.tar_bytes for shard in column)),
-        "shards": float(len(column)),
+        "bytes": float(sum(shard.tar_bytes for shard in shards)),
+        "shards": float(len(shards)),
         "encoded_shards": float(len(jobs)),  # in this run
         "encoded_texts": float(totals["encoded"]),
         "copied_texts": float(totals["copied"]),  # from the shard before it, or from what several shards have
-        "debris_swept": float(swept),
+        "debris_swept": float(totals["swept"]),
     }

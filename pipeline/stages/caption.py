@@ -32,6 +32,8 @@ from longtake.pipeline.column import Job, WorkerConfig
 VERSION = 1
 PRODUCES = "captions"
 
+_DECIDES = {"prompt", "frames", "side", "max_characters", "answer_tokens", "settings"}  # what any captioner says
+
 
 class CaptionConfig(WorkerConfig):
     """How clips are captioned.
@@ -168,7 +170,7 @@ def run(config: Config, inputs: Mapping[str, str], output: str) -> dict[str, Any
     column = captions.column_name(captioner, base.view)
 
     # What annotations and earlier runs give.
-    swept = columns.sweep(dataset)
+    totals = Counter(swept=columns.sweep(dataset))
     images = captions.is_images(dataset)
     places = [(split, name, keep) for split, keeps in base.keeps.items() for name, keep in keeps.items()]
     # before a shard changes: compact files would go on giving the captions of before
@@ -178,16 +180,12 @@ def run(config: Config, inputs: Mapping[str, str], output: str) -> dict[str, Any
 
     # What a captioner has to be asked about.
     jobs = [shard.job for shard in begun if shard.job]
-    totals = Counter[str]()
     if jobs:
-        try:
-            totals = _ask(config, dataset, output, column, maker, jobs)
-        finally:
-            swept += columns.sweep(dataset)  # what workers that died have left
+        totals += _ask(config, dataset, output, column, maker, jobs)
     answers.sweep(output)
 
     # The record.
-    counts = _counts([shard for shards in columns.shards_of(dataset, column, base).values() for shard in shards])
+    counts = _counts(columns.shards_of(dataset, column, base))
     record = Captions(
         dataset=dataset,
         column=column,
@@ -202,7 +200,7 @@ def run(config: Config, inputs: Mapping[str, str], output: str) -> dict[str, Any
         "captioned_shards": float(len(jobs) + sum(shard.committed for shard in begun)),  # in this run
         "replaced_shards": float(sum(shard.replaced for shard in begun)),  # of other annotations
         "asked_clips": float(totals["asked"]),
-        "debris_swept": float(swept),
+        "debris_swept": float(totals["swept"]),
     }
     return {"uri": output, "metrics": metrics, "column": column}
 
@@ -215,9 +213,7 @@ def _captioner(config: Config) -> tuple[dict[str, Any], str]:
     """
     if config.model is None:
         return {}, ""
-    decides = config.model_dump(
-        mode="json", include={"prompt", "frames", "side", "max_characters", "answer_tokens", "settings"}
-    )
+    decides = config.model_dump(mode="json", include=_DECIDES)
     decides["version"] = reply.VERSION
     if config.endpoint is None:
         from longtake.pipeline.captioner.model import digest_of
@@ -274,23 +270,18 @@ def _ask(config: Config, dataset: str, output: str, column: str, maker: str, job
         UserError: there is no such endpoint, or its key is not set.
         Failure: the budget is used up, or some could not be made.
     """
-    arguments = {"maker": maker, "dataset": dataset, "output": output, "column": column}
+    arguments: dict[str, Any] = {"maker": maker, "dataset": dataset, "output": output, "column": column}
     if config.endpoint is None:
-        return columns.make("caption", jobs, config.run, _load_model, [], arguments | {"showing": _showing(config)})
+        arguments["showing"] = _showing(config)
+        return columns.make("caption", dataset, jobs, config.run, _load_model, [], arguments)
     _check_endpoint(config, config.endpoint)
     run = config.run
     workers = run.model_copy(update={"gpus": 0.0, "workers": run.workers or 1})
     budget = (run.requests_per_minute, run.max_requests, run.max_tokens)
-    totals = columns.make(
-        "caption",
-        jobs,
-        workers,
-        _load_endpoint,
-        [],
-        arguments
-        | {"asking": _asking(config), "key_env": config.key_env, "proven": _is_proven(dataset, column, maker)},
-        partial(_share_meter, budget),
-    )
+    arguments |= {"asking": _asking(config), "key_env": config.key_env}
+    arguments |= {"proven": _is_proven(dataset, column, maker)}
+    share = partial(_share_meter, budget)
+    totals = columns.make("caption", dataset, jobs, workers, _load_endpoint, [], arguments, share)
     if totals["spent"]:
         bounds = [
             f"{value} {unit}" for value, unit in ((run.max_requests, "requests"), (run.max_tokens, "tokens")) if value
@@ -321,16 +312,14 @@ def _is_proven(dataset: str, column: str, maker: str) -> bool:
 def _showing(config: Config) -> Any:
     from longtake.pipeline.captioner.model import Showing
 
-    names = {"prompt", "frames", "side", "max_characters", "answer_tokens", "settings"}
-    return Showing(
-        folder=str(Path(config.model or "").absolute()), batch=config.run.batch, **config.model_dump(include=names)
-    )
+    folder = str(Path(config.model or "").absolute())
+    return Showing(folder=folder, batch=config.run.batch, **config.model_dump(include=_DECIDES))
 
 
 def _asking(config: Config) -> Any:
     from longtake.pipeline.captioner.endpoint import Asking
 
-    names = {"model", "prompt", "frames", "side", "send", "max_characters", "answer_tokens", "settings"}
+    names = _DECIDES | {"model", "send"}
     how = config.run.model_dump(include={"concurrency", "timeout_seconds", "patience_seconds", "tries"})
     return Asking(url=config.endpoint or "", key="", **config.model_dump(include=names), **how)
 
