@@ -21,6 +21,8 @@ from longtake.datasets.loader.streams import Lengths, clips_of, latents_before
 from longtake.datasets.neighbours import pasts
 from longtake.datasets.shard import described
 
+CHANCES = 3  # numbers of a sample's own, by which training hides its conditions
+
 
 @dataclass(frozen=True)
 class Window:
@@ -86,6 +88,8 @@ def load(split: Split, sample: Sample, window: Window) -> dict[str, Any]:
             out[column] = _caption(split, column, sample.shard, where)
         for column in split.texts:
             out[column] = _text(split, column, sample.shard, where)
+        if split.texts and rng:
+            out["chances"] = rng.random(CHANCES)
     if "label" in split.names:
         out["label"] = split.labels.get(row["label"], -1)
     if "json" in split.names:

@@ -83,6 +83,21 @@ def test_batches_are_the_same_whoever_makes_them_and_after_a_stop(root: str) -> 
             assert torch.equal(whole["text"][n][whole["text_mask"][n]], states[key])
 
 
+def test_a_sample_has_the_same_chances_on_any_rank_and_others_in_the_next_epoch(root: str) -> None:
+    def chances(**share: int) -> dict[tuple[int, str], list[float]]:
+        batches = Loader(root, columns=(TEXT,), **WINDOW, **share)
+        return {
+            (batch["epoch"], key): own
+            for batch in batches
+            for key, own in zip(batch["key"], batch["chances"].tolist(), strict=True)
+        }
+
+    alone = chances()
+    assert chances(rank=0, world=2) | chances(rank=1, world=2) == alone
+    assert len({tuple(own) for own in alone.values()}) == len(alone), "every draw is of its own"
+    assert "chances" not in next(iter(Loader(root, columns=("video",), **WINDOW)))
+
+
 def test_states_come_with_histories_of_latents(root: str) -> None:
     encoder = Counting()
     options = WINDOW | {"columns": ("latent-test", COLUMN, TEXT), "histories": Lengths((0, 1), 1)}

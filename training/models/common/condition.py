@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -22,11 +22,14 @@ class Condition:
     text      states of the tokens of texts, `(B, N, D)`
     mask      `(B, N)` bool, which rows of `text` a sample sees; or `(B, T, N)`, which of them each of its T frames (latents)
               sees, as in a storyboard. A sample or frame that sees none has no text
+    chances   `(B, 3)` in 0..1, numbers of each sample's own, by which training hides its class and its text: a sample
+              loses the same whatever ranks and passes share its batch
     """
 
     classes: Tensor | None = None
     text: Tensor | None = None
     mask: Tensor | None = None
+    chances: Tensor | None = None
 
     def __post_init__(self) -> None:
         if (self.text is None) != (self.mask is None):
@@ -66,11 +69,11 @@ class Condition:
             classes = torch.where(which.to(classes.device), NO_CLASS, classes)
         if mask is not None:
             mask = mask & ~which.to(mask.device).reshape(-1, *[1] * (mask.ndim - 1))
-        return Condition(classes, self.text, mask)
+        return replace(self, classes=classes, mask=mask)
 
     def expand(self, count: int) -> Condition:
         """The condition of one sample, repeated for `count` samples."""
-        parts = (self.classes, self.text, self.mask)
+        parts = (self.classes, self.text, self.mask, self.chances)
         return Condition(*(None if part is None else part.expand(count, *part.shape[1:]) for part in parts))
 
     def record(self) -> list[int] | dict[str, Any]:
@@ -112,7 +115,7 @@ def of_batch(batch: Mapping[str, Any]) -> Condition:
     """The condition of a loader's batch: its labels and texts, if it has them."""
     # on the CPU, where ids are checked without waiting for a GPU
     classes = batch["label"].cpu() if "label" in batch else None
-    return Condition(classes, batch.get("text"), batch.get("text_mask"))
+    return Condition(classes, batch.get("text"), batch.get("text_mask"), batch.get("chances"))
 
 
 def of_classes(ids: Iterable[int | None]) -> Condition:
@@ -133,13 +136,17 @@ def draw_hidden(
     """Draw what the samples of the batch `x` lose, each its class and its text with these probabilities.
 
     Where there are both, half of the rarer losses take both at once: guidance leads away from neither a class nor a text,
-    which independent draws would show too seldom. `rng` is on the device of `x`.
+    which independent draws would show too seldom. Samples without chances of their own are drawn for from `rng`, which is
+    on the device of `x`.
     """
+    condition = condition or Condition()
+    own = () if condition.chances is None else condition.chances.to(x.device).unbind(1)
+    chances = iter(own)
 
     def draw(probability: float) -> Tensor:
-        return torch.rand(len(x), generator=rng, device=x.device) < probability
+        chance = next(chances) if own else torch.rand(len(x), generator=rng, device=x.device)
+        return chance < probability
 
-    condition = condition or Condition()
     label_dropout = 0.0 if condition.classes is None else label_dropout
     text_dropout = 0.0 if condition.text is None else text_dropout
     both = min(label_dropout, text_dropout) / 2

@@ -108,6 +108,19 @@ def test_a_mask_of_another_shape_is_refused() -> None:
 # what training hides
 
 
+def test_a_sample_loses_the_same_whatever_batch_it_is_in() -> None:
+    chances = torch.rand(40, 3, generator=torch.Generator().manual_seed(1))
+
+    def lost(which: list[int], seed: int) -> list[Tensor | None]:
+        words = (TEXT[:1].expand(len(which), -1, -1), MASK[:1].expand(len(which), -1))
+        condition = Condition(torch.ones(len(which), dtype=torch.long), *words, chances[which])
+        return list(draw_hidden(condition, torch.zeros(len(which), 1), 0.3, 0.5, torch.Generator().manual_seed(seed)))
+
+    for whole, part in zip(lost(list(range(40)), 0), lost(list(range(39, -1, -2)), 7), strict=True):
+        assert whole is not None and part is not None and 0 < whole.sum() < 40
+        assert torch.equal(whole[torch.arange(39, -1, -2)], part)
+
+
 def drawn(condition: Condition | None, label: float, text: float, seed: int = 0) -> tuple[Tensor, Tensor]:
     """Which of many samples lose their class and their text."""
     x = torch.zeros(40_000, 1)
