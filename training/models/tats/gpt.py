@@ -21,7 +21,7 @@ from torch.utils.checkpoint import checkpoint
 
 from longtake.training.models.common.condition import NO_CLASS, Condition, Hidden, check_classes, draw_hidden
 from longtake.training.models.common.text import TextAttention, TextIn, text_tokens
-from longtake.training.models.tats.config import TATSConfig
+from longtake.training.models.tats.gpt_config import TATSConfig
 
 _START, _PADDING, _CLASSES = 0, 1, 2  # the first ids
 SILENCE = -1  # stands for a token of sound that there is not

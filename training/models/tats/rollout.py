@@ -31,7 +31,7 @@ from longtake.training.models.common.story import Story
 from longtake.training.models.common.text import check_guidance
 from longtake.training.models.generator import Settings
 from longtake.training.models.tats import decode
-from longtake.training.models.tats.config import TATSConfig
+from longtake.training.models.tats.gpt_config import TATSConfig
 from longtake.training.models.tats.gpt import SILENCE, TATS, Cache
 
 _GAPS = 16  # that are filled at once

@@ -15,7 +15,7 @@ from longtake.training.models.common.condition import Condition, of_classes
 from longtake.training.models.common.draws import rng_of
 from longtake.training.models.generator import Settings
 from longtake.training.models.tats import decode, rollout
-from longtake.training.models.tats.config import TATSConfig
+from longtake.training.models.tats.gpt_config import TATSConfig
 from longtake.training.models.tats.gpt import TATS
 from longtake.training.models.tats.rollout import Rollout, continued, filled
 
