@@ -33,7 +33,8 @@ _DTYPE = np.dtype("<u2")
 class TextConfig(StageConfig):
     """An encoder of texts, and what it makes of them.
 
-    encoder    "words": packaged embeddings of words; or a folder with a model of transformers
+    encoder    "words": packaged embeddings of words; or a folder with a model of transformers, or one that is registered:
+               models:/umt5@champion, models:/umt5/3
     layer      whose states are taken: -1 the last, after its norm; -2 the one before it, and so on
     length     tokens of a text that are kept; null: 512, or what the model takes if that is less
     template   a text around each text, which stands at its {}

@@ -19,7 +19,8 @@ def _pattern(text: str) -> str:
 Pattern = Annotated[str, AfterValidator(_pattern)]
 
 
-def _model_name(text: str) -> str:
+def model_name(text: str) -> str:
+    """The text, if it can name a registered model, else ValueError."""
     # "m-..." is the id of a logged model; what ends so is the lock of a promotion
     if not re.fullmatch(r"(?!m-)[A-Za-z0-9][A-Za-z0-9._ -]{0,199}(?<![ .])(?<!\.promotion)", text):
         raise ValueError(
@@ -29,7 +30,7 @@ def _model_name(text: str) -> str:
     return text
 
 
-ModelName = Annotated[str, AfterValidator(_model_name), Naming()]  # in the registry
+ModelName = Annotated[str, AfterValidator(model_name), Naming()]  # in the registry
 
 
 class CacheConfig(StageConfig):

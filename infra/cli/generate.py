@@ -57,7 +57,7 @@ class Job(NamedTuple):
 @click.option(
     "--text-encoder",
     metavar="FOLDER",
-    help="Where the model's text encoder lies. [default: where it was in training]",
+    help="Where the model's text encoder is: a folder, or models:/NAME@ALIAS. [default: where it was in training]",
 )
 @click.option(
     "--start",
@@ -86,9 +86,9 @@ class Job(NamedTuple):
 @click.option("--grid", is_flag=True, help="All videos side by side in one file.")
 @click.option(
     "--guidance",
-    type=click.FloatRange(min=0),
     metavar="G",
-    help="Guidance towards class and prompt; 1 is none. [default: the model's]",
+    help="Guidance towards class and prompt, such as 4, or classes=2,text=6 for each its own; 1 is none."
+    " [default: the model's]",
 )
 @click.option(
     "--history-noise",
@@ -133,7 +133,7 @@ def generate(
     seeds: str | None,
     out: str,
     grid: bool,
-    guidance: float | None,
+    guidance: str | None,
     history_noise: float | None,
     steps: int | None,
     fps: float | None,
@@ -171,8 +171,8 @@ def generate(
     for option, given in (("--class", classes), ("--prompt", words)):
         if given and storyboard:
             raise UserError(f"{option} and --storyboard: give one of them")
-    if guidance not in (None, 1.0) and not (classes or words or storyboard or negative is not None):
-        raise UserError("--guidance: leads towards a class or a prompt; name one with --class or --prompt")
+    asked = {"classes": bool(classes or storyboard), "text": bool(words or storyboard or negative is not None)}
+    strength = None if guidance is None else _guidance(guidance, asked)
     if start:
         media.check_exists(start)
     with media.memory_errors("lower --batch or --count, or set --tile 256"):
@@ -182,7 +182,7 @@ def generate(
         for name, value in (options | texts).items():
             if value and ("prompt" if name in texts else name) not in generator.accepts:
                 raise UserError(f"--{name.replace('_', '-')}: {model} takes none; leave it out")
-        plan = _plan(generator, frames, seconds, fps, start, {"guidance": guidance, "steps": steps} | options)
+        plan = _plan(generator, frames, seconds, fps, start, {"guidance": strength, "steps": steps} | options)
         story = _storyboard(storyboard, generator) if storyboard else None
         requests = _requests(plan, jobs, words, story, negative)
         groups = [requests[n : n + batch] for n in range(0, len(jobs), batch)]
@@ -327,6 +327,25 @@ def _storyboard(path: str, generator: Any) -> Any:
         if "prompt" not in generator.accepts and any(scene.prompt is not None for _, scene in story):
             raise UserError("prompt: this model takes none; leave it out")
         return story
+
+
+def _guidance(text: str, asked: Mapping[str, bool]) -> Any:
+    """The guidance of an option's text. UserError where it leads to a class or a text and none is asked for."""
+    from longtake.training.models.common.guidance import Guidance, guidance_of
+
+    with _naming("--guidance"):
+        guidance = guidance_of(text)
+    if not isinstance(guidance, Guidance):
+        if guidance != 1.0 and not any(asked.values()):
+            raise UserError("--guidance: leads towards a class or a prompt; name one with --class or --prompt")
+        return guidance
+    for part, strength, what, option in (
+        ("classes", guidance.classes, "class", "--class"),
+        ("text", guidance.text, "prompt", "--prompt"),
+    ):
+        if strength != 1.0 and not asked[part]:
+            raise UserError(f"--guidance: {part}={strength:g} leads towards a {what}; name one with {option}")
+    return guidance
 
 
 def _lines(path: str) -> list[str]:

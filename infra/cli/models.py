@@ -1,4 +1,4 @@
-"""`longtake models`: list, show and fetch registered models."""
+"""`longtake models`: list, show, fetch and import registered models."""
 
 import os
 from typing import Any
@@ -15,7 +15,7 @@ _SHOWN = ("champion", "candidate", "previous")
 
 @click.group()
 def models() -> None:
-    """Look at registered models and fetch them, from the store that MLFLOW_TRACKING_URI names."""
+    """Look at registered models, fetch and import them, in the store that MLFLOW_TRACKING_URI names."""
 
 
 @models.command("list")
@@ -128,15 +128,54 @@ def pull(uri: str, to: str | None) -> None:
     click.echo(to if to is not None else folder)
 
 
-def _check_store() -> None:
-    """Raise UserError if no store is named, or a database that does not exist, which MLflow would create."""
-    from longtake.infra.sqlite_store import path_of
+@models.command("import")
+@click.argument("folder")
+@click.option("--name", required=True, metavar="NAME", help="Name in the registry.")
+def import_(folder: str, name: str) -> None:
+    """Register the text encoder in FOLDER as a new version of NAME, and as its champion.
 
+    FOLDER is what `save_pretrained` of transformers writes: safetensors, config.json and tokenizer.json. The encoder is
+    loaded and checked, then these files are copied as they are. The same files are not registered twice. The old champion
+    becomes `previous`; `longtake rollback NAME` brings it back.
+
+    
+    Example:
+      longtake models import /models/umt5-xxl --name umt5      # then, in a recipe: encoder: models:/umt5@champion
+    """
+    from pathlib import Path
+
+    from longtake.infra import runs, sqlite_store
+    from longtake.training import registry
+    from longtake.training.config import model_name
+
+    try:
+        model_name(name)
+    except ValueError as e:
+        raise UserError(f"--name: {e}") from e
+    uri, place = _store(), None
+    if path := sqlite_store.path_of(uri):
+        # such a store may be new, and keeps its artifacts beside it, as that of a recipe does
+        place = f"{path.parent.absolute()}/artifacts"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with sqlite_store.opened_alone(uri):
+            runs.client_of(uri).search_registered_models(max_results=1)
+    click.echo(registry.register_foreign(Path(folder), name, "text_encoder", place))
+
+
+def _store() -> str:
+    """The URI of the store. Raises UserError if none is named."""
     os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
     uri = os.environ.get("MLFLOW_TRACKING_URI", "")
     if not uri:
         raise UserError("MLFLOW_TRACKING_URI is not set; name the store, such as http://HOST:5000")
-    if (path := path_of(uri)) and not path.is_file():
+    return uri
+
+
+def _check_store() -> None:
+    """Raise UserError if no store is named, or a database that does not exist, which MLflow would create."""
+    from longtake.infra.sqlite_store import path_of
+
+    if (path := path_of(uri := _store())) and not path.is_file():
         raise UserError(f"MLFLOW_TRACKING_URI={uri}: no such database")
 
 

@@ -45,11 +45,12 @@ def text_encoder(encoder: str = "words", **settings: Any) -> "TextEncoder":
     """A text encoder, on the CPU and checked: `encode` gives the states of a text's tokens.
 
     Args:
-        encoder: "words", packaged embeddings of words, or a local folder with a model of transformers.
+        encoder: "words", packaged embeddings of words; a local folder with a model of transformers; or
+            "models:/NAME@ALIAS", such a model in the registry (see `longtake models import`).
         settings: further fields of `longtake.training.text.TextConfig`.
 
     Raises:
-        UserError: as `longtake.training.text.load_encoder`; a setting that there is not.
+        UserError, Failure: as `longtake.training.text.load_encoder`; a setting that there is not.
     """
     from pydantic import ValidationError
 

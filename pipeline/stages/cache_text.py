@@ -1,12 +1,13 @@
 """`cache_text`: the token states of every caption from a text encoder, as a column beside the shards.
 
-Each actor of a Ray pool loads the encoder from its folder and takes shard after shard. The column is named by all that
+Each actor of a Ray pool loads the encoder and takes shard after shard. The column is named by all that
 decides its states: the encoder's weights and tokenizer, what is made of a text, and the column of captions. A caption that
 changes later is encoded alone, since a shard that is made again takes from the old one what it has.
 """
 
 import hashlib
 import importlib
+import os
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import replace
@@ -31,6 +32,8 @@ from longtake.pipeline.column import WorkerConfig
 VERSION = 1
 PRODUCES = "text"
 
+_STORE = "MLFLOW_TRACKING_URI"  # where registered encoders are
+
 
 class EncodeConfig(WorkerConfig):
     """How the workers encode.
@@ -47,8 +50,8 @@ class Config(TextConfig):
     """Encode all captions of a dataset once: the states of their tokens, as many as each caption has.
 
     Without an encoder these are packaged embeddings of words, which need no GPU. A folder is read by every worker, so it has
-    to be where all of them see it; nothing is ever downloaded. The same weights, settings and kind of machine give the same
-    bytes for any number of workers.
+    to be where all of them see it. A registered model is the version that it names when the stage begins. Nothing is ever
+    downloaded. The same weights, settings and kind of machine give the same bytes for any number of workers.
 
     dataset    whose clips these are
     captions   a `caption` stage
@@ -67,7 +70,7 @@ class Config(TextConfig):
 
 
 def outside(config: Config) -> str:
-    """A digest of the names and sizes of the encoder's files; empty for the packaged one."""
+    """A digest of the names and sizes of the encoder's files; empty where they lie in no folder."""
     folder = Path(config.encoder).expanduser()
     if config.encoder == WORDS or not folder.is_dir():
         return ""
@@ -119,6 +122,7 @@ def run(config: Config, inputs: Mapping[str, str], output: str) -> dict[str, Any
             compact.forget(dataset, split, column)
         threads = max(1, int(config.run.cpus))
         arguments = {"encoder": described, "work": work, "output": output, "threads": threads}
+        arguments["store"] = os.environ.get(_STORE)
         for part in (shared, jobs):
             totals += columns.make("cache_text", dataset, part, _task(config), _load, [], arguments)
 
@@ -181,10 +185,15 @@ def _shared_jobs(
     return shared_text.plan(work.dataset, work.column, work.captions, found.shared, jobs, output)
 
 
-def _load(device: str, *, encoder: Mapping[str, Any], work: text.Work, output: str, threads: int) -> columns.Make:
+def _load(
+    device: str, *, encoder: Mapping[str, Any], work: text.Work, output: str, threads: int, store: str | None = None
+) -> columns.Make:
     """The function that encodes a shard, loaded in an actor. Raises UserError where the worker finds another encoder."""
     import torch
 
+    if store:
+        # Ray may have been started without it
+        os.environ.setdefault(_STORE, store)
     torch.set_num_threads(threads)
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
     torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = True, False

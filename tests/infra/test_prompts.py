@@ -75,6 +75,19 @@ def test_several_prompts_are_files_by_number_and_words_or_a_grid(models: Path, t
     assert frames_of(tmp_path / "grid.mp4").shape == (9, 2 * 32 + 2, 2 * 32 + 2, 3)
 
 
+def test_class_and_prompt_may_have_guidance_of_their_own(models: Path, tmp_path: Path, encoder: Any) -> None:
+    asked = ["--prompt", "left", "--class", "dog", "--guidance"]
+    for name, guidance in (
+        ("both", "4"),
+        ("equal", "classes=4,text=4"),
+        ("apart", "classes=2,text=6"),
+        ("text", "text=6"),
+    ):
+        longtake("generate", models / "latte", *asked, guidance, "--out", tmp_path / f"{name}.mp4")
+    both, equal, apart, text = ((tmp_path / f"{name}.mp4").read_bytes() for name in ("both", "equal", "apart", "text"))
+    assert both == equal and len({both, apart, text}) == 3
+
+
 @pytest.mark.parametrize("family", ["latte", "memory"])
 def test_a_storyboard_of_prompts_is_followed(models: Path, tmp_path: Path, family: str, encoder: Any) -> None:
     story = tmp_path / "story.yaml"
@@ -108,6 +121,23 @@ def test_a_storyboard_of_prompts_is_followed(models: Path, tmp_path: Path, famil
         (["latte", "--storyboard", "story.yaml"], "prompt 'z{40}': has 60 tokens, and 24 fit"),
         (["latte", "--prompt", "x", "--text-encoder", "gone"], "latte: its text encoder is not at gone; say where it"),
         (["hasty", "--prompt", "x", "--guidance", "4"], "trained with text_dropout: 0 .* leave guidance at 1"),
+        (
+            ["latte", "--prompt", "x", "--guidance", "-1"],
+            "^--guidance: needs a number from 0 on, such as 4, or one for",
+        ),
+        (["latte", "--prompt", "x", "--guidance", "words=2"], "^--guidance: has no words; there are classes and text$"),
+        (
+            ["latte", "--prompt", "x", "--guidance", "text=2,classes=3"],
+            "classes=3 leads towards a class; name one with",
+        ),
+        (
+            ["latte", "--class", "dog", "--guidance", "text=2"],
+            "--guidance: text=2 leads towards a prompt; name one with",
+        ),
+        (
+            ["plain", "--storyboard", "worded.yaml", "--guidance", "classes=2,text=3"],
+            "has learned no classes; leave it",
+        ),
         (["vae", "--prompt", "x"], "is a PVVAE, which generates no videos"),
     ],
 )
@@ -117,6 +147,7 @@ def test_what_cannot_be_prompted_is_said_in_one_line(
     monkeypatch.chdir(models)
     (models / "empty.txt").write_text("\n \n")
     (models / "story.yaml").write_text(f"- {{at: 0s, class: cat}}\n- {{at: 9s, prompt: {'z' * 60}}}\n")
+    (models / "worded.yaml").write_text("- {at: 0s, prompt: x}\n")
     with pytest.raises(UserError, match=said) as e:
         longtake("generate", *arguments, "--out", tmp_path / "x.mp4")
     assert "\n" not in str(e.value) and not list(tmp_path.iterdir())

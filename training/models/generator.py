@@ -12,6 +12,7 @@ import numpy as np
 
 from longtake.datasets.errors import UserError
 from longtake.training.models.common.condition import NO_CLASS
+from longtake.training.models.common.guidance import Guidance, guidance_of, parts_of
 
 _ENTRIES = ({"at", "class"}, {"at", "prompt"}, {"at", "class", "prompt"})  # the keys of an entry of a storyboard
 
@@ -31,7 +32,8 @@ class Settings:
     """How to sample. PV-VAE: 100 Euler steps, no shift; the other defaults are choices.
 
     steps           Euler steps of a window
-    guidance        towards class and prompt, 1 is none; without any it has no effect
+    guidance        towards class and prompt, 1 is none; without any it has no effect. One number for both, or a `Guidance`,
+                    which plain data may stand for (see `guidance_of`)
     shift           of the flow's times towards noise
     overlap         latents (frames, for a prior of pixels) that a window shares with the one before
     history_noise   noise, 0 to 1, on the history of a model with a memory; 0 is none
@@ -42,7 +44,7 @@ class Settings:
     """
 
     steps: int = 100  # the name that registered models and recipes have; functions call them `solver_steps`
-    guidance: float = 1.0
+    guidance: float | Guidance = 1.0
     shift: float = 1.0
     overlap: int = 2
     history_noise: float = 0.0
@@ -50,6 +52,12 @@ class Settings:
     top_k: int = 2048
     top_p: float = 0.8
     keep: int = 0
+
+    def __post_init__(self) -> None:
+        try:
+            object.__setattr__(self, "guidance", guidance_of(self.guidance))
+        except ValueError as e:
+            raise ValueError(f"guidance: {e}") from e
 
 
 class Request(NamedTuple):
@@ -225,10 +233,8 @@ def check_requests(generator: Generator, requests: Sequence[Request], settings: 
         return
     if "prompt" not in generator.accepts:
         raise UserError("prompt: this model takes none; leave it out")
-    if negatives and settings.guidance <= 1:
-        raise UserError(
-            f"negative: guidance leads away from it, and is {settings.guidance:g}; set guidance above 1, such as 4"
-        )
+    if negatives and (strength := parts_of(settings.guidance).text) <= 1:
+        raise UserError(f"negative: guidance leads away from it, and is {strength:g}; set guidance above 1, such as 4")
     generator.check_prompts(list(dict.fromkeys(prompts + negatives)))
 
 

@@ -7,6 +7,7 @@
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from longtake.datasets.errors import UserError
 from longtake.training.registry.uri import in_store
 
 if TYPE_CHECKING:
@@ -19,7 +20,7 @@ def load(uri: str) -> "nn.Module":
     The store is MLflow's: set MLFLOW_TRACKING_URI.
 
     Raises:
-        UserError: there is no such model, version or alias.
+        UserError: there is no such model, version or alias, or it is a foreign one.
         Failure: the store cannot be reached; or the model is damaged.
     """
     return load_with_facts(uri)[0]
@@ -28,11 +29,13 @@ def load(uri: str) -> "nn.Module":
 def load_with_facts(uri: str) -> tuple["nn.Module", dict[str, Any]]:
     """The same, and what its config.json says of it."""
     from longtake.training.registry import cache, disk
+    from longtake.training.registry.foreign import check_ours
 
     if not in_store(uri):
         return disk.load(Path(uri)), disk.read_config(Path(uri))
     folder = cache.pull(uri)
     content = disk.read_config(folder)
+    check_ours(uri, content)
     # the digests of its files were compared just now
     return disk.module_of(folder, content), content
 
@@ -46,3 +49,29 @@ def register(folder: Path, name: str, run_id: str) -> str:
 
     content = disk.read_config(folder)
     return log.log_model(folder, name, run_id, disk.digest(content), content.get("lineage", {}))
+
+
+def register_foreign(folder: Path, name: str, kind: str, place: str | None) -> str:
+    """Check a folder of another library, and register its files as the champion; returns "models:/NAME/VERSION".
+
+    Args:
+        kind: a name in `foreign.FOREIGN`.
+        place: URL where the store keeps artifacts, if it has no place of its own.
+
+    Raises:
+        UserError: the folder has no such model; the name is that of other models.
+        Failure: the store cannot be reached.
+    """
+    from importlib import import_module
+
+    from longtake.training.registry import disk, log, promotion
+    from longtake.training.registry.foreign import FOREIGN
+
+    row = FOREIGN[kind]
+    config, files = import_module(row.checked).checked(folder)
+    if odd := [file for file in files if not row.files.fullmatch(file)]:
+        raise UserError(f"{folder}: {odd[0]} is no file that a {row.what} is registered with; save it again")
+    content = disk.described(kind, config, files)
+    uri = log.log_files(files, content, name, disk.digest(content), place)
+    promotion.promote(uri)
+    return uri

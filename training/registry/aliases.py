@@ -93,17 +93,25 @@ def run_beside(uri: str, name: str) -> Iterator[str]:
     with asking(uri) as client:
         training_run = client.get_model_version(model, number).run_id
         experiment = client.get_run(training_run).info.experiment_id if training_run else "0"
+    with run_in(experiment, name) as run_id:
+        yield run_id
+
+
+@contextmanager
+def run_in(experiment: str, name: str) -> Iterator[str]:
+    """The id of a new run in an experiment. The run ends with the block."""
+    with asking(name) as client:
         run_id = str(client.create_run(experiment, run_name=name).info.run_id)
     try:
         yield run_id
     except BaseException as e:
         # a store that fails must not hide the error itself
-        with suppress(UserError, Failure), asking(uri) as client, redirect_stdout(StringIO()):
+        with suppress(UserError, Failure), asking(name) as client, redirect_stdout(StringIO()):
             client.set_tag(run_id, "longtake.error", shown(f"{type(e).__name__}: {e}")[:500])
             client.set_terminated(run_id, "FAILED" if isinstance(e, Exception) else "KILLED")
         raise
     # the client prints where the run can be seen
-    with asking(uri) as client, redirect_stdout(StringIO()):
+    with asking(name) as client, redirect_stdout(StringIO()):
         client.set_terminated(run_id, "FINISHED")
 
 

@@ -86,9 +86,16 @@ def copy(folder: Path, to: Path) -> None:
         to.absolute().parent.mkdir(parents=True, exist_ok=True)
         with storage.spool_folder(str(to.absolute().parent)) as spool:
             shutil.copytree(folder, spool / "model")
-            for path in [*(spool / "model").iterdir(), spool / "model"]:
+            for path in [*(spool / "model").rglob("*"), spool / "model"]:
                 storage.sync(path)
             (spool / "model").rename(to)
+
+
+def version_of(uri: str) -> str:
+    """The version that a URI named when it was pulled last, which must have been."""
+    note = _last_pull(uri)
+    assert note
+    return str(note["named"]["uri"])
 
 
 def cache() -> Path:
@@ -179,13 +186,14 @@ def _fetched(uri: str, named: store.Named) -> Path:
             partial.unlink()
         partial.mkdir(parents=True, exist_ok=True)
         expected = {"config.json", *digests, *(f"{name}.part" for name in digests)}
-        for path in partial.iterdir():
-            if path.name not in expected or path.is_symlink():
-                shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+        expected |= {name.rpartition("/")[0] for name in digests}
+        for path in sorted(partial.rglob("*"), reverse=True):  # what is in a folder before the folder
+            if str(path.relative_to(partial)) not in expected or path.is_symlink():
+                path.rmdir() if path.is_dir() and not path.is_symlink() else path.unlink()
 
         (partial / "config.json").write_bytes(data)
         _fetch_weights(artifacts, digests, partial)
-        for path in [*partial.iterdir(), partial]:
+        for path in [*partial.rglob("*"), partial]:
             storage.sync(path)
         partial.rename(folder)
         storage.sync(folder.parent)
@@ -195,7 +203,7 @@ def _fetched(uri: str, named: store.Named) -> Path:
 def _fetch_weights(artifacts: Artifacts, digests: Mapping[str, str], folder: Path) -> None:
     # refuse at once where the disk is too small
     total = sum(artifacts.size(name) for name in digests)
-    present = sum(path.stat().st_size for path in folder.iterdir() if path.name != "config.json")
+    present = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file() and path.name != "config.json")
     free = shutil.disk_usage(folder).free
     if total - present > free:
         raise Failure(
@@ -208,6 +216,7 @@ def _fetch_weights(artifacts: Artifacts, digests: Mapping[str, str], folder: Pat
             if path.is_file() and disk.file_digest(path) == sha256:
                 bar.update(path.stat().st_size)
                 continue
+            path.parent.mkdir(exist_ok=True)
             path.unlink(missing_ok=True)
             part = folder / f"{name}.part"
             # the part of an earlier pull may belong to another file: then all of it comes again

@@ -1,7 +1,8 @@
 """Model folders: `config.json` + safetensors. Nothing is ever unpickled.
 
 A model folder has `model.safetensors`, or where that would be large `model-00001-of-00003.safetensors` ... with
-`model.safetensors.index.json`, as Hugging Face lays them out. `config.json` has the sha256 of each of these files.
+`model.safetensors.index.json`, as Hugging Face lays them out. `config.json` has the sha256 of each of these files. A model
+of another library has its own files below our `config.json` (see `foreign`).
 """
 
 import hashlib
@@ -21,6 +22,7 @@ from longtake.datasets import storage
 from longtake.datasets.errors import Failure, UserError
 from longtake.datasets.masking import shown
 from longtake.training.models import KINDS, kind_of
+from longtake.training.registry.foreign import FOREIGN, check_ours
 
 _FORMAT = 2
 _WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors")
@@ -57,14 +59,7 @@ def save(
             scratch = spool / "model"
             scratch.mkdir()
             _write_weights(scratch, weights.items() if isinstance(weights, Mapping) else weights, max_bytes)
-            content = {
-                **facts,
-                "format": _FORMAT,
-                "model": model,
-                "config": dict(config),
-                "sha256": {path.name: file_digest(path) for path in sorted(scratch.iterdir())},
-                "longtake": version("longtake"),
-            }
+            content = {**facts, **described(model, config, {path.name: path for path in scratch.iterdir()})}
             (scratch / "config.json").write_bytes(storage.canonical_json(content))
             for path in [*scratch.iterdir(), scratch]:
                 storage.sync(path)
@@ -72,6 +67,17 @@ def save(
                 folder.rename(spool / "old")
             scratch.rename(folder)
             storage.sync(parent)
+
+
+def described(model: str, config: Mapping[str, Any], files: Mapping[str, Path]) -> dict[str, Any]:
+    """The content of the config.json of a model with these files, but for its facts."""
+    return {
+        "format": _FORMAT,
+        "model": model,
+        "config": dict(config),
+        "sha256": {name: file_digest(path) for name, path in sorted(files.items())},
+        "longtake": version("longtake"),
+    }
 
 
 def _write_weights(folder: Path, weights: Iterable[tuple[str, Tensor]], max_bytes: int) -> None:
@@ -132,11 +138,11 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def checked_config(where: Path | str, content: dict[str, Any]) -> dict[str, Any]:
-    """The content of config.json, checked to be of this longtake and to name only weights files. Raises as `read_config`."""
-    if content.get("model") not in list(KINDS):
+    """The content of config.json, checked to be of this longtake and to name only files of its kind. Raises as `read_config`."""
+    if content.get("model") not in (known := [*KINDS, *FOREIGN]):
         raise UserError(
             f"{where}: config.json: unknown model {str(content.get('model'))[:80]!r};"
-            f" this longtake knows {', '.join(KINDS)}"
+            f" this longtake knows {', '.join(known)}"
         )
     if content.get("format") != _FORMAT:
         raise UserError(
@@ -146,9 +152,11 @@ def checked_config(where: Path | str, content: dict[str, Any]) -> dict[str, Any]
     files = content.get("sha256")
     if not isinstance(files, dict) or not isinstance(content.get("config"), dict):
         raise Failure(f"{where}: config.json: needs the objects config and sha256")
+    foreign = FOREIGN.get(content["model"])
     for name in files:
-        if not _WEIGHTS.fullmatch(name) and name != _INDEX:
-            raise Failure(f"{where}: config.json: {name[:80]!r} is no weights file of a model folder")
+        if not (foreign.files.fullmatch(name) if foreign else _WEIGHTS.fullmatch(name) or name == _INDEX):
+            what = f"file of a {foreign.what}" if foreign else "weights file of a model folder"
+            raise Failure(f"{where}: config.json: {name[:80]!r} is no {what}")
     return content
 
 
@@ -166,6 +174,7 @@ def load(folder: Path) -> nn.Module:
         Failure: the weights are damaged or belong to another config.
     """
     content = read_config(folder)
+    check_ours(folder, content)
     for name, sha256 in content["sha256"].items():
         if not (folder / name).is_file() or file_digest(folder / name) != sha256:
             raise Failure(f"{folder / name}: not the weights that config.json describes; fetch the model again")

@@ -75,7 +75,13 @@ def model_folder(uri: str, location: str) -> Artifacts:
     for folder in folders:
         sizes = _listing(uri, location, folder)
         if sizes.get("config.json") is not None:
-            return Artifacts(uri, location, folder, sizes)
+            # a foreign model has its files in folders below
+            below = {
+                f"{inner}/{name}": size
+                for inner in (name for name, size in sizes.items() if size is None)
+                for name, size in _listing(uri, location, _inside(folder, inner)).items()
+            }
+            return Artifacts(uri, location, folder, {**sizes, **below})
         if folder.count("/") < 2 and len(folders) < _MOST_FOLDERS:
             folders += [_inside(folder, name) for name, size in sorted(sizes.items()) if size is None]
     if not store.is_served(location) and storage.is_local(location) and not storage.exists(location):

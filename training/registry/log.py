@@ -12,10 +12,15 @@ from typing import Any
 
 import numpy as np
 
+from longtake.datasets import storage
+from longtake.datasets.errors import UserError
 from longtake.datasets.masking import shown
 from longtake.datasets.text import WORDS
+from longtake.training.registry import aliases, store
 from longtake.training.registry.store import delete_artifacts, failing_clearly
 
+_KIND = "longtake.kind"  # tag of the versions of foreign models
+_IMPORTED = "imported models"  # their experiment
 _DIGEST = 32  # hex digits of a data set's digest; MLflow takes 36 characters
 
 
@@ -42,6 +47,40 @@ def log_model(folder: Path, name: str, run_id: str, sha256: str, lineage: Mappin
             numbers = [int(mlflow.register_model(f"models:/{model}", name, tags=tags).version)]
         client.set_registered_model_alias(name, "candidate", str(max(numbers)))
     return f"models:/{name}/{max(numbers)}"
+
+
+def log_files(files: Mapping[str, Path], content: Mapping[str, Any], name: str, sha256: str, place: str | None) -> str:
+    """Log files with their config.json to a run of their own, and register them; returns "models:/NAME/VERSION".
+
+    A version with the same digest is used again.
+
+    Args:
+        files: by their names below config.json.
+        place: URL where the store keeps artifacts, if it has no place of its own.
+
+    Raises:
+        UserError: the name has versions of another kind.
+        Failure: the store cannot be reached.
+    """
+    import mlflow
+
+    client, kind = mlflow.MlflowClient(), content["model"]
+    with failing_clearly(f"MLflow: {name}"), _quietly():
+        there = store.versions(client, name)
+        if any(v.tags.get(_KIND) != kind for v in there):
+            raise UserError(f"{name}: has versions of another kind of model; choose another name")
+        if same := [v for v in there if v.tags.get("sha256") == sha256]:
+            return f"models:/{name}/{same[0].version}"
+        experiment = client.get_experiment_by_name(_IMPORTED)
+        number = experiment.experiment_id if experiment else client.create_experiment(_IMPORTED, place)
+    with aliases.run_in(number, f"import {name}") as run_id, failing_clearly(f"MLflow: {name}"), _quietly():
+        client.log_text(run_id, storage.canonical_json(content).decode(), "model/config.json")
+        for file, path in files.items():
+            client.log_artifact(run_id, str(path), f"model/{file.rpartition('/')[0]}")
+        aliases.create(name, {})
+        source = f"{client.get_run(run_id).info.artifact_uri}/model"
+        made = client.create_model_version(name, source, run_id, {"sha256": sha256, _KIND: kind})
+    return f"models:/{name}/{made.version}"
 
 
 def _log(folder: Path, run_id: str, sha256: str) -> str:
@@ -95,7 +134,7 @@ def _signature(folder: Path) -> Any:
     from mlflow.types import ColSpec, ParamSchema, ParamSpec, Schema, TensorSpec
 
     from longtake.training.models import kind_of
-    from longtake.training.registry.requests import columns_of
+    from longtake.training.registry.requests import PARAMETERS, columns_of
 
     kind = kind_of(_facts(folder))
     video = Schema([TensorSpec(np.dtype("uint8"), (-1, -1, -1, -1, 3))])
@@ -108,7 +147,7 @@ def _signature(folder: Path) -> Any:
             for name in columns_of(kind.accepts)
         ]
     )
-    changes = ParamSchema([ParamSpec("steps", "long", None), ParamSpec("guidance", "double", None)])
+    changes = ParamSchema([ParamSpec(name, of, None) for name, of in PARAMETERS.items()])
     return ModelSignature(inputs=table, outputs=video, params=changes)
 
 

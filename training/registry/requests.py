@@ -10,10 +10,14 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from longtake.datasets.errors import UserError
+from longtake.training.models.common.guidance import PARTS
 from longtake.training.models.common.video import concatenated
 from longtake.training.models.generator import Generator, Request, Settings, Story, check_requests, scene_of, story_of
 
 _FIRST = ("seed", "class", "frames")  # columns that all generators take
+_BY_PART = {f"guidance_{part}": part for part in PARTS}
+# what a call may change of the settings, each of one plain type, as MLflow needs it
+PARAMETERS = {"steps": "long", "guidance": "double"} | dict.fromkeys(_BY_PART, "double")
 
 
 def columns_of(accepts: Collection[str]) -> list[str]:
@@ -89,17 +93,30 @@ def _negative(row: Mapping[str, Any]) -> str | None:
 def serve(generator: Generator, table: Any, params: Mapping[str, Any] | None = None) -> np.ndarray:
     """Videos for `orders_of(table)`: `(N, T, H, W, 3)` uint8. `params` may change some of the settings. Raises UserError."""
     orders = orders_of(generator, table)
-    changes = {name: value for name, value in (params or {}).items() if value is not None}
-    defaults = vars(generator.settings)
-    if unknown := changes.keys() - defaults.keys():
-        raise UserError(f"params: unknown {', '.join(sorted(unknown))}; there are {', '.join(defaults)}")
-    settings = Settings(**defaults | changes)
+    settings = _settings(generator, params or {})
     check_requests(generator, [order.request for order in orders], settings)
     try:
         # one by one: the last bits of a video do not depend on the others
         return np.concatenate([concatenated(generator.videos([o.request], o.frames, settings)) for o in orders])
     except (ValueError, TypeError) as e:
         raise UserError(f"videos: {e}") from e
+
+
+def _settings(generator: Generator, params: Mapping[str, Any]) -> Settings:
+    """The generator's settings with the changes of a call."""
+    changes = {name: value for name, value in params.items() if value is not None}
+    defaults = vars(generator.settings)
+    names = [*defaults, *_BY_PART]
+    if unknown := changes.keys() - set(names):
+        raise UserError(f"params: unknown {', '.join(sorted(unknown))}; there are {', '.join(names)}")
+    if parts := {part: changes.pop(name) for name, part in _BY_PART.items() if name in changes}:
+        if "guidance" in changes:
+            raise UserError(f"params: guidance and {' or '.join(_BY_PART)}: give one number for both, or one for each")
+        changes["guidance"] = parts
+    try:
+        return Settings(**defaults | changes)
+    except ValueError as e:
+        raise UserError(f"params: {e}") from e
 
 
 def _is_none(value: Any) -> bool:

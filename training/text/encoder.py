@@ -8,6 +8,9 @@ from torch import Tensor
 
 from longtake.datasets.errors import UserError
 from longtake.datasets.text import WORDS, TextConfig
+from longtake.training.registry.uri import in_store
+from longtake.training.text.files import found
+from longtake.training.text.folder import pulled
 from longtake.training.text.pretrained import Pretrained
 from longtake.training.text.words import Words
 
@@ -44,8 +47,17 @@ def load_encoder(config: TextConfig) -> TextEncoder:
     Raises:
         UserError: the extra is not installed, there is no such encoder, it has no safe weights, a setting does not fit it,
             or its states are none that a model can learn from.
+        Failure: a registered one is not here, and its store cannot be reached.
     """
-    encoder: TextEncoder = Words(config) if config.encoder == WORDS else Pretrained(config)
+    encoder: TextEncoder
+    if config.encoder == WORDS:
+        encoder = Words(config)
+    elif in_store(config.encoder):
+        version, folder = pulled(config.encoder)
+        encoder = Pretrained(config.model_copy(update={"encoder": version}), found(str(folder)))
+    else:
+        files = found(config.encoder)
+        encoder = Pretrained(config.model_copy(update={"encoder": str(files.model)}), files)
     _check(encoder, config.encoder)
     return encoder
 

@@ -31,12 +31,21 @@ class Files(NamedTuple):
     def digests(self) -> dict[str, str]:
         """The sha256 of each file that decides states; of config.json without the keys that do not."""
         weights = {path.name: digest_of(path) for path in weights_of(self.model)}
-        tokens = {name: digest_of(self.tokenizer / name) for name in _TOKENIZER if (self.tokenizer / name).is_file()}
+        tokens = {path.name: digest_of(path) for path in self.of_tokenizer()}
         config = json.loads((self.model / "config.json").read_bytes())
         config = {name: value for name, value in config.items() if name not in _NOT_OF_STATES}
         return (
             weights | tokens | {"config.json": hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()}
         )
+
+    def of_model(self) -> list[Path]:
+        """The files of the model: its weights, their index where there is one, and its config."""
+        beside = (self.model / name for name in (_WEIGHTS_INDEX, "config.json"))
+        return weights_of(self.model) + [path for path in beside if path.is_file()]
+
+    def of_tokenizer(self) -> list[Path]:
+        """The files of the tokenizer."""
+        return [path for path in (self.tokenizer / name for name in _TOKENIZER) if path.is_file()]
 
 
 def imported(name: str) -> ModuleType:
@@ -64,7 +73,7 @@ def found(name: str) -> Files:
     folder = Path(name).expanduser().absolute()
     if not folder.is_dir():
         raise UserError(f'encoder: {name}: no such folder; name "words", or a folder with a model of transformers')
-    model = folder if (folder / "config.json").is_file() else folder / "text_encoder"
+    model = folder if _is_model(folder) else folder / "text_encoder"
     if not _is_model(model):
         raise UserError(
             f"encoder: {name}: is no text encoder (no config.json of a model); name a folder that `save_pretrained` wrote"

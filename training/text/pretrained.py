@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from longtake.datasets.errors import UserError
 from longtake.datasets.text import TextConfig
 from longtake.training.text import prompts
-from longtake.training.text.files import Files, found, imported
+from longtake.training.text.files import Files, imported
 
 _LENGTH = 512
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -27,15 +27,14 @@ _ROWS = 1024  # of the table of embeddings that are looked at
 class Pretrained:
     """The states of a layer for the tokens of a text."""
 
-    def __init__(self, config: TextConfig) -> None:
-        """Raises UserError: no model is here, it cannot be loaded, or a setting does not fit it."""
-        files = found(config.encoder)
+    def __init__(self, config: TextConfig, files: Files) -> None:
+        """Raises UserError: it cannot be loaded, or a setting does not fit it."""
         transformers = _transformers()
         self._tokenizer = _loaded(config.encoder, transformers.AutoTokenizer.from_pretrained, files.tokenizer)
         self._model = _model(transformers, config, files)
         _check_embedding(self._model, config.encoder)
         self.limit = _limit(config, self._model, self._tokenizer)
-        self._config = config.model_copy(update={"encoder": str(files.model), "length": self.limit})
+        self._config = config.model_copy(update={"length": self.limit})
         self._fill = next((i for i in (self._tokenizer.pad_token_id, self._tokenizer.eos_token_id) if i is not None), 0)
         self._places = config.side == "left" and _takes_places(self._model)
         self.digest = prompts.digest(self._config, type(self._model).__name__, files.digests())

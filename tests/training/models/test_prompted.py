@@ -16,6 +16,7 @@ from longtake.datasets.errors import UserError
 from longtake.training import registry
 from longtake.training.models import kind_of
 from longtake.training.models.common.condition import Condition
+from longtake.training.models.common.guidance import Guidance
 from longtake.training.models.common.video import concatenated
 from longtake.training.models.generator import Request, Scene, Settings, check_requests
 from longtake.training.models.latte import sample
@@ -183,6 +184,42 @@ def test_guidance_leads_from_the_negative_prompt_or_from_none_to_the_prompt(
 
 
 @pytest.mark.parametrize("family", FAMILIES)
+def test_class_and_text_may_have_guidance_of_their_own(models: Path, family: str, encoder: Any) -> None:
+    generator = prior(models, family)
+
+    def film(guidance: Any, class_id: int = 1, prompt: str | None = "left") -> np.ndarray:
+        settings = Settings(steps=2, overlap=1, guidance=guidance)
+        return made(generator, said(prompt, prompt, class_id=class_id), frames=25, settings=settings)
+
+    np.testing.assert_array_equal(film({"classes": 3, "text": 3}), film(3.0))
+    np.testing.assert_array_equal(film(Guidance(1.0, 1.0)), film(1.0))
+    films = [film(g).tobytes() for g in (1.0, 3.0, {"classes": 3}, {"text": 3}, {"classes": 2, "text": 3})]
+    assert len(set(films)) == len(films)
+    # of what is not asked for, the guidance has no effect
+    apart = Guidance(2.0, 3.0)
+    np.testing.assert_array_equal(film(apart, class_id=-1), film(3.0, class_id=-1))
+    np.testing.assert_array_equal(film(apart, prompt=None), film(2.0, prompt=None))
+    np.testing.assert_array_equal(film(apart, -1, None), film(1.0, -1, None))
+
+
+def test_text_alone_is_led_to_from_the_class_without_it(models: Path, encoder: Any) -> None:
+    generator = prior(models, "latte")
+    model, cat = generator.latte, torch.tensor([0])
+    rng = torch.Generator().manual_seed(1)
+    noise = torch.stack([torch.randn(8, 2, 2, generator=rng) for _ in range(3)], 1)[None]
+    states = letters.states("left")[None]
+
+    def velocity(seen: bool) -> Tensor:
+        with torch.no_grad():
+            return model(noise, torch.ones(1), Condition(cat, states, torch.full(states.shape[:2], seen)))
+
+    expected = model.denormalise(noise - (velocity(False) + 4.0 * (velocity(True) - velocity(False))))
+    story = sample.texts.story_of_requests([said("left", class_id=0)], round, generator.prompts, torch.device("cpu"))
+    (latents,) = sample.generate(model, 3, [1], story, Settings(steps=1, overlap=1, guidance=Guidance(text=4.0)))
+    torch.testing.assert_close(latents, expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
 def test_a_negative_prompt_changes_the_video_of_its_own_request_alone(models: Path, family: str, encoder: Any) -> None:
     generator = prior(models, family)
     free, away = (made(generator, said("left", negative=n), settings=STRONG) for n in (None, "up"))
@@ -199,6 +236,7 @@ def test_what_a_model_cannot_be_led_by_is_refused(models: Path, encoder: Any) ->
     generator = prior(models, "latte")
     for request, settings, why in (
         (said("left", negative="up"), QUICK, "negative: guidance leads away from it, and is 1; set guidance above 1"),
+        (said("left", negative="up"), Settings(guidance={"classes": 4}), "negative: guidance leads away .* is 1; set"),  # type: ignore[arg-type]
         (said("x" * 25), QUICK, "has 25 tokens, and 24 fit"),
         (said("x", negative="y" * 25), STRONG, "has 25 tokens, and 24 fit"),
         (said("x", "y" * 30), QUICK, "has 30 tokens, and 24 fit"),
@@ -209,7 +247,27 @@ def test_what_a_model_cannot_be_led_by_is_refused(models: Path, encoder: Any) ->
     hasty = prior(models, "hasty")
     with pytest.raises(ValueError, match="guidance is 3: this model was trained with text_dropout: 0"):
         made(hasty, said("left"), settings=STRONG)
+    with pytest.raises(ValueError, match="guidance is 4: this model was trained with text_dropout: 0"):
+        made(hasty, said("left", class_id=1), settings=Settings(steps=2, overlap=1, guidance=Guidance(2.0, 4.0)))
     assert made(hasty, said("left")).shape == (1, 9, 32, 32, 3)
+    made(hasty, said("left", class_id=1), settings=Settings(steps=2, overlap=1, guidance=Guidance(classes=2.0)))
+    with pytest.raises(ValueError, match="guidance: classes is 2, and this model has learned no classes; leave it out"):
+        made(prior(models, "plain"), said("left"), settings=Settings(steps=2, overlap=1, guidance=Guidance(2.0, 4.0)))
+
+
+def test_a_stopped_film_goes_on_with_the_same_guidance_only(models: Path, tmp_path: Path, encoder: Any) -> None:
+    generator = prior(models, "memory")
+
+    def film(guidance: Any, frames: int = 25) -> np.ndarray:
+        settings = Settings(steps=2, guidance=guidance)
+        return made(
+            generator, said("left", class_id=1), frames=frames, settings=settings, folder=str(tmp_path / "part")
+        )
+
+    first = film(Guidance(2.0, 3.0), frames=9)
+    with pytest.raises(UserError, match="of a run that was stopped, with other settings; delete it"):
+        film(3.0)
+    np.testing.assert_array_equal(film({"text": 3.0, "classes": 2.0})[:, :9], first)
 
 
 def test_a_stopped_film_goes_on_with_the_same_prompts_only(models: Path, tmp_path: Path, encoder: Any) -> None:
@@ -226,6 +284,38 @@ def test_a_stopped_film_goes_on_with_the_same_prompts_only(models: Path, tmp_pat
     with pytest.raises(UserError, match="of a run that was stopped, with other negative; delete it"):
         film("left", "right", negative="up")
     np.testing.assert_array_equal(film("left", "right"), whole)
+
+
+def test_a_served_model_takes_guidance_for_both_or_for_each(models: Path, encoder: Any) -> None:
+    from mlflow.models.utils import _enforce_params_schema
+    from mlflow.types.schema import ParamSchema
+
+    generator = prior(models, "latte")
+    schema = log._signature(models / "latte").params
+    asked = {"seed": [1], "prompt": ["left"], "class": ["dog"]}
+
+    def serve(**params: Any) -> np.ndarray:
+        """As through MLflow, which checks the parameters and fills them in."""
+        return serving.serve(generator, asked, _enforce_params_schema(params, ParamSchema.from_json(schema.to_json())))
+
+    def ours(guidance: Any) -> np.ndarray:
+        return made(generator, said("left", class_id=1), settings=Settings(steps=2, overlap=1, guidance=guidance))
+
+    assert [spec.name for spec in schema.params] == ["steps", "guidance", "guidance_classes", "guidance_text"]
+    np.testing.assert_array_equal(serve(guidance=3.0), ours(3.0))
+    np.testing.assert_array_equal(serve(guidance_classes=2.0, guidance_text=3.0), ours(Guidance(2.0, 3.0)))
+    np.testing.assert_array_equal(serve(guidance_text=3.0), ours(Guidance(text=3.0)))
+    np.testing.assert_array_equal(
+        serving.serve(generator, asked, {"guidance": "classes=2,text=3"}), ours(Guidance(2, 3))
+    )
+    for params, why in (
+        ({"guidance": 3.0, "guidance_text": 3.0}, "params: guidance and guidance_classes or guidance_text: give one"),
+        ({"guidance_text": -1.0}, "params: guidance: needs a number from 0 on"),
+        ({"guidance": {"texts": 2}}, "params: guidance: has no texts; there are classes and text"),
+        ({"guided": 3.0}, "params: unknown guided; there are steps, guidance, .*guidance_classes, guidance_text"),
+    ):
+        with pytest.raises(UserError, match=why):
+            serving.serve(generator, asked, params)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

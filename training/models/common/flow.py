@@ -11,13 +11,14 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import reduce
 from itertools import pairwise
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from longtake.training.models.common.condition import Condition
+from longtake.training.models.common.guidance import Guidance, parts_of
 
 Velocity = Callable[[Tensor, Tensor], Tensor]  # (x_t, t) -> velocity, of the shape of x_t
 ConditionedVelocity = Callable[[Tensor, Tensor, Condition | None], Tensor]  # (x_t, t, condition) -> velocity
@@ -144,18 +145,6 @@ def losses_over_time(
     return loss(predicted * scale, x0 * scale, noise * scale, counted).cpu().numpy()
 
 
-class Guidance(NamedTuple):
-    """How far a sample is led towards its class and towards its text; 1 is none."""
-
-    classes: float = 1.0
-    text: float = 1.0
-
-    @classmethod
-    def of(cls, guidance: float | Guidance) -> Guidance:
-        """One number is that of both."""
-        return guidance if isinstance(guidance, Guidance) else cls(guidance, guidance)
-
-
 def guided(
     velocity: ConditionedVelocity,
     condition: Condition | None,
@@ -174,7 +163,7 @@ def guided(
         negative: of the batch; guidance leads away from its text in place of no text.
     """
     null, full = _ends(condition, negative)
-    conditions, strengths = _ladder(null, full, Guidance.of(guidance))
+    conditions, strengths = _ladder(null, full, parts_of(guidance))
     if all(strength == 1.0 for strength in strengths):
         return lambda x, t: velocity(x, t, condition)
     joined = reduce(Condition.join, reversed(conditions))

@@ -19,13 +19,14 @@ from longtake.datasets.text import WORDS, TextConfig
 from longtake.training.models.common.condition import Condition, of_classes
 from longtake.training.models.common.story import Story
 from longtake.training.models.generator import Request
+from longtake.training.registry.uri import in_store
 
 if TYPE_CHECKING:
     from longtake.training.text import TextEncoder
 
-VARIABLE = "LONGTAKE_TEXT_ENCODER"  # where a served model's encoder lies, if not where it was
+VARIABLE = "LONGTAKE_TEXT_ENCODER"  # where a served model's encoder is, if not where it was
 _KEPT = 64  # prompts whose states are kept; of a large encoder each has some megabytes
-_REMEDY = f"say where it lies with --text-encoder FOLDER, or in {VARIABLE} for a served model"
+_REMEDY = f"say where it is with --text-encoder FOLDER or models:/NAME@ALIAS, or in {VARIABLE} for a served model"
 
 
 def accepted(facts: Mapping[str, Any]) -> frozenset[str]:
@@ -33,12 +34,12 @@ def accepted(facts: Mapping[str, Any]) -> frozenset[str]:
     return frozenset({"prompt"} if facts.get("text") else ())
 
 
-def with_encoder(facts: Mapping[str, Any], folder: str | None) -> Mapping[str, Any]:
-    """A config.json whose text encoder lies in this folder; unchanged for None, or for a model without text."""
+def with_encoder(facts: Mapping[str, Any], encoder: str | None) -> Mapping[str, Any]:
+    """A config.json whose text encoder is in this folder or registered so; unchanged for None, or for a model without text."""
     text = facts.get("text")
-    if not folder or not text:
+    if not encoder or not text:
         return facts
-    return {**facts, "text": text | {"encoder": text["encoder"] | {"encoder": folder}}}
+    return {**facts, "text": text | {"encoder": text["encoder"] | {"encoder": encoder}}}
 
 
 def prompts_of(uri: str, facts: Mapping[str, Any]) -> Prompts | None:
@@ -93,7 +94,7 @@ class Prompts:
         from longtake.training import text
 
         name = self._config.encoder
-        if name != WORDS and not Path(name).expanduser().is_dir():
+        if name != WORDS and not in_store(name) and not Path(name).expanduser().is_dir():
             raise UserError(f"{self._uri}: its text encoder is not at {name}; {_REMEDY}")
         try:
             encoder = text.load_encoder(self._config)

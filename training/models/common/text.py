@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from longtake.datasets.text import Text
 from longtake.training.models.common.condition import Condition
-from longtake.training.models.common.flow import Guidance
+from longtake.training.models.common.guidance import Guidance, parts_of
 
 FROM_DATA = ("text_width", "text_empty", "text_length")  # the fields that follow from a column of texts
 
@@ -58,13 +58,18 @@ def check_fields(config: Any) -> None:
 
 
 def check_guidance(config: Any, guidance: float | Guidance) -> None:
-    """ValueError where guidance leads away from what training never hid, which the model does not know how to do without."""
-    guidance = Guidance.of(guidance)
+    """ValueError where guidance leads away from what training never hid, which the model does not know how to do without.
+
+    Guidance of its own for what a model has not learned is refused too; one number for both is that of what it has.
+    """
+    parts = parts_of(guidance)
     learned = (
-        ("classes", config.classes, "label_dropout", config.label_dropout, guidance.classes),
-        ("text", config.text_width, "text_dropout", config.text_dropout, guidance.text),
+        ("classes", config.classes, "label_dropout", config.label_dropout, parts.classes),
+        ("text", config.text_width, "text_dropout", config.text_dropout, parts.text),
     )
     for what, has, field, dropout, strength in learned:
+        if not has and isinstance(guidance, Guidance) and strength != 1.0:
+            raise ValueError(f"guidance: {what} is {strength:g}, and this model has learned no {what}; leave it out")
         if has and not dropout and strength != 1.0:
             raise ValueError(
                 f"guidance is {strength:g}: this model was trained with {field}: 0 and cannot do without {what};"

@@ -9,6 +9,7 @@ from longtake.datasets.stage import DatasetInput, Input, Measuring, ModelInput, 
 from longtake.datasets.text import Text
 from longtake.training import data
 from longtake.training.config import EvaluatedConfig, ModelName
+from longtake.training.models.common.guidance import GuidanceSetting
 from longtake.training.models.common.text import check_settings, fields_of
 from longtake.training.models.generator import Settings
 from longtake.training.models.latte.model import LatteConfig, config_from_preset
@@ -50,7 +51,7 @@ class Config(EvaluatedConfig):
     weight_decay   of linear weights [Latte, DiT: 0]
     ema_half_lives half-lives of weight averages, in steps [DiT: a decay of 0.9999]
     sample_steps   Euler steps of a sample [paper: 100]
-    guidance       of samples with a class or a text; 1 is none [assumption]
+    guidance       of samples with a class or a text; 1 is none. `{classes: 2, text: 6}` gives each its own [assumption]
     overlap        clean latents at the start of each further window of a longer video [assumption]
     eval_videos    videos generated at the end; with `features` compared with as many held-out and training clips
     """
@@ -82,7 +83,7 @@ class Config(EvaluatedConfig):
     weight_decay: float = Field(0.0, ge=0)
     ema_half_lives: tuple[float, ...] = (6931.0,)
     sample_steps: int = Field(100, ge=1)
-    guidance: float = Field(1.0, ge=0)
+    guidance: GuidanceSetting = 1.0
     overlap: int = Field(2, ge=1)
     eval_videos: Annotated[int, Measuring()] = Field(16, ge=1)
 

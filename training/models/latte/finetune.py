@@ -5,6 +5,7 @@ It trains from a dataset's column of latents, and then reads no video at all; or
 
 import sys
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -211,7 +212,7 @@ def facts(config: Config, setup: Setup, lineage: Mapping[str, Any]) -> dict[str,
         "text": data.text_facts(setup.text, origins.get("text")),
         "classes": list(setup.classes),
         "window": window,
-        "sampling": vars(config.settings()),
+        "sampling": asdict(config.settings()),
     }
 
 

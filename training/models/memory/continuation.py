@@ -31,7 +31,7 @@ from longtake.training.models.memory import segments
 from longtake.training.models.memory.dit import MemoryDiT
 from longtake.training.models.memory.history import Segment, memory_of, posterior_of
 from longtake.training.models.memory.retrieval import Video, trim_to_groups
-from longtake.training.models.memory.tokens import repeated
+from longtake.training.models.memory.tokens import Memory, repeated
 
 _AGAINST = (*FLOW, Against("the next segment", "psnr_next", "repeating the last frame", "psnr_next_copy_last"))
 
@@ -54,18 +54,21 @@ def heldout_losses(
     """
     rows = []
     for number, (segment, condition) in enumerate(clips, first):
-        velocity, draws = partial(_velocity, model, segment, condition), flow.clip_rng(seed, number)
+        memory = segment.history and memory_of(model, segment.history)
+        copies, draws = condition and condition.expand(flow.TIMES), flow.clip_rng(seed, number)
+        velocity = partial(velocity_of_copies, model, segment, memory, condition=copies)
         rows.append(flow.losses_over_time(velocity, segment.x0, draws, segment.recent, scale))
     return np.stack(rows)
 
 
-def _velocity(model: Any, segment: Segment, condition: Condition | None, x: Tensor, t: Tensor) -> Tensor:
-    """The velocity of noised copies `x` of one segment."""
+def velocity_of_copies(
+    model: Any, segment: Segment, memory: Memory | None, x: Tensor, t: Tensor, condition: Condition | None
+) -> Tensor:
+    """The velocity of noised copies `x` of one segment, given its memory, and a condition for each."""
     count = len(x)
-    memory = None if segment.history is None else repeated(memory_of(model, segment.history), count)
     seen = None if segment.seen is None else segment.seen.expand(count, -1)
-    conditions, times = condition and condition.expand(count), segment.times.expand(count, -1)
-    velocity: Tensor = model(x, t, times, memory, conditions, None, segment.first, seen)
+    memory, times = memory and repeated(memory, count), segment.times.expand(count, -1)
+    velocity: Tensor = model(x, t, times, memory, condition, None, segment.first, seen)
     return velocity
 
 

@@ -7,6 +7,7 @@ It denoises the next segment of a video, given a memory of all that came before 
 import math
 import sys
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -26,6 +27,7 @@ from longtake.training.metrics.features import checked_network, digest_of
 from longtake.training.metrics.share import batches, mine, place
 from longtake.training.models.common import flow
 from longtake.training.models.common.condition import of_batch
+from longtake.training.models.common.guidance import GuidanceSetting
 from longtake.training.models.common.text import check_guidance
 from longtake.training.models.generator import Settings
 from longtake.training.models.memory import continuation
@@ -74,7 +76,7 @@ class Config(MemoryConfig):
     history_noise        most noise of a history, a time of the flow that the model sees: generated latents have errors too
     sample_noise         this noise in generation
     history_curriculum   [step, seconds]: the most history from each step on, such as [[0, 5], [20000, 20]]
-    guidance             of samples with a class or a text; 1 is none [assumption]
+    guidance             of samples with a class or a text; 1 is none. `{classes: 2, text: 6}` gives each its own [assumption]
     eval_videos          held-out videos to continue at the end, over all processes
     eval_segments        segments to continue each of them by
     features             a feature network (see training.metrics.features); null measures no distance
@@ -86,7 +88,7 @@ class Config(MemoryConfig):
     history_noise: float = Field(0.0, ge=0, lt=1)
     sample_noise: float = Field(0.0, ge=0)
     history_curriculum: tuple[tuple[int, float], ...] = ()
-    guidance: float = Field(1.0, ge=0)
+    guidance: GuidanceSetting = 1.0
     eval_videos: Annotated[int, Measuring()] = Field(4, ge=1)
     eval_segments: Annotated[int, Measuring()] = Field(3, ge=1)
     features: Annotated[str | None, Measuring()] = None
@@ -118,6 +120,9 @@ class Config(MemoryConfig):
     @property
     def reaches(self) -> tuple[tuple[int, float], ...]:
         return self.history_curriculum or super().reaches
+
+    def settings(self) -> Settings:
+        return Settings(self.sample_steps, self.guidance, self.shift, history_noise=self.sample_noise)
 
     def histories(self, dit: MemoryDiTConfig, least: int) -> Lengths:
         return history_lengths(dit, self.no_history, least)
@@ -203,9 +208,9 @@ def _sample(config: Any, setup: Setup, engines: Engines, rng: torch.Generator) -
     memory = segment.history and memory_of(model, segment.history)
     clean, true = segment.x0.split([segment.recent, length], dim=2)
     noise = torch.randn(true.shape, generator=torch.Generator().manual_seed(config.seed)).to(true.device)
-    condition = of_batch(batch)
+    velocity = partial(continuation.velocity_of_copies, model, segment, memory)
     generated = flow.euler(
-        lambda x, t: model(x, t, segment.times, memory, condition, None, segment.first, segment.seen),
+        flow.guided(velocity, of_batch(batch), config.guidance),
         noise,
         config.sample_steps,
         config.shift,
@@ -219,10 +224,9 @@ def _sample(config: Any, setup: Setup, engines: Engines, rng: torch.Generator) -
 
 def facts(config: Config, setup: Setup, lineage: Mapping[str, Any]) -> dict[str, Any]:
     """What config.json says of the model (see `shared.facts_of`)."""
-    sampling = {"steps": config.sample_steps, "guidance": config.guidance, "shift": config.shift}
     return facts_of(config, setup, lineage) | {
         "stage": "generation",
-        "sampling": sampling | {"history_noise": config.sample_noise},
+        "sampling": {name: value for name, value in asdict(config.settings()).items() if name != "overlap"},
         "posterior": config.posterior,
     }
 
@@ -264,7 +268,7 @@ def evaluate(config: Config, setup: Setup, folder: Path) -> None:
             config.eval_segments,
             setup.data.fps,
             config.seed,
-            Settings(config.sample_steps, config.guidance, config.shift, history_noise=config.sample_noise),
+            config.settings(),
             config.posterior,
         ),
         losses=losses_of(heldout, "evaluate"),

@@ -13,7 +13,7 @@ from __future__ import annotations
 import hashlib
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal, TypeVar
 
 import numpy as np
@@ -37,6 +37,7 @@ from longtake.training.models.memory.tokens import Memory, cropped, repeated
 
 _Output = TypeVar("_Output")
 
+SETTINGS = ("steps", "guidance", "shift", "history_noise")  # those that have an effect
 _NAME = "latent"  # of the tensor in a kept segment
 _NOISES = ("high", "low", "recent")  # what is noised; the places decide the draws
 
@@ -147,7 +148,7 @@ class _Job:
             "start": None if self.start is None else _digest(self.start),
             "story": [[begin, condition.record()] for begin, condition in self.story],
             "negative": self.negative and self.negative.record(),
-            "settings": {name: value for name, value in vars(self.settings).items() if name != "overlap"},
+            "settings": {name: asdict(self.settings)[name] for name in SETTINGS},
             "tile": self.tile,
         }
 

@@ -31,8 +31,8 @@ from longtake.training.models.common.story import Story
 from longtake.training.models.common.text import check_guidance
 from longtake.training.models.generator import Settings
 from longtake.training.models.tats import decode
-from longtake.training.models.tats.gpt_config import TATSConfig
 from longtake.training.models.tats.gpt import SILENCE, TATS, Cache
+from longtake.training.models.tats.gpt_config import TATSConfig
 
 _GAPS = 16  # that are filled at once
 _NAME = "tokens"  # of the tensor in a kept part

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from longtake.training.models.common import flow
 from longtake.training.models.common.condition import NO_CLASS, Condition, of_classes
+from longtake.training.models.common.guidance import Guidance
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -228,12 +229,12 @@ def test_class_and_text_are_led_to_one_after_the_other() -> None:
     condition = worded(3.0, classes=[1])
     none, by_class, both = 0.0, 20.0, 20.0 + 3.0 + 6.0
     for guidance, expected, count in (
-        (flow.Guidance(2.0, 5.0), none + 2 * (by_class - none) + 5 * (both - by_class), 3),
-        (flow.Guidance(1.0, 5.0), by_class + 5 * (both - by_class), 2),
-        (flow.Guidance(4.0, 1.0), none + 4 * (by_class - none) + 1 * (both - by_class), 3),
-        (flow.Guidance(4.0, 4.0), none + 4 * (both - none), 2),
+        (Guidance(2.0, 5.0), none + 2 * (by_class - none) + 5 * (both - by_class), 3),
+        (Guidance(1.0, 5.0), by_class + 5 * (both - by_class), 2),
+        (Guidance(4.0, 1.0), none + 4 * (by_class - none) + 1 * (both - by_class), 3),
+        (Guidance(4.0, 4.0), none + 4 * (both - none), 2),
         (4.0, none + 4 * (both - none), 2),
-        (flow.Guidance(1.0, 1.0), both, 1),
+        (Guidance(1.0, 1.0), both, 1),
     ):
         calls.clear()
         assert flow.guided(adds(calls), condition, guidance)(x, t).item() == pytest.approx(expected)
@@ -242,7 +243,7 @@ def test_class_and_text_are_led_to_one_after_the_other() -> None:
 
 def test_guidance_is_that_of_what_is_asked_for() -> None:
     x, t, calls = torch.zeros(1, 1, 1, 1, 1), torch.ones(1), list[int]()
-    guidance = flow.Guidance(classes=2.0, text=5.0)
+    guidance = Guidance(classes=2.0, text=5.0)
     assert flow.guided(adds(calls), worded(3.0, classes=[NO_CLASS]), guidance)(x, t).item() == 15
     assert flow.guided(adds(calls), worded(0.0, classes=[1]), guidance)(x, t).item() == 40
     assert flow.guided(adds(calls), worded(3.0), guidance)(x, t).item() == 15
@@ -257,7 +258,7 @@ def test_a_negative_text_is_led_away_from() -> None:
     assert made.tolist() == [2 + 4 * (3 - 2), 4 * 3]
     alone = flow.guided(adds(calls), None, 4.0, away)(x, t).flatten()
     assert alone.tolist() == [2 + 4 * (0 - 2), 0]
-    classes = flow.guided(adds(calls), of_classes([1, 1]), flow.Guidance(2.0, 3.0), away)(x[:], t).flatten()
+    classes = flow.guided(adds(calls), of_classes([1, 1]), Guidance(2.0, 3.0), away)(x[:], t).flatten()
     assert classes[1].item() == 40, "where nothing is led away from, the class has its own guidance"
     assert flow.guided(adds(calls), worded(3.0, 3.0), 1.0, away)(x, t).flatten().tolist() == [3, 3]
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from longtake.training.models.common.condition import Condition
-from longtake.training.models.common.flow import Guidance
+from longtake.training.models.common.guidance import Guidance
 from longtake.training.models.common.text import TextAttention, TextIn, check_guidance, text_tokens
 from longtake.training.models.latte.model import LatteConfig
 
@@ -238,3 +238,13 @@ def test_guidance_needs_a_training_that_has_hidden_what_it_leads_away_from() -> 
     with pytest.raises(ValueError, match=r"label_dropout: 0 and cannot do without classes; leave guidance at 1$"):
         check_guidance(LatteConfig(**FIELDS | {"classes": 3, "label_dropout": 0.0}), 0.0)
     check_guidance(LatteConfig(**FIELDS | {"text_width": 0, "label_dropout": 0.0, "text_dropout": 0.0}), 4.0)
+
+
+def test_guidance_of_its_own_for_what_a_model_has_not_learned_is_refused() -> None:
+    worded, classed = LatteConfig(**FIELDS), LatteConfig(**FIELDS | {"classes": 3, "text_width": 0})
+    check_guidance(worded, Guidance(text=6.0))
+    check_guidance(classed, Guidance(classes=2.0))
+    with pytest.raises(ValueError, match=r"^guidance: classes is 2, and this model has learned no classes; leave it"):
+        check_guidance(worded, Guidance(2.0, 6.0))
+    with pytest.raises(ValueError, match=r"^guidance: text is 6, and this model has learned no text; leave it out$"):
+        check_guidance(classed, Guidance(2.0, 6.0))

@@ -22,11 +22,12 @@ from longtake.training.config import RunConfig
 from longtake.training.data import text_of
 from longtake.training.loop import train
 from longtake.training.models.common.condition import Condition
+from longtake.training.models.generator import fields_of
 from longtake.training.models.latte import base as latte_base
 from longtake.training.models.latte import finetune as finetune_latte
 from longtake.training.models.latte.finetune import Config, check, heldout_of, loader_of
 from longtake.training.models.latte.model import Latte, LatteConfig
-from longtake.training.registry import disk
+from longtake.training.registry import disk, lineage
 from longtake.training.registry.gate import Gate
 from longtake.training.registry.judge import Judged, rows_of
 
@@ -348,6 +349,19 @@ def test_guidance_without_dropout_is_refused_before_training(inputs: dict[str, s
     with pytest.raises(UserError, match=r"^guidance is 2: this model was trained with text_dropout: 0"):
         finetune_latte.objective(chosen, setup)
     assert finetune_latte.objective(config(model=TINY | {"text_dropout": 0.0}, guidance=1.0), setup)
+
+
+def test_guidance_of_each_is_registered_as_plain_data(inputs: dict[str, str], tmp_path: Path) -> None:
+    apart = {"classes": 2.0, "text": 6.0}
+    chosen = config(classes=True, guidance=apart)
+    setup = started(chosen, inputs, tmp_path)
+    facts = json.loads(json.dumps(finetune_latte.facts(chosen, setup, lineage.read(tmp_path))))
+    assert facts["sampling"] == {"steps": 2, "guidance": apart, "shift": 1.0, "overlap": 1, "history_noise": 0.0}
+    assert fields_of(facts)["settings"] == chosen.settings()
+    with pytest.raises(
+        UserError, match=r"^guidance: classes is 2, and this model has learned no classes; leave it out"
+    ):
+        finetune_latte.objective(config(guidance=apart), started(config(), inputs, tmp_path / "unlabelled"))
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import latent_stages
@@ -162,6 +163,21 @@ def test_the_prompts_of_samples_and_of_continued_videos_are_kept_beside_them(
     (video,) = json.loads((tmp_path / "heldout" / "continued.json").read_text())["videos"]
     assert video.get("prompt") in ("a red square", "a blue circle moves left", None)
     assert shared.counts(chosen, setup)["train_clips_without_captions"] > 0
+
+
+@torch.no_grad()
+def test_samples_are_led_to_their_caption(inputs: dict[str, str], tmp_path: Path) -> None:
+    def sample(guidance: Any) -> Any:
+        chosen = config(guidance=guidance, model=latent_stages.TINY | {"label_dropout": 0.1}, classes=True)
+        torch.manual_seed(0)
+        setup = latent_stages.prepared(chosen, inputs, tmp_path)
+        model, made = awake(setup.model), finetune_memory_prior.objective(chosen, setup).sample
+        assert made
+        return made({"model": SimpleNamespace(module=model)}, torch.Generator())["continued"]
+
+    films = {str(g): sample(g) for g in (1.0, 3.0, {"classes": 3, "text": 3}, {"classes": 1, "text": 3})}
+    one, three, equal, apart = films.values()
+    assert (three == equal).all() and (one != three).any() and (apart != three).any()
 
 
 def saved(setup: Any, stage: Any, chosen: Any, run: Path, folder: Path) -> str:
