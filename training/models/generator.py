@@ -71,7 +71,7 @@ class Request(NamedTuple):
 class Generator(Protocol):
     """A loaded prior with all that it needs to generate videos.
 
-    accepts    options of a request beside the seed (see `kind.Kind`)
+    accepts    options of a request beside the seed, and the settings that have an effect (see `kind.Kind`)
     classes    names of its classes in the order of their ids
     frames     of a video of the default length
     fps, size  frames per second, and (height, width), of its training videos
@@ -131,7 +131,7 @@ class Generator(Protocol):
             start: result of `begin`, to continue from.
             folder: URL where the model may keep finished parts, after which the same call continues.
             tile: pixels a side; decode larger frames in overlapping tiles.
-            each_step: called after each Euler step, `rounds` times.
+            each_step: called after each step of sampling, `rounds` times.
 
         Raises:
             ValueError: at the call, for arguments that do not fit together.

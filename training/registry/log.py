@@ -134,7 +134,7 @@ def _signature(folder: Path) -> Any:
     from mlflow.types import ColSpec, ParamSchema, ParamSpec, Schema, TensorSpec
 
     from longtake.training.models import kind_of
-    from longtake.training.registry.requests import PARAMETERS, columns_of
+    from longtake.training.registry.requests import columns_of, parameters_of
 
     kind = kind_of(_facts(folder))
     video = Schema([TensorSpec(np.dtype("uint8"), (-1, -1, -1, -1, 3))])
@@ -147,7 +147,7 @@ def _signature(folder: Path) -> Any:
             for name in columns_of(kind.accepts)
         ]
     )
-    changes = ParamSchema([ParamSpec(name, of, None) for name, of in PARAMETERS.items()])
+    changes = ParamSchema([ParamSpec(name, of, None) for name, of in parameters_of(kind.accepts).items()])
     return ModelSignature(inputs=table, outputs=video, params=changes)
 
 

@@ -30,7 +30,7 @@ from longtake.training.registry import disk
 
 Stage = Literal["generation", "retrieval"]
 _KINDS = {"generation": "finetune_memory_prior", "retrieval": "pretrain_memory"}
-ACCEPTS = frozenset({"class", "start", "storyboard", "history_noise"})
+ACCEPTS = frozenset({"class", "start", "storyboard", *segments.SETTINGS})
 
 
 @dataclass(frozen=True)
