@@ -13,6 +13,7 @@ STAGES = {
     "cache_tokens": "longtake.pipeline.stages.cache_tokens",
     "pretrain_vae": "longtake.training.models.pv_vae.pretrain",
     "finetune_latte": "longtake.training.models.latte.finetune",
+    "pretrain_tats": "longtake.training.models.tats.train",
     "pretrain_memory": "longtake.training.models.memory.pretrain",
     "finetune_memory_prior": "longtake.training.models.memory.finetune",
     "promote": "longtake.training.registry.promote",

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from longtake.datasets import compact, schema, storage, view
 from longtake.datasets.cache import Cache
+from longtake.datasets.captions import Captions, read_captions
 from longtake.datasets.errors import UserError
 from longtake.datasets.latents import Latents, encoder_digest, read_latents
 from longtake.datasets.loader import Loader, to_model
@@ -122,12 +123,12 @@ def vqgan_of(record: Tokens, uri: str) -> Any:
     return model.eval().requires_grad_(False).to(device())
 
 
-def _check_dataset(record: Latents | Text | Tokens, dataset: str, uri: str, field: str) -> None:
+def _check_dataset(record: Captions | Latents | Text | Tokens, dataset: str, uri: str, field: str) -> None:
     if record.dataset != storage.absolute(dataset):
         raise UserError(f"{field}: {uri} are of the dataset {record.dataset}, not of {dataset}")
 
 
-def _check_state(record: Latents | Text | Tokens, dataset: str, uri: str, field: str, stage: str) -> None:
+def _check_state(record: Captions | Latents | Text | Tokens, dataset: str, uri: str, field: str, stage: str) -> None:
     """UserError where a column is of an earlier state of its dataset, or is gone."""
     for split in schema.SPLITS:
         if compact.open_split(dataset, split)[0].digest != record.digests[split]:
@@ -154,6 +155,17 @@ def text_of(inputs: Mapping[str, str]) -> Text | None:
     if not captioned(inputs, record).any():
         which = "its view keeps" if "view" in inputs else "there is"
         raise UserError(f"text: {uri}: no training clip that {which} has a caption; make some by a `caption` stage")
+    return record
+
+
+def captions_of(inputs: Mapping[str, str]) -> Captions | None:
+    """The record of the column of captions among a stage's inputs, if there is one. Raises as `tokens_of`."""
+    if "captions" not in inputs:
+        return None
+    dataset, uri = inputs["dataset"], inputs["captions"]
+    record = read_captions(uri)
+    _check_dataset(record, dataset, uri, "captions")
+    _check_state(record, dataset, uri, "captions", "caption")
     return record
 
 

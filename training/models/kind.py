@@ -23,8 +23,8 @@ class Judged(NamedTuple):
     facts: Mapping[str, Any]
 
     def encoder(self) -> str | None:
-        """Digest of the encoder of the latents that it was trained on; None for a model of pixels."""
-        encoder: str | None = (self.facts.get("vae") or {}).get("encoder")
+        """Digest of the encoder of the latents or tokens that it was trained on; None for a model of pixels."""
+        encoder: str | None = (self.facts.get("vae") or self.facts.get("vqgan") or {}).get("encoder")
         return encoder
 
 

@@ -19,7 +19,7 @@ from longtake.training.registry import store
 from longtake.training.registry.disk import digest, read_config
 
 _FILE = "lineage.json"  # in the folder of checkpoints
-_MODELS = ("vae", "vqgan", "base", "parent")  # inputs that are models, whose aliases may move
+_MODELS = ("vae", "vqgan", "anchors", "base", "parent")  # inputs that are models, whose aliases may move
 
 
 def record(inputs: Mapping[str, str]) -> dict[str, Any]:
@@ -30,7 +30,7 @@ def record(inputs: Mapping[str, str]) -> dict[str, Any]:
 
     Returns:
         `inputs`: for each field its `uri`, without a login or key, and `digest` of a dataset (of all its shards), view,
-        latents, tokens or texts (sha256 of the file), or `sha256` of a model, whose URI is that of the version; `recipe`: digest of the
+        latents, tokens, captions or texts (sha256 of the file), or `sha256` of a model, whose URI is that of the version; `recipe`: digest of the
         resolved recipe, of LONGTAKE_RECIPE; `git`: revision of the working folder and whether it had changes; `longtake`,
         `torch`: versions; `run`: MLFLOW_RUN_ID. Unknown facts are None.
 
@@ -59,12 +59,12 @@ def _input(uri: str) -> dict[str, Any]:
         splits = {split: compact.open_split(uri, split)[0].digest for split in schema.SPLITS}
         sha256 = hashlib.sha256(storage.canonical_json(splits)).hexdigest()
         return {"uri": shown(uri), "digest": sha256, "splits": splits}
-    for name in ("latents.json", "tokens.json", "text.json"):
+    for name in ("latents.json", "tokens.json", "captions.json", "text.json"):
         if storage.exists(record := storage.join(uri, name)):
             return {"uri": shown(uri), "digest": hashlib.sha256(storage.read(record)).hexdigest()}
     if (Path(uri) / "config.json").exists():
         return {"uri": uri, "sha256": digest(read_config(Path(uri)))}
-    raise UserError(f"{uri}: neither a dataset, a view nor a model, nor latents, tokens or text")
+    raise UserError(f"{uri}: neither a dataset, a view nor a model, nor latents, tokens, captions or text")
 
 
 def _git() -> dict[str, Any] | None:

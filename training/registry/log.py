@@ -108,9 +108,10 @@ def _log(folder: Path, run_id: str, sha256: str) -> str:
 
 def _of_text(folder: Path) -> tuple[str, ...]:
     """The packages that encode the prompts of a model folder; none for a model without text."""
-    text = _facts(folder).get("text")
+    facts = _facts(folder)
+    text = facts.get("text")
     if not text:
-        return ()
+        return ("tokenizers",) if facts.get("words") else ()
     return ("tokenizers", "wordllama" if text["encoder"]["encoder"] == WORDS else "transformers")
 
 

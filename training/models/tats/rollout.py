@@ -27,6 +27,7 @@ from longtake.training.models.common import story as scenes
 from longtake.training.models.common.condition import Condition, check_classes
 from longtake.training.models.common.draws import rng_of
 from longtake.training.models.common.flow import guided
+from longtake.training.models.common.guidance import Guidance
 from longtake.training.models.common.story import Story
 from longtake.training.models.common.text import check_guidance
 from longtake.training.models.generator import Settings
@@ -85,6 +86,23 @@ def filled(
     return made.unflatten(1, (-1, model.config.cells))
 
 
+def spans(frames: int, every: int = 1, goes_on: bool = False) -> Iterator[tuple[int, int]]:
+    """The new latent frames, from one to before another, of each part of a video. The last may go on beyond `frames`.
+
+    Args:
+        every: latent frames from an anchor to the next; 1 for a model that makes them all one after the other.
+        goes_on: whether the video begins after a start.
+    """
+    begin, length = 0, 1 if every == 1 else _GAPS * every
+    if every > 1 and not goes_on:
+        yield 0, 1
+        begin = 1
+    while begin < frames:
+        end = begin + min(length, math.ceil((frames - begin) / every) * every)
+        yield begin, end
+        begin = end
+
+
 @dataclass(frozen=True)
 class Rollout:
     """Videos to make tokens of. Latent frames are numbered from the first new one, 0; those of `start` are below.
@@ -134,20 +152,14 @@ class Rollout:
         return 1 if self.anchors is None else self.model.config.every
 
     @property
+    def window(self) -> int:
+        """Latent frames of a window of the leader."""
+        return self.leader.config.shape[0]
+
+    @property
     def keep(self) -> int:
         """Latent frames, or anchors, of the past that a window has."""
         return self.settings.keep or len(self.leader.config.order) - 1
-
-    def spans(self, frames: int) -> Iterator[tuple[int, int]]:
-        """The new latent frames, from one to before another, of each part. The last may go on beyond `frames`."""
-        begin, length = 0, 1 if self.anchors is None else _GAPS * self.every
-        if self.anchors is not None and self.start is None:
-            yield 0, 1
-            begin = 1
-        while begin < frames:
-            gaps = min(length, math.ceil((frames - begin) / self.every) * self.every)
-            yield begin, begin + gaps
-            begin += gaps
 
     def tokens(self, frames: int, folder: str | None = None) -> Iterator[Tensor]:
         """Tokens `(B, n, h, w)` of latent frames that follow each other, `frames` in all.
@@ -165,7 +177,7 @@ class Rollout:
             past = self.start.to(past).flatten(2).expand(count, -1, -1)
         if folder:
             parts.open_folder(folder, self.record())
-        for begin, end in self.spans(frames):
+        for begin, end in spans(frames, self.every, self.start is not None):
             url = parts.url_of(folder, begin)
             part = parts.load(url, _NAME)
             # the last part of a shorter video may be shorter than the one that is needed here
@@ -284,8 +296,12 @@ class Rollout:
                 if len(held.classes) != len(seeds):
                     raise ValueError(f"story: at {begin} are {len(held.classes)} classes for {len(seeds)} seeds")
                 check_classes(held.classes.tolist(), config.classes)
-        texts = config.model_copy(update={"text_width": config.text_width or config.words})
-        check_guidance(texts, settings.guidance)
+        check_learned(config, settings.guidance)
+
+
+def check_learned(config: TATSConfig, guidance: float | Guidance) -> None:
+    """ValueError where guidance leads away from what training never hid; words are a text, too."""
+    check_guidance(config.model_copy(update={"text_width": config.text_width or config.words}), guidance)
 
 
 def _digest(values: Tensor | None) -> str | None:

@@ -172,7 +172,7 @@ def test_a_stopped_run_goes_on_to_the_same_tokens(
         planned = plan(models, each_step=lambda steps=steps: steps.append(1))
         assert torch.equal(torch.cat(list(planned.tokens(16, str(folder))), dim=1), whole)
         assert [path.read_bytes() for path in kept] == before
-        assert len(steps) == max(end for _, end in planned.spans(16))
+        assert len(steps) == max(end for _, end in rollout.spans(16, planned.every))
         # a shorter and a longer one go on from the same parts
         for frames in (5, 19):
             assert torch.equal(made(models, frames, folder=folder)[:, :16], whole[:, :frames])
