@@ -96,7 +96,9 @@ def test_what_is_registered_is_shown_and_pulled_as_a_folder_that_is_an_encoder(f
     facts = json.loads(said("models", "show", "umt5@champion", "--json"))
     assert facts["model"] == "text_encoder" and facts["parameters"] == {"model_type": "umt5", "width": 32}
     assert facts["aliases"] == ["champion"] and facts["problem"] is None
-    assert facts["bytes"] == sum(path.stat().st_size for path in (folders / "other").glob("*.*") if path.name != "generation_config.json")
+    assert facts["bytes"] == sum(
+        path.stat().st_size for path in (folders / "other").glob("*.*") if path.name != "generation_config.json"
+    )
     for name in ("split", "parts", "umt5"):
         pulled = said("models", "pull", f"{name}@champion", "--to", str(tmp_path / name))
         folder = folders / ("other" if name == "umt5" else name)
@@ -183,7 +185,9 @@ def test_a_prompt_is_encoded_by_the_version_that_the_model_has_learned_from(
 
 
 def test_an_encoder_is_taken_for_no_model_of_videos(store: Path, tmp_path: Path) -> None:
-    line = r"umt5@champion: is a text encoder, and no model of videos; name it as the `encoder` of a `cache_text` stage$"
+    line = (
+        r"umt5@champion: is a text encoder, and no model of videos; name it as the `encoder` of a `cache_text` stage$"
+    )
     with pytest.raises(UserError, match=line):
         longtake.load("models:/umt5@champion")  # as `base`, `vae`, `parent` and the others are
     with pytest.raises(UserError, match=line):

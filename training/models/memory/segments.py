@@ -234,8 +234,9 @@ def _chunks(job: _Job) -> Iterator[np.ndarray]:
             parts.save(url, _NAME, segment)
         else:
             parts.check_shape(url, segment, (len(seeds), model.config.channels, *shape))
-            for _ in range(job.settings.steps if job.each_step else 0):
-                job.each_step()
+            if job.each_step:
+                for _ in range(job.settings.steps):
+                    job.each_step()
         yield append(segment[:, :, : job.latents - begin].to(device))
 
 

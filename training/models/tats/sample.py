@@ -179,7 +179,8 @@ def prior_of(uri: str, model: Any, facts: Mapping[str, Any], vae: str | None, dt
             " trained to fill what is between these"
         )
     vqgan, vqgan_facts = vqgan_of(uri, facts["vqgan"], vae)
-    anchors, digests = None, [disk.digest(facts), disk.digest(vqgan_facts)]
+    anchors: Any = None
+    digests = [disk.digest(facts), disk.digest(vqgan_facts)]
     if model.config.mode == "interpolate":
         anchors, anchors_facts = registry.load_with_facts(facts["anchors"]["uri"])
         digests.append(disk.digest(anchors_facts))

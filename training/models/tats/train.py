@@ -109,7 +109,9 @@ def prepare(config: Config, inputs: Mapping[str, str], folder: Path) -> Setup:
     fps = data.frame_rate(inputs["dataset"], (record.frames - 1) * record.stride + 1) / record.stride
     options = _options(config, record, sound, captions, text)
     classes = data.loader(config, inputs, "train", batch=1, **options).classes
-    parents = {field: registry.load_with_facts(inputs[field]) for field in ("base", "anchors") if field in inputs}
+    parents: dict[str, Any] = {
+        field: registry.load_with_facts(inputs[field]) for field in ("base", "anchors") if field in inputs
+    }
     for field, (model, facts) in parents.items():
         _check_parent(field, inputs[field], model, facts, record, classes)
     known = [facts for _, facts in parents.values()]
