@@ -125,10 +125,11 @@ def test_what_decides_the_tokens_names_the_column(model: Codes) -> None:
     names = {
         name(),
         name(tiny_codes.codes(2.0)),
+        name(tiny_codes.codes(codes=63)),
         name(seen="view"),
         *(name(**changed) for changed in ({"frames": 8}, {"stride": 2}, {"hop": 2}, {"size": (32, 32)})),
     }
-    assert len(names) == 7 and all(len(each) == len("tokens-") + 16 for each in names)
+    assert len(names) == 8 and all(len(each) == len("tokens-") + 16 for each in names)
     assert name(batch=7, threads=1) == name() == name(tiny_codes.codes())
 
 
