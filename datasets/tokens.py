@@ -1,5 +1,6 @@
 """The record of a column of tokens: ids of codes, of windows that were encoded by themselves, and how codes are used."""
 
+import json
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
@@ -45,8 +46,8 @@ def read_tokens(uri: str) -> Tokens:
 
 
 def model_digest(model: Any) -> str:
-    """A digest of a torch module that makes tokens."""
-    return state_digest(type(model).__name__, model)
+    """A digest of a torch module that makes tokens, and of its config: padding, for one, is no parameter."""
+    return state_digest(json.dumps([type(model).__name__, model.config.model_dump(mode="json")], sort_keys=True), model)
 
 
 def dtype_of(codes: int) -> np.dtype[Any]:

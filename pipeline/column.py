@@ -10,7 +10,7 @@ import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from time import monotonic
 from typing import Any, NamedTuple
 
@@ -186,7 +186,6 @@ class Worker:
 
 def make(
     stage: str,
-    dataset: str,
     jobs: Sequence[Job],
     task: WorkerConfig,
     load: Callable[..., Make],
@@ -194,9 +193,7 @@ def make(
     arguments: Mapping[str, Any],
     share: Callable[[Any], Mapping[str, Any]] = lambda ray: {},
 ) -> Counter[str]:
-    """Make the shards of a column in a pool of actors, if there are any to make.
-
-    Returns the sums of what `Make` counts, and of what workers that died have left, which is deleted (`swept`).
+    """Make the shards of a column in a pool of actors, if there are any to make; returns the sums of what `Make` counts.
 
     Args:
         load, models, arguments: see `Worker`; the models are put into Ray's store once.
@@ -227,11 +224,7 @@ def make(
     if not jobs:
         return Counter()
     rows, clips = [job._asdict() for job in jobs], sum(job.clips for job in jobs)
-    try:
-        totals = groups.run(stage, rows, task, start, unit="clip", total=clips, failed="shards could not be made")
-    finally:
-        swept = sweep(dataset)
-    return totals + Counter(swept=swept)
+    return groups.run(stage, rows, task, start, unit="clip", total=clips, failed="shards could not be made")
 
 
 def _pool(stage: str, task: WorkerConfig, nodes: list[dict[str, float]]) -> tuple[WorkerConfig, int]:
@@ -306,9 +299,15 @@ def shards_of(dataset: str, column: str, base: Base) -> list[index.Shard]:
     ]
 
 
-def sweep(dataset: str) -> int:
-    """Delete the temporary files of workers that died; returns their number."""
-    return sum(storage.sweep(storage.join(dataset, split)) for split in schema.SPLITS)
+@contextmanager
+def sweeping(dataset: str) -> Iterator[Counter[str]]:
+    """Delete the temporary files of workers that died, before and after the block; after it `swept` is their number."""
+    folders = [storage.join(dataset, split) for split in schema.SPLITS]
+    totals = Counter(swept=sum(map(storage.sweep, folders)))
+    try:
+        yield totals
+    finally:
+        totals["swept"] += sum(map(storage.sweep, folders))
 
 
 def complete(dataset: str, column: str, digests: Mapping[str, str]) -> bool:

@@ -89,9 +89,9 @@ def run(config: Config, inputs: Mapping[str, str], output: str) -> dict[str, Any
     cut = CutConfig(audio=config.audio, limits=config.limits, decoder=description.get("decoder", "pyav"))
     _prepare(dataset, config.audio)
 
-    totals = Counter(swept=columns.sweep(dataset))
-    jobs = [job for split, keeps in base.keeps.items() for job in columns.missing(dataset, split, COLUMN, keeps)]
-    totals += columns.make("cache_audio", dataset, jobs, config.run, _load, [], {"dataset": dataset, "cut": cut})
+    with columns.sweeping(dataset) as totals:
+        jobs = [job for split, keeps in base.keeps.items() for job in columns.missing(dataset, split, COLUMN, keeps)]
+        columns.make("cache_audio", jobs, config.run, _load, [], {"dataset": dataset, "cut": cut})
 
     shards = columns.shards_of(dataset, COLUMN, base)
     reasons = Counter(reason for shard in shards for reason in shard.table["reason"].to_pylist())

@@ -129,10 +129,10 @@ def run(config: Config, inputs: Mapping[str, str], output: str) -> dict[str, Any
     column = streams.column_name(digest, settings, base.view)
 
     # What is missing.
-    totals = Counter(swept=columns.sweep(dataset))
-    jobs = [job for split, keeps in base.keeps.items() for job in columns.missing(dataset, split, column, keeps)]
-    arguments = {"strides": strides, "settings": settings, "dataset": dataset, "column": column}
-    totals += columns.make("cache_latents", dataset, jobs, config.run, _load, [model], arguments)
+    with columns.sweeping(dataset) as totals:
+        jobs = [job for split, keeps in base.keeps.items() for job in columns.missing(dataset, split, column, keeps)]
+        arguments = {"strides": strides, "settings": settings, "dataset": dataset, "column": column}
+        totals.update(columns.make("cache_latents", jobs, config.run, _load, [model], arguments))
 
     # The record, with the statistics of all shards.
     shards = columns.shards_of(dataset, column, base)

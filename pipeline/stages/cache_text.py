@@ -109,22 +109,22 @@ def run(config: Config, inputs: Mapping[str, str], output: str) -> dict[str, Any
     del encoder  # the workers load their own
 
     # What is missing.
-    totals = Counter(swept=columns.sweep(dataset))
     jobs = [
         job
         for split, keeps in base.keeps.items()
         for job in text.missing(dataset, split, column, captions.column, keeps)
     ]
-    if jobs:
-        work = text.Work(dataset, column, captions.column, config.run.batch)
-        shared = _shared_jobs(config, work, base, jobs, output)
-        for split in schema.SPLITS:
-            compact.forget(dataset, split, column)
-        threads = max(1, int(config.run.cpus))
-        arguments = {"encoder": described, "work": work, "output": output, "threads": threads}
-        arguments["store"] = os.environ.get(_STORE)
-        for part in (shared, jobs):
-            totals += columns.make("cache_text", dataset, part, _task(config), _load, [], arguments)
+    with columns.sweeping(dataset) as totals:
+        if jobs:
+            work = text.Work(dataset, column, captions.column, config.run.batch)
+            shared = _shared_jobs(config, work, base, jobs, output)
+            for split in schema.SPLITS:
+                compact.forget(dataset, split, column)
+            threads = max(1, int(config.run.cpus))
+            arguments = {"encoder": described, "work": work, "output": output, "threads": threads}
+            arguments["store"] = os.environ.get(_STORE)
+            for part in (shared, jobs):
+                totals.update(columns.make("cache_text", part, _task(config), _load, [], arguments))
 
     # The record.
     shards = columns.shards_of(dataset, column, base)

@@ -170,7 +170,6 @@ def run(config: Config, inputs: Mapping[str, str], output: str) -> dict[str, Any
     column = captions.column_name(captioner, base.view)
 
     # What annotations and earlier runs give.
-    totals = Counter(swept=columns.sweep(dataset))
     images = captions.is_images(dataset)
     places = [(split, name, keep) for split, keeps in base.keeps.items() for name, keep in keeps.items()]
     # before a shard changes: compact files would go on giving the captions of before
@@ -180,8 +179,9 @@ def run(config: Config, inputs: Mapping[str, str], output: str) -> dict[str, Any
 
     # What a captioner has to be asked about.
     jobs = [shard.job for shard in begun if shard.job]
-    if jobs:
-        totals += _ask(config, dataset, output, column, maker, jobs)
+    with columns.sweeping(dataset) as totals:
+        if jobs:
+            totals.update(_ask(config, dataset, output, column, maker, jobs))
     answers.sweep(output)
 
     # The record.
@@ -273,15 +273,14 @@ def _ask(config: Config, dataset: str, output: str, column: str, maker: str, job
     arguments: dict[str, Any] = {"maker": maker, "dataset": dataset, "output": output, "column": column}
     if config.endpoint is None:
         arguments["showing"] = _showing(config)
-        return columns.make("caption", dataset, jobs, config.run, _load_model, [], arguments)
+        return columns.make("caption", jobs, config.run, _load_model, [], arguments)
     _check_endpoint(config, config.endpoint)
     run = config.run
     workers = run.model_copy(update={"gpus": 0.0, "workers": run.workers or 1})
     budget = (run.requests_per_minute, run.max_requests, run.max_tokens)
-    arguments |= {"asking": _asking(config), "key_env": config.key_env}
-    arguments |= {"proven": _is_proven(dataset, column, maker)}
+    arguments |= {"asking": _asking(config), "key_env": config.key_env, "proven": _is_proven(dataset, column, maker)}
     share = partial(_share_meter, budget)
-    totals = columns.make("caption", dataset, jobs, workers, _load_endpoint, [], arguments, share)
+    totals = columns.make("caption", jobs, workers, _load_endpoint, [], arguments, share)
     if totals["spent"]:
         bounds = [
             f"{value} {unit}" for value, unit in ((run.max_requests, "requests"), (run.max_tokens, "tokens")) if value

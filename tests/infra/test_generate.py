@@ -17,13 +17,11 @@ import numpy as np
 import pytest
 import torch
 from click import Abort
-from click.testing import CliRunner, Result
-from torch import nn
+from priors import awake, frames_of, longtake, save_vae
 
 from longtake.datasets import clip
 from longtake.datasets.errors import UserError
 from longtake.datasets.latents import encoder_digest
-from longtake.infra.cli import cli
 from longtake.infra.report import StageRun, build
 from longtake.training.models.common.condition import of_classes
 from longtake.training.models.common.video import video_file
@@ -34,25 +32,16 @@ from longtake.training.models.memory import prior as memory
 from longtake.training.models.memory import segments
 from longtake.training.models.memory.dit import MemoryDiT
 from longtake.training.models.memory.dit_config import MemoryDiTConfig
-from longtake.training.models.pv_vae.model import PVVAE, config_from_preset
 from longtake.training.registry import disk
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-def awake(model: nn.Module) -> Any:
-    generator = torch.Generator().manual_seed(0)
-    for parameter in model.parameters():
-        nn.init.normal_(parameter, std=0.15, generator=generator)
-    return model.eval()
 
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folders `latte`, `plain` (without classes), `vae`, `memory` and `holder` (which retrieves)."""
     folder = tmp_path_factory.mktemp("models")
-    vae = awake(PVVAE(config_from_preset("pv_vae_tiny", latent_channels=8, encoder_width=8, decoder_width=8)))
-    disk.save(folder / "vae", "pv_vae", vae.config.model_dump(mode="json"), vae.state_dict(), {"lineage": {}})
+    vae = save_vae(folder / "vae")
     for name, classes in (("latte", ["cat", "dog"]), ("plain", [])):
         config = LatteConfig(depth=2, width=32, heads=2, channels=8, classes=len(classes), shape=(3, 2, 2))
         facts: dict[str, Any] = {
@@ -78,17 +67,6 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
         }
         disk.save(folder / name, "memory_dit", dit.config.model_dump(mode="json"), dit.state_dict(), facts)
     return folder
-
-
-def longtake(*arguments: object) -> Result:
-    result = CliRunner().invoke(cli, [str(a) for a in arguments], standalone_mode=False)
-    if result.exception:
-        raise result.exception
-    return result
-
-
-def frames_of(path: Path) -> np.ndarray:
-    return clip.decode(path.read_bytes())
 
 
 def test_a_video_of_the_models_window_by_default_and_the_same_bytes_each_time(models: Path, tmp_path: Path) -> None:

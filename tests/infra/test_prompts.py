@@ -9,11 +9,9 @@ import letters
 import numpy as np
 import pytest
 import tiny_encoders
-from click.testing import CliRunner, Result
+from priors import frames_of, longtake
 
-from longtake.datasets import clip
 from longtake.datasets.errors import UserError
-from longtake.infra.cli import cli
 from longtake.training.text import TextConfig, load_encoder
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -27,17 +25,6 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def encoder(monkeypatch: pytest.MonkeyPatch) -> letters.Letters:
     return letters.install(monkeypatch)
-
-
-def longtake(*arguments: object) -> Result:
-    result = CliRunner().invoke(cli, [str(a) for a in arguments], standalone_mode=False)
-    if result.exception:
-        raise result.exception
-    return result
-
-
-def frames_of(path: Path) -> np.ndarray:
-    return clip.decode(path.read_bytes())
 
 
 @pytest.mark.parametrize("family", ["latte", "memory"])

@@ -9,38 +9,28 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from click.testing import CliRunner, Result
 from PIL import Image
-from torch import nn
+from priors import awake, longtake, save_vae
 
 from longtake.datasets import clip
 from longtake.datasets.errors import UserError
 from longtake.datasets.latents import encoder_digest
-from longtake.infra.cli import cli, media
+from longtake.infra.cli import media
 from longtake.training.models.memory import recall
 from longtake.training.models.memory.dit import MemoryDiT
 from longtake.training.models.memory.dit_config import MemoryDiTConfig
 from longtake.training.models.memory.prior import MemoryPrior, load_prior
-from longtake.training.models.pv_vae.model import PVVAE, config_from_preset
 from longtake.training.registry import disk
 from longtake.training.registry import requests as serving
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-def awake(model: nn.Module) -> Any:
-    generator = torch.Generator().manual_seed(0)
-    for parameter in model.parameters():
-        nn.init.normal_(parameter, std=0.15, generator=generator)
-    return model.eval()
-
-
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folders `vae`, `holder`, which retrieves from 8 steps (29 frames) at 12 a second, `none` and `teller`."""
     folder = tmp_path_factory.mktemp("models")
-    vae = awake(PVVAE(config_from_preset("pv_vae_tiny", latent_channels=8, encoder_width=8, decoder_width=8)))
-    disk.save(folder / "vae", "pv_vae", vae.config.model_dump(mode="json"), vae.state_dict(), {"lineage": {}})
+    vae = save_vae(folder / "vae")
     small: dict[str, Any] = {"depth": 2, "width": 24, "heads": 2, "channels": 8, "rates": ("2x2x2",)}
     small |= {"memory_widths": (4, 8), "memory_heads": 2, "history": 9, "shape": (3, 2, 4), "window": 2}
     facts: dict[str, Any] = {
@@ -80,13 +70,6 @@ def video(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("video") / "in.mp4"
     clip.write(path, footage(70), 12)
     return path
-
-
-def longtake(*arguments: object) -> Result:
-    result = CliRunner().invoke(cli, [str(a) for a in arguments], standalone_mode=False)
-    if result.exception:
-        raise result.exception
-    return result
 
 
 def test_a_picture_has_the_true_frame_beside_the_retrieved_one(models: Path, video: Path, tmp_path: Path) -> None:

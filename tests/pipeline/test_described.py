@@ -9,7 +9,6 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import spoken
-import texts
 import torch
 from PIL import Image
 from pydantic import ValidationError
@@ -108,10 +107,10 @@ def test_captions_are_found_by_clip_whatever_the_order(own: str) -> None:
 
 @pytest.fixture
 def prompted(dataset: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[str, str]:
-    """A copy of the dataset with `texts.colours` as captions, and the record of their states."""
+    """A copy of the dataset with `spoken.colours` as captions, and the record of their states."""
     folder = str(shutil.copytree(dataset, tmp_path / "prompted"))
-    monkeypatch.setattr("longtake.text_encoder", lambda **_: texts.Words(), raising=False)
-    return folder, texts.column(tmp_path / "text", folder)
+    monkeypatch.setattr("longtake.text_encoder", lambda **_: spoken.Counting(), raising=False)
+    return folder, spoken.column(tmp_path / "text", folder)
 
 
 def test_a_prompt_scores_clips_by_their_nearest_caption(prompted: tuple[str, str], tmp_path: Path) -> None:
@@ -125,7 +124,7 @@ def test_a_prompt_scores_clips_by_their_nearest_caption(prompted: tuple[str, str
         return {row["key"]: row for row in view.read_view(result["uri"]).to_pylist()}
 
     rows = curated(scores={"reds": {"prompt": "a red square"}})
-    words = texts.Words()
+    words = spoken.Counting()
 
     def mean(one: str) -> torch.Tensor:
         return words.encode([one])[0].float().mean(0)
@@ -133,7 +132,7 @@ def test_a_prompt_scores_clips_by_their_nearest_caption(prompted: tuple[str, str
     for split in schema.SPLITS:
         for shard in described.index.read_shards(folder, split):
             for number, key in enumerate(shard.table["key"].to_pylist()):
-                said: Sequence[str] = texts.colours(number)
+                said: Sequence[str] = spoken.colours(number)
                 similar = [float(torch.cosine_similarity(mean("a red square"), mean(one), dim=0)) for one in said]
                 score = rows[key]["reds"]
                 assert score == (pytest.approx(max(similar), abs=1e-5) if said else None)
@@ -181,7 +180,7 @@ def test_words_of_another_dataset_or_encoder_are_one_line(
     scores = {"reds": {"prompt": "red"}}
     with pytest.raises(UserError, match=rf"^text: \S+ are of the dataset {folder}, not of {own}$"):
         run(own, tmp_path, scores=scores, text=text)
-    other = texts.Words()
+    other = spoken.Counting()
     other.digest = "another"
     monkeypatch.setattr("longtake.text_encoder", lambda **_: other, raising=False)
     config = curate.Config.model_validate({"kind": "curate", "dataset": "x", "text": "y", "scores": scores})

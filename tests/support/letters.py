@@ -6,14 +6,14 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from priors import awake, save_vae
+from torch import Tensor
 
 from longtake.datasets.latents import encoder_digest
 from longtake.training import text
 from longtake.training.models.latte.model import Latte, LatteConfig
 from longtake.training.models.memory.dit import MemoryDiT
 from longtake.training.models.memory.dit_config import MemoryDiTConfig
-from longtake.training.models.pv_vae.model import PVVAE, config_from_preset
 from longtake.training.registry import disk
 
 WIDTH = 8
@@ -60,21 +60,12 @@ def install(monkeypatch: pytest.MonkeyPatch, digest: str = "letters") -> Letters
     return encoder
 
 
-def awake(model: nn.Module) -> Any:
-    """Random weights, also where a layer starts at zero."""
-    rng = torch.Generator().manual_seed(0)
-    for parameter in model.parameters():
-        nn.init.normal_(parameter, std=0.15, generator=rng)
-    return model.eval()
-
-
 def save_priors(folder: Path, text_facts: dict[str, Any] | None = None, **text_fields: Any) -> Path:
     """Folders of tiny priors of texts and two classes, `latte` and `memory`; `hasty` hid no text, `plain` has no classes.
 
     `text_facts` says by which encoder, if not by letters, and `text_fields` replaces fields of the models' configs.
     """
-    vae = awake(PVVAE(config_from_preset("pv_vae_tiny", latent_channels=8, encoder_width=8, decoder_width=8)))
-    disk.save(folder / "vae", "pv_vae", vae.config.model_dump(mode="json"), vae.state_dict(), {"lineage": {}})
+    vae = save_vae(folder / "vae")
     known: dict[str, Any] = {
         "lineage": {},
         "stage": "generation",

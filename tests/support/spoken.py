@@ -1,4 +1,4 @@
-"""Columns of captions as the `caption` stage writes them, and an encoder that keeps count of what it is given."""
+"""Columns of captions and of texts as their stages write them, without Ray, by an encoder that needs no package."""
 
 from __future__ import annotations
 
@@ -11,12 +11,14 @@ import numpy as np
 import torch
 
 from longtake.datasets import captions, compact, index, schema, storage, view
+from longtake.datasets import text as records
 from longtake.datasets.captions import Caption, Captions
 from longtake.pipeline import text
 from longtake.pipeline.column import by_shard
 
 COLUMN = "caption-test"
-TEXT = "text-0123456789abcdef"
+TEXT, TEXTS = "text-0123456789abcdef", "text-test"
+WIDTH, LIMIT = 8, 6
 
 Said = Callable[[str], Sequence[Caption] | None]
 
@@ -43,13 +45,16 @@ def keys(dataset: str) -> list[str]:
 
 
 class Counting:
-    """States that say which text they are of, as many as it has words and one more."""
+    """A token for each word, and one before the first, with states drawn from the word; keeps what it is given."""
 
-    width, limit, digest = 8, 6, "counting"
+    width, limit, digest = WIDTH, LIMIT, "counting"
 
     def __init__(self) -> None:
         self.seen: list[str] = []
         self.batches: list[list[str]] = []
+
+    def describe(self) -> dict[str, Any]:
+        return records.TextConfig(length=self.limit).model_dump(mode="json")
 
     def count(self, texts: Sequence[str]) -> list[int]:
         return [1 + len(one.split()) for one in texts]
@@ -60,9 +65,11 @@ class Counting:
         return [self.states(one) for one in texts]
 
     def states(self, one: str) -> torch.Tensor:
-        seed = int(hashlib.sha256(one.encode()).hexdigest()[:8], 16)
-        length = min(self.limit, *self.count([one]))
-        return torch.randn(length, self.width, generator=torch.Generator().manual_seed(seed)).to(torch.bfloat16)
+        return torch.stack([self._state(word) for word in ["", *one.split()][: self.limit]])
+
+    def _state(self, word: str) -> torch.Tensor:
+        seed = int.from_bytes(hashlib.sha256(word.encode()).digest()[:4])
+        return torch.randn(self.width, generator=torch.Generator().manual_seed(seed)).to(torch.bfloat16)
 
 
 def encode(
@@ -102,3 +109,33 @@ def _loaded(tar: bytes, entry: Mapping[str, Any]) -> torch.Tensor:
 
     bits = np.load(io.BytesIO(tar[entry["offset"] : entry["offset"] + entry["size"]]), allow_pickle=False)
     return torch.from_numpy(bits).view(torch.bfloat16)
+
+
+def colours(number: int) -> Sequence[str]:
+    """Two captions for even clips, one for odd ones, and none for every fifth."""
+    if number % 5 == 4:
+        return ()
+    return ("a red square", "red") if number % 2 == 0 else ("a blue circle moves left",)
+
+
+def column(folder: Path, dataset: str, say: Callable[[int], Sequence[str]] = colours, **changes: Any) -> str:
+    """What `caption` and `cache_text` make of a dataset; returns the record's folder.
+
+    `say` gives the captions of a clip by its number in its shard. `changes` are of the record.
+    """
+    encoder, shards = Counting(), [s for split in schema.SPLITS for s in index.read_shards(dataset, split)]
+    keys = [(number, key) for shard in shards for number, key in enumerate(shard.table["key"].to_pylist())]
+    describe(dataset, {key: [Caption(one) for one in say(number)] for number, key in keys})
+    encode(dataset, encoder, column=TEXTS)
+    made: dict[str, Any] = {
+        "dataset": storage.absolute(dataset),
+        "column": TEXTS,
+        "encoder": encoder.describe() | {"digest": encoder.digest, "width": WIDTH},
+        "captions": COLUMN,
+        "view": None,
+        "digests": {split: compact.open_split(dataset, split)[0].digest for split in schema.SPLITS},
+        "captions_digests": {},
+        "counts": {},
+    }
+    records.write_text(str(folder), records.Text(**made | changes), encoder.states(""))
+    return str(folder)

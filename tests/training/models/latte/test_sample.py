@@ -10,7 +10,7 @@ import av
 import numpy as np
 import pytest
 import torch
-from torch import nn
+from priors import awake
 
 from longtake.datasets.errors import UserError
 from longtake.datasets.latents import encoder_digest
@@ -29,14 +29,6 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 QUICK = Settings(steps=2, overlap=1)
 SMALL = LatteConfig(depth=2, width=32, heads=2, channels=8, classes=3, shape=(3, 2, 2))
-
-
-def awake(model: nn.Module, seed: int = 0) -> Any:
-    """Random weights, also where a layer starts at zero."""
-    rng = torch.Generator().manual_seed(seed)
-    for parameter in model.parameters():
-        nn.init.normal_(parameter, std=0.15, generator=rng)
-    return model.eval()
 
 
 @pytest.fixture(scope="module")

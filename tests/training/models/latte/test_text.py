@@ -10,7 +10,7 @@ from typing import Any
 
 import latent_stages
 import pytest
-import texts
+import spoken
 import torch
 from flat import nested
 from torch import Tensor, nn
@@ -78,7 +78,7 @@ def inputs(dataset: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, 
     root = tmp_path_factory.mktemp("worded")
     made = latent_stages.inputs(root, dataset, join=0.0)
     del made["low_latents"]
-    return made | {"text": texts.column(root / "text", made["dataset"])}
+    return made | {"text": spoken.column(root / "text", made["dataset"])}
 
 
 def awake(model: Latte) -> Latte:
@@ -176,7 +176,7 @@ def test_a_base_that_gets_text_begins_as_it_was_and_learns_text_in_full(inputs: 
     uri, record = base(tmp_path / "base"), column.read_text(inputs["text"])
     latte, note = latte_base.continue_from(uri, {}, KNOWN, text=record)
     assert "tensors of text begin anew and add nothing at first" in note
-    assert latte.config.text_width == texts.WIDTH and latte.text_in is not None and latte.text_in.null is not None
+    assert latte.config.text_width == spoken.WIDTH and latte.text_in is not None and latte.text_in.null is not None
     assert torch.equal(latte.text_in.null, torch.from_numpy(record.empty()))
     states = torch.from_numpy(record.empty())[None].expand(2, -1, -1)
     told = Condition(text=states, mask=torch.ones(2, states.shape[1], dtype=torch.bool))
@@ -187,7 +187,7 @@ def test_a_base_with_text_of_another_encoder_is_refused_in_one_line(inputs: dict
     record = column.read_text(inputs["text"])
     known = {"text": {"encoder": dict(record.encoder)}}
     other = {"text": {"encoder": dict(record.encoder) | {"digest": "other", "encoder": "umt5"}}}
-    words = WORDED.model_copy(update={"text_width": texts.WIDTH, "text_empty": 1, "text_length": texts.LIMIT})
+    words = WORDED.model_copy(update={"text_width": spoken.WIDTH, "text_empty": 1, "text_length": spoken.LIMIT})
     with pytest.raises(
         UserError, match=r"has learned texts of another encoder, umt5; encode by that one, or name another"
     ):
@@ -307,7 +307,7 @@ def test_a_model_of_texts_is_judged_on_captions(inputs: dict[str, str], tmp_path
     judged = Judged("models:/worded/1", awake(setup.model), facts)
     gate = Gate(metrics={"loss": {"better": "lower"}}, samples=4)
     rows, _ = rows_of(judged, None, inputs, gate)
-    nobody = texts.column(tmp_path / "text", latent_stages.labelled(inputs["dataset"], tmp_path / "dataset"))
+    nobody = spoken.column(tmp_path / "text", latent_stages.labelled(inputs["dataset"], tmp_path / "dataset"))
     assert len(rows) == 4 and nobody
     with pytest.raises(
         UserError, match=r"^text: models:/worded/1 has learned text; name what their `cache_text` stage"
@@ -338,7 +338,7 @@ def test_texts_that_do_not_fit_are_refused_in_one_line(inputs: dict[str, str], t
 
 def test_a_dataset_without_captions_is_refused(dataset: str, tmp_path: Path) -> None:
     made = latent_stages.inputs(tmp_path / "silent", dataset, join=0.0)
-    made["text"] = texts.column(tmp_path / "text", made["dataset"], lambda number: ())
+    made["text"] = spoken.column(tmp_path / "text", made["dataset"], lambda number: ())
     with pytest.raises(UserError, match="no training clip that there is has a caption; make some by a `caption` stage"):
         started(config(), made, tmp_path / "run")
 
@@ -397,7 +397,7 @@ def test_a_champion_of_texts_is_registered_and_another_goes_on_from_it(
     result = finetune_latte.run(config(classes=True), inputs, str(tmp_path / "out"))
     model, facts = registry.load_with_facts("models:/latte@champion")
     assert isinstance(model, Latte) and model.config.text_dropout == 0.5
-    assert facts["text"]["encoder"]["digest"] == texts.Words.digest and facts["lineage"]["inputs"]["text"]["digest"]
+    assert facts["text"]["encoder"]["digest"] == spoken.Counting.digest and facts["lineage"]["inputs"]["text"]["digest"]
     assert result["metrics"]["train_clips_without_captions"] > 0
     further = config(classes=True, base="models:/latte@champion", model=None, steps=2)
     there = inputs | {"base": further.base or ""}

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from priors import awake
 from torch import Tensor, nn
 
 from longtake.datasets.errors import Failure, UserError
@@ -42,13 +43,6 @@ SMALL: dict[str, Any] = {
     "shape": (3, 2, 4),
     "window": 2,
 }
-
-
-def awake(made: nn.Module) -> Any:
-    rng = torch.Generator().manual_seed(0)
-    for parameter in made.parameters():
-        nn.init.normal_(parameter, std=0.15, generator=rng)
-    return made.eval()
 
 
 def dit(**changes: Any) -> MemoryDiT:

@@ -9,7 +9,7 @@ from typing import Any
 
 import latent_stages
 import pytest
-import texts
+import spoken
 import torch
 from flat import nested
 from torch import Tensor, nn
@@ -45,7 +45,7 @@ def inputs(dataset: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, 
     """Read them, do not change them."""
     root = tmp_path_factory.mktemp("worded")
     made = latent_stages.inputs(root, dataset)
-    return made | {"text": texts.column(root / "text", made["dataset"])}
+    return made | {"text": spoken.column(root / "text", made["dataset"])}
 
 
 def awake(model: MemoryDiT) -> MemoryDiT:
@@ -207,8 +207,8 @@ def test_text_goes_from_a_base_through_a_pretrained_memory_to_the_next_prior(
     there = {name: uri for name, uri in inputs.items() if name != "text"} | {"base": first}
     setup = latent_stages.prepared(middle, there, tmp_path / "b")
     second = saved(setup, pretrain_memory, middle, tmp_path / "b", tmp_path / "second")
-    assert setup.model.config.text_width == texts.WIDTH and setup.text is None
-    assert disk.read_config(Path(second))["text"]["encoder"]["digest"] == texts.Words.digest
+    assert setup.model.config.text_width == spoken.WIDTH and setup.text is None
+    assert disk.read_config(Path(second))["text"]["encoder"]["digest"] == spoken.Counting.digest
 
     last = config(base="base", model=None)
     setup = latent_stages.prepared(last, inputs | {"base": second}, tmp_path / "c")
