@@ -14,6 +14,7 @@ STAGES = {
     "finetune_latte": "longtake.training.models.latte.finetune",
     "pretrain_memory": "longtake.training.models.memory.pretrain",
     "finetune_memory_prior": "longtake.training.models.memory.finetune",
+    "pretrain_vqgan": "longtake.training.models.tats.pretrain",
     "promote": "longtake.training.registry.promote",
 }
 
