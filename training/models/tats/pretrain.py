@@ -33,7 +33,7 @@ from longtake.training.objective import Batch, Engines, Objective, Terms, Turn
 VERSION = 1
 PRODUCES = "model"
 MODEL = "vqgan"
-SUMMARY = "heldout.json"
+SUMMARY = "reconstructed.json"
 
 _WARM_STEPS = {"vqgan_tiny": 200}  # by preset; a short training does not get over an early collapse of the codes
 
@@ -226,7 +226,7 @@ def _loss(config: Config, perceptual: Perceptual | None, turn: Turn) -> tuple[Te
 
     made, _, commitment, usage = engine(video, quantise=turn.step >= config.warm_steps)
     made, numbers = made.float(), frame_numbers(video, turn.rng)
-    turn.carry |= {"made": made.detach(), "numbers": numbers}
+    turn.carry.update(made=made.detach(), numbers=numbers)
     # pixels in [-1, 1] differ by twice as much as those in 0..1
     terms = {"l1": (made - video).abs().mean() / 2, "commitment": commitment}
     loss = config.lambda_l1 * terms["l1"] + config.vae().commitment * commitment

@@ -48,7 +48,7 @@ def evaluate(
     probed: Loader | None = None,
     probe_clips: int = 0,
 ) -> dict[str, Any]:
-    """Measure reconstructions of the first `most` clips of a loader; writes `heldout.json` and some KEY.mp4 to `folder`.
+    """Measure reconstructions of the first `most` clips of a loader; writes `reconstructed.json` and some KEY.mp4 to `folder`.
 
     `l1` is of pixels in 0..1. `latent_error` is the squared distance of latents from their codes, over their variance.
     `usage` is the share of codes that some token has, `perplexity` that of all tokens. Every rank of the process group calls
@@ -116,7 +116,7 @@ def evaluate(
     if place()[0] == 0:
         clips = [{k: v for k, v in row.items() if k not in ("mean", "square")} for row in entries if "file" in row]
         record = {"panels": _PANELS, "summary": summary, "clips": clips}
-        (folder / "heldout.json").write_text(json.dumps(record, indent=2))
+        (folder / "reconstructed.json").write_text(json.dumps(record, indent=2))
     return summary
 
 
