@@ -16,6 +16,7 @@ STAGES = {
     "pretrain_tats": "longtake.training.models.tats.train",
     "pretrain_memory": "longtake.training.models.memory.pretrain",
     "finetune_memory_prior": "longtake.training.models.memory.finetune",
+    "pretrain_vqgan": "longtake.training.models.tats.pretrain",
     "promote": "longtake.training.registry.promote",
 }
 

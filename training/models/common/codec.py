@@ -5,7 +5,9 @@ from __future__ import annotations
 import itertools
 import math
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple, Protocol
 
@@ -243,6 +245,13 @@ def reconstruct_arrays(codec: Any, video: np.ndarray) -> np.ndarray:
         except ValueError as e:
             raise UserError(f"videos: {e}") from e
     return to_array(reconstruction)
+
+
+def served(folder: str) -> Callable[[np.ndarray], np.ndarray]:
+    """What the autoencoder of a model folder answers to videos (see `Kind.answer`): `reconstruct_arrays`."""
+    from longtake.training.engines import device  # not at hand where models are only loaded
+
+    return partial(reconstruct_arrays, disk.load(Path(folder)).to(device()))
 
 
 def to_tensor(frames: Sequence[np.ndarray], device: torch.device) -> Tensor:
