@@ -31,8 +31,8 @@ def record(inputs: Mapping[str, str]) -> dict[str, Any]:
     Returns:
         `inputs`: for each field its `uri`, without a login or key, and `digest` of a dataset (of all its shards), view,
         latents, tokens, captions or texts (sha256 of the file), or `sha256` of a model, whose URI is that of the version;
-        `recipe`: digest of the resolved recipe, of LONGTAKE_RECIPE; `git`: revision of the working folder and whether it had changes; `longtake`,
-        `torch`: versions; `run`: MLFLOW_RUN_ID. Unknown facts are None.
+        `recipe`: digest of the resolved recipe, of LONGTAKE_RECIPE; `git`: revision of the working folder and whether it had
+        changes; `longtake`, `torch`: versions; `run`: MLFLOW_RUN_ID. Unknown facts are None.
 
     Raises:
         UserError, Failure: an input is missing or damaged.

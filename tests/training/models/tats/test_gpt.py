@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from longtake.training.models.common.condition import Condition, of_classes
-from longtake.training.models.tats.gpt_config import PRESETS, Mode, TATSConfig, config_from_preset
 from longtake.training.models.tats.gpt import TATS, Cache
+from longtake.training.models.tats.gpt_config import PRESETS, Mode, TATSConfig, config_from_preset
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

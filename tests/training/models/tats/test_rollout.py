@@ -15,8 +15,8 @@ from longtake.training.models.common.condition import Condition, of_classes
 from longtake.training.models.common.draws import rng_of
 from longtake.training.models.generator import Settings
 from longtake.training.models.tats import decode, rollout
-from longtake.training.models.tats.gpt_config import TATSConfig
 from longtake.training.models.tats.gpt import TATS
+from longtake.training.models.tats.gpt_config import TATSConfig
 from longtake.training.models.tats.rollout import Rollout, continued, filled
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -94,7 +94,7 @@ def test_windows_slide_over_the_frames_before(base: TATS) -> None:
     for keep in (0, 1):
         frames: list[Tensor] = []
         for number in range(6):
-            kept = [frame for frame in frames[-(keep or 2) :]]
+            kept = frames[-(keep or 2) :]
             given = torch.cat(kept, dim=1) if kept else torch.zeros(1, 0, dtype=torch.int64)
             uniforms = torch.rand(4, generator=rng_of(7, number))[None]
             frames.append(slow(base, given, uniforms, QUICK, None))
