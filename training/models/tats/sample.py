@@ -175,8 +175,8 @@ def prior_of(uri: str, model: Any, facts: Mapping[str, Any], vae: str | None, dt
         raise UserError(f"{uri}: is a {type(model).__name__}; name a `pretrain_tats` model")
     if model.config.mode == "anchors":
         raise UserError(
-            f"{uri}: makes every {model.config.every}th latent frame alone; name the model of mode interpolate that was"
-            " trained to fill what is between these"
+            f"{uri}: makes anchors alone, one in {model.config.every} latent frames; name the model of mode interpolate that"
+            " was trained to fill what is between them"
         )
     vqgan, vqgan_facts = vqgan_of(uri, facts["vqgan"], vae)
     anchors: Any = None

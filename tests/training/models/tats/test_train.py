@@ -94,7 +94,7 @@ def test_a_stopped_training_ends_with_the_same_weights_and_reads_no_video(
         "anchors": {"mode": "anchors"},
     }
     more = {"words": ("captions",), "text": ("text",)}.get(kind, ())
-    inputs = only(made,  if kind == "anchors" else "base", *more)
+    inputs = only(made, *more)
     monkeypatch.setattr(clip, "decoded", None)
     chosen = config(**changes[kind])
     straight = fit(chosen, inputs, tmp_path / "straight")
