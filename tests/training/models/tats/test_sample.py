@@ -62,7 +62,9 @@ def clip(models: Path, frames: int) -> Path:
 @pytest.mark.parametrize("name", ["base", "gaps"])
 def test_the_same_command_writes_the_same_file_of_any_length(models: Path, tmp_path: Path, name: str) -> None:
     for file, frames in (("x", 8), ("y", 8), ("z", 36)):
-        longtake("generate", models / name, "--frames", frames, "--class", 1, "--seed", 3, "--out", tmp_path / f"{file}.mp4")
+        longtake(
+            "generate", models / name, "--frames", frames, "--class", 1, "--seed", 3, "--out", tmp_path / f"{file}.mp4"
+        )
     assert (tmp_path / "x.mp4").read_bytes() == (tmp_path / "y.mp4").read_bytes()
     assert len(frames_of(tmp_path / "z.mp4")) == 36 and not (tmp_path / "z.mp4.part").exists()
     generator = prior(models, name)
@@ -103,8 +105,19 @@ def test_a_storyboard_changes_the_class_and_the_words(models: Path, tmp_path: Pa
     # the VQGAN's decoder looks 6 latent frames ahead: its first frames see none of the second scene
     tokens = [list(_tokens(generator, story)) for story in (1, 2)]
     assert torch.equal(tokens[0][0][:, :6], tokens[1][0][:, :6]) and not torch.equal(tokens[0][0], tokens[1][0])
-    (tmp_path / "story.yaml").write_text("- {at: 0s, prompt: a red square}\n- {at: 1s, prompt: a circle, class: class 1}\n")
-    longtake("generate", models / "gaps", "--frames", 24, "--storyboard", tmp_path / "story.yaml", "--out", tmp_path / "x.mp4")
+    (tmp_path / "story.yaml").write_text(
+        "- {at: 0s, prompt: a red square}\n- {at: 1s, prompt: a circle, class: class 1}\n"
+    )
+    longtake(
+        "generate",
+        models / "gaps",
+        "--frames",
+        24,
+        "--storyboard",
+        tmp_path / "story.yaml",
+        "--out",
+        tmp_path / "x.mp4",
+    )
     assert len(frames_of(tmp_path / "x.mp4")) == 24
 
 
@@ -128,7 +141,11 @@ def test_a_stopped_video_goes_on_from_its_parts(models: Path, tmp_path: Path, na
     steps: list[int] = []
     folder = str(tmp_path / "part" / "0")
     stopped = generator.videos(
-        [Request(1, [(0.0, Scene())])], whole.shape[1], generator.settings, folder=folder, each_step=lambda: steps.append(1)
+        [Request(1, [(0.0, Scene())])],
+        whole.shape[1],
+        generator.settings,
+        folder=folder,
+        each_step=lambda: steps.append(1),
     )
     next(stopped)
     stopped.close()

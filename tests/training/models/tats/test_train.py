@@ -108,7 +108,7 @@ def test_a_stopped_training_ends_with_the_same_weights_and_reads_no_video(
         {"zero_stage": 1},
         {"zero_stage": 2, "precision": "bf16"},
         {"zero_stage": 3, "classes": True, "guidance": 2.0},
-        {"model.activation_checkpointing": True},
+        {"model": tats_stages.TINY | {"activation_checkpointing": True}},
         {"mode": "interpolate", "anchors": "anchors", "zero_stage": 3},
     ],
     ids=str,
@@ -157,7 +157,7 @@ def test_the_words_are_those_of_the_training_clips_and_stay_with_the_run(made: d
     batch = next(iter(pretrain_tats.loader_of(chosen, setup, "train", batch=8)))
     condition = setup.condition(batch)
     lengths = [len((caption or "").split()) for caption in batch["caption"]]
-    assert condition.mask.sum(1).tolist() == lengths and max(lengths) == 5 and 0 in lengths
+    assert condition.mask.sum(1).tolist() == lengths and max(lengths) == 5
     before = (tmp_path / "words.json").read_bytes()
     started(config(**WORDS | {"words": 40}), inputs, tmp_path)
     assert (tmp_path / "words.json").read_bytes() == before
@@ -203,13 +203,13 @@ def test_a_base_is_continued_as_it_is(made: dict[str, str], tmp_path: Path) -> N
     tats_stages.save_tats(tmp_path / "wide", uri, width=32)
     wide = config(base="base", model={"width": 16})
     with pytest.raises(UserError, match=r"base: .*wide does not fit these settings: "):
-        started(wide, only(made, base=str(tmp_path / "wide")), tmp_path / "run")
+        started(wide, only(made, base=str(tmp_path / "wide")), tmp_path / "other")
 
 
 def test_what_does_not_fit_is_refused_in_one_line(made: dict[str, str], anchors: str, tmp_path: Path) -> None:
     uri = read_tokens(made["tokens"]).model["uri"]
     gap = only(made)
-    tats_stages.save_tats(tmp_path / "sparse", uri, "anchors", every=3)
+    tats_stages.save_tats(tmp_path / "sparse", uri, "anchors", every=3, shape=(4, 4, 4))
     tats_stages.save_tats(tmp_path / "many", uri, "anchors", codes=64)
     tats_stages.save_tats(tmp_path / "base", uri)
     tats_stages.save_tats(tmp_path / "classes", uri, "anchors", classes=2)
@@ -284,19 +284,16 @@ def run_id(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
 
 def test_a_hierarchy_is_trained_registered_judged_and_generates_by_one_name(
-    made: dict[str, str], run_id: str, tmp_path: Path
+    made: dict[str, str], run_id: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     words = {"captions": made["captions"]}
     first = config(mode="anchors", name="line", classes=True, **WORDS)
-    line = _run(first, only(made, **words), tmp_path / "line")
+    line = _run(first, only(made, **words), tmp_path / "line", monkeypatch)
     assert line["metrics"]["train_clips"] > 0 and line["metrics"]["heldout_loss"] > 0
     second = config(mode="interpolate", name="gaps", classes=True, anchors="line", **WORDS | {"words": None})
-    gaps = _run(second, only(made, **words, anchors="models:/line@champion"), tmp_path / "gaps")
+    gaps = _run(second, only(made, **words, anchors="models:/line@champion"), tmp_path / "gaps", monkeypatch)
     module, facts = registry.load_with_facts(gaps["uri"])
-    assert (
-        facts["anchors"]["uri"] == line["uri"]
-        and facts["vqgan"]["uri"] == read_tokens(made["tokens"]).model["uri"]
-    )
+    assert facts["anchors"]["uri"] == line["uri"] and facts["vqgan"]["uri"] == read_tokens(made["tokens"]).model["uri"]
     assert facts["words"] == registry.load_with_facts(line["uri"])[1]["words"]
     assert set(facts["sampling"]) == {"guidance", "temperature", "top_k", "top_p", "keep"}
 
@@ -325,7 +322,12 @@ def test_a_hierarchy_is_trained_registered_judged_and_generates_by_one_name(
         rows_of(judged, None, {"dataset": made["dataset"]}, gate)
 
 
-def _run(chosen: Config, inputs: dict[str, str], folder: Path) -> dict[str, Any]:
+def _run(chosen: Config, inputs: dict[str, str], folder: Path, patch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """What the stage makes, in a run of its own."""
+    import mlflow
+
+    client = mlflow.MlflowClient()
+    patch.setenv("MLFLOW_RUN_ID", client.create_run(client.get_experiment_by_name("e").experiment_id).info.run_id)
     chosen = chosen.model_copy(
         update={"run": chosen.run.model_copy(update={"checkpoints": str(folder / "checkpoints")})}
     )
