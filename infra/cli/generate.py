@@ -3,7 +3,7 @@
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,6 +15,7 @@ from longtake.datasets.errors import UserError
 from longtake.infra.cli import media
 
 _MOST_AT_ONCE = 64  # videos in a grid, which are all decoded side by side
+_ASKED = {"classes": ("class", "--class"), "text": ("prompt", "--prompt")}  # what guidance leads to, by its parts
 _MOST_OF_A_PROMPT = 40  # characters of it in the name of a file
 
 
@@ -87,8 +88,7 @@ class Job(NamedTuple):
 @click.option(
     "--guidance",
     metavar="G",
-    help="Guidance towards class and prompt, such as 4, or classes=2,text=6 for each its own; 1 is none."
-    " [default: the model's]",
+    help="Guidance towards class and prompt: 4, or classes=2,text=6 for each its own; 1 is none. [default: the model's]",
 )
 @click.option(
     "--history-noise",
@@ -353,20 +353,15 @@ def _storyboard(path: str, generator: Any) -> Any:
 
 def _guidance(text: str, asked: Mapping[str, bool]) -> Any:
     """The guidance of an option's text. UserError where it leads to a class or a text and none is asked for."""
-    from longtake.training.models.common.guidance import Guidance, guidance_of
+    from longtake.training.models.common.guidance import guidance_of, parts_of
 
     with _naming("--guidance"):
         guidance = guidance_of(text)
-    if not isinstance(guidance, Guidance):
-        if guidance != 1.0 and not any(asked.values()):
-            raise UserError("--guidance: leads towards a class or a prompt; name one with --class or --prompt")
-        return guidance
-    for part, strength, what, option in (
-        ("classes", guidance.classes, "class", "--class"),
-        ("text", guidance.text, "prompt", "--prompt"),
-    ):
-        if strength != 1.0 and not asked[part]:
-            raise UserError(f"--guidance: {part}={strength:g} leads towards a {what}; name one with {option}")
+    if isinstance(guidance, float) and any(asked.values()):
+        return guidance  # of what is asked for
+    if idle := [part for part, much in asdict(parts_of(guidance)).items() if much != 1.0 and not asked[part]]:
+        nouns, options = zip(*(_ASKED[part] for part in idle), strict=True)
+        raise UserError(f"--guidance: leads towards a {' or a '.join(nouns)}; name one with {' or '.join(options)}")
     return guidance
 
 

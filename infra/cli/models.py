@@ -138,7 +138,7 @@ def import_(folder: str, name: str) -> None:
     loaded and checked, then these files are copied as they are. The same files are not registered twice. The old champion
     becomes `previous`; `longtake rollback NAME` brings it back.
 
-    
+    \b
     Example:
       longtake models import /models/umt5-xxl --name umt5      # then, in a recipe: encoder: models:/umt5@champion
     """

@@ -5,20 +5,27 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import letters
+import numpy as np
 import pytest
+import spoken
 import tiny_encoders
 import torch
 from click.testing import CliRunner
 
 import longtake
+from longtake.datasets.captions import Caption
 from longtake.datasets.errors import Failure, UserError
+from longtake.datasets.text import read_text
 from longtake.infra.cli import cli
+from longtake.pipeline.stages import cache_text
 from longtake.training import registry
+from longtake.training.data import text_facts
 from longtake.training.registry import cache, disk, fetch
 from longtake.training.text import TextConfig, load_encoder
 
@@ -182,6 +189,53 @@ def test_a_prompt_is_encoded_by_the_version_that_the_model_has_learned_from(
         with pytest.raises(UserError, match=why) as e:
             film("--text-encoder", wrong)
         assert "\n" not in str(e.value)
+
+
+def test_a_stage_encodes_by_the_version_that_the_alias_named_at_its_beginning(
+    dataset: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = str(shutil.copytree(dataset, tmp_path / "dataset"))
+    spoken.describe(root, lambda key: [Caption("a red square")])
+    inputs = {"dataset": root, "captions": spoken.record(tmp_path / "captions", root)}
+    store = os.environ["MLFLOW_TRACKING_URI"]
+
+    def make(stage: str, jobs: Any, task: Any, load: Any, models: Any, arguments: Any) -> Counter[str]:
+        """In this process, in place of Ray's: a worker that was started without knowing of the store."""
+        said("rollback", "umt5")  # the alias moves while the stage is at work
+        monkeypatch.delenv("MLFLOW_TRACKING_URI")
+        totals, encode = Counter[str](), load("cpu", **arguments)
+        for job in jobs:
+            keep = np.unpackbits(np.frombuffer(job.keep, np.uint8), count=job.clips).astype(bool)
+            totals.update(encode(split=job.split, name=job.name, keep=keep, report=lambda *_: None))
+        return totals
+
+    monkeypatch.setattr(cache_text.columns, "make", make)
+    encoder = longtake.text_encoder("models:/umt5/2", length=8)
+    chosen = cache_text.Config(kind="cache_text", dataset="x", captions="y", encoder="models:/umt5@champion", length=8)
+    assert cache_text.outside(chosen) == "", "a recipe is resolved without the store"
+    try:
+        found = read_text(cache_text.run(chosen, inputs, str(tmp_path / "out"))["uri"])
+    finally:
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", store)
+        said("rollback", "umt5")
+    assert found.encoder["encoder"] == "models:/umt5/2" and found.encoder["digest"] == encoder.digest
+    (states,) = encoder.encode(["a red square"])
+    assert all(
+        torch.equal(one, states)
+        for all_of_clip in spoken.states(root, found.column).values()
+        for one in all_of_clip or ()
+    )
+    facts = text_facts(found, {"uri": found.uri, "digest": "0"})
+    assert facts and facts["encoder"]["encoder"] == "models:/umt5/2"
+    # the same weights in a folder are the same column
+    again = cache_text.run(
+        chosen.model_copy(update={"encoder": str(folder_of("umt5/2"))}), inputs, str(tmp_path / "more")
+    )
+    assert again["column"] == found.column and again["metrics"]["encoded_shards"] == 0
+
+
+def folder_of(version: str) -> Path:
+    return Path(said("models", "pull", version))
 
 
 def test_an_encoder_is_taken_for_no_model_of_videos(store: Path, tmp_path: Path) -> None:

@@ -115,11 +115,11 @@ def test_a_storyboard_of_prompts_is_followed(models: Path, tmp_path: Path, famil
         (["latte", "--prompt", "x", "--guidance", "words=2"], "^--guidance: has no words; there are classes and text$"),
         (
             ["latte", "--prompt", "x", "--guidance", "text=2,classes=3"],
-            "classes=3 leads towards a class; name one with",
+            "--guidance: leads towards a class; name one with --class",
         ),
         (
             ["latte", "--class", "dog", "--guidance", "text=2"],
-            "--guidance: text=2 leads towards a prompt; name one with",
+            "^--guidance: leads towards a prompt; name one with --prompt",
         ),
         (
             ["plain", "--storyboard", "worded.yaml", "--guidance", "classes=2,text=3"],

@@ -72,7 +72,9 @@ def found(name: str) -> Files:
     """
     folder = Path(name).expanduser().absolute()
     if not folder.is_dir():
-        raise UserError(f'encoder: {name}: no such folder; name "words", or a folder with a model of transformers')
+        raise UserError(
+            f'encoder: {name}: no such folder; name "words", a folder with a model of transformers, or models:/NAME@ALIAS'
+        )
     model = folder if _is_model(folder) else folder / "text_encoder"
     if not _is_model(model):
         raise UserError(

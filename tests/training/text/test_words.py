@@ -84,7 +84,7 @@ def test_what_it_says_of_itself_gives_it_again(encoder: words.Words) -> None:
         ({"template": "x"}, "template: .*must have one {}"),
         ({"layer": 0}, "layer: Input should be less than or equal to -1"),
         ({"depth": 1}, "depth: Extra inputs are not permitted"),
-        ({"encoder": "nowhere"}, r'encoder: nowhere: no such folder; name "words", or a folder'),
+        ({"encoder": "nowhere"}, r'encoder: nowhere: no such folder; name "words", a folder'),
     ],
 )
 def test_a_setting_that_does_not_fit_is_one_line(settings: dict[str, object], says: str) -> None:
