@@ -109,10 +109,10 @@ def run(config: Config, inputs: Mapping[str, str], output: str) -> dict[str, Any
     column = windows.column_name(digest, settings, base.view)
 
     # What is missing.
-    totals = Counter(swept=columns.sweep(dataset))
-    jobs = [job for split, keeps in base.keeps.items() for job in columns.missing(dataset, split, column, keeps)]
-    arguments = {"coding": coding, "settings": settings, "dataset": dataset, "column": column}
-    totals += columns.make("cache_tokens", dataset, jobs, config.run, _load, [model], arguments)
+    with columns.sweeping(dataset) as totals:
+        jobs = [job for split, keeps in base.keeps.items() for job in columns.missing(dataset, split, column, keeps)]
+        arguments = {"coding": coding, "settings": settings, "dataset": dataset, "column": column}
+        totals.update(columns.make("cache_tokens", jobs, config.run, _load, [model], arguments))
 
     # The record, with the statistics of the training shards.
     shards = columns.shards_of(dataset, column, base)
