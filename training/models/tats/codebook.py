@@ -1,7 +1,7 @@
 """A codebook that follows the encoder by moving averages (VQ-VAE, arXiv 1711.00937, appendix A.1), the same on all ranks.
 
-It is ours rather than vector-quantize-pytorch's, whose seeding and dead codes draw from random states that a resumed
-training does not have, and whose averages are cast to bf16 with the module.
+It is ours rather than vector-quantize-pytorch's, whose averages would be cast to bf16 with the module, and whose seeds
+depend on the number of ranks.
 
 Codes, counts and sums are buffers: no optimizer knows them, ZeRO does not split them, checkpoints hold them, and they stay
 fp32 when the weights are cast. Every rank adds up the same sums, so any number of ranks gives the same codes.
@@ -104,12 +104,14 @@ class Codebook(nn.Module):
             both = torch.cat([counts[:, None], sums], dim=1)
             dist.all_reduce(both)
             counts, sums = both[:, 0].contiguous(), both[:, 1:]
-        self.counts.lerp_(counts, 1 - self.decay)
-        self.sums.lerp_(sums, 1 - self.decay)
+        # sums that are not finite would stay for good
+        finite = torch.isfinite(sums).all()
+        for average, now in ((self.counts, counts), (self.sums, sums)):
+            average.copy_(torch.where(finite, average.lerp(now, 1 - self.decay), average))
         total = self.counts.sum()
         smooth = (self.counts + _SMOOTH) / (total + len(self.counts) * _SMOOTH) * total
         self.codes.copy_(self.sums / smooth[:, None])
-        self.updates += 1
+        self.updates += finite
         if self.restart:
             self._revive(rows)
         return counts
@@ -128,6 +130,9 @@ class Codebook(nn.Module):
     def _drawn(self, rows: Tensor, count: int) -> Tensor:
         """`count` random rows of all ranks, alike on each: without repetition while there are enough, then with noise."""
         rows = gathered(rows)
+        rows = rows[rows.isfinite().all(1)]
+        if not len(rows):
+            return self.codes[:count]
         draws = torch.Generator().manual_seed(int(self.updates))
         times = -(-count // len(rows))
         chosen = torch.cat([torch.randperm(len(rows), generator=draws) for _ in range(times)])[:count]

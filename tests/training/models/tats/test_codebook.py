@@ -106,6 +106,18 @@ def test_codes_that_nothing_uses_are_replaced_by_latents_if_so_asked():
             torch.testing.assert_close(chosen.sums / chosen.counts[:, None], chosen.codes, rtol=1e-3, atol=1e-3)
 
 
+def test_latents_that_are_not_finite_move_nothing():
+    chosen, bad = book(restart=0.5), latents().fill_(torch.nan)
+    chosen(bad)
+    assert chosen.codes.isfinite().all() and chosen.updates == 0
+    chosen(latents())
+    before = {name: value.clone() for name, value in chosen.state_dict().items()}
+    bad[1:] = 0
+    chosen(bad)
+    torch.testing.assert_close(chosen.codes, before["codes"], rtol=1e-5, atol=1e-6)
+    assert all(torch.equal(chosen.state_dict()[name], before[name]) for name in ("counts", "sums", "updates"))
+
+
 def test_usage_of_one_code_and_of_all():
     assert usage(torch.tensor([0.0, 9.0])).perplexity == 1 and usage(torch.tensor([0.0, 9.0])).share == 0.5
     assert usage(torch.full((16,), 3.0)).perplexity.item() == pytest.approx(16)
