@@ -312,7 +312,7 @@ def test_a_hierarchy_is_trained_registered_judged_and_generates_by_one_name(
         generator.check_prompts(["zebra"])
 
     judged = Judged(gaps["uri"], module.eval(), facts)
-    gate = Gate(require={"loss": "not_worse"}, samples=2)
+    gate = Gate(metrics={"loss": {"better": "lower"}}, samples=2)  # type: ignore[dict-item]
     inputs = only(made, **words)
     ours, theirs = rows_of(judged, judged, inputs, gate)
     assert ours == theirs and len(ours) == 2 and all(row["loss"] > 0 for row in ours.values())
