@@ -27,8 +27,8 @@ def candidates(logits: Tensor, temperature: float = 1.0, top_k: int = 0, top_p: 
     """
     check(temperature, top_k, top_p)
     count = min(top_k or logits.shape[-1], logits.shape[-1])
-    values, ids = (logits.double() / temperature).topk(count, dim=-1)
-    chances = values.softmax(dim=-1)
+    values, ids = logits.topk(count, dim=-1)
+    chances = (values.double() / temperature).softmax(dim=-1)
     if top_p < 1:
         before = chances.cumsum(dim=-1) - chances
         # the likeliest is kept whatever rounding does

@@ -35,7 +35,7 @@ from longtake.training.models.tats import decode
 from longtake.training.models.tats.gpt import SILENCE, TATS, Cache
 from longtake.training.models.tats.gpt_config import TATSConfig
 
-_GAPS = 16  # that are filled at once
+_ROWS = 64  # gaps that are filled at once, over all videos: those of 1,024 frames, where 4 are in a latent frame
 _NAME = "tokens"  # of the tensor in a kept part
 
 
@@ -86,14 +86,15 @@ def filled(
     return made.unflatten(1, (-1, model.config.cells))
 
 
-def spans(frames: int, every: int = 1, goes_on: bool = False) -> Iterator[tuple[int, int]]:
+def spans(frames: int, every: int = 1, goes_on: bool = False, videos: int = 1) -> Iterator[tuple[int, int]]:
     """The new latent frames, from one to before another, of each part of a video. The last may go on beyond `frames`.
 
     Args:
         every: latent frames from an anchor to the next; 1 for a model that makes them all one after the other.
         goes_on: whether the video begins after a start.
+        videos: that are made together.
     """
-    begin, length = 0, 1 if every == 1 else _GAPS * every
+    begin, length = 0, 1 if every == 1 else max(1, _ROWS // videos) * every
     if every > 1 and not goes_on:
         yield 0, 1
         begin = 1
@@ -177,7 +178,7 @@ class Rollout:
             past = self.start.to(past).flatten(2).expand(count, -1, -1)
         if folder:
             parts.open_folder(folder, self.record())
-        for begin, end in spans(frames, self.every, self.start is not None):
+        for begin, end in spans(frames, self.every, self.start is not None, count):
             url = parts.url_of(folder, begin)
             part = parts.load(url, _NAME)
             # the last part of a shorter video may be shorter than the one that is needed here

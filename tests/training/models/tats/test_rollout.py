@@ -105,8 +105,8 @@ def test_windows_slide_over_the_frames_before(base: TATS) -> None:
 def test_gaps_in_a_batch_are_those_one_by_one(pair: tuple[TATS, TATS], monkeypatch: pytest.MonkeyPatch) -> None:
     together = made(pair, 22)
     assert torch.equal(together[:1], made(pair, 22, (1,))) and torch.equal(together[1:], made(pair, 22, (2,)))
-    for gaps in (1, 2):
-        monkeypatch.setattr(rollout, "_GAPS", gaps)
+    for rows in (1, 4):
+        monkeypatch.setattr(rollout, "_ROWS", rows)
         assert torch.equal(together, made(pair, 22))
     # what is between two anchors depends on these alone
     anchors, flat = together[:, ::3].flatten(2), together.flatten(2)
@@ -159,7 +159,7 @@ def test_a_stopped_run_goes_on_to_the_same_tokens(
     kind: str, request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     models = request.getfixturevalue(kind)
-    monkeypatch.setattr(rollout, "_GAPS", 2)
+    monkeypatch.setattr(rollout, "_ROWS", 4)
     whole = made(models, 16)
     for parts_done in (1, 2, 3):
         folder, steps = tmp_path / f"{parts_done}" / "0", []
