@@ -194,8 +194,8 @@ def test_it_is_measured_registered_judged_and_served(dataset: str, store: str, t
     batch = {"video": ((video(1) + 1) * 127.5).round().to(torch.uint8)}
     figures = judge.figures(Judged("", model, facts), batch, None, 0, 1.0)
     assert figures.keys() == judge.better.keys() and figures["psnr"] > 0
-    assert judge.options(Judged("", model, facts), given, Window(frames=8)) == {
-        "columns": {"video": "video"}, "stride": 1, "size": (64, 64)
+    assert judge.options(Judged("", model, facts), given, Window(frames=8, stride=2)) == {
+        "columns": {"video": "video"}, "stride": 2, "size": (64, 64)
     }  # fmt: skip
     pixels = np.random.default_rng(0).integers(0, 256, (1, 8, 16, 16, 3), np.uint8)
     served = mlflow.pyfunc.load_model("models:/vqgan/1").predict(pixels)

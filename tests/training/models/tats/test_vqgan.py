@@ -9,6 +9,8 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 from torch import Tensor
 
+from longtake.datasets.errors import UserError
+from longtake.pipeline.streams import strides_of
 from longtake.training.metrics import equivariance
 from longtake.training.models.common.codec import latents_of, reconstruct_video
 from longtake.training.models.tats.convolution import SameConv3d
@@ -165,6 +167,13 @@ def test_other_shapes_are_refused_in_one_line(model, shape, message):
     for use in (model, model.encode, model.tokens, model.reconstruct):
         with pytest.raises(ValueError, match=f"^{message}$"):
             use(torch.zeros(1, 3, *shape))
+
+
+def test_a_column_of_latents_is_refused(model):
+    with pytest.raises(
+        UserError, match=r"^encoder: here: is a VQGAN, whose first latent stands for 4 frames, .*`cache_tokens`"
+    ):
+        strides_of(model, "here")
 
 
 def test_a_tail_that_fills_no_token_is_refused_after_all_others(model):
