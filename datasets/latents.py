@@ -76,11 +76,16 @@ def shrunk(video: "Tensor", shrink: tuple[int, int], stride: int) -> "Tensor":
 
 def encoder_digest(model: Any) -> str:
     """A digest of a torch module's encoder. Training only the decoder keeps it, as it keeps the latents."""
+    return state_digest(type(model).__name__, model.encoder)
+
+
+def state_digest(name: str, module: Any) -> str:
+    """A digest of a name and of the parameters and buffers of a torch module."""
     import torch
 
-    digest = hashlib.sha256(type(model).__name__.encode())
-    for name, tensor in sorted(model.encoder.state_dict().items()):
-        digest.update(json.dumps([name, str(tensor.dtype), list(tensor.shape)]).encode())
+    digest = hashlib.sha256(name.encode())
+    for key, tensor in sorted(module.state_dict().items()):
+        digest.update(json.dumps([key, str(tensor.dtype), list(tensor.shape)]).encode())
         digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 

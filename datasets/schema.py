@@ -104,6 +104,24 @@ LATENT_INDEX = pa.schema(
 # frames up to n * factor, and is stored with the clip that has this frame.
 STREAM_INDEX = LATENT_INDEX.append(pa.field("stream_step", pa.int32()))  # steps of its stream before it
 
+# One row a sample of a `tokens-DIGEST` column: KEY.npy is (windows, steps, height, width), code ids. Window n is of `frames`
+# frames from n * hop on, every `stride`-th, encoded by itself, since a token depends on what is around it. A clip that was
+# left out, or is shorter than a window, has 0 windows of 0 x 0.
+TOKEN_INDEX = pa.schema(
+    [
+        *COLUMN_INDEX,
+        ("frames", pa.int32()),
+        ("stride", pa.int32()),
+        ("hop", pa.int32()),  # frames from a window's first to the next one's
+        ("windows", pa.int32()),
+        ("steps", pa.int32()),  # of a window
+        ("height", pa.int32()),
+        ("width", pa.int32()),
+        ("window_crc32", pa.binary()),  # (windows,) little-endian uint32
+        ("dtype", pa.string()),  # "uint16", or "uint32" where there are more codes than that counts
+    ]
+)
+
 # One caption of a clip.
 CAPTION = pa.struct(
     [

@@ -14,7 +14,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from longtake.datasets import audio, captions, compact, index, schema, storage, text
+from longtake.datasets import audio, captions, compact, index, schema, storage, text, tokens
 from longtake.datasets import latents as columns
 from longtake.datasets.errors import Failure
 
@@ -22,6 +22,7 @@ _BLOCK = 1 << 22
 _SHARD_FILE = re.compile(r"([^.]+)(\.[\w-]+)?\.(tar|parquet)")
 _STAGES = {
     "latent-": "cache_latents",
+    tokens.PREFIX: "cache_tokens",
     "caption-": "caption",
     text.PREFIX: "cache_text",
 }  # what makes a column, by how its name begins
@@ -102,6 +103,8 @@ def problems(
         yield from _tar_problems(url, shard, members, remedy, progress)
     if column.startswith("latent-"):
         yield from columns.problems(dataset, shard)
+    elif column.startswith(tokens.PREFIX):
+        yield from tokens.problems(dataset, shard)
     elif column.startswith(text.PREFIX):
         yield from text.problems(dataset, shard)
     elif column == audio.COLUMN:

@@ -10,10 +10,13 @@ STAGES = {
     "cache_text": "longtake.pipeline.stages.cache_text",
     "cache_audio": "longtake.pipeline.stages.cache_audio",
     "cache_latents": "longtake.pipeline.stages.cache_latents",
+    "cache_tokens": "longtake.pipeline.stages.cache_tokens",
     "pretrain_vae": "longtake.training.models.pv_vae.pretrain",
     "finetune_latte": "longtake.training.models.latte.finetune",
+    "pretrain_tats": "longtake.training.models.tats.train",
     "pretrain_memory": "longtake.training.models.memory.pretrain",
     "finetune_memory_prior": "longtake.training.models.memory.finetune",
+    "pretrain_vqgan": "longtake.training.models.tats.pretrain",
     "promote": "longtake.training.registry.promote",
 }
 

@@ -5,6 +5,7 @@ index, by which readers find it. The column's name has a digest of all that deci
 makes another column, and nothing else in the dataset is touched.
 """
 
+import importlib
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -49,6 +50,7 @@ class Base(NamedTuple):
     """The base shards of a dataset, and which of their clips a column is made from."""
 
     rows: Mapping[str, compact.Rows]  # by split
+    facts: Mapping[str, pa.Table]  # by split: `compact.FACTS` of all rows
     keeps: Mapping[str, Mapping[str, np.ndarray]]  # by split and shard: (N,) bool, a clip each
     view: str  # digest of the view that keeps them, "" without one
 
@@ -64,12 +66,14 @@ def open_base(dataset: str, view_uri: str | None) -> Base:
             f"dataset: {dataset}: Ray workers cannot see this process's memory; use a folder or an object store"
         )
     index.describe(dataset)
-    rows = {split: compact.open_split(dataset, split)[0] for split in schema.SPLITS}
+    opened = {split: compact.open_split(dataset, split) for split in schema.SPLITS}
+    rows = {split: one for split, (one, _) in opened.items()}
+    facts = {split: table for split, (_, table) in opened.items()}
     kept = {split: view.kept(base, view_uri) for split, base in rows.items()}
     keeps = {split: by_shard(rows[split], keep) for split, (keep, _, _) in kept.items()}
     if not any(keep.any() for shards in keeps.values() for keep in shards.values()):
         raise UserError(f"dataset: {dataset}: no clip to encode; run its `shard` stage, or name another view")
-    return Base(rows, keeps, next(digest for _, _, digest in kept.values()))
+    return Base(rows, facts, keeps, next(digest for _, _, digest in kept.values()))
 
 
 def by_shard(base: compact.Rows, keep: np.ndarray) -> dict[str, np.ndarray]:
@@ -115,6 +119,23 @@ def missing(
         for (name, keep), absent in zip(keeps.items(), pool.map(is_missing, keeps), strict=True):
             if absent:
                 yield Job(split, name, len(keep), np.packbits(keep).tobytes())
+
+
+def check_keep(dataset: str, base: index.Shard, keep: np.ndarray) -> None:
+    """Raise Failure where `keep`, (N,) bool, is not of the clips of a base shard."""
+    if len(keep) != len(base.table):
+        raise Failure(
+            f"{dataset} ({base.split}): {base.name} has {len(base.table)} clips, the view {len(keep)};"
+            " run the same command again"
+        )
+
+
+def load_model(uri: str) -> tuple[str, Any]:
+    """The URI of a model's version, and the model. An alias may name another version before a stopped run continues."""
+    # through the public door, as any user: the pipeline does not import training
+    longtake: Any = importlib.import_module("longtake")
+    version = longtake.resolve(uri)
+    return version, longtake.load(version)
 
 
 class Worker:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import torch
 from torch import Tensor, nn
 
@@ -59,12 +60,8 @@ def make_latents(
         Failure: a clip is not readable, the base shard is another than before, or values are beyond the dtype.
     """
     base = index.read_shard(dataset, split, name)
-    rows = base.table.to_pylist()
-    if len(keep) != len(rows):
-        raise Failure(
-            f"{dataset} ({split}): {name} has {len(rows)} clips, the view {len(keep)}; run the same command again"
-        )
-    rows = [row for row, is_kept in zip(rows, keep.tolist(), strict=True) if is_kept]
+    columns.check_keep(dataset, base, keep)
+    rows = base.table.filter(pa.array(keep)).to_pylist()
     shard_streams = streams(rows, settings, strides)
     groups = batches(shard_streams, settings, strides)
 
@@ -148,7 +145,7 @@ def encode_batches(
     """
     with (
         ThreadPoolExecutor(settings.threads) as pool,
-        closing(_prefetched(video_chunks(tar, groups, settings, strides, pool))) as chunks,
+        closing(prefetched(video_chunks(tar, groups, settings, strides, pool))) as chunks,
     ):
         encoded = 0
         for number, batch_chunks in groupby(chunks, key=lambda chunk: chunk[0]):
@@ -241,7 +238,7 @@ def _clip_frames(
     return (clip_file.crop(frame[None], size)[0] for frame in frames)
 
 
-def _prefetched(items: Iterator[Any]) -> Generator[Any, None, None]:
+def prefetched(items: Iterator[Any]) -> Generator[Any, None, None]:
     """The same items, of which the next `_AHEAD` are made in a thread."""
     end = object()
     with ThreadPoolExecutor(1) as thread:

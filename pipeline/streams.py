@@ -64,6 +64,11 @@ def strides_of(model: Any, uri: str) -> Strides:
         raise UserError(
             f"encoder: {uri}: is a {type(model).__name__}, which does not encode videos; name a `pretrain_vae` model"
         )
+    if (first := getattr(config, "first_frames", 1)) != 1:
+        raise UserError(
+            f"encoder: {uri}: is a {type(model).__name__}, whose first latent stands for {first} frames, and a column's"
+            " stands for one; cache its tokens by a `cache_tokens` stage"
+        )
     return Strides(config.spatial_stride, config.temporal_stride, config.latent_channels)
 
 

@@ -3,6 +3,7 @@
 import os
 import secrets
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -139,5 +140,9 @@ def ray_session() -> Iterator[None]:
     """One local Ray for all tests; stages that run in this process use it."""
     from longtake.pipeline.cluster import connected
 
-    with connected("tests"):
+    with ExitStack() as stack:
+        with pytest.MonkeyPatch.context() as patch:
+            # so that its workers can load the models of tests
+            patch.setenv("PYTHONPATH", str(Path(__file__).parent / "support"))
+            stack.enter_context(connected("tests"))
         yield

@@ -24,6 +24,7 @@ from longtake.infra import cli, graph, recipe, stages, yaml_text
 from longtake.training.models.latte.model import Latte
 from longtake.training.models.memory.dit import MemoryDiT
 from longtake.training.models.pv_vae.model import PVVAE
+from longtake.training.models.tats.vqgan import VQGAN
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -32,7 +33,12 @@ RUN_ELSEWHERE: dict[str, tuple[str, ...]] = {
     "infra/README.md": ("MLflow on sqlite", "MLflow on PostgreSQL, artifacts on S3", "A Ray cluster"),  # test_servers
 }
 FAMILY = "training/models/README.md"  # test_families
-NAMES = {"pv-vae": PVVAE, "latte": Latte, "memory-dit": MemoryDiT}  # registered models in the pages, and what they are
+NAMES = {
+    "pv-vae": PVVAE,
+    "latte": Latte,
+    "memory-dit": MemoryDiT,
+    "vqgan": VQGAN,
+}  # registered models in the pages, and what they are
 # What lines of a shell may begin with beside `longtake`; of the others nothing is checked.
 SHELL = {
     *("airflow", "docker", "export", "kubectl", "mkdir", "mv", "."),

@@ -12,12 +12,15 @@ from torch import Tensor
 
 from longtake.datasets import compact, schema, storage, view
 from longtake.datasets.cache import Cache
+from longtake.datasets.captions import Captions, read_captions
 from longtake.datasets.errors import UserError
 from longtake.datasets.latents import Latents, encoder_digest, read_latents
 from longtake.datasets.loader import Loader, to_model
 from longtake.datasets.loader.split import open_columns
 from longtake.datasets.stage import StageConfig
 from longtake.datasets.text import Text, read_text
+from longtake.datasets.tokens import Tokens, model_digest, read_tokens
+from longtake.training import registry
 from longtake.training.config import TrainConfig
 from longtake.training.engines import device
 from longtake.training.metrics import trivial
@@ -31,7 +34,7 @@ HELDOUT: dict[str, Any] = {"batch": 1, "last": "pad", "shuffle": False, "epochs"
 
 def loader(config: Any, inputs: Mapping[str, str], split: str, **options: Any) -> Loader:
     """A loader of the dataset that a stage names, with its view, its cache and its window."""
-    window = {"frames": config.frames, "stride": getattr(config, "stride", 1)}
+    window = {name: getattr(config, name) for name in ("frames", "stride") if hasattr(config, name)}
     return Loader(inputs["dataset"], split, view=inputs.get("view"), cache=cache_of(config), **window | options)
 
 
@@ -92,12 +95,41 @@ def column_of(dataset: str, uri: str, frames: int, field: str = "latents") -> La
     return record
 
 
-def _check_dataset(record: Latents | Text, dataset: str, uri: str, field: str) -> None:
+def tokens_of(inputs: Mapping[str, str], field: str = "tokens") -> Tokens:
+    """The record of a column of tokens among a stage's inputs.
+
+    Raises:
+        UserError: the tokens are of another dataset, or of an earlier state of it.
+        Failure: damaged files.
+    """
+    dataset, uri = inputs["dataset"], inputs[field]
+    record = read_tokens(uri)
+    _check_dataset(record, dataset, uri, field)
+    _check_state(record, dataset, uri, field, "cache_tokens")
+    return record
+
+
+def token_windows(record: Tokens) -> dict[str, Any]:
+    """The options of a loader of the windows of a column of tokens."""
+    return {"columns": {"tokens": record.column}, "frames": record.frames, "stride": record.stride, "size": record.size}
+
+
+def vqgan_of(record: Tokens, uri: str) -> Any:
+    """The model that decodes the tokens, frozen, on this rank's device. Raises UserError where it has made other ones."""
+    model: Any = registry.load(uri)
+    if model_digest(model) != record.model["digest"]:
+        raise UserError(
+            f"tokens: are of another model, {record.model['uri']}, than {uri}; run `cache_tokens` with that, or name the other"
+        )
+    return model.eval().requires_grad_(False).to(device())
+
+
+def _check_dataset(record: Captions | Latents | Text | Tokens, dataset: str, uri: str, field: str) -> None:
     if record.dataset != storage.absolute(dataset):
         raise UserError(f"{field}: {uri} are of the dataset {record.dataset}, not of {dataset}")
 
 
-def _check_state(record: Latents | Text, dataset: str, uri: str, field: str, stage: str) -> None:
+def _check_state(record: Captions | Latents | Text | Tokens, dataset: str, uri: str, field: str, stage: str) -> None:
     """UserError where a column is of an earlier state of its dataset, or is gone."""
     for split in schema.SPLITS:
         if compact.open_split(dataset, split)[0].digest != record.digests[split]:
@@ -133,6 +165,17 @@ def text_of(inputs: Mapping[str, str]) -> Text | None:
     if not (counts["train"] > 0).any():
         which = "its view keeps" if "view" in inputs else "there is"
         raise UserError(f"text: {uri}: no training clip that {which} has a caption; make some by a `caption` stage")
+    return record
+
+
+def captions_of(inputs: Mapping[str, str]) -> Captions | None:
+    """The record of the column of captions among a stage's inputs, if there is one. Raises as `tokens_of`."""
+    if "captions" not in inputs:
+        return None
+    dataset, uri = inputs["dataset"], inputs["captions"]
+    record = read_captions(uri)
+    _check_dataset(record, dataset, uri, "captions")
+    _check_state(record, dataset, uri, "captions", "caption")
     return record
 
 

@@ -36,10 +36,10 @@ class Loader(Stream):
 
     A batch is `{"key": [str], "epoch": int}` and the columns asked for: `video` uint8 (B, 3, T, H, W), `frame_diff`
     uint8 (B, 3, T-1, h, w), `audio` float32 (B, channels, samples) and `audio_mask` bool (B,), `latent` float16 or
-    bfloat16 (B, 2, C, 1 + (T-1)/4, h, w) of mean and log-variance, `json` [dict], `label` int64 (B,), `caption`
-    [str | None], one of those about the window, drawn, and `text` bfloat16 (B, N, width) of the states of its tokens with
-    `text_mask` bool (B, N) and, where samples are drawn, `chances` float64 (B, 3) in 0..1 of each sample's own; B is this
-    rank's share. Several columns of one kind have the names that the caller gives them.
+    bfloat16 (B, 2, C, 1 + (T-1)/4, h, w) of mean and log-variance, `tokens` int64 (B, t, h, w) of code ids, `json` [dict],
+    `label` int64 (B,), `caption` [str | None], one of those about the window, drawn, and `text` bfloat16 (B, N, width) of
+    the states of its tokens with `text_mask` bool (B, N) and, where samples are drawn, `chances` float64 (B, 3) in 0..1 of
+    each sample's own; B is this rank's share. Several columns of one kind have the names that the caller gives them.
     With `history_seconds` there are also `history_video`, `history_latent` and so on, and how many of their frames and
     latents are true (see `datasets.loader.window`).
 
@@ -49,14 +49,14 @@ class Loader(Stream):
         view: URL of a view, whose weights say how often a clip comes; None takes every clip once an epoch.
         columns: some of `COLUMNS`; or `{name: column}`, the cache columns by the names that batches have them under,
             such as `{"latent": "latent-1f...", "low": "latent-9c..."}`. Without names they are called "latent",
-            "caption" and "text".
+            "tokens", "caption" and "text".
         frames: frames T in a window, or several T of which a clip takes the longest that it fills. A clip shorter than
             all is left out; `samples_short` counts them.
         stride: take every `stride`-th frame of the clip.
         size: (height, width) of the video; a clip is scaled down to cover it and cropped. Or its short side: then clips
             keep their shapes, the long side rounded to `multiple` pixels, and each batch is of one shape, as it always is
             where a cache column has several shapes. A clip smaller than this is left out; `samples_small` counts them,
-            `samples_without_latent` those that a column of latents has left out.
+            `samples_without_latent` those that a column of latents or tokens has left out.
         crop: "center", or "random" along the longer side, from the sample's own seed.
         batch: samples in a global batch, over all ranks.
         pixels: instead of `batch`, the most T * H * W pixels in a global batch: each shape gets the batch that it allows.
@@ -79,7 +79,8 @@ class Loader(Stream):
 
     Raises:
         UserError: nothing to load, a batch that does not divide, an unknown column, sound that was not kept, columns of
-            latents with other factors, a share outside 0 to 1, no clip as large as `size` or with as much history.
+            latents with other factors, windows other than those that have tokens, a share outside 0 to 1, no clip as large
+            as `size` or with as much history.
         Failure: a damaged index, or a column that does not belong to these clips.
     """
 
@@ -122,12 +123,12 @@ class Loader(Stream):
         base, facts = compact.open_split(dataset, split, cache=cache)
         if not len(base.shards):
             raise UserError(f"{where}: no committed shard; run its `shard` stage")
-        opened, latent_facts = open_columns(base, names, cache)
+        opened, code_facts = open_columns(base, names, cache)
 
         # the samples that take part, and their shapes
         lengths = sorted({frames} if isinstance(frames, int) else set(frames), reverse=True)
-        shapes = window_shapes(facts, lengths, stride, size, multiple, "frame_diff" in names, latent_facts)
-        selection = select(base, facts, view, shapes, latent_facts, "video" in names)
+        shapes = window_shapes(facts, lengths, stride, size, multiple, "frame_diff" in names, code_facts)
+        selection = select(base, facts, view, shapes, code_facts, "video" in names)
         opened.check_windows(lengths, stride, histories)
         if histories:
             latents = opened.columns[opened.latents[0]]

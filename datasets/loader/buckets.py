@@ -41,11 +41,11 @@ def window_shapes(
     size: tuple[int, int] | int,
     multiple: int,
     cropped: bool,
-    latents: Sequence[pa.Table],
+    codes: Sequence[pa.Table],
 ) -> Shapes:
     """The shape of each clip's window: the longest of `lengths` (falling) that it fills, at `size`.
 
-    Clips of one window shape are told apart where the shapes of their latents differ, or with `cropped` those of the parts
+    Clips of one window shape are told apart where the shapes of their latents or tokens differ, or with `cropped` those of the parts
     that a crop takes of them.
     """
     counts, heights, widths = (facts[name].to_numpy() for name in ("frame_count", "height", "width"))
@@ -54,7 +54,7 @@ def window_shapes(
     length = np.minimum(longer, np.int16(len(lengths) - 1))
     short = counts < spans[-1]
 
-    sides = [heights, widths, *(table[name].to_numpy() for table in latents for name in ("height", "width"))]
+    sides = [heights, widths, *(table[name].to_numpy() for table in codes for name in ("height", "width"))]
     numbers, combinations = _combined(sides)
     sizes = [size if isinstance(size, tuple) else _scaled(c[0], c[1], size, multiple) for c in combinations]
     parts = [_cropped(c[:2], scaled) if cropped else () for c, scaled in zip(combinations, sizes, strict=True)]

@@ -22,7 +22,7 @@ class Selection:
     in_view: np.ndarray  # (N,) bool
     weights: np.ndarray | None  # (N,) of the view; None: all alike
     view_digest: str
-    encoded: np.ndarray  # (N,) bool: rows with latents in each column of latents
+    encoded: np.ndarray  # (N,) bool: rows with latents and tokens in each column of these
     without_latent: int = 0
     short: int = 0
     small: int = 0
@@ -35,26 +35,33 @@ class Selection:
 
 
 def select(
-    base: Rows, facts: pa.Table, view_url: str | None, shapes: Shapes, latent_facts: Iterable[pa.Table], video: bool
+    base: Rows, facts: pa.Table, view_url: str | None, shapes: Shapes, code_facts: Iterable[pa.Table], video: bool
 ) -> Selection:
-    """Rows that a view keeps, that have latents, and that are as long as a window and, for `video`, as large.
+    """Rows that a view keeps, that are as long as a window, that have latents or tokens, and for `video` as large.
+
+    Args:
+        code_facts: `compact.FACTS` of the columns of latents and tokens.
 
     Raises:
-        UserError: no row of the view has latents, or none is as large as `shapes.size`.
+        UserError: no row of the view has latents or tokens, or none is as large as `shapes.size`.
     """
     in_view, weights, digest = view.kept(base, view_url)
     where = f"{base.dataset} ({base.split})"
 
-    # latents
-    encoded = np.ones(len(in_view), bool)
-    for table in latent_facts:
-        encoded &= table["height"].to_numpy() > 0
-    keep, without_latent = _split_off(in_view, ~encoded)
-    if without_latent and not keep.any():
-        raise UserError(f"{where}: no clip of this view has latents; make them with this view, or without one")
+    # length; a clip that is too short has no tokens either
+    keep, short = _split_off(in_view, shapes.short)
 
-    # length and size
-    keep, short = _split_off(keep, shapes.short)
+    # latents and tokens
+    encoded = np.ones(len(in_view), bool)
+    for table in code_facts:
+        encoded &= table["height"].to_numpy() > 0
+    keep, without_latent = _split_off(keep, ~encoded)
+    if without_latent and not keep.any():
+        raise UserError(
+            f"{where}: no clip of this view has latents or tokens; make them with this view, or without one"
+        )
+
+    # size
     too_small = keep & shapes.small & video
     keep, small = _split_off(keep, too_small)
     if small and not keep.any():

@@ -15,10 +15,21 @@ from longtake.datasets.errors import Failure, UserError
 from longtake.datasets.loader import streams
 from longtake.datasets.loader.reader import Reader
 from longtake.datasets.loader.streams import latents_before
+from longtake.datasets.tokens import PREFIX
 
-COLUMNS = ("video", "frame_diff", "audio", "latent-DIGEST", "caption-DIGEST", "text-DIGEST", "json", "label")
+COLUMNS = (
+    "video",
+    "frame_diff",
+    "audio",
+    "latent-DIGEST",
+    "tokens-DIGEST",
+    "caption-DIGEST",
+    "text-DIGEST",
+    "json",
+    "label",
+)
 # how columns begin, and what they are called without a name
-_CALLED = {"latent-": "latent", "caption-": "caption", "text-": "text"}
+_CALLED = {"latent-": "latent", PREFIX: "tokens", "caption-": "caption", "text-": "text"}
 
 
 class Split:
@@ -28,6 +39,7 @@ class Split:
         """`names` are columns by the names that samples have them under, `columns` the rows of those that are caches."""
         self.base, self.names, self.columns, self.reader = base, names, columns, reader
         self.latents = self.of_kind("latent")
+        self.tokens = self.of_kind("tokens")
         self.captions = self.of_kind("caption")
         self.texts = self.of_kind("text")
         self.widths: dict[str, int] = {}  # of the states in each column of texts
@@ -52,9 +64,11 @@ class Split:
         """Check that the columns have windows of these numbers of frames.
 
         Raises:
-            UserError: a window would not be of whole latents; columns of latents have other factors; a stream of several
-                clips is read without `histories`, or anything but latents, captions, texts and labels with them.
+            UserError: a window would not be of whole latents, or not one that has tokens; columns of latents have other
+                factors; a stream of several clips is read without `histories`, or anything but latents, captions, texts
+                and labels with them.
         """
+        self._check_tokens(lengths, stride)
         factors = {self.names[name]: factor_of(self.columns[name]) for name in self.latents}
         for column, factor in factors.items():
             first, first_factor = next(iter(factors.items()))
@@ -67,7 +81,9 @@ class Split:
                     f"frames: {column} has a step for {factor} frames: windows of 1 + {factor}n frames, stride 1"
                 )
         if histories:
-            others = [column for column in self.names.values() if column != "label" and kind_of(column) is None]
+            others = [
+                column for column in self.names.values() if column != "label" and kind_of(column) in (None, "tokens")
+            ]
             if others or not factors or len(lengths) > 1:
                 raise UserError("histories: are of latents and windows of one length; leave out what else is asked for")
         elif joined := [self.names[name] for name in self.latents if streams.joined(self.columns[name])]:
@@ -75,6 +91,19 @@ class Split:
                 f"columns: {joined[0]} was encoded in streams of several clips, a window inside of one has no first latent;"
                 " name latents without `join_seconds`"
             )
+
+    def _check_tokens(self, lengths: Sequence[int], stride: int) -> None:
+        """Raise UserError where a column of tokens has no windows like these, or another has other windows."""
+        filled = [name for name in self.tokens if self.columns[name].counts.any()]
+        kinds = {self.names[name]: windows_of(self.columns[name]) for name in filled}
+        for column, (frames, own, hop) in kinds.items():
+            if [frames] != list(lengths) or own != stride:
+                raise UserError(f"frames: {column} has windows of {frames} frames, stride {own}; ask for these")
+            first, (*_, first_hop) = next(iter(kinds.items()))
+            if hop != first_hop:
+                raise UserError(
+                    f"columns: {column} has a window every {hop} frames, {first} every {first_hop}; encode both with one `hop`"
+                )
 
     def cache_row(self, column: str, shard: int, number: int, row: Mapping[str, Any]) -> dict[str, Any]:
         """Row `number` of a shard in a cache column's index. Raises Failure where its clip is not that of the base's `row`."""
@@ -130,7 +159,7 @@ def kind_of(column: str) -> str | None:
 
 
 def open_columns(base: Rows, names: Mapping[str, str], cache: Cache | None) -> tuple[Split, list[pa.Table]]:
-    """A split with the cache columns among `names`, and the `FACTS` of its columns of latents.
+    """A split with the cache columns among `names`, and the `FACTS` of its columns of latents and tokens.
 
     Raises:
         UserError: clips of the base have no sound to load; a column of texts is of other captions than those that are asked
@@ -146,13 +175,19 @@ def open_columns(base: Rows, names: Mapping[str, str], cache: Cache | None) -> t
         spoken = [names[caption] for caption in split.captions]
         if spoken and notes["captions"] not in (*spoken, ""):
             raise UserError(f"columns: {names[name]} is of {notes['captions']}, not of {spoken[0]}; name that one")
-    return split, [opened[name][1] for name in split.latents]
+    return split, [opened[name][1] for name in (*split.latents, *split.tokens)]
 
 
 def factor_of(latents: Rows) -> int:
     """Frames in a latent after the first; 1 for a column without rows."""
     filled = np.flatnonzero(latents.counts)
     return latents.of(int(filled[0]))["factor"][0].as_py() if len(filled) else 1
+
+
+def windows_of(tokens: Rows) -> tuple[int, int, int]:
+    """Frames, stride and hop of the windows of a column of tokens that has rows."""
+    row = tokens.row(int(np.flatnonzero(tokens.counts)[0]), 0)
+    return row["frames"], row["stride"], row["hop"]
 
 
 def _notes(texts: Rows) -> dict[str, Any]:

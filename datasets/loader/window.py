@@ -3,6 +3,7 @@
 The window is drawn from the sample's own random numbers; see datasets/README.md for what each column gives.
 """
 
+import math
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -58,8 +59,10 @@ def load(split: Split, sample: Sample, window: Window) -> dict[str, Any]:
     else:
         latents = split.latent_rows(sample.shard, sample.row, row)
         split.check_alike(sample.shard, latents)
+        tokens = {column: split.cache_row(column, sample.shard, sample.row, row) for column in split.tokens}
         factor = latents[0]["factor"] if latents else 1
-        frames, place = draw(window, rng, row["frame_count"], factor)
+        unit = math.lcm(factor, *(cached["hop"] for cached in tokens.values()))
+        frames, place = draw(window, rng, row["frame_count"], unit)
         out["start"] = frames[0]
         if "video" in split.names:
             out["video"] = _video(split, sample.shard, row, frames, window.size, place)
@@ -71,6 +74,8 @@ def load(split: Split, sample: Sample, window: Window) -> dict[str, Any]:
         first, count = frames[0] // factor, 1 + (window.frames - 1) // factor
         for column, cached in zip(split.latents, latents, strict=True):
             out[column] = _latents(split, column, sample.shard, cached, first, count)
+        for column, cached in tokens.items():
+            out[column] = _tokens(split, column, sample.shard, cached, frames[0] // cached["hop"])
         if window.history_seconds:
             out |= _history(split, sample, row, frames[0], window, place)
 
@@ -139,18 +144,40 @@ def _frame_diff(
 
 def _latents(split: Split, column: str, shard: int, cached: Mapping[str, Any], first: int, count: int) -> np.ndarray:
     """(count, 2, C, h, w) float16, or uint16 of bfloat16's bits, from number `first` on; only these bytes are read."""
-    rows = split.columns[column]
     shape = (2, cached["channels"], cached["height"], cached["width"])
-    size = 2 * int(np.prod(shape))  # bytes of a latent
-    start = cached["offset"] + cached["size"] - (cached["steps"] - first) * size
+    return _items(split, column, shard, cached, "step", _dtype(cached), shape, first, count)
+
+
+def _tokens(split: Split, column: str, shard: int, cached: Mapping[str, Any], number: int) -> np.ndarray:
+    """(t, h, w) int64 of window `number`; only its bytes are read."""
+    shape = (cached["steps"], cached["height"], cached["width"])
+    ids = _items(split, column, shard, cached, "window", f"<u{np.dtype(cached['dtype']).itemsize}", shape, number, 1)
+    return ids[0].astype(np.int64)
+
+
+def _items(
+    split: Split,
+    column: str,
+    shard: int,
+    cached: Mapping[str, Any],
+    item: str,
+    dtype: str,
+    shape: tuple[int, ...],
+    first: int,
+    count: int,
+) -> np.ndarray:
+    """(count, *shape) from number `first` on of the `item`s in a clip's .npy, each with its own checksum."""
+    rows = split.columns[column]
+    size = np.dtype(dtype).itemsize * int(np.prod(shape))  # bytes of an item
+    start = cached["offset"] + cached["size"] - (cached[f"{item}s"] - first) * size
     data = split.reader.range(rows, shard, start, count * size)
-    sums = np.frombuffer(cached["step_crc32"], "<u4")[first : first + count]
+    sums = np.frombuffer(cached[f"{item}_crc32"], "<u4")[first : first + count]
     if len(sums) != count or any(zlib.crc32(data[n * size : (n + 1) * size]) != s for n, s in enumerate(sums.tolist())):
         url = rows.tar(shard)[0]
         raise Failure(
-            f"{url}: {cached['key']}: steps {first} to {first + count} are damaged; run `longtake dataset verify`"
+            f"{url}: {cached['key']}: {item}s {first} to {first + count} are damaged; run `longtake dataset verify`"
         )
-    return np.frombuffer(data, _dtype(cached)).reshape(count, *shape)
+    return np.frombuffer(data, dtype).reshape(count, *shape)
 
 
 def _dtype(cached: Mapping[str, Any]) -> str:

@@ -33,7 +33,7 @@ class Job(NamedTuple):
     "--frames",
     type=int,
     metavar="N",
-    help="Length of each video, 1 + 4n; longer than the model's window is fine. [default: its window]",
+    help="Length of each video, 1 + 4n, or 4n for tokens; longer than the model's window is fine. [default: its window]",
 )
 @click.option(
     "--seconds",
@@ -100,6 +100,24 @@ class Job(NamedTuple):
     "--steps", type=click.IntRange(min=1), metavar="S", help="Euler steps of a window. [default: the model's]"
 )
 @click.option(
+    "--temperature", type=float, metavar="T", help="Of a model of tokens: below 1 the likelier ones come oftener."
+)
+@click.option(
+    "--top-k", type=int, metavar="K", help="Draw among the K likeliest tokens; 0 is all. [default: the model's]"
+)
+@click.option(
+    "--top-p",
+    type=float,
+    metavar="P",
+    help="Draw among the likeliest tokens that reach this probability together; 1 is all. [default: the model's]",
+)
+@click.option(
+    "--keep",
+    type=click.IntRange(min=0),
+    metavar="N",
+    help="Latent frames of the past that each further window of tokens has; 0 is all that fit. [default: the model's]",
+)
+@click.option(
     "--fps",
     type=click.FloatRange(min=0, min_open=True),
     metavar="F",
@@ -136,6 +154,10 @@ def generate(
     guidance: str | None,
     history_noise: float | None,
     steps: int | None,
+    temperature: float | None,
+    top_k: int | None,
+    top_p: float | None,
+    keep: int | None,
     fps: float | None,
     vae: str | None,
     batch: int,
@@ -177,12 +199,13 @@ def generate(
         media.check_exists(start)
     with media.memory_errors("lower --batch or --count, or set --tile 256"):
         generator = _load_generator(model, vae, precision, text_encoder)
-        options = {"start": start, "storyboard": storyboard, "history_noise": history_noise}
-        texts = {"prompt": words, "negative": negative is not None, "text_encoder": text_encoder}
-        for name, value in (options | texts).items():
-            if value and ("prompt" if name in texts else name) not in generator.accepts:
+        settings = {"guidance": strength, "steps": steps, "history_noise": history_noise}
+        settings |= {"temperature": temperature, "top_k": top_k, "top_p": top_p, "keep": keep}
+        texts = {"prompt": words or None, "negative": negative, "text_encoder": text_encoder}
+        for name, value in ({"start": start, "storyboard": storyboard} | settings | texts).items():
+            if value is not None and ("prompt" if name in texts else name) not in generator.accepts:
                 raise UserError(f"--{name.replace('_', '-')}: {model} takes none; leave it out")
-        plan = _plan(generator, frames, seconds, fps, start, {"guidance": strength, "steps": steps} | options)
+        plan = _plan(generator, frames, seconds, fps, start, settings)
         story = _storyboard(storyboard, plan) if storyboard else None
         requests = _requests(plan, jobs, words, story, negative)
         groups = [requests[n : n + batch] for n in range(0, len(jobs), batch)]
@@ -202,7 +225,7 @@ class Plan(NamedTuple):
     frames: int
     fps: float
     start: Any  # the latents that all continue, or None
-    rounds: int  # solver steps of a group of videos
+    rounds: int  # steps of a group of videos
 
 
 def _load_generator(model: str, vae: str | None, precision: str, text_encoder: str | None) -> Any:
@@ -230,9 +253,8 @@ def _plan(
     start: str | None,
     options: Mapping[str, Any],
 ) -> Plan:
-    """The plan of the options, with the model's own settings as defaults."""
-    names = vars(generator.settings)
-    settings = replace(generator.settings, **{n: v for n, v in options.items() if v is not None and n in names})
+    """The plan of the options, those of sampling over the model's own settings."""
+    settings = replace(generator.settings, **{name: value for name, value in options.items() if value is not None})
     rate, beginning = fps or generator.fps, None
     if start:
         with _naming(f"--start: {start}"):

@@ -62,6 +62,28 @@ LAYOUTS = {
         ),
         caption=("{key}",),
     ),
+    "reconstructed.json": Layout(
+        title="Held-out reconstructions from tokens",
+        heading=f"{{clips}} clips of {{frames}} frames; {_SPLIT}",
+        scores={
+            "PSNR in dB": "psnr",
+            "PSNR of the clip scaled down to as many bits": "psnr_scaled_down",
+            "share of codes used": "usage",
+            "perplexity of tokens": "perplexity",
+            "equal tokens a latent frame later": "score",
+            "the same, above chance": "kappa",
+        },
+        notes=(
+            (
+                "Reconstructions are at a Fréchet distance of {distance[frechet]:.4g} and a kernel distance of"
+                " {distance[kernel]:.4g} from their {distance[videos_real]} sources, by {distance[network]}"
+                " ({distance[network_digest]:.12}).",
+                "",
+            ),
+            _CAREFUL,
+        ),
+        caption=("{key}",),
+    ),
     "generated.json": Layout(
         title="Generated videos",
         heading=f"{{videos}} videos of {{frames}} frames; loss on {{clips}} clips of the {_SPLIT}",

@@ -1,4 +1,4 @@
-"""Find and delete what a workspace no longer needs: old checkpoints, latents and texts of unused encoders, captions, debris.
+"""Find and delete what a workspace no longer needs: old checkpoints, columns of unused encoders, captions, debris.
 
 MLflow decides what is needed, so that everything stays that a run would resume or reuse. A checkpoint is judged by the run
 that its meta.json names, an output by the runs that name it. Committed shards, sources, views and the targets of links are
@@ -16,7 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from longtake.datasets import captions, schema, storage, text
+from longtake.datasets import captions, schema, storage, text, tokens
 from longtake.datasets import latents as column
 from longtake.datasets.errors import Failure, UserError
 from longtake.infra.graph import Node
@@ -28,11 +28,12 @@ from longtake.training.config import TrainConfig
 from longtake.training.registry.store import everything
 from longtake.training.registry.uri import parse
 
-KINDS = ("checkpoints", "latents", "text", "debris", "cache", "captions")
-USUAL = KINDS[:4]
+KINDS = ("checkpoints", "latents", "tokens", "text", "debris", "cache", "captions")
+USUAL = KINDS[:5]
 OLDER_SECONDS = 3600.0
 
 _LATENTS = re.compile(r"[^.]+\.(latent-[0-9a-f]+)\..+")
+_TOKENS = re.compile(r"[^.]+\.(tokens-[0-9a-f]+)\..+")
 _TEXTS = re.compile(r"[^.]+\.(text-[0-9a-f]+)\..+")
 _CAPTIONS = re.compile(r"[^.]+\.(caption-[0-9a-f]+)\..+")
 _STEP = re.compile(r"step-(\d+)")
@@ -66,6 +67,7 @@ def find(
     finders: dict[str, Callable[[], Finds]] = {
         "checkpoints": lambda: _checkpoints(nodes, store, past),
         "latents": lambda: _latents(recipe, nodes, store, past),
+        "tokens": lambda: _tokens(recipe, nodes, store, past),
         "text": lambda: _texts(recipe, nodes, store, past),
         "debris": lambda: debris.find(recipe, store, [(run.id, run.output) for run in past], older),
         "cache": lambda: debris.cached_models(older),
@@ -223,14 +225,23 @@ def _version(store: Runs, uri: str) -> Any:
 
 def _latents(recipe: Recipe, nodes: list[Node], store: Runs, past: list[PastRun]) -> Finds:
     live, encoders = _live(nodes, store, "cache_latents", "encoder")
-
-    def why(record: column.Latents) -> Kept | str:
-        uri = record.encoder["uri"]
-        use = _use_of_encoder(store, uri, encoders)
-        return Kept("", use) if use else f"its encoder {uri} has no alias and no stage names it"
-
+    why = partial(_why_encoded, store, encoders, lambda record: record.encoder["uri"])
     makers = _makers(store, "cache_latents", column.read_latents)
     yield from _unused(recipe, store, past, "latents", _LATENTS, makers, live, why)
+
+
+def _tokens(recipe: Recipe, nodes: list[Node], store: Runs, past: list[PastRun]) -> Finds:
+    live, encoders = _live(nodes, store, "cache_tokens", "encoder")
+    why = partial(_why_encoded, store, encoders, lambda record: record.model["uri"])
+    makers = _makers(store, "cache_tokens", tokens.read_tokens)
+    yield from _unused(recipe, store, past, "tokens", _TOKENS, makers, live, why)
+
+
+def _why_encoded(store: Runs, encoders: set[str], uri_of: Callable[[Any], str], record: Any) -> Kept | str:
+    """The reason to delete what an encoder has made, or the one to keep it."""
+    uri = uri_of(record)
+    use = _use_of_encoder(store, uri, encoders)
+    return Kept("", use) if use else f"its encoder {uri} has no alias and no stage names it"
 
 
 def _texts(recipe: Recipe, nodes: list[Node], store: Runs, past: list[PastRun]) -> Finds:

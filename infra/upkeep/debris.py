@@ -24,6 +24,8 @@ from longtake.training.registry import store as model_store
 _FOREIGN_SECONDS = 24 * 3600.0  # for debris of other machines, whose processes cannot be looked up
 _OUTPUT = re.compile(r"[0-9a-f]{12}(-[0-9a-f]{8})?")
 SPOOL = re.compile(r"\..+~(?P<host>[^~]+)@(?P<pid>\d+)~[0-9a-f]+\.tmp")
+# what outputs hold that can be made again
+_REMADE = {"checkpoints", "captions.json", "latents.json", "tokens.json", "text.json", "empty.safetensors", "shared"}
 _SCRATCH = re.compile(r"\.(step-\d+|universal)\.tmp")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
@@ -105,7 +107,7 @@ def _orphans(recipe: Recipe, store: Runs, past: dict[str, str], older: float) ->
             continue
         if not named:
             yield Kept(output, "this tracking store knows no run of this workspace; is MLFLOW_TRACKING_URI right?")
-        elif content - {"checkpoints", "captions.json", "latents.json", "text.json", "empty.safetensors", "shared"}:
+        elif content - _REMADE:
             yield Kept(output, "no run names it, but it may hold what cannot be made again; delete it yourself")
         elif _named_elsewhere(output, store):
             yield Kept(output, "a run names it by the path that the workspace had before it was moved")

@@ -31,7 +31,7 @@ from longtake.training.config import TrainConfig
 
 SAMPLE = 5  # sources
 TRIAL_STEPS = 5
-_WRITERS = ("cache_text", "cache_audio", "cache_latents")  # stages that write something for each clip
+_WRITERS = ("cache_text", "cache_audio", "cache_latents", "cache_tokens")  # stages that write something for each clip
 _PASSES = ("curate", "caption", *_WRITERS)  # stages whose time goes by the clip
 
 

@@ -8,8 +8,8 @@ import numpy as np
 from longtake.datasets import captions as records
 from longtake.datasets import index, storage
 from longtake.datasets.captions import Caption
-from longtake.datasets.errors import Failure
 from longtake.pipeline import captions
+from longtake.pipeline import column as columns
 from longtake.pipeline.captioner.answers import Answers
 from longtake.pipeline.captioner.endpoint import Spent
 from longtake.pipeline.captioner.reply import Answer
@@ -46,10 +46,7 @@ def make_captions(
         Failure: a clip is not readable, the base shard is another than before, or the captioner fails.
     """
     base = index.read_shard(dataset, split, name)
-    if len(keep) != len(base.table):
-        raise Failure(
-            f"{dataset} ({split}): {name} has {len(base.table)} clips, the view {len(keep)}; run the same command again"
-        )
+    columns.check_keep(dataset, base, keep)
     found = captions.said(dataset, base, captions.is_images(dataset))
     rows = captions.begun(base, found, captions.committed(dataset, base, column), maker, keep)
     wanted = [row for row, done in zip(base.table.to_pylist(), rows, strict=True) if done is None]

@@ -6,7 +6,6 @@ and nothing else in the dataset is touched. What it gives up: a view in the conf
 of one view are not reused for the next; without a view all clips are encoded, and every later view can use them.
 """
 
-import importlib
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -117,7 +116,7 @@ def run(config: Config, inputs: Mapping[str, str], output: str) -> dict[str, Any
     # What to encode, and by what.
     dataset = storage.absolute(inputs["dataset"])
     base = columns.open_base(dataset, inputs.get("view"))
-    uri, model = _encoder(inputs["encoder"])
+    uri, model = columns.load_model(inputs["encoder"])
     strides = streams.strides_of(model, uri)
     settings = streams.Settings(
         **config.model_dump(include=_RECORDED | {"tile", "overlap"}),
@@ -154,14 +153,6 @@ def run(config: Config, inputs: Mapping[str, str], output: str) -> dict[str, Any
     )
     records.write_latents(output, record)
     return {"uri": output, "metrics": _metrics(shards, jobs, totals), "column": column}
-
-
-def _encoder(uri: str) -> tuple[str, Any]:
-    """The URI of the model's version, and the model. An alias may name another version before a stopped run continues."""
-    # through the public door, as any user: the pipeline does not import training
-    longtake: Any = importlib.import_module("longtake")
-    version = longtake.resolve(uri)
-    return version, longtake.load(version)
 
 
 def _load(

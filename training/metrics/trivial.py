@@ -54,9 +54,8 @@ def mean_colour(video: Tensor) -> Tensor:
 def scaled_down(video: Tensor, vae: Any) -> Tensor:
     """A clip (B, 3, T, H, W) scaled down, in height and width alike, to about as many numbers as its latent has, and up again."""
     _, channels, frames, height, width = video.shape
-    positions = (
-        latent_groups(frames, vae.temporal_stride) * (height // vae.spatial_stride) * (width // vae.spatial_stride)
-    )
+    groups = latent_groups(frames, vae.temporal_stride, vae.first_frames)
+    positions = groups * (height // vae.spatial_stride) * (width // vae.spatial_stride)
     scale = math.sqrt(vae.latent_channels * positions / (channels * frames * height * width))
     size = (max(1, round(height * scale)), max(1, round(width * scale)))
     pictures = video.transpose(1, 2).flatten(0, 1)

@@ -11,6 +11,8 @@ if TYPE_CHECKING:
 KINDS = {
     "pv_vae": "longtake.training.models.pv_vae.kind",
     "latte": "longtake.training.models.latte.kind",
+    "vqgan": "longtake.training.models.tats.vqgan_kind",
+    "tats": "longtake.training.models.tats.kind",
     "memory_dit": "longtake.training.models.memory.kind",
 }
 

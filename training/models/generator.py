@@ -37,6 +37,10 @@ class Settings:
     shift           of the flow's times towards noise
     overlap         latents (frames, for a prior of pixels) that a window shares with the one before
     history_noise   noise, 0 to 1, on the history of a model with a memory; 0 is none
+    temperature     of a model of tokens: its logits are divided by it
+    top_k           draw among the likeliest tokens; 0 is all [TATS: 2048]
+    top_p           and among the likeliest that reach this probability together; 1 is all [TATS: 0.8]
+    keep            latent frames of the past that each further window of tokens has; 0 is all that it has room for
     """
 
     steps: int = 100  # the name that registered models and recipes have; functions call them `solver_steps`
@@ -44,6 +48,10 @@ class Settings:
     shift: float = 1.0
     overlap: int = 2
     history_noise: float = 0.0
+    temperature: float = 1.0
+    top_k: int = 2048
+    top_p: float = 0.8
+    keep: int = 0
 
     def __post_init__(self) -> None:
         try:
@@ -63,7 +71,7 @@ class Request(NamedTuple):
 class Generator(Protocol):
     """A loaded prior with all that it needs to generate videos.
 
-    accepts    options of a request beside the seed (see `kind.Kind`)
+    accepts    options of a request beside the seed, and the settings that have an effect (see `kind.Kind`)
     classes    names of its classes in the order of their ids
     frames     of a video of the default length
     fps, size  frames per second, and (height, width), of its training videos
@@ -123,7 +131,7 @@ class Generator(Protocol):
             start: result of `begin`, to continue from.
             folder: URL where the model may keep finished parts, after which the same call continues.
             tile: pixels a side; decode larger frames in overlapping tiles.
-            each_step: called after each Euler step, `rounds` times.
+            each_step: called after each step of sampling, `rounds` times.
 
         Raises:
             ValueError: at the call, for arguments that do not fit together.

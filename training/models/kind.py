@@ -23,8 +23,8 @@ class Judged(NamedTuple):
     facts: Mapping[str, Any]
 
     def encoder(self) -> str | None:
-        """Digest of the encoder of the latents that it was trained on; None for a model of pixels."""
-        encoder: str | None = (self.facts.get("vae") or {}).get("encoder")
+        """Digest of the encoder of the latents or tokens that it was trained on; None for a model of pixels."""
+        encoder: str | None = (self.facts.get("vae") or self.facts.get("vqgan") or {}).get("encoder")
         return encoder
 
 
@@ -55,8 +55,8 @@ class Kind(NamedTuple):
     generator  `generator(uri, model, facts, vae, dtype)` returns a `Generator` of a loaded model; `vae` replaces its
                autoencoder, if not None. None for a kind that generates nothing
     retriever  the same of a `Retriever`; None for a kind that retrieves nothing
-    accepts    options of a request to the generator: some of "class", "prompt", "start", "storyboard",
-               "history_noise"
+    accepts    options of a request to the generator, some of "class", "prompt", "start", "storyboard", and the names of
+               its `generator.Settings` that have an effect
     answer     `answer(folder)` returns the function of videos, uint8 (B, T, H, W, 3), that is served; None for a generator
     """
 

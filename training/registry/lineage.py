@@ -14,11 +14,12 @@ from longtake.datasets import compact, schema, storage
 from longtake.datasets.errors import UserError
 from longtake.datasets.latents import read_latents
 from longtake.datasets.masking import shown
+from longtake.datasets.tokens import read_tokens
 from longtake.training.registry import store
 from longtake.training.registry.disk import digest, read_config
 
 _FILE = "lineage.json"  # in the folder of checkpoints
-_MODELS = ("vae", "base", "parent")  # inputs that are models, whose aliases may move
+_MODELS = ("vae", "vqgan", "anchors", "base", "parent")  # inputs that are models, whose aliases may move
 
 
 def record(inputs: Mapping[str, str]) -> dict[str, Any]:
@@ -29,9 +30,9 @@ def record(inputs: Mapping[str, str]) -> dict[str, Any]:
 
     Returns:
         `inputs`: for each field its `uri`, without a login or key, and `digest` of a dataset (of all its shards), view,
-        latents or texts (sha256 of the file), or `sha256` of a model, whose URI is that of the version; `recipe`: digest of the
-        resolved recipe, of LONGTAKE_RECIPE; `git`: revision of the working folder and whether it had changes; `longtake`,
-        `torch`: versions; `run`: MLFLOW_RUN_ID. Unknown facts are None.
+        latents, tokens, captions or texts (sha256 of the file), or `sha256` of a model, whose URI is that of the version;
+        `recipe`: digest of the resolved recipe, of LONGTAKE_RECIPE; `git`: revision of the working folder and whether it had
+        changes; `longtake`, `torch`: versions; `run`: MLFLOW_RUN_ID. Unknown facts are None.
 
     Raises:
         UserError, Failure: an input is missing or damaged.
@@ -58,12 +59,12 @@ def _input(uri: str) -> dict[str, Any]:
         splits = {split: compact.open_split(uri, split)[0].digest for split in schema.SPLITS}
         sha256 = hashlib.sha256(storage.canonical_json(splits)).hexdigest()
         return {"uri": shown(uri), "digest": sha256, "splits": splits}
-    for name in ("latents.json", "text.json"):
+    for name in ("latents.json", "tokens.json", "captions.json", "text.json"):
         if storage.exists(record := storage.join(uri, name)):
             return {"uri": shown(uri), "digest": hashlib.sha256(storage.read(record)).hexdigest()}
     if (Path(uri) / "config.json").exists():
         return {"uri": uri, "sha256": digest(read_config(Path(uri)))}
-    raise UserError(f"{uri}: neither a dataset, a view nor a model, nor latents or text")
+    raise UserError(f"{uri}: neither a dataset, a view nor a model, nor latents, tokens, captions or text")
 
 
 def _git() -> dict[str, Any] | None:
@@ -85,12 +86,13 @@ def _git() -> dict[str, Any] | None:
 def pinned(inputs: Mapping[str, str], folder: Path) -> dict[str, str]:
     """The inputs with the models' versions as of the beginning of this training; the lineage is kept in `folder`.
 
-    Where latents are an input and no autoencoder is, `vae` is the autoencoder of the latents.
+    Where latents are an input and no autoencoder is, `vae` is the autoencoder of the latents; likewise `vqgan` of tokens.
     """
     path = folder / _FILE
     if not path.exists():
-        vae = {"vae": read_latents(inputs["latents"]).encoder["uri"]} if "latents" in inputs else {}
-        storage.write(str(path), storage.canonical_json(record(vae | dict(inputs))))
+        makers = {"vae": read_latents(inputs["latents"]).encoder["uri"]} if "latents" in inputs else {}
+        makers |= {"vqgan": read_tokens(inputs["tokens"]).model["uri"]} if "tokens" in inputs else {}
+        storage.write(str(path), storage.canonical_json(record(makers | dict(inputs))))
     recorded = read(folder)["inputs"]
     return dict(inputs) | {name: recorded[name]["uri"] for name in _MODELS if name in recorded}
 

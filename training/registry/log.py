@@ -108,9 +108,10 @@ def _log(folder: Path, run_id: str, sha256: str) -> str:
 
 def _of_text(folder: Path) -> tuple[str, ...]:
     """The packages that encode the prompts of a model folder; none for a model without text."""
-    text = _facts(folder).get("text")
+    facts = _facts(folder)
+    text = facts.get("text")
     if not text:
-        return ()
+        return ("tokenizers",) if facts.get("words") else ()
     return ("tokenizers", "wordllama" if text["encoder"]["encoder"] == WORDS else "transformers")
 
 
@@ -134,7 +135,7 @@ def _signature(folder: Path) -> Any:
     from mlflow.types import ColSpec, ParamSchema, ParamSpec, Schema, TensorSpec
 
     from longtake.training.models import kind_of
-    from longtake.training.registry.requests import PARAMETERS, columns_of
+    from longtake.training.registry.requests import columns_of, parameters_of
 
     kind = kind_of(_facts(folder))
     video = Schema([TensorSpec(np.dtype("uint8"), (-1, -1, -1, -1, 3))])
@@ -147,7 +148,7 @@ def _signature(folder: Path) -> Any:
             for name in columns_of(kind.accepts)
         ]
     )
-    changes = ParamSchema([ParamSpec(name, of, None) for name, of in PARAMETERS.items()])
+    changes = ParamSchema([ParamSpec(name, of, None) for name, of in parameters_of(kind.accepts).items()])
     return ModelSignature(inputs=table, outputs=video, params=changes)
 
 

@@ -6,7 +6,7 @@ output is the version that is champion afterwards.
 
 import os
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
 from longtake.datasets.stage import DatasetInput, Input, ModelInput, StageConfig, ViewInput
 from longtake.training.registry import aliases, judge, promotion, store
@@ -16,6 +16,7 @@ VERSION = 2
 PRODUCES = "model"
 
 _RECORD = "verdict.json"
+_COLUMNS = ("latents", "low_latents", "text", "tokens", "audio_tokens", "captions")  # inputs
 
 
 class Config(StageConfig):
@@ -27,8 +28,13 @@ class Config(StageConfig):
     latents       that a prior has learned
     low_latents   that a memory's low-res branch has learned
     text          of the captions, for a model that has learned text
+    tokens        that a TATS has learned
+    audio_tokens  of the sound, for a TATS that has learned to hear
+    captions      for a TATS that has learned their words
     gate          what the candidate must show
     """
+
+    LATER: ClassVar = {"tokens": None, "audio_tokens": None, "captions": None}
 
     kind: Literal["promote"]
     candidate: ModelInput
@@ -37,6 +43,9 @@ class Config(StageConfig):
     latents: Annotated[str, Input("latents")] | None = None
     low_latents: Annotated[str, Input("latents")] | None = None
     text: Annotated[str, Input("text")] | None = None
+    tokens: Annotated[str, Input("tokens")] | None = None
+    audio_tokens: Annotated[str, Input("tokens")] | None = None
+    captions: Annotated[str, Input("captions")] | None = None
     gate: Gate
 
 
@@ -67,7 +76,7 @@ def check(config: Config, inputs: Mapping[str, StageConfig]) -> None:
         raise ValueError(
             f"candidate: the stage {config.candidate} makes its model champion before it is judged; set run: {{promote: false}} there"
         )
-    for field in ("latents", "low_latents", "text"):
+    for field in _COLUMNS:
         column: Any = inputs.get(field)
         if column is not None and column.dataset != config.dataset:
             raise ValueError(f"{field}: are of the dataset {column.dataset}, not of {config.dataset}")
@@ -103,7 +112,7 @@ def let_through(candidate: str, inputs: Mapping[str, str], gate: Gate, run_id: s
     verdict = _verdict(candidate, before, inputs, gate)
     decision = Decision(candidate, before, candidate if verdict.promoted else before or "", verdict)
     facts = {"candidate": candidate, "before": before, "verdict": _as_json(verdict), "line": decision.line()}
-    fields = ("dataset", "view", "latents", "low_latents", "text")
+    fields = ("dataset", "view", *_COLUMNS)
     inside = {field: inputs[field] for field in fields if field in inputs}
     # before the move, so that a run that is killed after it finds its figures here
     aliases.log_json(run_id, _RECORD, facts | {"gate": gate.model_dump(mode="json"), "inputs": inside})

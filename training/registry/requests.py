@@ -26,7 +26,13 @@ from longtake.training.models.generator import (
 _FIRST = ("seed", "class", "frames")  # columns that all generators take
 _BY_PART = {f"guidance_{part}": part for part in PARTS}
 # what a call may change of the settings, each of one plain type, as MLflow needs it
-PARAMETERS = {"steps": "long", "guidance": "double"} | dict.fromkeys(_BY_PART, "double")
+_TYPES = {"steps": "long", "guidance": "double"} | dict.fromkeys(_BY_PART, "double")
+_TYPES |= {"temperature": "double", "top_k": "long", "top_p": "double", "keep": "long"}
+
+
+def parameters_of(accepts: Collection[str]) -> dict[str, str]:
+    """What a call may change of the settings of a generator that accepts these options, with its type."""
+    return {name: of for name, of in _TYPES.items() if ("guidance" if name in _BY_PART else name) in accepts}
 
 
 def columns_of(accepts: Collection[str]) -> list[str]:
@@ -117,7 +123,7 @@ def _settings(generator: Generator, params: Mapping[str, Any]) -> Settings:
     """The generator's settings with the changes of a call."""
     changes = {name: value for name, value in params.items() if value is not None}
     defaults = vars(generator.settings)
-    names = [*defaults, *_BY_PART]
+    names = [name for name in defaults if name in generator.accepts] + list(_BY_PART)
     if unknown := changes.keys() - set(names):
         raise UserError(f"params: unknown {', '.join(sorted(unknown))}; there are {', '.join(names)}")
     if parts := {part: changes.pop(name) for name, part in _BY_PART.items() if name in changes}:

@@ -20,6 +20,7 @@ from longtake.datasets import storage
 from longtake.datasets.captions import Captions, write_captions
 from longtake.datasets.errors import Interrupted
 from longtake.datasets.text import Text, TextConfig, write_text
+from longtake.datasets.tokens import Tokens, write_tokens
 from longtake.infra import graph, recipe, runner, runs
 from longtake.infra.cli.housekeeping import clean as command
 from longtake.infra.upkeep import clean
@@ -329,6 +330,20 @@ def test_latents_stay_while_a_run_may_read_them_or_another_experiment_has_made_t
     store.client.create_run(other, tags=tags)
     items, kept = here.find("latents")
     assert not items and "another experiment" in "".join(kept.values())
+
+
+def test_tokens_go_whose_encoder_nobody_names(here: Workspace) -> None:
+    here.more["tokens"] = {"kind": "cache_tokens", "dataset": "shards", "encoder": "vae", "size": [64, 64]}
+    _, dataset = here.ran("shards", "FINISHED")
+    for name, alias, lr in (("tokens-a0", "champion", 0.25), ("tokens-a1", None, 0.5), ("tokens-a2", None, 1e-4)):
+        _, output = here.ran("tokens", "FINISHED", **({} if lr == 1e-4 else {"lr": lr}))
+        made_by = {"uri": here.registered(alias), "digest": "d", "config": {}}
+        record = Tokens(dataset, name, made_by, 64, 16, 1, 16, (64, 64), (4, 8, 8), None, {}, 1.0, 6.0)
+        write_tokens(output, record)
+        storage.write(storage.join(dataset, "train", f"00000.{name}.tar"), b"0" * 100)
+    items, kept = here.find()
+    assert [(item.kind, item.where.rpartition(" ")[2]) for item in items.values()] == [("tokens", "tokens-a1")]
+    assert "is champion" in "".join(kept.values()), "the recipe's own are not even looked at"
 
 
 def test_texts_go_that_no_stage_of_the_recipe_makes(here: Workspace) -> None:

@@ -95,16 +95,16 @@ class CausalConv3d(nn.Conv3d):
             self.weight.mul_(self.gain)
 
     def forward(self, x: Tensor, past: Past | None = None) -> Tensor:
-        return self._convolve(causal_pad(self, x, self.kernel_size[0] - self.stride[0], past))
+        return convolve(self, causal_pad(self, x, self.kernel_size[0] - self.stride[0], past), self.around)
 
-    def _convolve(self, x: Tensor) -> Tensor:
-        # for small clips on one thread torch would choose im2col in inference, up to 20 times slower
-        inference = (
-            not (torch.is_grad_enabled() or torch.compiler.is_compiling()) and torch.backends.mkldnn.is_available()
-        )
-        if inference and x.device.type == "cpu" and x.dtype == torch.float32:
-            return torch.mkldnn_convolution(x, self.weight, self.bias, self.around, self.stride, (1, 1, 1), 1)
-        return super().forward(x)
+
+def convolve(layer: nn.Conv3d, x: Tensor, around: tuple[int, int, int] = (0, 0, 0)) -> Tensor:
+    """The convolution of a layer, whose own padding is `around`, of an input that it has padded further."""
+    # for small clips on one thread torch would choose im2col in inference, up to 20 times slower
+    inference = not (torch.is_grad_enabled() or torch.compiler.is_compiling()) and torch.backends.mkldnn.is_available()
+    if inference and x.device.type == "cpu" and x.dtype == torch.float32:
+        return torch.mkldnn_convolution(x, layer.weight, layer.bias, around, layer.stride, (1, 1, 1), 1)
+    return nn.Conv3d.forward(layer, x)
 
 
 class Chain(nn.Sequential):

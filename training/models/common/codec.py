@@ -5,7 +5,9 @@ from __future__ import annotations
 import itertools
 import math
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple, Protocol
 
@@ -44,11 +46,15 @@ class Posterior(NamedTuple):
 
 
 class Codec(Protocol):
-    """Video `(B, 3, 1 + f n, H, W)` in [-1, 1] <-> latents `(B, C, 1 + n, H / s, W / s)`, whole or as streams."""
+    """Video `(B, 3, g + f n, H, W)` in [-1, 1] <-> latents `(B, C, 1 + n, H / s, W / s)`, whole or as streams.
+
+    The first latent stands for g frames: for 1 where time is causal, for f where all are alike.
+    """
 
     @property
     def config(self) -> Any:
-        """Has `temporal_stride`, frames in a latent but the first; `spatial_stride`, pixels a side; `latent_channels`."""
+        """Has `temporal_stride`, frames in a latent but the first, `first_frames`, those of the first; `spatial_stride`,
+        pixels a side; `latent_channels`."""
 
     @property
     def dtype(self) -> torch.dtype: ...
@@ -67,7 +73,7 @@ class Codec(Protocol):
 class Pixels(nn.Module):
     """The codec of a prior that generates pixels: videos are their own latents."""
 
-    config = SimpleNamespace(temporal_stride=1, spatial_stride=1, latent_channels=3)
+    config = SimpleNamespace(temporal_stride=1, first_frames=1, spatial_stride=1, latent_channels=3)
     dtype = torch.float32
 
     def encode(self, video: Tensor) -> Posterior:
@@ -83,33 +89,33 @@ class Pixels(nn.Module):
         yield from latents
 
 
-def latent_groups(frames: int, temporal_stride: int = 4) -> int:
-    """Latents of a clip of 1 + 4n frames: 1 + n."""
-    return 1 + (frames - 1) // temporal_stride
+def latent_groups(frames: int, temporal_stride: int = 4, first: int = 1) -> int:
+    """Latents of a clip of 1 + 4n frames, or `first` + 4n: 1 + n."""
+    return 1 + (frames - first) // temporal_stride
 
 
-def frames_of(groups: int, temporal_stride: int = 4) -> int:
-    """Frames of a clip of 1 + n latents: 1 + 4n."""
-    return 1 + (groups - 1) * temporal_stride
+def frames_of(groups: int, temporal_stride: int = 4, first: int = 1) -> int:
+    """Frames of a clip of 1 + n latents: 1 + 4n, or `first` + 4n."""
+    return first + (groups - 1) * temporal_stride
 
 
-def nearest_lengths(frames: int, factor: int) -> tuple[int, int]:
-    """The lengths 1 + factor * n just below and above `frames`; both are `frames` if it is such a length."""
-    low = 1 + max(0, frames - 1) // factor * factor
+def nearest_lengths(frames: int, factor: int, first: int = 1) -> tuple[int, int]:
+    """The lengths first + factor * n just below and above `frames`; both are `frames` if it is such a length."""
+    low = first + max(0, frames - first) // factor * factor
     return low, low if low == frames else low + factor
 
 
-def latents_of(frames: int, factor: int) -> int:
-    """The number of latents of a video of `frames`. ValueError unless that is 1 + factor * n."""
-    low, high = nearest_lengths(frames, factor)
-    if frames < 1 or low != high:
-        raise ValueError(f"frames is {frames}; this model makes 1 + {factor}n frames, such as {low} or {high}")
-    return latent_groups(frames, factor)
+def latents_of(frames: int, factor: int, first: int = 1) -> int:
+    """The number of latents of a video of `frames`. ValueError unless that is first + factor * n."""
+    low, high = nearest_lengths(frames, factor, first)
+    if frames != low:
+        raise ValueError(f"frames is {frames}; this model makes {first} + {factor}n frames, such as {low} or {high}")
+    return latent_groups(frames, factor, first)
 
 
-def frames_of_seconds(seconds: float, fps: float, factor: int) -> int:
-    """The smallest number of frames 1 + factor * n that lasts at least `seconds`."""
-    return nearest_lengths(max(1, math.ceil(seconds * fps - 1e-6)), factor)[1]
+def frames_of_seconds(seconds: float, fps: float, factor: int, first: int = 1) -> int:
+    """The smallest number of frames first + factor * n that lasts at least `seconds`."""
+    return nearest_lengths(max(first, math.ceil(seconds * fps - 1e-6)), factor, first)[1]
 
 
 def load_codec(uri: str) -> Any:
@@ -163,7 +169,7 @@ def reconstruct_video(
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Reconstruct a video of any length: yields pairs of its frames and their reconstruction, both `(t, H, W, 3)` uint8.
 
-    A length that is not 1 + 4n is padded with the last frame; the reconstruction is cut to the video's length.
+    A length that the codec cannot divide is padded with the last frame; the reconstruction is cut to the video's length.
 
     Args:
         frames: `(H, W, 3)` uint8, sides in multiples of the codec's stride.
@@ -175,7 +181,7 @@ def reconstruct_video(
         ValueError: a size that does not divide; a video with fewer frames than `visible`; `visible` with a codec that
             does not predict.
     """
-    factor = codec.config.temporal_stride
+    factor, first = codec.config.temporal_stride, codec.config.first_frames
     if visible is not None and (visible < 1 or (visible - 1) % factor):
         low, high = nearest_lengths(visible, factor)
         raise ValueError(f"visible is {visible}; the model sees 1 + {factor}n frames, such as {low} or {high}")
@@ -203,7 +209,7 @@ def reconstruct_video(
             raise ValueError("the video has no frame")
         if visible is not None and read < visible:
             raise ValueError(f"visible is {visible}, but the video has only {read} frames")
-        if missing := -(read - 1) % factor:
+        if missing := -(read - first) % factor:
             yield to_tensor([last] * missing, device)
 
     def latents() -> Iterator[Tensor]:
@@ -239,6 +245,13 @@ def reconstruct_arrays(codec: Any, video: np.ndarray) -> np.ndarray:
         except ValueError as e:
             raise UserError(f"videos: {e}") from e
     return to_array(reconstruction)
+
+
+def served(folder: str) -> Callable[[np.ndarray], np.ndarray]:
+    """What the autoencoder of a model folder answers to videos (see `Kind.answer`): `reconstruct_arrays`."""
+    from longtake.training.engines import device  # not at hand where models are only loaded
+
+    return partial(reconstruct_arrays, disk.load(Path(folder)).to(device()))
 
 
 def to_tensor(frames: Sequence[np.ndarray], device: torch.device) -> Tensor:

@@ -95,11 +95,20 @@ class PatchGAN(nn.Module):
 
     def forward(self, video: Tensor) -> Tensor:
         """ValueError for frames smaller than one patch."""
+        return self.features(video)[-1]
+
+    def features(self, video: Tensor) -> list[Tensor]:
+        """What each layer makes of a video, at last the logits. ValueError as `forward`."""
         least = 2**self.config.layers
         if min(video.shape[3:]) < least:
             height, width = video.shape[3:]
             raise ValueError(f"video is {height}x{width}; this discriminator needs at least {least}x{least}")
-        return self.steps(video.to(next(self.parameters()).dtype))
+        x, layers = video.to(next(self.parameters()).dtype), list[Tensor]()
+        for step in self.steps:
+            x = step(x)
+            if isinstance(step, nn.LeakyReLU):
+                layers.append(x)
+        return [*layers, x]
 
 
 def discriminator_loss(real: Tensor, fake: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
@@ -52,6 +52,16 @@ def with_served_encoder(facts: Mapping[str, Any]) -> Mapping[str, Any]:
 def prompts_of(uri: str, facts: Mapping[str, Any]) -> Prompts | None:
     """The prompts of the model with this config.json; None for a model without text."""
     return Prompts(uri, facts["text"]["encoder"], facts["config"]["text_length"]) if facts.get("text") else None
+
+
+class States(Protocol):
+    """What makes prompts the states of a `Condition`: those of an encoder, or a model's own words."""
+
+    def check(self, prompts: Sequence[str]) -> None:
+        """Refuse prompts that it cannot encode: UserError."""
+
+    def states(self, prompts: Sequence[str | None], device: torch.device) -> tuple[Tensor, Tensor] | tuple[None, None]:
+        """The states `(B, N, width)` of prompts and their mask `(B, N)`; None for both if all are None."""
 
 
 class Prompts:
@@ -123,7 +133,7 @@ class Prompts:
 
 
 def story_of_requests(
-    requests: Sequence[Request], latent_of: Callable[[float], int], prompts: Prompts | None, device: torch.device
+    requests: Sequence[Request], latent_of: Callable[[float], int], prompts: States | None, device: torch.device
 ) -> Story:
     """What requests ask for as conditions of their batch. Their stories change at the same seconds.
 
@@ -141,16 +151,14 @@ def story_of_requests(
     return list(story.items())
 
 
-def negative_of_requests(
-    requests: Sequence[Request], prompts: Prompts | None, device: torch.device
-) -> Condition | None:
+def negative_of_requests(requests: Sequence[Request], prompts: States | None, device: torch.device) -> Condition | None:
     """The texts that guidance leads away from; None if there is none. Raises as `story_of_requests`."""
     text, mask = _states([request.negative for request in requests], prompts, device)
     return None if text is None else Condition(None, text, mask)
 
 
 def _states(
-    texts: Sequence[str | None], prompts: Prompts | None, device: torch.device
+    texts: Sequence[str | None], prompts: States | None, device: torch.device
 ) -> tuple[Tensor, Tensor] | tuple[None, None]:
     if prompts is not None:
         return prompts.states(texts, device)

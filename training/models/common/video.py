@@ -1,15 +1,18 @@
 """Generated videos as arrays and files: joined chunks, grids and H.264."""
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
+from torch import Tensor
 
-from longtake.datasets import storage
+from longtake.datasets import clip, storage
+from longtake.datasets.loader import to_pixels
 
 _GAP = 2  # pixels between neighbours in a grid
 
@@ -29,6 +32,13 @@ def grid(videos: np.ndarray) -> np.ndarray:
         top, left = n // columns * (height + _GAP), n % columns * (width + _GAP)
         out[:, top : top + height, left : left + width] = video
     return out
+
+
+def write_panels(path: Path, panels: Sequence[Tensor], scale: int = 3) -> None:
+    """Write a video of panels side by side, each (1, 3, T, H, W) in [-1, 1], enlarged without smoothing."""
+    wide = torch.cat(list(panels), dim=4)[0].permute(1, 2, 3, 0)
+    pixels = to_pixels(wide).repeat_interleave(scale, 1).repeat_interleave(scale, 2)
+    clip.write(path, pixels.cpu().numpy(), fps=6)
 
 
 @contextmanager

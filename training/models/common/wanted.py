@@ -1,6 +1,6 @@
 """What the videos that a training generates are to show, so that samples of all its steps can be compared."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import reduce
 from typing import Any
@@ -15,15 +15,17 @@ class Wanted:
 
     classes   names of the model's classes
     clips     held-out clips one by one, the same each time, with `text`, `caption` and perhaps `label`, for a model of texts
+    of        the condition of such a clip
     """
 
     classes: Sequence[str] = ()
     clips: Loader | None = None
+    of: Callable[[Mapping[str, Any]], Condition] = of_batch
 
     def condition(self, numbers: Iterable[int]) -> Condition | None:
         """The conditions of videos; None for a model without any."""
         if self.clips is not None:
-            return reduce(Condition.join, (of_batch(self._clip(number)) for number in numbers))
+            return reduce(Condition.join, (self.of(self._clip(number)) for number in numbers))
         return of_classes(number % len(self.classes) for number in numbers) if self.classes else None
 
     def words(self, number: int) -> dict[str, str | None]:

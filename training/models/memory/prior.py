@@ -17,6 +17,7 @@ from longtake.datasets.errors import UserError
 from longtake.training import registry
 from longtake.training.engines import device
 from longtake.training.models.common import codec as codecs
+from longtake.training.models.common import parts
 from longtake.training.models.common import prompts as texts
 from longtake.training.models.common import story as scenes
 from longtake.training.models.common.codec import Posterior, frames_of, latent_groups, latents_of, nearest_lengths
@@ -29,7 +30,7 @@ from longtake.training.registry import disk
 
 Stage = Literal["generation", "retrieval"]
 _KINDS = {"generation": "finetune_memory_prior", "retrieval": "pretrain_memory"}
-ACCEPTS = frozenset({"class", "start", "storyboard", "history_noise"})
+ACCEPTS = frozenset({"class", "start", "storyboard", *segments.SETTINGS})
 
 
 @dataclass(frozen=True)
@@ -152,8 +153,8 @@ class MemoryPrior:
         )
 
     def forget(self, folder: str) -> None:
-        """See `segments.forget`."""
-        segments.forget(folder)
+        """See `parts.forget`."""
+        parts.forget(folder)
 
 
 def load_prior(uri: str, stage: Stage, vae: str | None = None, dtype: torch.dtype = torch.float32) -> MemoryPrior:

@@ -11,26 +11,22 @@ That is exact, and little beside the many passes that each of them was sampled w
 from __future__ import annotations
 
 import hashlib
-import json
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal, TypeVar
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
-from safetensors import torch as safetensors
 from torch import Tensor
 
-from longtake.datasets import storage
-from longtake.datasets.errors import Failure, UserError
 from longtake.datasets.latents import shrunk
 from longtake.datasets.loader import to_pixels
+from longtake.training.models.common import parts
 from longtake.training.models.common import story as scenes
 from longtake.training.models.common.codec import Codec, Posterior
 from longtake.training.models.common.condition import Condition, check_classes
+from longtake.training.models.common.draws import rng_of
 from longtake.training.models.common.flow import euler, guided, interpolate
 from longtake.training.models.common.story import Story
 from longtake.training.models.common.streaming import Past
@@ -41,8 +37,8 @@ from longtake.training.models.memory.tokens import Memory, cropped, repeated
 
 _Output = TypeVar("_Output")
 
-_SETTINGS = "settings.json"
-_SUFFIX = ".safetensors"
+SETTINGS = ("steps", "guidance", "shift", "history_noise")  # those that have an effect
+_NAME = "latent"  # of the tensor in a kept segment
 _NOISES = ("high", "low", "recent")  # what is noised; the places decide the draws
 
 
@@ -105,15 +101,11 @@ class History:
         if not self.level:
             return latents
         kind = _NOISES.index(name) + 1
-        noise = torch.stack([torch.randn(latents.shape[1:], generator=_rng(seed, time, kind)) for seed in self._seeds])
+        noise = torch.stack(
+            [torch.randn(latents.shape[1:], generator=rng_of(seed, time, kind)) for seed in self._seeds]
+        )
         level = torch.full((len(latents),), self.level, device=latents.device)
         return interpolate(latents, noise.to(latents.device), level)
-
-
-def _rng(*numbers: int) -> torch.Generator:
-    """A random state that depends on all the numbers; on the CPU: the same noise on every device."""
-    state = np.random.SeedSequence(numbers).generate_state(1, np.uint64)
-    return torch.Generator().manual_seed(int(state[0] >> 1))
 
 
 def draw_latents(posterior: Posterior, seeds: Sequence[int], choice: Literal["sample", "mean"]) -> Tensor:
@@ -121,7 +113,7 @@ def draw_latents(posterior: Posterior, seeds: Sequence[int], choice: Literal["sa
     if choice == "mean":
         return posterior.mode().float().expand(len(seeds), -1, -1, -1, -1)
     on_cpu = Posterior(*(moment.float().cpu() for moment in posterior))
-    samples = [on_cpu.sample(_rng(seed, 0, 4)) for seed in seeds]
+    samples = [on_cpu.sample(rng_of(seed, 0, 4)) for seed in seeds]
     return torch.cat(samples).to(posterior.mean.device)
 
 
@@ -156,7 +148,7 @@ class _Job:
             "start": None if self.start is None else _digest(self.start),
             "story": [[begin, condition.record()] for begin, condition in self.story],
             "negative": self.negative and self.negative.record(),
-            "settings": {name: value for name, value in asdict(self.settings).items() if name != "overlap"},
+            "settings": {name: asdict(self.settings)[name] for name in SETTINGS},
             "tile": self.tile,
         }
 
@@ -229,21 +221,22 @@ def _chunks(job: _Job) -> Iterator[np.ndarray]:
         return np.concatenate(frames, axis=1)
 
     if job.folder:
-        _open_folder(job.folder, job.record())
+        parts.open_folder(job.folder, job.record())
     if job.start is not None:
         start = job.start.to(device).expand(len(seeds), -1, -1, -1, -1)
         for chunk in start.split(shape[0], dim=2):
             append(chunk)
     for number, begin in enumerate(range(0, job.latents, shape[0])):
-        url = storage.join(job.folder, f"{number:05d}{_SUFFIX}") if job.folder else ""
-        segment = _load_segment(url, (len(seeds), model.config.channels, *shape))
+        url = parts.url_of(job.folder, number)
+        segment = parts.load(url, _NAME)
         if segment is None:
             segment = _sample(job, history, number).cpu()
-            if url:
-                storage.write(url, safetensors.save({"latent": segment}))
-        elif job.each_step:
-            for _ in range(job.settings.steps):
-                job.each_step()
+            parts.save(url, _NAME, segment)
+        else:
+            parts.check_shape(url, segment, (len(seeds), model.config.channels, *shape))
+            if job.each_step:
+                for _ in range(job.settings.steps):
+                    job.each_step()
         yield append(segment[:, :, : job.latents - begin].to(device))
 
 
@@ -254,7 +247,7 @@ def _sample(job: _Job, history: History, number: int) -> Tensor:
     recent = 0 if clean is None else clean.shape[2]
     times = torch.arange(history.latents - recent, history.latents + shape[0], device=device)
     # by segment: each can be sampled without the draws of those before
-    noise = torch.stack([torch.randn(model.config.channels, *shape, generator=_rng(seed, number)) for seed in seeds])
+    noise = torch.stack([torch.randn(model.config.channels, *shape, generator=rng_of(seed, number)) for seed in seeds])
     first = (times == 0)[None]
 
     def velocity(x: Tensor, t: Tensor, part: Condition | None) -> Tensor:
@@ -287,57 +280,6 @@ def _kept_open(stream_of: Callable[[Iterator[Tensor]], Iterator[_Output]]) -> Ca
         return next(outputs)
 
     return push
-
-
-def _open_folder(folder: str, record: Mapping[str, Any]) -> None:
-    """Write down what decides the segments of a folder. Raises UserError where it has segments of something else."""
-    url = storage.join(folder, _SETTINGS)
-    try:
-        content = storage.read(url)
-    except FileNotFoundError:
-        storage.write(url, storage.canonical_json(record))
-        return
-    if content != storage.canonical_json(record):
-        try:
-            previous = json.loads(content)
-            now = json.loads(storage.canonical_json(record))
-            other = [name for name in now | previous if previous.get(name) != now.get(name)]
-        except (ValueError, TypeError, AttributeError):
-            other = ["damaged settings"]
-        if other:
-            raise UserError(
-                f"{folder}: has segments of a run that was stopped, with other {', '.join(other)};"
-                " delete it, or give the same command again to go on with that run"
-            )
-
-
-def forget(folder: str) -> None:
-    """Remove the segments that `generate` has kept in subfolders of this folder, and each folder that is then empty."""
-    fs, path = storage.filesystem(folder)
-    for name in storage.names(folder):
-        inner = storage.join(folder, name)
-        for file in storage.names(inner):
-            if file == _SETTINGS or file.endswith(_SUFFIX):
-                fs.rm_file(f"{path}/{name}/{file}")
-        with suppress(OSError):
-            fs.rmdir(f"{path}/{name}")
-    with suppress(OSError):
-        fs.rmdir(path)
-
-
-def _load_segment(url: str, shape: tuple[int, ...]) -> Tensor | None:
-    """The latents of a finished segment; None where there is none. Raises Failure where they are damaged."""
-    if not url:
-        return None
-    try:
-        latent = safetensors.load(storage.read(url))["latent"]
-    except FileNotFoundError:
-        return None
-    except (SafetensorError, KeyError) as e:
-        raise Failure(f"{url}: damaged ({e}); delete it and give the same command again") from e
-    if latent.shape != shape:
-        raise Failure(f"{url}: has shape {tuple(latent.shape)}, not {shape}; delete it and give the same command again")
-    return latent
 
 
 def _digest(latent: Tensor) -> str:

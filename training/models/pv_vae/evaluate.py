@@ -11,8 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from longtake.datasets import clip
-from longtake.datasets.loader import Loader, to_model, to_pixels
+from longtake.datasets.loader import Loader, to_model
 from longtake.training.metrics import look, probes
 from longtake.training.metrics.distance import Sample, heldout_distance
 from longtake.training.metrics.features import FeatureNetwork
@@ -21,6 +20,7 @@ from longtake.training.metrics.reconstruction import psnr, ssim
 from longtake.training.metrics.share import batches, mine, place, united
 from longtake.training.metrics.trivial import Against, comparisons, mean_colour, scaled_down
 from longtake.training.models.common.codec import frames_of, latent_groups, reconstruct_video
+from longtake.training.models.common.video import write_panels
 from longtake.training.models.pv_vae.model import PVVAE
 
 Frames = Callable[
@@ -96,7 +96,7 @@ def evaluate(
             masked = video.clone()
             masked[:, :, visible:] = 0
             row["file"] = f"{row['key']}.mp4"
-            _write_panels(folder / row["file"], [video, masked, half, full])
+            write_panels(folder / row["file"], [video, masked, half, full])
         rows[number] = row
 
     # figures over all ranks
@@ -226,10 +226,3 @@ def _latents(model: PVVAE, loader: Loader, count: int) -> Iterator[tuple[Tensor,
     for _, batch in batches(loader, count, "probe"):
         video = to_model(batch["video"].to(next(model.parameters()).device))
         yield model.encode(video).mode().float(), video
-
-
-def _write_panels(path: Path, panels: list[Tensor], scale: int = 3) -> None:
-    """Write a video of panels side by side, each (1, 3, T, H, W) in [-1, 1], enlarged without smoothing."""
-    wide = torch.cat(panels, dim=4)[0].permute(1, 2, 3, 0)
-    pixels = to_pixels(wide).repeat_interleave(scale, 1).repeat_interleave(scale, 2)
-    clip.write(path, pixels.cpu().numpy(), fps=6)

@@ -99,6 +99,11 @@ class PVVAEConfig(BaseModel):
         """Frames of one latent group after the first (4 in the paper)."""
         return 2**self.temporal_downs
 
+    @property
+    def first_frames(self) -> int:
+        """Frames of the first latent group."""
+        return 1
+
 
 def config_from_preset(preset: str, **overrides: Any) -> PVVAEConfig:
     """The preset's config with some fields replaced. ValueError for an unknown preset or field."""

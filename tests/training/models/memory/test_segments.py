@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from longtake.datasets.errors import Failure, UserError
 from longtake.datasets.latents import shrunk
 from longtake.datasets.loader import to_pixels
+from longtake.training.models.common import parts
 from longtake.training.models.common.condition import of_classes
 from longtake.training.models.generator import Settings
 from longtake.training.models.memory import segments
@@ -345,10 +346,10 @@ def test_what_was_kept_is_forgotten_and_nothing_else(model: MemoryDiT, vae: PVVA
     for number in range(2):
         made(model, vae, 3, folder=str(tmp_path / "x.part" / str(number)))
     (tmp_path / "x.part" / "1" / "mine.txt").write_text("x")
-    segments.forget(str(tmp_path / "x.part"))
+    parts.forget(str(tmp_path / "x.part"))
     assert [str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*") if p.is_file()] == ["x.part/1/mine.txt"]
     (tmp_path / "x.part" / "1" / "mine.txt").unlink()
-    segments.forget(str(tmp_path / "x.part"))
+    parts.forget(str(tmp_path / "x.part"))
     assert not list(tmp_path.iterdir())
 
 

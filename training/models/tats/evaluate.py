@@ -1,0 +1,143 @@
+"""How well a TATS has learned the tokens of videos: its loss on held-out windows, and generated videos to look at."""
+
+import json
+import math
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from longtake.training.metrics.share import mine, place, united
+from longtake.training.metrics.trivial import Against, comparisons
+from longtake.training.models.common.condition import Condition
+from longtake.training.models.common.video import video_file
+from longtake.training.models.common.wanted import Wanted
+from longtake.training.models.tats.gpt import TATS
+from longtake.training.models.tats.rollout import Rollout
+from longtake.training.models.tats.sample import videos_of
+
+SUMMARY = "generated.json"
+
+_LONGER = 4  # windows in the longer video
+_AGAINST = (
+    Against("held-out loss", "heldout_loss", "how often each code occurs", "heldout_loss_codes", "nats", False),
+    Against("share of tokens foretold", "accuracy", "the token before it in time", "accuracy_copy", ""),
+)
+
+
+def sound_of(batch: Mapping[str, Any]) -> Tensor | None:
+    """The tokens of a batch's sound, `(B, t, n)`, if it has them."""
+    audio: Tensor | None = batch.get("audio_tokens")
+    return None if audio is None else audio.flatten(2)
+
+
+@torch.no_grad()
+def heldout_loss(model: TATS, batch: Mapping[str, Any], condition: Condition | None) -> tuple[Tensor, Tensor]:
+    """The loss in nats of each predicted token of held-out windows, and whether it is the likeliest: `(B, frames, h w)`."""
+    config = model.config
+    sequence = config.sequence(batch["tokens"].to(model.places.device))
+    logits = model(sequence[:, :-1], condition, sound_of(batch), last=config.predicted).float()
+    targets = sequence[:, -config.predicted :]
+    losses = F.cross_entropy(logits.movedim(-1, 1), targets, reduction="none")
+    right = logits.argmax(-1) == targets
+    return losses.unflatten(1, (-1, config.cells)), right.unflatten(1, (-1, config.cells))
+
+
+def copied(model: TATS, tokens: Tensor) -> Tensor:
+    """Whether each predicted token is that of its cell in the latest frame before it that is given or made: as `heldout_loss`."""
+    order, given = model.config.order, model.config.given
+    right = []
+    for place_, frame in enumerate(order[given:], given):
+        before = max((other for other in order[:place_] if other < frame), default=None)
+        same = torch.zeros_like(tokens[:, 0]) if before is None else tokens[:, before] == tokens[:, frame]
+        right.append(same.flatten(1).bool())
+    return torch.stack(right, 1)
+
+
+@torch.no_grad()
+def evaluate(
+    model: TATS,
+    vqgan: Any,
+    windows: Iterable[tuple[int, Mapping[str, Any], Condition | None]],
+    folder: Path,
+    *,
+    entropy: float,
+    rollout: Callable[[list[int], Condition | None], Rollout] | None,
+    wanted: Wanted,
+    videos: int,
+    seed: int,
+    fps: float,
+) -> dict[str, Any]:
+    """Measure held-out windows and generate videos: NAME.mp4 in `folder`, all figures in `generated.json`.
+
+    `heldout_loss` is in nats a token, `heldout_perplexity` its exponential; beside them the loss of knowing only how often
+    each code occurs. `accuracy` is the share of tokens that are the likeliest, in
+    frames that have one before them, and `accuracy_copy` that of repeating it. Every rank of the process group calls it, with
+    its share of the windows.
+
+    Args:
+        windows: number, batch of one, condition.
+        entropy: bits a token, of how often each code occurs.
+        rollout: of seeds and their condition; None for a model that makes no whole videos.
+        videos: how many to generate; one more is `_LONGER` windows long.
+    """
+    config, rows = model.config, dict[int, dict[str, list[float]]]()
+    for number, batch, condition in windows:
+        losses, right = heldout_loss(model, batch, condition)
+        tokens = batch["tokens"].cpu()
+        rows[number] = {
+            "loss": losses[0].mean(1).tolist(),
+            "right": right[0].float().mean(1).tolist(),
+            "copied": copied(model, tokens)[0].float().mean(1).tolist(),
+        }
+    table = {name: np.array([row[name] for row in united(rows).values()]) for name in ("loss", "right", "copied")}
+    later = 0 if config.given else 1  # the first frame has none before it
+    loss, frames = float(table["loss"].mean()), config.order[config.given :]
+    summary: dict[str, Any] = {
+        "heldout_loss": loss,
+        "heldout_perplexity": math.exp(min(loss, 50.0)),
+        "heldout_loss_codes": entropy * math.log(2),
+        "accuracy": _mean(table["right"][:, later:]),
+        "accuracy_copy": _mean(table["copied"][:, later:]),
+        "clips": len(table["loss"]),
+        "split": "val",
+        "seed": seed,
+        "series": {"heldout_loss": [list(row) for row in zip(frames, table["loss"].mean(0).tolist(), strict=True)]},
+    }
+    summary["against"] = comparisons(_AGAINST, summary)
+    entries = _videos(rollout, vqgan, folder, wanted, videos, seed, fps) if rollout else []
+    if place()[0] == 0:
+        (folder / SUMMARY).write_text(json.dumps({"summary": summary, "videos": entries}, indent=2))
+    return summary
+
+
+def _mean(values: np.ndarray) -> float | None:
+    return float(values.mean()) if values.size else None
+
+
+def _videos(
+    rollout: Callable[[list[int], Condition | None], Rollout],
+    vqgan: Any,
+    folder: Path,
+    wanted: Wanted,
+    videos: int,
+    seed: int,
+    fps: float,
+) -> list[dict[str, Any]]:
+    """Generate videos, each rank its share, and a longer one; their entries for `generated.json`."""
+    made = dict[int, dict[str, Any]]()
+    for number in mine(videos + 1, "generate", "video"):
+        longer = number == videos
+        shown, name = (0, "longer") if longer else (number, f"seed-{seed + number}")
+        plan = rollout([seed + shown], wanted.condition([shown]))
+        latents = plan.window * (_LONGER if longer else 1)
+        with video_file(folder / f"{name}.mp4", fps) as write:
+            for chunk in videos_of(plan, vqgan, latents):
+                write(chunk[0])
+        frames = latents * vqgan.config.temporal_stride
+        made[number] = {"file": f"{name}.mp4", "seed": seed + shown, "frames": frames} | wanted.words(shown)
+    return list(united(made).values())

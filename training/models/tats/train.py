@@ -1,0 +1,352 @@
+"""`pretrain_tats`: the transformers of TATS (arXiv 2204.03638) on a dataset's tokens. No video is read but to be shown."""
+
+import json
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from pydantic import ValidationError
+from torch import Tensor
+
+from longtake.datasets import storage
+from longtake.datasets.captions import Captions
+from longtake.datasets.errors import UserError
+from longtake.datasets.loader import Loader
+from longtake.datasets.text import Text
+from longtake.datasets.tokens import Tokens
+from longtake.training import data, registry, stage
+from longtake.training.data import HELDOUT, on_device
+from longtake.training.engines import device
+from longtake.training.metrics.share import batches
+from longtake.training.models.common.condition import Condition, of_batch
+from longtake.training.models.common.text import fields_of, set_empty
+from longtake.training.models.common.video import grid
+from longtake.training.models.common.wanted import Wanted
+from longtake.training.models.tats.config import Config, check
+from longtake.training.models.tats.evaluate import SUMMARY, sound_of
+from longtake.training.models.tats.evaluate import evaluate as measure
+from longtake.training.models.tats.gpt import TATS
+from longtake.training.models.tats.gpt_config import TATSConfig
+from longtake.training.models.tats.rollout import Rollout, check_learned
+from longtake.training.models.tats.sample import SETTINGS, videos_of
+from longtake.training.models.tats.words import Words, learned_from
+from longtake.training.objective import Batch, Engines, Objective, Terms, Turn
+
+__all__ = ["SUMMARY", "Config", "check"]  # the stage's parts from other files
+
+VERSION = 1
+PRODUCES = "model"
+MODEL = "tats"
+
+_WORDS = "words.json"  # in the folder of checkpoints
+_SAMPLED = 4  # videos in a sample during training
+
+
+class Setup(NamedTuple):
+    """All that the stage works with.
+
+    anchors  the model that makes anchors, for mode interpolate
+    note     what the model has from its base; "" without one
+    """
+
+    inputs: Mapping[str, str]
+    record: Tokens
+    sound: Tokens | None
+    captions: Captions | None
+    text: Text | None
+    vqgan: Any
+    anchors: TATS | None
+    classes: Sequence[str]
+    words: Words | None
+    fps: float
+    model: TATS
+    note: str
+
+    def condition(self, batch: Mapping[str, Any]) -> Condition:
+        """What the windows of a batch show, as they say themselves."""
+        condition = of_batch(batch)
+        if self.words is None:
+            return condition
+        text, mask = self.words.encoded(batch["caption"])
+        return replace(condition, text=text, mask=mask)
+
+    def wanted(self, config: Config) -> Wanted:
+        """What generated videos are to show."""
+        if self.words is None and self.text is None:
+            return Wanted(self.classes)
+        options = _options(config, self.record, None, self.captions, self.text)
+        if self.text:
+            options["columns"]["caption"] = self.text.captions
+        return Wanted(self.classes, data.loader(config, self.inputs, "val", **options, **HELDOUT), self.condition)
+
+    def rollout(self, config: Config, model: TATS, seeds: Sequence[int], condition: Condition | None) -> Rollout:
+        """The videos of seeds, by this model or, for mode interpolate, its anchors and this model."""
+        settings = config.settings()
+        if condition is None or not condition.asks:
+            settings = replace(settings, guidance=1.0)
+        return Rollout(model, seeds, settings, self.anchors, story=[(0, condition)] if condition else [])
+
+
+def prepare(config: Config, inputs: Mapping[str, str], folder: Path) -> Setup:
+    """Data, checked, and the model before its first step.
+
+    Raises:
+        UserError: tokens, captions or texts are of another dataset, or of an older state of it; a base or anchors do not fit.
+        Failure: damaged files.
+    """
+    record, text, captions = data.tokens_of(inputs), data.text_of(inputs), data.captions_of(inputs)
+    sound = data.tokens_of(inputs, "audio_tokens") if "audio_tokens" in inputs else None
+    if sound and sound.shape[0] != record.shape[0]:
+        raise UserError(
+            f"audio_tokens: have {sound.shape[0]} latent frames in a window, tokens {record.shape[0]}; encode both alike"
+        )
+    fps = data.frame_rate(inputs["dataset"], (record.frames - 1) * record.stride + 1) / record.stride
+    options = _options(config, record, sound, captions, text)
+    classes = data.loader(config, inputs, "train", batch=1, **options).classes
+    parents: dict[str, Any] = {
+        field: registry.load_with_facts(inputs[field]) for field in ("base", "anchors") if field in inputs
+    }
+    for field, (model, facts) in parents.items():
+        _check_parent(field, inputs[field], model, facts, record, classes)
+    known = [facts for _, facts in parents.values()]
+    words = _words(config, inputs, folder, captions, known[0] if known else None)
+    from_data = {
+        "codes": record.codes,
+        "shape": record.shape,
+        "mode": config.mode,
+        "every": config.every,
+        "classes": len(classes),
+        "words": words.size if words else 0,
+        "audio_codes": sound.codes if sound else 0,
+        "audio_tokens": int(np.prod(sound.shape[1:])) if sound else 0,
+        **fields_of(text),
+    }
+    try:
+        if "base" in parents:
+            model, note = _continued(config, inputs["base"], parents["base"][0], from_data)
+        else:
+            model, note = TATS(config.tats(from_data)), ""
+    except ValidationError as e:
+        raise UserError(f"model: {e.errors()[0]['msg'].removeprefix('Value error, ')}") from e
+    anchors = parents["anchors"][0] if "anchors" in parents else None
+    if anchors:
+        _check_anchors(inputs["anchors"], anchors.config, model.config)
+        anchors = anchors.eval().requires_grad_(False).to(device())
+    set_empty(model.text_in, text)
+    vqgan = data.vqgan_of(record, inputs["vqgan"])
+    return Setup(inputs, record, sound, captions, text, vqgan, anchors, classes, words, fps, model.to(device()), note)
+
+
+def _words(
+    config: Config, inputs: Mapping[str, str], folder: Path, captions: Captions | None, parent: Mapping[str, Any] | None
+) -> Words | None:
+    """The words of the captions: those of a base or of anchors, or learned once, by the first rank, and kept."""
+    if captions is None:
+        return None
+    length = (config.model or {}).get("word_length", TATSConfig.model_fields["word_length"].default)
+    if parent is not None:
+        if not parent.get("words"):
+            raise UserError("captions: the base or the anchors have learned no words; leave them out, or name others")
+        return Words.of(parent["words"], parent["config"]["word_length"])
+    path, distributed = folder / _WORDS, torch.distributed.is_initialized()
+    if not path.exists() and (not distributed or torch.distributed.get_rank() == 0):
+        words = Words.learned(learned_from(inputs, captions), config.vocabulary, length)
+        storage.write(str(path), storage.canonical_json(words.record()))
+    if distributed:
+        torch.distributed.barrier()
+    return Words.of(json.loads(path.read_bytes()), length)
+
+
+def _check_parent(
+    field: str, uri: str, model: Any, facts: Mapping[str, Any], record: Tokens, classes: Sequence[str]
+) -> None:
+    """UserError where a base or the anchors' model is no TATS, or has learned other tokens or classes."""
+    if not isinstance(model, TATS):
+        raise UserError(f"{field}: {uri} is a {type(model).__name__}, not a TATS; name a `pretrain_tats` model")
+    if facts["vqgan"]["encoder"] != record.model["digest"]:
+        raise UserError(
+            f"{field}: {uri} has learned tokens of another VQGAN, {facts['vqgan']['uri']}; encode by that one"
+        )
+    if list(facts["classes"]) != list(classes):
+        raise UserError(
+            f"{field}: {uri} has learned {len(facts['classes'])} classes, these are {len(classes)} or have other names;"
+            " train both on the same"
+        )
+
+
+def _check_anchors(uri: str, theirs: TATSConfig, ours: TATSConfig) -> None:
+    """UserError where a model does not make the anchors that this one fills what is between."""
+    if theirs.mode != "anchors":
+        raise UserError(f"anchors: {uri} is of mode {theirs.mode}; name one of mode anchors")
+    for name in ("every", "codes", "words", "word_length", "text_width", "audio_codes", "audio_tokens"):
+        if getattr(theirs, name) != getattr(ours, name):
+            raise UserError(
+                f"anchors: {uri} has {name} {getattr(theirs, name)}, this training {getattr(ours, name)}; give both the same"
+            )
+    if theirs.shape[1:] != ours.shape[1:]:
+        raise UserError(
+            f"anchors: {uri} has latent frames of {theirs.shape[1]}x{theirs.shape[2]}, these are"
+            f" {ours.shape[1]}x{ours.shape[2]}; encode both at one size"
+        )
+
+
+def _continued(config: Config, uri: str, base: TATS, from_data: Mapping[str, Any]) -> tuple[TATS, str]:
+    """The model before its first step with the weights of its base, and a line about it."""
+    model = TATS(TATSConfig(**base.config.model_dump() | (config.model or {}) | dict(from_data)))
+    weights, ours = base.state_dict(), model.state_dict()
+    for name in ours.keys() | weights.keys():
+        has, needs = (list(each[name].shape) if name in each else "not" for each in (weights, ours))
+        if has != needs:
+            raise UserError(f"base: {uri} does not fit these settings: {name} is {has} there, {needs} here")
+    model.load_state_dict(weights)
+    return model, f"base: {uri}: {len(weights)} tensors are taken"
+
+
+def _options(
+    config: Config, record: Tokens, sound: Tokens | None, captions: Captions | None, text: Text | None
+) -> dict[str, Any]:
+    """The options of a loader of the windows and their conditions."""
+    options = data.token_windows(record)
+    columns = options["columns"] | ({"label": "label"} if config.classes else {})
+    columns |= {"audio_tokens": sound.column} if sound else {}
+    columns |= {"caption": captions.column} if captions else {}
+    columns |= {"text": text.column} if text else {}
+    return options | {"columns": columns}
+
+
+def loader_of(config: Config, setup: Setup, split: str, **options: Any) -> Loader:
+    """Windows of tokens with what they are conditioned on."""
+    windows = _options(config, setup.record, setup.sound, setup.captions, setup.text)
+    return data.loader(config, setup.inputs, split, **windows | options)
+
+
+def loader(config: Config, setup: Setup, rank: int, world: int) -> Loader:
+    """This rank's share of the training windows."""
+    return loader_of(config, setup, "train", **data.share_of(config, rank, world))
+
+
+def objective(config: Config, setup: Setup) -> Objective:
+    """The loss of the tokens, with videos of the first classes or captions as samples.
+
+    Raises:
+        UserError: no clip is held out; sampling that the model cannot do.
+    """
+    heldout = loader_of(config, setup, "val", **HELDOUT)
+    if not heldout.samples:
+        raise UserError("dataset: its val split has no clip for the evaluation; raise val_fraction")
+    model, wanted = setup.model, setup.wanted(config)
+    try:
+        check_learned(model.config, config.guidance)
+        if _whole(setup):
+            setup.rollout(config, model, [0], None).check()
+    except ValueError as e:
+        raise UserError(str(e)) from e
+    return Objective(
+        {"model": model},
+        partial(_loss, setup),
+        sample=partial(_sample, config, setup, wanted) if _whole(setup) else None,
+        prompts=wanted.prompts(_SAMPLED),
+        fps=max(1, round(setup.fps)),
+        tokens=lambda batch: (
+            len(batch["key"]) * (model.config.conditions + len(model.config.order) * model.config.cells)
+        ),
+        blocks=list(model.blocks()),
+        heldout=heldout,
+    )
+
+
+def _whole(setup: Setup) -> bool:
+    """Whether the model makes whole videos, by itself or with that of its anchors."""
+    return setup.model.config.mode != "anchors"
+
+
+def _loss(setup: Setup, turn: Turn) -> tuple[Tensor, Terms]:
+    """Cross-entropy of the predicted tokens, none of which is given: for mode interpolate, of those between the anchors."""
+    config = setup.model.config
+    sequence = config.sequence(turn.batch["tokens"])
+    logits = turn.engines[turn.name](
+        sequence[:, :-1], setup.condition(turn.batch), sound_of(turn.batch), turn.rng, last=config.predicted
+    )
+    loss = F.cross_entropy(logits.float().flatten(0, 1), sequence[:, -config.predicted :].flatten())
+    return loss, {"loss": loss.detach()}
+
+
+def _sample(
+    config: Config, setup: Setup, wanted: Wanted, engines: Engines, rng: torch.Generator
+) -> dict[str, np.ndarray[Any, Any]]:
+    """A grid of videos, always of the same seeds and conditions."""
+    seeds = [config.seed + n for n in range(_SAMPLED)]
+    plan = setup.rollout(config, engines["model"].module, seeds, wanted.condition(range(_SAMPLED)))
+    return {"generated": np.concatenate([grid(chunk) for chunk in videos_of(plan, setup.vqgan, plan.window)])}
+
+
+def announce(config: Config, setup: Setup, loader: Loader) -> tuple[list[str], dict[str, float]]:
+    """The note about the base, and the size of the vocabulary."""
+    words = [f"captions: {setup.words.size} tokens in the vocabulary of words"] if setup.words else []
+    return [*([setup.note] if setup.note else []), *words], {}
+
+
+def facts(config: Config, setup: Setup, lineage: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of config.json: VQGAN, tokens, anchors, conditions, window and sampling."""
+    origins, record = lineage["inputs"], setup.record
+    window = {"frames": record.frames, "stride": record.stride, "size": list(record.size), "fps": setup.fps}
+    return {
+        "vqgan": origins["vqgan"] | {"encoder": record.model["digest"]},
+        "tokens": origins["tokens"],
+        "audio_tokens": origins.get("audio_tokens"),
+        "anchors": origins.get("anchors"),
+        "text": data.text_facts(setup.text, origins.get("text")),
+        "words": setup.words and setup.words.record(),
+        "classes": list(setup.classes),
+        "window": window,
+        "sampling": {name: value for name, value in asdict(config.settings()).items() if name in SETTINGS},
+    }
+
+
+def counts(config: Config, setup: Setup) -> dict[str, float]:
+    """Clips of the train split: used, too short, without tokens."""
+    clips = loader_of(config, setup, "train", batch=1)
+    return {
+        "train_clips": float(clips.samples),
+        "train_clips_too_short": float(clips.samples_short),
+        "train_clips_without_tokens": float(clips.samples_without_latent),
+        **data.text_counts(setup.inputs, setup.text),
+    }
+
+
+def run(config: Config, inputs: Mapping[str, str], output: str) -> dict[str, Any]:
+    """See `stage.run`."""
+    return stage.run(sys.modules[__name__], config, inputs, output)
+
+
+def work(config: Config, inputs: Mapping[str, str], folder: Path) -> None:
+    """See `stage.work`."""
+    stage.work(sys.modules[__name__], config, inputs, folder)
+
+
+def evaluate(config: Config, setup: Setup, folder: Path) -> dict[str, Any]:
+    """Measure what has been trained, each rank its share."""
+    return measure(
+        setup.model,
+        setup.vqgan,
+        _windows(config, setup),
+        folder,
+        entropy=setup.record.entropy,
+        rollout=partial(setup.rollout, config, setup.model) if _whole(setup) else None,
+        wanted=setup.wanted(config),
+        videos=config.eval_videos,
+        seed=config.seed,
+        fps=setup.fps,
+    )
+
+
+def _windows(config: Config, setup: Setup) -> Iterator[tuple[int, Batch, Condition]]:
+    heldout = loader_of(config, setup, "val", **HELDOUT)
+    for number, batch in batches(heldout, min(config.eval_clips, heldout.samples), "evaluate"):
+        yield number, on_device(batch), setup.condition(batch)
