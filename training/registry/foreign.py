@@ -33,7 +33,7 @@ FOREIGN = {
         "text encoder",
         "name it as the `encoder` of a `cache_text` stage",
         re.compile(r"(text_encoder|tokenizer)/\w[\w.-]*\.(safetensors|json)"),
-        "longtake.training.text.folder",
+        "longtake.training.text.candidate",
     )
 }
 
