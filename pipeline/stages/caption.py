@@ -5,7 +5,9 @@ say nothing, in actors of a Ray pool, and never twice about one: an answer is ke
 when the annotations of another clip change. The name of the column depends on all that decides its texts.
 """
 
+import json
 import os
+import re
 from collections import Counter
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -16,7 +18,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
 import numpy as np
-from pydantic import Field, PositiveInt, field_validator, model_validator
+from pydantic import ConfigDict, Field, PositiveInt, field_validator, model_validator
 
 from longtake.datasets import captions as records
 from longtake.datasets import compact, index, later, schema, storage
@@ -33,6 +35,8 @@ VERSION = 1
 PRODUCES = "captions"
 
 _DECIDES = {"prompt", "frames", "side", "max_characters", "answer_tokens", "settings"}  # what any captioner says
+_VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+_OURS = {"model", "messages", "response_format"}  # fields of a request that are the stage's own
 
 
 class CaptionConfig(WorkerConfig):
@@ -81,6 +85,8 @@ class Config(StageConfig):
     run              the workers and requests
     """
 
+    model_config = ConfigDict(hide_input_in_errors=True)  # a key may stand where it should not
+
     kind: Literal["caption"]
     dataset: DatasetInput
     view: ViewInput | None = None
@@ -102,6 +108,25 @@ class Config(StageConfig):
         if unknown := reply.unknown_fields(prompt):
             raise ValueError(f"unknown {{{unknown[0]}}}; there are {', '.join(f'{{{name}}}' for name in reply.FIELDS)}")
         return prompt
+
+    @field_validator("key_env", mode="before")
+    @classmethod
+    def _is_a_name(cls, name: Any) -> Any:
+        if name is not None and not (isinstance(name, str) and _VARIABLE.fullmatch(name)):
+            raise ValueError("is no name of an environment variable; export the key in one, and write its name here")
+        return name
+
+    @field_validator("settings")
+    @classmethod
+    def _fit_a_request(cls, settings: dict[str, Any]) -> dict[str, Any]:
+        for name, value in settings.items():
+            if name in _OURS:
+                raise ValueError(f"{name}: is the stage's own; leave it out")
+            try:
+                json.dumps(value, ensure_ascii=False, allow_nan=False).encode()
+            except (ValueError, TypeError, RecursionError) as e:
+                raise ValueError(f"{name}: has a value that is no JSON; write a text or a finite number") from e
+        return settings
 
     @model_validator(mode="after")
     def _fits(self) -> "Config":

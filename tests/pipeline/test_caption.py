@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from longtake.datasets.errors import Failure, UserError
 from longtake.datasets.loader import Loader
 from longtake.datasets.stage import content, names
 from longtake.datasets.verify import verify
+from longtake.infra import recipe
 from longtake.infra.cli.dataset import dataset as commands
 from longtake.infra.footage import write_video
 from longtake.pipeline import captions
@@ -667,11 +669,29 @@ def test_the_columns_name_depends_on_what_decides_the_texts(tmp_path: Path, serv
         ({"key_env": "K", "model": "m"}, "key_env and send: clip are for an endpoint"),
         ({"prompt": "a {dog}"}, r"unknown \{dog\}; there are \{frames\}, \{seconds\}, \{label\}"),
         ({"patience_seconds": 4000}, "run.stall_seconds 3600 must be more"),
+        *(
+            (
+                {"key_env": key, "endpoint": "http://x/v1", "model": "m"},
+                "key_env\n.* is no name of an environment variable",
+            )
+            for key in ("sk-Secret", "", "1SecretA", "Secret\n", ["Secret"])
+        ),
+        *(
+            ({"settings": {"seed": 1, "Wrong": value}}, "settings\n.*Wrong: has a value that is no JSON; write a text")
+            for value in (float("nan"), [float("inf")], {"on": date(2020, 1, 1)}, b"Secret", "\ud800", {1, 2})
+        ),
+        *(
+            ({"settings": {name: "Secret"}}, f"settings\n.*{name}: is the stage's own; leave it out")
+            for name in ("model", "messages", "response_format")
+        ),
     ],
 )
 def test_settings_that_do_not_fit_are_refused(settings: dict[str, Any], says: str) -> None:
-    with pytest.raises(ValueError, match=says):
+    with pytest.raises(ValueError, match=says) as caught:
         config(**settings)
+    assert "Secret" not in str(caught.value)
+    line = recipe.first_line(caught.value, "stages.said", caption.Config)  # type: ignore[arg-type]
+    assert "Secret" not in line and "\n" not in line
 
 
 def test_what_is_not_there_is_said_before_any_work(
