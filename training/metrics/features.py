@@ -37,7 +37,7 @@ PIXELS: dict[str, tuple[tuple[float, ...], tuple[float, ...]]] = {
     "unit": ((-1.0,) * 3, (2.0,) * 3),
     "bytes": ((-1.0,) * 3, (1 / 127.5,) * 3),
 }
-_VIDEO_ARGUMENTS = {"rescale", "resize", "return_features"}
+VIDEO_ARGUMENTS = {"rescale", "resize", "return_features"}
 _REACHES_OUT = re.compile(r"\b(?:save|from_file|rpc_\w+)\s*\(|(?<![\w.])ops\.(?!prim\.|aten\.|quantized\.)\w+")
 
 
@@ -97,12 +97,12 @@ def load_network(
         raise UserError(f"pixels: {pixels!r} is none of {', '.join(PIXELS)}")
     if not is_torchscript(data):
         name, backbone = from_state_dict(load_state_dict(data, path), path)
-        return FeatureNetwork(name, sha, pixels, resize, images=_frozen(backbone, device))
-    module = _load_torchscript(data, path, device)
+        return FeatureNetwork(name, sha, pixels, resize, images=frozen(backbone, device))
+    module = load_torchscript(data, path, device)
     name = PurePosixPath(path).stem
-    if {argument.name for argument in module.forward.schema.arguments} >= _VIDEO_ARGUMENTS:
-        return FeatureNetwork(name, sha, "bytes", resize, videos=_as_videos(_frozen(module, device), resize, path))
-    return FeatureNetwork(name, sha, pixels, resize, images=_as_maps(_frozen(module, device), path))
+    if {argument.name for argument in module.forward.schema.arguments} >= VIDEO_ARGUMENTS:
+        return FeatureNetwork(name, sha, "bytes", resize, videos=_as_videos(frozen(module, device), resize, path))
+    return FeatureNetwork(name, sha, pixels, resize, images=_as_maps(frozen(module, device), path))
 
 
 def feature_maps(network: FeatureNetwork, frames: Tensor) -> list[Tensor]:
@@ -122,6 +122,11 @@ def feature_maps(network: FeatureNetwork, frames: Tensor) -> list[Tensor]:
         return network.images((x - shift) / scale)
 
 
+def levels_of(video: Tensor) -> Tensor:
+    """Pixels in [-1, 1] as whole numbers 0..255, fp32, as a file would have them."""
+    return ((video.float() + 1) * 127.5).round().clamp(0, 255)
+
+
 @torch.no_grad()
 def features(network: FeatureNetwork, video: Tensor) -> Tensor:
     """One fp32 row of features for each frame (B*T, D) or, of a video network, for each clip (B, D).
@@ -134,7 +139,7 @@ def features(network: FeatureNetwork, video: Tensor) -> Tensor:
     """
     if video.ndim != 5 or video.shape[1] != 3:
         raise ValueError(f"features are of videos (B, 3, T, H, W), got {tuple(video.shape)}")
-    levels = ((video.float() + 1) * 127.5).round().clamp(0, 255)
+    levels = levels_of(video)
     if network.videos is not None:
         with torch.autocast(video.device.type, enabled=False):
             return network.videos(levels)
@@ -196,7 +201,8 @@ def is_torchscript(data: bytes) -> bool:
         return any(PurePosixPath(name).name == "constants.pkl" for name in archive.namelist())
 
 
-def _load_torchscript(data: bytes, source: str, device: torch.device | str) -> Any:
+def load_torchscript(data: bytes, source: str, device: torch.device | str) -> Any:
+    """The module of a TorchScript archive. UserError for anything else, and for code that reaches out of its process."""
     with zipfile.ZipFile(io.BytesIO(data)) as archive:
         for name in archive.namelist():
             if not name.endswith(".py"):
@@ -211,7 +217,8 @@ def _load_torchscript(data: bytes, source: str, device: torch.device | str) -> A
         raise UserError(f"{source}: not a TorchScript archive ({str(error).strip().splitlines()[0][:120]})") from None
 
 
-def _frozen(module: Any, device: torch.device | str) -> Any:
+def frozen(module: Any, device: torch.device | str) -> Any:
+    """A module on a device for inference, in fp32."""
     module = module.to(device).eval()
     for tensor in [*module.parameters(), *module.buffers()]:
         tensor.requires_grad_(False)
