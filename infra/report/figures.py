@@ -19,6 +19,12 @@ _VIDEO_HEIGHT, _VIDEO_WIDTH = 220, 1150  # pixels on the page
 # title, unit, and which series of a summary are drawn, by their labels
 _CURVES = (
     ("PSNR by latent", "dB, from the oldest on", {"whole": "psnr_by_step", "in pieces": "psnr_by_step_pieces"}),
+    ("equal tokens a latent later", "share, by latent", {"held-out": "equal_tokens_by_step"}),
+    ("loss of tokens", "nats, by latent", {"held-out": "heldout_loss_by_step"}),
+    ("Fréchet distance of chunks", "by first frame", {"generated": "frechet_by_chunk"}),
+    ("kernel distance of chunks", "by first frame", {"generated": "kernel_by_chunk"}),
+    ("class coherence (CCS)", "share of videos, by first frame", {"generated": "ccs_by_chunk"}),
+    ("inception coherence (ICS)", "nats, by first frame", {"generated": "ics_by_chunk"}),
     (
         "distance of latents",
         "by latents apart",
@@ -54,7 +60,7 @@ def long_clips(summary: Mapping[str, Any]) -> str:
 
 
 def curves(stage: str, summary: Mapping[str, Any], keep: Pictures) -> list[dict[str, str]]:
-    """Plots of PSNR by position, and of the latents' distance by interval, each with a title and a unit."""
+    """Plots of a summary's series and of the paths of latents, each with a title and a unit."""
     plots = []
     for title, unit, names in _CURVES:
         lines = {label: points for label, name in names.items() if len(points := _series(summary, name)) > 1}

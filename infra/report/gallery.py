@@ -105,6 +105,35 @@ LAYOUTS = {
         ),
         caption=("seed {seed}", "{class}", "{prompt}", "{frames} frames"),
     ),
+    "drawn.json": Layout(
+        title="Videos drawn token by token",
+        heading=f"loss on {{clips}} clips of the {_SPLIT}",
+        scores={
+            "held-out loss in nats": "heldout_loss",
+            "perplexity": "heldout_perplexity",
+            "share of tokens foretold": "accuracy",
+            "Fréchet distance": "distance[frechet]",
+            "rise to the last chunk": "frechet_rise",
+            "inception score": "inception_score",
+            "class coherence of later chunks": "ccs",
+        },
+        notes=(
+            (
+                "Distances by {distance[network]} ({distance[network_digest]:.12}), resize {distance[resize]}, of the first"
+                " {distance[frames]} frames of {distance[videos_fake]} generated videos of {frames} to"
+                " {distance[videos_real]} {distance[split]} ones, {distance[width]}×{distance[height]}, seed {distance[seed]}.",
+                "No distance to real videos was measured: the stage names no feature network in features.",
+            ),
+            _CAREFUL,
+            (
+                "Inception score {inception_score:.4g} ± {inception_score_std:.2g} of {classified[videos]} videos in"
+                " {classified[splits]} parts, by {classified[classifier]} ({classified[classifier_digest]:.12}), which has"
+                " {classified[classes]} classes.",
+                "",
+            ),
+        ),
+        caption=("seed {seed}", "{class}", "{prompt}", "{frames} frames"),
+    ),
     "retrieved.json": Layout(
         title="Retrieved from memory",
         note="Held-out clips are compressed into a memory, and each of their latents is generated from that memory alone."

@@ -182,6 +182,27 @@ def test_continued_videos_are_shown_with_their_drift(memories, tmp_path):
     assert "No distance to the beginning was measured" in again
 
 
+def test_videos_of_tokens_are_shown_with_their_curves_and_what_the_figures_are_of(memories, tmp_path):
+    heldout = memories[0].artifacts / "heldout"
+    distance = {"frechet": 12.5, "network": "i3d", "network_digest": "abcdef" * 11, "resize": "by the network"}
+    distance |= {"frames": 16, "width": 64, "height": 64, "videos_fake": 8, "videos_real": 7, "split": "val", "seed": 0}
+    summary = {"heldout_loss": 2.5, "heldout_perplexity": 12.25, "clips": 3, "split": "val", "seed": 0, "frames": 256}
+    summary |= {"distance": distance, "frechet_rise": 3.5, "inception_score": 1.75, "inception_score_std": 0.25}
+    summary |= {"classified": {"classifier": "c3d", "classifier_digest": "12345678" * 8, "classes": 101}}
+    summary["classified"] |= {"videos": 8, "splits": 2}
+    names = ("heldout_loss_by_step", "frechet_by_chunk", "kernel_by_chunk", "ccs_by_chunk", "ics_by_chunk")
+    summary["series"] = {name: [[0, 1.0], [16, 0.5]] for name in names}
+    videos = [{"file": "retrieved.mp4", "seed": 0, "frames": 256, "class": None}]
+    (heldout / "drawn.json").write_text(json.dumps({"summary": summary, "videos": videos}))
+    html = build(tmp_path / "page", "r", memories, None, None, "").read_text()
+    section = html.split('<section id="drawn">')[1].split("</section>")[0]
+    text = " ".join(htmllib.unescape(re.sub(r"<[^>]*>", " ", section)).split())
+    assert section.count("data:image/svg") == len(names) and section.count("<video") == 1
+    assert "of the first 16 frames of 8 generated videos of 256 to 7 val ones, 64×64, seed 0" in text
+    assert "Inception score 1.75 ± 0.25 of 8 videos in 2 parts, by c3d (123456781234), which has 101 classes." in text
+    assert "Fréchet distance 12.5" in text and "rise to the last chunk 3.5" in text and "seed 0 256 frames" in text
+
+
 def test_a_record_of_a_new_kind_of_model_is_shown_with_all_its_numbers(memories, tmp_path):
     heldout = memories[0].artifacts / "heldout"
     verdict = {"what": "colour", "trivial": "grey", "unit": "", "beats": True, "figure": 0.5, "baseline": 1.5}

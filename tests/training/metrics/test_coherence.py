@@ -60,7 +60,6 @@ def test_ccs_is_the_share_that_keeps_its_class_and_chance_that_of_other_videos()
     rows = torch.stack([certain(0, 0, 1), certain(0, 1, 1), certain(1, 1, 0)])
     found = coherence(rows)
     assert found.ccs.tolist() == pytest.approx([1, 2 / 3, 0])
-    # the first classes are 0 0 1; of the others' later chunks, with theirs: {1: 0/2 of 01.. }
     later = [[0, 1], [1, 1], [1, 0]]
     pairs = [later[j].count((0, 0, 1)[i]) / 2 for i in range(3) for j in range(3) if i != j]
     assert found.chance == pytest.approx(sum(pairs) / 6)

@@ -53,7 +53,14 @@ class Config(TrainConfig):
     keep           latent frames of the past that each further window has; 0 is all but one [paper; its code has 1]
     guidance       of samples with a class or a text; 1 is none [paper: none]. {classes: 2, text: 6} sets each
     eval_clips     held-out windows, at most
-    eval_videos    videos generated at the end, to look at
+    eval_videos    videos generated at the end, of one window each, and one more that is longer
+    eval_frames    frames of the longer video; null is four windows [paper: 1024]
+    features       a feature network (see training.metrics.features) for the Fréchet and kernel distances of generated videos
+                   to held-out ones, chunk by chunk; null measures none
+    classifier     a TorchScript classifier of clips (see training.metrics.classifier) for the inception score, and for
+                   whether later chunks keep the first one's class; null measures none
+    eval_chunk     frames of a chunk [paper: 16]. With either network all `eval_videos` have `eval_frames`
+    eval_splits    parts of the videos whose inception scores are averaged [StyleGAN-V: 10]
     """
 
     kind: Literal["pretrain_tats"]
@@ -86,6 +93,11 @@ class Config(TrainConfig):
     guidance: GuidanceSetting = 1.0
     eval_clips: Annotated[int, Measuring()] = Field(512, ge=1)
     eval_videos: Annotated[int, Measuring()] = Field(8, ge=1)
+    eval_frames: Annotated[int | None, Measuring()] = Field(None, ge=1)
+    features: Annotated[str | None, Measuring()] = None
+    classifier: Annotated[str | None, Measuring()] = None
+    eval_chunk: Annotated[int, Measuring()] = Field(16, ge=1)
+    eval_splits: Annotated[int, Measuring()] = Field(10, ge=1)
 
     @field_validator("model")
     @classmethod
@@ -108,6 +120,22 @@ class Config(TrainConfig):
             raise ValueError("model: preset: the base has its own; leave it out, or the base")
         elif unknown := model.keys() - TATSConfig.model_fields.keys():
             raise ValueError(f"model: unknown {min(unknown)}; there are {', '.join(TATSConfig.model_fields)}")
+        return self
+
+    @model_validator(mode="after")
+    def _valid_measures(self) -> "Config":
+        for name in ("features", "classifier"):
+            if self.mode == "anchors" and getattr(self, name):
+                raise ValueError(f"{name}: mode anchors makes no whole videos; name it in the stage of mode interpolate")
+        if self.classifier and self.eval_videos < 2 * self.eval_splits:
+            raise ValueError(
+                f"eval_splits: {self.eval_splits} parts need {2 * self.eval_splits} videos or more; raise eval_videos, which is"
+                f" {self.eval_videos}, or lower it"
+            )
+        if self.eval_frames and (self.features or self.classifier) and self.eval_frames < self.eval_chunk:
+            raise ValueError(
+                f"eval_frames: {self.eval_frames} are less than a chunk, {self.eval_chunk}; raise it, or lower eval_chunk"
+            )
         return self
 
     @model_validator(mode="after")

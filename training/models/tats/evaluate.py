@@ -1,8 +1,8 @@
-"""How well a TATS has learned the tokens of videos: its loss on held-out windows, and generated videos to look at."""
+"""How well a TATS has learned the tokens of videos: its loss on held-out windows, and the videos that it generates."""
 
 import json
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,21 +11,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from longtake.training.metrics.share import mine, place, united
+from longtake.training.metrics.share import place, united
 from longtake.training.metrics.trivial import Against, comparisons
 from longtake.training.models.common.condition import Condition
-from longtake.training.models.common.video import video_file
-from longtake.training.models.common.wanted import Wanted
+from longtake.training.models.tats.generated import VideoPlan, generated
 from longtake.training.models.tats.gpt import TATS
-from longtake.training.models.tats.rollout import Rollout
-from longtake.training.models.tats.sample import videos_of
 
-SUMMARY = "generated.json"
+SUMMARY = "drawn.json"
 
-_LONGER = 4  # windows in the longer video
 _AGAINST = (
     Against("held-out loss", "heldout_loss", "how often each code occurs", "heldout_loss_codes", "nats", False),
     Against("share of tokens foretold", "accuracy", "the token before it in time", "accuracy_copy", ""),
+    Against("class of later chunks", "ccs", "that of other videos", "ccs_chance", ""),
 )
 
 
@@ -61,29 +58,27 @@ def copied(model: TATS, tokens: Tensor) -> Tensor:
 @torch.no_grad()
 def evaluate(
     model: TATS,
-    vqgan: Any,
     windows: Iterable[tuple[int, Mapping[str, Any], Condition | None]],
     folder: Path,
     *,
     entropy: float,
-    rollout: Callable[[list[int], Condition | None], Rollout] | None,
-    wanted: Wanted,
-    videos: int,
     seed: int,
-    fps: float,
+    plan: VideoPlan | None,
 ) -> dict[str, Any]:
-    """Measure held-out windows and generate videos: NAME.mp4 in `folder`, all figures in `generated.json`.
+    """Measure held-out windows and generate videos: NAME.mp4 in `folder`, all figures in `drawn.json`.
 
     `heldout_loss` is in nats a token, `heldout_perplexity` its exponential; beside them the loss of knowing only how often
     each code occurs. `accuracy` is the share of tokens that are the likeliest, in
     frames that have one before them, and `accuracy_copy` that of repeating it. Every rank of the process group calls it, with
-    its share of the windows.
+    its share of the windows. What is measured of the videos, see `generated.generated`.
 
     Args:
         windows: number, batch of one, condition.
         entropy: bits a token, of how often each code occurs.
-        rollout: of seeds and their condition; None for a model that makes no whole videos.
-        videos: how many to generate; one more is `_LONGER` windows long.
+        plan: of the videos; None for a model that makes no whole ones.
+
+    Raises:
+        UserError: too few videos for a distance.
     """
     config, rows = model.config, dict[int, dict[str, list[float]]]()
     for number, batch, condition in windows:
@@ -106,10 +101,13 @@ def evaluate(
         "clips": len(table["loss"]),
         "split": "val",
         "seed": seed,
-        "series": {"heldout_loss": [list(row) for row in zip(frames, table["loss"].mean(0).tolist(), strict=True)]},
+        "series": {"heldout_loss_by_step": list(zip(frames, table["loss"].mean(0).tolist(), strict=True))},
     }
+    entries = list[dict[str, Any]]()
+    if plan:
+        entries, figures = generated(plan, folder)
+        summary |= figures | {"series": summary["series"] | figures["series"]}
     summary["against"] = comparisons(_AGAINST, summary)
-    entries = _videos(rollout, vqgan, folder, wanted, videos, seed, fps) if rollout else []
     if place()[0] == 0:
         (folder / SUMMARY).write_text(json.dumps({"summary": summary, "videos": entries}, indent=2))
     return summary
@@ -117,27 +115,3 @@ def evaluate(
 
 def _mean(values: np.ndarray) -> float | None:
     return float(values.mean()) if values.size else None
-
-
-def _videos(
-    rollout: Callable[[list[int], Condition | None], Rollout],
-    vqgan: Any,
-    folder: Path,
-    wanted: Wanted,
-    videos: int,
-    seed: int,
-    fps: float,
-) -> list[dict[str, Any]]:
-    """Generate videos, each rank its share, and a longer one; their entries for `generated.json`."""
-    made = dict[int, dict[str, Any]]()
-    for number in mine(videos + 1, "generate", "video"):
-        longer = number == videos
-        shown, name = (0, "longer") if longer else (number, f"seed-{seed + number}")
-        plan = rollout([seed + shown], wanted.condition([shown]))
-        latents = plan.window * (_LONGER if longer else 1)
-        with video_file(folder / f"{name}.mp4", fps) as write:
-            for chunk in videos_of(plan, vqgan, latents):
-                write(chunk[0])
-        frames = latents * vqgan.config.temporal_stride
-        made[number] = {"file": f"{name}.mp4", "seed": seed + shown, "frames": frames} | wanted.words(shown)
-    return list(united(made).values())

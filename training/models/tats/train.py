@@ -2,7 +2,7 @@
 
 import json
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -17,12 +17,14 @@ from torch import Tensor
 from longtake.datasets import storage
 from longtake.datasets.captions import Captions
 from longtake.datasets.errors import UserError
-from longtake.datasets.loader import Loader
+from longtake.datasets.loader import Loader, to_model
 from longtake.datasets.text import Text
 from longtake.datasets.tokens import Tokens
 from longtake.training import data, registry, stage
 from longtake.training.data import HELDOUT, on_device
 from longtake.training.engines import device
+from longtake.training.metrics.classifier import load_classifier
+from longtake.training.metrics.features import checked_network, digest_of
 from longtake.training.metrics.share import batches
 from longtake.training.models.common.condition import Condition, of_batch
 from longtake.training.models.common.text import fields_of, set_empty
@@ -31,6 +33,7 @@ from longtake.training.models.common.wanted import Wanted
 from longtake.training.models.tats.config import Config, check
 from longtake.training.models.tats.evaluate import SUMMARY, sound_of
 from longtake.training.models.tats.evaluate import evaluate as measure
+from longtake.training.models.tats.generated import Judges, VideoPlan, frames_of
 from longtake.training.models.tats.gpt import TATS
 from longtake.training.models.tats.gpt_config import TATSConfig
 from longtake.training.models.tats.rollout import Rollout, check_learned
@@ -46,6 +49,11 @@ MODEL = "tats"
 
 _WORDS = "words.json"  # in the folder of checkpoints
 _SAMPLED = 4  # videos in a sample during training
+
+
+def outside(config: Config) -> str:
+    """Changes with the networks that measure."""
+    return digest_of(config.features, config.classifier)
 
 
 class Setup(NamedTuple):
@@ -245,6 +253,7 @@ def objective(config: Config, setup: Setup) -> Objective:
         check_learned(model.config, config.guidance)
         if _whole(setup):
             setup.rollout(config, model, [0], None).check()
+            _plan(config, setup)
     except ValueError as e:
         raise UserError(str(e)) from e
     return Objective(
@@ -332,18 +341,44 @@ def work(config: Config, inputs: Mapping[str, str], folder: Path) -> None:
 
 def evaluate(config: Config, setup: Setup, folder: Path) -> dict[str, Any]:
     """Measure what has been trained, each rank its share."""
-    return measure(
-        setup.model,
-        setup.vqgan,
-        _windows(config, setup),
-        folder,
-        entropy=setup.record.entropy,
-        rollout=partial(setup.rollout, config, setup.model) if _whole(setup) else None,
-        wanted=setup.wanted(config),
-        videos=config.eval_videos,
-        seed=config.seed,
-        fps=setup.fps,
-    )
+    plan = _plan(config, setup) if _whole(setup) else None
+    windows = _windows(config, setup)
+    return measure(setup.model, windows, folder, entropy=setup.record.entropy, seed=config.seed, plan=plan)
+
+
+def _plan(config: Config, setup: Setup) -> VideoPlan:
+    """The videos to generate, and what measures them.
+
+    Raises:
+        UserError: a network does not take such videos; no held-out clip fills a chunk; frames that the model cannot make.
+    """
+    wanted, judges = setup.wanted(config), None
+    if config.features or config.classifier:
+        chunk, size = config.eval_chunk, setup.record.size
+        network, classifier = checked_network(config.features, chunk, size), None
+        if config.classifier:
+            classifier = load_classifier(config.classifier, chunk, size, device=device())
+        judges = Judges(chunk, network, _real(config, setup) if network else (), classifier, config.eval_splits)
+    rollout = partial(setup.rollout, config, setup.model)
+    frames, batch = config.eval_frames, config.run.eval_batch
+    plan = VideoPlan(rollout, setup.vqgan, config.eval_videos, frames, config.seed, setup.fps, wanted, batch, judges)
+    stride, longest = setup.vqgan.config.temporal_stride, frames_of(plan)[1]
+    if longest % stride:
+        low = max(1, longest // stride) * stride
+        raise UserError(
+            f"eval_frames: {longest}; the model makes {stride}n frames, such as {low} or {low + stride}"
+        )
+    if judges and longest < config.eval_chunk:
+        raise UserError(f"eval_chunk: {config.eval_chunk} frames are more than a video has, {longest}; raise eval_frames")
+    return plan
+
+
+def _real(config: Config, setup: Setup) -> Iterable[Tensor]:
+    """Held-out videos of a chunk's length, as many as are generated. UserError where no clip has so many frames."""
+    window = {"frames": config.eval_chunk, "stride": setup.record.stride, "size": setup.record.size}
+    clips = data.loader(config, setup.inputs, "val", columns=("video",), **window, **HELDOUT)
+    numbered = batches(clips, min(config.eval_videos, clips.samples), "compare")
+    return (to_model(batch["video"].to(device())) for _, batch in numbered)
 
 
 def _windows(config: Config, setup: Setup) -> Iterator[tuple[int, Batch, Condition]]:

@@ -183,10 +183,10 @@ def test_what_is_measured_is_that_of_the_model(made: dict[str, str], anchors: st
     same = [(window[a] == window[b]).float().mean() for window in windows[:3] for a, b in pairs]
     assert summary["accuracy_copy"] == pytest.approx(float(np.mean(same)))
     assert [what["what"] for what in summary["against"]] == ["held-out loss", "share of tokens foretold"]
-    assert [frame for frame, _ in summary["series"]["heldout_loss"]] == list(
+    assert [frame for frame, _ in summary["series"]["heldout_loss_by_step"]] == list(
         setup.model.config.order[setup.model.config.given :]
     )
-    entries = json.loads((tmp_path / "heldout" / "generated.json").read_bytes())["videos"]
+    entries = json.loads((tmp_path / "heldout" / "drawn.json").read_bytes())["videos"]
     shown = {} if mode == "anchors" else {"seed-0.mp4": 12, "seed-1.mp4": 12, "longer.mp4": 48}
     assert {entry["file"]: entry["frames"] for entry in entries} == shown
     for name, frames in shown.items():
