@@ -294,6 +294,35 @@ def test_the_recipe_of_the_papers_trains_as_they_do(monkeypatch: pytest.MonkeyPa
     assert small["prior"].conditioning > 0 and small["decoder"].warmup == 1000
 
 
+def test_the_recipe_of_tats_trains_as_the_paper_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("VIDEOS", "WORKSPACE", "CHECKPOINTS"):
+        monkeypatch.setenv(name, f"/somewhere/{name.lower()}")
+    stages: Any = recipe.load("tats").stages
+    vqgan = stages["vqgan"]
+    assert (vqgan.steps, vqgan.batch, vqgan.accumulate, vqgan.lr) == (30_000, 96, 6, 9e-5)
+    assert (vqgan.gan_start, vqgan.betas, vqgan.warm_steps, vqgan.ema_half_lives) == (10_000, (0.5, 0.9), 0, ())
+    assert (vqgan.vae().codes, vqgan.vae().downsample, vqgan.vae().padding) == (16_384, (4, 8, 8), "replicate")
+    for name, steps in (("base", 500_000), ("anchors", 500_000), ("tats", 30_000)):
+        tats = stages[name]
+        assert (tats.steps, tats.batch, tats.lr, tats.schedule, tats.warmup) == (steps, 24, 1.08e-4, "constant", 0)
+        assert (tats.betas, tats.weight_decay, tats.every) == ((0.9, 0.95), 0.01, 4)
+    assert [stages[name].frames for name in ("tokens", "far", "near")] == [16, 64, 20]
+
+
+@pytest.mark.parametrize("name", ["tats", "tats_small", "tats_tiny"])
+def test_the_recipes_of_tats_resolve(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "videos").mkdir()
+    (tmp_path / "videos" / "a.mp4").write_bytes(b"one")
+    for variable in ("VIDEOS", "WORKSPACE", "CHECKPOINTS"):
+        monkeypatch.setenv(variable, str(tmp_path / variable.lower()))
+    said = CliRunner().invoke(cli, ["resolve", name, "--to", str(tmp_path / "resolved.yaml")])
+    assert not said.exception, said.exception
+    todo = json.loads(said.output.splitlines()[-1])["todo"]
+    assert todo == ["shards", "view", "vqgan", "tokens", "far", "near", "base", "anchors", "tats"]
+
+
 @pytest.mark.parametrize(
     "name", ["team/vae", "it's", "a:b", "", "m-1", "pv@1", "pv-vae.promotion", " a", "a\n", "x" * 300]
 )

@@ -48,7 +48,7 @@ class VideoPlan(NamedTuple):
 
     rollout  of seeds and their condition
     vqgan    decodes their tokens
-    videos   how many
+    videos   how many; without judges `_SHOWN` at most
     frames   of the longest; None is `_LONGER` windows
     seed     of the first
     batch    how many a rank generates at once
@@ -103,10 +103,11 @@ def generated(plan: VideoPlan, folder: Path) -> tuple[list[dict[str, Any]], dict
     """
     window, longest = frames_of(plan)
     frames, judges = longest if plan.judges else window, plan.judges
+    count = plan.videos if judges else min(plan.videos, _SHOWN)
     chunks = _Chunks(judges, frames // judges.chunk) if judges else None
     shown = dict[int, dict[str, Any]]()
-    for block in mine(math.ceil(plan.videos / plan.batch), "generate", "batch"):
-        numbers = range(block * plan.batch, min(plan.videos, (block + 1) * plan.batch))
+    for block in mine(math.ceil(count / plan.batch), "generate", "batch"):
+        numbers = range(block * plan.batch, min(count, (block + 1) * plan.batch))
         names = {number: f"seed-{plan.seed + number}" for number in numbers if number < _SHOWN}
         pieces = _pieces(plan, numbers, frames, judges.chunk if judges else window)
         for n, piece in enumerate(_written(folder, list(names.values()), plan.fps, pieces)):
@@ -117,7 +118,7 @@ def generated(plan: VideoPlan, folder: Path) -> tuple[list[dict[str, Any]], dict
         for _ in _written(folder, ["longer"], plan.fps, _pieces(plan, [0], longest, window)):
             pass
         shown[_SHOWN] = _entry(plan, 0, "longer", longest)
-    figures: dict[str, Any] = {"videos": plan.videos, "frames": frames, "distance": None, "series": {}}
+    figures: dict[str, Any] = {"videos": count, "frames": frames, "distance": None, "series": {}}
     if chunks:
         _merge(figures, _distances(plan, chunks))
         _merge(figures, _classified(plan, chunks))
