@@ -1,0 +1,167 @@
+"""How fast a TATS draws tokens, and its VQGAN trains: each beside something known, in turns, in one run, on one core.
+
+    python tests/benchmarks/bench_tats.py [--only cache|hierarchy|peer|step] [--rounds 5]
+
+cache      1,024 tokens with the cache of keys and values, beside reading all of them anew for each: target 10 times as fast
+hierarchy  a video of 65 latent frames by anchors and gaps, beside drawing all one after the other: 3 times
+peer       tokens a second beside a GPT-2 of `transformers` of equal depth, width and heads that generates with its cache, by
+           the same top-k and top-p: 1.0 times
+step       a step of the VQGAN's training in the loop, beside a plain PyTorch loop with the same model and batch: at most
+           1.03 times as long
+
+A line of JSON each: medians over the rounds of CPU seconds, and the median of the rounds' ratios.
+"""
+
+import argparse
+import json
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from longtake.datasets.loader import to_model
+from longtake.training import engines
+from longtake.training.loop import train
+from longtake.training.models.generator import Settings
+from longtake.training.models.tats import pretrain
+from longtake.training.models.tats.gpt import TATS
+from longtake.training.models.tats.gpt_config import config_from_preset
+from longtake.training.models.tats.rollout import Rollout, continued
+from longtake.training.models.tats.vqgan import VQGAN
+from longtake.training.objective import Objective
+
+WARM_UP = 5  # steps
+SETTINGS = Settings(top_k=256, top_p=0.8)
+CODES = 1024
+
+
+def model(shape: tuple[int, int, int], mode: Any = "base") -> TATS:
+    torch.manual_seed(0)
+    return TATS(config_from_preset("tats_tiny", codes=CODES, shape=shape, mode=mode)).eval()
+
+
+def clocked(work: Callable[[], Any]) -> float:
+    start = time.process_time()
+    work()
+    return time.process_time() - start
+
+
+def compared(ours: Callable[[], Any], theirs: Callable[[], Any], rounds: int) -> dict[str, float]:
+    """Seconds of both, in turns, and by how much ours is faster."""
+    taken = [(clocked(ours), clocked(theirs)) for _ in range(rounds + 1)][1:]
+    first, second = (statistics.median(column) for column in zip(*taken, strict=True))
+    ratio = statistics.median(b / a for a, b in taken)
+    return {"seconds": first, "seconds_other": second, "times_as_fast": ratio, "rounds": rounds}
+
+
+def cache(rounds: int) -> dict[str, float]:
+    tats, count = model((4, 16, 16)), 1024
+    uniforms, nothing = torch.rand(1, count), torch.zeros(1, 0, dtype=torch.long)
+
+    @torch.no_grad()
+    def uncached() -> None:
+        tokens = nothing
+        for _ in range(count):
+            logits = tats(tokens, last=1)[:, -1]
+            tokens = torch.cat([tokens, logits.argmax(-1)[:, None]], dim=1)
+
+    # the other takes a minute
+    return compared(lambda: continued(tats, nothing, uniforms, SETTINGS), uncached, min(rounds, 1))
+
+
+def hierarchy(rounds: int) -> dict[str, float]:
+    base, latents = model((4, 8, 8)), 65
+    anchors, gaps = model((16, 8, 8), "anchors"), model((5, 8, 8), "interpolate")
+    plain, hierarchical = Rollout(base, [0], SETTINGS), Rollout(gaps, [0], SETTINGS, anchors)
+    return compared(lambda: list(hierarchical.tokens(latents)), lambda: list(plain.tokens(latents)), min(rounds, 3))
+
+
+def peer(rounds: int) -> dict[str, float]:
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    tats, count = model((4, 8, 8)), 256
+    config = tats.config
+    sizes = {"n_embd": config.width, "n_layer": config.depth, "n_head": config.heads, "n_positions": count + 1}
+    quiet = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0, "bos_token_id": 0, "eos_token_id": None}
+    gpt2: Any = GPT2LMHeadModel(GPT2Config(vocab_size=CODES, **sizes, **quiet)).eval()
+    uniforms, nothing = torch.rand(1, count), torch.zeros(1, 0, dtype=torch.long)
+    drawing = {"do_sample": True, "top_k": SETTINGS.top_k, "top_p": SETTINGS.top_p, "pad_token_id": 0}
+
+    def theirs() -> None:
+        start = torch.zeros(1, 1, dtype=torch.long)
+        gpt2.generate(start, max_new_tokens=count, min_new_tokens=count, **drawing)
+
+    found = compared(lambda: continued(tats, nothing, uniforms, SETTINGS), theirs, rounds)
+    rates = {"tokens_a_second": count / found["seconds"], "tokens_a_second_other": count / found["seconds_other"]}
+    return found | rates
+
+
+class Turns:
+    """A stream of one batch; before each, a step of the plain loop. What passes until it is asked again is the loop's step."""
+
+    def __init__(self, config: pretrain.Config, video: torch.Tensor) -> None:
+        self.config, self.video, self.plain, self.ours = config, video, list[float](), list[float]()
+        torch.manual_seed(0)
+        self.model = VQGAN(config.vae())
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=config.lr, betas=config.betas, weight_decay=0.0)
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        while True:
+            start = time.process_time()
+            video = to_model(self.video)
+            made, _, commitment, _ = self.model(video)
+            loss = self.config.lambda_l1 * F.l1_loss(made, video) / 2 + self.config.vae().commitment * commitment
+            self.optimizer.zero_grad()
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.gradient_clip)
+            self.optimizer.step()
+            float(loss)
+            given = time.process_time()
+            self.plain.append(given - start)
+            yield {"video": self.video, "key": ["none"] * len(self.video)}
+            self.ours.append(time.process_time() - given)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+
+def step(rounds: int) -> dict[str, float]:
+    """A round is ten steps."""
+    steps = WARM_UP + 10 * rounds
+    config = pretrain.Config(
+        kind="pretrain_vqgan", dataset="none", model={"preset": "vqgan_tiny"}, size=(64, 64), batch=4, steps=steps,
+        warm_steps=0, lambda_gan=0.0, lr=1e-4, run={"checkpoint_every": steps, "sample_every": 0, "heldout_every": 0},
+    )  # fmt: skip
+    video = torch.randint(256, (config.batch, 3, config.frames, *config.size), dtype=torch.uint8)
+    turns = Turns(config, video)
+    torch.manual_seed(0)
+    objective = Objective(
+        {"generator": VQGAN(config.vae())}, partial(pretrain._loss, config, None), lead="generator"
+    )
+    with engines.process_group(), tempfile.TemporaryDirectory() as folder:
+        stream: Any = turns
+        train(objective, stream, config, Path(folder))
+    ours, plain = turns.ours[WARM_UP:], turns.plain[WARM_UP:]
+    ratio = statistics.median(a / b for a, b in zip(ours, plain, strict=False))
+    return {"seconds": statistics.median(ours), "seconds_plain": statistics.median(plain), "times_as_long": ratio}
+
+
+def main() -> None:
+    works = {"cache": cache, "hierarchy": hierarchy, "peer": peer, "step": step}
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", choices=works)
+    parser.add_argument("--rounds", type=int, default=5)
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    for name in [options.only] if options.only else works:
+        print(json.dumps({"what": name} | works[name](options.rounds)), flush=True)
+
+
+if __name__ == "__main__":
+    main()
