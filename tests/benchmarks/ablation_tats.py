@@ -68,7 +68,14 @@ FIGURES = ("l1", "psnr", "kappa", "score", "score_paper", "perplexity", "usage",
 def prepare(out: Path, videos: int) -> str:
     """Footage and shards, whatever is missing; returns the dataset."""
     footage.generate(out / "footage", videos, seconds=24, fps=FPS, size=(2 * SIZE, 2 * SIZE))
-    rules = {"short_side": SIZE, "fps": FPS, "min_seconds": FRAMES / FPS, "max_seconds": 10, "aspects": ["1:1"], "crf": 8}
+    rules = {
+        "short_side": SIZE,
+        "fps": FPS,
+        "min_seconds": FRAMES / FPS,
+        "max_seconds": 10,
+        "aspects": ["1:1"],
+        "crf": 8,
+    }
     stages = {
         "shards": {"kind": "shard", "sources": [str(out / "footage" / "*.mp4")], "clip": rules, "val_fraction": 0.3}
     }

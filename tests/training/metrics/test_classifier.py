@@ -108,7 +108,9 @@ def test_the_video_interface_is_told_to_scale_and_to_classify(tmp_path: Path) ->
     ],
     ids=["raises", "one class", "maps"],
 )
-def test_what_is_no_classifier_of_such_clips_is_refused_in_one_line(tmp_path: Path, module: nn.Module, why: str) -> None:
+def test_what_is_no_classifier_of_such_clips_is_refused_in_one_line(
+    tmp_path: Path, module: nn.Module, why: str
+) -> None:
     with pytest.raises(UserError, match=why) as e:
         load_classifier(script(module, tmp_path), 4, (8, 8))
     assert "\n" not in str(e.value)

@@ -126,7 +126,9 @@ class Config(TrainConfig):
     def _valid_measures(self) -> "Config":
         for name in ("features", "classifier"):
             if self.mode == "anchors" and getattr(self, name):
-                raise ValueError(f"{name}: mode anchors makes no whole videos; name it in the stage of mode interpolate")
+                raise ValueError(
+                    f"{name}: mode anchors makes no whole videos; name it in the stage of mode interpolate"
+                )
         if self.classifier and self.eval_videos < 2 * self.eval_splits:
             raise ValueError(
                 f"eval_splits: {self.eval_splits} parts need {2 * self.eval_splits} videos or more; raise eval_videos, which is"

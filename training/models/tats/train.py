@@ -365,11 +365,11 @@ def _plan(config: Config, setup: Setup) -> VideoPlan:
     stride, longest = setup.vqgan.config.temporal_stride, frames_of(plan)[1]
     if longest % stride:
         low = max(1, longest // stride) * stride
-        raise UserError(
-            f"eval_frames: {longest}; the model makes {stride}n frames, such as {low} or {low + stride}"
-        )
+        raise UserError(f"eval_frames: {longest}; the model makes {stride}n frames, such as {low} or {low + stride}")
     if judges and longest < config.eval_chunk:
-        raise UserError(f"eval_chunk: {config.eval_chunk} frames are more than a video has, {longest}; raise eval_frames")
+        raise UserError(
+            f"eval_chunk: {config.eval_chunk} frames are more than a video has, {longest}; raise eval_frames"
+        )
     return plan
 
 

@@ -112,7 +112,7 @@ def test_figures_by_chunk_are_those_of_the_videos_and_their_conditions_are_besid
     chunks = [videos[:, :, :12], videos[:, :, 12:24]]  # of the third four frames are missing
 
     record = summary["distance"]
-    real = [video for video in pretrain_tats._real(chosen, setup)]
+    real = list(pretrain_tats._real(chosen, setup))
     network = load_network(networks["features"])
     truth = [video_distance(real, [chunk], network, split="val", seed=0) for chunk in chunks]
     for name in ("frechet", "kernel"):
