@@ -22,7 +22,7 @@ SUMMARY = "drawn.json"
 _AGAINST = (
     Against("held-out loss", "heldout_loss", "how often each code occurs", "heldout_loss_codes", "nats", False),
     Against("share of tokens foretold", "accuracy", "the token before it in time", "accuracy_copy", ""),
-    Against("class of later chunks", "ccs", "that of other videos", "ccs_chance", ""),
+    Against("share of later chunks with the class of their first", "ccs", "that between videos", "ccs_chance", ""),
 )
 
 

@@ -134,7 +134,7 @@ def test_figures_by_chunk_are_those_of_the_videos_and_their_conditions_are_besid
     assert (summary["ccs"], summary["ccs_chance"]) == pytest.approx((float(kept.ccs[1]), kept.chance))
     expected = {"classifier": "classes", "classifier_digest": digests["classifier"], "classes": 3, "gives": "logits"}
     assert summary["classified"] == expected | {"splits": 2, "seed": 0, "videos": 5, "frames": 12}
-    assert [what["what"] for what in summary["against"]][-1] == "class of later chunks"
+    assert [what["what"] for what in summary["against"]][-1] == "share of later chunks with the class of their first"
 
     assert {entry["file"]: entry["frames"] for entry in entries} == {f"seed-{n}.mp4": 28 for n in range(5)}
     for entry in entries:
