@@ -119,9 +119,9 @@ def generated(plan: VideoPlan, folder: Path) -> tuple[list[dict[str, Any]], dict
             pass
         shown[_SHOWN] = _entry(plan, 0, "longer", longest)
     figures: dict[str, Any] = {"videos": count, "frames": frames, "distance": None, "series": {}}
-    if chunks:
-        _merge(figures, _distances(plan, chunks))
-        _merge(figures, _classified(plan, chunks))
+    for more in (_distances(plan, chunks), _classified(plan, chunks)) if chunks else ():
+        figures["series"] |= more.pop("series", {})
+        figures |= more
     return list(united(shown).values()), figures
 
 
@@ -145,11 +145,6 @@ def _written(folder: Path, names: Sequence[str], fps: float, pieces: Iterable[Te
 
 def _entry(plan: VideoPlan, number: int, name: str, frames: int) -> dict[str, Any]:
     return {"file": f"{name}.mp4", "seed": plan.seed + number, "frames": frames} | plan.wanted.words(number)
-
-
-def _merge(figures: dict[str, Any], more: dict[str, Any]) -> None:
-    series = figures["series"] | more.get("series", {})
-    figures |= more | {"series": series}
 
 
 def _distances(plan: VideoPlan, chunks: _Chunks) -> dict[str, Any]:
