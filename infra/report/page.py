@@ -1,5 +1,6 @@
 """Build the report of a recipe or of a dataset: one HTML file that needs nothing else, and its pictures beside it."""
 
+import re
 import shlex
 from collections.abc import Sequence
 from datetime import datetime
@@ -19,6 +20,9 @@ from longtake.infra.report.embed import Pictures
 from longtake.infra.report.gallery import galleries
 from longtake.infra.report.runs import StageRun, outcome, telling, training
 from longtake.infra.report.text import duration, number
+
+# what HTML may not have, and marks of direction, which would turn what follows a text that leaves one open
+_UNSEEN = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
 def build(
@@ -126,4 +130,4 @@ def _render(**context: Any) -> str:
         lstrip_blocks=True,
     )
     environment.filters |= {"number": number, "duration": duration, "telling": telling}
-    return shown(environment.get_template("page.html").render(context))
+    return _UNSEEN.sub("", shown(environment.get_template("page.html").render(context)))

@@ -275,6 +275,7 @@ def test_a_damaged_clip_is_named_and_the_rest_shown(dataset, tmp_path):
 def test_captions_are_under_their_clips_and_counted(dataset, tmp_path):
     copy = str(shutil.copytree(dataset, tmp_path / "copy"))
     texts = ["<script>alert(3)</script> a dog", "a dog runs 🐕 after a dog", None, "مرحبا", "", "word " * 200]
+    texts.append("one\0\u202etwo\x1b\u2067three")
     said = {k: t if t is None else [Caption(t)] for k, t in zip(sorted(spoken.keys(copy)), texts * 99, strict=False)}
     spoken.describe(copy, said)
     page = build(tmp_path / "report", "r", [], copy, None, TRACKING)
@@ -282,6 +283,7 @@ def test_captions_are_under_their_clips_and_counted(dataset, tmp_path):
     has = sum(value is not None for value in said.values())
     assert f"{has} of {len(said)} clips have captions {spoken.COLUMN}" in text and f"{has} by manifest" in text
     assert "<script" not in raw and "<script>alert(3)</script> a dog" in text and '<q dir="auto">مرحبا</q>' in raw
+    assert '<q dir="auto">onetwothree</q>' in raw and not re.search("[\0-\x08\x0b-\x1f\u202a-\u202e\u2066-\u2069]", raw)
     assert "(an empty caption)" in text and f"{'word ' * 56}…" in text
     # a word counts once a caption, small ones never
     dogs = sum(value is not None and "dog" in value[0].text for value in said.values())

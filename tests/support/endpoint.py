@@ -201,7 +201,7 @@ class FakeEndpoint:
         _send(handler, 308, b"", {"Location": "https://elsewhere.example/v1"})
 
     def _mood_torn_with_key(self, handler: BaseHTTPRequestHandler, token: str) -> None:
-        _send(handler, 200, b'{"error": "no such key: ' + KEY.encode())
+        _send(handler, 200, f'{{"error": "no such key: {KEY}", "help": "see our pages"'.encode())
 
     def _mood_cut_with_key(self, handler: BaseHTTPRequestHandler, token: str) -> None:
         _chat(handler, '{"caption": "' + KEY.replace("-", "\\u002d"))

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -58,6 +58,11 @@ class Settings:
             object.__setattr__(self, "guidance", guidance_of(self.guidance))
         except ValueError as e:
             raise ValueError(f"guidance: {e}") from e
+
+
+def plain(settings: Settings, names: Collection[str]) -> dict[str, Any]:
+    """Those settings that a family knows, as plain data for its config.json."""
+    return {name: value for name, value in asdict(settings).items() if name in names}
 
 
 class Request(NamedTuple):
