@@ -73,7 +73,7 @@ def load_classifier(
     try:
         with torch.no_grad():
             row = run(torch.full((1, 3, frames, *size), 128.0, device=device))
-    except RuntimeError as e:
+    except (RuntimeError, torch.jit.Error) as e:  # operators raise the first, a `raise` of the script the second
         raise UserError(f"{path}: takes no {what} ({str(e).strip().splitlines()[-1][:120]})") from e
     if not isinstance(row, Tensor) or row.ndim != 2 or len(row) != 1 or row.shape[1] < 2 or not row.isfinite().all():
         raise UserError(f"{path}: makes no row of finite numbers of {what}; a classifier has one for each class")

@@ -3,6 +3,7 @@
 All take logarithms of probabilities, such as `classifier.log_probabilities` gives them.
 """
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -69,7 +70,7 @@ def kl(log_p: Tensor, log_q: Tensor) -> Tensor:
 
 
 def _score(log_p: Tensor) -> Tensor:
-    mean = log_p.logsumexp(0) - torch.tensor(len(log_p)).log()
+    mean = log_p.logsumexp(0) - math.log(len(log_p))
     return kl(log_p, mean).mean().exp()
 
 

@@ -377,7 +377,10 @@ def _plan(config: Config, setup: Setup) -> VideoPlan:
 def _real(config: Config, setup: Setup) -> Iterable[Tensor]:
     """Held-out videos of a chunk's length, as many as are generated. UserError where no clip has so many frames."""
     window = {"frames": config.eval_chunk, "stride": setup.record.stride, "size": setup.record.size}
-    clips = data.loader(config, setup.inputs, "val", columns=("video",), **window, **HELDOUT)
+    try:
+        clips = data.loader(config, setup.inputs, "val", columns=("video",), **window, **HELDOUT)
+    except UserError as e:  # says what is wrong with `frames`, which are eval_chunk here
+        raise UserError(f"eval_chunk: {config.eval_chunk} frames: {e}") from e
     numbered = batches(clips, min(config.eval_videos, clips.samples), "compare")
     return (to_model(batch["video"].to(device())) for _, batch in numbered)
 

@@ -84,6 +84,7 @@ def config(**changes: Any) -> Config:
 
 
 def started(chosen: Config, made: dict[str, str], folder: Path) -> Any:
+    torch.manual_seed(0)
     setup = latent_stages.prepared(chosen, made, folder, pretrain_tats)
     setup.model.eval()
     # so that what it draws is not the same everywhere
@@ -141,11 +142,16 @@ def test_figures_by_chunk_are_those_of_the_videos_and_their_conditions_are_besid
         assert len(clip.decode((tmp_path / "run" / "heldout" / entry["file"]).read_bytes())) == 28
 
 
+def rounded(summary: dict[str, Any]) -> Any:
+    """The summary but for the last digits, which depend on the order of sums."""
+    return json.loads(json.dumps(summary), parse_float=lambda digits: round(float(digits), 9))
+
+
 def test_how_many_are_generated_at_once_changes_nothing(
     made: dict[str, str], networks: dict[str, str], tmp_path: Path
 ) -> None:
     one, three = (measured(config(**networks, eval_batch=n), made, tmp_path / str(n))[0] for n in (1, 3))
-    assert one == three
+    assert rounded(one) == rounded(three)
 
 
 def test_without_networks_one_video_is_longer_and_none_is_measured(made: dict[str, str], tmp_path: Path) -> None:
@@ -163,10 +169,9 @@ def test_without_networks_one_video_is_longer_and_none_is_measured(made: dict[st
     [
         ({"eval_frames": 30}, "eval_frames: 30; the model makes 4n frames, such as 28 or 32"),
         ({"features": "none.pt"}, "none.pt: no such file"),
-        ({"features": "features", "eval_chunk": 24}, "24 frames"),
-        ({"features": "features", "eval_frames": None, "eval_chunk": 52}, "52 frames"),
+        ({"features": "features", "eval_frames": None, "eval_chunk": 52}, "eval_chunk: 52 frames: .*no usable sample"),
     ],
-    ids=["frames", "no file", "clips too short", "chunk too long"],
+    ids=["frames", "no file", "clips too short"],
 )
 def test_what_cannot_be_measured_is_refused_before_the_first_step(
     made: dict[str, str], networks: dict[str, str], tmp_path: Path, changes: dict[str, Any], why: str
