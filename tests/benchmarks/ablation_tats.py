@@ -152,16 +152,19 @@ class Windows:
     """A stream of random batches of windows of tokens that lie in memory."""
 
     def __init__(self, tokens: Tensor, batch: int, seed: int) -> None:
-        self._tokens, self._batch, self._seed = tokens, batch, seed
+        self._tokens, self._batch, self._seed, self._batches = tokens, batch, seed, 0
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        draw = torch.Generator().manual_seed(self._seed)
         while True:
-            rows = torch.randint(len(self._tokens), (self._batch,), generator=draw)
+            rows = np.random.default_rng([self._seed, self._batches]).integers(len(self._tokens), size=self._batch)
+            self._batches += 1
             yield {"tokens": self._tokens[rows], "key": [str(row) for row in rows.tolist()]}
 
     def state_dict(self) -> dict[str, Any]:
-        return {}
+        return {"batches": self._batches}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._batches = state["batches"]
 
 
 def encoded(options: argparse.Namespace, model: VQGAN, frames: int, seed: int) -> Tensor:
