@@ -1,9 +1,10 @@
 """How fast a TATS draws tokens, and its VQGAN trains: each beside something known, in turns, in one run, on one core.
 
-    python tests/benchmarks/bench_tats.py [--only cache|hierarchy|peer|step] [--rounds 5]
+    python tests/benchmarks/bench_tats.py [--only cache|hierarchy|hierarchy_small|peer|step] [--rounds 5]
 
 cache      1,024 tokens with the cache of keys and values, beside reading all of them anew for each: target 10 times as fast
-hierarchy  a video of 65 latent frames by anchors and gaps, beside drawing all one after the other: 3 times
+hierarchy  a video of 65 latent frames by anchors and gaps, beside drawing all one after the other: 3 times; and by models of
+           one GPU's size (`hierarchy_small`), whose weights are read once for all gaps
 peer       tokens a second beside a GPT-2 of `transformers` of equal depth, width and heads that generates with its cache, by
            the same top-k and top-p: 1.0 times
 step       a step of the VQGAN's training in the loop, beside a plain PyTorch loop with the same model and batch: at most
@@ -41,9 +42,9 @@ SETTINGS = Settings(top_k=256, top_p=0.8)
 CODES = 1024
 
 
-def model(shape: tuple[int, int, int], mode: Any = "base") -> TATS:
+def model(shape: tuple[int, int, int], mode: Any = "base", preset: Any = "tats_tiny") -> TATS:
     torch.manual_seed(0)
-    return TATS(config_from_preset("tats_tiny", codes=CODES, shape=shape, mode=mode)).eval()
+    return TATS(config_from_preset(preset, codes=CODES, shape=shape, mode=mode)).eval()
 
 
 def clocked(work: Callable[[], Any]) -> float:
@@ -75,11 +76,11 @@ def cache(rounds: int) -> dict[str, float]:
     return compared(lambda: continued(tats, nothing, uniforms, SETTINGS), uncached, 1, warm_up=0)
 
 
-def hierarchy(rounds: int) -> dict[str, float]:
-    base, latents = model((4, 8, 8)), 65
-    anchors, gaps = model((16, 8, 8), "anchors"), model((5, 8, 8), "interpolate")
+def hierarchy(rounds: int, preset: str = "tats_tiny", latents: int = 65) -> dict[str, float]:
+    base, anchors = model((4, 8, 8), preset=preset), model((16, 8, 8), "anchors", preset)
+    gaps = model((5, 8, 8), "interpolate", preset)
     plain, hierarchical = Rollout(base, [0], SETTINGS), Rollout(gaps, [0], SETTINGS, anchors)
-    return compared(lambda: list(hierarchical.tokens(latents)), lambda: list(plain.tokens(latents)), min(rounds, 3))
+    return compared(lambda: list(hierarchical.tokens(latents)), lambda: list(plain.tokens(latents)), rounds, warm_up=0)
 
 
 def peer(rounds: int) -> dict[str, float]:
@@ -151,7 +152,8 @@ def step(rounds: int) -> dict[str, float]:
 
 
 def main() -> None:
-    works = {"cache": cache, "hierarchy": hierarchy, "peer": peer, "step": step}
+    small = partial(hierarchy, preset="tats_small")
+    works = {"cache": cache, "hierarchy": hierarchy, "hierarchy_small": small, "peer": peer, "step": step}
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", choices=works)
     parser.add_argument("--rounds", type=int, default=5)
