@@ -26,12 +26,12 @@ from longtake.datasets import latents as column
 from longtake.datasets.shard import write_tar
 from longtake.pipeline import latents, streams
 from longtake.training import engines
-from longtake.training.data import LatentTarget, PixelTarget, Target
 from longtake.training.models.common.codec import Pixels
 from longtake.training.models.latte.finetune import Config, _loss, loader_of
 from longtake.training.models.latte.model import Latte
 from longtake.training.models.pv_vae.model import PVVAE, config_from_preset
 from longtake.training.objective import Turn
+from longtake.training.target import LatentTarget, PixelTarget, Target
 
 WARM_UP = 2
 

@@ -17,7 +17,7 @@ from longtake.datasets.errors import Failure, UserError
 from longtake.datasets.loader import Loader, to_model
 from longtake.datasets.text import Text, read_text
 from longtake.training import data, stage
-from longtake.training.data import HELDOUT, LatentTarget, PixelTarget, Target, on_device
+from longtake.training.data import HELDOUT, on_device
 from longtake.training.engines import device
 from longtake.training.metrics.features import checked_network, digest_of
 from longtake.training.metrics.probes import Pairs
@@ -35,6 +35,7 @@ from longtake.training.models.latte.evaluate import evaluate as measure
 from longtake.training.models.latte.model import Latte, LatteConfig
 from longtake.training.models.latte.sample import SETTINGS, generate_videos
 from longtake.training.objective import Batch, Engines, Objective, Terms, Turn
+from longtake.training.target import LatentTarget, PixelTarget, Target
 
 __all__ = ["Config", "check"]  # the stage's parts from another file
 
