@@ -202,12 +202,18 @@ class TextAttention(nn.Module):
         nn.init.zeros_(self.out.weight)
         nn.init.zeros_(self.out.bias)
 
-    def forward(self, x: Tensor, text: Tensor, seen: Tensor | None) -> Tensor:
-        """What to add to `x`, given the tokens of `TextIn` and which are seen; zero where none is."""
+    def keys(self, text: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values, `(B, heads, N, D / heads)`, of the tokens of `TextIn`, for several calls with the same text."""
+        key, value = self.key_value(text).unflatten(-1, (2, self.heads, -1)).unbind(2)
+        return self.key_norm(key).transpose(1, 2), value.transpose(1, 2)
+
+    def forward(
+        self, x: Tensor, text: Tensor, seen: Tensor | None, keys: tuple[Tensor, Tensor] | None = None
+    ) -> Tensor:
+        """What to add to `x`, given the tokens of `TextIn`, or their `keys` too, and which are seen; zero where none is."""
         normed = F.layer_norm(x.float(), x.shape[-1:], eps=1e-6).to(x.dtype).flatten(1, 2)
         query = self.query_norm(self.query(normed).unflatten(-1, (self.heads, -1))).transpose(1, 2)
-        key, value = self.key_value(text).unflatten(-1, (2, self.heads, -1)).unbind(2)
-        key, value = self.key_norm(key).transpose(1, 2), value.transpose(1, 2)
+        key, value = keys or self.keys(text)
         if seen is None:
             return self._added(F.scaled_dot_product_attention(query, key, value), x)
         some = seen.any(-1, keepdim=True)

@@ -41,6 +41,7 @@ class Cache:
         self.seen: Tensor | None = None
         self.text: tuple[Tensor | None, Tensor | None] = (None, None)
         self._kept: dict[nn.Module, tuple[Tensor, Tensor]] = {}
+        self._texts: dict[nn.Module, tuple[Tensor, Tensor]] = {}
 
     def extended(self, layer: nn.Module, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """The keys and values `(B, heads, n, d)` of all tokens of a layer, of which these are the last."""
@@ -51,6 +52,12 @@ class Cache:
         kept_keys, kept_values = self._kept[layer]
         kept_keys[:, :, self.used : end], kept_values[:, :, self.used : end] = keys, values
         return kept_keys[:, :, :end], kept_values[:, :, :end]
+
+    def text_keys(self, layer: TextAttention, text: Tensor) -> tuple[Tensor, Tensor]:
+        """The keys and values of the text, which is the same for all tokens, in a layer."""
+        if layer not in self._texts:
+            self._texts[layer] = layer.keys(text)
+        return self._texts[layer]
 
 
 class Block(nn.Module):
@@ -82,7 +89,8 @@ class Block(nn.Module):
         mixed = F.scaled_dot_product_attention(query, key, value, mask, is_causal=causal)
         x = x + self.out(mixed.transpose(1, 2).flatten(2))
         if self.text is not None and text is not None:
-            x = x + self.text(x[:, None], text, text_seen)[:, 0]
+            keys = cache.text_keys(self.text, text) if cache is not None else None
+            x = x + self.text(x[:, None], text, text_seen, keys)[:, 0]
         return x + self.mlp(self.mlp_norm(x))
 
 
