@@ -12,4 +12,6 @@ from longtake.training.models.tats.sample import accepts, prior_of
 def kind(facts: Mapping[str, Any]) -> Kind:
     """A prior over tokens that generates videos latent frame by latent frame, or anchors first."""
     judge = "longtake.training.models.tats.judge"
-    return Kind("TATS", TATSConfig, TATS, judge, generator=prior_of, accepts=accepts(facts))
+    # losses of other modes do not compare
+    what = {"anchors": "TATS of anchors", "interpolate": "TATS of gaps"}.get(facts["config"]["mode"], "TATS")
+    return Kind(what, TATSConfig, TATS, judge, generator=prior_of, accepts=accepts(facts))

@@ -244,8 +244,7 @@ def _loss(config: Config, perceptual: Perceptual | None, turn: Turn) -> tuple[Te
 def _sample(heldout: Loader, engines: Engines, rng: torch.Generator) -> dict[str, np.ndarray[Any, Any]]:
     """The first held-out clip and, beside it, its reconstruction."""
     video = to_model(next(heldout.at([0]))["video"].to(device()))
-    engine = engines["generator"]
-    made, *_ = engine(video, quantise=bool(engine.module.codebook.updates))
+    made, *_ = engines["generator"](video)
     panels = torch.cat([video, made.float().clamp(-1, 1)], dim=4)[0].permute(1, 2, 3, 0)
     return {"reconstructed": to_pixels(panels).cpu().numpy()}
 

@@ -200,11 +200,11 @@ class VQGAN(nn.Module):
     def forward(self, video: Tensor, quantise: bool = True) -> tuple[Tensor, Tensor, Tensor, Usage]:
         """Reconstruct a clip: the video, its tokens, the commitment loss, and the batch's usage of the codes.
 
-        In training mode it moves the codes. Without `quantise` the latents themselves are decoded, the codebook stays as it
-        is, and tokens and loss are 0.
+        In training mode it moves the codes. Without `quantise`, or while nothing has seeded the codes, the latents themselves
+        are decoded, the codebook stays as it is, and tokens and loss are 0.
         """
         z = self.encode(video)
-        if not quantise:
+        if not quantise or not (self.training or self.codebook.updates):
             zero = z.new_zeros((), dtype=torch.float32)
             return self._video(z), torch.zeros_like(z[:, 0], dtype=torch.int64), zero, Usage(zero, zero)
         code, tokens, usage = self.codebook(z)

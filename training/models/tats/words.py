@@ -10,6 +10,7 @@ import difflib
 import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from itertools import islice
 from typing import Any
 
 import torch
@@ -24,19 +25,22 @@ from longtake.training.text.cleaning import RULES
 from longtake.training.text.files import imported
 
 _UNKNOWN = "[unknown]"  # what stands for characters that no caption has
-_MOST_KNOWN = 500  # words that are kept for advice
+_MOST_KNOWN = 50_000  # words that a model knows: the commonest
+_SUGGESTED = 5_000  # of which some are named to who asks for another
 
 
 class Words:
     """A vocabulary of pieces of words, and how many of them a text may have.
 
+    A word that no caption had is refused, though its pieces be known; so is one rarer than 50,000 others.
+
     size  of the vocabulary
     """
 
     def __init__(self, tokenizer: Mapping[str, Any], unseen: Sequence[int], known: Sequence[str], length: int) -> None:
-        """`tokenizer` is its JSON; `unseen` the ids that no caption has; `known` some of the captions' words."""
+        """`tokenizer` is its JSON; `unseen` the ids that no caption has; `known` the captions' words, the commonest first."""
         self._tokenizer = imported("tokenizers").Tokenizer.from_str(json.dumps(tokenizer))
-        self._unseen, self._known, self._length = frozenset(unseen), tuple(known), length
+        self._unseen, self._known, self._length = frozenset(unseen), dict.fromkeys(known), length
         self.size: int = self._tokenizer.get_vocab_size()
 
     @classmethod
@@ -54,7 +58,7 @@ class Words:
         if not found:
             raise UserError("captions: have no word to learn; name others, or leave them out")
         unseen = [number for number in range(tokenizer.get_vocab_size()) if number and not found[number]]
-        heard = Counter(word for text in cleaned for word in text.split())
+        heard = Counter(word for text in cleaned for word, _ in tokenizer.pre_tokenizer.pre_tokenize_str(text))
         known = [word for word, _ in heard.most_common(_MOST_KNOWN)]
         return cls(json.loads(tokenizer.to_str()), [0, *unseen], known, length)
 
@@ -69,18 +73,19 @@ class Words:
         return {"tokenizer": tokenizer, "unseen": sorted(self._unseen), "known": list(self._known)}
 
     def check(self, prompts: Sequence[str]) -> None:
-        """UserError for a prompt with a word that no caption has a part of, or with more tokens than the model takes."""
+        """UserError for a prompt with a word that no caption has, or with more tokens than the model takes."""
         for prompt in prompts:
             text = _cleaned(prompt)
             encoding = self._tokenizer.encode(text)
-            for number, place in zip(encoding.ids, encoding.word_ids, strict=True):
-                if number in self._unseen:
-                    start, end = encoding.word_to_chars(place)
-                    near = difflib.get_close_matches(text[start:end], self._known, 3, 0.5) or self._known[:5]
-                    raise UserError(
-                        f"prompt {prompt[:40]!r}: no caption that this model has learned from has {text[start:end]!r};"
-                        f" it knows words such as {', '.join(near)}"
-                    )
+            words = self._tokenizer.pre_tokenizer.pre_tokenize_str(text)
+            strange = next((word for word, _ in words if word not in self._known), None)
+            if strange is not None or self._unseen & set(encoding.ids):
+                known = list(islice(self._known, _SUGGESTED))
+                near = difflib.get_close_matches(strange or text, known, 3, 0.5) or known[:5]
+                raise UserError(
+                    f"prompt {prompt[:40]!r}: no caption that this model has learned from has {(strange or text)[:40]!r};"
+                    f" it knows words such as {', '.join(near)}"
+                )
             if len(encoding.ids) > self._length:
                 raise UserError(
                     f"prompt {prompt[:40]!r}: has {len(encoding.ids)} tokens, and {self._length} fit; shorten it"

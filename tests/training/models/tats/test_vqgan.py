@@ -64,7 +64,13 @@ def test_a_clip_of_4n_frames_comes_back_whole(model, t, h, w, batch):
     assert tokens.shape == (batch, t, h, w) and tokens.dtype == torch.int64
     assert model.encode(video).shape == (batch, 8, t, h, w)
     assert model.decode_tokens(tokens).shape == video.shape
+    latents = model(video)[0]
+    model.codebook.updates.fill_(1)
     torch.testing.assert_close(model(video)[0], model.decode_tokens(tokens), rtol=0, atol=1e-5)
+    model.codebook.updates.fill_(0)
+    assert not torch.allclose(latents, model.decode_tokens(tokens), atol=1e-3), (
+        "codes that nothing has seeded decode nothing"
+    )
     assert model.reconstruct(video).abs().max() <= 1
     assert latents_of(4 * t, 4, 4) == t
 

@@ -40,6 +40,8 @@ def test_a_word_that_no_caption_has_is_named_with_those_that_are_near() -> None:
         words.check(["a red square", "a zebra moves"])
     with pytest.raises(UserError, match=r"has 'squares'; it knows words such as square"):
         words.states(["two squares"], torch.device("cpu"))
+    with pytest.raises(UserError, match="has 'redleft'; it"):  # though its pieces are known
+        words.check(["a redleft"])
     ids, mask = words.encoded(["a zebra"])  # a held-out caption may have it
     assert mask.all() and ids.max() < words.size
     with pytest.raises(UserError, match="have no word to learn"):
