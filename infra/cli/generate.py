@@ -70,6 +70,12 @@ class Job(NamedTuple):
     metavar="FILE.yaml",
     help="Classes and prompts over time: a list of {at: 3.5s, class: C, prompt: TEXT}. Where the model takes one.",
 )
+@click.option(
+    "--audio",
+    metavar="FILE",
+    help="What the video is to fit: the sound of a file, from its beginning on, which is written with it. Where the model"
+    " takes one.",
+)
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Seed of the first video.")
 @click.option(
     "--count",
@@ -146,6 +152,7 @@ def generate(
     text_encoder: str | None,
     start: str | None,
     storyboard: str | None,
+    audio: str | None,
     seed: int,
     count: int | None,
     seeds: str | None,
@@ -177,6 +184,7 @@ def generate(
       longtake generate models:/latte@champion --frames 97 --seed 7 --out long.mp4
       longtake generate models:/latte@champion --class dog --guidance 4 --count 9 --grid --out dogs.mp4
       longtake generate models:/latte@champion --prompt "a dog runs left" --negative "a cat" --guidance 4 --out dog.mp4
+      longtake generate models:/tats@champion --frames 256 --audio drums.wav --out drums.mp4
       longtake generate models:/memory-dit@champion --seconds 60 --start clip.mp4 --storyboard story.yaml --out x.mp4
     """
     all_seeds = _seeds(seed, count, seeds)
@@ -202,16 +210,18 @@ def generate(
         settings = {"guidance": strength, "steps": steps, "history_noise": history_noise}
         settings |= {"temperature": temperature, "top_k": top_k, "top_p": top_p, "keep": keep}
         texts = {"prompt": words or None, "negative": negative, "text_encoder": text_encoder}
-        for name, value in ({"start": start, "storyboard": storyboard} | settings | texts).items():
+        files = {"start": start, "storyboard": storyboard, "audio": audio}
+        for name, value in (files | settings | texts).items():
             if value is not None and ("prompt" if name in texts else name) not in generator.accepts:
                 raise UserError(f"--{name.replace('_', '-')}: {model} takes none; leave it out")
         plan = _plan(generator, frames, seconds, fps, start, settings)
         story = _storyboard(storyboard, plan) if storyboard else None
-        requests = _requests(plan, jobs, words, story, negative)
+        sound = _sound(audio, plan) if audio else None
+        requests = _requests(plan, jobs, words, story, negative, sound)
         groups = [requests[n : n + batch] for n in range(0, len(jobs), batch)]
         names = [out] if grid else _file_names(out, jobs, words)
         videos = partial(_videos, plan, groups, tile, f"{out}.part")
-        _write(plan, videos, groups, names, grid)
+        _write(plan, videos, groups, names, grid, sound)
         for name in names:
             click.echo(name)
         generator.forget(f"{out}.part")
@@ -268,14 +278,24 @@ def _plan(
     return Plan(generator, settings, frames, rate, beginning, rounds)
 
 
-def _requests(plan: Plan, jobs: Sequence[Job], words: Sequence[str], story: Any, negative: str | None) -> list[Any]:
-    """The requests of all jobs, checked before any video is made. A story is that of them all."""
+def _sound(path: str, plan: Plan) -> Any:
+    """The sound of the video's length."""
+    from longtake.training.models.generator import Sound
+
+    with _naming("--audio"):
+        return Sound(*media.sound_of(path, plan.frames / plan.fps))
+
+
+def _requests(
+    plan: Plan, jobs: Sequence[Job], words: Sequence[str], story: Any, negative: str | None, sound: Any
+) -> list[Any]:
+    """The requests of all jobs, checked before any video is made. A story and a sound are those of them all."""
     from longtake.training.models.generator import Request, check_requests, scene_of
 
     def scene(job: Job) -> Any:
         return scene_of(job.name, None if job.prompt is None else words[job.prompt], plan.generator.classes)
 
-    requests = [Request(job.seed, story or [(0.0, scene(job))], negative) for job in jobs]
+    requests = [Request(job.seed, story or [(0.0, scene(job))], negative, sound) for job in jobs]
     check_requests(plan.generator, requests, plan.settings)
     return requests
 
@@ -308,8 +328,9 @@ def _write(
     groups: Sequence[Sequence[Any]],
     names: Sequence[str],
     grid: bool,
+    sound: Any,
 ) -> None:
-    """Write the videos of all groups to the files of these names, or as a grid to the only one."""
+    """Write the videos of all groups, with the sound, to the files of these names, or as a grid to the only one."""
     import numpy as np
 
     from longtake.training.models.common import video
@@ -317,14 +338,14 @@ def _write(
     storage.sweep(names[0].rpartition("/")[0] or ".")  # removes the partial files of a killed run
     with media.progress("generate", plan.rounds * len(groups), "step") as bar:
         if grid:
-            with video.video_file(names[0], plan.fps) as write:
+            with video.video_file(names[0], plan.fps, sound=sound) as write:
                 for chunks in zip(*(videos(number, bar.update) for number in range(len(groups))), strict=True):
                     write(video.grid(np.concatenate(chunks)))
             return
         left = iter(names)
         for number, group in enumerate(groups):
             with ExitStack() as files:
-                writers = [files.enter_context(video.video_file(next(left), plan.fps)) for _ in group]
+                writers = [files.enter_context(video.video_file(next(left), plan.fps, sound=sound)) for _ in group]
                 for chunk in videos(number, bar.update):
                     for write, frames in zip(writers, chunk, strict=True):
                         write(frames)

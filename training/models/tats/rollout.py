@@ -292,6 +292,13 @@ class Rollout:
             self.start.ndim != 4 or self.start.shape[2:] != shape or not self.start.shape[1]
         ):
             raise ValueError(f"start has shape {tuple(self.start.shape)}; it needs (B, frames, {shape[0]}, {shape[1]})")
+        if self.audio is not None:
+            if not config.audio_codes:
+                raise ValueError("audio: this model takes none; leave it out")
+            if self.audio.ndim != 3 or self.audio.shape[2] != config.audio_tokens:
+                raise ValueError(
+                    f"audio has shape {tuple(self.audio.shape)}; it needs (B, frames, {config.audio_tokens})"
+                )
         for begin, held in self.story:
             if held.classes is not None:
                 if len(held.classes) != len(seeds):

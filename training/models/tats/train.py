@@ -2,7 +2,7 @@
 
 import json
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -85,12 +85,24 @@ class Setup(NamedTuple):
             options["columns"]["caption"] = self.text.captions
         return Wanted(self.classes, data.loader(config, self.inputs, "val", **options, **HELDOUT), self.condition)
 
+    def heard(self, config: Config, numbers: Iterable[int]) -> Tensor | None:
+        """The tokens of the sound of held-out windows, `(B, t, n)`; None for a model without sound."""
+        if self.sound is None:
+            return None
+        windows = loader_of(config, self, "val", **HELDOUT)
+        found = [sound_of(next(iter(windows.at([number % windows.samples])))) for number in numbers]
+        return torch.cat([tokens for tokens in found if tokens is not None])
+
     def rollout(self, config: Config, model: TATS, seeds: Sequence[int], condition: Condition | None) -> Rollout:
-        """The videos of seeds, by this model or, for mode interpolate, its anchors and this model."""
+        """The videos of seeds, by this model or, for mode interpolate, its anchors and this model.
+
+        Each hears the held-out window of its number, which counts from the first seed.
+        """
         settings = config.settings()
         if condition is None or not condition.asks:
             settings = replace(settings, guidance=1.0)
-        return Rollout(model, seeds, settings, self.anchors, story=[(0, condition)] if condition else [])
+        heard = self.heard(config, [seed - config.seed for seed in seeds])
+        return Rollout(model, seeds, settings, self.anchors, story=[(0, condition)] if condition else [], audio=heard)
 
 
 def prepare(config: Config, inputs: Mapping[str, str], folder: Path) -> Setup:
@@ -102,10 +114,10 @@ def prepare(config: Config, inputs: Mapping[str, str], folder: Path) -> Setup:
     """
     record, text, captions = data.tokens_of(inputs), data.text_of(inputs), data.captions_of(inputs)
     sound = data.tokens_of(inputs, "audio_tokens") if "audio_tokens" in inputs else None
-    if sound and sound.shape[0] != record.shape[0]:
-        raise UserError(
-            f"audio_tokens: have {sound.shape[0]} latent frames in a window, tokens {record.shape[0]}; encode both alike"
-        )
+    if record.of != "video":
+        raise UserError(f"tokens: {inputs['tokens']} are of sound; name those of the video, and these as audio_tokens")
+    if sound:
+        _check_sound(inputs["audio_tokens"], sound, record)
     fps = data.frame_rate(inputs["dataset"], (record.frames - 1) * record.stride + 1) / record.stride
     options = _options(config, record, sound, captions, text)
     classes = data.loader(config, inputs, "train", batch=1, **options).classes
@@ -113,7 +125,7 @@ def prepare(config: Config, inputs: Mapping[str, str], folder: Path) -> Setup:
         field: registry.load_with_facts(inputs[field]) for field in ("base", "anchors") if field in inputs
     }
     for field, (model, facts) in parents.items():
-        _check_parent(field, inputs[field], model, facts, record, classes)
+        _check_parent(field, inputs[field], model, facts, record, sound, classes)
     known = [facts for _, facts in parents.values()]
     words = _words(config, inputs, folder, captions, known[0] if known else None)
     from_data = {
@@ -163,8 +175,27 @@ def _words(
     return Words.of(json.loads(path.read_bytes()), length)
 
 
+def _check_sound(uri: str, sound: Tokens, record: Tokens) -> None:
+    """UserError where tokens of sound are none, or of other windows than the video's."""
+    if sound.of != "audio":
+        raise UserError(f"audio_tokens: {uri} are of video; encode the sound by a `pretrain_sound_vqgan` model")
+    windows = [
+        {"frames": each.frames, "stride": each.stride, "hop": each.hop, "size": each.size, "latents": each.shape[0]}
+        for each in (sound, record)
+    ]
+    if different := [name for name in windows[0] if windows[0][name] != windows[1][name]]:
+        theirs, ours = (each[different[0]] for each in windows)
+        raise UserError(f"audio_tokens: have windows of {different[0]} {theirs}, tokens of {ours}; encode both alike")
+
+
 def _check_parent(
-    field: str, uri: str, model: Any, facts: Mapping[str, Any], record: Tokens, classes: Sequence[str]
+    field: str,
+    uri: str,
+    model: Any,
+    facts: Mapping[str, Any],
+    record: Tokens,
+    sound: Tokens | None,
+    classes: Sequence[str],
 ) -> None:
     """UserError where a base or the anchors' model is no TATS, or has learned other tokens or classes."""
     if not isinstance(model, TATS):
@@ -172,6 +203,11 @@ def _check_parent(
     if facts["vqgan"]["encoder"] != record.model["digest"]:
         raise UserError(
             f"{field}: {uri} has learned tokens of another VQGAN, {facts['vqgan']['uri']}; encode by that one"
+        )
+    learned = (facts.get("sound") or {}).get("encoder")
+    if sound and learned not in (None, sound.model["digest"]):
+        raise UserError(
+            f"{field}: {uri} has learned sound of another VQGAN, {facts['sound']['uri']}; encode by that one"
         )
     if list(facts["classes"]) != list(classes):
         raise UserError(
@@ -300,6 +336,7 @@ def facts(config: Config, setup: Setup, lineage: Mapping[str, Any]) -> dict[str,
         "vqgan": origins["vqgan"] | {"encoder": record.model["digest"]},
         "tokens": origins["tokens"],
         "audio_tokens": origins.get("audio_tokens"),
+        "sound": setup.sound and origins["sound_vqgan"] | {"encoder": setup.sound.model["digest"]},
         "anchors": origins.get("anchors"),
         "text": data.text_facts(setup.text, origins.get("text")),
         "words": setup.words and setup.words.record(),
