@@ -118,7 +118,7 @@ def beginning(path: str, rate: int, channels: int, seconds: float) -> np.ndarray
     formats = (*media.FORMATS, *media.SOUNDS)
     with media.opened(path, formats) as container:
         # the picture of a cover is shown all the time
-        films = [s for s in container.streams.video if not s.disposition & av.stream.Disposition.attached_pic]
+        films = [s for s in container.streams.video if not s.disposition & s.disposition.attached_pic]
         start = (container.start_time or 0) / av.time_base
     clocks = clocks_of(path) if films else [(0.0, start)]
     out, end = np.zeros((round(seconds * rate), channels), np.int16), 0
