@@ -14,7 +14,7 @@ import pytest
 
 from longtake.datasets import clip, images, media
 from longtake.datasets.errors import Failure, UserError
-from longtake.infra.cli.media import frames_of
+from longtake.infra.cli.media import frames_of, sound_of
 from longtake.infra.footage import write_video
 from longtake.pipeline.config import ClipConfig, CutConfig
 from longtake.pipeline.source import process
