@@ -113,7 +113,7 @@ def sound_of(path: str, seconds: float) -> tuple[Any, int]:
         heard = soundtrack.beginning(path, _SOUND_RATE, 2, seconds)
     except soundtrack.Unheard as e:
         raise UserError(f"{path}: {e.detail}") from e
-    except (container.Unreadable, av.error.FFmpegError, ArithmeticError, ValueError) as e:
+    except (container.Unreadable, av.error.FFmpegError, ArithmeticError, OSError, ValueError) as e:
         raise UserError(f"{path}: not a file whose sound can be read ({getattr(e, 'strerror', None) or e})") from e
     if (lasts := len(heard) / _SOUND_RATE) < seconds - 0.05:
         click.echo(f"{path}: the sound ends after {lasts:.1f} s; what follows has none", err=True)

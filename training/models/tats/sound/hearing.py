@@ -25,11 +25,11 @@ def tokens_of(vqgan: SoundVQGAN, sound: Sound, frames: int, fps: float) -> Tenso
     lasting = math.ceil((len(mono) / spectrogram.rate - 1e-3) * fps / factor)
     lasting = min(frames // factor, max(0, lasting))
     rows, columns = (side // vqgan.config.spatial_stride for side in (spectrogram.rows, spectrogram.columns))
-    tokens = torch.empty(1, 0, rows * columns, dtype=torch.int64)
+    where, count = next(vqgan.parameters()).device, spectrogram.samples(lasting * factor, fps)
+    tokens = torch.empty(1, 0, rows * columns, dtype=torch.int64, device=where)
     if lasting:
-        mono = F.pad(mono, (0, max(0, spectrogram.samples(lasting * factor, fps) - len(mono))))
-        mono = mono[: spectrogram.samples(lasting * factor, fps)].to(next(vqgan.parameters()).device)
-        tokens = vqgan.long_sound_tokens(mono[None], lasting * factor).flatten(2)
+        mono = F.pad(mono, (0, max(0, count - len(mono))))[:count]
+        tokens = vqgan.long_sound_tokens(mono[None].to(where), lasting * factor).flatten(2)
     return F.pad(tokens, (0, 0, 0, frames // factor - lasting), value=SILENCE)
 
 

@@ -180,9 +180,8 @@ def objective(config: Config, setup: Setup) -> Objective:
     if not heldout.samples:
         raise UserError("dataset: its val split has no clip for the evaluation; raise val_fraction")
     return Objective(
-        {"generator": setup.model},
+        {"model": setup.model},
         partial(_loss, config, setup),
-        lead="generator",
         sample=partial(_sample, setup, heldout),
         fps=6,
         tokens=partial(_tokens, setup),
@@ -204,7 +203,7 @@ def _loss(config: Config, setup: Setup, turn: Turn) -> tuple[Tensor, Terms]:
 
 def _sample(setup: Setup, heldout: Loader, engines: Engines, rng: torch.Generator) -> dict[str, np.ndarray[Any, Any]]:
     """The pictures of the first held-out clip and, beside them, their reconstruction."""
-    pictures, engine = setup.pictures(next(heldout.at([0]))), engines["generator"]
+    pictures, engine = setup.pictures(next(heldout.at([0]))), engines["model"]
     made, *_ = engine(pictures, quantise=bool(engine.module.codebook.updates))
     panels = torch.cat([pictures, made.float().clamp(-1, 1)], dim=4).expand(-1, 3, -1, -1, -1)[0].permute(1, 2, 3, 0)
     return {"reconstructed": to_pixels(panels).cpu().numpy()}
