@@ -31,9 +31,7 @@ class _Nameless:
 
 
 @contextlib.contextmanager
-def opened(
-    source: str | Path | bytes | memoryview, formats: Sequence[str] = FORMATS, **options: str
-) -> Iterator[Any]:
+def opened(source: str | Path | bytes | memoryview, formats: Sequence[str] = FORMATS, **options: str) -> Iterator[Any]:
     """An av.InputContainer of a local file or of bytes. `options` are the codecs'.
 
     Raises:

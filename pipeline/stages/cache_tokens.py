@@ -123,7 +123,9 @@ def run(config: Config, inputs: Mapping[str, str], output: str) -> dict[str, Any
         np.zeros(coding.codes, np.int64),
     )
     if coding.of == "audio" and not counts.any():
-        raise UserError(f"dataset: {dataset}: no window of the train split has sound; use other sources, or another view")
+        raise UserError(
+            f"dataset: {dataset}: no window of the train split has sound; use other sources, or another view"
+        )
     usage, entropy = records.statistics(counts)
     record = Tokens(
         dataset=dataset,

@@ -65,4 +65,3 @@ def inputs(root: Path) -> dict[str, str]:
         uri = save(model, root / f"{field}-model")
         made[field] = tiny_codes.record(root / field, made["dataset"], model, settings(), uri)
     return made
-

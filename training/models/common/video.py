@@ -47,8 +47,8 @@ def video_file(
 ) -> Iterator[Callable[[np.ndarray], None]]:
     """Write an H.264 file to a path or fsspec URL, chunk by chunk `(t, H, W, 3)` uint8 with even H and W.
 
-    It has the sound, samples (channels, n) float32 and their rate, from its first frame on. The file appears complete after the block, or not at all. The same frames give the same bytes. Raises Failure if it
-    cannot be written.
+    It has the sound, samples (channels, n) float32 and their rate, from its first frame on. The file appears complete after
+    the block, or not at all. The same frames give the same bytes. Raises Failure if it cannot be written.
     """
     import av
 

@@ -133,9 +133,7 @@ def compared(made: Tensor, video: Tensor) -> dict[str, float]:
     return {"l1": error, "psnr": psnr(made, video).item(), "ssim": ssim(made, video).item()}
 
 
-def moved(
-    model: VQGAN, loader: Loader, count: int, seen: Seen | None = None
-) -> tuple[dict[str, float], look.Points]:
+def moved(model: VQGAN, loader: Loader, count: int, seen: Seen | None = None) -> tuple[dict[str, float], look.Points]:
     """Equivariance of the first clips, each as long as a clip and a latent frame: figures, and equal tokens by latent frame.
 
     Every rank calls it with the same loader and takes its share.

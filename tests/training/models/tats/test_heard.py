@@ -114,11 +114,11 @@ def test_it_is_registered_with_what_hears_and_judged_on_its_tokens(
     gate = Gate(metrics={"loss": {"better": "lower"}}, samples=2)  # type: ignore[dict-item]
     ours, theirs = rows_of(judged, judged, made, gate)
     assert ours == theirs and len(ours) == 2
-    with pytest.raises(UserError, match="audio_tokens: .* has learned to hear; name what"):
+    with pytest.raises(UserError, match=r"audio_tokens: .* has learned to hear; name what"):
         rows_of(judged, None, {name: uri for name, uri in made.items() if name != "audio_tokens"}, gate)
     other = replace(record, model=record.model | {"digest": "other"})
     records.write_tokens(str(tmp_path / "other"), other)
-    with pytest.raises(UserError, match="audio_tokens: .* are of another VQGAN than"):
+    with pytest.raises(UserError, match=r"audio_tokens: .* are of another VQGAN than"):
         rows_of(judged, None, made | {"audio_tokens": str(tmp_path / "other")}, gate)
     generator = kind_of(facts).generator
     assert generator
@@ -138,7 +138,10 @@ def test_tokens_that_do_not_fit_are_refused_in_one_line(made: dict[str, str], tm
     for changed, says in (
         ({"audio_tokens": made["tokens"]}, "audio_tokens: .* are of video; encode the sound by"),
         ({"tokens": made["audio_tokens"]}, "tokens: .* are of sound; name those of the video"),
-        ({"audio_tokens": str(tmp_path / "hop")}, "audio_tokens: have windows of hop 8, tokens of 4; encode both alike"),
+        (
+            {"audio_tokens": str(tmp_path / "hop")},
+            "audio_tokens: have windows of hop 8, tokens of 4; encode both alike",
+        ),
         ({"audio_tokens": str(tmp_path / "size")}, "windows of size "),
         ({"audio_tokens": str(tmp_path / "long")}, "windows of frames 16, tokens of 12"),
     ):
@@ -147,7 +150,7 @@ def test_tokens_that_do_not_fit_are_refused_in_one_line(made: dict[str, str], tm
         assert "\n" not in str(e.value)
     facts = {"sound": {"uri": "models:/other/1", "encoder": "other"}}
     tats_stages.save_tats(tmp_path / "base", video.model["uri"], facts=facts, audio_codes=16, audio_tokens=4)
-    with pytest.raises(UserError, match="base: .* has learned sound of another VQGAN, models:/other/1"):
+    with pytest.raises(UserError, match=r"base: .* has learned sound of another VQGAN, models:/other/1"):
         latent_stages.prepared(config(base="x"), made | {"base": str(tmp_path / "base")}, tmp_path / "b", pretrain_tats)
 
 

@@ -145,9 +145,7 @@ def prepare(config: Config, inputs: Mapping[str, str], folder: Path) -> Setup:
     fps = data.frame_rate(inputs["dataset"], config.frames * config.stride) / config.stride
     rate = _rate(inputs["dataset"])
     plain = config.vqgan({"rate": rate}).spectrogram
-    levels = (
-        magnitudes(batch["audio"].mean(1), config.frames, plain) for batch in islice(clips, config.range_clips)
-    )
+    levels = (magnitudes(batch["audio"].mean(1), config.frames, plain) for batch in islice(clips, config.range_clips))
     low, high = loudness_range(levels)
     model = SoundVQGAN(config.vqgan({"rate": rate, "low": low, "high": high}))
     return Setup(inputs, model.to(device()), config.frames, fps)
