@@ -9,7 +9,7 @@ from pydantic_core import PydanticUndefined
 
 from longtake.datasets.stage import RUN, StageConfig
 
-_ENTRY = re.compile(r"([a-z_]+(?:, [a-z_]+)*) {2,}(\S.*)|([a-z_]{14,}) (\S.*)")
+_ENTRY = re.compile(r"([a-z_0-9]+(?:, [a-z_0-9]+)*) {2,}(\S.*)|([a-z_0-9]{14,}) (\S.*)")
 
 
 class Setting(NamedTuple):

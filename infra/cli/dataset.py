@@ -62,7 +62,7 @@ def _captioned(overview: Any) -> str:
     from longtake.datasets import storage
 
     most = overview.makers.most_common(_MAKERS)
-    makers = ", ".join(f"{count} by {shown(storage.printable(maker))[:80]}" for maker, count in most)
+    makers = ", ".join(f"{count} by {shown(storage.printable(maker))}" for maker, count in most)
     if (rest := overview.makers.total() - sum(count for _, count in most)) > 0:
         makers += f", {rest} by {len(overview.makers) - len(most)} others"
     return f"of {overview.clips - overview.without} of {overview.clips} clips" + (f" ({makers})" if makers else "")

@@ -178,7 +178,7 @@ def test_an_encoder_in_a_folder_may_move_and_another_may_not_take_its_place(tmp_
     command = ["generate", models / "latte", "--prompt", "a red square moves left"]
     longtake(*command, "--out", tmp_path / "a.mp4")
     (tmp_path / "umt5").rename(tmp_path / "moved")
-    with pytest.raises(UserError, match=r"its text encoder is not at .*/umt5; say where it lies with --text-encoder"):
+    with pytest.raises(UserError, match=r"its text encoder is not at .*/umt5; say where it is with --text-encoder"):
         longtake(*command, "--out", tmp_path / "x.mp4")
     longtake(*command, "--text-encoder", tmp_path / "moved", "--out", tmp_path / "b.mp4")
     assert (tmp_path / "a.mp4").read_bytes() == (tmp_path / "b.mp4").read_bytes()

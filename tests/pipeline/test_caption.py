@@ -233,7 +233,7 @@ def test_commands_show_who_made_most_captions_on_one_line(
         done = CliRunner().invoke(commands, [command, root], catch_exceptions=False)
         (line,) = (line for line in done.stdout.splitlines() if line.startswith("captions "))
         assert line.startswith(
-            rf"captions of 18 of 18 clips (18 by \x1b[2Jx\nclips 0, 18 by {'y' * 80}, 18 by n0, 15 by n1"
+            rf"captions of 18 of 18 clips (18 by \x1b[2Jx\nclips 0, 18 by {'y' * 40}…, 18 by n0, 15 by n1"
         )
         assert "30 by 4 others)" in line
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -65,6 +65,11 @@ class Sound(NamedTuple):
 
     samples: np.ndarray
     rate: int
+
+
+def plain(settings: Settings, names: Collection[str]) -> dict[str, Any]:
+    """Those settings that a family knows, as plain data for its config.json."""
+    return {name: value for name, value in asdict(settings).items() if name in names}
 
 
 class Request(NamedTuple):

@@ -5,7 +5,6 @@ It trains from a dataset's column of latents, and then reads no video at all; or
 
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -28,12 +27,13 @@ from longtake.training.models.common.condition import of_batch
 from longtake.training.models.common.text import check_guidance, set_empty
 from longtake.training.models.common.video import grid
 from longtake.training.models.common.wanted import Wanted
+from longtake.training.models.generator import plain
 from longtake.training.models.latte.base import continue_from
 from longtake.training.models.latte.config import Config, check
 from longtake.training.models.latte.evaluate import HeldoutWindow, VideoPlan
 from longtake.training.models.latte.evaluate import evaluate as measure
 from longtake.training.models.latte.model import Latte, LatteConfig
-from longtake.training.models.latte.sample import generate_videos
+from longtake.training.models.latte.sample import SETTINGS, generate_videos
 from longtake.training.objective import Batch, Engines, Objective, Terms, Turn
 
 __all__ = ["Config", "check"]  # the stage's parts from another file
@@ -212,7 +212,7 @@ def facts(config: Config, setup: Setup, lineage: Mapping[str, Any]) -> dict[str,
         "text": data.text_facts(setup.text, origins.get("text")),
         "classes": list(setup.classes),
         "window": window,
-        "sampling": asdict(config.settings()),
+        "sampling": plain(config.settings(), SETTINGS),
     }
 
 

@@ -30,7 +30,8 @@ from longtake.training.models.common.text import check_guidance
 from longtake.training.models.generator import Request, Settings, fields_of
 from longtake.training.models.latte.model import Latte
 
-ACCEPTS = frozenset({"class", "storyboard", "steps", "guidance", "shift", "overlap"})
+SETTINGS = ("steps", "guidance", "shift", "overlap")  # those that have an effect
+ACCEPTS = frozenset({"class", "storyboard", *SETTINGS})
 _DEFAULT = Settings()
 
 

@@ -7,7 +7,6 @@ It denoises the next segment of a video, given a memory of all that came before 
 import math
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -29,7 +28,7 @@ from longtake.training.models.common import flow
 from longtake.training.models.common.condition import of_batch
 from longtake.training.models.common.guidance import GuidanceSetting
 from longtake.training.models.common.text import check_guidance
-from longtake.training.models.generator import Settings
+from longtake.training.models.generator import Settings, plain
 from longtake.training.models.memory import continuation
 from longtake.training.models.memory.config import MemoryConfig, check
 from longtake.training.models.memory.continuation import Clips, Continuation
@@ -46,6 +45,7 @@ from longtake.training.models.memory.history import (
     true_lengths,
 )
 from longtake.training.models.memory.retrieval import Video
+from longtake.training.models.memory.segments import SETTINGS
 from longtake.training.models.memory.shared import (
     MODEL,
     above_each_other,
@@ -226,7 +226,7 @@ def facts(config: Config, setup: Setup, lineage: Mapping[str, Any]) -> dict[str,
     """What config.json says of the model (see `shared.facts_of`)."""
     return facts_of(config, setup, lineage) | {
         "stage": "generation",
-        "sampling": {name: value for name, value in asdict(config.settings()).items() if name != "overlap"},
+        "sampling": plain(config.settings(), SETTINGS),
         "posterior": config.posterior,
     }
 

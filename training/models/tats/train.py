@@ -3,7 +3,7 @@
 import json
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -28,6 +28,7 @@ from longtake.training.models.common.condition import Condition, of_batch
 from longtake.training.models.common.text import fields_of, set_empty
 from longtake.training.models.common.video import grid
 from longtake.training.models.common.wanted import Wanted
+from longtake.training.models.generator import plain
 from longtake.training.models.tats.config import Config, check
 from longtake.training.models.tats.evaluate import SUMMARY, sound_of
 from longtake.training.models.tats.evaluate import evaluate as measure
@@ -342,7 +343,7 @@ def facts(config: Config, setup: Setup, lineage: Mapping[str, Any]) -> dict[str,
         "words": setup.words and setup.words.record(),
         "classes": list(setup.classes),
         "window": window,
-        "sampling": {name: value for name, value in asdict(config.settings()).items() if name in SETTINGS},
+        "sampling": plain(config.settings(), SETTINGS),
     }
 
 

@@ -361,7 +361,7 @@ def test_guidance_of_each_is_registered_as_plain_data(inputs: dict[str, str], tm
     chosen = config(classes=True, guidance=apart)
     setup = started(chosen, inputs, tmp_path)
     facts = json.loads(json.dumps(finetune_latte.facts(chosen, setup, lineage.read(tmp_path))))
-    assert facts["sampling"] == {"steps": 2, "guidance": apart, "shift": 1.0, "overlap": 1, "history_noise": 0.0}
+    assert facts["sampling"] == {"steps": 2, "guidance": apart, "shift": 1.0, "overlap": 1}
     assert fields_of(facts)["settings"] == chosen.settings()
     with pytest.raises(
         UserError, match=r"^guidance: classes is 2, and this model has learned no classes; leave it out"
