@@ -86,7 +86,7 @@ def magnitudes(sound: Tensor, frames: int, spectrogram: Spectrogram, first: int 
 
 
 def loudness_range(levels: Iterable[Tensor]) -> tuple[float, float]:
-    """The least and the greatest of the magnitudes of clips, for `low` and `high`, rounded outwards: machines differ in last bits."""
+    """The least and the greatest of the magnitudes of clips, for `low` and `high`, rounded outwards to hundredths."""
     low, high = math.inf, -math.inf
     for level in levels:
         low, high = min(low, float(level.min())), max(high, float(level.max()))

@@ -4,6 +4,7 @@ The reconstruction of the pictures of sound is held by absolute errors alone. Th
 network of photographs; neither has discriminators.
 """
 
+import json
 import sys
 from collections.abc import Mapping
 from functools import partial
@@ -16,7 +17,7 @@ import torch
 from pydantic import Field, field_validator, model_validator
 from torch import Tensor
 
-from longtake.datasets import audio, index
+from longtake.datasets import audio, index, storage
 from longtake.datasets.errors import UserError
 from longtake.datasets.loader import Loader, to_pixels
 from longtake.datasets.stage import DatasetInput, Measuring, StageConfig, ViewInput
@@ -35,6 +36,7 @@ PRODUCES = "model"
 MODEL = "sound_vqgan"
 SUMMARY = "reconstructed.json"
 
+_RANGE = "range.json"  # in the folder of checkpoints
 _PRESET = {"preset": "sound_vqgan_paper"}
 _FROM_DATA = ("rate", "low", "high")  # fields of Spectrogram
 _WARM_STEPS = {"sound_vqgan_tiny": 200}  # by preset, as for videos
@@ -141,14 +143,25 @@ def prepare(config: Config, inputs: Mapping[str, str], folder: Path) -> Setup:
         UserError: no clip of the train split has sound.
         Failure: damaged files.
     """
-    clips = _loader(config, inputs, "train", **HELDOUT)
     fps = data.frame_rate(inputs["dataset"], config.frames * config.stride) / config.stride
-    rate = _rate(inputs["dataset"])
-    plain = config.vqgan({"rate": rate}).spectrogram
-    levels = (magnitudes(batch["audio"].mean(1), config.frames, plain) for batch in islice(clips, config.range_clips))
-    low, high = loudness_range(levels)
+    clips, rate = _loader(config, inputs, "train", **HELDOUT), _rate(inputs["dataset"])
+    low, high = _range(config, clips, rate, folder)
     model = SoundVQGAN(config.vqgan({"rate": rate, "low": low, "high": high}))
     return Setup(inputs, model.to(device()), config.frames, fps)
+
+
+def _range(config: Config, clips: Loader, rate: int, folder: Path) -> tuple[float, float]:
+    """The least and the greatest magnitude of the first clips, found once, by the first rank, and kept: datasets grow."""
+    path, distributed = folder / _RANGE, torch.distributed.is_initialized()
+    if not path.exists() and (not distributed or torch.distributed.get_rank() == 0):
+        plain = config.vqgan({"rate": rate}).spectrogram
+        chosen = islice(clips, config.range_clips)
+        found = loudness_range(magnitudes(batch["audio"].mean(1), config.frames, plain) for batch in chosen)
+        storage.write(str(path), storage.canonical_json(found))
+    if distributed:
+        torch.distributed.barrier()
+    low, high = json.loads(path.read_bytes())
+    return low, high
 
 
 def _rate(dataset: str) -> int:
