@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ import pytest
 import tats_stages
 import torch
 from flat import nested
-from priors import frames_of, longtake
+from priors import awake, frames_of, longtake
 
 from longtake.datasets import tokens as records
 from longtake.datasets.errors import UserError
@@ -97,7 +98,7 @@ def test_the_loss_depends_on_the_sound(made: dict[str, str], tmp_path: Path) -> 
         return pretrain_tats._loss(setup, turn)[0].item()
 
     setup.model.eval()
-    tats_stages.awake(setup.model)
+    awake(setup.model)
     plain = loss(batch["audio_tokens"])
     assert plain == loss(batch["audio_tokens"]) != loss((batch["audio_tokens"] + 1) % 16)
 
@@ -151,7 +152,9 @@ def test_tokens_that_do_not_fit_are_refused_in_one_line(made: dict[str, str], tm
     facts = {"sound": {"uri": "models:/other/1", "encoder": "other"}}
     tats_stages.save_tats(tmp_path / "base", video.model["uri"], facts=facts, audio_codes=16, audio_tokens=4)
     with pytest.raises(UserError, match=r"base: .* has learned sound of another VQGAN, models:/other/1"):
-        latent_stages.prepared(config(base="x"), made | {"base": str(tmp_path / "base")}, tmp_path / "b", pretrain_tats)
+        latent_stages.prepared(
+            config(base="x", model={}), made | {"base": str(tmp_path / "base")}, tmp_path / "b", pretrain_tats
+        )
 
 
 # generation
@@ -211,7 +214,7 @@ def wav(path: Path, seconds: float = 3.0, rate: int = 22_050) -> Path:
         stream: Any = container.add_stream({"wav": "pcm_s16le", "flac": "flac"}[path.suffix[1:]], rate=rate)
         stream.codec_context.layout = "mono"
         frame = av.AudioFrame.from_ndarray(samples[None], format="s16", layout="mono")
-        frame.sample_rate = rate
+        frame.sample_rate, frame.pts, frame.time_base = rate, 0, Fraction(1, rate)
         for part in (frame, None):
             container.mux(stream.encode(part))
     return path

@@ -81,7 +81,7 @@ def test_each_band_is_a_mean_of_some_frequencies(changed: dict[str, Any]) -> Non
     torch.testing.assert_close(bands.sum(1), torch.ones(len(bands)))
     assert bands.isfinite().all() and bands.min() == 0
     middles = (bands * torch.arange(bands.shape[1])).sum(1)
-    assert (middles.diff() >= 0).all()
+    assert (middles.diff() > -0.5).all() and middles[-1] > middles[0] + 1
 
 
 def test_the_least_and_the_greatest_of_clips_are_the_ends_of_the_range() -> None:
@@ -90,9 +90,10 @@ def test_the_least_and_the_greatest_of_clips_are_the_ends_of_the_range() -> None
     low, high = loudness_range(levels)
     assert low <= min(level.min() for level in levels) and high >= max(level.max() for level in levels)
     assert high - max(level.max() for level in levels) < 0.01
-    picture = pictures(tone(300), 10, chosen.model_copy(update={"low": low, "high": high}))
-    assert picture.max() > 0.99 and picture.min() < -0.97
-    assert pictures(4 * tone(300), 10, chosen.model_copy(update={"low": low, "high": high})).max() == 1
+    scaled = chosen.model_copy(update={"low": low, "high": high})
+    both = torch.cat([pictures(sound, 10, scaled) for sound in (tone(300), 0.1 * tone(900))])
+    assert both.max() > 0.98 and both.min() < -0.98
+    assert pictures(4 * tone(300), 10, scaled).max() == 1
     assert loudness_range([torch.zeros(1, 1, 2, 2)]) == (0.0, 0.01), "of silence alone there still is a range"
 
 
