@@ -38,6 +38,11 @@ class Layout:
 
 
 _SPLIT = "split {split}, seed {seed}"
+_DISTANCE = (
+    "Reconstructions are at a Fréchet distance of {distance[frechet]:.4g} and a kernel distance of {distance[kernel]:.4g}"
+    " from their {distance[videos_real]} sources, by {distance[network]} ({distance[network_digest]:.12}).",
+    "",
+)
 _CAREFUL = ("Careful: {distance[warning]}.", "")
 
 LAYOUTS = {
@@ -52,12 +57,7 @@ LAYOUTS = {
         },
         unit="dB",
         notes=(
-            (
-                "Reconstructions are at a Fréchet distance of {distance[frechet]:.4g} and a kernel distance of"
-                " {distance[kernel]:.4g} from their {distance[videos_real]} sources, by {distance[network]}"
-                " ({distance[network_digest]:.12}).",
-                "",
-            ),
+            _DISTANCE,
             _CAREFUL,
         ),
         caption=("{key}",),
@@ -74,12 +74,7 @@ LAYOUTS = {
             "the same, above chance": "kappa",
         },
         notes=(
-            (
-                "Reconstructions are at a Fréchet distance of {distance[frechet]:.4g} and a kernel distance of"
-                " {distance[kernel]:.4g} from their {distance[videos_real]} sources, by {distance[network]}"
-                " ({distance[network_digest]:.12}).",
-                "",
-            ),
+            _DISTANCE,
             _CAREFUL,
         ),
         caption=("{key}",),

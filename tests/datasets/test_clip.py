@@ -1,8 +1,11 @@
+from typing import Literal
+
 import numpy as np
+import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from longtake.datasets.clip import frame_difference
+from longtake.datasets.clip import frame_difference, pack_array, unpack_array
 
 
 @settings(max_examples=60, deadline=None)
@@ -33,3 +36,13 @@ def test_the_frame_difference_is_that_of_rounded_box_means(
 def test_the_frame_difference_takes_a_video_that_is_cropped_and_strided() -> None:
     video = np.random.default_rng(0).integers(0, 256, (6, 10, 14, 3), np.uint8)[::2, 1:9, 2:14]
     assert np.array_equal(frame_difference(video, 2), frame_difference(video.copy(), 2))
+
+
+@pytest.mark.parametrize("order", ["C", "F"])
+@pytest.mark.parametrize("shape", [(), (3,), (0, 4, 4, 3), (2, 3, 4)])
+def test_an_array_comes_back_as_it_was_packed(shape: tuple[int, ...], order: Literal["C", "F"]) -> None:
+    for dtype in (np.uint8, np.float32, np.dtype("<u2")):
+        array = np.asarray(np.arange(np.prod(shape, dtype=int)).reshape(shape), dtype, order)
+        unpacked = unpack_array(pack_array(array))
+        assert unpacked.dtype == array.dtype and unpacked.flags.writeable
+        np.testing.assert_array_equal(unpacked, array)
