@@ -13,6 +13,8 @@ from longtake.datasets.latents import state_digest
 
 PREFIX = "tokens-"  # of the names of these columns
 
+Of = Literal["video", "audio"]
+NO_SOUND = -1  # stands for the tokens of sound where a clip has none
 _HEADER = 128  # bytes before the data in a .npy of these shapes
 
 
@@ -33,7 +35,7 @@ class Tokens:
     digests: Mapping[str, str]  # of the splits' base shards when this was written (see `compact.Rows`)
     usage: float  # share of the codes that occur
     entropy: float  # bits a token, of the codes' frequencies
-    of: Literal["video", "audio"] = "video"  # of the same windows
+    of: Of = "video"  # of the same windows
 
 
 def write_tokens(uri: str, tokens: Tokens) -> None:
@@ -50,14 +52,11 @@ def model_digest(model: Any) -> str:
     return state_digest(json.dumps([type(model).__name__, model.config.model_dump(mode="json")], sort_keys=True), model)
 
 
-def dtype_of(codes: int) -> np.dtype[Any]:
-    """The dtype of stored ids below `codes`, which has a number more."""
-    return np.dtype("<u2" if codes < 1 << 16 else "<u4")
-
-
-def silent(dtype: np.dtype[Any]) -> int:
-    """What stands for the tokens of sound where a clip has none; the loader gives -1."""
-    return int(np.iinfo(dtype).max)
+def dtype_of(codes: int, of: Of = "video") -> np.dtype[Any]:
+    """The dtype of stored ids below `codes`; those of sound have `NO_SOUND` beside them."""
+    if of == "audio":
+        return np.dtype("<i2" if codes <= 1 << 15 else "<i4")
+    return np.dtype("<u2" if codes <= 1 << 16 else "<u4")
 
 
 # Statistics.

@@ -24,7 +24,7 @@ from longtake.datasets import clip as clip_file
 from longtake.datasets import index, schema, storage
 from longtake.datasets.errors import Failure
 from longtake.datasets.loader import to_model
-from longtake.datasets.tokens import dtype_of, silent
+from longtake.datasets.tokens import NO_SOUND
 from longtake.pipeline import column as columns
 from longtake.pipeline.latents import prefetched
 from longtake.pipeline.sound_windows import samples_of, sound_of, sound_windows
@@ -39,7 +39,7 @@ class Reading(NamedTuple):
     windows   the windows of a clip by its row, an array each
     tokens    those of a batch of windows, `(B, t, h, w)`
     alike     clips share a batch where this is equal
-    silent    keys of clips that have nothing to encode, whose tokens are all `datasets.tokens.silent`
+    silent    keys of clips that have nothing to encode, whose tokens are all `NO_SOUND`
     """
 
     windows: Callable[[Row], Iterator[np.ndarray]]
@@ -80,8 +80,7 @@ def make_tokens(
     else:
         reading = video_reading(model, storage.join(dataset, split, f"{name}.tar"), settings)
     counts = {row["key"]: settings.windows(row) for row in rows}
-    dtype = dtype_of(coding.codes)
-    nothing = np.full(coding.shape, silent(dtype), dtype)
+    nothing = np.full(coding.shape, NO_SOUND, coding.dtype) if reading.silent else np.empty(0)
     tokens = {key: [nothing] * count if key in reading.silent else [] for key, count in counts.items()}
     clips = len(reading.silent & counts.keys())
     seen = [row for row in rows if row["key"] not in reading.silent]
@@ -143,7 +142,7 @@ def encoded(
                 where = f"{len(keys)} windows of clips from {keys[0]} on"
                 raise Failure(f"{where} do not fit into the GPU's memory; lower `run.batch`") from e
             assert ids.shape[1:] == coding.shape and 0 <= ids.min() <= ids.max() < coding.codes
-            yield keys, ids.astype(dtype_of(coding.codes))
+            yield keys, ids.astype(coding.dtype)
 
 
 def _batches(
@@ -190,22 +189,21 @@ def _commit(
     settings: Settings,
 ) -> int:
     """Commit the shard of a column; returns the bytes of its tar."""
-    dtype = dtype_of(coding.codes)
-    none = np.empty((0, coding.shape[0], 0, 0), dtype)
+    none = np.empty((0, coding.shape[0], 0, 0), coding.dtype)
     members = ((key, {"npy": _npy(tokens.get(key, none))}) for key in base.table["key"].to_pylist())
 
     def row_of(row: Row) -> dict[str, Any]:
         windows, steps, height, width = (own := tokens.get(row["key"], none)).shape
         sums = np.array([zlib.crc32(window.tobytes()) for window in own], "<u4")
         return (
-            {"frames": settings.frames, "stride": settings.stride, "hop": settings.hop, "dtype": dtype.name}
+            {"frames": settings.frames, "stride": settings.stride, "hop": settings.hop, "dtype": coding.dtype.name}
             | {"windows": windows, "steps": steps, "height": height, "width": width}
             | {"window_crc32": sums.tobytes()}
         )
 
     counts, nothing = np.zeros(coding.codes, np.int64), 0
     for own in tokens.values():
-        known = own[own != silent(dtype)]
+        known = own[own >= 0]
         counts += np.bincount(known, minlength=coding.codes)
         nothing += own.size - known.size
     notes = {"counts": counts.tolist()} | ({"silent": nothing} if coding.of == "audio" else {})

@@ -4,10 +4,12 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import Any
+
+import numpy as np
 
 from longtake.datasets.errors import UserError
-from longtake.datasets.tokens import PREFIX
+from longtake.datasets.tokens import PREFIX, Of, dtype_of
 
 _FACTS = ("codes", "temporal_stride", "spatial_stride")
 
@@ -47,7 +49,12 @@ class Coding:
 
     codes: int
     shape: tuple[int, int, int]
-    of: Literal["video", "audio"] = "video"
+    of: Of = "video"
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """Of the ids in the column."""
+        return dtype_of(self.codes, self.of)
 
 
 def coding_of(model: Any, uri: str, settings: Settings) -> Coding:

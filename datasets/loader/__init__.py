@@ -38,7 +38,7 @@ class Loader(Stream):
     uint8 (B, 3, T-1, h, w), `audio` float32 (B, channels, samples) and `audio_mask` bool (B,), `latent` float16 or
     bfloat16 (B, 2, C, 1 + (T-1)/4, h, w) of mean and log-variance, `tokens` int64 (B, t, h, w) of code ids, `json` [dict],
     `label` int64 (B,), `caption` [str | None], one of those about the window, drawn, and `text` bfloat16 (B, N, width) of
-    the states of its tokens with `text_mask` bool (B, N) and, where samples are drawn, `chances` float64 (B, 3) in 0..1 of
+    the states of its tokens with `text_mask` bool (B, N) and, where samples are drawn, `chances` float64 (B, 4) in 0..1 of
     each sample's own; B is this rank's share. Several columns of one kind have the names that the caller gives them.
     With `history_seconds` there are also `history_video`, `history_latent` and so on, and how many of their frames and
     latents are true (see `datasets.loader.window`).

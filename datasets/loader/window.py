@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from longtake.datasets import clip, later, text, tokens
+from longtake.datasets import clip, later, text
 from longtake.datasets.errors import Failure
 from longtake.datasets.loader import captions, sound
 from longtake.datasets.loader.order import sample_rng
@@ -21,7 +21,7 @@ from longtake.datasets.loader.streams import Lengths, clips_of, latents_before
 from longtake.datasets.neighbours import pasts
 from longtake.datasets.shard import described
 
-CHANCES = 3  # numbers of a sample's own, by which training hides its conditions
+CHANCES = 4  # numbers of a sample's own, by which training hides its conditions
 
 
 @dataclass(frozen=True)
@@ -59,9 +59,9 @@ def load(split: Split, sample: Sample, window: Window) -> dict[str, Any]:
     else:
         latents = split.latent_rows(sample.shard, sample.row, row)
         split.check_alike(sample.shard, latents)
-        coded = {column: split.cache_row(column, sample.shard, sample.row, row) for column in split.tokens}
+        tokens = {column: split.cache_row(column, sample.shard, sample.row, row) for column in split.tokens}
         factor = latents[0]["factor"] if latents else 1
-        unit = math.lcm(factor, *(cached["hop"] for cached in coded.values()))
+        unit = math.lcm(factor, *(cached["hop"] for cached in tokens.values()))
         frames, place = draw(window, rng, row["frame_count"], unit)
         out["start"] = frames[0]
         if "video" in split.names:
@@ -74,7 +74,7 @@ def load(split: Split, sample: Sample, window: Window) -> dict[str, Any]:
         first, count = frames[0] // factor, 1 + (window.frames - 1) // factor
         for column, cached in zip(split.latents, latents, strict=True):
             out[column] = _latents(split, column, sample.shard, cached, first, count)
-        for column, cached in coded.items():
+        for column, cached in tokens.items():
             out[column] = _tokens(split, column, sample.shard, cached, frames[0] // cached["hop"])
         if window.history_seconds:
             out |= _history(split, sample, row, frames[0], window, place)
@@ -150,9 +150,9 @@ def _latents(split: Split, column: str, shard: int, cached: Mapping[str, Any], f
 
 def _tokens(split: Split, column: str, shard: int, cached: Mapping[str, Any], number: int) -> np.ndarray:
     """(t, h, w) int64 of window `number`, -1 for those of a clip without sound; only its bytes are read."""
-    shape, dtype = (cached["steps"], cached["height"], cached["width"]), np.dtype(cached["dtype"])
-    ids = _items(split, column, shard, cached, "window", f"<u{dtype.itemsize}", shape, number, 1)
-    return np.where(ids[0] == tokens.silent(dtype), -1, ids[0].astype(np.int64))
+    shape, dtype = (cached["steps"], cached["height"], cached["width"]), np.dtype(cached["dtype"]).newbyteorder("<")
+    ids = _items(split, column, shard, cached, "window", dtype.str, shape, number, 1)
+    return ids[0].astype(np.int64)
 
 
 def _items(

@@ -39,12 +39,21 @@ def spectrogram(**changed: Any) -> Spectrogram:
 
 
 def vqgan(seed: int = 0, **changed: Any) -> SoundVQGAN:
-    """4 frames of 4 x 4 in a token of 16 codes: 4 tokens for a latent frame."""
+    """4 frames of 4 x 4 in a token of 16 codes: 4 tokens for a latent frame. Its codes are what it sees of noise."""
     model = SoundVQGAN(config_from_preset(**TINY | changed, spectrogram=spectrogram()))
     awake(model, seed)
     with torch.no_grad():
-        model.codebook.codes.copy_(torch.randn(16, 8, generator=torch.Generator().manual_seed(seed)))
+        seen = model.encode(model.pictures(noise(2.0, seed), 48)).movedim(1, -1).flatten(0, 3)
+        model.codebook.codes.copy_(seen[:: len(seen) // 16][:16])
+        model.codebook.sums.copy_(model.codebook.codes)
     return model
+
+
+def noise(seconds: float, seed: int = 0) -> torch.Tensor:
+    """A sound `(1, n)` that is now loud and now faint."""
+    rng = torch.Generator().manual_seed(seed)
+    loudness = 10 ** (-3 * torch.rand(round(seconds * 24), generator=rng))
+    return torch.randn(1, round(seconds * RATE), generator=rng) * 0.3 * loudness.repeat_interleave(RATE // 24)
 
 
 def saved(model: SoundVQGAN, folder: Path) -> str:

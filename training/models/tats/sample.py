@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from longtake.datasets.errors import UserError
-from longtake.datasets.tokens import model_digest
+from longtake.datasets.tokens import NO_SOUND, model_digest
 from longtake.training import registry
 from longtake.training.engines import device
 from longtake.training.models.common import parts
@@ -26,7 +26,7 @@ from longtake.training.models.common import story as scenes
 from longtake.training.models.common.codec import to_array, to_tensor
 from longtake.training.models.common.prompts import States
 from longtake.training.models.generator import Request, Settings, fields_of
-from longtake.training.models.tats.gpt import SILENCE, TATS
+from longtake.training.models.tats.gpt import TATS
 from longtake.training.models.tats.rollout import Rollout, spans
 from longtake.training.models.tats.sound.hearing import tokens_of
 from longtake.training.models.tats.words import Words
@@ -126,7 +126,8 @@ class Prior:
         latent_of = partial(scenes.latent_at, fps=fps or self.fps, factor=self._factor, goes_on=True)
         story = texts.story_of_requests(requests, latent_of, self.prompts, where)
         negative = texts.negative_of_requests(requests, self.prompts, where)
-        if not scenes.asks(story) and negative is None:
+        heard = self._heard(requests, frames, fps or self.fps)
+        if not scenes.asks(story) and negative is None and heard is None:
             settings = replace(settings, guidance=1.0)
         rollout = Rollout(
             self.model,
@@ -136,7 +137,7 @@ class Prior:
             start,
             story,
             negative,
-            self._heard(requests, frames, fps or self.fps),
+            heard,
             models=self.digest,
             each_step=each_step,
         )
@@ -149,8 +150,8 @@ class Prior:
         if not sounds:
             return None
         made = {key: tokens_of(self.hearing, sound, frames, fps) for key, sound in sounds.items()}
-        silence = torch.full_like(next(iter(made.values())), SILENCE)
-        return torch.cat([made.get(id(request.sound), silence) for request in requests])
+        none = torch.full_like(next(iter(made.values())), NO_SOUND)
+        return torch.cat([made.get(id(request.sound), none) for request in requests])
 
     def forget(self, folder: str) -> None:
         """See `parts.forget`."""

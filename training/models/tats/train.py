@@ -30,7 +30,7 @@ from longtake.training.models.common.video import grid
 from longtake.training.models.common.wanted import Wanted
 from longtake.training.models.generator import plain
 from longtake.training.models.tats.config import Config, check
-from longtake.training.models.tats.evaluate import SUMMARY, sound_of
+from longtake.training.models.tats.evaluate import SUMMARY
 from longtake.training.models.tats.evaluate import evaluate as measure
 from longtake.training.models.tats.gpt import TATS
 from longtake.training.models.tats.gpt_config import TATSConfig
@@ -91,7 +91,7 @@ class Setup(NamedTuple):
         if self.sound is None:
             return None
         windows = loader_of(config, self, "val", **HELDOUT)
-        found = [sound_of(next(iter(windows.at([number % windows.samples])))) for number in numbers]
+        found = [of_batch(next(windows.at([number % windows.samples]))).audio for number in numbers]
         return torch.cat([tokens for tokens in found if tokens is not None])
 
     def rollout(self, config: Config, model: TATS, seeds: Sequence[int], condition: Condition | None) -> Rollout:
@@ -100,9 +100,9 @@ class Setup(NamedTuple):
         Each hears the held-out window of its number, which counts from the first seed.
         """
         settings = config.settings()
-        if condition is None or not condition.asks:
-            settings = replace(settings, guidance=1.0)
         heard = self.heard(config, [seed - config.seed for seed in seeds])
+        if heard is None and (condition is None or not condition.asks):
+            settings = replace(settings, guidance=1.0)
         return Rollout(model, seeds, settings, self.anchors, story=[(0, condition)] if condition else [], audio=heard)
 
 
@@ -307,9 +307,7 @@ def _loss(setup: Setup, turn: Turn) -> tuple[Tensor, Terms]:
     """Cross-entropy of the predicted tokens, none of which is given: for mode interpolate, of those between the anchors."""
     config = setup.model.config
     sequence = config.sequence(turn.batch["tokens"])
-    logits = turn.engines[turn.name](
-        sequence[:, :-1], setup.condition(turn.batch), sound_of(turn.batch), turn.rng, last=config.predicted
-    )
+    logits = turn.engines[turn.name](sequence[:, :-1], setup.condition(turn.batch), turn.rng, last=config.predicted)
     loss = F.cross_entropy(logits.float().flatten(0, 1), sequence[:, -config.predicted :].flatten())
     return loss, {"loss": loss.detach()}
 

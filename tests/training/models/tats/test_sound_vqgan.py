@@ -147,7 +147,7 @@ def test_what_does_not_fit_is_refused_in_one_line(changes: dict[str, Any], messa
 
 
 def test_data_without_sound_are_refused(dataset: str, root: str, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="clips were cut without their sound; add it with a `cache_audio` stage"):
+    with pytest.raises(UserError, match=r"\(train\): no clip that is used has sound; use others"):
         prepared(config(), dataset, tmp_path)
     silent: Any = SimpleNamespace(kind="shard", audio=None, clip=SimpleNamespace(short_side=32, max_frames=30))
     with pytest.raises(ValueError, match="dataset: its stage keeps no sound"):

@@ -7,13 +7,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from longtake.datasets.tokens import NO_SOUND
 from longtake.training.models.generator import Sound
-from longtake.training.models.tats.gpt import SILENCE
 from longtake.training.models.tats.sound.vqgan import SoundVQGAN
 
 
 def tokens_of(vqgan: SoundVQGAN, sound: Sound, frames: int, fps: float) -> Tensor:
-    """The tokens of a video's latent frames, `(1, t, n)`; `SILENCE` from the first one on that begins after the sound's end.
+    """The tokens of a video's latent frames, `(1, t, n)`; `NO_SOUND` from the first one on that begins after the sound's end.
 
     Args:
         frames: of the video, whole latent frames of them; sound that lasts longer is cut.
@@ -30,7 +30,7 @@ def tokens_of(vqgan: SoundVQGAN, sound: Sound, frames: int, fps: float) -> Tenso
     if lasting:
         mono = F.pad(mono, (0, max(0, count - len(mono))))[:count]
         tokens = vqgan.long_sound_tokens(mono[None].to(where), lasting * factor).flatten(2)
-    return F.pad(tokens, (0, 0, 0, frames // factor - lasting), value=SILENCE)
+    return F.pad(tokens, (0, 0, 0, frames // factor - lasting), value=NO_SOUND)
 
 
 def resampled(sound: Sound, rate: int) -> np.ndarray:
