@@ -108,7 +108,8 @@ class Condition:
             classes = torch.cat([self.classes, other.classes])
         if self.audio is not None and other.audio is not None:
             audio = torch.cat([self.audio, other.audio])
-        return Condition(classes, *_joined_texts(self, other), audio=audio)
+        text, mask = _joined_texts(self, other)
+        return Condition(classes, text, mask, audio=audio)
 
 
 def _joined_texts(one: Condition, other: Condition) -> tuple[Tensor, Tensor] | tuple[None, None]:
