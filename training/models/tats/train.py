@@ -34,6 +34,7 @@ from longtake.training.models.tats.evaluate import SUMMARY
 from longtake.training.models.tats.evaluate import evaluate as measure
 from longtake.training.models.tats.gpt import TATS
 from longtake.training.models.tats.gpt_config import TATSConfig
+from longtake.training.models.tats.inputs import check_anchors, check_parent, check_sound, continued
 from longtake.training.models.tats.rollout import Rollout, check_learned
 from longtake.training.models.tats.sample import SETTINGS, videos_of
 from longtake.training.models.tats.words import Words, learned_from
@@ -118,7 +119,7 @@ def prepare(config: Config, inputs: Mapping[str, str], folder: Path) -> Setup:
     if record.of != "video":
         raise UserError(f"tokens: {inputs['tokens']} are of sound; name those of the video, and these as audio_tokens")
     if sound:
-        _check_sound(inputs["audio_tokens"], sound, record)
+        check_sound(inputs["audio_tokens"], sound, record)
     fps = data.frame_rate(inputs["dataset"], (record.frames - 1) * record.stride + 1) / record.stride
     options = _options(config, record, sound, captions, text)
     classes = data.loader(config, inputs, "train", batch=1, **options).classes
@@ -126,7 +127,7 @@ def prepare(config: Config, inputs: Mapping[str, str], folder: Path) -> Setup:
         field: registry.load_with_facts(inputs[field]) for field in ("base", "anchors") if field in inputs
     }
     for field, (model, facts) in parents.items():
-        _check_parent(field, inputs[field], model, facts, record, sound, classes)
+        check_parent(field, inputs[field], model, facts, record, sound, classes)
     known = [facts for _, facts in parents.values()]
     words = _words(config, inputs, folder, captions, known[0] if known else None)
     from_data = {
@@ -142,14 +143,14 @@ def prepare(config: Config, inputs: Mapping[str, str], folder: Path) -> Setup:
     }
     try:
         if "base" in parents:
-            model, note = _continued(config, inputs["base"], parents["base"][0], from_data)
+            model, note = continued(config, inputs["base"], parents["base"][0], from_data)
         else:
             model, note = TATS(config.tats(from_data)), ""
     except ValidationError as e:
         raise UserError(f"model: {e.errors()[0]['msg'].removeprefix('Value error, ')}") from e
     anchors = parents["anchors"][0] if "anchors" in parents else None
     if anchors:
-        _check_anchors(inputs["anchors"], anchors.config, model.config)
+        check_anchors(inputs["anchors"], anchors.config, model.config)
         anchors = anchors.eval().requires_grad_(False).to(device())
     set_empty(model.text_in, text)
     vqgan = data.vqgan_of(record, inputs["vqgan"])
@@ -174,75 +175,6 @@ def _words(
     if distributed:
         torch.distributed.barrier()
     return Words.of(json.loads(path.read_bytes()), length)
-
-
-def _check_sound(uri: str, sound: Tokens, record: Tokens) -> None:
-    """UserError where tokens of sound are none, or of other windows than the video's."""
-    if sound.of != "audio":
-        raise UserError(f"audio_tokens: {uri} are of video; encode the sound by a `pretrain_sound_vqgan` model")
-    windows = [
-        {"frames": each.frames, "stride": each.stride, "hop": each.hop, "size": each.size, "latents": each.shape[0]}
-        for each in (sound, record)
-    ]
-    if different := [name for name in windows[0] if windows[0][name] != windows[1][name]]:
-        theirs, ours = (each[different[0]] for each in windows)
-        raise UserError(f"audio_tokens: have windows of {different[0]} {theirs}, tokens of {ours}; encode both alike")
-
-
-def _check_parent(
-    field: str,
-    uri: str,
-    model: Any,
-    facts: Mapping[str, Any],
-    record: Tokens,
-    sound: Tokens | None,
-    classes: Sequence[str],
-) -> None:
-    """UserError where a base or the anchors' model is no TATS, or has learned other tokens or classes."""
-    if not isinstance(model, TATS):
-        raise UserError(f"{field}: {uri} is a {type(model).__name__}, not a TATS; name a `pretrain_tats` model")
-    if facts["vqgan"]["encoder"] != record.model["digest"]:
-        raise UserError(
-            f"{field}: {uri} has learned tokens of another VQGAN, {facts['vqgan']['uri']}; encode by that one"
-        )
-    learned = (facts.get("sound") or {}).get("encoder")
-    if sound and learned not in (None, sound.model["digest"]):
-        raise UserError(
-            f"{field}: {uri} has learned sound of another VQGAN, {facts['sound']['uri']}; encode by that one"
-        )
-    if list(facts["classes"]) != list(classes):
-        raise UserError(
-            f"{field}: {uri} has learned {len(facts['classes'])} classes, these are {len(classes)} or have other names;"
-            " train both on the same"
-        )
-
-
-def _check_anchors(uri: str, theirs: TATSConfig, ours: TATSConfig) -> None:
-    """UserError where a model does not make the anchors that this one fills what is between."""
-    if theirs.mode != "anchors":
-        raise UserError(f"anchors: {uri} is of mode {theirs.mode}; name one of mode anchors")
-    for name in ("every", "codes", "words", "word_length", "text_width", "audio_codes", "audio_tokens"):
-        if getattr(theirs, name) != getattr(ours, name):
-            raise UserError(
-                f"anchors: {uri} has {name} {getattr(theirs, name)}, this training {getattr(ours, name)}; give both the same"
-            )
-    if theirs.shape[1:] != ours.shape[1:]:
-        raise UserError(
-            f"anchors: {uri} has latent frames of {theirs.shape[1]}x{theirs.shape[2]}, these are"
-            f" {ours.shape[1]}x{ours.shape[2]}; encode both at one size"
-        )
-
-
-def _continued(config: Config, uri: str, base: TATS, from_data: Mapping[str, Any]) -> tuple[TATS, str]:
-    """The model before its first step with the weights of its base, and a line about it."""
-    model = TATS(TATSConfig(**base.config.model_dump() | (config.model or {}) | dict(from_data)))
-    weights, ours = base.state_dict(), model.state_dict()
-    for name in ours.keys() | weights.keys():
-        has, needs = (list(each[name].shape) if name in each else "not" for each in (weights, ours))
-        if has != needs:
-            raise UserError(f"base: {uri} does not fit these settings: {name} is {has} there, {needs} here")
-    model.load_state_dict(weights)
-    return model, f"base: {uri}: {len(weights)} tensors are taken"
 
 
 def _options(
