@@ -7,7 +7,7 @@ formats below, which contain their pictures, and may open nothing else by any pr
 
 import contextlib
 import io
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +19,7 @@ _VIDEOS = (
 )
 _PICTURES = "bmp gif jpeg jpegls jpegxl j2k pam pbm pgm pgmyuv png ppm qoi sgi sunrast tiff webp"
 FORMATS = (*_VIDEOS.split(), *(f"{name}_pipe" for name in _PICTURES.split()), "jpegxl_anim")
-# no protocol is called "none"
-_NOTHING_ELSE = {"format_whitelist": ",".join(FORMATS), "protocol_whitelist": "none"}
+SOUNDS = ("aac", "aiff", "flac", "mp3", "w64", "wav")  # that contain no pictures
 _BUFFER = 1 << 16
 
 
@@ -32,12 +31,12 @@ class _Nameless:
 
 
 @contextlib.contextmanager
-def opened(source: str | Path | bytes | memoryview, **options: str) -> Iterator[Any]:
+def opened(source: str | Path | bytes | memoryview, formats: Sequence[str] = FORMATS, **options: str) -> Iterator[Any]:
     """An av.InputContainer of a local file or of bytes. `options` are the codecs'.
 
     Raises:
         av.error.FFmpegError: it cannot be read as any format.
-        ValueError: its format is none of FORMATS.
+        ValueError: its format is none of `formats`.
         OSError: the file cannot be read.
     """
     import av
@@ -51,7 +50,8 @@ def opened(source: str | Path | bytes | memoryview, **options: str) -> Iterator[
             container = av.open(
                 _Nameless(file),
                 options=options,
-                container_options=_NOTHING_ELSE,
+                # no protocol is called "none"
+                container_options={"format_whitelist": ",".join(formats), "protocol_whitelist": "none"},
                 metadata_errors="ignore",
                 buffer_size=_BUFFER,
             )

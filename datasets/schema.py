@@ -118,7 +118,10 @@ TOKEN_INDEX = pa.schema(
         ("height", pa.int32()),
         ("width", pa.int32()),
         ("window_crc32", pa.binary()),  # (windows,) little-endian uint32
-        ("dtype", pa.string()),  # "uint16", or "uint32" where there are more codes than that counts
+        (
+            "dtype",
+            pa.string(),
+        ),  # "uint16" or, for more codes, "uint32"; of sound "int16" or "int32", with -1 where a clip has none
     ]
 )
 

@@ -13,12 +13,14 @@ from longtake.datasets.latents import state_digest
 
 PREFIX = "tokens-"  # of the names of these columns
 
+Of = Literal["video", "audio"]
+NO_SOUND = -1  # stands for the tokens of sound where a clip has none
 _HEADER = 128  # bytes before the data in a .npy of these shapes
 
 
 @dataclass(frozen=True)
 class Tokens:
-    """A column of tokens. `usage` and `entropy` are those of the train split."""
+    """A column of tokens. `usage` and `entropy` are those of the train split, without clips that have no sound."""
 
     dataset: str  # URL
     column: str  # for `Loader(columns=...)`: "tokens-DIGEST"
@@ -33,7 +35,7 @@ class Tokens:
     digests: Mapping[str, str]  # of the splits' base shards when this was written (see `compact.Rows`)
     usage: float  # share of the codes that occur
     entropy: float  # bits a token, of the codes' frequencies
-    of: Literal["video", "audio"] = "video"
+    of: Of = "video"  # of the same windows
 
 
 def write_tokens(uri: str, tokens: Tokens) -> None:
@@ -50,8 +52,10 @@ def model_digest(model: Any) -> str:
     return state_digest(json.dumps([type(model).__name__, model.config.model_dump(mode="json")], sort_keys=True), model)
 
 
-def dtype_of(codes: int) -> np.dtype[Any]:
-    """The dtype of stored ids below `codes`."""
+def dtype_of(codes: int, of: Of = "video") -> np.dtype[Any]:
+    """The dtype of stored ids below `codes`; those of sound have `NO_SOUND` beside them."""
+    if of == "audio":
+        return np.dtype("<i2" if codes <= 1 << 15 else "<i4")
     return np.dtype("<u2" if codes <= 1 << 16 else "<u4")
 
 
@@ -72,6 +76,11 @@ def read_counts(dataset: str, shard: index.Shard) -> np.ndarray:
     return np.array(notes["counts"], np.int64)
 
 
+def read_silent(dataset: str, shard: index.Shard) -> int:
+    """How many tokens in a shard stand for no sound. Raises as `read_counts`."""
+    return int(index.read_notes(dataset, shard).get("silent", 0))
+
+
 # Verification.
 
 
@@ -88,7 +97,7 @@ def problems(dataset: str, shard: index.Shard) -> Iterator[str]:
                 yield f"{url}: {row['key']}: its size is not that of its windows; {remedy}"
                 return
             total += tokens
-        if total != read_counts(dataset, shard).sum():
+        if total != read_counts(dataset, shard).sum() + read_silent(dataset, shard):
             yield f"{url}: its statistics are of another number of tokens; {remedy}"
     except (Failure, KeyError, TypeError, ValueError) as e:
         yield str(e) if isinstance(e, Failure) else f"{url}: not an index of tokens ({e}); {remedy}"

@@ -17,6 +17,7 @@ STAGES = {
     "pretrain_memory": "longtake.training.models.memory.pretrain",
     "finetune_memory_prior": "longtake.training.models.memory.finetune",
     "pretrain_vqgan": "longtake.training.models.tats.pretrain",
+    "pretrain_sound_vqgan": "longtake.training.models.tats.sound.pretrain",
     "promote": "longtake.training.registry.promote",
 }
 

@@ -72,19 +72,26 @@ def _goes_back(path: str) -> bool:
 
 
 def soundtrack(
-    path: str, rate: int, channels: int, clocks: Sequence[Clock], seconds: float, heard: Heard
+    path: str,
+    rate: int,
+    channels: int,
+    clocks: Sequence[Clock],
+    seconds: float,
+    heard: Heard,
+    formats: Sequence[str] = media.FORMATS,
 ) -> Iterator[Piece]:
     """The sound in pieces that follow each other, with gaps where there is none.
 
     Args:
         seconds: the end of the last clip; a source whose sound is much longer than that is not decoded to its end.
         heard: counts what is left out.
+        formats: that are opened.
 
     Raises:
         Unheard: there is no sound, or it exceeds a limit.
         av.error.FFmpegError, ValueError: it cannot be opened, or converted.
     """
-    with media.opened(path) as container:
+    with media.opened(path, formats) as container:
         stream = _chosen(container)
         stream.codec_context.thread_count = 1
         decoded = _bounded(_decoded(container, stream, heard, seconds), heard, seconds)
@@ -97,6 +104,34 @@ def soundtrack(
             if len(part):
                 filled = max(low, first) + len(part)
                 yield filled - len(part), part
+
+
+def beginning(path: str, rate: int, channels: int, seconds: float) -> np.ndarray:
+    """The sound of a file's first `seconds` or, where it ends before, less: (n, channels) int16.
+
+    They begin with the first picture, in a file without pictures with the sound.
+
+    Raises:
+        Unheard: there is no sound, or it exceeds a limit.
+        Unreadable, av.error.FFmpegError, ValueError: it cannot be opened, or converted.
+    """
+    formats = (*media.FORMATS, *media.SOUNDS)
+    with media.opened(path, formats) as container:
+        # the picture of a cover is shown all the time
+        films = [s for s in container.streams.video if not s.disposition & s.disposition.attached_pic]
+        start = (container.start_time or 0) / av.time_base
+    clocks = clocks_of(path) if films else [(0.0, start)]
+    out, end = np.zeros((round(seconds * rate), channels), np.int16), 0
+    for first, samples in soundtrack(path, rate, channels, clocks, seconds, Heard(), formats):
+        if first >= len(out):
+            break
+        low, high = max(0, first), min(len(out), first + len(samples))
+        if low < high:
+            out[low:high] = samples[low - first : high - first]
+            end = high
+    if not end:
+        raise Unheard("outside", f"no sound in its first {seconds:g} s")
+    return out[:end]
 
 
 def in_spans(pieces: Iterable[Piece], spans: Iterable[tuple[int, int]]) -> Iterator[np.ndarray | None]:

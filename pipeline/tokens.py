@@ -1,5 +1,7 @@
 """One shard of clips to one shard of tokens, beside it: decode windows, encode each by itself, commit. Plain functions.
 
+What is encoded is their video, or their sound (see `sound_windows`).
+
 Clips are decoded together, a window of each at a time and every frame once: memory does not grow with their length, and
 the bytes do not depend on who else is at work.
 """
@@ -9,7 +11,9 @@ import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
-from typing import Any
+from functools import partial
+from itertools import groupby
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -20,12 +24,28 @@ from longtake.datasets import clip as clip_file
 from longtake.datasets import index, schema, storage
 from longtake.datasets.errors import Failure
 from longtake.datasets.loader import to_model
-from longtake.datasets.tokens import dtype_of
+from longtake.datasets.tokens import NO_SOUND
 from longtake.pipeline import column as columns
 from longtake.pipeline.latents import prefetched
+from longtake.pipeline.sound_windows import samples_of, sound_of, sound_windows
 from longtake.pipeline.windows import Coding, Row, Settings
 
 Report = Callable[[int, str], None]
+
+
+class Reading(NamedTuple):
+    """What a model sees of clips.
+
+    windows   the windows of a clip by its row, an array each
+    tokens    those of a batch of windows, `(B, t, h, w)`
+    alike     clips share a batch where this is equal
+    silent    keys of clips that have nothing to encode, whose tokens are all `NO_SOUND`
+    """
+
+    windows: Callable[[Row], Iterator[np.ndarray]]
+    tokens: Callable[[np.ndarray], torch.Tensor]
+    alike: Callable[[Row], int] = lambda row: 0
+    silent: frozenset[str] = frozenset()
 
 
 def make_tokens(
@@ -55,11 +75,16 @@ def make_tokens(
     base = index.read_shard(dataset, split, name)
     columns.check_keep(dataset, base, keep)
     rows = [row for row in base.table.filter(pa.array(keep)).to_pylist() if settings.windows(row)]
-    tar = storage.join(dataset, split, f"{name}.tar")
+    if coding.of == "audio":
+        reading = sound_reading(model, dataset, base, settings)
+    else:
+        reading = video_reading(model, storage.join(dataset, split, f"{name}.tar"), settings)
     counts = {row["key"]: settings.windows(row) for row in rows}
-    tokens: dict[str, list[np.ndarray]] = {key: [] for key in counts}
-    clips = 0
-    for keys, windows in encoded(model, coding, tar, rows, settings):
+    nothing = np.full(coding.shape, NO_SOUND, coding.dtype) if reading.silent else np.empty(0)
+    tokens = {key: [nothing] * count if key in reading.silent else [] for key, count in counts.items()}
+    clips = len(reading.silent & counts.keys())
+    seen = [row for row in rows if row["key"] not in reading.silent]
+    for keys, windows in encoded(coding, reading, seen, settings):
         for key, window in zip(keys, windows, strict=True):
             tokens[key].append(window)
         clips += sum(len(tokens[key]) == counts[key] for key in keys)
@@ -70,49 +95,70 @@ def make_tokens(
     return {"clips": clips, "windows": total, "frames": total * settings.frames, "bytes": size}
 
 
+def video_reading(model: Any, tar: str, settings: Settings) -> Reading:
+    """The windows of videos of a base shard."""
+
+    def tokens(videos: np.ndarray) -> torch.Tensor:
+        pixels = torch.from_numpy(videos).to(next(model.parameters()).device)
+        made: torch.Tensor = model.tokens(to_model(pixels.permute(0, 4, 1, 2, 3)))
+        return made
+
+    return Reading(partial(clip_windows, tar, settings=settings), tokens)
+
+
+def sound_reading(model: Any, dataset: str, base: index.Shard, settings: Settings) -> Reading:
+    """The windows of the sound of a base shard's clips."""
+    sound = sound_of(dataset, base)
+
+    def tokens(samples: np.ndarray) -> torch.Tensor:
+        heard = torch.from_numpy(samples).to(next(model.parameters()).device)
+        made: torch.Tensor = model.sound_tokens(heard, settings.frames)
+        return made
+
+    return Reading(
+        partial(sound_windows, sound, settings=settings), tokens, partial(samples_of, sound, settings), sound.silent
+    )
+
+
 def encoded(
-    model: nn.Module, coding: Coding, tar: str, rows: Sequence[Row], settings: Settings
+    coding: Coding, reading: Reading, rows: Sequence[Row], settings: Settings
 ) -> Iterator[tuple[list[str], np.ndarray]]:
     """The tokens (B, t, h, w) of windows of clips, and the clips' keys; the next windows are decoded meanwhile.
 
     The windows of a clip come in their order.
 
-    Args:
-        tar: URL of the base shard, whose index has the rows.
-
     Raises:
         Failure: a clip is not readable, or windows do not fit into the GPU's memory.
     """
-    device = next(model.parameters()).device
     with (
         ThreadPoolExecutor(settings.threads) as pool,
-        closing(prefetched(_batches(tar, rows, settings, pool))) as batches,
+        closing(prefetched(_batches(reading, rows, settings, pool))) as batches,
         torch.inference_mode(),
     ):
-        for keys, videos in batches:
+        for keys, windows in batches:
             try:
-                video = to_model(torch.from_numpy(videos).to(device).permute(0, 4, 1, 2, 3))
-                ids = model.tokens(video).cpu().numpy()  # type: ignore[operator]
+                ids = reading.tokens(windows).cpu().numpy()
             except torch.OutOfMemoryError as e:
-                where = f"{tar}: {len(keys)} windows of clips from {keys[0]} on"
+                where = f"{len(keys)} windows of clips from {keys[0]} on"
                 raise Failure(f"{where} do not fit into the GPU's memory; lower `run.batch`") from e
             assert ids.shape[1:] == coding.shape and 0 <= ids.min() <= ids.max() < coding.codes
-            yield keys, ids.astype(dtype_of(coding.codes))
+            yield keys, ids.astype(coding.dtype)
 
 
 def _batches(
-    tar: str, rows: Sequence[Row], settings: Settings, pool: ThreadPoolExecutor
+    reading: Reading, rows: Sequence[Row], settings: Settings, pool: ThreadPoolExecutor
 ) -> Iterator[tuple[list[str], np.ndarray]]:
-    """Keys of clips, and a window (B, T, H, W, 3) uint8 of each."""
-    # clips with as many windows are read together, so that batches are full
-    by_count = sorted(rows, key=settings.windows)
-    for first in range(0, len(by_count), settings.batch):
-        group = by_count[first : first + settings.batch]
-        readers = [clip_windows(tar, row, settings) for row in group]
-        for number in range(settings.windows(group[-1])):
-            open_ = [n for n, row in enumerate(group) if settings.windows(row) > number]
-            videos = pool.map(next, [readers[n] for n in open_])
-            yield [group[n]["key"] for n in open_], np.stack(list(videos))
+    """Keys of clips, and a window of each, (B, ...)."""
+    for _, alike in groupby(sorted(rows, key=reading.alike), key=reading.alike):
+        # clips with as many windows are read together, so that batches are full
+        by_count = sorted(alike, key=settings.windows)
+        for first in range(0, len(by_count), settings.batch):
+            group = by_count[first : first + settings.batch]
+            readers = [reading.windows(row) for row in group]
+            for number in range(settings.windows(group[-1])):
+                open_ = [n for n, row in enumerate(group) if settings.windows(row) > number]
+                windows = pool.map(next, [readers[n] for n in open_])
+                yield [group[n]["key"] for n in open_], np.stack(list(windows))
 
 
 def clip_windows(tar: str, row: Row, settings: Settings) -> Iterator[np.ndarray]:
@@ -143,24 +189,25 @@ def _commit(
     settings: Settings,
 ) -> int:
     """Commit the shard of a column; returns the bytes of its tar."""
-    dtype = dtype_of(coding.codes)
-    none = np.empty((0, coding.shape[0], 0, 0), dtype)
+    none = np.empty((0, coding.shape[0], 0, 0), coding.dtype)
     members = ((key, {"npy": _npy(tokens.get(key, none))}) for key in base.table["key"].to_pylist())
 
     def row_of(row: Row) -> dict[str, Any]:
         windows, steps, height, width = (own := tokens.get(row["key"], none)).shape
         sums = np.array([zlib.crc32(window.tobytes()) for window in own], "<u4")
         return (
-            {"frames": settings.frames, "stride": settings.stride, "hop": settings.hop, "dtype": dtype.name}
+            {"frames": settings.frames, "stride": settings.stride, "hop": settings.hop, "dtype": coding.dtype.name}
             | {"windows": windows, "steps": steps, "height": height, "width": width}
             | {"window_crc32": sums.tobytes()}
         )
 
-    counts = sum(
-        (np.bincount(own.reshape(-1), minlength=coding.codes) for own in tokens.values()),
-        np.zeros(coding.codes, np.int64),
-    )
-    return columns.commit(dataset, base, column, members, row_of, schema.TOKEN_INDEX, {"counts": counts.tolist()})
+    counts, nothing = np.zeros(coding.codes, np.int64), 0
+    for own in tokens.values():
+        known = own[own >= 0]
+        counts += np.bincount(known, minlength=coding.codes)
+        nothing += own.size - known.size
+    notes = {"counts": counts.tolist()} | ({"silent": nothing} if coding.of == "audio" else {})
+    return columns.commit(dataset, base, column, members, row_of, schema.TOKEN_INDEX, notes)
 
 
 def _npy(tokens: np.ndarray) -> bytes:

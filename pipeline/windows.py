@@ -1,4 +1,4 @@
-"""Which windows of clips become tokens: where they begin, and what a model makes of each."""
+"""Which windows of clips become tokens: where they begin, and what a model makes of each. Those of sound are those of the video."""
 
 import hashlib
 import json
@@ -6,8 +6,10 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import numpy as np
+
 from longtake.datasets.errors import UserError
-from longtake.datasets.tokens import PREFIX
+from longtake.datasets.tokens import PREFIX, Of, dtype_of
 
 _FACTS = ("codes", "temporal_stride", "spatial_stride")
 
@@ -43,10 +45,16 @@ class Settings:
 
 @dataclass(frozen=True)
 class Coding:
-    """What a model makes of a window: ids below `codes`, of this shape (t, h, w)."""
+    """What a model makes of a window, or of its sound: ids below `codes`, of this shape (t, h, w)."""
 
     codes: int
     shape: tuple[int, int, int]
+    of: Of = "video"
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """Of the ids in the column."""
+        return dtype_of(self.codes, self.of)
 
 
 def coding_of(model: Any, uri: str, settings: Settings) -> Coding:
@@ -60,6 +68,9 @@ def coding_of(model: Any, uri: str, settings: Settings) -> Coding:
     if settings.frames % factor:
         near = max(1, settings.frames // factor) * factor
         raise UserError(f"frames: {settings.frames} is not a multiple of {factor}, as the encoder needs; {near} is")
+    if heard := getattr(config, "spectrogram", None):
+        shape = settings.frames // factor, heard.rows // stride, heard.columns // stride
+        return Coding(config.codes, shape, "audio")
     if any(side % stride for side in settings.size):
         asked, near = ("x".join(map(str, size)) for size in (settings.size, _whole(settings.size, stride)))
         raise UserError(f"size: {asked} is not in multiples of {stride}, as the encoder needs; {near} is")

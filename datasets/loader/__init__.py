@@ -22,7 +22,7 @@ from longtake.datasets.loader import order
 from longtake.datasets.loader.batches import Batches
 from longtake.datasets.loader.buckets import batch_counts, make_buckets, window_shapes
 from longtake.datasets.loader.mixture import Mixture
-from longtake.datasets.loader.selection import in_streams, select, with_history
+from longtake.datasets.loader.selection import in_streams, select, with_history, with_sound
 from longtake.datasets.loader.split import COLUMNS, by_name, classes, factor_of, open_columns
 from longtake.datasets.loader.streams import Lengths
 from longtake.datasets.loader.window import Window
@@ -38,7 +38,7 @@ class Loader(Stream):
     uint8 (B, 3, T-1, h, w), `audio` float32 (B, channels, samples) and `audio_mask` bool (B,), `latent` float16 or
     bfloat16 (B, 2, C, 1 + (T-1)/4, h, w) of mean and log-variance, `tokens` int64 (B, t, h, w) of code ids, `json` [dict],
     `label` int64 (B,), `caption` [str | None], one of those about the window, drawn, and `text` bfloat16 (B, N, width) of
-    the states of its tokens with `text_mask` bool (B, N) and, where samples are drawn, `chances` float64 (B, 3) in 0..1 of
+    the states of its tokens with `text_mask` bool (B, N) and, where samples are drawn, `chances` float64 (B, 4) in 0..1 of
     each sample's own; B is this rank's share. Several columns of one kind have the names that the caller gives them.
     With `history_seconds` there are also `history_video`, `history_latent` and so on, and how many of their frames and
     latents are true (see `datasets.loader.window`).
@@ -65,6 +65,7 @@ class Loader(Stream):
         shuffle: False gives the order on disk and, without `clip_starts`, the window at each clip's start.
         clip_starts: share of windows that start their clip, 0 to 1; the others start later, at any frame alike. A clip as
             long as its window has only one. None: all starts are equally likely.
+        heard: leave out clips without sound, for column "audio"; `samples_without_sound` counts them.
         history_seconds: seconds before the window to give with it.
         history_least: seconds that must have come before the clip; a clip with less is left out, and
             `samples_without_history` counts them. With `history_seconds` the same, every history is whole.
@@ -106,6 +107,7 @@ class Loader(Stream):
         epochs: int | None = None,
         rank: int = 0,
         world: int = 1,
+        heard: bool = False,
         history_seconds: float = 0.0,
         history_least: float = 0.0,
         histories: Lengths | None = None,
@@ -130,6 +132,8 @@ class Loader(Stream):
         shapes = window_shapes(facts, lengths, stride, size, multiple, "frame_diff" in names, code_facts)
         selection = select(base, facts, view, shapes, code_facts, "video" in names)
         opened.check_windows(lengths, stride, histories)
+        if heard:
+            selection = with_sound(selection, opened.columns)
         if histories:
             latents = opened.columns[opened.latents[0]]
             window_latents = 1 + (lengths[0] - 1) // factor_of(latents)
@@ -141,6 +145,7 @@ class Loader(Stream):
         self.samples = int(selection.keep.sum())
         self.samples_short, self.samples_small = selection.short, selection.small
         self.samples_without_latent, self.samples_without_history = selection.without_latent, selection.without_history
+        self.samples_without_sound = selection.without_sound
         self.samples_of_mixed_streams, self.longest_stream = selection.mixed_streams, selection.longest_stream
         if not self.samples and pc.max(facts["frame_count"]).as_py() == 1 < lengths[-1]:
             raise UserError(
@@ -164,6 +169,7 @@ class Loader(Stream):
         shapes_of = [[b.window.frames, *b.window.size] for b in buckets]
         data = [digests, split, stride, crop, last, shuffle, history_seconds, shapes_of]
         data += [history_least] if history_least else []
+        data += ["heard"] if heard else []
         data += [] if clip_starts is None else [{"clip_starts": clip_starts}]
         data += [list(astuple(histories)[:-1])] if histories else []
         data += [{"reaches": histories.reaches}] if histories and histories.reaches else []

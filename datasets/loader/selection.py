@@ -1,12 +1,12 @@
 """The rows of a split that take part, and counts of the others by reason: pure functions over its N rows."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 
 import numpy as np
 import pyarrow as pa
 
-from longtake.datasets import neighbours, view
+from longtake.datasets import audio, neighbours, view
 from longtake.datasets.compact import Rows
 from longtake.datasets.errors import UserError
 from longtake.datasets.loader import streams
@@ -28,6 +28,7 @@ class Selection:
     small: int = 0
     mixed_streams: int = 0
     without_history: int = 0
+    without_sound: int = 0
     stream_latents: np.ndarray = field(
         default_factory=lambda: np.empty(0, np.int64)
     )  # (samples,) latents in the stream of each row that takes part
@@ -71,6 +72,18 @@ def select(
             f"{where}: clips of {height}x{width} are smaller than size {size}; raise `clip.short_side` or lower `size`"
         )
     return Selection(where, keep, in_view, weights, digest, encoded, without_latent, short, small)
+
+
+def with_sound(selection: Selection, columns: Mapping[str, Rows]) -> Selection:
+    """Rows of clips that have sound. Raises UserError where none does, or sound is no column that is read."""
+    if audio.COLUMN not in columns:
+        raise UserError(f"heard: is of the column {audio.COLUMN!r}; name it in `columns`")
+    rows = columns[audio.COLUMN]
+    has = [rows.of(shard)["has_audio"].to_numpy(zero_copy_only=False) for shard in range(len(rows.shards))]
+    keep, without_sound = _split_off(selection.keep, ~np.concatenate([np.empty(0, bool), *has]))
+    if without_sound and not keep.any():
+        raise UserError(f"{selection.where}: no clip that is used has sound; use others, or leave the sound out")
+    return replace(selection, keep=keep, without_sound=without_sound)
 
 
 def with_history(selection: Selection, base: Rows, seconds: float) -> Selection:

@@ -21,7 +21,7 @@ from longtake.datasets.loader.streams import Lengths, clips_of, latents_before
 from longtake.datasets.neighbours import pasts
 from longtake.datasets.shard import described
 
-CHANCES = 3  # numbers of a sample's own, by which training hides its conditions
+CHANCES = 4  # numbers of a sample's own, by which training hides its conditions
 
 
 @dataclass(frozen=True)
@@ -149,9 +149,9 @@ def _latents(split: Split, column: str, shard: int, cached: Mapping[str, Any], f
 
 
 def _tokens(split: Split, column: str, shard: int, cached: Mapping[str, Any], number: int) -> np.ndarray:
-    """(t, h, w) int64 of window `number`; only its bytes are read."""
-    shape = (cached["steps"], cached["height"], cached["width"])
-    ids = _items(split, column, shard, cached, "window", f"<u{np.dtype(cached['dtype']).itemsize}", shape, number, 1)
+    """(t, h, w) int64 of window `number`, -1 for those of a clip without sound; only its bytes are read."""
+    shape, dtype = (cached["steps"], cached["height"], cached["width"]), np.dtype(cached["dtype"]).newbyteorder("<")
+    ids = _items(split, column, shard, cached, "window", dtype.str, shape, number, 1)
     return ids[0].astype(np.int64)
 
 

@@ -1,11 +1,9 @@
 """`longtake generate`: videos of a registered prior."""
 
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, replace
 from functools import partial
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import click
@@ -13,18 +11,14 @@ import click
 from longtake.datasets import storage
 from longtake.datasets.errors import UserError
 from longtake.infra.cli import media
+from longtake.infra.cli.jobs import Job, file_names, prompts_in, seeds_of, text_of
 
 _MOST_AT_ONCE = 64  # videos in a grid, which are all decoded side by side
-_ASKED = {"classes": ("class", "--class"), "text": ("prompt", "--prompt")}  # what guidance leads to, by its parts
-_MOST_OF_A_PROMPT = 40  # characters of it in the name of a file
-
-
-class Job(NamedTuple):
-    """A video to make: its seed, a class by name or number, and the number of its prompt, from 0; None for none."""
-
-    seed: int
-    name: str | None
-    prompt: int | None
+_ASKED = {  # what guidance leads to, by its parts
+    "classes": ("class", "--class"),
+    "text": ("prompt", "--prompt"),
+    "audio": ("sound", "--audio"),
+}
 
 
 @click.command()
@@ -70,6 +64,12 @@ class Job(NamedTuple):
     metavar="FILE.yaml",
     help="Classes and prompts over time: a list of {at: 3.5s, class: C, prompt: TEXT}. Where the model takes one.",
 )
+@click.option(
+    "--audio",
+    metavar="FILE",
+    help="What the video is to fit: the sound of a file, from its beginning on, which is written with it. Where the model"
+    " takes one.",
+)
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Seed of the first video.")
 @click.option(
     "--count",
@@ -88,7 +88,8 @@ class Job(NamedTuple):
 @click.option(
     "--guidance",
     metavar="G",
-    help="Guidance towards class and prompt: 4, or classes=2,text=6 for each its own; 1 is none. [default: the model's]",
+    help="Guidance towards class, prompt and sound: 4, or classes=2,text=6,audio=2 for each its own; 1 is none."
+    " [default: the model's]",
 )
 @click.option(
     "--history-noise",
@@ -146,6 +147,7 @@ def generate(
     text_encoder: str | None,
     start: str | None,
     storyboard: str | None,
+    audio: str | None,
     seed: int,
     count: int | None,
     seeds: str | None,
@@ -177,11 +179,12 @@ def generate(
       longtake generate models:/latte@champion --frames 97 --seed 7 --out long.mp4
       longtake generate models:/latte@champion --class dog --guidance 4 --count 9 --grid --out dogs.mp4
       longtake generate models:/latte@champion --prompt "a dog runs left" --negative "a cat" --guidance 4 --out dog.mp4
+      longtake generate models:/tats@champion --frames 256 --audio drums.wav --out drums.mp4
       longtake generate models:/memory-dit@champion --seconds 60 --start clip.mp4 --storyboard story.yaml --out x.mp4
     """
-    all_seeds = _seeds(seed, count, seeds)
+    all_seeds = seeds_of(seed, count, seeds)
     media.check_output(out)
-    words = [*prompts, *(_lines(prompts_file) if prompts_file else [])]
+    words = [*prompts, *(prompts_in(prompts_file) if prompts_file else [])]
     numbers: list[int | None] = [*range(len(words))] or [None]
     jobs = [Job(s, c, number) for number in numbers for c in classes or (None,) for s in all_seeds]
     if len(set(words)) < len(words) or len(set(jobs)) < len(jobs):
@@ -194,6 +197,7 @@ def generate(
         if given and storyboard:
             raise UserError(f"{option} and --storyboard: give one of them")
     asked = {"classes": bool(classes or storyboard), "text": bool(words or storyboard or negative is not None)}
+    asked |= {"audio": audio is not None}
     strength = None if guidance is None else _guidance(guidance, asked)
     if start:
         media.check_exists(start)
@@ -202,16 +206,18 @@ def generate(
         settings = {"guidance": strength, "steps": steps, "history_noise": history_noise}
         settings |= {"temperature": temperature, "top_k": top_k, "top_p": top_p, "keep": keep}
         texts = {"prompt": words or None, "negative": negative, "text_encoder": text_encoder}
-        for name, value in ({"start": start, "storyboard": storyboard} | settings | texts).items():
+        files = {"start": start, "storyboard": storyboard, "audio": audio}
+        for name, value in (files | settings | texts).items():
             if value is not None and ("prompt" if name in texts else name) not in generator.accepts:
                 raise UserError(f"--{name.replace('_', '-')}: {model} takes none; leave it out")
         plan = _plan(generator, frames, seconds, fps, start, settings)
         story = _storyboard(storyboard, plan) if storyboard else None
-        requests = _requests(plan, jobs, words, story, negative)
+        sound = _sound(audio, plan) if audio else None
+        requests = _requests(plan, jobs, words, story, negative, sound)
         groups = [requests[n : n + batch] for n in range(0, len(jobs), batch)]
-        names = [out] if grid else _file_names(out, jobs, words)
+        names = [out] if grid else file_names(out, jobs, words)
         videos = partial(_videos, plan, groups, tile, f"{out}.part")
-        _write(plan, videos, groups, names, grid)
+        _write(plan, videos, groups, names, grid, sound)
         for name in names:
             click.echo(name)
         generator.forget(f"{out}.part")
@@ -268,14 +274,24 @@ def _plan(
     return Plan(generator, settings, frames, rate, beginning, rounds)
 
 
-def _requests(plan: Plan, jobs: Sequence[Job], words: Sequence[str], story: Any, negative: str | None) -> list[Any]:
-    """The requests of all jobs, checked before any video is made. A story is that of them all."""
+def _sound(path: str, plan: Plan) -> Any:
+    """The sound of the video's length."""
+    from longtake.training.models.generator import Sound
+
+    with _naming("--audio"):
+        return Sound(*media.sound_of(path, plan.frames / plan.fps))
+
+
+def _requests(
+    plan: Plan, jobs: Sequence[Job], words: Sequence[str], story: Any, negative: str | None, sound: Any
+) -> list[Any]:
+    """The requests of all jobs, checked before any video is made. A story and a sound are those of them all."""
     from longtake.training.models.generator import Request, check_requests, scene_of
 
     def scene(job: Job) -> Any:
         return scene_of(job.name, None if job.prompt is None else words[job.prompt], plan.generator.classes)
 
-    requests = [Request(job.seed, story or [(0.0, scene(job))], negative) for job in jobs]
+    requests = [Request(job.seed, story or [(0.0, scene(job))], negative, sound) for job in jobs]
     check_requests(plan.generator, requests, plan.settings)
     return requests
 
@@ -308,8 +324,9 @@ def _write(
     groups: Sequence[Sequence[Any]],
     names: Sequence[str],
     grid: bool,
+    sound: Any,
 ) -> None:
-    """Write the videos of all groups to the files of these names, or as a grid to the only one."""
+    """Write the videos of all groups, with the sound, to the files of these names, or as a grid to the only one."""
     import numpy as np
 
     from longtake.training.models.common import video
@@ -317,14 +334,14 @@ def _write(
     storage.sweep(names[0].rpartition("/")[0] or ".")  # removes the partial files of a killed run
     with media.progress("generate", plan.rounds * len(groups), "step") as bar:
         if grid:
-            with video.video_file(names[0], plan.fps) as write:
+            with video.video_file(names[0], plan.fps, sound=sound) as write:
                 for chunks in zip(*(videos(number, bar.update) for number in range(len(groups))), strict=True):
                     write(video.grid(np.concatenate(chunks)))
             return
         left = iter(names)
         for number, group in enumerate(groups):
             with ExitStack() as files:
-                writers = [files.enter_context(video.video_file(next(left), plan.fps)) for _ in group]
+                writers = [files.enter_context(video.video_file(next(left), plan.fps, sound=sound)) for _ in group]
                 for chunk in videos(number, bar.update):
                     for write, frames in zip(writers, chunk, strict=True):
                         write(frames)
@@ -343,7 +360,7 @@ def _storyboard(path: str, plan: Plan) -> Any:
     from longtake.infra import yaml_text
     from longtake.training.models.generator import check_story, story_of
 
-    content = yaml_text.parse(_text("--storyboard", path), f"--storyboard: {path}")
+    content = yaml_text.parse(text_of("--storyboard", path), f"--storyboard: {path}")
     with _naming(f"--storyboard: {path}"):
         story = story_of(content, plan.generator.classes)
         if "prompt" not in plan.generator.accepts and any(scene.prompt is not None for _, scene in story):
@@ -353,7 +370,7 @@ def _storyboard(path: str, plan: Plan) -> Any:
 
 
 def _guidance(text: str, asked: Mapping[str, bool]) -> Any:
-    """The guidance of an option's text. UserError where it leads to a class or a text and none is asked for."""
+    """The guidance of an option's text. UserError where it leads to what is not asked for."""
     from longtake.training.models.common.guidance import guidance_of, parts_of
 
     with _naming("--guidance"):
@@ -364,59 +381,3 @@ def _guidance(text: str, asked: Mapping[str, bool]) -> Any:
         nouns, options = zip(*(_ASKED[part] for part in idle), strict=True)
         raise UserError(f"--guidance: leads towards a {' or a '.join(nouns)}; name one with {' or '.join(options)}")
     return guidance
-
-
-def _lines(path: str) -> list[str]:
-    """The prompts of a file, one a line."""
-    lines = [line.strip() for line in _text("--prompts", path).split("\n")]
-    if not any(lines):
-        raise UserError(f"--prompts: {path}: has no prompt; write one a line")
-    return [line for line in lines if line]
-
-
-def _text(option: str, path: str) -> str:
-    """The text of a file that an option names."""
-    try:
-        return Path(path).read_text("utf-8-sig")
-    except OSError as e:
-        raise UserError(f"{option}: {path}: {e.strerror}") from e
-    except UnicodeDecodeError as e:
-        raise UserError(f"{option}: {path}: not a text file") from e
-
-
-def _seeds(first: int, count: int | None, listing: str | None) -> list[int]:
-    """The seeds of the options, in order."""
-    if listing is None:
-        return list(range(first, first + (count or 1)))
-    if count is not None:
-        raise UserError("--seeds and --count: give one of them")
-    seeds: list[int] = []
-    for part in listing.split(","):
-        low, dash, high = part.strip().partition("-")
-        if not low.isdecimal() or (dash and (not high.isdecimal() or int(high) < int(low))):
-            raise UserError(f"--seeds: {part.strip()!r} is no seed; write numbers and ranges, such as 0,7,40-47")
-        seeds += range(int(low), int(high or low) + 1)
-    return seeds
-
-
-def _file_names(out: str, jobs: Sequence[Job], words: Sequence[str]) -> list[str]:
-    """`out` for each job, with what tells several apart before its suffix: the prompt, the class, the seed."""
-    several = {name for name, values in zip(Job._fields, zip(*jobs, strict=True), strict=True) if len(set(values)) > 1}
-
-    def name(job: Job) -> str:
-        parts = [out.removesuffix(".mp4")]
-        if "prompt" in several and job.prompt is not None:
-            parts.append(_short(job.prompt, words))
-        if "name" in several:
-            parts.append(str(job.name).replace("/", "_"))
-        if "seed" in several:
-            parts.append(f"seed{job.seed}")
-        return "-".join(parts) + ".mp4"
-
-    return [name(job) for job in jobs]
-
-
-def _short(number: int, words: Sequence[str]) -> str:
-    """A prompt in a file's name: its number, from 1, and its first words."""
-    start = re.sub(r"\W+", "-", words[number])[:_MOST_OF_A_PROMPT].strip("-")
-    return "-".join([f"{number + 1:0{len(str(len(words)))}}", start]).strip("-")

@@ -13,6 +13,8 @@ from longtake.datasets import storage
 from longtake.datasets.errors import Failure, UserError
 from longtake.training.registry.uri import in_store
 
+_SOUND_RATE = 48_000
+
 precision_option = click.option(
     "--precision",
     type=click.Choice(["fp32", "bf16"]),
@@ -92,6 +94,30 @@ def check_exists(path: str) -> None:
     """Raise UserError if there is no such file."""
     if not Path(path).is_file():
         raise UserError(f"{path}: no such video file")
+
+
+def sound_of(path: str, seconds: float) -> tuple[Any, int]:
+    """The sound of a file's first `seconds`, or of as many as it has: samples (2, n) float32, and how many are in a second.
+
+    Raises:
+        UserError: no such file, none with sound, or none there.
+    """
+    import av
+    import numpy as np
+
+    from longtake.pipeline import container, soundtrack
+
+    if not Path(path).is_file():
+        raise UserError(f"{path}: no such file")
+    try:
+        heard = soundtrack.beginning(path, _SOUND_RATE, 2, seconds)
+    except soundtrack.Unheard as e:
+        raise UserError(f"{path}: {e.detail}") from e
+    except (container.Unreadable, av.error.FFmpegError, ArithmeticError, OSError, ValueError) as e:
+        raise UserError(f"{path}: not a file whose sound can be read ({getattr(e, 'strerror', None) or e})") from e
+    if (lasts := len(heard) / _SOUND_RATE) < seconds - 0.05:
+        click.echo(f"{path}: the sound ends after {lasts:.1f} s; what follows has none", err=True)
+    return heard.T.astype(np.float32) / (1 << 15), _SOUND_RATE
 
 
 def _probe(path: str) -> Any:

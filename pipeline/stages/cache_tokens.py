@@ -1,4 +1,4 @@
-"""`cache_tokens`: encode windows of a dataset's clips once by a VQGAN, as a cache column of code ids beside the shards.
+"""`cache_tokens`: encode windows of a dataset's clips, or their sound, once by a VQGAN, as a cache column of code ids.
 
 A token depends on the frames around it and on where its clip ends, so each window is encoded by itself, just as a
 transformer sees it; another length, stride or hop makes another column. Each actor of a Ray pool holds the encoder and
@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 import numpy as np
 from pydantic import Field, PositiveInt
 
-from longtake.datasets import index, storage
+from longtake.datasets import audio, index, schema, storage
 from longtake.datasets import tokens as records
 from longtake.datasets.errors import Failure, UserError
 from longtake.datasets.stage import DatasetInput, Input, StageConfig, ViewInput
@@ -40,16 +40,16 @@ class EncodeConfig(WorkerConfig):
 class Config(StageConfig):
     """Encode a dataset by a model of the registry ("models:/vqgan@champion"), a stage that trains one, or a model folder.
 
-    A clip has a window at every `hop` frames that it fills. The same weights, settings and kind of machine give the same
-    bytes in every run.
+    A clip has a window at every `hop` frames that it fills. A model of sound encodes the sound of the windows: give it the
+    settings of the video's tokens. The same weights, settings and kind of machine give the same bytes in every run.
 
     dataset   to encode
-    encoder   a model that makes tokens
+    encoder   a model that makes tokens, of videos or of sound
     view      encode its kept clips only; loaders then leave the others out
     frames    of a window; a multiple of the frames in a latent
     stride    take every `stride`-th frame of the clip
     hop       frames of the clip from a window's first to the next one's; null: frames * stride, so that none overlap
-    size      height and width, as the loader's
+    size      height and width, as the loader's; for sound it says which clips are large enough
     run       the workers that encode
     """
 
@@ -105,6 +105,8 @@ def run(config: Config, inputs: Mapping[str, str], output: str) -> dict[str, Any
     _check_clips(dataset, base, settings)
     uri, model = columns.load_model(inputs["encoder"])
     coding = windows.coding_of(model, uri, settings)
+    if coding.of == "audio":
+        _check_sound(dataset, uri, model.config.spectrogram.rate)
     digest = records.model_digest(model)
     column = windows.column_name(digest, settings, base.view)
 
@@ -120,6 +122,10 @@ def run(config: Config, inputs: Mapping[str, str], output: str) -> dict[str, Any
         (records.read_counts(dataset, shard) for shard in shards if shard.split == "train"),
         np.zeros(coding.codes, np.int64),
     )
+    if coding.of == "audio" and not counts.any():
+        raise UserError(
+            f"dataset: {dataset}: no window of the train split has sound; use other sources, or another view"
+        )
     usage, entropy = records.statistics(counts)
     record = Tokens(
         dataset=dataset,
@@ -135,6 +141,7 @@ def run(config: Config, inputs: Mapping[str, str], output: str) -> dict[str, Any
         digests={split: rows.digest for split, rows in base.rows.items()},
         usage=usage,
         entropy=entropy,
+        of=coding.of,
     )
     records.write_tokens(output, record)
     return {"uri": output, "metrics": _metrics(record, shards, jobs, totals), "column": column}
@@ -152,6 +159,23 @@ def _check_clips(dataset: str, base: columns.Base, settings: windows.Settings) -
         raise UserError(
             f"frames: {dataset}: a window spans {settings.span} frames, and no clip of the train split has more than"
             f" {longest}; lower it, or `stride`"
+        )
+
+
+def _check_sound(dataset: str, uri: str, rate: int) -> None:
+    """Raise UserError where a dataset has no sound, or sound of another rate than a model has learned."""
+    rates = {
+        row["rate"]
+        for split in schema.SPLITS
+        for shard in index.read_shards(dataset, split, audio.COLUMN)
+        for row in shard.table.select(["rate"]).slice(0, 1).to_pylist()
+    }
+    if not rates:
+        raise UserError(f"dataset: {dataset}: its clips were cut without sound; add it with a `cache_audio` stage")
+    if rates != {rate}:
+        raise UserError(
+            f"encoder: {uri}: has learned sound of {rate} Hz, the dataset's has {min(rates - {rate})}; train one on this"
+            " dataset's"
         )
 
 
@@ -178,6 +202,7 @@ def _metrics(
         "clips": float((counts > 0).sum()),
         "clips_left_out": float((counts == 0).sum()),  # not in the view, too short, or too small for `size`
         "windows": float(counts.sum()),
+        **({"windows_without_sound": _silent(record, shards)} if record.of == "audio" else {}),
         "bytes": float(sum(shard.tar_bytes for shard in shards)),
         "shards": float(len(shards)),
         "codes_used": record.usage,
@@ -186,3 +211,7 @@ def _metrics(
         "encoded_frames": float(totals["frames"]),
         "debris_swept": float(totals["swept"]),
     }
+
+
+def _silent(record: Tokens, shards: list[index.Shard]) -> float:
+    return sum(records.read_silent(record.dataset, shard) for shard in shards) / int(np.prod(record.shape))

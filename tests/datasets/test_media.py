@@ -14,7 +14,7 @@ import pytest
 
 from longtake.datasets import clip, images, media
 from longtake.datasets.errors import Failure, UserError
-from longtake.infra.cli.media import frames_of
+from longtake.infra.cli.media import frames_of, sound_of
 from longtake.infra.footage import write_video
 from longtake.pipeline.config import ClipConfig, CutConfig
 from longtake.pipeline.source import process
@@ -121,6 +121,7 @@ def doors(path: Path, folder: Path) -> Iterator[tuple[str, Callable[[], object]]
         cut = CutConfig(clip=ClipConfig(short_side=32, fps=10), decoder=decoder)
         yield decoder, lambda cut=cut: process(str(path), "ab" * 10, str(folder), cut)  # type: ignore[misc]
     yield "command", lambda: list(frames_of(str(path), 2)[0])
+    yield "sound", lambda: sound_of(str(path), 1.0)
     yield "clip", lambda: clip.decode(path.read_bytes())
     yield "picture", lambda: images.picture(path.read_bytes())
     yield "door", lambda: media.opened(path).__enter__()

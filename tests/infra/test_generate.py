@@ -120,7 +120,7 @@ def test_a_grid_is_one_file_however_many_are_made_at_once(models: Path, tmp_path
         ),
         (["latte", "--class", "2"], "by number 0 to 1"),
         (["plain", "--class", "0"], "this model has no classes"),
-        (["latte", "--guidance", "3"], "--guidance: leads towards a class or a prompt; name one with"),
+        (["latte", "--guidance", "3"], "--guidance: leads towards a class or a prompt or a sound; name one with"),
         (["latte", "--seeds", "1,x"], "--seeds: 'x' is no seed"),
         (["latte", "--seeds", "5-3"], "'5-3' is no seed"),
         (["latte", "--seeds", "1", "--count", "2"], "--seeds and --count: give one of them"),

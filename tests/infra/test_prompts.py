@@ -112,7 +112,10 @@ def test_a_storyboard_of_prompts_is_followed(models: Path, tmp_path: Path, famil
             ["latte", "--prompt", "x", "--guidance", "-1"],
             "^--guidance: needs a number from 0 on, such as 4, or one for",
         ),
-        (["latte", "--prompt", "x", "--guidance", "words=2"], "^--guidance: has no words; there are classes and text$"),
+        (
+            ["latte", "--prompt", "x", "--guidance", "words=2"],
+            "^--guidance: has no words; there are classes, text and audio$",
+        ),
         (
             ["latte", "--prompt", "x", "--guidance", "text=2,classes=3"],
             "--guidance: leads towards a class; name one with --class",

@@ -142,7 +142,8 @@ def test_more_codes_than_16_bits_are_stored_in_32(root: str) -> None:
         assert found[key].dtype == np.uint32
         assert np.array_equal(found[key][0], at_once(model, video, 0, settings()))
     assert not list(verify(root))
-    assert records.dtype_of(1 << 16) == np.uint16, "ids are below the number of codes"
+    assert records.dtype_of(1 << 16) == np.uint16 and records.dtype_of((1 << 16) + 1) == np.uint32
+    assert records.dtype_of(1 << 15, "audio") == np.int16 and records.dtype_of((1 << 15) + 1, "audio") == np.int32
 
 
 def test_usage_and_entropy_are_those_of_all_tokens(root: str, model: Codes) -> None:

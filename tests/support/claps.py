@@ -159,19 +159,21 @@ def heard_at(samples: np.ndarray, rate: int, near: float) -> float:
     return (low + int(np.argmax(np.correlate(part, template, "valid")))) / rate
 
 
-def dataset_of(folder: Path, paths: Sequence[Path], audio: dict[str, Any] | None = None, **clips: Any) -> str:
-    """A dataset made without Ray, all in split train; `audio` None leaves the sound out."""
+def dataset_of(
+    folder: Path, paths: Sequence[Path], audio: dict[str, Any] | None = None, val_fraction: float = 0, **clips: Any
+) -> str:
+    """A dataset made without Ray, by default all in split train; `audio` None leaves the sound out."""
     config = shard.Config(
         kind="shard",
         sources=[str(path) for path in paths],
         clip=SMALL.model_dump() | clips,
         audio=audio,
-        val_fraction=0,
+        val_fraction=val_fraction,
         group_sources=2,
     )
     folder.mkdir(exist_ok=True, parents=True)
     shard.describe(config, str(folder))
-    for group in plan.plan(str(folder), config.sources, 0, 1 << 40, 2):
+    for group in plan.plan(str(folder), config.sources, val_fraction, 1 << 40, 2):
         assert not make_group(group, plan.sources_of(str(folder), group), str(folder), config.cut)["error"]
     return str(folder)
 

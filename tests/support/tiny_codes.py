@@ -105,6 +105,7 @@ def record(folder: Path, root: str, model: Codes, chosen: windows.Settings, uri:
             digests={split: compact.open_split(root, split)[0].digest for split in schema.SPLITS},
             usage=usage,
             entropy=entropy,
+            of=coding.of,
         ),
     )
     return str(folder)

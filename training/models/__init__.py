@@ -12,6 +12,7 @@ KINDS = {
     "pv_vae": "longtake.training.models.pv_vae.kind",
     "latte": "longtake.training.models.latte.kind",
     "vqgan": "longtake.training.models.tats.vqgan_kind",
+    "sound_vqgan": "longtake.training.models.tats.sound.kind",
     "tats": "longtake.training.models.tats.kind",
     "memory_dit": "longtake.training.models.memory.kind",
 }

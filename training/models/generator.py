@@ -60,17 +60,31 @@ class Settings:
             raise ValueError(f"guidance: {e}") from e
 
 
+class Sound(NamedTuple):
+    """Sound from a video's first frame on: samples (channels, n) float32 in [-1, 1], and how many are in a second."""
+
+    samples: np.ndarray
+    rate: int
+
+
 def plain(settings: Settings, names: Collection[str]) -> dict[str, Any]:
     """Those settings that a family knows, as plain data for its config.json."""
     return {name: value for name, value in asdict(settings).items() if name in names}
 
 
 class Request(NamedTuple):
-    """A video to generate: its seed, what is to be seen over time, and a text that guidance leads away from, None for none."""
+    """A video to generate.
+
+    seed      of its draws
+    story     what is to be seen over time
+    negative  a text that guidance leads away from, None for none
+    sound     that it is to fit, None for none
+    """
 
     seed: int
     story: Story
     negative: str | None = None
+    sound: Sound | None = None
 
 
 class Generator(Protocol):
@@ -237,11 +251,13 @@ def check_story(story: Story, frames: int, fps: float) -> None:
 
 
 def check_requests(generator: Generator, requests: Sequence[Request], settings: Settings) -> None:
-    """Refuse texts that a generator cannot be led by, before any video is made.
+    """Refuse texts and sounds that a generator cannot be led by, before any video is made.
 
     Raises:
-        UserError: the model takes no prompts, or not these; a negative prompt without guidance away from it.
+        UserError: the model takes no prompts, or not these, or no sound; a negative prompt without guidance away from it.
     """
+    if "audio" not in generator.accepts and any(request.sound is not None for request in requests):
+        raise UserError("audio: this model takes none; leave it out")
     negatives = [request.negative for request in requests if request.negative is not None]
     prompts = [scene.prompt for request in requests for _, scene in request.story if scene.prompt is not None]
     if not prompts and not negatives:

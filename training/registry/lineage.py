@@ -19,7 +19,7 @@ from longtake.training.registry import store
 from longtake.training.registry.disk import digest, read_config
 
 _FILE = "lineage.json"  # in the folder of checkpoints
-_MODELS = ("vae", "vqgan", "anchors", "base", "parent")  # inputs that are models, whose aliases may move
+_MODELS = ("vae", "vqgan", "sound_vqgan", "anchors", "base", "parent")  # inputs that are models, whose aliases may move
 
 
 def record(inputs: Mapping[str, str]) -> dict[str, Any]:
@@ -86,12 +86,14 @@ def _git() -> dict[str, Any] | None:
 def pinned(inputs: Mapping[str, str], folder: Path) -> dict[str, str]:
     """The inputs with the models' versions as of the beginning of this training; the lineage is kept in `folder`.
 
-    Where latents are an input and no autoencoder is, `vae` is the autoencoder of the latents; likewise `vqgan` of tokens.
+    Where latents are an input and no autoencoder is, `vae` is the autoencoder of the latents; likewise `vqgan` of tokens,
+    and `sound_vqgan` of those of sound.
     """
     path = folder / _FILE
     if not path.exists():
         makers = {"vae": read_latents(inputs["latents"]).encoder["uri"]} if "latents" in inputs else {}
-        makers |= {"vqgan": read_tokens(inputs["tokens"]).model["uri"]} if "tokens" in inputs else {}
+        for field, maker in (("tokens", "vqgan"), ("audio_tokens", "sound_vqgan")):
+            makers |= {maker: read_tokens(inputs[field]).model["uri"]} if field in inputs else {}
         storage.write(str(path), storage.canonical_json(record(makers | dict(inputs))))
     recorded = read(folder)["inputs"]
     return dict(inputs) | {name: recorded[name]["uri"] for name in _MODELS if name in recorded}

@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from longtake.datasets.errors import UserError
-from longtake.training.models.common.guidance import PARTS
 from longtake.training.models.common.video import concatenated
 from longtake.training.models.generator import (
     Generator,
@@ -24,7 +23,7 @@ from longtake.training.models.generator import (
 )
 
 _FIRST = ("seed", "class", "frames")  # columns that all generators take
-_BY_PART = {f"guidance_{part}": part for part in PARTS}
+_BY_PART = {"guidance_classes": "classes", "guidance_text": "text"}  # no sound is sent
 # what a call may change of the settings, each of one plain type, as MLflow needs it
 _TYPES = {"steps": "long", "guidance": "double"} | dict.fromkeys(_BY_PART, "double")
 _TYPES |= {"temperature": "double", "top_k": "long", "top_p": "double", "keep": "long"}

@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from longtake.datasets.tokens import NO_SOUND
+
 NO_CLASS = -1  # the id of a sample without a class
 
 
@@ -22,14 +24,16 @@ class Condition:
     text      states of the tokens of texts, `(B, N, D)`
     mask      `(B, N)` bool, which rows of `text` a sample sees; or `(B, T, N)`, which of them each of its T frames (latents)
               sees, as in a storyboard. A sample or frame that sees none has no text
-    chances   `(B, 3)` in 0..1, numbers of each sample's own, by which training hides its class and its text: a sample
+    chances   `(B, 4)` in 0..1, numbers of each sample's own, by which training hides its class, text and sound: a sample
               loses the same whatever ranks and passes share its batch
+    audio     tokens of the sound of each frame (latent), `(B, T, n)` int64; -1 is no sound
     """
 
     classes: Tensor | None = None
     text: Tensor | None = None
     mask: Tensor | None = None
     chances: Tensor | None = None
+    audio: Tensor | None = None
 
     def __post_init__(self) -> None:
         if (self.text is None) != (self.mask is None):
@@ -53,31 +57,38 @@ class Condition:
         return self.mask is not None and bool(self.mask.any())
 
     @property
+    def asks_for_audio(self) -> bool:
+        """Whether any sample has a sound."""
+        return self.audio is not None and bool((self.audio != NO_SOUND).any())
+
+    @property
     def asks(self) -> bool:
-        """Whether any sample has a class or a text: if not, guidance has no effect."""
-        return self.asks_for_class or self.asks_for_text
+        """Whether any sample has a class, a text or a sound: if not, guidance has no effect."""
+        return self.asks_for_class or self.asks_for_text or self.asks_for_audio
 
     @property
     def null(self) -> Condition:
-        """The same batch without any class or text."""
+        """The same batch without any class, text or sound."""
         return self.hidden(torch.tensor(True))
 
     def hidden(self, which: Tensor) -> Condition:
         """The same batch with the samples where `which`, bool `(B,)` or `()`, is true made unconditional."""
-        classes, mask = self.classes, self.mask
+        classes, mask, audio = self.classes, self.mask, self.audio
         if classes is not None:
             classes = torch.where(which.to(classes.device), NO_CLASS, classes)
         if mask is not None:
             mask = mask & ~which.to(mask.device).reshape(-1, *[1] * (mask.ndim - 1))
-        return replace(self, classes=classes, mask=mask)
+        if audio is not None:
+            audio = torch.where(which.to(audio.device).reshape(-1, 1, 1), NO_SOUND, audio)
+        return replace(self, classes=classes, mask=mask, audio=audio)
 
     def expand(self, count: int) -> Condition:
         """The condition of one sample, repeated for `count` samples."""
-        parts = (self.classes, self.text, self.mask, self.chances)
+        parts = (self.classes, self.text, self.mask, self.chances, self.audio)
         return Condition(*(None if part is None else part.expand(count, *part.shape[1:]) for part in parts))
 
     def record(self) -> list[int] | dict[str, Any]:
-        """The condition as plain data, for comparison: the classes, with a digest of the texts."""
+        """The condition as plain data, for comparison: the classes, with a digest of the texts. Sounds are not in it."""
         classes = [] if self.classes is None else self.classes.tolist()
         if self.text is None or self.mask is None:
             return classes
@@ -92,10 +103,13 @@ class Condition:
 
     def join(self, other: Condition) -> Condition:
         """The samples of this condition followed by those of `other`, which has the same fields."""
-        classes = None
+        classes = audio = None
         if self.classes is not None and other.classes is not None:
             classes = torch.cat([self.classes, other.classes])
-        return Condition(classes, *_joined_texts(self, other))
+        if self.audio is not None and other.audio is not None:
+            audio = torch.cat([self.audio, other.audio])
+        text, mask = _joined_texts(self, other)
+        return Condition(classes, text, mask, audio=audio)
 
 
 def _joined_texts(one: Condition, other: Condition) -> tuple[Tensor, Tensor] | tuple[None, None]:
@@ -112,10 +126,11 @@ def _joined_texts(one: Condition, other: Condition) -> tuple[Tensor, Tensor] | t
 
 
 def of_batch(batch: Mapping[str, Any]) -> Condition:
-    """The condition of a loader's batch: its labels and texts, if it has them."""
+    """The condition of a loader's batch: its labels, texts and tokens of sound, if it has them."""
     # on the CPU, where ids are checked without waiting for a GPU
     classes = batch["label"].cpu() if "label" in batch else None
-    return Condition(classes, batch.get("text"), batch.get("text_mask"), batch.get("chances"))
+    audio = batch["audio_tokens"].flatten(2) if "audio_tokens" in batch else None
+    return Condition(classes, batch.get("text"), batch.get("text_mask"), batch.get("chances"), audio)
 
 
 def of_classes(ids: Iterable[int | None]) -> Condition:
@@ -124,20 +139,26 @@ def of_classes(ids: Iterable[int | None]) -> Condition:
 
 
 class Hidden(NamedTuple):
-    """Samples of a training batch that lose their class, and those that lose their text, bool `(B,)`; None: none do."""
+    """Samples of a training batch that lose their class, their text, their sound, bool `(B,)`; None: none do."""
 
     classes: Tensor | None = None
     text: Tensor | None = None
+    audio: Tensor | None = None
 
 
 def draw_hidden(
-    condition: Condition | None, x: Tensor, label_dropout: float, text_dropout: float, rng: torch.Generator | None
+    condition: Condition | None,
+    x: Tensor,
+    label_dropout: float,
+    text_dropout: float,
+    rng: torch.Generator | None,
+    audio_dropout: float = 0.0,
 ) -> Hidden:
-    """Draw what the samples of the batch `x` lose, each its class and its text with these probabilities.
+    """Draw what the samples of the batch `x` lose, each its class, its text and its sound with these probabilities.
 
-    Where there are both, half of the rarer losses take both at once: guidance leads away from neither a class nor a text,
-    which independent draws would show too seldom. Samples without chances of their own are drawn for from `rng`, which is
-    on the device of `x`.
+    Where there are several, half of the rarest losses take all at once: guidance leads away from none of them, which
+    independent draws would show too seldom. Samples without chances of their own are drawn for from `rng`, which is on the
+    device of `x`.
     """
     condition = condition or Condition()
     own = () if condition.chances is None else condition.chances.to(x.device).unbind(1)
@@ -147,14 +168,13 @@ def draw_hidden(
         chance = next(chances) if own else torch.rand(len(x), generator=rng, device=x.device)
         return chance < probability
 
-    label_dropout = 0.0 if condition.classes is None else label_dropout
-    text_dropout = 0.0 if condition.text is None else text_dropout
-    both = min(label_dropout, text_dropout) / 2
-    if not both:
-        return Hidden(draw(label_dropout) if label_dropout else None, draw(text_dropout) if text_dropout else None)
-    together = draw(both)
-    classes, text = (together | draw((share - both) / (1 - both)) for share in (label_dropout, text_dropout))
-    return Hidden(classes, text)
+    parts = (("classes", label_dropout), ("text", text_dropout), ("audio", audio_dropout))
+    shares = {name: share for name, share in parts if share and getattr(condition, name) is not None}
+    if len(shares) < 2:
+        return Hidden(**{name: draw(share) for name, share in shares.items()})
+    all_ = min(shares.values()) / 2
+    together = draw(all_)
+    return Hidden(**{name: together | draw((share - all_) / (1 - all_)) for name, share in shares.items()})
 
 
 def class_vectors(

@@ -10,7 +10,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from functools import reduce
-from itertools import pairwise
+from itertools import groupby, pairwise
+from operator import itemgetter
 from typing import Any
 
 import numpy as np
@@ -153,10 +154,10 @@ def guided(
 ) -> Velocity:
     """Classifier-free guidance (arXiv 2207.12598): v(null) + guidance (v(condition) - v(null)).
 
-    Where class and text have guidance of their own, first the class is led to and then the text (arXiv 2211.09800):
+    Where class, text and sound have guidance of their own, they are led to in this order (arXiv 2211.09800); without sound:
     v(null) + classes (v(class) - v(null)) + text (v(condition) - v(class)).
 
-    All come from one call with two or three times the batch. With guidance 1, or an empty condition, `velocity` is called
+    All come from one call with two to four times the batch. With guidance 1, or an empty condition, `velocity` is called
     directly.
 
     Args:
@@ -186,21 +187,29 @@ def _ends(condition: Condition | None, negative: Condition | None) -> tuple[Cond
         return null, full
     if full.text is None:
         full = replace(full, text=negative.text, mask=torch.zeros_like(negative.mask))
-    return Condition(null.classes, negative.text, negative.mask), full
+    return replace(null, text=negative.text, mask=negative.mask), full
 
 
 def _ladder(null: Condition, condition: Condition, guidance: Guidance) -> tuple[list[Condition], list[float]]:
     """The conditions from none to all, and how far each step leads; none where nothing is asked for."""
-    by_class = condition.asks_for_class
-    by_text = condition.asks_for_text or null.asks_for_text
-    if by_class and by_text and guidance.classes != guidance.text:
-        middle = Condition(condition.classes, null.text, null.mask)
-        if guidance.classes == 1.0:
-            return [middle, condition], [guidance.text]
-        return [null, middle, condition], [guidance.classes, guidance.text]
-    if by_class or by_text:
-        return [null, condition], [guidance.classes if by_class else guidance.text]
-    return [], []
+    parts = [
+        (condition.asks_for_class, guidance.classes, {"classes": condition.classes}),
+        (
+            condition.asks_for_text or null.asks_for_text,
+            guidance.text,
+            {"text": condition.text, "mask": condition.mask},
+        ),
+        (condition.asks_for_audio, guidance.audio, {"audio": condition.audio}),
+    ]
+    asked = [(strength, fields) for asks, strength, fields in parts if asks]
+    conditions, strengths = [null], list[float]()
+    # what is led to as far is one step
+    for strength, alike in groupby(asked, key=itemgetter(0)):
+        conditions.append(reduce(lambda now, part: replace(now, **part[1]), alike, conditions[-1]))
+        strengths.append(strength)
+    if strengths[:1] == [1.0]:
+        return conditions[1:], strengths[1:]
+    return conditions, strengths
 
 
 @torch.no_grad()

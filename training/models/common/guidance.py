@@ -1,4 +1,4 @@
-"""How far a sample is led towards its class and towards its text, as recipes, registered models and commands say it."""
+"""How far a sample is led towards its class, text and sound, as recipes, registered models and commands say it."""
 
 from __future__ import annotations
 
@@ -8,32 +8,37 @@ from dataclasses import asdict, dataclass, fields
 from numbers import Real
 from typing import Annotated, Any
 
-from pydantic import BeforeValidator
+from pydantic import BeforeValidator, PlainSerializer
 
 
 @dataclass(frozen=True)
 class Guidance:
-    """Guidance towards the class and towards the text, each of its own; 1 is none."""
+    """Guidance towards the class, the text and the sound, each of its own; 1 is none."""
 
     classes: float = 1.0
     text: float = 1.0
+    audio: float = 1.0
 
     def __str__(self) -> str:
-        return ",".join(f"{name}={value:g}" for name, value in asdict(self).items())
+        return ",".join(f"{name}={value:g}" for name, value in self.plain().items())
+
+    def plain(self) -> dict[str, float]:
+        """The parts as plain data. Sound came later: what has none is written as before."""
+        return {name: value for name, value in asdict(self).items() if name != "audio" or value != 1.0}
 
 
 PARTS = tuple(field.name for field in fields(Guidance))
 
 
 def parts_of(guidance: float | Guidance) -> Guidance:
-    """The guidance of each; one number is that of both."""
-    return guidance if isinstance(guidance, Guidance) else Guidance(guidance, guidance)
+    """The guidance of each; one number is that of all."""
+    return guidance if isinstance(guidance, Guidance) else Guidance(guidance, guidance, guidance)
 
 
 def guidance_of(value: Any) -> float | Guidance:
-    """Guidance from plain data or text: a number for both, or `{classes: 2, text: 6}`, as text `classes=2,text=6`.
+    """Guidance from plain data or text: a number for all, or `{classes: 2, text: 6}`, as text `classes=2,text=6`.
 
-    A part that is left out is 1. Two that are equal become one number, so that what is the same is written the same.
+    A part that is left out is 1. If all are equal they become one number, so that what is the same is written the same.
 
     Raises:
         ValueError: anything else.
@@ -45,13 +50,18 @@ def guidance_of(value: Any) -> float | Guidance:
     if not isinstance(value, Mapping) or not value:
         return _strength(value)
     if unknown := [str(name) for name in value if name not in PARTS]:
-        raise ValueError(f"has no {unknown[0][:40]}; there are {' and '.join(PARTS)}")
+        raise ValueError(f"has no {unknown[0][:40]}; there are {', '.join(PARTS[:-1])} and {PARTS[-1]}")
     parts = Guidance(**{name: _strength(strength) for name, strength in value.items()})
-    return parts.classes if parts.classes == parts.text else parts
+    return parts.classes if parts.classes == parts.text == parts.audio else parts
+
+
+def plain(guidance: float | Guidance) -> float | dict[str, float]:
+    """What `guidance_of` reads back."""
+    return guidance.plain() if isinstance(guidance, Guidance) else guidance
 
 
 # a config's field; as plain data it is a number or a mapping
-GuidanceSetting = Annotated[float | Guidance, BeforeValidator(guidance_of)]
+GuidanceSetting = Annotated[float | Guidance, BeforeValidator(guidance_of), PlainSerializer(plain)]
 
 
 def _pair(part: str) -> tuple[str, str]:

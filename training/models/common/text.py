@@ -60,12 +60,20 @@ def check_fields(config: Any) -> None:
 def check_guidance(config: Any, guidance: float | Guidance) -> None:
     """ValueError where guidance leads away from what training never hid, which the model does not know how to do without.
 
-    Guidance of its own for what a model has not learned is refused too; one number for both is that of what it has.
+    Guidance of its own for what a model has not learned is refused too; one number for all is that of what it has.
     """
     parts = parts_of(guidance)
     learned = (
         ("classes", config.classes, "label_dropout", config.label_dropout, parts.classes),
         ("text", config.text_width, "text_dropout", config.text_dropout, parts.text),
+        # few models hear
+        (
+            "audio",
+            getattr(config, "audio_codes", 0),
+            "audio_dropout",
+            getattr(config, "audio_dropout", 0.0),
+            parts.audio,
+        ),
     )
     for what, has, field, dropout, strength in learned:
         if not has and isinstance(guidance, Guidance) and strength != 1.0:

@@ -42,29 +42,31 @@ def write_panels(path: Path, panels: Sequence[Tensor], scale: int = 3) -> None:
 
 
 @contextmanager
-def video_file(path: str | Path, fps: float, crf: int = 16) -> Iterator[Callable[[np.ndarray], None]]:
+def video_file(
+    path: str | Path, fps: float, crf: int = 16, sound: tuple[np.ndarray, int] | None = None
+) -> Iterator[Callable[[np.ndarray], None]]:
     """Write an H.264 file to a path or fsspec URL, chunk by chunk `(t, H, W, 3)` uint8 with even H and W.
 
-    The file appears complete after the block, or not at all. The same frames give the same bytes. Raises Failure if it
-    cannot be written.
+    It has the sound, samples (channels, n) float32 and their rate, from its first frame on. The file appears complete after
+    the block, or not at all. The same frames give the same bytes. Raises Failure if it cannot be written.
     """
     import av
 
     options = {"fflags": "+bitexact", "movflags": "+faststart"}
-    with (
-        storage.staged(str(path)) as scratch,
-        av.open(str(scratch), "w", format="mp4", container_options=options) as container,
-    ):
-        rate = Fraction(fps).limit_denominator(1001)
-        stream: Any = container.add_stream("libx264", rate=rate, options={"crf": str(crf), "mbtree": "0"})
-        stream.pix_fmt, stream.codec_context.thread_count = "yuv420p", 1
+    with storage.staged(str(path)) as scratch:
+        with av.open(str(scratch), "w", format="mp4", container_options=options) as container:
+            rate = Fraction(fps).limit_denominator(1001)
+            stream: Any = container.add_stream("libx264", rate=rate, options={"crf": str(crf), "mbtree": "0"})
+            stream.pix_fmt, stream.codec_context.thread_count = "yuv420p", 1
 
-        def write(frames: np.ndarray) -> None:
-            if not stream.codec_context.is_open:
-                stream.height, stream.width = frames.shape[1:3]
-            for frame in frames:
-                image = av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")
-                container.mux(stream.encode(image))
+            def write(frames: np.ndarray) -> None:
+                if not stream.codec_context.is_open:
+                    stream.height, stream.width = frames.shape[1:3]
+                for frame in frames:
+                    image = av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")
+                    container.mux(stream.encode(image))
 
-        yield write
-        container.mux(stream.encode())
+            yield write
+            container.mux(stream.encode())
+        if sound:
+            clip.write_with_sound(scratch, scratch.read_bytes(), *sound)

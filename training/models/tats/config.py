@@ -51,7 +51,7 @@ class Config(TrainConfig):
     top_k          samples are drawn among so many likeliest tokens; 0 is all [code: 2048]
     top_p          and among the likeliest that reach this probability together [code: 0.8]
     keep           latent frames of the past that each further window has; 0 is all but one [paper; its code has 1]
-    guidance       of samples with a class or a text; 1 is none [paper: none]. {classes: 2, text: 6} sets each
+    guidance       of samples with a class, a text or a sound; 1 is none [paper: none]. {classes: 2, audio: 3} sets each
     eval_clips     held-out windows, at most
     eval_videos    videos generated at the end, of one window each, and one more that is longer
     eval_frames    frames of the longer video; null is four windows [paper: 1024]
@@ -111,6 +111,10 @@ class Config(TrainConfig):
         model = self.model or {}
         # words are hidden as texts are
         check_settings({name: v for name, v in model.items() if name != "text_dropout" or not self.captions}, self.text)
+        if "audio_dropout" in model and not self.audio_tokens:
+            raise ValueError(
+                "model: audio_dropout: has no effect without sound; name its tokens in audio_tokens, or leave it out"
+            )
         if self.base is None:
             if self.lora is not None:
                 raise ValueError("lora: without a base all else would stay random; name one, or leave it out")
@@ -178,5 +182,8 @@ def check(config: Config, inputs: Mapping[str, StageConfig]) -> None:
             raise ValueError(f"{field}: a {stage.kind} stage makes no TATS; name a {config.kind} stage, or a model")
         if stage.mode != mode:
             raise ValueError(f"{field}: is of mode {stage.mode}; name one of mode {mode}")
-        if stage.classes != config.classes or bool(stage.captions) != bool(config.captions):
-            raise ValueError(f"{field}: learns other conditions; give both the same `classes` and `captions`")
+        theirs, ours = ((each.classes, bool(each.captions), bool(each.audio_tokens)) for each in (stage, config))
+        if theirs != ours:
+            raise ValueError(
+                f"{field}: learns other conditions; give both `classes`, `captions` and `audio_tokens`, or neither"
+            )

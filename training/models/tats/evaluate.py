@@ -26,18 +26,12 @@ _AGAINST = (
 )
 
 
-def sound_of(batch: Mapping[str, Any]) -> Tensor | None:
-    """The tokens of a batch's sound, `(B, t, n)`, if it has them."""
-    audio: Tensor | None = batch.get("audio_tokens")
-    return None if audio is None else audio.flatten(2)
-
-
 @torch.no_grad()
 def heldout_loss(model: TATS, batch: Mapping[str, Any], condition: Condition | None) -> tuple[Tensor, Tensor]:
     """The loss in nats of each predicted token of held-out windows, and whether it is the likeliest: `(B, frames, h w)`."""
     config = model.config
     sequence = config.sequence(batch["tokens"].to(model.places.device))
-    logits = model(sequence[:, :-1], condition, sound_of(batch), last=config.predicted).float()
+    logits = model(sequence[:, :-1], condition, last=config.predicted).float()
     targets = sequence[:, -config.predicted :]
     losses = F.cross_entropy(logits.movedim(-1, 1), targets, reduction="none")
     right = logits.argmax(-1) == targets

@@ -19,12 +19,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from longtake.datasets.tokens import NO_SOUND
 from longtake.training.models.common.condition import NO_CLASS, Condition, Hidden, check_classes, draw_hidden
 from longtake.training.models.common.text import TextAttention, TextIn, text_tokens
 from longtake.training.models.tats.gpt_config import TATSConfig
 
 _START, _PADDING, _CLASSES = 0, 1, 2  # the first ids
-SILENCE = -1  # stands for a token of sound that there is not
 
 
 class Cache:
@@ -120,7 +120,6 @@ class TATS(nn.Module):
         self,
         tokens: Tensor,
         condition: Condition | None = None,
-        audio: Tensor | None = None,
         rng: torch.Generator | None = None,
         *,
         last: int,
@@ -131,8 +130,7 @@ class TATS(nn.Module):
         Args:
             tokens: `(B, n)`, from the beginning of the sequence (see `TATSConfig.sequence`), or what follows the cache's.
             condition: of the batch; its text is states, or with `words` their ids, `(B, N, 1)`. None is an empty one.
-                After the first call with a cache it has no effect, nor has `audio`.
-            audio: tokens of the sound of the window's frames, `(B, t, n)`, -1 where there is none; None: none is.
+                After the first call with a cache it has no effect.
             rng: draws what training hides.
             cache: takes part in inference only.
 
@@ -145,7 +143,7 @@ class TATS(nn.Module):
             seen, text = cache.seen, cache.text
         else:
             lost = self._lost(condition, tokens, rng)
-            front = condition_tokens(config, condition, audio, tokens, lost)
+            front = condition_tokens(config, condition, tokens, lost)
             ids = torch.cat([front, ids], dim=1)
             length = cache.length if cache is not None else ids.shape[1]
             padded = bool(config.words or config.audio_codes)
@@ -176,7 +174,8 @@ class TATS(nn.Module):
     def _lost(self, condition: Condition | None, tokens: Tensor, rng: torch.Generator | None) -> Hidden:
         if not self.training:
             return Hidden()
-        return draw_hidden(condition, tokens, self.config.label_dropout, self.config.text_dropout, rng)
+        config = self.config
+        return draw_hidden(condition, tokens, config.label_dropout, config.text_dropout, rng, config.audio_dropout)
 
     def _start_weights(self) -> None:
         """GPT's initial weights [paper]; positions begin at zero."""
@@ -215,22 +214,15 @@ def attended(
     return (mask, False) if seen is None else (mask & seen[:, None, None, :end], False)
 
 
-def condition_tokens(
-    config: TATSConfig, condition: Condition | None, audio: Tensor | None, tokens: Tensor, lost: Hidden
-) -> Tensor:
+def condition_tokens(config: TATSConfig, condition: Condition | None, tokens: Tensor, lost: Hidden) -> Tensor:
     """The ids `(B, config.conditions)` in front of a batch of tokens. Raises ValueError as `TATS.forward`."""
     condition, batch, device = condition or Condition(), len(tokens), tokens.device
     parts = [_class_ids(config, condition, tokens, lost.classes)]
-    words = _CLASSES + config.classes
     if config.words:
         parts.append(_padded_words(config, condition, batch, lost.text).to(device))
     if config.audio_codes:
-        shape = (batch, config.shape[0], config.audio_tokens)
-        audio = torch.full(shape, SILENCE, device=device) if audio is None else audio.to(device)
-        if audio.shape != shape:
-            raise ValueError(f"audio has shape {tuple(audio.shape)}; this model needs {shape}")
-        parts.append(torch.where(audio == SILENCE, _PADDING, audio + words + config.words).flatten(1))
-    elif audio is not None:
+        parts.append(_sound_ids(config, condition, batch, lost.audio).to(device))
+    elif condition.audio is not None:
         raise ValueError("audio: this model takes none; leave it out")
     return torch.cat(parts, dim=1)
 
@@ -263,3 +255,16 @@ def _padded_words(config: TATSConfig, condition: Condition, batch: int, hidden: 
     mask = condition.mask if hidden is None else condition.mask & ~hidden.to(condition.mask.device)[:, None]
     ids = torch.where(mask, condition.text[..., 0].long() + _CLASSES + config.classes, _PADDING)
     return F.pad(ids, (0, config.word_length - shape[1]), value=_PADDING)
+
+
+def _sound_ids(config: TATSConfig, condition: Condition, batch: int, hidden: Tensor | None) -> Tensor:
+    """The sound of a batch's frames `(B, t n)`, with padding where there is none."""
+    shape, audio = (batch, config.shape[0], config.audio_tokens), condition.audio
+    if audio is None:
+        return torch.full((batch, shape[1] * shape[2]), _PADDING)
+    if audio.shape != shape:
+        raise ValueError(f"audio has shape {tuple(audio.shape)}; this model needs {shape}")
+    none = audio == NO_SOUND
+    if hidden is not None:
+        none = none | hidden.to(audio.device)[:, None, None]
+    return torch.where(none, _PADDING, audio + _CLASSES + config.classes + config.words).flatten(1)

@@ -42,6 +42,7 @@ class TATSConfig(BaseModel):
                     (see `common.text`); `text_dropout` is that of words, too
     audio_codes     of the sound's tokenizer; 0 is a model without sound [paper: 1024]
     audio_tokens    of a latent frame's sound [paper: 16]
+    audio_dropout   probability that training hides the sound of a window, for guidance [assumption: 0.1]
     activation_checkpointing   recompute blocks in the backward pass: less memory, more time
     """
 
@@ -67,6 +68,7 @@ class TATSConfig(BaseModel):
     text_length: PositiveInt = 512
     audio_codes: NonNegativeInt = 0
     audio_tokens: NonNegativeInt = 0
+    audio_dropout: float = Field(0.1, ge=0, le=1)
     activation_checkpointing: bool = False
 
     @model_validator(mode="after")

@@ -39,7 +39,12 @@ def _options(judged: Judged, inputs: Mapping[str, str], window: Window) -> dict[
             raise UserError(
                 f"audio_tokens: {judged.uri} has learned to hear; name what their `cache_tokens` stage has made"
             )
-        columns["audio_tokens"] = tokens_of(inputs, "audio_tokens").column
+        sound = tokens_of(inputs, "audio_tokens")
+        if sound.model["digest"] != judged.facts["sound"]["encoder"]:
+            raise UserError(
+                f"audio_tokens: {inputs['audio_tokens']} are of another VQGAN than {judged.uri} has learned"
+            )
+        columns["audio_tokens"] = sound.column
     return options | {"columns": columns}
 
 

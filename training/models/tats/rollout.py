@@ -22,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from longtake.datasets.tokens import NO_SOUND
 from longtake.training.models.common import parts
 from longtake.training.models.common import story as scenes
 from longtake.training.models.common.condition import Condition, check_classes
@@ -32,7 +33,7 @@ from longtake.training.models.common.story import Story
 from longtake.training.models.common.text import check_guidance
 from longtake.training.models.generator import Settings
 from longtake.training.models.tats import decode
-from longtake.training.models.tats.gpt import SILENCE, TATS, Cache
+from longtake.training.models.tats.gpt import TATS, Cache
 from longtake.training.models.tats.gpt_config import TATSConfig
 
 _ROWS = 64  # gaps that are filled at once, over all videos: those of 1,024 frames, where 4 are in a latent frame
@@ -46,7 +47,6 @@ def continued(
     uniforms: Tensor,
     settings: Settings,
     condition: Condition | None = None,
-    audio: Tensor | None = None,
     negative: Condition | None = None,
 ) -> Tensor:
     """Draw the tokens that follow: `(B, n)`.
@@ -54,15 +54,14 @@ def continued(
     Args:
         given: `(B, m)`, from the beginning of the model's sequence, 0 of them at least.
         uniforms: a number from [0, 1) for each draw, `(B, n)`.
-        condition, audio: of the window (see `TATS.forward`).
+        condition: of the window (see `TATS.forward`).
         negative: guidance leads away from its text in place of no text.
     """
     count, device = uniforms.shape[1], given.device
     cache = Cache(model.config.conditions + given.shape[1] + count)
 
     def logits(x: Tensor, _: Tensor, now: Condition | None) -> Tensor:
-        sound = None if audio is None else audio.repeat(len(x) // len(given), 1, 1)
-        return model(x, now, sound, last=1, cache=cache)[:, -1]
+        return model(x, now, last=1, cache=cache)[:, -1]
 
     predict, x, made = guided(logits, condition, settings.guidance, negative), given, []
     for uniform in uniforms.to(device).unbind(1):
@@ -78,11 +77,10 @@ def filled(
     uniforms: Tensor,
     settings: Settings,
     condition: Condition | None = None,
-    audio: Tensor | None = None,
     negative: Condition | None = None,
 ) -> Tensor:
     """Draw the latent frames between pairs of anchors `(B, 2, n)`: `(B, every - 1, n)`; `uniforms` has as many."""
-    made = continued(model, ends.flatten(1), uniforms.flatten(1), settings, condition, audio, negative)
+    made = continued(model, ends.flatten(1), uniforms.flatten(1), settings, condition, negative)
     return made.unflatten(1, (-1, model.config.cells))
 
 
@@ -220,10 +218,9 @@ class Rollout:
         """The leader's next latent frame, `(B, h w)`."""
         kept = line[:, max(0, line.shape[1] - self.keep) :]
         config = self.leader.config
-        sound = self._sound(frame - kept.shape[1] * self.every, config)
         uniforms = self._uniforms([frame])[:, 0]
-        scene = self._scene(frame, config)
-        return continued(self.leader, kept.flatten(1), uniforms, self.settings, scene, sound, self.negative)
+        scene = self._scene(frame, frame - kept.shape[1] * self.every, config)
+        return continued(self.leader, kept.flatten(1), uniforms, self.settings, scene, self.negative)
 
     def _gaps(self, line: Tensor, begin: int) -> Tensor:
         """What is between anchors `(B, g + 1, n)`, of which the first is frame `begin - 1`: `(B, g, every - 1, n)`."""
@@ -231,12 +228,9 @@ class Rollout:
         starts = range(begin, begin + (line.shape[1] - 1) * every, every)
         ends = torch.stack([line[:, :-1], line[:, 1:]], dim=2).transpose(0, 1).flatten(0, 1)
         uniforms = torch.cat([self._uniforms(range(start, start + every - 1)) for start in starts])
-        scenes_of = [self._scene(start, config) for start in starts]
-        sounds = [self._sound(start - 1, config) for start in starts]
-        condition = reduce(Condition.join, [scene for scene in scenes_of if scene is not None]) if self.story else None
-        sound = None if sounds[0] is None else torch.cat([each for each in sounds if each is not None])
+        condition = reduce(Condition.join, [self._scene(start, start - 1, config) for start in starts])
         negative = self.negative and reduce(Condition.join, [self.negative] * len(starts))
-        made = filled(self.model, ends, uniforms, self.settings, condition, sound, negative)
+        made = filled(self.model, ends, uniforms, self.settings, condition, negative)
         return made.unflatten(0, (len(starts), count)).transpose(0, 1)
 
     def _uniforms(self, frames: Sequence[int]) -> Tensor:
@@ -245,10 +239,15 @@ class Rollout:
         rows = [[torch.rand(cells, generator=rng_of(seed, frame)) for frame in frames] for seed in self.seeds]
         return torch.stack([torch.stack(row) for row in rows])
 
-    def _scene(self, frame: int, config: TATSConfig) -> Condition | None:
-        """What a latent frame is to show."""
+    def _scene(self, frame: int, first: int, config: TATSConfig) -> Condition:
+        """What a latent frame is to show, with the sound of its window, whose first latent frame is `first`."""
+        now = self._shown(frame)
+        return replace(now, classes=now.classes if config.classes else None, audio=self._sound(first, config))
+
+    def _shown(self, frame: int) -> Condition:
+        """What a latent frame is to show by the story."""
         if not self.story:
-            return None
+            return Condition()
         now = scenes.held(self.story, frame) or self.story[0][1].null
         if (
             now.text is None
@@ -257,7 +256,7 @@ class Rollout:
             # with the fields of the others, so that gaps of several scenes are a batch
             nothing = torch.zeros(len(text), 0, dtype=torch.bool, device=text.device)
             now = replace(now, text=text[:, :0], mask=nothing)
-        return now if config.classes else replace(now, classes=None)
+        return now
 
     def _sound(self, first: int, config: TATSConfig) -> Tensor | None:
         """The sound of a window whose first latent frame is `first`, silent where there is none."""
@@ -267,7 +266,7 @@ class Rollout:
         heard = self.audio[:, frames.start : max(frames.start, frames.stop)].expand(len(self.seeds), -1, -1)
         before = min(config.shape[0], max(0, -first))
         after = config.shape[0] - before - heard.shape[1]
-        return F.pad(heard, (0, 0, before, after), value=SILENCE)
+        return F.pad(heard, (0, 0, before, after), value=NO_SOUND)
 
     def _count(self, steps: int) -> None:
         for _ in range(steps if self.each_step else 0):
@@ -292,12 +291,20 @@ class Rollout:
             self.start.ndim != 4 or self.start.shape[2:] != shape or not self.start.shape[1]
         ):
             raise ValueError(f"start has shape {tuple(self.start.shape)}; it needs (B, frames, {shape[0]}, {shape[1]})")
+        if self.audio is not None:
+            if not config.audio_codes:
+                raise ValueError("audio: this model takes none; leave it out")
+            if self.audio.ndim != 3 or self.audio.shape[2] != config.audio_tokens:
+                raise ValueError(
+                    f"audio has shape {tuple(self.audio.shape)}; it needs (B, frames, {config.audio_tokens})"
+                )
         for begin, held in self.story:
             if held.classes is not None:
                 if len(held.classes) != len(seeds):
                     raise ValueError(f"story: at {begin} are {len(held.classes)} classes for {len(seeds)} seeds")
                 check_classes(held.classes.tolist(), config.classes)
-        check_learned(config, settings.guidance)
+        for each in (self.leader, self.model):
+            check_learned(each.config, settings.guidance)
 
 
 def check_learned(config: TATSConfig, guidance: float | Guidance) -> None:

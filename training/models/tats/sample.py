@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from longtake.datasets.errors import UserError
-from longtake.datasets.tokens import model_digest
+from longtake.datasets.tokens import NO_SOUND, model_digest
 from longtake.training import registry
 from longtake.training.engines import device
 from longtake.training.models.common import parts
@@ -28,6 +28,7 @@ from longtake.training.models.common.prompts import States
 from longtake.training.models.generator import Request, Settings, fields_of
 from longtake.training.models.tats.gpt import TATS
 from longtake.training.models.tats.rollout import Rollout, spans
+from longtake.training.models.tats.sound.hearing import tokens_of
 from longtake.training.models.tats.words import Words
 from longtake.training.registry import disk
 
@@ -37,7 +38,8 @@ ACCEPTS = frozenset({"class", "start", "storyboard"}) | SETTINGS
 
 def accepts(facts: Mapping[str, Any]) -> frozenset[str]:
     """The options of a request to the model with this config.json."""
-    return ACCEPTS | texts.accepted(facts) | ({"prompt"} if facts.get("words") else frozenset())
+    more = {name for name, learned in (("prompt", "words"), ("audio", "sound")) if facts.get(learned)}
+    return ACCEPTS | texts.accepted(facts) | more
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,7 @@ class Prior:
     fps, size of its training videos
     digest    of all weights
     prompts   the encoder of its texts, or its own words; None for a model without
+    hearing   the VQGAN of its sound; None for a model without
     """
 
     model: TATS
@@ -61,6 +64,7 @@ class Prior:
     digest: str
     accepts: frozenset[str] = ACCEPTS
     prompts: States | None = None
+    hearing: Any = None
 
     @property
     def _factor(self) -> int:
@@ -122,7 +126,8 @@ class Prior:
         latent_of = partial(scenes.latent_at, fps=fps or self.fps, factor=self._factor, goes_on=True)
         story = texts.story_of_requests(requests, latent_of, self.prompts, where)
         negative = texts.negative_of_requests(requests, self.prompts, where)
-        if not scenes.asks(story) and negative is None:
+        heard = self._heard(requests, frames, fps or self.fps)
+        if not scenes.asks(story) and negative is None and heard is None:
             settings = replace(settings, guidance=1.0)
         rollout = Rollout(
             self.model,
@@ -132,11 +137,21 @@ class Prior:
             start,
             story,
             negative,
+            heard,
             models=self.digest,
             each_step=each_step,
         )
         rollout.check()
         return videos_of(rollout, self.vqgan, self.latents(frames), folder, tile)
+
+    def _heard(self, requests: Sequence[Request], frames: int, fps: float) -> Tensor | None:
+        """The tokens of the requests' sounds, `(B, t, n)`, of which equal ones are encoded once; None where none has any."""
+        sounds = {id(request.sound): request.sound for request in requests if request.sound is not None}
+        if not sounds:
+            return None
+        made = {key: tokens_of(self.hearing, sound, frames, fps) for key, sound in sounds.items()}
+        none = torch.full_like(next(iter(made.values())), NO_SOUND)
+        return torch.cat([made.get(id(request.sound), none) for request in requests])
 
     def forget(self, folder: str) -> None:
         """See `parts.forget`."""
@@ -180,7 +195,12 @@ def prior_of(uri: str, model: Any, facts: Mapping[str, Any], vae: str | None, dt
         )
     vqgan, vqgan_facts = vqgan_of(uri, facts["vqgan"], vae)
     anchors: Any = None
+    hearing: Any = None
     digests = [disk.digest(facts), disk.digest(vqgan_facts)]
+    if facts.get("sound"):
+        hearing, hearing_facts = vqgan_of(uri, facts["sound"], None)
+        digests.append(disk.digest(hearing_facts))
+        hearing.to(device(), dtype)
     if model.config.mode == "interpolate":
         anchors, anchors_facts = registry.load_with_facts(facts["anchors"]["uri"])
         digests.append(disk.digest(anchors_facts))
@@ -193,6 +213,7 @@ def prior_of(uri: str, model: Any, facts: Mapping[str, Any], vae: str | None, dt
         digest=" ".join(digests),
         accepts=accepts(facts),
         prompts=prompts_of(uri, facts),
+        hearing=hearing,
     )
 
 

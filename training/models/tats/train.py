@@ -32,11 +32,12 @@ from longtake.training.models.common.video import grid
 from longtake.training.models.common.wanted import Wanted
 from longtake.training.models.generator import plain
 from longtake.training.models.tats.config import Config, check
-from longtake.training.models.tats.evaluate import SUMMARY, sound_of
+from longtake.training.models.tats.evaluate import SUMMARY
 from longtake.training.models.tats.evaluate import evaluate as measure
 from longtake.training.models.tats.generated import Judges, VideoPlan, frames_of
 from longtake.training.models.tats.gpt import TATS
 from longtake.training.models.tats.gpt_config import TATSConfig
+from longtake.training.models.tats.inputs import check_anchors, check_parent, check_sound, continued
 from longtake.training.models.tats.rollout import Rollout, check_learned
 from longtake.training.models.tats.sample import SETTINGS, videos_of
 from longtake.training.models.tats.words import Words, learned_from
@@ -94,12 +95,24 @@ class Setup(NamedTuple):
             options["columns"]["caption"] = self.text.captions
         return Wanted(self.classes, data.loader(config, self.inputs, "val", **options, **HELDOUT), self.condition)
 
+    def heard(self, config: Config, numbers: Iterable[int]) -> Tensor | None:
+        """The tokens of the sound of held-out windows, `(B, t, n)`; None for a model without sound."""
+        if self.sound is None:
+            return None
+        windows = loader_of(config, self, "val", **HELDOUT)
+        found = [of_batch(next(windows.at([number % windows.samples]))).audio for number in numbers]
+        return torch.cat([tokens for tokens in found if tokens is not None])
+
     def rollout(self, config: Config, model: TATS, seeds: Sequence[int], condition: Condition | None) -> Rollout:
-        """The videos of seeds, by this model or, for mode interpolate, its anchors and this model."""
+        """The videos of seeds, by this model or, for mode interpolate, its anchors and this model.
+
+        Each hears the held-out window of its number, which counts from the first seed.
+        """
         settings = config.settings()
-        if condition is None or not condition.asks:
+        heard = self.heard(config, [seed - config.seed for seed in seeds])
+        if heard is None and (condition is None or not condition.asks):
             settings = replace(settings, guidance=1.0)
-        return Rollout(model, seeds, settings, self.anchors, story=[(0, condition)] if condition else [])
+        return Rollout(model, seeds, settings, self.anchors, story=[(0, condition)] if condition else [], audio=heard)
 
 
 def prepare(config: Config, inputs: Mapping[str, str], folder: Path) -> Setup:
@@ -111,10 +124,10 @@ def prepare(config: Config, inputs: Mapping[str, str], folder: Path) -> Setup:
     """
     record, text, captions = data.tokens_of(inputs), data.text_of(inputs), data.captions_of(inputs)
     sound = data.tokens_of(inputs, "audio_tokens") if "audio_tokens" in inputs else None
-    if sound and sound.shape[0] != record.shape[0]:
-        raise UserError(
-            f"audio_tokens: have {sound.shape[0]} latent frames in a window, tokens {record.shape[0]}; encode both alike"
-        )
+    if record.of != "video":
+        raise UserError(f"tokens: {inputs['tokens']} are of sound; name those of the video, and these as audio_tokens")
+    if sound:
+        check_sound(inputs["audio_tokens"], sound, record)
     fps = data.frame_rate(inputs["dataset"], (record.frames - 1) * record.stride + 1) / record.stride
     options = _options(config, record, sound, captions, text)
     classes = data.loader(config, inputs, "train", batch=1, **options).classes
@@ -122,7 +135,7 @@ def prepare(config: Config, inputs: Mapping[str, str], folder: Path) -> Setup:
         field: registry.load_with_facts(inputs[field]) for field in ("base", "anchors") if field in inputs
     }
     for field, (model, facts) in parents.items():
-        _check_parent(field, inputs[field], model, facts, record, classes)
+        check_parent(field, inputs[field], model, facts, record, sound, classes)
     known = [facts for _, facts in parents.values()]
     words = _words(config, inputs, folder, captions, known[0] if known else None)
     from_data = {
@@ -138,14 +151,14 @@ def prepare(config: Config, inputs: Mapping[str, str], folder: Path) -> Setup:
     }
     try:
         if "base" in parents:
-            model, note = _continued(config, inputs["base"], parents["base"][0], from_data)
+            model, note = continued(config, inputs["base"], parents["base"][0], from_data)
         else:
             model, note = TATS(config.tats(from_data)), ""
     except ValidationError as e:
         raise UserError(f"model: {e.errors()[0]['msg'].removeprefix('Value error, ')}") from e
     anchors = parents["anchors"][0] if "anchors" in parents else None
     if anchors:
-        _check_anchors(inputs["anchors"], anchors.config, model.config)
+        check_anchors(inputs["anchors"], anchors.config, model.config)
         anchors = anchors.eval().requires_grad_(False).to(device())
     set_empty(model.text_in, text)
     vqgan = data.vqgan_of(record, inputs["vqgan"])
@@ -170,51 +183,6 @@ def _words(
     if distributed:
         torch.distributed.barrier()
     return Words.of(json.loads(path.read_bytes()), length)
-
-
-def _check_parent(
-    field: str, uri: str, model: Any, facts: Mapping[str, Any], record: Tokens, classes: Sequence[str]
-) -> None:
-    """UserError where a base or the anchors' model is no TATS, or has learned other tokens or classes."""
-    if not isinstance(model, TATS):
-        raise UserError(f"{field}: {uri} is a {type(model).__name__}, not a TATS; name a `pretrain_tats` model")
-    if facts["vqgan"]["encoder"] != record.model["digest"]:
-        raise UserError(
-            f"{field}: {uri} has learned tokens of another VQGAN, {facts['vqgan']['uri']}; encode by that one"
-        )
-    if list(facts["classes"]) != list(classes):
-        raise UserError(
-            f"{field}: {uri} has learned {len(facts['classes'])} classes, these are {len(classes)} or have other names;"
-            " train both on the same"
-        )
-
-
-def _check_anchors(uri: str, theirs: TATSConfig, ours: TATSConfig) -> None:
-    """UserError where a model does not make the anchors that this one fills what is between."""
-    if theirs.mode != "anchors":
-        raise UserError(f"anchors: {uri} is of mode {theirs.mode}; name one of mode anchors")
-    for name in ("every", "codes", "words", "word_length", "text_width", "audio_codes", "audio_tokens"):
-        if getattr(theirs, name) != getattr(ours, name):
-            raise UserError(
-                f"anchors: {uri} has {name} {getattr(theirs, name)}, this training {getattr(ours, name)}; give both the same"
-            )
-    if theirs.shape[1:] != ours.shape[1:]:
-        raise UserError(
-            f"anchors: {uri} has latent frames of {theirs.shape[1]}x{theirs.shape[2]}, these are"
-            f" {ours.shape[1]}x{ours.shape[2]}; encode both at one size"
-        )
-
-
-def _continued(config: Config, uri: str, base: TATS, from_data: Mapping[str, Any]) -> tuple[TATS, str]:
-    """The model before its first step with the weights of its base, and a line about it."""
-    model = TATS(TATSConfig(**base.config.model_dump() | (config.model or {}) | dict(from_data)))
-    weights, ours = base.state_dict(), model.state_dict()
-    for name in ours.keys() | weights.keys():
-        has, needs = (list(each[name].shape) if name in each else "not" for each in (weights, ours))
-        if has != needs:
-            raise UserError(f"base: {uri} does not fit these settings: {name} is {has} there, {needs} here")
-    model.load_state_dict(weights)
-    return model, f"base: {uri}: {len(weights)} tensors are taken"
 
 
 def _options(
@@ -280,9 +248,7 @@ def _loss(setup: Setup, turn: Turn) -> tuple[Tensor, Terms]:
     """Cross-entropy of the predicted tokens, none of which is given: for mode interpolate, of those between the anchors."""
     config = setup.model.config
     sequence = config.sequence(turn.batch["tokens"])
-    logits = turn.engines[turn.name](
-        sequence[:, :-1], setup.condition(turn.batch), sound_of(turn.batch), turn.rng, last=config.predicted
-    )
+    logits = turn.engines[turn.name](sequence[:, :-1], setup.condition(turn.batch), turn.rng, last=config.predicted)
     loss = F.cross_entropy(logits.float().flatten(0, 1), sequence[:, -config.predicted :].flatten())
     return loss, {"loss": loss.detach()}
 
@@ -310,6 +276,7 @@ def facts(config: Config, setup: Setup, lineage: Mapping[str, Any]) -> dict[str,
         "vqgan": origins["vqgan"] | {"encoder": record.model["digest"]},
         "tokens": origins["tokens"],
         "audio_tokens": origins.get("audio_tokens"),
+        "sound": setup.sound and origins["sound_vqgan"] | {"encoder": setup.sound.model["digest"]},
         "anchors": origins.get("anchors"),
         "text": data.text_facts(setup.text, origins.get("text")),
         "words": setup.words and setup.words.record(),

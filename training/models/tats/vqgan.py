@@ -87,6 +87,11 @@ class VQGANConfig(BaseModel):
         return [(1 + (n < t), 1 + (n < h), 1 + (n < w)) for n in range(max(t, h, w))]
 
     @property
+    def channels(self) -> int:
+        """Of a video's pictures."""
+        return 3
+
+    @property
     def temporal_stride(self) -> int:
         """Frames of a token."""
         return self.downsample[0]
@@ -141,9 +146,9 @@ class ResBlock(nn.Module):
 
 
 def _encoder(config: VQGANConfig) -> nn.Sequential:
-    """Video `(B, 3, T, H, W)` in [-0.5, 0.5] -> latents `(B, code_width, t, h, w)`."""
+    """Video `(B, channels, T, H, W)` in [-0.5, 0.5] -> latents `(B, code_width, t, h, w)`."""
     width, padding = config.width, config.padding
-    parts: list[nn.Module] = [SameConv3d(3, width, padding=padding)]
+    parts: list[nn.Module] = [SameConv3d(config.channels, width, padding=padding)]
     for stride in config.strides():
         parts += [SameConv3d(width, 2 * width, 4, stride, padding), ResBlock(2 * width, config.norm, padding)]
         width *= 2
@@ -153,17 +158,18 @@ def _encoder(config: VQGANConfig) -> nn.Sequential:
 
 
 def _decoder(config: VQGANConfig) -> nn.Sequential:
-    """Codes `(B, code_width, t, h, w)` -> video `(B, 3, T, H, W)` in about [-0.5, 0.5]."""
+    """Codes `(B, code_width, t, h, w)` -> video `(B, channels, T, H, W)` in about [-0.5, 0.5]."""
     widths = [config.width << n for n in range(len(config.strides()), 0, -1)]
     parts: list[nn.Module] = [SameConv3d(config.code_width, widths[0], 1), Activation(widths[0], config.norm)]
     for before, width, stride in zip([widths[0], *widths], widths, config.strides(), strict=False):
         parts.append(SameTransposed3d(before, width, 4, stride))
         parts += [ResBlock(width, config.norm, "replicate") for _ in range(2)]
-    return nn.Sequential(*parts, SameConv3d(widths[-1], 3))
+    return nn.Sequential(*parts, SameConv3d(widths[-1], config.channels))
 
 
 class VQGAN(nn.Module):
-    """Video `(B, 3, T, H, W)` in [-1, 1] <-> tokens `(B, t, h, w)`, with T = f t, H = s h, W = s w (f 4 and s 8 in the paper).
+    """Video `(B, channels, T, H, W)` in [-1, 1] <-> tokens `(B, t, h, w)`, with T = f t, H = s h, W = s w (f 4 and s 8 in
+    the paper).
 
     Training calls the module itself (`forward`), so that engine hooks fire. Inputs are cast to the dtype of the weights;
     videos have it. It is a `Codec` too, whose latents are those before the codebook: `decode` takes the nearest codes.
@@ -318,6 +324,8 @@ class VQGAN(nn.Module):
             raise ValueError(f"video has {frames} frames; VQGAN needs {f}n (e.g. {below} or {below + f})")
 
     def _check_size(self, video: Tensor) -> None:
+        if video.shape[1] != (channels := self.config.channels):
+            raise ValueError(f"video has {video.shape[1]} channels; this model needs {channels}")
         height, width, space = *video.shape[3:], self.config.spatial_stride
         if height % space or width % space or not height * width:
             raise ValueError(f"video is {height}x{width}; VQGAN needs height and width in multiples of {space}")

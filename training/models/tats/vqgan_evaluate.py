@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -23,6 +23,8 @@ from longtake.training.metrics.trivial import Against, comparisons, mean_colour,
 from longtake.training.models.common.video import write_panels
 from longtake.training.models.tats.vqgan import VQGAN
 
+Seen = Callable[[Mapping[str, Any]], Tensor]  # the videos of a batch, on the model's device
+
 _PANELS = ("source", "reconstructed")
 _SHOWN = 12
 _AGAINST = (
@@ -42,6 +44,7 @@ def evaluate(
     most: int,
     perceptual: Perceptual | None = None,
     *,
+    seen: Seen | None = None,
     shifted: Loader | None = None,
     network: FeatureNetwork | None = None,
     latents: bool = False,
@@ -56,6 +59,7 @@ def evaluate(
 
     Args:
         loader: batches of one clip.
+        seen: what the model sees of a batch; None: its pixels.
         shifted: clips that are longer by a latent frame, for `score`, `score_paper` and `kappa` (`metrics.equivariance`).
         network: for `reconstruction_frechet` and `reconstruction_kernel` (with I3D rFVD and rKVD).
         latents: also examine the latents (`look.looked_at`).
@@ -65,13 +69,12 @@ def evaluate(
         UserError: the network does not take such videos, or there are too few.
         ValueError: nothing to probe.
     """
-    device = next(model.parameters()).device
-    count, codes = min(most, loader.samples), model.config.codes
+    count, codes, seen = min(most, loader.samples), model.config.codes, seen or partial(_pixels, model)
     rows, heldout_latents = dict[int, dict[str, Any]](), look.Latents()
     histogram = torch.zeros(codes, dtype=torch.int64)
     sources, copies = (Sample(n, network) if network else None for n in ("sources", "copies"))
     for number, batch in batches(loader, count, "evaluate"):
-        video = to_model(batch["video"].to(device))
+        video = seen(batch)
         z = model.encode(video)
         tokens = model.codebook.tokens(z)
         made = model.decode_tokens(tokens).float().clamp(-1, 1)
@@ -88,7 +91,7 @@ def evaluate(
             copies.add(made)
         if number < _SHOWN:
             row["file"] = f"{row['key']}.mp4"
-            write_panels(folder / row["file"], [video, made])
+            write_panels(folder / row["file"], [panel.expand(-1, 3, -1, -1, -1) for panel in (video, made)])
         rows[number] = row
 
     # figures over all ranks
@@ -99,7 +102,7 @@ def evaluate(
     summary |= {"clips": len(entries), "frames": entries[0]["frames"], "split": "val", "seed": seed, "series": {}}
     summary |= {"perceptual": perceptual.record() if perceptual else None}
     if shifted:
-        figures, by_step = moved(model, shifted, min(most, shifted.samples))
+        figures, by_step = moved(model, shifted, min(most, shifted.samples), seen)
         summary |= figures
         summary["series"]["equal_tokens_by_step"] = by_step
     if sources and copies:
@@ -120,21 +123,25 @@ def evaluate(
     return summary
 
 
+def _pixels(model: VQGAN, batch: Mapping[str, Any]) -> Tensor:
+    return to_model(batch["video"].to(next(model.parameters()).device))
+
+
 def compared(made: Tensor, video: Tensor) -> dict[str, float]:
-    """`psnr`, `ssim` and `l1` of a reconstruction `(1, 3, T, H, W)` in [-1, 1]."""
+    """`psnr`, `ssim` and `l1` of a reconstruction `(1, channels, T, H, W)` in [-1, 1]."""
     error = (made - video).abs().mean().item() / 2
     return {"l1": error, "psnr": psnr(made, video).item(), "ssim": ssim(made, video).item()}
 
 
-def moved(model: VQGAN, loader: Loader, count: int) -> tuple[dict[str, float], look.Points]:
+def moved(model: VQGAN, loader: Loader, count: int, seen: Seen | None = None) -> tuple[dict[str, float], look.Points]:
     """Equivariance of the first clips, each as long as a clip and a latent frame: figures, and equal tokens by latent frame.
 
     Every rank calls it with the same loader and takes its share.
     """
-    device, f, codes = next(model.parameters()).device, model.config.temporal_stride, model.config.codes
+    f, codes, seen = model.config.temporal_stride, model.config.codes, seen or partial(_pixels, model)
     shares, histogram = dict[int, Tensor](), torch.zeros(codes, dtype=torch.int64)
     for number, batch in batches(loader, count, "shift"):
-        video = to_model(batch["video"].to(device))
+        video = seen(batch)
         first, second = model.tokens(video[:, :, :-f]), model.tokens(video[:, :, f:])
         shares[number] = equivariance.matched(first, second).cpu()
         histogram += equivariance.histogram(codes, first, second).cpu()
@@ -179,5 +186,5 @@ def _at_latents(model: VQGAN, video: Tensor) -> Tensor:
 def _pairs(model: VQGAN, loader: Loader, count: int) -> Iterator[tuple[Tensor, Tensor]]:
     """This rank's latents and videos of the first `count` clips."""
     for _, batch in batches(loader, count, "probe"):
-        video = to_model(batch["video"].to(next(model.parameters()).device))
+        video = _pixels(model, batch)
         yield model.encode(video).float(), _at_latents(model, video)

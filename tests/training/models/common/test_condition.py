@@ -1,5 +1,7 @@
 """Conditions: said of a batch, joined, hidden, and looked up."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -26,6 +28,19 @@ def test_text_asks_only_where_it_has_words() -> None:
     assert not Condition(text=TEXT, mask=torch.zeros_like(MASK)).asks
     with pytest.raises(ValueError, match=r"^text and mask: give both or none$"):
         Condition(text=TEXT)
+
+
+def test_a_sound_asks_only_where_there_is_one_and_is_hidden_and_joined_as_the_rest() -> None:
+    batch = {"audio_tokens": torch.tensor([[[[3, 4]], [[-1, -1]]], [[[0, 1]], [[2, 3]]]])}
+    heard = of_batch(batch)
+    assert heard.audio is not None and heard.audio.shape == (2, 2, 2) and heard.asks
+    hidden = heard.hidden(torch.tensor([False, True]))
+    assert hidden.audio is not None and hidden.audio.tolist() == [[[3, 4], [-1, -1]], [[-1, -1], [-1, -1]]]
+    assert hidden.asks_for_audio and not heard.null.asks
+    both = heard.join(hidden)
+    assert both.audio is not None and torch.equal(both.audio, torch.cat([heard.audio, hidden.audio]))
+    many = Condition(audio=heard.audio[:1]).expand(3)
+    assert many.audio is not None and many.audio.shape == (3, 2, 2)
 
 
 def test_nothing_is_said_of_hidden_samples_and_the_others_stay() -> None:
@@ -114,22 +129,24 @@ def test_a_sample_loses_the_same_whatever_batch_it_is_in() -> None:
     def lost(which: list[int], seed: int) -> list[Tensor | None]:
         words = (TEXT[:1].expand(len(which), -1, -1), MASK[:1].expand(len(which), -1))
         condition = Condition(torch.ones(len(which), dtype=torch.long), *words, chances[which])
-        return list(draw_hidden(condition, torch.zeros(len(which), 1), 0.3, 0.5, torch.Generator().manual_seed(seed)))
+        return list(draw_hidden(condition, torch.zeros(len(which), 1), 0.3, 0.5, torch.Generator().manual_seed(seed)))[
+            :2
+        ]
 
     for whole, part in zip(lost(list(range(40)), 0), lost(list(range(39, -1, -2)), 7), strict=True):
         assert whole is not None and part is not None and 0 < whole.sum() < 40
         assert torch.equal(whole[torch.arange(39, -1, -2)], part)
 
 
-def drawn(condition: Condition | None, label: float, text: float, seed: int = 0) -> tuple[Tensor, Tensor]:
-    """Which of many samples lose their class and their text."""
+def drawn(condition: Condition | None, label: float, text: float, seed: int = 0) -> tuple[Tensor, ...]:
+    """Which of many samples lose their class, their text and their sound."""
     x = torch.zeros(40_000, 1)
     found = draw_hidden(condition, x, label, text, torch.Generator().manual_seed(seed))
-    return tuple(torch.zeros(len(x), dtype=torch.bool) if part is None else part for part in found)  # type: ignore[return-value]
+    return tuple(torch.zeros(len(x), dtype=torch.bool) if part is None else part for part in found)
 
 
 def test_a_class_and_a_text_are_hidden_as_often_as_asked_and_often_together() -> None:
-    classes, text = drawn(worded(), 0.1, 0.3)
+    classes, text, _ = drawn(worded(), 0.1, 0.3)
     assert classes.float().mean().item() == pytest.approx(0.1, abs=0.01)
     assert text.float().mean().item() == pytest.approx(0.3, abs=0.01)
     # 0.05 drawn together, and what independent draws add
@@ -137,14 +154,22 @@ def test_a_class_and_a_text_are_hidden_as_often_as_asked_and_often_together() ->
     assert (classes & text).float().mean().item() == pytest.approx(0.05 + 0.95 * alone, abs=0.01)
 
 
+def test_of_three_each_is_hidden_as_often_as_asked_and_often_all_together() -> None:
+    condition = replace(worded(), audio=torch.zeros(2, 1, 1, dtype=torch.int64))
+    x, rng = torch.zeros(40_000, 1), torch.Generator().manual_seed(0)
+    lost = torch.stack([part for part in draw_hidden(condition, x, 0.1, 0.3, rng, 0.2) if part is not None])
+    assert lost.float().mean(1).tolist() == pytest.approx([0.1, 0.3, 0.2], abs=0.01)
+    assert 0.05 < lost.all(0).float().mean().item() < 0.06, "chance would hide all three of 0.006"
+
+
 @pytest.mark.parametrize(("label", "text"), [(0.0, 0.2), (0.2, 0.0), (0.0, 0.0), (1.0, 1.0)])
 def test_either_may_be_hidden_alone(label: float, text: float) -> None:
-    for found, share in zip(drawn(worded(), label, text), (label, text), strict=True):
+    for found, share in zip(drawn(worded(), label, text)[:2], (label, text), strict=True):
         assert found.float().mean().item() == pytest.approx(share, abs=0.01)
 
 
 def test_a_model_of_classes_alone_draws_as_it_did_before_there_were_texts() -> None:
-    classes, text = drawn(of_classes([1, 2]), 0.1, 0.3, seed=5)
+    classes, text, _ = drawn(of_classes([1, 2]), 0.1, 0.3, seed=5)
     rng = torch.Generator().manual_seed(5)
     assert torch.equal(classes, torch.rand(40_000, generator=rng) < 0.1) and not text.any()
     rng = torch.Generator().manual_seed(5)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -239,6 +240,31 @@ def test_class_and_text_are_led_to_one_after_the_other() -> None:
         calls.clear()
         assert flow.guided(adds(calls), condition, guidance)(x, t).item() == pytest.approx(expected)
         assert calls == [count], "one call"
+
+
+def test_a_sound_is_led_to_last_and_parts_with_one_guidance_at_once() -> None:
+    def velocity(x: Tensor, t: Tensor, condition: Condition) -> Tensor:
+        calls.append(len(x))
+        assert condition.audio is not None
+        heard = (condition.audio[:, 0, 0] + 1).float().view(-1, 1, 1, 1, 1)
+        return adds([])(x, t, condition) * (1 + heard) + heard
+
+    x, t, calls = torch.zeros(1, 1, 1, 1, 1), torch.ones(1), list[int]()
+    condition = replace(worded(3.0, classes=[1]), audio=torch.tensor([[[1]]]))
+    none, by_class, by_text, all_, heard = 0.0, 20.0, 29.0, 89.0, 2.0
+    for guidance, expected, count in (
+        (Guidance(2.0, 5.0, 3.0), none + 2 * (by_class - none) + 5 * (by_text - by_class) + 3 * (all_ - by_text), 4),
+        (Guidance(audio=3.0), by_text + 3 * (all_ - by_text), 2),
+        (Guidance(4.0, 3.0, 3.0), none + 4 * (by_class - none) + 3 * (all_ - by_class), 3),
+        (2.0, none + 2 * (all_ - none), 2),
+        (1.0, all_, 1),
+    ):
+        calls.clear()
+        assert flow.guided(velocity, condition, guidance)(x, t).item() == pytest.approx(expected)
+        assert calls == [count], "one call"
+    alone = Condition(audio=condition.audio)
+    assert flow.guided(velocity, alone, Guidance(2.0, 5.0, 3.0))(x, t).item() == pytest.approx(3 * heard)
+    assert flow.guided(velocity, alone.null, Guidance(2.0, 5.0, 3.0))(x, t).item() == 0
 
 
 def test_guidance_is_that_of_what_is_asked_for() -> None:

@@ -32,16 +32,18 @@ NEEDS = "needs a number from 0 on, such as 4, or one for each, such as classes=2
         (" text = 6 , classes=2", Guidance(2.0, 6.0)),
         ({"text": 6}, Guidance(1.0, 6.0)),
         ("classes=2", Guidance(2.0, 1.0)),
-        ({"classes": 4, "text": 4.0}, 4.0),
-        ("classes=4,text=4", 4.0),
-        (Guidance(4.0, 4.0), 4.0),
+        ({"classes": 4, "text": 4.0, "audio": 4}, 4.0),
+        ("classes=4,text=4,audio=4", 4.0),
+        (Guidance(4.0, 4.0, 4.0), 4.0),
+        ("audio=3", Guidance(audio=3.0)),
+        ("classes=4,text=4", Guidance(4.0, 4.0)),  # a part that is left out is 1
         (Guidance(2.0, 6.0), Guidance(2.0, 6.0)),
     ],
 )
 def test_the_same_guidance_is_one_value_however_it_is_written(written: Any, meant: float | Guidance) -> None:
     made = guidance_of(written)
     assert made == meant and type(made) is type(meant)
-    assert parts_of(made) == (meant if isinstance(meant, Guidance) else Guidance(meant, meant))
+    assert parts_of(made) == (meant if isinstance(meant, Guidance) else Guidance(meant, meant, meant))
     assert Settings(guidance=written).guidance == meant
     for stage, usual in STAGES:
         assert stage(**usual, guidance=written).settings().guidance == meant
@@ -58,8 +60,8 @@ def test_the_same_guidance_is_one_value_however_it_is_written(written: Any, mean
         ([2, 6], f"{NEEDS} '[2, 6]'"),
         (None, f"{NEEDS} 'None'"),
         ({"text": "inf"}, f"{NEEDS} 'inf'"),
-        ({"texts": 6}, "has no texts; there are classes and text"),
-        ("class=2", "has no class; there are classes and text"),
+        ({"texts": 6}, "has no texts; there are classes, text and audio"),
+        ("class=2", "has no class; there are classes, text and audio"),
         ({}, f"{NEEDS} '{{}}'"),
     ],
 )
@@ -80,14 +82,15 @@ def test_one_number_is_in_a_recipe_what_it_was(stage: Any, usual: dict[str, Any]
     assert content(stage(**usual))["guidance"] == 1.0
     one = content(stage(**usual, guidance=4))
     assert one["guidance"] == 4.0 and isinstance(one["guidance"], float)
-    assert content(stage(**usual, guidance={"classes": 4, "text": 4})) == one
+    assert content(stage(**usual, guidance={"classes": 4, "text": 4, "audio": 4})) == one
     two = content(stage(**usual, guidance={"text": 6, "classes": 2}))
     assert json.loads(json.dumps(two["guidance"])) == {"classes": 2.0, "text": 6.0}
     assert content(stage(**usual, guidance=two["guidance"])) == two
+    assert content(stage(**usual, guidance="audio=2"))["guidance"] == {"classes": 1.0, "text": 1.0, "audio": 2.0}
 
 
 def test_registered_settings_are_plain_data_and_read_back() -> None:
-    for guidance in (2.0, Guidance(2.0, 6.0)):
+    for guidance in (2.0, Guidance(2.0, 6.0), Guidance(audio=3.0)):
         written = json.loads(json.dumps(asdict(Settings(guidance=guidance))))
         assert Settings(**written) == Settings(guidance=guidance)
     assert Settings(**{"steps": 2, "guidance": 1.0, "shift": 1.0}).guidance == 1.0

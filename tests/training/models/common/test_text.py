@@ -244,6 +244,8 @@ def test_guidance_of_its_own_for_what_a_model_has_not_learned_is_refused() -> No
     worded, classed = LatteConfig(**FIELDS), LatteConfig(**FIELDS | {"classes": 3, "text_width": 0})
     check_guidance(worded, Guidance(text=6.0))
     check_guidance(classed, Guidance(classes=2.0))
+    with pytest.raises(ValueError, match=r"^guidance: audio is 2, and this model has learned no audio; leave it out$"):
+        check_guidance(worded, Guidance(audio=2.0))
     with pytest.raises(ValueError, match=r"^guidance: classes is 2, and this model has learned no classes; leave it"):
         check_guidance(worded, Guidance(2.0, 6.0))
     with pytest.raises(ValueError, match=r"^guidance: text is 6, and this model has learned no text; leave it out$"):

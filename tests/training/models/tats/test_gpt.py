@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from longtake.training.models.common.condition import Condition, of_classes
-from longtake.training.models.tats.gpt import TATS, Cache
+from longtake.training.models.tats.gpt import TATS, Cache, condition_tokens
 from longtake.training.models.tats.gpt_config import PRESETS, Mode, TATSConfig, config_from_preset
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -42,7 +42,7 @@ def tokens(model: TATS, batch: int = 2) -> Tensor:
     return torch.randint(model.config.codes, (batch, *model.config.shape), generator=rng)
 
 
-def conditions(model: TATS, batch: int = 2) -> dict[str, Any]:
+def conditions(model: TATS, batch: int = 2) -> Condition:
     """A batch whose samples differ: another class, a longer text, sound in the first frame alone."""
     config = model.config
     classes = torch.arange(batch) % 2 if config.classes else None
@@ -54,7 +54,7 @@ def conditions(model: TATS, batch: int = 2) -> dict[str, Any]:
     if config.audio_codes:
         audio = torch.arange(config.shape[0] * 2).view(1, -1, 2).repeat(batch, 1, 1) % 6
         audio[0, 1:] = -1
-    return {"condition": Condition(classes, text, mask), "audio": audio}
+    return Condition(classes, text, mask, audio=audio)
 
 
 @pytest.mark.parametrize("kind", CONDITIONS)
@@ -70,7 +70,7 @@ def test_a_token_depends_on_what_is_before_it_and_on_nothing_else(mode: Mode, ki
         return seen[-1]
 
     model.token_in.register_forward_hook(watched)
-    logits = model(sequence[:, :-1], **conditions(model), last=config.predicted)
+    logits = model(sequence[:, :-1], conditions(model), last=config.predicted)
     assert logits.shape == (2, config.predicted, config.codes)
     for place in range(config.predicted):
         (slope,) = torch.autograd.grad(logits[:, place].square().sum(), seen[0], retain_graph=True)
@@ -109,9 +109,9 @@ def test_cached_logits_are_those_of_one_pass(mode: Mode, kind: str) -> None:
     sequence, given = config.sequence(tokens(model)), config.given * config.cells
     asked = conditions(model)
     with torch.no_grad():
-        whole = model(sequence[:, :-1], **asked, last=config.predicted)
+        whole = model(sequence[:, :-1], asked, last=config.predicted)
         cache, steps, start = Cache(config.conditions + sequence.shape[1]), [], max(given, 4)
-        steps.append(model(sequence[:, :start], **asked, last=1, cache=cache))
+        steps.append(model(sequence[:, :start], asked, last=1, cache=cache))
         for place in range(start, sequence.shape[1] - 1):
             steps.append(model(sequence[:, place : place + 1], last=1, cache=cache))
     torch.testing.assert_close(torch.cat(steps, 1), whole[:, start - given :], atol=1e-5, rtol=1e-5)
@@ -122,27 +122,35 @@ def test_every_condition_matters_and_padding_does_not(kind: str) -> None:
     model = made(**CONDITIONS[kind])
     sequence, asked = model.config.sequence(tokens(model))[:, :-1], conditions(model)
     with torch.no_grad():
-        logits = model(sequence, **asked, last=12)
+        logits = model(sequence, asked, last=12)
         none = model(sequence, last=12)
         assert (logits != none).any(-1).all()
-        hidden = model(sequence, asked["condition"].null, last=12)
-        if kind != "sound":
-            torch.testing.assert_close(hidden, none)
-        if asked["condition"].text is not None:
-            text, mask = asked["condition"].text.clone(), asked["condition"].mask
+        torch.testing.assert_close(model(sequence, asked.null, last=12), none)
+        if asked.text is not None and asked.mask is not None:
+            text, mask = asked.text.clone(), asked.mask
             text[~mask] = 7
             torch.testing.assert_close(model(sequence, Condition(None, text, mask), last=12), logits)
 
 
 def test_training_hides_conditions_and_sampling_does_not() -> None:
-    model = made(classes=3, label_dropout=1.0)
-    sequence = model.config.sequence(tokens(model))[:, :-1]
+    model = made(classes=3, label_dropout=1.0, audio_codes=6, audio_tokens=2, audio_dropout=1.0)
+    sequence, asked = model.config.sequence(tokens(model))[:, :-1], conditions(model)
     rng = torch.Generator().manual_seed(0)
     with torch.no_grad():
-        free, told = model(sequence, last=12), model(sequence, of_classes([0, 1]), last=12)
+        free, told = model(sequence, last=12), model(sequence, asked, last=12)
         model.train()
-        torch.testing.assert_close(model(sequence, of_classes([0, 1]), None, rng, last=12), free)
+        torch.testing.assert_close(model(sequence, asked, rng, last=12), free)
     assert (told != free).any()
+
+
+def test_training_hides_each_sample_s_sound_as_often_as_it_says() -> None:
+    model = made(audio_codes=6, audio_tokens=2, audio_dropout=0.3).train()
+    config, batch = model.config, 2000
+    asked = Condition(audio=torch.ones(batch, 3, 2, dtype=torch.int64))
+    lost = model._lost(asked, torch.zeros(batch, 1), torch.Generator().manual_seed(0))
+    assert lost.audio is not None and 0.27 < lost.audio.float().mean() < 0.33
+    front = condition_tokens(config, asked, torch.zeros(batch, 1), lost)[:, 1:]
+    assert torch.equal((front == front[0:1]).all(1), lost.audio == lost.audio[0]), "all of a sample, or none"
 
 
 def test_recomputed_blocks_give_the_same_gradients() -> None:
@@ -158,14 +166,14 @@ def test_recomputed_blocks_give_the_same_gradients() -> None:
 def test_what_a_model_has_not_learned_is_refused() -> None:
     plain, classes, words = made(), made(classes=3), made(words=20, word_length=3)
     for model, asked, why in (
-        (plain, {"condition": of_classes([0, 1])}, "classes: this model has none"),
-        (plain, {"condition": Condition(None, torch.zeros(2, 1, 8), torch.ones(2, 1, dtype=torch.bool))}, "text: this"),
-        (plain, {"audio": torch.zeros(2, 3, 2)}, "audio: this model takes none"),
-        (classes, {"condition": of_classes([0, 3])}, "class 3 is out of range; this model has classes 0 to 2"),
-        (words, {"condition": Condition(None, torch.zeros(2, 4, 1), torch.ones(2, 4, dtype=torch.bool))}, "up to 3"),
+        (plain, of_classes([0, 1]), "classes: this model has none"),
+        (plain, Condition(None, torch.zeros(2, 1, 8), torch.ones(2, 1, dtype=torch.bool)), "text: this"),
+        (plain, Condition(audio=torch.zeros(2, 3, 2)), "audio: this model takes none"),
+        (classes, of_classes([0, 3]), "class 3 is out of range; this model has classes 0 to 2"),
+        (words, Condition(None, torch.zeros(2, 4, 1), torch.ones(2, 4, dtype=torch.bool)), "up to 3"),
     ):
         with pytest.raises(ValueError, match=why):
-            model(model.config.sequence(tokens(model)), **asked, last=1)
+            model(model.config.sequence(tokens(model)), asked, last=1)
     with pytest.raises(ValueError, match=r"tokens have shape \(2, 3, 2, 3\); this model needs \(B, 3, 2, 2\)"):
         plain.config.sequence(torch.zeros(2, 3, 2, 3))
 

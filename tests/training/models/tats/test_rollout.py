@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from longtake.datasets.errors import UserError
 from longtake.training.models.common import parts
 from longtake.training.models.common.condition import Condition, of_classes
 from longtake.training.models.common.draws import rng_of
+from longtake.training.models.common.guidance import Guidance
 from longtake.training.models.generator import Settings
 from longtake.training.models.tats import decode, rollout
 from longtake.training.models.tats.gpt import TATS
@@ -234,6 +236,27 @@ def test_sound_slides_with_the_frames(hierarchical: bool) -> None:
     assert torch.equal(changed[:, :same], heard[:, :same]) and (changed != heard).any()
     start = heard[:1, :4]
     assert made(models, 6, audio=audio, start=start).shape[1] == 6
+
+
+@pytest.mark.parametrize("hierarchical", [False, True])
+def test_guidance_leads_to_a_sound(hierarchical: bool) -> None:
+    changes = {"audio_codes": 9, "audio_tokens": 2}
+    models: Any = model(**changes)
+    if hierarchical:
+        models = model("interpolate", **changes), model("anchors", **changes)
+    audio = torch.randint(9, (1, 10, 2), generator=torch.Generator().manual_seed(3))
+    quick = Settings(top_k=8, temperature=1.3)
+
+    def led(guidance: float | Guidance, heard: Tensor | None = audio) -> Tensor:
+        return made(models, 10, audio=heard, settings=replace(quick, guidance=guidance))
+
+    far = led(Guidance(audio=4.0))
+    assert torch.equal(far, led(4.0)) and (far != led(1.0)).any()
+    assert torch.equal(led(4.0, None), led(1.0, None)), "nothing is asked for"
+    # no guidance towards the sound is none of it
+    assert torch.equal(led(0.0), led(1.0, torch.full_like(audio, -1)))
+    with pytest.raises(ValueError, match="guidance is 4: this model was trained with audio_dropout: 0"):
+        made(model(**changes, audio_dropout=0.0), 4, audio=audio, settings=replace(quick, guidance=4.0))
 
 
 def test_what_does_not_fit_is_refused(base: TATS, pair: tuple[TATS, TATS]) -> None:

@@ -1,0 +1,1 @@
+"""The VQGAN of sound: tokens of what is heard in frames."""
