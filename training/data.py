@@ -205,19 +205,19 @@ def text_facts(record: Text | None, origin: Mapping[str, Any] | None) -> dict[st
     return None if record is None else {**(origin or {}), "encoder": dict(record.encoder)}
 
 
-def check_base_text(uri: str, facts: Mapping[str, Any], record: Text | None) -> None:
+def check_base_text(uri: str, facts: Mapping[str, Any], record: Text | None, field: str = "base") -> None:
     """UserError where a base has learned texts of another encoder than a training has, or texts and the training has none."""
     learned = (facts.get("text") or {}).get("encoder")
     if learned is None:
         return
     if record is None:
         raise UserError(
-            f"base: {uri} has learned text; name what a `cache_text` stage has made, or a base without text"
+            f"{field}: {uri} has learned text; name what a `cache_text` stage has made, or one without text"
         )
     if learned["digest"] != record.encoder["digest"]:
         raise UserError(
-            f"base: {uri} has learned texts of another encoder, {learned.get('encoder')}; encode by that one, or name another"
-            " base"
+            f"{field}: {uri} has learned texts of another encoder, {learned.get('encoder')}; encode by that one, or name"
+            " another"
         )
 
 

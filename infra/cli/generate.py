@@ -205,7 +205,7 @@ def generate(
         generator = _load_generator(model, vae, precision, text_encoder)
         settings = {"guidance": strength, "steps": steps, "history_noise": history_noise}
         settings |= {"temperature": temperature, "top_k": top_k, "top_p": top_p, "keep": keep}
-        texts = {"prompt": words or None, "negative": negative, "text_encoder": text_encoder}
+        texts = {"prompt": words or None, "negative": negative}
         files = {"start": start, "storyboard": storyboard, "audio": audio}
         for name, value in (files | settings | texts).items():
             if value is not None and ("prompt" if name in texts else name) not in generator.accepts:
@@ -248,6 +248,8 @@ def _load_generator(model: str, vae: str | None, precision: str, text_encoder: s
             f"{model}: is a {kind.what}, which generates no videos; name a prior, such as of `finetune_latte`"
         )
     decoder = media.check_registry(vae) if vae else None
+    if text_encoder and not facts.get("text"):
+        raise UserError(f"--text-encoder: {model} takes none; leave it out")
     return kind.generator(model, module, with_encoder(facts, text_encoder), decoder, media.dtype(precision))
 
 

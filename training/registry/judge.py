@@ -5,6 +5,7 @@ A model's kind says which metrics it has and how one clip is measured (see `long
 
 import hashlib
 from collections.abc import Mapping
+from dataclasses import replace
 from itertools import islice
 from typing import Any
 
@@ -146,13 +147,13 @@ def _condition(judged: Judged, batch: Batch, classes: list[str]) -> Condition | 
 
     A dataset may have got more classes since the model learned them.
     """
-    given = of_batch(batch)
+    given = replace(of_batch(batch), chances=None)
     if "label" not in batch:
-        return None if given.text is None else given
+        return None if given.text is None and given.audio is None else given
     learned = list(judged.facts["classes"])
     names = [classes[int(label)] if label >= 0 else "" for label in batch["label"]]
     ids = of_classes(learned.index(name) if name in learned else None for name in names)
-    return Condition(ids.classes, given.text, given.mask)
+    return replace(given, classes=ids.classes)
 
 
 def _seed(seed: int, key: str) -> int:

@@ -47,7 +47,7 @@ class Config(TrainConfig):
     betas          of Adam [code]
     weight_decay   of linear weights [code: 0.01]
     ema_half_lives half-lives of weight averages, in steps [code: none]
-    temperature    of samples
+    temperature    of samples; those of a hierarchy's anchors have the settings of their own training
     top_k          samples are drawn among so many likeliest tokens; 0 is all [code: 2048]
     top_p          and among the likeliest that reach this probability together [code: 0.8]
     keep           latent frames of the past that each further window has; 0 is all but one [paper; its code has 1]
@@ -133,6 +133,12 @@ class Config(TrainConfig):
                 raise ValueError(
                     f"{name}: mode anchors makes no whole videos; name it in the stage of mode interpolate"
                 )
+        if self.mode == "anchors" and (
+            idle := {"eval_videos", "eval_frames", "eval_chunk", "eval_splits"} & self.model_fields_set
+        ):
+            raise ValueError(f"{min(idle)}: mode anchors makes no whole videos; leave it out")
+        if self.features and self.eval_videos < 2:
+            raise ValueError("eval_videos: 1; a distance needs 2 or more")
         if self.classifier and self.eval_videos < 2 * self.eval_splits:
             raise ValueError(
                 f"eval_splits: {self.eval_splits} parts need {2 * self.eval_splits} videos or more; raise eval_videos, which is"
@@ -148,6 +154,8 @@ class Config(TrainConfig):
     def _valid_inputs(self) -> "Config":
         if (self.mode == "interpolate") != (self.anchors is not None):
             raise ValueError("anchors: mode interpolate needs the model that makes its anchors, and no other mode does")
+        if self.keep and self.mode == "interpolate":
+            raise ValueError("keep: is of the windows of anchors; set it in their stage")
         if self.captions and self.text:
             raise ValueError("text: a model learns the words of captions or their states; leave one out")
         if self.words is not None and (not self.captions or self.base or self.anchors):

@@ -86,7 +86,12 @@ class _Chunks:
 def frames_of(plan: VideoPlan) -> tuple[int, int]:
     """The frames of a window, and of the longest video."""
     window = plan.rollout([plan.seed], None).window * plan.vqgan.config.temporal_stride
-    return window, plan.frames or _LONGER * window
+    return window, longest(window, plan.frames)
+
+
+def longest(window: int, frames: int | None) -> int:
+    """The frames of the longest video: those that are asked for, or four windows'."""
+    return frames or _LONGER * window
 
 
 def generated(plan: VideoPlan, folder: Path) -> tuple[list[dict[str, Any]], dict[str, Any]]:
@@ -101,8 +106,8 @@ def generated(plan: VideoPlan, folder: Path) -> tuple[list[dict[str, Any]], dict
     Raises:
         UserError: too few videos for a distance.
     """
-    window, longest = frames_of(plan)
-    frames, judges = longest if plan.judges else window, plan.judges
+    window, most = frames_of(plan)
+    frames, judges = most if plan.judges else window, plan.judges
     count = plan.videos if judges else min(plan.videos, _SHOWN)
     chunks = _Chunks(judges, frames // judges.chunk) if judges else None
     shown = dict[int, dict[str, Any]]()
@@ -115,9 +120,9 @@ def generated(plan: VideoPlan, folder: Path) -> tuple[list[dict[str, Any]], dict
                 chunks.add(n, numbers, piece)
         shown |= {number: _entry(plan, number, name, frames) for number, name in names.items()}
     if judges is None and place()[0] == 0:
-        for _ in _written(folder, ["longer"], plan.fps, _pieces(plan, [0], longest, window)):
+        for _ in _written(folder, ["longer"], plan.fps, _pieces(plan, [0], most, window)):
             pass
-        shown[_SHOWN] = _entry(plan, 0, "longer", longest)
+        shown[_SHOWN] = _entry(plan, 0, "longer", most)
     figures: dict[str, Any] = {"videos": count, "frames": frames, "distance": None, "series": {}}
     for more in (_distances(plan, chunks), _classified(plan, chunks)) if chunks else ():
         figures["series"] |= more.pop("series", {})

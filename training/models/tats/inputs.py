@@ -67,6 +67,16 @@ def check_anchors(uri: str, theirs: TATSConfig, ours: TATSConfig) -> None:
         )
 
 
+def check_window(uri: str, theirs: Mapping[str, Any], record: Tokens, fps: float) -> None:
+    """UserError where anchors were learned at another stride, size or rate than what is between them."""
+    ours = {"stride": record.stride, "size": list(record.size), "fps": fps}
+    for name, value in ours.items():
+        if theirs[name] != value:
+            raise UserError(
+                f"anchors: {uri} was trained at {name} {theirs[name]}, these windows have {value}; encode both alike"
+            )
+
+
 def continued(config: Config, uri: str, base: TATS, from_data: Mapping[str, Any]) -> tuple[TATS, str]:
     """The model before its first step with the weights of its base, and a line about it."""
     model = TATS(TATSConfig(**base.config.model_dump() | (config.model or {}) | dict(from_data)))

@@ -28,7 +28,7 @@ from longtake.training.models.common import story as scenes
 from longtake.training.models.common.condition import Condition, check_classes
 from longtake.training.models.common.draws import rng_of
 from longtake.training.models.common.flow import guided
-from longtake.training.models.common.guidance import Guidance
+from longtake.training.models.common.guidance import Guidance, parts_of
 from longtake.training.models.common.story import Story
 from longtake.training.models.common.text import check_guidance
 from longtake.training.models.generator import Settings
@@ -90,7 +90,7 @@ def spans(frames: int, every: int = 1, goes_on: bool = False, videos: int = 1) -
     Args:
         every: latent frames from an anchor to the next; 1 for a model that makes them all one after the other.
         goes_on: whether the video begins after a start.
-        videos: that are made together.
+        videos: that are made together, with guidance as often as it needs each.
     """
     begin, length = 0, 1 if every == 1 else max(1, _ROWS // videos) * every
     if every > 1 and not goes_on:
@@ -109,6 +109,7 @@ class Rollout:
     model     of mode base or interpolate
     anchors   for interpolate, the model of its anchors
     seeds     of the videos
+    leading   how anchors are drawn; None: as all else
     start     tokens `(1 or B, k, h, w)` of the latent frames before; None without any
     story     (latent frame, condition) in order: a scene holds for the frames that are drawn from it on
     negative  a text for each seed that guidance leads away from, in place of no text
@@ -120,6 +121,7 @@ class Rollout:
     seeds: Sequence[int]
     settings: Settings
     anchors: TATS | None = None
+    leading: Settings | None = None
     start: Tensor | None = None
     story: Story = ()
     negative: Condition | None = None
@@ -137,13 +139,18 @@ class Rollout:
             "story": [[begin, condition.record()] for begin, condition in self.story],
             "negative": self.negative and self.negative.record(),
             "audio": _digest(self.audio),
-            "settings": asdict(self.settings),
+            "settings": [asdict(each) for each in (self.settings, self.leading) if each],
         }
 
     @property
     def leader(self) -> TATS:
         """The model that goes on in time."""
         return self.anchors or self.model
+
+    @property
+    def lead_settings(self) -> Settings:
+        """How it draws."""
+        return self.leading or self.settings
 
     @property
     def every(self) -> int:
@@ -158,7 +165,7 @@ class Rollout:
     @property
     def keep(self) -> int:
         """Latent frames, or anchors, of the past that a window has."""
-        return self.settings.keep or len(self.leader.config.order) - 1
+        return self.lead_settings.keep or len(self.leader.config.order) - 1
 
     def tokens(self, frames: int, folder: str | None = None) -> Iterator[Tensor]:
         """Tokens `(B, n, h, w)` of latent frames that follow each other, `frames` in all.
@@ -176,7 +183,7 @@ class Rollout:
             past = self.start.to(past).flatten(2).expand(count, -1, -1)
         if folder:
             parts.open_folder(folder, self.record())
-        for begin, end in spans(frames, self.every, self.start is not None, count):
+        for begin, end in spans(frames, self.every, self.start is not None, count * _copies(self.settings)):
             url = parts.url_of(folder, begin)
             part = parts.load(url, _NAME)
             # the last part of a shorter video may be shorter than the one that is needed here
@@ -220,7 +227,7 @@ class Rollout:
         config = self.leader.config
         uniforms = self._uniforms([frame])[:, 0]
         scene = self._scene(frame, frame - kept.shape[1] * self.every, config)
-        return continued(self.leader, kept.flatten(1), uniforms, self.settings, scene, self.negative)
+        return continued(self.leader, kept.flatten(1), uniforms, self.lead_settings, scene, self.negative)
 
     def _gaps(self, line: Tensor, begin: int) -> Tensor:
         """What is between anchors `(B, g + 1, n)`, of which the first is frame `begin - 1`: `(B, g, every - 1, n)`."""
@@ -275,8 +282,9 @@ class Rollout:
 
     def check(self) -> None:
         """Refuse what does not fit together: ValueError."""
-        config, settings, seeds = self.leader.config, self.settings, self.seeds
-        decode.check(settings.temperature, settings.top_k, settings.top_p)
+        config, settings, seeds = self.leader.config, self.lead_settings, self.seeds
+        for each in (settings, self.settings):
+            decode.check(each.temperature, each.top_k, each.top_p)
         if (self.model.config.mode == "interpolate") != (
             self.anchors is not None
         ) or self.leader.config.mode == "interpolate":
@@ -303,8 +311,14 @@ class Rollout:
                 if len(held.classes) != len(seeds):
                     raise ValueError(f"story: at {begin} are {len(held.classes)} classes for {len(seeds)} seeds")
                 check_classes(held.classes.tolist(), config.classes)
-        for each in (self.leader, self.model):
-            check_learned(each.config, settings.guidance)
+        for model, each in ((self.leader, settings), (self.model, self.settings)):
+            check_learned(model.config, each.guidance)
+
+
+def _copies(settings: Settings) -> int:
+    """Rows that guidance makes of one, at most."""
+    parts = set(asdict(parts_of(settings.guidance)).values())
+    return 1 if parts == {1.0} else 1 + len(parts)
 
 
 def check_learned(config: TATSConfig, guidance: float | Guidance) -> None:

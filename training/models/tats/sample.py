@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from typing import Any
 
@@ -49,6 +49,7 @@ class Prior:
     frames    of a window of its tokens
     fps, size of its training videos
     digest    of all weights
+    leading   the settings that the model of the anchors was registered with
     prompts   the encoder of its texts, or its own words; None for a model without
     hearing   the VQGAN of its sound; None for a model without
     """
@@ -62,6 +63,7 @@ class Prior:
     size: tuple[int, int]
     settings: Settings
     digest: str
+    leading: Settings | None = None
     accepts: frozenset[str] = ACCEPTS
     prompts: States | None = None
     hearing: Any = None
@@ -127,13 +129,15 @@ class Prior:
         story = texts.story_of_requests(requests, latent_of, self.prompts, where)
         negative = texts.negative_of_requests(requests, self.prompts, where)
         heard = self._heard(requests, frames, fps or self.fps)
+        leading = self._leading(settings)
         if not scenes.asks(story) and negative is None and heard is None:
-            settings = replace(settings, guidance=1.0)
+            settings, leading = replace(settings, guidance=1.0), leading and replace(leading, guidance=1.0)
         rollout = Rollout(
             self.model,
             [request.seed for request in requests],
             settings,
             self.anchors,
+            leading,
             start,
             story,
             negative,
@@ -143,6 +147,12 @@ class Prior:
         )
         rollout.check()
         return videos_of(rollout, self.vqgan, self.latents(frames), folder, tile)
+
+    def _leading(self, settings: Settings) -> Settings | None:
+        """The settings of the anchors: their own, but for what is asked for in place of the model's."""
+        asked = {field.name: getattr(settings, field.name) for field in fields(settings)}
+        changes = {name: value for name, value in asked.items() if value != getattr(self.settings, name)}
+        return self.leading and replace(self.leading, **changes)
 
     def _heard(self, requests: Sequence[Request], frames: int, fps: float) -> Tensor | None:
         """The tokens of the requests' sounds, `(B, t, n)`, of which equal ones are encoded once; None where none has any."""
@@ -195,6 +205,7 @@ def prior_of(uri: str, model: Any, facts: Mapping[str, Any], vae: str | None, dt
         )
     vqgan, vqgan_facts = vqgan_of(uri, facts["vqgan"], vae)
     anchors: Any = None
+    leading: Settings | None = None
     hearing: Any = None
     digests = [disk.digest(facts), disk.digest(vqgan_facts)]
     if facts.get("sound"):
@@ -204,6 +215,7 @@ def prior_of(uri: str, model: Any, facts: Mapping[str, Any], vae: str | None, dt
     if model.config.mode == "interpolate":
         anchors, anchors_facts = registry.load_with_facts(facts["anchors"]["uri"])
         digests.append(disk.digest(anchors_facts))
+        leading = fields_of(anchors_facts)["settings"]
         anchors.to(device(), dtype)
     return Prior(
         model.to(device(), dtype),
@@ -211,6 +223,7 @@ def prior_of(uri: str, model: Any, facts: Mapping[str, Any], vae: str | None, dt
         vqgan.to(device(), dtype),
         **fields_of(facts),
         digest=" ".join(digests),
+        leading=leading,
         accepts=accepts(facts),
         prompts=prompts_of(uri, facts),
         hearing=hearing,

@@ -1,6 +1,7 @@
 """`pretrain_tats`: the transformers of TATS (arXiv 2204.03638) on a dataset's tokens. No video is read but to be shown."""
 
 import json
+import math
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -21,7 +22,7 @@ from longtake.datasets.loader import Loader, to_model
 from longtake.datasets.text import Text
 from longtake.datasets.tokens import Tokens
 from longtake.training import data, registry, stage
-from longtake.training.data import HELDOUT, on_device
+from longtake.training.data import HELDOUT, check_base_text, on_device
 from longtake.training.engines import device
 from longtake.training.metrics.classifier import load_classifier
 from longtake.training.metrics.features import checked_network, digest_of
@@ -30,14 +31,14 @@ from longtake.training.models.common.condition import Condition, of_batch
 from longtake.training.models.common.text import fields_of, set_empty
 from longtake.training.models.common.video import grid
 from longtake.training.models.common.wanted import Wanted
-from longtake.training.models.generator import plain
+from longtake.training.models.generator import Settings, plain
 from longtake.training.models.tats.config import Config, check
 from longtake.training.models.tats.evaluate import SUMMARY
 from longtake.training.models.tats.evaluate import evaluate as measure
-from longtake.training.models.tats.generated import Judges, VideoPlan, frames_of
+from longtake.training.models.tats.generated import Judges, VideoPlan, frames_of, longest
 from longtake.training.models.tats.gpt import TATS
 from longtake.training.models.tats.gpt_config import TATSConfig
-from longtake.training.models.tats.inputs import check_anchors, check_parent, check_sound, continued
+from longtake.training.models.tats.inputs import check_anchors, check_parent, check_sound, check_window, continued
 from longtake.training.models.tats.rollout import Rollout, check_learned
 from longtake.training.models.tats.sample import SETTINGS, videos_of
 from longtake.training.models.tats.words import Words, learned_from
@@ -62,6 +63,7 @@ class Setup(NamedTuple):
     """All that the stage works with.
 
     anchors  the model that makes anchors, for mode interpolate
+    leading  and the settings that it was registered with
     note     what the model has from its base; "" without one
     """
 
@@ -72,6 +74,7 @@ class Setup(NamedTuple):
     text: Text | None
     vqgan: Any
     anchors: TATS | None
+    leading: Settings | None
     classes: Sequence[str]
     words: Words | None
     fps: float
@@ -106,13 +109,23 @@ class Setup(NamedTuple):
     def rollout(self, config: Config, model: TATS, seeds: Sequence[int], condition: Condition | None) -> Rollout:
         """The videos of seeds, by this model or, for mode interpolate, its anchors and this model.
 
-        Each hears the held-out window of its number, which counts from the first seed.
+        Each hears the held-out window of its number, which counts from the first seed, again and again.
         """
-        settings = config.settings()
+        settings, leading = config.settings(), self.leading
         heard = self.heard(config, [seed - config.seed for seed in seeds])
         if heard is None and (condition is None or not condition.asks):
-            settings = replace(settings, guidance=1.0)
-        return Rollout(model, seeds, settings, self.anchors, story=[(0, condition)] if condition else [], audio=heard)
+            settings, leading = replace(settings, guidance=1.0), leading and replace(leading, guidance=1.0)
+        story = [(0, condition)] if condition else []
+        plan = Rollout(model, seeds, settings, self.anchors, leading, story=story)
+        if heard is None:
+            return plan
+        latents = math.ceil(longest(plan.window * self._factor, config.eval_frames) / self._factor)
+        return replace(plan, audio=heard.repeat(1, math.ceil(latents / heard.shape[1]), 1))
+
+    @property
+    def _factor(self) -> int:
+        """Frames of a latent."""
+        return int(self.vqgan.config.temporal_stride)
 
 
 def prepare(config: Config, inputs: Mapping[str, str], folder: Path) -> Setup:
@@ -136,7 +149,10 @@ def prepare(config: Config, inputs: Mapping[str, str], folder: Path) -> Setup:
     }
     for field, (model, facts) in parents.items():
         check_parent(field, inputs[field], model, facts, record, sound, classes)
+        check_base_text(inputs[field], facts, text, field)
     known = [facts for _, facts in parents.values()]
+    if len({storage.canonical_json(facts.get("words")) for facts in known}) > 1:
+        raise UserError(f"anchors: {inputs['anchors']} has learned other words than the base {inputs['base']}")
     words = _words(config, inputs, folder, captions, known[0] if known else None)
     from_data = {
         "codes": record.codes,
@@ -159,10 +175,15 @@ def prepare(config: Config, inputs: Mapping[str, str], folder: Path) -> Setup:
     anchors = parents["anchors"][0] if "anchors" in parents else None
     if anchors:
         check_anchors(inputs["anchors"], anchors.config, model.config)
+        check_window(inputs["anchors"], parents["anchors"][1]["window"], record, fps)
         anchors = anchors.eval().requires_grad_(False).to(device())
+    leading = Settings(**parents["anchors"][1]["sampling"]) if anchors else None
     set_empty(model.text_in, text)
     vqgan = data.vqgan_of(record, inputs["vqgan"])
-    return Setup(inputs, record, sound, captions, text, vqgan, anchors, classes, words, fps, model.to(device()), note)
+    model = model.to(device())
+    return Setup(
+        inputs, record, sound, captions, text, vqgan, anchors, leading, classes, words, fps, model, note
+    )  # fmt: skip
 
 
 def _words(
@@ -330,13 +351,18 @@ def _plan(config: Config, setup: Setup) -> VideoPlan:
     rollout = partial(setup.rollout, config, setup.model)
     frames, batch = config.eval_frames, config.run.eval_batch
     plan = VideoPlan(rollout, setup.vqgan, config.eval_videos, frames, config.seed, setup.fps, wanted, batch, judges)
-    stride, longest = setup.vqgan.config.temporal_stride, frames_of(plan)[1]
-    if longest % stride:
-        low = max(1, longest // stride) * stride
-        raise UserError(f"eval_frames: {longest}; the model makes {stride}n frames, such as {low} or {low + stride}")
-    if judges and longest < config.eval_chunk:
+    stride, frames_longest = setup.vqgan.config.temporal_stride, frames_of(plan)[1]
+    # all videos are decoded in a stream
+    for _ in setup.vqgan.decode_tokens_stream(iter(())):
+        pass
+    if frames_longest % stride:
+        low = max(1, frames_longest // stride) * stride
         raise UserError(
-            f"eval_chunk: {config.eval_chunk} frames are more than a video has, {longest}; raise eval_frames"
+            f"eval_frames: {frames_longest}; the model makes {stride}n frames, such as {low} or {low + stride}"
+        )
+    if judges and frames_longest < config.eval_chunk:
+        raise UserError(
+            f"eval_chunk: {config.eval_chunk} frames are more than a video has, {frames_longest}; raise eval_frames"
         )
     return plan
 
@@ -348,6 +374,11 @@ def _real(config: Config, setup: Setup) -> Iterable[Tensor]:
         clips = data.loader(config, setup.inputs, "val", columns=("video",), **window, **HELDOUT)
     except UserError as e:  # says what is wrong with `frames`, which are eval_chunk here
         raise UserError(f"eval_chunk: {config.eval_chunk} frames: {e}") from e
+    if clips.samples < 2:
+        raise UserError(
+            f"features: {clips.samples} held-out clip has {config.eval_chunk} frames; a distance needs 2: lower eval_chunk, or"
+            " raise val_fraction"
+        )
     numbered = batches(clips, min(config.eval_videos, clips.samples), "compare")
     return (to_model(batch["video"].to(device())) for _, batch in numbered)
 
