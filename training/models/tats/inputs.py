@@ -1,5 +1,6 @@
 """What a training takes from other stages: whether it fits together, and the weights of a base."""
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -71,7 +72,8 @@ def check_window(uri: str, theirs: Mapping[str, Any], record: Tokens, fps: float
     """UserError where anchors were learned at another stride, size or rate than what is between them."""
     ours = {"stride": record.stride, "size": list(record.size), "fps": fps}
     for name, value in ours.items():
-        if theirs[name] != value:
+        same = math.isclose(theirs[name], fps, rel_tol=1e-3) if name == "fps" else theirs[name] == value
+        if not same:
             raise UserError(
                 f"anchors: {uri} was trained at {name} {theirs[name]}, these windows have {value}; encode both alike"
             )

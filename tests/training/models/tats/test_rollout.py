@@ -104,6 +104,16 @@ def test_windows_slide_over_the_frames_before(base: TATS) -> None:
         assert torch.equal(made(base, 6, (7,), settings=settings).flatten(2)[0], torch.cat(frames))
 
 
+def test_anchors_are_drawn_by_settings_of_their_own(pair: tuple[TATS, TATS]) -> None:
+    sure = replace(QUICK, top_k=1)
+    one, two = made(pair, 10, leading=sure)
+    anchors = slice(0, None, pair[0].config.every)
+    assert torch.equal(one[anchors], two[anchors]) and not torch.equal(one, two)
+    assert not torch.equal(*made(pair, 10)[:, anchors])
+    one, two = made(pair, 10, settings=sure, leading=sure)
+    assert torch.equal(one, two)
+
+
 def test_gaps_in_a_batch_are_those_one_by_one(pair: tuple[TATS, TATS], monkeypatch: pytest.MonkeyPatch) -> None:
     together = made(pair, 22)
     assert torch.equal(together[:1], made(pair, 22, (1,))) and torch.equal(together[1:], made(pair, 22, (2,)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,8 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     words = Words.learned(CAPTIONS, 60, 6)
     worded: dict[str, Any] = {"classes": 2, "words": words.size, "word_length": 6}
     tats_stages.save_tats(root / "base", uri, classes=2)
-    tats_stages.save_tats(root / "line", uri, "anchors", {"words": words.record()}, **worded)
+    own = {"sampling": {"guidance": 1.0, "temperature": 1.0, "top_k": 5, "top_p": 0.9, "keep": 0}}
+    tats_stages.save_tats(root / "line", uri, "anchors", {"words": words.record()} | own, **worded)
     facts = {"words": words.record(), "anchors": {"uri": str(root / "line")}}
     tats_stages.save_tats(root / "gaps", uri, "interpolate", facts, **worded)
     return root
@@ -73,6 +75,14 @@ def test_the_same_command_writes_the_same_file_of_any_length(models: Path, tmp_p
     assert short.shape == (1, 8, 16, 16, 3) and long.shape == (1, 36, 16, 16, 3) and long.std() > 1
     assert (long != made(generator, 4, 36, [(0.0, Scene(1))])).any()
     assert (long != made(generator, 3, 36, [(0.0, Scene(0))])).any()
+
+
+def test_anchors_keep_their_own_settings_where_nothing_else_is_asked_for(models: Path) -> None:
+    generator = prior(models, "gaps")
+    assert generator.leading == replace(generator.settings, top_k=5)
+    sure = replace(generator.settings, top_k=1)
+    assert np.array_equal(*(made(generator, seed, settings=sure) for seed in (1, 2)))
+    assert not np.array_equal(*(made(generator, seed) for seed in (1, 2)))
 
 
 @pytest.mark.parametrize("name", ["base", "gaps"])

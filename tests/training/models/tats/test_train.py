@@ -27,6 +27,7 @@ from longtake.training.models import kind_of
 from longtake.training.models.common.video import concatenated
 from longtake.training.models.generator import Request, Scene
 from longtake.training.models.tats import train as pretrain_tats
+from longtake.training.models.tats.evaluate import heldout_loss
 from longtake.training.models.tats.train import Config, check
 from longtake.training.registry.gate import Gate
 from longtake.training.registry.judge import Judged, rows_of
@@ -127,6 +128,17 @@ def test_losses_fall_and_samples_are_shown_in_every_way_of_training(
     assert log.videos == {"generated": (tats_stages.FRAMES, 2 * 16 + 2, 2 * 16 + 2, 3)}
 
 
+@torch.no_grad()
+def one_by_one(model: Any, tokens: torch.Tensor) -> float:
+    """The mean loss of the predicted tokens, each of which is asked for with no more than what is before it."""
+    sequence = model.config.sequence(tokens)
+    losses = []
+    for place in range(sequence.shape[1] - model.config.predicted, sequence.shape[1]):
+        logits = model(sequence[:, :place], last=1)[:, 0].float()
+        losses.append(torch.nn.functional.cross_entropy(logits, sequence[:, place]))
+    return float(torch.stack(losses).mean())
+
+
 def test_the_loss_is_that_of_the_middle_alone_and_begins_at_that_of_chance(
     made: dict[str, str], anchors: str, tmp_path: Path
 ) -> None:
@@ -134,6 +146,7 @@ def test_the_loss_is_that_of_the_middle_alone_and_begins_at_that_of_chance(
         chosen = config(mode=mode, anchors="anchors" if mode == "interpolate" else None)
         inputs = only(made, **({"anchors": anchors} if mode == "interpolate" else {}))  # type: ignore[arg-type]
         setup = started(chosen, inputs, tmp_path / mode)
+        setup.model.eval()
         batch = next(iter(pretrain_tats.loader_of(chosen, setup, "train", batch=4)))
         seen: list[Any] = []
 
@@ -143,9 +156,16 @@ def test_the_loss_is_that_of_the_middle_alone_and_begins_at_that_of_chance(
 
         turn = latent_stages.turn(engine, batch, torch.Generator().manual_seed(0))
         loss, _ = pretrain_tats._loss(setup, turn)
+        assert loss.item() == pytest.approx(one_by_one(setup.model, batch["tokens"]), rel=1e-4)
         length = 31 if mode == "anchors" else 47
         assert seen == [(torch.Size([4, length]), predicted)]
         assert abs(loss.item() - np.log(32)) < 0.2
+        # awake, so that each place has another loss
+        tats_stages.awake(setup.model)
+        loss, _ = pretrain_tats._loss(setup, turn)
+        assert loss.item() == pytest.approx(one_by_one(setup.model, batch["tokens"]), rel=1e-4)
+        heldout = heldout_loss(setup.model, batch, None)[0].mean().item()
+        assert heldout == pytest.approx(loss.item(), rel=1e-4)
 
 
 def test_the_words_are_those_of_the_training_clips_and_stay_with_the_run(made: dict[str, str], tmp_path: Path) -> None:
@@ -214,6 +234,10 @@ def test_what_does_not_fit_is_refused_in_one_line(made: dict[str, str], anchors:
     tats_stages.save_tats(tmp_path / "base", uri)
     tats_stages.save_tats(tmp_path / "classes", uri, "anchors", classes=2)
     tats_stages.save_tats(tmp_path / "other", uri, "anchors", {"vqgan": {"uri": "models:/other/1", "encoder": "other"}})
+    window = {"frames": 12, "stride": 2, "size": [16, 16], "fps": 12.0}
+    tats_stages.save_tats(tmp_path / "fast", uri, "anchors", {"window": window})
+    texts = {"text": {"encoder": {"digest": "another", "encoder": "elsewhere"}}}
+    tats_stages.save_tats(tmp_path / "texts", uri, "anchors", texts)
     interpolate = {"mode": "interpolate", "anchors": "anchors"}
     cases: tuple[tuple[dict[str, Any], dict[str, str], str], ...] = (
         (interpolate, {"anchors": str(tmp_path / "sparse")}, "has every 3, this training 2"),
@@ -221,6 +245,8 @@ def test_what_does_not_fit_is_refused_in_one_line(made: dict[str, str], anchors:
         (interpolate, {"anchors": str(tmp_path / "base")}, "is of mode base; name one of mode anchors"),
         (interpolate, {"anchors": str(tmp_path / "classes")}, "has learned 2 classes, these are 0"),
         (interpolate, {"anchors": str(tmp_path / "other")}, "has learned tokens of another VQGAN, models:/other/1"),
+        (interpolate, {"anchors": str(tmp_path / "fast")}, "was trained at stride 2, these windows have 1"),
+        (interpolate, {"anchors": str(tmp_path / "texts")}, "anchors: .* has learned text; name what"),
         (interpolate, {"anchors": uri}, "is a VQGAN, not a TATS"),
         (interpolate | {"every": 3}, {"anchors": anchors}, "reads windows of every \\+ 1 = 4 latent frames, not 3"),
         (
@@ -250,6 +276,9 @@ def test_what_does_not_fit_is_refused_in_one_line(made: dict[str, str], anchors:
     [
         ({"mode": "interpolate"}, "anchors: mode interpolate needs the model"),
         ({"anchors": "anchors"}, "anchors: mode interpolate needs the model"),
+        ({"mode": "interpolate", "anchors": "anchors", "keep": 1}, "keep: is of the windows of anchors"),
+        ({"mode": "anchors", "eval_videos": 4}, "eval_videos: mode anchors makes no whole videos"),
+        ({"features": "x.pt", "eval_videos": 1}, "eval_videos: 1; a distance needs 2"),
         ({"captions": "captions", "text": "text"}, "learns the words of captions or their states"),
         ({"words": 50}, "words: is the size of the vocabulary of `captions`"),
         ({"top_p": 0}, "greater than 0"),
