@@ -133,10 +133,11 @@ class Config(TrainConfig):
                 raise ValueError(
                     f"{name}: mode anchors makes no whole videos; name it in the stage of mode interpolate"
                 )
-        if self.mode == "anchors" and (
-            idle := {"eval_videos", "eval_frames", "eval_chunk", "eval_splits"} & self.model_fields_set
-        ):
-            raise ValueError(f"{min(idle)}: mode anchors makes no whole videos; leave it out")
+        of_videos = ("eval_videos", "eval_frames", "eval_chunk", "eval_splits")
+        for name in of_videos if self.mode == "anchors" else ():
+            # a config that went through JSON names all fields
+            if getattr(self, name) != type(self).model_fields[name].default:
+                raise ValueError(f"{name}: mode anchors makes no whole videos; leave it out")
         if self.features and self.eval_videos < 2:
             raise ValueError("eval_videos: 1; a distance needs 2 or more")
         if self.classifier and self.eval_videos < 2 * self.eval_splits:

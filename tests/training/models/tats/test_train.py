@@ -73,7 +73,9 @@ def only(made: dict[str, str], *more: str, **others: str) -> dict[str, str]:
 
 
 def config(**changes: Any) -> Config:
-    return Config(**nested(QUICK | changes))
+    # anchors alone make no videos
+    idle = {"eval_videos"} if changes.get("mode") == "anchors" else set()
+    return Config(**nested({name: value for name, value in QUICK.items() if name not in idle} | changes))
 
 
 def fit(chosen: Config, inputs: dict[str, str], folder: Path, until: int | None = None, log: Any = None) -> Any:
