@@ -1,6 +1,6 @@
 """How fast a TATS draws tokens, and its VQGAN trains: each beside something known, in turns, in one run, on one core.
 
-    python tests/benchmarks/bench_tats.py [--only cache|hierarchy|hierarchy_small|peer|step] [--rounds 5]
+    python tests/benchmarks/bench_tats.py [--only cache|hierarchy|hierarchy_small|peer|step|codebook] [--rounds 5]
 
 cache      1,024 tokens with the cache of keys and values, beside reading all of them anew for each: target 10 times as fast
 hierarchy  a video of 65 latent frames by anchors and gaps, beside drawing all one after the other: 3 times; and by models of
@@ -9,6 +9,9 @@ peer       tokens a second beside a GPT-2 of `transformers` of equal depth, widt
            the same top-k and top-p: 1.0 times
 step       a step of the VQGAN's training in the loop, beside a plain PyTorch loop with the same model and batch: at most
            1.03 times as long
+
+codebook   a training step of 4,096 codes beside that of vector-quantize-pytorch with its k-means, which must be installed
+           (`pip install vector-quantize-pytorch`); asked for by name alone
 
 A line of JSON each: medians over the rounds of CPU seconds, and the median of the rounds' ratios.
 """
@@ -151,15 +154,44 @@ def step(rounds: int) -> dict[str, float]:
     return {"seconds": statistics.median(ours), "seconds_plain": statistics.median(plain), "times_as_long": ratio}
 
 
+def codebook(rounds: int) -> dict[str, Any]:
+    from vector_quantize_pytorch import VectorQuantize
+
+    from longtake.training.models.tats.codebook import Codebook
+
+    codes, width, shape = 4096, 256, (4, 4, 16, 16)
+    draw = torch.Generator().manual_seed(0)
+    centres = 2 * torch.randn(3 * codes // 4, width, generator=draw)
+
+    def latents() -> torch.Tensor:
+        rows = centres[torch.randint(len(centres), shape, generator=draw)]
+        return (rows + 0.3 * torch.randn(*shape, width, generator=draw)).movedim(-1, 1)
+
+    ours = Codebook(codes, width, decay=0.99, restart=0.0)
+    theirs = VectorQuantize(dim=width, codebook_size=codes, decay=0.99, kmeans_init=True)
+    batches = [latents() for _ in range(2 + rounds)]
+    mine, other = iter(batches), iter(batches)
+    found: dict[str, Any] = compared(
+        lambda: ours(next(mine)), lambda: theirs(next(other).movedim(1, -1).flatten(1, 3)), rounds
+    )
+    z = batches[-1]
+    made = {
+        "": ours.eval()(z)[0],
+        "_other": theirs.eval()(z.movedim(1, -1).flatten(1, 3))[0].view(*shape, width).movedim(-1, 1),
+    }
+    return found | {f"error{name}": float((each - z).square().mean() / z.var()) for name, each in made.items()}
+
+
 def main() -> None:
     small = partial(hierarchy, preset="tats_small")
     works = {"cache": cache, "hierarchy": hierarchy, "hierarchy_small": small, "peer": peer, "step": step}
+    works["codebook"] = codebook
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", choices=works)
     parser.add_argument("--rounds", type=int, default=5)
     options = parser.parse_args()
     torch.set_num_threads(1)
-    for name in [options.only] if options.only else works:
+    for name in [options.only] if options.only else [name for name in works if name != "codebook"]:
         print(json.dumps({"what": name} | works[name](options.rounds)), flush=True)
 
 
