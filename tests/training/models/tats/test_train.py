@@ -100,7 +100,7 @@ def test_a_training_stopped_after_each_step_ends_with_the_same_weights_and_reads
         "interpolate": {"mode": "interpolate", "anchors": "anchors"},
     }
     more = {"words": ("captions",), "text": ("text",)}.get(kind, ())
-    inputs = only(made, *more)
+    inputs = only(made, *more, **({"anchors": anchors} if kind == "interpolate" else {}))
     monkeypatch.setattr(clip, "decoded", None)
     chosen = config(**changes[kind])
     straight = fit(chosen, inputs, tmp_path / "straight")
