@@ -76,6 +76,12 @@ def read_counts(dataset: str, shard: index.Shard) -> np.ndarray:
     return np.array(notes["counts"], np.int64)
 
 
+def train_counts(record: Tokens) -> np.ndarray:
+    """How often each code occurs in a column's train split, (codes,). Raises Failure where its notes are damaged."""
+    shards = index.read_shards(record.dataset, "train", record.column)
+    return sum((read_counts(record.dataset, shard) for shard in shards), np.zeros(record.codes, np.int64))
+
+
 def read_silent(dataset: str, shard: index.Shard) -> int:
     """How many tokens in a shard stand for no sound. Raises as `read_counts`."""
     return int(index.read_notes(dataset, shard).get("silent", 0))

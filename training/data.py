@@ -63,13 +63,13 @@ def check_recipe(config: Any, inputs: Mapping[str, StageConfig], columns: Collec
         )
 
 
-def frame_rate(dataset: str, span: int) -> float:
-    """Frames a second of the train split's clips. Raises UserError where none has `span` frames."""
+def frame_rate(dataset: str, span: int, remedy: str = "lower `frames`") -> float:
+    """Frames a second of the train split's clips. Raises UserError, with the remedy, where none has `span` frames."""
     base, facts = compact.open_split(dataset, "train")
     longest = pc.max(facts["frame_count"]).as_py() or 0
     if longest and longest < span:
         what = "images, and a video prior needs clips" if longest == 1 else f"clips of at most {longest} frames"
-        raise UserError(f"dataset: {dataset} has {what}; a window spans {span} frames: lower `frames`")
+        raise UserError(f"dataset: {dataset} has {what}; a window spans {span} frames: {remedy}")
     return float(base.row(0, 0)["fps"]) if longest else 0.0
 
 

@@ -139,7 +139,10 @@ def check_batch(samples: int, global_batch: int, world: int, last: Last, where: 
             f"batch: {global_batch} samples do not divide among {world} processes; choose a multiple of {world}"
         )
     if samples == 0:
-        raise UserError(f"{where}: no usable sample; loosen the view, or lower `frames` below the clips' length")
+        raise UserError(
+            f"{where}: no usable sample; loosen the view, or lower `frames` (for tokens, of `cache_tokens`) below the clips'"
+            " length"
+        )
     if batch_count(samples, global_batch, last) == 0:
         raise UserError(f"{where}: {samples} samples give no batch of {global_batch}; lower `batch` or use `last: pad`")
 

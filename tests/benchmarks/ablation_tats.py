@@ -6,15 +6,15 @@ A  a VQGAN whose encoder replicates borders makes tokens that do not know where 
    frame later, above chance (kappa), for `replicate`, `zeros` in every convolution of the encoder, and `group`, replicated
    borders with norms over whole clips. All are trained without the codebook first, which is then seeded. Compared where each
    has the same held-out error: kappa is read off its curve at the error that all reach.
-B  so a transformer goes on beyond its training's length: of generated videos, 16 to 128 frames, by chunks of 16, the
+B  so a transformer goes on beyond its training's length: of generated videos, 16 to 256 frames, by chunks of 16, the
    divergence of their codes from those of held-out clips and, with `--features`, the Fréchet distance. And without sampling:
    the loss of true tokens of a long video's later windows, encoded with the whole video and each by itself.
 C  a hierarchy drifts less, and is faster: the same curves over 256 frames of a plain transformer and of anchors with what is
    between them, trained for as many steps each; and seconds for one video and for all.
 
 The footage is generated: photographs that move under a camera, with cuts; videos are held out whole. Each finished part of
-a seed (and variant) is a file of JSON in OUT and is not made again, so several processes may take a part or a seed each. On
-one core some 15 minutes for each variant of A, 10 of B, and 20 for C.
+a seed (and variant) is a file of JSON in OUT and is not made again, so several processes may take a part or a seed each; C
+of a seed has its plain transformer from B. On one core some 15 minutes for each variant of A, 10 of B, and 20 for C.
 """
 
 import argparse
@@ -60,7 +60,7 @@ SLIDING = ("replicate", "zeros")  # of which a long video can be made in chunks
 SIZE, FPS, FRAMES = 32, 12, 16  # pixels a side, frames a second and of a window
 EVERY, NEAR, FAR = 4, 20, 68  # latent frames to an anchor; frames of the hierarchy's windows
 STRIDE, CODES, SIDE = 4, 256, 8  # frames of a token, codes, tokens a side
-LONG, LONGEST = 128 // STRIDE, 256 // STRIDE  # latent frames of generated videos in B and C
+LONG = 256 // STRIDE  # latent frames of generated videos
 SETTINGS = Settings(top_k=0, top_p=0.95)
 FIGURES = ("l1", "psnr", "kappa", "score", "score_paper", "perplexity", "usage", "latent_error")
 
@@ -68,14 +68,8 @@ FIGURES = ("l1", "psnr", "kappa", "score", "score_paper", "perplexity", "usage",
 def prepare(out: Path, videos: int) -> str:
     """Footage and shards, whatever is missing; returns the dataset."""
     footage.generate(out / "footage", videos, seconds=24, fps=FPS, size=(2 * SIZE, 2 * SIZE))
-    rules = {
-        "short_side": SIZE,
-        "fps": FPS,
-        "min_seconds": FRAMES / FPS,
-        "max_seconds": 10,
-        "aspects": ["1:1"],
-        "crf": 8,
-    }
+    seconds = {"min_seconds": FRAMES / FPS, "max_seconds": 10}
+    rules = {"short_side": SIZE, "fps": FPS, "aspects": ["1:1"], "crf": 8, **seconds}
     stages = {
         "shards": {"kind": "shard", "sources": [str(out / "footage" / "*.mp4")], "clip": rules, "val_fraction": 0.3}
     }
@@ -136,12 +130,12 @@ def vqgan_of(options: argparse.Namespace, variant: str, seed: int) -> VQGAN:
 
 
 def at_equal_error(curves: Mapping[str, Sequence[Mapping[str, float]]]) -> tuple[float, dict[str, float]]:
-    """The lowest held-out error that all variants reach, and the kappa of each there."""
+    """The lowest held-out error that all variants reach, and the kappa of each there: NaN for one that began below it."""
     level = max(min(row["l1"] for row in curve) for curve in curves.values())
     kappas = {}
     for variant, curve in curves.items():
         errors, values = zip(*sorted((row["l1"], row["kappa"]) for row in curve), strict=True)
-        kappas[variant] = float(np.interp(level, errors, values))
+        kappas[variant] = float(np.interp(level, errors, values, left=np.nan, right=np.nan))
     return level, kappas
 
 
@@ -291,9 +285,12 @@ def part_b(options: argparse.Namespace, variant: str, seed: int) -> dict[str, An
 
 
 def part_c(options: argparse.Namespace, seed: int) -> dict[str, Any]:
+    needed = f"B-replicate-{seed}"
+    if not (options.out / f"{needed}.json").exists():
+        raise SystemExit(f"C-{seed}: begins with the transformer of {needed}, which is not there; make --part B first")
     vqgan = vqgan_of(options, "replicate", seed)
     folder = options.out / f"C-{seed}"
-    plain = learned(options, vqgan, "base", FRAMES, seed, options.out / f"B-replicate-{seed}")
+    plain = learned(options, vqgan, "base", FRAMES, seed, options.out / needed)
     anchors = learned(options, vqgan, "anchors", FAR, seed, folder / "anchors")
     gaps = learned(options, vqgan, "interpolate", NEAR, seed, folder / "gaps")
     real, found = real_of(options, vqgan), dict[str, Any]()
@@ -302,7 +299,7 @@ def part_c(options: argparse.Namespace, seed: int) -> dict[str, Any]:
         for count in (1, options.videos):
             plan = Rollout(models[0], range(count), SETTINGS, models[1])
             start, cpu = time.perf_counter(), time.process_time()
-            tokens = drawn(plan, LONGEST)
+            tokens = drawn(plan, LONG)
             seconds[str(count)] = {"wall": time.perf_counter() - start, "cpu": time.process_time() - cpu}
         found[name] = drift(options, vqgan, tokens, real) | {"seconds": seconds}
     return found
@@ -322,12 +319,12 @@ def jobs(options: argparse.Namespace) -> Iterator[tuple[str, Callable[[], dict[s
             yield f"C-{seed}", lambda s=seed: part_c(options, s)
 
 
-def results(out: Path, part: str) -> dict[str, list[dict[str, Any]]]:
-    """The finished parts by variant, in order of seed."""
-    found: dict[str, list[dict[str, Any]]] = {}
+def results(out: Path, part: str) -> dict[str, dict[int, dict[str, Any]]]:
+    """The finished parts by variant and seed."""
+    found: dict[str, dict[int, dict[str, Any]]] = {}
     for path in sorted(out.glob(f"{part}-*.json")):
-        row = json.loads(path.read_text())
-        found.setdefault(path.stem.split("-")[1], []).append(row)
+        _, variant, seed = path.stem.split("-")
+        found.setdefault(variant, {})[int(seed)] = json.loads(path.read_text())
     return found
 
 
@@ -339,16 +336,17 @@ def spread(values: Sequence[float]) -> str:
 def table(out: Path) -> Iterator[str]:
     """Means ± standard deviations over the seeds, and what is compared within each seed."""
     trained = results(out, "A")
-    for variant, rows in trained.items():
-        last = [row["curve"][-1] for row in rows]
+    for variant, seeds in trained.items():
+        last = [row["curve"][-1] for row in seeds.values()]
         cells = "  ".join(f"{name} {spread([row[name] for row in last])}" for name in FIGURES)
         profile = np.mean([[value for _, value in row["by_step"]] for row in last], 0).round(3).tolist()
-        yield f"A {variant:10} seeds {len(rows)}  {cells}  equal by latent {profile}"
-    for seed in range(min(map(len, trained.values()), default=0)):
-        level, kappas = at_equal_error({variant: rows[seed]["curve"] for variant, rows in trained.items()})
+        yield f"A {variant:10} seeds {len(seeds)}  {cells}  equal by latent {profile}"
+    for seed in sorted(set.intersection(*map(set, trained.values()))) if trained else ():
+        level, kappas = at_equal_error({variant: seeds[seed]["curve"] for variant, seeds in trained.items()})
         cells = "  ".join(f"{variant} {kappa:.3f}" for variant, kappa in kappas.items())
         yield f"A seed {seed}: kappa at a held-out error of {level:.4f}:  {cells}"
-    for variant, rows in results(out, "B").items():
+    for variant, seeds in results(out, "B").items():
+        rows = list(seeds.values())
         for name in ("codes_from_real", "codes_from_first", "frechet", "motion"):
             if name in rows[0]:
                 yield f"B {variant:10} {name:17} seeds {len(rows)}  first {spread([r[name][0] for r in rows])}  last {spread([r[name][-1] for r in rows])}"
@@ -374,7 +372,7 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--seed", type=int, help="this one alone")
-    parser.add_argument("--part", choices=["A", "B", "C"], action="append", help="this one alone; B and C need A")
+    parser.add_argument("--part", choices=["A", "B", "C"], action="append", help="this one alone; C needs B, B needs A")
     parser.add_argument("--features", help="state dict or TorchScript of a feature network")
     parser.add_argument("--steps", type=int, default=800, help="of a VQGAN, a quarter of them without the codebook")
     parser.add_argument("--gpt-steps", type=int, default=500)

@@ -1,6 +1,6 @@
 """How fast a TATS draws tokens, and its VQGAN trains: each beside something known, in turns, in one run, on one core.
 
-    python tests/benchmarks/bench_tats.py [--only cache|hierarchy|hierarchy_small|peer|step|codebook] [--rounds 5]
+    python tests/benchmarks/bench_tats.py [--only NAME] [--rounds 5]
 
 cache      1,024 tokens with the cache of keys and values, beside reading all of them anew for each: target 10 times as fast
 hierarchy  a video of 65 latent frames by anchors and gaps, beside drawing all one after the other: 3 times; and by models of
@@ -8,8 +8,7 @@ hierarchy  a video of 65 latent frames by anchors and gaps, beside drawing all o
 peer       tokens a second beside a GPT-2 of `transformers` of equal depth, width and heads that generates with its cache, by
            the same top-k and top-p: 1.0 times
 step       a step of the VQGAN's training in the loop, beside a plain PyTorch loop with the same model and batch: at most
-           1.03 times as long
-
+           1.03 times as long; and with the discriminators (`step_gan`), which the plain loop trains in turns by hand
 codebook   a training step of 4,096 codes beside that of vector-quantize-pytorch with its k-means, which must be installed
            (`pip install vector-quantize-pytorch`); asked for by name alone
 
@@ -32,12 +31,14 @@ import torch.nn.functional as F
 from longtake.datasets.loader import to_model
 from longtake.training import engines
 from longtake.training.loop import train
+from longtake.training.models.common import patchgan
 from longtake.training.models.generator import Settings
 from longtake.training.models.tats import pretrain
 from longtake.training.models.tats.gpt import TATS
 from longtake.training.models.tats.gpt_config import config_from_preset
 from longtake.training.models.tats.rollout import Rollout, continued
 from longtake.training.models.tats.vqgan import VQGAN
+from longtake.training.models.tats.vqgan_losses import Discriminators, judging, pleasing
 from longtake.training.objective import Objective
 
 WARM_UP = 5  # steps
@@ -113,19 +114,37 @@ class Turns:
         self.config, self.video, self.plain, self.ours = config, video, list[float](), list[float]()
         torch.manual_seed(0)
         self.model = VQGAN(config.vae())
-        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=config.lr, betas=config.betas, weight_decay=0.0)
+        self.judges = judges_of(config) if config.lambda_gan else None
+        modules = [self.model, *([self.judges] if self.judges else [])]
+        rates: Any = {"lr": config.lr, "betas": config.betas, "weight_decay": 0.0}
+        self.optimizers = {module: torch.optim.AdamW(module.parameters(), **rates) for module in modules}
+
+    def learn(self, module: torch.nn.Module, loss: torch.Tensor) -> None:
+        """A step of a module."""
+        self.optimizers[module].zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(module.parameters(), self.config.gradient_clip)
+        self.optimizers[module].step()
+        float(loss)
+
+    def step(self) -> None:
+        """A step of the plain loop."""
+        config, video = self.config, to_model(self.video)
+        made, _, commitment, _ = self.model(video)
+        loss = config.lambda_l1 * F.l1_loss(made, video) / 2 + config.vae().commitment * commitment
+        if self.judges is None:
+            return self.learn(self.model, loss)
+        numbers = torch.randint(video.shape[2], (len(video),))
+        self.judges.requires_grad_(False)
+        hinge, matching = pleasing(self.judges, made, video, numbers)
+        self.learn(self.model, loss + config.lambda_gan * (hinge + config.lambda_features * matching))
+        self.judges.requires_grad_(True)
+        self.learn(self.judges, config.lambda_gan * judging(self.judges, made.detach(), video, numbers)[0])
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         while True:
             start = time.process_time()
-            video = to_model(self.video)
-            made, _, commitment, _ = self.model(video)
-            loss = self.config.lambda_l1 * F.l1_loss(made, video) / 2 + self.config.vae().commitment * commitment
-            self.optimizer.zero_grad()
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.gradient_clip)
-            self.optimizer.step()
-            float(loss)
+            self.step()
             given = time.process_time()
             self.plain.append(given - start)
             yield {"video": self.video, "key": ["none"] * len(self.video)}
@@ -135,17 +154,25 @@ class Turns:
         return {}
 
 
-def step(rounds: int) -> dict[str, float]:
+def judges_of(config: pretrain.Config) -> Discriminators:
+    torch.manual_seed(1)
+    return Discriminators(patchgan.config_from_preset(**config.discriminator))
+
+
+def step(rounds: int, lambda_gan: float = 0.0) -> dict[str, float]:
     """A round is ten steps."""
     steps = WARM_UP + 10 * rounds
     config = pretrain.Config(
         kind="pretrain_vqgan", dataset="none", model={"preset": "vqgan_tiny"}, size=(64, 64), batch=4, steps=steps,
-        warm_steps=0, lambda_gan=0.0, lr=1e-4, run={"checkpoint_every": steps, "sample_every": 0, "heldout_every": 0},
+        warm_steps=0, lambda_gan=lambda_gan, gan_start=0, discriminator={"preset": "patchgan_tiny"}, lr=1e-4,
+        run={"checkpoint_every": steps, "sample_every": 0, "heldout_every": 0},
     )  # fmt: skip
     video = torch.randint(256, (config.batch, 3, config.frames, *config.size), dtype=torch.uint8)
     turns = Turns(config, video)
     torch.manual_seed(0)
-    objective = Objective({"generator": VQGAN(config.vae())}, partial(pretrain._loss, config, None), lead="generator")
+    modules: dict[str, torch.nn.Module] = {"generator": VQGAN(config.vae())}
+    modules |= {"discriminator": judges_of(config)} if lambda_gan else {}
+    objective = Objective(modules, partial(pretrain._loss, config, None), lead="generator")
     with engines.process_group(), tempfile.TemporaryDirectory() as folder:
         stream: Any = turns
         train(objective, stream, config, Path(folder))
@@ -186,6 +213,7 @@ def main() -> None:
     small = partial(hierarchy, preset="tats_small")
     works = {"cache": cache, "hierarchy": hierarchy, "hierarchy_small": small, "peer": peer, "step": step}
     works["codebook"] = codebook
+    works["step_gan"] = partial(step, lambda_gan=1.0)
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", choices=works)
     parser.add_argument("--rounds", type=int, default=5)

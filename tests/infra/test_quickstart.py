@@ -1,4 +1,4 @@
-"""The whole way, as a user goes it: the quickstart recipe in its own processes, undisturbed and killed."""
+"""The whole way, as a user goes it: the quickstart recipe in its own processes, undisturbed and killed; and that of TATS."""
 
 import json
 import os
@@ -13,6 +13,8 @@ from pathlib import Path
 
 import pytest
 import yaml
+
+from longtake.datasets import clip
 
 pytestmark = pytest.mark.slow
 
@@ -220,3 +222,19 @@ def test_ctrl_c_saves_says_how_to_go_on_and_goes_on(finished: Path, footage: Pat
     (folder,) = set(finished.glob("runs/quickstart/vae/*")) - folders
     assert list(folder.glob("checkpoints/step-*")), rest
     assert "killed" in longtake(finished, footage, "status", short(finished), *more).stdout
+
+
+def test_the_tiny_recipe_of_tats_ends_with_a_video_of_256_frames_in_the_report(footage: Path, tmp_path: Path) -> None:
+    few = {"vqgan.steps": 6, "vqgan.warm_steps": 2, **{f"{stage}.steps": 4 for stage in ("base", "anchors", "tats")}}
+    settings = [word for name, value in few.items() for word in ("--set", f"stages.{name}={value}")]
+    done = longtake(tmp_path, footage, "run", "tats_tiny", *settings)
+    assert done.returncode == 0, done.stdout + done.stderr
+    workspace = tmp_path / "runs" / "tats_tiny"
+    drawn = [json.loads(path.read_text()) for path in workspace.glob("artifacts/*/artifacts/heldout/drawn.json")]
+    assert sorted(len(record["videos"]) for record in drawn) == [0, 5, 5]
+    frames = [
+        len(clip.decode(path.read_bytes())) for path in workspace.glob("artifacts/*/artifacts/heldout/longer.mp4")
+    ]
+    assert sorted(frames) == [64, 256]
+    page = (workspace / "report.html").read_text()
+    assert "longer" in page and page.count("<video") >= 10

@@ -143,7 +143,9 @@ def test_a_window_that_no_clip_fills_is_one_line(handmade: Callable[..., str], m
     loader = Loader(root, **WINDOW | {"frames": 16, "batch": 1}, columns=(name,))
     assert (loader.samples, loader.samples_short) == (1, 2)
     name, _ = cache(root, model, settings(frames=24, hop=16))
-    with pytest.raises(UserError, match="no usable sample; loosen the view, or lower `frames` below the clips' length"):
+    with pytest.raises(
+        UserError, match=r"no usable sample; loosen .* `frames` \(for tokens, of `cache_tokens`\) below"
+    ):
         Loader(root, **WINDOW | {"frames": 24}, columns=(name,))
     name, _ = cache(root, model, settings(frames=16, hop=16, size=(32, 16)))
     with pytest.raises(UserError, match="no clip of this view has latents or tokens"):

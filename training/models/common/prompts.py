@@ -54,6 +54,15 @@ def prompts_of(uri: str, facts: Mapping[str, Any]) -> Prompts | None:
     return Prompts(uri, facts["text"]["encoder"], facts["config"]["text_length"]) if facts.get("text") else None
 
 
+def check_bytes(prompts: Sequence[str]) -> None:
+    """UserError for a prompt that a shell has passed on with bytes that are no UTF-8."""
+    for prompt in prompts:
+        try:
+            prompt.encode()
+        except UnicodeEncodeError as e:
+            raise UserError(f"prompt {prompt[:40]!r}: has bytes that are no UTF-8; write it again") from e
+
+
 class States(Protocol):
     """What makes prompts the states of a `Condition`: those of an encoder, or a model's own words."""
 
@@ -83,11 +92,7 @@ class Prompts:
         Raises:
             UserError: the encoder is not there, or is another one; a prompt has more tokens than the model takes.
         """
-        for prompt in prompts:
-            try:
-                prompt.encode()
-            except UnicodeEncodeError as e:
-                raise UserError(f"prompt {prompt[:40]!r}: has bytes that are no UTF-8; write it again") from e
+        check_bytes(prompts)
         most = min(self._length, self._encoder.limit)
         for prompt, count in zip(prompts, self._encoder.count(prompts), strict=True):
             if count > most:

@@ -126,17 +126,17 @@ class Window(NamedTuple):
     high: int
 
 
-def windows(size: int, most: int | None, around: Margins) -> list[Window]:
+def windows(size: int, most: int | None, around: Margins, pixels: int = 1) -> list[Window]:
     """Windows of at most `most` positions whose inner parts cover `size` without overlap.
 
     Raises:
-        ValueError: `most` leaves no inner part.
+        ValueError: `most` leaves no inner part; a position has so many pixels.
     """
     if most is None or size <= most:
         return [Window(0, size, 0, size)]
     inner = most - sum(around)
     if inner < 1:
-        raise ValueError(f"needs more than {sum(around)} positions a side, got {most}")
+        raise ValueError(f"tile {most * pixels}; needs {(sum(around) + 1) * pixels} pixels a side or more")
     starts = range(0, size, inner)
     return [Window(n, min(n + inner, size), max(0, n - around[0]), min(size, n + inner + around[1])) for n in starts]
 
@@ -149,7 +149,7 @@ def tiles(run: Run, x: Tensor, most: int | None, around: Sequence[Margins], scal
         scales: a and b.
     """
     a, b = scales
-    rows, columns = (windows(x.shape[3 + n] // a, most, around[n]) for n in range(2))
+    rows, columns = (windows(x.shape[3 + n] // a, most, around[n], a * b) for n in range(2))
     out: Tensor | None = None
     for row, column in product(rows, columns):
         part = run(x[..., row.low * a : row.high * a, column.low * a : column.high * a])

@@ -38,6 +38,13 @@ def heldout_loss(model: TATS, batch: Mapping[str, Any], condition: Condition | N
     return losses.unflatten(1, (-1, config.cells)), right.unflatten(1, (-1, config.cells))
 
 
+def by_frequency(model: TATS, tokens: Tensor, counts: np.ndarray) -> Tensor:
+    """The loss of each predicted token of who knows only how often each code occurs, and adds one to that: as `heldout_loss`."""
+    config, seen = model.config, torch.from_numpy(counts).double() + 1
+    targets = config.sequence(tokens)[:, -config.predicted :]
+    return (seen / seen.sum()).log().neg()[targets].unflatten(1, (-1, config.cells))
+
+
 def copied(model: TATS, tokens: Tensor) -> Tensor:
     """Whether each predicted token is that of its cell in the latest frame before it that is given or made: as `heldout_loss`."""
     order, given = model.config.order, model.config.given
@@ -55,20 +62,20 @@ def evaluate(
     windows: Iterable[tuple[int, Mapping[str, Any], Condition | None]],
     folder: Path,
     *,
-    entropy: float,
+    counts: np.ndarray,
     seed: int,
     plan: VideoPlan | None,
 ) -> dict[str, Any]:
     """Measure held-out windows and generate videos: NAME.mp4 in `folder`, all figures in `drawn.json`.
 
     `heldout_loss` is in nats a token, `heldout_perplexity` its exponential; beside them the loss of knowing only how often
-    each code occurs. `accuracy` is the share of tokens that are the likeliest, in
+    each code occurs in training. `accuracy` is the share of tokens that are the likeliest, in
     frames that have one before them, and `accuracy_copy` that of repeating it. Every rank of the process group calls it, with
     its share of the windows. What is measured of the videos, see `generated.generated`.
 
     Args:
         windows: number, batch of one, condition.
-        entropy: bits a token, of how often each code occurs.
+        counts: how often each code occurs in the train split.
         plan: of the videos; None for a model that makes no whole ones.
 
     Raises:
@@ -80,16 +87,19 @@ def evaluate(
         tokens = batch["tokens"].cpu()
         rows[number] = {
             "loss": losses[0].mean(1).tolist(),
+            "codes": by_frequency(model, tokens, counts)[0].mean(1).tolist(),
             "right": right[0].float().mean(1).tolist(),
             "copied": copied(model, tokens)[0].float().mean(1).tolist(),
         }
-    table = {name: np.array([row[name] for row in united(rows).values()]) for name in ("loss", "right", "copied")}
+    table = {
+        name: np.array([row[name] for row in united(rows).values()]) for name in ("loss", "codes", "right", "copied")
+    }
     later = 0 if config.given else 1  # the first frame has none before it
     loss, frames = float(table["loss"].mean()), config.order[config.given :]
     summary: dict[str, Any] = {
         "heldout_loss": loss,
         "heldout_perplexity": math.exp(min(loss, 50.0)),
-        "heldout_loss_codes": entropy * math.log(2),
+        "heldout_loss_codes": float(table["codes"].mean()),
         "accuracy": _mean(table["right"][:, later:]),
         "accuracy_copy": _mean(table["copied"][:, later:]),
         "clips": len(table["loss"]),

@@ -17,7 +17,7 @@ from longtake.training.metrics.coherence import coherence, inception_score
 from longtake.training.metrics.degradation import heldout_degradation
 from longtake.training.metrics.distance import Sample
 from longtake.training.metrics.features import FeatureNetwork
-from longtake.training.metrics.share import mine, place, united
+from longtake.training.metrics.share import mine, united
 from longtake.training.models.common.condition import Condition
 from longtake.training.models.common.streaming import regroup
 from longtake.training.models.common.video import video_file
@@ -111,7 +111,14 @@ def generated(plan: VideoPlan, folder: Path) -> tuple[list[dict[str, Any]], dict
     count = plan.videos if judges else min(plan.videos, _SHOWN)
     chunks = _Chunks(judges, frames // judges.chunk) if judges else None
     shown = dict[int, dict[str, Any]]()
-    for block in mine(math.ceil(count / plan.batch), "generate", "batch"):
+    blocks = math.ceil(count / plan.batch)
+    # the longer one comes last, to a rank that has no more batches than the others
+    for block in mine(blocks + (judges is None), "generate", "batch"):
+        if block == blocks:
+            for _ in _written(folder, ["longer"], plan.fps, _pieces(plan, [0], most, window)):
+                pass
+            shown[_SHOWN] = _entry(plan, 0, "longer", most)
+            continue
         numbers = range(block * plan.batch, min(count, (block + 1) * plan.batch))
         names = {number: f"seed-{plan.seed + number}" for number in numbers if number < _SHOWN}
         pieces = _pieces(plan, numbers, frames, judges.chunk if judges else window)
@@ -119,10 +126,6 @@ def generated(plan: VideoPlan, folder: Path) -> tuple[list[dict[str, Any]], dict
             if chunks and n < frames // chunks.judges.chunk:
                 chunks.add(n, numbers, piece)
         shown |= {number: _entry(plan, number, name, frames) for number, name in names.items()}
-    if judges is None and place()[0] == 0:
-        for _ in _written(folder, ["longer"], plan.fps, _pieces(plan, [0], most, window)):
-            pass
-        shown[_SHOWN] = _entry(plan, 0, "longer", most)
     figures: dict[str, Any] = {"videos": count, "frames": frames, "distance": None, "series": {}}
     for more in (_distances(plan, chunks), _classified(plan, chunks)) if chunks else ():
         figures["series"] |= more.pop("series", {})

@@ -123,7 +123,7 @@ class Prior:
         tile: int | None = None,
         each_step: Callable[[], object] | None = None,
     ) -> Iterator[np.ndarray]:
-        """See `Generator.videos`, and `Rollout`. A scene holds from the first latent frame on that begins in it or later."""
+        """See `Generator.videos`, and `Rollout`. A scene holds from the latent frame on that has its first frame."""
         where = self.model.places.device
         latent_of = partial(scenes.latent_at, fps=fps or self.fps, factor=self._factor, goes_on=True)
         story = texts.story_of_requests(requests, latent_of, self.prompts, where)

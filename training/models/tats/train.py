@@ -20,7 +20,7 @@ from longtake.datasets.captions import Captions
 from longtake.datasets.errors import UserError
 from longtake.datasets.loader import Loader, to_model
 from longtake.datasets.text import Text
-from longtake.datasets.tokens import Tokens
+from longtake.datasets.tokens import Tokens, train_counts
 from longtake.training import data, registry, stage
 from longtake.training.data import HELDOUT, check_base_text, on_device
 from longtake.training.engines import device
@@ -141,7 +141,8 @@ def prepare(config: Config, inputs: Mapping[str, str], folder: Path) -> Setup:
         raise UserError(f"tokens: {inputs['tokens']} are of sound; name those of the video, and these as audio_tokens")
     if sound:
         check_sound(inputs["audio_tokens"], sound, record)
-    fps = data.frame_rate(inputs["dataset"], (record.frames - 1) * record.stride + 1) / record.stride
+    span = (record.frames - 1) * record.stride + 1
+    fps = data.frame_rate(inputs["dataset"], span, "lower `frames` of the `cache_tokens` stage") / record.stride
     options = _options(config, record, sound, captions, text)
     classes = data.loader(config, inputs, "train", batch=1, **options).classes
     parents: dict[str, Any] = {
@@ -332,7 +333,7 @@ def evaluate(config: Config, setup: Setup, folder: Path) -> dict[str, Any]:
     """Measure what has been trained, each rank its share."""
     plan = _plan(config, setup) if _whole(setup) else None
     windows = _windows(config, setup)
-    return measure(setup.model, windows, folder, entropy=setup.record.entropy, seed=config.seed, plan=plan)
+    return measure(setup.model, windows, folder, counts=train_counts(setup.record), seed=config.seed, plan=plan)
 
 
 def _plan(config: Config, setup: Setup) -> VideoPlan:

@@ -21,6 +21,7 @@ from longtake.datasets import compact, view
 from longtake.datasets.captions import Captions
 from longtake.datasets.errors import UserError
 from longtake.datasets.loader.split import open_columns
+from longtake.training.models.common.prompts import check_bytes
 from longtake.training.text.cleaning import RULES
 from longtake.training.text.files import imported
 
@@ -74,6 +75,7 @@ class Words:
 
     def check(self, prompts: Sequence[str]) -> None:
         """UserError for a prompt with a word that no caption has, or with more tokens than the model takes."""
+        check_bytes(prompts)
         for prompt in prompts:
             text = _cleaned(prompt)
             encoding = self._tokenizer.encode(text)

@@ -79,8 +79,10 @@ def test_at_the_papers_shape_a_token_sees_64_frames_and_its_frames_13_tokens():
 @given(st.integers(1, 40), st.integers(1, 12), st.integers(0, 3), st.integers(0, 3))
 def test_windows_cover_an_axis_once(size, most, before, after):
     if size > most <= before + after:
-        with pytest.raises(ValueError, match=f"needs more than {before + after} positions a side, got {most}"):
-            windows(size, most, (before, after))
+        with pytest.raises(
+            ValueError, match=f"tile {4 * most}; needs {4 * (before + after + 1)} pixels a side or more"
+        ):
+            windows(size, most, (before, after), 4)
         return
     cut = windows(size, most, (before, after))
     assert [n for window in cut for n in range(window.start, window.end)] == list(range(size))

@@ -135,13 +135,14 @@ def test_the_loss_is_the_weighted_sum_and_hears_the_discriminators_from_their_st
 @pytest.mark.parametrize(
     ("zero_stage", "precision"), [(0, "fp32"), (1, "fp32"), (2, "bf16"), (3, "fp32"), (3, "bf16"), (0, "bf16")]
 )
-def test_a_training_that_was_stopped_goes_on_exactly(
+def test_a_training_stopped_after_each_step_goes_on_exactly(
     dataset: str, tmp_path: Path, zero_stage: int, precision: str
 ) -> None:
     chosen = config(zero_stage=zero_stage, precision=precision, model=QUICK["model"] | {"restart": 0.5, "decay": 0.5})
     given, log = {"dataset": dataset}, latent_stages.Log()
     straight = fit(pretrain, chosen, given, tmp_path / "straight", log=log)
-    fit(pretrain, chosen, given, tmp_path / "stopped", until=2)
+    for step in (1, 2, 3):
+        fit(pretrain, chosen, given, tmp_path / "stopped", until=step)
     again = fit(pretrain, chosen, given, tmp_path / "stopped")
     assert straight.keys() == again.keys()
     for name, value in straight.items():

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import gc
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import tats_stages
 import torch
 from torch import Tensor, nn
 
@@ -20,6 +22,7 @@ from longtake.training.models.tats import decode, rollout
 from longtake.training.models.tats.gpt import TATS
 from longtake.training.models.tats.gpt_config import TATSConfig
 from longtake.training.models.tats.rollout import Rollout, continued, filled
+from longtake.training.models.tats.sample import videos_of
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -160,10 +163,37 @@ def test_a_start_is_continued(kind: str, before: int, request: pytest.FixtureReq
     whole = made(models, 8, start=start)
     assert whole.shape[1] == 8 and (whole != made(models, 8)).any()
     assert torch.equal(whole[1:], made(models, 8, (2,), start=start))
+    flat, draws = start.flatten(2), [torch.rand(4, generator=rng_of(1, frame))[None] for frame in range(3)]
     if kind == "base":
-        given = start.flatten(2)[:, -2:].flatten(1)
-        uniforms = torch.rand(4, generator=rng_of(1, 0))[None]
-        assert torch.equal(whole[:1, 0].flatten(1), slow(models, given, uniforms, QUICK, None))
+        assert torch.equal(whole[:1, 0].flatten(1), slow(models, flat[:, -2:].flatten(1), draws[0], QUICK, None))
+        return
+    # its last frame is an anchor, and so is every third before that
+    gaps, leader = models
+    anchor = slow(leader, flat[:, [-4, -1] if before > 3 else [-1]].flatten(1), draws[2], QUICK, None)
+    between = slow(gaps, torch.cat([flat[:, -1], anchor], dim=1), torch.cat(draws[:2], dim=1), QUICK, None)
+    assert torch.equal(whole[:1, :3].flatten(1), torch.cat([between, anchor], dim=1))
+
+
+def held() -> int:
+    """Bytes of all tensors that are alive."""
+    gc.collect()
+    storages = (x.untyped_storage() for x in gc.get_objects() if type(x) in (Tensor, nn.Parameter))
+    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
+
+
+@pytest.mark.parametrize(("hierarchical", "last"), [(False, 250), (True, 20)])
+def test_what_is_held_does_not_grow_over_1024_frames(
+    hierarchical: bool, last: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rollout, "_ROWS", 4)
+    shapes = {"interpolate": (4, 1, 1), "anchors": (7, 1, 1)} if hierarchical else {"base": (3, 1, 1)}
+    models = tuple(model(mode, shape=shape) for mode, shape in shapes.items())
+    planned = plan(models if hierarchical else models[0], (1,))
+    early, late = [held() for n, _ in enumerate(planned.tokens(256)) if n in (6, last)]
+    assert late == early
+    frames = videos_of(planned, tats_stages.vqgan().eval(), 256)
+    early, late = [held() for n, _ in enumerate(frames) if n in (2, 14)]
+    assert late <= 1.1 * early
 
 
 @pytest.mark.parametrize("kind", ["base", "pair"])

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import json
+import tarfile
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -86,22 +88,24 @@ def started(chosen: Config, inputs: dict[str, str], folder: Path) -> Any:
     return latent_stages.prepared(chosen, inputs, folder, pretrain_tats)
 
 
-@pytest.mark.parametrize("kind", ["classes", "words", "text", "anchors"])
-def test_a_stopped_training_ends_with_the_same_weights_and_reads_no_video(
-    made: dict[str, str], tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("kind", ["classes", "words", "text", "anchors", "interpolate"])
+def test_a_training_stopped_after_each_step_ends_with_the_same_weights_and_reads_no_video(
+    made: dict[str, str], anchors: str, tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     changes: dict[str, Any] = {
         "classes": {"classes": True},
         "words": WORDS,
         "text": {"text": "text", "model": tats_stages.TINY | {"text_dropout": 0.5}},
         "anchors": {"mode": "anchors"},
+        "interpolate": {"mode": "interpolate", "anchors": "anchors"},
     }
     more = {"words": ("captions",), "text": ("text",)}.get(kind, ())
-    inputs = only(made, *more)
+    inputs = only(made, *more, **({"anchors": anchors} if kind == "interpolate" else {}))
     monkeypatch.setattr(clip, "decoded", None)
     chosen = config(**changes[kind])
     straight = fit(chosen, inputs, tmp_path / "straight")
-    fit(chosen, inputs, tmp_path / "stopped", until=2)
+    for step in (1, 2, 3):
+        fit(chosen, inputs, tmp_path / "stopped", until=step)
     torch.testing.assert_close(fit(chosen, inputs, tmp_path / "stopped"), straight, atol=0, rtol=0)
 
 
@@ -196,11 +200,18 @@ def test_what_is_measured_is_that_of_the_model(made: dict[str, str], anchors: st
     (tmp_path / "heldout").mkdir()
     summary = pretrain_tats.evaluate(chosen, setup, tmp_path / "heldout")
     assert abs(summary["heldout_loss"] - np.log(32)) < 1e-5 and abs(summary["heldout_perplexity"] - 32) < 1e-3
-    record = read_tokens(inputs["tokens"])
-    assert summary["heldout_loss_codes"] == pytest.approx(record.entropy * np.log(2))
     windows = [
         batch["tokens"][0] for batch in pretrain_tats.loader_of(chosen, setup, "val", batch=1, epochs=1, shuffle=False)
     ]
+    predicted = {"base": (0, 1, 2), "anchors": (0, 2), "interpolate": (1,)}[mode]
+    counts = np.ones(32)
+    for path in Path(inputs["dataset"], "train").glob(f"*.{read_tokens(inputs['tokens']).column}.tar"):
+        with tarfile.open(path) as tar:
+            for member in tar:
+                counts += np.bincount(np.load(io.BytesIO(tar.extractfile(member).read())).ravel(), minlength=32)  # type: ignore[union-attr]
+    nats = -np.log(counts / counts.sum())
+    expected = np.mean([nats[window[frame].numpy()] for window in windows[:3] for frame in predicted])
+    assert summary["heldout_loss_codes"] == pytest.approx(expected)
     pairs = {"base": ((0, 1), (1, 2)), "anchors": ((0, 2),), "interpolate": ((0, 1),)}[mode]
     same = [(window[a] == window[b]).float().mean() for window in windows[:3] for a, b in pairs]
     assert summary["accuracy_copy"] == pytest.approx(float(np.mean(same)))

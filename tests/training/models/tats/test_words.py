@@ -46,3 +46,8 @@ def test_a_word_that_no_caption_has_is_named_with_those_that_are_near() -> None:
     assert mask.all() and ids.max() < words.size
     with pytest.raises(UserError, match="have no word to learn"):
         Words.learned(["", " "], 60, 8)
+
+
+def test_a_prompt_with_bytes_that_are_no_utf_8_is_refused() -> None:
+    with pytest.raises(UserError, match=r"has bytes that are no UTF-8; write it again"):
+        Words.learned(CAPTIONS, 200, 8).check(["a red square", "a red \udcff"])
