@@ -125,7 +125,7 @@ class Turns:
         loss.backward()
         torch.nn.utils.clip_grad_norm_(module.parameters(), self.config.gradient_clip)
         self.optimizers[module].step()
-        float(loss)
+        loss.item()
 
     def step(self) -> None:
         """A step of the plain loop."""
