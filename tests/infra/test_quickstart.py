@@ -225,7 +225,8 @@ def test_ctrl_c_saves_says_how_to_go_on_and_goes_on(finished: Path, footage: Pat
 
 
 def test_the_tiny_recipe_of_tats_ends_with_a_video_of_256_frames_in_the_report(footage: Path, tmp_path: Path) -> None:
-    few = {"vqgan.steps": 6, "vqgan.warm_steps": 2, **{f"{stage}.steps": 4 for stage in ("base", "anchors", "tats")}}
+    few = {"far.frames": 20, "vqgan.steps": 6, "vqgan.warm_steps": 2}
+    few |= {f"{stage}.{name}": 2 for stage in ("base", "anchors", "tats") for name in ("steps", "batch")}
     settings = [word for name, value in few.items() for word in ("--set", f"stages.{name}={value}")]
     done = longtake(tmp_path, footage, "run", "tats_tiny", *settings)
     assert done.returncode == 0, done.stdout + done.stderr
