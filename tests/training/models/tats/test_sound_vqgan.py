@@ -170,7 +170,7 @@ def test_defaults_are_those_of_the_papers_code() -> None:
 
 
 def test_a_window_is_heard_as_in_training_and_has_no_sound_beyond_its_ends() -> None:
-    model, samples = heard.vqgan(), heard.noise(17 / 25)[0]  # 17 frames
+    model, samples = heard.vqgan(), heard.noise(1.0)[0, : 17 * 1920]
     videos = HeardSamples(model, [samples, None, samples[: 4 * 1920]], 25.0)
 
     def alone(begin: int, before: int = 0) -> torch.Tensor:
