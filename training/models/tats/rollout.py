@@ -19,10 +19,8 @@ from functools import reduce
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from longtake.datasets.tokens import NO_SOUND
 from longtake.training.models.common import parts
 from longtake.training.models.common import story as scenes
 from longtake.training.models.common.condition import Condition, check_classes
@@ -35,6 +33,7 @@ from longtake.training.models.generator import Settings
 from longtake.training.models.tats import decode
 from longtake.training.models.tats.gpt import TATS, Cache
 from longtake.training.models.tats.gpt_config import TATSConfig
+from longtake.training.models.tats.sound.hearing import Heard
 
 _ROWS = 64  # gaps that are filled at once, over all videos: those of 1,024 frames, where 4 are in a latent frame
 _NAME = "tokens"  # of the tensor in a kept part
@@ -113,7 +112,7 @@ class Rollout:
     start     tokens `(1 or B, k, h, w)` of the latent frames before; None without any
     story     (latent frame, condition) in order: a scene holds for the frames that are drawn from it on
     negative  a text for each seed that guidance leads away from, in place of no text
-    audio     tokens of the sound of the new latent frames, `(1 or B, frames, n)`; None: there is none
+    audio     the sounds of the videos from their first new latent frame on; None: there are none
     models    digests of the weights, which decide the tokens beside the other fields
     """
 
@@ -125,7 +124,7 @@ class Rollout:
     start: Tensor | None = None
     story: Story = ()
     negative: Condition | None = None
-    audio: Tensor | None = None
+    audio: Heard | None = None
     models: str = ""
     each_step: Callable[[], object] | None = None
 
@@ -138,7 +137,7 @@ class Rollout:
             "start": _digest(self.start),
             "story": [[begin, condition.record()] for begin, condition in self.story],
             "negative": self.negative and self.negative.record(),
-            "audio": _digest(self.audio),
+            "audio": self.audio and self.audio.digest(),
             "settings": [asdict(each) for each in (self.settings, self.leading) if each],
         }
 
@@ -249,7 +248,7 @@ class Rollout:
     def _scene(self, frame: int, first: int, config: TATSConfig) -> Condition:
         """What a latent frame is to show, with the sound of its window, whose first latent frame is `first`."""
         now = self._shown(frame)
-        return replace(now, classes=now.classes if config.classes else None, audio=self._sound(first, config))
+        return replace(now, classes=now.classes if config.classes else None, audio=self._sound(first, config.shape[0]))
 
     def _shown(self, frame: int) -> Condition:
         """What a latent frame is to show by the story."""
@@ -265,15 +264,9 @@ class Rollout:
             now = replace(now, text=text[:, :0], mask=nothing)
         return now
 
-    def _sound(self, first: int, config: TATSConfig) -> Tensor | None:
-        """The sound of a window whose first latent frame is `first`, silent where there is none."""
-        if self.audio is None:
-            return None
-        frames = range(max(0, first), min(self.audio.shape[1], first + config.shape[0]))
-        heard = self.audio[:, frames.start : max(frames.start, frames.stop)].expand(len(self.seeds), -1, -1)
-        before = min(config.shape[0], max(0, -first))
-        after = config.shape[0] - before - heard.shape[1]
-        return F.pad(heard, (0, 0, before, after), value=NO_SOUND)
+    def _sound(self, first: int, frames: int) -> Tensor | None:
+        """The sound of a window whose first latent frame is `first`."""
+        return None if self.audio is None else self.audio.window(first, frames).expand(len(self.seeds), -1, -1)
 
     def _count(self, steps: int) -> None:
         for _ in range(steps if self.each_step else 0):
@@ -299,13 +292,8 @@ class Rollout:
             self.start.ndim != 4 or self.start.shape[2:] != shape or not self.start.shape[1]
         ):
             raise ValueError(f"start has shape {tuple(self.start.shape)}; it needs (B, frames, {shape[0]}, {shape[1]})")
-        if self.audio is not None:
-            if not config.audio_codes:
-                raise ValueError("audio: this model takes none; leave it out")
-            if self.audio.ndim != 3 or self.audio.shape[2] != config.audio_tokens:
-                raise ValueError(
-                    f"audio has shape {tuple(self.audio.shape)}; it needs (B, frames, {config.audio_tokens})"
-                )
+        if self.audio is not None and not config.audio_codes:
+            raise ValueError("audio: this model takes none; leave it out")
         for begin, held in self.story:
             if held.classes is not None:
                 if len(held.classes) != len(seeds):

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from longtake.datasets.errors import UserError
-from longtake.datasets.tokens import NO_SOUND, model_digest
+from longtake.datasets.tokens import model_digest
 from longtake.training import registry
 from longtake.training.engines import device
 from longtake.training.models.common import parts
@@ -28,7 +28,7 @@ from longtake.training.models.common.prompts import States
 from longtake.training.models.generator import Request, Settings, fields_of
 from longtake.training.models.tats.gpt import TATS
 from longtake.training.models.tats.rollout import Rollout, spans
-from longtake.training.models.tats.sound.hearing import tokens_of
+from longtake.training.models.tats.sound.hearing import HeardSamples, samples_of
 from longtake.training.models.tats.words import Words
 from longtake.training.registry import disk
 
@@ -128,7 +128,7 @@ class Prior:
         latent_of = partial(scenes.latent_at, fps=fps or self.fps, factor=self._factor, goes_on=True)
         story = texts.story_of_requests(requests, latent_of, self.prompts, where)
         negative = texts.negative_of_requests(requests, self.prompts, where)
-        heard = self._heard(requests, frames, fps or self.fps)
+        heard = self._heard(requests, fps or self.fps)
         leading = self._leading(settings)
         if not scenes.asks(story) and negative is None and heard is None:
             settings, leading = replace(settings, guidance=1.0), leading and replace(leading, guidance=1.0)
@@ -154,14 +154,11 @@ class Prior:
         changes = {name: value for name, value in asked.items() if value != getattr(self.settings, name)}
         return self.leading and replace(self.leading, **changes)
 
-    def _heard(self, requests: Sequence[Request], frames: int, fps: float) -> Tensor | None:
-        """The tokens of the requests' sounds, `(B, t, n)`, of which equal ones are encoded once; None where none has any."""
-        sounds = {id(request.sound): request.sound for request in requests if request.sound is not None}
-        if not sounds:
+    def _heard(self, requests: Sequence[Request], fps: float) -> HeardSamples | None:
+        """The requests' sounds; None where none has any."""
+        if all(request.sound is None for request in requests):
             return None
-        made = {key: tokens_of(self.hearing, sound, frames, fps) for key, sound in sounds.items()}
-        none = torch.full_like(next(iter(made.values())), NO_SOUND)
-        return torch.cat([made.get(id(request.sound), none) for request in requests])
+        return HeardSamples(self.hearing, [samples_of(self.hearing, request.sound) for request in requests], fps)
 
     def forget(self, folder: str) -> None:
         """See `parts.forget`."""

@@ -57,32 +57,25 @@ class Spectrogram(BaseModel):
         return round(frames * self.rate / fps)
 
 
-def pictures(sound: Tensor, frames: int, spectrogram: Spectrogram, first: int = 0, last: int | None = None) -> Tensor:
-    """Samples `(B, n)` of `frames` frames as their pictures in [-1, 1], `(B, 1, frames, rows, columns)`.
-
-    Args:
-        first, last: only the frames from one to before the other, which are the same as in the whole.
-    """
+def pictures(sound: Tensor, frames: int, spectrogram: Spectrogram) -> Tensor:
+    """Samples `(B, n)` of `frames` frames as their pictures in [-1, 1], `(B, 1, frames, rows, columns)`."""
     low, high = spectrogram.low, spectrogram.high
-    scaled = (magnitudes(sound, frames, spectrogram, first, last) - low) / (high - low)
+    scaled = (magnitudes(sound, frames, spectrogram) - low) / (high - low)
     return (scaled.clamp(0, 1) * 2 - 1).unsqueeze(1)
 
 
-def magnitudes(sound: Tensor, frames: int, spectrogram: Spectrogram, first: int = 0, last: int | None = None) -> Tensor:
+def magnitudes(sound: Tensor, frames: int, spectrogram: Spectrogram) -> Tensor:
     """log(1 + magnitude) of the pictures, `(B, frames, rows, columns)`; before and after the samples is silence."""
     columns, taps = spectrogram.columns, spectrogram.taps
-    last = frames if last is None else last
     # in float64, since moments are counted in samples
-    numbers = torch.arange(first * columns, last * columns, device=sound.device, dtype=torch.float64)
+    numbers = torch.arange(frames * columns, device=sound.device, dtype=torch.float64)
     moments = ((numbers + 0.5) * sound.shape[1] / (frames * columns)).floor().long()
-    begin, end = int(moments[0]) - taps // 2, int(moments[-1]) + taps // 2
-    heard = sound[:, max(0, begin) : max(0, end)].float()
-    heard = F.pad(heard, (max(0, -begin), max(0, end - sound.shape[1])))
-    around = heard[:, (moments - moments[0])[:, None] + torch.arange(taps, device=sound.device)]
+    heard = F.pad(sound.float(), (taps // 2, taps // 2))
+    around = heard[:, moments[:, None] + torch.arange(taps, device=sound.device)]
     hann = torch.hann_window(taps, device=sound.device)
     spectrum = torch.fft.rfft(around * hann, dim=-1).abs()
     bands = spectrum @ _bands(spectrogram).to(spectrum).T
-    return bands.log1p().unflatten(1, (last - first, columns)).transpose(2, 3)
+    return bands.log1p().unflatten(1, (frames, columns)).transpose(2, 3)
 
 
 def loudness_range(levels: Iterable[Tensor]) -> tuple[float, float]:

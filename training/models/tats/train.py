@@ -41,6 +41,7 @@ from longtake.training.models.tats.gpt_config import TATSConfig
 from longtake.training.models.tats.inputs import check_anchors, check_parent, check_sound, check_window, continued
 from longtake.training.models.tats.rollout import Rollout, check_learned
 from longtake.training.models.tats.sample import SETTINGS, videos_of
+from longtake.training.models.tats.sound.hearing import HeardTokens
 from longtake.training.models.tats.words import Words, learned_from
 from longtake.training.objective import Batch, Engines, Objective, Terms, Turn
 
@@ -98,13 +99,13 @@ class Setup(NamedTuple):
             options["columns"]["caption"] = self.text.captions
         return Wanted(self.classes, data.loader(config, self.inputs, "val", **options, **HELDOUT), self.condition)
 
-    def heard(self, config: Config, numbers: Iterable[int]) -> Tensor | None:
-        """The tokens of the sound of held-out windows, `(B, t, n)`; None for a model without sound."""
+    def heard(self, config: Config, numbers: Iterable[int]) -> HeardTokens | None:
+        """The sound of held-out windows; None for a model without sound."""
         if self.sound is None:
             return None
         windows = loader_of(config, self, "val", **HELDOUT)
         found = [of_batch(next(windows.at([number % windows.samples]))).audio for number in numbers]
-        return torch.cat([tokens for tokens in found if tokens is not None])
+        return HeardTokens(torch.cat([tokens for tokens in found if tokens is not None]))
 
     def rollout(self, config: Config, model: TATS, seeds: Sequence[int], condition: Condition | None) -> Rollout:
         """The videos of seeds, by this model or, for mode interpolate, its anchors and this model.
@@ -120,7 +121,8 @@ class Setup(NamedTuple):
         if heard is None:
             return plan
         latents = math.ceil(longest(plan.window * self._factor, config.eval_frames) / self._factor)
-        return replace(plan, audio=heard.repeat(1, math.ceil(latents / heard.shape[1]), 1))
+        times = math.ceil(latents / heard.tokens.shape[1])
+        return replace(plan, audio=HeardTokens(heard.tokens.repeat(1, times, 1)))
 
     @property
     def _factor(self) -> int:

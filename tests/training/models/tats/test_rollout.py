@@ -23,6 +23,7 @@ from longtake.training.models.tats.gpt import TATS
 from longtake.training.models.tats.gpt_config import TATSConfig
 from longtake.training.models.tats.rollout import Rollout, continued, filled
 from longtake.training.models.tats.sample import videos_of
+from longtake.training.models.tats.sound.hearing import HeardTokens
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -266,16 +267,16 @@ def test_sound_slides_with_the_frames(hierarchical: bool) -> None:
     if hierarchical:
         models = model("interpolate", **changes), model("anchors", **changes)
     audio = torch.randint(9, (1, 14, 2), generator=torch.Generator().manual_seed(3))
-    heard = made(models, 14, audio=audio)
+    heard = made(models, 14, audio=HeardTokens(audio))
     assert (heard != made(models, 14)).any()
     later = audio.clone()
     later[:, 12:] = (later[:, 12:] + 1) % 9
     # a window of anchors hears up to 6 frames beyond the one that it makes
     same = 6 if hierarchical else 10
-    changed = made(models, 14, audio=later)
+    changed = made(models, 14, audio=HeardTokens(later))
     assert torch.equal(changed[:, :same], heard[:, :same]) and (changed != heard).any()
     start = heard[:1, :4]
-    assert made(models, 6, audio=audio, start=start).shape[1] == 6
+    assert made(models, 6, audio=HeardTokens(audio), start=start).shape[1] == 6
 
 
 @pytest.mark.parametrize("hierarchical", [False, True])
@@ -288,7 +289,8 @@ def test_guidance_leads_to_a_sound(hierarchical: bool) -> None:
     quick = Settings(top_k=8, temperature=1.3)
 
     def led(guidance: float | Guidance, heard: Tensor | None = audio) -> Tensor:
-        return made(models, 10, audio=heard, settings=replace(quick, guidance=guidance))
+        sound = None if heard is None else HeardTokens(heard)
+        return made(models, 10, audio=sound, settings=replace(quick, guidance=guidance))
 
     far = led(Guidance(audio=4.0))
     assert torch.equal(far, led(4.0)) and (far != led(1.0)).any()
@@ -296,7 +298,7 @@ def test_guidance_leads_to_a_sound(hierarchical: bool) -> None:
     # no guidance towards the sound is none of it
     assert torch.equal(led(0.0), led(1.0, torch.full_like(audio, -1)))
     with pytest.raises(ValueError, match="guidance is 4: this model was trained with audio_dropout: 0"):
-        made(model(**changes, audio_dropout=0.0), 4, audio=audio, settings=replace(quick, guidance=4.0))
+        made(model(**changes, audio_dropout=0.0), 4, audio=HeardTokens(audio), settings=replace(quick, guidance=4.0))
 
 
 def test_what_does_not_fit_is_refused(base: TATS, pair: tuple[TATS, TATS]) -> None:

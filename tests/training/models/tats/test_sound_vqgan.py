@@ -24,7 +24,7 @@ from longtake.training.models import judge_of
 from longtake.training.models.generator import Sound
 from longtake.training.models.kind import Judged
 from longtake.training.models.tats.sound import pretrain
-from longtake.training.models.tats.sound.hearing import resampled, tokens_of
+from longtake.training.models.tats.sound.hearing import HeardSamples, resampled
 from longtake.training.models.tats.sound.pretrain import Config, check
 from longtake.training.models.tats.sound.vqgan import SoundVQGAN
 from longtake.training.models.tats.spectrogram import magnitudes
@@ -169,22 +169,27 @@ def test_defaults_are_those_of_the_papers_code() -> None:
     assert tokens.shape == (1, 4, 8, 2), "64 tokens for 16 frames"
 
 
-def test_a_long_sound_has_the_tokens_of_one_pass_and_ends_where_it_ends(monkeypatch: pytest.MonkeyPatch) -> None:
-    from longtake.training.models.tats.sound import vqgan as module
+def test_a_window_is_heard_as_in_training_and_has_no_sound_beyond_its_ends() -> None:
+    model, samples = heard.vqgan(), heard.noise(1.0)[0, : 17 * 1920]
+    videos = HeardSamples(model, [samples, None, samples[: 4 * 1920]], 25.0)
 
-    model, rng = heard.vqgan(), np.random.default_rng(0)
-    samples = rng.normal(size=(2, 48 * 1920)).astype(np.float32) * 0.1
-    monkeypatch.setattr(module, "_FRAMES", 8)
-    whole = tokens_of(model, Sound(samples, heard.RATE), 48, 25.0)
-    with torch.no_grad():
-        expected = model.sound_tokens(torch.from_numpy(samples.mean(0))[None], 48).flatten(2)
-    assert whole.shape == (1, 12, 4) and (whole == expected).float().mean() > 0.99
-    # cut to a shorter video, and marked after its own end
-    assert tokens_of(model, Sound(samples, heard.RATE), 16, 25.0).shape == (1, 4, 4)
-    ended = tokens_of(model, Sound(samples[:, : 18 * 1920], heard.RATE), 48, 25.0)
-    assert (ended[:, 5:] == -1).all() and (ended[:, :5] >= 0).all()
+    def alone(begin: int, before: int = 0) -> torch.Tensor:
+        part = torch.nn.functional.pad(samples[begin * 1920 : (begin + 12 - before) * 1920], (before * 1920, 0))
+        part = torch.nn.functional.pad(part, (0, 12 * 1920 - len(part)))
+        with torch.no_grad():
+            return model.sound_tokens(part[None], 12).flatten(2)[0]
+
+    found = videos.window(1, 3)
+    assert torch.equal(found[0], alone(4)) and (found[1:] == -1).all()
+    assert torch.equal(videos.window(3, 3)[0], alone(12)), "silence follows a sound that ends in the window"
+    assert torch.equal(videos.window(-2, 3)[0], alone(0, before=8)), "and is before it"
+    for first in (5, -3):
+        assert (videos.window(first, 3) == -1).all()
+    assert (videos.window(0, 3)[2] >= 0).all()
     # of a video that plays at half the rate, latent frames have twice the sound
-    assert (tokens_of(model, Sound(samples, heard.RATE), 48, 12.5)[0, :, 0] >= 0).tolist() == [True] * 6 + [False] * 6
+    slow = HeardSamples(model, [samples], 12.5)
+    assert (slow.window(2, 3) >= 0).all() and (slow.window(3, 3) == -1).all()
+    assert videos.digest() != HeardSamples(model, [samples, None, samples], 25.0).digest() != slow.digest()
 
 
 def test_sound_of_another_rate_is_heard_alike() -> None:

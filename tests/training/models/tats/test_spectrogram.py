@@ -67,14 +67,6 @@ def test_magnitudes_are_those_of_the_short_time_fourier_transform() -> None:
     torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
 
 
-def test_a_part_is_that_of_the_whole() -> None:
-    sound, chosen = tone(700, 1.3), spectrogram()
-    whole = pictures(sound, 31, chosen)
-    for first, last in ((0, 4), (4, 31), (30, 31)):
-        part = pictures(sound, 31, chosen, first, last)
-        torch.testing.assert_close(part, whole[:, :, first:last], atol=1e-6, rtol=0)
-
-
 @pytest.mark.parametrize("changed", [{}, {"scale": "linear"}, {"rows": 256}, {"window": 0.002}, {"rate": 48_000}])
 def test_each_band_is_a_mean_of_some_frequencies(changed: dict[str, Any]) -> None:
     bands = _bands(spectrogram(**changed))

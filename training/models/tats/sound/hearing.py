@@ -1,6 +1,11 @@
-"""A sound that a video is to fit, as the tokens that a TATS hears."""
+"""What a TATS hears of the sounds of its videos: tokens of a window of latent frames at a time."""
 
-import math
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -11,26 +16,77 @@ from longtake.datasets.tokens import NO_SOUND
 from longtake.training.models.generator import Sound
 from longtake.training.models.tats.sound.vqgan import SoundVQGAN
 
+_LEAST = 1e-3  # seconds of sound in a window that has any; resampling may add less
 
-def tokens_of(vqgan: SoundVQGAN, sound: Sound, frames: int, fps: float) -> Tensor:
-    """The tokens of a video's latent frames, `(1, t, n)`; `NO_SOUND` from the first one on that begins after the sound's end.
 
-    Args:
-        frames: of the video, whole latent frames of them; sound that lasts longer is cut.
-        fps: of the video.
+class Heard(Protocol):
+    """The sounds of B videos."""
+
+    def window(self, first: int, frames: int) -> Tensor:
+        """The tokens `(B, frames, n)` of so many latent frames from number `first` on; `NO_SOUND` where there is none."""
+
+    def digest(self) -> str:
+        """Of all that decides the tokens."""
+
+
+@dataclass(frozen=True, eq=False)
+class HeardTokens:
+    """Sounds as tokens of their latent frames, `(1 or B, t, n)`, from the first one on."""
+
+    tokens: Tensor
+
+    def window(self, first: int, frames: int) -> Tensor:
+        """See `Heard`."""
+        known = self.tokens[:, max(0, first) : max(0, first + frames)]
+        before = min(frames, max(0, -first))
+        return F.pad(known, (0, 0, before, frames - before - known.shape[1]), value=NO_SOUND)
+
+    def digest(self) -> str:
+        """See `Heard`."""
+        return _digest([self.tokens])
+
+
+@dataclass(frozen=True, eq=False)
+class HeardSamples:
+    """Sounds as samples `(n,)` of one channel at the VQGAN's rate, None for none.
+
+    A window is encoded by itself, as those of training were: a token depends on what is around it. Silence is before and
+    after a sound, and a window without any of it is one without sound.
+
+    fps   of the videos
     """
-    spectrogram, factor = vqgan.config.spectrogram, vqgan.config.temporal_stride
-    mono = torch.from_numpy(resampled(sound, spectrogram.rate))[: spectrogram.samples(frames, fps)]
-    # to the millisecond, which resampling may be short of
-    lasting = math.ceil((len(mono) / spectrogram.rate - 1e-3) * fps / factor)
-    lasting = min(frames // factor, max(0, lasting))
-    rows, columns = (side // vqgan.config.spatial_stride for side in (spectrogram.rows, spectrogram.columns))
-    where, count = next(vqgan.parameters()).device, spectrogram.samples(lasting * factor, fps)
-    tokens = torch.empty(1, 0, rows * columns, dtype=torch.int64, device=where)
-    if lasting:
-        mono = F.pad(mono, (0, max(0, count - len(mono))))[:count]
-        tokens = vqgan.long_sound_tokens(mono[None].to(where), lasting * factor).flatten(2)
-    return F.pad(tokens, (0, 0, 0, frames // factor - lasting), value=NO_SOUND)
+
+    vqgan: SoundVQGAN
+    sounds: Sequence[Tensor | None]
+    fps: float
+
+    @torch.no_grad()
+    def window(self, first: int, frames: int) -> Tensor:
+        """See `Heard`."""
+        config = self.vqgan.config
+        spectrogram, factor = config.spectrogram, config.temporal_stride
+        begin, count = (spectrogram.samples(n * factor, self.fps) for n in (first, frames))
+        pieces = [None if sound is None else sound[max(0, begin) : max(0, begin + count)] for sound in self.sounds]
+        rows, columns = (side // config.spatial_stride for side in (spectrogram.rows, spectrogram.columns))
+        tokens = torch.full((len(pieces), frames, rows * columns), NO_SOUND)
+        have = {
+            n: piece for n, piece in enumerate(pieces) if piece is not None and len(piece) > _LEAST * spectrogram.rate
+        }
+        if have:
+            before = max(0, -begin)
+            whole = [F.pad(piece, (before, count - before - len(piece))) for piece in have.values()]
+            where = next(self.vqgan.parameters()).device
+            tokens[list(have)] = self.vqgan.sound_tokens(torch.stack(whole).to(where), frames * factor).flatten(2).cpu()
+        return tokens
+
+    def digest(self) -> str:
+        """See `Heard`."""
+        return _digest([*self.sounds, torch.tensor(self.fps)])
+
+
+def samples_of(vqgan: Any, sound: Sound | None) -> Tensor | None:
+    """The samples of a sound as `HeardSamples` has them."""
+    return None if sound is None else torch.from_numpy(resampled(sound, vqgan.config.spectrogram.rate))
 
 
 def resampled(sound: Sound, rate: int) -> np.ndarray:
@@ -45,3 +101,11 @@ def resampled(sound: Sound, rate: int) -> np.ndarray:
     resampler = av.AudioResampler("fltp", "mono", rate)
     parts = [part for given in (frame, None) for part in resampler.resample(given) if part is not None]
     return np.concatenate([np.empty(0, np.float32), *(part.to_ndarray()[0] for part in parts)])
+
+
+def _digest(values: Sequence[Tensor | None]) -> str:
+    digest = hashlib.sha256()
+    for value in values:
+        array = np.empty(0) if value is None else value.cpu().contiguous().numpy()
+        digest.update(f"{array.dtype.str} {array.shape} ".encode() + array.tobytes())
+    return digest.hexdigest()

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
-import torch
 from pydantic import model_validator
 from torch import Tensor
 
@@ -15,11 +13,9 @@ from longtake.training.models.tats.vqgan import VQGAN, VQGANConfig
 # fmt: off
 PRESETS: dict[str, dict[str, Any]] = {
     "sound_vqgan_paper": dict(width=32, codes=1024, code_width=256, downsample=(4, 8, 8)),
-    "sound_vqgan_tiny":  dict(width=8,  codes=128,  code_width=32,  downsample=(4, 8, 8), restart=0.1),
+    "sound_vqgan_tiny":  dict(width=8,  codes=128,  code_width=32,  downsample=(4, 4, 4), restart=0.1),
 }
 # fmt: on
-
-_FRAMES = 256  # whose pictures are made at once
 
 
 class SoundVQGANConfig(VQGANConfig):
@@ -65,12 +61,3 @@ class SoundVQGAN(VQGAN):
     def sound_tokens(self, sound: Tensor, frames: int) -> Tensor:
         """The tokens of samples, int64 `(B, t, h, w)`. ValueError for frames that do not divide."""
         return self.tokens(self.pictures(sound, frames))
-
-    @torch.no_grad()
-    def long_sound_tokens(self, sound: Tensor, frames: int) -> Tensor:
-        """`sound_tokens` of samples `(B, n)` of any length, in memory that does not grow with it but for samples and tokens."""
-        chunks: Iterator[Tensor] = (
-            pictures(sound, frames, self.config.spectrogram, first, min(frames, first + _FRAMES))
-            for first in range(0, frames, _FRAMES)
-        )
-        return torch.cat(list(self.tokens_stream(chunks)), dim=1)
