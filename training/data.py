@@ -211,8 +211,9 @@ def check_base_text(uri: str, facts: Mapping[str, Any], record: Text | None, fie
     if learned is None:
         return
     if record is None:
+        other = "anchors" if field == "anchors" else "a base"
         raise UserError(
-            f"{field}: {uri} has learned text; name what a `cache_text` stage has made, or one without text"
+            f"{field}: {uri} has learned text; name what a `cache_text` stage has made, or {other} without text"
         )
     if learned["digest"] != record.encoder["digest"]:
         raise UserError(

@@ -69,7 +69,10 @@ class Sound(NamedTuple):
 
 def plain(settings: Settings, names: Collection[str]) -> dict[str, Any]:
     """Those settings that a family knows, as plain data for its config.json."""
-    return {name: value for name, value in asdict(settings).items() if name in names}
+    described = asdict(settings)
+    if isinstance(settings.guidance, Guidance):
+        described["guidance"] = settings.guidance.plain()
+    return {name: value for name, value in described.items() if name in names}
 
 
 class Request(NamedTuple):

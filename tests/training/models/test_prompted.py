@@ -311,7 +311,7 @@ def test_a_served_model_takes_guidance_for_both_or_for_each(models: Path, encode
     for params, why in (
         ({"guidance": 3.0, "guidance_text": 3.0}, "params: guidance and guidance_classes or guidance_text: give one"),
         ({"guidance_text": -1.0}, "params: guidance: needs a number from 0 on"),
-        ({"guidance": {"texts": 2}}, "params: guidance: has no texts; there are classes and text"),
+        ({"guidance": {"texts": 2}}, "params: guidance: has no texts; there are classes, text and audio"),
         ({"guided": 3.0}, "params: unknown guided; there are steps, guidance, .*guidance_classes, guidance_text"),
     ):
         with pytest.raises(UserError, match=why):

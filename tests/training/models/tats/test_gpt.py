@@ -207,9 +207,9 @@ def test_presets_have_the_sizes_that_they_name() -> None:
 @pytest.mark.parametrize(("mode", "kind"), [("base", "text"), ("interpolate", "sound")])
 def test_each_block_compiles_as_a_whole_to_the_same(mode: Mode, kind: str) -> None:
     model = made(mode, **CONDITIONS[kind])
-    sequence, options = model.config.sequence(tokens(model))[:, :-1], conditions(model)
-    expected = model(sequence, **options, last=model.config.predicted)
+    sequence, asked = model.config.sequence(tokens(model))[:, :-1], conditions(model)
+    expected = model(sequence, asked, last=model.config.predicted)
     with torch._dynamo.config.patch(recompile_limit=64):
         for block in model.blocks():
             block.compile(backend="eager", fullgraph=True)
-        torch.testing.assert_close(model(sequence, **options, last=model.config.predicted), expected)
+        torch.testing.assert_close(model(sequence, asked, last=model.config.predicted), expected)
