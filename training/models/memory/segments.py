@@ -13,7 +13,7 @@ from __future__ import annotations
 import hashlib
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeVar
 
 import numpy as np
@@ -31,7 +31,7 @@ from longtake.training.models.common.flow import euler, guided, interpolate
 from longtake.training.models.common.story import Story
 from longtake.training.models.common.streaming import Past
 from longtake.training.models.common.text import check_guidance
-from longtake.training.models.generator import Settings
+from longtake.training.models.generator import Settings, plain
 from longtake.training.models.memory.dit import MemoryDiT
 from longtake.training.models.memory.tokens import Memory, cropped, repeated
 
@@ -148,7 +148,7 @@ class _Job:
             "start": None if self.start is None else _digest(self.start),
             "story": [[begin, condition.record()] for begin, condition in self.story],
             "negative": self.negative and self.negative.record(),
-            "settings": {name: asdict(self.settings)[name] for name in SETTINGS},
+            "settings": plain(self.settings, SETTINGS),
             "tile": self.tile,
         }
 
