@@ -214,8 +214,8 @@ def _loss(config: Config, setup: Setup, turn: Turn) -> tuple[Tensor, Terms]:
 
 def _sample(setup: Setup, heldout: Loader, engines: Engines, rng: torch.Generator) -> dict[str, np.ndarray[Any, Any]]:
     """The pictures of the first held-out clip and, beside them, their reconstruction."""
-    pictures, engine = setup.pictures(next(heldout.at([0]))), engines["model"]
-    made, *_ = engine(pictures, quantise=bool(engine.module.codebook.updates))
+    pictures = setup.pictures(next(heldout.at([0])))
+    made, *_ = engines["model"](pictures)
     panels = torch.cat([pictures, made.float().clamp(-1, 1)], dim=4).expand(-1, 3, -1, -1, -1)[0].permute(1, 2, 3, 0)
     return {"reconstructed": to_pixels(panels).cpu().numpy()}
 
