@@ -22,10 +22,13 @@ from longtake.pipeline.stages import shard
 pytestmark = pytest.mark.slow
 
 SCRIPT = """
-import sys
+import atexit, os, sys
 from longtake.pipeline.stages import shard
 if __name__ == "__main__":
     shard.run(shard.Config.model_validate_json(sys.argv[1]), {}, sys.argv[2])
+    # as the command ends: a thread of Ray's that waits for an interpreter which is unloaded aborts the process
+    atexit._run_exitfuncs()
+    os._exit(0)
 """
 
 
