@@ -8,7 +8,7 @@ from torch import Tensor
 from longtake.datasets.errors import UserError
 
 SSIM_SIGMA = 1.5  # of the Gaussian window in pixels, cut off at 5 pixels: 11x11
-_REACH = 5
+SSIM_REACH = 5
 
 
 def psnr(output: Tensor, source: Tensor) -> Tensor:
@@ -43,9 +43,10 @@ def ssim(output: Tensor, source: Tensor) -> Tensor:
         from torchmetrics.functional.image import structural_similarity_index_measure
     except ImportError as error:
         raise UserError('SSIM needs torchmetrics: pip install "longtake[training]"') from error
-    if output.shape != source.shape or output.ndim != 5 or min(output.shape[-2:]) <= _REACH:
+    if output.shape != source.shape or output.ndim != 5 or min(output.shape[-2:]) <= SSIM_REACH:
         raise ValueError(
-            f"SSIM needs two (B, C, T, H, W) of one shape with sides above {_REACH}, got {tuple(output.shape)} and {tuple(source.shape)}"
+            f"SSIM needs two (B, C, T, H, W) of one shape with sides above {SSIM_REACH}, got {tuple(output.shape)} and"
+            f" {tuple(source.shape)}"
         )
     frames = [video.float().transpose(1, 2).flatten(0, 1) for video in (output, source)]
     each = structural_similarity_index_measure(

@@ -223,6 +223,10 @@ class VQGAN(nn.Module):
         """The video of a clip's tokens, in [-1, 1]; for evaluation."""
         return self.decode_tokens(self.tokens(video)).clamp(-1.0, 1.0)
 
+    def whole(self, video: Tensor) -> Tensor:
+        """A clip as it is compared with its reconstruction."""
+        return video
+
     def tokens_stream(self, chunks: Iterable[Tensor], chunk: int = 16, tile: int | None = None) -> Iterator[Tensor]:
         """`tokens` of a video of any length in constant memory, `chunk` latent frames at once, the same as at once.
 

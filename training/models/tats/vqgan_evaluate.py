@@ -79,7 +79,7 @@ def evaluate(
         tokens = model.codebook.tokens(z)
         made = model.decode_tokens(tokens).float().clamp(-1, 1)
         histogram += equivariance.histogram(codes, tokens).cpu()
-        row = {"key": batch["key"][0], "frames": video.shape[2], **compared(made, video)}
+        row = {"key": batch["key"][0], "frames": video.shape[2], **compared(model.whole(made), model.whole(video))}
         row |= {f"psnr_{name}": psnr(copy, video).item() for name, copy in _trivial(model, video).items()}
         row |= _moments(z.float(), model.codebook.embed(tokens))
         if perceptual:
@@ -128,7 +128,7 @@ def _pixels(model: VQGAN, batch: Mapping[str, Any]) -> Tensor:
 
 
 def compared(made: Tensor, video: Tensor) -> dict[str, float]:
-    """`psnr`, `ssim` and `l1` of a reconstruction `(1, channels, T, H, W)` in [-1, 1]."""
+    """`psnr`, `ssim` and `l1` of a reconstruction `(1, channels, T, H, W)` in [-1, 1], each as `VQGAN.whole` gives it."""
     error = (made - video).abs().mean().item() / 2
     return {"l1": error, "psnr": psnr(made, video).item(), "ssim": ssim(made, video).item()}
 

@@ -28,4 +28,4 @@ def _figures(
     sound, model = batch["audio"], judged.model
     frames = round(sound.shape[-1] / model.config.spectrogram.rate * judged.facts["window"]["fps"])
     pictures = model.pictures(sound, frames)
-    return compared(model.reconstruct(pictures).float(), pictures)
+    return compared(model.whole(model.reconstruct(pictures).float()), model.whole(pictures))

@@ -25,6 +25,7 @@ from longtake.training import data, stage
 from longtake.training.config import ModelName, TrainConfig
 from longtake.training.data import HELDOUT
 from longtake.training.engines import device
+from longtake.training.metrics.reconstruction import SSIM_REACH
 from longtake.training.models.common.codec import nearest_lengths
 from longtake.training.models.tats.sound.vqgan import SoundVQGAN, SoundVQGANConfig, config_from_preset
 from longtake.training.models.tats.spectrogram import Spectrogram, loudness_range, magnitudes
@@ -100,6 +101,12 @@ class Config(TrainConfig):
         low, high = nearest_lengths(self.frames, factor, factor)
         if self.frames != low:
             raise ValueError(f"frames {self.frames}: the model needs {factor}n frames, such as {low} or {high}")
+        picture = self.vqgan({"rate": 1}).spectrogram
+        if min(picture.rows, self.frames * picture.columns) <= SSIM_REACH:
+            raise ValueError(
+                f"spectrogram: {picture.rows} rows, and {picture.columns} columns in each of {self.frames} frames, are too few"
+                f" for SSIM; give both sides of a window {SSIM_REACH + 1} or more"
+            )
         if self.warm_steps >= self.steps:
             raise ValueError(
                 f"warm_steps {self.warm_steps}: leave none of {self.steps} steps to the codebook; lower them"

@@ -58,6 +58,10 @@ class SoundVQGAN(VQGAN):
         mono = sound.mean(1) if sound.ndim == 3 else sound
         return pictures(mono, frames, self.config.spectrogram)
 
+    def whole(self, video: Tensor) -> Tensor:
+        """Pictures `(B, 1, T, rows, columns)` side by side, `(B, 1, 1, rows, T columns)`: a frame has few moments."""
+        return video.movedim(2, 3).flatten(3).unsqueeze(2)
+
     def sound_tokens(self, sound: Tensor, frames: int) -> Tensor:
         """The tokens of samples, int64 `(B, t, h, w)`. ValueError for frames that do not divide."""
         return self.tokens(self.pictures(sound, frames))
