@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from dataclasses import replace
 from fractions import Fraction
@@ -117,6 +118,12 @@ def test_it_is_registered_with_what_hears_and_judged_on_its_tokens(
     gate = Gate(metrics={"loss": {"better": "lower"}}, samples=2)  # type: ignore[dict-item]
     ours, theirs = rows_of(judged, judged, made, gate)
     assert ours == theirs and len(ours) == 2
+    # what sounds mean to the model decides its loss
+    other_ears = copy.deepcopy(judged.model)
+    with torch.no_grad():
+        other_ears.token_in.weight[-32 - 16 : -32] *= -1
+    changed, _ = rows_of(judged._replace(model=other_ears), None, made, gate)
+    assert any(changed[key] != ours[key] for key in ours)
     with pytest.raises(UserError, match=r"audio_tokens: .* has learned to hear; name what"):
         rows_of(judged, None, {name: uri for name, uri in made.items() if name != "audio_tokens"}, gate)
     other = replace(record, model=record.model | {"digest": "other"})
