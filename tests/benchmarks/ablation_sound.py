@@ -54,8 +54,8 @@ def draw(rng: np.random.Generator) -> Video:
         lasts = int(rng.integers(6, 15))
         tones[at : at + lasts] = tone
         at, tone = at + lasts, (tone + int(rng.integers(1, 3))) % 3
-    still = rng.integers(90, 150, (SIZE // 4, SIZE // 4, 3)).repeat(4, 0).repeat(4, 1)
-    frames = np.repeat(still[None], length, 0)
+    # a plain background, since one with a pattern is how a small transformer knows its training videos again
+    frames = np.full((length, SIZE, SIZE, 3), rng.integers(90, 150))
     frames[:, PATCH, PATCH] = COLOURS[tones][:, None, None]
     # the phase goes on where the tone changes, so that there is no click
     hz = np.array(TONES)[tones[np.arange(length * RATE // FPS) * FPS // RATE]]
@@ -178,8 +178,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path)
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=1500, help="of the transformer; each VQGAN has half as many")
-    parser.add_argument("--videos", type=int, default=120, help="to learn from")
+    parser.add_argument("--steps", type=int, default=1000, help="of the transformer; each VQGAN has half as many")
+    parser.add_argument("--videos", type=int, default=240, help="to learn from")
     parser.add_argument("--judged", type=int, default=24, help="videos that are drawn and judged")
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
