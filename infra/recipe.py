@@ -232,8 +232,9 @@ def first_line(error: ValidationError, prefix: str, model: type[StageConfig]) ->
             return f"{key}: {remark}{more}"
         allowed = [field for field in owner.model_fields if field != "kind"] if owner else []
         remedy = f"allowed: {', '.join(allowed)}"
-        if owner and "kind" in owner.model_fields:
-            remedy = f"see `longtake stage --help {kind_of(owner)}`"
+        # a mapping that a stage reads itself has no model here
+        if "kind" in (page := owner or model).model_fields:
+            remedy = f"see `longtake stage --help {kind_of(page)}`"
         return f"{key}: unknown key{_suggest(name, allowed)}; {remedy}{more}"
     if first["type"] == "missing":
         return f"{key}: is missing{more}"

@@ -121,17 +121,19 @@ def beginning(path: str, rate: int, channels: int, seconds: float) -> np.ndarray
         films = [s for s in container.streams.video if not s.disposition & s.disposition.attached_pic]
         start = (container.start_time or 0) / av.time_base
     clocks = clocks_of(path) if films else [(0.0, start)]
-    out, end = np.zeros((round(seconds * rate), channels), np.int16), 0
+    out: list[np.ndarray] = []
+    end, most = 0, round(seconds * rate)
     for first, samples in soundtrack(path, rate, channels, clocks, seconds, Heard(), formats):
-        if first >= len(out):
+        if first >= most:
             break
-        low, high = max(0, first), min(len(out), first + len(samples))
+        low, high = max(0, first), min(most, first + len(samples))
         if low < high:
-            out[low:high] = samples[low - first : high - first]
+            # as long as the sound, not as the video, which may be without end
+            out += [np.zeros((low - end, channels), np.int16), samples[low - first : high - first]]
             end = high
     if not end:
         raise Unheard("outside", f"no sound in its first {seconds:g} s")
-    return out[:end]
+    return np.concatenate(out)
 
 
 def in_spans(pieces: Iterable[Piece], spans: Iterable[tuple[int, int]]) -> Iterator[np.ndarray | None]:

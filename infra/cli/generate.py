@@ -31,7 +31,7 @@ _ASKED = {  # what guidance leads to, by its parts
 )
 @click.option(
     "--seconds",
-    type=click.FloatRange(min=0, min_open=True),
+    type=media.Number(min=0, min_open=True),
     metavar="S",
     help="Length in seconds, in place of --frames.",
 )
@@ -93,7 +93,7 @@ _ASKED = {  # what guidance leads to, by its parts
 )
 @click.option(
     "--history-noise",
-    type=click.FloatRange(min=0, max=1, max_open=True),
+    type=media.Number(min=0, max=1, max_open=True),
     metavar="L",
     help="Noise level of the past for a model with a memory, from the levels in its training. [default: the model's]",
 )
@@ -120,7 +120,7 @@ _ASKED = {  # what guidance leads to, by its parts
 )
 @click.option(
     "--fps",
-    type=click.FloatRange(min=0, min_open=True),
+    type=media.FPS,
     metavar="F",
     help="Frame rate of the file. [default: of the training clips]",
 )

@@ -1,5 +1,6 @@
 """Shared by the commands that generate videos: frames of a video file, options, error messages, progress."""
 
+import math
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator
@@ -14,6 +15,19 @@ from longtake.datasets.errors import Failure, UserError
 from longtake.training.registry.uri import in_store
 
 _SOUND_RATE = 48_000
+
+
+class Number(click.FloatRange):
+    """A range of numbers without NaN and infinity, which other comparisons let through."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        number = float(super().convert(value, param, ctx))
+        if not math.isfinite(number):
+            self.fail(f"{value} is not a finite number.", param, ctx)
+        return number
+
+
+FPS = Number(0.01, 1000)  # rates that an mp4 can have, and players read
 
 precision_option = click.option(
     "--precision",

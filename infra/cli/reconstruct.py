@@ -16,7 +16,7 @@ from longtake.infra.cli import media
 @click.option("--side-by-side", is_flag=True, help="The source on the left, its reconstruction on the right.")
 @click.option(
     "--fps",
-    type=click.FloatRange(min=0, min_open=True),
+    type=media.FPS,
     metavar="F",
     help="Frame rate of the file. [default: the video's]",
 )

@@ -16,7 +16,7 @@ import av
 import numpy as np
 import pytest
 import torch
-from click import Abort
+from click import Abort, BadParameter
 from priors import awake, frames_of, longtake, save_vae
 
 from longtake.datasets import clip
@@ -158,6 +158,15 @@ def test_what_cannot_be_generated_is_said_in_one_line(
     with pytest.raises(UserError, match=said) as e:
         longtake("generate", *arguments, "--out", tmp_path / "x.mp4")
     assert "\n" not in str(e.value) and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [("--fps", "nan"), ("--fps", "1e-9"), ("--fps", "1e9"), ("--seconds", "nan"), ("--seconds", "inf")],
+)
+def test_numbers_that_no_file_can_have_are_refused(tmp_path: Path, option: str, value: str) -> None:
+    with pytest.raises(BadParameter, match=r"is not (a finite number|in the range)"):
+        longtake("generate", "latte", option, value, "--out", tmp_path / "x.mp4")
 
 
 def test_seconds_are_at_least_so_many_of_the_file(models: Path, tmp_path: Path) -> None:

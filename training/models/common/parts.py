@@ -1,10 +1,12 @@
 """Finished parts of generated videos in a folder, after which the same call goes on."""
 
+import hashlib
 import json
 from collections.abc import Mapping
 from contextlib import suppress
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from safetensors import torch as safetensors
 from torch import Tensor
@@ -14,6 +16,7 @@ from longtake.datasets.errors import Failure, UserError
 
 _SETTINGS = "settings.json"
 _SUFFIX = ".safetensors"
+_SUM = "sha256"  # the name of its tensor in a part
 
 
 def open_folder(folder: str, record: Mapping[str, Any]) -> None:
@@ -22,6 +25,11 @@ def open_folder(folder: str, record: Mapping[str, Any]) -> None:
     try:
         content = storage.read(url)
     except FileNotFoundError:
+        # two commands at once: the first that ends takes the settings away, and then parts may be of anything
+        fs, path = storage.filesystem(folder)
+        for name in storage.names(folder):
+            if name.endswith(_SUFFIX):
+                fs.rm_file(f"{path}/{name}")
         storage.write(url, storage.canonical_json(record))
         return
     if content != storage.canonical_json(record):
@@ -46,7 +54,7 @@ def url_of(folder: str | None, number: int) -> str:
 def save(url: str, name: str, values: Tensor) -> None:
     """Keep a part, where there is a folder."""
     if url:
-        storage.write(url, safetensors.save({name: values}))
+        storage.write(url, safetensors.save({name: values, _SUM: _sum_of(values)}))
 
 
 def load(url: str, name: str) -> Tensor | None:
@@ -54,11 +62,22 @@ def load(url: str, name: str) -> Tensor | None:
     if not url:
         return None
     try:
-        return safetensors.load(storage.read(url))[name]
+        tensors = safetensors.load(storage.read(url))
+        part, known = tensors[name], tensors[_SUM]
     except FileNotFoundError:
         return None
     except (SafetensorError, KeyError) as e:
         raise Failure(f"{url}: damaged ({e}); delete it and give the same command again") from e
+    if not torch.equal(known, _sum_of(part)):
+        raise Failure(f"{url}: damaged (other values than were written); delete it and give the same command again")
+    return part
+
+
+def _sum_of(values: Tensor) -> Tensor:
+    """The sha256 of a tensor's type, shape and values, `(32,)`."""
+    sum_ = hashlib.sha256(f"{values.dtype} {list(values.shape)} ".encode())
+    sum_.update(values.cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return torch.tensor(list(sum_.digest()), dtype=torch.uint8)
 
 
 def check_shape(url: str, part: Tensor, shape: tuple[int, ...]) -> None:

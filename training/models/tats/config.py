@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from longtake.datasets.stage import DatasetInput, Input, Measuring, ModelInput, StageConfig, ViewInput
 from longtake.training import data
@@ -101,9 +101,12 @@ class Config(TrainConfig):
 
     @field_validator("model")
     @classmethod
-    def _without_data(cls, model: dict[str, Any] | None) -> dict[str, Any] | None:
+    def _known_fields(cls, model: dict[str, Any] | None, info: ValidationInfo) -> dict[str, Any] | None:
         if derived := [name for name in _FROM_DATA if name in (model or {})]:
             raise ValueError(f"{derived[0]} follows from the stage's other settings; leave it out")
+        if info.data.get("base") is None:
+            text = {"text_width": 1, "text_empty": 1} if info.data.get("text") else {}
+            config_from_preset(**_PRESET | (model or {}) | {"codes": 1, "shape": (1, 1, 1)} | text)
         return model
 
     @model_validator(mode="after")
@@ -118,8 +121,6 @@ class Config(TrainConfig):
         if self.base is None:
             if self.lora is not None:
                 raise ValueError("lora: without a base all else would stay random; name one, or leave it out")
-            text = {"text_width": 1, "text_empty": 1} if self.text else {}
-            config_from_preset(**_PRESET | model | {"codes": 1, "shape": (1, 1, 1)} | text)
         elif "preset" in model:
             raise ValueError("model: preset: the base has its own; leave it out, or the base")
         elif unknown := model.keys() - TATSConfig.model_fields.keys():

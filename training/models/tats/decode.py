@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
 
 def check(temperature: float, top_k: int, top_p: float) -> None:
     """ValueError for settings that leave nothing to draw from."""
-    if temperature <= 0:
-        raise ValueError(f"temperature is {temperature:g}; it must be above 0, and 1 changes nothing")
+    if not 0 < temperature < math.inf:
+        raise ValueError(f"temperature is {temperature:g}; it must be a number above 0, and 1 changes nothing")
     if top_k < 0:
         raise ValueError(f"top_k is {top_k}; it must be 1 or more, or 0 for all codes")
     if not 0 < top_p <= 1:

@@ -67,6 +67,9 @@ def test_no_number_draws_what_has_no_chance(uniform: float) -> None:
     ("settings", "why"),
     [
         ((0.0, 0, 1.0), "temperature is 0"),
+        ((math.nan, 0, 1.0), "temperature is nan"),
+        ((math.inf, 0, 1.0), "temperature is inf"),
+        ((1.0, 0, math.nan), "top_p is nan"),
         ((1.0, -1, 1.0), "top_k is -1"),
         ((1.0, 0, 0.0), "top_p is 0; it must be above 0"),
     ],

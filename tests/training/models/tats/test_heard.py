@@ -23,6 +23,7 @@ from priors import awake, frames_of, longtake
 from longtake.datasets import tokens as records
 from longtake.datasets.errors import UserError
 from longtake.datasets.tokens import model_digest, read_tokens
+from longtake.pipeline import soundtrack
 from longtake.training import registry
 from longtake.training.models import kind_of
 from longtake.training.models.common.video import concatenated, video_file
@@ -283,6 +284,13 @@ def test_what_cannot_be_heard_is_one_line(models: Path, tmp_path: Path) -> None:
         with pytest.raises(UserError, match=says) as e:
             longtake("generate", models / name, "--frames", 24, "--audio", path, "--out", tmp_path / "v.mp4")
         assert "\n" not in str(e.value)
+
+
+def test_the_sound_of_a_video_without_end_is_as_long_as_its_file(tmp_path: Path) -> None:
+    late = str(claps.write(tmp_path / "late.mp4", seconds=4.0, heard=(3.0, 4.0)))
+    whole = soundtrack.beginning(late, 48_000, 2, 1e12)
+    assert abs(len(whole) / 48_000 - 4.0) < 0.05 and not whole[: 2 * 48_000].any() and whole.any()
+    np.testing.assert_array_equal(soundtrack.beginning(late, 48_000, 2, 3.5), whole[: round(3.5 * 48_000)])
 
 
 def test_a_served_model_takes_no_sound(models: Path) -> None:

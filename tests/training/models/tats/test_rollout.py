@@ -12,7 +12,7 @@ import tats_stages
 import torch
 from torch import Tensor, nn
 
-from longtake.datasets.errors import UserError
+from longtake.datasets.errors import Failure, UserError
 from longtake.training.models.common import parts
 from longtake.training.models.common.condition import Condition, of_classes
 from longtake.training.models.common.draws import rng_of
@@ -223,6 +223,24 @@ def test_a_stopped_run_goes_on_to_the_same_tokens(
             made(models, 16, (3, 4), folder=folder)
         parts.forget(str(folder.parent))
         assert not folder.parent.exists()
+
+
+def test_a_kept_part_with_another_byte_is_named_and_none_is_taken_without_its_settings(
+    base: Any, tmp_path: Path
+) -> None:
+    whole, folder = made(base, 4, folder=tmp_path / "0"), tmp_path / "0"
+    kept = sorted(folder.glob("*.safetensors"))[1]
+    content = kept.read_bytes()
+    begin = 8 + int.from_bytes(content[:8], "little")
+    for place in (begin, len(content) - 1):
+        kept.write_bytes(content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :])
+        with pytest.raises(Failure, match=rf"{kept.name}: damaged .*; delete it and give the same command again"):
+            made(base, 4, folder=folder)
+    kept.unlink()
+    assert torch.equal(made(base, 4, folder=folder), whole)
+    # as where the settings went with those of a command that ended before
+    (folder / "settings.json").unlink()
+    assert torch.equal(made(base, 4, (3, 4), folder=folder), made(base, 4, (3, 4)))
 
 
 @pytest.mark.parametrize("kind", ["base", "pair"])

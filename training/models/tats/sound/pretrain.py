@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal, NamedTuple
 
 import numpy as np
 import torch
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, ValidationInfo, field_validator, model_validator
 from torch import Tensor
 
 from longtake.datasets import audio, index, storage
@@ -50,8 +50,8 @@ class Config(TrainConfig):
 
     dataset       to train on, with a column of sound
     view          which clips to use; null uses all
-    model         a preset with fields of SoundVQGANConfig to change: `{preset: sound_vqgan_paper}`
     spectrogram   fields of Spectrogram to change: `{scale: linear}`
+    model         a preset with fields of SoundVQGANConfig to change: `{preset: sound_vqgan_paper}`
     range_clips   training clips whose least and greatest magnitudes become -1 and 1 [assumption: 256; code: all]
     frames        of a window, in multiples of the model's temporal stride [paper: 16]
     stride        of the frames; each has the sound up to the next one [paper: 1]
@@ -64,8 +64,8 @@ class Config(TrainConfig):
     dataset: DatasetInput
     view: ViewInput | None = None
     name: ModelName = "sound-vqgan"
-    model: dict[str, Any] = Field(default_factory=lambda: dict(_PRESET))
     spectrogram: dict[str, Any] = Field(default_factory=dict)
+    model: dict[str, Any] = Field(default_factory=lambda: dict(_PRESET))
     range_clips: int = Field(256, ge=1)
     frames: int = Field(16, ge=1)
     stride: int = Field(1, ge=1)
@@ -93,7 +93,17 @@ class Config(TrainConfig):
     def _without_data(cls, fields: dict[str, Any]) -> dict[str, Any]:
         if derived := [name for name in _FROM_DATA if name in fields]:
             raise ValueError(f"{derived[0]} follows from the dataset's sound; leave it out")
+        Spectrogram(**fields | {"rate": 1})
         return fields
+
+    @field_validator("model")
+    @classmethod
+    def _valid_model(cls, model: dict[str, Any], info: ValidationInfo) -> dict[str, Any]:
+        if "spectrogram" in model:
+            raise ValueError("spectrogram is a setting of the stage; write it beside `model`")
+        if "spectrogram" in info.data:
+            config_from_preset(**_PRESET | model, spectrogram=Spectrogram(**info.data["spectrogram"] | {"rate": 1}))
+        return model
 
     @model_validator(mode="after")
     def _fits(self) -> "Config":
