@@ -3,7 +3,7 @@
 import re
 from typing import Annotated, ClassVar, Literal
 
-from pydantic import AfterValidator, Field, model_validator
+from pydantic import AfterValidator, Field, field_validator, model_validator
 
 from longtake.datasets.stage import Measuring, Naming, StageConfig
 
@@ -217,6 +217,13 @@ class TrainConfig(StageConfig):
         if self.warmup_steps is None or self.warmup_steps > self.steps:
             return min(1000, self.steps // 10)
         return self.warmup_steps
+
+    @field_validator("betas")
+    @classmethod
+    def _below_one(cls, betas: tuple[float, float]) -> tuple[float, float]:
+        if not all(0 <= beta < 1 for beta in betas):
+            raise ValueError(f"{list(betas)}: Adam needs numbers from 0 to below 1")
+        return betas
 
     @model_validator(mode="after")
     def _consistent(self) -> "TrainConfig":

@@ -84,6 +84,8 @@ def build(path: str, *overrides: str) -> list[graph.Node]:
         (changed(vae=GOOD["stages"]["vae"] | {"sizes": [[60, 64]]}), "sizes 60x64: the model needs multiples of 16"),
         (changed(vae=GOOD["stages"]["vae"] | {"sizes": [[128, 128]]}), "stages.vae.sizes: 128 is larger than clip.short_side 64"),
         (changed(vae=GOOD["stages"]["vae"] | {"frames": 401}), "stages.vae.frames: a window spans 401 frames"),
+        (changed(vae=GOOD["stages"]["vae"] | {"betas": [1.0, 0.9]}), "stages.vae.betas: [1.0, 0.9]: Adam needs numbers from 0 to below 1"),
+        (changed(tats={"kind": "pretrain_tats", "dataset": "shards", "tokens": "view", "betas": [0.5, float("nan")]}), "stages.tats.betas: [0.5, nan]: Adam"),
         (changed(vae=GOOD["stages"]["vae"] | {"batch": 9, "accumulate": 2}), "batch 9 does not divide into accumulate 2"),
         (changed(shards={"kind": ["shard"], "sources": ["x"]}), "stages.shards.kind: unknown kind ['shard']"),
         (GOOD | {"outside": "abc"}, "outside: must be a mapping of stage names to digests"),

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from typing import Any
 
@@ -26,10 +26,7 @@ def open_folder(folder: str, record: Mapping[str, Any]) -> None:
         content = storage.read(url)
     except FileNotFoundError:
         # two commands at once: the first that ends takes the settings away, and then parts may be of anything
-        fs, path = storage.filesystem(folder)
-        for name in storage.names(folder):
-            if name.endswith(_SUFFIX):
-                fs.rm_file(f"{path}/{name}")
+        _remove(folder, lambda name: name.endswith(_SUFFIX))
         storage.write(url, storage.canonical_json(record))
         return
     if content != storage.canonical_json(record):
@@ -90,11 +87,16 @@ def forget(folder: str) -> None:
     """Remove the parts that are kept in subfolders of this folder, and each folder that is then empty."""
     fs, path = storage.filesystem(folder)
     for name in storage.names(folder):
-        inner = storage.join(folder, name)
-        for file in storage.names(inner):
-            if file == _SETTINGS or file.endswith(_SUFFIX):
-                fs.rm_file(f"{path}/{name}/{file}")
+        _remove(storage.join(folder, name), lambda file: file == _SETTINGS or file.endswith(_SUFFIX))
         with suppress(OSError):
             fs.rmdir(f"{path}/{name}")
     with suppress(OSError):
         fs.rmdir(path)
+
+
+def _remove(folder: str, which: Callable[[str], bool]) -> None:
+    """Remove these files of a folder, unless another command for the same video has done so meanwhile."""
+    fs, path = storage.filesystem(folder)
+    for name in filter(which, storage.names(folder)):
+        with suppress(FileNotFoundError):
+            fs.rm_file(f"{path}/{name}")

@@ -14,6 +14,7 @@ import torch
 from priors import awake
 from torch import Tensor, nn
 
+from longtake.datasets import storage
 from longtake.datasets.errors import Failure, UserError
 from longtake.datasets.latents import shrunk
 from longtake.datasets.loader import to_pixels
@@ -349,6 +350,23 @@ def test_what_was_kept_is_forgotten_and_nothing_else(model: MemoryDiT, vae: PVVA
     parts.forget(str(tmp_path / "x.part"))
     assert [str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*") if p.is_file()] == ["x.part/1/mine.txt"]
     (tmp_path / "x.part" / "1" / "mine.txt").unlink()
+    parts.forget(str(tmp_path / "x.part"))
+    assert not list(tmp_path.iterdir())
+
+
+def test_two_commands_may_forget_the_same_parts(
+    model: MemoryDiT, vae: PVVAE, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made(model, vae, 3, folder=str(tmp_path / "x.part" / "0"))
+    names = storage.names
+
+    def seen_by_both(url: str) -> list[str]:
+        found = names(url)
+        if "settings.json" in found:
+            Path(url, "settings.json").unlink()
+        return found
+
+    monkeypatch.setattr(storage, "names", seen_by_both)
     parts.forget(str(tmp_path / "x.part"))
     assert not list(tmp_path.iterdir())
 
