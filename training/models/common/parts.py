@@ -1,7 +1,7 @@
 """Finished parts of generated videos in a folder, after which the same call goes on."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from contextlib import suppress
 from typing import Any
 
@@ -45,16 +45,28 @@ def url_of(folder: str | None, number: int) -> str:
 
 def save(url: str, name: str, values: Tensor) -> None:
     """Keep a part, where there is a folder."""
+    save_all(url, {name: values})
+
+
+def save_all(url: str, tensors: Mapping[str, Tensor]) -> None:
+    """Keep a part of several tensors, where there is a folder."""
     if url:
-        storage.write(url, safetensors.save({name: values}))
+        storage.write(url, safetensors.save(dict(tensors)))
 
 
 def load(url: str, name: str) -> Tensor | None:
     """A kept part; None where there is none. Raises Failure where it is damaged."""
+    part = load_all(url, (name,))
+    return part and part[name]
+
+
+def load_all(url: str, names: Collection[str]) -> dict[str, Tensor] | None:
+    """A kept part of several tensors, as `load`."""
     if not url:
         return None
     try:
-        return safetensors.load(storage.read(url))[name]
+        tensors = safetensors.load(storage.read(url))
+        return {name: tensors[name] for name in names}
     except FileNotFoundError:
         return None
     except (SafetensorError, KeyError) as e:
