@@ -28,7 +28,7 @@ class Drawn(NamedTuple):
 
     clips     reconstructed, `(B, K, T, 3, H, W)`
     joined    the same, merged: `(B, N, 3, H, W)`
-    sampled   as many frames from noise alone, `(B, N, 3, H, W)`
+    sampled   as many frames from noise alone, `(B, N, 3, H, W)`; none, `(0, N, 3, H, W)`, if not asked for
     frame     the reference, as the head for the first frame makes it of its content, `(B, 3, H, W)`
     content   posterior of z_x, `(B, K, D_x)`
     movement  posterior of z_v, `(B, K, D_v)`
@@ -84,7 +84,7 @@ class Generator(nn.Module):
         """The frame alone."""
         content = content.to(self.to_frame.weight.dtype)[:, :, None, None, None]
         for block in self.blocks:
-            content = block.content(content)  # type: ignore[operator, union-attr]
+            content = block.content(content)  # type: ignore[operator]
         return self._frame(content)
 
     def _frame(self, content: Tensor) -> Tensor:
@@ -153,7 +153,7 @@ class EncGAN3(nn.Module):
         """A frame `(B, 3, H, W)` in [-1, 1] of its content `(B, D_x)`, so that sampling needs no real one [assumption]."""
         return self.generator.frame(z_x)
 
-    def forward(self, video: Tensor, differences: Tensor, noise: Tensor, index: int = 0) -> Drawn:
+    def forward(self, video: Tensor, differences: Tensor, noise: Tensor, index: int = 0, sample: bool = True) -> Drawn:
         """Reconstruct windows, and generate as many from noise. With recall both clips of each are made in one pass.
 
         Args:
@@ -161,8 +161,9 @@ class EncGAN3(nn.Module):
             differences: of its frames, `(B, N-1, 3, H, W)`, see `differences_of`.
             noise: standard normal, `(B, 4, D_x + D_v)`: of the posterior and the prior of either clip.
             index: of the first clip's reference; that of the second is where the first has its frame `joint`.
+            sample: also generate from noise alone.
         """
-        config, count = self.config, len(video)
+        config, count, samples = self.config, len(video), len(video) if sample else 0
         recalls = video.shape[1] > config.frames
         starts = [0, config.frames - config.overlap][: 1 + recalls]
         noise_x, noise_v = noise.split([config.content, config.movement], dim=2)
@@ -177,8 +178,8 @@ class EncGAN3(nn.Module):
         contents = [self.encode_content(video[:, index])]
 
         # the first clip: reconstructed from its real frame, sampled from one that the generator makes itself
-        z_x = torch.cat([_draw(contents[0], noise_x[:, 0]), noise_x[:, 1]])
-        z_v = torch.cat([_draw(movements[0], noise_v[:, 0]), noise_v[:, 1]])
+        z_x = torch.cat([_draw(contents[0], noise_x[:, 0]), noise_x[:samples, 1]])
+        z_v = torch.cat([_draw(movements[0], noise_v[:, 0]), noise_v[:samples, 1]])
         v, frame = self._differences(z_x, z_v, index, config.frames)
         first = whole = self._clip(v, torch.cat([video[:, index].float(), frame[count:]]), index)
         clips = [first[:count]]
@@ -188,8 +189,8 @@ class EncGAN3(nn.Module):
             reference = first[:, config.joint]
             again = self.encode_content(reference)
             contents.append(Posterior(again.mean[:count], again.logvar[:count]))
-            z_x = _draw(again, torch.cat([noise_x[:, 2], noise_x[:, 3]]))
-            z_v = torch.cat([_draw(movements[1], noise_v[:, 2]), noise_v[:, 3]])
+            z_x = _draw(again, torch.cat([noise_x[:, 2], noise_x[:samples, 3]]))
+            z_v = torch.cat([_draw(movements[1], noise_v[:, 2]), noise_v[:samples, 3]])
             v, _ = self._differences(z_x, z_v, config.index, config.frames)
             second = self._clip(v, reference, config.index)
             whole = merged(first, second, config.overlap, config.joint, config.merge)

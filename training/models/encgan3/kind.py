@@ -1,0 +1,13 @@
+"""The row of EncGAN3 (see `longtake.training.models.kind`)."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from longtake.training.models.encgan3.config import EncGAN3Config
+from longtake.training.models.encgan3.model import EncGAN3
+from longtake.training.models.kind import Kind
+
+
+def kind(facts: Mapping[str, Any]) -> Kind:
+    """A VAE-GAN that generates videos clip by clip."""
+    return Kind("EncGAN3", EncGAN3Config, EncGAN3, "longtake.training.models.encgan3.judge")
