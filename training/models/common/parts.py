@@ -57,7 +57,7 @@ def save_all(url: str, tensors: Mapping[str, Tensor]) -> None:
 def load(url: str, name: str) -> Tensor | None:
     """A kept part; None where there is none. Raises Failure where it is damaged."""
     part = load_all(url, (name,))
-    return part and part[name]
+    return None if part is None else part[name]
 
 
 def load_all(url: str, names: Collection[str]) -> dict[str, Tensor] | None:

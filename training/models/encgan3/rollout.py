@@ -11,7 +11,7 @@ not on the batch, the length, or where a stopped run went on.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal, NamedTuple
@@ -235,7 +235,7 @@ class Rollout:
         return next(self.model.parameters())
 
 
-def movements(model: EncGAN3, frames: Iterator[Tensor]) -> Tensor:
+def movements(model: EncGAN3, frames: Iterable[Tensor]) -> Tensor:
     """z_v of the clips of a video, as far apart as those of a rollout: `(n, D_v)`, for at least a clip's number of frames.
 
     Args:
@@ -246,23 +246,25 @@ def movements(model: EncGAN3, frames: Iterator[Tensor]) -> Tensor:
     """
     config, like = model.config, next(model.parameters())
     clip, found, count = list[Tensor](), list[Tensor](), 0
-    for count, frame in enumerate(frames, 1):
+    for frame in frames:
         clip.append(frame)
+        count += 1
         if len(clip) == config.frames:
             video = torch.stack(clip)[None].to(like)
             with torch.no_grad():
                 found.append(model.encode_movement(model.differences_of(video)).mean)
             clip = clip[config.frames - config.overlap :]
     if not found:
-        raise ValueError(f"has {count} frame{'s' * (count != 1)}; movement is read from clips of {config.frames}")
+        words = f"{count} frame{'s' * (count != 1)}"
+        raise ValueError(f"has {words}; movement is read from clips of {config.frames}: name a longer video")
     return torch.cat(found)
 
 
 def interpolated(first: Tensor, second: Tensor, clips: int) -> Tensor:
     """Movement `(clips, D_v)` that goes from that of one video to that of another, linearly in z_v (the paper's figure 8)."""
     share = torch.linspace(0, 1, clips).to(first)[:, None] if clips > 1 else first.new_zeros(1, 1)
-    rows = [each[[n % len(each) for n in range(clips)]] for each in (first, second)]
-    return torch.lerp(*rows, share)
+    begin, end = (each[[n % len(each) for n in range(clips)]] for each in (first, second))
+    return torch.lerp(begin, end, share)
 
 
 def _digest(values: Tensor) -> str:

@@ -229,7 +229,7 @@ def test_clips_of_other_settings_are_refused_and_damaged_ones_named(model: EncGA
     with pytest.raises(UserError, match="with other content"):
         seen(Rollout(model, (1,), content="keep"), 20, tmp_path)
     (tmp_path / "00000.safetensors").write_bytes(b"x")
-    with pytest.raises(Failure, match="00000.safetensors: damaged"):
+    with pytest.raises(Failure, match=r"00000\.safetensors: damaged"):
         seen(Rollout(model, (1,)), 20, tmp_path)
 
 
