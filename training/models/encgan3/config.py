@@ -9,8 +9,9 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, field_validator, model_validator
 
 from longtake.datasets.stage import DatasetInput, ModelInput, StageConfig, ViewInput
-from longtake.training.config import EvaluatedConfig, ModelName
+from longtake.training.config import ModelName
 from longtake.training.models.encgan3.blocks import LEAST_FRAMES
+from longtake.training.models.encgan3.measures import MeasuredConfig
 from longtake.training.models.encgan3.recursion import Merge
 
 # fmt: off
@@ -117,7 +118,7 @@ def config_from_preset(preset: str, **overrides: Any) -> EncGAN3Config:
     return EncGAN3Config(**PRESETS[preset] | overrides)
 
 
-class Config(EvaluatedConfig):
+class Config(MeasuredConfig):
     """Train EncGAN3 on a dataset and register it.
 
     The paper gives no settings: those marked G3AN are of the code that it builds on, all others are assumptions.

@@ -6,7 +6,7 @@ joint, beside real windows of the same time.
 """
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,26 +20,33 @@ from longtake.datasets.loader import Loader, to_model, to_pixels
 from longtake.training import data, registry, stage
 from longtake.training.data import HELDOUT
 from longtake.training.engines import device
+from longtake.training.metrics.classifier import load_classifier
 from longtake.training.metrics.features import checked_network, digest_of
-from longtake.training.metrics.share import place
+from longtake.training.metrics.perceptual import load_perceptual
+from longtake.training.metrics.share import batches, place
 from longtake.training.models.common.draws import rng_of
 from longtake.training.models.encgan3 import losses
 from longtake.training.models.encgan3.config import Config, EncGAN3Config, check, check_differences, span_of, warnings
 from longtake.training.models.encgan3.discriminators import Discriminators
+from longtake.training.models.encgan3.evaluate import SUMMARY
+from longtake.training.models.encgan3.evaluate import evaluate as measure
+from longtake.training.models.encgan3.generated import Judges, VideoPlan
 from longtake.training.models.encgan3.model import NOISES, EncGAN3
+from longtake.training.models.encgan3.rollout import Rollout
+from longtake.training.models.encgan3.sample import SETTINGS
+from longtake.training.models.generator import Settings, plain
 from longtake.training.objective import Batch, Engines, Objective, Terms, Turn
 
-__all__ = ["Config", "check", "warnings"]  # the stage's parts from another file
+__all__ = ["SUMMARY", "Config", "check", "warnings"]  # the stage's parts from another file
 
 VERSION = 1
 PRODUCES = "model"
 MODEL = "encgan3"
-SUMMARY = "heldout.json"
 
 
 def outside(config: Config) -> str:
-    """Changes with the feature network."""
-    return digest_of(config.features)
+    """Changes with the networks that measure."""
+    return digest_of(config.features, config.classifier, config.perceptual, config.perceptual_linear)
 
 
 class Setup(NamedTuple):
@@ -98,10 +105,11 @@ def objective(config: Config, setup: Setup) -> Objective:
     """The generator with its encoders and, unless `lambda_gan` is 0, the discriminators.
 
     Raises:
-        UserError: the column of differences has other sizes; the network `features` does not take such videos.
+        UserError: the column of differences has other sizes; a network that measures does not take such videos, or has too
+            few.
     """
     model, heldout = setup.model, loader_of(config, setup, "val", **HELDOUT)
-    checked_network(config.features, model.config.frames, (model.config.size, model.config.size))
+    plan_of(config, setup)
     if config.differences == "column":
         _check_column(next(heldout.at([0])))
     modules: dict[str, nn.Module] = {"generator": model}
@@ -221,11 +229,54 @@ def work(config: Config, inputs: Mapping[str, str], folder: Path) -> None:
     stage.work(sys.modules[__name__], config, inputs, folder)
 
 
+def evaluate(config: Config, setup: Setup, folder: Path) -> dict[str, Any]:
+    """Measure what has been trained, each rank its share."""
+    heldout, plan = loader_of(config, setup, "val", **HELDOUT), plan_of(config, setup)
+    options = {"seed": config.seed, "clips": config.eval_clips, "swaps": config.eval_swaps}
+    return measure(setup.model, heldout, folder, plan=plan, **options)
+
+
+def plan_of(config: Config, setup: Setup) -> VideoPlan:
+    """The videos to generate, and what measures them.
+
+    Raises:
+        UserError: a network does not take such videos; there are too few held-out ones.
+    """
+    model, side = setup.model, (setup.model.config.size,) * 2
+    perceptual = load_perceptual(config.perceptual, config.perceptual_linear, device=device())
+    plan = VideoPlan(
+        lambda seeds: Rollout(model, seeds, config.content),
+        config.eval_videos,
+        config.video_frames,
+        config.eval_bin,
+        config.seed,
+        setup.fps,
+        config.run.eval_batch,
+        Judges(perceptual=perceptual),
+    )
+    network = checked_network(config.features, plan.window, side)
+    classifier = None
+    if config.classifier:
+        classifier = load_classifier(config.classifier, model.config.frames, side, device=device())
+    real = _real(config, setup, plan.window) if network else ()
+    return plan._replace(judges=Judges(network, real, classifier, config.eval_splits, perceptual))
+
+
+def _real(config: Config, setup: Setup, frames: int) -> Iterable[Tensor]:
+    """Held-out windows of so many frames."""
+    heldout = loader_of(config, setup, "val", **HELDOUT, columns=("video",), frames=frames)
+    if heldout.samples < 2:
+        raise UserError(f"features: {heldout.samples} clip is held out; a distance needs 2: raise val_fraction")
+    count = min(config.eval_clips, heldout.samples)
+    return (to_model(batch["video"].to(device())) for _, batch in batches(heldout, count, "compare"))
+
+
 def facts(config: Config, setup: Setup, lineage: Mapping[str, Any]) -> dict[str, Any]:
     """The fields of config.json: the window of training, and whether clips were joined in it."""
     model = setup.model.config
     window = {"frames": span_of(config, model), "stride": config.stride, "size": [model.size] * 2, "fps": setup.fps}
-    return {"window": window, "recall": config.recall, "classes": [], "sampling": {}}
+    sampling = plain(Settings(content=config.content), SETTINGS)
+    return {"window": window, "recall": config.recall, "classes": [], "sampling": sampling}
 
 
 def counts(config: Config, setup: Setup) -> dict[str, float]:
