@@ -192,9 +192,13 @@ def made_of(model: EncGAN3, content: Tensor, movement: Tensor, drawn: bool = Fal
     return clips.clamp(-1, 1).transpose(1, 2)
 
 
-@torch.no_grad()
 def part_t(options: argparse.Namespace, variant: str, seed: int) -> dict[str, Any]:
-    model = trained(options, variant, seed)
+    return learned(options, trained(options, variant, seed), seed)
+
+
+@torch.no_grad()
+def learned(options: argparse.Namespace, model: EncGAN3, seed: int) -> dict[str, Any]:
+    """What the encoders of a model have learned."""
 
     # probes of real sprites, none of which is held out
     known = sprites(512, FRAMES, 1_000_000 + seed, False)
@@ -284,10 +288,8 @@ def drawn_by(lstm: Next, first: Tensor, seeds: Sequence[int], clips: int) -> Ten
 
 
 @torch.no_grad()
-def rolled(options: argparse.Namespace, arm: str, seed: int, frames: Tensor) -> tuple[Tensor, list[int]]:
+def rolled(model: EncGAN3, lstm: Next | None, arm: str, seed: int, frames: Tensor) -> tuple[Tensor, list[int]]:
     """Videos `(B, 3, LONG, H, W)`, not clamped, that go on from frames `(B, 3, H, W)`, and their joints."""
-    model = trained(options, "recall" if arm == "recall" else "plain", seed)
-    lstm = followed(options, model, seed) if arm == "lstm" else None
     width, videos, joints = model.config.movement, list[Tensor](), list[int]()
     for number, frame in enumerate(frames):
         one, noise = 1000 * seed + number, partial(torch.randn, generator=rng_of(1000 * seed + number, 1 << 20))
@@ -314,10 +316,12 @@ def rolled(options: argparse.Namespace, arm: str, seed: int, frames: Tensor) -> 
 
 
 def part_r(options: argparse.Namespace, arm: str, seed: int) -> dict[str, Any]:
+    model = trained(options, "recall" if arm == "recall" else "plain", seed)
+    lstm = followed(options, model, seed) if arm == "lstm" else None
     moving = sprites(options.videos, SPAN, 3_000_000 + seed, True).video
     found = {}
     for kind, real in (("sprites", moving), ("footage", options.heldout[: options.videos])):
-        video, joints = rolled(options, arm, seed, clips_of(real)[:, :, 0])
+        video, joints = rolled(model, lstm, arm, seed, clips_of(real)[:, :, 0])
         found[kind] = measured(options, to_model(real), video, joints)
     return found
 

@@ -1,6 +1,6 @@
 """Memory and time of EncGAN3's generation: flat in the length, and next to nothing beside the network's own.
 
-    python tests/benchmarks/bench_encgan3.py [--size 32 --size 64] [--rounds 7] [--frames 240]
+    python tests/benchmarks/bench_encgan3.py [--size 32 --size 64] [--rounds 7] [--frames 960]
 
 Memory: the peak of a process of its own that generates 100, 1,000 and 10,000 frames clip by clip, and of one that runs the
 generator once for 100 to 1,600 frames; the target is that the first does not grow. Time: a rollout beside the same passes
@@ -87,7 +87,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", type=int, action="append", help="height and width; repeat it for several")
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--frames", type=int, default=240, help="of the timed videos")
+    parser.add_argument("--frames", type=int, default=960, help="of the timed videos")
     options = parser.parse_args()
     spawn, sizes = multiprocessing.get_context("spawn"), options.size or [32, 64]
     for way, lengths in LENGTHS.items():

@@ -51,7 +51,7 @@ def save(url: str, name: str, values: Tensor) -> None:
 def save_all(url: str, tensors: Mapping[str, Tensor]) -> None:
     """Keep a part of several tensors, where there is a folder."""
     if url:
-        storage.write(url, safetensors.save(dict(tensors)))
+        storage.write(url, safetensors.save({name: values.contiguous() for name, values in tensors.items()}))
 
 
 def load(url: str, name: str) -> Tensor | None:

@@ -142,7 +142,7 @@ class Rollout:
             kept = parts.load_all(url, ("frames", "edge"))
             if kept is None:
                 piece, edge = self._clip(number, edge)
-                kept = {"frames": to_pixels(piece.movedim(2, -1)).cpu().contiguous(), "edge": edge.cpu().contiguous()}
+                kept = {"frames": to_pixels(piece.movedim(2, -1)).cpu(), "edge": edge}
                 parts.save_all(url, kept)
             elif self.each_step:
                 self.each_step()
@@ -161,11 +161,9 @@ class Rollout:
             reference = edge[:, config.index]
         else:
             reference, place = self._first, place if self.start else self.backward * (config.frames - 1)
-        z_x = (
-            self._z_x
-            if edge is None or self.content == "keep"
-            else self.model.encode_content(reference.to(self._like)).mean
-        )
+        z_x = self._z_x
+        if edge is not None and self.content == "encode":
+            z_x = self.model.encode_content(reference.to(self._like)).mean
         clip = self.model.generate(z_x, self._z_v(number), reference, place)
         if edge is None:
             line = clip
