@@ -238,5 +238,5 @@ def test_memory_does_not_grow_with_the_length(model: EncGAN3) -> None:
         gc.collect()
         return sum(each.numel() for each in gc.get_objects() if type(each) is Tensor)
 
-    counts = [alive() for _ in zip(range(12), Rollout(model, (1,)).pieces(12 * HOP), strict=False)]
-    assert max(counts[6:]) <= max(counts[:6])
+    counts = [alive() for number, _ in enumerate(Rollout(model, (1,)).pieces(40 * HOP)) if number in (4, 38)]
+    assert counts[1] <= counts[0]
