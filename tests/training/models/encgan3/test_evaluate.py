@@ -17,9 +17,11 @@ from torch import Tensor, nn
 
 from longtake.datasets import clip
 from longtake.datasets.errors import UserError
-from longtake.infra.report import figures
-from longtake.infra.report.embed import Pictures
+from longtake.datasets.loader import to_model
+from longtake.infra.report import StageRun, build
+from longtake.training.data import HELDOUT
 from longtake.training.metrics.coherence import inception_score
+from longtake.training.metrics.distance import video_distance
 from longtake.training.metrics.seams import bends, changes, seams
 from longtake.training.models.encgan3 import evaluate, pretrain
 from longtake.training.models.encgan3.pretrain import Config
@@ -118,8 +120,51 @@ def test_all_that_is_measured_is_in_the_record(dataset: str, networks: dict[str,
     assert summary["bend_ratio"] == pytest.approx(found.bend_ratio, rel=1e-4)
     assert summary["out_of_range"] == pytest.approx(float((videos.abs() > 1.001).float().mean()), rel=1e-3)
     levels = ((shown + 1) * 127.5).round()[:, :, :16]
+    first = shown[:, :, :1].expand(-1, -1, 60, -1, -1)
+    for name, at in (("lpips_by_bin", (19, 39, 59)),):
+        colours = [
+            nn.functional.normalize(each[:, :, list(at)].mean((3, 4)), dim=1) for each in (pixels(shown), pixels(first))
+        ]
+        expected = (colours[0] - colours[1]).square().sum(1).mean(0)
+        assert [y for _, y in summary["series"][name]] == pytest.approx(expected.tolist(), rel=1e-3)
     score = inception_score(((levels.mean((2, 3, 4)) - 128) * 0.2).log_softmax(1), 2, 0)
     assert summary["inception_score"] == pytest.approx(score.mean, rel=1e-5)
+
+
+def pixels(video: Tensor) -> Tensor:
+    """As a network of images gets them."""
+    mean, std = (torch.tensor(each)[:, None, None, None] for each in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
+    return ((video + 1) / 2 - mean) / std
+
+
+def test_bins_are_those_of_the_video_in_order(dataset: str, networks: dict[str, str], tmp_path: Path) -> None:
+    summary, setup = measured(dataset, tmp_path, features=networks["features"], eval_swaps=0)
+    plan = pretrain.plan_of(config(features=networks["features"]), setup)
+    video = torch.cat([torch.cat(list(_rollout(setup, seed).pieces(60)), 1) for seed in range(4)]).transpose(1, 2)
+    assert plan.judges.network
+    for number, (begin, value) in enumerate(summary["series"]["frechet_by_bin"]):
+        window = video[:, :, begin : begin + 12].clamp(-1, 1)
+        found = video_distance(plan_real(dataset, setup), [window], plan.judges.network, split="val", seed=0)
+        assert number * 20 == begin and value == pytest.approx(found["frechet"], rel=1e-3)
+
+
+def plan_real(dataset: str, setup: pretrain.Setup) -> list[Tensor]:
+    """The held-out windows that the evaluation compares with."""
+    heldout = pretrain.loader_of(config(), setup, "val", **HELDOUT, columns=("video",), frames=12)
+    return [to_model(batch["video"]) for batch in heldout][:3]
+
+
+def test_a_model_that_moves_nothing_is_as_good_as_repeating_the_reference(dataset: str, tmp_path: Path) -> None:
+    chosen = config()
+    setup = prepared(chosen, {"dataset": dataset}, tmp_path / "stage", pretrain)
+    for parameter in setup.model.generator.to_differences.parameters():
+        nn.init.zeros_(parameter)
+    summary = pretrain.evaluate(chosen, setup, tmp_path)
+    assert (
+        summary["l1"] == pytest.approx(summary["l1_copy"], rel=1e-5) == pytest.approx(summary["l1_unmoved"], rel=1e-5)
+    )
+    assert summary["swap_content"] == 1.0 and summary["path_content"] == 0.0
+    assert (summary["seam_ratio"], summary["change"], summary["level_drift"]) == (None, 0.0, 0.0)
 
 
 def _rollout(setup: pretrain.Setup, seed: int) -> Any:
@@ -139,18 +184,34 @@ def test_a_model_without_recall_is_measured_on_single_clips(dataset: str, tmp_pa
     assert len(summary["against"]) == 2
 
 
-def test_the_report_marks_the_joints(dataset: str, tmp_path: Path) -> None:
-    summary, _ = measured(dataset, tmp_path, eval_swaps=0)
-    drawn = []
-    for number, record in enumerate((summary, summary | {"marks": {}})):
-        pictures = Pictures(tmp_path / str(number))
-        plots = {plot["title"]: plot["picture"] for plot in figures.curves("gan", record, pictures)}
-        drawn.append(plots["change from frame to frame"])
-    assert len(drawn[0]) > len(drawn[1])
-    files = [next((tmp_path / str(number)).rglob("*change*.svg")).read_text() for number in (0, 1)]
-    assert files[0].count("stroke-dasharray") - files[1].count("stroke-dasharray") == len(
-        summary["marks"]["change_by_frame"]
-    )
+def test_the_report_shows_the_videos_and_marks_the_joints(
+    dataset: str, networks: dict[str, str], tmp_path: Path
+) -> None:
+    seen = tmp_path / "artifacts" / "heldout"
+    seen.parent.mkdir()
+    summary, _ = measured(dataset, seen, features=networks["features"], eval_swaps=1)
+
+    def drawn(folder: Path) -> tuple[str, str]:
+        """The page, and its picture of changes."""
+        stage = StageRun("gan", "pretrain_encgan3", "FINISHED", False, 1.0, "1", "", {}, {}, {}, seen.parent)
+        page = build(folder, "r", [stage], None, None, "").read_text()
+        return page, next(folder.rglob("*change_from_frame*.svg")).read_text()
+
+    page, picture = drawn(tmp_path / "page")
+    assert page.count("<video") == 3 + 1 + 3 + 4 and "Videos joined clip by clip" in page
+    for words in (
+        "content of the first, movement of the second",
+        "turns at joints to those inside",
+        "windows of 12 frames, 16 generated and 3 val ones",
+        "Reconstruction beats repeating the reference frame: no",
+    ):
+        assert words in " ".join(page.split()), words
+    record = json.loads((seen / evaluate.SUMMARY).read_text())
+    record["summary"]["marks"] = {}
+    (seen / evaluate.SUMMARY).write_text(json.dumps(record))
+    unmarked = drawn(tmp_path / "bare")[1]
+    joints = summary["marks"]["change_by_frame"]
+    assert picture.count("stroke-dasharray") - unmarked.count("stroke-dasharray") == len(joints) == 4
 
 
 @pytest.mark.parametrize(

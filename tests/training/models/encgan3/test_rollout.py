@@ -113,6 +113,13 @@ def test_a_video_depends_on_its_seed_and_on_no_other(model: EncGAN3) -> None:
     assert not torch.allclose(both[0], both[1], atol=1e-2)
 
 
+def test_each_clip_moves_in_its_own_way(model: EncGAN3, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn, generate = list[Tensor](), model.generate
+    monkeypatch.setattr(model, "generate", lambda z_x, z_v, *rest: (drawn.append(z_v), generate(z_x, z_v, *rest))[1])
+    made(model, 40)
+    assert len(torch.cat(drawn).unique(dim=0)) == len(drawn) * 2 == 8
+
+
 @pytest.mark.parametrize("backward", [False, True])
 @pytest.mark.parametrize("start", [0, 1])
 def test_joints_are_where_the_next_clip_has_its_first_own_frame(model: EncGAN3, start: int, backward: bool) -> None:
