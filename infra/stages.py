@@ -18,6 +18,7 @@ STAGES = {
     "finetune_memory_prior": "longtake.training.models.memory.finetune",
     "pretrain_vqgan": "longtake.training.models.tats.pretrain",
     "pretrain_sound_vqgan": "longtake.training.models.tats.sound.pretrain",
+    "pretrain_encgan3": "longtake.training.models.encgan3.pretrain",
     "promote": "longtake.training.registry.promote",
 }
 

@@ -8,11 +8,9 @@ from pathlib import Path
 
 import pytest
 from hypothesis import settings
+from shards import make_dataset
 
-from longtake.datasets import index, schema, storage
-from longtake.pipeline import plan
-from longtake.pipeline.commit import make_group
-from longtake.pipeline.stages import shard
+from longtake.datasets import index, schema
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -115,16 +113,6 @@ def footage(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("footage")
     generate(folder, count=6, seconds=6.0)
     return folder
-
-
-def make_dataset(folder: Path, paths: list[Path], val_fraction: float = 0.3, group_sources: int = 2) -> str:
-    """A dataset made without Ray, group by group."""
-    config = shard.Config(kind="shard", sources=[str(paths[0])], clip={"short_side": 32, "fps": 12, "max_seconds": 3})
-    described = {"format": schema.FORMAT_VERSION, **config.model_dump(mode="json", include={"clip", "frame_diff"})}
-    storage.write(str(folder / "dataset.json"), storage.canonical_json(described))
-    for group in plan.plan(str(folder), [str(p) for p in paths], val_fraction, 1 << 40, group_sources):
-        assert not make_group(group, plan.sources_of(str(folder), group), str(folder), config.cut)["error"]
-    return str(folder)
 
 
 @pytest.fixture(scope="session")

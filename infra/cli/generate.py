@@ -1,8 +1,8 @@
 """`longtake generate`: videos of a registered prior."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, replace
+from contextlib import ExitStack
+from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -10,15 +10,10 @@ import click
 
 from longtake.datasets import storage
 from longtake.datasets.errors import UserError
-from longtake.infra.cli import media
-from longtake.infra.cli.jobs import Job, file_names, prompts_in, seeds_of, text_of
+from longtake.infra.cli import asked, media
+from longtake.infra.cli.jobs import Job, file_names, prompts_in, seeds_of
 
 _MOST_AT_ONCE = 64  # videos in a grid, which are all decoded side by side
-_ASKED = {  # what guidance leads to, by its parts
-    "classes": ("class", "--class"),
-    "text": ("prompt", "--prompt"),
-    "audio": ("sound", "--audio"),
-}
 
 
 @click.command()
@@ -57,7 +52,24 @@ _ASKED = {  # what guidance leads to, by its parts
 @click.option(
     "--start",
     metavar="FILE",
-    help="Continue this video; it is no part of the result. Where the model takes one.",
+    help="Continue this video, or this image; it is no part of the result. Where the model takes one.",
+)
+@click.option(
+    "--movement",
+    multiple=True,
+    metavar="FILE",
+    help="Move as this video does; given twice, at first as the one and in the end as the other. Where the model takes one.",
+)
+@click.option(
+    "--content",
+    type=click.Choice(["encode", "keep"]),
+    help="What each further clip shows: what the frame shows that it begins from, or what the first clip does. Where the"
+    " model goes on from single frames. [default: the model's]",
+)
+@click.option(
+    "--backward",
+    is_flag=True,
+    help="Make what came before: the video ends where --start begins. Where the model can.",
 )
 @click.option(
     "--storyboard",
@@ -146,6 +158,9 @@ def generate(
     negative: str | None,
     text_encoder: str | None,
     start: str | None,
+    movement: tuple[str, ...],
+    content: str | None,
+    backward: bool,
     storyboard: str | None,
     audio: str | None,
     seed: int,
@@ -169,8 +184,8 @@ def generate(
     """Generate videos with MODEL, a prior.
 
     MODEL is in the registry (models:/latte@champion) or a model folder. The same model, seed and options give the same
-    file. MLFLOW_TRACKING_URI names the registry. A model with a memory keeps finished segments in FILE.mp4.part until
-    the file is whole, so that after a stop the same command continues.
+    file. MLFLOW_TRACKING_URI names the registry. A model that goes on from what it has made keeps finished parts in
+    FILE.mp4.part until the file is whole, so that after a stop the same command continues.
 
     \b
     Examples:
@@ -181,6 +196,7 @@ def generate(
       longtake generate models:/latte@champion --prompt "a dog runs left" --negative "a cat" --guidance 4 --out dog.mp4
       longtake generate models:/tats@champion --frames 256 --audio drums.wav --out drums.mp4
       longtake generate models:/memory-dit@champion --seconds 60 --start clip.mp4 --storyboard story.yaml --out x.mp4
+      longtake generate models:/rencgan3@champion --seconds 60 --start clip.mp4 --movement other.mp4 --out x.mp4
     """
     all_seeds = seeds_of(seed, count, seeds)
     media.check_output(out)
@@ -196,24 +212,28 @@ def generate(
     for option, given in (("--class", classes), ("--prompt", words)):
         if given and storyboard:
             raise UserError(f"{option} and --storyboard: give one of them")
-    asked = {"classes": bool(classes or storyboard), "text": bool(words or storyboard or negative is not None)}
-    asked |= {"audio": audio is not None}
-    strength = None if guidance is None else _guidance(guidance, asked)
-    if start:
-        media.check_exists(start)
+    wanted = {"classes": bool(classes or storyboard), "text": bool(words or storyboard or negative is not None)}
+    wanted |= {"audio": audio is not None}
+    strength = None if guidance is None else asked.guidance_of(guidance, wanted)
+    if len(movement) > 2:
+        raise UserError(f"--movement: {len(movement)} videos; give one, or two to go from the one to the other")
+    for path in (*([start] if start else []), *movement):
+        media.check_exists(path)
     with media.memory_errors("lower --batch or --count, or set --tile 256"):
         generator = _load_generator(model, vae, precision, text_encoder)
         settings = {"guidance": strength, "steps": steps, "history_noise": history_noise}
         settings |= {"temperature": temperature, "top_k": top_k, "top_p": top_p, "keep": keep}
+        settings |= {"content": content, "backward": backward or None}
         texts = {"prompt": words or None, "negative": negative}
-        files = {"start": start, "storyboard": storyboard, "audio": audio}
+        files = {"start": start, "movement": movement or None, "storyboard": storyboard, "audio": audio}
         for name, value in (files | settings | texts).items():
             if value is not None and ("prompt" if name in texts else name) not in generator.accepts:
                 raise UserError(f"--{name.replace('_', '-')}: {model} takes none; leave it out")
         plan = _plan(generator, frames, seconds, fps, start, settings)
-        story = _storyboard(storyboard, plan) if storyboard else None
-        sound = _sound(audio, plan) if audio else None
-        requests = _requests(plan, jobs, words, story, negative, sound)
+        story = asked.storyboard_of(storyboard, generator, plan.frames, plan.fps) if storyboard else None
+        sound = asked.sound_of(audio, plan.frames / plan.fps) if audio else None
+        moves = [asked.movement_of(path, generator) for path in movement]
+        requests = asked.requests_of(generator, plan.settings, jobs, words, story, negative, sound, moves)
         groups = [requests[n : n + batch] for n in range(0, len(jobs), batch)]
         names = [out] if grid else file_names(out, jobs, words)
         videos = partial(_videos, plan, groups, tile, f"{out}.part")
@@ -263,39 +283,14 @@ def _plan(
 ) -> Plan:
     """The plan of the options, those of sampling over the model's own settings."""
     settings = replace(generator.settings, **{name: value for name, value in options.items() if value is not None})
-    rate, beginning = fps or generator.fps, None
-    if start:
-        with _naming(f"--start: {start}"):
-            beginning = generator.begin(media.frames_at(start, generator.size, generator.fps))
+    rate, beginning = fps or generator.fps, asked.start_of(start, generator) if start else None
     if frames is None and seconds is None and beginning is None:
         frames = generator.frames
     if frames is None:
         frames = generator.frames_of_seconds(seconds or generator.frames / rate, rate, beginning)
-    with _naming("--frames"):
+    with asked.naming("--frames"):
         rounds = generator.rounds(frames, settings, beginning)
     return Plan(generator, settings, frames, rate, beginning, rounds)
-
-
-def _sound(path: str, plan: Plan) -> Any:
-    """The sound of the video's length."""
-    from longtake.training.models.generator import Sound
-
-    with _naming("--audio"):
-        return Sound(*media.sound_of(path, plan.frames / plan.fps))
-
-
-def _requests(
-    plan: Plan, jobs: Sequence[Job], words: Sequence[str], story: Any, negative: str | None, sound: Any
-) -> list[Any]:
-    """The requests of all jobs, checked before any video is made. A story and a sound are those of them all."""
-    from longtake.training.models.generator import Request, check_requests, scene_of
-
-    def scene(job: Job) -> Any:
-        return scene_of(job.name, None if job.prompt is None else words[job.prompt], plan.generator.classes)
-
-    requests = [Request(job.seed, story or [(0.0, scene(job))], negative, sound) for job in jobs]
-    check_requests(plan.generator, requests, plan.settings)
-    return requests
 
 
 def _videos(
@@ -307,7 +302,7 @@ def _videos(
     each_step: Callable[[], Any],
 ) -> Iterator[Any]:
     """The videos of group `number`, in chunks of all of them, (videos, frames, H, W, 3)."""
-    with _naming(""):
+    with asked.naming(""):
         yield from plan.generator.videos(
             groups[number],
             plan.frames,
@@ -347,39 +342,3 @@ def _write(
                 for chunk in videos(number, bar.update):
                     for write, frames in zip(writers, chunk, strict=True):
                         write(frames)
-
-
-@contextmanager
-def _naming(option: str) -> Iterator[None]:
-    """Put the name of the option before errors that it causes."""
-    try:
-        yield
-    except (UserError, ValueError) as e:
-        raise UserError(f"{option}: {e}" if option else str(e)) from e
-
-
-def _storyboard(path: str, plan: Plan) -> Any:
-    from longtake.infra import yaml_text
-    from longtake.training.models.generator import check_story, story_of
-
-    content = yaml_text.parse(text_of("--storyboard", path), f"--storyboard: {path}")
-    with _naming(f"--storyboard: {path}"):
-        story = story_of(content, plan.generator.classes)
-        if "prompt" not in plan.generator.accepts and any(scene.prompt is not None for _, scene in story):
-            raise UserError("prompt: this model takes none; leave it out")
-        check_story(story, plan.frames, plan.fps)
-        return story
-
-
-def _guidance(text: str, asked: Mapping[str, bool]) -> Any:
-    """The guidance of an option's text. UserError where it leads to what is not asked for."""
-    from longtake.training.models.common.guidance import guidance_of, parts_of
-
-    with _naming("--guidance"):
-        guidance = guidance_of(text)
-    if isinstance(guidance, float) and any(asked.values()):
-        return guidance  # of what is asked for
-    if idle := [part for part, much in asdict(parts_of(guidance)).items() if much != 1.0 and not asked[part]]:
-        nouns, options = zip(*(_ASKED[part] for part in idle), strict=True)
-        raise UserError(f"--guidance: leads towards a {' or a '.join(nouns)}; name one with {' or '.join(options)}")
-    return guidance

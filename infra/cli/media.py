@@ -70,15 +70,17 @@ def frames_of(path: str, stride: int) -> tuple[Iterator[Any], float, int]:
 def frames_at(path: str, size: tuple[int, int], fps: float) -> Iterator[Any]:
     """RGB frames (H, W, 3) of a video as in a model's training clips.
 
-    The picture is scaled to cover `size` (height, width), which is cut out of its middle. Each tick of `fps` gives the frame
-    that is on screen at that time.
+    The picture is scaled to cover `size` (height, width), which is cut out of its middle; a line says so. Each tick of
+    `fps` gives the frame that is on screen at that time.
 
     Raises:
         UserError: no video.
         Failure: while frames are read, if the video is damaged.
     """
-    _probe(path)
+    facts = _probe(path)
     crop = size[1], size[0]
+    if (facts.width, facts.height) != crop:
+        click.echo(f"{path}: {facts.width}x{facts.height} is scaled and cropped to {crop[0]}x{crop[1]}", err=True)
     return _ticks(_rgb(path, lambda size: _covering(size, crop), crop), fps)
 
 

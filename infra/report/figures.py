@@ -26,6 +26,14 @@ _CURVES = (
     ("class coherence (CCS)", "share of videos, by first frame", {"generated": "ccs_by_chunk"}),
     ("inception coherence (ICS)", "nats, by first frame", {"generated": "ics_by_chunk"}),
     (
+        "change from frame to frame",
+        "of the range of pixels; lines where clips meet",
+        {"generated": "change_by_frame", "held-out": "change_by_frame_heldout"},
+    ),
+    ("Fréchet distance of bins", "by first frame", {"generated": "frechet_by_bin"}),
+    ("kernel distance of bins", "by first frame", {"generated": "kernel_by_bin"}),
+    ("LPIPS to the first frame", "at the end of a bin, by its first frame", {"generated": "lpips_by_bin"}),
+    (
         "distance of latents",
         "by latents apart",
         {"held-out": "ltd_normalised", "generated": "ltd_normalised_generated"},
@@ -65,7 +73,8 @@ def curves(stage: str, summary: Mapping[str, Any], keep: Pictures) -> list[dict[
     for title, unit, names in _CURVES:
         lines = {label: points for label, name in names.items() if len(points := _series(summary, name)) > 1}
         if lines:
-            picture = keep.add(f"{stage}-{title}.svg", pictures.lines(lines))
+            marks = [x for name in names.values() for x in summary.get("marks", {}).get(name, ())]
+            picture = keep.add(f"{stage}-{title}.svg", pictures.lines(lines, marks))
             plots.append({"title": title, "unit": unit, "picture": picture})
     if paths := {_kind(kind): points for kind, points in summary.get("latents", {}).get("paths", {}).items()}:
         picture = keep.add(f"{stage}-paths.svg", pictures.paths(paths))

@@ -43,6 +43,12 @@ _DISTANCE = (
     " from their {distance[videos_real]} sources, by {distance[network]} ({distance[network_digest]:.12}).",
     "",
 )
+_SCORE = (
+    "Inception score {inception_score:.4g} ± {inception_score_std:.2g} of {classified[videos]} videos in"
+    " {classified[splits]} parts, by {classified[classifier]} ({classified[classifier_digest]:.12}), which has"
+    " {classified[classes]} classes.",
+    "",
+)
 _CAREFUL = ("Careful: {distance[warning]}.", "")
 
 LAYOUTS = {
@@ -120,14 +126,42 @@ LAYOUTS = {
                 "No distance to real videos was measured: the stage names no feature network in features.",
             ),
             _CAREFUL,
-            (
-                "Inception score {inception_score:.4g} ± {inception_score_std:.2g} of {classified[videos]} videos in"
-                " {classified[splits]} parts, by {classified[classifier]} ({classified[classifier_digest]:.12}), which has"
-                " {classified[classes]} classes.",
-                "",
-            ),
+            _SCORE,
         ),
         caption=("seed {seed}", "{class}", "{prompt}", "{frames} frames"),
+    ),
+    "joined.json": Layout(
+        title="Videos joined clip by clip",
+        note="Figures of change are shares of the range of pixels. At a joint of ratio 1 nothing is to be seen.",
+        heading=f"errors on {{clips}} clips, {{videos}} videos of {{frames}} frames; {_SPLIT}",
+        scores={
+            "error of reconstructions": "l1",
+            "the same, repeating the reference": "l1_copy",
+            "the same, no movement encoded": "l1_unmoved",
+            "change at joints to that inside": "seam_ratio",
+            "turns at joints to those inside": "bend_ratio",
+            "change": "change",
+            "change of held-out clips": "change_heldout",
+            "pixels out of range": "out_of_range",
+            "drift of brightness": "level_drift",
+            "exchanged: content is the one's": "swap_content",
+            "exchanged: movement is the other's": "swap_movement",
+            "Fréchet distance at joints": "frechet_seam",
+            "Fréchet distance inside": "frechet_inner",
+            "rise to the last bin": "frechet_rise",
+            "inception score": "inception_score",
+        },
+        notes=(
+            (
+                "Distances by {distance[network]} ({distance[network_digest]:.12}), resize {distance[resize]}, of windows of"
+                " {distance[frames]} frames, {distance[videos_fake]} generated and {distance[videos_real]} {distance[split]}"
+                " ones, {distance[width]}×{distance[height]}, seed {distance[seed]}.",
+                "No distance to real videos was measured: the stage names no feature network in features.",
+            ),
+            _CAREFUL,
+            _SCORE,
+        ),
+        caption=("{what}", "{key}", "seed {seed}", "{frames} frames"),
     ),
     "retrieved.json": Layout(
         title="Retrieved from memory",

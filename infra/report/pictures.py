@@ -128,11 +128,13 @@ def curve(points: Sequence[tuple[int, float]]) -> bytes:
     return _svg(figure)
 
 
-def lines(curves: Mapping[str, Sequence[tuple[int, float]]]) -> bytes:
-    """One or two curves over the same whole numbers, with a legend for two."""
+def lines(curves: Mapping[str, Sequence[tuple[int, float]]], marks: Sequence[int] = ()) -> bytes:
+    """One or two curves over the same whole numbers, with a legend for two, and dashed lines at the marks."""
     from matplotlib.ticker import MaxNLocator
 
     figure, axes = _axes()
+    for mark in marks:
+        axes.axvline(mark, color=_LIGHT["ink"], alpha=0.4, linewidth=0.6, linestyle="--")
     for (label, points), colour in zip(curves.items(), ("kept", "dropped"), strict=False):
         x, y = zip(*points, strict=True)
         axes.plot(x, y, color=_LIGHT[colour], linewidth=1.8, marker="o", markersize=3, label=label)

@@ -14,6 +14,7 @@ KINDS = {
     "vqgan": "longtake.training.models.tats.vqgan_kind",
     "sound_vqgan": "longtake.training.models.tats.sound.kind",
     "tats": "longtake.training.models.tats.kind",
+    "encgan3": "longtake.training.models.encgan3.kind",
     "memory_dit": "longtake.training.models.memory.kind",
 }
 

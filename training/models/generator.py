@@ -6,7 +6,7 @@ import difflib
 import math
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 import numpy as np
 
@@ -41,6 +41,8 @@ class Settings:
     top_k           draw among the likeliest tokens; 0 is all [TATS: 2048]
     top_p           and among the likeliest that reach this probability together; 1 is all [TATS: 0.8]
     keep            latent frames of the past that each further window of tokens has; 0 is all that it has room for
+    content         of a model that goes on from single frames: `encode` what each of them shows, or `keep` that of the first
+    backward        the same in the other direction of time: the video ends where its start begins
     """
 
     steps: int = 100  # the name that registered models and recipes have; functions call them `solver_steps`
@@ -52,12 +54,16 @@ class Settings:
     top_k: int = 2048
     top_p: float = 0.8
     keep: int = 0
+    content: Literal["encode", "keep"] = "encode"
+    backward: bool = False
 
     def __post_init__(self) -> None:
         try:
             object.__setattr__(self, "guidance", guidance_of(self.guidance))
         except ValueError as e:
             raise ValueError(f"guidance: {e}") from e
+        if self.content not in ("encode", "keep"):
+            raise ValueError(f"content: {self.content!r} is neither encode nor keep")
 
 
 class Sound(NamedTuple):
@@ -82,12 +88,14 @@ class Request(NamedTuple):
     story     what is to be seen over time
     negative  a text that guidance leads away from, None for none
     sound     that it is to fit, None for none
+    movement  of other videos, one after the other, as `Generator.movement` gives it; none: the model's own
     """
 
     seed: int
     story: Story
     negative: str | None = None
     sound: Sound | None = None
+    movement: Sequence[Any] = ()
 
 
 class Generator(Protocol):
@@ -98,6 +106,8 @@ class Generator(Protocol):
     frames     of a video of the default length
     fps, size  frames per second, and (height, width), of its training videos
     settings   the ones that it was registered with
+
+    One that accepts "movement" also has `movement(frames)`, the movement of a video from its frames as `begin` takes them.
     """
 
     @property

@@ -55,8 +55,8 @@ class Kind(NamedTuple):
     generator  `generator(uri, model, facts, vae, dtype)` returns a `Generator` of a loaded model; `vae` replaces its
                autoencoder, if not None. None for a kind that generates nothing
     retriever  the same of a `Retriever`; None for a kind that retrieves nothing
-    accepts    options of a request to the generator, some of "class", "prompt", "audio", "start", "storyboard", and the
-               names of its `generator.Settings` that have an effect
+    accepts    options of a request to the generator, some of "class", "prompt", "audio", "start", "movement", "storyboard", and
+               the names of its `generator.Settings` that have an effect
     answer     `answer(folder)` returns the function of videos, uint8 (B, T, H, W, 3), that is served; None for a generator
     """
 

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from contextlib import suppress
 from typing import Any
 
@@ -50,31 +50,45 @@ def url_of(folder: str | None, number: int) -> str:
 
 def save(url: str, name: str, values: Tensor) -> None:
     """Keep a part, where there is a folder."""
+    save_all(url, {name: values})
+
+
+def save_all(url: str, tensors: Mapping[str, Tensor]) -> None:
+    """Keep a part of several tensors, where there is a folder."""
     if url:
-        storage.write(url, safetensors.save({name: values, _SUM: _sum_of(values)}))
+        kept = {name: values.contiguous() for name, values in tensors.items()}
+        storage.write(url, safetensors.save(kept | {_SUM: _sum_of(kept)}))
 
 
 def load(url: str, name: str) -> Tensor | None:
     """A kept part; None where there is none. Raises Failure where it is damaged."""
+    part = load_all(url, (name,))
+    return None if part is None else part[name]
+
+
+def load_all(url: str, names: Collection[str]) -> dict[str, Tensor] | None:
+    """A kept part of several tensors, as `load`."""
     if not url:
         return None
     try:
         tensors = safetensors.load(storage.read(url))
-        part, known = tensors[name], tensors[_SUM]
+        part, known = {name: tensors[name] for name in names}, tensors.pop(_SUM)
     except FileNotFoundError:
         return None
     except (SafetensorError, KeyError) as e:
         raise Failure(f"{url}: damaged ({e}); delete it and give the same command again") from e
-    if not torch.equal(known, _sum_of(part)):
+    if not torch.equal(known, _sum_of(tensors)):
         raise Failure(f"{url}: damaged (other values than were written); delete it and give the same command again")
     return part
 
 
-def _sum_of(values: Tensor) -> Tensor:
-    """The sha256 of a tensor's type, shape and values, `(32,)`."""
-    sum_ = hashlib.sha256(f"{values.dtype} {list(values.shape)} ".encode())
-    sum_.update(values.cpu().contiguous().view(torch.uint8).numpy().tobytes())
-    return torch.tensor(list(sum_.digest()), dtype=torch.uint8)
+def _sum_of(tensors: Mapping[str, Tensor]) -> Tensor:
+    """The sha256 of the names, types, shapes and values of tensors, `(32,)`."""
+    digest = hashlib.sha256()
+    for name, values in sorted(tensors.items()):
+        digest.update(f"{name} {values.dtype} {list(values.shape)} ".encode())
+        digest.update(values.cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return torch.tensor(list(digest.digest()), dtype=torch.uint8)
 
 
 def check_shape(url: str, part: Tensor, shape: tuple[int, ...]) -> None:

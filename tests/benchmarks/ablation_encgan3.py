@@ -1,0 +1,430 @@
+"""The claims of EncGAN3 and REncGAN3 (arXiv 2512.21776) with tiny models, several seeds, held-out sprites and sources.
+
+    python tests/benchmarks/ablation_encgan3.py OUT [--seeds 3] [--features squeezenet1_0.pth] [--part R] [--seed 0]
+
+T  training of `plain` (signed differences), `absolute`, the paper's, and `recall` (signed, two clips in a step); of each the
+   error of held-out clips beside that of repeating their first frame; the direction that reconstructed sprites move in;
+   and clips of the content of one sprite and the movement of another, named by probes that have seen real ones only.
+R  long videos from held-out frames: `independent` clips that all begin from the same frame, `chained` clips of the same
+   model, `recall`, `lstm`, which draws the movement of each clip given those before, and `longer`, the generator run once
+   with more steps of movement. What is seen at joints, and how far the videos drift.
+
+Sprites are shapes of a colour that move evenly over a grey ground and come in again on the other side; pairs of shape and
+colour are held out. Footage is generated: photographs under a moving camera, of which videos are held out whole. Half of
+each batch is of either. Each finished part of a seed is a file of JSON in OUT and is not made again, and a training goes on
+where it was stopped; several processes may take a part or a seed each. R of a seed needs its T.
+"""
+
+import argparse
+import json
+import math
+import statistics
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+from itertools import islice
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import yaml
+from torch import Tensor, nn
+
+from longtake.datasets import storage
+from longtake.datasets.loader import Loader, to_model
+from longtake.infra import footage, graph, recipe, runner, runs
+from longtake.training import checkpoint, engines
+from longtake.training.loop import train
+from longtake.training.metrics import swap
+from longtake.training.metrics.degradation import degradation
+from longtake.training.metrics.distance import Sample
+from longtake.training.metrics.features import load_network
+from longtake.training.metrics.seams import around, bends, between, changes, out_of_range, seam_distances, seams
+from longtake.training.models.common.draws import rng_of
+from longtake.training.models.encgan3 import pretrain
+from longtake.training.models.encgan3.discriminators import Discriminators
+from longtake.training.models.encgan3.model import EncGAN3
+from longtake.training.models.encgan3.rollout import Rollout, Start
+from longtake.training.objective import Objective
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "absolute": {"model": {"differences": "absolute"}},
+    "recall": {"recall": True},
+}
+ARMS = ("independent", "chained", "recall", "lstm", "longer")
+SIZE, FPS, FRAMES, SPAN, LONG, BIN = 32, 12, 16, 28, 208, 52  # 208 = 12 + 4 * 49, which the generator makes at once
+SHAPES, COLOURS, DIRECTIONS = 4, 6, 8
+HUES = ((230, 60, 50), (60, 200, 70), (70, 90, 240), (230, 210, 60), (210, 70, 220), (60, 210, 220))
+
+
+# Data.
+
+
+class Sprites(NamedTuple):
+    """Videos `(N, 3, T, 32, 32)` uint8, and the colour and the direction of each, `(N,)`."""
+
+    video: Tensor
+    colour: Tensor
+    direction: Tensor
+
+
+def mask_of(shape: int) -> np.ndarray:
+    """A shape of about 10 pixels in the middle, 0..1."""
+    y, x = np.mgrid[:SIZE, :SIZE] - (SIZE - 1) / 2
+    inside = {
+        0: np.maximum(abs(x), abs(y)) < 5,
+        1: np.hypot(x, y) < 5.5,
+        2: (np.minimum(abs(x), abs(y)) < 2) & (np.maximum(abs(x), abs(y)) < 6),
+        3: (np.hypot(x, y) < 6) & (np.hypot(x, y) > 3),
+    }
+    return inside[shape].astype(np.float32)
+
+
+def sprites(count: int, frames: int, seed: int, heldout: bool) -> Sprites:
+    """Sprites that move by 1 to 2 pixels a frame. A shape has one colour that is held out."""
+    rng, video, labels = np.random.default_rng(seed), np.empty((count, 3, frames, SIZE, SIZE), np.uint8), []
+    masks = [mask_of(shape) for shape in range(SHAPES)]
+    for clip in video:
+        shape, direction = int(rng.integers(SHAPES)), int(rng.integers(DIRECTIONS))
+        colour = shape if heldout else int((shape + rng.integers(1, COLOURS)) % COLOURS)
+        angle, speed = 2 * math.pi * direction / DIRECTIONS, rng.uniform(1, 2)
+        start, ground = rng.uniform(0, SIZE, 2), rng.uniform(60, 130)
+        slope = np.mgrid[:SIZE, :SIZE].transpose(1, 2, 0) @ rng.uniform(-1, 1, 2)
+        shade = ground + slope[None]
+        for frame in range(frames):
+            y, x = (start + frame * speed * np.array([math.sin(angle), math.cos(angle)])).round().astype(int)
+            mask = np.roll(masks[shape], (y, x), (0, 1))
+            clip[:, frame] = np.where(mask, np.array(HUES[colour])[:, None, None], shade)
+        labels.append((colour, direction))
+    colours, directions = torch.tensor(labels).unbind(1)
+    return Sprites(torch.from_numpy(video), colours, directions)
+
+
+def prepare(out: Path, videos: int) -> str:
+    """Footage and shards, whatever is missing; returns the dataset."""
+    footage.generate(out / "footage", videos, seconds=24, fps=FPS, size=(2 * SIZE, 2 * SIZE))
+    rules = {"short_side": SIZE, "fps": FPS, "aspects": ["1:1"], "crf": 8}
+    rules |= {"min_seconds": SPAN / FPS, "max_seconds": 10}
+    stages = {
+        "shards": {"kind": "shard", "sources": [str(out / "footage" / "*.mp4")], "clip": rules, "val_fraction": 0.3}
+    }
+    content = {"name": "ablation-encgan3", "workspace": str(out / "runs"), "stages": stages}
+    (out / "recipe.yaml").write_text(yaml.safe_dump(content))
+    resolved = graph.pin(recipe.load(str(out / "recipe.yaml")))
+    runner.run(resolved, runner.Choice(), lambda line: print(line, flush=True))
+    (node,) = graph.build(resolved)
+    done = runner.finished(node, runs.connect(resolved))
+    assert done
+    return str(done.uri)
+
+
+def filmed(options: argparse.Namespace, split: str, count: int) -> Tensor:
+    """Random windows of the footage, `(count, 3, SPAN, 32, 32)` uint8."""
+    window: dict[str, Any] = {"columns": ("video",), "frames": SPAN, "size": (SIZE, SIZE), "crop": "random"}
+    loader = Loader(options.dataset, split, batch=8, last="pad", seed=0, **window)
+    return torch.cat([batch["video"] for batch in islice(loader, math.ceil(count / 8))])[:count]
+
+
+class Mixture:
+    """A stream of batches, half of them sprites and half windows of footage, of so many frames."""
+
+    def __init__(self, windows: Tensor, frames: int, batch: int, seed: int) -> None:
+        self._windows, self._frames, self._half, self._seed, self._batches = windows, frames, batch // 2, seed, 0
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        while True:
+            rng = np.random.default_rng([self._seed, self._batches])
+            rows, first = rng.integers(len(self._windows), size=self._half), rng.integers(SPAN - self._frames + 1)
+            films = self._windows[rows, :, first : first + self._frames]
+            moving = sprites(self._half, self._frames, int(rng.integers(1 << 40)), False).video
+            self._batches += 1
+            yield {"video": torch.cat([moving, films]), "key": [str(n) for n in range(2 * self._half)]}
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"batches": self._batches}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._batches = state["batches"]
+
+
+# T: training, and what the encoders have learned.
+
+
+def trained(options: argparse.Namespace, variant: str, seed: int) -> EncGAN3:
+    """The model of a variant: trained, or continued to the end."""
+    changes = VARIANTS[variant]
+    model = {"preset": "encgan3_tiny", "differences": "signed"} | changes.get("model", {})
+    config = pretrain.Config(
+        kind="pretrain_encgan3", dataset=options.dataset, model=model, recall=changes.get("recall", False), batch=8,
+        steps=options.steps, lr=options.lr, schedule="cosine", gan_start=options.steps // 4, ema_half_lives=(100,), seed=seed,
+        run={"workers": 0, "sample_every": 0, "heldout_every": 0, "checkpoint_every": 250, "keep_checkpoints": 1},
+    )  # fmt: skip
+    torch.manual_seed(seed)
+    made = EncGAN3(config.encgan3()).to(engines.device())
+    judges = Discriminators(SIZE, made.config.width, "group", made.config.groups).to(engines.device())
+    objective = Objective(
+        {"generator": made, "discriminator": judges},
+        partial(pretrain._loss, config, made),
+        lead="generator",
+        starts={"discriminator": config.gan_start},
+        settings={"discriminator": pretrain._discriminator_settings(config)},
+    )
+    folder = options.out / f"T-{variant}-{seed}"
+    stream: Any = Mixture(options.films, SPAN if config.recall else FRAMES, config.batch, seed)
+    train(objective, stream, config, folder)
+    made.load_state_dict(checkpoint.trained(folder, config))
+    return made.eval()
+
+
+def clips_of(videos: Tensor) -> Tensor:
+    """The first clip of videos uint8, `(N, 3, T, H, W)` in [-1, 1]."""
+    return to_model(videos[:, :, :FRAMES].to(engines.device()))
+
+
+def made_of(model: EncGAN3, content: Tensor, movement: Tensor, drawn: bool = False) -> Tensor:
+    """Clips with the first frames of the ones and the movement of the others; `drawn`: without these frames themselves."""
+    first = content[:, :, 0]
+    z_x, moving = model.encode_content(first).mean, movement.transpose(1, 2)
+    z_v = model.encode_movement(model.differences_of(moving)).mean
+    clips = model.generate(z_x, z_v, model.first_frame(z_x) if drawn else first)
+    return clips.clamp(-1, 1).transpose(1, 2)
+
+
+def part_t(options: argparse.Namespace, variant: str, seed: int) -> dict[str, Any]:
+    return learned(options, trained(options, variant, seed), seed)
+
+
+@torch.no_grad()
+def learned(options: argparse.Namespace, model: EncGAN3, seed: int) -> dict[str, Any]:
+    """What the encoders of a model have learned."""
+
+    # probes of real sprites, none of which is held out
+    known = sprites(512, FRAMES, 1_000_000 + seed, False)
+    looks = swap.fit_classes(swap.content(to_model(known.video)), known.colour)
+    moves = swap.fit_classes(swap.movement(to_model(known.video)), known.direction)
+
+    def share(probe: Any, rows: Tensor, labels: Tensor) -> float:
+        return float((probe(rows.cpu()) == labels).double().mean())
+
+    # held-out sprites, each with the movement of another one
+    some = sprites(options.clips, FRAMES, 2_000_000 + seed, True)
+    real, order = clips_of(some.video), torch.arange(options.clips).roll(1)
+    again, other = made_of(model, real, real), some.direction[order]
+    found: dict[str, Any] = {"errors": errors(model, {"sprites": real, "footage": clips_of(options.heldout)})}
+    seen = swap.movement(again)
+    found["direction"] = {
+        "real": share(moves, swap.movement(real), some.direction),
+        "reconstructed": share(moves, seen, some.direction),
+        "opposite": share(moves, seen, (some.direction + DIRECTIONS // 2) % DIRECTIONS),
+    }
+    found["swap"] = {"content_real": share(looks, swap.content(real), some.colour)}
+    for name, drawn in (("", False), ("_drawn", True)):
+        swapped = made_of(model, real, real[order], drawn)
+        found["swap"][f"content{name}"] = share(looks, swap.content(swapped), some.colour)
+        found["swap"][f"movement{name}"] = share(moves, swap.movement(swapped), other)
+    return found
+
+
+def errors(model: EncGAN3, kinds: Mapping[str, Tensor]) -> dict[str, float]:
+    """Mean absolute errors of reconstructions, and of repeating the first frame, in 0..1."""
+    found = {}
+    for name, clips in kinds.items():
+        found[name] = float((made_of(model, clips, clips) - clips).abs().mean()) / 2
+        found[f"{name}_copy"] = float((clips[:, :, :1] - clips).abs().mean()) / 2
+    return found
+
+
+# R: long videos.
+
+
+class Next(nn.Module):
+    """z_v of the next clip as a Gaussian, given those before: an LSTM over movement, as the paper's LEncGAN3 might be."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.lstm, self.out = nn.LSTM(width, 64, batch_first=True), nn.Linear(64, 2 * width)
+
+    def forward(self, moves: Tensor, state: Any = None) -> tuple[Tensor, Tensor, Any]:
+        """`(B, n, D_v)` of clips -> mean and log-variance of each next one, and the state."""
+        hidden, state = self.lstm(moves, state)
+        mean, logvar = self.out(hidden).chunk(2, dim=-1)
+        return mean, logvar.clamp(-10, 4), state
+
+
+def followed(options: argparse.Namespace, model: EncGAN3, seed: int) -> Next:
+    """The LSTM, trained on the movement of clips in a row of long sprites and of windows of footage."""
+    hop = model.config.frames - model.config.overlap
+    rows = []
+    with torch.no_grad():
+        for number in range(options.windows // 32):
+            video = to_model(sprites(32, FRAMES + 7 * hop, seed * 1000 + number, False).video).transpose(1, 2)
+            clips = [video[:, first : first + FRAMES].to(engines.device()) for first in range(0, 8 * hop, hop)]
+            rows.append(torch.stack([model.encode_movement(model.differences_of(clip)).mean for clip in clips], 1))
+    moves = torch.cat(rows)
+    torch.manual_seed(seed)
+    lstm = Next(model.config.movement).to(engines.device())
+    optimizer = torch.optim.Adam(lstm.parameters(), 3e-3)
+    for step in range(400):
+        batch = moves[np.random.default_rng([seed, step]).integers(len(moves), size=32)]
+        mean, logvar, _ = lstm(batch[:, :-1])
+        loss = (logvar + (batch[:, 1:] - mean).square() / logvar.exp()).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return lstm.eval()
+
+
+@torch.no_grad()
+def drawn_by(lstm: Next, first: Tensor, seeds: Sequence[int], clips: int) -> Tensor:
+    """`(B, clips, D_v)` that go on from the movement of first clips `(B, D_v)`."""
+    made, state = [first], None
+    for number in range(1, clips):
+        mean, logvar, state = lstm(made[-1][:, None], state)
+        noise = torch.stack([torch.randn(first.shape[1], generator=rng_of(seed, number)) for seed in seeds])
+        made.append(mean[:, 0] + (0.5 * logvar[:, 0]).exp() * noise.to(first))
+    return torch.stack(made, 1)
+
+
+@torch.no_grad()
+def rolled(model: EncGAN3, lstm: Next | None, arm: str, seed: int, frames: Tensor) -> tuple[Tensor, list[int]]:
+    """Videos `(B, 3, LONG, H, W)`, not clamped, that go on from frames `(B, 3, H, W)`, and their joints."""
+    width, videos, joints = model.config.movement, list[Tensor](), list[int]()
+    for number, frame in enumerate(frames):
+        one, noise = 1000 * seed + number, partial(torch.randn, generator=rng_of(1000 * seed + number, 1 << 20))
+        if arm in ("independent", "longer"):
+            z_x = model.encode_content(frame[None]).mean
+            if arm == "longer":
+                video = model.generate(z_x, noise(1, LONG // 4 - 3, width).to(z_x), frame[None], 0, LONG)
+            else:
+                count, joints = LONG // FRAMES, list(range(FRAMES, LONG, FRAMES))
+                z_v = noise(count, width).to(z_x)
+                video = model.generate(z_x.expand(count, -1), z_v, frame.expand(count, -1, -1, -1)).flatten(0, 1)[None]
+        else:
+            plan = Rollout(model, [one], start=Start(frame[None], frame[None]))
+            if lstm:
+                begin = noise(1, width).to(frame)
+                plan = Rollout(
+                    model, [one], start=plan.start, movement=[drawn_by(lstm, begin, [one], plan.clips(LONG))[0]]
+                )
+            joints, video = plan.joints(LONG), torch.cat(list(plan.pieces(LONG)), dim=1)
+        videos.append(video.cpu())
+    # the longer one has no joints: it is measured where the chained ones have theirs
+    chained = Rollout(model, [0], start=Start(frames[:1], frames[:1])).joints(LONG)
+    return torch.cat(videos).transpose(1, 2), joints or chained
+
+
+def part_r(options: argparse.Namespace, arm: str, seed: int) -> dict[str, Any]:
+    model = trained(options, "recall" if arm == "recall" else "plain", seed)
+    lstm = followed(options, model, seed) if arm == "lstm" else None
+    moving = sprites(options.videos, SPAN, 3_000_000 + seed, True).video
+    found = {}
+    for kind, real in (("sprites", moving), ("footage", options.heldout[: options.videos])):
+        video, joints = rolled(model, lstm, arm, seed, clips_of(real)[:, :, 0])
+        found[kind] = measured(options, to_model(real), video, joints)
+    return found
+
+
+def measured(options: argparse.Namespace, real: Tensor, raw: Tensor, joints: Sequence[int]) -> dict[str, Any]:
+    """What is seen at joints, and curves over bins, of videos `(B, 3, LONG, H, W)` beside real windows."""
+    video, length = raw.clamp(-1, 1), FRAMES - 4
+    seen, true = seams(changes(video), bends(video), joints), changes(real)
+    bins = video.split(BIN, dim=2)
+    looks, levels = [swap.content(part) for part in bins], [part.mean((1, 2, 3, 4)) / 2 for part in bins]
+    found: dict[str, Any] = {
+        **seen._asdict(),
+        "change_of_real": seen.change / float(true.mean()),
+        "out_of_range": out_of_range(raw),
+        "colours_from_start": [float((look - swap.content(video[:, :, :1])).norm(dim=1).mean()) for look in looks],
+        "level_from_start": [float((level - video[:, :, 0].mean((1, 2, 3)) / 2).abs().mean()) for level in levels],
+    }
+    if options.network:
+
+        def sample(windows: Tensor) -> Sample:
+            each = Sample("windows", options.network)
+            for batch in windows.to(engines.device()).split(8):
+                each.add(batch)
+            return each
+
+        truth = sample(torch.cat([real[:, :, :length], real[:, :, -length:]]))
+        at, inside = around(video, joints, length), between(video, joints, length)
+        distances = seam_distances(truth, sample(at), sample(inside), split="val", seed=0)
+        found |= {name: distances[name] for name in ("frechet_seam", "frechet_inner", "frechet_gap")}
+        windows = [sample(torch.cat(part[:, :, : BIN // length * length].split(length, dim=2))) for part in bins]
+        found["frechet"] = degradation(truth, windows, split="val", seed=0)["frechet"]
+    return found
+
+
+# All of it.
+
+
+def jobs(options: argparse.Namespace) -> Iterator[tuple[str, Callable[[], dict[str, Any]]]]:
+    """The name of each part's file, and what makes it."""
+    for seed in [options.seed] if options.seed is not None else range(options.seeds):
+        for variant in VARIANTS if "T" in options.part else ():
+            yield f"T-{variant}-{seed}", lambda v=variant, s=seed: part_t(options, v, s)
+        for arm in ARMS if "R" in options.part else ():
+            yield f"R-{arm}-{seed}", lambda a=arm, s=seed: part_r(options, a, s)
+
+
+def spread(values: Sequence[float | None]) -> str:
+    there = [value for value in values if value is not None]
+    deviation = statistics.stdev(there) if len(there) > 1 else 0.0
+    return f"{statistics.mean(there):8.3f} ±{deviation:6.3f}" if there else "       -"
+
+
+def table(out: Path) -> Iterator[str]:
+    """Means ± standard deviations over the seeds."""
+    for part, names in (("T", VARIANTS), ("R", ARMS)):
+        for name in names:
+            rows = [json.loads(path.read_text()) for path in sorted(out.glob(f"{part}-{name}-*.json"))]
+            for group in rows[0] if rows else ():
+                if group != "seconds_taken":
+                    yield f"{part} {name:11} {group:9} seeds {len(rows)}  {cells([row[group] for row in rows])}"
+
+
+def cells(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Each figure of some records; of a curve the first and the last value."""
+    parts = []
+    for name, value in rows[0].items():
+        if isinstance(value, list):
+            parts.append(f"{name} {spread([row[name][0] for row in rows])} ..{spread([row[name][-1] for row in rows])}")
+        else:
+            parts.append(f"{name} {spread([row[name] for row in rows])}")
+    return "  ".join(parts)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--seed", type=int, help="this one alone")
+    parser.add_argument("--part", choices=["T", "R"], action="append", help="this one alone; R needs T")
+    parser.add_argument("--features", help="state dict or TorchScript of a feature network")
+    parser.add_argument("--steps", type=int, default=1500, help="of a training, a quarter without discriminators")
+    parser.add_argument("--lr", type=float, default=1e-3)
+    parser.add_argument("--footage", type=int, default=24, help="videos of 24 seconds")
+    parser.add_argument("--windows", type=int, default=512, help="of training footage, and sprites for the LSTM")
+    parser.add_argument("--clips", type=int, default=128, help="held-out clips that the encoders are measured on")
+    parser.add_argument("--videos", type=int, default=16, help="of either kind that are rolled out")
+    options = parser.parse_args()
+    options.out, options.part = options.out.absolute(), options.part or ["T", "R"]
+    options.out.mkdir(parents=True, exist_ok=True)
+    options.network = load_network(options.features, device=engines.device()) if options.features else None
+    options.dataset = prepare(options.out, options.footage)
+    options.films = filmed(options, "train", options.windows)
+    options.heldout = filmed(options, "val", max(options.videos, 32))
+    with engines.process_group():
+        for name, make in jobs(options):
+            if (options.out / f"{name}.json").exists():
+                continue
+            begun = time.monotonic()
+            found = make() | {"seconds_taken": time.monotonic() - begun}
+            storage.write(str(options.out / f"{name}.json"), json.dumps(found, indent=2).encode())
+            print(*table(options.out), sep="\n", flush=True)
+    print(*table(options.out), sep="\n", flush=True)
+
+
+if __name__ == "__main__":
+    main()
