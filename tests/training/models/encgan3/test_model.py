@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from pydantic import ValidationError
-from torch import Tensor
+from torch import Tensor, nn
 
 from longtake.training.models.common.codec import Posterior
 from longtake.training.models.encgan3.blocks import FactorisedAttention, ThreeStreams
@@ -157,7 +157,12 @@ def test_gradients_flow_through_the_joint() -> None:
     chosen = model()
     video = random(2, 28, 3, 16, 16)
     movements = list[Tensor]()
-    chosen.movement.register_forward_hook(lambda layer, given, out: (out.retain_grad(), movements.append(out)) and None)  # type: ignore[func-returns-value]
+
+    def keep(layer: nn.Module, given: object, out: Tensor) -> None:
+        out.retain_grad()
+        movements.append(out)
+
+    chosen.movement.register_forward_hook(keep)
     drawn = chosen(video, chosen.differences_of(video), random(2, NOISES, 12), sample=False)
     drawn.joined[:, 20].square().sum().backward()
     gradient = movements[0].grad
