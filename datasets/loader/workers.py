@@ -3,7 +3,10 @@
 import hashlib
 import itertools
 import json
+import os
+import select
 import signal
+import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from multiprocessing import forkserver, resource_tracker
 from typing import Any, Protocol
@@ -88,9 +91,12 @@ class _Share(torch.utils.data.IterableDataset):
 
     def __init__(self, plan: Plan, start: int, end: int | None) -> None:
         self.plan, self.start, self.end = plan, start, end
+        self._process = os.getpid()
 
     def __iter__(self) -> Iterator[dict[str, Any] | Failure]:
         info = torch.utils.data.get_worker_info()
+        if info:
+            _end_with(self._process)
         first, stride = (self.start + info.id, info.num_workers) if info else (self.start, 1)
         numbers = itertools.count(first, stride) if self.end is None else range(first, self.end, stride)
         try:
@@ -98,6 +104,24 @@ class _Share(torch.utils.data.IterableDataset):
         except Failure as e:
             # yielded, not raised: torch would put a stack trace into its message
             yield e
+
+
+def _end_with(process: int) -> None:
+    """End this worker as soon as the process that it works for is gone.
+
+    torch watches the worker's parent. That is the server, which lives as long as a worker does: each holds its pipe open.
+    """
+    try:
+        watched = select.poll()
+        watched.register(os.pidfd_open(process), select.POLLIN)
+    except ProcessLookupError:
+        os._exit(1)
+
+    def watch() -> None:
+        watched.poll()
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def _start_server_without_signals() -> None:
