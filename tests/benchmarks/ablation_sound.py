@@ -9,7 +9,7 @@ a VQGAN of the pictures and one of the sound, writes the tokens of both, and tra
 Videos are then drawn for the sounds of further footage, at guidance 1 and 2, and judged by their pixels: the share of frames
 whose patch has the colour of the tone that is heard, away from changes. Beside it the same of another video's sound and of
 none, whose chance is a third; `footage` is this judge on the real videos as the VQGAN gives them back, the most that can be
-reached. Each finished seed is a file of JSON in OUT and is not made again. A seed takes some 12 minutes on a core.
+reached. Each finished seed is a file of JSON in OUT and is not made again. A seed takes some 10 minutes on a core.
 """
 
 import argparse
