@@ -203,7 +203,9 @@ def run_stage(recipe: Recipe, name: str, parent: str | None = None, fresh: bool 
     except BaseException as e:
         if store and start:
             stopped = isinstance(e, Interrupted | KeyboardInterrupt | SystemExit)
-            store.end(start.run_id, "KILLED" if stopped else "FAILED", f"{type(e).__name__}: {e}")
+            # an interrupt says nothing itself
+            why = f"{type(e).__name__}: {e}" if str(e) or not stopped else "stopped by a signal"
+            store.end(start.run_id, "KILLED" if stopped else "FAILED", why)
         raise
     if store:
         store.finish(start.run_id, result)

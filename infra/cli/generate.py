@@ -265,7 +265,7 @@ def _load_generator(model: str, vae: str | None, precision: str, text_encoder: s
     kind = kind_of(facts)
     if kind.generator is None:
         raise UserError(
-            f"{model}: is a {kind.what}, which generates no videos; name a prior, such as of `finetune_latte`"
+            f"{model}: is a {kind.what}, which generates no videos; name a prior, such as of `finetune_latte` or `pretrain_tats`"
         )
     decoder = media.check_registry(vae) if vae else None
     if text_encoder and not facts.get("text"):

@@ -146,6 +146,8 @@ class Prior:
             each_step=each_step,
         )
         rollout.check()
+        # before a token is drawn
+        self.vqgan.check_tile(tile, self.model.config.shape[1:])
         return videos_of(rollout, self.vqgan, self.latents(frames), folder, tile)
 
     def _leading(self, settings: Settings) -> Settings | None:

@@ -8,7 +8,7 @@ training, and videos of any length are encoded and decoded in chunks, exactly.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Literal
 
 import torch
@@ -29,6 +29,7 @@ from longtake.training.models.tats.convolution import (
     margins,
     stream,
     tiles,
+    windows,
 )
 
 # fmt: off
@@ -311,6 +312,11 @@ class VQGAN(nn.Module):
         if tile is not None and (tile < s or tile % s):
             raise ValueError(f"tile {tile}; needs a multiple of {s}")
         return None if tile is None else tile // s
+
+    def check_tile(self, tile: int | None, latents: Sequence[int]) -> None:
+        """ValueError where tokens of so many latents (h, w) cannot be decoded in tiles of so many pixels a side."""
+        for side, around in zip(latents, self._margins(self.decoder)[1:], strict=True):
+            windows(side, self._tile(tile), around, self.config.spatial_stride)
 
     def _check(self, video: Tensor) -> None:
         self._check_frames(video.shape[2])
