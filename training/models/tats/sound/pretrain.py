@@ -50,7 +50,7 @@ class Config(TrainConfig):
 
     dataset       to train on, with a column of sound
     view          which clips to use; null uses all
-    spectrogram   fields of Spectrogram to change: `{scale: linear}`
+    spectrogram   rows, columns, scale, highest or window of Spectrogram, to change: `{scale: linear}`
     model         a preset with fields of SoundVQGANConfig to change: `{preset: sound_vqgan_paper}`
     range_clips   training clips whose least and greatest magnitudes become -1 and 1 [assumption: 256; code: all]
     frames        of a window, in multiples of the model's temporal stride [paper: 16]
