@@ -152,8 +152,12 @@ def test_a_training_outlives_the_sqlite_server_and_its_metrics_arrive_when_that_
                 for process in [*server.children(recursive=True), server]:
                     process.kill()
                 assert gone(uri)
-                here = latest(folder)
-                reached(folder, child, here + 40)
+                # that it is down is said as soon as the next metrics are sent
+                here, log = latest(folder), folder / "training.txt"
+                while "tracking:" not in log.read_text():
+                    assert child.poll() is None, log.read_text()[-3000:]
+                    time.sleep(0.05)
+                reached(folder, child, here + 20)
                 paste(start, env)
                 assert child.wait(timeout=150) == 0, (folder / "training.txt").read_text()[-3000:]
             finally:
@@ -166,7 +170,6 @@ def test_a_training_outlives_the_sqlite_server_and_its_metrics_arrive_when_that_
         )
         found = subprocess.run([sys.executable, "-P", "-c", script], env=mine, capture_output=True, text=True)
         assert found.stdout.split() == ["FINISHED", "True"], found.stdout + found.stderr
-        assert "tracking" in (folder / "training.txt").read_text(), "that it was down is said"
     finally:
         paste(stop, env)
     assert gone(uri)
