@@ -148,9 +148,7 @@ def test_one_pass_makes_both_clips_the_second_from_a_frame_of_the_first() -> Non
     begun = chosen.generate(z_x[:, 1], z_v[:, 1], chosen.first_frame(z_x[:, 1]), 3)
     torch.testing.assert_close(drawn.sampled[:, :14], begun[:, :14])
     again = chosen.encode_content(begun[:, 13])
-    joined = chosen.generate(
-        again.mean + (0.5 * again.logvar).exp() * z_x[:, 3], z_v[:, 3], begun[:, 13], config.index
-    )
+    joined = chosen.generate(again.mean + (0.5 * again.logvar).exp() * z_x[:, 3], z_v[:, 3], begun[:, 13], config.index)
     torch.testing.assert_close(drawn.sampled[:, 13:], joined[:, 1:])
     assert not len(chosen(video, chosen.differences_of(video), noise, sample=False).sampled)
 
@@ -159,7 +157,12 @@ def test_gradients_flow_through_the_joint() -> None:
     chosen = model()
     video = random(2, 28, 3, 16, 16)
     movements = list[Tensor]()
-    chosen.movement.register_forward_hook(lambda layer, given, out: (out.retain_grad(), movements.append(out)) and None)  # type: ignore[func-returns-value]
+
+    def keep(layer: object, given: object, out: Tensor) -> None:
+        out.retain_grad()
+        movements.append(out)
+
+    chosen.movement.register_forward_hook(keep)
     drawn = chosen(video, chosen.differences_of(video), random(2, NOISES, 12), sample=False)
     drawn.joined[:, 20].square().sum().backward()
     gradient = movements[0].grad
