@@ -69,10 +69,14 @@ class ThreeStreams(nn.Module):
         self.video_time = Growth(in_widths[2], width, (kernel, 1), (stride, 1), groups)
         self.video_space = Growth(width, width, (1, 4), (1, step), groups)
 
-    def forward(self, content: Tensor, movement: Tensor, video: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(
+        self, content: Tensor, movement: Tensor, video: Tensor, reference: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """`reference`, a map of the reference frame as large as the content after, is added to what the video sees of it."""
         content, movement = self.content(content), self.movement(movement)
         video = self.video_space(self.video_time(video)) + movement
-        return content, movement, torch.cat([content.expand_as(video), video], dim=1)
+        shown = content if reference is None else content + reference
+        return content, movement, torch.cat([shown.expand_as(video), video], dim=1)
 
 
 class Attention(nn.Module):
@@ -153,3 +157,13 @@ class Trunk(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         out: Tensor = self.steps(x.to(next(self.parameters()).dtype))
         return out[..., 0, 0]
+
+    def maps(self, x: Tensor) -> list[Tensor]:
+        """The frames, and what a trunk without time makes of them after each halving: `(B, C, T, H, W)`, down to 4 pixels."""
+        x = x.to(next(self.parameters()).dtype)
+        maps = [x]
+        for step in list(self.steps)[:-1]:
+            x = step(x)
+            if isinstance(step, nn.LeakyReLU):
+                maps.append(x)
+        return maps

@@ -47,6 +47,9 @@ class EncGAN3Config(BaseModel):
     movement        numbers that say how it moves, z_v, one vector a clip [G3AN: 10; the paper leaves open how many]
     differences     of frames, which the movement encoder sees: absolute [paper], or signed, which have a direction
     recursion       previous: x_j = x_{j-1} + v_j [paper]; reference: x_j = x_r + v_j [assumption, for comparison]
+    skips           the generator also sees the content encoder's maps of the reference, at every size. Without them all that
+                    it knows of the reference is z_x, as in the paper; with them it learns to move what is there in a tenth
+                    of the steps [assumption: true]
     attention       side of the frames in pixels at which factorised attention looks; null has none [G3AN: 32 of 64]
     groups          of channels that are normalised together, at most [assumption: 16]
     """
@@ -63,6 +66,7 @@ class EncGAN3Config(BaseModel):
     movement: PositiveInt = 10
     differences: Differences = "absolute"
     recursion: Literal["previous", "reference"] = "previous"
+    skips: bool = True
     attention: PositiveInt | None = 32
     groups: PositiveInt = 16
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from longtake.training.models.common.codec import Posterior
-from longtake.training.models.encgan3.blocks import FactorisedAttention, ThreeStreams, Trunk
+from longtake.training.models.encgan3.blocks import FactorisedAttention, ThreeStreams, Trunk, trunk_widths
 from longtake.training.models.encgan3.config import EncGAN3Config
 from longtake.training.models.encgan3.recursion import clip_around, clip_of, merged
 
@@ -43,10 +43,10 @@ class Drawn(NamedTuple):
 
 
 class Generator(nn.Module):
-    """z_x `(B, D_x)` and z_v `(B, k, D_v)` -> differences `(B, 3, 12 + 4k, H, W)` in [-2, 2] and a frame `(B, 3, H, W)`.
+    """z_x `(B, D_x)` and z_v `(B, k, D_v)` -> differences `(B, 3, 12 + 4k, H, W)` in [-2, 2].
 
-    The frame is made of the content stream alone. `place`, where in the clip the reference is, from 0 to 1, goes with the
-    movement [assumption]: without it z_v would have to say so.
+    `place`, where in the clip the reference is, from 0 to 1, goes with the movement [assumption]: without it z_v would have
+    to say so. `maps` are those of the reference, for a config with `skips`.
     """
 
     def __init__(self, config: EncGAN3Config) -> None:
@@ -62,32 +62,35 @@ class Generator(nn.Module):
         self.blocks = nn.ModuleList(blocks)
         self.attended = int(math.log2(config.attention)) - 2 if config.attention else None
         self.attention = nn.Identity() if self.attended is None else FactorisedAttention(2 * widths[self.attended])
+        self.of_reference = nn.ModuleList()
+        if config.skips:
+            seen = [3, *trunk_widths(config.size, config.width)][::-1]
+            self.of_reference.extend(nn.Conv3d(a, b, 1) for a, b in zip(seen, widths, strict=True))
         self.to_differences = nn.Conv3d(2 * widths[-1], 3, (1, 3, 3), padding=(0, 1, 1))
         self.to_frame = nn.Conv3d(widths[-1], 3, (1, 3, 3), padding=(0, 1, 1))
-        # a clip begins as a copy of its reference, nearly
-        nn.init.normal_(self.to_differences.weight, std=0.002)
+        # A clip begins as a copy of its reference, nearly. Differences are added up, so that a step of training changes the
+        # last frame T times; where they are a part of what the layer says, a high rate leaves still what is still
+        self.share = 0.5 / config.frames if config.recursion == "previous" else 0.5
         nn.init.zeros_(self.to_differences.bias)  # type: ignore[arg-type]
 
-    def forward(self, content: Tensor, movement: Tensor, place: float) -> tuple[Tensor, Tensor]:
+    def forward(self, content: Tensor, movement: Tensor, place: float, maps: list[Tensor] | None = None) -> Tensor:
         dtype = self.to_frame.weight.dtype
         content = content.to(dtype)[:, :, None, None, None]
         movement = movement.to(dtype).transpose(1, 2)[..., None, None]
         movement = torch.cat([movement, torch.full_like(movement[:, :1], place)], dim=1)
         video = torch.cat([content.expand(-1, -1, movement.shape[2], -1, -1), movement], dim=1)
         for number, block in enumerate(self.blocks):
-            content, movement, video = block(content, movement, video)
+            reference = self.of_reference[number](maps[-1 - number]) if maps else None
+            content, movement, video = block(content, movement, video, reference)
             if number == self.attended:
                 video = self.attention(video)
-        return 2 * torch.tanh(self.to_differences(video).float()), self._frame(content)
+        return 2 * torch.tanh(self.share * self.to_differences(video).float())
 
     def frame(self, content: Tensor) -> Tensor:
-        """The frame alone."""
+        """A frame `(B, 3, H, W)` in [-1, 1] of the content stream alone."""
         content = content.to(self.to_frame.weight.dtype)[:, :, None, None, None]
         for block in self.blocks:
             content = block.content(content)  # type: ignore[operator]
-        return self._frame(content)
-
-    def _frame(self, content: Tensor) -> Tensor:
         return torch.tanh(self.to_frame(content).float())[:, :, 0]
 
 
@@ -146,8 +149,7 @@ class EncGAN3(nn.Module):
             raise ValueError(f"frames is {frames}; this model makes clips of 12 + 4k frames, such as 16 or 20")
         if not 0 <= index < frames:
             raise ValueError(f"index is {index}; a clip has frames 0 to {frames - 1}")
-        differences, _ = self._differences(z_x, z_v, index, frames)
-        return self._clip(differences, reference.float(), index)
+        return self._clip(z_x, z_v, reference, index, frames)
 
     def first_frame(self, z_x: Tensor) -> Tensor:
         """A frame `(B, 3, H, W)` in [-1, 1] of its content `(B, D_x)`, so that sampling needs no real one [assumption]."""
@@ -180,8 +182,8 @@ class EncGAN3(nn.Module):
         # the first clip: reconstructed from its real frame, sampled from one that the generator makes itself
         z_x = torch.cat([_draw(contents[0], noise_x[:, 0]), noise_x[:samples, 1]])
         z_v = torch.cat([_draw(movements[0], noise_v[:, 0]), noise_v[:samples, 1]])
-        v, frame = self._differences(z_x, z_v, index, config.frames)
-        first = whole = self._clip(v, torch.cat([video[:, index].float(), frame[count:]]), index)
+        frame = self.first_frame(z_x)
+        first = whole = self._clip(z_x, z_v, torch.cat([video[:, index].float(), frame[count:]]), index, config.frames)
         clips = [first[:count]]
 
         # the second clip starts from a frame of the first as it has been generated, through which gradients flow
@@ -191,8 +193,7 @@ class EncGAN3(nn.Module):
             contents.append(Posterior(again.mean[:count], again.logvar[:count]))
             z_x = _draw(again, torch.cat([noise_x[:, 2], noise_x[:samples, 3]]))
             z_v = torch.cat([_draw(movements[1], noise_v[:, 2]), noise_v[:samples, 3]])
-            v, _ = self._differences(z_x, z_v, config.index, config.frames)
-            second = self._clip(v, reference, config.index)
+            second = self._clip(z_x, z_v, reference, config.index, config.frames)
             whole = merged(first, second, config.overlap, config.joint, config.merge)
             clips.append(second[:count])
 
@@ -201,20 +202,18 @@ class EncGAN3(nn.Module):
         ]
         return Drawn(torch.stack(clips, 1), whole[:count], whole[count:], frame[:count], *stacked)
 
-    def _differences(self, z_x: Tensor, z_v: Tensor, index: int, frames: int) -> tuple[Tensor, Tensor]:
-        """The generator's differences `(B, T, 3, H, W)`, and its frame."""
+    def _clip(self, z_x: Tensor, z_v: Tensor, reference: Tensor, index: int, frames: int) -> Tensor:
+        """The clip of the generator's differences. See `generate`."""
         steps = frames // 4 - 3
         if z_v.dim() == 2:
             z_v = z_v.unsqueeze(1).expand(-1, steps, -1)
         assert z_v.shape[1] == steps, f"{z_v.shape[1]} steps of z_v; {frames} frames need {steps}"
-        differences, frame = self.generator(z_x, z_v, index / (frames - 1))
-        return differences.transpose(1, 2), frame
-
-    def _clip(self, differences: Tensor, reference: Tensor, index: int) -> Tensor:
+        maps = self.content.maps(reference.unsqueeze(2)) if self.config.skips else None
+        differences = self.generator(z_x, z_v, index / (frames - 1), maps).transpose(1, 2)
         if self.config.recursion == "reference":
-            return clip_around(differences, reference, index)
+            return clip_around(differences, reference.float(), index)
         # the first has no frame before it
-        return clip_of(differences[:, 1:], reference, index)
+        return clip_of(differences[:, 1:], reference.float(), index)
 
     def _check_size(self, frames: Tensor) -> None:
         size, (height, width) = self.config.size, frames.shape[-2:]
