@@ -116,6 +116,9 @@ def _end_with(process: int) -> None:
         watched.register(os.pidfd_open(process), select.POLLIN)
     except ProcessLookupError:
         os._exit(1)
+    except OSError:
+        # a sandbox that knows no such descriptors: there workers of a killed process stay
+        return
 
     def watch() -> None:
         watched.poll()
