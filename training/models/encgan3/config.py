@@ -48,8 +48,7 @@ class EncGAN3Config(BaseModel):
     differences     of frames, which the movement encoder sees: absolute [paper], or signed, which have a direction
     recursion       previous: x_j = x_{j-1} + v_j [paper]; reference: x_j = x_r + v_j [assumption, for comparison]
     skips           the generator also sees the content encoder's maps of the reference, at every size. Without them all that
-                    it knows of the reference is z_x, as in the paper; with them it learns sooner to move what is there
-                    [assumption: true]
+                    it knows of the reference is z_x, as in the paper [assumption: true]
     attention       side of the frames in pixels at which factorised attention looks; null has none [G3AN: 32 of 64]
     groups          of channels that are normalised together, at most [assumption: 16]
     """
