@@ -26,15 +26,21 @@ class Growth(nn.Module):
     Args:
         kernel: of time and space; 1 leaves the axis as it is.
         stride: 1 adds 3 positions, 2 doubles them, where the kernel is 4.
+        groups: of channels that are normalised together; None normalises nothing, and the convolution has a bias.
     """
 
     def __init__(
-        self, in_width: int, width: int, kernel: tuple[int, int], stride: tuple[int, int], groups: int
+        self, in_width: int, width: int, kernel: tuple[int, int], stride: tuple[int, int], groups: int | None
     ) -> None:
         super().__init__()
         k, s, p = ((time, space, space) for time, space in (kernel, stride, [int(each == 2) for each in stride]))
-        self.convolution = nn.ConvTranspose3d(in_width, width, k, s, p, bias=False)
-        self.norm = group_norm(groups, width)
+        self.convolution = nn.ConvTranspose3d(in_width, width, k, s, p, bias=groups is None)
+        self.norm = nn.Identity() if groups is None else group_norm(groups, width)
+        if groups is None:
+            # as many taps meet at each position; a stride of 1 begins from one position
+            taps = math.prod(a // b for a, b in zip(k, s, strict=True) if b > 1)
+            nn.init.normal_(self.convolution.weight, std=math.sqrt(2 / (in_width * taps)))
+            nn.init.zeros_(self.convolution.bias)  # type: ignore[arg-type]
 
     def forward(self, x: Tensor) -> Tensor:
         return F.relu(self.norm(self.convolution(x)))
@@ -65,7 +71,9 @@ class ThreeStreams(nn.Module):
         kernel, stride = {"begin": (4, 1), "double": (4, 2), "keep": (1, 1)}[time]
         step = 1 if begin else 2
         self.content = Growth(in_widths[0], width, (1, 4), (1, step), groups)
-        self.movement = Growth(in_widths[1], width, (kernel, 1), (stride, 1), groups)
+        # a norm within a sample would make the same of a strong movement and a weak one, and of what all have in common
+        # more than of what tells them apart [G3AN: norm over the batch, which does the opposite]
+        self.movement = Growth(in_widths[1], width, (kernel, 1), (stride, 1), None)
         self.video_time = Growth(in_widths[2], width, (kernel, 1), (stride, 1), groups)
         self.video_space = Growth(width, width, (1, 4), (1, step), groups)
 
@@ -93,8 +101,11 @@ class Attention(nn.Module):
         self.weight = nn.Parameter(torch.zeros(1))
 
     def forward(self, tokens: Tensor) -> Tensor:
-        query, key, value = self.query(tokens), self.key(tokens), self.value(tokens)
-        return tokens + self.weight * F.scaled_dot_product_attention(query, key, value, scale=1.0)
+        query, key, value = (layer(tokens).unsqueeze(1) for layer in (self.query, self.key, self.value))
+        # on a CPU only heads of one width are attended to without writing all weights down
+        missing = value.shape[-1] - query.shape[-1] if tokens.device.type == "cpu" else 0
+        query, key = F.pad(query, (0, missing)), F.pad(key, (0, missing))
+        return tokens + self.weight * F.scaled_dot_product_attention(query, key, value, scale=1.0).squeeze(1)
 
 
 class FactorisedAttention(nn.Module):
@@ -113,6 +124,13 @@ class FactorisedAttention(nn.Module):
         return x.permute(0, 4, 1, 2, 3)
 
 
+def _begin(convolution: nn.Conv3d) -> None:
+    """He's weights and no bias: of differences, which are mostly 0, torch's defaults pass on little but the biases."""
+    nn.init.kaiming_normal_(convolution.weight, a=0.2)
+    assert convolution.bias is not None
+    nn.init.zeros_(convolution.bias)
+
+
 TIME_STEPS = 4  # at most so many convolutions over time in a trunk, each of which takes 3 frames
 LEAST_FRAMES = 3 * TIME_STEPS + 4  # of a clip that a trunk of any size sees
 
@@ -120,6 +138,13 @@ LEAST_FRAMES = 3 * TIME_STEPS + 4  # of a clip that a trunk of any size sees
 def trunk_widths(size: int, width: int) -> list[int]:
     """Channels after each halving of a frame of `size` pixels down to 4 [G3AN's code: 64 to 512 at 64 pixels]."""
     return [width * min(8, 2**n) for n in range(int(math.log2(size // 4)))]
+
+
+class Mean(nn.Module):
+    """The mean over time, height and width."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.mean((2, 3, 4), keepdim=True)
 
 
 class Trunk(nn.Module):
@@ -132,9 +157,12 @@ class Trunk(nn.Module):
     Args:
         norm: group: of the outputs but the first; spectral: of the weights, by a power iteration that changes a buffer in
             each forward of a training.
+        pooled: the last convolution sees the mean over what is left of frames and time, T' = 1: not where things are.
     """
 
-    def __init__(self, size: int, width: int, out: int, time: bool, norm: Norm, groups: int) -> None:
+    def __init__(
+        self, size: int, width: int, out: int, time: bool, norm: Norm, groups: int, pooled: bool = False
+    ) -> None:
         super().__init__()
         widths, steps, before = trunk_widths(size, width), list[nn.Module](), 3
         for number, after in enumerate(widths):
@@ -142,14 +170,18 @@ class Trunk(nn.Module):
             if time and number < TIME_STEPS:
                 steps += self._step(nn.Conv3d(after, after, (4, 1, 1)), norm, groups, True)
             before = after
-        if time:
+        if pooled:
+            steps.append(Mean())
+        elif time:
             steps += self._step(nn.Conv3d(before, before, (1, 4, 4)), norm, groups, True)
-        last = nn.Conv3d(before, out, (4, 1, 1) if time else (1, 4, 4))
+        last = nn.Conv3d(before, out, 1 if pooled else (4, 1, 1) if time else (1, 4, 4))
+        _begin(last)
         steps.append(spectral_norm(last) if norm == "spectral" else last)
         self.steps = nn.Sequential(*steps)
 
     @staticmethod
     def _step(convolution: nn.Conv3d, norm: Norm, groups: int, normed: bool) -> list[nn.Module]:
+        _begin(convolution)
         if norm == "spectral":
             return [spectral_norm(convolution), nn.LeakyReLU(0.2)]
         return [convolution, *([group_norm(groups, convolution.out_channels)] if normed else []), nn.LeakyReLU(0.2)]
