@@ -54,7 +54,15 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "recall": {"recall": True},
 }
 ARMS = ("independent", "chained", "recall", "lstm", "longer")
-SIZE, FPS, FRAMES, SPAN, LONG, BIN = 32, 12, 16, 28, 208, 52  # 208 = 12 + 4 * 49, which the generator makes at once
+SIZE, DRAWN, FPS, FRAMES, SPAN, LONG, BIN = (
+    16,
+    32,
+    12,
+    16,
+    28,
+    208,
+    52,
+)  # 208 = 12 + 4 * 49, which the generator makes at once
 SHAPES, COLOURS, DIRECTIONS = 4, 6, 8
 HUES = ((230, 60, 50), (60, 200, 70), (70, 90, 240), (230, 210, 60), (210, 70, 220), (60, 210, 220))
 
@@ -63,7 +71,7 @@ HUES = ((230, 60, 50), (60, 200, 70), (70, 90, 240), (230, 210, 60), (210, 70, 2
 
 
 class Sprites(NamedTuple):
-    """Videos `(N, 3, T, 32, 32)` uint8, and the colour and the direction of each, `(N,)`."""
+    """Videos `(N, 3, T, 16, 16)` uint8, and the colour and the direction of each, `(N,)`."""
 
     video: Tensor
     colour: Tensor
@@ -71,27 +79,30 @@ class Sprites(NamedTuple):
 
 
 def mask_of(shape: int) -> np.ndarray:
-    """A shape of about 10 pixels in the middle, 0..1."""
-    y, x = np.mgrid[:SIZE, :SIZE] - (SIZE - 1) / 2
+    """A shape of about 14 pixels in the middle, 0..1."""
+    y, x = np.mgrid[:DRAWN, :DRAWN] - (DRAWN - 1) / 2
     inside = {
-        0: np.maximum(abs(x), abs(y)) < 5,
-        1: np.hypot(x, y) < 5.5,
-        2: (np.minimum(abs(x), abs(y)) < 2) & (np.maximum(abs(x), abs(y)) < 6),
-        3: (np.hypot(x, y) < 6) & (np.hypot(x, y) > 3),
+        0: np.maximum(abs(x), abs(y)) < 7,
+        1: np.hypot(x, y) < 7.5,
+        2: (np.minimum(abs(x), abs(y)) < 3) & (np.maximum(abs(x), abs(y)) < 8),
+        3: (np.hypot(x, y) < 8) & (np.hypot(x, y) > 4),
     }
     return inside[shape].astype(np.float32)
 
 
 def sprites(count: int, frames: int, seed: int, heldout: bool) -> Sprites:
-    """Sprites that move by 1 to 2 pixels a frame. A shape has one colour that is held out."""
-    rng, video, labels = np.random.default_rng(seed), np.empty((count, 3, frames, SIZE, SIZE), np.uint8), []
+    """Sprites that move by a quarter to three eighths of a pixel a frame, drawn twice as large and scaled down.
+
+    A shape has one colour that is held out.
+    """
+    rng, video, labels = np.random.default_rng(seed), np.empty((count, 3, frames, DRAWN, DRAWN), np.float32), []
     masks = [mask_of(shape) for shape in range(SHAPES)]
     for clip in video:
         shape, direction = int(rng.integers(SHAPES)), int(rng.integers(DIRECTIONS))
         colour = shape if heldout else int((shape + rng.integers(1, COLOURS)) % COLOURS)
-        angle, speed = 2 * math.pi * direction / DIRECTIONS, rng.uniform(1, 2)
-        start, ground = rng.uniform(0, SIZE, 2), rng.uniform(60, 130)
-        slope = np.mgrid[:SIZE, :SIZE].transpose(1, 2, 0) @ rng.uniform(-1, 1, 2)
+        angle, speed = 2 * math.pi * direction / DIRECTIONS, rng.uniform(0.5, 0.75)
+        start, ground = rng.uniform(0, DRAWN, 2), rng.uniform(60, 130)
+        slope = np.mgrid[:DRAWN, :DRAWN].transpose(1, 2, 0) @ rng.uniform(-1, 1, 2)
         shade = ground + slope[None]
         for frame in range(frames):
             y, x = (start + frame * speed * np.array([math.sin(angle), math.cos(angle)])).round().astype(int)
@@ -99,13 +110,14 @@ def sprites(count: int, frames: int, seed: int, heldout: bool) -> Sprites:
             clip[:, frame] = np.where(mask, np.array(HUES[colour])[:, None, None], shade)
         labels.append((colour, direction))
     colours, directions = torch.tensor(labels).unbind(1)
-    return Sprites(torch.from_numpy(video), colours, directions)
+    small = video.reshape(count, 3, frames, SIZE, 2, SIZE, 2).mean((4, 6))
+    return Sprites(torch.from_numpy(small.astype(np.uint8)), colours, directions)
 
 
 def prepare(out: Path, videos: int) -> str:
     """Footage and shards, whatever is missing; returns the dataset."""
-    footage.generate(out / "footage", videos, seconds=24, fps=FPS, size=(2 * SIZE, 2 * SIZE))
-    rules = {"short_side": SIZE, "fps": FPS, "aspects": ["1:1"], "crf": 8}
+    footage.generate(out / "footage", videos, seconds=24, fps=FPS, size=(2 * DRAWN, 2 * DRAWN))
+    rules = {"short_side": DRAWN, "fps": FPS, "aspects": ["1:1"], "crf": 8}
     rules |= {"min_seconds": SPAN / FPS, "max_seconds": 10}
     stages = {
         "shards": {"kind": "shard", "sources": [str(out / "footage" / "*.mp4")], "clip": rules, "val_fraction": 0.3}
@@ -121,7 +133,7 @@ def prepare(out: Path, videos: int) -> str:
 
 
 def filmed(options: argparse.Namespace, split: str, count: int) -> Tensor:
-    """Random windows of the footage, `(count, 3, SPAN, 32, 32)` uint8."""
+    """Random windows of the footage, `(count, 3, SPAN, 16, 16)` uint8."""
     window: dict[str, Any] = {"columns": ("video",), "frames": SPAN, "size": (SIZE, SIZE), "crop": "random"}
     loader = Loader(options.dataset, split, batch=8, last="pad", seed=0, **window)
     return torch.cat([batch["video"] for batch in islice(loader, math.ceil(count / 8))])[:count]

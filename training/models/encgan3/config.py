@@ -46,6 +46,8 @@ class EncGAN3Config(BaseModel):
     content         numbers that say what is to be seen, z_x [G3AN: 128]
     movement        numbers that say how it moves, z_v, one vector a clip [G3AN: 10; the paper leaves open how many]
     differences     of frames, which the movement encoder sees: absolute [paper], or signed, which have a direction
+    pooled          the movement encoder sees the mean over time and places of what its layers find, so that a movement is the
+                    same wherever it is; else its last layers see where, as a discriminator's do [assumption: true]
     recursion       previous: x_j = x_{j-1} + v_j [paper]; reference: x_j = x_r + v_j [assumption, for comparison]
     skips           the generator also sees the content encoder's maps of the reference, at every size. Without them all that
                     it knows of the reference is z_x, as in the paper [assumption: true]
@@ -64,6 +66,7 @@ class EncGAN3Config(BaseModel):
     content: PositiveInt = 128
     movement: PositiveInt = 10
     differences: Differences = "absolute"
+    pooled: bool = True
     recursion: Literal["previous", "reference"] = "previous"
     skips: bool = True
     attention: PositiveInt | None = 32
@@ -141,8 +144,11 @@ class Config(MeasuredConfig):
                           the same: absolute, of every frame, of clips as large as the model's frames
     anywhere              share of the steps whose first clip has its reference at any frame, not at its first; needed to
                           generate backward
-    lambda_l1             weight of the absolute error of the clips
-    lambda_kl             weight of the KL divergences, each averaged over its numbers
+    lambda_l1             weight of the absolute error of the clips [paper]
+    lambda_l2             weight of their squared error. As long as it is not clear where something small moves to, the
+                          absolute error is least where nothing moves, and nothing is learned; the squared one is not
+    lambda_kl             weight of the KL divergences, each averaged over its numbers. Before the generator has learned to use
+                          z_v a large one takes away what z_v says
     kl_warmup             share of the steps in which that weight rises from 0
     lambda_frame          weight of the absolute error of the frame that is generated from content alone
     lambda_gan            weight of the loss of either discriminator [G3AN: 1]; 0 trains none
@@ -170,7 +176,8 @@ class Config(MeasuredConfig):
     differences: Literal["computed", "column"] = "computed"
     anywhere: float = Field(0.5, ge=0, le=1)
     lambda_l1: float = Field(10.0, ge=0)
-    lambda_kl: float = Field(0.01, ge=0)
+    lambda_l2: float = Field(50.0, ge=0)
+    lambda_kl: float = Field(0.0003, ge=0)
     kl_warmup: float = Field(0.2, ge=0, le=1)
     lambda_frame: float = Field(10.0, ge=0)
     lambda_gan: float = Field(1.0, ge=0)

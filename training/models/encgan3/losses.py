@@ -1,6 +1,6 @@
 """The losses of EncGAN3 and REncGAN3 (arXiv 2512.21776), from what a pass has made.
 
-Equation 4 is a reconstruction error and the KL divergences; 7 and 8 are the discriminators', on real and generated clips.
+Equation 4 is an absolute error and the KL divergences; 7 and 8 are the discriminators', on real and generated clips.
 How much each counts, and how reconstructions and samples share in 7 and 8, the paper does not say [assumption].
 """
 
@@ -34,15 +34,20 @@ class Seen(NamedTuple):
 
 
 def evidence(drawn: Drawn, clips: Tensor, index: int) -> Terms:
-    """The terms of equation 4: `l1` of all clips, `kl` of content and movement, and `frame`, the error of the first frame's head.
+    """The terms of equation 4: `l1` and `l2` of all clips, `kl` of content and movement, and `frame`, the first frame's error.
 
     Args:
         clips: real, `(B, K, T, 3, H, W)`, as `drawn.clips`.
         index: of the first clip's reference.
     """
     kl = drawn.content.kl().mean() + drawn.movement.kl().mean()
-    l1 = (drawn.clips - clips).abs().mean()
-    return {"l1": l1, "kl": kl, "frame": (drawn.frame - clips[:, 0, index]).abs().mean()}
+    wrong = drawn.clips - clips
+    return {
+        "l1": wrong.abs().mean(),
+        "l2": wrong.square().mean(),
+        "kl": kl,
+        "frame": (drawn.frame - clips[:, 0, index]).abs().mean(),
+    }
 
 
 def out_of_range(clips: Tensor) -> Tensor:

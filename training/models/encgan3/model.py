@@ -8,7 +8,7 @@ reference, forward and backward. No public code exists; where the paper leaves s
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -68,10 +68,10 @@ class Generator(nn.Module):
             self.of_reference.extend(nn.Conv3d(a, b, 1) for a, b in zip(seen, widths, strict=True))
         self.to_differences = nn.Conv3d(2 * widths[-1], 3, (1, 3, 3), padding=(0, 1, 1))
         self.to_frame = nn.Conv3d(widths[-1], 3, (1, 3, 3), padding=(0, 1, 1))
-        # A clip begins as a copy of its reference, nearly. Differences are added up, so that a step of training changes the
-        # last frame T times; where they are a part of what the layer says, a high rate leaves still what is still
-        self.share = 0.5 / config.frames if config.recursion == "previous" else 0.5
+        # a clip begins as a copy of its reference, nearly: differences are added up
         nn.init.zeros_(self.to_differences.bias)  # type: ignore[arg-type]
+        with torch.no_grad():
+            self.to_differences.weight /= config.frames if config.recursion == "previous" else 1
 
     def forward(self, content: Tensor, movement: Tensor, place: float, maps: list[Tensor] | None = None) -> Tensor:
         dtype = self.to_frame.weight.dtype
@@ -84,7 +84,7 @@ class Generator(nn.Module):
             content, movement, video = block(content, movement, video, reference)
             if number == self.attended:
                 video = self.attention(video)
-        return 2 * torch.tanh(self.share * self.to_differences(video).float())
+        return 2 * torch.tanh(0.5 * self.to_differences(video).float())
 
     def frame(self, content: Tensor) -> Tensor:
         """A frame `(B, 3, H, W)` in [-1, 1] of the content stream alone."""
@@ -104,12 +104,34 @@ class EncGAN3(nn.Module):
         super().__init__()
         self.config = config
         self.content = Trunk(config.size, config.width, 2 * config.content, False, "group", config.groups)
-        self.movement = Trunk(config.size, config.width, 2 * config.movement, True, "group", config.groups)
+        self.movement = Trunk(
+            config.size, config.width, 2 * config.movement, True, "group", config.groups, config.pooled
+        )
         self.generator = Generator(config)
 
     def blocks(self) -> list[nn.Module]:
         """The parts that are compiled one by one."""
         return [self.content, self.movement, *self.generator.blocks]
+
+    @torch.no_grad()
+    def scale_latents(self, video: Tensor) -> None:
+        """Scale random encoders so that over these clips, `(B, T, 3, H, W)`, z_x and z_v have mean 0 and variance 1.
+
+        Without it clips differ in z_v by some hundredths of what they have in common; the generator then hears its noise
+        alone, learns to do without, and the divergence takes away the rest. (Data-dependent initialisation, arXiv
+        1602.07868, section 3, of the encoders' last layers.) Each log-variance begins at -4, the same for all.
+        """
+        for trunk, encode in (
+            (self.content, lambda: self.encode_content(video[:, 0]).mean),
+            (self.movement, lambda: self.encode_movement(self.differences_of(video)).mean),
+        ):
+            last: Any = trunk.steps[-1]
+            weight, bias = (each.chunk(2)[0] for each in (last.weight, last.bias))  # views: of the means
+            spread = encode().std(0, correction=0)
+            weight /= torch.where(spread > 1e-6, spread, 1)[:, None, None, None, None]  # clips may all be alike
+            bias -= encode().mean(0)
+            last.weight.chunk(2)[1].zero_()
+            last.bias.chunk(2)[1].fill_(-4)
 
     def encode_content(self, frames: Tensor) -> Posterior:
         """Mean and log-variance of z_x, `(B, D_x)` each, of frames `(B, 3, H, W)`. ValueError for frames of another size."""
@@ -119,7 +141,7 @@ class EncGAN3(nn.Module):
     def encode_movement(self, differences: Tensor) -> Posterior:
         """Mean and log-variance of z_v, `(B, D_v)` each, of differences `(B, T-1, 3, H, W)`, T at least 16.
 
-        They are those of `differences_of`. Of clips longer than 16 frames the numbers of all windows are averaged.
+        They are those of `differences_of`. Of clips longer than 16 frames it is the mean of all windows.
         ValueError for frames of another size.
         """
         self._check_size(differences)

@@ -43,6 +43,8 @@ VERSION = 1
 PRODUCES = "model"
 MODEL = "encgan3"
 
+SCALED_BY = 32  # windows by which the latents of a random model are scaled
+
 
 def outside(config: Config) -> str:
     """Changes with the networks that measure."""
@@ -58,7 +60,7 @@ class Setup(NamedTuple):
 
 
 def prepare(config: Config, inputs: Mapping[str, str], folder: Path) -> Setup:
-    """The model before its first step: the parent's, or a random one.
+    """The model before its first step: the parent's, or a random one, its latents scaled by some windows.
 
     Raises:
         UserError: the parent is no EncGAN3, or differs from `model`; no clip is as long as a window.
@@ -68,7 +70,12 @@ def prepare(config: Config, inputs: Mapping[str, str], folder: Path) -> Setup:
     remedy = f"{clips}; leave out recall, or cut longer clips" if clips else "lower model.frames, or cut longer clips"
     span = (span_of(config, model.config) - 1) * config.stride + 1
     fps = data.frame_rate(inputs["dataset"], span, remedy)
-    return Setup(inputs, model.to(device()), fps / config.stride)
+    setup = Setup(inputs, model, fps / config.stride)
+    if config.parent is None:
+        windows = loader_of(config, setup, "train", batch=SCALED_BY, last="pad", seed=config.seed, columns=("video",))
+        model.scale_latents(to_model(next(windows.at([0]))["video"]).transpose(1, 2)[:, : model.config.frames])
+    model.to(device())
+    return setup
 
 
 def begin(config: Config, inputs: Mapping[str, str]) -> EncGAN3:
@@ -175,7 +182,8 @@ def _loss(config: Config, encgan3: EncGAN3, turn: Turn) -> tuple[Tensor, Terms]:
     terms = losses.evidence(drawn, clips, index)
     rise = min(1.0, (turn.step + 1) / max(1.0, config.kl_warmup * config.steps))
     terms["range"] = losses.out_of_range(torch.cat([drawn.joined, drawn.sampled]))
-    loss = config.lambda_l1 * terms["l1"] + rise * config.lambda_kl * terms["kl"] + config.lambda_frame * terms["frame"]
+    loss = config.lambda_l1 * terms["l1"] + config.lambda_l2 * terms["l2"]
+    loss = loss + rise * config.lambda_kl * terms["kl"] + config.lambda_frame * terms["frame"]
     loss = loss + config.lambda_range * terms["range"]
 
     # equation 8, of reconstructions and samples

@@ -200,3 +200,35 @@ def test_the_reference_is_the_last_frame_before_the_middle_of_the_overlap() -> N
     joints = {overlap: EncGAN3Config(overlap=overlap).joint for overlap in (2, 3, 4, 6, 8)}
     assert joints == {2: 14, 3: 14, 4: 13, 6: 12, 8: 11}
     assert EncGAN3Config.model_validate(EncGAN3Config(overlap=6).model_dump()).joint == 12
+
+
+@pytest.mark.parametrize("pooled", [True, False])
+def test_a_random_model_is_scaled_to_latents_that_differ(pooled: bool) -> None:
+    chosen, clips = model(pooled=pooled), random(32, 16, 3, 16, 16).clamp(-1, 1)
+    chosen.scale_latents(clips)
+    for posterior in (
+        chosen.encode_content(clips[:, 0]),
+        chosen.encode_movement(chosen.differences_of(clips)),
+    ):
+        torch.testing.assert_close(posterior.mean.mean(0), torch.zeros(posterior.mean.shape[1]), atol=1e-3, rtol=0)
+        torch.testing.assert_close(posterior.mean.std(0, correction=0), torch.ones(posterior.mean.shape[1]))
+        assert torch.equal(posterior.logvar, torch.full_like(posterior.logvar, -4))
+    still = clips[:, :1].expand_as(clips)
+    other = model(pooled=pooled)
+    other.scale_latents(still)
+    assert other.encode_movement(other.differences_of(still)).mean.isfinite().all(), (
+        "clips without movement are no error"
+    )
+
+
+def test_a_pooled_movement_is_the_same_wherever_it_is() -> None:
+    clip = torch.zeros(1, 16, 3, 64, 64)
+    for frame in range(16):
+        clip[:, frame, :, 24:28, 16 + frame // 2 : 20 + frame // 2] = 1
+    elsewhere = clip.roll((16, 16), (3, 4))
+    gaps = []
+    for pooled in (True, False):
+        chosen = model(size=64, pooled=pooled).eval()
+        a, b = (chosen.encode_movement(chosen.differences_of(video)).mean for video in (clip, elsewhere))
+        gaps.append(float((a - b).norm() / a.norm()))
+    assert gaps[0] < 0.05 < gaps[1], "but for what the edges do to the norms"

@@ -101,14 +101,15 @@ def loss_of(chosen: Config, at: Turn) -> tuple[Tensor, dict[str, Tensor]]:
 
 @pytest.mark.parametrize("recall", [False, True])
 def test_the_loss_is_the_weighted_sum(recall: bool) -> None:
-    weights = {"l1": 3.0, "kl": 0.5, "frame": 2.0, "gan": 0.7, "range": 5.0, "drift": 11.0}
+    weights = {"l1": 3.0, "l2": 4.0, "kl": 0.5, "frame": 2.0, "gan": 0.7, "range": 5.0, "drift": 11.0}
     changes = {f"lambda_{name}": value for name, value in weights.items()}
     chosen = config(recall=recall, steps=10, kl_warmup=0.5, gan_start=2, **changes)
     for step in (0, 2, 9):
         at = turn(chosen, step)
         loss, terms = loss_of(chosen, at)
         rise = min(1, (step + 1) / 5)
-        expected = 3 * terms["l1"] + 0.5 * rise * terms["kl"] + 2 * terms["frame"] + 5 * terms["range"]
+        expected = 3 * terms["l1"] + 4 * terms["l2"] + 0.5 * rise * terms["kl"]
+        expected = expected + 2 * terms["frame"] + 5 * terms["range"]
         assert ("gan_clip" in terms) == (step >= 2) == ("seen" in at.carry)
         if step >= 2:
             expected = expected + 0.7 * (terms["gan_clip"] + terms["gan_frame"]) + 11 * terms["drift"]
@@ -120,7 +121,7 @@ def test_the_loss_is_the_weighted_sum(recall: bool) -> None:
             torch.testing.assert_close(own, 0.7 * total)
         torch.testing.assert_close(loss.detach(), expected)
     heldout = loss_of(chosen, turn(chosen, 9, judged=False))[1]
-    assert {"l1", "kl", "frame", "range", "loss"} == heldout.keys(), "held-out clips have no discriminator"
+    assert {"l1", "l2", "kl", "frame", "range", "loss"} == heldout.keys(), "held-out clips have no discriminator"
 
 
 def test_real_windows_are_of_the_time_of_those_that_are_made_and_have_the_joint() -> None:

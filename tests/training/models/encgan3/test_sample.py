@@ -32,6 +32,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("encgan3")
     config = EncGAN3Config(**SMALL)
     model = awake(EncGAN3(config))
+    model.scale_latents(torch.randn(8, 16, 3, 16, 16, generator=torch.Generator().manual_seed(0)))
     model.generator.to_differences.weight.data *= 10  # so that all that decides a video is seen in its pixels
     facts: dict[str, Any] = {
         "lineage": {},
