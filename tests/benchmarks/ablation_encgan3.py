@@ -10,8 +10,8 @@ R  long videos from held-out frames: `independent` clips that all begin from the
    with more steps of movement. What is seen at joints, and how far the videos drift.
 
 Sprites are shapes of a colour that move evenly over a grey ground and come in again on the other side; pairs of shape and
-colour are held out. Footage is generated: photographs under a moving camera, of which videos are held out whole. Half of
-each batch is of either. Each finished part of a seed is a file of JSON in OUT and is not made again, and a training goes on
+colour are held out. Footage is generated: photographs under a moving camera, of which videos are held out whole. A quarter
+of each batch is footage. Frames have 16 pixels, and each clip begins from the first of its frames. Each finished part of a seed is a file of JSON in OUT and is not made again, and a training goes on
 where it was stopped; several processes may take a part or a seed each. R of a seed needs its T.
 """
 
@@ -53,6 +53,9 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "absolute": {"model": {"differences": "absolute"}},
     "recall": {"recall": True},
 }
+# the reference of the next clip is where that begins, as it is for the first one
+MODEL = {"preset": "encgan3_tiny", "size": 16, "width": 16, "groups": 4, "attention": 8, "reference": 12}
+MODEL |= {"differences": "signed"}
 ARMS = ("independent", "chained", "recall", "lstm", "longer")
 SIZE, DRAWN, FPS, FRAMES, SPAN, LONG, BIN = (
     16,
@@ -114,6 +117,22 @@ def sprites(count: int, frames: int, seed: int, heldout: bool) -> Sprites:
     return Sprites(torch.from_numpy(small.astype(np.uint8)), colours, directions)
 
 
+def heading(video: Tensor) -> Tensor:
+    """The direction in which what is coloured moves, of 8, `(N,)`: the way of its centre, `(N, 3, T, H, W)` in [-1, 1].
+
+    The centre is a mean on a circle, since a sprite that leaves comes in again on the other side.
+    """
+    colour = (video.amax(1) - video.amin(1) - 0.2).clamp_min(0).cpu()
+    ways = []
+    for axis in (2, 3):
+        turn = 2 * math.pi * torch.arange(video.shape[-1]) / video.shape[-1]
+        weights = colour.sum(5 - axis)
+        centre = torch.atan2(weights @ turn.sin(), weights @ turn.cos())
+        step = centre.diff(dim=1)
+        ways.append(torch.atan2(step.sin(), step.cos()).sum(1))
+    return (torch.atan2(*ways) / (2 * math.pi) * DIRECTIONS).round().long() % DIRECTIONS
+
+
 def prepare(out: Path, videos: int) -> str:
     """Footage and shards, whatever is missing; returns the dataset."""
     footage.generate(out / "footage", videos, seconds=24, fps=FPS, size=(2 * DRAWN, 2 * DRAWN))
@@ -140,19 +159,19 @@ def filmed(options: argparse.Namespace, split: str, count: int) -> Tensor:
 
 
 class Mixture:
-    """A stream of batches, half of them sprites and half windows of footage, of so many frames."""
+    """A stream of batches, a quarter of them windows of footage and the others sprites, of so many frames."""
 
     def __init__(self, windows: Tensor, frames: int, batch: int, seed: int) -> None:
-        self._windows, self._frames, self._half, self._seed, self._batches = windows, frames, batch // 2, seed, 0
+        self._windows, self._frames, self._batch, self._seed, self._batches = windows, frames, batch, seed, 0
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         while True:
             rng = np.random.default_rng([self._seed, self._batches])
-            rows, first = rng.integers(len(self._windows), size=self._half), rng.integers(SPAN - self._frames + 1)
+            rows, first = rng.integers(len(self._windows), size=self._batch // 4), rng.integers(SPAN - self._frames + 1)
             films = self._windows[rows, :, first : first + self._frames]
-            moving = sprites(self._half, self._frames, int(rng.integers(1 << 40)), False).video
+            moving = sprites(self._batch - len(rows), self._frames, int(rng.integers(1 << 40)), False).video
             self._batches += 1
-            yield {"video": torch.cat([moving, films]), "key": [str(n) for n in range(2 * self._half)]}
+            yield {"video": torch.cat([moving, films]), "key": [str(n) for n in range(self._batch)]}
 
     def state_dict(self) -> dict[str, Any]:
         return {"batches": self._batches}
@@ -167,14 +186,18 @@ class Mixture:
 def trained(options: argparse.Namespace, variant: str, seed: int) -> EncGAN3:
     """The model of a variant: trained, or continued to the end."""
     changes = VARIANTS[variant]
-    model = {"preset": "encgan3_tiny", "differences": "signed"} | changes.get("model", {})
     config = pretrain.Config(
-        kind="pretrain_encgan3", dataset=options.dataset, model=model, recall=changes.get("recall", False), batch=8,
-        steps=options.steps, lr=options.lr, schedule="cosine", gan_start=options.steps // 4, ema_half_lives=(100,), seed=seed,
+        kind="pretrain_encgan3", dataset=options.dataset, model=MODEL | changes.get("model", {}), seed=seed,
+        recall=changes.get("recall", False), batch=12, steps=options.steps, lr=options.lr, schedule="cosine",
+        betas=(0.9, 0.999), anywhere=0, kl_warmup=0.1, lambda_frame=1, lambda_gan=options.lambda_gan,
+        gan_start=options.steps * 2 // 3, ema_half_lives=(100,),
         run={"workers": 0, "sample_every": 0, "heldout_every": 0, "checkpoint_every": 250, "keep_checkpoints": 1},
     )  # fmt: skip
     torch.manual_seed(seed)
-    made = EncGAN3(config.encgan3()).to(engines.device())
+    made = EncGAN3(config.encgan3())
+    first = next(iter(Mixture(options.films, FRAMES, 32, seed)))["video"]
+    made.scale_latents(to_model(first).transpose(1, 2))
+    made.to(engines.device())
     judges = Discriminators(SIZE, made.config.width, "group", made.config.groups).to(engines.device())
     objective = Objective(
         {"generator": made, "discriminator": judges},
@@ -212,39 +235,40 @@ def part_t(options: argparse.Namespace, variant: str, seed: int) -> dict[str, An
 def learned(options: argparse.Namespace, model: EncGAN3, seed: int) -> dict[str, Any]:
     """What the encoders of a model have learned."""
 
-    # probes of real sprites, none of which is held out
+    # a probe of the colours of real sprites, none of which is held out; where they move to is their way
     known = sprites(512, FRAMES, 1_000_000 + seed, False)
     looks = swap.fit_classes(swap.content(to_model(known.video)), known.colour)
-    moves = swap.fit_classes(swap.movement(to_model(known.video)), known.direction)
 
-    def share(probe: Any, rows: Tensor, labels: Tensor) -> float:
-        return float((probe(rows.cpu()) == labels).double().mean())
+    def look(video: Tensor) -> float:
+        return float((looks(swap.content(video).cpu()) == some.colour).double().mean())
+
+    def way(video: Tensor, labels: Tensor) -> float:
+        return float((heading(video) == labels).double().mean())
 
     # held-out sprites, each with the movement of another one
     some = sprites(options.clips, FRAMES, 2_000_000 + seed, True)
     real, order = clips_of(some.video), torch.arange(options.clips).roll(1)
     again, other = made_of(model, real, real), some.direction[order]
     found: dict[str, Any] = {"errors": errors(model, {"sprites": real, "footage": clips_of(options.heldout)})}
-    seen = swap.movement(again)
     found["direction"] = {
-        "real": share(moves, swap.movement(real), some.direction),
-        "reconstructed": share(moves, seen, some.direction),
-        "opposite": share(moves, seen, (some.direction + DIRECTIONS // 2) % DIRECTIONS),
+        "real": way(real, some.direction),
+        "reconstructed": way(again, some.direction),
+        "opposite": way(again, (some.direction + DIRECTIONS // 2) % DIRECTIONS),
     }
-    found["swap"] = {"content_real": share(looks, swap.content(real), some.colour)}
+    found["swap"] = {"content_real": look(real)}
     for name, drawn in (("", False), ("_drawn", True)):
         swapped = made_of(model, real, real[order], drawn)
-        found["swap"][f"content{name}"] = share(looks, swap.content(swapped), some.colour)
-        found["swap"][f"movement{name}"] = share(moves, swap.movement(swapped), other)
+        found["swap"] |= {f"content{name}": look(swapped), f"movement{name}": way(swapped, other)}
     return found
 
 
 def errors(model: EncGAN3, kinds: Mapping[str, Tensor]) -> dict[str, float]:
-    """Mean absolute errors of reconstructions, and of repeating the first frame, in 0..1."""
+    """Mean absolute and root mean square errors of reconstructions, and of repeating the first frame, in 0..1."""
     found = {}
-    for name, clips in kinds.items():
-        found[name] = float((made_of(model, clips, clips) - clips).abs().mean()) / 2
-        found[f"{name}_copy"] = float((clips[:, :, :1] - clips).abs().mean()) / 2
+    for kind, clips in kinds.items():
+        for name, video in ((kind, made_of(model, clips, clips)), (f"{kind}_copy", clips[:, :, :1].expand_as(clips))):
+            found[name] = float((video - clips).abs().mean()) / 2
+            found[f"{name}_rms"] = float((video - clips).square().mean().sqrt()) / 2
     return found
 
 
@@ -356,7 +380,7 @@ def measured(options: argparse.Namespace, real: Tensor, raw: Tensor, joints: Seq
         def sample(windows: Tensor) -> Sample:
             each = Sample("windows", options.network)
             for batch in windows.to(engines.device()).split(8):
-                each.add(batch)
+                each.add(nn.functional.interpolate(batch, scale_factor=(1, 4, 4)))  # networks need larger frames
             return each
 
         truth = sample(torch.cat([real[:, :, :length], real[:, :, -length:]]))
@@ -414,8 +438,9 @@ def main() -> None:
     parser.add_argument("--seed", type=int, help="this one alone")
     parser.add_argument("--part", choices=["T", "R"], action="append", help="this one alone; R needs T")
     parser.add_argument("--features", help="state dict or TorchScript of a feature network")
-    parser.add_argument("--steps", type=int, default=1500, help="of a training, a quarter without discriminators")
-    parser.add_argument("--lr", type=float, default=1e-3)
+    parser.add_argument("--steps", type=int, default=3300, help="of a training, a third with discriminators")
+    parser.add_argument("--lr", type=float, default=2e-3)
+    parser.add_argument("--lambda-gan", type=float, default=0.3)
     parser.add_argument("--footage", type=int, default=24, help="videos of 24 seconds")
     parser.add_argument("--windows", type=int, default=512, help="of training footage, and sprites for the LSTM")
     parser.add_argument("--clips", type=int, default=128, help="held-out clips that the encoders are measured on")

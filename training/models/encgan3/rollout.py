@@ -158,7 +158,8 @@ class Rollout:
         config, overlap = self._config, self._config.overlap
         place = config.joint if self.backward else config.index
         if edge is not None:
-            reference = edge[:, config.index]
+            # as it is shown: what is out of range would grow from clip to clip
+            reference = edge[:, config.index].clamp(-1, 1)
         else:
             reference, place = self._first, place if self.start else self.backward * (config.frames - 1)
         z_x = self._z_x
