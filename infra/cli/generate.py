@@ -22,7 +22,8 @@ _MOST_AT_ONCE = 64  # videos in a grid, which are all decoded side by side
     "--frames",
     type=int,
     metavar="N",
-    help="Length of each video, 1 + 4n, or 4n for tokens; longer than the model's window is fine. [default: its window]",
+    help="Length of each video, longer than a window too: any for models that join clips, 4n for those of tokens, 1 + 4n for"
+    " all others. [default: a window]",
 )
 @click.option(
     "--seconds",

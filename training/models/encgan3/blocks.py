@@ -1,11 +1,12 @@
 """The pieces of EncGAN3: G3AN's three-stream block and factorised attention, and the trunks that see frames and clips.
 
 The block and the attention are G3AN's (arXiv 1912.05523); tensors are `(B, C, T, H, W)`. Normalisation is by groups of
-channels within a sample, where G3AN has spectral norm with batch statistics: those differ between ranks [assumption].
+channels within a sample, and of movement there is none, where G3AN has spectral norm with batch statistics: those differ
+between ranks [assumption].
 """
 
 import math
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -72,7 +73,7 @@ class ThreeStreams(nn.Module):
         step = 1 if begin else 2
         self.content = Growth(in_widths[0], width, (1, 4), (1, step), groups)
         # a norm within a sample would make the same of a strong movement and a weak one, and of what all have in common
-        # more than of what tells them apart [G3AN: norm over the batch, which does the opposite]
+        # more than of what tells them apart [assumption; G3AN: norm over the batch, which does the opposite]
         self.movement = Growth(in_widths[1], width, (kernel, 1), (stride, 1), None)
         self.video_time = Growth(in_widths[2], width, (kernel, 1), (stride, 1), groups)
         self.video_space = Growth(width, width, (1, 4), (1, step), groups)
@@ -147,6 +148,26 @@ class Mean(nn.Module):
         return x.mean((2, 3, 4), keepdim=True)
 
 
+class _InSingle(nn.Module):
+    """A parametrisation whose numbers are float32, of a weight of any precision."""
+
+    def __init__(self, norm: nn.Module) -> None:
+        super().__init__()
+        self.norm = norm
+
+    def forward(self, weight: Tensor) -> Tensor:
+        normed: Tensor = self.norm(weight.float())
+        return normed.to(weight.dtype)
+
+
+def _spectral(convolution: nn.Conv3d) -> nn.Conv3d:
+    """Its weight divided by its largest singular value, which torch estimates by vectors that stay float32."""
+    spectral_norm(convolution)
+    steps: Any = convolution.parametrizations
+    steps.weight[0] = _InSingle(steps.weight[0])
+    return convolution
+
+
 class Trunk(nn.Module):
     """Clips `(B, 3, T, H, W)` -> `(B, out, T')` numbers, as G3AN's discriminators see them.
 
@@ -176,14 +197,14 @@ class Trunk(nn.Module):
             steps += self._step(nn.Conv3d(before, before, (1, 4, 4)), norm, groups, True)
         last = nn.Conv3d(before, out, 1 if pooled else (4, 1, 1) if time else (1, 4, 4))
         _begin(last)
-        steps.append(spectral_norm(last) if norm == "spectral" else last)
+        steps.append(_spectral(last) if norm == "spectral" else last)
         self.steps = nn.Sequential(*steps)
 
     @staticmethod
     def _step(convolution: nn.Conv3d, norm: Norm, groups: int, normed: bool) -> list[nn.Module]:
         _begin(convolution)
         if norm == "spectral":
-            return [spectral_norm(convolution), nn.LeakyReLU(0.2)]
+            return [_spectral(convolution), nn.LeakyReLU(0.2)]
         return [convolution, *([group_norm(groups, convolution.out_channels)] if normed else []), nn.LeakyReLU(0.2)]
 
     def forward(self, x: Tensor) -> Tensor:

@@ -142,8 +142,9 @@ class Config(MeasuredConfig):
     stride                take every n-th frame [G3AN: 2 or 3]
     differences           computed: of the frames of a window; column: read from the dataset's `frame_diff`, where that is
                           the same: absolute, of every frame, of clips as large as the model's frames
-    anywhere              share of the steps whose first clip has its reference at any frame, not at its first; needed to
-                          generate backward
+    anywhere              share of the steps whose first clip has its reference at any frame, not at its first. It makes the
+                          task harder. Needed to generate backward, and without recall for long videos, whose clips
+                          begin from frame `reference` - T + `overlap`, unless that is 0
     lambda_l1             weight of the absolute error of the clips [paper]
     lambda_l2             weight of their squared error. As long as it is not clear where something small moves to, the
                           absolute error is least where nothing moves, and nothing is learned; the squared one is not
@@ -154,7 +155,7 @@ class Config(MeasuredConfig):
     lambda_gan            weight of the loss of either discriminator [G3AN: 1]; 0 trains none
     adversarial           hinge, or log: the losses of the paper, which are G3AN's
     lambda_range          weight of pixels beyond [-1, 1]
-    lambda_drift          weight of the mean difference of generated clips, which would add up
+    lambda_drift          weight of the mean difference of samples, which would add up; without discriminators there are none
     gan_start             step from which the discriminators learn and are heard
     discriminator_width   channels of their first layer; null is the model's width [G3AN]
     discriminator_lr      their learning rate; null is `lr` [G3AN]
@@ -282,6 +283,12 @@ def warnings(config: Config) -> list[str]:
         lines.append(
             f"lambda_gan: training ends at step {config.steps}, before the discriminators begin (gan_start:"
             f" {config.gan_start}); lower that, or set lambda_gan: 0"
+        )
+    if not config.recall and not config.anywhere and (config.parent is None or config.model) and config.encgan3().index:
+        model = config.encgan3()
+        lines.append(
+            f"anywhere: 0, so no clip begins from its frame {model.index}, as those of long videos do; set model.reference to"
+            f" {model.frames - model.overlap}, or anywhere above 0"
         )
     if config.recall and not config.lambda_gan:
         lines.append("recall: without discriminators only the absolute error sees the joint; set lambda_gan above 0")

@@ -18,6 +18,7 @@ from longtake.training.models.encgan3.blocks import FactorisedAttention, ThreeSt
 from longtake.training.models.encgan3.config import EncGAN3Config
 from longtake.training.models.encgan3.recursion import clip_around, clip_of, merged
 
+_LEAST_SPREAD = 0.01  # of random latents that is scaled to 1: where clips are hardly different, others may be
 NOISES = 4  # vectors of noise that a clip's training takes
 
 
@@ -119,7 +120,7 @@ class EncGAN3(nn.Module):
 
         Without it clips differ in z_v by some hundredths of what they have in common; the generator then hears its noise
         alone, learns to do without, and the divergence takes away the rest. (Data-dependent initialisation, arXiv
-        1602.07868, section 3, of the encoders' last layers.) Each log-variance begins at -4, the same for all.
+        1602.07868, section 3, of the encoders' last layers.) Each log-variance begins at -4, the same for all [assumption].
         """
         for trunk, encode in (
             (self.content, lambda: self.encode_content(video[:, 0]).mean),
@@ -128,7 +129,7 @@ class EncGAN3(nn.Module):
             last: Any = trunk.steps[-1]
             weight, bias = (each.chunk(2)[0] for each in (last.weight, last.bias))  # views: of the means
             spread = encode().std(0, correction=0)
-            weight /= torch.where(spread > 1e-6, spread, 1)[:, None, None, None, None]  # clips may all be alike
+            weight /= spread.clamp_min(_LEAST_SPREAD)[:, None, None, None, None]
             bias -= encode().mean(0)
             last.weight.chunk(2)[1].zero_()
             last.bias.chunk(2)[1].fill_(-4)
@@ -141,7 +142,7 @@ class EncGAN3(nn.Module):
     def encode_movement(self, differences: Tensor) -> Posterior:
         """Mean and log-variance of z_v, `(B, D_v)` each, of differences `(B, T-1, 3, H, W)`, T at least 16.
 
-        They are those of `differences_of`. Of clips longer than 16 frames it is the mean of all windows.
+        They are those of `differences_of`. A longer clip has one z_v, too: the mean over its time.
         ValueError for frames of another size.
         """
         self._check_size(differences)

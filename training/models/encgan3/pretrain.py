@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from longtake.datasets.errors import UserError
 from longtake.datasets.loader import Loader, to_model, to_pixels
-from longtake.training import data, registry, stage
+from longtake.training import checkpoint, data, registry, stage
 from longtake.training.data import HELDOUT
 from longtake.training.engines import device
 from longtake.training.metrics.classifier import load_classifier
@@ -39,7 +39,7 @@ from longtake.training.objective import Batch, Engines, Objective, Terms, Turn
 
 __all__ = ["SUMMARY", "Config", "check", "warnings"]  # the stage's parts from another file
 
-VERSION = 1
+VERSION = 2
 PRODUCES = "model"
 MODEL = "encgan3"
 
@@ -71,7 +71,7 @@ def prepare(config: Config, inputs: Mapping[str, str], folder: Path) -> Setup:
     span = (span_of(config, model.config) - 1) * config.stride + 1
     fps = data.frame_rate(inputs["dataset"], span, remedy)
     setup = Setup(inputs, model, fps / config.stride)
-    if config.parent is None:
+    if config.parent is None and checkpoint.latest(folder) is None:
         windows = loader_of(config, setup, "train", batch=SCALED_BY, last="pad", seed=config.seed, columns=("video",))
         model.scale_latents(to_model(next(windows.at([0]))["video"]).transpose(1, 2)[:, : model.config.frames])
     model.to(device())

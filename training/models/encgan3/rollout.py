@@ -1,5 +1,7 @@
 """Videos of any length from an EncGAN3: clip by clip, each from a frame of the one before (arXiv 2512.21776, equation 9).
 
+A clip begins from that frame as it is shown, clamped to [-1, 1], so that what is out of range does not grow.
+
 forward   a clip begins from frame `joint` of the one before, which is its own frame `index`
 backward  the same in the other direction of time: a clip ends with frame `index` of the one after as its frame `joint`
 
@@ -45,8 +47,8 @@ class Rollout:
     """Videos to generate.
 
     seeds      of the videos
-    content    encode: each clip shows what its first frame shows, as in training with recall, and can follow a change of
-               scene; keep: all show what the first clip does, so that they drift less [assumption: encode]
+    content    encode: each clip shows what the frame shows that it begins from, as in training with recall, and can follow a
+               change of scene; keep: all show what the first clip does, so that they drift less [assumption: encode]
     backward   the clips are made from the last to the first; the video ends where the start begins
     start      None: the first frame is made of noise
     movement   for each video the z_v of its clips in order of time, `(n, D_v)`, which come again where there are more
@@ -158,7 +160,6 @@ class Rollout:
         config, overlap = self._config, self._config.overlap
         place = config.joint if self.backward else config.index
         if edge is not None:
-            # as it is shown: what is out of range would grow from clip to clip
             reference = edge[:, config.index].clamp(-1, 1)
         else:
             reference, place = self._first, place if self.start else self.backward * (config.frames - 1)

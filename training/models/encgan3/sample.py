@@ -28,7 +28,7 @@ ACCEPTS = frozenset({"start", "movement", *SETTINGS})
 
 @dataclass(frozen=True)
 class Sampler:
-    """A registered EncGAN3: a `Generator` whose `frames` are those of a clip.
+    """A registered EncGAN3: a `Generator` whose `frames` are those of a training window.
 
     fps, size  of its training videos
     digest     of its weights

@@ -7,11 +7,12 @@ from typing import Any
 import pytest
 import torch
 from pydantic import ValidationError
-from torch import Tensor
+from torch import Tensor, nn
 
 from longtake.training.models.common.codec import Posterior
 from longtake.training.models.encgan3.blocks import FactorisedAttention, ThreeStreams
 from longtake.training.models.encgan3.config import EncGAN3Config, config_from_preset
+from longtake.training.models.encgan3.discriminators import Discriminators
 from longtake.training.models.encgan3.model import NOISES, EncGAN3
 from longtake.training.models.encgan3.recursion import merged
 
@@ -213,12 +214,31 @@ def test_a_random_model_is_scaled_to_latents_that_differ(pooled: bool) -> None:
         torch.testing.assert_close(posterior.mean.mean(0), torch.zeros(posterior.mean.shape[1]), atol=1e-3, rtol=0)
         torch.testing.assert_close(posterior.mean.std(0, correction=0), torch.ones(posterior.mean.shape[1]))
         assert torch.equal(posterior.logvar, torch.full_like(posterior.logvar, -4))
-    still = clips[:, :1].expand_as(clips)
-    other = model(pooled=pooled)
-    other.scale_latents(still)
-    assert other.encode_movement(other.differences_of(still)).mean.isfinite().all(), (
-        "clips without movement are no error"
-    )
+
+
+def test_clips_that_are_nearly_alike_scale_latents_by_no_more_than_a_hundred() -> None:
+    clips, other = 0.002 * random(32, 16, 3, 16, 16), random(4, 16, 3, 16, 16, seed=1)
+    chosen, scaled = model(), model()
+    scaled.scale_latents(clips)
+    for of in (lambda each: each.encode_content(other[:, 0]), lambda each: each.encode_movement(other.diff(dim=1))):
+        before, after = (of(each).mean.std(0) for each in (chosen, scaled))
+        assert (after <= 100.1 * before).all()
+    scaled = model()
+    scaled.scale_latents(clips[:1, :1].expand(32, 16, -1, -1, -1))
+    assert scaled.encode_movement(scaled.differences_of(clips)).mean.isfinite().all(), "all alike, and still"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_spectral_weights_have_norm_one_in_any_precision(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    judges = Discriminators(16, 4, "spectral", 2).to(dtype)
+    for _ in range(60):  # of the power iteration
+        judges(random(1, 16, 3, 16, 16), random(1, 3, 16, 16))
+    judges.eval()
+    for module in judges.modules():
+        if isinstance(module, nn.Conv3d):
+            assert module.weight.dtype == dtype
+            assert torch.linalg.matrix_norm(module.weight.float().flatten(1), 2).item() == pytest.approx(1, abs=0.02)
 
 
 def test_a_pooled_movement_is_the_same_wherever_it_is() -> None:

@@ -159,7 +159,10 @@ def test_the_column_of_differences_is_what_the_model_would_compute(dataset: str,
 
 @pytest.mark.parametrize(
     "changes",
-    [{"spectral": True, "adversarial": "log"}, {"zero_stage": 3, "precision": "bf16", "accumulate": 2}],
+    [
+        {"spectral": True, "adversarial": "log", "zero_stage": 1, "precision": "bf16"},
+        {"zero_stage": 3, "precision": "bf16", "accumulate": 2},
+    ],
     ids=str,
 )
 def test_a_training_stopped_after_each_step_goes_on_exactly(dataset: str, tmp_path: Path, changes: Any) -> None:
@@ -171,6 +174,24 @@ def test_a_training_stopped_after_each_step_goes_on_exactly(dataset: str, tmp_pa
     torch.testing.assert_close(again, straight, atol=0, rtol=0)
     assert {"l1", "kl", "gan_clip", "gan_frame", "drift", "discriminator", "judged_made_clip"} <= log.steps[0].keys()
     assert log.videos == {"reconstructed": (28, 16, 48, 3)}
+
+
+def test_latents_of_a_random_model_are_scaled_once_and_those_of_a_parent_never(
+    dataset: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given, calls = {"dataset": dataset}, list[Tensor]()
+    scale = EncGAN3.scale_latents
+    monkeypatch.setattr(EncGAN3, "scale_latents", lambda self, video: (calls.append(video), scale(self, video))[1])
+    torch.manual_seed(0)
+    first = pretrain.prepare(config(), given, tmp_path / "new").model
+    torch.manual_seed(0)
+    again = pretrain.prepare(config(), given, tmp_path / "new").model
+    torch.testing.assert_close(first.state_dict(), again.state_dict(), atol=0, rtol=0)
+    assert len(calls) == 2 and calls[0].shape == (pretrain.SCALED_BY, 16, 3, 16, 16)
+    fit(pretrain, config(sample_every=0), given, tmp_path / "trained", until=1)
+    count = len(calls)
+    pretrain.prepare(config(), given, tmp_path / "trained")
+    assert len(calls) == count, "a checkpoint has all weights"
 
 
 def test_every_stage_of_zero_learns_the_same(dataset: str, tmp_path: Path) -> None:
@@ -309,4 +330,9 @@ def test_a_parent_of_another_kind_is_refused() -> None:
 def test_what_is_rarely_meant_is_said() -> None:
     assert "lambda_gan: training ends at step 3" in warnings(config(gan_start=9))[0]
     assert "recall: without discriminators" in warnings(config(lambda_gan=0))[0]
+    (line,) = warnings(config(recall=False, anywhere=0))
+    assert line.startswith(
+        "anywhere: 0, so no clip begins from its frame 1, as those of long videos do; set model.reference to 12"
+    )
+    assert not warnings(config(recall=False, anywhere=0, model=MODEL | {"reference": 12}))
     assert not warnings(config())
