@@ -149,11 +149,16 @@ class Mean(nn.Module):
 
 
 class _InSingle(nn.Module):
-    """A parametrisation whose numbers are float32, of a weight of any precision."""
+    """A parametrisation whose own numbers stay float32, of a weight of any precision."""
 
     def __init__(self, norm: nn.Module) -> None:
         super().__init__()
         self.norm = norm
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        super()._apply(fn, recurse)
+        self.norm.float()
+        return self
 
     def forward(self, weight: Tensor) -> Tensor:
         normed: Tensor = self.norm(weight.float())
