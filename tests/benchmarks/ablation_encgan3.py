@@ -2,12 +2,14 @@
 
     python tests/benchmarks/ablation_encgan3.py OUT [--seeds 3] [--features squeezenet1_0.pth] [--part R] [--seed 0]
 
-T  training of `plain` (signed differences), `absolute`, the paper's, and `recall` (signed, two clips in a step); of each the
-   error of held-out clips beside that of repeating their first frame; the direction that reconstructed sprites move in;
-   and clips of the content of one sprite and the movement of another, named by probes that have seen real ones only.
-R  long videos from held-out frames: `independent` clips that all begin from the same frame, `chained` clips of the same
-   model, `recall`, `lstm`, which draws the movement of each clip given those before, and `longer`, the generator run once
-   with more steps of movement. What is seen at joints, and how far the videos drift.
+T  training of `plain` (signed differences) and `absolute`, the paper's; of `anew`, with recall from the first step on; and
+   of `single` and `recall`, which both continue `plain` for as many steps, the one without recall, the other with it. Of
+   each the errors of held-out clips beside those of repeating their first frame; the direction that reconstructed sprites
+   move in; and clips of the content of one sprite and the movement of another: whether they have the colour of the one, by
+   a probe that has seen real ones only, and go the way of the other.
+R  long videos from held-out frames: `independent` clips of `single` that all begin from the same frame, `chained` clips of
+   it, `recall`, `lstm`, which draws the movement of each clip of `single` given those before, and `longer`, its generator
+   run once with more steps of movement. What is seen at joints, and how far the videos drift.
 
 Sprites are shapes of a colour that move evenly over a grey ground and come in again on the other side; pairs of shape and
 colour are held out. Footage is generated: photographs under a moving camera, of which videos are held out whole. A quarter
@@ -51,21 +53,16 @@ from longtake.training.objective import Objective
 VARIANTS: dict[str, dict[str, Any]] = {
     "plain": {},
     "absolute": {"model": {"differences": "absolute"}},
-    "recall": {"recall": True},
+    "anew": {"recall": True},
+    "single": {"parent": "plain"},
+    "recall": {"recall": True, "parent": "plain"},
 }
 # the reference of the next clip is where that begins, as it is for the first one
 MODEL = {"preset": "encgan3_tiny", "size": 16, "width": 16, "groups": 4, "attention": 8, "reference": 12}
 MODEL |= {"differences": "signed"}
 ARMS = ("independent", "chained", "recall", "lstm", "longer")
-SIZE, DRAWN, FPS, FRAMES, SPAN, LONG, BIN = (
-    16,
-    32,
-    12,
-    16,
-    28,
-    208,
-    52,
-)  # 208 = 12 + 4 * 49, which the generator makes at once
+SIZE, DRAWN = 16, 32  # pixels of frames, and of sprites as they are drawn
+FPS, FRAMES, SPAN, LONG, BIN = 12, 16, 28, 208, 52  # 208 = 12 + 4 * 49, which the generator makes at once
 SHAPES, COLOURS, DIRECTIONS = 4, 6, 8
 HUES = ((230, 60, 50), (60, 200, 70), (70, 90, 240), (230, 210, 60), (210, 70, 220), (60, 210, 220))
 
@@ -186,17 +183,23 @@ class Mixture:
 def trained(options: argparse.Namespace, variant: str, seed: int) -> EncGAN3:
     """The model of a variant: trained, or continued to the end."""
     changes = VARIANTS[variant]
+    settings: dict[str, Any] = {"steps": options.steps, "lr": options.lr, "gan_start": options.steps * 2 // 3}
+    if "parent" in changes:
+        settings = {"steps": options.steps // 3, "lr": options.lr / 2, "gan_start": 0}
     config = pretrain.Config(
         kind="pretrain_encgan3", dataset=options.dataset, model=MODEL | changes.get("model", {}), seed=seed,
-        recall=changes.get("recall", False), batch=12, steps=options.steps, lr=options.lr, schedule="cosine",
-        betas=(0.9, 0.999), anywhere=0, kl_warmup=0.1, lambda_frame=1, lambda_gan=options.lambda_gan,
-        gan_start=options.steps * 2 // 3, ema_half_lives=(100,),
+        recall=changes.get("recall", False), batch=12, schedule="cosine", betas=(0.9, 0.999), anywhere=0,
+        kl_warmup=0.0 if "parent" in changes else 0.1, lambda_frame=1, lambda_gan=options.lambda_gan, ema_half_lives=(100,),
         run={"workers": 0, "sample_every": 0, "heldout_every": 0, "checkpoint_every": 250, "keep_checkpoints": 1},
+        **settings,
     )  # fmt: skip
     torch.manual_seed(seed)
     made = EncGAN3(config.encgan3())
-    first = next(iter(Mixture(options.films, FRAMES, 32, seed)))["video"]
-    made.scale_latents(to_model(first).transpose(1, 2))
+    if "parent" in changes:
+        made.load_state_dict(trained(options, changes["parent"], seed).state_dict())
+    else:
+        first = next(iter(Mixture(options.films, FRAMES, 32, seed)))["video"]
+        made.scale_latents(to_model(first).transpose(1, 2))
     made.to(engines.device())
     judges = Discriminators(SIZE, made.config.width, "group", made.config.groups).to(engines.device())
     objective = Objective(
@@ -207,6 +210,7 @@ def trained(options: argparse.Namespace, variant: str, seed: int) -> EncGAN3:
         settings={"discriminator": pretrain._discriminator_settings(config)},
     )
     folder = options.out / f"T-{variant}-{seed}"
+    made.train()
     stream: Any = Mixture(options.films, SPAN if config.recall else FRAMES, config.batch, seed)
     train(objective, stream, config, folder)
     made.load_state_dict(checkpoint.trained(folder, config))
@@ -352,7 +356,7 @@ def rolled(model: EncGAN3, lstm: Next | None, arm: str, seed: int, frames: Tenso
 
 
 def part_r(options: argparse.Namespace, arm: str, seed: int) -> dict[str, Any]:
-    model = trained(options, "recall" if arm == "recall" else "plain", seed)
+    model = trained(options, "recall" if arm == "recall" else "single", seed)
     lstm = followed(options, model, seed) if arm == "lstm" else None
     moving = sprites(options.videos, SPAN, 3_000_000 + seed, True).video
     found = {}

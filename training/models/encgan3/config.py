@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationInfo, field_validator, model_validator
 
 from longtake.datasets.stage import DatasetInput, ModelInput, StageConfig, ViewInput
 from longtake.training.config import ModelName
@@ -60,7 +60,7 @@ class EncGAN3Config(BaseModel):
     size: int = Field(64, ge=16)
     frames: int = Field(16, ge=LEAST_FRAMES)
     overlap: int = Field(4, ge=2)
-    reference: int | None = None
+    reference: int | None = Field(None, validate_default=True)
     merge: Merge = "cut"
     width: PositiveInt = 64
     content: PositiveInt = 128
@@ -72,14 +72,13 @@ class EncGAN3Config(BaseModel):
     attention: PositiveInt | None = 32
     groups: PositiveInt = 16
 
-    @model_validator(mode="before")
+    @field_validator("reference")
     @classmethod
-    def _last_before_the_middle(cls, fields: Any) -> Any:
-        if isinstance(fields, dict) and fields.get("reference") is None:
-            frames, overlap = (fields.get(name, cls.model_fields[name].default) for name in ("frames", "overlap"))
-            if isinstance(frames, int) and isinstance(overlap, int):
-                return fields | {"reference": frames - overlap + (overlap + 1) // 2 - 1}
-        return fields
+    def _last_before_the_middle(cls, reference: int | None, info: ValidationInfo) -> int | None:
+        if reference is None and {"frames", "overlap"} <= info.data.keys():
+            overlap: int = info.data["overlap"]
+            return int(info.data["frames"] - overlap + (overlap + 1) // 2 - 1)
+        return reference
 
     @model_validator(mode="after")
     def _fits(self) -> EncGAN3Config:
@@ -119,7 +118,7 @@ class EncGAN3Config(BaseModel):
 
 def config_from_preset(preset: str, **overrides: Any) -> EncGAN3Config:
     """The preset's config with some fields replaced. ValueError for an unknown preset or field."""
-    if preset not in PRESETS:
+    if not isinstance(preset, str) or preset not in PRESETS:
         raise ValueError(f"unknown preset {preset!r}; choose one of: {', '.join(PRESETS)}")
     return EncGAN3Config(**PRESETS[preset] | overrides)
 
@@ -176,15 +175,15 @@ class Config(MeasuredConfig):
     stride: int = Field(1, ge=1)
     differences: Literal["computed", "column"] = "computed"
     anywhere: float = Field(0.5, ge=0, le=1)
-    lambda_l1: float = Field(10.0, ge=0)
-    lambda_l2: float = Field(50.0, ge=0)
-    lambda_kl: float = Field(0.0003, ge=0)
+    lambda_l1: float = Field(10.0, ge=0, allow_inf_nan=False)
+    lambda_l2: float = Field(50.0, ge=0, allow_inf_nan=False)
+    lambda_kl: float = Field(0.0003, ge=0, allow_inf_nan=False)
     kl_warmup: float = Field(0.2, ge=0, le=1)
-    lambda_frame: float = Field(1.0, ge=0)
-    lambda_gan: float = Field(1.0, ge=0)
+    lambda_frame: float = Field(1.0, ge=0, allow_inf_nan=False)
+    lambda_gan: float = Field(1.0, ge=0, allow_inf_nan=False)
     adversarial: Adversarial = "hinge"
-    lambda_range: float = Field(10.0, ge=0)
-    lambda_drift: float = Field(10.0, ge=0)
+    lambda_range: float = Field(10.0, ge=0, allow_inf_nan=False)
+    lambda_drift: float = Field(10.0, ge=0, allow_inf_nan=False)
     gan_start: int = Field(0, ge=0)
     discriminator_width: int | None = Field(None, ge=1)
     discriminator_lr: float | None = Field(None, gt=0)
@@ -198,7 +197,8 @@ class Config(MeasuredConfig):
     @model_validator(mode="before")
     @classmethod
     def _defaults_of_phase(cls, fields: Any) -> Any:
-        return _PHASES.get(fields.get("phase", "joint"), {}) | fields if isinstance(fields, dict) else fields
+        phase = fields.get("phase", "joint") if isinstance(fields, dict) else None
+        return _PHASES.get(phase, {}) | fields if isinstance(phase, str) else fields
 
     @field_validator("model")
     @classmethod
@@ -266,6 +266,12 @@ def check(config: Config, inputs: Mapping[str, StageConfig]) -> None:
     if config.differences == "column" and clip.short_side != model.size:
         raise ValueError(
             f"differences: column: is of clips with short side {clip.short_side}, frames are {model.size}; choose computed"
+        )
+    diff: Any = getattr(inputs.get("dataset"), "frame_diff", None)
+    if config.differences == "column" and diff and diff.factor(model.size, model.size) != 1:
+        raise ValueError(
+            f"differences: column: has pixels averaged to a short side of {diff.short_side}, frames are {model.size}; set"
+            f" frame_diff.short_side of the dataset to {model.size}"
         )
     span = (span_of(config, model) - 1) * config.stride + 1
     if clip.max_frames < span:

@@ -22,6 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from longtake.datasets.errors import Failure
 from longtake.datasets.loader import to_pixels
 from longtake.training.models.common import parts
 from longtake.training.models.common.draws import rng_of
@@ -119,7 +120,7 @@ class Rollout:
 
         Raises:
             UserError: the folder has clips of other settings.
-            Failure: a kept clip is damaged.
+            Failure: a kept clip is damaged or gone, or a clip has values that are no numbers.
         """
         if folder:
             parts.open_folder(folder, self.record())
@@ -133,7 +134,8 @@ class Rollout:
                 pass
             for number in reversed(range(self.clips(frames))):
                 kept = parts.load_all(parts.url_of(folder, number), ("frames", "edge"))
-                assert kept, f"clip {number} has just been kept"
+                if kept is None:
+                    raise Failure(f"{folder}: another command has taken away clip {number}; give this one again")
                 yield self._cut(kept["frames"], number, frames).numpy()
 
     def _chunks(self, frames: int, folder: str | None) -> Iterator[np.ndarray]:
@@ -167,6 +169,8 @@ class Rollout:
         if edge is not None and self.content == "encode":
             z_x = self.model.encode_content(reference.to(self._like)).mean
         clip = self.model.generate(z_x, self._z_v(number), reference, place)
+        if not clip[:, :: config.frames - 1].sum().isfinite():  # whatever is wrong within is added up to an end
+            raise Failure(f"clip {number} has values that are no numbers: the model is damaged, or not trained")
         if edge is None:
             line = clip
         elif self.backward:

@@ -197,6 +197,11 @@ def test_numbers_that_do_not_fit_are_refused(changes: dict[str, Any], why: str) 
         config_from_preset("g3an")
 
 
+def test_numbers_in_quotes_are_numbers() -> None:
+    quoted = config_from_preset("encgan3_tiny", frames="20", overlap=6.0)
+    assert quoted == config_from_preset("encgan3_tiny", frames=20, overlap=6) and quoted.reference == 16
+
+
 def test_the_reference_is_the_last_frame_before_the_middle_of_the_overlap() -> None:
     joints = {overlap: EncGAN3Config(overlap=overlap).joint for overlap in (2, 3, 4, 6, 8)}
     assert joints == {2: 14, 3: 14, 4: 13, 6: 12, 8: 11}

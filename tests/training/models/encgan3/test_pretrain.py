@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from longtake.datasets.errors import UserError
 from longtake.datasets.loader import to_model
+from longtake.pipeline.config import FrameDiffConfig
 from longtake.training import registry
 from longtake.training.models import judge_of
 from longtake.training.models.encgan3 import losses, pretrain
@@ -287,6 +288,9 @@ def test_phase_gan_continues_a_parent_whose_encoders_stay(dataset: str, tmp_path
         ({"differences": "column"}, "differences: column: has absolute ones, the model takes signed"),
         ({"differences": "column", "stride": 2, "model": MODEL | {"differences": "absolute"}}, "stride is not 1"),
         ({"model": {"preset": "huge"}}, "unknown preset 'huge'"),
+        ({"model": {"preset": ["huge"]}}, "unknown preset ['huge']"),
+        ({"phase": ["vae"]}, "Input should be 'joint', 'vae' or 'gan'"),
+        ({"lambda_gan": float("inf")}, "Input should be a finite number"),
     ],
 )
 def test_what_does_not_fit_is_refused_in_one_line(changes: dict[str, Any], message: str) -> None:
@@ -297,8 +301,9 @@ def test_what_does_not_fit_is_refused_in_one_line(changes: dict[str, Any], messa
 
 
 def test_clips_too_short_for_two_that_overlap_are_refused(dataset: str, tmp_path: Path) -> None:
-    def shards(frames: int, side: int = 16) -> Any:
-        return SimpleNamespace(clip=SimpleNamespace(short_side=side, max_frames=frames))
+    def shards(frames: int, side: int = 16, diff: int = 16) -> Any:
+        clip = SimpleNamespace(short_side=side, max_frames=frames)
+        return SimpleNamespace(clip=clip, frame_diff=FrameDiffConfig(short_side=diff))
 
     wide = MODEL | {"differences": "absolute"}
     for changes, made, message in (
@@ -307,6 +312,7 @@ def test_clips_too_short_for_two_that_overlap_are_refused(dataset: str, tmp_path
         ({"stride": 2}, shards(54), "span 55 frames"),
         ({}, shards(28, 8), "model: size 16 is larger than clip.short_side 8"),
         ({"model": wide, "differences": "column"}, shards(28, 32), "is of clips with short side 32, frames are 16"),
+        ({"model": wide, "differences": "column"}, shards(28, 16, 8), "set frame_diff.short_side of the dataset to 16"),
     ):  # fmt: skip
         with pytest.raises(ValueError, match=message):
             check(config(**changes), {"dataset": made})

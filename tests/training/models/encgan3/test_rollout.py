@@ -248,3 +248,22 @@ def test_memory_does_not_grow_with_the_length(model: EncGAN3) -> None:
 
     counts = [alive() for number, _ in enumerate(Rollout(model, (1,)).pieces(40 * HOP)) if number in (4, 38)]
     assert counts[1] <= counts[0]
+
+
+@pytest.mark.parametrize("backward", [False, True])
+def test_values_that_are_no_numbers_are_no_video(model: EncGAN3, backward: bool) -> None:
+    broken = awake()
+    broken.load_state_dict(model.state_dict())
+    with torch.no_grad():
+        broken.generator.to_differences.bias[0] = float("nan")
+    with pytest.raises(Failure, match="clip 0 has values that are no numbers"):
+        next(Rollout(broken, [0], backward=backward).pixels(20))
+
+
+def test_a_clip_that_another_command_takes_away_is_named(model: EncGAN3, tmp_path: Path) -> None:
+    chunks = Rollout(model, [0], backward=True).pixels(40, str(tmp_path))
+    next(chunks)
+    for path in tmp_path.glob("*.safetensors"):
+        path.unlink()
+    with pytest.raises(Failure, match="another command has taken away clip"):
+        list(chunks)
