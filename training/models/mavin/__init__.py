@@ -1,0 +1,1 @@
+"""MAVIN (arXiv 2405.18003): the frames between two clips."""
