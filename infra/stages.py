@@ -19,6 +19,7 @@ STAGES = {
     "pretrain_vqgan": "longtake.training.models.tats.pretrain",
     "pretrain_sound_vqgan": "longtake.training.models.tats.sound.pretrain",
     "pretrain_encgan3": "longtake.training.models.encgan3.pretrain",
+    "finetune_mavin": "longtake.training.models.mavin.finetune",
     "promote": "longtake.training.registry.promote",
 }
 

@@ -15,6 +15,7 @@ KINDS = {
     "sound_vqgan": "longtake.training.models.tats.sound.kind",
     "tats": "longtake.training.models.tats.kind",
     "encgan3": "longtake.training.models.encgan3.kind",
+    "mavin": "longtake.training.models.mavin.kind",
     "memory_dit": "longtake.training.models.memory.kind",
 }
 

@@ -1,0 +1,394 @@
+"""`finetune_mavin`: a model that fills the gap between two clips (MAVIN, arXiv 2405.18003).
+
+Windows are A | M | B. A and B are encoded apart and stay clean, M is noised; the loss is that of M alone. Where M begins
+and ends is drawn anew for each window, so that one model fills gaps of many lengths.
+"""
+
+import re
+import sys
+from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from longtake.datasets.errors import Failure, UserError
+from longtake.datasets.latents import encoder_digest
+from longtake.datasets.loader import Loader, to_model, to_pixels
+from longtake.datasets.text import Text
+from longtake.training import data, registry, stage
+from longtake.training.data import HELDOUT
+from longtake.training.engines import device
+from longtake.training.metrics.reconstruction import SSIM_REACH
+from longtake.training.metrics.share import place
+from longtake.training.models.common.codec import Codec, Pixels, load_codec
+from longtake.training.models.common.draws import rng_of
+from longtake.training.models.common.flow import shifted
+from longtake.training.models.common.text import set_empty
+from longtake.training.models.mavin import spans as spanning
+from longtake.training.models.mavin.config import PARTS, Config, check, check_parts, stride_of
+from longtake.training.models.mavin.encode import (
+    boundary_frames,
+    encode_windows,
+    gap_frames,
+    window_frames,
+    window_latents,
+)
+from longtake.training.models.mavin.evaluate import SUMMARY, Window, filled_window
+from longtake.training.models.mavin.evaluate import evaluate as measure
+from longtake.training.models.mavin.guidance import ImageEncoder, boundary_tokens, load_image_encoder
+from longtake.training.models.mavin.model import Mavin
+from longtake.training.models.mavin.spans import Spans
+from longtake.training.models.mavin.unet import UNet, fields_of_folder, load_folder
+from longtake.training.objective import Batch, Engines, Objective, Terms, Turn
+
+__all__ = ["SUMMARY", "Config", "check"]  # the stage's parts from another file
+
+VERSION = 1
+PRODUCES = "model"
+MODEL = "mavin"
+
+_SCALED_BY = 32  # windows by which latents are normalised
+
+
+class Setup(NamedTuple):
+    """All that the stage works with; `fps` and `stride` are those of windows, `encoder` sees the frames beside a gap."""
+
+    inputs: Mapping[str, str]
+    codec: Codec
+    text: Text | None
+    encoder: ImageEncoder | None
+    spans: Spans
+    model: Mavin
+    fps: float
+    stride: int
+
+
+def prepare(config: Config, inputs: Mapping[str, str], folder: Path) -> Setup:
+    """Data, checked, and the model before its first step.
+
+    Raises:
+        UserError: no clip is as long as a window; the autoencoder does not divide it; spans do not fit it; texts, a base, a
+            public U-Net or an image encoder do not fit.
+        Failure: damaged files; latents that do not vary.
+    """
+    rate = data.frame_rate(inputs["dataset"], config.frames)
+    stride = stride_of(config, rate)
+    data.frame_rate(inputs["dataset"], (config.frames - 1) * stride + 1, "lower `frames` or `stride`, or raise `fps`")
+    codec: Any = load_codec(inputs["vae"]).requires_grad_(False) if "vae" in inputs else Pixels()
+    codec = codec.eval().to(device())
+    text = data.text_of(inputs)
+    encoder = load_image_encoder(config.image, device()) if config.image else None
+    side = codec.config.spatial_stride
+    if config.size[0] % side or config.size[1] % side:
+        raise UserError(f"size: {config.size[0]}x{config.size[1]}: the autoencoder needs multiples of {side}")
+    try:
+        latents = window_latents(codec, config.frames)
+        spans = config.spans_of(latents)
+        shape = (latents, config.size[0] // side, config.size[1] // side)
+        model = _model(config, inputs, codec, shape, spans, encoder, text)
+        check_parts(config.train, model.config.body)
+    except ValueError as e:
+        raise e if isinstance(e, UserError | Failure) else UserError(str(e)) from e
+    setup = Setup(inputs, codec, text, encoder, spans, model, rate / stride, stride)
+    if "vae" in inputs and "base" not in inputs:
+        _normalise(config, setup)
+    _keep_still(config, model)
+    model.to(device())
+    return setup
+
+
+def _model(
+    config: Config,
+    inputs: Mapping[str, str],
+    codec: Codec,
+    shape: tuple[int, int, int],
+    spans: Spans,
+    encoder: ImageEncoder | None,
+    text: Text | None,
+) -> Mavin:
+    """The model before its first step, on the CPU."""
+    channels, width = codec.config.latent_channels, encoder.width if encoder else 0
+    if "base" in inputs:
+        uri = inputs["base"]
+        model, facts = registry.load_with_facts(uri)
+        if not isinstance(model, Mavin):
+            raise UserError(f"base: {uri} is a {type(model).__name__}, not a MAVIN; name a `finetune_mavin` model")
+        data.check_base_text(uri, facts, text)
+        has, ours = (facts.get("vae") or {}).get("encoder"), _digest(codec)
+        if has != ours:
+            raise UserError(f"base: {uri} has learned latents of another autoencoder; name that in vae")
+        if ((facts.get("image") or {}).get("digest")) != (encoder.digest if encoder else None):
+            raise UserError(f"base: {uri} sees the frames beside a gap by another encoder; name that in image")
+        if text is not None and not model.config.text_width:
+            raise UserError(f"base: {uri} has learned no text; leave text out")
+        changed = Mavin(model.config.model_copy(update={"shape": shape, "gap": spans.gap}))
+        changed.load_state_dict(model.state_dict())
+        return changed.train()
+    changes = fields_of_folder(config.unet) if config.unet else {}
+    if changes.pop("channels", channels) != channels:
+        raise UserError(
+            f"unet: {config.unet}: is of other latents than these of {channels} channels; name its autoencoder"
+        )
+    model = Mavin(config.mavin(channels, shape, spans, width, text, changes))
+    if config.unet:
+        assert isinstance(model.body, UNet)
+        load_folder(model.body, config.unet)
+    set_empty(model.guide.text_in, text)
+    return model
+
+
+def _digest(codec: Any) -> str | None:
+    """The digest of an autoencoder's encoder; None of pixels."""
+    return None if isinstance(codec, Pixels) else encoder_digest(codec)
+
+
+@torch.no_grad()
+def _normalise(config: Config, setup: Setup) -> None:
+    """Normalise latents by the mean and deviation of some windows', encoded as in training."""
+    windows = loader_of(config, setup, "train", batch=1, seed=config.seed, columns={"video": "video"})
+    start, latents = (setup.spans.starts[0] + setup.spans.starts[1]) // 2, setup.spans.latents
+    span = [(start, min(latents - 1, max(start + 1, setup.spans.ends[0])))]
+    some = [
+        encode_windows(setup.codec, to_model(batch["video"].to(device())), span)
+        for batch in windows.at(range(min(_SCALED_BY, windows.batches_per_epoch)))
+    ]
+    values = torch.cat(some).transpose(0, 1).flatten(1).double().cpu()
+    try:
+        setup.model.set_statistics(values.mean(1).float(), values.std(1).float())
+    except ValueError as e:
+        raise Failure(f"vae: {setup.inputs['vae']}: {e}; train it for longer") from e
+
+
+def _keep_still(config: Config, model: Mavin) -> None:
+    """Freeze all parts that `train` does not name."""
+    if config.train == "all":
+        return
+    parts = [re.compile(PARTS[model.config.body][name]) for name in config.train]
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(any(part.match(name) for part in parts))
+
+
+def loader(config: Config, setup: Setup, rank: int, world: int) -> Loader:
+    """This rank's share of random windows."""
+    return loader_of(config, setup, "train", **data.share_of(config, rank, world), crop="random")
+
+
+def loader_of(config: Config, setup: Setup, split: str, **options: Any) -> Loader:
+    """Windows of videos, with texts if they are learned."""
+    columns = {"video": "video"} | ({"text": setup.text.column} if setup.text else {})
+    window = {"columns": columns, "frames": config.frames, "stride": setup.stride, "size": config.size}
+    return data.loader(config, setup.inputs, split, **window | options)
+
+
+def objective(config: Config, setup: Setup) -> Objective:
+    """The flow's loss in the gap, with the first held-out window, filled, as a sample.
+
+    Raises:
+        UserError: no clip is held out.
+    """
+    heldout = loader_of(config, setup, "val", **HELDOUT)
+    if not heldout.samples:
+        raise UserError("dataset: its val split has no clip for the evaluation; raise val_fraction")
+    return Objective(
+        {"model": setup.model},
+        partial(_loss, config, setup),
+        sample=partial(_sample, config, setup, heldout),
+        fps=max(1, round(setup.fps)),
+        tokens=partial(_tokens, setup),
+        blocks=list(setup.model.blocks()),
+        heldout=heldout,
+    )
+
+
+class Draws(NamedTuple):
+    """What is drawn for the windows of a batch: it depends on their places in the pass, not on ranks.
+
+    mask      latents that are noised, bool (B, T)
+    spans     start and end of each window's span; of random latents they have no meaning
+    t         (B,)
+    noise     (B, C, T, h, w)
+    flipped, textless, blind   windows that are flipped, and that lose their text, and their frames, bool (B,)
+    """
+
+    mask: Tensor
+    spans: list[tuple[int, int]]
+    t: Tensor
+    noise: Tensor
+    flipped: Tensor
+    textless: Tensor
+    blind: Tensor
+
+
+def draw(config: Config, setup: Setup, seed: int, places: Sequence[int], learning: bool = True) -> Draws:
+    """The draws of windows at these places of a pass. Those that are only measured keep their sides, text and frames."""
+    model = setup.model.config
+    assert model.shape
+    masks, spans, normal, noise, chances = [], [], [], [], []
+    for number in places:
+        rng, normals = np.random.default_rng([seed, number]), rng_of(seed, number)
+        mask = spanning.draw_mask(setup.spans, rng)
+        masks.append(torch.from_numpy(mask))
+        spans.append((int(mask.argmax()), int(len(mask) - mask[::-1].argmax())))
+        normal.append(torch.randn((), generator=normals))
+        noise.append(torch.randn(model.channels, *model.shape, generator=normals))
+        chances.append(torch.from_numpy(rng.random(3)))
+    limits = torch.tensor([config.flip, model.text_dropout, model.image_dropout]) * learning
+    flipped, textless, blind = (torch.stack(chances) < limits).unbind(1)
+    t = shifted(torch.sigmoid(config.time_mean + config.time_std * torch.stack(normal)), config.shift)
+    on = partial(torch.Tensor.to, device=device())
+    return Draws(on(torch.stack(masks)), spans, on(t), on(torch.stack(noise)), *map(on, (flipped, textless, blind)))
+
+
+def _loss(config: Config, setup: Setup, turn: Turn) -> tuple[Tensor, Terms]:
+    """The loss of the span, and the share of windows that have a cut and so do not count."""
+    video, learning = to_model(turn.batch["video"]), torch.is_grad_enabled()
+    rank, count = place()[0] if learning else 0, len(video)
+    draws = draw(config, setup, turn.seed, range(rank * count, (rank + 1) * count), learning)
+    video = torch.where(draws.flipped[:, None, None, None, None], video.flip(-1), video)
+
+    x0 = setup.model.normalise(latents_of(setup, video, draws.spans))
+    x = spanning.noised(x0, draws.noise, draws.t, draws.mask)
+    times = spanning.times_of(draws.t, draws.mask, setup.model.config.clean_time)
+    hints = hints_of(setup, turn.batch, video, draws.spans, draws.textless, draws.blind)
+    velocity = turn.engines[turn.name](x, times, draws.mask.sum(1), *hints)
+
+    losses = spanning.loss(velocity, x0, draws.noise, draws.mask)
+    whole = ~cut(video, config.least_similarity)
+    # divided by all: ranks whose windows have cuts must not count more in the others
+    loss = torch.where(whole, losses, 0.0).sum() / count
+    return loss, {"loss": loss.detach(), "cuts": 1 - whole.float().mean()}
+
+
+def latents_of(setup: Setup, video: Tensor, spans: Sequence[tuple[int, int]]) -> Tensor:
+    """The latents of windows, those beside each span encoded apart."""
+    return video if isinstance(setup.codec, Pixels) else encode_windows(setup.codec, video, spans)
+
+
+def hints_of(
+    setup: Setup,
+    batch: Batch,
+    video: Tensor,
+    spans: Sequence[tuple[int, int]],
+    textless: Tensor | None = None,
+    blind: Tensor | None = None,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    """Text, its mask, the tokens of the frames beside the spans, and of which sides they are seen."""
+    text, mask = batch.get("text"), batch.get("text_mask")
+    if mask is not None and textless is not None:
+        mask = mask & ~textless[:, None]
+    if setup.encoder is None:
+        return text, mask, None, None
+    image = boundary_tokens(setup.encoder, boundary_frames(setup.codec, video, spans))
+    return text, mask, image, None if blind is None else ~blind[:, None].expand(-1, image.shape[1])
+
+
+@torch.no_grad()
+def cut(video: Tensor, least: float) -> Tensor:
+    """Which windows (B, 3, T, H, W) have neighbouring frames that are less similar than `least`, bool (B,).
+
+    The SSIM is of pixels in 0..1, as the paper's: in [-1, 1] two wrong signs make a right one.
+    """
+    from torchmetrics.functional.image import structural_similarity_index_measure as ssim
+
+    if min(video.shape[3:]) <= SSIM_REACH or least <= -1:
+        return torch.zeros(len(video), dtype=torch.bool, device=video.device)
+    pixels = (video.float() + 1) / 2
+    pairs = [part.transpose(1, 2).flatten(0, 1) for part in (pixels[:, :, 1:], pixels[:, :, :-1])]
+    similarity = ssim(*pairs, data_range=1.0, reduction="none")
+    assert isinstance(similarity, Tensor)
+    return similarity.view(len(video), -1).min(1).values < least
+
+
+def _tokens(setup: Setup, batch: Batch) -> int:
+    assert setup.model.config.shape
+    patch = setup.model.config.patch if setup.model.config.body == "dit" else 1
+    return int(len(batch["key"]) * np.prod(setup.model.config.shape)) // patch**2
+
+
+def window_of(config: Config, setup: Setup, batch: Batch, span: tuple[int, int]) -> Window:
+    """A held-out window with a span of our choice."""
+    video = to_model(batch["video"])
+    spans, latents = [span] * len(video), setup.spans.latents
+    x0 = setup.model.normalise(latents_of(setup, video, spans))
+    mask = spanning.mask_of(spans, latents).to(video.device)
+    return Window(video, x0, mask, hints_of(setup, batch, video, spans))
+
+
+def _sample(
+    config: Config, setup: Setup, heldout: Loader, engines: Engines, rng: torch.Generator
+) -> dict[str, np.ndarray[Any, Any]]:
+    """The first held-out window, and beside it the same with its gap filled."""
+    batch = data.on_device(next(heldout.at([0])))
+    window = window_of(config, setup, batch, spans_to_measure(setup.spans)[-1])
+    made = filled_window(engines["model"].module, setup.codec, window, config.sample_steps, config.seed)
+    panels = torch.cat([window.video, made], dim=4)[0].permute(1, 2, 3, 0)
+    return {"filled": to_pixels(panels).cpu().numpy()}
+
+
+def spans_to_measure(spans: Spans) -> list[tuple[int, int]]:
+    """Spans in the middle of a window: of the shortest, the middle and the longest length."""
+    low, high = spans.gap
+    high = min(high, spans.latents - 2)
+    lengths = sorted({min(low, high), (low + high) // 2, high})
+    return [((spans.latents - length) // 2, (spans.latents - length) // 2 + length) for length in lengths]
+
+
+def run(config: Config, inputs: Mapping[str, str], output: str) -> dict[str, Any]:
+    """See `stage.run`."""
+    return stage.run(sys.modules[__name__], config, inputs, output)
+
+
+def work(config: Config, inputs: Mapping[str, str], folder: Path) -> None:
+    """See `stage.work`."""
+    stage.work(sys.modules[__name__], config, inputs, folder)
+
+
+def evaluate(config: Config, setup: Setup, folder: Path) -> dict[str, Any]:
+    """Measure what has been trained, each rank its share."""
+    return measure(
+        setup.model,
+        setup.codec,
+        loader_of(config, setup, "val", **HELDOUT),
+        partial(window_of, config, setup),
+        spans_to_measure(setup.spans),
+        folder,
+        clips=config.eval_clips,
+        videos=config.eval_videos,
+        steps=config.sample_steps,
+        seed=config.seed,
+    )
+
+
+def facts(config: Config, setup: Setup, lineage: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of config.json: autoencoder, texts, image encoder, window, and what a gap may be, in frames."""
+    origins, codec = lineage["inputs"], setup.codec
+    gap, first = setup.model.config.gap, int(codec.config.first_frames)
+    assert gap
+    window = {"frames": config.frames, "stride": setup.stride, "size": list(config.size), "fps": setup.fps}
+    sampling = {"steps": config.sample_steps, "shift": config.shift}
+    image = {"encoder": config.image, "digest": setup.encoder.digest} if setup.encoder else None
+    return {
+        "vae": origins["vae"] | {"encoder": _digest(codec)} if "vae" in origins else None,
+        "text": data.text_facts(setup.text, origins.get("text")),
+        "image": image,
+        "window": window,
+        "context": [first, window_frames(codec, setup.spans.latents) - gap_frames(codec, 1) - first],
+        "gap": [gap_frames(codec, each) for each in gap],
+        "classes": [],
+        "sampling": sampling,
+    }
+
+
+def counts(config: Config, setup: Setup) -> dict[str, float]:
+    """Clips of the train split: used, too short, too small, and without captions."""
+    clips = loader_of(config, setup, "train", batch=1)
+    return {
+        "train_clips": float(clips.samples),
+        "train_clips_too_short": float(clips.samples_short),
+        "train_clips_too_small": float(clips.samples_small),
+        **data.text_counts(setup.inputs, setup.text),
+    }
