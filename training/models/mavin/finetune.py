@@ -297,8 +297,8 @@ def cut(video: Tensor, least: float) -> Tensor:
     if min(video.shape[3:]) <= SSIM_REACH or least <= -1:
         return torch.zeros(len(video), dtype=torch.bool, device=video.device)
     pixels = (video.float() + 1) / 2
-    pairs = [part.transpose(1, 2).flatten(0, 1) for part in (pixels[:, :, 1:], pixels[:, :, :-1])]
-    similarity = ssim(*pairs, data_range=1.0, reduction="none")
+    later, earlier = (part.transpose(1, 2).flatten(0, 1) for part in (pixels[:, :, 1:], pixels[:, :, :-1]))
+    similarity = ssim(later, earlier, data_range=1.0, reduction="none")
     assert isinstance(similarity, Tensor)
     return similarity.view(len(video), -1).min(1).values < least
 
