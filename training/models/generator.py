@@ -197,6 +197,107 @@ class Retriever(NamedTuple):
     recall: Callable[[np.ndarray, int, int, Settings], tuple[np.ndarray, np.ndarray]]
 
 
+@dataclass(frozen=True)
+class InfillSettings:
+    """How to fill a gap between clips. The defaults are choices; MAVIN's own are 50 steps and a guidance of 9.
+
+    steps           Euler steps
+    shift           of the flow's times towards noise
+    guidance        towards the prompt, 1 is none; without a prompt it has no effect
+    image_guidance  towards the frames beside the gap, 1 is none
+    mixer           what a gap begins from: none, noise alone; paper or per_frame, low frequencies of the frames beside it
+    noise           of the high frequencies: the same noise, or fresh
+    cutoff, fall    of the low frequencies beside the gap, and by how much less for each latent further in
+    """
+
+    steps: int = 50
+    shift: float = 1.0
+    guidance: float = 1.0
+    image_guidance: float = 1.0
+    mixer: Literal["none", "paper", "per_frame"] = "none"
+    noise: Literal["same", "fresh"] = "same"
+    cutoff: float = 0.6
+    fall: float = 0.1
+
+
+class Gap(NamedTuple):
+    """Frames to make between others.
+
+    before, after  the frames on its sides, `(t, H, W, 3)` uint8
+    frames         how many to make
+    prompt         what is to be seen, None for none
+    """
+
+    before: np.ndarray
+    after: np.ndarray
+    frames: int
+    prompt: str | None = None
+
+
+class Infiller(Protocol):
+    """A loaded model that makes the frames between clips.
+
+    fps, size  frames per second, and (height, width), of the clips that it takes
+    settings   the ones that it was registered with
+    context    the fewest and the most frames that it sees on a side of a gap
+    factor     a gap has a multiple of so many frames
+    longest    frames of the longest gap in its training
+
+    One with `takes_prompts` has learned of texts.
+    """
+
+    @property
+    def fps(self) -> float: ...
+
+    @property
+    def size(self) -> tuple[int, int]: ...
+
+    @property
+    def settings(self) -> InfillSettings: ...
+
+    @property
+    def context(self) -> tuple[int, int]: ...
+
+    @property
+    def factor(self) -> int: ...
+
+    @property
+    def longest(self) -> int: ...
+
+    @property
+    def takes_prompts(self) -> bool: ...
+
+    def check_prompts(self, prompts: Sequence[str]) -> None:
+        """Refuse prompts that it cannot encode: UserError."""
+
+    def fill(
+        self,
+        gaps: Sequence[Gap],
+        seed: int,
+        settings: InfillSettings,
+        *,
+        negative: str | None = None,
+        folder: str | None = None,
+        batch: int = 1,
+        each_step: Callable[[], object] | None = None,
+    ) -> Iterator[np.ndarray]:
+        """The frames of each gap, `(frames, H, W, 3)` uint8, in order. A gap depends on the seed and on its number.
+
+        Args:
+            negative: a text that guidance leads away from.
+            folder: URL where the model may keep finished gaps, after which the same call continues.
+            batch: gaps at once.
+            each_step: called `settings.steps` times for each gap.
+
+        Raises:
+            ValueError: at the call, for what does not fit together.
+            UserError, Failure: the folder cannot be used.
+        """
+
+    def forget(self, folder: str) -> None:
+        """Remove what `fill` has kept in `folder`."""
+
+
 def class_id(name: str | None, classes: Sequence[str]) -> int:
     """The id of a class by its name or number; -1 for None. UserError if the model has no such class."""
     if name is None:

@@ -11,7 +11,7 @@ from pydantic import BaseModel
 from torch import Tensor, nn
 
 from longtake.training.models.common.condition import Condition
-from longtake.training.models.generator import Generator, Retriever
+from longtake.training.models.generator import Generator, Infiller, Retriever
 from longtake.training.registry.gate import Better, Window
 
 
@@ -55,6 +55,7 @@ class Kind(NamedTuple):
     generator  `generator(uri, model, facts, vae, dtype)` returns a `Generator` of a loaded model; `vae` replaces its
                autoencoder, if not None. None for a kind that generates nothing
     retriever  the same of a `Retriever`; None for a kind that retrieves nothing
+    infiller   the same of an `Infiller`; None for a kind that fills no gaps
     accepts    options of a request to the generator, some of "class", "prompt", "audio", "start", "movement", "storyboard", and
                the names of its `generator.Settings` that have an effect
     answer     `answer(folder)` returns the function of videos, uint8 (B, T, H, W, 3), that is served; None for a generator
@@ -66,5 +67,6 @@ class Kind(NamedTuple):
     judge: str
     generator: Callable[[str, nn.Module, Mapping[str, Any], str | None, torch.dtype], Generator] | None = None
     retriever: Callable[[str, nn.Module, Mapping[str, Any], str | None, torch.dtype], Retriever] | None = None
+    infiller: Callable[[str, nn.Module, Mapping[str, Any], str | None, torch.dtype], Infiller] | None = None
     accepts: frozenset[str] = frozenset()
     answer: Callable[[str], Callable[[np.ndarray], np.ndarray]] | None = None
