@@ -15,7 +15,18 @@ import click
 from longtake.datasets import environment
 from longtake.datasets.errors import Failure, Interrupted, UserError
 from longtake.datasets.masking import shown
-from longtake.infra.cli import dataset, generate, housekeeping, models, promote, recipe, reconstruct, retrieve, submit
+from longtake.infra.cli import (
+    dataset,
+    generate,
+    housekeeping,
+    infill,
+    models,
+    promote,
+    recipe,
+    reconstruct,
+    retrieve,
+    submit,
+)
 
 _EPILOG = """
 Start here:
@@ -54,7 +65,8 @@ for command in (
     *(housekeeping.plan, housekeeping.doctor, housekeeping.clean),
     *(submit.submit, submit.jobs_group, submit.render),
     *(models.models, promote.promote, promote.rollback),
-    *(dataset.footage, dataset.dataset, generate.generate, reconstruct.reconstruct, retrieve.retrieve),
+    *(dataset.footage, dataset.dataset),
+    *(generate.generate, infill.infill, reconstruct.reconstruct, retrieve.retrieve),
 ):
     cli.add_command(command)
 

@@ -67,7 +67,18 @@ def frames_of(path: str, stride: int) -> tuple[Iterator[Any], float, int]:
     return (frame for _, frame in timed), facts.fps or 25.0, facts.frames
 
 
-def frames_at(path: str, size: tuple[int, int], fps: float) -> Iterator[Any]:
+def rate_of(path: str) -> float:
+    """Frames per second of a video. UserError for none."""
+    return float(_probe(path).fps or 25.0)
+
+
+def say_rate(path: str, fps: float) -> None:
+    """Say where a video is sampled at another rate."""
+    if abs((rate := rate_of(path)) - fps) > 0.01:
+        click.echo(f"{path}: {rate:.4g} frames a second are sampled at {fps:g}", err=True)
+
+
+def frames_at(path: str, size: tuple[int, int], fps: float, silent: bool = False) -> Iterator[Any]:
     """RGB frames (H, W, 3) of a video as in a model's training clips.
 
     The picture is scaled to cover `size` (height, width), which is cut out of its middle; a line says so. Each tick of
@@ -79,7 +90,7 @@ def frames_at(path: str, size: tuple[int, int], fps: float) -> Iterator[Any]:
     """
     facts = _probe(path)
     crop = size[1], size[0]
-    if (facts.width, facts.height) != crop:
+    if (facts.width, facts.height) != crop and not silent:
         click.echo(f"{path}: {facts.width}x{facts.height} is scaled and cropped to {crop[0]}x{crop[1]}", err=True)
     return _ticks(_rgb(path, lambda size: _covering(size, crop), crop), fps)
 
