@@ -110,6 +110,7 @@ class Filler:
 
     model       also `normalise` and `denormalise`, of latents
     encode      `encode(codec, before, after)` -> latents of both, `(B, 3, t, H, W)` in [-1, 1] apart from each other
+    window      frames of a training window, with its gap
     digest      of the weights
     prompts     None: the model knows no texts
     features    `(B, 2, 3, H, W)` in [-1, 1], the frames beside a gap -> `(B, 2, K, E)`; None: it sees none
@@ -124,6 +125,7 @@ class Filler:
     settings: InfillSettings
     context: tuple[int, int]
     longest: int
+    window: int
     digest: str
     device: torch.device
     prompts: States | None = None
@@ -184,13 +186,15 @@ class Filler:
                 raise ValueError(f"a gap has {len(side)} frames on a side; the model needs {self.context[0]}")
 
     def _cut(self, gap: Gap) -> Gap:
-        """A gap with as many frames on its sides as the model sees, and can encode."""
+        """A gap with as many frames on its sides as fit beside it in a training window, and can be encoded."""
 
-        def length(frames: int) -> int:
-            first = self.codec.config.first_frames
-            return nearest_lengths(min(frames, self.context[1]), self.factor, first)[0]
+        def length(frames: int, room: int) -> int:
+            most = min(frames, max(room, self.context[0]), self.context[1])
+            return nearest_lengths(most, self.factor, self.codec.config.first_frames)[0]
 
-        before, after = length(len(gap.before)), length(len(gap.after))
+        room = self.window - min(gap.frames, self.longest)  # beside a longer one as beside the longest
+        before = length(len(gap.before), room - min(len(gap.after), room // 2))
+        after = length(len(gap.after), room - before)
         return gap._replace(before=gap.before[len(gap.before) - before :], after=gap.after[:after])
 
     def _record(self, gaps: Sequence[Gap], seed: int, settings: InfillSettings, negative: str | None) -> dict[str, Any]:

@@ -65,6 +65,7 @@ def filler(**changes: Any) -> Filler:
         "settings": SETTINGS,
         "context": (2, 3),
         "longest": 8,
+        "window": 14,
         "digest": "0",
         "device": torch.device("cpu"),
     }
@@ -203,6 +204,24 @@ def test_a_model_sees_no_more_frames_than_in_training_and_as_many_as_its_autoenc
     seen = made.model.calls[0][0][0, 0, :, 0, 0]
     expected = torch.tensor([6, 7, 8], dtype=torch.float32) / 127.5 - 1
     torch.testing.assert_close(seen[:3], expected, atol=0.01, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("sides", "gap", "seen"),
+    [
+        ((9, 9), 4, (4, 4)),
+        ((2, 9), 4, (2, 6)),
+        ((9, 2), 4, (6, 2)),
+        ((9, 9), 5, (4, 3)),
+        ((9, 9), 20, (2, 2)),
+        ((1, 1), 2, (1, 1)),
+    ],
+)
+def test_sides_share_the_room_of_a_training_window(sides: tuple[int, int], gap: int, seen: tuple[int, int]) -> None:
+    made = filler(context=(1, 8), longest=8, window=12)
+    list(made.fill([Gap(clip(sides[0]), clip(sides[1], 50), gap)], 0, SETTINGS))
+    times = made.model.calls[0][1][0]
+    assert times.nonzero().flatten().tolist() == [*range(seen[0], seen[0] + gap)] and len(times) == sum(seen) + gap
 
 
 def test_frames_beside_the_gap_lead_as_features() -> None:
