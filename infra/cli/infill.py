@@ -42,6 +42,11 @@ from longtake.infra.cli import asked, media
     metavar="FOLDER",
     help="Where the model's text encoder is: a folder, or models:/NAME@ALIAS. [default: where it was in training]",
 )
+@click.option(
+    "--image-encoder",
+    metavar="PATH",
+    help="Where the network is that sees the frames beside the gap: a folder or a file. [default: where it was in training]",
+)
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Seed of what is drawn.")
 @click.option("--steps", type=click.IntRange(min=1), metavar="S", help="Euler steps. [default: the model's]")
 @click.option(
@@ -81,6 +86,7 @@ def infill(
     prompt: str | None,
     negative: str | None,
     text_encoder: str | None,
+    image_encoder: str | None,
     seed: int,
     steps: int | None,
     guidance: float | None,
@@ -114,7 +120,7 @@ def infill(
     with media.memory_errors("lower --batch, or set --precision bf16"):
         from longtake.training.models.common import film, video
 
-        infiller = _load_infiller(model, vae, precision, text_encoder)
+        infiller = _load_infiller(model, vae, precision, text_encoder, image_encoder)
         given = {"steps": steps, "guidance": guidance, "image_guidance": image_guidance, "mixer": mixer, "noise": noise}
         settings = replace(infiller.settings, **{name: value for name, value in given.items() if value is not None})
         _check_texts(model, infiller, prompt, negative, settings.guidance)
@@ -170,7 +176,9 @@ def _check_way(
         raise UserError("--frames: say how many to make between two clips, such as 12")
 
 
-def _load_infiller(model: str, vae: str | None, precision: str, text_encoder: str | None) -> Any:
+def _load_infiller(
+    model: str, vae: str | None, precision: str, text_encoder: str | None, image_encoder: str | None
+) -> Any:
     """The infiller of a registered model or model folder. Raises UserError if the model fills no gaps."""
     from longtake.training import registry
     from longtake.training.models import kind_of
@@ -183,6 +191,10 @@ def _load_infiller(model: str, vae: str | None, precision: str, text_encoder: st
         raise UserError(f"{model}: is a {kind.what}, which fills no gaps; name a model of `finetune_mavin`")
     if text_encoder and not facts.get("text"):
         raise UserError(f"--text-encoder: {model} takes none; leave it out")
+    if image_encoder:
+        if not facts.get("image"):
+            raise UserError(f"--image-encoder: {model} takes none; leave it out")
+        facts = {**facts, "image": facts["image"] | {"encoder": image_encoder}}
     decoder = media.check_registry(vae) if vae else None
     return kind.infiller(model, module, with_encoder(facts, text_encoder), decoder, media.dtype(precision))
 
