@@ -140,9 +140,9 @@ def infill(
             )
         with asked.naming(""), media.progress("infill", settings.steps * len(holes), "step") as bar:
             gaps = film.gaps_in(_film(clips, infiller), holes, infiller.context, prompt)
-            folder = f"{out}.part"
+            kept = f"{out}.part"
             made = infiller.fill(
-                gaps, seed, settings, negative=negative, folder=folder, batch=batch, each_step=bar.update
+                gaps, seed, settings, negative=negative, folder=f"{kept}/0", batch=batch, each_step=bar.update
             )
             # all gaps first: the file is then written in one go
             finished = list(made)
@@ -151,7 +151,7 @@ def infill(
                 for frame in film.filled(_film(clips, infiller), holes, finished):
                     write(frame[None])
         click.echo(out)
-        infiller.forget(folder)
+        infiller.forget(kept)
 
 
 def _check_way(

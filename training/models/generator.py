@@ -295,7 +295,7 @@ class Infiller(Protocol):
         """
 
     def forget(self, folder: str) -> None:
-        """Remove what `fill` has kept in `folder`."""
+        """Remove what `fill` has kept in subfolders of `folder`."""
 
 
 def class_id(name: str | None, classes: Sequence[str]) -> int:

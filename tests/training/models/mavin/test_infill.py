@@ -195,6 +195,7 @@ def test_a_stopped_run_goes_on_after_the_gaps_it_has_kept(tmp_path: Path) -> Non
     with pytest.raises(UserError, match="other seed; delete it"):
         later.fill(gaps, 2, SETTINGS, folder=folder)
     later.forget(str(tmp_path))
+    assert not list(tmp_path.glob("*/*"))
 
 
 def test_a_model_sees_no_more_frames_than_in_training_and_as_many_as_its_autoencoder_can_take() -> None:
