@@ -126,7 +126,8 @@ def infill(
         _check_texts(model, infiller, prompt, negative, settings.guidance)
         lengths = [_count(path, infiller) for path in clips]
         if smooth:
-            places = _joints(joints or "", lengths[0], infiller.fps / media.rate_of(clips[0]))
+            last = lengths[0] - smooth - infiller.context[0]
+            places = _joints(joints or "", lengths[0], last, infiller.fps / media.rate_of(clips[0]))
             with asked.naming("--joints"):
                 holes = film.smoothing(places, smooth)
         else:
@@ -235,19 +236,25 @@ def _check_lengths(clips: Sequence[str], lengths: Sequence[int], cut: int, infil
             )
 
 
-def _joints(text: str, frames: int, speed: float) -> list[int]:
-    """The joints of an option for a film of so many frames, of which the model has `speed` for one of the film's own."""
+def _joints(text: str, frames: int, last: int, speed: float) -> list[int]:
+    """The joints of an option for a film of so many frames, of which the model has `speed` for one of the film's own.
+
+    Those that go on to the end do so up to the `last` one that can be remade.
+    """
     words = [word.strip() for word in text.split(",")]
     goes_on = words[-1] == "..."
     numbers = [int(word) if word.isdecimal() else 0 for word in words[: len(words) - goes_on]]
     if not all(numbers) or len(numbers) < 1 + goes_on:
         raise UserError(f"--joints: {text[:40]!r}: write numbers of frames, such as 16,28,41, or 16,28,...")
     found = [round(number * speed) for number in numbers]
-    while goes_on and numbers[-1] > numbers[-2]:
-        numbers.append(2 * numbers[-1] - numbers[-2])
-        if (joint := round(numbers[-1] * speed)) >= frames:
-            break
-        found.append(joint)
     if found[-1] >= frames:
         raise UserError(f"--joints: {numbers[-1]} is beyond the film, which has {frames} frames for the model")
+    while goes_on and numbers[-1] > numbers[-2]:
+        numbers.append(2 * numbers[-1] - numbers[-2])
+        joint = round(numbers[-1] * speed)
+        if joint > last:
+            if joint < frames:
+                click.echo(f"--joints: {numbers[-1]} is too near to the film's end, and stays as it is", err=True)
+            break
+        found.append(joint)
     return found

@@ -105,6 +105,14 @@ def test_the_joints_of_a_film_are_smoothed(white: White, clips: Path, tmp_path: 
     assert shown(tmp_path / "x.mp4") == [n if n % 5 not in (0, 4) or n in (0, 19) else -1 for n in range(20)]
 
 
+def test_joints_that_go_on_end_before_the_film_does(white: White, clips: Path, tmp_path: Path) -> None:
+    said = longtake(
+        "infill", "m", clips / "film.mp4", "--smooth", 1, "--joints", "6,12,...", "--out", tmp_path / "x.mp4"
+    )
+    assert "--joints: 18 is too near to the film's end, and stays as it is" in said.stderr
+    assert shown(tmp_path / "x.mp4") == [n if n not in (5, 6, 11, 12) else -1 for n in range(20)]
+
+
 def test_another_size_and_rate_is_converted_and_said(white: White, clips: Path, tmp_path: Path) -> None:
     said = longtake("infill", "m", clips / "large.mp4", clips / "b.mp4", "--frames", 2, "--out", tmp_path / "x.mp4")
     assert shown(tmp_path / "x.mp4") == [*range(8), -1, -1, *range(6)]
