@@ -70,7 +70,9 @@ def frame_rate(dataset: str, span: int, remedy: str = "lower `frames`") -> float
     if longest and longest < span:
         what = "images, and a video prior needs clips" if longest == 1 else f"clips of at most {longest} frames"
         raise UserError(f"dataset: {dataset} has {what}; a window spans {span} frames: {remedy}")
-    return float(base.row(0, 0)["fps"]) if longest else 0.0
+    # a shard may be without clips
+    filled = np.flatnonzero(base.counts)
+    return float(base.row(int(filled[0]), 0)["fps"]) if longest else 0.0
 
 
 def column_of(dataset: str, uri: str, frames: int, field: str = "latents") -> Latents:
