@@ -2,7 +2,6 @@
 
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 
@@ -14,15 +13,9 @@ from longtake.training import data
 def test_a_first_shard_without_clips_is_passed_over(dataset: str, monkeypatch: pytest.MonkeyPatch) -> None:
     base, facts = compact.open_split(dataset, "train")
 
-    class Behind(SimpleNamespace):
-        """The same split behind a shard that has no clips."""
-
-        counts = [0, *base.counts]
-
-        def row(self, shard: int, number: int) -> Any:
-            return base.row(shard - 1, number)
-
-    monkeypatch.setattr(compact, "open_split", lambda *_: (Behind(), facts))
+    # the same split behind a shard that has no clips
+    behind = SimpleNamespace(counts=[0, *base.counts], row=lambda shard, number: base.row(shard - 1, number))
+    monkeypatch.setattr(compact, "open_split", lambda *_: (behind, facts))
     assert data.frame_rate(dataset, 2) == base.row(0, 0)["fps"] > 0
 
 
