@@ -83,11 +83,12 @@ def test_a_training_that_was_stopped_goes_on_exactly(
 
 
 def test_it_learns_the_pictures_of_sound_in_the_range_of_the_training_clips(root: str, tmp_path: Path) -> None:
-    chosen = config(warm_steps=0, steps=40, sample_every=0, heldout_every=0, checkpoint_every=40)
+    # at the rate of the other tests it learns on some machines, and on others its error grows
+    chosen = config(lr=1e-3, warm_steps=0, steps=40, sample_every=0, heldout_every=0, checkpoint_every=40)
     log = latent_stages.Log()
     latent_stages.fit(pretrain, chosen, {"dataset": root}, tmp_path / "run", log=log)
     losses = [row["l1"] for row in log.steps]
-    assert np.mean(losses[-5:]) < 0.7 * np.mean(losses[:5])
+    assert np.mean(losses[-5:]) < 0.4 * np.mean(losses[:5])
     setup = prepared(chosen, root, tmp_path / "run")
     spectrogram = setup.model.config.spectrogram
     assert (spectrogram.rate, spectrogram.rows) == (heard.RATE, 8) and setup.fps == 25
