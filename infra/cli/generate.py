@@ -27,7 +27,7 @@ _MOST_AT_ONCE = 64  # videos in a grid, which are all decoded side by side
 )
 @click.option(
     "--seconds",
-    type=media.Number(min=0, min_open=True),
+    type=media.Number(min=0, max=1_000_000, min_open=True),
     metavar="S",
     help="Length in seconds, in place of --frames.",
 )
@@ -70,7 +70,7 @@ _MOST_AT_ONCE = 64  # videos in a grid, which are all decoded side by side
 @click.option(
     "--backward",
     is_flag=True,
-    help="Make what came before: the video ends where --start begins. Where the model can.",
+    help="Make what came before: the video ends where --start begins. Where the model has learned it.",
 )
 @click.option(
     "--storyboard",

@@ -1,4 +1,4 @@
-"""The numbers of EncGAN3 (arXiv 2512.21776), its presets, and the settings of its training. Light to import."""
+"""The numbers of EncGAN3 (arXiv 2512.21776), its presets, and the settings of its training."""
 
 from __future__ import annotations
 

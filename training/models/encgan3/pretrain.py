@@ -280,11 +280,11 @@ def _real(config: Config, setup: Setup, frames: int) -> Iterable[Tensor]:
 
 
 def facts(config: Config, setup: Setup, lineage: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields of config.json: the window of training, and whether clips were joined in it."""
+    """The fields of config.json: the window of training, and how clips began and were joined in it."""
     model = setup.model.config
     window = {"frames": span_of(config, model), "stride": config.stride, "size": [model.size] * 2, "fps": setup.fps}
     sampling = plain(Settings(content=config.content), SETTINGS)
-    return {"window": window, "recall": config.recall, "classes": [], "sampling": sampling}
+    return {"window": window, "recall": config.recall, "anywhere": config.anywhere, "classes": [], "sampling": sampling}
 
 
 def counts(config: Config, setup: Setup) -> dict[str, float]:

@@ -233,7 +233,7 @@ class Rollout:
     def _config(self) -> EncGAN3Config:
         return self.model.config
 
-    @property
+    @cached_property
     def _like(self) -> Tensor:
         """A weight, for the device and the precision of what goes in."""
         return next(self.model.parameters())

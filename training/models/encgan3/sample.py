@@ -139,4 +139,6 @@ def sampler_of(uri: str, model: Any, facts: Mapping[str, Any], vae: str | None, 
         raise UserError(f"{uri}: is a {type(model).__name__}; name a `pretrain_encgan3` model")
     if vae is not None:
         raise UserError(f"{uri}: makes pixels and needs no autoencoder; leave it out")
-    return Sampler(model.to(device(), dtype), digest=disk.digest(facts), **fields_of(facts))
+    # a model whose clips always began from their first frame knows nothing of what comes before a frame
+    accepts = ACCEPTS - {"backward"} if facts.get("anywhere") == 0 else ACCEPTS
+    return Sampler(model.to(device(), dtype), digest=disk.digest(facts), accepts=accepts, **fields_of(facts))

@@ -71,6 +71,8 @@ class MavinConfig(BaseModel):
     image_width   channels of the tokens of the two frames beside the gap; 0 is a model without
     image_dropout probability that training hides them [assumption: 0.1; paper: none]
     clean_time    what frames beside the gap have as their time: zero, or same, the gap's [paper: same]
+    mask_channel  a further channel says which latents are to be made, as other models of infilling have it; to compare with
+                  [paper: none]
     shape         (latents, height, width) of training windows
     gap           the shortest and the longest gap of training, in latents
     activation_checkpointing   recompute blocks in the backward pass: less memory, more time
@@ -99,6 +101,7 @@ class MavinConfig(BaseModel):
     image_width: NonNegativeInt = 0
     image_dropout: float = Field(0.1, ge=0, le=1)
     clean_time: Literal["zero", "same"] = "zero"
+    mask_channel: bool = False
     shape: tuple[PositiveInt, PositiveInt, PositiveInt] | None = None
     gap: tuple[PositiveInt, PositiveInt] | None = None
     activation_checkpointing: bool = False
@@ -119,8 +122,15 @@ class MavinConfig(BaseModel):
                 )
             if self.widths[0] % 2:
                 raise ValueError(f"widths: {self.widths[0]} must be even")
+        if self.mask_channel and self.clean_time != "zero":
+            raise ValueError("mask_channel: is read off the times, so clean_time must be zero")
         check_fields(self)
         return self
+
+    @property
+    def inputs(self) -> int:
+        """Channels that the body sees."""
+        return self.channels + self.mask_channel
 
     @property
     def cross(self) -> int:
@@ -239,6 +249,8 @@ class Config(TrainConfig):
         chosen = config_from_preset(**_PRESET | (self.model or {}))
         if self.unet is not None and chosen.body != "unet":
             raise ValueError("unet: is of body unet; set model.preset: mavin_unet")
+        if self.unet is not None and chosen.mask_channel:
+            raise ValueError("unet: a public U-Net sees no mask; leave out model.mask_channel")
         check_parts(self.train, chosen.body)
         if self.vae is None:
             spans = self.spans_of(self.frames)

@@ -63,13 +63,13 @@ class Block(nn.Module):
 
 
 class DiT(nn.Module):
-    """Velocity of latents `(B, C, T, h, w)` at times `(B, T)`, given the length `(B,)` of the gap and tokens to attend to."""
+    """Velocity of inputs `(B, C, T, h, w)` at times `(B, T)`, given the length `(B,)` of the gap and tokens to attend to."""
 
     def __init__(self, config: MavinConfig) -> None:
         super().__init__()
         self.config = config
         width, token = config.width, config.channels * config.patch**2
-        self.token_in = nn.Linear(token, width)
+        self.token_in = nn.Linear(config.inputs * config.patch**2, width)
         self.time_in = embedded_time(width)
         self.length_in = embedded_time(width)
         self.layers = nn.ModuleList(Block(config, ("space", "time")[i % 2]) for i in range(config.depth))

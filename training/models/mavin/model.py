@@ -1,7 +1,7 @@
 """MAVIN (arXiv 2405.18003): a flow over the latents of a gap, given the clean ones before and after it.
 
 The house's rectified flow, X_t = (1 - t) X_0 + t ε with velocity ε - X_0, in place of the paper's ε-prediction. All latents
-go through the body together, clean ones and those of the gap, and no channel says which is which.
+go through the body together, clean ones and those of the gap, and no channel says which is which, unless asked for.
 """
 
 from __future__ import annotations
@@ -72,6 +72,9 @@ class Mavin(Normalising):
                 f" these latents need ({batch}, {frames}) and ({batch},)"
             )
         tokens, seen = self.guide(latents, text, text_mask, image, image_mask)
+        if self.config.mask_channel:
+            made = (times > 0)[:, None, :, None, None].expand(-1, -1, -1, *latents.shape[3:])
+            latents = torch.cat([latents, made.to(latents)], dim=1)
         velocity: Tensor = self.body(latents, times, length, tokens, seen)
         return velocity
 

@@ -236,14 +236,14 @@ class TimeEmbedding(nn.Module):
 
 
 class UNet(nn.Module):
-    """Output for latents `(B, C, T, h, w)` at times `(B, T)`, given the length `(B,)` of the gap and tokens to attend to."""
+    """Output for inputs `(B, C, T, h, w)` at times `(B, T)`, given the length `(B,)` of the gap and tokens to attend to."""
 
     def __init__(self, config: MavinConfig) -> None:
         super().__init__()
         self.config = config
         widths, layers, groups = config.widths, config.layers, config.groups
         last = len(widths) - 1
-        self.conv_in = nn.Conv2d(config.channels, widths[0], 3, padding=1)
+        self.conv_in = nn.Conv2d(config.inputs, widths[0], 3, padding=1)
         self.time_embedding = TimeEmbedding(widths[0])
         self.transformer_in = TemporalTransformer(widths[0], _HEADS_IN, config.head_width, groups, None)
 

@@ -146,6 +146,15 @@ def test_what_cannot_be_made_is_one_line(
     assert "\n" not in str(error.value)
 
 
+def test_a_model_whose_clips_began_at_their_first_frame_makes_nothing_backward(root: Path) -> None:
+    module, facts = registry.load_with_facts(str(root / "model"))
+    generator = kind_of(facts).generator
+    assert generator
+    for anywhere, able in ((0.0, False), (0.25, True)):
+        sampler = generator("model", module, facts | {"anywhere": anywhere}, None, torch.float32)
+        assert ("backward" in sampler.accepts) == able
+
+
 def test_frames_of_another_size_are_refused_in_python(sampler: Any) -> None:
     wrong = np.zeros((2, 16, 24, 3), np.uint8)
     for take in (sampler.begin, sampler.movement):

@@ -140,6 +140,20 @@ def test_without_positions_attention_over_time_knows_no_order_but_the_model_does
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("body", BODIES)
+@torch.no_grad()
+def test_a_mask_is_a_further_channel_that_says_what_is_to_be_made(body: str) -> None:
+    inputs, module = given(), model(body, mask_channel=True)
+    entry = module.body.token_in if body == "dit" else module.body.conv_in  # type: ignore[union-attr]
+    before = module(**inputs)
+    assert before.shape == inputs["latents"].shape
+    # the weights of the last channel alone: with none the model sees what others do
+    entry.weight.view(len(entry.weight), 4, -1)[:, 3] = 0  # type: ignore[operator, union-attr, index]
+    assert not torch.equal(before, module(**inputs))
+    with pytest.raises(ValidationError, match="mask_channel: is read off the times"):
+        model(body, mask_channel=True, clean_time="same")
+
+
 def test_a_filled_gap_keeps_what_is_beside_it_to_the_bit() -> None:
     net, inputs = model("dit"), given()
     mask = inputs["times"] > 0
