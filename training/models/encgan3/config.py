@@ -253,10 +253,11 @@ def check(config: Config, inputs: Mapping[str, StageConfig]) -> None:
     parent: Any = inputs.get("parent")
     if parent is not None and not isinstance(parent, Config):
         raise ValueError(f"parent: a {parent.kind} stage makes no EncGAN3; name a {config.kind} stage, or a model")
-    if parent and config.model is not None and config.encgan3() != parent.encgan3():
+    # a parent that is given by URI, or has the model of its own parent, has a size that `prepare` checks
+    model, theirs = (each.encgan3() if each and (each.model or not each.parent) else None for each in (config, parent))
+    if model and theirs and model != theirs:
         raise ValueError("model: is not that of the parent; leave it out")
-    # a parent that is given by URI has its own size, which `prepare` checks
-    model = parent.encgan3() if parent else config.encgan3() if config.model or not config.parent else None
+    model = model or theirs
     clip: Any = getattr(inputs.get("dataset"), "clip", None)
     if model is None or clip is None:
         return

@@ -333,6 +333,11 @@ def test_a_parent_of_another_kind_is_refused() -> None:
         check(config(parent="vae", model=MODEL | {"width": 8}), {"parent": config()})
 
 
+def test_a_parent_may_have_the_model_of_its_own_parent() -> None:
+    shards: Any = SimpleNamespace(clip=SimpleNamespace(short_side=16, max_frames=99), frame_diff=None)
+    check(config(parent="gan", model=None), {"parent": config(parent="vae", model=None), "dataset": shards})
+
+
 def test_what_is_rarely_meant_is_said() -> None:
     assert "lambda_gan: training ends at step 3" in warnings(config(gan_start=9))[0]
     assert "recall: without discriminators" in warnings(config(lambda_gan=0))[0]
