@@ -17,12 +17,13 @@ _LEADS = {  # what guidance leads to, by its parts
 
 
 @contextmanager
-def naming(option: str) -> Iterator[None]:
-    """Put the name of the option before errors that it causes."""
+def naming(option: str, path: str = "") -> Iterator[None]:
+    """Put the name of the option before errors that it causes, and that of its file, if they do not begin with it."""
     try:
         yield
     except (UserError, ValueError) as e:
-        raise UserError(f"{option}: {e}" if option else str(e)) from e
+        message = str(e) if not path or str(e).startswith(f"{path}: ") else f"{path}: {e}"
+        raise UserError(f"{option}: {message}" if option else message) from e
 
 
 def guidance_of(text: str, asked: Mapping[str, bool]) -> Any:
@@ -42,13 +43,13 @@ def guidance_of(text: str, asked: Mapping[str, bool]) -> Any:
 
 def start_of(path: str, generator: Any) -> Any:
     """The video that is continued."""
-    with naming(f"--start: {path}"):
+    with naming("--start", path):
         return generator.begin(media.frames_at(path, generator.size, generator.fps))
 
 
 def movement_of(path: str, generator: Any) -> Any:
     """The movement of a video."""
-    with naming(f"--movement: {path}"):
+    with naming("--movement", path):
         return generator.movement(media.frames_at(path, generator.size, generator.fps))
 
 
@@ -66,7 +67,7 @@ def storyboard_of(path: str, generator: Any, frames: int, fps: float) -> Any:
     from longtake.training.models.generator import check_story, story_of
 
     content = yaml_text.parse(text_of("--storyboard", path), f"--storyboard: {path}")
-    with naming(f"--storyboard: {path}"):
+    with naming("--storyboard", path):
         story = story_of(content, generator.classes)
         if "prompt" not in generator.accepts and any(scene.prompt is not None for _, scene in story):
             raise UserError("prompt: this model takes none; leave it out")

@@ -41,6 +41,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "sampling": {"content": "encode", "backward": False},
     }
     disk.save(folder / "model", "encgan3", config.model_dump(mode="json"), model.state_dict(), facts)
+    (folder / "text.mp4").write_text("no video\n")
     rng = np.random.default_rng(0)
     for name, frames, width in (("1", 1, 16), ("20", 20, 16), ("30", 30, 16), ("wide", 20, 24)):
         with video_file(folder / f"{name}.mp4", 8.0) as write:
@@ -128,6 +129,7 @@ def test_a_start_of_another_size_is_scaled_and_a_line_says_so(root: Path, tmp_pa
     [
         (("--movement", "1.mp4"), r"--movement: .*1\.mp4: has 1 frame; movement is read from clips of 16"),
         (("--movement", "none.mp4"), r"none\.mp4: no such video file"),
+        (("--start", "text.mp4"), r"^--start: text\.mp4: not a video or image that can be read \([^:]*\)$"),
         (("--movement", "20.mp4") * 3, "--movement: 3 videos; give one, or two"),
         (("--class", "0"), "this model has no classes"),
         (("--frames", "0"), "--frames: frames is 0"),
