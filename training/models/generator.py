@@ -140,6 +140,9 @@ class Generator(Protocol):
     def rounds(self, frames: int, settings: Settings, start: Any = None) -> int:
         """How often `videos` calls `each_step`. ValueError if it cannot generate videos of `frames` frames."""
 
+    def joints(self, frames: int, settings: Settings, start: Any = None) -> list[int]:
+        """The numbers of the frames at which another window, segment or clip begins; none in a video that is made at once."""
+
     def videos(
         self,
         requests: Sequence[Request],
