@@ -47,6 +47,16 @@ def smoothing(joints: Sequence[int], reach: int) -> list[Hole]:
     return [Hole(joint - reach, 2 * reach, 2 * reach) for joint in joints]
 
 
+def reachable(joints: Sequence[int], reach: int, frames: int, least: int) -> list[int]:
+    """Those of some rising joints of a film of so many frames that have `least` frames beside what is remade, the first first."""
+    kept, end = list[int](), 0
+    for joint in joints:
+        if joint - reach - end >= least and frames - joint - reach >= least:
+            kept.append(joint)
+            end = joint + reach
+    return kept
+
+
 def gaps_in(
     frames: Iterable[np.ndarray], holes: Sequence[Hole], context: tuple[int, int], prompt: str | None = None
 ) -> list[Gap]:
@@ -60,14 +70,17 @@ def gaps_in(
     """
     least, most = context
     ends = [0, *(hole.at + hole.dropped for hole in holes)]  # where the source goes on
-    starts = [*(hole.at for hole in holes), ends[-1] + most]
     before, after = [list[np.ndarray]() for _ in holes], [list[np.ndarray]() for _ in holes]
+    which = 0  # the hole that comes next
     for number, frame in enumerate(frames):
-        for which, hole in enumerate(holes):
-            if max(ends[which], hole.at - most) <= number < hole.at:
-                before[which].append(frame)
-            elif ends[which + 1] <= number < min(starts[which + 1], ends[which + 1] + most):
-                after[which].append(frame)
+        while which < len(holes) and number >= ends[which + 1]:
+            which += 1
+        if which < len(holes) and number >= holes[which].at:
+            continue
+        if which < len(holes) and number >= holes[which].at - most:
+            before[which].append(frame)
+        if which and number < ends[which] + most:
+            after[which - 1].append(frame)
     for hole, *sides in zip(holes, before, after, strict=True):
         for side, seen in zip(("before", "after"), sides, strict=True):
             if len(seen) < least:

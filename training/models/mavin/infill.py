@@ -13,6 +13,7 @@ import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
+from itertools import islice
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -229,9 +230,8 @@ class Filler:
         for number, gap in enumerate(gaps):
             if number not in made:
                 # with the next ones of its shape
-                later = [n for n in range(number, len(gaps)) if n not in made and _shape(gaps[n]) == _shape(gap)][
-                    :batch
-                ]
+                alike = (n for n in range(number, len(gaps)) if n not in made and _shape(gaps[n]) == _shape(gap))
+                later = list(islice(alike, batch))
                 some = [gaps[n] for n in later]
                 videos = self._batch(some, later, seed, settings, negative, partial(step, len(later)))
                 for n, video in zip(later, videos, strict=True):
