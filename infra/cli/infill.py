@@ -1,7 +1,6 @@
 """`longtake infill`: the frames between clips, and in place of those where the clips of a film meet."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from itertools import chain
 from typing import Any
 
@@ -142,12 +141,9 @@ def infill(
         from longtake.training.models.common import film, video
 
         infiller = _load_infiller(model, vae, precision, text_encoder, image_encoder)
-        mixed = {"noise": noise, "cutoff": cutoff, "fall": fall}
-        given = {"steps": steps, "guidance": guidance, "image_guidance": image_guidance, "mixer": mixer} | mixed
-        settings = replace(infiller.settings, **{name: value for name, value in given.items() if value is not None})
-        for option, value in mixed.items():
-            if value is not None and settings.mixer == "none":
-                raise UserError(f"--{option}: is of a mixer, and there is none; set --mixer paper or per_frame")
+        numbers = {"steps": steps, "guidance": guidance, "image_guidance": image_guidance}
+        mixed = {"mixer": mixer, "noise": noise, "cutoff": cutoff, "fall": fall}
+        settings = asked.infill_settings_of(infiller, numbers | mixed)
         _check_texts(model, infiller, prompt, negative, settings.guidance)
         lengths = [_count(path, infiller) for path in clips]
         if smooth:
@@ -209,6 +205,7 @@ def _load_infiller(
     """The infiller of a registered model or model folder. Raises UserError if the model fills no gaps."""
     from longtake.training import registry
     from longtake.training.models import kind_of
+    from longtake.training.models.common.pictures import with_image_encoder
     from longtake.training.models.common.prompts import with_encoder
 
     uri = media.check_registry(model)
@@ -218,12 +215,11 @@ def _load_infiller(
         raise UserError(f"{model}: is a {kind.what}, which fills no gaps; name a model of `finetune_mavin`")
     if text_encoder and not facts.get("text"):
         raise UserError(f"--text-encoder: {model} takes none; leave it out")
-    if image_encoder:
-        if not facts.get("image"):
-            raise UserError(f"--image-encoder: {model} takes none; leave it out")
-        facts = {**facts, "image": facts["image"] | {"encoder": image_encoder}}
+    if image_encoder and not facts.get("image"):
+        raise UserError(f"--image-encoder: {model} takes none; leave it out")
+    there = with_encoder(with_image_encoder(facts, image_encoder), text_encoder)
     decoder = media.check_registry(vae) if vae else None
-    return kind.infiller(model, module, with_encoder(facts, text_encoder), decoder, media.dtype(precision))
+    return kind.infiller(model, module, there, decoder, media.dtype(precision))
 
 
 def _check_texts(model: str, infiller: Any, prompt: str | None, negative: str | None, guidance: float) -> None:

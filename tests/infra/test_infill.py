@@ -181,7 +181,7 @@ def test_a_mixer_is_set_by_its_options(white: White, clips: Path, tmp_path: Path
     longtake(*command, "--cutoff", 1)
     assert white.calls[1][2] == replace(expected, cutoff=1.0)
     for option, value in (("--noise", "same"), ("--cutoff", 0.4), ("--fall", 0.1)):
-        with pytest.raises(UserError, match=f"^{option}: is of a mixer, and there is none; set --mixer paper"):
+        with pytest.raises(UserError, match=f"^{option}: is of a mixer, and there is none; set mixer to paper"):
             longtake(*command, option, value, "--mixer", "none")
     for option, value in (("--cutoff", 0), ("--cutoff", "nan"), ("--fall", -1)):
         with pytest.raises(BadParameter):

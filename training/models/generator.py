@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import math
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal, NamedTuple, Protocol
 
 import numpy as np
@@ -221,6 +221,14 @@ class InfillSettings:
     noise: Literal["same", "fresh"] = "same"
     cutoff: float = 0.6
     fall: float = 0.1
+
+
+def with_changes(settings: InfillSettings, changes: Mapping[str, Any]) -> InfillSettings:
+    """Settings of which some are others. ValueError for a change to a mixer where there is none."""
+    changed = replace(settings, **changes)
+    if changed.mixer == "none" and (idle := [name for name in ("noise", "cutoff", "fall") if name in changes]):
+        raise ValueError(f"{idle[0]}: is of a mixer, and there is none; set mixer to paper or per_frame")
+    return changed
 
 
 class Gap(NamedTuple):
