@@ -1,7 +1,7 @@
 """`longtake infill`: the frames between clips, and in place of those where the clips of a film meet."""
 
-from collections.abc import Iterator, Sequence
-from itertools import chain
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import chain, islice
 from typing import Any
 
 import click
@@ -9,6 +9,8 @@ import click
 from longtake.datasets import storage
 from longtake.datasets.errors import UserError
 from longtake.infra.cli import asked, media
+
+_AT_ONCE = 64  # gaps that are in memory with the frames beside them
 
 
 @click.command()
@@ -164,16 +166,14 @@ def infill(
                 err=True,
             )
         with asked.naming(""), media.progress("infill", settings.steps * len(holes), "step") as bar:
-            gaps = film.gaps_in(_film(clips, infiller), holes, infiller.context, prompt)
+            film.check_room(holes, sum(lengths), infiller.context[0])
+            gaps = film.gaps_in(_film(clips, infiller), holes, infiller.context[1], prompt)
             kept = f"{out}.part"
-            made = infiller.fill(
-                gaps, seed, settings, negative=negative, folder=f"{kept}/0", batch=batch, each_step=bar.update
-            )
-            # all gaps first: the file is then written in one go
-            finished = list(made)
+            more = {"negative": negative, "batch": batch, "each_step": bar.update}
+            made = _filled(infiller, gaps, max(_AT_ONCE, batch), kept, seed, settings, more)
             storage.sweep(out.rpartition("/")[0] or ".")  # removes the partial files of a killed run
             with video.video_file(out, infiller.fps) as write:
-                for frame in film.filled(_film(clips, infiller), holes, finished):
+                for frame in film.filled(_film(clips, infiller), holes, made):
                     write(frame[None])
         click.echo(out)
         infiller.forget(kept)
@@ -239,6 +239,16 @@ def _count(path: str, infiller: Any) -> int:
     """The frames of a clip at the model's rate. Says what of it is converted."""
     media.say_rate(path, infiller.fps)
     return sum(1 for _ in media.frames_at(path, infiller.size, infiller.fps))
+
+
+def _filled(
+    infiller: Any, gaps: Iterator[Any], some: int, kept: str, seed: int, settings: Any, more: Mapping[str, Any]
+) -> Iterator[Any]:
+    """The frames of each gap. So many gaps at once are in memory, and are kept in a subfolder of `kept` of their own."""
+    number = 0
+    while group := list(islice(gaps, some)):
+        yield from infiller.fill(group, seed, settings, first=number * some, folder=f"{kept}/{number}", **more)
+        number += 1
 
 
 def _film(clips: Sequence[str], infiller: Any) -> Iterator[Any]:

@@ -108,6 +108,30 @@ def test_the_joints_of_a_film_are_smoothed(white: White, clips: Path, tmp_path: 
     assert shown(tmp_path / "x.mp4") == [n if n % 5 not in (0, 4) or n in (0, 19) else -1 for n in range(20)]
 
 
+def test_gaps_of_a_long_film_are_made_some_at_a_time(
+    white: White, clips: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("longtake.infra.cli.infill._AT_ONCE", 2)
+    longtake("infill", "m", clips / "film.mp4", "--smooth", 1, "--joints", "5,10,15", "--out", tmp_path / "x.mp4")
+    assert shown(tmp_path / "x.mp4") == [n if n % 5 not in (0, 4) or n in (0, 19) else -1 for n in range(20)]
+    assert [(len(gaps), more["first"]) for gaps, _, _, more in white.calls] == [(2, 0), (1, 2)]
+    assert [more["folder"].rpartition("/")[2] for _, _, _, more in white.calls] == ["0", "1"]
+    longtake(
+        "infill",
+        "m",
+        clips / "film.mp4",
+        "--smooth",
+        1,
+        "--joints",
+        "5,10,15",
+        "--batch",
+        3,
+        "--out",
+        tmp_path / "x.mp4",
+    )
+    assert len(white.calls) == 3, "as many as are asked for are made at once"
+
+
 def test_joints_that_go_on_end_before_the_film_does(white: White, clips: Path, tmp_path: Path) -> None:
     said = longtake(
         "infill", "m", clips / "film.mp4", "--smooth", 1, "--joints", "6,12,...", "--out", tmp_path / "x.mp4"

@@ -288,6 +288,7 @@ class Infiller(Protocol):
         settings: InfillSettings,
         *,
         negative: str | None = None,
+        first: int = 0,
         folder: str | None = None,
         batch: int = 1,
         each_step: Callable[[], object] | None = None,
@@ -295,6 +296,7 @@ class Infiller(Protocol):
         """The frames of each gap, `(frames, H, W, 3)` uint8, in order. A gap depends on the seed and on its number.
 
         Args:
+            first: number of the first gap.
             negative: a text that guidance leads away from.
             folder: URL where the model may keep finished gaps, after which the same call continues.
             batch: gaps at once.
