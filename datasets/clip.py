@@ -176,6 +176,8 @@ def write(path: Path, video: np.ndarray, fps: int, crf: int = 16) -> None:
 def write_with_sound(path: Path, mp4: Bytes, samples: np.ndarray, rate: int) -> None:
     """Write a clip's mp4 with sound that begins with its first frame, for any player: AAC, beside the packets as they are.
 
+    A comment of the mp4 is kept.
+
     Args:
         samples: (channels, n) float32 in [-1, 1], one channel or two.
 
@@ -188,6 +190,7 @@ def write_with_sound(path: Path, mp4: Bytes, samples: np.ndarray, rate: int) -> 
     options = {"fflags": "+bitexact", "movflags": "+faststart", "movie_timescale": str(_AAC_RATE)}
     try:
         with media.opened(mp4) as source, av.open(str(path), "w", format="mp4", container_options=options) as target:
+            target.metadata.update({name: text for name, text in source.metadata.items() if name == "comment"})
             video = target.add_stream_from_template(source.streams.video[0])
             sound = target.add_stream("aac", rate=_AAC_RATE)
             sound.codec_context.layout = layout = "mono" if len(samples) == 1 else "stereo"

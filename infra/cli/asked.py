@@ -1,4 +1,4 @@
-"""What `longtake generate` is asked for, read from its options; a mistake is one line that names the option."""
+"""What `longtake generate` and `longtake infill` are asked for, read from its options; a mistake is one line that names the option."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -39,6 +39,16 @@ def guidance_of(text: str, asked: Mapping[str, bool]) -> Any:
         nouns, options = zip(*(_LEADS[part] for part in idle), strict=True)
         raise UserError(f"--guidance: leads towards a {' or a '.join(nouns)}; name one with {' or '.join(options)}")
     return strength
+
+
+def infill_settings_of(infiller: Any, options: Mapping[str, Any]) -> Any:
+    """An infiller's settings with the options that are not None."""
+    from longtake.training.models.generator import with_changes
+
+    try:
+        return with_changes(infiller.settings, {name: value for name, value in options.items() if value is not None})
+    except ValueError as e:
+        raise UserError(f"--{e}") from e
 
 
 def start_of(path: str, generator: Any) -> Any:

@@ -186,7 +186,8 @@ def generate(
 
     MODEL is in the registry (models:/latte@champion) or a model folder. The same model, seed and options give the same
     file. MLFLOW_TRACKING_URI names the registry. A model that goes on from what it has made keeps finished parts in
-    FILE.mp4.part until the file is whole, so that after a stop the same command continues.
+    FILE.mp4.part until the file is whole, so that after a stop the same command continues. A file that is no grid says
+    where it went on, so that `longtake infill --smooth` can remake its joints.
 
     \b
     Examples:
@@ -330,6 +331,7 @@ def _write(
     from longtake.training.models.common import video
 
     storage.sweep(names[0].rpartition("/")[0] or ".")  # removes the partial files of a killed run
+    joints = plan.generator.joints(plan.frames, plan.settings, plan.start)
     with media.progress("generate", plan.rounds * len(groups), "step") as bar:
         if grid:
             with video.video_file(names[0], plan.fps, sound=sound) as write:
@@ -339,7 +341,10 @@ def _write(
         left = iter(names)
         for number, group in enumerate(groups):
             with ExitStack() as files:
-                writers = [files.enter_context(video.video_file(next(left), plan.fps, sound=sound)) for _ in group]
+                writers = [
+                    files.enter_context(video.video_file(next(left), plan.fps, sound=sound, joints=joints))
+                    for _ in group
+                ]
                 for chunk in videos(number, bar.update):
                     for write, frames in zip(writers, chunk, strict=True):
                         write(frames)

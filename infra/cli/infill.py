@@ -1,8 +1,7 @@
 """`longtake infill`: the frames between clips, and in place of those where the clips of a film meet."""
 
-from collections.abc import Iterator, Sequence
-from dataclasses import replace
-from itertools import chain
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import chain, islice
 from typing import Any
 
 import click
@@ -10,6 +9,8 @@ import click
 from longtake.datasets import storage
 from longtake.datasets.errors import UserError
 from longtake.infra.cli import asked, media
+
+_AT_ONCE = 64  # gaps that are in memory with the frames beside them
 
 
 @click.command()
@@ -26,13 +27,13 @@ from longtake.infra.cli import asked, media
     "--smooth",
     type=click.IntRange(min=1),
     metavar="K",
-    help="Remake K frames on both sides of each of the --joints of one film.",
+    help="Remake K frames on both sides of each joint of one film: those that are written in it, or --joints.",
 )
 @click.option(
     "--joints",
     metavar="A,B,...",
     help="Where the clips of that film meet: the numbers of their first frames, such as 16,28,41. 16,28,... goes on every"
-    " 12 frames to the end.",
+    " 12 frames to the end. [default: as `longtake generate` has written it in the film]",
 )
 @click.option("--out", required=True, metavar="FILE.mp4", help="Where to write the whole film.")
 @click.option("--prompt", metavar="TEXT", help="What is to be seen in between. Where the model takes one.")
@@ -69,6 +70,18 @@ from longtake.infra.cli import asked, media
     help="The noise of the high frequencies, with a mixer. [default: the model's]",
 )
 @click.option(
+    "--cutoff",
+    type=media.Number(min=0, min_open=True),
+    metavar="F",
+    help="The low frequencies beside the clips, with a mixer: 1 is the highest there is. [default: the model's]",
+)
+@click.option(
+    "--fall",
+    type=media.Number(min=0),
+    metavar="F",
+    help="By how much --cutoff falls with each latent further into the gap, with a mixer. [default: the model's]",
+)
+@click.option(
     "--vae", metavar="MODEL", help="Decode with this autoencoder, of the same encoder. [default: the model's]"
 )
 @click.option(
@@ -93,6 +106,8 @@ def infill(
     image_guidance: float | None,
     mixer: str | None,
     noise: str | None,
+    cutoff: float | None,
+    fall: float | None,
     vae: str | None,
     batch: int,
     precision: str,
@@ -102,8 +117,8 @@ def infill(
     MODEL is one that fills gaps, in the registry (models:/mavin@champion) or a model folder. Clips are converted to the
     frame rate and size of its training clips, and keep all of their frames; two or more are joined in order. With
     --connector the ends that meet are remade. With --smooth there is one clip, a film of any model, whose joints are
-    remade. Sound is left out. Finished gaps are kept in FILE.mp4.part until the file is whole, so that after a stop the
-    same command continues.
+    remade; one of `longtake generate` says itself where they are. Sound is left out. Finished gaps are kept in
+    FILE.mp4.part until the file is whole, so that after a stop the same command continues.
 
     \b
     Examples:
@@ -112,22 +127,33 @@ def infill(
       longtake infill models:/mavin@champion a.mp4 b.mp4 c.mp4 --frames 8 --seed 7 --out film.mp4
       longtake infill models:/mavin@champion a.mp4 b.mp4 --connector 6 --out joined.mp4
       longtake infill models:/mavin@champion film.mp4 --smooth 4 --joints 16,28,... --out smooth.mp4
+      longtake generate models:/rencgan3@champion --seconds 60 --out film.mp4
+      longtake infill models:/mavin@champion film.mp4 --smooth 4 --out smooth.mp4
     """
     media.check_output(out)
     _check_way(clips, frames, connector, smooth, joints)
     for path in clips:
         media.check_exists(path)
+    written = media.joints_of(clips[0]) if smooth and not joints else []
+    if smooth and not joints and not written:
+        raise UserError(
+            f"{clips[0]}: has no joints written in it; say where its clips meet, such as --joints 16,28,..."
+        )
     with media.memory_errors("lower --batch, or set --precision bf16"):
         from longtake.training.models.common import film, video
 
         infiller = _load_infiller(model, vae, precision, text_encoder, image_encoder)
-        given = {"steps": steps, "guidance": guidance, "image_guidance": image_guidance, "mixer": mixer, "noise": noise}
-        settings = replace(infiller.settings, **{name: value for name, value in given.items() if value is not None})
+        numbers = {"steps": steps, "guidance": guidance, "image_guidance": image_guidance}
+        mixed = {"mixer": mixer, "noise": noise, "cutoff": cutoff, "fall": fall}
+        settings = asked.infill_settings_of(infiller, numbers | mixed)
         _check_texts(model, infiller, prompt, negative, settings.guidance)
         lengths = [_count(path, infiller) for path in clips]
         if smooth:
-            last = lengths[0] - smooth - infiller.context[0]
-            places = _joints(joints or "", lengths[0], last, infiller.fps / media.rate_of(clips[0]))
+            last, speed = lengths[0] - smooth - infiller.context[0], infiller.fps / media.rate_of(clips[0])
+            if joints:
+                places = _joints(joints, lengths[0], last, speed)
+            else:
+                places = _written(clips[0], written, smooth, lengths[0], infiller.context[0], speed)
             with asked.naming("--joints"):
                 holes = film.smoothing(places, smooth)
         else:
@@ -140,16 +166,14 @@ def infill(
                 err=True,
             )
         with asked.naming(""), media.progress("infill", settings.steps * len(holes), "step") as bar:
-            gaps = film.gaps_in(_film(clips, infiller), holes, infiller.context, prompt)
+            film.check_room(holes, sum(lengths), infiller.context[0])
+            gaps = film.gaps_in(_film(clips, infiller), holes, infiller.context[1], prompt)
             kept = f"{out}.part"
-            made = infiller.fill(
-                gaps, seed, settings, negative=negative, folder=f"{kept}/0", batch=batch, each_step=bar.update
-            )
-            # all gaps first: the file is then written in one go
-            finished = list(made)
+            more = {"negative": negative, "batch": batch, "each_step": bar.update}
+            made = _filled(infiller, gaps, max(_AT_ONCE, batch), kept, seed, settings, more)
             storage.sweep(out.rpartition("/")[0] or ".")  # removes the partial files of a killed run
             with video.video_file(out, infiller.fps) as write:
-                for frame in film.filled(_film(clips, infiller), holes, finished):
+                for frame in film.filled(_film(clips, infiller), holes, made):
                     write(frame[None])
         click.echo(out)
         infiller.forget(kept)
@@ -164,15 +188,13 @@ def _check_way(
             raise UserError(f"--smooth: takes one film, and there are {len(clips)}; join them first")
         if frames or connector:
             raise UserError("--smooth: remakes as many frames as there are; leave --frames and --connector out")
-        if not joints:
-            raise UserError("--smooth: say where the clips of the film meet, such as --joints 16,28,...")
         return
     if joints:
         raise UserError(
             "--joints: are of a film whose joints are remade; say of how many frames with --smooth, such as 4"
         )
     if len(clips) < 2:
-        raise UserError(f"{clips[0]}: is one clip; name two or more to join, or set --smooth and --joints")
+        raise UserError(f"{clips[0]}: is one clip; name two or more to join, or set --smooth for the joints of a film")
     if not frames and not connector:
         raise UserError("--frames: say how many to make between two clips, such as 12")
 
@@ -183,6 +205,7 @@ def _load_infiller(
     """The infiller of a registered model or model folder. Raises UserError if the model fills no gaps."""
     from longtake.training import registry
     from longtake.training.models import kind_of
+    from longtake.training.models.common.pictures import with_image_encoder
     from longtake.training.models.common.prompts import with_encoder
 
     uri = media.check_registry(model)
@@ -192,12 +215,11 @@ def _load_infiller(
         raise UserError(f"{model}: is a {kind.what}, which fills no gaps; name a model of `finetune_mavin`")
     if text_encoder and not facts.get("text"):
         raise UserError(f"--text-encoder: {model} takes none; leave it out")
-    if image_encoder:
-        if not facts.get("image"):
-            raise UserError(f"--image-encoder: {model} takes none; leave it out")
-        facts = {**facts, "image": facts["image"] | {"encoder": image_encoder}}
+    if image_encoder and not facts.get("image"):
+        raise UserError(f"--image-encoder: {model} takes none; leave it out")
+    there = with_encoder(with_image_encoder(facts, image_encoder), text_encoder)
     decoder = media.check_registry(vae) if vae else None
-    return kind.infiller(model, module, with_encoder(facts, text_encoder), decoder, media.dtype(precision))
+    return kind.infiller(model, module, there, decoder, media.dtype(precision))
 
 
 def _check_texts(model: str, infiller: Any, prompt: str | None, negative: str | None, guidance: float) -> None:
@@ -219,6 +241,16 @@ def _count(path: str, infiller: Any) -> int:
     return sum(1 for _ in media.frames_at(path, infiller.size, infiller.fps))
 
 
+def _filled(
+    infiller: Any, gaps: Iterator[Any], some: int, kept: str, seed: int, settings: Any, more: Mapping[str, Any]
+) -> Iterator[Any]:
+    """The frames of each gap. So many gaps at once are in memory, and are kept in a subfolder of `kept` of their own."""
+    number = 0
+    while group := list(islice(gaps, some)):
+        yield from infiller.fill(group, seed, settings, first=number * some, folder=f"{kept}/{number}", **more)
+        number += 1
+
+
 def _film(clips: Sequence[str], infiller: Any) -> Iterator[Any]:
     """The frames of all clips, one after the other."""
     return chain.from_iterable(media.frames_at(path, infiller.size, infiller.fps, silent=True) for path in clips)
@@ -234,6 +266,28 @@ def _check_lengths(clips: Sequence[str], lengths: Sequence[int], cut: int, infil
             raise UserError(
                 f"{path}: has {length} frames at {infiller.fps:g} a second{of}; the model needs {least} beside a gap"
             )
+
+
+def _written(path: str, joints: Sequence[int], reach: int, frames: int, least: int, speed: float) -> list[int]:
+    """Those of a film's own joints that can be remade, for a film of so many frames; `speed` as in `_joints`."""
+    from longtake.training.models.common import film
+
+    places = [round(joint * speed) for joint in joints]
+    if places[-1] > frames:
+        raise UserError(
+            f"{path}: the joints written in it go beyond its end; say where its clips meet, such as --joints 16,28,..."
+        )
+    kept = film.reachable(places, reach, frames, least)
+    if not kept:
+        raise UserError(
+            f"--smooth: {path}: no joint has {reach + least} frames on both sides to itself; remake fewer frames"
+        )
+    if left := len(places) - len(kept):
+        click.echo(
+            f"{path}: {left} of {len(places)} joints are too near to an end or to the joint before, and stay as they are",
+            err=True,
+        )
+    return kept
 
 
 def _joints(text: str, frames: int, last: int, speed: float) -> list[int]:

@@ -72,6 +72,21 @@ def rate_of(path: str) -> float:
     return float(_probe(path).fps or 25.0)
 
 
+def joints_of(path: str) -> list[int]:
+    """The joints that are written in a film; empty where none are. UserError for wrong ones."""
+    from longtake.pipeline import container
+    from longtake.training.models.common.joints import joints_in
+
+    try:
+        with container.film(path) as (file, _):
+            said = {name.lower(): text for name, text in file.metadata.items()}
+        return joints_in(said.get("comment", ""))
+    except container.Unreadable as e:
+        raise UserError(f"{path}: not a video or image that can be read ({e})") from e
+    except ValueError as e:
+        raise UserError(f"{path}: {e}; say where its clips meet, such as --joints 16,28,...") from e
+
+
 def say_rate(path: str, fps: float) -> None:
     """Say where a video is sampled at another rate."""
     if abs((rate := rate_of(path)) - fps) > 0.01:

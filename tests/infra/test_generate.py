@@ -9,6 +9,7 @@ import sys
 import time
 from dataclasses import replace
 from fractions import Fraction
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from priors import awake, frames_of, longtake, save_vae
 from longtake.datasets import clip
 from longtake.datasets.errors import UserError
 from longtake.datasets.latents import encoder_digest
+from longtake.infra.cli import media
 from longtake.infra.report import StageRun, build
 from longtake.training.models.common.condition import of_classes
 from longtake.training.models.common.video import video_file
@@ -194,8 +196,9 @@ def test_a_model_with_a_memory_makes_the_same_bytes_each_time_and_leaves_nothing
     a, b, c = ((tmp_path / f"{name}.mp4").read_bytes() for name in "abc")
     assert a == b != c
     prior = memory.load_prior(str(models / "memory"), "generation")
-    with video_file(tmp_path / "python.mp4", 12) as write:
-        for chunk in prior.videos([Request(0, [(0.0, Scene(1))])], 25, prior.settings):
+    request = Request(0, [(0.0, Scene(1))])
+    with video_file(tmp_path / "python.mp4", 12, joints=prior.joints(25, prior.settings)) as write:
+        for chunk in prior.videos([request], 25, prior.settings):
             write(chunk[0])
     assert (tmp_path / "python.mp4").read_bytes() == a
 
@@ -208,6 +211,23 @@ def test_several_videos_with_a_memory_side_by_side(models: Path, tmp_path: Path)
     )
     assert sorted(p.name for p in tmp_path.iterdir()) == ["grid.mp4", "x-cat.mp4", "x-dog.mp4"]
     assert (tmp_path / "x-cat.mp4").read_bytes() != (tmp_path / "x-dog.mp4").read_bytes()
+
+
+def test_a_file_says_where_its_model_went_on(models: Path, tmp_path: Path) -> None:
+    clip.write(tmp_path / "start.mp4", np.zeros((9, 32, 32, 3), np.uint8), 12)
+    start = ["--start", tmp_path / "start.mp4"]
+    for model, frames, more, joints in (
+        ("plain", 9, [], []),
+        ("plain", 29, [], [9, 17, 25]),
+        ("memory", 29, [], [9, 21]),
+        ("memory", 28, start, [12, 24]),
+        ("memory", 29, ["--grid", "--count", 2], []),
+    ):
+        longtake("generate", models / model, "--frames", frames, *more, "--steps", 1, "--out", tmp_path / "x.mp4")
+        assert media.joints_of(str(tmp_path / "x.mp4")) == joints
+    prior = memory.load_prior(str(models / "memory"), "generation")
+    lengths = [chunk.shape[1] for chunk in prior.videos([Request(0, [(0.0, Scene())])], 29, prior.settings)]
+    assert list(accumulate(lengths))[:-1] == prior.joints(29, prior.settings) == [9, 21]
 
 
 def test_a_storyboard_is_followed(models: Path, tmp_path: Path) -> None:
@@ -465,7 +485,7 @@ def test_a_shell_makes_the_same_video_as_python(models: Path, tmp_path: Path) ->
     assert done.returncode == 0 and done.stdout.strip() == "x.mp4" and "generate: 100%" in done.stderr, done.stderr
     prior = load_prior(str(models / "latte"))
     ours = generate_videos(prior.latte, prior.codec, 17, [3], of_classes([1]), prior.settings)
-    with video_file(tmp_path / "y.mp4", 12) as write:
+    with video_file(tmp_path / "y.mp4", 12, joints=[9]) as write:
         for chunk in ours:
             write(chunk[0])
     assert (tmp_path / "x.mp4").read_bytes() == (tmp_path / "y.mp4").read_bytes()

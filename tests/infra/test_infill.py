@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from click import BadParameter
 from priors import frames_of, longtake, save_vae
 
 from longtake.datasets import clip
 from longtake.datasets.errors import UserError
+from longtake.training.models.common.video import video_file
 from longtake.training.models.generator import Gap, InfillSettings
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -105,12 +108,108 @@ def test_the_joints_of_a_film_are_smoothed(white: White, clips: Path, tmp_path: 
     assert shown(tmp_path / "x.mp4") == [n if n % 5 not in (0, 4) or n in (0, 19) else -1 for n in range(20)]
 
 
+def test_gaps_of_a_long_film_are_made_some_at_a_time(
+    white: White, clips: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("longtake.infra.cli.infill._AT_ONCE", 2)
+    longtake("infill", "m", clips / "film.mp4", "--smooth", 1, "--joints", "5,10,15", "--out", tmp_path / "x.mp4")
+    assert shown(tmp_path / "x.mp4") == [n if n % 5 not in (0, 4) or n in (0, 19) else -1 for n in range(20)]
+    assert [(len(gaps), more["first"]) for gaps, _, _, more in white.calls] == [(2, 0), (1, 2)]
+    assert [more["folder"].rpartition("/")[2] for _, _, _, more in white.calls] == ["0", "1"]
+    longtake(
+        "infill",
+        "m",
+        clips / "film.mp4",
+        "--smooth",
+        1,
+        "--joints",
+        "5,10,15",
+        "--batch",
+        3,
+        "--out",
+        tmp_path / "x.mp4",
+    )
+    assert len(white.calls) == 3, "as many as are asked for are made at once"
+
+
 def test_joints_that_go_on_end_before_the_film_does(white: White, clips: Path, tmp_path: Path) -> None:
     said = longtake(
         "infill", "m", clips / "film.mp4", "--smooth", 1, "--joints", "6,12,...", "--out", tmp_path / "x.mp4"
     )
     assert "--joints: 18 is too near to the film's end, and stays as it is" in said.stderr
     assert shown(tmp_path / "x.mp4") == [n if n not in (5, 6, 11, 12) else -1 for n in range(20)]
+
+
+@pytest.fixture
+def told(tmp_path: Path) -> Callable[..., Path]:
+    """Writes a film of 20 frames, 8 a second, with joints in it."""
+
+    def write(joints: Sequence[Any], fps: float = 8, **more: Any) -> Path:
+        with video_file(tmp_path / "told.mp4", fps, joints=joints, **more) as frames:
+            frames(ramp(20, SIZE))
+        return tmp_path / "told.mp4"
+
+    return write
+
+
+@pytest.mark.parametrize("sound", [None, (np.zeros((1, 8000), np.float32), 8000)])
+def test_a_film_says_itself_where_its_joints_are(white: White, told: Any, tmp_path: Path, sound: Any) -> None:
+    said = longtake("infill", "m", told([5, 10, 15], sound=sound), "--smooth", 1, "--out", tmp_path / "x.mp4")
+    assert shown(tmp_path / "x.mp4") == [n if n % 5 not in (0, 4) or n in (0, 19) else -1 for n in range(20)]
+    assert "joints" not in said.stderr
+    longtake("infill", "m", told([5, 10, 15]), "--smooth", 1, "--joints", 8, "--out", tmp_path / "x.mp4")
+    assert shown(tmp_path / "x.mp4") == [n if n not in (7, 8) else -1 for n in range(20)]
+
+
+def test_joints_of_a_film_are_counted_at_its_own_rate(white: White, told: Any, tmp_path: Path) -> None:
+    longtake("infill", "m", told([10], fps=16), "--smooth", 1, "--out", tmp_path / "x.mp4")
+    levels = shown(tmp_path / "x.mp4")
+    assert len(levels) == 10 and [n for n, level in enumerate(levels) if level == -1] == [4, 5]
+
+
+def test_joints_without_room_stay_and_a_line_says_so(white: White, told: Any, tmp_path: Path) -> None:
+    film = told([2, 6, 7, 9, 14, 18])  # two frames are needed beside those that are remade
+    said = longtake("infill", "m", film, "--smooth", 1, "--out", tmp_path / "x.mp4")
+    assert said.stderr.count("told.mp4: 4 of 6 joints are too near to an end or to the joint before, and stay") == 1
+    assert shown(tmp_path / "x.mp4") == [n if n not in (5, 6, 13, 14) else -1 for n in range(20)]
+    with pytest.raises(UserError, match=r"told\.mp4: no joint has 12 frames on both sides to itself"):
+        longtake("infill", "m", film, "--smooth", 10, "--out", tmp_path / "y.mp4")
+
+
+@pytest.mark.parametrize(
+    ("joints", "said"),
+    [
+        ([5, 5], "the joints written in it do not rise"),
+        ([0, 5], "are no numbers of frames"),
+        ([5, True], "are no numbers of frames"),
+        ([5, "6"], "are no numbers of frames"),
+        ([5, 1 << 40], "are no numbers of frames"),
+        ([5, 21], "the joints written in it go beyond its end"),
+    ],
+)
+def test_wrong_joints_of_a_film_are_refused(
+    white: White, told: Any, tmp_path: Path, joints: list[Any], said: str
+) -> None:
+    film = told(joints)
+    with pytest.raises(UserError, match=said) as e:
+        longtake("infill", "m", film, "--smooth", 1, "--out", tmp_path / "x.mp4")
+    assert "told.mp4" in str(e.value) and str(e.value).endswith("such as --joints 16,28,...")
+
+
+def test_a_mixer_is_set_by_its_options(white: White, clips: Path, tmp_path: Path) -> None:
+    command = ["infill", "m", clips / "a.mp4", clips / "b.mp4", "--frames", 2, "--out", tmp_path / "x.mp4"]
+    longtake(*command, "--mixer", "per_frame", "--noise", "fresh", "--cutoff", 0.4, "--fall", 0)
+    expected = InfillSettings(steps=2, mixer="per_frame", noise="fresh", cutoff=0.4, fall=0.0)
+    assert white.calls[0][2] == expected
+    white.settings = expected
+    longtake(*command, "--cutoff", 1)
+    assert white.calls[1][2] == replace(expected, cutoff=1.0)
+    for option, value in (("--noise", "same"), ("--cutoff", 0.4), ("--fall", 0.1)):
+        with pytest.raises(UserError, match=f"^{option}: is of a mixer, and there is none; set mixer to paper"):
+            longtake(*command, option, value, "--mixer", "none")
+    for option, value in (("--cutoff", 0), ("--cutoff", "nan"), ("--fall", -1)):
+        with pytest.raises(BadParameter):
+            longtake(*command, option, value)
 
 
 def test_another_size_and_rate_is_converted_and_said(white: White, clips: Path, tmp_path: Path) -> None:
@@ -146,7 +245,11 @@ def test_words_go_with_each_gap_where_the_model_takes_them(white: White, clips: 
         (["a"], "a.mp4: is one clip; name two or more"),
         (["a", "b", "--frames", "3"], "frames is odd"),
         (["a", "b", "--smooth", "2"], "--smooth: takes one film, and there are 2"),
-        (["film", "--smooth", "2"], "--smooth: say where the clips of the film meet"),
+        (
+            ["film", "--smooth", "2"],
+            "film.mp4: has no joints written in it; say where its clips meet, such as --joints",
+        ),
+        (["a", "b", "--frames", "2", "--cutoff", "1"], "--cutoff: is of a mixer, and there is none"),
         (["film", "--smooth", "2", "--joints", "5", "--frames", "4"], "leave --frames and --connector out"),
         (["film", "--joints", "5"], "--joints: are of a film whose joints are remade"),
         (["film", "--smooth", "2", "--joints", "5,x"], "--joints: '5,x': write numbers of frames"),

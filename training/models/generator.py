@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import math
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal, NamedTuple, Protocol
 
 import numpy as np
@@ -140,6 +140,9 @@ class Generator(Protocol):
     def rounds(self, frames: int, settings: Settings, start: Any = None) -> int:
         """How often `videos` calls `each_step`. ValueError if it cannot generate videos of `frames` frames."""
 
+    def joints(self, frames: int, settings: Settings, start: Any = None) -> list[int]:
+        """The numbers of the frames at which another window, segment or clip begins; none in a video that is made at once."""
+
     def videos(
         self,
         requests: Sequence[Request],
@@ -220,6 +223,14 @@ class InfillSettings:
     fall: float = 0.1
 
 
+def with_changes(settings: InfillSettings, changes: Mapping[str, Any]) -> InfillSettings:
+    """Settings of which some are others. ValueError for a change to a mixer where there is none."""
+    changed = replace(settings, **changes)
+    if changed.mixer == "none" and (idle := [name for name in ("noise", "cutoff", "fall") if name in changes]):
+        raise ValueError(f"{idle[0]}: is of a mixer, and there is none; set mixer to paper or per_frame")
+    return changed
+
+
 class Gap(NamedTuple):
     """Frames to make between others.
 
@@ -277,6 +288,7 @@ class Infiller(Protocol):
         settings: InfillSettings,
         *,
         negative: str | None = None,
+        first: int = 0,
         folder: str | None = None,
         batch: int = 1,
         each_step: Callable[[], object] | None = None,
@@ -284,6 +296,7 @@ class Infiller(Protocol):
         """The frames of each gap, `(frames, H, W, 3)` uint8, in order. A gap depends on the seed and on its number.
 
         Args:
+            first: number of the first gap.
             negative: a text that guidance leads away from.
             folder: URL where the model may keep finished gaps, after which the same call continues.
             batch: gaps at once.

@@ -58,7 +58,8 @@ class Kind(NamedTuple):
     infiller   the same of an `Infiller`; None for a kind that fills no gaps
     accepts    options of a request to the generator, some of "class", "prompt", "audio", "start", "movement", "storyboard", and
                the names of its `generator.Settings` that have an effect
-    answer     `answer(folder)` returns the function of videos, uint8 (B, T, H, W, 3), that is served; None for a generator
+    answer     `answer(folder)` returns the function of videos, uint8 (B, T, H, W, 3), that is served; None for a generator,
+               and for a kind that fills gaps
     """
 
     what: str

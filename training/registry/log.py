@@ -16,6 +16,7 @@ from longtake.datasets import storage
 from longtake.datasets.errors import UserError
 from longtake.datasets.masking import shown
 from longtake.datasets.text import WORDS
+from longtake.training.models.common.pictures import OWN
 from longtake.training.registry import aliases, store
 from longtake.training.registry.store import delete_artifacts, failing_clearly
 
@@ -90,7 +91,14 @@ def _log(folder: Path, run_id: str, sha256: str) -> str:
     signature = _signature(folder)
     # `predict` checks its input itself: MLflow would print the array
     signature._is_signature_from_type_hint = True
-    packages = ("longtake", "torch", "safetensors", "numpy", "pandas", *_of_text(folder))
+    packages = (
+        "longtake",
+        "torch",
+        "safetensors",
+        "numpy",
+        "pandas",
+        *sorted({*_of_text(folder), *_of_pictures(folder)}),
+    )
     mlflow.start_run(run_id=run_id, log_system_metrics=False)
     try:
         logged = mlflow.pyfunc.log_model(
@@ -115,6 +123,12 @@ def _of_text(folder: Path) -> tuple[str, ...]:
     return ("tokenizers", "wordllama" if text["encoder"]["encoder"] == WORDS else "transformers")
 
 
+def _of_pictures(folder: Path) -> tuple[str, ...]:
+    """The packages that encode the pictures that a model folder's model sees beside a gap."""
+    encoder = (_facts(folder).get("image") or {}).get("encoder")
+    return ("transformers",) if encoder and encoder != OWN and Path(encoder).expanduser().is_dir() else ()
+
+
 def _pinned(package: str) -> str:
     """The requirement of a package in the version that is here; in any where it is not, as a text encoder's in a training."""
     try:
@@ -133,22 +147,27 @@ def _signature(folder: Path) -> Any:
     """The inputs, outputs and parameters of a model folder's pyfunc (see pyfunc.py)."""
     from mlflow.models import ModelSignature
     from mlflow.types import ColSpec, ParamSchema, ParamSpec, Schema, TensorSpec
+    from mlflow.types.schema import Array, DataType
 
     from longtake.training.models import kind_of
+    from longtake.training.registry import gaps
     from longtake.training.registry.requests import columns_of, parameters_of
 
     kind = kind_of(_facts(folder))
     video = Schema([TensorSpec(np.dtype("uint8"), (-1, -1, -1, -1, 3))])
-    if kind.generator is None:
+    if kind.generator is not None:
+        columns, parameters = (
+            dict.fromkeys(columns_of(kind.accepts), False) | {"seed": True},
+            parameters_of(kind.accepts),
+        )
+    elif kind.infiller is not None:
+        columns, parameters = dict.fromkeys(gaps.NEEDED, True) | dict.fromkeys(gaps.WORDS, False), gaps.PARAMETERS
+    else:
         return ModelSignature(inputs=video, outputs=video)
-    numbers = ("seed", "frames")
-    table = Schema(
-        [
-            ColSpec("long" if name in numbers else "string", name, required=name == "seed")
-            for name in columns_of(kind.accepts)
-        ]
-    )
-    changes = ParamSchema([ParamSpec(name, of, None) for name, of in parameters_of(kind.accepts).items()])
+    clip = Array(Array(Array(Array(DataType.integer))))
+    types = {"seed": "long", "frames": "long", "before": clip, "after": clip}
+    table = Schema([ColSpec(types.get(name, "string"), name, required=needed) for name, needed in columns.items()])
+    changes = ParamSchema([ParamSpec(name, of, None) for name, of in parameters.items()])
     return ModelSignature(inputs=table, outputs=video, params=changes)
 
 

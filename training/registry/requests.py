@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -60,28 +60,43 @@ def orders_of(generator: Generator, table: Any) -> list[Order]:
     Raises:
         UserError: other columns or values.
     """
-    columns = {str(name): list(table[name]) for name in getattr(table, "columns", table)}
-    names = columns_of(generator.accepts)
-    if "seed" not in columns or set(columns) - set(names):
-        raise UserError(
-            f"videos: need a column seed, and if wanted {', '.join(names[1:])}; got {', '.join(columns) or 'none'}"
-        )
-    count = len(columns["seed"])
-    if not count or any(len(values) != count for values in columns.values()):
-        raise UserError("videos: need at least one row, and columns of the same length")
-    seeds = [_whole("seed", value) for value in columns["seed"]]
-    if min(seeds) < 0:
-        raise UserError(f"videos: seed must not be negative, got {min(seeds)}")
-    lengths = {generator.frames if _is_none(f) else _whole("frames", f) for f in columns.get("frames", [None] * count)}
+    first, *others = columns_of(generator.accepts)
+    rows = rows_of(table, [first], others)
+    seeds = [seed_of(row) for row in rows]
+    lengths = {generator.frames if (frames := row.get("frames")) is None else whole("frames", frames) for row in rows}
     if len(lengths) > 1:
         raise UserError(f"videos: frames must be the same in every row, got {sorted(lengths)}")
     frames = lengths.pop()
-    rows = [
-        {name: None if _is_none(values[n]) else values[n] for name, values in columns.items()} for n in range(count)
-    ]
     return [
-        Order(Request(seed, _story(generator, row, frames), _negative(row)), frames)
+        Order(Request(seed, _story(generator, row, frames), text_of("negative", row)), frames)
         for seed, row in zip(seeds, rows, strict=True)
+    ]
+
+
+def rows_of(table: Any, needed: Sequence[str], others: Sequence[str]) -> list[dict[str, Any]]:
+    """The rows of a table, with None for what is not there.
+
+    Args:
+        table: a pandas table, lists or arrays by name, or a list of rows.
+
+    Raises:
+        UserError: anything else; other columns than the needed ones and some of the others; no row.
+    """
+    if isinstance(table, list) and all(isinstance(row, Mapping) for row in table):
+        names = dict.fromkeys(name for row in table for name in row)
+        columns = {str(name): [row.get(name) for row in table] for name in names}
+    elif isinstance(table, Mapping) or hasattr(table, "columns"):
+        columns = {str(name): list(table[name]) for name in getattr(table, "columns", table)}
+    else:
+        raise UserError(f"videos: need a table, or a list of rows, got {type(table).__name__}")
+    if set(needed) - set(columns) or set(columns) - {*needed, *others}:
+        need = f"{'a column' if len(needed) == 1 else 'columns'} {', '.join(needed)}"
+        raise UserError(f"videos: need {need}, and if wanted {', '.join(others)}; got {', '.join(columns) or 'none'}")
+    count = len(columns[needed[0]])
+    if not count or any(len(values) != count for values in columns.values()):
+        raise UserError("videos: need at least one row, and columns of the same length")
+    return [
+        {name: None if _is_none(values[n]) else values[n] for name, values in columns.items()} for n in range(count)
     ]
 
 
@@ -100,11 +115,20 @@ def _story(generator: Generator, row: Mapping[str, Any], frames: int) -> Story:
     return [(0.0, scene_of(row.get("class"), row.get("prompt"), generator.classes))]
 
 
-def _negative(row: Mapping[str, Any]) -> str | None:
-    negative = row.get("negative")
-    if negative is not None and not isinstance(negative, str):
-        raise UserError(f"videos: negative must be a text, got {negative!r}")
-    return negative
+def text_of(name: str, row: Mapping[str, Any]) -> str | None:
+    """A text of a row, None for none. UserError for anything else."""
+    text = row.get(name)
+    if text is not None and not isinstance(text, str):
+        raise UserError(f"videos: {name} must be a text, got {text!r}")
+    return text
+
+
+def seed_of(row: Mapping[str, Any]) -> int:
+    """The seed of a row. UserError where it is no whole number, or negative."""
+    seed = whole("seed", row["seed"])
+    if seed < 0:
+        raise UserError(f"videos: seed must not be negative, got {seed}")
+    return seed
 
 
 def serve(generator: Generator, table: Any, params: Mapping[str, Any] | None = None) -> np.ndarray:
@@ -140,7 +164,8 @@ def _is_none(value: Any) -> bool:
     return value is None or (isinstance(value, float) and math.isnan(value)) or type(value).__name__ == "NAType"
 
 
-def _whole(name: str, value: Any) -> int:
+def whole(name: str, value: Any) -> int:
+    """A whole number of a row. UserError for anything else."""
     try:
         if isinstance(value, bool) or int(value) != value:
             raise ValueError

@@ -6,8 +6,9 @@ they are.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
-from itertools import accumulate, pairwise
+from itertools import accumulate, islice, pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -47,48 +48,60 @@ def smoothing(joints: Sequence[int], reach: int) -> list[Hole]:
     return [Hole(joint - reach, 2 * reach, 2 * reach) for joint in joints]
 
 
-def gaps_in(
-    frames: Iterable[np.ndarray], holes: Sequence[Hole], context: tuple[int, int], prompt: str | None = None
-) -> list[Gap]:
-    """The gaps of a film, `frames` `(H, W, 3)` in order, with what is seen beside them: never a frame of another hole.
+def reachable(joints: Sequence[int], reach: int, frames: int, least: int) -> list[int]:
+    """Those of some rising joints of a film of so many frames that have `least` frames beside what is remade, the first first."""
+    kept, end = list[int](), 0
+    for joint in joints:
+        if joint - reach - end >= least and frames - joint - reach >= least:
+            kept.append(joint)
+            end = joint + reach
+    return kept
 
-    Args:
-        context: the fewest and the most frames on a side.
 
-    Raises:
-        UserError: too few frames beside a hole.
-    """
-    least, most = context
+def check_room(holes: Sequence[Hole], frames: int, least: int) -> None:
+    """Refuse a hole with fewer than `least` frames on a side, of a film of so many: UserError."""
     ends = [0, *(hole.at + hole.dropped for hole in holes)]  # where the source goes on
-    starts = [*(hole.at for hole in holes), ends[-1] + most]
-    before, after = [list[np.ndarray]() for _ in holes], [list[np.ndarray]() for _ in holes]
-    for number, frame in enumerate(frames):
-        for which, hole in enumerate(holes):
-            if max(ends[which], hole.at - most) <= number < hole.at:
-                before[which].append(frame)
-            elif ends[which + 1] <= number < min(starts[which + 1], ends[which + 1] + most):
-                after[which].append(frame)
-    for hole, *sides in zip(holes, before, after, strict=True):
-        for side, seen in zip(("before", "after"), sides, strict=True):
-            if len(seen) < least:
+    starts = [*(hole.at for hole in holes), frames]
+    stretches = [start - end for start, end in zip(starts, ends, strict=True)]
+    for hole, *sides in zip(holes, stretches, stretches[1:], strict=False):
+        for side, length in zip(("before", "after"), sides, strict=True):
+            if length < least:
                 raise UserError(
-                    f"{side} the gap at frame {hole.at} there are {len(seen)} frames, and the model needs {least};"
+                    f"{side} the gap at frame {hole.at} there are {length} frames, and the model needs {least};"
                     " remake fewer frames, or name fewer joints"
                 )
-    return [
-        Gap(np.stack(left), np.stack(right), hole.frames, prompt)
-        for hole, left, right in zip(holes, before, after, strict=True)
-    ]
+
+
+def gaps_in(frames: Iterable[np.ndarray], holes: Sequence[Hole], most: int, prompt: str | None = None) -> Iterator[Gap]:
+    """The gaps of a film, `frames` `(H, W, 3)` in order, with what is seen beside them: never a frame of another hole.
+
+    One gap and `most` frames, at most, on its sides are in memory.
+    """
+    source = iter(frames)
+
+    def stretch(count: int | None) -> tuple[list[np.ndarray], deque[np.ndarray]]:
+        """The first and the last of the next `count` frames; of None, the first of all that are left."""
+        first = list(islice(source, most if count is None else min(most, count)))
+        last = deque(first, maxlen=most)
+        last.extend(islice(source, 0 if count is None else count - len(first)))
+        return first, last
+
+    before = stretch(holes[0].at)[1]
+    for hole, later in zip(holes, [*holes[1:], None], strict=True):
+        end = hole.at + hole.dropped
+        deque(islice(source, hole.dropped), maxlen=0)
+        after, last = stretch(None if later is None else later.at - end)
+        yield Gap(np.stack(before), np.stack(after), hole.frames, prompt)
+        before = last
 
 
 def filled(frames: Iterable[np.ndarray], holes: Sequence[Hole], made: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
-    """The frames of a film whose holes, in order, are filled with `made`, each `(n, H, W, 3)`."""
-    coming, left_out = list(zip(holes, made, strict=True)), 0
+    """The frames of a film whose holes, in order, are filled with `made`, each `(n, H, W, 3)`, taken when its hole comes."""
+    coming, new, left_out = deque(holes), iter(made), 0
     for number, frame in enumerate(frames):
-        if coming and number == coming[0][0].at:
-            hole, new = coming.pop(0)
-            left_out = hole.dropped
-            yield from new
+        if coming and number == coming[0].at:
+            left_out = coming.popleft().dropped
+            yield from next(new)
         if left_out:
             left_out -= 1
         else:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from longtake.datasets import clip, storage
 from longtake.datasets.loader import to_pixels
+from longtake.training.models.common.joints import comment_of
 
 _GAP = 2  # pixels between neighbours in a grid
 
@@ -43,18 +44,25 @@ def write_panels(path: Path, panels: Sequence[Tensor], scale: int = 3) -> None:
 
 @contextmanager
 def video_file(
-    path: str | Path, fps: float, crf: int = 16, sound: tuple[np.ndarray, int] | None = None
+    path: str | Path,
+    fps: float,
+    crf: int = 16,
+    sound: tuple[np.ndarray, int] | None = None,
+    joints: Sequence[int] = (),
 ) -> Iterator[Callable[[np.ndarray], None]]:
     """Write an H.264 file to a path or fsspec URL, chunk by chunk `(t, H, W, 3)` uint8 with even H and W.
 
-    It has the sound, samples (channels, n) float32 and their rate, from its first frame on. The file appears complete after
-    the block, or not at all. The same frames give the same bytes. Raises Failure if it cannot be written.
+    It has the sound, samples (channels, n) float32 and their rate, from its first frame on. The joints, the frames at which
+    new clips begin, are written in its comment (see `joints`). The file appears complete after the block, or not at all. The
+    same frames give the same bytes. Raises Failure if it cannot be written.
     """
     import av
 
     options = {"fflags": "+bitexact", "movflags": "+faststart"}
     with storage.staged(str(path)) as scratch:
         with av.open(str(scratch), "w", format="mp4", container_options=options) as container:
+            if joints:
+                container.metadata["comment"] = comment_of(joints)
             rate = Fraction(fps).limit_denominator(1001)
             stream: Any = container.add_stream("libx264", rate=rate, options={"crf": str(crf), "mbtree": "0"})
             stream.pix_fmt, stream.codec_context.thread_count = "yuv420p", 1

@@ -78,6 +78,10 @@ class Sampler:
             raise ValueError(f"frames is {frames}; there is nothing to generate")
         return self._rollout([], settings, start).clips(frames)
 
+    def joints(self, frames: int, settings: Settings, start: Start | None = None) -> list[int]:
+        """See `Rollout.joints`."""
+        return self._rollout([], settings, start).joints(frames)
+
     def videos(
         self,
         requests: Sequence[Request],

@@ -21,7 +21,7 @@ from longtake.training.engines import device
 from longtake.training.models.common import codec as codecs
 from longtake.training.models.common import prompts as texts
 from longtake.training.models.common import story as scenes
-from longtake.training.models.common.codec import Codec, latents_of, to_array
+from longtake.training.models.common.codec import Codec, frames_of, latents_of, to_array
 from longtake.training.models.common.condition import Condition, check_classes
 from longtake.training.models.common.flow import euler, guided
 from longtake.training.models.common.prompts import Prompts
@@ -67,6 +67,14 @@ class Prior:
         assert self.latte.config.shape
         count = latents_of(frames, self._factor)
         return windows(count, self.latte.config.shape[0], settings.overlap) * settings.steps
+
+    def joints(self, frames: int, settings: Settings, start: Any = None) -> list[int]:
+        """The first frames of the windows after the first one, without those that they share with the one before."""
+        assert self.latte.config.shape
+        window, latents = self.latte.config.shape[0], latents_of(frames, self._factor)
+        if latents <= window:
+            return []
+        return [frames_of(latent, self._factor) for latent in range(window, latents, window - settings.overlap)]
 
     def videos(
         self,

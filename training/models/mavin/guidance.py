@@ -21,11 +21,10 @@ from longtake.datasets.errors import UserError
 from longtake.training.metrics.features import FeatureNetwork, feature_maps, load_network
 from longtake.training.models.common.causal import fold
 from longtake.training.models.common.condition import Condition
+from longtake.training.models.common.pictures import OWN
 from longtake.training.models.common.text import TextIn
 from longtake.training.models.mavin.config import MavinConfig
 from longtake.training.text.files import imported, weights_of
-
-OWN = "own"  # the name of the encoder that needs no file
 
 _GRID = 8  # tokens along a side of a frame of the project's own encoder, at most
 _CLIP_MEAN, _CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)

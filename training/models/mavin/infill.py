@@ -13,6 +13,7 @@ import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
+from itertools import islice
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -153,6 +154,7 @@ class Filler:
         settings: InfillSettings,
         *,
         negative: str | None = None,
+        first: int = 0,
         folder: str | None = None,
         batch: int = 1,
         each_step: Callable[[], object] | None = None,
@@ -166,8 +168,9 @@ class Filler:
             raise ValueError("image_guidance: this model does not see the frames beside a gap; leave it out")
         _mixer(settings)
         if folder:
-            parts.open_folder(folder, self._record(gaps, seed, settings, negative))
-        return self._filled([self._cut(gap) for gap in gaps], seed, settings, negative, folder, batch, each_step)
+            parts.open_folder(folder, self._record(gaps, seed, first, settings, negative))
+        cut = [self._cut(gap) for gap in gaps]
+        return self._filled(cut, seed, first, settings, negative, folder, batch, each_step)
 
     def forget(self, folder: str) -> None:
         """See `parts.forget`."""
@@ -197,12 +200,15 @@ class Filler:
         after = length(len(gap.after), room - before)
         return gap._replace(before=gap.before[len(gap.before) - before :], after=gap.after[:after])
 
-    def _record(self, gaps: Sequence[Gap], seed: int, settings: InfillSettings, negative: str | None) -> dict[str, Any]:
+    def _record(
+        self, gaps: Sequence[Gap], seed: int, first: int, settings: InfillSettings, negative: str | None
+    ) -> dict[str, Any]:
         """All that decides the frames."""
         return {
             "model": self.digest,
             "precision": str(next(self.model.parameters()).dtype),
             "seed": seed,
+            "first": first,
             "settings": asdict(settings),
             "negative": negative,
             "gaps": [[gap.frames, gap.prompt, _digest(gap.before), _digest(gap.after)] for gap in gaps],
@@ -212,6 +218,7 @@ class Filler:
         self,
         gaps: Sequence[Gap],
         seed: int,
+        first: int,
         settings: InfillSettings,
         negative: str | None,
         folder: str | None,
@@ -229,11 +236,11 @@ class Filler:
         for number, gap in enumerate(gaps):
             if number not in made:
                 # with the next ones of its shape
-                later = [n for n in range(number, len(gaps)) if n not in made and _shape(gaps[n]) == _shape(gap)][
-                    :batch
-                ]
+                alike = (n for n in range(number, len(gaps)) if n not in made and _shape(gaps[n]) == _shape(gap))
+                later = list(islice(alike, batch))
                 some = [gaps[n] for n in later]
-                videos = self._batch(some, later, seed, settings, negative, partial(step, len(later)))
+                numbers = [first + n for n in later]
+                videos = self._batch(some, numbers, seed, settings, negative, partial(step, len(later)))
                 for n, video in zip(later, videos, strict=True):
                     parts.save(parts.url_of(folder, n), "frames", torch.from_numpy(video))
                     made[n] = video

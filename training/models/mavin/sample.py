@@ -13,6 +13,7 @@ from longtake.datasets.errors import UserError
 from longtake.training.engines import device
 from longtake.training.models.common import codec as codecs
 from longtake.training.models.common import prompts as texts
+from longtake.training.models.common.pictures import REMEDY
 from longtake.training.models.generator import InfillSettings
 from longtake.training.models.mavin.encode import encode_apart
 from longtake.training.models.mavin.guidance import boundary_tokens, load_image_encoder
@@ -60,10 +61,10 @@ def _features(uri: str, model: Mavin, image: Mapping[str, Any] | None) -> Callab
     try:
         encoder = load_image_encoder(image["encoder"], device())
     except UserError as e:
-        raise UserError(f"{uri}: {e}; say where it is with --image-encoder") from e
+        raise UserError(f"{uri}: {e}; {REMEDY}") from e
     if encoder.digest != image["digest"]:
         raise UserError(
             f"{uri}: has learned from another image encoder than {image['encoder']} (digest {image['digest'][:12]}, not"
-            f" {encoder.digest[:12]}); say where it is with --image-encoder"
+            f" {encoder.digest[:12]}); {REMEDY}"
         )
     return partial(boundary_tokens, encoder)

@@ -86,6 +86,11 @@ class MemoryPrior:
         """The number of solver steps that generate `frames` new frames."""
         return segments.count_segments(self.model, self.latents(frames, start)) * settings.steps
 
+    def joints(self, frames: int, settings: Settings, start: Posterior | None = None) -> list[int]:
+        """The first frames of the segments after the first one."""
+        further = segments.begins(self.model, self.latents(frames, start))[1:]
+        return [frames_of(latent, self._factor) if start is None else latent * self._factor for latent in further]
+
     def holds(self, frames: int) -> int:
         """How many of `frames` frames a memory takes at once: 1 + 4n that make whole groups of latents; 0 if too few."""
         group = self.model.config.group

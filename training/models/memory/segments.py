@@ -119,7 +119,12 @@ def draw_latents(posterior: Posterior, seeds: Sequence[int], choice: Literal["sa
 
 def count_segments(model: MemoryDiT, latents: int) -> int:
     """The number of segments that `generate` samples for `latents` new latents."""
-    return -(-latents // _shape(model)[0])
+    return len(begins(model, latents))
+
+
+def begins(model: MemoryDiT, latents: int) -> range:
+    """The new latents at which segments begin."""
+    return range(0, latents, _shape(model)[0])
 
 
 @dataclass(frozen=True)
@@ -226,7 +231,7 @@ def _chunks(job: _Job) -> Iterator[np.ndarray]:
         start = job.start.to(device).expand(len(seeds), -1, -1, -1, -1)
         for chunk in start.split(shape[0], dim=2):
             append(chunk)
-    for number, begin in enumerate(range(0, job.latents, shape[0])):
+    for number, begin in enumerate(begins(job.model, job.latents)):
         url = parts.url_of(job.folder, number)
         segment = parts.load(url, _NAME)
         if segment is None:

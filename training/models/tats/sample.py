@@ -97,6 +97,13 @@ class Prior:
         """The latent frames that are drawn."""
         return max(end for _, end in spans(self.latents(frames), self._every, start is not None))
 
+    def joints(self, frames: int, settings: Settings, start: Tensor | None = None) -> list[int]:
+        """The frames after the anchors at which two gaps meet. A window that slides latent frame by latent frame has none."""
+        if self._every == 1:
+            return []
+        first = self._every + (start is None)  # without a start the first anchor is the video's first latent frame
+        return [latent * self._factor for latent in range(first, self.latents(frames), self._every)]
+
     def begin(self, frames: Iterable[np.ndarray]) -> Tensor:
         """The tokens `(1, t, h, w)` of a video's end, of a window at most. UserError where it is too short."""
         leader = self.anchors or self.model

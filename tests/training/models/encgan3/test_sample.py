@@ -12,6 +12,7 @@ import torch
 from priors import awake, frames_of, longtake
 
 from longtake.datasets.errors import UserError
+from longtake.infra.cli import media
 from longtake.training import registry
 from longtake.training.models import kind_of
 from longtake.training.models.common.video import concatenated, video_file
@@ -73,7 +74,9 @@ def test_a_command_writes_seconds_of_video_the_same_each_time(root: Path, sample
         longtake("generate", root / "model", "--seconds", 3.5, "--seed", 1, "--out", tmp_path / f"{name}.mp4")
     assert (tmp_path / "x.mp4").read_bytes() == (tmp_path / "y.mp4").read_bytes()
     assert len(frames_of(tmp_path / "x.mp4")) == 28 and not (tmp_path / "x.mp4.part").exists()
-    with video_file(tmp_path / "z.mp4", 8.0) as write:
+    joints = sampler.joints(28, sampler.settings)
+    assert joints == [14, 26] and media.joints_of(str(tmp_path / "x.mp4")) == joints
+    with video_file(tmp_path / "z.mp4", 8.0, joints=joints) as write:
         write(made(sampler, 28)[0])
     assert (tmp_path / "z.mp4").read_bytes() == (tmp_path / "x.mp4").read_bytes()
 
@@ -82,9 +85,12 @@ def test_a_command_makes_what_the_options_say(root: Path, sampler: Any, tmp_path
     command = ("generate", root / "model", "--frames", 30, "--out", tmp_path / "x.mp4", "--seed", 1)
     longtake(*command, "--start", root / "20.mp4", "--movement", root / "30.mp4", "--content", "keep", "--backward")
     start, movement = (frames_of(root / f"{name}.mp4") for name in ("20", "30"))
-    with video_file(tmp_path / "y.mp4", 8.0) as write:
+    begun, back = sampler.begin(iter(start)), replace(sampler.settings, backward=True)
+    joints = sampler.joints(30, back, begun)
+    assert joints != sampler.joints(30, sampler.settings, begun) != sampler.joints(30, sampler.settings) != []
+    with video_file(tmp_path / "y.mp4", 8.0, joints=joints) as write:
         moves = [sampler.movement(iter(movement))]
-        write(made(sampler, movement=moves, start=sampler.begin(iter(start)), content="keep", backward=True)[0])
+        write(made(sampler, movement=moves, start=begun, content="keep", backward=True)[0])
     assert (tmp_path / "x.mp4").read_bytes() == (tmp_path / "y.mp4").read_bytes()
 
 

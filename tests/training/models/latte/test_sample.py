@@ -262,6 +262,7 @@ def test_a_served_prior_takes_a_table_and_gives_videos(prior: Latte, vae: PVVAE)
     assert videos.shape == (3, 9, 32, 32, 3) and videos.dtype == np.uint8
     np.testing.assert_array_equal(videos[0], made(prior, vae, condition=of_classes([1]))[0])
     np.testing.assert_array_equal(videos[1], made(prior, vae)[0])
+    np.testing.assert_array_equal(serving.serve(known, [{"seed": 1, "class": "dog"}, {"seed": 1}]), videos[:2])
     longer = serving.serve(known, {"seed": np.array([1]), "frames": [13]}, {"steps": 3, "guidance": None})
     np.testing.assert_array_equal(longer, made(prior, vae, 13, settings=Settings(steps=3, overlap=1)))
 
@@ -272,6 +273,7 @@ def test_a_served_prior_takes_a_table_and_gives_videos(prior: Latte, vae: PVVAE)
         ({"class": ["dog"]}, {}, "need a column seed"),
         ({"seed": [1], "colour": ["red"]}, {}, "got seed, colour"),
         ({"seed": []}, {}, "at least one row"),
+        (np.zeros(3), {}, "need a table, or a list of rows, got ndarray"),
         ({"seed": [1.5]}, {}, "seed must be a whole number, got 1.5"),
         ({"seed": [1, 2], "frames": [9, 13]}, {}, "the same in every row"),
         ({"seed": [1], "frames": [10]}, {}, "such as 9 or 13"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,16 @@ from torch import Tensor, nn
 from longtake.datasets.errors import UserError
 from longtake.training.metrics.trivial import Gaussian
 from longtake.training.models.common.codec import Pixels
-from longtake.training.models.common.film import Hole, connecting, filled, gaps_in, joining, smoothing
+from longtake.training.models.common.film import (
+    Hole,
+    check_room,
+    connecting,
+    filled,
+    gaps_in,
+    joining,
+    reachable,
+    smoothing,
+)
 from longtake.training.models.generator import Gap, InfillSettings
 from longtake.training.models.mavin.baselines import faded, held
 from longtake.training.models.mavin.infill import Filler, Hints, guided, sample
@@ -255,7 +265,8 @@ def test_a_model_without_words_refuses_them() -> None:
 
 def film(holes: list[Hole], frames: np.ndarray, context: tuple[int, int] = (2, 3)) -> tuple[list[Gap], list[int]]:
     """The gaps, and the brightness of the filled film, with 255 where frames are made."""
-    gaps = gaps_in(frames, holes, context)
+    check_room(holes, len(frames), context[0])
+    gaps = list(gaps_in(frames, holes, context[1]))
     made = [np.full((gap.frames, *frames.shape[1:]), 255, np.uint8) for gap in gaps]
     return gaps, [int(frame[0, 0, 0]) for frame in filled(frames, holes, made)]
 
@@ -281,7 +292,7 @@ def test_frames_that_are_remade_are_not_seen_by_the_model() -> None:
     holes = smoothing([4, 10], 2)
     one, other = clip(16), clip(16)
     other[[2, 3, 4, 5, 8, 9, 10, 11]] = 200
-    made = [list(filler().fill(gaps_in(frames, holes, (2, 3)), 0, SETTINGS)) for frames in (one, other)]
+    made = [list(filler().fill(list(gaps_in(frames, holes, 3)), 0, SETTINGS)) for frames in (one, other)]
     np.testing.assert_array_equal(*made)
 
 
@@ -295,10 +306,46 @@ def test_joints_are_smoothed_from_frames_that_are_not_remade() -> None:
 def test_too_few_frames_between_holes_are_refused() -> None:
     with pytest.raises(UserError, match="after the gap at frame 3 there are 1 frames, and the model needs 2"):
         film(smoothing([4, 7], 1), clip(16))
+    with pytest.raises(UserError, match="before the gap at frame 1 there are 1 frames"):
+        film(smoothing([2], 1), clip(16))
+    with pytest.raises(UserError, match="after the gap at frame 13 there are 1 frames"):
+        film(smoothing([14], 1), clip(16))
     with pytest.raises(UserError, match="joint 2: 2 frames before it are remade"):
         smoothing([2], 2)
     with pytest.raises(UserError, match="joints 8, 8: each must be above"):
         smoothing([8, 8], 2)
+
+
+def test_joints_with_room_are_those_that_can_be_remade() -> None:
+    for joints in ([4, 8, 13], [3, 6, 7, 9, 14], [1, 3, 15], list(range(1, 16))):
+        kept = reachable(joints, 1, 16, 2)
+        film(smoothing(kept, 1), clip(16))
+        for joint in set(joints) - set(kept):
+            with pytest.raises(UserError):
+                film(smoothing(sorted([*kept, joint]), 1), clip(16))
+
+
+def test_a_long_film_is_read_no_further_than_to_the_gap_after() -> None:
+    read, frame = 0, np.zeros((4, 6, 3), np.uint8)
+
+    def frames() -> Iterator[np.ndarray]:
+        nonlocal read
+        while read < 120_000:
+            read += 1
+            yield frame
+
+    holes = smoothing(range(12, 119_990, 12), 1)
+    for number, gap in enumerate(gaps_in(frames(), holes, 3), 1):
+        assert read <= 12 * (number + 1) - 1 and len(gap.before) == len(gap.after) == 3
+    assert number == len(holes) > 9_990
+
+
+def test_gaps_are_the_same_in_parts_of_a_film() -> None:
+    still, gaps = filler(model=Still()), [Gap(clip(3), clip(3, 50), 4)] * 3
+    whole = list(still.fill(gaps, 7, SETTINGS))
+    assert (whole[0] != whole[1]).any()
+    for first in range(3):
+        np.testing.assert_array_equal(next(still.fill(gaps[first:], 7, SETTINGS, first=first)), whole[first])
 
 
 def test_without_a_model_a_gap_is_held_and_cut_or_faded() -> None:

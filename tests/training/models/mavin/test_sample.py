@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import latent_stages
 import numpy as np
+import pandas
 import pytest
 import torch
 from click import Abort
@@ -119,6 +125,65 @@ def test_a_stopped_command_goes_on_to_the_same_film(
     longtake(*command, tmp_path / "x.mp4")
     assert calls == 3 and not (tmp_path / "x.mp4.part").exists()
     assert (tmp_path / "x.mp4").read_bytes() == (tmp_path / "whole.mp4").read_bytes()
+
+
+@pytest.fixture
+def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    yield from latent_stages.mlflow_run(tmp_path, monkeypatch)
+
+
+def test_what_is_registered_is_served(models: Path, store: str) -> None:
+    import mlflow
+    from mlflow.pyfunc import scoring_server
+
+    served = mlflow.pyfunc.load_model(registry.register(models / "latents", "mavin", store))
+    rows = [{"before": noise(9, n), "after": noise(9, n + 2), "frames": 4, "seed": n} for n in (1, 2)]
+    made = served.predict(pandas.DataFrame(rows), params={"steps": 3})
+    filler = infiller(models / "latents")
+    for row, video in zip(rows, made, strict=True):
+        gap = Gap(row["before"], row["after"], 4)
+        (expected,) = filler.fill([gap], row["seed"], replace(filler.settings, steps=3))
+        np.testing.assert_array_equal(video, expected)
+    with pytest.raises(UserError, match="frames is 6; this model fills gaps of 4n frames"):
+        served.predict([rows[0] | {"frames": 6}])
+
+    # the same as the server reads and writes it
+    columns = {name: [np.asarray(row[name]).tolist() for row in rows] for name in rows[0]}
+    body = json.dumps({"inputs": columns, "params": {"steps": 3}}).encode()
+    answer = scoring_server.invocations(body, "application/json", served, served.metadata.get_input_schema())
+    np.testing.assert_array_equal(np.array(json.loads(answer.response)["predictions"]), made)
+    signature = served.metadata.signature
+    needed = {column.name for column in signature.inputs.inputs if column.required}
+    assert needed == {"before", "after", "frames", "seed"}
+    assert {"steps", "mixer", "cutoff"} <= {param.name for param in signature.params}
+
+
+def test_a_served_model_finds_its_image_encoder_where_the_environment_says(
+    models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from longtake.training.registry.pyfunc import Videos
+
+    def save(name: str, encoder: str) -> None:
+        model, facts = registry.load_with_facts(str(models / "pixels"))
+        kept = {key: value for key, value in facts.items() if key not in ("format", "model", "config", "sha256")}
+        image = {"image": IMAGE | {"encoder": encoder}}
+        disk.save(tmp_path / name, "mavin", model.config.model_dump(mode="json"), model.state_dict(), kept | image)
+
+    def served(name: str) -> np.ndarray:
+        videos = Videos()
+        videos.load_context(SimpleNamespace(artifacts={"model": str(tmp_path / name)}))
+        return videos.predict(None, [{"before": noise(3, 1), "after": noise(3, 2), "frames": 2, "seed": 1}])
+
+    save("own", "own")
+    save("moved", "/nowhere/clip")
+    with pytest.raises(UserError, match=r"/nowhere/clip.* LONGTAKE_IMAGE_ENCODER for a served model"):
+        served("moved")
+    monkeypatch.setenv("LONGTAKE_IMAGE_ENCODER", "own")
+    np.testing.assert_array_equal(served("moved"), served("own"))
+    monkeypatch.setenv("LONGTAKE_IMAGE_ENCODER", "/elsewhere")
+    assert served("own").shape == (1, 2, 32, 32, 3)
+    with pytest.raises(UserError, match="/elsewhere"):
+        served("moved")
 
 
 def test_in_half_precision_what_is_made_is_about_the_same(models: Path) -> None:

@@ -77,6 +77,16 @@ def test_the_same_command_writes_the_same_file_of_any_length(models: Path, tmp_p
     assert (long != made(generator, 3, 36, [(0.0, Scene(0))])).any()
 
 
+def test_joints_are_where_gaps_meet(models: Path) -> None:
+    base, gaps = prior(models, "base"), prior(models, "gaps")
+    assert base.joints(36, base.settings) == [], "a window that slides has none"
+    start = torch.zeros(1, 1, 4, 4, dtype=torch.int64)
+    factor, every = gaps._factor, gaps._every
+    for begun, first in ((None, 1 + every), (start, every)):
+        joints = gaps.joints(12 * factor, gaps.settings, begun)
+        assert joints == [latent * factor for latent in range(first, 12, every)] and joints
+
+
 def test_anchors_keep_their_own_settings_where_nothing_else_is_asked_for(models: Path) -> None:
     generator = prior(models, "gaps")
     assert generator.leading == replace(generator.settings, top_k=5)
