@@ -108,9 +108,10 @@ def prepare(out: Path, videos: int, name: str) -> str:
     return str(done.uri)
 
 
-def filmed(dataset: str, split: str, count: int) -> Tensor:
-    """Random windows of the footage, `(count, 3, SPAN, 16, 16)` uint8."""
+def filmed(dataset: str, split: str, count: int, stride: int = 1) -> Tensor:
+    """Random windows of every `stride`-th frame of the footage, `(count, 3, SPAN, 16, 16)` uint8."""
     window: dict[str, Any] = {"columns": ("video",), "frames": SPAN, "size": (SIZE, SIZE), "crop": "random"}
+    window |= {"stride": stride}
     loader = Loader(dataset, split, batch=8, last="pad", seed=0, **window)
     return torch.cat([batch["video"] for batch in islice(loader, math.ceil(count / 8))])[:count]
 
