@@ -292,6 +292,8 @@ def part_s(options: argparse.Namespace, family: str, seed: int) -> Found:
         "bend ratio": {"before": was.bend_ratio, "after": now.bend_ratio, "after, ends of gaps": beside.bend_ratio},
         "change": {"before": was.change, "after": now.change, "real": float(changes(to_model(real)).mean())},
     }
+    for name, each in (("before", video), ("after", after)):
+        found["change"][f"{name}, at joints"] = float(changes(each)[:, [joint - 1 for joint in joints]].mean())
     if options.network:
         length = 2 * REACH + 2
         true = to_model(real)
@@ -381,13 +383,15 @@ def main() -> None:
     parser.add_argument("--part", choices=[*PARTS], action="append", help="this one alone")
     parser.add_argument("--arm", help="this arm, baseline, noise or family alone")
     parser.add_argument("--features", help="state dict or TorchScript of a feature network of pictures")
-    parser.add_argument("--steps", type=int, default=1200, help="of a training")
+    parser.add_argument("--steps", type=int, default=1000, help="of a training")
     parser.add_argument("--film-steps", type=int, default=900, help="of the training of a family of long videos")
     parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--sample-steps", type=int, default=20)
     parser.add_argument("--footage", type=int, default=24, help="videos of 24 seconds")
     parser.add_argument("--windows", type=int, default=512, help="of training footage")
-    parser.add_argument("--gaps", type=int, default=64, help="held-out gaps of each length and kind")
+    parser.add_argument(
+        "--gaps", type=int, default=64, help="held-out gaps of each length, of sprites; half as many of footage"
+    )
     parser.add_argument("--seen", type=int, default=16, help="of these, that the network sees")
     parser.add_argument("--known", type=int, default=2048, help="real frames that probes learn from")
     parser.add_argument("--videos", type=int, default=16, help="long ones of a family")
@@ -401,6 +405,8 @@ def main() -> None:
     options.films = filmed(options.dataset, "train", options.windows, STRIDE)
     options.heldout = filmed(options.dataset, "val", 2 * max(options.gaps, options.videos), STRIDE)
     options.heldout = options.heldout[~finetune.cut(to_model(options.heldout[:, :, :FRAMES]), 0.3)]
+    if len(options.heldout) < max(options.gaps // 2, options.videos // 4):
+        parser.error("too few held-out windows have no cut; raise --footage")
     with engines.process_group():
         for name, make in jobs(options):
             if (options.out / f"{name}.json").exists():

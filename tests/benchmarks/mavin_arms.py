@@ -39,9 +39,9 @@ def draw(count: int, frames: int, seed: int) -> Tensor:
 
 
 def heldout(options: argparse.Namespace, seed: int, count: int) -> dict[str, Tensor]:
-    """Held-out windows of either kind, `(count, 3, FRAMES, 16, 16)` uint8; sprites turn within the gap."""
+    """Held-out windows, `(count, 3, FRAMES, 16, 16)` uint8, and half as many of footage; sprites turn within the gap."""
     turning = sprites(count, FRAMES, 2_000_000 + seed, True, SPEEDS, TURNS).video
-    return {"sprites": turning, "footage": options.heldout[:count, :, :FRAMES]}
+    return {"sprites": turning, "footage": options.heldout[: (count + 1) // 2, :, :FRAMES]}
 
 
 class Trained(NamedTuple):
