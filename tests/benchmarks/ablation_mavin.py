@@ -317,6 +317,7 @@ def sample(network: FeatureNetwork, windows: Tensor) -> Sample:
 def smoothed(one: Trained, films: Tensor, joints: Sequence[int], seed: int) -> Tensor:
     """Films `(N, 3, T, H, W)` in [-1, 1] with frames beside their joints remade, as `longtake infill --smooth` does it."""
     setup, holes, context = one.setup, film.smoothing(joints, REACH), (1, FRAMES - 2)
+    assert setup.encoder
     filler = infill.Filler(
         setup.model, setup.codec, encode.encode_apart, fps=FPS, size=(SIZE, SIZE),
         settings=InfillSettings(steps=one.config.sample_steps), context=context, longest=setup.spans.gap[1],
