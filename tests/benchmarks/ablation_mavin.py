@@ -88,6 +88,7 @@ PARTS = {
     "S": tuple(long_films.FAMILIES),
 }
 REACH, STRIDE = 4, 2  # frames remade on each side of a joint; of the frames of footage every other one
+LEAST = 0.3  # SSIM of neighbouring frames without a cut between them
 NETWORK_SIDE = 64  # pixels that frames are enlarged to for the network
 
 Found = dict[str, dict[str, float | None]]  # figure, group -> column -> value
@@ -403,9 +404,11 @@ def main() -> None:
     if options.features:
         options.network = load_network(options.features, resize=NETWORK_SIDE, device=engines.device())
     options.dataset = prepare(options.out, options.footage, "ablation-mavin")
-    options.films = filmed(options.dataset, "train", options.windows, STRIDE)
+    # windows with cuts are left out once, so that no step looks for them
+    films = filmed(options.dataset, "train", options.windows, STRIDE)
+    options.films = films[~finetune.cut(to_model(films), LEAST)]
     options.heldout = filmed(options.dataset, "val", 2 * max(options.gaps, options.videos), STRIDE)
-    options.heldout = options.heldout[~finetune.cut(to_model(options.heldout[:, :, :FRAMES]), 0.3)]
+    options.heldout = options.heldout[~finetune.cut(to_model(options.heldout[:, :, :FRAMES]), LEAST)]
     if len(options.heldout) < max(options.gaps // 2, options.videos // 4):
         parser.error("too few held-out windows have no cut; raise --footage")
     with engines.process_group():

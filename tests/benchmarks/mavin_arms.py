@@ -56,7 +56,7 @@ def trained(options: argparse.Namespace, arm: str, seed: int) -> Trained:
     config = finetune.Config(
         kind="finetune_mavin", dataset=options.dataset, image=image, frames=FRAMES, size=(SIZE, SIZE), seed=seed,
         model=MODEL | changes.get("model", {}), spans=SPANS | changes.get("spans", {}), steps=options.steps, batch=16,
-        lr=options.lr, schedule="cosine", warmup_steps=20, ema_half_lives=(50,), sample_steps=options.sample_steps,
+        lr=options.lr, schedule="cosine", warmup_steps=20, ema_half_lives=(50,), sample_steps=options.sample_steps, least_similarity=-1,
         run={"workers": 0, "sample_every": 0, "heldout_every": 0, "checkpoint_every": 250, "keep_checkpoints": 1},
     )  # fmt: skip
     folder = options.out / f"T-{arm}-{seed}"
