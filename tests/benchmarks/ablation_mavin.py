@@ -387,7 +387,7 @@ def main() -> None:
     parser.add_argument("--features", help="state dict or TorchScript of a feature network of pictures")
     parser.add_argument("--steps", type=int, default=1000, help="of a training")
     parser.add_argument("--film-steps", type=int, default=700, help="of the training of a family of long videos")
-    parser.add_argument("--lr", type=float, default=2e-3)
+    parser.add_argument("--lr", type=float, default=4e-3)
     parser.add_argument("--sample-steps", type=int, default=20)
     parser.add_argument("--footage", type=int, default=24, help="videos of 24 seconds")
     parser.add_argument("--windows", type=int, default=512, help="of training footage")
