@@ -24,18 +24,16 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
-from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
-import yaml
 from torch import Tensor, nn
+from toys import DIRECTIONS, SIZE, SPAN, Mixture, filmed, prepare, sprites
 
 from longtake.datasets import storage
-from longtake.datasets.loader import Loader, to_model
-from longtake.infra import footage, graph, recipe, runner, runs
+from longtake.datasets.loader import to_model
 from longtake.training import checkpoint, engines
 from longtake.training.loop import train
 from longtake.training.metrics import swap
@@ -61,57 +59,15 @@ VARIANTS: dict[str, dict[str, Any]] = {
 MODEL = {"preset": "encgan3_tiny", "size": 16, "width": 16, "groups": 4, "attention": 8, "reference": 12}
 MODEL |= {"differences": "signed"}
 ARMS = ("independent", "chained", "recall", "lstm", "longer")
-SIZE, DRAWN = 16, 32  # pixels of frames, and of sprites as they are drawn
-FPS, FRAMES, SPAN, LONG, BIN = 12, 16, 28, 208, 52  # 208 = 12 + 4 * 49, which the generator makes at once
-SHAPES, COLOURS, DIRECTIONS = 4, 6, 8
-HUES = ((230, 60, 50), (60, 200, 70), (70, 90, 240), (230, 210, 60), (210, 70, 220), (60, 210, 220))
+FRAMES, LONG, BIN = 16, 208, 52  # 208 = 12 + 4 * 49, which the generator makes at once
 
 
 # Data.
 
 
-class Sprites(NamedTuple):
-    """Videos `(N, 3, T, 16, 16)` uint8, and the colour and the direction of each, `(N,)`."""
-
-    video: Tensor
-    colour: Tensor
-    direction: Tensor
-
-
-def mask_of(shape: int) -> np.ndarray:
-    """A shape of about 14 pixels in the middle, 0..1."""
-    y, x = np.mgrid[:DRAWN, :DRAWN] - (DRAWN - 1) / 2
-    inside = {
-        0: np.maximum(abs(x), abs(y)) < 7,
-        1: np.hypot(x, y) < 7.5,
-        2: (np.minimum(abs(x), abs(y)) < 3) & (np.maximum(abs(x), abs(y)) < 8),
-        3: (np.hypot(x, y) < 8) & (np.hypot(x, y) > 4),
-    }
-    return inside[shape].astype(np.float32)
-
-
-def sprites(count: int, frames: int, seed: int, heldout: bool) -> Sprites:
-    """Sprites that move by a quarter to three eighths of a pixel a frame, drawn twice as large and scaled down.
-
-    A shape has one colour that is held out.
-    """
-    rng, video, labels = np.random.default_rng(seed), np.empty((count, 3, frames, DRAWN, DRAWN), np.float32), []
-    masks = [mask_of(shape) for shape in range(SHAPES)]
-    for clip in video:
-        shape, direction = int(rng.integers(SHAPES)), int(rng.integers(DIRECTIONS))
-        colour = shape if heldout else int((shape + rng.integers(1, COLOURS)) % COLOURS)
-        angle, speed = 2 * math.pi * direction / DIRECTIONS, rng.uniform(0.5, 0.75)
-        start, ground = rng.uniform(0, DRAWN, 2), rng.uniform(60, 130)
-        slope = np.mgrid[:DRAWN, :DRAWN].transpose(1, 2, 0) @ rng.uniform(-1, 1, 2)
-        shade = ground + slope[None]
-        for frame in range(frames):
-            y, x = (start + frame * speed * np.array([math.sin(angle), math.cos(angle)])).round().astype(int)
-            mask = np.roll(masks[shape], (y, x), (0, 1))
-            clip[:, frame] = np.where(mask, np.array(HUES[colour])[:, None, None], shade)
-        labels.append((colour, direction))
-    colours, directions = torch.tensor(labels).unbind(1)
-    small = video.reshape(count, 3, frames, SIZE, 2, SIZE, 2).mean((4, 6))
-    return Sprites(torch.from_numpy(small.astype(np.uint8)), colours, directions)
+def draw(count: int, frames: int, seed: int) -> Tensor:
+    """Sprites to train on, none of which is held out."""
+    return sprites(count, frames, seed, False).video
 
 
 def heading(video: Tensor) -> Tensor:
@@ -128,53 +84,6 @@ def heading(video: Tensor) -> Tensor:
         step = centre.diff(dim=1)
         ways.append(torch.atan2(step.sin(), step.cos()).sum(1))
     return (torch.atan2(*ways) / (2 * math.pi) * DIRECTIONS).round().long() % DIRECTIONS
-
-
-def prepare(out: Path, videos: int) -> str:
-    """Footage and shards, whatever is missing; returns the dataset."""
-    footage.generate(out / "footage", videos, seconds=24, fps=FPS, size=(2 * DRAWN, 2 * DRAWN))
-    rules = {"short_side": DRAWN, "fps": FPS, "aspects": ["1:1"], "crf": 8}
-    rules |= {"min_seconds": SPAN / FPS, "max_seconds": 10}
-    stages = {
-        "shards": {"kind": "shard", "sources": [str(out / "footage" / "*.mp4")], "clip": rules, "val_fraction": 0.3}
-    }
-    content = {"name": "ablation-encgan3", "workspace": str(out / "runs"), "stages": stages}
-    (out / "recipe.yaml").write_text(yaml.safe_dump(content))
-    resolved = graph.pin(recipe.load(str(out / "recipe.yaml")))
-    runner.run(resolved, runner.Choice(), lambda line: print(line, flush=True))
-    (node,) = graph.build(resolved)
-    done = runner.finished(node, runs.connect(resolved))
-    assert done
-    return str(done.uri)
-
-
-def filmed(options: argparse.Namespace, split: str, count: int) -> Tensor:
-    """Random windows of the footage, `(count, 3, SPAN, 16, 16)` uint8."""
-    window: dict[str, Any] = {"columns": ("video",), "frames": SPAN, "size": (SIZE, SIZE), "crop": "random"}
-    loader = Loader(options.dataset, split, batch=8, last="pad", seed=0, **window)
-    return torch.cat([batch["video"] for batch in islice(loader, math.ceil(count / 8))])[:count]
-
-
-class Mixture:
-    """A stream of batches, a quarter of them windows of footage and the others sprites, of so many frames."""
-
-    def __init__(self, windows: Tensor, frames: int, batch: int, seed: int) -> None:
-        self._windows, self._frames, self._batch, self._seed, self._batches = windows, frames, batch, seed, 0
-
-    def __iter__(self) -> Iterator[dict[str, Any]]:
-        while True:
-            rng = np.random.default_rng([self._seed, self._batches])
-            rows, first = rng.integers(len(self._windows), size=self._batch // 4), rng.integers(SPAN - self._frames + 1)
-            films = self._windows[rows, :, first : first + self._frames]
-            moving = sprites(self._batch - len(rows), self._frames, int(rng.integers(1 << 40)), False).video
-            self._batches += 1
-            yield {"video": torch.cat([moving, films]), "key": [str(n) for n in range(self._batch)]}
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"batches": self._batches}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self._batches = state["batches"]
 
 
 # T: training, and what the encoders have learned.
@@ -198,7 +107,7 @@ def trained(options: argparse.Namespace, variant: str, seed: int) -> EncGAN3:
     if "parent" in changes:
         made.load_state_dict(trained(options, changes["parent"], seed).state_dict())
     else:
-        first = next(iter(Mixture(options.films, FRAMES, 32, seed)))["video"]
+        first = next(iter(Mixture(options.films, options.draw, FRAMES, 32, seed)))["video"]
         made.scale_latents(to_model(first).transpose(1, 2))
     made.to(engines.device())
     judges = Discriminators(SIZE, made.config.width, "group", made.config.groups).to(engines.device())
@@ -211,7 +120,7 @@ def trained(options: argparse.Namespace, variant: str, seed: int) -> EncGAN3:
     )
     folder = options.out / f"T-{variant}-{seed}"
     made.train()
-    stream: Any = Mixture(options.films, SPAN if config.recall else FRAMES, config.batch, seed)
+    stream: Any = Mixture(options.films, options.draw, SPAN if config.recall else FRAMES, config.batch, seed)
     train(objective, stream, config, folder)
     made.load_state_dict(checkpoint.trained(folder, config))
     return made.eval()
@@ -453,9 +362,9 @@ def main() -> None:
     options.out, options.part = options.out.absolute(), options.part or ["T", "R"]
     options.out.mkdir(parents=True, exist_ok=True)
     options.network = load_network(options.features, device=engines.device()) if options.features else None
-    options.dataset = prepare(options.out, options.footage)
-    options.films = filmed(options, "train", options.windows)
-    options.heldout = filmed(options, "val", max(options.videos, 32))
+    options.dataset = prepare(options.out, options.footage, "ablation-encgan3")
+    options.films, options.draw = filmed(options.dataset, "train", options.windows), draw
+    options.heldout = filmed(options.dataset, "val", max(options.videos, 32))
     with engines.process_group():
         for name, make in jobs(options):
             if (options.out / f"{name}.json").exists():
