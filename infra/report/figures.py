@@ -34,6 +34,32 @@ _CURVES = (
     ("kernel distance of bins", "by first frame", {"generated": "kernel_by_bin"}),
     ("LPIPS to the first frame", "at the end of a bin, by its first frame", {"generated": "lpips_by_bin"}),
     (
+        "loss in gaps",
+        "of the flow, by frames of a gap",
+        {"model": "heldout_loss_by_gap", "mean velocity": "heldout_loss_mean_by_gap"},
+    ),
+    (
+        "PSNR of gaps",
+        "dB, by frames of a gap",
+        {"filled": "middle_psnr_by_gap", "cross-faded": "middle_psnr_faded_by_gap"},
+    ),
+    (
+        "SSIM of gaps",
+        "by frames of a gap",
+        {"filled": "middle_ssim_by_gap", "cross-faded": "middle_ssim_faded_by_gap"},
+    ),
+    (
+        "LPIPS of gaps",
+        "by frames of a gap",
+        {"filled": "middle_lpips_by_gap", "cross-faded": "middle_lpips_faded_by_gap"},
+    ),
+    ("CLIP-RS of gaps", "by frames of a gap", {"filled": "clip_rs_by_gap", "cross-faded": "clip_rs_faded_by_gap"}),
+    (
+        "change at joints to that elsewhere",
+        "by frames of a gap",
+        {"filled": "seam_ratio_by_gap", "held-out": "seam_ratio_true_by_gap"},
+    ),
+    (
         "distance of latents",
         "by latents apart",
         {"held-out": "ltd_normalised", "generated": "ltd_normalised_generated"},

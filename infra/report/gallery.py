@@ -163,6 +163,42 @@ LAYOUTS = {
         ),
         caption=("{what}", "{key}", "seed {seed}", "{frames} frames"),
     ),
+    "gaps.json": Layout(
+        title="Filled gaps",
+        note="Frames that are made are framed. All figures but the losses are of these frames alone, beside gaps that are"
+        " filled without a model.",
+        heading=f"losses on {{clips}} clips, gaps filled in {{videos}}; {_SPLIT}",
+        scores={
+            "held-out flow loss in gaps": "heldout_loss",
+            "PSNR in dB": "middle_psnr",
+            "PSNR of cross-fades": "middle_psnr_faded",
+            "PSNR of ways between latents": "middle_psnr_latent",
+            "SSIM": "middle_ssim",
+            "LPIPS": "middle_lpips",
+            "CLIP-RS": "clip_rs",
+            "CLIP-RS of cross-fades": "clip_rs_faded",
+            "CLIP-RS as released": "clip_rs_code",
+            "change at joints to that elsewhere": "seam_ratio",
+            "the same where frames are real": "seam_ratio_true",
+            "error of the change at joints": "joint_error",
+            "difference to the nearer side": "closeness",
+            "difference of real frames": "closeness_true",
+            "deviation of several draws": "diversity",
+            "Fréchet distance over both joints": "frechet_seam",
+            "Fréchet distance of cross-fades": "frechet_seam_faded",
+        },
+        notes=(
+            ("CLIP-RS compares frames by an encoder of digest {embedder[digest]:.12} ({embedder[embedding]}).", ""),
+            (
+                "Distances by {distance[network]} ({distance[network_digest]:.12}), resize {distance[resize]}, of windows of"
+                " {distance[frames]} frames, {distance[videos_fake]} filled and {distance[videos_real]} {distance[split]}"
+                " ones, {distance[width]}×{distance[height]}, seed {distance[seed]}.",
+                "No distance to real videos was measured: the stage names no feature network in features.",
+            ),
+            _CAREFUL,
+        ),
+        caption=("{what}", "{key}"),
+    ),
     "retrieved.json": Layout(
         title="Retrieved from memory",
         note="Held-out clips are compressed into a memory, and each of their latents is generated from that memory alone."

@@ -12,7 +12,7 @@ import warnings
 import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import PurePosixPath
+from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
 import safetensors.torch
@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from longtake.datasets import storage
 from longtake.datasets.errors import UserError
+from longtake.datasets.shard import sha256_of
 from longtake.training.engines import device
 from longtake.training.metrics.backbones import from_state_dict
 
@@ -164,8 +165,24 @@ def checked_network(path: str | None, frames: int, size: tuple[int, int]) -> Fea
 
 
 def digest_of(*paths: str | None) -> str:
-    """The digests of some networks' files, for a stage's `outside`; those that are None are left out."""
-    return " ".join(hashlib.sha256(read_file(path)).hexdigest() for path in paths if path)
+    """The digests of some networks, for a stage's `outside`; those that are None are left out.
+
+    A network is a file, or a local folder with configs and safetensors.
+    """
+    return " ".join(
+        _folder_digest(folder)
+        if (folder := Path(path).expanduser()).is_dir()
+        else hashlib.sha256(read_file(path)).hexdigest()
+        for path in paths
+        if path
+    )
+
+
+def _folder_digest(folder: Path) -> str:
+    digest = hashlib.sha256()
+    for path in sorted(path for path in folder.rglob("*") if path.suffix in (".json", ".safetensors")):
+        digest.update(f"{path.relative_to(folder)} {sha256_of(path)}\n".encode())
+    return digest.hexdigest()
 
 
 def read_file(path: str, digest: str | None = None) -> bytes:

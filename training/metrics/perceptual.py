@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from longtake.datasets.errors import UserError
+from longtake.training.engines import device
 from longtake.training.metrics.features import (
     FeatureNetwork,
     Pixels,
@@ -73,6 +74,19 @@ def load_perceptual(
             f"{linear}: weights for {[len(w) for w in weights]} channels, {path} has {[t.shape[1] for t in probe]}"
         )
     return Perceptual(network, weights)
+
+
+def checked_perceptual(path: str | None, linear: str | None, size: tuple[int, int]) -> Perceptual | None:
+    """`load_perceptual`, on this rank's device, after it has seen frames of this size; UserError where it takes none."""
+    perceptual = load_perceptual(path, linear, device=device())
+    if perceptual:
+        frames = torch.zeros(1, 3, 1, *size, device=device())
+        try:
+            lpips(perceptual, frames, frames)
+        except RuntimeError as e:
+            reason = str(e).splitlines()[0][:120]
+            raise UserError(f"perceptual: {path}: takes no frames of {size[0]}x{size[1]} ({reason})") from e
+    return perceptual
 
 
 def lpips(perceptual: Perceptual, output: Tensor, source: Tensor) -> Tensor:

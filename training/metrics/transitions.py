@@ -75,6 +75,14 @@ def joints(video: Tensor, begin: int, length: int) -> dict[str, float | None]:
     return {"seam_ratio": found.ratio, "bend_ratio": found.bend_ratio}
 
 
+def joint_error(made: Tensor, truth: Tensor) -> float:
+    """The mean error of the change at both joints, in 0..1: that of the first and the last frame of a gap.
+
+    `(1, 3, n, H, W)` in [-1, 1] each, without the frames beside the gap, which are the same in both.
+    """
+    return float((made[:, :, [0, -1]].float() - truth[:, :, [0, -1]].float()).abs().mean()) / 2
+
+
 def closeness(made: Tensor, before: Tensor, after: Tensor) -> Tensor:
     """Mean |difference| of each frame of a gap to the frame beside the gap that is nearer, in 0..1.
 

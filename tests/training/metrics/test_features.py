@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from longtake.datasets.errors import UserError
 from longtake.training.metrics.backbones import ARCHITECTURES, Backbone
 from longtake.training.metrics.distance import video_distance
-from longtake.training.metrics.features import feature_maps, features, load_network
+from longtake.training.metrics.features import digest_of, feature_maps, features, load_network
 from longtake.training.metrics.perceptual import load_perceptual, lpips
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -296,3 +296,20 @@ def test_the_more_a_picture_is_blurred_the_farther_it_is(squeezenet):
     assert all(x < y for x, y in zip(*found, strict=True))
     assert record["warning"] and record["network"] == "squeezenet1_0" and record["samples_real"] == 24
     assert video_distance([sharp], [sharp], perceptual.network, split="temple", seed=0)["frechet"] < 1e-6 * found[0][1]
+
+
+def test_a_digest_is_of_what_a_file_or_a_folder_holds(tmp_path: Path) -> None:
+    (tmp_path / "a" / "unet").mkdir(parents=True)
+    file, folder = tmp_path / "a" / "unet" / "model.safetensors", tmp_path / "a"
+    file.write_bytes(b"1")
+    (folder / "README.md").write_text("x")
+    assert digest_of(None, str(file)) == hashlib.sha256(b"1").hexdigest() and digest_of(None) == ""
+    before = digest_of(str(folder), None)
+    (folder / "README.md").write_text("y")
+    assert digest_of(str(folder)) == before and len(before) == 64
+    for change in (lambda: file.write_bytes(b"2"), lambda: file.rename(folder / "model.safetensors")):
+        change()
+        assert digest_of(str(folder)) != before
+        before = digest_of(str(folder))
+    with pytest.raises(UserError, match="no such file"):
+        digest_of(str(tmp_path / "none"))

@@ -14,6 +14,7 @@ from longtake.training.metrics.transitions import (
     closeness,
     diversity,
     embedded,
+    joint_error,
     joints,
     middle,
 )
@@ -103,3 +104,17 @@ def test_diversity_is_the_deviation_over_seeds_of_each_frame() -> None:
 def test_figures_are_averaged_by_the_length_of_the_gap() -> None:
     rows = [{"length": 8, "psnr": 20.0, "seam_ratio": None}, {"length": 4, "psnr": 30.0}, {"length": 8, "psnr": 22.0}]
     assert by_length(rows) == {4: {"psnr": 30.0}, 8: {"psnr": 21.0}}
+
+
+def test_the_error_at_joints_is_that_of_the_outer_frames() -> None:
+    truth = randn(1, 3, 5, 4, 4) / 4
+    made = truth.clone()
+    made[:, :, 1:4] += 1
+    assert joint_error(made, truth) == 0
+    made[:, :, 0] += 0.2
+    made[:, :, 4] -= 0.6
+    assert joint_error(made, truth) == pytest.approx(0.2, rel=1e-5)
+    # the same as that of the change from the given frames to the gap
+    before, after = randn(1, 3, 1, 4, 4, seed=1), randn(1, 3, 1, 4, 4, seed=2)
+    changes = [torch.cat([before, gap, after], dim=2).diff(dim=2)[:, :, [0, -1]] for gap in (made, truth)]
+    assert joint_error(made, truth) == pytest.approx(float((changes[0] - changes[1]).abs().mean()) / 2, rel=1e-5)

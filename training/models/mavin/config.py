@@ -13,11 +13,13 @@ from pydantic import (
     model_validator,
 )
 
-from longtake.datasets.stage import DatasetInput, Input, Measuring, ModelInput, StageConfig, ViewInput
+from longtake.datasets.stage import DatasetInput, Input, ModelInput, StageConfig, ViewInput
 from longtake.datasets.text import Text
 from longtake.training import data
-from longtake.training.config import ModelName, TrainConfig
+from longtake.training.config import ModelName
 from longtake.training.models.common.text import check_fields, check_settings, fields_of
+from longtake.training.models.generator import InfillSettings
+from longtake.training.models.mavin.measures import MeasuredConfig
 from longtake.training.models.mavin.spans import Spans, spans_of
 
 # fmt: off
@@ -161,8 +163,10 @@ class SpansConfig(StageConfig):
     length: int | None = Field(None, ge=1)
 
 
-class Config(TrainConfig):
+class Config(MeasuredConfig):
     """Train a model that fills the gap between two clips, and register it. "Assumption" marks what no paper gives.
+
+    How gaps are filled, and what measures them, is in `MeasuredConfig`.
 
     dataset           to train on: its videos
     text              of the dataset's captions, to learn what they say; null learns none
@@ -188,9 +192,6 @@ class Config(TrainConfig):
     batch             windows in a step [paper: 1]
     lr                learning rate [paper: 5e-6, from a base]
     schedule          of the learning rate [paper: constant]
-    sample_steps      Euler steps of a filled gap [paper: 50 of another solver]
-    eval_clips        held-out windows that losses are measured on, at most
-    eval_videos       held-out windows whose gap is filled
     """
 
     kind: Literal["finetune_mavin"]
@@ -219,9 +220,6 @@ class Config(TrainConfig):
     lr: float = Field(1e-4, gt=0)
     warmup_steps: int | None = Field(0, ge=0)
     schedule: Literal["constant", "cosine"] = "constant"
-    sample_steps: int = Field(50, ge=1)
-    eval_clips: Annotated[int, Measuring()] = Field(64, ge=1)
-    eval_videos: Annotated[int, Measuring()] = Field(4, ge=1)
 
     @field_validator("model")
     @classmethod
@@ -235,6 +233,10 @@ class Config(TrainConfig):
         check_settings(self.model or {}, self.text)
         if self.fps is not None and self.stride != 1:
             raise ValueError("fps: stride is given too; leave one of them out")
+        if self.guidance != 1 and self.text is None:
+            raise ValueError("guidance: leads to a text, and the stage has none; set text, or leave it out")
+        if self.image_guidance != 1 and self.image is None:
+            raise ValueError("image_guidance: leads to frames that the model does not see; set image, or leave it out")
         if self.spans.kind == "random":
             if self.vae is not None:
                 raise ValueError("spans: random latents have no clip on either side to encode apart; leave out vae")
@@ -256,6 +258,12 @@ class Config(TrainConfig):
             spans = self.spans_of(self.frames)
             self.mavin(3, (self.frames, *self.size), spans, None)
         return self
+
+    @property
+    def sampling(self) -> InfillSettings:
+        """How gaps are filled."""
+        names = ("shift", "guidance", "image_guidance", "mixer", "noise", "cutoff", "fall")
+        return InfillSettings(self.sample_steps, **{name: getattr(self, name) for name in names})
 
     def spans_of(self, latents: int) -> Spans:
         """The spans of windows of so many latents. ValueError where they do not fit."""

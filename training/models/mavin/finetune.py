@@ -7,6 +7,7 @@ and ends is drawn anew for each window, so that one model fills gaps of many len
 import re
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,6 +23,7 @@ from longtake.datasets.text import Text
 from longtake.training import data, registry, stage
 from longtake.training.data import HELDOUT
 from longtake.training.engines import device
+from longtake.training.metrics.features import digest_of
 from longtake.training.metrics.reconstruction import SSIM_REACH
 from longtake.training.metrics.share import place
 from longtake.training.models.common.codec import Codec, Pixels, load_codec
@@ -37,21 +39,30 @@ from longtake.training.models.mavin.encode import (
     window_frames,
     window_latents,
 )
-from longtake.training.models.mavin.evaluate import SUMMARY, Window, filled_window
+from longtake.training.models.mavin.evaluate import SUMMARY, Plan, judges_of, reach_of
 from longtake.training.models.mavin.evaluate import evaluate as measure
-from longtake.training.models.mavin.guidance import ImageEncoder, boundary_tokens, load_image_encoder
+from longtake.training.models.mavin.guidance import OWN, ImageEncoder, boundary_tokens, load_image_encoder
+from longtake.training.models.mavin.infill import Hints
 from longtake.training.models.mavin.model import Mavin
-from longtake.training.models.mavin.spans import Spans
+from longtake.training.models.mavin.spans import Spans, spans_to_measure
 from longtake.training.models.mavin.unet import UNet, fields_of_folder, load_folder
+from longtake.training.models.mavin.windows import Window, filled, framed
+from longtake.training.models.mavin.windows import window_of as gap_of
 from longtake.training.objective import Batch, Engines, Objective, Terms, Turn
 
 __all__ = ["SUMMARY", "Config", "check"]  # the stage's parts from another file
 
-VERSION = 1
+VERSION = 2
 PRODUCES = "model"
 MODEL = "mavin"
 
 _SCALED_BY = 32  # windows by which latents are normalised
+
+
+def outside(config: Config) -> str:
+    """Changes with the networks and weights that it names."""
+    encoders = [None if name == OWN else name for name in (config.image, config.embedder)]
+    return digest_of(*encoders, config.unet, config.features, config.perceptual, config.perceptual_linear)
 
 
 class Setup(NamedTuple):
@@ -188,11 +199,14 @@ def objective(config: Config, setup: Setup) -> Objective:
     """The flow's loss in the gap, with the first held-out window, filled, as a sample.
 
     Raises:
-        UserError: no clip is held out.
+        UserError: no clip is held out; a network that measures does not take such videos, or has too few.
     """
     heldout = loader_of(config, setup, "val", **HELDOUT)
     if not heldout.samples:
         raise UserError("dataset: its val split has no clip for the evaluation; raise val_fraction")
+    if config.features and heldout.samples < 2:
+        raise UserError(f"features: {heldout.samples} clip is held out; a distance needs 2: raise val_fraction")
+    plan_of(config, setup)
     return Objective(
         {"model": setup.model},
         partial(_loss, config, setup),
@@ -309,32 +323,21 @@ def _tokens(setup: Setup, batch: Batch) -> int:
     return int(len(batch["key"]) * np.prod(setup.model.config.shape)) // patch**2
 
 
-def window_of(config: Config, setup: Setup, batch: Batch, span: tuple[int, int]) -> Window:
-    """A held-out window with a span of our choice."""
+def window_of(setup: Setup, batch: Batch, span: tuple[int, int]) -> Window:
+    """The held-out window of a batch of one, with a span of our choice."""
     video = to_model(batch["video"])
-    spans, latents = [span] * len(video), setup.spans.latents
-    x0 = setup.model.normalise(latents_of(setup, video, spans))
-    mask = spanning.mask_of(spans, latents).to(video.device)
-    return Window(video, x0, mask, hints_of(setup, batch, video, spans))
+    text, mask, image, _ = hints_of(setup, batch, video, [span])
+    return gap_of(setup.codec, video, latents_of(setup, video, [span]), span, Hints(text, mask, image=image))
 
 
 def _sample(
     config: Config, setup: Setup, heldout: Loader, engines: Engines, rng: torch.Generator
 ) -> dict[str, np.ndarray[Any, Any]]:
     """The first held-out window, and beside it the same with its gap filled."""
-    batch = data.on_device(next(heldout.at([0])))
-    window = window_of(config, setup, batch, spans_to_measure(setup.spans)[-1])
-    made = filled_window(engines["model"].module, setup.codec, window, config.sample_steps, config.seed)
-    panels = torch.cat([window.video, made], dim=4)[0].permute(1, 2, 3, 0)
+    window = window_of(setup, data.on_device(next(heldout.at([0]))), spans_to_measure(setup.spans)[-1])
+    made = window.joined(filled(engines["model"].module, setup.codec, window, config.sampling, (config.seed, 0)))
+    panels = torch.cat([framed(window.video), framed(made, window.frames)], dim=4)[0].permute(1, 2, 3, 0)
     return {"filled": to_pixels(panels).cpu().numpy()}
-
-
-def spans_to_measure(spans: Spans) -> list[tuple[int, int]]:
-    """Spans in the middle of a window: of the shortest, the middle and the longest length."""
-    low, high = spans.gap
-    high = min(high, spans.latents - 2)
-    lengths = sorted({min(low, high), (low + high) // 2, high})
-    return [((spans.latents - length) // 2, (spans.latents - length) // 2 + length) for length in lengths]
 
 
 def run(config: Config, inputs: Mapping[str, str], output: str) -> dict[str, Any]:
@@ -349,18 +352,21 @@ def work(config: Config, inputs: Mapping[str, str], folder: Path) -> None:
 
 def evaluate(config: Config, setup: Setup, folder: Path) -> dict[str, Any]:
     """Measure what has been trained, each rank its share."""
-    return measure(
-        setup.model,
-        setup.codec,
-        loader_of(config, setup, "val", **HELDOUT),
-        partial(window_of, config, setup),
-        spans_to_measure(setup.spans),
-        folder,
-        clips=config.eval_clips,
-        videos=config.eval_videos,
-        steps=config.sample_steps,
-        seed=config.seed,
-    )
+    heldout = loader_of(config, setup, "val", **HELDOUT)
+    return measure(setup.model, setup.codec, heldout, plan_of(config, setup), folder)
+
+
+def plan_of(config: Config, setup: Setup) -> Plan:
+    """What the evaluation measures, and by which networks.
+
+    Raises:
+        UserError: there is no such network, or it does not take such videos.
+    """
+    spans = spans_to_measure(setup.spans)
+    reach = reach_of(config.frames, gap_frames(setup.codec, spans[-1][1] - spans[-1][0]))
+    judges = judges_of(config, setup.encoder, reach, config.size)
+    counts = config.eval_clips, config.eval_videos, config.eval_draws
+    return Plan(partial(window_of, setup), spans, config.sampling, *counts, config.seed, reach, judges)
 
 
 def facts(config: Config, setup: Setup, lineage: Mapping[str, Any]) -> dict[str, Any]:
@@ -369,7 +375,6 @@ def facts(config: Config, setup: Setup, lineage: Mapping[str, Any]) -> dict[str,
     gap, first = setup.model.config.gap, int(codec.config.first_frames)
     assert gap
     window = {"frames": config.frames, "stride": setup.stride, "size": list(config.size), "fps": setup.fps}
-    sampling = {"steps": config.sample_steps, "shift": config.shift}
     image = {"encoder": config.image, "digest": setup.encoder.digest} if setup.encoder else None
     return {
         "vae": origins["vae"] | {"encoder": _digest(codec)} if "vae" in origins else None,
@@ -379,7 +384,7 @@ def facts(config: Config, setup: Setup, lineage: Mapping[str, Any]) -> dict[str,
         "context": [first, window_frames(codec, setup.spans.latents) - gap_frames(codec, 1) - first],
         "gap": [gap_frames(codec, each) for each in gap],
         "classes": [],
-        "sampling": sampling,
+        "sampling": asdict(config.sampling),
     }
 
 

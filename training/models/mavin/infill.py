@@ -105,6 +105,44 @@ def sample(
     return torch.cat([before, made, after], dim=2)
 
 
+@torch.no_grad()
+def fill(
+    model: Any,
+    codec: Codec,
+    sides: tuple[Tensor, Tensor],
+    count: int,
+    draws: Sequence[tuple[int, ...]],
+    hints: Hints,
+    settings: InfillSettings,
+    clean_time: CleanTime = "zero",
+    each_step: Callable[[], object] | None = None,
+) -> Tensor:
+    """The frames of gaps of `count` latents, `(B, 3, n, H, W)`.
+
+    Args:
+        model: a velocity with `normalise` and `denormalise`, of latents.
+        sides: latents of the clips before and after the gaps, as they have been encoded apart.
+        draws: for each gap, the numbers that decide its noise, such as a seed and the number of the gap.
+
+    Raises:
+        ValueError: fewer than one step; a mixer that cannot be.
+    """
+    left, right = map(model.normalise, sides)
+    mixer = _mixer(settings)
+    noise = [initial(mixer, a, b, count, numbers) for a, b, numbers in zip(left, right, draws, strict=True)]
+    whole = sample(model, left, right, torch.stack(noise), hints, settings, clean_time, each_step)
+    given = left.shape[2]
+    return decoded(codec, sides[0], model.denormalise(whole[:, :, given : given + count]))
+
+
+@torch.no_grad()
+def decoded(codec: Codec, before: Tensor, made: Tensor) -> Tensor:
+    """The frames of gaps `(B, 3, n, H, W)` from their latents, which go on from those of the clips before them."""
+    joined = torch.cat([before, made], dim=2).to(codec.dtype)
+    pixels = torch.cat(list(codec.decode_stream([joined])), dim=2)
+    return pixels[:, :, frames_of(before.shape[2], codec.config.temporal_stride, codec.config.first_frames) :]
+
+
 @dataclass(frozen=True)
 class Filler:
     """A registered MAVIN with its codec: an `Infiller`.
@@ -260,17 +298,12 @@ class Filler:
         before = _video([gap.before for gap in gaps], self.device)
         after = _video([gap.after for gap in gaps], self.device)
         latents = self.encode(self.codec, before.to(self.codec.dtype), after.to(self.codec.dtype))
-        left, right = map(self.model.normalise, latents)
-        count, mixer = gaps[0].frames // self.factor, _mixer(settings)
-        noise = [initial(mixer, a, b, count, (seed, number)) for a, b, number in zip(left, right, numbers, strict=True)]
         hints = self._hints(gaps, negative, before, after)
-        whole = sample(self.model, left, right, torch.stack(noise), hints, settings, self.clean_time, each_step)
-        # what is made is decoded after the clip before it, whose latents are as they were encoded
-        given = left.shape[2]
-        made = self.model.denormalise(whole[:, :, given : given + count]).to(self.codec.dtype)
-        pixels = torch.cat(list(self.codec.decode_stream([torch.cat([latents[0], made], dim=2)])), dim=2)
-        shown = frames_of(given, self.factor, self.codec.config.first_frames)
-        return to_array(pixels[:, :, shown:])
+        draws = [(seed, number) for number in numbers]
+        count = gaps[0].frames // self.factor
+        return to_array(
+            fill(self.model, self.codec, latents, count, draws, hints, settings, self.clean_time, each_step)
+        )
 
     def _hints(self, gaps: Sequence[Gap], negative: str | None, before: Tensor, after: Tensor) -> Hints:
         text, mask, other, unwanted = None, None, None, None

@@ -6,8 +6,7 @@ go through the body together, clean ones and those of the gap, and no channel sa
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from itertools import pairwise
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +15,6 @@ from longtake.training.models.common.statistics import Normalising
 from longtake.training.models.mavin.config import MavinConfig
 from longtake.training.models.mavin.dit import DiT
 from longtake.training.models.mavin.guidance import Guide
-from longtake.training.models.mavin.spans import times_of
 from longtake.training.models.mavin.unet import UNet
 
 
@@ -77,30 +75,3 @@ class Mavin(Normalising):
             latents = torch.cat([latents, made.to(latents)], dim=1)
         velocity: Tensor = self.body(latents, times, length, tokens, seen)
         return velocity
-
-
-@torch.no_grad()
-def fill(
-    velocity: Callable[[Tensor, Tensor], Tensor],
-    clean: Tensor,
-    noise: Tensor,
-    mask: Tensor,
-    steps: int,
-    clean_time: str,
-) -> Tensor:
-    """Follow a velocity from noise to data in the latents of the mask: plain Euler steps, with the clean ones put back.
-
-    Args:
-        velocity: `(latents, times (B, T)) -> (B, C, T, h, w)`.
-        clean: latents `(B, C, T, h, w)`, normalised, of which those of the mask do not count.
-        mask: bool `(B, T)`, the latents to make.
-
-    Returns:
-        Latents `(B, C, T, h, w)` fp32, outside of the mask to the bit those that are given.
-    """
-    inside = mask.view(len(mask), 1, -1, 1, 1)
-    x = torch.where(inside, noise.float(), clean.float())
-    for now, after in pairwise(torch.linspace(1, 0, steps + 1, dtype=torch.float64).tolist()):
-        times = times_of(x.new_full((len(x),), now), mask, clean_time)  # type: ignore[arg-type]
-        x = torch.where(inside, x + (after - now) * velocity(x, times).float(), x)
-    return x

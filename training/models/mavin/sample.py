@@ -16,7 +16,7 @@ from longtake.training.models.common import prompts as texts
 from longtake.training.models.common.pictures import REMEDY
 from longtake.training.models.generator import InfillSettings
 from longtake.training.models.mavin.encode import encode_apart
-from longtake.training.models.mavin.guidance import boundary_tokens, load_image_encoder
+from longtake.training.models.mavin.guidance import boundary_tokens, load_learned
 from longtake.training.models.mavin.infill import Filler
 from longtake.training.models.mavin.model import Mavin
 from longtake.training.registry import disk
@@ -58,13 +58,5 @@ def _features(uri: str, model: Mavin, image: Mapping[str, Any] | None) -> Callab
         raise UserError(
             f"{uri}: sees the frames beside a gap, and its config.json names no image encoder; train it again"
         )
-    try:
-        encoder = load_image_encoder(image["encoder"], device())
-    except UserError as e:
-        raise UserError(f"{uri}: {e}; {REMEDY}") from e
-    if encoder.digest != image["digest"]:
-        raise UserError(
-            f"{uri}: has learned from another image encoder than {image['encoder']} (digest {image['digest'][:12]}, not"
-            f" {encoder.digest[:12]}); {REMEDY}"
-        )
+    encoder = load_learned(uri, image, device(), REMEDY)
     return partial(boundary_tokens, encoder)

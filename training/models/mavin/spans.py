@@ -104,6 +104,14 @@ def draw_mask(spans: Spans, rng: np.random.Generator) -> np.ndarray:
     return mask
 
 
+def spans_to_measure(spans: Spans) -> list[tuple[int, int]]:
+    """Spans in the middle of a window: of the shortest, the middle and the longest length."""
+    low, high = spans.gap
+    high = min(high, spans.latents - 2)
+    lengths = sorted({min(low, high), (low + high) // 2, high})
+    return [((spans.latents - length) // 2, (spans.latents - length) // 2 + length) for length in lengths]
+
+
 def mask_of(spans: Sequence[tuple[int, int]], latents: int) -> Tensor:
     """Which latents of each window are its span, bool (B, latents)."""
     places = torch.arange(latents)

@@ -197,7 +197,7 @@ def test_a_training_stopped_after_a_step_goes_on_exactly(dataset: str, tmp_path:
     fit(finetune, chosen, given, tmp_path / "stopped", until=2)
     again = fit(finetune, chosen, given, tmp_path / "stopped")
     torch.testing.assert_close(again, straight, atol=0, rtol=0)
-    assert {"loss", "cuts"} <= log.steps[0].keys() and log.videos == {"filled": (7, 16, 32, 3)}
+    assert {"loss", "cuts"} <= log.steps[0].keys() and log.videos == {"filled": (7, 20, 40, 3)}
     assert all(value.isfinite().all() for value in straight.values())
 
 
@@ -257,7 +257,7 @@ def test_it_is_measured_registered_and_judged(inputs: dict[str, str], store: str
     assert result["uri"] == "models:/mavin/1" and result["metrics"]["train_clips"] > 0
     summary = json.loads((out / "checkpoints" / "heldout" / finetune.SUMMARY).read_text())["summary"]
     assert summary["heldout_loss"] > 0 and summary["middle_psnr_faded"] > 0
-    assert [gap for gap, _ in summary["series"]["heldout_loss_by_gap"]] == [1, 2, 3]
+    assert [gap for gap, _ in summary["series"]["heldout_loss_by_gap"]] == [4, 8, 12]
 
     model, facts = registry.load_with_facts("models:/mavin@champion")
     assert isinstance(model, Mavin) and facts["image"]["encoder"] == "own"
@@ -266,6 +266,7 @@ def test_it_is_measured_registered_and_judged(inputs: dict[str, str], store: str
     assert options == {"columns": {"video": "video"}, "stride": None, "size": (32, 32)}
     video = torch.randint(0, 256, (1, 3, 14, 32, 32), dtype=torch.uint8)
     assert judge.figures(judged, {"video": video}, None, 0, 1.0)["loss"] > 0
+    assert facts["sampling"]["mixer"] == "none" and facts["sampling"]["steps"] == 2
 
 
 @pytest.mark.parametrize(

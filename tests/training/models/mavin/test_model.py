@@ -1,6 +1,7 @@
 """The model: both bodies, what they are told, and the public U-Net's weights."""
 
 import json
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from longtake.datasets.errors import UserError
 from longtake.training.models.common.dit import sincos
 from longtake.training.models.mavin.config import PARTS, PRESETS, config_from_preset
 from longtake.training.models.mavin.guidance import load_image_encoder
-from longtake.training.models.mavin.model import Mavin, fill
+from longtake.training.models.mavin.model import Mavin
 from longtake.training.models.mavin.unet import UNet, fields_of_folder, load_folder
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -154,25 +155,6 @@ def test_a_mask_is_a_further_channel_that_says_what_is_to_be_made(body: str) -> 
         model(body, mask_channel=True, clean_time="same")
 
 
-def test_a_filled_gap_keeps_what_is_beside_it_to_the_bit() -> None:
-    net, inputs = model("dit"), given()
-    mask = inputs["times"] > 0
-    noise = torch.randn(inputs["latents"].shape)
-
-    def velocity(x: Tensor, times: Tensor) -> Tensor:
-        assert torch.equal(times > 0, mask)
-        return net(x, times, inputs["length"])
-
-    out = fill(velocity, inputs["latents"], noise, mask, 3, "zero")
-    kept = ~mask[:, None, :, None, None].expand_as(out)
-    assert torch.equal(out[kept], inputs["latents"][kept])
-    hidden = torch.where(kept, inputs["latents"], 7.0)
-    assert torch.equal(fill(velocity, hidden, noise, mask, 3, "zero"), out), "what is in the gap does not count"
-    # a velocity that is right leads to the data
-    right = fill(lambda x, t: noise - inputs["latents"], hidden, noise, mask, 3, "same")
-    torch.testing.assert_close(right, inputs["latents"], atol=1e-5, rtol=1e-4)
-
-
 def test_what_does_not_fit_is_refused() -> None:
     net, inputs = model("dit", text_width=0, image_width=0), given()
     for change, message in (
@@ -309,12 +291,22 @@ def test_the_projects_own_tokens_need_no_file() -> None:
     assert encoder.tokens(picture)[0].mean().item() == pytest.approx(picture.mean().item(), abs=1e-5)
 
 
-def test_clip_sees_frames_by_a_local_folder(tmp_path: Path) -> None:
+def clip_folder(path: Path, projected: bool) -> Any:
+    """CLIP's model of pictures with random weights, saved to a folder, with its projection or without."""
     transformers = pytest.importorskip("transformers")
     torch.manual_seed(0)
     sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
-    net = transformers.CLIPVisionModel(transformers.CLIPVisionConfig(**sizes, image_size=8, patch_size=4)).eval()
-    net.save_pretrained(tmp_path)
+    settings = transformers.CLIPVisionConfig(**sizes, image_size=8, patch_size=4, projection_dim=6)
+    kind = transformers.CLIPVisionModelWithProjection if projected else transformers.CLIPVisionModel
+    net = kind(settings).eval()
+    net.save_pretrained(path)
+    return net
+
+
+@pytest.mark.parametrize("projected", [False, True])
+@torch.no_grad()
+def test_clip_sees_frames_by_a_local_folder(tmp_path: Path, projected: bool) -> None:
+    net = clip_folder(tmp_path, projected)
     encoder = load_image_encoder(str(tmp_path))
     frames = torch.rand(2, 3, 8, 8) * 2 - 1
     tokens = encoder.tokens(frames)
@@ -322,9 +314,30 @@ def test_clip_sees_frames_by_a_local_folder(tmp_path: Path) -> None:
     # in the resolution of the model, pixels go in as its own processor has them
     mean, std = ([0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711])
     pixels = ((frames + 1) / 2 - torch.tensor(mean)[:, None, None]) / torch.tensor(std)[:, None, None]
-    with torch.no_grad():
-        expected = net(pixel_values=pixels).last_hidden_state
-    torch.testing.assert_close(tokens, expected, atol=1e-4, rtol=1e-4)
+    seen = net(pixel_values=pixels)
+    torch.testing.assert_close(tokens, seen.last_hidden_state, atol=1e-4, rtol=1e-4)
+    expected = seen.image_embeds if projected else seen.pooler_output
+    torch.testing.assert_close(encoder.embeddings(frames), expected, atol=1e-4, rtol=1e-4)
+    assert (encoder.pooling, expected.shape[1]) == (("projected", 6) if projected else ("pooled", 16))
+
+
+def test_a_frame_is_one_embedding(tmp_path: Path) -> None:
+    class Halves(nn.Module):
+        """The mean colours of the left and the right half, as a map."""
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.stack([x[..., : x.shape[3] // 2].mean((2, 3)), x[..., x.shape[3] // 2 :].mean((2, 3))], 2)[
+                :, :, None
+            ]
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        torch.jit.script(Halves()).save(str(tmp_path / "halves.pt"))
+    network, own = load_image_encoder(str(tmp_path / "halves.pt")), load_image_encoder("own")
+    frames = torch.rand(2, 3, 8, 8)
+    assert network.tokens(frames).shape == (2, 2, 3) and network.pooling == "pooled"
+    torch.testing.assert_close(network.embeddings(frames), network.tokens(frames).mean(1))
+    assert own.embeddings(frames).shape == (2, 64 * 48) and own.pooling == "pixels"
 
 
 def test_what_is_no_image_encoder_is_refused(tmp_path: Path) -> None:
