@@ -25,16 +25,22 @@ def psnr(output: Tensor, source: Tensor) -> Tensor:
 
 
 def ssim(output: Tensor, source: Tensor) -> Tensor:
-    """Structural similarity of each clip: the mean over its frames (Wang et al., IEEE TIP 2004, eq. 13).
+    """Structural similarity of each clip, (B,) fp32: the mean of `ssim_by_frame`, which says the rest."""
+    return ssim_by_frame(output, source).mean(1)
 
-    torchmetrics computes it: Gaussian window of 11x11 with sigma 1.5, k1 0.01, k2 0.03, data range 2 (values outside
-    [-1, 1] are clamped), each colour channel by itself, borders reflected and counted.
+
+def ssim_by_frame(output: Tensor, source: Tensor) -> Tensor:
+    """Structural similarity of each frame (Wang et al., IEEE TIP 2004, eq. 13).
+
+    torchmetrics computes it: Gaussian window of 11x11 with sigma 1.5, k1 0.01, k2 0.03, each colour channel by itself,
+    borders reflected and counted. It is of pixels in 0..1: of signed ones a wrong sign of the means and another one of the
+    structure would make a right one.
 
     Args:
-        output, source: (B, C, T, H, W) in [-1, 1], H and W above 5.
+        output, source: (B, C, T, H, W) in [-1, 1], values outside of which are clamped; H and W above 5.
 
     Returns:
-        (B,) fp32; equal clips give 1.
+        (B, T) fp32; equal frames give 1.
 
     Raises:
         ValueError: shapes that differ or are too small.
@@ -48,8 +54,6 @@ def ssim(output: Tensor, source: Tensor) -> Tensor:
             f"SSIM needs two (B, C, T, H, W) of one shape with sides above {SSIM_REACH}, got {tuple(output.shape)} and"
             f" {tuple(source.shape)}"
         )
-    frames = [video.float().transpose(1, 2).flatten(0, 1) for video in (output, source)]
-    each = structural_similarity_index_measure(
-        frames[0], frames[1], sigma=SSIM_SIGMA, data_range=(-1.0, 1.0), reduction="none"
-    )
-    return cast(Tensor, each).view(output.shape[0], -1).mean(1)
+    first, second = ((video.float().clamp(-1, 1).transpose(1, 2).flatten(0, 1) + 1) / 2 for video in (output, source))
+    each = structural_similarity_index_measure(first, second, sigma=SSIM_SIGMA, data_range=1.0, reduction="none")
+    return cast(Tensor, each).view(output.shape[0], -1)

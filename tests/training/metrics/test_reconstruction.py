@@ -29,10 +29,10 @@ def test_ssim_of_equal_clips_is_one_and_of_noise_near_zero():
 
 
 def test_ssim_of_two_flat_clips_is_the_luminance_term():
-    a, b, c1 = 0.2, -0.4, (0.01 * 2) ** 2
+    a, b, c1 = 0.6, 0.3, 0.01**2  # in 0..1
     expected = (2 * a * b + c1) / (a * a + b * b + c1)
-    value = ssim(torch.full((1, 3, 2, 16, 16), a), torch.full((1, 3, 2, 16, 16), b))
-    assert value.item() == pytest.approx(expected, rel=1e-4)
+    value = ssim(torch.full((1, 3, 2, 16, 16), 2 * a - 1), torch.full((1, 3, 2, 16, 16), 2 * b - 1))
+    assert value.item() == pytest.approx(expected, rel=1e-3)  # variances of flat frames are of rounding
 
 
 def test_ssim_is_that_of_the_paper_frame_by_frame():
@@ -45,14 +45,17 @@ def test_ssim_is_that_of_the_paper_frame_by_frame():
     def of_plane(x, y):
         mx, my = blur(x), blur(y)
         vx, vy, vxy = blur(x * x) - mx * mx, blur(y * y) - my * my, blur(x * y) - mx * my
-        c1, c2 = (0.01 * 2) ** 2, (0.03 * 2) ** 2
+        c1, c2 = 0.01**2, 0.03**2
         return ((2 * mx * my + c1) * (2 * vxy + c2) / ((mx * mx + my * my + c1) * (vx + vy + c2))).mean()
 
     for index, value in enumerate(ssim(made, source).tolist()):
-        pairs = zip(
-            made[index].double().flatten(0, 1).numpy(), source[index].double().flatten(0, 1).numpy(), strict=True
-        )
+        pixels = [((clip[index].double() + 1) / 2).flatten(0, 1).numpy() for clip in (made, source)]
+        pairs = zip(*pixels, strict=True)
         assert value == pytest.approx(np.mean([of_plane(x, y) for x, y in pairs]), abs=1e-4)
+
+
+def test_the_negative_of_noise_is_as_unlike_as_can_be():
+    assert ssim(clips(7), -clips(7)).max() < -0.5
 
 
 def test_a_clip_does_not_change_the_ssim_of_its_neighbour():

@@ -24,7 +24,7 @@ from longtake.training import data, registry, stage
 from longtake.training.data import HELDOUT
 from longtake.training.engines import device
 from longtake.training.metrics.features import digest_of
-from longtake.training.metrics.reconstruction import SSIM_REACH
+from longtake.training.metrics.reconstruction import SSIM_REACH, ssim_by_frame
 from longtake.training.metrics.share import place
 from longtake.training.models.common.codec import Codec, Pixels, load_codec
 from longtake.training.models.common.draws import rng_of
@@ -302,19 +302,10 @@ def hints_of(
 
 @torch.no_grad()
 def cut(video: Tensor, least: float) -> Tensor:
-    """Which windows (B, 3, T, H, W) have neighbouring frames that are less similar than `least`, bool (B,).
-
-    The SSIM is of pixels in 0..1, as the paper's: in [-1, 1] two wrong signs make a right one.
-    """
-    from torchmetrics.functional.image import structural_similarity_index_measure as ssim
-
+    """Which windows (B, 3, T, H, W) have neighbouring frames that are less similar than `least`, bool (B,)."""
     if min(video.shape[3:]) <= SSIM_REACH or least <= -1:
         return torch.zeros(len(video), dtype=torch.bool, device=video.device)
-    pixels = (video.float() + 1) / 2
-    later, earlier = (part.transpose(1, 2).flatten(0, 1) for part in (pixels[:, :, 1:], pixels[:, :, :-1]))
-    similarity = ssim(later, earlier, data_range=1.0, reduction="none")
-    assert isinstance(similarity, Tensor)
-    return similarity.view(len(video), -1).min(1).values < least
+    return ssim_by_frame(video[:, :, 1:], video[:, :, :-1]).min(1).values < least
 
 
 def _tokens(setup: Setup, batch: Batch) -> int:
