@@ -61,7 +61,21 @@ def seams(changed: Tensor, bent: Tensor, joints: Sequence[int]) -> Seams:
 
 
 def _ratio(curve: Tensor, joints: Sequence[int], first: int, reach: int) -> float | None:
-    """The mean of a curve at joints, divided by that of frames whose own `reach` crosses none. It begins with frame `first`."""
+    at, within = apart(curve, joints, first, reach)
+    return None if at is None else ratio(at, within)
+
+
+def ratio(at: float, within: float | None) -> float | None:
+    """What is at joints, divided by what is within clips; None where nothing moves there."""
+    return at / within if within is not None and within > _LEAST else None
+
+
+def apart(curve: Tensor, joints: Sequence[int], first: int, reach: int) -> tuple[float | None, float | None]:
+    """The means of a curve at joints, and of frames whose own `reach` crosses none; None for no such frames.
+
+    Args:
+        curve: of frames from `first` on: `changes`, first and reach 1, or `bends`, both 2.
+    """
     inside = torch.ones(curve.shape[-1], dtype=torch.bool)
     at = torch.zeros_like(inside)
     for joint in joints:
@@ -69,10 +83,8 @@ def _ratio(curve: Tensor, joints: Sequence[int], first: int, reach: int) -> floa
         if place >= 0:
             at[place] = True
         inside[max(0, place) : place + reach] = False
-    if not at.any() or not inside.any():
-        return None
-    within = float(curve[..., inside].double().mean())
-    return float(curve[..., at].double().mean()) / within if within > _LEAST else None
+    means = [float(curve[..., where].double().mean()) if where.any() else None for where in (at, inside)]
+    return means[0], means[1]
 
 
 def around(video: Tensor, joints: Sequence[int], length: int) -> Tensor:

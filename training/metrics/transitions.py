@@ -16,7 +16,7 @@ from torch import Tensor
 
 from longtake.training.metrics.perceptual import Perceptual, lpips
 from longtake.training.metrics.reconstruction import SSIM_REACH, psnr, ssim
-from longtake.training.metrics.seams import bends, changes, seams
+from longtake.training.metrics.seams import apart, bends, changes, ratio
 
 Embed = Callable[[Tensor], Tensor]  # frames (N, 3, H, W) in [-1, 1] -> projected embeddings (N, E)
 
@@ -67,12 +67,28 @@ def middle(made: Tensor, truth: Tensor, perceptual: Perceptual | None = None) ->
 
 
 def joints(video: Tensor, begin: int, length: int) -> dict[str, float | None]:
-    """How visible both joints of a gap are, `(1, 3, T, H, W)` with frames `begin` to `begin + length` made: see `seams.Seams`.
+    """What is seen at both joints of a gap and elsewhere, `(1, 3, T, H, W)` with frames `begin` to `begin + length` made.
 
-    A ratio of 1 is that of a joint like any other frame.
+    Means of `seams.changes` and `seams.bends`, of which `with_ratios` makes figures: a gap in a still video has ratios
+    beyond all measure, so that they are of means over videos.
     """
-    found = seams(changes(video), bends(video), [begin, begin + length])
-    return {"seam_ratio": found.ratio, "bend_ratio": found.bend_ratio}
+    found = dict[str, float | None]()
+    for name, curve, reach in (("seam", changes(video), 1), ("bend", bends(video), 2)):
+        found[f"{name}_at"], found[f"{name}_inside"] = apart(curve, [begin, begin + length], reach, reach)
+    return found
+
+
+def with_ratios(figures: Mapping[str, float], ways: Iterable[str]) -> dict[str, float]:
+    """The figures with `seam_ratio` and `bend_ratio` in place of the means of `joints`, for each of these endings of names.
+
+    A ratio of 1 is that of a joint like any other frame; where nothing moves elsewhere there is none.
+    """
+    found = dict(figures)
+    for name in (f"{name}_{{}}{way}" for way in ways for name in ("seam", "bend")):
+        at, inside = (found.pop(name.format(where), None) for where in ("at", "inside"))
+        if at is not None and (value := ratio(at, inside)) is not None:
+            found[name.format("ratio")] = value
+    return found
 
 
 def joint_error(made: Tensor, truth: Tensor) -> float:

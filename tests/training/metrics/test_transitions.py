@@ -17,6 +17,7 @@ from longtake.training.metrics.transitions import (
     joint_error,
     joints,
     middle,
+    with_ratios,
 )
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -81,10 +82,12 @@ def test_the_middle_is_measured_alone_and_without_ssim_where_frames_are_too_smal
 
 def test_joints_of_a_steady_film_cannot_be_told_and_a_jump_shows() -> None:
     steady = torch.linspace(-1, 1, 16)[None, None, :, None, None].expand(1, 3, -1, 4, 4).clone()
-    assert joints(steady, 6, 4)["seam_ratio"] == pytest.approx(1, abs=1e-4)
+    figures = {f"{name}_true": value or 0.0 for name, value in joints(steady, 6, 4).items()}
+    assert with_ratios(figures, ["_true"]) == {"seam_ratio_true": pytest.approx(1, abs=1e-4)}  # nothing turns inside
     steady[:, :, 6:10] += 0.5
-    found = joints(steady, 6, 4)
-    assert found["seam_ratio"] is not None and found["seam_ratio"] > 3
+    figures = {name: value or 0.0 for name, value in joints(steady, 6, 4).items()}
+    assert with_ratios(figures | {"psnr": 9.0}, [""])["seam_ratio"] > 3
+    assert with_ratios({"psnr": 9.0}, ["", "_held"]) == {"psnr": 9.0}
 
 
 def test_closeness_is_to_the_nearer_side() -> None:

@@ -30,6 +30,7 @@ from longtake.training.models.mavin.windows import Window, filled, filled_withou
 SUMMARY = "gaps.json"
 
 _SHOWN = 3
+_WAYS = ("held", "faded", "latent")  # of filling a gap without a model
 _BESIDE = 2  # frames on each side of the longest gap in windows that reach over both joints: how it moves on is seen
 _AGAINST = (
     Against("held-out loss", "heldout_loss", "predicting the mean velocity", "heldout_loss_mean", "", False),
@@ -105,7 +106,7 @@ def evaluate(model: Mavin, codec: Codec, loader: Loader, plan: Plan, folder: Pat
 
     Of all windows: `heldout_loss`, the flow's in a gap, and `heldout_loss_mean`, that of the mean velocity. Of filled gaps,
     without the frames that are given: `middle_psnr`, `middle_ssim`, `middle_lpips` (see `transitions.middle`); `clip_rs` and
-    `clip_rs_code`; `seam_ratio` and `bend_ratio`, change and turns at both joints beside those of all other frames;
+    `clip_rs_code`; `seam_ratio` and `bend_ratio`, the mean change and turn at both joints, divided by that of all other frames;
     `joint_error`; `closeness`, the mean difference to the nearer frame beside the gap; `diversity`, the deviation of several
     draws. A network adds `frechet_seam`, `kernel_seam` and `distance`, of windows over both joints of gaps of all lengths.
 
@@ -146,6 +147,8 @@ def evaluate(model: Mavin, codec: Codec, loader: Loader, plan: Plan, folder: Pat
 
     # figures over all ranks
     table = transitions.by_length(row for of_window in united(rows).values() for row in of_window)
+    endings = [_named("", way) for way in ("", *_WAYS, "true")]
+    table = {length: transitions.with_ratios(figures, endings) for length, figures in table.items()}
     counts = {"clips": min(plan.clips, loader.samples), "videos": min(plan.videos, loader.samples)}
     summary: dict[str, Any] = {"series": {}, "split": "val", "seed": plan.seed, **counts, **_record(plan.judges)}
     for name in sorted({name for figures in table.values() for name in figures}):
@@ -220,7 +223,7 @@ def _distances(samples: dict[str, Sample], plan: Plan, summary: dict[str, Any]) 
     if network is None:
         return {}
     # every rank in the same order, also one that has measured nothing
-    ways = ["true", *(way for way in ("", "held", "faded", "latent") if _named("middle_psnr", way) in summary)]
+    ways = ["true", *(way for way in ("", *_WAYS) if _named("middle_psnr", way) in summary)]
     all_ranks = {way: samples.get(way, Sample(way or "filled", network)).of_all_ranks() for way in ways}
     real, found = all_ranks.pop("true"), dict[str, Any]()
     for way, sample in all_ranks.items():

@@ -184,6 +184,13 @@ def test_figures_are_those_of_gaps_as_users_get_them_and_of_what_takes_no_model(
                     fakes.append(joined[:, :, places[-1] : places[-1] + reach])
             rows.append(row)
     table = transitions.by_length(rows)
+    # of means over videos, which one video that stands still does not decide
+    for figures in table.values():
+        for way in ("", "_held", "_faded", "_true"):
+            pairs = {
+                name: (figures.pop(f"{name}_at{way}"), figures.pop(f"{name}_inside{way}")) for name in ("seam", "bend")
+            }
+            figures |= {f"{name}_ratio{way}": at / inside for name, (at, inside) in pairs.items()}
     series = {name[: -len("_by_gap")] for name in summary["series"]}
     assert {name.removesuffix("_held") for name in series} >= {"clip_rs", "middle_psnr", "middle_ssim", "seam_ratio"}
     assert not {"middle_psnr_true", "middle_psnr_latent", "clip_rs_code"} & series
