@@ -327,7 +327,7 @@ def smoothed(one: Trained, films: Tensor, joints: Sequence[int], seed: int) -> T
     again = []
     for number, video in enumerate(films):
         frames = to_pixels(video).permute(1, 2, 3, 0).numpy()
-        gaps = film.gaps_in(frames, holes, context)
+        gaps = list(film.gaps_in(frames, holes, context[1]))
         made = filler.fill(gaps, 1000 * seed + number, filler.settings, batch=len(gaps))
         again.append(torch.stack([torch.from_numpy(frame) for frame in film.filled(frames, holes, made)]))
     return to_model(torch.stack(again).permute(0, 4, 1, 2, 3))

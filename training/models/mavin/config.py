@@ -40,7 +40,7 @@ PARTS: dict[str, dict[str, str]] = {
     "dit": {
         "temporal": r"body\.layers\.\d*[13579]\.",
         "attention": r"body\.layers\.\d+\.(qkv|out|cross)\.",
-        "embedding": r"body\.(time_in|length_in)\.",
+        "embedding": r"body\.(time_in\.|length_in\.|modulation_out\.|layers\.\d+\.modulation\.)",
         "guidance": r"guide\.",
     },
     "unet": {
@@ -248,6 +248,8 @@ class Config(MeasuredConfig):
             return self
         if self.lora is not None:
             raise ValueError("lora: without a base all else would stay random; name one, or leave it out")
+        if self.train != "all" and self.unet is None:
+            raise ValueError("train: without a base or unet all else would stay random; name one, or leave it out")
         chosen = config_from_preset(**_PRESET | (self.model or {}))
         if self.unet is not None and chosen.body != "unet":
             raise ValueError("unet: is of body unet; set model.preset: mavin_unet")

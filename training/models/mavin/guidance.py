@@ -24,6 +24,7 @@ from longtake.training import engines
 from longtake.training.metrics.features import FeatureNetwork, feature_maps, load_network
 from longtake.training.models.common.causal import fold
 from longtake.training.models.common.condition import Condition
+from longtake.training.models.common.dit import sincos
 from longtake.training.models.common.pictures import OWN
 from longtake.training.models.common.text import TextIn
 from longtake.training.models.mavin.config import MavinConfig
@@ -33,6 +34,7 @@ _GRID = 8  # tokens along a side of a frame of the project's own encoder, at mos
 _CLIP_MEAN, _CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 _PROJECTION = "visual_projection.weight"  # of CLIP
 SIDES = 2  # frames beside a gap
+_PLACE = 16  # channels of a token that say where in the frame it is
 
 
 class ImageEncoder(Protocol):
@@ -63,17 +65,21 @@ class ImageEncoder(Protocol):
 class OwnFrames:
     """The project's own features of a frame, which need no file: its pixels, 8 x 8 cells with 4 x 4 averages each."""
 
-    width: int = 3 * 16
-    digest: str = "own-1"
+    width: int = 3 * 16 + _PLACE
+    digest: str = "own-2"
     pooling: Literal["pixels"] = "pixels"
 
     def tokens(self, frames: Tensor) -> Tensor:
-        cells = F.interpolate(frames.float(), (4 * _GRID, 4 * _GRID), mode="area")
-        return fold(cells[:, :, None], 1, 4).flatten(2).transpose(1, 2)
+        return _placed(self._cells(frames))
 
     def embeddings(self, frames: Tensor) -> Tensor:
         # side by side: their mean would be little more than a colour
-        return self.tokens(frames).flatten(1)
+        return self._cells(frames).flatten(1)
+
+    def _cells(self, frames: Tensor) -> Tensor:
+        """(N, 48, 8, 8)"""
+        pixels = F.interpolate(frames.float(), (4 * _GRID, 4 * _GRID), mode="area")
+        return fold(pixels[:, :, None], 1, 4)[:, :, 0]
 
 
 @dataclass(frozen=True)
@@ -86,13 +92,13 @@ class NetworkFrames:
 
     @property
     def digest(self) -> str:
-        return f"{self.network.digest}-{self.network.pixels}"
+        return f"{self.network.digest}-{self.network.pixels}-2"
 
     def tokens(self, frames: Tensor) -> Tensor:
-        return feature_maps(self.network, frames)[-1].float().flatten(2).transpose(1, 2)
+        return _placed(feature_maps(self.network, frames)[-1].float())
 
     def embeddings(self, frames: Tensor) -> Tensor:
-        return self.tokens(frames).mean(1)
+        return feature_maps(self.network, frames)[-1].float().mean((2, 3))
 
 
 @dataclass(frozen=True)
@@ -127,6 +133,14 @@ class ClipFrames:
             return self.model(pixel_values=((x + 1) / 2 - mean) / std)
 
 
+def _placed(maps: Tensor) -> Tensor:
+    """Maps (N, C, h, w) as tokens (N, h w, C + 16), the last channels of which say where: attention knows no places itself."""
+    rows, columns = (sincos(torch.arange(n, device=maps.device), _PLACE // 2) for n in maps.shape[2:])
+    places = torch.cat([rows[:, None].expand(-1, len(columns), -1), columns[None].expand(len(rows), -1, -1)], dim=2)
+    tokens = torch.cat([maps.movedim(1, -1), places.expand(len(maps), -1, -1, -1)], dim=3)
+    return tokens.flatten(1, 2)
+
+
 def load_image_encoder(name: str, device: torch.device | str = "cpu", key: str = "image") -> ImageEncoder:
     """The encoder that a config names: own; a folder with CLIP's model of pictures; or the file of a feature network.
 
@@ -145,7 +159,7 @@ def load_image_encoder(name: str, device: torch.device | str = "cpu", key: str =
         raise UserError(f"{key}: {name}: takes whole videos; name a network of pictures")
     with torch.no_grad():
         width = feature_maps(network, torch.zeros(1, 3, 64, 64, device=device))[-1].shape[1]
-    return NetworkFrames(network, width)
+    return NetworkFrames(network, width + _PLACE)
 
 
 def _clip(folder: Path, device: torch.device | str, key: str) -> ClipFrames:

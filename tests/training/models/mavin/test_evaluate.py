@@ -297,7 +297,7 @@ def test_the_report_draws_figures_by_gap(inputs: dict[str, str], colours: str, t
         "change at joints to that elsewhere",
         "PSNR of filled gaps beats hold and cut: no",
         "windows of 12 frames, 6 filled and 3 val ones",
-        "by an encoder of digest own-1 (pixels)",
+        "by an encoder of digest own-2 (pixels)",
         "8 frames are made",
     ):
         assert words in page, words
@@ -309,7 +309,7 @@ def test_clip_rs_is_by_the_encoder_that_is_named(inputs: dict[str, str], colours
         for n, change in enumerate(({"embedder": "own"}, {"embedder": colours}))
     )
     blind = measured(inputs, tmp_path / "2", image=None)[0]
-    assert own["embedder"] == {"embedding": "pixels", "digest": "own-1"} and named["embedder"]["embedding"] == "pooled"
+    assert own["embedder"] == {"embedding": "pixels", "digest": "own-2"} and named["embedder"]["embedding"] == "pooled"
     assert own["clip_rs_held"] != named["clip_rs_held"] and own["middle_psnr"] == named["middle_psnr"]
     assert "clip_rs" not in blind and "embedder" not in blind
 

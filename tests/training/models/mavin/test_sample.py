@@ -30,8 +30,8 @@ from longtake.training.registry import disk
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-SMALL: dict[str, Any] = {"depth": 2, "width": 16, "heads": 2, "image_width": 48}
-IMAGE = {"encoder": "own", "digest": "own-1"}
+SMALL: dict[str, Any] = {"depth": 2, "width": 16, "heads": 2, "image_width": 64}
+IMAGE = {"encoder": "own", "digest": "own-2"}
 
 
 @pytest.fixture(scope="module")
@@ -198,7 +198,7 @@ def test_in_half_precision_what_is_made_is_about_the_same(models: Path) -> None:
 def test_the_image_encoder_of_training_is_needed(models: Path) -> None:
     with pytest.raises(UserError, match="names no image encoder"):
         infiller(models / "pixels", image=None)
-    with pytest.raises(UserError, match=r"another image encoder than own \(digest x, not own-1\)"):
+    with pytest.raises(UserError, match=r"another image encoder than own \(digest x, not own-2\)"):
         infiller(models / "pixels", image=IMAGE | {"digest": "x"})
     with pytest.raises(UserError, match="say where it is with --image-encoder"):
         infiller(models / "pixels", image=IMAGE | {"encoder": "/nowhere"})
