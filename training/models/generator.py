@@ -251,7 +251,6 @@ class Infiller(Protocol):
     fps, size  frames per second, and (height, width), of the clips that it takes
     settings   the ones that it was registered with
     context    the fewest and the most frames that it sees on a side of a gap
-    factor     a gap has a multiple of so many frames
     longest    frames of the longest gap in its training
 
     One with `takes_prompts` has learned of texts.
@@ -268,9 +267,6 @@ class Infiller(Protocol):
 
     @property
     def context(self) -> tuple[int, int]: ...
-
-    @property
-    def factor(self) -> int: ...
 
     @property
     def longest(self) -> int: ...

@@ -3,6 +3,9 @@
 With an autoencoder that is causal in time, the latents of frames after a gap know the frames in it when all are encoded
 together, and a model would learn to read the answer there. So A and B are encoded each as a clip of its own, in training
 as in use. What is to be made goes on from A: M is encoded, and decoded, after it. See `MavinConfig` for the lengths.
+
+Where a latent stands for several frames, a gap may have any number of them nevertheless: B begins some frames `early`,
+before the last latent of M ends, and as many frames at the end of M are left out when it is decoded.
 """
 
 from __future__ import annotations
@@ -58,26 +61,34 @@ def encode_apart(codec: Codec, before: Tensor, after: Tensor) -> tuple[Tensor, T
     return encode_clip(codec, before), encode_clip(codec, after)
 
 
-def encode_window(codec: Codec, video: Tensor, start: int, end: int) -> Tensor:
-    """Windows A | M | B (B, 3, T, H, W) with their span at latents start to end - 1, as latents (B, C, t, h, w)."""
+def encode_window(codec: Codec, video: Tensor, start: int, end: int, early: int = 0) -> Tensor:
+    """Windows A | M | B (B, 3, T, H, W) with their span at latents start to end - 1, as latents (B, C, t, h, w).
+
+    B begins `early` frames before M ends, fewer than those of a latent; as many frames at the end of the window are not used.
+    """
     latents = window_latents(codec, video.shape[2])
     if not 0 < start < end < latents:
         raise ValueError(f"span {start} to {end} does not leave a clip on either side of a window of {latents} latents")
     begin, stop = frames_of_span(codec, start, end)
-    before, after = encode_apart(codec, video[:, :, :begin], video[:, :, stop:])
+    assert 0 <= early < codec.config.temporal_stride
+    before, after = encode_apart(codec, video[:, :, :begin], video[:, :, stop - early : video.shape[2] - early])
     # not the first latents of this: where time is not causal they have seen the span
     middle = encode_clip(codec, video[:, :, :stop])[:, :, start:]
     return torch.cat([before, middle, after], dim=2)
 
 
-def encode_windows(codec: Codec, video: Tensor, spans: Sequence[tuple[int, int]]) -> Tensor:
-    """The same of windows that have each their own span."""
-    return torch.cat([encode_window(codec, one, *span) for one, span in zip(video.split(1), spans, strict=True)])
+def encode_windows(
+    codec: Codec, video: Tensor, spans: Sequence[tuple[int, int]], early: Sequence[int] | None = None
+) -> Tensor:
+    """The same of windows that have each their own span; B begins early in none of them where nothing is said."""
+    rows = zip(video.split(1), spans, early or [0] * len(spans), strict=True)
+    return torch.cat([encode_window(codec, one, *span, sooner) for one, span, sooner in rows])
 
 
-def boundary_frames(codec: Codec, video: Tensor, spans: Sequence[tuple[int, int]]) -> Tensor:
-    """The last frame before and the first one after the span of each window, (B, 2, 3, H, W)."""
+def boundary_frames(
+    codec: Codec, video: Tensor, spans: Sequence[tuple[int, int]], early: Sequence[int] | None = None
+) -> Tensor:
+    """The last frame before the span of each window and the first one of B, (B, 2, 3, H, W)."""
     places = [frames_of_span(codec, *span) for span in spans]
-    return torch.stack(
-        [one[:, [begin - 1, stop]].transpose(0, 1) for one, (begin, stop) in zip(video, places, strict=True)]
-    )
+    rows = zip(video, places, early or [0] * len(spans), strict=True)
+    return torch.stack([one[:, [begin - 1, stop - sooner]].transpose(0, 1) for one, (begin, stop), sooner in rows])

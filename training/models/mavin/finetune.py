@@ -36,7 +36,6 @@ from longtake.training.models.mavin.encode import (
     boundary_frames,
     encode_windows,
     gap_frames,
-    window_frames,
     window_latents,
 )
 from longtake.training.models.mavin.evaluate import SUMMARY, Plan, judges_of, reach_of
@@ -225,11 +224,13 @@ class Draws(NamedTuple):
     spans     start and end of each window's span; of random latents they have no meaning
     t         (B,)
     noise     (B, C, T, h, w)
+    early     frames by which B begins before the last latent of the span ends (see `encode`)
     flipped, textless, blind   windows that are flipped, and that lose their text, and their frames, bool (B,)
     """
 
     mask: Tensor
     spans: list[tuple[int, int]]
+    early: list[int]
     t: Tensor
     noise: Tensor
     flipped: Tensor
@@ -241,7 +242,7 @@ def draw(config: Config, setup: Setup, seed: int, places: Sequence[int], learnin
     """The draws of windows at these places of a pass. Those that are only measured keep their sides, text and frames."""
     model = setup.model.config
     assert model.shape
-    masks, spans, normal, noise, chances = [], [], [], [], []
+    masks, spans, early, normal, noise, chances = [], [], [], [], [], []
     for number in places:
         rng, normals = np.random.default_rng([seed, number]), rng_of(seed, number)
         mask = spanning.draw_mask(setup.spans, rng)
@@ -250,11 +251,14 @@ def draw(config: Config, setup: Setup, seed: int, places: Sequence[int], learnin
         normal.append(torch.randn((), generator=normals))
         noise.append(torch.randn(model.channels, *model.shape, generator=normals))
         chances.append(torch.from_numpy(rng.random(3)))
+        early.append(int(rng.integers(setup.codec.config.temporal_stride)))
     limits = torch.tensor([config.flip, model.text_dropout, model.image_dropout]) * learning
     flipped, textless, blind = (torch.stack(chances) < limits).unbind(1)
     t = shifted(torch.sigmoid(config.time_mean + config.time_std * torch.stack(normal)), config.shift)
     on = partial(torch.Tensor.to, device=device())
-    return Draws(on(torch.stack(masks)), spans, on(t), on(torch.stack(noise)), *map(on, (flipped, textless, blind)))
+    return Draws(
+        on(torch.stack(masks)), spans, early, on(t), on(torch.stack(noise)), *map(on, (flipped, textless, blind))
+    )
 
 
 def _loss(config: Config, setup: Setup, turn: Turn) -> tuple[Tensor, Terms]:
@@ -264,11 +268,12 @@ def _loss(config: Config, setup: Setup, turn: Turn) -> tuple[Tensor, Terms]:
     draws = draw(config, setup, turn.seed, range(rank * count, (rank + 1) * count), learning)
     video = torch.where(draws.flipped[:, None, None, None, None], video.flip(-1), video)
 
-    x0 = setup.model.normalise(latents_of(setup, video, draws.spans))
+    x0 = setup.model.normalise(latents_of(setup, video, draws.spans, draws.early))
     x = spanning.noised(x0, draws.noise, draws.t, draws.mask)
     times = spanning.times_of(draws.t, draws.mask, setup.model.config.clean_time)
-    hints = hints_of(setup, turn.batch, video, draws.spans, draws.textless, draws.blind)
-    velocity = turn.engines[turn.name](x, times, draws.mask.sum(1), *hints)
+    hints = hints_of(setup, turn.batch, video, draws.spans, draws.early, draws.textless, draws.blind)
+    length = gap_frames(setup.codec, 1) * draws.mask.sum(1) - torch.tensor(draws.early).to(draws.mask.device)
+    velocity = turn.engines[turn.name](x, times, length, *hints)
 
     losses = spanning.loss(velocity, x0, draws.noise, draws.mask)
     whole = ~cut(video, config.least_similarity)
@@ -277,9 +282,11 @@ def _loss(config: Config, setup: Setup, turn: Turn) -> tuple[Tensor, Terms]:
     return loss, {"loss": loss.detach(), "cuts": 1 - whole.float().mean()}
 
 
-def latents_of(setup: Setup, video: Tensor, spans: Sequence[tuple[int, int]]) -> Tensor:
+def latents_of(
+    setup: Setup, video: Tensor, spans: Sequence[tuple[int, int]], early: Sequence[int] | None = None
+) -> Tensor:
     """The latents of windows, those beside each span encoded apart."""
-    return video if isinstance(setup.codec, Pixels) else encode_windows(setup.codec, video, spans)
+    return video if isinstance(setup.codec, Pixels) else encode_windows(setup.codec, video, spans, early)
 
 
 def hints_of(
@@ -287,6 +294,7 @@ def hints_of(
     batch: Batch,
     video: Tensor,
     spans: Sequence[tuple[int, int]],
+    early: Sequence[int] | None = None,
     textless: Tensor | None = None,
     blind: Tensor | None = None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
@@ -296,7 +304,7 @@ def hints_of(
         mask = mask & ~textless[:, None]
     if setup.encoder is None:
         return text, mask, None, None
-    image = boundary_tokens(setup.encoder, boundary_frames(setup.codec, video, spans))
+    image = boundary_tokens(setup.encoder, boundary_frames(setup.codec, video, spans, early))
     return text, mask, image, None if blind is None else ~blind[:, None].expand(-1, image.shape[1])
 
 
@@ -363,7 +371,7 @@ def plan_of(config: Config, setup: Setup) -> Plan:
 def facts(config: Config, setup: Setup, lineage: Mapping[str, Any]) -> dict[str, Any]:
     """The fields of config.json: autoencoder, texts, image encoder, window, and what a gap may be, in frames."""
     origins, codec = lineage["inputs"], setup.codec
-    gap, first = setup.model.config.gap, int(codec.config.first_frames)
+    gap, factor = setup.model.config.gap, gap_frames(codec, 1)
     assert gap
     window = {"frames": config.frames, "stride": setup.stride, "size": list(config.size), "fps": setup.fps}
     image = {"encoder": config.image, "digest": setup.encoder.digest} if setup.encoder else None
@@ -372,8 +380,8 @@ def facts(config: Config, setup: Setup, lineage: Mapping[str, Any]) -> dict[str,
         "text": data.text_facts(setup.text, origins.get("text")),
         "image": image,
         "window": window,
-        "context": [first, window_frames(codec, setup.spans.latents) - gap_frames(codec, 1) - first],
-        "gap": [gap_frames(codec, each) for each in gap],
+        "context": [int(codec.config.first_frames) + factor * (n - 1) for n in setup.spans.sides],
+        "gap": [factor * (gap[0] - 1) + 1, factor * gap[1]],
         "classes": [],
         "sampling": asdict(config.sampling),
     }

@@ -26,6 +26,7 @@ from longtake.training.models.common import flow, parts
 from longtake.training.models.common.codec import Codec, frames_of, nearest_lengths, to_array
 from longtake.training.models.common.prompts import States
 from longtake.training.models.generator import Gap, InfillSettings
+from longtake.training.models.mavin.encode import gap_latents
 from longtake.training.models.mavin.mixer import Mixer, initial
 
 # (latents, times (B, T), length (B,), text, text mask, image) -> velocity; see `Mavin.forward`
@@ -79,6 +80,7 @@ def sample(
     settings: InfillSettings,
     clean_time: CleanTime = "zero",
     each_step: Callable[[], object] | None = None,
+    frames: int | None = None,
 ) -> Tensor:
     """Clips with their gaps filled, `(B, C, a + n + b, h, w)` fp32; what is beside the gap is `before` and `after` to the bit.
 
@@ -86,13 +88,14 @@ def sample(
         before, after: clean latents `(B, C, a, h, w)` and `(B, C, b, h, w)`, normalised.
         noise: that the gaps begin from, `(B, C, n, h, w)`; see `mixer.initial`.
         clean_time: of the clean latents: `zero`, or the `same` as that of the gap, as in the paper.
+        frames: of a gap; None: one for each latent.
 
     Raises:
         ValueError: fewer than one step.
     """
     before, after = before.float(), after.float()
     sides, count = (before.shape[2], after.shape[2]), noise.shape[2]
-    length = torch.full((len(noise),), count, device=noise.device)
+    length = torch.full((len(noise),), frames or count, device=noise.device)
     whole = guided(model, hints, settings.guidance, settings.image_guidance)
 
     def velocity(x: Tensor, t: Tensor) -> Tensor:
@@ -110,14 +113,14 @@ def fill(
     model: Any,
     codec: Codec,
     sides: tuple[Tensor, Tensor],
-    count: int,
+    frames: int,
     draws: Sequence[tuple[int, ...]],
     hints: Hints,
     settings: InfillSettings,
     clean_time: CleanTime = "zero",
     each_step: Callable[[], object] | None = None,
 ) -> Tensor:
-    """The frames of gaps of `count` latents, `(B, 3, n, H, W)`.
+    """The frames of gaps, `(B, 3, frames, H, W)`.
 
     Args:
         model: a velocity with `normalise` and `denormalise`, of latents.
@@ -129,10 +132,11 @@ def fill(
     """
     left, right = map(model.normalise, sides)
     mixer = _mixer(settings)
+    count, given = gap_latents(codec, frames), left.shape[2]
     noise = [initial(mixer, a, b, count, numbers) for a, b, numbers in zip(left, right, draws, strict=True)]
-    whole = sample(model, left, right, torch.stack(noise), hints, settings, clean_time, each_step)
-    given = left.shape[2]
-    return decoded(codec, sides[0], model.denormalise(whole[:, :, given : given + count]))
+    whole = sample(model, left, right, torch.stack(noise), hints, settings, clean_time, each_step, frames)
+    # the last latent may reach into the clip after the gap
+    return decoded(codec, sides[0], model.denormalise(whole[:, :, given : given + count]))[:, :, :frames]
 
 
 @torch.no_grad()
@@ -170,10 +174,6 @@ class Filler:
     prompts: States | None = None
     features: Callable[[Tensor], Tensor] | None = None
     clean_time: CleanTime = "zero"
-
-    @property
-    def factor(self) -> int:
-        return int(self.codec.config.temporal_stride)
 
     @property
     def takes_prompts(self) -> bool:
@@ -215,10 +215,8 @@ class Filler:
         parts.forget(folder)
 
     def _check(self, gap: Gap) -> None:
-        low, high = nearest_lengths(gap.frames, self.factor, self.factor)
-        if gap.frames != low:
-            such = f"{low} or {high}" if gap.frames > self.factor else str(low)
-            raise ValueError(f"frames is {gap.frames}; this model fills gaps of {self.factor}n frames, such as {such}")
+        if gap.frames < 1:
+            raise ValueError(f"frames is {gap.frames}; a gap has at least 1")
         for side in (gap.before, gap.after):
             if side.shape[1:] != (*self.size, 3):
                 (height, width), (h, w) = side.shape[1:3], self.size
@@ -231,7 +229,7 @@ class Filler:
 
         def length(frames: int, room: int) -> int:
             most = min(frames, max(room, self.context[0]), self.context[1])
-            return nearest_lengths(most, self.factor, self.codec.config.first_frames)[0]
+            return nearest_lengths(most, self.codec.config.temporal_stride, self.codec.config.first_frames)[0]
 
         room = self.window - min(gap.frames, self.longest)  # beside a longer one as beside the longest
         before = length(len(gap.before), room - min(len(gap.after), room // 2))
@@ -299,10 +297,9 @@ class Filler:
         after = _video([gap.after for gap in gaps], self.device)
         latents = self.encode(self.codec, before.to(self.codec.dtype), after.to(self.codec.dtype))
         hints = self._hints(gaps, negative, before, after)
-        draws = [(seed, number) for number in numbers]
-        count = gaps[0].frames // self.factor
+        draws, frames = [(seed, number) for number in numbers], gaps[0].frames
         return to_array(
-            fill(self.model, self.codec, latents, count, draws, hints, settings, self.clean_time, each_step)
+            fill(self.model, self.codec, latents, frames, draws, hints, settings, self.clean_time, each_step)
         )
 
     def _hints(self, gaps: Sequence[Gap], negative: str | None, before: Tensor, after: Tensor) -> Hints:

@@ -23,11 +23,12 @@ from longtake.training.models.mavin.windows import filled, gap_losses, window_of
 from longtake.training.registry.gate import Better, Window
 
 _BETTER: dict[str, Better] = {"loss": "lower", "middle_psnr": "higher", "joint": "lower"}
+_SHARE = 12 / 32  # of a window that is made: the paper's mean, whatever a model has trained on
 _STEPS = 8  # of a filled gap, at most, so that hundreds of clips are soon measured
 
 
 def judge(facts: Mapping[str, Any]) -> Judge:
-    """The flow's loss in a gap in the middle of a window, of a length that training has seen, and the gap filled.
+    """The flow's loss in a gap in the middle of a window, of the same length for all models, and the gap filled.
 
     `middle_psnr` is of the frames of the gap alone, `joint` the error of the change at its joints, in 0..1. It is filled as
     the model does by default, but in no more than 8 steps.
@@ -46,8 +47,7 @@ def _figures(
     model, video = judged.model, to_model(batch["video"])
     codec = _codec(judged.uri, **_named(judged.facts.get("vae"), ("uri", "encoder")), device=str(video.device))
     latents = window_latents(codec, video.shape[2])
-    low, high = model.config.gap
-    length = min((low + high) // 2, latents - 2)
+    length = max(1, min(latents - 2, round(_SHARE * latents)))
     start = (latents - length) // 2
     span = (start, start + length)
     x0 = video if isinstance(codec, Pixels) else encode_windows(codec, video, [span])

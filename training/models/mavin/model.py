@@ -50,7 +50,7 @@ class Mavin(Normalising):
         Args:
             latents: `(B, C, T, h, w)`, clean ones as they are and those of the gap at their time.
             times: `(B, T)`, 0 (data) to 1 (noise); clean latents have 0 or, with `clean_time: same`, the time of the gap.
-            length: of the gap, in latents, `(B,)`.
+            length: of the gap, in frames, `(B,)`.
             text, text_mask: states of a text's tokens `(B, N, W)`, and which there are, bool `(B, N)`; a sample that sees
                 none has no text.
             image, image_mask: tokens of the last frame before and the first one after the gap, `(B, 2, K, E)`, and of which

@@ -50,6 +50,14 @@ class Spans:
             raise ValueError(f"spans: length {self.length} does not fit between {first} and {most}")
 
     @property
+    def sides(self) -> tuple[int, int]:
+        """The fewest and the most latents on a side of a span; of random ones, as of variable ones."""
+        (first, last), (least, most) = self.starts, self.ends
+        if self.kind == "fixed":
+            last, least = most - self.length, first + self.length
+        return min(first, self.latents - most), max(last, self.latents - least)
+
+    @property
     def gap(self) -> tuple[int, int]:
         """The shortest and the longest span."""
         if self.kind == "fixed":

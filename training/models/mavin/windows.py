@@ -75,7 +75,8 @@ def gap_losses(
     told = (window.hints.text, window.hints.mask, window.hints.image)
     hints = [None if hint is None else hint.expand(TIMES, *hint.shape[1:]) for hint in told]
     times = spanning.times_of(t, mask, model.config.clean_time)
-    velocity = model(spanning.noised(x0, noise, t, mask), times, mask.sum(1), *hints).float()
+    length = torch.full((TIMES,), window.length, device=x0.device)
+    velocity = model(spanning.noised(x0, noise, t, mask), times, length, *hints).float()
     each = (spanning.loss(v * scale, x0 * scale, noise * scale, mask) for v in (velocity, torch.zeros_like(velocity)))
     ours, mean = (float(loss.mean()) for loss in each)
     return ours, mean
@@ -83,8 +84,7 @@ def gap_losses(
 
 def filled(model: Mavin, codec: Codec, window: Window, settings: InfillSettings, draws: tuple[int, ...]) -> Tensor:
     """The frames of the gap as the model makes them, (1, 3, n, H, W) in [-1, 1]; `draws` decide the noise."""
-    count = window.span[1] - window.span[0]
-    made = fill(model, codec, window.sides, count, [draws], window.hints, settings, model.config.clean_time)
+    made = fill(model, codec, window.sides, window.length, [draws], window.hints, settings, model.config.clean_time)
     return made.clamp(-1, 1).to(window.video)
 
 

@@ -60,6 +60,21 @@ def test_changing_the_middle_changes_no_clean_latent_and_no_token(name: str, spa
     assert torch.equal(torch.cat([before, after], dim=2), torch.cat([one[:, :, :start], one[:, :, end:]], dim=2))
 
 
+@pytest.mark.parametrize("early", [1, 3])
+def test_a_clip_that_begins_early_makes_gaps_of_any_length(early: int) -> None:
+    codec = latent_stages.vae()
+    video = clip(codec, 6)
+    other = video.clone()
+    other[:, :, 5 : 13 - early] = -other[:, :, 5 : 13 - early]  # a gap of 8 frames less those
+    one, two = (encode.encode_window(codec, each, 2, 4, early) for each in (video, other))
+    assert one.shape[2] == 6 and torch.equal(one[:, :, :2], two[:, :, :2]) and torch.equal(one[:, :, 4:], two[:, :, 4:])
+    assert not torch.isclose(one[:, :, 2:4], two[:, :, 2:4]).all()
+    before, after = encode.encode_apart(codec, video[:, :, :5], video[:, :, 13 - early : 18 - early])
+    assert torch.equal(torch.cat([before, after], dim=2), torch.cat([one[:, :, :2], one[:, :, 4:]], dim=2))
+    (frames,) = encode.boundary_frames(codec, video, [(2, 4)], [early])
+    assert torch.equal(frames[0], video[0, :, 4]) and torch.equal(frames[1], video[0, :, 13 - early])
+
+
 def test_encoded_whole_the_clip_after_the_gap_knows_it() -> None:
     codec = latent_stages.vae()
     video = clip(codec, 7)[:, :, :21]

@@ -30,6 +30,7 @@ from longtake.training.registry.gate import Window
 pytestmark = pytest.mark.usefixtures("one_thread", "group")
 
 MODEL: dict[str, Any] = {"preset": "mavin_tiny", "depth": 2, "width": 16, "heads": 2, "patch": 4}
+UNET: dict[str, Any] = {"preset": "mavin_unet_tiny", "widths": (16, 32)}
 QUICK: dict[str, Any] = {
     "kind": "finetune_mavin",
     "dataset": "dataset",
@@ -78,6 +79,17 @@ def config(**changes: Any) -> Config:
     return Config(**nested(QUICK | changes))
 
 
+def saved(chosen: Config, inputs: dict[str, str], folder: Path) -> str:
+    """The folder of a model that has learned nothing."""
+    torch.manual_seed(0)
+    setup = prepared(chosen, inputs, folder / "untrained", finetune)
+    origins = {"vae": {"uri": inputs["vae"]}} if chosen.vae else {}
+    facts = finetune.facts(chosen, setup, {"inputs": origins}) | {"lineage": {}}
+    sizes, weights = setup.model.config.model_dump(mode="json"), setup.model.state_dict()
+    disk.save(folder / "model", "mavin", sizes, weights, facts)
+    return str(folder / "model")
+
+
 @pytest.fixture(scope="module")
 def inputs(dataset: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     return {
@@ -110,12 +122,14 @@ def test_the_loss_is_of_the_span_of_each_window_alone(inputs: dict[str, str], tm
     ((x, times, length, text, text_mask, image, image_mask),) = seen
     draws = draw(chosen, setup, 0, range(4))
     assert len({tuple(row) for row in draws.mask.tolist()}) > 1, "spans differ in a batch"
-    assert torch.equal(length, draws.mask.sum(1)) and text is None and text_mask is None
-    assert image.shape == (4, 2, 64, 48) and image_mask.shape == (4, 2)
+    assert set(draws.early) <= {0, 1, 2, 3} and len(set(draws.early)) > 1, "clips begin early by any frames"
+    assert length.tolist() == [4 * int(n) - early for n, early in zip(draws.mask.sum(1), draws.early, strict=True)]
+    assert text is None and text_mask is None
+    assert image.shape == (4, 2, 64, 64) and image_mask.shape == (4, 2)
     expected = draws.t[:, None] * draws.mask if clean_time == "zero" else draws.t[:, None].expand(4, 5)
     assert torch.equal(times, expected)
     video = to_model(batch["video"])
-    x0 = setup.model.normalise(finetune.latents_of(setup, video, draws.spans))
+    x0 = setup.model.normalise(finetune.latents_of(setup, video, draws.spans, draws.early))
     inside = draws.mask[:, None, :, None, None].expand_as(x)
     assert torch.equal(x[~inside], x0[~inside])
     errors = (draws.noise - x0).square().mean((1, 3, 4))
@@ -130,10 +144,9 @@ def test_what_a_model_sees_of_a_window_does_not_know_its_middle(inputs: dict[str
     setup = prepared(chosen, inputs, tmp_path, finetune)
     batch, seen = batch_of(chosen, setup, 1), list[Any]()
     other = dict(batch, video=batch["video"].clone())
-    (span,) = draw(chosen, setup, 0, [0]).spans
-    begin, stop = finetune.boundary_frames(
-        setup.codec, torch.arange(14.0).expand(1, 3, 16, 16, 14).movedim(4, 2), [span]
-    )[0, :, 0, 0, 0].tolist()
+    draws = draw(chosen, setup, 0, [0])
+    numbers = torch.arange(14.0).expand(1, 3, 16, 16, 14).movedim(4, 2)
+    begin, stop = finetune.boundary_frames(setup.codec, numbers, draws.spans, draws.early)[0, :, 0, 0, 0].tolist()
     other["video"][:, :, int(begin) + 1 : int(stop)] ^= 255
 
     def engine(*given: Any) -> Tensor:
@@ -187,12 +200,15 @@ def test_windows_with_a_cut_do_not_count(dataset: str, tmp_path: Path) -> None:
     [
         {},
         {"zero_stage": 3, "precision": "bf16", "accumulate": 2},
-        {"model": {"preset": "mavin_unet_tiny", "widths": (16, 32)}, "train": ("temporal", "attention", "embedding")},
+        {"base": "base", "model": None, "train": ("temporal", "attention", "embedding")},
     ],
     ids=["pixels", "zero", "unet"],
 )
 def test_a_training_stopped_after_a_step_goes_on_exactly(dataset: str, tmp_path: Path, changes: Any) -> None:
-    chosen, given, log = config(**changes), {"dataset": dataset}, latent_stages.Log()
+    given, log = {"dataset": dataset}, latent_stages.Log()
+    if "base" in changes:
+        given["base"] = saved(config(model=UNET), given, tmp_path)
+    chosen = config(**changes)
     straight = fit(finetune, chosen, given, tmp_path / "straight", log=log)
     fit(finetune, chosen, given, tmp_path / "stopped", until=2)
     again = fit(finetune, chosen, given, tmp_path / "stopped")
@@ -202,10 +218,11 @@ def test_a_training_stopped_after_a_step_goes_on_exactly(dataset: str, tmp_path:
 
 
 def test_only_the_parts_that_are_named_learn(dataset: str, tmp_path: Path) -> None:
-    chosen = config(model={"preset": "mavin_unet_tiny", "widths": (16, 32)}, train=("temporal",), sample_every=0)
-    torch.manual_seed(chosen.seed)
-    before = prepared(chosen, {"dataset": dataset}, tmp_path / "before", finetune).model.state_dict()
-    after = fit(finetune, chosen, {"dataset": dataset}, tmp_path / "run")
+    inputs = {"dataset": dataset}
+    inputs["base"] = saved(config(model=UNET), inputs, tmp_path)
+    chosen = config(base="base", model=None, train=("temporal",), sample_every=0)
+    before = prepared(chosen, inputs, tmp_path / "before", finetune).model.state_dict()
+    after = fit(finetune, chosen, inputs, tmp_path / "run")
     moved = {name for name, value in after.items() if not torch.equal(value, before[name])}
     assert moved and all("temp_convs" in name for name in moved)
 
@@ -227,15 +244,11 @@ def test_two_ranks_learn_what_one_does(
 
 
 def test_a_model_goes_on_from_a_base(inputs: dict[str, str], tmp_path: Path) -> None:
-    chosen = latents(sample_every=0, steps=1)
-    setup = prepared(chosen, inputs, tmp_path / "first", finetune)
-    facts = finetune.facts(chosen, setup, {"inputs": {"vae": {"uri": inputs["vae"]}}}) | {"lineage": {}}
-    weights = setup.model.state_dict()
-    disk.save(tmp_path / "model", "mavin", setup.model.config.model_dump(mode="json"), weights, facts)
-    given = inputs | {"base": str(tmp_path / "model")}
+    given = inputs | {"base": saved(latents(), inputs, tmp_path)}
+    weights, facts = disk.load(Path(given["base"])).state_dict(), disk.read_config(Path(given["base"]))
     longer = prepared(latents(base="base", model=None, frames=18), given, tmp_path / "second", finetune)
     torch.testing.assert_close(longer.model.state_dict(), weights, atol=0, rtol=0)
-    assert longer.model.config.shape == (6, 2, 2) and facts["gap"] == [4, 12] and facts["context"] == [1, 9]
+    assert longer.model.config.shape == (6, 2, 2) and facts["gap"] == [1, 12] and facts["context"] == [1, 5]
     with pytest.raises(UserError, match="by another encoder"):
         prepared(latents(base="base", model=None, image=None), given, tmp_path / "third", finetune)
     with pytest.raises(UserError, match="another autoencoder"):
@@ -272,7 +285,8 @@ def test_it_is_measured_registered_and_judged(inputs: dict[str, str], store: str
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"train": ("heads",)}, "train: unknown 'heads'; there are all, or temporal"),
+        ({"train": ("heads",), "unet": "folder", "model": UNET}, "train: unknown 'heads'; there are all, or temporal"),
+        ({"train": ("temporal",)}, "train: without a base or unet all else would stay random"),
         ({"fps": 8.0, "stride": 2}, "fps: stride is given too"),
         ({"spans": {"kind": "random"}}, "random latents have no two frames beside them; set image: null"),
         ({"spans": {"kind": "random"}, "vae": "vae", "image": None}, "spans: random latents have no clip"),

@@ -286,9 +286,10 @@ def test_the_projects_own_tokens_need_no_file() -> None:
     encoder = load_image_encoder("own")
     for size in ((16, 16), (36, 64)):
         tokens = encoder.tokens(torch.rand(3, 3, *size))
-        assert tokens.shape == (3, 64, encoder.width == 48 and 48)
+        assert tokens.shape == (3, 64, encoder.width)
+        assert len(tokens[0, :, 48:].unique(dim=0)) == 64, "each says where it is"
     picture = torch.rand(1, 3, 32, 32)
-    assert encoder.tokens(picture)[0].mean().item() == pytest.approx(picture.mean().item(), abs=1e-5)
+    assert encoder.tokens(picture)[0, :, :48].mean().item() == pytest.approx(picture.mean().item(), abs=1e-5)
 
 
 def clip_folder(path: Path, projected: bool) -> Any:
@@ -335,7 +336,7 @@ def test_a_frame_is_one_embedding(tmp_path: Path) -> None:
         torch.jit.script(Halves()).save(str(tmp_path / "halves.pt"))
     network, own = load_image_encoder(str(tmp_path / "halves.pt")), load_image_encoder("own")
     frames = torch.rand(2, 3, 8, 8)
-    assert network.tokens(frames).shape == (2, 2, 3) and network.pooling == "pooled"
+    assert network.tokens(frames).shape == (2, 2, 3 + 16) and network.pooling == "pooled"
     torch.testing.assert_close(network.embeddings(frames), network.tokens(frames).mean(1))
     assert own.embeddings(frames).shape == (2, 64 * 48) and own.pooling == "pixels"
 
