@@ -16,6 +16,7 @@ A stage is a module with `VERSION`, `PRODUCES` and a `Config` (a `TrainConfig` w
 It may also have
 
 - `announce(config, setup, loader) -> (lines, figures)`: lines to print and figures to log before the first step;
+- `registered(config) -> dict[str, str]`: models of the registry that its settings name, pinned as its inputs are;
 - `keep(config, folder, scratch)`: writes further artifacts of the run into `scratch`.
 """
 
@@ -61,7 +62,8 @@ def run(stage: ModuleType, config: Any, inputs: Mapping[str, str], output: str) 
     first = os.environ.get("RANK", "0") == "0"
     with checkpoint.locked(folder) if first else contextlib.nullcontext():
         if first:
-            lineage.pinned(inputs, folder)
+            named = stage.registered(config) if hasattr(stage, "registered") else {}
+            lineage.pinned({**inputs, **named}, folder)
         return publish(stage, config, inputs, folder) if launch.run(stage.__name__, config, inputs, folder) else {}
 
 

@@ -46,7 +46,8 @@ _AT_ONCE = 64  # gaps that are in memory with the frames beside them
 @click.option(
     "--image-encoder",
     metavar="PATH",
-    help="Where the network is that sees the frames beside the gap: a folder or a file. [default: where it was in training]",
+    help="Where the network is that sees the frames beside the gap: a folder, a file, or models:/NAME@ALIAS."
+    " [default: where it was in training]",
 )
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Seed of what is drawn.")
 @click.option("--steps", type=click.IntRange(min=1), metavar="S", help="Euler steps. [default: the model's]")

@@ -7,6 +7,7 @@ import click
 
 from longtake.datasets.errors import Failure, UserError
 from longtake.datasets.masking import shown, shown_within
+from longtake.training.registry.foreign import FOREIGN
 from longtake.training.registry.uri import in_store, parse
 
 _LOCK = "longtake.lock"  # tag of registered models that are only locks
@@ -131,16 +132,24 @@ def pull(uri: str, to: str | None) -> None:
 @models.command("import")
 @click.argument("folder")
 @click.option("--name", required=True, metavar="NAME", help="Name in the registry.")
-def import_(folder: str, name: str) -> None:
-    """Register the text encoder in FOLDER as a new version of NAME, and as its champion.
+@click.option(
+    "--as",
+    "kind",
+    type=click.Choice(list(FOREIGN)),
+    help="What to register of a folder that has both, as a whole CLIP does. [default: what its config.json says]",
+)
+def import_(folder: str, name: str, kind: str | None) -> None:
+    """Register the text or image encoder in FOLDER as a new version of NAME, and as its champion.
 
-    FOLDER is what `save_pretrained` of transformers writes: safetensors, config.json and tokenizer.json. The encoder is
-    loaded and checked, then these files are copied as they are. The same files are not registered twice. The old champion
-    becomes `previous`; `longtake rollback NAME` brings it back.
+    FOLDER is what `save_pretrained` of transformers writes: safetensors and config.json, of a text encoder tokenizer.json
+    too. A clip_vision_model is an image encoder, a clip needs --as, all else is a text encoder. It is loaded and checked,
+    then these files are copied as they are. The same files are not registered twice. The old champion becomes `previous`;
+    `longtake rollback NAME` brings it back.
 
     \b
-    Example:
+    Examples:
       longtake models import /models/umt5-xxl --name umt5      # then, in a recipe: encoder: models:/umt5@champion
+      longtake models import /models/clip-l --as image_encoder --name clip      # image: models:/clip@champion
     """
     from pathlib import Path
 
@@ -159,7 +168,7 @@ def import_(folder: str, name: str) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         with sqlite_store.opened_alone(uri):
             runs.client_of(uri).search_registered_models(max_results=1)
-    click.echo(registry.register_foreign(Path(folder), name, "text_encoder", place))
+    click.echo(registry.register_foreign(Path(folder), name, kind, place))
 
 
 def _store() -> str:

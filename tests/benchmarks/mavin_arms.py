@@ -13,8 +13,9 @@ from longtake.training.loop import train
 from longtake.training.models.common import flow
 from longtake.training.models.generator import InfillSettings
 from longtake.training.models.mavin import encode, finetune, infill, spans
-from longtake.training.models.mavin.guidance import NetworkFrames, boundary_tokens
+from longtake.training.models.mavin.guidance import boundary_tokens
 from longtake.training.models.mavin.mixer import Mixer, initial
+from longtake.training.pictures.encoder import NetworkFrames
 
 ARMS: dict[str, dict[str, Any]] = {
     "variable": {},

@@ -41,7 +41,7 @@ def model(kind: str, seed: int = 0) -> Any:
         return t.T5ForConditionalGeneration(config) if kind == "t5" else t.UMT5EncoderModel(config)
     if kind == "clip":
         eyes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
-        eyes |= {"image_size": 8, "patch_size": 4}
+        eyes |= {"image_size": 8, "patch_size": 4, "projection_dim": 16}
         text = usual | {"max_position_embeddings": 24}
         return t.CLIPModel(t.CLIPConfig(text_config=text, vision_config=eyes, projection_dim=16))
     if kind == "clip_text":

@@ -51,26 +51,27 @@ def register(folder: Path, name: str, run_id: str) -> str:
     return log.log_model(folder, name, run_id, disk.digest(content), content.get("lineage", {}))
 
 
-def register_foreign(folder: Path, name: str, kind: str, place: str | None) -> str:
+def register_foreign(folder: Path, name: str, kind: str | None, place: str | None) -> str:
     """Check a folder of another library, and register its files as the champion; returns "models:/NAME/VERSION".
 
     Args:
-        kind: a name in `foreign.FOREIGN`.
+        kind: a name in `foreign.FOREIGN`; None: as `foreign.kind_of_folder` says.
         place: URL where the store keeps artifacts, if it has no place of its own.
 
     Raises:
-        UserError: the folder has no such model; the name is that of other models.
+        UserError: the folder has no such model, or may be of two kinds; the name is that of other models.
         Failure: the store cannot be reached.
     """
     from importlib import import_module
 
     from longtake.training.registry import disk, log, promotion
-    from longtake.training.registry.foreign import FOREIGN
+    from longtake.training.registry.foreign import FOREIGN, kind_of_folder
 
+    kind = kind or kind_of_folder(folder)
     row = FOREIGN[kind]
     config, files = import_module(row.checked).checked(folder)
     if odd := [file for file in files if not row.files.fullmatch(file)]:
-        raise UserError(f"{folder}: {odd[0]} is no file that a {row.what} is registered with; save it again")
+        raise UserError(f"{folder}: {odd[0]} is no file that {row.one} is registered with; save it again")
     content = disk.described(kind, config, files)
     uri = log.log_files(files, content, name, disk.digest(content), place)
     promotion.promote(uri)

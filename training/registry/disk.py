@@ -155,7 +155,7 @@ def checked_config(where: Path | str, content: dict[str, Any]) -> dict[str, Any]
     foreign = FOREIGN.get(content["model"])
     for name in files:
         if not (foreign.files.fullmatch(name) if foreign else _WEIGHTS.fullmatch(name) or name == _INDEX):
-            what = f"file of a {foreign.what}" if foreign else "weights file of a model folder"
+            what = f"file of {foreign.one}" if foreign else "weights file of a model folder"
             raise Failure(f"{where}: config.json: {name[:80]!r} is no {what}")
     return content
 

@@ -3,6 +3,7 @@
 None of them is a module of ours. A new kind is a row of `FOREIGN`.
 """
 
+import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,11 +11,14 @@ from typing import Any, NamedTuple
 
 from longtake.datasets.errors import UserError
 
+TEXT_ENCODER, IMAGE_ENCODER = "text_encoder", "image_encoder"  # names in config.json, and of the folders of their files
+PICTURES = ("clip", "clip_vision_model")  # types of models of transformers that have CLIP's model of pictures
+
 
 class Foreign(NamedTuple):
     """A kind of foreign model.
 
-    what     noun for messages
+    what     noun for messages, and `one` with its article
     use      what such a model is for, and where it is named
     files    the names that its files have below config.json
     checked  name of the module whose `checked(folder)` returns what config.json says of a model, and its files by these
@@ -22,6 +26,7 @@ class Foreign(NamedTuple):
     """
 
     what: str
+    one: str
     use: str
     files: re.Pattern[str]
     checked: str
@@ -29,16 +34,52 @@ class Foreign(NamedTuple):
 
 # name in config.json -> row
 FOREIGN = {
-    "text_encoder": Foreign(
+    TEXT_ENCODER: Foreign(
         "text encoder",
+        "a text encoder",
         "name it as the `encoder` of a `cache_text` stage",
         re.compile(r"(text_encoder|tokenizer)/\w[\w.-]*\.(safetensors|json)"),
         "longtake.training.text.candidate",
-    )
+    ),
+    IMAGE_ENCODER: Foreign(
+        "image encoder",
+        "an image encoder",
+        "name it as the `image` or `embedder` of a `finetune_mavin` stage",
+        re.compile(r"image_encoder/\w[\w.-]*\.(safetensors|json)"),
+        "longtake.training.pictures.candidate",
+    ),
 }
 
 
 def check_ours(where: Path | str, content: Mapping[str, Any]) -> None:
     """Raise UserError where a config.json is that of a foreign model."""
     if row := FOREIGN.get(content["model"]):
-        raise UserError(f"{where}: is a {row.what}, and no model of videos; {row.use}")
+        raise UserError(f"{where}: is {row.one}, and no model of videos; {row.use}")
+
+
+def type_of(folder: Path) -> str | None:
+    """The `model_type` in the config.json of a folder of transformers; None where there is none."""
+    try:
+        return str(json.loads((folder / "config.json").read_bytes())["model_type"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def kind_of_folder(folder: Path) -> str:
+    """The kind of the model in a folder of another library; a text encoder where nothing says that it is another.
+
+    A folder of CLIP's model of pictures alone is an image encoder, and so is one with `image_encoder` below it.
+
+    Raises:
+        UserError: it may be either, as a whole CLIP is, or a folder with both side by side.
+    """
+    kind = type_of(folder)
+    if kind is not None:
+        texts, pictures = kind != "clip_vision_model", kind in PICTURES
+    else:
+        texts, pictures = (type_of(folder / name) is not None for name in (TEXT_ENCODER, IMAGE_ENCODER))
+    if texts and pictures:
+        raise UserError(
+            f"{folder}: has a model of texts and one of pictures; say which with --as {TEXT_ENCODER} or --as {IMAGE_ENCODER}"
+        )
+    return IMAGE_ENCODER if pictures else TEXT_ENCODER

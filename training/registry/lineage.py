@@ -19,7 +19,7 @@ from longtake.training.registry import store
 from longtake.training.registry.disk import digest, read_config
 
 _FILE = "lineage.json"  # in the folder of checkpoints
-_MODELS = ("vae", "vqgan", "sound_vqgan", "anchors", "base", "parent")  # inputs that are models, whose aliases may move
+_MODELS = ("vae", "vqgan", "sound_vqgan", "anchors", "base", "parent", "image")  # models, whose aliases may move
 
 
 def record(inputs: Mapping[str, str]) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from longtake.datasets.text import WORDS
 from longtake.training.models.common.pictures import OWN
 from longtake.training.registry import aliases, store
 from longtake.training.registry.store import delete_artifacts, failing_clearly
+from longtake.training.registry.uri import in_store
 
 _KIND = "longtake.kind"  # tag of the versions of foreign models
 _IMPORTED = "imported models"  # their experiment
@@ -126,7 +127,8 @@ def _of_text(folder: Path) -> tuple[str, ...]:
 def _of_pictures(folder: Path) -> tuple[str, ...]:
     """The packages that encode the pictures that a model folder's model sees beside a gap."""
     encoder = (_facts(folder).get("image") or {}).get("encoder")
-    return ("transformers",) if encoder and encoder != OWN and Path(encoder).expanduser().is_dir() else ()
+    by_transformers = encoder and encoder != OWN and (in_store(encoder) or Path(encoder).expanduser().is_dir())
+    return ("transformers",) if by_transformers else ()
 
 
 def _pinned(package: str) -> str:

@@ -6,7 +6,7 @@ from typing import Any
 
 from longtake.datasets.text import TextConfig
 from longtake.training.text.encoder import load_encoder
-from longtake.training.text.files import Files, found
+from longtake.training.text.files import Files, files_of, found
 
 
 def checked(folder: Path) -> tuple[dict[str, Any], dict[str, Path]]:
@@ -22,5 +22,5 @@ def checked(folder: Path) -> tuple[dict[str, Any], dict[str, Path]]:
 
 def _names(files: Files) -> dict[str, Path]:
     tokenizer = "text_encoder" if files.tokenizer == files.model else "tokenizer"
-    model = {f"text_encoder/{path.relative_to(files.model)}": path for path in files.of_model()}
+    model = {f"text_encoder/{path.relative_to(files.model)}": path for path in files_of(files.model)}
     return model | {f"{tokenizer}/{path.name}": path for path in files.of_tokenizer()}

@@ -8,9 +8,10 @@ from torch import Tensor
 
 from longtake.datasets.errors import UserError
 from longtake.datasets.text import WORDS, TextConfig
+from longtake.training.registry.foreign import TEXT_ENCODER
+from longtake.training.registry.imported import pulled
 from longtake.training.registry.uri import in_store
 from longtake.training.text.files import found
-from longtake.training.text.folder import pulled
 from longtake.training.text.pretrained import Pretrained
 from longtake.training.text.words import Words
 
@@ -54,7 +55,7 @@ def load_encoder(config: TextConfig) -> TextEncoder:
     if config.encoder == WORDS:
         encoder = Words(config)
     elif in_store(config.encoder):
-        version, folder = pulled(config.encoder)
+        version, folder = pulled(config.encoder, TEXT_ENCODER, "encoder")
         encoder = Pretrained(config.model_copy(update={"encoder": version}), found(str(folder)))
     else:
         files = found(config.encoder)

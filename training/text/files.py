@@ -40,22 +40,17 @@ class Files(NamedTuple):
             weights | tokens | {"config.json": hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()}
         )
 
-    def of_model(self) -> list[Path]:
-        """The files of the model: its weights, their index where there is one, and its config."""
-        beside = (self.model / name for name in (_WEIGHTS_INDEX, "config.json"))
-        return weights_of(self.model) + [path for path in beside if path.is_file()]
-
     def of_tokenizer(self) -> list[Path]:
         """The files of the tokenizer."""
         return [path for path in (self.tokenizer / name for name in _TOKENIZER) if path.is_file()]
 
 
-def imported(name: str) -> ModuleType:
+def imported(name: str, key: str = "encoder") -> ModuleType:
     """A module of the extra. Raises UserError where it is not installed."""
     try:
         return importlib.import_module(name)
     except ImportError as e:
-        raise UserError(f"encoder: {name} is not installed; pip install 'longtake[text]'") from e
+        raise UserError(f"{key}: {name} is not installed; pip install 'longtake[text]'") from e
 
 
 def digest_of(path: Path) -> str:
@@ -92,17 +87,23 @@ def found(name: str) -> Files:
     return Files(model, tokenizer)
 
 
-def weights_of(folder: Path) -> list[Path]:
-    """The files of a model's weights, sorted. Raises UserError where they are missing, ambiguous, or could run code."""
+def files_of(folder: Path, key: str = "encoder") -> list[Path]:
+    """The files of a model: its weights, their index where there is one, and its config. Raises as `weights_of`."""
+    beside = (folder / name for name in (_WEIGHTS_INDEX, "config.json"))
+    return weights_of(folder, key) + [path for path in beside if path.is_file()]
+
+
+def weights_of(folder: Path, key: str = "encoder") -> list[Path]:
+    """The files of a model's weights, sorted. UserError, with the setting `key`: they are missing, ambiguous, or could run code."""
     if (folder / _WEIGHTS_INDEX).is_file() and (folder / _WEIGHTS).is_file():
         raise UserError(
-            f"encoder: {folder}: has both {_WEIGHTS} and {_WEIGHTS_INDEX}, and only one can be meant; delete the other"
+            f"{key}: {folder}: has both {_WEIGHTS} and {_WEIGHTS_INDEX}, and only one can be meant; delete the other"
         )
     if (folder / _WEIGHTS_INDEX).is_file():
         try:
             names = set(json.loads((folder / _WEIGHTS_INDEX).read_bytes())["weight_map"].values())
         except (ValueError, KeyError, TypeError, AttributeError) as e:
-            raise UserError(f"encoder: {folder / _WEIGHTS_INDEX}: damaged ({e}); copy it again") from e
+            raise UserError(f"{key}: {folder / _WEIGHTS_INDEX}: damaged ({e}); copy it again") from e
     else:
         names = {_WEIGHTS}
     paths = sorted(folder / name for name in names)
@@ -111,10 +112,10 @@ def weights_of(folder: Path) -> list[Path]:
         return paths
     if pickles := sorted(path.name for pattern in _PICKLES for path in folder.glob(pattern)):
         raise UserError(
-            f"encoder: {folder}: has its weights in {pickles[0]}, which may run code when it is read;"
+            f"{key}: {folder}: has its weights in {pickles[0]}, which may run code when it is read;"
             " convert them to safetensors (`model.save_pretrained(folder)`)"
         )
-    raise UserError(f"encoder: {folder}: {missing[0].name} is missing; copy the whole model there, as safetensors")
+    raise UserError(f"{key}: {folder}: {missing[0].name} is missing; copy the whole model there, as safetensors")
 
 
 def _is_model(folder: Path) -> bool:

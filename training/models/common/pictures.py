@@ -11,11 +11,11 @@ from typing import Any
 
 OWN = "own"  # the name of the project's own features, which need no file
 VARIABLE = "LONGTAKE_IMAGE_ENCODER"  # where a served model's encoder is, if not where it was
-REMEDY = f"say where it is with --image-encoder, or in {VARIABLE} for a served model"
+REMEDY = f"say where it is with --image-encoder PATH or models:/NAME@ALIAS, or in {VARIABLE} for a served model"
 
 
 def with_image_encoder(facts: Mapping[str, Any], encoder: str | None) -> Mapping[str, Any]:
-    """A config.json whose image encoder is at this path; unchanged for None, or for a model that sees no pictures."""
+    """A config.json whose image encoder is at this path, or registered so; unchanged for None, or for a model that sees no pictures."""
     image = facts.get("image")
     return {**facts, "image": image | {"encoder": encoder}} if encoder and image else facts
 

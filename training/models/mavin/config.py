@@ -176,7 +176,8 @@ class Config(MeasuredConfig):
     unet              a folder with a public U-Net in the layout of diffusers, whose weights body unet begins with
     model             a preset with fields of MavinConfig to change: `{preset: mavin_small}`; with a base none
     image             what the frames beside the gap are seen by: own, the project's features; a folder with CLIP's model of
-                      pictures [paper: ViT-L/14]; a feature network's file; or null, they are not seen
+                      pictures [paper: ViT-L/14], or one that is registered: the version that it names when the training
+                      begins; a feature network's file; or null, they are not seen
     frames            of a window; with a vae 2 + 4n, since both clips are encoded apart [paper: 32]
     stride            take every n-th frame
     fps               frames per second of a window in place of `stride`: the nearest that a stride gives [paper: 8]

@@ -22,10 +22,11 @@ from longtake.training.metrics.trivial import Against, comparisons
 from longtake.training.models.common.codec import Codec
 from longtake.training.models.common.video import write_panels
 from longtake.training.models.generator import InfillSettings
-from longtake.training.models.mavin.guidance import ClipFrames, ImageEncoder, checked_embedder
+from longtake.training.models.mavin.guidance import checked_embedder
 from longtake.training.models.mavin.measures import MeasuredConfig
 from longtake.training.models.mavin.model import Mavin
 from longtake.training.models.mavin.windows import Window, filled, filled_without, framed, gap_losses
+from longtake.training.pictures import ClipFrames, ImageEncoder
 
 SUMMARY = "gaps.json"
 

@@ -29,6 +29,7 @@ from longtake.training.metrics.share import place
 from longtake.training.models.common.codec import Codec, Pixels, load_codec
 from longtake.training.models.common.draws import rng_of
 from longtake.training.models.common.flow import shifted
+from longtake.training.models.common.pictures import OWN
 from longtake.training.models.common.text import set_empty
 from longtake.training.models.mavin import spans as spanning
 from longtake.training.models.mavin.config import PARTS, Config, check, check_parts, stride_of
@@ -40,7 +41,7 @@ from longtake.training.models.mavin.encode import (
 )
 from longtake.training.models.mavin.evaluate import SUMMARY, Plan, judges_of, reach_of
 from longtake.training.models.mavin.evaluate import evaluate as measure
-from longtake.training.models.mavin.guidance import OWN, ImageEncoder, boundary_tokens, load_image_encoder
+from longtake.training.models.mavin.guidance import boundary_tokens
 from longtake.training.models.mavin.infill import Hints
 from longtake.training.models.mavin.model import Mavin
 from longtake.training.models.mavin.spans import Spans, spans_to_measure
@@ -48,6 +49,8 @@ from longtake.training.models.mavin.unet import UNet, fields_of_folder, load_fol
 from longtake.training.models.mavin.windows import Window, filled, framed
 from longtake.training.models.mavin.windows import window_of as gap_of
 from longtake.training.objective import Batch, Engines, Objective, Terms, Turn
+from longtake.training.pictures import ImageEncoder, load_image_encoder
+from longtake.training.registry.uri import in_store
 
 __all__ = ["SUMMARY", "Config", "check"]  # the stage's parts from another file
 
@@ -59,9 +62,14 @@ _SCALED_BY = 32  # windows by which latents are normalised
 
 
 def outside(config: Config) -> str:
-    """Changes with the networks and weights that it names."""
-    encoders = [None if name == OWN else name for name in (config.image, config.embedder)]
+    """Changes with the files of networks and weights that it names; a recipe is resolved without the registry."""
+    encoders = [name for name in (config.image, config.embedder) if name and name != OWN and not in_store(name)]
     return digest_of(*encoders, config.unet, config.features, config.perceptual, config.perceptual_linear)
+
+
+def registered(config: Config) -> dict[str, str]:
+    """The registered image encoder that `image` names, which is pinned when the training begins."""
+    return {"image": config.image} if config.image and in_store(config.image) else {}
 
 
 class Setup(NamedTuple):
@@ -91,7 +99,8 @@ def prepare(config: Config, inputs: Mapping[str, str], folder: Path) -> Setup:
     codec: Any = load_codec(inputs["vae"]).requires_grad_(False) if "vae" in inputs else Pixels()
     codec = codec.eval().to(device())
     text = data.text_of(inputs)
-    encoder = load_image_encoder(config.image, device()) if config.image else None
+    name = inputs.get("image", config.image)
+    encoder = load_image_encoder(name, device()) if name else None
     side = codec.config.spatial_stride
     if config.size[0] % side or config.size[1] % side:
         raise UserError(f"size: {config.size[0]}x{config.size[1]}: the autoencoder needs multiples of {side}")
@@ -374,7 +383,8 @@ def facts(config: Config, setup: Setup, lineage: Mapping[str, Any]) -> dict[str,
     gap, factor = setup.model.config.gap, gap_frames(codec, 1)
     assert gap
     window = {"frames": config.frames, "stride": setup.stride, "size": list(config.size), "fps": setup.fps}
-    image = {"encoder": config.image, "digest": setup.encoder.digest} if setup.encoder else None
+    name = setup.inputs.get("image", config.image)
+    image = {"encoder": name, "digest": setup.encoder.digest} if setup.encoder else None
     return {
         "vae": origins["vae"] | {"encoder": _digest(codec)} if "vae" in origins else None,
         "text": data.text_facts(setup.text, origins.get("text")),

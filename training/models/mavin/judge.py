@@ -17,9 +17,10 @@ from longtake.training.models.common.condition import Condition
 from longtake.training.models.generator import InfillSettings
 from longtake.training.models.kind import Judge, Judged
 from longtake.training.models.mavin.encode import boundary_frames, encode_windows, window_latents
-from longtake.training.models.mavin.guidance import ImageEncoder, boundary_tokens, load_learned
+from longtake.training.models.mavin.guidance import boundary_tokens, load_learned
 from longtake.training.models.mavin.infill import Hints
 from longtake.training.models.mavin.windows import filled, gap_losses, window_of
+from longtake.training.pictures import ImageEncoder
 from longtake.training.registry.gate import Better, Window
 
 _BETTER: dict[str, Better] = {"loss": "lower", "middle_psnr": "higher", "joint": "lower"}

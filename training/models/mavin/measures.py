@@ -28,8 +28,8 @@ class MeasuredConfig(TrainConfig):
                        last checkpoint is measured again, and nothing is trained
     eval_videos        held-out windows whose gap is filled, with each of the lengths that are measured
     eval_draws         times that each gap is filled, for their diversity; 1 measures none
-    embedder           what CLIP-RS compares frames by: own, a folder with CLIP's model of pictures [paper], or a feature
-                       network's file, as in `image`; null is what `image` names
+    embedder           what CLIP-RS compares frames by: own, CLIP's model of pictures [paper], in a folder or registered, or a
+                       feature network's file, as in `image`; null is what `image` names
     perceptual         a network of images for LPIPS; null measures none
     perceptual_linear  its linear weights; null weighs all channels alike
     features           a feature network (see training.metrics.features) for Fréchet and kernel distances of windows that reach

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from longtake.training.models.common.codec import Pixels, Posterior
 from longtake.training.models.mavin import encode
-from longtake.training.models.mavin.guidance import boundary_tokens, load_image_encoder
+from longtake.training.models.mavin.guidance import boundary_tokens
+from longtake.training.pictures import load_image_encoder
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
