@@ -147,7 +147,7 @@ def infill(
         numbers = {"steps": steps, "guidance": guidance, "image_guidance": image_guidance}
         mixed = {"mixer": mixer, "noise": noise, "cutoff": cutoff, "fall": fall}
         settings = asked.infill_settings_of(infiller, numbers | mixed)
-        _check_texts(model, infiller, prompt, negative, settings.guidance)
+        _check_texts(model, infiller, prompt, negative, guidance, settings.guidance)
         lengths = [_count(path, infiller) for path in clips]
         if smooth:
             last, speed = lengths[0] - smooth - infiller.context[0], infiller.fps / media.rate_of(clips[0])
@@ -223,11 +223,16 @@ def _load_infiller(
     return kind.infiller(model, module, there, decoder, media.dtype(precision))
 
 
-def _check_texts(model: str, infiller: Any, prompt: str | None, negative: str | None, guidance: float) -> None:
+def _check_texts(
+    model: str, infiller: Any, prompt: str | None, negative: str | None, asked_for: float | None, guidance: float
+) -> None:
+    """Refuse texts that the model cannot be led by, and guidance that leads to none: UserError."""
     words = {"--prompt": prompt, "--negative": negative}
     for option, text in words.items():
         if text is not None and not infiller.takes_prompts:
             raise UserError(f"{option}: {model} takes none; leave it out")
+    if asked_for not in (None, 1) and prompt is None and negative is None:
+        raise UserError("--guidance: leads towards a prompt; name one with --prompt, or leave it out")
     if negative is not None and guidance <= 1:
         raise UserError(
             f"--negative: guidance leads away from it, and is {guidance:g}; set --guidance above 1, such as 4"

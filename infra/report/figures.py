@@ -41,7 +41,12 @@ _CURVES = (
     (
         "PSNR of gaps",
         "dB, by frames of a gap",
-        {"filled": "middle_psnr_by_gap", "cross-faded": "middle_psnr_faded_by_gap"},
+        {
+            "filled": "middle_psnr_by_gap",
+            "cross-faded": "middle_psnr_faded_by_gap",
+            "hold and cut": "middle_psnr_held_by_gap",
+            "way between latents": "middle_psnr_latent_by_gap",
+        },
     ),
     (
         "SSIM of gaps",
@@ -51,9 +56,23 @@ _CURVES = (
     (
         "LPIPS of gaps",
         "by frames of a gap",
-        {"filled": "middle_lpips_by_gap", "cross-faded": "middle_lpips_faded_by_gap"},
+        {
+            "filled": "middle_lpips_by_gap",
+            "cross-faded": "middle_lpips_faded_by_gap",
+            "hold and cut": "middle_lpips_held_by_gap",
+            "way between latents": "middle_lpips_latent_by_gap",
+        },
     ),
-    ("CLIP-RS of gaps", "by frames of a gap", {"filled": "clip_rs_by_gap", "cross-faded": "clip_rs_faded_by_gap"}),
+    (
+        "CLIP-RS of gaps",
+        "by frames of a gap",
+        {
+            "filled": "clip_rs_by_gap",
+            "cross-faded": "clip_rs_faded_by_gap",
+            "hold and cut": "clip_rs_held_by_gap",
+            "way between latents": "clip_rs_latent_by_gap",
+        },
+    ),
     (
         "change at joints to that elsewhere",
         "by frames of a gap",

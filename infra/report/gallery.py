@@ -165,8 +165,8 @@ LAYOUTS = {
     ),
     "gaps.json": Layout(
         title="Filled gaps",
-        note="Frames that are made are framed. All figures but the losses are of these frames alone, beside gaps that are"
-        " filled without a model.",
+        note="Frames that are made are framed. PSNR, SSIM, LPIPS and CLIP-RS are of these frames alone, beside gaps that"
+        " are filled without a model.",
         heading=f"losses on {{clips}} clips, gaps filled in {{videos}}; {_SPLIT}",
         scores={
             "held-out flow loss in gaps": "heldout_loss",

@@ -66,9 +66,10 @@ from longtake.training.metrics.seams import around, bends, between, changes, sea
 from longtake.training.models.common import film
 from longtake.training.models.common.video import write_panels
 from longtake.training.models.generator import InfillSettings
-from longtake.training.models.mavin import baselines, encode, finetune, infill, spans
+from longtake.training.models.mavin import baselines, encode, infill, spans
 from longtake.training.models.mavin.guidance import boundary_tokens
 from longtake.training.models.mavin.mixer import Mixer
+from longtake.training.models.mavin.windows import cut
 
 BASELINES = ("held", "faded", "real")
 GUIDED = ("variable", "blind", "squeezenet", "faded", "real")
@@ -406,9 +407,9 @@ def main() -> None:
     options.dataset = prepare(options.out, options.footage, "ablation-mavin")
     # windows with cuts are left out once, so that no step looks for them
     films = filmed(options.dataset, "train", options.windows, STRIDE)
-    options.films = films[~finetune.cut(to_model(films), LEAST)]
+    options.films = films[~cut(to_model(films), LEAST)]
     options.heldout = filmed(options.dataset, "val", 2 * max(options.gaps, options.videos), STRIDE)
-    options.heldout = options.heldout[~finetune.cut(to_model(options.heldout[:, :, :FRAMES]), LEAST)]
+    options.heldout = options.heldout[~cut(to_model(options.heldout[:, :, :FRAMES]), LEAST)]
     if len(options.heldout) < max(options.gaps // 2, options.videos // 4):
         parser.error("too few held-out windows have no cut; raise --footage")
     with engines.process_group():

@@ -257,6 +257,7 @@ class Config(MeasuredConfig):
         if self.unet is not None and chosen.mask_channel:
             raise ValueError("unet: a public U-Net sees no mask; leave out model.mask_channel")
         check_parts(self.train, chosen.body)
+        check_hidden(chosen, self.guidance, self.image_guidance)
         if self.vae is None:
             spans = self.spans_of(self.frames)
             self.mavin(3, (self.frames, *self.size), spans, None)
@@ -294,6 +295,16 @@ def check_parts(train: Literal["all"] | tuple[str, ...], body: Literal["dit", "u
         raise ValueError(f"train: unknown {unknown[0][:40]!r}; there are all, or {', '.join(PARTS[body])}")
     if not train:
         raise ValueError("train: names no part, and nothing would learn")
+
+
+def check_hidden(model: MavinConfig, guidance: float, image_guidance: float) -> None:
+    """ValueError where guidance leads away from what training never hid, which the model does not know how to do without."""
+    for name, strength, field, dropout in (
+        ("guidance", guidance, "text_dropout", model.text_dropout),
+        ("image_guidance", image_guidance, "image_dropout", model.image_dropout),
+    ):
+        if strength != 1 and not dropout:
+            raise ValueError(f"{name}: is {strength:g}, and the model learns with {field}: 0; leave {name} at 1")
 
 
 def check(config: Config, inputs: Mapping[str, StageConfig]) -> None:

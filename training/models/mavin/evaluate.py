@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from longtake.datasets.errors import UserError
 from longtake.datasets.loader import Loader
 from longtake.training.data import on_device
 from longtake.training.metrics import transitions
@@ -25,7 +26,7 @@ from longtake.training.models.generator import InfillSettings
 from longtake.training.models.mavin.guidance import checked_embedder
 from longtake.training.models.mavin.measures import MeasuredConfig
 from longtake.training.models.mavin.model import Mavin
-from longtake.training.models.mavin.windows import Window, filled, filled_without, framed, gap_losses
+from longtake.training.models.mavin.windows import Window, cut, filled, filled_without, framed, gap_losses
 from longtake.training.pictures import ClipFrames, ImageEncoder
 
 SUMMARY = "gaps.json"
@@ -83,6 +84,7 @@ class Plan(NamedTuple):
     videos    windows whose gaps are filled, at most
     draws     times that each is filled
     reach     frames of windows over both joints (see `reach_of`)
+    least     similarity of neighbouring frames below which a window has a cut, and is not measured
     """
 
     window: Callable[[dict[str, Any], tuple[int, int]], Window]
@@ -94,6 +96,7 @@ class Plan(NamedTuple):
     seed: int
     reach: int
     judges: Judges
+    least: float
 
 
 def reach_of(frames: int, longest: int) -> int:
@@ -105,11 +108,12 @@ def reach_of(frames: int, longest: int) -> int:
 def evaluate(model: Mavin, codec: Codec, loader: Loader, plan: Plan, folder: Path) -> dict[str, Any]:
     """Measure held-out windows, and fill some: figures in `gaps.json`, some videos as filled-N.mp4, in `folder`.
 
-    Of all windows: `heldout_loss`, the flow's in a gap, and `heldout_loss_mean`, that of the mean velocity. Of filled gaps,
-    without the frames that are given: `middle_psnr`, `middle_ssim`, `middle_lpips` (see `transitions.middle`); `clip_rs` and
-    `clip_rs_code`; `seam_ratio` and `bend_ratio`, the mean change and turn at both joints, divided by that of all other frames;
-    `joint_error`; `closeness`, the mean difference to the nearer frame beside the gap; `diversity`, the deviation of several
-    draws. A network adds `frechet_seam`, `kernel_seam` and `distance`, of windows over both joints of gaps of all lengths.
+    Of all windows but those with a cut, whose share is `cuts`: `heldout_loss`, the flow's in a gap, and
+    `heldout_loss_mean`, that of the mean velocity. Of filled gaps, without the frames that are given: `middle_psnr`,
+    `middle_ssim`, `middle_lpips` (see `transitions.middle`); `clip_rs` and `clip_rs_code`; `seam_ratio` and `bend_ratio`, the
+    mean change and turn at both joints, divided by that of all other frames; `joint_error`; `closeness`, the mean difference
+    to the nearer frame beside the gap; `diversity`, the deviation of several draws. A network adds `frechet_seam`,
+    `kernel_seam` and `distance`, of windows over both joints of gaps of all lengths.
 
     The same follows with `_held`, `_faded` and `_latent` of gaps filled without a model (see `windows.filled_without`), and
     with `_true` of the real frames. The series `NAME_by_gap` are over frames of a gap, and the figures their means. Every
@@ -120,7 +124,7 @@ def evaluate(model: Mavin, codec: Codec, loader: Loader, plan: Plan, folder: Pat
         loader: held-out windows one by one.
 
     Raises:
-        UserError: too few windows for a distance.
+        UserError: all windows have a cut; too few windows for a distance.
     """
     rows, shown = dict[int, list[dict[str, Any]]](), dict[int, dict[str, Any]]()
     samples = dict[str, Sample]()
@@ -128,6 +132,8 @@ def evaluate(model: Mavin, codec: Codec, loader: Loader, plan: Plan, folder: Pat
         batch = on_device(loaded)
         windows = [plan.window(batch, span) for span in plan.spans]
         rows[number] = []
+        if cut(windows[0].video, plan.least).any():
+            continue
         if number < plan.clips:
             rows[number] += [_losses(model, window, plan.seed, number) for window in windows]
         if plan.judges.network:
@@ -147,11 +153,15 @@ def evaluate(model: Mavin, codec: Codec, loader: Loader, plan: Plan, folder: Pat
             shown[number] = _show(folder / f"filled-{number}.mp4", window, ways, batch["key"][0])
 
     # figures over all ranks
-    table = transitions.by_length(row for of_window in united(rows).values() for row in of_window)
+    of_windows = list(united(rows).values())
+    if not any(of_windows):
+        raise UserError("least_similarity: all held-out windows have a cut; lower it, or hold out more clips")
+    table = transitions.by_length(row for of_window in of_windows for row in of_window)
     endings = [_named("", way) for way in ("", *_WAYS, "true")]
     table = {length: transitions.with_ratios(figures, endings) for length, figures in table.items()}
     counts = {"clips": min(plan.clips, loader.samples), "videos": min(plan.videos, loader.samples)}
     summary: dict[str, Any] = {"series": {}, "split": "val", "seed": plan.seed, **counts, **_record(plan.judges)}
+    summary["cuts"] = sum(not of_window for of_window in of_windows) / len(of_windows)
     for name in sorted({name for figures in table.values() for name in figures}):
         points = [(length, figures[name]) for length, figures in table.items() if name in figures]
         summary["series"][f"{name}_by_gap"] = points

@@ -24,7 +24,6 @@ from longtake.training import data, registry, stage
 from longtake.training.data import HELDOUT
 from longtake.training.engines import device
 from longtake.training.metrics.features import digest_of
-from longtake.training.metrics.reconstruction import SSIM_REACH, ssim_by_frame
 from longtake.training.metrics.share import place
 from longtake.training.models.common.codec import Codec, Pixels, load_codec
 from longtake.training.models.common.draws import rng_of
@@ -32,7 +31,7 @@ from longtake.training.models.common.flow import shifted
 from longtake.training.models.common.pictures import OWN
 from longtake.training.models.common.text import set_empty
 from longtake.training.models.mavin import spans as spanning
-from longtake.training.models.mavin.config import PARTS, Config, check, check_parts, stride_of
+from longtake.training.models.mavin.config import PARTS, Config, check, check_hidden, check_parts, stride_of
 from longtake.training.models.mavin.encode import (
     boundary_frames,
     encode_windows,
@@ -46,7 +45,7 @@ from longtake.training.models.mavin.infill import Hints
 from longtake.training.models.mavin.model import Mavin
 from longtake.training.models.mavin.spans import Spans, spans_to_measure
 from longtake.training.models.mavin.unet import UNet, fields_of_folder, load_folder
-from longtake.training.models.mavin.windows import Window, filled, framed
+from longtake.training.models.mavin.windows import Window, cut, filled, framed
 from longtake.training.models.mavin.windows import window_of as gap_of
 from longtake.training.objective import Batch, Engines, Objective, Terms, Turn
 from longtake.training.pictures import ImageEncoder, load_image_encoder
@@ -110,6 +109,7 @@ def prepare(config: Config, inputs: Mapping[str, str], folder: Path) -> Setup:
         shape = (latents, config.size[0] // side, config.size[1] // side)
         model = _model(config, inputs, codec, shape, spans, encoder, text)
         check_parts(config.train, model.config.body)
+        check_hidden(model.config, config.guidance, config.image_guidance)
     except ValueError as e:
         raise e if isinstance(e, UserError | Failure) else UserError(str(e)) from e
     setup = Setup(inputs, codec, text, encoder, spans, model, rate / stride, stride)
@@ -317,14 +317,6 @@ def hints_of(
     return text, mask, image, None if blind is None else ~blind[:, None].expand(-1, image.shape[1])
 
 
-@torch.no_grad()
-def cut(video: Tensor, least: float) -> Tensor:
-    """Which windows (B, 3, T, H, W) have neighbouring frames that are less similar than `least`, bool (B,)."""
-    if min(video.shape[3:]) <= SSIM_REACH or least <= -1:
-        return torch.zeros(len(video), dtype=torch.bool, device=video.device)
-    return ssim_by_frame(video[:, :, 1:], video[:, :, :-1]).min(1).values < least
-
-
 def _tokens(setup: Setup, batch: Batch) -> int:
     assert setup.model.config.shape
     patch = setup.model.config.patch if setup.model.config.body == "dit" else 1
@@ -374,7 +366,8 @@ def plan_of(config: Config, setup: Setup) -> Plan:
     reach = reach_of(config.frames, gap_frames(setup.codec, spans[-1][1] - spans[-1][0]))
     judges = judges_of(config, setup.encoder, reach, config.size)
     counts = config.eval_clips, config.eval_videos, config.eval_draws
-    return Plan(partial(window_of, setup), spans, config.sampling, *counts, config.seed, reach, judges)
+    least = config.least_similarity
+    return Plan(partial(window_of, setup), spans, config.sampling, *counts, config.seed, reach, judges, least)
 
 
 def facts(config: Config, setup: Setup, lineage: Mapping[str, Any]) -> dict[str, Any]:

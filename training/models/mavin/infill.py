@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import islice
 from typing import Any, Literal, NamedTuple
@@ -26,6 +26,7 @@ from longtake.training.models.common import flow, parts
 from longtake.training.models.common.codec import Codec, frames_of, nearest_lengths, to_array
 from longtake.training.models.common.prompts import States
 from longtake.training.models.generator import Gap, InfillSettings
+from longtake.training.models.mavin.config import check_hidden
 from longtake.training.models.mavin.encode import gap_latents
 from longtake.training.models.mavin.mixer import Mixer, initial
 
@@ -204,7 +205,10 @@ class Filler:
             raise ValueError(f"steps is {settings.steps}; sampling needs at least 1")
         if settings.image_guidance != 1.0 and self.features is None:
             raise ValueError("image_guidance: this model does not see the frames beside a gap; leave it out")
+        check_hidden(self.model.config, settings.guidance, settings.image_guidance)
         _mixer(settings)
+        if negative is None and all(gap.prompt is None for gap in gaps):
+            settings = replace(settings, guidance=1.0)  # between nothing and nothing there is no way
         if folder:
             parts.open_folder(folder, self._record(gaps, seed, first, settings, negative))
         cut = [self._cut(gap) for gap in gaps]

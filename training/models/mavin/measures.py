@@ -41,7 +41,7 @@ class MeasuredConfig(TrainConfig):
     image_guidance: float = Field(1.0, ge=0)
     mixer: Literal["none", "paper", "per_frame"] = "none"
     noise: Literal["same", "fresh"] = "same"
-    cutoff: float = 0.6
+    cutoff: float = Field(0.6, allow_inf_nan=False)
     fall: float = Field(0.1, allow_inf_nan=False)
     eval_clips: Annotated[int, Measuring()] = Field(64, ge=1)
     eval_videos: Annotated[int, Measuring()] = Field(4, ge=1)

@@ -12,7 +12,7 @@ The filter is a Gaussian. Its cut-off is highest beside the clips and falls towa
 
     per_frame  each latent by itself, in height and width
     paper      as released: over time, too, of the whole clip, where the cut-offs belong to frequencies of time in place of
-               latents: the lowest one has the lowest cut-off, and from n/2 on there is no filter. Other than there, any n
+               latents: the lowest one has the lowest cut-off, and from n/2 on nothing passes. Other than there, any n
                can be mixed, and the filter is symmetric, so that the result is real
 """
 
@@ -35,7 +35,7 @@ class Mixer:
 
     kind    none: noise alone
     noise   of the high frequencies
-    cutoff  beside the clips; inf lets everything pass, which is x_T [released configs: 0.6, and 0.4]
+    cutoff  beside the clips; with per_frame inf lets everything pass, which is x_T [released configs: 0.6, and 0.4]
     fall    of the cut-off for each latent further in; it stays above `LEAST` [0.1, and 0.05]
     signal  amplitude of the boundary in x_T [√ᾱ of the paper's last step]
     """

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from longtake.training.metrics.reconstruction import SSIM_REACH, ssim_by_frame
 from longtake.training.models.common.codec import Codec, Pixels
 from longtake.training.models.common.flow import TIMES, clip_rng
 from longtake.training.models.generator import InfillSettings
@@ -60,6 +61,14 @@ class Window(NamedTuple):
 def window_of(codec: Codec, video: Tensor, latents: Tensor, span: tuple[int, int], hints: Hints) -> Window:
     """A window (1, 3, T, H, W) with its gap at the latents of `span`."""
     return Window(video, latents, span, frames_of_span(codec, *span), hints)
+
+
+@torch.no_grad()
+def cut(video: Tensor, least: float) -> Tensor:
+    """Which windows (B, 3, T, H, W) have neighbouring frames that are less similar than `least`, bool (B,)."""
+    if min(video.shape[3:]) <= SSIM_REACH or least <= -1:
+        return torch.zeros(len(video), dtype=torch.bool, device=video.device)
+    return ssim_by_frame(video[:, :, 1:], video[:, :, :-1]).min(1).values < least
 
 
 @torch.no_grad()

@@ -22,8 +22,9 @@ from longtake.training import registry
 from longtake.training.models import judge_of
 from longtake.training.models.kind import Judged
 from longtake.training.models.mavin import finetune
-from longtake.training.models.mavin.finetune import Config, check, cut, draw
+from longtake.training.models.mavin.finetune import Config, check, draw
 from longtake.training.models.mavin.model import Mavin
+from longtake.training.models.mavin.windows import cut
 from longtake.training.registry import disk
 from longtake.training.registry.gate import Window
 
@@ -294,6 +295,10 @@ def test_it_is_measured_registered_and_judged(inputs: dict[str, str], store: str
         ({"base": "base"}, "base: has its own numbers"),
         ({"unet": "folder"}, "unet: is of body unet"),
         ({"lora": {"rank": 2}}, "lora: without a base"),
+        (
+            {"model": MODEL | {"image_dropout": 0}, "image_guidance": 2},
+            "image_guidance: is 2, and the model learns with image_dropout: 0",
+        ),
         ({"model": MODEL | {"gap": (1, 2)}}, "gap follows from the stage's other settings"),
         ({"model": MODEL | {"text_dropout": 0.2}}, "text_dropout: has no effect without texts"),
         ({"model": {"preset": "huge"}}, "unknown preset 'huge'"),

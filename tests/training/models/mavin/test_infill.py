@@ -27,6 +27,7 @@ from longtake.training.models.common.film import (
 )
 from longtake.training.models.generator import Gap, InfillSettings
 from longtake.training.models.mavin.baselines import faded, held
+from longtake.training.models.mavin.config import MavinConfig
 from longtake.training.models.mavin.infill import Filler, Hints, guided, sample
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -41,9 +42,9 @@ def randn(*shape: int, seed: int = 0) -> Tensor:
 class Between(nn.Module):
     """The exact velocity of gaps that go linearly from one side to the other. Remembers what it was called with."""
 
-    def __init__(self) -> None:
+    def __init__(self, **hidden: float) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.zeros(1))
+        self.weight, self.config = nn.Parameter(torch.zeros(1)), MavinConfig(**hidden)
         self.calls: list[tuple[Any, ...]] = []
 
     def forward(self, x: Tensor, times: Tensor, length: Tensor, *hints: Tensor | None) -> Tensor:
@@ -256,6 +257,18 @@ def test_frames_beside_the_gap_lead_as_features() -> None:
 def test_what_cannot_be_filled_is_said_at_the_call(gap: Gap, settings: InfillSettings, said: str) -> None:
     with pytest.raises(ValueError, match=said):
         filler().fill([gap], 0, settings)
+
+
+def test_guidance_leads_away_only_from_what_training_hid() -> None:
+    made = filler(model=Between(image_dropout=0), features=lambda frames: frames)
+    with pytest.raises(ValueError, match="image_guidance: is 2, and the model learns with image_dropout: 0"):
+        made.fill([Gap(clip(3), clip(3), 2)], 0, replace(SETTINGS, image_guidance=2.0))
+
+
+def test_without_a_prompt_guidance_asks_the_model_once() -> None:
+    made = filler()
+    list(made.fill([Gap(clip(3), clip(3), 2)], 0, replace(SETTINGS, guidance=4.0)))
+    assert len(made.model.calls) == SETTINGS.steps
 
 
 def test_a_model_without_words_refuses_them() -> None:
