@@ -73,6 +73,8 @@ class MavinConfig(BaseModel):
     image_width   channels of the tokens of the two frames beside the gap; 0 is a model without
     image_dropout probability that training hides them [assumption: 0.1; paper: none]
     clean_time    what frames beside the gap have as their time: zero, or same, the gap's [paper: same]
+    prediction    what the body gives: the velocity; or, as the paper's, the noise, of which the velocity follows (see
+                  `schedule`). A public U-Net has learned the latter, so with `unet` it is noise unless you say otherwise
     mask_channel  a further channel says which latents are to be made, as other models of infilling have it; to compare with
                   [paper: none]
     shape         (latents, height, width) of training windows
@@ -103,6 +105,7 @@ class MavinConfig(BaseModel):
     image_width: NonNegativeInt = 0
     image_dropout: float = Field(0.1, ge=0, le=1)
     clean_time: Literal["zero", "same"] = "zero"
+    prediction: Literal["velocity", "noise"] = "velocity"
     mask_channel: bool = False
     shape: tuple[PositiveInt, PositiveInt, PositiveInt] | None = None
     gap: tuple[PositiveInt, PositiveInt] | None = None
@@ -284,7 +287,9 @@ class Config(MeasuredConfig):
     ) -> MavinConfig:
         """The config of a model for this data; `changes` are those of a public U-Net."""
         from_data = {"channels": channels, "shape": shape, "gap": spans.gap, "image_width": image_width or 0}
-        return config_from_preset(**_PRESET | (self.model or {}) | dict(changes or {}) | from_data | fields_of(text))
+        learned = {"prediction": "noise"} if self.unet else {}
+        chosen = _PRESET | learned | (self.model or {}) | dict(changes or {})
+        return config_from_preset(**chosen | from_data | fields_of(text))
 
 
 def check_parts(train: Literal["all"] | tuple[str, ...], body: Literal["dit", "unet"]) -> None:

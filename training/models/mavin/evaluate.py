@@ -23,7 +23,7 @@ from longtake.training.metrics.trivial import Against, comparisons
 from longtake.training.models.common.codec import Codec
 from longtake.training.models.common.video import write_panels
 from longtake.training.models.generator import InfillSettings
-from longtake.training.models.mavin.guidance import checked_embedder
+from longtake.training.models.mavin.guidance import checked_encoder
 from longtake.training.models.mavin.measures import MeasuredConfig
 from longtake.training.models.mavin.model import Mavin
 from longtake.training.models.mavin.windows import Window, cut, filled, filled_without, framed, gap_losses
@@ -68,7 +68,7 @@ def judges_of(config: MeasuredConfig, encoder: ImageEncoder | None, reach: int, 
         UserError: there is no such network, or it does not take videos of `reach` frames of this size.
     """
     return Judges(
-        checked_embedder(config.embedder, size) if config.embedder else encoder,
+        checked_encoder(config.embedder, size, "embedder") if config.embedder else encoder,
         checked_perceptual(config.perceptual, config.perceptual_linear, size),
         checked_network(config.features, reach, size),
     )

@@ -40,7 +40,7 @@ from longtake.training.models.mavin.encode import (
 )
 from longtake.training.models.mavin.evaluate import SUMMARY, Plan, judges_of, reach_of
 from longtake.training.models.mavin.evaluate import evaluate as measure
-from longtake.training.models.mavin.guidance import boundary_tokens
+from longtake.training.models.mavin.guidance import boundary_tokens, checked_encoder
 from longtake.training.models.mavin.infill import Hints
 from longtake.training.models.mavin.model import Mavin
 from longtake.training.models.mavin.spans import Spans, spans_to_measure
@@ -48,7 +48,7 @@ from longtake.training.models.mavin.unet import UNet, fields_of_folder, load_fol
 from longtake.training.models.mavin.windows import Window, cut, filled, framed
 from longtake.training.models.mavin.windows import window_of as gap_of
 from longtake.training.objective import Batch, Engines, Objective, Terms, Turn
-from longtake.training.pictures import ImageEncoder, load_image_encoder
+from longtake.training.pictures import ImageEncoder
 from longtake.training.registry.uri import in_store
 
 __all__ = ["SUMMARY", "Config", "check"]  # the stage's parts from another file
@@ -99,7 +99,7 @@ def prepare(config: Config, inputs: Mapping[str, str], folder: Path) -> Setup:
     codec = codec.eval().to(device())
     text = data.text_of(inputs)
     name = inputs.get("image", config.image)
-    encoder = load_image_encoder(name, device()) if name else None
+    encoder = checked_encoder(name, config.size, "image") if name else None
     side = codec.config.spatial_stride
     if config.size[0] % side or config.size[1] % side:
         raise UserError(f"size: {config.size[0]}x{config.size[1]}: the autoencoder needs multiples of {side}")

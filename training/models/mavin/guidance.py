@@ -23,18 +23,18 @@ from longtake.training.pictures import ImageEncoder, load_image_encoder
 SIDES = 2  # frames beside a gap
 
 
-def checked_embedder(name: str, size: tuple[int, int]) -> ImageEncoder:
-    """The encoder that `embedder` names, on this rank's device, after it has seen a frame of this size.
+def checked_encoder(name: str, size: tuple[int, int], key: str) -> ImageEncoder:
+    """The encoder that the setting `key` names, on this rank's device, after it has seen a frame of this size.
 
     Raises:
         UserError: as `load_image_encoder`; it takes no such frames.
     """
-    encoder = load_image_encoder(name, where := engines.device(), "embedder")
+    encoder = load_image_encoder(name, where := engines.device(), key)
     try:
         encoder.embeddings(torch.zeros(1, 3, *size, device=where))
     except RuntimeError as e:
         reason = str(e).splitlines()[0][:120]
-        raise UserError(f"embedder: {name}: takes no frames of {size[0]}x{size[1]} ({reason})") from e
+        raise UserError(f"{key}: {name}: takes no frames of {size[0]}x{size[1]} ({reason})") from e
     return encoder
 
 

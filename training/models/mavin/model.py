@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from longtake.training.models.common.statistics import Normalising
+from longtake.training.models.mavin import schedule
 from longtake.training.models.mavin.config import MavinConfig
 from longtake.training.models.mavin.dit import DiT
 from longtake.training.models.mavin.guidance import Guide
@@ -70,8 +71,12 @@ class Mavin(Normalising):
                 f" these latents need ({batch}, {frames}) and ({batch},)"
             )
         tokens, seen = self.guide(latents, text, text_mask, image, image_mask)
+        inputs, steps, of_noise = latents, times, self.config.prediction == "noise"
+        if of_noise:
+            # the body counts times in thousandths
+            inputs, steps = schedule.shown(latents, times), schedule.steps_of(times) / 1000
         if self.config.mask_channel:
             made = (times > 0)[:, None, :, None, None].expand(-1, -1, -1, *latents.shape[3:])
-            latents = torch.cat([latents, made.to(latents)], dim=1)
-        velocity: Tensor = self.body(latents, times, length, tokens, seen)
-        return velocity
+            inputs = torch.cat([inputs, made.to(inputs)], dim=1)
+        out: Tensor = self.body(inputs, steps, length, tokens, seen)
+        return schedule.velocity_of(out, latents, times) if of_noise else out

@@ -24,6 +24,13 @@ from longtake.datasets.errors import Failure, UserError
 from longtake.training.models.common.dit import attention, sincos
 from longtake.training.models.mavin.config import MavinConfig
 
+_FIELDS = {  # of MavinConfig, as a public config.json names them
+    "layers": "layers_per_block",
+    "cross_width": "cross_attention_dim",
+    "head_width": "attention_head_dim",
+    "groups": "norm_num_groups",
+    "channels": "in_channels",
+}
 _STEPS = 1000  # times of the base go from 0 to 999
 _HEADS_IN = 8  # of the first attention over time
 _NEW = ("time_embedding.cond_proj.weight",)  # tensors that a base may lack
@@ -334,6 +341,9 @@ def fields_of_folder(folder: str) -> dict[str, Any]:
         raise UserError(f"unet: {folder}: has no readable config.json of a U-Net") from e
     if described.get("_class_name") != "UNet3DConditionModel":
         raise UserError(f"unet: {folder}: is a {str(described.get('_class_name'))[:40]}, not a UNet3DConditionModel")
+    needed = ("block_out_channels", "down_block_types", "up_block_types", *_FIELDS.values())
+    if absent := [name for name in needed if name not in described]:
+        raise UserError(f"unet: {folder}: its config.json lacks {absent[0]}; copy the whole model there")
     widths = tuple(described["block_out_channels"])
     usual = {
         "down_block_types": ["CrossAttnDownBlock3D"] * (len(widths) - 1) + ["DownBlock3D"],
@@ -342,15 +352,7 @@ def fields_of_folder(folder: str) -> dict[str, Any]:
     for name, value in usual.items():
         if list(described[name]) != value:
             raise UserError(f"unet: {folder}: {name} is {described[name]}; this body has {value}")
-    return {
-        "body": "unet",
-        "widths": widths,
-        "layers": described["layers_per_block"],
-        "cross_width": described["cross_attention_dim"],
-        "head_width": described["attention_head_dim"],
-        "groups": described["norm_num_groups"],
-        "channels": described["in_channels"],
-    }
+    return {"body": "unet", "widths": widths} | {ours: described[theirs] for ours, theirs in _FIELDS.items()}
 
 
 def load_folder(unet: UNet, folder: str) -> None:
