@@ -134,6 +134,7 @@ def infill(
     _check_way(clips, frames, connector, smooth, joints)
     for path in clips:
         media.check_exists(path)
+    media.check_apart(out, clips)
     written = media.joints_of(clips[0]) if smooth and not joints else []
     if smooth and not joints and not written:
         raise UserError(
