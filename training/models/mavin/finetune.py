@@ -31,7 +31,7 @@ from longtake.training.models.common.draws import rng_of
 from longtake.training.models.common.flow import shifted
 from longtake.training.models.common.text import set_empty
 from longtake.training.models.mavin import spans as spanning
-from longtake.training.models.mavin.config import PARTS, Config, check, check_parts, stride_of
+from longtake.training.models.mavin.config import PARTS, Config, check, check_parts, check_size, stride_of
 from longtake.training.models.mavin.encode import (
     boundary_frames,
     encode_windows,
@@ -94,13 +94,14 @@ def prepare(config: Config, inputs: Mapping[str, str], folder: Path) -> Setup:
     text = data.text_of(inputs)
     encoder = load_image_encoder(config.image, device()) if config.image else None
     side = codec.config.spatial_stride
-    if config.size[0] % side or config.size[1] % side:
-        raise UserError(f"size: {config.size[0]}x{config.size[1]}: the autoencoder needs multiples of {side}")
     try:
         latents = window_latents(codec, config.frames)
         spans = config.spans_of(latents)
+        if "base" not in inputs:
+            check_size(config.size, side, config.numbers)
         shape = (latents, config.size[0] // side, config.size[1] // side)
         model = _model(config, inputs, codec, shape, spans, encoder, text)
+        check_size(config.size, side, model.config)
         check_parts(config.train, model.config.body)
     except ValueError as e:
         raise e if isinstance(e, UserError | Failure) else UserError(str(e)) from e
