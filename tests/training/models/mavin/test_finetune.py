@@ -317,7 +317,10 @@ def test_windows_that_no_clip_or_autoencoder_has_are_refused(inputs: dict[str, s
     for changes, message in (
         ({"frames": 15}, r"needs 2 \+ 4n, such as 14 or 18"),
         ({"size": (24, 32)}, "size: 24x32 must be multiples of 16, by the autoencoder's 16$"),
-        ({"size": (48, 48), "model": MODEL | {"patch": 2}}, "multiples of 32, by the autoencoder's 16 and model.patch 2$"),
+        (
+            {"size": (48, 48), "model": MODEL | {"patch": 2}},
+            "multiples of 32, by the autoencoder's 16 and model.patch 2$",
+        ),
         ({"frames": 6}, "a window of 3 latents|spans"),
         ({"frames": 402}, "a window spans 402 frames"),
         ({"image": str(tmp_path)}, "is no image encoder"),
