@@ -322,6 +322,8 @@ def test_windows_that_no_clip_or_autoencoder_has_are_refused(inputs: dict[str, s
             "multiples of 32, by the autoencoder's 16 and model.patch 2$",
         ),
         ({"frames": 6}, "a window of 3 latents|spans"),
+        ({"least_similarity": 1.0}, "least_similarity: 1: all windows that were looked at have a cut"),
+        ({"train": ("guidance",), "image": None}, "train: guidance: this model has no such part"),
         ({"frames": 402}, "a window spans 402 frames"),
         ({"image": str(tmp_path)}, "is no image encoder"),
     ):
