@@ -219,8 +219,12 @@ def generate(
     strength = None if guidance is None else asked.guidance_of(guidance, wanted)
     if len(movement) > 2:
         raise UserError(f"--movement: {len(movement)} videos; give one, or two to go from the one to the other")
-    for path in (*([start] if start else []), *movement):
+    shown = [*([start] if start else []), *movement]
+    for path in shown:
         media.check_exists(path)
+    names = [out] if grid else file_names(out, jobs, words)
+    for name in names:
+        media.check_apart(name, [*shown, *([audio] if audio else [])])
     with media.memory_errors("lower --batch or --count, or set --tile 256"):
         generator = _load_generator(model, vae, precision, text_encoder)
         settings = {"guidance": strength, "steps": steps, "history_noise": history_noise}
@@ -237,7 +241,6 @@ def generate(
         moves = [asked.movement_of(path, generator) for path in movement]
         requests = asked.requests_of(generator, plan.settings, jobs, words, story, negative, sound, moves)
         groups = [requests[n : n + batch] for n in range(0, len(jobs), batch)]
-        names = [out] if grid else file_names(out, jobs, words)
         videos = partial(_videos, plan, groups, tile, f"{out}.part")
         _write(plan, videos, groups, names, grid, sound)
         for name in names:

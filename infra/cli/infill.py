@@ -1,7 +1,7 @@
 """`longtake infill`: the frames between clips, and in place of those where the clips of a film meet."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from itertools import chain, islice
+from itertools import chain, islice, pairwise
 from typing import Any
 
 import click
@@ -11,6 +11,7 @@ from longtake.datasets.errors import UserError
 from longtake.infra.cli import asked, media
 
 _AT_ONCE = 64  # gaps that are in memory with the frames beside them
+_DIGITS = 12  # of the number of a frame
 
 
 @click.command()
@@ -135,6 +136,7 @@ def infill(
     _check_way(clips, frames, connector, smooth, joints)
     for path in clips:
         media.check_exists(path)
+    media.check_apart(out, clips)
     written = media.joints_of(clips[0]) if smooth and not joints else []
     if smooth and not joints and not written:
         raise UserError(
@@ -155,7 +157,8 @@ def infill(
                 places = _joints(joints, lengths[0], last, speed)
             else:
                 places = _written(clips[0], written, smooth, lengths[0], infiller.context[0], speed)
-            with asked.naming("--joints"):
+            at_rate = "" if abs(speed - 1) < 0.001 else f" at {infiller.fps:g} frames a second"
+            with asked.naming(f"--joints{at_rate}"):
                 holes = film.smoothing(places, smooth)
         else:
             cut = connector or 0
@@ -224,18 +227,18 @@ def _load_infiller(
 
 
 def _check_texts(
-    model: str, infiller: Any, prompt: str | None, negative: str | None, asked_for: float | None, guidance: float
+    model: str, infiller: Any, prompt: str | None, negative: str | None, guidance: float | None, strength: float
 ) -> None:
-    """Refuse texts that the model cannot be led by, and guidance that leads to none: UserError."""
+    """Refuse texts, and an option for guidance, that have no effect: UserError. Without the option, `strength` is the model's."""
     words = {"--prompt": prompt, "--negative": negative}
     for option, text in words.items():
         if text is not None and not infiller.takes_prompts:
             raise UserError(f"{option}: {model} takes none; leave it out")
-    if asked_for not in (None, 1) and prompt is None and negative is None:
+    if guidance not in (None, 1) and prompt is None and negative is None:
         raise UserError("--guidance: leads towards a prompt; name one with --prompt, or leave it out")
-    if negative is not None and guidance <= 1:
+    if negative is not None and strength <= 1:
         raise UserError(
-            f"--negative: guidance leads away from it, and is {guidance:g}; set --guidance above 1, such as 4"
+            f"--negative: guidance leads away from it, and is {strength:g}; set --guidance above 1, such as 4"
         )
     if texts := [text for text in words.values() if text is not None]:
         infiller.check_prompts(texts)
@@ -303,13 +306,16 @@ def _joints(text: str, frames: int, last: int, speed: float) -> list[int]:
     """
     words = [word.strip() for word in text.split(",")]
     goes_on = words[-1] == "..."
-    numbers = [int(word) if word.isdecimal() else 0 for word in words[: len(words) - goes_on]]
+    numbers = [int(word) if word.isdecimal() and len(word) <= _DIGITS else 0 for word in words[: len(words) - goes_on]]
     if not all(numbers) or len(numbers) < 1 + goes_on:
         raise UserError(f"--joints: {text[:40]!r}: write numbers of frames, such as 16,28,41, or 16,28,...")
+    for number, later in pairwise(numbers):
+        if later <= number:
+            raise UserError(f"--joints: joints {number}, {later}: each must be above the one before")
     found = [round(number * speed) for number in numbers]
     if found[-1] >= frames:
         raise UserError(f"--joints: {numbers[-1]} is beyond the film, which has {frames} frames for the model")
-    while goes_on and numbers[-1] > numbers[-2]:
+    while goes_on:
         numbers.append(2 * numbers[-1] - numbers[-2])
         joint = round(numbers[-1] * speed)
         if joint > last:

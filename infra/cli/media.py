@@ -211,6 +211,16 @@ def check_output(out: str) -> None:
         raise UserError(f"--out: {out}: cannot be written in {folder} ({e.strerror}); choose another name") from e
 
 
+def check_apart(out: str, sources: Iterable[str]) -> None:
+    """Raise UserError if a file that is written is one of those that are read: it would be lost."""
+    if not storage.is_local(out):
+        return
+    target = Path(storage.filesystem(out)[1])
+    for path in map(Path, sources):
+        if target.exists() and path.exists() and target.samefile(path):
+            raise UserError(f"--out: {out}: would replace {path}, which is read; name another file")
+
+
 def check_registry(uri: str) -> str:
     """The URI of a model, unchanged. Raises UserError if it needs a registry and MLFLOW_TRACKING_URI is not set."""
     if in_store(uri) and not os.environ.get("MLFLOW_TRACKING_URI"):

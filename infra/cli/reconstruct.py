@@ -44,6 +44,7 @@ def reconstruct(
     """
     media.check_output(out)
     media.check_exists(video)
+    media.check_apart(out, [video])
     with media.memory_errors("set --tile 256"):
         import numpy as np
         import torch

@@ -381,6 +381,17 @@ def video(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+def test_a_video_that_is_read_is_not_replaced(models: Path, tmp_path: Path) -> None:
+    video, apart = tmp_path / "x-seed1.mp4", "would replace .*x-seed1.mp4, which is read"
+    clip.write(video, np.zeros((9, 32, 32, 3), np.uint8), 12)
+    before = video.read_bytes()
+    with pytest.raises(UserError, match=f"--out: {video}: {apart}"):
+        longtake("generate", models / "memory", "--start", video, "--count", 2, "--out", tmp_path / "x.mp4")
+    with pytest.raises(UserError, match=f"--out: {video}: {apart}"):
+        longtake("reconstruct", models / "vae", video, "--out", video)
+    assert video.read_bytes() == before
+
+
 def test_a_reconstruction_is_as_long_as_the_video_and_cropped_around_its_middle(
     models: Path, video: Path, tmp_path: Path
 ) -> None:

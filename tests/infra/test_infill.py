@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from shutil import copy
 from typing import Any
 
 import numpy as np
@@ -254,6 +255,12 @@ def test_words_go_with_each_gap_where_the_model_takes_them(white: White, clips: 
         (["film", "--joints", "5"], "--joints: are of a film whose joints are remade"),
         (["film", "--smooth", "2", "--joints", "5,x"], "--joints: '5,x': write numbers of frames"),
         (["film", "--smooth", "2", "--joints", "5,..."], "--joints: '5,...': write numbers"),
+        (["film", "--smooth", "2", "--joints", "9" * 5000], "': write numbers of frames"),
+        (["film", "--smooth", "2", "--joints", "5," + "9" * 400], "write numbers of frames"),
+        (["film", "--smooth", "2", "--joints", "7,6"], "--joints: joints 7, 6: each must be above the one before"),
+        (["film", "--smooth", "2", "--joints", "7,7,..."], "--joints: joints 7, 7: each must be above"),
+        (["large", "--smooth", "1", "--joints", "4,5,..."], "--joints at 8 frames a second: joints 2, 2: each must"),
+        (["a", "b", "--frames", "2", "--guidance", "4"], "--guidance: leads towards a prompt; name one with --prompt"),
         (["film", "--smooth", "2", "--joints", "5,22"], "--joints: 22 is beyond the film, which has 20 frames"),
         (["film", "--smooth", "2", "--joints", "2"], "--joints: joint 2: 2 frames before it are remade"),
         (["film", "--smooth", "2", "--joints", "5,10"], "there are 1 frames, and the model needs 2"),
@@ -273,6 +280,16 @@ def test_what_cannot_be_filled_is_said_in_one_line(
         longtake("infill", "m", *paths, *arguments[first:], "--out", tmp_path / "x.mp4")
     assert said in str(e.value) and "\n" not in str(e.value)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", ["a", "b"])
+def test_a_clip_that_is_joined_is_not_replaced(white: White, clips: Path, tmp_path: Path, name: str) -> None:
+    paths = [Path(copy(clips / f"{each}.mp4", tmp_path)) for each in ("a", "b")]
+    (tmp_path / "link").symlink_to(tmp_path)
+    before, out = [path.read_bytes() for path in paths], tmp_path / "link" / f"{name}.mp4"
+    with pytest.raises(UserError, match=rf"--out: .*{name}\.mp4: would replace .*{name}\.mp4, which is read"):
+        longtake("infill", "m", *paths, "--frames", 2, "--out", out)
+    assert [path.read_bytes() for path in paths] == before and not white.calls
 
 
 def test_a_model_that_fills_no_gaps_is_refused(clips: Path, tmp_path: Path) -> None:

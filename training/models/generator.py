@@ -6,6 +6,7 @@ import difflib
 import math
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from numbers import Integral, Real
 from typing import Any, Literal, NamedTuple, Protocol
 
 import numpy as np
@@ -23,6 +24,8 @@ class Scene(NamedTuple):
     class_id: int = NO_CLASS
     prompt: str | None = None
 
+
+_REALS = ("shift", "guidance", "image_guidance", "cutoff", "fall")  # of how gaps are filled
 
 Story = list[tuple[float, Scene]]  # the second from which on each scene is to be seen
 
@@ -224,7 +227,14 @@ class InfillSettings:
 
 
 def with_changes(settings: InfillSettings, changes: Mapping[str, Any]) -> InfillSettings:
-    """Settings of which some are others. ValueError for a change to a mixer where there is none."""
+    """Settings of which some are others. ValueError for wrong numbers, and for a change to a mixer where there is none."""
+    for name, value in changes.items():
+        if name == "steps" and (isinstance(value, bool) or not isinstance(value, Integral) or value < 1):
+            raise ValueError(f"steps: {value!r} is no whole number above 0")
+        if name in _REALS and (not isinstance(value, Real) or not math.isfinite(value) or value < 0):
+            raise ValueError(f"{name}: {value!r} is no number from 0 on")
+        if name == "shift" and not value:
+            raise ValueError("shift: must be above 0")
     changed = replace(settings, **changes)
     if changed.mixer == "none" and (idle := [name for name in ("noise", "cutoff", "fall") if name in changes]):
         raise ValueError(f"{idle[0]}: is of a mixer, and there is none; set mixer to paper or per_frame")

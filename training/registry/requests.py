@@ -86,7 +86,10 @@ def rows_of(table: Any, needed: Sequence[str], others: Sequence[str]) -> list[di
         names = dict.fromkeys(name for row in table for name in row)
         columns = {str(name): [row.get(name) for row in table] for name in names}
     elif isinstance(table, Mapping) or hasattr(table, "columns"):
-        columns = {str(name): list(table[name]) for name in getattr(table, "columns", table)}
+        try:
+            columns = {str(name): list(table[name]) for name in getattr(table, "columns", table)}
+        except TypeError as e:
+            raise UserError(f"videos: a column must be a list, with a value for each row ({e})") from e
     else:
         raise UserError(f"videos: need a table, or a list of rows, got {type(table).__name__}")
     if set(needed) - set(columns) or set(columns) - {*needed, *others}:
@@ -170,5 +173,5 @@ def whole(name: str, value: Any) -> int:
         if isinstance(value, bool) or int(value) != value:
             raise ValueError
         return int(value)
-    except (TypeError, ValueError) as e:
+    except (TypeError, ValueError, OverflowError) as e:
         raise UserError(f"videos: {name} must be a whole number, got {value!r}") from e

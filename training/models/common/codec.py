@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from longtake.datasets.errors import UserError
+from longtake.datasets.errors import Failure, UserError
 from longtake.datasets.latents import encoder_digest
 from longtake.datasets.loader import to_model, to_pixels
 from longtake.training import registry
@@ -260,5 +260,9 @@ def to_tensor(frames: Sequence[np.ndarray], device: torch.device) -> Tensor:
 
 
 def to_array(video: Tensor) -> np.ndarray:
-    """`(B, 3, T, H, W)` in about [-1, 1] -> `(B, T, H, W, 3)` uint8."""
+    """`(B, 3, T, H, W)` in about [-1, 1] -> `(B, T, H, W, 3)` uint8. Failure for values that are no numbers."""
+    if not video.isfinite().all():
+        raise Failure(
+            "the model makes values that are no numbers: it is damaged or not trained, or its guidance is too high"
+        )
     return to_pixels(video).permute(0, 2, 3, 4, 1).cpu().numpy()

@@ -43,8 +43,9 @@ def smoothing(joints: Sequence[int], reach: int) -> list[Hole]:
     """
     if wrong := [joint for joint in joints if joint <= reach]:
         raise UserError(f"joint {wrong[0]}: {reach} frames before it are remade, and there must be others before them")
-    if any(later <= joint for joint, later in pairwise(joints)):
-        raise UserError(f"joints {', '.join(map(str, joints))}: each must be above the one before")
+    for joint, later in pairwise(joints):
+        if later <= joint:
+            raise UserError(f"joints {joint}, {later}: each must be above the one before")
     return [Hole(joint - reach, 2 * reach, 2 * reach) for joint in joints]
 
 
@@ -67,7 +68,7 @@ def check_room(holes: Sequence[Hole], frames: int, least: int) -> None:
         for side, length in zip(("before", "after"), sides, strict=True):
             if length < least:
                 raise UserError(
-                    f"{side} the gap at frame {hole.at} there are {length} frames, and the model needs {least};"
+                    f"{side} the gap at frame {hole.at} there are {max(length, 0)} frames, and the model needs {least};"
                     " remake fewer frames, or name fewer joints"
                 )
 

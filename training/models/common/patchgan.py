@@ -55,7 +55,7 @@ class PatchGANConfig(BaseModel):
 
 def config_from_preset(preset: str, **overrides: Any) -> PatchGANConfig:
     """The preset's config with some fields replaced. ValueError for an unknown preset or field."""
-    if preset not in PRESETS:
+    if not isinstance(preset, str) or preset not in PRESETS:
         raise ValueError(f"unknown preset {preset!r}; choose one of: {', '.join(PRESETS)}")
     return PatchGANConfig(**PRESETS[preset] | overrides)
 

@@ -13,6 +13,7 @@ from pydantic import (
     model_validator,
 )
 
+from longtake.datasets.errors import UserError
 from longtake.datasets.stage import DatasetInput, Input, ModelInput, StageConfig, ViewInput
 from longtake.datasets.text import Text
 from longtake.training import data
@@ -34,6 +35,10 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 _FROM_DATA = ("channels", "shape", "gap", "image_width")  # fields of MavinConfig that `model` must not have
 _PRESET = {"preset": "mavin_small"}
+_OF_BODY = {
+    "dit": ("depth", "width", "heads", "patch", "mlp_ratio"),
+    "unet": ("widths", "layers", "cross_width", "head_width", "groups"),
+}
 
 # by body and name, a regular expression of the parameters of a part: what `train` may name
 PARTS: dict[str, dict[str, str]] = {
@@ -90,7 +95,7 @@ class MavinConfig(BaseModel):
     heads: PositiveInt = 4
     patch: PositiveInt = 1
     mlp_ratio: PositiveInt = 4
-    widths: tuple[PositiveInt, ...] = (320, 640, 1280, 1280)
+    widths: tuple[PositiveInt, ...] = Field((320, 640, 1280, 1280), min_length=1)
     layers: PositiveInt = 2
     cross_width: PositiveInt = 1024
     head_width: PositiveInt = 64
@@ -145,7 +150,7 @@ class MavinConfig(BaseModel):
 
 def config_from_preset(preset: str, **overrides: Any) -> MavinConfig:
     """The preset's config with some fields replaced. ValueError for an unknown preset or field."""
-    if preset not in PRESETS:
+    if not isinstance(preset, str) or preset not in PRESETS:
         raise ValueError(f"unknown preset {preset!r}; choose one of: {', '.join(PRESETS)}")
     return MavinConfig(**PRESETS[preset] | overrides)
 
@@ -204,21 +209,21 @@ class Config(MeasuredConfig):
     view: ViewInput | None = None
     vae: ModelInput | None = None
     base: ModelInput | None = None
-    unet: str | None = None
+    unet: str | None = Field(None, min_length=1)
     name: ModelName = "mavin"
     model: dict[str, Any] | None = None
-    image: str | None = "own"
+    image: str | None = Field("own", min_length=1)
     frames: int = Field(34, ge=3)
     stride: int = Field(1, ge=1)
-    fps: float | None = Field(None, gt=0)
-    size: tuple[int, int] = (64, 64)
+    fps: float | None = Field(None, gt=0, allow_inf_nan=False)
+    size: tuple[PositiveInt, PositiveInt] = (64, 64)
     flip: float = Field(0.5, ge=0, le=1)
     least_similarity: float = Field(0.1, ge=-1, le=1)
     spans: SpansConfig = SpansConfig()
     train: Literal["all"] | tuple[str, ...] = "all"
-    time_mean: float = 0.0
-    time_std: float = Field(1.0, gt=0)
-    shift: float = Field(1.0, gt=0)
+    time_mean: float = Field(0.0, allow_inf_nan=False)
+    time_std: float = Field(1.0, gt=0, allow_inf_nan=False)
+    shift: float = Field(1.0, gt=0, allow_inf_nan=False)
     steps: int = Field(40_000, ge=1)
     batch: int = Field(8, ge=1)
     lr: float = Field(1e-4, gt=0)
@@ -232,6 +237,13 @@ class Config(MeasuredConfig):
             raise ValueError(f"{derived[0]} follows from the stage's other settings; leave it out")
         return model
 
+    @field_validator("train", mode="before")
+    @classmethod
+    def _listed(cls, train: Any) -> Any:
+        if train != "all" and not isinstance(train, list | tuple):
+            raise ValueError("write all, or a list of parts, such as [temporal]")
+        return train
+
     @model_validator(mode="after")
     def _fits(self) -> Self:
         check_settings(self.model or {}, self.text)
@@ -241,6 +253,8 @@ class Config(MeasuredConfig):
             raise ValueError("guidance: leads to a text, and the stage has none; set text, or leave it out")
         if self.image_guidance != 1 and self.image is None:
             raise ValueError("image_guidance: leads to frames that the model does not see; set image, or leave it out")
+        if self.spans.length is not None and self.spans.kind != "fixed":
+            raise ValueError(f"spans.length: {self.spans.kind} spans have none; set spans.kind: fixed, or leave it out")
         if self.spans.kind == "random":
             if self.vae is not None:
                 raise ValueError("spans: random latents have no clip on either side to encode apart; leave out vae")
@@ -254,17 +268,28 @@ class Config(MeasuredConfig):
             raise ValueError("lora: without a base all else would stay random; name one, or leave it out")
         if self.train != "all" and self.unet is None:
             raise ValueError("train: without a base or unet all else would stay random; name one, or leave it out")
-        chosen = config_from_preset(**_PRESET | (self.model or {}))
+        chosen = self.numbers
         if self.unet is not None and chosen.body != "unet":
             raise ValueError("unet: is of body unet; set model.preset: mavin_unet")
         if self.unet is not None and chosen.mask_channel:
             raise ValueError("unet: a public U-Net sees no mask; leave out model.mask_channel")
+        other = _OF_BODY["unet" if chosen.body == "dit" else "dit"]
+        if idle := [name for name in other if name in (self.model or {})]:
+            raise ValueError(f"model.{idle[0]}: has no effect with body {chosen.body}; leave it out")
+        if self.image is None and "image_dropout" in (self.model or {}):
+            raise ValueError("model.image_dropout: has no effect without image; leave it out")
         check_parts(self.train, chosen.body)
         check_hidden(chosen, self.guidance, self.image_guidance)
         if self.vae is None:
+            check_size(self.size, 1, chosen)
             spans = self.spans_of(self.frames)
             self.mavin(3, (self.frames, *self.size), spans, None)
         return self
+
+    @property
+    def numbers(self) -> MavinConfig:
+        """Those of a model without a base, but for the ones that follow from data."""
+        return config_from_preset(**_PRESET | (self.model or {}))
 
     @property
     def sampling(self) -> InfillSettings:
@@ -290,6 +315,14 @@ class Config(MeasuredConfig):
         learned = {"prediction": "noise"} if self.unet else {}
         chosen = _PRESET | learned | (self.model or {}) | dict(changes or {})
         return config_from_preset(**chosen | from_data | fields_of(text))
+
+
+def check_size(size: tuple[int, int], side: int, model: MavinConfig) -> None:
+    """ValueError for a size that a model of latents, each of `side` x `side` pixels, does not divide."""
+    patch = model.patch if model.body == "dit" else 1
+    if size[0] % (side * patch) or size[1] % (side * patch):
+        whose = " and ".join([f"the autoencoder's {side}"] * (side > 1) + [f"model.patch {patch}"] * (patch > 1))
+        raise ValueError(f"size: {size[0]}x{size[1]} must be multiples of {side * patch}, by {whose}")
 
 
 def check_parts(train: Literal["all"] | tuple[str, ...], body: Literal["dit", "unet"]) -> None:
@@ -324,5 +357,7 @@ def check(config: Config, inputs: Mapping[str, StageConfig]) -> None:
 
 
 def stride_of(config: Config, rate: float) -> int:
-    """Every how many frames of clips of this rate a window takes."""
+    """Every how many frames of clips of this rate a window takes. UserError for a rate above theirs."""
+    if config.fps is not None and config.fps > 1.01 * rate:
+        raise UserError(f"fps: {config.fps:g}: the clips have {rate:g} frames a second; set that or less")
     return config.stride if config.fps is None else max(1, round(rate / config.fps))

@@ -31,7 +31,15 @@ from longtake.training.models.common.flow import shifted
 from longtake.training.models.common.pictures import OWN
 from longtake.training.models.common.text import set_empty
 from longtake.training.models.mavin import spans as spanning
-from longtake.training.models.mavin.config import PARTS, Config, check, check_hidden, check_parts, stride_of
+from longtake.training.models.mavin.config import (
+    PARTS,
+    Config,
+    check,
+    check_hidden,
+    check_parts,
+    check_size,
+    stride_of,
+)
 from longtake.training.models.mavin.encode import (
     boundary_frames,
     encode_windows,
@@ -57,7 +65,7 @@ VERSION = 2
 PRODUCES = "model"
 MODEL = "mavin"
 
-_SCALED_BY = 32  # windows by which latents are normalised
+_SOME = 32  # windows by which latents are normalised, and that must not all have a cut
 
 
 def outside(config: Config) -> str:
@@ -101,13 +109,14 @@ def prepare(config: Config, inputs: Mapping[str, str], folder: Path) -> Setup:
     name = inputs.get("image", config.image)
     encoder = checked_encoder(name, config.size, "image") if name else None
     side = codec.config.spatial_stride
-    if config.size[0] % side or config.size[1] % side:
-        raise UserError(f"size: {config.size[0]}x{config.size[1]}: the autoencoder needs multiples of {side}")
     try:
         latents = window_latents(codec, config.frames)
         spans = config.spans_of(latents)
+        if "base" not in inputs:
+            check_size(config.size, side, config.numbers)
         shape = (latents, config.size[0] // side, config.size[1] // side)
         model = _model(config, inputs, codec, shape, spans, encoder, text)
+        check_size(config.size, side, model.config)
         check_parts(config.train, model.config.body)
         check_hidden(model.config, config.guidance, config.image_guidance)
     except ValueError as e:
@@ -116,6 +125,7 @@ def prepare(config: Config, inputs: Mapping[str, str], folder: Path) -> Setup:
     if "vae" in inputs and "base" not in inputs:
         _normalise(config, setup)
     _keep_still(config, model)
+    _check_cuts(config, setup)
     model.to(device())
     return setup
 
@@ -173,7 +183,7 @@ def _normalise(config: Config, setup: Setup) -> None:
     span = [(start, min(latents - 1, max(start + 1, setup.spans.ends[0])))]
     some = [
         encode_windows(setup.codec, to_model(batch["video"].to(device())), span)
-        for batch in windows.at(range(min(_SCALED_BY, windows.batches_per_epoch)))
+        for batch in windows.at(range(min(_SOME, windows.batches_per_epoch)))
     ]
     values = torch.cat(some).transpose(0, 1).flatten(1).double().cpu()
     try:
@@ -189,6 +199,19 @@ def _keep_still(config: Config, model: Mavin) -> None:
     parts = [re.compile(PARTS[model.config.body][name]) for name in config.train]
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(any(part.match(name) for part in parts))
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise UserError(
+            f"train: {', '.join(config.train)}: this model has no such part, and nothing would learn; name others"
+        )
+
+
+def _check_cuts(config: Config, setup: Setup) -> None:
+    """Refuse to train where all of some windows have a cut: UserError."""
+    windows = loader_of(config, setup, "train", batch=1, seed=config.seed, columns={"video": "video"})
+    some = windows.at(range(min(_SOME, windows.batches_per_epoch)))
+    if windows.samples and all(bool(cut(to_model(batch["video"]), config.least_similarity)) for batch in some):
+        least = f"least_similarity: {config.least_similarity:g}"
+        raise UserError(f"{least}: all windows that were looked at have a cut, and none would count; lower it")
 
 
 def loader(config: Config, setup: Setup, rank: int, world: int) -> Loader:

@@ -34,6 +34,8 @@ from longtake.training.models.mavin.mixer import Mixer, initial
 GapVelocity = Callable[[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None], Tensor]
 CleanTime = Literal["zero", "same"]
 
+_WINDOWS = 16  # training windows that a gap is as long as, at most: it is made in one piece, and none has learned more
+
 
 class Hints(NamedTuple):
     """What leads a batch of gaps; None is none.
@@ -221,6 +223,11 @@ class Filler:
     def _check(self, gap: Gap) -> None:
         if gap.frames < 1:
             raise ValueError(f"frames is {gap.frames}; a gap has at least 1")
+        if gap.frames > (most := _WINDOWS * self.window):
+            raise ValueError(
+                f"frames is {gap.frames}; a gap has {most} at most, {_WINDOWS} windows of the model's training, since it is"
+                " made in one piece"
+            )
         for side in (gap.before, gap.after):
             if side.shape[1:] != (*self.size, 3):
                 (height, width), (h, w) = side.shape[1:3], self.size

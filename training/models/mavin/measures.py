@@ -37,8 +37,8 @@ class MeasuredConfig(TrainConfig):
     """
 
     sample_steps: int = Field(50, ge=1)
-    guidance: float = Field(1.0, ge=0)
-    image_guidance: float = Field(1.0, ge=0)
+    guidance: float = Field(1.0, ge=0, allow_inf_nan=False)
+    image_guidance: float = Field(1.0, ge=0, allow_inf_nan=False)
     mixer: Literal["none", "paper", "per_frame"] = "none"
     noise: Literal["same", "fresh"] = "same"
     cutoff: float = Field(0.6, allow_inf_nan=False)

@@ -131,6 +131,6 @@ class MemoryDiTConfig(BaseModel):
 
 def config_from_preset(preset: str, **overrides: Any) -> MemoryDiTConfig:
     """The preset's config with some fields replaced. ValueError for an unknown preset or field."""
-    if preset not in PRESETS:
+    if not isinstance(preset, str) or preset not in PRESETS:
         raise ValueError(f"unknown preset {preset!r}; choose one of: {', '.join(PRESETS)}")
     return MemoryDiTConfig(**PRESETS[preset] | overrides)

@@ -138,6 +138,6 @@ class TATSConfig(BaseModel):
 
 def config_from_preset(preset: str, **overrides: Any) -> TATSConfig:
     """The preset's config with some fields replaced. ValueError for an unknown preset or field."""
-    if preset not in PRESETS:
+    if not isinstance(preset, str) or preset not in PRESETS:
         raise ValueError(f"unknown preset {preset!r}; choose one of: {', '.join(PRESETS)}")
     return TATSConfig(**PRESETS[preset] | overrides)

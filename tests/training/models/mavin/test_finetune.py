@@ -226,6 +226,9 @@ def test_only_the_parts_that_are_named_learn(dataset: str, tmp_path: Path) -> No
     after = fit(finetune, chosen, inputs, tmp_path / "run")
     moved = {name for name, value in after.items() if not torch.equal(value, before[name])}
     assert moved and all("temp_convs" in name for name in moved)
+    inputs["base"] = saved(config(model=UNET, image=None), inputs, tmp_path / "blind")
+    with pytest.raises(UserError, match="train: guidance: this model has no such part"):
+        prepared(config(base="base", model=None, image=None, train=("guidance",)), inputs, tmp_path / "no", finetune)
 
 
 @pytest.mark.slow
@@ -291,6 +294,19 @@ def test_it_is_measured_registered_and_judged(inputs: dict[str, str], store: str
         ({"fps": 8.0, "stride": 2}, "fps: stride is given too"),
         ({"spans": {"kind": "random"}}, "random latents have no two frames beside them; set image: null"),
         ({"spans": {"kind": "random"}, "vae": "vae", "image": None}, "spans: random latents have no clip"),
+        ({"train": "temporal"}, "write all, or a list of parts, such as [temporal]"),
+        ({"train": None}, "write all, or a list of parts"),
+        ({"spans": {"length": 3}}, "spans.length: variable spans have none; set spans.kind: fixed"),
+        ({"size": (18, 16)}, "size: 18x16 must be multiples of 4, by model.patch 4"),
+        ({"image": ""}, "at least 1 character"),
+        ({"size": (0, 16)}, "greater than 0"),
+        ({"time_mean": float("nan")}, "finite number"),
+        ({"shift": float("inf")}, "finite number"),
+        ({"image_guidance": float("inf")}, "finite number"),
+        ({"model": {"preset": ["mavin_tiny"]}}, "unknown preset ['mavin_tiny']"),
+        ({"model": {"preset": "mavin_unet_tiny", "widths": ()}}, "at least 1 item"),
+        ({"model": MODEL | {"groups": 8}}, "model.groups: has no effect with body dit; leave it out"),
+        ({"model": MODEL | {"image_dropout": 0.5}, "image": None}, "model.image_dropout: has no effect without image"),
         ({"spans": {"starts": (1, 6)}}, "do not fit a window of 7 latents"),
         ({"base": "base"}, "base: has its own numbers"),
         ({"unet": "folder"}, "unet: is of body unet"),
@@ -316,12 +332,19 @@ def test_windows_that_no_clip_or_autoencoder_has_are_refused(inputs: dict[str, s
     check(config(), {"dataset": shards})  # type: ignore[dict-item]
     with pytest.raises(ValueError, match="a window spans 13 frames"):
         check(config(fps=8.0), {"dataset": shards})  # type: ignore[dict-item]
+    with pytest.raises(ValueError, match="fps: 60: the clips have 16 frames a second; set that or less"):
+        check(config(fps=60.0), {"dataset": shards})  # type: ignore[dict-item]
     with pytest.raises(ValueError, match="makes no MAVIN"):
         check(config(base="b", model=None), {"base": SimpleNamespace(kind="pretrain_vae")})  # type: ignore[dict-item]
     for changes, message in (
         ({"frames": 15}, r"needs 2 \+ 4n, such as 14 or 18"),
-        ({"size": (24, 32)}, "needs multiples of 16"),
+        ({"size": (24, 32)}, "size: 24x32 must be multiples of 16, by the autoencoder's 16$"),
+        (
+            {"size": (48, 48), "model": MODEL | {"patch": 2}},
+            "multiples of 32, by the autoencoder's 16 and model.patch 2$",
+        ),
         ({"frames": 6}, "a window of 3 latents|spans"),
+        ({"least_similarity": 1.0}, "least_similarity: 1: all windows that were looked at have a cut"),
         ({"frames": 402}, "a window spans 402 frames"),
         ({"image": str(tmp_path)}, "is no image encoder"),
     ):

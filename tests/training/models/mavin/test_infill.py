@@ -247,6 +247,7 @@ def test_frames_beside_the_gap_lead_as_features() -> None:
     ("gap", "settings", "said"),
     [
         (Gap(clip(3), clip(3), 0), SETTINGS, "frames is 0; a gap has at least 1"),
+        (Gap(clip(3), clip(3), 10**30), SETTINGS, "a gap has 224 at most, 16 windows of the model's training"),
         (Gap(clip(1), clip(3), 2), SETTINGS, "a gap has 1 frames on a side; the model needs 2"),
         (Gap(clip(3, size=(2, 2)), clip(3), 2), SETTINGS, "frames are 2x2, and the model makes 4x6"),
         (Gap(clip(3), clip(3), 2), replace(SETTINGS, steps=0), "steps is 0"),

@@ -18,7 +18,7 @@ from click import Abort
 from priors import awake, frames_of, longtake, save_vae
 
 from longtake.datasets import clip
-from longtake.datasets.errors import UserError
+from longtake.datasets.errors import Failure, UserError
 from longtake.datasets.latents import encoder_digest
 from longtake.training import registry
 from longtake.training.models.generator import Gap
@@ -127,6 +127,19 @@ def test_a_stopped_command_goes_on_to_the_same_film(
     longtake(*command, tmp_path / "x.mp4")
     assert calls == 3 and not (tmp_path / "x.mp4.part").exists()
     assert (tmp_path / "x.mp4").read_bytes() == (tmp_path / "whole.mp4").read_bytes()
+
+
+def test_a_damaged_model_makes_no_film(models: Path, tmp_path: Path) -> None:
+    model, facts = registry.load_with_facts(str(models / "pixels"))
+    broken = {name: torch.full_like(values, torch.nan) for name, values in model.state_dict().items()}
+    names = ("lineage", "classes", "vae", "text", "image", "window", "context", "gap", "sampling")
+    facts = {name: facts[name] for name in names}
+    disk.save(tmp_path / "broken", "mavin", model.config.model_dump(mode="json"), broken, facts)
+    clip.write(tmp_path / "a.mp4", noise(6, 1), 8)
+    paths = [tmp_path / "a.mp4"] * 2
+    with pytest.raises(Failure, match="values that are no numbers: it is damaged"):
+        longtake("infill", tmp_path / "broken", *paths, "--frames", 2, "--out", tmp_path / "x.mp4")
+    assert not (tmp_path / "x.mp4").exists()
 
 
 @pytest.fixture

@@ -40,7 +40,7 @@ class SoundVQGANConfig(VQGANConfig):
 
 def config_from_preset(preset: str, spectrogram: Spectrogram, **overrides: Any) -> SoundVQGANConfig:
     """The preset's config with some fields replaced. ValueError for an unknown preset or field."""
-    if preset not in PRESETS:
+    if not isinstance(preset, str) or preset not in PRESETS:
         raise ValueError(f"unknown preset {preset!r}; choose one of: {', '.join(PRESETS)}")
     return SoundVQGANConfig(**PRESETS[preset] | overrides, spectrogram=spectrogram)
 
