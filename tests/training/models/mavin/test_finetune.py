@@ -226,7 +226,7 @@ def test_only_the_parts_that_are_named_learn(dataset: str, tmp_path: Path) -> No
     after = fit(finetune, chosen, inputs, tmp_path / "run")
     moved = {name for name, value in after.items() if not torch.equal(value, before[name])}
     assert moved and all("temp_convs" in name for name in moved)
-    inputs["base"] = saved(config(model=UNET, image=None), inputs, tmp_path / "blind")
+    inputs["base"] = saved(config(model=UNET, image=None), {"dataset": dataset}, tmp_path / "blind")
     with pytest.raises(UserError, match="train: guidance: this model has no such part"):
         prepared(config(base="base", model=None, image=None, train=("guidance",)), inputs, tmp_path / "no", finetune)
 
