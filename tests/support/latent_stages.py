@@ -141,6 +141,34 @@ def turn(engine: Any, batch: dict[str, Any], rng: torch.Generator, step: int = 0
     return Turn("model", {"model": engine}, batch, step, rng, 0, {})
 
 
+_RANK = """
+import json, sys
+from pathlib import Path
+import torch
+import STAGE as stage
+from longtake.training import checkpoint, engines
+from longtake.training.loop import train
+from latent_stages import prepared
+
+if __name__ == "__main__":
+    with engines.process_group() as (rank, world):
+        torch.set_num_threads(1)
+        for line in sys.stdin:
+            job = json.loads(line)
+            config, folder = stage.Config(**job["settings"]), Path(job["folder"])
+            torch.manual_seed(config.seed)
+            setup = prepared(config, job["inputs"], Path(job["folder"] + str(rank)), stage)
+            train(stage.objective(config, setup), stage.loader(config, setup, rank, world), config, folder)
+            weights = checkpoint.Weights(checkpoint.latest(folder))
+            print(json.dumps({name: value.tolist() for name, value in weights.items()}), flush=True)
+"""
+
+
+def rank_of(stage: Any) -> str:
+    """A script that is a rank of trainings by a stage's module: it takes a job a line, and answers with the weights."""
+    return _RANK.replace("STAGE", stage.__name__)
+
+
 def fit(stage: Any, chosen: Any, given: dict[str, str], folder: Path, until: int | None = None, log: Any = None) -> Any:
     """Train as a rank does and return the last weights; `until` a step, as if it had been stopped there."""
     torch.manual_seed(chosen.seed)

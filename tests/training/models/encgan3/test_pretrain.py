@@ -54,28 +54,6 @@ QUICK: dict[str, Any] = {
     "eval_videos": 1,
     "eval_bin": 14,
 }
-# a rank of a training, for each job that is a line
-SCRIPT = """
-import json, sys
-from pathlib import Path
-import torch
-from longtake.training import checkpoint, engines
-from longtake.training.loop import train
-from longtake.training.models.encgan3 import pretrain
-from latent_stages import prepared
-
-if __name__ == "__main__":
-    with engines.process_group() as (rank, world):
-        torch.set_num_threads(1)
-        for line in sys.stdin:
-            job = json.loads(line)
-            config, folder = pretrain.Config(**job["settings"]), Path(job["folder"])
-            torch.manual_seed(config.seed)
-            setup = prepared(config, job["inputs"], Path(job["folder"] + str(rank)), pretrain)
-            train(pretrain.objective(config, setup), pretrain.loader(config, setup, rank, world), config, folder)
-            weights = checkpoint.Weights(checkpoint.latest(folder))
-            print(json.dumps({name: value.tolist() for name, value in weights.items()}), flush=True)
-"""
 
 
 def config(**changes: Any) -> Config:
@@ -205,7 +183,7 @@ def test_every_stage_of_zero_learns_the_same(dataset: str, tmp_path: Path) -> No
 
 @pytest.mark.slow
 def test_two_ranks_learn_what_one_does(dataset: str, tmp_path: Path, module_ranks: Callable[[int, str], Any]) -> None:
-    pair, given = module_ranks(2, SCRIPT), {"dataset": dataset}
+    pair, given = module_ranks(2, latent_stages.rank_of(pretrain)), {"dataset": dataset}
     for zero in (0, 3):
         settings = nested(QUICK | {"zero_stage": zero, "sample_every": 0, "gradient_clip": 0.0})
         alone = fit(pretrain, Config(**settings), given, tmp_path / f"one-{zero}")

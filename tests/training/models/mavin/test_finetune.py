@@ -52,28 +52,6 @@ QUICK: dict[str, Any] = {
     "eval_clips": 2,
     "eval_videos": 1,
 }
-# a rank of a training, for each job that is a line
-SCRIPT = """
-import json, sys
-from pathlib import Path
-import torch
-from longtake.training import checkpoint, engines
-from longtake.training.loop import train
-from longtake.training.models.mavin import finetune
-from latent_stages import prepared
-
-if __name__ == "__main__":
-    with engines.process_group() as (rank, world):
-        torch.set_num_threads(1)
-        for line in sys.stdin:
-            job = json.loads(line)
-            config, folder = finetune.Config(**job["settings"]), Path(job["folder"])
-            torch.manual_seed(config.seed)
-            setup = prepared(config, job["inputs"], Path(job["folder"] + str(rank)), finetune)
-            train(finetune.objective(config, setup), finetune.loader(config, setup, rank, world), config, folder)
-            weights = checkpoint.Weights(checkpoint.latest(folder))
-            print(json.dumps({name: value.tolist() for name, value in weights.items()}), flush=True)
-"""
 
 
 def config(**changes: Any) -> Config:
@@ -235,7 +213,7 @@ def test_only_the_parts_that_are_named_learn(dataset: str, tmp_path: Path) -> No
 def test_two_ranks_learn_what_one_does(
     inputs: dict[str, str], tmp_path: Path, module_ranks: Callable[[int, str], Any]
 ) -> None:
-    pair = module_ranks(2, SCRIPT)
+    pair = module_ranks(2, latent_stages.rank_of(finetune))
     for zero in (0, 3):
         chosen = latents(zero_stage=zero, sample_every=0, gradient_clip=0.0)
         alone = fit(finetune, chosen, inputs, tmp_path / f"one-{zero}")
