@@ -25,10 +25,14 @@ def _log_ratios() -> Tensor:
     return 0.5 * (signal / (1 - signal)).log()
 
 
+_RATIOS = _log_ratios()
+_LEAST = float(1 / (1 + torch.exp(-_RATIOS[-1])))  # 1 - t at the last step
+
+
 def steps_of(times: Tensor) -> Tensor:
     """The steps, 0 to 999 and in between, at which signal and noise have the ratio that they have at these times, 0 to 1."""
     times = times.double()
-    ratios = _log_ratios().to(times.device)
+    ratios = _RATIOS.to(times.device)
     wanted = ((1 - times).log() - times.log()).clamp(ratios[-1], ratios[0])
     after = torch.searchsorted(-ratios, -wanted).clamp(1, _STEPS - 1)
     left, right = ratios[after - 1], ratios[after]
@@ -42,8 +46,7 @@ def shown(latents: Tensor, times: Tensor) -> Tensor:
 
 def velocity_of(noise: Tensor, latents: Tensor, times: Tensor) -> Tensor:
     """The velocity of latents `(B, C, T, h, w)` at times `(B, T)`, fp32, in which a network has found this noise."""
-    least = 1 / (1 + torch.exp(-_log_ratios()[-1]))  # 1 - t at the last step
-    return (noise.float() - latents.float()) / _wide((1 - times).clamp_min(float(least)), latents)
+    return (noise.float() - latents.float()) / _wide((1 - times).clamp_min(_LEAST), latents)
 
 
 def _wide(rows: Tensor, latents: Tensor) -> Tensor:
