@@ -30,12 +30,11 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
-import yaml
+import toys
 from torch import Tensor
 
 from longtake.datasets import storage
 from longtake.datasets.loader import Loader, to_model
-from longtake.infra import footage, graph, recipe, runner, runs
 from longtake.training import checkpoint, engines, registry
 from longtake.training.config import RunConfig, TrainConfig
 from longtake.training.data import HELDOUT
@@ -63,24 +62,6 @@ STRIDE, CODES, SIDE = 4, 256, 8  # frames of a token, codes, tokens a side
 LONG = 256 // STRIDE  # latent frames of generated videos
 SETTINGS = Settings(top_k=0, top_p=0.95)
 FIGURES = ("l1", "psnr", "kappa", "score", "score_paper", "perplexity", "usage", "latent_error")
-
-
-def prepare(out: Path, videos: int) -> str:
-    """Footage and shards, whatever is missing; returns the dataset."""
-    footage.generate(out / "footage", videos, seconds=24, fps=FPS, size=(2 * SIZE, 2 * SIZE))
-    seconds = {"min_seconds": FRAMES / FPS, "max_seconds": 10}
-    rules = {"short_side": SIZE, "fps": FPS, "aspects": ["1:1"], "crf": 8, **seconds}
-    stages = {
-        "shards": {"kind": "shard", "sources": [str(out / "footage" / "*.mp4")], "clip": rules, "val_fraction": 0.3}
-    }
-    content = {"name": "ablation-tats", "workspace": str(out / "runs"), "stages": stages}
-    (out / "recipe.yaml").write_text(yaml.safe_dump(content))
-    resolved = graph.pin(recipe.load(str(out / "recipe.yaml")))
-    runner.run(resolved, runner.Choice(), lambda line: print(line, flush=True))
-    (node,) = graph.build(resolved)
-    done = runner.finished(node, runs.connect(resolved))
-    assert done
-    return str(done.uri)
 
 
 def windows(dataset: str, split: str, frames: int, count: int, seed: int) -> Iterator[Tensor]:
@@ -382,7 +363,7 @@ def main() -> None:
     options = parser.parse_args()
     options.out, options.part = options.out.absolute(), options.part or ["A", "B", "C"]
     options.out.mkdir(parents=True, exist_ok=True)
-    options.dataset = prepare(options.out, options.footage)
+    options.dataset = toys.prepare(options.out, options.footage, "ablation-tats", SIZE, FRAMES)
     options.network = load_network(options.features, device=engines.device()) if options.features else None
     with engines.process_group():
         for name, make in jobs(options):

@@ -90,11 +90,11 @@ def sprites(
     return Sprites(torch.from_numpy(small.astype(np.uint8)), *torch.tensor(labels).unbind(1))
 
 
-def prepare(out: Path, videos: int, name: str) -> str:
-    """Footage and shards, whatever is missing; returns the dataset."""
-    footage.generate(out / "footage", videos, seconds=24, fps=FPS, size=(2 * DRAWN, 2 * DRAWN))
-    rules = {"short_side": DRAWN, "fps": FPS, "aspects": ["1:1"], "crf": 8}
-    rules |= {"min_seconds": SPAN / FPS, "max_seconds": 10}
+def prepare(out: Path, videos: int, name: str, side: int = DRAWN, span: int = SPAN) -> str:
+    """Footage and shards of clips of so many pixels a side and at least so many frames, whatever is missing; the dataset."""
+    footage.generate(out / "footage", videos, seconds=24, fps=FPS, size=(2 * side, 2 * side))
+    rules = {"short_side": side, "fps": FPS, "aspects": ["1:1"], "crf": 8}
+    rules |= {"min_seconds": span / FPS, "max_seconds": 10}
     stages = {
         "shards": {"kind": "shard", "sources": [str(out / "footage" / "*.mp4")], "clip": rules, "val_fraction": 0.3}
     }
