@@ -1,0 +1,1 @@
+"""Video transformers of other libraries, fine-tuned and sampled."""
