@@ -311,8 +311,9 @@ class Backbone(nn.Module):
             image_states=None if image_states is None else image_states.to(x),
             pooled=None if pooled is None else pooled.to(x),
         )
-        self.net.gradient_checkpointing = config.activation_checkpointing and self.training
-        return config.row.velocity(self.net, config, inputs)
+        net: Any = self.net
+        net.gradient_checkpointing = config.activation_checkpointing and self.training
+        return config.row.velocity(net, config, inputs)
 
     def _texts(self, condition: Condition | None, x: Tensor, lost: Tensor | None) -> tuple[Tensor, Tensor]:
         """States `(B, N, D)`, the ones that count first and then zeros, and which count: those of "" where there is no text."""
