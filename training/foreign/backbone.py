@@ -13,12 +13,12 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from longtake.training.foreign.backbone_config import BackboneConfig, shift_of, token_count
+from longtake.training.foreign.backbone_config import ROWS, BackboneConfig, shift_of, token_count
 from longtake.training.foreign.backbone_inputs import Front, Inputs
 from longtake.training.foreign.library import class_of
 from longtake.training.models.common.condition import Condition, draw_hidden
 
-__all__ = ("Backbone", "BackboneConfig", "Front")
+__all__ = ("ROWS", "Backbone", "BackboneConfig", "Front")
 
 
 class Backbone(nn.Module):
