@@ -22,7 +22,7 @@ class Shapes:
     numbers: np.ndarray  # (N,) each clip's place in `shapes`
     short: np.ndarray  # (N,) bool: clips shorter than all windows
     small: np.ndarray  # (N,) bool: clips smaller than `size`
-    areas: list[int]  # positions in a latent of each shape, in the first column of latents or tokens; 0 without one
+    latents: list[tuple[int, int]]  # of each shape (h, w) in the first column of latents or tokens; (0, 0) without one
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Bucket:
     rows: np.ndarray  # their row numbers in the split, rising
     weights: np.ndarray | None  # how often each row comes; None: once an epoch
     samples: int  # in an epoch; as many as rows where there are no weights
-    area: int = 0  # positions in a latent of theirs, in the first column of latents or tokens
+    latent: tuple[int, int] = (0, 0)  # (h, w) in the first column of latents or tokens
 
 
 def window_shapes(
@@ -68,8 +68,8 @@ def window_shapes(
 
     small = (heights < size[0]) | (widths < size[1]) if isinstance(size, tuple) else np.minimum(heights, widths) < size
     shapes = [(t, *scaled) for t in lengths for scaled, _ in distinct]
-    areas = [math.prod(sides[-2:]) if codes else 0 for _, (_, sides) in distinct] * len(lengths)
-    return Shapes(size, shapes, length * np.int16(len(distinct)) + kind_numbers[numbers], short, small, areas)
+    latents = [(sides[-1], sides[-2]) if codes else (0, 0) for _, (_, sides) in distinct] * len(lengths)
+    return Shapes(size, shapes, length * np.int16(len(distinct)) + kind_numbers[numbers], short, small, latents)
 
 
 def make_buckets(
@@ -105,9 +105,10 @@ def make_buckets(
         t, h, w = shapes.shapes[number]
         if pixels is not None and not (batch := pixels // (t * h * w) // ranks * ranks):
             raise UserError(f"pixels: {pixels} hold no {ranks} windows of {t}x{h}x{w}; raise it")
-        own, area = replace(window, frames=t, size=(h, w)), shapes.areas[number]
-        share = batch if positions is None else _share(batch, positions, area * (1 + (t - 1) // factor), ranks)
-        buckets.append(Bucket(own, share, rows, None if weights is None else weights[rows], samples, area))
+        own, latent = replace(window, frames=t, size=(h, w)), shapes.latents[number]
+        each = math.prod(latent) * (1 + (t - 1) // factor)
+        share = batch if positions is None else _share(batch, positions, each, ranks)
+        buckets.append(Bucket(own, share, rows, None if weights is None else weights[rows], samples, latent))
     return buckets
 
 
