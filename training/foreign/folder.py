@@ -18,6 +18,7 @@ from longtake.training.foreign.files import Tensor, file_digests, read_json, ten
 
 INDEX, CONFIG, SCHEDULER = "model_index.json", "config.json", "scheduler_config.json"
 VAE, TRANSFORMER, TRANSFORMER_2 = "vae", "transformer", "transformer_2"
+PIPELINE = "pipeline"  # the model in our config.json
 _PART = re.compile(r"[a-z][a-z0-9_]*")
 _NOT_OF_MODEL = ("transformers_version", "torch_dtype", "dtype", "architectures")  # keys of transformers' config.json
 
@@ -53,7 +54,7 @@ def is_foreign(folder: Path) -> bool:
     if (folder / INDEX).is_file():
         return True
     content = read_json(folder / CONFIG) if (folder / CONFIG).is_file() else {}
-    return isinstance(content.get("_class_name"), str) or content.get("model") == "pipeline"
+    return isinstance(content.get("_class_name"), str) or content.get("model") == PIPELINE
 
 
 def index_of(folder: Path) -> dict[str, Any]:
@@ -146,15 +147,21 @@ def tensors_of(part: Part) -> dict[str, Tensor]:
     return tensors
 
 
-def digests_of(part: Part) -> dict[str, str]:
-    """The sha256 of each file that decides what a part is: of its weights, and of its config without notes of its writer."""
+def digests_of(part: Part, known: Mapping[Path, str] | None = None) -> dict[str, str]:
+    """The sha256 of each file that decides what a part is: of its weights, and of its config without notes of its writer.
+
+    `known` are those of files that were read just now, and are not read again.
+    """
+    known = known or {}
     config = {name: value for name, value in part.config.items() if name not in _NOT_OF_MODEL}
     described = storage.canonical_json([part.class_name, config])
-    return {CONFIG: hashlib.sha256(described).hexdigest(), **file_digests({path.name: path for path in part.weights})}
+    weights = file_digests({path.name: path for path in part.weights if path not in known})
+    weights |= {path.name: known[path] for path in part.weights if path in known}
+    return {CONFIG: hashlib.sha256(described).hexdigest(), **weights}
 
 
 def digest_of(part: Part) -> str:
-    """The sha256 that a part is known by, over config and weights."""
+    """The sha256 that a part is known by, over config and weights; that of `registry.disk` for its facts."""
     return hashlib.sha256(storage.canonical_json(digests_of(part))).hexdigest()
 
 
