@@ -15,11 +15,20 @@ from longtake.datasets.text import Text
 from longtake.training import data, registry
 from longtake.training.data import HELDOUT
 from longtake.training.engines import device
-from longtake.training.foreign.backbone import Backbone
+from longtake.training.foreign.backbone import Backbone, BackboneConfig
+from longtake.training.foreign.folder import index_of
 from longtake.training.models.backbone.config import Config
+from longtake.training.models.backbone.given import given, repeated
+from longtake.training.models.common import flow
+from longtake.training.models.common.codec import decoded
+from longtake.training.models.common.condition import Condition, of_batch
+from longtake.training.models.common.guidance import parts_of
 from longtake.training.models.common.wanted import Wanted
 from longtake.training.objective import Batch
 from longtake.training.target import LatentTarget
+
+# frames a second, as their authors say; Wan 2.2-5B, which alone expands times, has 24
+_FPS = {"WanTransformer3DModel": 16.0, "HunyuanVideoTransformer3DModel": 24.0}
 
 
 class Setup(NamedTuple):
@@ -42,7 +51,7 @@ class Setup(NamedTuple):
     @property
     def holds(self) -> bool:
         """Whether start images are clean first latents, and not channels of their own."""
-        return self.image_share > 0 and not self.model.config.image_channels
+        return self.image_share > 0 and not self.model.config.sizes.image_channels
 
     def loader(self, config: Config, split: str, **options: Any) -> Loader:
         """Windows of latents with their texts."""
@@ -56,23 +65,27 @@ class Setup(NamedTuple):
         return Wanted((), data.loader(config, self.inputs, "val", columns=columns, **HELDOUT))
 
     def given(self, batch: Batch, x0: Tensor) -> dict[str, Any]:
-        """What the model needs of a batch beside its latents and its texts."""
-        given: dict[str, Any] = {"fps": self.target.fps}
-        if self.pooled is not None:
-            last = (batch["pooled_mask"].sum(1) - 1).clamp(min=0)
-            given["pooled"] = batch["pooled"][torch.arange(len(last), device=last.device), last]
-        if self.model.config.image_channels:
-            given["image"] = self.shown(x0)
-        return given
+        """What the model needs of a batch of latents `x0` beside them and their texts."""
+        return given(self.model, batch, x0, self.target.fps, self.target.codec)
 
     @torch.no_grad()
-    def shown(self, x0: Tensor) -> Tensor:
-        """Latents of videos that show the first frame of `x0`, decoded, and then grey, as their pipeline has them."""
-        codec, frames = self.target.codec, (x0.shape[2] - 1) * self.target.record.factor
-        first = codec.decode(x0[:, :, :1].to(codec.dtype))[:, :, :1]
-        grey = first.new_zeros(*first.shape[:2], frames, *first.shape[3:])
-        latents: Tensor = codec.encode(torch.cat([first, grey], dim=2)).mode()
-        return latents.float()
+    def sampled(self, config: Config, model: Backbone, batch: Batch, seed: int) -> Tensor:
+        """A video `(1, 3, T, H, W)` uint8 by the text, and maybe the start image, of a held-out clip.
+
+        Euler steps, shifted as the base's scheduler does. A model that has guidance as an input is not led by two passes.
+        """
+        x0, condition = self.target.given(model, batch), of_batch(batch)
+        beside, guidance = self.given(batch, x0), parts_of(config.guidance).text
+        if model.config.sizes.embeds_guidance:
+            beside["guidance"], guidance = guidance, 1.0
+
+        def velocity(x: Tensor, t: Tensor, wanted: Condition | None) -> Tensor:
+            return model(x, t, wanted, **repeated(beside, len(x)))
+
+        noise = torch.randn(x0.shape, generator=torch.Generator().manual_seed(seed)).to(x0.device)
+        shape = (x0.shape[2], x0.shape[3], x0.shape[4])
+        led = flow.guided(velocity, condition, guidance)
+        return decoded(self.target.codec, flow.euler(led, noise, config.sample_steps, model.shift_of(shape)))
 
     def filled(self, bucket: Bucket, count: int) -> Batch:
         """A batch of `count` windows of a bucket with the longest texts, of zeros."""
@@ -96,7 +109,7 @@ def prepare(config: Config, inputs: Mapping[str, str], folder: Path) -> Setup:
         Failure: damaged files.
     """
     dataset, base = inputs["dataset"], inputs["base"]
-    record = [data.column_of(dataset, inputs["latents"], frames) for frames in config.lengths][0]
+    record = [data.column_of(dataset, inputs["latents"], frames) for frames in config.lengths].pop()
     text = data.text_of(inputs)
     pooled = data.text_of({**inputs, "text": inputs["pooled"]}) if "pooled" in inputs else None
     assert text
@@ -105,6 +118,7 @@ def prepare(config: Config, inputs: Mapping[str, str], folder: Path) -> Setup:
     _check_text(base, model, facts, text, inputs["text"])
     fps = _frame_rate(base, model, facts, config, dataset)
     share = _image_share(base, model, config)
+    _check_pooled(base, model, config, pooled)
     codec = data.decoder_of(record, inputs["vae"])
     shape = (1 + (config.lengths[0] - 1) // record.factor, *data.commonest_size(dataset, record))
     target = LatentTarget(record, record.channels, shape, fps, codec, config.posterior, config.clip_starts)
@@ -148,9 +162,13 @@ def _check_latents(base: str, model: Backbone, facts: Mapping[str, Any], record:
 
 def _digest_of_vae(base: str, facts: Mapping[str, Any]) -> str | None:
     """The digest of the encoder in the base's pipeline; None for a transformer alone."""
-    if "vae" not in facts.get("foreign", {}).get("parts", ()):
-        return None
-    return encoder_digest(registry.load(base, part="vae"))
+    return encoder_digest(registry.load(base, part="vae")) if _has(facts, "vae") else None
+
+
+def _has(facts: Mapping[str, Any], part: str) -> bool:
+    """Whether the base is a pipeline with such a part, and no transformer alone."""
+    folder = facts.get("foreign", {}).get("folder")
+    return folder is not None and any(index_of(Path(folder)).get(part) or ())
 
 
 def _check_text(base: str, model: Backbone, facts: Mapping[str, Any], text: Text, uri: str) -> None:
@@ -162,14 +180,16 @@ def _check_text(base: str, model: Backbone, facts: Mapping[str, Any], text: Text
         )
     if int(text.encoder["length"]) > model.config.longest_text:
         most = model.config.longest_text
-        raise UserError(f"text: {uri} has up to {text.encoder['length']} tokens, and {base} takes {most}; give length: {most}")
+        raise UserError(
+            f"text: {uri} has up to {text.encoder['length']} tokens, and {base} takes {most}; encode with length: {most}"
+        )
     data.check_base_text(base, facts, text)
 
 
 def _frame_rate(base: str, model: Backbone, facts: Mapping[str, Any], config: Config, dataset: str) -> float:
     """Frames a second of the clips. UserError where they are neither those of the base nor those of the config."""
     rate = data.frame_rate(dataset, config.lengths[-1])
-    known = (facts.get("window") or {}).get("fps") or model.config.fps
+    known = (facts.get("window") or {}).get("fps") or native_fps(model.config)
     wanted = config.fps or known
     if wanted is not None and abs(rate / wanted - 1) > 0.01:
         whose = "fps: is" if config.fps else f"fps: {base} makes"
@@ -180,14 +200,31 @@ def _frame_rate(base: str, model: Backbone, facts: Mapping[str, Any], config: Co
     return rate
 
 
+def native_fps(config: BackboneConfig) -> float | None:
+    """Frames a second of the videos that a model makes; None for one that takes any."""
+    return 24.0 if config.expand_timesteps else _FPS.get(config.class_name)
+
+
 def _image_share(base: str, model: Backbone, config: Config) -> float:
     """The share of windows with a start image. UserError where the base takes none, or needs one."""
-    needs, share = bool(model.config.image_channels), config.image_conditioning
+    needs, share = bool(model.config.sizes.image_channels), config.image_conditioning
     if needs and share not in (None, 1.0):
         raise UserError(f"image_conditioning: {base} always needs a start image; give 1, or leave it out")
-    if model.config.settings.get("image_dim"):
+    if model.config.sizes.image_width:
         raise UserError(
             f"base: {base} attends to states of its start image by a vision encoder, of which a dataset has none; take one"
             " without, such as Wan 2.2"
         )
     return float(needs) if share is None else share
+
+
+def _check_pooled(base: str, model: Backbone, config: Config, pooled: Text | None) -> None:
+    """Refuse a base that takes a vector of each text without such, another one with it, and vectors of another width."""
+    width = model.config.sizes.pooled_width
+    if bool(width) != (pooled is not None):
+        remedy = "leave it out" if pooled else "name texts by the second text encoder of its pipeline (text_encoder_2)"
+        raise UserError(
+            f"pooled: {base} takes {'a' if width else 'no'} vector of each text beside its states; {remedy}"
+        )
+    if pooled and pooled.width != width:
+        raise UserError(f"pooled: are of {pooled.width} values, and {base} takes {width}; encode by its text_encoder_2")

@@ -9,7 +9,6 @@ from longtake.datasets.stage import DatasetInput, Input, Measuring, ModelInput, 
 from longtake.training import data
 from longtake.training.config import EvaluatedConfig, LoraConfig, ModelName, Pattern
 from longtake.training.models.common.guidance import GuidanceSetting
-from longtake.training.models.generator import Settings
 
 
 class BackboneLora(LoraConfig):
@@ -123,14 +122,12 @@ class Config(EvaluatedConfig):
         lengths = (self.frames,) if isinstance(self.frames, int) else self.frames
         return tuple(sorted(set(lengths), reverse=True))
 
-    def settings(self, shift: float) -> Settings:
-        """How samples are made."""
-        return Settings(self.sample_steps, self.guidance, shift)
-
 
 def check(config: Config, inputs: Mapping[str, StageConfig]) -> None:
     """Refuse latents and texts of another dataset, windows that they do not have, and clips of another frame rate."""
     data.check_recipe(config, inputs, ("latents", "text", "pooled"), config.lengths[-1])
     clip = getattr(inputs.get("dataset"), "clip", None)
     if clip is not None and config.fps is not None and clip.fps != config.fps:
-        raise ValueError(f"fps: is {config.fps:g}, and the dataset is cut at clip.fps: {clip.fps:g}; give both the same")
+        raise ValueError(
+            f"fps: is {config.fps:g}, and the dataset is cut at clip.fps: {clip.fps:g}; give both the same"
+        )

@@ -3,7 +3,6 @@ and generated videos.
 """
 
 import json
-import math
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -114,9 +113,7 @@ def _write_adapter(config: Config, model: Backbone, folder: Path) -> None:
         assert config.lora
         shutil.rmtree(folder / ADAPTER, ignore_errors=True)
         changes = checkpoint.changes(folder, config)
-        adapters.write(
-            folder / ADAPTER, changes, config.lora, model.config.class_name, "peft", model.config.settings
-        )
+        adapters.write(folder / ADAPTER, changes, config.lora, model.config.class_name, "peft", model.config.settings)
     # all ranks read it
     if torch.distributed.is_initialized():
         torch.distributed.barrier()

@@ -4,6 +4,7 @@ Latents and texts are columns that were encoded before, by the autoencoder and t
 the transformer itself wants, from the scale of its times to the padding of its texts, is in `training.foreign.backbone`.
 """
 
+import math
 import sys
 from collections.abc import Mapping
 from functools import partial
@@ -23,13 +24,12 @@ from longtake.training.foreign.backbone import token_count
 from longtake.training.metrics.features import checked_network, digest_of
 from longtake.training.models.backbone.base import Setup, prepare
 from longtake.training.models.backbone.config import Config, check
-from longtake.training.models.backbone.evaluate import evaluate, keep
-from longtake.training.models.backbone.sample import SETTINGS
+from longtake.training.models.backbone.evaluate import evaluate, keep, videos
 from longtake.training.models.backbone.times import Times, by_time, described
 from longtake.training.models.common import flow
 from longtake.training.models.common.condition import of_batch
 from longtake.training.models.common.video import grid
-from longtake.training.models.generator import plain
+from longtake.training.models.generator import Settings, plain
 from longtake.training.objective import Batch, Engines, Objective, Terms, Turn
 
 __all__ = ["Config", "check", "evaluate", "keep", "prepare"]  # the stage's parts from other files
@@ -39,6 +39,7 @@ PRODUCES = "model"
 MODEL = "backbone"
 SUMMARY = "generated.json"
 
+SETTINGS = ("steps", "guidance", "shift")
 _SAMPLED = 2  # videos in a sample during training
 
 
@@ -54,7 +55,7 @@ def loader(config: Config, setup: Setup, rank: int, world: int) -> Loader:
         UserError: a window has more tokens than `max_tokens`.
     """
     share = data.share_of(config, rank, world)
-    bound = config.max_tokens and config.max_tokens * world * int(np.prod(setup.model.config.patch))
+    bound = config.max_tokens and config.max_tokens * world * math.prod(setup.model.config.patch)
     return setup.loader(config, "train", positions=bound, last="pad", **share)
 
 
@@ -72,7 +73,8 @@ def objective(config: Config, setup: Setup) -> Objective:
     return Objective(
         {"model": setup.model},
         partial(_loss, config, setup),
-        sample=partial(_sample, config, setup),
+        # one expert of two makes no video
+        sample=None if config.expert else partial(_sample, config, setup),
         prompts=setup.wanted(config).prompts(_SAMPLED),
         fps=max(1, round(setup.target.fps)),
         tokens=partial(_tokens, setup),
@@ -107,13 +109,10 @@ def times_of(config: Config, setup: Setup, shape: tuple[int, ...]) -> Times:
     return Times(config.time_mean, config.time_std, shift, *setup.model.config.times)
 
 
-def _sample(
-    config: Config, setup: Setup, engines: Engines, rng: torch.Generator
-) -> dict[str, np.ndarray[Any, Any]]:
+def _sample(config: Config, setup: Setup, engines: Engines, rng: torch.Generator) -> dict[str, np.ndarray[Any, Any]]:
     """A grid of videos, always of the same seeds and texts."""
-    numbers = range(_SAMPLED)
-    chunks = setup.videos(config, engines["model"].module, [config.seed + n for n in numbers], numbers)
-    return {"generated": np.concatenate([grid(chunk) for chunk in chunks])}
+    clips = [video for video, _ in videos(config, setup, engines["model"].module, range(_SAMPLED))]
+    return {"generated": grid(torch.cat(clips).permute(0, 2, 3, 4, 1).cpu().numpy())}
 
 
 def _tokens(setup: Setup, batch: Batch) -> int:
@@ -122,14 +121,65 @@ def _tokens(setup: Setup, batch: Batch) -> int:
 
 
 def _shape(setup: Setup, bucket: Bucket) -> tuple[int, int, int]:
-    """Latents (T, H, W) of the windows of a bucket, as far as its area says: H is 1."""
-    return 1 + (bucket.window.frames - 1) // setup.target.record.factor, 1, bucket.area
+    """Latents (T, H, W) of the windows of a bucket."""
+    return 1 + (bucket.window.frames - 1) // setup.target.record.factor, *bucket.latent
 
 
 def _largest(setup: Setup, train: Loader) -> Batch:
     """The batch of a rank that has the most positions, with texts as long as they may be."""
+    bucket = max(train.buckets, key=lambda bucket: bucket.batch * math.prod(_shape(setup, bucket)))
+    return setup.filled(bucket, bucket.batch // train.world)
 
-    def positions(bucket: Bucket) -> int:
-        return bucket.batch * int(np.prod(_shape(setup, bucket)))
 
-    return setup.filled(train, max(train.buckets, key=positions))
+def announce(config: Config, setup: Setup, loader: Loader) -> tuple[list[str], dict[str, float]]:
+    """What batches there are, and the times that the largest window gets."""
+    patch, shapes = setup.model.config.patch, {_shape(setup, bucket): bucket for bucket in loader.buckets}
+    lines = [
+        f"windows of {t}x{h}x{w} latents, {token_count((t, h, w), patch):,} tokens: {bucket.samples} clips,"
+        f" {bucket.batch // loader.world} in a pass of a process"
+        for (t, h, w), bucket in sorted(shapes.items())
+    ]
+    times = times_of(config, setup, max(shapes, key=math.prod))
+    parts = described(times.shares())
+    lines.append(
+        f"times: shift {times.shift:.3g}; of each eighth from {times.low:g} (data) to {times.high:g} (noise): {parts}"
+    )
+    return lines, {}
+
+
+def facts(config: Config, setup: Setup, lineage: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of config.json: autoencoder, latents, texts, window, sampling, and what it was made of."""
+    target, origins = setup.target, lineage["inputs"]
+    settings = Settings(config.sample_steps, config.guidance, setup.model.shift_of(target.shape))
+    return {
+        "vae": origins["vae"] | {"encoder": target.record.encoder["digest"]},
+        "latents": origins["latents"],
+        "text": data.text_facts(setup.text, origins["text"]),
+        "pooled": data.text_facts(setup.pooled, origins.get("pooled")),
+        "classes": [],
+        "window": {"frames": config.lengths[0], "stride": 1, "size": list(target.size), "fps": target.fps},
+        "sampling": plain(settings, SETTINGS),
+        "base": origins["base"],
+        "expert": config.expert,
+    }
+
+
+def counts(config: Config, setup: Setup) -> dict[str, float]:
+    """Clips of the train split: used, too short, without latents, and without captions."""
+    clips = setup.loader(config, "train", batch=1)
+    return {
+        "train_clips": float(clips.samples),
+        "train_clips_too_short": float(clips.samples_short),
+        "train_clips_without_latents": float(clips.samples_without_latent),
+        **data.text_counts(setup.inputs, setup.text),
+    }
+
+
+def run(config: Config, inputs: Mapping[str, str], output: str) -> dict[str, Any]:
+    """See `stage.run`."""
+    return stage.run(sys.modules[__name__], config, inputs, output)
+
+
+def work(config: Config, inputs: Mapping[str, str], folder: Path) -> None:
+    """See `stage.work`."""
+    stage.work(sys.modules[__name__], config, inputs, folder)

@@ -31,7 +31,7 @@ def given(model: Backbone, batch: Mapping[str, Any], x0: Tensor, fps: float, cod
 @torch.no_grad()
 def shown(codec: Codec, x0: Tensor) -> Tensor:
     """Latents of videos that show the first frame of `x0`, decoded, and then grey, as the models' pipelines have them."""
-    first = codec.decode(x0[:, :, :1].to(codec.dtype))
+    first = codec.decode(x0[:, :, :1].to(codec.dtype)).clamp(-1, 1)
     frames = (x0.shape[2] - 1) * codec.config.temporal_stride
     grey = first.new_zeros(*first.shape[:2], frames, *first.shape[3:])
     return codec.encode(torch.cat([first, grey], dim=2)).mode().float()

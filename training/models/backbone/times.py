@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from itertools import pairwise
 from statistics import NormalDist
 from typing import NamedTuple
 
@@ -37,7 +38,7 @@ class Times(NamedTuple):
     def shares(self) -> list[float]:
         """The probability of each of `TIMES` equal parts of the range."""
         edges = [self.below(self.low + (self.high - self.low) * n / TIMES) for n in range(TIMES + 1)]
-        return [(high - low) / (edges[-1] - edges[0]) for low, high in zip(edges, edges[1:], strict=False)]
+        return [(high - low) / (edges[-1] - edges[0]) for low, high in pairwise(edges)]
 
 
 def by_time(t: Tensor, losses: Tensor, low: float, high: float) -> dict[str, Tensor]:
