@@ -104,6 +104,8 @@ class ForeignCodec(VideoAutoencoder):
     a part of it in fp32; statistics of latents stay in it, and normalising is done in it.
     """
 
+    kind = "foreign_vae"
+
     def __init__(self, config: CodecConfig) -> None:
         super().__init__()
         self.config = config
