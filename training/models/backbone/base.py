@@ -15,7 +15,8 @@ from longtake.datasets.text import Text
 from longtake.training import data, registry
 from longtake.training.data import HELDOUT
 from longtake.training.engines import device
-from longtake.training.foreign.backbone import Backbone, BackboneConfig
+from longtake.training.foreign.backbone import Backbone
+from longtake.training.foreign.backbone_config import BackboneConfig
 from longtake.training.foreign.folder import index_of
 from longtake.training.models.backbone.config import Config
 from longtake.training.models.backbone.given import given, repeated
@@ -125,7 +126,12 @@ def prepare(config: Config, inputs: Mapping[str, str], folder: Path) -> Setup:
     changes = {"shape": shape, "text_dropout": config.text_dropout, "text_length": model.config.longest_text}
     changes["activation_checkpointing"] = config.activation_checkpointing
     model.config = model.config.model_copy(update=changes)
-    model.set_empty(torch.from_numpy(text.empty()))
+    if config.activation_checkpointing:
+        model.net.enable_gradient_checkpointing()
+    else:
+        model.net.disable_gradient_checkpointing()
+    last = None if pooled is None else torch.from_numpy(pooled.empty())[-1]
+    model.set_empty(torch.from_numpy(text.empty()), last)
     return Setup(inputs, target, text, pooled, model.train().to(device()), facts, share)
 
 
@@ -141,8 +147,10 @@ def opened(base: str, config: Config) -> tuple[Backbone, dict[str, Any]]:
         asked = f"leave expert: {config.expert} out" if own is None else f"give expert: {own}"
         raise UserError(f"expert: {base} is {'no expert' if own is None else f'the expert of {own} noise'}; {asked}")
     model.requires_grad_(True)
-    # weights that are updated in fp32 are fp32; else the engine keeps such copies of those that learn
-    return model.float() if config.precision == "fp32" else model, facts
+    if config.precision == "fp32":
+        return model.float(), facts
+    # what learns in full begins as it is stored: an engine keeps it in fp32 beside its bf16
+    return model.to(torch.bfloat16) if config.lora else model, facts
 
 
 def _check_latents(base: str, model: Backbone, facts: Mapping[str, Any], record: Latents, uri: str) -> None:

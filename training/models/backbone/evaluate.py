@@ -4,7 +4,7 @@ and generated videos.
 
 import json
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -133,30 +133,24 @@ def _try_adapter(config: Config, setup: Setup, fresh: Backbone, path: Path, trai
         raise Failure(f"{path}: changes nothing of what the base does; train for longer, or with a higher lr")
 
 
-def videos(
-    config: Config, setup: Setup, model: Backbone, numbers: Sequence[int]
-) -> Iterator[tuple[Tensor, dict[str, Any]]]:
-    """A video `(1, 3, T, H, W)` uint8 for each held-out clip of these numbers, by its caption, and what it shows.
-
-    Euler steps from noise of the clip's number, shifted as the base's scheduler does.
-    """
-    wanted, clips = setup.wanted(config), setup.loader(config, "val", **HELDOUT)
-    for number in numbers:
-        batch = on_device(next(iter(clips.at([number % clips.samples]))))
-        yield setup.sampled(config, model, batch, config.seed + number), wanted.words(number)
+def video_of(config: Config, setup: Setup, model: Backbone, number: int) -> Tensor:
+    """A video `(1, 3, T, H, W)` uint8 by the caption of a held-out clip; with more videos than clips they come again."""
+    clips = setup.loader(config, "val", **HELDOUT)
+    batch = on_device(next(iter(clips.at([number % clips.samples]))))
+    return setup.sampled(config, model, batch, config.seed + number)
 
 
 def _generate(config: Config, setup: Setup, folder: Path, summary: dict[str, Any]) -> list[dict[str, Any]]:
     """Write generated videos, each rank its share, and compare them with held-out ones if a network is named."""
     network = checked_network(config.features, config.lengths[0], setup.target.size)
     generated = Sample("generated", network) if network else None
-    shown = {}
-    numbers = list(mine(config.eval_videos, "generate", "video"))
-    for number, (video, words) in zip(numbers, videos(config, setup, setup.model, numbers), strict=True):
-        file, seed = f"seed-{config.seed + number}.mp4", config.seed + number
+    shown, wanted = {}, setup.wanted(config)
+    for number in mine(config.eval_videos, "generate", "video"):
+        video, seed = video_of(config, setup, setup.model, number), config.seed + number
+        file, prompt = f"seed-{seed}.mp4", wanted.words(number)["prompt"]
         with video_file(folder / file, setup.target.fps) as write:
             write(video[0].permute(1, 2, 3, 0).cpu().numpy())
-        shown[number] = {"file": file, "seed": seed, "frames": video.shape[2], "prompt": words["prompt"]}
+        shown[number] = {"file": file, "seed": seed, "frames": video.shape[2], "prompt": prompt}
         if generated:
             generated.add(to_model(video))
     summary |= {"videos": config.eval_videos, "frames": config.lengths[0], "distance": None}

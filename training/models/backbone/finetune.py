@@ -20,11 +20,11 @@ from longtake.datasets.loader import Loader
 from longtake.datasets.loader.buckets import Bucket
 from longtake.training import data, stage
 from longtake.training.data import HELDOUT
-from longtake.training.foreign.backbone import token_count
+from longtake.training.foreign.backbone_config import token_count
 from longtake.training.metrics.features import checked_network, digest_of
 from longtake.training.models.backbone.base import Setup, prepare
 from longtake.training.models.backbone.config import Config, check
-from longtake.training.models.backbone.evaluate import evaluate, keep, videos
+from longtake.training.models.backbone.evaluate import evaluate, keep, video_of
 from longtake.training.models.backbone.times import Times, by_time, described
 from longtake.training.models.common import flow
 from longtake.training.models.common.condition import of_batch
@@ -111,7 +111,7 @@ def times_of(config: Config, setup: Setup, shape: tuple[int, ...]) -> Times:
 
 def _sample(config: Config, setup: Setup, engines: Engines, rng: torch.Generator) -> dict[str, np.ndarray[Any, Any]]:
     """A grid of videos, always of the same seeds and texts."""
-    clips = [video for video, _ in videos(config, setup, engines["model"].module, range(_SAMPLED))]
+    clips = [video_of(config, setup, engines["model"].module, number) for number in range(_SAMPLED)]
     return {"generated": grid(torch.cat(clips).permute(0, 2, 3, 4, 1).cpu().numpy())}
 
 
