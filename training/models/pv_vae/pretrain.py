@@ -230,7 +230,8 @@ def begin(config: Config, inputs: Mapping[str, str]) -> VideoAutoencoder:
         check_windows(config, model.config)
     except ValueError as e:
         raise UserError(str(e)) from e
-    return _with(config, model).train()
+    # a folder of another library may be in half precision
+    return _with(config, model.float()).train()
 
 
 def _with(config: Config, model: VideoAutoencoder) -> VideoAutoencoder:
