@@ -166,10 +166,6 @@ def write_adapter(model: Model, layout: adapters.Layout, to: Path) -> None:
         Failure: the store cannot be reached; the adapter is damaged.
     """
     check_free(to)
-    if model.facts["model"] != "backbone" or not model.facts.get("lora"):
-        raise UserError(
-            f"{model.uri}: was trained without `lora`, and an adapter has low-rank changes alone; take --format diffusers"
-        )
     if not in_store(model.uri):
         raise UserError(
             f"{model.uri}: its adapter is with the run that made it, and not in the folder; name it as models:/NAME@ALIAS"
@@ -177,7 +173,13 @@ def write_adapter(model: Model, layout: adapters.Layout, to: Path) -> None:
     config = model.facts["config"]
     with TemporaryDirectory() as scratch:
         for name in adapters.PEFT_FILES:
-            fetch.beside(model.uri, f"{ADAPTER}/{name}", Path(scratch) / name, _MOST_ADAPTER)
+            try:
+                fetch.beside(model.uri, f"{ADAPTER}/{name}", Path(scratch) / name, _MOST_ADAPTER)
+            except UserError as e:
+                raise UserError(
+                    f"{model.uri}: its run has left no adapter, as one with `lora` and nothing in full does;"
+                    " take --format diffusers"
+                ) from e
         adapter = adapters.read(Path(scratch), config["class_name"])
     with _staged(to) as folder:
         adapters.write(folder, adapter.tensors, adapter.lora, config["class_name"], layout, config["settings"])
