@@ -278,11 +278,11 @@ def _print_facts(facts: dict[str, Any]) -> None:
             click.echo(f"  {name}: {facts[name]}")
     if facts["parts"]:
         click.echo("  parts:")
-        rows = [
-            [name, each["class_name"], f"{each['parameters']:,} parameters", f"{each['bytes']:,} bytes"]
-            for name, each in facts["parts"].items()
+        table = [
+            ["   ", name, part["class_name"], f"{part['parameters']:,} parameters", f"{part['bytes']:,} bytes"]
+            for name, part in facts["parts"].items()
         ]
-        _print_table([["   ", *row] for row in rows])
+        _print_table(table)
     inputs = {field: each.get("uri") for field, each in facts["inputs"].items() if isinstance(each, dict)}
     metrics = {name: f"{value:.6g}" for name, value in facts["metrics"].items()}
     parts = {"gate": facts["gate"], "metrics": metrics, "inputs": inputs, "parameters": facts["parameters"]}
