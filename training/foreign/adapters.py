@@ -31,6 +31,7 @@ PEFT_FILE, DIFFUSERS_FILE, COMFYUI_FILE = (
     "comfyui_lora.safetensors",
 )
 _PEFT_CONFIG = "adapter_config.json"
+PEFT_FILES = (PEFT_FILE, _PEFT_CONFIG)
 _METADATA = "lora_adapter_metadata"  # key in the header of a file that diffusers wrote
 _MOST_JSON = 1 << 20  # bytes
 _PICKLES = (".pt", ".pth", ".bin", ".ckpt")

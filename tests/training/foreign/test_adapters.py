@@ -115,6 +115,16 @@ def test_diffusers_loads_our_file_with_native_names_to_the_same_output(tmp_path:
     torch.testing.assert_close(says(tmp_path, class_name), output, atol=1e-6, rtol=1e-5)
 
 
+def test_a_layer_whose_name_ends_others_is_changed_alone(tmp_path: Path) -> None:
+    config = LoraConfig(rank=2, targets=(r"net\.proj_out",))
+    learned, output = trained(HUNYUAN, config)
+    adapters.write(tmp_path, learned, config, HUNYUAN, "peft")
+    loaded = peft.PeftModel.from_pretrained(tiny(HUNYUAN), str(tmp_path)).base_model.model
+    # each single block has a proj_out too
+    assert [name for name, _ in loaded.named_modules() if name.endswith("lora_A")] == ["proj_out.lora_A"]
+    torch.testing.assert_close(called(loaded), output, atol=1e-6, rtol=1e-5)
+
+
 def test_each_of_two_experts_takes_an_adapter_of_its_own(tmp_path: Path) -> None:
     config = LoraConfig(rank=2, targets=(TARGETS[WAN],))
     learned, output = trained(WAN, config)

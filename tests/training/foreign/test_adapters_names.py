@@ -264,3 +264,35 @@ def loaded(file: Path) -> Mapping[str, Tensor]:
     from safetensors.torch import load_file
 
     return load_file(file)
+
+
+def test_a_native_change_is_that_of_the_authors_weights_converted(tmp_path: Path) -> None:
+    from diffusers.loaders.single_file_utils import convert_hunyuan_video_transformer_to_diffusers as convert
+
+    torch.manual_seed(0)
+    # of every kind of row: several parts, halves the other way round, the name alone
+    for native in (
+        "final_layer.adaLN_modulation.1",
+        "txt_in.individual_token_refiner.blocks.1.self_attn_qkv",
+        "txt_in.individual_token_refiner.blocks.1.adaLN_modulation.1",
+        "single_blocks.3.linear1",
+    ):
+        height = {"linear1": 3 * 3072 + 20}.get(native.rpartition(".")[2], 3 * 3072)
+        down, up = torch.randn(2, 3072), torch.randn(height, 2)
+        file = tmp_path / "adapter.safetensors"
+        save_file(
+            {f"diffusion_model.{native}.lora_A.weight": down, f"diffusion_model.{native}.lora_B.weight": up}, file
+        )
+        ours = adapters.read(file, HUNYUAN).tensors
+        for name, change in convert({f"{native}.weight": up @ down}).items():
+            layer = f"net.{name.removesuffix('.weight')}"
+            made = ours[f"{layer}.lora_up.weight"] @ ours[f"{layer}.lora_down.weight"]
+            torch.testing.assert_close(made, change, atol=1e-5, rtol=1e-5)
+
+        # and back
+        back = tmp_path / native
+        adapters.write(back, ours, LoraConfig(rank=2), HUNYUAN, "comfyui")
+        again = adapters.read(back, HUNYUAN).tensors
+        written = loaded(back / adapters.COMFYUI_FILE)
+        assert written.keys() == loaded(file).keys()
+        assert again.keys() == ours.keys()
