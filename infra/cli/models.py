@@ -1,6 +1,7 @@
 """`longtake models`: list, show, fetch and import registered models."""
 
 import os
+from pathlib import Path
 from typing import Any
 
 import click
@@ -186,6 +187,16 @@ def import_(folder: str, name: str, kind: str | None, by_reference: bool) -> Non
         with sqlite_store.opened_alone(uri):
             runs.client_of(uri).search_registered_models(max_results=1)
     click.echo(registry.register_foreign(Path(folder), name, kind, place, by_reference))
+
+
+@models.command()
+@click.argument("folder", type=click.Path(path_type=Path))
+def tiny(folder: Path) -> None:
+    """Write a tiny Wan with random weights to FOLDER, in the layout of diffusers, for a first run of wan_lora_tiny."""
+    from longtake.training.foreign import tiny as tiny_wan
+
+    tiny_wan.write(folder)
+    click.echo(f"wrote a tiny Wan with random weights to {folder}; go on with: WAN={folder} longtake run wan_lora_tiny")
 
 
 def _store() -> str:
