@@ -63,17 +63,20 @@ def codec_of(folder: Path, known: Mapping[Path, str] | None = None) -> tuple[For
 
 
 def backbone_of(
-    folder: Path, expert: Literal["high", "low"] | None = None, known: Mapping[Path, str] | None = None
+    folder: Path, expert: Literal["high", "low", "first"] | None = None, known: Mapping[Path, str] | None = None
 ) -> tuple[Backbone, dict[str, Any]]:
     """The transformer of a pipeline folder, or of a folder that is one, likewise.
 
     Args:
-        expert: which of two that share the times: `transformer` is for high noise, `transformer_2` for low.
+        expert: which of two that share the times: `transformer` is for high noise, `transformer_2` for low. `first` is the one
+            for high noise of two, or the only one.
 
     Raises:
         UserError, Failure: as `codec_of`; an expert is asked for where there is one transformer, or none where there are two.
     """
     two = TRANSFORMER_2 in parts_of(folder)
+    if expert == "first":
+        expert = "high" if two else None
     if two and expert is None:
         raise UserError(f"{folder}: has a transformer for high noise and one for low; say which by `expert`")
     if expert and not two:
