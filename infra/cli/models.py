@@ -1,6 +1,7 @@
 """`longtake models`: list, show, fetch and import registered models."""
 
 import os
+from pathlib import Path
 from typing import Any, Literal
 
 import click
@@ -210,6 +211,16 @@ def import_(
         from longtake.training.foreign import adapted
 
         click.echo(adapted.register(Path(folder), base, expert, name, place))
+
+
+@models.command()
+@click.argument("folder", type=click.Path(path_type=Path))
+def tiny(folder: Path) -> None:
+    """Write a tiny Wan with random weights to FOLDER, in the layout of diffusers, for a first run of wan_lora_tiny."""
+    from longtake.training.foreign import tiny as tiny_wan
+
+    tiny_wan.write(folder)
+    click.echo(f"wrote a tiny Wan with random weights to {folder}; go on with: WAN={folder} longtake run wan_lora_tiny")
 
 
 def _store() -> str:

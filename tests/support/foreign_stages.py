@@ -19,10 +19,14 @@ def inputs(root: Path, dataset: str, kind: str = "wan", **parts: object) -> dict
     base = tiny_foreign.pipeline_folder(root / "pipeline", kind, **parts)
     copy = str(shutil.copytree(dataset, root / "dataset"))
     codec, _ = codec_of(base)
-    encoder = load_encoder(TextConfig(encoder=str(base), clean="wan"))
-    return {
+    encoder = load_encoder(TextConfig(encoder=str(base), clean="wan", length=64))
+    made = {
         "dataset": copy,
         "latents": latent_stages.encoded(root / "latents", copy, codec, str(base), join=0.0),  # type: ignore[arg-type]
         "text": spoken.column(root / "text", copy, encoder=encoder),
         "base": str(base),
     }
+    if kind == "hunyuan":
+        second = load_encoder(TextConfig(encoder=str(base / "text_encoder_2")))
+        made["pooled"] = spoken.column(root / "pooled", copy, encoder=second, name="text-pooled")
+    return made

@@ -119,19 +119,24 @@ def colours(number: int) -> Sequence[str]:
 
 
 def column(
-    folder: Path, dataset: str, say: Callable[[int], Sequence[str]] = colours, encoder: Any = None, **changes: Any
+    folder: Path,
+    dataset: str,
+    say: Callable[[int], Sequence[str]] = colours,
+    encoder: Any = None,
+    name: str = TEXTS,
+    **changes: Any,
 ) -> str:
     """What `caption` and `cache_text` make of a dataset by an encoder, or a `Counting`; returns the record's folder.
 
-    `say` gives the captions of a clip by its number in its shard. `changes` are of the record.
+    `say` gives the captions of a clip by its number in its shard. `name` is that of the column. `changes` are of the record.
     """
     encoder, shards = encoder or Counting(), [s for split in schema.SPLITS for s in index.read_shards(dataset, split)]
     keys = [(number, key) for shard in shards for number, key in enumerate(shard.table["key"].to_pylist())]
     describe(dataset, {key: [Caption(one) for one in say(number)] for number, key in keys})
-    encode(dataset, encoder, column=TEXTS)
+    encode(dataset, encoder, column=name)
     made: dict[str, Any] = {
         "dataset": storage.absolute(dataset),
-        "column": TEXTS,
+        "column": name,
         "encoder": encoder.describe() | {"digest": encoder.digest, "width": encoder.width},
         "captions": COLUMN,
         "view": None,

@@ -1,15 +1,19 @@
 """Adapters of other tools in the registry: each as its base's transformer with the adapter in the weights."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Literal
+from typing import Any, Literal
 
 from longtake.datasets import storage
 from longtake.datasets.errors import UserError
+from longtake.datasets.latents import encoder_digest
 from longtake.training import registry
 from longtake.training.foreign import adapters
 from longtake.training.foreign.backbone import Backbone
 from longtake.training.foreign.export import ADAPTER
+from longtake.training.foreign.folder import VAE, parts_of
+from longtake.training.models import kind_of
 from longtake.training.registry import disk, lineage, log, promotion
 from longtake.training.registry.uri import in_store
 
@@ -42,7 +46,7 @@ def register(path: Path, base: str, expert: Literal["high", "low"] | None, name:
 
     record = lineage.record({"base": base})
     origin = {"file": path.name, "rank": adapter.rank, "alpha": adapter.alpha}
-    described = {key: value for key, value in facts.items() if key not in _OF_BASE}
+    described = _completed(record["inputs"]["base"]["uri"], facts)
     described |= {"base": record["inputs"]["base"], "adapter": origin, "lineage": record}
     with TemporaryDirectory() as scratch:
         folder, beside = Path(scratch) / "model", Path(scratch) / ADAPTER
@@ -55,3 +59,12 @@ def register(path: Path, base: str, expert: Literal["high", "low"] | None, name:
                 uri = registry.register(folder, name, run_id)
     promotion.promote(uri)
     return uri
+
+
+def _completed(base: str, facts: Mapping[str, Any]) -> dict[str, Any]:
+    """What the base's config.json says of its videos; of a pipeline its autoencoder too, which nothing else would name."""
+    row = kind_of(facts)
+    said = dict(row.complete(base, facts)) if row.complete else dict(facts)
+    if "foreign" in facts and VAE in parts_of(Path(facts["foreign"]["folder"])):
+        said["vae"] = {"uri": base, "encoder": encoder_digest(registry.load(base, "vae"))}
+    return {key: value for key, value in said.items() if key not in _OF_BASE}

@@ -13,6 +13,7 @@ from longtake.datasets.loader import Loader
 from longtake.datasets.loader.buckets import Bucket
 from longtake.datasets.text import Text
 from longtake.training import data, registry
+from longtake.training import text as encoders
 from longtake.training.data import HELDOUT
 from longtake.training.engines import device
 from longtake.training.foreign.backbone import Backbone
@@ -55,10 +56,19 @@ class Setup(NamedTuple):
         return self.image_share > 0 and not self.model.config.sizes.image_channels
 
     def loader(self, config: Config, split: str, **options: Any) -> Loader:
-        """Windows of latents with their texts."""
+        """Windows of latents with their texts. UserError where latents do not divide into tokens."""
         settings = self.target.columns(split)
         settings["columns"] |= {"text": self.text.column} | ({"pooled": self.pooled.column} if self.pooled else {})
-        return data.loader(config, self.inputs, split, **settings | options)
+        made = data.loader(config, self.inputs, split, **settings | options)
+        for height, width in (bucket.latent for bucket in made.buckets):
+            _, rows, columns = self.model.config.patch
+            if height % rows or width % columns:
+                stride = self.target.record.stride
+                raise UserError(
+                    f"latents: some are of {height}x{width} positions, and the base takes {rows}x{columns} in a token; encode with"
+                    f" a size in multiples of {rows * stride}x{columns * stride} pixels"
+                )
+        return made
 
     def wanted(self, config: Config) -> Wanted:
         """What generated videos are to show: what the held-out clips say of themselves."""
@@ -126,10 +136,8 @@ def prepare(config: Config, inputs: Mapping[str, str], folder: Path) -> Setup:
     changes = {"shape": shape, "text_dropout": config.text_dropout, "text_length": model.config.longest_text}
     changes["activation_checkpointing"] = config.activation_checkpointing
     model.config = model.config.model_copy(update=changes)
-    if config.activation_checkpointing:
-        model.net.enable_gradient_checkpointing()
-    else:
-        model.net.disable_gradient_checkpointing()
+    net: Any = model.net
+    (net.enable_gradient_checkpointing if config.activation_checkpointing else net.disable_gradient_checkpointing)()
     last = None if pooled is None else torch.from_numpy(pooled.empty())[-1]
     model.set_empty(torch.from_numpy(text.empty()), last)
     return Setup(inputs, target, text, pooled, model.train().to(device()), facts, share)
@@ -192,6 +200,13 @@ def _check_text(base: str, model: Backbone, facts: Mapping[str, Any], text: Text
             f"text: {uri} has up to {text.encoder['length']} tokens, and {base} takes {most}; encode with length: {most}"
         )
     data.check_base_text(base, facts, text)
+    if _has(facts, "text_encoder") and text.encoder["digest"] != encoders.digest_of(
+        text.config().model_copy(update={"encoder": base})
+    ):
+        raise UserError(
+            f"text: {uri} are of {text.encoder['encoder']}, another encoder than that of {base}; encode by its own:"
+            f" encoder: {base}"
+        )
 
 
 def _frame_rate(base: str, model: Backbone, facts: Mapping[str, Any], config: Config, dataset: str) -> float:

@@ -44,7 +44,7 @@ _SAMPLED = 2  # videos in a sample during training
 
 
 def outside(config: Config) -> str:
-    """Changes with the feature network, and with the files of a base that lies in a folder."""
+    """Changes with the feature network."""
     return digest_of(config.features)
 
 
