@@ -1,4 +1,4 @@
-"""`longtake export`: fine-tuned models in other tools, loaded by these tools themselves; and what is said where that cannot be."""
+"""`longtake export`, and adapters that are imported: loaded by the other tools themselves; what is said where that cannot be."""
 
 from __future__ import annotations
 
@@ -50,7 +50,9 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 @pytest.fixture(scope="module", autouse=True)
 def outputs(place: Path) -> dict[str, Tensor]:
-    """What the fine-tuned transformers say: `ft` and `low` learned by LoRA, `full` in full, all registered."""
+    """What the fine-tuned transformers say: `ft` and `low` learned by LoRA, `full` in full, all registered; `ours` is a PV-VAE."""
+    vae = PVVAE(config_from_preset("pv_vae_tiny"))
+    registered(place, "ours", "pv_vae", vae.config, vae.state_dict(), {}, {})
     return {
         "ft": trained(place, "ft", place / "wan"),
         "low": trained(place, "low", place / "a14b", expert="low"),
@@ -223,8 +225,6 @@ def test_an_adapter_is_exported_for_other_tools(place: Path, outputs: dict[str, 
 def test_what_cannot_be_exported_is_one_line(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     to = tmp_path / "out"
     for_diffusers, for_peft = ("--format", "diffusers", "--to", to), ("--format", "peft", "--to", to)
-    vae = PVVAE(config_from_preset("pv_vae_tiny"))
-    registered(place, "ours", "pv_vae", vae.config, vae.state_dict(), {}, {})
     refused("longtake models pull models:/ours@candidate --to FOLDER", "models:/ours@candidate", *for_diffusers)
     said("models", "import", place / "wan", "--name", "as-it-was")
     refused("is a pipeline of another library.* models pull", "models:/as-it-was@champion", *for_diffusers)
@@ -267,3 +267,80 @@ def test_an_export_is_whole_or_not_at_all(place: Path, tmp_path: Path, monkeypat
     to = tmp_path / "out" / "wan"
     refused("No space left on device; free some space", "models:/ft/1", "--format", "diffusers", "--to", to)
     assert not list((tmp_path / "out").iterdir())
+
+
+# Adapters in
+
+
+def adapter(folder: Path, kind: str = "wan", part: str = "transformer") -> Tensor:
+    """Let diffusers save a random adapter of a base; what the transformer says with it."""
+    import peft
+
+    loaded = pipeline(folder.parent / kind)
+    transformer = getattr(loaded, part)
+    targets = ["to_q", "to_out.0"]
+    transformer.add_adapter(peft.LoraConfig(r=2, lora_alpha=3, target_modules=targets, init_lora_weights=False))
+    loaded.save_lora_weights(
+        str(folder),
+        transformer_lora_layers=peft.get_peft_model_state_dict(transformer),
+        transformer_lora_adapter_metadata=transformer.peft_config["default"].to_dict(),
+    )
+    return called(transformer)
+
+
+def test_an_adapter_of_another_tool_is_a_registered_backbone(place: Path, tmp_path: Path) -> None:
+    output = adapter(place / "style")
+    options = ("--base", place / "wan", "--name", "style")
+    uri = said("models", "import", place / "style", *options)
+    assert uri == "models:/style/1"
+    module, facts = registry.load_with_facts("models:/style@champion")
+    close(called(module.net), output)
+    assert facts["base"]["uri"] == str(place / "wan")
+    assert facts["adapter"] == {"file": "style", "rank": 2, "alpha": 3.0}
+    # the same is not registered twice
+    assert said("models", "import", place / "style", *options) == uri
+
+    # it is a base like any other: of a training, of another adapter, and out again
+    again, _ = registry.load_with_facts("models:/style@champion", part="transformer")
+    close(called(again.net), output)
+    file = place / "style" / adapters.DIFFUSERS_FILE
+    assert said("models", "import", file, "--base", "models:/style@champion", "--name", "twice") == "models:/twice/1"
+    said("export", "models:/style@champion", "--format", "diffusers", "--to", tmp_path / "whole")
+    close(called(pipeline(tmp_path / "whole").transformer), output)
+    said("export", "models:/style@champion", "--format", "comfyui", "--to", tmp_path / "comfyui")
+    loaded = pipeline(place / "wan")
+    loaded.load_lora_weights(str(tmp_path / "comfyui"))
+    close(called(loaded.transformer), output)
+
+
+def test_an_adapter_of_one_of_two_experts_is_imported(place: Path, tmp_path: Path) -> None:
+    output = adapter(place / "low-style", "a14b", "transformer_2")
+    options = ("--base", place / "a14b", "--name", "low-style")
+    with pytest.raises(UserError, match="one for low; say which"):
+        said("models", "import", place / "low-style", *options)
+    said("models", "import", place / "low-style", *options, "--expert", "low")
+    module, _ = registry.load_with_facts("models:/low-style@champion")
+    close(called(module.net), output)
+    said("export", "models:/low-style@champion", "--format", "diffusers", "--to", tmp_path / "out")
+    close(called(pipeline(tmp_path / "out").transformer_2), output)
+
+
+def test_what_is_no_adapter_of_the_base_is_refused(place: Path, tmp_path: Path) -> None:
+    ltx = {f"transformer.transformer_blocks.0.attn1.to_q.lora_{name}.weight": torch.ones(2, 2) for name in "AB"}
+    save_file(ltx, tmp_path / "ltx.safetensors")
+    (tmp_path / "pickle.pt").touch()
+    base, name = ("--base", place / "wan"), ("--name", "none")
+    for line, arguments in [
+        ("is an adapter of LTXVideo.*, and the base is Wan", [tmp_path / "ltx.safetensors", *base]),
+        ("is a pickle", [tmp_path / "pickle.pt", *base]),
+        ("no such file or folder", [tmp_path / "nothing", *base]),
+        ("no such folder", [tmp_path / "ltx.safetensors", "--base", tmp_path / "nothing"]),
+        ("is no video transformer", [tmp_path / "ltx.safetensors", "--base", "models:/ours@candidate"]),
+        ("--expert: is for an adapter", [place / "wan", "--expert", "low"]),
+        ("--by-reference: with --base", [tmp_path / "ltx.safetensors", *base, "--by-reference"]),
+    ]:
+        with pytest.raises((UserError, Failure), match=line) as caught:
+            said("models", "import", *arguments, *name)
+        assert "\n" not in str(caught.value)
+    with pytest.raises(UserError, match="registered: "):
+        said("models", "show", "none")

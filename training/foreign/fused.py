@@ -23,13 +23,17 @@ def fused(changes: Mapping[str, Change], class_name: str, settings: Mapping[str,
 
     Of a layer that holds several of diffusers', the change is block-diagonal, of the sum of their ranks: exact.
 
-    Raises UserError where there is no name for a layer.
+    Raises UserError where there is no name for a layer that ComfyUI reads.
     """
     rows: dict[str, names.Layer] = {}
     for part in changes:
         row = names.by_part(class_name, part)
         if row is None:
             raise UserError(f"{part}: has no name in ComfyUI's layout of {class_name}; take --format peft")
+        if row.native.startswith(names.RENAMED):
+            raise UserError(
+                f"{part}: ComfyUI gives this layer a name of its own, and would skip its change; take --format peft"
+            )
         rows[row.native] = row
     fused = {}
     for native, row in rows.items():

@@ -124,6 +124,9 @@ _HUNYUAN = (
     Layer("final_layer.linear", ("proj_out",)),
 )
 
+# embedders of HunyuanVideo that ComfyUI renames when it loads the model, but not when it loads an adapter
+RENAMED = ("time_in.", "guidance_in.", "txt_in.t_embedder.", "txt_in.c_embedder.")
+
 LAYERS: Mapping[str, tuple[Layer, ...]] = {WAN: _WAN, LTX: _LTX, HUNYUAN: _HUNYUAN}  # by class
 
 
