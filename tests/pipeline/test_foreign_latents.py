@@ -26,7 +26,7 @@ def test_latents_are_cached_by_byte_and_only_what_is_missing(dataset: str, hashe
     folder = str(tmp_path / "vae")
     tiny_foreign.tiny_wan_vae().save_pretrained(folder, safe_serialization=True)
     root, twin = (str(shutil.copytree(dataset, tmp_path / name)) for name in ("root", "twin"))
-    config = cache_latents.Config(kind="cache_latents", dataset="x", encoder=folder)
+    config = cache_latents.Config(kind="cache_latents", dataset="x", encoder=folder, size=(32, 32))
     inputs, output = {"dataset": root, "encoder": folder}, str(tmp_path / "out")
     result = cache_latents.run(config, inputs, output)
     cache_latents.run(config, inputs | {"dataset": twin}, str(tmp_path / "other"))

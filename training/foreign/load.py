@@ -15,8 +15,9 @@ from pydantic import BaseModel, ValidationError
 from safetensors import SafetensorError, safe_open
 
 from longtake.datasets.errors import Failure, UserError
-from longtake.training.foreign import backbone, codec_rows
-from longtake.training.foreign.backbone import Backbone, BackboneConfig
+from longtake.training.foreign import backbone_config, codec_rows
+from longtake.training.foreign.backbone import Backbone
+from longtake.training.foreign.backbone_config import BackboneConfig
 from longtake.training.foreign.codec import CodecConfig, ForeignCodec
 from longtake.training.foreign.folder import (
     CONFIG,
@@ -37,7 +38,7 @@ from longtake.training.registry import disk
 Config = TypeVar("Config", bound=BaseModel)
 Module = TypeVar("Module", ForeignCodec, Backbone)
 
-KNOWN = (*codec_rows.ROWS, *backbone.ROWS)  # classes that a part may be of
+KNOWN = (*codec_rows.ROWS, *backbone_config.ROWS)  # classes that a part may be of
 _RENAMED = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}  # layers of old autoencoders
 _OLD = re.compile(rf"(attentions\.\d+)\.({'|'.join(_RENAMED)})\.")
 _QUANTISED = ("F8", "F4", "I8", "U8")  # how dtypes begin that no module of ours computes in
@@ -118,7 +119,8 @@ def _valid(part: Part, config: type[Config], **more: Any) -> Config:
         return config(class_name=part.class_name, settings=part.config, **more)
     except ValidationError as e:
         first = e.errors(include_url=False)[0]
-        raise UserError(f"{part.files[CONFIG]}: {first['msg'].removeprefix('Value error, ')}") from e
+        why = first["msg"].removeprefix("Value error, ")
+        raise UserError(f"{part.files[CONFIG]}: makes no {part.class_name[:80]} ({why})") from e
 
 
 def _facts(folder: Path, part: Part, model: str, config: BaseModel, known: Mapping[Path, str] | None) -> dict[str, Any]:
