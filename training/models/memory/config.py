@@ -14,6 +14,7 @@ from longtake.training.config import ModelName, TrainConfig
 from longtake.training.models.common.text import check_settings
 from longtake.training.models.memory.dit_config import MemoryDiTConfig, config_from_preset
 from longtake.training.models.memory.history import history_lengths
+from longtake.training.models.memory.model_config import MemoryModelConfig
 
 # fields of MemoryDiTConfig that follow from other settings, so that `model` must not have them
 _FROM_DATA = ("channels", "classes", "shape", "history", "history_noise")
@@ -102,7 +103,7 @@ class MemoryConfig(TrainConfig):
         """Seconds of history that a stream must have room for."""
         return self.history_seconds if self.history_least is None else self.history_least
 
-    def histories(self, dit: MemoryDiTConfig, least: int) -> Lengths:
+    def histories(self, dit: MemoryModelConfig, least: int) -> Lengths:
         """The lengths of history of a segment, in latents. A stream must have room for `least` of them."""
         return history_lengths(dit, 0.0, least)
 
@@ -139,7 +140,7 @@ def check(config: MemoryConfig, inputs: Mapping[str, StageConfig]) -> None:
             raise ValueError(str(e)) from e
 
 
-def check_low(dit: MemoryDiTConfig, shrink: tuple[int, int] | None) -> None:
+def check_low(dit: MemoryModelConfig, shrink: tuple[int, int] | None) -> None:
     """Refuse a low-res column that the rates do not need, or the lack of one; `shrink` is the column's, None without."""
     if dit.shrink == shrink:
         return

@@ -13,8 +13,8 @@ from longtake.training import data as common
 from longtake.training.data import HELDOUT
 from longtake.training.models.common.codec import Codec
 from longtake.training.models.memory.config import MemoryConfig
-from longtake.training.models.memory.dit import MemoryDiT
-from longtake.training.models.memory.dit_config import MemoryDiTConfig
+from longtake.training.models.memory.model import MemoryModel
+from longtake.training.models.memory.model_config import MemoryModelConfig
 
 
 class Data(NamedTuple):
@@ -50,7 +50,7 @@ class Data(NamedTuple):
         seconds = [seconds for begin, seconds in config.reaches if begin <= step]
         return max(1, min(self.history, self.latents_in(seconds[-1])))
 
-    def histories(self, config: MemoryConfig, dit: MemoryDiTConfig) -> Lengths:
+    def histories(self, config: MemoryConfig, dit: MemoryModelConfig) -> Lengths:
         """The lengths of history that each batch of the training draws from."""
         lengths = config.histories(dit, self.latents_in(config.least_seconds))
         reaches = tuple((begin * config.accumulate, self.reach(config, begin)) for begin, _ in config.reaches)
@@ -63,7 +63,7 @@ class Setup(NamedTuple):
     inputs: Mapping[str, str]
     data: Data
     classes: Sequence[str]
-    model: MemoryDiT
+    model: MemoryModel
     codec: Codec
     text: Text | None = None
 
@@ -157,7 +157,7 @@ def videos_of(config: MemoryConfig, setup: Setup) -> Loader:
     return common.loader(config, setup.inputs, "val", columns=columns, size=setup.data.size(), **HELDOUT, **history)
 
 
-def describe_memory(dit: MemoryDiTConfig, data: Data) -> str:
+def describe_memory(dit: MemoryModelConfig, data: Data) -> str:
     """A line for the log: the number of tokens that stand for the longest history."""
     (height, width), latents = data.shape[1:], data.history
     tokens, seconds = dit.tokens((latents // dit.group * dit.group, height, width)), data.seconds(latents)

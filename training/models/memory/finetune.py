@@ -33,8 +33,6 @@ from longtake.training.models.memory import continuation
 from longtake.training.models.memory.config import MemoryConfig, check
 from longtake.training.models.memory.continuation import Clips, Continuation
 from longtake.training.models.memory.data import Setup, heldout_of, videos_of
-from longtake.training.models.memory.dit import MemoryDiT
-from longtake.training.models.memory.dit_config import MemoryDiTConfig
 from longtake.training.models.memory.history import (
     history_lengths,
     memory_of,
@@ -44,6 +42,8 @@ from longtake.training.models.memory.history import (
     stretch_of,
     true_lengths,
 )
+from longtake.training.models.memory.model import MemoryModel
+from longtake.training.models.memory.model_config import MemoryModelConfig
 from longtake.training.models.memory.retrieval import Video
 from longtake.training.models.memory.segments import SETTINGS
 from longtake.training.models.memory.shared import (
@@ -124,7 +124,7 @@ class Config(MemoryConfig):
     def settings(self) -> Settings:
         return Settings(self.sample_steps, self.guidance, self.shift, history_noise=self.sample_noise)
 
-    def histories(self, dit: MemoryDiTConfig, least: int) -> Lengths:
+    def histories(self, dit: MemoryModelConfig, least: int) -> Lengths:
         return history_lengths(dit, self.no_history, least)
 
 
@@ -148,7 +148,7 @@ def objective(config: Config, setup: Setup) -> Objective:
     return objective_of(config, setup, partial(_loss, config, setup.model), _sample)
 
 
-def _loss(config: Config, model: MemoryDiT, turn: Turn) -> tuple[Tensor, Terms]:
+def _loss(config: Config, model: MemoryModel, turn: Turn) -> tuple[Tensor, Terms]:
     batch, rng, count = turn.batch, turn.rng, len(turn.batch["key"])
     segment = segment_of(batch, model, batch["history_latent"].shape[3], config.posterior, rng)
     x0, history, level = segment.x0, segment.history, None

@@ -26,9 +26,9 @@ from longtake.training.models.common.condition import of_batch
 from longtake.training.models.memory import retrieval
 from longtake.training.models.memory.config import MemoryConfig, check
 from longtake.training.models.memory.data import Setup, heldout_of, videos_of
-from longtake.training.models.memory.dit import MemoryDiT
-from longtake.training.models.memory.dit_config import MemoryDiTConfig
 from longtake.training.models.memory.history import groups_of, history_lengths, memory_of
+from longtake.training.models.memory.model import MemoryModel
+from longtake.training.models.memory.model_config import MemoryModelConfig
 from longtake.training.models.memory.retrieval import Video, retrieve
 from longtake.training.models.memory.shared import (
     MODEL,
@@ -69,7 +69,7 @@ class Config(MemoryConfig):
     mask_mean: float = 0.2
     mask_std: float = Field(1.0, gt=0)
 
-    def histories(self, dit: MemoryDiTConfig, least: int) -> Lengths:
+    def histories(self, dit: MemoryModelConfig, least: int) -> Lengths:
         """The lengths that occur in generation, and none, as far as history and segment fill a group of the memory."""
         assert dit.shape
         lengths = history_lengths(dit, 0.0, least)
@@ -88,7 +88,7 @@ def objective(config: Config, setup: Setup) -> Objective:
     return objective_of(config, setup, partial(_loss, config, setup.model), _sample)
 
 
-def _loss(config: Config, model: MemoryDiT, turn: Turn) -> tuple[Tensor, Terms]:
+def _loss(config: Config, model: MemoryModel, turn: Turn) -> tuple[Tensor, Terms]:
     batch, rng = turn.batch, turn.rng
     stretch, count = groups_of(batch, model, config.posterior, rng), len(batch["key"])
     omega = draw_omega(count, stretch.high.shape[2], config.retrieved, rng, stretch.skip)

@@ -26,8 +26,8 @@ from longtake.training.models.memory.data import (
     loader_of,
     videos_of,
 )
-from longtake.training.models.memory.dit import MemoryDiT
 from longtake.training.models.memory.history import full_tokens
+from longtake.training.models.memory.model import MemoryModel
 from longtake.training.objective import Engines, Objective, Terms, Turn
 
 MODEL = "memory_dit"
@@ -83,7 +83,7 @@ def announce(config: MemoryConfig, setup: Setup, loader: Loader) -> tuple[list[s
 
 
 def facts_of(config: MemoryConfig, setup: Setup, lineage: Mapping[str, Any]) -> dict[str, Any]:
-    """The facts that both stages write into config.json, beside `config` (`MemoryDiTConfig`) and `lineage`.
+    """The facts that both stages write into config.json, beside `config` (`MemoryModelConfig`) and `lineage`.
 
     `registry.load_with_facts(uri)` gives the model and its facts. Their `steps` are latents, but in `sampling`. Either
     stage adds `stage` and `sampling`, and `finetune_memory_prior` adds `posterior`.
@@ -138,7 +138,7 @@ def counts(config: MemoryConfig, setup: Setup) -> dict[str, float]:
     }
 
 
-def above_each_other(codec: Codec, model: MemoryDiT, before: Tensor, *rows: Tensor) -> np.ndarray[Any, Any]:
+def above_each_other(codec: Codec, model: MemoryModel, before: Tensor, *rows: Tensor) -> np.ndarray[Any, Any]:
     """Decode rows of latents `(1, C, T, H, W)`, normalised, into one video `(t, height, width, 3)` uint8.
 
     Each row is decoded as the continuation of `before`, which begins a video or is long enough for the decoder not to see
