@@ -1,0 +1,131 @@
+"""The row of WanTransformer3DModel: Wan 2.1 and 2.2, from text and from a start image.
+
+A text is padded by zeros to 512 states, after its encoder, and all of them are attended to. A model from an image has
+channels for it: noise, a mask of which frames are shown, and the codec's latents of a video that shows only those.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from longtake.training.foreign.backbone import BackboneConfig, Inputs, frame_times, held, padded, positions_of
+
+TEXT_LENGTH = 512
+STRIDE = (4, 8)
+TARGETS = (r"net\.blocks\.\d+\.attn[12]\.to_(q|k|v|out\.0)", r"net\.blocks\.\d+\.ffn\.net\.(0\.proj|2)")
+_THETA = 10000.0  # the class's own, of its rotation
+
+
+def channels(settings: Mapping[str, Any]) -> int:
+    """Of the noise; a model from an image takes more, and gives as many."""
+    return int(settings.get("out_channels") or settings.get("in_channels", 16))
+
+
+def text_width(settings: Mapping[str, Any]) -> int:
+    return int(settings.get("text_dim", 4096))
+
+
+def width(settings: Mapping[str, Any]) -> int:
+    return int(settings.get("num_attention_heads", 40) * settings.get("attention_head_dim", 128))
+
+
+def patch(settings: Mapping[str, Any]) -> tuple[int, int, int]:
+    time, rows, columns = settings.get("patch_size", (1, 2, 2))
+    return int(time), int(rows), int(columns)
+
+
+def image_channels(settings: Mapping[str, Any]) -> int:
+    """Channels for a start image: a mask of as many as a latent has frames, and its latents; 0 for a model without."""
+    return int(settings.get("in_channels", 16)) - channels(settings)
+
+
+def build(make: Callable[..., Any], settings: Mapping[str, Any]) -> nn.Module:
+    net: nn.Module = make(**settings)
+    rope: Any = net.rope
+    if rope.freqs_cos.is_meta:
+        # no file has them: they are computed
+        with torch.device("cpu"):
+            net.rope = type(rope)(rope.attention_head_dim, rope.patch_size, rope.max_seq_len)
+    return net
+
+
+def blocks(net: Any) -> Iterator[nn.Module]:
+    yield from net.blocks
+
+
+def tokens(net: Any, x: Tensor) -> Tensor:
+    missing = net.config.in_channels - x.shape[1]
+    # without a start image its channels are zero
+    x = torch.cat([x, x.new_zeros(len(x), missing, *x.shape[2:])], dim=1) if missing else x
+    made: Tensor = net.patch_embedding(x).flatten(2).transpose(1, 2)
+    return made
+
+
+def velocity(net: Any, config: BackboneConfig, inputs: Inputs) -> Tensor:
+    settings = config.settings
+    inputs = _with_channels(inputs, config) if image_channels(settings) else held(inputs)
+    if settings.get("image_dim") and inputs.image_states is None:
+        raise ValueError("image_states: this model attends to the states of its start image; give them")
+    if not settings.get("image_dim") and inputs.image_states is not None:
+        raise ValueError("image_states: this model attends to none; leave them out")
+    rows, columns = (side // size for side, size in zip(inputs.x.shape[3:], patch(settings)[1:], strict=True))
+    with _in_front(net, inputs, patch(settings)):
+        predicted: Tensor = net(
+            inputs.x,
+            frame_times(inputs.t, inputs, rows * columns),
+            padded(inputs.text, inputs.seen, config.longest_text),
+            inputs.image_states,
+            return_dict=False,
+        )[0]
+    return predicted
+
+
+def _with_channels(inputs: Inputs, config: BackboneConfig) -> Inputs:
+    """The latents with the channels of a start image, its mask first: as many as a latent has frames."""
+    x, image = inputs.x, inputs.image
+    if image is None:
+        raise ValueError("image: this model goes on from a start image; give its latents")
+    if image.shape != x.shape:
+        raise ValueError(f"image has shape {tuple(image.shape)}; a window of {tuple(x.shape)} needs latents like it")
+    frames = image_channels(config.settings) - x.shape[1]
+    mask = x.new_zeros(len(x), frames, *x.shape[2:])
+    mask[:, :, 0] = 1
+    return inputs._replace(x=torch.cat([x, mask, image], dim=1), image=None)
+
+
+@contextmanager
+def _in_front(net: Any, inputs: Inputs, size: tuple[int, int, int]) -> Iterator[None]:
+    """Let the class's own forward have tokens in front of those of the patches, and other positions, for the block."""
+    front, hooks = inputs.front, []
+    if front is not None:
+        # the class flattens `(B, D, T, H, W)`, of which only the order of the tokens counts
+        def with_front(_: nn.Module, __: Any, made: Tensor) -> Tensor:
+            return torch.cat([front.tokens.transpose(1, 2), made.flatten(2)], dim=2)[:, :, None, None]
+
+        def without(_: nn.Module, __: Any, made: Tensor) -> Tensor:
+            return made[:, front.tokens.shape[1] :]
+
+        hooks += [net.patch_embedding.register_forward_hook(with_front), net.proj_out.register_forward_hook(without)]
+    if front is not None or inputs.places is not None:
+        rotation = _rotation(positions_of(inputs, size), net.rope)
+        hooks.append(net.rope.register_forward_hook(lambda *_: rotation))
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _rotation(positions: Tensor, rope: Any) -> tuple[Tensor, Tensor]:
+    """The cosines and sines `(1 or B, N, 1, head)` of the class's rotation at any positions `(1 or B, N, 3)`."""
+    angles = []
+    for axis, size in enumerate((rope.t_dim, rope.h_dim, rope.w_dim)):
+        rates = _THETA ** -(torch.arange(0, size, 2, device=positions.device).double() / size)
+        angles.append((positions[..., axis, None] * rates).repeat_interleave(2, dim=-1))
+    turned = torch.cat(angles, dim=-1)[:, :, None]
+    return turned.cos().float(), turned.sin().float()
