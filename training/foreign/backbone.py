@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 from torch import Tensor, nn
 
+from longtake.training.foreign.front import Front
 from longtake.training.foreign.library import class_of
 from longtake.training.models.common.condition import Condition, draw_hidden
 
@@ -25,19 +26,7 @@ ROWS = {
     "WanTransformer3DModel": "longtake.training.foreign.backbone_wan",
 }
 STEPS = 1000  # times of the classes are 0 to 1000
-
-
-class Front(NamedTuple):
-    """Tokens in front of a window's own, such as a memory's.
-
-    tokens     `(B, M, width)`, of the width of the backbone's own
-    positions  in time, row and column, `(M, 3)` or `(B, M, 3)`, in tokens; any real numbers
-    time       `(B,)`, the noise in them as t; None: they are clean
-    """
-
-    tokens: Tensor
-    positions: Tensor
-    time: Tensor | None = None
+FRONT = frozenset({"WanTransformer3DModel"})  # classes that take tokens in front, missing latents, and texts by latent
 
 
 class Inputs(NamedTuple):
@@ -45,19 +34,22 @@ class Inputs(NamedTuple):
 
     x             `(B, C, T, H, W)`
     t             `(B,)` or `(B, T)`, fp32, 0 to 1
-    text, seen    states `(B, N, D)` with those that count in front and zeros behind them, and `(B, N)` bool, which count
+    text, seen    states `(B, N, D)` with those that count in front and zeros behind them, and `(B, N)` bool, which count;
+                  or `(B, T, N)`, which count for each latent, in any order
+    none          states of "", `(n, D)`
     image         see `Backbone.forward`; None where there is none
     image_states  the same
     fps           the same, a number or `(B,)`
     pooled        the same
     guidance      the same, a number
-    front, places the same
+    front, places, present   the same
     """
 
     x: Tensor
     t: Tensor
     text: Tensor
     seen: Tensor
+    none: Tensor
     image: Tensor | None = None
     image_states: Tensor | None = None
     fps: float | Tensor | None = None
@@ -65,6 +57,7 @@ class Inputs(NamedTuple):
     guidance: float | None = None
     front: Front | None = None
     places: Tensor | None = None
+    present: Tensor | None = None
 
 
 class Row(Protocol):
@@ -277,6 +270,7 @@ class Backbone(nn.Module):
         guidance: float | None = None,
         front: Front | None = None,
         places: Tensor | None = None,
+        present: Tensor | None = None,
     ) -> Tensor:
         """The velocity `(B, C, T, H, W)`.
 
@@ -292,6 +286,7 @@ class Backbone(nn.Module):
         guidance      for a class with guidance among its inputs; None: `embedded_guidance`
         front         tokens in front of the window's own, which all attend to, and that are no part of the result
         places        positions of the latents in time, `(T,)` or `(B, T)`; None: 0, 1, 2 ...
+        present       `(B, T)` bool, False for latents that a sample does not have; None: it has all
 
         Raises:
             ValueError: another shape; text that the model does not take; something that it needs is not given.
@@ -302,11 +297,16 @@ class Backbone(nn.Module):
             condition = _text_only(condition)
         lost = draw_hidden(condition, x, 0.0, config.text_dropout, rng).text if self.training else None
         text, seen = self._texts(condition, x, lost)
+        if config.class_name not in FRONT and (front is not None or present is not None or seen.ndim == 3):
+            known = ", ".join(sorted(FRONT))
+            raise ValueError(f"{config.class_name}: takes no memory, missing latents or texts by latent; {known} does")
         x = x.to(self.dtype)
         if image is not None:
             image = image.to(x)
         front = front and front._replace(tokens=front.tokens.to(x))
-        inputs = Inputs(x, t.float(), text, seen, image, None, fps, None, guidance, front, places)
+        inputs = Inputs(
+            x, t.float(), text, seen, self.empty.to(x), image, None, fps, None, guidance, front, places, present
+        )
         inputs = inputs._replace(
             image_states=None if image_states is None else image_states.to(x),
             pooled=None if pooled is None else pooled.to(x),
@@ -316,17 +316,22 @@ class Backbone(nn.Module):
         return config.row.velocity(net, config, inputs)
 
     def _texts(self, condition: Condition | None, x: Tensor, lost: Tensor | None) -> tuple[Tensor, Tensor]:
-        """States `(B, N, D)`, the ones that count first and then zeros, and which count: those of "" where there is no text."""
+        """States `(B, N, D)`, the ones that count first and then zeros, and which count: those of "" where there is no text.
+
+        With texts by latent they stay in their order, and `(B, T, N)` says which count.
+        """
         text, mask = self._given(condition, x)
         if lost is not None:
-            mask = mask & ~lost[:, None]
-        without = ~mask.any(1, keepdim=True)
+            mask = mask & ~lost.view(-1, *[1] * (mask.ndim - 1))
+        without = ~mask.any(-1, keepdim=True)
         if not len(self.empty) and bool(without.any()):
             raise ValueError(
                 'text: this model does not know the states of "" yet, which stand for no text; give a text'
             )
         text = torch.cat([text, self.empty.to(text).expand(len(x), -1, -1)], dim=1)
-        seen = torch.cat([mask, without.expand(-1, len(self.empty))], dim=1)
+        seen = torch.cat([mask, without.expand(*mask.shape[:-1], len(self.empty))], dim=-1)
+        if seen.ndim == 3:
+            return torch.where(seen.any(1)[..., None], text, 0.0), seen
         order = (~seen).int().argsort(dim=1, stable=True)
         seen = seen.gather(1, order)
         text = text.gather(1, order[..., None].expand_as(text))
@@ -341,9 +346,11 @@ class Backbone(nn.Module):
         text, mask = condition.text, condition.mask
         if text.shape[0] != batch or text.shape[2] != width:
             raise ValueError(f"text has shape {tuple(text.shape)}; this model needs ({batch}, N, {width})")
-        if mask.ndim == 3:
-            if not bool((mask == mask[:, :1]).all()):
-                raise ValueError("text: this model sees one text in a window, not another one in each latent")
+        if mask.ndim == 3 and mask.shape[1] != x.shape[2]:
+            raise ValueError(
+                f"mask has shape {tuple(mask.shape)}; {x.shape[2]} latents need ({batch}, {x.shape[2]}, N)"
+            )
+        if mask.ndim == 3 and bool((mask == mask[:, :1]).all()):
             mask = mask[:, 0]
         return text.to(x.device, self.dtype), mask.to(x.device)
 

@@ -130,9 +130,6 @@ class MemoryDiT(MemoryModel):
     def _project(self, patches: Tensor) -> Tensor:
         return self.token_in(patches.to(self.dtype))
 
-    def _embedding(self) -> tuple[Tensor, Tensor]:
-        return self.token_in.weight, self.token_in.bias
-
     def forward(
         self,
         x: Tensor,

@@ -70,10 +70,6 @@ class MemoryModel(Normalising):
         """The tokens of patches: `(..., C p p)`, channels first, then rows, then columns -> `(..., D)`."""
         raise NotImplementedError
 
-    def _embedding(self) -> tuple[Tensor, Tensor]:
-        """The weight `(D, C p p)` and the bias of `_project`."""
-        raise NotImplementedError
-
     def forward(
         self,
         x: Tensor,
@@ -106,9 +102,15 @@ class MemoryModel(Normalising):
 
     def start_memory(self) -> None:
         """Let a patchifier or FramePack begin as the patch embedding that this transformer has now."""
-        for module in self.memory.modules():
-            if isinstance(module, CellEmbedding):
-                module.start_from(*self._embedding())
+        cells = [module for module in self.memory.modules() if isinstance(module, CellEmbedding)]
+        if not cells:
+            return
+        size, place = self.config.channels * self.config.patch**2, self.latent_mean.device
+        with torch.no_grad():
+            bias = self._project(torch.zeros(size, dtype=self.dtype, device=place))
+            weight = (self._project(torch.eye(size, dtype=self.dtype, device=place)) - bias).T
+        for cell in cells:
+            cell.start_from(weight, bias)
 
     def set_statistics(
         self, mean: Tensor, std: Tensor, low_mean: Tensor | None = None, low_std: Tensor | None = None
