@@ -10,6 +10,7 @@ if TYPE_CHECKING:
 # name in config.json -> module whose `kind(facts)` returns its row
 KINDS = {
     "pv_vae": "longtake.training.models.pv_vae.kind",
+    "foreign_vae": "longtake.training.models.autoencoder.kind",
     "latte": "longtake.training.models.latte.kind",
     "vqgan": "longtake.training.models.tats.vqgan_kind",
     "sound_vqgan": "longtake.training.models.tats.sound.kind",

@@ -24,7 +24,7 @@ from longtake.datasets.masking import shown
 from longtake.training.models import KINDS, kind_of
 from longtake.training.registry.foreign import FOREIGN, check_ours
 
-_FORMAT = 2
+FORMAT = 2
 _WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors")
 _INDEX = "model.safetensors.index.json"
 MOST_JSON = {"config.json": 4 << 20, _INDEX: 64 << 20}  # bytes
@@ -72,7 +72,7 @@ def save(
 def described(model: str, config: Mapping[str, Any], files: Mapping[str, Path]) -> dict[str, Any]:
     """The content of the config.json of a model with these files, but for its facts."""
     return {
-        "format": _FORMAT,
+        "format": FORMAT,
         "model": model,
         "config": dict(config),
         "sha256": {name: file_digest(path) for name, path in sorted(files.items())},
@@ -144,9 +144,9 @@ def checked_config(where: Path | str, content: dict[str, Any]) -> dict[str, Any]
             f"{where}: config.json: unknown model {str(content.get('model'))[:80]!r};"
             f" this longtake knows {', '.join(known)}"
         )
-    if content.get("format") != _FORMAT:
+    if content.get("format") != FORMAT:
         raise UserError(
-            f"{where}: config.json: format {str(content.get('format'))[:80]}, but this longtake reads {_FORMAT};"
+            f"{where}: config.json: format {str(content.get('format'))[:80]}, but this longtake reads {FORMAT};"
             " use the version that wrote it, or train it again"
         )
     files = content.get("sha256")
@@ -190,7 +190,7 @@ def module_of(folder: Path, content: Mapping[str, Any]) -> nn.Module:
         # compare the shapes before memory is taken for the module
         with torch.device("meta"):
             shapes = {name: list(t.shape) for name, t in kind.module(config).state_dict().items()}
-        _check_shapes(folder, files, shapes)
+        check_shapes(folder, _shapes_in(files), shapes)
         module = kind.module(config)
         state = module.state_dict()
         for path in files:
@@ -217,7 +217,8 @@ def _weight_files(folder: Path, named: set[str]) -> list[Path]:
     return [folder / name for name in sorted(set(files))]
 
 
-def _check_shapes(folder: Path, files: list[Path], shapes: Mapping[str, list[int]]) -> None:
+def _shapes_in(files: list[Path]) -> dict[str, list[int]]:
+    """The shapes of the tensors in weights files, by name. Raises Failure where one is in two files."""
     stored: dict[str, list[int]] = {}
     for path in files:
         with safe_open(path, "pt") as tensors:
@@ -225,12 +226,17 @@ def _check_shapes(folder: Path, files: list[Path], shapes: Mapping[str, list[int
                 if name in stored:
                     raise Failure(f"{path}: tensor {name[:80]} is in another file too")
                 stored[name] = tensors.get_slice(name).get_shape()
-    for what, names in (("missing", shapes.keys() - stored.keys()), ("not known", stored.keys() - shapes.keys())):
+    return stored
+
+
+def check_shapes(where: Path, stored: Mapping[str, list[int]], needed: Mapping[str, list[int]]) -> None:
+    """Raise Failure where tensors have other names or shapes than the module of their config needs."""
+    for what, names in (("missing", needed.keys() - stored.keys()), ("not known", stored.keys() - needed.keys())):
         if names:
-            raise Failure(f"{folder}: {len(names)} tensors are {what} to this config, such as {min(names)[:80]}")
-    if wrong := [name for name in shapes if shapes[name] != stored[name]]:
+            raise Failure(f"{where}: {len(names)} tensors are {what} to this config, such as {min(names)[:80]}")
+    if wrong := [name for name in needed if needed[name] != stored[name]]:
         name = wrong[0]
-        raise Failure(f"{folder}: tensor {name} has shape {stored[name]}, its config needs {shapes[name]}")
+        raise Failure(f"{where}: tensor {name} has shape {stored[name]}, its config needs {needed[name]}")
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -185,7 +185,7 @@ def reconstruct_video(
     if visible is not None and (visible < 1 or (visible - 1) % factor):
         low, high = nearest_lengths(visible, factor)
         raise ValueError(f"visible is {visible}; the model sees 1 + {factor}n frames, such as {low} or {high}")
-    if visible is not None and not hasattr(codec, "pad"):
+    if visible is not None and getattr(codec, "padding", None) is None:
         raise ValueError("visible: this model does not predict frames; leave it out")
     device = next(codec.parameters()).device
     rng = torch.Generator(device).manual_seed(seed)
