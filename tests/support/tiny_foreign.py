@@ -183,7 +183,11 @@ def pipeline(kind: str, seed: int = 0, scheduler: dict[str, Any] | None = None, 
     import diffusers
 
     name, transformer, vae, _, usual = PIPELINES[kind]
-    made = {"transformer": transformer(seed), "vae": vae(seed), "scheduler": scheduler_of(scheduler or SCHEDULERS[usual])}
+    made = {
+        "transformer": transformer(seed),
+        "vae": vae(seed),
+        "scheduler": scheduler_of(scheduler or SCHEDULERS[usual]),
+    }
     made |= {"tokenizer": None, "text_encoder": None}
     if kind == "wan22_5b":
         made["expand_timesteps"] = True
@@ -211,7 +215,10 @@ def text_parts(scratch: Path, kind: str, seed: int = 0) -> dict[str, Any]:
     encoder = PIPELINES[kind][3]
     parts = {"text_encoder": _text_encoder(encoder, seed), "tokenizer": _tokenizer(scratch / "1", encoder)}
     if kind == "hunyuan":
-        parts |= {"text_encoder_2": _text_encoder("clip_text", seed), "tokenizer_2": _tokenizer(scratch / "2", "clip_text")}
+        parts |= {
+            "text_encoder_2": _text_encoder("clip_text", seed),
+            "tokenizer_2": _tokenizer(scratch / "2", "clip_text"),
+        }
     return parts
 
 
@@ -231,5 +238,7 @@ def _tokenizer(folder: Path, kind: str) -> Any:
     import transformers
 
     folder.mkdir(parents=True, exist_ok=True)
-    tiny_encoders.tokenizer(folder, *{"t5": ("", "</s>"), "umt5": ("", "</s>"), "llama": ("<s>", "")}.get(kind, ("<s>", "</s>")))
+    tiny_encoders.tokenizer(
+        folder, *{"t5": ("", "</s>"), "umt5": ("", "</s>"), "llama": ("<s>", "")}.get(kind, ("<s>", "</s>"))
+    )
     return transformers.PreTrainedTokenizerFast.from_pretrained(folder)

@@ -1,204 +1,45 @@
 """A video transformer of another library as a velocity of our flow: `Backbone`.
 
-What differs between classes is a row, a module with the names of `Row`, and a line in `ROWS`. A backbone owns the scale of
-its times, the padding of its texts, its masks, the packing of its tokens and the scale of its positions. All classes here
-predict noise - data at (1 - t) data + t noise, which is the velocity of `common/flow.py` with its sign.
+A backbone owns the scale of its times, the padding of its texts, its masks, the packing of its tokens and the scale of its
+positions. All classes here predict noise - data at (1 - t) data + t noise, which is the velocity of `common/flow.py` with
+its sign. What differs between them is in `backbone_wan`, `backbone_ltx` and `backbone_hunyuan`.
 """
 
 from __future__ import annotations
 
-import importlib
-import math
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any, Literal, NamedTuple, Protocol, cast
+from collections.abc import Callable, Iterator
+from typing import Any, cast
 
 import torch
-import torch.nn.functional as F
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 from torch import Tensor, nn
 
-from longtake.training.foreign.front import Front
+from longtake.training.foreign.backbone_config import BackboneConfig, shift_of, token_count
+from longtake.training.foreign.backbone_inputs import Front, Inputs
+from longtake.training.foreign.front import CLASSES
 from longtake.training.foreign.library import class_of
 from longtake.training.models.common.condition import Condition, draw_hidden
 
-# name of the class -> module that is its `Row`
-ROWS = {
-    "WanTransformer3DModel": "longtake.training.foreign.backbone_wan",
-}
-STEPS = 1000  # times of the classes are 0 to 1000
-FRONT = frozenset({"WanTransformer3DModel"})  # classes that take tokens in front, missing latents, and texts by latent
-
-
-class Inputs(NamedTuple):
-    """What a row's `velocity` gets: tensors on one device, floats in the dtype of the weights.
-
-    x             `(B, C, T, H, W)`
-    t             `(B,)` or `(B, T)`, fp32, 0 to 1
-    text, seen    states `(B, N, D)` with those that count in front and zeros behind them, and `(B, N)` bool, which count;
-                  or `(B, T, N)`, which count for each latent, in any order
-    none          states of "", `(n, D)`
-    image         see `Backbone.forward`; None where there is none
-    image_states  the same
-    fps           the same, a number or `(B,)`
-    pooled        the same
-    guidance      the same, a number
-    front, places, present   the same
-    """
-
-    x: Tensor
-    t: Tensor
-    text: Tensor
-    seen: Tensor
-    none: Tensor
-    image: Tensor | None = None
-    image_states: Tensor | None = None
-    fps: float | Tensor | None = None
-    pooled: Tensor | None = None
-    guidance: float | None = None
-    front: Front | None = None
-    places: Tensor | None = None
-    present: Tensor | None = None
-
-
-class Row(Protocol):
-    """What a class needs beside its own forward. Settings are those of its config.json.
-
-    TEXT_LENGTH   tokens of a text at most, as its pipeline has them
-    STRIDE        frames, and pixels a side, in a latent of its pipeline's autoencoder
-    TARGETS       what a low-rank change changes by default: patterns of names of layers
-    """
-
-    TEXT_LENGTH: int
-    STRIDE: tuple[int, int]
-    TARGETS: tuple[str, ...]
-
-    def channels(self, settings: Mapping[str, Any]) -> int:
-        """Channels of the noisy latents."""
-
-    def text_width(self, settings: Mapping[str, Any]) -> int:
-        """Channels of the states of texts."""
-
-    def width(self, settings: Mapping[str, Any]) -> int:
-        """Channels of a token."""
-
-    def patch(self, settings: Mapping[str, Any]) -> tuple[int, int, int]:
-        """Latents in a token: in time, rows and columns."""
-
-    def build(self, make: Callable[..., Any], settings: Mapping[str, Any]) -> nn.Module:
-        """The module, by its class."""
-
-    def blocks(self, net: Any) -> Iterator[nn.Module]:
-        """Its blocks in order."""
-
-    def tokens(self, net: Any, x: Tensor) -> Tensor:
-        """The tokens `(B, N, width)` of latents `(B, channels, T, H, W)`, before the first block."""
-
-    def velocity(self, net: Any, config: BackboneConfig, inputs: Inputs) -> Tensor:
-        """The velocity. ValueError for inputs that the class does not take, or that it needs and are not there."""
-
-
-class BackboneConfig(BaseModel):
-    """The numbers of one backbone.
-
-    class_name        of its library, a name in `ROWS`
-    settings          its class's own config.json
-    scheduler         scheduler_config.json of its pipeline, with its class under `class_name`; {}: none
-    expert            of two that share the times: `high` noise or `low`; None: it is alone
-    boundary          the time, 0 to 1, from which on (towards noise) the `high` expert is asked
-    expand_timesteps  its pipeline gives a start image as the first latent, clean and at time 0
-    text_length       tokens of a text, at most, to which texts are padded where the class wants it; 0: as its pipeline
-    text_empty        tokens of ""; 0: not known yet (see `Backbone.set_empty`)
-    text_dropout      probability that training hides a text, for guidance [assumption: 0.1, as for our own]
-    shape             (latents, height, width) of its training windows
-    stride            frames, and pixels a side, in a latent; None: as its pipeline
-    embedded_guidance what a class with guidance among its inputs gets in training [assumption: 1]
-    activation_checkpointing   recompute blocks in the backward pass: less memory, more time
-    """
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    class_name: str
-    settings: dict[str, Any]
-    scheduler: dict[str, Any] = {}
-    expert: Literal["high", "low"] | None = None
-    boundary: float | None = Field(None, gt=0, lt=1)
-    expand_timesteps: bool = False
-    text_length: NonNegativeInt = 0
-    text_empty: NonNegativeInt = 0
-    text_dropout: float = Field(0.1, ge=0, le=1)
-    shape: tuple[PositiveInt, PositiveInt, PositiveInt] | None = None
-    stride: tuple[PositiveInt, PositiveInt] | None = None
-    embedded_guidance: PositiveFloat = 1.0
-    activation_checkpointing: bool = False
-
-    @model_validator(mode="after")
-    def _fits(self) -> BackboneConfig:
-        if self.class_name not in ROWS:
-            known = ", ".join(ROWS)
-            raise ValueError(
-                f"class_name: {self.class_name[:80]!r} is no video transformer known here; there are {known}"
-            )
-        if self.expert and self.boundary is None:
-            raise ValueError(f"expert: {self.expert} has no range; give boundary, such as 0.875")
-        return self
-
-    @property
-    def row(self) -> Row:
-        """What its class needs."""
-        return cast("Row", importlib.import_module(ROWS[self.class_name]))
-
-    @property
-    def channels(self) -> int:
-        """Channels of the noisy latents, which the codec has too."""
-        return self.row.channels(self.settings)
-
-    @property
-    def text_width(self) -> int:
-        """Channels of the states of texts."""
-        return self.row.text_width(self.settings)
-
-    @property
-    def width(self) -> int:
-        """Channels of a token."""
-        return self.row.width(self.settings)
-
-    @property
-    def patch(self) -> tuple[int, int, int]:
-        """Latents in a token: in time, rows and columns."""
-        return self.row.patch(self.settings)
-
-    @property
-    def longest_text(self) -> int:
-        """Tokens of a text, at most."""
-        return self.text_length or self.row.TEXT_LENGTH
-
-    @property
-    def strides(self) -> tuple[int, int]:
-        """Frames, and pixels a side, in a latent."""
-        return self.stride or self.row.STRIDE
-
-    @property
-    def times(self) -> tuple[float, float]:
-        """The range of times that it is asked for."""
-        if self.expert is None or self.boundary is None:
-            return 0.0, 1.0
-        return (self.boundary, 1.0) if self.expert == "high" else (0.0, self.boundary)
+__all__ = ("Backbone", "BackboneConfig", "Front")
 
 
 class Backbone(nn.Module):
     """Velocity of the rectified flow at latents x_t `(B, C, T, H, W)` as their codec gives them, for any T, H and W.
 
     Inputs are cast to the dtype of the weights; outputs have it. Names of weights are `net.` and the class's own.
-    `empty`, `(text_empty, text_width)`, are the states of "", which stand for no text.
+    `empty`, `(text_empty, text_width)`, are the states of "", which stand for no text; a class that takes a vector of each
+    text has that of "" in `empty_pooled`.
     """
 
     empty: Tensor
+    empty_pooled: Tensor | None
 
     def __init__(self, config: BackboneConfig) -> None:
         super().__init__()
         self.config = config
         self.net = config.row.build(class_of(config.class_name), config.settings)
         self.register_buffer("empty", torch.zeros(config.text_empty, config.text_width))
+        pooled = torch.zeros(config.sizes.pooled_width) if config.sizes.pooled_width else None
+        self.register_buffer("empty_pooled", pooled)
 
     def keep_fp32(self) -> dict[str, Tensor]:
         """The weights and buffers that stay fp32 in any dtype of the others, as the class asks for, by name."""
@@ -233,11 +74,19 @@ class Backbone(nn.Module):
         """Patterns of names of the layers that a low-rank change changes by default."""
         return self.config.row.TARGETS
 
-    def set_empty(self, states: Tensor) -> None:
-        """Set the states of "", `(n, text_width)`; their number becomes `text_empty`. ValueError for another width."""
-        if states.ndim != 2 or not len(states) or states.shape[1] != self.config.text_width:
-            raise ValueError(f"empty has shape {tuple(states.shape)}; this model needs (n, {self.config.text_width})")
+    def set_empty(self, states: Tensor, pooled: Tensor | None = None) -> None:
+        """Set the states of "", `(n, text_width)`, and its vector `(pooled_width,)`; n becomes `text_empty`.
+
+        ValueError for other shapes, or a vector that is missing or of no use.
+        """
+        width, vector = self.config.text_width, self.config.sizes.pooled_width
+        if states.ndim != 2 or not len(states) or states.shape[1] != width:
+            raise ValueError(f"empty has shape {tuple(states.shape)}; this model needs (n, {width})")
+        if (0 if pooled is None else pooled.numel()) != vector:
+            raise ValueError(f"pooled: a text of this model has a vector of {vector} beside its states")
         self.empty = states.to(self.empty.device, self.empty.dtype, copy=True)
+        if pooled is not None and self.empty_pooled is not None:
+            self.empty_pooled.copy_(pooled.flatten())
         self.config = self.config.model_copy(update={"text_empty": len(states)})
 
     def normalise(self, latent: Tensor) -> Tensor:
@@ -291,51 +140,67 @@ class Backbone(nn.Module):
         Raises:
             ValueError: another shape; text that the model does not take; something that it needs is not given.
         """
-        config = self.config
+        config, net = self.config, cast("Any", self.net)
         self._check_shapes(x, t)
         if condition is not None and (condition.classes is not None or condition.audio is not None):
             condition = _text_only(condition)
         lost = draw_hidden(condition, x, 0.0, config.text_dropout, rng).text if self.training else None
-        text, seen = self._texts(condition, x, lost)
-        if config.class_name not in FRONT and (front is not None or present is not None or seen.ndim == 3):
-            known = ", ".join(sorted(FRONT))
-            raise ValueError(f"{config.class_name}: takes no memory, missing latents or texts by latent; {known} does")
+        text, seen, without = self._texts(condition, x, lost)
+        self._check_front(front, present, seen)
+        pooled = self._pooled(pooled, x, without)
+        if image_states is not None and not config.sizes.image_width:
+            raise ValueError("image_states: this model attends to none; leave them out")
         x = x.to(self.dtype)
-        if image is not None:
-            image = image.to(x)
+        image, image_states = (None if part is None else part.to(x) for part in (image, image_states))
         front = front and front._replace(tokens=front.tokens.to(x))
+        none = self.empty.to(x)
         inputs = Inputs(
-            x, t.float(), text, seen, self.empty.to(x), image, None, fps, None, guidance, front, places, present
+            x, t.float(), text, seen, none, image, image_states, fps, pooled, guidance, front, places, present
         )
-        inputs = inputs._replace(
-            image_states=None if image_states is None else image_states.to(x),
-            pooled=None if pooled is None else pooled.to(x),
-        )
-        net: Any = self.net
-        net.gradient_checkpointing = config.activation_checkpointing and self.training
+        if config.activation_checkpointing and self.training:
+            net.enable_gradient_checkpointing()
+        else:
+            net.disable_gradient_checkpointing()
         return config.row.velocity(net, config, inputs)
 
-    def _texts(self, condition: Condition | None, x: Tensor, lost: Tensor | None) -> tuple[Tensor, Tensor]:
-        """States `(B, N, D)`, the ones that count first and then zeros, and which count: those of "" where there is no text.
+    def _texts(self, condition: Condition | None, x: Tensor, lost: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """States `(B, N, D)`, the ones that count first and then zeros; which count; and which samples have no text `(B,)`.
 
-        With texts by latent they stay in their order, and `(B, T, N)` says which count.
+        Those get the states of "". Where latents see different texts the states stay in their order, and `(B, T, N)` says
+        which count; latents without a text get those of "" too.
         """
         text, mask = self._given(condition, x)
         if lost is not None:
             mask = mask & ~lost.view(-1, *[1] * (mask.ndim - 1))
-        without = ~mask.any(-1, keepdim=True)
+        without = ~mask.any(-1)
         if not len(self.empty) and bool(without.any()):
             raise ValueError(
-                'text: this model does not know the states of "" yet, which stand for no text; give a text'
+                'text: this model does not know the states of "", which stand for no text, yet; give a text'
             )
         text = torch.cat([text, self.empty.to(text).expand(len(x), -1, -1)], dim=1)
-        seen = torch.cat([mask, without.expand(*mask.shape[:-1], len(self.empty))], dim=-1)
+        seen = torch.cat([mask, without[..., None].expand(*without.shape, len(self.empty))], dim=-1)
         if seen.ndim == 3:
-            return torch.where(seen.any(1)[..., None], text, 0.0), seen
+            return torch.where(seen.any(1)[..., None], text, 0.0), seen, without.all(1)
         order = (~seen).int().argsort(dim=1, stable=True)
         seen = seen.gather(1, order)
         text = text.gather(1, order[..., None].expand_as(text))
-        return torch.where(seen[..., None], text, 0.0), seen
+        return torch.where(seen[..., None], text, 0.0), seen, without
+
+    def _pooled(self, pooled: Tensor | None, x: Tensor, without: Tensor) -> Tensor | None:
+        """The vectors of the texts `(B, D)`, that of "" where there is none."""
+        width = self.config.sizes.pooled_width
+        if not width and pooled is not None:
+            raise ValueError("pooled: this model takes no vector of a text; leave it out")
+        if self.empty_pooled is None:
+            return None
+        if pooled is None and not bool(without.all()):
+            raise ValueError("pooled: this model needs a vector of each text beside its states; give pooled")
+        empty = self.empty_pooled.to(x.device, self.dtype).expand(len(x), -1)
+        if pooled is None:
+            return empty
+        if pooled.shape != (len(x), width):
+            raise ValueError(f"pooled has shape {tuple(pooled.shape)}; this model needs ({len(x)}, {width})")
+        return torch.where(without[:, None], empty, pooled.to(empty))
 
     def _given(self, condition: Condition | None, x: Tensor) -> tuple[Tensor, Tensor]:
         """The texts of a batch on its device, and their mask; without any, texts of no token."""
@@ -354,6 +219,17 @@ class Backbone(nn.Module):
             mask = mask[:, 0]
         return text.to(x.device, self.dtype), mask.to(x.device)
 
+    def _check_front(self, front: Front | None, present: Tensor | None, seen: Tensor) -> None:
+        """Refuse what only some classes take."""
+        if self.config.class_name in CLASSES:
+            return
+        if seen.ndim == 3:
+            raise ValueError("text: this model sees one text in a window, not another one in each latent")
+        if present is not None or (front is not None and (front.seen is not None or front.added is not None)):
+            raise ValueError(
+                f"present: {self.config.class_name} takes only what all samples have, and adds nothing to blocks"
+            )
+
     def _check_shapes(self, x: Tensor, t: Tensor) -> None:
         config = self.config
         if x.ndim != 5 or x.shape[1] != config.channels:
@@ -371,79 +247,3 @@ def _text_only(condition: Condition) -> Condition:
     if condition.asks_for_class or condition.asks_for_audio:
         raise ValueError("class: this model takes neither classes nor sound; leave them out")
     return Condition(None, condition.text, condition.mask, condition.chances)
-
-
-def padded(text: Tensor, seen: Tensor, length: int) -> Tensor:
-    """States `(B, N, D)` that are zero where they do not count, cut or padded by zeros to `(B, length, D)`.
-
-    ValueError where more than `length` count.
-    """
-    if text.shape[1] > length and bool(seen[:, length:].any()):
-        raise ValueError(f"text has {int(seen.sum(1).max())} tokens; this model takes {length}: shorten it")
-    return F.pad(text, (0, 0, 0, length - text.shape[1]))
-
-
-def token_count(shape: tuple[int, int, int], patch: tuple[int, int, int]) -> int:
-    """Tokens of a window of latents (T, H, W)."""
-    return math.prod(side // size for side, size in zip(shape, patch, strict=True))
-
-
-def shift_of(scheduler: Mapping[str, Any], tokens: int) -> float:
-    """The shift of a scheduler's config for a window of that many tokens; 1 for {}.
-
-    With a dynamic shift the pipelines interpolate its logarithm (or itself, if `time_shift_type` is linear) between
-    `base_shift` at `base_image_seq_len` tokens and `max_shift` at `max_image_seq_len`, and beyond.
-    """
-    if not scheduler.get("use_dynamic_shifting"):
-        flow = scheduler.get("flow_shift") if "flow_shift" in scheduler else scheduler.get("shift")
-        return 1.0 if flow is None else float(flow)
-    # the defaults of the pipelines, which their schedulers' files may leave out
-    low, high = scheduler.get("base_image_seq_len", 256), scheduler.get("max_image_seq_len", 4096)
-    first, last = scheduler.get("base_shift", 0.5), scheduler.get("max_shift", 1.15)
-    mu = first + (last - first) * (tokens - low) / (high - low)
-    return float(mu if scheduler.get("time_shift_type") == "linear" else math.exp(mu))
-
-
-def frame_times(t: Tensor, inputs: Inputs, tokens_in_frame: int) -> Tensor:
-    """Times on the scale of the classes: `(B,)`, or by token `(B, M + N)` where latents differ or tokens are in front."""
-    t = t * STEPS
-    if t.ndim == 1 and inputs.front is None:
-        return t
-    frames = inputs.x.shape[2]
-    own = (t[:, None].expand(-1, frames) if t.ndim == 1 else t).repeat_interleave(tokens_in_frame, dim=1)
-    if inputs.front is None:
-        return own
-    count, time = inputs.front.tokens.shape[1], inputs.front.time
-    ahead = torch.zeros_like(own[:, :1]) if time is None else STEPS * time.to(own)[:, None]
-    return torch.cat([ahead.expand(-1, count), own], dim=1)
-
-
-def held(inputs: Inputs) -> Inputs:
-    """Clean first latents in the place of those of `x`, at time 0."""
-    if inputs.image is None:
-        return inputs
-    x, t, count = inputs.x, inputs.t, inputs.image.shape[2]
-    if count > x.shape[2] or inputs.image.shape[3:] != x.shape[3:]:
-        raise ValueError(
-            f"image has shape {tuple(inputs.image.shape)}; a window of {tuple(x.shape)} needs first latents"
-        )
-    x = torch.cat([inputs.image, x[:, :, count:]], dim=2)
-    t = t[:, None].expand(-1, x.shape[2]) if t.ndim == 1 else t
-    t = torch.cat([torch.zeros_like(t[:, :count]), t[:, count:]], dim=1)
-    return inputs._replace(x=x, t=t, image=None)
-
-
-def positions_of(inputs: Inputs, patch: tuple[int, int, int]) -> Tensor:
-    """Positions of all tokens, those in front first, in time, row and column: `(1 or B, M + N, 3)`, fp64."""
-    x, front = inputs.x, inputs.front
-    frames, height, width = (side // size for side, size in zip(x.shape[2:], patch, strict=True))
-    places = torch.arange(frames, device=x.device) if inputs.places is None else inputs.places.to(x.device)
-    times = places.double().reshape(-1, frames, 1, 1).expand(-1, -1, height, width)
-    rows = torch.arange(height, device=x.device).double()[:, None].expand_as(times)
-    columns = torch.arange(width, device=x.device).double().expand_as(times)
-    own = torch.stack([times, rows, columns], dim=-1).flatten(1, 3)
-    if front is None:
-        return own
-    ahead = front.positions.to(x.device).double().reshape(-1, front.tokens.shape[1], 3)
-    count = max(len(ahead), len(own))
-    return torch.cat([ahead.expand(count, -1, -1), own.expand(count, -1, -1)], dim=1)

@@ -13,14 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from longtake.training.foreign.backbone import (
-    BackboneConfig,
-    Inputs,
-    frame_times,
-    held,
-    padded,
-    positions_of,
-)
+from longtake.training.foreign.backbone_config import BackboneConfig, Sizes
+from longtake.training.foreign.backbone_inputs import Inputs, held, padded, positions_of, token_times
 from longtake.training.foreign.front import Adding, Context, key_mask
 
 TEXT_LENGTH = 512
@@ -29,27 +23,18 @@ TARGETS = (r"net\.blocks\.\d+\.attn[12]\.to_(q|k|v|out\.0)", r"net\.blocks\.\d+\
 _THETA = 10000.0  # the class's own, of its rotation
 
 
-def channels(settings: Mapping[str, Any]) -> int:
-    """Of the noise; a model from an image takes more, and gives as many."""
-    return int(settings.get("out_channels") or settings.get("in_channels", 16))
-
-
-def text_width(settings: Mapping[str, Any]) -> int:
-    return int(settings.get("text_dim", 4096))
-
-
-def width(settings: Mapping[str, Any]) -> int:
-    return int(settings.get("num_attention_heads", 40) * settings.get("attention_head_dim", 128))
-
-
-def patch(settings: Mapping[str, Any]) -> tuple[int, int, int]:
+def sizes(settings: Mapping[str, Any]) -> Sizes:
+    """A model from an image takes more channels than it gives: a mask of as many as a latent has frames, then latents."""
+    channels = int(settings.get("out_channels") or settings.get("in_channels", 16))
     time, rows, columns = settings.get("patch_size", (1, 2, 2))
-    return int(time), int(rows), int(columns)
-
-
-def image_channels(settings: Mapping[str, Any]) -> int:
-    """Channels for a start image: a mask of as many as a latent has frames, and its latents; 0 for a model without."""
-    return int(settings.get("in_channels", 16)) - channels(settings)
+    return Sizes(
+        channels=channels,
+        text_width=int(settings.get("text_dim", 4096)),
+        width=int(settings.get("num_attention_heads", 40) * settings.get("attention_head_dim", 128)),
+        patch=(int(time), int(rows), int(columns)),
+        image_channels=int(settings.get("in_channels", 16)) - channels,
+        image_width=int(settings.get("image_dim") or 0),
+    )
 
 
 def build(make: Callable[..., Any], settings: Mapping[str, Any]) -> nn.Module:
@@ -79,21 +64,15 @@ def tokens(net: Any, x: Tensor) -> Tensor:
 
 
 def velocity(net: Any, config: BackboneConfig, inputs: Inputs) -> Tensor:
-    settings = config.settings
-    inputs = _with_channels(inputs, config) if image_channels(settings) else held(inputs)
-    if settings.get("image_dim") and inputs.image_states is None:
+    size = config.sizes
+    inputs = _with_channels(inputs, config) if size.image_channels else held(inputs)
+    if size.image_width and inputs.image_states is None:
         raise ValueError("image_states: this model attends to the states of its start image; give them")
-    if not settings.get("image_dim") and inputs.image_states is not None:
-        raise ValueError("image_states: this model attends to none; leave them out")
-    rows, columns = (side // size for side, size in zip(inputs.x.shape[3:], patch(settings)[1:], strict=True))
+    rows, columns = (side // patch for side, patch in zip(inputs.x.shape[3:], size.patch[1:], strict=True))
     text, context = _texts(inputs, config, rows * columns)
     with _extended(net, inputs, config, context):
         predicted: Tensor = net(
-            inputs.x,
-            frame_times(inputs.t, inputs, rows * columns),
-            text,
-            inputs.image_states,
-            return_dict=False,
+            inputs.x, token_times(inputs, rows * columns), text, inputs.image_states, return_dict=False
         )[0]
     return predicted
 
@@ -163,8 +142,7 @@ def _with_channels(inputs: Inputs, config: BackboneConfig) -> Inputs:
         raise ValueError("image: this model goes on from a start image; give its latents")
     if image.shape != x.shape:
         raise ValueError(f"image has shape {tuple(image.shape)}; a window of {tuple(x.shape)} needs latents like it")
-    frames = image_channels(config.settings) - x.shape[1]
-    mask = x.new_zeros(len(x), frames, *x.shape[2:])
+    mask = x.new_zeros(len(x), config.sizes.image_channels - x.shape[1], *x.shape[2:])
     mask[:, :, 0] = 1
     return inputs._replace(x=torch.cat([x, mask, image], dim=1), image=None)
 
@@ -190,9 +168,9 @@ def _extended(net: Any, inputs: Inputs, config: BackboneConfig, context: Context
             return (*made[:2], context._replace(text=text, none=none), *made[3:])
 
         hooks.append(net.condition_embedder.register_forward_hook(with_context))
-    mask = key_mask(inputs, patch(config.settings))
+    mask = key_mask(inputs, config.patch)
     if front is not None or inputs.places is not None or mask is not None:
-        rotation = _rotation(positions_of(inputs, patch(config.settings)), net.rope)
+        rotation = _rotation(positions_of(inputs, config.patch), net.rope)
         turned = rotation if mask is None else (*rotation, mask)
         hooks.append(net.rope.register_forward_hook(lambda *_: turned))
     try:

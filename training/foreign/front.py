@@ -8,22 +8,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-
-class Front(NamedTuple):
-    """Tokens in front of a window's own. They attend to the text "" in place of the window's.
-
-    tokens     `(B, M, width)`, of the width of the backbone's own
-    positions  in time, row and column, `(M, 3)` or `(B, M, 3)`, in tokens; any real numbers
-    time       `(B,)`, the noise in them as t; None: they are clean
-    seen       `(B, M)` bool, False for tokens that a sample does not have; None: it has all
-    added      for each block, what it adds to the window's tokens `(B, N, width)`, as a function of them; None: nothing
-    """
-
-    tokens: Tensor
-    positions: Tensor
-    time: Tensor | None = None
-    seen: Tensor | None = None
-    added: Sequence[Callable[[Tensor], Tensor]] | None = None
+# classes that take tokens and latents which some samples do not have, texts by latent, and what is added to blocks
+CLASSES = frozenset({"WanTransformer3DModel"})
 
 
 class Context(NamedTuple):

@@ -15,7 +15,7 @@ from pydantic import BaseModel, ValidationError
 from safetensors import SafetensorError, safe_open
 
 from longtake.datasets.errors import Failure, UserError
-from longtake.training.foreign import backbone, codec_rows
+from longtake.training.foreign import backbone_config, codec_rows
 from longtake.training.foreign.backbone import Backbone, BackboneConfig
 from longtake.training.foreign.codec import CodecConfig, ForeignCodec
 from longtake.training.foreign.folder import (
@@ -37,7 +37,7 @@ from longtake.training.registry import disk
 Config = TypeVar("Config", bound=BaseModel)
 Module = TypeVar("Module", ForeignCodec, Backbone)
 
-KNOWN = (*codec_rows.ROWS, *backbone.ROWS)  # classes that a part may be of
+KNOWN = (*codec_rows.ROWS, *backbone_config.ROWS)  # classes that a part may be of
 _RENAMED = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}  # layers of old autoencoders
 _QUANTISED = ("F8", "F4", "I8", "U8")  # how dtypes begin that no module of ours computes in
 

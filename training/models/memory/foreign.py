@@ -15,8 +15,8 @@ import torch
 from pydantic import model_validator
 from torch import Tensor, nn
 
-from longtake.training.foreign.backbone import FRONT, Backbone, BackboneConfig
-from longtake.training.foreign.front import Front
+from longtake.training.foreign.backbone import Backbone, BackboneConfig, Front
+from longtake.training.foreign.front import CLASSES
 from longtake.training.models.common.condition import Condition
 from longtake.training.models.common.rotary import CrossAttention, grid_positions, rotation
 from longtake.training.models.memory.model import FirstLatentShift, MemoryModel
@@ -74,13 +74,13 @@ class MemoryBackboneConfig(MemoryModelConfig):
     @model_validator(mode="after")
     def _takes_a_memory(self) -> MemoryBackboneConfig:
         own = self.backbone
-        if own.class_name not in FRONT:
-            raise ValueError(f"{own.class_name} takes no memory; {', '.join(sorted(FRONT))} does")
+        if own.class_name not in CLASSES:
+            raise ValueError(f"{own.class_name} takes no memory; {', '.join(sorted(CLASSES))} does")
         if own.patch[0] != 1 or own.patch[1] != own.patch[2]:
             raise ValueError(
                 f"a token of {own.class_name} stands for {own.patch}; a memory needs one latent, and a square"
             )
-        if own.settings.get("in_channels") not in (None, own.channels):
+        if own.sizes.image_channels:
             raise ValueError(
                 "this transformer goes on from a start image, which a memory's segments have not; name one from text"
             )
