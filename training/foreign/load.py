@@ -39,6 +39,7 @@ Module = TypeVar("Module", ForeignCodec, Backbone)
 
 KNOWN = (*codec_rows.ROWS, *backbone_config.ROWS)  # classes that a part may be of
 _RENAMED = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}  # layers of old autoencoders
+_OLD = re.compile(rf"(attentions\.\d+)\.({'|'.join(_RENAMED)})\.")
 _QUANTISED = ("F8", "F4", "I8", "U8")  # how dtypes begin that no module of ours computes in
 
 
@@ -148,7 +149,7 @@ def _empty(part: Part, make: Callable[[], Module]) -> tuple[Module, dict[str, st
         raise UserError(f"{part.folder}: has weights in {quantised[0]}; name those in bf16 or fp32")
 
     expected = {name: list(t.shape) for name, t in module.state_dict().items() if name.startswith("net.")}
-    names = {name: f"net.{_renamed(name)}" for name in tensors}
+    names = {name: f"net.{_OLD.sub(lambda old: f'{old[1]}.{_RENAMED[old[2]]}.', name)}" for name in tensors}
     unused = getattr(module.net, "_keys_to_ignore_on_load_unexpected", None) or ()
     names = {
         name: ours
@@ -157,11 +158,6 @@ def _empty(part: Part, make: Callable[[], Module]) -> tuple[Module, dict[str, st
     }
     disk.check_shapes(part.folder, {ours: list(tensors[name].shape) for name, ours in names.items()}, expected)
     return module, names
-
-
-def _renamed(name: str) -> str:
-    *path, layer, kind = name.split(".")
-    return ".".join([*path, _RENAMED.get(layer, layer), kind]) if "attentions" in path else name
 
 
 def _filled(part: Part, make: Callable[[], Module]) -> Module:
