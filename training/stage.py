@@ -3,7 +3,8 @@
 A stage is a module with `VERSION`, `PRODUCES` and a `Config` (a `TrainConfig` with its `kind`), as every stage has it (see
 `longtake.datasets.stage`), whose `run` is the one below; and with
 
-- `MODEL`, the kind of its model in config.json, and `SUMMARY`, the file that `evaluate` leaves its figures in;
+- `MODEL`, the kind of its model in config.json or a function of the setup that says it;
+- `SUMMARY`, the file that `evaluate` leaves its figures in;
 - `prepare(config, inputs, folder) -> Setup`: data and model from before the first step, checked. The inputs are pinned,
   `folder` is that of the checkpoints; a `Setup` has `model`, on this rank's device, and whatever else the stage needs;
 - `loader(config, setup, rank, world) -> Stream`: this rank's share of the training batches;
@@ -128,9 +129,8 @@ def publish(stage: Any, config: Any, inputs: Mapping[str, str], folder: Path) ->
     facts = {"lineage": record} | stage.facts(config, setup, record)
     with tracker.connect(folder, system_metrics=False) as log, TemporaryDirectory() as scratch:
         model, beside = Path(scratch) / "model", Path(scratch) / "beside"
-        disk.save(
-            model, stage.MODEL, setup.model.config.model_dump(mode="json"), checkpoint.trained(folder, config), facts
-        )
+        kind = stage.MODEL(setup) if callable(stage.MODEL) else stage.MODEL
+        disk.save(model, kind, setup.model.config.model_dump(mode="json"), checkpoint.trained(folder, config), facts)
         uri = registry.register(model, config.name, log.run_id)
         figures = published(folder, stage.SUMMARY, log)
         if hasattr(stage, "keep"):

@@ -18,6 +18,7 @@ KINDS = {
     "encgan3": "longtake.training.models.encgan3.kind",
     "mavin": "longtake.training.models.mavin.kind",
     "memory_dit": "longtake.training.models.memory.kind",
+    "memory_backbone": "longtake.training.models.memory.kind",
 }
 
 

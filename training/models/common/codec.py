@@ -124,7 +124,7 @@ def load_codec(uri: str) -> Any:
 
 
 def _codec_and_facts(uri: str) -> tuple[Any, dict[str, Any]]:
-    codec, facts = registry.load_with_facts(uri)
+    codec, facts = registry.load_with_facts(uri, part="vae")
     if not hasattr(codec, "decode_stream"):
         raise UserError(f"{uri}: is a {type(codec).__name__}, not a video autoencoder; name a `pretrain_vae` model")
     return codec, facts

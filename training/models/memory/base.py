@@ -10,32 +10,36 @@ from longtake.datasets.text import Text
 from longtake.training import data as common
 from longtake.training import registry
 from longtake.training.engines import device, lora
+from longtake.training.foreign.backbone import Backbone
 from longtake.training.models.common.text import fields_of, is_of_text, set_empty
+from longtake.training.models.memory.base_foreign import check_one_transformer, foreign_model
 from longtake.training.models.memory.config import MemoryConfig, check_low
 from longtake.training.models.memory.data import Data
 from longtake.training.models.memory.dit import MemoryDiT
 from longtake.training.models.memory.dit_config import MemoryDiTConfig
+from longtake.training.models.memory.foreign import MemoryBackbone
+from longtake.training.models.memory.model import MemoryModel
 from longtake.training.models.memory.tokens import parse_rate
 from longtake.training.models.memory.variants import VARIANTS
 
 
 def initial_model(
     config: MemoryConfig, inputs: Mapping[str, str], data: Data, classes: int, text: Text | None = None
-) -> MemoryDiT:
+) -> MemoryModel:
     """Make the model with the base's weights or random ones, and the statistics of the latents that it learns.
 
     Raises:
         UserError: the history or the latents are too small for the memory; the base does not fit.
         Failure: the latents do not vary.
     """
-    base, facts = registry.load_with_facts(inputs["base"]) if "base" in inputs else (None, {})
-    if base is not None and not isinstance(base, MemoryDiT):
-        raise UserError(
-            f"base: {inputs['base']} is a {type(base).__name__}, not a MemoryDiT; name a `pretrain_memory` model"
-        )
-    if "text" in type(config).model_fields:
+    base, facts = _base_of(inputs)
+    if text is not None or config.listens:
         # a training that takes no texts leaves alone what its base has learned of them
         common.check_base_text(inputs.get("base", ""), facts, text)
+    if isinstance(base, Backbone | MemoryBackbone):
+        return foreign_model(config, inputs, data, text, base, facts)
+    if text is not None and not config.listens:
+        raise UserError("text: is for a base of another library; a memory_dit is told nothing here, leave it out")
 
     # The config: the base's or the preset's, with what follows from the data.
     from_data = {"channels": data.latents.channels, "classes": classes, "history_noise": config.noise}
@@ -73,6 +77,21 @@ def initial_model(
         raise Failure(f"latents: {data.latents.column}: {e}; train the autoencoder for longer") from e
     set_empty(model.text_in, text)
     return model
+
+
+def _base_of(inputs: Mapping[str, str]) -> tuple[MemoryDiT | MemoryBackbone | Backbone | None, dict[str, Any]]:
+    """The base and its config.json, if there is one. UserError where it is nothing that takes a memory."""
+    if "base" not in inputs:
+        return None, {}
+    uri = inputs["base"]
+    check_one_transformer(uri)
+    base, facts = registry.load_with_facts(uri, part="transformer")
+    if not isinstance(base, MemoryDiT | MemoryBackbone | Backbone):
+        raise UserError(
+            f"base: {uri} is a {type(base).__name__}, not a MemoryDiT; name a `pretrain_memory` model, or a folder in the"
+            " layout of diffusers"
+        )
+    return base, facts
 
 
 def _strided(dit: MemoryDiTConfig) -> bool:

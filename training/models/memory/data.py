@@ -70,7 +70,7 @@ class Setup(NamedTuple):
     def said(self, config: MemoryConfig) -> dict[str, str]:
         """The columns of what is said of a clip: its label and its texts, where they are learned."""
         label = {"label": "label"} if config.classes else {}
-        return label | ({} if self.text is None else {"text": self.text.column})
+        return label | ({"text": self.text.column} if self.text and config.listens else {})
 
 
 def data_of(config: MemoryConfig, inputs: Mapping[str, str]) -> Data:
@@ -145,14 +145,14 @@ def heldout_of(
     return loader_of(config, setup, "val", histories, columns, **HELDOUT)
 
 
-def captions_of(setup: Setup) -> dict[str, str]:
+def captions_of(config: MemoryConfig, setup: Setup) -> dict[str, str]:
     """The column of captions that the texts are of, for people to read."""
-    return {} if setup.text is None else {"caption": setup.text.captions}
+    return {"caption": setup.text.captions} if setup.text and config.listens else {}
 
 
 def videos_of(config: MemoryConfig, setup: Setup) -> Loader:
     """The pixels of held-out segments and of their history."""
-    columns = {"video": "video"} | setup.said(config) | captions_of(setup)
+    columns = {"video": "video"} | setup.said(config) | captions_of(config, setup)
     history = {"history_seconds": config.history_seconds, "history_least": config.least_seconds}
     return common.loader(config, setup.inputs, "val", columns=columns, size=setup.data.size(), **HELDOUT, **history)
 

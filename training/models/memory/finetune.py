@@ -30,6 +30,7 @@ from longtake.training.models.common.guidance import GuidanceSetting
 from longtake.training.models.common.text import check_guidance
 from longtake.training.models.generator import Settings, plain
 from longtake.training.models.memory import continuation
+from longtake.training.models.memory.base_foreign import with_lora
 from longtake.training.models.memory.config import MemoryConfig, check
 from longtake.training.models.memory.continuation import Clips, Continuation
 from longtake.training.models.memory.data import Setup, heldout_of, videos_of
@@ -71,7 +72,8 @@ class Config(MemoryConfig):
 
     With a base: `lora` trains a new adaptation, `lora.full: ["memory"]` the memory with it, `freeze: ["memory"]` neither.
 
-    text                 of the dataset's captions, to learn what they say of a segment; null learns none
+    text                 of the dataset's captions, to learn what they say of a segment; null learns none, and a base of
+                         another library is then always given the text ""
     no_history           probability that a sample has no history, and begins its stream as a video begins [assumption]
     history_noise        most noise of a history, a time of the flow that the model sees: generated latents have errors too
     sample_noise         this noise in generation
@@ -112,6 +114,10 @@ class Config(MemoryConfig):
         if self.sample_noise > self.history_noise:
             raise ValueError(f"sample_noise: {self.sample_noise:g} is more than history_noise, {self.history_noise:g}")
         return self
+
+    @property
+    def listens(self) -> bool:
+        return self.text is not None
 
     @property
     def noise(self) -> float:
@@ -233,7 +239,7 @@ def facts(config: Config, setup: Setup, lineage: Mapping[str, Any]) -> dict[str,
 
 def run(config: Config, inputs: Mapping[str, str], output: str) -> dict[str, Any]:
     """See `stage.run`."""
-    return stage.run(sys.modules[__name__], config, inputs, output)
+    return stage.run(sys.modules[__name__], with_lora(config, inputs), inputs, output)
 
 
 def work(config: Config, inputs: Mapping[str, str], folder: Path) -> None:

@@ -62,6 +62,11 @@ class MemoryModel(Normalising):
     def dtype(self) -> torch.dtype:
         raise NotImplementedError
 
+    @property
+    def lora_targets(self) -> tuple[str, ...]:
+        """Patterns of names of the layers that a low-rank change changes by default."""
+        return (r".*",)
+
     def blocks(self) -> Iterator[nn.Module]:
         """The blocks in order, for example for `block.compile()`."""
         raise NotImplementedError

@@ -192,7 +192,7 @@ def prior_of(
         digest=f"{disk.digest(facts)} {digest}",
         posterior=facts.get("posterior", "mean"),
         accepts=ACCEPTS | texts.accepted(facts),
-        prompts=texts.prompts_of(uri, facts),
+        prompts=Prompts(uri, facts["text"]["encoder"], model.config.text_length) if facts.get("text") else None,
     )
 
 

@@ -11,10 +11,10 @@ from torch import Tensor
 
 from longtake.datasets.loader import Loader, to_pixels
 from longtake.training import data as common
-from longtake.training import registry
 from longtake.training.engines import device
 from longtake.training.models.common.codec import Codec
 from longtake.training.models.memory.base import initial_model
+from longtake.training.models.memory.base_foreign import facts_of_base
 from longtake.training.models.memory.config import MemoryConfig
 from longtake.training.models.memory.data import (
     Setup,
@@ -26,11 +26,15 @@ from longtake.training.models.memory.data import (
     loader_of,
     videos_of,
 )
+from longtake.training.models.memory.foreign import MemoryBackbone
 from longtake.training.models.memory.history import full_tokens
 from longtake.training.models.memory.model import MemoryModel
 from longtake.training.objective import Engines, Objective, Terms, Turn
 
-MODEL = "memory_dit"
+
+def MODEL(setup: Setup) -> str:
+    """The kind of a setup's model in config.json."""
+    return "memory_backbone" if isinstance(setup.model, MemoryBackbone) else "memory_dit"
 
 
 def prepare(config: MemoryConfig, inputs: Mapping[str, str], folder: Path) -> Setup:
@@ -70,9 +74,9 @@ def objective_of(
 
 def _prompts(config: MemoryConfig, setup: Setup) -> list[str]:
     """The caption of the held-out segment that samples are of; none for a model without text."""
-    if setup.text is None:
+    if not config.listens:
         return []
-    caption = next(iter(heldout_of(config, setup, columns=captions_of(setup))))["caption"][0]
+    caption = next(iter(heldout_of(config, setup, columns=captions_of(config, setup))))["caption"][0]
     return [" ".join((caption or "no caption").split())]
 
 
@@ -122,7 +126,7 @@ def facts_of(config: MemoryConfig, setup: Setup, lineage: Mapping[str, Any]) -> 
 
 def _text_of_base(inputs: Mapping[str, Any]) -> dict[str, Any] | None:
     """What the base's config.json says of texts, which a training without any keeps as they are."""
-    return registry.load_with_facts(inputs["base"]["uri"])[1].get("text") if "base" in inputs else None
+    return facts_of_base(inputs["base"]["uri"]).get("text") if "base" in inputs else None
 
 
 def counts(config: MemoryConfig, setup: Setup) -> dict[str, float]:
