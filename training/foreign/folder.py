@@ -7,7 +7,7 @@ read, no code and no pickle; what is missing or half there is one line.
 
 import hashlib
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -128,6 +128,25 @@ def name_of(class_name: str) -> str | None:
     if class_name.startswith("Autoencoder"):
         return VAE
     return TRANSFORMER if "Transformer" in class_name else None
+
+
+def parts_for(folder: Path, field: str) -> list[Part]:
+    """What a field of a config such as `vae` or `base` names of a folder: its autoencoder, or all its transformers.
+
+    Raises:
+        UserError: as `part_of`.
+    """
+    if field != "base":
+        return [part_of(folder, VAE)]
+    two = TRANSFORMER_2 in parts_of(folder)
+    return [part_of(folder, name) for name in (TRANSFORMER, *([TRANSFORMER_2] if two else []))]
+
+
+def listing_of(parts: Iterable[Part]) -> str:
+    """A digest of the paths, sizes and times of the files of parts, which are not read."""
+    facts = [(path, path.stat()) for part in parts for path in part.files.values()]
+    lines = sorted(f"{path.absolute()} {each.st_size} {each.st_mtime_ns}" for path, each in facts)
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
 def tensors_of(part: Part) -> dict[str, Tensor]:

@@ -13,6 +13,7 @@ from longtake.datasets.errors import UserError
 from longtake.training.foreign.folder import PIPELINE, is_foreign
 
 TEXT_ENCODER, IMAGE_ENCODER = "text_encoder", "image_encoder"  # names in config.json, and of the folders of their files
+PARTS = {TEXT_ENCODER: (TEXT_ENCODER, "tokenizer"), IMAGE_ENCODER: (IMAGE_ENCODER,)}  # their folders, in pipelines too
 REFERENCE = "reference.json"  # names the folder of a pipeline that is registered where it lies
 PICTURES = ("clip", "clip_vision_model")  # types of models of transformers that have CLIP's model of pictures
 

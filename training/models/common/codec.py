@@ -119,12 +119,16 @@ def frames_of_seconds(seconds: float, fps: float, factor: int, first: int = 1) -
 
 
 def load_codec(uri: str) -> Any:
-    """The autoencoder of the registry or of a model folder. Raises UserError for another model, and as `registry.load`."""
+    """The autoencoder of the registry, of a model folder, or of a pipeline of another library.
+
+    Raises:
+        UserError: it is another model; and as `registry.load`.
+    """
     return _codec_and_facts(uri)[0]
 
 
 def _codec_and_facts(uri: str) -> tuple[Any, dict[str, Any]]:
-    codec, facts = registry.load_with_facts(uri, part="vae")
+    codec, facts = registry.load_with_facts(uri, "vae")
     if not hasattr(codec, "decode_stream"):
         raise UserError(f"{uri}: is a {type(codec).__name__}, not a video autoencoder; name a `pretrain_vae` model")
     return codec, facts

@@ -110,7 +110,7 @@ class MemoryConfig(TrainConfig):
 
     @property
     def listens(self) -> bool:
-        """Whether segments are given their texts."""
+        """Whether segments are given their texts, if there are any."""
         return False
 
     @property

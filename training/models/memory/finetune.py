@@ -117,7 +117,7 @@ class Config(MemoryConfig):
 
     @property
     def listens(self) -> bool:
-        return self.text is not None
+        return True
 
     @property
     def noise(self) -> float:

@@ -74,7 +74,7 @@ def objective_of(
 
 def _prompts(config: MemoryConfig, setup: Setup) -> list[str]:
     """The caption of the held-out segment that samples are of; none for a model without text."""
-    if not config.listens:
+    if setup.text is None or not config.listens:
         return []
     caption = next(iter(heldout_of(config, setup, columns=captions_of(config, setup))))["caption"][0]
     return [" ".join((caption or "no caption").split())]
