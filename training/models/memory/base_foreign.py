@@ -15,9 +15,9 @@ from longtake.training import registry
 from longtake.training.engines import lora
 from longtake.training.foreign.backbone import Backbone
 from longtake.training.foreign.folder import CONFIG, TRANSFORMER, TRANSFORMER_2, VAE, is_foreign, parts_of
-from longtake.training.models.memory.config import MemoryConfig, MemoryLora
-from longtake.training.models.memory.data import Data
-from longtake.training.models.memory.foreign import MemoryBackbone, MemoryBackboneConfig
+from longtake.training.models.memory.config import MemoryConfig, MemoryLora, check_low
+from longtake.training.models.memory.data import Data, check_history, check_precision
+from longtake.training.models.memory.foreign import MemoryBackbone, MemoryBackboneConfig, why_not
 from longtake.training.models.memory.model_config import MemoryModelConfig
 from longtake.training.registry import cache, disk, pipelines
 from longtake.training.registry.uri import in_store
@@ -72,13 +72,21 @@ def foreign_model(
     if config.classes:
         raise UserError(f"classes: {uri} takes none; leave it out, and learn from texts")
 
+    own = base.config.backbone if isinstance(base, MemoryBackbone) else base.config
+    if reason := why_not(own):
+        raise UserError(f"base: {uri}: {reason}")
+
     # The config: the base's, with what follows from the data.
-    fields = base.config.model_dump() if isinstance(base, MemoryBackbone) else {"backbone": base.config.model_dump()}
+    fields = {name: field.default for name, field in MemoryModelConfig.model_fields.items()}
+    fields |= base.config.model_dump() if isinstance(base, MemoryBackbone) else {"backbone": own.model_dump()}
     fields |= changes | {"shape": data.shape, "history": data.history, "history_noise": config.noise}
     try:
+        check_history(fields, own.patch[1], data)
         made = MemoryBackboneConfig(**fields)
     except ValidationError as e:
-        raise UserError(f"base: {uri}: {e.errors()[0]['msg'].removeprefix('Value error, ')}") from e
+        raise UserError(f"model: {e.errors()[0]['msg'].removeprefix('Value error, ')}") from e
+    check_low(made, data.low.shrink if data.low else None)
+    check_precision(config, made)
     _check_latents(uri, made, facts, data)
 
     # The weights, and the states of "", which stand for no text.

@@ -11,10 +11,13 @@ from longtake.datasets.loader.streams import Lengths
 from longtake.datasets.text import Text
 from longtake.training import data as common
 from longtake.training.data import HELDOUT
+from longtake.training.engines import device
 from longtake.training.models.common.codec import Codec
 from longtake.training.models.memory.config import MemoryConfig
 from longtake.training.models.memory.model import MemoryModel
 from longtake.training.models.memory.model_config import MemoryModelConfig
+from longtake.training.models.memory.tokens import parse_rate
+from longtake.training.models.memory.variants import VARIANTS
 
 
 class Data(NamedTuple):
@@ -185,3 +188,31 @@ def describe_history(config: MemoryConfig, data: Data, loader: Loader) -> str:
             " with this view"
         )
     return line
+
+
+def check_history(fields: Mapping[str, Any], patch: int, data: Data) -> None:
+    """Refuse a history or latents that are too small for a model with these fields of `MemoryModelConfig`: UserError."""
+    if data.history < fields["window"]:
+        raise UserError(
+            f"history_seconds: are {data.history} steps, fewer than the {fields['window']} of the window beside the memory;"
+            " raise it"
+        )
+    for rate in fields["rates"] if VARIANTS[fields["memory"]].rated else ():
+        height, width, time = parse_rate(rate)
+        if time > data.history:
+            raise UserError(
+                f"rates: {rate}: a token stands for {time} steps, the history has {data.history}; raise history_seconds"
+            )
+        rows, columns = (side // patch for side in data.shape[1:])
+        if height > rows or width > columns:
+            raise UserError(f"rates: {rate}: the latents make a grid of {rows}x{columns} tokens; choose a lower rate")
+
+
+def check_precision(config: MemoryConfig, dit: MemoryModelConfig) -> None:
+    """Refuse to train convolutions that stride in space in bf16 on a CPU: UserError."""
+    sides = [side for rate in map(parse_rate, dit.rates) for side in rate[:2]]
+    strided = dit.variant.low and dit.branches != "low" and dit.patch * max(sides) > 1
+    if config.precision == "bf16" and device().type == "cpu" and strided:
+        raise UserError(
+            "precision: bf16: torch's strided convolutions of small frames crash on a CPU; train this memory in fp32"
+        )

@@ -73,22 +73,23 @@ class MemoryBackboneConfig(MemoryModelConfig):
 
     @model_validator(mode="after")
     def _takes_a_memory(self) -> MemoryBackboneConfig:
-        own = self.backbone
-        if own.class_name not in CLASSES:
-            raise ValueError(f"{own.class_name} takes no memory; {', '.join(sorted(CLASSES))} does")
-        if own.patch[0] != 1 or own.patch[1] != own.patch[2]:
-            raise ValueError(
-                f"a token of {own.class_name} stands for {own.patch}; a memory needs one latent, and a square"
-            )
-        if own.sizes.image_channels:
-            raise ValueError(
-                "this transformer goes on from a start image, which a memory's segments have not; name one from text"
-            )
-        if own.expert is not None:
-            raise ValueError(
-                f"this is the {own.expert}-noise expert of two; a memory needs one transformer for all times"
-            )
+        if reason := why_not(self.backbone):
+            raise ValueError(f"backbone: {reason}")
         return self
+
+
+def why_not(transformer: BackboneConfig) -> str | None:
+    """Why a transformer takes no memory; None where it does."""
+    if transformer.class_name not in CLASSES:
+        return f"{transformer.class_name} takes no memory; {', '.join(sorted(CLASSES))} does"
+    time, rows, columns = transformer.patch
+    if time != 1 or rows != columns:
+        return f"its tokens stand for {time}x{rows}x{columns} latents; a memory needs those of one latent, and square"
+    if transformer.sizes.image_channels:
+        return "it goes on from a start image, which segments do not have; name one from text alone"
+    if transformer.expert is not None:
+        return f"it is the {transformer.expert}-noise expert of two; a memory needs one transformer for all times"
+    return None
 
 
 class MemoryBackbone(MemoryModel):

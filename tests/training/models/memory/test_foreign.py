@@ -236,9 +236,9 @@ def test_half_precision_keeps_the_class_s_fp32_weights_and_says_nearly_the_same(
 
 
 REFUSED: list[tuple[dict[str, Any], str]] = [
-    ({"settings": tiny_foreign.WAN_I2V}, "this transformer goes on from a start image"),
-    ({"settings": tiny_foreign.WAN | {"patch_size": [2, 2, 2]}}, "a token of WanTransformer3DModel stands for"),
-    ({"expert": "high", "boundary": 0.9}, "this is the high-noise expert of two"),
+    ({"settings": tiny_foreign.WAN_I2V}, "it goes on from a start image"),
+    ({"settings": tiny_foreign.WAN | {"patch_size": [2, 2, 2]}}, "its tokens stand for 2x2x2 latents"),
+    ({"expert": "high", "boundary": 0.9}, "it is the high-noise expert of two"),
 ]
 
 
