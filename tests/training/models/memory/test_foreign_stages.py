@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,6 @@ import tiny_foreign
 import torch
 from flat import nested
 
-from longtake.datasets import latents as column
 from longtake.datasets.errors import UserError
 from longtake.datasets.text import TextConfig
 from longtake.training import registry
@@ -103,9 +101,7 @@ def test_settings_and_columns_that_do_not_fit_a_base_are_refused_in_a_line(
 ) -> None:
     silent = {name: uri for name, uri in inputs.items() if name != "text"}
     two = tiny_foreign.pipeline_folder(tmp_path / "two", "wan22_a14b")
-    record = column.read_latents(inputs["latents"])
-    other = replace(record, encoder=record.encoder | {"digest": "another"})
-    column.write_latents(str(tmp_path / "other"), other)
+    other = tiny_foreign.pipeline_folder(tmp_path / "other", seed=5)
     ltx = tiny_foreign.pipeline_folder(tmp_path / "ltx", "ltx")
     for given, changes, said in (
         (inputs, {"model": MEMORY | {"depth": 3}}, "model: depth: is the base's own"),
@@ -114,12 +110,7 @@ def test_settings_and_columns_that_do_not_fit_a_base_are_refused_in_a_line(
         (silent, {"text": None}, 'text: .* does not know the states of ""'),
         (inputs | {"base": str(two)}, {}, "base: .* has two transformers, for high and for low noise"),
         (inputs | {"base": str(ltx)}, {}, "base: .*: LTXVideoTransformer3DModel takes no memory"),
-        (
-            inputs | {"latents": str(tmp_path / "other"), "low_latents": str(tmp_path / "other")},
-            {},
-            "another autoencoder",
-        ),
-        (inputs | {"base": str(Path(inputs["base"]) / "vae")}, {}, "base: "),
+        (inputs | {"base": str(other)}, {}, "latents: are of .*, another autoencoder than that of"),
     ):
         with pytest.raises(UserError, match=said) as e:
             latent_stages.prepared(retrieving(**changes), given, tmp_path / said[:9].replace(".", "_"))
@@ -135,12 +126,15 @@ def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
 
 @pytest.mark.slow
 def test_from_a_pipeline_to_a_registered_memory_that_generates_by_a_storyboard_and_retrieves(
-    inputs: dict[str, str], store: str, tmp_path: Path
+    inputs: dict[str, str], store: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    import mlflow
+
     quick = {"steps": 2, "sample_every": 2}
     first = pretrain_memory.run(retrieving(name="wan-retrieval", **quick), inputs, str(tmp_path / "a"))
     assert first["uri"] == "models:/wan-retrieval/1" and first["metrics"]["psnr"] > 0
-    given = inputs | {"base": first["uri"]}
+    given, client = inputs | {"base": first["uri"]}, mlflow.MlflowClient()
+    monkeypatch.setenv("MLFLOW_RUN_ID", client.create_run(client.get_run(store).info.experiment_id).info.run_id)
     changes = {"name": "wan-memory", "model": None, "lora": {"rank": 4, "full": ["memory"]}}
     second = finetune_memory_prior.run(continuing(**changes | quick), given, str(tmp_path / "b"))
     assert second["uri"] == "models:/wan-memory/1" and second["metrics"]["heldout_loss"] > 0
