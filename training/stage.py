@@ -3,8 +3,7 @@
 A stage is a module with `VERSION`, `PRODUCES` and a `Config` (a `TrainConfig` with its `kind`), as every stage has it (see
 `longtake.datasets.stage`), whose `run` is the one below; and with
 
-- `MODEL`, the kind of its model in config.json or a function of the setup that says it;
-- `SUMMARY`, the file that `evaluate` leaves its figures in;
+- `MODEL`, the kind of its model in config.json, and `SUMMARY`, the file that `evaluate` leaves its figures in;
 - `prepare(config, inputs, folder) -> Setup`: data and model from before the first step, checked. The inputs are pinned,
   `folder` is that of the checkpoints; a `Setup` has `model`, on this rank's device, and whatever else the stage needs;
 - `loader(config, setup, rank, world) -> Stream`: this rank's share of the training batches;
@@ -17,6 +16,7 @@ A stage is a module with `VERSION`, `PRODUCES` and a `Config` (a `TrainConfig` w
 It may also have
 
 - `announce(config, setup, loader) -> (lines, figures)`: lines to print and figures to log before the first step;
+- `kind(setup) -> str`: the kind of its model in config.json, where that is not always `MODEL`;
 - `registered(config) -> dict[str, str]`: models of the registry that its settings name, pinned as its inputs are;
 - `keep(config, folder, scratch)`: writes further artifacts of the run into `scratch`.
 """
@@ -129,7 +129,7 @@ def publish(stage: Any, config: Any, inputs: Mapping[str, str], folder: Path) ->
     facts = {"lineage": record} | stage.facts(config, setup, record)
     with tracker.connect(folder, system_metrics=False) as log, TemporaryDirectory() as scratch:
         model, beside = Path(scratch) / "model", Path(scratch) / "beside"
-        kind = stage.MODEL(setup) if callable(stage.MODEL) else stage.MODEL
+        kind = stage.kind(setup) if hasattr(stage, "kind") else stage.MODEL
         disk.save(model, kind, setup.model.config.model_dump(mode="json"), checkpoint.trained(folder, config), facts)
         uri = registry.register(model, config.name, log.run_id)
         figures = published(folder, stage.SUMMARY, log)

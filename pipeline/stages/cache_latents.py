@@ -87,8 +87,8 @@ def check(config: Config, inputs: Mapping[str, StageConfig]) -> None:
     """Refuse a size that the stages it reads from cannot give. Raises ValueError."""
     if config.size is None:
         return
-    if hasattr(encoder := inputs.get("encoder"), "vae"):
-        stride = encoder.vae().spatial_stride  # type: ignore[union-attr]
+    if hasattr(encoder := inputs.get("encoder"), "encoder") and (known := encoder.encoder()):  # type: ignore[union-attr]
+        stride = known.spatial_stride
         if any(side % stride for side in config.size):
             raise ValueError(f"size: {config.size[0]}x{config.size[1]} is not in multiples of the encoder's {stride}")
         if any(side < stride * by for side, by in zip(config.size, config.shrink, strict=True)):

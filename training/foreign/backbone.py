@@ -13,13 +13,13 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from longtake.training.foreign.backbone_config import BackboneConfig, shift_of, token_count
+from longtake.training.foreign.backbone_config import ROWS, BackboneConfig, shift_of, token_count
 from longtake.training.foreign.backbone_inputs import Front, Inputs
 from longtake.training.foreign.front import CLASSES
 from longtake.training.foreign.library import class_of
 from longtake.training.models.common.condition import Condition, draw_hidden
 
-__all__ = ("Backbone", "BackboneConfig", "Front")
+__all__ = ("ROWS", "Backbone", "BackboneConfig", "Front")
 
 
 class Backbone(nn.Module):
@@ -32,18 +32,24 @@ class Backbone(nn.Module):
 
     empty: Tensor
     empty_pooled: Tensor | None
+    holds_fp32 = True
 
     def __init__(self, config: BackboneConfig) -> None:
         super().__init__()
         self.config = config
         self.net = config.row.build(class_of(config.class_name), config.settings)
+        if config.activation_checkpointing:
+            cast("Any", self.net).enable_gradient_checkpointing()
         self.register_buffer("empty", torch.zeros(config.text_empty, config.text_width))
         pooled = torch.zeros(config.sizes.pooled_width) if config.sizes.pooled_width else None
         self.register_buffer("empty_pooled", pooled)
 
     def keep_fp32(self) -> dict[str, Tensor]:
-        """The weights and buffers that stay fp32 in any dtype of the others, as the class asks for, by name."""
-        kept = set(getattr(self.net, "_keep_in_fp32_modules", None) or ())
+        """The weights and buffers that stay fp32 in any dtype of the others, as the class asks for, by name.
+
+        None with `holds_fp32` false, for an engine that cannot keep them.
+        """
+        kept = set(getattr(self.net, "_keep_in_fp32_modules", None) or ()) if self.holds_fp32 else set()
         tensors = [*self.named_parameters(), *self.named_buffers()]
         return {name: tensor for name, tensor in tensors if kept & set(name.split("."))}
 

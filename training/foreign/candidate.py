@@ -46,7 +46,8 @@ def checked(folder: Path) -> tuple[dict[str, Any], dict[str, Path]]:
     if index:
         files |= {INDEX: folder / INDEX} | {f"{path.parent.name}/{path.name}": path for path in _beside(folder, parts)}
     described = {name: _described(part) for name, part in sorted(parts.items())}
-    return {"class_name": index.get("_class_name"), "parts": described}, dict(sorted(files.items()))
+    pipeline = {"class_name": index["_class_name"]} if "_class_name" in index else {}
+    return {**pipeline, "parts": described}, dict(sorted(files.items()))
 
 
 def _beside(folder: Path, parts: Mapping[str, Part]) -> Iterator[Path]:

@@ -50,6 +50,15 @@ class CodecConfig(BaseModel):
             raise ValueError(f"{name[:80]} is no video autoencoder that longtake knows; it knows {', '.join(ROWS)}")
         return name
 
+    @field_validator("settings")
+    @classmethod
+    def _plain(cls, settings: dict[str, Any]) -> dict[str, Any]:
+        try:
+            plain: dict[str, Any] = json.loads(json.dumps(settings))  # lists for tuples, as in a file
+        except (TypeError, ValueError) as e:
+            raise ValueError(f"settings: are not what a config.json can hold ({e})") from e
+        return plain
+
     @model_validator(mode="after")
     def _strides_fit(self) -> CodecConfig:
         try:
@@ -90,10 +99,11 @@ class Encoder(NamedTuple):
     codec: ForeignCodec
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The parameters and buffers but for the decoder's, and the class with its settings as bytes."""
+        """The parameters and buffers but for the decoder's, fp32 however they are stored; the class and its settings as bytes."""
         config = self.codec.config
         named = json.dumps([config.class_name, config.settings], sort_keys=True).encode()
-        state = {name: value for name, value in self.codec.net.state_dict().items() if not name.startswith(_DECODES)}
+        tensors = self.codec.net.state_dict().items()
+        state = {name: value.float() for name, value in tensors if not name.startswith(_DECODES)}
         return state | {"config.json": torch.frombuffer(bytearray(named), dtype=torch.uint8)}
 
 
@@ -103,6 +113,8 @@ class ForeignCodec(VideoAutoencoder):
     Strides are those of its config. Inputs are cast to the dtype of the weights; outputs have it. None of the classes keeps
     a part of it in fp32; statistics of latents stay in it, and normalising is done in it.
     """
+
+    kind = "foreign_vae"
 
     def __init__(self, config: CodecConfig) -> None:
         super().__init__()

@@ -104,7 +104,8 @@ def register_foreign(folder: Path, name: str, kind: str | None, place: str | Non
         if by_reference:
             note = Path(scratch) / REFERENCE
             note.write_bytes(reference(folder, files.values()))
-            config, files = {**config, "folder": str(folder.absolute())}, {REFERENCE: note}
+            size = sum(path.stat().st_size for path in files.values())
+            config, files = {**config, "folder": str(folder.absolute()), "bytes": size}, {REFERENCE: note}
         else:
             _check_links(folder, files)
         content = disk.described(kind, config, files)

@@ -92,7 +92,7 @@ def kind_of_folder(folder: Path) -> str:
     Raises:
         UserError: it may be either, as a whole CLIP is, or a folder with both side by side.
     """
-    if is_foreign(folder):
+    if is_foreign(folder) or folder.suffix == ".safetensors":
         return PIPELINE
     kind = type_of(folder)
     if kind is not None:

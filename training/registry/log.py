@@ -78,7 +78,7 @@ def log_files(files: Mapping[str, Path], content: Mapping[str, Any], name: str, 
     with aliases.run_in(number, f"import {name}") as run_id, failing_clearly(f"MLflow: {name}"), _quietly():
         client.log_text(run_id, storage.canonical_json(content).decode(), "model/config.json")
         for file, path in files.items():
-            client.log_artifact(run_id, str(path), f"model/{file.rpartition('/')[0]}")
+            client.log_artifact(run_id, str(path), f"model/{file.rpartition('/')[0]}".rstrip("/"))
         aliases.create(name, {})
         source = f"{client.get_run(run_id).info.artifact_uri}/model"
         made = client.create_model_version(name, source, run_id, {"sha256": sha256, _KIND: kind})

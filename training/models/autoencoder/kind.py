@@ -11,5 +11,9 @@ from longtake.training.models.kind import Kind
 def kind(facts: Mapping[str, Any]) -> Kind:
     """An autoencoder, which is served as one, and measured as a PV-VAE is."""
     return Kind(
-        "foreign autoencoder", CodecConfig, ForeignCodec, "longtake.training.models.pv_vae.judge", answer=served
+        "foreign autoencoder",
+        CodecConfig,
+        ForeignCodec,
+        "longtake.training.models.common.reconstruction",
+        answer=served,
     )

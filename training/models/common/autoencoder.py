@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Iterable, Iterator
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import torch
 from torch import Tensor, nn
@@ -39,12 +39,13 @@ class LatentPadding(nn.Module):
 class VideoAutoencoder(nn.Module):
     """Video `(B, 3, T, H, W)` in [-1, 1], T = 1 + f n, H and W multiples of s <-> latent `(B, C, 1 + n, H/s, W/s)`.
 
-    A subclass has `encode`, `decode` and `dtype` (see `codec.Codec`), and sets `what`, its name in messages, `config`, and
-    `padding`; None for one that does not predict.
+    A subclass has `encode`, `decode` and `dtype` (see `codec.Codec`), and sets `what`, its name in messages, `kind`, that in
+    `models.KINDS`, `config`, and `padding`; None for one that does not predict.
     Training calls the module itself (`forward`), never `encode` or `decode`, so that engine hooks fire.
     """
 
     what: str
+    kind: str
     config: Any
     padding: LatentPadding | None
 
@@ -54,6 +55,16 @@ class VideoAutoencoder(nn.Module):
     @abstractmethod
     def decode(self, latent: Tensor, tile: int | None = None, overlap: int = 64) -> Tensor: ...
 
+    @abstractmethod
+    def blocks(self) -> Iterator[nn.Module]: ...
+
+    def changed(self, **fields: Any) -> Self:
+        """The same weights with some fields of the config replaced, and the padding's own weights new where it gets one."""
+        model = type(self)(self.config.model_copy(update=fields))
+        state = {name: value for name, value in model.state_dict().items() if name.startswith("padding.")}
+        model.load_state_dict(state | self.state_dict())
+        return model
+
     def pad(self, latent: Tensor, count: int, rng: torch.Generator | None = None) -> Tensor:
         """Append `count` padding latents in time. ValueError for a model that does not predict, unless `count` is 0."""
         if self.padding is not None:
@@ -62,6 +73,14 @@ class VideoAutoencoder(nn.Module):
         if count:
             raise ValueError(f"this {self.what} does not predict: show it all frames")
         return latent
+
+    def shown_frames(self, frames: int) -> int:
+        """Of a clip of `frames`, those from which it is predicted in evaluation: of half of its latents, rounded up.
+
+        All of them where the model does not predict.
+        """
+        groups = latent_groups(frames, self.config.temporal_stride)
+        return frames if self.padding is None else frames_of((groups + 1) // 2, self.config.temporal_stride)
 
     def forward(
         self, video: Tensor, visible: int | None = None, rng: torch.Generator | None = None

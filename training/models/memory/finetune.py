@@ -53,6 +53,7 @@ from longtake.training.models.memory.shared import (
     announce,
     counts,
     facts_of,
+    kind,
     loader,
     objective_of,
     prepare,
@@ -60,7 +61,15 @@ from longtake.training.models.memory.shared import (
 from longtake.training.models.memory.stretch import add_noise
 from longtake.training.objective import Engines, Objective, Terms, Turn
 
-__all__ = ["MODEL", "announce", "check", "counts", "loader", "prepare"]  # the stage's functions from other files
+__all__ = [
+    "MODEL",
+    "announce",
+    "check",
+    "counts",
+    "kind",
+    "loader",
+    "prepare",
+]  # the stage's functions from other files
 
 VERSION = 3
 PRODUCES = "model"

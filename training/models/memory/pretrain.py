@@ -38,6 +38,7 @@ from longtake.training.models.memory.shared import (
     announce,
     counts,
     facts_of,
+    kind,
     loader,
     objective_of,
     prepare,
@@ -46,7 +47,15 @@ from longtake.training.models.memory.stretch import Stretch, draw_omega, gather_
 from longtake.training.models.memory.variants import VARIANTS
 from longtake.training.objective import Engines, Objective, Terms, Turn
 
-__all__ = ["MODEL", "announce", "check", "counts", "loader", "prepare"]  # the stage's functions from other files
+__all__ = [
+    "MODEL",
+    "announce",
+    "check",
+    "counts",
+    "kind",
+    "loader",
+    "prepare",
+]  # the stage's functions from other files
 
 VERSION = 2
 PRODUCES = "model"

@@ -31,10 +31,12 @@ from longtake.training.models.memory.history import full_tokens
 from longtake.training.models.memory.model import MemoryModel
 from longtake.training.objective import Engines, Objective, Terms, Turn
 
+MODEL = "memory_dit"
 
-def MODEL(setup: Setup) -> str:
+
+def kind(setup: Setup) -> str:
     """The kind of a setup's model in config.json."""
-    return "memory_backbone" if isinstance(setup.model, MemoryBackbone) else "memory_dit"
+    return "memory_backbone" if isinstance(setup.model, MemoryBackbone) else MODEL
 
 
 def prepare(config: MemoryConfig, inputs: Mapping[str, str], folder: Path) -> Setup:

@@ -160,7 +160,7 @@ class PVVAE(VideoAutoencoder):
     Inputs are cast to the dtype of the weights; outputs have it.
     """
 
-    what = "PV-VAE"
+    what, kind = "PV-VAE", "pv_vae"
 
     def __init__(self, config: PVVAEConfig) -> None:
         super().__init__()
