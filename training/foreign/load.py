@@ -15,7 +15,7 @@ from pydantic import BaseModel, ValidationError
 from safetensors import SafetensorError, safe_open
 
 from longtake.datasets.errors import Failure, UserError
-from longtake.training.foreign import backbone, codec_rows
+from longtake.training.foreign import backbone_config, codec_rows
 from longtake.training.foreign.backbone import Backbone, BackboneConfig
 from longtake.training.foreign.codec import CodecConfig, ForeignCodec
 from longtake.training.foreign.folder import (
@@ -37,7 +37,7 @@ from longtake.training.registry import disk
 Config = TypeVar("Config", bound=BaseModel)
 Module = TypeVar("Module", ForeignCodec, Backbone)
 
-KNOWN = (*codec_rows.ROWS, *backbone.ROWS)  # classes that a part may be of
+KNOWN = (*codec_rows.ROWS, *backbone_config.ROWS)  # classes that a part may be of
 _RENAMED = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}  # layers of old autoencoders
 _OLD = re.compile(rf"(attentions\.\d+)\.({'|'.join(_RENAMED)})\.")
 _QUANTISED = ("F8", "F4", "I8", "U8")  # how dtypes begin that no module of ours computes in
@@ -62,17 +62,20 @@ def codec_of(folder: Path, known: Mapping[Path, str] | None = None) -> tuple[For
 
 
 def backbone_of(
-    folder: Path, expert: Literal["high", "low"] | None = None, known: Mapping[Path, str] | None = None
+    folder: Path, expert: Literal["high", "low", "first"] | None = None, known: Mapping[Path, str] | None = None
 ) -> tuple[Backbone, dict[str, Any]]:
     """The transformer of a pipeline folder, or of a folder that is one, likewise.
 
     Args:
-        expert: which of two that share the times: `transformer` is for high noise, `transformer_2` for low.
+        expert: which of two that share the times: `transformer` is for high noise, `transformer_2` for low. `first` is the one
+            for high noise of two, or the only one.
 
     Raises:
         UserError, Failure: as `codec_of`; an expert is asked for where there is one transformer, or none where there are two.
     """
     two = TRANSFORMER_2 in parts_of(folder)
+    if expert == "first":
+        expert = "high" if two else None
     if two and expert is None:
         raise UserError(f"{folder}: has a transformer for high noise and one for low; say which by `expert`")
     if expert and not two:

@@ -32,12 +32,13 @@ def load(uri: str, part: Literal["vae", "transformer"] | None = None) -> "nn.Mod
 
 
 def load_with_facts(
-    uri: str, part: Literal["vae", "transformer"] | None = None, expert: Literal["high", "low"] | None = None
+    uri: str, part: Literal["vae", "transformer"] | None = None, expert: Literal["high", "low", "first"] | None = None
 ) -> tuple["nn.Module", dict[str, Any]]:
     """The same, and what its config.json says of it, or would say of a foreign one (see `foreign.load`).
 
     Args:
-        expert: of two transformers that share the times, which has to be named.
+        expert: of two transformers that share the times, which has to be named; `first` is the one for high noise of two,
+            or the only one.
     """
     from importlib import import_module
 

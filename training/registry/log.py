@@ -69,15 +69,9 @@ def log_files(files: Mapping[str, Path], content: Mapping[str, Any], name: str, 
     import mlflow
 
     client, kind = mlflow.MlflowClient(), content["model"]
-    with failing_clearly(f"MLflow: {name}"), _quietly():
-        there = store.versions(client, name)
-        if any(v.tags.get(_KIND) != kind for v in there):
-            raise UserError(f"{name}: has versions of another kind of model; choose another name")
-        if same := [v for v in there if v.tags.get("sha256") == sha256]:
-            return f"models:/{name}/{same[0].version}"
-        experiment = client.get_experiment_by_name(_IMPORTED)
-        number = experiment.experiment_id if experiment else client.create_experiment(_IMPORTED, place)
-    with aliases.run_in(number, f"import {name}") as run_id, failing_clearly(f"MLflow: {name}"), _quietly():
+    if same := same_version(name, kind, sha256):
+        return same
+    with import_run(name, place) as run_id, failing_clearly(f"MLflow: {name}"), _quietly():
         client.log_text(run_id, storage.canonical_json(content).decode(), "model/config.json")
         for file, path in files.items():
             client.log_artifact(run_id, str(path), f"model/{file.rpartition('/')[0]}".rstrip("/"))
@@ -85,6 +79,46 @@ def log_files(files: Mapping[str, Path], content: Mapping[str, Any], name: str, 
         source = f"{client.get_run(run_id).info.artifact_uri}/model"
         made = client.create_model_version(name, source, run_id, {"sha256": sha256, _KIND: kind})
     return f"models:/{name}/{made.version}"
+
+
+def same_version(name: str, kind: str | None, sha256: str) -> str | None:
+    """The version of a name with this digest, "models:/NAME/VERSION"; None where there is none.
+
+    `kind` is that of a foreign model, None for one of ours.
+
+    Raises:
+        UserError: the name has versions of another kind.
+        Failure: the store cannot be reached.
+    """
+    import mlflow
+
+    with failing_clearly(f"MLflow: {name}"), _quietly():
+        there = store.versions(mlflow.MlflowClient(), name)
+    if any(v.tags.get(_KIND) != kind for v in there):
+        raise UserError(f"{name}: has versions of another kind of model; choose another name")
+    same = [v for v in there if v.tags.get("sha256") == sha256]
+    return f"models:/{name}/{same[0].version}" if same else None
+
+
+@contextlib.contextmanager
+def import_run(name: str, place: str | None, beside: Path | None = None) -> Iterator[str]:
+    """The id of a new run for a model that is imported; it ends with the block.
+
+    Args:
+        place: as for `log_files`.
+        beside: a folder that becomes an artifact of the run, by its name.
+    """
+    import mlflow
+
+    client = mlflow.MlflowClient()
+    with failing_clearly(f"MLflow: {name}"), _quietly():
+        experiment = client.get_experiment_by_name(_IMPORTED)
+        number = experiment.experiment_id if experiment else client.create_experiment(_IMPORTED, place)
+    with aliases.run_in(number, f"import {name}") as run_id:
+        if beside:
+            with failing_clearly(f"MLflow: {name}"), _quietly():
+                client.log_artifacts(run_id, str(beside), beside.name)
+        yield run_id
 
 
 def _log(folder: Path, run_id: str, sha256: str) -> str:
