@@ -313,6 +313,17 @@ def test_an_adapter_of_another_tool_is_a_registered_backbone(place: Path, tmp_pa
     close(called(loaded.transformer), output)
 
 
+def test_videos_are_generated_with_an_adapter_as_the_exported_pipeline_has_it(place: Path, tmp_path: Path) -> None:
+    adapter(place / "painted")
+    said("models", "import", place / "painted", "--base", place / "wan", "--name", "painted")
+    said("export", "models:/painted@champion", "--format", "diffusers", "--to", tmp_path / "whole")
+    asked = ("--prompt", "a red square", "--size", "32x64", "--frames", 5, "--steps", 2, "--precision", "fp32")
+    for name, model in (("ours", "models:/painted@champion"), ("theirs", tmp_path / "whole"), ("base", place / "wan")):
+        said("generate", model, *asked, "--out", tmp_path / f"{name}.mp4")
+    ours, theirs, base = ((tmp_path / f"{name}.mp4").read_bytes() for name in ("ours", "theirs", "base"))
+    assert ours == theirs != base
+
+
 def test_an_adapter_of_one_of_two_experts_is_imported(place: Path, tmp_path: Path) -> None:
     output = adapter(place / "low-style", "a14b", "transformer_2")
     options = ("--base", place / "a14b", "--name", "low-style")
