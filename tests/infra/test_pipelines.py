@@ -163,6 +163,10 @@ def test_a_reference_has_the_files_that_were_registered_or_is_refused(spoiled: P
     with pytest.raises(Failure, match=line):
         said("models", "pull", "lying@champion")
     longtake.load("models:/lying@champion", "transformer")  # another part, which has not changed
+    scheduler = spoiled / "scheduler" / "scheduler_config.json"
+    scheduler.write_text(scheduler.read_text().replace("3.0", "5.0"))
+    with pytest.raises(Failure, match=f"^{scheduler}: is not what was registered"):
+        longtake.load("models:/lying@champion", "transformer")
     path.unlink()
     with pytest.raises(Failure, match="is not there any more; bring it back"):
         longtake.load("models:/lying@champion", "vae")
@@ -205,7 +209,7 @@ def test_each_file_of_a_part_is_read_for_its_digest_once_a_load(uri: str, monkey
     monkeypatch.setattr(hashlib, "file_digest", counted)
     _sha256.cache_clear()
     longtake.load(uri, "vae")
-    assert +read == {f"vae/{WEIGHTS}": 1}
+    assert +read == {f"vae/{WEIGHTS}": 1}, "and no other weights"
 
 
 def test_a_pipeline_is_taken_for_nothing_else_and_nothing_else_for_one(wan: Path, store: Path, tmp_path: Path) -> None:

@@ -119,7 +119,8 @@ def _valid(part: Part, config: type[Config], **more: Any) -> Config:
         return config(class_name=part.class_name, settings=part.config, **more)
     except ValidationError as e:
         first = e.errors(include_url=False)[0]
-        raise UserError(f"{part.files[CONFIG]}: {first['msg'].removeprefix('Value error, ')}") from e
+        why = first["msg"].removeprefix("Value error, ")
+        raise UserError(f"{part.files[CONFIG]}: makes no {part.class_name[:80]} ({why})") from e
 
 
 def _facts(folder: Path, part: Part, model: str, config: BaseModel, known: Mapping[Path, str] | None) -> dict[str, Any]:

@@ -16,8 +16,10 @@ from longtake.datasets import storage
 from longtake.datasets.errors import UserError
 from longtake.datasets.masking import shown
 from longtake.datasets.text import WORDS
+from longtake.training.foreign.folder import is_foreign
 from longtake.training.models.common.pictures import OWN
-from longtake.training.registry import aliases, store
+from longtake.training.registry import aliases, cache, store
+from longtake.training.registry.foreign import PIPELINE
 from longtake.training.registry.store import delete_artifacts, failing_clearly
 from longtake.training.registry.uri import in_store
 
@@ -132,7 +134,7 @@ def _log(folder: Path, run_id: str, sha256: str) -> str:
         "safetensors",
         "numpy",
         "pandas",
-        *sorted({*_of_text(folder), *_of_pictures(folder)}),
+        *sorted({*_of_text(folder), *_of_pictures(folder), *_of_foreign(folder)}),
     )
     mlflow.start_run(run_id=run_id, log_system_metrics=False)
     try:
@@ -163,6 +165,18 @@ def _of_pictures(folder: Path) -> tuple[str, ...]:
     encoder = (_facts(folder).get("image") or {}).get("encoder")
     by_transformers = encoder and encoder != OWN and (in_store(encoder) or Path(encoder).expanduser().is_dir())
     return ("transformers",) if by_transformers else ()
+
+
+def _of_foreign(folder: Path) -> tuple[str, ...]:
+    """The packages of a model folder whose model, or the autoencoder of its latents, is of another library."""
+    facts = _facts(folder)
+    vae = (facts.get("vae") or {}).get("uri", "")
+    if in_store(vae):
+        foreign = (cache.last_config(vae) or {}).get("model") in (PIPELINE, "foreign_vae")
+    else:
+        foreign = bool(vae) and storage.is_local(vae) and is_foreign(Path(storage.filesystem(vae)[1]))
+    # its config names the class
+    return ("accelerate", "diffusers") if foreign or "class_name" in facts["config"] else ()
 
 
 def _pinned(package: str) -> str:

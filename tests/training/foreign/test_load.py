@@ -141,7 +141,7 @@ FAULTS: dict[str, tuple[Callable[[Path], None], type[Exception], str]] = {
         r"net.proj_out.bias has shape \[3\], its config needs \[16\]",
     ),
     "other config": (described(num_layers=3), Failure, "tensors are missing to this config, such as net.blocks.2"),
-    "odd config": (described(patch_size="x"), Failure, "config.json: makes no WanTransformer3DModel"),
+    "odd config": (described(patch_size="x"), UserError, "config.json: makes no WanTransformer3DModel"),
     "quantised": (
         changed(lambda t: t.update({"proj_out.bias": torch.zeros(16, dtype=torch.float8_e4m3fn)})),
         UserError,
@@ -150,7 +150,7 @@ FAULTS: dict[str, tuple[Callable[[Path], None], type[Exception], str]] = {
     "class": (
         described(_class_name="CogTransformer3DModel"),
         UserError,
-        "config.json: class_name: .* no video transformer",
+        r"config.json: makes no CogTransformer3DModel \(.* no video transformer",
     ),
 }
 

@@ -138,3 +138,90 @@ def test_hunyuan_gives_the_videos_of_its_pipeline(opened: Any) -> None:
     given = {"prompt_embeds": found, "prompt_attention_mask": mask.float(), "pooled_prompt_embeds": pooled}
     wanted = theirs(pipe, made, 9, guidance_scale=6.0, **given)
     assert_same(ours(made, 9, guidance=6.0, negative=None), wanted)
+
+
+def test_two_experts_share_the_steps_each_with_its_guidance(opened: Any) -> None:
+    pipe, made = opened("wan22_a14b")
+    assert len(made.models) == 2 and "guidance_2" in made.accepts
+    given = embeds(made, 512)
+    wanted = theirs(pipe, made, 5, steps=6, guidance_scale=4.0, guidance_scale_2=9.0, **given)
+    assert_same(ours(made, 5, steps=6, guidance=4.0, guidance_2=9.0), wanted)
+    assert np.abs(ours(made, 5, steps=6, guidance=4.0) / 255 - wanted).max() > 0.01
+    same = theirs(pipe, made, 5, steps=6, guidance_scale=4.0, **given)
+    assert_same(ours(made, 5, steps=6, guidance=4.0), same)
+
+
+def image(made: Prior) -> Any:
+    from PIL import Image
+
+    rng = np.random.default_rng(0)
+    return Image.fromarray(rng.integers(0, 256, (*made.size, 3), dtype=np.uint8))
+
+
+def assert_starts(pipe: Any, made: Prior) -> None:
+    """Both go on from an image alike; ours leaves it out."""
+    shown = image(made)
+    start = made.begin(iter([np.zeros_like(np.asarray(shown)), np.asarray(shown)]))
+    wanted = theirs(pipe, made, 9, image=shown, guidance_scale=4.0, **embeds(made, 512))
+    assert_same(ours(made, 8, start, guidance=4.0), wanted[:, 1:])
+    with pytest.raises(ValueError, match="frames is 9; after a start this model makes 4n, such as 8"):
+        made.rounds(9, made.settings, start)
+    assert made.frames_of_seconds(0.5, 16.0, start) == 8 and made.frames_of_seconds(0.51, 16.0, start) == 12
+
+
+def test_wan_2_2_goes_on_from_an_image_in_channels_of_its_own(opened: Any) -> None:
+    pipe, made = opened("wan_i2v")
+    assert_starts(pipe, made)
+    with pytest.raises(UserError, match="goes on from an image; name one, as --start FILE"):
+        made.rounds(9, made.settings)
+
+
+def test_wan_2_1_attends_to_an_image_too(opened: Any) -> None:
+    import transformers
+
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2}
+    looks = transformers.CLIPVisionModel(transformers.CLIPVisionConfig(**sizes, image_size=32, patch_size=2)).eval()
+    parts = {"transformer": tiny_foreign.tiny_wan_i2v_transformer(**tiny_foreign.WAN_I2V_21), "image_encoder": looks}
+    parts["image_processor"] = transformers.CLIPImageProcessor(size={"shortest_edge": 32}, crop_size=32)
+    assert_starts(*opened("wan_i2v", "2.1", **parts))
+
+
+def test_wan_2_2_5b_goes_on_from_a_clean_first_latent(opened: Any) -> None:
+    import diffusers
+
+    pipe, made = opened("wan22_5b")
+    parts = {name: getattr(pipe, name) for name in ("transformer", "vae", "scheduler", "tokenizer", "text_encoder")}
+    from_image = diffusers.WanImageToVideoPipeline(**parts, expand_timesteps=True)
+    from_image.set_progress_bar_config(disable=True)
+    assert_starts(from_image, made)
+    wanted = theirs(pipe, made, 5, guidance_scale=4.0, **embeds(made, 512))
+    assert_same(ours(made, 5, guidance=4.0), wanted)
+
+
+def test_latents_are_those_of_the_pipeline(opened: Any) -> None:
+    from longtake.training.models.backbone.sample import sample
+
+    pipe, made = opened("wan")
+    (text, mask), (away, away_mask) = states(made, PROMPT), states(made, NEGATIVE)
+    texts = Text(Condition(None, text, mask)), Text(Condition(None, away, away_mask))
+    found = sample(made.models, (3, 8, 4), SEEDS, settings_of(made, guidance=4.0), *texts)
+    generators = [torch.Generator().manual_seed(seed) for seed in SEEDS]
+    wanted = pipe(
+        height=64, width=32, num_frames=9, num_inference_steps=4, guidance_scale=4.0, generator=generators,
+        output_type="latent", **embeds(made, 512),
+    ).frames  # fmt: skip
+    assert torch.allclose(found, wanted, atol=1e-4)
+
+
+def test_what_cannot_be_made_is_one_line(opened: Any, tmp_path: Path) -> None:
+    _, made = opened("wan")
+    with pytest.raises(ValueError, match=r"frames is 10; this model makes 1 \+ 4n frames, such as 9 or 13"):
+        made.rounds(10, made.settings)
+    with pytest.raises(UserError, match="40x32: this model makes frames with sides in multiples of 16x16"):
+        made.sized(40, 32)
+    _, distilled = opened("hunyuan")
+    with pytest.raises(UserError, match="negative: this model has its guidance as an input"):
+        distilled.videos([request(0)], 9, settings_of(distilled))
+    folder = tiny_foreign.pipeline_folder(tmp_path / "odd", scheduler={"class_name": "DDIMScheduler"})
+    with pytest.raises(UserError, match="scheduler: DDIMScheduler is not known here"):
+        prior(folder)
