@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from longtake.training.foreign.backbone_config import ROWS, BackboneConfig
 from longtake.training.foreign.backbone_inputs import Front, Inputs
+from longtake.training.foreign.front import CLASSES
 from longtake.training.foreign.library import class_of
 from longtake.training.models.common.condition import Condition, draw_hidden
 
@@ -124,6 +125,7 @@ class Backbone(nn.Module):
         guidance: float | None = None,
         front: Front | None = None,
         places: Tensor | None = None,
+        present: Tensor | None = None,
     ) -> Tensor:
         """The velocity `(B, C, T, H, W)`.
 
@@ -139,6 +141,7 @@ class Backbone(nn.Module):
         guidance      for a class with guidance among its inputs; None: `embedded_guidance`
         front         tokens in front of the window's own, which all attend to, and that are no part of the result
         places        positions of the latents in time, `(T,)` or `(B, T)`; None: 0, 1, 2 ...
+        present       `(B, T)` bool, False for latents that a sample does not have; None: it has all
 
         Raises:
             ValueError: another shape; text that the model does not take; something that it needs is not given.
@@ -149,31 +152,41 @@ class Backbone(nn.Module):
             condition = _text_only(condition)
         lost = draw_hidden(condition, x, 0.0, config.text_dropout, rng).text if self.training else None
         text, seen, without = self._texts(condition, x, lost)
+        self._check_front(front, present, seen)
         pooled = self._pooled(pooled, x, without)
         if image_states is not None and not config.sizes.image_width:
             raise ValueError("image_states: this model attends to none; leave them out")
         x = x.to(self.dtype)
         image, image_states = (None if part is None else part.to(x) for part in (image, image_states))
         front = front and front._replace(tokens=front.tokens.to(x))
-        inputs = Inputs(x, t.float(), text, seen, image, image_states, fps, pooled, guidance, front, places)
-        net.gradient_checkpointing = config.activation_checkpointing and self.training
+        none = self.empty.to(x)
+        inputs = Inputs(
+            x, t.float(), text, seen, none, image, image_states, fps, pooled, guidance, front, places, present
+        )
+        if config.activation_checkpointing and self.training:
+            net.enable_gradient_checkpointing()
+        else:
+            net.disable_gradient_checkpointing()
         return config.row.velocity(net, config, inputs)
 
     def _texts(self, condition: Condition | None, x: Tensor, lost: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """States `(B, N, D)`, the ones that count first and then zeros; which count; and which samples have no text `(B,)`.
 
-        Those get the states of "".
+        Those get the states of "". Where latents see different texts the states stay in their order, and `(B, T, N)` says
+        which count; latents without a text get those of "" too.
         """
         text, mask = self._given(condition, x)
         if lost is not None:
-            mask = mask & ~lost[:, None]
-        without = ~mask.any(1)
+            mask = mask & ~lost.view(-1, *[1] * (mask.ndim - 1))
+        without = ~mask.any(-1)
         if not len(self.empty) and bool(without.any()):
             raise ValueError(
                 'text: this model does not know the states of "", which stand for no text, yet; give a text'
             )
         text = torch.cat([text, self.empty.to(text).expand(len(x), -1, -1)], dim=1)
-        seen = torch.cat([mask, without[:, None].expand(-1, len(self.empty))], dim=1)
+        seen = torch.cat([mask, without[..., None].expand(*without.shape, len(self.empty))], dim=-1)
+        if seen.ndim == 3:
+            return torch.where(seen.any(1)[..., None], text, 0.0), seen, without.all(1)
         order = (~seen).int().argsort(dim=1, stable=True)
         seen = seen.gather(1, order)
         text = text.gather(1, order[..., None].expand_as(text))
@@ -204,11 +217,24 @@ class Backbone(nn.Module):
         text, mask = condition.text, condition.mask
         if text.shape[0] != batch or text.shape[2] != width:
             raise ValueError(f"text has shape {tuple(text.shape)}; this model needs ({batch}, N, {width})")
-        if mask.ndim == 3:
-            if not bool((mask == mask[:, :1]).all()):
-                raise ValueError("text: this model sees one text in a window, not another one in each latent")
+        if mask.ndim == 3 and mask.shape[1] != x.shape[2]:
+            raise ValueError(
+                f"mask has shape {tuple(mask.shape)}; {x.shape[2]} latents need ({batch}, {x.shape[2]}, N)"
+            )
+        if mask.ndim == 3 and bool((mask == mask[:, :1]).all()):
             mask = mask[:, 0]
         return text.to(x.device, self.dtype), mask.to(x.device)
+
+    def _check_front(self, front: Front | None, present: Tensor | None, seen: Tensor) -> None:
+        """Refuse what only some classes take."""
+        if self.config.class_name in CLASSES:
+            return
+        if seen.ndim == 3:
+            raise ValueError("text: this model sees one text in a window, not another one in each latent")
+        if present is not None or (front is not None and (front.seen is not None or front.added is not None)):
+            raise ValueError(
+                f"present: {self.config.class_name} takes only what all samples have, and adds nothing to blocks"
+            )
 
     def _check_shapes(self, x: Tensor, t: Tensor) -> None:
         config = self.config

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -14,14 +15,20 @@ STEPS = 1000  # times of the classes are 0 to 1000
 class Front(NamedTuple):
     """Tokens in front of a window's own, such as a memory's.
 
+    Where blocks attend to a text beside their tokens, these attend to "" in place of the window's.
+
     tokens     `(B, M, width)`, of the width of the backbone's own
     positions  in time, row and column, `(M, 3)` or `(B, M, 3)`, in tokens; any real numbers
     time       `(B,)`, the noise in them as t; None: they are clean
+    seen       `(B, M)` bool, False for tokens that a sample does not have; None: it has all
+    added      for each block, what it adds to the window's tokens `(B, N, width)`, as a function of them; None: nothing
     """
 
     tokens: Tensor
     positions: Tensor
     time: Tensor | None = None
+    seen: Tensor | None = None
+    added: Sequence[Callable[[Tensor], Tensor]] | None = None
 
 
 class Inputs(NamedTuple):
@@ -29,19 +36,22 @@ class Inputs(NamedTuple):
 
     x             `(B, C, T, H, W)`
     t             `(B,)` or `(B, T)`, fp32, 0 to 1
-    text, seen    states `(B, N, D)` with those that count in front and zeros behind them, and `(B, N)` bool, which count
+    text, seen    states `(B, N, D)` with those that count in front and zeros behind them, and `(B, N)` bool, which count;
+                  or `(B, T, N)`, which count for each latent, in any order
+    none          states of "", `(n, D)`
     image         see `Backbone.forward`; None where there is none
     image_states  the same
     fps           the same, a number or `(B,)`
     pooled        the same
     guidance      the same, a number
-    front, places the same
+    front, places, present   the same
     """
 
     x: Tensor
     t: Tensor
     text: Tensor
     seen: Tensor
+    none: Tensor
     image: Tensor | None = None
     image_states: Tensor | None = None
     fps: float | Tensor | None = None
@@ -49,6 +59,7 @@ class Inputs(NamedTuple):
     guidance: float | None = None
     front: Front | None = None
     places: Tensor | None = None
+    present: Tensor | None = None
 
 
 def padded(text: Tensor, seen: Tensor, length: int) -> Tensor:

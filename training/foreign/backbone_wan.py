@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from longtake.training.foreign.backbone_config import BackboneConfig, Sizes
 from longtake.training.foreign.backbone_inputs import Inputs, held, padded, positions_of, token_times
+from longtake.training.foreign.front import Adding, Context, key_mask
 
 TEXT_LENGTH = 512
 STRIDE = (4, 8)
@@ -44,6 +45,10 @@ def build(make: Callable[..., Any], settings: Mapping[str, Any]) -> nn.Module:
         # no file has them: they are computed
         with torch.device("cpu"):
             net.rope = type(rope)(rope.attention_head_dim, rope.patch_size, rope.max_seq_len)
+    for number, block in enumerate(blocks(net)):
+        block.register_forward_hook(Adding(number))
+        block.attn1.set_processor(_SelfAttention(block.attn1.processor))  # type: ignore[operator, union-attr]
+        block.attn2.set_processor(_TextAttention(block.attn2.processor))  # type: ignore[operator, union-attr]
     return net
 
 
@@ -65,15 +70,70 @@ def velocity(net: Any, config: BackboneConfig, inputs: Inputs) -> Tensor:
     if size.image_width and inputs.image_states is None:
         raise ValueError("image_states: this model attends to the states of its start image; give them")
     rows, columns = (side // patch for side, patch in zip(inputs.x.shape[3:], size.patch[1:], strict=True))
-    with _in_front(net, inputs, size.patch):
+    text, context = _texts(inputs, config, rows * columns)
+    with _extended(net, inputs, config, context):
         predicted: Tensor = net(
-            inputs.x,
-            token_times(inputs, rows * columns),
-            padded(inputs.text, inputs.seen, config.longest_text),
-            inputs.image_states,
-            return_dict=False,
+            inputs.x, token_times(inputs, rows * columns), text, inputs.image_states, return_dict=False
         )[0]
     return predicted
+
+
+def _texts(inputs: Inputs, config: BackboneConfig, in_frame: int) -> tuple[Tensor, Context | None]:
+    """The states that the class embeds, and what then comes of them where tokens attend to different texts.
+
+    A `Context` of `(text, seen, none, ahead, added)` whose `text` and `none` are yet to be cut from what is embedded.
+    """
+    length, front = config.longest_text, inputs.front
+    if inputs.seen.ndim == 2:
+        text, seen = padded(inputs.text, inputs.seen, length), None
+    else:
+        text, seen = _padded_by_latent(inputs.text, inputs.seen, length)
+        seen = seen.repeat_interleave(in_frame, dim=1)
+    if front is None and seen is None:
+        return text, None
+    if not len(inputs.none):
+        raise ValueError('text: this model does not know the states of "" yet, to which tokens in front attend')
+    none = padded(inputs.none[None], torch.ones(1, len(inputs.none), dtype=torch.bool), length).expand(
+        len(text), -1, -1
+    )
+    ahead, added = (0, None) if front is None else (front.tokens.shape[1], front.added)
+    return torch.cat([text, none], dim=1), Context(text, seen, none, ahead, added)
+
+
+def _padded_by_latent(text: Tensor, seen: Tensor, length: int) -> tuple[Tensor, Tensor]:
+    """States and `length` zeros behind them; each latent `(B, T, N)` sees as many of these as make `length` with its text."""
+    missing = length - seen.sum(-1, keepdim=True)
+    if bool((missing < 0).any()):
+        raise ValueError(f"text has {int(seen.sum(-1).max())} tokens; this model takes {length}: shorten it")
+    zeros = torch.arange(length, device=text.device) < missing
+    return torch.cat([text, text.new_zeros(len(text), length, text.shape[2])], dim=1), torch.cat([seen, zeros], dim=-1)
+
+
+class _SelfAttention:
+    """The class's own self-attention; its rotation may bring a mask along, which the class has no argument for."""
+
+    def __init__(self, own: Any) -> None:
+        self.own = own
+
+    def __call__(self, attn: Any, x: Tensor, text: None, mask: None, rotation: tuple[Tensor, ...]) -> Tensor:
+        made: Tensor = self.own(attn, x, text, rotation[2] if len(rotation) == 3 else None, rotation[:2])
+        return made
+
+
+class _TextAttention:
+    """The class's own attention to a text, or to the texts of a `Context`."""
+
+    def __init__(self, own: Any) -> None:
+        self.own = own
+
+    def __call__(self, attn: Any, x: Tensor, text: Tensor | Context, mask: None, rotation: None = None) -> Tensor:
+        if not isinstance(text, Context):
+            made: Tensor = self.own(attn, x, text, None, None)
+            return made
+        front, window = x[:, : text.ahead], x[:, text.ahead :]
+        parts = [self.own(attn, front, text.none, None, None)] if text.ahead else []
+        parts.append(self.own(attn, window, text.text, None if text.seen is None else text.seen[:, None], None))
+        return torch.cat(parts, dim=1)
 
 
 def _with_channels(inputs: Inputs, config: BackboneConfig) -> Inputs:
@@ -89,8 +149,8 @@ def _with_channels(inputs: Inputs, config: BackboneConfig) -> Inputs:
 
 
 @contextmanager
-def _in_front(net: Any, inputs: Inputs, size: tuple[int, int, int]) -> Iterator[None]:
-    """Let the class's own forward have tokens in front of those of the patches, and other positions, for the block."""
+def _extended(net: Any, inputs: Inputs, config: BackboneConfig, context: Context | None) -> Iterator[None]:
+    """Let the class's own forward have tokens in front, other positions, a mask and other texts, for the block."""
     front, hooks = inputs.front, []
     if front is not None:
         # the class flattens `(B, D, T, H, W)`, of which only the order of the tokens counts
@@ -101,9 +161,19 @@ def _in_front(net: Any, inputs: Inputs, size: tuple[int, int, int]) -> Iterator[
             return made[:, front.tokens.shape[1] :]
 
         hooks += [net.patch_embedding.register_forward_hook(with_front), net.proj_out.register_forward_hook(without)]
-    if front is not None or inputs.places is not None:
-        rotation = _rotation(positions_of(inputs, size), net.rope)
-        hooks.append(net.rope.register_forward_hook(lambda *_: rotation))
+    if context is not None:
+        length = config.longest_text
+
+        def with_context(_: nn.Module, __: Any, made: tuple[Any, ...]) -> tuple[Any, ...]:
+            text, none = made[2].tensor_split([made[2].shape[1] - length], dim=1)
+            return (*made[:2], context._replace(text=text, none=none), *made[3:])
+
+        hooks.append(net.condition_embedder.register_forward_hook(with_context))
+    mask = key_mask(inputs, config.patch)
+    if front is not None or inputs.places is not None or mask is not None:
+        rotation = _rotation(positions_of(inputs, config.patch), net.rope)
+        turned = rotation if mask is None else (*rotation, mask)
+        hooks.append(net.rope.register_forward_hook(lambda *_: turned))
     try:
         yield
     finally:

@@ -16,8 +16,7 @@ from safetensors import SafetensorError, safe_open
 
 from longtake.datasets.errors import Failure, UserError
 from longtake.training.foreign import backbone_config, codec_rows
-from longtake.training.foreign.backbone import Backbone
-from longtake.training.foreign.backbone_config import BackboneConfig
+from longtake.training.foreign.backbone import Backbone, BackboneConfig
 from longtake.training.foreign.codec import CodecConfig, ForeignCodec
 from longtake.training.foreign.folder import (
     CONFIG,

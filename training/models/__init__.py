@@ -19,6 +19,7 @@ KINDS = {
     "mavin": "longtake.training.models.mavin.kind",
     "backbone": "longtake.training.models.backbone.kind",
     "memory_dit": "longtake.training.models.memory.kind",
+    "memory_backbone": "longtake.training.models.memory.kind",
 }
 
 

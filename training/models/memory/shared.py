@@ -11,10 +11,10 @@ from torch import Tensor
 
 from longtake.datasets.loader import Loader, to_pixels
 from longtake.training import data as common
-from longtake.training import registry
 from longtake.training.engines import device
 from longtake.training.models.common.codec import Codec
 from longtake.training.models.memory.base import initial_model
+from longtake.training.models.memory.base_foreign import facts_of_base
 from longtake.training.models.memory.config import MemoryConfig
 from longtake.training.models.memory.data import (
     Setup,
@@ -26,11 +26,17 @@ from longtake.training.models.memory.data import (
     loader_of,
     videos_of,
 )
-from longtake.training.models.memory.dit import MemoryDiT
+from longtake.training.models.memory.foreign import MemoryBackbone
 from longtake.training.models.memory.history import full_tokens
+from longtake.training.models.memory.model import MemoryModel
 from longtake.training.objective import Engines, Objective, Terms, Turn
 
 MODEL = "memory_dit"
+
+
+def kind(setup: Setup) -> str:
+    """The kind of a setup's model in config.json."""
+    return "memory_backbone" if isinstance(setup.model, MemoryBackbone) else MODEL
 
 
 def prepare(config: MemoryConfig, inputs: Mapping[str, str], folder: Path) -> Setup:
@@ -70,9 +76,9 @@ def objective_of(
 
 def _prompts(config: MemoryConfig, setup: Setup) -> list[str]:
     """The caption of the held-out segment that samples are of; none for a model without text."""
-    if setup.text is None:
+    if setup.text is None or not config.listens:
         return []
-    caption = next(iter(heldout_of(config, setup, columns=captions_of(setup))))["caption"][0]
+    caption = next(iter(heldout_of(config, setup, columns=captions_of(config, setup))))["caption"][0]
     return [" ".join((caption or "no caption").split())]
 
 
@@ -83,7 +89,7 @@ def announce(config: MemoryConfig, setup: Setup, loader: Loader) -> tuple[list[s
 
 
 def facts_of(config: MemoryConfig, setup: Setup, lineage: Mapping[str, Any]) -> dict[str, Any]:
-    """The facts that both stages write into config.json, beside `config` (`MemoryDiTConfig`) and `lineage`.
+    """The facts that both stages write into config.json, beside `config` (`MemoryModelConfig`) and `lineage`.
 
     `registry.load_with_facts(uri)` gives the model and its facts. Their `steps` are latents, but in `sampling`. Either
     stage adds `stage` and `sampling`, and `finetune_memory_prior` adds `posterior`.
@@ -122,7 +128,7 @@ def facts_of(config: MemoryConfig, setup: Setup, lineage: Mapping[str, Any]) -> 
 
 def _text_of_base(inputs: Mapping[str, Any]) -> dict[str, Any] | None:
     """What the base's config.json says of texts, which a training without any keeps as they are."""
-    return registry.load_with_facts(inputs["base"]["uri"])[1].get("text") if "base" in inputs else None
+    return facts_of_base(inputs["base"]["uri"]).get("text") if "base" in inputs else None
 
 
 def counts(config: MemoryConfig, setup: Setup) -> dict[str, float]:
@@ -138,7 +144,7 @@ def counts(config: MemoryConfig, setup: Setup) -> dict[str, float]:
     }
 
 
-def above_each_other(codec: Codec, model: MemoryDiT, before: Tensor, *rows: Tensor) -> np.ndarray[Any, Any]:
+def above_each_other(codec: Codec, model: MemoryModel, before: Tensor, *rows: Tensor) -> np.ndarray[Any, Any]:
     """Decode rows of latents `(1, C, T, H, W)`, normalised, into one video `(t, height, width, 3)` uint8.
 
     Each row is decoded as the continuation of `before`, which begins a video or is long enough for the decoder not to see
