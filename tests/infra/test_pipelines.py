@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import letters
 import pytest
 import tiny_encoders
 import tiny_foreign
@@ -101,6 +102,28 @@ def test_the_parts_of_a_registered_pipeline_are_those_of_its_folder(wan: Path, u
     assert all(map(torch.equal, registered.encode(TEXTS), folder.encode(TEXTS)))
     assert registered.describe()["encoder"] == longtake.resolve(uri)
     assert load_image_encoder(uri).digest == load_image_encoder(str(wan)).digest
+
+
+def test_the_second_text_encoder_of_a_pipeline_has_its_own_tokenizer(tmp_path: Path) -> None:
+    folder = tiny_foreign.pipeline_folder(tmp_path / "hunyuan", "hunyuan")
+    second = longtake.text_encoder(str(folder / "text_encoder_2"))
+    # CLIP's tokens end in </s>, those of Llama begin with <s> alone
+    assert second.count(["a"]) == [3] and longtake.text_encoder(str(folder)).count(["a"]) == [2]
+
+
+def test_a_served_prior_of_foreign_latents_needs_the_library(wan: Path, store: Path, tmp_path: Path) -> None:
+    import mlflow
+
+    client = mlflow.MlflowClient()
+    longtake.load("models:/vae/1", "vae")  # as its training has done
+    folder = letters.save_priors(tmp_path / "priors") / "latte"
+    content = json.loads((folder / "config.json").read_text())
+    for vae, needs in ((str(wan), True), ("models:/vae/1", True), (content["vae"]["uri"], False)):
+        (folder / "config.json").write_text(json.dumps(content | {"vae": content["vae"] | {"uri": vae}}))
+        run = client.create_run(client.get_experiment_by_name("imported models").experiment_id)
+        uri = registry.register(folder, "latte", run.info.run_id)
+        requirements = Path(mlflow.artifacts.download_artifacts(f"{uri}/requirements.txt")).read_text()
+        assert ("diffusers==" in requirements) == needs
 
 
 @pytest.mark.parametrize("uri", ["models:/vae/1", "models:/lying-vae@champion"])

@@ -115,6 +115,13 @@ def test_an_autoencoder_with_the_names_of_before_is_read(tmp_path: Path) -> None
     assert same(load.codec_of(folder)[0], expected)
 
 
+def test_tensors_that_the_class_leaves_out_are_left_out(tmp_path: Path) -> None:
+    folder = saved(tiny_foreign.tiny_wan_i2v_transformer(**tiny_foreign.WAN_I2V_21), tmp_path / "i2v")
+    expected = state(folder)
+    changed(lambda t: t.update({"blocks.0.attn2.norm_added_q.weight": torch.ones(24)}))(folder)
+    assert same(load.backbone_of(folder)[0], expected)
+
+
 def changed(change: Callable[[dict[str, torch.Tensor]], Any]) -> Callable[[Path], None]:
     def spoil(folder: Path) -> None:
         tensors = load_file(folder / WEIGHTS)
