@@ -1,7 +1,8 @@
 """`longtake models`: list, show, fetch and import registered models."""
 
 import os
-from typing import Any
+from pathlib import Path
+from typing import Any, Literal
 
 import click
 
@@ -150,7 +151,18 @@ def pull(uri: str, to: str | None) -> None:
     help="What to register of a folder that has several, as a whole CLIP does. [default: what its files say]",
 )
 @click.option("--by-reference", is_flag=True, help="Of a pipeline: register where FOLDER lies, and copy nothing.")
-def import_(folder: str, name: str, kind: str | None, by_reference: bool) -> None:
+@click.option(
+    "--base", metavar="MODEL", help="FOLDER is an adapter (LoRA) of this pipeline, or of one fine-tuned from it."
+)
+@click.option("--expert", type=click.Choice(["high", "low"]), help="Of two transformers in the base, the adapter's.")
+def import_(
+    folder: str,
+    name: str,
+    kind: str | None,
+    by_reference: bool,
+    base: str | None,
+    expert: Literal["high", "low"] | None,
+) -> None:
     """Register a pipeline of diffusers, or a text or image encoder, in FOLDER as a new version of NAME, and as its champion.
 
     FOLDER is what `save_pretrained` writes, as safetensors. With model_index.json it is a pipeline, and so is one part of it
@@ -161,10 +173,14 @@ def import_(folder: str, name: str, kind: str | None, by_reference: bool) -> Non
     With --by-reference a large pipeline stays where it is, which all that use it must see; its files are compared with the
     digests of now whenever it is loaded.
 
+    With --base, FOLDER is an adapter, a safetensors file or a folder with one, as PEFT, diffusers, ComfyUI or musubi write
+    it. The base's transformer with the adapter in its weights is registered, and is generated with and fine-tuned as any.
+
     \b
     Examples:
       longtake models import /models/Wan2.1-T2V-1.3B-Diffusers --name wan-1.3b      # vae: models:/wan-1.3b@champion
       longtake models import /models/Wan2.2-T2V-A14B-Diffusers --name wan-14b --by-reference
+      longtake models import style.safetensors --base models:/wan-1.3b@champion --name wan-style
       longtake models import /models/umt5-xxl --name umt5      # then, in a recipe: encoder: models:/umt5@champion
       longtake models import /models/clip-l --as image_encoder --name clip      # image: models:/clip@champion
     """
@@ -178,6 +194,10 @@ def import_(folder: str, name: str, kind: str | None, by_reference: bool) -> Non
         model_name(name)
     except ValueError as e:
         raise UserError(f"--name: {e}") from e
+    if expert and not base:
+        raise UserError("--expert: is for an adapter; name its --base, or leave it out")
+    if base and (kind or by_reference):
+        raise UserError(f"{'--as' if kind else '--by-reference'}: with --base, FOLDER is an adapter; leave it out")
     uri, place = _store(), None
     if path := sqlite_store.path_of(uri):
         # such a store may be new, and keeps its artifacts beside it, as that of a recipe does
@@ -185,7 +205,22 @@ def import_(folder: str, name: str, kind: str | None, by_reference: bool) -> Non
         path.parent.mkdir(parents=True, exist_ok=True)
         with sqlite_store.opened_alone(uri):
             runs.client_of(uri).search_registered_models(max_results=1)
-    click.echo(registry.register_foreign(Path(folder), name, kind, place, by_reference))
+    if base is None:
+        click.echo(registry.register_foreign(Path(folder), name, kind, place, by_reference))
+    else:
+        from longtake.training.foreign import adapted
+
+        click.echo(adapted.register(Path(folder), base, expert, name, place))
+
+
+@models.command()
+@click.argument("folder", type=click.Path(path_type=Path))
+def tiny(folder: Path) -> None:
+    """Write a tiny Wan with random weights to FOLDER, in the layout of diffusers, for a first run of wan_lora_tiny."""
+    from longtake.training.foreign import tiny as tiny_wan
+
+    tiny_wan.write(folder)
+    click.echo(f"wrote a tiny Wan with random weights to {folder}; go on with: WAN={folder} longtake run wan_lora_tiny")
 
 
 def _store() -> str:

@@ -11,17 +11,21 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import letters
 import pytest
+import spoken
 import tiny_encoders
 import tiny_foreign
 import torch
 from click.testing import CliRunner
 
 import longtake
+from longtake.datasets.captions import Caption
 from longtake.datasets.errors import Failure, UserError
+from longtake.datasets.latents import encoder_digest, read_latents
 from longtake.infra import graph, recipe
 from longtake.infra.cli import cli
-from longtake.pipeline.stages import cache_text
+from longtake.pipeline.stages import cache_latents, cache_text
 from longtake.training import registry
 from longtake.training.foreign.files import _sha256
 from longtake.training.foreign.folder import digest_of, part_of
@@ -103,6 +107,28 @@ def test_the_parts_of_a_registered_pipeline_are_those_of_its_folder(wan: Path, u
     assert load_image_encoder(uri).digest == load_image_encoder(str(wan)).digest
 
 
+def test_the_second_text_encoder_of_a_pipeline_has_its_own_tokenizer(tmp_path: Path) -> None:
+    folder = tiny_foreign.pipeline_folder(tmp_path / "hunyuan", "hunyuan")
+    second = longtake.text_encoder(str(folder / "text_encoder_2"))
+    # CLIP's tokens end in </s>, those of Llama begin with <s> alone
+    assert second.count(["a"]) == [3] and longtake.text_encoder(str(folder)).count(["a"]) == [2]
+
+
+def test_a_served_prior_of_foreign_latents_needs_the_library(wan: Path, store: Path, tmp_path: Path) -> None:
+    import mlflow
+
+    client = mlflow.MlflowClient()
+    longtake.load("models:/vae/1", "vae")  # as its training has done
+    folder = letters.save_priors(tmp_path / "priors") / "latte"
+    content = json.loads((folder / "config.json").read_text())
+    for vae, needs in ((str(wan), True), ("models:/vae/1", True), (content["vae"]["uri"], False)):
+        (folder / "config.json").write_text(json.dumps(content | {"vae": content["vae"] | {"uri": vae}}))
+        run = client.create_run(client.get_experiment_by_name("imported models").experiment_id)
+        uri = registry.register(folder, "latte", run.info.run_id)
+        requirements = Path(mlflow.artifacts.download_artifacts(f"{uri}/requirements.txt")).read_text()
+        assert ("diffusers==" in requirements) == needs
+
+
 @pytest.mark.parametrize("uri", ["models:/vae/1", "models:/lying-vae@champion"])
 def test_a_part_alone_is_registered_as_that_part(wan: Path, uri: str) -> None:
     codec = load_codec(uri)
@@ -163,6 +189,10 @@ def test_a_reference_has_the_files_that_were_registered_or_is_refused(spoiled: P
     with pytest.raises(Failure, match=line):
         said("models", "pull", "lying@champion")
     longtake.load("models:/lying@champion", "transformer")  # another part, which has not changed
+    scheduler = spoiled / "scheduler" / "scheduler_config.json"
+    scheduler.write_text(scheduler.read_text().replace("3.0", "5.0"))
+    with pytest.raises(Failure, match=f"^{scheduler}: is not what was registered"):
+        longtake.load("models:/lying@champion", "transformer")
     path.unlink()
     with pytest.raises(Failure, match="is not there any more; bring it back"):
         longtake.load("models:/lying@champion", "vae")
@@ -205,7 +235,7 @@ def test_each_file_of_a_part_is_read_for_its_digest_once_a_load(uri: str, monkey
     monkeypatch.setattr(hashlib, "file_digest", counted)
     _sha256.cache_clear()
     longtake.load(uri, "vae")
-    assert +read == {f"vae/{WEIGHTS}": 1}
+    assert +read == {f"vae/{WEIGHTS}": 1}, "and no other weights"
 
 
 def test_a_pipeline_is_taken_for_nothing_else_and_nothing_else_for_one(wan: Path, store: Path, tmp_path: Path) -> None:
@@ -259,6 +289,34 @@ def test_a_snapshot_of_the_hub_is_registered_with_the_blobs_that_its_links_name(
     assert said("models", "import", str(snapshot), "--name", "copied") == "models:/copied/1", (
         "these files are registered"
     )
+
+
+@pytest.mark.slow
+def test_latents_and_states_are_the_same_column_by_a_folder_and_a_registered_one(
+    wan: Path, dataset: str, tmp_path: Path, ray_session: None
+) -> None:
+    root = str(shutil.copytree(dataset, tmp_path / "dataset"))
+    spoken.describe(root, lambda key: [Caption("a red square")])
+    inputs = {"dataset": root, "captions": spoken.record(tmp_path / "captions", root)}
+    made: dict[str, Counter[str]] = {"latents": Counter(), "text": Counter()}
+    for number, uri in enumerate((str(wan), f"file://{wan}/vae", *URIS)):
+        latents = cache_latents.Config(
+            kind="cache_latents", dataset="x", encoder="x", size=(16, 16), run={"workers": 1}
+        )
+        result = cache_latents.run(latents, {**inputs, "encoder": uri}, str(tmp_path / f"latents{number}"))
+        made["latents"][result["column"]] += int(result["metrics"]["encoded_shards"])
+        record = read_latents(result["uri"])
+        assert record.encoder["uri"] == longtake.resolve(uri)
+        assert encoder_digest(load_codec(record.encoder["uri"])) == record.encoder["digest"]
+        if uri.startswith("file://"):
+            continue
+        text = cache_text.Config(
+            kind="cache_text", dataset="x", captions="x", encoder=uri, length=8, run={"workers": 1}
+        )
+        result = cache_text.run(text, inputs, str(tmp_path / f"text{number}"))
+        made["text"][result["column"]] += int(result["metrics"]["encoded_shards"])
+    shards = len(list(Path(root).glob("*/*.latent-*.tar")))
+    assert shards and list(made["latents"].values()) == [shards] == list(made["text"].values())
 
 
 RECIPE = """

@@ -223,22 +223,31 @@ def text_parts(scratch: Path, kind: str, seed: int = 0) -> dict[str, Any]:
 
 
 def _text_encoder(kind: str, seed: int) -> Any:
+    import torch
+    import transformers
+
+    if kind == "clip_text":
+        torch.manual_seed(seed)
+        sizes = {"hidden_size": POOLED, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+        ids = {"vocab_size": tiny_encoders.SIZE, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+        return transformers.CLIPTextModel(transformers.CLIPTextConfig(**sizes, **ids, max_position_embeddings=77)).eval()
     made = tiny_encoders.model(kind, seed).eval()
     if kind == "t5":
-        import transformers
-
         # video models bring the encoder alone
         alone = transformers.T5EncoderModel(made.config).eval()
         alone.load_state_dict(made.state_dict(), strict=False)
         return alone
-    return made.model if kind == "llama" else made
+    if kind == "llama":
+        made.config.max_position_embeddings = 512  # positions are rotated, and none is stored
+        return made.model
+    return made
 
 
 def _tokenizer(folder: Path, kind: str) -> Any:
     import transformers
 
     folder.mkdir(parents=True, exist_ok=True)
-    tiny_encoders.tokenizer(
-        folder, *{"t5": ("", "</s>"), "umt5": ("", "</s>"), "llama": ("<s>", "")}.get(kind, ("<s>", "</s>"))
-    )
-    return transformers.PreTrainedTokenizerFast.from_pretrained(folder)
+    ends = {"t5": ("", "</s>"), "umt5": ("", "</s>"), "llama": ("<s>", "")}
+    tiny_encoders.tokenizer(folder, *ends.get(kind, ("<s>", "</s>")))
+    most = 77 if kind == "clip_text" else 512
+    return transformers.PreTrainedTokenizerFast.from_pretrained(folder, model_max_length=most)

@@ -100,11 +100,16 @@ def _pair(layer: nn.Linear | nn.Conv2d | nn.Conv3d, rank: int) -> tuple[nn.Modul
     return down, up
 
 
+def is_change(name: str) -> bool:
+    """Whether a parameter is one of those that `attach` has added."""
+    return name.rpartition(".")[0].rpartition(".")[2] in (_DOWN, _UP)
+
+
 def merged(weights: Mapping[str, Tensor], config: LoraConfig) -> Iterator[tuple[str, Tensor]]:
     """The weights of the module as it was before `attach`, with the changes added to them; one tensor at a time."""
     for name in weights:
         layer, _, last = name.rpartition(".")
-        if layer.rpartition(".")[2] in (_DOWN, _UP):
+        if is_change(name):
             continue
         value = weights[name]
         if last == "weight" and f"{layer}.{_UP}.weight" in weights:

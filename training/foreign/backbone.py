@@ -13,7 +13,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from longtake.training.foreign.backbone_config import ROWS, BackboneConfig, shift_of, token_count
+from longtake.training.foreign.backbone_config import ROWS, BackboneConfig
 from longtake.training.foreign.backbone_inputs import Front, Inputs
 from longtake.training.foreign.front import CLASSES
 from longtake.training.foreign.library import class_of
@@ -105,7 +105,7 @@ class Backbone(nn.Module):
 
     def shift_of(self, shape: tuple[int, int, int]) -> float:
         """How far its pipeline moves the times towards noise (see `flow.shifted`) for a window of latents (T, H, W)."""
-        return shift_of(self.config.scheduler, token_count(shape, self.config.patch))
+        return self.config.shift_of(shape)
 
     def tokens(self, x: Tensor) -> Tensor:
         """The tokens `(B, N, width)` of latents `(B, C, T, H, W)`, by time, row and column, before the first block."""

@@ -54,11 +54,13 @@ class Row(Protocol):
     TEXT_LENGTH   tokens of a text at most, as its pipeline has them
     STRIDE        frames, and pixels a side, in a latent of its pipeline's autoencoder
     TARGETS       what a low-rank change changes by default: patterns of names of layers
+    EVEN_TIMES    whether its pipeline spreads the times of a flow scheduler evenly down to 0, before they are shifted
     """
 
     TEXT_LENGTH: int
     STRIDE: tuple[int, int]
     TARGETS: tuple[str, ...]
+    EVEN_TIMES: bool
 
     def sizes(self, settings: Mapping[str, Any]) -> Sizes:
         """What they say about its inputs. ValueError for settings that are not supported."""
@@ -161,6 +163,10 @@ class BackboneConfig(BaseModel):
     def strides(self) -> tuple[int, int]:
         """Frames, and pixels a side, in a latent."""
         return self.stride or self.row.STRIDE
+
+    def shift_of(self, shape: tuple[int, int, int]) -> float:
+        """How far its pipeline moves the times towards noise (see `flow.shifted`) for a window of latents (T, H, W)."""
+        return shift_of(self.scheduler, token_count(shape, self.patch))
 
     @property
     def times(self) -> tuple[float, float]:

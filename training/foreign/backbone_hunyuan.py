@@ -18,6 +18,7 @@ from longtake.training.foreign.backbone_inputs import STEPS, Inputs, held, posit
 
 TEXT_LENGTH = 256
 STRIDE = (4, 8)
+EVEN_TIMES = True
 TARGETS = (
     r"net\.transformer_blocks\.\d+\.attn\.(to_(q|k|v|out\.0|add_out)|add_(q|k|v)_proj)",
     r"net\.transformer_blocks\.\d+\.ff(_context)?\.net\.(0\.proj|2)",

@@ -13,6 +13,7 @@ from longtake.training.foreign.backbone_inputs import Inputs, held, positions_of
 
 TEXT_LENGTH = 128
 STRIDE = (8, 32)
+EVEN_TIMES = True
 TARGETS = (
     r"net\.transformer_blocks\.\d+\.attn[12]\.to_(q|k|v|out\.0)",
     r"net\.transformer_blocks\.\d+\.ff\.net\.(0\.proj|2)",

@@ -19,6 +19,7 @@ from longtake.training.foreign.front import Adding, Context, key_mask
 
 TEXT_LENGTH = 512
 STRIDE = (4, 8)
+EVEN_TIMES = False
 TARGETS = (r"net\.blocks\.\d+\.attn[12]\.to_(q|k|v|out\.0)", r"net\.blocks\.\d+\.ffn\.net\.(0\.proj|2)")
 _THETA = 10000.0  # the class's own, of its rotation
 

@@ -62,17 +62,20 @@ def codec_of(folder: Path, known: Mapping[Path, str] | None = None) -> tuple[For
 
 
 def backbone_of(
-    folder: Path, expert: Literal["high", "low"] | None = None, known: Mapping[Path, str] | None = None
+    folder: Path, expert: Literal["high", "low", "first"] | None = None, known: Mapping[Path, str] | None = None
 ) -> tuple[Backbone, dict[str, Any]]:
     """The transformer of a pipeline folder, or of a folder that is one, likewise.
 
     Args:
-        expert: which of two that share the times: `transformer` is for high noise, `transformer_2` for low.
+        expert: which of two that share the times: `transformer` is for high noise, `transformer_2` for low. `first` is the one
+            for high noise of two, or the only one.
 
     Raises:
         UserError, Failure: as `codec_of`; an expert is asked for where there is one transformer, or none where there are two.
     """
     two = TRANSFORMER_2 in parts_of(folder)
+    if expert == "first":
+        expert = "high" if two else None
     if two and expert is None:
         raise UserError(f"{folder}: has a transformer for high noise and one for low; say which by `expert`")
     if expert and not two:
@@ -115,7 +118,8 @@ def _valid(part: Part, config: type[Config], **more: Any) -> Config:
         return config(class_name=part.class_name, settings=part.config, **more)
     except ValidationError as e:
         first = e.errors(include_url=False)[0]
-        raise UserError(f"{part.files[CONFIG]}: {first['msg'].removeprefix('Value error, ')}") from e
+        why = first["msg"].removeprefix("Value error, ")
+        raise UserError(f"{part.files[CONFIG]}: makes no {part.class_name[:80]} ({why})") from e
 
 
 def _facts(folder: Path, part: Part, model: str, config: BaseModel, known: Mapping[Path, str] | None) -> dict[str, Any]:

@@ -17,6 +17,7 @@ KINDS = {
     "tats": "longtake.training.models.tats.kind",
     "encgan3": "longtake.training.models.encgan3.kind",
     "mavin": "longtake.training.models.mavin.kind",
+    "backbone": "longtake.training.models.backbone.kind",
     "memory_dit": "longtake.training.models.memory.kind",
     "memory_backbone": "longtake.training.models.memory.kind",
 }

@@ -32,13 +32,16 @@ def load(uri: str, part: Literal["vae", "transformer"] | None = None) -> "nn.Mod
 
 
 def load_with_facts(
-    uri: str, part: Literal["vae", "transformer"] | None = None, expert: Literal["high", "low"] | None = None
+    uri: str, part: Literal["vae", "transformer"] | None = None, expert: Literal["high", "low", "first"] | None = None
 ) -> tuple["nn.Module", dict[str, Any]]:
     """The same, and what its config.json says of it, or would say of a foreign one (see `foreign.load`).
 
     Args:
-        expert: of two transformers that share the times, which has to be named.
+        expert: of two transformers that share the times, which has to be named; `first` is the one for high noise of two,
+            or the only one.
     """
+    from importlib import import_module
+
     from longtake.training.foreign.folder import is_foreign
     from longtake.training.registry import cache, disk, pipelines
     from longtake.training.registry.foreign import FOREIGN, PIPELINE, check_ours
@@ -48,12 +51,13 @@ def load_with_facts(
     if (part and not (folder / "config.json").is_file()) or is_foreign(folder):
         if part is None:
             raise UserError(f"{uri}: is {FOREIGN[PIPELINE].one}; {FOREIGN[PIPELINE].use}")
-        from longtake.training.foreign import load as foreign
-
-        pipeline = pipelines.opened(uri, folder, parts)
-        if part == "vae":
-            return foreign.codec_of(pipeline.folder, pipeline.sha256)
-        return foreign.backbone_of(pipeline.folder, expert, pipeline.sha256)
+        # by name, since it imports this package
+        foreign: Any = import_module("longtake.training.foreign.load")
+        place, known = pipelines.opened(uri, folder, parts)
+        made: tuple[nn.Module, dict[str, Any]] = (
+            foreign.codec_of(place, known) if part == "vae" else foreign.backbone_of(place, expert, known)
+        )
+        return made
     if not in_store(uri):
         return disk.load(folder), disk.read_config(folder)
     content = disk.read_config(folder)

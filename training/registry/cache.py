@@ -99,6 +99,13 @@ def version_of(uri: str) -> str:
     return str(note["named"]["uri"])
 
 
+def last_config(uri: str) -> dict[str, Any] | None:
+    """The config.json of the model of a URI's last pull; None where it was never pulled, or is gone."""
+    note = _last_pull(uri)
+    folder = _folder(note["model"]) if note else None
+    return disk.read_config(folder) if folder and (folder / "config.json").is_file() else None
+
+
 def cache() -> Path:
     """The folder of the cache."""
     named = os.environ.get("LONGTAKE_CACHE")

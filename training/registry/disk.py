@@ -58,7 +58,7 @@ def save(
         with storage.spool_folder(str(parent)) as spool:
             scratch = spool / "model"
             scratch.mkdir()
-            _write_weights(scratch, weights.items() if isinstance(weights, Mapping) else weights, max_bytes)
+            write_weights(scratch, weights.items() if isinstance(weights, Mapping) else weights, max_bytes)
             content = {**facts, **described(model, config, {path.name: path for path in scratch.iterdir()})}
             (scratch / "config.json").write_bytes(storage.canonical_json(content))
             for path in [*scratch.iterdir(), scratch]:
@@ -80,7 +80,12 @@ def described(model: str, config: Mapping[str, Any], files: Mapping[str, Path]) 
     }
 
 
-def _write_weights(folder: Path, weights: Iterable[tuple[str, Tensor]], max_bytes: int) -> None:
+def write_weights(folder: Path, weights: Iterable[tuple[str, Tensor]], max_bytes: int, stem: str = "model") -> None:
+    """Write safetensors whose names begin with `stem`, and an index where there are several; one in memory at a time.
+
+    Raises:
+        Failure: they could not be written.
+    """
     names: list[list[str]] = []  # of the tensors in each file
     total = 0
     for number, shard in enumerate(_shards(weights, max_bytes)):
@@ -92,15 +97,15 @@ def _write_weights(folder: Path, weights: Iterable[tuple[str, Tensor]], max_byte
         names.append(list(shard))
         total += sum(tensor.nbytes for tensor in shard.values())
     if len(names) == 1:
-        (folder / "0").rename(folder / "model.safetensors")
+        (folder / "0").rename(folder / f"{stem}.safetensors")
         return
     files: dict[str, str] = {}
     for number, inside in enumerate(names):
-        file = f"model-{number + 1:05d}-of-{len(names):05d}.safetensors"
+        file = f"{stem}-{number + 1:05d}-of-{len(names):05d}.safetensors"
         (folder / f"{number}").rename(folder / file)
         files |= dict.fromkeys(inside, file)
     content = {"metadata": {"total_size": total}, "weight_map": files}
-    (folder / _INDEX).write_bytes(storage.canonical_json(content))
+    (folder / f"{stem}.safetensors.index.json").write_bytes(storage.canonical_json(content))
 
 
 def _shards(weights: Iterable[tuple[str, Tensor]], max_bytes: int) -> Iterator[dict[str, Tensor]]:
@@ -175,15 +180,20 @@ def load(folder: Path) -> nn.Module:
     """
     content = read_config(folder)
     check_ours(folder, content)
+    check_files(folder, content)
+    return module_of(folder, content)
+
+
+def check_files(folder: Path, content: Mapping[str, Any]) -> None:
+    """Raise Failure where the files of a model folder are not those that its config.json describes."""
     for name, sha256 in content["sha256"].items():
         if not (folder / name).is_file() or file_digest(folder / name) != sha256:
             raise Failure(f"{folder / name}: not the weights that config.json describes; fetch the model again")
-    return module_of(folder, content)
 
 
 def module_of(folder: Path, content: Mapping[str, Any]) -> nn.Module:
     """The torch module of a model folder whose files were compared with its config.json. Raises Failure: they do not fit it."""
-    files = _weight_files(folder, set(content["sha256"]))
+    files = weight_files(folder, set(content["sha256"]))
     kind = kind_of(content)
     try:
         config = kind.config(**content["config"])
@@ -204,7 +214,7 @@ def module_of(folder: Path, content: Mapping[str, Any]) -> nn.Module:
     return module.eval()
 
 
-def _weight_files(folder: Path, named: set[str]) -> list[Path]:
+def weight_files(folder: Path, named: set[str]) -> list[Path]:
     """The weights files in order, which are those that the index names, where there is one."""
     if _INDEX not in named:
         if named != {"model.safetensors"}:

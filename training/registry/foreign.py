@@ -64,9 +64,9 @@ FOREIGN = {
 
 
 def concerns(name: str, parts: Collection[str] | None) -> bool:
-    """Whether a file, by its name below config.json, belongs to one of these parts or to none; None are all parts."""
-    part, _, _ = name.rpartition("/")
-    return parts is None or not part or part in parts
+    """Whether a file, by its name below config.json, counts for these parts: weights of others do not; None are all parts."""
+    part, _, file = name.rpartition("/")
+    return parts is None or part in ("", *parts) or not file.endswith(".safetensors")
 
 
 def check_ours(where: Path | str, content: Mapping[str, Any]) -> None:
