@@ -127,7 +127,7 @@ ROWS = {
     "AutoencoderKL": Row(_image_strides, _image_statistics, _image_ways),
 }
 
-# layers with parameters of their own, of which a network is mostly made
+# res blocks, and attentions that are no part of one: a network is mostly made of them
 BLOCKS = {
     "WanResidualBlock",
     "WanAttentionBlock",

@@ -31,7 +31,8 @@ def moments(net: Any, recompute: bool, video: Tensor, past: Past | None) -> Tens
     for layer in encoder.down_blocks:
         x = _down(layer, x, past, recompute)
     x = _middle(encoder.mid_block, x, past, recompute)
-    x = _convolve(encoder.conv_out, encoder.nonlinearity(encoder.norm_out(x)), past)
+    x = encoder.nonlinearity(encoder.norm_out(x))
+    x = _convolve(encoder.conv_out, x, past)
     out: Tensor = net.quant_conv(x)
     return out
 
@@ -43,7 +44,8 @@ def frames(net: Any, recompute: bool, latent: Tensor, past: Past | None) -> Tens
     x = _middle(decoder.mid_block, x, past, recompute)
     for block in decoder.up_blocks:
         x = _up(block, x, past, recompute)
-    x = _convolve(decoder.conv_out, decoder.nonlinearity(decoder.norm_out(x)), past)
+    x = decoder.nonlinearity(decoder.norm_out(x))
+    x = _convolve(decoder.conv_out, x, past)
     patch = net.config.patch_size or 1
     return x if patch == 1 else unfold(_swapped(x, patch), 1, patch)
 
@@ -75,8 +77,11 @@ def _res(block: Any, x: Tensor, past: Past | None, recompute: bool) -> Tensor:
     if past is None:
         out: Tensor = checkpoint(block, x, use_reentrant=False) if recompute and torch.is_grad_enabled() else block(x)
         return out
-    branch = _convolve(block.conv1, block.nonlinearity(block.norm1(x)), past)
-    branch = _convolve(block.conv2, block.dropout(block.nonlinearity(block.norm2(branch))), past)
+    # one name for all: none of them is kept longer than it is needed
+    branch = block.nonlinearity(block.norm1(x))
+    branch = _convolve(block.conv1, branch, past)
+    branch = block.nonlinearity(block.norm2(branch))
+    branch = _convolve(block.conv2, block.dropout(branch), past)
     added: Tensor = branch + block.conv_shortcut(x)
     return added
 
