@@ -236,10 +236,8 @@ def test_an_expert_learns_its_own_times_alone(of_kind: Callable[[str], Given], t
     losses(chosen, setup, seen)
     t = torch.cat([t for _, t, _ in seen.asked])
     assert ((t >= 0.875) if expert == "high" else (t <= 0.875)).all() and t.std() > 0
-    assert (
-        finetune.facts(chosen, setup, {"inputs": dict.fromkeys(("vae", "latents", "text", "base"), {})})["expert"]
-        == expert
-    )
+    origins = {name: {"uri": name} for name in ("vae", "latents", "text", "base")}
+    assert finetune.facts(chosen, setup, {"inputs": origins})["expert"] == expert
     # each has the weights of its own folder
     stored = tiny_foreign.of_class("WanTransformer3DModel", tiny_foreign.WAN, 0 if expert == "high" else 1)
     assert torch.equal(setup.model.net.proj_out.weight, stored.proj_out.weight)
