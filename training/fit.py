@@ -25,7 +25,7 @@ from longtake.datasets.errors import UserError
 from longtake.training import engines
 from longtake.training.engines import lora
 from longtake.training.objective import Batch, Objective, Turn
-from longtake.training.trace import Trace, made_fake
+from longtake.training.trace import Trace, to_fake, to_meta
 
 USABLE = 0.9  # of a GPU's memory [assumption]: the rest is CUDA's own, the kernels', or lost between blocks
 _FP32 = 4  # bytes
@@ -143,9 +143,10 @@ def _facts_of(uri: str) -> Mapping[str, Any]:
 
 def module_of(config: Any) -> nn.Module:
     """A module of this config of a registered kind, with random weights. Within a trace it takes no memory."""
-    from longtake.training.models import KINDS
+    from longtake.training.models import KINDS, kind_of
 
-    return next(kind.module for kind in KINDS.values() if kind.config is type(config))(config)
+    kinds = (kind_of({"model": name}) for name in KINDS)
+    return next(kind.module for kind in kinds if kind.config is type(config))(config)
 
 
 class _Engine:
@@ -166,18 +167,20 @@ def trace_of(stage: Any, config: Any, inputs: Mapping[str, Source], world: int) 
     """
     engines.deepspeed_config(config, world)  # refuses a batch that does not divide
     count = config.batch // (config.accumulate * world)
-    dtype = torch.bfloat16 if config.precision == "bf16" else None
     trace = Trace()
     with _alone(), trace:
         objective, batch, beside = stage.largest(config, inputs, count)
         modules = objective.modules
-        engines.freeze(modules[objective.lead], config.freeze)
-        if config.lora:
-            lora.attach(modules[objective.lead], config.lora)
-        for module in modules.values():
-            made_fake(module, dtype, engines.device())
-        for module in beside:
-            made_fake(module, None, engines.device())
+        with untraced():
+            for module in (*modules.values(), *beside):
+                to_meta(module)
+            engines.freeze(modules[objective.lead], config.freeze)
+            if config.lora:
+                lora.attach(modules[objective.lead], config.lora)
+            for module in modules.values() if config.precision == "bf16" else ():
+                module.bfloat16()
+        for module in (*modules.values(), *beside):
+            to_fake(module, engines.device())
         batch = {k: v.to(engines.device()) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
         beside_bytes = sum(t.nbytes for module in beside for t in (*module.parameters(), *module.buffers()))
         weights = trace.watch(*modules.values(), *beside) - beside_bytes
@@ -314,9 +317,9 @@ def _offloading(config: Any) -> Iterator[Change]:
 def _accumulating(config: Any) -> Iterator[Change]:
     """Smaller batches in more passes: the same result, in more time."""
     passes, world = config.accumulate, config.run.launcher.processes
-    for factor in range(2, config.batch // (passes * world) + 1):
-        if config.batch % (factor * passes * world) == 0:
-            yield Change(f"accumulate: {factor * passes}", {"accumulate": factor * passes})
+    while config.batch % (2 * passes * world) == 0:
+        passes *= 2
+        yield Change(f"accumulate: {passes}", {"accumulate": passes})
 
 
 def _adapting(config: Any) -> Iterator[Change]:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 _SMALL = 4096  # elements of a tensor whose values are computed too
@@ -102,16 +102,13 @@ class Trace(TorchDispatchMode):
         self.points[self._gradients] = max(self.others + within, self.points.get(self._gradients, 0))
 
 
-def made_fake(module: nn.Module, dtype: torch.dtype | None, device: torch.device) -> None:
-    """Within a `Trace`: give a module fake parameters and buffers of zeros, as `module.to(dtype)` would leave them.
+def to_meta(module: nn.Module) -> None:
+    """Give a module of fake tensors those of the device "meta", which can be cast and copied; outside of a `Trace`."""
+    _replace(module, lambda t: torch.empty(t.shape, dtype=t.dtype, device="meta"))
 
-    Parameters that it shares stay shared.
-    """
-    with _disable_current_modes():
-        # fake tensors cannot be cast in place, but meta tensors can
-        _replace(module, lambda t: torch.empty(t.shape, dtype=t.dtype, device="meta"))
-        if dtype:
-            module.to(dtype)
+
+def to_fake(module: nn.Module, device: torch.device) -> None:
+    """Within a `Trace`: give a module fake parameters and buffers, of zeros. What it shares stays shared."""
     _replace(module, lambda t: torch.zeros(t.shape, dtype=t.dtype, device=device))
 
 

@@ -20,6 +20,7 @@ from torch import Tensor
 from longtake.datasets.loader.streams import Lengths
 from longtake.training import stage
 from longtake.training.data import on_device
+from longtake.training.fit import Largest, Source
 from longtake.training.metrics.share import batches
 from longtake.training.models.common import flow
 from longtake.training.models.common.condition import of_batch
@@ -36,7 +37,9 @@ from longtake.training.models.memory.shared import (
     announce,
     counts,
     facts_of,
+    largest_of,
     loader,
+    made,
     objective_of,
     prepare,
 )
@@ -44,7 +47,7 @@ from longtake.training.models.memory.stretch import Stretch, draw_omega, gather_
 from longtake.training.models.memory.variants import VARIANTS
 from longtake.training.objective import Engines, Objective, Terms, Turn
 
-__all__ = ["MODEL", "announce", "check", "counts", "loader", "prepare"]  # the stage's functions from other files
+__all__ = ["MODEL", "announce", "check", "counts", "loader", "made", "prepare"]  # the stage's functions from other files
 
 VERSION = 2
 PRODUCES = "model"
@@ -108,6 +111,11 @@ def masked(config: Config, stretch: Stretch, omega: Tensor, rng: torch.Generator
     batch, _, count = stretch.high.shape[:3]
     sigma = flow.sample_t(batch * count, config.mask_mean, config.mask_std, 1.0, rng, stretch.high.device)
     return mask(stretch, omega, sigma.view(batch, count), noise_like(stretch, rng))
+
+
+def largest(config: Config, inputs: Mapping[str, Source], count: int) -> Largest:
+    """See `training.fit`."""
+    return largest_of(config, inputs, count, _loss)
 
 
 @torch.no_grad()
