@@ -2,7 +2,7 @@
 
 A stage that takes part has, beside what `longtake.training.stage` asks for,
 
-- `made(config, inputs) -> BaseModel`: the config of the model that it makes;
+- `model_of(config, inputs) -> BaseModel`: the config of the model that it makes;
 - `largest(config, inputs, count) -> Largest`: what it trains, and its largest batch of `count` samples, with no data read
   but the sizes of columns that are there already.
 
@@ -121,14 +121,26 @@ def networks(perceptual: Any) -> list[nn.Module]:
 
 def made_by(source: Source) -> Any:
     """The config of the model that a source is. Raises UserError where it is not known before a stage has run."""
+    return _made_by(source)[1]
+
+
+def module_of(source: Source) -> nn.Module:
+    """The model that a source is, with random weights. Within a trace it takes no memory. Raises as `made_by`."""
+    from longtake.training.models import kind_of
+
+    name, config = _made_by(source)
+    return kind_of({"model": name, "config": config.model_dump(mode="json")}).module(config)
+
+
+def _made_by(source: Source) -> tuple[str, Any]:
     if source.stage is None:
         from longtake.training.models import kind_of
 
         facts = _facts_of(source.uri)
-        return kind_of(facts).config(**facts["config"])
-    if not hasattr(source.stage, "made"):
-        raise UserError(f"a {source.config.kind} stage does not say what model it makes before it has run; run it first")
-    return source.stage.made(source.config, source.inputs)
+        return facts["model"], kind_of(facts).config(**facts["config"])
+    if not hasattr(source.stage, "model_of"):
+        raise UserError(f"what model a {source.config.kind} stage makes is known when it has run; run it first")
+    return source.stage.MODEL, source.stage.model_of(source.config, source.inputs)
 
 
 def _facts_of(uri: str) -> Mapping[str, Any]:
@@ -139,14 +151,6 @@ def _facts_of(uri: str) -> Mapping[str, Any]:
     from longtake.training.registry.uri import in_store
 
     return fetch.describe(uri) if in_store(uri) else disk.read_config(Path(uri))
-
-
-def module_of(config: Any) -> nn.Module:
-    """A module of this config of a registered kind, with random weights. Within a trace it takes no memory."""
-    from longtake.training.models import KINDS, kind_of
-
-    kinds = (kind_of({"model": name}) for name in KINDS)
-    return next(kind.module for kind in kinds if kind.config is type(config))(config)
 
 
 class _Engine:

@@ -4,7 +4,7 @@ UserErrors say which stage must run first.
 """
 
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -21,15 +21,16 @@ from longtake.training.objective import Batch
 
 
 class Window(NamedTuple):
-    """A window of video or latents: channels and (T, H, W). `codec` is the config of what made latents; None for pixels."""
+    """A window of video or latents: channels and (T, H, W). `encoder` has made latents, with this `codec`; None for pixels."""
 
     channels: int
     shape: tuple[int, int, int]
+    encoder: Source | None = None
     codec: Any = None
 
     def batch(self, count: int, column: str = "latent") -> Batch:
         """So many windows, as a loader gives them."""
-        if self.codec is None:
+        if self.encoder is None:
             return {"video": torch.zeros(count, 3, *self.shape, dtype=torch.uint8), "key": [""] * count}
         return {column: torch.zeros(count, 2, self.channels, *self.shape, dtype=torch.float16), "key": [""] * count}
 
@@ -39,17 +40,19 @@ def window_of(config: Any, inputs: Mapping[str, Source], field: str = "latents")
     if field not in inputs:
         return Window(3, (config.frames, *config.size))
     latents = inputs[field]
-    codec = made_by(_encoder_of(latents))
+    encoder = encoder_of(latents, "latents")
+    codec = made_by(encoder)
     height, width = _positions_of(latents, codec.spatial_stride)
     frames = 1 + (config.frames - codec.first_frames) // codec.temporal_stride
-    return Window(codec.latent_channels, (frames, height, width), codec)
+    return Window(codec.latent_channels, (frames, height, width), encoder, codec)
 
 
-def _encoder_of(latents: Source) -> Source:
+def encoder_of(column: Source, what: Literal["latents", "tokens"]) -> Source:
     """What makes, or has made, a column."""
-    if latents.config is not None:
-        return latents.inputs["encoder"]
-    return Source(None, None, read_latents(latents.uri).encoder["uri"], {})
+    if column.config is not None:
+        return column.inputs["encoder"]
+    uri = read_latents(column.uri).encoder["uri"] if what == "latents" else read_tokens(column.uri).model["uri"]
+    return Source(None, None, uri, {})
 
 
 def _positions_of(latents: Source, stride: int) -> tuple[int, int]:
@@ -116,7 +119,7 @@ def tokens_of(tokens: Source) -> TokenWindow:
     if storage.exists(storage.join(tokens.uri, "tokens.json")):
         record = read_tokens(tokens.uri)
         return TokenWindow(record.codes, record.shape)
-    vqgan = made_by(tokens.inputs["encoder"])
+    vqgan = made_by(encoder_of(tokens, "tokens"))
     if not hasattr(vqgan, "spatial_stride"):
         raise UserError("audio_tokens: their shape is known when their `cache_tokens` stage has run; run it first")
     height, width = (side // vqgan.spatial_stride for side in tokens.config.size)

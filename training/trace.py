@@ -1,8 +1,8 @@
 """The memory of a computation, without the memory: it runs on fake tensors, which have a shape and no values.
 
 Every operation goes through a mode that knows when storages begin and end. What branches on data needs values, so those of
-small tensors are computed beside. They come from the largest draws: `torch.randint` gives its highest number. Of a large
-tensor that asks "is any so?" the answer is no.
+small tensors are computed beside. They come from the largest draws: `torch.randint` gives its highest number. Where
+nothing is known, a mask chooses all, and a question whether something is so is answered by no.
 
 Given up: what a kernel needs inside itself is not seen, but for a convolution's second gradient of its weight; nor is the
 allocator's rounding.
@@ -146,12 +146,12 @@ def _scalar(tensor: Tensor) -> Any:
 
 
 def _numbers(index: Tensor | None) -> Tensor | None:
-    """A mask as the numbers that it chooses."""
+    """A mask as the numbers that it chooses: all, of a large one."""
     if index is None or index.dtype != torch.bool:
         return index
+    assert index.ndim == 1, "a trace takes masks of rows"
     value = _known(index)
-    assert value is not None and index.ndim == 1, "a trace has no values of large masks"
-    return value.nonzero().flatten()
+    return torch.arange(len(index), device=index.device) if value is None else value.nonzero().flatten()
 
 
 def _add_values(func: Any, args: Any, kwargs: Any, made: Any) -> None:

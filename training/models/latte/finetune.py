@@ -184,7 +184,7 @@ def _loss(config: Config, target: Target, latte: Latte, turn: Turn) -> tuple[Ten
     return loss, {"loss": loss.detach()}
 
 
-def made(config: Config, inputs: Mapping[str, Source]) -> LatteConfig:
+def model_of(config: Config, inputs: Mapping[str, Source]) -> LatteConfig:
     """See `training.fit`."""
     return _planned(config, inputs)[1]
 
@@ -202,13 +202,13 @@ def _planned(config: Config, inputs: Mapping[str, Source]) -> tuple[sizes.Window
 def largest(config: Config, inputs: Mapping[str, Source], count: int) -> Largest:
     """See `training.fit`: windows of latents, or of pixels."""
     window, model = _planned(config, inputs)
-    if window.codec is None:
+    if window.encoder is None:
         target: Any = PixelTarget(window.shape, 1.0, config.clip_starts)
     else:
         target = LatentTarget(None, window.channels, window.shape, 1.0, None, config.posterior, config.clip_starts)
     latte = Latte(model)
     batch = window.batch(count) | sizes.said(model, count) | {"start": torch.arange(count)}
-    beside = () if window.codec is None else (module_of(window.codec),)
+    beside = () if window.encoder is None else (module_of(window.encoder),)
     return Largest(Objective({"model": latte}, partial(_loss, config, target, latte)), batch, beside)
 
 

@@ -55,14 +55,14 @@ from longtake.training.models.memory.shared import (
     facts_of,
     largest_of,
     loader,
-    made,
+    model_of,
     objective_of,
     prepare,
 )
 from longtake.training.models.memory.stretch import add_noise
 from longtake.training.objective import Engines, Objective, Terms, Turn
 
-__all__ = ["MODEL", "announce", "check", "counts", "loader", "made", "prepare"]  # the stage's functions from other files
+__all__ = ["MODEL", "announce", "check", "counts", "loader", "model_of", "prepare"]  # the stage's functions from other files
 
 VERSION = 3
 PRODUCES = "model"

@@ -39,7 +39,7 @@ from longtake.training.models.memory.shared import (
     facts_of,
     largest_of,
     loader,
-    made,
+    model_of,
     objective_of,
     prepare,
 )
@@ -47,7 +47,7 @@ from longtake.training.models.memory.stretch import Stretch, draw_omega, gather_
 from longtake.training.models.memory.variants import VARIANTS
 from longtake.training.objective import Engines, Objective, Terms, Turn
 
-__all__ = ["MODEL", "announce", "check", "counts", "loader", "made", "prepare"]  # the stage's functions from other files
+__all__ = ["MODEL", "announce", "check", "counts", "loader", "model_of", "prepare"]  # the stage's functions from other files
 
 VERSION = 2
 PRODUCES = "model"

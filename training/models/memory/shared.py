@@ -102,7 +102,7 @@ def planned(config: MemoryConfig, inputs: Mapping[str, Source]) -> Planned:
     return Planned(window, model, min(lengths.most, lengths.some[-1]))
 
 
-def made(config: MemoryConfig, inputs: Mapping[str, Source]) -> MemoryDiTConfig:
+def model_of(config: MemoryConfig, inputs: Mapping[str, Source]) -> MemoryDiTConfig:
     """See `training.fit`."""
     return planned(config, inputs).model
 
@@ -123,9 +123,10 @@ def largest_of(
         for name, latents in (("low", window), ("history_low", before)):
             height, width = (side // by for side, by in zip(latents.shape[1:], model.shrink, strict=True))
             batch |= latents._replace(shape=(latents.shape[0], height, width)).batch(count, name)
+    assert window.encoder
     dit = MemoryDiT(model)
     objective = Objective({"model": dit}, partial(loss, config, dit))
-    return Largest(objective, batch, (module_of(window.codec),))
+    return Largest(objective, batch, (module_of(window.encoder),))
 
 
 def announce(config: MemoryConfig, setup: Setup, loader: Loader) -> tuple[list[str], dict[str, float]]:

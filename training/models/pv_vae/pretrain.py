@@ -293,7 +293,7 @@ def _loss(
     return loss, {"loss": loss.detach(), "kl": kl.detach()} | terms
 
 
-def made(config: Config, inputs: Mapping[str, Source]) -> PVVAEConfig:
+def model_of(config: Config, inputs: Mapping[str, Source]) -> PVVAEConfig:
     """See `training.fit`."""
     vae: PVVAEConfig = config.vae() if config.model is not None or "parent" not in inputs else made_by(inputs["parent"])
     return vae
@@ -301,7 +301,7 @@ def made(config: Config, inputs: Mapping[str, Source]) -> PVVAEConfig:
 
 def largest(config: Config, inputs: Mapping[str, Source], count: int) -> Largest:
     """See `training.fit`: batches of each size have about as many pixels, and an encoder that sees all frames takes most."""
-    vae, (height, width) = made(config, inputs), config.sizes[0]
+    vae, (height, width) = model_of(config, inputs), config.sizes[0]
     batches = [(max(1, count * height * width // (h * w)), h, w) for h, w in config.sizes]
     count, height, width = max(batches, key=math.prod)
     with untraced():
