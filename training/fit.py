@@ -280,59 +280,60 @@ def memory_of(traced: Traced, config: Any, world: int, fused: bool = True) -> Fi
     return Fit(weights, traced.beside, optimizer, averages, held, buckets + extra, activations)
 
 
-class Change(NamedTuple):
-    """A change of a stage's settings, as it is written in a recipe."""
-
-    text: str
-    fields: Mapping[str, Any]
-
-
 class Remedy(NamedTuple):
-    """Changes by which a training fits, and what it takes then."""
+    """Changes by which a training fits, as they are written in its stage, and what it takes then."""
 
     changes: tuple[str, ...]
     fit: Fit
 
 
+Change = Mapping[str, Any]  # fields of a stage's config, and their values
+_AGAIN = "activation_checkpointing"
+
+
 def _checkpointing(config: Any) -> Iterator[Change]:
     """Activations are computed again: a third more time."""
-    name = "activation_checkpointing"
-    if name in type(config).model_fields and not getattr(config, name):
-        yield Change(f"{name}: true", {name: True})
-    elif "model" in type(config).model_fields and not (config.model or {}).get(name):
-        yield Change(f"model.{name}: true", {"model": (config.model or {}) | {name: True}})
+    fields = type(config).model_fields
+    if _AGAIN in fields and not getattr(config, _AGAIN):
+        yield {_AGAIN: True}
+    elif "model" in fields and not (config.model or {}).get(_AGAIN):
+        yield {"model": (config.model or {}) | {_AGAIN: True}}
 
 
 def _sharding(config: Any) -> Iterator[Change]:
     """More traffic between the ranks, if there are several."""
-    if config.run.launcher.processes > 1:
-        for stage in range(config.zero_stage + 1, 4):
-            yield Change(f"zero_stage: {stage}", {"zero_stage": stage})
+    for stage in range(config.zero_stage + 1, 4 if _world(config) > 1 else 0):
+        yield {"zero_stage": stage}
 
 
 def _offloading(config: Any) -> Iterator[Change]:
     """More traffic to the host's memory, and updates on its CPU."""
     for offload, least in (("optimizer", 1), ("parameters", 3)):
-        stage = max(least, config.zero_stage)
-        if config.offload == "none" or (config.offload, offload) == ("optimizer", "parameters"):
-            yield Change(f"zero_stage: {stage}, offload: {offload}", {"zero_stage": stage, "offload": offload})
+        if config.offload in ("none", "optimizer") and config.offload != offload:
+            yield {"zero_stage": max(least, config.zero_stage), "offload": offload}
 
 
 def _accumulating(config: Any) -> Iterator[Change]:
     """Smaller batches in more passes: the same result, in more time."""
-    passes, world = config.accumulate, config.run.launcher.processes
-    while config.batch % (2 * passes * world) == 0:
+    passes = config.accumulate
+    while config.batch % (2 * passes * _world(config)) == 0:
         passes *= 2
-        yield Change(f"accumulate: {passes}", {"accumulate": passes})
+        yield {"accumulate": passes}
 
 
 def _adapting(config: Any) -> Iterator[Change]:
     """Another result: a low-rank change learns."""
     if config.lora is None:
-        yield Change("lora: {rank: 16}", {"lora": {"rank": 16}})
+        yield {"lora": {"rank": 16}}
 
 
 _KINDS_OF_CHANGE = (_checkpointing, _sharding, _offloading, _accumulating, _adapting)  # from cheap to dear
+
+
+def _written(changes: Change) -> tuple[str, ...]:
+    """Changes as lines of a recipe."""
+    texts = {"model": f"model.{_AGAIN}: true", "lora": "lora: {rank: 16}"}
+    return tuple(texts.get(name, f"{name}: {str(value).lower()}") for name, value in changes.items())
 
 
 class Planned:
@@ -354,26 +355,22 @@ class Planned:
 
         One change after the other, from cheap to dear; then all together, as far as each helps.
         """
-        config = self._config
+        single = (change for kind in _KINDS_OF_CHANGE for change in kind(self._config))
+        for change in single:
+            changed = self._changed(self._config, change)
+            if changed is not None and (fit := self.fit(changed)).total <= limit:
+                return Remedy(_written(change), fit)
+        together, config, least = dict[str, Any](), self._config, self.fit().total
         for kind in _KINDS_OF_CHANGE:
+            better = together, config
             for change in kind(config):
                 changed = self._changed(config, change)
-                if changed is not None and (fit := self.fit(changed)).total <= limit:
-                    return Remedy((change.text,), fit)
-        texts, least = tuple[str, ...](), self.fit().total
-        for kind in _KINDS_OF_CHANGE:
-            best: tuple[str, Any] | None = None
-            for change in kind(config):
-                changed = self._changed(config, change)
-                if changed is None:
+                if changed is None or (fit := self.fit(changed)).total >= least:
                     continue
-                fit = self.fit(changed)
-                if fit.total <= limit:
-                    return Remedy((*texts, change.text), fit)
-                if fit.total < least:
-                    best, least = (change.text, changed), fit.total
-            if best:
-                texts, config = (*texts, best[0]), best[1]
+                least, better = fit.total, (together | dict(change), changed)
+                if least <= limit:
+                    return Remedy(_written(better[0]), fit)
+            together, config = better
         return None
 
     def _trace(self, settings: str) -> Traced:
@@ -383,7 +380,7 @@ class Planned:
     def _changed(self, config: Any, change: Change) -> Any:
         """The changed config; None where the stage does not take it."""
         try:
-            changed = type(config)(**config.model_dump(mode="json") | dict(change.fields))
+            changed = type(config)(**config.model_dump(mode="json") | dict(change))
             if hasattr(self._stage, "check"):
                 upstream = {name: source.config for name, source in self._inputs.items() if source.config}
                 self._stage.check(changed, upstream)

@@ -70,7 +70,11 @@ class Trace(TorchDispatchMode):
             # a mask chooses as many rows as it has
             args = (args[0], [_numbers(index) for index in args[1]])
         with self._fake:
-            made = func(*args, **kwargs)
+            if func is _aten.bincount.default:
+                # as many as there are numbers, at least
+                made = args[0].new_zeros(args[2] if len(args) > 2 else kwargs["minlength"])
+            else:
+                made = func(*args, **kwargs)
         if func is _aten.convolution_backward.default:
             # a kernel makes the weight's gradient in a layout of its own, and then copies it
             self._note(args[2].nbytes)
