@@ -296,7 +296,8 @@ def _checkpointing(config: Any) -> Iterator[Change]:
     fields = type(config).model_fields
     if _AGAIN in fields and not getattr(config, _AGAIN):
         yield {_AGAIN: True}
-    elif "model" in fields and not (config.model or {}).get(_AGAIN):
+    elif "model" in fields and not (config.model or {}).get(_AGAIN) and not getattr(config, "parent", None):
+        # a parent's model is as it is
         yield {"model": (config.model or {}) | {_AGAIN: True}}
 
 

@@ -2,7 +2,7 @@
 
 Every operation goes through a mode that knows when storages begin and end. What branches on data needs values, so those of
 small tensors are computed beside. They come from the largest draws: `torch.randint` gives its highest number. Where
-nothing is known, a mask chooses all, and a question whether something is so is answered by no.
+nothing is known, a mask chooses all, and a number is 0: a question whether something is so is answered by no.
 
 Given up: what a kernel needs inside itself is not seen, but for a convolution's second gradient of its weight; nor is the
 allocator's rounding.
@@ -143,10 +143,7 @@ def _known(value: Any) -> Any:
 
 def _scalar(tensor: Tensor) -> Any:
     value = _known(tensor)
-    if value is None and tensor.dtype == torch.bool:
-        return False
-    assert value is not None, "a trace has no values of large tensors"
-    return value.item()
+    return torch.zeros((), dtype=tensor.dtype).item() if value is None else value.item()
 
 
 def _numbers(index: Tensor | None) -> Tensor | None:

@@ -22,7 +22,7 @@ def memory(nodes: list[Node], gpu: float | None) -> Iterator[dict[str, Any]]:
     """
     from longtake.training import fit
 
-    sources = _sources(nodes)
+    sources = sources_of(nodes)
     for node in nodes:
         if not isinstance(node.config, TrainConfig):
             continue
@@ -52,7 +52,7 @@ def device_memory() -> int | None:
     return int(torch.cuda.get_device_properties(0).total_memory) if torch.cuda.is_available() else None
 
 
-def _sources(nodes: list[Node]) -> dict[str, Any]:
+def sources_of(nodes: list[Node]) -> dict[str, Any]:
     """The `fit.Source` of each stage."""
     from longtake.training.fit import Source
 

@@ -1,12 +1,12 @@
-"""The peak of memory of a real training, in a process of its own: what a stage's `largest` gives, in DeepSpeed's engines.
+"""The memory of a real training on a CPU: what a stage's `largest` gives, in DeepSpeed's engines, for two steps.
 
-    python measured.py MODULE CONFIG.json    prints {"allocated": bytes, "resident": bytes}
-
-`allocated` is the peak of what torch's CPU allocator has given out (`torch.profiler` with `profile_memory`), exact to the
-byte and without the interpreter; `resident` is by how much the process has grown at its peak, as the kernel counts it.
+Two figures are measured. `allocated` is the peak of what torch's allocator has given out, by `torch.profiler` with
+`profile_memory`: exact to the byte, and without the interpreter, so it is compared. `resident` is by how much a process has
+grown at its peak as the kernel counts it: all that a machine must have, libraries and fragments too, so it only says that
+large trainings take what is allocated. Run as a script, for a process of its own: measured.py RECIPE STAGE
 """
 
-import importlib
+import gc
 import json
 import resource
 import sys
@@ -15,40 +15,59 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from longtake.training import engines
+from longtake.infra import graph, recipe
+from longtake.infra.upkeep.memory import sources_of
+from longtake.training import engines, fit
 from longtake.training.objective import Turn
 
 STEPS = 2  # the optimizer's states come with the first
 
 
-def peak_of(events: Any) -> int:
-    """The most bytes that lived at once, of a profile's events."""
-    memory = sorted((e.start_ns(), n, e.nbytes()) for n, e in enumerate(events) if e.name() == "[memory]")
+def source_of(path: str, name: str) -> fit.Source:
+    """A stage of a recipe."""
+    return sources_of(graph.build(recipe.load(path)))[name]
+
+
+def planned(source: fit.Source) -> int:
+    """What is said of a training, on a CPU and without the averages that `train` leaves out."""
+    traced = fit.trace_of(source.stage, source.config, source.inputs, 1)
+    found = fit.memory_of(traced, source.config, 1, fused=False)
+    return found.total - found.averages
+
+
+def allocated(source: fit.Source) -> int:
+    """The most bytes that torch had given out at once. Needs a process group."""
+    gc.collect()
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        train(source)
+    events = profiler.profiler.kineto_results.events()  # type: ignore[union-attr]
     now = most = 0
-    for _, _, change in memory:
+    for _, _, change in sorted((e.start_ns(), n, e.nbytes()) for n, e in enumerate(events) if e.name() == "[memory]"):
         now += change
         most = max(most, now)
     return most
 
 
-def train(stage: Any, config: Any, inputs: Any = None) -> None:
+def train(source: fit.Source) -> None:
     """Some steps as `training.loop` makes them, without data and averages."""
-    objective, batch, _ = stage.largest(config, inputs or {}, config.batch // config.accumulate)
+    config = source.config
+    objective, batch, beside = source.stage.largest(config, source.inputs, config.batch // config.accumulate)
     made = engines.engines_of(objective.modules, objective.lead, config, 1, settings=objective.settings)
     for _ in range(STEPS):
         for number in range(config.accumulate):
             carry: dict[str, Any] = {}
-            rng = torch.Generator().manual_seed(number)
             for name, engine in made.items():
-                others = [p for other in made if other != name for p in made[other].module.parameters() if p.requires_grad]
+                others = [p for each in made if each != name for p in made[each].module.parameters() if p.requires_grad]
                 for parameter in others:
                     parameter.requires_grad_(False)
-                loss, _ = objective.loss(Turn(name, made, batch, config.steps - 1, rng, 0, carry))
+                rng = torch.Generator().manual_seed(number)
+                loss, _ = objective.loss(Turn(name, made, batch, config.steps - 1, rng, config.seed, carry))
                 engine.backward(loss)
                 for parameter in others:
                     parameter.requires_grad_(True)
                 engine.step()
                 del loss
+    del beside
 
 
 def resident() -> int:
@@ -56,17 +75,9 @@ def resident() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def main() -> None:
-    stage = importlib.import_module(sys.argv[1])
-    config = stage.Config(**json.loads(sys.argv[2]))
+if __name__ == "__main__":
     with engines.process_group():
         torch.nn.Linear(8, 8)(torch.zeros(1, 8)).sum().backward()
         before = resident()
-        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-            train(stage, config)
-        grown = resident() - before
-    print(json.dumps({"allocated": peak_of(profiler.profiler.kineto_results.events()), "resident": grown}))
-
-
-if __name__ == "__main__":
-    main()
+        train(source_of(*sys.argv[1:]))
+        print(json.dumps(resident() - before))
