@@ -5,6 +5,7 @@ import json
 import sys
 from dataclasses import dataclass, replace
 from graphlib import CycleError, TopologicalSorter
+from pathlib import Path
 from typing import Any
 
 from longtake.datasets import storage
@@ -13,6 +14,7 @@ from longtake.datasets.masking import shown, shown_within
 from longtake.datasets.stage import StageConfig, content, inputs_of, names
 from longtake.infra import stages
 from longtake.infra.recipe import Recipe
+from longtake.training.foreign import folder as folders
 
 
 @dataclass(frozen=True)
@@ -39,12 +41,22 @@ def pin(recipe: Recipe) -> Recipe:
     """The recipe with a digest of all that its stages read from outside, so that every process sees the same sources."""
     outside = dict(recipe.outside)
     for node in build(recipe):
+        for field, value in node.inputs.items():
+            if f"{node.name}.{field}" not in outside and (listing := _listing(field, value)):
+                outside[f"{node.name}.{field}"] = listing
         module = stages.load(node.kind)
         if hasattr(module, "outside") and node.name not in outside:
             outside[node.name] = module.outside(node.config)
             if hasattr(module, "retried"):
                 outside[node.name] += _retried(module, node)
     return replace(recipe, outside=outside)
+
+
+def _listing(field: str, value: str) -> str:
+    """A digest of the names, sizes and times of the files that an input names of a folder of another library; else empty."""
+    if not storage.is_local(value) or not folders.is_foreign(folder := Path(storage.filesystem(value)[1])):
+        return ""
+    return folders.listing_of(folders.parts_for(folder, field))
 
 
 def _retried(module: Any, node: Node) -> str:
@@ -75,7 +87,12 @@ def build(recipe: Recipe) -> list[Node]:
         inputs, upstream = links[name]
         kind = config.kind  # type: ignore[attr-defined]
         _check_inputs(recipe, name, inputs)
-        resolved = {field: nodes[value].result if value in nodes else value for field, value in inputs.items()}
+        resolved: dict[str, Any] = {
+            field: nodes[value].result if value in nodes else value for field, value in inputs.items()
+        }
+        # other weights in the folder of another library are another input
+        listed = {field: recipe.outside.get(f"{name}.{field}") for field in inputs}
+        resolved |= {field: [resolved[field], listing] for field, listing in listed.items() if listing}
         own = _hash([kind, stages.load(kind).VERSION, content(config) | resolved])
         result = _hash([own, recipe.outside.get(name)])
         nodes[name] = Node(

@@ -32,7 +32,8 @@ class Recipe:
     name: str
     workspace: str
     stages: dict[str, StageConfig]
-    outside: dict[str, str] = field(default_factory=dict)  # pinned digests of what stages read from beyond the recipe
+    # pinned digests of what stages read from beyond the recipe, by stage, or by STAGE.FIELD of an input
+    outside: dict[str, str] = field(default_factory=dict)
     deploy: Deploy = field(default_factory=Deploy)
 
     def to_yaml(self) -> str:

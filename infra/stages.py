@@ -20,6 +20,7 @@ STAGES = {
     "pretrain_sound_vqgan": "longtake.training.models.tats.sound.pretrain",
     "pretrain_encgan3": "longtake.training.models.encgan3.pretrain",
     "finetune_mavin": "longtake.training.models.mavin.finetune",
+    "finetune_backbone": "longtake.training.models.backbone.finetune",
     "promote": "longtake.training.registry.promote",
 }
 

@@ -130,12 +130,15 @@ def check_keep(dataset: str, base: index.Shard, keep: np.ndarray) -> None:
         )
 
 
-def load_model(uri: str) -> tuple[str, Any]:
-    """The URI of a model's version, and the model. An alias may name another version before a stopped run continues."""
+def load_model(uri: str, part: str | None = None) -> tuple[str, Any]:
+    """The URI of a model's version, and the model. An alias may name another version before a stopped run continues.
+
+    `part`, such as "vae", is what a pipeline of another library is named for; without it, such a one is refused.
+    """
     # through the public door, as any user: the pipeline does not import training
     longtake: Any = importlib.import_module("longtake")
     version = longtake.resolve(uri)
-    return version, longtake.load(version)
+    return version, longtake.load(version, part)
 
 
 class Worker:

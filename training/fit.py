@@ -14,7 +14,7 @@ import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from pydantic import ValidationError
@@ -119,38 +119,53 @@ def networks(perceptual: Any) -> list[nn.Module]:
     return [images] if isinstance(images, nn.Module) else []
 
 
-def made_by(source: Source) -> Any:
-    """The config of the model that a source is. Raises UserError where it is not known before a stage has run."""
-    return _made_by(source)[1]
+Part = Literal["vae", "transformer"]  # of a pipeline of another library
 
 
-def module_of(source: Source) -> nn.Module:
+def made_by(source: Source, part: Part = "vae", expert: Literal["high", "low"] | None = None) -> Any:
+    """The config of the model that a source is, or of the part that is used of a pipeline.
+
+    Raises:
+        UserError: it is not known before a stage has run; there is no such model.
+    """
+    return _made_by(source, part, expert)[1]
+
+
+def module_of(source: Source, part: Part = "vae") -> nn.Module:
     """The model that a source is, with random weights. Within a trace it takes no memory. Raises as `made_by`."""
     from longtake.training.models import kind_of
 
-    name, config = _made_by(source)
+    name, config = _made_by(source, part)
     return kind_of({"model": name, "config": config.model_dump(mode="json")}).module(config)
 
 
-def _made_by(source: Source) -> tuple[str, Any]:
+def _made_by(source: Source, part: Part, expert: Literal["high", "low"] | None = None) -> tuple[str, Any]:
     if source.stage is None:
-        from longtake.training.models import kind_of
-
-        facts = _facts_of(source.uri)
-        return facts["model"], kind_of(facts).config(**facts["config"])
+        return _registered(source.uri, part, expert)
     if not hasattr(source.stage, "model_of"):
         raise UserError(f"what model a {source.config.kind} stage makes is known when it has run; run it first")
     return source.stage.MODEL, source.stage.model_of(source.config, source.inputs)
 
 
-def _facts_of(uri: str) -> Mapping[str, Any]:
-    """config.json of a model, without its weights."""
-    from pathlib import Path
-
-    from longtake.training.registry import disk, fetch
+def _registered(uri: str, part: Part, expert: Literal["high", "low"] | None) -> tuple[str, Any]:
+    """The kind and the config of a registered model, a model folder, or a part of a pipeline, without its weights."""
+    from longtake.training.foreign import load
+    from longtake.training.foreign.folder import is_foreign
+    from longtake.training.models import kind_of
+    from longtake.training.registry import cache, disk, fetch, pipelines
+    from longtake.training.registry.foreign import PIPELINE
     from longtake.training.registry.uri import in_store
 
-    return fetch.describe(uri) if in_store(uri) else disk.read_config(Path(uri))
+    facts = fetch.describe(uri) if in_store(uri) else None
+    folder = None if facts else pipelines.local(uri)
+    if folder is not None and not is_foreign(folder):
+        facts, folder = disk.read_config(folder), None
+    if facts and facts["model"] == PIPELINE:
+        folder = cache.pull(uri, frozenset({part}))
+    if folder is not None:
+        return load.config_of(pipelines.opened(uri, folder, frozenset({part}))[0], part, expert)
+    assert facts
+    return facts["model"], kind_of(facts).config(**facts["config"])
 
 
 class _Engine:
@@ -294,9 +309,11 @@ _AGAIN = "activation_checkpointing"
 def _checkpointing(config: Any) -> Iterator[Change]:
     """Activations are computed again: a third more time."""
     fields = type(config).model_fields
-    if _AGAIN in fields and not getattr(config, _AGAIN):
-        yield {_AGAIN: True}
-    elif "model" in fields and not (config.model or {}).get(_AGAIN) and not getattr(config, "parent", None):
+    for name in (_AGAIN, "recompute"):
+        if name in fields and not getattr(config, name):
+            yield {name: True}
+            return
+    if "model" in fields and not (config.model or {}).get(_AGAIN) and not getattr(config, "parent", None):
         # a parent's model is as it is
         yield {"model": (config.model or {}) | {_AGAIN: True}}
 

@@ -26,7 +26,7 @@ from longtake.training.checkpoint import upload
 from longtake.training.config import TrainConfig
 from longtake.training.engines import ema
 from longtake.training.objective import Batch, Engines, Objective, Turn
-from longtake.training.progress import Progress, means
+from longtake.training.progress import Progress, means, peak
 from longtake.training.tracker import Tracker
 
 _ALL_RANKS = 1 << 31  # in place of a rank, in the seed that all share
@@ -55,6 +55,8 @@ def train(
         Interrupted: asked to stop; the state is saved.
     """
     run = _resume(objective, loader, config, folder)
+    if objective.largest and run.step < config.steps:
+        _rehearse(objective, run, config, objective.largest())
     step, lead = run.step, run.engines[objective.lead]
     nonfinite = guards.Nonfinite(folder, config.skip_nonfinite, run.left_out)
     spikes, spike_count = guards.Spikes(folder, config.run.spike), 0
@@ -183,6 +185,27 @@ def _resume(objective: Objective, loader: Stream, config: TrainConfig, folder: P
     for name, value in objective.state.items():
         value.copy_(torch.tensor(meta["state"][name]))
     return _Run(trained, averages, meta["step"], meta["left_out"])
+
+
+def _rehearse(objective: Objective, run: _Run, config: TrainConfig, largest: Batch) -> None:
+    """An update of the largest batch that is left out, as one with a loss that is not finite is: no weight changes.
+
+    Raises:
+        Failure: out of memory.
+    """
+    batch = _on_device(largest)
+    for number in range(config.accumulate):
+        rng, seed = _seeded(config.seed, run.step, number)
+        carry: dict[str, Any] = {}
+        for name in learning_rates(objective, config, run.step):
+            engine, turn = run.engines[name], Turn(name, run.engines, batch, run.step, rng, seed, carry)
+            with _only_learning(run.engines, name), guards.explain_out_of_memory(run.step, batch):
+                loss, _ = objective.loss(turn)
+                engine.backward(loss * math.nan)
+                engine.step()
+    tokens = f", {objective.tokens(batch):,} tokens" if objective.tokens else ""
+    if torch.distributed.get_rank() == 0:
+        print(f"the largest batch, {len(batch['key'])} windows{tokens}: {peak()}", flush=True)
 
 
 def _prepare_folder(config: TrainConfig, folder: Path) -> None:

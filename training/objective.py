@@ -51,6 +51,8 @@ class Objective:
         tokens: number of tokens in a batch, for the tokens per second.
         blocks: parts of the modules that `compile` compiles one by one.
         heldout: held-out clips, one a batch, the same each time: the lead's loss on them is logged as `heldout/...`.
+        largest: makes a batch as large as any. One update of it comes before the first step and changes nothing, so that
+            what does not fit in memory ends at once.
         starts: step at which an engine begins to learn, 0 for engines that are not named.
         settings: of engines with a learning rate, betas or schedule of their own, counted from their start.
         state: small vectors that outlive a step and go through a checkpoint, changed in place, on all ranks alike.
@@ -65,6 +67,7 @@ class Objective:
     tokens: Callable[[Batch], int] | None = None
     blocks: Sequence[nn.Module] = ()
     heldout: Iterable[Batch] = ()
+    largest: Callable[[], Batch] | None = None
     starts: Mapping[str, int] = field(default_factory=dict)
     settings: Mapping[str, TrainConfig] = field(default_factory=dict)
     state: Mapping[str, Tensor] = field(default_factory=dict)

@@ -2,6 +2,7 @@
 
 import math
 import re
+import resource
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -147,6 +148,14 @@ def memory() -> dict[str, float]:
         figures["gpu_memory_reserved_gb"] = torch.cuda.max_memory_reserved() / 1e9
         torch.cuda.reset_peak_memory_stats()
     return figures
+
+
+def peak() -> str:
+    """The most memory that this process has had, of its device where it has one, as words."""
+    if torch.cuda.is_available():
+        total = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
+        return f"{torch.cuda.max_memory_allocated() / 1e9:.1f} of {total / 1e9:.1f} GB of the device at its peak"
+    return f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9:.1f} GB of the host at its peak"
 
 
 def means(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:

@@ -16,6 +16,7 @@ A stage is a module with `VERSION`, `PRODUCES` and a `Config` (a `TrainConfig` w
 It may also have
 
 - `announce(config, setup, loader) -> (lines, figures)`: lines to print and figures to log before the first step;
+- `kind(setup) -> str`: the kind of its model in config.json, where that is not always `MODEL`;
 - `registered(config) -> dict[str, str]`: models of the registry that its settings name, pinned as its inputs are;
 - `keep(config, folder, scratch)`: writes further artifacts of the run into `scratch`.
 """
@@ -128,9 +129,8 @@ def publish(stage: Any, config: Any, inputs: Mapping[str, str], folder: Path) ->
     facts = {"lineage": record} | stage.facts(config, setup, record)
     with tracker.connect(folder, system_metrics=False) as log, TemporaryDirectory() as scratch:
         model, beside = Path(scratch) / "model", Path(scratch) / "beside"
-        disk.save(
-            model, stage.MODEL, setup.model.config.model_dump(mode="json"), checkpoint.trained(folder, config), facts
-        )
+        kind = stage.kind(setup) if hasattr(stage, "kind") else stage.MODEL
+        disk.save(model, kind, setup.model.config.model_dump(mode="json"), checkpoint.trained(folder, config), facts)
         uri = registry.register(model, config.name, log.run_id)
         figures = published(folder, stage.SUMMARY, log)
         if hasattr(stage, "keep"):

@@ -60,7 +60,10 @@ class Loader(Stream):
         crop: "center", or "random" along the longer side, from the sample's own seed.
         batch: samples in a global batch, over all ranks.
         pixels: instead of `batch`, the most T * H * W pixels in a global batch: each shape gets the batch that it allows.
-        ranks: with `pixels`, batches are multiples of this: the largest world to run or resume on; None: this world.
+        positions: beside `batch`, the most T * h * w positions of the first column of latents in a global batch: windows of
+            larger or longer latents share smaller batches.
+        ranks: with `pixels` or `positions`, batches are multiples of this: the largest world to run or resume on; None:
+            this world.
         last: "drop" leaves the last incomplete batch of an epoch out, "pad" fills it from the epoch's start.
         shuffle: False gives the order on disk and, without `clip_starts`, the window at each clip's start.
         clip_starts: share of windows that start their clip, 0 to 1; the others start later, at any frame alike. A clip as
@@ -99,6 +102,7 @@ class Loader(Stream):
         crop: Literal["center", "random"] = "center",
         batch: int | None = 8,
         pixels: int | None = None,
+        positions: int | None = None,
         ranks: int | None = None,
         last: order.Last = "drop",
         shuffle: bool = True,
@@ -154,7 +158,13 @@ class Loader(Stream):
 
         # batches of one shape each
         window = Window(0, stride, (0, 0), crop == "random", history_seconds, clip_starts, histories)
-        buckets = make_buckets(selection.keep, selection.weights, shapes, window, batch or 0, pixels, ranks or world)
+        if positions is not None and not opened.latents:
+            raise UserError("positions: are of latents; name a column of latents, or leave them out")
+        factor = factor_of(opened.columns[opened.latents[0]]) if opened.latents else 1
+        buckets = make_buckets(
+            selection.keep, selection.weights, shapes, window, batch or 0, pixels, ranks or world, positions, factor
+        )
+        self.buckets = buckets
         order.check_batch(self.samples, (batch or 0) if pixels is None else ranks or world, world, "pad", where)
         counts = batch_counts(buckets, world, last, where)
         self.batches_per_epoch, self.batch = sum(counts), batch
@@ -173,7 +183,7 @@ class Loader(Stream):
         data += [] if clip_starts is None else [{"clip_starts": clip_starts}]
         data += [list(astuple(histories)[:-1])] if histories else []
         data += [{"reaches": histories.reaches}] if histories and histories.reaches else []
-        batch_sizes = batch if pixels is None else [b.batch for b in buckets]
+        batch_sizes = batch if pixels is positions is None else [b.batch for b in buckets]
         end = None if epochs is None else epochs * self.batches_per_epoch
         super().__init__(plan, data, seed, batch_sizes, end, workers, rank, world)
 

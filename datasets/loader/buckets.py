@@ -1,5 +1,6 @@
 """The shape of each clip's window, and buckets: the samples of one shape, which share batches."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -21,6 +22,7 @@ class Shapes:
     numbers: np.ndarray  # (N,) each clip's place in `shapes`
     short: np.ndarray  # (N,) bool: clips shorter than all windows
     small: np.ndarray  # (N,) bool: clips smaller than `size`
+    latents: list[tuple[int, int]]  # of each shape (h, w) in the first column of latents or tokens; (0, 0) without one
 
 
 @dataclass(frozen=True)
@@ -32,6 +34,7 @@ class Bucket:
     rows: np.ndarray  # their row numbers in the split, rising
     weights: np.ndarray | None  # how often each row comes; None: once an epoch
     samples: int  # in an epoch; as many as rows where there are no weights
+    latent: tuple[int, int] = (0, 0)  # (h, w) in the first column of latents or tokens
 
 
 def window_shapes(
@@ -65,7 +68,8 @@ def window_shapes(
 
     small = (heights < size[0]) | (widths < size[1]) if isinstance(size, tuple) else np.minimum(heights, widths) < size
     shapes = [(t, *scaled) for t in lengths for scaled, _ in distinct]
-    return Shapes(size, shapes, length * np.int16(len(distinct)) + kind_numbers[numbers], short, small)
+    latents = [(sides[-1], sides[-2]) if codes else (0, 0) for _, (_, sides) in distinct] * len(lengths)
+    return Shapes(size, shapes, length * np.int16(len(distinct)) + kind_numbers[numbers], short, small, latents)
 
 
 def make_buckets(
@@ -76,6 +80,8 @@ def make_buckets(
     batch: int,
     pixels: int | None,
     ranks: int,
+    positions: int | None = None,
+    factor: int = 1,
 ) -> list[Bucket]:
     """A bucket for each shape of the rows that take part.
 
@@ -84,9 +90,11 @@ def make_buckets(
         window: what the windows of all shapes have in common.
         batch: samples in a global batch, without `pixels`.
         pixels: the most T * H * W pixels in a global batch, whose samples are a multiple of `ranks`.
+        positions: the most positions of latents in a global batch of `batch` samples at most, a multiple of `ranks`; a
+            window of T frames has 1 + (T - 1) / `factor` latents.
 
     Raises:
-        UserError: `pixels` hold no batch of some shape.
+        UserError: `pixels` or `positions` hold no batch of some shape.
     """
     numbers = np.unique(shapes.numbers[keep]).tolist()
     rows_of = [np.flatnonzero(keep & (shapes.numbers == number)).astype(np.int32) for number in numbers]
@@ -97,9 +105,21 @@ def make_buckets(
         t, h, w = shapes.shapes[number]
         if pixels is not None and not (batch := pixels // (t * h * w) // ranks * ranks):
             raise UserError(f"pixels: {pixels} hold no {ranks} windows of {t}x{h}x{w}; raise it")
-        own = replace(window, frames=t, size=(h, w))
-        buckets.append(Bucket(own, batch, rows, None if weights is None else weights[rows], samples))
+        own, latent = replace(window, frames=t, size=(h, w)), shapes.latents[number]
+        each = math.prod(latent) * (1 + (t - 1) // factor)
+        share = batch if positions is None else _share(batch, positions, each, ranks)
+        buckets.append(Bucket(own, share, rows, None if weights is None else weights[rows], samples, latent))
     return buckets
+
+
+def _share(batch: int, positions: int, each: int, ranks: int) -> int:
+    """The most windows of `each` positions in a global batch. Raises UserError where a rank would have none."""
+    if not (fitting := positions // each // ranks * ranks):
+        raise UserError(
+            f"positions: {positions // ranks} a process hold no window of {each} positions of latents; raise it, or lower"
+            " `frames` or the size of the latents"
+        )
+    return min(batch, fitting)
 
 
 def batch_counts(buckets: list[Bucket], world: int, last: order.Last, where: str) -> list[int]:

@@ -17,6 +17,7 @@ from longtake.datasets.errors import Failure, Interrupted, UserError
 from longtake.datasets.masking import shown
 from longtake.infra.cli import (
     dataset,
+    export,
     generate,
     housekeeping,
     infill,
@@ -64,7 +65,7 @@ for command in (
     *(recipe.run, recipe.stage, recipe.graph, recipe.resolve, recipe.status, recipe.report),
     *(housekeeping.plan, housekeeping.doctor, housekeeping.clean),
     *(submit.submit, submit.jobs_group, submit.render),
-    *(models.models, promote.promote, promote.rollback),
+    *(models.models, promote.promote, promote.rollback, export.export),
     *(dataset.footage, dataset.dataset),
     *(generate.generate, infill.infill, reconstruct.reconstruct, retrieve.retrieve),
 ):

@@ -111,8 +111,24 @@ _MOST_AT_ONCE = 64  # videos in a grid, which are all decoded side by side
     help="Noise level of the past for a model with a memory, from the levels in its training. [default: the model's]",
 )
 @click.option(
-    "--steps", type=click.IntRange(min=1), metavar="S", help="Euler steps of a window. [default: the model's]"
+    "--guidance-2",
+    type=media.Number(min=0, max=1000),
+    metavar="G",
+    help="Guidance at low noise, for a model of two experts. [default: as --guidance]",
 )
+@click.option(
+    "--solver",
+    type=click.Choice(["euler", "unipc"]),
+    help="How the flow is followed: by Euler steps, or by UniPC's, of which fewer do. Where the model is a transformer of"
+    " another library. [default: as its pipeline]",
+)
+@click.option(
+    "--size",
+    type=media.SIZE,
+    metavar="HxW",
+    help="Height and width of the frames. Where the model makes any. [default: the model's]",
+)
+@click.option("--steps", type=click.IntRange(min=1), metavar="S", help="Steps of a window. [default: the model's]")
 @click.option(
     "--temperature", type=float, metavar="T", help="Of a model of tokens: below 1 the likelier ones come oftener."
 )
@@ -171,6 +187,9 @@ def generate(
     grid: bool,
     guidance: str | None,
     history_noise: float | None,
+    guidance_2: float | None,
+    solver: str | None,
+    size: tuple[int, int] | None,
     steps: int | None,
     temperature: float | None,
     top_k: int | None,
@@ -184,10 +203,10 @@ def generate(
 ) -> None:
     """Generate videos with MODEL, a prior.
 
-    MODEL is in the registry (models:/latte@champion) or a model folder. The same model, seed and options give the same
-    file. MLFLOW_TRACKING_URI names the registry. A model that goes on from what it has made keeps finished parts in
-    FILE.mp4.part until the file is whole, so that after a stop the same command continues. A file that is no grid says
-    where it went on, so that `longtake infill --smooth` can remake its joints.
+    MODEL is in the registry (models:/latte@champion), a model folder, or the folder of a pipeline of diffusers. The same
+    model, seed and options give the same file. MLFLOW_TRACKING_URI names the registry. A model that goes on from what it
+    has made keeps finished parts in FILE.mp4.part until the file is whole, so that after a stop the same command continues.
+    A file that is no grid says where it went on, so that `longtake infill --smooth` can remake its joints.
 
     \b
     Examples:
@@ -198,6 +217,7 @@ def generate(
       longtake generate models:/latte@champion --prompt "a dog runs left" --negative "a cat" --guidance 4 --out dog.mp4
       longtake generate models:/tats@champion --frames 256 --audio drums.wav --out drums.mp4
       longtake generate models:/memory-dit@champion --seconds 60 --start clip.mp4 --storyboard story.yaml --out x.mp4
+      longtake generate models:/wan-1.3b@champion --prompt "a dog runs" --solver unipc --size 480x832 --out dog.mp4
       longtake generate models:/rencgan3@champion --seconds 60 --start clip.mp4 --movement other.mp4 --out x.mp4
     """
     all_seeds = seeds_of(seed, count, seeds)
@@ -229,12 +249,15 @@ def generate(
         generator = _load_generator(model, vae, precision, text_encoder)
         settings = {"guidance": strength, "steps": steps, "history_noise": history_noise}
         settings |= {"temperature": temperature, "top_k": top_k, "top_p": top_p, "keep": keep}
-        settings |= {"content": content, "backward": backward or None}
+        settings |= {"content": content, "backward": backward or None, "solver": solver, "guidance_2": guidance_2}
         texts = {"prompt": words or None, "negative": negative}
         files = {"start": start, "movement": movement or None, "storyboard": storyboard, "audio": audio}
-        for name, value in (files | settings | texts).items():
+        for name, value in (files | settings | texts | {"size": size}).items():
             if value is not None and ("prompt" if name in texts else name) not in generator.accepts:
                 raise UserError(f"--{name.replace('_', '-')}: {model} takes none; leave it out")
+        if size:
+            with asked.naming("--size"):
+                generator = generator.sized(*size)
         plan = _plan(generator, frames, seconds, fps, start, settings)
         story = asked.storyboard_of(storyboard, generator, plan.frames, plan.fps) if storyboard else None
         sound = asked.sound_of(audio, plan.frames / plan.fps) if audio else None
@@ -266,12 +289,14 @@ def _load_generator(model: str, vae: str | None, precision: str, text_encoder: s
     from longtake.training.models.common.prompts import with_encoder
 
     uri = media.check_registry(model)
-    module, facts = registry.load_with_facts(uri)
+    module, facts = registry.load_with_facts(uri, "transformer", "first")
     kind = kind_of(facts)
     if kind.generator is None:
         raise UserError(
             f"{model}: is a {kind.what}, which generates no videos; name a prior, such as of `finetune_latte` or `pretrain_tats`"
         )
+    if kind.complete:
+        facts = dict(kind.complete(uri, facts))
     decoder = media.check_registry(vae) if vae else None
     if text_encoder and not facts.get("text"):
         raise UserError(f"--text-encoder: {model} takes none; leave it out")

@@ -2,6 +2,7 @@
 
 import math
 import os
+import re
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -28,6 +29,21 @@ class Number(click.FloatRange):
 
 
 FPS = Number(0.01, 1000)  # rates that an mp4 can have, and players read
+
+
+class Size(click.ParamType):
+    """A height and a width, such as 480x832."""
+
+    name = "size"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, int]:
+        sides = re.fullmatch(r"([1-9]\d{0,4})x([1-9]\d{0,4})", value)
+        if not sides:
+            self.fail(f"{value!r} is no height and width, such as 480x832.", param, ctx)
+        return int(sides[1]), int(sides[2])
+
+
+SIZE = Size()
 
 precision_option = click.option(
     "--precision",

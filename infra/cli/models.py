@@ -1,16 +1,18 @@
 """`longtake models`: list, show, fetch and import registered models."""
 
 import os
-from typing import Any
+from pathlib import Path
+from typing import Any, Literal
 
 import click
 
 from longtake.datasets.errors import Failure, UserError
 from longtake.datasets.masking import shown, shown_within
-from longtake.training.registry.foreign import FOREIGN
+from longtake.training.registry.foreign import FOREIGN, PIPELINE, REFERENCE
 from longtake.training.registry.uri import in_store, parse
 
 _LOCK = "longtake.lock"  # tag of registered models that are only locks
+_OF_PIPELINE = ("parts", "folder", "bytes")  # what config.json says of a pipeline, and is shown elsewhere
 _SHOWN = ("champion", "candidate", "previous")
 
 
@@ -76,6 +78,9 @@ def show(model: str, as_json: bool) -> None:
     except (UserError, Failure) as e:
         problem = str(e)
     lineage = content.get("lineage")
+    config = content.get("config", {})
+    # of a pipeline, what it is made of
+    parts = config.get("parts", {}) if content.get("model") == PIPELINE else {}
     facts = {
         "name": name,
         "versions": [
@@ -91,8 +96,10 @@ def show(model: str, as_json: bool) -> None:
         "aliases": _aliases_of(aliases, version),
         "model": content.get("model"),
         "bytes": content.get("bytes"),
+        "location": content.get("location"),
         "sha256": version.tags.get("sha256"),
-        "parameters": content.get("config", {}),
+        "parts": parts,
+        "parameters": {name: value for name, value in config.items() if name not in _OF_PIPELINE},
         "inputs": lineage.get("inputs", {}) if isinstance(lineage, dict) else {},
         "run": version.run_id,
         "metrics": metrics,
@@ -112,7 +119,8 @@ def pull(uri: str, to: str | None) -> None:
     """Fetch the model URI (NAME@ALIAS or NAME/VERSION) into the cache, check it and print its folder.
 
     Files in the cache are not fetched again, and a stopped pull is resumed. Pulled models load without the store; with
-    LONGTAKE_OFFLINE=1 it is not asked at all. The cache is LONGTAKE_CACHE, else ~/.cache/longtake.
+    LONGTAKE_OFFLINE=1 it is not asked at all. The cache is LONGTAKE_CACHE, else ~/.cache/longtake. A pipeline that is
+    registered by reference stays where it lies: its files are compared with their digests, and its folder is printed.
 
     \b
     Example:
@@ -120,10 +128,14 @@ def pull(uri: str, to: str | None) -> None:
     """
     from pathlib import Path
 
-    from longtake.training.registry import cache
+    from longtake.training.registry import cache, pipelines
 
     _check_store()
-    folder = cache.pull(_uri(uri))
+    folder = cache.pull(uri := _uri(uri))
+    if (folder / REFERENCE).is_file():
+        folder = pipelines.opened(uri, folder, None).folder
+        if to is not None:
+            raise UserError(f"--to: {uri} is registered by reference, and lies in {folder}; copy it from there")
     if to is not None:
         cache.copy(folder, Path(to))
     click.echo(to if to is not None else folder)
@@ -136,18 +148,39 @@ def pull(uri: str, to: str | None) -> None:
     "--as",
     "kind",
     type=click.Choice(list(FOREIGN)),
-    help="What to register of a folder that has both, as a whole CLIP does. [default: what its config.json says]",
+    help="What to register of a folder that has several, as a whole CLIP does. [default: what its files say]",
 )
-def import_(folder: str, name: str, kind: str | None) -> None:
-    """Register the text or image encoder in FOLDER as a new version of NAME, and as its champion.
+@click.option("--by-reference", is_flag=True, help="Of a pipeline: register where FOLDER lies, and copy nothing.")
+@click.option(
+    "--base", metavar="MODEL", help="FOLDER is an adapter (LoRA) of this pipeline, or of one fine-tuned from it."
+)
+@click.option("--expert", type=click.Choice(["high", "low"]), help="Of two transformers in the base, the adapter's.")
+def import_(
+    folder: str,
+    name: str,
+    kind: str | None,
+    by_reference: bool,
+    base: str | None,
+    expert: Literal["high", "low"] | None,
+) -> None:
+    """Register a pipeline of diffusers, or a text or image encoder, in FOLDER as a new version of NAME, and as its champion.
 
-    FOLDER is what `save_pretrained` of transformers writes: safetensors and config.json, of a text encoder tokenizer.json
-    too. A clip_vision_model is an image encoder, a clip needs --as, all else is a text encoder. It is loaded and checked,
-    then these files are copied as they are. The same files are not registered twice. The old champion becomes `previous`;
-    `longtake rollback NAME` brings it back.
+    FOLDER is what `save_pretrained` writes, as safetensors. With model_index.json it is a pipeline, and so is one part of it
+    alone. Of transformers a clip_vision_model is an image encoder, a clip needs --as, all else is a text encoder with its
+    tokenizer.json. It is checked, then its files are copied as they are. The same files are not registered twice. The old
+    champion becomes `previous`; `longtake rollback NAME` brings it back.
+
+    With --by-reference a large pipeline stays where it is, which all that use it must see; its files are compared with the
+    digests of now whenever it is loaded.
+
+    With --base, FOLDER is an adapter, a safetensors file or a folder with one, as PEFT, diffusers, ComfyUI or musubi write
+    it. The base's transformer with the adapter in its weights is registered, and is generated with and fine-tuned as any.
 
     \b
     Examples:
+      longtake models import /models/Wan2.1-T2V-1.3B-Diffusers --name wan-1.3b      # vae: models:/wan-1.3b@champion
+      longtake models import /models/Wan2.2-T2V-A14B-Diffusers --name wan-14b --by-reference
+      longtake models import style.safetensors --base models:/wan-1.3b@champion --name wan-style
       longtake models import /models/umt5-xxl --name umt5      # then, in a recipe: encoder: models:/umt5@champion
       longtake models import /models/clip-l --as image_encoder --name clip      # image: models:/clip@champion
     """
@@ -161,6 +194,10 @@ def import_(folder: str, name: str, kind: str | None) -> None:
         model_name(name)
     except ValueError as e:
         raise UserError(f"--name: {e}") from e
+    if expert and not base:
+        raise UserError("--expert: is for an adapter; name its --base, or leave it out")
+    if base and (kind or by_reference):
+        raise UserError(f"{'--as' if kind else '--by-reference'}: with --base, FOLDER is an adapter; leave it out")
     uri, place = _store(), None
     if path := sqlite_store.path_of(uri):
         # such a store may be new, and keeps its artifacts beside it, as that of a recipe does
@@ -168,7 +205,22 @@ def import_(folder: str, name: str, kind: str | None) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         with sqlite_store.opened_alone(uri):
             runs.client_of(uri).search_registered_models(max_results=1)
-    click.echo(registry.register_foreign(Path(folder), name, kind, place))
+    if base is None:
+        click.echo(registry.register_foreign(Path(folder), name, kind, place, by_reference))
+    else:
+        from longtake.training.foreign import adapted
+
+        click.echo(adapted.register(Path(folder), base, expert, name, place))
+
+
+@models.command()
+@click.argument("folder", type=click.Path(path_type=Path))
+def tiny(folder: Path) -> None:
+    """Write a tiny Wan with random weights to FOLDER, in the layout of diffusers, for a first run of wan_lora_tiny."""
+    from longtake.training.foreign import tiny as tiny_wan
+
+    tiny_wan.write(folder)
+    click.echo(f"wrote a tiny Wan with random weights to {folder}; go on with: WAN={folder} longtake run wan_lora_tiny")
 
 
 def _store() -> str:
@@ -256,9 +308,16 @@ def _print_facts(facts: dict[str, Any]) -> None:
         rows.append([v["version"], ", ".join(v["aliases"]) or "-", v["gate"] or "-", v["created"]])
     _print_table(rows)
     click.echo(f"\n{facts['uri']}{' (' + ', '.join(facts['aliases']) + ')' if facts['aliases'] else ''}")
-    for name in ("model", "bytes", "sha256", "run", "problem"):
+    for name in ("model", "bytes", "location", "sha256", "run", "problem"):
         if facts[name] is not None:
             click.echo(f"  {name}: {facts[name]}")
+    if facts["parts"]:
+        click.echo("  parts:")
+        table = [
+            ["   ", name, part["class_name"], f"{part['parameters']:,} parameters", f"{part['bytes']:,} bytes"]
+            for name, part in facts["parts"].items()
+        ]
+        _print_table(table)
     inputs = {field: each.get("uri") for field, each in facts["inputs"].items() if isinstance(each, dict)}
     metrics = {name: f"{value:.6g}" for name, value in facts["metrics"].items()}
     parts = {"gate": facts["gate"], "metrics": metrics, "inputs": inputs, "parameters": facts["parameters"]}

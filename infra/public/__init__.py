@@ -3,7 +3,7 @@
 This is the package `longtake` itself. It is in this folder because the repository's top folders are its parts.
 """
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
     from torch import nn
@@ -13,19 +13,20 @@ if TYPE_CHECKING:
 __all__ = ["__version__", "load", "resolve", "text_encoder"]
 
 
-def load(uri: str) -> "nn.Module":
+def load(uri: str, part: Literal["vae", "transformer"] | None = None) -> "nn.Module":
     """The torch module of a model, on the CPU, in evaluation mode.
 
     Args:
         uri: "models:/NAME@ALIAS" or "models:/NAME/VERSION" of the registry that MLFLOW_TRACKING_URI names, fetched once
             and checked (see `longtake models pull`); or a model folder.
+        part: which part of a pipeline of another library, such as a folder in the layout of diffusers.
 
     Raises:
         UserError, Failure: as `longtake.training.registry.load`.
     """
     from longtake.training import registry
 
-    return registry.load(uri)
+    return registry.load(uri, part)
 
 
 def resolve(uri: str) -> str:

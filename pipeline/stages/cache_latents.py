@@ -46,6 +46,8 @@ class EncodeConfig(WorkerConfig):
 class Config(StageConfig):
     """Encode a dataset by a model of the registry ("models:/pv-vae@champion"), a stage that trains one, or a model folder.
 
+    It may be a pipeline of another library, registered or a folder in the layout of diffusers, for its autoencoder.
+
     Clips are encoded whole, whatever their length, but for the last frames that make no whole latent. With
     `join_seconds` clips that follow each other without a hole are encoded as one video, as a film is generated: a model
     with a memory learns from such streams, and its history is within one. With `shrink` the video is scaled down before
@@ -85,8 +87,8 @@ def check(config: Config, inputs: Mapping[str, StageConfig]) -> None:
     """Refuse a size that the stages it reads from cannot give. Raises ValueError."""
     if config.size is None:
         return
-    if hasattr(encoder := inputs.get("encoder"), "vae"):
-        stride = encoder.vae().spatial_stride  # type: ignore[union-attr]
+    if hasattr(encoder := inputs.get("encoder"), "encoder") and (known := encoder.encoder()):  # type: ignore[union-attr]
+        stride = known.spatial_stride
         if any(side % stride for side in config.size):
             raise ValueError(f"size: {config.size[0]}x{config.size[1]} is not in multiples of the encoder's {stride}")
         if any(side < stride * by for side, by in zip(config.size, config.shrink, strict=True)):
@@ -116,7 +118,7 @@ def run(config: Config, inputs: Mapping[str, str], output: str) -> dict[str, Any
     # What to encode, and by what.
     dataset = storage.absolute(inputs["dataset"])
     base = columns.open_base(dataset, inputs.get("view"))
-    uri, model = columns.load_model(inputs["encoder"])
+    uri, model = columns.load_model(inputs["encoder"], "vae")
     strides = streams.strides_of(model, uri)
     settings = streams.Settings(
         **config.model_dump(include=_RECORDED | {"tile", "overlap"}),

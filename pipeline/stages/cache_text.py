@@ -50,9 +50,10 @@ class EncodeConfig(WorkerConfig):
 class Config(TextConfig):
     """Encode all captions of a dataset once: the states of their tokens, as many as each caption has.
 
-    Without an encoder these are packaged embeddings of words, which need no GPU. A folder is read by every worker, so it has
-    to be where all of them see it. A registered model is the version that it names when the stage begins. Nothing is ever
-    downloaded. The same weights, settings and kind of machine give the same bytes for any number of workers.
+    Without an encoder these are packaged embeddings of words, which need no GPU. A folder, of an encoder or of a pipeline in
+    the layout of diffusers, is read by every worker, so it has to be where all of them see it. A registered model is the
+    version that it names when the stage begins. Nothing is ever downloaded. The same weights, settings and kind of machine
+    give the same bytes for any number of workers.
 
     dataset    whose clips these are
     captions   a `caption` stage
@@ -75,7 +76,14 @@ def outside(config: Config) -> str:
     folder = Path(config.encoder).expanduser()
     if config.encoder == WORDS or not folder.is_dir():
         return ""
-    files = sorted(path for path in folder.rglob("*") if path.is_file() and not path.name.startswith("."))
+    # of a pipeline its encoder and tokenizer alone
+    inside = (
+        [folder / name for name in ("text_encoder", "tokenizer")]
+        if (folder / "model_index.json").is_file()
+        else [folder]
+    )
+    found = (path for place in inside for path in place.rglob("*"))
+    files = sorted(path for path in found if path.is_file() and not path.name.startswith("."))
     # weights that were trained further have the size of before
     listed = [f"{path.relative_to(folder)} {path.stat().st_size} {path.stat().st_mtime_ns}" for path in files]
     return hashlib.sha256("\n".join(listed).encode()).hexdigest()

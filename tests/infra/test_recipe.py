@@ -198,6 +198,7 @@ def test_the_recipes_of_the_package_are_valid(monkeypatch: pytest.MonkeyPatch) -
     for variable in ("VIDEOS", "WORKSPACE", "CHECKPOINTS"):
         monkeypatch.setenv(variable, variable.lower())
     monkeypatch.setenv("VAE", "models:/pv-vae@champion")
+    monkeypatch.setenv("WAN", "models:/wan-1.3b@champion")
     for name in recipe.builtin():
         assert graph.build(recipe.load(name))
 

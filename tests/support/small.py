@@ -112,11 +112,13 @@ def objective(
     noise: float = 0.01,
     told: Sequence[Sequence[float]] = (),
     heldout: int = 0,
+    largest: int = 0,
 ) -> Objective:
     """A module that learns, and from step `starts` on a second one that looks at its outputs.
 
     `fault` happens in the `calls` of the loss (from 1) on rank `rank`: `kind` is "nan" or "inf" (the loss, with finite
     gradients), "leap", "gradient" (not finite, of a finite loss), "sleep", or the name of a signal.
+    With `largest` a batch of so many rows comes before the first step.
     `told` are the losses that each rank says it had, call by call, and says under a name of its own too.
     """
     modules = {"generator": module(kind)} | ({} if starts is None else {"adversary": module("mlp", outputs=1)})
@@ -147,6 +149,7 @@ def objective(
         lead="generator",
         starts={"adversary": starts or 0},
         tokens=lambda batch: batch["x"].numel(),
+        largest=(lambda: {"x": rows(2000, largest), "key": ["large"] * largest}) if largest else None,
         heldout=[{"x": rows(1000 + number, 1), "key": [f"held-{number}"]} for number in range(heldout)],
     )
 

@@ -118,24 +118,31 @@ def colours(number: int) -> Sequence[str]:
     return ("a red square", "red") if number % 2 == 0 else ("a blue circle moves left",)
 
 
-def column(folder: Path, dataset: str, say: Callable[[int], Sequence[str]] = colours, **changes: Any) -> str:
-    """What `caption` and `cache_text` make of a dataset; returns the record's folder.
+def column(
+    folder: Path,
+    dataset: str,
+    say: Callable[[int], Sequence[str]] = colours,
+    encoder: Any = None,
+    name: str = TEXTS,
+    **changes: Any,
+) -> str:
+    """What `caption` and `cache_text` make of a dataset by an encoder, or a `Counting`; returns the record's folder.
 
-    `say` gives the captions of a clip by its number in its shard. `changes` are of the record.
+    `say` gives the captions of a clip by its number in its shard. `name` is that of the column. `changes` are of the record.
     """
-    encoder, shards = Counting(), [s for split in schema.SPLITS for s in index.read_shards(dataset, split)]
+    encoder, shards = encoder or Counting(), [s for split in schema.SPLITS for s in index.read_shards(dataset, split)]
     keys = [(number, key) for shard in shards for number, key in enumerate(shard.table["key"].to_pylist())]
     describe(dataset, {key: [Caption(one) for one in say(number)] for number, key in keys})
-    encode(dataset, encoder, column=TEXTS)
+    encode(dataset, encoder, column=name)
     made: dict[str, Any] = {
         "dataset": storage.absolute(dataset),
-        "column": TEXTS,
-        "encoder": encoder.describe() | {"digest": encoder.digest, "width": WIDTH},
+        "column": name,
+        "encoder": encoder.describe() | {"digest": encoder.digest, "width": encoder.width},
         "captions": COLUMN,
         "view": None,
         "digests": {split: compact.open_split(dataset, split)[0].digest for split in schema.SPLITS},
         "captions_digests": {},
         "counts": {},
     }
-    records.write_text(str(folder), records.Text(**made | changes), encoder.states(""))
+    records.write_text(str(folder), records.Text(**made | changes), encoder.encode([""])[0])
     return str(folder)

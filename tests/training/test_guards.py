@@ -275,3 +275,29 @@ def test_a_signal_to_one_rank_stops_both_at_the_same_step(tmp_path: Path, pair: 
     assert {each["step"] for each in said} == {"step-00000004"}
     resumed = pair.work(tmp_path, zero_stage=2)
     assert resumed[0]["raw"] == pair.work(tmp_path / "straight", zero_stage=2)[0]["raw"]
+
+
+@PRECISIONS
+@STAGES
+def test_the_largest_batch_comes_first_and_changes_nothing(
+    tmp_path: Path, group: None, zero_stage: int, precision: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings: dict[str, Any] = {"zero_stage": zero_stage, "precision": precision, "ema_half_lives": [2], "steps": 3}
+    settings |= {"accumulate": 2, "batch": 8}
+    without = small.fit(tmp_path / "without", small.objective(starts=0), **settings)
+    rehearsed = small.fit(tmp_path / "with", small.objective(starts=0, largest=16), **settings)
+    assert small.same(without, rehearsed)
+    assert small.same(small.weights(tmp_path / "without", "2"), small.weights(tmp_path / "with", "2"))
+    assert "the largest batch, 16 windows, 512 tokens: " in capsys.readouterr().out
+    assert not list((tmp_path / "with").glob("nonfinite*"))
+
+
+def test_a_largest_batch_that_does_not_fit_ends_a_training_at_once(tmp_path: Path, group: None) -> None:
+    made = small.objective(largest=16)
+
+    def full(turn: Any) -> Any:
+        assert turn.batch["key"][0] == "large"
+        raise torch.OutOfMemoryError("full")
+
+    with pytest.raises(Failure, match=r"out of memory at step 0 with x \(16, 32\) on this process; lower batch"):
+        small.fit(tmp_path, replace(made, loss=full))

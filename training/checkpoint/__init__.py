@@ -10,7 +10,7 @@ it, in a thread of each rank.
 """
 
 from longtake.training.checkpoint.folder import folder_of, latest, locked, meta
-from longtake.training.checkpoint.resume import beside, for_world, load, trained
+from longtake.training.checkpoint.resume import beside, changes, for_world, load, trained
 from longtake.training.checkpoint.save import Checkpoints
 from longtake.training.checkpoint.weights import RAW, Weights
 
@@ -19,6 +19,7 @@ __all__ = [
     "Checkpoints",
     "Weights",
     "beside",
+    "changes",
     "folder_of",
     "for_world",
     "latest",

@@ -92,8 +92,22 @@ def trained(folder: Path, config: TrainConfig) -> dict[str, Tensor]:
     Raises:
         Failure: there is no checkpoint, or it is damaged.
     """
-    weights = Weights(_last(folder), label(config.ema_half_lives[0]) if config.ema_half_lives else RAW)
+    weights = _weights(folder, config)
     return dict(lora.merged(weights, config.lora) if config.lora else weights)
+
+
+def changes(folder: Path, config: TrainConfig) -> dict[str, Tensor]:
+    """The tensors of LoRA after a finished training, likewise of its first average, by the names that `lora.attach` gives.
+
+    Raises:
+        Failure: there is no checkpoint, or it is damaged.
+    """
+    weights = _weights(folder, config)
+    return {name: weights[name] for name in weights if lora.is_change(name)}
+
+
+def _weights(folder: Path, config: TrainConfig) -> Weights:
+    return Weights(_last(folder), label(config.ema_half_lives[0]) if config.ema_half_lives else RAW)
 
 
 def beside(folder: Path, name: str) -> tuple[dict[str, Tensor], dict[str, Any]]:

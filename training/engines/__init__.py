@@ -13,7 +13,7 @@ from longtake.datasets.errors import UserError
 from longtake.training.config import TrainConfig
 from longtake.training.engines import lora
 from longtake.training.engines.group import device, process_group, store
-from longtake.training.engines.shards import Fragment, fragments, gradient_norms
+from longtake.training.engines.shards import Fragment, fragments, gradient_norms, overwrite
 
 __all__ = [
     "Fragment",
@@ -116,6 +116,7 @@ def engines_of(
     engines = {}
     for name, module in modules.items():
         own = (settings or {}).get(name, config)
+        wide = _kept_in_fp32(module, config)
         groups = parameter_groups(module, own.weight_decay)
         if not groups:
             raise UserError(f"freeze: nothing is left to learn in {name}")
@@ -129,6 +130,7 @@ def engines_of(
             config=deepspeed_settings | {"zero_optimization": zero},
             dist_init_required=False,
         )[0]
+        overwrite(engine, wide)
         if config.zero_stage == 3:
             _fill_states(engine)
         # DeepSpeed may make AdamW's states by an update without gradients, which must not count
@@ -167,11 +169,37 @@ def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, A
     layers = [m for m in module.modules() if isinstance(m, nn.Linear | nn.modules.conv._ConvNd)]
     weights = {id(layer.weight) for layer in layers}
     learning = [p for p in module.parameters() if p.requires_grad]
+    # what ZeRO cuts from one buffer is of one type
+    kept = {id(p) for part in _keeping(module) for p in part.keep_fp32().values()}
     groups = [
-        {"params": [p for p in learning if id(p) in weights], "weight_decay": weight_decay},
-        {"params": [p for p in learning if id(p) not in weights], "weight_decay": 0.0},
+        {
+            "params": [p for p in learning if (id(p) in weights) == decays and (id(p) in kept) == wide],
+            "weight_decay": decay,
+        }
+        for wide in (False, True)
+        for decays, decay in ((True, weight_decay), (False, 0.0))
     ]
     return [group for group in groups if group["params"]]
+
+
+def _keeping(module: nn.Module) -> list[Any]:
+    """Its parts that keep some of their weights in fp32, which `keep_fp32` names, in any dtype of the others."""
+    return [part for part in module.modules() if hasattr(part, "keep_fp32")]
+
+
+def _kept_in_fp32(module: nn.Module, config: TrainConfig) -> dict[str, Tensor]:
+    """Copies of what parts of a module keep in fp32 while the rest is bf16, by name: DeepSpeed rounds them at its start.
+
+    ZeRO-3 cuts all that learns from one buffer: there such a part keeps nothing, if any of it learns. Its weights are still
+    updated in fp32, and passes use them as bf16.
+    """
+    names = {id(p): name for name, p in module.named_parameters()}
+    copies: dict[str, Tensor] = {}
+    for part in _keeping(module) if config.precision == "bf16" else ():
+        kept = [p for p in part.keep_fp32().values() if id(p) in names]
+        part.holds_fp32 = not (config.zero_stage == 3 and any(p.requires_grad for p in kept))
+        copies |= {names[id(p)]: p.detach().float().clone() for p in kept if part.holds_fp32}
+    return copies
 
 
 def _sum_in_fp32(engine: Any) -> None:

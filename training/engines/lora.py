@@ -25,7 +25,7 @@ def let_learn(module: nn.Module, new: Iterable[str]) -> None:
 
 
 def attach(module: nn.Module, config: LoraConfig) -> str:
-    """Freeze all of `module` except `config.full` and low-rank changes of `config.targets`.
+    """Freeze all of `module` except `config.full` and low-rank changes of `config.targets`, or else of its own `lora_targets`.
 
     A layer gets two children, `lora_down` to `rank` channels with the layer's own kernel and `lora_up` back, the latter
     zero: nothing changes at first. They are modules of their own so that ZeRO-3 gathers them when they are called.
@@ -38,7 +38,7 @@ def attach(module: nn.Module, config: LoraConfig) -> str:
         UserError: a target matches no linear or convolution layer, or one that has groups; `full` matches no parameter.
     """
     layers = {n: m for n, m in module.named_modules() if isinstance(m, nn.Linear | nn.Conv2d | nn.Conv3d)}
-    targets = [re.compile(target) for target in config.targets]
+    targets = [re.compile(target) for target in config.targets or getattr(module, "lora_targets", ())]
     for target in targets:
         if not any(target.fullmatch(name) for name in layers):
             raise UserError(
@@ -100,11 +100,16 @@ def _pair(layer: nn.Linear | nn.Conv2d | nn.Conv3d, rank: int) -> tuple[nn.Modul
     return down, up
 
 
+def is_change(name: str) -> bool:
+    """Whether a parameter is one of those that `attach` has added."""
+    return name.rpartition(".")[0].rpartition(".")[2] in (_DOWN, _UP)
+
+
 def merged(weights: Mapping[str, Tensor], config: LoraConfig) -> Iterator[tuple[str, Tensor]]:
     """The weights of the module as it was before `attach`, with the changes added to them; one tensor at a time."""
     for name in weights:
         layer, _, last = name.rpartition(".")
-        if layer.rpartition(".")[2] in (_DOWN, _UP):
+        if is_change(name):
             continue
         value = weights[name]
         if last == "weight" and f"{layer}.{_UP}.weight" in weights:

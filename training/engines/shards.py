@@ -1,6 +1,6 @@
 """What ZeRO leaves on a rank: its fragments of the weights, and their gradients."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -25,11 +25,7 @@ def fragments(engine: Any) -> Iterator[Fragment]:
     Nothing is copied or gathered: these are ZeRO's own tensors on this rank, at any stage.
     """
     rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
-    stage = engine.zero_optimization_stage()
-    low, full = (
-        (getattr(engine.optimizer, f"{kind}_groups", []) for kind in ("fp16", "fp32")) if stage == 0 else ([], [])
-    )
-    masters = {id(p): m.data for a, b in zip(low, full, strict=True) for p, m in zip(a, b, strict=True)}
+    stage, masters = engine.zero_optimization_stage(), _masters(engine)
     for number, (name, p) in enumerate(engine.module.named_parameters()):
         if stage == 3:
             from deepspeed.utils import safe_get_local_fp32_param
@@ -50,6 +46,34 @@ def fragments(engine: Any) -> Iterator[Fragment]:
         for name, buffer in engine.module.named_buffers():
             if name in persistent:
                 yield Fragment(name, buffer.shape, 0, buffer.data.flatten(), False)
+
+
+def _masters(engine: Any) -> dict[int, Tensor]:
+    """Without ZeRO: the fp32 weights of bf16 parameters, whole on every rank, by `id`."""
+    if engine.zero_optimization_stage() != 0:
+        return {}
+    low, full = (getattr(engine.optimizer, f"{kind}_groups", []) for kind in ("fp16", "fp32"))
+    return {id(p): m.data for a, b in zip(low, full, strict=True) for p, m in zip(a, b, strict=True)}
+
+
+def overwrite(engine: Any, values: Mapping[str, Tensor]) -> None:
+    """Set parameters of the engine's module, by name, to whole values before the first step. Every rank must call it."""
+    masters, sharded = _masters(engine), engine.zero_optimization_stage() == 3
+    for name, p in engine.module.named_parameters():
+        if name not in values:
+            continue
+        if not sharded:
+            p.data.copy_(values[name])
+        flat = values[name].flatten()
+        if id(p) in masters:
+            masters[id(p)].copy_(values[name])
+        elif getattr(p, "_hp_mapping", None) is not None:
+            place = p._hp_mapping.lp_fragment_address
+            p._hp_mapping.hp_fragment.data.copy_(flat[place.start : place.start + place.numel])
+        elif sharded:
+            part = p.ds_tensor.numel()
+            piece = flat[torch.distributed.get_rank() * part :][:part]
+            p.ds_tensor.data[: len(piece)].copy_(piece)
 
 
 def gradient_norms(engine: Any) -> dict[str, float]:

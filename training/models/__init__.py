@@ -10,13 +10,16 @@ if TYPE_CHECKING:
 # name in config.json -> module whose `kind(facts)` returns its row
 KINDS = {
     "pv_vae": "longtake.training.models.pv_vae.kind",
+    "foreign_vae": "longtake.training.models.autoencoder.kind",
     "latte": "longtake.training.models.latte.kind",
     "vqgan": "longtake.training.models.tats.vqgan_kind",
     "sound_vqgan": "longtake.training.models.tats.sound.kind",
     "tats": "longtake.training.models.tats.kind",
     "encgan3": "longtake.training.models.encgan3.kind",
     "mavin": "longtake.training.models.mavin.kind",
+    "backbone": "longtake.training.models.backbone.kind",
     "memory_dit": "longtake.training.models.memory.kind",
+    "memory_backbone": "longtake.training.models.memory.kind",
 }
 
 

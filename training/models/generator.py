@@ -46,6 +46,8 @@ class Settings:
     keep            latent frames of the past that each further window of tokens has; 0 is all that it has room for
     content         of a model that goes on from single frames: `encode` what each of them shows, or `keep` that of the first
     backward        the same in the other direction of time: the video ends where its start begins
+    solver          of the flow of a transformer of another library: `euler`, or `unipc` of higher order
+    guidance_2      of such a transformer for low noise, beside one for high; None: as `guidance`
     """
 
     steps: int = 100  # the name that registered models and recipes have; functions call them `solver_steps`
@@ -59,6 +61,8 @@ class Settings:
     keep: int = 0
     content: Literal["encode", "keep"] = "encode"
     backward: bool = False
+    solver: Literal["euler", "unipc"] = "euler"
+    guidance_2: float | None = None
 
     def __post_init__(self) -> None:
         try:
@@ -67,6 +71,8 @@ class Settings:
             raise ValueError(f"guidance: {e}") from e
         if self.content not in ("encode", "keep"):
             raise ValueError(f"content: {self.content!r} is neither encode nor keep")
+        if self.solver not in ("euler", "unipc"):
+            raise ValueError(f"solver: {self.solver!r} is neither euler nor unipc")
 
 
 class Sound(NamedTuple):

@@ -60,6 +60,8 @@ class Kind(NamedTuple):
                the names of its `generator.Settings` that have an effect
     answer     `answer(folder)` returns the function of videos, uint8 (B, T, H, W, 3), that is served; None for a generator,
                and for a kind that fills gaps
+    complete   `complete(uri, facts)` adds to a config.json what its own library says of a model that was not trained here;
+               None: there are none
     """
 
     what: str
@@ -71,3 +73,4 @@ class Kind(NamedTuple):
     infiller: Callable[[str, nn.Module, Mapping[str, Any], str | None, torch.dtype], Infiller] | None = None
     accepts: frozenset[str] = frozenset()
     answer: Callable[[str], Callable[[np.ndarray], np.ndarray]] | None = None
+    complete: Callable[[str, Mapping[str, Any]], Mapping[str, Any]] | None = None

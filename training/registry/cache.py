@@ -16,7 +16,7 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,15 +27,16 @@ from longtake.datasets.errors import Failure, UserError
 from longtake.datasets.masking import shown
 from longtake.training.registry import disk, store
 from longtake.training.registry.fetch import SHA256, Artifacts, checked_config, model_folder, offline
+from longtake.training.registry.foreign import concerns
 from longtake.training.registry.uri import parse
 
 
-def pull(uri: str) -> Path:
+def pull(uri: str, parts: Collection[str] | None = None) -> Path:
     """The local folder of the model that a `models:/` or `runs:/` URI names. Nobody may change its files.
 
     The store says what the URI names; a model that was pulled before is not fetched again. Where the store does not answer,
     or LONGTAKE_OFFLINE=1 forbids to ask it, the model is the one of the last pull. All files are compared with their digests
-    each time.
+    each time; of a pipeline of another library, which may be large, those of these parts, or of all for None.
 
     Raises:
         UserError: there is no such model, version or alias, or it is none of ours.
@@ -43,13 +44,13 @@ def pull(uri: str) -> Path:
     """
     before = _last_pull(uri)
     if offline():
-        return _offline(uri, before, "LONGTAKE_OFFLINE is set")
+        return _offline(uri, before, "LONGTAKE_OFFLINE is set", parts)
     try:
         named = store.locate(uri)
     except store.Unreachable as e:
         if before is None:
             raise store.Unreachable(f"{e}; it was never pulled to {cache()}") from e
-        offline_folder, last = _offline(uri, before, ""), before["named"]
+        offline_folder, last = _offline(uri, before, "", parts), before["named"]
         model = f"{last['name']} version {last['version']}" if last["version"] else last["uri"]
         day = before["pulled"][:10]
         print(f"tracking store {_store()} cannot be reached: using {model}, pulled {day}", file=sys.stderr)
@@ -59,8 +60,8 @@ def pull(uri: str) -> Path:
     identity, last_pull = _identity(named), _last_pull(named.uri)
     cached = named.version and last_pull and last_pull["named"] == identity
     folder = _folder(last_pull["model"]) if cached and last_pull else None
-    if folder is None or _damaged(folder):
-        folder = _fetched(uri, named)
+    if folder is None or _damaged(folder, parts):
+        folder = _fetched(uri, named, parts)
 
     # note what the URI, and the version itself, name now
     for each in {uri, named.uri}:
@@ -96,6 +97,13 @@ def version_of(uri: str) -> str:
     note = _last_pull(uri)
     assert note
     return str(note["named"]["uri"])
+
+
+def last_config(uri: str) -> dict[str, Any] | None:
+    """The config.json of the model of a URI's last pull; None where it was never pulled, or is gone."""
+    note = _last_pull(uri)
+    folder = _folder(note["model"]) if note else None
+    return disk.read_config(folder) if folder and (folder / "config.json").is_file() else None
 
 
 def cache() -> Path:
@@ -139,18 +147,18 @@ def _note_pull(uri: str, identity: Mapping[str, Any], key: str) -> None:
         storage.write(str(_reference(uri)), storage.canonical_json(note))
 
 
-def _offline(uri: str, before: Mapping[str, Any] | None, why: str) -> Path:
+def _offline(uri: str, before: Mapping[str, Any] | None, why: str, parts: Collection[str] | None) -> Path:
     """The model of the last pull, where the store is not asked."""
     if before is None:
         raise Failure(f"{uri}: {why}, and it was never pulled from {_store()} to {cache()}")
     folder = _folder(str(before["model"]))
-    if damaged := _damaged(folder):
+    if damaged := _damaged(folder, parts):
         raise Failure(f"{folder / damaged}: is damaged or gone; pull {uri} again when {_store()} can be reached")
     return folder
 
 
-def _damaged(folder: Path) -> str:
-    """The first file of a model folder that is missing or does not have its digest; empty where all are whole."""
+def _damaged(folder: Path, parts: Collection[str] | None = None) -> str:
+    """The first file of a model folder that is missing or, of these parts, does not have its digest; empty where all are whole."""
     try:
         content = disk.read_config(folder)
         key = SHA256.fullmatch(folder.name)
@@ -160,12 +168,14 @@ def _damaged(folder: Path) -> str:
         return "config.json"
     for name, sha256 in content["sha256"].items():
         path = folder / name
-        if path.is_symlink() or not path.is_file() or disk.file_digest(path) != sha256:
+        if path.is_symlink() or not path.is_file():
+            return str(name)
+        if concerns(name, parts) and disk.file_digest(path) != sha256:
             return str(name)
     return ""
 
 
-def _fetched(uri: str, named: store.Named) -> Path:
+def _fetched(uri: str, named: store.Named, parts: Collection[str] | None) -> Path:
     """Fetch a model into the cache, unless it is there."""
     artifacts = model_folder(uri, named.location)
     data = artifacts.config()
@@ -173,7 +183,7 @@ def _fetched(uri: str, named: store.Named) -> Path:
     folder = _folder(hashlib.sha256(data).hexdigest())
     partial = folder.with_name(folder.name + ".partial")
     with _errors_of_disk(cache()), _locked(uri, folder.name):
-        if not folder.is_symlink() and not _damaged(folder):
+        if not folder.is_symlink() and not _damaged(folder, parts):
             return folder
 
         # the files of an earlier attempt, or of a folder where one file is damaged, need not come again

@@ -24,7 +24,7 @@ from longtake.datasets.masking import shown
 from longtake.training.models import KINDS, kind_of
 from longtake.training.registry.foreign import FOREIGN, check_ours
 
-_FORMAT = 2
+FORMAT = 2
 _WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors")
 _INDEX = "model.safetensors.index.json"
 MOST_JSON = {"config.json": 4 << 20, _INDEX: 64 << 20}  # bytes
@@ -58,7 +58,7 @@ def save(
         with storage.spool_folder(str(parent)) as spool:
             scratch = spool / "model"
             scratch.mkdir()
-            _write_weights(scratch, weights.items() if isinstance(weights, Mapping) else weights, max_bytes)
+            write_weights(scratch, weights.items() if isinstance(weights, Mapping) else weights, max_bytes)
             content = {**facts, **described(model, config, {path.name: path for path in scratch.iterdir()})}
             (scratch / "config.json").write_bytes(storage.canonical_json(content))
             for path in [*scratch.iterdir(), scratch]:
@@ -72,7 +72,7 @@ def save(
 def described(model: str, config: Mapping[str, Any], files: Mapping[str, Path]) -> dict[str, Any]:
     """The content of the config.json of a model with these files, but for its facts."""
     return {
-        "format": _FORMAT,
+        "format": FORMAT,
         "model": model,
         "config": dict(config),
         "sha256": {name: file_digest(path) for name, path in sorted(files.items())},
@@ -80,7 +80,12 @@ def described(model: str, config: Mapping[str, Any], files: Mapping[str, Path]) 
     }
 
 
-def _write_weights(folder: Path, weights: Iterable[tuple[str, Tensor]], max_bytes: int) -> None:
+def write_weights(folder: Path, weights: Iterable[tuple[str, Tensor]], max_bytes: int, stem: str = "model") -> None:
+    """Write safetensors whose names begin with `stem`, and an index where there are several; one in memory at a time.
+
+    Raises:
+        Failure: they could not be written.
+    """
     names: list[list[str]] = []  # of the tensors in each file
     total = 0
     for number, shard in enumerate(_shards(weights, max_bytes)):
@@ -92,15 +97,15 @@ def _write_weights(folder: Path, weights: Iterable[tuple[str, Tensor]], max_byte
         names.append(list(shard))
         total += sum(tensor.nbytes for tensor in shard.values())
     if len(names) == 1:
-        (folder / "0").rename(folder / "model.safetensors")
+        (folder / "0").rename(folder / f"{stem}.safetensors")
         return
     files: dict[str, str] = {}
     for number, inside in enumerate(names):
-        file = f"model-{number + 1:05d}-of-{len(names):05d}.safetensors"
+        file = f"{stem}-{number + 1:05d}-of-{len(names):05d}.safetensors"
         (folder / f"{number}").rename(folder / file)
         files |= dict.fromkeys(inside, file)
     content = {"metadata": {"total_size": total}, "weight_map": files}
-    (folder / _INDEX).write_bytes(storage.canonical_json(content))
+    (folder / f"{stem}.safetensors.index.json").write_bytes(storage.canonical_json(content))
 
 
 def _shards(weights: Iterable[tuple[str, Tensor]], max_bytes: int) -> Iterator[dict[str, Tensor]]:
@@ -144,9 +149,9 @@ def checked_config(where: Path | str, content: dict[str, Any]) -> dict[str, Any]
             f"{where}: config.json: unknown model {str(content.get('model'))[:80]!r};"
             f" this longtake knows {', '.join(known)}"
         )
-    if content.get("format") != _FORMAT:
+    if content.get("format") != FORMAT:
         raise UserError(
-            f"{where}: config.json: format {str(content.get('format'))[:80]}, but this longtake reads {_FORMAT};"
+            f"{where}: config.json: format {str(content.get('format'))[:80]}, but this longtake reads {FORMAT};"
             " use the version that wrote it, or train it again"
         )
     files = content.get("sha256")
@@ -175,22 +180,27 @@ def load(folder: Path) -> nn.Module:
     """
     content = read_config(folder)
     check_ours(folder, content)
+    check_files(folder, content)
+    return module_of(folder, content)
+
+
+def check_files(folder: Path, content: Mapping[str, Any]) -> None:
+    """Raise Failure where the files of a model folder are not those that its config.json describes."""
     for name, sha256 in content["sha256"].items():
         if not (folder / name).is_file() or file_digest(folder / name) != sha256:
             raise Failure(f"{folder / name}: not the weights that config.json describes; fetch the model again")
-    return module_of(folder, content)
 
 
 def module_of(folder: Path, content: Mapping[str, Any]) -> nn.Module:
     """The torch module of a model folder whose files were compared with its config.json. Raises Failure: they do not fit it."""
-    files = _weight_files(folder, set(content["sha256"]))
+    files = weight_files(folder, set(content["sha256"]))
     kind = kind_of(content)
     try:
         config = kind.config(**content["config"])
         # compare the shapes before memory is taken for the module
         with torch.device("meta"):
             shapes = {name: list(t.shape) for name, t in kind.module(config).state_dict().items()}
-        _check_shapes(folder, files, shapes)
+        check_shapes(folder, _shapes_in(files), shapes)
         module = kind.module(config)
         state = module.state_dict()
         for path in files:
@@ -204,7 +214,7 @@ def module_of(folder: Path, content: Mapping[str, Any]) -> nn.Module:
     return module.eval()
 
 
-def _weight_files(folder: Path, named: set[str]) -> list[Path]:
+def weight_files(folder: Path, named: set[str]) -> list[Path]:
     """The weights files in order, which are those that the index names, where there is one."""
     if _INDEX not in named:
         if named != {"model.safetensors"}:
@@ -217,7 +227,8 @@ def _weight_files(folder: Path, named: set[str]) -> list[Path]:
     return [folder / name for name in sorted(set(files))]
 
 
-def _check_shapes(folder: Path, files: list[Path], shapes: Mapping[str, list[int]]) -> None:
+def _shapes_in(files: list[Path]) -> dict[str, list[int]]:
+    """The shapes of the tensors in weights files, by name. Raises Failure where one is in two files."""
     stored: dict[str, list[int]] = {}
     for path in files:
         with safe_open(path, "pt") as tensors:
@@ -225,12 +236,17 @@ def _check_shapes(folder: Path, files: list[Path], shapes: Mapping[str, list[int
                 if name in stored:
                     raise Failure(f"{path}: tensor {name[:80]} is in another file too")
                 stored[name] = tensors.get_slice(name).get_shape()
-    for what, names in (("missing", shapes.keys() - stored.keys()), ("not known", stored.keys() - shapes.keys())):
+    return stored
+
+
+def check_shapes(where: Path, stored: Mapping[str, list[int]], needed: Mapping[str, list[int]]) -> None:
+    """Raise Failure where tensors have other names or shapes than the module of their config needs."""
+    for what, names in (("missing", needed.keys() - stored.keys()), ("not known", stored.keys() - needed.keys())):
         if names:
-            raise Failure(f"{folder}: {len(names)} tensors are {what} to this config, such as {min(names)[:80]}")
-    if wrong := [name for name in shapes if shapes[name] != stored[name]]:
+            raise Failure(f"{where}: {len(names)} tensors are {what} to this config, such as {min(names)[:80]}")
+    if wrong := [name for name in needed if needed[name] != stored[name]]:
         name = wrong[0]
-        raise Failure(f"{folder}: tensor {name} has shape {stored[name]}, its config needs {shapes[name]}")
+        raise Failure(f"{where}: tensor {name} has shape {stored[name]}, its config needs {needed[name]}")
 
 
 def _read_json(path: Path) -> dict[str, Any]:

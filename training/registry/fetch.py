@@ -20,6 +20,7 @@ from longtake.datasets import storage
 from longtake.datasets.errors import Failure, UserError
 from longtake.datasets.masking import shown
 from longtake.training.registry import disk, store
+from longtake.training.registry.foreign import REFERENCE
 
 _CHUNK = 4 << 20
 _MOST_FOLDERS = 100  # of artifacts, in which config.json is looked for
@@ -93,11 +94,19 @@ def model_folder(uri: str, location: str) -> Artifacts:
 
 
 def describe(uri: str) -> dict[str, Any]:
-    """The config.json of a model, and the `bytes` of its weights, which are not fetched. Raises as `cache.pull`."""
+    """The config.json of a model, the `bytes` of its weights, which are not fetched, and the `location` of its files.
+
+    Raises:
+        As `cache.pull`.
+    """
     named = store.locate(uri)
     artifacts = model_folder(uri, named.location)
     content = checked_config(uri, artifacts.config(), named.sha256)
-    return {**content, "bytes": sum(artifacts.sizes.get(name) or 0 for name in content["sha256"])}
+    stored = sum(artifacts.sizes.get(name) or 0 for name in content["sha256"])
+    # one that is registered by reference lies elsewhere
+    there = {"location": content["config"].get("folder"), "bytes": content["config"].get("bytes")}
+    here = {"location": storage.join(artifacts.location, artifacts.folder).rstrip("/"), "bytes": stored}
+    return {**content, **(there if REFERENCE in content["sha256"] else here)}
 
 
 def beside(uri: str, path: str, to: Path, most: int) -> None:

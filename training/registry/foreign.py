@@ -5,13 +5,16 @@ None of them is a module of ours. A new kind is a row of `FOREIGN`.
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from longtake.datasets.errors import UserError
+from longtake.training.foreign.folder import PIPELINE, is_foreign
 
 TEXT_ENCODER, IMAGE_ENCODER = "text_encoder", "image_encoder"  # names in config.json, and of the folders of their files
+PARTS = {TEXT_ENCODER: (TEXT_ENCODER, "tokenizer"), IMAGE_ENCODER: (IMAGE_ENCODER,)}  # their folders, in pipelines too
+REFERENCE = "reference.json"  # names the folder of a pipeline that is registered where it lies
 PICTURES = ("clip", "clip_vision_model")  # types of models of transformers that have CLIP's model of pictures
 
 
@@ -48,7 +51,22 @@ FOREIGN = {
         re.compile(r"image_encoder/\w[\w.-]*\.(safetensors|json)"),
         "longtake.training.pictures.candidate",
     ),
+    PIPELINE: Foreign(
+        "pipeline",
+        "a pipeline of another library",
+        "name it as the `encoder` of a `cache_latents` or `cache_text` stage, as a `vae`, or as the `base` of `finetune_backbone`",
+        re.compile(
+            r"reference\.json|model_index\.json|[a-z]\w*/\w[\w.-]*\.(safetensors|json)|tokenizer\w*/\w[\w.-]*\.(txt|model|jinja)"
+        ),
+        "longtake.training.foreign.candidate",
+    ),
 }
+
+
+def concerns(name: str, parts: Collection[str] | None) -> bool:
+    """Whether a file, by its name below config.json, counts for these parts: weights of others do not; None are all parts."""
+    part, _, file = name.rpartition("/")
+    return parts is None or part in ("", *parts) or not file.endswith(".safetensors")
 
 
 def check_ours(where: Path | str, content: Mapping[str, Any]) -> None:
@@ -68,11 +86,14 @@ def type_of(folder: Path) -> str | None:
 def kind_of_folder(folder: Path) -> str:
     """The kind of the model in a folder of another library; a text encoder where nothing says that it is another.
 
-    A folder of CLIP's model of pictures alone is an image encoder, and so is one with `image_encoder` below it.
+    A folder of CLIP's model of pictures alone is an image encoder, and so is one with `image_encoder` below it. A folder in
+    the layout of diffusers is a pipeline, and so is one of its parts with a `_class_name`.
 
     Raises:
         UserError: it may be either, as a whole CLIP is, or a folder with both side by side.
     """
+    if is_foreign(folder) or folder.suffix == ".safetensors":
+        return PIPELINE
     kind = type_of(folder)
     if kind is not None:
         texts, pictures = kind != "clip_vision_model", kind in PICTURES

@@ -5,8 +5,8 @@ from typing import NamedTuple
 
 from longtake.datasets.errors import UserError
 from longtake.training.models import kind_of
-from longtake.training.registry import cache, disk
-from longtake.training.registry.foreign import FOREIGN
+from longtake.training.registry import cache, disk, pipelines
+from longtake.training.registry.foreign import FOREIGN, PARTS, PIPELINE
 
 
 class Registered(NamedTuple):
@@ -19,6 +19,8 @@ class Registered(NamedTuple):
 def pulled(uri: str, kind: str, key: str) -> Registered:
     """The model of a kind of `foreign.FOREIGN` that a URI of the registry names, fetched if it is not here.
 
+    It may be in a pipeline, whose folder is then returned.
+
     `key` is the setting that names it, for messages.
 
     Raises:
@@ -26,11 +28,13 @@ def pulled(uri: str, kind: str, key: str) -> Registered:
         Failure: as `cache.pull`.
     """
     try:
-        folder = cache.pull(uri)
+        folder = cache.pull(uri, PARTS[kind])
     except UserError as e:
         raise UserError(f"{key}: {e}") from e
     content = disk.read_config(folder)
-    if content["model"] != kind:
+    if content["model"] == PIPELINE:
+        folder = pipelines.opened(uri, folder, PARTS[kind]).folder
+    elif content["model"] != kind:
         other = FOREIGN.get(content["model"])
         is_a = other.one if other else f"a {kind_of(content).what}"
         raise UserError(

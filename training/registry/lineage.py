@@ -15,7 +15,8 @@ from longtake.datasets.errors import UserError
 from longtake.datasets.latents import read_latents
 from longtake.datasets.masking import shown
 from longtake.datasets.tokens import read_tokens
-from longtake.training.registry import store
+from longtake.training.foreign.folder import digests_of, is_foreign, parts_for
+from longtake.training.registry import pipelines, store
 from longtake.training.registry.disk import digest, read_config
 
 _FILE = "lineage.json"  # in the folder of checkpoints
@@ -30,7 +31,8 @@ def record(inputs: Mapping[str, str]) -> dict[str, Any]:
 
     Returns:
         `inputs`: for each field its `uri`, without a login or key, and `digest` of a dataset (of all its shards), view,
-        latents, tokens, captions or texts (sha256 of the file), or `sha256` of a model, whose URI is that of the version;
+        latents, tokens, captions or texts (sha256 of the file), or `sha256` of a model, whose URI is that of the version,
+        and of a folder of another library that of the part which the field names;
         `recipe`: digest of the resolved recipe, of LONGTAKE_RECIPE; `git`: revision of the working folder and whether it had
         changes; `longtake`, `torch`: versions; `run`: MLFLOW_RUN_ID. Unknown facts are None.
 
@@ -38,7 +40,7 @@ def record(inputs: Mapping[str, str]) -> dict[str, Any]:
         UserError, Failure: an input is missing or damaged.
     """
     return {
-        "inputs": {field: _input(uri) for field, uri in inputs.items()},
+        "inputs": {field: _input(field, uri) for field, uri in inputs.items()},
         "recipe": os.environ.get("LONGTAKE_RECIPE"),
         "git": _git(),
         "longtake": version("longtake"),
@@ -47,7 +49,7 @@ def record(inputs: Mapping[str, str]) -> dict[str, Any]:
     }
 
 
-def _input(uri: str) -> dict[str, Any]:
+def _input(field: str, uri: str) -> dict[str, Any]:
     if uri.startswith("models:/"):
         return store.resolve(uri)
     if uri.endswith(".parquet"):
@@ -62,9 +64,20 @@ def _input(uri: str) -> dict[str, Any]:
     for name in ("latents.json", "tokens.json", "captions.json", "text.json"):
         if storage.exists(record := storage.join(uri, name)):
             return {"uri": shown(uri), "digest": hashlib.sha256(storage.read(record)).hexdigest()}
-    if (Path(uri) / "config.json").exists():
-        return {"uri": uri, "sha256": digest(read_config(Path(uri)))}
+    if model := _of_folder(field, uri):
+        return {"uri": uri, "sha256": model}
     raise UserError(f"{uri}: neither a dataset, a view nor a model, nor latents, tokens, captions or text")
+
+
+def _of_folder(field: str, uri: str) -> str | None:
+    """The sha256 of the model in a folder of this machine, of another library's the part; None where there is none."""
+    if not storage.is_local(uri):
+        return None
+    if is_foreign(folder := pipelines.local(uri)):
+        place = pipelines.opened(uri, folder, []).folder
+        parts = [digest({"sha256": digests_of(part)}) for part in parts_for(place, field)]
+        return parts[0] if len(parts) == 1 else hashlib.sha256(storage.canonical_json(parts)).hexdigest()
+    return digest(read_config(folder)) if (folder / "config.json").exists() else None
 
 
 def _git() -> dict[str, Any] | None:
@@ -88,6 +101,9 @@ def pinned(inputs: Mapping[str, str], folder: Path) -> dict[str, str]:
 
     Where latents are an input and no autoencoder is, `vae` is the autoencoder of the latents; likewise `vqgan` of tokens,
     and `sound_vqgan` of those of sound.
+
+    Raises:
+        UserError: the model in a folder is another than when the training began; and as `record`.
     """
     path = folder / _FILE
     if not path.exists():
@@ -96,6 +112,12 @@ def pinned(inputs: Mapping[str, str], folder: Path) -> dict[str, str]:
             makers |= {maker: read_tokens(inputs[field]).model["uri"]} if field in inputs else {}
         storage.write(str(path), storage.canonical_json(record(makers | dict(inputs))))
     recorded = read(folder)["inputs"]
+    for name, uri in inputs.items():
+        now = _of_folder(name, uri) if name in _MODELS else None
+        if now and now != recorded[name].get("sha256"):
+            raise UserError(
+                f"{name}: {uri} is another model than when this training began; bring it back, or use --force"
+            )
     return dict(inputs) | {name: recorded[name]["uri"] for name in _MODELS if name in recorded}
 
 

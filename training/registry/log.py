@@ -16,8 +16,10 @@ from longtake.datasets import storage
 from longtake.datasets.errors import UserError
 from longtake.datasets.masking import shown
 from longtake.datasets.text import WORDS
+from longtake.training.foreign.folder import is_foreign
 from longtake.training.models.common.pictures import OWN
-from longtake.training.registry import aliases, store
+from longtake.training.registry import aliases, cache, store
+from longtake.training.registry.foreign import PIPELINE
 from longtake.training.registry.store import delete_artifacts, failing_clearly
 from longtake.training.registry.uri import in_store
 
@@ -67,22 +69,56 @@ def log_files(files: Mapping[str, Path], content: Mapping[str, Any], name: str, 
     import mlflow
 
     client, kind = mlflow.MlflowClient(), content["model"]
-    with failing_clearly(f"MLflow: {name}"), _quietly():
-        there = store.versions(client, name)
-        if any(v.tags.get(_KIND) != kind for v in there):
-            raise UserError(f"{name}: has versions of another kind of model; choose another name")
-        if same := [v for v in there if v.tags.get("sha256") == sha256]:
-            return f"models:/{name}/{same[0].version}"
-        experiment = client.get_experiment_by_name(_IMPORTED)
-        number = experiment.experiment_id if experiment else client.create_experiment(_IMPORTED, place)
-    with aliases.run_in(number, f"import {name}") as run_id, failing_clearly(f"MLflow: {name}"), _quietly():
+    if same := same_version(name, kind, sha256):
+        return same
+    with import_run(name, place) as run_id, failing_clearly(f"MLflow: {name}"), _quietly():
         client.log_text(run_id, storage.canonical_json(content).decode(), "model/config.json")
         for file, path in files.items():
-            client.log_artifact(run_id, str(path), f"model/{file.rpartition('/')[0]}")
+            client.log_artifact(run_id, str(path), f"model/{file.rpartition('/')[0]}".rstrip("/"))
         aliases.create(name, {})
         source = f"{client.get_run(run_id).info.artifact_uri}/model"
         made = client.create_model_version(name, source, run_id, {"sha256": sha256, _KIND: kind})
     return f"models:/{name}/{made.version}"
+
+
+def same_version(name: str, kind: str | None, sha256: str) -> str | None:
+    """The version of a name with this digest, "models:/NAME/VERSION"; None where there is none.
+
+    `kind` is that of a foreign model, None for one of ours.
+
+    Raises:
+        UserError: the name has versions of another kind.
+        Failure: the store cannot be reached.
+    """
+    import mlflow
+
+    with failing_clearly(f"MLflow: {name}"), _quietly():
+        there = store.versions(mlflow.MlflowClient(), name)
+    if any(v.tags.get(_KIND) != kind for v in there):
+        raise UserError(f"{name}: has versions of another kind of model; choose another name")
+    same = [v for v in there if v.tags.get("sha256") == sha256]
+    return f"models:/{name}/{same[0].version}" if same else None
+
+
+@contextlib.contextmanager
+def import_run(name: str, place: str | None, beside: Path | None = None) -> Iterator[str]:
+    """The id of a new run for a model that is imported; it ends with the block.
+
+    Args:
+        place: as for `log_files`.
+        beside: a folder that becomes an artifact of the run, by its name.
+    """
+    import mlflow
+
+    client = mlflow.MlflowClient()
+    with failing_clearly(f"MLflow: {name}"), _quietly():
+        experiment = client.get_experiment_by_name(_IMPORTED)
+        number = experiment.experiment_id if experiment else client.create_experiment(_IMPORTED, place)
+    with aliases.run_in(number, f"import {name}") as run_id:
+        if beside:
+            with failing_clearly(f"MLflow: {name}"), _quietly():
+                client.log_artifacts(run_id, str(beside), beside.name)
+        yield run_id
 
 
 def _log(folder: Path, run_id: str, sha256: str) -> str:
@@ -98,7 +134,7 @@ def _log(folder: Path, run_id: str, sha256: str) -> str:
         "safetensors",
         "numpy",
         "pandas",
-        *sorted({*_of_text(folder), *_of_pictures(folder)}),
+        *sorted({*_of_text(folder), *_of_pictures(folder), *_of_foreign(folder)}),
     )
     mlflow.start_run(run_id=run_id, log_system_metrics=False)
     try:
@@ -129,6 +165,18 @@ def _of_pictures(folder: Path) -> tuple[str, ...]:
     encoder = (_facts(folder).get("image") or {}).get("encoder")
     by_transformers = encoder and encoder != OWN and (in_store(encoder) or Path(encoder).expanduser().is_dir())
     return ("transformers",) if by_transformers else ()
+
+
+def _of_foreign(folder: Path) -> tuple[str, ...]:
+    """The packages of a model folder whose model, or the autoencoder of its latents, is of another library."""
+    facts = _facts(folder)
+    vae = (facts.get("vae") or {}).get("uri", "")
+    if in_store(vae):
+        foreign = (cache.last_config(vae) or {}).get("model") in (PIPELINE, "foreign_vae")
+    else:
+        foreign = bool(vae) and storage.is_local(vae) and is_foreign(Path(storage.filesystem(vae)[1]))
+    # its config names the class
+    return ("accelerate", "diffusers") if foreign or "class_name" in facts["config"] else ()
 
 
 def _pinned(package: str) -> str:

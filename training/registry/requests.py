@@ -27,7 +27,7 @@ _BY_PART = {"guidance_classes": "classes", "guidance_text": "text"}  # no sound 
 # what a call may change of the settings, each of one plain type, as MLflow needs it
 _TYPES = {"steps": "long", "guidance": "double"} | dict.fromkeys(_BY_PART, "double")
 _TYPES |= {"temperature": "double", "top_k": "long", "top_p": "double", "keep": "long"}
-_TYPES |= {"content": "string", "backward": "boolean"}
+_TYPES |= {"content": "string", "backward": "boolean", "solver": "string", "guidance_2": "double"}
 
 
 def parameters_of(accepts: Collection[str]) -> dict[str, str]:

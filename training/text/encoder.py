@@ -11,6 +11,7 @@ from longtake.datasets.text import WORDS, TextConfig
 from longtake.training.registry.foreign import TEXT_ENCODER
 from longtake.training.registry.imported import pulled
 from longtake.training.registry.uri import in_store
+from longtake.training.text import pretrained
 from longtake.training.text.files import found
 from longtake.training.text.pretrained import Pretrained
 from longtake.training.text.words import Words
@@ -62,6 +63,17 @@ def load_encoder(config: TextConfig) -> TextEncoder:
         encoder = Pretrained(config.model_copy(update={"encoder": str(files.model)}), files)
     _check(encoder, config.encoder)
     return encoder
+
+
+def digest_of(config: TextConfig) -> str:
+    """The digest of the encoder of transformers that a config names, with the `length` that it has; its weights are not loaded.
+
+    Raises:
+        UserError, Failure: as `load_encoder`.
+    """
+    if in_store(config.encoder):
+        return pretrained.digest_of(config, found(str(pulled(config.encoder, TEXT_ENCODER, "encoder").folder)))
+    return pretrained.digest_of(config, found(config.encoder))
 
 
 def gives(encoder: TextEncoder, probe: Sequence[float]) -> bool:

@@ -78,7 +78,9 @@ def found(name: str) -> Files:
             f"encoder: {name}: is no text encoder (no config.json of a model); name a folder that `save_pretrained` wrote"
         )
     weights_of(model)
-    beside = (model, folder / "tokenizer", model.parent / "tokenizer")
+    # the second encoder of a pipeline, text_encoder_2, has its own
+    own = model.name.replace("text_encoder", "tokenizer") if model.name.startswith("text_encoder") else "tokenizer"
+    beside = (model, folder / "tokenizer", model.parent / own)
     tokenizer = next((each for each in beside if (each / "tokenizer.json").is_file()), None)
     if tokenizer is None:
         raise UserError(

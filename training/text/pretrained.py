@@ -24,6 +24,19 @@ _UNUSED = ("pooler.", "text_projection.", "logit_scale", "lm_head.")  # weights 
 _ROWS = 1024  # of the table of embeddings that are looked at
 
 
+def digest_of(config: TextConfig, files: Files) -> str:
+    """The `digest` that the encoder of these files has, which takes `length` tokens, without its weights in memory.
+
+    Raises:
+        UserError: its config cannot be read.
+    """
+    transformers = _transformers()
+    described = _loaded(config.encoder, transformers.AutoConfig.from_pretrained, files.model)
+    loader = _loader(transformers, described)
+    kind = loader if loader is transformers.CLIPTextModel else loader._model_mapping[type(described)]
+    return prompts.digest(config, kind.__name__, files.digests())
+
+
 class Pretrained:
     """The states of a layer for the tokens of a text."""
 
@@ -105,16 +118,8 @@ def _loaded(name: str, load: Any, *arguments: Any, **options: Any) -> Any:
 
 def _model(transformers: Any, config: TextConfig, files: Files) -> nn.Module:
     """The model on the CPU, in evaluation mode; of an encoder-decoder the encoder alone, of CLIP the text model."""
-    from transformers.models.auto.modeling_auto import MODEL_FOR_TEXT_ENCODING_MAPPING_NAMES as ENCODERS
-
     described = _loaded(config.encoder, transformers.AutoConfig.from_pretrained, files.model)
-    kind = described.model_type
-    if kind in ("clip", "clip_text_model"):
-        loader = transformers.CLIPTextModel
-    elif kind in ENCODERS:
-        loader = transformers.AutoModelForTextEncoding
-    else:
-        loader = transformers.AutoModel
+    loader = _loader(transformers, described)
     model, info = _loaded(
         config.encoder,
         loader.from_pretrained,
@@ -130,6 +135,15 @@ def _model(transformers: Any, config: TextConfig, files: Files) -> nn.Module:
     if loader is transformers.AutoModel and described.is_encoder_decoder:
         model = model.get_encoder()
     return model.eval().requires_grad_(False)
+
+
+def _loader(transformers: Any, described: Any) -> Any:
+    """The class that loads a model with this config."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_TEXT_ENCODING_MAPPING_NAMES as ENCODERS
+
+    if described.model_type in ("clip", "clip_text_model"):
+        return transformers.CLIPTextModel
+    return transformers.AutoModelForTextEncoding if described.model_type in ENCODERS else transformers.AutoModel
 
 
 def _check_embedding(model: Any, name: str) -> None:

@@ -153,6 +153,30 @@ def test_clips_that_one_column_alone_keeps_apart_share_no_batch(handmade: Callab
     assert len(shapes) == 8 and len(keys) == 12
 
 
+def test_larger_and_longer_latents_share_smaller_batches(handmade: Callable[..., str], tmp_path: Path) -> None:
+    root = handmade(tmp_path, [[{"source": f"s{n}", "frames": (5, 9)[n % 2]} for n in range(16)]], columns=(HIGH,))
+    beside(root, lambda row, high: high.repeat(1 + int(row["key"][1:-6]) // 2 % 2, 3), "latent-tall")
+    options: dict[str, Any] = {"columns": {"latent": "latent-tall"}, "frames": (5, 9), "batch": 4, "last": "pad"}
+    sizes = {}
+    for batch in Loader(root, **options, positions=36, epochs=1):
+        count, _, _, *shape = batch["latent"].shape
+        assert count * np.prod(shape) <= 36
+        sizes[tuple(shape)] = count
+    assert sizes == {(2, 2, 2): 4, (2, 4, 2): 2, (3, 2, 2): 3, (3, 4, 2): 1}
+
+    # of two ranks each has as many, and the batches are the same after a resume
+    ranks = [Loader(root, **options, positions=72, rank=rank, world=2, epochs=1) for rank in range(2)]
+    for one, two in zip(*ranks, strict=True):
+        assert one["latent"].shape == two["latent"].shape and set(one["key"]).isdisjoint(two["key"])
+    state = ranks[0].state_dict()
+    with pytest.raises(UserError, match="belongs to another global batch"):
+        Loader(root, **options, positions=36).load_state_dict(state)
+    with pytest.raises(UserError, match="positions: 20 a process hold no window of 24 positions of latents; raise it"):
+        Loader(root, **options, positions=40, world=2)
+    with pytest.raises(UserError, match="positions: are of latents; name a column of latents"):
+        Loader(root, **options | {"columns": ("video",), "size": 16}, positions=40)
+
+
 @pytest.mark.parametrize("at", [0, 1, 3, 5])
 def test_resuming_with_two_columns_and_their_history_gives_bitwise_the_same_batches(pair: str, at: int) -> None:
     options: dict[str, Any] = {**WINDOW, "columns": BOTH, "history_seconds": 2.0, "history_least": 1.0}

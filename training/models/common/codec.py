@@ -119,12 +119,16 @@ def frames_of_seconds(seconds: float, fps: float, factor: int, first: int = 1) -
 
 
 def load_codec(uri: str) -> Any:
-    """The autoencoder of the registry or of a model folder. Raises UserError for another model, and as `registry.load`."""
+    """The autoencoder of the registry, of a model folder, or of a pipeline of another library.
+
+    Raises:
+        UserError: it is another model; and as `registry.load`.
+    """
     return _codec_and_facts(uri)[0]
 
 
 def _codec_and_facts(uri: str) -> tuple[Any, dict[str, Any]]:
-    codec, facts = registry.load_with_facts(uri)
+    codec, facts = registry.load_with_facts(uri, "vae")
     if not hasattr(codec, "decode_stream"):
         raise UserError(f"{uri}: is a {type(codec).__name__}, not a video autoencoder; name a `pretrain_vae` model")
     return codec, facts
@@ -185,7 +189,7 @@ def reconstruct_video(
     if visible is not None and (visible < 1 or (visible - 1) % factor):
         low, high = nearest_lengths(visible, factor)
         raise ValueError(f"visible is {visible}; the model sees 1 + {factor}n frames, such as {low} or {high}")
-    if visible is not None and not hasattr(codec, "pad"):
+    if visible is not None and getattr(codec, "padding", None) is None:
         raise ValueError("visible: this model does not predict frames; leave it out")
     device = next(codec.parameters()).device
     rng = torch.Generator(device).manual_seed(seed)

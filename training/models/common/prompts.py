@@ -79,9 +79,13 @@ class Prompts:
     Each prompt is encoded alone: its states do not depend on those beside it.
     """
 
-    def __init__(self, uri: str, encoder: Mapping[str, Any], length: int) -> None:
-        """`encoder` is what config.json says of it, as `Text.encoder`; `length` the most tokens."""
-        self._uri, self._digest, self._length = uri, str(encoder["digest"]), length
+    def __init__(self, uri: str, encoder: Mapping[str, Any], length: int, cut: bool = False) -> None:
+        """`encoder` is what config.json says of it, as `Text.encoder`; `length` the most tokens.
+
+        Without a digest in it, as of a pipeline that brings its encoder, no other encoder is refused. With `cut` prompts
+        that are too long are cut, and not refused.
+        """
+        self._uri, self._digest, self._length, self._cut = uri, encoder.get("digest"), length, cut
         self._probe = encoder.get("probe")  # older models have none
         self._config = TextConfig(**{name: value for name, value in encoder.items() if name in TextConfig.model_fields})
         self._states = lru_cache(_KEPT)(self._encoded)
@@ -93,6 +97,8 @@ class Prompts:
             UserError: the encoder is not there, or is another one; a prompt has more tokens than the model takes.
         """
         check_bytes(prompts)
+        if self._cut:
+            return
         most = min(self._length, self._encoder.limit)
         for prompt, count in zip(prompts, self._encoder.count(prompts), strict=True):
             if count > most:
@@ -123,7 +129,7 @@ class Prompts:
             encoder = text.load_encoder(self._config)
         except UserError as e:
             raise UserError(f"{self._uri}: text {e}") from e
-        if encoder.digest != self._digest:
+        if self._digest is not None and encoder.digest != self._digest:
             remedy = "install the version of wordllama that its training had" if name == WORDS else _REMEDY
             raise UserError(
                 f"{self._uri}: has learned texts by another encoder than {name} (digest {self._digest[:12]}, not"

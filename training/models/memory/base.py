@@ -9,33 +9,35 @@ from longtake.datasets.errors import Failure, UserError
 from longtake.datasets.text import Text
 from longtake.training import data as common
 from longtake.training import registry
-from longtake.training.engines import device, lora
+from longtake.training.engines import lora
+from longtake.training.foreign.backbone import Backbone
 from longtake.training.models.common.text import fields_of, is_of_text, set_empty
+from longtake.training.models.memory.base_foreign import check_one_transformer, foreign_model
 from longtake.training.models.memory.config import MemoryConfig, check_low
-from longtake.training.models.memory.data import Data
+from longtake.training.models.memory.data import Data, check_history, check_precision
 from longtake.training.models.memory.dit import MemoryDiT
 from longtake.training.models.memory.dit_config import MemoryDiTConfig
-from longtake.training.models.memory.tokens import parse_rate
-from longtake.training.models.memory.variants import VARIANTS
+from longtake.training.models.memory.foreign import MemoryBackbone
+from longtake.training.models.memory.model import MemoryModel
 
 
 def initial_model(
     config: MemoryConfig, inputs: Mapping[str, str], data: Data, classes: int, text: Text | None = None
-) -> MemoryDiT:
+) -> MemoryModel:
     """Make the model with the base's weights or random ones, and the statistics of the latents that it learns.
 
     Raises:
         UserError: the history or the latents are too small for the memory; the base does not fit.
         Failure: the latents do not vary.
     """
-    base, facts = registry.load_with_facts(inputs["base"]) if "base" in inputs else (None, {})
-    if base is not None and not isinstance(base, MemoryDiT):
-        raise UserError(
-            f"base: {inputs['base']} is a {type(base).__name__}, not a MemoryDiT; name a `pretrain_memory` model"
-        )
-    if "text" in type(config).model_fields:
+    base, facts = _base_of(inputs)
+    if text is not None or config.listens:
         # a training that takes no texts leaves alone what its base has learned of them
         common.check_base_text(inputs.get("base", ""), facts, text)
+    if isinstance(base, Backbone | MemoryBackbone):
+        return foreign_model(config, inputs, data, text, base, facts)
+    if text is not None and not config.listens:
+        raise UserError("text: is for a base of another library; a memory_dit is told nothing here, leave it out")
 
     # The config: the base's or the preset's, with what follows from the data.
     from_data = {"channels": data.latents.channels, "classes": classes, "history_noise": config.noise}
@@ -45,15 +47,12 @@ def initial_model(
             fields = base.config.model_dump() | (config.model or {}) | from_data
         else:
             fields = config.dit(**from_data).model_dump()
-        _check_history(fields, data)
+        check_history(fields, fields["patch"], data)
         dit = MemoryDiTConfig(**fields | {"shape": data.shape, "history": data.history})
     except ValidationError as e:
         raise UserError(f"model: {e.errors()[0]['msg'].removeprefix('Value error, ')}") from e
     check_low(dit, data.low.shrink if data.low else None)
-    if config.precision == "bf16" and device().type == "cpu" and _strided(dit):
-        raise UserError(
-            "precision: bf16: torch's strided convolutions of small frames crash on a CPU; train this memory in fp32"
-        )
+    check_precision(config, dit)
 
     # The weights and the statistics. A base that never read low-res latents gets theirs.
     model = MemoryDiT(dit)
@@ -75,27 +74,19 @@ def initial_model(
     return model
 
 
-def _strided(dit: MemoryDiTConfig) -> bool:
-    """Whether the memory has convolutions that stride in space."""
-    sides = [side for rate in map(parse_rate, dit.rates) for side in rate[:2]]
-    return dit.variant.low and dit.branches != "low" and dit.patch * max(sides) > 1
-
-
-def _check_history(dit: Mapping[str, Any], data: Data) -> None:
-    """Refuse a history or latents that are too small for a model. `dit` has fields of MemoryDiTConfig."""
-    if data.history < dit["window"]:
+def _base_of(inputs: Mapping[str, str]) -> tuple[MemoryDiT | MemoryBackbone | Backbone | None, dict[str, Any]]:
+    """The base and its config.json, if there is one. UserError where it is nothing that takes a memory."""
+    if "base" not in inputs:
+        return None, {}
+    uri = inputs["base"]
+    check_one_transformer(uri)
+    base, facts = registry.load_with_facts(uri, part="transformer")
+    if not isinstance(base, MemoryDiT | MemoryBackbone | Backbone):
         raise UserError(
-            f"history_seconds: are {data.history} steps, fewer than the {dit['window']} of the window beside the memory; raise it"
+            f"base: {uri} is a {type(base).__name__}, not a MemoryDiT; name a `pretrain_memory` model, or a folder in the"
+            " layout of diffusers"
         )
-    for rate in dit["rates"] if VARIANTS[dit["memory"]].rated else ():
-        height, width, time = parse_rate(rate)
-        if time > data.history:
-            raise UserError(
-                f"rates: {rate}: a token stands for {time} steps, the history has {data.history}; raise history_seconds"
-            )
-        rows, columns = (side // dit["patch"] for side in data.shape[1:])
-        if height > rows or width > columns:
-            raise UserError(f"rates: {rate}: the latents make a grid of {rows}x{columns} tokens; choose a lower rate")
+    return base, facts
 
 
 def _load_base(model: MemoryDiT, base: MemoryDiT, uri: str) -> None:

@@ -35,17 +35,17 @@ class CellEmbedding(nn.Module):
         nn.init.zeros_(self.linear.bias)
 
     @torch.no_grad()
-    def start_from(self, embedding: nn.Linear) -> None:
+    def start_from(self, weight: Tensor, bias: Tensor) -> None:
         """Become the transformer's patch embedding of a smaller video, whose latents are the means over a cell's.
 
         Each weight is repeated over the cell and divided by its size (FramePack's `initialize_weight_from_another_conv3d`).
         With a patch of 1 a token is thus the mean of its cell's tokens.
         """
-        weight = embedding.weight.unflatten(1, (-1, 1, self.patch, self.patch))
+        weight = weight.unflatten(1, (-1, 1, self.patch, self.patch))
         for axis, times in enumerate(self.cell, 2):
             weight = weight.repeat_interleave(times, axis)
         self.linear.weight.copy_(weight.flatten(1) / math.prod(self.cell))
-        self.linear.bias.copy_(embedding.bias)
+        self.linear.bias.copy_(bias)
 
     def forward(self, x: Tensor) -> Tensor:
         time, rows, columns = self.size

@@ -10,13 +10,29 @@ from longtake.datasets.errors import UserError
 from longtake.datasets.loader.streams import Lengths
 from longtake.datasets.stage import DatasetInput, Input, Measuring, ModelInput, StageConfig, ViewInput
 from longtake.training import data
-from longtake.training.config import ModelName, TrainConfig
+from longtake.training.config import LoraConfig, ModelName, Pattern, TrainConfig
 from longtake.training.models.common.text import check_settings
 from longtake.training.models.memory.dit_config import MemoryDiTConfig, config_from_preset
 from longtake.training.models.memory.history import history_lengths
+from longtake.training.models.memory.model_config import MemoryModelConfig
 
 # fields of MemoryDiTConfig that follow from other settings, so that `model` must not have them
 _FROM_DATA = ("channels", "classes", "shape", "history", "history_noise")
+
+
+class MemoryLora(LoraConfig):
+    """Low-rank changes of some layers, which learn while all else but `full` is frozen (arXiv 2106.09685).
+
+    Parameters that the model has and its base has not learn in full too.
+
+    rank      of a change
+    alpha     a change counts alpha / rank; null is the rank, so that it counts 1
+    targets   regular expressions of the names of linear and convolution layers; none: all, or of a base of another library
+              those of its blocks' attention and MLP
+    full      regular expressions: parameters whose names begin with a match learn as they are
+    """
+
+    targets: tuple[Pattern, ...] = ()
 
 
 class MemoryConfig(TrainConfig):
@@ -27,8 +43,12 @@ class MemoryConfig(TrainConfig):
     low_latents       with the `shrink` of the rates, for the low-res branch
     view              which clips to use; null uses all
     vae               decodes samples; null is the model that encoded the latents
-    base              the memory_dit to continue from; null begins with random weights
-    model             a preset with fields of MemoryDiTConfig to change: `{preset: memory_dit_xl}`; with a base, fields alone
+    base              the memory_dit to continue from, or a transformer of another library: a folder in the layout of diffusers,
+                      a registered pipeline or backbone; null begins with random weights
+    model             a preset with fields of MemoryDiTConfig to change: `{preset: memory_dit_xl}`; with a base, fields alone;
+                      with one of another library, those of MemoryModelConfig
+    lora              where it is left out, a base of another library gets that of the paper: {rank: 128, full: ["memory"]};
+                      with null everything learns
     classes           learn the dataset's labels
     frames            of a segment, 1 + 4n [assumption]
     history_seconds   of history before the segment, at most [paper: 5 to over 20]
@@ -58,6 +78,7 @@ class MemoryConfig(TrainConfig):
     time_mean: float = 0.2
     time_std: float = Field(1.0, gt=0)
     shift: float = Field(1.0, gt=0)
+    lora: MemoryLora | None = None
     lr: float = Field(1e-4, gt=0)
     schedule: Literal["constant", "cosine"] = "constant"
     weight_decay: float = Field(0.0, ge=0)
@@ -88,6 +109,11 @@ class MemoryConfig(TrainConfig):
         return self
 
     @property
+    def listens(self) -> bool:
+        """Whether segments are given their texts, if there are any."""
+        return False
+
+    @property
     def noise(self) -> float:
         """The most noise of a history in training, as a time of the flow."""
         return 0.0
@@ -102,7 +128,7 @@ class MemoryConfig(TrainConfig):
         """Seconds of history that a stream must have room for."""
         return self.history_seconds if self.history_least is None else self.history_least
 
-    def histories(self, dit: MemoryDiTConfig, least: int) -> Lengths:
+    def histories(self, dit: MemoryModelConfig, least: int) -> Lengths:
         """The lengths of history of a segment, in latents. A stream must have room for `least` of them."""
         return history_lengths(dit, 0.0, least)
 
@@ -139,7 +165,7 @@ def check(config: MemoryConfig, inputs: Mapping[str, StageConfig]) -> None:
             raise ValueError(str(e)) from e
 
 
-def check_low(dit: MemoryDiTConfig, shrink: tuple[int, int] | None) -> None:
+def check_low(dit: MemoryModelConfig, shrink: tuple[int, int] | None) -> None:
     """Refuse a low-res column that the rates do not need, or the lack of one; `shrink` is the column's, None without."""
     if dit.shrink == shrink:
         return

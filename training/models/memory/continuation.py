@@ -28,8 +28,8 @@ from longtake.training.models.common.condition import Condition
 from longtake.training.models.common.video import video_file
 from longtake.training.models.generator import Settings
 from longtake.training.models.memory import segments
-from longtake.training.models.memory.dit import MemoryDiT
 from longtake.training.models.memory.history import Segment, memory_of, posterior_of
+from longtake.training.models.memory.model import MemoryModel
 from longtake.training.models.memory.retrieval import Video, trim_to_groups
 from longtake.training.models.memory.tokens import Memory, repeated
 
@@ -78,7 +78,7 @@ def losses_of_all_ranks(model: Any, clips: Clips, seed: int) -> np.ndarray[Any, 
     return np.stack(list(united(rows).values()))
 
 
-def trivial_losses(model: MemoryDiT, clips: Clips, seed: int) -> dict[str, float]:
+def trivial_losses(model: MemoryModel, clips: Clips, seed: int) -> dict[str, float]:
     """The mean loss over all ranks of velocities that know only the latents' mean, or only their mean and variance."""
     blind = [(number, segment._replace(history=None), None) for number, segment, _ in clips]
     still, gaussian = unit(model.config.channels, model.latent_mean)
@@ -108,7 +108,7 @@ class Continuation(NamedTuple):
 
 @torch.no_grad()
 def evaluate(
-    model: MemoryDiT,
+    model: MemoryModel,
     vae: Codec,
     batches: Iterable[Sequence[Video]],
     folder: Path,
@@ -207,7 +207,7 @@ def _groups(vae: Codec, videos: Iterable[Video], how: Continuation) -> Iterable[
 
 
 def _continue(
-    model: MemoryDiT,
+    model: MemoryModel,
     vae: Codec,
     group: Sequence[_Start],
     folder: Path,
@@ -273,7 +273,7 @@ def _psnr_next(start: _Start, frames: Tensor) -> dict[str, float]:
     }
 
 
-def _features(model: MemoryDiT, network: FeatureNetwork, video: Tensor) -> Tensor:
+def _features(model: MemoryModel, network: FeatureNetwork, video: Tensor) -> Tensor:
     """One row of features (D,) of a video, uint8 `(1, 3, T, H, W)`. Raises UserError where the network does not take it."""
     try:
         return features(network, to_model(video.to(model.latent_mean.device))).mean(0)

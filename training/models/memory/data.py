@@ -11,10 +11,13 @@ from longtake.datasets.loader.streams import Lengths
 from longtake.datasets.text import Text
 from longtake.training import data as common
 from longtake.training.data import HELDOUT
+from longtake.training.engines import device
 from longtake.training.models.common.codec import Codec
 from longtake.training.models.memory.config import MemoryConfig
-from longtake.training.models.memory.dit import MemoryDiT
-from longtake.training.models.memory.dit_config import MemoryDiTConfig
+from longtake.training.models.memory.model import MemoryModel
+from longtake.training.models.memory.model_config import MemoryModelConfig
+from longtake.training.models.memory.tokens import parse_rate
+from longtake.training.models.memory.variants import VARIANTS
 
 
 class Data(NamedTuple):
@@ -50,7 +53,7 @@ class Data(NamedTuple):
         seconds = [seconds for begin, seconds in config.reaches if begin <= step]
         return max(1, min(self.history, self.latents_in(seconds[-1])))
 
-    def histories(self, config: MemoryConfig, dit: MemoryDiTConfig) -> Lengths:
+    def histories(self, config: MemoryConfig, dit: MemoryModelConfig) -> Lengths:
         """The lengths of history that each batch of the training draws from."""
         lengths = config.histories(dit, self.latents_in(config.least_seconds))
         reaches = tuple((begin * config.accumulate, self.reach(config, begin)) for begin, _ in config.reaches)
@@ -63,14 +66,14 @@ class Setup(NamedTuple):
     inputs: Mapping[str, str]
     data: Data
     classes: Sequence[str]
-    model: MemoryDiT
+    model: MemoryModel
     codec: Codec
     text: Text | None = None
 
     def said(self, config: MemoryConfig) -> dict[str, str]:
         """The columns of what is said of a clip: its label and its texts, where they are learned."""
         label = {"label": "label"} if config.classes else {}
-        return label | ({} if self.text is None else {"text": self.text.column})
+        return label | ({"text": self.text.column} if self.text and config.listens else {})
 
 
 def data_of(config: MemoryConfig, inputs: Mapping[str, str]) -> Data:
@@ -145,19 +148,19 @@ def heldout_of(
     return loader_of(config, setup, "val", histories, columns, **HELDOUT)
 
 
-def captions_of(setup: Setup) -> dict[str, str]:
+def captions_of(config: MemoryConfig, setup: Setup) -> dict[str, str]:
     """The column of captions that the texts are of, for people to read."""
-    return {} if setup.text is None else {"caption": setup.text.captions}
+    return {"caption": setup.text.captions} if setup.text and config.listens else {}
 
 
 def videos_of(config: MemoryConfig, setup: Setup) -> Loader:
     """The pixels of held-out segments and of their history."""
-    columns = {"video": "video"} | setup.said(config) | captions_of(setup)
+    columns = {"video": "video"} | setup.said(config) | captions_of(config, setup)
     history = {"history_seconds": config.history_seconds, "history_least": config.least_seconds}
     return common.loader(config, setup.inputs, "val", columns=columns, size=setup.data.size(), **HELDOUT, **history)
 
 
-def describe_memory(dit: MemoryDiTConfig, data: Data) -> str:
+def describe_memory(dit: MemoryModelConfig, data: Data) -> str:
     """A line for the log: the number of tokens that stand for the longest history."""
     (height, width), latents = data.shape[1:], data.history
     tokens, seconds = dit.tokens((latents // dit.group * dit.group, height, width)), data.seconds(latents)
@@ -185,3 +188,31 @@ def describe_history(config: MemoryConfig, data: Data, loader: Loader) -> str:
             " with this view"
         )
     return line
+
+
+def check_history(fields: Mapping[str, Any], patch: int, data: Data) -> None:
+    """Refuse a history or latents that are too small for a model with these fields of `MemoryModelConfig`: UserError."""
+    if data.history < fields["window"]:
+        raise UserError(
+            f"history_seconds: are {data.history} steps, fewer than the {fields['window']} of the window beside the memory;"
+            " raise it"
+        )
+    for rate in fields["rates"] if VARIANTS[fields["memory"]].rated else ():
+        height, width, time = parse_rate(rate)
+        if time > data.history:
+            raise UserError(
+                f"rates: {rate}: a token stands for {time} steps, the history has {data.history}; raise history_seconds"
+            )
+        rows, columns = (side // patch for side in data.shape[1:])
+        if height > rows or width > columns:
+            raise UserError(f"rates: {rate}: the latents make a grid of {rows}x{columns} tokens; choose a lower rate")
+
+
+def check_precision(config: MemoryConfig, dit: MemoryModelConfig) -> None:
+    """Refuse to train convolutions that stride in space in bf16 on a CPU: UserError."""
+    sides = [side for rate in map(parse_rate, dit.rates) for side in rate[:2]]
+    strided = dit.variant.low and dit.branches != "low" and dit.patch * max(sides) > 1
+    if config.precision == "bf16" and device().type == "cpu" and strided:
+        raise UserError(
+            "precision: bf16: torch's strided convolutions of small frames crash on a CPU; train this memory in fp32"
+        )

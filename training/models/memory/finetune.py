@@ -31,11 +31,10 @@ from longtake.training.models.common.guidance import GuidanceSetting
 from longtake.training.models.common.text import check_guidance
 from longtake.training.models.generator import Settings, plain
 from longtake.training.models.memory import continuation
+from longtake.training.models.memory.base_foreign import with_lora
 from longtake.training.models.memory.config import MemoryConfig, check
 from longtake.training.models.memory.continuation import Clips, Continuation
 from longtake.training.models.memory.data import Setup, heldout_of, videos_of
-from longtake.training.models.memory.dit import MemoryDiT
-from longtake.training.models.memory.dit_config import MemoryDiTConfig
 from longtake.training.models.memory.history import (
     history_lengths,
     memory_of,
@@ -45,6 +44,8 @@ from longtake.training.models.memory.history import (
     stretch_of,
     true_lengths,
 )
+from longtake.training.models.memory.model import MemoryModel
+from longtake.training.models.memory.model_config import MemoryModelConfig
 from longtake.training.models.memory.retrieval import Video
 from longtake.training.models.memory.segments import SETTINGS
 from longtake.training.models.memory.shared import (
@@ -53,6 +54,7 @@ from longtake.training.models.memory.shared import (
     announce,
     counts,
     facts_of,
+    kind,
     largest_of,
     loader,
     model_of,
@@ -62,7 +64,16 @@ from longtake.training.models.memory.shared import (
 from longtake.training.models.memory.stretch import add_noise
 from longtake.training.objective import Engines, Objective, Terms, Turn
 
-__all__ = ["MODEL", "announce", "check", "counts", "loader", "model_of", "prepare"]  # the stage's functions from other files
+__all__ = [
+    "MODEL",
+    "announce",
+    "check",
+    "counts",
+    "kind",
+    "loader",
+    "model_of",
+    "prepare",
+]  # the stage's functions from other files
 
 VERSION = 3
 PRODUCES = "model"
@@ -74,7 +85,8 @@ class Config(MemoryConfig):
 
     With a base: `lora` trains a new adaptation, `lora.full: ["memory"]` the memory with it, `freeze: ["memory"]` neither.
 
-    text                 of the dataset's captions, to learn what they say of a segment; null learns none
+    text                 of the dataset's captions, to learn what they say of a segment; null learns none, and a base of
+                         another library is then always given the text ""
     no_history           probability that a sample has no history, and begins its stream as a video begins [assumption]
     history_noise        most noise of a history, a time of the flow that the model sees: generated latents have errors too
     sample_noise         this noise in generation
@@ -117,6 +129,10 @@ class Config(MemoryConfig):
         return self
 
     @property
+    def listens(self) -> bool:
+        return True
+
+    @property
     def noise(self) -> float:
         return self.history_noise
 
@@ -127,7 +143,7 @@ class Config(MemoryConfig):
     def settings(self) -> Settings:
         return Settings(self.sample_steps, self.guidance, self.shift, history_noise=self.sample_noise)
 
-    def histories(self, dit: MemoryDiTConfig, least: int) -> Lengths:
+    def histories(self, dit: MemoryModelConfig, least: int) -> Lengths:
         return history_lengths(dit, self.no_history, least)
 
 
@@ -151,7 +167,7 @@ def objective(config: Config, setup: Setup) -> Objective:
     return objective_of(config, setup, partial(_loss, config, setup.model), _sample)
 
 
-def _loss(config: Config, model: MemoryDiT, turn: Turn) -> tuple[Tensor, Terms]:
+def _loss(config: Config, model: MemoryModel, turn: Turn) -> tuple[Tensor, Terms]:
     batch, rng, count = turn.batch, turn.rng, len(turn.batch["key"])
     segment = segment_of(batch, model, batch["history_latent"].shape[3], config.posterior, rng)
     x0, history, level = segment.x0, segment.history, None
@@ -241,7 +257,7 @@ def facts(config: Config, setup: Setup, lineage: Mapping[str, Any]) -> dict[str,
 
 def run(config: Config, inputs: Mapping[str, str], output: str) -> dict[str, Any]:
     """See `stage.run`."""
-    return stage.run(sys.modules[__name__], config, inputs, output)
+    return stage.run(sys.modules[__name__], with_lora(config, inputs), inputs, output)
 
 
 def work(config: Config, inputs: Mapping[str, str], folder: Path) -> None:

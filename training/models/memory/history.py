@@ -15,20 +15,20 @@ from longtake.datasets.latents import shrunk
 from longtake.datasets.loader import to_model
 from longtake.datasets.loader.streams import Lengths
 from longtake.training.models.common.codec import Codec, Posterior
-from longtake.training.models.memory.dit import MemoryDiT
-from longtake.training.models.memory.dit_config import MemoryDiTConfig
+from longtake.training.models.memory.model import MemoryModel
+from longtake.training.models.memory.model_config import MemoryModelConfig
 from longtake.training.models.memory.stretch import Stretch, skip_or_none
 from longtake.training.models.memory.tokens import Memory
 
 _CHUNK = 32  # frames on the device at once
 
 
-def memory_of(model: MemoryDiT, stretch: Stretch) -> Memory:
+def memory_of(model: MemoryModel, stretch: Stretch) -> Memory:
     """The memory that a model makes of a stretch in whole groups."""
     return model.remember(stretch.high, stretch.low, stretch.start, first=stretch.first, skip=stretch.skip)
 
 
-def history_lengths(dit: MemoryDiTConfig, no_history: float = 0.0, least: int = 0) -> Lengths:
+def history_lengths(dit: MemoryModelConfig, no_history: float = 0.0, least: int = 0) -> Lengths:
     """The lengths of history, in latents, that occur in generation: whole segments, after nothing or a start in whole groups.
 
     Args:
@@ -52,7 +52,7 @@ def true_lengths(batch: Mapping[str, Any], most: int) -> Tensor:
 
 def stretch_of(
     batch: Mapping[str, Any],
-    model: MemoryDiT,
+    model: MemoryModel,
     most: int,
     posterior: Literal["sample", "mean"] = "mean",
     rng: torch.Generator | None = None,
@@ -104,7 +104,7 @@ class Segment(NamedTuple):
 
 def segment_of(
     batch: Mapping[str, Any],
-    model: MemoryDiT,
+    model: MemoryModel,
     most: int,
     posterior: Literal["sample", "mean"] = "mean",
     rng: torch.Generator | None = None,
@@ -114,7 +114,7 @@ def segment_of(
     return split_segment(stretch, batch["latent"].shape[3], batch["stream_step"], model.config)
 
 
-def segment_after(batch: Mapping[str, Any], model: MemoryDiT, count: int) -> Segment:
+def segment_after(batch: Mapping[str, Any], model: MemoryModel, count: int) -> Segment:
     """A batch's segments, given the last `count` latents of history as if the stream began with them.
 
     Groups are counted from the first of these, as after a start clip, but none of them is a video's first latent.
@@ -125,7 +125,7 @@ def segment_after(batch: Mapping[str, Any], model: MemoryDiT, count: int) -> Seg
 
 def groups_of(
     batch: Mapping[str, Any],
-    model: MemoryDiT,
+    model: MemoryModel,
     posterior: Literal["sample", "mean"] = "mean",
     rng: torch.Generator | None = None,
 ) -> Stretch:
@@ -135,7 +135,7 @@ def groups_of(
     return cut_to_groups(stretch, batch["stream_step"] + segment, model.config)
 
 
-def split_segment(stretch: Stretch, length: int, position: Tensor, config: MemoryDiTConfig) -> Segment:
+def split_segment(stretch: Stretch, length: int, position: Tensor, config: MemoryModelConfig) -> Segment:
     """Split a stretch into history and the segment, its last `length` latents.
 
     Args:
@@ -167,7 +167,7 @@ def split_segment(stretch: Stretch, length: int, position: Tensor, config: Memor
     )
 
 
-def cut_to_groups(stretch: Stretch, position: Tensor, config: MemoryDiTConfig) -> Stretch:
+def cut_to_groups(stretch: Stretch, position: Tensor, config: MemoryModelConfig) -> Stretch:
     """Each sample's latents in whole groups, of a stretch that ends `position` `(B,)` latents after its video's beginning."""
     total = stretch.high.shape[2]
     _, lag, remembered = _in_groups(stretch, total, position, config.group)
@@ -184,7 +184,7 @@ def _in_groups(stretch: Stretch, end: int, position: Tensor, group: int) -> tupl
     return lengths, lag, (lengths - lag) // group * group
 
 
-def _memory_length(config: MemoryDiTConfig, most: int, remembered: Tensor) -> int:
+def _memory_length(config: MemoryModelConfig, most: int, remembered: Tensor) -> int:
     """The number of latents that a batch's memory is made of, where samples have `remembered` `(B,)` of `most`."""
     # a packed one has other layers for older latents, which all ranks must call: ZeRO-3 gathers their weights together
     return max(config.group, int(remembered.max()) if config.variant.joins else most)
@@ -198,7 +198,7 @@ def full_tokens(patch: int, batch: Mapping[str, Any]) -> int:
 
 
 @torch.no_grad()
-def encode_video(model: MemoryDiT, vae: Codec, video: Tensor) -> Stretch:
+def encode_video(model: MemoryModel, vae: Codec, video: Tensor) -> Stretch:
     """The latents of a video `(1, 3, T, H, W)`, uint8, encoded in one stream: what `memory_of` takes, on the model's device."""
     shrink = model.config.shrink
     low = model.normalise_low(posterior_of(vae, video, shrink).mode()) if shrink else None

@@ -10,16 +10,25 @@ from longtake.training.models.common.prompts import accepted
 from longtake.training.models.kind import Kind
 from longtake.training.models.memory.dit import MemoryDiT
 from longtake.training.models.memory.dit_config import MemoryDiTConfig
+from longtake.training.models.memory.foreign import MemoryBackbone, MemoryBackboneConfig
+from longtake.training.models.memory.model import MemoryModel
+from longtake.training.models.memory.model_config import MemoryModelConfig
 from longtake.training.models.memory.prior import ACCEPTS, load_prior, prior_of
 from longtake.training.models.memory.recall import recall_each, retriever_of
+
+_CLASSES: dict[str, tuple[type[MemoryModelConfig], type[MemoryModel]]] = {
+    "memory_dit": (MemoryDiTConfig, MemoryDiT),
+    "memory_backbone": (MemoryBackboneConfig, MemoryBackbone),
+}
 
 
 def kind(facts: Mapping[str, Any]) -> Kind:
     """The row of a model that was trained to continue a history, or of one that was trained to retrieve it."""
+    config, module = _CLASSES[facts["model"]]
     row = Kind(
-        f"MemoryDiT that does {facts.get('stage')}",
-        MemoryDiTConfig,
-        MemoryDiT,
+        f"{module.__name__} that does {facts.get('stage')}",
+        config,
+        module,
         "longtake.training.models.memory.judge",
         retriever=retriever_of,
     )

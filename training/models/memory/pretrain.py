@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
@@ -18,6 +18,7 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from longtake.datasets.loader.streams import Lengths
+from longtake.datasets.stage import Input
 from longtake.training import stage
 from longtake.training.data import on_device
 from longtake.training.fit import Largest, Source
@@ -25,11 +26,12 @@ from longtake.training.metrics.share import batches
 from longtake.training.models.common import flow
 from longtake.training.models.common.condition import of_batch
 from longtake.training.models.memory import retrieval
+from longtake.training.models.memory.base_foreign import with_lora
 from longtake.training.models.memory.config import MemoryConfig, check
 from longtake.training.models.memory.data import Setup, heldout_of, videos_of
-from longtake.training.models.memory.dit import MemoryDiT
-from longtake.training.models.memory.dit_config import MemoryDiTConfig
 from longtake.training.models.memory.history import groups_of, history_lengths, memory_of
+from longtake.training.models.memory.model import MemoryModel
+from longtake.training.models.memory.model_config import MemoryModelConfig
 from longtake.training.models.memory.retrieval import Video, retrieve
 from longtake.training.models.memory.shared import (
     MODEL,
@@ -37,6 +39,7 @@ from longtake.training.models.memory.shared import (
     announce,
     counts,
     facts_of,
+    kind,
     largest_of,
     loader,
     model_of,
@@ -47,7 +50,16 @@ from longtake.training.models.memory.stretch import Stretch, draw_omega, gather_
 from longtake.training.models.memory.variants import VARIANTS
 from longtake.training.objective import Engines, Objective, Terms, Turn
 
-__all__ = ["MODEL", "announce", "check", "counts", "loader", "model_of", "prepare"]  # the stage's functions from other files
+__all__ = [
+    "MODEL",
+    "announce",
+    "check",
+    "counts",
+    "kind",
+    "loader",
+    "model_of",
+    "prepare",
+]  # the stage's functions from other files
 
 VERSION = 2
 PRODUCES = "model"
@@ -60,6 +72,8 @@ class Config(MemoryConfig):
     The paper adapts a pretrained transformer: `base`, with `lora: {rank: 128, full: ["memory"]}`; new cross-attention
     learns in full too. MemoryConfig marks the assumptions.
 
+    text        for a base of another library, which attends to texts: of the dataset's captions, of which only the states of
+                "" are taken, as the text of all that is retrieved
     history     what the memory is made of: masked by noise, or clean as in the paper's v1 to v3
     retrieved   latents to retrieve at once: 1 to this many [assumption]
     mask_mean   of the masks' logit-normal levels [paper: L(0.2, 1)]
@@ -67,12 +81,13 @@ class Config(MemoryConfig):
     """
 
     kind: Literal["pretrain_memory"]
+    text: Annotated[str, Input("text")] | None = None
     history: Literal["masked", "clean"] = "masked"
     retrieved: int = Field(4, ge=1)
     mask_mean: float = 0.2
     mask_std: float = Field(1.0, gt=0)
 
-    def histories(self, dit: MemoryDiTConfig, least: int) -> Lengths:
+    def histories(self, dit: MemoryModelConfig, least: int) -> Lengths:
         """The lengths that occur in generation, and none, as far as history and segment fill a group of the memory."""
         assert dit.shape
         lengths = history_lengths(dit, 0.0, least)
@@ -81,6 +96,8 @@ class Config(MemoryConfig):
 
     @model_validator(mode="after")
     def _remembers(self) -> "Config":
+        if self.text is not None and self.base is None:
+            raise ValueError("text: is for a base of another library; name one, or leave it out")
         if VARIANTS[(self.model or {}).get("memory", "encoder")].empty:
             raise ValueError("model: memory none has nothing to retrieve from; choose encoder, patchify or framepack")
         return self
@@ -91,7 +108,7 @@ def objective(config: Config, setup: Setup) -> Objective:
     return objective_of(config, setup, partial(_loss, config, setup.model), _sample)
 
 
-def _loss(config: Config, model: MemoryDiT, turn: Turn) -> tuple[Tensor, Terms]:
+def _loss(config: Config, model: MemoryModel, turn: Turn) -> tuple[Tensor, Terms]:
     batch, rng = turn.batch, turn.rng
     stretch, count = groups_of(batch, model, config.posterior, rng), len(batch["key"])
     omega = draw_omega(count, stretch.high.shape[2], config.retrieved, rng, stretch.skip)
@@ -149,7 +166,7 @@ def facts(config: Config, setup: Setup, lineage: Mapping[str, Any]) -> dict[str,
 
 def run(config: Config, inputs: Mapping[str, str], output: str) -> dict[str, Any]:
     """See `stage.run`."""
-    return stage.run(sys.modules[__name__], config, inputs, output)
+    return stage.run(sys.modules[__name__], with_lora(config, inputs), inputs, output)
 
 
 def work(config: Config, inputs: Mapping[str, str], folder: Path) -> None:

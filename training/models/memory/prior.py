@@ -24,8 +24,8 @@ from longtake.training.models.common.codec import Posterior, frames_of, latent_g
 from longtake.training.models.common.prompts import Prompts
 from longtake.training.models.generator import Request, Settings, fields_of
 from longtake.training.models.memory import segments
-from longtake.training.models.memory.dit import MemoryDiT
 from longtake.training.models.memory.history import posterior_of
+from longtake.training.models.memory.model import MemoryModel
 from longtake.training.registry import disk
 
 Stage = Literal["generation", "retrieval"]
@@ -48,7 +48,7 @@ class MemoryPrior:
     prompts    the encoder of its texts; None for a model without
     """
 
-    model: MemoryDiT
+    model: MemoryModel
     codec: Any
     classes: Sequence[str]
     frames: int
@@ -180,7 +180,7 @@ def prior_of(
     uri: str, model: Any, facts: Mapping[str, Any], vae: str | None, dtype: torch.dtype, stage: Stage = "generation"
 ) -> MemoryPrior:
     """Make a prior of a loaded model. Raises as `load_prior`."""
-    if not isinstance(model, MemoryDiT):
+    if not isinstance(model, MemoryModel):
         raise UserError(f"{uri}: is a {type(model).__name__}, which has no memory; name a `{_KINDS[stage]}` model")
     if facts["stage"] != stage:
         raise UserError(f"{uri}: has been trained for {facts['stage']}, not {stage}; name a `{_KINDS[stage]}` model")
@@ -192,7 +192,7 @@ def prior_of(
         digest=f"{disk.digest(facts)} {digest}",
         posterior=facts.get("posterior", "mean"),
         accepts=ACCEPTS | texts.accepted(facts),
-        prompts=texts.prompts_of(uri, facts),
+        prompts=Prompts(uri, facts["text"]["encoder"], model.config.text_length) if facts.get("text") else None,
     )
 
 

@@ -24,8 +24,8 @@ from longtake.training.models.common import flow
 from longtake.training.models.common.codec import Codec
 from longtake.training.models.common.condition import Condition, of_batch
 from longtake.training.models.common.video import video_file
-from longtake.training.models.memory.dit import MemoryDiT
 from longtake.training.models.memory.history import encode_video, memory_of
+from longtake.training.models.memory.model import MemoryModel
 from longtake.training.models.memory.stretch import Stretch
 from longtake.training.models.memory.tokens import Memory, repeated
 
@@ -58,7 +58,7 @@ class Video(NamedTuple):
 
 @torch.no_grad()
 def retrieve(
-    model: MemoryDiT,
+    model: MemoryModel,
     memory: Memory,
     times: Sequence[int],
     shape: tuple[int, int],
@@ -90,7 +90,7 @@ def retrieve(
 
 
 def retrieve_all(
-    model: MemoryDiT,
+    model: MemoryModel,
     stretch: Stretch,
     seed: int,
     solver_steps: int,
@@ -124,7 +124,7 @@ def trim_to_groups(video: Tensor, factor: int, group: int) -> Tensor:
 
 @torch.no_grad()
 def heldout_losses(
-    model: MemoryDiT, clips: Iterable[tuple[Stretch, Condition | None]], seed: int, scale: Tensor | float = 1.0
+    model: MemoryModel, clips: Iterable[tuple[Stretch, Condition | None]], seed: int, scale: Tensor | float = 1.0
 ) -> np.ndarray[Any, Any]:
     """The flow's loss `(clips, times)` of latents of held-out videos, one video a batch, given the memory of all of it.
 
@@ -148,7 +148,7 @@ def heldout_losses(
 
 
 def evaluate(
-    model: MemoryDiT,
+    model: MemoryModel,
     vae: Codec,
     videos: Iterable[Video],
     folder: Path,
@@ -212,7 +212,7 @@ def evaluate(
 
 
 def _compare(
-    model: MemoryDiT,
+    model: MemoryModel,
     vae: Codec,
     video: Tensor,
     latents: Tensor,
@@ -248,7 +248,7 @@ def _compare(
     return record | {f"ssim{name}": total / begin for name, total in likeness.items()}
 
 
-def _spread_frames(model: MemoryDiT, frames: int, shape: Sequence[int]) -> Tensor:
+def _spread_frames(model: MemoryModel, frames: int, shape: Sequence[int]) -> Tensor:
     """Evenly spread frame numbers, as many as fit into the tokens of a memory of latents of this shape; one at least."""
     config, (latents, height, width) = model.config, shape[2:]
     count = max(1, config.tokens((latents, height, width)) // (height // config.patch * (width // config.patch)))
@@ -256,7 +256,7 @@ def _spread_frames(model: MemoryDiT, frames: int, shape: Sequence[int]) -> Tenso
 
 
 @torch.no_grad()
-def _decode(model: MemoryDiT, vae: Codec, latents: Tensor) -> Iterator[Tensor]:
+def _decode(model: MemoryModel, vae: Codec, latents: Tensor) -> Iterator[Tensor]:
     """The frames `(1, 3, t, H, W)` of each latent, in [-1, 1]."""
     for frames in vae.decode_stream([model.denormalise(latents)], chunk=1):
         yield frames.float().clamp(-1, 1)

@@ -32,7 +32,7 @@ from longtake.training.models.common.story import Story
 from longtake.training.models.common.streaming import Past
 from longtake.training.models.common.text import check_guidance
 from longtake.training.models.generator import Settings, plain
-from longtake.training.models.memory.dit import MemoryDiT
+from longtake.training.models.memory.model import MemoryModel
 from longtake.training.models.memory.tokens import Memory, cropped, repeated
 
 _Output = TypeVar("_Output")
@@ -53,7 +53,7 @@ class History:
              as the model has learned it; 0 is none. Each video's noise depends on its own one of `seeds` alone
     """
 
-    def __init__(self, model: MemoryDiT, level: float = 0.0, seeds: Sequence[int] = ()) -> None:
+    def __init__(self, model: MemoryModel, level: float = 0.0, seeds: Sequence[int] = ()) -> None:
         self.latents, self.level, self._seeds = 0, level, seeds
         self.memory: Memory | None = None
         self.recent: Tensor | None = None
@@ -117,12 +117,12 @@ def draw_latents(posterior: Posterior, seeds: Sequence[int], choice: Literal["sa
     return torch.cat(samples).to(posterior.mean.device)
 
 
-def count_segments(model: MemoryDiT, latents: int) -> int:
+def count_segments(model: MemoryModel, latents: int) -> int:
     """The number of segments that `generate` samples for `latents` new latents."""
     return len(begins(model, latents))
 
 
-def begins(model: MemoryDiT, latents: int) -> range:
+def begins(model: MemoryModel, latents: int) -> range:
     """The new latents at which segments begin."""
     return range(0, latents, _shape(model)[0])
 
@@ -131,7 +131,7 @@ def begins(model: MemoryDiT, latents: int) -> range:
 class _Job:
     """The arguments of `generate`."""
 
-    model: MemoryDiT
+    model: MemoryModel
     vae: Codec
     latents: int
     seeds: Sequence[int]
@@ -164,7 +164,7 @@ class _Job:
 
 
 def generate(
-    model: MemoryDiT,
+    model: MemoryModel,
     vae: Codec,
     latents: int,
     seeds: Sequence[int],
@@ -291,7 +291,7 @@ def _digest(latent: Tensor) -> str:
     return hashlib.sha256(latent.detach().float().cpu().contiguous().numpy().tobytes()).hexdigest()
 
 
-def _shape(model: MemoryDiT) -> tuple[int, int, int]:
+def _shape(model: MemoryModel) -> tuple[int, int, int]:
     if model.config.shape is None:
         raise ValueError("shape: the model's config names no segment; it was not trained to generate")
     return model.config.shape

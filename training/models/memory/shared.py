@@ -9,14 +9,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from longtake.datasets.errors import UserError
 from longtake.datasets.loader import Loader, to_pixels
 from longtake.training import data as common
-from longtake.training import registry, sizes
+from longtake.training import sizes
 from longtake.training.engines import device
 from longtake.training.fit import Largest, Source, made_by, module_of
 from longtake.training.models.common.codec import Codec
 from longtake.training.models.common.text import fields_of
 from longtake.training.models.memory.base import initial_model
+from longtake.training.models.memory.base_foreign import facts_of_base
 from longtake.training.models.memory.config import MemoryConfig
 from longtake.training.models.memory.data import (
     Setup,
@@ -30,10 +32,17 @@ from longtake.training.models.memory.data import (
 )
 from longtake.training.models.memory.dit import MemoryDiT
 from longtake.training.models.memory.dit_config import MemoryDiTConfig
+from longtake.training.models.memory.foreign import MemoryBackbone
 from longtake.training.models.memory.history import full_tokens
+from longtake.training.models.memory.model import MemoryModel
 from longtake.training.objective import Engines, Objective, Terms, Turn
 
 MODEL = "memory_dit"
+
+
+def kind(setup: Setup) -> str:
+    """The kind of a setup's model in config.json."""
+    return "memory_backbone" if isinstance(setup.model, MemoryBackbone) else MODEL
 
 
 def prepare(config: MemoryConfig, inputs: Mapping[str, str], folder: Path) -> Setup:
@@ -73,9 +82,9 @@ def objective_of(
 
 def _prompts(config: MemoryConfig, setup: Setup) -> list[str]:
     """The caption of the held-out segment that samples are of; none for a model without text."""
-    if setup.text is None:
+    if setup.text is None or not config.listens:
         return []
-    caption = next(iter(heldout_of(config, setup, columns=captions_of(setup))))["caption"][0]
+    caption = next(iter(heldout_of(config, setup, columns=captions_of(config, setup))))["caption"][0]
     return [" ".join((caption or "no caption").split())]
 
 
@@ -95,7 +104,10 @@ def planned(config: MemoryConfig, inputs: Mapping[str, Source]) -> Planned:
     from_data = {"channels": window.channels, "shape": window.shape, "history": history, "history_noise": config.noise}
     from_data |= {"classes": sizes.classes_of(config, inputs)} | fields_of(sizes.text_of(inputs))
     if "base" in inputs:
-        model = MemoryDiTConfig(**made_by(inputs["base"]).model_dump() | (config.model or {}) | from_data)
+        base = made_by(inputs["base"], "transformer")
+        if not isinstance(base, MemoryDiTConfig):
+            raise UserError("base: what a memory for a model of another library takes is not known before it trains")
+        model = MemoryDiTConfig(**base.model_dump() | (config.model or {}) | from_data)
     else:
         model = config.dit(**from_data)
     lengths = config.histories(model, round(config.least_seconds * fps / codec.temporal_stride))
@@ -136,7 +148,7 @@ def announce(config: MemoryConfig, setup: Setup, loader: Loader) -> tuple[list[s
 
 
 def facts_of(config: MemoryConfig, setup: Setup, lineage: Mapping[str, Any]) -> dict[str, Any]:
-    """The facts that both stages write into config.json, beside `config` (`MemoryDiTConfig`) and `lineage`.
+    """The facts that both stages write into config.json, beside `config` (`MemoryModelConfig`) and `lineage`.
 
     `registry.load_with_facts(uri)` gives the model and its facts. Their `steps` are latents, but in `sampling`. Either
     stage adds `stage` and `sampling`, and `finetune_memory_prior` adds `posterior`.
@@ -175,7 +187,7 @@ def facts_of(config: MemoryConfig, setup: Setup, lineage: Mapping[str, Any]) -> 
 
 def _text_of_base(inputs: Mapping[str, Any]) -> dict[str, Any] | None:
     """What the base's config.json says of texts, which a training without any keeps as they are."""
-    return registry.load_with_facts(inputs["base"]["uri"])[1].get("text") if "base" in inputs else None
+    return facts_of_base(inputs["base"]["uri"]).get("text") if "base" in inputs else None
 
 
 def counts(config: MemoryConfig, setup: Setup) -> dict[str, float]:
@@ -191,7 +203,7 @@ def counts(config: MemoryConfig, setup: Setup) -> dict[str, float]:
     }
 
 
-def above_each_other(codec: Codec, model: MemoryDiT, before: Tensor, *rows: Tensor) -> np.ndarray[Any, Any]:
+def above_each_other(codec: Codec, model: MemoryModel, before: Tensor, *rows: Tensor) -> np.ndarray[Any, Any]:
     """Decode rows of latents `(1, C, T, H, W)`, normalised, into one video `(t, height, width, 3)` uint8.
 
     Each row is decoded as the continuation of `before`, which begins a video or is long enough for the decoder not to see

@@ -16,12 +16,13 @@ from longtake.training.metrics import look, probes
 from longtake.training.metrics.distance import Sample, heldout_distance
 from longtake.training.metrics.features import FeatureNetwork
 from longtake.training.metrics.perceptual import Perceptual, lpips
-from longtake.training.metrics.reconstruction import psnr, ssim
+from longtake.training.metrics.reconstruction import psnr
 from longtake.training.metrics.share import batches, mine, place, united
 from longtake.training.metrics.trivial import Against, comparisons, mean_colour, scaled_down
-from longtake.training.models.common.codec import frames_of, latent_groups, reconstruct_video
+from longtake.training.models.common.autoencoder import VideoAutoencoder
+from longtake.training.models.common.codec import reconstruct_video
+from longtake.training.models.common.reconstruction import compared
 from longtake.training.models.common.video import write_panels
-from longtake.training.models.pv_vae.model import PVVAE
 
 Frames = Callable[
     [], Iterator[np.ndarray[Any, Any]]
@@ -40,7 +41,7 @@ _AGAINST = (
 
 @torch.inference_mode()
 def evaluate(
-    model: PVVAE,
+    model: VideoAutoencoder,
     loader: Loader,
     folder: Path,
     seed: int,
@@ -55,11 +56,11 @@ def evaluate(
 ) -> dict[str, Any]:
     """Measure PSNR, SSIM and LPIPS on the first `most` clips of a loader; writes `heldout.json` and some KEY.mp4 to `folder`.
 
-    For predictions the encoder sees the first half of the latent groups. They are compared with repeating the last visible
-    frame and with the mean of the visible frames. `psnr_all`, `ssim_all` and `lpips_all` are those of a reconstruction with
-    every frame visible. It is compared with the clip's mean colour and with the clip scaled down to as many numbers as its
-    latent has. LPIPS needs a perceptual network, whose record goes into the summary. Every rank of the process group calls
-    it with the same loader and measures its share.
+    For predictions the encoder sees the first half of the latent groups, or all where the model does not predict. They are
+    compared with repeating the last visible frame and with the mean of the visible frames. `psnr_all`, `ssim_all` and
+    `lpips_all` are those of a reconstruction with every frame visible. It is compared with the clip's mean colour and with
+    the clip scaled down to as many numbers as its latent has. LPIPS needs a perceptual network, whose record goes into the
+    summary. Every rank of the process group calls it with the same loader and measures its share.
 
     Args:
         loader: batches of one clip.
@@ -126,35 +127,7 @@ def evaluate(
     return summary
 
 
-def compared(model: PVVAE, video: Tensor, latent: Tensor | None = None) -> tuple[dict[str, float], Tensor, Tensor]:
-    """Compare a clip `(1, 3, T, H, W)` in [-1, 1] with its reconstructions from every frame and from the first half.
-
-    Args:
-        latent: of the whole clip; None encodes it.
-
-    Returns:
-        `frames_visible` of the half, `psnr_all`, `ssim_all`, `psnr_visible` and, if there are hidden frames,
-        `psnr_predicted`; then both reconstructions, fp32.
-
-    Raises:
-        ValueError: the model cannot divide the clip.
-    """
-    stride = model.config.temporal_stride
-    visible = frames_of((latent_groups(video.shape[2], stride) + 1) // 2, stride)
-    latent = model.encode(video).mode() if latent is None else latent
-    full, half = model.decode(latent).float().clamp(-1, 1), model.reconstruct(video, visible).float()
-    figures = {
-        "frames_visible": float(visible),
-        "psnr_all": psnr(full, video).item(),
-        "ssim_all": ssim(full, video).item(),
-        "psnr_visible": psnr(half[:, :, :visible], video[:, :, :visible]).item(),
-    }
-    if visible < video.shape[2]:
-        figures["psnr_predicted"] = psnr(half[:, :, visible:], video[:, :, visible:]).item()
-    return figures, full, half
-
-
-def _trivial_figures(model: PVVAE, video: Tensor, frames_visible: int) -> dict[str, float]:
+def _trivial_figures(model: VideoAutoencoder, video: Tensor, frames_visible: int) -> dict[str, float]:
     """The PSNR of reconstructions and predictions that need no training."""
     figures = {
         "psnr_mean_colour": psnr(mean_colour(video), video).item(),
@@ -167,7 +140,9 @@ def _trivial_figures(model: PVVAE, video: Tensor, frames_visible: int) -> dict[s
     return figures
 
 
-def by_position(model: PVVAE, clips: Sequence[Frames], window: int) -> tuple[dict[str, float], dict[str, look.Points]]:
+def by_position(
+    model: VideoAutoencoder, clips: Sequence[Frames], window: int
+) -> tuple[dict[str, float], dict[str, look.Points]]:
     """PSNR by latent of clips of any length, reconstructed in one stream and in pieces of `window` frames.
 
     In a clip that is encoded whole, as `cache_latents` does, latents have a longer past than in training: where the curve
@@ -204,7 +179,7 @@ def by_position(model: PVVAE, clips: Sequence[Frames], window: int) -> tuple[dic
     return figures, {name: list(enumerate(curve)) for name, curve in zip(names, [*curves, counts], strict=True)}
 
 
-def _errors(model: PVVAE, frames: Iterable[np.ndarray[Any, Any]]) -> np.ndarray[Any, Any]:
+def _errors(model: VideoAutoencoder, frames: Iterable[np.ndarray[Any, Any]]) -> np.ndarray[Any, Any]:
     """The mean squared error of each frame, (T,), for pixels in 0..1."""
     pairs = reconstruct_video(model, frames)
     return np.concatenate([np.square((a - b.astype(np.float32)) / 255).mean((1, 2, 3)) for a, b in pairs])
@@ -221,7 +196,7 @@ def _decibels(error: float) -> float:
     return float(-10 * np.log10(max(error, 1e-10)))
 
 
-def _latents(model: PVVAE, loader: Loader, count: int) -> Iterator[tuple[Tensor, Tensor]]:
+def _latents(model: VideoAutoencoder, loader: Loader, count: int) -> Iterator[tuple[Tensor, Tensor]]:
     """This rank's latents and videos of the first `count` clips."""
     for _, batch in batches(loader, count, "probe"):
         video = to_model(batch["video"].to(next(model.parameters()).device))

@@ -10,4 +10,4 @@ from longtake.training.models.pv_vae.model import PVVAE, PVVAEConfig
 
 def kind(facts: Mapping[str, Any]) -> Kind:
     """An autoencoder, which is served as one."""
-    return Kind("PVVAE", PVVAEConfig, PVVAE, "longtake.training.models.pv_vae.judge", answer=served)
+    return Kind("PVVAE", PVVAEConfig, PVVAE, "longtake.training.models.common.reconstruction", answer=served)

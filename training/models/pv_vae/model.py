@@ -21,6 +21,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, NonNegativeInt, PositiveInt, model_validator
 from torch import Tensor, nn
 
+from longtake.training.models.common.autoencoder import LatentPadding, VideoAutoencoder, positive
 from longtake.training.models.common.causal import (
     CausalConv3d,
     Chain,
@@ -31,7 +32,7 @@ from longtake.training.models.common.causal import (
     fold,
     unfold,
 )
-from longtake.training.models.common.codec import Posterior, frames_of, latent_groups
+from longtake.training.models.common.codec import Posterior
 from longtake.training.models.common.streaming import Past, regroup, stream, tiled
 
 # fmt: off
@@ -112,25 +113,6 @@ def config_from_preset(preset: str, **overrides: Any) -> PVVAEConfig:
     return PVVAEConfig(**PRESETS[preset] | overrides)
 
 
-class LatentPadding(nn.Module):
-    """Appends latents in place of those that the encoder has not seen. A module, so that ZeRO-3 gathers its token."""
-
-    def __init__(self, channels: int, kind: Literal["token", "noise"]) -> None:
-        super().__init__()
-        self.token = nn.Parameter(torch.zeros(1, channels, 1, 1, 1)) if kind == "token" else None
-
-    def forward(self, latent: Tensor, count: int, rng: torch.Generator | None = None) -> Tensor:
-        """`(B, C, t, h, w)` -> `(B, C, t + count, h, w)`. With a count of 0 the token still gets a (zero) gradient, so
-        that all ranks reduce the same parameters."""
-        batch, channels, _, height, width = latent.shape
-        shape = (batch, channels, count, height, width)
-        if self.token is None:
-            tail = torch.randn(shape, generator=rng, device=latent.device).to(latent.dtype)
-        else:
-            tail = self.token.to(latent.dtype).expand(shape)
-        return torch.cat([latent, tail], dim=2)
-
-
 def _blocks(count: int, width: int, config: PVVAEConfig) -> list[nn.Module]:
     return [ResBlock(width, config.activation_checkpointing) for _ in range(count)]
 
@@ -172,12 +154,13 @@ def _decoder(config: PVVAEConfig) -> Chain:
     return Chain(OrderedDict(layers))
 
 
-class PVVAE(nn.Module):
+class PVVAE(VideoAutoencoder):
     """Video `(B, 3, T, H, W)` in [-1, 1], T = 1 + 4n, H and W multiples of 16 <-> latent `(B, 64, 1 + n, H/16, W/16)`.
 
-    Training calls the module itself (`forward`), never `encode` or `decode`, so that engine hooks fire.
     Inputs are cast to the dtype of the weights; outputs have it.
     """
+
+    what, kind = "PV-VAE", "pv_vae"
 
     def __init__(self, config: PVVAEConfig) -> None:
         super().__init__()
@@ -224,54 +207,12 @@ class PVVAE(nn.Module):
 
         The first chunk is one frame, the next ones 4 times `chunk`, the last the rest. No gradients.
         """
-        pieces = regroup(latents, 1, _positive("chunk", chunk))
+        pieces = regroup(latents, 1, positive("chunk", chunk))
         yield from stream(self._frames, pieces, *self._tiling(tile, overlap), self._down[::-1])
 
     def blocks(self) -> Iterator[nn.Module]:
         """Res blocks and attentions, each once: the modules worth compiling in place with `nn.Module.compile`."""
         return (module for module in self.modules() if isinstance(module, ResBlock | SpatialAttention))
-
-    def pad(self, latent: Tensor, count: int, rng: torch.Generator | None = None) -> Tensor:
-        """Append `count` padding latents in time."""
-        return self.padding(latent, count, rng)
-
-    def forward(
-        self, video: Tensor, visible: int | None = None, rng: torch.Generator | None = None
-    ) -> tuple[Tensor, Posterior]:
-        """Predictive reconstruction (paper, method): encode the first `visible` latent groups, decode all frames.
-
-        Returns the video, with unseen frames predicted, and the posterior of the visible groups. ValueError if `visible`
-        is not in 1..groups; None shows everything.
-        """
-        self._check(video)
-        stride = self.config.temporal_stride
-        groups = latent_groups(video.shape[2], stride)
-        visible = groups if visible is None else visible
-        if not 1 <= visible <= groups:
-            raise ValueError(f"visible is {visible}; a clip of {video.shape[2]} frames has latent groups 1 to {groups}")
-        posterior = self.encode(video[:, :, : frames_of(visible, stride)])
-        latent = self.pad(posterior.sample(rng), groups - visible, rng)
-        return self.decode(latent), posterior
-
-    @torch.no_grad()
-    def reconstruct(
-        self,
-        video: Tensor,
-        visible_frames: int | None = None,
-        rng: torch.Generator | None = None,
-        tile: int | None = None,
-        overlap: int = 64,
-    ) -> Tensor:
-        """Decode all frames, in [-1, 1], from the most likely latent of the first `visible_frames` (1 + 4n); for evaluation."""
-        self._check(video)
-        latent = self.encode(video[:, :, :visible_frames], tile, overlap).mode()
-        unseen = latent_groups(video.shape[2], self.config.temporal_stride) - latent.shape[2]
-        return self.decode(self.pad(latent, unseen, rng), tile, overlap).clamp(-1.0, 1.0)
-
-    @property
-    def _down(self) -> tuple[int, int]:
-        """Sides of a frame and of its latent in the unit that tiles are counted in."""
-        return self.config.spatial_stride, 1
 
     def _moments(self, video: Tensor, past: Past | None = None) -> Tensor:
         return self.encoder(fold(video.to(self.dtype), 1, self.config.patch), past)
@@ -279,48 +220,7 @@ class PVVAE(nn.Module):
     def _frames(self, latent: Tensor, past: Past | None = None) -> Tensor:
         return unfold(self.decoder(latent.to(self.dtype), past), 1, self.config.patch)
 
-    def _whole_groups(self, chunks: Iterable[Tensor], chunk: int) -> Iterator[Tensor]:
-        """One frame, then the frames of `chunk` latents at once, without a tail that fills no latent."""
-        stride, total = self.config.temporal_stride, 0
-        for piece in regroup(chunks, 1, _positive("chunk", chunk) * stride):
-            self._check_size(piece)
-            total += piece.shape[2]
-            frames = piece.shape[2] - (total - 1) % stride
-            if frames > 0:
-                yield piece[:, :, :frames]
-        self._check_frames(total)
-
-    def _tiling(self, tile: int | None, overlap: int) -> tuple[int | None, int]:
-        """Tile and overlap, from pixels to latent positions."""
-        space = self.config.spatial_stride
-        if tile is None:
-            return None, 0
-        if tile % space or overlap % space or not 0 <= overlap < tile:
-            raise ValueError(f"tile {tile} with overlap {overlap}; need multiples of {space} with 0 <= overlap < tile")
-        return tile // space, overlap // space
-
-    def _check(self, video: Tensor) -> None:
-        self._check_frames(video.shape[2])
-        self._check_size(video)
-
-    def _check_frames(self, frames: int) -> None:
-        time = self.config.temporal_stride
-        below = frames_of(latent_groups(max(frames, 1), time), time)
-        if frames != below:
-            raise ValueError(f"video has {frames} frames; PV-VAE needs 1+{time}n (e.g. {below} or {below + time})")
-
-    def _check_size(self, video: Tensor) -> None:
-        height, width, space = *video.shape[3:], self.config.spatial_stride
-        if height % space or width % space or not height * width:
-            raise ValueError(f"video is {height}x{width}; PV-VAE needs height and width in multiples of {space}")
-
 
 def _posterior(moments: Tensor) -> Posterior:
     mean, logvar = moments.chunk(2, dim=1)
     return Posterior(mean, logvar.clamp(-30.0, 20.0))
-
-
-def _positive(name: str, value: int) -> int:
-    if value < 1:
-        raise ValueError(f"{name} is {value}; needs to be at least 1")
-    return value

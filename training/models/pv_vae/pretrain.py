@@ -1,5 +1,7 @@
 """`pretrain_vae`: PV-VAE in the three phases of its paper (arXiv 2605.02134): images, predictive reconstruction, decoder.
 
+A `parent` may be a video autoencoder of diffusers: its decoder can be fine-tuned, and it can be taught to predict.
+
 In the predictive phase the encoder sees the first frames of a clip, the decoder reconstructs them and predicts the rest.
 A loss on differences of neighbouring frames makes copying the last frame a bad prediction. In the last phase the encoder is
 frozen, and the decoder learns to reconstruct from the latents.
@@ -21,16 +23,17 @@ from longtake.datasets.errors import UserError
 from longtake.datasets.loader import Loader, Mixture, to_model, to_pixels
 from longtake.datasets.loader.whole import longest
 from longtake.datasets.stage import DatasetInput, Measuring, ModelInput, StageConfig, ViewInput
-from longtake.training import checkpoint, data, registry, stage
+from longtake.training import checkpoint, data, stage
 from longtake.training.config import EvaluatedConfig, ModelName
 from longtake.training.data import HELDOUT
 from longtake.training.engines import device
-from longtake.training.fit import Largest, Source, made_by, networks, untraced, video_batch
+from longtake.training.fit import Largest, Source, module_of, networks, untraced, video_batch
 from longtake.training.metrics.features import checked_network, digest_of
 from longtake.training.metrics.perceptual import Perceptual, load_perceptual, perceptual_loss
 from longtake.training.models.common import adversarial
 from longtake.training.models.common.adversarial import GANConfig
-from longtake.training.models.common.codec import latent_groups, nearest_lengths
+from longtake.training.models.common.autoencoder import VideoAutoencoder
+from longtake.training.models.common.codec import latent_groups, load_codec, nearest_lengths
 from longtake.training.models.common.patchgan import PatchGAN
 from longtake.training.models.pv_vae.evaluate import Frames
 from longtake.training.models.pv_vae.evaluate import evaluate as measure
@@ -42,12 +45,14 @@ PRODUCES = "model"
 MODEL = "pv_vae"
 SUMMARY = "heldout.json"
 
+ENCODER = r"(net\.)?(encoder|quant_conv)\b"  # names of parameters: of ours, and of models of diffusers
+
 # defaults by phase; a recipe may change each
 PHASES: dict[str, dict[str, Any]] = {
     "image": {"frames": 1, "sizes": [[256, 256], [384, 384], [512, 512]], "steps": 300_000, "max_drop": 0.0},
     "predictive": {"frames": 17, "sizes": [[256, 256], [512, 512]], "steps": 50_000, "max_drop": 1.0},
     "decoder": {
-        "frames": 17, "sizes": [[256, 256], [512, 512]], "steps": 50_000, "max_drop": 0.0, "freeze": ["encoder"], "gan_start": 0,
+        "frames": 17, "sizes": [[256, 256], [512, 512]], "steps": 50_000, "max_drop": 0.0, "freeze": [ENCODER], "gan_start": 0,
     },
 }  # fmt: skip
 
@@ -60,8 +65,12 @@ class Config(GANConfig, EvaluatedConfig):
     phase                   of the paper's schedule; sets the defaults in PHASES
     dataset                 to train on
     view                    which clips to use; null uses all
-    parent                  the model to continue from; null begins with random weights
+    parent                  the model to continue from: also a folder or registered pipeline of diffusers, whose VAE is
+                            taken; null begins with random weights
     model                   a preset with fields of PVVAEConfig to change: `{preset: pv_vae}`; null is the parent's
+    padding                 what a parent that does not predict yet gets in place of unseen latents; without effect if nothing
+                            is dropped
+    recompute               a parent's res blocks in the backward pass: less memory, more time; null: as its config says
     frames                  of a window, 1 + 4n
     stride                  take every n-th frame
     sizes                   height and width of windows; batches of each in turn
@@ -84,6 +93,8 @@ class Config(GANConfig, EvaluatedConfig):
     parent: ModelInput | None = None
     name: ModelName = "pv-vae"
     model: dict[str, Any] | None = None
+    padding: Literal["token", "noise"] = "token"
+    recompute: bool | None = None
     frames: int = Field(17, ge=1)
     stride: int = Field(1, ge=1)
     sizes: tuple[tuple[int, int], ...] = Field(((256, 256),), min_length=1)
@@ -111,18 +122,24 @@ class Config(GANConfig, EvaluatedConfig):
 
     @model_validator(mode="after")
     def _valid_windows(self) -> "Config":
-        if self.model is not None or self.parent is None:
-            check_windows(self, self.vae())
+        if known := self.encoder():
+            check_windows(self, known)
         if self.lora is not None and self.parent is None:
             raise ValueError("lora: without a parent all else would stay random; name one, or leave it out")
+        if self.recompute is not None and self.parent is None:
+            raise ValueError("recompute: is of a parent; set model.activation_checkpointing of a new model")
         return self
 
     def vae(self) -> PVVAEConfig:
         """The config of `model`, or of the full size if that is null."""
         return config_from_preset(**({"preset": "pv_vae"} | (self.model or {})))
 
+    def encoder(self) -> PVVAEConfig | None:
+        """The config of the model, as far as its strides go; None where only the parent's files would say."""
+        return self.vae() if self.model is not None or self.parent is None else None
 
-def check_windows(config: Config, vae: PVVAEConfig) -> None:
+
+def check_windows(config: Config, vae: Any) -> None:
     """Raise ValueError if the model cannot divide the windows."""
     stride = vae.temporal_stride
     low, high = nearest_lengths(config.frames, stride)
@@ -136,10 +153,10 @@ def check_windows(config: Config, vae: PVVAEConfig) -> None:
 def check(config: Config, inputs: Mapping[str, StageConfig]) -> None:
     """Refuse a window that does not fit into the clips of a `shard` stage, and a model other than the parent's."""
     parent = inputs.get("parent")
-    if isinstance(parent, Config):
-        if config.model is not None and config.vae() != parent.vae():
+    if isinstance(parent, Config) and (known := parent.encoder()):
+        if config.model is not None and config.vae() != known:
             raise ValueError("model: is not that of the parent; leave it out")
-        check_windows(config, parent.vae())
+        check_windows(config, known)
     clip = getattr(inputs.get("dataset"), "clip", None)
     if clip is None:
         return
@@ -187,7 +204,7 @@ class Setup(NamedTuple):
     """All that the stage works with; `parent` is the model whose discriminator a new training continues."""
 
     inputs: Mapping[str, str]
-    model: PVVAE
+    model: VideoAutoencoder
     parent: str | None
 
 
@@ -195,28 +212,37 @@ def prepare(config: Config, inputs: Mapping[str, str], folder: Path) -> Setup:
     """The model before its first step: the parent's, or a random one.
 
     Raises:
-        UserError: the parent is no PV-VAE, differs from `model`, or cannot divide the windows.
+        UserError: the parent is no such autoencoder, differs from `model`, or cannot divide the windows.
     """
     # a checkpoint has a discriminator of its own
     parent = None if checkpoint.latest(folder) else inputs.get("parent")
     return Setup(inputs, begin(config, inputs).to(device()), parent)
 
 
-def begin(config: Config, inputs: Mapping[str, str]) -> PVVAE:
+def begin(config: Config, inputs: Mapping[str, str]) -> VideoAutoencoder:
     """The model before its first step, on the CPU. Raises as `prepare`."""
     if config.parent is None:
         return PVVAE(config.vae())
     uri = inputs["parent"]
-    model = registry.load(uri)
-    if not isinstance(model, PVVAE):
-        raise UserError(f"parent: {uri} is a {type(model).__name__}, not a PV-VAE")
+    model = load_codec(uri)
+    if not isinstance(model, VideoAutoencoder):
+        raise UserError(f"parent: {uri} is a {type(model).__name__}, which `pretrain_vae` cannot go on with")
     if config.model is not None and config.vae() != model.config:
         raise UserError(f"model: is not that of the parent {uri}; leave it out")
     try:
         check_windows(config, model.config)
     except ValueError as e:
         raise UserError(str(e)) from e
-    return model.train()
+    # a folder of another library may be in half precision
+    return _with(config, model.float()).train()
+
+
+def _with(config: Config, model: VideoAutoencoder) -> VideoAutoencoder:
+    """The parent as it is trained: with padding where it shall predict, and recomputed blocks where that is asked for."""
+    changed: dict[str, Any] = {} if config.recompute is None else {"activation_checkpointing": config.recompute}
+    if model.padding is None and config.max_drop:
+        changed["padding"] = config.padding
+    return model.changed(**changed) if changed else model
 
 
 def loader(config: Config, setup: Setup, rank: int, world: int) -> Loader | Mixture:
@@ -255,7 +281,7 @@ def objective(config: Config, setup: Setup) -> Objective:
         modules,
         partial(_loss, config, model.config, perceptual, state),
         lead="generator",
-        sample=partial(_sample, model.config, heldout),
+        sample=partial(_sample, model, heldout),
         fps=6,
         tokens=partial(_tokens, model.config),
         blocks=list(model.blocks()),
@@ -267,7 +293,7 @@ def objective(config: Config, setup: Setup) -> Objective:
 
 
 def _loss(
-    config: Config, vae: PVVAEConfig, perceptual: Perceptual | None, state: Mapping[str, Tensor], turn: Turn
+    config: Config, vae: Any, perceptual: Perceptual | None, state: Mapping[str, Tensor], turn: Turn
 ) -> tuple[Tensor, Terms]:
     """The loss of the engine whose turn it is, and its terms."""
     video, engine = to_model(turn.batch["video"]), turn.engines[turn.name]
@@ -293,24 +319,31 @@ def _loss(
     return loss, {"loss": loss.detach(), "kl": kl.detach()} | terms
 
 
-def model_of(config: Config, inputs: Mapping[str, Source]) -> PVVAEConfig:
+def model_of(config: Config, inputs: Mapping[str, Source]) -> Any:
     """See `training.fit`."""
-    vae: PVVAEConfig = config.vae() if config.model is not None or "parent" not in inputs else made_by(inputs["parent"])
-    return vae
+    return _planned(config, inputs).config
+
+
+def _planned(config: Config, inputs: Mapping[str, Source]) -> VideoAutoencoder:
+    """The model as it is trained, within a trace."""
+    if "parent" not in inputs:
+        return PVVAE(config.vae())
+    parent: Any = module_of(inputs["parent"])
+    return _with(config, parent)
 
 
 def largest(config: Config, inputs: Mapping[str, Source], count: int) -> Largest:
     """See `training.fit`: batches of each size have about as many pixels, and an encoder that sees all frames takes most."""
-    vae, (height, width) = model_of(config, inputs), config.sizes[0]
+    model, (height, width) = _planned(config, inputs), config.sizes[0]
     batches = [(max(1, count * height * width // (h * w)), h, w) for h, w in config.sizes]
     count, height, width = max(batches, key=math.prod)
     with untraced():
         perceptual = load_perceptual(config.perceptual, config.perceptual_linear, device=device())
-    modules: dict[str, nn.Module] = {"generator": PVVAE(vae)}
+    modules: dict[str, nn.Module] = {"generator": model}
     if config.lambda_gan:
         modules["discriminator"] = PatchGAN(adversarial.model_config_of(config.discriminator))
     whole = config.model_copy(update={"max_drop": 0.0})
-    loss = partial(_loss, whole, vae, perceptual, adversarial.state_of(0))
+    loss = partial(_loss, whole, model.config, perceptual, adversarial.state_of(0))
     starts = {"discriminator": config.gan_start}
     batch = video_batch(count, config.frames, height, width)
     return Largest(Objective(modules, loss, "generator", starts=starts), batch, networks(perceptual))
@@ -331,17 +364,17 @@ def _reconstruction_loss(
 
 
 def _sample(
-    vae: PVVAEConfig, heldout: Loader, engines: Engines, rng: torch.Generator
+    model: VideoAutoencoder, heldout: Loader, engines: Engines, rng: torch.Generator
 ) -> dict[str, np.ndarray[Any, Any]]:
-    """The first held-out clip and, beside it, its prediction from the first half."""
+    """The first held-out clip and, beside it, its prediction from the first half; its reconstruction without a prediction."""
     video = to_model(next(heldout.at([0]))["video"].to(device()))
-    visible = (latent_groups(video.shape[2], vae.temporal_stride) + 1) // 2
+    visible = latent_groups(model.shown_frames(video.shape[2]), model.config.temporal_stride)
     predicted, _ = engines["generator"](video, visible=visible, rng=rng)
     panels = torch.cat([video, predicted.float().clamp(-1, 1)], dim=4)[0].permute(1, 2, 3, 0)
     return {"predicted": to_pixels(panels).cpu().numpy()}
 
 
-def _tokens(vae: PVVAEConfig, batch: Batch) -> int:
+def _tokens(vae: Any, batch: Batch) -> int:
     """Latent positions of a batch."""
     count, _, frames, height, width = batch["video"].shape
     return int(count * latent_groups(frames, vae.temporal_stride) * height * width // vae.spatial_stride**2)
@@ -387,6 +420,11 @@ def _long_clips(config: Config, inputs: Mapping[str, str]) -> list[Frames]:
 def facts(config: Config, setup: Setup, lineage: Mapping[str, Any]) -> dict[str, Any]:
     """The field of config.json: the window of training."""
     return {"window": {"frames": config.frames, "stride": config.stride, "size": list(config.sizes[0])}}
+
+
+def kind(setup: Setup) -> str:
+    """A PV-VAE, or a foreign model as its parent is."""
+    return setup.model.kind
 
 
 def counts(config: Config, setup: Setup) -> dict[str, float]:

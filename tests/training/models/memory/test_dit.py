@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import itertools
 import math
 
@@ -11,14 +10,11 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor, nn
 
-from longtake.datasets.errors import UserError
-from longtake.training.config import LoraConfig
 from longtake.training.models.common.causal import fold
 from longtake.training.models.common.condition import of_classes
 from longtake.training.models.common.flow import training_loss
 from longtake.training.models.common.rotary import CrossAttention, grid_positions, rotated, rotation
 from longtake.training.models.common.streaming import Past
-from longtake.training.models.memory.adapter import attach_memory
 from longtake.training.models.memory.dit import MemoryDiT
 from longtake.training.models.memory.dit_config import PRESETS, MemoryDiTConfig, config_from_preset
 from longtake.training.models.memory.tokens import Memory, cropped, joined
@@ -480,129 +476,7 @@ def test_the_flow_can_be_learned_from_the_memory_alone():
     assert sum(losses[-20:]) / 20 < 0.35
 
 
-# a transformer that is not ours
-
-
-class Foreign(nn.Module):
-    """Blocks of torch's own, which give tuples or tensors, with learned places instead of rotations."""
-
-    channels, patch, width, heads = 4, 2, 24, 2
-
-    def __init__(self, tuples: bool) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.inside = nn.Linear(16, 24)
-        self.place = nn.Linear(3, 24)
-        self.layers = nn.ModuleList(ForeignBlock(tuples) for _ in range(2))
-        self.outside = nn.Linear(24, 16)
-
-    def blocks(self) -> list[nn.Module]:
-        return list(self.layers)
-
-    def project(self, patches: Tensor) -> Tensor:
-        return self.inside(patches)
-
-    def velocity(self, x: Tensor, t: Tensor, times: Tensor, memory: Memory | None, prompt: Tensor) -> Tensor:
-        batch, _, count, height, width = x.shape
-        blocks = x.unflatten(4, (-1, 2)).unflatten(3, (-1, 2))  # B C T h 2 w 2
-        tokens = self.inside(blocks.permute(0, 2, 3, 5, 1, 4, 6).flatten(4)).flatten(1, 3)
-        tokens = tokens + self.place(grid_positions(times, height // 2, width // 2, x.device)) + prompt[:, None]
-        tokens = tokens + t.view(batch, 1, 1)
-        front = 0
-        if memory is not None:
-            front = memory.tokens.shape[1]
-            tokens = torch.cat([memory.tokens + self.place(memory.positions), tokens], dim=1)
-        for layer in self.layers:
-            given = layer(tokens)
-            tokens = given[0] if isinstance(given, tuple) else given
-        made = self.outside(tokens[:, front:]).view(batch, count, height // 2, width // 2, 4, 2, 2)
-        return made.permute(0, 4, 1, 2, 5, 3, 6).reshape(x.shape)
-
-
-class ForeignBlock(nn.Module):
-    def __init__(self, tuples: bool) -> None:
-        super().__init__()
-        self.tuples = tuples
-        self.attend = nn.MultiheadAttention(24, 2, batch_first=True)
-        self.mix = nn.Linear(24, 24)
-
-    def forward(self, tokens: Tensor) -> Tensor | tuple[Tensor, None]:
-        tokens = tokens + self.attend(tokens, tokens, tokens)[0] + self.mix(tokens)
-        return (tokens, None) if self.tuples else tokens
-
-
-PROMPT = torch.randn(2, 24, generator=seeded(5))
-FOREIGN = {"rates": ["2x2x2", "4x4x2"], "widths": (4, 8), "heads": 2}
-
-
-def foreign_history() -> tuple[Tensor, Tensor]:
-    return latents(8, (16, 16), 1), latents(8, (8, 8), 2)
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("tuples", [True, False])
-def test_a_foreign_transformer_takes_tokens_and_at_first_nothing_else(tuples):
-    plain, model = Foreign(tuples), attach_memory(Foreign(tuples), **FOREIGN)
-    x = latents(3, (16, 16))
-    close(model(x, T, TIMES, None, PROMPT), plain.velocity(x, T, TIMES, None, PROMPT))
-    memory = model.remember(*foreign_history())
-    assert memory.tokens.shape == (2, 4 * (16 + 4), 24)
-    made = model(x, T, TIMES, memory, PROMPT)
-    close(made, plain.velocity(x, T, TIMES, memory, PROMPT))
-    assert not torch.allclose(made, model(x, T, TIMES, None, PROMPT), atol=1e-4)
-
-
-def test_a_foreign_transformer_learns_its_memory_and_low_rank_changes_and_nothing_else():
-    model = attach_memory(Foreign(True), **FOREIGN, lora=LoraConfig(rank=2, targets=(r"layers\.\d+\.mix",)))
-    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], 0.1)
-    before = {n: p.clone() for n, p in model.named_parameters()}
-    for _ in range(4):
-        optimizer.zero_grad()
-        memory = model.remember(*foreign_history())
-        (model(latents(3, (16, 16)), T, TIMES, memory, PROMPT) - 1).square().mean().backward()
-        optimizer.step()
-    changed = {n for n, p in model.named_parameters() if not torch.equal(p, before[n])}
-    assert changed == {n for n in before if n.startswith(("memory.", "cross.")) or "lora_" in n}
-
-
-@torch.no_grad()
-def test_a_copy_of_a_foreign_transformer_has_hooks_of_its_own():
-    model = attach_memory(Foreign(False), **FOREIGN)
-    twin = copy.deepcopy(model)
-    for cross in twin.cross:
-        nn.init.normal_(cross.out.weight)
-    x, memory = latents(3, (16, 16)), model.remember(*foreign_history())
-    base = model(x, T, TIMES, memory, PROMPT)
-    close(base, Foreign(False).velocity(x, T, TIMES, memory, PROMPT))
-    poked = memory._replace(hidden=memory.hidden + 1)
-    assert torch.equal(model(x, T, TIMES, poked, PROMPT), base)
-    assert not torch.allclose(twin(x, T, TIMES, poked, PROMPT), twin(x, T, TIMES, memory, PROMPT), atol=1e-3)
-    assert torch.equal(twin(x, T, TIMES, None, PROMPT), model(x, T, TIMES, None, PROMPT))
-    close(twin(x, T, TIMES, cropped(memory, 99), PROMPT), model(x, T, TIMES, None, PROMPT))
-
-
-@torch.no_grad()
-def test_cross_attention_adds_to_own_tokens_only():
-    model = attach_memory(Foreign(False), **FOREIGN)
-    for cross in model.cross:
-        nn.init.normal_(cross.out.weight)
-    seen: list[tuple[Tensor, Tensor]] = []
-    model.backbone.layers[0].register_forward_hook(lambda m, i, out: seen.append((m.forward(*i), out)))
-    memory = model.remember(*foreign_history())
-    model(latents(3, (16, 16)), T, TIMES, memory, PROMPT)
-    plain, added = seen[0]
-    count = memory.tokens.shape[1]
-    assert torch.equal(plain[:, :count], added[:, :count])
-    assert ((plain - added)[:, count:].abs().amax(-1) > 1e-5).all()
-
-
-def test_a_foreign_transformer_refuses_what_does_not_fit():
-    with pytest.raises(ValueError, match=r"^cross_attention: needs the high branch, whose states it reads$"):
-        attach_memory(Foreign(False), ["2x2x2"], branches="low")
-    with pytest.raises(UserError, match=r"lora.targets: 'nothing' matches no linear or convolution layer"):
-        attach_memory(Foreign(False), ["2x2x2"], lora=LoraConfig(targets=("nothing",)))
-    with pytest.raises(ValueError, match="rate '3x2x2': needs height x width x time in powers of two"):
-        attach_memory(Foreign(False), ["3x2x2"])
+# cross-attention
 
 
 def test_cross_attention_starts_silent_and_finds_by_position():

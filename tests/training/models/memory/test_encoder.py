@@ -349,7 +349,7 @@ def test_at_the_start_a_token_is_the_mean_of_the_patch_embeddings_that_it_stands
     embedding, high = project(), noise(2, CHANNELS, 19, 8, 8)
     pack, large = FramePack(1, CHANNELS, WIDTH), Patchify((4, 2, 2), 1, CHANNELS, WIDTH)
     for kernel in (*pack.kernels, large.kernel):
-        kernel.start_from(embedding)
+        kernel.start_from(embedding.weight, embedding.bias)
     tokens = embedded(high, embedding, 1)
     parts = [(tokens[:, :16], (4, 4, 4)), (tokens[:, 16:18], (2, 2, 2)), (tokens[:, 18:], (1, 1, 1))]
     packed = torch.cat([means(part, cell).flatten(1, 3) for part, cell in parts], 1)
@@ -364,7 +364,7 @@ def test_at_the_start_larger_patches_are_the_patch_embedding_of_the_latents_scal
     embedding, high = project(2), noise(2, CHANNELS, 19, 16, 16)
     pack, large = FramePack(2, CHANNELS, WIDTH), Patchify((2, 4, 1), 2, CHANNELS, WIDTH)
     for kernel in (*pack.kernels, large.kernel):
-        kernel.start_from(embedding)
+        kernel.start_from(embedding.weight, embedding.bias)
     scaled = [
         torch.nn.functional.avg_pool3d(high[:, :, a:b], k, k) for a, b, k in ((0, 16, 4), (16, 18, 2), (18, 19, 1))
     ]

@@ -1,0 +1,248 @@
+"""A transformer of diffusers with a memory: without one it is the class's own, and what reaches what with one."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import tiny_foreign
+import torch
+from torch import Tensor, nn
+
+from longtake.training.foreign.backbone import BackboneConfig
+from longtake.training.foreign.backbone_wan import _rotation
+from longtake.training.models.common.condition import Condition
+from longtake.training.models.common.streaming import Past
+from longtake.training.models.memory.foreign import MemoryBackbone, MemoryBackboneConfig
+from longtake.training.models.memory.stretch import Stretch
+from longtake.training.models.memory.tokens import Memory, cropped, joined
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+C, WIDTH, LENGTH = tiny_foreign.C, tiny_foreign.TEXT, 8
+SMALL: dict[str, Any] = {
+    "rates": ("2x2x2",),
+    "memory_widths": (8, 16),
+    "memory_heads": 2,
+    "history": 8,
+    "shape": (2, 8, 8),
+    "window": 2,
+    "cross_attention": True,
+}
+T, TIMES = torch.tensor([0.3, 0.8]), torch.tensor([8, 9, 10])
+
+
+def drawn(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def config(**changes: Any) -> MemoryBackboneConfig:
+    backbone = BackboneConfig(
+        class_name="WanTransformer3DModel", settings=tiny_foreign.WAN, text_length=LENGTH, text_empty=2
+    )
+    return MemoryBackboneConfig(**SMALL | {"backbone": backbone} | changes)
+
+
+def awake(**changes: Any) -> MemoryBackbone:
+    """A model whose every weight counts, in evaluation mode."""
+    torch.manual_seed(0)
+    model = MemoryBackbone(config(**changes))
+    model.backbone.net.load_state_dict(tiny_foreign.tiny_wan_transformer().state_dict())
+    for parameter in [*model.memory.parameters(), *model.cross.parameters()]:
+        if not parameter.any():
+            nn.init.normal_(parameter, std=0.1)
+    model.set_empty(drawn(2, WIDTH, seed=9))
+    return model.eval()
+
+
+@pytest.fixture(scope="module")
+def model() -> MemoryBackbone:
+    return awake()
+
+
+def history(count: int = 8) -> tuple[Tensor, Tensor]:
+    return drawn(2, C, count, 8, 8, seed=1), drawn(2, C, count, 4, 4, seed=2)
+
+
+def text(count: int = 3) -> Condition:
+    return Condition(text=drawn(2, count, WIDTH, seed=3), mask=torch.ones(2, count, dtype=torch.bool))
+
+
+def close(made: Tensor, expected: Tensor, atol: float = 1e-5) -> None:
+    torch.testing.assert_close(made, expected, rtol=0, atol=atol)
+
+
+def differs(made: Tensor, other: Tensor) -> bool:
+    return not torch.allclose(made, other, rtol=0, atol=1e-4)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("by_latent", [False, True])
+def test_without_a_memory_it_is_the_class_itself(model: MemoryBackbone, by_latent: bool) -> None:
+    x, said = drawn(2, C, 3, 8, 8), text()
+    t = torch.tensor([[0.0, 0.3, 0.3], [0.0, 0.8, 0.8]]) if by_latent else T
+    assert said.text is not None
+    states = torch.cat([said.text, torch.zeros(2, LENGTH - 3, WIDTH)], dim=1)
+    timestep = 1000 * (t.repeat_interleave(16, dim=1) if by_latent else t)
+    own = tiny_foreign.tiny_wan_transformer()
+    expected = own(x, timestep, states, return_dict=False)[0]
+    close(model(x, t, torch.arange(3), None, said), expected)
+    close(model.normalise(x), x, 0)
+    close(model.denormalise(model.normalise_low(x)), x, 0)
+
+
+def test_the_rotation_is_the_class_s_own_and_goes_on_between_its_places(model: MemoryBackbone) -> None:
+    rope: Any = model.backbone.net.rope
+    grid = torch.cartesian_prod(*(torch.arange(n).double() for n in (5, 4, 3)))
+    for made, own in zip(_rotation(grid[None], rope), rope(torch.empty(1, C, 5, 8, 6)), strict=True):
+        close(made, own, 1e-6)
+    half, ends = (_rotation(torch.tensor([[places]]).double(), rope)[0] for places in ([2.5, 1.5, 0.5], [2.0, 1, 0]))
+    angle = torch.tensor(2.5).cos()
+    assert half[0, 0, 0, 0] == pytest.approx(float(angle), abs=1e-6) and differs(half, ends)
+
+
+@torch.no_grad()
+def test_only_differences_of_times_count_and_order_does_not(model: MemoryBackbone) -> None:
+    x, memory = drawn(2, C, 3, 8, 8), model.remember(*history())
+    made = model(x, T, TIMES, memory, text())
+    later = memory._replace(positions=memory.positions + torch.tensor([40.0, 0, 0]))
+    close(model(x, T, TIMES + 40, later, text()), made, 1e-4)
+    assert differs(model(x, T, TIMES + 3, memory, text()), made)
+    order = torch.tensor([2, 0, 1])
+    close(model(x[:, :, order], T, TIMES[order], memory, text()), made[:, :, order])
+
+
+@torch.no_grad()
+def test_a_memory_reaches_the_velocity_by_its_tokens_its_states_and_their_places(model: MemoryBackbone) -> None:
+    x, memory = drawn(2, C, 3, 8, 8), model.remember(*history())
+    assert memory.tokens.shape == (2, 4 * 2 * 2, 24) == (2, model.config.tokens((8, 8, 8)), model.config.width)
+    made = model(x, T, TIMES, memory, text())
+    assert made.shape == x.shape
+    for changed in (
+        memory._replace(tokens=memory.tokens.flip(2)),
+        memory._replace(hidden=memory.hidden + 1),
+        memory._replace(positions=memory.positions + torch.tensor([0, 0.5, 0])),
+        None,
+    ):
+        assert differs(model(x, T, TIMES, changed, text()), made)
+    close(model(x, T, TIMES, cropped(memory, 99), text()), model(x, T, TIMES, None, text()))
+    close(model(x, T, TIMES, Stretch(*history(), 0, torch.zeros(2, 8, dtype=torch.bool)), text()), made)
+    assert differs(model(x, T, TIMES, memory, text(), level=torch.tensor([0.4, 0.4])), made)
+
+
+@torch.no_grad()
+def test_what_a_sample_does_not_have_is_not_seen(model: MemoryBackbone) -> None:
+    x, (high, low) = drawn(2, C, 3, 8, 8), history()
+    seen = torch.tensor([[True, True, True], [False, True, True]])
+    memory = model.remember(high, low, skip=torch.tensor([0, 4]))
+    made = model(x, T, TIMES, memory, text(), seen=seen)
+    poked, past = x.clone(), high.clone()
+    poked[1, :, 0] += 5
+    past[1, :, :4] += 5
+    changed = model.remember(past, low, skip=torch.tensor([0, 4]))
+    close(model(poked, T, TIMES, changed, text(), seen=seen)[1, :, 1:], made[1, :, 1:])
+    alone = model.remember(high[1:, :, 4:], low[1:, :, 4:], 4)
+    said = Condition(text=text().text[1:], mask=text().mask[1:])  # type: ignore[index]
+    close(model(x[1:, :, 1:], T[1:], TIMES[1:], alone, said), made[1:, :, 1:], 1e-4)
+    assert differs(model(poked, T, TIMES, changed, text())[1, :, 1:], made[1, :, 1:])
+
+
+@torch.no_grad()
+def test_a_memory_in_chunks_is_that_of_the_whole(model: MemoryBackbone) -> None:
+    high, low = history()
+    whole, pasts = model.remember(high, low), [Past() for _ in model.memory]
+    chunks = [model.remember(high[:, :, i : i + 2], low[:, :, i : i + 2], i, pasts) for i in range(0, 8, 2)]
+    made: Memory = joined(chunks)
+    for name in ("tokens", "positions", "hidden"):
+        close(getattr(made, name), getattr(whole, name))
+
+
+@torch.no_grad()
+def test_each_latent_sees_its_own_text_and_the_memory_sees_none(model: MemoryBackbone) -> None:
+    x, memory, one, two = drawn(2, C, 3, 8, 8), model.remember(*history()), text(3), text(4)
+    made = model(x, T, TIMES, memory, one)
+    assert differs(model(x, T, TIMES, memory, two), made) and differs(model(x, T, TIMES, memory), made)
+    states = torch.cat([one.text, two.text], dim=1)  # type: ignore[list-item]
+    mask = torch.zeros(2, 3, 7, dtype=torch.bool)
+    mask[:, :, :3] = True
+    # all latents see the first text, as if it were alone; in another order of the states, too
+    order = torch.tensor([4, 5, 6, 3, 0, 2, 1])
+    close(model(x, T, TIMES, memory, Condition(text=states, mask=mask)), made)
+    mask[:, 2] = False
+    without = model(x, T, TIMES, memory, Condition(text=states, mask=mask))
+    close(model(x, T, TIMES, memory, Condition(text=states[:, order], mask=mask[..., order])), without)
+    assert differs(without, made)
+    # a block's memory attends to the text "" alone, whatever the window sees
+    seen = list[Tensor]()
+    handle = model.backbone.net.blocks[0].register_forward_hook(lambda _, __, out: seen.append(out[:, :16]))  # type: ignore[operator, union-attr, index]
+    model.backbone.net.blocks[0].attn1.register_forward_hook(lambda _, __, out: out * 0)  # type: ignore[union-attr, index, operator]
+    model(x, T, TIMES, memory, one), model(x, T, TIMES, memory, two)
+    handle.remove()
+    model.backbone.net.blocks[0].attn1._forward_hooks.clear()  # type: ignore[union-attr, index]
+    close(seen[0], seen[1], 0)
+
+
+def test_recomputed_blocks_have_the_same_gradients() -> None:
+    grads = list[dict[str, Tensor]]()
+    for again in (False, True):
+        model = awake(activation_checkpointing=again).train()
+        memory = Stretch(*history(), 0, torch.zeros(2, 8, dtype=torch.bool), torch.tensor([0, 2]))
+        rng = torch.Generator().manual_seed(0)
+        seen = torch.tensor([[True, True, True], [False, True, True]])
+        model(drawn(2, C, 3, 8, 8), T, TIMES, memory, text(), rng, seen=seen).square().mean().backward()
+        grads.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
+    assert grads[0].keys() == grads[1].keys() and any(name.startswith("cross.") for name in grads[0])
+    for name, grad in grads[0].items():
+        close(grads[1][name], grad)
+    assert all(grad.abs().max() > 0 for name, grad in grads[0].items() if name.startswith(("memory.", "cross.")))
+
+
+@torch.no_grad()
+def test_a_copy_has_attention_of_its_own(model: MemoryBackbone) -> None:
+    twin = copy.deepcopy(model)
+    x, memory = drawn(2, C, 3, 8, 8), model.remember(*history())
+    before = model(x, T, TIMES, memory, text())
+    for cross in twin.cross:
+        nn.init.normal_(cross.out.weight)  # type: ignore[union-attr, arg-type]
+    close(model(x, T, TIMES, memory, text()), before, 0)
+    assert differs(twin(x, T, TIMES, memory, text()), before)
+
+
+@pytest.mark.parametrize("memory", ["patchify", "framepack", "none"])
+@torch.no_grad()
+def test_what_memories_are_compared_with_works_too(memory: str) -> None:
+    model = awake(memory=memory, cross_attention=False)
+    made = model.remember(history()[0])
+    assert made.tokens.shape[1] == model.config.tokens((8, 8, 8))
+    velocity = model(drawn(2, C, 3, 8, 8), T, TIMES, made, text())
+    assert differs(velocity, model(drawn(2, C, 3, 8, 8), T, TIMES, None, text())) == (memory != "none")
+    if memory == "framepack":
+        # the newest latent is packed as the class embeds it
+        fresh = MemoryBackbone(model.config, model.backbone)
+        own = model.backbone.tokens(history()[0][:, :, 7:])
+        close(fresh.remember(history()[0]).tokens[:, -own.shape[1] :], own)
+
+
+def test_half_precision_keeps_the_class_s_fp32_weights_and_says_nearly_the_same(model: MemoryBackbone) -> None:
+    half = copy.deepcopy(model).to(torch.bfloat16)
+    kept = {name for name, p in half.named_parameters() if p.dtype == torch.float32}
+    assert kept and all("time_embedder" in name or "norm" in name or "scale_shift" in name for name in kept)
+    with torch.no_grad():
+        made, expected = (
+            m(drawn(2, C, 3, 8, 8), T, TIMES, m.remember(*history()), text()).float() for m in (half, model)
+        )
+    assert (made - expected).abs().mean() < 0.1 * expected.abs().mean()
+
+
+REFUSED: list[tuple[dict[str, Any], str]] = [
+    ({"settings": tiny_foreign.WAN_I2V}, "it goes on from a start image"),
+    ({"settings": tiny_foreign.WAN | {"patch_size": [2, 2, 2]}}, "its tokens stand for 2x2x2 latents"),
+    ({"expert": "high", "boundary": 0.9}, "it is the high-noise expert of two"),
+]
+
+
+@pytest.mark.parametrize(("changes", "said"), REFUSED)
+def test_a_transformer_that_takes_no_memory_is_refused(changes: dict[str, Any], said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        config(backbone={"class_name": "WanTransformer3DModel", "settings": tiny_foreign.WAN} | changes)

@@ -1,0 +1,163 @@
+"""The stages with a base of another library: what learns, what is refused, and a registered memory that generates and retrieves."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import latent_stages
+import numpy as np
+import pytest
+import spoken
+import tiny_foreign
+import torch
+from flat import nested
+
+from longtake.datasets.errors import UserError
+from longtake.datasets.text import TextConfig
+from longtake.training import registry
+from longtake.training.foreign.load import codec_of
+from longtake.training.models.common.condition import of_batch
+from longtake.training.models.common.video import concatenated
+from longtake.training.models.generator import Request, Scene
+from longtake.training.models.memory import finetune as finetune_memory_prior
+from longtake.training.models.memory import pretrain as pretrain_memory
+from longtake.training.models.memory import retrieval
+from longtake.training.models.memory.base_foreign import with_lora
+from longtake.training.models.memory.data import heldout_of
+from longtake.training.models.memory.foreign import MemoryBackbone
+from longtake.training.models.memory.history import groups_of
+from longtake.training.models.memory.prior import load_prior
+from longtake.training.models.memory.recall import recall
+from longtake.training.text import load_encoder
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+MEMORY = {"rates": ["2x2x2"], "memory_widths": [8, 16], "memory_heads": 2, "window": 2, "cross_attention": True}
+QUICK = latent_stages.QUICK | {"model": MEMORY, "base": "base", "text": "text"}
+
+
+@pytest.fixture(scope="module")
+def inputs(dataset: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """A tiny pipeline, and columns by its parts. Read them, do not change them."""
+    root = tmp_path_factory.mktemp("foreign")
+    base, copy = tiny_foreign.pipeline_folder(root / "pipeline"), latent_stages.labelled(dataset, root / "dataset")
+    codec: Any = codec_of(base)[0]
+    return {
+        "dataset": copy,
+        "latents": latent_stages.encoded(root / "latents", copy, codec, str(base)),
+        "low_latents": latent_stages.encoded(root / "low", copy, codec, str(base), (2, 2)),
+        "text": spoken.column(root / "text", copy, encoder=load_encoder(TextConfig(encoder=str(base), clean="wan"))),
+        "base": str(base),
+    }
+
+
+def retrieving(**changes: Any) -> pretrain_memory.Config:
+    return pretrain_memory.Config(**nested(QUICK | {"kind": "pretrain_memory"} | changes))
+
+
+def continuing(**changes: Any) -> finetune_memory_prior.Config:
+    quick = {"kind": "finetune_memory_prior", "eval_videos": 1, "eval_segments": 1, "eval_clips": 1, "guidance": 2.0}
+    return finetune_memory_prior.Config(**nested(QUICK | quick | changes))
+
+
+def heldout_loss(config: Any, setup: Any) -> float:
+    clips = [(groups_of(batch, setup.model), of_batch(batch)) for batch in heldout_of(config, setup)]
+    setup.model.eval()
+    return float(retrieval.heldout_losses(setup.model, clips, 0).mean())
+
+
+@pytest.mark.usefixtures("group")
+def test_a_low_rank_change_and_the_memory_learn_to_retrieve_and_nothing_else(
+    inputs: dict[str, str], tmp_path: Path
+) -> None:
+    plain = retrieving(steps=40, lr=3e-3, batch=4, checkpoint_every=40)
+    chosen = with_lora(plain, inputs)
+    assert chosen.lora is not None and (chosen.lora.rank, chosen.lora.full) == (128, ("memory",))
+    torch.manual_seed(chosen.seed)
+    setup = latent_stages.prepared(chosen, inputs, tmp_path / "before")
+    before, start = heldout_loss(chosen, setup), setup.model.state_dict()
+    weights = latent_stages.fit(pretrain_memory, chosen, inputs, tmp_path / "run")
+    moved = {name for name, value in start.items() if not torch.equal(weights[name], value)}
+    assert moved == {n for n, _ in setup.model.named_parameters() if n.startswith(("memory.", "cross.", "first."))}
+    changed = {name for name in weights if name.endswith("lora_up.weight") and weights[name].any()}
+    assert len(changed) == 2 * (4 + 4 + 2), "attention to the video, to the text, and the MLP of both blocks"
+
+    from longtake.training import checkpoint
+
+    setup.model.load_state_dict(checkpoint.trained(tmp_path / "run", chosen))
+    assert heldout_loss(chosen, setup) < 0.97 * before
+
+
+def test_what_the_user_writes_of_lora_wins(inputs: dict[str, str]) -> None:
+    assert with_lora(retrieving(lora=None), inputs).lora is None
+    lora = with_lora(retrieving(lora={"rank": 2}), inputs).lora
+    assert lora is not None and (lora.rank, lora.full) == (2, ())
+
+
+def test_settings_and_columns_that_do_not_fit_a_base_are_refused_in_a_line(
+    inputs: dict[str, str], tmp_path: Path
+) -> None:
+    silent = {name: uri for name, uri in inputs.items() if name != "text"}
+    two = tiny_foreign.pipeline_folder(tmp_path / "two", "wan22_a14b")
+    other = tiny_foreign.pipeline_folder(tmp_path / "other", seed=5)
+    ltx = tiny_foreign.pipeline_folder(tmp_path / "ltx", "ltx")
+    for given, changes, said in (
+        (inputs, {"model": MEMORY | {"depth": 3}}, "model: depth: is the base's own"),
+        (inputs, {"classes": True}, "classes: .* takes none"),
+        (inputs, {"model": MEMORY | {"rates": ["4x4x2"]}}, "rates: 4x4x2: .* grid of 2x3"),
+        (silent, {"text": None}, 'text: .* does not know the states of ""'),
+        (inputs | {"base": str(two)}, {}, "base: .* has two transformers, for high and for low noise"),
+        (inputs | {"base": str(ltx)}, {}, "base: .*: LTXVideoTransformer3DModel takes no memory"),
+        (inputs | {"base": str(other)}, {}, "latents: are of .*, another autoencoder than that of"),
+    ):
+        with pytest.raises(UserError, match=said) as e:
+            latent_stages.prepared(retrieving(**changes), given, tmp_path / said[:9].replace(".", "_"))
+        assert "\n" not in str(e.value)
+    with pytest.raises(ValueError, match="text: is for a base of another library"):
+        retrieving(base=None, model=latent_stages.TINY)
+
+
+@pytest.fixture
+def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    yield from latent_stages.mlflow_run(tmp_path, monkeypatch)
+
+
+@pytest.mark.slow
+def test_from_a_pipeline_to_a_registered_memory_that_generates_by_a_storyboard_and_retrieves(
+    inputs: dict[str, str], store: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import mlflow
+
+    quick = {"steps": 2, "sample_every": 2}
+    first = pretrain_memory.run(retrieving(name="wan-retrieval", **quick), inputs, str(tmp_path / "a"))
+    assert first["uri"] == "models:/wan-retrieval/1" and first["metrics"]["psnr"] > 0
+    given, client = inputs | {"base": first["uri"]}, mlflow.MlflowClient()
+    monkeypatch.setenv("MLFLOW_RUN_ID", client.create_run(client.get_run(store).info.experiment_id).info.run_id)
+    changes = {"name": "wan-memory", "model": None, "lora": {"rank": 4, "full": ["memory"]}}
+    second = finetune_memory_prior.run(continuing(**changes | quick), given, str(tmp_path / "b"))
+    assert second["uri"] == "models:/wan-memory/1" and second["metrics"]["heldout_loss"] > 0
+
+    # As it was saved.
+    model, facts = registry.load_with_facts("models:/wan-memory@champion")
+    assert isinstance(model, MemoryBackbone) and not model.training and model.config.cross_attention
+    assert facts["model"] == "memory_backbone" and facts["stage"] == "generation"
+    assert facts["text"]["encoder"]["digest"] == registry.load_with_facts(first["uri"])[1]["text"]["encoder"]["digest"]
+
+    # Two segments of 3 latents, by a prompt each.
+    prior = load_prior("models:/wan-memory@champion", "generation")
+    assert "prompt" in prior.accepts and "storyboard" in prior.accepts
+
+    def film(*prompts: str | None, seconds: float = 0.5) -> np.ndarray:
+        story = [(seconds * number, Scene(prompt=prompt)) for number, prompt in enumerate(prompts)]
+        return concatenated(prior.videos([Request(1, story)], 21, prior.settings))
+
+    told = film("red", "blue")
+    assert told.shape == (1, 21, 32, 48, 3) and prior.joints(21, prior.settings) == [9]
+    np.testing.assert_array_equal(told, film("red", "blue"))
+    assert (told != film("red", "red")).any() and (told != film(None)).any()
+
+    # What the memory of a clip keeps.
+    kept, bound = recall(load_prior(first["uri"], "retrieval"), told[0], seed=1)
+    assert kept.shape == bound.shape and kept.shape[1:] == (32, 48, 3) and (kept != bound).any()

@@ -1,0 +1,227 @@
+"""Sampling by a transformer of another library gives what the library's own pipeline gives for the same noise."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tiny_foreign
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from longtake.datasets.errors import UserError
+from longtake.training import registry
+from longtake.training.models import kind_of
+from longtake.training.models.backbone.sample import Prior, Text
+from longtake.training.models.common.condition import Condition
+from longtake.training.models.generator import Request, Scene, Settings
+
+SEEDS = (3, 4)
+PROMPT, NEGATIVE = "a red square moves left", "the rains"
+EULER, UNIPC = tiny_foreign.EULER, tiny_foreign.UNIPC
+
+
+@pytest.fixture(scope="module")
+def opened(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., tuple[Any, Prior]]:
+    """A pipeline of a kind in a folder, by diffusers and as a `Prior` of small videos."""
+    made: dict[str, tuple[Any, Prior]] = {}
+
+    def open_(kind: str, name: str = "", **parts: Any) -> tuple[Any, Prior]:
+        key = f"{kind}-{name}"
+        if key not in made:
+            folder = tiny_foreign.pipeline_folder(tmp_path_factory.mktemp("pipelines") / key, kind, **parts)
+            made[key] = by_diffusers(folder), prior(folder)
+        return made[key]
+
+    return open_
+
+
+def by_diffusers(folder: Path) -> Any:
+    import diffusers
+
+    pipe = diffusers.DiffusionPipeline.from_pretrained(folder, local_files_only=True)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def prior(folder: Path | str, size: tuple[int, int] = (64, 32)) -> Prior:
+    """What `longtake generate` makes of a folder, for small frames."""
+    model, facts = registry.load_with_facts(str(folder), "transformer", "first")
+    kind = kind_of(facts)
+    assert kind.complete and kind.generator
+    made: Any = kind.generator(str(folder), model, kind.complete(str(folder), facts), None, torch.float32)
+    return made.sized(*size)  # type: ignore[no-any-return]
+
+
+def settings_of(made: Prior, **changes: Any) -> Settings:
+    return replace(made.settings, **{"steps": 4, **changes})
+
+
+def request(seed: int, prompt: str | None = PROMPT, negative: str | None = NEGATIVE) -> Request:
+    return Request(seed, [(0.0, Scene(prompt=prompt))], negative)
+
+
+def ours(made: Prior, frames: int, start: Any = None, negative: str | None = NEGATIVE, **changes: Any) -> np.ndarray:
+    requests = [request(seed, negative=negative) for seed in SEEDS]
+    chunks = made.videos(requests, frames, settings_of(made, **changes), start=start)
+    return np.concatenate(list(chunks), axis=1)
+
+
+def states(made: Prior, text: str, length: int | None = None) -> tuple[Tensor, Tensor]:
+    """What the prior's encoder makes of a text, for both videos, padded by zeros; and the mask."""
+    assert made.prompts
+    found, mask = made.prompts.states([text] * len(SEEDS), torch.device("cpu"))
+    assert found is not None and mask is not None
+    missing = (length or found.shape[1]) - found.shape[1]
+    return F.pad(found.float(), (0, 0, 0, missing)), F.pad(mask, (0, missing))
+
+
+def embeds(made: Prior, length: int | None, masks: bool = False, negative: str = NEGATIVE) -> dict[str, Any]:
+    """The texts as the pipelines take them."""
+    given: dict[str, Any] = {}
+    for name, text in (("prompt", PROMPT), ("negative_prompt", negative)):
+        given[f"{name}_embeds"], mask = states(made, text, length)
+        if masks:
+            given[f"{name}_attention_mask"] = mask
+    return given
+
+
+def theirs(pipe: Any, made: Prior, frames: int, steps: int = 4, **given: Any) -> np.ndarray:
+    generators = [torch.Generator().manual_seed(seed) for seed in SEEDS]
+    height, width = made.size
+    video = pipe(
+        height=height,
+        width=width,
+        num_frames=frames,
+        num_inference_steps=steps,
+        generator=generators,
+        output_type="np",
+        **given,
+    ).frames
+    return np.asarray(video)
+
+
+def assert_same(one: np.ndarray, other: np.ndarray) -> None:
+    """Frames of uint8 and in 0..1 are the same, but for their rounding; and they are no constant."""
+    assert one.shape == other.shape and other.std() > 0.01
+    # half a step of uint8, and 1e-4
+    assert np.abs(one / 255 - other).max() <= 0.5 / 255 + 1e-4
+
+
+@pytest.mark.parametrize("scheduler", [UNIPC | {"flow_shift": 3.0}, EULER | {"shift": 5.0}], ids=["unipc", "euler"])
+def test_wan_gives_the_videos_of_its_pipeline(opened: Any, scheduler: dict[str, Any]) -> None:
+    pipe, made = opened("wan", scheduler["class_name"], scheduler=scheduler)
+    wanted = theirs(pipe, made, 9, guidance_scale=4.0, **embeds(made, 512))
+    assert_same(ours(made, 9, guidance=4.0), wanted)
+    assert np.abs(ours(made, 9, guidance=1.0) / 255 - wanted).max() > 0.02
+
+
+def test_without_a_negative_prompt_guidance_leads_away_from_the_empty_one(opened: Any) -> None:
+    pipe, made = opened("wan")
+    wanted = theirs(pipe, made, 5, guidance_scale=4.0, **embeds(made, 512, negative=""))
+    assert_same(ours(made, 5, guidance=4.0, negative=None), wanted)
+
+
+def test_ltx_gives_the_videos_of_its_pipeline(opened: Any) -> None:
+    pipe, made = opened("ltx")
+    given = embeds(made, 128, masks=True)
+    assert_same(ours(made, 17, guidance=3.0), theirs(pipe, made, 17, guidance_scale=3.0, frame_rate=25, **given))
+
+
+def test_hunyuan_gives_the_videos_of_its_pipeline(opened: Any) -> None:
+    pipe, made = opened("hunyuan")
+    found, mask = states(made, PROMPT)
+    pooled = made._text([PROMPT] * len(SEEDS)).pooled
+    given = {"prompt_embeds": found, "prompt_attention_mask": mask.float(), "pooled_prompt_embeds": pooled}
+    wanted = theirs(pipe, made, 9, guidance_scale=6.0, **given)
+    assert_same(ours(made, 9, guidance=6.0, negative=None), wanted)
+
+
+def test_two_experts_share_the_steps_each_with_its_guidance(opened: Any) -> None:
+    pipe, made = opened("wan22_a14b")
+    assert len(made.models) == 2 and "guidance_2" in made.accepts
+    given = embeds(made, 512)
+    wanted = theirs(pipe, made, 5, steps=6, guidance_scale=4.0, guidance_scale_2=9.0, **given)
+    assert_same(ours(made, 5, steps=6, guidance=4.0, guidance_2=9.0), wanted)
+    assert np.abs(ours(made, 5, steps=6, guidance=4.0) / 255 - wanted).max() > 0.01
+    same = theirs(pipe, made, 5, steps=6, guidance_scale=4.0, **given)
+    assert_same(ours(made, 5, steps=6, guidance=4.0), same)
+
+
+def image(made: Prior) -> Any:
+    from PIL import Image
+
+    rng = np.random.default_rng(0)
+    return Image.fromarray(rng.integers(0, 256, (*made.size, 3), dtype=np.uint8))
+
+
+def assert_starts(pipe: Any, made: Prior) -> None:
+    """Both go on from an image alike; ours leaves it out."""
+    shown = image(made)
+    start = made.begin(iter([np.zeros_like(np.asarray(shown)), np.asarray(shown)]))
+    wanted = theirs(pipe, made, 9, image=shown, guidance_scale=4.0, **embeds(made, 512))
+    assert_same(ours(made, 8, start, guidance=4.0), wanted[:, 1:])
+    with pytest.raises(ValueError, match="frames is 9; after a start this model makes 4n, such as 8"):
+        made.rounds(9, made.settings, start)
+    assert made.frames_of_seconds(0.5, 16.0, start) == 8 and made.frames_of_seconds(0.51, 16.0, start) == 12
+
+
+def test_wan_2_2_goes_on_from_an_image_in_channels_of_its_own(opened: Any) -> None:
+    pipe, made = opened("wan_i2v")
+    assert_starts(pipe, made)
+    with pytest.raises(UserError, match="goes on from an image; name one, as --start FILE"):
+        made.rounds(9, made.settings)
+
+
+def test_wan_2_1_attends_to_an_image_too(opened: Any) -> None:
+    import transformers
+
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2}
+    looks = transformers.CLIPVisionModel(transformers.CLIPVisionConfig(**sizes, image_size=32, patch_size=2)).eval()
+    parts = {"transformer": tiny_foreign.tiny_wan_i2v_transformer(**tiny_foreign.WAN_I2V_21), "image_encoder": looks}
+    parts["image_processor"] = transformers.CLIPImageProcessor(size={"shortest_edge": 32}, crop_size=32)
+    assert_starts(*opened("wan_i2v", "2.1", **parts))
+
+
+def test_wan_2_2_5b_goes_on_from_a_clean_first_latent(opened: Any) -> None:
+    import diffusers
+
+    pipe, made = opened("wan22_5b")
+    parts = {name: getattr(pipe, name) for name in ("transformer", "vae", "scheduler", "tokenizer", "text_encoder")}
+    from_image = diffusers.WanImageToVideoPipeline(**parts, expand_timesteps=True)
+    from_image.set_progress_bar_config(disable=True)
+    assert_starts(from_image, made)
+    wanted = theirs(pipe, made, 5, guidance_scale=4.0, **embeds(made, 512))
+    assert_same(ours(made, 5, guidance=4.0), wanted)
+
+
+def test_latents_are_those_of_the_pipeline(opened: Any) -> None:
+    from longtake.training.models.backbone.sample import sample
+
+    pipe, made = opened("wan")
+    (text, mask), (away, away_mask) = states(made, PROMPT), states(made, NEGATIVE)
+    texts = Text(Condition(None, text, mask)), Text(Condition(None, away, away_mask))
+    found = sample(made.models, (3, 8, 4), SEEDS, settings_of(made, guidance=4.0), *texts)
+    generators = [torch.Generator().manual_seed(seed) for seed in SEEDS]
+    wanted = pipe(
+        height=64, width=32, num_frames=9, num_inference_steps=4, guidance_scale=4.0, generator=generators,
+        output_type="latent", **embeds(made, 512),
+    ).frames  # fmt: skip
+    assert torch.allclose(found, wanted, atol=1e-4)
+
+
+def test_what_cannot_be_made_is_one_line(opened: Any, tmp_path: Path) -> None:
+    _, made = opened("wan")
+    with pytest.raises(ValueError, match=r"frames is 10; this model makes 1 \+ 4n frames, such as 9 or 13"):
+        made.rounds(10, made.settings)
+    with pytest.raises(UserError, match="40x32: this model makes frames with sides in multiples of 16x16"):
+        made.sized(40, 32)
+    _, distilled = opened("hunyuan")
+    with pytest.raises(UserError, match="negative: this model has its guidance as an input"):
+        distilled.videos([request(0)], 9, settings_of(distilled))
+    folder = tiny_foreign.pipeline_folder(tmp_path / "odd", scheduler={"class_name": "DDIMScheduler"})
+    with pytest.raises(UserError, match="scheduler: DDIMScheduler is not known here"):
+        prior(folder)

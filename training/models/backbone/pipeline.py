@@ -1,0 +1,126 @@
+"""What a pipeline of another library says of its videos: their size and rate, its scheduler, its texts, its autoencoder."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from longtake.datasets.latents import encoder_digest
+from longtake.training.engines import device
+from longtake.training.foreign.backbone import BackboneConfig
+from longtake.training.foreign.library import class_of
+from longtake.training.models.backbone.solver import solver_of
+from longtake.training.models.common import codec as codecs
+from longtake.training.models.common.prompts import Prompts
+from longtake.training.models.generator import Settings, plain
+from longtake.training.registry import pipelines
+from longtake.training.registry.uri import in_store
+
+SETTINGS = ("steps", "guidance", "shift", "solver")  # of a model's config.json
+_POOLED = ("text_encoder_2", "tokenizer_2")
+_LONGEST = 77  # tokens of CLIP
+
+
+class Made(NamedTuple):
+    """The videos that the library's pipeline makes if it is asked for nothing else, and how."""
+
+    frames: int
+    size: tuple[int, int]
+    fps: float
+    guidance: float
+    steps: int = 50
+
+
+_MADE = {
+    "WanTransformer3DModel": Made(81, (480, 832), 16.0, 5.0),
+    "LTXVideoTransformer3DModel": Made(161, (512, 704), 25.0, 3.0),
+    "HunyuanVideoTransformer3DModel": Made(129, (720, 1280), 24.0, 6.0),
+}
+_MADE_5B = Made(121, (704, 1280), 24.0, 5.0)  # Wan 2.2-5B, which alone expands times
+
+
+def completed(uri: str, facts: Mapping[str, Any]) -> Mapping[str, Any]:
+    """config.json of a fine-tuned backbone as it is; of a pipeline with its window, sampling and texts.
+
+    Raises:
+        UserError: its scheduler is not known.
+    """
+    if "window" in facts:
+        return facts
+    config = BackboneConfig(**facts["config"])
+    made = _MADE_5B if config.expand_timesteps else _MADE[config.class_name]
+    (factor, pixels), (height, width) = config.strides, made.size
+    shift = config.shift_of((1 + (made.frames - 1) // factor, height // pixels, width // pixels))
+    settings = Settings(made.steps, made.guidance, shift, solver=solver_of(config.scheduler))
+    found: dict[str, Any] = {
+        "config": facts["config"] | {"text_length": config.longest_text},
+        "window": {"frames": made.frames, "stride": 1, "size": list(made.size), "fps": made.fps},
+        "sampling": plain(settings, SETTINGS),
+        "classes": [],
+        "text": {"encoder": _encoder(uri, facts, config)},
+    }
+    if config.sizes.pooled_width:
+        folder = pipelines.found(uri, _POOLED).folder
+        found["pooled"] = {"encoder": {"encoder": str(folder / _POOLED[0]), "length": _LONGEST, "clean": "none"}}
+    return {**facts, **found}
+
+
+def _encoder(uri: str, facts: Mapping[str, Any], config: BackboneConfig) -> dict[str, Any]:
+    """The settings of `datasets.text.TextConfig` by which a pipeline encodes its texts."""
+    settings = {"encoder": uri if in_store(uri) else facts["foreign"]["folder"], "length": config.longest_text}
+    if config.class_name == "WanTransformer3DModel":
+        return settings | {"clean": "wan"}
+    if config.class_name == "HunyuanVideoTransformer3DModel":
+        from diffusers.pipelines.hunyuan_video.pipeline_hunyuan_video import DEFAULT_PROMPT_TEMPLATE as TEMPLATE
+
+        # the third state from the end, after a template that is cut off
+        return settings | {
+            "clean": "none",
+            "layer": -3,
+            "template": TEMPLATE["template"],
+            "crop": TEMPLATE["crop_start"],
+        }
+    return settings | {"clean": "none"}
+
+
+def codec_for(uri: str, facts: Mapping[str, Any], vae: str | None) -> Any:
+    """The autoencoder of a backbone's latents: that of its config.json or of its pipeline, or `vae` of the same encoder."""
+    if "vae" not in facts and vae is None:
+        return codecs.load_codec(uri)
+    needed = facts.get("vae") or {"uri": uri, "encoder": encoder_digest(codecs.load_codec(uri))}
+    return codecs.decoder_of(uri, needed, vae)[0]
+
+
+def pooled_for(uri: str, facts: Mapping[str, Any]) -> Prompts | None:
+    """The texts of a second encoder, of which the state of the last token counts; longer ones are cut, as CLIP's are."""
+    encoder = (facts.get("pooled") or {}).get("encoder")
+    return Prompts(uri, encoder, encoder["length"], cut=True) if encoder else None
+
+
+def image_states_for(uri: str, width: int) -> Callable[[np.ndarray], Tensor] | None:
+    """What the image encoder of a pipeline makes of a frame `(H, W, 3)` uint8: `(1, N, width)`; None for a width of 0.
+
+    Raises:
+        UserError: the pipeline has no image encoder.
+    """
+    if not width:
+        return None
+    folder = pipelines.found(uri, ("image_encoder", "image_processor")).folder
+
+    def states(frame: np.ndarray) -> Tensor:
+        encoder = _loaded("CLIPVisionModel", folder / "image_encoder", use_safetensors=True).to(device())
+        pixels = _loaded("CLIPImageProcessor", folder / "image_processor")(images=frame, return_tensors="pt")
+        # the state before the last, as Wan 2.1 has learned them
+        made: Tensor = encoder(**pixels.to(device()), output_hidden_states=True).hidden_states[-2]
+        return made
+
+    return torch.no_grad()(states)
+
+
+def _loaded(name: str, folder: Path, **options: Any) -> Any:
+    return class_of(name, "transformers").from_pretrained(folder, local_files_only=True, **options)

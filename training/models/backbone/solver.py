@@ -1,0 +1,82 @@
+"""How a backbone's flow is followed from noise to data: the schedulers of its library, as its pipelines call them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from longtake.datasets.errors import UserError
+from longtake.training.foreign.backbone import BackboneConfig
+from longtake.training.foreign.library import class_of
+
+SOLVERS = {"euler": "FlowMatchEulerDiscreteScheduler", "unipc": "UniPCMultistepScheduler"}
+# what makes UniPC follow a flow, for a pipeline that has another scheduler
+_FLOW = {"prediction_type": "flow_prediction", "use_flow_sigmas": True}
+
+
+def solver_of(scheduler: Mapping[str, Any]) -> Literal["euler", "unipc"]:
+    """The solver of a pipeline's scheduler; `euler` for {}. UserError for a scheduler that is neither of the two."""
+    name = scheduler.get("class_name", SOLVERS["euler"])
+    if scheduler.get("stochastic_sampling"):
+        raise UserError(f"scheduler: {name} with stochastic_sampling adds noise at each step; use one without")
+    if name == SOLVERS["euler"]:
+        return "euler"
+    if name == SOLVERS["unipc"]:
+        if not scheduler.get("use_flow_sigmas"):
+            raise UserError(f"scheduler: {name} without use_flow_sigmas follows no flow; use one of a video model")
+        return "unipc"
+    raise UserError(f"scheduler: {str(name)[:80]} is not known here; say --solver euler or unipc")
+
+
+def scheduler_for(
+    config: BackboneConfig, solver: str, steps: int, shape: tuple[int, int, int], shift: float, device: torch.device
+) -> Any:
+    """A scheduler of diffusers whose times are set, for windows of latents (T, H, W).
+
+    Its own settings hold where the pipeline's scheduler is of this class. Times are moved towards noise by `shift`; where
+    the pipeline computes its shift from the number of tokens, by that.
+
+    Raises:
+        ValueError: fewer than one step.
+    """
+    if steps < 1:
+        raise ValueError(f"steps is {steps}; sampling needs at least 1")
+    own, name = config.scheduler, SOLVERS[solver]
+    same, dynamic = own.get("class_name") == name, bool(own.get("use_dynamic_shifting"))
+    if dynamic:
+        shift = config.shift_of(shape)
+    settings = {key: value for key, value in own.items() if key != "class_name"} if same else {}
+    options: dict[str, Any] = {}
+    if same and dynamic:
+        options["mu"] = shift if own.get("time_shift_type") == "linear" else math.log(shift)
+    else:
+        settings |= {"shift": shift} if solver == "euler" else {"flow_shift": shift}
+    if solver == "unipc" and not same:
+        settings |= _FLOW
+    if solver == "euler" and (config.row.EVEN_TIMES or not same):
+        options["sigmas"] = np.linspace(1.0, 0.0, steps + 1)[:-1]
+    scheduler = class_of(name).from_config(settings)
+    scheduler.set_timesteps(steps, device=device, **options)
+    scheduler.set_begin_index(0)
+    return scheduler
+
+
+@torch.no_grad()
+def follow(
+    velocity: Callable[[Tensor, float], Tensor],
+    noise: Tensor,
+    scheduler: Any,
+    each_step: Callable[[], object] | None = None,
+) -> Tensor:
+    """The latents that a scheduler makes of noise by a velocity, which is called with the time, 0 to 1: fp32."""
+    x, scale = noise.float(), scheduler.config.num_train_timesteps
+    for time in scheduler.timesteps:
+        x = scheduler.step(velocity(x, float(time) / scale).float(), time, x, return_dict=False)[0]
+        if each_step:
+            each_step()
+    return x

@@ -1,0 +1,160 @@
+"""The model before the first optimizer step where its base is a transformer of another library."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from pydantic import ValidationError
+from torch import Tensor, nn
+
+from longtake.datasets.errors import UserError
+from longtake.datasets.latents import encoder_digest
+from longtake.datasets.text import Text
+from longtake.training import registry
+from longtake.training.engines import lora
+from longtake.training.foreign.backbone import Backbone
+from longtake.training.foreign.folder import CONFIG, TRANSFORMER, TRANSFORMER_2, VAE, is_foreign, parts_of
+from longtake.training.models.memory.config import MemoryConfig, MemoryLora, check_low
+from longtake.training.models.memory.data import Data, check_history, check_precision
+from longtake.training.models.memory.foreign import MemoryBackbone, MemoryBackboneConfig, why_not
+from longtake.training.models.memory.model_config import MemoryModelConfig
+from longtake.training.registry import cache, disk, pipelines
+from longtake.training.registry.uri import in_store
+
+_RANK = 128  # of a low-rank change, as in the paper
+_MODELS = ("backbone", "memory_backbone")  # registered models whose transformer is of another library
+Settings = TypeVar("Settings", bound=MemoryConfig)
+
+
+def facts_of_base(uri: str) -> dict[str, Any]:
+    """What a base's config.json says; nothing of a folder of diffusers. Its weights are not loaded. Raises as `registry.load`."""
+    folder = cache.pull(uri, frozenset({TRANSFORMER})) if in_store(uri) else pipelines.local(uri)
+    return {} if is_foreign(folder) or not (folder / CONFIG).is_file() else disk.read_config(folder)
+
+
+def with_lora(config: Settings, inputs: Mapping[str, str]) -> Settings:
+    """The settings with the paper's low-rank change, and the memory in full, where a foreign base's say nothing of `lora`."""
+    if "lora" in config.model_fields_set or "base" not in inputs:
+        return config
+    facts = facts_of_base(inputs["base"])
+    if facts and facts["model"] not in _MODELS:
+        return config
+    return config.model_copy(update={"lora": MemoryLora(rank=_RANK, full=("memory",))})
+
+
+def check_one_transformer(uri: str) -> None:
+    """Refuse a pipeline with two transformers that share the times."""
+    folder = cache.pull(uri, frozenset({TRANSFORMER})) if in_store(uri) else pipelines.local(uri)
+    if is_foreign(folder) and TRANSFORMER_2 in parts_of(pipelines.opened(uri, folder, frozenset()).folder):
+        raise UserError(
+            f"base: {uri} has two transformers, for high and for low noise; a memory needs one for all times, such as Wan 2.1"
+        )
+
+
+def foreign_model(
+    config: MemoryConfig,
+    inputs: Mapping[str, str],
+    data: Data,
+    text: Text | None,
+    base: Backbone | MemoryBackbone,
+    facts: Mapping[str, Any],
+) -> MemoryBackbone:
+    """The base's transformer with a memory: the base's, if it has such a one, or a new one.
+
+    Raises:
+        UserError: settings, latents or texts do not fit the base.
+    """
+    uri, changes = inputs["base"], config.model or {}
+    if unknown := changes.keys() - MemoryModelConfig.model_fields.keys():
+        known = ", ".join(name for name in MemoryModelConfig.model_fields if name not in ("history", "shape"))
+        raise UserError(f"model: {min(unknown)}: is the base's own, {uri}; of its memory there are {known}")
+    if config.classes:
+        raise UserError(f"classes: {uri} takes none; leave it out, and learn from texts")
+
+    own = base.config.backbone if isinstance(base, MemoryBackbone) else base.config
+    if reason := why_not(own):
+        raise UserError(f"base: {uri}: {reason}")
+
+    # The config: the base's, with what follows from the data.
+    fields = {name: field.default for name, field in MemoryModelConfig.model_fields.items()}
+    fields |= base.config.model_dump() if isinstance(base, MemoryBackbone) else {"backbone": own.model_dump()}
+    fields |= changes | {"shape": data.shape, "history": data.history, "history_noise": config.noise}
+    try:
+        check_history(fields, own.patch[1], data)
+        made = MemoryBackboneConfig(**fields)
+    except ValidationError as e:
+        raise UserError(f"model: {e.errors()[0]['msg'].removeprefix('Value error, ')}") from e
+    check_low(made, data.low.shrink if data.low else None)
+    check_precision(config, made)
+    _check_latents(uri, made, facts, data)
+
+    # The weights, and the states of "", which stand for no text.
+    model = MemoryBackbone(made, base.backbone if isinstance(base, MemoryBackbone) else base)
+    _load_memory(model, base, uri)
+    if text is not None:
+        _check_text(uri, made, text)
+        model.set_empty(torch.from_numpy(text.empty()))
+    elif not model.config.backbone.text_empty:
+        raise UserError(
+            f'text: {uri} attends to texts, and does not know the states of "", which stand for none; name what a `cache_text`'
+            " stage has made by the text encoder of its pipeline"
+        )
+    # weights that are updated in fp32 are fp32; else the engine keeps such copies of those that learn
+    return model.float() if config.precision == "fp32" else model.bfloat16()
+
+
+def _check_latents(uri: str, model: MemoryBackboneConfig, facts: Mapping[str, Any], data: Data) -> None:
+    """Refuse latents of other channels, and of another autoencoder than the base's where that is known."""
+    record = data.latents
+    if record.channels != model.channels:
+        raise UserError(
+            f"latents: have {record.channels} channels, and {uri} takes {model.channels}; encode by the autoencoder of its"
+            " own pipeline"
+        )
+    digest = (facts.get("vae") or {}).get("encoder")
+    folder = (facts.get("foreign") or {}).get("folder")
+    if digest is None and folder is not None and VAE in parts_of(Path(folder)):
+        digest = encoder_digest(registry.load(uri, part="vae"))
+    if digest not in (None, record.encoder["digest"]):
+        raise UserError(
+            f"latents: are of {record.encoder['uri']}, another autoencoder than that of {uri}; encode by its own"
+        )
+
+
+def _check_text(uri: str, model: MemoryBackboneConfig, text: Text) -> None:
+    """Refuse texts of another width than the base's, and too long ones."""
+    if text.width != model.text_width:
+        raise UserError(
+            f"text: has states of {text.width} values, and {uri} takes {model.text_width}; encode by the text encoder of its"
+            " own pipeline"
+        )
+    if int(text.encoder["length"]) > model.text_length:
+        raise UserError(
+            f"text: has up to {text.encoder['length']} tokens, and {uri} takes {model.text_length}; encode with length:"
+            f" {model.text_length}"
+        )
+
+
+def _load_memory(model: MemoryBackbone, base: Backbone | MemoryBackbone, uri: str) -> None:
+    """Give the model what its base has beside the transformer, and let the rest learn in full."""
+
+    def beside(module: nn.Module) -> dict[str, Tensor]:
+        return {name: value for name, value in module.state_dict().items() if not name.startswith("backbone.")}
+
+    ours, theirs = beside(model), beside(base) if isinstance(base, MemoryBackbone) else {}
+    # a memory of another kind begins anew
+    kept = {name: value for name, value in theirs.items() if name in ours and value.shape == ours[name].shape}
+    if (
+        isinstance(base, MemoryBackbone)
+        and base.config.variant is model.config.variant
+        and (lost := theirs.keys() - kept.keys())
+    ):
+        raise UserError(
+            f"base: {uri} does not fit these settings, such as in {min(lost)}; leave out of `model` what differs"
+        )
+    model.load_state_dict(kept, strict=False)
+    new = [name for name, _ in model.named_parameters() if not name.startswith("backbone.") and name not in kept]
+    if "first.shift" not in new and not model.first.shift.any():
+        new.append("first.shift")
+    lora.let_learn(model, new)
