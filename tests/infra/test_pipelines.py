@@ -13,16 +13,19 @@ from typing import Any
 
 import letters
 import pytest
+import spoken
 import tiny_encoders
 import tiny_foreign
 import torch
 from click.testing import CliRunner
 
 import longtake
+from longtake.datasets.captions import Caption
 from longtake.datasets.errors import Failure, UserError
+from longtake.datasets.latents import encoder_digest, read_latents
 from longtake.infra import graph, recipe
 from longtake.infra.cli import cli
-from longtake.pipeline.stages import cache_text
+from longtake.pipeline.stages import cache_latents, cache_text
 from longtake.training import registry
 from longtake.training.foreign.files import _sha256
 from longtake.training.foreign.folder import digest_of, part_of
@@ -286,6 +289,34 @@ def test_a_snapshot_of_the_hub_is_registered_with_the_blobs_that_its_links_name(
     assert said("models", "import", str(snapshot), "--name", "copied") == "models:/copied/1", (
         "these files are registered"
     )
+
+
+@pytest.mark.slow
+def test_latents_and_states_are_the_same_column_by_a_folder_and_a_registered_one(
+    wan: Path, dataset: str, tmp_path: Path, ray_session: None
+) -> None:
+    root = str(shutil.copytree(dataset, tmp_path / "dataset"))
+    spoken.describe(root, lambda key: [Caption("a red square")])
+    inputs = {"dataset": root, "captions": spoken.record(tmp_path / "captions", root)}
+    made: dict[str, Counter[str]] = {"latents": Counter(), "text": Counter()}
+    for number, uri in enumerate((str(wan), f"file://{wan}/vae", *URIS)):
+        latents = cache_latents.Config(
+            kind="cache_latents", dataset="x", encoder="x", size=(16, 16), run={"workers": 1}
+        )
+        result = cache_latents.run(latents, {**inputs, "encoder": uri}, str(tmp_path / f"latents{number}"))
+        made["latents"][result["column"]] += int(result["metrics"]["encoded_shards"])
+        record = read_latents(result["uri"])
+        assert record.encoder["uri"] == longtake.resolve(uri)
+        assert encoder_digest(load_codec(record.encoder["uri"])) == record.encoder["digest"]
+        if uri.startswith("file://"):
+            continue
+        text = cache_text.Config(
+            kind="cache_text", dataset="x", captions="x", encoder=uri, length=8, run={"workers": 1}
+        )
+        result = cache_text.run(text, inputs, str(tmp_path / f"text{number}"))
+        made["text"][result["column"]] += int(result["metrics"]["encoded_shards"])
+    shards = len(list(Path(root).glob("*/*.latent-*.tar")))
+    assert shards and list(made["latents"].values()) == [shards] == list(made["text"].values())
 
 
 RECIPE = """

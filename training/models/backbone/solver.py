@@ -23,14 +23,16 @@ def solver_of(scheduler: Mapping[str, Any]) -> Literal["euler", "unipc"]:
     """The solver of a pipeline's scheduler; `euler` for {}. UserError for a scheduler that is neither of the two."""
     name = scheduler.get("class_name", SOLVERS["euler"])
     if scheduler.get("stochastic_sampling"):
-        raise UserError(f"scheduler: {name} with stochastic_sampling adds noise at each step; use one without")
+        raise UserError(f"scheduler: {name} with stochastic_sampling adds noise at each step; name a pipeline without")
     if name == SOLVERS["euler"]:
         return "euler"
     if name == SOLVERS["unipc"]:
         if not scheduler.get("use_flow_sigmas"):
-            raise UserError(f"scheduler: {name} without use_flow_sigmas follows no flow; use one of a video model")
+            raise UserError(f"scheduler: {name} without use_flow_sigmas follows no flow; name a pipeline with it")
         return "unipc"
-    raise UserError(f"scheduler: {str(name)[:80]} is not known here; say --solver euler or unipc")
+    raise UserError(
+        f"scheduler: {str(name)[:80]} is not known here; name a pipeline with {' or '.join(SOLVERS.values())}"
+    )
 
 
 def scheduler_for(
@@ -43,6 +45,7 @@ def scheduler_for(
 
     Raises:
         ValueError: fewer than one step.
+        UserError: the scheduler's config is none.
     """
     if steps < 1:
         raise ValueError(f"steps is {steps}; sampling needs at least 1")
@@ -60,8 +63,13 @@ def scheduler_for(
         settings |= _FLOW
     if solver == "euler" and (config.row.EVEN_TIMES or not same):
         options["sigmas"] = np.linspace(1.0, 0.0, steps + 1)[:-1]
-    scheduler = class_of(name).from_config(settings)
-    scheduler.set_timesteps(steps, device=device, **options)
+    make = class_of(name)
+    try:
+        scheduler = make.from_config(settings)
+        scheduler.set_timesteps(steps, device=device, **options)
+    except (TypeError, ValueError, NotImplementedError, ArithmeticError, AttributeError) as e:
+        why = " ".join(str(e).split())[:120]
+        raise UserError(f"scheduler: {name} cannot be set up ({why}); name a pipeline with another") from e
     scheduler.set_begin_index(0)
     return scheduler
 

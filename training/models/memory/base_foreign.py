@@ -34,13 +34,18 @@ def facts_of_base(uri: str) -> dict[str, Any]:
 
 
 def with_lora(config: Settings, inputs: Mapping[str, str]) -> Settings:
-    """The settings with the paper's low-rank change, and the memory in full, where a foreign base's say nothing of `lora`."""
+    """The settings with the paper's low-rank change, and the memory in full, where a foreign base's say nothing of `lora`.
+
+    A memory without weights of its own is left out.
+    """
     if "lora" in config.model_fields_set or "base" not in inputs:
         return config
     facts = facts_of_base(inputs["base"])
     if facts and facts["model"] not in _MODELS:
         return config
-    return config.model_copy(update={"lora": MemoryLora(rank=_RANK, full=("memory",))})
+    memory = facts.get("config", {}) | (config.model or {})
+    learns = memory.get("memory") != "none" and memory.get("branches") != "low"
+    return config.model_copy(update={"lora": MemoryLora(rank=_RANK, full=("memory",) if learns else ())})
 
 
 def check_one_transformer(uri: str) -> None:

@@ -30,11 +30,14 @@ from longtake.training.models.memory.foreign import MemoryBackbone
 from longtake.training.models.memory.history import groups_of
 from longtake.training.models.memory.prior import load_prior
 from longtake.training.models.memory.recall import recall
+from longtake.training.registry import disk, judge, lineage
+from longtake.training.registry.gate import Gate
 from longtake.training.text import load_encoder
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 MEMORY = {"rates": ["2x2x2"], "memory_widths": [8, 16], "memory_heads": 2, "window": 2, "cross_attention": True}
+PLAIN = MEMORY | {"cross_attention": False}
 QUICK = latent_stages.QUICK | {"model": MEMORY, "base": "base", "text": "text"}
 
 
@@ -90,6 +93,29 @@ def test_a_low_rank_change_and_the_memory_learn_to_retrieve_and_nothing_else(
     assert heldout_loss(chosen, setup) < 0.97 * before
 
 
+WAYS: dict[str, dict[str, Any]] = {
+    "sharded": {"zero_stage": 3, "model": MEMORY | {"activation_checkpointing": True}},
+    "bf16": {"precision": "bf16", "zero_stage": 1, "low_latents": None, "model": {**PLAIN, "memory": "patchify"}},
+    "nothing remembered": {"low_latents": None, "model": {**PLAIN, "memory": "none"}},
+}
+
+
+@pytest.mark.usefixtures("group")
+@pytest.mark.parametrize("way", [pytest.param(way, marks=pytest.mark.slow) for way in WAYS])
+def test_a_prior_learns_in_every_way_and_a_stopped_one_ends_with_the_same_weights(
+    inputs: dict[str, str], tmp_path: Path, way: str
+) -> None:
+    chosen = with_lora(continuing(history_noise=0.3, **WAYS[way]), inputs)
+    if chosen.low_latents is None:
+        inputs = {name: uri for name, uri in inputs.items() if name != "low_latents"}
+    straight = latent_stages.fit(finetune_memory_prior, chosen, inputs, tmp_path / "straight")
+    latent_stages.fit(finetune_memory_prior, chosen, inputs, tmp_path / "stopped", until=2)
+    resumed = latent_stages.fit(finetune_memory_prior, chosen, inputs, tmp_path / "stopped")
+    torch.testing.assert_close(resumed, straight, atol=0, rtol=0)
+    assert all(value.isfinite().all() for value in straight.values())
+    assert any(name.endswith("lora_up.weight") and value.any() for name, value in straight.items())
+
+
 def test_what_the_user_writes_of_lora_wins(inputs: dict[str, str]) -> None:
     assert with_lora(retrieving(lora=None), inputs).lora is None
     lora = with_lora(retrieving(lora={"rank": 2}), inputs).lora
@@ -117,6 +143,23 @@ def test_settings_and_columns_that_do_not_fit_a_base_are_refused_in_a_line(
         assert "\n" not in str(e.value)
     with pytest.raises(ValueError, match="text: is for a base of another library"):
         retrieving(base=None, model=latent_stages.TINY)
+
+
+@pytest.mark.parametrize("stage", [pretrain_memory, finetune_memory_prior])
+def test_what_a_stage_leaves_loads_as_it_was_and_a_gate_measures_it(
+    inputs: dict[str, str], tmp_path: Path, stage: Any
+) -> None:
+    chosen = retrieving() if stage is pretrain_memory else continuing()
+    setup = latent_stages.prepared(chosen, inputs, tmp_path / "run", stage)
+    folder, kind = tmp_path / "model", stage.kind(setup)
+    facts = stage.facts(chosen, setup, lineage.read(tmp_path / "run"))
+    disk.save(folder, kind, setup.model.config.model_dump(mode="json"), setup.model.state_dict(), facts)
+    one = judge.load(str(folder))
+    assert kind == one.facts["model"] == "memory_backbone" and one.model.config == setup.model.config
+    torch.testing.assert_close(one.model.state_dict(), setup.model.state_dict(), atol=0, rtol=0)
+    gate = Gate.model_validate({"metrics": {"loss": {"better": "lower"}}, "samples": 2})
+    ours, theirs = judge.rows_of(one, one, inputs, gate)
+    assert ours == theirs and len(ours) == 2 and all(0 < row["loss"] < 1e6 for row in ours.values())
 
 
 @pytest.fixture
