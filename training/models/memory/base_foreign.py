@@ -29,8 +29,13 @@ Settings = TypeVar("Settings", bound=MemoryConfig)
 
 def facts_of_base(uri: str) -> dict[str, Any]:
     """What a base's config.json says; nothing of a folder of diffusers. Its weights are not loaded. Raises as `registry.load`."""
-    folder = cache.pull(uri, frozenset({TRANSFORMER})) if in_store(uri) else pipelines.local(uri)
+    folder = _folder(uri)
     return {} if is_foreign(folder) or not (folder / CONFIG).is_file() else disk.read_config(folder)
+
+
+def _folder(uri: str) -> Path:
+    """The folder of a base on this machine; of a registered pipeline the transformer's files are compared."""
+    return cache.pull(uri, frozenset({TRANSFORMER})) if in_store(uri) else pipelines.local(uri)
 
 
 def with_lora(config: Settings, inputs: Mapping[str, str]) -> Settings:
@@ -50,7 +55,7 @@ def with_lora(config: Settings, inputs: Mapping[str, str]) -> Settings:
 
 def check_one_transformer(uri: str) -> None:
     """Refuse a pipeline with two transformers that share the times."""
-    folder = cache.pull(uri, frozenset({TRANSFORMER})) if in_store(uri) else pipelines.local(uri)
+    folder = _folder(uri)
     if is_foreign(folder) and TRANSFORMER_2 in parts_of(pipelines.opened(uri, folder, frozenset()).folder):
         raise UserError(
             f"base: {uri} has two transformers, for high and for low noise; a memory needs one for all times, such as Wan 2.1"
