@@ -23,6 +23,7 @@ from longtake.training.registry import cache, disk, pipelines
 from longtake.training.registry.uri import in_store
 
 _RANK = 128  # of a low-rank change, as in the paper
+_FROM_DATA = ("history", "shape", "history_noise")  # fields of the memory that follow from other settings
 _MODELS = ("backbone", "memory_backbone")  # registered models whose transformer is of another library
 Settings = TypeVar("Settings", bound=MemoryConfig)
 
@@ -77,7 +78,7 @@ def foreign_model(
     """
     uri, changes = inputs["base"], config.model or {}
     if unknown := changes.keys() - MemoryModelConfig.model_fields.keys():
-        known = ", ".join(name for name in MemoryModelConfig.model_fields if name not in ("history", "shape"))
+        known = ", ".join(name for name in MemoryModelConfig.model_fields if name not in _FROM_DATA)
         raise UserError(f"model: {min(unknown)}: is the base's own, {uri}; of its memory there are {known}")
     if config.classes:
         raise UserError(f"classes: {uri} takes none; leave it out, and learn from texts")
