@@ -34,8 +34,9 @@ def reconstruct(
 ) -> None:
     """Reconstruct VIDEO, of any length, with MODEL, an autoencoder.
 
-    MODEL is in the registry (models:/pv-vae@champion) or a model folder. Frames are cropped to multiples of 16 pixels
-    around their middle. The output has no sound. An image is a video of one frame.
+    MODEL is in the registry (models:/pv-vae@champion), a model folder, or a folder of diffusers with a VAE. Frames are
+    cropped to multiples of its stride, such as 16 pixels, around their middle. The output has no sound. An image is a
+    video of one frame.
 
     \b
     Examples:

@@ -12,7 +12,7 @@ import foreign_stages
 import pytest
 import tiny_foreign
 import torch
-from called import called
+from called import assert_close, called
 from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -110,15 +110,11 @@ def refused(line: str, *arguments: object) -> None:
 
 
 def pipeline(folder: Path) -> Any:
-    return diffusers.WanPipeline.from_pretrained(folder, local_files_only=True)
+    return diffusers.DiffusionPipeline.from_pretrained(folder, local_files_only=True)
 
 
 def files(folder: Path) -> set[str]:
     return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
-
-
-def close(one: Tensor, other: Tensor) -> None:
-    torch.testing.assert_close(one, other, atol=1e-6, rtol=1e-5)
 
 
 @pytest.mark.parametrize("model", ["models:/ft@candidate", "models/ft"])
@@ -129,7 +125,7 @@ def test_a_pipeline_that_was_exported_is_loaded_by_diffusers(
     to = tmp_path / "new" / "wan-ft"
     assert said("export", named, "--format", "diffusers", "--to", to) == str(to)
     loaded = pipeline(to)
-    close(called(loaded.transformer), outputs["ft"])
+    assert_close(called(loaded.transformer), outputs["ft"])
     assert not torch.allclose(called(pipeline(place / "wan").transformer), outputs["ft"], atol=1e-2)
 
     # all else is as in the base
@@ -140,14 +136,14 @@ def test_a_pipeline_that_was_exported_is_loaded_by_diffusers(
         assert (to / name).stat().st_nlink == 1
     # and it is a base again
     module, _ = load.backbone_of(to)
-    close(called(module.net), outputs["ft"])
+    assert_close(called(module.net), outputs["ft"])
     assert [path.name for path in to.parent.iterdir()] == ["wan-ft"]
 
 
 def test_two_experts_are_exported_one_onto_the_other(place: Path, outputs: dict[str, Tensor], tmp_path: Path) -> None:
     said("export", "models:/low@candidate", "--format", "diffusers", "--to", tmp_path / "low")
     loaded = pipeline(tmp_path / "low")
-    close(called(loaded.transformer_2), outputs["low"])
+    assert_close(called(loaded.transformer_2), outputs["low"])
     high = called(pipeline(place / "a14b").transformer)
     assert torch.equal(called(loaded.transformer), high)
 
@@ -157,7 +153,7 @@ def test_two_experts_are_exported_one_onto_the_other(place: Path, outputs: dict[
     options = ("--format", "diffusers", "--base", tmp_path / "low", "--to", tmp_path / "both")
     said("export", "models:/low@candidate", *options)
     loaded = pipeline(tmp_path / "both")
-    close(called(loaded.transformer_2), outputs["low"])
+    assert_close(called(loaded.transformer_2), outputs["low"])
     assert torch.equal(called(loaded.transformer), called(pipeline(place / "wan").transformer))
 
 
@@ -166,7 +162,7 @@ def test_large_weights_are_several_files(place: Path, outputs: dict[str, Tensor]
     written: list[int] = []
     export.write_pipeline(plan, tmp_path / "out", progress=written.append, max_bytes=30_000)
     assert len(list((tmp_path / "out" / "transformer").glob("diffusion_pytorch_model-0000?-of-*.safetensors"))) > 1
-    close(called(pipeline(tmp_path / "out").transformer), outputs["full"])
+    assert_close(called(pipeline(tmp_path / "out").transformer), outputs["full"])
     assert 0.9 * plan.size < sum(written) <= plan.size
 
 
@@ -175,7 +171,7 @@ def test_the_base_of_a_base_is_found(place: Path, outputs: dict[str, Tensor], tm
     config: Any = module.config
     registered(place, "second", "backbone", config, module.state_dict(), {"base": {"uri": "models:/ft/1"}}, {})
     said("export", "models:/second/1", "--format", "diffusers", "--to", tmp_path / "out")
-    close(called(pipeline(tmp_path / "out").transformer), outputs["ft"])
+    assert_close(called(pipeline(tmp_path / "out").transformer), outputs["ft"])
 
 
 def test_a_registered_pipeline_is_a_base(place: Path, outputs: dict[str, Tensor], tmp_path: Path) -> None:
@@ -184,7 +180,7 @@ def test_a_registered_pipeline_is_a_base(place: Path, outputs: dict[str, Tensor]
     for name in ("wan", "there"):
         options = ("--format", "diffusers", "--base", f"models:/{name}@champion", "--to", tmp_path / name)
         said("export", place / "models" / "ft", *options)
-        close(called(pipeline(tmp_path / name).transformer), outputs["ft"])
+        assert_close(called(pipeline(tmp_path / name).transformer), outputs["ft"])
 
 
 def test_links_take_no_space(place: Path, outputs: dict[str, Tensor], tmp_path: Path) -> None:
@@ -194,7 +190,7 @@ def test_links_take_no_space(place: Path, outputs: dict[str, Tensor], tmp_path: 
     assert linked == {
         name for name in files(to) if name.endswith(".safetensors") and not name.startswith("transformer/")
     }
-    close(called(pipeline(to).transformer), outputs["ft"])
+    assert_close(called(pipeline(to).transformer), outputs["ft"])
 
 
 def test_an_autoencoder_is_exported_in_its_pipeline(place: Path, tmp_path: Path) -> None:
@@ -208,7 +204,7 @@ def test_an_autoencoder_is_exported_in_its_pipeline(place: Path, tmp_path: Path)
     video = torch.rand(1, 3, 5, 16, 16)
     with torch.no_grad():
         loaded, ours = (each(video).sample for each in (pipeline(tmp_path / "out").vae, codec.net))
-    close(loaded, ours)
+    assert_close(loaded, ours)
     refused("has left no adapter", "models:/vae@candidate", "--format", "peft", "--to", tmp_path / "adapter")
 
 
@@ -218,11 +214,11 @@ def test_an_adapter_is_exported_for_other_tools(place: Path, outputs: dict[str, 
         assert said("export", "models:/ft@candidate", "--format", layout, "--to", to) == str(to)
         loaded = pipeline(place / "wan")
         loaded.load_lora_weights(str(to))
-        close(called(loaded.transformer), outputs["ft"])
+        assert_close(called(loaded.transformer), outputs["ft"])
     said("export", "models:/low@candidate", "--format", "peft", "--to", tmp_path / "low")
     loaded = pipeline(place / "a14b")
     loaded.load_lora_weights(str(tmp_path / "low"), load_into_transformer_2=True)
-    close(called(loaded.transformer_2), outputs["low"])
+    assert_close(called(loaded.transformer_2), outputs["low"])
 
 
 def test_what_cannot_be_exported_is_one_line(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -297,7 +293,7 @@ def test_an_adapter_of_another_tool_is_a_registered_backbone(place: Path, tmp_pa
     uri = said("models", "import", place / "style", *options)
     assert uri == "models:/style/1"
     module, facts = registry.load_with_facts("models:/style@champion")
-    close(called(module.net), output)
+    assert_close(called(module.net), output)
     assert facts["base"]["uri"] == str(place / "wan")
     assert facts["adapter"] == {"file": "style", "rank": 2, "alpha": 3.0}
     # the same is not registered twice
@@ -305,15 +301,31 @@ def test_an_adapter_of_another_tool_is_a_registered_backbone(place: Path, tmp_pa
 
     # it is a base like any other: of a training, of another adapter, and out again
     again, _ = registry.load_with_facts("models:/style@champion", part="transformer")
-    close(called(again.net), output)
+    assert_close(called(again.net), output)
     file = place / "style" / adapters.DIFFUSERS_FILE
     assert said("models", "import", file, "--base", "models:/style@champion", "--name", "twice") == "models:/twice/1"
     said("export", "models:/style@champion", "--format", "diffusers", "--to", tmp_path / "whole")
-    close(called(pipeline(tmp_path / "whole").transformer), output)
+    assert_close(called(pipeline(tmp_path / "whole").transformer), output)
     said("export", "models:/style@champion", "--format", "comfyui", "--to", tmp_path / "comfyui")
     loaded = pipeline(place / "wan")
     loaded.load_lora_weights(str(tmp_path / "comfyui"))
-    close(called(loaded.transformer), output)
+    assert_close(called(loaded.transformer), output)
+
+
+@pytest.mark.parametrize("kind", ["ltx", "hunyuan"])
+def test_adapters_of_other_families_come_in_and_go_out(place: Path, tmp_path: Path, kind: str) -> None:
+    tiny_foreign.pipeline_folder(place / kind, kind)
+    output = adapter(place / f"{kind}-style", kind)
+    said("models", "import", place / f"{kind}-style", "--base", place / kind, "--name", f"{kind}-style")
+    model, facts = registry.load_with_facts(f"models:/{kind}-style@champion")
+    assert_close(called(model.net), output)
+    assert facts["window"] and ("pooled" in facts) == (kind == "hunyuan")
+    said("export", f"models:/{kind}-style@champion", "--format", "peft", "--to", tmp_path / "peft")
+    said("export", f"models:/{kind}-style@champion", "--format", "diffusers", "--to", tmp_path / "whole")
+    loaded = pipeline(place / kind)
+    loaded.load_lora_weights(str(tmp_path / "peft"))
+    for transformer in (loaded.transformer, pipeline(tmp_path / "whole").transformer):
+        assert_close(called(transformer), output)
 
 
 def test_videos_are_generated_with_an_adapter_as_the_exported_pipeline_has_it(place: Path, tmp_path: Path) -> None:
@@ -336,7 +348,7 @@ def test_a_training_begins_from_an_adapter_that_was_imported(place: Path, datase
     inputs |= {"vae": inputs["base"], "base": "models:/dancing@champion"}
     settings = {"kind": "finetune_backbone", "frames": 5, "fps": 12.0} | inputs
     setup = prepare(Config.model_validate(settings), inputs, tmp_path)
-    close(called(setup.model.net.cpu()), output)
+    assert_close(called(setup.model.net.cpu()), output)
     # texts of another encoder are still refused, by what is known of them
     assert setup.facts["text"]["encoder"]["encoder"] == inputs["vae"]
 
@@ -348,9 +360,9 @@ def test_an_adapter_of_one_of_two_experts_is_imported(place: Path, tmp_path: Pat
         said("models", "import", place / "low-style", *options)
     said("models", "import", place / "low-style", *options, "--expert", "low")
     module, _ = registry.load_with_facts("models:/low-style@champion")
-    close(called(module.net), output)
+    assert_close(called(module.net), output)
     said("export", "models:/low-style@champion", "--format", "diffusers", "--to", tmp_path / "out")
-    close(called(pipeline(tmp_path / "out").transformer_2), output)
+    assert_close(called(pipeline(tmp_path / "out").transformer_2), output)
 
 
 def test_what_is_no_adapter_of_the_base_is_refused(place: Path, tmp_path: Path) -> None:

@@ -174,8 +174,8 @@ class ForeignCodec(VideoAutoencoder):
     ) -> Iterator[Tensor]:
         """`decode` of latents `(B, C, any, h, w)` of any length in pieces, equal to decoding them at once. No gradients.
 
-        The first chunk is one frame, the next ones f times `chunk`, the last the rest. Memory is constant, but for the
-        decoder of LTX: it sees the future, and the first frame comes after the last latent.
+        The first chunk is one frame, the next ones f times `chunk`, the last the rest. Memory is constant. The decoder of LTX
+        looks ahead: its frames come as many latents later as that needs.
         """
         pieces = map(self._denormalised, regroup(latents, 1, positive("chunk", chunk)))
         frames = self._ways[1].stream(pieces, (*self._tiling(tile, overlap), self._down[::-1]))

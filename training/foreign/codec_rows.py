@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from longtake.training.foreign import codec_ltx, codec_wan
-from longtake.training.foreign.ways import AtOnce, Causal, Way, Windows
+from longtake.training.foreign.ways import Ahead, AtOnce, Causal, Way, Windows
 from longtake.training.models.common.streaming import Past
 
 Settings = Mapping[str, Any]
@@ -64,7 +64,8 @@ def _ltx_statistics(net: Any) -> Statistics:
 
 def _ltx_ways(net: Any, recompute: bool) -> tuple[Way, Way]:
     encode = partial(codec_ltx.moments, net)
-    return (Causal if net.config.encoder_causal else AtOnce)(encode), AtOnce(partial(codec_ltx.frames, net))
+    decode = Ahead(partial(codec_ltx.frames, net), partial(codec_ltx.known_frames, net))
+    return (Causal if net.config.encoder_causal else AtOnce)(encode), decode
 
 
 def _hunyuan_strides(settings: Settings) -> tuple[int, int, int]:

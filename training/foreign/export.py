@@ -31,7 +31,7 @@ ADAPTER = "adapter"  # folder of a training's adapter among the artifacts of its
 _STEM = "diffusion_pytorch_model"  # of weights, by diffusers
 _MOST_ADAPTER = 64 << 30  # bytes
 # model in config.json -> weights of ours that diffusers' class has not
-_OWN = {"backbone": {"empty"}, "foreign_vae": set[str]()}
+_OWN = {"backbone": {"empty", "empty_pooled"}, "foreign_vae": set[str]()}
 
 
 class Model(NamedTuple):

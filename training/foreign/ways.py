@@ -1,4 +1,4 @@
-"""How a network goes through a video in time: causally, in windows that are blended, or at once.
+"""How a network goes through a video in time: causally, looking ahead, in windows that are blended, or at once.
 
 A way has two methods. `once` takes and gives all of a clip, with gradients. `stream` takes pieces and gives parts as soon as
 they are known, without gradients; together they are the same values. Frames are cut into tiles as `tile` and `overlap` say,
@@ -7,13 +7,14 @@ in the units of `scales` (see `common.streaming.tiled`).
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-from longtake.training.models.common.streaming import Past, stream, tiled
+from longtake.training.models.common.streaming import Box, Past, stream, tiled
 
 Run = Callable[[Tensor, Past | None], Tensor]
 Tiling = tuple[int | None, int, tuple[int, int]]  # tile, overlap, scales
@@ -53,6 +54,35 @@ class AtOnce(NamedTuple):
             with torch.no_grad():
                 out = self.once(torch.cat(whole, dim=2), tiling)
             yield out
+
+
+class Ahead(NamedTuple):
+    """A network whose layers look a frame ahead each. Memory of a stream is that of one piece, and of what layers keep.
+
+    whole   the network for a whole clip
+    known   what it knows with a piece of a stream, which is the last of it or not; may be no frame
+    """
+
+    whole: Run
+    known: Callable[[Tensor, Past, bool], Tensor]
+
+    def once(self, x: Tensor, tiling: Tiling) -> Tensor:
+        return tiled(lambda part, _: self.whole(part, None), x, *tiling)
+
+    def stream(self, pieces: Iterable[Tensor], tiling: Tiling) -> Iterator[Tensor]:
+        pasts: defaultdict[Box, Past] = defaultdict(Past)
+
+        def part(piece: Tensor, last: bool) -> Tensor:
+            with torch.no_grad():
+                return tiled(lambda x, box: self.known(x, pasts[box], last), piece, *tiling)
+
+        before: Tensor | None = None
+        for piece in pieces:
+            if before is not None:
+                yield part(before, False)
+            before = piece
+        if before is not None:
+            yield part(before, True)
 
 
 class Windows(NamedTuple):

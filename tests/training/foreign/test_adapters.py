@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import tiny_foreign
 import torch
-from called import called
+from called import assert_close, called
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
@@ -96,9 +96,9 @@ def test_diffusers_and_peft_load_an_adapter_of_ours_to_the_same_output(tmp_path:
 
     assert not torch.allclose(before, output, atol=1e-2)
     for loaded in (by_folder, by_tensors, by_peft_file, by_pipeline, by_peft.base_model.model):
-        torch.testing.assert_close(called(loaded), output, atol=1e-6, rtol=1e-5)
+        assert_close(called(loaded), output)
         assert sum(name.endswith("lora_A") for name, _ in loaded.named_modules()) == len(learned) / 2
-    torch.testing.assert_close(says(tmp_path, class_name), output, atol=1e-6, rtol=1e-5)
+    assert_close(says(tmp_path, class_name), output)
 
 
 @CLASSES
@@ -111,8 +111,8 @@ def test_diffusers_loads_our_file_with_native_names_to_the_same_output(tmp_path:
 
     loaded = tiny(class_name)
     tiny_foreign.pipeline(PIPELINE[class_name], transformer=loaded, vae=None).load_lora_weights(str(tmp_path))
-    torch.testing.assert_close(called(loaded), output, atol=1e-6, rtol=1e-5)
-    torch.testing.assert_close(says(tmp_path, class_name), output, atol=1e-6, rtol=1e-5)
+    assert_close(called(loaded), output)
+    assert_close(says(tmp_path, class_name), output)
 
 
 def test_a_layer_whose_name_ends_others_is_changed_alone(tmp_path: Path) -> None:
@@ -122,7 +122,7 @@ def test_a_layer_whose_name_ends_others_is_changed_alone(tmp_path: Path) -> None
     loaded = peft.PeftModel.from_pretrained(tiny(HUNYUAN), str(tmp_path)).base_model.model
     # each single block has a proj_out too
     assert [name for name, _ in loaded.named_modules() if name.endswith("lora_A")] == ["proj_out.lora_A"]
-    torch.testing.assert_close(called(loaded), output, atol=1e-6, rtol=1e-5)
+    assert_close(called(loaded), output)
 
 
 def test_a_convolution_and_layers_outside_the_blocks_are_changed_too(tmp_path: Path) -> None:
@@ -131,9 +131,9 @@ def test_a_convolution_and_layers_outside_the_blocks_are_changed_too(tmp_path: P
     adapters.write(tmp_path, learned, config, WAN, "peft")
     adapters.write(tmp_path / "native", learned, config, WAN, "comfyui")
     loaded = peft.PeftModel.from_pretrained(tiny(WAN), str(tmp_path)).base_model.model
-    torch.testing.assert_close(called(loaded), output, atol=1e-6, rtol=1e-5)
+    assert_close(called(loaded), output)
     for path in (tmp_path / adapters.PEFT_FILE, tmp_path / "native"):
-        torch.testing.assert_close(says(path, WAN), output, atol=1e-6, rtol=1e-5)
+        assert_close(says(path, WAN), output)
 
 
 def test_each_of_two_experts_takes_an_adapter_of_its_own(tmp_path: Path) -> None:
@@ -144,7 +144,7 @@ def test_each_of_two_experts_takes_an_adapter_of_its_own(tmp_path: Path) -> None
     before = called(first)
     pipeline = tiny_foreign.pipeline("wan22_a14b", transformer=first, transformer_2=second, vae=None)
     pipeline.load_lora_weights(str(tmp_path), load_into_transformer_2=True)
-    torch.testing.assert_close(called(second), output, atol=1e-6, rtol=1e-5)
+    assert_close(called(second), output)
     assert torch.equal(called(first), before)
 
 
@@ -171,7 +171,7 @@ def test_an_adapter_that_diffusers_saved_is_read_with_its_patterns(tmp_path: Pat
         transformer_lora_adapter_metadata=transformer.peft_config["default"].to_dict(),
     )
     for folder in ("ours", "pipeline"):
-        torch.testing.assert_close(says(tmp_path / folder, class_name), called(transformer), atol=1e-6, rtol=1e-5)
+        assert_close(says(tmp_path / folder, class_name), called(transformer))
 
 
 @CLASSES
@@ -182,7 +182,7 @@ def test_an_adapter_that_peft_saved_is_read_with_its_alpha(tmp_path: Path, class
     )
     model = peft.get_peft_model(tiny(class_name), config)
     model.save_pretrained(str(tmp_path))
-    torch.testing.assert_close(says(tmp_path, class_name), called(model.base_model.model), atol=1e-6, rtol=1e-5)
+    assert_close(says(tmp_path, class_name), called(model.base_model.model))
 
 
 @settings(max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from longtake.datasets.latents import encoder_digest
 from longtake.training.foreign.codec import CodecConfig, ForeignCodec
-from longtake.training.models.common.codec import reconstruct_video
+from longtake.training.models.common.codec import latent_groups, reconstruct_video
 from longtake.training.registry import disk
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -275,15 +276,53 @@ def test_half_precision_keeps_the_statistics_in_fp32(nets: dict[str, Any], name:
 
 
 @torch.no_grad()
-def test_noise_inside_a_decoder_is_the_same_in_every_call(codecs: dict[str, ForeignCodec]) -> None:
-    latent = codecs["ltx095"].encode(clip("ltx095")).mean
-    for module in codecs["ltx095"].modules():
+def test_noise_inside_a_decoder_is_the_same_in_every_call_and_piece() -> None:
+    model = codec("ltx095")
+    latent = model.encode(clip("ltx095")).mean
+    quiet = model.decode(latent)
+    for module in model.modules():
         for name in ("per_channel_scale1", "per_channel_scale2"):
             if getattr(module, name, None) is not None:
                 torch.nn.init.ones_(getattr(module, name))
     state = torch.get_rng_state()
-    first = codecs["ltx095"].decode(latent)
-    assert torch.equal(state, torch.get_rng_state()) and torch.equal(first, codecs["ltx095"].decode(latent))
+    first = model.decode(latent)
+    assert not torch.allclose(first, quiet) and torch.equal(state, torch.get_rng_state())
+    assert torch.equal(first, model.decode(latent))
+    torch.testing.assert_close(torch.cat(list(model.decode_stream([latent], 3)), 2), first, **CLOSE)
+    with torch.enable_grad():
+        torch.testing.assert_close(model.decode(latent), first, **CLOSE)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@torch.no_grad()
+def test_an_image_is_a_clip_of_one_frame(nets: dict[str, Any], codecs: dict[str, ForeignCodec], name: str) -> None:
+    video, model = clip(name, 1), codecs[name]
+    latent = model.encode(video).mode()
+    torch.testing.assert_close(latent, normalised(nets[name], moments_of(nets[name], video)[0]), **CLOSE)
+    (frame,) = model.decode_stream([latent])
+    with torch.enable_grad():
+        torch.testing.assert_close(frame, model.decode(latent).detach(), **CLOSE)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@torch.no_grad()
+def test_a_stream_does_not_wait_for_its_end(codecs: dict[str, ForeignCodec], name: str) -> None:
+    """At any time it has read a few latents more than it has given, however long it is."""
+    model = codecs[name]
+    channels, side = model.config.latent_channels, CODECS[name][2] // model.config.spatial_stride
+    read, given, most = 0, 0, 0
+
+    def latents() -> Iterator[Tensor]:
+        nonlocal read
+        for _ in range(40):
+            read += 1
+            yield torch.zeros(1, channels, 1, side, side)
+
+    for frames in model.decode_stream(latents(), 1):
+        given += frames.shape[2]
+        most = max(most, read - latent_groups(given, model.config.temporal_stride))
+    assert latent_groups(given, model.config.temporal_stride) == 40
+    assert most <= {"ltx": 12, "ltx095": 12, "hunyuan": 4}.get(name, 1), most
 
 
 def test_the_digest_is_of_what_the_latents_depend_on(nets: dict[str, Any]) -> None:

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from longtake.datasets.errors import UserError
+from longtake.datasets.latents import encoder_digest
 from longtake.training import registry
 from longtake.training.models import kind_of
 from longtake.training.models.backbone.sample import Prior, Text
@@ -228,7 +229,6 @@ def test_what_cannot_be_made_is_one_line(opened: Any, tmp_path: Path) -> None:
 
 
 def test_a_registered_backbone_is_sampled_like_the_pipeline_that_it_is_of(opened: Any, tmp_path: Path) -> None:
-    from longtake.datasets.latents import encoder_digest
     from longtake.training.registry import disk
 
     _, made = opened("wan")
@@ -245,7 +245,7 @@ def test_a_registered_backbone_is_sampled_like_the_pipeline_that_it_is_of(opened
         "base": {"uri": str(folder), "sha256": "-"},
         "expert": None,
     }
-    ours(made, 5)  # knows the states of ""
+    ours(made, 5, guidance=4.0)  # knows the states of ""
     disk.save(tmp_path / "model", "backbone", model.config.model_dump(mode="json"), model.state_dict(), facts)
     loaded, found = registry.load_with_facts(str(tmp_path / "model"), "transformer", "first")
     kind = kind_of(found)
@@ -257,6 +257,21 @@ def test_a_registered_backbone_is_sampled_like_the_pipeline_that_it_is_of(opened
     other: Any = kind.generator("x", loaded, {**found, **facts}, None, torch.float32)
     with pytest.raises(UserError, match="has learned texts by another encoder"):
         other.check_prompts([PROMPT])
+
+
+def test_the_other_expert_is_that_of_the_base(opened: Any) -> None:
+    _, made = opened("wan22_a14b")
+    base = made_from(made)
+    wanted = ours(made, 5, guidance=4.0)
+    kind = kind_of({"model": "backbone", **registry.load_with_facts(base, "transformer", "first")[1]})
+    assert kind.complete and kind.generator
+    of_base = kind.complete(base, registry.load_with_facts(base, "transformer", "first")[1])
+    for number, model in enumerate(made.models):
+        own = {"config": model.config.model_dump(mode="json"), "base": {"uri": base}}
+        own["vae"] = {"uri": base, "encoder": encoder_digest(made.codec)}
+        tuned: Any = kind.generator("x", model, kind.complete("x", {**of_base, **own}), None, torch.float32)
+        assert [each.config.expert for each in tuned.models] == ["high", "low"] and tuned.models[number] is model
+        assert np.array_equal(ours(tuned.sized(64, 32), 5, guidance=4.0), wanted)
 
 
 def made_from(made: Prior) -> str:

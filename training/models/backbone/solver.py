@@ -23,14 +23,16 @@ def solver_of(scheduler: Mapping[str, Any]) -> Literal["euler", "unipc"]:
     """The solver of a pipeline's scheduler; `euler` for {}. UserError for a scheduler that is neither of the two."""
     name = scheduler.get("class_name", SOLVERS["euler"])
     if scheduler.get("stochastic_sampling"):
-        raise UserError(f"scheduler: {name} with stochastic_sampling adds noise at each step; use one without")
+        raise UserError(f"scheduler: {name} with stochastic_sampling adds noise at each step; name a pipeline without")
     if name == SOLVERS["euler"]:
         return "euler"
     if name == SOLVERS["unipc"]:
         if not scheduler.get("use_flow_sigmas"):
-            raise UserError(f"scheduler: {name} without use_flow_sigmas follows no flow; use one of a video model")
+            raise UserError(f"scheduler: {name} without use_flow_sigmas follows no flow; name a pipeline with it")
         return "unipc"
-    raise UserError(f"scheduler: {str(name)[:80]} is not known here; say --solver euler or unipc")
+    raise UserError(
+        f"scheduler: {str(name)[:80]} is not known here; name a pipeline with {' or '.join(SOLVERS.values())}"
+    )
 
 
 def scheduler_for(
