@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from longtake.datasets.errors import Failure, UserError
+from longtake.datasets.masking import shown
 from longtake.training.config import LoraConfig
 from longtake.training.engines.lora import merged
 from longtake.training.foreign import names
@@ -36,6 +37,7 @@ _METADATA = "lora_adapter_metadata"  # key in the header of a file that diffuser
 _MOST_JSON = 1 << 20  # bytes
 _PICKLES = (".pt", ".pth", ".bin", ".ckpt")
 _PREFIX = re.compile(r"(?:(?:base_model\.model|model|diffusion_model|transformer(?:_2)?|net)\.|lora_unet_)*")
+_PLAIN = re.compile(r"[\w.]+")  # a pattern of PEFT that is a name
 _TENSOR = re.compile(r"(.+)\.(?:(lora_A|lora_down|lora_B|lora_up)(?:\.default)?\.weight|(alpha))")
 
 
@@ -262,7 +264,7 @@ def _paired(file: Path, layer: str, parts: Mapping[str, Tensor], settings: Mappi
         raise Failure(f"{file}: {layer}: matrices {tuple(down.shape)} and {tuple(up.shape)} do not fit; get it again")
     if not (down.is_floating_point() and up.is_floating_point()):
         raise UserError(f"{file}: {layer}: is {down.dtype}; save it in fp32, fp16 or bf16 with the tool that wrote it")
-    alpha = parts["alpha"].float().reshape(-1).tolist() if "alpha" in parts else [_alpha(settings, layer, rank)]
+    alpha = parts["alpha"].float().reshape(-1).tolist() if "alpha" in parts else [_alpha(file, settings, layer, rank)]
     if len(alpha) != 1 or not isinstance(alpha[0], int | float) or not 0 < alpha[0] < float("inf"):
         raise Failure(f"{file}: {layer}: alpha {alpha} is no positive number; get it again")
     change = Change(down, up, alpha[0] / (rank**0.5 if settings.get("use_rslora") else rank))
@@ -270,11 +272,19 @@ def _paired(file: Path, layer: str, parts: Mapping[str, Tensor], settings: Mappi
     return change
 
 
-def _alpha(settings: Mapping[str, Any], layer: str, rank: int) -> Any:
-    """PEFT's alpha of a layer: that of the first pattern which is its name or the end of it, else that of all."""
+def _alpha(file: Path, settings: Mapping[str, Any], layer: str, rank: int) -> Any:
+    """PEFT's alpha of a layer: that of the first pattern which is its name or the end of it, else that of all.
+
+    UserError for a pattern that is more than a name, since a file of unknown origin shall not make us search for ever.
+    """
     patterns = settings.get("alpha_pattern")
     for pattern, value in (patterns if isinstance(patterns, dict) else {}).items():
         name = pattern.removeprefix("^").replace("\\.", ".")
+        if not _PLAIN.fullmatch(name):
+            raise UserError(
+                f"{file}: alpha_pattern {shown(pattern)[:80]!r} is a regular expression; name each layer, as"
+                " `save_lora_adapter` of diffusers does"
+            )
         if layer == name or (layer.endswith(f".{name}") and not pattern.startswith("^")):
             return value
     return settings.get("lora_alpha", rank)

@@ -62,6 +62,12 @@ def index_of(folder: Path) -> dict[str, Any]:
     return read_json(folder / INDEX) if (folder / INDEX).is_file() else {}
 
 
+def pipeline_of(folder: Path) -> Path:
+    """The pipeline folder that a folder is a part of; the folder itself where it is no such part. Raises UserError: damaged."""
+    whole = folder.absolute().parent
+    return whole if not (folder / INDEX).is_file() and index_of(whole).get(folder.name) else folder
+
+
 def scheduler_of(folder: Path) -> dict[str, Any]:
     """The scheduler's config, with the name of its class as `class_name`; {} where there is none. Raises UserError: damaged."""
     path = folder / "scheduler" / SCHEDULER

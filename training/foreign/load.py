@@ -28,6 +28,7 @@ from longtake.training.foreign.folder import (
     index_of,
     part_of,
     parts_of,
+    pipeline_of,
     scheduler_of,
     tensors_of,
 )
@@ -66,6 +67,8 @@ def backbone_of(
 ) -> tuple[Backbone, dict[str, Any]]:
     """The transformer of a pipeline folder, or of a folder that is one, likewise.
 
+    Of a transformer that lies in its pipeline's folder the rest is that of the pipeline: its times, its rate, its experts.
+
     Args:
         expert: which of two that share the times: `transformer` is for high noise, `transformer_2` for low. `first` is the one
             for high noise of two, or the only one.
@@ -73,18 +76,10 @@ def backbone_of(
     Raises:
         UserError, Failure: as `codec_of`; an expert is asked for where there is one transformer, or none where there are two.
     """
-    two = TRANSFORMER_2 in parts_of(folder)
-    if expert == "first":
-        expert = "high" if two else None
-    if two and expert is None:
-        raise UserError(f"{folder}: has a transformer for high noise and one for low; say which by `expert`")
-    if expert and not two:
-        raise UserError(f"{folder}: has no second transformer; leave `expert` out, or name the whole pipeline")
-    part = part_of(folder, TRANSFORMER_2 if expert == "low" else TRANSFORMER)
-    config = _backbone_config(part, folder, expert)
+    part, config, pipeline = _transformer(folder, expert)
     module = _filled(part, lambda: Backbone(config))
     # what its class keeps in fp32 may be in another dtype in the file
-    return module.to(module.dtype), _facts(folder, part, "backbone", config, known)
+    return module.to(module.dtype), _facts(pipeline, part, "backbone", config, known)
 
 
 def config_of(
@@ -93,8 +88,7 @@ def config_of(
     """The kind and the config of a part of a pipeline folder, or of a folder that is one. Raises UserError as `codec_of`."""
     if name == VAE:
         return "foreign_vae", _codec_config(part_of(folder, VAE))
-    part = part_of(folder, TRANSFORMER_2 if expert == "low" else TRANSFORMER)
-    return "backbone", _backbone_config(part, folder, expert)
+    return "backbone", _transformer(folder, expert)[1]
 
 
 def check(part: Part) -> None:
@@ -107,11 +101,30 @@ def check(part: Part) -> None:
         _empty(part, lambda: Backbone(config))
 
 
+def _transformer(folder: Path, expert: Literal["high", "low", "first"] | None) -> tuple[Part, BackboneConfig, Path]:
+    """The transformer that a folder and an expert name, its config, and its pipeline's folder. Raises as `backbone_of`."""
+    pipeline = pipeline_of(folder)
+    two = TRANSFORMER_2 in parts_of(pipeline)
+    if two and pipeline != folder:
+        own: Literal["high", "low"] = "low" if folder.name == TRANSFORMER_2 else "high"
+        if expert not in (None, "first", own):
+            raise UserError(f"{folder}: is the expert of {own} noise; name the whole pipeline, or give `expert`: {own}")
+        expert = own
+    if expert == "first":
+        expert = "high" if two else None
+    if two and expert is None:
+        raise UserError(f"{folder}: has a transformer for high noise and one for low; say which by `expert`")
+    if expert and not two:
+        raise UserError(f"{folder}: has no second transformer; leave `expert` out, or name the whole pipeline")
+    part = part_of(pipeline, TRANSFORMER_2 if expert == "low" else TRANSFORMER)
+    return part, _backbone_config(part, pipeline, expert), pipeline
+
+
 def _codec_config(part: Part) -> CodecConfig:
     return _valid(part, CodecConfig)
 
 
-def _backbone_config(part: Part, folder: Path, expert: Literal["high", "low"] | None) -> BackboneConfig:
+def _backbone_config(part: Part, folder: Path, expert: Literal["high", "low", "first"] | None) -> BackboneConfig:
     index = index_of(folder)
     facts: dict[str, Any] = {"scheduler": scheduler_of(folder), "expert": expert}
     facts |= {"expand_timesteps": bool(index.get("expand_timesteps"))}

@@ -175,6 +175,14 @@ def test_an_adapter_that_diffusers_saved_is_read_with_its_patterns(tmp_path: Pat
 
 
 @CLASSES
+def test_an_alpha_by_a_regular_expression_is_refused(tmp_path: Path, class_name: str) -> None:
+    config = peft.LoraConfig(r=4, lora_alpha=6, target_modules=["to_q"], alpha_pattern={".*to_q": 5})
+    peft.get_peft_model(tiny(class_name), config).save_pretrained(str(tmp_path))
+    with pytest.raises(UserError, match=r"alpha_pattern '\.\*to_q' is a regular expression; name each layer"):
+        says(tmp_path, class_name)
+
+
+@CLASSES
 @pytest.mark.parametrize("rslora", [False, True])
 def test_an_adapter_that_peft_saved_is_read_with_its_alpha(tmp_path: Path, class_name: str, rslora: bool) -> None:
     config = peft.LoraConfig(

@@ -6,6 +6,7 @@ import hashlib
 import json
 import math
 import re
+import shutil
 import subprocess
 import sys
 from collections import Counter
@@ -69,7 +70,7 @@ def test_the_parts_of_a_pipeline_are_the_modules_that_its_files_have(wan: Path) 
         assert facts["foreign"]["part"] == name
     with pytest.raises(UserError, match="has a transformer for high noise and one for low; say which by `expert`"):
         registry.load(str(wan), "transformer")
-    with pytest.raises(UserError, match="has no second transformer; leave `expert` out"):
+    with pytest.raises(UserError, match="is the expert of high noise; name the whole pipeline"):
         registry.load_with_facts(str(wan / "transformer"), "transformer", "low")
     with pytest.raises(
         UserError, match="is a pipeline of another library; name it as the `encoder` of a `cache_latents`"
@@ -81,13 +82,25 @@ def test_one_file_or_several_and_a_pipeline_or_the_part_alone_are_one_model(wan:
     whole = state(wan / "transformer")
     split = saved(tiny_foreign.tiny_wan_transformer(), tmp_path / "split", max_shard_size="30KB")
     assert len(list(split.glob("*.safetensors"))) > 2
-    for folder in (split, wan / "transformer"):
+    alone = shutil.copytree(wan / "transformer", tmp_path / "alone")
+    for folder in (split, alone):
         backbone, facts = load.backbone_of(folder)
         assert same(backbone, whole) and backbone.config.scheduler == {} and backbone.config.stride is None
+        with pytest.raises(UserError, match="has no second transformer; leave `expert` out"):
+            load.backbone_of(folder, "low")
         assert set(facts["sha256"]) == {
             "config.json",
             *(path.name for path in folder.glob("*.safetensors")),
         }
+
+
+@pytest.mark.parametrize(("name", "expert"), [("transformer", "high"), ("transformer_2", "low")])
+def test_a_transformer_in_its_pipeline_is_that_of_the_pipeline(wan: Path, name: str, expert: Any) -> None:
+    backbone, facts = load.backbone_of(wan / name)
+    whole, whole_facts = load.backbone_of(wan, expert)
+    assert backbone.config == whole.config and backbone.config.boundary == 0.875 and backbone.config.scheduler
+    assert facts == whole_facts
+    assert load.config_of(wan / name, "transformer") == ("backbone", whole.config)
 
 
 def test_weights_keep_the_dtype_of_the_file_but_for_what_the_class_has_in_fp32(tmp_path: Path) -> None:
