@@ -1,6 +1,7 @@
 """Commands that look after machines and workspaces: doctor, clean, plan."""
 
 import json
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -104,6 +105,16 @@ def doctor(recipe: str | None, overrides: tuple[str, ...], address: str | None, 
         raise click.exceptions.Exit(1)
 
 
+def _size(context: click.Context, parameter: click.Parameter, text: str | None) -> float | None:
+    """Bytes of "80GB" or "80 GiB"."""
+    if text is None:
+        return None
+    match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?) *([kMGT]?)(i?)B", text)
+    if not match or not float(match[1]):
+        raise click.BadParameter(f"{text!r} is no size; write such as 80GB or 24GiB")
+    return float(match[1]) * (1024 if match[3] else 1000) ** ("", "k", "M", "G", "T").index(match[2])
+
+
 @click.command()
 @recipe_argument
 @set_option
@@ -116,26 +127,42 @@ def doctor(recipe: str | None, overrides: tuple[str, ...], address: str | None, 
 )
 @click.option("--cpu-hour", default=0.0, metavar="PRICE", help="Price of a CPU hour.")
 @click.option("--gpu-hour", default=0.0, metavar="PRICE", help="Price of a GPU hour.")
+@click.option("--gpu-memory", metavar="SIZE", callback=_size, help="Of one GPU, such as 80GB; by default this machine's.")
 @click.option("--json", "as_json", is_flag=True, help="The estimate as JSON.")
 def plan(
-    recipe: str, overrides: tuple[str, ...], sample: int, trial: float, cpu_hour: float, gpu_hour: float, as_json: bool
+    recipe: str,
+    overrides: tuple[str, ...],
+    sample: int,
+    trial: float,
+    cpu_hour: float,
+    gpu_hour: float,
+    gpu_memory: float | None,
+    as_json: bool,
 ) -> None:
     """Estimate what a run of RECIPE would make and cost: clips, bytes, hours, by stage. Only a sample is run.
 
     Rates are measured. For sources, frames of a few are cut here. For training, runs with the same settings count or, with
     --trial, some steps on this machine. What has not been measured is reported as unknown.
 
+    The memory of each training is that of one GPU at its largest batch, computed without data, weights or a GPU. Where it
+    does not fit, the smallest change by which it does is named.
+
     \b
     Examples:
       longtake plan my.yaml --cpu-hour 0.05 --gpu-hour 2.5
+      longtake plan my.yaml --gpu-memory 80GB
       longtake plan my.yaml --trial 600
     """
     from longtake.infra import graph as graphs
     from longtake.infra import runs
     from longtake.infra.upkeep import estimate as estimates
+    from longtake.infra.upkeep import memory as memories
 
     loaded = load_pinned(recipe, overrides)
-    estimate = estimates.estimate(loaded, graphs.build(loaded), runs.connect(loaded), trial, sample)
+    nodes = graphs.build(loaded)
+    estimate = estimates.estimate(loaded, nodes, runs.connect(loaded), trial, sample)
+    gpu = gpu_memory or memories.device_memory()
+    estimate["memory"] = list(memories.memory(nodes, gpu))
     price = estimates.money(estimate, cpu_hour, gpu_hour) if cpu_hour or gpu_hour else None
     if as_json:
         click.echo(json.dumps(shown_within(estimate | {"money": price and price._asdict()}), indent=2))
@@ -151,12 +178,28 @@ def plan(
     if disk["free"] is not None and disk["needed"]:
         enough = "enough for what is known" if disk["enough"] else "NOT enough: free some, or choose another workspace"
         click.echo(f"{'disk':<12} {_bytes(disk['needed']['high'])} at most of {_bytes(disk['free'])} free, {enough}")
+    for row in estimate["memory"]:
+        click.echo(f"{'memory':<12} {row['name']}: {_memory(row, gpu)}")
     if price:
         click.echo(f"{'money':<12} {price.value:.4g} ({price.low:.4g} to {price.high:.4g}) for the hours above")
     for line in estimate["unknown"]:
         click.echo(f"{'unknown':<12} {shown(line.replace('not known: ', ''))}")
     if estimate["unknown"] and not trial:
         click.echo(f"{'':<12} --trial SECONDS measures some steps of each stage here")
+
+
+def _memory(row: Mapping[str, Any], gpu: float | None) -> str:
+    """What a training takes of a GPU, of what it consists, and by which changes it fits."""
+    if row["takes"] is None:
+        return f"not known: {shown(row['why'])}"
+    parts = sorted(row["takes"].items(), key=lambda part: -part[1])
+    of = ", ".join(f"{name} {_bytes(size)}" for name, size in parts if size and name != "total")
+    said = f"{_bytes(row['takes']['total'])} a GPU ({of})"
+    if gpu is None or row["fits"]:
+        return said + (f", fits {_bytes(gpu)}" if gpu else "")
+    if not row["changes"]:
+        return f"{said}, does NOT fit {_bytes(gpu)}, whatever is changed: choose a smaller model, window or batch"
+    return f"{said}, does NOT fit {_bytes(gpu)}; {', '.join(row['changes'])} makes it {_bytes(row['then']['total'])}"
 
 
 def _costs(stage: Mapping[str, Any]) -> str:

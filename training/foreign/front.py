@@ -36,6 +36,8 @@ class Adding:
     def __init__(self, number: int) -> None:
         self.number = number
 
+    # its number would make each block's compilation one of its own
+    @torch.compiler.disable
     def __call__(self, block: nn.Module, inputs: tuple[Any, ...], tokens: Tensor) -> Tensor:
         context = next((part for part in inputs if isinstance(part, Context)), None)
         if context is None or context.added is None:

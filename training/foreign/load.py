@@ -87,6 +87,16 @@ def backbone_of(
     return module.to(module.dtype), _facts(folder, part, "backbone", config, known)
 
 
+def config_of(
+    folder: Path, name: Literal["vae", "transformer"], expert: Literal["high", "low"] | None = None
+) -> tuple[str, CodecConfig | BackboneConfig]:
+    """The kind and the config of a part of a pipeline folder, or of a folder that is one. Raises UserError as `codec_of`."""
+    if name == VAE:
+        return "foreign_vae", _codec_config(part_of(folder, VAE))
+    part = part_of(folder, TRANSFORMER_2 if expert == "low" else TRANSFORMER)
+    return "backbone", _backbone_config(part, folder, expert)
+
+
 def check(part: Part) -> None:
     """Compare the config of a part of a class in `KNOWN` with the headers of its weights. Raises as `codec_of`."""
     if part.class_name in codec_rows.ROWS:

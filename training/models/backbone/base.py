@@ -121,7 +121,7 @@ def prepare(config: Config, inputs: Mapping[str, str], folder: Path) -> Setup:
     _check_latents(base, model, facts, record, inputs["latents"])
     _check_text(base, model, facts, text, inputs["text"])
     fps = _frame_rate(base, model, facts, config, dataset)
-    share = _image_share(base, model, config)
+    share = image_share(base, model, config)
     _check_pooled(base, model, config, pooled)
     codec = data.decoder_of(record, inputs["vae"])
     shape = (1 + (config.lengths[0] - 1) // record.factor, *data.commonest_size(dataset, record))
@@ -224,7 +224,7 @@ def settings_of(config: Config, model: Backbone, shape: tuple[int, int, int]) ->
     return Settings(config.sample_steps, config.guidance, model.shift_of(shape), solver=solver)
 
 
-def _image_share(base: str, model: Backbone, config: Config) -> float:
+def image_share(base: str, model: Backbone, config: Config) -> float:
     """The share of windows with a start image. UserError where the base takes none, or needs one."""
     needs, share = bool(model.config.sizes.image_channels), config.image_conditioning
     if needs and share not in (None, 1.0):

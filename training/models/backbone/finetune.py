@@ -18,11 +18,13 @@ from torch import Tensor
 from longtake.datasets.errors import UserError
 from longtake.datasets.loader import Loader
 from longtake.datasets.loader.buckets import Bucket
-from longtake.training import data, stage
+from longtake.training import data, sizes, stage
 from longtake.training.data import HELDOUT
-from longtake.training.foreign.backbone_config import token_count
+from longtake.training.fit import Largest, Source, made_by, module_of
+from longtake.training.foreign.backbone import Backbone
+from longtake.training.foreign.backbone_config import BackboneConfig, token_count
 from longtake.training.metrics.features import checked_network, digest_of
-from longtake.training.models.backbone.base import Setup, prepare, settings_of
+from longtake.training.models.backbone.base import Setup, image_share, prepare, settings_of
 from longtake.training.models.backbone.config import Config, check
 from longtake.training.models.backbone.evaluate import evaluate, keep, video_of
 from longtake.training.models.backbone.pipeline import SETTINGS
@@ -32,6 +34,7 @@ from longtake.training.models.common.condition import of_batch
 from longtake.training.models.common.video import grid
 from longtake.training.models.generator import plain
 from longtake.training.objective import Batch, Engines, Objective, Terms, Turn
+from longtake.training.target import LatentTarget
 
 __all__ = ["Config", "check", "evaluate", "keep", "prepare"]  # the stage's parts from other files
 
@@ -107,6 +110,38 @@ def times_of(config: Config, setup: Setup, shape: tuple[int, ...]) -> Times:
     """How times of windows of latents (T, H, W) are drawn."""
     shift = config.shift or setup.model.shift_of((shape[0], shape[1], shape[2]))
     return Times(config.time_mean, config.time_std, shift, *setup.model.config.times)
+
+
+def model_of(config: Config, inputs: Mapping[str, Source]) -> BackboneConfig:
+    """See `training.fit`."""
+    return _planned(config, inputs)[1]
+
+
+def _planned(config: Config, inputs: Mapping[str, Source]) -> tuple[sizes.Window, BackboneConfig]:
+    window = sizes.window_of(config.model_copy(update={"frames": config.lengths[0]}), inputs)
+    base: BackboneConfig = made_by(inputs["base"], "transformer", config.expert)
+    changes = {"shape": window.shape, "text_dropout": config.text_dropout, "text_length": base.longest_text}
+    changes |= {"activation_checkpointing": config.activation_checkpointing, "text_empty": max(1, base.text_empty)}
+    return window, base.model_copy(update=changes)
+
+
+def largest(config: Config, inputs: Mapping[str, Source], count: int) -> Largest:
+    """See `training.fit`: the longest windows, as many as `max_tokens` allows, with texts as long as the model takes."""
+    window, planned = _planned(config, inputs)
+    assert window.encoder
+    model, codec = Backbone(planned).train(), module_of(window.encoder)
+    if config.max_tokens is not None:
+        count = min(count, max(1, config.max_tokens // token_count(window.shape, planned.patch)))
+    target = LatentTarget(None, window.channels, window.shape, 1.0, codec, config.posterior, config.clip_starts)  # type: ignore[arg-type]
+    nothing: Any = None
+    setup = Setup({}, target, nothing, None, model, {}, image_share(config.base, model, config))
+    batch = window.batch(count) | {"start": torch.zeros(count, dtype=torch.long)}
+    widths = {"text": planned.text_width, "pooled": planned.sizes.pooled_width}
+    for name, width in widths.items():
+        if width:
+            batch[name] = torch.zeros(count, planned.longest_text, width, dtype=torch.bfloat16)
+            batch[f"{name}_mask"] = torch.ones(count, planned.longest_text, dtype=torch.bool)
+    return Largest(Objective({"model": model}, partial(_loss, config, setup)), batch, (codec,))
 
 
 def _sample(config: Config, setup: Setup, engines: Engines, rng: torch.Generator) -> dict[str, np.ndarray[Any, Any]]:

@@ -88,11 +88,7 @@ def begin(config: GANConfig, parent: str | None = None) -> tuple[PatchGAN, dict[
     discriminator is used.
     """
     model = PatchGAN(model_config_of(config.discriminator)).to(engines.device())
-    state = {
-        "gan_learned": torch.zeros(1, dtype=torch.int64),  # steps learned before this training
-        "gan_squares": torch.zeros(2, device=engines.device()),  # averages of both squared gradients
-        "gan_logits": torch.zeros(2, device=engines.device()),  # averages for real and generated videos
-    }
+    state = state_of(0)
     if parent is None:
         return model, state
     learned = state["gan_learned"].to(engines.device())
@@ -109,6 +105,15 @@ def begin(config: GANConfig, parent: str | None = None) -> tuple[PatchGAN, dict[
         torch.distributed.broadcast(tensor, src=0)
     state["gan_learned"].copy_(learned)
     return model, state
+
+
+def state_of(learned: int) -> dict[str, Tensor]:
+    """The state for `Objective.state` of a discriminator that has learned so many steps before."""
+    return {
+        "gan_learned": torch.full((1,), learned),
+        "gan_squares": torch.zeros(2, device=engines.device()),  # averages of both squared gradients
+        "gan_logits": torch.zeros(2, device=engines.device()),  # averages for real and generated videos
+    }
 
 
 def save(path: Path, config: GANConfig, weights: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:

@@ -20,6 +20,7 @@ from longtake.datasets.loader import Loader, to_model, to_pixels
 from longtake.training import checkpoint, data, registry, stage
 from longtake.training.data import HELDOUT
 from longtake.training.engines import device
+from longtake.training.fit import Largest, Source, made_by, video_batch
 from longtake.training.metrics.classifier import load_classifier
 from longtake.training.metrics.features import checked_network, digest_of
 from longtake.training.metrics.perceptual import load_perceptual
@@ -121,9 +122,7 @@ def objective(config: Config, setup: Setup) -> Objective:
         _check_column(next(heldout.at([0])))
     modules: dict[str, nn.Module] = {"generator": model}
     if config.lambda_gan:
-        width, norm = config.discriminator_width or model.config.width, "spectral" if config.spectral else "group"
-        judges = Discriminators(model.config.size, width, norm, model.config.groups)  # type: ignore[arg-type]
-        modules["discriminator"] = judges.to(device())
+        modules["discriminator"] = _judges(config, model.config).to(device())
     return Objective(
         modules,
         partial(_loss, config, model),
@@ -136,6 +135,30 @@ def objective(config: Config, setup: Setup) -> Objective:
         starts={"discriminator": config.gan_start},
         settings={"discriminator": _discriminator_settings(config)},
     )
+
+
+def _judges(config: Config, model: EncGAN3Config) -> Discriminators:
+    width, norm = config.discriminator_width or model.width, "spectral" if config.spectral else "group"
+    return Discriminators(model.size, width, norm, model.groups)  # type: ignore[arg-type]
+
+
+def model_of(config: Config, inputs: Mapping[str, Source]) -> EncGAN3Config:
+    """See `training.fit`."""
+    model: EncGAN3Config = config.encgan3() if config.model is not None or "parent" not in inputs else made_by(inputs["parent"])
+    return model
+
+
+def largest(config: Config, inputs: Mapping[str, Source], count: int) -> Largest:
+    """See `training.fit`: windows, with the column of differences where that is read."""
+    model = EncGAN3(model_of(config, inputs))
+    modules: dict[str, nn.Module] = {"generator": model}
+    if config.lambda_gan:
+        modules["discriminator"] = _judges(config, model.config)
+    batch = video_batch(count, span_of(config, model.config), model.config.size, model.config.size)
+    if config.differences == "column":
+        batch["frame_diff"] = batch["video"][:, :, 1:]
+    starts = {"discriminator": config.gan_start}
+    return Largest(Objective(modules, partial(_loss, config, model), "generator", starts=starts), batch)
 
 
 def _discriminator_settings(config: Config) -> Config:

@@ -16,15 +16,16 @@ from torch import Tensor
 from longtake.datasets.errors import Failure, UserError
 from longtake.datasets.loader import Loader, to_model
 from longtake.datasets.text import Text, read_text
-from longtake.training import data, stage
+from longtake.training import data, sizes, stage
 from longtake.training.data import HELDOUT, on_device
 from longtake.training.engines import device
+from longtake.training.fit import Largest, Source, made_by, module_of
 from longtake.training.metrics.features import checked_network, digest_of
 from longtake.training.metrics.probes import Pairs
 from longtake.training.metrics.share import batches, place
 from longtake.training.models.common import flow
 from longtake.training.models.common.condition import of_batch
-from longtake.training.models.common.text import check_guidance, set_empty
+from longtake.training.models.common.text import check_guidance, fields_of, set_empty
 from longtake.training.models.common.video import grid
 from longtake.training.models.common.wanted import Wanted
 from longtake.training.models.generator import plain
@@ -181,6 +182,34 @@ def _loss(config: Config, target: Target, latte: Latte, turn: Turn) -> tuple[Ten
         config.conditioning,
     ).mean()
     return loss, {"loss": loss.detach()}
+
+
+def model_of(config: Config, inputs: Mapping[str, Source]) -> LatteConfig:
+    """See `training.fit`."""
+    return _planned(config, inputs)[1]
+
+
+def _planned(config: Config, inputs: Mapping[str, Source]) -> tuple[sizes.Window, LatteConfig]:
+    window = sizes.window_of(config, inputs)
+    text, classes = sizes.text_of(inputs), sizes.classes_of(config, inputs)
+    from_data = {"channels": window.channels, "classes": classes, "shape": window.shape, **fields_of(text)}
+    if "base" in inputs:
+        base = made_by(inputs["base"])
+        return window, LatteConfig(**base.model_dump() | (config.model or {}) | from_data)
+    return window, config.latte(window.channels, window.shape, classes, text)
+
+
+def largest(config: Config, inputs: Mapping[str, Source], count: int) -> Largest:
+    """See `training.fit`: windows of latents, or of pixels."""
+    window, model = _planned(config, inputs)
+    if window.encoder is None:
+        target: Any = PixelTarget(window.shape, 1.0, config.clip_starts)
+    else:
+        target = LatentTarget(None, window.channels, window.shape, 1.0, None, config.posterior, config.clip_starts)
+    latte = Latte(model)
+    batch = window.batch(count) | sizes.said(model, count) | {"start": torch.arange(count)}
+    beside = () if window.encoder is None else (module_of(window.encoder),)
+    return Largest(Objective({"model": latte}, partial(_loss, config, target, latte)), batch, beside)
 
 
 def _sample(

@@ -20,9 +20,10 @@ from longtake.datasets.errors import Failure, UserError
 from longtake.datasets.latents import encoder_digest
 from longtake.datasets.loader import Loader, to_model, to_pixels
 from longtake.datasets.text import Text
-from longtake.training import data, registry, stage
+from longtake.training import data, registry, sizes, stage
 from longtake.training.data import HELDOUT
 from longtake.training.engines import device
+from longtake.training.fit import Largest, Source, made_by, module_of, untraced, video_batch
 from longtake.training.metrics.features import digest_of
 from longtake.training.metrics.share import place
 from longtake.training.models.common.codec import Codec, Pixels, load_codec
@@ -34,6 +35,7 @@ from longtake.training.models.mavin import spans as spanning
 from longtake.training.models.mavin.config import (
     PARTS,
     Config,
+    MavinConfig,
     check,
     check_hidden,
     check_parts,
@@ -312,6 +314,44 @@ def _loss(config: Config, setup: Setup, turn: Turn) -> tuple[Tensor, Terms]:
     # divided by all: ranks whose windows have cuts must not count more in the others
     loss = torch.where(whole, losses, 0.0).sum() / count
     return loss, {"loss": loss.detach(), "cuts": 1 - whole.float().mean()}
+
+
+def model_of(config: Config, inputs: Mapping[str, Source]) -> MavinConfig:
+    """See `training.fit`."""
+    return _planned(config, inputs, _encoder(config, inputs))[0]
+
+
+def _encoder(config: Config, inputs: Mapping[str, Source]) -> ImageEncoder | None:
+    """The image encoder, with its weights: what it is decides how wide its tokens are."""
+    with untraced():
+        name = inputs["image"].uri if "image" in inputs else config.image
+        return checked_encoder(name, config.size, "image") if name else None
+
+
+def _planned(
+    config: Config, inputs: Mapping[str, Source], encoder: ImageEncoder | None
+) -> tuple[MavinConfig, Spans, Any]:
+    """The config of the model, its spans, and the codec."""
+    codec: Any = module_of(inputs["vae"]).requires_grad_(False) if "vae" in inputs else Pixels()
+    latents, side = window_latents(codec, config.frames), codec.config.spatial_stride
+    spans, shape = config.spans_of(latents), (latents, config.size[0] // side, config.size[1] // side)
+    if "base" in inputs:
+        return made_by(inputs["base"]).model_copy(update={"shape": shape, "gap": spans.gap}), spans, codec
+    changes = fields_of_folder(config.unet) if config.unet else {}
+    changes.pop("channels", None)
+    width, text = encoder.width if encoder else 0, sizes.text_of(inputs)
+    return config.mavin(codec.config.latent_channels, shape, spans, width, text, changes), spans, codec
+
+
+def largest(config: Config, inputs: Mapping[str, Source], count: int) -> Largest:
+    """See `training.fit`: windows of videos, which the autoencoder encodes in each step."""
+    encoder = _encoder(config, inputs)
+    planned, spans, codec = _planned(config, inputs, encoder)
+    model = Mavin(planned)
+    _keep_still(config, model)
+    setup = Setup({}, codec.eval(), None, encoder, spans, model, 1.0, 1)
+    batch = sizes.said(planned.model_copy(update={"classes": 0}), count) | video_batch(count, config.frames, *config.size)
+    return Largest(Objective({"model": model}, partial(_loss, config, setup)), batch, (codec,))
 
 
 def latents_of(

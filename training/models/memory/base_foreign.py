@@ -23,14 +23,20 @@ from longtake.training.registry import cache, disk, pipelines
 from longtake.training.registry.uri import in_store
 
 _RANK = 128  # of a low-rank change, as in the paper
+_FROM_DATA = ("history", "shape", "history_noise")  # fields of the memory that follow from other settings
 _MODELS = ("backbone", "memory_backbone")  # registered models whose transformer is of another library
 Settings = TypeVar("Settings", bound=MemoryConfig)
 
 
 def facts_of_base(uri: str) -> dict[str, Any]:
     """What a base's config.json says; nothing of a folder of diffusers. Its weights are not loaded. Raises as `registry.load`."""
-    folder = cache.pull(uri, frozenset({TRANSFORMER})) if in_store(uri) else pipelines.local(uri)
+    folder = _folder(uri)
     return {} if is_foreign(folder) or not (folder / CONFIG).is_file() else disk.read_config(folder)
+
+
+def _folder(uri: str) -> Path:
+    """The folder of a base on this machine; of a registered pipeline the transformer's files are compared."""
+    return cache.pull(uri, frozenset({TRANSFORMER})) if in_store(uri) else pipelines.local(uri)
 
 
 def with_lora(config: Settings, inputs: Mapping[str, str]) -> Settings:
@@ -50,7 +56,7 @@ def with_lora(config: Settings, inputs: Mapping[str, str]) -> Settings:
 
 def check_one_transformer(uri: str) -> None:
     """Refuse a pipeline with two transformers that share the times."""
-    folder = cache.pull(uri, frozenset({TRANSFORMER})) if in_store(uri) else pipelines.local(uri)
+    folder = _folder(uri)
     if is_foreign(folder) and TRANSFORMER_2 in parts_of(pipelines.opened(uri, folder, frozenset()).folder):
         raise UserError(
             f"base: {uri} has two transformers, for high and for low noise; a memory needs one for all times, such as Wan 2.1"
@@ -72,7 +78,7 @@ def foreign_model(
     """
     uri, changes = inputs["base"], config.model or {}
     if unknown := changes.keys() - MemoryModelConfig.model_fields.keys():
-        known = ", ".join(name for name in MemoryModelConfig.model_fields if name not in ("history", "shape"))
+        known = ", ".join(name for name in MemoryModelConfig.model_fields if name not in _FROM_DATA)
         raise UserError(f"model: {min(unknown)}: is the base's own, {uri}; of its memory there are {known}")
     if config.classes:
         raise UserError(f"classes: {uri} takes none; leave it out, and learn from texts")

@@ -22,6 +22,7 @@ from longtake.datasets.loader.streams import Lengths
 from longtake.datasets.stage import Input, Measuring
 from longtake.training import stage
 from longtake.training.data import on_device
+from longtake.training.fit import Largest, Source
 from longtake.training.metrics.features import checked_network, digest_of
 from longtake.training.metrics.share import batches, mine, place
 from longtake.training.models.common import flow
@@ -54,7 +55,9 @@ from longtake.training.models.memory.shared import (
     counts,
     facts_of,
     kind,
+    largest_of,
     loader,
+    model_of,
     objective_of,
     prepare,
 )
@@ -68,6 +71,7 @@ __all__ = [
     "counts",
     "kind",
     "loader",
+    "model_of",
     "prepare",
 ]  # the stage's functions from other files
 
@@ -192,6 +196,11 @@ def _by_start(losses: Tensor, starts: Tensor) -> dict[str, Tensor]:
     """The mean loss of segments that begin a video and of later ones, as far as a batch has them."""
     parts = {"loss_start": losses[starts], "loss_later": losses[~starts]}
     return {name: part.mean() for name, part in parts.items() if len(part)}
+
+
+def largest(config: Config, inputs: Mapping[str, Source], count: int) -> Largest:
+    """See `training.fit`."""
+    return largest_of(config, inputs, count, _loss)
 
 
 @torch.no_grad()

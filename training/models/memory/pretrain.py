@@ -21,6 +21,7 @@ from longtake.datasets.loader.streams import Lengths
 from longtake.datasets.stage import Input
 from longtake.training import stage
 from longtake.training.data import on_device
+from longtake.training.fit import Largest, Source
 from longtake.training.metrics.share import batches
 from longtake.training.models.common import flow
 from longtake.training.models.common.condition import of_batch
@@ -39,7 +40,9 @@ from longtake.training.models.memory.shared import (
     counts,
     facts_of,
     kind,
+    largest_of,
     loader,
+    model_of,
     objective_of,
     prepare,
 )
@@ -54,6 +57,7 @@ __all__ = [
     "counts",
     "kind",
     "loader",
+    "model_of",
     "prepare",
 ]  # the stage's functions from other files
 
@@ -124,6 +128,11 @@ def masked(config: Config, stretch: Stretch, omega: Tensor, rng: torch.Generator
     batch, _, count = stretch.high.shape[:3]
     sigma = flow.sample_t(batch * count, config.mask_mean, config.mask_std, 1.0, rng, stretch.high.device)
     return mask(stretch, omega, sigma.view(batch, count), noise_like(stretch, rng))
+
+
+def largest(config: Config, inputs: Mapping[str, Source], count: int) -> Largest:
+    """See `training.fit`."""
+    return largest_of(config, inputs, count, _loss)
 
 
 @torch.no_grad()

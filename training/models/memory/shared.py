@@ -3,16 +3,20 @@
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from longtake.datasets.errors import UserError
 from longtake.datasets.loader import Loader, to_pixels
 from longtake.training import data as common
+from longtake.training import sizes
 from longtake.training.engines import device
+from longtake.training.fit import Largest, Source, made_by, module_of
 from longtake.training.models.common.codec import Codec
+from longtake.training.models.common.text import fields_of
 from longtake.training.models.memory.base import initial_model
 from longtake.training.models.memory.base_foreign import facts_of_base
 from longtake.training.models.memory.config import MemoryConfig
@@ -26,6 +30,8 @@ from longtake.training.models.memory.data import (
     loader_of,
     videos_of,
 )
+from longtake.training.models.memory.dit import MemoryDiT
+from longtake.training.models.memory.dit_config import MemoryDiTConfig
 from longtake.training.models.memory.foreign import MemoryBackbone
 from longtake.training.models.memory.history import full_tokens
 from longtake.training.models.memory.model import MemoryModel
@@ -80,6 +86,59 @@ def _prompts(config: MemoryConfig, setup: Setup) -> list[str]:
         return []
     caption = next(iter(heldout_of(config, setup, columns=captions_of(config, setup))))["caption"][0]
     return [" ".join((caption or "no caption").split())]
+
+
+class Planned(NamedTuple):
+    """What is known before any data are there: the window, the model, and the latents of the longest history."""
+
+    window: sizes.Window
+    model: MemoryDiTConfig
+    history: int
+
+
+def planned(config: MemoryConfig, inputs: Mapping[str, Source]) -> Planned:
+    """Raises UserError where a stage must run first."""
+    window = sizes.window_of(config, inputs)
+    fps, codec = sizes.frame_rate(inputs["dataset"]), window.codec
+    history = round(config.history_seconds * fps / codec.temporal_stride)
+    from_data = {"channels": window.channels, "shape": window.shape, "history": history, "history_noise": config.noise}
+    from_data |= {"classes": sizes.classes_of(config, inputs)} | fields_of(sizes.text_of(inputs))
+    if "base" in inputs:
+        base = made_by(inputs["base"], "transformer")
+        if not isinstance(base, MemoryDiTConfig):
+            raise UserError("base: what a memory for a model of another library takes is not known before it trains")
+        model = MemoryDiTConfig(**base.model_dump() | (config.model or {}) | from_data)
+    else:
+        model = config.dit(**from_data)
+    lengths = config.histories(model, round(config.least_seconds * fps / codec.temporal_stride))
+    return Planned(window, model, min(lengths.most, lengths.some[-1]))
+
+
+def model_of(config: MemoryConfig, inputs: Mapping[str, Source]) -> MemoryDiTConfig:
+    """See `training.fit`."""
+    return planned(config, inputs).model
+
+
+def largest_of(
+    config: MemoryConfig,
+    inputs: Mapping[str, Source],
+    count: int,
+    loss: Callable[[MemoryConfig, MemoryDiT, Turn], tuple[Tensor, Terms]],
+) -> Largest:
+    """See `training.fit`: each sample of a batch has the longest history."""
+    window, model, history = planned(config, inputs)
+    steps = {"history_steps": torch.full((count,), history), "stream_step": torch.full((count,), history)}
+    batch = window.batch(count) | sizes.said(model, count) | steps
+    before = window._replace(shape=(history, *window.shape[1:]))
+    batch |= before.batch(count, "history_latent")
+    if model.shrink is not None and model.shrink != (1, 1):
+        for name, latents in (("low", window), ("history_low", before)):
+            height, width = (side // by for side, by in zip(latents.shape[1:], model.shrink, strict=True))
+            batch |= latents._replace(shape=(latents.shape[0], height, width)).batch(count, name)
+    assert window.encoder
+    dit = MemoryDiT(model)
+    objective = Objective({"model": dit}, partial(loss, config, dit))
+    return Largest(objective, batch, (module_of(window.encoder),))
 
 
 def announce(config: MemoryConfig, setup: Setup, loader: Loader) -> tuple[list[str], dict[str, float]]:

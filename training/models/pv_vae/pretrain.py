@@ -7,11 +7,12 @@ A loss on differences of neighbouring frames makes copying the last frame a bad 
 frozen, and the decoder learns to reconstruct from the latents.
 """
 
+import math
 import sys
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -26,12 +27,14 @@ from longtake.training import checkpoint, data, stage
 from longtake.training.config import EvaluatedConfig, ModelName
 from longtake.training.data import HELDOUT
 from longtake.training.engines import device
+from longtake.training.fit import Largest, Source, module_of, networks, untraced, video_batch
 from longtake.training.metrics.features import checked_network, digest_of
 from longtake.training.metrics.perceptual import Perceptual, load_perceptual, perceptual_loss
 from longtake.training.models.common import adversarial
 from longtake.training.models.common.adversarial import GANConfig
 from longtake.training.models.common.autoencoder import VideoAutoencoder
 from longtake.training.models.common.codec import latent_groups, load_codec, nearest_lengths
+from longtake.training.models.common.patchgan import PatchGAN
 from longtake.training.models.pv_vae.evaluate import Frames
 from longtake.training.models.pv_vae.evaluate import evaluate as measure
 from longtake.training.models.pv_vae.model import PVVAE, PVVAEConfig, config_from_preset
@@ -42,14 +45,12 @@ PRODUCES = "model"
 MODEL = "pv_vae"
 SUMMARY = "heldout.json"
 
-ENCODER = r"(net\.)?(encoder|quant_conv)\b"  # names of parameters: of ours, and of models of diffusers
-
 # defaults by phase; a recipe may change each
 PHASES: dict[str, dict[str, Any]] = {
     "image": {"frames": 1, "sizes": [[256, 256], [384, 384], [512, 512]], "steps": 300_000, "max_drop": 0.0},
     "predictive": {"frames": 17, "sizes": [[256, 256], [512, 512]], "steps": 50_000, "max_drop": 1.0},
     "decoder": {
-        "frames": 17, "sizes": [[256, 256], [512, 512]], "steps": 50_000, "max_drop": 0.0, "freeze": [ENCODER], "gan_start": 0,
+        "frames": 17, "sizes": [[256, 256], [512, 512]], "steps": 50_000, "max_drop": 0.0, "freeze": ["encoder"], "gan_start": 0,
     },
 }  # fmt: skip
 
@@ -82,6 +83,8 @@ class Config(GANConfig, EvaluatedConfig):
     eval_long               number of longest held-out clips whose PSNR by position is measured, whole and in windows, which
                             takes two passes a frame; not for single frames
     """
+
+    LATER: ClassVar = {"padding": "token", "recompute": None}
 
     kind: Literal["pretrain_vae"]
     phase: Literal["image", "predictive", "decoder"] = "predictive"
@@ -231,7 +234,10 @@ def begin(config: Config, inputs: Mapping[str, str]) -> VideoAutoencoder:
     except ValueError as e:
         raise UserError(str(e)) from e
     # a folder of another library may be in half precision
-    return _with(config, model.float()).train()
+    model = _with(config, model.float()).train()
+    if "encoder" in config.freeze:
+        model.freeze_encoder()
+    return model
 
 
 def _with(config: Config, model: VideoAutoencoder) -> VideoAutoencoder:
@@ -314,6 +320,36 @@ def _loss(
     kl = posterior.kl().mean()
     loss = loss + config.lambda_kl * kl
     return loss, {"loss": loss.detach(), "kl": kl.detach()} | terms
+
+
+def model_of(config: Config, inputs: Mapping[str, Source]) -> Any:
+    """See `training.fit`."""
+    return _planned(config, inputs).config
+
+
+def _planned(config: Config, inputs: Mapping[str, Source]) -> VideoAutoencoder:
+    """The model as it is trained, within a trace."""
+    if "parent" not in inputs:
+        return PVVAE(config.vae())
+    parent: Any = module_of(inputs["parent"])
+    return _with(config, parent)
+
+
+def largest(config: Config, inputs: Mapping[str, Source], count: int) -> Largest:
+    """See `training.fit`: batches of each size have about as many pixels, and an encoder that sees all frames takes most."""
+    model, (height, width) = _planned(config, inputs), config.sizes[0]
+    batches = [(max(1, count * height * width // (h * w)), h, w) for h, w in config.sizes]
+    count, height, width = max(batches, key=math.prod)
+    with untraced():
+        perceptual = load_perceptual(config.perceptual, config.perceptual_linear, device=device())
+    modules: dict[str, nn.Module] = {"generator": model}
+    if config.lambda_gan:
+        modules["discriminator"] = PatchGAN(adversarial.model_config_of(config.discriminator))
+    whole = config.model_copy(update={"max_drop": 0.0})
+    loss = partial(_loss, whole, model.config, perceptual, adversarial.state_of(0))
+    starts = {"discriminator": config.gan_start}
+    batch = video_batch(count, config.frames, height, width)
+    return Largest(Objective(modules, loss, "generator", starts=starts), batch, networks(perceptual))
 
 
 def _reconstruction_loss(

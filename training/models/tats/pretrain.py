@@ -21,6 +21,7 @@ from longtake.training import data, stage
 from longtake.training.config import EvaluatedConfig, ModelName
 from longtake.training.data import HELDOUT
 from longtake.training.engines import device
+from longtake.training.fit import Largest, Source, networks, untraced, video_batch
 from longtake.training.metrics.features import checked_network, digest_of
 from longtake.training.metrics.perceptual import Perceptual, load_perceptual, perceptual_loss
 from longtake.training.models.common import patchgan
@@ -239,6 +240,23 @@ def _loss(config: Config, perceptual: Perceptual | None, turn: Turn) -> tuple[Te
         loss = loss + config.lambda_gan * (terms["gan"] + config.lambda_features * terms["features"])
     terms |= {"loss": loss, "usage": usage.share, "perplexity": usage.perplexity}
     return loss, {name: value.detach() for name, value in terms.items()}
+
+
+def model_of(config: Config, inputs: Mapping[str, Source]) -> VQGANConfig:
+    """See `training.fit`."""
+    return config.vae()
+
+
+def largest(config: Config, inputs: Mapping[str, Source], count: int) -> Largest:
+    """See `training.fit`."""
+    with untraced():
+        perceptual = load_perceptual(config.perceptual, config.perceptual_linear, device=device())
+    modules: dict[str, nn.Module] = {"generator": VQGAN(config.vae())}
+    if config.lambda_gan:
+        modules["discriminator"] = Discriminators(_discriminator_config(config.discriminator))
+    starts, loss = {"discriminator": config.gan_start}, partial(_loss, config, perceptual)
+    batch = video_batch(count, config.frames, *config.size)
+    return Largest(Objective(modules, loss, "generator", starts=starts), batch, networks(perceptual))
 
 
 def _sample(heldout: Loader, engines: Engines, rng: torch.Generator) -> dict[str, np.ndarray[Any, Any]]:

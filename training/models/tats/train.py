@@ -21,9 +21,10 @@ from longtake.datasets.errors import UserError
 from longtake.datasets.loader import Loader, to_model
 from longtake.datasets.text import Text
 from longtake.datasets.tokens import Tokens, train_counts
-from longtake.training import data, registry, stage
+from longtake.training import data, registry, sizes, stage
 from longtake.training.data import HELDOUT, check_base_text, on_device
 from longtake.training.engines import device
+from longtake.training.fit import Largest, Source, made_by, module_of
 from longtake.training.metrics.classifier import load_classifier
 from longtake.training.metrics.features import checked_network, digest_of
 from longtake.training.metrics.share import batches
@@ -275,6 +276,54 @@ def _loss(setup: Setup, turn: Turn) -> tuple[Tensor, Terms]:
     logits = turn.engines[turn.name](sequence[:, :-1], setup.condition(turn.batch), turn.rng, last=config.predicted)
     loss = F.cross_entropy(logits.float().flatten(0, 1), sequence[:, -config.predicted :].flatten())
     return loss, {"loss": loss.detach()}
+
+
+def model_of(config: Config, inputs: Mapping[str, Source]) -> TATSConfig:
+    """See `training.fit`: as many words as captions may have at most, where no model has them already."""
+    video = sizes.tokens_of(inputs["tokens"])
+    sound = sizes.tokens_of(inputs["audio_tokens"]) if "audio_tokens" in inputs else None
+    known = [made_by(inputs[field]) for field in ("base", "anchors") if field in inputs]
+    from_data = {
+        "codes": video.codes,
+        "shape": video.shape,
+        "mode": config.mode,
+        "every": config.every,
+        "classes": sizes.classes_of(config, inputs),
+        "words": 0 if "captions" not in inputs else known[0].words if known else config.vocabulary,
+        "audio_codes": sound.codes if sound else 0,
+        "audio_tokens": math.prod(sound.shape[1:]) if sound else 0,
+        **fields_of(sizes.text_of(inputs)),
+    }
+    if "base" in inputs:
+        return TATSConfig(**known[0].model_dump() | (config.model or {}) | from_data)
+    return config.tats(from_data)
+
+
+def largest(config: Config, inputs: Mapping[str, Source], count: int) -> Largest:
+    """See `training.fit`: windows of tokens, with as many words as a text may have."""
+    tats = model_of(config, inputs)
+    model, words = TATS(tats), _Longest(tats.word_length) if tats.words else None
+    vqgan = module_of(inputs.get("vqgan") or sizes.encoder_of(inputs["tokens"], "tokens"))
+    others = [module_of(inputs["anchors"])] if "anchors" in inputs else []
+    batch = sizes.said(tats, count) | {"key": [""] * count, "caption": [""] * count}
+    batch["tokens"] = torch.zeros(count, *tats.shape, dtype=torch.int64)
+    if tats.audio_codes:
+        batch["audio_tokens"] = torch.zeros(count, tats.shape[0], tats.audio_tokens, dtype=torch.int64)
+    unknown: Any = None
+    setup = Setup({}, unknown, None, None, None, vqgan, None, None, (), words, 1.0, model, "")
+    return Largest(Objective({"model": model}, partial(_loss, setup)), batch, (vqgan, *others))
+
+
+class _Longest(Words):
+    """In the place of `Words`: texts of as many words as there may be."""
+
+    def __init__(self, length: int) -> None:
+        self.length = length
+
+    def encoded(self, texts: Sequence[str | None]) -> tuple[Tensor, Tensor]:
+        return torch.zeros(len(texts), self.length, 1, dtype=torch.int64), torch.ones(
+            len(texts), self.length, dtype=torch.bool
+        )
 
 
 def _sample(

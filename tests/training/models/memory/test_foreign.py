@@ -198,6 +198,19 @@ def test_recomputed_blocks_have_the_same_gradients() -> None:
     assert all(grad.abs().max() > 0 for name, grad in grads[0].items() if name.startswith(("memory.", "cross.")))
 
 
+@pytest.mark.slow
+@torch.no_grad()
+def test_blocks_are_compiled_once_for_all_of_them() -> None:
+    model = awake()
+    x, memory = drawn(2, C, 3, 8, 8), model.remember(*history())
+    plain = model(x, T, TIMES, memory, text())
+    for block in model.blocks():
+        block.compile(backend="eager")
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        close(model(x, T, TIMES, memory, text()), plain)
+    torch._dynamo.reset()
+
+
 @torch.no_grad()
 def test_a_copy_has_attention_of_its_own(model: MemoryBackbone) -> None:
     twin = copy.deepcopy(model)

@@ -1,0 +1,197 @@
+"""The memory that a plan tells: what a real training takes, at full size in seconds, and by how little one fits."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import measured
+import pytest
+import torch
+import yaml
+
+from longtake.datasets.errors import UserError
+from longtake.training import engines, fit
+from longtake.training.models.latte.model import Latte, config_from_preset
+
+SHARDS = {"kind": "shard", "sources": ["/videos"], "clip": {"short_side": 64, "fps": 8, "max_seconds": 60}}
+VAE = {"kind": "pretrain_vae", "dataset": "shards", "model": {"preset": "pv_vae_tiny"}, "sizes": [[64, 64]]}
+LATENTS = {"kind": "cache_latents", "dataset": "shards", "encoder": "vae", "size": [64, 64], "join_seconds": 60}
+VQGAN = {"kind": "pretrain_vqgan", "dataset": "shards", "model": {"preset": "vqgan_tiny"}, "size": [32, 32]}
+TOKENS = {"kind": "cache_tokens", "dataset": "shards", "encoder": "vqgan", "size": [32, 32]}
+BEFORE = {"shards": SHARDS, "vae": VAE, "latents": LATENTS, "vqgan": VQGAN, "tokens": TOKENS}
+LOW = LATENTS | {"shrink": [4, 4]}
+MEMORY = {"latents": "latents", "low_latents": "low", "model": {"preset": "memory_dit_tiny"}, "history_seconds": 4, "frames": 9}
+COMMON = {"dataset": "shards", "batch": 2, "steps": 400, "ema_half_lives": []}
+LATTE = {"kind": "finetune_latte", "latents": "latents", "model": {"preset": "latte_tiny"}}
+TRAININGS: dict[str, dict[str, Any]] = {
+    "latte": LATTE,
+    "latte_of_pixels": {"kind": "finetune_latte", "size": [64, 64], "frames": 9, "model": {"preset": "latte_tiny"}},
+    "memory": {"kind": "pretrain_memory"} | MEMORY,
+    "prior": {"kind": "finetune_memory_prior"} | MEMORY,
+    "tats": {"kind": "pretrain_tats", "tokens": "tokens", "model": {"preset": "tats_tiny"}},
+    "vae": VAE | {"lambda_gan": 0, "frames": 9},
+    "vae_against_a_discriminator": VAE | {"gan_start": 0, "gan_warmup": 0, "frames": 9},
+    "vqgan": VQGAN | {"lambda_gan": 0},
+    "encgan3": {"kind": "pretrain_encgan3", "model": {"preset": "encgan3_tiny"}, "recall": True, "gan_start": 0},
+    "mavin": {"kind": "finetune_mavin", "model": {"preset": "mavin_tiny"}, "size": [32, 32], "frames": 8},
+}
+
+
+def source(folder: Path, training: dict[str, Any], **changes: Any) -> fit.Source:
+    """A training, with the stages before it, none of which has run."""
+    path = folder / "r.yaml"
+    stages = BEFORE | {"low": LOW, "training": COMMON | training | changes}
+    path.write_text(yaml.safe_dump({"name": "r", "workspace": str(folder / "ws"), "stages": stages}))
+    return measured.source_of(str(path), "training")
+
+
+def check(found: fit.Source) -> None:
+    assert measured.planned(found) == pytest.approx(measured.allocated(found), rel=0.1)
+
+
+@pytest.mark.parametrize("name", ["latte", "tats"])
+def test_a_plan_is_within_a_tenth_of_what_a_training_takes(tmp_path: Path, group: None, name: str) -> None:
+    check(source(tmp_path, TRAININGS[name]))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", sorted(TRAININGS.keys() - {"latte", "tats"}))
+def test_so_it_is_of_every_family(tmp_path: Path, group: None, name: str) -> None:
+    check(source(tmp_path, TRAININGS[name]))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"accumulate": 2},
+        {"precision": "bf16"},
+        {"precision": "bf16", "gradient_precision": "bf16"},
+        {"model": {"preset": "latte_s"}, "precision": "bf16"},
+        {"model": {"preset": "latte_tiny", "activation_checkpointing": True}, "batch": 16},
+        {"freeze": ["layers"]},
+        {"model": {"preset": "latte_s"}, "zero_stage": 1},
+        {"model": {"preset": "latte_s"}, "zero_stage": 2},
+        {"model": {"preset": "latte_s"}, "zero_stage": 3},
+    ],
+    ids=str,
+)
+def test_so_it_is_of_every_setting_that_decides_it(tmp_path: Path, group: None, changes: dict[str, Any]) -> None:
+    check(source(tmp_path, LATTE, **changes))
+
+
+@pytest.mark.slow
+def test_a_process_grows_by_what_a_plan_tells(tmp_path: Path) -> None:
+    found = source(tmp_path, TRAININGS["latte_of_pixels"], batch=12, model={"preset": "latte_b", "patch": 4})
+    script = Path(measured.__file__)
+    command = [sys.executable, str(script), str(tmp_path / "r.yaml"), "training"]
+    grown = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1])
+    assert measured.planned(found) == pytest.approx(grown, rel=0.1)
+
+
+@pytest.mark.parametrize(
+    "training",
+    [
+        {"kind": "pretrain_vae", "model": {"preset": "pv_vae"}, "sizes": [[512, 512]], "gan_start": 0, "batch": 8},
+        LATTE | {"model": {"preset": "latte_xl"}, "batch": 16},
+        {"kind": "pretrain_memory"} | MEMORY | {"model": {"preset": "memory_dit_xl"}, "batch": 8},
+    ],
+    ids=lambda training: str(training["model"]["preset"]),
+)
+def test_a_full_size_is_told_in_seconds_and_takes_no_memory(tmp_path: Path, training: dict[str, Any]) -> None:
+    shards = SHARDS | {"clip": {"short_side": 512, "fps": 24, "max_seconds": 60}}
+    latents = {"size": [256, 256]}
+    path = tmp_path / "r.yaml"
+    stages = BEFORE | {"shards": shards, "latents": LATENTS | latents, "low": LOW | latents, "training": COMMON | training}
+    path.write_text(yaml.safe_dump({"name": "r", "workspace": str(tmp_path / "ws"), "stages": stages}))
+    found = measured.source_of(str(path), "training")
+    before, start = measured.resident(), time.process_time()
+    told = fit.Planned(found.stage, found.config, found.inputs).fit()
+    assert time.process_time() - start < 20
+    assert measured.resident() - before < 300 << 20 < told.weights < told.total
+
+
+def test_the_weights_of_a_plan_are_those_of_the_model(tmp_path: Path) -> None:
+    found = source(tmp_path, TRAININGS["latte_of_pixels"], ema_half_lives=[5.0, 50.0])
+    told = fit.Planned(found.stage, found.config, found.inputs).fit()
+    latte = Latte(config_from_preset("latte_tiny", channels=3, patch=16, shape=(9, 64, 64)))
+    learning = sum(p.numel() for p in latte.parameters())
+    assert told.weights == sum(t.nbytes for t in (*latte.parameters(), *latte.buffers()))
+    assert told.optimizer == told.averages == 8 * learning
+
+
+def test_ranks_share_the_batch_and_what_zero_divides(tmp_path: Path) -> None:
+    def told(**changes: Any) -> fit.Fit:
+        found = source(tmp_path, LATTE, batch=8, **changes)
+        return fit.Planned(found.stage, found.config, found.inputs).fit()
+
+    run = {"launcher": {"by": "torchrun", "processes": 4}}
+    found, alone = source(tmp_path, LATTE, batch=8), told()
+    most = [max(fit.trace_of(found.stage, found.config, found.inputs, world).points.values()) for world in (1, 4)]
+    assert most[0] == pytest.approx(4 * most[1], rel=0.1)
+    one, three = told(run=run, zero_stage=1), told(run=run, zero_stage=3)
+    assert 4 * one.optimizer == pytest.approx(12 * alone.optimizer / 8) and 4 * three.weights == pytest.approx(one.weights, abs=4)
+    assert told(run=run, zero_stage=1, offload="optimizer").optimizer == 0
+
+
+SHALLOW = {"preset": "latte_tiny", "depth": 2, "patch": 4}
+
+
+def remedy(folder: Path, share: float, **changes: Any) -> tuple[str, ...] | None:
+    """The changes that bring a training to this share of its memory."""
+    found = source(folder, TRAININGS["latte_of_pixels"], **{"batch": 16, "model": SHALLOW} | changes)
+    planned = fit.Planned(found.stage, found.config, found.inputs)
+    limit = share * planned.fit().total
+    found_remedy = planned.remedy(limit)
+    assert found_remedy is None or found_remedy.fit.total <= limit
+    return found_remedy and found_remedy.changes
+
+
+def test_the_cheapest_change_that_is_enough_is_named(tmp_path: Path) -> None:
+    again = SHALLOW | {"activation_checkpointing": True}
+    run = {"launcher": {"by": "torchrun", "processes": 4}}
+    assert remedy(tmp_path, 0.9) == ("model.activation_checkpointing: true",)
+    assert remedy(tmp_path, 0.9, model=again, batch=4, run=run)[0].startswith("zero_stage")  # type: ignore[index]
+    assert remedy(tmp_path, 0.8, model=again) == ("accumulate: 2",)
+    assert remedy(tmp_path, 0.001) is None
+
+
+def test_changes_are_put_together_where_one_is_not_enough(tmp_path: Path) -> None:
+    changes = remedy(tmp_path, 0.07)
+    assert changes and changes[0] == "model.activation_checkpointing: true" and len(changes) > 1
+
+
+def test_a_stage_that_must_run_first_is_named(tmp_path: Path) -> None:
+    for stage, changed, key in (("latents", {"size": None}, "latents"), ("training", {"classes": True}, "classes")):
+        path = tmp_path / "r.yaml"
+        stages: dict[str, Any] = BEFORE | {"training": COMMON | LATTE}
+        stages |= {stage: stages[stage] | changed}
+        path.write_text(yaml.safe_dump({"name": "r", "workspace": str(tmp_path / "ws"), "stages": stages}))
+        found = measured.source_of(str(path), "training")
+        with pytest.raises(UserError, match=f"^{key}: .*run it first$"):
+            fit.Planned(found.stage, found.config, found.inputs).fit()
+
+
+LOADED = ("vae", "vqgan", "encgan3", "latte_of_pixels")
+
+
+@pytest.mark.parametrize("name", LOADED)
+def test_the_batch_of_a_plan_is_as_a_loader_gives_it(
+    tmp_path: Path, dataset: str, group: None, name: str
+) -> None:
+    changes: dict[str, Any] = {"run": {"workers": 0}}
+    changes |= {"sizes": [[32, 32]]} if name == "vae" else {"recall": False} if name == "encgan3" else {"size": [32, 32]}
+    found = source(tmp_path, TRAININGS[name], **changes)
+    stage, config = found.stage, found.config
+    setup = stage.prepare(config, {"dataset": dataset}, tmp_path)
+    loaded = next(iter(stage.loader(config, setup, 0, 1)))
+    planned = stage.largest(config, found.inputs, config.batch).batch
+    shapes = {k: (v.shape, v.dtype) for k, v in planned.items() if isinstance(v, torch.Tensor)}
+    assert {k: (loaded[k].shape, loaded[k].dtype) for k in shapes if k != "chances"} == {
+        k: v for k, v in shapes.items() if k != "chances"
+    }
+    assert engines.device().type != "cpu" or os.environ.get("DS_ACCELERATOR") == "cpu"
