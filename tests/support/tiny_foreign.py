@@ -230,7 +230,9 @@ def _text_encoder(kind: str, seed: int) -> Any:
         torch.manual_seed(seed)
         sizes = {"hidden_size": POOLED, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
         ids = {"vocab_size": tiny_encoders.SIZE, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
-        return transformers.CLIPTextModel(transformers.CLIPTextConfig(**sizes, **ids, max_position_embeddings=77)).eval()
+        return transformers.CLIPTextModel(
+            transformers.CLIPTextConfig(**sizes, **ids, max_position_embeddings=77)
+        ).eval()
     made = tiny_encoders.model(kind, seed).eval()
     if kind == "t5":
         # video models bring the encoder alone
