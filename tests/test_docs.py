@@ -217,7 +217,7 @@ def test_pages_stay_within_the_line_and_the_project(page: str) -> None:
 @pytest.fixture
 def quickstart(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     """A folder to write recipes into, with the variables set that they name."""
-    for name in ("VIDEOS", "WORKSPACE", "CHECKPOINTS"):
+    for name in ("VIDEOS", "WORKSPACE", "CHECKPOINTS", "WAN"):
         monkeypatch.setenv(name, str(tmp_path / name.lower()))
     monkeypatch.setenv("VAE", "models:/pv-vae@champion")
     return tmp_path

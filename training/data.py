@@ -217,7 +217,8 @@ def check_base_text(uri: str, facts: Mapping[str, Any], record: Text | None, fie
         raise UserError(
             f"{field}: {uri} has learned text; name what a `cache_text` stage has made, or {other} without text"
         )
-    if learned["digest"] != record.encoder["digest"]:
+    # a pipeline as it was imported says which encoder it has, and not by which settings of ours it learned
+    if learned.get("digest") not in (None, record.encoder["digest"]):
         raise UserError(
             f"{field}: {uri} has learned texts of another encoder, {learned.get('encoder')}; encode by that one, or name"
             " another"

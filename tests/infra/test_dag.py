@@ -200,7 +200,7 @@ def test_the_dags_need_airflow_and_nothing_else() -> None:
 
 @pytest.mark.parametrize("name", recipes.builtin())
 def test_the_graph_of_every_recipe_has_what_the_dag_reads(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    for variable in ("VIDEOS", "WORKSPACE", "CHECKPOINTS", "VAE"):
+    for variable in ("VIDEOS", "WORKSPACE", "CHECKPOINTS", "VAE", "WAN"):
         monkeypatch.setenv(variable, f"/nowhere/{variable.lower()}")
     loaded = recipes.load(name)
     graph = json.loads(json.dumps(graphs.describe(loaded, graphs.build(loaded))))

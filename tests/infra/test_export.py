@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import foreign_stages
 import pytest
 import tiny_foreign
 import torch
@@ -22,6 +23,8 @@ from longtake.training import registry
 from longtake.training.config import LoraConfig
 from longtake.training.engines import lora
 from longtake.training.foreign import adapters, export, load
+from longtake.training.models.backbone.base import prepare
+from longtake.training.models.backbone.config import Config
 from longtake.training.models.pv_vae.model import PVVAE, config_from_preset
 from longtake.training.registry import disk
 
@@ -311,6 +314,31 @@ def test_an_adapter_of_another_tool_is_a_registered_backbone(place: Path, tmp_pa
     loaded = pipeline(place / "wan")
     loaded.load_lora_weights(str(tmp_path / "comfyui"))
     close(called(loaded.transformer), output)
+
+
+def test_videos_are_generated_with_an_adapter_as_the_exported_pipeline_has_it(place: Path, tmp_path: Path) -> None:
+    adapter(place / "painted")
+    said("models", "import", place / "painted", "--base", place / "wan", "--name", "painted")
+    said("export", "models:/painted@champion", "--format", "diffusers", "--to", tmp_path / "whole")
+    asked = ("--prompt", "a red square", "--size", "32x64", "--frames", 5, "--steps", 2, "--precision", "fp32")
+    for name, model in (("ours", "models:/painted@champion"), ("theirs", tmp_path / "whole"), ("base", place / "wan")):
+        said("generate", model, *asked, "--out", tmp_path / f"{name}.mp4")
+    ours, theirs, base = ((tmp_path / f"{name}.mp4").read_bytes() for name in ("ours", "theirs", "base"))
+    assert ours == theirs != base
+
+
+@pytest.mark.slow
+def test_a_training_begins_from_an_adapter_that_was_imported(place: Path, dataset: str, tmp_path: Path) -> None:
+    inputs = foreign_stages.inputs(tmp_path, dataset)
+    shutil.copytree(inputs["base"], place / "dancing-base")
+    output = adapter(place / "dancing", "dancing-base")
+    said("models", "import", place / "dancing", "--base", inputs["base"], "--name", "dancing")
+    inputs |= {"vae": inputs["base"], "base": "models:/dancing@champion"}
+    settings = {"kind": "finetune_backbone", "frames": 5, "fps": 12.0} | inputs
+    setup = prepare(Config.model_validate(settings), inputs, tmp_path)
+    close(called(setup.model.net.cpu()), output)
+    # texts of another encoder are still refused, by what is known of them
+    assert setup.facts["text"]["encoder"]["encoder"] == inputs["vae"]
 
 
 def test_an_adapter_of_one_of_two_experts_is_imported(place: Path, tmp_path: Path) -> None:

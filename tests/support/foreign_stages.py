@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import latent_stages
 import spoken
 import tiny_foreign
+import torch
 
+from longtake.datasets import latents, text
 from longtake.datasets.text import TextConfig
 from longtake.training.foreign.load import codec_of
 from longtake.training.text import load_encoder
@@ -30,3 +33,15 @@ def inputs(root: Path, dataset: str, kind: str = "wan", **parts: object) -> dict
         second = load_encoder(TextConfig(encoder=str(base / "text_encoder_2")))
         made["pooled"] = spoken.column(root / "pooled", copy, encoder=second, name="text-pooled")
     return made
+
+
+def moved(made: dict[str, str], dataset: str, folder: Path) -> dict[str, str]:
+    """The same inputs over a copy of their dataset, with records of their own."""
+    copies = made | {"dataset": dataset}
+    for name, read, write in (
+        ("latents", latents.read_latents, latents.write_latents),
+        ("text", text.read_text, lambda uri, record: text.write_text(uri, record, torch.from_numpy(record.empty()))),
+    ):
+        copies[name] = str(folder / name)
+        write(copies[name], replace(read(made[name]), dataset=dataset))
+    return copies

@@ -46,11 +46,12 @@ def register(path: Path, base: str, expert: Literal["high", "low"] | None, name:
 
     record = lineage.record({"base": base})
     origin = {"file": path.name, "rank": adapter.rank, "alpha": adapter.alpha}
-    described = _completed(record["inputs"]["base"]["uri"], facts)
+    said = _completed(record["inputs"]["base"]["uri"], facts)
+    described = {key: value for key, value in said.items() if key not in _OF_BASE}
     described |= {"base": record["inputs"]["base"], "adapter": origin, "lineage": record}
     with TemporaryDirectory() as scratch:
         folder, beside = Path(scratch) / "model", Path(scratch) / ADAPTER
-        disk.save(folder, "backbone", module.config.model_dump(mode="json"), module.state_dict(), described)
+        disk.save(folder, "backbone", said["config"], module.state_dict(), described)
         sha256 = disk.digest(disk.read_config(folder))
         uri = log.same_version(name, None, sha256)
         if uri is None:
@@ -67,4 +68,4 @@ def _completed(base: str, facts: Mapping[str, Any]) -> dict[str, Any]:
     said = dict(row.complete(base, facts)) if row.complete else dict(facts)
     if "foreign" in facts and VAE in parts_of(Path(facts["foreign"]["folder"])):
         said["vae"] = {"uri": base, "encoder": encoder_digest(registry.load(base, "vae"))}
-    return {key: value for key, value in said.items() if key not in _OF_BASE}
+    return said

@@ -79,8 +79,8 @@ def _indexed(index: Path) -> list[Path]:
             f" such as {missing[0].name}{_begun(index.parent)}; copy or download the whole folder"
         )
     stored = {name for path in paths for name in tensors_in(path)}
-    if odd := sorted(stored ^ where.keys()):
-        raise UserError(f"{index}: does not fit its files, by {shown(odd[0])[:80]}; copy or download the whole folder")
+    if lost := sorted(where.keys() - stored):
+        raise UserError(f"{index}: names {shown(lost[0])[:80]}, which no file has; copy or download the whole folder")
     return paths
 
 

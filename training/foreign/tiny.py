@@ -73,7 +73,7 @@ def _tokenizer() -> Any:
     """A token for each letter, and one at the end."""
     tokenizers = class_of("Tokenizer", "tokenizers"), class_of("models", "tokenizers")
     vocabulary = {letter: number for number, letter in enumerate([*_SPECIAL, *_LETTERS])}
-    made = tokenizers[0](tokenizers[1].WordLevel(vocabulary, unk_token="<unk>"))
+    made = tokenizers[0](tokenizers[1].WordLevel(vocabulary, unk_token=_SPECIAL[-1]))
     made.pre_tokenizer = class_of("pre_tokenizers", "tokenizers").Split("", "isolated")
     made.post_processor = class_of("processors", "tokenizers").TemplateProcessing(
         single="$A </s>", special_tokens=[("</s>", vocabulary["</s>"])]

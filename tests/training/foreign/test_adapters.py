@@ -125,6 +125,17 @@ def test_a_layer_whose_name_ends_others_is_changed_alone(tmp_path: Path) -> None
     torch.testing.assert_close(called(loaded), output, atol=1e-6, rtol=1e-5)
 
 
+def test_a_convolution_and_layers_outside_the_blocks_are_changed_too(tmp_path: Path) -> None:
+    config = LoraConfig(rank=2, alpha=5.0, targets=(r"net\.(patch_embedding|proj_out|condition_embedder\..*)",))
+    learned, output = trained(WAN, config)
+    adapters.write(tmp_path, learned, config, WAN, "peft")
+    adapters.write(tmp_path / "native", learned, config, WAN, "comfyui")
+    loaded = peft.PeftModel.from_pretrained(tiny(WAN), str(tmp_path)).base_model.model
+    torch.testing.assert_close(called(loaded), output, atol=1e-6, rtol=1e-5)
+    for path in (tmp_path / adapters.PEFT_FILE, tmp_path / "native"):
+        torch.testing.assert_close(says(path, WAN), output, atol=1e-6, rtol=1e-5)
+
+
 def test_each_of_two_experts_takes_an_adapter_of_its_own(tmp_path: Path) -> None:
     config = LoraConfig(rank=2, targets=(TARGETS[WAN],))
     learned, output = trained(WAN, config)

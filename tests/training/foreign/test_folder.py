@@ -161,7 +161,7 @@ def cases() -> dict[str, tuple[Callable[[Path], object], str, str]]:
         "other index": (
             lambda wan: write(wan / "transformer" / INDEX, {"weight_map": dict(zip("ac", SHARDS, strict=True))}),
             "transformer",
-            "index.json: does not fit its files, by b",
+            "index.json: names c, which no file has",
         ),
         "both": (
             lambda wan: shutil.copy(wan / "vae" / VAE, wan / "transformer"),

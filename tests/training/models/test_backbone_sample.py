@@ -225,3 +225,41 @@ def test_what_cannot_be_made_is_one_line(opened: Any, tmp_path: Path) -> None:
     folder = tiny_foreign.pipeline_folder(tmp_path / "odd", scheduler={"class_name": "DDIMScheduler"})
     with pytest.raises(UserError, match="scheduler: DDIMScheduler is not known here"):
         prior(folder)
+
+
+def test_a_registered_backbone_is_sampled_like_the_pipeline_that_it_is_of(opened: Any, tmp_path: Path) -> None:
+    from longtake.datasets.latents import encoder_digest
+    from longtake.training.registry import disk
+
+    _, made = opened("wan")
+    model, text = made.models[0], made.prompts
+    assert text
+    folder = Path(registry.load_with_facts(made_from(made), "transformer")[1]["foreign"]["folder"])
+    encoder = text._encoder.describe() | {"digest": text._encoder.digest}
+    facts = {
+        "vae": {"uri": str(folder), "encoder": encoder_digest(made.codec)},
+        "text": {"encoder": encoder},
+        "classes": [],
+        "window": {"frames": 9, "stride": 1, "size": [64, 32], "fps": 16.0},
+        "sampling": {"steps": 4, "guidance": 4.0, "shift": 3.0},
+        "base": {"uri": str(folder), "sha256": "-"},
+        "expert": None,
+    }
+    ours(made, 5)  # knows the states of ""
+    disk.save(tmp_path / "model", "backbone", model.config.model_dump(mode="json"), model.state_dict(), facts)
+    loaded, found = registry.load_with_facts(str(tmp_path / "model"), "transformer", "first")
+    kind = kind_of(found)
+    assert kind.complete and kind.generator and kind.accepts == made.accepts
+    again: Any = kind.generator("x", loaded, kind.complete("x", found), None, torch.float32)
+    assert again.settings.solver == "unipc" and again.frames == 9
+    assert np.array_equal(ours(again, 9), ours(made, 9, guidance=4.0))
+    facts["text"] = {"encoder": encoder | {"digest": "0" * 64}}
+    other: Any = kind.generator("x", loaded, {**found, **facts}, None, torch.float32)
+    with pytest.raises(UserError, match="has learned texts by another encoder"):
+        other.check_prompts([PROMPT])
+
+
+def made_from(made: Prior) -> str:
+    """The folder of the pipeline that a prior was opened from."""
+    assert made.prompts
+    return made.prompts._uri

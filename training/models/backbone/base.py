@@ -17,20 +17,20 @@ from longtake.training import text as encoders
 from longtake.training.data import HELDOUT
 from longtake.training.engines import device
 from longtake.training.foreign.backbone import Backbone
-from longtake.training.foreign.backbone_config import BackboneConfig
 from longtake.training.foreign.folder import index_of
+from longtake.training.models.backbone import sample
 from longtake.training.models.backbone.config import Config
-from longtake.training.models.backbone.given import given, repeated
-from longtake.training.models.common import flow
+from longtake.training.models.backbone.given import given
+from longtake.training.models.backbone.pipeline import completed
+from longtake.training.models.backbone.solver import solver_of
 from longtake.training.models.common.codec import decoded
-from longtake.training.models.common.condition import Condition, of_batch
-from longtake.training.models.common.guidance import parts_of
+from longtake.training.models.common.condition import of_batch
 from longtake.training.models.common.wanted import Wanted
+from longtake.training.models.generator import Settings
 from longtake.training.objective import Batch
 from longtake.training.target import LatentTarget
 
-# frames a second, as their authors say; Wan 2.2-5B, which alone expands times, has 24
-_FPS = {"WanTransformer3DModel": 16.0, "HunyuanVideoTransformer3DModel": 24.0}
+_ANY_RATE = ("LTXVideoTransformer3DModel",)  # classes that take the frame rate as an input
 
 
 class Setup(NamedTuple):
@@ -79,24 +79,17 @@ class Setup(NamedTuple):
         """What the model needs of a batch of latents `x0` beside them and their texts."""
         return given(self.model, batch, x0, self.target.fps, self.target.codec)
 
-    @torch.no_grad()
     def sampled(self, config: Config, model: Backbone, batch: Batch, seed: int) -> Tensor:
-        """A video `(1, 3, T, H, W)` uint8 by the text, and maybe the start image, of a held-out clip.
-
-        Euler steps, shifted as the base's scheduler does. A model that has guidance as an input is not led by two passes.
-        """
-        x0, condition = self.target.given(model, batch), of_batch(batch)
-        beside, guidance = self.given(batch, x0), parts_of(config.guidance).text
-        if model.config.sizes.embeds_guidance:
-            beside["guidance"], guidance = guidance, 1.0
-
-        def velocity(x: Tensor, t: Tensor, wanted: Condition | None) -> Tensor:
-            return model(x, t, wanted, **repeated(beside, len(x)))
-
-        noise = torch.randn(x0.shape, generator=torch.Generator().manual_seed(seed)).to(x0.device)
-        shape = (x0.shape[2], x0.shape[3], x0.shape[4])
-        led = flow.guided(velocity, condition, guidance)
-        return decoded(self.target.codec, flow.euler(led, noise, config.sample_steps, model.shift_of(shape)))
+        """A video `(1, 3, T, H, W)` uint8 by the text, and maybe the start image, of a held-out clip."""
+        x0 = self.target.given(model, batch)
+        beside = self.given(batch, x0)
+        wanted = sample.Text(of_batch(batch), beside.get("pooled"))
+        shown = sample.Shown(beside["image"]) if "image" in beside else None
+        frames, height, width = x0.shape[2:]
+        shape = (frames, height, width)
+        settings = settings_of(config, model, shape)
+        latents = sample.sample((model,), shape, [seed], settings, wanted, shown=shown, fps=self.target.fps)
+        return decoded(self.target.codec, latents)
 
     def filled(self, bucket: Bucket, count: int) -> Batch:
         """A batch of `count` windows of a bucket with the longest texts, of zeros."""
@@ -212,7 +205,7 @@ def _check_text(base: str, model: Backbone, facts: Mapping[str, Any], text: Text
 def _frame_rate(base: str, model: Backbone, facts: Mapping[str, Any], config: Config, dataset: str) -> float:
     """Frames a second of the clips. UserError where they are neither those of the base nor those of the config."""
     rate = data.frame_rate(dataset, config.lengths[-1])
-    known = (facts.get("window") or {}).get("fps") or native_fps(model.config)
+    known = None if model.config.class_name in _ANY_RATE else completed(base, facts)["window"]["fps"]
     wanted = config.fps or known
     if wanted is not None and abs(rate / wanted - 1) > 0.01:
         whose = "fps: is" if config.fps else f"fps: {base} makes"
@@ -223,9 +216,10 @@ def _frame_rate(base: str, model: Backbone, facts: Mapping[str, Any], config: Co
     return rate
 
 
-def native_fps(config: BackboneConfig) -> float | None:
-    """Frames a second of the videos that a model makes; None for one that takes any."""
-    return 24.0 if config.expand_timesteps else _FPS.get(config.class_name)
+def settings_of(config: Config, model: Backbone, shape: tuple[int, int, int]) -> Settings:
+    """How videos of latents (T, H, W) are sampled: as the base's pipeline does, but for the config's steps and guidance."""
+    solver = solver_of(model.config.scheduler)
+    return Settings(config.sample_steps, config.guidance, model.shift_of(shape), solver=solver)
 
 
 def _image_share(base: str, model: Backbone, config: Config) -> float:

@@ -22,14 +22,15 @@ from longtake.training import data, stage
 from longtake.training.data import HELDOUT
 from longtake.training.foreign.backbone_config import token_count
 from longtake.training.metrics.features import checked_network, digest_of
-from longtake.training.models.backbone.base import Setup, prepare
+from longtake.training.models.backbone.base import Setup, prepare, settings_of
 from longtake.training.models.backbone.config import Config, check
 from longtake.training.models.backbone.evaluate import evaluate, keep, video_of
+from longtake.training.models.backbone.pipeline import SETTINGS
 from longtake.training.models.backbone.times import Times, by_time, described
 from longtake.training.models.common import flow
 from longtake.training.models.common.condition import of_batch
 from longtake.training.models.common.video import grid
-from longtake.training.models.generator import Settings, plain
+from longtake.training.models.generator import plain
 from longtake.training.objective import Batch, Engines, Objective, Terms, Turn
 
 __all__ = ["Config", "check", "evaluate", "keep", "prepare"]  # the stage's parts from other files
@@ -39,7 +40,6 @@ PRODUCES = "model"
 MODEL = "backbone"
 SUMMARY = "generated.json"
 
-SETTINGS = ("steps", "guidance", "shift")
 _SAMPLED = 2  # videos in a sample during training
 
 
@@ -150,7 +150,7 @@ def announce(config: Config, setup: Setup, loader: Loader) -> tuple[list[str], d
 def facts(config: Config, setup: Setup, lineage: Mapping[str, Any]) -> dict[str, Any]:
     """The fields of config.json: autoencoder, latents, texts, window, sampling, and what it was made of."""
     target, origins = setup.target, lineage["inputs"]
-    settings = Settings(config.sample_steps, config.guidance, setup.model.shift_of(target.shape))
+    settings = settings_of(config, setup.model, target.shape)
     return {
         "vae": origins["vae"] | {"encoder": target.record.encoder["digest"]},
         "latents": origins["latents"],

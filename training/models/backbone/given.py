@@ -35,11 +35,3 @@ def shown(codec: Codec, x0: Tensor) -> Tensor:
     frames = (x0.shape[2] - 1) * codec.config.temporal_stride
     grey = first.new_zeros(*first.shape[:2], frames, *first.shape[3:])
     return codec.encode(torch.cat([first, grey], dim=2)).mode().float()
-
-
-def repeated(found: Mapping[str, Any], times: int) -> dict[str, Any]:
-    """The further inputs of a batch that is repeated, as guidance does."""
-    return {
-        name: value.repeat(times, *[1] * (value.ndim - 1)) if isinstance(value, Tensor) else value
-        for name, value in found.items()
-    }

@@ -50,15 +50,15 @@ def completed(uri: str, facts: Mapping[str, Any]) -> Mapping[str, Any]:
     Raises:
         UserError: its scheduler is not known.
     """
-    if "window" in facts:
-        return facts
     config = BackboneConfig(**facts["config"])
+    found: dict[str, Any] = {"config": facts["config"] | {"text_length": config.longest_text}}
+    if "window" in facts:
+        return {**facts, **found}
     made = _MADE_5B if config.expand_timesteps else _MADE[config.class_name]
     (factor, pixels), (height, width) = config.strides, made.size
     shift = config.shift_of((1 + (made.frames - 1) // factor, height // pixels, width // pixels))
     settings = Settings(made.steps, made.guidance, shift, solver=solver_of(config.scheduler))
-    found: dict[str, Any] = {
-        "config": facts["config"] | {"text_length": config.longest_text},
+    found |= {
         "window": {"frames": made.frames, "stride": 1, "size": list(made.size), "fps": made.fps},
         "sampling": plain(settings, SETTINGS),
         "classes": [],
