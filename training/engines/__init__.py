@@ -72,9 +72,13 @@ def deepspeed_config(config: TrainConfig, world: int, universal: bool = False) -
 
 
 def freeze(module: nn.Module, patterns: tuple[str, ...]) -> None:
-    """Freeze the parameters whose names begin with a match. Raises UserError for a pattern that matches none."""
+    """Freeze the parameters whose names begin with a match. Raises UserError for a pattern that matches none.
+
+    Those of a model of another library begin with `net.`, which may be left out.
+    """
     for pattern in patterns:
-        parameters = [p for name, p in module.named_parameters() if re.match(pattern, name)]
+        named = module.named_parameters()
+        parameters = [p for name, p in named if re.match(pattern, name) or re.match(pattern, name.removeprefix("net."))]
         if not parameters:
             names = ", ".join(name for name, _ in module.named_children())
             raise UserError(f"freeze: {pattern!r} matches no parameter; their names begin with {names}")

@@ -181,6 +181,11 @@ class ForeignCodec(VideoAutoencoder):
         frames = self._ways[1].stream(pieces, (*self._tiling(tile, overlap), self._down[::-1]))
         yield from regroup(frames, 1, chunk * self.config.temporal_stride)
 
+    def freeze_encoder(self) -> None:
+        for name, parameter in self.net.named_parameters():
+            if not name.startswith(_DECODES):
+                parameter.requires_grad_(False)
+
     def blocks(self) -> Iterator[nn.Module]:
         """Res blocks and attentions, each once: the modules worth compiling in place with `nn.Module.compile`."""
         return filter(is_block, self.modules())

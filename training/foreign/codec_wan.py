@@ -133,22 +133,26 @@ def _halved(sampler: Any, x: Tensor, past: Past | None) -> Tensor:
     x = _by_frame(sampler.resample, x)
     if not hasattr(sampler, "time_conv"):
         return x
-    before = x[:, :, :1] if past is None or not past.begun else past.inputs[sampler.time_conv]
+    if past is not None and past.begun:
+        halved: Tensor = sampler.time_conv(torch.cat([past.inputs[sampler.time_conv], x], dim=2))
+    else:
+        halved = x if x.shape[2] == 1 else torch.cat([x[:, :, :1], sampler.time_conv(x)], dim=2)
     if past is not None:
         past.inputs[sampler.time_conv] = x[:, :, -1:].clone()
-    first, rest = (x[:, :, :1], x[:, :, 1:]) if starts(past) else (x[:, :, :0], x)
-    if not rest.shape[2]:
-        return first
-    return torch.cat([first, sampler.time_conv(torch.cat([before, rest], dim=2))], dim=2)
+    return halved
 
 
 def _doubled(sampler: Any, x: Tensor, past: Past | None) -> Tensor:
     """Twice the height and width; where it has a `time_conv`, one frame of the first and two of each other."""
     if hasattr(sampler, "time_conv"):
-        first, rest = (x[:, :, :1], x[:, :, 1:]) if starts(past) else (x[:, :, :0], x)
-        if rest.shape[2]:
-            # the convolution begins with the second frame: the first is no part of its past
-            pairs = _convolve(sampler.time_conv, rest, past).unflatten(1, (2, -1))
-            rest = pairs.permute(0, 2, 3, 1, 4, 5).flatten(2, 3)
-        x = torch.cat([first, rest], dim=2)
+        # the convolution begins with the second frame: the first is no part of its past
+        if not starts(past):
+            x = _pairs(sampler.time_conv, x, past)
+        elif x.shape[2] > 1:
+            x = torch.cat([x[:, :, :1], _pairs(sampler.time_conv, x[:, :, 1:], past)], dim=2)
     return _by_frame(sampler.resample, x)
+
+
+def _pairs(conv: nn.Module, x: Tensor, past: Past | None) -> Tensor:
+    """Two frames of each: a convolution to twice the channels."""
+    return _convolve(conv, x, past).unflatten(1, (2, -1)).permute(0, 2, 3, 1, 4, 5).flatten(2, 3)

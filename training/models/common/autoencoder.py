@@ -58,6 +58,10 @@ class VideoAutoencoder(nn.Module):
     @abstractmethod
     def blocks(self) -> Iterator[nn.Module]: ...
 
+    @abstractmethod
+    def freeze_encoder(self) -> None:
+        """Let nothing learn that latents depend on."""
+
     def changed(self, **fields: Any) -> Self:
         """The same weights with some fields of the config replaced, and the padding's own weights new where it gets one."""
         model = type(self)(self.config.model_copy(update=fields))

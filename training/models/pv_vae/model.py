@@ -210,6 +210,9 @@ class PVVAE(VideoAutoencoder):
         pieces = regroup(latents, 1, positive("chunk", chunk))
         yield from stream(self._frames, pieces, *self._tiling(tile, overlap), self._down[::-1])
 
+    def freeze_encoder(self) -> None:
+        self.encoder.requires_grad_(False)
+
     def blocks(self) -> Iterator[nn.Module]:
         """Res blocks and attentions, each once: the modules worth compiling in place with `nn.Module.compile`."""
         return (module for module in self.modules() if isinstance(module, ResBlock | SpatialAttention))

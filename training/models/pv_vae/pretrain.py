@@ -12,7 +12,7 @@ import sys
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -45,14 +45,12 @@ PRODUCES = "model"
 MODEL = "pv_vae"
 SUMMARY = "heldout.json"
 
-ENCODER = r"(net\.)?(encoder|quant_conv)\b"  # names of parameters: of ours, and of models of diffusers
-
 # defaults by phase; a recipe may change each
 PHASES: dict[str, dict[str, Any]] = {
     "image": {"frames": 1, "sizes": [[256, 256], [384, 384], [512, 512]], "steps": 300_000, "max_drop": 0.0},
     "predictive": {"frames": 17, "sizes": [[256, 256], [512, 512]], "steps": 50_000, "max_drop": 1.0},
     "decoder": {
-        "frames": 17, "sizes": [[256, 256], [512, 512]], "steps": 50_000, "max_drop": 0.0, "freeze": [ENCODER], "gan_start": 0,
+        "frames": 17, "sizes": [[256, 256], [512, 512]], "steps": 50_000, "max_drop": 0.0, "freeze": ["encoder"], "gan_start": 0,
     },
 }  # fmt: skip
 
@@ -85,6 +83,8 @@ class Config(GANConfig, EvaluatedConfig):
     eval_long               number of longest held-out clips whose PSNR by position is measured, whole and in windows, which
                             takes two passes a frame; not for single frames
     """
+
+    LATER: ClassVar = {"padding": "token", "recompute": None}
 
     kind: Literal["pretrain_vae"]
     phase: Literal["image", "predictive", "decoder"] = "predictive"
@@ -234,7 +234,10 @@ def begin(config: Config, inputs: Mapping[str, str]) -> VideoAutoencoder:
     except ValueError as e:
         raise UserError(str(e)) from e
     # a folder of another library may be in half precision
-    return _with(config, model.float()).train()
+    model = _with(config, model.float()).train()
+    if "encoder" in config.freeze:
+        model.freeze_encoder()
+    return model
 
 
 def _with(config: Config, model: VideoAutoencoder) -> VideoAutoencoder:
