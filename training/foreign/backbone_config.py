@@ -25,6 +25,9 @@ ROWS = {
 }
 
 
+_DYNAMIC = ("base_image_seq_len", "max_image_seq_len", "base_shift", "max_shift")  # numbers of a scheduler
+
+
 class Sizes(NamedTuple):
     """What the settings of a class say about its inputs.
 
@@ -121,6 +124,7 @@ class BackboneConfig(BaseModel):
             )
         if self.expert and self.boundary is None:
             raise ValueError(f"expert: {self.expert} has no range; give boundary, such as 0.875")
+        check_scheduler(self.scheduler)
         _ = self.sizes
         return self
 
@@ -179,6 +183,21 @@ class BackboneConfig(BaseModel):
 def token_count(shape: tuple[int, int, int], patch: tuple[int, int, int]) -> int:
     """Tokens of a window of latents (T, H, W)."""
     return math.prod(side // size for side, size in zip(shape, patch, strict=True))
+
+
+def check_scheduler(scheduler: Mapping[str, Any]) -> None:
+    """ValueError for numbers of a scheduler's config that no shift and no times can be computed from."""
+    most = {"num_train_timesteps": 100_000.0}
+    for name in ("num_train_timesteps", "shift", "flow_shift", *_DYNAMIC):
+        value, high = scheduler.get(name), most.get(name, 1e9)
+        if value is not None and (
+            isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= high
+        ):
+            raise ValueError(
+                f"scheduler: {name} is {str(value)[:40]!r}; it must be a number above 0 and up to {high:g}"
+            )
+    if scheduler.get("base_image_seq_len", 256) == scheduler.get("max_image_seq_len", 4096):
+        raise ValueError("scheduler: base_image_seq_len and max_image_seq_len are the same; they must differ")
 
 
 def shift_of(scheduler: Mapping[str, Any], tokens: int) -> float:

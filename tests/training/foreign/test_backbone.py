@@ -304,6 +304,9 @@ def test_a_model_that_takes_a_vector_of_each_text_needs_it() -> None:
     ("fields", "message"),
     [
         ({"class_name": "FluxTransformer2DModel"}, "is no video transformer known here"),
+        ({"scheduler": {"num_train_timesteps": 10**12}}, "num_train_timesteps is '1000000000000'; it must be a number"),
+        ({"scheduler": {"shift": "3"}}, "scheduler: shift is '3'; it must be a number above 0"),
+        ({"scheduler": {"max_image_seq_len": 256}}, "base_image_seq_len and max_image_seq_len are the same"),
         ({"expert": "high"}, "expert: high has no range; give boundary"),
         ({"class_name": LTX, "settings": {"patch_size": 2}}, "patch_size is 2; LTX has tokens of one latent"),
         ({"class_name": HUNYUAN, "settings": {"image_condition_type": "latent_concat"}}, "HunyuanVideo from an image"),

@@ -10,13 +10,15 @@ import pytest
 import tiny_foreign
 import torch
 import torch.nn.functional as F
+from click.testing import CliRunner
 from torch import Tensor
 
 from longtake.datasets.errors import UserError
 from longtake.datasets.latents import encoder_digest
+from longtake.infra.cli import cli
 from longtake.training import registry
 from longtake.training.models import kind_of
-from longtake.training.models.backbone.sample import Prior, Text
+from longtake.training.models.backbone.sample import Prior, Text, sample
 from longtake.training.models.common.condition import Condition
 from longtake.training.models.generator import Request, Scene, Settings
 
@@ -99,8 +101,7 @@ def theirs(pipe: Any, made: Prior, frames: int, steps: int = 4, **given: Any) ->
         num_frames=frames,
         num_inference_steps=steps,
         generator=generators,
-        output_type="np",
-        **given,
+        **{"output_type": "np"} | given,
     ).frames
     return np.asarray(video)
 
@@ -199,19 +200,23 @@ def test_wan_2_2_5b_goes_on_from_a_clean_first_latent(opened: Any) -> None:
     assert_same(ours(made, 5, guidance=4.0), wanted)
 
 
-def test_latents_are_those_of_the_pipeline(opened: Any) -> None:
-    from longtake.training.models.backbone.sample import sample
-
-    pipe, made = opened("wan")
+@pytest.mark.parametrize("kind", ["wan", "ltx", "hunyuan"])
+def test_latents_are_those_of_the_pipeline(opened: Any, kind: str) -> None:
+    pipe, made = opened(kind)
     (text, mask), (away, away_mask) = states(made, PROMPT), states(made, NEGATIVE)
-    texts = Text(Condition(None, text, mask)), Text(Condition(None, away, away_mask))
-    found = sample(made.models, (3, 8, 4), SEEDS, settings_of(made, guidance=4.0), *texts)
-    generators = [torch.Generator().manual_seed(seed) for seed in SEEDS]
-    wanted = pipe(
-        height=64, width=32, num_frames=9, num_inference_steps=4, guidance_scale=4.0, generator=generators,
-        output_type="latent", **embeds(made, 512),
-    ).frames  # fmt: skip
-    assert torch.allclose(found, wanted, atol=1e-4)
+    pooled = made._text([PROMPT] * len(SEEDS)).pooled
+    wanted, lower = Text(Condition(None, text, mask), pooled), Text(Condition(None, away, away_mask))
+    shape = {"wan": (3, 8, 4), "ltx": (3, 2, 1), "hunyuan": (3, 8, 4)}[kind]
+    found = sample(made.models, shape, SEEDS, settings_of(made, guidance=4.0), wanted, lower, fps=25.0)
+    given = embeds(made, {"wan": 512}.get(kind, 128), masks=kind != "wan")
+    if kind == "hunyuan":
+        given = {"prompt_embeds": text, "prompt_attention_mask": mask.float(), "pooled_prompt_embeds": pooled}
+    frames = 17 if kind == "ltx" else 9
+    latents = theirs(pipe, made, frames, output_type="latent", guidance_scale=4.0, **given)
+    if kind == "ltx":
+        # theirs are in one sequence
+        latents = latents.transpose(0, 2, 1).reshape(found.shape)
+    assert np.abs(found.numpy() - latents).max() < 1e-4 < latents.std()
 
 
 def test_what_cannot_be_made_is_one_line(opened: Any, tmp_path: Path) -> None:
@@ -272,6 +277,34 @@ def test_the_other_expert_is_that_of_the_base(opened: Any) -> None:
         tuned: Any = kind.generator("x", model, kind.complete("x", {**of_base, **own}), None, torch.float32)
         assert [each.config.expert for each in tuned.models] == ["high", "low"] and tuned.models[number] is model
         assert np.array_equal(ours(tuned.sized(64, 32), 5, guidance=4.0), wanted)
+
+
+def test_the_command_makes_a_video_of_a_folder(opened: Any, tmp_path: Path) -> None:
+    _, made = opened("wan")
+
+    def said(*more: str) -> str:
+        out = ("--size", "64x32", "--steps", "2", "--out", str(tmp_path / "x.mp4"))
+        done = CliRunner().invoke(cli, ["generate", made_from(made), *out, *more], standalone_mode=False)
+        return str(done.exception or (tmp_path / "x.mp4").read_bytes())
+
+    film = ("--frames", "5", "--prompt", PROMPT, "--guidance", "4")
+    first = said(*film)
+    assert first == said(*film, "--solver", "unipc") and "ftyp" in first
+    assert len({first, said(*film, "--solver", "euler"), said(*film, "--negative", NEGATIVE)}) == 3
+    assert said(*film, "--guidance-2", "3").startswith("--guidance-2: ")
+    assert said(*film, "--size", "40x32").startswith("--size: 40x32: this model makes frames with sides in multiples")
+    assert said("--frames", "6", "--prompt", PROMPT).startswith("--frames: frames is 6; this model makes 1 + 4n")
+
+
+def test_a_registered_pipeline_brings_all_its_encoders(
+    opened: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, made = opened("hunyuan")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
+    monkeypatch.setenv("LONGTAKE_CACHE", str(tmp_path / "cache"))
+    registry.register_foreign(Path(made_from(made)), "hunyuan", None, str(tmp_path / "store"))
+    wanted = ours(made, 5, guidance=6.0, negative=None)
+    assert np.array_equal(ours(prior("models:/hunyuan@champion"), 5, guidance=6.0, negative=None), wanted)
 
 
 def made_from(made: Prior) -> str:

@@ -45,6 +45,7 @@ def scheduler_for(
 
     Raises:
         ValueError: fewer than one step.
+        UserError: the scheduler's config is none.
     """
     if steps < 1:
         raise ValueError(f"steps is {steps}; sampling needs at least 1")
@@ -62,8 +63,13 @@ def scheduler_for(
         settings |= _FLOW
     if solver == "euler" and (config.row.EVEN_TIMES or not same):
         options["sigmas"] = np.linspace(1.0, 0.0, steps + 1)[:-1]
-    scheduler = class_of(name).from_config(settings)
-    scheduler.set_timesteps(steps, device=device, **options)
+    make = class_of(name)
+    try:
+        scheduler = make.from_config(settings)
+        scheduler.set_timesteps(steps, device=device, **options)
+    except (TypeError, ValueError, NotImplementedError, ArithmeticError, AttributeError) as e:
+        why = " ".join(str(e).split())[:120]
+        raise UserError(f"scheduler: {name} cannot be set up ({why}); name a pipeline with another") from e
     scheduler.set_begin_index(0)
     return scheduler
 

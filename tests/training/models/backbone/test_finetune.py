@@ -215,6 +215,27 @@ def test_activation_checkpointing_changes_nothing(wan: Given, tmp_path: Path) ->
 
 
 @pytest.mark.slow
+def test_two_ranks_learn_what_one_does(
+    wan: Given, tmp_path: Path, module_ranks: Callable[[int, str], Any], group: None
+) -> None:
+    pair = module_ranks(2, latent_stages.rank_of(finetune))
+    for number, (more, alone) in enumerate([({}, {}), ({"zero_stage": 3, "precision": "bf16"}, {"precision": "bf16"})]):
+        chosen = config(steps=2, text_dropout=0.0, **more)
+        job = {"settings": chosen.model_dump(mode="json"), "inputs": wan, "folder": str(tmp_path / f"two-{number}")}
+        pair.send(job)
+        both = pair.answers()[0]
+        one = fit(config(steps=2, text_dropout=0.0, **alone), wan, tmp_path / f"one-{number}")
+        assert both.keys() == one.keys()
+        # times and noise are drawn by each rank: what is frozen is the same, and what learns has moved as far
+        for name, value in one.items():
+            theirs = torch.tensor(both[name])
+            if ".lora_" not in name:
+                torch.testing.assert_close(theirs, value, atol=0, rtol=0, check_dtype=False)
+            elif ".lora_up" in name:
+                assert 0.3 < theirs.norm() / value.norm() < 3
+
+
+@pytest.mark.slow
 @pytest.mark.usefixtures("group")
 def test_200_steps_of_lora_lower_the_heldout_loss(wan: Given, tmp_path: Path) -> None:
     chosen = config(steps=200, lr=3e-3, checkpoint_every=200, log_every=50, eval_clips=8)
