@@ -42,7 +42,9 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
     place = tmp_path_factory.mktemp("export")
     with pytest.MonkeyPatch.context() as patched:
-        patched.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{place}/mlflow.db")
+        uri = f"sqlite:///{place}/mlflow.db"
+        patched.setenv("MLFLOW_TRACKING_URI", uri)
+        mlflow.set_tracking_uri(uri)
         patched.setenv("LONGTAKE_CACHE", str(place / "cache"))
         for kind, name in (("wan", "wan"), ("wan22_a14b", "a14b")):
             tiny_foreign.pipeline_folder(place / name, kind)
