@@ -6,13 +6,14 @@ A stage that takes part has, beside what `longtake.training.stage` asks for,
 - `largest(config, inputs, count) -> Largest`: what it trains, and its largest batch of `count` samples, with no data read
   but the sizes of columns that are there already.
 
+It may also have `resolved(config, inputs)`, which gives settings that are left out what the inputs ask for.
+
 `inputs` are the `Source`s of its fields. Both raise UserError where a stage must run first.
 """
 
 import functools
 import json
-import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal, NamedTuple
 
