@@ -6,6 +6,8 @@ A stage that takes part has, beside what `longtake.training.stage` asks for,
 - `largest(config, inputs, count) -> Largest`: what it trains, and its largest batch of `count` samples, with no data read
   but the sizes of columns that are there already.
 
+It may also have `resolved(config, inputs)`, which gives settings that are left out what the inputs ask for.
+
 `inputs` are the `Source`s of its fields. Both raise UserError where a stage must run first.
 """
 

@@ -32,8 +32,11 @@ def memory(nodes: list[Node], gpu: float | None) -> Iterator[dict[str, Any]]:
         if not hasattr(stage, "largest"):
             yield row | {"why": f"a {node.kind} stage cannot say before it runs"}
             continue
-        planned = fit.Planned(stage, node.config, sources[node.name].inputs)
+        config, inputs = node.config, sources[node.name].inputs
         try:
+            if hasattr(stage, "resolved"):
+                config = stage.resolved(config, inputs)
+            planned = fit.Planned(stage, config, inputs)
             takes = planned.fit()
             row |= {"takes": takes._asdict() | {"total": takes.total}}
             if gpu is not None:

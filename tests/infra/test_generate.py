@@ -129,7 +129,7 @@ def test_a_grid_is_one_file_however_many_are_made_at_once(models: Path, tmp_path
         (["latte", "--seeds", "1,1"], "the same video is asked for twice"),
         (["latte", "--count", "65", "--grid"], "at most 64 fit"),
         (["vae"], "is a PVVAE, which generates no videos"),
-        (["nowhere"], "no longtake model here"),
+        (["nowhere"], "nowhere: no such folder"),
         (["latte", "--tile", "24"], "tile 24 with overlap 64"),
         (["latte", "--seconds", "1", "--frames", "9"], "--frames and --seconds: give one of them"),
         (["latte", "--start", __file__], "--start: latte takes none; leave it out"),

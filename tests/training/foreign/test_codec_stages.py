@@ -14,6 +14,7 @@ from click.testing import CliRunner
 from longtake.datasets.errors import UserError
 from longtake.datasets.latents import encoder_digest
 from longtake.datasets.loader import Loader, to_model
+from longtake.datasets.stage import content
 from longtake.training import checkpoint
 from longtake.training.foreign.codec import ForeignCodec
 from longtake.training.loop import train
@@ -52,11 +53,24 @@ def settings(dataset: str, parent: str, **changes: Any) -> pretrain.Config:
 def test_a_parent_is_begun_with_as_its_phase_needs_it(dataset: str, folder: str) -> None:
     decoder = pretrain.begin(settings(dataset, folder, phase="decoder"), {"parent": folder})
     assert isinstance(decoder, ForeignCodec) and decoder.padding is None and decoder.training
+    learns = {name.split(".")[1] for name, parameter in decoder.named_parameters() if parameter.requires_grad}
+    assert learns == {"decoder", "post_quant_conv"}
     predictive = pretrain.begin(settings(dataset, folder, phase="predictive", recompute=True), {"parent": folder})
     assert predictive.padding is not None and predictive.config.activation_checkpointing
     assert encoder_digest(predictive) == encoder_digest(decoder)
     noise = pretrain.begin(settings(dataset, folder, phase="predictive", padding="noise"), {"parent": folder})
     assert noise.config.padding == "noise" and not list(noise.padding.parameters())  # type: ignore[union-attr]
+
+
+def test_stages_from_before_there_were_foreign_parents_keep_their_outputs(dataset: str) -> None:
+    for phase in ("image", "predictive", "decoder"):
+        plain = pretrain.Config(kind="pretrain_vae", dataset=dataset, phase=phase)
+        assert not {"padding", "recompute"} & content(plain).keys()
+    assert plain.freeze == ("encoder",)
+    assert content(settings(dataset, "models:/wan/1", padding="noise", recompute=True)).keys() >= {
+        "padding",
+        "recompute",
+    }
 
 
 def test_what_does_not_fit_a_parent_is_one_line(dataset: str, folder: str, tmp_path: Path) -> None:

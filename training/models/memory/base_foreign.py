@@ -13,7 +13,7 @@ from longtake.datasets.latents import encoder_digest
 from longtake.datasets.text import Text
 from longtake.training import registry
 from longtake.training.engines import lora
-from longtake.training.foreign.backbone import Backbone
+from longtake.training.foreign.backbone import Backbone, BackboneConfig
 from longtake.training.foreign.folder import CONFIG, TRANSFORMER, TRANSFORMER_2, VAE, is_foreign, parts_of
 from longtake.training.models.memory.config import MemoryConfig, MemoryLora, check_low
 from longtake.training.models.memory.data import Data, check_history, check_precision
@@ -49,8 +49,12 @@ def with_lora(config: Settings, inputs: Mapping[str, str]) -> Settings:
     facts = facts_of_base(inputs["base"])
     if facts and facts["model"] not in _MODELS:
         return config
-    memory = facts.get("config", {}) | (config.model or {})
-    learns = memory.get("memory") != "none" and memory.get("branches") != "low"
+    return adapting(config, facts.get("config", {}) | (config.model or {}))
+
+
+def adapting(config: Settings, fields: Mapping[str, Any]) -> Settings:
+    """The settings with the paper's low-rank change, for a memory with these fields."""
+    learns = fields.get("memory") != "none" and fields.get("branches") != "low"
     return config.model_copy(update={"lora": MemoryLora(rank=_RANK, full=("memory",) if learns else ())})
 
 
@@ -76,26 +80,10 @@ def foreign_model(
     Raises:
         UserError: settings, latents or texts do not fit the base.
     """
-    uri, changes = inputs["base"], config.model or {}
-    if unknown := changes.keys() - MemoryModelConfig.model_fields.keys():
-        known = ", ".join(name for name in MemoryModelConfig.model_fields if name not in _FROM_DATA)
-        raise UserError(f"model: {min(unknown)}: is the base's own, {uri}; of its memory there are {known}")
-    if config.classes:
-        raise UserError(f"classes: {uri} takes none; leave it out, and learn from texts")
-
-    own = base.config.backbone if isinstance(base, MemoryBackbone) else base.config
-    if reason := why_not(own):
-        raise UserError(f"base: {uri}: {reason}")
-
-    # The config: the base's, with what follows from the data.
-    fields = {name: field.default for name, field in MemoryModelConfig.model_fields.items()}
-    fields |= base.config.model_dump() if isinstance(base, MemoryBackbone) else {"backbone": own.model_dump()}
-    fields |= changes | {"shape": data.shape, "history": data.history, "history_noise": config.noise}
-    try:
-        check_history(fields, own.patch[1], data)
-        made = MemoryBackboneConfig(**fields)
-    except ValidationError as e:
-        raise UserError(f"model: {e.errors()[0]['msg'].removeprefix('Value error, ')}") from e
+    uri = inputs["base"]
+    fields, own = _fields(config, uri, base.config)
+    check_history(fields, own.patch[1], data)
+    made = foreign_config(config, uri, base.config, data.shape, data.history)
     check_low(made, data.low.shrink if data.low else None)
     check_precision(config, made)
     _check_latents(uri, made, facts, data)
@@ -113,6 +101,43 @@ def foreign_model(
         )
     # weights that are updated in fp32 are fp32; else the engine keeps such copies of those that learn
     return model.float() if config.precision == "fp32" else model.bfloat16()
+
+
+def foreign_config(
+    config: MemoryConfig,
+    uri: str,
+    base: BackboneConfig | MemoryBackboneConfig,
+    shape: tuple[int, int, int],
+    history: int,
+) -> MemoryBackboneConfig:
+    """The config of a base with a memory: the base's, with the settings, a segment's shape and latents of history.
+
+    Raises:
+        UserError: settings do not fit the base.
+    """
+    fields, _ = _fields(config, uri, base)
+    try:
+        return MemoryBackboneConfig(**fields | {"shape": shape, "history": history, "history_noise": config.noise})
+    except ValidationError as e:
+        raise UserError(f"model: {e.errors()[0]['msg'].removeprefix('Value error, ')}") from e
+
+
+def _fields(
+    config: MemoryConfig, uri: str, base: BackboneConfig | MemoryBackboneConfig
+) -> tuple[dict[str, Any], BackboneConfig]:
+    """Fields of `MemoryBackboneConfig` that do not follow from the data, and the transformer's config."""
+    changes = config.model or {}
+    if unknown := changes.keys() - MemoryModelConfig.model_fields.keys():
+        known = ", ".join(name for name in MemoryModelConfig.model_fields if name not in _FROM_DATA)
+        raise UserError(f"model: {min(unknown)}: is the base's own, {uri}; of its memory there are {known}")
+    if config.classes:
+        raise UserError(f"classes: {uri} takes none; leave it out, and learn from texts")
+    own = base.backbone if isinstance(base, MemoryBackboneConfig) else base
+    if reason := why_not(own):
+        raise UserError(f"base: {uri}: {reason}")
+    fields = {name: field.default for name, field in MemoryModelConfig.model_fields.items()}
+    fields |= base.model_dump() if isinstance(base, MemoryBackboneConfig) else {"backbone": own.model_dump()}
+    return fields | changes, own
 
 
 def _check_latents(uri: str, model: MemoryBackboneConfig, facts: Mapping[str, Any], data: Data) -> None:

@@ -60,6 +60,7 @@ from longtake.training.models.memory.shared import (
     model_of,
     objective_of,
     prepare,
+    resolved,
 )
 from longtake.training.models.memory.stretch import add_noise
 from longtake.training.objective import Engines, Objective, Terms, Turn
@@ -73,6 +74,7 @@ __all__ = [
     "loader",
     "model_of",
     "prepare",
+    "resolved",
 ]  # the stage's functions from other files
 
 VERSION = 3

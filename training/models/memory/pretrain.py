@@ -45,6 +45,7 @@ from longtake.training.models.memory.shared import (
     model_of,
     objective_of,
     prepare,
+    resolved,
 )
 from longtake.training.models.memory.stretch import Stretch, draw_omega, gather_latents, mask, noise_like
 from longtake.training.models.memory.variants import VARIANTS
@@ -59,6 +60,7 @@ __all__ = [
     "loader",
     "model_of",
     "prepare",
+    "resolved",
 ]  # the stage's functions from other files
 
 VERSION = 2

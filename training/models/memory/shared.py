@@ -15,10 +15,11 @@ from longtake.training import data as common
 from longtake.training import sizes
 from longtake.training.engines import device
 from longtake.training.fit import Largest, Source, made_by, module_of
+from longtake.training.foreign.backbone import BackboneConfig
 from longtake.training.models.common.codec import Codec
 from longtake.training.models.common.text import fields_of
 from longtake.training.models.memory.base import initial_model
-from longtake.training.models.memory.base_foreign import facts_of_base
+from longtake.training.models.memory.base_foreign import Settings, adapting, facts_of_base, foreign_config
 from longtake.training.models.memory.config import MemoryConfig
 from longtake.training.models.memory.data import (
     Setup,
@@ -32,9 +33,10 @@ from longtake.training.models.memory.data import (
 )
 from longtake.training.models.memory.dit import MemoryDiT
 from longtake.training.models.memory.dit_config import MemoryDiTConfig
-from longtake.training.models.memory.foreign import MemoryBackbone
+from longtake.training.models.memory.foreign import MemoryBackbone, MemoryBackboneConfig
 from longtake.training.models.memory.history import full_tokens
 from longtake.training.models.memory.model import MemoryModel
+from longtake.training.models.memory.model_config import MemoryModelConfig
 from longtake.training.objective import Engines, Objective, Terms, Turn
 
 MODEL = "memory_dit"
@@ -92,7 +94,7 @@ class Planned(NamedTuple):
     """What is known before any data are there: the window, the model, and the latents of the longest history."""
 
     window: sizes.Window
-    model: MemoryDiTConfig
+    model: MemoryModelConfig
     history: int
 
 
@@ -101,22 +103,35 @@ def planned(config: MemoryConfig, inputs: Mapping[str, Source]) -> Planned:
     window = sizes.window_of(config, inputs)
     fps, codec = sizes.frame_rate(inputs["dataset"]), window.codec
     history = round(config.history_seconds * fps / codec.temporal_stride)
-    from_data = {"channels": window.channels, "shape": window.shape, "history": history, "history_noise": config.noise}
-    from_data |= {"classes": sizes.classes_of(config, inputs)} | fields_of(sizes.text_of(inputs))
-    if "base" in inputs:
-        base = made_by(inputs["base"], "transformer")
-        if not isinstance(base, MemoryDiTConfig):
-            raise UserError("base: what a memory for a model of another library takes is not known before it trains")
-        model = MemoryDiTConfig(**base.model_dump() | (config.model or {}) | from_data)
+    base = made_by(inputs["base"], "transformer") if "base" in inputs else None
+    model: MemoryModelConfig
+    if isinstance(base, BackboneConfig | MemoryBackboneConfig):
+        model = foreign_config(config, inputs["base"].uri, base, window.shape, history)
+        told = {"text_empty": max(1, model.backbone.text_empty)}
+        model = model.model_copy(update={"backbone": model.backbone.model_copy(update=told)})
+    elif base is not None and not isinstance(base, MemoryDiTConfig):
+        raise UserError(f"base: {inputs['base'].uri} is neither a model with a memory nor a video transformer")
     else:
-        model = config.dit(**from_data)
+        from_data = {"channels": window.channels, "shape": window.shape, "history": history}
+        from_data |= {"history_noise": config.noise, "classes": sizes.classes_of(config, inputs)}
+        from_data |= fields_of(sizes.text_of(inputs))
+        changes = (config.model or {}) | from_data
+        model = config.dit(**from_data) if base is None else MemoryDiTConfig(**base.model_dump() | changes)
     lengths = config.histories(model, round(config.least_seconds * fps / codec.temporal_stride))
     return Planned(window, model, min(lengths.most, lengths.some[-1]))
 
 
-def model_of(config: MemoryConfig, inputs: Mapping[str, Source]) -> MemoryDiTConfig:
+def model_of(config: MemoryConfig, inputs: Mapping[str, Source]) -> MemoryModelConfig:
     """See `training.fit`."""
     return planned(config, inputs).model
+
+
+def resolved(config: Settings, inputs: Mapping[str, Source]) -> Settings:
+    """See `training.fit`: with the low-rank change of the paper where a base of another library gets one."""
+    model = planned(config, inputs).model
+    if "lora" in config.model_fields_set or not isinstance(model, MemoryBackboneConfig):
+        return config
+    return adapting(config, model.model_dump())
 
 
 def largest_of(
@@ -136,8 +151,8 @@ def largest_of(
             height, width = (side // by for side, by in zip(latents.shape[1:], model.shrink, strict=True))
             batch |= latents._replace(shape=(latents.shape[0], height, width)).batch(count, name)
     assert window.encoder
-    dit = MemoryDiT(model)
-    objective = Objective({"model": dit}, partial(loss, config, dit))
+    made = MemoryBackbone(model) if isinstance(model, MemoryBackboneConfig) else MemoryDiT(model)  # type: ignore[arg-type]
+    objective = Objective({"model": made}, partial(loss, config, made))
     return Largest(objective, batch, (module_of(window.encoder),))
 
 
