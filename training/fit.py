@@ -223,7 +223,7 @@ def _pass(objective: Objective, batch: Batch, config: Any) -> None:
         for parameter in others:
             parameter.requires_grad_(False)
         loss, _ = objective.loss(Turn(name, made, batch, step, rng, config.seed, carry))
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         del loss
         for parameter in others:
             parameter.requires_grad_(True)
