@@ -12,6 +12,7 @@ import measured
 import pytest
 import torch
 import yaml
+from tiny_foreign import pipeline_folder
 
 from longtake.datasets.errors import UserError
 from longtake.training import engines, fit
@@ -91,12 +92,31 @@ def test_so_it_is_of_every_setting_that_decides_it(tmp_path: Path, group: None, 
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("lora", [None, {"rank": 4}], ids=["full", "lora"])
+def test_so_it_is_of_a_model_of_another_library(tmp_path: Path, group: None, lora: dict[str, Any] | None) -> None:
+    folder = str(pipeline_folder(tmp_path / "wan"))
+    training = {
+        "kind": "finetune_backbone",
+        "base": folder,
+        "latents": "own",
+        "text": "/text",
+        "frames": 9,
+        "lora": lora,
+    }
+    stages = BEFORE | {"own": LATENTS | {"encoder": folder}, "training": COMMON | training}
+    path = tmp_path / "r.yaml"
+    path.write_text(yaml.safe_dump({"name": "r", "workspace": str(tmp_path / "ws"), "stages": stages}))
+    check(measured.source_of(str(path), "training"))
+
+
+@pytest.mark.slow
 def test_a_process_grows_by_what_a_plan_tells(tmp_path: Path) -> None:
     found = source(tmp_path, TRAININGS["latte_of_pixels"], batch=8, model={"preset": "latte_s", "patch": 8})
     script = Path(measured.__file__)
     command = [sys.executable, str(script), str(tmp_path / "r.yaml"), "training"]
     grown = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1])
-    assert measured.planned(found) == pytest.approx(grown, rel=0.1)
+    # the kernel counts libraries and what torch has freed and not given back, too
+    assert 0.95 < grown / measured.planned(found) < 1.25
 
 
 @pytest.mark.parametrize(
