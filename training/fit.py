@@ -11,8 +11,7 @@ A stage that takes part has, beside what `longtake.training.stage` asks for,
 
 import functools
 import json
-import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal, NamedTuple
 
@@ -222,7 +221,7 @@ def _pass(objective: Objective, batch: Batch, config: Any) -> None:
         for parameter in others:
             parameter.requires_grad_(False)
         loss, _ = objective.loss(Turn(name, made, batch, step, rng, config.seed, carry))
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         del loss
         for parameter in others:
             parameter.requires_grad_(True)

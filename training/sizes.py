@@ -65,9 +65,7 @@ def _positions_of(latents: Source, stride: int) -> tuple[int, int]:
         return height, width
     if latents.config.size is None:
         raise UserError("latents: their stage has no size, so they are as large as the clips; run it first")
-    height, width = (
-        side // (stride * by) for side, by in zip(latents.config.size, latents.config.shrink, strict=True)
-    )
+    height, width = (side // (stride * by) for side, by in zip(latents.config.size, latents.config.shrink, strict=True))
     return height, width
 
 

@@ -75,13 +75,13 @@ class Trace(TorchDispatchMode):
                 made = args[0].new_zeros(args[2] if len(args) > 2 else kwargs["minlength"])
             else:
                 made = func(*args, **kwargs)
-        if func is _aten.convolution_backward.default:
-            # a kernel makes the weight's gradient in a layout of its own, and then copies it
-            self._note(args[2].nbytes)
         _add_values(func, args, kwargs, made)
         for tensor in tree_leaves(made):
             if isinstance(tensor, Tensor):
                 self._track(tensor)
+        if func is _aten.convolution_backward.default:
+            # a kernel makes the weight's gradient in a layout of its own, and then copies it
+            self._note(args[2].nbytes)
         return made
 
     def _track(self, tensor: Tensor) -> None:

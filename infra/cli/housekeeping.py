@@ -127,7 +127,9 @@ def _size(context: click.Context, parameter: click.Parameter, text: str | None) 
 )
 @click.option("--cpu-hour", default=0.0, metavar="PRICE", help="Price of a CPU hour.")
 @click.option("--gpu-hour", default=0.0, metavar="PRICE", help="Price of a GPU hour.")
-@click.option("--gpu-memory", metavar="SIZE", callback=_size, help="Of one GPU, such as 80GB; by default this machine's.")
+@click.option(
+    "--gpu-memory", metavar="SIZE", callback=_size, help="Of one GPU, such as 80GB; by default this machine's."
+)
 @click.option("--json", "as_json", is_flag=True, help="The estimate as JSON.")
 def plan(
     recipe: str,

@@ -12,13 +12,13 @@ from longtake.training.config import TrainConfig
 def memory(nodes: list[Node], gpu: float | None) -> Iterator[dict[str, Any]]:
     """A row for each training as plain data, in bytes of one rank.
 
-        name     of the stage
-        ranks    that share its batch
-        takes    {"weights": ..., "activations": ..., "total": ...}, see `Fit`; None where it is not known
-        fits     whether that is within the usable part of `gpu` bytes; None where either is not known
-        changes  the smallest that make it fit, as lines of a recipe; empty where none are needed, or none help
-        then     `takes` with these changes; None without any
-        why      it is not known; "" where it is
+    name     of the stage
+    ranks    that share its batch
+    takes    {"weights": ..., "activations": ..., "total": ...}, see `Fit`; None where it is not known
+    fits     whether that is within the usable part of `gpu` bytes; None where either is not known
+    changes  the smallest that make it fit, as lines of a recipe; empty where none are needed, or none help
+    then     `takes` with these changes; None without any
+    why      it is not known; "" where it is
     """
     from longtake.training import fit
 

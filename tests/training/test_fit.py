@@ -12,6 +12,7 @@ import measured
 import pytest
 import torch
 import yaml
+from tiny_foreign import pipeline_folder
 
 from longtake.datasets.errors import UserError
 from longtake.training import engines, fit
@@ -24,7 +25,13 @@ VQGAN = {"kind": "pretrain_vqgan", "dataset": "shards", "model": {"preset": "vqg
 TOKENS = {"kind": "cache_tokens", "dataset": "shards", "encoder": "vqgan", "size": [32, 32]}
 BEFORE = {"shards": SHARDS, "vae": VAE, "latents": LATENTS, "vqgan": VQGAN, "tokens": TOKENS}
 LOW = LATENTS | {"shrink": [4, 4]}
-MEMORY = {"latents": "latents", "low_latents": "low", "model": {"preset": "memory_dit_tiny"}, "history_seconds": 4, "frames": 9}
+MEMORY = {
+    "latents": "latents",
+    "low_latents": "low",
+    "model": {"preset": "memory_dit_tiny"},
+    "history_seconds": 4,
+    "frames": 9,
+}
 COMMON = {"dataset": "shards", "batch": 2, "steps": 400, "ema_half_lives": []}
 LATTE = {"kind": "finetune_latte", "latents": "latents", "model": {"preset": "latte_tiny"}}
 TRAININGS: dict[str, dict[str, Any]] = {
@@ -85,12 +92,31 @@ def test_so_it_is_of_every_setting_that_decides_it(tmp_path: Path, group: None, 
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("lora", [None, {"rank": 4}], ids=["full", "lora"])
+def test_so_it_is_of_a_model_of_another_library(tmp_path: Path, group: None, lora: dict[str, Any] | None) -> None:
+    folder = str(pipeline_folder(tmp_path / "wan"))
+    training = {
+        "kind": "finetune_backbone",
+        "base": folder,
+        "latents": "own",
+        "text": "/text",
+        "frames": 9,
+        "lora": lora,
+    }
+    stages = BEFORE | {"own": LATENTS | {"encoder": folder}, "training": COMMON | training}
+    path = tmp_path / "r.yaml"
+    path.write_text(yaml.safe_dump({"name": "r", "workspace": str(tmp_path / "ws"), "stages": stages}))
+    check(measured.source_of(str(path), "training"))
+
+
+@pytest.mark.slow
 def test_a_process_grows_by_what_a_plan_tells(tmp_path: Path) -> None:
-    found = source(tmp_path, TRAININGS["latte_of_pixels"], batch=12, model={"preset": "latte_b", "patch": 4})
+    found = source(tmp_path, TRAININGS["latte_of_pixels"], batch=8, model={"preset": "latte_s", "patch": 8})
     script = Path(measured.__file__)
     command = [sys.executable, str(script), str(tmp_path / "r.yaml"), "training"]
     grown = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1])
-    assert measured.planned(found) == pytest.approx(grown, rel=0.1)
+    # the kernel counts libraries and what torch has freed and not given back, too
+    assert 0.95 < grown / measured.planned(found) < 1.25
 
 
 @pytest.mark.parametrize(
@@ -106,7 +132,12 @@ def test_a_full_size_is_told_in_seconds_and_takes_no_memory(tmp_path: Path, trai
     shards = SHARDS | {"clip": {"short_side": 512, "fps": 24, "max_seconds": 60}}
     latents = {"size": [256, 256]}
     path = tmp_path / "r.yaml"
-    stages = BEFORE | {"shards": shards, "latents": LATENTS | latents, "low": LOW | latents, "training": COMMON | training}
+    stages = BEFORE | {
+        "shards": shards,
+        "latents": LATENTS | latents,
+        "low": LOW | latents,
+        "training": COMMON | training,
+    }
     path.write_text(yaml.safe_dump({"name": "r", "workspace": str(tmp_path / "ws"), "stages": stages}))
     found = measured.source_of(str(path), "training")
     before, start = measured.resident(), time.process_time()
@@ -134,7 +165,9 @@ def test_ranks_share_the_batch_and_what_zero_divides(tmp_path: Path) -> None:
     most = [max(fit.trace_of(found.stage, found.config, found.inputs, world).points.values()) for world in (1, 4)]
     assert most[0] == pytest.approx(4 * most[1], rel=0.1)
     one, three = told(run=run, zero_stage=1), told(run=run, zero_stage=3)
-    assert 4 * one.optimizer == pytest.approx(12 * alone.optimizer / 8) and 4 * three.weights == pytest.approx(one.weights, abs=4)
+    assert 4 * one.optimizer == pytest.approx(12 * alone.optimizer / 8) and 4 * three.weights == pytest.approx(
+        one.weights, abs=4
+    )
     assert told(run=run, zero_stage=1, offload="optimizer").optimizer == 0
 
 
@@ -155,7 +188,9 @@ def test_the_cheapest_change_that_is_enough_is_named(tmp_path: Path) -> None:
     again = SHALLOW | {"activation_checkpointing": True}
     run = {"launcher": {"by": "torchrun", "processes": 4}}
     assert remedy(tmp_path, 0.9) == ("model.activation_checkpointing: true",)
-    assert remedy(tmp_path, 0.9, model=again, batch=4, run=run)[0].startswith("zero_stage")  # type: ignore[index]
+    # most of it are the optimizer's states
+    deep = {"preset": "latte_s", "patch": 16, "activation_checkpointing": True}
+    assert remedy(tmp_path, 0.9, model=deep, batch=4, run=run) == ("zero_stage: 1",)
     assert remedy(tmp_path, 0.8, model=again) == ("accumulate: 2",)
     assert remedy(tmp_path, 0.001) is None
 
@@ -180,11 +215,11 @@ LOADED = ("vae", "vqgan", "encgan3", "latte_of_pixels")
 
 
 @pytest.mark.parametrize("name", LOADED)
-def test_the_batch_of_a_plan_is_as_a_loader_gives_it(
-    tmp_path: Path, dataset: str, group: None, name: str
-) -> None:
+def test_the_batch_of_a_plan_is_as_a_loader_gives_it(tmp_path: Path, dataset: str, group: None, name: str) -> None:
     changes: dict[str, Any] = {"run": {"workers": 0}}
-    changes |= {"sizes": [[32, 32]]} if name == "vae" else {"recall": False} if name == "encgan3" else {"size": [32, 32]}
+    changes |= (
+        {"sizes": [[32, 32]]} if name == "vae" else {"recall": False} if name == "encgan3" else {"size": [32, 32]}
+    )
     found = source(tmp_path, TRAININGS[name], **changes)
     stage, config = found.stage, found.config
     setup = stage.prepare(config, {"dataset": dataset}, tmp_path)

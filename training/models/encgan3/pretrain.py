@@ -144,7 +144,9 @@ def _judges(config: Config, model: EncGAN3Config) -> Discriminators:
 
 def model_of(config: Config, inputs: Mapping[str, Source]) -> EncGAN3Config:
     """See `training.fit`."""
-    model: EncGAN3Config = config.encgan3() if config.model is not None or "parent" not in inputs else made_by(inputs["parent"])
+    model: EncGAN3Config = (
+        config.encgan3() if config.model is not None or "parent" not in inputs else made_by(inputs["parent"])
+    )
     return model
 
 

@@ -205,7 +205,11 @@ def largest(config: Config, inputs: Mapping[str, Source], count: int) -> Largest
     if window.encoder is None:
         target: Any = PixelTarget(window.shape, 1.0, config.clip_starts)
     else:
-        target = LatentTarget(None, window.channels, window.shape, 1.0, None, config.posterior, config.clip_starts)
+        # the loss asks for the sizes alone
+        unknown: Any = None
+        target = LatentTarget(
+            unknown, window.channels, window.shape, 1.0, unknown, config.posterior, config.clip_starts
+        )
     latte = Latte(model)
     batch = window.batch(count) | sizes.said(model, count) | {"start": torch.arange(count)}
     beside = () if window.encoder is None else (module_of(window.encoder),)

@@ -350,7 +350,9 @@ def largest(config: Config, inputs: Mapping[str, Source], count: int) -> Largest
     model = Mavin(planned)
     _keep_still(config, model)
     setup = Setup({}, codec.eval(), None, encoder, spans, model, 1.0, 1)
-    batch = sizes.said(planned.model_copy(update={"classes": 0}), count) | video_batch(count, config.frames, *config.size)
+    batch = sizes.said(planned.model_copy(update={"classes": 0}), count) | video_batch(
+        count, config.frames, *config.size
+    )
     return Largest(Objective({"model": model}, partial(_loss, config, setup)), batch, (codec,))
 
 

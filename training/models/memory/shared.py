@@ -123,7 +123,7 @@ def largest_of(
     config: MemoryConfig,
     inputs: Mapping[str, Source],
     count: int,
-    loss: Callable[[MemoryConfig, MemoryDiT, Turn], tuple[Tensor, Terms]],
+    loss: Callable[[Any, MemoryModel, Turn], tuple[Tensor, Terms]],
 ) -> Largest:
     """See `training.fit`: each sample of a batch has the longest history."""
     window, model, history = planned(config, inputs)
