@@ -128,6 +128,8 @@ def prepare(config: Config, inputs: Mapping[str, str], folder: Path) -> Setup:
     target = LatentTarget(record, record.channels, shape, fps, codec, config.posterior, config.clip_starts)
     changes = {"shape": shape, "text_dropout": config.text_dropout, "text_length": model.config.longest_text}
     changes["activation_checkpointing"] = config.activation_checkpointing
+    # a model that has learned to go on from clean first latents can do it
+    changes["expand_timesteps"] = model.config.expand_timesteps or (share > 0 and not model.config.sizes.image_channels)
     model.config = model.config.model_copy(update=changes)
     net: Any = model.net
     (net.enable_gradient_checkpointing if config.activation_checkpointing else net.disable_gradient_checkpointing)()

@@ -26,6 +26,7 @@ from longtake.training.foreign.backbone import Backbone
 from longtake.training.foreign.load import codec_of
 from longtake.training.models.backbone import finetune
 from longtake.training.models.backbone.finetune import Config
+from longtake.training.models.backbone.sample import accepts_of
 from longtake.training.models.kind import Judged
 from longtake.training.objective import Turn
 from longtake.training.registry.gate import Window
@@ -278,6 +279,7 @@ def test_the_shift_is_that_of_the_scheduler_or_the_configs(wan: Given, tmp_path:
 def test_of_a_share_of_windows_the_first_latent_is_clean_and_not_learned(wan: Given, tmp_path: Path) -> None:
     chosen = config(image_conditioning=0.5)
     setup = started(chosen, wan, tmp_path)
+    assert setup.model.config.expand_timesteps and "start" in accepts_of({"config": setup.model.config.model_dump()})
     loader = finetune.loader(chosen, setup, 0, 1)
     firsts = [batch["latent"][:, 0].float() for batch in loader.at(range(8))]
 
