@@ -15,16 +15,19 @@ import pytest
 import spoken
 import tiny_foreign
 import torch
+import yaml
 from flat import nested
 from torch import Tensor
 
 from longtake.datasets.errors import Failure, UserError
 from longtake.datasets.text import TextConfig
 from longtake.training import checkpoint, registry
+from longtake.training.fit import Source
 from longtake.training.foreign import adapters
 from longtake.training.foreign.backbone import Backbone
 from longtake.training.foreign.load import codec_of
-from longtake.training.models.backbone import finetune
+from longtake.training.models.backbone import evaluate, finetune
+from longtake.training.models.backbone.base import opened as base_of
 from longtake.training.models.backbone.finetune import Config
 from longtake.training.models.backbone.sample import accepts_of
 from longtake.training.models.kind import Judged
@@ -181,6 +184,25 @@ def test_an_adapter_that_is_broken_or_does_nothing_is_refused(
     fit(still, wan, tmp_path / "still")
     with pytest.raises(Failure, match="changes nothing of what the base does; train for longer, or with a higher lr"):
         measured(still, wan, tmp_path / "still")
+
+
+@pytest.mark.usefixtures("group")
+def test_the_base_is_measured_with_the_same_vector_of_no_text(
+    of_kind: Callable[[str], Given], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bases: list[Backbone] = []
+
+    def opened(*arguments: Any) -> tuple[Backbone, dict[str, Any]]:
+        base, facts = base_of(*arguments)
+        bases.append(base)
+        return base, facts
+
+    chosen, given = config(pooled="pooled", steps=1), of_kind("hunyuan")
+    fit(chosen, given, tmp_path)
+    monkeypatch.setattr(evaluate, "opened", opened)
+    _, model = measured(chosen, given, tmp_path)
+    assert model.empty_pooled is not None and model.empty_pooled.any()
+    assert bases[0].empty_pooled is not None and torch.equal(bases[0].empty_pooled.cpu(), model.empty_pooled.cpu())
 
 
 @pytest.mark.usefixtures("group")
@@ -347,6 +369,21 @@ def test_batches_are_bound_by_their_tokens_and_the_largest_comes_first(
     )
 
 
+@pytest.mark.usefixtures("group")
+@pytest.mark.parametrize(("bound", "frames"), [(36, 9), (35, 17), (None, 17)])
+def test_a_plan_takes_the_batch_that_is_tried_first(wan: Given, tmp_path: Path, bound: int | None, frames: int) -> None:
+    # one window of 17 frames has 30 tokens, two of 9 have 36
+    chosen = config(frames=[17, 9], max_tokens=bound)
+    setup = started(chosen, wan, tmp_path)
+    largest = finetune.objective(chosen, setup).largest
+    assert largest
+    sources = {name: Source(None, None, uri, {}) for name, uri in wan.items()}
+    wanted, planned = largest(), finetune.largest(chosen, sources, chosen.batch).batch
+    assert planned["latent"].shape == wanted["latent"].shape and wanted["latent"].shape[3] == 1 + (frames - 1) // 4
+    with pytest.raises(UserError, match="max_tokens: 29 hold no window of 30 tokens; raise it, or lower `frames`"):
+        finetune.largest(config(frames=[17, 9], max_tokens=29), sources, chosen.batch)
+
+
 # what is refused
 
 
@@ -410,6 +447,60 @@ def test_columns_of_another_pipeline_are_one_line(
     with pytest.raises(UserError, match=says) as caught:
         started(config(), given | {"vae": str(tmp_path / "other")} if field == "latents" else given, tmp_path / "run")
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.usefixtures("group")
+@pytest.mark.parametrize("kind", ["wan", "hunyuan"])
+def test_texts_by_other_settings_than_the_bases_are_one_line_that_says_what_to_write(
+    of_kind: Callable[[str], Given], tmp_path: Path, kind: str
+) -> None:
+    chosen = config(pooled="pooled" if kind == "hunyuan" else None)
+    given = foreign_stages.moved(of_kind(kind), of_kind(kind)["dataset"], tmp_path)
+
+    def encoded(name: str, **settings: Any) -> str:
+        """A column of texts by the base's own encoder."""
+        encoder = load_encoder(TextConfig(encoder=given["base"], length=64, **settings))
+        return spoken.column(tmp_path / name, given["dataset"], encoder=encoder, name=f"text-{kind}-{name}")
+
+    says = "text: .* has states of clean: whitespace.*, and .* has learned others; write in its `cache_text` stage: "
+    with pytest.raises(UserError, match=says) as caught:
+        started(chosen, given | {"text": encoded("default")}, tmp_path / "run")
+    assert "\n" not in str(caught.value)
+    said = str(caught.value).partition("stage: ")[2]
+    started(chosen, given | {"text": encoded("said", **yaml.safe_load(f"{{{said}}}"))}, tmp_path / "again")
+
+
+@pytest.mark.usefixtures("group")
+def test_vectors_of_texts_by_other_settings_are_one_line(of_kind: Callable[[str], Given], tmp_path: Path) -> None:
+    given = of_kind("hunyuan")
+    encoder = load_encoder(TextConfig(encoder=str(Path(given["base"]) / "text_encoder_2"), clean="none", layer=-2))
+    other = spoken.column(tmp_path / "pooled", given["dataset"], encoder=encoder, name="text-pooled-other")
+    with pytest.raises(UserError, match=r"pooled: .* has states of layer: -2, .* `cache_text` stage: layer: -1$"):
+        started(config(pooled="pooled"), given | {"pooled": other}, tmp_path / "run")
+
+
+@pytest.mark.usefixtures("group")
+@pytest.mark.parametrize(
+    ("kind", "part"), [("wan", "transformer"), ("wan22_a14b", "transformer"), ("wan22_a14b", "transformer_2")]
+)
+def test_a_transformer_in_its_pipelines_folder_is_that_of_the_pipeline(
+    of_kind: Callable[[str], Given], tmp_path: Path, kind: str, part: str
+) -> None:
+    given = of_kind(kind)
+    expert = None if kind == "wan" else "low" if part == "transformer_2" else "high"
+    chosen, inside = config(expert=expert, fps=None), given | {"base": str(Path(given["base"]) / part)}
+    with pytest.raises(UserError, match=r"fps: \S+ makes 16 frames a second"):
+        started(chosen, inside, tmp_path / "rate")
+    chosen = config(expert=expert)
+    setup = started(chosen, inside, tmp_path / "run")
+    assert setup.model.config == started(chosen, given, tmp_path / "whole").model.config
+    # its columns are compared with the parts beside it
+    moved = foreign_stages.moved(given, given["dataset"], tmp_path)
+    name, says = ("text", "another encoder") if part == "transformer_2" else ("latents", "another autoencoder")
+    other = (wrong_text if name == "text" else wrong_latents)(moved, tmp_path)
+    more = {"vae": str(tmp_path / "other")} if name == "latents" else {}
+    with pytest.raises(UserError, match=f"{says} than that of .*; encode by its own: encoder: {given['base']}$"):
+        started(chosen, inside | {name: other} | more, tmp_path / "other-run")
 
 
 @pytest.mark.usefixtures("group")
