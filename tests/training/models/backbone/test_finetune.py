@@ -32,7 +32,8 @@ from longtake.training.models.backbone.finetune import Config
 from longtake.training.models.backbone.sample import accepts_of
 from longtake.training.models.kind import Judged
 from longtake.training.objective import Turn
-from longtake.training.registry.gate import Window
+from longtake.training.registry import disk, judge, lineage
+from longtake.training.registry.gate import Gate, Window
 from longtake.training.text import load_encoder
 
 pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.filterwarnings("ignore")]
@@ -347,6 +348,15 @@ def test_a_model_with_vectors_of_texts_gets_those_of_the_second_encoder(
             assert torch.equal(seen.asked[0][2]["pooled"][row], states[mask][-1])
     fit(config(pooled="pooled", steps=1), given, tmp_path / "run")
 
+    # a gate measures it with them
+    folder, facts = tmp_path / "model", finetune.facts(chosen, setup, lineage.read(tmp_path))
+    disk.save(folder, "backbone", setup.model.config.model_dump(mode="json"), setup.model.state_dict(), facts)
+    one, gate = judge.load(str(folder)), Gate.model_validate({"metrics": {"loss": {"better": "lower"}}, "samples": 2})
+    ours, theirs = judge.rows_of(one, one, given, gate)
+    assert ours == theirs and len(ours) == 2 and all(0 < row["loss"] < 1e6 for row in ours.values())
+    with pytest.raises(UserError, match="pooled: .* has learned a vector of each text; name what their `cache_text`"):
+        judge.rows_of(one, None, {name: uri for name, uri in given.items() if name != "pooled"}, gate)
+
 
 @pytest.mark.usefixtures("group")
 def test_batches_are_bound_by_their_tokens_and_the_largest_comes_first(
@@ -551,11 +561,11 @@ def test_it_is_measured_registered_judged_and_fine_tuned_again(wan: Given, store
     # the judge says of each clip what the evaluation says of all
     from longtake.training.models import judge_of
 
-    judge, judged = judge_of(facts), Judged("", model.eval(), facts)
-    options = judge.options(judged, wan, Window(frames=9))
+    measuring, judged = judge_of(facts), Judged("", model.eval(), facts)
+    options = measuring.options(judged, wan, Window(frames=9))
     assert set(options["columns"]) == {"latent", "text"} and options["clip_starts"] == 1
     latent = torch.zeros(1, 2, 4, 3, 4, 6)
-    assert judge.figures(judged, {"latent": latent}, None, 0, 1.0)["loss"] > 0
+    assert measuring.figures(judged, {"latent": latent}, None, 0, 1.0)["loss"] > 0
 
     # the next training begins with it, at its frame rate, and knows its texts
     again = config(name="wan-ft", fps=None, lora=None, steps=1, zero_stage=1)
