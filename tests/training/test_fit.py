@@ -188,7 +188,9 @@ def test_the_cheapest_change_that_is_enough_is_named(tmp_path: Path) -> None:
     again = SHALLOW | {"activation_checkpointing": True}
     run = {"launcher": {"by": "torchrun", "processes": 4}}
     assert remedy(tmp_path, 0.9) == ("model.activation_checkpointing: true",)
-    assert remedy(tmp_path, 0.9, model=again, batch=4, run=run)[0].startswith("zero_stage")  # type: ignore[index]
+    # most of it are the optimizer's states
+    deep = {"preset": "latte_s", "patch": 16, "activation_checkpointing": True}
+    assert remedy(tmp_path, 0.9, model=deep, batch=4, run=run) == ("zero_stage: 1",)
     assert remedy(tmp_path, 0.8, model=again) == ("accumulate: 2",)
     assert remedy(tmp_path, 0.001) is None
 

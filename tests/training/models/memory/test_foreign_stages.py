@@ -90,7 +90,7 @@ def test_a_low_rank_change_and_the_memory_learn_to_retrieve_and_nothing_else(
     from longtake.training import checkpoint
 
     setup.model.load_state_dict(checkpoint.trained(tmp_path / "run", chosen))
-    assert heldout_loss(chosen, setup) < 0.97 * before
+    assert heldout_loss(chosen, setup) < 0.5 * before
 
 
 WAYS: dict[str, dict[str, Any]] = {
