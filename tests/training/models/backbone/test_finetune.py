@@ -354,7 +354,7 @@ def test_a_model_with_vectors_of_texts_gets_those_of_the_second_encoder(
     one, gate = judge.load(str(folder)), Gate.model_validate({"metrics": {"loss": {"better": "lower"}}, "samples": 2})
     ours, theirs = judge.rows_of(one, one, given, gate)
     assert ours == theirs and len(ours) == 2 and all(0 < row["loss"] < 1e6 for row in ours.values())
-    with pytest.raises(UserError, match="pooled: .* has learned a vector of each text; name what their `cache_text`"):
+    with pytest.raises(UserError, match=r"pooled: .* has learned a vector of each text; name what their `cache_text`"):
         judge.rows_of(one, None, {name: uri for name, uri in given.items() if name != "pooled"}, gate)
 
 
