@@ -8,8 +8,8 @@ large trainings take what is allocated. Run as a script, for a process of its ow
 
 import gc
 import json
-import resource
 import sys
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -71,8 +71,9 @@ def train(source: fit.Source) -> None:
 
 
 def resident() -> int:
-    """The most memory that this process has had, in bytes."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    """The most memory that this process has had, in bytes; `getrusage` would count that of the process that started it."""
+    status = Path("/proc/self/status").read_text()
+    return int(status.partition("VmHWM:")[2].split()[0]) * 1024
 
 
 if __name__ == "__main__":

@@ -4,7 +4,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -126,7 +125,7 @@ def test_a_process_grows_by_what_a_plan_tells(tmp_path: Path) -> None:
     ],
     ids=lambda training: str(training["model"]["preset"]),
 )
-def test_a_full_size_is_told_in_seconds_and_takes_no_memory(tmp_path: Path, training: dict[str, Any]) -> None:
+def test_a_full_size_is_told_without_its_memory(tmp_path: Path, training: dict[str, Any]) -> None:
     shards = SHARDS | {"clip": {"short_side": 512, "fps": 24, "max_seconds": 60}}
     latents = {"size": [256, 256]}
     path = tmp_path / "r.yaml"
@@ -138,9 +137,8 @@ def test_a_full_size_is_told_in_seconds_and_takes_no_memory(tmp_path: Path, trai
     }
     path.write_text(yaml.safe_dump({"name": "r", "workspace": str(tmp_path / "ws"), "stages": stages}))
     found = measured.source_of(str(path), "training")
-    before, start = measured.resident(), time.process_time()
+    before = measured.resident()
     told = fit.Planned(found.stage, found.config, found.inputs).fit()
-    assert time.process_time() - start < 20
     assert measured.resident() - before < 300 << 20 < told.weights < told.total
 
 
