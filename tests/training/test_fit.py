@@ -113,7 +113,7 @@ def test_a_process_grows_by_what_a_plan_tells(tmp_path: Path) -> None:
     command = [sys.executable, str(script), str(tmp_path / "r.yaml"), "training"]
     grown = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1])
     # the kernel counts libraries and what torch has freed and not given back, too
-    assert 0.95 < grown / measured.planned(found) < 1.25
+    assert 0.95 < grown / measured.planned(found) < 1.5
 
 
 @pytest.mark.parametrize(
