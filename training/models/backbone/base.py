@@ -17,11 +17,11 @@ from longtake.training import text as encoders
 from longtake.training.data import HELDOUT
 from longtake.training.engines import device
 from longtake.training.foreign.backbone import Backbone
+from longtake.training.foreign.clip_rate import check_rate
 from longtake.training.foreign.folder import index_of
 from longtake.training.models.backbone import sample
 from longtake.training.models.backbone.config import Config
 from longtake.training.models.backbone.given import given
-from longtake.training.models.backbone.pipeline import completed
 from longtake.training.models.backbone.solver import solver_of
 from longtake.training.models.common.codec import decoded
 from longtake.training.models.common.condition import of_batch
@@ -29,8 +29,6 @@ from longtake.training.models.common.wanted import Wanted
 from longtake.training.models.generator import Settings
 from longtake.training.objective import Batch
 from longtake.training.target import LatentTarget
-
-_ANY_RATE = ("LTXVideoTransformer3DModel",)  # classes that take the frame rate as an input
 
 
 class Setup(NamedTuple):
@@ -207,14 +205,7 @@ def _check_text(base: str, model: Backbone, facts: Mapping[str, Any], text: Text
 def _frame_rate(base: str, model: Backbone, facts: Mapping[str, Any], config: Config, dataset: str) -> float:
     """Frames a second of the clips. UserError where they are neither those of the base nor those of the config."""
     rate = data.frame_rate(dataset, config.lengths[-1])
-    known = None if model.config.class_name in _ANY_RATE else completed(base, facts)["window"]["fps"]
-    wanted = config.fps or known
-    if wanted is not None and abs(rate / wanted - 1) > 0.01:
-        whose = "fps: is" if config.fps else f"fps: {base} makes"
-        raise UserError(
-            f"{whose} {wanted:g} frames a second, and the clips of {dataset} have {rate:g}, so that motion would be learned too"
-            f" fast or slow; cut them again with clip.fps: {wanted:g}, or say fps: {rate:g}"
-        )
+    check_rate(base, model.config, facts, rate, config.fps)
     return rate
 
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from longtake.datasets.latents import encoder_digest
 from longtake.training.engines import device
 from longtake.training.foreign.backbone import BackboneConfig
+from longtake.training.foreign.clip_rate import fps_of
 from longtake.training.foreign.library import class_of
 from longtake.training.models.backbone.solver import solver_of
 from longtake.training.models.common import codec as codecs
@@ -31,17 +32,16 @@ class Made(NamedTuple):
 
     frames: int
     size: tuple[int, int]
-    fps: float
     guidance: float
     steps: int = 50
 
 
 _MADE = {
-    "WanTransformer3DModel": Made(81, (480, 832), 16.0, 5.0),
-    "LTXVideoTransformer3DModel": Made(161, (512, 704), 25.0, 3.0),
-    "HunyuanVideoTransformer3DModel": Made(129, (720, 1280), 24.0, 6.0),
+    "WanTransformer3DModel": Made(81, (480, 832), 5.0),
+    "LTXVideoTransformer3DModel": Made(161, (512, 704), 3.0),
+    "HunyuanVideoTransformer3DModel": Made(129, (720, 1280), 6.0),
 }
-_MADE_5B = Made(121, (704, 1280), 24.0, 5.0)  # Wan 2.2-5B, which alone expands times
+_MADE_5B = Made(121, (704, 1280), 5.0)  # Wan 2.2-5B, which alone expands times
 
 
 def completed(uri: str, facts: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -59,7 +59,7 @@ def completed(uri: str, facts: Mapping[str, Any]) -> Mapping[str, Any]:
     shift = config.shift_of((1 + (made.frames - 1) // factor, height // pixels, width // pixels))
     settings = Settings(made.steps, made.guidance, shift, solver=solver_of(config.scheduler))
     found |= {
-        "window": {"frames": made.frames, "stride": 1, "size": list(made.size), "fps": made.fps},
+        "window": {"frames": made.frames, "stride": 1, "size": list(made.size), "fps": fps_of(config, facts)},
         "sampling": plain(settings, SETTINGS),
         "classes": [],
         "text": {"encoder": _encoder(uri, facts, config)},

@@ -124,6 +124,12 @@ class MemoryBackbone(MemoryModel):
         """Patterns of names of the layers that a low-rank change changes by default: the transformer's."""
         return tuple(rf"backbone\.{target}" for target in self.backbone.lora_targets)
 
+    @property
+    def shift(self) -> float:
+        """As the transformer's own pipeline moves them for a segment."""
+        assert self.config.shape
+        return self.backbone.shift_of(self.config.shape)
+
     def blocks(self) -> Iterator[nn.Module]:
         yield from self.backbone.blocks()
 

@@ -127,11 +127,9 @@ def model_of(config: MemoryConfig, inputs: Mapping[str, Source]) -> MemoryModelC
 
 
 def resolved(config: Settings, inputs: Mapping[str, Source]) -> Settings:
-    """See `training.fit`: with the low-rank change of the paper where a base of another library gets one."""
+    """See `training.fit`, and `with_lora`."""
     model = planned(config, inputs).model
-    if "lora" in config.model_fields_set or not isinstance(model, MemoryBackboneConfig):
-        return config
-    return adapting(config, model.model_dump())
+    return adapting(config, model.model_dump() if isinstance(model, MemoryBackboneConfig) else None)
 
 
 def largest_of(
@@ -154,6 +152,11 @@ def largest_of(
     made = MemoryBackbone(model) if isinstance(model, MemoryBackboneConfig) else MemoryDiT(model)  # type: ignore[arg-type]
     objective = Objective({"model": made}, partial(loss, config, made))
     return Largest(objective, batch, (module_of(window.encoder),))
+
+
+def shift_of(config: MemoryConfig, model: MemoryModel) -> float:
+    """How far times are moved towards noise, in training and sampling."""
+    return model.shift if config.shift is None else config.shift
 
 
 def announce(config: MemoryConfig, setup: Setup, loader: Loader) -> tuple[list[str], dict[str, float]]:

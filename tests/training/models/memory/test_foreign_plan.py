@@ -47,7 +47,7 @@ def test_what_both_stages_take_is_told_with_the_low_rank_change_that_they_get(tm
         assert not rows["retrieval"]["why"] and not rows["prior"]["why"], rows
         return {name: row["takes"]["weights"] for name, row in rows.items()}
 
-    usual, said, all_ = weights(), weights(lora={"rank": 128, "full": ["memory"]}), weights(lora=None)
+    usual, said, all_ = weights(), weights(lora={"rank": 128, "full": ["memory", "cross"]}), weights(lora="none")
     assert usual == said and usual["prior"] == all_["prior"] and usual["retrieval"] != all_["retrieval"]
 
 
@@ -55,5 +55,5 @@ def test_what_both_stages_take_is_told_with_the_low_rank_change_that_they_get(tm
 @pytest.mark.usefixtures("group")
 @pytest.mark.parametrize("name", ["retrieval", "prior"])
 def test_a_plan_is_within_a_tenth_of_what_a_training_takes(tmp_path: Path, name: str) -> None:
-    found = measured.source_of(written(tmp_path, lora={"rank": 4, "full": ["memory"]}), name)
+    found = measured.source_of(written(tmp_path, lora={"rank": 4, "full": ["memory", "cross"]}), name)
     assert measured.planned(found) == pytest.approx(measured.allocated(found), rel=0.1)
