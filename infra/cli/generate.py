@@ -43,7 +43,8 @@ _MOST_AT_ONCE = 64  # videos in a grid, which are all decoded side by side
 @click.option(
     "--negative",
     metavar="TEXT",
-    help="What is not to be seen: guidance, which must be above 1, leads away from it.",
+    help="What is not to be seen: guidance, which must be above 1, leads away from it. With HunyuanVideo --negative-guidance"
+    " does.",
 )
 @click.option(
     "--text-encoder",
@@ -117,6 +118,13 @@ _MOST_AT_ONCE = 64  # videos in a grid, which are all decoded side by side
     help="Guidance at low noise, for a model of two experts. [default: as --guidance]",
 )
 @click.option(
+    "--negative-guidance",
+    type=media.Number(min=1, max=1000),
+    metavar="G",
+    help="Guidance away from --negative, for a model that has --guidance as an input, such as HunyuanVideo; 1 is none."
+    " [default: 1]",
+)
+@click.option(
     "--solver",
     type=click.Choice(["euler", "unipc"]),
     help="How the flow is followed: by Euler steps, or by UniPC's, of which fewer do. Where the model is a transformer of"
@@ -188,6 +196,7 @@ def generate(
     guidance: str | None,
     history_noise: float | None,
     guidance_2: float | None,
+    negative_guidance: float | None,
     solver: str | None,
     size: tuple[int, int] | None,
     steps: int | None,
@@ -250,6 +259,7 @@ def generate(
         settings = {"guidance": strength, "steps": steps, "history_noise": history_noise}
         settings |= {"temperature": temperature, "top_k": top_k, "top_p": top_p, "keep": keep}
         settings |= {"content": content, "backward": backward or None, "solver": solver, "guidance_2": guidance_2}
+        settings |= {"negative_guidance": negative_guidance}
         texts = {"prompt": words or None, "negative": negative}
         files = {"start": start, "movement": movement or None, "storyboard": storyboard, "audio": audio}
         for name, value in (files | settings | texts | {"size": size}).items():

@@ -14,16 +14,20 @@ SIZE = len(SPECIAL) + len(WORDS)
 _ENDS = {"t5": ("", "</s>"), "umt5": ("", "</s>"), "llama": ("<s>", "")}  # else both
 
 
-def tokenizer(folder: Path, begin: str, end: str) -> None:
+def tokenizer(folder: Path, begin: str, end: str, of_clip: bool = False) -> None:
+    """Write one of some words. Of CLIP the end token has the highest id, and pads too."""
     from tokenizers import Tokenizer, models, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
 
-    vocabulary = {word: number for number, word in enumerate([*SPECIAL, *WORDS])}
+    words = [*WORDS, "<unk>", "<pad>", "<s>", "</s>"] if of_clip else [*SPECIAL, *WORDS]
+    vocabulary = {word: number for number, word in enumerate(words)}
     made = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     made.pre_tokenizer = pre_tokenizers.Whitespace()
     pieces = " ".join(filter(None, (begin, "$A", end)))
-    made.post_processor = processors.TemplateProcessing(single=pieces, special_tokens=[("<s>", 1), ("</s>", 2)])
-    names = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    made.post_processor = processors.TemplateProcessing(
+        single=pieces, special_tokens=[(word, vocabulary[word]) for word in ("<s>", "</s>")]
+    )
+    names = {"pad_token": "</s>" if of_clip else "<pad>", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
     PreTrainedTokenizerFast(tokenizer_object=made, model_max_length=64, **names).save_pretrained(folder)
 
 

@@ -229,7 +229,8 @@ def _text_encoder(kind: str, seed: int) -> Any:
     if kind == "clip_text":
         torch.manual_seed(seed)
         sizes = {"hidden_size": POOLED, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
-        ids = {"vocab_size": tiny_encoders.SIZE, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+        # of CLIP's end token the config says 2, and the class takes the highest id for it
+        ids = {"vocab_size": tiny_encoders.SIZE, "bos_token_id": tiny_encoders.SIZE - 2, "eos_token_id": 2}
         return transformers.CLIPTextModel(
             transformers.CLIPTextConfig(**sizes, **ids, max_position_embeddings=77)
         ).eval()
@@ -250,6 +251,6 @@ def _tokenizer(folder: Path, kind: str) -> Any:
 
     folder.mkdir(parents=True, exist_ok=True)
     ends = {"t5": ("", "</s>"), "umt5": ("", "</s>"), "llama": ("<s>", "")}
-    tiny_encoders.tokenizer(folder, *ends.get(kind, ("<s>", "</s>")))
+    tiny_encoders.tokenizer(folder, *ends.get(kind, ("<s>", "</s>")), of_clip=kind == "clip_text")
     most = 77 if kind == "clip_text" else 512
     return transformers.PreTrainedTokenizerFast.from_pretrained(folder, model_max_length=most)

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from longtake.training.foreign.backbone_config import ROWS, BackboneConfig
-from longtake.training.foreign.backbone_inputs import Front, Inputs
-from longtake.training.foreign.front import CLASSES
+from longtake.training.foreign.backbone_inputs import Inputs
+from longtake.training.foreign.front import CLASSES, Front
 from longtake.training.foreign.library import class_of
 from longtake.training.models.common.condition import Condition, draw_hidden
 

@@ -2,33 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from longtake.training.foreign.front import Front
+
 STEPS = 1000  # times of the classes are 0 to 1000
-
-
-class Front(NamedTuple):
-    """Tokens in front of a window's own, such as a memory's.
-
-    Where blocks attend to a text beside their tokens, these attend to "" in place of the window's.
-
-    tokens     `(B, M, width)`, of the width of the backbone's own
-    positions  in time, row and column, `(M, 3)` or `(B, M, 3)`, in tokens; any real numbers
-    time       `(B,)`, the noise in them as t; None: they are clean
-    seen       `(B, M)` bool, False for tokens that a sample does not have; None: it has all
-    added      for each block, what it adds to the window's tokens `(B, N, width)`, as a function of them; None: nothing
-    """
-
-    tokens: Tensor
-    positions: Tensor
-    time: Tensor | None = None
-    seen: Tensor | None = None
-    added: Sequence[Callable[[Tensor], Tensor]] | None = None
 
 
 class Inputs(NamedTuple):

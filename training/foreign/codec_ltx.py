@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from longtake.training.foreign.patches import patches_of, video_of
 from longtake.training.models.common.causal import fold, starts, unfold
 from longtake.training.models.common.streaming import Past
 
@@ -23,7 +24,7 @@ def moments(net: Any, video: Tensor, past: Past | None) -> Tensor:
     if past is None:
         whole: Tensor = encoder(video)
         return whole
-    x = _swapped(fold(video, encoder.patch_size_t, encoder.patch_size), encoder.patch_size)
+    x = patches_of(video, encoder.patch_size_t, encoder.patch_size)
     x = _convolve(encoder.conv_in, x, past)
     for block in encoder.down_blocks:
         for resnet in block.resnets:
@@ -70,7 +71,7 @@ def known_frames(net: Any, latent: Tensor, past: Past, last: bool) -> Tensor:
             shift, scale = _modulation(embedded, decoder.scale_shift_table)
             x = x * (1 + scale) + shift
         x = _convolve(decoder.conv_out, decoder.conv_act(x), past, last)
-    return unfold(_swapped(x, decoder.patch_size), decoder.patch_size_t, decoder.patch_size)
+    return video_of(x, decoder.patch_size_t, decoder.patch_size)
 
 
 def _time(net: Any, latent: Tensor) -> Tensor | None:
@@ -97,11 +98,6 @@ def _embedded(embedder: Any, time: Tensor | None, x: Tensor) -> Tensor | None:
 def _modulation(embedded: Tensor, table: Tensor) -> tuple[Tensor, ...]:
     """Shifts and scales `(B, C, 1, 1, 1)`, as many as the table `(n, C)` has."""
     return (embedded.unflatten(1, (len(table), -1)) + table[None, ..., None, None, None]).unbind(1)
-
-
-def _swapped(x: Tensor, patch: int) -> Tensor:
-    """Channels by (row, column) in a patch as channels by (column, row), or back: the class has the column first."""
-    return x.unflatten(1, (-1, patch, patch)).transpose(2, 3).flatten(1, 3)
 
 
 def _convolve(conv: Any, x: Tensor, past: Past, last: bool = False) -> Tensor:

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from longtake.training.models.common.causal import fold, starts, unfold
+from longtake.training.foreign.patches import patches_of, video_of
+from longtake.training.models.common.causal import starts
 from longtake.training.models.common.streaming import Past
 
 _LOOKS_BACK = 2  # frames that a convolution of 3 in time keeps
@@ -27,7 +28,7 @@ def moments(net: Any, recompute: bool, video: Tensor, past: Past | None) -> Tens
         past: of a stream; None for a whole clip.
     """
     encoder = net.encoder
-    x = _convolve(encoder.conv_in, _patches(video, net.config.patch_size), past)
+    x = _convolve(encoder.conv_in, patches_of(video, 1, net.config.patch_size or 1), past)
     for layer in encoder.down_blocks:
         x = _down(layer, x, past, recompute)
     x = _middle(encoder.mid_block, x, past, recompute)
@@ -46,17 +47,7 @@ def frames(net: Any, recompute: bool, latent: Tensor, past: Past | None) -> Tens
         x = _up(block, x, past, recompute)
     x = decoder.nonlinearity(decoder.norm_out(x))
     x = _convolve(decoder.conv_out, x, past)
-    patch = net.config.patch_size or 1
-    return x if patch == 1 else unfold(_swapped(x, patch), 1, patch)
-
-
-def _patches(video: Tensor, patch: int | None) -> Tensor:
-    return video if patch in (None, 1) else _swapped(fold(video, 1, patch), patch)
-
-
-def _swapped(x: Tensor, patch: int) -> Tensor:
-    """Channels by (row, column) in a patch as channels by (column, row), or back: the class has the column first."""
-    return x.unflatten(1, (-1, patch, patch)).transpose(2, 3).flatten(1, 3)
+    return video_of(x, 1, net.config.patch_size or 1)
 
 
 def _convolve(conv: nn.Module, x: Tensor, past: Past | None) -> Tensor:

@@ -48,6 +48,7 @@ class Settings:
     backward        the same in the other direction of time: the video ends where its start begins
     solver          of the flow of a transformer of another library: `euler`, or `unipc` of higher order
     guidance_2      of such a transformer for low noise, beside one for high; None: as `guidance`
+    negative_guidance  away from the negative text, 1 is none; of such a transformer that has `guidance` as an input
     """
 
     steps: int = 100  # the name that registered models and recipes have; functions call them `solver_steps`
@@ -63,6 +64,7 @@ class Settings:
     backward: bool = False
     solver: Literal["euler", "unipc"] = "euler"
     guidance_2: float | None = None
+    negative_guidance: float = 1.0
 
     def __post_init__(self) -> None:
         try:
@@ -403,8 +405,11 @@ def check_requests(generator: Generator, requests: Sequence[Request], settings: 
         return
     if "prompt" not in generator.accepts:
         raise UserError("prompt: this model takes none; leave it out")
-    if negatives and (strength := parts_of(settings.guidance).text) <= 1:
-        raise UserError(f"negative: guidance leads away from it, and is {strength:g}; set guidance above 1, such as 4")
+    name, strength = "guidance", parts_of(settings.guidance).text
+    if "negative_guidance" in generator.accepts:
+        name, strength = "negative_guidance", settings.negative_guidance
+    if negatives and strength <= 1:
+        raise UserError(f"negative: {name} leads away from it, and is {strength:g}; set {name} above 1, such as 4")
     generator.check_prompts(list(dict.fromkeys(prompts + negatives)))
 
 

@@ -28,6 +28,7 @@ _BY_PART = {"guidance_classes": "classes", "guidance_text": "text"}  # no sound 
 _TYPES = {"steps": "long", "guidance": "double"} | dict.fromkeys(_BY_PART, "double")
 _TYPES |= {"temperature": "double", "top_k": "long", "top_p": "double", "keep": "long"}
 _TYPES |= {"content": "string", "backward": "boolean", "solver": "string", "guidance_2": "double"}
+_TYPES |= {"negative_guidance": "double"}
 
 
 def parameters_of(accepts: Collection[str]) -> dict[str, str]:

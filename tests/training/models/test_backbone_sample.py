@@ -20,7 +20,8 @@ from longtake.training import registry
 from longtake.training.models import kind_of
 from longtake.training.models.backbone.sample import Prior, Text, sample
 from longtake.training.models.common.condition import Condition
-from longtake.training.models.generator import Request, Scene, Settings
+from longtake.training.models.generator import Request, Scene, Settings, check_requests
+from longtake.training.registry.requests import parameters_of
 
 SEEDS = (3, 4)
 PROMPT, NEGATIVE = "a red square moves left", "the rains"
@@ -133,13 +134,40 @@ def test_ltx_gives_the_videos_of_its_pipeline(opened: Any) -> None:
     assert_same(ours(made, 17, guidance=3.0), theirs(pipe, made, 17, guidance_scale=3.0, frame_rate=25, **given))
 
 
-def test_hunyuan_gives_the_videos_of_its_pipeline(opened: Any) -> None:
+def of_hunyuan(made: Prior, negative: str = NEGATIVE) -> dict[str, Any]:
+    """The texts as its pipeline takes them."""
+    given = embeds(made, None, masks=True, negative=negative)
+    for name, text in (("pooled_prompt_embeds", PROMPT), ("negative_pooled_prompt_embeds", negative)):
+        given[name] = made._text([text] * len(SEEDS)).pooled
+    return given
+
+
+@pytest.mark.parametrize("negative", [None, "", NEGATIVE])
+def test_hunyuan_gives_the_videos_of_its_pipeline(opened: Any, negative: str | None) -> None:
     pipe, made = opened("hunyuan")
-    found, mask = states(made, PROMPT)
-    pooled = made._text([PROMPT] * len(SEEDS)).pooled
-    given = {"prompt_embeds": found, "prompt_attention_mask": mask.float(), "pooled_prompt_embeds": pooled}
-    wanted = theirs(pipe, made, 9, guidance_scale=6.0, **given)
-    assert_same(ours(made, 9, guidance=6.0, negative=None), wanted)
+    away = 1.0 if negative is None else 3.0
+    given = of_hunyuan(made, negative or "")
+    wanted = theirs(pipe, made, 9, guidance_scale=6.0, true_cfg_scale=away, **given)
+    assert_same(ours(made, 9, guidance=6.0, negative_guidance=away, negative=negative), wanted)
+    assert np.abs(ours(made, 9, guidance=6.0, negative_guidance=2.0) / 255 - wanted).max() > 0.01
+
+
+def test_hunyuan_without_a_negative_prompt_may_be_led_away_from_the_empty_one(opened: Any) -> None:
+    _, made = opened("hunyuan")
+    one, other = (ours(made, 5, negative_guidance=3.0, negative=text) for text in (None, ""))
+    assert np.abs(one.astype(int) - other).max() <= 1
+    assert parameters_of(made.accepts)["negative_guidance"] == "double"
+
+
+@pytest.mark.parametrize("kind", ["wan", "hunyuan"])
+def test_from_prompts_on_videos_are_those_of_the_pipeline_but_for_rounded_states(opened: Any, kind: str) -> None:
+    pipe, made = opened(kind)
+    leads = {"guidance_scale": 4.0} if kind == "wan" else {"guidance_scale": 4.0, "true_cfg_scale": 3.0}
+    texts = {"prompt": [PROMPT] * len(SEEDS), "negative_prompt": [NEGATIVE] * len(SEEDS)}
+    wanted = theirs(pipe, made, 5, **leads, **texts)
+    changes = {"guidance": 4.0, "negative_guidance": 3.0}
+    assert np.abs(ours(made, 5, **changes) / 255 - wanted).max() < 0.01
+    assert np.abs(ours(made, 5, negative="", **changes) / 255 - wanted).max() > 0.02
 
 
 def test_two_experts_share_the_steps_each_with_its_guidance(opened: Any) -> None:
@@ -207,10 +235,13 @@ def test_latents_are_those_of_the_pipeline(opened: Any, kind: str) -> None:
     pooled = made._text([PROMPT] * len(SEEDS)).pooled
     wanted, lower = Text(Condition(None, text, mask), pooled), Text(Condition(None, away, away_mask))
     shape = {"wan": (3, 8, 4), "ltx": (3, 2, 1), "hunyuan": (3, 8, 4)}[kind]
-    found = sample(made.models, shape, SEEDS, settings_of(made, guidance=4.0), wanted, lower, fps=25.0)
+    if kind == "hunyuan":
+        lower = lower._replace(pooled=made._text([NEGATIVE] * len(SEEDS)).pooled)
+    settings = settings_of(made, guidance=4.0, negative_guidance=2.5)
+    found = sample(made.models, shape, SEEDS, settings, wanted, lower, fps=25.0)
     given = embeds(made, {"wan": 512}.get(kind, 128), masks=kind != "wan")
     if kind == "hunyuan":
-        given = {"prompt_embeds": text, "prompt_attention_mask": mask.float(), "pooled_prompt_embeds": pooled}
+        given = of_hunyuan(made) | {"true_cfg_scale": 2.5}
     frames = 17 if kind == "ltx" else 9
     latents = theirs(pipe, made, frames, output_type="latent", guidance_scale=4.0, **given)
     if kind == "ltx":
@@ -226,8 +257,9 @@ def test_what_cannot_be_made_is_one_line(opened: Any, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="40x32: this model makes frames with sides in multiples of 16x16"):
         made.sized(40, 32)
     _, distilled = opened("hunyuan")
-    with pytest.raises(UserError, match="negative: this model has its guidance as an input"):
-        distilled.videos([request(0)], 9, settings_of(distilled))
+    with pytest.raises(UserError, match="negative: negative_guidance leads away from it, and is 1; set negative_guid"):
+        check_requests(distilled, [request(0)], settings_of(distilled))
+    check_requests(distilled, [request(0)], settings_of(distilled, guidance=1.0, negative_guidance=2.0))
     folder = tiny_foreign.pipeline_folder(tmp_path / "odd", scheduler={"class_name": "DDIMScheduler"})
     with pytest.raises(UserError, match="scheduler: DDIMScheduler is not known here"):
         prior(folder)
@@ -292,6 +324,7 @@ def test_the_command_makes_a_video_of_a_folder(opened: Any, tmp_path: Path) -> N
     assert first == said(*film, "--solver", "unipc") and "ftyp" in first
     assert len({first, said(*film, "--solver", "euler"), said(*film, "--negative", NEGATIVE)}) == 3
     assert said(*film, "--guidance-2", "3").startswith("--guidance-2: ")
+    assert said(*film, "--negative-guidance", "3").startswith("--negative-guidance: ")
     assert said(*film, "--size", "40x32").startswith("--size: 40x32: this model makes frames with sides in multiples")
     assert said("--frames", "6", "--prompt", PROMPT).startswith("--frames: frames is 6; this model makes 1 + 4n")
 

@@ -19,19 +19,23 @@ def given(model: Backbone, batch: Mapping[str, Any], x0: Tensor, fps: float, cod
     """
     found: dict[str, Any] = {"fps": fps}
     if model.config.sizes.pooled_width:
-        # CLIP's pooled state is that of its last token
-        last = (batch["pooled_mask"].sum(1) - 1).clamp(min=0)
-        found["pooled"] = batch["pooled"][torch.arange(len(last), device=last.device), last]
+        found["pooled"] = pooled_of(batch["pooled"], batch["pooled_mask"])
     if model.config.sizes.image_channels:
         assert codec
-        found["image"] = shown(codec, x0)
+        with torch.no_grad():
+            first = codec.decode(x0[:, :, :1].to(codec.dtype)).clamp(-1, 1)
+        found["image"] = start_image(codec, first, x0.shape[2])
     return found
 
 
+def pooled_of(states: Tensor, mask: Tensor) -> Tensor:
+    """CLIP's vector of each text `(B, D)`, the state of its end token, which is the last, of states `(B, N, D)`."""
+    last = (mask.sum(1) - 1).clamp(min=0)
+    return states[torch.arange(len(states), device=states.device), last]
+
+
 @torch.no_grad()
-def shown(codec: Codec, x0: Tensor) -> Tensor:
-    """Latents of videos that show the first frame of `x0`, decoded, and then grey, as the models' pipelines have them."""
-    first = codec.decode(x0[:, :, :1].to(codec.dtype)).clamp(-1, 1)
-    frames = (x0.shape[2] - 1) * codec.config.temporal_stride
-    grey = first.new_zeros(*first.shape[:2], frames, *first.shape[3:])
+def start_image(codec: Codec, first: Tensor, latents: int) -> Tensor:
+    """So many latents of videos that show frames `(B, 3, 1, H, W)` and then grey, as the models' pipelines have them: fp32."""
+    grey = first.new_zeros(*first.shape[:2], (latents - 1) * codec.config.temporal_stride, *first.shape[3:])
     return codec.encode(torch.cat([first, grey], dim=2)).mode().float()

@@ -28,7 +28,7 @@ _LONGEST = 77  # tokens of CLIP
 
 
 class Made(NamedTuple):
-    """The videos that the library's pipeline makes if it is asked for nothing else, and how."""
+    """The model's own videos, those of its size and rate, and how its authors make them."""
 
     frames: int
     size: tuple[int, int]
@@ -97,7 +97,7 @@ def codec_for(uri: str, facts: Mapping[str, Any], vae: str | None) -> Any:
 
 
 def pooled_for(uri: str, facts: Mapping[str, Any]) -> Prompts | None:
-    """The texts of a second encoder, of which the state of the last token counts; longer ones are cut, as CLIP's are."""
+    """The texts of a second encoder, of which `given.pooled_of` makes vectors; longer ones are cut, as CLIP's are."""
     encoder = (facts.get("pooled") or {}).get("encoder")
     return Prompts(uri, encoder, encoder["length"], cut=True) if encoder else None
 

@@ -21,6 +21,7 @@ from longtake.datasets.errors import UserError
 from longtake.training import registry
 from longtake.training.engines import device
 from longtake.training.foreign.backbone import Backbone, BackboneConfig
+from longtake.training.models.backbone.given import pooled_of, start_image
 from longtake.training.models.backbone.pipeline import codec_for, image_states_for, pooled_for
 from longtake.training.models.backbone.solver import follow, scheduler_for, solver_of
 from longtake.training.models.common import codec as codecs
@@ -135,13 +136,9 @@ class Prior:
     ) -> Iterator[np.ndarray]:
         """See `Generator.videos`. The first scene of a story is that of the whole video."""
         shape = self._shape(frames, start)
-        negatives = [request.negative for request in requests]
-        if self.models[0].config.sizes.embeds_guidance and any(text is not None for text in negatives):
-            raise UserError(
-                "negative: this model has its guidance as an input, and leads away from nothing; leave it out"
-            )
         self._learn_empty()
-        wanted, away = self._text([request.story[0][1].prompt for request in requests]), self._text(negatives)
+        wanted = self._text([request.story[0][1].prompt for request in requests])
+        away = self._text([request.negative for request in requests])
         shown = None if start is None else self._shown(start, shape[0], len(requests))
         seeds = [request.seed for request in requests]
         latents = sample(self.models, shape, seeds, settings, wanted, away, shown, fps or self.fps, each_step)
@@ -170,20 +167,14 @@ class Prior:
         if self.pooled:
             states, seen = self.pooled.states(prompts, where)
             assert states is not None and seen is not None
-            # CLIP's vector of a text is the state of its last token
-            last = (seen.sum(1) - 1).clamp(min=0)
-            pooled = states[torch.arange(len(states), device=where), last]
+            pooled = pooled_of(states, seen)
         return Text(Condition(None, text, mask), pooled)
 
-    @torch.no_grad()
     def _shown(self, frame: np.ndarray, latents: int, count: int) -> Shown:
         """A start frame as the models take it, for `count` videos of so many latents."""
-        config, factor = self.models[0].config, self._lengths[0]
-        video = to_tensor([frame], device()).to(self.codec.dtype)
-        if config.sizes.image_channels:
-            grey = video.new_zeros(1, 3, (latents - 1) * factor, *video.shape[3:])
-            video = torch.cat([video, grey], dim=2)
-        image = self.codec.encode(video).mode().expand(count, -1, -1, -1, -1)
+        first = to_tensor([frame], device()).to(self.codec.dtype)
+        image = start_image(self.codec, first, latents if self.models[0].config.sizes.image_channels else 1)
+        image = image.expand(count, -1, -1, -1, -1)
         return Shown(image, self.look(frame).expand(count, -1, -1) if self.look else None)
 
 
@@ -201,8 +192,9 @@ def sample(
 ) -> Tensor:
     """The latents `(B, C, T, H, W)` fp32 of a window for each seed.
 
-    Guidance is v(away) + guidance (v(wanted) - v(away)); a class that has it as an input gets it as that. Of two models the
-    first is asked from its `boundary` on, and the other, at lower times, with `guidance_2` where that is set.
+    Guidance is v(away) + guidance (v(wanted) - v(away)). A class that has it as an input gets it as that, and is led away
+    by `negative_guidance`. Of two models the first is asked from its `boundary` on, and the other, at lower times, with
+    `guidance_2` where that is set.
 
     Raises:
         ValueError: what a model refuses, and fewer than one step.
@@ -221,9 +213,10 @@ def sample(
     def velocity(x: Tensor, time: float) -> Tensor:
         number = int(len(models) > 1 and time < (first.boundary or 0.0))
         model, strength, t = models[number], strengths[number], x.new_full((len(x),), time)
-        led = partial(_velocity, model, x, t, given)
+        embedded = None
         if first.sizes.embeds_guidance:
-            return led(wanted, strength)
+            embedded, strength = strength, settings.negative_guidance
+        led = partial(_velocity, model, x, t, given | {"guidance": embedded})
         made = led(wanted)
         if strength == 1.0 or (wanted.condition is None and away.condition is None):
             return made
@@ -232,14 +225,12 @@ def sample(
 
     latents = follow(velocity, noise, scheduler, each_step)
     if shown is not None and not first.sizes.image_channels:
-        latents = torch.cat([shown.image.float(), latents[:, :, shown.image.shape[2] :]], dim=2)
+        latents = torch.cat([shown.image, latents[:, :, shown.image.shape[2] :]], dim=2)
     return latents
 
 
-def _velocity(
-    model: Backbone, x: Tensor, t: Tensor, given: Mapping[str, Any], text: Text, guidance: float | None = None
-) -> Tensor:
-    made: Tensor = model(x, t, text.condition, pooled=text.pooled, guidance=guidance, **given)
+def _velocity(model: Backbone, x: Tensor, t: Tensor, given: Mapping[str, Any], text: Text) -> Tensor:
+    made: Tensor = model(x, t, text.condition, pooled=text.pooled, **given)
     return made.float()
 
 
@@ -271,7 +262,7 @@ def accepts_of(facts: Mapping[str, Any]) -> frozenset[str]:
     config = facts["config"]
     sizes = BackboneConfig(**config).sizes
     starts = bool(sizes.image_channels or config.get("expand_timesteps"))
-    more = {"start": starts, "guidance_2": config.get("expert") is not None}
+    more = {"start": starts, "guidance_2": config.get("expert") is not None, "negative_guidance": sizes.embeds_guidance}
     return frozenset(
         {"steps", "guidance", "solver", "size", *(name for name, has in more.items() if has)}
     ) | texts.accepted(facts)
