@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from longtake.training.foreign.backbone_config import BackboneConfig, Sizes
-from longtake.training.foreign.backbone_inputs import STEPS, Inputs, held, positions_of
+from longtake.training.foreign.backbone_inputs import STEPS, Inputs, held
 
 TEXT_LENGTH = 256
 STRIDE = (4, 8)
@@ -73,7 +73,7 @@ def velocity(net: Any, config: BackboneConfig, inputs: Inputs) -> Tensor:
         raise ValueError("guidance: is no input of this model; lead it away from no text instead")
     # of a window with clean latents the text has the time of the noisy ones
     time = inputs.t if inputs.t.ndim == 1 else inputs.t.amax(dim=1)
-    with _in_front(net, inputs, config.sizes.patch):
+    with _timed(net, inputs, config.sizes.patch):
         predicted: Tensor = net(
             hidden_states=inputs.x,
             timestep=time * STEPS,
@@ -102,34 +102,23 @@ class Times(NamedTuple):
 
 
 @contextmanager
-def _in_front(net: Any, inputs: Inputs, patch: tuple[int, int, int]) -> Iterator[None]:
-    """Let the class's own forward have times of tokens, tokens in front and other positions, for the block."""
-    front, hooks = inputs.front, []
-    if front is not None:
-        hooks.append(net.x_embedder.register_forward_hook(lambda _, __, made: torch.cat([front.tokens, made], dim=1)))
-        hooks.append(net.proj_out.register_forward_hook(lambda _, __, made: made[:, front.tokens.shape[1] :]))
-    if front is not None or inputs.t.ndim == 2:
-        hooks.append(net.time_text_embed.register_forward_hook(_times_of(inputs, patch)))
-    if front is not None or inputs.places is not None:
-        rotation = _rotation(positions_of(inputs, patch), net.rope)
-        hooks.append(net.rope.register_forward_hook(lambda *_: rotation))
+def _timed(net: Any, inputs: Inputs, patch: tuple[int, int, int]) -> Iterator[None]:
+    """Let the class's own forward have times of latents, for the block."""
+    if inputs.t.ndim == 1:
+        yield
+        return
+    hook = net.time_text_embed.register_forward_hook(_times_of(inputs, patch))
     try:
         yield
     finally:
-        for hook in hooks:
-            hook.remove()
+        hook.remove()
 
 
 def _times_of(inputs: Inputs, patch: tuple[int, int, int]) -> Callable[..., tuple[Times, None]]:
-    """A hook that embeds the time of each frame, and of the tokens in front, as the class embeds that of a window."""
-    x, front = inputs.x, inputs.front
+    """A hook that embeds the time of each frame as the class embeds that of a window."""
+    x, t = inputs.x, inputs.t[:, :: patch[0]]
     count, rows, columns = (side // size for side, size in zip(x.shape[2:], patch, strict=True))
-    t = inputs.t[:, None].expand(-1, count) if inputs.t.ndim == 1 else inputs.t[:, :: patch[0]]
     frame_of = torch.arange(count, device=x.device).repeat_interleave(rows * columns)
-    if front is not None:
-        ahead = torch.zeros_like(t[:, :1]) if front.time is None else front.time.to(t)[:, None]
-        t = torch.cat([ahead, t], dim=1)
-        frame_of = torch.cat([frame_of.new_zeros(front.tokens.shape[1]), frame_of + 1])
 
     def embedded(module: Any, given: tuple[Tensor, Tensor, Tensor | None], made: tuple[Tensor, None]) -> Any:
         _, pooled, guidance = given
@@ -138,17 +127,6 @@ def _times_of(inputs: Inputs, patch: tuple[int, int, int]) -> Callable[..., tupl
         return Times(made[0], frames.unflatten(0, t.shape), frame_of), made[1]
 
     return embedded
-
-
-def _rotation(positions: Tensor, rope: Any) -> tuple[Tensor, Tensor]:
-    """The class's rotation at any positions `(1, N, 3)`, which all samples share."""
-    from diffusers.models.embeddings import get_1d_rotary_pos_embed
-
-    if len(positions) > 1 and not bool((positions == positions[:1]).all()):
-        raise ValueError("places: samples of a batch have other positions; this model takes the same for all of them")
-    axes = zip(rope.rope_dim, positions[0].float().unbind(-1), strict=True)
-    parts = [get_1d_rotary_pos_embed(size, at, rope.theta, use_real=True) for size, at in axes]
-    return torch.cat([cos for cos, _ in parts], dim=1), torch.cat([sin for _, sin in parts], dim=1)
 
 
 @cache

@@ -86,7 +86,8 @@ SUMMARY = "continued.json"
 class Config(MemoryConfig):
     """Train a memory_dit to continue its history, and register it. MemoryConfig marks its assumptions.
 
-    With a base: `lora` trains a new adaptation, `lora.full: ["memory"]` the memory with it, `freeze: ["memory"]` neither.
+    With a base: `lora` trains a new adaptation, `lora.full: ["memory"]` the memory with it, `freeze: ["memory"]` neither. Of
+    a memory for a transformer of another library cross-attention is `cross`: `lora.full: ["memory", "cross"]`.
 
     text                 of the dataset's captions, to learn what they say of a segment; null learns none, and a base of
                          another library is then always given the text ""

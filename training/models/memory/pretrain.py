@@ -72,8 +72,8 @@ SUMMARY = "retrieved.json"
 class Config(MemoryConfig):
     """Train a memory_dit to retrieve frames of its history, and register it.
 
-    The paper adapts a pretrained transformer: `base`, with `lora: {rank: 128, full: ["memory"]}`; new cross-attention
-    learns in full too. MemoryConfig marks the assumptions.
+    The paper adapts a pretrained transformer: `base`, with `lora: {rank: 128, full: ["memory"]}`; what is new, such as
+    cross-attention, learns in full too. MemoryConfig marks the assumptions.
 
     text        for a base of another library, which attends to texts: of the dataset's captions, of which only the states of
                 "" are taken, as the text of all that is retrieved

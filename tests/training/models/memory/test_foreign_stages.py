@@ -6,17 +6,20 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import av
 import latent_stages
 import numpy as np
 import pytest
 import spoken
 import tiny_foreign
 import torch
+from click.testing import CliRunner
 from flat import nested
 
 from longtake.datasets.errors import UserError
 from longtake.datasets.stage import content
 from longtake.datasets.text import TextConfig
+from longtake.infra.cli import cli
 from longtake.training import registry
 from longtake.training.foreign.load import codec_of
 from longtake.training.models.common.condition import of_batch
@@ -238,7 +241,7 @@ def test_from_a_pipeline_to_a_registered_memory_that_generates_by_a_storyboard_a
     assert first["uri"] == "models:/wan-retrieval/1" and first["metrics"]["psnr"] > 0
     given, client = inputs | {"base": first["uri"]}, mlflow.MlflowClient()
     monkeypatch.setenv("MLFLOW_RUN_ID", client.create_run(client.get_run(store).info.experiment_id).info.run_id)
-    changes = {"name": "wan-memory", "model": None, "lora": {"rank": 4, "full": ["memory"]}}
+    changes = {"name": "wan-memory", "model": None, "lora": {"rank": 4, "full": ["memory", "cross"]}}
     second = finetune_memory_prior.run(continuing(**changes | quick), given, str(tmp_path / "b"))
     assert second["uri"] == "models:/wan-memory/1" and second["metrics"]["heldout_loss"] > 0
 
@@ -264,3 +267,19 @@ def test_from_a_pipeline_to_a_registered_memory_that_generates_by_a_storyboard_a
     # What the memory of a clip keeps.
     kept, bound = recall(load_prior(first["uri"], "retrieval"), told[0], seed=1)
     assert kept.shape == bound.shape and kept.shape[1:] == (32, 48, 3) and (kept != bound).any()
+
+    # And both by the commands.
+    told_file, story = tmp_path / "told.mp4", tmp_path / "story.yaml"
+    story.write_text("- {at: 0s, prompt: red}\n- {at: 0.5s, prompt: blue}\n")
+
+    def longtake(*arguments: object) -> str:
+        done = CliRunner().invoke(cli, [str(argument) for argument in arguments])
+        assert done.exit_code == 0, (done.output, done.exception)
+        return done.output
+
+    options = ("--frames", 21, "--storyboard", story, "--steps", 2, "--seed", 1, "--out", told_file)
+    longtake("generate", "models:/wan-memory@champion", *options)
+    with av.open(str(told_file)) as file:
+        assert [(frame.height, frame.width) for frame in file.decode(video=0)] == [(32, 48)] * 21
+    longtake("retrieve", first["uri"], told_file, "--at", "0s,1s", "--steps", 2, "--out", tmp_path / "found")
+    assert any((tmp_path / "found").iterdir())
