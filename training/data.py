@@ -225,20 +225,23 @@ def check_base_text(uri: str, facts: Mapping[str, Any], record: Text | None, fie
         )
 
 
-def text_column_of(uri: str, facts: Mapping[str, Any], inputs: Mapping[str, str]) -> dict[str, str]:
-    """The column `text` that a trained model sees, if it has learned text.
+def text_column_of(
+    uri: str, facts: Mapping[str, Any], inputs: Mapping[str, str], field: Literal["text", "pooled"] = "text"
+) -> dict[str, str]:
+    """The column `text`, or `pooled` by a second encoder, that a trained model sees, if it has learned such.
 
     Raises:
         UserError: it is missing, or of another encoder; and as `text_of`.
     """
-    if not facts.get("text"):
+    if not facts.get(field):
         return {}
-    record = text_of(inputs)
+    record = text_of({**inputs, "text": inputs[field]}) if field in inputs else None
     if record is None:
-        raise UserError(f"text: {uri} has learned text; name what their `cache_text` stage has made")
-    if record.encoder["digest"] != facts["text"]["encoder"]["digest"]:
-        raise UserError(f"text: {inputs['text']} are of another encoder than {uri} has learned")
-    return {"text": record.column}
+        what = "text" if field == "text" else "a vector of each text"
+        raise UserError(f"{field}: {uri} has learned {what}; name what their `cache_text` stage has made")
+    if record.encoder["digest"] != facts[field]["encoder"]["digest"]:
+        raise UserError(f"{field}: {inputs[field]} are of another encoder than {uri} has learned")
+    return {field: record.column}
 
 
 def columns_of(

@@ -340,13 +340,22 @@ def _accumulating(config: Any) -> Iterator[Change]:
         yield {"accumulate": passes}
 
 
+def _bounding(config: Any) -> Iterator[Change]:
+    """Fewer windows in a pass: more passes of smaller batches. Where not one window fits, the stage refuses it."""
+    tokens = getattr(config, "max_tokens", None)
+    while tokens and tokens > 1:
+        tokens //= 2
+        yield {"max_tokens": tokens}
+
+
 def _adapting(config: Any) -> Iterator[Change]:
     """Another result: a low-rank change learns."""
     if config.lora is None:
         yield {"lora": {"rank": 16}}
 
 
-_KINDS_OF_CHANGE = (_checkpointing, _sharding, _offloading, _accumulating, _adapting)  # from cheap to dear
+# from cheap to dear
+_KINDS_OF_CHANGE = (_checkpointing, _sharding, _offloading, _accumulating, _bounding, _adapting)
 
 
 def _written(changes: Change) -> tuple[str, ...]:
@@ -376,16 +385,17 @@ class Planned:
         """
         single = (change for kind in _KINDS_OF_CHANGE for change in kind(self._config))
         for change in single:
-            changed = self._changed(self._config, change)
-            if changed is not None and (fit := self.fit(changed)).total <= limit:
-                return Remedy(_written(change), fit)
+            found = self._changed(self._config, change)
+            if found is not None and found[1].total <= limit:
+                return Remedy(_written(change), found[1])
         together, config, least = dict[str, Any](), self._config, self.fit().total
         for kind in _KINDS_OF_CHANGE:
             better = together, config
             for change in kind(config):
-                changed = self._changed(config, change)
-                if changed is None or (fit := self.fit(changed)).total >= least:
+                found = self._changed(config, change)
+                if found is None or found[1].total >= least:
                     continue
+                changed, fit = found
                 least, better = fit.total, (together | dict(change), changed)
                 if least <= limit:
                     return Remedy(_written(better[0]), fit)
@@ -396,8 +406,8 @@ class Planned:
         config = type(self._config)(**json.loads(settings))
         return trace_of(self._stage, config, self._inputs, _world(config))
 
-    def _changed(self, config: Any, change: Change) -> Any:
-        """The changed config; None where the stage does not take it."""
+    def _changed(self, config: Any, change: Change) -> tuple[Any, Fit] | None:
+        """The changed config and what it takes; None where the stage does not take it."""
         try:
             changed = type(config)(**config.model_dump(mode="json") | dict(change))
             if hasattr(self._stage, "check"):
@@ -405,7 +415,11 @@ class Planned:
                 self._stage.check(changed, upstream)
         except (ValidationError, ValueError):
             return None
-        return changed
+        try:
+            return changed, self.fit(changed)
+        except UserError:
+            # such as too few tokens for a window
+            return None
 
 
 def _world(config: Any) -> int:

@@ -36,7 +36,7 @@ def promote(name: str, candidate: str, path: str, as_json: bool) -> None:
       confidence: 0.95                # of each gain, over held-out sources
       least_sources: 8
 
-    Priors have the metric loss, and need latents: (and low_latents:, and text:) beside dataset:.
+    Priors have the metric loss, and need latents: (and low_latents:, text:, pooled:) beside dataset:.
 
     Exit codes: 0 the candidate is the champion, 3 kept back, 2 something to put right, 1 failure.
     """
@@ -92,6 +92,7 @@ def read_gate(path: str) -> tuple[Any, dict[str, str]]:
         latents: str | None = None
         low_latents: str | None = None
         text: str | None = None
+        pooled: str | None = None
 
     try:
         content = yaml_text.parse(storage.read(path).decode("utf-8-sig"), path)

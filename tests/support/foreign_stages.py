@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import latent_stages
 import spoken
@@ -13,7 +14,8 @@ import torch
 
 from longtake.datasets import latents, text
 from longtake.datasets.text import TextConfig
-from longtake.training.foreign.load import codec_of
+from longtake.training.foreign.columns import pooled_settings, text_settings
+from longtake.training.foreign.load import codec_of, config_of
 from longtake.training.text import load_encoder
 
 
@@ -22,7 +24,9 @@ def inputs(root: Path, dataset: str, kind: str = "wan", **parts: object) -> dict
     base = tiny_foreign.pipeline_folder(root / "pipeline", kind, **parts)
     copy = str(shutil.copytree(dataset, root / "dataset"))
     codec, _ = codec_of(base)
-    encoder = load_encoder(TextConfig(encoder=str(base), clean="wan", length=64))
+    config: Any = config_of(base, "transformer", "high" if kind == "wan22_a14b" else None)[1]
+    settings = text_settings(str(base), {"foreign": {"folder": str(base)}}, config)
+    encoder = load_encoder(TextConfig(**settings | {"length": 64}))
     made = {
         "dataset": copy,
         "latents": latent_stages.encoded(root / "latents", copy, codec, str(base), join=0.0),  # type: ignore[arg-type]
@@ -30,7 +34,7 @@ def inputs(root: Path, dataset: str, kind: str = "wan", **parts: object) -> dict
         "base": str(base),
     }
     if kind == "hunyuan":
-        second = load_encoder(TextConfig(encoder=str(base / "text_encoder_2")))
+        second = load_encoder(TextConfig(**pooled_settings(str(base / "text_encoder_2"))))
         made["pooled"] = spoken.column(root / "pooled", copy, encoder=second, name="text-pooled")
     return made
 

@@ -56,6 +56,16 @@ def source(folder: Path, training: dict[str, Any], **changes: Any) -> fit.Source
     return measured.source_of(str(path), "training")
 
 
+def of_another_library(folder: Path, lora: dict[str, Any] | None, **changes: Any) -> fit.Source:
+    """A training of a tiny Wan."""
+    base = str(pipeline_folder(folder / "wan"))
+    training = {"kind": "finetune_backbone", "base": base, "latents": "own", "text": "/text", "frames": 9, "lora": lora}
+    stages = BEFORE | {"own": LATENTS | {"encoder": base}, "training": COMMON | training | changes}
+    path = folder / "r.yaml"
+    path.write_text(yaml.safe_dump({"name": "r", "workspace": str(folder / "ws"), "stages": stages}))
+    return measured.source_of(str(path), "training")
+
+
 def check(found: fit.Source) -> None:
     assert measured.planned(found) == pytest.approx(measured.allocated(found), rel=0.1)
 
@@ -94,19 +104,7 @@ def test_so_it_is_of_every_setting_that_decides_it(tmp_path: Path, group: None, 
 @pytest.mark.slow
 @pytest.mark.parametrize("lora", [None, {"rank": 4}], ids=["full", "lora"])
 def test_so_it_is_of_a_model_of_another_library(tmp_path: Path, group: None, lora: dict[str, Any] | None) -> None:
-    folder = str(pipeline_folder(tmp_path / "wan"))
-    training = {
-        "kind": "finetune_backbone",
-        "base": folder,
-        "latents": "own",
-        "text": "/text",
-        "frames": 9,
-        "lora": lora,
-    }
-    stages = BEFORE | {"own": LATENTS | {"encoder": folder}, "training": COMMON | training}
-    path = tmp_path / "r.yaml"
-    path.write_text(yaml.safe_dump({"name": "r", "workspace": str(tmp_path / "ws"), "stages": stages}))
-    check(measured.source_of(str(path), "training"))
+    check(of_another_library(tmp_path, lora))
 
 
 @pytest.mark.slow
@@ -184,6 +182,7 @@ def remedy(folder: Path, share: float, **changes: Any) -> tuple[str, ...] | None
     return found_remedy and found_remedy.changes
 
 
+@pytest.mark.slow
 def test_the_cheapest_change_that_is_enough_is_named(tmp_path: Path) -> None:
     again = SHALLOW | {"activation_checkpointing": True}
     run = {"launcher": {"by": "torchrun", "processes": 4}}
@@ -195,6 +194,17 @@ def test_the_cheapest_change_that_is_enough_is_named(tmp_path: Path) -> None:
     assert remedy(tmp_path, 0.001) is None
 
 
+@pytest.mark.slow
+def test_a_pass_of_fewer_tokens_is_named_down_to_one_window(tmp_path: Path) -> None:
+    # passes of 15 windows do not halve; one window has 3x4x4 tokens, so that 32 hold none
+    found = of_another_library(tmp_path, {"rank": 4}, batch=15, max_tokens=130, activation_checkpointing=True)
+    planned = fit.Planned(found.stage, found.config, found.inputs)
+    whole = planned.fit().total
+    assert (told := planned.remedy(0.9 * whole)) and told.changes == ("max_tokens: 65",)
+    assert planned.remedy(0.001 * whole) is None
+
+
+@pytest.mark.slow
 def test_changes_are_put_together_where_one_is_not_enough(tmp_path: Path) -> None:
     changes = remedy(tmp_path, 0.07)
     assert changes and changes[0] == "model.activation_checkpointing: true" and len(changes) > 1

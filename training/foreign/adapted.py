@@ -11,6 +11,7 @@ from longtake.datasets.latents import encoder_digest
 from longtake.training import registry
 from longtake.training.foreign import adapters
 from longtake.training.foreign.backbone import Backbone
+from longtake.training.foreign.columns import pipeline_uri
 from longtake.training.foreign.export import ADAPTER
 from longtake.training.foreign.folder import VAE, parts_of
 from longtake.training.models import kind_of
@@ -67,5 +68,6 @@ def _completed(base: str, facts: Mapping[str, Any]) -> dict[str, Any]:
     row = kind_of(facts)
     said = dict(row.complete(base, facts)) if row.complete else dict(facts)
     if "foreign" in facts and VAE in parts_of(Path(facts["foreign"]["folder"])):
-        said["vae"] = {"uri": base, "encoder": encoder_digest(registry.load(base, "vae"))}
+        whole = pipeline_uri(base, facts)
+        said["vae"] = {"uri": whole, "encoder": encoder_digest(registry.load(whole, "vae"))}
     return said

@@ -38,8 +38,6 @@ class Backbone(nn.Module):
         super().__init__()
         self.config = config
         self.net = config.row.build(class_of(config.class_name), config.settings)
-        if config.activation_checkpointing:
-            cast("Any", self.net).enable_gradient_checkpointing()
         self.register_buffer("empty", torch.zeros(config.text_empty, config.text_width))
         pooled = torch.zeros(config.sizes.pooled_width) if config.sizes.pooled_width else None
         self.register_buffer("empty_pooled", pooled)

@@ -54,7 +54,8 @@ FOREIGN = {
     PIPELINE: Foreign(
         "pipeline",
         "a pipeline of another library",
-        "name it as the `encoder` of a `cache_latents` or `cache_text` stage, as a `vae`, or as the `base` of `finetune_backbone`",
+        "name it as the `encoder` of a `cache_latents` or `cache_text` stage, as a `vae`, as the `base` of `finetune_backbone`,"
+        " `pretrain_memory` or `finetune_memory_prior`, or as the model of `longtake generate`",
         re.compile(
             r"reference\.json|model_index\.json|[a-z]\w*/\w[\w.-]*\.(safetensors|json)|tokenizer\w*/\w[\w.-]*\.(txt|model|jinja)"
         ),

@@ -43,7 +43,7 @@ def rows_of(
     """The figures of both, by source and clip, on up to `gate.samples` clips of the val split.
 
     Args:
-        inputs: URIs `dataset` and, if any, `view`, `latents`, `low_latents`, `text`.
+        inputs: URIs `dataset` and, if any, `view`, `latents`, `low_latents`, `text`, `pooled`.
 
     Raises:
         UserError: models that do not compare, or do not take the window; inputs that they need and do not have.

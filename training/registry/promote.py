@@ -16,7 +16,7 @@ VERSION = 2
 PRODUCES = "model"
 
 _RECORD = "verdict.json"
-_COLUMNS = ("latents", "low_latents", "text", "tokens", "audio_tokens", "captions")  # inputs
+_COLUMNS = ("latents", "low_latents", "text", "pooled", "tokens", "audio_tokens", "captions")  # inputs
 
 
 class Config(StageConfig):
@@ -28,13 +28,14 @@ class Config(StageConfig):
     latents       that a prior has learned
     low_latents   that a memory's low-res branch has learned
     text          of the captions, for a model that has learned text
+    pooled        of the captions by a second encoder, for a model that takes a vector of each text
     tokens        that a TATS has learned
     audio_tokens  of the sound, for a TATS that has learned to hear
     captions      for a TATS that has learned their words
     gate          what the candidate must show
     """
 
-    LATER: ClassVar = {"tokens": None, "audio_tokens": None, "captions": None}
+    LATER: ClassVar = {"pooled": None, "tokens": None, "audio_tokens": None, "captions": None}
 
     kind: Literal["promote"]
     candidate: ModelInput
@@ -43,6 +44,7 @@ class Config(StageConfig):
     latents: Annotated[str, Input("latents")] | None = None
     low_latents: Annotated[str, Input("latents")] | None = None
     text: Annotated[str, Input("text")] | None = None
+    pooled: Annotated[str, Input("text")] | None = None
     tokens: Annotated[str, Input("tokens")] | None = None
     audio_tokens: Annotated[str, Input("tokens")] | None = None
     captions: Annotated[str, Input("captions")] | None = None

@@ -8,20 +8,19 @@ import torch
 from torch import Tensor
 
 from longtake.datasets.errors import UserError
-from longtake.datasets.latents import Latents, encoder_digest
 from longtake.datasets.loader import Loader
 from longtake.datasets.loader.buckets import Bucket
 from longtake.datasets.text import Text
 from longtake.training import data, registry
-from longtake.training import text as encoders
 from longtake.training.data import HELDOUT
 from longtake.training.engines import device
 from longtake.training.foreign.backbone import Backbone
 from longtake.training.foreign.clip_rate import check_rate
-from longtake.training.foreign.folder import index_of
+from longtake.training.foreign.columns import check_encoder, check_latents, check_text
 from longtake.training.models.backbone import sample
 from longtake.training.models.backbone.config import Config
 from longtake.training.models.backbone.given import given
+from longtake.training.models.backbone.pipeline import completed
 from longtake.training.models.backbone.solver import solver_of
 from longtake.training.models.common.codec import decoded
 from longtake.training.models.common.condition import of_batch
@@ -116,11 +115,11 @@ def prepare(config: Config, inputs: Mapping[str, str], folder: Path) -> Setup:
     pooled = data.text_of({**inputs, "text": inputs["pooled"]}) if "pooled" in inputs else None
     assert text
     model, facts = opened(base, config)
-    _check_latents(base, model, facts, record, inputs["latents"])
-    _check_text(base, model, facts, text, inputs["text"])
+    check_latents(base, model.config, facts, record, inputs["latents"])
+    check_text(base, model.config, facts, text, inputs["text"])
     fps = _frame_rate(base, model, facts, config, dataset)
     share = image_share(base, model, config)
-    _check_pooled(base, model, config, pooled)
+    _check_pooled(base, model, facts, pooled, inputs.get("pooled", ""))
     codec = data.decoder_of(record, inputs["vae"])
     shape = (1 + (config.lengths[0] - 1) // record.factor, *data.commonest_size(dataset, record))
     target = LatentTarget(record, record.channels, shape, fps, codec, config.posterior, config.clip_starts)
@@ -129,8 +128,6 @@ def prepare(config: Config, inputs: Mapping[str, str], folder: Path) -> Setup:
     # a model that has learned to go on from clean first latents can do it
     changes["expand_timesteps"] = model.config.expand_timesteps or (share > 0 and not model.config.sizes.image_channels)
     model.config = model.config.model_copy(update=changes)
-    net: Any = model.net
-    (net.enable_gradient_checkpointing if config.activation_checkpointing else net.disable_gradient_checkpointing)()
     last = None if pooled is None else torch.from_numpy(pooled.empty())[-1]
     model.set_empty(torch.from_numpy(text.empty()), last)
     return Setup(inputs, target, text, pooled, model.train().to(device()), facts, share)
@@ -152,54 +149,6 @@ def opened(base: str, config: Config) -> tuple[Backbone, dict[str, Any]]:
         return model.float(), facts
     # what learns in full begins as it is stored: an engine keeps it in fp32 beside its bf16
     return model.to(torch.bfloat16) if config.lora else model, facts
-
-
-def _check_latents(base: str, model: Backbone, facts: Mapping[str, Any], record: Latents, uri: str) -> None:
-    """Refuse latents of another autoencoder than the base's, where that is known, and those of other channels."""
-    if record.channels != model.config.channels:
-        raise UserError(
-            f"latents: {uri} have {record.channels} channels, and {base} takes {model.config.channels}; encode by the"
-            " autoencoder of its own pipeline"
-        )
-    learned = (facts.get("vae") or {}).get("encoder") or _digest_of_vae(base, facts)
-    if learned not in (None, record.encoder["digest"]):
-        raise UserError(
-            f"latents: {uri} are of {record.encoder['uri']}, another autoencoder than that of {base}; encode by its own:"
-            f" encoder: {(facts.get('vae') or {}).get('uri', base)}"
-        )
-
-
-def _digest_of_vae(base: str, facts: Mapping[str, Any]) -> str | None:
-    """The digest of the encoder in the base's pipeline; None for a transformer alone."""
-    return encoder_digest(registry.load(base, part="vae")) if _has(facts, "vae") else None
-
-
-def _has(facts: Mapping[str, Any], part: str) -> bool:
-    """Whether the base is a pipeline with such a part, and no transformer alone."""
-    folder = facts.get("foreign", {}).get("folder")
-    return folder is not None and any(index_of(Path(folder)).get(part) or ())
-
-
-def _check_text(base: str, model: Backbone, facts: Mapping[str, Any], text: Text, uri: str) -> None:
-    """Refuse texts of another encoder than the base's, where that is known, of another width, and too long ones."""
-    if text.width != model.config.text_width:
-        raise UserError(
-            f"text: {uri} has states of {text.width} values, and {base} takes {model.config.text_width}; encode by the text"
-            " encoder of its own pipeline"
-        )
-    if int(text.encoder["length"]) > model.config.longest_text:
-        most = model.config.longest_text
-        raise UserError(
-            f"text: {uri} has up to {text.encoder['length']} tokens, and {base} takes {most}; encode with length: {most}"
-        )
-    data.check_base_text(base, facts, text)
-    if _has(facts, "text_encoder") and text.encoder["digest"] != encoders.digest_of(
-        text.config().model_copy(update={"encoder": base})
-    ):
-        raise UserError(
-            f"text: {uri} are of {text.encoder['encoder']}, another encoder than that of {base}; encode by its own:"
-            f" encoder: {base}"
-        )
 
 
 def _frame_rate(base: str, model: Backbone, facts: Mapping[str, Any], config: Config, dataset: str) -> float:
@@ -228,8 +177,8 @@ def image_share(base: str, model: Backbone, config: Config) -> float:
     return float(needs) if share is None else share
 
 
-def _check_pooled(base: str, model: Backbone, config: Config, pooled: Text | None) -> None:
-    """Refuse a base that takes a vector of each text without such, another one with it, and vectors of another width."""
+def _check_pooled(base: str, model: Backbone, facts: Mapping[str, Any], pooled: Text | None, uri: str) -> None:
+    """Refuse a base that takes a vector of each text without such, another one with it, and those of another encoder."""
     width = model.config.sizes.pooled_width
     if bool(width) != (pooled is not None):
         remedy = "leave it out" if pooled else "name texts by the second text encoder of its pipeline (text_encoder_2)"
@@ -238,3 +187,5 @@ def _check_pooled(base: str, model: Backbone, config: Config, pooled: Text | Non
         )
     if pooled and pooled.width != width:
         raise UserError(f"pooled: are of {pooled.width} values, and {base} takes {width}; encode by its text_encoder_2")
+    if pooled:
+        check_encoder(base, completed(base, facts)["pooled"]["encoder"], pooled, uri, "pooled")

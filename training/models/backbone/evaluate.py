@@ -71,7 +71,7 @@ def evaluate(config: Config, setup: Setup, folder: Path) -> dict[str, Any]:
     # one of the two is on the device
     model.cpu()
     fresh = opened(setup.inputs["base"], config)[0].eval()
-    fresh.config, fresh.empty = model.config, model.empty
+    fresh.config, fresh.empty, fresh.empty_pooled = model.config, model.empty, model.empty_pooled
     base = _heldout(config, setup, fresh.to(device()), config.eval_clips, "evaluate the base")
     summary: dict[str, Any] = {"clips": len(trained), "seed": config.seed, "series": {}}
     for name, losses in (("", trained), ("_base", base)):

@@ -45,6 +45,8 @@ SUMMARY = "generated.json"
 
 _SAMPLED = 2  # videos in a sample during training
 
+Shape = tuple[int, int, int]  # of a window of latents: (T, H, W)
+
 
 def outside(config: Config) -> str:
     """Changes with the feature network."""
@@ -114,25 +116,27 @@ def times_of(config: Config, setup: Setup, shape: tuple[int, ...]) -> Times:
 
 def model_of(config: Config, inputs: Mapping[str, Source]) -> BackboneConfig:
     """See `training.fit`."""
-    return _planned(config, inputs)[1]
-
-
-def _planned(config: Config, inputs: Mapping[str, Source]) -> tuple[sizes.Window, BackboneConfig]:
-    window = sizes.window_of(config.model_copy(update={"frames": config.lengths[0]}), inputs)
     base: BackboneConfig = made_by(inputs["base"], "transformer", config.expert)
-    changes = {"shape": window.shape, "text_dropout": config.text_dropout, "text_length": base.longest_text}
+    shape = _window(config, inputs, config.lengths[0]).shape
+    changes = {"shape": shape, "text_dropout": config.text_dropout, "text_length": base.longest_text}
     changes |= {"activation_checkpointing": config.activation_checkpointing, "text_empty": max(1, base.text_empty)}
-    return window, base.model_copy(update=changes)
+    return base.model_copy(update=changes)
+
+
+def _window(config: Config, inputs: Mapping[str, Source], frames: int) -> sizes.Window:
+    return sizes.window_of(config.model_copy(update={"frames": frames}), inputs)
 
 
 def largest(config: Config, inputs: Mapping[str, Source], count: int) -> Largest:
-    """See `training.fit`: the longest windows, as many as `max_tokens` allows, with texts as long as the model takes."""
-    window, planned = _planned(config, inputs)
+    """See `training.fit`: of each length as many windows as `max_tokens` allows, with texts as long as the model takes."""
+    planned = model_of(config, inputs)
+    windows = {window.shape: window for window in (_window(config, inputs, frames) for frames in config.lengths)}
+    counts = {shape: _fitting(config, token_count(shape, planned.patch), count) for shape in windows}
+    shape = _most_positions(counts)
+    window, count = windows[shape], counts[shape]
     assert window.encoder
     model, codec = Backbone(planned).train(), module_of(window.encoder)
-    if config.max_tokens is not None:
-        count = min(count, max(1, config.max_tokens // token_count(window.shape, planned.patch)))
-    target = LatentTarget(None, window.channels, window.shape, 1.0, codec, config.posterior, config.clip_starts)  # type: ignore[arg-type]
+    target = LatentTarget(None, window.channels, shape, 1.0, codec, config.posterior, config.clip_starts)  # type: ignore[arg-type]
     nothing: Any = None
     setup = Setup({}, target, nothing, None, model, {}, image_share(config.base, model, config))
     batch = window.batch(count) | {"start": torch.zeros(count, dtype=torch.long)}
@@ -155,14 +159,31 @@ def _tokens(setup: Setup, batch: Batch) -> int:
     return len(batch["key"]) * token_count((frames, height, width), setup.model.config.patch)
 
 
-def _shape(setup: Setup, bucket: Bucket) -> tuple[int, int, int]:
+def _shape(setup: Setup, bucket: Bucket) -> Shape:
     """Latents (T, H, W) of the windows of a bucket."""
     return 1 + (bucket.window.frames - 1) // setup.target.record.factor, *bucket.latent
 
 
+def _fitting(config: Config, tokens: int, count: int) -> int:
+    """How many of `count` windows of so many tokens `max_tokens` allows in a pass. UserError where it is none."""
+    if config.max_tokens is None:
+        return count
+    if config.max_tokens < tokens:
+        raise UserError(
+            f"max_tokens: {config.max_tokens} hold no window of {tokens} tokens; raise it, or lower `frames`"
+        )
+    return min(count, config.max_tokens // tokens)
+
+
+def _most_positions(passes: Mapping[Shape, int]) -> Shape:
+    """Of so many windows of each shape in a pass the shape whose pass is the largest."""
+    return max(passes, key=lambda shape: passes[shape] * math.prod(shape))
+
+
 def _largest(setup: Setup, train: Loader) -> Batch:
     """The batch of a rank that has the most positions, with texts as long as they may be."""
-    bucket = max(train.buckets, key=lambda bucket: bucket.batch * math.prod(_shape(setup, bucket)))
+    buckets = {_shape(setup, bucket): bucket for bucket in train.buckets}
+    bucket = buckets[_most_positions({shape: bucket.batch for shape, bucket in buckets.items()})]
     return setup.filled(bucket, bucket.batch // train.world)
 
 

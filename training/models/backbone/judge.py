@@ -6,7 +6,6 @@ from typing import Any
 
 from torch import Tensor
 
-from longtake.datasets.errors import UserError
 from longtake.training.data import columns_of, text_column_of
 from longtake.training.engines import device
 from longtake.training.models.backbone.evaluate import losses_of
@@ -26,11 +25,7 @@ def judge(facts: Mapping[str, Any]) -> Judge:
 def _options(judged: Judged, inputs: Mapping[str, str], window: Window) -> dict[str, Any]:
     columns = columns_of(judged.uri, judged.encoder(), inputs, window.frames or 1)
     columns |= text_column_of(judged.uri, judged.facts, inputs)
-    if judged.facts.get("pooled"):
-        raise UserError(
-            f"{judged.uri}: takes a vector of each text, which a gate has no column of; promote: true in its training stage"
-            " makes it champion as it is"
-        )
+    columns |= text_column_of(judged.uri, judged.facts, inputs, "pooled")
     # their videos begin as clips do
     return {"columns": columns, "clip_starts": 1.0}
 

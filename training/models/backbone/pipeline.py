@@ -14,17 +14,16 @@ from longtake.datasets.latents import encoder_digest
 from longtake.training.engines import device
 from longtake.training.foreign.backbone import BackboneConfig
 from longtake.training.foreign.clip_rate import fps_of
+from longtake.training.foreign.columns import pipeline_uri, pooled_settings, text_settings
 from longtake.training.foreign.library import class_of
 from longtake.training.models.backbone.solver import solver_of
 from longtake.training.models.common import codec as codecs
 from longtake.training.models.common.prompts import Prompts
 from longtake.training.models.generator import Settings, plain
 from longtake.training.registry import pipelines
-from longtake.training.registry.uri import in_store
 
 SETTINGS = ("steps", "guidance", "shift", "solver")  # of a model's config.json
-_POOLED = ("text_encoder_2", "tokenizer_2")
-_LONGEST = 77  # tokens of CLIP
+POOLED = ("text_encoder_2", "tokenizer_2")
 
 
 class Made(NamedTuple):
@@ -62,37 +61,20 @@ def completed(uri: str, facts: Mapping[str, Any]) -> Mapping[str, Any]:
         "window": {"frames": made.frames, "stride": 1, "size": list(made.size), "fps": fps_of(config, facts)},
         "sampling": plain(settings, SETTINGS),
         "classes": [],
-        "text": {"encoder": _encoder(uri, facts, config)},
+        "text": {"encoder": text_settings(uri, facts, config)},
     }
     if config.sizes.pooled_width:
-        folder = pipelines.found(uri, _POOLED).folder
-        found["pooled"] = {"encoder": {"encoder": str(folder / _POOLED[0]), "length": _LONGEST, "clean": "none"}}
+        folder = pipelines.found(pipeline_uri(uri, facts), POOLED).folder
+        found["pooled"] = {"encoder": pooled_settings(str(folder / POOLED[0]))}
     return {**facts, **found}
-
-
-def _encoder(uri: str, facts: Mapping[str, Any], config: BackboneConfig) -> dict[str, Any]:
-    """The settings of `datasets.text.TextConfig` by which a pipeline encodes its texts."""
-    settings = {"encoder": uri if in_store(uri) else facts["foreign"]["folder"], "length": config.longest_text}
-    if config.class_name == "WanTransformer3DModel":
-        return settings | {"clean": "wan"}
-    if config.class_name == "HunyuanVideoTransformer3DModel":
-        from diffusers.pipelines.hunyuan_video.pipeline_hunyuan_video import DEFAULT_PROMPT_TEMPLATE as TEMPLATE
-
-        # the third state from the end, after a template that is cut off
-        return settings | {
-            "clean": "none",
-            "layer": -3,
-            "template": TEMPLATE["template"],
-            "crop": TEMPLATE["crop_start"],
-        }
-    return settings | {"clean": "none"}
 
 
 def codec_for(uri: str, facts: Mapping[str, Any], vae: str | None) -> Any:
     """The autoencoder of a backbone's latents: that of its config.json or of its pipeline, or `vae` of the same encoder."""
+    whole = pipeline_uri(uri, facts)
     if "vae" not in facts and vae is None:
-        return codecs.load_codec(uri)
-    needed = facts.get("vae") or {"uri": uri, "encoder": encoder_digest(codecs.load_codec(uri))}
+        return codecs.load_codec(whole)
+    needed = facts.get("vae") or {"uri": whole, "encoder": encoder_digest(codecs.load_codec(whole))}
     return codecs.decoder_of(uri, needed, vae)[0]
 
 

@@ -21,6 +21,8 @@ from longtake.datasets.errors import UserError
 from longtake.training import registry
 from longtake.training.engines import device
 from longtake.training.foreign.backbone import Backbone, BackboneConfig
+from longtake.training.foreign.columns import pipeline_uri
+from longtake.training.foreign.folder import pipeline_of
 from longtake.training.models.backbone.given import pooled_of, start_image
 from longtake.training.models.backbone.pipeline import codec_for, image_states_for, pooled_for
 from longtake.training.models.backbone.solver import follow, scheduler_for, solver_of
@@ -31,6 +33,8 @@ from longtake.training.models.common.condition import Condition
 from longtake.training.models.common.guidance import parts_of
 from longtake.training.models.common.prompts import Prompts
 from longtake.training.models.generator import Request, Settings, fields_of
+from longtake.training.registry import pipelines
+from longtake.training.registry.uri import in_store
 
 _BASES = 8  # fine-tunings of fine-tunings that are gone through for the other expert
 
@@ -253,7 +257,7 @@ def prior_of(uri: str, model: Any, facts: Mapping[str, Any], vae: str | None, dt
         accepts=accepts_of(facts),
         prompts=texts.prompts_of(uri, facts),
         pooled=pooled_for(uri, facts),
-        look=image_states_for(uri, model.config.sizes.image_width),
+        look=image_states_for(pipeline_uri(uri, facts), model.config.sizes.image_width),
     )
 
 
@@ -274,6 +278,9 @@ def _experts(uri: str, model: Backbone, facts: Mapping[str, Any]) -> tuple[Backb
     other: Literal["high", "low"] = "low" if expert == "high" else "high"
     where = facts.get("base", {}).get("uri", uri)
     for _ in range(_BASES):
+        if not in_store(where):
+            # one of two transformers may be named by its own folder
+            where = str(pipeline_of(pipelines.local(where)))
         found, of_found = registry.load_with_facts(where, "transformer", other)
         assert isinstance(found, Backbone)
         if found.config.expert == other:

@@ -31,8 +31,9 @@ def initial_model(
         Failure: the latents do not vary.
     """
     base, facts = _base_of(inputs)
-    if text is not None or config.listens:
-        # a training that takes no texts leaves alone what its base has learned of them
+    foreign = isinstance(base, Backbone | MemoryBackbone)
+    # a training that takes no texts leaves alone what its base has learned of them
+    if (config.listens and text is None) or (text is not None and not foreign):
         common.check_base_text(inputs.get("base", ""), facts, text)
     if isinstance(base, Backbone | MemoryBackbone):
         return foreign_model(config, inputs, data, text, base, facts)

@@ -9,13 +9,12 @@ from pydantic import ValidationError
 from torch import Tensor, nn
 
 from longtake.datasets.errors import UserError
-from longtake.datasets.latents import encoder_digest
 from longtake.datasets.text import Text
-from longtake.training import registry
 from longtake.training.engines import lora
 from longtake.training.foreign.backbone import Backbone, BackboneConfig
 from longtake.training.foreign.clip_rate import check_rate
-from longtake.training.foreign.folder import CONFIG, TRANSFORMER, TRANSFORMER_2, VAE, is_foreign, parts_of
+from longtake.training.foreign.columns import check_latents, check_text
+from longtake.training.foreign.folder import CONFIG, TRANSFORMER, TRANSFORMER_2, is_foreign, parts_of
 from longtake.training.models.memory.config import MemoryConfig, MemoryLora, check_low
 from longtake.training.models.memory.data import Data, check_history, check_precision
 from longtake.training.models.memory.foreign import MemoryBackbone, MemoryBackboneConfig, why_not
@@ -93,19 +92,19 @@ def foreign_model(
         UserError: settings, latents or texts do not fit the base.
     """
     uri = inputs["base"]
-    check_rate(uri, base.config if isinstance(base, Backbone) else base.config.backbone, facts, data.fps, config.fps)
     fields, own = _fields(config, uri, base.config)
+    check_rate(uri, own, facts, data.fps, config.fps)
     check_history(fields, own.patch[1], data)
     made = foreign_config(config, uri, base.config, data.shape, data.history)
     check_low(made, data.low.shrink if data.low else None)
     check_precision(config, made)
-    _check_latents(uri, made, facts, data)
+    check_latents(uri, own, facts, data.latents, inputs["latents"])
 
     # The weights, and the states of "", which stand for no text.
     model = MemoryBackbone(made, base.backbone if isinstance(base, MemoryBackbone) else base)
     _load_memory(model, base, uri)
     if text is not None:
-        _check_text(uri, made, text)
+        check_text(uri, own, facts, text, inputs["text"])
         model.set_empty(torch.from_numpy(text.empty()))
     elif not model.config.backbone.text_empty:
         raise UserError(
@@ -155,38 +154,6 @@ def _fields(
     fields = {name: field.default for name, field in MemoryModelConfig.model_fields.items()}
     fields |= base.model_dump() if isinstance(base, MemoryBackboneConfig) else {"backbone": own.model_dump()}
     return fields | changes, own
-
-
-def _check_latents(uri: str, model: MemoryBackboneConfig, facts: Mapping[str, Any], data: Data) -> None:
-    """Refuse latents of other channels, and of another autoencoder than the base's where that is known."""
-    record = data.latents
-    if record.channels != model.channels:
-        raise UserError(
-            f"latents: have {record.channels} channels, and {uri} takes {model.channels}; encode by the autoencoder of its"
-            " own pipeline"
-        )
-    digest = (facts.get("vae") or {}).get("encoder")
-    folder = (facts.get("foreign") or {}).get("folder")
-    if digest is None and folder is not None and VAE in parts_of(Path(folder)):
-        digest = encoder_digest(registry.load(uri, part="vae"))
-    if digest not in (None, record.encoder["digest"]):
-        raise UserError(
-            f"latents: are of {record.encoder['uri']}, another autoencoder than that of {uri}; encode by its own"
-        )
-
-
-def _check_text(uri: str, model: MemoryBackboneConfig, text: Text) -> None:
-    """Refuse texts of another width than the base's, and too long ones."""
-    if text.width != model.text_width:
-        raise UserError(
-            f"text: has states of {text.width} values, and {uri} takes {model.text_width}; encode by the text encoder of its"
-            " own pipeline"
-        )
-    if int(text.encoder["length"]) > model.text_length:
-        raise UserError(
-            f"text: has up to {text.encoder['length']} tokens, and {uri} takes {model.text_length}; encode with length:"
-            f" {model.text_length}"
-        )
 
 
 def _load_memory(model: MemoryBackbone, base: Backbone | MemoryBackbone, uri: str) -> None:

@@ -15,21 +15,25 @@ import pytest
 import spoken
 import tiny_foreign
 import torch
+import yaml
 from flat import nested
 from torch import Tensor
 
 from longtake.datasets.errors import Failure, UserError
 from longtake.datasets.text import TextConfig
 from longtake.training import checkpoint, registry
+from longtake.training.fit import Source
 from longtake.training.foreign import adapters
 from longtake.training.foreign.backbone import Backbone
 from longtake.training.foreign.load import codec_of
-from longtake.training.models.backbone import finetune
+from longtake.training.models.backbone import evaluate, finetune
+from longtake.training.models.backbone.base import opened as base_of
 from longtake.training.models.backbone.finetune import Config
 from longtake.training.models.backbone.sample import accepts_of
 from longtake.training.models.kind import Judged
 from longtake.training.objective import Turn
-from longtake.training.registry.gate import Window
+from longtake.training.registry import disk, judge, lineage
+from longtake.training.registry.gate import Gate, Window
 from longtake.training.text import load_encoder
 
 pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.filterwarnings("ignore")]
@@ -184,6 +188,25 @@ def test_an_adapter_that_is_broken_or_does_nothing_is_refused(
 
 
 @pytest.mark.usefixtures("group")
+def test_the_base_is_measured_with_the_same_vector_of_no_text(
+    of_kind: Callable[[str], Given], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bases: list[Backbone] = []
+
+    def opened(*arguments: Any) -> tuple[Backbone, dict[str, Any]]:
+        base, facts = base_of(*arguments)
+        bases.append(base)
+        return base, facts
+
+    chosen, given = config(pooled="pooled", steps=1), of_kind("hunyuan")
+    fit(chosen, given, tmp_path)
+    monkeypatch.setattr(evaluate, "opened", opened)
+    _, model = measured(chosen, given, tmp_path)
+    assert model.empty_pooled is not None and model.empty_pooled.any()
+    assert bases[0].empty_pooled is not None and torch.equal(bases[0].empty_pooled.cpu(), model.empty_pooled.cpu())
+
+
+@pytest.mark.usefixtures("group")
 @pytest.mark.parametrize("lora", [{"rank": 4}, None])
 def test_a_stopped_training_ends_with_the_same_weights(wan: Given, tmp_path: Path, lora: Any) -> None:
     chosen = config(lora=lora, ema_half_lives=[5.0], frames=[17, 9], max_tokens=60)
@@ -325,6 +348,15 @@ def test_a_model_with_vectors_of_texts_gets_those_of_the_second_encoder(
             assert torch.equal(seen.asked[0][2]["pooled"][row], states[mask][-1])
     fit(config(pooled="pooled", steps=1), given, tmp_path / "run")
 
+    # a gate measures it with them
+    folder, facts = tmp_path / "model", finetune.facts(chosen, setup, lineage.read(tmp_path))
+    disk.save(folder, "backbone", setup.model.config.model_dump(mode="json"), setup.model.state_dict(), facts)
+    one, gate = judge.load(str(folder)), Gate.model_validate({"metrics": {"loss": {"better": "lower"}}, "samples": 2})
+    ours, theirs = judge.rows_of(one, one, given, gate)
+    assert ours == theirs and len(ours) == 2 and all(0 < row["loss"] < 1e6 for row in ours.values())
+    with pytest.raises(UserError, match=r"pooled: .* has learned a vector of each text; name what their `cache_text`"):
+        judge.rows_of(one, None, {name: uri for name, uri in given.items() if name != "pooled"}, gate)
+
 
 @pytest.mark.usefixtures("group")
 def test_batches_are_bound_by_their_tokens_and_the_largest_comes_first(
@@ -345,6 +377,21 @@ def test_batches_are_bound_by_their_tokens_and_the_largest_comes_first(
     assert (
         f"the largest batch, {len(largest['key'])} windows, {max(sizes.values())} tokens: " in capsys.readouterr().out
     )
+
+
+@pytest.mark.usefixtures("group")
+@pytest.mark.parametrize(("bound", "frames"), [(36, 9), (35, 17), (None, 17)])
+def test_a_plan_takes_the_batch_that_is_tried_first(wan: Given, tmp_path: Path, bound: int | None, frames: int) -> None:
+    # one window of 17 frames has 30 tokens, two of 9 have 36
+    chosen = config(frames=[17, 9], max_tokens=bound)
+    setup = started(chosen, wan, tmp_path)
+    largest = finetune.objective(chosen, setup).largest
+    assert largest
+    sources = {name: Source(None, None, uri, {}) for name, uri in wan.items()}
+    wanted, planned = largest(), finetune.largest(chosen, sources, chosen.batch).batch
+    assert planned["latent"].shape == wanted["latent"].shape and wanted["latent"].shape[3] == 1 + (frames - 1) // 4
+    with pytest.raises(UserError, match="max_tokens: 29 hold no window of 30 tokens; raise it, or lower `frames`"):
+        finetune.largest(config(frames=[17, 9], max_tokens=29), sources, chosen.batch)
 
 
 # what is refused
@@ -413,6 +460,60 @@ def test_columns_of_another_pipeline_are_one_line(
 
 
 @pytest.mark.usefixtures("group")
+@pytest.mark.parametrize("kind", ["wan", "hunyuan"])
+def test_texts_by_other_settings_than_the_bases_are_one_line_that_says_what_to_write(
+    of_kind: Callable[[str], Given], tmp_path: Path, kind: str
+) -> None:
+    chosen = config(pooled="pooled" if kind == "hunyuan" else None)
+    given = foreign_stages.moved(of_kind(kind), of_kind(kind)["dataset"], tmp_path)
+
+    def encoded(name: str, **settings: Any) -> str:
+        """A column of texts by the base's own encoder."""
+        encoder = load_encoder(TextConfig(encoder=given["base"], length=64, **settings))
+        return spoken.column(tmp_path / name, given["dataset"], encoder=encoder, name=f"text-{kind}-{name}")
+
+    says = "text: .* has states of clean: whitespace.*, and .* has learned others; write in its `cache_text` stage: "
+    with pytest.raises(UserError, match=says) as caught:
+        started(chosen, given | {"text": encoded("default")}, tmp_path / "run")
+    assert "\n" not in str(caught.value)
+    said = str(caught.value).partition("stage: ")[2]
+    started(chosen, given | {"text": encoded("said", **yaml.safe_load(f"{{{said}}}"))}, tmp_path / "again")
+
+
+@pytest.mark.usefixtures("group")
+def test_vectors_of_texts_by_other_settings_are_one_line(of_kind: Callable[[str], Given], tmp_path: Path) -> None:
+    given = of_kind("hunyuan")
+    encoder = load_encoder(TextConfig(encoder=str(Path(given["base"]) / "text_encoder_2"), clean="none", layer=-2))
+    other = spoken.column(tmp_path / "pooled", given["dataset"], encoder=encoder, name="text-pooled-other")
+    with pytest.raises(UserError, match=r"pooled: .* has states of layer: -2, .* `cache_text` stage: layer: -1$"):
+        started(config(pooled="pooled"), given | {"pooled": other}, tmp_path / "run")
+
+
+@pytest.mark.usefixtures("group")
+@pytest.mark.parametrize(
+    ("kind", "part"), [("wan", "transformer"), ("wan22_a14b", "transformer"), ("wan22_a14b", "transformer_2")]
+)
+def test_a_transformer_in_its_pipelines_folder_is_that_of_the_pipeline(
+    of_kind: Callable[[str], Given], tmp_path: Path, kind: str, part: str
+) -> None:
+    given = of_kind(kind)
+    expert = None if kind == "wan" else "low" if part == "transformer_2" else "high"
+    chosen, inside = config(expert=expert, fps=None), given | {"base": str(Path(given["base"]) / part)}
+    with pytest.raises(UserError, match=r"fps: \S+ makes 16 frames a second"):
+        started(chosen, inside, tmp_path / "rate")
+    chosen = config(expert=expert)
+    setup = started(chosen, inside, tmp_path / "run")
+    assert setup.model.config == started(chosen, given, tmp_path / "whole").model.config
+    # its columns are compared with the parts beside it
+    moved = foreign_stages.moved(given, given["dataset"], tmp_path)
+    name, says = ("text", "another encoder") if part == "transformer_2" else ("latents", "another autoencoder")
+    other = (wrong_text if name == "text" else wrong_latents)(moved, tmp_path)
+    more = {"vae": str(tmp_path / "other")} if name == "latents" else {}
+    with pytest.raises(UserError, match=f"{says} than that of .*; encode by its own: encoder: {given['base']}$"):
+        started(chosen, inside | {name: other} | more, tmp_path / "other-run")
+
+
+@pytest.mark.usefixtures("group")
 def test_a_base_that_is_no_transformer_of_another_library_is_one_line(wan: Given, tmp_path: Path) -> None:
     ours = latent_stages.saved(latent_stages.vae(), tmp_path / "vae")
     with pytest.raises(UserError, match="is a PVVAE, and no video transformer of another library; name a folder in"):
@@ -460,11 +561,11 @@ def test_it_is_measured_registered_judged_and_fine_tuned_again(wan: Given, store
     # the judge says of each clip what the evaluation says of all
     from longtake.training.models import judge_of
 
-    judge, judged = judge_of(facts), Judged("", model.eval(), facts)
-    options = judge.options(judged, wan, Window(frames=9))
+    measuring, judged = judge_of(facts), Judged("", model.eval(), facts)
+    options = measuring.options(judged, wan, Window(frames=9))
     assert set(options["columns"]) == {"latent", "text"} and options["clip_starts"] == 1
     latent = torch.zeros(1, 2, 4, 3, 4, 6)
-    assert judge.figures(judged, {"latent": latent}, None, 0, 1.0)["loss"] > 0
+    assert measuring.figures(judged, {"latent": latent}, None, 0, 1.0)["loss"] > 0
 
     # the next training begins with it, at its frame rate, and knows its texts
     again = config(name="wan-ft", fps=None, lora=None, steps=1, zero_stage=1)

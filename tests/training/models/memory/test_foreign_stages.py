@@ -193,6 +193,12 @@ def test_settings_and_columns_that_do_not_fit_a_base_are_refused_in_a_line(
     two = tiny_foreign.pipeline_folder(tmp_path / "two", "wan22_a14b")
     other = tiny_foreign.pipeline_folder(tmp_path / "other", seed=5)
     ltx = tiny_foreign.pipeline_folder(tmp_path / "ltx", "ltx")
+
+    def encoded(name: str, **settings: Any) -> str:
+        encoder = load_encoder(TextConfig(**settings))
+        return spoken.column(tmp_path / name, inputs["dataset"], encoder=encoder, name=f"text-{name}")
+
+    plain, theirs = encoded("plain", encoder=inputs["base"]), encoded("theirs", encoder=str(other), clean="wan")
     for given, changes, said in (
         (inputs, {"model": MEMORY | {"depth": 3}}, "model: depth: is the base's own"),
         (inputs, {"fps": None}, "fps: .* makes 16 frames a second, and the clips have 12"),
@@ -202,7 +208,13 @@ def test_settings_and_columns_that_do_not_fit_a_base_are_refused_in_a_line(
         (silent, {"text": None}, 'text: .* does not know the states of ""'),
         (inputs | {"base": str(two)}, {}, "base: .* has two transformers, for high and for low noise"),
         (inputs | {"base": str(ltx)}, {}, "base: .*: LTXVideoTransformer3DModel takes no memory"),
-        (inputs | {"base": str(other)}, {}, "latents: are of .*, another autoencoder than that of"),
+        (inputs | {"base": str(other)}, {}, "latents: .* are of .*, another autoencoder than that of"),
+        (inputs | {"text": plain}, {}, "text: .* has states of clean: whitespace, .* `cache_text` stage: clean: wan$"),
+        (
+            inputs | {"text": theirs},
+            {},
+            "text: .* are of .*, another encoder than that of .*pipeline; encode by its own",
+        ),
     ):
         with pytest.raises(UserError, match=said) as e:
             latent_stages.prepared(retrieving(**changes), given, tmp_path / said[:9].replace(".", "_"))
