@@ -120,8 +120,9 @@ def test_latents_may_have_times_of_their_own(name: str) -> None:
 
 
 @torch.no_grad()
-def test_tokens_in_front_are_like_clean_latents_before_the_window() -> None:
-    made = backbone(WAN)
+@pytest.mark.parametrize("name", [WAN, HUNYUAN])
+def test_tokens_in_front_are_like_clean_latents_before_the_window(name: str) -> None:
+    made = backbone(name)
     batch = Batch(made)
     assert largest(batch(made, places=torch.arange(3)), batch(made)) < 1e-5
     _, rows, columns = (side // size for side, size in zip(batch.x.shape[2:], made.config.patch, strict=True))
@@ -130,8 +131,8 @@ def test_tokens_in_front_are_like_clean_latents_before_the_window() -> None:
     times = batch.t[:, None].repeat(1, 3)
     noisy = times.clone()
     times[:, 0] = 0
-    # tokens in front attend to no text
-    given: dict[str, Any] = {"condition": None}
+    # those of Wan attend to no text
+    given: dict[str, Any] = {"condition": None} | ({"pooled": None} if "pooled" in batch.more else {})
     behind = {"x": batch.x[:, :, 1:], "places": torch.tensor([1, 2]), **given}
     clean, level = batch(made, t=times, **given)[:, :, 1:], batch(made, t=noisy, **given)[:, :, 1:]
     assert largest(batch(made, front=ahead, **behind), clean) < 1e-5
@@ -289,9 +290,20 @@ def test_what_the_class_does_not_take_is_refused(message: str) -> None:
         REFUSED[message](Batch(made), made)
 
 
-@pytest.mark.parametrize("name", [LTX, HUNYUAN])
-def test_a_class_that_takes_no_memory_says_so(name: str) -> None:
+@torch.no_grad()
+@pytest.mark.parametrize("name", [WAN, HUNYUAN])
+def test_samples_may_have_positions_of_their_own(name: str) -> None:
     made = backbone(name)
+    batch = Batch(made)
+    places = torch.tensor([[0, 1, 2], [3, 7, 11]])
+    both = batch(made, places=places)
+    for n in (0, 1):
+        alike = batch(made, places=places[n])
+        assert largest(both[n], alike[n]) < 1e-5 < largest(both[1 - n], alike[1 - n])
+
+
+def test_a_class_that_takes_no_memory_says_so() -> None:
+    made = backbone(LTX)
     batch = Batch(made)
     with pytest.raises(ValueError, match=r"places: .* takes no memory; leave it out"):
         batch(made, places=torch.arange(3))

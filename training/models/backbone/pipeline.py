@@ -18,12 +18,10 @@ from longtake.training.foreign.columns import pipeline_uri, pooled_settings, tex
 from longtake.training.foreign.library import class_of
 from longtake.training.models.backbone.solver import solver_of
 from longtake.training.models.common import codec as codecs
-from longtake.training.models.common.prompts import Prompts
 from longtake.training.models.generator import Settings, plain
 from longtake.training.registry import pipelines
 
 SETTINGS = ("steps", "guidance", "shift", "solver")  # of a model's config.json
-POOLED = ("text_encoder_2", "tokenizer_2")
 
 
 class Made(NamedTuple):
@@ -64,8 +62,7 @@ def completed(uri: str, facts: Mapping[str, Any]) -> Mapping[str, Any]:
         "text": {"encoder": text_settings(uri, facts, config)},
     }
     if config.sizes.pooled_width:
-        folder = pipelines.found(pipeline_uri(uri, facts), POOLED).folder
-        found["pooled"] = {"encoder": pooled_settings(str(folder / POOLED[0]))}
+        found["pooled"] = {"encoder": pooled_settings(uri, facts)}
     return {**facts, **found}
 
 
@@ -76,12 +73,6 @@ def codec_for(uri: str, facts: Mapping[str, Any], vae: str | None) -> Any:
         return codecs.load_codec(whole)
     needed = facts.get("vae") or {"uri": whole, "encoder": encoder_digest(codecs.load_codec(whole))}
     return codecs.decoder_of(uri, needed, vae)[0]
-
-
-def pooled_for(uri: str, facts: Mapping[str, Any]) -> Prompts | None:
-    """The texts of a second encoder, of which `given.pooled_of` makes vectors; longer ones are cut, as CLIP's are."""
-    encoder = (facts.get("pooled") or {}).get("encoder")
-    return Prompts(uri, encoder, encoder["length"], cut=True) if encoder else None
 
 
 def image_states_for(uri: str, width: int) -> Callable[[np.ndarray], Tensor] | None:

@@ -13,7 +13,7 @@ from longtake.datasets.text import Text
 from longtake.training.engines import lora
 from longtake.training.foreign.backbone import Backbone, BackboneConfig
 from longtake.training.foreign.clip_rate import check_rate
-from longtake.training.foreign.columns import check_latents, check_text
+from longtake.training.foreign.columns import check_latents, check_pooled, check_text
 from longtake.training.foreign.folder import CONFIG, TRANSFORMER, TRANSFORMER_2, is_foreign, parts_of
 from longtake.training.models.memory.config import MemoryConfig, MemoryLora, check_low
 from longtake.training.models.memory.data import Data, check_history, check_precision
@@ -85,6 +85,7 @@ def foreign_model(
     text: Text | None,
     base: Backbone | MemoryBackbone,
     facts: Mapping[str, Any],
+    pooled: Text | None = None,
 ) -> MemoryBackbone:
     """The base's transformer with a memory: the base's, if it has such a one, or a new one.
 
@@ -105,7 +106,10 @@ def foreign_model(
     _load_memory(model, base, uri)
     if text is not None:
         check_text(uri, own, facts, text, inputs["text"])
-        model.set_empty(torch.from_numpy(text.empty()))
+        check_pooled(uri, own, facts, pooled, inputs.get("pooled", ""))
+        model.set_empty(
+            torch.from_numpy(text.empty()), None if pooled is None else torch.from_numpy(pooled.empty())[-1]
+        )
     elif not model.config.backbone.text_empty:
         raise UserError(
             f'text: {uri} attends to texts, and does not know the states of "", which stand for none; name what a `cache_text`'

@@ -42,6 +42,8 @@ class MemoryConfig(TrainConfig):
     latents           of the dataset, with `join_seconds`
     low_latents       with the `shrink` of the rates, for the low-res branch
     view              which clips to use; null uses all
+    pooled            for a base that takes a vector of each text (HunyuanVideo): of the captions of `text` by the pipeline's
+                      second text encoder
     vae               decodes samples; null is the model that encoded the latents
     base              the memory_dit to continue from, or a transformer of another library: a folder in the layout of diffusers,
                       a registered pipeline or backbone; null begins with random weights
@@ -64,12 +66,13 @@ class MemoryConfig(TrainConfig):
     eval_clips        held-out clips to measure, at most, over all processes
     """
 
-    LATER: ClassVar = {"fps": None}
+    LATER: ClassVar = {"fps": None, "pooled": None}
 
     dataset: DatasetInput
     latents: Annotated[str, Input("latents")]
     low_latents: Annotated[str, Input("latents")] | None = None
     view: ViewInput | None = None
+    pooled: Annotated[str, Input("text")] | None = None
     vae: ModelInput | None = None
     base: ModelInput | None = None
     name: ModelName = "memory-dit"
@@ -109,6 +112,8 @@ class MemoryConfig(TrainConfig):
             raise ValueError("model: preset: the base has its own; leave it out, or the base")
         elif unknown := model.keys() - MemoryDiTConfig.model_fields.keys():
             raise ValueError(f"model: unknown {min(unknown)}; there are {', '.join(MemoryDiTConfig.model_fields)}")
+        if self.pooled is not None and (self.base is None or getattr(self, "text", None) is None):
+            raise ValueError("pooled: is beside text, for a base of another library; name both, or leave it out")
         if self.history_least is not None and self.history_least > self.history_seconds:
             raise ValueError(f"history_least: {self.history_least:g} s are more than history_seconds; lower it")
         return self
@@ -152,7 +157,7 @@ class MemoryConfig(TrainConfig):
 def check(config: MemoryConfig, inputs: Mapping[str, StageConfig]) -> None:
     """Refuse latents of another dataset, encoder or scale, texts of another dataset, and histories and segments that the
     latents are too short for."""
-    data.check_recipe(config, inputs, ("latents", "low_latents", "text"), config.frames)
+    data.check_recipe(config, inputs, ("latents", "low_latents", "text", "pooled"), config.frames)
     latents: Any = inputs.get("latents")
     low: Any = inputs.get("low_latents")
     if latents is not None and low is not None:

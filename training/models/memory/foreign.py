@@ -1,9 +1,9 @@
 """A transformer of diffusers with a memory, as the paper has it (arXiv 2512.23851): its tokens come in front of the class's own.
 
 The class's own forward runs, with positions of any times, and a time of its own for each latent: recent latents and the
-memory are clean. A memory's tokens attend to the text "" and not to the window's: a memory is the same whatever is asked
-for, and each token of such a class attends to some text. Cross-attention to φ's states is added to the output of each
-block.
+memory are clean. Where blocks attend to a text beside their tokens, as Wan's, a memory's tokens attend to the text "" and
+not to the window's: each token of such a class attends to some text. Where text and video are one sequence, as
+HunyuanVideo's, they attend to the window's. Cross-attention to φ's states is added to the output of each block.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from functools import partial
 
 import torch
+import torch.nn.functional as F
 from pydantic import model_validator
 from torch import Tensor, nn
 
@@ -133,9 +134,9 @@ class MemoryBackbone(MemoryModel):
     def blocks(self) -> Iterator[nn.Module]:
         yield from self.backbone.blocks()
 
-    def set_empty(self, states: Tensor) -> None:
-        """Set the states of "" (see `Backbone.set_empty`)."""
-        self.backbone.set_empty(states)
+    def set_empty(self, states: Tensor, pooled: Tensor | None = None) -> None:
+        """Set the states of "", and its vector (see `Backbone.set_empty`)."""
+        self.backbone.set_empty(states, pooled)
         self.config = self.config.model_copy(update={"backbone": self.backbone.config})
 
     def _project(self, patches: Tensor) -> Tensor:
@@ -160,7 +161,12 @@ class MemoryBackbone(MemoryModel):
         self.check_shapes(x, t, times, memory)
         x = self.first(x, None if first is None else first.to(x.device).expand(len(x), -1))
         front = self._front(memory, x, times, level) if memory is not None and memory.tokens.shape[1] else None
-        return self.backbone(x, t, condition, rng, front=front, places=times, present=seen)
+        # a class may see places beside a text, which has none: a window begins at 0, as it has learned
+        first_place = (times if seen is None else times.where(seen, times.max())).amin(-1, keepdim=True)
+        if front is not None:
+            moved = F.pad(first_place.to(front.positions).view(-1, 1, 1), (0, 2))
+            front = front._replace(positions=front.positions - moved)
+        return self.backbone(x, t, condition, rng, front=front, places=times - first_place, present=seen)
 
     def _front(self, memory: Memory, x: Tensor, times: Tensor, level: Tensor | None) -> Front:
         """The memory's tokens, and what attention to its states adds in each block."""

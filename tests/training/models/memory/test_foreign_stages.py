@@ -21,7 +21,8 @@ from longtake.datasets.stage import content
 from longtake.datasets.text import TextConfig
 from longtake.infra.cli import cli
 from longtake.training import registry
-from longtake.training.foreign.load import codec_of
+from longtake.training.foreign.columns import pooled_settings, text_settings
+from longtake.training.foreign.load import backbone_of, codec_of
 from longtake.training.models.common.condition import of_batch
 from longtake.training.models.common.video import concatenated
 from longtake.training.models.generator import Request, Scene
@@ -132,6 +133,62 @@ def saved(chosen: Any, inputs: dict[str, str], folder: Path, stage: Any) -> tupl
         folder / "model", stage.kind(setup), setup.model.config.model_dump(mode="json"), setup.model.state_dict(), facts
     )
     return str(folder / "model"), setup
+
+
+@pytest.fixture(scope="module")
+def hunyuan(dataset: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """The same of a tiny HunyuanVideo, with vectors of the texts."""
+    root = tmp_path_factory.mktemp("hunyuan")
+    copy = latent_stages.labelled(dataset, root / "dataset")
+    base = tiny_foreign.pipeline_folder(root / "pipeline", "hunyuan")
+    facts: dict[str, Any] = {"foreign": {"folder": str(base)}}
+    codec: Any = codec_of(base)[0]
+    own = backbone_of(base)[0].config
+    found = {
+        "dataset": copy,
+        "base": str(base),
+        "latents": latent_stages.encoded(root / "latents", copy, codec, str(base)),
+        "low_latents": latent_stages.encoded(root / "low", copy, codec, str(base), (2, 2)),
+    }
+    for name, settings in (
+        ("text", text_settings(str(base), facts, own)),
+        ("pooled", pooled_settings(str(base), facts)),
+    ):
+        encoder = load_encoder(TextConfig(**settings))
+        found[name] = spoken.column(root / name, copy, encoder=encoder, name=f"text-{name}")
+    return found
+
+
+@pytest.mark.usefixtures("group")
+def test_a_memory_goes_in_front_of_hunyuan_too(hunyuan: dict[str, str], tmp_path: Path) -> None:
+    chosen = with_lora(retrieving(pooled="pooled", steps=20, lr=3e-3, batch=4, checkpoint_every=20), hunyuan)
+    torch.manual_seed(chosen.seed)
+    setup = latent_stages.prepared(chosen, hunyuan, tmp_path / "before")
+    before = heldout_loss(chosen, setup)
+    latent_stages.fit(pretrain_memory, chosen, hunyuan, tmp_path / "run")
+
+    from longtake.training import checkpoint
+
+    setup.model.load_state_dict(checkpoint.trained(tmp_path / "run", chosen))
+    assert heldout_loss(chosen, setup) < 0.8 * before
+
+    # It goes on from there, and makes segments by a text each.
+    given = hunyuan | {"base": saved(chosen, hunyuan, tmp_path / "one", pretrain_memory)[0]}
+    prior = with_lora(continuing(pooled="pooled", model=None, steps=2), given)
+    latent_stages.fit(finetune_memory_prior, prior, given, tmp_path / "two")
+    made = load_prior(saved(prior, given, tmp_path / "prior", finetune_memory_prior)[0], "generation")
+    assert made.pooled and made.prompts
+
+    def film(*prompts: str, negative: str | None = None) -> np.ndarray:
+        story = [(0.5 * number, Scene(prompt=prompt)) for number, prompt in enumerate(prompts)]
+        return concatenated(made.videos([Request(1, story, negative)], 21, made.settings))
+
+    both = film("red", "blue")
+    assert both.shape == (1, 21, 32, 48, 3)
+    assert (both != film("red", "red")).any() and (both != film("red", "blue", negative="green")).any()
+    without = {name: uri for name, uri in hunyuan.items() if name != "pooled"}
+    with pytest.raises(UserError, match=r"pooled: \S+ takes a vector of each text"):
+        latent_stages.prepared(retrieving(), without, tmp_path / "without")
 
 
 @pytest.mark.usefixtures("group")
