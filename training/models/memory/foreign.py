@@ -82,7 +82,7 @@ class MemoryBackboneConfig(MemoryModelConfig):
 def why_not(transformer: BackboneConfig) -> str | None:
     """Why a transformer takes no memory; None where it does."""
     if transformer.class_name not in CLASSES:
-        return f"{transformer.class_name} takes no memory; {', '.join(sorted(CLASSES))} does"
+        return f"{transformer.class_name} takes no memory; {' and '.join(sorted(CLASSES))} do"
     time, rows, columns = transformer.patch
     if time != 1 or rows != columns:
         return f"its tokens stand for {time}x{rows}x{columns} latents; a memory needs those of one latent, and square"

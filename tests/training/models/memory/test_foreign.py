@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,10 +14,12 @@ from torch import Tensor, nn
 
 from longtake.training.foreign.backbone import BackboneConfig
 from longtake.training.foreign.backbone_wan import _rotation
+from longtake.training.foreign.load import codec_of
 from longtake.training.models.common import story
 from longtake.training.models.common.condition import Condition
 from longtake.training.models.common.streaming import Past
 from longtake.training.models.memory.foreign import MemoryBackbone, MemoryBackboneConfig
+from longtake.training.models.memory.pushes import pushes_of
 from longtake.training.models.memory.stretch import Stretch
 from longtake.training.models.memory.tokens import Memory, cropped, joined
 
@@ -288,6 +291,20 @@ def test_half_precision_keeps_the_class_s_fp32_weights_and_says_nearly_the_same(
             m(drawn(2, C, 3, 8, 8), T, TIMES, m.remember(*history()), text()).float() for m in (half, model)
         )
     assert (made - expected).abs().mean() < 0.1 * expected.abs().mean()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("vae", [tiny_foreign.tiny_hunyuan_vae, tiny_foreign.tiny_wan_vae])
+def test_a_film_grows_by_the_frames_that_all_of_its_latents_would_give(vae: Any, tmp_path: Path) -> None:
+    vae().save_pretrained(tmp_path / "vae")
+    codec: Any = codec_of(tmp_path / "vae")[0]
+    decode, encode = pushes_of(codec, None)
+    latents = drawn(1, C, 4, 4, 4)
+    parts = [decode(latent) for latent in latents.split(1, dim=2)]
+    close(torch.cat(parts, dim=2), codec.decode(latents))
+    close(torch.cat([encode(part) for part in parts], dim=2), codec.encode(torch.cat(parts, dim=2)).mode(), 1e-4)
+    # and goes on, a latent at a time
+    assert [decode(latent).shape[2] for latent in drawn(1, C, 6, 4, 4).split(1, dim=2)] == [4] * 6
 
 
 REFUSED: list[tuple[dict[str, Any], str]] = [
