@@ -144,8 +144,8 @@ class Config(MemoryConfig):
     def reaches(self) -> tuple[tuple[int, float], ...]:
         return self.history_curriculum or super().reaches
 
-    def settings(self, model: MemoryModel) -> Settings:
-        return Settings(self.sample_steps, self.guidance, shift_of(self, model), history_noise=self.sample_noise)
+    def settings(self, shift: float = 1.0) -> Settings:
+        return Settings(self.sample_steps, self.guidance, shift, history_noise=self.sample_noise)
 
     def histories(self, dit: MemoryModelConfig, least: int) -> Lengths:
         return history_lengths(dit, self.no_history, least)
@@ -254,7 +254,7 @@ def facts(config: Config, setup: Setup, lineage: Mapping[str, Any]) -> dict[str,
     """What config.json says of the model (see `shared.facts_of`)."""
     return facts_of(config, setup, lineage) | {
         "stage": "generation",
-        "sampling": plain(config.settings(setup.model), SETTINGS),
+        "sampling": plain(config.settings(shift_of(config, setup.model)), SETTINGS),
         "posterior": config.posterior,
     }
 
@@ -296,7 +296,7 @@ def evaluate(config: Config, setup: Setup, folder: Path) -> None:
             config.eval_segments,
             setup.data.fps,
             config.seed,
-            config.settings(model),
+            config.settings(shift_of(config, model)),
             config.posterior,
         ),
         losses=losses_of(heldout, "evaluate"),
