@@ -103,7 +103,7 @@ def check(part: Part) -> None:
 
 def _transformer(folder: Path, expert: Literal["high", "low", "first"] | None) -> tuple[Part, BackboneConfig, Path]:
     """The transformer that a folder and an expert name, its config, and its pipeline's folder. Raises as `backbone_of`."""
-    pipeline = pipeline_of(folder)
+    pipeline = pipeline_of(folder) if folder.name in (TRANSFORMER, TRANSFORMER_2) else folder
     two = TRANSFORMER_2 in parts_of(pipeline)
     if two and pipeline != folder:
         own: Literal["high", "low"] = "low" if folder.name == TRANSFORMER_2 else "high"

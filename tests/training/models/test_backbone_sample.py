@@ -311,6 +311,14 @@ def test_the_other_expert_is_that_of_the_base(opened: Any) -> None:
         assert np.array_equal(ours(tuned.sized(64, 32), 5, guidance=4.0), wanted)
 
 
+@pytest.mark.parametrize("kind", ["hunyuan", "wan22_a14b"])
+def test_a_transformers_own_folder_brings_the_rest_of_its_pipeline(opened: Any, kind: str) -> None:
+    _, made = opened(kind)
+    wanted = ours(made, 5, guidance=4.0, negative=None)
+    for part in ("transformer", "transformer_2") if kind == "wan22_a14b" else ("transformer",):
+        assert np.array_equal(ours(prior(Path(made_from(made)) / part), 5, guidance=4.0, negative=None), wanted)
+
+
 def test_the_command_makes_a_video_of_a_folder(opened: Any, tmp_path: Path) -> None:
     _, made = opened("wan")
 
