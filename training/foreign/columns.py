@@ -17,7 +17,7 @@ from longtake.training.registry.foreign import TEXT_ENCODER
 from longtake.training.registry.uri import in_store
 
 _SETTINGS = ("clean", "layer", "template", "crop")  # of `TextConfig`, that decide the states of a text
-POOLED = ("text_encoder_2", "tokenizer_2")
+_POOLED = ("text_encoder_2", "tokenizer_2")
 _LONGEST_POOLED = 77  # tokens of CLIP
 
 
@@ -55,8 +55,8 @@ def pooled_settings(uri: str, facts: Mapping[str, Any]) -> dict[str, Any]:
     """The settings of the vectors that a transformer has learned, or of its pipeline's second text encoder."""
     if facts.get("pooled"):
         return dict(facts["pooled"]["encoder"])
-    folder = pipelines.found(pipeline_uri(uri, facts), POOLED).folder
-    return {"encoder": str(folder / POOLED[0]), "length": _LONGEST_POOLED, "clean": "none"}
+    folder = pipelines.found(pipeline_uri(uri, facts), _POOLED).folder
+    return {"encoder": str(folder / _POOLED[0]), "length": _LONGEST_POOLED, "clean": "none"}
 
 
 def check_pooled(base: str, config: BackboneConfig, facts: Mapping[str, Any], pooled: Text | None, uri: str) -> None:
