@@ -37,6 +37,10 @@ class StageConfig(BaseModel):
     # keys that came later, with the value by which a stage does what it did before; its output is then the one from before
     LATER: ClassVar[Mapping[str, Any]] = {}
 
+    def decisive(self, settings: dict[str, Any]) -> dict[str, Any]:
+        """The settings that decide a stage's output, written as ever where a default has changed since."""
+        return settings
+
 
 def _encodable(text: str) -> str:
     try:
@@ -72,7 +76,8 @@ def names(config: StageConfig) -> dict[str, Any]:
 def content(config: StageConfig) -> dict[str, Any]:
     """The settings that decide a stage's output: its config as plain data, without `run` and the fields marked `Naming`."""
     settings = config.model_dump(mode="json", exclude={RUN} | _named(config))
-    return {name: value for name, value in settings.items() if name not in config.LATER or value != config.LATER[name]}
+    known = {name: value for name, value in settings.items() if name not in config.LATER or value != config.LATER[name]}
+    return config.decisive(known)
 
 
 def cost(config: StageConfig) -> dict[str, Any]:

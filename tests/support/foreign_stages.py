@@ -34,7 +34,7 @@ def inputs(root: Path, dataset: str, kind: str = "wan", **parts: object) -> dict
         "base": str(base),
     }
     if kind == "hunyuan":
-        second = load_encoder(TextConfig(**pooled_settings(str(base / "text_encoder_2"))))
+        second = load_encoder(TextConfig(**pooled_settings(str(base), {"foreign": {"folder": str(base)}})))
         made["pooled"] = spoken.column(root / "pooled", copy, encoder=second, name="text-pooled")
     return made
 

@@ -135,11 +135,12 @@ class Backbone(nn.Module):
                       those of `x` at time 0
         image_states  states of the image of a vision encoder, `(B, N, D)`, for a class that attends to them
         fps           frames a second of the videos, one for all or `(B,)`, for a class whose positions are in seconds
-        pooled        one vector for each text, `(B, D)`, for a class that takes one beside its states
+        pooled        one vector for each text, `(B, D)`, for a class that takes one beside its states; None: the condition's
         guidance      for a class with guidance among its inputs; None: `embedded_guidance`
-        front         tokens in front of the window's own, which all attend to, and that are no part of the result
-        places        positions of the latents in time, `(T,)` or `(B, T)`; None: 0, 1, 2 ...
-        present       `(B, T)` bool, False for latents that a sample does not have; None: it has all
+        front         of a class that takes a memory: tokens in front of the window's own, which all attend to, and that are
+                      no part of the result
+        places        of such a class: positions of the latents in time, `(T,)` or `(B, T)`; None: 0, 1, 2 ...
+        present       of such a class: `(B, T)` bool, False for latents that a sample does not have; None: it has all
 
         Raises:
             ValueError: another shape; text that the model does not take; something that it needs is not given.
@@ -150,7 +151,9 @@ class Backbone(nn.Module):
             condition = _text_only(condition)
         lost = draw_hidden(condition, x, 0.0, config.text_dropout, rng).text if self.training else None
         text, seen, without = self._texts(condition, x, lost)
-        self._check_front(front, present, seen)
+        self._check_memory(front, places, present, seen)
+        if pooled is None and condition is not None:
+            pooled = condition.pooled
         pooled = self._pooled(pooled, x, without)
         if image_states is not None and not config.sizes.image_width:
             raise ValueError("image_states: this model attends to none; leave them out")
@@ -223,16 +226,16 @@ class Backbone(nn.Module):
             mask = mask[:, 0]
         return text.to(x.device, self.dtype), mask.to(x.device)
 
-    def _check_front(self, front: Front | None, present: Tensor | None, seen: Tensor) -> None:
-        """Refuse what only some classes take."""
-        if self.config.class_name in CLASSES:
-            return
-        if seen.ndim == 3:
+    def _check_memory(self, front: Front | None, places: Tensor | None, present: Tensor | None, seen: Tensor) -> None:
+        """Refuse what only classes that take a memory take."""
+        takes, one_text = self.config.class_name in CLASSES, self.config.sizes.pooled_width > 0
+        if seen.ndim == 3 and (one_text or not takes):
             raise ValueError("text: this model sees one text in a window, not another one in each latent")
-        if present is not None or (front is not None and (front.seen is not None or front.added is not None)):
-            raise ValueError(
-                f"present: {self.config.class_name} takes only what all samples have, and adds nothing to blocks"
-            )
+        if takes:
+            return
+        for name, part in (("front", front), ("places", places), ("present", present)):
+            if part is not None:
+                raise ValueError(f"{name}: {self.config.class_name} takes no memory; leave it out")
 
     def _check_shapes(self, x: Tensor, t: Tensor) -> None:
         config = self.config
@@ -250,4 +253,4 @@ def _text_only(condition: Condition) -> Condition:
     """The texts of a condition without classes and sounds. ValueError if it asks for any of those."""
     if condition.asks_for_class or condition.asks_for_audio:
         raise ValueError("class: this model takes neither classes nor sound; leave them out")
-    return Condition(None, condition.text, condition.mask, condition.chances)
+    return Condition(None, condition.text, condition.mask, condition.chances, pooled=condition.pooled)

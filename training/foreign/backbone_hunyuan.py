@@ -5,16 +5,18 @@ Its class has one time for a whole window. Here its blocks take one for each tok
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from longtake.training.foreign.backbone_config import BackboneConfig, Sizes
 from longtake.training.foreign.backbone_inputs import STEPS, Inputs, held, positions_of
+from longtake.training.foreign.front import key_mask
 
 TEXT_LENGTH = 256
 STRIDE = (4, 8)
@@ -50,6 +52,9 @@ def build(make: Callable[..., Any], settings: Mapping[str, Any]) -> nn.Module:
     for block in net.single_transformer_blocks:
         block.__class__ = single
     net.norm_out.__class__ = last
+    for number, block in enumerate(blocks(net)):
+        block.register_forward_hook(_Adding(number))
+        block.attn.set_processor(_Attention(block.attn.processor))  # type: ignore[operator, union-attr]
     return net
 
 
@@ -87,11 +92,22 @@ def velocity(net: Any, config: BackboneConfig, inputs: Inputs) -> Tensor:
 
 
 class Times(NamedTuple):
-    """Embedded times in the place of the class's one: of the text `(B, D)`; of frames `(B, F, D)`, and each token's frame."""
+    """Embedded times in the place of the class's one, and what else blocks are given of tokens in front and of latents.
+
+    text      of the text, `(B, D)`
+    frames    of frames, `(B, F, D)`; the first one is that of the tokens in front, if there are any
+    frame_of  the frame of each token, `(M + N,)`
+    seen      `(B, 1, 1, M + N)` bool, which tokens but those of the text are there; None: all
+    ahead     M
+    added     see `Front`
+    """
 
     text: Tensor
     frames: Tensor
     frame_of: Tensor
+    seen: Tensor | None = None
+    ahead: int = 0
+    added: Sequence[Callable[[Tensor], Tensor]] | None = None
 
     def modulation(self, layer: Any, parts: int) -> tuple[Tensor, ...]:
         """What a norm's linear layer makes of the frames' times: `parts` tensors `(B, tokens, D)`."""
@@ -99,6 +115,29 @@ class Times(NamedTuple):
 
     def of_tokens(self, made: Tensor) -> Tensor:
         return made[:, self.frame_of]
+
+    def masked(self, mask: Tensor | None) -> Tensor | None:
+        """The class's mask of all keys, `(B, 1, 1, M + N + text)`, without the tokens that a sample does not have."""
+        if self.seen is None or mask is None:
+            return mask
+        count = self.seen.shape[-1]
+        return torch.cat([mask[..., :count] & self.seen, mask[..., count:]], dim=-1)
+
+
+class _Adding:
+    """A forward hook of block `number` that adds to its window's tokens what `Times` say."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+
+    # its number would make each block's compilation one of its own
+    @torch.compiler.disable
+    def __call__(self, block: nn.Module, inputs: tuple[Any, ...], made: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        times = inputs[2]
+        if not isinstance(times, Times) or times.added is None:
+            return made
+        front, own = made[0].tensor_split([times.ahead], dim=1)
+        return torch.cat([front, own + times.added[self.number](own)], dim=1), made[1]
 
 
 @contextmanager
@@ -108,7 +147,7 @@ def _in_front(net: Any, inputs: Inputs, patch: tuple[int, int, int]) -> Iterator
     if front is not None:
         hooks.append(net.x_embedder.register_forward_hook(lambda _, __, made: torch.cat([front.tokens, made], dim=1)))
         hooks.append(net.proj_out.register_forward_hook(lambda _, __, made: made[:, front.tokens.shape[1] :]))
-    if front is not None or inputs.t.ndim == 2:
+    if front is not None or inputs.present is not None or inputs.t.ndim == 2:
         hooks.append(net.time_text_embed.register_forward_hook(_times_of(inputs, patch)))
     if front is not None or inputs.places is not None:
         rotation = _rotation(positions_of(inputs, patch), net.rope)
@@ -131,24 +170,71 @@ def _times_of(inputs: Inputs, patch: tuple[int, int, int]) -> Callable[..., tupl
         t = torch.cat([ahead, t], dim=1)
         frame_of = torch.cat([frame_of.new_zeros(front.tokens.shape[1]), frame_of + 1])
 
+    seen = key_mask(inputs, patch)
+
     def embedded(module: Any, given: tuple[Tensor, Tensor, Tensor | None], made: tuple[Tensor, None]) -> Any:
         _, pooled, guidance = given
         repeated = (None if part is None else part.repeat_interleave(t.shape[1], dim=0) for part in (pooled, guidance))
         frames = type(module).forward(module, t.flatten() * STEPS, *repeated)[0]
-        return Times(made[0], frames.unflatten(0, t.shape), frame_of), made[1]
+        ahead, added = (0, None) if front is None else (front.tokens.shape[1], front.added)
+        return Times(made[0], frames.unflatten(0, t.shape), frame_of, seen, ahead, added), made[1]
 
     return embedded
 
 
 def _rotation(positions: Tensor, rope: Any) -> tuple[Tensor, Tensor]:
-    """The class's rotation at any positions `(1, N, 3)`, which all samples share."""
+    """The class's rotation at any positions `(1 or B, N, 3)`: cosines and sines `(N, head)`, or `(B, N, head)`."""
     from diffusers.models.embeddings import get_1d_rotary_pos_embed
 
-    if len(positions) > 1 and not bool((positions == positions[:1]).all()):
-        raise ValueError("places: samples of a batch have other positions; this model takes the same for all of them")
-    axes = zip(rope.rope_dim, positions[0].float().unbind(-1), strict=True)
+    axes = zip(rope.rope_dim, positions.float().flatten(0, 1).unbind(-1), strict=True)
     parts = [get_1d_rotary_pos_embed(size, at, rope.theta, use_real=True) for size, at in axes]
-    return torch.cat([cos for cos, _ in parts], dim=1), torch.cat([sin for _, sin in parts], dim=1)
+    turned = (torch.cat(both, dim=1).unflatten(0, positions.shape[:2]) for both in zip(*parts, strict=True))
+    cos, sin = (part[0] if len(part) == 1 else part for part in turned)
+    return cos, sin
+
+
+class _Attention:
+    """The class's own attention, which gives all samples one rotation; the same with one for each."""
+
+    def __init__(self, own: Any) -> None:
+        self.own = own
+
+    # the names are those that the library looks for
+    def __call__(
+        self,
+        attn: Any,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        image_rotary_emb: tuple[Tensor, Tensor] | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        x, text, rotation = hidden_states, encoder_hidden_states, image_rotary_emb
+        if rotation is None or rotation[0].ndim == 2:
+            made: tuple[Tensor, Tensor] = self.own(attn, x, text, attention_mask, rotation)
+            return made
+        count, apart = x.shape[1], attn.add_q_proj is not None
+
+        def headed(*layers: Any, of: Tensor) -> list[Tensor]:
+            return [layer(of).unflatten(2, (attn.heads, -1)) for layer in layers]
+
+        query, key, value = headed(attn.to_q, attn.to_k, attn.to_v, of=x if apart else torch.cat([x, text], dim=1))
+        query, key = attn.norm_q(query), attn.norm_k(key)
+        query, key = (torch.cat([_turned(part[:, :count], rotation), part[:, count:]], dim=1) for part in (query, key))
+        if apart:
+            words = headed(attn.add_q_proj, attn.add_k_proj, attn.add_v_proj, of=text)
+            words[:2] = attn.norm_added_q(words[0]), attn.norm_added_k(words[1])
+            query, key, value = (torch.cat(both, dim=1) for both in zip((query, key, value), words, strict=True))
+        query, key, value = (part.transpose(1, 2) for part in (query, key, value))
+        mixed = F.scaled_dot_product_attention(query, key, value, attention_mask).transpose(1, 2).flatten(2)
+        x, text = mixed.tensor_split([count], dim=1)
+        return (attn.to_out[0](x), attn.to_add_out(text)) if apart else (x, text)
+
+
+def _turned(x: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
+    """Turn pairs of channels of `(B, N, heads, head)`, as the class does, in fp32."""
+    cos, sin = (part[:, :, None].to(x.device) for part in rotation)
+    even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)
+    return (x.float() * cos + torch.stack([-odd, even], dim=-1).flatten(3) * sin).to(x.dtype)
 
 
 @cache
@@ -171,7 +257,10 @@ def _classes() -> tuple[type, type, type]:
             words, text_gate, *text_mlp = self.norm1_context(text, emb=times.text)
             seen = self.norm1.norm(x) * (1 + scale) + shift
             mixed, text_mixed = self.attn(
-                hidden_states=seen, encoder_hidden_states=words, attention_mask=mask, image_rotary_emb=rotary
+                hidden_states=seen,
+                encoder_hidden_states=words,
+                attention_mask=times.masked(mask),
+                image_rotary_emb=rotary,
             )
             x = x + gate * mixed
             x = x + mlp_gate * self.ff(self.norm2(x) * (1 + mlp_scale) + mlp_shift)
@@ -194,7 +283,7 @@ def _classes() -> tuple[type, type, type]:
             mixed = self.attn(
                 hidden_states=normed[:, :-count],
                 encoder_hidden_states=normed[:, -count:],
-                attention_mask=mask,
+                attention_mask=times.masked(mask),
                 image_rotary_emb=rotary,
             )
             inside = self.act_mlp(self.proj_mlp(normed))

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from longtake.training.foreign.backbone_config import BackboneConfig, Sizes
-from longtake.training.foreign.backbone_inputs import Inputs, held, positions_of, token_times
+from longtake.training.foreign.backbone_inputs import Inputs, held, token_times
 
 TEXT_LENGTH = 128
 STRIDE = (8, 32)
@@ -53,29 +53,15 @@ def velocity(net: Any, config: BackboneConfig, inputs: Inputs) -> Tensor:
     _, _, frames, rows, columns = inputs.x.shape
     (factor, pixels), fps = config.strides, torch.as_tensor(inputs.fps, device=inputs.x.device)
     scale = (factor / fps.reshape(-1, 1, 1, 1, 1), pixels, pixels)
-    places, front = None, inputs.front
-    if front is not None or inputs.places is not None:
-        # the class takes positions of tokens too, in its own units and for each sample
-        at = positions_of(inputs, (1, 1, 1)).float().transpose(1, 2).expand(len(inputs.x), -1, -1)
-        places = torch.stack([at[:, 0] * (factor / fps.reshape(-1, 1)), at[:, 1] * pixels, at[:, 2] * pixels], dim=1)
-    hook = None
-    if front is not None:
-        hook = net.proj_in.register_forward_hook(lambda _, __, made: torch.cat([front.tokens, made], dim=1))
-    try:
-        predicted: Tensor = net(
-            hidden_states=inputs.x.flatten(2).transpose(1, 2),
-            encoder_hidden_states=inputs.text,
-            timestep=token_times(inputs, rows * columns),
-            encoder_attention_mask=inputs.seen,
-            num_frames=frames,
-            height=rows,
-            width=columns,
-            rope_interpolation_scale=scale,
-            video_coords=places,
-            return_dict=False,
-        )[0]
-    finally:
-        if hook is not None:
-            hook.remove()
-    own = predicted if front is None else predicted[:, front.tokens.shape[1] :]
-    return own.transpose(1, 2).unflatten(2, (frames, rows, columns))
+    predicted: Tensor = net(
+        hidden_states=inputs.x.flatten(2).transpose(1, 2),
+        encoder_hidden_states=inputs.text,
+        timestep=token_times(inputs, rows * columns),
+        encoder_attention_mask=inputs.seen,
+        num_frames=frames,
+        height=rows,
+        width=columns,
+        rope_interpolation_scale=scale,
+        return_dict=False,
+    )[0]
+    return predicted.transpose(1, 2).unflatten(2, (frames, rows, columns))

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from longtake.training.foreign.codec_rows import ROWS, is_block
 from longtake.training.foreign.library import class_of
-from longtake.training.foreign.ways import Tiling, Way
+from longtake.training.foreign.ways import Causal, Tiling, Way
 from longtake.training.models.common.autoencoder import LatentPadding, VideoAutoencoder, positive
 from longtake.training.models.common.codec import Posterior
 from longtake.training.models.common.streaming import regroup
@@ -180,6 +180,11 @@ class ForeignCodec(VideoAutoencoder):
         pieces = map(self._denormalised, regroup(latents, 1, positive("chunk", chunk)))
         frames = self._ways[1].stream(pieces, (*self._tiling(tile, overlap), self._down[::-1]))
         yield from regroup(frames, 1, chunk * self.config.temporal_stride)
+
+    @property
+    def immediate(self) -> bool:
+        """Whether a stream gives what each piece stands for as soon as it has it."""
+        return all(isinstance(way, Causal) for way in self._ways)
 
     def freeze_encoder(self) -> None:
         for name, parameter in self.net.named_parameters():

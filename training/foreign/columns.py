@@ -12,10 +12,12 @@ from longtake.training import registry
 from longtake.training import text as encoders
 from longtake.training.foreign.backbone_config import BackboneConfig
 from longtake.training.foreign.folder import VAE, parts_of
+from longtake.training.registry import pipelines
 from longtake.training.registry.foreign import TEXT_ENCODER
 from longtake.training.registry.uri import in_store
 
 _SETTINGS = ("clean", "layer", "template", "crop")  # of `TextConfig`, that decide the states of a text
+_POOLED = ("text_encoder_2", "tokenizer_2")
 _LONGEST_POOLED = 77  # tokens of CLIP
 
 
@@ -49,9 +51,26 @@ def text_settings(uri: str, facts: Mapping[str, Any], config: BackboneConfig) ->
     return settings | {"clean": "none"}
 
 
-def pooled_settings(encoder: str) -> dict[str, Any]:
-    """Those of the second text encoder of a pipeline, which is here."""
-    return {"encoder": encoder, "length": _LONGEST_POOLED, "clean": "none"}
+def pooled_settings(uri: str, facts: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of the vectors that a transformer has learned, or of its pipeline's second text encoder."""
+    if facts.get("pooled"):
+        return dict(facts["pooled"]["encoder"])
+    folder = pipelines.found(pipeline_uri(uri, facts), _POOLED).folder
+    return {"encoder": str(folder / _POOLED[0]), "length": _LONGEST_POOLED, "clean": "none"}
+
+
+def check_pooled(base: str, config: BackboneConfig, facts: Mapping[str, Any], pooled: Text | None, uri: str) -> None:
+    """Refuse a base that takes a vector of each text without such, another one with it, and vectors of another encoder."""
+    width = config.sizes.pooled_width
+    if bool(width) != (pooled is not None):
+        remedy = "leave it out" if pooled else "name texts by the second text encoder of its pipeline (text_encoder_2)"
+        raise UserError(
+            f"pooled: {base} takes {'a' if width else 'no'} vector of each text beside its states; {remedy}"
+        )
+    if pooled and pooled.width != width:
+        raise UserError(f"pooled: are of {pooled.width} values, and {base} takes {width}; encode by its text_encoder_2")
+    if pooled:
+        check_encoder(base, pooled_settings(base, facts), pooled, uri, "pooled")
 
 
 def check_latents(base: str, config: BackboneConfig, facts: Mapping[str, Any], record: Latents, uri: str) -> None:

@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-# classes that take tokens and latents which some samples do not have, texts by latent, and what is added to blocks
-CLASSES = frozenset({"WanTransformer3DModel"})
+# classes that take tokens and latents which some samples do not have, and what is added to blocks
+CLASSES = frozenset({"WanTransformer3DModel", "HunyuanVideoTransformer3DModel"})
 
 
 class Front(NamedTuple):

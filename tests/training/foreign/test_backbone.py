@@ -104,7 +104,6 @@ def test_latents_may_have_times_of_their_own(name: str) -> None:
     batch = Batch(made)
     velocity, each = batch(made), batch.t[:, None].repeat(1, 3)
     assert largest(batch(made, t=each), velocity) < 1e-5
-    assert largest(batch(made, places=torch.arange(3)), velocity) < 1e-5
     # the samples have other numbers of clean latents
     each[0, 0] = each[1, :2] = 0
     other = batch(made, t=each)
@@ -120,18 +119,19 @@ def test_latents_may_have_times_of_their_own(name: str) -> None:
         assert largest(batch(made, t=batch.t[n : n + 1], **given), other[n : n + 1]) < 1e-5
 
 
-@CLASSES
 @torch.no_grad()
+@pytest.mark.parametrize("name", [WAN, HUNYUAN])
 def test_tokens_in_front_are_like_clean_latents_before_the_window(name: str) -> None:
     made = backbone(name)
     batch = Batch(made)
+    assert largest(batch(made, places=torch.arange(3)), batch(made)) < 1e-5
     _, rows, columns = (side // size for side, size in zip(batch.x.shape[2:], made.config.patch, strict=True))
     grid = torch.meshgrid(torch.arange(1), torch.arange(rows), torch.arange(columns), indexing="ij")
     ahead = Front(made.tokens(batch.x[:, :, :1]), torch.stack(grid, dim=-1).flatten(0, 2))
     times = batch.t[:, None].repeat(1, 3)
     noisy = times.clone()
     times[:, 0] = 0
-    # some classes have tokens in front attend to no text
+    # those of Wan attend to no text
     given: dict[str, Any] = {"condition": None} | ({"pooled": None} if "pooled" in batch.more else {})
     behind = {"x": batch.x[:, :, 1:], "places": torch.tensor([1, 2]), **given}
     clean, level = batch(made, t=times, **given)[:, :, 1:], batch(made, t=noisy, **given)[:, :, 1:]
@@ -288,6 +288,27 @@ def test_what_the_class_does_not_take_is_refused(message: str) -> None:
     made = backbone(WAN)
     with pytest.raises(ValueError, match=message):
         REFUSED[message](Batch(made), made)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", [WAN, HUNYUAN])
+def test_samples_may_have_positions_of_their_own(name: str) -> None:
+    made = backbone(name)
+    batch = Batch(made)
+    places = torch.tensor([[0, 1, 2], [3, 7, 11]])
+    both = batch(made, places=places)
+    for n in (0, 1):
+        alike = batch(made, places=places[n])
+        assert largest(both[n], alike[n]) < 1e-5 < largest(both[1 - n], alike[1 - n])
+
+
+def test_a_class_that_takes_no_memory_says_so() -> None:
+    made = backbone(LTX)
+    batch = Batch(made)
+    with pytest.raises(ValueError, match=r"places: .* takes no memory; leave it out"):
+        batch(made, places=torch.arange(3))
+    with pytest.raises(ValueError, match=r"present: .* takes no memory; leave it out"):
+        batch(made, present=torch.ones(2, 3, dtype=torch.bool))
 
 
 def test_a_model_that_takes_a_vector_of_each_text_needs_it() -> None:

@@ -15,11 +15,11 @@ from longtake.training import data, registry
 from longtake.training.data import HELDOUT
 from longtake.training.engines import device
 from longtake.training.foreign.backbone import Backbone
-from longtake.training.foreign.columns import check_encoder, check_latents, check_text
+from longtake.training.foreign.clip_rate import check_rate
+from longtake.training.foreign.columns import check_latents, check_pooled, check_text
 from longtake.training.models.backbone import sample
 from longtake.training.models.backbone.config import Config
 from longtake.training.models.backbone.given import given
-from longtake.training.models.backbone.pipeline import completed
 from longtake.training.models.backbone.solver import solver_of
 from longtake.training.models.common.codec import decoded
 from longtake.training.models.common.condition import of_batch
@@ -27,8 +27,6 @@ from longtake.training.models.common.wanted import Wanted
 from longtake.training.models.generator import Settings
 from longtake.training.objective import Batch
 from longtake.training.target import LatentTarget
-
-_ANY_RATE = ("LTXVideoTransformer3DModel",)  # classes that take the frame rate as an input
 
 
 class Setup(NamedTuple):
@@ -120,7 +118,7 @@ def prepare(config: Config, inputs: Mapping[str, str], folder: Path) -> Setup:
     check_text(base, model.config, facts, text, inputs["text"])
     fps = _frame_rate(base, model, facts, config, dataset)
     share = image_share(base, model, config)
-    _check_pooled(base, model, facts, pooled, inputs.get("pooled", ""))
+    check_pooled(base, model.config, facts, pooled, inputs.get("pooled", ""))
     codec = data.decoder_of(record, inputs["vae"])
     shape = (1 + (config.lengths[0] - 1) // record.factor, *data.commonest_size(dataset, record))
     target = LatentTarget(record, record.channels, shape, fps, codec, config.posterior, config.clip_starts)
@@ -155,14 +153,7 @@ def opened(base: str, config: Config) -> tuple[Backbone, dict[str, Any]]:
 def _frame_rate(base: str, model: Backbone, facts: Mapping[str, Any], config: Config, dataset: str) -> float:
     """Frames a second of the clips. UserError where they are neither those of the base nor those of the config."""
     rate = data.frame_rate(dataset, config.lengths[-1])
-    known = None if model.config.class_name in _ANY_RATE else completed(base, facts)["window"]["fps"]
-    wanted = config.fps or known
-    if wanted is not None and abs(rate / wanted - 1) > 0.01:
-        whose = "fps: is" if config.fps else f"fps: {base} makes"
-        raise UserError(
-            f"{whose} {wanted:g} frames a second, and the clips of {dataset} have {rate:g}, so that motion would be learned too"
-            f" fast or slow; cut them again with clip.fps: {wanted:g}, or say fps: {rate:g}"
-        )
+    check_rate(base, model.config, facts, rate, config.fps)
     return rate
 
 
@@ -183,17 +174,3 @@ def image_share(base: str, model: Backbone, config: Config) -> float:
             " without, such as Wan 2.2"
         )
     return float(needs) if share is None else share
-
-
-def _check_pooled(base: str, model: Backbone, facts: Mapping[str, Any], pooled: Text | None, uri: str) -> None:
-    """Refuse a base that takes a vector of each text without such, another one with it, and those of another encoder."""
-    width = model.config.sizes.pooled_width
-    if bool(width) != (pooled is not None):
-        remedy = "leave it out" if pooled else "name texts by the second text encoder of its pipeline (text_encoder_2)"
-        raise UserError(
-            f"pooled: {base} takes {'a' if width else 'no'} vector of each text beside its states; {remedy}"
-        )
-    if pooled and pooled.width != width:
-        raise UserError(f"pooled: are of {pooled.width} values, and {base} takes {width}; encode by its text_encoder_2")
-    if pooled:
-        check_encoder(base, completed(base, facts)["pooled"]["encoder"], pooled, uri, "pooled")

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from longtake.training.foreign.backbone import Backbone
 from longtake.training.models.common.codec import Codec
+from longtake.training.models.common.condition import pooled_of
 
 
 def given(model: Backbone, batch: Mapping[str, Any], x0: Tensor, fps: float, codec: Codec | None) -> dict[str, Any]:
@@ -26,12 +27,6 @@ def given(model: Backbone, batch: Mapping[str, Any], x0: Tensor, fps: float, cod
             first = codec.decode(x0[:, :, :1].to(codec.dtype)).clamp(-1, 1)
         found["image"] = start_image(codec, first, x0.shape[2])
     return found
-
-
-def pooled_of(states: Tensor, mask: Tensor) -> Tensor:
-    """CLIP's vector of each text `(B, D)`, the state of its end token, which is the last, of states `(B, N, D)`."""
-    last = (mask.sum(1) - 1).clamp(min=0)
-    return states[torch.arange(len(states), device=states.device), last]
 
 
 @torch.no_grad()

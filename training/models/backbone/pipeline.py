@@ -13,16 +13,15 @@ from torch import Tensor
 from longtake.datasets.latents import encoder_digest
 from longtake.training.engines import device
 from longtake.training.foreign.backbone import BackboneConfig
+from longtake.training.foreign.clip_rate import fps_of
 from longtake.training.foreign.columns import pipeline_uri, pooled_settings, text_settings
 from longtake.training.foreign.library import class_of
 from longtake.training.models.backbone.solver import solver_of
 from longtake.training.models.common import codec as codecs
-from longtake.training.models.common.prompts import Prompts
 from longtake.training.models.generator import Settings, plain
 from longtake.training.registry import pipelines
 
 SETTINGS = ("steps", "guidance", "shift", "solver")  # of a model's config.json
-POOLED = ("text_encoder_2", "tokenizer_2")
 
 
 class Made(NamedTuple):
@@ -30,17 +29,16 @@ class Made(NamedTuple):
 
     frames: int
     size: tuple[int, int]
-    fps: float
     guidance: float
     steps: int = 50
 
 
 _MADE = {
-    "WanTransformer3DModel": Made(81, (480, 832), 16.0, 5.0),
-    "LTXVideoTransformer3DModel": Made(161, (512, 704), 25.0, 3.0),
-    "HunyuanVideoTransformer3DModel": Made(129, (720, 1280), 24.0, 6.0),
+    "WanTransformer3DModel": Made(81, (480, 832), 5.0),
+    "LTXVideoTransformer3DModel": Made(161, (512, 704), 3.0),
+    "HunyuanVideoTransformer3DModel": Made(129, (720, 1280), 6.0),
 }
-_MADE_5B = Made(121, (704, 1280), 24.0, 5.0)  # Wan 2.2-5B, which alone expands times
+_MADE_5B = Made(121, (704, 1280), 5.0)  # Wan 2.2-5B, which alone expands times
 
 
 def completed(uri: str, facts: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -58,14 +56,13 @@ def completed(uri: str, facts: Mapping[str, Any]) -> Mapping[str, Any]:
     shift = config.shift_of((1 + (made.frames - 1) // factor, height // pixels, width // pixels))
     settings = Settings(made.steps, made.guidance, shift, solver=solver_of(config.scheduler))
     found |= {
-        "window": {"frames": made.frames, "stride": 1, "size": list(made.size), "fps": made.fps},
+        "window": {"frames": made.frames, "stride": 1, "size": list(made.size), "fps": fps_of(config, facts)},
         "sampling": plain(settings, SETTINGS),
         "classes": [],
         "text": {"encoder": text_settings(uri, facts, config)},
     }
     if config.sizes.pooled_width:
-        folder = pipelines.found(pipeline_uri(uri, facts), POOLED).folder
-        found["pooled"] = {"encoder": pooled_settings(str(folder / POOLED[0]))}
+        found["pooled"] = {"encoder": pooled_settings(uri, facts)}
     return {**facts, **found}
 
 
@@ -76,12 +73,6 @@ def codec_for(uri: str, facts: Mapping[str, Any], vae: str | None) -> Any:
         return codecs.load_codec(whole)
     needed = facts.get("vae") or {"uri": whole, "encoder": encoder_digest(codecs.load_codec(whole))}
     return codecs.decoder_of(uri, needed, vae)[0]
-
-
-def pooled_for(uri: str, facts: Mapping[str, Any]) -> Prompts | None:
-    """The texts of a second encoder, of which `given.pooled_of` makes vectors; longer ones are cut, as CLIP's are."""
-    encoder = (facts.get("pooled") or {}).get("encoder")
-    return Prompts(uri, encoder, encoder["length"], cut=True) if encoder else None
 
 
 def image_states_for(uri: str, width: int) -> Callable[[np.ndarray], Tensor] | None:

@@ -23,13 +23,13 @@ from longtake.training.engines import device
 from longtake.training.foreign.backbone import Backbone, BackboneConfig
 from longtake.training.foreign.columns import pipeline_uri
 from longtake.training.foreign.folder import pipeline_of
-from longtake.training.models.backbone.given import pooled_of, start_image
-from longtake.training.models.backbone.pipeline import codec_for, image_states_for, pooled_for
+from longtake.training.models.backbone.given import start_image
+from longtake.training.models.backbone.pipeline import codec_for, image_states_for
 from longtake.training.models.backbone.solver import follow, scheduler_for, solver_of
 from longtake.training.models.common import codec as codecs
 from longtake.training.models.common import prompts as texts
 from longtake.training.models.common.codec import latents_of, to_array, to_tensor
-from longtake.training.models.common.condition import Condition
+from longtake.training.models.common.condition import Condition, pooled_of
 from longtake.training.models.common.guidance import parts_of
 from longtake.training.models.common.prompts import Prompts
 from longtake.training.models.generator import Request, Settings, fields_of
@@ -256,7 +256,7 @@ def prior_of(uri: str, model: Any, facts: Mapping[str, Any], vae: str | None, dt
         **fields,
         accepts=accepts_of(facts),
         prompts=texts.prompts_of(uri, facts),
-        pooled=pooled_for(uri, facts),
+        pooled=texts.pooled_for(uri, facts),
         look=image_states_for(pipeline_uri(uri, facts), model.config.sizes.image_width),
     )
 

@@ -27,6 +27,7 @@ class Condition:
     chances   `(B, 4)` in 0..1, numbers of each sample's own, by which training hides its class, text and sound: a sample
               loses the same whatever ranks and passes share its batch
     audio     tokens of the sound of each frame (latent), `(B, T, n)` int64; -1 is no sound
+    pooled    a vector of each text beside its states, `(B, D)`, for a model that takes such; of no text any
     """
 
     classes: Tensor | None = None
@@ -34,6 +35,7 @@ class Condition:
     mask: Tensor | None = None
     chances: Tensor | None = None
     audio: Tensor | None = None
+    pooled: Tensor | None = None
 
     def __post_init__(self) -> None:
         if (self.text is None) != (self.mask is None):
@@ -84,7 +86,7 @@ class Condition:
 
     def expand(self, count: int) -> Condition:
         """The condition of one sample, repeated for `count` samples."""
-        parts = (self.classes, self.text, self.mask, self.chances, self.audio)
+        parts = (self.classes, self.text, self.mask, self.chances, self.audio, self.pooled)
         return Condition(*(None if part is None else part.expand(count, *part.shape[1:]) for part in parts))
 
     def record(self) -> list[int] | dict[str, Any]:
@@ -103,13 +105,15 @@ class Condition:
 
     def join(self, other: Condition) -> Condition:
         """The samples of this condition followed by those of `other`, which has the same fields."""
-        classes = audio = None
+        classes = audio = pooled = None
+        if self.pooled is not None and other.pooled is not None:
+            pooled = torch.cat([self.pooled, other.pooled])
         if self.classes is not None and other.classes is not None:
             classes = torch.cat([self.classes, other.classes])
         if self.audio is not None and other.audio is not None:
             audio = torch.cat([self.audio, other.audio])
         text, mask = _joined_texts(self, other)
-        return Condition(classes, text, mask, audio=audio)
+        return Condition(classes, text, mask, audio=audio, pooled=pooled)
 
 
 def _joined_texts(one: Condition, other: Condition) -> tuple[Tensor, Tensor] | tuple[None, None]:
@@ -130,7 +134,14 @@ def of_batch(batch: Mapping[str, Any]) -> Condition:
     # on the CPU, where ids are checked without waiting for a GPU
     classes = batch["label"].cpu() if "label" in batch else None
     audio = batch["audio_tokens"].flatten(2) if "audio_tokens" in batch else None
-    return Condition(classes, batch.get("text"), batch.get("text_mask"), batch.get("chances"), audio)
+    pooled = pooled_of(batch["pooled"], batch["pooled_mask"]) if "pooled" in batch else None
+    return Condition(classes, batch.get("text"), batch.get("text_mask"), batch.get("chances"), audio, pooled)
+
+
+def pooled_of(states: Tensor, mask: Tensor) -> Tensor:
+    """CLIP's vector of each text `(B, D)`, the state of its end token, which is the last, of states `(B, N, D)`."""
+    last = (mask.sum(1) - 1).clamp(min=0)
+    return states[torch.arange(len(states), device=states.device), last]
 
 
 def of_classes(ids: Iterable[int | None]) -> Condition:

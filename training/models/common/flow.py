@@ -186,8 +186,8 @@ def _ends(condition: Condition | None, negative: Condition | None) -> tuple[Cond
     if negative is None or negative.text is None or negative.mask is None:
         return null, full
     if full.text is None:
-        full = replace(full, text=negative.text, mask=torch.zeros_like(negative.mask))
-    return replace(null, text=negative.text, mask=negative.mask), full
+        full = replace(full, text=negative.text, mask=torch.zeros_like(negative.mask), pooled=negative.pooled)
+    return replace(null, text=negative.text, mask=negative.mask, pooled=negative.pooled), full
 
 
 def _ladder(null: Condition, condition: Condition, guidance: Guidance) -> tuple[list[Condition], list[float]]:
@@ -197,7 +197,7 @@ def _ladder(null: Condition, condition: Condition, guidance: Guidance) -> tuple[
         (
             condition.asks_for_text or null.asks_for_text,
             guidance.text,
-            {"text": condition.text, "mask": condition.mask},
+            {"text": condition.text, "mask": condition.mask, "pooled": condition.pooled},
         ),
         (condition.asks_for_audio, guidance.audio, {"audio": condition.audio}),
     ]

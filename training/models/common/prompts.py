@@ -17,7 +17,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from longtake.datasets.errors import UserError
 from longtake.datasets.text import WORDS, TextConfig
-from longtake.training.models.common.condition import Condition, of_classes
+from longtake.training.models.common.condition import Condition, of_classes, pooled_of
 from longtake.training.models.common.story import Story
 from longtake.training.models.generator import Request
 from longtake.training.registry.uri import in_store
@@ -144,12 +144,17 @@ class Prompts:
 
 
 def story_of_requests(
-    requests: Sequence[Request], latent_of: Callable[[float], int], prompts: States | None, device: torch.device
+    requests: Sequence[Request],
+    latent_of: Callable[[float], int],
+    prompts: States | None,
+    device: torch.device,
+    vectors: States | None = None,
 ) -> Story:
     """What requests ask for as conditions of their batch. Their stories change at the same seconds.
 
     Args:
         latent_of: the new latent of a second. Of two scenes that begin with the same one the later holds.
+        vectors: a second encoder, for a model that takes a vector of each text.
 
     Raises:
         ValueError, UserError: prompts for a model without text, and as `Prompts.check`.
@@ -157,15 +162,32 @@ def story_of_requests(
     story: dict[int, Condition] = {}
     for beats in zip(*(request.story for request in requests), strict=True):
         scenes = [scene for _, scene in beats]
-        text = _states([scene.prompt for scene in scenes], prompts, device)
-        story[latent_of(beats[0][0])] = Condition(of_classes(scene.class_id for scene in scenes).classes, *text)
+        said = [scene.prompt for scene in scenes]
+        classes, pooled = of_classes(scene.class_id for scene in scenes).classes, _vectors(said, vectors, device)
+        text, mask = _states(said, prompts, device)
+        story[latent_of(beats[0][0])] = Condition(classes, text, mask, pooled=pooled)
     return list(story.items())
 
 
-def negative_of_requests(requests: Sequence[Request], prompts: States | None, device: torch.device) -> Condition | None:
-    """The texts that guidance leads away from; None if there is none. Raises as `story_of_requests`."""
-    text, mask = _states([request.negative for request in requests], prompts, device)
-    return None if text is None else Condition(None, text, mask)
+def negative_of_requests(
+    requests: Sequence[Request], prompts: States | None, device: torch.device, vectors: States | None = None
+) -> Condition | None:
+    """The texts that guidance leads away from; None if there is none. Arguments and errors as of `story_of_requests`."""
+    said = [request.negative for request in requests]
+    text, mask = _states(said, prompts, device)
+    return None if text is None else Condition(None, text, mask, pooled=_vectors(said, vectors, device))
+
+
+def _vectors(texts: Sequence[str | None], vectors: States | None, device: torch.device) -> Tensor | None:
+    """A vector of each text `(B, D)`; None if there is no text, or no model that takes such."""
+    states, mask = (None, None) if vectors is None else vectors.states(texts, device)
+    return None if states is None or mask is None else pooled_of(states, mask)
+
+
+def pooled_for(uri: str, facts: Mapping[str, Any]) -> Prompts | None:
+    """The prompts of a second encoder, for a model that takes a vector of each text; longer ones are cut, as CLIP's are."""
+    encoder = (facts.get("pooled") or {}).get("encoder")
+    return Prompts(uri, encoder, encoder["length"], cut=True) if encoder else None
 
 
 def _states(

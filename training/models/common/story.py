@@ -1,7 +1,8 @@
 """Conditions over time, and what latents that are sampled together see of them.
 
 A text is seen by the latents of its own scene alone. A class is that of all latents that are sampled together: it changes
-with the first window or segment that begins at its scene's first latent or later.
+with the first window or segment that begins at its scene's first latent or later. So does a text that has a vector of its own,
+which its model takes once.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ def seen(story: Story, begin: int, latents: Sequence[int]) -> Condition | None:
     """
     now, scenes = held(story, begin), [held(story, max(0, latent)) for latent in latents]
     texts = [scene for scene in dict.fromkeys(scenes) if scene is not None and scene.text is not None]
-    if not texts or all(scene is now for scene in scenes):
+    if not texts or all(scene is now for scene in scenes) or any(scene.pooled is not None for scene in texts):
         return now
     text = torch.cat([scene.text for scene in texts if scene.text is not None], dim=1)
     masks = [_by_latent(scene.mask, [other is scene for other in scenes]) for scene in texts if scene.mask is not None]

@@ -22,7 +22,12 @@ from longtake.training.models.memory.model import MemoryModel
 
 
 def initial_model(
-    config: MemoryConfig, inputs: Mapping[str, str], data: Data, classes: int, text: Text | None = None
+    config: MemoryConfig,
+    inputs: Mapping[str, str],
+    data: Data,
+    classes: int,
+    text: Text | None = None,
+    pooled: Text | None = None,
 ) -> MemoryModel:
     """Make the model with the base's weights or random ones, and the statistics of the latents that it learns.
 
@@ -36,7 +41,11 @@ def initial_model(
     if (config.listens and text is None) or (text is not None and not foreign):
         common.check_base_text(inputs.get("base", ""), facts, text)
     if isinstance(base, Backbone | MemoryBackbone):
-        return foreign_model(config, inputs, data, text, base, facts)
+        return foreign_model(config, inputs, data, text, base, facts, pooled)
+    if pooled is not None:
+        raise UserError(
+            "pooled: is for a base of another library; a memory_dit takes no vector of a text, leave it out"
+        )
     if text is not None and not config.listens:
         raise UserError("text: is for a base of another library; a memory_dit is told nothing here, leave it out")
 

@@ -12,7 +12,8 @@ from longtake.datasets.errors import UserError
 from longtake.datasets.text import Text
 from longtake.training.engines import lora
 from longtake.training.foreign.backbone import Backbone, BackboneConfig
-from longtake.training.foreign.columns import check_latents, check_text
+from longtake.training.foreign.clip_rate import check_rate
+from longtake.training.foreign.columns import check_latents, check_pooled, check_text
 from longtake.training.foreign.folder import CONFIG, TRANSFORMER, TRANSFORMER_2, is_foreign, parts_of
 from longtake.training.models.memory.config import MemoryConfig, MemoryLora, check_low
 from longtake.training.models.memory.data import Data, check_history, check_precision
@@ -39,22 +40,33 @@ def _folder(uri: str) -> Path:
 
 
 def with_lora(config: Settings, inputs: Mapping[str, str]) -> Settings:
-    """The settings with the paper's low-rank change, and the memory in full, where a foreign base's say nothing of `lora`.
+    """The settings with what truly learns: from then on a `lora` of null is none, whatever the base.
 
-    A memory without weights of its own is left out.
+    Where they say nothing of it, and the base is of another library, `lora` is the paper's.
     """
-    if "lora" in config.model_fields_set or "base" not in inputs:
-        return config
+    if config.lora is not None or "base" not in inputs:
+        return adapting(config, None)
     facts = facts_of_base(inputs["base"])
-    if facts and facts["model"] not in _MODELS:
+    foreign = not facts or facts["model"] in _MODELS
+    return adapting(config, facts.get("config", {}) | (config.model or {}) if foreign else None)
+
+
+def adapting(config: Settings, fields: Mapping[str, Any] | None) -> Settings:
+    """See `with_lora`, for a memory with these fields; None: the base is not of another library.
+
+    What has no weights, or is not used, is left out of what learns in full.
+    """
+    if config.lora == "none":
+        return config.model_copy(update={"lora": None})
+    if config.lora is not None or fields is None:
         return config
-    return adapting(config, facts.get("config", {}) | (config.model or {}))
-
-
-def adapting(config: Settings, fields: Mapping[str, Any]) -> Settings:
-    """The settings with the paper's low-rank change, for a memory with these fields."""
-    learns = fields.get("memory") != "none" and fields.get("branches") != "low"
-    return config.model_copy(update={"lora": MemoryLora(rank=_RANK, full=("memory",) if learns else ())})
+    used = {
+        "memory": fields.get("memory") != "none" and fields.get("branches") != "low",
+        # its attention to the memory's states is of the memory too
+        "cross": bool(fields.get("cross_attention")),
+    }
+    full = tuple(name for name, learns in used.items() if learns)
+    return config.model_copy(update={"lora": MemoryLora(rank=_RANK, full=full)})
 
 
 def check_one_transformer(uri: str) -> None:
@@ -73,6 +85,7 @@ def foreign_model(
     text: Text | None,
     base: Backbone | MemoryBackbone,
     facts: Mapping[str, Any],
+    pooled: Text | None = None,
 ) -> MemoryBackbone:
     """The base's transformer with a memory: the base's, if it has such a one, or a new one.
 
@@ -81,6 +94,7 @@ def foreign_model(
     """
     uri = inputs["base"]
     fields, own = _fields(config, uri, base.config)
+    check_rate(uri, own, facts, data.fps, config.fps)
     check_history(fields, own.patch[1], data)
     made = foreign_config(config, uri, base.config, data.shape, data.history)
     check_low(made, data.low.shrink if data.low else None)
@@ -92,14 +106,21 @@ def foreign_model(
     _load_memory(model, base, uri)
     if text is not None:
         check_text(uri, own, facts, text, inputs["text"])
-        model.set_empty(torch.from_numpy(text.empty()))
+        check_pooled(uri, own, facts, pooled, inputs.get("pooled", ""))
+        model.set_empty(
+            torch.from_numpy(text.empty()), None if pooled is None else torch.from_numpy(pooled.empty())[-1]
+        )
     elif not model.config.backbone.text_empty:
         raise UserError(
             f'text: {uri} attends to texts, and does not know the states of "", which stand for none; name what a `cache_text`'
             " stage has made by the text encoder of its pipeline"
         )
+
     # weights that are updated in fp32 are fp32; else the engine keeps such copies of those that learn
-    return model.float() if config.precision == "fp32" else model.bfloat16()
+    if config.precision == "fp32":
+        return model.float()
+    # what learns in full begins as it is stored
+    return model.bfloat16() if config.lora else model
 
 
 def foreign_config(

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, field_validator, model_validator
 
@@ -42,13 +42,15 @@ class MemoryConfig(TrainConfig):
     latents           of the dataset, with `join_seconds`
     low_latents       with the `shrink` of the rates, for the low-res branch
     view              which clips to use; null uses all
+    pooled            for a base that takes a vector of each text (HunyuanVideo): of the captions of `text` by the pipeline's
+                      second text encoder
     vae               decodes samples; null is the model that encoded the latents
     base              the memory_dit to continue from, or a transformer of another library: a folder in the layout of diffusers,
                       a registered pipeline or backbone; null begins with random weights
     model             a preset with fields of MemoryDiTConfig to change: `{preset: memory_dit_xl}`; with a base, fields alone;
                       with one of another library, those of MemoryModelConfig
-    lora              where it is left out, a base of another library gets that of the paper: {rank: 128, full: ["memory"]};
-                      with null everything learns
+    lora              null: of a base of another library that of the paper, {rank: 128, full: ["memory", "cross"]}, and else
+                      none; with none everything learns
     classes           learn the dataset's labels
     frames            of a segment, 1 + 4n [assumption]
     history_seconds   of history before the segment, at most [paper: 5 to over 20]
@@ -56,16 +58,21 @@ class MemoryConfig(TrainConfig):
     posterior         what of each latent is learned: a sample, drawn anew each step, or the mean [assumption]
     time_mean         of the flow's logit-normal times: the masks' mean [assumption]
     time_std          of the flow's logit-normal times [assumption]
-    shift             of times towards noise, in training and sampling; 1 is none [assumption]
+    fps               frames a second of the clips; null: those that a base of another library makes, if it makes only such
+    shift             of times towards noise, in training and sampling, 1 is none; null: of a base of another library that of
+                      its pipeline for a segment, and else 1 [assumption]
     lr                learning rate [assumption]
     sample_steps      solver steps (Euler) of a sample [assumption]
     eval_clips        held-out clips to measure, at most, over all processes
     """
 
+    LATER: ClassVar = {"fps": None, "pooled": None}
+
     dataset: DatasetInput
     latents: Annotated[str, Input("latents")]
     low_latents: Annotated[str, Input("latents")] | None = None
     view: ViewInput | None = None
+    pooled: Annotated[str, Input("text")] | None = None
     vae: ModelInput | None = None
     base: ModelInput | None = None
     name: ModelName = "memory-dit"
@@ -77,8 +84,9 @@ class MemoryConfig(TrainConfig):
     posterior: Literal["sample", "mean"] = "sample"
     time_mean: float = 0.2
     time_std: float = Field(1.0, gt=0)
-    shift: float = Field(1.0, gt=0)
-    lora: MemoryLora | None = None
+    fps: float | None = Field(None, gt=0)
+    shift: float | None = Field(None, gt=0)
+    lora: MemoryLora | Literal["none"] | None = None  # type: ignore[assignment]  # without `none` past `with_lora`
     lr: float = Field(1e-4, gt=0)
     schedule: Literal["constant", "cosine"] = "constant"
     weight_decay: float = Field(0.0, ge=0)
@@ -97,16 +105,25 @@ class MemoryConfig(TrainConfig):
         model = self.model or {}
         check_settings(model, getattr(self, "text", None))
         if self.base is None:
-            if self.lora is not None:
+            if isinstance(self.lora, LoraConfig):
                 raise ValueError("lora: without a base all else would stay random; name one, or leave it out")
             self.dit()
         elif "preset" in model:
             raise ValueError("model: preset: the base has its own; leave it out, or the base")
         elif unknown := model.keys() - MemoryDiTConfig.model_fields.keys():
             raise ValueError(f"model: unknown {min(unknown)}; there are {', '.join(MemoryDiTConfig.model_fields)}")
+        if self.pooled is not None and (self.base is None or getattr(self, "text", None) is None):
+            raise ValueError("pooled: is beside text, for a base of another library; name both, or leave it out")
         if self.history_least is not None and self.history_least > self.history_seconds:
             raise ValueError(f"history_least: {self.history_least:g} s are more than history_seconds; lower it")
         return self
+
+    def decisive(self, settings: dict[str, Any]) -> dict[str, Any]:
+        """As of recipes before `shift` could be null, which left it out for 1."""
+        if self.shift is None:
+            return settings | {"shift": 1.0}
+        # a base may ask for another than 1
+        return settings | {"shift": "1"} if self.shift == 1.0 and self.base else settings
 
     @property
     def listens(self) -> bool:
@@ -140,7 +157,7 @@ class MemoryConfig(TrainConfig):
 def check(config: MemoryConfig, inputs: Mapping[str, StageConfig]) -> None:
     """Refuse latents of another dataset, encoder or scale, texts of another dataset, and histories and segments that the
     latents are too short for."""
-    data.check_recipe(config, inputs, ("latents", "low_latents", "text"), config.frames)
+    data.check_recipe(config, inputs, ("latents", "low_latents", "text", "pooled"), config.frames)
     latents: Any = inputs.get("latents")
     low: Any = inputs.get("low_latents")
     if latents is not None and low is not None:

@@ -61,7 +61,7 @@ class Data(NamedTuple):
 
 
 class Setup(NamedTuple):
-    """Everything that a stage works with; the model has its initial weights, `text` is None where none are learned."""
+    """Everything that a stage works with; the model has its initial weights, `text` and `pooled` are None where none are learned."""
 
     inputs: Mapping[str, str]
     data: Data
@@ -69,11 +69,13 @@ class Setup(NamedTuple):
     model: MemoryModel
     codec: Codec
     text: Text | None = None
+    pooled: Text | None = None
 
     def said(self, config: MemoryConfig) -> dict[str, str]:
         """The columns of what is said of a clip: its label and its texts, where they are learned."""
         label = {"label": "label"} if config.classes else {}
-        return label | ({"text": self.text.column} if self.text and config.listens else {})
+        texts = {"text": self.text, "pooled": self.pooled} if config.listens else {}
+        return label | {name: text.column for name, text in texts.items() if text}
 
 
 def data_of(config: MemoryConfig, inputs: Mapping[str, str]) -> Data:

@@ -61,6 +61,7 @@ from longtake.training.models.memory.shared import (
     objective_of,
     prepare,
     resolved,
+    shift_of,
 )
 from longtake.training.models.memory.stretch import add_noise
 from longtake.training.objective import Engines, Objective, Terms, Turn
@@ -85,7 +86,8 @@ SUMMARY = "continued.json"
 class Config(MemoryConfig):
     """Train a memory_dit to continue its history, and register it. MemoryConfig marks its assumptions.
 
-    With a base: `lora` trains a new adaptation, `lora.full: ["memory"]` the memory with it, `freeze: ["memory"]` neither.
+    With a base: `lora` trains a new adaptation, `lora.full: ["memory"]` the memory with it, `freeze: ["memory"]` neither. Of
+    a memory for a transformer of another library cross-attention is `cross`: `lora.full: ["memory", "cross"]`.
 
     text                 of the dataset's captions, to learn what they say of a segment; null learns none, and a base of
                          another library is then always given the text ""
@@ -142,8 +144,8 @@ class Config(MemoryConfig):
     def reaches(self) -> tuple[tuple[int, float], ...]:
         return self.history_curriculum or super().reaches
 
-    def settings(self) -> Settings:
-        return Settings(self.sample_steps, self.guidance, self.shift, history_noise=self.sample_noise)
+    def settings(self, shift: float = 1.0) -> Settings:
+        return Settings(self.sample_steps, self.guidance, shift, history_noise=self.sample_noise)
 
     def histories(self, dit: MemoryModelConfig, least: int) -> Lengths:
         return history_lengths(dit, self.no_history, least)
@@ -175,7 +177,7 @@ def _loss(config: Config, model: MemoryModel, turn: Turn) -> tuple[Tensor, Terms
     x0, history, level = segment.x0, segment.history, None
 
     # The recent latents are clean, or have the noise of the history.
-    t = flow.sample_t(count, config.time_mean, config.time_std, config.shift, rng, x0.device)
+    t = flow.sample_t(count, config.time_mean, config.time_std, shift_of(config, model), rng, x0.device)
     noised = flow.noised_frames(torch.full((count,), segment.recent, device=t.device), x0.shape[2])
     t = t[:, None] * noised
     if config.history_noise:
@@ -239,7 +241,7 @@ def _sample(config: Any, setup: Setup, engines: Engines, rng: torch.Generator) -
         flow.guided(velocity, of_batch(batch), config.guidance),
         noise,
         config.sample_steps,
-        config.shift,
+        shift_of(config, model),
         clean if segment.recent else None,
     )
     history = int(true_lengths(batch, room))
@@ -252,7 +254,7 @@ def facts(config: Config, setup: Setup, lineage: Mapping[str, Any]) -> dict[str,
     """What config.json says of the model (see `shared.facts_of`)."""
     return facts_of(config, setup, lineage) | {
         "stage": "generation",
-        "sampling": plain(config.settings(), SETTINGS),
+        "sampling": plain(config.settings(shift_of(config, setup.model)), SETTINGS),
         "posterior": config.posterior,
     }
 
@@ -294,7 +296,7 @@ def evaluate(config: Config, setup: Setup, folder: Path) -> None:
             config.eval_segments,
             setup.data.fps,
             config.seed,
-            config.settings(),
+            config.settings(shift_of(config, model)),
             config.posterior,
         ),
         losses=losses_of(heldout, "evaluate"),

@@ -1,9 +1,9 @@
 """A transformer of diffusers with a memory, as the paper has it (arXiv 2512.23851): its tokens come in front of the class's own.
 
 The class's own forward runs, with positions of any times, and a time of its own for each latent: recent latents and the
-memory are clean. A memory's tokens attend to the text "" and not to the window's: a memory is the same whatever is asked
-for, and each token of such a class attends to some text. Cross-attention to φ's states is added to the output of each
-block.
+memory are clean. Where blocks attend to a text beside their tokens, as Wan's, a memory's tokens attend to the text "" and
+not to the window's: each token of such a class attends to some text. Where text and video are one sequence, as
+HunyuanVideo's, they attend to the window's. Cross-attention to φ's states is added to the output of each block.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from functools import partial
 
 import torch
+import torch.nn.functional as F
 from pydantic import model_validator
 from torch import Tensor, nn
 
@@ -81,7 +82,7 @@ class MemoryBackboneConfig(MemoryModelConfig):
 def why_not(transformer: BackboneConfig) -> str | None:
     """Why a transformer takes no memory; None where it does."""
     if transformer.class_name not in CLASSES:
-        return f"{transformer.class_name} takes no memory; {', '.join(sorted(CLASSES))} does"
+        return f"{transformer.class_name} takes no memory; {' and '.join(sorted(CLASSES))} do"
     time, rows, columns = transformer.patch
     if time != 1 or rows != columns:
         return f"its tokens stand for {time}x{rows}x{columns} latents; a memory needs those of one latent, and square"
@@ -124,12 +125,18 @@ class MemoryBackbone(MemoryModel):
         """Patterns of names of the layers that a low-rank change changes by default: the transformer's."""
         return tuple(rf"backbone\.{target}" for target in self.backbone.lora_targets)
 
+    @property
+    def shift(self) -> float:
+        """As the transformer's own pipeline moves them for a segment."""
+        assert self.config.shape
+        return self.backbone.shift_of(self.config.shape)
+
     def blocks(self) -> Iterator[nn.Module]:
         yield from self.backbone.blocks()
 
-    def set_empty(self, states: Tensor) -> None:
-        """Set the states of "" (see `Backbone.set_empty`)."""
-        self.backbone.set_empty(states)
+    def set_empty(self, states: Tensor, pooled: Tensor | None = None) -> None:
+        """Set the states of "", and its vector (see `Backbone.set_empty`)."""
+        self.backbone.set_empty(states, pooled)
         self.config = self.config.model_copy(update={"backbone": self.backbone.config})
 
     def _project(self, patches: Tensor) -> Tensor:
@@ -154,7 +161,12 @@ class MemoryBackbone(MemoryModel):
         self.check_shapes(x, t, times, memory)
         x = self.first(x, None if first is None else first.to(x.device).expand(len(x), -1))
         front = self._front(memory, x, times, level) if memory is not None and memory.tokens.shape[1] else None
-        return self.backbone(x, t, condition, rng, front=front, places=times, present=seen)
+        # a class may see places beside a text, which has none: a window begins at 0, as it has learned
+        first_place = (times if seen is None else times.where(seen, times.max())).amin(-1, keepdim=True)
+        if front is not None:
+            moved = F.pad(first_place.to(front.positions).view(-1, 1, 1), (0, 2))
+            front = front._replace(positions=front.positions - moved)
+        return self.backbone(x, t, condition, rng, front=front, places=times - first_place, present=seen)
 
     def _front(self, memory: Memory, x: Tensor, times: Tensor, level: Tensor | None) -> Front:
         """The memory's tokens, and what attention to its states adds in each block."""

@@ -25,6 +25,7 @@ def _options(judged: Judged, inputs: Mapping[str, str], window: Window) -> dict[
     columns = columns_of(judged.uri, judged.encoder(), inputs, window.frames or 1, judged.model.config.shrink)
     if judged.facts.get("stage") != "retrieval":
         columns |= text_column_of(judged.uri, judged.facts, inputs)
+        columns |= text_column_of(judged.uri, judged.facts, inputs, "pooled")
     return {"columns": columns, "histories": _histories(judged, inputs, window)}
 
 

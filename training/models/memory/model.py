@@ -67,6 +67,11 @@ class MemoryModel(Normalising):
         """Patterns of names of the layers that a low-rank change changes by default."""
         return (r".*",)
 
+    @property
+    def shift(self) -> float:
+        """How far its times are moved towards noise by default (see `flow.shifted`); 1 is not at all."""
+        return 1.0
+
     def blocks(self) -> Iterator[nn.Module]:
         """The blocks in order, for example for `block.compile()`."""
         raise NotImplementedError

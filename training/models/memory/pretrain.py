@@ -46,6 +46,7 @@ from longtake.training.models.memory.shared import (
     objective_of,
     prepare,
     resolved,
+    shift_of,
 )
 from longtake.training.models.memory.stretch import Stretch, draw_omega, gather_latents, mask, noise_like
 from longtake.training.models.memory.variants import VARIANTS
@@ -71,8 +72,8 @@ SUMMARY = "retrieved.json"
 class Config(MemoryConfig):
     """Train a memory_dit to retrieve frames of its history, and register it.
 
-    The paper adapts a pretrained transformer: `base`, with `lora: {rank: 128, full: ["memory"]}`; new cross-attention
-    learns in full too. MemoryConfig marks the assumptions.
+    The paper adapts a pretrained transformer: `base`, with `lora: {rank: 128, full: ["memory"]}`; what is new, such as
+    cross-attention, learns in full too. MemoryConfig marks the assumptions.
 
     text        for a base of another library, which attends to texts: of the dataset's captions, of which only the states of
                 "" are taken, as the text of all that is retrieved
@@ -116,7 +117,7 @@ def _loss(config: Config, model: MemoryModel, turn: Turn) -> tuple[Tensor, Terms
     omega = draw_omega(count, stretch.high.shape[2], config.retrieved, rng, stretch.skip)
     remembered = stretch if config.history == "clean" else masked(config, stretch, omega, rng)
     x0, first = gather_latents(stretch.high, omega), stretch.first.gather(1, omega)
-    t = flow.sample_t(count, config.time_mean, config.time_std, config.shift, rng, x0.device)
+    t = flow.sample_t(count, config.time_mean, config.time_std, shift_of(config, model), rng, x0.device)
     noise = torch.randn(x0.shape, generator=rng, device=x0.device)
     x = flow.interpolate(x0, noise, t)
     velocity = turn.engines[turn.name](x, t, stretch.start + omega, remembered, of_batch(batch), rng, first)
@@ -152,7 +153,7 @@ def _sample(config: Any, setup: Setup, engines: Engines, rng: torch.Generator) -
         (true.shape[3], true.shape[4]),
         torch.Generator().manual_seed(config.seed),
         config.sample_steps,
-        config.shift,
+        shift_of(config, model),
         of_batch(batch),
         config.retrieved,
         stretch.start if bool(stretch.first[0, 0]) else None,
@@ -162,7 +163,7 @@ def _sample(config: Any, setup: Setup, engines: Engines, rng: torch.Generator) -
 
 def facts(config: Config, setup: Setup, lineage: Mapping[str, Any]) -> dict[str, Any]:
     """What config.json says of the model (see `shared.facts_of`)."""
-    sampling = {"steps": config.sample_steps, "guidance": 1.0, "shift": config.shift}
+    sampling = {"steps": config.sample_steps, "guidance": 1.0, "shift": shift_of(config, setup.model)}
     return facts_of(config, setup, lineage) | {"stage": "retrieval", "sampling": sampling}
 
 
@@ -188,6 +189,6 @@ def evaluate(config: Config, setup: Setup, folder: Path) -> None:
         fps=setup.data.fps,
         seed=config.seed,
         solver_steps=config.sample_steps,
-        shift=config.shift,
+        shift=shift_of(config, setup.model),
         at_once=config.retrieved,
     )

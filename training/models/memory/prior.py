@@ -46,6 +46,7 @@ class MemoryPrior:
     digest     of all weights
     posterior  what of each latent it has learned
     prompts    the encoder of its texts; None for a model without
+    pooled     that of a vector of each text, for a model that takes such
     """
 
     model: MemoryModel
@@ -59,6 +60,7 @@ class MemoryPrior:
     posterior: Literal["sample", "mean"] = "mean"
     accepts: frozenset[str] = ACCEPTS
     prompts: Prompts | None = None
+    pooled: Prompts | None = None
 
     @property
     def _factor(self) -> int:
@@ -137,8 +139,8 @@ class MemoryPrior:
         """
         seeds, where = [request.seed for request in requests], self.model.latent_mean.device
         latent_of = partial(scenes.latent_at, fps=fps or self.fps, factor=self._factor, goes_on=start is not None)
-        story = texts.story_of_requests(requests, latent_of, self.prompts, where)
-        negative = texts.negative_of_requests(requests, self.prompts, where)
+        story = texts.story_of_requests(requests, latent_of, self.prompts, where, self.pooled)
+        negative = texts.negative_of_requests(requests, self.prompts, where, self.pooled)
         if not scenes.asks(story) and negative is None:
             # guidance to no condition has no effect
             settings = replace(settings, guidance=1.0)
@@ -193,6 +195,7 @@ def prior_of(
         posterior=facts.get("posterior", "mean"),
         accepts=ACCEPTS | texts.accepted(facts),
         prompts=Prompts(uri, facts["text"]["encoder"], model.config.text_length) if facts.get("text") else None,
+        pooled=texts.pooled_for(uri, facts),
     )
 
 

@@ -14,7 +14,7 @@ import hashlib
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -33,9 +33,8 @@ from longtake.training.models.common.streaming import Past
 from longtake.training.models.common.text import check_guidance
 from longtake.training.models.generator import Settings, plain
 from longtake.training.models.memory.model import MemoryModel
+from longtake.training.models.memory.pushes import pushes_of
 from longtake.training.models.memory.tokens import Memory, cropped, repeated
-
-_Output = TypeVar("_Output")
 
 SETTINGS = ("steps", "guidance", "shift", "history_noise")  # those that have an effect
 _NAME = "latent"  # of the tensor in a kept segment
@@ -210,8 +209,7 @@ def generate(
 def _chunks(job: _Job) -> Iterator[np.ndarray]:
     model, vae, seeds = job.model, job.vae, job.seeds
     device, shape, shrink = model.latent_mean.device, _shape(model), model.config.shrink
-    decode = _kept_open(lambda latents: vae.decode_stream(latents, 1, job.tile))
-    encode = _kept_open(lambda video: vae.encode_stream(video, 1))
+    decode, encode = pushes_of(vae, job.tile)
     history = History(model, job.settings.history_noise, seeds)
 
     def append(latents: Tensor) -> np.ndarray:
@@ -221,7 +219,7 @@ def _chunks(job: _Job) -> Iterator[np.ndarray]:
             video = decode(latent)
             frames.append(to_pixels(video).permute(0, 2, 3, 4, 1).cpu().numpy())
             if shrink:
-                lows.append(encode(shrunk(video.float().clamp(-1, 1), shrink, vae.config.spatial_stride)).mode())
+                lows.append(encode(shrunk(video.float().clamp(-1, 1), shrink, vae.config.spatial_stride)))
         history.append(latents, torch.cat(lows, dim=2) if lows else None)
         return np.concatenate(frames, axis=1)
 
@@ -268,23 +266,6 @@ def _sample(job: _Job, history: History, number: int) -> Tensor:
         return model.denormalise(x)
     finally:
         model.train(training)
-
-
-def _kept_open(stream_of: Callable[[Iterator[Tensor]], Iterator[_Output]]) -> Callable[[Tensor], _Output]:
-    """A stream as a function of its next chunk, of which the stream must make one output, at once."""
-    waiting: deque[Tensor] = deque()
-
-    def chunks() -> Iterator[Tensor]:
-        while True:
-            yield waiting.popleft()
-
-    outputs = stream_of(chunks())
-
-    def push(chunk: Tensor) -> _Output:
-        waiting.append(chunk)
-        return next(outputs)
-
-    return push
 
 
 def _digest(latent: Tensor) -> str:

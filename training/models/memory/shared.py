@@ -53,8 +53,9 @@ def prepare(config: MemoryConfig, inputs: Mapping[str, str], folder: Path) -> Se
     codec = common.decoder_of(data.latents, inputs["vae"])
     labels = {"columns": ("label",), "batch": 1}
     classes = common.loader(config, inputs, "train", **labels).classes if config.classes else []
-    model = initial_model(config, inputs, data, len(classes), text)
-    return Setup(inputs, data, classes, model.to(device()), codec, text)
+    pooled = common.text_of({**inputs, "text": inputs["pooled"]}) if "pooled" in inputs else None
+    model = initial_model(config, inputs, data, len(classes), text, pooled)
+    return Setup(inputs, data, classes, model.to(device()), codec, text, pooled)
 
 
 def loader(config: MemoryConfig, setup: Setup, rank: int, world: int) -> Loader:
@@ -127,11 +128,9 @@ def model_of(config: MemoryConfig, inputs: Mapping[str, Source]) -> MemoryModelC
 
 
 def resolved(config: Settings, inputs: Mapping[str, Source]) -> Settings:
-    """See `training.fit`: with the low-rank change of the paper where a base of another library gets one."""
+    """See `training.fit`, and `with_lora`."""
     model = planned(config, inputs).model
-    if "lora" in config.model_fields_set or not isinstance(model, MemoryBackboneConfig):
-        return config
-    return adapting(config, model.model_dump())
+    return adapting(config, model.model_dump() if isinstance(model, MemoryBackboneConfig) else None)
 
 
 def largest_of(
@@ -150,10 +149,18 @@ def largest_of(
         for name, latents in (("low", window), ("history_low", before)):
             height, width = (side // by for side, by in zip(latents.shape[1:], model.shrink, strict=True))
             batch |= latents._replace(shape=(latents.shape[0], height, width)).batch(count, name)
+    if isinstance(model, MemoryBackboneConfig) and (width := model.backbone.sizes.pooled_width):
+        batch["pooled"] = torch.zeros(count, 1, width, dtype=torch.bfloat16)
+        batch["pooled_mask"] = torch.ones(count, 1, dtype=torch.bool)
     assert window.encoder
     made = MemoryBackbone(model) if isinstance(model, MemoryBackboneConfig) else MemoryDiT(model)  # type: ignore[arg-type]
     objective = Objective({"model": made}, partial(loss, config, made))
     return Largest(objective, batch, (module_of(window.encoder),))
+
+
+def shift_of(config: MemoryConfig, model: MemoryModel) -> float:
+    """How far times are moved towards noise, in training and sampling."""
+    return model.shift if config.shift is None else config.shift
 
 
 def announce(config: MemoryConfig, setup: Setup, loader: Loader) -> tuple[list[str], dict[str, float]]:
@@ -174,6 +181,7 @@ def facts_of(config: MemoryConfig, setup: Setup, lineage: Mapping[str, Any]) -> 
         latents      {"uri", "digest"}: the column that it has learned from
         low_latents  {"uri", "digest", "shrink": [4, 4]}: the column of the low-res branch; null without one
         text         {"uri", "digest", "encoder"}: the texts that it has learned, or its base; null for a model without
+        pooled       the same of vectors of the texts; only of a model that takes such
         classes      ["cat", "dog"]: names in the order of their ids
         window       {"frames": 21, "steps": 6, "factor": 4, "fps": 24.0, "size": [480, 832]}: of a segment; a video's
                      first one has `frames`, each later one `steps * factor`. `size` is height and width in pixels
@@ -182,12 +190,14 @@ def facts_of(config: MemoryConfig, setup: Setup, lineage: Mapping[str, Any]) -> 
         posterior    "sample" or "mean", what of each latent the model has learned
     """
     data, dit, inputs = setup.data, setup.model.config, lineage["inputs"]
+    pooled = common.text_facts(setup.pooled, inputs.get("pooled")) or _of_base(inputs, "pooled")
     return {
         "rates": list(dit.rates) if dit.variant.rated else [],
         "vae": inputs["vae"] | {"encoder": data.latents.encoder["digest"]},
         "latents": inputs["latents"],
         "low_latents": inputs["low_latents"] | {"shrink": list(data.low.shrink)} if data.low else None,
-        "text": common.text_facts(setup.text, inputs.get("text")) or _text_of_base(inputs),
+        "text": common.text_facts(setup.text, inputs.get("text")) or _of_base(inputs, "text"),
+        **({"pooled": pooled} if pooled else {}),
         "classes": list(setup.classes),
         "window": {
             "frames": config.frames,
@@ -200,9 +210,9 @@ def facts_of(config: MemoryConfig, setup: Setup, lineage: Mapping[str, Any]) -> 
     }
 
 
-def _text_of_base(inputs: Mapping[str, Any]) -> dict[str, Any] | None:
+def _of_base(inputs: Mapping[str, Any], field: str) -> dict[str, Any] | None:
     """What the base's config.json says of texts, which a training without any keeps as they are."""
-    return facts_of_base(inputs["base"]["uri"]).get("text") if "base" in inputs else None
+    return facts_of_base(inputs["base"]["uri"]).get(field) if "base" in inputs else None
 
 
 def counts(config: MemoryConfig, setup: Setup) -> dict[str, float]:

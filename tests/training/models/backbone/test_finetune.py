@@ -419,7 +419,7 @@ def narrow_text(wan: Given, folder: Path) -> str:
 @pytest.mark.parametrize(
     ("kind", "changes", "says"),
     [
-        ("wan", {"fps": None}, r"fps: \S+ makes 16 frames a second, and the clips of \S+ have 12, .* clip.fps: 16, or say fps: 12"),
+        ("wan", {"fps": None}, r"fps: \S+ makes 16 frames a second, and the clips have 12, .* clip.fps: 16, or say fps: 12"),
         ("wan", {"fps": 24.0}, r"fps: is 24 frames a second, and the clips .* cut them again with clip.fps: 24, or say fps: 12"),
         ("wan", {"frames": 10}, r"frames: 10: latents have windows of 1 \+ 4n frames, such as 9 or 13"),
         ("wan", {"expert": "high"}, "has no second transformer; leave `expert` out"),

@@ -11,8 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from longtake.training import registry
-from longtake.training.models.backbone.given import pooled_of
-from longtake.training.models.backbone.pipeline import completed, pooled_for
+from longtake.training.models.backbone.pipeline import completed
+from longtake.training.models.common.condition import pooled_of
+from longtake.training.models.common.prompts import pooled_for
 from longtake.training.text import TextConfig, load_encoder
 
 pytestmark = pytest.mark.usefixtures("one_thread")

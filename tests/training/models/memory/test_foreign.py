@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,9 +14,12 @@ from torch import Tensor, nn
 
 from longtake.training.foreign.backbone import BackboneConfig
 from longtake.training.foreign.backbone_wan import _rotation
+from longtake.training.foreign.load import codec_of
+from longtake.training.models.common import story
 from longtake.training.models.common.condition import Condition
 from longtake.training.models.common.streaming import Past
 from longtake.training.models.memory.foreign import MemoryBackbone, MemoryBackboneConfig
+from longtake.training.models.memory.pushes import pushes_of
 from longtake.training.models.memory.stretch import Stretch
 from longtake.training.models.memory.tokens import Memory, cropped, joined
 
@@ -37,22 +42,24 @@ def drawn(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-def config(**changes: Any) -> MemoryBackboneConfig:
-    backbone = BackboneConfig(
-        class_name="WanTransformer3DModel", settings=tiny_foreign.WAN, text_length=LENGTH, text_empty=2
-    )
+WAN, HUNYUAN = "WanTransformer3DModel", "HunyuanVideoTransformer3DModel"
+SETTINGS = {WAN: tiny_foreign.WAN, HUNYUAN: tiny_foreign.HUNYUAN}
+
+
+def config(class_name: str = WAN, **changes: Any) -> MemoryBackboneConfig:
+    backbone = BackboneConfig(class_name=class_name, settings=SETTINGS[class_name], text_length=LENGTH, text_empty=2)
     return MemoryBackboneConfig(**SMALL | {"backbone": backbone} | changes)
 
 
-def awake(**changes: Any) -> MemoryBackbone:
+def awake(class_name: str = WAN, **changes: Any) -> MemoryBackbone:
     """A model whose every weight counts, in evaluation mode."""
     torch.manual_seed(0)
-    model = MemoryBackbone(config(**changes))
-    model.backbone.net.load_state_dict(tiny_foreign.tiny_wan_transformer().state_dict())
+    model = MemoryBackbone(config(class_name, **changes))
+    model.backbone.net.load_state_dict(tiny_foreign.of_class(class_name, SETTINGS[class_name]).state_dict())
     for parameter in [*model.memory.parameters(), *model.cross.parameters()]:
         if not parameter.any():
             nn.init.normal_(parameter, std=0.1)
-    model.set_empty(drawn(2, WIDTH, seed=9))
+    model.set_empty(drawn(2, WIDTH, seed=9), drawn(tiny_foreign.POOLED, seed=8) if class_name == HUNYUAN else None)
     return model.eval()
 
 
@@ -61,12 +68,23 @@ def model() -> MemoryBackbone:
     return awake()
 
 
+@pytest.fixture(scope="module", params=[WAN, HUNYUAN])
+def either(request: pytest.FixtureRequest) -> MemoryBackbone:
+    return awake(request.param)
+
+
 def history(count: int = 8) -> tuple[Tensor, Tensor]:
     return drawn(2, C, count, 8, 8, seed=1), drawn(2, C, count, 4, 4, seed=2)
 
 
 def text(count: int = 3) -> Condition:
     return Condition(text=drawn(2, count, WIDTH, seed=3), mask=torch.ones(2, count, dtype=torch.bool))
+
+
+def told(model: MemoryBackbone, count: int = 3) -> Condition:
+    """A text, with its vector where the model takes one."""
+    vectors = drawn(2, tiny_foreign.POOLED, seed=4) if model.backbone.config.sizes.pooled_width else None
+    return replace(text(count), pooled=vectors)
 
 
 def close(made: Tensor, expected: Tensor, atol: float = 1e-5) -> None:
@@ -103,21 +121,23 @@ def test_the_rotation_is_the_class_s_own_and_goes_on_between_its_places(model: M
 
 
 @torch.no_grad()
-def test_only_differences_of_times_count_and_order_does_not(model: MemoryBackbone) -> None:
+def test_only_differences_of_times_count_and_order_does_not(either: MemoryBackbone) -> None:
+    model = either
     x, memory = drawn(2, C, 3, 8, 8), model.remember(*history())
-    made = model(x, T, TIMES, memory, text())
+    made = model(x, T, TIMES, memory, told(model))
     later = memory._replace(positions=memory.positions + torch.tensor([40.0, 0, 0]))
-    close(model(x, T, TIMES + 40, later, text()), made, 1e-4)
-    assert differs(model(x, T, TIMES + 3, memory, text()), made)
+    close(model(x, T, TIMES + 40, later, told(model)), made, 1e-4)
+    assert differs(model(x, T, TIMES + 3, memory, told(model)), made)
     order = torch.tensor([2, 0, 1])
-    close(model(x[:, :, order], T, TIMES[order], memory, text()), made[:, :, order])
+    close(model(x[:, :, order], T, TIMES[order], memory, told(model)), made[:, :, order])
 
 
 @torch.no_grad()
-def test_a_memory_reaches_the_velocity_by_its_tokens_its_states_and_their_places(model: MemoryBackbone) -> None:
+def test_a_memory_reaches_the_velocity_by_its_tokens_its_states_and_their_places(either: MemoryBackbone) -> None:
+    model = either
     x, memory = drawn(2, C, 3, 8, 8), model.remember(*history())
     assert memory.tokens.shape == (2, 4 * 2 * 2, 24) == (2, model.config.tokens((8, 8, 8)), model.config.width)
-    made = model(x, T, TIMES, memory, text())
+    made = model(x, T, TIMES, memory, told(model))
     assert made.shape == x.shape
     for changed in (
         memory._replace(tokens=memory.tokens.flip(2)),
@@ -125,27 +145,30 @@ def test_a_memory_reaches_the_velocity_by_its_tokens_its_states_and_their_places
         memory._replace(positions=memory.positions + torch.tensor([0, 0.5, 0])),
         None,
     ):
-        assert differs(model(x, T, TIMES, changed, text()), made)
-    close(model(x, T, TIMES, cropped(memory, 99), text()), model(x, T, TIMES, None, text()))
-    close(model(x, T, TIMES, Stretch(*history(), 0, torch.zeros(2, 8, dtype=torch.bool)), text()), made)
-    assert differs(model(x, T, TIMES, memory, text(), level=torch.tensor([0.4, 0.4])), made)
+        assert differs(model(x, T, TIMES, changed, told(model)), made)
+    close(model(x, T, TIMES, cropped(memory, 99), told(model)), model(x, T, TIMES, None, told(model)))
+    close(model(x, T, TIMES, Stretch(*history(), 0, torch.zeros(2, 8, dtype=torch.bool)), told(model)), made)
+    assert differs(model(x, T, TIMES, memory, told(model), level=torch.tensor([0.4, 0.4])), made)
 
 
 @torch.no_grad()
-def test_what_a_sample_does_not_have_is_not_seen(model: MemoryBackbone) -> None:
+def test_what_a_sample_does_not_have_is_not_seen(either: MemoryBackbone) -> None:
+    model = either
     x, (high, low) = drawn(2, C, 3, 8, 8), history()
     seen = torch.tensor([[True, True, True], [False, True, True]])
     memory = model.remember(high, low, skip=torch.tensor([0, 4]))
-    made = model(x, T, TIMES, memory, text(), seen=seen)
+    made = model(x, T, TIMES, memory, told(model), seen=seen)
     poked, past = x.clone(), high.clone()
     poked[1, :, 0] += 5
     past[1, :, :4] += 5
     changed = model.remember(past, low, skip=torch.tensor([0, 4]))
-    close(model(poked, T, TIMES, changed, text(), seen=seen)[1, :, 1:], made[1, :, 1:])
+    close(model(poked, T, TIMES, changed, told(model), seen=seen)[1, :, 1:], made[1, :, 1:])
     alone = model.remember(high[1:, :, 4:], low[1:, :, 4:], 4)
-    said = Condition(text=text().text[1:], mask=text().mask[1:])  # type: ignore[index]
+    whole = told(model)
+    said = Condition(*(None if part is None else part[1:] for part in (None, whole.text, whole.mask)))
+    said = replace(said, pooled=None if whole.pooled is None else whole.pooled[1:])
     close(model(x[1:, :, 1:], T[1:], TIMES[1:], alone, said), made[1:, :, 1:], 1e-4)
-    assert differs(model(poked, T, TIMES, changed, text())[1, :, 1:], made[1, :, 1:])
+    assert differs(model(poked, T, TIMES, changed, told(model))[1, :, 1:], made[1, :, 1:])
 
 
 @torch.no_grad()
@@ -183,14 +206,36 @@ def test_each_latent_sees_its_own_text_and_the_memory_sees_none(model: MemoryBac
     close(seen[0], seen[1], 0)
 
 
-def test_recomputed_blocks_have_the_same_gradients() -> None:
+@torch.no_grad()
+def test_without_a_memory_hunyuan_is_the_class_itself() -> None:
+    model = awake(HUNYUAN)
+    x, said = drawn(2, C, 3, 8, 8), told(model)
+    settings = {
+        "encoder_hidden_states": said.text,
+        "encoder_attention_mask": said.mask,
+        "pooled_projections": said.pooled,
+    }
+    own = tiny_foreign.tiny_hunyuan_transformer()
+    expected = own(x, 1000 * T, **settings, guidance=torch.full((2,), 1000.0), return_dict=False)[0]
+    close(model(x, T, torch.arange(3), None, said), expected)
+    close(model(x, T, torch.arange(3).expand(2, -1), None, said, seen=torch.ones(2, 3, dtype=torch.bool)), expected)
+
+
+def test_a_text_with_a_vector_is_that_of_a_whole_segment() -> None:
+    one, two = (told(awake(HUNYUAN), count) for count in (3, 4))
+    assert story.seen([(0, one), (2, two)], 0, range(4)) is one
+    assert story.seen([(0, text(3)), (2, text(4))], 0, range(4)).mask.ndim == 3  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("class_name", [WAN, HUNYUAN])
+def test_recomputed_blocks_have_the_same_gradients(class_name: str) -> None:
     grads = list[dict[str, Tensor]]()
     for again in (False, True):
-        model = awake(activation_checkpointing=again).train()
+        model = awake(class_name, activation_checkpointing=again).train()
         memory = Stretch(*history(), 0, torch.zeros(2, 8, dtype=torch.bool), torch.tensor([0, 2]))
         rng = torch.Generator().manual_seed(0)
         seen = torch.tensor([[True, True, True], [False, True, True]])
-        model(drawn(2, C, 3, 8, 8), T, TIMES, memory, text(), rng, seen=seen).square().mean().backward()
+        model(drawn(2, C, 3, 8, 8), T, TIMES, memory, told(model), rng, seen=seen).square().mean().backward()
         grads.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
     assert grads[0].keys() == grads[1].keys() and any(name.startswith("cross.") for name in grads[0])
     for name, grad in grads[0].items():
@@ -246,6 +291,26 @@ def test_half_precision_keeps_the_class_s_fp32_weights_and_says_nearly_the_same(
             m(drawn(2, C, 3, 8, 8), T, TIMES, m.remember(*history()), text()).float() for m in (half, model)
         )
     assert (made - expected).abs().mean() < 0.1 * expected.abs().mean()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("vae", [tiny_foreign.tiny_hunyuan_vae, tiny_foreign.tiny_wan_vae])
+def test_a_film_grows_by_the_frames_that_its_last_latents_give(vae: Any, tmp_path: Path) -> None:
+    vae().save_pretrained(tmp_path / "vae")
+    codec: Any = codec_of(tmp_path / "vae")[0]
+    decode, encode = pushes_of(codec, None)
+    latents = drawn(1, C, 5, 4, 4)
+    parts = [decode(latent) for latent in latents.split(1, dim=2)]
+    assert [part.shape[2] for part in parts] == [1, 4, 4, 4, 4]
+    close(parts[0], codec.decode(latents[:, :, :1]))
+    close(parts[-1], codec.decode(latents)[:, :, -4:])
+    made = [encode(part) for part in parts]
+    assert [latent.shape[2] for latent in made] == [1] * 5
+    close(made[-1], codec.encode(torch.cat(parts, dim=2)).mode()[:, :, -1:], 1e-4)
+    # and goes on: of one that is asked again the oldest latent is left out
+    last = decode(drawn(1, C, 1, 4, 4, seed=7))
+    seen = torch.cat([latents[:, :, 0 if codec.immediate else 1 :], drawn(1, C, 1, 4, 4, seed=7)], dim=2)
+    close(last, codec.decode(seen)[:, :, -4:])
 
 
 REFUSED: list[tuple[dict[str, Any], str]] = [
