@@ -163,7 +163,11 @@ FAULTS: dict[str, tuple[Callable[[Path], None], type[Exception], str]] = {
     "other config": (described(num_layers=3), Failure, "tensors are missing to this config, such as net.blocks.2"),
     "odd config": (described(patch_size="x"), UserError, "config.json: makes no WanTransformer3DModel"),
     "one number for three": (described(patch_size=2), UserError, "settings: not those of a WanTransformer3DModel"),
-    "no layer ends": (described(num_layers=10**9), UserError, r"num_layers is 1e\+09, and the weights have \d+ tensors"),
+    "no layer ends": (
+        described(num_layers=10**9),
+        UserError,
+        r"num_layers is 1e\+09, and the weights have \d+ tensors",
+    ),
     "huge": (described(in_channels=10**12), UserError, r"in_channels is 1e\+12, and the weights have"),
     "odd head": (described(attention_head_dim=25), Failure, r"makes no WanTransformer3DModel \(AssertionError"),
     "text for a number": (described(eps="x"), UserError, "eps is 'x', and no number"),
