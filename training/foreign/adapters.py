@@ -277,8 +277,10 @@ def _alpha(file: Path, settings: Mapping[str, Any], layer: str, rank: int) -> An
 
     UserError for a pattern that is more than a name, since a file of unknown origin shall not make us search for ever.
     """
-    patterns = settings.get("alpha_pattern")
-    for pattern, value in (patterns if isinstance(patterns, dict) else {}).items():
+    patterns = settings.get("alpha_pattern") or {}
+    if not isinstance(patterns, dict):
+        raise UserError(f"{file}: alpha_pattern of its adapter_config.json is no object; get it again")
+    for pattern, value in patterns.items():
         name = pattern.removeprefix("^").replace("\\.", ".")
         if not _PLAIN.fullmatch(name):
             raise UserError(

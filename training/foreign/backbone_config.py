@@ -39,6 +39,7 @@ class Sizes(NamedTuple):
     image_width      channels of the states of a start image; 0: it attends to none
     pooled_width     of the vector of a text beside its states; 0: it has none
     embeds_guidance  guidance is among its inputs
+    longest          tokens along each side, at most, that it has positions for; 0: any
     """
 
     channels: int
@@ -49,6 +50,7 @@ class Sizes(NamedTuple):
     image_width: int = 0
     pooled_width: int = 0
     embeds_guidance: bool = False
+    longest: int = 0
 
 
 class Row(Protocol):
@@ -125,7 +127,10 @@ class BackboneConfig(BaseModel):
         if self.expert and self.boundary is None:
             raise ValueError(f"expert: {self.expert} has no range; give boundary, such as 0.875")
         check_scheduler(self.scheduler)
-        _ = self.sizes
+        try:
+            _ = self.sizes
+        except (TypeError, OverflowError) as e:
+            raise ValueError(f"settings: not those of a {self.class_name} ({e})") from e
         return self
 
     @property

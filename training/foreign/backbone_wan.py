@@ -35,6 +35,7 @@ def sizes(settings: Mapping[str, Any]) -> Sizes:
         patch=(int(time), int(rows), int(columns)),
         image_channels=int(settings.get("in_channels", 16)) - channels,
         image_width=int(settings.get("image_dim") or 0),
+        longest=int(settings.get("rope_max_seq_len", 1024)),
     )
 
 

@@ -7,6 +7,7 @@ between the classes is in `codec_rows`.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Literal, NamedTuple, Self
 
@@ -23,6 +24,10 @@ from longtake.training.models.common.streaming import regroup
 
 _DECODES = ("decoder.", "post_quant_conv.")  # names of what no latent depends on
 _STATISTICS = ("latents_mean", "latents_std")
+
+
+def _finite(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 class CodecConfig(BaseModel):
@@ -67,7 +72,24 @@ class CodecConfig(BaseModel):
             raise ValueError(f"settings: not those of a {self.class_name} ({e})") from e
         if any(type(stride) is not int or stride < 1 for stride in strides):
             raise ValueError(f"settings: strides and channels of {self.class_name} would be {strides}")
+        self._check_statistics()
         return self
+
+    def _check_statistics(self) -> None:
+        """ValueError for statistics by which latents cannot be normalised: a transformer would get others in silence."""
+        for key in _STATISTICS:
+            values = self.settings.get(key)
+            required = key in self.settings and self.class_name == "AutoencoderKLWan"  # whose latents have them always
+            if (required or values is not None) and not (
+                isinstance(values, list)
+                and len(values) == self.latent_channels
+                and all(_finite(value) and (key == "latents_mean" or value > 0) for value in values)
+            ):
+                above = "" if key == "latents_mean" else " above 0"
+                raise ValueError(f"settings: {key} must be a list of {self.latent_channels} finite numbers{above}")
+        scale, shift = self.settings.get("scaling_factor", 1.0), self.settings.get("shift_factor") or 0.0
+        if not _finite(scale) or scale <= 0 or not _finite(shift):
+            raise ValueError("settings: scaling_factor must be a number above 0, and shift_factor finite")
 
     @property
     def _strides(self) -> tuple[int, int, int]:

@@ -20,6 +20,8 @@ INDEX, CONFIG, SCHEDULER = "model_index.json", "config.json", "scheduler_config.
 VAE, TRANSFORMER, TRANSFORMER_2 = "vae", "transformer", "transformer_2"
 PIPELINE = "pipeline"  # the model in our config.json
 _PART = re.compile(r"[a-z][a-z0-9_]*")
+_COUNT = re.compile(r"layers|num_res_blocks")  # in keys of how many modules there are
+_MOST_NUMBER = 1 << 28  # of a size in a config
 _NOT_OF_MODEL = ("transformers_version", "torch_dtype", "dtype", "architectures")  # keys of transformers' config.json
 
 
@@ -124,9 +126,11 @@ def part_of(folder: Path, name: str) -> Part:
             f"{folder}: is a {shown(class_name)[:80]}, and no {name}; name the folder of a pipeline, or of a {name}"
         )
     weights = weights_of(place, class_name)
-    return Part(
+    part = Part(
         place, name, class_name, _public(content), {CONFIG: place / CONFIG} | {path.name: path for path in weights}
     )
+    _check_numbers(part)
+    return part
 
 
 def name_of(class_name: str) -> str | None:
@@ -223,6 +227,23 @@ def _class_of(path: Path, content: Mapping[str, Any]) -> str:
             f"{path}: is the layout of Wan's authors (WanModel); name the folder of the same model for diffusers"
         )
     return name
+
+
+def _check_numbers(part: Part) -> None:
+    """Refuse a config of more layers than there are tensors, or of huge numbers: a module of it would never be made.
+
+    Raises:
+        UserError: as `tensors_of`; the config has such a number.
+    """
+    tensors = len(tensors_of(part))
+    for key, value in part.config.items():
+        most = tensors if _COUNT.search(key) else _MOST_NUMBER
+        numbers = [each for each in (value if isinstance(value, list) else [value]) if isinstance(each, int | float)]
+        if odd := [each for each in numbers if each > most]:
+            raise UserError(
+                f"{part.files[CONFIG]}: {shown(key)[:80]} is {odd[0]:.6g}, and the weights have {tensors} tensors;"
+                " copy or download the whole folder"
+            )
 
 
 def _public(content: Mapping[str, Any]) -> dict[str, Any]:

@@ -6,6 +6,7 @@ the files as they are: weights are in memory once, in the dtype of the files.
 
 from __future__ import annotations
 
+import inspect
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -162,14 +163,15 @@ def _empty(part: Part, make: Callable[[], Module]) -> tuple[Module, dict[str, st
         UserError: the extra is not installed; the weights are quantised.
         Failure: config and weights do not fit.
     """
+    _check_types(part)
     try:
         # buffers that no file has are computed
         with class_of("init_empty_weights", "accelerate")(include_buffers=False):
             module = make()
-    except (TypeError, ValueError, KeyError, AttributeError, RuntimeError, ArithmeticError) as e:
+    except (TypeError, ValueError, LookupError, AttributeError, RuntimeError, ArithmeticError, AssertionError) as e:
         if isinstance(e, UserError):
             raise
-        why = " ".join(str(e).split())[:200]
+        why = " ".join(str(e).split())[:200] or type(e).__name__
         raise Failure(f"{part.files[CONFIG]}: makes no {part.class_name} ({why}); download it again") from e
     tensors = tensors_of(part)
     if quantised := sorted({tensor.dtype for tensor in tensors.values() if tensor.dtype.startswith(_QUANTISED)}):
@@ -185,6 +187,16 @@ def _empty(part: Part, make: Callable[[], Module]) -> tuple[Module, dict[str, st
     }
     disk.check_shapes(part.folder, {ours: list(tensors[name].shape) for name, ours in names.items()}, expected)
     return module, names
+
+
+def _check_types(part: Part) -> None:
+    """UserError for a text or an object in the config where the class has a number: it may fail only when it is used."""
+    for name, parameter in inspect.signature(class_of(part.class_name).__init__).parameters.items():
+        value = part.config.get(name)
+        if isinstance(parameter.default, int | float) and isinstance(value, str | dict):
+            raise UserError(
+                f"{part.files[CONFIG]}: {name} is {str(value)[:40]!r}, and no number; copy or download it again"
+            )
 
 
 def _filled(part: Part, make: Callable[[], Module]) -> Module:

@@ -108,10 +108,11 @@ def _transformers() -> Any:
 
 def _loaded(name: str, load: Any, *arguments: Any, **options: Any) -> Any:
     """What a `from_pretrained` gives, of local files alone. Raises UserError with the first line of its error."""
-    errors = (OSError, ValueError, TypeError, KeyError, AttributeError, ImportError, RuntimeError, SafetensorError)
+    refused = imported("huggingface_hub.errors").StrictDataclassError  # a value of a config
+    errors = (OSError, ValueError, TypeError, LookupError, AttributeError, ImportError, RuntimeError, SafetensorError)
     try:
         return load(*arguments, local_files_only=True, trust_remote_code=False, **options)
-    except errors as e:
+    except (*errors, refused) as e:
         why = next(iter(str(e).strip().splitlines()), type(e).__name__)
         raise UserError(f"encoder: {name}: transformers cannot load it ({why}); save it again with this version") from e
 

@@ -180,6 +180,10 @@ def test_an_alpha_by_a_regular_expression_is_refused(tmp_path: Path, class_name:
     peft.get_peft_model(tiny(class_name), config).save_pretrained(str(tmp_path))
     with pytest.raises(UserError, match=r"alpha_pattern '\.\*to_q' is a regular expression; name each layer"):
         says(tmp_path, class_name)
+    settings = json.loads((tmp_path / "adapter_config.json").read_text())
+    (tmp_path / "adapter_config.json").write_text(json.dumps(settings | {"alpha_pattern": [5]}))
+    with pytest.raises(UserError, match=r"alpha_pattern of its adapter_config\.json is no object"):
+        says(tmp_path, class_name)
 
 
 @CLASSES

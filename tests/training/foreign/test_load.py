@@ -162,6 +162,15 @@ FAULTS: dict[str, tuple[Callable[[Path], None], type[Exception], str]] = {
     ),
     "other config": (described(num_layers=3), Failure, "tensors are missing to this config, such as net.blocks.2"),
     "odd config": (described(patch_size="x"), UserError, "config.json: makes no WanTransformer3DModel"),
+    "one number for three": (described(patch_size=2), UserError, "settings: not those of a WanTransformer3DModel"),
+    "no layer ends": (
+        described(num_layers=10**9),
+        UserError,
+        r"num_layers is 1e\+09, and the weights have \d+ tensors",
+    ),
+    "huge": (described(in_channels=10**12), UserError, r"in_channels is 1e\+12, and the weights have"),
+    "odd head": (described(attention_head_dim=25), Failure, r"makes no WanTransformer3DModel \(AssertionError"),
+    "text for a number": (described(eps="x"), UserError, "eps is 'x', and no number"),
     "quantised": (
         changed(lambda t: t.update({"proj_out.bias": torch.zeros(16, dtype=torch.float8_e4m3fn)})),
         UserError,
@@ -183,6 +192,17 @@ def test_weights_that_do_not_fit_are_one_line(tmp_path: Path, fault: str) -> Non
     with pytest.raises(error, match=why) as e:
         load.backbone_of(folder)
     assert "\n" not in str(e.value) and str(folder) in str(e.value)
+
+
+@pytest.mark.parametrize("std", [[0.0] * 16, [-1.0] * 16, [1.0], [float("nan")] * 16, ["x"] * 16, 1.0, None])
+def test_statistics_that_normalise_no_latents_are_one_line(tmp_path: Path, std: Any) -> None:
+    folder = tmp_path / "vae"
+    folder.mkdir()
+    config = {"_class_name": "AutoencoderKLWan", "z_dim": 16, "latents_std": std}
+    (folder / "config.json").write_text(json.dumps(config))
+    save_file({"x": torch.zeros(1)}, folder / WEIGHTS)
+    with pytest.raises(UserError, match=r"latents_std must be a list of 16 finite numbers above 0\)$"):
+        load.codec_of(folder)
 
 
 def test_a_file_is_read_for_its_digest_once(wan: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,6 +19,7 @@ from longtake.infra.cli import cli
 from longtake.training import registry
 from longtake.training.models import kind_of
 from longtake.training.models.backbone.sample import Prior, Text, sample
+from longtake.training.models.backbone.solver import solver_of
 from longtake.training.models.common.condition import Condition
 from longtake.training.models.generator import Request, Scene, Settings, check_requests
 from longtake.training.registry.requests import parameters_of
@@ -263,6 +264,8 @@ def test_what_cannot_be_made_is_one_line(opened: Any, tmp_path: Path) -> None:
     folder = tiny_foreign.pipeline_folder(tmp_path / "odd", scheduler={"class_name": "DDIMScheduler"})
     with pytest.raises(UserError, match="scheduler: DDIMScheduler is not known here"):
         prior(folder)
+    with pytest.raises(UserError, match="prediction_type is 'epsilon'; name a pipeline with flow_prediction"):
+        solver_of(UNIPC | {"class_name": "UniPCMultistepScheduler", "prediction_type": "epsilon"})
 
 
 def test_a_registered_backbone_is_sampled_like_the_pipeline_that_it_is_of(opened: Any, tmp_path: Path) -> None:
@@ -334,6 +337,7 @@ def test_the_command_makes_a_video_of_a_folder(opened: Any, tmp_path: Path) -> N
     assert said(*film, "--guidance-2", "3").startswith("--guidance-2: ")
     assert said(*film, "--negative-guidance", "3").startswith("--negative-guidance: ")
     assert said(*film, "--size", "40x32").startswith("--size: 40x32: this model makes frames with sides in multiples")
+    assert "has positions for 64 tokens in time and a side" in said("--frames", "261", "--prompt", PROMPT)
     assert said("--frames", "6", "--prompt", PROMPT).startswith("--frames: frames is 6; this model makes 1 + 4n")
 
 

@@ -155,6 +155,10 @@ def test_what_is_no_encoder_is_said_in_one_line(folders: dict[str, str], tmp_pat
                 "transformers cannot load it",
             ),
             (
+                changed(whole, tmp_path / "word", config__json=b'{"model_type": "bert", "hidden_size": "x"}'),
+                "transformers cannot load it",
+            ),
+            (
                 changed(whole, tmp_path / "parts", **weights, model__safetensors__index__json=b"{}"),
                 "model.safetensors.index.json: damaged",
             ),

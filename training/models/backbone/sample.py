@@ -124,7 +124,13 @@ class Prior:
             raise ValueError(f"frames is {frames}; after a start this model makes {factor}n, such as {below}")
         latents = latents_of(frames + (start is not None), factor, first)
         height, width = (side // self.codec.config.spatial_stride for side in self.size)
-        return latents, height, width
+        sizes, shape = self.models[0].config.sizes, (latents, height, width)
+        if sizes.longest and any(n // p > sizes.longest for n, p in zip(shape, sizes.patch, strict=True)):
+            raise ValueError(
+                f"frames is {frames} of {self.size[0]}x{self.size[1]}; this model has positions for"
+                f" {sizes.longest} tokens in time and a side: make fewer or smaller ones"
+            )
+        return shape
 
     def videos(
         self,

@@ -29,6 +29,8 @@ def solver_of(scheduler: Mapping[str, Any]) -> Literal["euler", "unipc"]:
     if name == SOLVERS["unipc"]:
         if not scheduler.get("use_flow_sigmas"):
             raise UserError(f"scheduler: {name} without use_flow_sigmas follows no flow; name a pipeline with it")
+        if (kind := scheduler.get("prediction_type")) != _FLOW["prediction_type"]:
+            raise UserError(f"scheduler: prediction_type is {str(kind)[:40]!r}; name a pipeline with flow_prediction")
         return "unipc"
     raise UserError(
         f"scheduler: {str(name)[:80]} is not known here; name a pipeline with {' or '.join(SOLVERS.values())}"
