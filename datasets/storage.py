@@ -336,6 +336,13 @@ def temporary_name(name: str) -> str:
     return f".{name}~{socket.gethostname()}@{os.getpid()}~{secrets.token_hex(4)}.tmp"
 
 
+def open_up(path: Path) -> None:
+    """Give a file the permissions of any new file: safetensors makes its own readable by their owner alone."""
+    mask = os.umask(0)
+    os.umask(mask)
+    path.chmod(0o666 & ~mask)
+
+
 def sync(path: Path) -> None:
     """Flush a file, or the names in a folder, to the disk itself."""
     handle = os.open(path, os.O_RDONLY)

@@ -274,6 +274,9 @@ def generate(
         moves = [asked.movement_of(path, generator) for path in movement]
         requests = asked.requests_of(generator, plan.settings, jobs, words, story, negative, sound, moves)
         groups = [requests[n : n + batch] for n in range(0, len(jobs), batch)]
+        height, width = generator.size
+        what = f"{plan.frames} frames of {width}x{height} at {plan.fps:g} a second, by {plan.rounds} steps"
+        click.echo(f"{model}: {what}", err=True)
         videos = partial(_videos, plan, groups, tile, f"{out}.part")
         _write(plan, videos, groups, names, grid, sound)
         for name in names:

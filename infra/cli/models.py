@@ -1,5 +1,6 @@
 """`longtake models`: list, show, fetch and import registered models."""
 
+import math
 import os
 from pathlib import Path
 from typing import Any, Literal
@@ -220,7 +221,10 @@ def tiny(folder: Path) -> None:
     from longtake.training.foreign import tiny as tiny_wan
 
     tiny_wan.write(folder)
-    click.echo(f"wrote a tiny Wan with random weights to {folder}; go on with: WAN={folder} longtake run wan_lora_tiny")
+    click.echo(
+        f"wrote a tiny Wan with random weights to {folder}; go on with: longtake footage runs/footage &&"
+        f" VIDEOS=runs/footage/captions.jsonl WAN={folder} longtake run wan_lora_tiny"
+    )
 
 
 def _store() -> str:
@@ -268,7 +272,12 @@ def _metrics(client: Any, run_id: str | None) -> dict[str, float]:
         if e.error_code != "RESOURCE_DOES_NOT_EXIST":
             raise
         return {}
-    return {name: value for name, value in sorted(metrics.items()) if not name.startswith("system/")}
+    # a mean of nothing is no figure, such as the loss at times of the flow that no sample had
+    return {
+        name: value
+        for name, value in sorted(metrics.items())
+        if not name.startswith("system/") and math.isfinite(value)
+    }
 
 
 def _summary(model: Any, versions: list[Any]) -> dict[str, Any]:

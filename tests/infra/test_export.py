@@ -243,6 +243,8 @@ def test_what_cannot_be_exported_is_one_line(place: Path, tmp_path: Path, monkey
     for layout in ("diffusers", "peft"):
         options = ("--format", layout, "--to", tmp_path / "full")
         refused("is there already; name another folder", "models:/ft/1", *options)
+    inside = ("--format", "diffusers", "--to", place / "wan" / "fine-tuned")
+    refused("is inside of the pipeline", "models:/ft/1", *inside)
     monkeypatch.delenv("MLFLOW_TRACKING_URI")
     refused("MLFLOW_TRACKING_URI is not set", "models:/ft/1", *for_diffusers)
     assert not to.exists()
@@ -371,9 +373,17 @@ def test_what_is_no_adapter_of_the_base_is_refused(place: Path, tmp_path: Path) 
     ltx = {f"transformer.transformer_blocks.0.attn1.to_q.lora_{name}.weight": torch.ones(2, 2) for name in "AB"}
     save_file(ltx, tmp_path / "ltx.safetensors")
     (tmp_path / "pickle.pt").touch()
+    layer = "blocks.0.attn1.to_q"
+    width = load.backbone_of(place / "wan")[0].net.get_submodule(layer).in_features
+    shapes = {"A": (2, width), "B": (width, 2)}
+    for file, prefix, value in (("zero", "transformer", 0.0), ("low", "transformer_2", 1.0)):
+        pair = {f"{prefix}.{layer}.lora_{name}.weight": torch.full(shape, value) for name, shape in shapes.items()}
+        save_file(pair, tmp_path / f"{file}.safetensors")
     base, name = ("--base", place / "wan"), ("--name", "none")
     for line, arguments in [
         ("is an adapter of LTXVideo.*, and the base is Wan", [tmp_path / "ltx.safetensors", *base]),
+        ("changes nothing", [tmp_path / "zero.safetensors", *base]),
+        ("is of the transformer for low noise", [tmp_path / "low.safetensors", *base]),
         ("is a pickle", [tmp_path / "pickle.pt", *base]),
         ("no such file or folder", [tmp_path / "nothing", *base]),
         ("no such folder", [tmp_path / "ltx.safetensors", "--base", tmp_path / "nothing"]),

@@ -43,6 +43,12 @@ def register(path: Path, base: str, expert: Literal["high", "low"] | None, name:
             f"--base: {base} is no video transformer of another library; name a pipeline, or one fine-tuned from it"
         )
     adapter = adapters.read(path, module.config.class_name)
+    if adapter.low and module.config.expert != "low":
+        raise UserError(f"{path}: is of the transformer for low noise; name a base that has two, with --expert low")
+    if not any(tensor.any() for name, tensor in adapter.tensors.items() if "lora_up" in name):
+        raise UserError(
+            f"{path}: changes nothing, since its upper matrices are zero; take a later step of its training"
+        )
     adapters.load_into(module, adapter)
 
     record = lineage.record({"base": base})

@@ -17,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from longtake.datasets import storage
 from longtake.datasets.errors import Failure, UserError
 from longtake.datasets.masking import shown
 from longtake.training.config import LoraConfig
@@ -42,11 +43,15 @@ _TENSOR = re.compile(r"(.+)\.(?:(lora_A|lora_down|lora_B|lora_up)(?:\.default)?\
 
 
 class Adapter(NamedTuple):
-    """A low-rank change of a `Backbone`: `tensors` by house names, each of `rank`, which count `alpha` / `rank`."""
+    """A low-rank change of a `Backbone`: `tensors` by house names, each of `rank`, which count `alpha` / `rank`.
+
+    `low`: its file says that it is of the second transformer of two, that of low noise.
+    """
 
     tensors: Mapping[str, Tensor]
     rank: int
     alpha: float
+    low: bool = False
 
     @property
     def lora(self) -> LoraConfig:
@@ -135,6 +140,7 @@ def _save(file: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]
     whole = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     try:
         save_file(whole, file, {"format": "pt", **metadata})
+        storage.open_up(file)
     except SafetensorError as e:
         raise Failure(f"{file}: could not be written ({_line(e)}); free some space and go on") from e
 
@@ -177,10 +183,12 @@ def read(path: Path, class_name: str) -> Adapter:
         )
     _check_family(file, found, class_name)
     settings = _settings_of(file, metadata)
+    if settings.get("peft_type", "LORA") != "LORA":
+        raise UserError(f"{file}: is of the kind {str(settings['peft_type'])[:40]}, and only plain LoRA is read")
     changes: dict[str, Change] = {}
     for layer, parts in found.items():
         changes |= split(f"{file}: {layer}", layer, _paired(file, layer, parts, settings), class_name)
-    return _uniform(changes)
+    return _uniform(changes)._replace(low=any("transformer_2." in prefix for prefix in prefixes))
 
 
 def _file_of(path: Path) -> Path:
@@ -260,6 +268,10 @@ def _paired(file: Path, layer: str, parts: Mapping[str, Tensor], settings: Mappi
         raise Failure(f"{file}: {layer} has no {missing[0]} matrix; get the whole file again")
     down, up = parts["down"], parts["up"]
     rank = down.shape[0] if down.ndim else 0
+    if settings.get("r", rank) != rank and not settings.get("rank_pattern"):
+        raise Failure(
+            f"{file}: {layer} has rank {rank}, and its settings say {settings['r']}; get the whole adapter again"
+        )
     if down.ndim not in (2, 4, 5) or up.ndim != down.ndim or up.shape[1] != rank or not rank:
         raise Failure(f"{file}: {layer}: matrices {tuple(down.shape)} and {tuple(up.shape)} do not fit; get it again")
     if not (down.is_floating_point() and up.is_floating_point()):

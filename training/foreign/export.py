@@ -139,6 +139,8 @@ def write_pipeline(
         Failure: a file is damaged; the disk is full.
     """
     check_free(to)
+    if to.absolute().is_relative_to(plan.base.absolute()):
+        raise UserError(f"--to: {to}: is inside of the pipeline {plan.base}; name another folder")
     model, settings = plan.model, plan.model.facts["config"]["settings"]
     notes = read_json(part_of(plan.base, model.part).files[CONFIG])
     config = {key: value for key, value in notes.items() if key.startswith("_")} | settings

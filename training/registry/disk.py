@@ -91,6 +91,7 @@ def write_weights(folder: Path, weights: Iterable[tuple[str, Tensor]], max_bytes
     for number, shard in enumerate(_shards(weights, max_bytes)):
         try:
             save_file(shard, folder / f"{number}", {"format": "pt"})
+            storage.open_up(folder / f"{number}")
         except SafetensorError as e:
             # how it reports a write that failed
             raise Failure(f"{folder}: could not be written ({_line(e)}); free some space and go on") from e

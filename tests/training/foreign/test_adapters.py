@@ -369,6 +369,28 @@ def test_settings_that_are_none_are_refused(tmp_path: Path, text: str) -> None:
         adapters.read(tmp_path, WAN)
 
 
+@pytest.mark.parametrize(
+    ("settings", "line"),
+    [
+        ({"peft_type": "LOHA"}, "of the kind LOHA, and only plain LoRA"),
+        ({"r": 7}, "has rank 2, and its settings say 7"),
+    ],
+)
+def test_settings_of_another_adapter_are_refused(tmp_path: Path, settings: dict[str, Any], line: str) -> None:
+    saved(tmp_path / adapters.PEFT_FILE, pair("base_model.model.blocks.0.attn1.to_q"))
+    (tmp_path / "adapter_config.json").write_text(json.dumps(settings))
+    with pytest.raises((UserError, Failure), match=line):
+        adapters.read(tmp_path, WAN)
+
+
+def test_a_file_is_for_whom_any_new_file_is(tmp_path: Path) -> None:
+    config = LoraConfig(rank=2, targets=(TARGETS[WAN],))
+    adapters.write(tmp_path / "out", trained(WAN, config)[0], config, WAN, "comfyui")
+    (tmp_path / "new").touch()
+    modes = {path.stat().st_mode for path in (tmp_path / "out" / adapters.COMFYUI_FILE, tmp_path / "new")}
+    assert len(modes) == 1
+
+
 def test_dora_is_refused_by_its_settings(tmp_path: Path) -> None:
     metadata = {"lora_adapter_metadata": json.dumps({"transformer.use_dora": True})}
     file = saved(tmp_path / "a.safetensors", pair("transformer.blocks.0.attn1.to_q"), metadata)
