@@ -5,10 +5,18 @@ from typing import Annotated, Literal
 
 from pydantic import Field, PositiveInt, field_validator, model_validator
 
+from longtake.datasets import storage
+from longtake.datasets.errors import UserError
 from longtake.datasets.stage import DatasetInput, Input, Measuring, ModelInput, StageConfig, ViewInput
 from longtake.training import data
 from longtake.training.config import EvaluatedConfig, LoraConfig, ModelName, Pattern
+from longtake.training.foreign import load
+from longtake.training.foreign.backbone import BackboneConfig
+from longtake.training.foreign.folder import is_foreign
+from longtake.training.models.common.codec import nearest_lengths
 from longtake.training.models.common.guidance import GuidanceSetting
+from longtake.training.registry import pipelines
+from longtake.training.registry.uri import in_store
 
 
 class BackboneLora(LoraConfig):
@@ -124,10 +132,34 @@ class Config(EvaluatedConfig):
 
 
 def check(config: Config, inputs: Mapping[str, StageConfig]) -> None:
-    """Refuse latents and texts of another dataset, windows that they do not have, and clips of another frame rate."""
+    """Refuse latents and texts of another dataset, windows that they do not have, and clips of another frame rate.
+
+    Of a base in a folder of this machine also lengths that its autoencoder does not make, and an expert that it is not.
+    """
     data.check_recipe(config, inputs, ("latents", "text", "pooled"), config.lengths[-1])
     clip = getattr(inputs.get("dataset"), "clip", None)
     if clip is not None and config.fps is not None and clip.fps != config.fps:
         raise ValueError(
             f"fps: is {config.fps:g}, and the dataset is cut at clip.fps: {clip.fps:g}; give both the same"
         )
+    if "base" not in inputs and (base := _in_folder(config)) is not None:
+        factor = base.strides[0]
+        for frames in config.lengths:
+            low, high = nearest_lengths(frames, factor)
+            if low != high:
+                raise ValueError(f"frames: {frames}: {config.base} makes 1 + {factor}n frames, such as {low} or {high}")
+
+
+def _in_folder(config: Config) -> BackboneConfig | None:
+    """The config of a base in a folder of diffusers; None for another, or one that other machines alone may see."""
+    if in_store(config.base) or not storage.is_local(config.base):
+        return None
+    folder = pipelines.local(config.base)
+    try:
+        if not folder.is_dir() or not is_foreign(folder):
+            return None
+        _, base = load.config_of(folder, "transformer", config.expert)
+    except UserError as e:
+        raise ValueError(f"base: {e}") from e
+    assert isinstance(base, BackboneConfig)
+    return base

@@ -534,6 +534,20 @@ def test_settings_that_mean_nothing_are_refused(changes: dict[str, Any], says: s
         config(**changes)
 
 
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"frames": [9, 10]}, r"^frames: 10: .* makes 1 \+ 4n frames, such as 9 or 13$"),
+        ({"expert": "low"}, "has no second transformer; leave `expert` out"),
+    ],
+)
+def test_a_recipe_is_refused_that_its_base_cannot_follow(wan: Given, changes: dict[str, Any], says: str) -> None:
+    finetune.check(config(base=wan["base"]), {})
+    finetune.check(config(base="/only/on/the/cluster", **changes), {})
+    with pytest.raises(ValueError, match=says):
+        finetune.check(config(base=wan["base"], **changes), {})
+
+
 # registered
 
 
