@@ -20,7 +20,7 @@ def memory(nodes: list[Node], gpu: float | None) -> Iterator[dict[str, Any]]:
     then     `takes` with these changes; None without any
     why      it is not known; "" where it is
     """
-    from longtake.training import fit
+    from longtake.training import fit, remedies
 
     sources = sources_of(nodes)
     for node in nodes:
@@ -36,7 +36,7 @@ def memory(nodes: list[Node], gpu: float | None) -> Iterator[dict[str, Any]]:
         try:
             if hasattr(stage, "resolved"):
                 config = stage.resolved(config, inputs)
-            planned = fit.Planned(stage, config, inputs)
+            planned = remedies.Planned(stage, config, inputs)
             takes = planned.fit()
             row |= {"takes": takes._asdict() | {"total": takes.total}}
             if gpu is not None:

@@ -14,7 +14,7 @@ import yaml
 from tiny_foreign import pipeline_folder
 
 from longtake.datasets.errors import UserError
-from longtake.training import engines, fit
+from longtake.training import engines, fit, remedies
 from longtake.training.models.latte.model import Latte, config_from_preset
 
 SHARDS = {"kind": "shard", "sources": ["/videos"], "clip": {"short_side": 64, "fps": 8, "max_seconds": 60}}
@@ -138,13 +138,13 @@ def test_a_full_size_is_told_without_its_memory(tmp_path: Path, training: dict[s
     path.write_text(yaml.safe_dump({"name": "r", "workspace": str(tmp_path / "ws"), "stages": stages}))
     found = measured.source_of(str(path), "training")
     before = measured.resident()
-    told = fit.Planned(found.stage, found.config, found.inputs).fit()
+    told = remedies.Planned(found.stage, found.config, found.inputs).fit()
     assert measured.resident() - before < 300 << 20 < told.weights < told.total
 
 
 def test_the_weights_of_a_plan_are_those_of_the_model(tmp_path: Path) -> None:
     found = source(tmp_path, TRAININGS["latte_of_pixels"], ema_half_lives=[5.0, 50.0])
-    told = fit.Planned(found.stage, found.config, found.inputs).fit()
+    told = remedies.Planned(found.stage, found.config, found.inputs).fit()
     latte = Latte(config_from_preset("latte_tiny", channels=3, patch=16, shape=(9, 64, 64)))
     learning = sum(p.numel() for p in latte.parameters())
     assert told.weights == sum(t.nbytes for t in (*latte.parameters(), *latte.buffers()))
@@ -154,7 +154,7 @@ def test_the_weights_of_a_plan_are_those_of_the_model(tmp_path: Path) -> None:
 def test_ranks_share_the_batch_and_what_zero_divides(tmp_path: Path) -> None:
     def told(**changes: Any) -> fit.Fit:
         found = source(tmp_path, LATTE, batch=8, **changes)
-        return fit.Planned(found.stage, found.config, found.inputs).fit()
+        return remedies.Planned(found.stage, found.config, found.inputs).fit()
 
     run = {"launcher": {"by": "torchrun", "processes": 4}}
     found, alone = source(tmp_path, LATTE, batch=8), told()
@@ -173,7 +173,7 @@ SHALLOW = {"preset": "latte_tiny", "depth": 2, "patch": 4}
 def remedy(folder: Path, share: float, **changes: Any) -> tuple[str, ...] | None:
     """The changes that bring a training to this share of its memory."""
     found = source(folder, TRAININGS["latte_of_pixels"], **{"batch": 16, "model": SHALLOW} | changes)
-    planned = fit.Planned(found.stage, found.config, found.inputs)
+    planned = remedies.Planned(found.stage, found.config, found.inputs)
     limit = share * planned.fit().total
     found_remedy = planned.remedy(limit)
     assert found_remedy is None or found_remedy.fit.total <= limit
@@ -196,7 +196,7 @@ def test_the_cheapest_change_that_is_enough_is_named(tmp_path: Path) -> None:
 def test_a_pass_of_fewer_tokens_is_named_down_to_one_window(tmp_path: Path) -> None:
     # passes of 15 windows do not halve; one window has 3x4x4 tokens, so that 32 hold none
     found = of_another_library(tmp_path, {"rank": 4}, batch=15, max_tokens=130, activation_checkpointing=True)
-    planned = fit.Planned(found.stage, found.config, found.inputs)
+    planned = remedies.Planned(found.stage, found.config, found.inputs)
     whole = planned.fit().total
     assert (told := planned.remedy(0.9 * whole)) and told.changes == ("max_tokens: 65",)
     assert planned.remedy(0.001 * whole) is None
@@ -216,7 +216,7 @@ def test_a_stage_that_must_run_first_is_named(tmp_path: Path) -> None:
         path.write_text(yaml.safe_dump({"name": "r", "workspace": str(tmp_path / "ws"), "stages": stages}))
         found = measured.source_of(str(path), "training")
         with pytest.raises(UserError, match=f"^{key}: .*run it first$"):
-            fit.Planned(found.stage, found.config, found.inputs).fit()
+            remedies.Planned(found.stage, found.config, found.inputs).fit()
 
 
 LOADED = ("vae", "vqgan", "encgan3", "latte_of_pixels")

@@ -1,0 +1,141 @@
+"""The smallest change of its settings by which a training fits into the memory of a GPU (see `fit`)."""
+
+import functools
+import json
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
+
+from pydantic import ValidationError
+
+from longtake.datasets.errors import UserError
+from longtake.training.fit import Fit, Source, Traced, memory_of, trace_of
+
+
+class Remedy(NamedTuple):
+    """Changes by which a training fits, as they are written in its stage, and what it takes then."""
+
+    changes: tuple[str, ...]
+    fit: Fit
+
+
+Change = Mapping[str, Any]  # fields of a stage's config, and their values
+_AGAIN = "activation_checkpointing"
+
+
+def _checkpointing(config: Any) -> Iterator[Change]:
+    """Activations are computed again: a third more time."""
+    fields = type(config).model_fields
+    for name in (_AGAIN, "recompute"):
+        if name in fields and not getattr(config, name):
+            yield {name: True}
+            return
+    if "model" in fields and not (config.model or {}).get(_AGAIN) and not getattr(config, "parent", None):
+        # a parent's model is as it is
+        yield {"model": (config.model or {}) | {_AGAIN: True}}
+
+
+def _sharding(config: Any) -> Iterator[Change]:
+    """More traffic between the ranks, if there are several."""
+    for stage in range(config.zero_stage + 1, 4 if _world(config) > 1 else 0):
+        yield {"zero_stage": stage}
+
+
+def _offloading(config: Any) -> Iterator[Change]:
+    """More traffic to the host's memory, and updates on its CPU."""
+    for offload, least in (("optimizer", 1), ("parameters", 3)):
+        if config.offload in ("none", "optimizer") and config.offload != offload:
+            yield {"zero_stage": max(least, config.zero_stage), "offload": offload}
+
+
+def _accumulating(config: Any) -> Iterator[Change]:
+    """Smaller batches in more passes: the same result, in more time."""
+    passes = config.accumulate
+    while config.batch % (2 * passes * _world(config)) == 0:
+        passes *= 2
+        yield {"accumulate": passes}
+
+
+def _bounding(config: Any) -> Iterator[Change]:
+    """Fewer windows in a pass: more passes of smaller batches. Where not one window fits, the stage refuses it."""
+    tokens = getattr(config, "max_tokens", None)
+    while tokens and tokens > 1:
+        tokens //= 2
+        yield {"max_tokens": tokens}
+
+
+def _adapting(config: Any) -> Iterator[Change]:
+    """Another result: a low-rank change learns."""
+    if config.lora is None:
+        yield {"lora": {"rank": 16}}
+
+
+# from cheap to dear
+_KINDS_OF_CHANGE = (_checkpointing, _sharding, _offloading, _accumulating, _bounding, _adapting)
+
+
+def _written(changes: Change) -> tuple[str, ...]:
+    """Changes as lines of a recipe."""
+    texts = {"model": f"model.{_AGAIN}: true", "lora": "lora: {rank: 16}"}
+    return tuple(texts.get(name, f"{name}: {str(value).lower()}") for name, value in changes.items())
+
+
+class Planned:
+    """What a stage takes as it is, and by how little it would fit; a trace is made once for all that it decides."""
+
+    def __init__(self, stage: Any, config: Any, inputs: Mapping[str, Source]) -> None:
+        self._stage, self._config, self._inputs = stage, config, inputs
+        self._traced = functools.cache(self._trace)
+
+    def fit(self, config: Any = None) -> Fit:
+        """The memory with these settings, or its own. Raises as `trace_of`."""
+        config = config or self._config
+        # ZeRO is no part of a trace
+        free = {"zero_stage": 0, "offload": "none"}
+        return memory_of(self._traced(config.model_copy(update=free).model_dump_json()), config, _world(config))
+
+    def remedy(self, limit: float) -> Remedy | None:
+        """The smallest change by which it takes `limit` bytes at most; None where nothing does.
+
+        One change after the other, from cheap to dear; then all together, as far as each helps.
+        """
+        single = (change for kind in _KINDS_OF_CHANGE for change in kind(self._config))
+        for change in single:
+            found = self._changed(self._config, change)
+            if found is not None and found[1].total <= limit:
+                return Remedy(_written(change), found[1])
+        together, config, least = dict[str, Any](), self._config, self.fit().total
+        for kind in _KINDS_OF_CHANGE:
+            better = together, config
+            for change in kind(config):
+                found = self._changed(config, change)
+                if found is None or found[1].total >= least:
+                    continue
+                changed, fit = found
+                least, better = fit.total, (together | dict(change), changed)
+                if least <= limit:
+                    return Remedy(_written(better[0]), fit)
+            together, config = better
+        return None
+
+    def _trace(self, settings: str) -> Traced:
+        config = type(self._config)(**json.loads(settings))
+        return trace_of(self._stage, config, self._inputs, _world(config))
+
+    def _changed(self, config: Any, change: Change) -> tuple[Any, Fit] | None:
+        """The changed config and what it takes; None where the stage does not take it."""
+        try:
+            changed = type(config)(**config.model_dump(mode="json") | dict(change))
+            if hasattr(self._stage, "check"):
+                upstream = {name: source.config for name, source in self._inputs.items() if source.config}
+                self._stage.check(changed, upstream)
+        except (ValidationError, ValueError):
+            return None
+        try:
+            return changed, self.fit(changed)
+        except UserError:
+            # such as too few tokens for a window
+            return None
+
+
+def _world(config: Any) -> int:
+    return int(config.run.launcher.processes)
