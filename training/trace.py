@@ -170,5 +170,9 @@ def _add_values(func: Any, args: Any, kwargs: Any, made: Any) -> None:
         values: Any = torch.full(results[0].shape, high - 1, dtype=results[0].dtype, device=results[0].device)
     else:
         values = func(*tree_map(_known, args), **tree_map(_known, kwargs))
+        for work in tree_leaves(values):
+            if isinstance(work, torch.ScriptObject):
+                # a collective goes on by itself until it is waited for
+                work.wait()
     for tensor, value in zip(results, (v for v in tree_leaves(values) if isinstance(v, Tensor)), strict=True):
         setattr(tensor, _VALUE, value)
