@@ -173,6 +173,6 @@ def _add_values(func: Any, args: Any, kwargs: Any, made: Any) -> None:
         for work in tree_leaves(values):
             if isinstance(work, torch.ScriptObject):
                 # a collective goes on by itself until it is waited for
-                work.wait()
+                work.wait()  # type: ignore[attr-defined]
     for tensor, value in zip(results, (v for v in tree_leaves(values) if isinstance(v, Tensor)), strict=True):
         setattr(tensor, _VALUE, value)
