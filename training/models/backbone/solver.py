@@ -69,6 +69,7 @@ def scheduler_for(
     try:
         scheduler = make.from_config(settings)
         scheduler.set_timesteps(steps, device=device, **options)
+    # diffusers raises all of these for settings that it does not know or has not written
     except (TypeError, ValueError, NotImplementedError, ArithmeticError, AttributeError) as e:
         why = " ".join(str(e).split())[:120]
         raise UserError(f"scheduler: {name} cannot be set up ({why}); name a pipeline with another") from e

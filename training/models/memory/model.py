@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from typing import Any
 
@@ -39,7 +40,7 @@ def _add_missing_shift(module: nn.Module, state: dict[str, Tensor], prefix: str,
     state.setdefault(f"{prefix}shift", torch.zeros_like(module.shift))  # type: ignore[arg-type]
 
 
-class MemoryModel(Normalising):
+class MemoryModel(Normalising, ABC):
     """Velocity of the rectified flow at latents of a video, normalised, given a memory of it: what all such models share.
 
     The statistics per channel are saved with the weights: `latent_mean` and `latent_std`, and `low_mean` and `low_std` of the
@@ -59,8 +60,9 @@ class MemoryModel(Normalising):
         self.register_buffer("low_std", torch.ones(channels))
 
     @property
+    @abstractmethod
     def dtype(self) -> torch.dtype:
-        raise NotImplementedError
+        """Of the weights."""
 
     @property
     def lora_targets(self) -> tuple[str, ...]:
@@ -72,14 +74,15 @@ class MemoryModel(Normalising):
         """How far its times are moved towards noise by default (see `flow.shifted`); 1 is not at all."""
         return 1.0
 
+    @abstractmethod
     def blocks(self) -> Iterator[nn.Module]:
         """The blocks in order, for example for `block.compile()`."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _project(self, patches: Tensor) -> Tensor:
         """The tokens of patches: `(..., C p p)`, channels first, then rows, then columns -> `(..., D)`."""
-        raise NotImplementedError
 
+    @abstractmethod
     def forward(
         self,
         x: Tensor,
@@ -108,7 +111,6 @@ class MemoryModel(Normalising):
         Raises:
             ValueError: another shape, a class id that the model does not know, or text for a model without.
         """
-        raise NotImplementedError
 
     def start_memory(self) -> None:
         """Let a patchifier or FramePack begin as the patch embedding that this transformer has now."""
