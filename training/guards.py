@@ -1,5 +1,6 @@
 """What keeps a month of training from being lost: stop signals, stalls, losses that spike or are not finite, full memory."""
 
+import itertools
 import json
 import math
 import os
@@ -153,14 +154,16 @@ def stop_signal(seconds: float, also: Callable[[], bool]) -> Iterator[Callable[[
     A process that has not finished `seconds` after the signal exits with code 1: a scheduler kills soon after, and half a
     checkpoint costs nothing.
     """
-    signalled = threading.Event()
+    signals: list[int] = []
+    order = itertools.count()
     deadline = threading.Timer(seconds, _give_up, [seconds])
     deadline.daemon = True
 
     def note(number: int, _: Any) -> None:
-        if not signalled.is_set():
+        # the next signal may come in the middle of this: `append` and `next` cannot be interrupted, and take no lock
+        signals.append(number)
+        if next(order) == 0:
             deadline.start()
-        signalled.set()
         # SIGTERM may come several times: from a launcher, from a parent, and to the whole group
         if number == signal.SIGINT:
             signal.signal(number, signal.SIG_DFL)
@@ -169,7 +172,7 @@ def stop_signal(seconds: float, also: Callable[[], bool]) -> Iterator[Callable[[
     main = threading.current_thread() is threading.main_thread()
     before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)} if main else {}
     try:
-        yield lambda: signalled.is_set() or also()
+        yield lambda: bool(signals) or also()
     finally:
         deadline.cancel()
         for number, handler in before.items():

@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -18,7 +19,7 @@ from flat import nested
 
 from longtake.datasets.errors import Failure, Interrupted
 from longtake.training import checkpoint
-from longtake.training.guards import Spikes
+from longtake.training.guards import Spikes, stop_signal
 
 STAGES = pytest.mark.parametrize("zero_stage", [0, 1, 2, 3])
 PRECISIONS = pytest.mark.parametrize("precision", ["fp32", "bf16"])
@@ -161,6 +162,19 @@ def test_a_signal_saves_and_raises_and_is_handled_as_before_after(
     with pytest.raises(Interrupted, match="stopped at step 4, state saved"):
         small.fit(tmp_path, small.objective(fault=fault(number.name, 4)))
     assert (tmp_path / "latest").read_text() == "step-00000004" and signal.getsignal(number) == before
+
+
+def test_a_signal_in_the_middle_of_another_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Timer(threading.Timer):
+        def start(self) -> None:
+            os.kill(os.getpid(), signal.SIGTERM)  # handled before this call returns
+            super().start()
+
+    monkeypatch.setattr("longtake.training.guards.threading.Timer", Timer)
+    with stop_signal(600, lambda: False) as stop_requested:
+        assert not stop_requested()
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert stop_requested()
 
 
 ALONE = """
