@@ -173,8 +173,17 @@ TEXT_INDEX = pa.schema(
     ]
 )
 
+# One row a sample of a `score-NAME-DIGEST` column, a table without a tar; a column for each field of its scorer follows.
+SCORE_INDEX = pa.schema(
+    [
+        ("key", pa.string()),
+        ("base_sha256", pa.string()),  # of the mp4 that was scored
+        ("reason", pa.string()),  # why there are no values, else null
+    ]
+)
+
 # How the names of columns begin that are a table and no tar.
-TABLES = ("caption-",)
+TABLES = ("caption-", "score-")
 
 # One row a sample of the column `audio`: KEY.ogg has `samples` samples, those from the clip's first frame to the end of its
 # last. A clip without sound has an empty member, and a reason.

@@ -19,7 +19,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict
 
-Product = Literal["dataset", "view", "captions", "text", "latents", "tokens", "model"]
+Product = Literal["dataset", "view", "captions", "text", "scores", "clusters", "latents", "tokens", "model"]
 
 
 RUN = "run"  # the field of a stage's config that says how the work is done and does not change the output

@@ -1,0 +1,1 @@
+"""Layouts of other tools: datasets written out for them, and theirs read as manifests."""

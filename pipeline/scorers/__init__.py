@@ -1,0 +1,31 @@
+"""The table of scorers. A new one is a file with a `SCORER` and a line here; it is imported only when a recipe names it."""
+
+import importlib
+
+from longtake.pipeline.scorers.scorer import Scorer
+
+SCORERS = {
+    # of every frame
+    "motion": "longtake.pipeline.scorers.motion",
+    "cadence": "longtake.pipeline.scorers.cadence",
+    "light": "longtake.pipeline.scorers.light",
+    "focus": "longtake.pipeline.scorers.focus",
+    "coding": "longtake.pipeline.scorers.coding",
+    "bars": "longtake.pipeline.scorers.bars",
+    "overlay": "longtake.pipeline.scorers.overlay",
+    # of some frames, by a network that a package ships
+    "text": "longtake.pipeline.scorers.text",
+    "faces": "longtake.pipeline.scorers.faces",
+    "people": "longtake.pipeline.scorers.people",
+    # of some frames, by a network of the user's
+    "torchscript": "longtake.pipeline.scorers.torchscript",
+    "classifier": "longtake.pipeline.scorers.classifier",
+    "embedding": "longtake.pipeline.scorers.embedding",
+    "prompt": "longtake.pipeline.scorers.prompt",
+}
+
+
+def load(name: str) -> Scorer:
+    """The scorer of a name in the table."""
+    scorer: Scorer = importlib.import_module(SCORERS[name]).SCORER
+    return scorer
