@@ -38,7 +38,11 @@ class Config(StageConfig):
 def fields(config: Config) -> tuple[Field, ...]:
     return (
         Field("noise", "number", "standard deviation of the noise in levels of luma, 0 to 219; 2 shows, 5 is strong"),
-        Field("blocks", "number", "how much more often steps stand on a grid than off it, 0 to 1; blocks show above about 0.1"),
+        Field(
+            "blocks",
+            "number",
+            "how much more often steps stand on a grid than off it, 0 to 1; blocks show above about 0.1",
+        ),
         Field("spacing", "number", "pixels between the edges of blocks where `blocks` is above 0.05, else none"),
     )
 

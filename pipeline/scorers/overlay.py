@@ -16,7 +16,7 @@ import numpy as np
 
 from longtake.datasets.scores import Field
 from longtake.datasets.stage import StageConfig
-from longtake.pipeline.scorers.picture import chosen, package, reduced
+from longtake.pipeline.scorers.picture import chosen, needed, package, reduced
 from longtake.pipeline.scorers.scorer import Frames, Scorer, Values
 
 _SIDE = 160  # pixels; at the least, of the shorter side
@@ -27,9 +27,14 @@ _MOVES = 0.6  # of what moves
 _CHANGE = 5.0  # luma; standard deviation over time of what moves
 _AROUND = 0.5  # share of the surroundings of an overlay that change, on its stillest side
 _ALL = 0.7  # share of the edges that move when the camera does: flat surroundings need not change then
-_CORNERS = 0.15  # least of the least variance of its gradients over the most: a line along its own motion stands still too
+_CORNERS = (
+    0.15  # least of the least variance of its gradients over the most: a line along its own motion stands still too
+)
 _TOO_STILL = 0.5  # less of the edges moves: a camera that stands still, before which walls stand too
 _SMALLEST = 0.0006  # share of the picture
+
+
+Box = tuple[int, int, int, int]  # left, top, width, height in pixels
 
 
 class Config(StageConfig):
@@ -45,7 +50,9 @@ class Config(StageConfig):
 
 def fields(config: Config) -> tuple[Field, ...]:
     return (
-        Field("share", "number", "of the picture that lies within overlays, 0 to 1; none where too little moves to tell"),
+        Field(
+            "share", "number", "of the picture that lies within overlays, 0 to 1; none where too little moves to tell"
+        ),
         Field("moves", "number", "share of the edges that move, 0 to 1: below 0.3 an overlay is easily missed"),
         Field(
             "place",
@@ -70,9 +77,9 @@ class _Sums:
 
 @dataclass(frozen=True)
 class Still:
-    """What one window shows: boxes (left, top, width, height) of overlays in pixels; None where too little moves."""
+    """What one window shows: boxes of overlays; None where too little moves."""
 
-    boxes: tuple[tuple[int, ...], ...] | None
+    boxes: tuple[Box, ...] | None
     share: float
     moves: float
 
@@ -147,10 +154,11 @@ def _judged(sums: _Sums, cv2: Any) -> Still:
     still = ((mean > _EDGE) & (stands > _STANDS)).astype(np.uint8)
     near = cv2.morphologyEx(still, cv2.MORPH_CLOSE, np.ones((reach, 2 * reach), np.uint8))
     count, parts, stats, _ = cv2.connectedComponentsWithStats(near, connectivity=8)
-    boxes = []
+    boxes: list[Box] = []
     covered = np.zeros((h, w), bool)
     for part in range(1, count):
-        left, top, width, height = box = tuple(int(n) for n in stats[part, :4])
+        left, top, width, height = (int(n) for n in stats[part, :4])
+        box = (left, top, width, height)
         inside = slice(top, top + height), slice(left, left + width)
         own = (parts[inside] == part) & (still[inside] > 0)
         if own.sum() < _SMALLEST * h * w or width * height > 0.4 * h * w:
@@ -170,7 +178,7 @@ def _has_corners(across: np.ndarray, down: np.ndarray) -> bool:
     return half - root >= _CORNERS * (half + root)
 
 
-def _surrounded(box: tuple[int, int, int, int], reach: int, changing: np.ndarray) -> bool:
+def _surrounded(box: Box, reach: int, changing: np.ndarray) -> bool:
     """Whether the picture changes at each side of a box; a side at the picture's own counts as changing."""
     left, top, width, height = box
     right, bottom, far = left + width, top + height, 2 * reach
@@ -181,7 +189,7 @@ def _surrounded(box: tuple[int, int, int, int], reach: int, changing: np.ndarray
     return all(side.mean() > _AROUND for side in sides if side.size)
 
 
-def _place(box: tuple[int, int, int, int], size: tuple[int, int]) -> str:
+def _place(box: Box, size: tuple[int, int]) -> str:
     """The label of an overlay."""
     (left, top, width, height), (h, w) = box, size
     x, y = (left + width / 2) / w, (top + height / 2) / h
@@ -200,4 +208,4 @@ class Watcher:
         return Watch(self._config)
 
 
-SCORER = Scorer(Config, 1, fields, lambda config, device, threads: Watcher(config))
+SCORER = Scorer(Config, 1, fields, lambda config, device, threads: Watcher(config), digest=lambda config: needed("cv2"))

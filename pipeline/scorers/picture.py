@@ -1,12 +1,21 @@
 """What the scorers of single pictures share: which frames they look at, and at what size."""
 
 import importlib
+import importlib.util
 from typing import Any
 
 import numpy as np
 
 from longtake.datasets.errors import UserError
 from longtake.pipeline.scorers.scorer import Frames
+
+
+def needed(*names: str) -> str:
+    """Nothing. Raises UserError where one of the extra's modules is not installed, before anything is decoded."""
+    for name in names:
+        if importlib.util.find_spec(name) is None:
+            raise UserError(f"{name} is not installed: pip install 'longtake[curation]'")
+    return ""
 
 
 def package(name: str) -> Any:

@@ -17,7 +17,7 @@ from longtake.datasets.errors import UserError
 from longtake.datasets.scores import Field
 from longtake.datasets.shard import sha256_of
 from longtake.datasets.stage import StageConfig
-from longtake.pipeline.scorers.picture import package, reduced
+from longtake.pipeline.scorers.picture import needed, package, reduced
 from longtake.pipeline.scorers.scorer import Scorer, Values
 
 _SIDE = 256  # pixels; at the least, of the shorter side
@@ -48,7 +48,11 @@ class Config(StageConfig):
 
 def fields(config: Config) -> tuple[Field, ...]:
     strokes = (
-        Field("share", "number", "of the picture within strokes that look like text, 0 to 1; reached in a third of the frames"),
+        Field(
+            "share",
+            "number",
+            "of the picture within strokes that look like text, 0 to 1; reached in a third of the frames",
+        ),
         Field("lines", "number", "of such strokes; reached in a third of the frames"),
     )
     read = (
@@ -60,7 +64,7 @@ def fields(config: Config) -> tuple[Field, ...]:
 
 
 class Looker:
-    size = None
+    size: tuple[int, int] | None = None
     batch = 8
 
     def __init__(self, config: Config, reader: Any) -> None:
@@ -82,8 +86,8 @@ class Looker:
         shares, counts = (sorted(each, reverse=True)[(len(found) - 1) // 3] for each in zip(*found, strict=True))
         values: Values = {"share": float(shares), "lines": float(counts)}
         if self._reader is not None:
-            reads = [self._read(rgb) for rgb in clip]
-            values |= {name: float(max(each)) for name, each in zip(("read", "words", "characters"), zip(*reads, strict=True))}
+            read, words, characters = zip(*(self._read(rgb) for rgb in clip), strict=True)
+            values |= {"read": max(read), "words": float(max(words)), "characters": float(max(characters))}
         return values
 
     def _read(self, rgb: np.ndarray) -> tuple[float, int, int]:
@@ -91,7 +95,11 @@ class Looker:
         result = self._reader(np.ascontiguousarray(rgb[..., ::-1]))
         if result.boxes is None or result.txts is None:
             return 0.0, 0, 0
-        good = [(box, text) for box, text, sure in zip(result.boxes, result.txts, result.scores, strict=True) if sure >= self._config.least]
+        good = [
+            (box, text)
+            for box, text, sure in zip(result.boxes, result.txts, result.scores, strict=True)
+            if sure >= self._config.least
+        ]
         mask = np.zeros(rgb.shape[:2], np.uint8)
         for box, _ in good:
             self._cv2.fillPoly(mask, [np.asarray(box, np.int32)], 1)
@@ -150,7 +158,9 @@ def _is_regular(row: np.ndarray) -> bool:
     foot = top + height
     line = np.polyfit(left, foot, 1)
     off = np.abs(foot - np.polyval(line, left))
-    return bool(abs(line[0]) < 0.35 and off.mean() < 0.15 * tall and height.std() < 0.3 * tall and left[-1] - left[0] > 2 * tall)
+    return bool(
+        abs(line[0]) < 0.35 and off.mean() < 0.15 * tall and height.std() < 0.3 * tall and left[-1] - left[0] > 2 * tall
+    )
 
 
 def _stands_alone(row: np.ndarray, strokes: np.ndarray, parts: np.ndarray) -> bool:
@@ -159,7 +169,9 @@ def _stands_alone(row: np.ndarray, strokes: np.ndarray, parts: np.ndarray) -> bo
     columns, gap = slice(left, left + width), max(2, int(np.median(row[:, 3]) / 4))
     inside = strokes[top : top + height, columns]
     own = np.isin(parts[top : top + height, columns], row[:, 5].astype(int))
-    margin = np.concatenate([strokes[max(0, top - gap) : top, columns], strokes[top + height : top + height + gap, columns]])
+    margin = np.concatenate(
+        [strokes[max(0, top - gap) : top, columns], strokes[top + height : top + height + gap, columns]]
+    )
     density = float(inside.mean())
     return bool(own.sum() > _OWN * inside.sum() and (not margin.size or margin.mean() < _MARGIN * density))
 
@@ -186,14 +198,16 @@ def models() -> dict[str, Path]:
     files = {part: Path(spec.submodule_search_locations[0]) / "models" / name for part, name in _MODELS.items()}
     for file in files.values():
         if not file.is_file():
-            raise UserError(f"ocr: this version of rapidocr does not ship {file.name}: pip install 'longtake[curation]'")
+            raise UserError(
+                f"ocr: this version of rapidocr does not ship {file.name}: pip install 'longtake[curation]'"
+            )
     return files
 
 
 def reader(least: float, threads: int) -> Any:
     """A callable from (H, W, 3) uint8 BGR to boxes, texts and scores, that opens no other file than the networks."""
     files = models()
-    settings = {f"{part}.model_path": str(file) for part, file in files.items()}
+    settings: dict[str, Any] = {f"{part}.model_path": str(file) for part, file in files.items()}
     settings |= {
         "Det.limit_side_len": _READ_SIDE,
         "Global.use_cls": False,
@@ -206,7 +220,7 @@ def reader(least: float, threads: int) -> Any:
 
 
 def _digest(config: Config) -> str:
-    return "".join(sha256_of(file) for file in models().values()) if config.ocr else ""
+    return needed("cv2") + ("".join(sha256_of(file) for file in models().values()) if config.ocr else "")
 
 
 SCORER = Scorer(
