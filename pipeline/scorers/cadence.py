@@ -16,14 +16,14 @@ from longtake.pipeline.scorers.scorer import Frames, Scorer, Values
 
 SIDE = 240  # pixels of the shorter side are looked at, or up to twice as many: every nth, so that noise stays as it is
 CELLS = 12  # along the shorter side
-STILL = 0.5  # of 255: less change in every cell is none
-SHARE = 0.12  # of the change around it: a repeated frame changes less
+STILL = 0.5  # of 255: with less change in every cell the picture stands still
+SHARE = 0.15  # of the change around it: a repeated frame changes less
 AROUND = 6  # frames on either side
 FREEZE = 0.25  # seconds that a picture stands still in a freeze
 FROZEN = 0.25  # share of a frozen clip in freezes
 FEW = 0.02  # share of repeated frames of a clip that has all its frames
 RHYTHM = 0.7  # share of repeated frames that come again a period later
-PERIODS = range(2, 13)  # frames; 5 is 3:2
+PERIODS = range(2, 31)  # frames; 5 is 3:2, 30 is any conversion to 30 frames a second
 
 LABELS = ("full", "frozen", "doubled", "tripled", "telecine", "irregular")
 
@@ -70,10 +70,10 @@ class Watch:
 
     def values(self) -> Values:
         """The values of the clip, after its last frame."""
-        repeated = _repeated(np.array(self.changes))
-        frozen = _freezes(repeated, max(2, round(FREEZE * self.fps)))
+        changes = np.array(self.changes)
+        repeated = _repeated(changes)
+        frozen = _freezes(repeated | (changes <= STILL), max(2, round(FREEZE * self.fps)))
         lengths = [end - start for start, end in _runs(frozen)]
-        count = len(repeated) + 1  # frames
 
         moving = repeated[~frozen]
         duplicate = float(moving.mean()) if len(moving) else 0.0
@@ -81,7 +81,7 @@ class Watch:
             "frozen": float(frozen.sum()) / max(1, len(frozen)),
             "longest": max(lengths, default=0) / self.fps,
             "duplicate": duplicate,
-            "true_fps": self.fps * (1 - duplicate) if len(moving) or count == 1 else 0.0,
+            "true_fps": self.fps * (1 - duplicate) if len(moving) or not len(frozen) else 0.0,
             "cadence": _label(repeated, frozen, duplicate),
         }
 
@@ -97,7 +97,7 @@ def _change(one: np.ndarray, other: np.ndarray) -> float:
 def _repeated(changes: np.ndarray) -> np.ndarray:
     # a level needs two frames of change, so that a cut or a flash is none, and is the lower of the two sides', so that what
     # begins to move slowly isn't taken for a repeated frame
-    repeated = changes <= STILL
+    repeated = np.zeros(len(changes), bool)
     for n, change in enumerate(changes):
         sides = [changes[max(0, n - AROUND) : n], changes[n + 1 : n + 1 + AROUND]]
         levels = [float(np.sort(side)[-2:][0]) for side in sides if len(side) > 1]
@@ -112,9 +112,9 @@ def _runs(flags: np.ndarray) -> list[tuple[int, int]]:
     return [(int(start), int(end)) for start, end in edges.reshape(-1, 2)]
 
 
-def _freezes(repeated: np.ndarray, least: int) -> np.ndarray:
-    frozen = np.zeros(len(repeated), bool)
-    for start, end in _runs(repeated):
+def _freezes(still: np.ndarray, least: int) -> np.ndarray:
+    frozen = np.zeros(len(still), bool)
+    for start, end in _runs(still):
         frozen[start:end] = end - start >= least
     return frozen
 

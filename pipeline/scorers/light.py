@@ -14,8 +14,10 @@ NEAR = 3  # levels from either: as good as black, or white
 BLOCKS = 6  # along each side
 WINDOW = 0.5  # seconds: slower changes of light are no flicker
 FLAT = 0.35  # share of a clip's contrast that is left in the first or last frame of a fade
-WHOLE = 0.9  # share of it at a fade's other end
+EMPTY, WHOLE = 0.05, 0.9  # shares of it between which the fade is
+STEADY = 0.8  # share of its frames that have more contrast than the one before
 STEP = 0.6  # of the contrast, at most, between neighbouring frames: more is a cut
+LONGEST = 4.0  # seconds of a fade
 
 
 class Config(StageConfig):
@@ -67,8 +69,8 @@ class Watch:
             "bright": float(bright),
             "contrast": float(deviation),
             "flicker": _flicker(np.cumsum(rows[:, 4]), self.fps),
-            "fade_in": _fade(rows[:, 3]) / self.fps,
-            "fade_out": _fade(rows[::-1, 3]) / self.fps,
+            "fade_in": _fade(rows[:, 3], self.fps),
+            "fade_out": _fade(rows[::-1, 3], self.fps),
         }
 
 
@@ -90,16 +92,16 @@ def _flicker(level: np.ndarray, fps: float) -> float:
     return float(1.4826 * 2**0.5 * np.median(np.abs(swing)))
 
 
-def _fade(deviation: np.ndarray) -> float:
-    # frames until a picture that is flat at first has its contrast
+def _fade(deviation: np.ndarray, fps: float) -> float:
+    # seconds until a picture that is flat at first has its contrast, by a steady rise
     usual = float(np.quantile(deviation, 0.75))
     if usual < 0.02 or deviation[0] > FLAT * usual:
         return 0.0
-    end = int(np.argmax(deviation >= WHOLE * usual))
-    steps = np.diff(deviation[: end + 1])
-    rises = steps.max() <= STEP * usual and steps.min() >= -0.05 * usual
-    start = int(np.argmax(deviation > 0.05 * usual))  # black before it is no part of the fade
-    return float(end - start) if rises and end - start >= 2 else 0.0
+    start, end = (int(np.argmax(deviation >= share * usual)) for share in (EMPTY, WHOLE))
+    start = max(0, start - 1)  # what is black before it is no part of the fade
+    steps = np.diff(deviation[start : end + 1]) / usual
+    steady = (steps > 0).mean() >= STEADY and -0.05 <= steps.min() and steps.max() <= STEP
+    return (end - start) / fps if 2 <= end - start <= LONGEST * fps and steady else 0.0
 
 
 class Scores:
