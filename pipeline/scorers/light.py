@@ -31,7 +31,9 @@ def fields(config: Config) -> tuple[Field, ...]:
         Field("dark", "number", "share of the picture that is as good as black, 0 to 1, black bars included"),
         Field("bright", "number", "share of the picture that is as good as white, 0 to 1"),
         Field("contrast", "number", "standard deviation of luma in a frame, mean over frames, 0 to 0.5"),
-        Field("flicker", "number", "typical swing of the whole picture's luma within half a second, of 1; 0.01 is seen"),
+        Field(
+            "flicker", "number", "typical swing of the whole picture's luma within half a second, of 1; 0.01 is seen"
+        ),
         Field("fade_in", "number", "seconds of the fade at the start, from black, white or grey; 0: none"),
         Field("fade_out", "number", "seconds of the fade at the end; 0: none"),
     )

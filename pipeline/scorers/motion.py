@@ -41,7 +41,11 @@ def fields(config: Config) -> tuple[Field, ...]:
         Field("object", "number", f"mean speed of the picture's points beside the camera's motion, {side}"),
         Field("pan", "number", f"mean speed of the camera to the right (the picture goes left), {side}"),
         Field("tilt", "number", f"mean speed of the camera upwards (the picture goes down), {side}"),
-        Field("zoom", "number", "mean growth of the picture a second, natural logarithm: 0.1 is about 10 %; in is positive"),
+        Field(
+            "zoom",
+            "number",
+            "mean growth of the picture a second, natural logarithm: 0.1 is about 10 %; in is positive",
+        ),
         Field("roll", "number", "mean turn of the picture, degrees a second; clockwise is positive"),
         Field("shake", "number", f"mean speed about a motion that is smooth over a second, {side}"),
         Field("move", "label", "the part of the camera's motion that outweighs the others; mixed: none does", LABELS),
