@@ -187,13 +187,11 @@ def _label(drift: np.ndarray, shake: float) -> str:
 class Scores:
     """Sees every frame."""
 
-    def __init__(self) -> None:
-        self.flow = cv2.DISOpticalFlow_create(cv2.DISOPTICAL_FLOW_PRESET_FAST)
-        self.flow.setFinestScale(1)  # half the small frame's; at a quarter, as preset, a turn comes out a sixth too slow
-
     def begin(self, row: Mapping[str, Any]) -> Watch:
-        """A clip."""
-        return Watch(self.flow)
+        """A clip, with a flow of its own: one that has seen small frames goes on with settings for such."""
+        flow = cv2.DISOpticalFlow_create(cv2.DISOPTICAL_FLOW_PRESET_FAST)
+        flow.setFinestScale(1)  # half the small frame's; at a quarter, as preset, a turn comes out a sixth too slow
+        return Watch(flow)
 
 
 def load(config: Config, device: str, threads: int) -> Scores:
