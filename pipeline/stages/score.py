@@ -101,7 +101,7 @@ class _Asked(NamedTuple):
     config: Any
 
     def digest(self, name: str) -> str:
-        """Of its files. Raises UserError, naming the key."""
+        """Of its files. Raises UserError, naming the key: a file, or a package, is missing."""
         try:
             return self.scorer.digest(self.config)
         except UserError as e:
@@ -118,21 +118,10 @@ def _asked(config: Config) -> dict[str, _Asked]:
     return asked
 
 
-def _check_installed(asked: Mapping[str, _Asked]) -> None:
-    """Raise UserError where a package is missing that a scorer needs."""
-    for name, one in asked.items():
-        if missing := [package for package in kinds.NEEDS.get(one.by, ()) if find_spec(package) is None]:
-            raise UserError(
-                f"scorers.{name}: scorer {one.by} needs the package {missing[0]}; run `pip install 'longtake[curation]'`,"
-                " or name the scorers that you want"
-            )
-
-
 def outside(config: Config) -> str:
     """The versions of the scorers, and digests of their files. Raises UserError: a file or a package is missing."""
-    asked = _asked(config)
-    _check_installed(asked)
-    return " ".join(f"{name} {one.scorer.version} {one.digest(name)}".rstrip() for name, one in asked.items())
+    asked = _asked(config).items()
+    return " ".join(f"{name} {one.scorer.version} {one.digest(name)}".rstrip() for name, one in asked)
 
 
 def complete(uri: str) -> bool:
@@ -154,7 +143,6 @@ def run(config: Config, inputs: Mapping[str, str], output: str) -> dict[str, Any
     # What to score, and by what.
     dataset = storage.absolute(inputs["dataset"])
     asked = _asked(config)
-    _check_installed(asked)
     base = columns.open_base(dataset, inputs.get("view"))
     made = {name: _column(name, one, base.view) for name, one in asked.items()}
 
