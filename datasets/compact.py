@@ -209,7 +209,10 @@ def open_split(
     rows = pa.concat_tables([s.table.replace_schema_metadata(None) for s in read] or [empty])
     shards = pa.Table.from_pylist([_shard_row(s) for s in read], schema=_SHARDS)
     facts = rows.select([name for name in FACTS if name in rows.column_names])
-    return _relabelled(_rows(dataset, split, shards, rows), facts, column)
+    opened = _rows(dataset, split, shards, rows)
+    # checked as they were read
+    opened._tables |= {n: s.table.replace_schema_metadata(None) for n, s in enumerate(read[:_TABLES])}
+    return _relabelled(opened, facts, column)
 
 
 def _relabelled(rows: Rows, facts: pa.Table, column: str | None) -> tuple[Rows, pa.Table]:
