@@ -231,7 +231,11 @@ def _relabelled(rows: Rows, facts: pa.Table, column: str | None) -> tuple[Rows, 
 
 def table(dataset: str, split: str) -> pa.Table:
     """All rows of a split with a column `shard`, checked."""
-    rows, _ = open_split(dataset, split)
+    return rows_of(open_split(dataset, split)[0])
+
+
+def rows_of(rows: Rows) -> pa.Table:
+    """The same of rows that are open."""
     empty = schema.INDEX.append(pa.field("shard", pa.string())).empty_table()
     parts = [
         rows.labelled(n).append_column("shard", pa.repeat(rows.name(n), int(rows.counts[n])))

@@ -6,37 +6,53 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from longtake.datasets import compact, schema
-from longtake.datasets.errors import Failure
-from longtake.datasets.scores import Field, Scores, read_scores_of, table
+from longtake.datasets import compact, storage
+from longtake.datasets.clusters import Clusters, read_clusters
+from longtake.datasets.errors import Failure, UserError
+from longtake.datasets.scores import Column, Field, read_scores_of, table
+from longtake.datasets.stage import StageConfig
+
+Bases = Mapping[str, compact.Rows]  # the rows of a dataset's shards by split
 
 
-def opened(dataset: str, uri: str) -> Scores:
-    """The record of a `score` stage's columns.
+def opened_scores(bases: Bases, uri: str) -> dict[str, Column]:
+    """The columns of a `score` stage, by the names of their scorers.
 
     Raises:
-        UserError: there is none at `uri`, or it is of another dataset.
+        UserError: there are none at `uri`, or they are of another dataset.
         Failure: the dataset has other shards now.
     """
-    record = read_scores_of(uri, dataset)
-    for split in schema.SPLITS:
-        if record.digests.get(split) != compact.open_split(dataset, split)[0].digest:
-            raise Failure(f"scores: {uri} lacks {split} shards that {dataset} has now; run its `score` stage again")
+    record = read_scores_of(uri, bases["train"].dataset)
+    _check_digests(f"scores: {uri}", bases, record.digests, "score")
+    return dict(record.columns)
+
+
+def opened_clusters(bases: Bases, uri: str) -> Clusters:
+    """The record of a `cluster` stage. Raises as `opened_scores`."""
+    record, dataset = read_clusters(uri), bases["train"].dataset
+    if storage.absolute(record.dataset) != storage.absolute(dataset):
+        raise UserError(f"clusters: {uri} are of the dataset {record.dataset}, not of {dataset}")
+    _check_digests(f"clusters: {uri}", bases, record.digests, "cluster")
     return record
 
 
-def fields_of(record: Scores) -> dict[str, Field]:
+def _check_digests(what: str, bases: Bases, digests: Mapping[str, str], stage: str) -> None:
+    for split, base in bases.items():
+        if digests.get(split) != base.digest:
+            raise Failure(f"{what}: not of the {split} shards that the dataset has now; run its `{stage}` stage again")
+
+
+def fields_of(columns: Mapping[str, Column]) -> dict[str, Field]:
     """What rules may name, as NAME.FIELD."""
-    return {f"{name}.{field.name}": field for name, column in record.columns.items() for field in column.fields}
+    return {f"{name}.{field.name}": field for name, column in columns.items() for field in column.fields}
 
 
-def columns_of(record: Scores, names: Collection[str]) -> dict[str, str]:
-    """The columns in which these values are, by the names of their scorers."""
-    used = {name.partition(".")[0] for name in names}
-    return {name: column for name, column in sorted(record.names.items()) if name in used}
+def fields_of_stage(config: StageConfig) -> dict[str, Field]:
+    """The same of a `score` stage of the recipe."""
+    return {}
 
 
-def with_values(clips: pa.Table, dataset: str, columns: Mapping[str, str], names: Collection[str]) -> pa.Table:
+def with_values(clips: pa.Table, bases: Bases, columns: Mapping[str, str], names: Collection[str]) -> pa.Table:
     """Clips with a column NAME.FIELD for each name; null where a clip has no value.
 
     Args:
@@ -45,10 +61,10 @@ def with_values(clips: pa.Table, dataset: str, columns: Mapping[str, str], names
     """
     if not names:
         return clips
-    values = {split: table(dataset, split, columns, names) for split in ("val", "train")}
+    values = {split: table(base.dataset, split, columns, names, base) for split, base in bases.items()}
     offset = np.where(np.asarray(pc.equal(clips["split"], "train")), len(values["val"]), 0)
     places = pa.array(offset + clips["row"].to_numpy())
-    whole = pa.concat_tables(values.values()).combine_chunks()
+    whole = pa.concat_tables([values["val"], values["train"]]).combine_chunks()
     for name in names:
         clips = clips.append_column(name, whole[name].take(places))
     return clips

@@ -10,8 +10,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
-from longtake.datasets import compact, schema, storage, view
+from longtake.datasets import clusters, compact, schema, storage, view
 from longtake.datasets.errors import UserError
+from longtake.datasets.scores import Column, from_plain
 from longtake.datasets.scores import Field as ScoreField
 from longtake.datasets.stage import DatasetInput, Input, StageConfig, Utf8
 from longtake.pipeline import dedup, described, rules, scored
@@ -22,6 +23,7 @@ PRODUCES = "view"
 
 # columns of the index
 _NEEDED = ["key", "label", "sha256", "phash", *rules.NUMBERS]
+_CLUSTER = "cluster"  # what rules call the values of `clusters`, as in cluster.distance
 
 
 class NearDuplicates(StageConfig):
@@ -67,7 +69,9 @@ class Config(StageConfig):
     balance               even out the classes
     """
 
-    MOVED: ClassVar = {"embedding": "is a `cluster` stage now; name it in `clusters` and write `semantic_duplicates: {}`"}
+    MOVED: ClassVar = {
+        "embedding": "is a `cluster` stage now; name it in `clusters` and write `semantic_duplicates: {}`"
+    }
     LATER: ClassVar = {"scores": None, "clusters": None, "prompts": {}, "labels": {}, "semantic_duplicates": None}
 
     kind: Literal["curate"]
@@ -128,12 +132,13 @@ class Config(StageConfig):
             raise ValueError(f"prompts.{min(self.prompts)}: needs texts; name a `cache_text` stage in text")
         if self.semantic_duplicates and not self.clusters:
             raise ValueError("semantic_duplicates: need clusters; name a `cluster` stage in clusters")
-        if self.named() and not self.scores:
-            raise ValueError(f"{min(self.named())}: needs scores; name a `score` stage in scores")
+        for key, name in self.named().items():
+            if not (self.clusters if name.startswith(f"{_CLUSTER}.") else self.scores):
+                raise ValueError(f"{key}: needs scores; name a `score` stage in scores")
         return self
 
     def named(self) -> dict[str, str]:
-        """The scores of the stage's `scores` that it names, by the key that names them first."""
+        """The scores of columns that it names, by the key that does."""
         keys = {f"rules.{name}": name for name in self.rules} | {f"labels.{name}": name for name in self.labels}
         keys |= {"balance.by": self.balance.by} if self.balance else {}
         return {key: name for key, name in keys.items() if "." in name}
@@ -177,16 +182,9 @@ def run(config: Config, inputs: Mapping[str, str], output: str) -> dict[str, Any
     dataset = inputs["dataset"]
 
     # what the tests need of each clip
-    names, columns = sorted(set(config.named().values())), dict[str, str]()
-    clips = _by_preference(dataset)
-    if "scores" in inputs:
-        record = scored.opened(dataset, inputs["scores"])
-        try:
-            _check_names(config, scored.fields_of(record))
-        except ValueError as e:
-            raise UserError(str(e)) from e
-        columns = scored.columns_of(record, names)
-        clips = scored.with_values(clips, dataset, columns, names)
+    bases = {split: compact.open_split(dataset, split)[0] for split in schema.SPLITS}
+    columns, names = _columns(config, inputs, bases), sorted(set(config.named().values()))
+    clips = scored.with_values(_by_preference(bases), bases, columns, names)
     for name, prompt in config.prompts.items():
         values = described.likeness(dataset, inputs["text"], clips, prompt, f"prompts.{name}")
         clips = clips.append_column(name, pa.array(values, from_pandas=True))
@@ -198,7 +196,7 @@ def run(config: Config, inputs: Mapping[str, str], output: str) -> dict[str, Any
 
     # the first test that a clip fails is its reason
     reasons, keep = np.full(len(clips), None, object), np.ones(len(clips), bool)
-    for test in (_rules, _labels, _captions, _exact, _near, _balance):
+    for test in (_rules, _labels, _captions, _exact, _near, _semantic, _balance):
         for reason, rows in test(config, inputs, clips, np.flatnonzero(keep)):
             reasons[rows[keep[rows]]] = reason
             keep[rows] = False
@@ -212,8 +210,7 @@ def run(config: Config, inputs: Mapping[str, str], output: str) -> dict[str, Any
     for name in [*config.prompts, *names]:
         table = table.append_column(name, clips[name])
     table = table.take(pc.sort_indices(clips, [("split", "ascending"), ("row", "ascending")]))
-    digests = {split: compact.open_split(dataset, split)[0].digest for split in schema.SPLITS}
-    view.write(uri, table, digests, columns)
+    view.write(uri, table, {split: base.digest for split, base in bases.items()}, columns)
     return {
         "uri": uri,
         "metrics": {"clips_kept": float(keep.sum()), "clips_dropped": float(dropped.total())},
@@ -221,11 +218,27 @@ def run(config: Config, inputs: Mapping[str, str], output: str) -> dict[str, Any
     }
 
 
-def _by_preference(dataset: str) -> pa.Table:
+def _columns(config: Config, inputs: Mapping[str, str], bases: scored.Bases) -> dict[str, str]:
+    """The columns of scores that decide the view, by the names of their scorers."""
+    there: dict[str, Column] = {}
+    if "scores" in inputs:
+        there |= scored.opened_scores(bases, inputs["scores"])
+    if "clusters" in inputs:
+        there |= {_CLUSTER: from_plain(scored.opened_clusters(bases, inputs["clusters"]).column)}
+    try:
+        _check_names(config, scored.fields_of(there))
+    except ValueError as e:
+        raise UserError(str(e)) from e
+    used = {name.partition(".")[0] for name in config.named().values()}
+    used |= {_CLUSTER} if config.semantic_duplicates else set()
+    return {name: there[name].column for name in sorted(used)}
+
+
+def _by_preference(bases: scored.Bases) -> pa.Table:
     """All clips with their `split` and `row` in it, in order of preference among clips that repeat each other."""
     tables = []
     for split in ("val", "train"):
-        clips = compact.table(dataset, split).select(_NEEDED)
+        clips = compact.rows_of(bases[split]).select(_NEEDED)
         clips = clips.append_column("row", pa.array(np.arange(len(clips))))
         clips = clips.take(pc.sort_indices(clips["key"]))
         tables.append(clips.append_column("split", pa.repeat(split, len(clips))))
@@ -262,6 +275,14 @@ def _near(config: Config, inputs: Mapping[str, str], clips: pa.Table, rows: np.n
         hashes = clips["phash"].take(rows)
         hashed = rows[np.asarray(hashes.is_valid())]  # a clip without a hash is like no other
         yield "near duplicate", hashed[dedup.near(hashes.drop_null().to_numpy(), config.near_duplicates.radius)]
+
+
+def _semantic(config: Config, inputs: Mapping[str, str], clips: pa.Table, rows: np.ndarray) -> Drops:
+    if settings := config.semantic_duplicates:
+        record = clusters.read_clusters(inputs["clusters"])
+        pairs = clusters.pairs(record, settings.similarity)
+        numbers = clusters.numbers(record, clips["split"].take(rows), clips["row"].take(rows).to_numpy())
+        yield "semantic duplicate", rows[dedup.semantic(pairs, numbers, settings.similarity)]
 
 
 def _balance(config: Config, inputs: Mapping[str, str], clips: pa.Table, rows: np.ndarray) -> Drops:
