@@ -1,16 +1,15 @@
 """Columns of scores as curation sees them: which values there are by name, and those of each clip."""
 
 from collections.abc import Collection, Mapping
+from typing import Any
 
-import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from longtake.datasets import compact, storage
 from longtake.datasets.clusters import Clusters, read_clusters
 from longtake.datasets.errors import Failure, UserError
 from longtake.datasets.scores import Column, Field, read_scores_of, table
-from longtake.datasets.stage import StageConfig
+from longtake.pipeline import scorers
 
 Bases = Mapping[str, compact.Rows]  # the rows of a dataset's shards by split
 
@@ -47,24 +46,24 @@ def fields_of(columns: Mapping[str, Column]) -> dict[str, Field]:
     return {f"{name}.{field.name}": field for name, column in columns.items() for field in column.fields}
 
 
-def fields_of_stage(config: StageConfig) -> dict[str, Field]:
-    """The same of a `score` stage of the recipe."""
-    return {}
+def fields_of_stage(config: Any) -> dict[str, Field] | None:
+    """The same of the config of a `score` stage; None where that depends on files that are not here."""
+    fields = {}
+    try:
+        for name, entry in config.scorers.items():
+            scorer = scorers.load(entry["by"])
+            settings = {key: value for key, value in entry.items() if key != "by"}
+            known = scorer.fields(scorer.config.model_validate(settings))
+            fields |= {f"{name}.{field.name}": field for field in known}
+    except (UserError, Failure):
+        return None
+    return fields
 
 
-def with_values(clips: pa.Table, bases: Bases, columns: Mapping[str, str], names: Collection[str]) -> pa.Table:
-    """Clips with a column NAME.FIELD for each name; null where a clip has no value.
+def values(bases: Bases, columns: Mapping[str, str], names: Collection[str]) -> pa.Table:
+    """A column for each of the names, of all clips in the order of the splits and their shards; null where one has no value.
 
     Args:
-        clips: rows of the dataset's index with `split` and `row`, the number of a clip in its split.
         columns: by the names of their scorers.
     """
-    if not names:
-        return clips
-    values = {split: table(base.dataset, split, columns, names, base) for split, base in bases.items()}
-    offset = np.where(np.asarray(pc.equal(clips["split"], "train")), len(values["val"]), 0)
-    places = pa.array(offset + clips["row"].to_numpy())
-    whole = pa.concat_tables([values["val"], values["train"]]).combine_chunks()
-    for name in names:
-        clips = clips.append_column(name, whole[name].take(places))
-    return clips
+    return pa.concat_tables([table(base.dataset, split, columns, names, base) for split, base in bases.items()])

@@ -124,6 +124,13 @@ class Config(StageConfig):
                 rules.refuse_unknown(name, (rules.LABEL,))
         return labels
 
+    @field_validator("balance")
+    @classmethod
+    def _of_a_label(cls, balance: Balance | None) -> Balance | None:
+        if balance and "." not in balance.by:
+            rules.refuse_unknown(balance.by, (rules.LABEL,))
+        return balance
+
     @model_validator(mode="after")
     def _has_inputs(self) -> "Config":
         if self.caption_rules and not self.captions:
@@ -133,8 +140,9 @@ class Config(StageConfig):
         if self.semantic_duplicates and not self.clusters:
             raise ValueError("semantic_duplicates: need clusters; name a `cluster` stage in clusters")
         for key, name in self.named().items():
-            if not (self.clusters if name.startswith(f"{_CLUSTER}.") else self.scores):
-                raise ValueError(f"{key}: needs scores; name a `score` stage in scores")
+            field = "clusters" if name.startswith(f"{_CLUSTER}.") else "scores"
+            if not getattr(self, field):
+                raise ValueError(f"{key}: needs {field}; name a `{field.rstrip('s')}` stage in {field}")
         return self
 
     def named(self) -> dict[str, str]:
@@ -145,10 +153,10 @@ class Config(StageConfig):
 
     def decisive(self, settings: dict[str, Any]) -> dict[str, Any]:
         """As before there were columns of scores, so that a view of then stays the view of its recipe."""
-        later = {"missing": "keep", "by": rules.LABEL}
+        later = (("missing", "keep"), ("by", rules.LABEL))
 
         def former(setting: Any) -> Any:
-            return setting and {name: value for name, value in setting.items() if later.get(name) != value}
+            return setting and {name: value for name, value in setting.items() if (name, value) not in later}
 
         bounds = {name: former(each) for name, each in settings["rules"].items()}
         return {"scores": {}, "embedding": None} | settings | {"rules": bounds, "balance": former(settings["balance"])}
@@ -156,11 +164,20 @@ class Config(StageConfig):
 
 def check(config: Config, inputs: Mapping[str, StageConfig]) -> None:
     """Refuse rules on scores that the recipe's `score` stage does not give. Raises ValueError."""
-    if fields := scored.fields_of_stage(inputs.get("scores")):
+    fields = scored.fields_of_stage(inputs["scores"]) if "scores" in inputs else None
+    if fields is not None:
         _check_names(config, fields)
+    if config.semantic_duplicates and "clusters" in inputs:
+        least = inputs["clusters"].similarity  # type: ignore[attr-defined]
+        if config.semantic_duplicates.similarity < least:
+            raise ValueError(
+                f"semantic_duplicates.similarity: {config.semantic_duplicates.similarity:g} is less than the {least:g}"
+                " from which on the clusters have pairs; lower `similarity` of their `cluster` stage"
+            )
 
 
 def _check_names(config: Config, fields: Mapping[str, ScoreField]) -> None:
+    """Raise ValueError where a rule cannot be on these scores."""
     for name in config.rules:
         if "." in name:
             rules.refuse_unusable(f"rules.{name}", name, fields, "number")
@@ -184,10 +201,13 @@ def run(config: Config, inputs: Mapping[str, str], output: str) -> dict[str, Any
     # what the tests need of each clip
     bases = {split: compact.open_split(dataset, split)[0] for split in schema.SPLITS}
     columns, names = _columns(config, inputs, bases), sorted(set(config.named().values()))
-    clips = scored.with_values(_by_preference(bases), bases, columns, names)
+    clips = _clips(bases)
+    values = scored.values(bases, columns, names) if names else pa.table({})
     for name, prompt in config.prompts.items():
-        values = described.likeness(dataset, inputs["text"], clips, prompt, f"prompts.{name}")
-        clips = clips.append_column(name, pa.array(values, from_pandas=True))
+        likeness = described.likeness(dataset, inputs["text"], clips, prompt, f"prompts.{name}")
+        values = values.append_column(name, pa.array(likeness, from_pandas=True))
+    for name in values.column_names:
+        clips = clips.append_column(name, values[name])
     if config.balance and clips[config.balance.by].null_count == len(clips):
         remedy = "give the manifest a `label` column or " if config.balance.by == rules.LABEL else ""
         raise UserError(f"balance: no clip has a {config.balance.by}; {remedy}leave `balance` out")
@@ -195,9 +215,9 @@ def run(config: Config, inputs: Mapping[str, str], output: str) -> dict[str, Any
         clips = clips.append_column("captions", described.captions_of(dataset, inputs["captions"], clips))
 
     # the first test that a clip fails is its reason
-    reasons, keep = np.full(len(clips), None, object), np.ones(len(clips), bool)
+    reasons, keep, order = np.full(len(clips), None, object), np.ones(len(clips), bool), _preference(clips)
     for test in (_rules, _labels, _captions, _exact, _near, _semantic, _balance):
-        for reason, rows in test(config, inputs, clips, np.flatnonzero(keep)):
+        for reason, rows in test(config, inputs, clips, order[keep[order]]):
             reasons[rows[keep[rows]]] = reason
             keep[rows] = False
     dropped = Counter[str](reasons[~keep].tolist())
@@ -209,8 +229,7 @@ def run(config: Config, inputs: Mapping[str, str], output: str) -> dict[str, Any
     table = view.rows(clips["split"], clips["key"], reasons, _weights(config, clips, np.flatnonzero(keep)))
     for name in [*config.prompts, *names]:
         table = table.append_column(name, clips[name])
-    table = table.take(pc.sort_indices(clips, [("split", "ascending"), ("row", "ascending")]))
-    view.write(uri, table, {split: base.digest for split, base in bases.items()}, columns)
+    view.write(uri, table.combine_chunks(), {split: base.digest for split, base in bases.items()}, columns)
     return {
         "uri": uri,
         "metrics": {"clips_kept": float(keep.sum()), "clips_dropped": float(dropped.total())},
@@ -234,15 +253,20 @@ def _columns(config: Config, inputs: Mapping[str, str], bases: scored.Bases) -> 
     return {name: there[name].column for name in sorted(used)}
 
 
-def _by_preference(bases: scored.Bases) -> pa.Table:
-    """All clips with their `split` and `row` in it, in order of preference among clips that repeat each other."""
+def _clips(bases: scored.Bases) -> pa.Table:
+    """All clips with their `split` and `row` in it, in the order of the splits and their shards."""
     tables = []
-    for split in ("val", "train"):
-        clips = compact.rows_of(bases[split]).select(_NEEDED)
+    for split, base in bases.items():
+        clips = compact.rows_of(base).select(_NEEDED)
         clips = clips.append_column("row", pa.array(np.arange(len(clips))))
-        clips = clips.take(pc.sort_indices(clips["key"]))
         tables.append(clips.append_column("split", pa.repeat(split, len(clips))))
     return pa.concat_tables(tables)
+
+
+def _preference(clips: pa.Table) -> np.ndarray:
+    """(N,) the numbers of all clips, in order of preference among clips that repeat each other."""
+    order = pc.sort_indices(clips, [("split", "descending"), ("key", "ascending")])  # val first
+    return np.asarray(order, np.int64)
 
 
 def _rules(config: Config, inputs: Mapping[str, str], clips: pa.Table, rows: np.ndarray) -> Drops:
