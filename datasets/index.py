@@ -69,7 +69,10 @@ def write_index(
     notes: Mapping[str, Any] | None = None,
 ) -> None:
     """Commit a tar: from this moment it exists. `notes` are JSON values that `read_notes` returns."""
-    table = rows_table(rows, table_schema)
+    _commit(url, rows_table(rows, table_schema), tar_bytes, tar_sha256, notes)
+
+
+def _commit(url: str, table: pa.Table, tar_bytes: int, tar_sha256: str, notes: Mapping[str, Any] | None) -> None:
     record = {"format": schema.FORMAT_VERSION, "bytes": tar_bytes, "sha256": tar_sha256}
     record["rows_sha256"] = _rows_sha256(url, record, table)
     metadata = {_TAR: json.dumps(record, sort_keys=True).encode()}
@@ -159,7 +162,12 @@ def write_table(
     url: str, rows: Iterable[Mapping[str, Any]], table_schema: pa.Schema, notes: Mapping[str, Any] | None = None
 ) -> None:
     """Commit a shard of a column that is a table and no tar."""
-    write_index(url, rows, table_schema, 0, "", notes)
+    commit_table(url, rows_table(rows, table_schema), notes)
+
+
+def commit_table(url: str, table: pa.Table, notes: Mapping[str, Any] | None = None) -> None:
+    """The same for what is a table already."""
+    _commit(url, table, 0, "", notes)
 
 
 def is_table(column: str) -> bool:
