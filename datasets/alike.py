@@ -8,22 +8,21 @@ named by its row in the dataset (see clusters.py).
 """
 
 import json
-from collections.abc import Callable, Iterator
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from longtake.datasets import clusters, compact, index, schema, storage
+from longtake.datasets import clusters, compact, index, schema, scores, storage
 from longtake.datasets.errors import Failure, UserError
 
-LISTS = "vectors"  # folder of the lists of clusters
+LISTS, CENTROIDS = "vectors", "centroids.safetensors"  # in the folder of clusters
 
-_BLOCK = 8192  # vectors that are multiplied at once
 _SHARDS = 4  # that are read at once
 _READS = 16
 _MOST_HEADER = 1 << 20
@@ -58,30 +57,22 @@ class Vectors(NamedTuple):
 
 
 def unit(table: pa.Table, field: str) -> tuple[np.ndarray, np.ndarray]:
-    """Which rows of a column's table have a vector, (N,) bool, and these vectors, (M, D) float32 of norm 1."""
-    column = table[field].combine_chunks()
-    column = column.chunk(0) if isinstance(column, pa.ChunkedArray) else column
-    has = np.asarray(column.is_valid()).copy()
-    there = column.drop_null()
-    if not pa.types.is_fixed_size_list(column.type):
+    """Which rows of a column's table have a vector with a direction, (N,) bool, and these, (M, D) float32 of norm 1.
+
+    Raises UserError where they are of two sizes.
+    """
+    rows, stored = scores.vectors(table[field])
+    has = np.zeros(len(table), bool)
+    if not len(rows):
+        return has, np.empty((0, 0), np.float32)
+    vectors, norms = _normed(stored.astype(np.float32))
+    starts = np.flatnonzero(np.diff(rows, prepend=-1))
+    if len(starts) < len(rows):
         # of several frames each
-        lengths = np.asarray(pc.list_value_length(there))
-        has[np.flatnonzero(has)[lengths == 0]] = False
-        frames, _ = _normed(_numbers(there.flatten()))
-        full = lengths[lengths > 0]
-        starts = np.cumsum(full) - full
-        vectors = np.add.reduceat(frames, starts, axis=0) if len(full) else frames
-    else:
-        vectors = _numbers(there)
-    vectors, norms = _normed(vectors)
+        rows, (vectors, norms) = rows[starts], _normed(np.add.reduceat(vectors, starts, axis=0))
     directed = norms > _TINY
-    has[np.flatnonzero(has)[~directed]] = False
-    return has, vectors[directed]
-
-
-def _numbers(lists: pa.FixedSizeListArray) -> np.ndarray:
-    values = lists.flatten().to_numpy(zero_copy_only=False)
-    return values.reshape(-1, lists.type.list_size).astype(np.float32)
+    has[rows[directed]] = True
+    return has, vectors if directed.all() else vectors[directed]
 
 
 def _normed(vectors: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -91,47 +82,34 @@ def _normed(vectors: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return vectors, norms
 
 
-def width(kind: pa.DataType) -> int | None:
-    """D of a field of vectors, or of lists of vectors; None of other fields."""
-    if pa.types.is_list(kind):
-        kind = kind.value_type
-    return kind.list_size if pa.types.is_fixed_size_list(kind) else None
-
-
-def read_unit(dataset: str, split: str, name: str, column: str, field: str, size: int) -> tuple[pa.Table, np.ndarray, np.ndarray]:
-    """The table of a column's shard, and its vectors as `unit` gives them.
+def read_unit(dataset: str, split: str, name: str, column: str, field: str, size: int) -> tuple[index.Shard, Vectors]:
+    """A shard of a column, and its vectors, as if its first clip were row 0.
 
     Raises:
-        UserError: there is no such field, or it has vectors of another size than (D,).
-        Failure: the shard is missing or damaged.
+        UserError: it has vectors of another size than (D,).
+        Failure: the shard is missing or damaged, or has no such field.
     """
-    full = f"{name}.{column}"
-    table = index.read_shard(dataset, split, full).table
-    check(storage.join(dataset, split, f"{full}.parquet"), table.schema, field, size)
-    return table, *unit(table, field)
+    shard = index.read_shard(dataset, split, f"{name}.{column}")
+    url = storage.join(dataset, split, f"{shard.name}.parquet")
+    if field not in shard.table.column_names:
+        raise Failure(f"{url}: has no {field}; delete it and run its `score` stage again")
+    has, found = unit(shard.table, field)
+    if has.any() and found.shape[1] != size:
+        raise UserError(
+            f"{url}: {field} has vectors of {found.shape[1]} numbers, other shards of {size}; delete it and score it again"
+        )
+    return shard, Vectors(0, has, found.reshape(-1, size))
 
 
-def check(url: str, kind: pa.Schema, field: str, size: int) -> None:
-    """Raise UserError where a column's table has no vectors of `size` numbers in `field`."""
-    there = {one.name: number for one in kind if (number := width(one.type)) is not None}
-    if field not in there:
-        raise UserError(f"{url}: has no vectors {field}; there are {', '.join(there) or 'none'}")
-    if there[field] != size:
-        raise UserError(f"{url}: {field} has {there[field]} numbers, others have {size}; name vectors of one encoder")
-
-
-def field_of(dataset: str, column: str, field: str | None = None) -> tuple[str, int]:
-    """The field of vectors of a column, its only one if none is named, and its D. Raises UserError: there is none."""
-    for split in schema.SPLITS:
-        for name in index.shard_names(dataset, split, column)[:1]:
-            kinds = index.read_shard(dataset, split, name).table.schema
-            sizes = {one.name: number for one in kinds if (number := width(one.type)) is not None}
-            chosen = field or next(iter(sizes), "")
-            if chosen in sizes and (field or len(sizes) == 1):
-                return chosen, sizes[chosen]
-            there = ", ".join(sizes) or "none"
-            raise UserError(f"{dataset}: {column}: vectors {field or 'of which field'}? There are {there}")
-    raise UserError(f"{dataset}: no column {column}; run its `score` stage")
+def field_of(column: scores.Column, field: str | None = None) -> scores.Field:
+    """The field of a column that has vectors: its only one, if none is named. Raises UserError: there is none."""
+    fields = {one.name: one for one in column.fields if one.kind == "vector"}
+    if field is None and len(fields) == 1:
+        return next(iter(fields.values()))
+    if field not in fields:
+        asked = f"no vectors {field}" if field else "vectors of several fields" if fields else "no vectors"
+        raise UserError(f"{column.column}: has {asked}; there are {', '.join(fields) or 'none'}")
+    return fields[field]
 
 
 def shards(dataset: str) -> Iterator[tuple[str, str, int, int]]:
@@ -146,34 +124,35 @@ def shards(dataset: str) -> Iterator[tuple[str, str, int, int]]:
 
 def vectors(dataset: str, column: str, field: str) -> Iterator[Vectors]:
     """The vectors of all clips, shard by shard. Raises UserError, Failure: as `read_unit`."""
-    _, size = field_of(dataset, column, field)
+    size = field_of(scores.described(dataset, column), field).width
 
     def read(place: tuple[str, str, int, int]) -> Vectors:
         split, name, start, count = place
-        _, has, unit_vectors = read_unit(dataset, split, name, column, field, size)
-        if len(has) != count:
+        _, found = read_unit(dataset, split, name, column, field, size)
+        if len(found.has) != count:
             raise Failure(f"{dataset} ({split}): {name}.{column} is of other clips; run its `score` stage again")
-        return Vectors(start, has, unit_vectors)
+        return found._replace(row=start)
 
     yield from _ahead(read, list(shards(dataset)))
 
 
-def _ahead(read: Callable[..., Vectors], places: list[tuple[str, str, int, int]]) -> Iterator[Vectors]:
-    """What `read` gives for each place, in order; some are read ahead, never all."""
+def _ahead(read: Callable[[Any], Vectors], places: Sequence[Any]) -> Iterator[Vectors]:
+    """What `read` gives for each place, in order; a few are read ahead."""
     with ThreadPoolExecutor(_SHARDS) as pool:
-        waiting = [pool.submit(read, place) for place in places[:_SHARDS]]
-        for place in [*places[_SHARDS:], None][: len(places)] if len(places) > _SHARDS else []:
-            yield waiting.pop(0).result()
-            if place is not None:
-                waiting.append(pool.submit(read, place))
-        for one in waiting:
-            yield one.result()
+        waiting = deque(pool.submit(read, place) for place in places[:_SHARDS])
+        for place in places[_SHARDS:]:
+            yield waiting.popleft().result()
+            waiting.append(pool.submit(read, place))
+        while waiting:
+            yield waiting.popleft().result()
 
 
 # Search.
 
 
-def exact(dataset: str, column: str, field: str, vector: np.ndarray, count: int, keep: np.ndarray | None = None) -> Alike:
+def exact(
+    dataset: str, column: str, field: str, vector: np.ndarray, count: int, keep: np.ndarray | None = None
+) -> Alike:
     """The `count` clips nearest to a vector (D,) of any norm.
 
     Args:
@@ -183,8 +162,7 @@ def exact(dataset: str, column: str, field: str, vector: np.ndarray, count: int,
         UserError: no such vectors, or the vector is of another size, or is zero.
         Failure: a shard is missing or damaged.
     """
-    _, size = field_of(dataset, column, field)
-    asked = direction(vector, size)
+    asked = direction(vector, field_of(scores.described(dataset, column), field).width)
     best = Alike(np.empty(0, np.int64), np.empty(0, np.float32))
     for part in vectors(dataset, column, field):
         rows = part.row + np.flatnonzero(part.has)
@@ -257,17 +235,17 @@ def keys(dataset: str, rows: np.ndarray) -> list[tuple[str, str]]:
 
 def vector_of(dataset: str, column: str, field: str, key: str) -> tuple[int, np.ndarray]:
     """The row in the dataset of a clip, and its vector (D,). Raises UserError: no such clip, or it has none."""
-    _, size = field_of(dataset, column, field)
+    size = field_of(scores.described(dataset, column), field).width
     start = 0
     for split in schema.SPLITS:
         base, _ = compact.open_split(dataset, split)
         for number, name in enumerate(base.shards["name"].to_pylist()):
             place = pc.index(base.of(number)["key"], key).as_py()
             if place >= 0:
-                _, has, found = read_unit(dataset, split, name, column, field, size)
-                if not has[place]:
+                _, found = read_unit(dataset, split, name, column, field, size)
+                if not found.has[place]:
                     raise UserError(f"{key}: has no vector in {column}; name another clip")
-                return start + int(base.starts[number]) + place, found[has[:place].sum()]
+                return start + int(base.starts[number]) + place, found.unit[found.has[:place].sum()]
         start += int(base.counts.sum())
     raise UserError(f"{dataset}: no sample {key}; `longtake dataset sources` lists the sources that keys begin with")
 
@@ -337,7 +315,9 @@ def _open_lists(url: str) -> Lists:
         if starts[-1] != count or (np.diff(starts) < homes).any() or (homes < 0).any():
             raise ValueError("its clusters do not add up")
     except (OSError, ValueError, KeyError, TypeError, IndexError) as e:
-        raise Failure(f"{url}: not readable lists of clusters ({e}); delete it and run the `cluster` stage again") from e
+        raise Failure(
+            f"{url}: not readable lists of clusters ({e}); delete it and run the `cluster` stage again"
+        ) from e
     return Lists(url, size, places, starts, homes)
 
 
@@ -346,7 +326,7 @@ def read_centroids(folder: str) -> np.ndarray:
     from safetensors import SafetensorError
     from safetensors.numpy import load
 
-    url = storage.join(folder, "centroids.safetensors")
+    url = storage.join(folder, CENTROIDS)
     try:
         return np.asarray(load(storage.read(url))["centroids"], np.float32)
     except (FileNotFoundError, SafetensorError, KeyError) as e:
