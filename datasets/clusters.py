@@ -82,9 +82,9 @@ def numbers(clusters: Clusters, splits: pa.ChunkedArray, rows: np.ndarray) -> np
     return np.asarray(offsets[codes.indices.to_numpy()] + rows, np.int64)
 
 
-def pairs_name(clusters: Clusters) -> str:
-    """Of the folder with the pairs, in that of the clusters."""
-    return f"pairs-{clusters.similarity:g}"
+def pairs_name(similarity: float) -> str:
+    """Of the folder with the pairs of at least this cosine, in that of the clusters."""
+    return f"pairs-{similarity!r}"
 
 
 def pairs(clusters: Clusters, similarity: float | None = None) -> pa.Table:
@@ -100,7 +100,7 @@ def pairs(clusters: Clusters, similarity: float | None = None) -> pa.Table:
             f"similarity {least:g}: the clusters have pairs from {clusters.similarity:g} on;"
             f" set `similarity: {least:g}` in their `cluster` stage"
         )
-    folder, name = storage.join(clusters.dataset, clusters.folder), pairs_name(clusters)
+    folder, name = storage.join(clusters.dataset, clusters.folder), pairs_name(clusters.similarity)
     names = index.shard_names(folder, name)
     if len(names) != clusters.counts["groups"]:
         raise Failure(f"{storage.join(folder, name)}: some pairs are missing; run the `cluster` stage again")
