@@ -199,7 +199,7 @@ def test_scores_and_clusters_are_counted_by_the_clip_and_by_their_share_of_a_gpu
         store.client.set_terminated(run, "FINISHED")
         for metric, value in metrics.items():
             store.client.log_metric(run, metric, value)
-    found = estimate.estimate(loaded, nodes, store, sample=10)
+    found = estimate.estimate(loaded, nodes, store, sample=2)
     by_name = {stage["name"]: stage for stage in found["stages"]}
     clips = by_name["shards"]["clips"]["value"]
     assert by_name["scores"]["bytes"]["value"] == pytest.approx(500 * clips)
