@@ -59,7 +59,7 @@ def embedded(vectors: np.ndarray, similarity: float, count: int | None = None) -
     labels = _clusters(unit, min(count or len(unit) // _CLUSTER + 1, len(unit)))
     drop = np.zeros(len(unit), bool)
     for members in np.split(np.argsort(labels, kind="stable"), np.cumsum(np.bincount(labels))[:-1]):
-        drop[members] = _similar(unit[members], similarity - _ROUNDING)
+        drop[members] = similar(unit[members], similarity - _ROUNDING)
     return drop
 
 
@@ -94,6 +94,19 @@ def semantic(pairs: pa.Table, rows: np.ndarray, similarity: float) -> np.ndarray
     both = (one < len(rows)) & (other < len(rows)) & (one != other)
     one, other = one[both], other[both]
     return drop | _repeats(np.minimum(one, other), np.maximum(one, other), len(rows))
+
+
+def similar(unit: np.ndarray, similarity: float) -> np.ndarray:
+    """(N,) bool: an earlier unit vector (N, D) that stays has at least this cosine. All are compared with those that stay."""
+    stay = np.empty(0, np.int64)
+    for start in range(0, len(unit), _BLOCK):
+        block = np.arange(start, min(start + _BLOCK, len(unit)))
+        block = block[~(unit[block] @ unit[stay].T >= similarity).any(axis=1)]
+        earlier, later = np.nonzero(np.triu(unit[block] @ unit[block].T >= similarity, 1))
+        stay = np.append(stay, block[~_repeats(earlier, later, len(block))])
+    drop = np.ones(len(unit), bool)
+    drop[stay] = False
+    return drop
 
 
 def _kept_hashes(hashes: np.ndarray, radius: int) -> np.ndarray:
@@ -192,16 +205,3 @@ def _clusters(unit: np.ndarray, count: int) -> np.ndarray:
     from sklearn.cluster import MiniBatchKMeans
 
     return MiniBatchKMeans(count, batch_size=4096, n_init=1, random_state=0).fit_predict(unit)
-
-
-def _similar(unit: np.ndarray, similarity: float) -> np.ndarray:
-    """(N,) bool: an earlier vector that stays has at least this cosine."""
-    stay = np.empty(0, np.int64)
-    for start in range(0, len(unit), _BLOCK):
-        block = np.arange(start, min(start + _BLOCK, len(unit)))
-        block = block[~(unit[block] @ unit[stay].T >= similarity).any(axis=1)]
-        earlier, later = np.nonzero(np.triu(unit[block] @ unit[block].T >= similarity, 1))
-        stay = np.append(stay, block[~_repeats(earlier, later, len(block))])
-    drop = np.ones(len(unit), bool)
-    drop[stay] = False
-    return drop
