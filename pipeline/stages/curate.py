@@ -203,11 +203,11 @@ def run(config: Config, inputs: Mapping[str, str], output: str) -> dict[str, Any
     bases = {split: compact.open_split(dataset, split)[0] for split in schema.SPLITS}
     columns, names = _columns(config, inputs, bases), sorted(set(config.named().values()))
     clips = _clips(bases)
-    values = scored.values(bases, columns, names) if names else pa.table({})
     for name, prompt in config.prompts.items():
         likeness = described.likeness(dataset, inputs["text"], clips, prompt, f"prompts.{name}")
-        values = values.append_column(name, pa.array(likeness, from_pandas=True))
-    for name in values.column_names:
+        clips = clips.append_column(name, pa.array(likeness, from_pandas=True))
+    values = scored.values(bases, columns, names) if names else pa.table({})
+    for name in names:
         clips = clips.append_column(name, values[name])
     if config.balance and clips[config.balance.by].null_count == len(clips):
         remedy = "give the manifest a `label` column or " if config.balance.by == rules.LABEL else ""

@@ -72,6 +72,16 @@ def test_a_large_set_is_thinned_completely(monkeypatch: pytest.MonkeyPatch) -> N
     assert dedup.near(hashes, 3).tolist() == whole.tolist()
 
 
+@given(st.integers(0, 60), st.floats(0.1, 1), st.integers(0, 99))
+@settings(deadline=None)
+def test_similar_vectors_are_those_of_brute_force(count: int, similarity: float, seed: int) -> None:
+    vectors = np.random.default_rng(seed).normal(size=(count, 3)).astype(np.float32)
+    unit = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dedup, "_BLOCK", 7)
+        assert dedup.similar(unit, similarity - 1e-6).tolist() == one_by_one(unit @ unit.T >= similarity - 1e-6)
+
+
 CLIP = st.fixed_dictionaries(
     {
         "split": st.sampled_from(schema.SPLITS),
