@@ -266,6 +266,12 @@ def test_weights_that_are_missing_are_named(model: Path) -> None:
         load("classifier").load(load("classifier").config(model=str(model)), "cpu", 1)
 
 
+def test_a_model_that_leaves_out_parts_by_chance_is_refused(tmp_path: Path) -> None:
+    config = load("embedding").config(model=tiny_pictures.folder("masked", tmp_path / "masked"))
+    with pytest.raises(UserError, match=r"masked: gives one picture two values, by chance; name a model that does not"):
+        load("embedding").load(config, "cpu", 1)
+
+
 @pytest.mark.parametrize(
     ("layers", "line"),
     [
