@@ -10,6 +10,7 @@ import os
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 
@@ -74,8 +75,16 @@ class Folder:
         paths = [*self.weights, *(self.path / name for name in names)]
         digest = hashlib.sha256()
         for path in sorted(path for path in paths if path.is_file()):
-            digest.update(f"{path.name} {sha256_of(path)}\n".encode())
+            about = path.stat()
+            sha256 = _sha256_of(path, about.st_size, about.st_mtime_ns, about.st_ino)
+            digest.update(f"{path.name} {sha256}\n".encode())
         return digest.hexdigest()
+
+
+@lru_cache(maxsize=256)
+def _sha256_of(path: Path, *stamp: int) -> str:
+    """Of a file, read once until it is written again: a search asks for it with every text."""
+    return sha256_of(path)
 
 
 def opened(path: str, key: str = "model") -> Folder:
