@@ -189,8 +189,9 @@ class Scores:
 
     def begin(self, row: Mapping[str, Any]) -> Watch:
         """A clip, with a flow of its own: one that has seen small frames goes on with settings for such."""
-        flow = cv2.DISOpticalFlow_create(cv2.DISOPTICAL_FLOW_PRESET_FAST)
-        flow.setFinestScale(1)  # half the small frame's; at a quarter, as preset, a turn comes out a sixth too slow
+        flow = cv2.DISOpticalFlow.create(cv2.DISOPTICAL_FLOW_PRESET_FAST)
+        # half the small frame's size; at a quarter of it, the preset, a turn comes out a sixth too slow
+        flow.setFinestScale(1)
         return Watch(flow)
 
 
