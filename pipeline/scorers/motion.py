@@ -189,7 +189,9 @@ class Scores:
 
     def __init__(self) -> None:
         self.flow = cv2.DISOpticalFlow_create(cv2.DISOPTICAL_FLOW_PRESET_FAST)
-        self.flow.setFinestScale(1)  # half the small frame's; at a quarter, as preset, a turn comes out a sixth too slow
+        self.flow.setFinestScale(
+            1
+        )  # half the small frame's; at a quarter, as preset, a turn comes out a sixth too slow
 
     def begin(self, row: Mapping[str, Any]) -> Watch:
         """A clip."""
