@@ -188,10 +188,9 @@ class Scores:
     """Sees every frame."""
 
     def __init__(self) -> None:
-        self.flow = cv2.DISOpticalFlow_create(cv2.DISOPTICAL_FLOW_PRESET_FAST)
-        self.flow.setFinestScale(
-            1
-        )  # half the small frame's; at a quarter, as preset, a turn comes out a sixth too slow
+        self.flow = cv2.DISOpticalFlow.create(cv2.DISOPTICAL_FLOW_PRESET_FAST)
+        # half the small frame's size; at a quarter of it, the preset, a turn comes out a sixth too slow
+        self.flow.setFinestScale(1)
 
     def begin(self, row: Mapping[str, Any]) -> Watch:
         """A clip."""

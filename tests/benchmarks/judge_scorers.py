@@ -4,14 +4,15 @@
 
 A line of `labels_*.json` is a file of `LONGTAKE_VIDEOS/real` by its base name, or some of its frames, with what is seen in it:
 true or false, or a list of labels of which the first is the best and the others would do. What isn't clear is left out.
-Each is coded as clips are before it is scored: at its own size, but those of `labels_picture.json` at the size and of the length
-of clips.
+Each is coded as clips are, with a faster preset, before it is scored: at its own size, but those of `labels_picture.json` at the
+size and of the length of clips.
 
 A rule on a number has its threshold chosen on one half of the files, every second in the order of their names, for the best F1,
 and is judged on the other half. What a label stands on inside a scorer was chosen on the first half too.
 """
 
 import argparse
+import itertools
 import json
 import os
 from collections.abc import Iterator, Sequence
@@ -22,9 +23,8 @@ from typing import Any, Literal
 
 import av
 import numpy as np
-from tqdm import tqdm
-
 from tests.support.scored import coded, score_file
+from tqdm import tqdm
 
 HERE = Path(__file__).parent
 
@@ -116,7 +116,7 @@ def _clip(file: Path, frames: Sequence[int] | None, side: int | None) -> bytes:
                 scale = side / min(frame.width, frame.height) if side else 1
                 width, height = (int(n * scale / 2 + 1e-6) * 2 for n in (frame.width, frame.height))
                 images.append(frame.reformat(width, height, "rgb24", interpolation="AREA").to_ndarray())
-    return coded(np.stack(images), float(Fraction(fps).limit_denominator(1001)))
+    return coded(np.stack(images), float(Fraction(fps).limit_denominator(1001)), preset="superfast")
 
 
 def _labels(rule: Rule, answers: list[tuple[Any, Any, int]]) -> Iterator[str]:
@@ -136,7 +136,7 @@ def _number(rule: Rule, answers: list[tuple[Any, Any, int]]) -> Iterator[str]:
     # between two neighbouring values of the first half, the best F1; the widest gap of the best
     ordered = sorted(value for value, _, half in known if half == 0)
     best, threshold = (-1.0, 0.0), 0.0
-    for low, high in zip(ordered, ordered[1:], strict=False):
+    for low, high in itertools.pairwise(ordered):
         middle = (low + high) / 2
         right = sum(value > middle and seen for value, seen, half in known if half == 0)
         wrong = sum((value > middle) != seen for value, seen, half in known if half == 0)

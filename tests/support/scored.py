@@ -55,12 +55,12 @@ def score_frames(
     return score_file(scorer, settings, coded(frames, fps, crf), piece, device)
 
 
-def coded(frames: np.ndarray, fps: float, crf: int = 16, gop: int = 12) -> bytes:
+def coded(frames: np.ndarray, fps: float, crf: int = 16, gop: int = 12, preset: str = "medium") -> bytes:
     """(T, H, W, 3) uint8 RGB as the mp4 of a clip."""
     scaler, target = VideoReformatter(), {"dst_colorspace": "ITU601", "dst_color_range": "MPEG", "threads": 1}
     images = (av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24") for frame in frames)
     planes = [np.ascontiguousarray(scaler.reformat(i, format="yuv420p", **target).to_ndarray()) for i in images]
-    return encode(planes, Fraction(fps).limit_denominator(1001), crf, "medium", gop)
+    return encode(planes, Fraction(fps).limit_denominator(1001), crf, preset, gop)
 
 
 def write_columns(

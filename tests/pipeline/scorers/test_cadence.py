@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-
 from tests.support.moving import film, scene
 from tests.support.scored import coded, score_file, score_frames
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-
 from tests.support.moving import film, scene
 from tests.support.scored import coded, score_file, score_frames
 
@@ -34,9 +33,10 @@ def test_exposure_and_clipping(height: int, width: int, fps: int, grey: int) -> 
 def test_flicker_is_seen_whatever_its_rate(height: int, width: int, fps: int, rate: float) -> None:
     wave = np.sin(2 * np.pi * rate * np.arange(2 * fps) / fps)
     even, slight, strong = (
-        score_frames("light", {}, _lit(1 + swing * wave, height, width, fps), fps)["flicker"] for swing in (0, 0.05, 0.15)
+        score_frames("light", {}, _lit(1 + swing * wave, height, width, fps), fps)["flicker"]
+        for swing in (0, 0.05, 0.15)
     )
-    assert even < 0.004 < 0.009 < slight < strong
+    assert even < 0.004 and 0.009 < slight < strong
     assert 0.04 < strong < 0.15  # the mean luma is about a half
 
 

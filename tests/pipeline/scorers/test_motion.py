@@ -7,7 +7,6 @@ from typing import Any
 import cv2
 import numpy as np
 import pytest
-
 from tests.support.moving import film, scene
 from tests.support.scored import coded, score_file, score_frames
 
@@ -35,7 +34,7 @@ def _seconds(fps: int, length: float = 1.25) -> np.ndarray:
 def test_moves_of_a_camera_are_measured_and_named(
     height: int, width: int, fps: int, move: str, about: dict[str, float]
 ) -> None:
-    values = score_frames("motion", {}, film(scene(), _seconds(fps), height, width, **about), fps)  # type: ignore[arg-type]
+    values = score_frames("motion", {}, film(scene(), _seconds(fps), height, width, **about), fps)
     assert values["move"] == move
     for field, unit in (("pan", 0.01), ("tilt", 0.01), ("zoom", 0.02), ("roll", 1.0)):
         true = about.get(field, 0.0)
