@@ -27,7 +27,7 @@ _STAGES = {
     text.PREFIX: "cache_text",
     scores.PREFIX: "score",
 }  # what makes a column, by how its name begins
-_FOLDERS = {"plan", "sources", "views", "compact", "annotations", "answers"}
+_FOLDERS = {"plan", "sources", "views", "compact", "annotations", "answers", "clusters"}
 
 
 def tars(dataset: str) -> list[tuple[str, str]]:
