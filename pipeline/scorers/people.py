@@ -45,13 +45,13 @@ class Looker:
     size: tuple[int, int] | None = None
     batch = 8
 
-    def __init__(self, config: Config, threads: int) -> None:
+    def __init__(self, config: Config) -> None:
         self.count = config.frames
         self._config = config
         self._cv2 = package("cv2")
         self._bodies = self._cv2.HOGDescriptor()
         self._bodies.setSVMDetector(self._cv2.HOGDescriptor_getDefaultPeopleDetector())
-        self._faces = faces.Looker(faces.Config(least=config.face), threads)
+        self._faces = faces.Looker(faces.Config(least=config.face))
 
     def look(self, frames: np.ndarray) -> list[Values]:
         return [self._clip(clip) for clip in frames]
@@ -96,7 +96,7 @@ class Looker:
 
 
 def _load(config: Config, device: str, threads: int) -> Any:
-    return Looker(config, threads)
+    return Looker(config)
 
 
 SCORER = Scorer(Config, 1, fields, _load, digest=lambda config: needed("cv2") + faces.SCORER.digest(faces.Config()))

@@ -216,8 +216,8 @@ def models() -> dict[str, Path]:
     return files
 
 
-def reader(least: float, threads: int) -> Any:
-    """A callable from (H, W, 3) uint8 BGR to boxes, texts and scores, that opens no other file than the networks."""
+def reader(least: float) -> Any:
+    """A callable from (H, W, 3) uint8 BGR to boxes, texts and scores, on one thread; it opens no other file than the networks."""
     files = models()
     settings: dict[str, Any] = {f"{part}.model_path": str(file) for part, file in files.items()}
     settings |= {
@@ -225,7 +225,7 @@ def reader(least: float, threads: int) -> Any:
         "Global.use_cls": False,
         "Global.text_score": least,
         "Global.log_level": "error",
-        "EngineConfig.onnxruntime.intra_op_num_threads": threads,
+        "EngineConfig.onnxruntime.intra_op_num_threads": 1,
         "EngineConfig.onnxruntime.inter_op_num_threads": 1,
     }
     return package("rapidocr").RapidOCR(params=settings)
@@ -239,6 +239,6 @@ SCORER = Scorer(
     Config,
     1,
     fields,
-    lambda config, device, threads: Looker(config, reader(config.least, threads) if config.ocr else None),
+    lambda config, device, threads: Looker(config, reader(config.least) if config.ocr else None),
     digest=_digest,
 )

@@ -8,12 +8,12 @@ import av
 import cv2
 import numpy as np
 import pytest
+from pictures import looks, pan, written
+from scored import score_frames
 from skimage import data
 
 from longtake.datasets.errors import UserError
 from longtake.pipeline.scorers import faces, load, text
-from tests.support.pictures import looks, pan, written
-from tests.support.scored import score_frames
 
 
 @pytest.fixture(autouse=True)
