@@ -149,8 +149,8 @@ def column_name(name: str, decides: Any) -> str:
     return f"{PREFIX}{name}-{hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:16]}"
 
 
-def write_shard(dataset: str, base: index.Shard, column: Column, values: Sequence[Mapping[str, Any]]) -> None:
-    """Commit a column's table for all clips of a base shard.
+def write_shard(dataset: str, base: index.Shard, column: Column, values: Sequence[Mapping[str, Any]]) -> int:
+    """Commit a column's table for all clips of a base shard; returns the number of clips that lack a value.
 
     Args:
         values: of each clip in the order of the base, by the name of the field: a number, a label, (D,) or (N, D) of any
@@ -165,6 +165,7 @@ def write_shard(dataset: str, base: index.Shard, column: Column, values: Sequenc
     table = pa.table(arrays, schema=table_schema(column.fields))
     url = storage.join(dataset, base.split, f"{base.name}.{column.column}.parquet")
     index.commit_table(url, table, column.plain())
+    return len(table) - table["reason"].null_count
 
 
 def _checked(base: index.Shard, key: str, column: Column, values: Mapping[str, Any]) -> dict[str, Any]:
@@ -226,6 +227,14 @@ def columns_of(dataset: str) -> list[str]:
         for name in index.table_names(storage.join(dataset, split))
     )
     return sorted({stem for stem in stems if stem.startswith(PREFIX)})
+
+
+def count(dataset: str, column: str) -> int:
+    """The number of clips that have all values of a column."""
+    places = [(split, name) for split in schema.SPLITS for name in index.shard_names(dataset, split, column)]
+    urls = [storage.join(dataset, split, f"{name}.parquet") for split, name in places]
+    with ThreadPoolExecutor(_THREADS) as pool:
+        return sum(pool.map(lambda url: index.from_parquet(url, ["reason"])["reason"].null_count, urls))
 
 
 def described(dataset: str, column: str) -> Column:

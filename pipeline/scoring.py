@@ -50,7 +50,7 @@ def make_scores(
         report: called with the number of clips that are scored and the clip that is at work.
 
     Returns:
-        Counts: `clips` and `frames` that were decoded, `columns` that were committed.
+        Counts: `clips` and `frames` that were decoded, `columns` that were committed, `without` a value among their rows.
 
     Raises:
         Failure: a clip is not readable, the base shard is another than before, or a scorer fails.
@@ -77,9 +77,10 @@ def make_scores(
         raise Failure(str(e)) from e
 
     report(len(rows), "its commit")
+    without = 0
     for one in scored:
-        write_shard(dataset, base, one.work.column, [one.values[number] for number in range(len(rows))])
-    return {"clips": int(keep.sum()) if due else 0, "frames": frames, "columns": len(due)}
+        without += write_shard(dataset, base, one.work.column, [one.values[number] for number in range(len(rows))])
+    return {"clips": int(keep.sum()) if due else 0, "frames": frames, "columns": len(due), "without": without}
 
 
 def is_due(dataset: str, base: index.Shard, column: str) -> bool:
