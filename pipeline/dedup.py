@@ -18,9 +18,7 @@ from longtake.datasets import clusters
 _FIRST_BATCH, _GROWTH = 1024, 4
 _MOST_PAIRS = 1 << 24
 _PAIRS_A_SORT = 20  # candidate pairs that are compared in the time of sorting one hash
-_CLUSTER = 1000
 _BLOCK = 1024
-_ROUNDING = 1e-6  # of the cosine of equal float32 vectors
 
 
 def exact(sha256s: pa.ChunkedArray) -> np.ndarray:
@@ -44,22 +42,6 @@ def near(hashes: np.ndarray, radius: int) -> np.ndarray:
     order = np.argsort(first)
     drop = np.ones(len(hashes), bool)
     drop[first[order][_kept_hashes(distinct[order], radius)]] = False
-    return drop
-
-
-def embedded(vectors: np.ndarray, similarity: float, count: int | None = None) -> np.ndarray:
-    """(N,) bool: an earlier row of the same cluster that stays has at least this cosine.
-
-    Args:
-        vectors: (N, D) float32 of any norm.
-        similarity: a cosine, above 0 up to 1.
-        count: number of k-means clusters, at most N; pairs across them are missed. None: one for every 1000 rows.
-    """
-    unit = vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
-    labels = _clusters(unit, min(count or len(unit) // _CLUSTER + 1, len(unit)))
-    drop = np.zeros(len(unit), bool)
-    for members in np.split(np.argsort(labels, kind="stable"), np.cumsum(np.bincount(labels))[:-1]):
-        drop[members] = similar(unit[members], similarity - _ROUNDING)
     return drop
 
 
@@ -196,12 +178,3 @@ def _repeats(earlier: np.ndarray, later: np.ndarray, count: int) -> np.ndarray:
         live = undecided[earlier] & ~drop[earlier] & ~drop[later]
         earlier, later = earlier[live], later[live]
     return drop
-
-
-def _clusters(unit: np.ndarray, count: int) -> np.ndarray:
-    """The cluster of each vector, (N,) int."""
-    if count <= 1:
-        return np.zeros(len(unit), np.int64)
-    from sklearn.cluster import MiniBatchKMeans
-
-    return MiniBatchKMeans(count, batch_size=4096, n_init=1, random_state=0).fit_predict(unit)

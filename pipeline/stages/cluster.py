@@ -127,10 +127,7 @@ def run(config: Config, inputs: Mapping[str, str], output: str) -> dict[str, Any
         scorer="cluster",
         config=decides,
         digest="",
-        fields=(
-            scores.Field("cluster", "number", "number of its cluster, from 0"),
-            scores.Field("distance", "number", "1 less the cosine to the centroid of its cluster, 0 to 2"),
-        ),
+        fields=clusters.FIELDS,
     )
     folder = f"{clusters.FOLDER}/{made.column.rpartition('-')[2]}"
     work = Work(
