@@ -7,8 +7,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -29,29 +28,12 @@ Hashes = Callable[[object], dict[str, str]]
 ROUNDING = 1e-4  # of cosines of float16 vectors that were rounded twice
 
 
-@pytest.fixture
-def in_this_process() -> Callable[..., Counter[str]]:
-    """`columns.make` without Ray, the last job first."""
-
-    def make(
-        stage: str, jobs: Sequence[columns.Job], task: Any, load: Any, models: Any, arguments: Mapping[str, Any]
-    ) -> Counter[str]:
-        totals = Counter[str]()
-        at_work = load("cpu", *models, **arguments)
-        for job in reversed(jobs):
-            keep = np.unpackbits(np.frombuffer(job.keep, np.uint8), count=job.clips).astype(bool)
-            totals.update(at_work(split=job.split, name=job.name, keep=keep, report=lambda clips, position: None))
-        return totals
-
-    return make
-
-
 @pytest.fixture(autouse=True)
-def quick(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, in_this_process: Any) -> None:
+def quick(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Many jobs for few clips, without Ray but in the slow test."""
     monkeypatch.setattr(clustering, "_PART_CLIPS", 64)
     if "slow" not in request.keywords:
-        monkeypatch.setattr(columns, "make", in_this_process)
+        monkeypatch.setattr(columns, "make", vectored.make_here)
 
 
 def made(url: str, **changed: Any) -> clusters.Clusters:
@@ -316,7 +298,7 @@ def test_damage_is_named_with_its_remedy(tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.usefixtures("ray_session")
 def test_killed_on_one_worker_and_continued_on_four_it_has_the_bytes_of_no_worker(
-    tmp_path: Path, hashes: Hashes, monkeypatch: pytest.MonkeyPatch, in_this_process: Any
+    tmp_path: Path, hashes: Hashes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     url = vectored.make(tmp_path / "d", vectored.crowded(1600, 16), shard=100, held_out=300)
     twin = str(shutil.copytree(url, tmp_path / "twin" / "d"))
@@ -345,7 +327,7 @@ def test_killed_on_one_worker_and_continued_on_four_it_has_the_bytes_of_no_worke
 
     metrics = vectored.run(url, f"{url}-out", run={"cpus": 0.25, "workers": 4})["metrics"]
     assert metrics["made_lists"] == metrics["lists"] - 1 > 10
-    monkeypatch.setattr(columns, "make", in_this_process)
+    monkeypatch.setattr(columns, "make", vectored.make_here)
     vectored.run(twin, f"{twin}-out")
     assert hashes(url) == hashes(twin)
     one, other = (clusters.read_clusters(f"{each}-out") for each in (url, twin))
