@@ -8,6 +8,7 @@ name; without a view all clips are scored, and every later view can use the colu
 
 import difflib
 import importlib
+import socket
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -188,9 +189,11 @@ def run(config: Config, inputs: Mapping[str, str], output: str) -> dict[str, Any
 
 
 def _column(name: str, asked: _Asked, view: str) -> Column:
-    settings, digest = content(asked.config), asked.digest(name)
-    column = scores.column_name(name, [asked.by, asked.scorer.version, settings, digest, view])
-    return Column(column, asked.by, settings, digest, asked.scorer.fields(asked.config))
+    digest = asked.digest(name)
+    decides = [asked.by, asked.scorer.version, content(asked.config), digest, view]
+    # all settings: where a model lies does not decide, but a search by text has to find it
+    settings = asked.config.model_dump(mode="json")
+    return Column(scores.column_name(name, decides), asked.by, settings, digest, asked.scorer.fields(asked.config))
 
 
 def _missing(dataset: str, split: str, names: Sequence[str], keeps: Mapping[str, np.ndarray]) -> Iterator[Job]:
@@ -235,7 +238,14 @@ def _load(
         importlib.import_module("cv2").setNumThreads(threads)
     works = []
     for plain, module, settings in asked:
-        scorer = kinds.of_module(module)
-        loaded = scorer.load(scorer.config.model_validate(settings), device if scorer.gpu else "cpu", threads)
-        works.append(Work(scores.from_plain(plain), loaded))
+        scorer, column = kinds.of_module(module), scores.from_plain(plain)
+        config = scorer.config.model_validate(settings)
+        # a file may have changed since the stage began, or be another one on this node
+        if scorer.digest(config) != column.digest:
+            name = column.column.removeprefix(scores.PREFIX).rpartition("-")[0]
+            raise UserError(
+                f"scorers.{name}: the files of its scorer on {socket.gethostname()} are not those that the stage began"
+                " with; copy them there, then run the same command again"
+            )
+        works.append(Work(column, scorer.load(config, device if scorer.gpu else "cpu", threads)))
     return partial(make_scores, works, dataset, batch)
