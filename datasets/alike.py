@@ -328,6 +328,7 @@ def _read(url: str, start: int, shape: tuple[int, ...], kind: type) -> np.ndarra
     count = int(np.prod(shape, dtype=np.int64))
     if not count:
         return np.empty(shape, kind)
+    values: np.ndarray
     try:
         if storage.is_local(url):
             values = np.fromfile(storage.filesystem(url)[1], kind, count, offset=start)
@@ -376,3 +377,20 @@ def read_centroids(folder: str) -> np.ndarray:
         return np.asarray(load(storage.read(url))["centroids"], np.float32)
     except (FileNotFoundError, SafetensorError, KeyError) as e:
         raise Failure(f"{url}: missing or damaged; delete its folder and run the `cluster` stage again") from e
+
+
+def problems(dataset: str) -> Iterator[str]:
+    """A line for each damage in the clusters of a dataset."""
+    for digest in storage.names(storage.join(dataset, clusters.FOLDER)):
+        folder = storage.join(dataset, clusters.FOLDER, digest)
+        for read in (read_centroids, read_lists):
+            try:
+                read(folder)
+            except Failure as e:
+                yield str(e)
+        for name in storage.names(folder):
+            for each in index.shard_names(folder, name) if name.startswith("pairs-") else ():
+                try:
+                    index.read_shard(folder, name, each)
+                except Failure as e:
+                    yield str(e)

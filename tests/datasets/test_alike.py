@@ -125,10 +125,11 @@ def test_what_cannot_be_searched_is_said_in_one_line(tmp_path: Path) -> None:
 
 
 def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, list[str], str]:
-    """Exit code, lines, and what was said on stderr."""
+    """Exit code, lines of clips, and what was said on stderr."""
     code = exit_code(lambda: cli(["dataset", "alike", *arguments], standalone_mode=False))
     out, err = capsys.readouterr()
-    return code, out.splitlines(), err
+    # a package that is imported late may say something too
+    return code, [line for line in out.splitlines() if "\t" in line], err
 
 
 def test_the_command_finds_clips_by_their_keys(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

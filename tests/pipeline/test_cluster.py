@@ -20,9 +20,10 @@ from hypothesis import strategies as st
 
 from longtake.datasets import alike, clusters, index, schema, scores, storage, view
 from longtake.datasets.errors import Failure, UserError
+from longtake.datasets.verify import verify
 from longtake.pipeline import clustering, dedup, pairs
 from longtake.pipeline import column as columns
-from longtake.pipeline.stages import cluster
+from longtake.pipeline.stages import cluster, score
 
 Hashes = Callable[[object], dict[str, str]]
 ROUNDING = 1e-4  # of cosines of float16 vectors that were rounded twice
@@ -121,6 +122,7 @@ def test_a_crowd_has_few_pairs_and_one_clip_of_it_stays(equal: bool, tmp_path: P
     vectors = vectored.crowded(3200, 16, 400)
     black = np.ones(16) / 4
     vectors[:3000] = black if equal else black + rng.standard_normal((3000, 16)) * 0.01
+    vectors[1000:1100] = vectors[999]  # equal ones, that are near to the others
     vectors[3199] = black
     record = made(vectored.make(tmp_path / "d", vectors, shard=400, held_out=200))
     # each with each would be four and a half millions
@@ -216,6 +218,11 @@ def test_what_is_wrong_is_said_in_one_line(tmp_path: Path) -> None:
         with pytest.raises(UserError, match=says) as error:
             cluster.run(config.model_copy(update=changed), given_inputs, str(tmp_path / "out"))
         assert "\n" not in str(error.value)
+    scorers = {"clip": {"by": "light"}, "other": {"by": "bars"}}
+    upstream = {"scores": score.Config.model_validate({"kind": "score", "dataset": "d", "scorers": scorers})}
+    cluster.check(config, upstream)
+    with pytest.raises(ValueError, match=r"^embedding: clop.vector: no scorer clop; there are clip$"):
+        cluster.check(config.model_copy(update={"embedding": "clop.vector"}), upstream)
     record = made(url)
     with pytest.raises(UserError, match=r"similarity 0.5: the clusters have pairs from 0.9 on; set `similarity: 0.5`"):
         clusters.pairs(record, 0.5)
@@ -281,9 +288,11 @@ def test_a_dataset_that_has_grown_gets_other_clusters(tmp_path: Path) -> None:
 def test_damage_is_named_with_its_remedy(tmp_path: Path) -> None:
     record = made(vectored.make(tmp_path / "d", vectored.crowded(200, 8)))
     folder = Path(record.dataset, record.folder)
+    assert not list(alike.problems(record.dataset))
     path = next(folder.glob("pairs-0.9/*"))
     whole = path.read_bytes()
     path.write_bytes(whole[:-8])
+    assert [line for line in verify(record.dataset) if "pairs-0.9" in line] == list(alike.problems(record.dataset))
     with pytest.raises(Failure, match=r"not a readable Parquet file .* run the stage that made it again"):
         clusters.pairs(record)
     path.unlink()
@@ -293,6 +302,7 @@ def test_damage_is_named_with_its_remedy(tmp_path: Path) -> None:
     lists.write_bytes(lists.read_bytes()[:40])
     with pytest.raises(Failure, match=r"not readable lists of clusters .* run the `cluster` stage again"):
         alike.approximate(record, np.ones(8), 3)
+    assert any("lists of clusters" in line for line in alike.problems(record.dataset))
 
 
 @pytest.mark.slow
