@@ -60,7 +60,7 @@ def _fields(config: Config) -> tuple[Field, ...]:
 
 
 def _load(config: Config, device: str, threads: int) -> OneByOne:
-    be_exact(threads)
+    be_exact()
     folder = opened(config.model)
     model = dual.load(folder, device)
     texts = np.stack([_text(model, each) for each in config.prompts.values()])

@@ -315,7 +315,7 @@ def test_batches_and_calls_before_change_no_byte(folders: dict[str, str], tmp_pa
 
 def test_networks_run_in_full_fp32() -> None:
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
-    be_exact(1)
+    be_exact()
     assert not torch.backends.cuda.matmul.allow_tf32 and not torch.backends.cudnn.allow_tf32
     assert torch.backends.cudnn.deterministic and torch.get_num_threads() == 1
 
