@@ -219,7 +219,7 @@ def _bytes(dataset: str, names: Sequence[str]) -> int:
     endings, total = tuple(f".{name}.parquet" for name in names), 0
     for split in schema.SPLITS:
         fs, path = storage.filesystem(storage.join(dataset, split))
-        entries = fs.ls(path) if fs.exists(path) else []
+        entries = fs.ls(path, detail=True) if fs.exists(path) else []
         total += sum(int(entry["size"] or 0) for entry in entries if entry["name"].endswith(endings))
     return total
 
