@@ -19,7 +19,6 @@ from longtake.pipeline.rules import Bounds, Missing, near
 from longtake.pipeline.stages import curate
 
 Score = Annotated[Utf8, Field(max_length=200)]
-_HERE = "of a `score` stage with "
 
 
 class LabelRule(StageConfig):
@@ -55,11 +54,12 @@ def recipe(library: Library, shown: Shown, wanted: Wanted) -> str:
     inputs, remarks = {"kind": "curate", "dataset": library.dataset}, []
     if columns := _columns(settings):
         record = shown.record_of(columns)
-        inputs["scores"] = record or _HERE + " and ".join(columns)
+        inputs["scores"] = record or "scores"
         if record is None:
-            remarks = [f"# {name}: {shown.columns[name].column}" for name in columns if name in shown.columns]
+            remarks = ["# scores: name the `score` stage that makes these columns"]
+            remarks += [f"#   {name}: {shown.columns[name].column}" for name in columns]
     if _of_clusters(settings):
-        inputs["clusters"] = shown.clusters or "of a `cluster` stage"
+        inputs["clusters"] = shown.clusters or "clusters"
     return "\n".join([*remarks, yaml_text.dump({wanted.name: inputs | settings})])
 
 
@@ -97,7 +97,7 @@ def _dropped(view: View) -> list[dict[str, Any]]:
 
 def _settings(library: Library, wanted: Wanted) -> dict[str, Any]:
     """What the stage is told, but for its inputs."""
-    rules = {}
+    rules: dict[str, Any] = {}
     for name, bounds in wanted.rules.items():
         known = bounds.model_dump(exclude_none=True, exclude_defaults=True)
         rules |= {"frame_count": _frames(library, known)} if name == "seconds" else {name: known}
