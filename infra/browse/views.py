@@ -16,7 +16,6 @@ from longtake.infra import yaml_text
 from longtake.infra.browse.columns import CLUSTER, Shown
 from longtake.infra.browse.library import Library, Number, View, view_of
 from longtake.pipeline.rules import Bounds, Missing, near
-from longtake.pipeline.stages import curate
 
 Score = Annotated[Utf8, Field(max_length=200)]
 
@@ -65,6 +64,8 @@ def recipe(library: Library, shown: Shown, wanted: Wanted) -> str:
 
 def save(library: Library, shown: Shown, wanted: Wanted) -> dict[str, Any]:
     """Make the view as its stage would, and show it from now on. Raises UserError, Failure: as the stage, or the name is taken."""
+    from longtake.pipeline.stages import curate
+
     settings = _settings(library, wanted)
     config = _config(library, settings)
     uri = storage.join(library.dataset, "views", f"{wanted.name}.parquet")
@@ -127,8 +128,11 @@ def _frames(library: Library, seconds: dict[str, Any]) -> dict[str, Any]:
     return frames
 
 
-def _config(library: Library, settings: dict[str, Any]) -> curate.Config:
+def _config(library: Library, settings: dict[str, Any]) -> Any:
     """The stage's config. Raises UserError naming the rule that it does not have."""
+    # brings torch, which a page that only shows does without
+    from longtake.pipeline.stages import curate
+
     for key, kind in (("rules", "number"), ("labels", "label")):
         for name in settings.get(key, {}):
             subject = library.fields.get(name)
