@@ -22,7 +22,7 @@ export function makeCards({ open, alike, lead, out }) {
         alike(row);
       },
     }, "≈");
-    const element = make("div", { class: "card waiting", role: "gridcell", "data-index": index }, frame, near, caption, facts);
+    const element = make("div", { class: "card waiting", role: "gridcell", "data-index": index }, frame, near, facts, caption);
 
     function play() {
       if (!row || video) return;
@@ -92,7 +92,6 @@ export function makeCards({ open, alike, lead, out }) {
       const why = out(row);
       mark.hidden = why == null;
       mark.textContent = why == null ? "" : why;
-      element.classList.toggle("out", why != null);
       near.hidden = !alike.possible();
     }
 

@@ -43,10 +43,16 @@ export function makeDetails(root, dataset, hooks) {
     );
   }
 
+  // Each column has captions, or a word why it has none for this clip.
   function captions(clip) {
-    const list = clip.captions ?? (clip.caption == null ? [] : [clip.caption]);
-    return list.map((one) => (typeof one === "string" ? { text: one } : one)).map(({ text, model, by, language }) =>
-      make("blockquote", {}, make("p", {}, text), make("small", {}, [model ?? by, language].filter(Boolean).join(", "))));
+    return Object.entries(clip.captions ?? {}).flatMap(([column, list]) => {
+      if (typeof list === "string") return [make("p", { class: "none" }, `${column}: no caption (${list})`)];
+      return list.map(({ text, start, end, language, source }) => {
+        const part = (start != null || end != null) && `${number(start ?? 0)} to ${number(end ?? clip.seconds)} s`;
+        return make("blockquote", {}, make("p", {}, text),
+          make("small", {}, [part, language, source && `by ${source}`].filter(Boolean).join(" · ")));
+      });
+    });
   }
 
   const table = (title, rows) => (rows.length ? [make("h3", {}, title), make("table", {}, make("tbody", {}, ...rows))] : []);
@@ -63,10 +69,12 @@ export function makeDetails(root, dataset, hooks) {
       const near = dataset.alike.map((column) =>
         make("button", { type: "button", onclick: () => hooks.alike(clip.key, column) },
           dataset.alike.length > 1 ? `Clips alike by ${column}` : "Clips alike"));
-      const facts = [`${shown(clip.seconds)} s`, clip.fps && `${number(clip.fps)} fps`, `${clip.width}×${clip.height}`, clip.split];
+      const facts = [`${shown(clip.seconds)} s`, clip.fps && `${number(clip.fps)} fps`, `${clip.width}×${clip.height}`, clip.split,
+        clip.start_seconds != null && `from ${number(clip.start_seconds)} s on`];
       // what the line of facts says already is left out of the table
       const known = new Set(["seconds", "fps", "width", "height", "split", "source"]);
       const values = Object.entries(clip.values ?? {}).filter(([name]) => !known.has(name));
+      const given = values.filter(([name]) => name.includes(".")), common = values.filter(([name]) => !name.includes("."));
       body.replaceChildren(
         make("div", { class: "film" }, video), broken,
         make("p", { class: "facts" }, facts.filter(Boolean).join(" · ")),
@@ -74,7 +82,8 @@ export function makeDetails(root, dataset, hooks) {
         ...captions(clip),
         make("div", { class: "actions" }, ...near, key),
         ...table("Views", views(clip.reasons)),
-        ...table("Values", values.map(([name, one]) => value(name, one))),
+        ...table("Scores", given.map(([name, one]) => value(name, one))),
+        ...table("Clip", common.map(([name, one]) => value(name, one))),
       );
       body.scrollTop = 0;
     },

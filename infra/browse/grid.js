@@ -17,7 +17,7 @@ export function makeGrid(root, { ask, makeCard, opened, moved, failed }) {
 
   let total = 0, size = 220, columns = 1, wide = 200, tall = 200;  // of a card in pixels, `tall` with the gap
   let top = 0, last = 0, whole = 0, reach = 0;                     // `top` of `whole`, by scrollTop `last` of `reach`
-  let current = 0, asking = 0, touched = false, rest, wait;
+  let current = 0, told = 0, asking = 0, touched = false, rest, wait;
   const rows = new Map();     // number of the row: {element, cards}
   const blocks = new Map();   // number of the block: its clips, or a promise of them
 
@@ -76,7 +76,7 @@ export function makeGrid(root, { ask, makeCard, opened, moved, failed }) {
     }
     clearTimeout(wait);
     wait = setTimeout(need, WAIT);
-    moved(first());
+    if (first() !== told) moved((told = first()));
   }
 
   // the first row of which at least half is in sight
@@ -161,6 +161,16 @@ export function makeGrid(root, { ask, makeCard, opened, moved, failed }) {
     settle();
   }
 
+  // Lay the cards out anew round the one that has the focus, or the first in sight.
+  function again() {
+    const focused = root.contains(document.activeElement);
+    const index = first(), inSight = card(current) !== undefined;
+    clear();
+    goTo(index);
+    if (inSight) reveal(current);
+    if (focused) card(current)?.element.focus({ preventScroll: true });
+  }
+
   function reveal(index) {
     const above = EDGE + Math.floor(index / columns) * tall;
     if (above - GAP < top) top = clamp(above - EDGE, 0, whole);
@@ -208,10 +218,7 @@ export function makeGrid(root, { ask, makeCard, opened, moved, failed }) {
     event.preventDefault();
   });
   new ResizeObserver(() => {
-    if (!total) return;
-    const index = first();
-    clear();
-    goTo(index);
+    if (total) again();
   }).observe(root);
 
   return {
@@ -233,10 +240,8 @@ export function makeGrid(root, { ask, makeCard, opened, moved, failed }) {
     },
     resize(pixels) {
       if (pixels === size) return;
-      const index = first();
       size = pixels;
-      clear();
-      if (total) goTo(index);
+      if (total) again();
     },
     select,
     goTo,

@@ -24,7 +24,7 @@ export function makeHistogram(field, { changed }) {
   const picture = draw("svg", { viewBox: `0 0 ${WIDTH} ${HEIGHT}`, preserveAspectRatio: "none", "aria-hidden": "true" });
   const shades = [make("i", { class: "shade" }), make("i", { class: "shade" })];
   const missing = make("button", {
-    type: "button", class: "missing", hidden: true, title: "Clips without a value: keep or drop them",
+    type: "button", class: "missing", hidden: true, title: "Clips without a value pass the rule; drop them",
     onclick: () => {
       rule = { ...rule, missing: rule.missing ? undefined : "drop" };
       paint();
@@ -113,10 +113,11 @@ export function makeHistogram(field, { changed }) {
       one.setAttribute("aria-valuetext", rule[end] === undefined ? `${number(value)}, no rule` : number(value));
       one.classList.toggle("set", rule[end] !== undefined);
       inputs[i].value = rule[end] === undefined ? "" : String(rule[end]);
-      inputs[i].placeholder = number(i ? high : low);
+      inputs[i].placeholder = number(rounded(i ? high : low, by));
     });
     missing.hidden = !absent;
-    missing.textContent = `${count(absent)} without: ${rule.missing ? "dropped" : "kept"}`;
+    missing.textContent = `${count(absent)} without`;
+    missing.setAttribute("aria-label", `Drop the ${count(absent)} clips without ${field.name}`);
     missing.setAttribute("aria-pressed", String(Boolean(rule.missing)));
     shades[0].style.width = `${100 * from}%`;
     shades[1].style.width = `${100 * (1 - to)}%`;

@@ -10,6 +10,7 @@ import { makeSaving } from "./saving.js";
 import { asked, nothing, put, question, read, write } from "./state.js";
 
 const TYPING = 220, DRAGGING = 60, MOVING = 400;  // milliseconds
+const NARROW = matchMedia("(max-width: 900px)"), PHONE = matchMedia("(max-width: 700px)");  // as in page.css
 const THEMES = { auto: "◐", light: "○", dark: "●" };
 
 let dataset, panel, details, state = nothing();
@@ -174,6 +175,7 @@ async function detail(focus) {
     aside.hidden = true;
     details.clear();
     document.body.classList.remove("detailed");
+    cover();
     if (inside) grid.focus();
     return;
   }
@@ -182,6 +184,7 @@ async function detail(focus) {
   const was = aside.hidden;
   aside.hidden = false;
   document.body.classList.add("detailed");
+  cover();
   details.show(clip);
   if (focus && was) details.focus();
 }
@@ -246,7 +249,7 @@ function makeBar() {
   find("#name").textContent = dataset.name;
   document.title = `${dataset.name} · Longtake`;
   const fields = dataset.fields.filter((field) => field.kind !== "text");
-  find("#sort").replaceChildren(make("option", { value: "" }, "in the order of the shards"),
+  find("#sort").replaceChildren(make("option", { value: "" }, "as in the shards"),
     ...fields.map(({ name }) => make("option", { value: `:${name}` }, `by ${name}`)));
   find("#sort").addEventListener("change", (event) => {
     const field = event.target.value.slice(1);
@@ -257,7 +260,7 @@ function makeBar() {
     change((before) => ({ ...before, sort: before.sort && { ...before.sort, descending: !before.sort.descending } })));
 
   const size = find("#size");
-  size.value = kept("size", matchMedia("(max-width: 700px)").matches ? "160" : "220");
+  size.value = kept("size", PHONE.matches ? "160" : "220");
   grid.resize(Number(size.value));
   size.addEventListener("input", () => {
     grid.resize(Number(size.value));
@@ -279,13 +282,22 @@ function makeBar() {
   const panels = (open) => {
     document.body.classList.toggle("filtering", open);
     find("#filters").setAttribute("aria-expanded", String(open));
+    cover();
     find(open ? "#panel-close" : "#filters").focus();
   };
+  for (const width of [NARROW, PHONE]) width.addEventListener("change", cover);
   find("#filters").addEventListener("click", () => panels(!document.body.classList.contains("filtering")));
   find("#panel-close").addEventListener("click", () => panels(false));
   find("#wrong button").addEventListener("click", fine);
   find("#empty button").addEventListener("click", clear);
   find("#ask-help").addEventListener("click", () => find("#help").showModal());
+}
+
+// On a small screen the rules and the details lie over all else, which then takes no focus.
+function cover() {
+  const rules = NARROW.matches && document.body.classList.contains("filtering"), clip = PHONE.matches && state.clip !== null;
+  for (const part of ["#bar", "#chips", "main"]) find(part).inert = rules || clip;
+  find("#panel").inert = clip;
 }
 
 // a browser may refuse to keep anything

@@ -1,7 +1,7 @@
 // The rules: views, their comparison, and every field with its histogram or its labels.
 
 import { makeHistogram } from "./histogram.js";
-import { count, make } from "./dom.js";
+import { count, make, number } from "./dom.js";
 import { SIDES, put } from "./state.js";
 
 const FIRST = 8;  // labels that are listed before one asks for all
@@ -63,7 +63,14 @@ export function makePanel(root, dataset, { change, histogram, failed, compared }
     return make("h3", { title: field.meaning || null }, field.name);
   }
 
+  // A number that is the same for all clips has nothing to choose by, unless some have none.
+  function flat(field) {
+    const words = field.low == null ? "no clip has a value" : `always ${number(field.low)}`;
+    return make("section", { class: "field flat", "data-field": field.name }, heading(field), make("span", {}, words));
+  }
+
   function numbers(field) {
+    if (!(field.low < field.high) && !(field.low != null && field.missing)) return flat(field);
     const plot = makeHistogram(field, { changed: (rule, live) => change((state) => put(state, "rules", field.name, rule), live) });
     const element = make("section", { class: "field", "data-field": field.name }, heading(field), plot.element);
     parts.push({ rule: (state) => {
