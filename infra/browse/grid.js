@@ -69,7 +69,7 @@ export function makeGrid(root, { ask, makeCard, opened, moved, failed }) {
     const from = clamp(Math.floor((top - EDGE) / tall) - 1, 0, Math.max(0, lines() - 1));
     const to = Math.min(lines() - 1, Math.ceil((top + height()) / tall) + 1);
     for (const [line, { element }] of rows) if (line < from || line > to) drop(line, element);
-    for (let line = from; line <= to; line++) {
+    for (let line = to; line >= from; line--) {
       if (!rows.has(line)) rows.set(line, makeRow(line));
       const { element } = rows.get(line);
       element.style.transform = `translateY(${last + EDGE + line * tall - top}px)`;
@@ -103,7 +103,7 @@ export function makeGrid(root, { ask, makeCard, opened, moved, failed }) {
       const row = held(index);
       if (row) card.fill(row);
     }
-    spacer.append(element);
+    spacer.insertBefore(element, rows.get(line + 1)?.element ?? null);
     return { element, cards };
   }
 

@@ -164,7 +164,7 @@ export function makePanel(root, dataset, { change, histogram, failed, compared }
     const select = (words) => make("select", { "aria-label": words, onchange: () => set(null) },
       make("option", { value: "" }, "–"), ...names.map((name) => make("option", { value: name }, name)));
     const one = select("The one view"), other = select("The other view");
-    const sides = SIDES.map((side) => make("button", { type: "button", "aria-pressed": "false", onclick: () => set(side) }));
+    const sides = SIDES.map((side) => make("button", { type: "button", "aria-pressed": "false", onclick: () => set(side) }, side));
     const table = make("div", { class: "segments tall", role: "group", "aria-label": "Clips by both views", hidden: true }, ...sides);
     let shown = null;
 
