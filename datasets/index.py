@@ -69,7 +69,10 @@ def write_index(
     notes: Mapping[str, Any] | None = None,
 ) -> None:
     """Commit a tar: from this moment it exists. `notes` are JSON values that `read_notes` returns."""
-    table = rows_table(rows, table_schema)
+    _commit(url, rows_table(rows, table_schema), tar_bytes, tar_sha256, notes)
+
+
+def _commit(url: str, table: pa.Table, tar_bytes: int, tar_sha256: str, notes: Mapping[str, Any] | None) -> None:
     record = {"format": schema.FORMAT_VERSION, "bytes": tar_bytes, "sha256": tar_sha256}
     record["rows_sha256"] = _rows_sha256(url, record, table)
     metadata = {_TAR: json.dumps(record, sort_keys=True).encode()}
@@ -81,13 +84,25 @@ def write_index(
 
 def read_notes(dataset: str, shard: Shard) -> dict[str, Any]:
     """The notes that `write_index` got for a shard. Raises Failure: there are none, or they are damaged."""
+    return _notes(storage.join(dataset, shard.split, f"{shard.name}.parquet"), shard.table.schema)
+
+
+def notes_of(dataset: str, split: str, name: str) -> dict[str, Any]:
+    """The same of a shard whose rows are not read. Raises Failure as well where the file is missing or not readable."""
+    url = storage.join(dataset, split, f"{name}.parquet")
     try:
-        text, digest = json.loads((shard.table.schema.metadata or {})[_NOTES])
+        return _notes(url, pq.read_schema(pa.BufferReader(storage.read(url))))
+    except (FileNotFoundError, pa.ArrowException, OSError) as e:
+        raise Failure(f"{url}: missing or not readable; run the stage that made it again") from e
+
+
+def _notes(url: str, table_schema: pa.Schema) -> dict[str, Any]:
+    try:
+        text, digest = json.loads((table_schema.metadata or {})[_NOTES])
         if hashlib.sha256(text.encode()).hexdigest() != digest:
             raise ValueError("another checksum")
         return dict(json.loads(text))
     except (ValueError, KeyError, TypeError, AttributeError) as e:
-        url = storage.join(dataset, shard.split, f"{shard.name}.parquet")
         raise Failure(f"{url}: its notes are missing or damaged; delete it and run the stage that made it again") from e
 
 
@@ -149,17 +164,32 @@ def _feed(digest: Any, column: pa.ChunkedArray) -> None:
     elif pa.types.is_string(column.type) or pa.types.is_binary(column.type):
         values = column.cast(pa.binary()).fill_null(b"")
         digest.update(np.asarray(pc.binary_length(values)).tobytes())
-        digest.update(b"".join(values.to_pylist()))
+        for chunk in values.chunks if isinstance(values, pa.ChunkedArray) else [values]:
+            digest.update(_bytes_of(chunk))
     else:
         nothing = False if pa.types.is_boolean(column.type) else 0
         digest.update(np.asarray(column.fill_null(nothing)).tobytes())
+
+
+def _bytes_of(values: pa.BinaryArray) -> memoryview:
+    """The values without nulls, one after the other, in place: an index has too many of them to be joined one by one."""
+    _, offsets, data = values.buffers()
+    if not len(values) or data is None:
+        return memoryview(b"")
+    places = np.frombuffer(offsets, np.int32, len(values) + 1, values.offset * 4)
+    return memoryview(data)[places[0] : places[-1]]
 
 
 def write_table(
     url: str, rows: Iterable[Mapping[str, Any]], table_schema: pa.Schema, notes: Mapping[str, Any] | None = None
 ) -> None:
     """Commit a shard of a column that is a table and no tar."""
-    write_index(url, rows, table_schema, 0, "", notes)
+    commit_table(url, rows_table(rows, table_schema), notes)
+
+
+def commit_table(url: str, table: pa.Table, notes: Mapping[str, Any] | None = None) -> None:
+    """The same for what is a table already."""
+    _commit(url, table, 0, "", notes)
 
 
 def is_table(column: str) -> bool:

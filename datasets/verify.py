@@ -14,7 +14,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from longtake.datasets import audio, captions, compact, index, schema, storage, text, tokens
+from longtake.datasets import audio, captions, compact, index, schema, scores, storage, text, tokens
 from longtake.datasets import latents as columns
 from longtake.datasets.errors import Failure
 
@@ -25,8 +25,9 @@ _STAGES = {
     tokens.PREFIX: "cache_tokens",
     "caption-": "caption",
     text.PREFIX: "cache_text",
+    scores.PREFIX: "score",
 }  # what makes a column, by how its name begins
-_FOLDERS = {"plan", "sources", "views", "compact", "annotations", "answers"}
+_FOLDERS = {"plan", "sources", "views", "compact", "annotations", "answers", "clusters"}
 
 
 def tars(dataset: str) -> list[tuple[str, str]]:
@@ -94,7 +95,8 @@ def problems(
         yield str(e)
         return
     if index.is_table(column):
-        found = list(captions.problems(dataset, shard))
+        table_problems = scores.problems if column.startswith(scores.PREFIX) else captions.problems
+        found = list(table_problems(dataset, shard))
         yield from found
         if found:
             return

@@ -310,9 +310,12 @@ def shards_of(dataset: str, column: str, base: Base) -> list[index.Shard]:
 
 
 @contextmanager
-def sweeping(dataset: str) -> Iterator[Counter[str]]:
-    """Delete the temporary files of workers that died, before and after the block; after it `swept` is their number."""
-    folders = [storage.join(dataset, split) for split in schema.SPLITS]
+def sweeping(dataset: str, *others: str) -> Iterator[Counter[str]]:
+    """Delete the temporary files of workers that died, before and after the block; after it `swept` is their number.
+
+    They are beside the shards, and in other folders of the dataset.
+    """
+    folders = [storage.join(dataset, name) for name in (*schema.SPLITS, *others)]
     totals = Counter(swept=sum(map(storage.sweep, folders)))
     try:
         yield totals
@@ -320,12 +323,14 @@ def sweeping(dataset: str) -> Iterator[Counter[str]]:
         totals["swept"] += sum(map(storage.sweep, folders))
 
 
-def complete(dataset: str, column: str, digests: Mapping[str, str]) -> bool:
-    """Whether a column has all shards of the dataset, whose digests by split are still those given."""
+def complete(dataset: str, columns: str | Sequence[str], digests: Mapping[str, str]) -> bool:
+    """Whether a column, or each of several, has all shards of the dataset, whose digests by split are still those given."""
     for split in schema.SPLITS:
-        names = set(index.shard_names(dataset, split))
-        if names - {n.partition(".")[0] for n in index.shard_names(dataset, split, column)}:
-            return False
+        stems = {name.removesuffix(".parquet") for name in index.table_names(storage.join(dataset, split))}
+        names = {stem for stem in stems if "." not in stem}
+        for column in [columns] if isinstance(columns, str) else columns:
+            if not stems.issuperset(f"{name}.{column}" for name in names):
+                return False
         if compact.open_split(dataset, split)[0].digest != digests[split]:
             return False
     return True

@@ -13,6 +13,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from longtake.datasets import clusters
+
 _FIRST_BATCH, _GROWTH = 1024, 4
 _MOST_PAIRS = 1 << 24
 _PAIRS_A_SORT = 20  # candidate pairs that are compared in the time of sorting one hash
@@ -45,20 +47,53 @@ def near(hashes: np.ndarray, radius: int) -> np.ndarray:
     return drop
 
 
-def embedded(vectors: np.ndarray, similarity: float, clusters: int | None = None) -> np.ndarray:
+def embedded(vectors: np.ndarray, similarity: float, count: int | None = None) -> np.ndarray:
     """(N,) bool: an earlier row of the same cluster that stays has at least this cosine.
 
     Args:
         vectors: (N, D) float32 of any norm.
         similarity: a cosine, above 0 up to 1.
-        clusters: number of k-means clusters, at most N; pairs across them are missed. None: one for every 1000 rows.
+        count: number of k-means clusters, at most N; pairs across them are missed. None: one for every 1000 rows.
     """
     unit = vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
-    labels = _clusters(unit, min(clusters or len(unit) // _CLUSTER + 1, len(unit)))
+    labels = _clusters(unit, min(count or len(unit) // _CLUSTER + 1, len(unit)))
     drop = np.zeros(len(unit), bool)
     for members in np.split(np.argsort(labels, kind="stable"), np.cumsum(np.bincount(labels))[:-1]):
         drop[members] = _similar(unit[members], similarity - _ROUNDING)
     return drop
+
+
+def semantic(pairs: pa.Table, rows: np.ndarray, similarity: float) -> np.ndarray:
+    """(N,) bool: an earlier row that stays is of at least this cosine, by the pairs of a `cluster` stage.
+
+    Those of a crowd who are within half the angle of their representative are surely alike: the first of them stays for all.
+
+    Args:
+        pairs: see `clusters.pairs`.
+        rows: (N,) int64, the clips' rows in the dataset (see `clusters.numbers`) in order of preference, each once. Pairs
+            with other clips do not count.
+        similarity: a cosine, above 0 up to 1.
+    """
+    first, second, cosine = (pairs[name].to_numpy() for name in ("first", "second", "cosine"))
+    crowd, least = np.asarray(pairs["crowd"]), similarity - clusters.ROUNDING
+    size = 1 + max((int(part.max()) for part in (first, second, rows) if len(part)), default=0)
+
+    # each stands for itself, or the representative for it, which need not be one of the rows
+    stands = np.arange(size)
+    close = crowd & (cosine >= np.cos(np.arccos(np.clip(similarity, -1, 1)) / 2) - clusters.ROUNDING)
+    stands[second[close]] = first[close]
+    stands = stands[stands]  # of equal clips one may itself stand behind one that it is near to
+    mine = stands[rows]
+    place = np.full(size, len(rows))
+    np.minimum.at(place, mine, np.arange(len(rows)))
+    drop = place[mine] != np.arange(len(rows))
+
+    # between those that stand for others or for themselves
+    alike = (cosine >= least) & ~close
+    one, other = place[stands[first[alike]]], place[stands[second[alike]]]
+    both = (one < len(rows)) & (other < len(rows)) & (one != other)
+    one, other = one[both], other[both]
+    return drop | _repeats(np.minimum(one, other), np.maximum(one, other), len(rows))
 
 
 def _kept_hashes(hashes: np.ndarray, radius: int) -> np.ndarray:

@@ -8,7 +8,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from longtake.datasets import audio, compact, index, schema
+from longtake.datasets import audio, compact, index, schema, scores
 from longtake.datasets.cache import Cache
 from longtake.datasets.compact import Rows
 from longtake.datasets.errors import Failure, UserError
@@ -138,6 +138,11 @@ def by_name(columns: Sequence[str] | Mapping[str, str]) -> dict[str, str]:
     """Columns by the names that batches have them under. Raises UserError for an unknown column, or a name that it cannot have."""
     pairs = list(columns.items()) if isinstance(columns, Mapping) else [(kind_of(c) or c, c) for c in columns]
     listed = [column for _, column in pairs]
+    if scored := [c for c in listed if c.startswith(scores.PREFIX)]:
+        raise UserError(
+            f"columns: {scored[0]} has scores, which choose clips and do not go into batches; name them in a `curate` stage,"
+            " and the loader its view"
+        )
     if unknown := {c for c in listed if c not in COLUMNS and kind_of(c) is None}:
         raise UserError(f"columns: unknown {', '.join(sorted(unknown))}; there are {', '.join(COLUMNS)}")
     if twice := {c for c in listed if listed.count(c) > 1}:

@@ -7,7 +7,7 @@ has to come by the server's own name (no page of another name that leads here), 
 import hmac
 import json
 from collections.abc import Awaitable, Callable, MutableMapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import parse_qs
 
@@ -39,14 +39,16 @@ _HEADERS = {
 class Guard:
     """An application behind its checks.
 
-    inner  the application
-    port   where it listens
-    token  what the browser has to have
+    inner    the application
+    port     where it listens
+    token    what the browser has to have
+    tickets  what lets in once, in place of the token
     """
 
     inner: Callable[[Scope, Receive, Send], Awaitable[None]]
     port: int
     token: str
+    tickets: set[str] = field(default_factory=set)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -102,8 +104,10 @@ class Guard:
 
     async def _let_in(self, send: Send, headers: Headers, token: str) -> None:
         """Exchange a token in the address for a cookie, and leave the address, which histories keep."""
-        if not self._knows(token):
-            line = "this token is of another `longtake browse`; open the address that this one printed"
+        if token in self.tickets:
+            self.tickets.discard(token)
+        elif not self._knows(token):
+            line = "this address is used up or of another `longtake browse`; open the one that this one printed"
             await _answer(send, 403, {"Content-Type": "application/json"}, json.dumps({"error": line}))
             return
         cookie = f"{_name(self.port)}={self.token}; Path=/; HttpOnly; SameSite=Strict; Max-Age={_MONTH}"

@@ -34,8 +34,8 @@ def dataset() -> None:
 @dataset.command()
 @click.argument("url")
 def ls(url: str) -> None:
-    """The sources, clips, shards, sound and captions of DATASET; the account always adds up."""
-    from longtake.datasets import audio, captions, index
+    """The sources, clips, shards, sound, captions and scores of DATASET; the account always adds up."""
+    from longtake.datasets import audio, captions, index, scores
 
     description = index.describe(url)
     totals = index.summary(url)
@@ -55,6 +55,9 @@ def ls(url: str) -> None:
         click.echo(f"sound    {sound.with_sound} of {sound.clips} clips have sound")
     for column in captions.columns_of(url):
         click.echo(f"captions {_captioned(captions.overview(url, column))}: {column}")
+    for column in scores.columns_of(url):
+        names = ", ".join(field.name for field in scores.described(url, column).fields)
+        click.echo(f"scores   {names} of {scores.count(url, column)} clips: {column}")
 
 
 def _captioned(overview: Any) -> str:
@@ -117,14 +120,14 @@ def sources(url: str, rejected: bool) -> None:
 @click.argument("key")
 @click.option("--save", metavar="FOLDER", help="Write the members there, the video with its sound, to play them.")
 def show(url: str, key: str, save: str | None) -> None:
-    """The index row, JSON, sound and captions of one sample of DATASET, and the place of its bytes."""
+    """The index row, JSON, sound, captions and scores of one sample of DATASET, and the place of its bytes."""
     import json
     import zlib
     from pathlib import Path
 
     import pyarrow.compute as pc
 
-    from longtake.datasets import audio, captions, clip, compact, index, later, schema, storage
+    from longtake.datasets import audio, captions, clip, compact, index, later, schema, scores, storage
     from longtake.datasets.errors import Failure, UserError
     from longtake.datasets.shard import described
 
@@ -158,6 +161,8 @@ def show(url: str, key: str, save: str | None) -> None:
             texts, sound = captions.of_key(url, split, row["shard"], key), column_row(split, row["shard"], audio.COLUMN)
             about = {"tar": storage.join(url, split, f"{row['shard']}.tar"), "json": facts}
             about |= ({"audio": sound} if sound else {}) | ({"captions": texts} if texts else {})
+            if values := scores.of_key(url, split, row["shard"], key):
+                about["scores"] = {column: _in_short(fields) for column, fields in values.items()}
             click.echo(json.dumps(shown_within(row | about), indent=2))
             if save is None:
                 return
@@ -181,6 +186,14 @@ def show(url: str, key: str, save: str | None) -> None:
             click.echo(f"saved in {folder}", err=True)
             return
     raise UserError(f"{url}: no sample {key}; `longtake dataset sources` lists the sources that keys begin with")
+
+
+def _in_short(values: dict[str, Any]) -> dict[str, Any]:
+    """Values of a clip, of a vector only its shape."""
+    import numpy as np
+
+    shapes = {name: np.shape(value) for name, value in values.items() if isinstance(value, list)}
+    return values | {name: f"{' x '.join(map(str, shape))} numbers" for name, shape in shapes.items()}
 
 
 @dataset.command()
@@ -234,16 +247,21 @@ def diff(a: str, b: str) -> None:
 @dataset.command()
 @click.argument("url")
 def compact(url: str) -> None:
-    """Merge the many small indexes of DATASET into one file a split, so that it opens fast.
+    """Merge the many small indexes of DATASET and of its scores into one file a split each, so that it opens fast.
 
     The indexes stay as they are. Shards that are newer than the merged file are read from their own indexes.
     """
     from longtake.datasets import compact as folded
-    from longtake.datasets import index, schema
+    from longtake.datasets import index, schema, scores
 
     index.describe(url)
+    columns = scores.columns_of(url)
     for split in schema.SPLITS:
         click.echo(f"{split}: {folded.write(url, split)} shards")
+        for column in columns:
+            folded.write(url, split, column)
+    for column in columns:
+        click.echo(f"scores: {column}")
 
 
 @dataset.command("index")

@@ -29,6 +29,7 @@ def _bytes(count: float) -> str:
 @click.option("--latents", "kinds", flag_value="latents", multiple=True, help="Latents of unused versions of encoders.")
 @click.option("--tokens", "kinds", flag_value="tokens", multiple=True, help="Tokens of unused versions of encoders.")
 @click.option("--text", "kinds", flag_value="text", multiple=True, help="Texts of encoders that no stage names.")
+@click.option("--scores", "kinds", flag_value="scores", multiple=True, help="Scores that no stage makes any more.")
 @click.option("--debris", "kinds", flag_value="debris", multiple=True, help="What killed processes left behind.")
 @click.option("--cache", "kinds", flag_value="cache", multiple=True, help="Pulled models that no URI names any more.")
 @click.option("--captions", "kinds", flag_value="captions", multiple=True, help="Captions that no stage uses any more.")
@@ -37,8 +38,8 @@ def _bytes(count: float) -> str:
 def clean(recipe: str, overrides: tuple[str, ...], kinds: tuple[str, ...], older: float, yes: bool) -> None:
     """List what RECIPE's workspace no longer needs, and why; with --yes, delete it.
 
-    Without a choice: checkpoints, latents, tokens, texts and debris; not captions, which may have cost money. What a run would
-    resume or reuse stays. So do shards, sources and views, and everything used by a run that is RUNNING in MLflow or
+    Without a choice: checkpoints, latents, tokens, texts, scores and debris; not captions, which may have cost money. What a
+    run would resume or reuse stays. So do shards, sources and views, and everything used by a run that is RUNNING in MLflow or
     holds the lock of its checkpoints.
 
     \b

@@ -16,9 +16,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from longtake.datasets import captions, schema, storage, text, tokens
+from longtake.datasets import captions, schema, scores, storage, text, tokens
 from longtake.datasets import latents as column
 from longtake.datasets.errors import Failure, UserError
+from longtake.datasets.stage import inputs_of
 from longtake.infra.graph import Node
 from longtake.infra.recipe import Recipe
 from longtake.infra.runs import Runs
@@ -28,14 +29,15 @@ from longtake.training.config import TrainConfig
 from longtake.training.registry.store import everything
 from longtake.training.registry.uri import parse
 
-KINDS = ("checkpoints", "latents", "tokens", "text", "debris", "cache", "captions")
-USUAL = KINDS[:5]
+KINDS = ("checkpoints", "latents", "tokens", "text", "scores", "debris", "cache", "captions")
+USUAL = KINDS[:6]
 OLDER_SECONDS = 3600.0
 
 _LATENTS = re.compile(r"[^.]+\.(latent-[0-9a-f]+)\..+")
 _TOKENS = re.compile(r"[^.]+\.(tokens-[0-9a-f]+)\..+")
 _TEXTS = re.compile(r"[^.]+\.(text-[0-9a-f]+)\..+")
 _CAPTIONS = re.compile(r"[^.]+\.(caption-[0-9a-f]+)\..+")
+_SCORES = re.compile(r"[^.]+\.(score-[a-z0-9_]+-[0-9a-f]+)\..+")
 _STEP = re.compile(r"step-(\d+)")
 _PAGE = 1000
 
@@ -69,6 +71,7 @@ def find(
         "latents": lambda: _latents(recipe, nodes, store, past),
         "tokens": lambda: _tokens(recipe, nodes, store, past),
         "text": lambda: _texts(recipe, nodes, store, past),
+        "scores": lambda: _scores(recipe, nodes, store, past),
         "debris": lambda: debris.find(recipe, store, [(run.id, run.output) for run in past], older),
         "cache": lambda: debris.cached_models(older),
         "captions": lambda: _captions(recipe, nodes, store, past),
@@ -271,13 +274,36 @@ def _captions(recipe: Recipe, nodes: list[Node], store: Runs, past: list[PastRun
     yield from _unused(recipe, store, past, "captions", _CAPTIONS, makers, live, why)
 
 
-def _makers(store: Runs, kind: str, read: Callable[[str], Any]) -> dict[tuple[str, str], list[tuple[PastRun, Any]]]:
-    """The runs that made each column, by dataset and name, with their records."""
+def _scores(recipe: Recipe, nodes: list[Node], store: Runs, past: list[PastRun]) -> Finds:
+    live, _ = _live(nodes, store, "score", "")
+    makers = _makers(store, "score", scores.read_scores, lambda record: record.names.values())
+    # a stage may name a record that the recipe does not make
+    named = {value for node in nodes for value, product in inputs_of(node.config).values() if product == "scores"}
+    live |= {run.id for runs in makers.values() for run, _ in runs if (run.uri or run.output) in named}
+
+    def why(record: scores.Scores) -> Kept | str:
+        return f"no stage of the recipe scores {', '.join(record.names)} with these settings"
+
+    yield from _unused(recipe, store, past, "scores", _SCORES, makers, live, why)
+
+
+def _makers(
+    store: Runs,
+    kind: str,
+    read: Callable[[str], Any],
+    columns: Callable[[Any], Iterable[str]] = lambda record: [record.column],
+) -> dict[tuple[str, str], list[tuple[PastRun, Any]]]:
+    """The runs that made each column, by dataset and name, with their records.
+
+    Args:
+        columns: `columns(record)` are the names of those that a run has made.
+    """
     makers: dict[tuple[str, str], list[tuple[PastRun, Any]]] = {}
     for run in _past_runs(store, f"tags.`longtake.kind` = '{kind}'"):
         with contextlib.suppress(UserError, Failure):
             record = read(run.uri or run.output)
-            makers.setdefault((record.dataset, record.column), []).append((run, record))
+            for name in columns(record):
+                makers.setdefault((record.dataset, name), []).append((run, record))
     return makers
 
 

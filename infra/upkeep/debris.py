@@ -25,7 +25,9 @@ _FOREIGN_SECONDS = 24 * 3600.0  # for debris of other machines, whose processes 
 _OUTPUT = re.compile(r"[0-9a-f]{12}(-[0-9a-f]{8})?")
 SPOOL = re.compile(r"\..+~(?P<host>[^~]+)@(?P<pid>\d+)~[0-9a-f]+\.tmp")
 # what outputs hold that can be made again
-_REMADE = {"checkpoints", "captions.json", "latents.json", "tokens.json", "text.json", "empty.safetensors", "shared"}
+_REMADE = {"checkpoints", "empty.safetensors", "shared"} | {
+    f"{record}.json" for record in ("captions", "latents", "scores", "text", "tokens")
+}
 _SCRATCH = re.compile(r"\.(step-\d+|universal)\.tmp")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 

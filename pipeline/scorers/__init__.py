@@ -24,8 +24,19 @@ SCORERS = {
     "prompt": "longtake.pipeline.scorers.prompt",
 }
 
+# those that need nothing from a user: asked where a recipe names none
+PACK = ("motion", "cadence", "light", "focus", "coding", "bars", "overlay", "text", "faces", "people")
+
+# packages of the extra `curation` that a scorer imports
+NEEDS: dict[str, tuple[str, ...]] = {}
+
 
 def load(name: str) -> Scorer:
     """The scorer of a name in the table."""
-    scorer: Scorer = importlib.import_module(SCORERS[name]).SCORER
+    return of_module(SCORERS[name])
+
+
+def of_module(module: str) -> Scorer:
+    """The scorer of a module."""
+    scorer: Scorer = importlib.import_module(module).SCORER
     return scorer

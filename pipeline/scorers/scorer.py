@@ -15,7 +15,9 @@ import numpy as np
 from longtake.datasets.scores import Field
 from longtake.datasets.stage import StageConfig
 
-Values = dict[str, Any]  # a value of each field: float, str, or (D,) or (N, D) float32; None where there is none
+# a value of each field: float, str, or (D,) or (N, D) float32; None where there is none, and then perhaps `reason`, a code
+# that says why
+Values = dict[str, Any]
 
 
 @dataclass
@@ -35,6 +37,12 @@ class Frames:
     def luma(self) -> np.ndarray:
         """(T, H, W) uint8, 16 (black) to 235 (white)."""
         return self.planes[:, : self.planes.shape[1] * 2 // 3]
+
+    @property
+    def chroma(self) -> np.ndarray:
+        """(T, 2, H/2, W/2) uint8, blue and red difference, 128 is grey."""
+        t, h, w = self.luma.shape
+        return self.planes.reshape(t, -1)[:, h * w :].reshape(t, 2, h // 2, w // 2)
 
     @cached_property
     def small(self) -> np.ndarray:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import io
 import secrets
-import socket
 import tarfile
 import threading
 import time
@@ -20,6 +19,7 @@ import numpy as np
 import pyarrow as pa
 
 from longtake.datasets import captions, clip, index, schema, storage, view
+from longtake.infra.browse.server import listening, server_of
 
 HOSTILE = '<script>document.title="taken"</script><img src=x onerror=alert(1)>'
 LABELS = ("archery", "juggling", "surfing", None)
@@ -140,16 +140,11 @@ def _write_view(dataset: str, name: str, rules: dict[str, dict[str, float]]) -> 
 @contextmanager
 def serving(library: Any, writable: bool = False, port: int = 0) -> Iterator[Server]:
     """A server of a library, in a thread."""
-    import uvicorn
-
     from longtake.infra.browse.app import application
 
-    with socket.socket() as listener:
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind(("127.0.0.1", port))
+    with listening(port) as listener:
         port, token = listener.getsockname()[1], secrets.token_urlsafe(32)
-        config = uvicorn.Config(application(library, port, token, writable), log_level="warning", access_log=False)
-        server = uvicorn.Server(config)
+        server = server_of(application(library, port, token, writable))
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
         thread.start()
         while not server.started:

@@ -14,12 +14,11 @@ import torch
 from torch import Tensor
 
 from longtake.datasets.errors import UserError
+from longtake.datasets.networks import is_torchscript, load_torchscript
 from longtake.training.metrics.features import (
     VIDEO_ARGUMENTS,
     frozen,
-    is_torchscript,
     levels_of,
-    load_torchscript,
     read_file,
 )
 

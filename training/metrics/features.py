@@ -7,9 +7,6 @@ so it must come from a place you trust.
 
 import hashlib
 import io
-import re
-import warnings
-import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -22,6 +19,7 @@ from torch import Tensor, nn
 
 from longtake.datasets import storage
 from longtake.datasets.errors import UserError
+from longtake.datasets.networks import is_torchscript, load_torchscript
 from longtake.datasets.shard import sha256_of
 from longtake.training.engines import device
 from longtake.training.metrics.backbones import from_state_dict
@@ -39,7 +37,6 @@ PIXELS: dict[str, tuple[tuple[float, ...], tuple[float, ...]]] = {
     "bytes": ((-1.0,) * 3, (1 / 127.5,) * 3),
 }
 VIDEO_ARGUMENTS = {"rescale", "resize", "return_features"}
-_REACHES_OUT = re.compile(r"\b(?:save|from_file|rpc_\w+)\s*\(|(?<![\w.])ops\.(?!prim\.|aten\.|quantized\.)\w+")
 
 
 @dataclass(frozen=True)
@@ -209,29 +206,6 @@ def load_state_dict(data: bytes, source: str) -> dict[str, Tensor]:
     if not isinstance(weights, dict) or not all(isinstance(value, Tensor) for value in weights.values()):
         raise UserError(f"{source}: no flat state dict of tensors")
     return weights
-
-
-def is_torchscript(data: bytes) -> bool:
-    if not zipfile.is_zipfile(io.BytesIO(data)):
-        return False
-    with zipfile.ZipFile(io.BytesIO(data)) as archive:
-        return any(PurePosixPath(name).name == "constants.pkl" for name in archive.namelist())
-
-
-def load_torchscript(data: bytes, source: str, device: torch.device | str) -> Any:
-    """The module of a TorchScript archive. UserError for anything else, and for code that reaches out of its process."""
-    with zipfile.ZipFile(io.BytesIO(data)) as archive:
-        for name in archive.namelist():
-            if not name.endswith(".py"):
-                continue
-            if call := _REACHES_OUT.search(archive.read(name).decode(errors="replace")):
-                raise UserError(f"{source}: its code calls {call.group().rstrip('( ')}, which a network has no use for")
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", DeprecationWarning)  # the published I3D comes in no other format
-            return torch.jit.load(io.BytesIO(data), map_location=device)
-    except RuntimeError as error:
-        raise UserError(f"{source}: not a TorchScript archive ({str(error).strip().splitlines()[0][:120]})") from None
 
 
 def frozen(module: Any, device: torch.device | str) -> Any:

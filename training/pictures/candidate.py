@@ -6,9 +6,9 @@ from typing import Any
 import torch
 
 from longtake.datasets.errors import UserError
+from longtake.datasets.networks import files_of
 from longtake.training.pictures.encoder import clip_folder, load_clip
 from longtake.training.registry.foreign import type_of
-from longtake.training.text.files import files_of
 
 
 def checked(folder: Path) -> tuple[dict[str, Any], dict[str, Path]]:

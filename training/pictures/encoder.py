@@ -13,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from longtake.datasets.errors import UserError
+from longtake.datasets.networks import imported, weights_of
 from longtake.training.metrics.features import FeatureNetwork, feature_maps, load_network
 from longtake.training.models.common.causal import fold
 from longtake.training.models.common.dit import sincos
@@ -20,7 +21,6 @@ from longtake.training.models.common.pictures import OWN
 from longtake.training.registry.foreign import IMAGE_ENCODER, PICTURES, type_of
 from longtake.training.registry.imported import pulled
 from longtake.training.registry.uri import in_store
-from longtake.training.text.files import imported, weights_of
 
 _GRID = 8  # tokens along a side of a frame of the project's own encoder, at most
 _PLACE = 16  # channels of a token that say where in the frame it is

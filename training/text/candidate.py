@@ -4,9 +4,10 @@ import json
 from pathlib import Path
 from typing import Any
 
+from longtake.datasets.networks import files_of
 from longtake.datasets.text import TextConfig
 from longtake.training.text.encoder import load_encoder
-from longtake.training.text.files import Files, files_of, found
+from longtake.training.text.files import Files, found
 
 
 def checked(folder: Path) -> tuple[dict[str, Any], dict[str, Path]]:

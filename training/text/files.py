@@ -1,17 +1,14 @@
 """The files of an encoder's folder: which are read, what they must not be, and their digests. Nothing is ever downloaded."""
 
 import hashlib
-import importlib
 import json
 from pathlib import Path
-from types import ModuleType
 from typing import NamedTuple
 
 from longtake.datasets.errors import UserError
+from longtake.datasets.networks import WEIGHTS, weights_of
 from longtake.datasets.shard import sha256_of
 
-_PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.h5", "*.msgpack")
-_WEIGHTS, _WEIGHTS_INDEX = "model.safetensors", "model.safetensors.index.json"
 _TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 _NOT_OF_STATES = (
     "_name_or_path",
@@ -34,7 +31,7 @@ class Files(NamedTuple):
         tokens = {path.name: digest_of(path) for path in self.of_tokenizer()}
         config = json.loads((self.model / "config.json").read_bytes())
         if other := config.get("transformers_weights"):
-            raise UserError(f"encoder: {self.model}: config.json names {other} as its weights; rename it {_WEIGHTS}")
+            raise UserError(f"encoder: {self.model}: config.json names {other} as its weights; rename it {WEIGHTS}")
         config = {name: value for name, value in config.items() if name not in _NOT_OF_STATES}
         return (
             weights | tokens | {"config.json": hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()}
@@ -43,14 +40,6 @@ class Files(NamedTuple):
     def of_tokenizer(self) -> list[Path]:
         """The files of the tokenizer."""
         return [path for path in (self.tokenizer / name for name in _TOKENIZER) if path.is_file()]
-
-
-def imported(name: str, key: str = "encoder") -> ModuleType:
-    """A module of the extra. Raises UserError where it is not installed."""
-    try:
-        return importlib.import_module(name)
-    except ImportError as e:
-        raise UserError(f"{key}: {name} is not installed; pip install 'longtake[text]'") from e
 
 
 def digest_of(path: Path) -> str:
@@ -87,37 +76,6 @@ def found(name: str) -> Files:
             f"encoder: {name}: has no tokenizer.json; save its fast tokenizer there (`tokenizer.save_pretrained(folder)`)"
         )
     return Files(model, tokenizer)
-
-
-def files_of(folder: Path, key: str = "encoder") -> list[Path]:
-    """The files of a model: its weights, their index where there is one, and its config. Raises as `weights_of`."""
-    beside = (folder / name for name in (_WEIGHTS_INDEX, "config.json"))
-    return weights_of(folder, key) + [path for path in beside if path.is_file()]
-
-
-def weights_of(folder: Path, key: str = "encoder") -> list[Path]:
-    """The files of a model's weights, sorted. UserError, with the setting `key`: they are missing, ambiguous, or could run code."""
-    if (folder / _WEIGHTS_INDEX).is_file() and (folder / _WEIGHTS).is_file():
-        raise UserError(
-            f"{key}: {folder}: has both {_WEIGHTS} and {_WEIGHTS_INDEX}, and only one can be meant; delete the other"
-        )
-    if (folder / _WEIGHTS_INDEX).is_file():
-        try:
-            names = set(json.loads((folder / _WEIGHTS_INDEX).read_bytes())["weight_map"].values())
-        except (ValueError, KeyError, TypeError, AttributeError) as e:
-            raise UserError(f"{key}: {folder / _WEIGHTS_INDEX}: damaged ({e}); copy it again") from e
-    else:
-        names = {_WEIGHTS}
-    paths = sorted(folder / name for name in names)
-    missing = [path for path in paths if not path.is_file()]
-    if not missing:
-        return paths
-    if pickles := sorted(path.name for pattern in _PICKLES for path in folder.glob(pattern)):
-        raise UserError(
-            f"{key}: {folder}: has its weights in {pickles[0]}, which may run code when it is read;"
-            " convert them to safetensors (`model.save_pretrained(folder)`)"
-        )
-    raise UserError(f"{key}: {folder}: {missing[0].name} is missing; copy the whole model there, as safetensors")
 
 
 def _is_model(folder: Path) -> bool:

@@ -14,9 +14,10 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from longtake.datasets.errors import UserError
+from longtake.datasets.networks import imported
 from longtake.datasets.text import TextConfig
 from longtake.training.text import prompts
-from longtake.training.text.files import Files, imported
+from longtake.training.text.files import Files
 
 _LENGTH = 512
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}

@@ -15,9 +15,10 @@ import torch
 from torch import Tensor
 
 from longtake.datasets.errors import UserError
+from longtake.datasets.networks import imported
 from longtake.datasets.text import WORDS, TextConfig
 from longtake.training.text import prompts
-from longtake.training.text.files import digest_of, imported
+from longtake.training.text.files import digest_of
 
 _PACKAGE = "wordllama"
 _WEIGHTS, _TOKENIZER = "weights/l2_supercat_256.safetensors", "tokenizers/l2_supercat_tokenizer_config.json"

@@ -21,9 +21,9 @@ from longtake.datasets import compact, view
 from longtake.datasets.captions import Captions
 from longtake.datasets.errors import UserError
 from longtake.datasets.loader.split import open_columns
+from longtake.datasets.networks import imported
 from longtake.training.models.common.prompts import check_bytes
 from longtake.training.text.cleaning import RULES
-from longtake.training.text.files import imported
 
 _UNKNOWN = "[unknown]"  # what stands for characters that no caption has
 _MOST_KNOWN = 50_000  # words that a model knows: the commonest

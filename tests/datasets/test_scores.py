@@ -1,0 +1,122 @@
+"""Columns of scores: what is written comes back, for all clips, and is checked."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from scored import write_columns, write_record
+
+from longtake.datasets import compact, index, scores, storage, verify
+from longtake.datasets.errors import Failure, UserError
+from longtake.datasets.scores import Column, Field
+
+FIELDS = (
+    Field("speed", "number", "per second"),
+    Field("move", "label", "how", labels=("pan", "zoom")),
+    Field("vector", "vector", "of the clip", width=3),
+    Field("each", "vector", "of frames", width=2, count=4),
+)
+VALUES: list[dict[str, Any]] = [
+    {"speed": 0.1, "move": "pan", "vector": np.ones(3), "each": np.ones((4, 2))},
+    {"speed": float("nan"), "move": "zoom", "vector": np.zeros(3), "each": np.zeros((1, 2))},
+    {"reason": "not_in_view"},
+    {"speed": 2, "move": None, "vector": np.full(3, 1e9), "each": None, "reason": "too_short"},
+]
+
+
+@pytest.fixture
+def scored(handmade: Callable[..., str], tmp_path: Path) -> str:
+    """Two shards of four clips, of which the first has a column `score-all-0`."""
+    dataset = handmade(tmp_path / "data", [[{}] * 4, [{}] * 4])
+    column = Column("score-all-0", "all", {"a": 1}, "d", FIELDS)
+    scores.write_shard(dataset, index.read_shard(dataset, "train", "00000"), column, VALUES)
+    return dataset
+
+
+@pytest.mark.parametrize("compacted", [False, True])
+def test_values_come_back_for_all_clips(scored: str, compacted: bool) -> None:
+    if compacted:
+        compact.write(scored, "train")
+        compact.write(scored, "train", "score-all-0")
+    table = scores.read_column(scored, "train", "score-all-0")
+    assert table["reason"].to_pylist() == [None, "not_finite", "not_in_view", "too_short", *["not_scored"] * 4]
+    assert table["speed"].to_pylist()[:4] == [np.float32(0.1), None, None, 2.0]
+    assert table["move"].to_pylist() == ["pan", "zoom", *[None] * 6]
+    rows, vectors = scores.vectors(table["vector"])
+    assert rows.tolist() == [0, 1] and vectors.tolist() == [[1, 1, 1], [0, 0, 0]]
+    rows, vectors = scores.vectors(table["each"])
+    assert rows.tolist() == [0, 0, 0, 0, 1] and vectors.dtype == np.float16
+    named = scores.table(scored, "train", {"a": "score-all-0"}, fields=["a.speed", "a.move"])
+    assert named.column_names == ["a.speed", "a.move"] and named["a.speed"].null_count == 6
+
+
+def test_a_column_says_what_it_is(scored: str) -> None:
+    assert scores.columns_of(scored) == ["score-all-0"]
+    assert scores.described(scored, "score-all-0") == Column("score-all-0", "all", {"a": 1}, "d", FIELDS)
+    assert not [p for p in verify.verify(scored) if "score" in p]
+    with pytest.raises(UserError, match="no column score-al-0; there are score-all-0"):
+        scores.described(scored, "score-al-0")
+
+
+def test_rows_of_clips_that_are_gone_do_not_count(scored: str) -> None:
+    """A shard that was cut again keeps the values of the clips that are the same."""
+    url = f"{scored}/train/00000.parquet"
+    base = index.read_shard(scored, "train", "00000")
+    rows = base.table.to_pylist()[::-1]
+    rows[0] |= {"sha256": "another"}
+    index.write_index(url, rows, base.table.schema.remove_metadata(), base.tar_bytes, base.tar_sha256)
+    table = scores.read_column(scored, "train", "score-all-0", ["move"])
+    assert table["move"].to_pylist() == [None, None, "zoom", "pan", *[None] * 4]
+    assert table["reason"].to_pylist()[:4] == ["not_scored", "not_in_view", "not_finite", None]
+
+
+@pytest.mark.parametrize(
+    ("value", "said"),
+    [
+        ({"speed": np.ones(2)}, "speed, a number"),
+        ({"move": "fly"}, "'fly' as move, a label"),
+        ({"vector": np.ones(4)}, r"shape \(4,\) as vector, a vector of 3"),
+        ({"each": np.ones((5, 2))}, r"\(5, 2\) as each"),
+    ],
+)
+def test_a_value_that_is_not_its_field_is_refused(scored: str, value: dict[str, Any], said: str) -> None:
+    base = index.read_shard(scored, "train", "00001")
+    with pytest.raises(Failure, match=said):
+        scores.write_shard(scored, base, Column("score-all-0", "all", {}, "", FIELDS), [value] * 4)
+
+
+def test_records_are_of_one_dataset(scored: str, handmade: Callable[..., str], tmp_path: Path) -> None:
+    columns = write_columns(scored, {"mood": {"joy": "number", "colour": "label", "vector": 4}})
+    record = scores.read_scores_of(write_record(str(tmp_path / "scores"), scored, columns), scored)
+    assert record.names == columns
+    assert [field.name for field in record.columns["mood"].fields] == ["joy", "colour", "vector"]
+    assert not [p for p in verify.verify(scored) if "score" in p]
+    other = handmade(tmp_path / "other", [[{}]])
+    with pytest.raises(UserError, match=r"has scores of .*data, not of .*other"):
+        scores.read_scores_of(str(tmp_path / "scores"), other)
+    with pytest.raises(UserError, match="no scores here"):
+        scores.read_scores(str(tmp_path / "nothing"))
+
+
+def test_vectors_of_two_sizes_are_refused() -> None:
+    column = pa.chunked_array([pa.array([[1.0], [1.0, 2.0]], pa.list_(pa.float16()))])
+    with pytest.raises(UserError, match="vectors of 1 and 2 numbers"):
+        scores.vectors(column)
+
+
+def test_damage_is_found(scored: str) -> None:
+    shard = index.read_shard(scored, "train", "00000.score-all-0")
+    url = f"{scored}/train/00000.score-all-0.parquet"
+    notes = index.read_notes(scored, shard)
+    column = shard.table.column_names.index("reason")
+    wrong = shard.table.set_column(column, "reason", pa.nulls(4, pa.string())).replace_schema_metadata(None)
+    index.commit_table(url, wrong, notes)
+    assert [p for p in verify.verify(scored) if "lacks a value without a reason" in p and "score" in p]
+    index.commit_table(url, wrong, notes | {"column": "score-b-0"})
+    assert [p for p in verify.verify(scored) if "of another column, score-b-0" in p]
+    index.commit_table(url, wrong)
+    assert [p for p in verify.verify(scored) if "notes are missing" in p and "score-all-0" in p]
+    assert storage.exists(url)
