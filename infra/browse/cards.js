@@ -1,6 +1,7 @@
 // A clip in the grid: its middle frame, which plays under the pointer, at a touch and with the focus.
 
 import { clipUrl, make, shown, stillUrl } from "./dom.js";
+import { leave, load } from "./stills.js";
 
 const HOVER = 90;  // milliseconds before a clip plays, so that passing over many loads none
 
@@ -52,7 +53,7 @@ export function makeCards({ open, alike, lead, out }) {
         video = null;
         element.classList.remove("playing");
       }
-      if (gone) image.removeAttribute("src");
+      if (gone) leave(image);
     }
 
     const soon = () => {
@@ -82,7 +83,7 @@ export function makeCards({ open, alike, lead, out }) {
       if (!clip) return;
       row = clip;
       element.classList.remove("waiting");
-      image.src = stillUrl(row.key, 320);
+      load(image, stillUrl(row.key, 320));
       caption.textContent = row.caption ?? row.key;
       caption.classList.toggle("none", row.caption == null);
       const field = lead();

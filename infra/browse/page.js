@@ -7,6 +7,7 @@ import { count, find, make } from "./dom.js";
 import { makeGrid } from "./grid.js";
 import { makePanel } from "./panel.js";
 import { makeSaving } from "./saving.js";
+import { hold } from "./stills.js";
 import { asked, nothing, put, question, read, write } from "./state.js";
 
 const TYPING = 220, DRAGGING = 60, MOVING = 400;  // milliseconds
@@ -82,6 +83,7 @@ function ask(after = 0) {
 
 async function work(after) {
   document.body.classList.add("asking");
+  hold(true);
   while (dirty) {
     if (after) await new Promise((done) => setTimeout(done, after));
     dirty = false;
@@ -95,6 +97,7 @@ async function work(after) {
     }
   }
   document.body.classList.remove("asking");
+  hold(false);
 }
 
 async function shown(started) {
