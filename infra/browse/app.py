@@ -15,9 +15,9 @@ from starlette.routing import Route
 
 from longtake.datasets import captions
 from longtake.datasets.errors import Failure, UserError
-from longtake.infra.browse import media
+from longtake.infra.browse import media, views
 from longtake.infra.browse.library import Label, Library, Number
-from longtake.infra.browse.query import Engine, parse
+from longtake.infra.browse.query import Answer, Engine, Query, parsed
 from longtake.infra.browse.security import Guard
 
 ROWS = 200  # in one answer
@@ -40,21 +40,35 @@ def application(library: Library, port: int, token: str, writable: bool = False)
 
     async def query(request: Request) -> Response:
         started = time.perf_counter()
-        asked = parse(await request.body())
-        name, rows = await run_in_threadpool(engine.ask, asked)
+        asked = parsed(await request.body(), Query)
+        name, answer = await run_in_threadpool(engine.ask, asked)
         spent = round((time.perf_counter() - started) * 1000, 2)
-        return JSONResponse({"query": name, "total": len(rows), "milliseconds": spent})
+        return JSONResponse({"query": name, "total": len(answer.rows), "milliseconds": spent})
 
     def rows(request: Request) -> Response:
         answer = _answer(engine, request)
         first, count = _integer(request, "from", 0), _integer(request, "count", 60)
         if first < 0 or not 0 < count <= ROWS:
             raise UserError(f"from, count: from 0 on, {ROWS} rows at most")
-        return JSONResponse({"rows": [row(library, int(n)) for n in answer[first : first + count]]})
+        shown = [row(library, int(n)) for n in answer.rows[first : first + count]]
+        if answer.cosines is not None:
+            for each, n in zip(shown, answer.rows[first : first + count], strict=True):
+                each["likeness"] = round(float(answer.cosines[n]), 4)
+        return JSONResponse({"rows": shown})
 
     def histogram(request: Request) -> Response:
         field, bins = request.query_params.get("field", ""), _integer(request, "bins", 40)
-        return JSONResponse(engine.histogram(_answer(engine, request), field, bins))
+        return JSONResponse(engine.histogram(_answer(engine, request).rows, field, bins))
+
+    async def recipe(request: Request) -> Response:
+        wanted = parsed(await request.body(), views.Wanted)
+        return JSONResponse({"recipe": views.recipe(library, library.shown, wanted)})
+
+    async def save(request: Request) -> Response:
+        wanted = parsed(await request.body(), views.Wanted)
+        if not writable:
+            return JSONResponse({"error": "read-only; start `longtake browse` with --write to save views"}, 403)
+        return JSONResponse(await run_in_threadpool(views.save, library, library.shown, wanted))
 
     def clip(request: Request) -> Response:
         number = _row(library, request.query_params.get("key", ""))
@@ -79,6 +93,8 @@ def application(library: Library, port: int, token: str, writable: bool = False)
     routes = [
         Route("/api/dataset", described),
         Route("/api/query", query, methods=["POST"]),
+        Route("/api/recipe", recipe, methods=["POST"]),
+        Route("/api/view", save, methods=["POST"]),
         Route("/api/rows", rows),
         Route("/api/histogram", histogram),
         Route("/api/clip", clip),
@@ -122,7 +138,7 @@ def _integer(request: Request, name: str, default: int) -> int:
     return int(text)
 
 
-def _answer(engine: Engine, request: Request) -> np.ndarray:
+def _answer(engine: Engine, request: Request) -> Answer:
     try:
         return engine.answer(request.query_params.get("query", ""))
     except KeyError as e:
@@ -184,8 +200,8 @@ def describe(library: Library, writable: bool) -> dict[str, Any]:
             for view in library.views.values()
         ],
         "captions": "caption" in library.texts,
-        "alike": [],
-        "text": False,
+        "alike": list(library.shown.vectors),
+        "text": bool(library.shown.readers),
         "writable": writable,
     }
 

@@ -4,7 +4,7 @@ A row is the number of a clip: those of train in the order of the shards, then t
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -12,10 +12,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from longtake.datasets import captions, compact, index, schema, storage
+from longtake.datasets import captions, compact, index, schema, scores, storage
 from longtake.datasets import view as views
 from longtake.datasets.errors import UserError
-from longtake.datasets.masking import shown
+from longtake.datasets.masking import shown as masked
+from longtake.infra.browse import columns
+from longtake.infra.browse.columns import Shown
 
 NOT_THERE = "not in the view"  # clips that came after it
 
@@ -100,7 +102,8 @@ class Library:
     sources  (N,) codes and addresses of the sources
     fields   numbers and labels by name
     texts    by name: "caption" where there are any
-    views    by name
+    views    by name; those that the page saves are added
+    shown    the columns of scores
     """
 
     dataset: str
@@ -108,8 +111,8 @@ class Library:
     source: Label
     fields: Mapping[str, Number | Label]
     texts: Mapping[str, Text]
-    views: Mapping[str, View]
-    columns: Mapping[str, str] = field(default_factory=dict)
+    views: dict[str, View]
+    shown: Shown
 
     @property
     def clips(self) -> int:
@@ -132,18 +135,21 @@ class Library:
         return {name: column[row].as_py() for name, column in zip(_PLACES, self.places.columns, strict=True)}
 
 
-def load(dataset: str, names: Sequence[str] | None = None) -> Library:
-    """Read a dataset's indexes, captions and views; no video is read.
+def load(dataset: str, names: Sequence[str] | None = None, records: Sequence[str] = (columns.ALL,)) -> Library:
+    """Read a dataset's indexes, scores, captions and views; no video is read.
 
     Args:
         names: of the views, or their URLs; None: all that are beside the shards.
+        records: of the scores (see `columns.shown`).
 
     Raises:
-        UserError: there is no such dataset or view, or the dataset has no clip.
-        Failure: an index is damaged.
+        UserError: there is no such dataset, view or record, or the dataset has no clip.
+        Failure: an index or a column is damaged.
     """
     index.describe(dataset)
-    tables = {split: compact.table(dataset, split) for split in schema.SPLITS}
+    dataset = storage.absolute(dataset)
+    bases = {split: compact.open_split(dataset, split)[0] for split in schema.SPLITS}
+    tables = {split: compact.rows_of(base) for split, base in bases.items()}
     clips = pa.concat_tables(tables.values()).combine_chunks()
     if not len(clips):
         raise UserError(f"{dataset}: has no clips; run its `shard` stage")
@@ -155,14 +161,35 @@ def load(dataset: str, names: Sequence[str] | None = None) -> Library:
         name: Number(meaning, seconds if name == "seconds" else number_of(clips[name]))
         for name, meaning in (_FACTS | _SCORES).items()
     }
+    shown = columns.shown(dataset, records)
     return Library(
         dataset=dataset,
         places=clips.select(_PLACES),
         source=_sources(dataset, clips["source"]),
-        fields=fields,
+        fields=fields | _scores(bases, shown),
         texts=_captions(dataset, clips["key"]),
         views={view.name: view for view in _views(dataset, clips["key"], names)},
+        shown=shown,
     )
+
+
+def _scores(bases: Mapping[str, compact.Rows], shown: Shown) -> dict[str, Number | Label]:
+    """The numbers and labels of the columns, by NAME.FIELD."""
+    kinds = {
+        f"{name}.{one.name}": one
+        for name, column in shown.columns.items()
+        for one in column.fields
+        if one.kind != "vector"
+    }
+    names = {name: column.column for name, column in shown.columns.items()}
+    parts = [scores.table(base.dataset, split, names, set(kinds), base) for split, base in bases.items()]
+    table = pa.concat_tables(parts)
+    return {
+        name: Number(one.meaning, number_of(table[name]))
+        if one.kind == "number"
+        else label_of(table[name], one.meaning)
+        for name, one in kinds.items()
+    }
 
 
 def number_of(column: pa.ChunkedArray) -> np.ndarray:
@@ -185,7 +212,7 @@ def _sources(dataset: str, column: pa.ChunkedArray) -> Label:
     table = index.read_sources(dataset)
     good = table.filter(pc.equal(table["status"], "good"))
     addresses = dict(zip(good["source"].to_pylist(), good["uri"].to_pylist(), strict=True))
-    names = tuple(shown(storage.printable(addresses.get(name) or name)) for name in label.names)
+    names = tuple(masked(storage.printable(addresses.get(name) or name)) for name in label.names)
     return Label(label.meaning, label.codes, names)
 
 
@@ -216,7 +243,9 @@ def _views(dataset: str, keys: pa.ChunkedArray, names: Sequence[str] | None) -> 
     for named in beside if names is None else names:
         uri = named if "/" in named or named.endswith(".parquet") else storage.join(folder, f"{named}.parquet")
         if names is not None and "/" not in named and named not in beside:
-            raise UserError(f"{dataset}: no view {named}; there are {', '.join(beside) or 'none, run a `curate` stage'}")
+            raise UserError(
+                f"{dataset}: no view {named}; there are {', '.join(beside) or 'none, run a `curate` stage'}"
+            )
         name = uri.rsplit("/", 1)[-1].removesuffix(".parquet")
         opened[name] = view_of(uri, name, keys)
     return list(opened.values())

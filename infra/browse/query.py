@@ -1,9 +1,9 @@
 """Questions to a library: which clips, in which order, and how a number is spread among them."""
 
 import hashlib
-from collections.abc import Sequence
+import json
 from threading import Lock
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -12,7 +12,9 @@ from pydantic import Field, FiniteFloat, TypeAdapter, ValidationError, model_val
 
 from longtake.datasets.errors import UserError
 from longtake.datasets.stage import StageConfig, Utf8
-from longtake.infra.browse.library import Label, Library, Number, Text, View
+from longtake.infra.browse.library import Label, Library, Number, View
+from longtake.infra.browse.likeness import Likeness
+from longtake.pipeline.rules import near
 
 BINS = 200  # of a histogram, at most
 _KEPT_QUERIES, _KEPT_ORDERS = 32, 16
@@ -22,9 +24,10 @@ Word = Annotated[Utf8, Field(max_length=1000)]
 
 
 class Where(StageConfig):
-    """One condition on a clip. A clip without the number or label breaks none, as in a view's rules, unless `missing` drops it.
+    """One condition on a clip, as the rules of views are.
 
     field        of a number: min, max, inclusive; of a label: any (only these), none (not these); of a text: has
+    missing      keep or drop clips without the number or label; null: drop where `any` is asked for, else keep
     has          what the text has somewhere, in any case; with `regex` an expression of RE2
     view, keep   clips that a view keeps, or leaves out, perhaps for one `reason`
     compare      two views, and the side of them: both keep it, only one, only the other, neither
@@ -33,9 +36,9 @@ class Where(StageConfig):
     field: Name | None = None
     min: FiniteFloat | None = None
     max: FiniteFloat | None = None
-    any: Annotated[tuple[Word | None, ...], Field(max_length=1000)] | None = None
-    none: Annotated[tuple[Word | None, ...], Field(max_length=1000)] | None = None
-    missing: Literal["keep", "drop"] = "keep"
+    any: Annotated[tuple[Word, ...], Field(max_length=1000)] | None = None
+    none: Annotated[tuple[Word, ...], Field(max_length=1000)] | None = None
+    missing: Literal["keep", "drop"] | None = None
     has: Word | None = None
     regex: bool = False
     view: Name | None = None
@@ -58,16 +61,47 @@ class Sort(StageConfig):
     descending: bool = False
 
 
+class Alike(StageConfig):
+    """Likeness to a clip, by the vectors NAME.FIELD of a column."""
+
+    key: Name
+    column: Name
+
+
+class Words(StageConfig):
+    """Likeness to a text, by the vectors NAME.FIELD of a column whose encoder reads texts; null: the first such one."""
+
+    words: Word
+    column: Name | None = None
+
+
 class Query(StageConfig):
-    """All of the conditions, and an order; without one that of the shards."""
+    """All of the conditions, and an order; without one that of likeness, or of the shards.
+
+    Where likeness is asked for, clips without a vector are left out.
+    """
 
     where: Annotated[tuple[Where, ...], Field(max_length=64)] = ()
     sort: Sort | None = None
+    alike: Alike | None = None
+    text: Words | None = None
+
+    @model_validator(mode="after")
+    def _has_one_likeness(self) -> "Query":
+        if self.alike and self.text:
+            raise ValueError("asks for likeness to a clip and to a text; ask for one")
+        return self
 
 
-def parse(body: bytes) -> Query:
-    """The query in a request. Raises UserError: none that fits."""
-    return parsed(body, Query)
+class Answer(NamedTuple):
+    """The clips that a query asks for.
+
+    rows     (M,) int32, in order
+    cosines  (N,) float32 of all clips, NaN for none; None where no likeness was asked for
+    """
+
+    rows: np.ndarray
+    cosines: np.ndarray | None
 
 
 def parsed(body: bytes, kind: Any) -> Any:
@@ -85,31 +119,48 @@ class Engine:
 
     def __init__(self, library: Library) -> None:
         self.library = library
-        self._answers: dict[str, np.ndarray] = {}
+        self._likeness = Likeness(library.dataset, library.clips, library.shown)
+        self._answers: dict[str, Answer] = {}
         self._orders: dict[tuple[str, bool], np.ndarray] = {}
         self._spreads: dict[tuple[str, int], tuple[np.ndarray, np.ndarray, np.ndarray, int]] = {}
         self._lock = Lock()
 
-    def ask(self, query: Query) -> tuple[str, np.ndarray]:
-        """The name of the answer, and the rows of the clips in order. Raises UserError: a field or view that is not there."""
-        name = hashlib.sha256(query.model_dump_json().encode()).hexdigest()[:24]
-        if (rows := self._answers.get(name)) is None:
-            rows = self._rows(query)
-            _remember(self._answers, name, rows, _KEPT_QUERIES, self._lock)
-        return name, rows
+    def ask(self, query: Query) -> tuple[str, Answer]:
+        """The answer and its name. Raises UserError: a field, view, clip or column that is not there."""
+        # the name depends on the views that there are, which may become more
+        facts = [query.model_dump_json(), sorted(self.library.views)]
+        name = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:24]
+        if (answer := self._answers.get(name)) is None:
+            answer = self._find(query)
+            _remember(self._answers, name, answer, _KEPT_QUERIES, self._lock)
+        return name, answer
 
-    def answer(self, name: str) -> np.ndarray:
-        """The rows of an answer. Raises KeyError where it is forgotten."""
+    def answer(self, name: str) -> Answer:
+        """An answer by its name. Raises KeyError where it is forgotten."""
         return self._answers[name]
 
-    def _rows(self, query: Query) -> np.ndarray:
-        chosen = np.ones(self.library.clips, bool)
+    def _find(self, query: Query) -> Answer:
+        chosen, cosines = np.ones(self.library.clips, bool), self._cosines(query)
         for where in query.where:
             chosen &= holds(self.library, where)
-        if query.sort is None:
-            return np.flatnonzero(chosen).astype(np.int32)
-        order = self._order(query.sort)
-        return order[chosen[order]]
+        if cosines is not None:
+            chosen &= ~np.isnan(cosines)
+        if query.sort:
+            order = self._order(query.sort)
+            return Answer(order[chosen[order]], cosines)
+        rows = np.flatnonzero(chosen).astype(np.int32)
+        return Answer(rows if cosines is None else rows[np.argsort(-cosines[rows], kind="stable")], cosines)
+
+    def _cosines(self, query: Query) -> np.ndarray | None:
+        if query.alike:
+            try:
+                row = self.library.row_of(query.alike.key)
+            except KeyError as e:
+                raise UserError(f"alike.key: {query.alike.key}: no such clip") from e
+            return self._likeness.to_clip(query.alike.column, row, query.alike.key)
+        if query.text:
+            return self._likeness.to_text(query.text.column, query.text.words)
+        return None
 
     def _order(self, sort: Sort) -> np.ndarray:
         """(N,) all rows in an order."""
@@ -174,14 +225,16 @@ def _field(library: Library, name: str) -> Number | Label:
     try:
         return library.fields[name]
     except KeyError as e:
-        raise UserError(f"{name}: no such field; there are {', '.join(library.fields)}") from e
+        raise UserError(f"{name}: no such field; {near(name, library.fields)}") from e
 
 
 def _view(library: Library, name: str) -> View:
     try:
         return library.views[name]
     except KeyError as e:
-        raise UserError(f"{name}: no such view; there are {', '.join(library.views) or 'none'}") from e
+        raise UserError(
+            f"{name}: no such view; {near(name, library.views) if library.views else 'there is none'}"
+        ) from e
 
 
 def _sortable(library: Library, name: str) -> np.ndarray:
@@ -228,14 +281,11 @@ def _labelled(label: Label, where: Where) -> np.ndarray:
         raise UserError(f"{where.field}: is a label; give any or none")
     # the last place is that of no label
     allowed = np.ones(len(label.names) + 1, bool)
-    if where.any is not None:
+    if where.any:
         allowed[:-1] = [name in where.any for name in label.names]
-        allowed[-1] = None in where.any
-    if where.none is not None:
+    if where.none:
         allowed[:-1] &= [name not in where.none for name in label.names]
-        allowed[-1] &= None not in where.none
-    if where.missing == "drop":
-        allowed[-1] = False
+    allowed[-1] = (where.missing or ("drop" if where.any else "keep")) == "keep"
     return allowed[label.codes]
 
 

@@ -8,10 +8,22 @@ from longtake.datasets.masking import shown
 @click.command()
 @click.argument("url", metavar="DATASET")
 @click.option("--port", default=0, type=click.IntRange(0, 65535), help="Where to listen; any free port without it.")
-@click.option("--view", "views", multiple=True, metavar="NAME", help="A view to show, by name or URL; may be repeated. All without it.")
+@click.option(
+    "--view",
+    "views",
+    multiple=True,
+    metavar="NAME",
+    help="A view to show, by name or URL; may be repeated. All without it.",
+)
+@click.option(
+    "--scores",
+    multiple=True,
+    metavar="RECORD",
+    help="What a `score` or `cluster` stage has made, or all; all without it.",
+)
 @click.option("--write", is_flag=True, help="Let the page save views beside the shards.")
 @click.option("--no-open", is_flag=True, help="Print the address alone, and open no browser.")
-def browse(url: str, port: int, views: tuple[str, ...], write: bool, no_open: bool) -> None:
+def browse(url: str, port: int, views: tuple[str, ...], scores: tuple[str, ...], write: bool, no_open: bool) -> None:
     """Look through the clips of DATASET in the browser: play, filter, sort, compare views, and save a new one.
 
     The page is served by this command until Ctrl-C, from the shards as they are: nothing is copied, and without --write
@@ -46,7 +58,9 @@ def browse(url: str, port: int, views: tuple[str, ...], write: bool, no_open: bo
         raise UserError(f"browse: the package {e.name} is missing; run: pip install 'longtake[curation]'") from e
 
     with server.listening(port) as listener:
-        books = library.load(url, views or None)
+        books = library.load(url, views or None, scores or ("all",))
+        for note in books.shown.notes:
+            click.echo(f"note: {shown(note)}", err=True)
         port, token, ticket = listener.getsockname()[1], secrets.token_urlsafe(32), secrets.token_urlsafe(32)
         guard = application(books, port, token, write)
         address = f"http://{server.HOST}:{port}/?token="

@@ -61,7 +61,10 @@ def make_dataset(folder: Path, clips: int, val_fraction: float = 0.1, seed: int 
             sources += _write_shard(dataset, split, f"{number:05d}", videos, rows, random)
     table = index.rows_table(sources, schema.SOURCES)
     storage.write(storage.join(dataset, "sources", "train-00000.parquet"), index.to_parquet(table))
-    for name, rule in (("calm", {"motion": {"max": 0.5}}), ("sharp", {"sharpness": {"min": 0.3}, "still": {"max": 0.8}})):
+    for name, rule in (
+        ("calm", {"motion": {"max": 0.5}}),
+        ("sharp", {"sharpness": {"min": 0.3}, "still": {"max": 0.8}}),
+    ):
         _write_view(dataset, name, rule)
     return dataset
 
@@ -79,7 +82,12 @@ def _video(number: int) -> tuple[bytes, int, int, int]:
 
 
 def _write_shard(
-    dataset: str, split: str, name: str, videos: list[tuple[bytes, int, int, int]], rows: int, random: np.random.Generator
+    dataset: str,
+    split: str,
+    name: str,
+    videos: list[tuple[bytes, int, int, int]],
+    rows: int,
+    random: np.random.Generator,
 ) -> list[dict[str, Any]]:
     """Write a tar, its index and its captions; returns rows of its sources."""
     tar, offsets = io.BytesIO(), []
@@ -104,7 +112,9 @@ def _write_shard(
         facts = {"frame_count": t, "fps": 12.0, "width": w, "height": h, "label": LABELS[n % len(LABELS)]}
         row = {"key": key, "source": ids[n], "clip": n, "sha256": digests[kind], "first_frame": 24 * n, "phash": n}
         row |= {"json_crc32": 0, "start_seconds": 2.0 * n, **place, **facts}
-        entries.append(row | {s: None if np.isnan(v) else float(v) for s, v in zip(schema.SCORES, scores[:, n], strict=True)})
+        entries.append(
+            row | {s: None if np.isnan(v) else float(v) for s, v in zip(schema.SCORES, scores[:, n], strict=True)}
+        )
         hostile = split == "train" and name == "00000" and n == 7
         text = HOSTILE if hostile else f"a {('red', 'green', 'blue')[n % 3]} square moves, number {n}"
         said.append(captions.row_of(row, [captions.Caption(text)] if n % 5 else [], "none", ""))
@@ -112,7 +122,9 @@ def _write_shard(
     index.write_index(
         storage.join(dataset, split, f"{name}.parquet"), entries, schema.INDEX, len(tar.getvalue()), digest
     )
-    index.write_table(storage.join(dataset, split, f"{name}.caption-0123456789abcdef.parquet"), said, schema.CAPTION_INDEX)
+    index.write_table(
+        storage.join(dataset, split, f"{name}.caption-0123456789abcdef.parquet"), said, schema.CAPTION_INDEX
+    )
     hostile_source = ids[0] if split == "train" and name == "00000" else None
     return [
         {
@@ -160,11 +172,14 @@ if __name__ == "__main__":
     # python tests/support/browsed.py FOLDER [CLIPS [PORT]]: make a dataset there if there is none, and serve it
     import sys
 
+    import scored
+
     from longtake.infra.browse.library import load
 
     place = Path(sys.argv[1])
     if not (place / "dataset.json").exists():
-        make_dataset(place, int(sys.argv[2]) if len(sys.argv) > 2 else 100_000)
+        made = make_dataset(place, int(sys.argv[2]) if len(sys.argv) > 2 else 100_000)
+        scored.write_columns(made, {"flow": {"camera": "number", "move": "label"}, "clip": {"vector": 64}})
     with serving(load(str(place)), True, int(sys.argv[3]) if len(sys.argv) > 3 else 0) as running:
         print(running.address, flush=True)
         threading.Event().wait()
