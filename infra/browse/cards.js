@@ -87,7 +87,8 @@ export function makeCards({ open, alike, lead, out }) {
       caption.textContent = row.caption ?? row.key;
       caption.classList.toggle("none", row.caption == null);
       const field = lead();
-      const first = field && row.values?.[field] !== undefined && [`${field} `, make("b", {}, shown(row.values[field]))];
+      const value = field ? row.values?.[field] ?? row[field] : row.likeness;
+      const first = value !== undefined && [`${field ?? "alike"} `, make("b", {}, shown(value))];
       const rest = [`${shown(row.seconds)} s`, row.label, `${row.width}×${row.height}`].filter(Boolean).join(" · ");
       facts.replaceChildren(...(first ? [make("span", { class: "lead" }, ...first)] : []), make("span", {}, rest));
       const why = out(row);

@@ -17,7 +17,7 @@ function bars(counts, most) {
 
 // `changed(rule or null, live)` is called at each move; live: the pointer still holds the handle.
 export function makeHistogram(field, { changed }) {
-  let low = field.low ?? 0, high = field.high ?? 1, by = step(low, high), absent = field.missing ?? 0, rule = {};
+  let low = field.low ?? 0, high = field.high ?? 1, by = step(low, high), absent = field.missing ?? 0, rule = {}, last = null;
 
   const all = draw("path", { class: "all" });
   const chosen = draw("path", { class: "chosen" });
@@ -46,8 +46,47 @@ export function makeHistogram(field, { changed }) {
       },
     }),
   );
-  const plot = make("div", { class: "plot" }, picture, ...shades, ...handles);
+  const read = make("span", { class: "read", "aria-hidden": "true", hidden: true });
+  const plot = make("div", {
+    class: "plot",
+    // a press beside the handles takes the nearer one; a finger may mean to scroll
+    onpointerdown: (event) => {
+      if (event.button || event.pointerType === "touch" || event.target.closest(".handle")) return;
+      const value = under(event).value;
+      hold(handles[Math.abs(value - at("min")) <= Math.abs(value - at("max")) ? 0 : 1], event);
+    },
+    onpointermove: (event) => {
+      const { bin } = under(event);
+      read.hidden = !last || event.pointerType === "touch";
+      if (!last) return;
+      const [from, to] = [last.edges[bin], last.edges[bin + 1]].map((edge) => number(rounded(edge, by)));
+      const [chosen, all] = [last.chosen[bin], last.all[bin]];
+      read.textContent = `${from} to ${to}: ${chosen === all ? count(all) : `${count(chosen)} of ${count(all)}`}`;
+    },
+    onpointerleave: () => (read.hidden = true),
+  }, picture, ...shades, ...handles, read);
   const element = make("div", { class: "histogram" }, plot, make("div", { class: "bounds" }, inputs[0], missing, inputs[1]));
+
+  // Where the pointer is: its share of the width, the value and the bin there.
+  function under(event) {
+    const box = plot.getBoundingClientRect();
+    const share = clamp((event.clientX - box.left) / box.width, 0, 1), bins = last?.all.length ?? 1;
+    return { share, value: low + share * (high - low), bin: Math.min(bins - 1, Math.floor(share * bins)) };
+  }
+
+  function hold(one, event) {
+    one.setPointerCapture(event.pointerId);
+    one.focus({ preventScroll: true });
+    one.classList.add("held");
+    event.preventDefault();
+    drag(one, event);
+  }
+
+  function drag(one, event) {
+    const end = one === handles[0] ? "min" : "max", { share, value } = under(event);
+    const open = end === "min" ? share === 0 : share === 1;
+    set(end, open ? undefined : value, true);
+  }
 
   function handle(end) {
     const element = make("div", {
@@ -62,20 +101,8 @@ export function makeHistogram(field, { changed }) {
         event.preventDefault();
         event.stopPropagation();
       },
-      onpointerdown: (event) => {
-        if (event.button) return;
-        element.setPointerCapture(event.pointerId);
-        element.focus({ preventScroll: true });
-        element.classList.add("held");
-        event.preventDefault();
-      },
-      onpointermove: (event) => {
-        if (!element.hasPointerCapture(event.pointerId)) return;
-        const box = plot.getBoundingClientRect();
-        const share = clamp((event.clientX - box.left) / box.width, 0, 1);
-        const open = end === "min" ? share === 0 : share === 1;
-        set(end, open ? undefined : low + share * (high - low), true);
-      },
+      onpointerdown: (event) => event.button || hold(element, event),
+      onpointermove: (event) => element.hasPointerCapture(event.pointerId) && drag(element, event),
       onlostpointercapture: () => {
         element.classList.remove("held");
         changed(current(), false);
@@ -111,6 +138,7 @@ export function makeHistogram(field, { changed }) {
       one.setAttribute("aria-valuemax", high);
       one.setAttribute("aria-valuenow", clamp(value, low, high));
       one.setAttribute("aria-valuetext", rule[end] === undefined ? `${number(value)}, no rule` : number(value));
+      one.style.zIndex = !i && from > 0.5 ? 2 : "";  // of two handles in one place that one that can move
       one.classList.toggle("set", rule[end] !== undefined);
       inputs[i].value = rule[end] === undefined ? "" : String(rule[end]);
       inputs[i].placeholder = number(rounded(i ? high : low, by));
@@ -139,6 +167,7 @@ export function makeHistogram(field, { changed }) {
       all.setAttribute("d", bars(answer.all, most));
       chosen.setAttribute("d", bars(answer.chosen, most));
       absent = answer.missing ?? 0;
+      last = answer;
       paint();
     },
   };

@@ -51,6 +51,7 @@ function change(update, live = false) {
 function show() {
   panel.rules(state);
   chips();
+  find("#sort").options[0].textContent = state.alike || state.text ? "most alike first" : "as in the shards";
   find("#sort").value = state.sort ? `:${state.sort.field}` : "";
   const direction = find("#direction"), down = Boolean(state.sort?.descending);
   direction.textContent = down ? "↓" : "↑";
@@ -352,13 +353,16 @@ function load() {
   return true;
 }
 
-function makeParts() {
+function makeRules() {
   panel = makePanel(find("#fields"), dataset, {
     change,
     histogram: (field) => remembered((query) => api.histogram(query, field)),
     compared: async (one, other, side) => (await api.query({ where: [{ compare: [one, other], side }] })).total,
     failed: wrong,
   });
+}
+
+function makeClip() {
   details = makeDetails(find("#details"), dataset, {
     step: (by) => {
       const index = grid.index() + by;
@@ -377,12 +381,13 @@ async function start() {
     return wrong(error);
   }
   const understood = load();
-  makeParts();
+  makeRules();
+  makeClip();
   makeBar();
   makeSearch();
   const saving = makeSaving(dataset, api, { state: () => state, saved: async () => {
     Object.assign(dataset, await api.dataset());
-    makeParts();
+    makeRules();
     show();
     panel.asked();
   } });

@@ -6,17 +6,20 @@ import { asked } from "./state.js";
 const IN_A_VIEW = ["rules", "labels"];  // parts of the state that are rules of a recipe
 
 // What the server is asked to make.
-export function view(name, state) {
+export function view(name, state, exact_duplicates) {
   const labels = {};
   for (const [field, { any, none }] of Object.entries(state.labels)) labels[field] = { only: any, never: none };
-  return { name, rules: state.rules, labels };
+  return { name, rules: state.rules, labels, exact_duplicates };
 }
 
 // `api` has recipe and save; `saved()` is called after a view was written.
 export function makeSaving(dataset, api, { state, saved }) {
   const dialog = find("#save"), name = find("#save-name"), lines = find("#save-recipe"), says = find("#save-says");
   const write = find("#save-write"), left = find("#save-left"), rules = find("#save-rules");
+  const duplicates = find("#save-duplicates");
   let round = 0;
+
+  const wanted = () => view(name.value.trim(), state(), duplicates.checked);
 
   function say(line, wrong = false) {
     says.textContent = line;
@@ -26,7 +29,7 @@ export function makeSaving(dataset, api, { state, saved }) {
   async function preview() {
     const mine = ++round;
     try {
-      const answer = await api.recipe(view(name.value.trim() || "view", state()));
+      const answer = await api.recipe(wanted());
       if (mine === round) lines.textContent = answer.recipe;
     } catch (error) {
       if (mine === round) {
@@ -38,19 +41,22 @@ export function makeSaving(dataset, api, { state, saved }) {
 
   find("#save-copy").addEventListener("click", (event) => copy(lines.textContent, event.target));
   find("#save-close").addEventListener("click", () => dialog.close());
-  name.addEventListener("input", () => {
-    say("");
-    preview();
-  });
+  for (const input of [name, duplicates]) {
+    input.addEventListener("input", () => {
+      say("");
+      if (name.validity.valid) preview();
+    });
+  }
   find("#save form").addEventListener("submit", async (event) => {
     event.preventDefault();
     if (!dataset.writable) return;
     write.disabled = true;
     say("Writing …");
     try {
-      const answer = await api.save(view(name.value.trim(), state()));
+      const answer = await api.save(wanted());
       lines.textContent = answer.recipe;
-      say(`Kept ${count(answer.kept)} of ${count(dataset.clips)} clips: ${answer.uri}`);
+      const dropped = answer.dropped.map((one) => `${one.value} (${count(one.count)})`);
+      say([`Kept ${count(answer.kept)} of ${count(dataset.clips)} clips: ${answer.uri}`, ...dropped].join("; "));
       await saved(answer);
     } catch (error) {
       say(error.message, true);

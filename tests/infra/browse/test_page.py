@@ -2,19 +2,23 @@
 
 import json
 import shutil
+from dataclasses import replace
+from pathlib import Path
 from urllib.parse import quote
 
 import browsed
 import chromium
 import numpy as np
 import pytest
+import scored
 from chromium import until
 
-from longtake.datasets import index
+from longtake.datasets import alike, index, view
 from longtake.infra.browse.library import load
+from longtake.pipeline.scorers import dual
 
 pytestmark = [pytest.mark.slow, chromium.there]
-CLIPS = 100_000
+CLIPS, WIDTH = 100_000, 8
 FOLDER = "<img src=x onerror=document.title='taken'>"
 VIEW = "<b onclick=alert(1)>calm"
 
@@ -24,6 +28,7 @@ def dataset(tmp_path_factory):
     folder = tmp_path_factory.mktemp("browse") / FOLDER
     url = browsed.make_dataset(folder, CLIPS)
     shutil.copy(folder / "views" / "calm.parquet", folder / "views" / f"{VIEW}.parquet")
+    scored.write_columns(url, {"flow": {"camera": "number", "move": "label"}, "clip": {"vector": WIDTH}})
     return url
 
 
@@ -35,9 +40,18 @@ def scores(dataset):
 
 
 @pytest.fixture(scope="module")
-def server(dataset):
-    with browsed.serving(load(dataset), writable=True) as running:
-        yield running
+def server(dataset, tmp_path_factory):
+    """A server whose encoder takes each text for a clip's number, and says that clip's vector."""
+    model = tmp_path_factory.mktemp("encoder")
+    (model / "tokenizer.json").write_text("{}")
+    library = load(dataset)
+    column = replace(library.shown.columns["clip"], scorer="embedding", config={"model": str(model)})
+    library = replace(library, shown=replace(library.shown, columns=library.shown.columns | {"clip": column}))
+    vectors = np.concatenate([part.unit for part in alike.vectors(library.dataset, column.column, "vector")])
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(dual, "encode_query", lambda _, words: vectors[int(words)].astype(np.float32))
+        with browsed.serving(library, writable=True) as running:
+            yield running
 
 
 @pytest.fixture(scope="module")
@@ -267,6 +281,49 @@ def test_views_say_why_a_clip_is_out_and_two_are_compared(page):
         button.click()
         until(page, "arguments[0].getAttribute('aria-pressed') === 'true'", button)
         assert total(page) == counts[number]
+
+
+def test_clips_alike_a_clip_and_alike_words_come_first(page):
+    from selenium.webdriver.common.keys import Keys
+
+    page.execute_script("document.querySelector('.card[data-index=\"2\"]').focus()")
+    keys(page, "a")
+    until(page, "document.querySelector('.chip')?.textContent.startsWith('alike ')")
+    settled(page)
+    assert find(page, ".card .caption").text == "a blue square moves, number 2"
+    leads = [lead.text for lead in page.find_elements("css selector", ".card .lead")]
+    assert leads[0] == "alike 1"
+    values = [float(lead.removeprefix("alike ")) for lead in leads if lead]
+    assert values == sorted(values, reverse=True)
+
+    find(page, "#search-in option[value=text]").click()
+    find(page, "#search-words").send_keys("4", Keys.ENTER)
+    until(page, "document.querySelector('.chip').textContent.startsWith('looks like')")
+    settled(page)
+    assert find(page, ".card .caption").text == "a green square moves, number 4"
+    assert len(chips(page)) == 1
+
+
+def test_rules_are_saved_as_a_view(page, server, dataset, scores):
+    open_page(page, server, rules={"motion": {"min": 0.25}}, labels={"flow.move": {"none": ["red"]}}, has={"caption": {"text": "a"}})
+    find(page, "#ask-save").click()
+    until(page, "document.querySelector('#save-recipe').textContent.includes('min: 0.25')")
+    assert "flow.move" in find(page, "#save-recipe").text
+    assert "caption has “a”" in find(page, "#save-left").text
+    find(page, "#save-duplicates").click()
+    name = find(page, "#save-name")
+    name.clear()
+    name.send_keys("chosen")
+    find(page, "#save-write").click()
+    until(page, "document.querySelector('#save-says').textContent.startsWith('Kept ')")
+    kept = int(find(page, "#save-says").text.split()[1].replace(",", ""))
+    table = view.read_view(str(Path(dataset) / "views" / "chosen.parquet"))
+    assert kept == sum(table["keep"].to_pylist()) < np.count_nonzero(scores["motion"] >= 0.25)
+    find(page, "#save-write").click()
+    until(page, "document.querySelector('#save-says.wrong')")
+    assert "chosen" in find(page, "#save-says").text
+    find(page, "#save-close").click()
+    assert "chosen" in [one.text for one in page.find_elements("css selector", ".view h3")]
 
 
 def test_an_answer_that_the_server_forgot_is_asked_for_again(page):
