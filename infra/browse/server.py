@@ -16,7 +16,8 @@ _LINGER = 2  # seconds that answers have once it is asked to stop
 
 def listening(port: int) -> socket.socket:
     """A socket that listens on the loopback; port 0 takes any that is free. Raises UserError: the port is taken or not ours."""
-    listener = socket.socket()
+    # asyncio turns off the waiting for acknowledgements, 40 ms an answer, only where a socket says that it is of TCP
+    listener = socket.socket(proto=socket.IPPROTO_TCP)
     # a port whose last connections are just closing is free
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
