@@ -66,10 +66,13 @@ def main() -> None:
                 spent.setdefault(kind, []).append(tuple(driver.execute_async_script(FILTER, kind, n)))
             version = driver.capabilities["browserVersion"]
     print(f"{arguments.clips} clips, {arguments.filters} filters, Chromium {version}")
-    for kind, pairs in [*spent.items(), ("all", [pair for pairs in spent.values() for pair in pairs])]:
+    spent["all"] = [pair for pairs in spent.values() for pair in pairs]
+    for kind, pairs in spent.items():
         page, server_share = np.array(pairs).T
         low, high = np.percentile(page, [50, 95])
-        print(f"{kind:8s} p50 {low:6.1f} ms  p95 {high:6.1f} ms  of it the server's query p95 {np.percentile(server_share, 95):6.1f} ms")
+        print(
+            f"{kind:8s} p50 {low:6.1f} ms  p95 {high:6.1f} ms  of it the server's query p95 {np.percentile(server_share, 95):6.1f} ms"
+        )
 
 
 if __name__ == "__main__":

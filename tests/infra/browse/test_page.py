@@ -106,7 +106,9 @@ def keys(driver, *pressed):
 
 def shown(driver):
     """The numbers of the clips that are elements."""
-    script = "return [...document.querySelectorAll('.card')].map(card => Number(card.dataset.index)).sort((a, b) => a - b)"
+    script = (
+        "return [...document.querySelectorAll('.card')].map(card => Number(card.dataset.index)).sort((a, b) => a - b)"
+    )
     return driver.execute_script(script)
 
 
@@ -163,7 +165,9 @@ def test_keys_lead_through_the_clips_and_their_details(page):
     settled(page)
 
     keys(page, Keys.ENTER)
-    title = until(page, "!document.querySelector('#details').hidden && document.querySelector('#details h2').textContent")
+    title = until(
+        page, "!document.querySelector('#details').hidden && document.querySelector('#details h2').textContent"
+    )
     keys(page, Keys.ARROW_RIGHT)
     until(page, "document.querySelector('#details h2').textContent !== arguments[0]", title)
     assert {"motion", "sharp"} <= {cell.text for cell in page.find_elements("css selector", "#details th")}
@@ -214,7 +218,10 @@ def test_labels_words_and_an_order_are_chips_of_a_link(page, scores):
     label = find(page, "[data-field=label] li:nth-child(1) .name").text
     assert total(page) == np.count_nonzero(scores["label"] == label)
     keys(page, "/", "BLUE square")
-    until(page, "document.querySelectorAll('.chip').length === 2 && document.querySelector('.chip').textContent.includes('BLUE square')")
+    until(
+        page,
+        "document.querySelectorAll('.chip').length === 2 && document.querySelector('.chip').textContent.includes('BLUE square')",
+    )
     some = total(page)
     assert 0 < some < np.count_nonzero(scores["label"] == label)
     find(page, "#sort option[value=':motion']").click()
@@ -266,7 +273,10 @@ def test_views_say_why_a_clip_is_out_and_two_are_compared(page):
     reason = next(one for one in reasons if one.is_displayed())
     words = reason.text
     reason.click()
-    until(page, "document.querySelector('.chip').textContent.includes(' < ') || document.querySelector('.chip').textContent.includes(' > ')")
+    until(
+        page,
+        "document.querySelector('.chip').textContent.includes(' < ') || document.querySelector('.chip').textContent.includes(' > ')",
+    )
     some = total(page)
     assert words == f"{find(page, '.card .mark').text.removeprefix('out: ')} ({some:,})"
     find(page, ".chip").click()
@@ -305,7 +315,13 @@ def test_clips_alike_a_clip_and_alike_words_come_first(page):
 
 
 def test_rules_are_saved_as_a_view(page, server, dataset, scores):
-    open_page(page, server, rules={"motion": {"min": 0.25}}, labels={"flow.move": {"none": ["red"]}}, has={"caption": {"text": "a"}})
+    open_page(
+        page,
+        server,
+        rules={"motion": {"min": 0.25}},
+        labels={"flow.move": {"none": ["red"]}},
+        has={"caption": {"text": "a"}},
+    )
     find(page, "#ask-save").click()
     until(page, "document.querySelector('#save-recipe').textContent.includes('min: 0.25')")
     assert "flow.move" in find(page, "#save-recipe").text
