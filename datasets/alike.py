@@ -65,21 +65,30 @@ def unit(table: pa.Table, field: str) -> tuple[np.ndarray, np.ndarray]:
     has = np.zeros(len(table), bool)
     if not len(rows):
         return has, np.empty((0, 0), np.float32)
-    vectors, norms = _normed(stored.astype(np.float32))
+    vectors = stored.astype(np.float32)
+    norms = _divide(vectors)
     starts = np.flatnonzero(np.diff(rows, prepend=-1))
     if len(starts) < len(rows):
         # of several frames each
-        rows, (vectors, norms) = rows[starts], _normed(np.add.reduceat(vectors, starts, axis=0))
+        rows, vectors = rows[starts], np.add.reduceat(vectors, starts, axis=0)
+        norms = _divide(vectors)
     directed = norms > _TINY
     has[rows[directed]] = True
     return has, vectors if directed.all() else vectors[directed]
 
 
-def _normed(vectors: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Vectors of norm 1, and the norms that they had."""
-    norms = np.linalg.norm(vectors, axis=1)
+def normed(vectors: np.ndarray) -> np.ndarray:
+    """Vectors (N, D) as float32 of norm 1; those without a direction stay."""
+    unit_vectors = vectors.astype(np.float32)
+    _divide(unit_vectors)
+    return unit_vectors
+
+
+def _divide(vectors: np.ndarray) -> np.ndarray:
+    """Divide vectors (N, D) by their norms, which are returned."""
+    norms = np.sqrt(np.einsum("nd,nd->n", vectors, vectors))
     vectors /= np.maximum(norms, _TINY)[:, None]
-    return vectors, norms
+    return norms
 
 
 def read_unit(dataset: str, split: str, name: str, column: str, field: str, size: int) -> tuple[index.Shard, Vectors]:
@@ -214,7 +223,7 @@ def approximate(
     if not parts:
         return Alike(np.empty(0, np.int64), np.empty(0, np.float32))
     rows = np.concatenate([rows for rows, _ in parts])
-    cosines = np.concatenate([found.astype(np.float32) @ asked for _, found in parts])
+    cosines = np.concatenate([normed(found) @ asked for _, found in parts])
     if keep is not None:
         rows, cosines = rows[keep[rows]], cosines[keep[rows]]
     return _best(Alike(rows, cosines), count)
@@ -271,7 +280,7 @@ class Lists:
     homes: np.ndarray
 
     def part(self, first: int, last: int) -> tuple[np.ndarray, np.ndarray]:
-        """The rows (N,) and vectors (N, D) float16 from one place to another."""
+        """The rows (N,) and vectors (N, D) float16, of a norm of about 1, from one place to another."""
         rows = _read(self.url, self.places["rows"] + 8 * first, (last - first,), np.int64)
         start = self.places["vectors"] + 2 * self.size * first
         return rows, _read(self.url, start, (last - first, self.size), np.float16)

@@ -18,8 +18,14 @@ import pyarrow as pa
 
 from longtake.datasets import index, record, schema, storage
 from longtake.datasets.errors import Failure, UserError
+from longtake.datasets.scores import Field
 
 FOLDER = "clusters"  # of a dataset
+# what the column of scores has
+FIELDS = (
+    Field("cluster", "number", "number of its cluster, from 0"),
+    Field("distance", "number", "1 less the cosine to the centroid of its cluster, 0 to 2"),
+)
 ROUNDING = 1e-6  # of the cosine of equal vectors
 
 # One row a pair of clips. A clip whose `crowd` is true stands behind the other one, its representative, for whose pairs alone

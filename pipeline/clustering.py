@@ -16,12 +16,14 @@ import pyarrow as pa
 from longtake.datasets import alike, index, scores, storage
 from longtake.datasets.errors import Failure
 from longtake.pipeline import column as columns
+from longtake.pipeline import dedup
 from longtake.pipeline.scoring import Report
 
 _PART_BYTES = 128 << 20  # of the vectors that a job has in memory, about
 _PART_CLIPS = 4096  # that are worth a job of their own
 _JOBS = 32  # as many at least, where there are clips enough
 _SAMPLED_SHARDS = 1024  # that are read for a sample, at most
+_ONE = 0.98  # cosine of centroids that are one
 _BLOCK = 4096  # vectors that are compared with centroids at once
 
 
@@ -124,7 +126,7 @@ def distinct(vectors: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def centroids(points: np.ndarray, count: int, iterations: int, seed: int) -> np.ndarray:
-    """(K, D) float32 unit vectors, K at most `count` and the number of the points (N, D)."""
+    """(K, D) float32 unit vectors of a cosine below 0.98, K at most `count` and the number of the points (N, D)."""
     import faiss
 
     count = min(count, len(points))
@@ -141,7 +143,9 @@ def centroids(points: np.ndarray, count: int, iterations: int, seed: int) -> np.
         max_points_per_centroid=len(points),
     )
     found.train(np.ascontiguousarray(points))
-    return np.asarray(found.centroids, np.float32)
+    centres = np.asarray(found.centroids, np.float32)
+    # a crowd takes many of them, and would be torn apart
+    return centres[~dedup.similar(centres, _ONE)]
 
 
 class Places(NamedTuple):

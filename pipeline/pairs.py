@@ -101,14 +101,14 @@ def pairs_of(found: Found, cluster: int, homes: Clips, visitors: Clips, similari
     """Add the pairs of one cluster: of those at home in it, and of its visitors with them."""
     rows, vectors = _different(found, *homes)
     guests, guest_vectors = _different(Found(), *visitors)
-    others = guest_vectors.astype(np.float32)
+    others = alike.normed(guest_vectors)
     if len(rows) <= _MOST_CLIPS:
-        _add(found, cluster, (rows, vectors.astype(np.float32)), (guests, others), similarity)
+        _add(found, cluster, (rows, alike.normed(vectors)), (guests, others), similarity)
         return
 
     # too many for each with each: clusters of this cluster, across which pairs are lost
     found.split.append(cluster)
-    unit = vectors.astype(np.float32)
+    unit = alike.normed(vectors)
     some = np.random.default_rng(0).choice(len(unit), min(len(unit), _MOST_CLIPS), replace=False)
     centres = centroids(unit[np.sort(some)], -(-2 * len(unit) // _MOST_CLIPS), 10, 0)
     home, visiting = places_of(unit, centres, 0).home, places_of(others, centres, 0).home

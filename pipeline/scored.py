@@ -48,7 +48,7 @@ def fields_of(columns: Mapping[str, Column]) -> dict[str, Field]:
 
 def fields_of_stage(config: Any) -> dict[str, Field] | None:
     """The same of the config of a `score` stage; None where that depends on files that are not here."""
-    fields = {}
+    fields: dict[str, Field] = {}
     try:
         for name, entry in config.scorers.items():
             scorer = scorers.load(entry["by"])

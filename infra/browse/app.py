@@ -62,7 +62,7 @@ def application(library: Library, port: int, token: str, writable: bool = False)
 
     async def recipe(request: Request) -> Response:
         wanted = parsed(await request.body(), views.Wanted)
-        return JSONResponse({"recipe": views.recipe(library, library.shown, wanted)})
+        return JSONResponse({"recipe": await run_in_threadpool(views.recipe, library, library.shown, wanted)})
 
     async def save(request: Request) -> Response:
         wanted = parsed(await request.body(), views.Wanted)

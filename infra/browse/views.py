@@ -16,10 +16,8 @@ from longtake.infra import yaml_text
 from longtake.infra.browse.columns import CLUSTER, Shown
 from longtake.infra.browse.library import Library, Number, View, view_of
 from longtake.pipeline.rules import Bounds, Missing, near
-from longtake.pipeline.stages import curate
 
 Score = Annotated[Utf8, Field(max_length=200)]
-_HERE = "of a `score` stage with "
 
 
 class LabelRule(StageConfig):
@@ -55,16 +53,19 @@ def recipe(library: Library, shown: Shown, wanted: Wanted) -> str:
     inputs, remarks = {"kind": "curate", "dataset": library.dataset}, []
     if columns := _columns(settings):
         record = shown.record_of(columns)
-        inputs["scores"] = record or _HERE + " and ".join(columns)
+        inputs["scores"] = record or "scores"
         if record is None:
-            remarks = [f"# {name}: {shown.columns[name].column}" for name in columns if name in shown.columns]
+            remarks = ["# scores: name the `score` stage that makes these columns"]
+            remarks += [f"#   {name}: {shown.columns[name].column}" for name in columns]
     if _of_clusters(settings):
-        inputs["clusters"] = shown.clusters or "of a `cluster` stage"
+        inputs["clusters"] = shown.clusters or "clusters"
     return "\n".join([*remarks, yaml_text.dump({wanted.name: inputs | settings})])
 
 
 def save(library: Library, shown: Shown, wanted: Wanted) -> dict[str, Any]:
     """Make the view as its stage would, and show it from now on. Raises UserError, Failure: as the stage, or the name is taken."""
+    from longtake.pipeline.stages import curate
+
     settings = _settings(library, wanted)
     config = _config(library, settings)
     uri = storage.join(library.dataset, "views", f"{wanted.name}.parquet")
@@ -97,7 +98,7 @@ def _dropped(view: View) -> list[dict[str, Any]]:
 
 def _settings(library: Library, wanted: Wanted) -> dict[str, Any]:
     """What the stage is told, but for its inputs."""
-    rules = {}
+    rules: dict[str, Any] = {}
     for name, bounds in wanted.rules.items():
         known = bounds.model_dump(exclude_none=True, exclude_defaults=True)
         rules |= {"frame_count": _frames(library, known)} if name == "seconds" else {name: known}
@@ -127,8 +128,11 @@ def _frames(library: Library, seconds: dict[str, Any]) -> dict[str, Any]:
     return frames
 
 
-def _config(library: Library, settings: dict[str, Any]) -> curate.Config:
+def _config(library: Library, settings: dict[str, Any]) -> Any:
     """The stage's config. Raises UserError naming the rule that it does not have."""
+    # brings torch, which a page that only shows does without
+    from longtake.pipeline.stages import curate
+
     for key, kind in (("rules", "number"), ("labels", "label")):
         for name in settings.get(key, {}):
             subject = library.fields.get(name)

@@ -67,7 +67,7 @@ class Script:
                 out = self._module(shown)
         except torch.OutOfMemoryError as e:
             raise Failure(f"{self._file}: a clip's frames do not fit into the GPU's memory; lower `frames`") from e
-        except (RuntimeError, NotImplementedError) as e:
+        except Exception as e:  # the code of a network raises what it likes
             why = storage.printable(str(e).strip().splitlines()[-1])[:200] if str(e).strip() else "an error"
             raise Failure(f"{self._file}: does not take {tuple(shown.shape)} float32 ({why})") from e
         if not isinstance(out, torch.Tensor) or out.ndim != 2 or len(out) != len(shown) or not out.shape[1]:

@@ -127,10 +127,7 @@ def run(config: Config, inputs: Mapping[str, str], output: str) -> dict[str, Any
         scorer="cluster",
         config=decides,
         digest="",
-        fields=(
-            scores.Field("cluster", "number", "number of its cluster, from 0"),
-            scores.Field("distance", "number", "1 less the cosine to the centroid of its cluster, 0 to 2"),
-        ),
+        fields=clusters.FIELDS,
     )
     folder = f"{clusters.FOLDER}/{made.column.rpartition('-')[2]}"
     work = Work(
@@ -155,7 +152,7 @@ def run(config: Config, inputs: Mapping[str, str], output: str) -> dict[str, Any
             for split in schema.SPLITS:
                 compact.forget(dataset, split, made.column)
         arguments = {"work": work, "parts": {(part.split, part.name): part for part in parts}}
-        totals.update(columns.make("cluster", jobs, _task(config), _load_lists, [centres], arguments))
+        totals.update(columns.make("cluster", jobs, _task(config), _load_lists, [], arguments))
         groups = pairs.groups_of(alike.read_lists(work.folder))
         pair_jobs = _missing_pairs(work, groups)
         totals.update(
@@ -245,8 +242,9 @@ def _missing_pairs(work: Work, groups: Sequence[pairs.Group]) -> list[Job]:
     return [Job(_PAIRS, name, group.clips, b"") for name, group in zip(names, groups, strict=True) if name not in there]
 
 
-def _load_lists(device: str, centres: np.ndarray, *, work: Work, parts: Mapping[tuple[str, str], Part]) -> columns.Make:
+def _load_lists(device: str, *, work: Work, parts: Mapping[tuple[str, str], Part]) -> columns.Make:
     """The function that makes the lists of a part, loaded in an actor."""
+    centres = alike.read_centroids(work.folder)
 
     def make(*, split: str, name: str, keep: np.ndarray, report: Report) -> dict[str, int]:
         return clustering.make_lists(work, centres, parts[split, name], keep, report)

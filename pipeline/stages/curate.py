@@ -141,7 +141,7 @@ class Config(StageConfig):
             raise ValueError("semantic_duplicates: need clusters; name a `cluster` stage in clusters")
         for key, name in self.named().items():
             field = "clusters" if name.startswith(f"{_CLUSTER}.") else "scores"
-            if not getattr(self, field):
+            if not (self.scores or getattr(self, field)):
                 raise ValueError(f"{key}: needs {field}; name a `{field.rstrip('s')}` stage in {field}")
         return self
 
@@ -164,9 +164,10 @@ class Config(StageConfig):
 
 def check(config: Config, inputs: Mapping[str, StageConfig]) -> None:
     """Refuse rules on scores that the recipe's `score` stage does not give. Raises ValueError."""
-    fields = scored.fields_of_stage(inputs["scores"]) if "scores" in inputs else None
-    if fields is not None:
-        _check_names(config, fields)
+    known = scored.fields_of_stage(inputs["scores"]) if "scores" in inputs else None
+    if known is not None or not config.scores:
+        of_clusters = {f"{_CLUSTER}.{field.name}": field for field in clusters.FIELDS} if config.clusters else {}
+        _check_names(config, (known or {}) | of_clusters)
     if config.semantic_duplicates and "clusters" in inputs:
         least = inputs["clusters"].similarity  # type: ignore[attr-defined]
         if config.semantic_duplicates.similarity < least:
@@ -202,11 +203,11 @@ def run(config: Config, inputs: Mapping[str, str], output: str) -> dict[str, Any
     bases = {split: compact.open_split(dataset, split)[0] for split in schema.SPLITS}
     columns, names = _columns(config, inputs, bases), sorted(set(config.named().values()))
     clips = _clips(bases)
-    values = scored.values(bases, columns, names) if names else pa.table({})
     for name, prompt in config.prompts.items():
         likeness = described.likeness(dataset, inputs["text"], clips, prompt, f"prompts.{name}")
-        values = values.append_column(name, pa.array(likeness, from_pandas=True))
-    for name in values.column_names:
+        clips = clips.append_column(name, pa.array(likeness, from_pandas=True))
+    values = scored.values(bases, columns, names) if names else pa.table({})
+    for name in names:
         clips = clips.append_column(name, values[name])
     if config.balance and clips[config.balance.by].null_count == len(clips):
         remedy = "give the manifest a `label` column or " if config.balance.by == rules.LABEL else ""
@@ -243,6 +244,8 @@ def _columns(config: Config, inputs: Mapping[str, str], bases: scored.Bases) -> 
     if "scores" in inputs:
         there |= scored.opened_scores(bases, inputs["scores"])
     if "clusters" in inputs:
+        if _CLUSTER in there:
+            raise UserError(f"scores: a scorer is named {_CLUSTER}, as rules name the values of clusters; rename it")
         there |= {_CLUSTER: from_plain(scored.opened_clusters(bases, inputs["clusters"]).column)}
     try:
         _check_names(config, scored.fields_of(there))

@@ -3,6 +3,7 @@
 import contextlib
 import hashlib
 import io
+import json
 import os
 import random
 import secrets
@@ -15,6 +16,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -42,6 +44,20 @@ if __name__ == "__main__":
     os._exit(0)
 """
 
+# a head without CPUs and two nodes with one each; ends when its standard input does
+_CLUSTER = """
+import json, sys
+import ray
+from ray.cluster_utils import Cluster
+small = {"object_store_memory": 100 << 20, "include_dashboard": False}
+cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, **small})
+nodes = [cluster.add_node(num_cpus=1, **small) for _ in range(2)]
+raylets = [node.all_processes["raylet"][0].process.pid for node in nodes]
+print(json.dumps({"address": cluster.address, "raylets": raylets}), flush=True)
+sys.stdin.read()
+cluster.shutdown()
+"""
+
 
 @pytest.fixture(scope="session")
 def tiny_videos(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -63,6 +79,22 @@ def tiny() -> Callable[[object], shard.Config]:
         return shard.Config(kind="shard", sources=[str(sources)], clip=clip, val_fraction=0.2, group_sources=1)
 
     return config
+
+
+@dataclass
+class Cluster:
+    """A cluster of two nodes: the environment of its drivers, and the processes of its nodes."""
+
+    environment: dict[str, str]
+    raylets: list[int]
+
+    def lose_node(self) -> None:
+        """Kill the node at work with all that runs on it, at once."""
+        raylet = max((psutil.Process(pid) for pid in self.raylets), key=lambda p: len(p.children(recursive=True)))
+        node = [raylet, *raylet.children(recursive=True)]
+        assert any("ray::" in " ".join(p.cmdline()) for p in node)
+        for process in node:
+            process.send_signal(signal.SIGKILL)
 
 
 class Drivers:
@@ -112,6 +144,24 @@ class Drivers:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(driver.pid, signal.SIGKILL)
         driver.wait()
+
+    @contextlib.contextmanager
+    def cluster(self, **more: str) -> Iterator["Cluster"]:
+        """A cluster of two nodes for the block, on which drivers with its `environment` work."""
+        # a lost node is noticed soon
+        checks = {"period_ms": "500", "timeout_ms": "1000", "failure_threshold": "3", "initial_delay_ms": "1000"}
+        quick = self.token | {f"RAY_health_check_{name}": value for name, value in checks.items()}
+        process = self.script(_CLUSTER, stdin=subprocess.PIPE, stdout=subprocess.PIPE, **quick, **more)
+        assert process.stdin and process.stdout
+        try:
+            said = json.loads(process.stdout.readline())
+            yield Cluster(quick | more | {"RAY_ADDRESS": said["address"]}, said["raylets"])
+        finally:
+            process.stdin.close()
+            try:
+                process.wait(timeout=60)
+            except subprocess.TimeoutExpired:
+                self.kill(process)
 
     def alive(self) -> list[psutil.Process]:
         found = []

@@ -7,11 +7,12 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pytest
+from curated import reasons, run, write_dataset
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from longtake.datasets import index, schema, storage, view
+from longtake.datasets import schema, view
 from longtake.datasets.errors import UserError
 from longtake.pipeline import dedup
 from longtake.pipeline.stages import curate
@@ -71,34 +72,14 @@ def test_a_large_set_is_thinned_completely(monkeypatch: pytest.MonkeyPatch) -> N
     assert dedup.near(hashes, 3).tolist() == whole.tolist()
 
 
-def write_dataset(folder: Path, clips: list[dict[str, Any]], shards: int = 2) -> str:
-    """Indexes alone: nothing else is read. A clip is {"key", "split"?, "phash"?, …}; its content is its key by default."""
-    for split in schema.SPLITS:
-        rows = [
-            {"sha256": c["key"], "motion": 0.5, "still": 0.0} | c for c in clips if c.get("split", "train") == split
-        ]
-        for shard in range(shards):
-            url = storage.join(str(folder), split, f"{shard:05d}.parquet")
-            index.write_index(url, rows[shard::shards], schema.INDEX, 0, "")
-    return str(folder)
-
-
-def run(dataset: str, **options: Any) -> dict[str, dict[str, Any]]:
-    """The view by key, checked for what holds of every view."""
-    config = curate.Config.model_validate({"kind": "curate", "dataset": "x", **options})
-    result = curate.run(config, {"dataset": dataset}, "work/some")
-    table = view.read_view(result["uri"]).to_pylist()
-    kept = [row for row in table if row["keep"]]
-    clips = [key for split in schema.SPLITS for key in index.read_all(dataset, split)["key"].to_pylist()]
-    assert sorted(row["key"] for row in table) == sorted(clips)
-    assert all((row["reason"] is None) == row["keep"] for row in table)
-    assert result["dropped_by_reason"] == Counter(row["reason"] for row in table if not row["keep"])
-    assert result["metrics"] == {"clips_kept": len(kept), "clips_dropped": len(table) - len(kept)}
-    return {row["key"]: row for row in table}
-
-
-def reasons(table: dict[str, dict[str, Any]]) -> dict[str, str | None]:
-    return {key: row["reason"] for key, row in sorted(table.items())}
+@given(st.integers(0, 60), st.floats(0.1, 1), st.integers(0, 99))
+@settings(deadline=None)
+def test_similar_vectors_are_those_of_brute_force(count: int, similarity: float, seed: int) -> None:
+    vectors = np.random.default_rng(seed).normal(size=(count, 3)).astype(np.float32)
+    unit = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dedup, "_BLOCK", 7)
+        assert dedup.similar(unit, similarity - 1e-6).tolist() == one_by_one(unit @ unit.T >= similarity - 1e-6)
 
 
 CLIP = st.fixed_dictionaries(
@@ -233,7 +214,7 @@ def test_classes_are_cut_and_weighed_but_not_those_held_out(tmp_path: Path) -> N
         ),
         ({"labels": {"move": {"only": ["a"]}}}, "unknown score move; there are label"),
         ({"rules": {"motion.camera": {"min": 1}}}, "rules.motion.camera: needs scores; name a `score` stage in scores"),
-        ({"rules": {"cluster.distance": {"max": 1}}, "scores": "s"}, "rules.cluster.distance: needs clusters; name a"),
+        ({"rules": {"cluster.distance": {"max": 1}}}, "rules.cluster.distance: needs clusters; name a `cluster` stage"),
         ({"balance": {"most": 1, "by": "motion.move"}}, "balance.by: needs scores; name a `score` stage in scores"),
         ({"scores": {"dogs": {"prompt": "a dog"}}}, "names a `score` stage, whose scorers an encoder or image is now"),
         ({"balance": {}}, "asks for nothing; give `most: N`"),

@@ -1,19 +1,19 @@
 """The stage `score`: columns are made once, exactly, by any number of workers, and whatever is killed meanwhile."""
 
 import json
-import os
 import shutil
-import signal
+import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import psutil
+import pyarrow as pa
 import pytest
 import toy_scorers
 from pydantic import ValidationError
+from shards import make_dataset
 
 from longtake.datasets import clip, compact, index, schema, scores, storage, view
 from longtake.datasets.diff import differences
@@ -36,10 +36,16 @@ def toys(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kinds, "PACK", tuple(toy_scorers.modules()))
 
 
+@pytest.fixture(scope="module")
+def plain(tiny_videos: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Clips of a second in shards of two or one: read it, do not change it."""
+    return make_dataset(tmp_path_factory.mktemp("plain"), sorted(tiny_videos.glob("*.mp4")))
+
+
 @pytest.fixture
-def root(dataset: str, tmp_path: Path) -> str:
-    """A copy of the small dataset, to change."""
-    return str(shutil.copytree(dataset, tmp_path / "data"))
+def root(plain: str, tmp_path: Path) -> str:
+    """A copy, to change."""
+    return str(shutil.copytree(plain, tmp_path / "data"))
 
 
 def config(**changed: Any) -> score.Config:
@@ -156,12 +162,12 @@ def test_without_scorers_the_whole_pack_is_asked(monkeypatch: pytest.MonkeyPatch
         score.outside(whole)
 
 
-def test_a_loader_a_diff_and_a_compact_file_know_scores(root: str, dataset: str) -> None:
+def test_a_loader_a_diff_and_a_compact_file_know_scores(root: str, plain: str) -> None:
     made_alone(root, config())
     column = works(config())[0].column.column
     with pytest.raises(UserError, match=f"columns: {column} has scores, which choose clips"):
         Loader(root, frames=4, size=(16, 16), columns=["video", column])
-    assert not differences(dataset, root)
+    assert not differences(plain, root)
     before = scores.read_column(root, "train", column)
     compact.write(root, "train")
     compact.write(root, "train", column)
@@ -201,7 +207,7 @@ def test_the_stage_writes_the_same_bytes_for_any_number_of_workers_and_goes_on(
     kept = f"{root}/views/half.parquet"
     rows = {split: index.read_all(root, split) for split in schema.SPLITS}
     tables = [view.rows(s, t["key"], ["x" if n % 2 else None for n in range(len(t))]) for s, t in rows.items()]
-    view.write(kept, __import__("pyarrow").concat_tables(tables), {})
+    view.write(kept, pa.concat_tables(tables), {})
     chosen = score.run(config(scorers={"bright": {}}), {"dataset": root, "view": kept}, str(tmp_path / "half"))
     assert chosen["columns"]["bright"] != record.names["bright"]
     assert chosen["metrics"]["without_values"] == sum(len(t) // 2 for t in rows.values())
@@ -249,30 +255,28 @@ def committed(root: str) -> int:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("moments", [(1,), pytest.param((1, 2, 4), marks=pytest.mark.soak)])
-def test_killed_at_any_moment_it_ends_with_the_same_bytes(
-    moments: tuple[int, ...],
-    root: str,
-    hashes: Hashes,
-    drivers: Any,
-    victims: Callable[[int], list[psutil.Process]],
-    tmp_path: Path,
+def test_killed_drivers_and_a_lost_node_leave_the_same_bytes(
+    moments: tuple[int, ...], root: str, hashes: Hashes, drivers: Any, tmp_path: Path
 ) -> None:
     undisturbed = str(shutil.copytree(root, tmp_path / "undisturbed"))
     made_alone(undisturbed, config())
-    path = {"PYTHONPATH": os.pathsep.join([str(Path(toy_scorers.__file__).parent), os.environ.get("PYTHONPATH", "")])}
-    arguments = (config(workers=1).model_dump_json(), json.dumps({"dataset": root}), str(tmp_path / "out"))
-    for columns in moments:
-        driver = drivers.script(SCRIPT, *arguments, **path)
-        while committed(root) < columns and driver.poll() is None:
-            time.sleep(0.01)
-        drivers.kill(driver)
-        assert driver.returncode == -signal.SIGKILL and committed(root) >= columns
-    for file in sorted(Path(root).glob("*/*.score-*.parquet"))[1:]:
-        file.unlink()  # so that there is work left for what comes
-    driver = drivers.script(SCRIPT, *arguments, **path)
-    workers: list[psutil.Process] = []
-    while not workers and driver.poll() is None:
-        workers = [found for found in victims(driver.pid) if "MapWorker" in " ".join(found.cmdline())]
-    workers[0].kill()
-    drivers.finish(driver)
+    total = committed(undisturbed)
+    arguments = (config().model_dump_json(), json.dumps({"dataset": root}), str(tmp_path / "out"))
+    with drivers.cluster(PYTHONPATH=str(Path(toy_scorers.__file__).parent), TOY_WAIT="0.1") as cluster:
+
+        def start(columns: int) -> subprocess.Popen[bytes]:
+            """A driver that has committed so many columns of shards."""
+            driver: subprocess.Popen[bytes] = drivers.script(SCRIPT, *arguments, **cluster.environment)
+            while committed(root) < columns and driver.poll() is None:
+                time.sleep(0.01)
+            assert columns <= committed(root) < total, drivers.finish(driver)
+            return driver
+
+        for columns in moments:
+            drivers.kill(start(columns))
+        # whatever it had begun; its node goes with the worker
+        driver = start(committed(root) + 1)
+        cluster.lose_node()
+        drivers.finish(driver)
     assert hashes(root) == hashes(undisturbed) and not list(verify(root))
+    assert score.complete(str(tmp_path / "out"))

@@ -23,6 +23,7 @@ from longtake.infra.browse.server import listening, server_of
 
 HOSTILE = '<script>document.title="taken"</script><img src=x onerror=alert(1)>'
 LABELS = ("archery", "juggling", "surfing", None)
+PORT, TOKEN = 8642, "the-token"  # of `client_of`
 _ROWS = 25_000  # of a shard
 _VIDEOS = 6
 
@@ -43,8 +44,23 @@ class Server:
         return f"{self.url}/?token={self.token}"
 
 
-def make_dataset(folder: Path, clips: int, val_fraction: float = 0.1, seed: int = 0) -> str:
-    """A dataset of `clips` clips that share six videos in each shard, with sources, captions and two views, `calm` and `sharp`.
+def client_of(library: Any, writable: bool = False, known: bool = True) -> Any:
+    """A client of a library's server that needs no socket; it says where it comes from and, if `known`, has the token."""
+    from starlette.testclient import TestClient
+
+    from longtake.infra.browse.app import application
+
+    url = f"http://127.0.0.1:{PORT}"
+    client = TestClient(
+        application(library, PORT, TOKEN, writable), url, follow_redirects=False, headers={"Origin": url}
+    )
+    if known:
+        client.cookies.set(f"longtake-{PORT}", TOKEN)
+    return client
+
+
+def make_dataset(folder: Path | str, clips: int, val_fraction: float = 0.1, seed: int = 0) -> str:
+    """A dataset of `clips` clips, at a path or URL, that share six videos in each shard, with sources, captions and two views, `calm` and `sharp`.
 
     Clip n of a split is "SOURCE-NNNNN"; scores are drawn at random. The source and the caption of clip 7 of train are HOSTILE.
     """

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -26,6 +28,7 @@ class _Bright:
         self._scale, self._sums = scale, list[int]()
 
     def begin(self, row: Mapping[str, Any]) -> _Bright:
+        time.sleep(float(os.environ.get("TOY_WAIT", "0")))
         return _Bright(self._scale)
 
     def add(self, frames: Frames) -> None:

@@ -246,7 +246,7 @@ def test_batches_and_calls_before_change_no_byte(folders: dict[str, str], tmp_pa
     scorers: dict[str, dict[str, Any]] = {
         "torchscript": {"file": script, "size": 32},
         "classifier": {"model": folders["shares"]},
-        "embedding": {"model": folders["siglip"], "pool": "each"},
+        "embedding": {"model": folders["resnet"], "pool": "each"},
         "prompt": {"model": folders["clip"], "prompts": {"a": TEXTS[0], "b": TEXTS[1]}},
     }
     clips = np.random.default_rng(1).integers(0, 256, (9, 4, 32, 32, 3), dtype=np.uint8)

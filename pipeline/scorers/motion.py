@@ -1,0 +1,190 @@
+"""Scorer of motion: what the camera does, and what moves before it, apart.
+
+About twelve times a second dense optical flow is taken between two small frames, and the shift, turn and scale that most of
+the picture agrees on is the camera's; what doesn't agree moves by itself. Where one thing fills the picture, such as a train,
+its motion is taken for the camera's.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import cv2
+import numpy as np
+
+from longtake.datasets.scores import Field
+from longtake.datasets.stage import StageConfig
+from longtake.pipeline.scorers.scorer import Frames, Scorer, Values
+
+RATE = 12  # pairs of frames a second, about
+GRID = 3  # pixels of the small frame between points of the flow
+TEXTURE = 3.0  # levels a pixel: where the picture is flatter there is nothing to follow
+POINTS = 20  # at least, to tell a motion
+AGREED = 0.3  # share of them that has to agree
+NEAR = 0.5  # pixels of the small frame from the agreed motion
+SMOOTH = 1.0  # seconds; what is quicker is shake
+STILL = 0.02  # of the side a second; a slower camera stands still
+CLEAR = 1.5  # times any other: the part of the camera's motion that names it
+
+LABELS = ("static", "pan", "tilt", "zoom", "roll", "shake", "mixed")
+
+
+class Config(StageConfig):
+    """Of `motion`. It has no settings."""
+
+
+def fields(config: Config) -> tuple[Field, ...]:
+    """What it gives."""
+    side = "of the picture's shorter side a second"
+    return (
+        Field("camera", "number", f"mean speed of the picture's points by the camera's motion, {side}; 0.02 is seen"),
+        Field("object", "number", f"mean speed of the picture's points beside the camera's motion, {side}"),
+        Field("pan", "number", f"mean speed of the camera to the right (the picture goes left), {side}"),
+        Field("tilt", "number", f"mean speed of the camera upwards (the picture goes down), {side}"),
+        Field(
+            "zoom",
+            "number",
+            "mean growth of the picture a second, natural logarithm: 0.1 is about 10 %; in is positive",
+        ),
+        Field("roll", "number", "mean turn of the picture, degrees a second; clockwise is positive"),
+        Field("shake", "number", f"mean speed about a motion that is smooth over a second, {side}"),
+        Field("move", "label", "the part of the camera's motion that outweighs the others; mixed: none does", LABELS),
+    )
+
+
+class Watch:
+    """The motion between frames of one clip."""
+
+    def __init__(self, flow: cv2.DISOpticalFlow) -> None:
+        self.flow = flow
+        self.motions: list[np.ndarray] = []  # of each pair: see `_motion`, without the time
+        self.last: np.ndarray | None = None
+        self.seconds = 0.0  # between the frames of a pair
+        self.reach = 0.0
+
+    def add(self, frames: Frames) -> None:
+        """The next frames of the clip."""
+        step = max(1, round(frames.fps / RATE))
+        self.seconds = step / frames.fps
+
+        # its flow would be another with another number of threads
+        threads = cv2.getNumThreads()
+        cv2.setNumThreads(1)
+        for small in frames.small[-frames.first % step :: step]:
+            if self.last is not None:
+                motion = _motion(self.flow, self.last, small)
+                if motion is not None:
+                    self.motions.append(motion)
+            self.last = small
+        cv2.setNumThreads(threads)
+
+    def values(self) -> Values:
+        """The values of the clip, after its last frame; none where there is nothing to follow."""
+        if not self.motions:
+            return dict.fromkeys(field.name for field in fields(Config()))
+
+        camera, beside, right, down, zoom, roll, reach = np.array(self.motions).T
+        velocity = np.stack([-right, down, zoom, roll], 1) / self.seconds
+        smooth = _smooth(velocity, max(3, round(SMOOTH / self.seconds)))
+        shake = float(np.hypot(*(velocity - smooth)[:, :2].T).mean())
+        speed = float(camera.mean()) / self.seconds
+
+        pan, tilt, growth, turn = velocity.mean(0)
+        parts = np.abs(smooth).mean(0) * [1, 1, reach[0], reach[0]]
+        return {
+            "camera": speed,
+            "object": float(beside.mean()) / self.seconds,
+            "pan": float(pan),
+            "tilt": float(tilt),
+            "zoom": float(growth),
+            "roll": float(np.degrees(turn)),
+            "shake": shake,
+            "move": _label(speed, dict(zip(LABELS[1:6], [*parts, shake], strict=True))),
+        }
+
+
+def _motion(flow: cv2.DISOpticalFlow, one: np.ndarray, other: np.ndarray) -> np.ndarray | None:
+    """The motion from one small frame to another: the camera's mean shift and the rest's, the camera's shift to the right and
+    down, zoom (natural logarithm) and roll (radians), and the mean distance of points from the middle, in shorter sides.
+    """
+    side = min(one.shape)
+    field = flow.calc(one, other, None)[GRID // 2 :: GRID, GRID // 2 :: GRID]
+    rows, columns = np.mgrid[GRID // 2 : one.shape[0] : GRID, GRID // 2 : one.shape[1] : GRID]
+    middle = np.array([one.shape[1] - 1, one.shape[0] - 1]) / 2
+    points = np.stack([columns, rows], -1).reshape(-1, 2) - middle
+    shifts = field.reshape(-1, 2).astype(np.float64)
+
+    # points with something to follow, that are still in the picture
+    across, along = cv2.Sobel(one, cv2.CV_32F, 1, 0, scale=1 / 8), cv2.Sobel(one, cv2.CV_32F, 0, 1, scale=1 / 8)
+    texture = cv2.blur(cv2.magnitude(across, along), (5, 5))[rows, columns].ravel()
+    use = (texture >= TEXTURE) & (np.abs(points + shifts) <= middle).all(1)
+    if use.sum() < POINTS:
+        return None
+
+    near = NEAR + 0.05 * float(np.median(np.abs(shifts[use]).max(1)))
+    _, agreed = cv2.estimateAffinePartial2D(
+        points[use], (points + shifts)[use], method=cv2.RANSAC, ransacReprojThreshold=near, maxIters=300, refineIters=0
+    )
+    if agreed is None or agreed.mean() < AGREED:
+        return None
+    inner = np.flatnonzero(use)[agreed.ravel().astype(bool)]
+    scale, turn, shift = _similarity(points[inner], shifts[inner])
+
+    x, y = points.T
+    camera = np.stack([scale * x - turn * y, turn * x + scale * y], 1) + shift
+    beside = np.hypot(*(shifts - camera).T)
+    beside[~use | (beside <= near)] = 0
+    return np.array(
+        [
+            np.hypot(*camera.T).mean() / side,
+            beside.mean() / side,
+            *(shift / side),
+            np.log(np.hypot(1 + scale, turn)),
+            np.arctan2(turn, 1 + scale),
+            np.hypot(x, y).mean() / side,
+        ]
+    )
+
+
+def _similarity(points: np.ndarray, shifts: np.ndarray) -> tuple[float, float, np.ndarray]:
+    # least squares of shift = (scale, -turn; turn, scale) point + c
+    centre, mean = points.mean(0), shifts.mean(0)
+    x, y = (points - centre).T
+    u, v = (shifts - mean).T
+    total = float((x * x + y * y).sum())
+    scale, turn = float((x * u + y * v).sum()) / total, float((x * v - y * u).sum()) / total
+    return scale, turn, mean - np.array([scale * centre[0] - turn * centre[1], turn * centre[0] + scale * centre[1]])
+
+
+def _smooth(velocity: np.ndarray, count: int) -> np.ndarray:
+    # means over neighbours; at the ends, of those that are there
+    reach = count // 2
+    sums = np.concatenate([np.zeros((1, velocity.shape[1])), np.cumsum(velocity, 0)])
+    starts = np.maximum(0, np.arange(len(velocity)) - reach)
+    ends = np.minimum(len(velocity), np.arange(len(velocity)) + reach + 1)
+    return np.asarray((sums[ends] - sums[starts]) / (ends - starts)[:, None])
+
+
+def _label(speed: float, parts: Mapping[str, float]) -> str:
+    if speed < STILL:
+        return "static"
+    (name, most), (_, next_most), *_ = sorted(parts.items(), key=lambda part: -part[1])
+    return name if most >= CLEAR * next_most else "mixed"
+
+
+class Scores:
+    """Sees every frame."""
+
+    def __init__(self) -> None:
+        self.flow = cv2.DISOpticalFlow_create(cv2.DISOPTICAL_FLOW_PRESET_FAST)
+
+    def begin(self, row: Mapping[str, Any]) -> Watch:
+        """A clip."""
+        return Watch(self.flow)
+
+
+def load(config: Config, device: str, threads: int) -> Scores:
+    """The scorer; it works in one thread whatever `threads` is, since its flow would be another otherwise."""
+    return Scores()
+
+
+SCORER = Scorer(config=Config, version=1, fields=fields, load=load)

@@ -1,0 +1,46 @@
+"""What the scorers of single pictures share: which frames they look at, and at what size."""
+
+import importlib
+import importlib.util
+from typing import Any
+
+import numpy as np
+
+from longtake.datasets.errors import UserError
+from longtake.pipeline.scorers.scorer import Frames
+
+
+def needed(*names: str) -> str:
+    """Nothing. Raises UserError where one of the extra's modules is not installed, before anything is decoded."""
+    for name in names:
+        if importlib.util.find_spec(name) is None:
+            raise UserError(f"{name} is not installed: pip install 'longtake[curation]'")
+    return ""
+
+
+def package(name: str) -> Any:
+    """A module of the extra, imported when it is needed. Raises UserError where it is not installed."""
+    try:
+        return importlib.import_module(name)
+    except ImportError as e:
+        raise UserError(f"{name} is not installed: pip install 'longtake[curation]' ({e})") from e
+
+
+def chosen(frames: Frames, rate: float) -> list[int]:
+    """Places in `frames` of those that a look `rate` times a second falls on; the clip's first is always one.
+
+    They depend on the numbers of the frames in the clip alone, not on how it is cut into pieces.
+    """
+    step = rate / frames.fps
+    count = len(frames.planes)
+    return [n for n in range(count) if (i := frames.first + n) == 0 or int(i * step) > int((i - 1) * step)]
+
+
+def reduced(luma: np.ndarray, side: int) -> np.ndarray:
+    """(H, W) uint8 to float32, averaged over whole boxes so that the shorter side has `side` to 2 `side` - 1 pixels where it can."""
+    factor = max(1, min(luma.shape) // side)
+    if factor == 1:
+        return luma.astype(np.float32)
+    h, w = (n // factor for n in luma.shape)
+    boxes = luma[: h * factor, : w * factor].reshape(h, factor, w, factor)
+    return np.asarray(boxes.mean((1, 3), dtype=np.float32))
