@@ -93,7 +93,7 @@ export function makeCards({ open, alike, lead, out }) {
       facts.replaceChildren(...(first ? [make("span", { class: "lead" }, ...first)] : []), make("span", {}, rest));
       const why = out(row);
       mark.hidden = why == null;
-      mark.textContent = why == null ? "" : why;
+      mark.textContent = mark.title = why ?? "";
       near.hidden = !alike.possible();
     }
 

@@ -145,7 +145,7 @@ export function makeHistogram(field, { changed }) {
     });
     missing.hidden = !absent;
     missing.textContent = `${count(absent)} without`;
-    missing.setAttribute("aria-label", `Drop the ${count(absent)} clips without ${field.name}`);
+    missing.setAttribute("aria-label", `${count(absent)} without ${field.name}: drop them`);
     missing.setAttribute("aria-pressed", String(Boolean(rule.missing)));
     shades[0].style.width = `${100 * from}%`;
     shades[1].style.width = `${100 * (1 - to)}%`;

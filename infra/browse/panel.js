@@ -100,7 +100,7 @@ export function makePanel(root, dataset, { change, histogram, failed, compared }
     all.forEach(({ value, count: clips }, i) => {
       const box = make("input", { type: "checkbox", onchange: (event) => set("any", value, event.target.checked) });
       const never = make("button", {
-        type: "button", class: "never", title: `Never ${value}`, "aria-label": `${field.name}: never ${value}`, "aria-pressed": "false",
+        type: "button", class: "never", title: `Not ${value}`, "aria-label": `${field.name}: not ${value}`, "aria-pressed": "false",
         onclick: () => set("none", value, never.getAttribute("aria-pressed") !== "true"),
       }, "not");
       const number = make("span", { class: "count" }, count(clips));

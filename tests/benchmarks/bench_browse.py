@@ -66,7 +66,8 @@ def main() -> None:
                 spent.setdefault(kind, []).append(tuple(driver.execute_async_script(FILTER, kind, n)))
             version = driver.capabilities["browserVersion"]
     print(f"{arguments.clips} clips, {arguments.filters} filters, Chromium {version}")
-    for kind, pairs in [*spent.items(), ("all", [pair for pairs in spent.values() for pair in pairs])]:
+    spent["all"] = [pair for pairs in spent.values() for pair in pairs]
+    for kind, pairs in spent.items():
         page, server_share = np.array(pairs).T
         low, high = np.percentile(page, [50, 95])
         print(
