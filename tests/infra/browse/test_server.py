@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from longtake.datasets import alike, clip, compact, index, scores, storage
+from longtake.datasets import alike, clip, compact, images, index, scores, storage
 from longtake.datasets.errors import UserError
 from longtake.datasets.scores import Column, Field
 from longtake.infra.browse import library, media
@@ -118,6 +118,13 @@ def test_a_query_is_answered_with_the_clips_for_which_it_holds_in_order(client, 
         rest = [row for row in expected if value(row, sort["field"]) is None]
         expected = there + rest
     assert [row["key"] for row in asked(client, where=where, sort=sort)] == [row["key"] for row in expected]
+
+
+def test_bounds_are_inclusive_also_of_values_that_are_no_short_decimals(client, everything):
+    one = everything[4]
+    edge = one["values"]["motion"]
+    assert [row["key"] for row in asked(client, where=[{"field": "motion", "min": edge, "max": edge}])] == [one["key"]]
+    assert not asked(client, where=[{"field": "motion", "min": np.nextafter(edge, 1), "max": np.nextafter(edge, 1)}])
 
 
 def test_texts_are_matched_by_expressions_too(client, everything):
@@ -263,6 +270,22 @@ def test_a_dataset_at_any_url_is_served():
     assert clip.decode(whole).shape[0] == 24
     assert client.get(f"/clip/{key}.mp4", headers={"Range": "bytes=7-70"}).content == whole[7:71]
     assert client.get(f"/still/{key}.jpg").status_code == 200
+
+
+def test_a_dataset_of_images_is_served(tmp_path):
+    sink = io.BytesIO()
+    Image.new("RGB", (90, 60), (200, 30, 30)).save(sink, "JPEG")
+    (tmp_path / "train").mkdir()
+    with tarfile.open(tmp_path / "train/a.tar", "w") as file:
+        entry = tarfile.TarInfo("one.jpg")
+        entry.size = len(sink.getvalue())
+        file.addfile(entry, io.BytesIO(sink.getvalue()))
+    images.adopt(str(tmp_path), (), 0, 1)
+    client = browsed.client_of(library.load(str(tmp_path)))
+    (row,) = asked(client)
+    answer = client.get(f"/clip/{row['key']}.mp4")
+    assert (answer.content, answer.headers["content-type"]) == (sink.getvalue(), "image/jpeg")
+    assert Image.open(io.BytesIO(client.get(f"/still/{row['key']}.jpg?w=64").content)).size == (64, 43)
 
 
 # Limits, and what is not there.

@@ -6,21 +6,24 @@ import browsed
 import pytest
 import scored
 
-from longtake.datasets import compact, view
+from longtake.datasets import clusters, compact, scores, view
 from longtake.infra import yaml_text
 from longtake.infra.browse import library
 from longtake.pipeline.stages import curate
 
 RULES = {
     "rules": {"motion": {"min": 0.1}, "flow.camera": {"max": 0.8}, "seconds": {"max": 3}},
-    "labels": {"flow.move": {"only": ["red", "blue"]}, "label": {"never": ["surfing"]}},
+    "labels": {
+        "flow.move": {"only": ["red", "blue"]},
+        "label": {"only": ["archery", "juggling"], "never": ["surfing"]},
+    },
     "exact_duplicates": False,
 }
 WHERE = [
     {"field": "motion", "min": 0.1},
     {"field": "flow.camera", "max": 0.8},
     {"field": "flow.move", "any": ["red", "blue"]},
-    {"field": "label", "none": ["surfing"]},
+    {"field": "label", "any": ["archery", "juggling"], "none": ["surfing"]},
 ]
 
 
@@ -83,6 +86,23 @@ def test_seconds_become_frames_and_keep_what_the_filter_shows(opened):
     ):
         lines = client.post("/api/recipe", json={"name": "a", "rules": {"seconds": bound}}).json()["recipe"]
         assert yaml_text.parse(lines, "the page")["a"]["rules"] == {"frame_count": frames}
+
+
+def test_rules_on_clusters_stand_on_the_record_of_their_stage(opened, tmp_path):
+    dataset, _ = opened
+    column = scored.write_columns(dataset, {"cluster": {"cluster": "number", "distance": "number"}})["cluster"]
+    rows = {split: compact.open_split(dataset, split)[0] for split in ("train", "val")}
+    record = clusters.Clusters(
+        dataset, "clusters/a", scores.described(dataset, column).plain(), {"column": "", "field": "", "width": 1}, None,
+        0.9, {}, {split: base.digest for split, base in rows.items()}, {}, {},
+    )  # fmt: skip
+    uri = str(tmp_path / "clusters/0123456789abcdef")
+    clusters.write_clusters(uri, record)
+    client = browsed.client_of(library.load(dataset), writable=True)
+    made = client.post("/api/view", json={"name": "near", "rules": {"cluster.distance": {"max": 0.5}}}).json()
+    config = curate.Config.model_validate(yaml_text.parse(made["recipe"], "the page")["near"])
+    assert (config.clusters, config.scores) == (uri, None)
+    assert view.stood_on(made["uri"]) == {"cluster": column}
 
 
 def test_read_only_writes_nothing(small, books, tmp_path):
