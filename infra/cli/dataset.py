@@ -57,7 +57,7 @@ def ls(url: str) -> None:
         click.echo(f"captions {_captioned(captions.overview(url, column))}: {column}")
     for column in scores.columns_of(url):
         names = ", ".join(field.name for field in scores.described(url, column).fields)
-        click.echo(f"scores   {names} of {scores.count(url, column)} clips: {column}")
+        click.echo(f"scores   {names} of {scores.count(url, column)} of {totals['clips']} clips: {column}")
 
 
 def _captioned(overview: Any) -> str:

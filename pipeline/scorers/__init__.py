@@ -2,6 +2,7 @@
 
 import importlib
 
+from longtake.datasets.errors import UserError
 from longtake.pipeline.scorers.scorer import Scorer
 
 SCORERS = {
@@ -27,9 +28,6 @@ SCORERS = {
 # those that need nothing from a user: asked where a recipe names none
 PACK = ("motion", "cadence", "light", "focus", "coding", "bars", "overlay", "text", "faces", "people")
 
-# packages of the extra `curation` that a scorer imports
-NEEDS: dict[str, tuple[str, ...]] = {}
-
 
 def load(name: str) -> Scorer:
     """The scorer of a name in the table."""
@@ -37,6 +35,11 @@ def load(name: str) -> Scorer:
 
 
 def of_module(module: str) -> Scorer:
-    """The scorer of a module."""
-    scorer: Scorer = importlib.import_module(module).SCORER
+    """The scorer of a module. Raises UserError where a package is missing that it imports."""
+    try:
+        scorer: Scorer = importlib.import_module(module).SCORER
+    except ModuleNotFoundError as e:
+        if (e.name or "").startswith("longtake"):
+            raise
+        raise UserError(f"{e.name} is not installed: pip install 'longtake[curation]'") from e
     return scorer

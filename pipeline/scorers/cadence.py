@@ -17,11 +17,12 @@ from longtake.pipeline.scorers.scorer import Frames, Scorer, Values
 SIDE = 240  # pixels of the shorter side are looked at, or up to twice as many: every nth, so that noise stays as it is
 CELLS = 12  # along the shorter side
 STILL = 0.5  # of 255: with less change in every cell the picture stands still
-SHARE = 0.15  # of the change around it: a repeated frame changes less
-AROUND = 6  # frames on either side
+REFRESH = 3.0  # of 255: as much change as a coder makes in a still picture, now and then
+SHARE = 0.25  # of the change around it: a repeated frame changes less
+AROUND = 8  # frames on either side
 FREEZE = 0.25  # seconds that a picture stands still in a freeze
 FROZEN = 0.25  # share of a frozen clip in freezes
-FEW = 0.02  # share of repeated frames of a clip that has all its frames
+FEW = 0.03  # share of repeated frames of a clip that has all its frames
 RHYTHM = 0.7  # share of repeated frames that come again a period later
 PERIODS = range(2, 31)  # frames; 5 is 3:2, 30 is any conversion to 30 frames a second
 
@@ -72,7 +73,7 @@ class Watch:
         """The values of the clip, after its last frame."""
         changes = np.array(self.changes)
         repeated = _repeated(changes)
-        frozen = _freezes(repeated | (changes <= STILL), max(2, round(FREEZE * self.fps)))
+        frozen = _freezes(repeated | _still(changes), max(2, round(FREEZE * self.fps)))
         lengths = [end - start for start, end in _runs(frozen)]
 
         moving = repeated[~frozen]
@@ -96,14 +97,21 @@ def _change(one: np.ndarray, other: np.ndarray) -> float:
 
 def _repeated(changes: np.ndarray) -> np.ndarray:
     # a level needs two frames of change, so that a cut or a flash is none, and is the lower of the two sides', so that what
-    # begins to move slowly isn't taken for a repeated frame
+    # begins to move slowly isn't taken for a repeated frame; a side that the clip ends in says nothing where there is another
     repeated = np.zeros(len(changes), bool)
     for n, change in enumerate(changes):
         sides = [changes[max(0, n - AROUND) : n], changes[n + 1 : n + 1 + AROUND]]
-        levels = [float(np.sort(side)[-2:][0]) for side in sides if len(side) > 1]
-        if levels and change <= SHARE * min(levels):
-            repeated[n] = True
+        full = [side for side in sides if len(side) == AROUND] or [np.delete(changes, n)]
+        level = min(float(np.sort(side)[-2]) if len(side) > 1 else 0.0 for side in full)
+        repeated[n] = level > REFRESH and change <= SHARE * level
     return repeated
+
+
+def _still(changes: np.ndarray) -> np.ndarray:
+    # no change, or that of a coder before or after two frames without any
+    none = np.pad(changes <= STILL, 2)
+    beside = (none[:-4] & none[1:-3]) | (none[4:] & none[3:-1])
+    return none[2:-2] | ((changes <= REFRESH) & beside)
 
 
 def _runs(flags: np.ndarray) -> list[tuple[int, int]]:

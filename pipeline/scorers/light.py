@@ -10,6 +10,7 @@ from longtake.datasets.stage import StageConfig
 from longtake.pipeline.scorers.scorer import Frames, Scorer, Values
 
 BLACK, WHITE = 16, 235  # luma of clips
+LUMA = (np.arange(256) - BLACK) / (WHITE - BLACK)  # 0 (black) to 1 (white)
 NEAR = 3  # levels from either: as good as black, or white
 BLOCKS = 6  # along each side
 WINDOW = 0.5  # seconds: slower changes of light are no flicker
@@ -51,12 +52,15 @@ class Watch:
         """The next frames of the clip."""
         self.fps = frames.fps
         for small in frames.small:
-            luma = (small.astype(np.float64) - BLACK) / (WHITE - BLACK)
-            blocks = _blocks(luma)
+            counts = np.bincount(small.ravel(), minlength=256) / small.size
+            mean = float(counts @ LUMA)
+            deviation = max(0.0, float(counts @ LUMA**2) - mean**2) ** 0.5
+            dark, bright = counts[: BLACK + NEAR + 1].sum(), counts[WHITE - NEAR :].sum()
+
             # what moves changes blocks up and down; light changes most of them alike
+            blocks = _blocks(small)
             change = 0.0 if self.last is None else float(np.median(blocks - self.last))
-            dark, bright = (small <= BLACK + NEAR).mean(), (small >= WHITE - NEAR).mean()
-            self.rows.append(np.array([luma.mean(), dark, bright, luma.std(), change]))
+            self.rows.append(np.array([mean, dark, bright, deviation, change]))
             self.last = blocks
 
     def values(self) -> Values:
@@ -74,12 +78,12 @@ class Watch:
         }
 
 
-def _blocks(luma: np.ndarray) -> np.ndarray:
-    # (BLOCKS^2,) means
-    rows, columns = (np.linspace(0, size, BLOCKS + 1).astype(int)[:-1] for size in luma.shape)
-    sums = np.add.reduceat(np.add.reduceat(luma, rows, 0), columns, 1)
-    sizes = np.outer(np.diff([*rows, luma.shape[0]]), np.diff([*columns, luma.shape[1]]))
-    return np.asarray(sums / sizes).ravel()
+def _blocks(small: np.ndarray) -> np.ndarray:
+    # (BLOCKS^2,) mean luma
+    rows, columns = (np.linspace(0, size, BLOCKS + 1).astype(int) for size in small.shape)
+    sums = np.add.reduceat(np.add.reduceat(small, rows[:-1], 0, dtype=np.int64), columns[:-1], 1)
+    means = sums / np.outer(np.diff(rows), np.diff(columns))
+    return np.asarray((means - BLACK) / (WHITE - BLACK)).ravel()
 
 
 def _flicker(level: np.ndarray, fps: float) -> float:

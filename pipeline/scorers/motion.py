@@ -20,9 +20,10 @@ GRID = 3  # pixels of the small frame between points of the flow
 TEXTURE = 3.0  # levels a pixel: where the picture is flatter there is nothing to follow
 POINTS = 20  # at least, to tell a motion
 AGREED = 0.3  # share of them that has to agree
+ROUNDS = 4  # of refinement
 NEAR = 0.5  # pixels of the small frame from the agreed motion
 SMOOTH = 1.0  # seconds; what is quicker is shake
-STILL = 0.02  # of the side a second; a slower camera stands still
+STILL, STEADY = 0.03, 0.045  # of the side a second: a camera with a slower drift and less shake than that stands still
 CLEAR = 1.5  # times any other: the part of the camera's motion that names it
 
 LABELS = ("static", "pan", "tilt", "zoom", "roll", "shake", "mixed")
@@ -98,7 +99,7 @@ class Watch:
             "zoom": float(growth),
             "roll": float(np.degrees(turn)),
             "shake": shake,
-            "move": _label(speed, dict(zip(LABELS[1:6], [*parts, shake], strict=True))),
+            "move": _label(parts, shake),
         }
 
 
@@ -124,35 +125,47 @@ def _motion(flow: cv2.DISOpticalFlow, one: np.ndarray, other: np.ndarray) -> np.
     _, agreed = cv2.estimateAffinePartial2D(
         points[use], (points + shifts)[use], method=cv2.RANSAC, ransacReprojThreshold=near, maxIters=300, refineIters=0
     )
-    if agreed is None or agreed.mean() < AGREED:
+    if agreed is None:
         return None
-    inner = np.flatnonzero(use)[agreed.ravel().astype(bool)]
-    scale, turn, shift = _similarity(points[inner], shifts[inner])
+    inner = agreed.ravel().astype(bool)
 
-    x, y = points.T
-    camera = np.stack([scale * x - turn * y, turn * x + scale * y], 1) + shift
-    beside = np.hypot(*(shifts - camera).T)
-    beside[~use | (beside <= near)] = 0
+    # the best of few points isn't the best of many
+    for _ in range(ROUNDS):
+        if inner.mean() < AGREED:
+            return None
+        camera = _similarity(points[use][inner], shifts[use][inner])
+        inner = np.hypot(*(_shifts(camera, points[use]) - shifts[use]).T) <= near
+
+    scale, turn, *shift = camera
+    rest = np.hypot(*(shifts - _shifts(camera, points)).T)
+    rest[~use | (rest <= near)] = 0
     return np.array(
         [
-            np.hypot(*camera.T).mean() / side,
-            beside.mean() / side,
-            *(shift / side),
+            np.hypot(*_shifts(camera, points).T).mean() / side,
+            rest.mean() / side,
+            shift[0] / side,
+            shift[1] / side,
             np.log(np.hypot(1 + scale, turn)),
             np.arctan2(turn, 1 + scale),
-            np.hypot(x, y).mean() / side,
+            np.hypot(*points.T).mean() / side,
         ]
     )
 
 
-def _similarity(points: np.ndarray, shifts: np.ndarray) -> tuple[float, float, np.ndarray]:
-    # least squares of shift = (scale, -turn; turn, scale) point + c
+def _similarity(points: np.ndarray, shifts: np.ndarray) -> np.ndarray:
+    # least squares of shift = (scale, -turn; turn, scale) point + (right, down)
     centre, mean = points.mean(0), shifts.mean(0)
-    x, y = (points - centre).T
-    u, v = (shifts - mean).T
+    (x, y), (u, v) = (points - centre).T, (shifts - mean).T
     total = float((x * x + y * y).sum())
-    scale, turn = float((x * u + y * v).sum()) / total, float((x * v - y * u).sum()) / total
-    return scale, turn, mean - np.array([scale * centre[0] - turn * centre[1], turn * centre[0] + scale * centre[1]])
+    turned = np.array([(x * u + y * v).sum() / total, (x * v - y * u).sum() / total, 0, 0])
+    turned[2:] = mean - _shifts(turned, centre[None])[0]
+    return turned
+
+
+def _shifts(camera: np.ndarray, points: np.ndarray) -> np.ndarray:
+    scale, turn, right, down = camera
+    x, y = points.T
+    return np.stack([scale * x - turn * y + right, turn * x + scale * y + down], 1)
 
 
 def _smooth(velocity: np.ndarray, count: int) -> np.ndarray:
@@ -164,22 +177,21 @@ def _smooth(velocity: np.ndarray, count: int) -> np.ndarray:
     return np.asarray((sums[ends] - sums[starts]) / (ends - starts)[:, None])
 
 
-def _label(speed: float, parts: Mapping[str, float]) -> str:
-    if speed < STILL:
+def _label(drift: np.ndarray, shake: float) -> str:
+    if np.linalg.norm(drift) < STILL and shake < STEADY:
         return "static"
-    (name, most), (_, next_most), *_ = sorted(parts.items(), key=lambda part: -part[1])
-    return name if most >= CLEAR * next_most else "mixed"
+    parts = sorted(zip([*drift, shake], LABELS[1:6], strict=True), reverse=True)
+    return parts[0][1] if parts[0][0] >= CLEAR * parts[1][0] else "mixed"
 
 
 class Scores:
     """Sees every frame."""
 
-    def __init__(self) -> None:
-        self.flow = cv2.DISOpticalFlow_create(cv2.DISOPTICAL_FLOW_PRESET_FAST)
-
     def begin(self, row: Mapping[str, Any]) -> Watch:
-        """A clip."""
-        return Watch(self.flow)
+        """A clip, with a flow of its own: one that has seen small frames goes on with settings for such."""
+        flow = cv2.DISOpticalFlow_create(cv2.DISOPTICAL_FLOW_PRESET_FAST)
+        flow.setFinestScale(1)  # half the small frame's; at a quarter, as preset, a turn comes out a sixth too slow
+        return Watch(flow)
 
 
 def load(config: Config, device: str, threads: int) -> Scores:

@@ -118,7 +118,19 @@ def lines(luma: np.ndarray, cv2: Any) -> list[Box]:
         letters = _letters(stats, luma, parts)
         rows = (letters[row] for row in _rows(letters))
         found += [_around(row) for row in rows if _stands_alone(row, strokes, parts)]
-    return found
+    # the gaps between bright letters are a dark line
+    apart: list[Box] = []
+    for box in sorted(found, key=lambda box: -box[2] * box[3]):
+        if all(_shared(box, other) < 0.5 for other in apart):
+            apart.append(box)
+    return apart
+
+
+def _shared(box: Box, other: Box) -> float:
+    """Share of a box that another one covers."""
+    width = min(box[0] + box[2], other[0] + other[2]) - max(box[0], other[0])
+    height = min(box[1] + box[3], other[1] + other[3]) - max(box[1], other[1])
+    return max(0.0, width) * max(0.0, height) / (box[2] * box[3])
 
 
 def _letters(stats: np.ndarray, luma: np.ndarray, parts: np.ndarray) -> np.ndarray:

@@ -8,6 +8,7 @@ name; without a view all clips are scored, and every later view can use the colu
 
 import difflib
 import importlib
+import socket
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -100,7 +101,7 @@ class _Asked(NamedTuple):
     config: Any
 
     def digest(self, name: str) -> str:
-        """Of its files. Raises UserError, naming the key."""
+        """Of its files. Raises UserError, naming the key: a file, or a package, is missing."""
         try:
             return self.scorer.digest(self.config)
         except UserError as e:
@@ -117,21 +118,10 @@ def _asked(config: Config) -> dict[str, _Asked]:
     return asked
 
 
-def _check_installed(asked: Mapping[str, _Asked]) -> None:
-    """Raise UserError where a package is missing that a scorer needs."""
-    for name, one in asked.items():
-        if missing := [package for package in kinds.NEEDS.get(one.by, ()) if find_spec(package) is None]:
-            raise UserError(
-                f"scorers.{name}: scorer {one.by} needs the package {missing[0]}; run `pip install 'longtake[curation]'`,"
-                " or name the scorers that you want"
-            )
-
-
 def outside(config: Config) -> str:
     """The versions of the scorers, and digests of their files. Raises UserError: a file or a package is missing."""
-    asked = _asked(config)
-    _check_installed(asked)
-    return " ".join(f"{name} {one.scorer.version} {one.digest(name)}".rstrip() for name, one in asked.items())
+    asked = _asked(config).items()
+    return " ".join(f"{name} {one.scorer.version} {one.digest(name)}".rstrip() for name, one in asked)
 
 
 def complete(uri: str) -> bool:
@@ -153,7 +143,6 @@ def run(config: Config, inputs: Mapping[str, str], output: str) -> dict[str, Any
     # What to score, and by what.
     dataset = storage.absolute(inputs["dataset"])
     asked = _asked(config)
-    _check_installed(asked)
     base = columns.open_base(dataset, inputs.get("view"))
     made = {name: _column(name, one, base.view) for name, one in asked.items()}
 
@@ -200,9 +189,11 @@ def run(config: Config, inputs: Mapping[str, str], output: str) -> dict[str, Any
 
 
 def _column(name: str, asked: _Asked, view: str) -> Column:
-    settings, digest = content(asked.config), asked.digest(name)
-    column = scores.column_name(name, [asked.by, asked.scorer.version, settings, digest, view])
-    return Column(column, asked.by, settings, digest, asked.scorer.fields(asked.config))
+    digest = asked.digest(name)
+    decides = [asked.by, asked.scorer.version, content(asked.config), digest, view]
+    # all settings: where a model lies does not decide, but a search by text has to find it
+    settings = asked.config.model_dump(mode="json")
+    return Column(scores.column_name(name, decides), asked.by, settings, digest, asked.scorer.fields(asked.config))
 
 
 def _missing(dataset: str, split: str, names: Sequence[str], keeps: Mapping[str, np.ndarray]) -> Iterator[Job]:
@@ -247,7 +238,14 @@ def _load(
         importlib.import_module("cv2").setNumThreads(threads)
     works = []
     for plain, module, settings in asked:
-        scorer = kinds.of_module(module)
-        loaded = scorer.load(scorer.config.model_validate(settings), device if scorer.gpu else "cpu", threads)
-        works.append(Work(scores.from_plain(plain), loaded))
+        scorer, column = kinds.of_module(module), scores.from_plain(plain)
+        config = scorer.config.model_validate(settings)
+        # a file may have changed since the stage began, or be another one on this node
+        if scorer.digest(config) != column.digest:
+            name = column.column.removeprefix(scores.PREFIX).rpartition("-")[0]
+            raise UserError(
+                f"scorers.{name}: the files of its scorer on {socket.gethostname()} are not those that the stage began"
+                " with; copy them there, then run the same command again"
+            )
+        works.append(Work(column, scorer.load(config, device if scorer.gpu else "cpu", threads)))
     return partial(make_scores, works, dataset, batch)

@@ -47,6 +47,8 @@ class Rule:
     settings: tuple[tuple[str, Any], ...] = ()
 
 
+PICTURE = "labels_picture.json"
+
 RULES = (
     Rule("motion", "move", "is", "move"),
     Rule("cadence", "cadence", "is", "cadence"),
@@ -54,6 +56,16 @@ RULES = (
     Rule("light", "bright", "above", "blown"),
     Rule("light", "flicker", "above", "flicker"),
     Rule("light", "fade_in", "above", "fade"),
+    Rule("focus", "subject", "above", "blurred", PICTURE),
+    Rule("focus", "blur", "above", "blurred", PICTURE),
+    Rule("coding", "noise", "above", "noisy", PICTURE),
+    Rule("coding", "blocks", "above", "blocky", PICTURE),
+    Rule("bars", "shape", "is", "bars", PICTURE),
+    Rule("overlay", "share", "above", "overlay", PICTURE),
+    Rule("text", "share", "above", "text", PICTURE),
+    Rule("text", "characters", "above", "text", PICTURE, (("ocr", True),)),
+    Rule("faces", "count", "above", "faces", PICTURE),
+    Rule("people", "count", "above", "people", PICTURE),
 )
 
 

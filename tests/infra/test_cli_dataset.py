@@ -9,6 +9,7 @@ import claps
 import numpy as np
 import pytest
 import spoken
+from scored import write_columns
 
 from longtake.datasets import captions, clip, index, schema, storage
 from longtake.datasets.captions import Caption
@@ -107,6 +108,27 @@ def test_ls_adds_up(dataset: str, capsys: pytest.CaptureFixture[str]) -> None:
     clips = sum(len(index.read_all(dataset, split)) for split in schema.SPLITS)
     out = capsys.readouterr().out
     assert "sources  6 = 6 good + 0 rejected" in out and f"clips    {clips} " in out
+
+
+def test_scores_are_counted_shown_and_folded(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    url = str(copy)
+    columns = write_columns(url, {"mood": {"joy": "number", "vector": 4}, "tone": {"colour": "label"}})
+    clips = sum(len(index.read_all(url, split)) for split in schema.SPLITS)
+    assert longtake("dataset", "ls", url) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert f"scores   colour of {clips} of {clips} clips: {columns['tone']}" in lines
+    assert any(line.startswith("scores   joy, vector of ") and columns["mood"] in line for line in lines)
+    key = index.read_all(url, "val")["key"][-1].as_py()
+    assert longtake("dataset", "show", url, key) == 0
+    shown = json.loads(capsys.readouterr().out)["scores"]
+    assert shown[columns["mood"]]["vector"] == "4 numbers" and shown[columns["tone"]]["colour"] in (
+        "red",
+        "green",
+        "blue",
+    )
+    assert longtake("dataset", "compact", url) == 0
+    assert capsys.readouterr().out.splitlines()[2:] == [f"scores: {column}" for column in sorted(columns.values())]
+    assert longtake("dataset", "verify", url) == 0
 
 
 def test_long_words_are_cut_and_rare_ones_forgotten(

@@ -155,11 +155,9 @@ def test_without_scorers_the_whole_pack_is_asked(monkeypatch: pytest.MonkeyPatch
     whole = score.Config(kind="score", dataset="x")
     assert whole == config(scorers={"bright": None, "colour": {"by": "colour", "frames": 4}}, batch=8)
     assert score.outside(whole) == "bright 1 colour 1"
-    monkeypatch.setattr(kinds, "NEEDS", {"colour": ("no_such_package",)})
-    with pytest.raises(
-        UserError, match=r"scorers\.colour: .*no_such_package; run `pip install 'longtake\[curation\]'`"
-    ):
-        score.outside(whole)
+    monkeypatch.setattr(kinds, "SCORERS", {"bright": "toy_without"})
+    with pytest.raises(ValidationError, match=r"no_such_package is not installed: pip install 'longtake\[curation\]'"):
+        config(scorers={"bright": {}})
 
 
 def test_a_loader_a_diff_and_a_compact_file_know_scores(root: str, plain: str) -> None:

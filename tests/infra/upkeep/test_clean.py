@@ -19,6 +19,7 @@ from longtake.datasets import latents as column
 from longtake.datasets import storage
 from longtake.datasets.captions import Captions, write_captions
 from longtake.datasets.errors import Interrupted
+from longtake.datasets.scores import Column, Scores, write_scores
 from longtake.datasets.text import Text, TextConfig, write_text
 from longtake.datasets.tokens import Tokens, write_tokens
 from longtake.infra import graph, recipe, runner, runs
@@ -401,6 +402,37 @@ def test_captions_go_only_where_asked_for_and_no_stage_uses_them_or_names_their_
     clean.remove(gone, here.open()[2])
     files = {f"{split}/00000.caption-a1.parquet" for split in ("train", "val")}
     assert before - tree(Path(dataset)) == files | {"answers/train-00001.caption-a1.ab12.json"}
+
+
+def test_scores_go_that_no_stage_of_the_recipe_makes_or_names(here: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
+    _, dataset = here.ran("shards", "FINISHED")
+
+    def make(quantile: float) -> tuple[str, str]:
+        """A column by a stage with these settings, of which one column is the same for all; its name, and its record."""
+        here.more = {"scores": {"kind": "score", "dataset": "shards", "scorers": {"light": {}, "bars": {}}}}
+        here.more["scores"]["run"] = {"batch": 4}
+        here.more["scores"]["view"] = f"/views/{quantile}.parquet"
+        _, output = here.ran("scores", "FINISHED")
+        names = {"light": f"score-light-{quantile * 100:02.0f}", "bars": "score-bars-aa"}
+        columns = {name: Column(column, name, {}, "", ()) for name, column in names.items()}
+        write_scores(output, Scores(dataset, columns, None, {}))
+        for split in ("train", "val"):
+            storage.write(storage.join(dataset, split, f"00000.{names['light']}.parquet"), b"0" * 100)
+        storage.write(storage.join(dataset, "train", "00000.score-bars-aa.parquet"), b"0")
+        storage.write(storage.join(dataset, "compact", f"train.{names['light']}.arrow"), b"0" * 50)
+        return names["light"], output
+
+    old, _ = make(0.1)
+    named, record = make(0.2)
+    make(0.3)
+    for kinds in ((), ("scores",)):
+        items, _ = here.find(*kinds)
+        gone = {where.rpartition(" ")[2]: item for where, item in items.items() if "score-" in where}
+        assert gone.keys() == {old, named} and gone[old].bytes == 250
+        assert "no stage of the recipe scores bars, light with" in gone[old].reason
+    monkeypatch.setattr(clean, "inputs_of", lambda config: {"scores": (record, "scores")})
+    items, _ = here.find("scores")
+    assert [where.rpartition(" ")[2] for where in items] == [old], "a stage may name a record"
 
 
 def test_half_models_of_killed_runs_go_and_whole_ones_stay(here: Workspace) -> None:

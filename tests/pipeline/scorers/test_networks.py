@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +17,15 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from scored import coded, score_file
 
-from longtake.datasets import clip
+from longtake.datasets import clip, index, schema, scores
 from longtake.datasets.errors import UserError
+from longtake.datasets.scores import Column, from_plain
+from longtake.pipeline import scorers as kinds
 from longtake.pipeline.scorers import dual, load
 from longtake.pipeline.scorers.one_by_one import be_exact
 from longtake.pipeline.scorers.scorer import places
+from longtake.pipeline.scoring import Work, make_scores
+from longtake.pipeline.stages import score
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -141,13 +147,13 @@ def test_a_classifier_gives_what_the_librarys_pipeline_gives(kind: str, folders:
     for pool in ("mean", "max", "min"):
         values = score_file("classifier", {"model": folders[kind], "frames": 3, "pool": pool}, mp4)
         assert list(values) == [field.name for field in fields]
-        pooled = {label: getattr(scores, pool)() for label, scores in by_label.items()}
+        pooled = {label: getattr(each, pool)() for label, each in by_label.items()}
         if len(pooled) == 1:
             assert values == {"value": pytest.approx(next(iter(pooled.values())), abs=1e-4)}
             continue
         names = dict(zip(tiny_pictures.LABELS, ("safe", "nsfw_nude", "label_7_other"), strict=True))
-        for label, score in pooled.items():
-            assert values[names[label]] == pytest.approx(score, abs=1e-4)
+        for label, expected in pooled.items():
+            assert values[names[label]] == pytest.approx(expected, abs=1e-4)
         assert values.get("label", max(pooled, key=pooled.__getitem__)) == max(pooled, key=pooled.__getitem__)
         assert ("label" in values) == (kind == "shares")
 
@@ -204,23 +210,69 @@ def test_a_text_longer_than_the_model_takes_is_refused(folders: dict[str, str]) 
 
 def test_a_column_says_which_folder_made_it(folders: dict[str, str], tmp_path: Path) -> None:
     place = tiny_pictures.folder("clip", tmp_path / "clip")
-    settings = {"model": place, "frames": 2}
-    config = load("embedding").config(**settings)
-    column: dict[str, Any] = {"column": "score-clip-0", "scorer": "embedding", "config": config.model_dump(mode="json")}
-    column["digest"] = load("embedding").digest(config)
-    # through JSON, as a record is
-    column = json.loads(json.dumps(column))
+    column = column_of({"model": place, "frames": 2})
     np.testing.assert_array_equal(dual.encode_query(column, TEXTS[0]), dual.encode_text(place, TEXTS[0]))
 
     tiny_pictures.folder("clip", tmp_path / "clip", seed=1)
     with pytest.raises(UserError, match=r"score-clip-0: .*clip: other files than those that made it; copy them back"):
         dual.encode_query(column, TEXTS[0])
     with pytest.raises(UserError, match=r"made by `focus`, which encodes no texts"):
-        dual.encode_query(column | {"scorer": "focus"}, TEXTS[0])
-    vit = load("embedding").config(model=folders["vit"])
-    about = {"config": vit.model_dump(mode="json"), "digest": load("embedding").digest(vit)}
+        dual.encode_query(replace(column, scorer="focus"), TEXTS[0])
     with pytest.raises(UserError, match=r"vit: encodes no texts; name a dual encoder"):
-        dual.encode_query(column | about, TEXTS[0])
+        dual.encode_query(column_of({"model": folders["vit"]}), TEXTS[0])
+    shutil.rmtree(place)
+    with pytest.raises(UserError, match=r"model: .*clip: no such folder or file"):
+        dual.encode_query(column, TEXTS[0])
+
+
+def test_a_worker_with_other_files_scores_nothing(dataset: str, tmp_path: Path) -> None:
+    place = tiny_pictures.folder("vit", tmp_path / "vit")
+    config = score.Config(kind="score", dataset=dataset, scorers={"v": {"by": "embedding", "model": place}})
+    ((name, one),) = score._asked(config).items()
+    asked = [(score._column(name, one, "").plain(), kinds.SCORERS[one.by], one.config.model_dump(mode="json"))]
+    tiny_pictures.folder("vit", tmp_path / "vit", seed=1)
+    with pytest.raises(UserError, match=r"scorers.v: the files of its scorer on .* are not those .*copy them there"):
+        score._load("cpu", asked=asked, dataset=dataset, batch=1, threads=1)
+
+
+def column_of(settings: dict[str, Any]) -> Column:
+    """What the record of a stage says of an embedding, after its way through JSON."""
+    embedding = load("embedding")
+    config = embedding.config(**settings)
+    plain = config.model_dump(mode="json")
+    column = Column("score-clip-0", "embedding", plain, embedding.digest(config), embedding.fields(config))
+    return from_plain(json.loads(json.dumps(column.plain())))
+
+
+def test_columns_of_networks_are_the_same_in_any_batch_and_answer_a_text(
+    dataset: str, folders: dict[str, str], tmp_path: Path
+) -> None:
+    roots = [str(shutil.copytree(dataset, tmp_path / name)) for name in ("one", "other")]
+    encoders = {
+        "clip": {"by": "embedding", "model": folders["clip"]},
+        "map": {"by": "embedding", "model": folders["resnet"]},
+    }
+    asked = {"scorers": encoders | {"nsfw": {"by": "classifier", "model": folders["shares"]}}}
+    for root, batch in zip(roots, (1, 8), strict=True):
+        config = score.Config(kind="score", dataset=root, run={"batch": batch}, **asked)  # type: ignore[arg-type]
+        works = [
+            Work(score._column(name, one, ""), one.scorer.load(one.config, "cpu", 1))
+            for name, one in score._asked(config).items()
+        ]
+        for split in schema.SPLITS:
+            for name in index.shard_names(root, split):
+                keep = np.ones(len(index.read_shard(root, split, name).table), bool)
+                make_scores(works, root, batch, split, name, keep)
+    files = [sorted(path.relative_to(root) for path in Path(root).rglob("*.score-*")) for root in roots]
+    assert files[0] == files[1] and len(files[0]) >= 6
+    assert all((Path(roots[0]) / file).read_bytes() == (Path(roots[1]) / file).read_bytes() for file in files[0])
+
+    (column,) = (column for column in scores.columns_of(roots[0]) if column.startswith("score-clip-"))
+    table = scores.table(roots[0], "train", {"clip": column})
+    rows, vectors = scores.vectors(table["clip.vector"])
+    assert len(rows) == len(table) and np.allclose(np.linalg.norm(vectors.astype(np.float64), axis=1), 1, atol=2e-3)
+    query = dual.encode_query(scores.described(roots[0], column), TEXTS[0])
+    assert np.ptp(vectors.astype(np.float32) @ query) > 0
 
 
 @pytest.mark.parametrize("width", [1, 5])
