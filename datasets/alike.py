@@ -12,6 +12,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -203,17 +204,44 @@ def _best(found: Alike, count: int) -> Alike:
     return Alike(found.rows[order], found.cosines[order])
 
 
+class Searched(NamedTuple):
+    """Clusters to search in, without their record; see `clusters.Clusters`."""
+
+    dataset: str
+    folder: str
+
+
+def clusters_of(dataset: str, column: str, field: str) -> Searched | None:
+    """Clusters of all clips that a dataset has now, by these vectors; None where it has none."""
+    digests = {split: compact.open_split(dataset, split)[0].digest for split in schema.SPLITS}
+    for name in scores.columns_of(dataset):
+        folder = f"{clusters.FOLDER}/{name.rpartition('-')[2]}"
+        if name.startswith(f"{scores.PREFIX}cluster-") and storage.exists(storage.join(dataset, folder, CENTROIDS)):
+            made = scores.described(dataset, name).config
+            whole = made["view"] == "" and made["base"] == digests
+            if (
+                whole
+                and made["embedding"] == [column, field]
+                and all(_has_all(dataset, name, split) for split in digests)
+            ):
+                return Searched(dataset, folder)
+    return None
+
+
+def _has_all(dataset: str, column: str, split: str) -> bool:
+    return len(index.shard_names(dataset, split, column)) == len(index.shard_names(dataset, split))
+
+
 def approximate(
-    made: clusters.Clusters, vector: np.ndarray, count: int, probes: int = 8, keep: np.ndarray | None = None
+    made: clusters.Clusters | Searched, vector: np.ndarray, count: int, probes: int = 8, keep: np.ndarray | None = None
 ) -> Alike:
     """The `count` clips nearest to a vector (D,) in the `probes` clusters whose centroids are nearest; else as `exact`.
 
     More probes find more of the true ones; those of all clusters are all of them.
     """
-    asked = direction(vector, made.embedding["width"])
-    folder = storage.join(made.dataset, made.folder)
-    near = np.argsort(-(read_centroids(folder) @ asked), kind="stable")[:probes]
-    lists = read_lists(folder)
+    centres, lists = _opened(storage.join(made.dataset, made.folder))
+    asked = direction(vector, centres.shape[1])
+    near = np.argsort(-(centres @ asked), kind="stable")[:probes]
     with ThreadPoolExecutor(_READS) as pool:
         parts = [
             part
@@ -259,6 +287,12 @@ def vector_of(dataset: str, column: str, field: str, key: str) -> tuple[int, np.
     raise UserError(f"{dataset}: no sample {key}; `longtake dataset sources` lists the sources that keys begin with")
 
 
+@lru_cache(maxsize=4)
+def _opened(folder: str) -> tuple[np.ndarray, list["Lists"]]:
+    """Centroids and lists for several searches; a folder of clusters never changes."""
+    return read_centroids(folder), read_lists(folder)
+
+
 # The lists of clusters.
 
 
@@ -294,12 +328,15 @@ def _read(url: str, start: int, shape: tuple[int, ...], kind: type) -> np.ndarra
     count = int(np.prod(shape, dtype=np.int64))
     if not count:
         return np.empty(shape, kind)
-    if storage.is_local(url):
-        with open(storage.filesystem(url)[1], "rb") as file:  # noqa: PTH123
-            file.seek(start)
-            return np.fromfile(file, kind, count).reshape(shape)
-    data = storage.read_range(url, start, count * np.dtype(kind).itemsize)
-    return np.frombuffer(data, kind).reshape(shape)
+    values: np.ndarray
+    try:
+        if storage.is_local(url):
+            values = np.fromfile(storage.filesystem(url)[1], kind, count, offset=start)
+        else:
+            values = np.frombuffer(storage.read_range(url, start, count * np.dtype(kind).itemsize), kind)
+        return values.reshape(shape)
+    except (FileNotFoundError, ValueError) as e:
+        raise Failure(f"{url}: missing or damaged; delete it and run the `cluster` stage again") from e
 
 
 def read_lists(folder: str) -> list[Lists]:
@@ -340,3 +377,20 @@ def read_centroids(folder: str) -> np.ndarray:
         return np.asarray(load(storage.read(url))["centroids"], np.float32)
     except (FileNotFoundError, SafetensorError, KeyError) as e:
         raise Failure(f"{url}: missing or damaged; delete its folder and run the `cluster` stage again") from e
+
+
+def problems(dataset: str) -> Iterator[str]:
+    """A line for each damage in the clusters of a dataset."""
+    for digest in storage.names(storage.join(dataset, clusters.FOLDER)):
+        folder = storage.join(dataset, clusters.FOLDER, digest)
+        for read in (read_centroids, read_lists):
+            try:
+                read(folder)
+            except Failure as e:
+                yield str(e)
+        for name in storage.names(folder):
+            for each in index.shard_names(folder, name) if name.startswith("pairs-") else ():
+                try:
+                    index.read_shard(folder, name, each)
+                except Failure as e:
+                    yield str(e)

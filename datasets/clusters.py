@@ -8,6 +8,7 @@ the order of its shards. `DATASET/clusters/DIGEST/` has
     pairs-COSINE/N.parquet      the pairs of some clusters that are at least this alike
 """
 
+import re
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
@@ -18,7 +19,7 @@ import pyarrow as pa
 
 from longtake.datasets import index, record, schema, storage
 from longtake.datasets.errors import Failure, UserError
-from longtake.datasets.scores import Field
+from longtake.datasets.scores import PREFIX, Field
 
 FOLDER = "clusters"  # of a dataset
 # what the column of scores has
@@ -91,6 +92,22 @@ def numbers(clusters: Clusters, splits: pa.ChunkedArray, rows: np.ndarray) -> np
 def pairs_name(similarity: float) -> str:
     """Of the folder with the pairs of at least this cosine, in that of the clusters."""
     return f"pairs-{similarity!r}"
+
+
+def names(clusters: Clusters) -> list[str]:
+    """Of its two parts, each of which another stage may share: the column with all that it stands for, and the pairs."""
+    column = str(clusters.column["column"])
+    return [column, f"{column} {pairs_name(clusters.similarity)}"]
+
+
+def name_of(path: str) -> str:
+    """The part (see `names`) that a file in the folder of clusters is of; "" of other files."""
+    digest, _, inside = path.partition("/")
+    folder, _, file = inside.rpartition("/")
+    if not re.fullmatch("[0-9a-f]+", digest) or not file or file.startswith("."):
+        return ""
+    column = f"{PREFIX}cluster-{digest}"
+    return f"{column} {folder}" if folder.startswith("pairs-") else column
 
 
 def pairs(clusters: Clusters, similarity: float | None = None) -> pa.Table:

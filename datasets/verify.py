@@ -14,7 +14,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from longtake.datasets import audio, captions, compact, index, schema, scores, storage, text, tokens
+from longtake.datasets import alike, audio, captions, compact, index, schema, scores, storage, text, tokens
 from longtake.datasets import latents as columns
 from longtake.datasets.errors import Failure
 
@@ -275,6 +275,7 @@ def layout_problems(dataset: str) -> Iterator[str]:
         yield from _count_problems(dataset)
     for split in schema.SPLITS:
         yield from compact.problems(dataset, split)
+    yield from alike.problems(dataset)
 
 
 def _stray_files(dataset: str, committed: set[tuple[str, str]]) -> Iterator[str]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +11,7 @@ import numpy as np
 import scored
 
 from longtake.datasets import index, schema, storage
+from longtake.pipeline.column import Job
 from longtake.pipeline.stages import cluster
 
 
@@ -44,6 +47,18 @@ def run(url: str, output: str, **settings: Any) -> dict[str, Any]:
     config = cluster.Config.model_validate(known | settings)
     inputs = {"dataset": url, "scores": f"{url}-scores"} | ({"view": config.view} if config.view else {})
     return cluster.run(config, inputs, output)
+
+
+def make_here(
+    stage: str, jobs: Sequence[Job], task: Any, load: Any, models: Sequence[Any], arguments: Mapping[str, Any]
+) -> Counter[str]:
+    """In place of `columns.make`: the jobs in this process, the last one first."""
+    totals = Counter[str]()
+    at_work = load("cpu", *models, **arguments)
+    for job in reversed(jobs):
+        keep = np.unpackbits(np.frombuffer(job.keep, np.uint8), count=job.clips).astype(bool)
+        totals.update(at_work(split=job.split, name=job.name, keep=keep, report=lambda clips, position: None))
+    return totals
 
 
 def crowded(count: int, width: int, groups: int = 20, seed: int = 0) -> np.ndarray:
