@@ -22,6 +22,7 @@ from longtake.infra.cli import (
     generate,
     housekeeping,
     infill,
+    layouts,
     models,
     promote,
     recipe,
@@ -68,7 +69,7 @@ for command in (
     *(housekeeping.plan, housekeeping.doctor, housekeeping.clean),
     *(submit.submit, submit.jobs_group, submit.render),
     *(models.models, promote.promote, promote.rollback, export.export),
-    *(dataset.footage, dataset.dataset, browse.browse),
+    *(dataset.footage, layouts.dataset, browse.browse),
     *(generate.generate, infill.infill, reconstruct.reconstruct, retrieve.retrieve),
 ):
     cli.add_command(command)

@@ -219,7 +219,7 @@ def _bytes(dataset: str, names: Sequence[str]) -> int:
     endings, total = tuple(f".{name}.parquet" for name in names), 0
     for split in schema.SPLITS:
         fs, path = storage.filesystem(storage.join(dataset, split))
-        total += sum(int(entry["size"] or 0) for entry in fs.ls(path) if entry["name"].endswith(endings))
+        total += sum(int(entry["size"] or 0) for entry in fs.ls(path, detail=True) if entry["name"].endswith(endings))
     return total
 
 

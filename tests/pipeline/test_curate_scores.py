@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import scored
 import toy_scorers
@@ -18,6 +19,8 @@ from hypothesis import strategies as st
 from longtake.datasets import clusters, compact, index, schema, storage, view
 from longtake.datasets.errors import Failure, UserError
 from longtake.infra import graph, recipe
+from longtake.infra.report import clips
+from longtake.infra.report.embed import Pictures
 from longtake.pipeline import scorers
 from longtake.pipeline.stages import curate
 
@@ -260,3 +263,19 @@ def test_a_recipe_is_refused_for_a_score_that_its_scorers_do_not_give(
         with pytest.raises(UserError, match=says) as error:
             load(**options)
         assert "\n" not in str(error.value), json.dumps(options)
+
+
+def test_the_report_shows_the_scores_that_decided_the_view(tmp_path: Path) -> None:
+    values = {"x": {"number": [n / 12 if n % 3 else np.nan for n in range(12)]}, "y": {"number": [np.nan] * 11 + [1.0]}}
+    dataset, record = with_scores(tmp_path, values)
+    rules = {"x.number": {"min": 0.5}, "y.number": {"min": 0.5}}
+    run(dataset, scores=record, **NOTHING | {"rules": rules})
+    table = clips.load(dataset, view.read_view(storage.join(dataset, VIEW)))
+    size = {name: pa.array([24] * len(table), pa.int32()) for name in ("frame_count", "width", "height")}
+    size |= {name: pa.array([0.5] * len(table), pa.float64()) for name in ("fps", "brightness", "sharpness")}
+    for name, column in size.items():
+        table = table.set_column(table.column_names.index(name), name, column)
+    plots = {plot["name"]: plot for plot in clips.histograms(table, Pictures(tmp_path / "pictures"))}
+    known = [n / 12 for n in range(12) if n % 3]
+    assert plots["x.number"]["median"] == pytest.approx(np.median(known)) and plots["y.number"]["median"] == 1.0
+    assert (tmp_path / "pictures" / "clips-x.number.svg").stat().st_size > 1000
