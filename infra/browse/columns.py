@@ -1,5 +1,6 @@
 """The columns of scores that the page shows, by the names that rules use; and which records of stages name them."""
 
+import re
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ CLUSTER = "cluster"  # what rules call the column of a `cluster` stage
 
 _RECORDS = {"scores.json": "scores", "clusters.json": "clusters"}
 _THREADS = 16
+_DIGEST = re.compile(r"[0-9a-f]{8,64}(-[0-9a-f]{8})?")  # the name of an output
 
 
 @dataclass(frozen=True)
@@ -109,9 +111,16 @@ def shown(dataset: str, asked: Sequence[str] = (ALL,)) -> Shown:
 
 def _beside(dataset: str) -> list[str]:
     """The outputs of stages in the dataset's workspace that record columns."""
-    workspace = storage.absolute(dataset).rpartition("/")[0]
-    uris = [storage.join(workspace, name) for name in storage.names(workspace)] if workspace else []
+    # WORKSPACE/STAGE/DIGEST is a dataset in a workspace; one elsewhere has no records beside it
+    parts = storage.absolute(dataset).rsplit("/", 2)
+    if len(parts) < 3 or not _DIGEST.fullmatch(parts[2]):
+        return []
+    stages = [storage.join(parts[0], name) for name in storage.names(parts[0]) if not name.startswith(".")]
     with ThreadPoolExecutor(_THREADS) as pool:
+        outputs = pool.map(
+            lambda stage: [storage.join(stage, n) for n in storage.names(stage) if _DIGEST.fullmatch(n)], stages
+        )
+        uris = [uri for several in outputs for uri in several]
         kinds = list(pool.map(_found, uris))
     return [uri for uri, kind in zip(uris, kinds, strict=True) if kind]
 

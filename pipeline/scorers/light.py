@@ -100,7 +100,7 @@ def _fade(deviation: np.ndarray, fps: float) -> float:
     start, end = (int(np.argmax(deviation >= share * usual)) for share in (EMPTY, WHOLE))
     start = max(0, start - 1)  # what is black before it is no part of the fade
     steps = np.diff(deviation[start : end + 1]) / usual
-    steady = (steps > 0).mean() >= STEADY and -0.05 <= steps.min() and steps.max() <= STEP
+    steady = (steps > 0).mean() >= STEADY and steps.min() >= -0.05 and steps.max() <= STEP
     return (end - start) / fps if 2 <= end - start <= LONGEST * fps and steady else 0.0
 
 

@@ -21,9 +21,8 @@ from typing import Any, Literal
 
 import av
 import numpy as np
-from tqdm import tqdm
-
 from tests.support.scored import coded, score_file
+from tqdm import tqdm
 
 HERE = Path(__file__).parent
 

@@ -393,14 +393,14 @@ def test_a_text_finds_the_clips_whose_vectors_are_like_it(tmp_path):
 
 
 def test_columns_are_named_as_their_records_name_them(tmp_path):
-    dataset = browsed.make_dataset(tmp_path / "clips", 40)
+    dataset = browsed.make_dataset(tmp_path / "shards/0123456789abcdef", 40)
     one = scored.write_columns(dataset, {"flow": {"camera": "number"}})
     other = scored.write_columns(dataset, {"flow": {"camera": "number"}}, seed=1)
-    scored.write_record(str(tmp_path / "scores"), dataset, {"movement": one["flow"]})
+    scored.write_record(str(tmp_path / "scores/0123456789abcdef"), dataset, {"movement": one["flow"]})
     assert "movement.camera" in library.load(dataset).fields
-    books = library.load(dataset, None, [str(tmp_path / "scores")])
+    books = library.load(dataset, None, [str(tmp_path / "scores/0123456789abcdef")])
     assert "movement.camera" in books.fields and "flow.camera" not in books.fields
-    scored.write_record(str(tmp_path / "later"), dataset, {"movement": other["flow"]})
+    scored.write_record(str(tmp_path / "scores/1123456789abcdef-01234567"), dataset, {"movement": other["flow"]})
     (note,) = library.load(dataset).shown.notes
     assert "movement: shows" in note
 

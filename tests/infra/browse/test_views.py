@@ -27,11 +27,11 @@ WHERE = [
 @pytest.fixture
 def opened(tmp_path):
     """A dataset in its workspace with a record of its scores, and a client that may write."""
-    dataset = browsed.make_dataset(tmp_path / "clips", 300)
+    dataset = browsed.make_dataset(tmp_path / "shards/0123456789abcdef", 300)
     columns = scored.write_columns(
         dataset, {"flow": {"camera": "number", "move": "label"}, "light": {"mean": "number"}}
     )
-    scored.write_record(str(tmp_path / "scores-1"), dataset, {"flow": columns["flow"]})
+    scored.write_record(str(tmp_path / "scores/0123456789abcdef"), dataset, {"flow": columns["flow"]})
     return dataset, browsed.client_of(library.load(dataset), writable=True)
 
 
@@ -40,7 +40,7 @@ def test_a_view_is_that_of_the_recipe_byte_for_byte(opened):
     made = client.post("/api/view", json={"name": "chosen", **RULES}).json()
     ((name, stage),) = yaml_text.parse(made["recipe"], "the page").items()
     config = curate.Config.model_validate(stage)
-    assert (name, config.scores) == ("chosen", str(Path(dataset).parent / "scores-1"))
+    assert (name, config.scores) == ("chosen", str(Path(dataset).parents[1] / "scores/0123456789abcdef"))
     again = curate.run(config, {"dataset": dataset, "scores": config.scores}, "again")
     assert Path(again["uri"]).read_bytes() == Path(made["uri"]).read_bytes()
     assert made["uri"] == f"{dataset}/views/chosen.parquet"
