@@ -71,8 +71,10 @@ function chips() {
   if (list.length > 1) {
     list.push(make("button", { type: "button", class: "quiet", onclick: clear }, "Take all away"));
   }
+  const inside = find("#chips").contains(document.activeElement);
   find("#chips").replaceChildren(...list);
   find("#chips").hidden = !list.length;
+  if (inside) (list[0] ?? find("#grid")).focus();
 }
 
 const clear = () => change((before) => ({ ...nothing(), sort: before.sort }));
@@ -153,7 +155,8 @@ const grid = makeGrid(find("#grid"), {
   moved(index) {
     clearTimeout(moving);
     moving = setTimeout(() => {
-      if (dirty || running || index === state.at) return;
+      // while a clip is open its own place is kept
+      if (dirty || running || state.clip !== null || index === state.at) return;
       state = { ...state, at: index };
       remember(false);
     }, MOVING);
@@ -168,7 +171,7 @@ async function open(index) {
     const row = await grid.row(index);
     if (!row) return;
     grid.select(index, false);
-    state = { ...state, clip: row.key };
+    state = { ...state, clip: row.key, at: index };
     remember(false);
     await detail(true);
   } catch (error) {
