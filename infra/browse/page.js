@@ -10,12 +10,13 @@ import { makeSaving } from "./saving.js";
 import { hold } from "./stills.js";
 import { asked, nothing, put, question, read, write } from "./state.js";
 
-const TYPING = 220, DRAGGING = 60, MOVING = 400;  // milliseconds
+const TYPING = 220, DRAGGING = 60, MOVING = 400, ONE_CHANGE = 2000;  // milliseconds
 const NARROW = matchMedia("(max-width: 900px)"), PHONE = matchMedia("(max-width: 700px)");  // as in page.css
 const THEMES = { auto: "◐", light: "○", dark: "●" };
 
 let dataset, panel, details, state = nothing();
 let answer = { query: null, total: 0 }, dirty = false, running = null, since = 0;
+let last = { name: null, time: 0 };  // change
 
 // ---- what is wrong, in a line
 
@@ -37,13 +38,16 @@ function remember(push) {
   history[push ? "pushState" : "replaceState"](null, "", address === "#" ? location.pathname + location.search : address);
 }
 
-// A change is a function from the state to the next one. `live`: more of it follows, so that Back takes all of it away.
-function change(update, live = false) {
+// A change is a function from the state to the next one. `live`: more of it is to follow at once. Changes of one `name` that
+// follow each other, such as the steps of a handle, are one for Back.
+function change(update, live = false, name = null) {
   const before = JSON.stringify(question(state));
   const next = update(state);
   const same = JSON.stringify(question(next)) === before;
   state = same ? next : { ...next, at: 0 };
-  remember(!live);
+  const now = performance.now(), more = name !== null && name === last.name && now - last.time < ONE_CHANGE;
+  last = { name, time: now };
+  remember(!more);
   show();
   if (!same) ask(live ? DRAGGING : 0);
 }
@@ -67,8 +71,10 @@ function chips() {
   if (list.length > 1) {
     list.push(make("button", { type: "button", class: "quiet", onclick: clear }, "Take all away"));
   }
+  const inside = find("#chips").contains(document.activeElement);
   find("#chips").replaceChildren(...list);
   find("#chips").hidden = !list.length;
+  if (inside) (list[0] ?? find("#grid")).focus();
 }
 
 const clear = () => change((before) => ({ ...nothing(), sort: before.sort }));
@@ -149,7 +155,8 @@ const grid = makeGrid(find("#grid"), {
   moved(index) {
     clearTimeout(moving);
     moving = setTimeout(() => {
-      if (dirty || running || index === state.at) return;
+      // while a clip is open its own place is kept
+      if (dirty || running || state.clip !== null || index === state.at) return;
       state = { ...state, at: index };
       remember(false);
     }, MOVING);
@@ -164,7 +171,7 @@ async function open(index) {
     const row = await grid.row(index);
     if (!row) return;
     grid.select(index, false);
-    state = { ...state, clip: row.key };
+    state = { ...state, clip: row.key, at: index };
     remember(false);
     await detail(true);
   } catch (error) {
@@ -216,7 +223,7 @@ function search(live) {
   if (where === "text") {
     if (live) return;  // a network reads the words: once, when they are all there
     change((before) => ({ ...before, text: words ? { words } : null, alike: null, sort: words ? null : before.sort }));
-  } else change((before) => put(before, "has", where, words ? { text: words, ...(regex && { regex }) } : null), live);
+  } else change((before) => put(before, "has", where, words ? { text: words, ...(regex && { regex }) } : null), live, "search");
 }
 
 function makeSearch() {

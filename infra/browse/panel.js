@@ -71,7 +71,9 @@ export function makePanel(root, dataset, { change, histogram, failed, compared }
 
   function numbers(field) {
     if (!(field.low < field.high) && !(field.low != null && field.missing)) return flat(field);
-    const plot = makeHistogram(field, { changed: (rule, live) => change((state) => put(state, "rules", field.name, rule), live) });
+    const plot = makeHistogram(field, {
+      changed: (rule, live) => change((state) => put(state, "rules", field.name, rule), live, field.name),
+    });
     const element = make("section", { class: "field", "data-field": field.name }, heading(field), plot.element);
     parts.push({ rule: (state) => {
       plot.rule(state.rules[field.name]);

@@ -171,6 +171,12 @@ def test_keys_lead_through_the_clips_and_their_details(page):
     keys(page, Keys.ARROW_RIGHT)
     until(page, "document.querySelector('#details h2').textContent !== arguments[0]", title)
     assert {"motion", "sharp"} <= {cell.text for cell in page.find_elements("css selector", "#details th")}
+    title = find(page, "#details h2").text
+    page.refresh()
+    until(page, "document.querySelector('#details h2')?.textContent === arguments[0]", title)
+    settled(page)
+    keys(page, "g")
+    until(page, "document.activeElement.dataset.index === arguments[0]", str(columns + 2))
     keys(page, Keys.ESCAPE)
     until(page, "document.querySelector('#details').hidden")
     until(page, "document.activeElement.dataset.index === arguments[0]", str(columns + 2))
