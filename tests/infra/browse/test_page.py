@@ -373,6 +373,7 @@ def test_a_phone_shows_all_of_it(page, server):
     assert page.execute_script("return document.documentElement.scrollWidth") <= 390
     assert not find(page, "#fields").is_displayed()
     find(page, "#filters").click()
+    until(page, "document.querySelector('[data-field=\"flow.camera\"] path.chosen').getAttribute('d')")
     find(page, "[data-field=split] li:nth-child(2) input").click()
     find(page, "#panel-close").click()
     assert total(page) == CLIPS // 10
