@@ -16,6 +16,7 @@ from longtake.datasets import environment
 from longtake.datasets.errors import Failure, Interrupted, UserError
 from longtake.datasets.masking import shown
 from longtake.infra.cli import (
+    browse,
     dataset,
     export,
     generate,
@@ -38,6 +39,7 @@ Start here:
   longtake run my.yaml --dry-run        what would run, and what is reused
   longtake status my.yaml               what has run, where it is
   longtake dataset ls DATASET           what is in a dataset
+  longtake browse DATASET               look through its clips
   longtake submit my.yaml --address http://head:8265    the same on a Ray cluster
   longtake models list                  the registered models
 
@@ -67,7 +69,7 @@ for command in (
     *(housekeeping.plan, housekeeping.doctor, housekeeping.clean),
     *(submit.submit, submit.jobs_group, submit.render),
     *(models.models, promote.promote, promote.rollback, export.export),
-    *(dataset.footage, layouts.dataset),
+    *(dataset.footage, layouts.dataset, browse.browse),
     *(generate.generate, infill.infill, reconstruct.reconstruct, retrieve.retrieve),
 ):
     cli.add_command(command)

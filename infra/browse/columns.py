@@ -1,0 +1,145 @@
+"""The columns of scores that the page shows, by the names that rules use; and which records of stages name them."""
+
+import re
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+from longtake.datasets import clusters, scores, storage
+from longtake.datasets.errors import Failure, UserError
+from longtake.datasets.scores import Column, Field
+
+ALL = "all"
+CLUSTER = "cluster"  # what rules call the column of a `cluster` stage
+
+_RECORDS = {"scores.json": "scores", "clusters.json": "clusters"}
+_THREADS = 16
+_DIGEST = re.compile(r"[0-9a-f]{8,64}(-[0-9a-f]{8})?")  # the name of an output
+
+
+@dataclass(frozen=True)
+class Shown:
+    """Columns, and where they are recorded.
+
+    columns   by the name that rules use
+    scores    records of `score` stages, by URI
+    clusters  the record of the `cluster` stage that made the column `cluster`, if there is one
+    notes     a line for each column that is not shown
+    """
+
+    columns: dict[str, Column]
+    scores: dict[str, dict[str, Column]]
+    clusters: str | None
+    notes: tuple[str, ...]
+
+    @property
+    def vectors(self) -> dict[str, tuple[Column, Field]]:
+        """What likeness can be measured by, as NAME.FIELD."""
+        return {
+            f"{name}.{field.name}": (column, field)
+            for name, column in self.columns.items()
+            for field in column.fields
+            if field.kind == "vector"
+        }
+
+    @property
+    def readers(self) -> dict[str, Column]:
+        """Those of `vectors` whose encoder reads texts too."""
+        # a folder with a tokenizer: what it really is shows when it is asked
+        return {
+            name: column
+            for name, (column, field) in self.vectors.items()
+            if column.scorer == "embedding"
+            and field.name == "vector"
+            and (Path(str(column.config.get("model", ""))) / "tokenizer.json").is_file()
+        }
+
+    def record_of(self, names: Sequence[str]) -> str | None:
+        """The record of a `score` stage that has all of these columns under these names."""
+        for uri, recorded in self.scores.items():
+            if all(name in recorded and recorded[name].column == self.columns[name].column for name in names):
+                return uri
+        return None
+
+
+def shown(dataset: str, asked: Sequence[str] = (ALL,)) -> Shown:
+    """The columns that are asked for.
+
+    Args:
+        asked: outputs of `score` and `cluster` stages; "all": every column of the dataset, by the names of the records
+            that are in the dataset's workspace. Of two columns of one name the first is shown that a record names.
+
+    Raises:
+        UserError: no record there, or of another dataset.
+        Failure: a record or a column is damaged.
+    """
+    records: dict[str, dict[str, Column]] = {}
+    of_clusters: dict[str, Column] = {}
+    for uri in dict.fromkeys(each for one in asked for each in (_beside(dataset) if one == ALL else [one])):
+        kind = _kind(uri)
+        if ALL in asked and uri not in asked and not _is_of(uri, kind, dataset):
+            continue
+        if kind == "clusters":
+            record = clusters.read_clusters(uri)
+            if storage.absolute(record.dataset) != storage.absolute(dataset):
+                raise UserError(f"{uri}: are clusters of {record.dataset}, not of {dataset}")
+            of_clusters[uri] = scores.from_plain(record.column)
+        else:
+            records[uri] = dict(scores.read_scores_of(uri, dataset).columns)
+
+    columns: dict[str, Column] = {}
+    notes = []
+    there = set(scores.columns_of(dataset))
+    named = [(name, column) for recorded in records.values() for name, column in recorded.items()]
+    named += [(CLUSTER, column) for column in of_clusters.values()]
+    if ALL in asked:
+        known = {column.column for _, column in named}
+        loose = sorted(there - known)
+        named += [
+            (each.removeprefix(scores.PREFIX).rpartition("-")[0], scores.described(dataset, each)) for each in loose
+        ]
+    for name, column in named:
+        other = columns.setdefault(name, column)
+        if other.column != column.column:
+            notes.append(f"{name}: shows {other.column}, not {column.column}; --scores RECORD chooses")
+        elif column.column not in there:
+            raise Failure(f"{dataset}: {column.column} is gone; run its `score` stage again")
+    made = next((uri for uri, column in of_clusters.items() if column.column == columns[CLUSTER].column), None)
+    return Shown(columns, records, made, tuple(dict.fromkeys(notes)))
+
+
+def _beside(dataset: str) -> list[str]:
+    """The outputs of stages in the dataset's workspace that record columns."""
+    # WORKSPACE/STAGE/DIGEST is a dataset in a workspace; one elsewhere has no records beside it
+    parts = storage.absolute(dataset).rsplit("/", 2)
+    if len(parts) < 3 or not _DIGEST.fullmatch(parts[2]):
+        return []
+    stages = [storage.join(parts[0], name) for name in storage.names(parts[0]) if not name.startswith(".")]
+    with ThreadPoolExecutor(_THREADS) as pool:
+        outputs = pool.map(
+            lambda stage: [storage.join(stage, n) for n in storage.names(stage) if _DIGEST.fullmatch(n)], stages
+        )
+        uris = [uri for several in outputs for uri in several]
+        kinds = list(pool.map(_found, uris))
+    return [uri for uri, kind in zip(uris, kinds, strict=True) if kind]
+
+
+def _found(uri: str) -> str | None:
+    return next((kind for name, kind in _RECORDS.items() if storage.exists(storage.join(uri, name))), None)
+
+
+def _kind(uri: str) -> str:
+    kind = _found(uri)
+    if kind is None:
+        raise UserError(f"{uri}: no record of scores here; name what a `score` or `cluster` stage has made, or all")
+    return kind
+
+
+def _is_of(uri: str, kind: str, dataset: str) -> bool:
+    """Whether a record that was found is of this dataset, and readable."""
+    try:
+        record = clusters.read_clusters(uri) if kind == "clusters" else scores.read_scores(uri)
+    except (UserError, Failure):
+        return False
+    return storage.absolute(record.dataset) == storage.absolute(dataset)
