@@ -209,7 +209,10 @@ def open_split(
     rows = pa.concat_tables([s.table.replace_schema_metadata(None) for s in read] or [empty])
     shards = pa.Table.from_pylist([_shard_row(s) for s in read], schema=_SHARDS)
     facts = rows.select([name for name in FACTS if name in rows.column_names])
-    return _relabelled(_rows(dataset, split, shards, rows), facts, column)
+    opened = _rows(dataset, split, shards, rows)
+    # checked as they were read
+    opened._tables |= {n: s.table.replace_schema_metadata(None) for n, s in enumerate(read[:_TABLES])}
+    return _relabelled(opened, facts, column)
 
 
 def _relabelled(rows: Rows, facts: pa.Table, column: str | None) -> tuple[Rows, pa.Table]:
@@ -228,7 +231,11 @@ def _relabelled(rows: Rows, facts: pa.Table, column: str | None) -> tuple[Rows, 
 
 def table(dataset: str, split: str) -> pa.Table:
     """All rows of a split with a column `shard`, checked."""
-    rows, _ = open_split(dataset, split)
+    return rows_of(open_split(dataset, split)[0])
+
+
+def rows_of(rows: Rows) -> pa.Table:
+    """The same of rows that are open."""
     empty = schema.INDEX.append(pa.field("shard", pa.string())).empty_table()
     parts = [
         rows.labelled(n).append_column("shard", pa.repeat(rows.name(n), int(rows.counts[n])))

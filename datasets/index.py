@@ -84,13 +84,25 @@ def _commit(url: str, table: pa.Table, tar_bytes: int, tar_sha256: str, notes: M
 
 def read_notes(dataset: str, shard: Shard) -> dict[str, Any]:
     """The notes that `write_index` got for a shard. Raises Failure: there are none, or they are damaged."""
+    return _notes(storage.join(dataset, shard.split, f"{shard.name}.parquet"), shard.table.schema)
+
+
+def notes_of(dataset: str, split: str, name: str) -> dict[str, Any]:
+    """The same of a shard whose rows are not read. Raises Failure as well where the file is missing or not readable."""
+    url = storage.join(dataset, split, f"{name}.parquet")
     try:
-        text, digest = json.loads((shard.table.schema.metadata or {})[_NOTES])
+        return _notes(url, pq.read_schema(pa.BufferReader(storage.read(url))))
+    except (FileNotFoundError, pa.ArrowException, OSError) as e:
+        raise Failure(f"{url}: missing or not readable; run the stage that made it again") from e
+
+
+def _notes(url: str, table_schema: pa.Schema) -> dict[str, Any]:
+    try:
+        text, digest = json.loads((table_schema.metadata or {})[_NOTES])
         if hashlib.sha256(text.encode()).hexdigest() != digest:
             raise ValueError("another checksum")
         return dict(json.loads(text))
     except (ValueError, KeyError, TypeError, AttributeError) as e:
-        url = storage.join(dataset, shard.split, f"{shard.name}.parquet")
         raise Failure(f"{url}: its notes are missing or damaged; delete it and run the stage that made it again") from e
 
 
@@ -152,10 +164,20 @@ def _feed(digest: Any, column: pa.ChunkedArray) -> None:
     elif pa.types.is_string(column.type) or pa.types.is_binary(column.type):
         values = column.cast(pa.binary()).fill_null(b"")
         digest.update(np.asarray(pc.binary_length(values)).tobytes())
-        digest.update(b"".join(values.to_pylist()))
+        for chunk in values.chunks if isinstance(values, pa.ChunkedArray) else [values]:
+            digest.update(_bytes_of(chunk))
     else:
         nothing = False if pa.types.is_boolean(column.type) else 0
         digest.update(np.asarray(column.fill_null(nothing)).tobytes())
+
+
+def _bytes_of(values: pa.BinaryArray) -> memoryview:
+    """The values without nulls, one after the other, in place: an index has too many of them to be joined one by one."""
+    _, offsets, data = values.buffers()
+    if not len(values) or data is None:
+        return memoryview(b"")
+    places = np.frombuffer(offsets, np.int32, len(values) + 1, values.offset * 4)
+    return memoryview(data)[places[0] : places[-1]]
 
 
 def write_table(

@@ -241,7 +241,7 @@ def described(dataset: str, column: str) -> Column:
     """What a column is, as its first shard says. Raises UserError where the dataset has no such column, Failure: damaged."""
     for split in schema.SPLITS:
         if names := index.shard_names(dataset, split, column):
-            return _described(dataset, index.read_shard(dataset, split, names[0]))
+            return _described(dataset, split, names[0], index.notes_of(dataset, split, names[0]))
     there = columns_of(dataset)
     near = difflib.get_close_matches(column, there, 3, 0.5) or there
     raise UserError(
@@ -249,11 +249,11 @@ def described(dataset: str, column: str) -> Column:
     )
 
 
-def _described(dataset: str, shard: index.Shard) -> Column:
+def _described(dataset: str, split: str, name: str, notes: Mapping[str, Any]) -> Column:
     try:
-        return from_plain(index.read_notes(dataset, shard))
+        return from_plain(notes)
     except (KeyError, TypeError, ValueError) as e:
-        url = storage.join(dataset, shard.split, f"{shard.name}.parquet")
+        url = storage.join(dataset, split, f"{name}.parquet")
         raise Failure(f"{url}: does not say what it has ({e}); delete it and run its `score` stage again") from e
 
 
@@ -371,7 +371,7 @@ def problems(dataset: str, shard: index.Shard) -> Iterator[str]:
     url = storage.join(dataset, shard.split, f"{shard.name}.parquet")
     remedy = "delete it and run its `score` stage again"
     try:
-        column = _described(dataset, shard)
+        column = _described(dataset, shard.split, shard.name, index.read_notes(dataset, shard))
     except Failure as e:
         yield str(e)
         return

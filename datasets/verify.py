@@ -14,7 +14,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from longtake.datasets import audio, captions, compact, index, schema, scores, storage, text, tokens
+from longtake.datasets import alike, audio, captions, compact, index, schema, scores, storage, text, tokens
 from longtake.datasets import latents as columns
 from longtake.datasets.errors import Failure
 
@@ -27,7 +27,7 @@ _STAGES = {
     text.PREFIX: "cache_text",
     scores.PREFIX: "score",
 }  # what makes a column, by how its name begins
-_FOLDERS = {"plan", "sources", "views", "compact", "annotations", "answers"}
+_FOLDERS = {"plan", "sources", "views", "compact", "annotations", "answers", "clusters"}
 
 
 def tars(dataset: str) -> list[tuple[str, str]]:
@@ -275,6 +275,7 @@ def layout_problems(dataset: str) -> Iterator[str]:
         yield from _count_problems(dataset)
     for split in schema.SPLITS:
         yield from compact.problems(dataset, split)
+    yield from alike.problems(dataset)
 
 
 def _stray_files(dataset: str, committed: set[tuple[str, str]]) -> Iterator[str]:

@@ -14,7 +14,7 @@ from longtake.datasets import index, schema, storage
 from longtake.datasets.compact import Rows
 from longtake.datasets.errors import Failure, UserError
 
-_DIGESTS = b"longtake.shards"
+_DIGESTS, _COLUMNS = b"longtake.shards", b"longtake.columns"
 _COMPARE = {"min": ("<", operator.lt), "max": (">", operator.gt)}
 
 
@@ -68,15 +68,32 @@ def read_view(url: str) -> pa.Table:
     return index.from_parquet(url)
 
 
-def write(url: str, table: pa.Table, digests: Mapping[str, str]) -> None:
+def write(url: str, table: pa.Table, digests: Mapping[str, str], columns: Mapping[str, str] | None = None) -> None:
     """Save a view.
 
     Args:
         table: made by `rows`.
         digests: the digest of a split's shards (see `compact.Rows`), for each split whose rows are in the order of its
             shards; readers need not match these by key.
+        columns: of scores that it stands on, by the names of their scorers.
     """
-    storage.write(url, index.to_parquet(table.replace_schema_metadata({_DIGESTS: json.dumps(digests).encode()})))
+    metadata = {_DIGESTS: json.dumps(digests).encode()}
+    if columns:
+        metadata[_COLUMNS] = json.dumps(columns, sort_keys=True).encode()
+    storage.write(url, index.to_parquet(table.replace_schema_metadata(metadata)))
+
+
+def stood_on(url: str) -> dict[str, str]:
+    """The columns of scores that decided a view, by the names of their scorers.
+
+    Raises:
+        UserError: there is no such view.
+        Failure: it is damaged.
+    """
+    try:
+        return dict(json.loads((read_view(url).schema.metadata or {}).get(_COLUMNS, b"{}")))
+    except (ValueError, TypeError) as e:
+        raise Failure(f"{url}: does not say what it stands on ({e}); run its `curate` stage again") from e
 
 
 def of_split(url: str, split: str, digest: str) -> tuple[pa.Table, str]:

@@ -6,6 +6,7 @@ from typing import Any
 STAGES = {
     "shard": "longtake.pipeline.stages.shard",
     "score": "longtake.pipeline.stages.score",
+    "cluster": "longtake.pipeline.stages.cluster",
     "curate": "longtake.pipeline.stages.curate",
     "caption": "longtake.pipeline.stages.caption",
     "cache_text": "longtake.pipeline.stages.cache_text",

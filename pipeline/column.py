@@ -310,9 +310,12 @@ def shards_of(dataset: str, column: str, base: Base) -> list[index.Shard]:
 
 
 @contextmanager
-def sweeping(dataset: str) -> Iterator[Counter[str]]:
-    """Delete the temporary files of workers that died, before and after the block; after it `swept` is their number."""
-    folders = [storage.join(dataset, split) for split in schema.SPLITS]
+def sweeping(dataset: str, *others: str) -> Iterator[Counter[str]]:
+    """Delete the temporary files of workers that died, before and after the block; after it `swept` is their number.
+
+    They are beside the shards, and in other folders of the dataset.
+    """
+    folders = [storage.join(dataset, name) for name in (*schema.SPLITS, *others)]
     totals = Counter(swept=sum(map(storage.sweep, folders)))
     try:
         yield totals

@@ -13,12 +13,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from longtake.datasets import clusters
+
 _FIRST_BATCH, _GROWTH = 1024, 4
 _MOST_PAIRS = 1 << 24
 _PAIRS_A_SORT = 20  # candidate pairs that are compared in the time of sorting one hash
-_CLUSTER = 1000
 _BLOCK = 1024
-_ROUNDING = 1e-6  # of the cosine of equal float32 vectors
 
 
 def exact(sha256s: pa.ChunkedArray) -> np.ndarray:
@@ -45,19 +45,49 @@ def near(hashes: np.ndarray, radius: int) -> np.ndarray:
     return drop
 
 
-def embedded(vectors: np.ndarray, similarity: float, clusters: int | None = None) -> np.ndarray:
-    """(N,) bool: an earlier row of the same cluster that stays has at least this cosine.
+def semantic(pairs: pa.Table, rows: np.ndarray, similarity: float) -> np.ndarray:
+    """(N,) bool: an earlier row that stays is of at least this cosine, by the pairs of a `cluster` stage.
+
+    Those of a crowd who are within half the angle of their representative are surely alike: the first of them stays for all.
 
     Args:
-        vectors: (N, D) float32 of any norm.
+        pairs: see `clusters.pairs`.
+        rows: (N,) int64, the clips' rows in the dataset (see `clusters.numbers`) in order of preference, each once. Pairs
+            with other clips do not count.
         similarity: a cosine, above 0 up to 1.
-        clusters: number of k-means clusters, at most N; pairs across them are missed. None: one for every 1000 rows.
     """
-    unit = vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
-    labels = _clusters(unit, min(clusters or len(unit) // _CLUSTER + 1, len(unit)))
-    drop = np.zeros(len(unit), bool)
-    for members in np.split(np.argsort(labels, kind="stable"), np.cumsum(np.bincount(labels))[:-1]):
-        drop[members] = _similar(unit[members], similarity - _ROUNDING)
+    first, second, cosine = (pairs[name].to_numpy() for name in ("first", "second", "cosine"))
+    crowd, least = np.asarray(pairs["crowd"]), similarity - clusters.ROUNDING
+    size = 1 + max((int(part.max()) for part in (first, second, rows) if len(part)), default=0)
+
+    # each stands for itself, or the representative for it, which need not be one of the rows
+    stands = np.arange(size)
+    close = crowd & (cosine >= np.cos(np.arccos(np.clip(similarity, -1, 1)) / 2) - clusters.ROUNDING)
+    stands[second[close]] = first[close]
+    stands = stands[stands]  # of equal clips one may itself stand behind one that it is near to
+    mine = stands[rows]
+    place = np.full(size, len(rows))
+    np.minimum.at(place, mine, np.arange(len(rows)))
+    drop = place[mine] != np.arange(len(rows))
+
+    # between those that stand for others or for themselves
+    alike = (cosine >= least) & ~close
+    one, other = place[stands[first[alike]]], place[stands[second[alike]]]
+    both = (one < len(rows)) & (other < len(rows)) & (one != other)
+    one, other = one[both], other[both]
+    return drop | _repeats(np.minimum(one, other), np.maximum(one, other), len(rows))
+
+
+def similar(unit: np.ndarray, similarity: float) -> np.ndarray:
+    """(N,) bool: an earlier unit vector (N, D) that stays has at least this cosine. All are compared with those that stay."""
+    stay = np.empty(0, np.int64)
+    for start in range(0, len(unit), _BLOCK):
+        block = np.arange(start, min(start + _BLOCK, len(unit)))
+        block = block[~(unit[block] @ unit[stay].T >= similarity).any(axis=1)]
+        earlier, later = np.nonzero(np.triu(unit[block] @ unit[block].T >= similarity, 1))
+        stay = np.append(stay, block[~_repeats(earlier, later, len(block))])
+    drop = np.ones(len(unit), bool)
+    drop[stay] = False
     return drop
 
 
@@ -147,26 +177,4 @@ def _repeats(earlier: np.ndarray, later: np.ndarray, count: int) -> np.ndarray:
         drop[later[~undecided[earlier]]] = True
         live = undecided[earlier] & ~drop[earlier] & ~drop[later]
         earlier, later = earlier[live], later[live]
-    return drop
-
-
-def _clusters(unit: np.ndarray, count: int) -> np.ndarray:
-    """The cluster of each vector, (N,) int."""
-    if count <= 1:
-        return np.zeros(len(unit), np.int64)
-    from sklearn.cluster import MiniBatchKMeans
-
-    return MiniBatchKMeans(count, batch_size=4096, n_init=1, random_state=0).fit_predict(unit)
-
-
-def _similar(unit: np.ndarray, similarity: float) -> np.ndarray:
-    """(N,) bool: an earlier vector that stays has at least this cosine."""
-    stay = np.empty(0, np.int64)
-    for start in range(0, len(unit), _BLOCK):
-        block = np.arange(start, min(start + _BLOCK, len(unit)))
-        block = block[~(unit[block] @ unit[stay].T >= similarity).any(axis=1)]
-        earlier, later = np.nonzero(np.triu(unit[block] @ unit[block].T >= similarity, 1))
-        stay = np.append(stay, block[~_repeats(earlier, later, len(block))])
-    drop = np.ones(len(unit), bool)
-    drop[stay] = False
     return drop

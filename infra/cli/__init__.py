@@ -21,6 +21,7 @@ from longtake.infra.cli import (
     generate,
     housekeeping,
     infill,
+    layouts,
     models,
     promote,
     recipe,
@@ -66,7 +67,7 @@ for command in (
     *(housekeeping.plan, housekeeping.doctor, housekeeping.clean),
     *(submit.submit, submit.jobs_group, submit.render),
     *(models.models, promote.promote, promote.rollback, export.export),
-    *(dataset.footage, dataset.dataset),
+    *(dataset.footage, layouts.dataset),
     *(generate.generate, infill.infill, reconstruct.reconstruct, retrieve.retrieve),
 ):
     cli.add_command(command)

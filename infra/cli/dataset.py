@@ -1,10 +1,11 @@
-"""Commands about data: footage, dataset ls | sources | show | captions | verify | diff | compact | index | report."""
+"""Commands about data: footage, dataset ls | sources | show | alike | captions | verify | diff | compact | index | report."""
 
 from typing import Any
 
 import click
 
 from longtake.datasets.masking import shown, shown_within
+from longtake.infra.cli.alike import alike
 
 _DIFF_LINES, _MAKERS = 20, 4
 _PICTURES = {b"\xff\xd8": "jpg", b"\x89PNG": "png", b"RIFF": "webp"}  # by their first bytes
@@ -29,6 +30,9 @@ def footage(folder: str, count: int, seconds: float, seed: int) -> None:
 @click.group()
 def dataset() -> None:
     """Inspect and check a dataset. DATASET is a folder or any fsspec URL with a dataset.json."""
+
+
+dataset.add_command(alike)
 
 
 @dataset.command()

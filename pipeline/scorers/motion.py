@@ -187,14 +187,12 @@ def _label(drift: np.ndarray, shake: float) -> str:
 class Scores:
     """Sees every frame."""
 
-    def __init__(self) -> None:
-        self.flow = cv2.DISOpticalFlow.create(cv2.DISOPTICAL_FLOW_PRESET_FAST)
-        # half the small frame's size; at a quarter of it, the preset, a turn comes out a sixth too slow
-        self.flow.setFinestScale(1)
-
     def begin(self, row: Mapping[str, Any]) -> Watch:
-        """A clip."""
-        return Watch(self.flow)
+        """A clip, with a flow of its own: one that has seen small frames goes on with settings for such."""
+        flow = cv2.DISOpticalFlow.create(cv2.DISOPTICAL_FLOW_PRESET_FAST)
+        # half the small frame's size; at a quarter of it, the preset, a turn comes out a sixth too slow
+        flow.setFinestScale(1)
+        return Watch(flow)
 
 
 def load(config: Config, device: str, threads: int) -> Scores:

@@ -14,6 +14,8 @@ from longtake.pipeline.scorers import faces
 from longtake.pipeline.scorers.picture import needed, package
 from longtake.pipeline.scorers.scorer import Scorer, Values
 
+_OVERLAP = 0.3  # area that two bodies share, of what they cover together
+
 
 class Config(StageConfig):
     """People.
@@ -43,13 +45,13 @@ class Looker:
     size: tuple[int, int] | None = None
     batch = 8
 
-    def __init__(self, config: Config, threads: int) -> None:
+    def __init__(self, config: Config) -> None:
         self.count = config.frames
         self._config = config
         self._cv2 = package("cv2")
         self._bodies = self._cv2.HOGDescriptor()
         self._bodies.setSVMDetector(self._cv2.HOGDescriptor_getDefaultPeopleDetector())
-        self._faces = faces.Looker(faces.Config(least=config.face), threads)
+        self._faces = faces.Looker(faces.Config(least=config.face))
 
     def look(self, frames: np.ndarray) -> list[Values]:
         return [self._clip(clip) for clip in frames]
@@ -75,9 +77,18 @@ class Looker:
         # with more threads the bodies come in the order in which these end, and are grouped otherwise
         threads = self._cv2.getNumThreads()
         self._cv2.setNumThreads(1)
-        _, margins = self._bodies.detectMultiScale(picture, winStride=(8, 8), padding=(16, 16), scale=1.1)
+        found, margins = self._bodies.detectMultiScale(picture, winStride=(8, 8), padding=(16, 16), scale=1.1)
         self._cv2.setNumThreads(threads)
-        return np.asarray(margins, np.float64).reshape(-1)
+
+        # the surest first; another one that covers much of the same is the same body
+        margins = np.asarray(margins, np.float64).reshape(-1)
+        boxes = np.asarray(found, np.float64).reshape(-1, 4)
+        boxes[:, 2:] += boxes[:, :2]
+        kept: list[int] = []
+        for n in np.argsort(-margins, kind="stable"):
+            if not kept or faces.overlap(boxes[n], boxes[kept]).max() < _OVERLAP:
+                kept.append(int(n))
+        return np.asarray(margins[kept])
 
     def _faces_in(self, rgb: np.ndarray) -> int:
         _, likely = self._faces.find(rgb)
@@ -85,7 +96,7 @@ class Looker:
 
 
 def _load(config: Config, device: str, threads: int) -> Any:
-    return Looker(config, threads)
+    return Looker(config)
 
 
 SCORER = Scorer(Config, 1, fields, _load, digest=lambda config: needed("cv2") + faces.SCORER.digest(faces.Config()))

@@ -52,7 +52,6 @@ class Config(StageConfig):
 
 
 def _fields(config: Config) -> tuple[Field, ...]:
-    dual.check(opened(config.model))
     what = "cosine of its vector to a frame's, -1 to 1" if config.gives == "cosine" else "share or chance of it, 0 to 1"
     names = tuple(config.prompts)
     fields = [Field(name, "number", f"{what}, mean over frames") for name in names]
@@ -60,7 +59,7 @@ def _fields(config: Config) -> tuple[Field, ...]:
 
 
 def _load(config: Config, device: str, threads: int) -> OneByOne:
-    be_exact(threads)
+    be_exact()
     folder = opened(config.model)
     model = dual.load(folder, device)
     texts = np.stack([_text(model, each) for each in config.prompts.values()])

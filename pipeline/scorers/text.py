@@ -118,7 +118,19 @@ def lines(luma: np.ndarray, cv2: Any) -> list[Box]:
         letters = _letters(stats, luma, parts)
         rows = (letters[row] for row in _rows(letters))
         found += [_around(row) for row in rows if _stands_alone(row, strokes, parts)]
-    return found
+    # the gaps between bright letters are a dark line
+    apart: list[Box] = []
+    for box in sorted(found, key=lambda box: -box[2] * box[3]):
+        if all(_shared(box, other) < 0.5 for other in apart):
+            apart.append(box)
+    return apart
+
+
+def _shared(box: Box, other: Box) -> float:
+    """Share of a box that another one covers."""
+    width = min(box[0] + box[2], other[0] + other[2]) - max(box[0], other[0])
+    height = min(box[1] + box[3], other[1] + other[3]) - max(box[1], other[1])
+    return max(0.0, width) * max(0.0, height) / (box[2] * box[3])
 
 
 def _letters(stats: np.ndarray, luma: np.ndarray, parts: np.ndarray) -> np.ndarray:
@@ -204,8 +216,8 @@ def models() -> dict[str, Path]:
     return files
 
 
-def reader(least: float, threads: int) -> Any:
-    """A callable from (H, W, 3) uint8 BGR to boxes, texts and scores, that opens no other file than the networks."""
+def reader(least: float) -> Any:
+    """A callable from (H, W, 3) uint8 BGR to boxes, texts and scores, on one thread; it opens no other file than the networks."""
     files = models()
     settings: dict[str, Any] = {f"{part}.model_path": str(file) for part, file in files.items()}
     settings |= {
@@ -213,7 +225,7 @@ def reader(least: float, threads: int) -> Any:
         "Global.use_cls": False,
         "Global.text_score": least,
         "Global.log_level": "error",
-        "EngineConfig.onnxruntime.intra_op_num_threads": threads,
+        "EngineConfig.onnxruntime.intra_op_num_threads": 1,
         "EngineConfig.onnxruntime.inter_op_num_threads": 1,
     }
     return package("rapidocr").RapidOCR(params=settings)
@@ -227,6 +239,6 @@ SCORER = Scorer(
     Config,
     1,
     fields,
-    lambda config, device, threads: Looker(config, reader(config.least, threads) if config.ocr else None),
+    lambda config, device, threads: Looker(config, reader(config.least) if config.ocr else None),
     digest=_digest,
 )

@@ -112,7 +112,7 @@ def _fields(config: Config) -> tuple[Field, ...]:
 
 
 def _load(config: Config, device: str, threads: int) -> OneByOne:
-    be_exact(threads)
+    be_exact()
     script = Script(config.file, config.size, device)
 
     def values(frames: np.ndarray) -> Values:

@@ -18,7 +18,7 @@ from typing import Annotated, Any, Literal, NamedTuple
 import numpy as np
 from pydantic import Field, ValidationError, field_validator
 
-from longtake.datasets import compact, index, scores, storage
+from longtake.datasets import compact, index, schema, scores, storage
 from longtake.datasets.errors import Failure, UserError
 from longtake.datasets.scores import Column, Scores, read_scores
 from longtake.datasets.stage import DatasetInput, StageConfig, ViewInput, content
@@ -181,6 +181,7 @@ def run(config: Config, inputs: Mapping[str, str], output: str) -> dict[str, Any
         "scored_clips": totals["clips"],
         "scored_frames": totals["frames"],
         "without_values": totals["without"],  # clips times columns
+        "bytes": _bytes(dataset, [column.column for column in made.values()]),
         "debris_swept": totals["swept"],
     }
     names = {name: column.column for name, column in made.items()}
@@ -211,6 +212,16 @@ def _missing(dataset: str, split: str, names: Sequence[str], keeps: Mapping[str,
         for (shard, keep), absent in zip(keeps.items(), pool.map(lacks, keeps), strict=True):
             if absent:
                 yield Job(split, shard, len(keep), np.packbits(keep).tobytes())
+
+
+def _bytes(dataset: str, names: Sequence[str]) -> int:
+    """Of all tables of these columns."""
+    endings, total = tuple(f".{name}.parquet" for name in names), 0
+    for split in schema.SPLITS:
+        fs, path = storage.filesystem(storage.join(dataset, split))
+        entries = fs.ls(path, detail=True) if fs.exists(path) else []
+        total += sum(int(entry["size"] or 0) for entry in entries if entry["name"].endswith(endings))
+    return total
 
 
 def _load(

@@ -4,7 +4,8 @@
 
 A line of `labels_*.json` is a file of `LONGTAKE_VIDEOS/real` by its base name, or some of its frames, with what is seen in it:
 true or false, or a list of labels of which the first is the best and the others would do. What isn't clear is left out.
-Each is coded as clips are, but at its own size and with a faster preset, before it is scored.
+Each is coded as clips are, with a faster preset, before it is scored: at its own size, but those of `labels_picture.json` at the
+size and of the length of clips.
 
 A rule on a number has its threshold chosen on one half of the files, every second in the order of their names, for the best F1,
 and is judged on the other half. What a label stands on inside a scorer was chosen on the first half too.
@@ -48,6 +49,10 @@ class Rule:
     settings: tuple[tuple[str, Any], ...] = ()
 
 
+PICTURE = "labels_picture.json"
+SIDES = {PICTURE: 256}  # pixels of the shorter side, of the files of some labels
+SECONDS = 10.0  # of these, at most
+
 RULES = (
     Rule("motion", "move", "is", "move"),
     Rule("cadence", "cadence", "is", "cadence"),
@@ -55,6 +60,16 @@ RULES = (
     Rule("light", "bright", "above", "blown"),
     Rule("light", "flicker", "above", "flicker"),
     Rule("light", "fade_in", "above", "fade"),
+    Rule("focus", "subject", "above", "blurred", PICTURE),
+    Rule("focus", "blur", "above", "blurred", PICTURE),
+    Rule("coding", "noise", "above", "noisy", PICTURE),
+    Rule("coding", "blocks", "above", "blocky", PICTURE),
+    Rule("bars", "shape", "is", "bars", PICTURE),
+    Rule("overlay", "share", "above", "overlay", PICTURE),
+    Rule("text", "share", "above", "text", PICTURE),
+    Rule("text", "characters", "above", "text", PICTURE, (("ocr", True),)),
+    Rule("faces", "count", "above", "faces", PICTURE),
+    Rule("people", "count", "above", "people", PICTURE),
 )
 
 
@@ -73,7 +88,7 @@ def main() -> None:
     for name, known in lines.items():
         asked = dict.fromkeys((rule.scorer, rule.settings) for rule in rules if rule.labels == name)
         for number, line in enumerate(tqdm(known, desc=name)):
-            clip = _clip(real / line["file"], line.get("frames"))
+            clip = _clip(real / line["file"], line.get("frames"), SIDES.get(name))
             for scorer, settings in asked:
                 values[scorer, settings, name, number] = score_file(scorer, dict(settings), clip)
 
@@ -88,16 +103,19 @@ def main() -> None:
             print(row)
 
 
-def _clip(file: Path, frames: Sequence[int] | None) -> bytes:
+def _clip(file: Path, frames: Sequence[int] | None, side: int | None) -> bytes:
     start, end = frames or (0, 10**9)
     with av.open(str(file)) as container:
         fps = float(container.streams.video[0].average_rate or 1)
+        end = min(end, start + round(SECONDS * fps)) if side else end
         images = []
         for number, frame in enumerate(container.decode(video=0)):
             if number >= end:
                 break
             if number >= start:
-                images.append(frame.to_ndarray(format="rgb24")[: frame.height // 2 * 2, : frame.width // 2 * 2])
+                scale = side / min(frame.width, frame.height) if side else 1
+                width, height = (int(n * scale / 2 + 1e-6) * 2 for n in (frame.width, frame.height))
+                images.append(frame.reformat(width, height, "rgb24", interpolation="AREA").to_ndarray())
     return coded(np.stack(images), float(Fraction(fps).limit_denominator(1001)), preset="superfast")
 
 

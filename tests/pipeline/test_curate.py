@@ -7,17 +7,15 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pytest
-import torch
+from curated import reasons, run, write_dataset
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from longtake.datasets import index, schema, storage, view
+from longtake.datasets import schema, view
 from longtake.datasets.errors import UserError
 from longtake.pipeline import dedup
 from longtake.pipeline.stages import curate
-
-pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
 
 # few bits set, so that small sets have many neighbours
 HASHES = st.lists(st.sets(st.integers(0, 63), max_size=4).map(lambda bits: sum(1 << b for b in bits)), max_size=40)
@@ -77,52 +75,11 @@ def test_a_large_set_is_thinned_completely(monkeypatch: pytest.MonkeyPatch) -> N
 @given(st.integers(0, 60), st.floats(0.1, 1), st.integers(0, 99))
 @settings(deadline=None)
 def test_similar_vectors_are_those_of_brute_force(count: int, similarity: float, seed: int) -> None:
-    rng = np.random.default_rng(seed)
-    vectors = rng.normal(size=(count, 3)).astype(np.float32) * rng.uniform(0.1, 10, (count, 1)).astype(np.float32)
+    vectors = np.random.default_rng(seed).normal(size=(count, 3)).astype(np.float32)
     unit = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(dedup, "_BLOCK", 7)
-        assert dedup.embedded(vectors, similarity).tolist() == one_by_one(unit @ unit.T >= similarity - 1e-6)
-
-
-def test_clusters_keep_one_of_each_group() -> None:
-    rng = np.random.default_rng(0)
-    centres, groups = rng.normal(size=(10, 32)), rng.permutation(np.arange(500) % 10)
-    vectors = (centres[groups] + rng.normal(size=(500, 32)) * 0.01).astype(np.float32)
-    drop = dedup.embedded(vectors, 0.99, clusters=4)
-    assert sorted(groups[~drop]) == list(range(10))
-    assert dedup.embedded(vectors, 0.99, clusters=4).tolist() == drop.tolist()
-    assert dedup.embedded(np.ones((3, 2), np.float32), 1.0, clusters=8).sum() == 2
-
-
-def write_dataset(folder: Path, clips: list[dict[str, Any]], shards: int = 2) -> str:
-    """Indexes alone: nothing else is read. A clip is {"key", "split"?, "phash"?, …}; its content is its key by default."""
-    for split in schema.SPLITS:
-        rows = [
-            {"sha256": c["key"], "motion": 0.5, "still": 0.0} | c for c in clips if c.get("split", "train") == split
-        ]
-        for shard in range(shards):
-            url = storage.join(str(folder), split, f"{shard:05d}.parquet")
-            index.write_index(url, rows[shard::shards], schema.INDEX, 0, "")
-    return str(folder)
-
-
-def run(dataset: str, **options: Any) -> dict[str, dict[str, Any]]:
-    """The view by key, checked for what holds of every view."""
-    config = curate.Config.model_validate({"kind": "curate", "dataset": "x", **options})
-    result = curate.run(config, {"dataset": dataset}, "work/some")
-    table = view.read_view(result["uri"]).to_pylist()
-    kept = [row for row in table if row["keep"]]
-    clips = [key for split in schema.SPLITS for key in index.read_all(dataset, split)["key"].to_pylist()]
-    assert sorted(row["key"] for row in table) == sorted(clips)
-    assert all((row["reason"] is None) == row["keep"] for row in table)
-    assert result["dropped_by_reason"] == Counter(row["reason"] for row in table if not row["keep"])
-    assert result["metrics"] == {"clips_kept": len(kept), "clips_dropped": len(table) - len(kept)}
-    return {row["key"]: row for row in table}
-
-
-def reasons(table: dict[str, dict[str, Any]]) -> dict[str, str | None]:
-    return {key: row["reason"] for key, row in sorted(table.items())}
+        assert dedup.similar(unit, similarity - 1e-6).tolist() == one_by_one(unit @ unit.T >= similarity - 1e-6)
 
 
 CLIP = st.fixed_dictionaries(
@@ -235,91 +192,11 @@ def test_classes_are_cut_and_weighed_but_not_those_held_out(tmp_path: Path) -> N
     assert np.mean([row["weight"] for row in weighed.values() if row["split"] == "train"]) == pytest.approx(1)
 
 
-class Colour(torch.nn.Module):
-    def forward(self, frames: torch.Tensor) -> torch.Tensor:
-        return frames.mean(dim=[2, 3]) - 0.5
-
-
-@pytest.fixture(scope="module")
-def encoder(tmp_path_factory: pytest.TempPathFactory) -> str:
-    path = str(tmp_path_factory.mktemp("encoder") / "colour.pt")
-    torch.jit.script(Colour()).save(path)
-    return path
-
-
-def test_clips_that_an_encoder_finds_alike_are_dropped(
-    dataset: str, encoder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    own = view_beside(dataset, tmp_path)
-    options = {"rules": {}, "embedding": {"encoder": encoder, "size": 16, "similarity": 0.9}}
-    found = reasons(run(own, **options))
-    assert set(found.values()) == {None, "similar embedding"}
-    monkeypatch.setattr("longtake.pipeline.embed._BATCH", 3)
-    assert reasons(run(own, **options)) == found
-    options["embedding"] |= {"similarity": 1.0, "clusters": 2}
-    assert set(reasons(run(own, **options)).values()) == {None}
-
-
-def view_beside(dataset: str, folder: Path) -> str:
-    """The dataset under another name, so that its views are no one else's."""
-    for split in schema.SPLITS:
-        (folder / split).symlink_to(Path(dataset, split))
-    return str(folder)
-
-
-def test_an_encoder_that_does_not_work_is_one_line(dataset: str, encoder: str, tmp_path: Path) -> None:
-    own = view_beside(dataset, tmp_path)
-    (tmp_path / "text.pt").write_text("no model")
-    torch.jit.script(torch.nn.Linear(9, 2)).save(str(tmp_path / "linear.pt"))
-    torch.jit.script(torch.nn.ReLU()).save(str(tmp_path / "images.pt"))
-    for name, message in (
-        ("missing.pt", r"^embedding\.encoder: \S+missing\.pt: no such file; name one"),
-        ("text.pt", r"^embedding\.encoder: \S+: not a TorchScript file; write one"),
-        (
-            "linear.pt",
-            r"^embedding\.encoder: \S+: does not take \(\d+, 3, 16, 16\) float32 \(.*\); change `embedding.size`",
-        ),
-        ("images.pt", r"^embedding\.encoder: \S+: gives \(\d+, 3, 16, 16\) for \d+ frames"),
-    ):
-        with pytest.raises(UserError, match=message) as error:
-            run(own, embedding={"encoder": str(tmp_path / name), "size": 16})
-        assert "\n" not in str(error.value)
-
-
-class Redness(torch.nn.Module):
-    def forward(self, frames: torch.Tensor) -> torch.Tensor:
-        return frames[:, :1].mean(dim=[2, 3])
-
-
-def test_an_encoder_scores_clips_for_the_rules(dataset: str, encoder: str, tmp_path: Path) -> None:
-    own, path = view_beside(dataset, tmp_path), str(tmp_path / "red.pt")
-    torch.jit.script(Redness()).save(path)
-    options = {"scores": {"redness": {"encoder": path, "size": 16}}, "exact_duplicates": False}
-    found = run(own, rules={"redness": {"min_percentile": 50}}, **options)
-    values = {key: row["redness"] for key, row in found.items()}
-    assert len(set(values.values())) > 2
-    middle = float(np.median(list(values.values())))
-    assert {key for key, row in found.items() if row["keep"]} == {key for key, v in values.items() if v >= middle}
-    with pytest.raises(UserError, match=r"^scores\.red\.encoder: \S+: gives 3 numbers a frame; a score is \(B, 1\)"):
-        run(own, scores={"red": {"encoder": encoder, "size": 16}})
-    with pytest.raises(ValidationError, match="motion is the name of a column"):
-        run(own, scores={"motion": {"encoder": path}})
-
-
-def test_another_encoder_is_another_view(encoder: str, tmp_path: Path) -> None:
-    plain: dict[str, Any] = {"kind": "curate", "dataset": "x"}
-    assert curate.outside(curate.Config(**plain)) == ""
-    (tmp_path / "other.pt").write_bytes(b"other")
-    one, other = (curate.Config(**plain, embedding={"encoder": str(p)}) for p in (encoder, tmp_path / "other.pt"))
-    assert curate.outside(one) == curate.outside(one) != curate.outside(other)
-    with pytest.raises(UserError, match="no such file"):
-        curate.outside(curate.Config(**plain, embedding={"encoder": str(tmp_path / "missing.pt")}))
-
-
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"rules": {"motoin": {"min": 1}}}, "unknown score motoin; there are motion"),
+        ({"rules": {"motoin": {"min": 1}}}, r"unknown score motoin; did you mean motion\?"),
+        ({"rules": {"xyz": {"min": 1}}}, "unknown score xyz; there are motion, still, "),
         ({"rules": {"motion": {"min_percentile": 101}}}, "less than or equal to 100"),
         ({"rules": {"motion": {"min": 2, "max": 1}}}, "min 2 is above max 1, which keeps nothing; swap them"),
         (
@@ -328,9 +205,20 @@ def test_another_encoder_is_another_view(encoder: str, tmp_path: Path) -> None:
         ),
         ({"rules": {"motion": {"min": float("nan")}}}, "finite"),
         ({"near_duplicates": {"radius": 17}}, "less than or equal to 16"),
-        ({"embedding": {"encoder": "x", "similarity": 0}}, "greater than 0"),
+        ({"semantic_duplicates": {"similarity": 0}, "clusters": "c"}, "greater than 0"),
+        ({"semantic_duplicates": {}}, "need clusters; name a `cluster` stage in clusters"),
+        ({"labels": {"motion.move": {}}, "scores": "s"}, "asks for nothing; give `only: "),
+        (
+            {"labels": {"motion.move": {"only": ["a", "b"], "never": ["b"]}}, "scores": "s"},
+            "b is in only and in never; take it out of one",
+        ),
+        ({"labels": {"move": {"only": ["a"]}}}, "unknown score move; there are label"),
+        ({"rules": {"motion.camera": {"min": 1}}}, "rules.motion.camera: needs scores; name a `score` stage in scores"),
+        ({"rules": {"cluster.distance": {"max": 1}}}, "rules.cluster.distance: needs clusters; name a `cluster` stage"),
+        ({"balance": {"most": 1, "by": "motion.move"}}, "balance.by: needs scores; name a `score` stage in scores"),
+        ({"scores": {"dogs": {"prompt": "a dog"}}}, "names a `score` stage, whose scorers an encoder or image is now"),
         ({"balance": {}}, "asks for nothing; give `most: N`"),
-        ({"balance": {"by": "source", "most": 1}}, "Extra inputs are not permitted"),
+        ({"balance": {"by": "source", "most": 1}}, "unknown score source; there are label"),
     ],
 )
 def test_a_mistake_in_the_config_says_what_is_allowed(options: dict[str, Any], message: str) -> None:

@@ -1,4 +1,4 @@
-"""Curation by words: rules on captions, clips that say the same, scores by a prompt and by a picture."""
+"""Curation by words: rules on captions, clips that say the same, scores by a prompt."""
 
 import shutil
 from collections.abc import Sequence
@@ -10,7 +10,6 @@ import pyarrow as pa
 import pytest
 import spoken
 import torch
-from PIL import Image
 from pydantic import ValidationError
 
 from longtake.datasets import schema, view
@@ -18,8 +17,6 @@ from longtake.datasets.captions import Caption
 from longtake.datasets.errors import Failure, UserError
 from longtake.pipeline import described
 from longtake.pipeline.stages import curate
-
-pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
 
 SAID = [
     [Caption("A red square moves", language="en"), Caption("rot", language="de")],
@@ -123,7 +120,7 @@ def test_a_prompt_scores_clips_by_their_nearest_caption(prompted: tuple[str, str
         )
         return {row["key"]: row for row in view.read_view(result["uri"]).to_pylist()}
 
-    rows = curated(scores={"reds": {"prompt": "a red square"}})
+    rows = curated(prompts={"reds": "a red square"})
     words = spoken.Counting()
 
     def mean(one: str) -> torch.Tensor:
@@ -136,42 +133,24 @@ def test_a_prompt_scores_clips_by_their_nearest_caption(prompted: tuple[str, str
                 similar = [float(torch.cosine_similarity(mean("a red square"), mean(one), dim=0)) for one in said]
                 score = rows[key]["reds"]
                 assert score == (pytest.approx(max(similar), abs=1e-5) if said else None)
-    dropped = curated(scores={"reds": {"prompt": "a red square"}}, rules={"reds": {"min": 0.999}})
+    dropped = curated(prompts={"reds": "a red square"}, rules={"reds": {"min": 0.999}})
     assert {row["reason"] for row in dropped.values()} == {None, "reds < 0.999"}
     assert all(row["keep"] == (row["reds"] is None or row["reds"] >= 0.999) for row in dropped.values())
-
-
-def test_a_picture_scores_clips_by_an_encoder(own: str, tmp_path: Path) -> None:
-    class Mean(torch.nn.Module):
-        def forward(self, frames: torch.Tensor) -> torch.Tensor:
-            return frames.mean(dim=[2, 3])
-
-    torch.jit.script(Mean()).save(str(tmp_path / "mean.pt"))
-    Image.new("RGB", (40, 30), (255, 0, 0)).save(tmp_path / "red.png")
-    (tmp_path / "text.png").write_text("no picture")
-    scorer = {"encoder": str(tmp_path / "mean.pt"), "image": str(tmp_path / "red.png"), "size": 16}
-    rows = run(own, tmp_path, scores={"reds": scorer, "other": {"encoder": str(tmp_path / "mean.pt"), **scorer}})
-    values = [row["reds"] for row in rows.values()]
-    assert all(0 <= value <= 1 + 1e-6 for value in values) and len(set(values)) > 2
-    for name in ("text.png", "missing.png"):
-        with pytest.raises(UserError, match=r"^scores\.reds\.image: \S+: (not a picture|no such file)"):
-            run(own, tmp_path, scores={"reds": scorer | {"image": str(tmp_path / name)}})
 
 
 @pytest.mark.parametrize(
     ("options", "says"),
     [
         ({"caption_rules": {}, "captions": None}, "caption_rules: need captions; name a `caption` stage"),
-        ({"scores": {"dogs": {"prompt": "a dog"}}}, "scores.dogs.prompt: needs texts; name a `cache_text` stage"),
-        ({"scores": {"dogs": {}}}, "needs an encoder or a prompt, and one of them"),
-        ({"scores": {"dogs": {"prompt": "a", "image": "b.png"}}, "text": "z"}, "image: is compared by an encoder"),
+        ({"prompts": {"dogs": "a dog"}}, "prompts.dogs: needs texts; name a `cache_text` stage"),
         ({"caption_rules": {"match": "(["}}, "is no regular expression"),
         ({"caption_rules": {"match": "a\ud800"}}, r"caption_rules.match\n.*'a\\ud800' is no UTF-8; write it again"),
         ({"caption_rules": {"avoid": "\udfff"}}, "caption_rules.avoid\n.* is no UTF-8"),
         ({"caption_rules": {"languages": ["\ud800"]}}, "caption_rules.languages.0\n.* is no UTF-8"),
         ({"caption_rules": {"min_words": 10**20}}, "caption_rules.min_words\n.* less than or equal to 1048576"),
-        ({"scores": {"dogs": {"prompt": ""}}, "text": "z"}, "scores.dogs.prompt\n.*says nothing; write what is to be"),
-        ({"scores": {"dogs": {"prompt": " \n"}}, "text": "z"}, "scores.dogs.prompt\n.*says nothing"),
+        ({"prompts": {"dogs": ""}, "text": "z"}, "prompts\n.*dogs says nothing; write what is to be seen"),
+        ({"prompts": {"dogs": " \n"}, "text": "z"}, "prompts\n.*dogs says nothing"),
+        ({"prompts": {"motion": "a"}, "text": "z"}, "prompts\n.*motion is the name of a column of the dataset"),
     ],
 )
 def test_settings_that_cannot_work_are_refused(options: dict[str, Any], says: str) -> None:
@@ -183,16 +162,16 @@ def test_words_of_another_dataset_or_encoder_are_one_line(
     prompted: tuple[str, str], own: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder, text = prompted
-    scores = {"reds": {"prompt": "red"}}
-    with pytest.raises(UserError, match=r"^scores\.reds\.prompt: 'red red .*' has 8 tokens, and 6 fit; shorten it$"):
-        run(folder, tmp_path, scores={"reds": {"prompt": "red " * 7}}, text=text)
+    prompts = {"reds": "red"}
+    with pytest.raises(UserError, match=r"^prompts\.reds: 'red red .*' has 8 tokens, and 6 fit; shorten it$"):
+        run(folder, tmp_path, prompts={"reds": "red " * 7}, text=text)
     with pytest.raises(UserError, match=rf"^text: \S+ are of the dataset {folder}, not of {own}$"):
-        run(own, tmp_path, scores=scores, text=text)
+        run(own, tmp_path, prompts=prompts, text=text)
     other = spoken.Counting()
     other.digest = "another"
     monkeypatch.setattr("longtake.text_encoder", lambda **_: other, raising=False)
-    config = curate.Config.model_validate({"kind": "curate", "dataset": "x", "text": "y", "scores": scores})
-    with pytest.raises(UserError, match=r"^scores\.reds\.prompt: words is another encoder"):
+    config = curate.Config.model_validate({"kind": "curate", "dataset": "x", "text": "y", "prompts": prompts})
+    with pytest.raises(UserError, match=r"^prompts\.reds: words is another encoder"):
         curate.run(config, {"dataset": folder, "text": text}, "work/some")
     # a shard that came after the captions
     for path in sorted(Path(own, "train").glob(f"*.{spoken.COLUMN}.parquet"))[:1]:

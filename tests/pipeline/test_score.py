@@ -22,7 +22,7 @@ from longtake.datasets.loader import Loader
 from longtake.datasets.verify import verify
 from longtake.pipeline import scorers as kinds
 from longtake.pipeline.scoring import Work, make_scores
-from longtake.pipeline.stages import score
+from longtake.pipeline.stages import curate, score
 
 Hashes = Callable[[object], dict[str, str]]
 
@@ -186,6 +186,14 @@ def test_the_stage_writes_the_same_bytes_for_any_number_of_workers_and_goes_on(
     score.run(config(workers=4, cpus=0.25), {"dataset": twin}, str(tmp_path / "other"))
     made = hashes(root)
     assert hashes(twin) == made and not list(verify(root))
+    # and the same view
+    options = {"rules": {"bright.mean": {"min_percentile": 30}}, "labels": {"bright.side": {"never": ["bright"]}}}
+    views = []
+    for folder, uri in ((root, output), (twin, str(tmp_path / "other"))):
+        asked = curate.Config.model_validate({"kind": "curate", "dataset": "x", "scores": "y"} | options)
+        views.append(Path(curate.run(asked, {"dataset": folder, "scores": uri}, "work/some")["uri"]).read_bytes())
+    assert views[0] == views[1]
+    shutil.rmtree(Path(root) / "views")
     record = scores.read_scores_of(output, root)
     assert record.names == result["columns"] and score.complete(output)
     shards = sum(len(index.shard_names(root, split)) for split in schema.SPLITS)

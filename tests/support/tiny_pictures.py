@@ -8,7 +8,7 @@ from typing import Any
 import tiny_encoders
 
 SIDE = 16
-KINDS = ("clip", "siglip", "clip_vision", "dinov2", "vit", "resnet")  # of encoders
+KINDS = ("clip", "siglip", "siglip2", "clip_vision", "dinov2", "vit", "resnet")  # of encoders
 LABELS = ("Safe", "NSFW: nude", "7 other")
 
 
@@ -24,9 +24,14 @@ def model(kind: str, seed: int = 0, **config: Any) -> Any:
     if kind == "clip":
         ends = {"bos_token_id": tiny_encoders.SIZE - 2, "eos_token_id": tiny_encoders.SIZE - 1, "pad_token_id": 0}
         return t.CLIPModel(t.CLIPConfig(text_config=text | ends, vision_config=eyes, projection_dim=24))
-    if kind == "siglip":
-        ends = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0, "projection_size": 16}
-        siglip = t.SiglipModel(t.SiglipConfig(text_config=text | ends, vision_config=eyes))
+    if kind in ("siglip", "siglip2"):
+        text |= {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0, "projection_size": 16}
+        if kind == "siglip":
+            siglip = t.SiglipModel(t.SiglipConfig(text_config=text, vision_config=eyes))
+        else:
+            # pictures in their own proportions
+            eyes = {name: value for name, value in eyes.items() if name != "image_size"} | {"num_patches": 16}
+            siglip = t.Siglip2Model(t.Siglip2Config(text_config=text, vision_config=eyes))
         torch.nn.init.constant_(siglip.logit_scale, 1.0)
         torch.nn.init.constant_(siglip.logit_bias, -0.5)
         return siglip
@@ -34,6 +39,8 @@ def model(kind: str, seed: int = 0, **config: Any) -> Any:
         return t.CLIPVisionModelWithProjection(t.CLIPVisionConfig(**eyes, projection_dim=24))
     if kind == "dinov2":
         return t.Dinov2Model(t.Dinov2Config(**eyes))
+    if kind == "masked":
+        return t.ViTMAEModel(t.ViTMAEConfig(**eyes))
     if kind == "resnet":
         return t.ResNetModel(t.ResNetConfig(hidden_sizes=[8, 16], depths=[1, 1], embedding_size=8))
     assert kind in ("vit", "classifier")
@@ -50,11 +57,13 @@ def folder(kind: str, place: Path, seed: int = 0, **config: Any) -> str:
     if kind in ("clip", "clip_vision"):
         sizes = {"size": {"shortest_edge": SIDE}, "crop_size": {"height": SIDE, "width": SIDE}}
         t.CLIPImageProcessorPil(**sizes).save_pretrained(place)
+    elif kind == "siglip2":
+        t.Siglip2ImageProcessorPil(patch_size=4, max_num_patches=16).save_pretrained(place)
     else:
         t.ViTImageProcessorPil(size={"height": SIDE, "width": SIDE}).save_pretrained(place)
     if kind == "clip":
         tiny_encoders.tokenizer(place, "<s>", "</s>", of_clip=True)
-    if kind == "siglip":
+    if kind in ("siglip", "siglip2"):
         tiny_encoders.tokenizer(place, "", "</s>")
     return str(place)
 

@@ -15,8 +15,8 @@ import yaml
 from click.testing import CliRunner
 from flat import nested
 
+from longtake.datasets import clusters, scores, storage
 from longtake.datasets import latents as column
-from longtake.datasets import storage
 from longtake.datasets.captions import Captions, write_captions
 from longtake.datasets.errors import Interrupted
 from longtake.datasets.scores import Column, Scores, write_scores
@@ -433,6 +433,44 @@ def test_scores_go_that_no_stage_of_the_recipe_makes_or_names(here: Workspace, m
     monkeypatch.setattr(clean, "inputs_of", lambda config: {"scores": (record, "scores")})
     items, _ = here.find("scores")
     assert [where.rpartition(" ")[2] for where in items] == [old], "a stage may name a record"
+
+
+def test_clusters_go_that_no_stage_of_the_recipe_makes(here: Workspace) -> None:
+    _, dataset = here.ran("shards", "FINISHED")
+
+    def make(seed: int, similarity: float) -> str:
+        """Clusters by a stage with these settings; the name of their column."""
+        here.more = {
+            "clusters": {"kind": "cluster", "dataset": "shards", "scores": "/scores", "embedding": "clip.vector"}
+        }
+        here.more["clusters"] |= {"seed": seed, "similarity": similarity}
+        _, output = here.ran("clusters", "FINISHED")
+        column = scores.Column(f"score-cluster-{seed}{seed}", "cluster", {}, "", clusters.FIELDS)
+        embedding = {"column": "score-clip-aa", "field": "vector", "width": 4}
+        folder = f"clusters/{seed}{seed}"
+        record = clusters.Clusters(dataset, folder, column.plain(), embedding, None, similarity, {}, {}, {}, {})
+        clusters.write_clusters(output, record)
+        storage.write(storage.join(dataset, "train", f"00000.{column.column}.parquet"), b"0" * 10)
+        for name in ("centroids.safetensors", "vectors/train-00000.safetensors", f"pairs-{similarity}/00000.parquet"):
+            storage.write(storage.join(dataset, folder, name), b"0" * 100)
+        return column.column
+
+    old = make(1, 0.9)
+    make(2, 0.95)
+    live = make(2, 0.9)
+    items, _ = here.find()
+    gone = {where.partition(": ")[2]: item for where, item in items.items() if "score-" in where}
+    assert {name: item.bytes for name, item in gone.items()} == {
+        old: 210,
+        f"{old} pairs-0.9": 100,
+        f"{live} pairs-0.95": 100,
+    }
+    assert "no stage of the recipe makes clusters of score-clip-aa" in gone[old].reason
+    for item in gone.values():
+        assert clean.remove(item, here.open()[2]) is None
+    inside = {"centroids.safetensors", "vectors/train-00000.safetensors", "pairs-0.9/00000.parquet"}
+    left = {path for path in tree(Path(dataset)) if "cluster" in path and Path(dataset, path).is_file()}
+    assert left == {f"train/00000.{live}.parquet", *(f"clusters/22/{name}" for name in inside)}
 
 
 def test_half_models_of_killed_runs_go_and_whole_ones_stay(here: Workspace) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import toy_scorers
 import yaml
 from click.testing import CliRunner
 from flat import nested
@@ -18,7 +19,7 @@ from longtake.infra import graph, recipe, runner, runs
 from longtake.infra.cli.housekeeping import plan
 from longtake.infra.upkeep import estimate
 from longtake.infra.upkeep import sources as sample
-from longtake.pipeline import retry
+from longtake.pipeline import retry, scorers
 
 TRAINING = {
     "kind": "pretrain_vae", "phase": "image", "dataset": "shards", "view": "view", "name": "priced",
@@ -172,6 +173,42 @@ def test_latents_are_counted_by_the_clip(footage: Path, tmp_path: Path) -> None:
     store.finish(run, {"uri": "nowhere", "metrics": {"clips": 10.0, "bytes": 5000.0}})
     _, stages = told(path, sample=10)
     assert stages["latents"]["bytes"]["value"] == pytest.approx(500.0 * stages["shards"]["clips"]["value"])
+
+
+def test_scores_and_clusters_are_counted_by_the_clip_and_by_their_share_of_a_gpu(
+    footage: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(scorers, "SCORERS", toy_scorers.modules())
+    stages = {
+        "shards": yaml.safe_load(Path(write(tmp_path, footage)).read_text())["stages"]["shards"],
+        "scores": {"kind": "score", "dataset": "shards", "run": {"gpus": 0.25, "workers": 2, "cpus": 3}},
+        "groups": {"kind": "cluster", "dataset": "shards", "scores": "scores", "embedding": "colour.vector"},
+    }
+    stages["scores"]["scorers"] = {"colour": {}}
+    path = tmp_path / "scored.yaml"
+    path.write_text(yaml.safe_dump({"name": "priced", "workspace": str(tmp_path / "ws"), "stages": stages}))
+    loaded = recipe.load(str(path))
+    nodes, store = graph.build(loaded), runs.connect(loaded)
+    # one run found half of its clips scored already, another all of them
+    for name, metrics in (
+        ("scores", {"clips": 10.0, "scored_clips": 5.0, "bytes": 5000.0}),
+        ("scores", {"clips": 10.0, "scored_clips": 0.0, "bytes": 5000.0}),
+        ("groups", {"clips": 10.0, "bytes": 700.0}),
+    ):
+        run, _ = store.open(next(n for n in nodes if n.name == name), None)
+        store.client.set_terminated(run, "FINISHED")
+        for metric, value in metrics.items():
+            store.client.log_metric(run, metric, value)
+    found = estimate.estimate(loaded, nodes, store, sample=2)
+    by_name = {stage["name"]: stage for stage in found["stages"]}
+    clips = by_name["shards"]["clips"]["value"]
+    assert by_name["scores"]["bytes"]["value"] == pytest.approx(500 * clips)
+    assert by_name["groups"]["bytes"]["value"] == pytest.approx(70 * clips)
+    assert "1 runs" in by_name["scores"]["how"]
+    hours = by_name["scores"]["wall_hours"]["value"]
+    assert by_name["scores"]["gpu_hours"]["value"] == pytest.approx(hours * 2 * 0.25)
+    assert by_name["scores"]["cpu_hours"]["value"] == pytest.approx(hours * 2 * 3)
+    assert by_name["groups"]["gpu_hours"] is None
 
 
 def test_what_has_finished_costs_nothing(footage: Path, dataset: str, tmp_path: Path) -> None:

@@ -73,7 +73,7 @@ def golden(kind: str, folder: str, shown: list[Image.Image]) -> np.ndarray:
     loaders = {"clip_vision": t.CLIPVisionModelWithProjection}
     model: Any = loaders.get(kind, t.AutoModel).from_pretrained(folder).eval()
     inputs = t.AutoImageProcessor.from_pretrained(folder, backend="pil")(images=shown, return_tensors="pt")
-    if kind in ("clip", "siglip"):
+    if kind in ("clip", "siglip", "siglip2"):
         return model.get_image_features(**inputs).pooler_output.numpy()
     out = model(**inputs)
     if kind == "clip_vision":
@@ -165,7 +165,7 @@ def test_only_the_labels_that_are_named_get_a_number(folders: dict[str, str], mp
         load("classifier").fields(load("classifier").config(model=folders["shares"], labels=["nsfw"]))
 
 
-@pytest.mark.parametrize("kind", ["clip", "siglip"])
+@pytest.mark.parametrize("kind", ["clip", "siglip", "siglip2"])
 def test_shares_of_prompts_are_those_of_the_librarys_pipeline(kind: str, folders: dict[str, str], mp4: bytes) -> None:
     import transformers as t
 
@@ -182,7 +182,7 @@ def test_shares_of_prompts_are_those_of_the_librarys_pipeline(kind: str, folders
     assert [field.name for field in fields] == list(values) and fields[-1].labels == ("a", "b", "c")
 
 
-@pytest.mark.parametrize("kind", ["clip", "siglip"])
+@pytest.mark.parametrize("kind", ["clip", "siglip", "siglip2"])
 def test_cosines_and_queries_are_of_the_librarys_vectors(kind: str, folders: dict[str, str], mp4: bytes) -> None:
     import transformers as t
 
@@ -315,7 +315,7 @@ def test_batches_and_calls_before_change_no_byte(folders: dict[str, str], tmp_pa
 
 def test_networks_run_in_full_fp32() -> None:
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
-    be_exact(1)
+    be_exact()
     assert not torch.backends.cuda.matmul.allow_tf32 and not torch.backends.cudnn.allow_tf32
     assert torch.backends.cudnn.deterministic and torch.get_num_threads() == 1
 

@@ -1,0 +1,74 @@
+"""`longtake dataset alike`: the clips of a dataset that look most like a clip, a picture or a text."""
+
+from typing import Any
+
+import click
+
+from longtake.datasets.masking import shown
+
+
+@click.command()
+@click.argument("url")
+@click.argument("what", required=False)
+@click.option("--text", metavar="WORDS", help="Find clips that look like what this says, in place of WHAT.")
+@click.option("--column", metavar="NAME", help="score-NAME-DIGEST, where several columns have vectors.")
+@click.option("--count", default=10, show_default=True, type=click.IntRange(1, 100_000), help="Clips to list.")
+@click.option(
+    "--probes",
+    type=click.IntRange(0),
+    metavar="N",
+    help="Clusters to search; 0: all clips, exactly. [default: 8 where a `cluster` stage has made some]",
+)
+def alike(url: str, what: str | None, text: str | None, column: str | None, count: int, probes: int | None) -> None:
+    """The clips of DATASET that look most like WHAT: a clip's key, or a picture's file.
+
+    Each is a line: the cosine, the split, the key. The vectors are those of an `embedding` scorer.
+
+    \b
+    Examples:
+      longtake dataset alike DATASET 3f0a…-00002
+      longtake dataset alike DATASET beach.jpg --count 50
+      longtake dataset alike DATASET --text "a dog runs over grass"
+    """
+    from longtake.datasets import alike as search
+    from longtake.datasets import index, storage
+    from longtake.datasets.errors import UserError
+    from longtake.pipeline import queries
+
+    if (what is None) == (text is None):
+        raise UserError("name a clip's key, a picture or --text WORDS, and one of them")
+    index.describe(url)
+    made, field = _column(url, column)
+    if text is not None:
+        vector = queries.of_text(made, text)
+    elif what is not None and storage.exists(what):
+        vector = queries.of_picture(made, field, what)
+    else:
+        vector = search.vector_of(url, made.column, field, str(what))[1]
+    clusters = search.clusters_of(url, made.column, field) if probes != 0 else None
+    if probes and clusters is None:
+        raise UserError(f"--probes: no clusters of {made.column} in {url}; run a `cluster` stage, or leave it out")
+    found = (
+        search.approximate(clusters, vector, count, probes or 8)
+        if clusters
+        else search.exact(url, made.column, field, vector, count)
+    )
+    for (split, key), cosine in zip(search.keys(url, found.rows), found.cosines.tolist(), strict=True):
+        click.echo(shown(f"{cosine:.4f}\t{split}\t{key}"))
+
+
+def _column(url: str, name: str | None) -> tuple[Any, str]:
+    """The column to search, its only one if none is named, and the field of its vectors."""
+    from longtake.datasets import alike as search
+    from longtake.datasets import scores
+    from longtake.datasets.errors import UserError
+
+    if name is None:
+        made = [scores.described(url, column) for column in scores.columns_of(url)]
+        names = [each.column for each in made if any(field.kind == "vector" for field in each.fields)]
+        if len(names) != 1:
+            several = f"has {', '.join(names)}; choose one by --column" if names else "has no vectors"
+            raise UserError(f"{url}: {several}" + ("" if names else "; run a `score` stage with an `embedding`"))
+        name = names[0]
+    column = scores.described(url, name)
+    return column, search.field_of(column).name

@@ -1,0 +1,345 @@
+"""Clusters, and pairs of clips that look alike: against brute force, in crowds, after kills. Ray in the slow test alone."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import vectored
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from longtake.datasets import alike, clusters, index, schema, scores, storage, view
+from longtake.datasets.errors import Failure, UserError
+from longtake.datasets.verify import verify
+from longtake.pipeline import clustering, dedup, pairs
+from longtake.pipeline import column as columns
+from longtake.pipeline.stages import cluster, score
+
+Hashes = Callable[[object], dict[str, str]]
+ROUNDING = 1e-4  # of cosines of float16 vectors that were rounded twice
+
+
+@pytest.fixture(autouse=True)
+def quick(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Many jobs for few clips, without Ray but in the slow test."""
+    monkeypatch.setattr(clustering, "_PART_CLIPS", 64)
+    if "slow" not in request.keywords:
+        monkeypatch.setattr(columns, "make", vectored.make_here)
+
+
+def made(url: str, **changed: Any) -> clusters.Clusters:
+    return clusters.read_clusters(vectored.run(url, f"{url}-out", **changed)["uri"])
+
+
+def pairs_in(record: clusters.Clusters, similarity: float | None = None) -> set[tuple[int, int]]:
+    table = clusters.pairs(record, similarity)
+    return set(zip(table["first"].to_pylist(), table["second"].to_pylist(), strict=True))
+
+
+def values(record: clusters.Clusters, split: str) -> dict[str, list[Any]]:
+    """The columns `reason`, `cluster` and `distance` of a split."""
+    return scores.read_column(record.dataset, split, record.column["column"]).to_pydict()
+
+
+def test_all_pairs_of_one_cluster_are_those_of_brute_force(tmp_path: Path) -> None:
+    vectors = vectored.crowded(400, 24)
+    record = made(vectored.make(tmp_path / "d", vectors, held_out=90), clusters=1)
+    found = pairs_in(record)
+    assert vectored.true_pairs(vectors, 0.9 + ROUNDING) <= found <= vectored.true_pairs(vectors, 0.9 - ROUNDING)
+    assert len(found) > 30
+    assert pairs_in(record, 0.97) < found and pairs_in(record, 0.97) >= vectored.true_pairs(vectors, 0.97 + ROUNDING)
+
+
+def test_few_pairs_are_lost_between_clusters_and_none_is_made_up(tmp_path: Path) -> None:
+    vectors = vectored.crowded(3000, 32)
+    record = made(vectored.make(tmp_path / "d", vectors, shard=250, held_out=500))
+    true, found = vectored.true_pairs(vectors, 0.9 + ROUNDING), pairs_in(record)
+    assert record.counts["clusters"] == 55 and record.counts["lists"] > 5 and record.counts["groups"] > 5
+    assert found <= vectored.true_pairs(vectors, 0.9 - ROUNDING)
+    assert len(true & found) / len(true) > 0.98
+    # without visits more are lost
+    alone = pairs_in(made(record.dataset, border=0))
+    assert len(true & alone) < len(true & found)
+
+
+def test_each_clip_has_the_number_of_the_nearest_centroid(tmp_path: Path) -> None:
+    vectors = vectored.crowded(300, 16)
+    vectors[7] = np.nan
+    vectors[8] = 0
+    url = vectored.make(tmp_path / "d", vectors, held_out=60)
+    record = made(url, clusters=9)
+    centres = alike.read_centroids(storage.join(url, record.folder))
+    assert np.allclose(np.linalg.norm(centres, axis=1), 1, atol=1e-5) and len(centres) == 9
+    first = 0
+    for split, count in (("train", 240), ("val", 60)):
+        found = values(record, split)
+        for number in range(count):
+            if first + number in (7, 8):
+                assert found["cluster"][number] is None and found["reason"][number] == "no_value"
+                continue
+            cosines = centres @ vectors[first + number]
+            assert cosines[int(found["cluster"][number])] >= cosines.max() - 1e-3
+            assert found["distance"][number] == pytest.approx(1 - cosines.max(), abs=1e-3)
+        first += count
+    assert record.counts["clips"] == 298 and record.clips == {"train": 240, "val": 60}
+    shards = [shard for split in schema.SPLITS for shard in index.read_shards(url, split, record.column["column"])]
+    assert len(shards) == 8 and not [line for shard in shards for line in scores.problems(url, shard)]
+
+
+def test_clips_that_a_view_leaves_out_are_in_no_cluster_and_no_pair(tmp_path: Path) -> None:
+    vectors = np.repeat(vectored.crowded(50, 8), 2, axis=0)
+    url = vectored.make(tmp_path / "d", vectors)
+    keys = [key for _, key in alike.keys(url, np.arange(100))]
+    reasons = [None if row % 10 else "no" for row in range(100)]
+    view.write(f"{url}/views/v.parquet", view.rows("train", keys, reasons), {})
+    record = made(url, view=f"{url}/views/v.parquet", clusters=3)
+    found = values(record, "train")
+    assert [reason == "not_in_view" for reason in found["reason"]] == [row % 10 == 0 for row in range(100)]
+    assert not {row for pair in pairs_in(record) for row in pair if row % 10 == 0}
+    assert (2, 3) in pairs_in(record) and record.counts["clips"] == 90
+
+
+# Crowds.
+
+
+def kept(record: clusters.Clusters, rows: np.ndarray, similarity: float) -> set[int]:
+    return set(rows[~dedup.semantic(clusters.pairs(record, similarity), rows, similarity)].tolist())
+
+
+@pytest.mark.parametrize("equal", [True, False])
+def test_a_crowd_has_few_pairs_and_one_clip_of_it_stays(equal: bool, tmp_path: Path) -> None:
+    rng = np.random.default_rng(1)
+    vectors = vectored.crowded(3200, 16, 400)
+    black = np.ones(16) / 4
+    vectors[:3000] = black if equal else black + rng.standard_normal((3000, 16)) * 0.01
+    vectors[1000:1100] = vectors[999]  # equal ones, that are near to the others
+    vectors[3199] = black
+    record = made(vectored.make(tmp_path / "d", vectors, shard=400, held_out=200))
+    # each with each would be four and a half millions
+    assert record.counts["pairs"] < 100 * 3200 and record.counts["crowd_clips"] > 2900 and not record.capped
+    crowd = np.append(np.arange(3000), 3199)
+    for rows in (np.arange(3200), np.arange(3199, -1, -1), rng.permutation(3200), rng.permutation(3200)[:2000]):
+        stay = kept(record, rows, 0.95)
+        # the first of them, whoever represents it
+        assert stay & set(crowd.tolist()) == {next(row for row in rows.tolist() if row in set(crowd.tolist()))}
+
+
+def test_a_cluster_with_too_many_pairs_has_the_strongest_and_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(pairs, "_PAIRS_A_CLIP", 3)
+    monkeypatch.setattr(pairs, "_FEW_PAIRS", 100)
+    rng = np.random.default_rng(0)
+    vectors = np.ones((300, 256)) / 16 + rng.standard_normal((300, 256)) * 0.017
+    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+    record = made(vectored.make(tmp_path / "d", vectors.astype("f")), clusters=1)
+    assert record.counts["capped_clusters"] == 1
+    (least,) = record.capped.values()
+    found, true = pairs_in(record), vectored.true_pairs(vectors, 0.9)
+    assert len(true) > 40_000 and 600 <= len(found) <= 2000 and 0.9 < least < 1
+    assert vectored.true_pairs(vectors, least + ROUNDING) <= found
+    said = capsys.readouterr().err
+    assert f"1 clusters had too many pairs and have the strongest alone, the worst from a cosine of {least:.4f}" in said
+
+
+def test_a_cluster_with_too_many_clips_is_split_and_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(pairs, "_MOST_CLIPS", 200)
+    vectors = vectored.crowded(1000, 24, 5)
+    record = made(vectored.make(tmp_path / "d", vectors), clusters=1)
+    true, found = vectored.true_pairs(vectors, 0.9 + ROUNDING), pairs_in(record)
+    assert record.counts["split_clusters"] == 1 and "1 clusters had too many clips" in capsys.readouterr().err
+    assert found <= vectored.true_pairs(vectors, 0.9 - ROUNDING) and len(true & found) > 0.7 * len(true)
+
+
+def greedy(vectors: np.ndarray, rows: list[int], similarity: float) -> set[int]:
+    """What stays where each clip in turn is dropped that is alike to one that stays."""
+    stay: list[int] = []
+    for row in rows:
+        if all(vectors[row] @ vectors[other] < similarity for other in stay):
+            stay.append(row)
+    return set(stay)
+
+
+@given(st.data())
+@settings(max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_semantic_duplicates_are_dropped_in_the_order_of_preference(data: st.DataObject) -> None:
+    # few directions, so that many are equal and many are alike
+    coarse = data.draw(st.lists(st.tuples(*[st.integers(1, 4)] * 3), min_size=1, max_size=25))
+    vectors = alike.normed(np.array(coarse, np.float32))
+    rows = data.draw(st.permutations(range(len(vectors))))
+    rows = rows[: data.draw(st.integers(1, len(vectors)))]
+    similarity = data.draw(st.sampled_from([0.9, 0.95, 0.99, 1.0]))
+    found = pairs.Found()
+    nobody = (np.empty(0, np.int64), np.empty((0, 3), np.float16))
+    pairs.pairs_of(found, 0, (np.arange(len(vectors)), vectors.astype(np.float16)), nobody, 0.9)
+    drop = dedup.semantic(found.table(), np.array(rows), similarity)
+    exact = alike.normed(vectors.astype(np.float16))
+    assert {row for row, out in zip(rows, drop, strict=True) if not out} == greedy(exact, rows, similarity - 1e-6)
+
+
+# Small, empty and wrong.
+
+
+@pytest.mark.parametrize(("count", "asked"), [(1, None), (1, 5), (3, 50), (2, 1)])
+def test_few_clips_have_few_clusters(count: int, asked: int | None, tmp_path: Path) -> None:
+    url = vectored.make(tmp_path / "d", vectored.crowded(count, 8))
+    record = made(url, clusters=asked)
+    assert record.counts["clips"] == count and 1 <= record.counts["clusters"] <= count
+    assert sum(cluster is not None for cluster in values(record, "train")["cluster"]) == count
+    assert len(alike.approximate(record, np.ones(8), 9, 99).rows) == count
+
+
+def test_what_is_wrong_is_said_in_one_line(tmp_path: Path) -> None:
+    url = vectored.make(tmp_path / "d", vectored.crowded(90, 8), shard=30)
+    other = vectored.make(tmp_path / "other", vectored.crowded(10, 8))
+    config = cluster.Config(kind="cluster", dataset="d", scores="s", embedding="clip.vector")
+    empty = vectored.make(tmp_path / "empty", np.empty((0, 8)))
+    for changed, inputs, says in (
+        ({"embedding": "clipp.vector"}, {}, "embedding: clipp.vector: no scorer clipp; there are clip$"),
+        ({"embedding": "clip.vectors"}, {}, r"embedding: clip.vectors: is no vector; there are clip\.vector$"),
+        ({}, {"scores": f"{other}-scores"}, "has scores of .*/other, not of .*/d; name those of this dataset$"),
+        ({}, {"scores": str(tmp_path / "none")}, "no scores here .*; name what a `score` stage has made$"),
+        ({}, {"dataset": empty}, "no clip to encode; run its `shard` stage, or name another view$"),
+        ({}, {"dataset": str(tmp_path / "none")}, "no dataset here"),
+    ):
+        given_inputs = {"dataset": url, "scores": f"{url}-scores"} | inputs
+        with pytest.raises(UserError, match=says) as error:
+            cluster.run(config.model_copy(update=changed), given_inputs, str(tmp_path / "out"))
+        assert "\n" not in str(error.value)
+    scorers = {"clip": {"by": "light"}, "other": {"by": "bars"}}
+    upstream = {"scores": score.Config.model_validate({"kind": "score", "dataset": "d", "scorers": scorers})}
+    cluster.check(config, upstream)
+    with pytest.raises(ValueError, match=r"^embedding: clop.vector: no scorer clop; there are clip$"):
+        cluster.check(config.model_copy(update={"embedding": "clop.vector"}), upstream)
+    record = made(url)
+    with pytest.raises(UserError, match=r"similarity 0.5: the clusters have pairs from 0.9 on; set `similarity: 0.5`"):
+        clusters.pairs(record, 0.5)
+    with pytest.raises(ValueError, match=r"write a scorer's name in the recipe and its field, as clip.vector"):
+        cluster.Config(kind="cluster", dataset="d", scores="s", embedding="clip")
+    nothing = vectored.make(tmp_path / "nothing", np.full((5, 8), np.nan))
+    with pytest.raises(UserError, match="no clip has a vector"):
+        made(nothing)
+
+
+def test_vectors_of_two_sizes_are_refused_in_one_line(tmp_path: Path) -> None:
+    url = vectored.make(tmp_path / "d", vectored.crowded(60, 8), shard=30)
+    column = scores.read_scores(f"{url}-scores").columns["clip"]
+    short = scores.Column(column.column, "made-up", {}, "", (scores.Field("vector", "vector", "short", width=5),))
+    base = index.read_shards(url, "train")[1]
+    scores.write_shard(url, base, short, [{"vector": np.ones(5)}] * 30)
+    says = "00001.*vector has vectors of 5 numbers, other shards of 8; delete it and score it again$"
+    with pytest.raises(UserError, match=says):
+        made(url)
+    with pytest.raises(UserError, match=says):
+        alike.exact(url, column.column, "vector", np.ones(8), 3)
+
+
+# Again, after other settings, losses and kills.
+
+
+def test_the_same_command_makes_what_is_missing_alone_with_the_same_bytes(tmp_path: Path, hashes: Hashes) -> None:
+    url = vectored.make(tmp_path / "d", vectored.crowded(500, 8), shard=50, held_out=100)
+    first = vectored.run(url, f"{url}-out")
+    record, whole = clusters.read_clusters(f"{url}-out"), hashes(url)
+    assert cluster.complete(f"{url}-out") and first["metrics"]["made_lists"] == record.counts["lists"] > 3
+    folder = Path(url, record.folder)
+    for path, lists, groups in (
+        (sorted(folder.glob("vectors/*"))[1], 1, 0),
+        (sorted(folder.glob("pairs-0.9/*"))[0], 0, 1),
+        (sorted(Path(url, "train").glob("*.score-cluster-*"))[2], 1, 0),
+        (folder / "centroids.safetensors", 0, 0),
+    ):
+        path.unlink()
+        assert not cluster.complete(f"{url}-out")
+        again = vectored.run(url, f"{url}-out")["metrics"]
+        assert (again["made_lists"], again["made_groups"]) == (lists, groups) and hashes(url) == whole
+    # another similarity needs other pairs alone
+    again = vectored.run(url, f"{url}-strict", similarity=0.97)["metrics"]
+    assert again["made_lists"] == 0 and again["made_groups"] == record.counts["groups"]
+    assert pairs_in(clusters.read_clusters(f"{url}-strict")) == pairs_in(record, 0.97)
+    # whatever dead writers have left
+    debris = folder / "vectors" / f".x~{os.uname().nodename}@999999999~00.tmp"
+    debris.touch()
+    assert vectored.run(url, f"{url}-out")["metrics"]["debris_swept"] == 1 and not debris.exists()
+
+
+def test_a_dataset_that_has_grown_gets_other_clusters(tmp_path: Path) -> None:
+    vectors = vectored.crowded(120, 8)
+    url = vectored.make(tmp_path / "d", vectors[:80])
+    before = made(url)
+    vectored.make(tmp_path / "d", vectors)
+    assert not cluster.complete(f"{url}-out")
+    after = made(url)
+    assert after.folder != before.folder and after.counts["clips"] == 120
+
+
+def test_damage_is_named_with_its_remedy(tmp_path: Path) -> None:
+    record = made(vectored.make(tmp_path / "d", vectored.crowded(200, 8)))
+    folder = Path(record.dataset, record.folder)
+    assert not list(alike.problems(record.dataset))
+    path = next(folder.glob("pairs-0.9/*"))
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-8])
+    assert [line for line in verify(record.dataset) if "pairs-0.9" in line] == list(alike.problems(record.dataset))
+    with pytest.raises(Failure, match=r"not a readable Parquet file .* run the stage that made it again"):
+        clusters.pairs(record)
+    path.unlink()
+    with pytest.raises(Failure, match="some pairs are missing; run the `cluster` stage again"):
+        clusters.pairs(record)
+    lists = next(folder.glob("vectors/*"))
+    lists.write_bytes(lists.read_bytes()[:40])
+    with pytest.raises(Failure, match=r"not readable lists of clusters .* run the `cluster` stage again"):
+        alike.approximate(record, np.ones(8), 3)
+    assert any("lists of clusters" in line for line in alike.problems(record.dataset))
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("ray_session")
+def test_killed_on_one_worker_and_continued_on_four_it_has_the_bytes_of_no_worker(
+    tmp_path: Path, hashes: Hashes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    url = vectored.make(tmp_path / "d", vectored.crowded(1600, 16), shard=100, held_out=300)
+    twin = str(shutil.copytree(url, tmp_path / "twin" / "d"))
+    record = scores.read_scores(f"{url}-scores")
+    scores.write_scores(f"{twin}-scores", replace(record, dataset=twin))
+    script = (
+        "import json, sys\nfrom longtake.pipeline import clustering\nfrom longtake.pipeline.stages import cluster\n"
+        "if __name__ == '__main__':\n"
+        "    clustering._PART_CLIPS = 64\n"
+        "    config = cluster.Config.model_validate_json(sys.argv[1])\n"
+        "    cluster.run(config, json.loads(sys.argv[2]), sys.argv[3])"
+    )
+    config = {"kind": "cluster", "dataset": url, "scores": f"{url}-scores", "embedding": "clip.vector"}
+    inputs = json.dumps({"dataset": url, "scores": f"{url}-scores"})
+    command = [sys.executable, "-P", "-c", script, json.dumps(config | {"run": {"workers": 1}}), inputs, f"{url}-out"]
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
+    child = subprocess.Popen(command, env=environment, start_new_session=True, stderr=subprocess.DEVNULL)
+    deadline = time.time() + 120
+    while child.poll() is None and time.time() < deadline and not list(Path(url).glob("clusters/*/vectors/*.safe*")):
+        time.sleep(0.01)
+    os.killpg(child.pid, signal.SIGKILL)
+    child.wait()
+    assert list(Path(url).glob("clusters/*/vectors/*.safetensors"))
+    for path in sorted(Path(url).glob("clusters/*/vectors/*.safetensors"))[1:]:
+        path.unlink()  # so that there is work left
+
+    metrics = vectored.run(url, f"{url}-out", run={"cpus": 0.25, "workers": 4})["metrics"]
+    assert metrics["made_lists"] == metrics["lists"] - 1 > 10
+    monkeypatch.setattr(columns, "make", vectored.make_here)
+    vectored.run(twin, f"{twin}-out")
+    assert hashes(url) == hashes(twin)
+    one, other = (clusters.read_clusters(f"{each}-out") for each in (url, twin))
+    rows = np.arange(1600)
+    assert kept(one, rows, 0.95) == kept(other, rows, 0.95) and 0 < one.counts["pairs"] == other.counts["pairs"]

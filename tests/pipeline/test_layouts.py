@@ -1,0 +1,214 @@
+"""Views in the layouts of other tools: what they read is what the dataset has, and what they wrote are sources again."""
+
+import io
+import json
+import shutil
+import tarfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pytest
+import spoken
+import webdataset
+from click.testing import CliRunner
+
+from longtake.datasets import index, schema, storage, view
+from longtake.datasets.captions import Caption
+from longtake.datasets.errors import Failure, UserError
+from longtake.infra.cli import cli
+from longtake.pipeline import manifest
+from longtake.pipeline.layouts import chosen
+
+
+@pytest.fixture
+def own(dataset: str, tmp_path: Path) -> str:
+    """A copy of the dataset with captions of all clips but one."""
+    folder = str(shutil.copytree(dataset, tmp_path / "own"))
+    said = {key: [Caption('<b>a</b> läuft, "fast"\n🐕'), Caption("later", 0.1, 0.2)] for key in spoken.keys(folder)}
+    spoken.describe(folder, said | {min(said): None})
+    return folder
+
+
+def rows_of(folder: str) -> dict[str, dict[str, Any]]:
+    """The index rows of a dataset by key, with their split."""
+    tables = {split: index.read_all(folder, split).to_pylist() for split in schema.SPLITS}
+    return {row["key"]: row | {"split": split} for split, rows in tables.items() for row in rows}
+
+
+def mp4_of(folder: str, row: dict[str, Any]) -> bytes:
+    tar = storage.join(folder, row["split"], f"{row['shard']}.tar")
+    return storage.read_range(tar, row["mp4_offset"], row["mp4_size"])
+
+
+def half(folder: str) -> tuple[str, set[str]]:
+    """A view of every second clip, and their keys."""
+    url, kept, tables = f"{folder}/views/half.parquet", set[str](), []
+    for split in schema.SPLITS:
+        keys = index.read_all(folder, split)["key"].to_pylist()
+        kept |= set(keys[::2])
+        tables.append(view.rows(split, keys, [None if n % 2 == 0 else "odd" for n in range(len(keys))]))
+    view.write(url, pa.concat_tables(tables), {})
+    return url, kept
+
+
+def invoke(*arguments: str) -> str:
+    result = CliRunner().invoke(cli, ["dataset", *arguments], catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    return result.output
+
+
+def read_manifest(path: Path) -> list[dict[str, Any]]:
+    """The rows of a manifest, as a `shard` stage reads them."""
+    rows = [row for batch in manifest.read(str(path)) for row in batch.to_pylist()]
+    return [{"uri": row["uri"], **json.loads(row["extra"] or "{}")} for row in rows]
+
+
+def test_webdataset_reads_what_a_view_keeps_and_its_tars_are_sources_again(own: str, tmp_path: Path) -> None:
+    url, kept = half(own)
+    said = invoke("export", own, "--layout", "webdataset", "--to", str(tmp_path / "out"), "--view", url)
+    assert f"{len(kept)} clips of " in said
+    tars = sorted((tmp_path / "out").glob("*.tar"))
+    rows = rows_of(own)
+    samples = {s["__key__"]: s for s in webdataset.WebDataset([str(t) for t in tars], shardshuffle=False)}
+    assert samples.keys() == kept
+    for key, sample in samples.items():
+        facts = json.loads(sample["json"])
+        assert sample["mp4"] == mp4_of(own, rows[key])
+        assert (facts["frame_count"], facts["fps"], facts["split"]) == tuple(
+            rows[key][name] for name in ("frame_count", "fps", "split")
+        )
+        if key == min(rows):
+            assert "txt" not in sample and facts["captions"] == []
+        else:
+            assert sample["txt"].decode() == '<b>a</b> läuft, "fast"\n🐕' and len(facts["captions"]) == 2
+    # back
+    invoke("import", str(tmp_path / "out"), "--layout", "webdataset", "--to", str(tmp_path / "back" / "list.jsonl"))
+    found = read_manifest(tmp_path / "back" / "list.jsonl")
+    videos = {Path(row["uri"]).read_bytes(): row for row in found}
+    assert videos.keys() == {mp4_of(own, rows[key]) for key in kept}
+    texts = [len(row.get("captions", [])) for row in found]
+    assert sorted(texts) == sorted(0 if key == min(rows) else 2 for key in kept)
+
+
+def test_an_export_goes_on_where_it_was_stopped_and_into_no_folder_of_another(
+    own: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for layout in ("webdataset", "huggingface"):
+        whole, part = str(tmp_path / f"{layout}-whole"), str(tmp_path / f"{layout}-part")
+        selection = chosen.choose(own, None, None)
+        chosen.write(selection, layout, whole)
+        module, calls = chosen.layouts.load(layout), 0
+        original = module.clips_of
+
+        def failing(*arguments: Any) -> Iterator[Any]:
+            nonlocal calls
+            for one in original(*arguments):  # noqa: B023
+                calls += 1
+                if calls == 7:
+                    raise Failure("the disk is away")
+                yield one
+
+        with monkeypatch.context() as patch:
+            patch.setattr(module, "clips_of", failing)
+            with pytest.raises(Failure, match="the disk is away"):
+                chosen.write(selection, layout, part)
+        chosen.write(selection, layout, part)
+        files = {p.relative_to(whole): p.read_bytes() for p in Path(whole).rglob("*") if p.is_file()}
+        assert files == {p.relative_to(part): p.read_bytes() for p in Path(part).rglob("*") if p.is_file()}
+        url, _ = half(own)
+        with pytest.raises(UserError, match="has something else in it; name a new folder"):
+            chosen.write(chosen.choose(own, url, None), layout, part)
+
+
+def test_huggingface_reads_the_folder_and_it_is_sources_again(own: str, tmp_path: Path) -> None:
+    datasets = pytest.importorskip("datasets")
+    url, kept = half(own)
+    out = str(tmp_path / "out")
+    invoke("export", own, "--layout", "huggingface", "--to", out, "--view", url)
+    rows, there = rows_of(own), set[str]()
+    for split in ("train", "validation"):
+        loaded = datasets.load_dataset("videofolder", data_dir=out, split=split, cache_dir=str(tmp_path / "cache"))
+        loaded = loaded.cast_column("video", datasets.Video(decode=False))
+        for sample in loaded:
+            there.add(sample["key"])
+            assert Path(sample["video"]["path"]).read_bytes() == mp4_of(own, rows[sample["key"]])
+            assert sample["text"] == ("" if sample["key"] == min(rows) else '<b>a</b> läuft, "fast"\n🐕')
+            assert {"train": "train", "validation": "val"}[split] == rows[sample["key"]]["split"]
+    assert there == kept
+    invoke("import", out, "--layout", "huggingface", "--to", str(tmp_path / "list.jsonl"))
+    found = read_manifest(tmp_path / "list.jsonl")
+    assert {Path(row["uri"]).stem for row in found} == kept
+    assert all(("captions" in row) != (Path(row["uri"]).stem == min(rows)) for row in found)
+
+
+def tar_of(path: Path, members: list[tuple[tarfile.TarInfo | str, bytes]]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w") as tar:
+        for name, data in members:
+            info = tarfile.TarInfo(name) if isinstance(name, str) else name
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+
+
+def test_tars_of_others_stay_in_their_place(tmp_path: Path) -> None:
+    link = tarfile.TarInfo("link.mp4")
+    link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
+    members: list[tuple[tarfile.TarInfo | str, bytes]] = [
+        ("../../out.mp4", b"out"), ("../../out.txt", b"a text"), (link, b""), ("/abs.webm", b"abs"), ("/abs.cls", b"3"),
+        ("a.b/c.mp4", b"c"), ("a.b/c.json", b'{"caption": "one", "label": "dog", "other": [1]}'), ("alone.txt", b"x"),
+    ]  # fmt: skip
+    tar_of(tmp_path / "theirs" / "deep" / "0.tar", members)
+    count = chosen.write_manifest(str(tmp_path / "theirs"), "webdataset", str(tmp_path / "in" / "list.jsonl"))
+    assert count == 3
+    found = {Path(row.pop("uri")): row for row in read_manifest(tmp_path / "in" / "list.jsonl")}
+    by_bytes = {path.read_bytes(): row for path, row in found.items()}
+    assert by_bytes == {b"out": {"caption": "a text"}, b"abs": {"label": "3"}, b"c": {"caption": "one", "label": "dog"}}
+    assert all(path.is_relative_to(tmp_path / "in" / "list-videos") for path in found)
+    assert {p.name for p in tmp_path.iterdir()} == {"theirs", "in"}
+
+
+@pytest.mark.parametrize(
+    ("layout", "files", "says"),
+    [
+        ("webdataset", {"a.tar": b"no tar" * 200}, r"a\.tar: not a readable tar"),
+        ("webdataset", {"a.txt": b"nothing"}, "has no videos in the layout webdataset"),
+        ("huggingface", {"metadata.jsonl": b'{"name": "a.mp4"}'}, r"metadata\.jsonl: row 1 has no file_name"),
+        ("huggingface", {"metadata.jsonl": b'{"file_name": "../x.mp4"}'}, r"row 1: \.\./x\.mp4 is no file of this folder"),
+        ("huggingface", {"metadata.jsonl": b'{"file_name": "a.mp4"}'}, r"row 1: a\.mp4 is no file of this folder"),
+        ("huggingface", {"metadata.jsonl": b"{nonsense"}, r"metadata\.jsonl: not readable"),
+        ("huggingface", {"a.mp4": b"a", "metadata.csv": b"file_name,captions\na.mp4,[3]\n"}, "captions: entry 1: 3 is no text"),
+    ],
+)  # fmt: skip
+def test_a_folder_that_is_no_such_layout_is_one_line(
+    tmp_path: Path, layout: str, files: dict[str, bytes], says: str
+) -> None:
+    (tmp_path / "theirs").mkdir()
+    (tmp_path / "x.mp4").write_bytes(b"secret")
+    for name, data in files.items():
+        (tmp_path / "theirs" / name).write_bytes(data)
+    with pytest.raises(UserError, match=says) as error:
+        chosen.write_manifest(str(tmp_path / "theirs"), layout, str(tmp_path / "list.jsonl"))
+    assert "\n" not in str(error.value) and not (tmp_path / "list.jsonl").exists()
+
+
+def test_long_and_broken_texts_of_tars_are_one_line(tmp_path: Path) -> None:
+    for name, data, says in (
+        ("a.json", b"[1]", r"a\.json: not readable \(not an object\)"),
+        ("a.json", b"[" * 100000, r"a\.json: not readable"),
+        ("a.txt", b"\xff\xfe", r"a\.txt: not readable"),
+        ("a.txt", b"x" * (1 << 20) + b"x", r"a\.txt: has 1048577 bytes; 1048576 are allowed"),
+    ):
+        tar_of(tmp_path / "theirs" / "0.tar", [("a.mp4", b"a"), (name, data)])
+        with pytest.raises(UserError, match=says):
+            chosen.write_manifest(str(tmp_path / "theirs"), "webdataset", str(tmp_path / "list.jsonl"))
+
+
+def test_what_cannot_be_chosen_is_one_line(own: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="--captions caption-no: there are caption-"):
+        chosen.choose(own, None, "caption-no")
+    with pytest.raises(UserError, match="no such view"):
+        chosen.choose(own, f"{own}/views/no.parquet", None)
+    with pytest.raises(UserError, match=r"--to \S+list\.csv: name a file on this machine that ends in \.jsonl"):
+        chosen.write_manifest(own, "webdataset", str(tmp_path / "list.csv"))
