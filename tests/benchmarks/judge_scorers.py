@@ -62,7 +62,6 @@ RULES = (
     Rule("light", "fade_in", "above", "fade"),
     Rule("focus", "subject", "above", "blurred", PICTURE),
     Rule("focus", "blur", "above", "blurred", PICTURE),
-    Rule("coding", "noise", "above", "noisy", PICTURE),
     Rule("coding", "blocks", "above", "blocky", PICTURE),
     Rule("bars", "shape", "is", "bars", PICTURE),
     Rule("overlay", "share", "above", "overlay", PICTURE),
