@@ -39,10 +39,12 @@ def choose(dataset: str, view_url: str | None, column: str | None) -> Chosen:
     """The clips that a view keeps, or all, with the captions of a column, or of the only one.
 
     Raises:
-        UserError: no dataset, view or column is there, no clip is kept, or there are several columns of captions.
+        UserError: no dataset, view or column is there, no clip is kept, there are several columns of captions, or it has
+            images and no clips.
         Failure: an index is damaged.
     """
-    index.describe(dataset)
+    if kind := index.describe(dataset).get("kind"):
+        raise UserError(f"{dataset}: has {kind}, whose tars are WebDataset as they are; name a dataset of clips")
     there = captions.columns_of(dataset)
     if column is None and len(there) > 1:
         raise UserError(f"{dataset}: has {', '.join(there)}; choose one by --captions")

@@ -208,6 +208,10 @@ def test_long_and_broken_texts_of_tars_are_one_line(tmp_path: Path) -> None:
 def test_what_cannot_be_chosen_is_one_line(own: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="--captions caption-no: there are caption-"):
         chosen.choose(own, None, "caption-no")
+    (tmp_path / "pictures").mkdir()
+    (tmp_path / "pictures" / "dataset.json").write_text('{"format": 1, "kind": "images"}')
+    with pytest.raises(UserError, match="has images, whose tars are WebDataset as they are; name a dataset of clips"):
+        chosen.choose(str(tmp_path / "pictures"), None, None)
     with pytest.raises(UserError, match="no such view"):
         chosen.choose(own, f"{own}/views/no.parquet", None)
     with pytest.raises(UserError, match=r"--to \S+list\.csv: name a file on this machine that ends in \.jsonl"):
