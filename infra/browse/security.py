@@ -20,7 +20,6 @@ Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 
 MOST_BYTES = 1 << 16  # of a request's body
 
-_MONTH = 30 * 24 * 3600
 _POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; media-src 'self'; connect-src 'self'; "
     "manifest-src 'none'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
@@ -110,7 +109,7 @@ class Guard:
             line = "this address is used up or of another `longtake browse`; open the one that this one printed"
             await _answer(send, 403, {"Content-Type": "application/json"}, json.dumps({"error": line}))
             return
-        cookie = f"{_name(self.port)}={self.token}; Path=/; HttpOnly; SameSite=Strict; Max-Age={_MONTH}"
+        cookie = f"{_name(self.port)}={self.token}; Path=/; HttpOnly; SameSite=Strict"
         fields = {"Set-Cookie": cookie, "Cache-Control": "no-store", "Content-Type": "text/html; charset=utf-8"}
         if headers.get("sec-fetch-site", "none") in ("none", "same-origin"):
             await _answer(send, 303, fields | {"Location": "/"}, "")

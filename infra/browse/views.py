@@ -74,8 +74,8 @@ def save(library: Library, shown: Shown, wanted: Wanted) -> dict[str, Any]:
             raise UserError(f"name: there is a view {wanted.name} already; choose another name")
         inputs = {"dataset": library.dataset}
         if columns := _columns(settings):
-            # a record of just these, which may be those of several stages
-            inputs["scores"] = str(Path(spool) / "scores")
+            # a record of just these, which may be those of several stages, in a workspace that is ours alone
+            inputs["scores"] = str(Path(spool) / "scores" / "record")
             _write_record(inputs["scores"], library.dataset, shown, columns)
         if _of_clusters(settings):
             if shown.clusters is None:

@@ -31,7 +31,7 @@ def browse(url: str, port: int, views: tuple[str, ...], scores: tuple[str, ...],
     token is the key.
 
     \b
-      longtake browse runs/quickstart/shards-1a2b3c        all clips, views and scores
+      longtake browse runs/mine/shards/1a2b3c4d5e6f        all clips, views and scores
       longtake browse DATASET --view chosen --view old     two views, to compare
       longtake browse DATASET --write                      with "save as view"
 
