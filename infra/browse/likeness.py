@@ -49,7 +49,7 @@ class Likeness:
         name = next(iter(readers)) if name is None else name
         if name not in readers:
             raise UserError(f"{name}: its encoder reads no texts; there are {', '.join(readers)}")
-        return self._cosines(name, dual.encode_query(readers[name].plain(), words))
+        return self._cosines(name, dual.encode_query(readers[name], words))
 
     def _column(self, name: str) -> tuple[Column, Field]:
         vectors = self._shown.vectors
