@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pydantic
 
 from longtake.datasets.errors import Failure, UserError
 from longtake.datasets.scores import Field
@@ -35,9 +36,9 @@ class Config(StageConfig):
     least    how likely a face has to be to count, 0 to 1
     """
 
-    frames: int = 4
-    side: int = 320
-    least: float = 0.5
+    frames: int = pydantic.Field(4, ge=1, le=64)
+    side: int = pydantic.Field(320, ge=64, le=2048)
+    least: float = pydantic.Field(0.5, ge=0, le=1)
 
 
 def fields(config: Config) -> tuple[Field, ...]:
