@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-import pydantic
+from pydantic import Field as Setting
 
 from longtake.datasets.scores import Field
 from longtake.datasets.stage import StageConfig
@@ -33,7 +33,7 @@ class Config(StageConfig):
     rate   looks per second
     """
 
-    rate: float = pydantic.Field(2.0, gt=0, le=240)
+    rate: float = Setting(2.0, gt=0, le=240)
 
 
 def fields(config: Config) -> tuple[Field, ...]:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pydantic
+from pydantic import Field as Setting
 
 from longtake.datasets.errors import Failure, UserError
 from longtake.datasets.scores import Field
@@ -36,9 +36,9 @@ class Config(StageConfig):
     least    how likely a face has to be to count, 0 to 1
     """
 
-    frames: int = pydantic.Field(4, ge=1, le=64)
-    side: int = pydantic.Field(320, ge=64, le=2048)
-    least: float = pydantic.Field(0.5, ge=0, le=1)
+    frames: int = Setting(4, ge=1, le=64)
+    side: int = Setting(320, ge=64, le=2048)
+    least: float = Setting(0.5, ge=0, le=1)
 
 
 def fields(config: Config) -> tuple[Field, ...]:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import pydantic
+from pydantic import Field as Setting
 
 from longtake.datasets.scores import Field
 from longtake.datasets.stage import StageConfig
@@ -45,8 +45,8 @@ class Config(StageConfig):
     seconds  an overlay stands so long; subtitles change after some
     """
 
-    rate: float = pydantic.Field(6.0, gt=0, le=240)
-    seconds: float = pydantic.Field(2.0, gt=0, le=60)
+    rate: float = Setting(6.0, gt=0, le=240)
+    seconds: float = Setting(2.0, gt=0, le=60)
 
 
 def fields(config: Config) -> tuple[Field, ...]:
