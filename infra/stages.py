@@ -5,9 +5,9 @@ from typing import Any
 
 STAGES = {
     "shard": "longtake.pipeline.stages.shard",
+    "curate": "longtake.pipeline.stages.curate",
     "score": "longtake.pipeline.stages.score",
     "cluster": "longtake.pipeline.stages.cluster",
-    "curate": "longtake.pipeline.stages.curate",
     "caption": "longtake.pipeline.stages.caption",
     "cache_text": "longtake.pipeline.stages.cache_text",
     "cache_audio": "longtake.pipeline.stages.cache_audio",

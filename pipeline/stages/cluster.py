@@ -247,7 +247,11 @@ def _load_lists(device: str, *, work: Work, parts: Mapping[tuple[str, str], Part
     centres = alike.read_centroids(work.folder)
 
     def make(*, split: str, name: str, keep: np.ndarray, report: Report) -> dict[str, int]:
-        return clustering.make_lists(work, centres, parts[split, name], keep, report)
+        try:
+            return clustering.make_lists(work, centres, parts[split, name], keep, report)
+        except UserError as e:
+            # vectors of another size: one line, as of any other part that fails
+            raise Failure(str(e)) from e
 
     return make
 

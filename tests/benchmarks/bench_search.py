@@ -66,6 +66,11 @@ def drawn(rng: np.random.Generator, count: int, width: int) -> np.ndarray:
     return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
 
 
+def near_rows(number: int, count: int) -> np.ndarray:
+    """Those of a shard's rows that are near to others."""
+    return np.flatnonzero(np.random.default_rng([5, number]).random(count) < 0.05)
+
+
 def make_shard(folder: str, number: int, clips: int, width: int) -> None:
     """A shard's index and vectors."""
     split, name = ("val" if number == 0 else "train"), f"{number:05d}"
@@ -79,7 +84,7 @@ def make_shard(folder: str, number: int, clips: int, width: int) -> None:
     vectors = drawn(rng, count, width)
 
     # near to others, and equal to others
-    near = np.flatnonzero(rng.random(count) < 0.05)
+    near = near_rows(number, count)
     anchors = rng.integers(0, max(1, clips // 40), len(near))
     for row, anchor in zip(near, anchors, strict=True):
         vectors[row] = drawn_anchor(int(anchor), width)
@@ -218,10 +223,10 @@ def measure(folder: str, clips: int, width: int, sample: int, similarity: float,
         drop = dedup.semantic(table, np.arange(clips), 0.95)
     print(f"  {len(table)} pairs, {drop.sum()} clips dropped", flush=True)
 
-    # half of those that are asked for have pairs
+    # half of those that are asked for are near to others, whether the clusters know it or not
     rng = np.random.default_rng(4)
-    with_pairs = np.unique(table.filter(pa.compute.invert(table["crowd"]))["first"].to_numpy())
-    rows = np.unique(np.append(rng.choice(clips, sample), rng.choice(with_pairs, min(sample, len(with_pairs)))))
+    near = np.concatenate([n * SHARD + near_rows(n, min(SHARD, clips - n * SHARD)) for n in range(-(-clips // SHARD))])
+    rows = np.unique(np.append(rng.choice(clips, sample), rng.choice(near, min(sample, len(near)))))
     with timed(f"brute force of {len(rows)} clips"):
         vectors, true, best = truth(folder, column, rows, similarity, width)
     every = clusters.pairs(made)

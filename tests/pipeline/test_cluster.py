@@ -242,6 +242,9 @@ def test_vectors_of_two_sizes_are_refused_in_one_line(tmp_path: Path) -> None:
     says = "00001.*vector has vectors of 5 numbers, other shards of 8; delete it and score it again$"
     with pytest.raises(UserError, match=says):
         made(url)
+    # the sample has none of them
+    with pytest.raises(Failure, match=says):
+        made(url, sample=1, clusters=1, seed=1)
     with pytest.raises(UserError, match=says):
         alike.exact(url, column.column, "vector", np.ones(8), 3)
 
