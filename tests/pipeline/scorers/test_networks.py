@@ -232,7 +232,7 @@ def test_a_worker_with_other_files_scores_nothing(dataset: str, tmp_path: Path) 
     asked = [(score._column(name, one, "").plain(), kinds.SCORERS[one.by], one.config.model_dump(mode="json"))]
     tiny_pictures.folder("vit", tmp_path / "vit", seed=1)
     with pytest.raises(UserError, match=r"scorers.v: the files of its scorer on .* are not those .*copy them there"):
-        score._load("cpu", asked=asked, dataset=dataset, batch=1, threads=1)
+        score._load("cpu", asked=asked, dataset=dataset, threads=1)
 
 
 def column_of(settings: dict[str, Any]) -> Column:
