@@ -22,6 +22,7 @@ from longtake.datasets.errors import Failure, UserError
 from longtake.datasets.scores import PREFIX, Field
 
 FOLDER = "clusters"  # of a dataset
+NAME = "cluster"  # what rules call the column of scores, as in cluster.distance
 # what the column of scores has
 FIELDS = (
     Field("cluster", "number", "number of its cluster, from 0"),

@@ -15,7 +15,6 @@ from tqdm import tqdm
 from longtake.datasets import captions as records
 from longtake.datasets import compact, index, schema, storage
 from longtake.datasets.errors import Failure, UserError
-from longtake.datasets.loader.split import open_columns
 from longtake.datasets.text import Stored, read_text, stored, unpacked
 
 _THREADS = 16  # that read states at once
@@ -37,6 +36,9 @@ def captions_of(dataset: str, uri: str, clips: pa.Table) -> pa.Array:
         UserError: there are no captions at `uri`, or they are of another dataset.
         Failure: the column lacks clips of the dataset.
     """
+    # brings torch, without which views by rules on scores are made
+    from longtake.datasets.loader.split import open_columns
+
     record = records.read_captions(uri)
     _check_dataset("captions", uri, record.dataset, dataset)
     lists, offsets, total = [], {}, 0
@@ -111,6 +113,8 @@ def likeness(dataset: str, uri: str, clips: pa.Table, prompt: str, key: str) -> 
             has more tokens than it takes.
         Failure: the column lacks clips, or is damaged.
     """
+    from longtake.datasets.loader.split import open_columns
+
     record = read_text(uri)
     _check_dataset("text", uri, record.dataset, dataset)
     # through the public door: the pipeline does not import training

@@ -1,8 +1,9 @@
 """The columns of scores that the page shows, by the names that rules use; and which records of stages name them."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,7 +12,6 @@ from longtake.datasets.errors import Failure, UserError
 from longtake.datasets.scores import Column, Field
 
 ALL = "all"
-CLUSTER = "cluster"  # what rules call the column of a `cluster` stage
 
 _RECORDS = {"scores.json": "scores", "clusters.json": "clusters"}
 _THREADS = 16
@@ -63,36 +63,42 @@ class Shown:
         return None
 
 
-def shown(dataset: str, asked: Sequence[str] = (ALL,)) -> Shown:
+def shown(dataset: str, digests: Mapping[str, str], asked: Sequence[str] = (ALL,)) -> Shown:
     """The columns that are asked for.
 
     Args:
+        digests: of the splits' base shards (see `compact.Rows`).
         asked: outputs of `score` and `cluster` stages; "all": every column of the dataset, by the names of the records
-            that are in the dataset's workspace. Of two columns of one name the first is shown that a record names.
+            that are in the dataset's workspace. Of two columns of one name the first is shown that a record names: those
+            of records that are named here, then of those that were written for the shards that there are now.
 
     Raises:
         UserError: no record there, or of another dataset.
-        Failure: a record or a column is damaged.
+        Failure: a record or a column is damaged, or a record that is named here has a column that is gone.
     """
+    there = set(scores.columns_of(dataset))
     records: dict[str, dict[str, Column]] = {}
     of_clusters: dict[str, Column] = {}
-    for uri in dict.fromkeys(each for one in asked for each in (_beside(dataset) if one == ALL else [one])):
-        kind = _kind(uri)
-        if ALL in asked and uri not in asked and not _is_of(uri, kind, dataset):
-            continue
-        if kind == "clusters":
-            record = clusters.read_clusters(uri)
-            if storage.absolute(record.dataset) != storage.absolute(dataset):
-                raise UserError(f"{uri}: are clusters of {record.dataset}, not of {dataset}")
-            of_clusters[uri] = scores.from_plain(record.column)
-        else:
-            records[uri] = dict(scores.read_scores_of(uri, dataset).columns)
+    for uri, record in _records(dataset, digests, asked):
+        made = (
+            dict(record.columns)
+            if isinstance(record, scores.Scores)
+            else {clusters.NAME: scores.from_plain(record.column)}
+        )
+        gone = [column.column for column in made.values() if column.column not in there]
+        if gone and uri in asked:
+            raise Failure(f"{dataset}: {gone[0]} of {uri} is gone; run its stage again")
+        # what `clean` swept, the record of an older output still names
+        made = {name: column for name, column in made.items() if column.column in there}
+        if isinstance(record, scores.Scores):
+            records[uri] = made
+        elif made:
+            of_clusters[uri] = made[clusters.NAME]
 
     columns: dict[str, Column] = {}
     notes = []
-    there = set(scores.columns_of(dataset))
     named = [(name, column) for recorded in records.values() for name, column in recorded.items()]
-    named += [(CLUSTER, column) for column in of_clusters.values()]
+    named += [(clusters.NAME, column) for column in of_clusters.values()]
     if ALL in asked:
         known = {column.column for _, column in named}
         loose = sorted(there - known)
@@ -103,10 +109,30 @@ def shown(dataset: str, asked: Sequence[str] = (ALL,)) -> Shown:
         other = columns.setdefault(name, column)
         if other.column != column.column:
             notes.append(f"{name}: shows {other.column}, not {column.column}; --scores RECORD chooses")
-        elif column.column not in there:
-            raise Failure(f"{dataset}: {column.column} is gone; run its `score` stage again")
-    made = next((uri for uri, column in of_clusters.items() if column.column == columns[CLUSTER].column), None)
-    return Shown(columns, records, made, tuple(dict.fromkeys(notes)))
+    of = next((uri for uri, column in of_clusters.items() if column.column == columns[clusters.NAME].column), None)
+    return Shown(columns, records, of, tuple(dict.fromkeys(notes)))
+
+
+def _records(
+    dataset: str, digests: Mapping[str, str], asked: Sequence[str]
+) -> list[tuple[str, scores.Scores | clusters.Clusters]]:
+    """The records that are named, then those beside the dataset that are of it, those of its shards of now first."""
+    named = [(uri, _read(uri, dataset)) for uri in dict.fromkeys(asked) if uri != ALL]
+    found = []
+    for uri in _beside(dataset) if ALL in asked else []:
+        if uri not in asked:
+            with suppress(UserError, Failure):  # of another dataset, or damaged
+                found.append((uri, _read(uri, dataset)))
+    return named + sorted(found, key=lambda pair: pair[1].digests != digests)
+
+
+def _read(uri: str, dataset: str) -> scores.Scores | clusters.Clusters:
+    if _kind(uri) == "scores":
+        return scores.read_scores_of(uri, dataset)
+    record = clusters.read_clusters(uri)
+    if storage.absolute(record.dataset) != storage.absolute(dataset):
+        raise UserError(f"{uri}: are clusters of {record.dataset}, not of {dataset}")
+    return record
 
 
 def _beside(dataset: str) -> list[str]:
@@ -134,12 +160,3 @@ def _kind(uri: str) -> str:
     if kind is None:
         raise UserError(f"{uri}: no record of scores here; name what a `score` or `cluster` stage has made, or all")
     return kind
-
-
-def _is_of(uri: str, kind: str, dataset: str) -> bool:
-    """Whether a record that was found is of this dataset, and readable."""
-    try:
-        record = clusters.read_clusters(uri) if kind == "clusters" else scores.read_scores(uri)
-    except (UserError, Failure):
-        return False
-    return storage.absolute(record.dataset) == storage.absolute(dataset)

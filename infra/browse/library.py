@@ -93,25 +93,27 @@ class View:
         return self.codes < 0
 
 
-@dataclass(frozen=True)
+@dataclass
 class Library:
     """A dataset, as the page shows it.
 
     dataset  URL
+    digests  of the splits' base shards when they were read (see `compact.Rows`)
     places   a row a clip: where its bytes are
     sources  (N,) codes and addresses of the sources
     fields   numbers and labels by name
     texts    by name: "caption" where there are any
-    views    by name; those that the page saves are added
+    views    by name; replaced as a whole where the page saves one, since other threads go through them
     shown    the columns of scores
     """
 
     dataset: str
+    digests: Mapping[str, str]
     places: pa.Table
     source: Label
     fields: Mapping[str, Number | Label]
     texts: Mapping[str, Text]
-    views: dict[str, View]
+    views: Mapping[str, View]
     shown: Shown
 
     @property
@@ -161,9 +163,11 @@ def load(dataset: str, names: Sequence[str] | None = None, records: Sequence[str
         name: Number(meaning, seconds if name == "seconds" else number_of(clips[name]))
         for name, meaning in (_FACTS | _SCORES).items()
     }
-    shown = columns.shown(dataset, records)
+    digests = {split: base.digest for split, base in bases.items()}
+    shown = columns.shown(dataset, digests, records)
     return Library(
         dataset=dataset,
+        digests=digests,
         places=clips.select(_PLACES),
         source=_sources(dataset, clips["source"]),
         fields=fields | _scores(bases, shown),

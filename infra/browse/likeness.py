@@ -5,10 +5,10 @@ from threading import Lock
 
 import numpy as np
 
-from longtake.datasets import alike, clusters
-from longtake.datasets.errors import UserError
+from longtake.datasets import alike, compact
+from longtake.datasets.errors import Failure, UserError
 from longtake.datasets.scores import Column, Field
-from longtake.infra.browse.columns import Shown
+from longtake.infra.browse.library import Library
 
 _MOST_BYTES = 4 << 30  # of vectors in memory; larger columns are searched on disk
 _FOUND = 1000  # clips that a search on disk finds
@@ -16,28 +16,25 @@ _BLOCK = 1 << 14
 
 
 class Likeness:
-    """Searches the vectors of columns, which it keeps in memory from their first search on.
+    """Searches the vectors of columns, N of a library's clips, which it keeps in memory from their first search on."""
 
-    dataset  URL
-    clips    N
-    """
-
-    def __init__(self, dataset: str, clips: int, shown: Shown) -> None:
-        self.dataset, self.clips, self._shown = dataset, clips, shown
+    def __init__(self, library: Library) -> None:
+        self._library, self.dataset, self.clips = library, library.dataset, library.clips
+        self._shown = library.shown
         self._memory: dict[str, np.ndarray] = {}
         self._lock = Lock()
 
     def to_clip(self, name: str, row: int, key: str) -> np.ndarray:
         """(N,) float32 cosines to a clip, NaN for clips without a vector. Raises UserError, Failure."""
         column, field = self._column(name)
-        vectors = self._vectors(name, column, field)
+        vectors = self._vectors(name)
         if vectors is None:
             asked = alike.vector_of(self.dataset, column.column, field.name, key)[1]
         else:
             asked = vectors[row].astype(np.float32)
         if not asked.any():
             raise UserError(f"{key}: has no vector in {name}; ask for another clip")
-        return self._cosines(name, asked)
+        return self._cosines(name, vectors, asked)
 
     def to_text(self, name: str | None, words: str) -> np.ndarray:
         """The same to a text, by the first column whose encoder reads texts unless one is named."""
@@ -49,7 +46,7 @@ class Likeness:
         name = next(iter(readers)) if name is None else name
         if name not in readers:
             raise UserError(f"{name}: its encoder reads no texts; there are {', '.join(readers)}")
-        return self._cosines(name, dual.encode_query(readers[name], words))
+        return self._cosines(name, self._vectors(name), dual.encode_query(readers[name], words))
 
     def _column(self, name: str) -> tuple[Column, Field]:
         vectors = self._shown.vectors
@@ -57,11 +54,10 @@ class Likeness:
             raise UserError(f"{name}: no such vectors; there are {', '.join(vectors) or 'none'}")
         return vectors[name]
 
-    def _cosines(self, name: str, asked: np.ndarray) -> np.ndarray:
+    def _cosines(self, name: str, vectors: np.ndarray | None, asked: np.ndarray) -> np.ndarray:
         column, field = self._column(name)
         asked = alike.direction(asked, field.width)
         cosines = np.full(self.clips, np.nan, np.float32)
-        vectors = self._vectors(name, column, field)
         if vectors is None:
             found = self._on_disk(column, field, asked)
             cosines[found.rows] = found.cosines
@@ -73,21 +69,30 @@ class Likeness:
 
     def _on_disk(self, column: Column, field: Field, asked: np.ndarray) -> alike.Alike:
         """The nearest clips alone: in clusters of these vectors where there are some, else in all shards."""
-        if self._shown.clusters:
-            made = clusters.read_clusters(self._shown.clusters)
-            if (made.embedding["column"], made.embedding["field"]) == (column.column, field.name):
-                return alike.approximate(made, asked, _FOUND)
+        if made := alike.clusters_of(self.dataset, column.column, field.name):
+            return alike.approximate(made, asked, _FOUND)
         return alike.exact(self.dataset, column.column, field.name, asked, _FOUND)
 
-    def _vectors(self, name: str, column: Column, field: Field) -> np.ndarray | None:
-        """(N, D) float16 of norm 1, zero where a clip has none; None where they are too many for memory."""
+    def _vectors(self, name: str) -> np.ndarray | None:
+        """(N, D) float16 of norm 1, zero where a clip has none; None where they are too many for memory.
+
+        Raises Failure where the dataset has other clips than the page shows: rows of its vectors would be of others.
+        """
+        column, field = self._column(name)
         if 2 * self.clips * field.width > _MOST_BYTES:
+            self._check()
             return None
         with self._lock:
             if (vectors := self._memory.get(name)) is None:
+                self._check()
                 vectors = np.zeros((self.clips, field.width), np.float16)
                 for part in alike.vectors(self.dataset, column.column, field.name):
                     vectors[part.row + np.flatnonzero(part.has)] = part.unit
                 # one column at a time: another one is asked for rarely
                 self._memory = {name: vectors}
             return vectors
+
+    def _check(self) -> None:
+        for split, digest in self._library.digests.items():
+            if compact.open_split(self.dataset, split)[0].digest != digest:
+                raise Failure(f"{self.dataset}: has grown since this page began; start `longtake browse` again")

@@ -119,7 +119,7 @@ class Engine:
 
     def __init__(self, library: Library) -> None:
         self.library = library
-        self._likeness = Likeness(library.dataset, library.clips, library.shown)
+        self._likeness = Likeness(library)
         self._answers: dict[str, Answer] = {}
         self._orders: dict[tuple[str, bool], np.ndarray] = {}
         self._spreads: dict[tuple[str, int], tuple[np.ndarray, np.ndarray, np.ndarray, int]] = {}

@@ -9,11 +9,11 @@ from typing import Annotated, Any
 import numpy as np
 from pydantic import Field, ValidationError
 
-from longtake.datasets import compact, schema, scores, storage
-from longtake.datasets.errors import UserError
+from longtake.datasets import clusters, compact, index, schema, scores, storage
+from longtake.datasets.errors import Failure, UserError
 from longtake.datasets.stage import StageConfig, Utf8
 from longtake.infra import yaml_text
-from longtake.infra.browse.columns import CLUSTER, Shown
+from longtake.infra.browse.columns import Shown
 from longtake.infra.browse.library import Library, Number, View, view_of
 from longtake.pipeline.rules import Bounds, Missing, near
 
@@ -74,15 +74,18 @@ def save(library: Library, shown: Shown, wanted: Wanted) -> dict[str, Any]:
             raise UserError(f"name: there is a view {wanted.name} already; choose another name")
         inputs = {"dataset": library.dataset}
         if columns := _columns(settings):
-            # a record of just these, which may be those of several stages, in a workspace that is ours alone
-            inputs["scores"] = str(Path(spool) / "scores" / "record")
-            _write_record(inputs["scores"], library.dataset, shown, columns)
+            # of the columns of several stages, or of none that is here, a record in a workspace that is ours alone
+            record = shown.record_of(columns)
+            inputs["scores"] = record or str(Path(spool) / "scores" / "record")
+            if record is None:
+                _write_record(inputs["scores"], library.dataset, shown, columns)
         if _of_clusters(settings):
             if shown.clusters is None:
                 raise UserError("rules.cluster.distance: needs the record of its `cluster` stage; name it by --scores")
             inputs["clusters"] = shown.clusters
         made = curate.run(config, inputs, wanted.name)
-        library.views[wanted.name] = view = view_of(made["uri"], wanted.name, library.places["key"])
+        view = view_of(made["uri"], wanted.name, library.places["key"])
+        library.views = {**library.views, wanted.name: view}
     return {
         "uri": view.uri,
         "kept": int(view.keep.sum()),
@@ -98,10 +101,9 @@ def _dropped(view: View) -> list[dict[str, Any]]:
 
 def _settings(library: Library, wanted: Wanted) -> dict[str, Any]:
     """What the stage is told, but for its inputs."""
-    rules: dict[str, Any] = {}
-    for name, bounds in wanted.rules.items():
-        known = bounds.model_dump(exclude_none=True, exclude_defaults=True)
-        rules |= {"frame_count": _frames(library, known)} if name == "seconds" else {name: known}
+    rules = {name: bounds.model_dump(exclude_none=True, exclude_defaults=True) for name, bounds in wanted.rules.items()}
+    if (seconds := rules.pop("seconds", None)) is not None:
+        rules["frame_count"] = _both(_frames(library, seconds), rules.get("frame_count", {}))
     labels = {}
     for name, rule in wanted.labels.items():
         known = {key: list(value) for key in ("only", "never") if (value := getattr(rule, key))}
@@ -128,9 +130,17 @@ def _frames(library: Library, seconds: dict[str, Any]) -> dict[str, Any]:
     return frames
 
 
+def _both(one: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
+    """The bounds that hold where two do. Raises UserError where none can."""
+    both = one | other
+    both |= {key: of(one[key], other[key]) for key, of in (("min", max), ("max", min)) if key in one and key in other}
+    if both.get("min", -math.inf) > both.get("max", math.inf):
+        raise UserError("rules.seconds, rules.frame_count: no clip is of such a length; loosen one of them")
+    return both
+
+
 def _config(library: Library, settings: dict[str, Any]) -> Any:
     """The stage's config. Raises UserError naming the rule that it does not have."""
-    # brings torch, which a page that only shows does without
     from longtake.pipeline.stages import curate
 
     for key, kind in (("rules", "number"), ("labels", "label")):
@@ -154,14 +164,20 @@ def _config(library: Library, settings: dict[str, Any]) -> Any:
 def _columns(settings: dict[str, Any]) -> list[str]:
     """The names of the scorers whose columns the rules need."""
     names = {name.partition(".")[0] for key in ("rules", "labels") for name in settings.get(key, {}) if "." in name}
-    return sorted(names - {CLUSTER})
+    return sorted(names - {clusters.NAME})
 
 
 def _of_clusters(settings: dict[str, Any]) -> bool:
-    return any(name.startswith(f"{CLUSTER}.") for key in ("rules", "labels") for name in settings.get(key, {}))
+    return any(name.startswith(f"{clusters.NAME}.") for key in ("rules", "labels") for name in settings.get(key, {}))
 
 
 def _write_record(uri: str, dataset: str, shown: Shown, names: list[str]) -> None:
-    digests = {split: compact.open_split(dataset, split)[0].digest for split in schema.SPLITS}
+    """Record columns as one stage that has just made them would. Raises Failure where one lacks a shard."""
+    bases = {split: compact.open_split(dataset, split)[0] for split in schema.SPLITS}
     columns = {name: shown.columns[name] for name in names}
-    scores.write_scores(uri, scores.Scores(dataset, columns, None, digests))
+    for column in columns.values():
+        for split, base in bases.items():
+            scored = {name.partition(".")[0] for name in index.shard_names(dataset, split, column.column)}
+            if lacks := set(base.shards["name"].to_pylist()) - scored:
+                raise Failure(f"{dataset} ({split}): {column.column} lacks {min(lacks)}; run its `score` stage again")
+    scores.write_scores(uri, scores.Scores(dataset, columns, None, {s: base.digest for s, base in bases.items()}))

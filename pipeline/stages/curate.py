@@ -23,7 +23,6 @@ PRODUCES = "view"
 
 # columns of the index
 _NEEDED = ["key", "label", "sha256", "phash", *rules.NUMBERS]
-_CLUSTER = "cluster"  # what rules call the values of `clusters`, as in cluster.distance
 
 
 class NearDuplicates(StageConfig):
@@ -140,7 +139,7 @@ class Config(StageConfig):
         if self.semantic_duplicates and not self.clusters:
             raise ValueError("semantic_duplicates: need clusters; name a `cluster` stage in clusters")
         for key, name in self.named().items():
-            field = "clusters" if name.startswith(f"{_CLUSTER}.") else "scores"
+            field = "clusters" if name.startswith(f"{clusters.NAME}.") else "scores"
             if not (self.scores or getattr(self, field)):
                 raise ValueError(f"{key}: needs {field}; name a `{field.rstrip('s')}` stage in {field}")
         return self
@@ -166,7 +165,7 @@ def check(config: Config, inputs: Mapping[str, StageConfig]) -> None:
     """Refuse rules on scores that the recipe's `score` stage does not give. Raises ValueError."""
     known = scored.fields_of_stage(inputs["scores"]) if "scores" in inputs else None
     if known is not None or not config.scores:
-        of_clusters = {f"{_CLUSTER}.{field.name}": field for field in clusters.FIELDS} if config.clusters else {}
+        of_clusters = {f"{clusters.NAME}.{field.name}": field for field in clusters.FIELDS} if config.clusters else {}
         _check_names(config, (known or {}) | of_clusters)
     if config.semantic_duplicates and "clusters" in inputs:
         least = inputs["clusters"].similarity  # type: ignore[attr-defined]
@@ -244,15 +243,17 @@ def _columns(config: Config, inputs: Mapping[str, str], bases: scored.Bases) -> 
     if "scores" in inputs:
         there |= scored.opened_scores(bases, inputs["scores"])
     if "clusters" in inputs:
-        if _CLUSTER in there:
-            raise UserError(f"scores: a scorer is named {_CLUSTER}, as rules name the values of clusters; rename it")
-        there |= {_CLUSTER: from_plain(scored.opened_clusters(bases, inputs["clusters"]).column)}
+        if clusters.NAME in there:
+            raise UserError(
+                f"scores: a scorer is named {clusters.NAME}, as rules name the values of clusters; rename it"
+            )
+        there |= {clusters.NAME: from_plain(scored.opened_clusters(bases, inputs["clusters"]).column)}
     try:
         _check_names(config, scored.fields_of(there))
     except ValueError as e:
         raise UserError(str(e)) from e
     used = {name.partition(".")[0] for name in config.named().values()}
-    used |= {_CLUSTER} if config.semantic_duplicates else set()
+    used |= {clusters.NAME} if config.semantic_duplicates else set()
     return {name: there[name].column for name in sorted(used)}
 
 

@@ -85,6 +85,11 @@ def make_dataset(folder: Path | str, clips: int, val_fraction: float = 0.1, seed
     return dataset
 
 
+def grow(dataset: str, clips: int = 40) -> None:
+    """Add a shard of train."""
+    _write_shard(dataset, "train", "00001", [_video(n) for n in range(_VIDEOS)], clips, np.random.default_rng(1))
+
+
 def _video(number: int) -> tuple[bytes, int, int, int]:
     """An mp4 with a square that moves, its frames, height and width."""
     t, h, w = 24, (48, 64)[number % 2], (64, 48)[number % 2]

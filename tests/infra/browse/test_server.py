@@ -3,21 +3,25 @@
 import io
 import shutil
 import tarfile
+from pathlib import Path
 
 import browsed
 import numpy as np
 import pyarrow as pa
 import pytest
 import scored
+import vectored
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
 from longtake.datasets import alike, clip, compact, images, index, scores, storage
-from longtake.datasets.errors import UserError
+from longtake.datasets.errors import Failure, UserError
 from longtake.datasets.scores import Column, Field
-from longtake.infra.browse import library, media
+from longtake.infra.browse import library, likeness, media
 from longtake.infra.browse.query import _matches
+from longtake.pipeline import column as columns
+from longtake.pipeline.stages import cluster
 
 KEPT_QUERIES = 32
 
@@ -377,8 +381,6 @@ def test_clips_alike_are_those_of_the_exact_search(client, small, everything):
 
 
 def test_columns_too_large_for_memory_are_searched_on_disk(client, books, everything, monkeypatch):
-    from longtake.infra.browse import likeness
-
     question = {"alike": {"key": everything[5]["key"], "column": "clip.vector"}}
     in_memory = asked(client, **question)
     monkeypatch.setattr(likeness, "_MOST_BYTES", 0)
@@ -428,12 +430,65 @@ def test_columns_are_named_as_their_records_name_them(tmp_path):
     assert "movement: shows" in note
 
 
-def test_a_library_is_not_disturbed_when_the_dataset_grows(tmp_path):
+@pytest.mark.parametrize("in_memory", [True, False])
+@pytest.mark.parametrize("scored_too", [True, False])
+def test_a_library_is_not_disturbed_when_the_dataset_grows(tmp_path, monkeypatch, in_memory, scored_too):
+    monkeypatch.setattr(likeness, "_MOST_BYTES", likeness._MOST_BYTES if in_memory else 0)
     dataset = browsed.make_dataset(tmp_path / "clips", 40)
-    client = browsed.client_of(library.load(dataset))
-    more = browsed.make_dataset(tmp_path / "more", 40, seed=1)
-    for ending in ("tar", "parquet"):
-        data = (tmp_path / "more/train" / f"00000.{ending}").read_bytes()
-        (tmp_path / "clips/train" / f"00001.{ending}").write_bytes(data)
-    assert more and len(asked(client)) == 40
+    scored.write_columns(dataset, {"clip": {"vector": 8}})
+    client, late = (browsed.client_of(library.load(dataset)) for _ in range(2))
+    question = {"alike": {"key": asked(client)[0]["key"], "column": "clip.vector"}}
+    before = asked(client, **question)
+    browsed.grow(dataset)
+    if scored_too:
+        scored.write_columns(dataset, {"clip": {"vector": 8}})
+    assert len(asked(client)) == 40
     assert client.get(f"/clip/{asked(client)[0]['key']}.mp4").status_code == 200
+    # vectors that were read before are of these clips; to read others would shift them
+    assert asked(client, **question) == before
+    answer = late.post("/api/query", json=question)
+    assert (answer.status_code, "start `longtake browse` again" in answer.json()["error"]) == (502, True)
+
+
+def test_clusters_of_fewer_clips_are_not_searched(tmp_path, monkeypatch):
+    """Their rows name other clips since train has grown."""
+    monkeypatch.setattr(likeness, "_MOST_BYTES", 0)
+    monkeypatch.setattr(columns, "make", vectored.make_here)  # without Ray
+    dataset = browsed.make_dataset(tmp_path / "shards/0123456789abcdef", 40)
+    column = scored.write_columns(dataset, {"clip": {"vector": 8}})["clip"]
+    uri = str(tmp_path / "scores/0123456789abcdef")
+    scored.write_record(uri, dataset, {"clip": column})
+    inputs, out = {"dataset": dataset, "scores": uri}, str(tmp_path / "clusters/0123456789abcdef")
+    config = cluster.Config.model_validate({"kind": "cluster", **inputs, "embedding": "clip.vector"})
+    cluster.run(config, inputs, out)
+    browsed.grow(dataset)
+    scored.write_columns(dataset, {"clip": {"vector": 8}})
+    client = browsed.client_of(library.load(dataset))
+    key = asked(client)[-1]["key"]  # of val
+    expected = alike.exact(dataset, column, "vector", alike.vector_of(dataset, column, "vector", key)[1], 1000)
+    keys = [key for _, key in alike.keys(dataset, expected.rows)]
+    assert [row["key"] for row in asked(client, alike={"key": key, "column": "clip.vector"})] == keys
+
+
+def test_columns_that_are_gone_are_left_out_unless_their_record_is_named(tmp_path):
+    dataset = browsed.make_dataset(tmp_path / "shards/0123456789abcdef", 40)
+    one = scored.write_columns(dataset, {"flow": {"camera": "number"}})["flow"]
+    other = scored.write_columns(dataset, {"flow": {"camera": "number"}}, seed=1)["flow"]
+    old, new = (str(tmp_path / f"scores/{n}123456789abcdef") for n in range(2))
+    scored.write_record(old, dataset, {"flow": one})
+    browsed.grow(dataset)
+    scored.write_columns(dataset, {"flow": {"camera": "number"}}, seed=1)
+    scored.write_record(new, dataset, {"flow": other})
+    # of two the one that was written for the shards of now
+    shown = library.load(dataset).shown
+    assert (shown.columns["flow"].column, shown.record_of(["flow"])) == (other, new)
+    assert library.load(dataset, None, [old]).shown.columns["flow"].column == one
+    for path in Path(dataset).glob(f"*/*.{one}.parquet"):
+        path.unlink()
+    shown = library.load(dataset).shown
+    assert (shown.columns["flow"].column, shown.notes) == (other, ())
+    for path in Path(dataset).glob(f"*/*.{other}.parquet"):
+        path.unlink()
+    assert not library.load(dataset).shown.columns
+    with pytest.raises(Failure, match="is gone; run its stage again"):
+        library.load(dataset, None, [old])

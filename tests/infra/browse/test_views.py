@@ -1,5 +1,7 @@
 """Views saved from the page: the same as those of the recipe that the page shows, and nothing else is written."""
 
+import subprocess
+import sys
 from pathlib import Path
 
 import browsed
@@ -86,6 +88,46 @@ def test_seconds_become_frames_and_keep_what_the_filter_shows(opened):
     ):
         lines = client.post("/api/recipe", json={"name": "a", "rules": {"seconds": bound}}).json()["recipe"]
         assert yaml_text.parse(lines, "the page")["a"]["rules"] == {"frame_count": frames}
+
+
+def test_bounds_of_seconds_and_of_frames_hold_both(opened):
+    _, client = opened
+    rules = {"frame_count": {"min": 20, "max": 30}, "seconds": {"min": 1.0, "max": 2.0, "missing": "drop"}}
+    for each in (rules, dict(reversed(rules.items()))):
+        lines = client.post("/api/recipe", json={"name": "a", "rules": each}).json()["recipe"]
+        made = yaml_text.parse(lines, "the page")["a"]["rules"]
+        assert made == {"frame_count": {"min": 20, "max": 24, "missing": "drop"}}
+    answer = client.post("/api/recipe", json={"name": "a", "rules": rules | {"seconds": {"min": 3}}})
+    assert (answer.status_code, "no clip is of such a length" in answer.json()["error"]) == (400, True)
+
+
+@pytest.mark.parametrize(("field", "word"), [("flow.camera", "score"), ("light.mean", "lacks 00001")])
+def test_a_column_that_lacks_new_shards_is_refused_as_the_recipe_refuses_it(opened, field, word):
+    dataset, _ = opened
+    browsed.grow(dataset)
+    client = browsed.client_of(library.load(dataset), writable=True)
+    answer = client.post("/api/view", json={"name": "chosen", "rules": {field: {"min": 0.1}}})
+    assert (answer.status_code, word in answer.json()["error"]) == (502, True)
+    assert "run its `score` stage again" in answer.json()["error"]
+    assert not (Path(dataset) / "views/chosen.parquet").exists()
+
+
+def test_saving_leaves_the_views_that_others_go_through_as_they_are(opened):
+    dataset, _ = opened
+    books = library.load(dataset)
+    before = books.views
+    browsed.client_of(books, writable=True).post("/api/view", json={"name": "chosen", "exact_duplicates": False})
+    assert "chosen" in books.views and "chosen" not in before
+
+
+def test_a_recipe_is_shown_without_torch(small):
+    """It takes seconds to import, while a reader waits for some lines."""
+    script = (
+        "import sys; from longtake.infra.browse import library, views; books = library.load(sys.argv[1]);"
+        "views.recipe(books, books.shown, views.Wanted(name='a', rules={'motion': {'min': 0.1}}));"
+        "sys.exit('torch' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", script, small], timeout=120).returncode == 0
 
 
 def test_rules_on_clusters_stand_on_the_record_of_their_stage(opened, tmp_path):
