@@ -7,14 +7,15 @@ import { count, find, make } from "./dom.js";
 import { makeGrid } from "./grid.js";
 import { makePanel } from "./panel.js";
 import { makeSaving } from "./saving.js";
+import { makeSearch } from "./search.js";
 import { hold } from "./stills.js";
 import { asked, nothing, put, question, read, write } from "./state.js";
 
-const TYPING = 220, DRAGGING = 60, MOVING = 400, ONE_CHANGE = 2000;  // milliseconds
+const DRAGGING = 60, MOVING = 400, ONE_CHANGE = 2000;  // milliseconds
 const NARROW = matchMedia("(max-width: 900px)"), PHONE = matchMedia("(max-width: 700px)");  // as in page.css
 const THEMES = { auto: "◐", light: "○", dark: "●" };
 
-let dataset, panel, details, state = nothing();
+let dataset, panel, details, search, state = nothing();
 let answer = { query: null, total: 0 }, dirty = false, running = null, since = 0;
 let last = { name: null, time: 0 };  // change
 
@@ -61,7 +62,7 @@ function show() {
   direction.textContent = down ? "↓" : "↑";
   direction.title = direction.ariaLabel = down ? "Largest first; turn round" : "Smallest first; turn round";
   direction.hidden = !state.sort;
-  searched();
+  search.show(state);
 }
 
 function chips() {
@@ -206,54 +207,6 @@ function close() {
   detail();
 }
 
-// ---- the search
-
-function searched() {
-  const where = find("#search-in").value, words = find("#search-words");
-  const text = where === "text" ? state.text?.words : state.has[where]?.text;
-  if (document.activeElement !== words) words.value = text ?? "";
-  const regex = find("#search-regex");
-  regex.hidden = where === "text";
-  if (document.activeElement !== words) regex.setAttribute("aria-pressed", String(Boolean(state.has[where]?.regex)));
-}
-
-function search(live) {
-  const where = find("#search-in").value, words = find("#search-words").value.trim();
-  const regex = find("#search-regex").getAttribute("aria-pressed") === "true";
-  if (where === "text") {
-    if (live) return;  // a network reads the words: once, when they are all there
-    change((before) => ({ ...before, text: words ? { words } : null, alike: null, sort: words ? null : before.sort }));
-  } else change((before) => put(before, "has", where, words ? { text: words, ...(regex && { regex }) } : null), live, "search");
-}
-
-function makeSearch() {
-  const fields = dataset.fields.filter((field) => field.kind === "text").map((field) => field.name);
-  if (dataset.captions && !fields.includes("caption")) fields.unshift("caption");
-  if (!fields.includes("source")) fields.push("source");
-  const options = fields.sort((one, other) => (other === "caption") - (one === "caption")).map((name) => [name, name]);
-  if (dataset.text) options.push(["text", "looks like"]);
-  find("#search-in").replaceChildren(...options.map(([value, words]) => make("option", { value }, words)));
-  const set = state.text ? "text" : Object.keys(state.has)[0];
-  if (set && options.some(([value]) => value === set)) find("#search-in").value = set;
-
-  let typing;
-  find("#search-in").addEventListener("change", () => searched());
-  find("#search-words").addEventListener("input", () => {
-    clearTimeout(typing);
-    typing = setTimeout(() => search(true), TYPING);
-  });
-  find("#search").addEventListener("submit", (event) => {
-    event.preventDefault();
-    clearTimeout(typing);
-    search(false);
-  });
-  find("#search-regex").addEventListener("click", (event) => {
-    const on = event.target.getAttribute("aria-pressed") !== "true";
-    event.target.setAttribute("aria-pressed", String(on));
-    search(false);
-  });
-}
-
 // ---- the bar
 
 function makeBar() {
@@ -391,7 +344,7 @@ async function start() {
   makeRules();
   makeClip();
   makeBar();
-  makeSearch();
+  search = makeSearch(dataset, state, change);
   const saving = makeSaving(dataset, api, { state: () => state, saved: async () => {
     Object.assign(dataset, await api.dataset());
     makeRules();
