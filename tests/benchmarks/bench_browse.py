@@ -4,7 +4,8 @@
 
 The page measures itself: from the change of a rule over the server's answer and the rows of the clips in sight until the
 browser draws them. Filters are keys on the handles of histograms, labels, words in captions, views and an order, one after
-the other, so that no answer is remembered. The server's own share is printed beside it. Target: p95 below 300 ms.
+the other, so that no answer is remembered. The server's own share is printed beside it. Exits 1 where the p95 of all is not
+below 300 ms: no test asserts it, since a busy machine would fail it.
 """
 
 import argparse
@@ -49,7 +50,10 @@ look();
 KINDS = ("handle", "label", "handle", "words", "handle", "view", "handle", "order")
 
 
-def main() -> None:
+MOST = 300  # milliseconds, p95
+
+
+def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--clips", type=int, default=100_000)
     parser.add_argument("--filters", type=int, default=40)
@@ -73,7 +77,10 @@ def main() -> None:
         print(
             f"{kind:8s} p50 {low:6.1f} ms  p95 {high:6.1f} ms  of it the server's query p95 {np.percentile(server_share, 95):6.1f} ms"
         )
+    if high >= MOST:
+        print(f"p95 {high:.1f} ms is not below {MOST} ms", file=sys.stderr)
+    return int(high >= MOST)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
