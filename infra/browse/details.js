@@ -2,7 +2,7 @@
 
 import { clipUrl, copy, make, number, shown } from "./dom.js";
 
-// hooks: step(by), close(), alike(key, column), sort(field), only(field, label)
+// hooks: step(by), close(), alike(key, column), only(field, label)
 export function makeDetails(root, dataset, hooks) {
   const body = make("div", { class: "body" });
   const title = make("h2", { id: "details-title" }, "Clip");

@@ -4,6 +4,13 @@ import { clamp, count, draw, make, number, rounded, step } from "./dom.js";
 
 const WIDTH = 240, HEIGHT = 44;
 
+// What becomes of clips without a value, and what a press makes of it.
+const MISSING = {
+  undefined: { next: "drop", words: "they pass; drop them" },
+  drop: { next: "only", words: "they are dropped; show only them" },
+  only: { next: undefined, words: "only they are shown; show all" },
+};
+
 // Steep fields have a few full bins and many nearly empty ones: heights are square roots of the counts.
 const height = (clips, most) => (clips ? Math.max(1, Math.sqrt(clips / most) * HEIGHT) : 0);
 
@@ -24,9 +31,9 @@ export function makeHistogram(field, { changed }) {
   const picture = draw("svg", { viewBox: `0 0 ${WIDTH} ${HEIGHT}`, preserveAspectRatio: "none", "aria-hidden": "true" });
   const shades = [make("i", { class: "shade" }), make("i", { class: "shade" })];
   const missing = make("button", {
-    type: "button", class: "missing", hidden: true, title: "Clips without a value pass the rule; drop them",
+    type: "button", class: "missing", hidden: true,
     onclick: () => {
-      rule = { ...rule, missing: rule.missing ? undefined : "drop" };
+      rule = { ...rule, missing: MISSING[rule.missing].next };
       paint();
       changed(current(), false);
     },
@@ -144,9 +151,11 @@ export function makeHistogram(field, { changed }) {
       inputs[i].placeholder = number(rounded(i ? high : low, by));
     });
     missing.hidden = !absent;
-    missing.textContent = `${count(absent)} without`;
-    missing.setAttribute("aria-label", `${count(absent)} without ${field.name}: drop them`);
+    const { words } = MISSING[rule.missing];
+    missing.textContent = `${rule.missing === "only" ? "only " : ""}${count(absent)} without`;
+    missing.title = missing.ariaLabel = `${count(absent)} without ${field.name}: ${words}`;
     missing.setAttribute("aria-pressed", String(Boolean(rule.missing)));
+    missing.classList.toggle("dropped", rule.missing === "drop");
     shades[0].style.width = `${100 * from}%`;
     shades[1].style.width = `${100 * (1 - to)}%`;
   }

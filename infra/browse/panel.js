@@ -91,11 +91,11 @@ export function makePanel(root, dataset, { change, histogram, failed, compared }
 
     const set = (name, value, on) => {
       const without = (rule[name] ?? []).filter((one) => one !== value);
-      const next = { ...rule, [name]: on ? [...without, value] : without };
+      const next = { ...rule, missing: undefined, [name]: on ? [...without, value] : without };
       // a label is either asked for or never wanted
       const other = name === "any" ? "none" : "any";
       if (on && next[other]) next[other] = next[other].filter((one) => one !== value);
-      for (const key of Object.keys(next)) if (!next[key].length) delete next[key];
+      for (const key of Object.keys(next)) if (!next[key]?.length) delete next[key];
       change((state) => put(state, "labels", field.name, Object.keys(next).length ? next : null));
     };
     const all = field.labels ?? [];
@@ -110,6 +110,10 @@ export function makePanel(root, dataset, { change, histogram, failed, compared }
       rows.set(value, { row, box, never, number, clips });
       list.append(row);
     });
+    const absent = make("input", { type: "checkbox",
+      onchange: (event) => change((state) => put(state, "labels", field.name, event.target.checked ? { missing: "only" } : null)) });
+    const lacking = make("span", { class: "count" }, count(field.missing ?? 0));
+    if (field.missing) list.append(make("li", { class: "absent" }, make("label", {}, absent, make("span", { class: "name" }, "none")), lacking));
     if (all.length > FIRST) {
       const more = make("button", { type: "button", class: "more", onclick: () => {
         for (const { row } of rows.values()) row.hidden = false;
@@ -120,6 +124,7 @@ export function makePanel(root, dataset, { change, histogram, failed, compared }
     parts.push({ rule: (state) => {
       rule = state.labels[field.name] ?? {};
       element.classList.toggle("set", Object.hasOwn(state.labels, field.name));
+      absent.checked = rule.missing === "only";
       for (const [value, { row, box, never }] of rows) {
         box.checked = Boolean(rule.any?.includes(value));
         const not = Boolean(rule.none?.includes(value));
@@ -133,6 +138,8 @@ export function makePanel(root, dataset, { change, histogram, failed, compared }
         const row = rows.get(value);
         if (row) row.number.textContent = chosen === row.clips ? count(chosen) : `${count(chosen)} of ${count(row.clips)}`;
       }
+      const { missing = 0, missing_chosen: left = 0 } = answer;
+      lacking.textContent = left === missing ? count(missing) : `${count(left)} of ${count(missing)}`;
     } });
     return element;
   }

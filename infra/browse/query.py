@@ -27,7 +27,8 @@ class Where(StageConfig):
     """One condition on a clip, as the rules of views are.
 
     field        of a number: min, max, inclusive; of a label: any (only these), none (not these); of a text: has
-    missing      keep or drop clips without the number or label; null: drop where `any` is asked for, else keep
+    missing      keep or drop clips without the number or label, or keep only them; null: drop where `any` is asked for,
+                 else keep
     has          what the text has somewhere, in any case; with `regex` an expression of RE2
     view, keep   clips that a view keeps, or leaves out, perhaps for one `reason`
     compare      two views, and the side of them: both keep it, only one, only the other, neither
@@ -38,7 +39,7 @@ class Where(StageConfig):
     max: FiniteFloat | None = None
     any: Annotated[tuple[Word, ...], Field(max_length=1000)] | None = None
     none: Annotated[tuple[Word, ...], Field(max_length=1000)] | None = None
-    missing: Literal["keep", "drop"] | None = None
+    missing: Literal["keep", "drop", "only"] | None = None
     has: Word | None = None
     regex: bool = False
     view: Name | None = None
@@ -273,7 +274,9 @@ def _within(values: np.ndarray, where: Where) -> np.ndarray:
         chosen &= ~(values < np.float64(where.min))
     if where.max is not None:
         chosen &= ~(values > np.float64(where.max))
-    return chosen & ~np.isnan(values) if where.missing == "drop" else chosen
+    if where.missing in ("drop", "only"):
+        chosen &= np.isnan(values) == (where.missing == "only")
+    return chosen
 
 
 def _labelled(label: Label, where: Where) -> np.ndarray:
@@ -285,7 +288,8 @@ def _labelled(label: Label, where: Where) -> np.ndarray:
         allowed[:-1] = [name in where.any for name in label.names]
     if where.none:
         allowed[:-1] &= [name not in where.none for name in label.names]
-    allowed[-1] = (where.missing or ("drop" if where.any else "keep")) == "keep"
+    allowed[:-1] &= where.missing != "only"
+    allowed[-1] = (where.missing or ("drop" if where.any else "keep")) != "drop"
     return allowed[label.codes]
 
 

@@ -3,13 +3,14 @@
 import { copy, count, find, make } from "./dom.js";
 import { asked } from "./state.js";
 
-const IN_A_VIEW = ["rules", "labels"];  // parts of the state that are rules of a recipe
+// Whether a part of what is asked is a rule of a recipe, too. `curate` chooses by no split, and keeps no clips for lacking a value.
+const ruled = (part, field, rule) => ["rules", "labels"].includes(part) && field !== "split" && rule.missing !== "only";
 
 // What the server is asked to make.
 export function view(name, state, exact_duplicates) {
-  const labels = {};
-  for (const [field, { any, none }] of Object.entries(state.labels)) labels[field] = { only: any, never: none };
-  return { name, rules: state.rules, labels, exact_duplicates };
+  const [rules, labels] = ["rules", "labels"].map((part) => Object.entries(state[part]).filter(([field, rule]) => ruled(part, field, rule)));
+  return { name, rules: Object.fromEntries(rules),
+    labels: Object.fromEntries(labels.map(([field, { any, none }]) => [field, { only: any, never: none }])), exact_duplicates };
 }
 
 // `api` has recipe and save; `saved()` is called after a view was written.
@@ -69,8 +70,8 @@ export function makeSaving(dataset, api, { state, saved }) {
     open() {
       const all = asked(state());
       const items = (list) => list.map(({ words }) => make("li", {}, words));
-      const inside = all.filter(({ part }) => IN_A_VIEW.includes(part));
-      const outside = all.filter(({ part }) => !IN_A_VIEW.includes(part));
+      const inside = all.filter(({ part, name }) => ruled(part, name, state()[part]?.[name]));
+      const outside = all.filter((one) => !inside.includes(one));
       rules.replaceChildren(...(inside.length ? items(inside) : [make("li", {}, "no rule: every clip is kept")]));
       left.hidden = !outside.length;
       left.querySelector("ul").replaceChildren(...items(outside));

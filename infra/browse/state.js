@@ -1,6 +1,6 @@
 // What is asked, as plain data: to and from the URL's fragment, to a query, to words, to the rules of a view.
 //
-// rules    {field: {min, max, missing}}        labels  {field: {any: [label], none: [label]}}
+// rules    {field: {min, max, missing}}        labels  {field: {any: [label], none: [label], missing}}
 // has      {field: {text, regex}}              views   {view: {keep, reason}}
 // compare  {one, other, side} or null          sort    {field, descending} or null
 // alike    {key, column} or null               text    {words, column} or null
@@ -24,8 +24,8 @@ const each = (check) => (value) => plain(value) && Object.values(value).every((o
 const maybe = (check) => (value) => value === null || (plain(value) && check(value));
 
 const SHAPES = {
-  rules: each((rule) => bound(rule.min) && bound(rule.max) && [undefined, "drop"].includes(rule.missing)),
-  labels: each((rule) => texts(rule.any) && texts(rule.none)),
+  rules: each((rule) => bound(rule.min) && bound(rule.max) && [undefined, "drop", "only"].includes(rule.missing)),
+  labels: each((rule) => texts(rule.any) && texts(rule.none) && [undefined, "only"].includes(rule.missing)),
   has: each((rule) => text(rule.text) && flag(rule.regex)),
   views: each((rule) => typeof rule.keep === "boolean" && (rule.reason === undefined || text(rule.reason))),
   compare: maybe((two) => text(two.one) && text(two.other) && SIDES.includes(two.side)),
@@ -87,6 +87,7 @@ export function put(state, part, name, value) {
 }
 
 export function bounds({ min, max, missing }) {
+  if (missing === "only") return "is missing";
   const there = missing ? ", and there" : "";
   if (min === undefined && max === undefined) return "is there";
   if (min === undefined) return `≤ ${number(max)}${there}`;
@@ -102,7 +103,7 @@ export function side({ one, other, side: name }) {
 // What is asked, in words, each with the state that does not ask it.
 export function asked(state) {
   const list = [];
-  const entry = (part, name, words) => list.push({ part, words, without: put(state, part, name, null) });
+  const entry = (part, name, words) => list.push({ part, name, words, without: put(state, part, name, null) });
   const single = (part, words) => list.push({ part, words, without: { ...state, [part]: null } });
 
   if (state.alike) single("alike", `alike ${state.alike.key} by ${state.alike.column}`);
@@ -111,8 +112,8 @@ export function asked(state) {
     entry("has", field, rule.regex ? `${field} matches /${rule.text}/` : `${field} has “${rule.text}”`);
   }
   for (const [field, rule] of Object.entries(state.rules)) entry("rules", field, `${field} ${bounds(rule)}`);
-  for (const [field, { any = [], none = [] }] of Object.entries(state.labels)) {
-    const words = [any.length && any.join(" or "), none.length && `not ${none.join(", ")}`].filter(Boolean);
+  for (const [field, { any = [], none = [], missing }] of Object.entries(state.labels)) {
+    const words = [missing && "none", any.length && any.join(" or "), none.length && `not ${none.join(", ")}`].filter(Boolean);
     entry("labels", field, `${field}: ${words.join("; ")}`);
   }
   for (const [view, { keep, reason }] of Object.entries(state.views)) {

@@ -208,6 +208,9 @@ def test_the_handles_of_a_histogram_are_a_rule(page, scores):
     find(page, "[data-field=still] .missing").click()
     until(page, "document.querySelector('.chip').textContent.includes('there')")
     assert total(page) == np.count_nonzero(within & ~np.isnan(scores["still"]))
+    find(page, "[data-field=still] .missing").click()
+    until(page, "document.querySelector('.chip').textContent.includes('missing')")
+    assert total(page) == np.count_nonzero(np.isnan(scores["still"]))
 
     find(page, "[data-field=still] .bound.max").send_keys(Keys.HOME, Keys.SHIFT, Keys.END, Keys.DELETE, Keys.ENTER)
     least.send_keys(Keys.HOME)
@@ -247,6 +250,11 @@ def test_labels_words_and_an_order_are_chips_of_a_link(page, scores):
     until(page, "document.querySelectorAll('.chip').length === 2")
     assert total(page) == some
 
+    find(page, "[data-field=label] .absent input").click()
+    until(page, "document.querySelector('.chip:nth-child(2)').textContent.includes('label: none')")
+    find(page, ".chip").click()
+    until(page, "document.querySelectorAll('.chip').length === 1")
+    assert total(page) == np.count_nonzero([label is None for label in scores["label"]])
     find(page, "#search-words").send_keys(Keys.CONTROL, "a")
     keys(page, "nothing is called so")
     until(page, "!document.querySelector('#empty').hidden")
@@ -324,14 +332,16 @@ def test_rules_are_saved_as_a_view(page, server, dataset, scores):
     open_page(
         page,
         server,
-        rules={"motion": {"min": 0.25}},
-        labels={"flow.move": {"none": ["red"]}},
+        rules={"motion": {"min": 0.25}, "still": {"missing": "only"}},
+        labels={"flow.move": {"none": ["red"]}, "split": {"any": ["val"]}},
         has={"caption": {"text": "a"}},
     )
     find(page, "#ask-save").click()
     until(page, "document.querySelector('#save-recipe').textContent.includes('min: 0.25')")
     assert "flow.move" in find(page, "#save-recipe").text
-    assert "caption has “a”" in find(page, "#save-left").text
+    left = find(page, "#save-left").text
+    assert all(words in left for words in ("caption has “a”", "split: val", "still is missing"))
+    assert "split" not in find(page, "#save-recipe").text
     find(page, "#save-duplicates").click()
     name = find(page, "#save-name")
     name.clear()

@@ -77,14 +77,14 @@ conditions = st.one_of(
         st.sampled_from(["motion", "still", "flow.camera"]),
         st.none() | bounds,
         st.none() | bounds,
-        st.sampled_from([None, "keep", "drop"]),
+        st.sampled_from([None, "keep", "drop", "only"]),
     ),
     st.builds(
         lambda pair, some, none, missing: {"field": pair[0], "any": some and [some], "none": [none]} | ({"missing": missing} if missing else {}),
         st.sampled_from([("label", browsed.LABELS), ("flow.move", ("red", "green"))]),
         st.sampled_from([None, "surfing", "red"]),
         st.sampled_from(["archery", "blue"]),
-        st.sampled_from([None, "keep", "drop"]),
+        st.sampled_from([None, "keep", "drop", "only"]),
     ),
     st.builds(lambda words: {"field": "caption", "has": words}, st.sampled_from(["RED", "a green", "number 1", "[", "<Script>"])),
     st.builds(lambda view, keep: {"view": view, "keep": keep}, st.sampled_from(["calm", "sharp"]), st.booleans()),
@@ -103,7 +103,9 @@ def holds(row, where):
     if "has" in where:
         return there is not None and where["has"].lower() in there.lower()
     if there is None:
-        return where.get("missing", "drop" if where.get("any") else "keep") == "keep"
+        return where.get("missing", "drop" if where.get("any") else "keep") != "drop"
+    if where.get("missing") == "only":
+        return False
     if "any" in where:
         return (where["any"] is None or there in where["any"]) and there not in where["none"]
     return (where["min"] is None or there >= where["min"]) and (where["max"] is None or there <= where["max"])
