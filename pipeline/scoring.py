@@ -36,7 +36,6 @@ class Work:
 def make_scores(
     works: Sequence[Work],
     dataset: str,
-    batch: int,
     split: str,
     name: str,
     keep: np.ndarray,
@@ -45,7 +44,6 @@ def make_scores(
     """Score the clips of one base shard, and commit the columns that it lacks.
 
     Args:
-        batch: clips of one shape that a network gets at once, at most.
         keep: (N,) bool, which of the shard's clips are scored; the others get no values.
         report: called with the number of clips that are scored and the clip that is at work.
 
@@ -62,7 +60,7 @@ def make_scores(
     rows = [row if kept else None for row, kept in zip(base.table.to_pylist(), keep.tolist(), strict=True)]
     frames = 0
     try:
-        scored = [_Scored(work, batch) for work in due]
+        scored = [_Scored(work) for work in due]
         for number, row in enumerate(rows):
             if row is None:
                 for one in scored:
@@ -96,7 +94,6 @@ class _Scored:
     """A scorer at work on a shard: the values of its clips by number, and frames that wait for their batch."""
 
     work: Work
-    batch: int
     values: dict[int, Values] = field(default_factory=dict)
     waiting: dict[tuple[int, ...], list[tuple[int, np.ndarray]]] = field(default_factory=dict)
     bytes: int = 0
@@ -105,7 +102,7 @@ class _Scored:
         """Take the frames (N, H, W, 3) of a clip for a scorer that looks."""
         self.waiting.setdefault(frames.shape, []).append((number, frames))
         self.bytes += frames.nbytes
-        if len(self.waiting[frames.shape]) >= min(self.batch, self.work.scorer.batch):  # type: ignore[union-attr]
+        if len(self.waiting[frames.shape]) >= self.work.scorer.batch:  # type: ignore[union-attr]
             self._look(frames.shape)
         while self.bytes > _WAITING_BYTES:
             self._look(max(self.waiting, key=lambda shape: (len(self.waiting[shape]) * np.prod(shape), shape)))

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
+from pydantic import Field as Setting
 
 from longtake.datasets.scores import Field
 from longtake.datasets.stage import StageConfig
@@ -28,8 +29,8 @@ class Config(StageConfig):
     thinnest  share of the picture's side; thinner bars count as none
     """
 
-    rate: float = 2.0
-    thinnest: float = 0.01
+    rate: float = Setting(2.0, gt=0, le=240)
+    thinnest: float = Setting(0.01, ge=0, lt=0.5)
 
 
 def fields(config: Config) -> tuple[Field, ...]:

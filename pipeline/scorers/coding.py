@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
+from pydantic import Field as Setting
 
 from longtake.datasets.scores import Field
 from longtake.datasets.stage import StageConfig
@@ -32,7 +33,7 @@ class Config(StageConfig):
     rate   looks per second
     """
 
-    rate: float = 2.0
+    rate: float = Setting(2.0, gt=0, le=240)
 
 
 def fields(config: Config) -> tuple[Field, ...]:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from pydantic import Field as Setting
 
 from longtake.datasets.errors import Failure, UserError
 from longtake.datasets.scores import Field
@@ -35,9 +36,9 @@ class Config(StageConfig):
     least    how likely a face has to be to count, 0 to 1
     """
 
-    frames: int = 4
-    side: int = 320
-    least: float = 0.5
+    frames: int = Setting(4, ge=1, le=64)
+    side: int = Setting(320, ge=64, le=2048)
+    least: float = Setting(0.5, ge=0, le=1)
 
 
 def fields(config: Config) -> tuple[Field, ...]:

@@ -60,7 +60,6 @@ class Watch:
         self.motions: list[np.ndarray] = []  # of each pair: see `_motion`, without the time
         self.last: np.ndarray | None = None
         self.seconds = 0.0  # between the frames of a pair
-        self.reach = 0.0
 
     def add(self, frames: Frames) -> None:
         """The next frames of the clip."""

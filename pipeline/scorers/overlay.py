@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from pydantic import Field as Setting
 
 from longtake.datasets.scores import Field
 from longtake.datasets.stage import StageConfig
@@ -44,8 +45,8 @@ class Config(StageConfig):
     seconds  an overlay stands so long; subtitles change after some
     """
 
-    rate: float = 6.0
-    seconds: float = 2.0
+    rate: float = Setting(6.0, gt=0, le=240)
+    seconds: float = Setting(2.0, gt=0, le=60)
 
 
 def fields(config: Config) -> tuple[Field, ...]:

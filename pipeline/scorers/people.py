@@ -7,6 +7,7 @@ weights. So a face counts as a person too, and people who sit, lie or are cut of
 from typing import Any
 
 import numpy as np
+from pydantic import Field as Setting
 
 from longtake.datasets.scores import Field
 from longtake.datasets.stage import StageConfig
@@ -26,10 +27,10 @@ class Config(StageConfig):
     face     how likely a face has to be to count as a person, 0 to 1
     """
 
-    frames: int = 4
-    side: int = 384
-    margin: float = 1.0
-    face: float = 0.5
+    frames: int = Setting(4, ge=1, le=64)
+    side: int = Setting(384, ge=128, le=2048)
+    margin: float = Setting(1.0, ge=0, le=10)
+    face: float = Setting(0.5, ge=0, le=1)
 
 
 def fields(config: Config) -> tuple[Field, ...]:

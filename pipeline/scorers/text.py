@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from pydantic import Field as Setting
 
 from longtake.datasets.errors import UserError
 from longtake.datasets.scores import Field
@@ -41,9 +42,9 @@ class Config(StageConfig):
     least    how sure a read line is, 0 to 1, to count
     """
 
-    frames: int = 6
+    frames: int = Setting(6, ge=1, le=64)
     ocr: bool = False
-    least: float = 0.6
+    least: float = Setting(0.6, ge=0, le=1)
 
 
 def fields(config: Config) -> tuple[Field, ...]:

@@ -36,13 +36,8 @@ _NAME = "^[a-z][a-z0-9_]{0,39}$"
 class ScoreConfig(WorkerConfig):
     """How the workers score.
 
-    batch   clips of one shape that a network gets at once
-    gpus    GPUs of a worker, or a fraction of one; null: 1 if the cluster has any and a scorer is faster on it, else 0
+    gpus   GPUs of a worker, or a fraction of one; null: 1 if the cluster has any and a scorer is faster on it, else 0
     """
-
-    COSTLY = WorkerConfig.COSTLY | {"batch"}
-
-    batch: int = Field(8, ge=1)
 
 
 class Config(StageConfig):
@@ -163,7 +158,6 @@ def run(config: Config, inputs: Mapping[str, str], output: str) -> dict[str, Any
             for name, one in asked.items()
         ],
         "dataset": dataset,
-        "batch": workers.batch,
         "threads": max(1, int(workers.cpus)),
     }
     with columns.sweeping(dataset) as totals:
@@ -225,7 +219,7 @@ def _bytes(dataset: str, names: Sequence[str]) -> int:
 
 
 def _load(
-    device: str, *, asked: Sequence[tuple[dict[str, Any], str, dict[str, Any]]], dataset: str, batch: int, threads: int
+    device: str, *, asked: Sequence[tuple[dict[str, Any], str, dict[str, Any]]], dataset: str, threads: int
 ) -> columns.Make:
     """The function that scores a shard, loaded in an actor."""
     import torch
@@ -249,4 +243,4 @@ def _load(
                 " with; copy them there, then run the same command again"
             )
         works.append(Work(column, scorer.load(config, device if scorer.gpu else "cpu", threads)))
-    return partial(make_scores, works, dataset, batch)
+    return partial(make_scores, works, dataset)

@@ -225,7 +225,10 @@ def measure(folder: str, clips: int, width: int, sample: int, similarity: float,
 
     # half of those that are asked for are near to others, whether the clusters know it or not
     rng = np.random.default_rng(4)
-    near = np.concatenate([n * SHARD + near_rows(n, min(SHARD, clips - n * SHARD)) for n in range(-(-clips // SHARD))])
+    # the first shard is the val split, whose rows come last
+    counts = [min(SHARD, clips - n * SHARD) for n in range(-(-clips // SHARD))]
+    firsts = [(n - 1) * SHARD if n else clips - counts[0] for n in range(len(counts))]
+    near = np.concatenate([firsts[n] + near_rows(n, count) for n, count in enumerate(counts)])
     rows = np.unique(np.append(rng.choice(clips, sample), rng.choice(near, min(sample, len(near)))))
     with timed(f"brute force of {len(rows)} clips"):
         vectors, true, best = truth(folder, column, rows, similarity, width)

@@ -68,7 +68,7 @@ def test_search_in_all_clusters_is_exact_and_in_few_nearly(tmp_path: Path) -> No
         assert np.allclose(exact.cosines, whole.cosines, atol=1e-3) and len(set(whole.rows.tolist())) == 10
         few = alike.approximate(found, vectors[row], 10, 6)
         reached += int((few.cosines >= exact.cosines[-1] - 1e-3).sum())
-    assert reached > 0.95 * 100
+    assert reached > 0.9 * 100
     keep = np.arange(2000) >= 1700
     assert (alike.approximate(record, vectors[0], 10, 45, keep).rows >= 1700).all()
     # a clip that came later is in none of them

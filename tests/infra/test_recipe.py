@@ -69,7 +69,6 @@ def build(path: str, *overrides: str) -> list[graph.Node]:
         (changed(shards={"kind": "shard", "sources": ["x"], "task": {"cpus": 2}}), "stages.shards.task: is now run"),
         (changed(latents={"kind": "cache_latents", "dataset": "shards", "encoder": "vae", "steps": 2}), "stages.latents.steps: is now run.chunk"),
         (changed(latents={"kind": "cache_latents", "dataset": "shards", "encoder": "vae", "batch": 2}), "stages.latents.batch: is now run.batch"),
-        (changed(view={"kind": "curate", "dataset": "shards", "balance": {"by": "label", "most": 2}}), "stages.view.balance.by: is always the label; leave it out"),
         (changed(shards={"kind": "shard", "sources": ["x"], "clip": {"fps": "many"}}), "clip.fps: input should be a valid number"),
         (changed(shards={"kind": "shard", "sources": ["x"], "clip": {"aspects": ["wide"]}}), "'wide' is not an aspect ratio"),
         (changed(view={"kind": "curate", "dataset": "shards", "rules": {"motoin": {"min": 1}}}), "stages.view.rules: unknown score motoin"),

@@ -49,7 +49,7 @@ def root(plain: str, tmp_path: Path) -> str:
 
 
 def config(**changed: Any) -> score.Config:
-    how = {"batch": 3} | {name: changed.pop(name) for name in score.ScoreConfig.model_fields if name in changed}
+    how = {name: changed.pop(name) for name in score.ScoreConfig.model_fields if name in changed}
     return score.Config(**{"kind": "score", "dataset": "x", "scorers": SCORERS, "run": how} | changed)
 
 
@@ -64,7 +64,7 @@ def made_alone(root: str, chosen: score.Config, seen: str = "") -> list[dict[str
     for split in schema.SPLITS:
         for name in index.shard_names(root, split):
             keep = np.ones(len(index.read_shard(root, split, name).table), bool)
-            counts.append(make_scores(works(chosen, seen), root, chosen.run.batch, split, name, keep))
+            counts.append(make_scores(works(chosen, seen), root, split, name, keep))
     return counts
 
 
@@ -101,7 +101,7 @@ def test_settings_name_the_column_and_how_to_run_does_not(root: str) -> None:
         return [work.column.column for work in works(chosen, seen)]
 
     usual = names(config())
-    assert usual == names(config(batch=1, workers=7)) == names(config(scorers=SCORERS | {"bright": {"scale": 1.0}}))
+    assert usual == names(config(cpus=2, workers=7)) == names(config(scorers=SCORERS | {"bright": {"scale": 1.0}}))
     changed = names(config(scorers=SCORERS | {"bright": {"scale": 2.0}}))
     assert changed[0] != usual[0] and changed[1:] == usual[1:]
     assert set(names(config(), "digest")).isdisjoint(usual)
@@ -109,15 +109,12 @@ def test_settings_name_the_column_and_how_to_run_does_not(root: str) -> None:
     assert renamed == [usual[0].replace("bright", "lit")]
 
 
-def test_batches_and_the_company_of_other_scorers_do_not_change_bytes(
-    root: str, hashes: Hashes, tmp_path: Path
-) -> None:
-    twin, third = (str(shutil.copytree(root, tmp_path / name)) for name in ("twin", "third"))
+def test_the_company_of_other_scorers_does_not_change_bytes(root: str, hashes: Hashes, tmp_path: Path) -> None:
+    twin = str(shutil.copytree(root, tmp_path / "twin"))
     made_alone(root, config())
-    made_alone(twin, config(batch=1))
     for name, entry in SCORERS.items():
-        made_alone(third, config(scorers={name: entry}))
-    assert hashes(root) == hashes(twin) == hashes(third)
+        made_alone(twin, config(scorers={name: entry}))
+    assert hashes(root) == hashes(twin)
 
 
 def test_clips_that_a_view_drops_and_those_without_a_value_say_why(root: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -125,7 +122,7 @@ def test_clips_that_a_view_drops_and_those_without_a_value_say_why(root: str, mo
     name = index.shard_names(root, "train")[0]
     keep = np.arange(len(index.read_shard(root, "train", name).table)) % 2 == 0
     made_by = works(config(scorers={"bright": {}}), "view")
-    counts = make_scores(made_by, root, 8, "train", name, keep)
+    counts = make_scores(made_by, root, "train", name, keep)
     assert counts["without"] == len(keep) and counts["clips"] == keep.sum()
     column = made_by[0].column.column
     rows = index.read_shard(root, "train", f"{name}.{column}").table
@@ -153,7 +150,7 @@ def test_a_mistake_in_a_scorer_is_one_line(given: dict[str, Any], says: str) -> 
 
 def test_without_scorers_the_whole_pack_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
     whole = score.Config(kind="score", dataset="x")
-    assert whole == config(scorers={"bright": None, "colour": {"by": "colour", "frames": 4}}, batch=8)
+    assert whole == config(scorers={"bright": None, "colour": {"by": "colour", "frames": 4}})
     assert score.outside(whole) == "bright 1 colour 1"
     monkeypatch.setattr(kinds, "SCORERS", {"bright": "toy_without"})
     with pytest.raises(ValidationError, match=r"no_such_package is not installed: pip install 'longtake\[curation\]'"):

@@ -410,7 +410,6 @@ def test_scores_go_that_no_stage_of_the_recipe_makes_or_names(here: Workspace, m
     def make(quantile: float) -> tuple[str, str]:
         """A column by a stage with these settings, of which one column is the same for all; its name, and its record."""
         here.more = {"scores": {"kind": "score", "dataset": "shards", "scorers": {"light": {}, "bars": {}}}}
-        here.more["scores"]["run"] = {"batch": 4}
         here.more["scores"]["view"] = f"/views/{quantile}.parquet"
         _, output = here.ran("scores", "FINISHED")
         names = {"light": f"score-light-{quantile * 100:02.0f}", "bars": "score-bars-aa"}

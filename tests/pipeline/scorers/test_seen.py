@@ -166,6 +166,21 @@ def test_a_missing_package_is_one_line(scorer: str, missing: str, monkeypatch: p
     assert missing in str(told.value) and "\n" not in str(told.value)
 
 
+@pytest.mark.parametrize(
+    ("scorer", "setting"),
+    [
+        ("focus", {"rate": 0}),
+        ("bars", {"thinnest": 1}),
+        ("overlay", {"seconds": -1}),
+        ("text", {"frames": 0}),
+        ("faces", {"least": 2}),
+    ],
+)
+def test_a_setting_that_makes_no_sense_is_refused(scorer: str, setting: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=next(iter(setting))):
+        load(scorer).config.model_validate(setting)
+
+
 def test_a_package_without_its_network_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for module, name in ((faces, "centerface.onnx"), (text, "PP-OCRv6_det_small.onnx")):
         spec = type("Spec", (), {"submodule_search_locations": [str(tmp_path)]})()
