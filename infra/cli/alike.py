@@ -53,6 +53,10 @@ def alike(
         raise UserError("name a clip's key, a picture or --text WORDS, and one of them")
     index.describe(url)
     made, field = _column(url, column)
+    if encoder is not None and text is None and not storage.exists(str(what)):
+        raise UserError(
+            f"--encoder: {shown(str(what))} is no picture's file, so that nothing is to encode; leave it out"
+        )
     if text is not None:
         vector = queries.of_text(made, text, encoder)
     elif what is not None and storage.exists(what):
