@@ -419,7 +419,7 @@ def test_a_text_finds_the_clips_whose_vectors_are_like_it(tmp_path):
     assert not books.shown.readers
     books = replace(books, shown=columns.with_encoder(books.shown, str(moved)))
     assert asked(browsed.client_of(books), text={"words": "a dog runs"})[0]["key"] == rows[0]["key"]
-    with pytest.raises(UserError, match="^--encoder: .*other files than those that made it"):
+    with pytest.raises(UserError, match=r"^--encoder: .*other files than those that made it"):
         columns.with_encoder(books.shown, tiny_pictures.folder("clip", tmp_path / "other", seed=1))
 
 
