@@ -1,5 +1,6 @@
 """Search by vectors: exact against brute force, approximate against exact, one vector or several a clip, from the command."""
 
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -181,6 +182,13 @@ def test_the_command_finds_clips_by_pictures_and_texts(tmp_path: Path, capsys: p
     assert run(capsys, url, "--text", text, *chosen)[1][0] == f"1.0000\ttrain\t{keys[6]}"
     page = tmp_path / "page.html"
     page.write_text("<script>")
-    for arguments, says in ((["--text", " "], "--text: says nothing"), ([str(page)], "not a picture")):
+    moved = shutil.move(model, tmp_path / "moved")
+    assert run(capsys, url, pictures[0], *chosen, "--encoder", str(moved))[1][0].endswith(f"train\t{keys[0]}")
+    for arguments, says in (
+        (["--text", " "], "--text: says nothing"),
+        ([pictures[0]], "not opened unasked; if you trust it, name it by --encoder"),
+        ([str(page), "--encoder", str(moved)], "not a picture"),
+        ([keys[0], "--encoder", str(moved)], "is no picture's file, so that nothing is to encode"),
+    ):
         code, _, said = run(capsys, url, *arguments, *chosen)
         assert code == 2 and says in said and len(said.splitlines()) == 1

@@ -3,6 +3,7 @@
 import io
 import shutil
 import tarfile
+from dataclasses import replace
 from pathlib import Path
 
 import browsed
@@ -18,6 +19,7 @@ from PIL import Image
 from longtake.datasets import alike, clip, compact, images, index, scores, storage
 from longtake.datasets.errors import Failure, UserError
 from longtake.datasets.scores import Column, Field
+from longtake.infra.browse import columns as shown_columns
 from longtake.infra.browse import library, likeness, media
 from longtake.infra.browse.query import _matches
 from longtake.pipeline import column as columns
@@ -415,8 +417,15 @@ def test_a_text_finds_the_clips_whose_vectors_are_like_it(tmp_path):
     rows = asked(client, text={"words": "a dog runs"})
     assert rows[0]["key"] == compact.table(dataset, "val")["key"][2].as_py()
     assert rows[0]["likeness"] == pytest.approx(1, abs=2e-3)
-    shutil.rmtree(model)
+    # elsewhere it is used where it is named
+    moved = shutil.move(model, tmp_path / "moved")
     assert "\n" not in client.post("/api/query", json={"text": {"words": "a cat"}}).json()["error"]
+    books = library.load(dataset)
+    assert not books.shown.readers
+    books = replace(books, shown=shown_columns.with_encoder(books.shown, str(moved)))
+    assert asked(browsed.client_of(books), text={"words": "a dog runs"})[0]["key"] == rows[0]["key"]
+    with pytest.raises(UserError, match=r"^--encoder: .*other files than those that made it"):
+        shown_columns.with_encoder(books.shown, tiny_pictures.folder("clip", tmp_path / "other", seed=1))
 
 
 def test_columns_are_named_as_their_records_name_them(tmp_path):
