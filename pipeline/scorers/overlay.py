@@ -52,7 +52,9 @@ class Config(StageConfig):
 def fields(config: Config) -> tuple[Field, ...]:
     return (
         Field(
-            "share", "number", "of the picture that lies within overlays, 0 to 1; none where too little moves to tell"
+            "share",
+            "number",
+            "of the picture that lies within overlays, 0 to 1; none, by the reason `still`, where too little moves to tell",
         ),
         Field("moves", "number", "share of the edges that move, 0 to 1: below 0.3 an overlay is easily missed"),
         Field(
