@@ -10,7 +10,7 @@ from pathlib import Path, PurePosixPath
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from longtake.datasets.errors import UserError
+from longtake.datasets.errors import UserError, not_installed
 
 if TYPE_CHECKING:
     import torch
@@ -23,12 +23,12 @@ _CODE_BYTES = 64 << 20  # of the text of a TorchScript archive's code, at most
 _UNFOLDED = 4  # bytes of an archive's members a byte of the archive, at most: `torch.jit.save` does not compress
 
 
-def imported(name: str, key: str = "encoder") -> ModuleType:
-    """A module of the extra. Raises UserError where it is not installed."""
+def imported(name: str, key: str = "encoder", extra: str = "text") -> ModuleType:
+    """A module of an extra. Raises UserError where it is not installed."""
     try:
         return importlib.import_module(name)
     except ImportError as e:
-        raise UserError(f"{key}: {name} is not installed; pip install 'longtake[text]'") from e
+        raise not_installed(name, extra, key) from e
 
 
 def files_of(folder: Path, key: str = "encoder") -> list[Path]:

@@ -2,7 +2,7 @@
 
 import importlib
 
-from longtake.datasets.errors import UserError
+from longtake.datasets.errors import not_installed
 from longtake.pipeline.scorers.scorer import Scorer
 
 SCORERS = {
@@ -41,5 +41,5 @@ def of_module(module: str) -> Scorer:
     except ModuleNotFoundError as e:
         if (e.name or "").startswith("longtake"):
             raise
-        raise UserError(f"{e.name} is not installed: pip install 'longtake[curation]'") from e
+        raise not_installed(e.name or module, "curation") from e
     return scorer

@@ -4,8 +4,7 @@ A bar is black and of one level from the side of the picture to a straight edge,
 picture behind is dark for the whole clip, nobody can tell a bar from the night, and none is said to be there.
 """
 
-from collections.abc import Mapping
-from typing import Any
+from functools import partial
 
 import numpy as np
 from pydantic import Field as Setting
@@ -13,7 +12,7 @@ from pydantic import Field as Setting
 from longtake.datasets.scores import Field
 from longtake.datasets.stage import StageConfig
 from longtake.pipeline.scorers.picture import chosen
-from longtake.pipeline.scorers.scorer import Frames, Scorer, Values
+from longtake.pipeline.scorers.scorer import Frames, Scorer, Values, Watching
 
 _BLACK = 28  # luma; bars of careless footage are not quite 16
 _SPREAD = 6  # luma within a bar
@@ -116,12 +115,8 @@ def shape(top: float, bottom: float, left: float, right: float) -> str:
     return "edge" if top or bottom or left or right else "none"
 
 
-class Watcher:
-    def __init__(self, config: Config) -> None:
-        self._config = config
-
-    def begin(self, row: Mapping[str, Any]) -> Watch:
-        return Watch(self._config)
+def _load(config: Config, device: str, threads: int) -> Watching:
+    return Watching(partial(Watch, config))
 
 
-SCORER = Scorer(Config, 1, fields, lambda config, device, threads: Watcher(config))
+SCORER = Scorer(Config, 1, fields, _load)

@@ -4,15 +4,12 @@ Two frames are the same where no part of the picture has changed: the measure is
 that a small thing that moves counts, and coding noise does not. A repeated frame stands out from its neighbours on both sides.
 """
 
-from collections.abc import Mapping
-from typing import Any
-
 import cv2
 import numpy as np
 
 from longtake.datasets.scores import Field
 from longtake.datasets.stage import StageConfig
-from longtake.pipeline.scorers.scorer import Frames, Scorer, Values
+from longtake.pipeline.scorers.scorer import Frames, Scorer, Values, Watching
 
 SIDE = 240  # pixels of the shorter side are looked at, or up to twice as many: every nth, so that noise stays as it is
 CELLS = 12  # along the shorter side
@@ -144,17 +141,9 @@ def _label(repeated: np.ndarray, frozen: np.ndarray, duplicate: float) -> str:
     return "irregular"
 
 
-class Scores:
-    """Sees every frame."""
-
-    def begin(self, row: Mapping[str, Any]) -> Watch:
-        """A clip."""
-        return Watch()
-
-
-def load(config: Config, device: str, threads: int) -> Scores:
+def load(config: Config, device: str, threads: int) -> Watching:
     """The scorer; its work is too small for several threads."""
-    return Scores()
+    return Watching(Watch)
 
 
 SCORER = Scorer(config=Config, version=1, fields=fields, load=load)

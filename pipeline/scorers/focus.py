@@ -6,7 +6,7 @@ that is left says how blurred it is, whatever its contrast and its contents.
 What it gives up: noise and the edges of blocks count as sharp; a blur along an edge, as of a panning camera, counts half.
 """
 
-from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -14,8 +14,8 @@ from pydantic import Field as Setting
 
 from longtake.datasets.scores import Field
 from longtake.datasets.stage import StageConfig
-from longtake.pipeline.scorers.picture import chosen, needed, package, reduced
-from longtake.pipeline.scorers.scorer import Frames, Scorer, Values
+from longtake.pipeline.scorers.picture import chosen, needed, opencv, reduced
+from longtake.pipeline.scorers.scorer import Frames, Scorer, Values, Watching
 
 _SIDE = 256  # pixels; at the least, of the shorter side
 _SIZES = 3  # each half of the one before
@@ -55,7 +55,7 @@ def fields(config: Config) -> tuple[Field, ...]:
 class Watch:
     def __init__(self, config: Config) -> None:
         self._config = config
-        self._cv2 = package("cv2")
+        self._cv2 = opencv()
         self._whole: list[float] = []
         self._sharpest: list[float] = []
 
@@ -111,12 +111,8 @@ def _tiled(values: np.ndarray) -> np.ndarray:
     return np.asarray(values[: h * _TILES, : w * _TILES].reshape(_TILES, h, _TILES, w).mean((1, 3)))
 
 
-class Watcher:
-    def __init__(self, config: Config) -> None:
-        self._config = config
-
-    def begin(self, row: Mapping[str, Any]) -> Watch:
-        return Watch(self._config)
+def _load(config: Config, device: str, threads: int) -> Watching:
+    return Watching(partial(Watch, config))
 
 
-SCORER = Scorer(Config, 1, fields, lambda config, device, threads: Watcher(config), digest=lambda config: needed("cv2"))
+SCORER = Scorer(Config, 1, fields, _load, digest=lambda config: needed("cv2"))

@@ -1,13 +1,10 @@
 """Scorer of light: exposure, flicker and fades, from luma."""
 
-from collections.abc import Mapping
-from typing import Any
-
 import numpy as np
 
 from longtake.datasets.scores import Field
 from longtake.datasets.stage import StageConfig
-from longtake.pipeline.scorers.scorer import Frames, Scorer, Values
+from longtake.pipeline.scorers.scorer import Frames, Scorer, Values, Watching
 
 BLACK, WHITE = 16, 235  # luma of clips
 LUMA = (np.arange(256) - BLACK) / (WHITE - BLACK)  # 0 (black) to 1 (white)
@@ -108,17 +105,9 @@ def _fade(deviation: np.ndarray, fps: float) -> float:
     return (end - start) / fps if 2 <= end - start <= LONGEST * fps and steady else 0.0
 
 
-class Scores:
-    """Sees every frame."""
-
-    def begin(self, row: Mapping[str, Any]) -> Watch:
-        """A clip."""
-        return Watch()
-
-
-def load(config: Config, device: str, threads: int) -> Scores:
+def load(config: Config, device: str, threads: int) -> Watching:
     """The scorer; its work is too small for several threads."""
-    return Scores()
+    return Watching(Watch)
 
 
 SCORER = Scorer(config=Config, version=1, fields=fields, load=load)

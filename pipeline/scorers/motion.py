@@ -5,15 +5,13 @@ the picture agrees on is the camera's; what doesn't agree moves by itself. Where
 its motion is taken for the camera's.
 """
 
-from collections.abc import Mapping
-from typing import Any
-
 import cv2
 import numpy as np
 
 from longtake.datasets.scores import Field
 from longtake.datasets.stage import StageConfig
-from longtake.pipeline.scorers.scorer import Frames, Scorer, Values
+from longtake.pipeline.scorers.picture import opencv
+from longtake.pipeline.scorers.scorer import Frames, Scorer, Values, Watching
 
 RATE = 12  # pairs of frames a second, about
 GRID = 3  # pixels of the small frame between points of the flow
@@ -65,17 +63,12 @@ class Watch:
         """The next frames of the clip."""
         step = max(1, round(frames.fps / RATE))
         self.seconds = step / frames.fps
-
-        # its flow would be another with another number of threads
-        threads = cv2.getNumThreads()
-        cv2.setNumThreads(1)
         for small in frames.small[-frames.first % step :: step]:
             if self.last is not None:
                 motion = _motion(self.flow, self.last, small)
                 if motion is not None:
                     self.motions.append(motion)
             self.last = small
-        cv2.setNumThreads(threads)
 
     def values(self) -> Values:
         """The values of the clip, after its last frame; none where there is nothing to follow."""
@@ -115,7 +108,8 @@ def _motion(flow: cv2.DISOpticalFlow, one: np.ndarray, other: np.ndarray) -> np.
 
     # points with something to follow, that are still in the picture
     across, along = cv2.Sobel(one, cv2.CV_32F, 1, 0, scale=1 / 8), cv2.Sobel(one, cv2.CV_32F, 0, 1, scale=1 / 8)
-    texture = cv2.blur(cv2.magnitude(across, along), (5, 5))[rows, columns].ravel()
+    # not by `cv2.magnitude`, whose last bits depend on where its arrays lie
+    texture = cv2.blur(np.sqrt(across * across + along * along), (5, 5))[rows, columns].ravel()
     use = (texture >= TEXTURE) & (np.abs(points + shifts) <= middle).all(1)
     if use.sum() < POINTS:
         return None
@@ -183,20 +177,18 @@ def _label(drift: np.ndarray, shake: float) -> str:
     return parts[0][1] if parts[0][0] >= CLEAR * parts[1][0] else "mixed"
 
 
-class Scores:
-    """Sees every frame."""
-
-    def begin(self, row: Mapping[str, Any]) -> Watch:
-        """A clip, with a flow of its own: one that has seen small frames goes on with settings for such."""
-        flow = cv2.DISOpticalFlow.create(cv2.DISOPTICAL_FLOW_PRESET_FAST)
-        # half the small frame's size; at a quarter of it, the preset, a turn comes out a sixth too slow
-        flow.setFinestScale(1)
-        return Watch(flow)
+def _flow() -> cv2.DISOpticalFlow:
+    # of a clip's own: one that has seen small frames goes on with settings for such
+    flow = cv2.DISOpticalFlow.create(cv2.DISOPTICAL_FLOW_PRESET_FAST)
+    # half the small frame's size; at a quarter of it, the preset, a turn comes out a sixth too slow
+    flow.setFinestScale(1)
+    return flow
 
 
-def load(config: Config, device: str, threads: int) -> Scores:
+def load(config: Config, device: str, threads: int) -> Watching:
     """The scorer; it works in one thread whatever `threads` is, since its flow would be another otherwise."""
-    return Scores()
+    opencv()
+    return Watching(lambda: Watch(_flow()))
 
 
-SCORER = Scorer(config=Config, version=1, fields=fields, load=load)
+SCORER = Scorer(config=Config, version=2, fields=fields, load=load)

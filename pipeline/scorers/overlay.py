@@ -8,8 +8,8 @@ What it gives up: an overlay on a still background cannot be told from the backg
 in which too little moves is labelled `still`, and has no share.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -17,8 +17,8 @@ from pydantic import Field as Setting
 
 from longtake.datasets.scores import Field
 from longtake.datasets.stage import StageConfig
-from longtake.pipeline.scorers.picture import chosen, needed, package, reduced
-from longtake.pipeline.scorers.scorer import Frames, Scorer, Values
+from longtake.pipeline.scorers.picture import chosen, needed, opencv, reduced
+from longtake.pipeline.scorers.scorer import Frames, Scorer, Values, Watching
 
 _SIDE = 160  # pixels; at the least, of the shorter side
 _FEWEST = 4  # looks in a window that can tell anything
@@ -52,7 +52,9 @@ class Config(StageConfig):
 def fields(config: Config) -> tuple[Field, ...]:
     return (
         Field(
-            "share", "number", "of the picture that lies within overlays, 0 to 1; none where too little moves to tell"
+            "share",
+            "number",
+            "of the picture that lies within overlays, 0 to 1; none, by the reason `still`, where too little moves to tell",
         ),
         Field("moves", "number", "share of the edges that move, 0 to 1: below 0.3 an overlay is easily missed"),
         Field(
@@ -88,7 +90,7 @@ class Still:
 class Watch:
     def __init__(self, config: Config) -> None:
         self._config = config
-        self._cv2 = package("cv2")
+        self._cv2 = opencv()
         self._sums: _Sums | None = None
         self._windows: list[Still] = []
         self._shape = (1, 1)
@@ -108,7 +110,7 @@ class Watch:
         told = [window for window in self._windows if window.boxes is not None]
         moves = float(np.median([window.moves for window in self._windows]))
         if not told:
-            return {"share": None, "moves": moves, "place": "still"}
+            return {"share": None, "moves": moves, "place": "still", "reason": "still"}
         most = max(told, key=lambda window: window.share)
         boxes = most.boxes or ()
         place = _place(max(boxes, key=lambda box: box[2] * box[3]), self._shape) if boxes else "none"
@@ -118,7 +120,7 @@ class Watch:
         self._shape = luma.shape
         across = self._cv2.Sobel(luma, self._cv2.CV_32F, 1, 0, ksize=3, scale=1 / 8)
         down = self._cv2.Sobel(luma, self._cv2.CV_32F, 0, 1, ksize=3, scale=1 / 8)
-        length = self._cv2.magnitude(across, down)
+        length = np.sqrt(across * across + down * down)
         sums = self._sums
         if sums is None:
             self._sums = _Sums(1, across, down, length, luma.copy(), luma * luma)
@@ -140,7 +142,7 @@ def _judged(sums: _Sums, cv2: Any) -> Still:
     """What a window shows."""
     looks = sums.looks
     length = sums.length / looks
-    mean = cv2.magnitude(sums.across, sums.down) / looks
+    mean = np.sqrt(sums.across * sums.across + sums.down * sums.down) / looks
     change = np.sqrt(np.maximum(sums.square / looks - (sums.luma / looks) ** 2, 0))
     edges = length > _EDGE
     stands = mean / np.maximum(length, 1e-6)
@@ -201,12 +203,8 @@ def _place(box: Box, size: tuple[int, int]) -> str:
     return "other"
 
 
-class Watcher:
-    def __init__(self, config: Config) -> None:
-        self._config = config
-
-    def begin(self, row: Mapping[str, Any]) -> Watch:
-        return Watch(self._config)
+def _load(config: Config, device: str, threads: int) -> Watching:
+    return Watching(partial(Watch, config))
 
 
-SCORER = Scorer(Config, 1, fields, lambda config, device, threads: Watcher(config), digest=lambda config: needed("cv2"))
+SCORER = Scorer(Config, 2, fields, _load, digest=lambda config: needed("cv2"))

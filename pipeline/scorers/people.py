@@ -12,7 +12,7 @@ from pydantic import Field as Setting
 from longtake.datasets.scores import Field
 from longtake.datasets.stage import StageConfig
 from longtake.pipeline.scorers import faces
-from longtake.pipeline.scorers.picture import needed, package
+from longtake.pipeline.scorers.picture import needed, opencv
 from longtake.pipeline.scorers.scorer import Scorer, Values
 
 _OVERLAP = 0.3  # area that two bodies share, of what they cover together
@@ -49,7 +49,7 @@ class Looker:
     def __init__(self, config: Config) -> None:
         self.count = config.frames
         self._config = config
-        self._cv2 = package("cv2")
+        self._cv2 = opencv()
         self._bodies = self._cv2.HOGDescriptor()
         self._bodies.setSVMDetector(self._cv2.HOGDescriptor_getDefaultPeopleDetector())
         self._faces = faces.Looker(faces.Config(least=config.face))
@@ -75,11 +75,7 @@ class Looker:
         size = round(width * scale), round(height * scale)
         way = self._cv2.INTER_AREA if scale < 1 else self._cv2.INTER_LINEAR
         picture = self._cv2.resize(rgb, size, interpolation=way)
-        # with more threads the bodies come in the order in which these end, and are grouped otherwise
-        threads = self._cv2.getNumThreads()
-        self._cv2.setNumThreads(1)
         found, margins = self._bodies.detectMultiScale(picture, winStride=(8, 8), padding=(16, 16), scale=1.1)
-        self._cv2.setNumThreads(threads)
 
         # the surest first; another one that covers much of the same is the same body
         margins = np.asarray(margins, np.float64).reshape(-1)

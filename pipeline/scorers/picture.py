@@ -1,12 +1,12 @@
 """What the scorers of single pictures share: which frames they look at, and at what size."""
 
-import importlib
 import importlib.util
 from typing import Any
 
 import numpy as np
 
-from longtake.datasets.errors import UserError
+from longtake.datasets.errors import not_installed
+from longtake.datasets.networks import imported
 from longtake.pipeline.scorers.scorer import Frames
 
 
@@ -14,16 +14,18 @@ def needed(*names: str) -> str:
     """Nothing. Raises UserError where one of the extra's modules is not installed, before anything is decoded."""
     for name in names:
         if importlib.util.find_spec(name) is None:
-            raise UserError(f"{name} is not installed: pip install 'longtake[curation]'")
+            raise not_installed(name, "curation")
     return ""
 
 
-def package(name: str) -> Any:
-    """A module of the extra, imported when it is needed. Raises UserError where it is not installed."""
-    try:
-        return importlib.import_module(name)
-    except ImportError as e:
-        raise UserError(f"{name} is not installed: pip install 'longtake[curation]' ({e})") from e
+def opencv() -> Any:
+    """OpenCV, on one thread for as long as the process lives: its flow and its bodies would be others with more.
+
+    Its lengths of vectors (`magnitude`, `cartToPolar`) are left alone: their last bits depend on where their arrays lie.
+    """
+    cv2 = imported("cv2", "scorers", "curation")
+    cv2.setNumThreads(1)
+    return cv2
 
 
 def chosen(frames: Frames, rate: float) -> list[int]:

@@ -76,6 +76,19 @@ class Watcher(Protocol):
         """`row` is that of the clip in the index (see `schema.INDEX`)."""
 
 
+@dataclass(frozen=True)
+class Watching:
+    """A scorer whose watches begin alike, whatever the clip.
+
+    watch  begins one
+    """
+
+    watch: Callable[[], Watch]
+
+    def begin(self, row: Mapping[str, Any]) -> Watch:
+        return self.watch()
+
+
 class Looker(Protocol):
     """A scorer that sees some frames of each clip.
 

@@ -14,11 +14,12 @@ from typing import Any
 import numpy as np
 from pydantic import Field as Setting
 
-from longtake.datasets.errors import UserError
+from longtake.datasets.errors import UserError, not_installed
+from longtake.datasets.networks import imported
 from longtake.datasets.scores import Field
 from longtake.datasets.shard import sha256_of
 from longtake.datasets.stage import StageConfig
-from longtake.pipeline.scorers.picture import needed, package, reduced
+from longtake.pipeline.scorers.picture import needed, opencv, reduced
 from longtake.pipeline.scorers.scorer import Scorer, Values
 
 _SIDE = 256  # pixels; at the least, of the shorter side
@@ -72,7 +73,7 @@ class Looker:
         self.count = config.frames
         self._config = config
         self._reader = reader
-        self._cv2 = package("cv2")
+        self._cv2 = opencv()
 
     def look(self, frames: np.ndarray) -> list[Values]:
         return [self._clip(clip) for clip in frames]
@@ -207,7 +208,7 @@ def models() -> dict[str, Path]:
     """The networks that rapidocr ships. Raises UserError where they are not there."""
     spec = importlib.util.find_spec("rapidocr")
     if spec is None or not spec.submodule_search_locations:
-        raise UserError("ocr: rapidocr is not installed: pip install 'longtake[curation]'")
+        raise not_installed("rapidocr", "curation", "ocr")
     files = {part: Path(spec.submodule_search_locations[0]) / "models" / name for part, name in _MODELS.items()}
     for file in files.values():
         if not file.is_file():
@@ -229,7 +230,7 @@ def reader(least: float) -> Any:
         "EngineConfig.onnxruntime.intra_op_num_threads": 1,
         "EngineConfig.onnxruntime.inter_op_num_threads": 1,
     }
-    return package("rapidocr").RapidOCR(params=settings)
+    return imported("rapidocr", "ocr", "curation").RapidOCR(params=settings)
 
 
 def _digest(config: Config) -> str:

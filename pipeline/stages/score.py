@@ -7,12 +7,10 @@ name; without a view all clips are scored, and every later view can use the colu
 """
 
 import difflib
-import importlib
 import socket
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from importlib.util import find_spec
 from typing import Annotated, Any, Literal, NamedTuple
 
 import numpy as np
@@ -222,15 +220,10 @@ def _load(
     device: str, *, asked: Sequence[tuple[dict[str, Any], str, dict[str, Any]]], dataset: str, threads: int
 ) -> columns.Make:
     """The function that scores a shard, loaded in an actor."""
-    import torch
-
+    from longtake.pipeline.scorers.one_by_one import be_exact
     from longtake.pipeline.scoring import Work, make_scores
 
-    torch.set_num_threads(threads)
-    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
-    torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = True, False
-    if find_spec("cv2"):
-        importlib.import_module("cv2").setNumThreads(threads)
+    be_exact()
     works = []
     for plain, module, settings in asked:
         scorer, column = kinds.of_module(module), scores.from_plain(plain)

@@ -153,7 +153,7 @@ def test_without_scorers_the_whole_pack_is_asked(monkeypatch: pytest.MonkeyPatch
     assert whole == config(scorers={"bright": None, "colour": {"by": "colour", "frames": 4}})
     assert score.outside(whole) == "bright 1 colour 1"
     monkeypatch.setattr(kinds, "SCORERS", {"bright": "toy_without"})
-    with pytest.raises(ValidationError, match=r"no_such_package is not installed: pip install 'longtake\[curation\]'"):
+    with pytest.raises(ValidationError, match=r"no_such_package is not installed; pip install 'longtake\[curation\]'"):
         config(scorers={"bright": {}})
 
 

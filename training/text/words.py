@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from longtake.datasets.errors import UserError
+from longtake.datasets.errors import UserError, not_installed
 from longtake.datasets.networks import imported
 from longtake.datasets.text import WORDS, TextConfig
 from longtake.training.text import prompts
@@ -68,7 +68,7 @@ def _folder() -> Path:
     """Where the package is; it is not imported. Raises UserError where it is not installed, or is another version."""
     spec = importlib.util.find_spec(_PACKAGE)
     if spec is None or not spec.submodule_search_locations:
-        raise UserError(f"encoder: {WORDS}: {_PACKAGE} is not installed; pip install 'longtake[text]'")
+        raise not_installed(_PACKAGE, "text", f"encoder: {WORDS}")
     folder = Path(spec.submodule_search_locations[0])
     if missing := [name for name in (_WEIGHTS, _TOKENIZER) if not (folder / name).is_file()]:
         raise UserError(f"encoder: {WORDS}: {folder / missing[0]} is missing; pip install --force-reinstall {_PACKAGE}")

@@ -1,12 +1,17 @@
 """What holds for every scorer of the pack: its values are those of the clip, whatever it has scored before."""
 
+from pathlib import Path
+
+import cv2
 import numpy as np
 import pytest
+import torch
 from scored import coded
 
 from longtake.pipeline import scorers
-from longtake.pipeline.scorers.scorer import Values
+from longtake.pipeline.scorers.scorer import Frames, Values
 from longtake.pipeline.scoring import Clip, is_looker
+from longtake.pipeline.stages import score
 
 FPS = 12.0
 
@@ -46,3 +51,36 @@ def test_what_was_scored_before_changes_nothing(name: str) -> None:
         fresh = values(kind.load(config, "cpu", 1), number)
         assert again == fresh, (number, again, fresh)
     assert {field.name for field in kind.fields(config)} == fresh.keys() - {"reason"}
+
+
+@pytest.mark.parametrize("name", ["motion", "cadence", "light", "focus", "coding", "bars", "overlay"])
+def test_where_arrays_lie_in_memory_changes_nothing(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    # their last bits do change: those at the ends of an array that isn't aligned are worked out otherwise
+    for function in ("magnitude", "phase", "cartToPolar", "polarToCart", "sqrt", "pow", "exp", "log"):
+        monkeypatch.delattr(cv2, function)
+    rng, kind = np.random.default_rng(0), scorers.load(name)
+    planes = np.concatenate([rng.integers(16, 236, (12, 98, 160)), np.full((12, 49, 160), 128)], 1).astype(np.uint8)
+    scorer, kept, known = kind.load(kind.config(), "cpu", 1), [], []
+    for offset in (0, 1, 4, 16, 32, 48):
+        room = np.empty(planes.nbytes + 128, np.uint8)
+        start = -room.ctypes.data % 64 + offset
+        shifted = room[start : start + planes.nbytes].reshape(planes.shape)
+        shifted[:] = planes
+        # holes of many sizes, for what the scorer makes itself
+        kept.append([np.empty(int(size)) for size in rng.integers(1, 9000, 200)][::2])
+        watch = scorer.begin(CLIPS[0][1])  # type: ignore[union-attr]
+        watch.add(Frames(0, FPS, shifted))
+        known.append(watch.values())
+    assert known == known[:1] * len(known)
+
+
+def test_a_worker_with_many_cpus_scores_on_one_thread(tmp_path: Path) -> None:
+    config = score.Config(kind="score", dataset=str(tmp_path), scorers=dict.fromkeys(("motion", "overlay", "people")))
+    asked = [
+        (score._column(name, one, "").plain(), scorers.SCORERS[one.by], one.config.model_dump(mode="json"))
+        for name, one in score._asked(config).items()
+    ]
+    cv2.setNumThreads(4)
+    torch.set_num_threads(4)
+    score._load("cpu", asked=asked, dataset=str(tmp_path), threads=4)
+    assert cv2.getNumThreads() == torch.get_num_threads() == 1

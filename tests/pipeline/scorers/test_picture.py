@@ -81,7 +81,7 @@ def test_a_picture_of_nothing_has_no_blur_and_no_blocks(scorer: str) -> None:
     values = watched(scorer, np.full((4, 128, 192), 100, np.uint8))
     expected: dict[str, dict[str, Any]] = {
         "focus": {"blur": None, "subject": None, "worst": None},
-        "coding": {"noise": 0.0, "blocks": 0.0, "spacing": None},
+        "coding": {"noise": 0.0, "blocks": 0.0, "spacing": 0.0},
     }
     assert values == expected[scorer]
 
@@ -177,7 +177,7 @@ def test_subtitles_that_change_are_seen() -> None:
 def test_before_a_still_camera_nothing_is_told() -> None:
     frames = written(pan(48, 160, 240, speed=0), "LOGO", 0.75, 0.06, 0.1)
     values = score_frames("overlay", {}, frames, 24)
-    assert values["place"] == "still" and values["share"] is None and values["moves"] < 0.1
+    assert values["place"] == values["reason"] == "still" and values["share"] is None and values["moves"] < 0.1
 
 
 def test_the_edges_of_bars_are_no_overlay() -> None:
