@@ -6,14 +6,14 @@ from longtake.datasets.masking import shown
 from longtake.infra.cli.dataset import dataset
 from longtake.pipeline.layouts import LAYOUTS
 
-_LAYOUT = click.option("--layout", required=True, type=click.Choice(list(LAYOUTS)), help="See below.")
+_LAYOUT = click.option("--layout", required=True, type=click.Choice(list(LAYOUTS)), help="One of those above.")
 
 
 @dataset.command("export")
 @click.argument("url")
 @_LAYOUT
 @click.option("--to", required=True, metavar="FOLDER", help="A new folder, or one that a stopped export has begun.")
-@click.option("--view", metavar="URL", help="Only the clips that a view keeps (views/NAME.parquet).")
+@click.option("--view", metavar="NAME", help="Only the clips that a view keeps, by its name or URL.")
 @click.option("--captions", metavar="COLUMN", help="caption-DIGEST, where the dataset has several.")
 def export_layout(url: str, layout: str, to: str, view: str | None, captions: str | None) -> None:
     """Write the clips of DATASET for another tool, with their captions and labels.
@@ -24,9 +24,10 @@ def export_layout(url: str, layout: str, to: str, view: str | None, captions: st
       webdataset    SPLIT-SHARD.tar with KEY.mp4, KEY.json and KEY.txt, a caption
       huggingface   SPLIT/SHARD/ with KEY.mp4 and metadata.jsonl: load_dataset("videofolder", data_dir=FOLDER)
     """
+    from longtake.datasets.view import address
     from longtake.pipeline.layouts import chosen
 
-    counts = chosen.write(chosen.choose(url, view, captions), layout, to)
+    counts = chosen.write(chosen.choose(url, address(url, view) if view else None, captions), layout, to)
     click.echo(f"{counts['clips']} clips of {counts['shards']} shards in {shown(to)}")
 
 
