@@ -36,7 +36,7 @@ def alike(url: str, what: str | None, text: str | None, column: str | None, coun
     from longtake.pipeline import queries
 
     if (what is None) == (text is None):
-        raise UserError("name a clip's key, a picture or --text WORDS, and one of them")
+        raise UserError("name one of a clip's key, a picture and --text WORDS")
     index.describe(url)
     made, field = _column(url, column)
     if text is not None:
