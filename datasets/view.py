@@ -61,6 +61,21 @@ def rows(
     return pa.table(columns, schema.VIEW)
 
 
+def address(dataset: str, named: str) -> str:
+    """The URL of a view that is named by it, or by the name of a view beside the dataset's shards.
+
+    Raises:
+        UserError: no view of the dataset has this name.
+    """
+    if "/" in named or named.endswith(".parquet"):
+        return named
+    folder = storage.join(dataset, "views")
+    names = [name.removesuffix(".parquet") for name in index.table_names(folder)]
+    if named not in names:
+        raise UserError(f"{dataset}: no view {named}; there are {', '.join(names) or 'none, run a `curate` stage'}")
+    return storage.join(folder, f"{named}.parquet")
+
+
 def read_view(url: str) -> pa.Table:
     """Raises UserError where there is no such view."""
     if not storage.exists(url):

@@ -158,11 +158,12 @@ def refuse_login(what: str, url: str) -> None:
 
 def _validate(content: dict[str, Any], path: str) -> Recipe:
     # keys
-    for key in content:
+    for key, value in content.items():
         if key not in _KEYS:
-            raise UserError(
-                f"{path}: {key}: unknown key{_suggest(str(key), _KEYS)}; allowed: base, {', '.join(_KEYS[:-1])}"
-            )
+            allowed = f"allowed: base, {', '.join(_KEYS[:-1])}"
+            if isinstance(value, dict) and "kind" in value:
+                raise UserError(f"{path}: {key}: a stage belongs below `stages`, indented; here {allowed}")
+            raise UserError(f"{path}: {key}: unknown key{_suggest(str(key), _KEYS)}; {allowed}")
     for key in ("name", "workspace"):
         if not isinstance(content.get(key), str) or not content[key].strip():
             raise UserError(f"{path}: {key}: must be a text")

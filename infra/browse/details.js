@@ -14,6 +14,7 @@ export function makeDetails(root, dataset, hooks) {
     if (event.target.closest("video, input, select") || event.altKey || event.ctrlKey || event.metaKey) return;
     if (event.key === "ArrowLeft") hooks.step(-1);
     else if (event.key === "ArrowRight") hooks.step(1);
+    else if (event.key === "a") root.querySelector(".alike")?.click();
     else return;
     event.preventDefault();
   });
@@ -67,7 +68,7 @@ export function makeDetails(root, dataset, hooks) {
       video.src = clipUrl(clip.key);
       const key = make("button", { type: "button", onclick: () => copy(clip.key, key) }, "Copy key");
       const near = dataset.alike.map((column) =>
-        make("button", { type: "button", onclick: () => hooks.alike(clip.key, column) },
+        make("button", { type: "button", class: "alike", onclick: () => hooks.alike(clip.key, column) },
           dataset.alike.length > 1 ? `Clips alike by ${column}` : "Clips alike"));
       const facts = [`${shown(clip.seconds)} s`, clip.fps && `${number(clip.fps)} fps`, `${clip.width}×${clip.height}`, clip.split,
         clip.start_seconds != null && `from ${number(clip.start_seconds)} s on`];

@@ -242,14 +242,12 @@ def _captions(dataset: str, keys: pa.ChunkedArray) -> dict[str, Text]:
 
 def _views(dataset: str, keys: pa.ChunkedArray, names: Sequence[str] | None) -> list[View]:
     folder = storage.join(dataset, "views")
-    beside = [name.removesuffix(".parquet") for name in index.table_names(folder)]
+    if names is None:
+        uris = [storage.join(folder, name) for name in index.table_names(folder)]
+    else:
+        uris = [views.address(dataset, named) for named in names]
     opened: dict[str, View] = {}
-    for named in beside if names is None else names:
-        uri = named if "/" in named or named.endswith(".parquet") else storage.join(folder, f"{named}.parquet")
-        if names is not None and "/" not in named and named not in beside:
-            raise UserError(
-                f"{dataset}: no view {named}; there are {', '.join(beside) or 'none, run a `curate` stage'}"
-            )
+    for uri in uris:
         name = uri.rsplit("/", 1)[-1].removesuffix(".parquet")
         opened[name] = view_of(uri, name, keys)
     return list(opened.values())

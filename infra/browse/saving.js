@@ -17,7 +17,7 @@ export function view(name, state, exact_duplicates) {
 export function makeSaving(dataset, api, { state, saved }) {
   const dialog = find("#save"), name = find("#save-name"), lines = find("#save-recipe"), says = find("#save-says");
   const write = find("#save-write"), left = find("#save-left"), rules = find("#save-rules");
-  const duplicates = find("#save-duplicates");
+  const duplicates = find("#save-duplicates"), copying = find("#save-copy");
   let round = 0;
 
   const wanted = () => view(name.value.trim(), state(), duplicates.checked);
@@ -29,9 +29,15 @@ export function makeSaving(dataset, api, { state, saved }) {
 
   async function preview() {
     const mine = ++round;
+    // the first answer takes seconds: the server loads what curates
+    if (!lines.textContent) lines.textContent = "…";
+    copying.disabled = lines.textContent === "…";
     try {
       const answer = await api.recipe(wanted());
-      if (mine === round) lines.textContent = answer.recipe;
+      if (mine === round) {
+        lines.textContent = answer.recipe;
+        copying.disabled = false;
+      }
     } catch (error) {
       if (mine === round) {
         lines.textContent = "";
@@ -40,7 +46,7 @@ export function makeSaving(dataset, api, { state, saved }) {
     }
   }
 
-  find("#save-copy").addEventListener("click", (event) => copy(lines.textContent, event.target));
+  copying.addEventListener("click", (event) => copy(lines.textContent, event.target));
   find("#save-close").addEventListener("click", () => dialog.close());
   for (const input of [name, duplicates]) {
     input.addEventListener("input", () => {

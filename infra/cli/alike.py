@@ -50,7 +50,7 @@ def alike(
     from longtake.pipeline import queries
 
     if (what is None) == (text is None):
-        raise UserError("name a clip's key, a picture or --text WORDS, and one of them")
+        raise UserError("name one of a clip's key, a picture and --text WORDS")
     index.describe(url)
     made, field = _column(url, column)
     if encoder is not None and text is None and not storage.exists(str(what)):

@@ -312,7 +312,7 @@ def index_images(url: str, tars: tuple[str, ...], val_fraction: float, threads: 
 
 @dataset.command()
 @click.argument("url")
-@click.option("--view", metavar="URL", help="A view (views/NAME.parquet), to tell kept clips from dropped ones.")
+@click.option("--view", metavar="NAME", help="A view, by its name or URL, to tell kept clips from dropped ones.")
 @click.option("--to", default="dataset-report", show_default=True, metavar="FOLDER", help="Where to write.")
 def report(url: str, view: str | None, to: str) -> None:
     """Write report.html of DATASET: the account of its inputs, contact sheets, histograms.
@@ -322,9 +322,10 @@ def report(url: str, view: str | None, to: str) -> None:
     from pathlib import Path
 
     from longtake.datasets.errors import Failure
+    from longtake.datasets.view import address
     from longtake.infra.report import build_of_dataset
 
-    page, lines = build_of_dataset(Path(to), url, view)
+    page, lines = build_of_dataset(Path(to), url, address(url, view) if view else None)
     for line in lines:
         click.echo(f"{line.total} {line.name} = " + " + ".join(f"{part.count} {part.name}" for part in line.parts))
     click.echo(page)

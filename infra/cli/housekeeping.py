@@ -178,7 +178,8 @@ def plan(
         click.echo(f"  {shown(source['uri'])}: {source['seconds']:.1f} s, {size}{why}")
     for stage in estimate["stages"]:
         click.echo(f"{stage['name']:<12} {_costs(stage) if stage['todo'] else 'nothing to do'}   ({stage['how']})")
-    click.echo(f"{'total':<12} {_costs(estimate['total'])}")
+    todo = any(stage["todo"] for stage in estimate["stages"])
+    click.echo(f"{'total':<12} {_costs(estimate['total']) if todo else 'nothing to do'}")
     disk = estimate["disk"]
     if disk["free"] is not None and disk["needed"]:
         enough = "enough for what is known" if disk["enough"] else "NOT enough: free some, or choose another workspace"

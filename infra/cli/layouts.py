@@ -6,14 +6,14 @@ from longtake.datasets.masking import shown
 from longtake.infra.cli.dataset import dataset
 from longtake.pipeline.layouts import LAYOUTS
 
-_LAYOUT = click.option("--layout", required=True, type=click.Choice(list(LAYOUTS)), help="See below.")
+_LAYOUT = click.option("--layout", required=True, type=click.Choice(list(LAYOUTS)), help="One of those above.")
 
 
 @dataset.command("export")
 @click.argument("url")
 @_LAYOUT
 @click.option("--to", required=True, metavar="FOLDER", help="A new folder, or one that a stopped export has begun.")
-@click.option("--view", metavar="URL", help="Only the clips that a view keeps (views/NAME.parquet).")
+@click.option("--view", metavar="NAME", help="Only the clips that a view keeps, by its name or URL.")
 @click.option("--captions", metavar="COLUMN", help="caption-DIGEST, where the dataset has several.")
 @click.option(
     "--scores",
@@ -34,13 +34,19 @@ def export_layout(
       lance         clips.lance, a row a clip, its mp4 a blob; scores as scores.NAME.FIELD, vectors too
       lerobot       LeRobot v3.0: a clip is an episode of one camera, its captions are tasks; of one size and frame rate
     """
+    from longtake.datasets import compact, schema
+    from longtake.datasets.view import address
     from longtake.infra.browse.columns import shown as columns_of
     from longtake.pipeline.layouts import chosen
 
-    columns = columns_of(url, scores) if scores else None
+    digests = {split: compact.open_split(url, split)[0].digest for split in schema.SPLITS} if scores else {}
+    columns = columns_of(url, digests, scores) if scores else None
     for note in columns.notes if columns else ():
         click.echo(f"note: {shown(note)}", err=True)
-    counts = chosen.write(chosen.choose(url, view, captions, columns.columns if columns else None), layout, to)
+    chosen_clips = chosen.choose(
+        url, address(url, view) if view else None, captions, columns.columns if columns else None
+    )
+    counts = chosen.write(chosen_clips, layout, to)
     click.echo(f"{counts['clips']} clips of {counts['shards']} shards in {shown(to)}")
 
 

@@ -51,6 +51,7 @@ def build(path: str, *overrides: str) -> list[graph.Node]:
     [
         ("name: [", "r.yaml:1:8: not valid YAML"),
         ("- a", "a recipe is a mapping"),
+        (GOOD | {"chosen": {"kind": "curate", "dataset": "shards"}}, "chosen: a stage belongs below `stages`, indented"),
         (GOOD | {"workspce": "x"}, "workspce: unknown key (did you mean workspace?)"),
         (GOOD | {"name": 3}, "name: must be a text"),
         (GOOD | {"workspace": " "}, "workspace: must be a text"),

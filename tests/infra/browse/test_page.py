@@ -320,6 +320,13 @@ def test_clips_alike_a_clip_and_alike_words_come_first(page):
     values = [float(lead.removeprefix("alike ")) for lead in leads if lead]
     assert values == sorted(values, reverse=True)
 
+    page.execute_script("document.querySelector('.card[data-index=\"1\"]').click()")
+    until(page, "document.querySelector('#details .alike')")
+    first = find(page, "#details-title").text
+    keys(page, "a")
+    until(page, "document.querySelector('.chip').textContent.includes(arguments[0])", first)
+    keys(page, Keys.ESCAPE)
+
     find(page, "#search-in option[value=text]").click()
     find(page, "#search-words").send_keys("4", Keys.ENTER)
     until(page, "document.querySelector('.chip').textContent.startsWith('looks like')")
@@ -338,7 +345,7 @@ def test_rules_are_saved_as_a_view(page, server, dataset, scores):
     )
     find(page, "#ask-save").click()
     until(page, "document.querySelector('#save-recipe').textContent.includes('min: 0.25')")
-    assert "flow.move" in find(page, "#save-recipe").text
+    assert "flow.move" in find(page, "#save-recipe").text and find(page, "#save-copy").is_enabled()
     left = find(page, "#save-left").text
     assert all(words in left for words in ("caption has “a”", "split: val", "still is missing"))
     assert "split" not in find(page, "#save-recipe").text
