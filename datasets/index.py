@@ -284,7 +284,7 @@ def describe(dataset: str) -> dict[str, Any]:
         content = json.loads(storage.read(url))
         if not isinstance(content, dict):
             raise ValueError("not an object")
-    except FileNotFoundError as e:
+    except (FileNotFoundError, NotADirectoryError) as e:
         raise UserError(
             f"{dataset}: no dataset here (no dataset.json); name the folder that a `shard` stage wrote"
         ) from e
