@@ -256,6 +256,13 @@ def test_what_cannot_be_chosen_is_one_line(own: str, tmp_path: Path) -> None:
     (tmp_path / "pictures" / "dataset.json").write_text('{"format": 1, "kind": "images"}')
     with pytest.raises(UserError, match="has images, whose tars are WebDataset as they are; name a dataset of clips"):
         chosen.choose(str(tmp_path / "pictures"), None, None)
+    (tmp_path / "file").write_bytes(b"")
+    (tmp_path / "folder.jsonl").mkdir()
+    with pytest.raises(UserError, match=r"--to \S+file: cannot be a folder \(File exists\); name another one"):
+        chosen.write(chosen.choose(own, None, None), "webdataset", str(tmp_path / "file"))
+    for name in ("folder.jsonl", "file/list.jsonl"):
+        with pytest.raises(UserError, match=rf"--to \S+{name}: cannot be a file \(.+\); name another one"):
+            chosen.write_manifest(own, "webdataset", str(tmp_path / name))
     with pytest.raises(UserError, match="no dataset here"):
         chosen.choose(f"{own}/dataset.json", None, None)
     with pytest.raises(UserError, match="no such view"):
