@@ -124,6 +124,6 @@ def test_damage_is_found(scored: str) -> None:
     storage.write(url, b"half")
     with pytest.raises(Failure, match="not readable; delete it and run the stage"):
         index.notes_of(scored, "train", "00000.score-all-0")
-    storage.remove(url)
+    Path(url).unlink()
     with pytest.raises(Failure, match="missing; run the stage"):
         index.notes_of(scored, "train", "00000.score-all-0")
