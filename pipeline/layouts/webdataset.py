@@ -80,8 +80,8 @@ def _unpack(tar: Path, to: Path) -> None:
                 if "uri" in row:
                     found.append(row)
             # tarfile takes any nonsense after the first member for the end
-            file.fileobj.seek(file.offset)  # type: ignore[union-attr]
-            if file.fileobj.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):  # type: ignore[union-attr]
+            file.fileobj.seek(file.offset)
+            if file.fileobj.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
                 raise tarfile.ReadError(f"cut short or damaged at byte {file.offset}")
     except (tarfile.TarError, EOFError) as e:
         raise UserError(f"{tar}: not a readable tar ({e}); download it again, or move it away") from e
