@@ -92,8 +92,11 @@ def notes_of(dataset: str, split: str, name: str) -> dict[str, Any]:
     url = storage.join(dataset, split, f"{name}.parquet")
     try:
         return _notes(url, pq.read_schema(pa.BufferReader(storage.read(url))))
-    except (FileNotFoundError, pa.ArrowException, OSError) as e:
-        raise Failure(f"{url}: missing or not readable; run the stage that made it again") from e
+    except FileNotFoundError as e:
+        raise Failure(f"{url}: missing; run the stage that made it again") from e
+    except (pa.ArrowException, OSError) as e:
+        # a stage leaves alone what is there
+        raise Failure(f"{url}: not readable; delete it and run the stage that made it again") from e
 
 
 def _notes(url: str, table_schema: pa.Schema) -> dict[str, Any]:
@@ -284,7 +287,7 @@ def describe(dataset: str) -> dict[str, Any]:
         content = json.loads(storage.read(url))
         if not isinstance(content, dict):
             raise ValueError("not an object")
-    except FileNotFoundError as e:
+    except (FileNotFoundError, NotADirectoryError) as e:
         raise UserError(
             f"{dataset}: no dataset here (no dataset.json); name the folder that a `shard` stage wrote"
         ) from e

@@ -106,6 +106,8 @@ def application(library: Library, port: int, token: str, writable: bool = False)
         UserError: _refused(400),
         LookupError: _refused(404),
         Failure: _refused(502),
+        # what nobody thought of: the page has a line all the same, and the terminal has the rest
+        500: lambda *_: JSONResponse({"error": "the server failed; see what `longtake browse` printed"}, 500),
         404: lambda *_: JSONResponse({"error": "nothing here"}, 404),
         405: lambda *_: JSONResponse({"error": "not by this method"}, 405),
     }

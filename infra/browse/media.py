@@ -62,6 +62,8 @@ def _read(dataset: str, split: str, place: Mapping[str, Any], first: int, size: 
         data = storage.read_range(url, place["mp4_offset"] + first, size)
     except (FileNotFoundError, ValueError) as e:
         raise Failure(f"{url}: is missing; run `longtake dataset verify`") from e
+    except OSError as e:
+        raise Failure(f"{url}: cannot be read ({e.strerror or e}); run `longtake dataset verify`") from e
     if len(data) != size:
         raise Failure(f"{url}: {place['key']} is damaged; run `longtake dataset verify`")
     return data

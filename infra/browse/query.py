@@ -112,7 +112,7 @@ def parsed(body: bytes, kind: Any) -> Any:
     except ValidationError as e:
         first = e.errors(include_url=False, include_input=False)[0]
         key = ".".join(str(part) for part in first["loc"])
-        raise UserError(f"{key or 'request'}: {first['msg']}") from e
+        raise UserError(f"{key or 'request'}: {first['msg'].removeprefix('Value error, ')}") from e
 
 
 class Engine:

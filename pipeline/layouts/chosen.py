@@ -1,5 +1,6 @@
 """The clips of a view with what is known of them, shard by shard, and an export of them that goes on where it was stopped."""
 
+import errno
 import hashlib
 import json
 import shutil
@@ -157,15 +158,18 @@ def write(chosen: Chosen, layout: str, folder: str) -> dict[str, int]:
     """Write the chosen clips in a layout to a folder; what a stopped command has written stays. Returns counts.
 
     Raises:
-        UserError: the folder has other things in it.
+        UserError: the folder has other things in it, or cannot be one.
         Failure: a clip is damaged, or the folder cannot be written.
     """
     place, record = Path(folder), {"layout": layout, "digest": chosen.digest}
     module, counts = layouts.load(layout), {"clips": 0, "shards": 0}
     if hasattr(module, "check"):
         module.check(chosen)
-    with storage.failing_clearly(folder):
+    try:
         place.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise UserError(f"--to {folder}: cannot be a folder ({e.strerror}); name another one") from e
+    with storage.failing_clearly(folder):
         if any(place.iterdir()):
             _check_same(place / _RECORD, record)
         else:
@@ -202,6 +206,12 @@ def write_manifest(folder: str, layout: str, manifest: str) -> int:
     if not manifest.endswith(".jsonl") or not storage.is_local(manifest):
         raise UserError(f"--to {manifest}: name a file on this machine that ends in .jsonl")
     target, count = Path(manifest), 0
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if target.is_dir():
+            raise IsADirectoryError(errno.EISDIR, "Is a directory")
+    except OSError as e:
+        raise UserError(f"--to {manifest}: cannot be a file ({e.strerror}); name another one") from e
     beside = target.parent / f"{target.stem}-videos"
     _begin(beside, {"layout": layout, "folder": str(Path(folder).absolute())})
     with storage.staged(manifest) as path, path.open("w") as file, tqdm(desc="import", unit="video") as bar:

@@ -50,8 +50,8 @@ def rows(folder: Path, beside: Path) -> Iterator[dict[str, Any]]:
             name = facts.get("file_name") or facts.get("video_file_name")
             if not isinstance(name, str) or not name:
                 raise UserError(f"{path}: row {number} has no file_name; see `videofolder` of Hugging Face's datasets")
-            video = (path.parent / name).resolve()
-            if not video.is_relative_to(folder.resolve()) or not video.is_file():
+            video = _inside(folder, path.parent / name)
+            if video is None:
                 raise UserError(f"{path}: row {number}: {storage.printable(name)[:200]} is no file of this folder")
             row: dict[str, Any] = {"uri": str(video)}
             if said := facts.get("captions"):
@@ -61,6 +61,15 @@ def rows(folder: Path, beside: Path) -> Iterator[dict[str, Any]]:
             if facts.get("label") not in (None, ""):
                 row["label"] = str(facts["label"])
             yield row
+
+
+def _inside(folder: Path, path: Path) -> Path | None:
+    """A file, None where it is none or leads out of the folder."""
+    try:
+        video = path.resolve()
+        return video if video.is_relative_to(folder.resolve()) and video.is_file() else None
+    except (OSError, ValueError):
+        return None  # what no name can be
 
 
 def _lines(path: Path) -> Iterator[dict[str, Any]]:

@@ -1,5 +1,6 @@
 """WebDataset: tars of KEY.mp4, KEY.json and KEY.txt, a caption. Others' tars may have KEY.cls, a label, as well."""
 
+import hashlib
 import json
 import shutil
 import tarfile
@@ -46,8 +47,10 @@ def rows(folder: Path, beside: Path) -> Iterator[dict[str, Any]]:
 
     Raises UserError: a tar is none, or a text is too long or no text.
     """
-    for tar in sorted(folder.rglob("*.tar")):
-        to = beside / "-".join(tar.relative_to(folder).with_suffix("").parts)
+    for tar in sorted(path for path in folder.rglob("*.tar") if path.is_file()):
+        # of this very tar: another folder's, or one that has changed since, may have the same name
+        facts = [str(tar.resolve()), tar.stat().st_size, tar.stat().st_mtime_ns]
+        to = beside / f"{tar.stem[:40]}-{hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]}"
         if not (to / _ROWS).exists():
             _unpack(tar, to)
         for line in (to / _ROWS).read_text().splitlines():
@@ -60,9 +63,9 @@ def _unpack(tar: Path, to: Path) -> None:
     to.mkdir(parents=True)
     found = []
     try:
-        with tarfile.open(tar, "r:*" if tar.suffix != ".tar" else "r:") as file:
+        with tarfile.open(tar, "r:") as file:
             # a sample is the files of one name that follow each other; links and devices are no part of one
-            members = (member for member in file if member.isfile())
+            members = (_whole(member) for member in file if member.isfile())
             for number, (key, parts) in enumerate(groupby(members, lambda member: _parts(member.name)[0])):
                 row: dict[str, Any] = {}
                 for member in parts:
@@ -79,9 +82,20 @@ def _unpack(tar: Path, to: Path) -> None:
                     row.pop("caption", None)
                 if "uri" in row:
                     found.append(row)
+            # tarfile takes any nonsense after the first member for the end
+            file.fileobj.seek(file.offset)
+            if file.fileobj.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
+                raise tarfile.ReadError(f"cut short or damaged at byte {file.offset}")
     except (tarfile.TarError, EOFError) as e:
         raise UserError(f"{tar}: not a readable tar ({e}); download it again, or move it away") from e
     storage.write(str(to / _ROWS), "".join(json.dumps(row) + "\n" for row in found).encode())
+
+
+def _whole(member: tarfile.TarInfo) -> tarfile.TarInfo:
+    # one with holes may become larger than any disk
+    if member.issparse():
+        raise tarfile.ReadError(f"{storage.printable(member.name)[:200]} has holes; pack it without --sparse")
+    return member
 
 
 def _parts(name: str) -> tuple[str, str]:

@@ -120,3 +120,10 @@ def test_damage_is_found(scored: str) -> None:
     index.commit_table(url, wrong)
     assert [p for p in verify.verify(scored) if "notes are missing" in p and "score-all-0" in p]
     assert storage.exists(url)
+    # what is there stays: running the stage again would not help
+    storage.write(url, b"half")
+    with pytest.raises(Failure, match="not readable; delete it and run the stage"):
+        index.notes_of(scored, "train", "00000.score-all-0")
+    Path(url).unlink()
+    with pytest.raises(Failure, match="missing; run the stage"):
+        index.notes_of(scored, "train", "00000.score-all-0")

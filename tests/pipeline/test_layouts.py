@@ -162,6 +162,50 @@ def test_long_and_broken_texts_of_tars_are_one_line(tmp_path: Path) -> None:
             chosen.write_manifest(str(tmp_path / "theirs"), "webdataset", str(tmp_path / "list.jsonl"))
 
 
+def videos_of(folder: Path, manifest: Path) -> list[tuple[bytes, str]]:
+    chosen.write_manifest(str(folder), "webdataset", str(manifest))
+    return [(Path(row["uri"]).read_bytes(), row["caption"]) for row in read_manifest(manifest)]
+
+
+def test_tars_of_one_name_are_not_taken_for_each_other(tmp_path: Path) -> None:
+    theirs, other, manifest = tmp_path / "theirs", tmp_path / "other", tmp_path / "list.jsonl"
+    tar_of(theirs / "a" / "b.tar", [("x.mp4", b"1"), ("x.txt", b"a, b")])
+    tar_of(theirs / "a-b.tar", [("x.mp4", b"2"), ("x.txt", b"a-b")])
+    tar_of(other / "a-b.tar", [("x.mp4", b"3"), ("x.txt", b"other")])
+    (theirs / "folder.tar").mkdir()
+    assert sorted(videos_of(theirs, manifest)) == [(b"1", "a, b"), (b"2", "a-b")]
+    assert videos_of(other, manifest) == [(b"3", "other")]
+    # corrected, of the same size, and imported again
+    tar_of(other / "a-b.tar", [("x.mp4", b"3"), ("x.txt", b"again")])
+    assert videos_of(other, manifest) == [(b"3", "again")]
+
+
+def test_a_tar_that_is_cut_or_damaged_or_has_holes_loses_no_video_silently(tmp_path: Path) -> None:
+    tar_of(tmp_path / "0.tar", [(f"{name}.mp4", name.encode() * 600) for name in "abc"])
+    whole = (tmp_path / "0.tar").read_bytes()
+    second = whole.index(b"b.mp4")
+    flipped = bytearray(whole)
+    flipped[second + 10] ^= 1
+    sparse = tarfile.TarInfo("a.mp4")
+    sparse.type = tarfile.GNUTYPE_SPARSE
+    holes = bytearray(sparse.tobuf(tarfile.GNU_FORMAT))
+    holes[483:495] = b"\x80" + (1 << 40).to_bytes(11, "big")
+    holes[148:156] = b"%06o\0 " % (256 + sum(holes[:148]) + sum(holes[156:]))
+    for number, damaged in enumerate((whole[:second], whole[: second + 200], whole[: second + 700], flipped, holes)):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        (folder / "0.tar").write_bytes(damaged)
+        with pytest.raises(UserError, match=r"0\.tar: not a readable tar \(.+\); download it again"):
+            chosen.write_manifest(str(folder), "webdataset", str(tmp_path / "list.jsonl"))
+
+
+@pytest.mark.parametrize("name", ["a\0.mp4", "\ud800.mp4", "a" * 5000])
+def test_a_name_that_no_file_can_have_is_one_line(tmp_path: Path, name: str) -> None:
+    (tmp_path / "metadata.jsonl").write_text(json.dumps({"file_name": name}))
+    with pytest.raises(UserError, match=r"metadata\.jsonl: row 1: .+ is no file of this folder"):
+        chosen.write_manifest(str(tmp_path), "huggingface", str(tmp_path / "list.jsonl"))
+
+
 def test_what_cannot_be_chosen_is_one_line(own: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="--captions caption-no: there are caption-"):
         chosen.choose(own, None, "caption-no")
@@ -169,6 +213,15 @@ def test_what_cannot_be_chosen_is_one_line(own: str, tmp_path: Path) -> None:
     (tmp_path / "pictures" / "dataset.json").write_text('{"format": 1, "kind": "images"}')
     with pytest.raises(UserError, match="has images, whose tars are WebDataset as they are; name a dataset of clips"):
         chosen.choose(str(tmp_path / "pictures"), None, None)
+    (tmp_path / "file").write_bytes(b"")
+    (tmp_path / "folder.jsonl").mkdir()
+    with pytest.raises(UserError, match=r"--to \S+file: cannot be a folder \(File exists\); name another one"):
+        chosen.write(chosen.choose(own, None, None), "webdataset", str(tmp_path / "file"))
+    for name in ("folder.jsonl", "file/list.jsonl"):
+        with pytest.raises(UserError, match=rf"--to \S+{name}: cannot be a file \(.+\); name another one"):
+            chosen.write_manifest(own, "webdataset", str(tmp_path / name))
+    with pytest.raises(UserError, match="no dataset here"):
+        chosen.choose(f"{own}/dataset.json", None, None)
     with pytest.raises(UserError, match="no such view"):
         chosen.choose(own, f"{own}/views/no.parquet", None)
     with pytest.raises(UserError, match=r"--to \S+list\.csv: name a file on this machine that ends in \.jsonl"):

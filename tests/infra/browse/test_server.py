@@ -15,6 +15,7 @@ import vectored
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from starlette.testclient import TestClient
 
 from longtake.datasets import alike, clip, compact, images, index, scores, storage
 from longtake.datasets.errors import Failure, UserError
@@ -268,6 +269,18 @@ def test_damage_is_one_line_and_the_rest_goes_on(tmp_path):
             answer = client.get(path)
             assert answer.status_code == 502
             assert word in answer.json()["error"] and "dataset verify" in answer.json()["error"]
+    tar.unlink()
+    tar.mkdir()
+    answer = client.get(f"/clip/{first}.mp4")
+    assert answer.status_code == 502 and "cannot be read (Is a directory)" in answer.json()["error"]
+
+
+def test_a_mistake_of_the_server_is_one_line_of_json(small, books, monkeypatch):
+    monkeypatch.setattr(media, "pieces", lambda *_: 1 / 0)
+    served = TestClient(browsed.client_of(books).app, f"http://127.0.0.1:{browsed.PORT}", raise_server_exceptions=False)
+    served.cookies.set(f"longtake-{browsed.PORT}", browsed.TOKEN)
+    answer = served.get(f"/clip/{books.places['key'][0].as_py()}.mp4")
+    assert answer.status_code == 500 and "the server failed" in answer.json()["error"]
 
 
 def test_a_dataset_at_any_url_is_served():
@@ -323,7 +336,7 @@ def test_a_dataset_of_images_is_served(tmp_path):
 )
 def test_what_cannot_be_asked_is_one_line(client, question, line):
     answer = client.post("/api/query", json=question)
-    assert answer.status_code == 400
+    assert answer.status_code == 400 and "Value error" not in answer.json()["error"]
     assert line in answer.json()["error"] and "\n" not in answer.json()["error"]
 
 
@@ -360,6 +373,7 @@ def test_clips_that_are_not_there_are_one_line(client):
 def test_what_cannot_be_opened_is_one_line(tmp_path, small):
     for call in (
         lambda: library.load(str(tmp_path)),
+        lambda: library.load(__file__),
         lambda: library.load(small, ["nobody"]),
         lambda: library.load(small, None, [str(tmp_path)]),
     ):
