@@ -104,7 +104,8 @@ def shown(dataset: str, asked: Sequence[str] = (ALL,)) -> Shown:
         if other.column != column.column:
             notes.append(f"{name}: shows {other.column}, not {column.column}; --scores RECORD chooses")
         elif column.column not in there:
-            raise Failure(f"{dataset}: {column.column} is gone; run its `score` stage again")
+            stage = scores.stage_of(column.column)
+            raise Failure(f"{dataset}: {column.column} is gone; run its `{stage}` stage again")
     made = next((uri for uri, column in of_clusters.items() if column.column == columns[CLUSTER].column), None)
     return Shown(columns, records, made, tuple(dict.fromkeys(notes)))
 
