@@ -12,6 +12,7 @@ import json
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
+from dataclasses import field as dataclass_field
 from typing import Any, Literal
 
 import numpy as np
@@ -75,9 +76,10 @@ class Column:
 
     column   "score-NAME-DIGEST"
     scorer   its name in the table of scorers, or the stage that made it
-    config   the scorer's settings, as plain data
+    config   the scorer's settings that decide the values, as plain data
     digest   of files that decide the values, such as weights
     fields   what it gives
+    where    the other settings, such as where these files lie; known to the record of the stage alone
     """
 
     column: str
@@ -85,10 +87,20 @@ class Column:
     config: Mapping[str, Any]
     digest: str
     fields: tuple[Field, ...]
+    where: Mapping[str, Any] = dataclass_field(default_factory=dict)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """All that are known."""
+        return {**self.config, **self.where}
 
     def plain(self) -> dict[str, Any]:
         """As `from_plain` takes it."""
         return asdict(self)
+
+    def notes(self) -> dict[str, Any]:
+        """The same as each shard has it, whose bytes do not depend on where files lie."""
+        return {name: value for name, value in self.plain().items() if name != "where"}
 
 
 def from_plain(plain: Mapping[str, Any]) -> Column:
@@ -169,7 +181,7 @@ def write_shard(dataset: str, base: index.Shard, column: Column, values: Sequenc
     arrays += [_array(field, [row[field.name] for row in rows]) for field in column.fields]
     table = pa.table(arrays, schema=table_schema(column.fields))
     url = storage.join(dataset, base.split, f"{base.name}.{column.column}.parquet")
-    index.commit_table(url, table, column.plain())
+    index.commit_table(url, table, column.notes())
     return len(table) - table["reason"].null_count
 
 

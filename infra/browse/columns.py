@@ -54,7 +54,7 @@ class Shown:
             for name, (column, one) in self.vectors.items()
             if column.scorer == "embedding"
             and one.name == "vector"
-            and (Path(self.encoders.get(name) or str(column.config.get("model", ""))) / "tokenizer.json").is_file()
+            and (Path(self.encoders.get(name) or str(column.settings.get("model", ""))) / "tokenizer.json").is_file()
         }
 
     def record_of(self, names: Sequence[str]) -> str | None:
@@ -110,6 +110,16 @@ def shown(dataset: str, asked: Sequence[str] = (ALL,)) -> Shown:
             raise Failure(f"{dataset}: {column.column} is gone; run its `{stage}` stage again")
     made = next((uri for uri, column in of_clusters.items() if column.column == columns[CLUSTER].column), None)
     return Shown(columns, records, made, tuple(dict.fromkeys(notes)))
+
+
+def recorded(dataset: str, column: str) -> Column:
+    """A column as a record in the dataset's workspace describes it, with where its files lie; else as its shards do."""
+    for uri in _beside(dataset):
+        if _kind(uri) == "scores" and _is_of(uri, "scores", dataset):
+            for each in scores.read_scores(uri).columns.values():
+                if each.column == column:
+                    return each
+    return scores.described(dataset, column)
 
 
 def with_encoder(shown: Shown, encoder: str) -> Shown:

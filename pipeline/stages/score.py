@@ -187,10 +187,12 @@ def run(config: Config, inputs: Mapping[str, str], output: str) -> dict[str, Any
 
 def _column(name: str, asked: _Asked, view: str) -> Column:
     digest = asked.digest(name)
-    decides = [VERSION, asked.by, asked.scorer.version, content(asked.config), digest, view]
-    # all settings: where a model lies does not decide, but a search by text has to find it
+    config = content(asked.config)
+    column = scores.column_name(name, [VERSION, asked.by, asked.scorer.version, config, digest, view])
+    # where a model lies does not decide, but a search by text has to find it
     settings = asked.config.model_dump(mode="json")
-    return Column(scores.column_name(name, decides), asked.by, settings, digest, asked.scorer.fields(asked.config))
+    where = {key: value for key, value in settings.items() if key not in config or config[key] != value}
+    return Column(column, asked.by, config, digest, asked.scorer.fields(asked.config), where)
 
 
 def _missing(dataset: str, split: str, names: Sequence[str], keeps: Mapping[str, np.ndarray]) -> Iterator[Job]:

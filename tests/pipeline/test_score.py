@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from longtake.datasets.diff import differences
 from longtake.datasets.errors import Failure, UserError
 from longtake.datasets.loader import Loader
 from longtake.datasets.verify import verify
+from longtake.infra.browse import columns as shown
 from longtake.pipeline import column as columns
 from longtake.pipeline import scorers as kinds
 from longtake.pipeline import scoring
@@ -113,6 +115,21 @@ def test_settings_name_the_column_and_how_to_run_does_not(root: str, monkeypatch
     # other frames than those of before
     monkeypatch.setattr(score, "VERSION", score.VERSION + 1)
     assert set(names(config())).isdisjoint(usual)
+
+
+def test_a_record_beside_a_dataset_says_where_the_files_of_a_column_lie(root: str, tmp_path: Path) -> None:
+    dataset = str(shutil.copytree(root, tmp_path / "shards" / "0123456789abcdef"))
+    base = index.read_shard(dataset, "train", "00000")
+    field = scores.Field("vector", "vector", "", width=1)
+    made = scores.Column("score-clip-0", "embedding", {"frames": 8}, "", (field,), {"model": "/models/clip"})
+    scores.write_shard(dataset, base, made, [{"vector": [1.0]}] * len(base.table))
+    assert shown.recorded(dataset, made.column) == scores.described(dataset, made.column) == replace(made, where={})
+    rows = {split: compact.open_split(dataset, split)[0].digest for split in schema.SPLITS}
+    scores.write_scores(
+        str(tmp_path / "score" / "0123456789abcdef"), scores.Scores(dataset, {"clip": made}, None, rows)
+    )
+    assert shown.recorded(dataset, made.column) == made
+    assert made.settings == {"frames": 8, "model": "/models/clip"}
 
 
 def test_the_company_of_other_scorers_does_not_change_bytes(root: str, hashes: Hashes, tmp_path: Path) -> None:
