@@ -104,7 +104,7 @@ def read_unit(dataset: str, split: str, name: str, column: str, field: str, size
     shard = index.read_shard(dataset, split, f"{name}.{column}")
     url = storage.join(dataset, split, f"{shard.name}.parquet")
     if field not in shard.table.column_names:
-        raise Failure(f"{url}: has no {field}; delete it and run its `score` stage again")
+        raise Failure(f"{url}: has no {field}; delete it and run its `{scores.stage_of(column)}` stage again")
     has, found = unit(shard.table, field)
     if has.any() and found.shape[1] != size:
         raise UserError(
@@ -142,7 +142,9 @@ def vectors(dataset: str, column: str, field: str) -> Iterator[Vectors]:
         split, name, start, count = place
         _, found = read_unit(dataset, split, name, column, field, size)
         if len(found.has) != count:
-            raise Failure(f"{dataset} ({split}): {name}.{column} is of other clips; run its `score` stage again")
+            raise Failure(
+                f"{dataset} ({split}): {name}.{column} is of other clips; run its `{scores.stage_of(column)}` stage again"
+            )
         return found._replace(row=start)
 
     yield from _ahead(read, list(shards(dataset)))

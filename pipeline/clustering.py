@@ -243,7 +243,7 @@ def _write_column(
         "distance": pa.array(distance, mask=~has),
     }
     url = storage.join(work.dataset, base.split, f"{base.name}.{work.column.column}.parquet")
-    index.commit_table(url, pa.table(values, scores.table_schema(work.column.fields)), work.column.plain())
+    index.commit_table(url, pa.table(values, scores.table_schema(work.column.fields)), work.column.notes())
 
 
 def _write_lists(

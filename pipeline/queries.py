@@ -1,7 +1,7 @@
 """A picture or a text as a vector to search by, from the encoder that made a column.
 
-Whoever made a dataset has written which encoder that was. So a search opens only a folder of this machine, whose weights are
-data; TorchScript, which is code, and what lies elsewhere must be named by who searches.
+The record of a stage, which came with the dataset, says which encoder that was. So a search opens only a folder of this
+machine, whose weights are data; TorchScript, which is code, and what lies elsewhere must be named by who searches.
 """
 
 from pathlib import Path
@@ -64,7 +64,17 @@ def encoder_of(column: Column, encoder: str | None = None) -> Config:
     if kind is None:
         raise UserError(f"{column.column}: made by `{column.scorer}`, which encodes no pictures; name a clip's key")
     key = "model" if kind is embedding else "file"
-    noted = column.config if encoder is None else {**column.config, key: encoder}
+    noted = column.settings if encoder is None else {**column.settings, key: encoder}
+    if key not in noted:
+        raise UserError(
+            f"{column.column}: no record beside the dataset says where its encoder is; name that by --encoder, or name a"
+            " clip's key"
+        )
+    if kind is embedding and len(column.fields) > 1 and "head" not in noted:
+        raise UserError(
+            f"{column.column}: no record beside the dataset says where its head and pictures are, which are part of its"
+            " digest; copy the record of its stage there, or name a clip's key"
+        )
     try:
         config: Config = kind.Config.model_validate(dict(noted))
     except ValidationError as e:

@@ -54,7 +54,7 @@ class Shown:
             for name, (column, one) in self.vectors.items()
             if column.scorer == "embedding"
             and one.name == "vector"
-            and (Path(self.encoders.get(name) or str(column.config.get("model", ""))) / "tokenizer.json").is_file()
+            and (Path(self.encoders.get(name) or str(column.settings.get("model", ""))) / "tokenizer.json").is_file()
         }
 
     def record_of(self, names: Sequence[str]) -> str | None:
@@ -135,6 +135,17 @@ def _read(uri: str, dataset: str) -> scores.Scores | clusters.Clusters:
     if storage.absolute(record.dataset) != storage.absolute(dataset):
         raise UserError(f"{uri}: are clusters of {record.dataset}, not of {dataset}")
     return record
+
+
+def recorded(dataset: str, column: str) -> Column:
+    """A column as a record in the dataset's workspace describes it, with where its files lie; else as its shards do."""
+    for uri in _beside(dataset):
+        if _kind(uri) == "scores":
+            with suppress(UserError, Failure):  # of another dataset, or damaged
+                for each in scores.read_scores_of(uri, dataset).columns.values():
+                    if each.column == column:
+                        return each
+    return scores.described(dataset, column)
 
 
 def with_encoder(shown: Shown, encoder: str) -> Shown:

@@ -36,7 +36,7 @@ def alike(
     """The clips of DATASET that look most like WHAT: a clip's key, or a picture's file.
 
     Each is a line: the cosine, the split, the key. The vectors are those of an `embedding` scorer. A picture or a text is
-    encoded by the folder that the column says it was made by, if that is on this machine, else by --encoder.
+    encoded by the folder that the stage's record beside the dataset names, if that is on this machine, else by --encoder.
 
     \b
     Examples:
@@ -80,6 +80,7 @@ def _column(url: str, name: str | None) -> tuple[Any, str]:
     from longtake.datasets import alike as search
     from longtake.datasets import scores
     from longtake.datasets.errors import UserError
+    from longtake.infra.browse import columns
 
     if name is None:
         made = [scores.described(url, column) for column in scores.columns_of(url)]
@@ -88,5 +89,5 @@ def _column(url: str, name: str | None) -> tuple[Any, str]:
             several = f"has {', '.join(names)}; choose one by --column" if names else "has no vectors"
             raise UserError(f"{url}: {several}" + ("" if names else "; run a `score` stage with an `embedding`"))
         name = names[0]
-    column = scores.described(url, name)
+    column = columns.recorded(url, name)
     return column, search.field_of(column).name

@@ -64,8 +64,9 @@ class Config(StageConfig):
 
     def decisive(self, settings: dict[str, Any]) -> dict[str, Any]:
         # digests decide, wherever the files are
-        kept = {name: value for name, value in settings.items() if name not in ("model", "head")}
-        return kept | {"likeness": sorted(self.likeness)}
+        kept = {name: value for name, value in settings.items() if name not in ("model", "head", "likeness")}
+        # the names of the pictures are those of fields
+        return kept | {"likeness": sorted(self.likeness)} if self.likeness else kept
 
 
 def _is_folder(config: Config) -> bool:

@@ -79,6 +79,8 @@ def test_what_is_named_is_run_only_if_it_made_the_column(
             with pytest.raises(UserError, match=r"1\.pt: other files than those that made it"):
                 queries.of_picture(column, "vector", picture, other)
     with pytest.raises(UserError, match="its notes are no settings of `torchscript`"):
-        queries.of_picture(replace(column, scorer="torchscript", config={"frames": -1}), "vector", picture)
+        queries.of_picture(
+            replace(column, scorer="torchscript", config={"frames": -1, "file": script}), "vector", picture
+        )
     with pytest.raises(UserError, match="made by `focus`, which encodes no pictures"):
         queries.of_picture(replace(column, scorer="focus"), "vector", picture)
