@@ -2,23 +2,25 @@
 
 import hashlib
 import json
-from collections.abc import Iterator
-from dataclasses import dataclass
+import shutil
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from tqdm import tqdm
 
-from longtake.datasets import captions, compact, index, schema, storage, view
+from longtake.datasets import captions, compact, index, schema, scores, storage, view
 from longtake.datasets.errors import Failure, UserError
+from longtake.datasets.scores import Column
 from longtake.pipeline import column as columns
 from longtake.pipeline import layouts
 
-_RECORD = "longtake-export.json"
+_RECORD = "longtake-layout.json"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Chosen:
     """The clips of a dataset that are written out.
 
@@ -26,6 +28,7 @@ class Chosen:
     keeps      (N,) bool of each split, the clips that are chosen
     captions   the column with their captions; None: they have none
     digest     of all that decides what is written
+    scores     columns of scores by their names in rules
     """
 
     dataset: str
@@ -33,10 +36,20 @@ class Chosen:
     keeps: dict[str, np.ndarray]
     captions: str | None
     digest: str
+    scores: Mapping[str, Column] = field(default_factory=dict)
+
+    def shards(self) -> Iterator[tuple[str, int, np.ndarray]]:
+        """Split, number and kept rows, of which it has some, of each shard that is written, in order."""
+        for split, base in self.bases.items():
+            for number, keep in enumerate(columns.by_shard(base, self.keeps[split]).values()):
+                if keep.any():
+                    yield split, number, np.flatnonzero(keep)
 
 
-def choose(dataset: str, view_url: str | None, column: str | None) -> Chosen:
-    """The clips that a view keeps, or all, with the captions of a column, or of the only one.
+def choose(
+    dataset: str, view_url: str | None, column: str | None, scored: Mapping[str, Column] | None = None
+) -> Chosen:
+    """The clips that a view keeps, or all, with the captions of a column, or of the only one, and columns of scores.
 
     Raises:
         UserError: no dataset, view or column is there, no clip is kept, there are several columns of captions, or it has
@@ -58,30 +71,80 @@ def choose(dataset: str, view_url: str | None, column: str | None) -> Chosen:
         raise UserError(f"{view_url or dataset}: keeps no clip; there is nothing to write")
     said = [compact.open_split(dataset, split, column)[0].digest for split in schema.SPLITS] if column else []
     parts = [column, said, *(base.digest for base in bases.values()), *(digest for _, _, digest in kept.values())]
+    for name, one in (scored or {}).items():
+        parts += [name, *(compact.open_split(dataset, split, one.column)[0].digest for split in schema.SPLITS)]
     digest = hashlib.sha256(json.dumps(parts).encode()).hexdigest()
-    return Chosen(dataset, bases, keeps, column, digest)
+    return Chosen(dataset, bases, keeps, column, digest, scored or {})
 
 
-def clips_of(chosen: Chosen, split: str, number: int) -> Iterator[tuple[bytes, dict[str, Any]]]:
-    """The mp4 of each chosen clip of a shard, and the facts about it: `key`, `captions`, `label`, `seconds` and others.
+def clips_of(chosen: Chosen, split: str, number: int, vectors: bool = False) -> Iterator[tuple[bytes, dict[str, Any]]]:
+    """The mp4 of each chosen clip of a shard, and the facts about it: see `facts_of`.
 
     Raises:
-        Failure: a clip is missing or damaged, or the shard has no captions in the column.
+        Failure: a clip is missing or damaged, or a column is of other clips.
     """
     base = chosen.bases[split]
-    name, start = base.name(number), int(base.starts[number])
-    tar, table = base.tar(number)[0], base.labelled(number)
-    said = [None] * len(table)
+    tar = base.tar(number)[0]
+    for row, facts in facts_of(chosen, split, number, vectors):
+        yield columns.clip_bytes(tar, row), facts
+
+
+def facts_of(
+    chosen: Chosen, split: str, number: int, vectors: bool = False
+) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
+    """The index row of each chosen clip of a shard, and the facts about it: `key`, `captions`, `label`, `seconds` and others.
+
+    Where scores are written, `scores` has them by name and field; vectors are among them only where they are asked for.
+
+    Raises Failure: the shard's captions or scores are of other clips.
+    """
+    base = chosen.bases[split]
+    start, table = int(base.starts[number]), base.labelled(number)
+    said: list[Any] = [None] * len(table)
     if chosen.captions:
-        told = index.read_shard(chosen.dataset, split, f"{name}.{chosen.captions}").table
-        if not told["key"].equals(table["key"]):
-            raise Failure(f"{tar}: {chosen.captions} is of other clips; run its `caption` stage again")
-        said = told["captions"].to_pylist()
+        said = _table(chosen, split, number, chosen.captions, "caption")["captions"].to_pylist()
+    values = _scores(chosen, split, number, vectors)
     for place, row in enumerate(table.to_pylist()):
         if chosen.keeps[split][start + place]:
-            facts = {name: row[name] for name in ("key", "source", "label", "fps", "frame_count", "width", "height")}
+            names = ("key", "source", "label", "fps", "frame_count", "width", "height", *schema.SCORES)
+            facts = {name: row[name] for name in names}
             facts |= {"split": split, "seconds": row["frame_count"] / row["fps"], "captions": said[place] or []}
-            yield columns.clip_bytes(tar, row), facts
+            if values:
+                of_clip = {name: {field: value[place] for field, value in of.items()} for name, of in values.items()}
+                facts["scores"] = of_clip
+            yield row, facts
+
+
+def fields_of(chosen: Chosen, vectors: bool) -> dict[str, list[scores.Field]]:
+    """The fields of scores that are written, by the names of their columns."""
+    kept = {
+        name: [each for each in column.fields if vectors or each.kind != "vector"]
+        for name, column in chosen.scores.items()
+    }
+    return {name: fields for name, fields in kept.items() if fields}
+
+
+def _scores(chosen: Chosen, split: str, number: int, vectors: bool) -> dict[str, dict[str, list[Any]]]:
+    """Name, field and values of the scores of a shard, null where it is not scored."""
+    found = {}
+    for name, fields in fields_of(chosen, vectors).items():
+        column = chosen.scores[name].column
+        rows = int(chosen.bases[split].counts[number])
+        if storage.exists(storage.join(chosen.dataset, split, f"{chosen.bases[split].name(number)}.{column}.parquet")):
+            table = _table(chosen, split, number, column, "score")
+            found[name] = {each.name: table[each.name].to_pylist() for each in fields}
+        else:
+            found[name] = {each.name: [None] * rows for each in fields}
+    return found
+
+
+def _table(chosen: Chosen, split: str, number: int, column: str, stage: str) -> Any:
+    """A shard of a column, the rows in the order of the base."""
+    base = chosen.bases[split]
+    table = index.read_shard(chosen.dataset, split, f"{base.name(number)}.{column}").table
+    if not table["key"].equals(base.of(number)["key"]):
+        raise Failure(f"{base.tar(number)[0]}: {column} is of other clips; run its `{stage}` stage again")
+    return table
 
 
 def texts_of(facts: dict[str, Any]) -> list[str]:
@@ -98,23 +161,26 @@ def write(chosen: Chosen, layout: str, folder: str) -> dict[str, int]:
         Failure: a clip is damaged, or the folder cannot be written.
     """
     place, record = Path(folder), {"layout": layout, "digest": chosen.digest}
+    module, counts = layouts.load(layout), {"clips": 0, "shards": 0}
+    if hasattr(module, "check"):
+        module.check(chosen)
     with storage.failing_clearly(folder):
         place.mkdir(parents=True, exist_ok=True)
         if any(place.iterdir()):
             _check_same(place / _RECORD, record)
         else:
             storage.write(str(place / _RECORD), storage.canonical_json(record))
-    module, counts = layouts.load(layout), {"clips": 0, "shards": 0}
     with tqdm(desc="export", total=sum(int(keep.sum()) for keep in chosen.keeps.values()), unit="clip") as bar:
-        for split, base in chosen.bases.items():
-            for number, keep in enumerate(columns.by_shard(base, chosen.keeps[split]).values()):
-                if keep.any():
-                    if not module.exported(chosen, split, number, place):
-                        with storage.failing_clearly(folder):
-                            module.export(chosen, split, number, place)
-                    counts["clips"] += int(keep.sum())
-                    counts["shards"] += 1
-                    bar.update(int(keep.sum()))
+        for split, number, kept in chosen.shards():
+            if not module.exported(chosen, split, number, place):
+                with storage.failing_clearly(folder):
+                    module.export(chosen, split, number, place)
+            counts["clips"] += len(kept)
+            counts["shards"] += 1
+            bar.update(len(kept))
+        if hasattr(module, "finish"):
+            with storage.failing_clearly(folder):
+                module.finish(chosen, place)
     return counts
 
 
@@ -136,8 +202,10 @@ def write_manifest(folder: str, layout: str, manifest: str) -> int:
     if not manifest.endswith(".jsonl") or not storage.is_local(manifest):
         raise UserError(f"--to {manifest}: name a file on this machine that ends in .jsonl")
     target, count = Path(manifest), 0
+    beside = target.parent / f"{target.stem}-videos"
+    _begin(beside, {"layout": layout, "folder": str(Path(folder).absolute())})
     with storage.staged(manifest) as path, path.open("w") as file, tqdm(desc="import", unit="video") as bar:
-        for row in layouts.load(layout).rows(Path(folder), target.parent / f"{target.stem}-videos"):
+        for row in layouts.load(layout).rows(Path(folder), beside):
             annotations = {name: value for name, value in row.items() if name != "uri"}
             try:
                 captions.of_source(annotations)
@@ -148,4 +216,16 @@ def write_manifest(folder: str, layout: str, manifest: str) -> int:
             bar.update()
         if not count:
             raise UserError(f"{folder}: has no videos in the layout {layout}; see `longtake dataset import --help`")
+    if [path.name for path in beside.iterdir()] == [_RECORD]:
+        shutil.rmtree(beside)
     return count
+
+
+def _begin(beside: Path, record: dict[str, Any]) -> None:
+    """Make the folder of what is unpacked. Raises UserError where it has something else, which would be taken for this."""
+    with storage.failing_clearly(str(beside)):
+        beside.mkdir(parents=True, exist_ok=True)
+        if any(beside.iterdir()):
+            _check_same(beside / _RECORD, record)
+        else:
+            storage.write(str(beside / _RECORD), storage.canonical_json(record))

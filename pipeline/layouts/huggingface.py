@@ -1,5 +1,5 @@
 """A folder for `datasets.load_dataset("videofolder", data_dir=FOLDER)`: videos, and beside them metadata.jsonl with what is
-known of each: `file_name`, `text`, a caption, `captions`, all of them, `label`, and other facts."""
+known of each: `file_name`, `text`, a caption, `captions`, all of them with their seconds, `label`, and other facts."""
 
 import csv
 import json
@@ -34,10 +34,9 @@ def export(chosen: Chosen, split: str, number: int, folder: Path) -> None:
     to.mkdir(parents=True)
     for mp4, facts in clips_of(chosen, split, number):
         (to / f"{facts['key']}.mp4").write_bytes(mp4)
-        said = [each["text"] for each in facts["captions"]]
-        about = {name: value for name, value in facts.items() if name not in ("captions", "split")}
+        about = {name: value for name, value in facts.items() if name != "split"}
         text = (texts_of(facts) or [""])[0]
-        lines.append({"file_name": f"{facts['key']}.mp4", "text": text, "captions": said, **about})
+        lines.append({"file_name": f"{facts['key']}.mp4", "text": text, **about})
     storage.write(str(to / _METADATA), "".join(json.dumps(line) + "\n" for line in lines).encode())
 
 

@@ -74,6 +74,9 @@ def _unpack(tar: Path, to: Path) -> None:
                             shutil.copyfileobj(file.extractfile(member), target, 1 << 20)  # type: ignore[arg-type]
                     elif ending in _TEXTS:
                         row |= _said(f"{tar}: {storage.printable(key)[:200]}.{ending}", file, member, ending)
+                if row.get("captions"):
+                    # those of the list are all that is said
+                    row.pop("caption", None)
                 if "uri" in row:
                     found.append(row)
     except (tarfile.TarError, EOFError) as e:
@@ -103,6 +106,4 @@ def _said(name: str, file: tarfile.TarFile, member: tarfile.TarInfo, ending: str
             raise ValueError("not an object")
     except (ValueError, RecursionError) as e:
         raise UserError(f"{name}: not readable ({str(e)[:200]}); correct it, or leave it out") from e
-    known = {name: facts[name] for name in ("caption", "captions", "label") if facts.get(name) is not None}
-    # those of the list are all that is said
-    return known if "captions" not in known else {name: value for name, value in known.items() if name != "caption"}
+    return {name: facts[name] for name in ("caption", "captions", "label") if facts.get(name) is not None}
