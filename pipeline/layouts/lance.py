@@ -29,16 +29,6 @@ _VIDEOS = ("video", "mp4", "video_bytes", "video_blob", "blob", "bytes")
 _TEXTS = ("caption", "text", "prompt")
 _EXTERNAL = 3  # the kind of a blob that is a file elsewhere
 
-_CAPTION = pa.struct(
-    [
-        ("text", pa.string()),
-        ("start", pa.float64()),
-        ("end", pa.float64()),
-        ("language", pa.string()),
-        ("source", pa.string()),
-    ]
-)
-
 
 def _lance() -> Any:
     try:
@@ -61,7 +51,7 @@ def _schema(chosen: Chosen) -> pa.Schema:
         pa.field("source", pa.string()),
         pa.field("label", pa.string()),
         pa.field("caption", pa.string()),
-        pa.field("captions", pa.list_(_CAPTION)),
+        schema.CAPTION_INDEX.field("captions"),
         *(pa.field(name, pa.float64()) for name in ("fps", "seconds")),
         *(pa.field(name, pa.int32()) for name in ("frame_count", "width", "height")),
         *(pa.field(name, pa.float32()) for name in schema.SCORES),
@@ -101,7 +91,7 @@ def export(chosen: Chosen, split: str, number: int, folder: Path) -> None:
     def batches() -> Iterator[pa.RecordBatch]:
         rows, size = [], 0
         for mp4, facts in clips_of(chosen, split, number, vectors=True):
-            rows.append(facts | {"caption": (texts_of(facts) or [None])[0], "video": mp4})
+            rows.append(facts | {"caption": next(iter(texts_of(facts)), None), "video": mp4})
             size += len(mp4)
             if size >= _BATCH_BYTES:
                 yield pa.RecordBatch.from_pylist(rows, schema=kind)

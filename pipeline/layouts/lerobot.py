@@ -21,7 +21,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from longtake.datasets import clip, media, storage
+from longtake.datasets import clip, media, schema, storage
 from longtake.datasets.errors import UserError
 from longtake.pipeline.layouts.chosen import Chosen, clips_of, facts_of
 from longtake.pipeline.tables import ROW_BYTES
@@ -41,10 +41,6 @@ _FRAMES = pa.schema(
         *((name, pa.int64()) for name in ("frame_index", "episode_index", "index", "task_index")),
     ]
 )
-_CAPTION = pa.struct(
-    [("text", pa.string()), ("start", pa.float64()), ("end", pa.float64()), ("language", pa.string()),
-     ("source", pa.string())]
-)  # fmt: skip
 _PLACE = ("chunk_index", "file_index")
 _DTYPES = {pa.float32(): "float32", pa.int64(): "int64"}
 _EPISODE = pa.schema(
@@ -59,7 +55,7 @@ _EPISODE = pa.schema(
         *((f"videos/{_CAMERA}/{name}", pa.float64()) for name in ("from_timestamp", "to_timestamp")),
         *((f"meta/episodes/{name}", pa.int64()) for name in _PLACE),
         *((name, pa.string()) for name in ("key", "source", "split", "label")),
-        ("captions", pa.list_(_CAPTION)),
+        schema.CAPTION_INDEX.field("captions"),
     ]
 )
 
@@ -193,7 +189,7 @@ def finish(chosen: Chosen, folder: Path) -> None:
     counts = [int(keep.sum()) for keep in chosen.keeps.values()]
     ends = itertools.pairwise(itertools.accumulate([0, *counts]))
     video = {"dtype": "video", "shape": [height, width, 3], "names": ["height", "width", "channels"]}
-    info = {"video.fps": rate, "video.height": height, "video.width": width, "video.channels": 3}
+    info: dict[str, Any] = {"video.fps": rate, "video.height": height, "video.width": width, "video.channels": 3}
     info |= {"video.codec": "h264", "video.pix_fmt": "yuv420p", "video.is_depth_map": False, "has_audio": False}
     numbers = {field.name: {"dtype": _DTYPES[field.type], "shape": [1], "names": None} for field in _FRAMES}
     facts = {
@@ -317,12 +313,12 @@ def _episodes(path: Path, cameras: list[str]) -> Iterator[dict[str, Any]]:
 
 def _said(path: Path, facts: dict[str, Any]) -> dict[str, Any]:
     """The captions of an episode, else its tasks, and its label, as columns of a manifest."""
-    tasks = [text for text in facts.get("tasks") or [] if text]
-    said = facts.get("captions") or tasks
-    row: dict[str, Any] = {"captions": said} if said else {}
-    if facts.get("label") not in (None, ""):
-        row["label"] = str(facts["label"])
+    row: dict[str, Any] = {}
     try:
+        if said := facts.get("captions") or [text for text in facts.get("tasks") or [] if text]:
+            row["captions"] = said
+        if facts.get("label") not in (None, ""):
+            row["label"] = str(facts["label"])
         size = len(json.dumps(row))
     except TypeError as e:
         raise UserError(f"{path}: episode {facts['episode_index']}: tasks are no texts ({e}); correct them") from e
