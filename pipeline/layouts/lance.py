@@ -6,6 +6,7 @@ whose description is a file beside the dataset until all are there; then one com
 
 import contextlib
 import io
+import itertools
 import json
 import shutil
 from collections.abc import Iterator
@@ -17,14 +18,14 @@ import pyarrow as pa
 from longtake.datasets import schema, storage
 from longtake.datasets.errors import UserError
 from longtake.datasets.scores import Field
-from longtake.pipeline.layouts.chosen import Chosen, clips_of, fields_of, texts_of
+from longtake.pipeline.layouts.chosen import Chosen, clips_of, fields_of, place_of, state_of, texts_of
 from longtake.pipeline.tables import ROW_BYTES
 
 _DATASET = "clips.lance"
 _FRAGMENTS = "fragments"  # beside the dataset, one JSON a shard
 _FORMAT = "2.1"  # with blobs that every Lance since 0.20 opens
 _BATCH_BYTES = 32 << 20  # of mp4 in memory
-_ROWS = "rows.jsonl"  # what a dataset has, written when all its videos are unpacked
+_ROWS = "rows.jsonl"  # what a dataset has, written when all its videos are unpacked, below a line with its state
 _VIDEOS = ("video", "mp4", "video_bytes", "video_blob", "blob", "bytes")
 _TEXTS = ("caption", "text", "prompt")
 _EXTERNAL = 3  # the kind of a blob that is a file elsewhere
@@ -132,18 +133,24 @@ def rows(folder: Path, beside: Path) -> Iterator[dict[str, Any]]:
     """
     datasets = sorted(path.parent for path in folder.rglob("_versions") if path.is_dir())
     for path in datasets:
-        to = beside / ("-".join(path.relative_to(folder).with_suffix("").parts) or "videos")
-        if not (to / _ROWS).exists():
-            shutil.rmtree(to, ignore_errors=True)  # of a stopped command
+        to, state = place_of(beside, folder, path), state_of((path / "_versions").iterdir())
+        if not (to / _ROWS).exists() or _first_line(to) != state:
+            shutil.rmtree(to, ignore_errors=True)  # of a stopped command, or of another version
             to.mkdir(parents=True)
             with _readable(path), (to / "rows").open("w") as file:
+                file.write(state + "\n")
                 for row in _unpacked(path, to):
                     file.write(json.dumps(row) + "\n")
             (to / "rows").replace(to / _ROWS)
         with (to / _ROWS).open() as file:
-            for line in file:
+            for line in itertools.islice(file, 1, None):
                 row = json.loads(line)
                 yield row | {"uri": str((to / row["uri"]).absolute())}
+
+
+def _first_line(to: Path) -> str:
+    with (to / _ROWS).open() as file:
+        return file.readline().rstrip("\n")
 
 
 @contextlib.contextmanager

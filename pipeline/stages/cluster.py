@@ -6,7 +6,6 @@ kept, in a folder named by all that decides it, so that the same command continu
 makes the pairs alone again.
 """
 
-import difflib
 import math
 import sys
 from collections import Counter
@@ -18,7 +17,7 @@ import numpy as np
 from pydantic import Field, field_validator
 
 from longtake.datasets import alike, clusters, compact, index, schema, scores, storage
-from longtake.datasets.errors import Failure, UserError
+from longtake.datasets.errors import Failure, UserError, near
 from longtake.datasets.stage import DatasetInput, Input, StageConfig, ViewInput
 from longtake.pipeline import clustering, pairs
 from longtake.pipeline import column as columns
@@ -88,8 +87,7 @@ def check(config: Config, inputs: Mapping[str, StageConfig]) -> None:
     """Raise ValueError where the `score` stage has no scorer of this name."""
     name, known = config.embedding.partition(".")[0], getattr(inputs.get("scores"), "scorers", None)
     if known and name not in known:
-        near = difflib.get_close_matches(name, known, 3, 0.5) or list(known)
-        raise ValueError(f"embedding: {config.embedding}: no scorer {name}; there are {', '.join(near)}")
+        raise ValueError(f"embedding: {config.embedding}: no scorer {name}; {near(name, known)}")
 
 
 def complete(uri: str) -> bool:
@@ -189,8 +187,7 @@ def _embedding(name: str, uri: str, dataset: str) -> tuple[scores.Column, scores
     record = scores.read_scores_of(uri, dataset)
     scorer, _, field = name.partition(".")
     if scorer not in record.columns:
-        near = difflib.get_close_matches(scorer, record.columns, 3, 0.5) or list(record.columns)
-        raise UserError(f"embedding: {name}: no scorer {scorer}; there are {', '.join(near)}")
+        raise UserError(f"embedding: {name}: no scorer {scorer}; {near(scorer, record.columns)}")
     column = record.columns[scorer]
     kinds = {each.name: each for each in column.fields}
     if field not in kinds or kinds[field].kind != "vector":

@@ -207,7 +207,7 @@ def test_what_is_wrong_is_said_in_one_line(tmp_path: Path) -> None:
     config = cluster.Config(kind="cluster", dataset="d", scores="s", embedding="clip.vector")
     empty = vectored.make(tmp_path / "empty", np.empty((0, 8)))
     for changed, inputs, says in (
-        ({"embedding": "clipp.vector"}, {}, "embedding: clipp.vector: no scorer clipp; there are clip$"),
+        ({"embedding": "clipp.vector"}, {}, "embedding: clipp.vector: no scorer clipp; did you mean clip\\?$"),
         ({"embedding": "clip.vectors"}, {}, r"embedding: clip.vectors: is no vector; there are clip\.vector$"),
         ({}, {"scores": f"{other}-scores"}, "has scores of .*/other, not of .*/d; name those of this dataset$"),
         ({}, {"scores": str(tmp_path / "none")}, "no scores here .*; name what a `score` stage has made$"),
@@ -221,7 +221,7 @@ def test_what_is_wrong_is_said_in_one_line(tmp_path: Path) -> None:
     scorers = {"clip": {"by": "light"}, "other": {"by": "bars"}}
     upstream = {"scores": score.Config.model_validate({"kind": "score", "dataset": "d", "scorers": scorers})}
     cluster.check(config, upstream)
-    with pytest.raises(ValueError, match=r"^embedding: clop.vector: no scorer clop; there are clip$"):
+    with pytest.raises(ValueError, match=r"^embedding: clop.vector: no scorer clop; did you mean clip\?$"):
         cluster.check(config.model_copy(update={"embedding": "clop.vector"}), upstream)
     record = made(url)
     with pytest.raises(UserError, match=r"similarity 0.5: the clusters have pairs from 0.9 on; set `similarity: 0.5`"):

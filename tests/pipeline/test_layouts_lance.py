@@ -135,6 +135,10 @@ def test_datasets_of_others_with_plain_columns(tmp_path: Path) -> None:
     assert rows == [
         {"uri": b"one", "caption": "a", "label": "7"}, {"uri": b"three"}, {"uri": b"one"}, {"uri": b"three"},
     ]  # fmt: skip
+    # what changed is unpacked again
+    changed = table.select(["mp4"]).slice(2)
+    lance.write_dataset(changed, str(tmp_path / "theirs" / "other.lance"), mode="append")
+    assert chosen.write_manifest(str(tmp_path / "theirs"), "lance", str(tmp_path / "in" / "list.jsonl")) == 5
     # what is unpacked is of that folder alone
     with pytest.raises(UserError, match="list-videos: has something else in it; name a new folder"):
         chosen.write_manifest(str(tmp_path / "theirs" / "deep"), "lance", str(tmp_path / "in" / "list.jsonl"))
