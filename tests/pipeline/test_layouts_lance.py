@@ -79,6 +79,17 @@ def test_lance_has_what_a_view_keeps_with_captions_and_scores_and_is_sources_aga
     assert sum("captions" not in row for row in videos.values()) == (min(rows) in kept)
 
 
+def test_a_sample_of_others_has_numbers_and_labels_and_no_vectors(own: str, tmp_path: Path) -> None:
+    invoke("export", own, "--layout", "huggingface", "--to", str(tmp_path / "out"), "--scores", "all")
+    lines = [line for path in (tmp_path / "out").rglob("metadata.jsonl") for line in path.read_text().splitlines()]
+    values = [json.loads(line)["scores"]["look"] for line in lines]
+    assert len(values) == len(rows_of(own)) and all(each.keys() == {"bright", "side"} for each in values)
+    assert {each["side"] for each in values} == {"left", None}
+    # other scores are another export
+    with pytest.raises(UserError, match="has something else in it; name a new folder"):
+        chosen.write(chosen.choose(own, None, None), "huggingface", str(tmp_path / "out"))
+
+
 def test_a_stopped_export_goes_on_and_what_it_left_is_not_in_the_dataset(
     own: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -103,6 +114,8 @@ def test_a_stopped_export_goes_on_and_what_it_left_is_not_in_the_dataset(
     assert not (tmp_path / "part" / "clips.lance" / "_versions").exists()
     first = {path: path.stat().st_mtime_ns for path in (tmp_path / "part" / "fragments").iterdir()}
     assert first
+    # a kill leaves files that no fragment names
+    (tmp_path / "part" / "clips.lance" / "data" / "left.lance").write_bytes(b"some")
     calls = 0
 
     def counting(*arguments: Any, **named: Any) -> Any:
