@@ -16,7 +16,7 @@ from typing import Any
 import pyarrow as pa
 
 from longtake.datasets import schema, storage
-from longtake.datasets.errors import UserError
+from longtake.datasets.errors import Failure, UserError
 from longtake.datasets.scores import Field
 from longtake.pipeline.layouts.chosen import Chosen, clips_of, fields_of, place_of, state_of, texts_of
 from longtake.pipeline.tables import ROW_BYTES
@@ -87,9 +87,16 @@ def exported(chosen: Chosen, split: str, number: int, folder: Path) -> bool:
 
 def export(chosen: Chosen, split: str, number: int, folder: Path) -> None:
     """Write the fragments of a shard, and their description last. Raises Failure: see `clips_of`."""
-    kind = _schema(chosen)
+    kind, broken = _schema(chosen), list[Exception]()
 
     def batches() -> Iterator[pa.RecordBatch]:
+        try:
+            yield from filled()
+        except (UserError, Failure) as e:
+            broken.append(e)
+            raise
+
+    def filled() -> Iterator[pa.RecordBatch]:
         rows, size = [], 0
         for mp4, facts in clips_of(chosen, split, number, vectors=True):
             rows.append(facts | {"caption": next(iter(texts_of(facts)), None), "video": mp4})
@@ -101,9 +108,15 @@ def export(chosen: Chosen, split: str, number: int, folder: Path) -> None:
             yield pa.RecordBatch.from_pylist(rows, schema=kind)
 
     reader = pa.RecordBatchReader.from_batches(kind, batches())
-    made = _lance().fragment.write_fragments(
-        reader, str(folder / _DATASET), kind, mode="create", data_storage_version=_FORMAT
-    )
+    try:
+        made = _lance().fragment.write_fragments(
+            reader, str(folder / _DATASET), kind, mode="create", data_storage_version=_FORMAT
+        )
+    except OSError:
+        if broken:
+            # which Lance puts into a stack trace
+            raise broken[0] from None
+        raise
     plain = [fragment.to_json() for fragment in made]
     storage.write(str(_fragments(chosen, split, number, folder)), json.dumps(plain).encode())
 
