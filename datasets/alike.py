@@ -7,9 +7,10 @@ Search is exact, over all shards in constant memory, or approximate, over the cl
 named by its row in the dataset (see clusters.py).
 """
 
+import hashlib
 import json
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
@@ -27,6 +28,7 @@ LISTS, CENTROIDS = "vectors", "centroids.safetensors"  # in the folder of cluste
 _SHARDS = 4  # that are read at once
 _READS = 16
 _MOST_HEADER = 1 << 20
+_CHUNK = 16 << 20  # bytes that are hashed at once
 _TINY = 1e-12  # norm of a vector that has no direction
 
 
@@ -102,7 +104,7 @@ def read_unit(dataset: str, split: str, name: str, column: str, field: str, size
     shard = index.read_shard(dataset, split, f"{name}.{column}")
     url = storage.join(dataset, split, f"{shard.name}.parquet")
     if field not in shard.table.column_names:
-        raise Failure(f"{url}: has no {field}; delete it and run its `score` stage again")
+        raise Failure(f"{url}: has no {field}; delete it and run its `{scores.stage_of(column)}` stage again")
     has, found = unit(shard.table, field)
     if has.any() and found.shape[1] != size:
         raise UserError(
@@ -140,7 +142,9 @@ def vectors(dataset: str, column: str, field: str) -> Iterator[Vectors]:
         split, name, start, count = place
         _, found = read_unit(dataset, split, name, column, field, size)
         if len(found.has) != count:
-            raise Failure(f"{dataset} ({split}): {name}.{column} is of other clips; run its `score` stage again")
+            raise Failure(
+                f"{dataset} ({split}): {name}.{column} is of other clips; run its `{scores.stage_of(column)}` stage again"
+            )
         return found._replace(row=start)
 
     yield from _ahead(read, list(shards(dataset)))
@@ -303,15 +307,34 @@ class Lists:
     url     of a safetensors file with vectors (N, D) float16, rows (N,) int64, starts (K+1,) and homes (K,) int64
     size    D
     places  byte in the file where a tensor begins
-    starts  (K+1,) where a cluster begins
-    homes   (K,) how many are at home in it
+    clips   N
+    count   K
+    sums    the sha256 of each tensor
     """
 
     url: str
     size: int
     places: dict[str, int]
-    starts: np.ndarray
-    homes: np.ndarray
+    clips: int
+    count: int
+    sums: dict[str, str]
+
+    def bounds(self, first: int, last: int) -> tuple[np.ndarray, np.ndarray]:
+        """Of some clusters: where each begins and the last one ends (L+1,), and how many are at home in each (L,).
+
+        Read when they are asked for: those of all clusters in all files are too many for memory.
+
+        Raises Failure where the file is damaged.
+        """
+        starts = _read(self.url, self.places["starts"] + 8 * first, (last - first + 1,), np.int64)
+        homes = _read(self.url, self.places["homes"] + 8 * first, (last - first,), np.int64)
+        sizes = np.diff(starts)
+        if starts[0] < 0 or starts[-1] > self.clips or (sizes < homes).any() or (homes < 0).any():
+            raise Failure(
+                f"{self.url}: not readable lists of clusters (they do not add up); delete it and run the `cluster` stage"
+                " again"
+            )
+        return starts, homes
 
     def part(self, first: int, last: int) -> tuple[np.ndarray, np.ndarray]:
         """The rows (N,) and vectors (N, D) float16, of a norm of about 1, from one place to another."""
@@ -320,8 +343,8 @@ class Lists:
         return rows, _read(self.url, start, (last - first, self.size), np.float16)
 
     def homes_of(self, cluster: int) -> tuple[np.ndarray, np.ndarray]:
-        start = int(self.starts[cluster])
-        return self.part(start, start + int(self.homes[cluster]))
+        starts, homes = self.bounds(cluster, cluster + 1)
+        return self.part(int(starts[0]), int(starts[0] + homes[0]))
 
 
 def _read(url: str, start: int, shape: tuple[int, ...], kind: type) -> np.ndarray:
@@ -341,10 +364,14 @@ def _read(url: str, start: int, shape: tuple[int, ...], kind: type) -> np.ndarra
 
 def read_lists(folder: str) -> list[Lists]:
     """Those of all clips in clusters. Raises Failure where a file is damaged."""
-    where = storage.join(folder, LISTS)
-    names = [name for name in storage.names(where) if name.endswith(".safetensors") and not name.startswith(".")]
     with ThreadPoolExecutor(_READS) as pool:
-        return list(pool.map(lambda name: _open_lists(storage.join(where, name)), names))
+        return list(pool.map(_open_lists, _files_of(folder)))
+
+
+def _files_of(folder: str) -> list[str]:
+    where = storage.join(folder, LISTS)
+    names = storage.names(where)
+    return [storage.join(where, name) for name in names if name.endswith(".safetensors") and not name.startswith(".")]
 
 
 def _open_lists(url: str) -> Lists:
@@ -355,16 +382,53 @@ def _open_lists(url: str) -> Lists:
         header = json.loads(storage.read_range(url, 8, length))
         places = {name: 8 + length + header[name]["data_offsets"][0] for name in ("vectors", "rows", "starts", "homes")}
         count, size = header["vectors"]["shape"]
-        lists = (header["starts"]["shape"][0],)
-        starts = _read(url, places["starts"], lists, np.int64)
-        homes = _read(url, places["homes"], (lists[0] - 1,), np.int64)
-        if starts[-1] != count or (np.diff(starts) < homes).any() or (homes < 0).any():
+        (clusters_there,) = header["homes"]["shape"]
+        sums = json.loads(header["__metadata__"]["sha256"])
+        if (
+            header["starts"]["shape"] != [clusters_there + 1]
+            or header["rows"]["shape"] != [count]
+            or sums.keys() != places.keys()
+        ):
             raise ValueError("its clusters do not add up")
     except (OSError, ValueError, KeyError, TypeError, IndexError) as e:
         raise Failure(
             f"{url}: not readable lists of clusters ({e}); delete it and run the `cluster` stage again"
         ) from e
-    return Lists(url, size, places, starts, homes)
+    return Lists(url, size, places, count, clusters_there, sums)
+
+
+def sums_of(tensors: Mapping[str, np.ndarray]) -> dict[str, str]:
+    """The sha256 of each tensor's bytes, as the metadata of a file of them."""
+    sums = {name: hashlib.sha256(np.ascontiguousarray(values).data).hexdigest() for name, values in tensors.items()}
+    # in one entry: the order of several is left to chance
+    return {"sha256": json.dumps(sums, sort_keys=True)}
+
+
+def _check_sums(one: Lists) -> None:
+    """Read all of a file. Raises Failure where a byte is another one."""
+    sizes = {
+        "vectors": 2 * one.size * one.clips,
+        "rows": 8 * one.clips,
+        "starts": 8 * (one.count + 1),
+        "homes": 8 * one.count,
+    }
+    for name, size in sizes.items():
+        digest = hashlib.sha256()
+        for start in range(0, size, _CHUNK):
+            digest.update(_read(one.url, one.places[name] + start, (min(_CHUNK, size - start),), np.uint8).data)
+        if digest.hexdigest() != one.sums.get(name):
+            raise Failure(
+                f"{one.url}: not readable lists of clusters (its {name} have another checksum); delete it and run the"
+                " `cluster` stage again"
+            )
+    one.bounds(0, one.count)
+
+
+def write_centroids(folder: str, centres: np.ndarray) -> None:
+    from safetensors.numpy import save
+
+    tensors = {"centroids": centres}
+    storage.write(storage.join(folder, CENTROIDS), save(tensors, sums_of(tensors)))
 
 
 def read_centroids(folder: str) -> np.ndarray:
@@ -374,18 +438,27 @@ def read_centroids(folder: str) -> np.ndarray:
 
     url = storage.join(folder, CENTROIDS)
     try:
-        return np.asarray(load(storage.read(url))["centroids"], np.float32)
-    except (FileNotFoundError, SafetensorError, KeyError) as e:
+        data = storage.read(url)
+        centres = np.asarray(load(data)["centroids"], np.float32)
+        header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+        if header["__metadata__"] != sums_of({"centroids": centres}):
+            raise ValueError("another checksum")
+    except (FileNotFoundError, SafetensorError, KeyError, ValueError) as e:
         raise Failure(f"{url}: missing or damaged; delete its folder and run the `cluster` stage again") from e
+    return centres
 
 
 def problems(dataset: str) -> Iterator[str]:
     """A line for each damage in the clusters of a dataset."""
     for digest in storage.names(storage.join(dataset, clusters.FOLDER)):
         folder = storage.join(dataset, clusters.FOLDER, digest)
-        for read in (read_centroids, read_lists):
+        try:
+            read_centroids(folder)
+        except Failure as e:
+            yield str(e)
+        for url in _files_of(folder):
             try:
-                read(folder)
+                _check_sums(_open_lists(url))
             except Failure as e:
                 yield str(e)
         for name in storage.names(folder):

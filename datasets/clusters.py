@@ -9,7 +9,7 @@ the order of its shards. `DATASET/clusters/DIGEST/` has
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -28,6 +28,9 @@ FIELDS = (
     Field("distance", "number", "1 less the cosine to the centroid of its cluster, 0 to 2"),
 )
 ROUNDING = 1e-6  # of the cosine of equal vectors
+
+_MOST_PAIRS = 1 << 28  # that are used at once: in memory a pair takes 16 bytes, and for a moment 40
+_READS = 2
 
 # One row a pair of clips. A clip whose `crowd` is true stands behind the other one, its representative, for whose pairs alone
 # the clips of a crowd were compared with others.
@@ -53,7 +56,7 @@ class Clusters:
     similarity  least cosine of the pairs
     clips       clips of each split, in clusters or not
     digests     of the splits' base shards when this was written (see `compact.Rows`)
-    counts      clips in clusters, clusters, pairs, clips of crowds, clusters that were split or whose pairs were too many
+    counts      clips in clusters, clusters, pairs, clips of crowds, clusters that were cut or whose pairs were too many
     capped      clusters that had too many pairs, by number, with the least cosine of the pairs that they have
     """
 
@@ -110,12 +113,14 @@ def name_of(path: str) -> str:
     return f"{column} {folder}" if folder.startswith("pairs-") else column
 
 
-def pairs(clusters: Clusters, similarity: float | None = None) -> pa.Table:
-    """The pairs (see PAIRS) of at least this cosine, each once, and those of crowds whatever their cosine.
+def pair_tables(clusters: Clusters, similarity: float | None = None) -> Iterator[pa.Table]:
+    """The pairs (see PAIRS) of at least this cosine, and those of crowds whatever their cosine, group by group of clusters.
+
+    A pair of clips that are near the border of two clusters may be in two groups.
 
     Raises:
         UserError: pairs of so little likeness were not kept.
-        Failure: pairs are missing or damaged.
+        Failure: pairs are missing or damaged, or there are too many for memory.
     """
     least = clusters.similarity if similarity is None else similarity
     if least < clusters.similarity:
@@ -127,10 +132,23 @@ def pairs(clusters: Clusters, similarity: float | None = None) -> pa.Table:
     names = index.shard_names(folder, name)
     if len(names) != clusters.counts["groups"]:
         raise Failure(f"{storage.join(folder, name)}: some pairs are missing; run the `cluster` stage again")
-    with ThreadPoolExecutor(8) as pool:
-        tables = list(pool.map(lambda each: _strong(index.read_shard(folder, name, each).table, least), names))
-    table = pa.concat_tables([PAIRS.empty_table(), *tables]).combine_chunks()
-    # a clip near the border of two clusters is compared in both
+    count = 0
+    with ThreadPoolExecutor(_READS) as pool:
+        for start in range(0, len(names), _READS):
+            some = names[start : start + _READS]
+            for table in pool.map(lambda each: _strong(index.read_shard(folder, name, each).table, least), some):
+                count += len(table)
+                if count > _MOST_PAIRS:
+                    raise Failure(
+                        f"{storage.join(folder, name)}: more than {_MOST_PAIRS:,} pairs of a cosine of {least:g}, too many"
+                        " for memory; ask for a greater similarity"
+                    )
+                yield table
+
+
+def pairs(clusters: Clusters, similarity: float | None = None) -> pa.Table:
+    """The same in one table, each pair once. Raises as `pair_tables`."""
+    table = pa.concat_tables([PAIRS.empty_table(), *pair_tables(clusters, similarity)]).combine_chunks()
     keys = np.stack([table["first"].to_numpy(), table["second"].to_numpy()], 1)
     order = np.lexsort((~np.asarray(table["crowd"]), keys[:, 1], keys[:, 0]))
     keys = keys[order]

@@ -1,4 +1,4 @@
-"""The two errors that end a command with one line instead of a stack trace."""
+"""The two errors that end a command with one line instead of a stack trace, and the line of another."""
 
 import difflib
 from collections.abc import Collection
@@ -12,6 +12,12 @@ class UserError(ValueError):
 
 class Failure(RuntimeError):
     """A fault during the work: names the file and how to continue. Exit code 1."""
+
+
+def in_short(error: BaseException) -> str:
+    """What any other error says, with its type, as a part of such a line."""
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0][:300]}" if lines else type(error).__name__
 
 
 class Interrupted(Exception):

@@ -2,8 +2,9 @@
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,16 +41,48 @@ def to_parquet(table: pa.Table) -> bytes:
 
 def from_parquet(url: str, columns: list[str] | None = None) -> pa.Table:
     """Read a table, or some of its columns. Raises Failure naming the file where it is not readable."""
+    with _reading(url):
+        # not read_table: its threads outlive it and have aborted processes that ended soon after
+        return _columns(pq.ParquetFile(pa.BufferReader(storage.read(url))), columns)
+
+
+def columns_of(url: str, columns: list[str]) -> pa.Table:
+    """The same of columns beside others that are large: their bytes are not read, and so nothing checks them."""
+    with _reading(url):
+        return _columns(_in_ranges(url), columns).select(columns)
+
+
+def null_counts(url: str) -> tuple[dict[str, int], int]:
+    """The nulls of each column of a table of numbers, texts and lists that are never empty, and its rows, from its footer."""
+    with _reading(url):
+        metadata = _in_ranges(url).metadata
+        counts = dict[str, int]()
+        for group in map(metadata.row_group, range(metadata.num_row_groups)):
+            for column in map(group.column, range(group.num_columns)):
+                if column.statistics is None or not column.statistics.has_null_count:
+                    raise ValueError("without statistics")
+                name = column.path_in_schema.partition(".")[0]
+                counts[name] = counts.get(name, 0) + column.statistics.null_count
+        return counts, metadata.num_rows
+
+
+def _in_ranges(url: str) -> pq.ParquetFile:
+    # without threads of its own: they would call back into Python
+    return pq.ParquetFile(pa.PythonFile(storage.Ranges(url), "r"), pre_buffer=False)
+
+
+def _columns(file: pq.ParquetFile, columns: list[str] | None) -> pa.Table:
+    if missing := set(columns or ()) - set(file.schema_arrow.names):
+        raise ValueError(f"no column {', '.join(sorted(missing))}")
+    return file.read(columns=columns)
+
+
+@contextmanager
+def _reading(url: str) -> Iterator[None]:
     try:
-        data = storage.read(url)
+        yield
     except FileNotFoundError as e:
         raise Failure(f"{url}: is missing; run the stage that made it again") from e
-    try:
-        # not read_table: its threads outlive it and have aborted processes that ended soon after
-        file = pq.ParquetFile(pa.BufferReader(data))
-        if missing := set(columns or ()) - set(file.schema_arrow.names):
-            raise ValueError(f"no column {', '.join(sorted(missing))}")
-        return file.read(columns=columns)
     except (pa.ArrowException, OSError, ValueError, MemoryError) as e:
         raise Failure(
             f"{url}: not a readable Parquet file ({' '.join(str(e).split())}); delete it and run the stage that made it again"
@@ -91,7 +124,7 @@ def notes_of(dataset: str, split: str, name: str) -> dict[str, Any]:
     """The same of a shard whose rows are not read. Raises Failure as well where the file is missing or not readable."""
     url = storage.join(dataset, split, f"{name}.parquet")
     try:
-        return _notes(url, pq.read_schema(pa.BufferReader(storage.read(url))))
+        return _notes(url, _in_ranges(url).schema_arrow)
     except (FileNotFoundError, pa.ArrowException, OSError) as e:
         raise Failure(f"{url}: missing or not readable; run the stage that made it again") from e
 

@@ -8,9 +8,10 @@ it can be read without a record.
 
 import hashlib
 import json
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
+from dataclasses import field as dataclass_field
 from typing import Any, Literal
 
 import numpy as np
@@ -74,9 +75,10 @@ class Column:
 
     column   "score-NAME-DIGEST"
     scorer   its name in the table of scorers, or the stage that made it
-    config   the scorer's settings, as plain data
+    config   the scorer's settings that decide the values, as plain data
     digest   of files that decide the values, such as weights
     fields   what it gives
+    where    the other settings, such as where these files lie; known to the record of the stage alone
     """
 
     column: str
@@ -84,10 +86,20 @@ class Column:
     config: Mapping[str, Any]
     digest: str
     fields: tuple[Field, ...]
+    where: Mapping[str, Any] = dataclass_field(default_factory=dict)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """All that are known."""
+        return {**self.config, **self.where}
 
     def plain(self) -> dict[str, Any]:
         """As `from_plain` takes it."""
         return asdict(self)
+
+    def notes(self) -> dict[str, Any]:
+        """The same as each shard has it, whose bytes do not depend on where files lie."""
+        return {name: value for name, value in self.plain().items() if name != "where"}
 
 
 def from_plain(plain: Mapping[str, Any]) -> Column:
@@ -148,6 +160,11 @@ def column_name(name: str, decides: Any) -> str:
     return f"{PREFIX}{name}-{hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:16]}"
 
 
+def stage_of(column: str) -> str:
+    """The kind of the stage that makes a column, by its name, or by that of one of its shards."""
+    return "cluster" if column[column.find(PREFIX) :].startswith(f"{PREFIX}cluster-") else "score"
+
+
 def write_shard(dataset: str, base: index.Shard, column: Column, values: Sequence[Mapping[str, Any]]) -> int:
     """Commit a column's table for all clips of a base shard; returns the number of clips that lack a value.
 
@@ -163,7 +180,7 @@ def write_shard(dataset: str, base: index.Shard, column: Column, values: Sequenc
     arrays += [_array(field, [row[field.name] for row in rows]) for field in column.fields]
     table = pa.table(arrays, schema=table_schema(column.fields))
     url = storage.join(dataset, base.split, f"{base.name}.{column.column}.parquet")
-    index.commit_table(url, table, column.plain())
+    index.commit_table(url, table, column.notes())
     return len(table) - table["reason"].null_count
 
 
@@ -173,21 +190,32 @@ def _checked(base: index.Shard, key: str, column: Column, values: Mapping[str, A
     for field in column.fields:
         value, reason = values.get(field.name), values.get("reason") or "no_value"
         if value is not None and field.kind != "label":
-            # beyond the range of the type it is no number either
-            with np.errstate(over="ignore"):
-                value = np.asarray(value).astype(np.float16 if field.kind == "vector" else np.float32)
+            value = _floats(base, key, column, field, value)
             if not np.isfinite(value).all():
                 value, reason = None, "not_finite"
         if value is not None and not _fits(field, value):
             shown = repr(value) if field.kind == "label" else f"an array of shape {value.shape}"
-            raise Failure(
-                f"{base.split}/{base.name}: {key}: scorer {column.scorer} gives {shown[:80]} as {field.name}, a"
-                f" {field.kind}{f' of {field.width}' if field.width else ''}; correct the scorer"
-            )
+            raise _refusal(base, key, column, field, shown)
         row[field.name] = value
         if value is None and row["reason"] in (None, "no_value"):
             row["reason"] = reason
     return row
+
+
+def _floats(base: index.Shard, key: str, column: Column, field: Field, value: Any) -> np.ndarray:
+    try:
+        # beyond the range of the type it is no number either
+        with np.errstate(over="ignore"):
+            return np.asarray(value).astype(np.float16 if field.kind == "vector" else np.float32)
+    except (TypeError, ValueError) as e:
+        raise _refusal(base, key, column, field, repr(value)) from e
+
+
+def _refusal(base: index.Shard, key: str, column: Column, field: Field, given: str) -> Failure:
+    return Failure(
+        f"{base.split}/{base.name}: {key}: scorer {column.scorer} gives {' '.join(given.split())[:80]} as {field.name}, a"
+        f" {field.kind}{f' of {field.width}' if field.width else ''}; correct the scorer"
+    )
 
 
 def _fits(field: Field, value: Any) -> bool:
@@ -228,12 +256,25 @@ def columns_of(dataset: str) -> list[str]:
     return sorted({stem for stem in stems if stem.startswith(PREFIX)})
 
 
-def count(dataset: str, column: str) -> int:
-    """The number of clips that have all values of a column."""
+def counts(dataset: str, column: str) -> dict[str, int]:
+    """The number of clips that have a value, by field."""
     places = [(split, name) for split in schema.SPLITS for name in index.shard_names(dataset, split, column)]
-    urls = [storage.join(dataset, split, f"{name}.parquet") for split, name in places]
+    names = [field.name for field in described(dataset, column).fields]
+
+    def of_shard(place: tuple[str, str]) -> list[int]:
+        url = storage.join(dataset, place[0], f"{place[1]}.parquet")
+        nulls, rows = index.null_counts(url)
+        return [rows - nulls[name] for name in names]
+
     with ThreadPoolExecutor(_THREADS) as pool:
-        return sum(pool.map(lambda url: index.from_parquet(url, ["reason"])["reason"].null_count, urls))
+        return dict(zip(names, map(sum, zip(*pool.map(of_shard, places), strict=True)), strict=True))
+
+
+def fits(dataset: str, base: index.Shard, column: str) -> bool:
+    """Whether a column has a base shard of just these clips; of the column nothing else is read. Raises Failure: it has none."""
+    url = storage.join(dataset, base.split, f"{base.name}.{column}.parquet")
+    rows = index.columns_of(url, ["key", "base_sha256"])
+    return bool(rows["key"].equals(base.table["key"]) and rows["base_sha256"].equals(base.table["sha256"]))
 
 
 def described(dataset: str, column: str) -> Column:
@@ -251,7 +292,9 @@ def _described(dataset: str, split: str, name: str, notes: Mapping[str, Any]) ->
         return from_plain(notes)
     except (KeyError, TypeError, ValueError) as e:
         url = storage.join(dataset, split, f"{name}.parquet")
-        raise Failure(f"{url}: does not say what it has ({e}); delete it and run its `score` stage again") from e
+        raise Failure(
+            f"{url}: does not say what it has ({e}); delete it and run its `{stage_of(name)}` stage again"
+        ) from e
 
 
 # A column as a whole.
@@ -291,24 +334,45 @@ def read_column(
 ) -> pa.Table:
     """`reason` and the fields of a column for all clips of a split in the order of its shards.
 
-    A clip without a row has nulls, and the reason "not_scored".
+    A clip without a row has nulls, and the reason "not_scored". Vectors that are not asked for are not read; the digest of
+    such a shard is then not checked, as it is of all of them.
 
     Args, Raises: as `table`, but `fields` are names of fields.
     """
     base = compact.open_split(dataset, split)[0] if base is None else base
-    whole = table_schema(described(dataset, column).fields)
+    known = described(dataset, column).fields
+    whole = table_schema(known)
     names = ["reason", *(whole.names[len(schema.SCORE_INDEX) :] if fields is None else fields)]
     kind = pa.schema([whole.field(name) for name in names])
-    scored = compact.open_split(dataset, split, column)[0]
-    places = {name.partition(".")[0]: n for n, name in enumerate(scored.shards["name"].to_pylist())}
+    read = (
+        _without_vectors if any(each.kind == "vector" and each.name not in names for each in known) else _checked_rows
+    )
+    rows_of = read(dataset, split, column, names)
 
     def of_shard(number: int) -> pa.Table:
-        place = places.get(base.name(number))
-        return _joined(base.of(number), None if place is None else scored.of(place), kind)
+        return _joined(base.of(number), rows_of(base.name(number)), kind)
 
     with ThreadPoolExecutor(_THREADS) as pool:
         parts = list(pool.map(of_shard, range(len(base.shards))))
     return pa.concat_tables([kind.empty_table(), *parts])
+
+
+def _checked_rows(dataset: str, split: str, column: str, names: Sequence[str]) -> Callable[[str], pa.Table | None]:
+    """The rows of a column by the name of the base shard; None where it has none."""
+    scored = compact.open_split(dataset, split, column)[0]
+    places = {name.partition(".")[0]: n for n, name in enumerate(scored.shards["name"].to_pylist())}
+    return lambda shard: scored.of(places[shard]) if shard in places else None
+
+
+def _without_vectors(dataset: str, split: str, column: str, names: Sequence[str]) -> Callable[[str], pa.Table | None]:
+    """The same with these fields alone, from the shards: compact files have all in one digest."""
+    there = set(index.shard_names(dataset, split, column))
+
+    def rows_of(shard: str) -> pa.Table | None:
+        url = storage.join(dataset, split, f"{shard}.{column}.parquet")
+        return index.columns_of(url, ["key", "base_sha256", *names]) if f"{shard}.{column}" in there else None
+
+    return rows_of
 
 
 def _joined(base: pa.Table, rows: pa.Table | None, kind: pa.Schema) -> pa.Table:
@@ -366,7 +430,7 @@ def of_key(dataset: str, split: str, shard: str, key: str) -> dict[str, dict[str
 def problems(dataset: str, shard: index.Shard) -> Iterator[str]:
     """A line for each contradiction in a shard of scores."""
     url = storage.join(dataset, shard.split, f"{shard.name}.parquet")
-    remedy = "delete it and run its `score` stage again"
+    remedy = f"delete it and run its `{stage_of(shard.name)}` stage again"
     try:
         column = _described(dataset, shard.split, shard.name, index.read_notes(dataset, shard))
     except Failure as e:
@@ -377,13 +441,42 @@ def problems(dataset: str, shard: index.Shard) -> Iterator[str]:
     if shard.table.schema.remove_metadata() != table_schema(column.fields):
         yield f"{url}: not a table of the scores that its notes name; {remedy}"
         return
-    for row in shard.table.to_pylist():
-        values = {field: row[field.name] for field in column.fields}
-        if (row["reason"] is None) == (None in values.values()):
-            yield f"{url}: {row['key']}: lacks a value without a reason, or has a reason and all values; {remedy}"
-        for field, value in values.items():
-            number = value if value is None or field.kind == "label" else np.asarray(value, np.float32)
-            if value is not None and (
-                not _fits(field, number) or (field.kind != "label" and not np.isfinite(number).all())
-            ):
-                yield f"{url}: {row['key']}: {field.name} is not what its field says; {remedy}"
+    keys = shard.table["key"]
+    lacks = np.zeros(len(shard.table), bool)
+    for field in column.fields:
+        lacks |= np.asarray(shard.table[field.name].is_null())
+    for key in keys.filter(pa.array(lacks == np.asarray(shard.table["reason"].is_null()))).to_pylist():
+        yield f"{url}: {key}: lacks a value without a reason, or has a reason and all values; {remedy}"
+    for field in column.fields:
+        for key in keys.filter(pa.array(_wrong(field, shard.table[field.name]))).to_pylist():
+            yield f"{url}: {key}: {field.name} is not what its field says; {remedy}"
+
+
+def _wrong(field: Field, column: pa.ChunkedArray) -> np.ndarray:
+    """Which values, (N,) bool, do not fit their field, of the right type; nulls do."""
+    if field.kind == "label":
+        return np.asarray(pc.and_(column.is_valid(), pc.invert(pc.is_in(column, pa.array(field.labels, pa.string())))))
+    if field.kind == "number":
+        return ~np.asarray(pc.fill_null(pc.is_finite(column), True))
+    sizes = np.asarray(pc.list_value_length(column).fill_null(0))  # of the numbers, or vectors, of each clip
+    valid, flat = np.asarray(column.is_valid()), pc.list_flatten(column)
+    if field.count is None:
+        wrong, bad = sizes != field.width, _bad(flat)
+    else:
+        widths = np.asarray(pc.list_value_length(flat).fill_null(-1))
+        wrong, bad = (sizes < 1) | (sizes > field.count), widths != field.width
+        inner = _bad(pc.list_flatten(flat))
+        bad |= _any(inner, np.maximum(widths, 0))
+    return np.asarray(valid & (wrong | _any(bad, sizes)))
+
+
+def _bad(numbers: pa.ChunkedArray) -> np.ndarray:
+    """Which are null or not finite."""
+    return ~np.isfinite(np.asarray(numbers.fill_null(np.float16("nan")), np.float16))
+
+
+def _any(bad: np.ndarray, sizes: np.ndarray) -> np.ndarray:
+    """Whether any is true, (N,), of the lists of these sizes, (N,), one after the other."""
+    sums = np.concatenate([[0], np.cumsum(bad)])
+    ends = np.cumsum(sizes)
+    return np.asarray(sums[ends] > sums[ends - sizes])

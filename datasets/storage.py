@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import io
 import json
 import os
 import random
@@ -22,6 +23,7 @@ from fsspec.implementations.local import LocalFileSystem, make_path_posix
 from longtake.datasets.errors import Failure, UserError
 
 _FOREIGN_DEBRIS_SECONDS = 24 * 3600
+_BLOCK = 1 << 16  # bytes that `Ranges` reads at least
 _LASTING = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES)
 _NO_CREDENTIALS = ("NoCredentialsError", "PartialCredentialsError", "ProfileNotFound")  # of botocore, not worth a retry
 _ANSWERS = (FileNotFoundError, FileExistsError, PermissionError, IsADirectoryError, NotADirectoryError)
@@ -137,6 +139,41 @@ def read(url: str) -> bytes:
 def read_range(url: str, start: int, size: int) -> bytes:
     fs, path = filesystem(url)
     return retrying(url, lambda: fs.cat_file(path, start=start, end=start + size))
+
+
+class Ranges(io.RawIOBase):
+    """A file of which only what is asked for is read, with a little more for what follows. Raises FileNotFoundError."""
+
+    def __init__(self, url: str) -> None:
+        super().__init__()
+        fs, path = filesystem(url)
+        self._url, self._at = url, 0
+        fs.invalidate_cache(path)
+        self._size = int(retrying(url, lambda: fs.size(path)))
+        self._start, self._block = 0, b""
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._at
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        self._at = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._size}[whence]
+        return self._at
+
+    def read(self, size: int = -1) -> bytes:
+        end = self._size if size < 0 else min(self._at + size, self._size)
+        if not self._start <= self._at <= end <= self._start + len(self._block):
+            # the end of a file in one piece, whether it is asked for in one or not
+            self._start = max(0, min(self._at, self._size - _BLOCK))
+            self._block = read_range(self._url, self._start, max(end, self._start + _BLOCK) - self._start)
+        data = self._block[self._at - self._start : max(self._at, end) - self._start]
+        self._at += len(data)
+        return data
 
 
 def names(url: str) -> list[str]:

@@ -25,7 +25,6 @@ _STAGES = {
     tokens.PREFIX: "cache_tokens",
     "caption-": "caption",
     text.PREFIX: "cache_text",
-    scores.PREFIX: "score",
 }  # what makes a column, by how its name begins
 _FOLDERS = {"plan", "sources", "views", "compact", "annotations", "answers", "clusters"}
 
@@ -85,7 +84,8 @@ def problems(
     number, _, column = name.partition(".")
     again = "`longtake dataset index`" if images else "the `shard` stage"
     remedy = f"delete {split}/{number}.parquet and run {again} again"
-    if stage := next((stage for begin, stage in _STAGES.items() if column.startswith(begin)), None):
+    stage = scores.stage_of(column) if column.startswith(scores.PREFIX) else None
+    if stage := stage or next((made for begin, made in _STAGES.items() if column.startswith(begin)), None):
         remedy = f"delete {split}/{name}.parquet and run its `{stage}` stage again"
     elif column == audio.COLUMN:
         remedy = f"delete {split}/{name}.parquet and run a `cache_audio` stage"

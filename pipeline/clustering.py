@@ -113,15 +113,17 @@ def distinct(vectors: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     if not len(vectors):
         return np.empty(0, np.int64), np.empty(0, np.int64)
     data = np.ascontiguousarray(vectors).view(np.uint8)
-    words = np.pad(data, ((0, 0), (0, -data.shape[1] % 8))).view(np.uint64)
     # by a hash, which is much faster to sort; two different vectors of one hash are sorted as they are
-    factors = np.random.default_rng(0).integers(0, 1 << 63, words.shape[1], dtype=np.uint64) | np.uint64(1)
-    hashes = (words * factors).sum(1, dtype=np.uint64)
+    width = -(-data.shape[1] // 8)
+    factors = np.random.default_rng(0).integers(0, 1 << 63, width, dtype=np.uint64) | np.uint64(1)
+    hashes = np.empty(len(data), np.uint64)
+    blocks = [slice(start, start + _BLOCK) for start in range(0, len(data), _BLOCK)]
+    for block in blocks:
+        words = np.pad(data[block], ((0, 0), (0, 8 * width - data.shape[1]))).view(np.uint64)
+        hashes[block] = (words * factors).sum(1, dtype=np.uint64)
     _, firsts, same = np.unique(hashes, return_index=True, return_inverse=True)
-    if not all(
-        np.array_equal(words[a : a + _BLOCK], words[firsts[same[a : a + _BLOCK]]]) for a in range(0, len(words), _BLOCK)
-    ):
-        _, firsts, same = np.unique(words, axis=0, return_index=True, return_inverse=True)
+    if not all(np.array_equal(data[block], data[firsts[same[block]]]) for block in blocks):
+        _, firsts, same = np.unique(data, axis=0, return_index=True, return_inverse=True)
     return firsts, same.reshape(-1)
 
 
@@ -241,7 +243,7 @@ def _write_column(
         "distance": pa.array(distance, mask=~has),
     }
     url = storage.join(work.dataset, base.split, f"{base.name}.{work.column.column}.parquet")
-    index.commit_table(url, pa.table(values, scores.table_schema(work.column.fields)), work.column.plain())
+    index.commit_table(url, pa.table(values, scores.table_schema(work.column.fields)), work.column.notes())
 
 
 def _write_lists(
@@ -261,5 +263,5 @@ def _write_lists(
     }
     url = storage.join(work.folder, alike.LISTS, f"{part.split}-{part.name}.safetensors")
     with storage.staged(url) as path:
-        save_file(tensors, path)
+        save_file(tensors, path, alike.sums_of(tensors))
         storage.open_up(path)

@@ -6,6 +6,7 @@ makes another column, and nothing else in the dataset is touched.
 """
 
 import importlib
+import socket
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -19,7 +20,7 @@ import pyarrow as pa
 from pydantic import Field
 
 from longtake.datasets import compact, index, schema, storage, view
-from longtake.datasets.errors import Failure, UserError
+from longtake.datasets.errors import Failure, UserError, in_short
 from longtake.datasets.shard import sha256_of, write_tar
 from longtake.pipeline import groups
 from longtake.pipeline.cluster import TaskConfig
@@ -165,6 +166,13 @@ class Worker:
             self._make = load(device, *ray.get(models), **arguments)
         except (UserError, Failure) as e:
             self._broken = str(e)
+        except ray.exceptions.RayError:
+            raise  # of a node that is gone: another start may do
+        except Exception as e:
+            # such as a package that does not fit: Ray would restart the actor again and again
+            self._broken = (
+                f"a worker on {socket.gethostname()} cannot load what it needs ({in_short(e)}); mend it there"
+            )
 
     def __call__(self, job: dict[str, Any]) -> dict[str, Any]:
         shard, last = f"{job['split']}/{job['name']}", 0.0

@@ -5,6 +5,7 @@ So each dropped row is like one that stays, and no two that stay are alike.
 """
 
 import math
+from collections.abc import Iterable
 from functools import reduce
 from itertools import combinations
 from operator import or_
@@ -45,25 +46,32 @@ def near(hashes: np.ndarray, radius: int) -> np.ndarray:
     return drop
 
 
-def semantic(pairs: pa.Table, rows: np.ndarray, similarity: float) -> np.ndarray:
+def semantic(pairs: Iterable[pa.Table], rows: np.ndarray, similarity: float) -> np.ndarray:
     """(N,) bool: an earlier row that stays is of at least this cosine, by the pairs of a `cluster` stage.
 
     Those of a crowd who are within half the angle of their representative are surely alike: the first of them stays for all.
 
     Args:
-        pairs: see `clusters.pairs`.
+        pairs: see `clusters.pair_tables`; a pair may come twice.
         rows: (N,) int64, the clips' rows in the dataset (see `clusters.numbers`) in order of preference, each once. Pairs
             with other clips do not count.
         similarity: a cosine, above 0 up to 1.
     """
-    first, second, cosine = (pairs[name].to_numpy() for name in ("first", "second", "cosine"))
-    crowd, least = np.asarray(pairs["crowd"]), similarity - clusters.ROUNDING
-    size = 1 + max((int(part.max()) for part in (first, second, rows) if len(part)), default=0)
+    least = similarity - clusters.ROUNDING
+    half = np.cos(np.arccos(np.clip(similarity, -1, 1)) / 2) - clusters.ROUNDING
+    behind, others, size = [], [], 1 + int(rows.max(initial=0))
+    for table in pairs:
+        both = np.stack([table["first"].to_numpy(), table["second"].to_numpy()])
+        cosine, crowd = table["cosine"].to_numpy(), np.asarray(table["crowd"])
+        close = crowd & (cosine >= half)
+        behind.append(both[:, close])
+        others.append(both[:, (cosine >= least) & ~close])
+        size = max(size, 1 + int(both.max(initial=0)))
 
     # each stands for itself, or the representative for it, which need not be one of the rows
     stands = np.arange(size)
-    close = crowd & (cosine >= np.cos(np.arccos(np.clip(similarity, -1, 1)) / 2) - clusters.ROUNDING)
-    stands[second[close]] = first[close]
+    for first, second in behind:
+        stands[second] = first
     stands = stands[stands]  # of equal clips one may itself stand behind one that it is near to
     mine = stands[rows]
     place = np.full(size, len(rows))
@@ -71,11 +79,15 @@ def semantic(pairs: pa.Table, rows: np.ndarray, similarity: float) -> np.ndarray
     drop = place[mine] != np.arange(len(rows))
 
     # between those that stand for others or for themselves
-    alike = (cosine >= least) & ~close
-    one, other = place[stands[first[alike]]], place[stands[second[alike]]]
-    both = (one < len(rows)) & (other < len(rows)) & (one != other)
-    one, other = one[both], other[both]
-    return drop | _repeats(np.minimum(one, other), np.maximum(one, other), len(rows))
+    place = place.astype(np.int32 if len(rows) < 1 << 31 else np.int64)
+    near: list[tuple[np.ndarray, np.ndarray]] = [(np.empty(0, place.dtype),) * 2]
+    while others:
+        one, other = place[stands[others.pop()]]
+        both = (one < len(rows)) & (other < len(rows)) & (one != other)
+        near.append((np.minimum(one[both], other[both]), np.maximum(one[both], other[both])))
+    earlier, later = (np.concatenate(each) for each in zip(*near, strict=True))
+    del near
+    return drop | _repeats(earlier, later, len(rows))
 
 
 def similar(unit: np.ndarray, similarity: float) -> np.ndarray:

@@ -20,7 +20,9 @@ from longtake.pipeline.scoring import Report
 _BLOCK = 512  # clips that are compared at once with the others
 _PAIRS_A_CLIP, _FEW_PAIRS = 100, 10_000
 _MOST_CLIPS = 1 << 16  # that are all compared with each other
-_READS = 16
+_READS = 4
+_MANY = 1024  # clips of one cluster in one file
+_GROUP_CLIPS = 1 << 17  # in a group, whose pairs are in memory
 
 
 class Group(NamedTuple):
@@ -33,8 +35,10 @@ class Group(NamedTuple):
 
 def groups_of(lists: Sequence[alike.Lists]) -> list[Group]:
     """All clusters in groups; visitors count as clips."""
-    sizes = np.sum([np.diff(one.starts) for one in lists], 0)
-    most = most_clips(int(sizes.sum()), lists[0].size)
+    sizes = np.zeros(lists[0].count, np.int64)
+    for one in lists:
+        sizes += np.diff(one.bounds(0, one.count)[0])
+    most = min(_GROUP_CLIPS, most_clips(int(sizes.sum()), lists[0].size))
     groups: list[Group] = []
     for cluster, clips in enumerate(sizes.tolist()):
         if groups and groups[-1].clips + clips <= most:
@@ -49,12 +53,12 @@ class Found:
     """The pairs of some clusters, columns as in `clusters.PAIRS`, and what is to be said of them.
 
     capped   clusters that had too many pairs, with the least cosine of those that they have
-    split    clusters that had too many clips to compare each with each
+    cut      clusters that had too many clips to compare each with each
     """
 
     parts: list[tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]] = field(default_factory=list)
     capped: dict[int, float] = field(default_factory=dict)
-    split: list[int] = field(default_factory=list)
+    cut: list[int] = field(default_factory=list)
 
     def add(self, one: np.ndarray, other: np.ndarray, cosine: np.ndarray, crowd: bool = False) -> None:
         """Pairs by rows; of a crowd `one` are the representatives, which have lower rows."""
@@ -68,65 +72,101 @@ class Found:
         return pa.table(values, clusters.PAIRS).sort_by([("first", "ascending"), ("second", "ascending")])
 
 
+class Clips(NamedTuple):
+    """Clips, of which many may share a vector: the rows (N,), the number of the vector of each (N,), vectors (M, D) float16."""
+
+    rows: np.ndarray
+    kinds: np.ndarray
+    vectors: np.ndarray
+
+
 def make_pairs(work: Work, lists: Sequence[alike.Lists], group: Group, name: str, report: Report) -> dict[str, int]:
     """Write the pairs of a group of clusters."""
     first, last, _ = group
     with ThreadPoolExecutor(_READS) as pool:
-        read = list(pool.map(lambda one: one.part(int(one.starts[first]), int(one.starts[last])), lists))
+        read = list(pool.map(lambda one: _clips_of(one, first, last), lists))
     found, done = Found(), 0
     for cluster in range(first, last):
         report(done, f"cluster {cluster}")
-        slices: tuple[list[Any], list[Any]] = ([], [])
-        for one, (rows, vectors) in zip(lists, read, strict=True):
-            start = int(one.starts[cluster] - one.starts[first])
-            middle, end = start + int(one.homes[cluster]), int(one.starts[cluster + 1] - one.starts[first])
-            slices[0].append((rows[start:middle], vectors[start:middle]))
-            slices[1].append((rows[middle:end], vectors[middle:end]))
-        homes, visitors = ([np.concatenate(each) for each in zip(*some, strict=True)] for some in slices)
-        done += len(homes[0]) + len(visitors[0])
-        if len(homes[0]):
-            pairs_of(found, cluster, (homes[0], homes[1]), (visitors[0], visitors[1]), work.similarity)
+        homes, visitors = (_together([clips[cluster - first] for clips in some]) for some in zip(*read, strict=True))
+        done += len(homes.rows) + len(visitors.rows)
+        if len(homes.rows):
+            pairs_of(found, cluster, homes, visitors, work.similarity)
     table = found.table()
     capped = {str(number): least for number, least in found.capped.items()}
-    notes = {"capped": capped, "split": found.split, "crowd": int(np.asarray(table["crowd"]).sum())}
+    notes = {"capped": capped, "cut": found.cut, "crowd": int(np.asarray(table["crowd"]).sum())}
     url = storage.join(work.folder, clusters.pairs_name(work.similarity), f"{name}.parquet")
     index.commit_table(url, table, notes)
     return {"pairs": len(table), "clips": 0}
 
 
-Clips = tuple[np.ndarray, np.ndarray]  # rows (N,), and vectors (N, D) float16
+def _clips_of(one: alike.Lists, first: int, last: int) -> tuple[list[Clips], list[Clips]]:
+    """Of each cluster in a file of lists: the clips at home in it, and its visitors."""
+    starts, homes = one.bounds(first, last)
+    rows, vectors = one.part(int(starts[0]), int(starts[-1]))
+    starts = starts - starts[0]
+    parts = zip(starts[:-1], starts[:-1] + homes, starts[1:], strict=True)
+    both = [
+        [_collapsed(rows[a:b], vectors[a:b]) for a, b in ((start, middle), (middle, end))]
+        for start, middle, end in parts
+    ]
+    return [each for each, _ in both], [each for _, each in both]
+
+
+def _collapsed(rows: np.ndarray, vectors: np.ndarray) -> Clips:
+    """Clips, with their equal vectors once where they are many: those of a crowd from all files would not fit into memory."""
+    if len(rows) < _MANY:
+        return Clips(rows, np.arange(len(rows)), vectors)
+    firsts, same = distinct(vectors)
+    return Clips(rows, same, vectors[firsts])
+
+
+def _together(parts: Sequence[Clips]) -> Clips:
+    offsets = np.cumsum([0, *(len(each.vectors) for each in parts)])
+    return Clips(
+        np.concatenate([each.rows for each in parts]),
+        np.concatenate([each.kinds + offset for each, offset in zip(parts, offsets, strict=False)]),
+        np.concatenate([each.vectors for each in parts]),
+    )
 
 
 def pairs_of(found: Found, cluster: int, homes: Clips, visitors: Clips, similarity: float) -> None:
     """Add the pairs of one cluster: of those at home in it, and of its visitors with them."""
-    rows, vectors = _different(found, *homes)
-    guests, guest_vectors = _different(Found(), *visitors)
-    others = alike.normed(guest_vectors)
+    rows, vectors = _different(found, homes)
+    guests, guest_vectors = _different(Found(), visitors)
     if len(rows) <= _MOST_CLIPS:
-        _add(found, cluster, (rows, alike.normed(vectors)), (guests, others), similarity)
+        _add(found, cluster, (rows, alike.normed(vectors)), (guests, alike.normed(guest_vectors)), similarity)
         return
 
     # too many for each with each: clusters of this cluster, across which pairs are lost
-    found.split.append(cluster)
-    unit = alike.normed(vectors)
-    some = np.random.default_rng(0).choice(len(unit), min(len(unit), _MOST_CLIPS), replace=False)
-    centres = centroids(unit[np.sort(some)], -(-2 * len(unit) // _MOST_CLIPS), 10, 0)
-    home, visiting = places_of(unit, centres, 0).home, places_of(others, centres, 0).home
+    found.cut.append(cluster)
+    some = np.random.default_rng(0).choice(len(vectors), min(len(vectors), _MOST_CLIPS), replace=False)
+    centres = centroids(alike.normed(vectors[np.sort(some)]), -(-2 * len(vectors) // _MOST_CLIPS), 10, 0)
+    home, visiting = (_homes_of(each, centres) for each in (vectors, guest_vectors))
     for number in range(len(centres)):
         mine, near = np.flatnonzero(home == number), visiting == number
+        others = alike.normed(guest_vectors[near])
         for piece in np.array_split(mine, -(-len(mine) // _MOST_CLIPS) or 1):
-            _add(found, cluster, (rows[piece], unit[piece]), (guests[near], others[near]), similarity)
+            _add(found, cluster, (rows[piece], alike.normed(vectors[piece])), (guests[near], others), similarity)
 
 
-def _different(found: Found, rows: np.ndarray, vectors: np.ndarray) -> Clips:
-    """The clips by row, of equal ones the first, which represents the others."""
-    order = np.argsort(rows, kind="stable")
-    rows, vectors = rows[order], vectors[order]
-    firsts, same = distinct(vectors)
+def _homes_of(vectors: np.ndarray, centres: np.ndarray) -> np.ndarray:
+    """(N,) the nearest centroid of each vector (N, D) float16, few of which are made float32 at once."""
+    blocks = [vectors[start : start + _MOST_CLIPS] for start in range(0, len(vectors), _MOST_CLIPS)]
+    homes = [places_of(alike.normed(block), centres, 0).home for block in blocks]
+    return np.concatenate([np.empty(0, np.int64), *homes])
+
+
+def _different(found: Found, clips: Clips) -> tuple[np.ndarray, np.ndarray]:
+    """The clips by row, of equal ones the first, which represents the others; and their vectors."""
+    _, same = distinct(clips.vectors)
+    order = np.argsort(clips.rows, kind="stable")
+    rows, kinds = clips.rows[order], clips.kinds[order]
+    _, firsts, same = np.unique(same[kinds], return_index=True, return_inverse=True)
     behind = np.flatnonzero(firsts[same] != np.arange(len(rows)))
     found.add(rows[firsts[same[behind]]], rows[behind], np.ones(len(behind), np.float32), crowd=True)
     chosen = np.sort(firsts)
-    return rows[chosen], vectors[chosen]
+    return rows[chosen], clips.vectors[kinds[chosen]]
 
 
 def _add(found: Found, cluster: int, homes: tuple[np.ndarray, np.ndarray], visitors: Any, similarity: float) -> None:

@@ -1,62 +1,101 @@
-"""A picture or a text as a vector to search by, from the encoder that made a column."""
+"""A picture or a text as a vector to search by, from the encoder that made a column.
 
-import io
+The record of a stage, which came with the dataset, says which encoder that was. So a search opens only a folder of this
+machine, whose weights are data; TorchScript, which is code, and what lies elsewhere must be named by who searches.
+"""
+
+from pathlib import Path
 
 import numpy as np
+from pydantic import ValidationError
 
-from longtake.datasets import clip, storage
-from longtake.datasets.errors import Failure, UserError
+from longtake.datasets import storage
+from longtake.datasets.errors import UserError
 from longtake.datasets.scores import Column
-from longtake.pipeline import scorers
-from longtake.pipeline.scoring import is_looker
+from longtake.pipeline.scorers import embedding, torchscript
+from longtake.pipeline.scorers.one_by_one import OneByOne
+from longtake.pipeline.scorers.pictures import picture
 
-_MOST_BYTES = 64 << 20  # of a picture's file
-_FORMATS = ("JPEG", "PNG", "WEBP", "BMP")
+Config = embedding.Config | torchscript.Config
 
 
-def of_text(column: Column, text: str) -> np.ndarray:
-    """The vector (D,) of a text. Raises UserError where the column's encoder takes none, or has changed."""
+def of_text(column: Column, text: str, encoder: str | None = None) -> np.ndarray:
+    """The vector (D,) float32 of length 1 of a text.
+
+    Args:
+        encoder: where the files of the column's encoder are, for one that is not opened unasked.
+
+    Raises:
+        UserError: as `encoder_of`, or the column's encoder takes no such text.
+    """
     from longtake.pipeline.scorers import dual
 
     if not text.strip():
         raise UserError("--text: says nothing; write what is to be seen")
-    return dual.encode_query(column, text)
+    if column.scorer != "embedding":
+        raise UserError(
+            f"{column.column}: made by `{column.scorer}`, which encodes no texts; score by `embedding` with a CLIP"
+        )
+    config = encoder_of(column, encoder)
+    assert isinstance(config, embedding.Config)
+    return dual.encode_text(config.model, text)
 
 
-def of_picture(column: Column, field: str, path: str) -> np.ndarray:
-    """The vector (D,) of a picture, as of a clip of one frame.
-
-    Raises:
-        UserError: it is no picture; what made the column is no scorer of pictures, or has changed since.
-    """
-    if column.scorer not in scorers.SCORERS:
-        raise UserError(f"{column.column}: made by `{column.scorer}`, which encodes no pictures; name a clip's key")
-    scorer = scorers.load(column.scorer)
-    config = scorer.config.model_validate(dict(column.config))
-    if scorer.digest(config) != column.digest:
-        raise UserError(f"{column.column}: its encoder's files are other ones by now; copy them back, or score again")
-    looker = scorer.load(config, "cpu", 1)
-    if not is_looker(looker):
-        raise UserError(f"{column.column}: made by `{column.scorer}`, which encodes no pictures; name a clip's key")
-    vector = looker.look(_picture(path, looker.size)[None, None])[0][field]  # type: ignore[union-attr]
+def of_picture(column: Column, field: str, path: str, encoder: str | None = None) -> np.ndarray:
+    """The vector (D,) of a picture, as of a clip of one frame. Raises as `of_text`, and UserError where it is no picture."""
+    config = encoder_of(column, encoder)
+    if isinstance(config, embedding.Config):
+        # the vector alone
+        looker = embedding.SCORER.load(config.model_copy(update={"head": None, "likeness": {}}), "cpu", 1)
+    else:
+        looker = torchscript.SCORER.load(config, "cpu", 1)
+    assert isinstance(looker, OneByOne)
+    vector = looker.look(picture(path, path, looker.size)[None, None])[0][field]
     return np.asarray(vector, np.float32).reshape(-1, np.shape(vector)[-1]).mean(0)
 
 
-def _picture(path: str, size: tuple[int, int] | None) -> np.ndarray:
-    """(H, W, 3) uint8, scaled and cropped to a size if there is one."""
-    from PIL import Image, ImageOps, UnidentifiedImageError
+def encoder_of(column: Column, encoder: str | None = None) -> Config:
+    """The settings of what made a column, of which no file but those of a folder of this machine was opened unasked.
 
+    Raises:
+        UserError: it is not opened unasked, its files are other ones by now, or it is no encoder.
+    """
+    kind = {"embedding": embedding, "torchscript": torchscript}.get(column.scorer)
+    if kind is None:
+        raise UserError(f"{column.column}: made by `{column.scorer}`, which encodes no pictures; name a clip's key")
+    key = "model" if kind is embedding else "file"
+    noted = column.settings if encoder is None else {**column.settings, key: encoder}
+    if key not in noted:
+        raise UserError(
+            f"{column.column}: no record beside the dataset says where its encoder is; name that by --encoder, or name a"
+            " clip's key"
+        )
+    if kind is embedding and len(column.fields) > 1 and "head" not in noted:
+        raise UserError(
+            f"{column.column}: no record beside the dataset says where its head and pictures are, which are part of its"
+            " digest; copy the record of its stage there, or name a clip's key"
+        )
     try:
-        data = storage.read_range(path, 0, _MOST_BYTES + 1)
-        if len(data) > _MOST_BYTES:
-            raise ValueError(f"more than {_MOST_BYTES >> 20} MiB")
-        with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
-            if image.width * image.height > (Image.MAX_IMAGE_PIXELS or 0):
-                raise ValueError(f"{image.width}x{image.height} pixels")
-            pixels = np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
-    except (UnidentifiedImageError, Image.DecompressionBombError, OSError, Failure, ValueError, SyntaxError) as e:
-        raise UserError(f"{path}: not a picture ({str(e).splitlines()[0]}); name a JPEG or PNG, or a clip's key") from e
-    if size is None:
-        return pixels
-    cropped = Image.fromarray(clip.crop(pixels[None], size)[0])
-    return np.asarray(cropped.resize((size[1], size[0])))
+        config: Config = kind.Config.model_validate(dict(noted))
+    except ValidationError as e:
+        raise UserError(f"{column.column}: its notes are no settings of `{column.scorer}`; score again") from e
+    place = config.model if isinstance(config, embedding.Config) else config.file
+    shown = storage.printable(place)
+    if encoder is None and not (storage.is_local(place) and Path(place).is_dir()):
+        raise UserError(
+            f"{column.column}: made by {shown}, which is no folder of safetensors here and may be anything: it is not"
+            " opened unasked; if you trust it, name it by --encoder, or name a clip's key"
+        )
+    if isinstance(config, embedding.Config):
+        # they are part of the digest
+        for path in (*([config.head] if config.head else []), *config.likeness.values()):
+            if not (storage.is_local(path) and Path(path).is_file()):
+                raise UserError(
+                    f"{column.column}: its encoder stands beside {storage.printable(path)}, which is no file here and is"
+                    " not opened; copy it here and score again, or name a clip's key"
+                )
+    if kind.SCORER.digest(config) != column.digest:
+        raise UserError(
+            f"{column.column}: {shown}: other files than those that made it; copy them back, or score again"
+        )
+    return config

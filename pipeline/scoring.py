@@ -6,14 +6,15 @@ bytes do not depend on who else is at work. On another kind of machine the last 
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
-from longtake.datasets import clip, index, media, storage
-from longtake.datasets.errors import Failure, UserError
-from longtake.datasets.scores import Column, write_shard
+from longtake.datasets import clip, index, media, scores, storage
+from longtake.datasets.errors import Failure, UserError, in_short
+from longtake.datasets.scores import Column
 from longtake.pipeline import column as columns
 from longtake.pipeline.scorers.scorer import Frames, Looker, Values, Watcher, places
 
@@ -31,6 +32,18 @@ class Work:
 
     column: Column
     scorer: Watcher | Looker
+
+    @contextmanager
+    def failing_clearly(self, where: str) -> Iterator[None]:
+        """Turn any error of the scorer into one line that names the clips."""
+        try:
+            yield
+        except (Failure, UserError):
+            raise
+        except Exception as e:
+            raise Failure(
+                f"{where}: scorer {self.column.scorer}: {in_short(e)}; leave the clip out by a `view`, or the scorer out"
+            ) from e
 
 
 def make_scores(
@@ -60,7 +73,7 @@ def make_scores(
     rows = [row if kept else None for row, kept in zip(base.table.to_pylist(), keep.tolist(), strict=True)]
     frames = 0
     try:
-        scored = [_Scored(work) for work in due]
+        scored = [_Scored(work, tar, base.table["key"].to_pylist()) for work in due]
         for number, row in enumerate(rows):
             if row is None:
                 for one in scored:
@@ -77,7 +90,9 @@ def make_scores(
     report(len(rows), "its commit")
     without = 0
     for one in scored:
-        without += write_shard(dataset, base, one.work.column, [one.values[number] for number in range(len(rows))])
+        without += scores.write_shard(
+            dataset, base, one.work.column, [one.values[number] for number in range(len(rows))]
+        )
     return {"clips": int(keep.sum()) if due else 0, "frames": frames, "columns": len(due), "without": without}
 
 
@@ -86,7 +101,7 @@ def is_due(dataset: str, base: index.Shard, column: str) -> bool:
     name = f"{base.name}.{column}"
     if not storage.exists(storage.join(dataset, base.split, f"{name}.parquet")):
         return True
-    return not columns.fits(base, index.read_shard(dataset, base.split, name))
+    return not scores.fits(dataset, base, column)
 
 
 @dataclass
@@ -94,6 +109,8 @@ class _Scored:
     """A scorer at work on a shard: the values of its clips by number, and frames that wait for their batch."""
 
     work: Work
+    tar: str
+    keys: Sequence[str]
     values: dict[int, Values] = field(default_factory=dict)
     waiting: dict[tuple[int, ...], list[tuple[int, np.ndarray]]] = field(default_factory=dict)
     bytes: int = 0
@@ -115,21 +132,27 @@ class _Scored:
     def _look(self, shape: tuple[int, ...]) -> None:
         numbers, frames = zip(*self.waiting.pop(shape), strict=True)
         self.bytes -= sum(each.nbytes for each in frames)
-        self.values |= zip(numbers, self.work.scorer.look(np.stack(frames)), strict=True)  # type: ignore[union-attr]
+        last = f" to {self.keys[numbers[-1]]}" if len(numbers) > 1 else ""
+        with self.work.failing_clearly(f"{self.tar}: {self.keys[numbers[0]]}{last}"):
+            self.values |= zip(numbers, self.work.scorer.look(np.stack(frames)), strict=True)  # type: ignore[union-attr]
 
 
 def _score(mp4: bytes, number: int, row: Row, scored: Sequence[_Scored], name: str) -> int:
     """Show one clip to all scorers; returns the frames that were decoded."""
     looking = [one for one in scored if is_looker(one.work.scorer)]
     watching = [one for one in scored if not is_looker(one.work.scorer)]
-    watches = [one.work.scorer.begin(row) for one in watching]  # type: ignore[union-attr]
     clip_frames = Clip(mp4, row, [one.work.scorer for one in looking], name)  # type: ignore[misc]
-    if watches:
-        for piece in clip_frames.pieces():
-            for watch in watches:
+    watches = []
+    for one in watching:
+        with one.work.failing_clearly(name):
+            watches.append(one.work.scorer.begin(row))  # type: ignore[union-attr]
+    for piece in clip_frames.pieces() if watches else ():
+        for one, watch in zip(watching, watches, strict=True):
+            with one.work.failing_clearly(name):
                 watch.add(piece)
     for one, watch in zip(watching, watches, strict=True):
-        one.values[number] = watch.values()
+        with one.work.failing_clearly(name):
+            one.values[number] = watch.values()
     for one, frames in zip(looking, clip_frames.pictures(), strict=True):
         one.add(number, frames)
     return clip_frames.decoded
@@ -158,7 +181,8 @@ class Clip:
         first = filled = 0
         for number, shown in self._images(None):
             self._keep(number, shown)
-            image = _planar(shown, scaler)
+            with self._scaling(number):
+                image = _planar(shown, scaler)
             if not filled:
                 frame_bytes = image.height * image.width * 3 // 2
                 length = min(most, count - number, max(1, _PIECE_BYTES // frame_bytes))
@@ -189,9 +213,21 @@ class Clip:
                 height, width = clip.covering_size(own, looker.size) if looker.size else own
                 # one for all frames of a size: each frame's own would set up its tables again
                 scaler = self._scalers.setdefault(looker.size, VideoReformatter())
-                picture = scaler.reformat(image, width, height, "rgb24", threads=1).to_ndarray()
+                with self._scaling(number):
+                    picture = scaler.reformat(image, width, height, "rgb24", threads=1).to_ndarray()
                 seen[looker.size] = clip.crop(picture[None], looker.size)[0] if looker.size else picture
             pictures.append(seen[looker.size])
+
+    @contextmanager
+    def _scaling(self, number: int) -> Iterator[None]:
+        import av
+
+        try:
+            yield
+        except (av.error.FFmpegError, MemoryError, ValueError) as e:
+            raise Failure(
+                f"{self._name}: frame {number} cannot be scaled ({in_short(e)}); leave the clip out by a `view`"
+            ) from e
 
     def _images(self, numbers: Sequence[int] | None) -> Iterator[tuple[int, Any]]:
         """Frames of the clip with their numbers: all, or those of ascending numbers."""

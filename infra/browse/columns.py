@@ -3,7 +3,7 @@
 import re
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from longtake.datasets import clusters, scores, storage
@@ -26,21 +26,23 @@ class Shown:
     scores    records of `score` stages, by URI
     clusters  the record of the `cluster` stage that made the column `cluster`, if there is one
     notes     a line for each column that is not shown
+    encoders  files of encoders that whoever searches has named, by the names of their vectors
     """
 
     columns: dict[str, Column]
     scores: dict[str, dict[str, Column]]
     clusters: str | None
     notes: tuple[str, ...]
+    encoders: dict[str, str] = field(default_factory=dict)
 
     @property
     def vectors(self) -> dict[str, tuple[Column, Field]]:
         """What likeness can be measured by, as NAME.FIELD."""
         return {
-            f"{name}.{field.name}": (column, field)
+            f"{name}.{one.name}": (column, one)
             for name, column in self.columns.items()
-            for field in column.fields
-            if field.kind == "vector"
+            for one in column.fields
+            if one.kind == "vector"
         }
 
     @property
@@ -49,10 +51,10 @@ class Shown:
         # a folder with a tokenizer: what it really is shows when it is asked
         return {
             name: column
-            for name, (column, field) in self.vectors.items()
+            for name, (column, one) in self.vectors.items()
             if column.scorer == "embedding"
-            and field.name == "vector"
-            and (Path(str(column.config.get("model", ""))) / "tokenizer.json").is_file()
+            and one.name == "vector"
+            and (Path(self.encoders.get(name) or str(column.settings.get("model", ""))) / "tokenizer.json").is_file()
         }
 
     def record_of(self, names: Sequence[str]) -> str | None:
@@ -104,9 +106,36 @@ def shown(dataset: str, asked: Sequence[str] = (ALL,)) -> Shown:
         if other.column != column.column:
             notes.append(f"{name}: shows {other.column}, not {column.column}; --scores RECORD chooses")
         elif column.column not in there:
-            raise Failure(f"{dataset}: {column.column} is gone; run its `score` stage again")
+            stage = scores.stage_of(column.column)
+            raise Failure(f"{dataset}: {column.column} is gone; run its `{stage}` stage again")
     made = next((uri for uri, column in of_clusters.items() if column.column == columns[CLUSTER].column), None)
     return Shown(columns, records, made, tuple(dict.fromkeys(notes)))
+
+
+def recorded(dataset: str, column: str) -> Column:
+    """A column as a record in the dataset's workspace describes it, with where its files lie; else as its shards do."""
+    for uri in _beside(dataset):
+        if _kind(uri) == "scores" and _is_of(uri, "scores", dataset):
+            for each in scores.read_scores(uri).columns.values():
+                if each.column == column:
+                    return each
+    return scores.described(dataset, column)
+
+
+def with_encoder(shown: Shown, encoder: str) -> Shown:
+    """The same with the files of an encoder, for the columns that it made. Raises UserError where it made none."""
+    from longtake.pipeline import queries
+
+    encoders, why = {}, f"--encoder: {encoder}: no column of vectors here; score by `embedding`"
+    for name, (column, _) in shown.vectors.items():
+        try:
+            queries.encoder_of(column, encoder)
+            encoders[name] = storage.absolute(encoder) if storage.is_local(encoder) else encoder
+        except UserError as e:
+            why = f"--encoder: {e}"
+    if not encoders:
+        raise UserError(why)
+    return replace(shown, encoders=encoders)
 
 
 def _beside(dataset: str) -> list[str]:

@@ -41,7 +41,7 @@ class Likeness:
 
     def to_text(self, name: str | None, words: str) -> np.ndarray:
         """The same to a text, by the first column whose encoder reads texts unless one is named."""
-        from longtake.pipeline.scorers import dual
+        from longtake.pipeline import queries
 
         readers: Mapping[str, Column] = self._shown.readers
         if not readers:
@@ -49,7 +49,7 @@ class Likeness:
         name = next(iter(readers)) if name is None else name
         if name not in readers:
             raise UserError(f"{name}: its encoder reads no texts; there are {', '.join(readers)}")
-        return self._cosines(name, dual.encode_query(readers[name], words))
+        return self._cosines(name, queries.of_text(readers[name], words, self._shown.encoders.get(name)))
 
     def _column(self, name: str) -> tuple[Column, Field]:
         vectors = self._shown.vectors

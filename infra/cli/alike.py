@@ -12,6 +12,11 @@ from longtake.datasets.masking import shown
 @click.argument("what", required=False)
 @click.option("--text", metavar="WORDS", help="Find clips that look like what this says, in place of WHAT.")
 @click.option("--column", metavar="NAME", help="score-NAME-DIGEST, where several columns have vectors.")
+@click.option(
+    "--encoder",
+    metavar="FILE|FOLDER",
+    help="Where the encoder of the column is. TorchScript, which is code and is run, is opened only if it is named here.",
+)
 @click.option("--count", default=10, show_default=True, type=click.IntRange(1, 100_000), help="Clips to list.")
 @click.option(
     "--probes",
@@ -19,10 +24,19 @@ from longtake.datasets.masking import shown
     metavar="N",
     help="Clusters to search; 0: all clips, exactly. [default: 8 where a `cluster` stage has made some]",
 )
-def alike(url: str, what: str | None, text: str | None, column: str | None, count: int, probes: int | None) -> None:
+def alike(
+    url: str,
+    what: str | None,
+    text: str | None,
+    column: str | None,
+    encoder: str | None,
+    count: int,
+    probes: int | None,
+) -> None:
     """The clips of DATASET that look most like WHAT: a clip's key, or a picture's file.
 
-    Each is a line: the cosine, the split, the key. The vectors are those of an `embedding` scorer.
+    Each is a line: the cosine, the split, the key. The vectors are those of an `embedding` scorer. A picture or a text is
+    encoded by the folder that the stage's record beside the dataset names, if that is on this machine, else by --encoder.
 
     \b
     Examples:
@@ -40,9 +54,9 @@ def alike(url: str, what: str | None, text: str | None, column: str | None, coun
     index.describe(url)
     made, field = _column(url, column)
     if text is not None:
-        vector = queries.of_text(made, text)
+        vector = queries.of_text(made, text, encoder)
     elif what is not None and storage.exists(what):
-        vector = queries.of_picture(made, field, what)
+        vector = queries.of_picture(made, field, what, encoder)
     else:
         vector = search.vector_of(url, made.column, field, str(what))[1]
     clusters = search.clusters_of(url, made.column, field) if probes != 0 else None
@@ -62,6 +76,7 @@ def _column(url: str, name: str | None) -> tuple[Any, str]:
     from longtake.datasets import alike as search
     from longtake.datasets import scores
     from longtake.datasets.errors import UserError
+    from longtake.infra.browse import columns
 
     if name is None:
         made = [scores.described(url, column) for column in scores.columns_of(url)]
@@ -70,5 +85,5 @@ def _column(url: str, name: str | None) -> tuple[Any, str]:
             several = f"has {', '.join(names)}; choose one by --column" if names else "has no vectors"
             raise UserError(f"{url}: {several}" + ("" if names else "; run a `score` stage with an `embedding`"))
         name = names[0]
-    column = scores.described(url, name)
+    column = columns.recorded(url, name)
     return column, search.field_of(column).name

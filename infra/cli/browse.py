@@ -21,9 +21,20 @@ from longtake.datasets.masking import shown
     metavar="RECORD",
     help="What a `score` or `cluster` stage has made, or all; all without it.",
 )
+@click.option(
+    "--encoder", metavar="FOLDER", help="Where the encoder of a column is, to search by text, if not there still."
+)
 @click.option("--write", is_flag=True, help="Let the page save views beside the shards.")
 @click.option("--no-open", is_flag=True, help="Print the address alone, and open no browser.")
-def browse(url: str, port: int, views: tuple[str, ...], scores: tuple[str, ...], write: bool, no_open: bool) -> None:
+def browse(
+    url: str,
+    port: int,
+    views: tuple[str, ...],
+    scores: tuple[str, ...],
+    encoder: str | None,
+    write: bool,
+    no_open: bool,
+) -> None:
     """Look through the clips of DATASET in the browser: play, filter, sort, compare views, and save a new one.
 
     The page is served by this command until Ctrl-C, from the shards as they are: nothing is copied, and without --write
@@ -46,9 +57,10 @@ def browse(url: str, port: int, views: tuple[str, ...], scores: tuple[str, ...],
     make the same view in a recipe.
     """
     import secrets
+    from dataclasses import replace
 
     from longtake.datasets.errors import UserError
-    from longtake.infra.browse import library, server
+    from longtake.infra.browse import columns, library, server
 
     try:
         from longtake.infra.browse.app import application
@@ -59,6 +71,8 @@ def browse(url: str, port: int, views: tuple[str, ...], scores: tuple[str, ...],
 
     with server.listening(port) as listener:
         books = library.load(url, views or None, scores or ("all",))
+        if encoder is not None:
+            books = replace(books, shown=columns.with_encoder(books.shown, encoder))
         for note in books.shown.notes:
             click.echo(f"note: {shown(note)}", err=True)
         port, token, ticket = listener.getsockname()[1], secrets.token_urlsafe(32), secrets.token_urlsafe(32)

@@ -60,8 +60,11 @@ def ls(url: str) -> None:
     for column in captions.columns_of(url):
         click.echo(f"captions {_captioned(captions.overview(url, column))}: {column}")
     for column in scores.columns_of(url):
-        names = ", ".join(field.name for field in scores.described(url, column).fields)
-        click.echo(f"scores   {names} of {scores.count(url, column)} of {totals['clips']} clips: {column}")
+        # a line for all fields of as many clips
+        counts = scores.counts(url, column)
+        for count in sorted(set(counts.values()), reverse=True):
+            names = ", ".join(name for name, clips in counts.items() if clips == count)
+            click.echo(f"scores   {names} of {count} of {totals['clips']} clips: {column}")
 
 
 def _captioned(overview: Any) -> str:

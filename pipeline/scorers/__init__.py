@@ -2,7 +2,7 @@
 
 import importlib
 
-from longtake.datasets.errors import UserError
+from longtake.datasets.errors import UserError, in_short
 from longtake.pipeline.scorers.scorer import Scorer
 
 SCORERS = {
@@ -42,4 +42,9 @@ def of_module(module: str) -> Scorer:
         if (e.name or "").startswith("longtake"):
             raise
         raise UserError(f"{e.name} is not installed: pip install 'longtake[curation]'") from e
+    except ImportError as e:
+        # such as a library of the system that OpenCV needs
+        raise UserError(
+            f"{e.name or module} cannot be imported ({in_short(e)}): pip install --force-reinstall 'longtake[curation]'"
+        ) from e
     return scorer

@@ -7,7 +7,6 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from longtake.datasets.errors import UserError
-from longtake.datasets.scores import Column
 from longtake.pipeline.scorers.folder import (
     Folder,
     Network,
@@ -94,23 +93,6 @@ def encode_text(folder: str, text: str) -> np.ndarray:
     """
     there = opened(folder)
     return np.asarray(_reader(folder, there.digest()).texts([text])[0])
-
-
-def encode_query(column: Column, text: str) -> np.ndarray:
-    """The vector (D,) float32 of length 1 of a text, to compare with the vectors of a column.
-
-    Raises:
-        UserError: no dual encoder made the column, its files are other ones by now, or as `encode_text`.
-    """
-    from longtake.pipeline.scorers import embedding
-
-    name = column.column
-    if column.scorer != "embedding":
-        raise UserError(f"{name}: made by `{column.scorer}`, which encodes no texts; score by `embedding` with a CLIP")
-    config = embedding.Config.model_validate(dict(column.config))
-    if embedding.SCORER.digest(config) != column.digest:
-        raise UserError(f"{name}: {config.model}: other files than those that made it; copy them back, or score again")
-    return encode_text(config.model, text)
 
 
 @lru_cache(maxsize=1)

@@ -1,7 +1,6 @@
 """The scorer `embedding`: vectors of some frames, what a head says of them, and how like pictures they are."""
 
 import hashlib
-import io
 import json
 import re
 from collections.abc import Callable
@@ -12,13 +11,14 @@ import numpy as np
 from pydantic import Field as Setting
 from pydantic import model_validator
 
-from longtake.datasets import clip, schema, storage
+from longtake.datasets import schema, storage
 from longtake.datasets.errors import UserError
 from longtake.datasets.scores import Field
 from longtake.datasets.stage import StageConfig
 from longtake.pipeline.scorers import torchscript
 from longtake.pipeline.scorers.folder import Located, first_line, loaded, opened, shown, width_of
 from longtake.pipeline.scorers.one_by_one import OneByOne, be_exact, numbers, units
+from longtake.pipeline.scorers.pictures import picture, picture_bytes
 from longtake.pipeline.scorers.scorer import Scorer, Values
 
 Name = Annotated[str, Setting(pattern="^[a-z][a-z0-9_]*$")]
@@ -26,7 +26,6 @@ Activation = Literal["none", "relu", "gelu"]
 
 _SIZE = 224  # pixels that a TorchScript encoder gets
 _HEAD_BYTES = 256 << 20
-_PICTURE_BYTES = 64 << 20
 _LAYER = re.compile(r"(?:.*?\.)?(\d+)\.(weight|bias)|(?:.*\.)?(weight|bias)")
 _TAKEN = {"vector", "value", *schema.SCORE_INDEX.names}
 
@@ -65,8 +64,9 @@ class Config(StageConfig):
 
     def decisive(self, settings: dict[str, Any]) -> dict[str, Any]:
         # digests decide, wherever the files are
-        kept = {name: value for name, value in settings.items() if name not in ("model", "head")}
-        return kept | {"likeness": sorted(self.likeness)}
+        kept = {name: value for name, value in settings.items() if name not in ("model", "head", "likeness")}
+        # the names of the pictures are those of fields
+        return kept | {"likeness": sorted(self.likeness)} if self.likeness else kept
 
 
 def _is_folder(config: Config) -> bool:
@@ -92,7 +92,10 @@ def _digest(config: Config) -> str:
     _check(config)
     encoder = opened(config.model).digest() if _is_folder(config) else torchscript.digest_of(config.model, "model")
     head = hashlib.sha256(_head_bytes(config.head)).hexdigest() if config.head else ""
-    pictures = {name: hashlib.sha256(_picture_bytes(path, name)).hexdigest() for name, path in config.likeness.items()}
+    pictures = {
+        name: hashlib.sha256(picture_bytes(path, f"likeness.{name}: {path}")).hexdigest()
+        for name, path in config.likeness.items()
+    }
     if not head and not pictures:
         return encoder
     return hashlib.sha256(json.dumps([encoder, head, pictures], sort_keys=True).encode()).hexdigest()
@@ -117,12 +120,15 @@ def _load(config: Config, device: str, threads: int) -> OneByOne:
     be_exact()
     encode, size, width = _encoder(config, device)
     head = _head(config.head, config.activation, width) if config.head else None
-    pictures = {name: units(encode(_picture(path, name, size))[0]) for name, path in config.likeness.items()}
+    pictures = {
+        name: units(encode(picture(path, f"likeness.{name}: {path}", size)[None])[0])
+        for name, path in config.likeness.items()
+    }
 
     def values(frames: np.ndarray) -> Values:
         each = units(encode(frames))
         vectors = each if config.pool == "each" else units(each.mean(0, dtype=np.float64))
-        likenesses = [float((np.atleast_2d(vectors) @ picture).max()) for picture in pictures.values()]
+        likenesses = [float((np.atleast_2d(vectors) @ other).max()) for other in pictures.values()]
         value = {"value": float(head(each).mean())} if head else {}
         return {"vector": vectors} | value | numbers(list(pictures), np.array(likenesses))
 
@@ -215,36 +221,6 @@ def _layers(path: str) -> list[tuple[np.ndarray, np.ndarray]]:
     if not ordered:
         raise UserError(f"head: {path}: has no layer; save the head again")
     return [(layer["weight"], layer.get("bias", np.zeros(len(layer["weight"])))) for layer in ordered]
-
-
-def _picture_bytes(path: str, name: str) -> bytes:
-    try:
-        if storage.is_local(path) and Path(path).stat().st_size > _PICTURE_BYTES:
-            raise UserError(
-                f"likeness.{name}: {path}: has more than {_PICTURE_BYTES >> 20} MiB; name a smaller picture"
-            )
-        return storage.read(path)
-    except (FileNotFoundError, IsADirectoryError) as e:
-        raise UserError(f"likeness.{name}: {path}: no such file; name a picture") from e
-    except OSError as e:
-        raise UserError(f"likeness.{name}: {path}: cannot be read ({first_line(e)}); give read permission") from e
-
-
-def _picture(path: str, name: str, size: tuple[int, int] | None) -> np.ndarray:
-    """(1, H, W, 3) uint8, cropped and scaled to a size if there is one. Raises UserError where it is no picture."""
-    from PIL import Image, ImageOps, UnidentifiedImageError
-
-    try:
-        with Image.open(io.BytesIO(_picture_bytes(path, name)), formats=("JPEG", "PNG", "WEBP", "BMP")) as image:
-            if image.width * image.height > (Image.MAX_IMAGE_PIXELS or 0):
-                raise ValueError(f"{image.width}x{image.height} pixels")
-            pixels = np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
-    except (UnidentifiedImageError, Image.DecompressionBombError, OSError, ValueError, SyntaxError) as e:
-        raise UserError(f"likeness.{name}: {path}: not a picture ({first_line(e)}); name a JPEG or PNG") from e
-    if size is None:
-        return pixels[None]
-    cropped = clip.crop(pixels[None], size)[0]
-    return np.asarray(Image.fromarray(cropped).resize((size[1], size[0])))[None]
 
 
 SCORER = Scorer(Config, 1, _fields, _load, _digest, gpu=True)

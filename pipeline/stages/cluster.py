@@ -19,7 +19,7 @@ from pydantic import Field, field_validator
 from longtake.datasets import alike, clusters, compact, index, schema, scores, storage
 from longtake.datasets.errors import Failure, UserError, near
 from longtake.datasets.stage import DatasetInput, Input, StageConfig, ViewInput
-from longtake.pipeline import clustering, pairs
+from longtake.pipeline import clustering, pairs, scored
 from longtake.pipeline import column as columns
 from longtake.pipeline.cluster import TaskConfig
 from longtake.pipeline.clustering import Part, Work
@@ -84,10 +84,16 @@ class Config(StageConfig):
 
 
 def check(config: Config, inputs: Mapping[str, StageConfig]) -> None:
-    """Raise ValueError where the `score` stage has no scorer of this name."""
+    """Raise ValueError where the `score` stage has no such vectors, as far as it can be known."""
     name, known = config.embedding.partition(".")[0], getattr(inputs.get("scores"), "scorers", None)
     if known and name not in known:
         raise ValueError(f"embedding: {config.embedding}: no scorer {name}; {near(name, known)}")
+    fields = scored.fields_of_stage(inputs["scores"]) if known else None
+    vectors = [each for each, field in (fields or {}).items() if field.kind == "vector"]
+    if fields is not None and config.embedding not in vectors:
+        what = "is no vector" if config.embedding in fields else "no such field"
+        remedy = near(config.embedding, vectors) if vectors else "add an `embedding` to its `score` stage"
+        raise ValueError(f"embedding: {config.embedding}: {what}; {remedy}")
 
 
 def complete(uri: str) -> bool:
@@ -202,10 +208,7 @@ def _task(config: Config) -> WorkerConfig:
 
 def _centroids(config: Config, work: Work, base: columns.Base) -> np.ndarray:
     """(K, D) float32, of a sample, unless they are there already. Raises UserError where no clip has a vector."""
-    from safetensors.numpy import save
-
-    url = storage.join(work.folder, alike.CENTROIDS)
-    if storage.exists(url):
+    if storage.exists(storage.join(work.folder, alike.CENTROIDS)):
         return alike.read_centroids(work.folder)
     kept = sum(int(keep.sum()) for shards in base.keeps.values() for keep in shards.values())
     count = config.clusters or max(1, round(math.sqrt(kept)))
@@ -215,7 +218,7 @@ def _centroids(config: Config, work: Work, base: columns.Base) -> np.ndarray:
             f"embedding: {config.embedding}: no clip has a vector; `longtake dataset show {work.dataset} KEY` says why"
         )
     centres = clustering.centroids(points, count, config.iterations, config.seed)
-    storage.write(url, save({"centroids": centres}))
+    alike.write_centroids(work.folder, centres)
     return centres
 
 
@@ -267,16 +270,16 @@ def _counts(work: Work, lists: int, groups: int, clusters_made: int) -> tuple[di
     """The counts of a record, and the clusters that had too many pairs."""
     name = clusters.pairs_name(work.similarity)
     counts = Counter[str](clips=0, visits=0, clusters=clusters_made, lists=lists, groups=groups)
-    counts.update(pairs=0, crowd_clips=0, split_clusters=0, capped_clusters=0)
+    counts.update(pairs=0, crowd_clips=0, cut_clusters=0, capped_clusters=0)
     for one in alike.read_lists(work.folder):
-        homes = int(one.homes.sum())
-        counts.update(clips=homes, visits=int(one.starts[-1]) - homes)
+        homes = int(one.bounds(0, one.count)[1].sum())
+        counts.update(clips=homes, visits=one.clips - homes)
     capped: dict[str, float] = {}
     for each in index.shard_names(work.folder, name):
         shard = index.read_shard(work.folder, name, each)
         notes = index.read_notes(work.folder, shard)
         capped |= notes["capped"]
-        counts.update(pairs=len(shard.table), crowd_clips=notes["crowd"], split_clusters=len(notes["split"]))
+        counts.update(pairs=len(shard.table), crowd_clips=notes["crowd"], cut_clusters=len(notes["cut"]))
     counts["capped_clusters"] = len(capped)
     return dict(counts), capped
 
@@ -294,9 +297,9 @@ def _warn(counts: Mapping[str, int], capped: Mapping[str, float]) -> None:
             f" {max(capped.values()):.4f} on; give `cluster` a greater similarity, or more clusters",
             file=sys.stderr,
         )
-    if counts["split_clusters"]:
+    if counts["cut_clusters"]:
         print(
-            f"warning: {counts['split_clusters']} clusters had too many clips to compare each with each, and were split;"
+            f"warning: {counts['cut_clusters']} clusters had too many clips to compare each with each, and were cut;"
             " give `cluster` more clusters",
             file=sys.stderr,
         )

@@ -1,6 +1,7 @@
 """`curate`: choose the clips of a dataset to use, as a view. Shards do not change; no frame is decoded."""
 
 import hashlib
+import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, ClassVar, Literal
@@ -233,9 +234,25 @@ def run(config: Config, inputs: Mapping[str, str], output: str) -> dict[str, Any
     view.write(uri, table.combine_chunks(), {split: base.digest for split, base in bases.items()}, columns)
     return {
         "uri": uri,
-        "metrics": {"clips_kept": float(keep.sum()), "clips_dropped": float(dropped.total())},
+        "metrics": {"clips_kept": float(keep.sum()), "clips_dropped": float(dropped.total())} | _lost(config, inputs),
         "dropped_by_reason": dict(dropped),
     }
+
+
+def _lost(config: Config, inputs: Mapping[str, str]) -> dict[str, float]:
+    """Metrics of clusters that have not all pairs that the view asks for; said on stderr where there are some."""
+    if not config.semantic_duplicates:
+        return {}
+    asked = config.semantic_duplicates.similarity
+    floors = [least for least in clusters.read_clusters(inputs["clusters"]).capped.values() if least > asked]
+    if not floors:
+        return {}
+    print(
+        f"warning: {len(floors)} clusters had too many pairs: these are whole from a cosine of {max(floors):.4f} on, not from"
+        f" {asked:g}, so that some semantic duplicates stay; give the `cluster` stage more clusters",
+        file=sys.stderr,
+    )
+    return {"capped_clusters": float(len(floors)), "pairs_whole_from": max(floors)}
 
 
 def _columns(config: Config, inputs: Mapping[str, str], bases: scored.Bases) -> dict[str, str]:
@@ -307,7 +324,7 @@ def _near(config: Config, inputs: Mapping[str, str], clips: pa.Table, rows: np.n
 def _semantic(config: Config, inputs: Mapping[str, str], clips: pa.Table, rows: np.ndarray) -> Drops:
     if settings := config.semantic_duplicates:
         record = clusters.read_clusters(inputs["clusters"])
-        pairs = clusters.pairs(record, settings.similarity)
+        pairs = clusters.pair_tables(record, settings.similarity)
         numbers = clusters.numbers(record, clips["split"].take(rows), clips["row"].take(rows).to_numpy())
         yield "semantic duplicate", rows[dedup.semantic(pairs, numbers, settings.similarity)]
 

@@ -18,7 +18,7 @@ import numpy as np
 from pydantic import Field, ValidationError, field_validator
 
 from longtake.datasets import compact, index, schema, scores, storage
-from longtake.datasets.errors import Failure, UserError, near
+from longtake.datasets.errors import Failure, UserError, in_short, near
 from longtake.datasets.scores import Column, Scores, read_scores
 from longtake.datasets.stage import DatasetInput, StageConfig, ViewInput, content
 from longtake.pipeline import column as columns
@@ -30,6 +30,7 @@ VERSION = 1
 PRODUCES = "scores"
 
 _NAME = "^[a-z][a-z0-9_]{0,39}$"
+_TAKEN = "cluster"
 
 
 class ScoreConfig(WorkerConfig):
@@ -68,6 +69,8 @@ class Config(StageConfig):
 
 def _settings(name: str, entry: dict[str, Any]) -> dict[str, Any]:
     """The settings of a scorer, checked. Raises ValueError."""
+    if name == _TAKEN:
+        raise ValueError(f"{name}: is what the column of a `cluster` stage is named; choose another name")
     by = entry.pop("by", name)
     if by not in kinds.SCORERS:
         hint = "" if by != name else " (for a name of your own add `by`)"
@@ -180,10 +183,12 @@ def run(config: Config, inputs: Mapping[str, str], output: str) -> dict[str, Any
 
 def _column(name: str, asked: _Asked, view: str) -> Column:
     digest = asked.digest(name)
-    decides = [asked.by, asked.scorer.version, content(asked.config), digest, view]
-    # all settings: where a model lies does not decide, but a search by text has to find it
+    config = content(asked.config)
+    column = scores.column_name(name, [VERSION, asked.by, asked.scorer.version, config, digest, view])
+    # where a model lies does not decide, but a search by text has to find it
     settings = asked.config.model_dump(mode="json")
-    return Column(scores.column_name(name, decides), asked.by, settings, digest, asked.scorer.fields(asked.config))
+    where = {key: value for key, value in settings.items() if key not in config or config[key] != value}
+    return Column(column, asked.by, config, digest, asked.scorer.fields(asked.config), where)
 
 
 def _missing(dataset: str, split: str, names: Sequence[str], keeps: Mapping[str, np.ndarray]) -> Iterator[Job]:
@@ -196,7 +201,7 @@ def _missing(dataset: str, split: str, names: Sequence[str], keeps: Mapping[str,
         if not committed.issuperset(mine):
             return True
         base = index.read_shard(dataset, split, shard)
-        return not all(columns.fits(base, index.read_shard(dataset, split, name)) for name in mine)
+        return not all(scores.fits(dataset, base, column) for column in names)
 
     with ThreadPoolExecutor(16) as pool:
         for (shard, keep), absent in zip(keeps.items(), pool.map(lacks, keeps), strict=True):
@@ -231,12 +236,20 @@ def _load(
     for plain, module, settings in asked:
         scorer, column = kinds.of_module(module), scores.from_plain(plain)
         config = scorer.config.model_validate(settings)
+        name = column.column.removeprefix(scores.PREFIX).rpartition("-")[0]
         # a file may have changed since the stage began, or be another one on this node
         if scorer.digest(config) != column.digest:
-            name = column.column.removeprefix(scores.PREFIX).rpartition("-")[0]
             raise UserError(
                 f"scorers.{name}: the files of its scorer on {socket.gethostname()} are not those that the stage began"
                 " with; copy them there, then run the same command again"
             )
-        works.append(Work(column, scorer.load(config, device if scorer.gpu else "cpu", threads)))
+        try:
+            works.append(Work(column, scorer.load(config, device if scorer.gpu else "cpu", threads)))
+        except (UserError, Failure):
+            raise
+        except Exception as e:
+            raise Failure(
+                f"scorers.{name}: scorer {column.scorer} cannot be loaded on {socket.gethostname()} ({in_short(e)});"
+                " install its packages and files there again, or leave it out"
+            ) from e
     return partial(make_scores, works, dataset)

@@ -219,9 +219,8 @@ def measure(folder: str, clips: int, width: int, sample: int, similarity: float,
     made, column = clusters.read_clusters(output), about(width).column
 
     with timed("drop semantic duplicates"):
-        table = clusters.pairs(made, 0.95)
-        drop = dedup.semantic(table, np.arange(clips), 0.95)
-    print(f"  {len(table)} pairs, {drop.sum()} clips dropped", flush=True)
+        drop = dedup.semantic(clusters.pair_tables(made, 0.95), np.arange(clips), 0.95)
+    print(f"  {drop.sum()} clips dropped", flush=True)
 
     # half of those that are asked for are near to others, whether the clusters know it or not
     rng = np.random.default_rng(4)

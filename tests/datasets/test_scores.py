@@ -1,6 +1,7 @@
 """Columns of scores: what is written comes back, for all clips, and is checked."""
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -120,3 +121,124 @@ def test_damage_is_found(scored: str) -> None:
     index.commit_table(url, wrong)
     assert [p for p in verify.verify(scored) if "notes are missing" in p and "score-all-0" in p]
     assert storage.exists(url)
+
+
+@pytest.fixture
+def read_bytes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The sizes of all reads from now on."""
+    sizes: list[int] = []
+
+    def counted(read: Callable[..., bytes], *arguments: Any) -> bytes:
+        sizes.append(len(data := read(*arguments)))
+        return data
+
+    for name in ("read", "read_range"):
+        monkeypatch.setattr(storage, name, partial(counted, getattr(storage, name)))
+    return sizes
+
+
+@pytest.mark.parametrize("compacted", [False, True])
+def test_vectors_that_nobody_asks_for_are_not_read(
+    compacted: bool,
+    handmade: Callable[..., str],
+    read_bytes: list[int],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    dataset = handmade(tmp_path / "data", [[{}] * 4])
+    fields = (
+        Field("first", "vector", "large", width=100_000),
+        Field("speed", "number", ""),
+        Field("last", "vector", "", width=100_000),
+    )
+    column = Column("score-all-0", "all", {}, "", fields)
+    large = np.random.default_rng(0).standard_normal(100_000)
+    base = index.read_shard(dataset, "train", "00000")
+    scores.write_shard(dataset, base, column, [{"first": large, "speed": n, "last": None} for n in range(4)])
+    if compacted:
+        compact.write(dataset, "train")
+        compact.write(dataset, "train", column.column)
+    opened: list[Any] = []
+    open_split = compact.open_split
+    monkeypatch.setattr(compact, "open_split", lambda *asked: opened.append(asked) or open_split(*asked))
+    read_bytes.clear()
+    table = scores.table(dataset, "train", {"a": column.column}, ["a.speed"])
+    assert table.to_pydict() == {"a.speed": [0, 1, 2, 3]}
+    # compact files are mapped into memory and checked as a whole
+    assert (dataset, "train", column.column) not in opened
+    assert scores.fits(dataset, base, column.column)
+    assert scores.counts(dataset, column.column) == {"first": 4, "speed": 4, "last": 0}
+    assert 0 < sum(read_bytes) < 700_000 < 4 * 200_000
+    assert max(read_bytes) < 100_000
+    rows, vectors = scores.vectors(scores.read_column(dataset, "train", column.column, ["first"])["first"])
+    assert rows.tolist() == [0, 1, 2, 3] and (vectors == large.astype(np.float16)).all()
+
+
+def test_a_shard_of_other_clips_does_not_fit(scored: str) -> None:
+    base = index.read_shard(scored, "train", "00000")
+    assert scores.fits(scored, base, "score-all-0")
+    other = index.Shard("train", "00000", 0, "", base.table.take([1, 0, 2, 3]))
+    assert not scores.fits(scored, other, "score-all-0")
+    with pytest.raises(Failure, match=r"00001\.score-all-0\.parquet: is missing"):
+        scores.fits(scored, index.read_shard(scored, "train", "00001"), "score-all-0")
+
+
+GOOD: dict[str, list[Any]] = {
+    "speed": [1.0, 2.0, None, None],
+    "move": ["pan", "zoom", None, None],
+    "vector": [[0.0] * 3, [1.0] * 3, None, None],
+    "each": [[[0.0] * 2] * 4, [[1.0] * 2], None, None],
+}
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("speed", float("nan")),
+        ("move", "fly"),
+        ("vector", [1.0, 2.0]),
+        ("vector", [1.0, float("inf"), 2.0]),
+        ("vector", [1.0, None, 2.0]),
+        ("each", []),
+        ("each", [[1.0] * 2] * 5),
+        ("each", [[1.0] * 2, [1.0] * 3]),
+        ("each", [[1.0] * 2, None]),
+        ("each", [[1.0] * 2, [float("nan"), 1.0]]),
+        (None, None),
+    ],
+)
+def test_values_that_no_field_allows_are_found(scored: str, field: str | None, value: Any) -> None:
+    shard = index.read_shard(scored, "train", "00000.score-all-0")
+    values = GOOD if field is None else GOOD | {field: [GOOD[field][0], value, None, None]}
+    start = [
+        shard.table["key"],
+        shard.table["base_sha256"],
+        pa.array([None, None, "no_value", "no_value"], pa.string()),
+    ]
+    arrays = [pa.array(values[each.name], each.type) for each in FIELDS]
+    table = pa.table([*start, *arrays], schema=scores.table_schema(FIELDS))
+    index.commit_table(f"{scored}/train/{shard.name}.parquet", table, index.read_notes(scored, shard))
+    said = [line for line in verify.verify(scored) if "score" in line]
+    key = shard.table["key"][1].as_py()
+    assert len(said) == (field is not None)
+    assert all(f"{key}: {field} is not what its field says; delete it and run its `score`" in line for line in said)
+
+
+def test_damage_in_a_column_of_clusters_names_its_stage(scored: str) -> None:
+    base = index.read_shard(scored, "train", "00000")
+    column = Column("score-cluster-0", "cluster", {}, "", FIELDS[:1])
+    scores.write_shard(scored, base, column, [{"speed": 1}] * 4)
+    url = f"{scored}/train/00000.score-cluster-0.parquet"
+    shard = index.read_shard(scored, "train", "00000.score-cluster-0")
+    notes = index.read_notes(scored, shard)
+    index.commit_table(url, shard.table.replace_schema_metadata(None), notes | {"column": "score-b-0"})
+    assert [line for line in verify.verify(scored) if line.endswith("run its `cluster` stage again") and "b-0" in line]
+    index.commit_table(url, shard.table.replace_schema_metadata(None), {})
+    assert [line for line in verify.verify(scored) if "does not say" in line and "run its `cluster` stage" in line]
+
+
+@pytest.mark.parametrize("value", ["fast", [[1.0], [1.0, 2.0]], {"a": 1}])
+def test_what_is_no_number_at_all_is_one_line(scored: str, value: Any) -> None:
+    base = index.read_shard(scored, "train", "00001")
+    with pytest.raises(Failure, match=r"00001: .*: scorer all gives .* as speed, a number; correct the scorer"):
+        scores.write_shard(scored, base, Column("score-all-0", "all", {}, "", FIELDS), [{"speed": value}] * 4)

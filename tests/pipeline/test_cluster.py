@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import tiny_pictures
 import vectored
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -113,7 +114,7 @@ def test_clips_that_a_view_leaves_out_are_in_no_cluster_and_no_pair(tmp_path: Pa
 
 
 def kept(record: clusters.Clusters, rows: np.ndarray, similarity: float) -> set[int]:
-    return set(rows[~dedup.semantic(clusters.pairs(record, similarity), rows, similarity)].tolist())
+    return set(rows[~dedup.semantic(clusters.pair_tables(record, similarity), rows, similarity)].tolist())
 
 
 @pytest.mark.parametrize("equal", [True, False])
@@ -152,14 +153,14 @@ def test_a_cluster_with_too_many_pairs_has_the_strongest_and_says_so(
     assert f"1 clusters had too many pairs and have the strongest alone, the worst from a cosine of {least:.4f}" in said
 
 
-def test_a_cluster_with_too_many_clips_is_split_and_says_so(
+def test_a_cluster_with_too_many_clips_is_cut_and_says_so(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(pairs, "_MOST_CLIPS", 200)
     vectors = vectored.crowded(1000, 24, 5)
     record = made(vectored.make(tmp_path / "d", vectors), clusters=1)
     true, found = vectored.true_pairs(vectors, 0.9 + ROUNDING), pairs_in(record)
-    assert record.counts["split_clusters"] == 1 and "1 clusters had too many clips" in capsys.readouterr().err
+    assert record.counts["cut_clusters"] == 1 and "1 clusters had too many clips" in capsys.readouterr().err
     assert found <= vectored.true_pairs(vectors, 0.9 - ROUNDING) and len(true & found) > 0.7 * len(true)
 
 
@@ -182,9 +183,10 @@ def test_semantic_duplicates_are_dropped_in_the_order_of_preference(data: st.Dat
     rows = rows[: data.draw(st.integers(1, len(vectors)))]
     similarity = data.draw(st.sampled_from([0.9, 0.95, 0.99, 1.0]))
     found = pairs.Found()
-    nobody = (np.empty(0, np.int64), np.empty((0, 3), np.float16))
-    pairs.pairs_of(found, 0, (np.arange(len(vectors)), vectors.astype(np.float16)), nobody, 0.9)
-    drop = dedup.semantic(found.table(), np.array(rows), similarity)
+    nobody = pairs.Clips(np.empty(0, np.int64), np.empty(0, np.int64), np.empty((0, 3), np.float16))
+    everybody = pairs.Clips(np.arange(len(vectors)), np.arange(len(vectors)), vectors.astype(np.float16))
+    pairs.pairs_of(found, 0, everybody, nobody, 0.9)
+    drop = dedup.semantic([found.table()], np.array(rows), similarity)
     exact = alike.normed(vectors.astype(np.float16))
     assert {row for row, out in zip(rows, drop, strict=True) if not out} == greedy(exact, rows, similarity - 1e-6)
 
@@ -218,11 +220,16 @@ def test_what_is_wrong_is_said_in_one_line(tmp_path: Path) -> None:
         with pytest.raises(UserError, match=says) as error:
             cluster.run(config.model_copy(update=changed), given_inputs, str(tmp_path / "out"))
         assert "\n" not in str(error.value)
-    scorers = {"clip": {"by": "light"}, "other": {"by": "bars"}}
+    scorers = {"light": {}, "clip": {"by": "torchscript", "file": tiny_pictures.script(tmp_path / "net.pt", 5)}}
     upstream = {"scores": score.Config.model_validate({"kind": "score", "dataset": "d", "scorers": scorers})}
     cluster.check(config, upstream)
-    with pytest.raises(ValueError, match=r"^embedding: clop.vector: no scorer clop; did you mean clip\?$"):
-        cluster.check(config.model_copy(update={"embedding": "clop.vector"}), upstream)
+    for name, says in (
+        ("clop.vector", r"no scorer clop; did you mean clip\?$"),
+        ("light.dark", r"is no vector; there are clip\.vector$"),
+        ("clip.vektor", r"no such field; did you mean clip\.vector\?$"),
+    ):
+        with pytest.raises(ValueError, match=f"^embedding: {name}: {says}"):
+            cluster.check(config.model_copy(update={"embedding": name}), upstream)
     record = made(url)
     with pytest.raises(UserError, match=r"similarity 0.5: the clusters have pairs from 0.9 on; set `similarity: 0.5`"):
         clusters.pairs(record, 0.5)
@@ -308,6 +315,61 @@ def test_damage_is_named_with_its_remedy(tmp_path: Path) -> None:
     assert any("lists of clusters" in line for line in alike.problems(record.dataset))
 
 
+def test_a_byte_that_is_another_one_is_found_by_verify(tmp_path: Path) -> None:
+    record = made(vectored.make(tmp_path / "d", vectored.crowded(200, 8)))
+    folder = Path(record.dataset, record.folder)
+    for path in (folder / "centroids.safetensors", next(folder.glob("vectors/*"))):
+        whole = path.read_bytes()
+        for place in (-1, len(whole) // 2, 8 + int.from_bytes(whole[:8], "little")):
+            damaged = bytearray(whole)
+            damaged[place] ^= 1
+            path.write_bytes(damaged)
+            (line,) = alike.problems(record.dataset)
+            assert path.name in line and "run the `cluster` stage again" in line
+        path.write_bytes(whole)
+    assert not list(alike.problems(record.dataset))
+
+
+def test_what_is_read_of_lists_does_not_grow_with_the_clusters(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    record = made(vectored.make(tmp_path / "d", vectored.crowded(600, 8)), clusters=60)
+    read: list[int] = []
+    real = alike._read
+
+    def count(url: str, start: int, shape: tuple[int, ...], kind: type) -> np.ndarray:
+        read.append(np.dtype(kind).itemsize * int(np.prod(shape)))
+        return real(url, start, shape, kind)
+
+    monkeypatch.setattr(alike, "_read", count)
+    lists = alike.read_lists(storage.join(record.dataset, record.folder))
+    assert len(lists) == record.counts["lists"] > 3 and sum(read) == 0
+    assert sum(len(one.homes_of(5)[0]) for one in lists) > 0 and sum(read) < 24 * len(lists) + 40 * (8 + 16)
+
+
+def test_a_crowd_in_many_files_is_collapsed_in_each(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    vectors = vectored.crowded(900, 16, 5)
+    vectors[np.random.default_rng(0).random(900) < 0.5] = vectors[7]
+    url = vectored.make(tmp_path / "d", vectors, shard=90)
+    expected = clusters.pairs(made(url, clusters=4))
+    monkeypatch.setattr(pairs, "_MANY", 10)
+    held: list[int] = []
+    real = pairs.pairs_of
+    monkeypatch.setattr(pairs, "pairs_of", lambda found, cluster, homes, *rest: held.append(len(homes.vectors)) or real(found, cluster, homes, *rest))  # fmt: skip
+    shutil.rmtree(Path(url, "clusters"))
+    assert clusters.pairs(made(url, clusters=4)).equals(expected)
+    assert sum(held) < 520
+
+
+def test_more_pairs_than_memory_holds_are_refused_with_their_remedy(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    record = made(vectored.make(tmp_path / "d", vectored.crowded(400, 8)), clusters=3)
+    few = clusters.pairs(record, 0.99)
+    monkeypatch.setattr(clusters, "_MOST_PAIRS", len(few) + 5)
+    clusters.pairs(record, 0.99)
+    with pytest.raises(Failure, match=r"more than \d+ pairs of a cosine of 0.9, .* ask for a greater similarity$"):
+        dedup.semantic(clusters.pair_tables(record, 0.9), np.arange(400), 0.9)
+
+
 @pytest.mark.slow
 @pytest.mark.usefixtures("ray_session")
 def test_killed_on_one_worker_and_continued_on_four_it_has_the_bytes_of_no_worker(
@@ -318,9 +380,14 @@ def test_killed_on_one_worker_and_continued_on_four_it_has_the_bytes_of_no_worke
     record = scores.read_scores(f"{url}-scores")
     scores.write_scores(f"{twin}-scores", replace(record, dataset=twin))
     script = (
-        "import json, sys\nfrom longtake.pipeline import clustering\nfrom longtake.pipeline.stages import cluster\n"
+        "import json, sys, time\nfrom longtake.pipeline import clustering\nfrom longtake.pipeline.stages import cluster\n"
         "if __name__ == '__main__':\n"
         "    clustering._PART_CLIPS = 64\n"
+        "    load = cluster._load_pairs\n"
+        "    def slow(device, **arguments):\n"
+        "        make = load(device, **arguments)\n"
+        "        return lambda **job: (time.sleep(0.2), make(**job))[1]\n"
+        "    cluster._load_pairs = slow\n"
         "    config = cluster.Config.model_validate_json(sys.argv[1])\n"
         "    cluster.run(config, json.loads(sys.argv[2]), sys.argv[3])"
     )
@@ -330,16 +397,16 @@ def test_killed_on_one_worker_and_continued_on_four_it_has_the_bytes_of_no_worke
     environment = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
     child = subprocess.Popen(command, env=environment, start_new_session=True, stderr=subprocess.DEVNULL)
     deadline = time.time() + 120
-    while child.poll() is None and time.time() < deadline and not list(Path(url).glob("clusters/*/vectors/*.safe*")):
+    while (
+        child.poll() is None and time.time() < deadline and not list(Path(url).glob("clusters/*/pairs-0.9/*.parquet"))
+    ):
         time.sleep(0.01)
     os.killpg(child.pid, signal.SIGKILL)
     child.wait()
-    assert list(Path(url).glob("clusters/*/vectors/*.safetensors"))
-    for path in sorted(Path(url).glob("clusters/*/vectors/*.safetensors"))[1:]:
-        path.unlink()  # so that there is work left
+    there = len(list(Path(url).glob("clusters/*/pairs-0.9/*.parquet")))
 
     metrics = vectored.run(url, f"{url}-out", run={"cpus": 0.25, "workers": 4})["metrics"]
-    assert metrics["made_lists"] == metrics["lists"] - 1 > 10
+    assert metrics["made_lists"] == 0 < there and metrics["made_groups"] == metrics["groups"] - there > 10
     monkeypatch.setattr(columns, "make", vectored.make_here)
     vectored.run(twin, f"{twin}-out")
     assert hashes(url) == hashes(twin)

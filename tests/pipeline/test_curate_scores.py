@@ -3,6 +3,7 @@
 import json
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -186,6 +187,20 @@ def test_of_clips_whose_embeddings_are_near_one_stays_held_out_before_trained_on
     assert any(why and why.startswith("cluster.distance > ") for why in found.values())
     with pytest.raises(UserError, match=r"^similarity 0\.5: the clusters have pairs from 0\.8 on; set "):
         run(dataset, clusters=made, **NOTHING | {"semantic_duplicates": {"similarity": 0.5}})
+
+
+def test_a_view_says_where_its_clusters_have_not_all_pairs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    dataset, _ = with_scores(tmp_path, {"x": {"number": [1.0] * 12}})
+    made = pairs_of(tmp_path / "clusters", dataset, [(0, 1, 0.99)])
+    clusters.write_clusters(made, replace(clusters.read_clusters(made), capped={"3": 0.97, "4": 0.9}))
+    inputs = {"dataset": dataset, "clusters": made}
+    for similarity, metrics in ((0.95, {"capped_clusters": 1.0, "pairs_whole_from": 0.97}), (0.98, {})):
+        options = NOTHING | {"semantic_duplicates": {"similarity": similarity}}
+        config = curate.Config.model_validate({"kind": "curate", **inputs, **options})
+        found = curate.run(config, inputs, "work/some")["metrics"]
+        assert {name: found[name] for name in found if not name.startswith("clips_")} == metrics
+        said = capsys.readouterr().err
+        assert ("whole from a cosine of 0.9700 on, not from 0.95," in said) == (similarity == 0.95)
 
 
 @pytest.mark.parametrize(

@@ -109,7 +109,7 @@ def test_a_stopped_export_goes_on_and_what_it_left_is_not_in_the_dataset(
         patch.setattr(module, "clips_of", failing)
         # small batches, so that some of the shard is written
         patch.setattr(module, "_BATCH_BYTES", 1)
-        with pytest.raises(Failure, match="^the disk is away$"):
+        with pytest.raises(Failure, match=r"^the disk is away$"):
             chosen.write(selection, "lance", str(tmp_path / "part"))
     assert not (tmp_path / "part" / "clips.lance" / "_versions").exists()
     first = {path: path.stat().st_mtime_ns for path in (tmp_path / "part" / "fragments").iterdir()}

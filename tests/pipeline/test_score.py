@@ -5,12 +5,14 @@ import shutil
 import subprocess
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pytest
+import ray
 import toy_scorers
 from pydantic import ValidationError
 from shards import make_dataset
@@ -20,7 +22,10 @@ from longtake.datasets.diff import differences
 from longtake.datasets.errors import Failure, UserError
 from longtake.datasets.loader import Loader
 from longtake.datasets.verify import verify
+from longtake.infra.browse import columns as shown
+from longtake.pipeline import column as columns
 from longtake.pipeline import scorers as kinds
+from longtake.pipeline import scoring
 from longtake.pipeline.scoring import Work, make_scores
 from longtake.pipeline.stages import curate, score
 
@@ -96,7 +101,7 @@ def test_the_values_are_those_of_the_clips(root: str) -> None:
     assert not list(verify(root))
 
 
-def test_settings_name_the_column_and_how_to_run_does_not(root: str) -> None:
+def test_settings_name_the_column_and_how_to_run_does_not(root: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def names(chosen: score.Config, seen: str = "") -> list[str]:
         return [work.column.column for work in works(chosen, seen)]
 
@@ -107,6 +112,24 @@ def test_settings_name_the_column_and_how_to_run_does_not(root: str) -> None:
     assert set(names(config(), "digest")).isdisjoint(usual)
     renamed = names(config(scorers={"lit": {"by": "bright"}}))
     assert renamed == [usual[0].replace("bright", "lit")]
+    # other frames than those of before
+    monkeypatch.setattr(score, "VERSION", score.VERSION + 1)
+    assert set(names(config())).isdisjoint(usual)
+
+
+def test_a_record_beside_a_dataset_says_where_the_files_of_a_column_lie(root: str, tmp_path: Path) -> None:
+    dataset = str(shutil.copytree(root, tmp_path / "shards" / "0123456789abcdef"))
+    base = index.read_shard(dataset, "train", "00000")
+    field = scores.Field("vector", "vector", "", width=1)
+    made = scores.Column("score-clip-0", "embedding", {"frames": 8}, "", (field,), {"model": "/models/clip"})
+    scores.write_shard(dataset, base, made, [{"vector": [1.0]}] * len(base.table))
+    assert shown.recorded(dataset, made.column) == scores.described(dataset, made.column) == replace(made, where={})
+    rows = {split: compact.open_split(dataset, split)[0].digest for split in schema.SPLITS}
+    scores.write_scores(
+        str(tmp_path / "score" / "0123456789abcdef"), scores.Scores(dataset, {"clip": made}, None, rows)
+    )
+    assert shown.recorded(dataset, made.column) == made
+    assert made.settings == {"frames": 8, "model": "/models/clip"}
 
 
 def test_the_company_of_other_scorers_does_not_change_bytes(root: str, hashes: Hashes, tmp_path: Path) -> None:
@@ -140,6 +163,10 @@ def test_clips_that_a_view_drops_and_those_without_a_value_say_why(root: str, mo
         ({"bright": {"scal": 1}}, "bright.scal: scorer bright has no such setting; did you mean scale?"),
         ({"bright": {"scale": "x"}}, "bright.scale: Input should be a valid number"),
         ({"Bright": {}}, "String should match pattern"),
+        (
+            {"cluster": {"by": "bright"}},
+            "cluster: is what the column of a `cluster` stage is named; choose another name",
+        ),
     ],
 )
 def test_a_mistake_in_a_scorer_is_one_line(given: dict[str, Any], says: str) -> None:
@@ -167,6 +194,59 @@ def test_a_loader_a_diff_and_a_compact_file_know_scores(root: str, plain: str) -
     compact.write(root, "train")
     compact.write(root, "train", column)
     assert scores.read_column(root, "train", column) == before and not list(verify(root))
+
+
+def _broken(*arguments: Any, **named: Any) -> Any:
+    raise ValueError("(-215:Assertion failed)\nin a line of C++")
+
+
+@pytest.mark.parametrize(
+    ("place", "says"),
+    [
+        ("_Bright.begin", r"{key}\.mp4: scorer bright: ValueError: \(-215:Assertion failed\); leave the clip out"),
+        ("_Bright.add", r"{key}\.mp4: scorer bright: ValueError: \(-215:Assertion failed\); leave the clip out"),
+        ("_Bright.values", r"{key}\.mp4: scorer bright: ValueError: \(-215:Assertion failed\); leave the clip out"),
+        ("_Colours.look", r"{key} to .*: scorer colour: ValueError: \(-215:Assertion failed\); leave the clip out"),
+    ],
+)
+def test_a_scorer_that_breaks_names_the_clip(place: str, says: str, root: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    kind, method = place.split(".")
+    monkeypatch.setattr(getattr(toy_scorers, kind), method, _broken)
+    first = index.read_shard(root, "train", "00000").table
+    with pytest.raises(Failure, match="train/00000.tar: " + says.format(key=first["key"][0].as_py())) as caught:
+        made_alone(root, config())
+    assert len(str(caught.value).splitlines()) == 1
+
+
+def test_a_frame_that_cannot_be_scaled_names_the_clip(root: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(scoring, "_planar", _broken)
+    with pytest.raises(Failure, match=r"\.mp4: frame 0 cannot be scaled \(ValueError: \(-215.*; leave the clip out"):
+        made_alone(root, config())
+
+
+def test_a_scorer_that_cannot_be_loaded_is_one_line(root: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    ((name, one),) = score._asked(config(scorers={"bright": {}})).items()
+    asked = [(score._column(name, one, "").plain(), kinds.SCORERS[one.by], one.config.model_dump(mode="json"))]
+    monkeypatch.setattr(toy_scorers, "_Bright", _broken)
+    with pytest.raises(Failure, match=r"scorers\.bright: scorer bright cannot be loaded on .* \(ValueError: \(-215"):
+        score._load("cpu", asked=asked, dataset=root, threads=1)
+
+
+def test_an_actor_that_cannot_load_says_so_of_its_shards(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ray would start an actor that fails again and again."""
+    monkeypatch.setattr(ray, "get", lambda models: models)
+    worker = columns.Worker(_broken, [], {}, "cpu", None)
+    result = worker({"split": "train", "name": "00000", "clips": 1, "keep": b""})
+    assert "cannot load what it needs (ValueError: (-215:Assertion failed)); mend it there" in result["error"]
+
+
+def test_a_scorer_whose_package_does_not_start_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(module: str) -> Any:
+        raise ImportError("libGL.so.1: cannot open shared object file")
+
+    monkeypatch.setattr(kinds.importlib, "import_module", missing)
+    with pytest.raises(UserError, match=r"toy_bright cannot be imported \(ImportError: libGL.*--force-reinstall"):
+        kinds.load("bright")
 
 
 # With Ray.

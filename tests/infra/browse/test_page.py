@@ -15,7 +15,7 @@ from chromium import until
 
 from longtake.datasets import alike, index, view
 from longtake.infra.browse.library import load
-from longtake.pipeline.scorers import dual
+from longtake.pipeline import queries
 
 pytestmark = [pytest.mark.slow, chromium.there]
 CLIPS, WIDTH = 100_000, 8
@@ -49,7 +49,7 @@ def server(dataset, tmp_path_factory):
     library = replace(library, shown=replace(library.shown, columns=library.shown.columns | {"clip": column}))
     vectors = np.concatenate([part.unit for part in alike.vectors(library.dataset, column.column, "vector")])
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(dual, "encode_query", lambda _, words: vectors[int(words)].astype(np.float32))
+        patched.setattr(queries, "of_text", lambda _, words, __: vectors[int(words)].astype(np.float32))
         with browsed.serving(library, writable=True) as running:
             yield running
 

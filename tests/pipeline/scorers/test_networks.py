@@ -20,6 +20,7 @@ from scored import coded, score_file
 from longtake.datasets import clip, index, schema, scores
 from longtake.datasets.errors import UserError
 from longtake.datasets.scores import Column, from_plain
+from longtake.pipeline import queries
 from longtake.pipeline import scorers as kinds
 from longtake.pipeline.scorers import dual, load
 from longtake.pipeline.scorers.one_by_one import be_exact
@@ -211,18 +212,18 @@ def test_a_text_longer_than_the_model_takes_is_refused(folders: dict[str, str]) 
 def test_a_column_says_which_folder_made_it(folders: dict[str, str], tmp_path: Path) -> None:
     place = tiny_pictures.folder("clip", tmp_path / "clip")
     column = column_of({"model": place, "frames": 2})
-    np.testing.assert_array_equal(dual.encode_query(column, TEXTS[0]), dual.encode_text(place, TEXTS[0]))
+    np.testing.assert_array_equal(queries.of_text(column, TEXTS[0]), dual.encode_text(place, TEXTS[0]))
 
     tiny_pictures.folder("clip", tmp_path / "clip", seed=1)
     with pytest.raises(UserError, match=r"score-clip-0: .*clip: other files than those that made it; copy them back"):
-        dual.encode_query(column, TEXTS[0])
+        queries.of_text(column, TEXTS[0])
     with pytest.raises(UserError, match=r"made by `focus`, which encodes no texts"):
-        dual.encode_query(replace(column, scorer="focus"), TEXTS[0])
+        queries.of_text(replace(column, scorer="focus"), TEXTS[0])
     with pytest.raises(UserError, match=r"vit: encodes no texts; name a dual encoder"):
-        dual.encode_query(column_of({"model": folders["vit"]}), TEXTS[0])
+        queries.of_text(column_of({"model": folders["vit"]}), TEXTS[0])
     shutil.rmtree(place)
-    with pytest.raises(UserError, match=r"model: .*clip: no such folder or file"):
-        dual.encode_query(column, TEXTS[0])
+    with pytest.raises(UserError, match=r"clip, which is no folder of safetensors here .* not opened unasked"):
+        queries.of_text(column, TEXTS[0])
 
 
 def test_a_worker_with_other_files_scores_nothing(dataset: str, tmp_path: Path) -> None:
@@ -248,13 +249,17 @@ def test_columns_of_networks_are_the_same_in_any_order_and_answer_a_text(
     dataset: str, folders: dict[str, str], tmp_path: Path
 ) -> None:
     roots = [str(shutil.copytree(dataset, tmp_path / name)) for name in ("one", "other")]
-    encoders = {
-        "clip": {"by": "embedding", "model": folders["clip"]},
-        "map": {"by": "embedding", "model": folders["resnet"]},
+    # the other from folders elsewhere
+    copies = {
+        name: str(shutil.copytree(folders[name], tmp_path / f"{name}-copy")) for name in ("clip", "resnet", "shares")
     }
-    asked = {"scorers": encoders | {"nsfw": {"by": "classifier", "model": folders["shares"]}}}
-    for root, step in zip(roots, (1, -1), strict=True):
-        config = score.Config(kind="score", dataset=root, **asked)  # type: ignore[arg-type]
+    for root, step, named in zip(roots, (1, -1), (folders, copies), strict=True):
+        asked = {
+            "clip": {"by": "embedding", "model": named["clip"]},
+            "map": {"by": "embedding", "model": named["resnet"]},
+            "nsfw": {"by": "classifier", "model": named["shares"]},
+        }
+        config = score.Config(kind="score", dataset=root, scorers=asked)
         works = [
             Work(score._column(name, one, ""), one.scorer.load(one.config, "cpu", 1))
             for name, one in score._asked(config).items()
@@ -271,7 +276,17 @@ def test_columns_of_networks_are_the_same_in_any_order_and_answer_a_text(
     table = scores.table(roots[0], "train", {"clip": column})
     rows, vectors = scores.vectors(table["clip.vector"])
     assert len(rows) == len(table) and np.allclose(np.linalg.norm(vectors.astype(np.float64), axis=1), 1, atol=2e-3)
-    query = dual.encode_query(scores.described(roots[0], column), TEXTS[0])
+    described = scores.described(roots[0], column)
+    with pytest.raises(
+        UserError, match="no record beside the dataset says where its encoder is; name that by --encoder"
+    ):
+        queries.of_text(described, TEXTS[0])
+    query = queries.of_text(described, TEXTS[0], folders["clip"])
+    recorded = {name: score._column(name, one, "") for name, one in score._asked(config).items()}["clip"]
+    assert recorded.column == column and not described.where
+    np.testing.assert_array_equal(
+        query, queries.of_text(from_plain(json.loads(json.dumps(recorded.plain()))), TEXTS[0])
+    )
     assert np.ptp(vectors.astype(np.float32) @ query) > 0
 
 
