@@ -6,7 +6,6 @@ names a value as NAME.FIELD, such as `motion.camera`. The index of each shard sa
 it can be read without a record.
 """
 
-import difflib
 import hashlib
 import json
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -20,7 +19,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from longtake.datasets import compact, index, record, schema, storage
-from longtake.datasets.errors import Failure, UserError
+from longtake.datasets.errors import Failure, UserError, near
 
 PREFIX = "score-"
 
@@ -284,10 +283,8 @@ def described(dataset: str, column: str) -> Column:
         if names := index.shard_names(dataset, split, column):
             return _described(dataset, split, names[0], index.notes_of(dataset, split, names[0]))
     there = columns_of(dataset)
-    near = difflib.get_close_matches(column, there, 3, 0.5) or there
-    raise UserError(
-        f"{dataset}: no column {column}; there are {', '.join(near) or 'none of scores; run a `score` stage'}"
-    )
+    remark = near(column, there) if there else "there are none of scores; run a `score` stage"
+    raise UserError(f"{dataset}: no column {column}; {remark}")
 
 
 def _described(dataset: str, split: str, name: str, notes: Mapping[str, Any]) -> Column:

@@ -1,6 +1,5 @@
 """Rules of a view: bounds of scores, labels that are wanted, words of captions; and the names that rules may use."""
 
-import difflib
 from collections.abc import Collection, Iterator, Mapping
 from typing import Annotated, Literal
 
@@ -10,12 +9,12 @@ import pyarrow.compute as pc
 from pydantic import Field, FiniteFloat, field_validator, model_validator
 
 from longtake.datasets import schema, view
+from longtake.datasets.errors import near
 from longtake.datasets.scores import Field as ScoreField
 from longtake.datasets.stage import StageConfig, Utf8
 
 NUMBERS = (*schema.SCORES, "frame_count", "width", "height")  # that every clip has
 LABEL = "label"  # of the index
-_NEAR = 3  # names that are suggested
 _REMEDIES = {
     "number": "write its bounds in rules",
     "label": "write `only` or `never` in labels",
@@ -119,12 +118,6 @@ class Balance(StageConfig):
 
 
 # Names.
-
-
-def near(name: str, there: Collection[str]) -> str:
-    """A remark with the names that are like one that is not there, or with all."""
-    close = difflib.get_close_matches(name, there, _NEAR)
-    return f"did you mean {' or '.join(close)}?" if close else f"there are {', '.join(there)}"
 
 
 def refuse_unknown(name: str, there: Collection[str]) -> None:

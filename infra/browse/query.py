@@ -10,11 +10,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from pydantic import Field, FiniteFloat, TypeAdapter, ValidationError, model_validator
 
-from longtake.datasets.errors import UserError
+from longtake.datasets.errors import UserError, near
 from longtake.datasets.stage import StageConfig, Utf8
 from longtake.infra.browse.library import Label, Library, Number, View
 from longtake.infra.browse.likeness import Likeness
-from longtake.pipeline.rules import near
 
 BINS = 200  # of a histogram, at most
 _KEPT_QUERIES, _KEPT_ORDERS = 32, 16

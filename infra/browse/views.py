@@ -10,12 +10,12 @@ import numpy as np
 from pydantic import Field, ValidationError
 
 from longtake.datasets import clusters, compact, index, schema, scores, storage
-from longtake.datasets.errors import Failure, UserError
+from longtake.datasets.errors import Failure, UserError, near
 from longtake.datasets.stage import StageConfig, Utf8
 from longtake.infra import yaml_text
 from longtake.infra.browse.columns import Shown
 from longtake.infra.browse.library import Library, Number, View, view_of
-from longtake.pipeline.rules import Bounds, Missing, near
+from longtake.pipeline.rules import Bounds, Missing
 
 Score = Annotated[Utf8, Field(max_length=200)]
 

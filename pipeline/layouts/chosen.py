@@ -3,8 +3,9 @@
 import errno
 import hashlib
 import json
+import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from longtake.pipeline import column as columns
 from longtake.pipeline import layouts
 
 _RECORD = "longtake-layout.json"
+_KEY = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_-]{0,199}")  # of every `shard` stage, and of some that others wrote
 
 
 @dataclass(frozen=True, eq=False)
@@ -97,7 +99,9 @@ def facts_of(
 
     Where scores are written, `scores` has them by name and field; vectors are among them only where they are asked for.
 
-    Raises Failure: the shard's captions or scores are of other clips.
+    Raises:
+        UserError: a key is no name of a file; in some layouts it becomes one, or a member of a tar.
+        Failure: the shard's captions or scores are of other clips.
     """
     base = chosen.bases[split]
     start, table = int(base.starts[number]), base.labelled(number)
@@ -107,6 +111,11 @@ def facts_of(
     values = _scores(chosen, split, number, vectors)
     for place, row in enumerate(table.to_pylist()):
         if chosen.keeps[split][start + place]:
+            if not _KEY.fullmatch(row["key"] or ""):
+                key = storage.printable(str(row["key"]))[:200]
+                raise UserError(
+                    f"{base.tar(number)[0]}: {key!r} is no key of a clip; export a dataset that `shard` made"
+                )
             names = ("key", "source", "label", "fps", "frame_count", "width", "height", *schema.SCORES)
             facts = {name: row[name] for name in names}
             facts |= {"split": split, "seconds": row["frame_count"] / row["fps"], "captions": said[place] or []}
@@ -239,3 +248,16 @@ def _begin(beside: Path, record: dict[str, Any]) -> None:
             _check_same(beside / _RECORD, record)
         else:
             storage.write(str(beside / _RECORD), storage.canonical_json(record))
+
+
+def place_of(beside: Path, folder: Path, source: Path) -> Path:
+    """Where to unpack a file or folder of a folder: of a name like its own that no other has."""
+    name = source.relative_to(folder).with_suffix("").as_posix()
+    alike = re.sub("[^A-Za-z0-9_.-]+", "-", name).strip(".-")[:80] or "videos"
+    return beside / f"{alike}-{hashlib.sha256(source.relative_to(folder).as_posix().encode()).hexdigest()[:8]}"
+
+
+def state_of(files: Iterable[Path]) -> str:
+    """A line that is another one where one of these files has changed since."""
+    states = [(path.name, path.stat()) for path in sorted(files)]
+    return json.dumps([[name, state.st_size, state.st_mtime_ns] for name, state in states])

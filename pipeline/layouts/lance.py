@@ -6,6 +6,7 @@ whose description is a file beside the dataset until all are there; then one com
 
 import contextlib
 import io
+import itertools
 import json
 import shutil
 from collections.abc import Iterator
@@ -15,16 +16,16 @@ from typing import Any
 import pyarrow as pa
 
 from longtake.datasets import schema, storage
-from longtake.datasets.errors import UserError
+from longtake.datasets.errors import Failure, UserError
 from longtake.datasets.scores import Field
-from longtake.pipeline.layouts.chosen import Chosen, clips_of, fields_of, texts_of
+from longtake.pipeline.layouts.chosen import Chosen, clips_of, fields_of, place_of, state_of, texts_of
 from longtake.pipeline.tables import ROW_BYTES
 
 _DATASET = "clips.lance"
 _FRAGMENTS = "fragments"  # beside the dataset, one JSON a shard
 _FORMAT = "2.1"  # with blobs that every Lance since 0.20 opens
 _BATCH_BYTES = 32 << 20  # of mp4 in memory
-_ROWS = "rows.jsonl"  # what a dataset has, written when all its videos are unpacked
+_ROWS = "rows.jsonl"  # what a dataset has, written when all its videos are unpacked, below a line with its state
 _VIDEOS = ("video", "mp4", "video_bytes", "video_blob", "blob", "bytes")
 _TEXTS = ("caption", "text", "prompt")
 _EXTERNAL = 3  # the kind of a blob that is a file elsewhere
@@ -86,9 +87,16 @@ def exported(chosen: Chosen, split: str, number: int, folder: Path) -> bool:
 
 def export(chosen: Chosen, split: str, number: int, folder: Path) -> None:
     """Write the fragments of a shard, and their description last. Raises Failure: see `clips_of`."""
-    kind = _schema(chosen)
+    kind, broken = _schema(chosen), list[Exception]()
 
     def batches() -> Iterator[pa.RecordBatch]:
+        try:
+            yield from filled()
+        except (UserError, Failure) as e:
+            broken.append(e)
+            raise
+
+    def filled() -> Iterator[pa.RecordBatch]:
         rows, size = [], 0
         for mp4, facts in clips_of(chosen, split, number, vectors=True):
             rows.append(facts | {"caption": next(iter(texts_of(facts)), None), "video": mp4})
@@ -100,9 +108,15 @@ def export(chosen: Chosen, split: str, number: int, folder: Path) -> None:
             yield pa.RecordBatch.from_pylist(rows, schema=kind)
 
     reader = pa.RecordBatchReader.from_batches(kind, batches())
-    made = _lance().fragment.write_fragments(
-        reader, str(folder / _DATASET), kind, mode="create", data_storage_version=_FORMAT
-    )
+    try:
+        made = _lance().fragment.write_fragments(
+            reader, str(folder / _DATASET), kind, mode="create", data_storage_version=_FORMAT
+        )
+    except OSError:
+        if broken:
+            # which Lance puts into a stack trace
+            raise broken[0] from None
+        raise
     plain = [fragment.to_json() for fragment in made]
     storage.write(str(_fragments(chosen, split, number, folder)), json.dumps(plain).encode())
 
@@ -132,18 +146,24 @@ def rows(folder: Path, beside: Path) -> Iterator[dict[str, Any]]:
     """
     datasets = sorted(path.parent for path in folder.rglob("_versions") if path.is_dir())
     for path in datasets:
-        to = beside / ("-".join(path.relative_to(folder).with_suffix("").parts) or "videos")
-        if not (to / _ROWS).exists():
-            shutil.rmtree(to, ignore_errors=True)  # of a stopped command
+        to, state = place_of(beside, folder, path), state_of((path / "_versions").iterdir())
+        if not (to / _ROWS).exists() or _first_line(to) != state:
+            shutil.rmtree(to, ignore_errors=True)  # of a stopped command, or of another version
             to.mkdir(parents=True)
             with _readable(path), (to / "rows").open("w") as file:
+                file.write(state + "\n")
                 for row in _unpacked(path, to):
                     file.write(json.dumps(row) + "\n")
             (to / "rows").replace(to / _ROWS)
         with (to / _ROWS).open() as file:
-            for line in file:
+            for line in itertools.islice(file, 1, None):
                 row = json.loads(line)
                 yield row | {"uri": str((to / row["uri"]).absolute())}
+
+
+def _first_line(to: Path) -> str:
+    with (to / _ROWS).open() as file:
+        return file.readline().rstrip("\n")
 
 
 @contextlib.contextmanager

@@ -10,6 +10,7 @@ a part that has the frame, else the empty text. There is no state and no action.
 """
 
 import functools
+import hashlib
 import itertools
 import json
 import math
@@ -23,7 +24,7 @@ import pyarrow.parquet as pq
 
 from longtake.datasets import clip, media, schema, storage
 from longtake.datasets.errors import UserError
-from longtake.pipeline.layouts.chosen import Chosen, clips_of, facts_of
+from longtake.pipeline.layouts.chosen import Chosen, clips_of, facts_of, state_of
 from longtake.pipeline.tables import ROW_BYTES
 
 _VERSION = "v3.0"
@@ -328,7 +329,7 @@ def _said(path: Path, facts: dict[str, Any]) -> dict[str, Any]:
 
 
 def _source(path: Path, folder: Path, camera: str, facts: dict[str, Any], to: Path) -> Path:
-    """The video of an episode: its file where it has no other, else a new one at `to`."""
+    """The video of an episode: its file where it has no other, else a new one beside `to`."""
     place = {name: facts[f"videos/{camera}/{name}"] for name in _PLACE}
     video = (folder / _VIDEO.format(video_key=camera, **place)).resolve()
     name = storage.printable(f"{path}: episode {facts['episode_index']}: {camera}")[:400]
@@ -342,6 +343,7 @@ def _source(path: Path, folder: Path, camera: str, facts: dict[str, Any], to: Pa
             seconds = float((stream.duration or 0) * stream.time_base)
             if abs(start) < half and abs(seconds - end) < half:
                 return video
+            to = to.with_stem(f"{to.stem}-{_digest(video, start, end)}")
             if not to.exists():
                 with storage.staged(str(to)) as spool:
                     frames = _cut(container, stream, spool, start, end, half)
@@ -351,6 +353,11 @@ def _source(path: Path, folder: Path, camera: str, facts: dict[str, Any], to: Pa
         message = storage.printable(" ".join(str(e).split()))[:200]
         raise UserError(f"{name}: cannot be cut out ({message}); correct the folder") from e
     return to.absolute()
+
+
+def _digest(video: Path, start: float, end: float) -> str:
+    """Another one where the video has changed since, or another part of it is asked for."""
+    return hashlib.sha256(json.dumps([state_of([video]), start, end]).encode()).hexdigest()[:12]
 
 
 def _cut(container: Any, stream: Any, to: Path, start: float, end: float, half: float) -> int:

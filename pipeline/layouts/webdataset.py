@@ -1,6 +1,5 @@
 """WebDataset: tars of KEY.mp4, KEY.json and KEY.txt, a caption. Others' tars may have KEY.cls, a label, as well."""
 
-import hashlib
 import json
 import shutil
 import tarfile
@@ -12,12 +11,12 @@ from typing import Any
 from longtake.datasets import storage
 from longtake.datasets.errors import UserError
 from longtake.datasets.shard import write_tar
-from longtake.pipeline.layouts.chosen import Chosen, clips_of, texts_of
+from longtake.pipeline.layouts.chosen import Chosen, clips_of, place_of, state_of, texts_of
 
 _VIDEOS = ("mp4", "webm", "mov", "mkv", "avi", "m4v")
 _TEXTS = ("json", "txt", "cls")
 _TEXT_BYTES = 1 << 20  # of a text about a clip
-_ROWS = "rows.jsonl"  # what a tar has, written when all its videos are unpacked
+_ROWS = "rows.jsonl"  # what a tar has, written when all its videos are unpacked, below a line with the state of the tar
 
 
 def _tar(chosen: Chosen, split: str, number: int, folder: Path) -> Path:
@@ -48,18 +47,20 @@ def rows(folder: Path, beside: Path) -> Iterator[dict[str, Any]]:
     Raises UserError: a tar is none, or a text is too long or no text.
     """
     for tar in sorted(path for path in folder.rglob("*.tar") if path.is_file()):
-        # of this very tar: another folder's, or one that has changed since, may have the same name
-        facts = [str(tar.resolve()), tar.stat().st_size, tar.stat().st_mtime_ns]
-        to = beside / f"{tar.stem[:40]}-{hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]}"
-        if not (to / _ROWS).exists():
-            _unpack(tar, to)
-        for line in (to / _ROWS).read_text().splitlines():
+        to, state = place_of(beside, folder, tar), state_of([tar])
+        if not (to / _ROWS).exists() or _lines(to)[0] != state:
+            _unpack(tar, to, state)
+        for line in _lines(to)[1:]:
             row = json.loads(line)
             yield row | {"uri": str((to / row["uri"]).absolute())}
 
 
-def _unpack(tar: Path, to: Path) -> None:
-    shutil.rmtree(to, ignore_errors=True)  # of a stopped command
+def _lines(to: Path) -> list[str]:
+    return (to / _ROWS).read_text().split("\n")[:-1]
+
+
+def _unpack(tar: Path, to: Path, state: str) -> None:
+    shutil.rmtree(to, ignore_errors=True)  # of a stopped command, or of a tar that was here before
     to.mkdir(parents=True)
     found = []
     try:
@@ -88,7 +89,8 @@ def _unpack(tar: Path, to: Path) -> None:
                 raise tarfile.ReadError(f"cut short or damaged at byte {file.offset}")
     except (tarfile.TarError, EOFError) as e:
         raise UserError(f"{tar}: not a readable tar ({e}); download it again, or move it away") from e
-    storage.write(str(to / _ROWS), "".join(json.dumps(row) + "\n" for row in found).encode())
+    lines = [state, *(json.dumps(row) for row in found)]
+    storage.write(str(to / _ROWS), "".join(line + "\n" for line in lines).encode())
 
 
 def _whole(member: tarfile.TarInfo) -> tarfile.TarInfo:

@@ -6,7 +6,6 @@ kept, in a folder named by all that decides it, so that the same command continu
 makes the pairs alone again.
 """
 
-import difflib
 import math
 import sys
 from collections import Counter
@@ -18,7 +17,7 @@ import numpy as np
 from pydantic import Field, field_validator
 
 from longtake.datasets import alike, clusters, compact, index, schema, scores, storage
-from longtake.datasets.errors import Failure, UserError
+from longtake.datasets.errors import Failure, UserError, near
 from longtake.datasets.stage import DatasetInput, Input, StageConfig, ViewInput
 from longtake.pipeline import clustering, pairs, scored
 from longtake.pipeline import column as columns
@@ -88,14 +87,12 @@ def check(config: Config, inputs: Mapping[str, StageConfig]) -> None:
     """Raise ValueError where the `score` stage has no such vectors, as far as it can be known."""
     name, known = config.embedding.partition(".")[0], getattr(inputs.get("scores"), "scorers", None)
     if known and name not in known:
-        near = difflib.get_close_matches(name, known, 3, 0.5) or list(known)
-        raise ValueError(f"embedding: {config.embedding}: no scorer {name}; there are {', '.join(near)}")
+        raise ValueError(f"embedding: {config.embedding}: no scorer {name}; {near(name, known)}")
     fields = scored.fields_of_stage(inputs["scores"]) if known else None
     vectors = [each for each, field in (fields or {}).items() if field.kind == "vector"]
     if fields is not None and config.embedding not in vectors:
         what = "is no vector" if config.embedding in fields else "no such field"
-        near = difflib.get_close_matches(config.embedding, vectors, 3, 0.5) or vectors
-        remedy = f"there are {', '.join(near)}" if near else "add an `embedding` to its `score` stage"
+        remedy = near(config.embedding, vectors) if vectors else "add an `embedding` to its `score` stage"
         raise ValueError(f"embedding: {config.embedding}: {what}; {remedy}")
 
 
@@ -196,8 +193,7 @@ def _embedding(name: str, uri: str, dataset: str) -> tuple[scores.Column, scores
     record = scores.read_scores_of(uri, dataset)
     scorer, _, field = name.partition(".")
     if scorer not in record.columns:
-        near = difflib.get_close_matches(scorer, record.columns, 3, 0.5) or list(record.columns)
-        raise UserError(f"embedding: {name}: no scorer {scorer}; there are {', '.join(near)}")
+        raise UserError(f"embedding: {name}: no scorer {scorer}; {near(scorer, record.columns)}")
     column = record.columns[scorer]
     kinds = {each.name: each for each in column.fields}
     if field not in kinds or kinds[field].kind != "vector":

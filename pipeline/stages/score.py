@@ -6,7 +6,6 @@ makes another column, and nothing else in the dataset is touched. What it gives 
 name; without a view all clips are scored, and every later view can use the columns.
 """
 
-import difflib
 import socket
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -17,7 +16,7 @@ import numpy as np
 from pydantic import Field, ValidationError, field_validator
 
 from longtake.datasets import compact, index, schema, scores, storage
-from longtake.datasets.errors import Failure, UserError, in_short
+from longtake.datasets.errors import Failure, UserError, in_short, near
 from longtake.datasets.scores import Column, Scores, read_scores
 from longtake.datasets.stage import DatasetInput, StageConfig, ViewInput, content
 from longtake.pipeline import column as columns
@@ -72,9 +71,8 @@ def _settings(name: str, entry: dict[str, Any]) -> dict[str, Any]:
         raise ValueError(f"{name}: is what the column of a `cluster` stage is named; choose another name")
     by = entry.pop("by", name)
     if by not in kinds.SCORERS:
-        near = difflib.get_close_matches(str(by), kinds.SCORERS, 3) or kinds.SCORERS
-        hint = "" if by != name else "; for a name of your own add `by`"
-        raise ValueError(f"{name}: there is no scorer {by!r}; near it are {', '.join(near)}{hint}")
+        hint = "" if by != name else " (for a name of your own add `by`)"
+        raise ValueError(f"{name}: there is no scorer {by!r}; {near(str(by), kinds.SCORERS)}{hint}")
     config = kinds.load(by).config
     try:
         return {"by": by, **config.model_validate(entry).model_dump(mode="json")}
@@ -82,10 +80,8 @@ def _settings(name: str, entry: dict[str, Any]) -> dict[str, Any]:
         first = e.errors(include_url=False)[0]
         key = ".".join([name, *map(str, first["loc"])])
         if first["type"] == "extra_forbidden":
-            near = difflib.get_close_matches(str(first["loc"][-1]), config.model_fields, 1)
-            allowed = ", ".join(config.model_fields) or "none"
-            meant = f" (did you mean {near[0]}?)" if near else ""
-            raise ValueError(f"{key}: scorer {by} has no such setting{meant}; it has {allowed}") from None
+            remark = near(str(first["loc"][-1]), config.model_fields)
+            raise ValueError(f"{key}: scorer {by} has no such setting; {remark}") from None
         raise ValueError(f"{key}: {first['msg'].removeprefix('Value error, ')}") from None
 
 

@@ -58,7 +58,7 @@ def test_a_column_says_what_it_is(scored: str) -> None:
     assert scores.columns_of(scored) == ["score-all-0"]
     assert scores.described(scored, "score-all-0") == Column("score-all-0", "all", {"a": 1}, "d", FIELDS)
     assert not [p for p in verify.verify(scored) if "score" in p]
-    with pytest.raises(UserError, match="no column score-al-0; there are score-all-0"):
+    with pytest.raises(UserError, match="no column score-al-0; did you mean score-all-0"):
         scores.described(scored, "score-al-0")
 
 

@@ -209,7 +209,7 @@ def test_what_is_wrong_is_said_in_one_line(tmp_path: Path) -> None:
     config = cluster.Config(kind="cluster", dataset="d", scores="s", embedding="clip.vector")
     empty = vectored.make(tmp_path / "empty", np.empty((0, 8)))
     for changed, inputs, says in (
-        ({"embedding": "clipp.vector"}, {}, "embedding: clipp.vector: no scorer clipp; there are clip$"),
+        ({"embedding": "clipp.vector"}, {}, "embedding: clipp.vector: no scorer clipp; did you mean clip\\?$"),
         ({"embedding": "clip.vectors"}, {}, r"embedding: clip.vectors: is no vector; there are clip\.vector$"),
         ({}, {"scores": f"{other}-scores"}, "has scores of .*/other, not of .*/d; name those of this dataset$"),
         ({}, {"scores": str(tmp_path / "none")}, "no scores here .*; name what a `score` stage has made$"),
@@ -224,9 +224,9 @@ def test_what_is_wrong_is_said_in_one_line(tmp_path: Path) -> None:
     upstream = {"scores": score.Config.model_validate({"kind": "score", "dataset": "d", "scorers": scorers})}
     cluster.check(config, upstream)
     for name, says in (
-        ("clop.vector", "no scorer clop; there are clip$"),
+        ("clop.vector", r"no scorer clop; did you mean clip\?$"),
         ("light.dark", r"is no vector; there are clip\.vector$"),
-        ("clip.vektor", r"no such field; there are clip\.vector$"),
+        ("clip.vektor", r"no such field; did you mean clip\.vector\?$"),
     ):
         with pytest.raises(ValueError, match=f"^embedding: {name}: {says}"):
             cluster.check(config.model_copy(update={"embedding": name}), upstream)

@@ -1,7 +1,9 @@
 """Views in the layouts of other tools: what they read is what the dataset has, and what they wrote are sources again."""
 
+import dataclasses
 import io
 import json
+import shutil
 import tarfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,7 +14,9 @@ import pytest
 import webdataset
 from exported import half, invoke, mp4_of, read_manifest, rows_of
 
+from longtake.datasets import index, schema, storage
 from longtake.datasets.errors import Failure, UserError
+from longtake.pipeline import layouts
 from longtake.pipeline.layouts import chosen
 
 
@@ -98,6 +102,38 @@ def test_huggingface_reads_the_folder_and_it_is_sources_again(own: str, tmp_path
     found = read_manifest(tmp_path / "list.jsonl")
     assert {Path(row["uri"]).stem for row in found} == kept
     assert all(("captions" in row) != (Path(row["uri"]).stem == min(rows)) for row in found)
+
+
+@pytest.mark.parametrize("layout", list(layouts.LAYOUTS))
+def test_a_key_that_is_no_name_is_written_nowhere(own: str, tmp_path: Path, layout: str) -> None:
+    split = next(split for split in schema.SPLITS if index.shard_names(own, split))
+    shard = index.read_shards(own, split)[0]
+    for key in ("../../../../x", "/tmp/x", "a.b", "", ".", "x\n", "a" * 300):
+        rows = [row | {"key": key} if n == 0 else row for n, row in enumerate(shard.table.to_pylist())]
+        url = storage.join(own, split, f"{shard.name}.parquet")
+        index.write_index(url, rows, schema.INDEX, shard.tar_bytes, shard.tar_sha256)
+        selection = dataclasses.replace(chosen.choose(own, None, None), captions=None)
+        with pytest.raises(
+            UserError, match=r"\.tar: .* is no key of a clip; export a dataset that `shard` made$"
+        ) as error:
+            chosen.write(selection, layout, str(tmp_path / "out"))
+        assert "\n" not in str(error.value) and not list(tmp_path.rglob("*x.mp4")) and not Path("/tmp/x.mp4").exists()
+        shutil.rmtree(tmp_path / "out")
+
+
+def test_a_tar_that_changed_is_unpacked_again_and_each_has_its_own_place(tmp_path: Path) -> None:
+    theirs, manifest = tmp_path / "theirs", tmp_path / "list.jsonl"
+    for name in ("a-b.tar", "a/b.tar"):
+        tar_of(theirs / name, [("c.mp4", name.encode())])
+    assert chosen.write_manifest(str(theirs), "webdataset", str(manifest)) == 2
+    videos = [Path(row["uri"]) for row in read_manifest(manifest)]
+    assert sorted(video.read_bytes() for video in videos) == [b"a-b.tar", b"a/b.tar"]
+    states = {video: video.stat() for video in videos}
+    chosen.write_manifest(str(theirs), "webdataset", str(manifest))
+    assert states == {video: video.stat() for video in videos}  # not again
+    tar_of(theirs / "a-b.tar", [("c.mp4", b"new"), ("d.mp4", b"more")])
+    assert chosen.write_manifest(str(theirs), "webdataset", str(manifest)) == 3
+    assert {Path(row["uri"]).read_bytes() for row in read_manifest(manifest)} == {b"new", b"more", b"a/b.tar"}
 
 
 def tar_of(path: Path, members: list[tuple[tarfile.TarInfo | str, bytes]]) -> None:

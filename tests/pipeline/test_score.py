@@ -158,9 +158,9 @@ def test_clips_that_a_view_drops_and_those_without_a_value_say_why(root: str, mo
 @pytest.mark.parametrize(
     ("given", "says"),
     [
-        ({"brigt": {}}, "brigt: there is no scorer 'brigt'; near it are bright; for a name of your own add `by`"),
-        ({"a": {"by": 3}}, "a: there is no scorer 3; near it are bright, colour"),
-        ({"bright": {"scal": 1}}, "bright.scal: scorer bright has no such setting (did you mean scale?); it has scale"),
+        ({"brigt": {}}, "brigt: there is no scorer 'brigt'; did you mean bright? (for a name of your own add `by`)"),
+        ({"a": {"by": 3}}, "a: there is no scorer 3; there are bright, colour"),
+        ({"bright": {"scal": 1}}, "bright.scal: scorer bright has no such setting; did you mean scale?"),
         ({"bright": {"scale": "x"}}, "bright.scale: Input should be a valid number"),
         ({"Bright": {}}, "String should match pattern"),
         (
