@@ -75,19 +75,26 @@ def names(config: StageConfig) -> dict[str, Any]:
 
 def content(config: StageConfig) -> dict[str, Any]:
     """The settings that decide a stage's output: its config as plain data, without `run` and the fields marked `Naming`."""
-    settings = config.model_dump(mode="json", exclude={RUN} | _named(config))
-    known = {name: value for name, value in settings.items() if name not in config.LATER or value != config.LATER[name]}
-    return config.decisive(known)
+    return config.decisive(_settings(config))
 
 
 def cost(config: StageConfig) -> dict[str, Any]:
-    """The settings that decide the time of a step or clip: `content` without inputs and costless fields, and the costly ones of `run`."""
+    """The settings that decide the time of a step or clip, as a run records them.
+
+    They are without inputs and costless fields, and with the costly ones of `run`.
+    """
     costless: frozenset[str] = getattr(config, "COSTLESS", frozenset())
     run = getattr(config, RUN, None)
     settings = {
-        name: value for name, value in content(config).items() if name not in costless | inputs_of(config).keys()
+        name: value for name, value in _settings(config).items() if name not in costless | inputs_of(config).keys()
     }
     return settings | ({} if run is None else {RUN: run.model_dump(mode="json", include=run.COSTLY)})
+
+
+def _settings(config: StageConfig) -> dict[str, Any]:
+    """A config as plain data, without `run`, the fields marked `Naming`, and later keys by which nothing changes."""
+    settings = config.model_dump(mode="json", exclude={RUN} | _named(config))
+    return {name: value for name, value in settings.items() if name not in config.LATER or value != config.LATER[name]}
 
 
 def _named(config: StageConfig) -> set[str]:

@@ -147,8 +147,8 @@ def test_the_command_finds_clips_by_their_keys(tmp_path: Path, capsys: pytest.Ca
     for arguments, says in (
         (["nobody", "--column", column_of(url)], "no sample nobody"),
         ([key], "choose one by --column"),
-        ([], "name a clip's key, a picture or --text WORDS, and one of them"),
-        ([key, "--text", "a dog"], "name a clip's key, a picture or --text WORDS, and one of them"),
+        ([], "name one of a clip's key, a picture and --text WORDS"),
+        ([key, "--text", "a dog"], "name one of a clip's key, a picture and --text WORDS"),
         (["--text", "a dog", "--column", column_of(url)], "made by `made-up`, which encodes no texts"),
     ):
         code, _, said = run(capsys, url, *arguments)

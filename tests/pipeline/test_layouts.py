@@ -210,10 +210,13 @@ def test_tars_of_one_name_are_not_taken_for_each_other(tmp_path: Path) -> None:
     tar_of(other / "a-b.tar", [("x.mp4", b"3"), ("x.txt", b"other")])
     (theirs / "folder.tar").mkdir()
     assert sorted(videos_of(theirs, manifest)) == [(b"1", "a, b"), (b"2", "a-b")]
-    assert videos_of(other, manifest) == [(b"3", "other")]
+    with pytest.raises(UserError, match=r"list-videos: has something else in it; name a new folder"):
+        videos_of(other, manifest)
+    other_manifest = tmp_path / "other.jsonl"
+    assert videos_of(other, other_manifest) == [(b"3", "other")]
     # corrected, of the same size, and imported again
     tar_of(other / "a-b.tar", [("x.mp4", b"3"), ("x.txt", b"again")])
-    assert videos_of(other, manifest) == [(b"3", "again")]
+    assert videos_of(other, other_manifest) == [(b"3", "again")]
 
 
 def test_a_tar_that_is_cut_or_damaged_or_has_holes_loses_no_video_silently(tmp_path: Path) -> None:
@@ -232,7 +235,7 @@ def test_a_tar_that_is_cut_or_damaged_or_has_holes_loses_no_video_silently(tmp_p
         folder.mkdir()
         (folder / "0.tar").write_bytes(damaged)
         with pytest.raises(UserError, match=r"0\.tar: not a readable tar \(.+\); download it again"):
-            chosen.write_manifest(str(folder), "webdataset", str(tmp_path / "list.jsonl"))
+            chosen.write_manifest(str(folder), "webdataset", str(tmp_path / f"{number}.jsonl"))
 
 
 @pytest.mark.parametrize("name", ["a\0.mp4", "\ud800.mp4", "a" * 5000])
