@@ -57,6 +57,7 @@ def browse(
     make the same view in a recipe.
     """
     import secrets
+    from contextlib import suppress
     from dataclasses import replace
 
     from longtake.datasets.errors import UserError
@@ -86,7 +87,7 @@ def browse(
             guard.tickets.clear()
             if not no_open:
                 click.echo("no browser here; open the address above", err=True)
-        try:
+        # a Ctrl-C that comes while it answers ends it without the exception
+        with suppress(KeyboardInterrupt):
             server.server_of(guard).run(sockets=[listener])
-        except KeyboardInterrupt:
-            click.echo("closed")
+        click.echo("closed")

@@ -338,7 +338,7 @@ def test_the_stage_writes_the_same_bytes_for_any_number_of_workers_and_goes_on(
             cache_tokens.run(config(folder, **changed), inputs, output)
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_killed_at_any_moment_it_ends_with_the_same_bytes(
     root: str,
     folder: str,

@@ -370,7 +370,7 @@ def test_more_pairs_than_memory_holds_are_refused_with_their_remedy(
         dedup.semantic(clusters.pair_tables(record, 0.9), np.arange(400), 0.9)
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 @pytest.mark.usefixtures("ray_session")
 def test_killed_on_one_worker_and_continued_on_four_it_has_the_bytes_of_no_worker(
     tmp_path: Path, hashes: Hashes, monkeypatch: pytest.MonkeyPatch
