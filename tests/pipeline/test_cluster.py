@@ -1,4 +1,4 @@
-"""Clusters, and pairs of clips that look alike: against brute force, in crowds, after kills. Ray in the slow test alone."""
+"""Clusters, and pairs of clips that look alike: against brute force, in crowds, after kills. Ray in the long test alone."""
 
 import json
 import os
@@ -32,9 +32,9 @@ ROUNDING = 1e-4  # of cosines of float16 vectors that were rounded twice
 
 @pytest.fixture(autouse=True)
 def quick(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Many jobs for few clips, without Ray but in the slow test."""
+    """Many jobs for few clips, without Ray but in the long test."""
     monkeypatch.setattr(clustering, "_PART_CLIPS", 64)
-    if "slow" not in request.keywords:
+    if "soak" not in request.keywords:
         monkeypatch.setattr(columns, "make", vectored.make_here)
 
 
