@@ -73,6 +73,7 @@ def is_torchscript(data: bytes) -> bool:
     try:
         with zipfile.ZipFile(io.BytesIO(data)) as archive:
             return any(PurePosixPath(name).name == "constants.pkl" for name in archive.namelist())
+    # the third where an archive asks for a later version of zip
     except (zipfile.BadZipFile, ValueError, NotImplementedError):
         return False
 
@@ -98,6 +99,7 @@ def load_torchscript(data: bytes, source: str, device: "torch.device | str") -> 
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", DeprecationWarning)  # the published I3D comes in no other format
             return torch.jit.load(io.BytesIO(data), map_location=device)
+    # the third where a member is packed in a way that zipfile does not know
     except (RuntimeError, zipfile.BadZipFile, NotImplementedError, OSError) as e:
         why = str(e).strip().splitlines()[0][:120] if str(e).strip() else type(e).__name__
         raise UserError(f"{source}: not a TorchScript archive ({why})") from None
