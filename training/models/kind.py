@@ -60,6 +60,7 @@ class Kind(NamedTuple):
                the names of its `generator.Settings` that have an effect
     answer     `answer(folder)` returns the function of videos, uint8 (B, T, H, W, 3), that is served; None for a generator,
                and for a kind that fills gaps
+    measures   names of measures that only such models have (see `longtake.training.evaluation.measures`)
     complete   `complete(uri, facts)` adds to a config.json what its own library says of a model that was not trained here;
                None: there are none
     """
@@ -74,3 +75,4 @@ class Kind(NamedTuple):
     accepts: frozenset[str] = frozenset()
     answer: Callable[[str], Callable[[np.ndarray], np.ndarray]] | None = None
     complete: Callable[[str, Mapping[str, Any]], Mapping[str, Any]] | None = None
+    measures: frozenset[str] = frozenset()

@@ -1,0 +1,94 @@
+"""What measures are given of a model: held-out clips, and what the model makes, each made once and kept."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple, Protocol
+
+from torch import Tensor
+
+from longtake.training.evaluation.subject import Subject
+from longtake.training.evaluation.suite import Suite, Videos
+from longtake.training.metrics.classifier import Classifier
+from longtake.training.metrics.features import FeatureNetwork
+from longtake.training.metrics.perceptual import Perceptual
+
+
+class Clip(NamedTuple):
+    """A held-out clip: `video` is uint8 (1, 3, T, H, W) of the suite's size and rate, on the model's device."""
+
+    unit: str  # its source
+    key: str
+    video: Tensor
+    fps: float
+    caption: str | None
+
+
+class Generated(NamedTuple):
+    """A generated video.
+
+    unit      its prompt, or itself where there are none
+    key       of it among the model's videos
+    frames    `frames()` reads it again from the disk: chunks uint8 (1, 3, t, H, W) of the suite's size and rate
+    joints    numbers of the frames at which another window, segment or clip begins, at the suite's rate
+    seconds   that it took to make
+    file      an mp4 to look at, in the evaluation's folder
+    """
+
+    unit: str
+    key: str
+    seed: int
+    prompt: str | None
+    length: int
+    frames: Frames
+    joints: Sequence[int]
+    seconds: float
+    file: str
+
+
+class Frames(Protocol):
+    def __call__(self, chunk: int = 16) -> Iterator[Tensor]: ...
+
+
+class Filled(NamedTuple):
+    """A gap that a model has filled, or that was cut out of a held-out clip: `made` and the frames beside it are uint8."""
+
+    clip: Clip
+    begin: int
+    made: Tensor  # (1, 3, gap, H, W)
+
+
+class Retrieved(NamedTuple):
+    """Frames that a model retrieved from its memory of a held-out clip, and those that its autoencoder alone keeps."""
+
+    clip: Clip
+    source: Tensor  # uint8 (1, 3, t, H, W)
+    made: Tensor
+    bound: Tensor
+
+
+class Material(Protocol):
+    """All that is the same for the models of an evaluation, and the doors to what each of them makes.
+
+    What is slow to make is kept in the evaluation's folder under the digests of the model and of what was asked of it; so an
+    evaluation that was stopped goes on, and measures share it.
+    """
+
+    @property
+    def suite(self) -> Suite: ...
+
+    def clips(self) -> Iterator[Clip]: ...
+
+    def reconstructed(self, subject: Subject) -> Iterator[tuple[Clip, Tensor]]: ...
+
+    def generated(self, subject: Subject, videos: Videos) -> Iterator[Generated]: ...
+
+    def filled(self, subject: Subject) -> Iterator[Filled]: ...
+
+    def retrieved(self, subject: Subject) -> Iterator[Retrieved]: ...
+
+    def features(self, name: str = "features") -> FeatureNetwork: ...
+
+    def classifier(self) -> Classifier: ...
+
+    def perceptual(self) -> Perceptual: ...

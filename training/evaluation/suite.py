@@ -1,0 +1,107 @@
+"""Suites: which clips, videos and measures an evaluation has. Data, in YAML; light to import."""
+
+from typing import Any, Literal
+
+from pydantic import Field, model_validator
+
+from longtake.datasets.stage import StageConfig
+
+Seeds = tuple[int, ...]
+
+
+class Clips(StageConfig):
+    """The held-out clips that everything is measured on or compared with.
+
+    frames    of a clip
+    fps       frames a second, which videos of other rates are sampled at; null is the dataset's
+    size      height and width, which videos of other sizes are scaled and cropped to
+    most      clips, at most: the same random ones for every model
+    """
+
+    frames: int = Field(17, ge=1)
+    fps: float | None = Field(None, gt=0, le=1000)
+    size: tuple[int, int] = (64, 64)
+    most: int = Field(256, ge=1)
+
+
+class Videos(StageConfig):
+    """Videos that a generator makes: one for each prompt and seed.
+
+    frames    of each; null where seconds says it
+    seconds   of each, in place of frames
+    seeds     of their draws
+    """
+
+    frames: int | None = Field(None, ge=1)
+    seconds: float | None = Field(None, gt=0)
+    seeds: Seeds = tuple(range(16))
+
+    @model_validator(mode="after")
+    def _one(self) -> "Videos":
+        if (self.frames is None) == (self.seconds is None):
+            raise ValueError("videos: give frames or seconds, one of them")
+        return self
+
+
+class Gaps(StageConfig):
+    """Gaps in the middle of held-out clips, for models that fill them.
+
+    frames    of a gap
+    context   frames that are shown on each side
+    """
+
+    frames: int = Field(8, ge=1)
+    context: int = Field(4, ge=1)
+
+
+class Networks(StageConfig):
+    """Networks that the user brings; a measure that needs one that is not named is left out, and the table says so.
+
+    features     of videos or frames, for Fréchet and kernel distances
+    debiased     a second one for the content-debiased distance, such as of VideoMAE (arXiv 2404.12391)
+    classifier   for IS, CCS and ICS
+    perceptual   for LPIPS
+    linear       its learned weights
+    dual         folder of an encoder of pictures and texts, such as CLIP, for the agreement with the prompt
+    embedder     folder of an image encoder, for CLIP-RS
+    """
+
+    features: str | None = None
+    debiased: str | None = None
+    classifier: str | None = None
+    perceptual: str | None = None
+    linear: str | None = None
+    dual: str | None = None
+    embedder: str | None = None
+
+
+class Suite(StageConfig):
+    """What an evaluation does with each model.
+
+    what        a line for people
+    clips       the held-out clips
+    videos      lengths and seeds of generated videos; empty: none are made
+    prompts     what they show, for models that take prompts; null: the captions of the held-out clips, where there are any
+    settings    of generators, over their own
+    gaps        for models that fill gaps
+    seconds     of a video that a model retrieves from its memory
+    chunk       frames of a part of a long video, for what is measured part by part
+    measures    names of measures; null: all that the models and the networks allow
+    resamples   of the bootstrap
+    seed        of the choice of clips, of noise and of the bootstrap
+    """
+
+    what: str = ""
+    clips: Clips = Clips()
+    videos: tuple[Videos, ...] = (Videos(frames=17),)
+    prompts: tuple[str, ...] | None = None
+    settings: dict[str, Any] = Field(default_factory=dict)
+    gaps: Gaps = Gaps()
+    seconds: float = Field(5.0, gt=0)
+    chunk: int = Field(16, ge=2)
+    measures: tuple[str, ...] | None = None
+    resamples: int = Field(1000, ge=100)
+    seed: int = Field(0, ge=0)
+
+
+Aspect = Literal["reconstructs", "generates", "retrieves", "fills"]
