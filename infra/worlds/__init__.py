@@ -19,7 +19,7 @@ class Video(NamedTuple):
     """A video of a world, a pure function of its seed.
 
     frames    uint8 RGB (T, H, W, 3), drawn as they are read
-    count     how many
+    length    how many
     fps       of them
     caption   what is to be seen, in words
     label     its class
@@ -29,7 +29,7 @@ class Video(NamedTuple):
     """
 
     frames: Iterator[npt.NDArray[np.uint8]]
-    count: int
+    length: int
     fps: int
     caption: str
     label: str
