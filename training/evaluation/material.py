@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple, Protocol
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol
 
 from torch import Tensor
 
 from longtake.training.evaluation.subject import Subject
-from longtake.training.evaluation.suite import Suite, Videos
+from longtake.training.evaluation.suite import Networks, Suite, Videos
 from longtake.training.metrics.classifier import Classifier
 from longtake.training.metrics.features import FeatureNetwork
 from longtake.training.metrics.perceptual import Perceptual
+from longtake.training.models.generator import Generator, Infiller, Retriever
+
+if TYPE_CHECKING:
+    from longtake.training.evaluation.made import Made
 
 
 class Clip(NamedTuple):
@@ -31,7 +36,7 @@ class Generated(NamedTuple):
     key       of it among the model's videos
     frames    `frames()` reads it again from the disk: chunks uint8 (1, 3, t, H, W) of the suite's size and rate
     joints    numbers of the frames at which another window, segment or clip begins, at the suite's rate
-    seconds   that it took to make
+    seconds   that it took to make; nan where it was made in more than one go
     file      an mp4 to look at, in the evaluation's folder
     """
 
@@ -59,7 +64,10 @@ class Filled(NamedTuple):
 
 
 class Retrieved(NamedTuple):
-    """Frames that a model retrieved from its memory of a held-out clip, and those that its autoencoder alone keeps."""
+    """Frames that a model retrieved from its memory of a held-out clip, and those that its autoencoder alone keeps.
+
+    `clip.video` is `source`.
+    """
 
     clip: Clip
     source: Tensor  # uint8 (1, 3, t, H, W)
@@ -75,20 +83,47 @@ class Material(Protocol):
     """
 
     @property
-    def suite(self) -> Suite: ...
+    def suite(self) -> Suite:
+        """Its `clips.fps` is a number."""
 
     def clips(self) -> Iterator[Clip]: ...
 
-    def reconstructed(self, subject: Subject) -> Iterator[tuple[Clip, Tensor]]: ...
+    def reconstructed(self, subject: Subject) -> Iterator[tuple[Clip, Tensor]]:
+        """Clips, and their reconstructions from all frames, uint8 (1, 3, T, H, W)."""
 
     def generated(self, subject: Subject, videos: Videos) -> Iterator[Generated]: ...
 
-    def filled(self, subject: Subject) -> Iterator[Filled]: ...
+    def filled(self, subject: Subject) -> Iterator[Filled]:
+        """Clips of `gaps.context` frames, a gap, and `gaps.context` frames."""
 
-    def retrieved(self, subject: Subject) -> Iterator[Retrieved]: ...
+    def retrieved(self, subject: Subject) -> Iterator[Retrieved]:
+        """Clips of up to `suite.seconds`, as much of them as the memory holds, at the suite's rate."""
 
-    def features(self, name: str = "features") -> FeatureNetwork: ...
+    def generator(self, subject: Subject) -> Generator: ...
+
+    def infiller(self, subject: Subject) -> Infiller: ...
+
+    def retriever(self, subject: Subject) -> Retriever: ...
+
+    def features(self, name: Literal["features", "debiased"] = "features") -> FeatureNetwork: ...
 
     def classifier(self) -> Classifier: ...
 
     def perceptual(self) -> Perceptual: ...
+
+    def folder(self, name: Literal["dual", "embedder"]) -> str:
+        """The folder of an encoder that the user names."""
+
+
+def of(dataset: str, view: str | None, suite: Suite, networks: Networks, folder: Path) -> Made:
+    """The material of an evaluation, whose suite has got the dataset's rate where it has none.
+
+    Args:
+        folder: where it keeps what models make.
+
+    Raises:
+        UserError: no such dataset or view; no held-out clips.
+    """
+    from longtake.training.evaluation.made import Made  # which makes what is described here
+
+    return Made(dataset, view, suite, networks, folder)

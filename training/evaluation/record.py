@@ -1,7 +1,7 @@
 """What a measure finds out about a model, before any mean is taken: by source, so that errors can be told. Plain data."""
 
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 Unit = (
     str  # what the bootstrap draws: a source of held-out clips, or a prompt of generated videos, or a video by itself
@@ -13,10 +13,12 @@ class Pooled(NamedTuple):
 
     value        of all
     replicates   the same of each resample of the units, in the order of `bootstrap.draws`, so that models pair
+    units        how many there are; 0: as many as sources among the clips
     """
 
     value: float
     replicates: Sequence[float]
+    units: int = 0
 
 
 class Result(NamedTuple):
@@ -32,3 +34,28 @@ class Result(NamedTuple):
     pooled: Mapping[str, Pooled] = {}
     curves: Mapping[str, Mapping[float, Mapping[Unit, float]]] = {}
     notes: Sequence[str] = ()
+
+
+def plain(result: Result) -> dict[str, Any]:
+    """A result for JSON: rows as [unit, key, figures], curves as [position, means by unit]."""
+    return {
+        "rows": [[*place, dict(figures)] for place, figures in result.rows.items()],
+        "pooled": {
+            name: pooled._asdict() | {"replicates": list(pooled.replicates)} for name, pooled in result.pooled.items()
+        },
+        "curves": {
+            name: [[position, dict(units)] for position, units in curve.items()]
+            for name, curve in result.curves.items()
+        },
+        "notes": list(result.notes),
+    }
+
+
+def parsed(content: Mapping[str, Any]) -> Result:
+    """The result that `plain` has written. Raises ValueError, KeyError, TypeError for anything else."""
+    return Result(
+        {(unit, key): figures for unit, key, figures in content["rows"]},
+        {name: Pooled(**pooled) for name, pooled in content["pooled"].items()},
+        {name: {float(at): units for at, units in curve} for name, curve in content["curves"].items()},
+        content["notes"],
+    )

@@ -25,7 +25,7 @@ class Clips(StageConfig):
 
 
 class Videos(StageConfig):
-    """Videos that a generator makes: one for each prompt and seed.
+    """Videos that a generator makes: one for each prompt and seed; without prompts of the suite, one for each seed.
 
     frames    of each; null where seconds says it
     seconds   of each, in place of frames
@@ -48,10 +48,12 @@ class Gaps(StageConfig):
 
     frames    of a gap
     context   frames that are shown on each side
+    draws     times that each is filled, for their diversity
     """
 
     frames: int = Field(8, ge=1)
     context: int = Field(4, ge=1)
+    draws: int = Field(2, ge=1)
 
 
 class Networks(StageConfig):
@@ -81,7 +83,8 @@ class Suite(StageConfig):
     what        a line for people
     clips       the held-out clips
     videos      lengths and seeds of generated videos; empty: none are made
-    prompts     what they show, for models that take prompts; null: the captions of the held-out clips, where there are any
+    prompts     what they show, for models that take prompts; null: the captions of the held-out clips, where there are any,
+                a seed each
     settings    of generators, over their own
     gaps        for models that fill gaps
     seconds     of a video that a model retrieves from its memory

@@ -14,7 +14,10 @@ if TYPE_CHECKING:
     from longtake.training.evaluation.material import Material
     from longtake.training.evaluation.subject import Subject
 
-MEASURES: dict[str, str] = {}  # name -> module
+MEASURES: dict[str, str] = {  # name -> module
+    "lpips": "longtake.training.evaluation.measures.lpips",
+    "reconstruction": "longtake.training.evaluation.measures.reconstruction",
+}
 
 
 class Measure(NamedTuple):

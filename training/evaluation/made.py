@@ -1,0 +1,405 @@
+"""What models make for an evaluation: reconstructed, generated, filled and retrieved frames, each made once and kept."""
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import fields, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from longtake.datasets.errors import UserError
+from longtake.training.engines import device
+from longtake.training.evaluation import clips as heldout
+from longtake.training.evaluation import videos as files
+from longtake.training.evaluation.clips import Heldout, Part, frames_needed, listing, ticks
+from longtake.training.evaluation.material import Clip, Filled, Generated, Retrieved
+from longtake.training.evaluation.networks import Brought
+from longtake.training.evaluation.subject import Subject
+from longtake.training.evaluation.suite import Aspect, Networks, Suite, Videos
+from longtake.training.metrics.classifier import Classifier
+from longtake.training.metrics.features import FeatureNetwork
+from longtake.training.metrics.perceptual import Perceptual
+from longtake.training.models.common.codec import reconstruct_video
+from longtake.training.models.generator import (
+    Gap,
+    Generator,
+    Infiller,
+    Request,
+    Retriever,
+    Scene,
+    Settings,
+    check_requests,
+    plain,
+    with_changes,
+)
+
+Frames = Iterable[np.ndarray]
+
+
+class Wanted(NamedTuple):
+    """A video that a generator is asked for: the number of its prompt among the suite's, its request, and its class by name."""
+
+    prompt: int | None
+    request: Request
+    class_name: str | None
+
+    @property
+    def words(self) -> str | None:
+        return self.request.story[0][1].prompt
+
+
+class Made:
+    """The material of a dataset and a suite (see `Material`), which keeps what models make in `home`."""
+
+    def __init__(self, dataset: str, view: str | None, suite: Suite, networks: Networks, home: Path) -> None:
+        self._heldout = Heldout(dataset, view)
+        self.fps, self.size = float(suite.clips.fps or self._heldout.fps), suite.clips.size
+        self.suite = suite.model_copy(update={"clips": suite.clips.model_copy(update={"fps": self.fps})})
+        self.home, self.brought = home, Brought(networks, self.suite.clips)
+        self._door: tuple[str, str, Any] = ("", "", None)
+        self._shown: dict[str, dict[str, Any]] = {}  # by folder
+        self._notes: dict[str, None] = {}
+        gap = suite.gaps.frames + 2 * suite.gaps.context
+        self._frames: dict[Aspect, int] = {  # of the clips that models of each aspect are shown
+            "reconstructs": suite.clips.frames,
+            "generates": suite.clips.frames,
+            "fills": gap,
+            "retrieves": round(suite.seconds * self.fps),
+        }
+        self._parts: dict[int, list[Part]] = {}
+
+    # held-out clips
+
+    def parts(self, aspect: Aspect) -> list[Part]:
+        """The clips for what models of an aspect do. UserError where there is none."""
+        frames = self._frames[aspect]
+        if frames not in self._parts:
+            clips = self.suite.clips
+            self._parts[frames] = self._heldout.chosen(frames / self.fps, clips.size, clips.most, self.suite.seed)
+        if not self._parts[frames]:
+            height, width = self.size
+            raise UserError(
+                f"dataset: {self._heldout.dataset}: no held-out clip has {frames} frames of {height}x{width} at"
+                f" {self.fps:g} a second: {self._heldout.longest()}; change the suite"
+            )
+        return self._parts[frames]
+
+    def conditions(self, aspect: Aspect) -> dict[str, Any]:
+        """What the figures of models of an aspect are measured on."""
+        parts = self.parts(aspect)
+        return {
+            "dataset": heldout.where(self._heldout.dataset),
+            "view": self._heldout.view_digest[:12],
+            "split": heldout.SPLIT,
+            "listing": listing(parts, [self._caption(part, self._frames[aspect]) for part in parts])[:12],
+            "clips": len(parts),
+            "sources": len({part.source for part in parts}),
+            "frames": self._frames[aspect],
+            "fps": self.fps,
+            "size": list(self.size),
+            "seed": self.suite.seed,
+        }
+
+    def clips(self) -> Iterator[Clip]:
+        """The held-out clips."""
+        for part in self.parts("reconstructs"):
+            yield self._clip(part, self.suite.clips.frames)
+
+    def _clip(self, part: Part, count: int) -> Clip:
+        frames = self._heldout.frames(part, count, self.fps, self.size)
+        video = files.tensor_of(frames, device())
+        return Clip(part.source, part.key, video, self.fps, self._caption(part, count))
+
+    def _caption(self, part: Part, count: int) -> str | None:
+        return self._heldout.caption(part, count / self.fps)
+
+    # what models make
+
+    def reconstructed(self, subject: Subject) -> Iterator[tuple[Clip, Tensor]]:
+        """Held-out clips and their reconstructions."""
+        for part in self.parts("reconstructs"):
+            clip = self._clip(part, self.suite.clips.frames)
+            made = self._kept(
+                subject, {"reconstruct": self._asked(part, "reconstructs")}, self.fps,
+                partial(self._reconstruct, subject, clip), {"key": clip.key, "aspect": "reconstructs"},
+            )  # fmt: skip
+            yield clip, files.tensor_of(made.frames(), device())
+
+    def _reconstruct(self, subject: Subject, clip: Clip, folder: Path) -> Iterator[np.ndarray]:
+        source = clip.video[0].permute(1, 2, 3, 0).cpu().numpy()
+        with _refusing(subject.uri):
+            for _, copies in reconstruct_video(subject.module, source):
+                yield from copies
+
+    def generated(self, subject: Subject, videos: Videos) -> Iterator[Generated]:
+        """Videos of a generator, one for each prompt and seed."""
+        generator = self.generator(subject)
+        settings = self.settings(generator.settings, generator.accepts)
+        length = videos.frames or max(1, round((videos.seconds or 0) * self.fps))
+        wanted = self._wanted(generator, videos)
+        rate = generator.fps
+        with _refusing(subject.uri):
+            check_requests(generator, [each.request for each in wanted], settings)
+            frames = generator.frames_of_seconds(frames_needed(length, self.fps, rate) / rate, rate)
+            joints = [math.ceil(joint * self.fps / rate - 1e-6) for joint in generator.joints(frames, settings)]
+        for each in wanted:
+            seed, scene = each.request.seed, each.request.story[0][1]
+            key = f"{length}f{'' if each.prompt is None else f'-p{each.prompt:03d}'}-s{seed}"
+            asked = {
+                "generate": list(scene),
+                "seed": seed,
+                "frames": frames,
+                "settings": plain(settings, generator.accepts),
+            }
+            facts = {"key": key, "aspect": "generates", "seed": seed, "prompt": each.words, "class": each.class_name}
+            make = partial(self._generate, subject, generator, each.request, frames, settings)
+            made = self._kept(subject, asked, rate, make, facts)
+            yield Generated(
+                each.words or key, key, seed, each.words, length, partial(self._read, made, length),
+                [joint for joint in joints if joint < length], math.nan if (took := made.facts["seconds"]) is None else took,
+                self._place(made),
+            )  # fmt: skip
+
+    def _generate(
+        self, subject: Subject, generator: Generator, request: Request, frames: int, settings: Settings, folder: Path
+    ) -> Iterator[np.ndarray]:
+        with _refusing(subject.uri):
+            for chunk in generator.videos([request], frames, settings, folder=str(folder)):
+                yield from chunk[0]
+
+    def _wanted(self, generator: Generator, videos: Videos) -> list[Wanted]:
+        """A request for each prompt and seed; without the suite's own prompts, for each seed the next caption or class."""
+        if "prompt" in generator.accepts and self.suite.prompts:
+            return [
+                Wanted(number, Request(seed, [(0.0, Scene(prompt=prompt))]), None)
+                for number, prompt in enumerate(self.suite.prompts)
+                for seed in videos.seeds
+            ]
+        texts = list(filter(None, self._captions())) if "prompt" in generator.accepts else []
+        wanted = []
+        for number, seed in enumerate(videos.seeds):
+            if texts:
+                scene, name = Scene(prompt=texts[number % len(texts)]), None
+            elif generator.classes:
+                scene = Scene(class_id=number % len(generator.classes))
+                name = generator.classes[scene.class_id]
+            else:
+                scene, name = Scene(), None
+            wanted.append(Wanted(None, Request(seed, [(0.0, scene)]), name))
+        return wanted
+
+    def _captions(self) -> Iterator[str | None]:
+        return (self._caption(part, self._frames["generates"]) for part in self.parts("generates"))
+
+    def filled(self, subject: Subject) -> Iterator[Filled]:
+        """Gaps in the middle of held-out clips, filled; each clip comes once for each draw."""
+        infiller = self.infiller(subject)
+        settings = with_changes(infiller.settings, _known(self.suite.settings, infiller.settings))
+        context, gap = self.suite.gaps.context, self.suite.gaps.frames
+        beside, inside = _gap_at(self, infiller)
+        common = {"beside": beside, "inside": inside, "settings": _plain(settings)}
+        for part in self.parts("fills"):
+            clip = self._clip(part, self._frames["fills"])
+            prompt = clip.caption if infiller.takes_prompts else None
+            for seed in range(self.suite.seed, self.suite.seed + self.suite.gaps.draws):
+                asked = common | {"fill": self._asked(part, "fills"), "prompt": prompt, "seed": seed}
+                facts = {"key": clip.key, "aspect": "fills", "prompt": prompt, "seed": seed}
+                make = partial(self._fill, subject, infiller, part, prompt, seed, settings)
+                made = self._kept(subject, asked, infiller.fps, make, facts)
+                yield Filled(clip, context, torch.cat(list(self._read(made, gap)), 2))
+
+    def _fill(
+        self,
+        subject: Subject,
+        infiller: Infiller,
+        part: Part,
+        prompt: str | None,
+        seed: int,
+        settings: Any,
+        folder: Path,
+    ) -> Iterator[np.ndarray]:
+        beside, inside = _gap_at(self, infiller)
+        after = max(0.0, self.suite.gaps.context / self.fps - beside / infiller.fps)
+        frames = self._heldout.frames(part, 2 * beside + inside, infiller.fps, infiller.size, after)
+        shown = np.stack(list(frames))
+        gap = Gap(shown[:beside], shown[beside + inside :], inside, prompt)
+        with _refusing(subject.uri):
+            if prompt is not None:
+                infiller.check_prompts([prompt])
+            yield from next(infiller.fill([gap], seed, settings))
+
+    def retrieved(self, subject: Subject) -> Iterator[Retrieved]:
+        """Frames of held-out clips, retrieved from a model's memory of them."""
+        retriever = self.retriever(subject)
+        settings = replace(retriever.settings, **_known(self.suite.settings, retriever.settings))
+        count = frames_needed(self._frames["retrieves"], self.fps, retriever.fps)
+        if not (holds := retriever.holds(count)):
+            raise UserError(
+                f"{subject.uri}: {self.suite.seconds:g} s are too few for a memory; raise the suite's seconds"
+            )
+        for part in self.parts("retrieves"):
+            clips = []
+            for name in ("made", "bound"):
+                asked: dict[str, Any] = {
+                    "retrieve": self._asked(part, "retrieves"),
+                    "part": name,
+                    "settings": _plain(settings),
+                }
+                asked |= {"seed": self.suite.seed, "frames": holds}
+                facts = {"key": part.key, "aspect": "retrieves", "part": name}
+                make = partial(self._retrieve, subject, retriever, part, holds, settings, name)
+                clips.append(self._kept(subject, asked, retriever.fps, make, facts))
+            frames = sum(tick < clips[0].facts["frames"] for tick in self._ticks(retriever.fps))
+            clip = self._clip(part, frames)
+            made, bound = (torch.cat(list(self._read(each, frames)), 2) for each in clips)
+            yield Retrieved(clip, clip.video, made, bound)
+
+    def _ticks(self, rate: float) -> list[int]:
+        return ticks(self._frames["retrieves"], self.fps, rate)
+
+    def _retrieve(
+        self,
+        subject: Subject,
+        retriever: Retriever,
+        part: Part,
+        count: int,
+        settings: Settings,
+        name: str,
+        folder: Path,
+    ) -> Iterator[np.ndarray]:
+        shown = np.stack(list(self._heldout.frames(part, count, retriever.fps, retriever.size)))
+        with _refusing(subject.uri):
+            found = retriever.recall(shown, count - 1, self.suite.seed, settings)
+        yield from found[("made", "bound").index(name)]
+
+    # the doors of a model, one model at a time
+
+    def generator(self, subject: Subject) -> Generator:
+        """Raises UserError where the model cannot be used here, such as without its text encoder."""
+        made: Generator = self._opened(subject, "generator")
+        return made
+
+    def infiller(self, subject: Subject) -> Infiller:
+        made: Infiller = self._opened(subject, "infiller")
+        return made
+
+    def retriever(self, subject: Subject) -> Retriever:
+        made: Retriever = self._opened(subject, "retriever")
+        return made
+
+    def _opened(self, subject: Subject, name: Literal["generator", "infiller", "retriever"]) -> Any:
+        if self._door[:2] != (subject.digest, name):
+            make = getattr(subject.kind, name)
+            self._door = (subject.digest, name, make(subject.uri, subject.module, subject.facts, None, torch.float32))
+        self._note(self._door[2])
+        return self._door[2]
+
+    def _note(self, door: Generator | Infiller | Retriever) -> None:
+        """Say where a model's videos are not of the suite's rate or size."""
+        if abs(door.fps - self.fps) > 1e-6:
+            self._notes[f"{door.fps:g} frames a second, sampled at the suite's {self.fps:g}"] = None
+        if tuple(door.size) != tuple(self.size):
+            ours, theirs = (f"{size[0]}x{size[1]}" for size in (self.size, door.size))
+            self._notes[f"frames of {theirs}, scaled and cropped to the suite's {ours}"] = None
+
+    def settings(self, own: Settings, accepts: Iterable[str]) -> Settings:
+        """A generator's settings, with the suite's over them that it knows."""
+        known = {name: value for name, value in self.suite.settings.items() if name in set(accepts)}
+        return replace(own, **known)
+
+    # networks
+
+    def features(self, name: Literal["features", "debiased"] = "features") -> FeatureNetwork:
+        network: FeatureNetwork = getattr(self.brought, name)
+        return network
+
+    def classifier(self) -> Classifier:
+        return self.brought.classifier
+
+    def perceptual(self) -> Perceptual:
+        return self.brought.perceptual
+
+    def folder(self, name: Literal["dual", "embedder"]) -> str:
+        folder: str = getattr(self.brought, name)
+        return folder
+
+    # the disk
+
+    def told(self) -> tuple[list[dict[str, Any]], list[str]]:
+        """The videos that were given since this was last asked, with `key`, `file` and what was asked for; and notes."""
+        told = list(self._shown.values()), list(self._notes)
+        self._shown, self._notes = {}, {}
+        return told
+
+    def _asked(self, part: Part, aspect: Aspect) -> list[Any]:
+        return [part.key, part.row["sha256"], part.first, self._frames[aspect], self.fps, list(self.size)]
+
+    def _kept(
+        self,
+        subject: Subject,
+        asked: Mapping[str, Any],
+        fps: float,
+        make: Callable[[Path], Iterator[np.ndarray]],
+        facts: Mapping[str, Any],
+    ) -> files.Kept:
+        """What a model has made when it was asked so before; else it is made now."""
+        folder = self.home / subject.digest[:12] / files.key_of(asked)
+        found = files.find(folder)
+        if found is None:
+            parts = folder / "parts"
+            went_on = parts.exists()
+            torch.manual_seed(self.suite.seed)
+            found = files.keep(folder, make(parts), fps, {"asked": asked, **facts}, timed=not went_on)
+            files.forget(parts)
+        self._shown[str(folder)] = {**facts, "file": self._place(found)}
+        return found
+
+    def _place(self, kept: files.Kept) -> str:
+        return str((kept.folder / files.SHOWN).relative_to(self.home.parent))
+
+    def _read(self, kept: files.Kept, length: int, chunk: int = 16) -> Iterator[Tensor]:
+        """The first frames of a video at the suite's rate and size."""
+        frames = files.at(kept.frames(), length, self.fps, kept.fps)
+        for part in files.chunks_of(frames, chunk, device()):
+            yield files.fitted(part, self.size)
+
+
+def _gap_at(made: Made, infiller: Infiller) -> tuple[int, int]:
+    """How many frames at its rate an infiller sees on each side of a gap, and makes in it. UserError where it takes none."""
+    seconds = made.suite.gaps.context / made.fps
+    least, most = infiller.context
+    beside = min(most, math.floor(seconds * infiller.fps + 1e-6))
+    if beside < least:
+        needed = math.ceil(least / infiller.fps * made.fps - 1e-6)
+        raise UserError(
+            f"gaps: context: the model sees {least} frames at least; set the suite's gaps.context to {needed}"
+        )
+    return beside, max(1, round(made.suite.gaps.frames / made.fps * infiller.fps))
+
+
+def _plain(settings: Any) -> dict[str, Any]:
+    values = {field.name: getattr(settings, field.name) for field in fields(settings)}
+    return {
+        name: value if isinstance(value, int | float | str | None) else str(value) for name, value in values.items()
+    }
+
+
+def _known(changes: Mapping[str, Any], settings: Any) -> dict[str, Any]:
+    names = {field.name for field in fields(settings)}
+    return {name: value for name, value in changes.items() if name in names}
+
+
+@contextmanager
+def _refusing(uri: str) -> Iterator[None]:
+    """What a model refuses, as a line that begins with its name."""
+    try:
+        yield
+    except UserError:
+        raise
+    except ValueError as e:
+        raise UserError(f"{uri}: {e}") from e

@@ -1,0 +1,195 @@
+"""An evaluation: every measure of every model, each kept as it is done, so that one that was stopped goes on."""
+
+import hashlib
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from longtake.datasets import storage
+from longtake.datasets.errors import UserError
+from longtake.training.evaluation import measures, subject, table
+from longtake.training.evaluation.made import Made
+from longtake.training.evaluation.measures import MEASURES, Measure
+from longtake.training.evaluation.record import Result
+from longtake.training.evaluation.subject import Named, Subject
+from longtake.training.evaluation.suite import Networks, Suite
+from longtake.training.evaluation.table import Measured, Table
+
+RESULTS, VIDEOS, MODEL = "results", "videos", "model.json"
+
+
+class Task(NamedTuple):
+    """A measure, and the conditions of its figures in this evaluation."""
+
+    name: str
+    measure: Measure
+    conditions: Mapping[str, Any]
+
+    @property
+    def digest(self) -> str:
+        return hashlib.sha256(json.dumps(self.conditions, sort_keys=True).encode()).hexdigest()
+
+
+def evaluate(
+    models: Sequence[str],
+    dataset: str,
+    view: str | None,
+    suite: Suite,
+    networks: Networks,
+    folder: Path,
+    say: Callable[[str], object] = print,
+) -> Table:
+    """Measure models side by side on the held-out clips of a dataset.
+
+    What is done is kept in `folder` by model, measure and conditions, and not done again. The table has all models that
+    were measured there under these conditions, also by an earlier call; it is written as `evaluation.json`.
+
+    Args:
+        models: URIs or folders.
+        view: URL of a view of the dataset.
+        say: takes a line about what is done.
+
+    Raises:
+        UserError: no such model, dataset, view or measure; no held-out clip for the suite; a network of another interface.
+        Failure: damaged files.
+    """
+    _check(models, suite)
+    named = [subject.described(uri) for uri in models]
+    material = Made(dataset, view, suite, networks, folder / VIDEOS)
+    left_out: list[dict[str, str]] = []
+    tasks = _tasks(named, material, left_out)
+    for model in named:
+        place = folder / RESULTS / model.digest[:12]
+        loaded: Subject | None = None
+        for task in tasks:
+            if not _concerns(task.measure, task.name, model):
+                continue
+            path = place / f"{task.name}-{task.digest[:12]}.json"
+            if path.exists():
+                say(f"{model.uri}: {task.name}: is there")
+                continue
+            loaded = loaded or subject.load(model.uri)
+            say(f"{model.uri}: {task.name}")
+            try:
+                measured = _measured(task, loaded, material)
+            except UserError as e:
+                material.told()
+                left_out.append({"model": model.digest, "measure": task.name, "why": str(e)})
+                continue
+            storage.write(str(path), storage.canonical_json(table.plain(measured)))
+        storage.write(str(place / MODEL), storage.canonical_json(_facts(model)))
+        if not any(_concerns(task.measure, task.name, model) for task in tasks):
+            left_out.append({"model": model.digest, "measure": "all", "why": f"no measure is of a {model.kind.what}"})
+    made = _table(folder, named, tasks, left_out)
+    table.write(folder, made)
+    return made
+
+
+def _check(models: Sequence[str], suite: Suite) -> None:
+    if not models:
+        raise UserError("models: there are none; name one at least")
+    if unknown := [name for name in suite.measures or () if name not in MEASURES]:
+        raise UserError(f"measures: there is no {unknown[0]!r}; there are {', '.join(MEASURES)}")
+
+
+def _tasks(models: Sequence[Named], material: Made, left_out: list[dict[str, str]]) -> list[Task]:
+    """The measures that some model has, in their order; those that cannot be are left out for each such model."""
+    tasks = []
+    for name in material.suite.measures or MEASURES:
+        measure = measures.load(name)
+        concerned = [model.digest for model in models if _concerns(measure, name, model)]
+        if not concerned:
+            continue
+        if why := _hindrance(measure, material):
+            left_out += [{"model": digest, "measure": name, "why": why} for digest in concerned]
+        else:
+            tasks.append(Task(name, measure, _conditions(name, measure, material)))
+    return tasks
+
+
+def _hindrance(measure: Measure, material: Made) -> str:
+    """Why a measure cannot be here, if so."""
+    if missing := material.brought.missing(measure.networks):
+        return f"needs a network that is not named: {', '.join(missing)}"
+    try:
+        material.parts(measure.of)
+    except UserError as e:
+        return str(e)
+    return ""
+
+
+def _conditions(name: str, measure: Measure, material: Made) -> dict[str, Any]:
+    return {
+        **material.conditions(measure.of),
+        "measure": name,
+        "version": measure.version,
+        **measure.conditions(material.suite),
+        "networks": material.brought.record(measure.networks),
+        "resamples": material.suite.resamples,
+        **({"settings": material.suite.settings} if material.suite.settings else {}),
+    }
+
+
+def _concerns(measure: Measure, name: str, model: Named) -> bool:
+    return measure.of in subject.aspects(model.kind) and (not measure.own or name in model.kind.measures)
+
+
+def _measured(task: Task, model: Subject, material: Made) -> Measured:
+    material.told()
+    torch.manual_seed(material.suite.seed)
+    with torch.inference_mode():
+        result = task.measure.run(model, material)
+    videos, notes = material.told()
+    result = _finite(result, [*result.notes, *notes])
+    return Measured(
+        task.name, task.measure.what, task.measure.figures, model.digest, task.conditions, task.digest,
+        material.suite.resamples, material.suite.seed, videos, result,
+    )  # fmt: skip
+
+
+def _finite(result: Result, notes: Sequence[str]) -> Result:
+    """A result without the figures that are no numbers in some clip, and a note for each."""
+    odd = {name for row in result.rows.values() for name, value in row.items() if not math.isfinite(value)}
+    odd |= {name for name, pooled in result.pooled.items() if not math.isfinite(pooled.value)}
+    rows = {place: {n: v for n, v in row.items() if n not in odd} for place, row in result.rows.items()}
+    pooled = {name: each for name, each in result.pooled.items() if name not in odd}
+    curves = {
+        name: {
+            at: kept for at, units in curve.items() if (kept := {u: v for u, v in units.items() if math.isfinite(v)})
+        }
+        for name, curve in result.curves.items()
+    }
+    return Result(
+        rows, pooled, curves, [*notes, *(f"{name} is no finite number, and left out" for name in sorted(odd))]
+    )
+
+
+def _facts(model: Named) -> dict[str, Any]:
+    """What the table says of a model."""
+    return {
+        "uri": model.uri,
+        "pinned": model.pinned,
+        "digest": model.digest,
+        "what": model.kind.what,
+        "settings": model.facts.get("sampling") or {},
+        "notes": [],
+    }
+
+
+def _table(folder: Path, named: Sequence[Named], tasks: Sequence[Task], left_out: Sequence[Mapping[str, str]]) -> Table:
+    """The table of this evaluation's models, and of those that an earlier one has measured under the same conditions."""
+    models = {model.digest: _facts(model) for model in named}
+    results = []
+    wanted = {f"{task.name}-{task.digest[:12]}.json" for task in tasks}
+    for path in sorted((folder / RESULTS).glob("*/*.json")):
+        if path.name not in wanted:
+            continue
+        measured = table.parsed(path)
+        if measured.model not in models:
+            models[measured.model] = json.loads((path.parent / MODEL).read_bytes())
+        results.append(measured)
+    return table.made(list(models.values()), results, left_out)
