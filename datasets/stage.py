@@ -19,7 +19,9 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict
 
-Product = Literal["dataset", "view", "captions", "text", "scores", "clusters", "latents", "tokens", "model"]
+Product = Literal[
+    "dataset", "view", "captions", "text", "scores", "clusters", "latents", "tokens", "model", "evaluation"
+]
 
 
 RUN = "run"  # the field of a stage's config that says how the work is done and does not change the output
@@ -54,7 +56,10 @@ Utf8 = Annotated[str, AfterValidator(_encodable)]  # YAML may have halves of cha
 
 
 class Input:
-    """Marks a config field that names another stage of the recipe, or the URI of such a stage's output."""
+    """Marks a config field that names another stage of the recipe, or the URI of such a stage's output; or a tuple of such.
+
+    Of a tuple each is an input by itself, called FIELD.0, FIELD.1 ...
+    """
 
     def __init__(self, product: Product) -> None:
         self.product = product
@@ -86,7 +91,7 @@ def cost(config: StageConfig) -> dict[str, Any]:
     costless: frozenset[str] = getattr(config, "COSTLESS", frozenset())
     run = getattr(config, RUN, None)
     settings = {
-        name: value for name, value in _settings(config).items() if name not in costless | inputs_of(config).keys()
+        name: value for name, value in _settings(config).items() if name not in costless | _fields_of(inputs_of(config))
     }
     return settings | ({} if run is None else {RUN: run.model_dump(mode="json", include=run.COSTLY)})
 
@@ -108,7 +113,7 @@ ModelInput = Annotated[str, Input("model")]
 
 
 def inputs_of(config: StageConfig) -> dict[str, tuple[str, Product]]:
-    """The inputs that a config names: `{field: (stage name or URI, product)}`, unset ones left out."""
+    """The inputs that a config names: `{field: (stage name or URI, product)}`, unset ones left out (see `Input` for tuples)."""
     inputs: dict[str, tuple[str, Product]] = {}
     for name, field in type(config).model_fields.items():
         value: Any = getattr(config, name)
@@ -119,5 +124,28 @@ def inputs_of(config: StageConfig) -> dict[str, tuple[str, Product]]:
         ]
         for marker in markers:
             if isinstance(marker, Input) and value is not None:
-                inputs[name] = (value, marker.product)
+                several = isinstance(value, tuple)
+                inputs |= (
+                    {f"{name}.{number}": (each, marker.product) for number, each in enumerate(value)}
+                    if several
+                    else {name: (value, marker.product)}
+                )
     return inputs
+
+
+def with_inputs(settings: Mapping[str, Any], inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings with other values for their inputs, which have the names that `inputs_of` gives them."""
+    changed = dict(settings)
+    for name, value in inputs.items():
+        field, dot, number = name.partition(".")
+        if dot:
+            values = list(changed[field])
+            values[int(number)] = value
+            changed[field] = values
+        else:
+            changed[field] = value
+    return changed
+
+
+def _fields_of(inputs: Mapping[str, Any]) -> set[str]:
+    return {name.partition(".")[0] for name in inputs}

@@ -11,7 +11,7 @@ from typing import Any
 from longtake.datasets import storage
 from longtake.datasets.errors import Failure, UserError
 from longtake.datasets.masking import shown, shown_within
-from longtake.datasets.stage import StageConfig, content, inputs_of, names
+from longtake.datasets.stage import StageConfig, content, inputs_of, names, with_inputs
 from longtake.infra import stages
 from longtake.infra.recipe import Recipe
 from longtake.training.foreign import folder as folders
@@ -93,7 +93,7 @@ def build(recipe: Recipe) -> list[Node]:
         # other weights in the folder of another library are another input
         listed = {field: recipe.outside.get(f"{name}.{field}") for field in inputs}
         resolved |= {field: [resolved[field], listing] for field, listing in listed.items() if listing}
-        own = _hash([kind, stages.load(kind).VERSION, content(config) | resolved])
+        own = _hash([kind, stages.load(kind).VERSION, with_inputs(content(config), resolved)])
         result = _hash([own, recipe.outside.get(name)])
         nodes[name] = Node(
             name,

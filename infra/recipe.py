@@ -63,7 +63,7 @@ def load(path: str, overrides: Sequence[str] = ()) -> Recipe:
     """
     content = _merge_bases(_find(path), ())
     for override in overrides:
-        _override(content, override)
+        set_in(content, override)
     content = _read_variables(content, path, "")
     return _validate(content, path)
 
@@ -110,7 +110,8 @@ def _merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
     return merged
 
 
-def _override(content: dict[str, Any], override: str) -> None:
+def set_in(content: dict[str, Any], override: str) -> None:
+    """Set the value that an override KEY.PATH=VALUE names. Raises UserError for another one."""
     key, equals, value = override.partition("=")
     if not equals or not key:
         raise UserError(f"--set {override}: write KEY.PATH=VALUE, such as stages.vae.steps=200")

@@ -23,6 +23,7 @@ STAGES = {
     "pretrain_encgan3": "longtake.training.models.encgan3.pretrain",
     "finetune_mavin": "longtake.training.models.mavin.finetune",
     "finetune_backbone": "longtake.training.models.backbone.finetune",
+    "evaluate": "longtake.training.evaluation.evaluate",
     "promote": "longtake.training.registry.promote",
 }
 

@@ -18,6 +18,7 @@ from longtake.datasets.masking import shown
 from longtake.infra.cli import (
     browse,
     dataset,
+    evaluate,
     export,
     generate,
     housekeeping,
@@ -68,7 +69,7 @@ for command in (
     *(recipe.run, recipe.stage, recipe.graph, recipe.resolve, recipe.status, recipe.report),
     *(housekeeping.plan, housekeeping.doctor, housekeeping.clean),
     *(submit.submit, submit.jobs_group, submit.render),
-    *(models.models, promote.promote, promote.rollback, export.export),
+    *(models.models, evaluate.evaluate, promote.promote, promote.rollback, export.export),
     *(dataset.footage, layouts.dataset, browse.browse),
     *(generate.generate, infill.infill, reconstruct.reconstruct, retrieve.retrieve),
 ):

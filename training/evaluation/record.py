@@ -12,7 +12,8 @@ class Pooled(NamedTuple):
     """A figure of all clips together, such as a Fréchet distance.
 
     value        of all
-    replicates   the same of each resample of the units, in the order of `bootstrap.draws`, so that models pair
+    replicates   the same of each resample of the units, in the order of `bootstrap.draws`, so that models pair; only of the
+                 first of them where each is slow, and none where there are too few units
     units        how many there are; 0: as many as sources among the clips
     """
 
@@ -32,30 +33,35 @@ class Result(NamedTuple):
 
     rows: Mapping[tuple[Unit, str], Mapping[str, float]] = {}
     pooled: Mapping[str, Pooled] = {}
-    curves: Mapping[str, Mapping[float, Mapping[Unit, float]]] = {}
+    curves: Mapping[str, Mapping[float, Mapping[Unit, float] | Pooled]] = {}
     notes: Sequence[str] = ()
 
 
 def plain(result: Result) -> dict[str, Any]:
-    """A result for JSON: rows as [unit, key, figures], curves as [position, means by unit]."""
+    """A result for JSON: rows as [unit, key, figures], curves as [position, means by unit] or [position, [pooled]]."""
+    curves = {
+        name: [[at, [_plain(units)] if isinstance(units, Pooled) else dict(units)] for at, units in curve.items()]
+        for name, curve in result.curves.items()
+    }
     return {
         "rows": [[*place, dict(figures)] for place, figures in result.rows.items()],
-        "pooled": {
-            name: pooled._asdict() | {"replicates": list(pooled.replicates)} for name, pooled in result.pooled.items()
-        },
-        "curves": {
-            name: [[position, dict(units)] for position, units in curve.items()]
-            for name, curve in result.curves.items()
-        },
+        "pooled": {name: _plain(pooled) for name, pooled in result.pooled.items()},
+        "curves": curves,
         "notes": list(result.notes),
     }
 
 
 def parsed(content: Mapping[str, Any]) -> Result:
     """The result that `plain` has written. Raises ValueError, KeyError, TypeError for anything else."""
+    curves = {
+        name: {float(at): Pooled(**units[0]) if isinstance(units, list) else units for at, units in curve}
+        for name, curve in content["curves"].items()
+    }
+    rows = {(unit, key): figures for unit, key, figures in content["rows"]}
     return Result(
-        {(unit, key): figures for unit, key, figures in content["rows"]},
-        {name: Pooled(**pooled) for name, pooled in content["pooled"].items()},
-        {name: {float(at): units for at, units in curve} for name, curve in content["curves"].items()},
-        content["notes"],
+        rows, {name: Pooled(**pooled) for name, pooled in content["pooled"].items()}, curves, content["notes"]
     )
+
+
+def _plain(pooled: Pooled) -> dict[str, Any]:
+    return pooled._asdict() | {"replicates": list(map(float, pooled.replicates))}

@@ -14,7 +14,7 @@ from longtake.datasets.errors import UserError
 from longtake.training.evaluation import measures, subject, table
 from longtake.training.evaluation.made import Made
 from longtake.training.evaluation.measures import MEASURES, Measure
-from longtake.training.evaluation.record import Result
+from longtake.training.evaluation.record import Pooled, Result
 from longtake.training.evaluation.subject import Named, Subject
 from longtake.training.evaluation.suite import Networks, Suite
 from longtake.training.evaluation.table import Measured, Table
@@ -157,15 +157,20 @@ def _finite(result: Result, notes: Sequence[str]) -> Result:
     odd |= {name for name, pooled in result.pooled.items() if not math.isfinite(pooled.value)}
     rows = {place: {n: v for n, v in row.items() if n not in odd} for place, row in result.rows.items()}
     pooled = {name: each for name, each in result.pooled.items() if name not in odd}
-    curves = {
-        name: {
-            at: kept for at, units in curve.items() if (kept := {u: v for u, v in units.items() if math.isfinite(v)})
-        }
-        for name, curve in result.curves.items()
-    }
+    curves = {name: _finite_curve(curve) for name, curve in result.curves.items()}
     return Result(
         rows, pooled, curves, [*notes, *(f"{name} is no finite number, and left out" for name in sorted(odd))]
     )
+
+
+def _finite_curve(curve: Mapping[float, Mapping[str, float] | Pooled]) -> dict[float, Mapping[str, float] | Pooled]:
+    kept: dict[float, Mapping[str, float] | Pooled] = {}
+    for at, units in curve.items():
+        if isinstance(units, Pooled):
+            kept |= {at: units} if math.isfinite(units.value) else {}
+        elif finite := {unit: value for unit, value in units.items() if math.isfinite(value)}:
+            kept[at] = finite
+    return kept
 
 
 def _facts(model: Named) -> dict[str, Any]:

@@ -1,12 +1,18 @@
 """Suites: which clips, videos and measures an evaluation has. Data, in YAML; light to import."""
 
+from importlib import resources
 from typing import Any, Literal
 
+import yaml
 from pydantic import Field, model_validator
 
+from longtake.datasets.errors import UserError
 from longtake.datasets.stage import StageConfig
 
 Seeds = tuple[int, ...]
+
+
+DEFAULT = "default"  # name of a suite
 
 
 class Clips(StageConfig):
@@ -108,3 +114,21 @@ class Suite(StageConfig):
 
 
 Aspect = Literal["reconstructs", "generates", "retrieves", "fills"]
+
+
+def builtin() -> list[str]:
+    """The names of the suites of the package."""
+    files = resources.files("longtake.training.evaluation.suites").iterdir()
+    return sorted(file.name.removesuffix(".yaml") for file in files if file.name.endswith(".yaml"))
+
+
+def text_of(name: str) -> str:
+    """The YAML of a suite of the package. Raises UserError where there is none of this name."""
+    if name not in builtin():
+        raise UserError(f"suite: there is no {name!r}; there are {', '.join(builtin())}, or name a file")
+    return (resources.files("longtake.training.evaluation.suites") / f"{name}.yaml").read_text()
+
+
+def named(value: Any) -> Any:
+    """The settings of a suite of the package by its name; anything else as it is."""
+    return yaml.safe_load(text_of(value)) if isinstance(value, str) else value

@@ -143,9 +143,15 @@ def name_of(class_name: str) -> str | None:
 def parts_for(folder: Path, field: str) -> list[Part]:
     """What a field of a config such as `vae` or `base` names of a folder: its autoencoder, or all its transformers.
 
+    One of several models, `models.0`, may be all of them.
+
     Raises:
         UserError: as `part_of`.
     """
+    if field.startswith("models."):
+        alone = name_of(str(read_json(folder / CONFIG).get("_class_name"))) if (folder / CONFIG).is_file() else None
+        names = [name for name in parts_of(folder) if name in (VAE, TRANSFORMER, TRANSFORMER_2)]
+        return [part_of(folder, name) for name in names or [alone or VAE]]
     if field != "base":
         return [part_of(folder, VAE)]
     two = TRANSFORMER_2 in parts_of(folder)
