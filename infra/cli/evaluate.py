@@ -36,6 +36,11 @@ from longtake.infra.cli import media
     metavar="KEY=VALUE",
     help="Override a value of the suite, e.g. --set suite.clips.most=64. May be repeated.",
 )
+@click.option(
+    "--vbench",
+    metavar="FOLDER",
+    help="Write the first videos of the suite there too, in the layout that VBench's tool reads: a folder for each model.",
+)
 @click.option("--features", metavar="FILE", help="A feature network, for Fréchet and kernel distances, such as I3D.")
 @click.option("--debiased", metavar="FILE", help="A second one, for the content-debiased distance, such as VideoMAE.")
 @click.option("--classifier", metavar="FILE", help="A classifier of clips, for IS, CCS and ICS, such as C3D.")
@@ -53,6 +58,7 @@ def evaluate(
     out: str,
     measures: str | None,
     overrides: tuple[str, ...],
+    vbench: str | None,
     **networks: str | None,
 ) -> None:
     """Measure MODELs of any families side by side, on the same clips of a dataset's val split, prompts and seeds.
@@ -77,8 +83,11 @@ def evaluate(
         from longtake.training.evaluation import run, table
         from longtake.training.evaluation.suite import Networks
 
+        vbench_folder = folder_of("--vbench", vbench) if vbench else None
         place = views.address(dataset, view) if view else None
-        made = run.evaluate(uris, dataset, place, suite, Networks(**networks), folder_of(out), say=_say)
+        made = run.evaluate(
+            uris, dataset, place, suite, Networks(**networks), folder_of("--out", out), _say, vbench_folder
+        )
     click.echo(table.printed(made))
     click.echo(str(Path(out) / table.FILE))
 
@@ -117,15 +126,15 @@ def suite_of(name: str, overrides: tuple[str, ...] = (), measures: str | None = 
         raise UserError(f"{name}: {recipe.first_line(e, 'suite', Suite)}") from e
 
 
-def folder_of(out: str) -> Path:
-    """The folder of an evaluation. Raises UserError for one that is elsewhere, or a file."""
+def folder_of(option: str, out: str) -> Path:
+    """The folder that an option names. Raises UserError for one that is elsewhere, or a file."""
     from longtake.datasets import storage
 
     if not storage.is_local(out):
-        raise UserError(f"--out: {out}: is elsewhere; name a folder of this machine")
+        raise UserError(f"{option}: {out}: is elsewhere; name a folder of this machine")
     folder = Path(storage.filesystem(out)[1])
     if folder.exists() and not folder.is_dir():
-        raise UserError(f"--out: {out}: is a file; name a folder")
+        raise UserError(f"{option}: {out}: is a file; name a folder")
     return folder
 
 

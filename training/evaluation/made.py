@@ -2,11 +2,10 @@
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import fields, replace
-from functools import partial
+from dataclasses import replace
+from functools import cache, partial
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -14,6 +13,7 @@ from torch import Tensor
 
 from longtake.datasets.errors import UserError
 from longtake.training.engines import device
+from longtake.training.evaluation import asking
 from longtake.training.evaluation import clips as heldout
 from longtake.training.evaluation import videos as files
 from longtake.training.evaluation.clips import Heldout, Part, frames_needed, listing, ticks
@@ -31,7 +31,6 @@ from longtake.training.models.generator import (
     Infiller,
     Request,
     Retriever,
-    Scene,
     Settings,
     check_requests,
     plain,
@@ -39,18 +38,6 @@ from longtake.training.models.generator import (
 )
 
 Frames = Iterable[np.ndarray]
-
-
-class Wanted(NamedTuple):
-    """A video that a generator is asked for: the number of its prompt among the suite's, its request, and its class by name."""
-
-    prompt: int | None
-    request: Request
-    class_name: str | None
-
-    @property
-    def words(self) -> str | None:
-        return self.request.story[0][1].prompt
 
 
 class Made:
@@ -70,6 +57,7 @@ class Made:
             "generates": suite.clips.frames,
             "fills": gap,
             "retrieves": round(suite.seconds * self.fps),
+            "runs": suite.clips.frames,
         }
         self._parts: dict[int, list[Part]] = {}
 
@@ -132,18 +120,18 @@ class Made:
 
     def _reconstruct(self, subject: Subject, clip: Clip, folder: Path) -> Iterator[np.ndarray]:
         source = clip.video[0].permute(1, 2, 3, 0).cpu().numpy()
-        with _refusing(subject.uri):
+        with asking.refusing(subject.uri):
             for _, copies in reconstruct_video(subject.module, source):
                 yield from copies
 
     def generated(self, subject: Subject, videos: Videos) -> Iterator[Generated]:
         """Videos of a generator, one for each prompt and seed."""
         generator = self.generator(subject)
-        settings = self.settings(generator.settings, generator.accepts)
+        settings = asking.settings_of(generator, self.suite.settings)
         length = videos.frames or max(1, round((videos.seconds or 0) * self.fps))
-        wanted = self._wanted(generator, videos)
+        wanted = asking.wanted(generator, videos.seeds, self.suite.prompts, self._captions())
         rate = generator.fps
-        with _refusing(subject.uri):
+        with asking.refusing(subject.uri):
             check_requests(generator, [each.request for each in wanted], settings)
             frames = generator.frames_of_seconds(frames_needed(length, self.fps, rate) / rate, rate)
             joints = [math.ceil(joint * self.fps / rate - 1e-6) for joint in generator.joints(frames, settings)]
@@ -168,30 +156,9 @@ class Made:
     def _generate(
         self, subject: Subject, generator: Generator, request: Request, frames: int, settings: Settings, folder: Path
     ) -> Iterator[np.ndarray]:
-        with _refusing(subject.uri):
+        with asking.refusing(subject.uri):
             for chunk in generator.videos([request], frames, settings, folder=str(folder)):
                 yield from chunk[0]
-
-    def _wanted(self, generator: Generator, videos: Videos) -> list[Wanted]:
-        """A request for each prompt and seed; without the suite's own prompts, for each seed the next caption or class."""
-        if "prompt" in generator.accepts and self.suite.prompts:
-            return [
-                Wanted(number, Request(seed, [(0.0, Scene(prompt=prompt))]), None)
-                for number, prompt in enumerate(self.suite.prompts)
-                for seed in videos.seeds
-            ]
-        texts = list(filter(None, self._captions())) if "prompt" in generator.accepts else []
-        wanted = []
-        for number, seed in enumerate(videos.seeds):
-            if texts:
-                scene, name = Scene(prompt=texts[number % len(texts)]), None
-            elif generator.classes:
-                scene = Scene(class_id=number % len(generator.classes))
-                name = generator.classes[scene.class_id]
-            else:
-                scene, name = Scene(), None
-            wanted.append(Wanted(None, Request(seed, [(0.0, scene)]), name))
-        return wanted
 
     def _captions(self) -> Iterator[str | None]:
         return (self._caption(part, self._frames["generates"]) for part in self.parts("generates"))
@@ -199,10 +166,10 @@ class Made:
     def filled(self, subject: Subject) -> Iterator[Filled]:
         """Gaps in the middle of held-out clips, filled; each clip comes once for each draw."""
         infiller = self.infiller(subject)
-        settings = with_changes(infiller.settings, _known(self.suite.settings, infiller.settings))
+        settings = with_changes(infiller.settings, asking.known(self.suite.settings, infiller.settings))
         context, gap = self.suite.gaps.context, self.suite.gaps.frames
-        beside, inside = _gap_at(self, infiller)
-        common = {"beside": beside, "inside": inside, "settings": _plain(settings)}
+        beside, inside = asking.gap_at(self.suite.gaps, self.fps, infiller)
+        common = {"beside": beside, "inside": inside, "settings": asking.plain(settings)}
         for part in self.parts("fills"):
             clip = self._clip(part, self._frames["fills"])
             prompt = clip.caption if infiller.takes_prompts else None
@@ -223,12 +190,12 @@ class Made:
         settings: Any,
         folder: Path,
     ) -> Iterator[np.ndarray]:
-        beside, inside = _gap_at(self, infiller)
+        beside, inside = asking.gap_at(self.suite.gaps, self.fps, infiller)
         after = max(0.0, self.suite.gaps.context / self.fps - beside / infiller.fps)
         frames = self._heldout.frames(part, 2 * beside + inside, infiller.fps, infiller.size, after)
         shown = np.stack(list(frames))
         gap = Gap(shown[:beside], shown[beside + inside :], inside, prompt)
-        with _refusing(subject.uri):
+        with asking.refusing(subject.uri):
             if prompt is not None:
                 infiller.check_prompts([prompt])
             yield from next(infiller.fill([gap], seed, settings))
@@ -236,46 +203,36 @@ class Made:
     def retrieved(self, subject: Subject) -> Iterator[Retrieved]:
         """Frames of held-out clips, retrieved from a model's memory of them."""
         retriever = self.retriever(subject)
-        settings = replace(retriever.settings, **_known(self.suite.settings, retriever.settings))
+        settings = replace(retriever.settings, **asking.known(self.suite.settings, retriever.settings))
         count = frames_needed(self._frames["retrieves"], self.fps, retriever.fps)
         if not (holds := retriever.holds(count)):
             raise UserError(
                 f"{subject.uri}: {self.suite.seconds:g} s are too few for a memory; raise the suite's seconds"
             )
+        common = {"frames": holds, "seed": self.suite.seed, "settings": asking.plain(settings)}
         for part in self.parts("retrieves"):
-            clips = []
-            for name in ("made", "bound"):
-                asked: dict[str, Any] = {
-                    "retrieve": self._asked(part, "retrieves"),
-                    "part": name,
-                    "settings": _plain(settings),
-                }
-                asked |= {"seed": self.suite.seed, "frames": holds}
+            # both come of one retrieval
+            found = cache(partial(self._retrieve, subject, retriever, part, holds, settings))
+            videos = []
+            for number, name in enumerate(("made", "bound")):
+                asked = common | {"retrieve": self._asked(part, "retrieves"), "part": name}
                 facts = {"key": part.key, "aspect": "retrieves", "part": name}
-                make = partial(self._retrieve, subject, retriever, part, holds, settings, name)
-                clips.append(self._kept(subject, asked, retriever.fps, make, facts))
-            frames = sum(tick < clips[0].facts["frames"] for tick in self._ticks(retriever.fps))
+                make = partial(_one_of, found, number)
+                videos.append(self._kept(subject, asked, retriever.fps, make, facts))
+            frames = sum(tick < videos[0].facts["frames"] for tick in self._ticks(retriever.fps))
             clip = self._clip(part, frames)
-            made, bound = (torch.cat(list(self._read(each, frames)), 2) for each in clips)
+            made, bound = (torch.cat(list(self._read(each, frames)), 2) for each in videos)
             yield Retrieved(clip, clip.video, made, bound)
 
     def _ticks(self, rate: float) -> list[int]:
         return ticks(self._frames["retrieves"], self.fps, rate)
 
     def _retrieve(
-        self,
-        subject: Subject,
-        retriever: Retriever,
-        part: Part,
-        count: int,
-        settings: Settings,
-        name: str,
-        folder: Path,
-    ) -> Iterator[np.ndarray]:
+        self, subject: Subject, retriever: Retriever, part: Part, count: int, settings: Settings
+    ) -> tuple[np.ndarray, np.ndarray]:
         shown = np.stack(list(self._heldout.frames(part, count, retriever.fps, retriever.size)))
-        with _refusing(subject.uri):
-            found = retriever.recall(shown, count - 1, self.suite.seed, settings)
-        yield from found[("made", "bound").index(name)]
+        with asking.refusing(subject.uri):
+            return retriever.recall(shown, count - 1, self.suite.seed, settings)
 
     # the doors of a model, one model at a time
 
@@ -306,11 +263,6 @@ class Made:
         if tuple(door.size) != tuple(self.size):
             ours, theirs = (f"{size[0]}x{size[1]}" for size in (self.size, door.size))
             self._notes[f"frames of {theirs}, scaled and cropped to the suite's {ours}"] = None
-
-    def settings(self, own: Settings, accepts: Iterable[str]) -> Settings:
-        """A generator's settings, with the suite's over them that it knows."""
-        known = {name: value for name, value in self.suite.settings.items() if name in set(accepts)}
-        return replace(own, **known)
 
     # networks
 
@@ -369,37 +321,5 @@ class Made:
             yield files.fitted(part, self.size)
 
 
-def _gap_at(made: Made, infiller: Infiller) -> tuple[int, int]:
-    """How many frames at its rate an infiller sees on each side of a gap, and makes in it. UserError where it takes none."""
-    seconds = made.suite.gaps.context / made.fps
-    least, most = infiller.context
-    beside = min(most, math.floor(seconds * infiller.fps + 1e-6))
-    if beside < least:
-        needed = math.ceil(least / infiller.fps * made.fps - 1e-6)
-        raise UserError(
-            f"gaps: context: the model sees {least} frames at least; set the suite's gaps.context to {needed}"
-        )
-    return beside, max(1, round(made.suite.gaps.frames / made.fps * infiller.fps))
-
-
-def _plain(settings: Any) -> dict[str, Any]:
-    values = {field.name: getattr(settings, field.name) for field in fields(settings)}
-    return {
-        name: value if isinstance(value, int | float | str | None) else str(value) for name, value in values.items()
-    }
-
-
-def _known(changes: Mapping[str, Any], settings: Any) -> dict[str, Any]:
-    names = {field.name for field in fields(settings)}
-    return {name: value for name, value in changes.items() if name in names}
-
-
-@contextmanager
-def _refusing(uri: str) -> Iterator[None]:
-    """What a model refuses, as a line that begins with its name."""
-    try:
-        yield
-    except UserError:
-        raise
-    except ValueError as e:
-        raise UserError(f"{uri}: {e}") from e
+def _one_of(found: Callable[[], tuple[np.ndarray, np.ndarray]], number: int, folder: Path) -> Iterator[np.ndarray]:
+    yield from found()[number]

@@ -12,8 +12,8 @@ class Pooled(NamedTuple):
     """A figure of all clips together, such as a Fréchet distance.
 
     value        of all
-    replicates   the same of each resample of the units, in the order of `bootstrap.draws`, so that models pair; only of the
-                 first of them where each is slow, and none where there are too few units
+    replicates   the same of each resample of the units, in the order of `bootstrap.draws`, so that models pair; of the first
+                 resamples alone where each takes long, and none of a single unit
     units        how many there are; 0: as many as sources among the clips
     """
 
@@ -27,7 +27,7 @@ class Result(NamedTuple):
 
     rows       by (unit, clip or video): figures that are means over them
     pooled     figures of all together
-    curves     by figure: position (seconds, frames or a chunk's number) -> unit -> mean over its clips
+    curves     by figure: position (seconds, frames or a chunk's number) -> unit -> mean over its clips; or -> all together
     notes      facts for people, such as that frames were resampled, or why a figure was refused
     """
 
@@ -38,30 +38,33 @@ class Result(NamedTuple):
 
 
 def plain(result: Result) -> dict[str, Any]:
-    """A result for JSON: rows as [unit, key, figures], curves as [position, means by unit] or [position, [pooled]]."""
-    curves = {
-        name: [[at, [_plain(units)] if isinstance(units, Pooled) else dict(units)] for at, units in curve.items()]
-        for name, curve in result.curves.items()
-    }
+    """A result for JSON: rows as [unit, key, figures], curves as [position, means by unit, or what is of all together]."""
     return {
         "rows": [[*place, dict(figures)] for place, figures in result.rows.items()],
-        "pooled": {name: _plain(pooled) for name, pooled in result.pooled.items()},
-        "curves": curves,
+        "pooled": {name: _pooled(pooled) for name, pooled in result.pooled.items()},
+        "curves": {
+            name: [
+                [at, {"all": _pooled(of)} if isinstance(of, Pooled) else {"units": dict(of)}]
+                for at, of in curve.items()
+            ]
+            for name, curve in result.curves.items()
+        },
         "notes": list(result.notes),
     }
 
 
+def _pooled(pooled: Pooled) -> dict[str, Any]:
+    return pooled._asdict() | {"replicates": list(pooled.replicates)}
+
+
 def parsed(content: Mapping[str, Any]) -> Result:
     """The result that `plain` has written. Raises ValueError, KeyError, TypeError for anything else."""
-    curves = {
-        name: {float(at): Pooled(**units[0]) if isinstance(units, list) else units for at, units in curve}
-        for name, curve in content["curves"].items()
-    }
-    rows = {(unit, key): figures for unit, key, figures in content["rows"]}
     return Result(
-        rows, {name: Pooled(**pooled) for name, pooled in content["pooled"].items()}, curves, content["notes"]
+        {(unit, key): figures for unit, key, figures in content["rows"]},
+        {name: Pooled(**pooled) for name, pooled in content["pooled"].items()},
+        {
+            name: {float(at): Pooled(**of["all"]) if "all" in of else of["units"] for at, of in curve}
+            for name, curve in content["curves"].items()
+        },
+        content["notes"],
     )
-
-
-def _plain(pooled: Pooled) -> dict[str, Any]:
-    return pooled._asdict() | {"replicates": list(map(float, pooled.replicates))}

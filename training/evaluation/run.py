@@ -3,7 +3,8 @@
 import hashlib
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,13 +12,14 @@ import torch
 
 from longtake.datasets import storage
 from longtake.datasets.errors import UserError
-from longtake.training.evaluation import measures, subject, table
+from longtake.training.evaluation import asking, measures, subject, table, vbench
 from longtake.training.evaluation.made import Made
 from longtake.training.evaluation.measures import MEASURES, Measure
 from longtake.training.evaluation.record import Pooled, Result
 from longtake.training.evaluation.subject import Named, Subject
 from longtake.training.evaluation.suite import Networks, Suite
 from longtake.training.evaluation.table import Measured, Table
+from longtake.training.registry.uri import in_store
 
 RESULTS, VIDEOS, MODEL = "results", "videos", "model.json"
 
@@ -42,6 +44,7 @@ def evaluate(
     networks: Networks,
     folder: Path,
     say: Callable[[str], object] = print,
+    for_vbench: Path | None = None,
 ) -> Table:
     """Measure models side by side on the held-out clips of a dataset.
 
@@ -52,13 +55,14 @@ def evaluate(
         models: URIs or folders.
         view: URL of a view of the dataset.
         say: takes a line about what is done.
+        for_vbench: a folder, which gets a folder for each model that generates (see `vbench.write`).
 
     Raises:
         UserError: no such model, dataset, view or measure; no held-out clip for the suite; a network of another interface.
         Failure: damaged files.
     """
     _check(models, suite)
-    named = [subject.described(uri) for uri in models]
+    named = list(_named(models, say))
     material = Made(dataset, view, suite, networks, folder / VIDEOS)
     left_out: list[dict[str, str]] = []
     tasks = _tasks(named, material, left_out)
@@ -82,6 +86,10 @@ def evaluate(
                 continue
             storage.write(str(path), storage.canonical_json(table.plain(measured)))
         storage.write(str(place / MODEL), storage.canonical_json(_facts(model)))
+        if for_vbench and model.kind.generator:
+            loaded = loaded or subject.load(model.uri)
+            _write_for_vbench(loaded, material, for_vbench / _short(model), folder)
+            say(f"{model.uri}: its videos for VBench are in {for_vbench / _short(model)}")
         if not any(_concerns(task.measure, task.name, model) for task in tasks):
             left_out.append({"model": model.digest, "measure": "all", "why": f"no measure is of a {model.kind.what}"})
     made = _table(folder, named, tasks, left_out)
@@ -94,6 +102,32 @@ def _check(models: Sequence[str], suite: Suite) -> None:
         raise UserError("models: there are none; name one at least")
     if unknown := [name for name in suite.measures or () if name not in MEASURES]:
         raise UserError(f"measures: there is no {unknown[0]!r}; there are {', '.join(MEASURES)}")
+    asking.check(suite.settings)
+
+
+def _write_for_vbench(model: Subject, material: Made, target: Path, folder: Path) -> None:
+    if not material.suite.videos:
+        raise UserError("vbench: the suite has no videos; name another suite, or give it some")
+    with torch.inference_mode():
+        vbench.write(target, material.generated(model, material.suite.videos[0]), folder)
+
+
+def _short(model: Named) -> str:
+    """A name for the folder of a model: `latte-3-0123abcd` of models:/latte/3, or by the end of its path."""
+    name = model.pinned.removeprefix("models:/") if in_store(model.pinned) else Path(model.pinned).name
+    return f"{re.sub(r'[^a-zA-Z0-9_.]+', '-', name)}-{model.digest[:8]}"
+
+
+def _named(models: Sequence[str], say: Callable[[str], object]) -> Iterator[Named]:
+    """What the URIs name, each model once."""
+    known: dict[str, str] = {}
+    for uri in models:
+        named = subject.described(uri)
+        if named.digest in known:
+            say(f"{uri}: is the same model as {known[named.digest]}, and measured once")
+        else:
+            known[named.digest] = uri
+            yield named
 
 
 def _tasks(models: Sequence[Named], material: Made, left_out: list[dict[str, str]]) -> list[Task]:
@@ -157,20 +191,19 @@ def _finite(result: Result, notes: Sequence[str]) -> Result:
     odd |= {name for name, pooled in result.pooled.items() if not math.isfinite(pooled.value)}
     rows = {place: {n: v for n, v in row.items() if n not in odd} for place, row in result.rows.items()}
     pooled = {name: each for name, each in result.pooled.items() if name not in odd}
-    curves = {name: _finite_curve(curve) for name, curve in result.curves.items()}
+    curves = {
+        name: {at: kept for at, of in curve.items() if (kept := _finite_point(of))}
+        for name, curve in result.curves.items()
+    }
     return Result(
         rows, pooled, curves, [*notes, *(f"{name} is no finite number, and left out" for name in sorted(odd))]
     )
 
 
-def _finite_curve(curve: Mapping[float, Mapping[str, float] | Pooled]) -> dict[float, Mapping[str, float] | Pooled]:
-    kept: dict[float, Mapping[str, float] | Pooled] = {}
-    for at, units in curve.items():
-        if isinstance(units, Pooled):
-            kept |= {at: units} if math.isfinite(units.value) else {}
-        elif finite := {unit: value for unit, value in units.items() if math.isfinite(value)}:
-            kept[at] = finite
-    return kept
+def _finite_point(of: Mapping[str, float] | Pooled) -> Mapping[str, float] | Pooled | None:
+    if isinstance(of, Pooled):
+        return of if math.isfinite(of.value) else None
+    return {unit: value for unit, value in of.items() if math.isfinite(value)}
 
 
 def _facts(model: Named) -> dict[str, Any]:

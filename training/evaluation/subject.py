@@ -101,10 +101,12 @@ def _pinned(uri: str) -> str:
 
 def aspects(kind: Kind) -> frozenset[Aspect]:
     """What models of a kind do, and so which measures they have."""
+    of_sound = "spectrogram" in kind.config.model_fields  # it answers, and refuses videos
     does: dict[Aspect, Any] = {
-        "reconstructs": kind.answer and not kind.retriever,
+        "reconstructs": kind.answer and not kind.retriever and not of_sound,
         "generates": kind.generator,
         "retrieves": kind.retriever,
         "fills": kind.infiller,
+        "runs": True,
     }
     return frozenset(aspect for aspect, row in does.items() if row)

@@ -113,7 +113,7 @@ class Suite(StageConfig):
     seed: int = Field(0, ge=0)
 
 
-Aspect = Literal["reconstructs", "generates", "retrieves", "fills"]
+Aspect = Literal["reconstructs", "generates", "retrieves", "fills", "runs"]
 
 
 def builtin() -> list[str]:

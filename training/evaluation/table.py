@@ -97,7 +97,7 @@ def _group(group: Sequence[Measured], order: Sequence[str]) -> dict[str, Any]:
         for name, value in _values(measured).items():
             figures.setdefault(name, {"better": measured.better[name], "values": {}})["values"][measured.model] = value
         for name, curve in measured.result.curves.items():
-            curves[name][measured.model] = [[at, *_point(units, measured)] for at, units in sorted(curve.items())]
+            curves[name][measured.model] = [[at, *_point(of, measured)] for at, of in sorted(curve.items())]
     named = {name: figures[name] for name in first.better if name in figures}
     return {
         "measure": first.measure,
@@ -111,29 +111,21 @@ def _group(group: Sequence[Measured], order: Sequence[str]) -> dict[str, Any]:
 
 def _values(measured: Measured) -> dict[str, dict[str, Any]]:
     result, values = measured.result, {}
+    units = len({unit for unit, _ in result.rows}) or int(measured.conditions.get("sources", 0))
     for name in measured.better:
-        if by_unit := _by_unit(result, name):
-            means = {unit: float(np.mean(each)) for unit, each in by_unit.items()}
-            value, low, high = _point(means, measured)
+        by_unit = _by_unit(result, name)
+        if by_unit:
+            means = [float(np.mean(by_unit[unit])) for unit in sorted(by_unit)]
+            value, low, high = _mean(means, measured)
             counts = {"units": len(means), "clips": sum(map(len, by_unit.values()))}
             values[name] = {"value": value, "low": low, "high": high, **counts}
-        elif pooled := result.pooled.get(name):
-            value, low, high = _point(pooled, measured)
-            clips = len(result.rows) or int(measured.conditions["clips"])
-            values[name] = {"value": value, "low": low, "high": high, "units": _units(pooled, measured), "clips": clips}
+        elif name in result.pooled:
+            pooled: Pooled = result.pooled[name]
+            count = pooled.units or units
+            low, high = bootstrap.of_replicates(pooled.value, pooled.replicates, count)
+            clips = len(result.rows) or int(measured.conditions.get("clips", 0))
+            values[name] = {"value": pooled.value, "low": low, "high": high, "units": count, "clips": clips}
     return values
-
-
-def _point(found: Mapping[Unit, float] | Pooled, measured: Measured) -> tuple[float, float | None, float | None]:
-    """A figure and its bounds, of means by unit or of all together."""
-    if isinstance(found, Pooled):
-        return found.value, *bootstrap.of_replicates(found.value, found.replicates, _units(found, measured))
-    values = np.array([found[unit] for unit in sorted(found)])
-    return float(values.mean()), *bootstrap.of_means(values, measured.resamples, measured.seed)
-
-
-def _units(pooled: Pooled, measured: Measured) -> int:
-    return pooled.units or len({unit for unit, _ in measured.result.rows}) or int(measured.conditions["sources"])
 
 
 def _by_unit(result: Result, name: str) -> dict[Unit, list[float]]:
@@ -142,6 +134,18 @@ def _by_unit(result: Result, name: str) -> dict[Unit, list[float]]:
         if name in figures:
             by_unit[unit].append(figures[name])
     return by_unit
+
+
+def _point(of: Mapping[Unit, float] | Pooled, measured: Measured) -> tuple[float, float | None, float | None]:
+    """A curve's value at a position, and its bounds."""
+    if isinstance(of, Pooled):
+        return of.value, *bootstrap.of_replicates(of.value, of.replicates, of.units)
+    return _mean([of[unit] for unit in sorted(of)], measured)
+
+
+def _mean(values: Sequence[float], measured: Measured) -> tuple[float, float | None, float | None]:
+    found = np.asarray(values, np.float64)
+    return float(found.mean()), *bootstrap.of_means(found, measured.resamples, measured.seed)
 
 
 def _videos(results: Iterable[Measured]) -> list[dict[str, Any]]:
