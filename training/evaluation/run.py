@@ -79,18 +79,19 @@ def evaluate(
             loaded = loaded or subject.load(model.uri)
             say(f"{model.uri}: {task.name}")
             try:
-                measured = _measured(task, loaded, material)
+                found = _measured(task, loaded, material)
             except UserError as e:
                 material.told()
                 left_out.append({"model": model.digest, "measure": task.name, "why": str(e)})
                 continue
-            storage.write(str(path), storage.canonical_json(table.plain(measured)))
+            storage.write(str(path), storage.canonical_json(table.plain(found)))
         storage.write(str(place / MODEL), storage.canonical_json(_facts(model)))
         if for_vbench and model.kind.generator:
             loaded = loaded or subject.load(model.uri)
             _write_for_vbench(loaded, material, for_vbench / _short(model), folder)
             say(f"{model.uri}: its videos for VBench are in {for_vbench / _short(model)}")
-        if not any(_concerns(task.measure, task.name, model) for task in tasks):
+        measured = any(_concerns(task.measure, task.name, model) for task in tasks)
+        if not measured and all(each["model"] != model.digest for each in left_out):
             left_out.append({"model": model.digest, "measure": "all", "why": f"no measure is of a {model.kind.what}"})
     made = _table(folder, named, tasks, left_out)
     table.write(folder, made)

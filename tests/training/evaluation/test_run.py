@@ -1,0 +1,190 @@
+"""An evaluation: models of four families in one table, each result kept, and only figures of equal conditions together."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import judged
+import pytest
+import torch
+import toy_levels
+
+from longtake.datasets.errors import UserError
+from longtake.training.evaluation import run, table
+from longtake.training.evaluation.suite import Networks, Suite
+from longtake.training.evaluation.table import Table
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+FAMILIES = ("vae", "latte", "tats", "mavin")
+
+
+def evaluate(
+    models: Path, names: Any, squares: str, folder: Path, suite: Suite | None = None, **networks: str
+) -> Table:
+    uris = [str(models / name) for name in names]
+    return run.evaluate(uris, squares, None, suite or judged.suite(), Networks(**networks), folder, lambda _: None)
+
+
+def values(made: Table, measure: str, figure: str) -> dict[str, Any]:
+    """The values of a figure by the names of the models' folders."""
+    names = {model["digest"]: Path(model["uri"]).name for model in made.models}
+    [group] = [group for group in made.groups if group["measure"] == measure]
+    return {names[digest]: value for digest, value in group["figures"][figure]["values"].items()}
+
+
+def test_models_of_four_families_are_measured_side_by_side(
+    models: Path, squares: str, tmp_path: Path, toys: list[str]
+) -> None:
+    made = evaluate(models, FAMILIES, squares, tmp_path)
+    assert [Path(model["uri"]).name for model in made.models] == list(FAMILIES)
+    found = {group["measure"]: sorted(values(made, group["measure"], "level")) for group in made.groups}
+    assert found == {"fills_level": ["mavin"], "generates_level": ["latte", "tats"], "reconstructs_level": ["vae"]}
+    value = values(made, "generates_level", "level")["latte"]
+    assert value["low"] < value["value"] < value["high"]
+    assert (value["units"], value["clips"]) == (3, 3)
+    assert made == table.read(tmp_path)
+    assert "level (lower is better)" in table.printed(made)
+
+    # each video is named with what was asked for and what it got, and lies there
+    ours = [video for video in made.videos if video["aspect"] == "generates" and video["class"]]
+    assert [video["class"] for video in ours] == ["cat", "dog", "cat"]
+    assert all((tmp_path / video["file"]).is_file() for video in made.videos)
+    assert ours[0]["scores"].keys() == {"level"}
+
+
+@pytest.mark.parametrize("call", [1, 2, 3, 4])
+def test_a_stopped_evaluation_goes_on_and_has_the_same_table(
+    models: Path, squares: str, tmp_path: Path, toys: list[str], call: int
+) -> None:
+    whole = evaluate(models, FAMILIES, squares, tmp_path / "whole")
+    toys.clear()
+    toy_levels.STOP_AT.append(call)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(models, FAMILIES, squares, tmp_path / "stopped")
+    toy_levels.STOP_AT.clear()
+    assert evaluate(models, FAMILIES, squares, tmp_path / "stopped") == whole
+    assert len(toys) == len(FAMILIES) + 1  # only the one that was stopped twice
+    names = ("whole", "stopped")
+    assert len({(tmp_path / name / table.FILE).read_bytes() for name in names}) == 1
+
+
+def test_a_model_that_comes_later_joins_those_that_are_there(
+    models: Path, squares: str, tmp_path: Path, toys: list[str]
+) -> None:
+    evaluate(models, ["latte"], squares, tmp_path)
+    made = evaluate(models, ["tats"], squares, tmp_path)
+    assert toys == ["generates latte", "generates tats"]
+    assert values(made, "generates_level", "level").keys() == {"latte", "tats"}
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"seed": 1},
+        {"clips": {"frames": 5, "size": (32, 32), "most": 4}},
+        {"clips": {"frames": 9, "size": (16, 16), "most": 4}},
+        {"clips": {"frames": 9, "size": (32, 32), "most": 3}},
+        {"clips": {"frames": 9, "size": (32, 32), "most": 4, "fps": 6.0}},
+        {"videos": [{"frames": 5, "seeds": (0, 1, 2)}]},
+        {"settings": {"steps": 1}},
+        {"resamples": 200},
+    ],
+)
+def test_figures_of_other_conditions_are_not_put_beside_each_other(
+    models: Path, squares: str, tmp_path: Path, toys: list[str], changes: dict[str, Any]
+) -> None:
+    first = evaluate(models, ["latte"], squares, tmp_path)
+    made = evaluate(models, ["tats"], squares, tmp_path, judged.suite(**changes))
+    assert values(made, "generates_level", "level").keys() == {"tats"}
+    assert [group["digest"] for group in made.groups] != [group["digest"] for group in first.groups]
+
+
+def test_the_conditions_say_what_a_figure_was_measured_on(models: Path, squares: str, tmp_path: Path) -> None:
+    made = evaluate(models, ["vae"], squares, tmp_path, judged.suite(measures=("reconstruction",)))
+    conditions = made.groups[0]["conditions"]
+    assert {name: conditions[name] for name in ("split", "clips", "frames", "fps", "size", "seed", "measure")} == {
+        **{"split": "val", "clips": 4, "frames": 9, "fps": 12.0, "size": [32, 32], "seed": 0},
+        "measure": "reconstruction",
+    }
+    assert conditions["dataset"] == squares
+    assert conditions["sources"] == len({key.partition("-")[0] for key in _keys(made)})
+
+
+def _keys(made: Table) -> list[str]:
+    return [video["key"] for video in made.videos]
+
+
+def test_the_same_model_by_two_names_is_measured_once(
+    models: Path, squares: str, tmp_path: Path, toys: list[str]
+) -> None:
+    lines: list[str] = []
+    uris = [str(models / "latte"), f"{models}/../{models.name}/latte"]
+    made = run.evaluate(uris, squares, None, judged.suite(), Networks(), tmp_path, lines.append)
+    assert len(made.models) == 1
+    assert any("is the same model as" in line for line in lines)
+
+
+def test_a_measure_without_its_network_is_left_out_and_said(models: Path, squares: str, tmp_path: Path) -> None:
+    made = evaluate(models, ["vae"], squares, tmp_path, judged.suite(measures=("lpips", "reconstruction")))
+    assert [(each["measure"], each["why"]) for each in made.left_out] == [
+        ("lpips", "needs a network that is not named: perceptual")
+    ]
+    assert [group["measure"] for group in made.groups] == ["reconstruction"]
+
+
+def test_what_a_model_refuses_is_left_out_and_others_go_on(
+    models: Path, squares: str, tmp_path: Path, toys: list[str]
+) -> None:
+    suite = judged.suite(gaps={"frames": 4, "context": 1})
+    made = evaluate(models, ["mavin", "latte"], squares, tmp_path, suite)
+    [left] = made.left_out
+    assert "the model sees 1 frames at least; set the suite's gaps.context to 2" in left["why"]
+    assert values(made, "generates_level", "level").keys() == {"latte"}
+    assert "left out" in table.printed(made)
+
+
+@pytest.mark.parametrize(
+    ("changes", "networks", "said"),
+    [
+        ({"measures": ("fidelity",)}, {}, "measures: there is no 'fidelity'; there are"),
+        ({"settings": {"stepz": 3}}, {}, "suite: settings: there is no 'stepz'; there are"),
+        ({"settings": {"solver": "magic"}}, {}, "suite: settings: solver: 'magic' is neither euler nor unipc"),
+        ({"measures": ("lpips",)}, {"perceptual": "videos.pt"}, "takes whole videos; a perceptual loss needs"),
+        ({"measures": ("lpips",)}, {"perceptual": "nowhere.pth"}, "nowhere.pth: no such file"),
+    ],
+)
+def test_bad_input_is_one_line(
+    models: Path, squares: str, tmp_path: Path, changes: dict[str, Any], networks: dict[str, str], said: str
+) -> None:
+    torch.jit.script(_OfVideos()).save(str(tmp_path / "videos.pt"))
+    paths = {name: str(tmp_path / path) for name, path in networks.items()}
+    with pytest.raises(UserError, match=said) as error:
+        evaluate(models, ["vae"], squares, tmp_path / "out", judged.suite(**changes), **paths)
+    assert "\n" not in str(error.value)
+
+
+def test_models_and_clips_that_are_not_there_are_one_line(models: Path, squares: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="nowhere: no such folder"):
+        evaluate(models, ["nowhere"], squares, tmp_path)
+    with pytest.raises(UserError, match="models: there are none"):
+        evaluate(models, [], squares, tmp_path)
+    long = judged.suite(clips={"frames": 99, "size": (32, 32)}, measures=("reconstruction",))
+    made = evaluate(models, ["vae"], squares, tmp_path, long)
+    [left] = made.left_out
+    assert "no held-out clip has 99 frames of 32x32 at 12 a second: the longest held-out clip lasts 3 s" in left["why"]
+
+
+def test_a_damaged_result_is_named(models: Path, squares: str, tmp_path: Path, toys: list[str]) -> None:
+    evaluate(models, ["latte"], squares, tmp_path)
+    [path] = (tmp_path / "results").glob("*/generates_level-*.json")
+    path.write_text(json.dumps({"format": 1}))
+    with pytest.raises(RuntimeError, match=r"damaged .*; delete it and run the same command again"):
+        evaluate(models, ["latte"], squares, tmp_path)
+
+
+class _OfVideos(torch.nn.Module):
+    def forward(self, x: torch.Tensor, rescale: bool, resize: bool, return_features: bool) -> torch.Tensor:
+        return x.mean(dim=[2, 3, 4])
