@@ -46,9 +46,11 @@ def of_means(values: np.ndarray, resamples: int, seed: int) -> Interval:
 def of_replicates(value: float, replicates: Sequence[float], units: int) -> Interval:
     """Of a figure of all units together, from the same figure of their resamples.
 
-    A resample has units twice, by which a distance grows: the replicates are moved so that their mean is the figure.
+    A resample has units twice, by which a distance grows: the replicates are moved so that their mean is the figure. Those
+    that are no numbers do not count, such as a distance between units of which all are the same.
     """
     found = np.asarray(replicates, np.float64)
+    found = found[np.isfinite(found)]
     if units < 2 or len(found) < 2:
         return Interval(None, None)
     return _bounds(found - found.mean() + value, units)

@@ -13,6 +13,8 @@ from longtake.training.evaluation import run as running
 from longtake.training.evaluation import table
 from longtake.training.evaluation.suite import Networks, Suite, named
 from longtake.training.metrics.features import digest_of
+from longtake.training.models.common.pictures import OWN
+from longtake.training.registry.uri import in_store
 
 VERSION = 1
 PRODUCES = "evaluation"
@@ -37,8 +39,10 @@ class Config(StageConfig):
 
 
 def outside(config: Config) -> str:
-    """A digest of the networks."""
-    return digest_of(*config.networks.model_dump().values())
+    """A digest of the networks that are files and folders."""
+    return digest_of(
+        *(path for path in config.networks.model_dump().values() if path != OWN and not in_store(path or ""))
+    )
 
 
 def complete(uri: str) -> bool:

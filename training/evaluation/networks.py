@@ -11,8 +11,7 @@ from longtake.training.evaluation.suite import Clips, Networks
 from longtake.training.metrics.classifier import Classifier, load_classifier
 from longtake.training.metrics.features import FeatureNetwork, checked_network, digest_of, read_file
 from longtake.training.metrics.perceptual import Perceptual, checked_perceptual
-
-FOLDERS = ("dual", "embedder")
+from longtake.training.pictures import load_image_encoder
 
 
 class Brought:
@@ -63,8 +62,11 @@ class Brought:
         """What makes figures by these networks comparable: their digests, and how pixels are put into them."""
         record: dict[str, Any] = {}
         for name in names:
-            if name in FOLDERS:
-                record[name] = {"digest": digest_of(getattr(self, name))}
+            if name == "embedder":
+                encoder = load_image_encoder(self.embedder, device(), name)
+                record[name] = {"digest": encoder.digest, "pooling": encoder.pooling}
+            elif name == "dual":
+                record[name] = {"digest": digest_of(self.dual)}
             else:
                 record[name] = getattr(self, name).record()
             if name == "perceptual" and self._named.linear:

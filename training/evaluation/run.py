@@ -179,7 +179,7 @@ def _measured(task: Task, model: Subject, material: Made) -> Measured:
     with torch.inference_mode():
         result = task.measure.run(model, material)
     videos, notes = material.told()
-    result = _finite(result, [*result.notes, *notes])
+    result = _finite(result, [*(f"{task.name}: {note}" for note in result.notes), *notes])
     return Measured(
         task.name, task.measure.what, task.measure.figures, model.digest, task.conditions, task.digest,
         material.suite.resamples, material.suite.seed, videos, result,

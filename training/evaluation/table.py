@@ -13,7 +13,7 @@ group, even of the same measure. `low` and `high` are bounds of 95 %, null of a 
 """
 
 import json
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -161,42 +161,56 @@ def _videos(results: Iterable[Measured]) -> list[dict[str, Any]]:
 
 
 def printed(table: Table) -> str:
-    """The table for a terminal: a block for each group, a line for each figure and model."""
-    names = {str(model["digest"]): str(model["uri"]) for model in table.models}
-    width = max([len(name) for name in names.values()] + [5])
+    """The table for a terminal: a block for each group, a line for each figure and model; then notes, and what was left out."""
+    names = _names(table.models)
+    width = max(map(len, names.values()), default=0)
     lines: list[str] = []
     for group in table.groups:
         if not group["figures"]:
             continue
-        conditions = group["conditions"]
-        network = "".join(f", {field} {value['digest']}" for field, value in _networks(conditions))
-        lines += ["", f"{group['measure']}: {conditions['clips']} clips of {conditions['sources']} sources,"
-                  f" {conditions['frames']} frames of {conditions['size'][0]}x{conditions['size'][1]}"
-                  f" at {conditions['fps']:g} a second{network}   [{group['digest'][:8]}]"]  # fmt: skip
+        lines += ["", f"{group['measure']}: {_on(group['conditions'])}   [{group['digest'][:8]}]"]
         for figure, facts in group["figures"].items():
-            arrow = {"higher": "higher is better", "lower": "lower is better"}[facts["better"]]
-            lines.append(f"  {figure} ({arrow})")
+            lines.append(f"  {figure} ({facts['better']} is better)")
             for digest, value in facts["values"].items():
                 bounds = "" if value["low"] is None else f"   [{value['low']:.4g}, {value['high']:.4g}]"
                 lines.append(f"    {names[digest]:<{width}}  {value['value']:>10.4g}{bounds}")
-    for model in table.models:
-        lines += [f"note: {model['uri']}: {note}" for note in model["notes"]]
-    lines += [
-        f"left out: {names.get(each['model'], each['model'])}: {each['measure']}: {each['why']}"
-        for each in table.left_out
-    ]
-    return "\n".join(lines).strip("\n")
+    notes = [f"note: {names[model['digest']]}: {note}" for model in table.models for note in model["notes"]]
+    return "\n".join([*lines, "", *notes, *_left_out(table.left_out, names)]).strip("\n")
 
 
-def _networks(conditions: Mapping[str, Any]) -> list[tuple[str, dict[str, str]]]:
-    """The networks among the conditions, with the beginnings of their digests."""
-    found = []
-    for name, facts in conditions.get("networks", {}).items():
-        digest = next(
-            (str(facts[field]) for field in ("network_digest", "classifier_digest", "digest") if field in facts), ""
-        )
-        found.append((name, {"digest": digest[:8]}))
-    return found
+def _names(models: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+    """Short names by digest: the version, or the end of the path; with a part of the digest where two are alike."""
+    short = {model["digest"]: _short(model["uri"]) for model in models}
+    counts = Counter(short.values())
+    return {digest: name if counts[name] == 1 else f"{name} {digest[:6]}" for digest, name in short.items()}
+
+
+def _short(uri: str) -> str:
+    return uri.removeprefix("models:/") if uri.startswith("models:/") else Path(uri).name
+
+
+def _on(conditions: Mapping[str, Any]) -> str:
+    """The conditions that matter most, in a few words."""
+    height, width = conditions["size"]
+    clips = f"{conditions['clips']} clips of {conditions['sources']} sources"
+    parts = [clips, f"{conditions['frames']} frames of {height}x{width} at {conditions['fps']:g} a second"]
+    for name, facts in conditions["networks"].items():
+        fields = (facts.get(field) for field in ("network_digest", "classifier_digest", "digest"))
+        parts.append(f"{name} {next(filter(None, fields), '')[:8]}")
+    return ", ".join(parts)
+
+
+def _left_out(rows: Sequence[Mapping[str, str]], names: Mapping[str, str]) -> list[str]:
+    """A line for each reason, with the measures and models that it is of."""
+    by_reason: dict[str, list[Mapping[str, str]]] = defaultdict(list)
+    for row in rows:
+        by_reason[row["why"]].append(row)
+    lines = []
+    for why, each in by_reason.items():
+        measures = ", ".join(dict.fromkeys(row["measure"] for row in each))
+        models = ", ".join(dict.fromkeys(names.get(row["model"], row["model"][:8]) for row in each))
+        lines.append(f"left out: {measures} of {models}: {why}")
+    return lines
 
 
 def plain(measured: Measured) -> dict[str, Any]:
