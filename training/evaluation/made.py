@@ -36,6 +36,7 @@ from longtake.training.models.generator import (
     plain,
     with_changes,
 )
+from longtake.training.pictures import ImageEncoder
 
 Frames = Iterable[np.ndarray]
 
@@ -276,7 +277,10 @@ class Made:
     def perceptual(self) -> Perceptual:
         return self.brought.perceptual
 
-    def folder(self, name: Literal["dual", "embedder"]) -> str:
+    def embedder(self) -> ImageEncoder:
+        return self.brought.embedder
+
+    def folder(self, name: Literal["dual"]) -> str:
         folder: str = getattr(self.brought, name)
         return folder
 

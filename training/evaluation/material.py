@@ -14,6 +14,7 @@ from longtake.training.metrics.classifier import Classifier
 from longtake.training.metrics.features import FeatureNetwork
 from longtake.training.metrics.perceptual import Perceptual
 from longtake.training.models.generator import Generator, Infiller, Retriever
+from longtake.training.pictures import ImageEncoder
 
 if TYPE_CHECKING:
     from longtake.training.evaluation.made import Made
@@ -111,7 +112,9 @@ class Material(Protocol):
 
     def perceptual(self) -> Perceptual: ...
 
-    def folder(self, name: Literal["dual", "embedder"]) -> str:
+    def embedder(self) -> ImageEncoder: ...
+
+    def folder(self, name: Literal["dual"]) -> str:
         """The folder of an encoder that the user names."""
 
 

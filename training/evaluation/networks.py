@@ -5,13 +5,17 @@ from collections.abc import Iterable
 from functools import cached_property
 from typing import Any, Literal
 
+import torch
+
 from longtake.datasets.errors import UserError
 from longtake.training.engines import device
 from longtake.training.evaluation.suite import Clips, Networks
 from longtake.training.metrics.classifier import Classifier, load_classifier
 from longtake.training.metrics.features import FeatureNetwork, checked_network, digest_of, read_file
 from longtake.training.metrics.perceptual import Perceptual, checked_perceptual
-from longtake.training.pictures import load_image_encoder
+from longtake.training.pictures import ImageEncoder, load_image_encoder
+
+FOLDERS = ("dual",)
 
 
 class Brought:
@@ -51,8 +55,19 @@ class Brought:
         return self._path("dual")
 
     @cached_property
-    def embedder(self) -> str:
-        return self._path("embedder")
+    def embedder(self) -> ImageEncoder:
+        encoder, frames = (
+            load_image_encoder(self._path("embedder"), device(), "embedder"),
+            torch.zeros(2, 3, *self._clips.size),
+        )
+        try:
+            with torch.no_grad():
+                encoder.embeddings(frames.to(device()))
+        except (RuntimeError, ValueError) as e:
+            height, width = self._clips.size
+            why = str(e).splitlines()[0][:120]
+            raise UserError(f"embedder: {self._path('embedder')}: takes no frames of {height}x{width} ({why})") from e
+        return encoder
 
     def missing(self, names: Iterable[str]) -> list[str]:
         """Those of these fields that the user has not named."""
@@ -62,11 +77,10 @@ class Brought:
         """What makes figures by these networks comparable: their digests, and how pixels are put into them."""
         record: dict[str, Any] = {}
         for name in names:
-            if name == "embedder":
-                encoder = load_image_encoder(self.embedder, device(), name)
-                record[name] = {"digest": encoder.digest, "pooling": encoder.pooling}
-            elif name == "dual":
-                record[name] = {"digest": digest_of(self.dual)}
+            if name in FOLDERS:
+                record[name] = {"digest": digest_of(getattr(self, name))}
+            elif name == "embedder":
+                record[name] = {"digest": self.embedder.digest, "embedding": self.embedder.pooling}
             else:
                 record[name] = getattr(self, name).record()
             if name == "perceptual" and self._named.linear:
