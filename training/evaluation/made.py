@@ -42,7 +42,10 @@ Frames = Iterable[np.ndarray]
 
 
 class Made:
-    """The material of a dataset and a suite (see `Material`), which keeps what models make in `home`."""
+    """The material of a dataset and a suite (see `Material`), which keeps what models make in `home`.
+
+    The suite gets the dataset's frame rate where it has none. Raises UserError: no such dataset or view; no held-out clips.
+    """
 
     def __init__(self, dataset: str, view: str | None, suite: Suite, networks: Networks, home: Path) -> None:
         self._heldout = Heldout(dataset, view)

@@ -3,21 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol
+from typing import Literal, NamedTuple, Protocol
 
 from torch import Tensor
 
 from longtake.training.evaluation.subject import Subject
-from longtake.training.evaluation.suite import Networks, Suite, Videos
+from longtake.training.evaluation.suite import Suite, Videos
 from longtake.training.metrics.classifier import Classifier
 from longtake.training.metrics.features import FeatureNetwork
 from longtake.training.metrics.perceptual import Perceptual
 from longtake.training.models.generator import Generator, Infiller, Retriever
 from longtake.training.pictures import ImageEncoder
-
-if TYPE_CHECKING:
-    from longtake.training.evaluation.made import Made
 
 
 class Clip(NamedTuple):
@@ -80,7 +76,7 @@ class Material(Protocol):
     """All that is the same for the models of an evaluation, and the doors to what each of them makes.
 
     What is slow to make is kept in the evaluation's folder under the digests of the model and of what was asked of it; so an
-    evaluation that was stopped goes on, and measures share it.
+    evaluation that was stopped goes on, and measures share it. `made.Made` is the one of a dataset.
     """
 
     @property
@@ -116,17 +112,3 @@ class Material(Protocol):
 
     def folder(self, name: Literal["dual"]) -> str:
         """The folder of an encoder that the user names."""
-
-
-def of(dataset: str, view: str | None, suite: Suite, networks: Networks, folder: Path) -> Made:
-    """The material of an evaluation, whose suite has got the dataset's rate where it has none.
-
-    Args:
-        folder: where it keeps what models make.
-
-    Raises:
-        UserError: no such dataset or view; no held-out clips.
-    """
-    from longtake.training.evaluation.made import Made  # which makes what is described here
-
-    return Made(dataset, view, suite, networks, folder)

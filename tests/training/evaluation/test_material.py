@@ -14,8 +14,9 @@ import pytest
 import torch
 
 from longtake.datasets.errors import Failure, UserError
-from longtake.training.evaluation import material, subject, videos
+from longtake.training.evaluation import subject, videos
 from longtake.training.evaluation.made import Made
+from longtake.training.evaluation.material import Generated
 from longtake.training.evaluation.subject import Subject
 from longtake.training.evaluation.suite import Networks, Suite, Videos
 from longtake.training.models.generator import Settings
@@ -25,10 +26,10 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def material_of(squares: str, folder: Path, suite: Suite | None = None) -> Made:
-    return material.of(squares, None, suite or judged.suite(), Networks(), folder / "videos")
+    return Made(squares, None, suite or judged.suite(), Networks(), folder / "videos")
 
 
-def whole(made: material.Generated) -> torch.Tensor:
+def whole(made: Generated) -> torch.Tensor:
     return torch.cat(list(made.frames()), 2)
 
 
