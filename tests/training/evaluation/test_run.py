@@ -55,7 +55,7 @@ def test_models_of_four_families_are_measured_side_by_side(
     assert ours[0]["scores"].keys() == {"level"}
 
 
-@pytest.mark.parametrize("call", [1, 2, 3, 4])
+@pytest.mark.parametrize("call", [1, 3])
 def test_a_stopped_evaluation_goes_on_and_has_the_same_table(
     models: Path, squares: str, tmp_path: Path, toys: list[str], call: int
 ) -> None:
@@ -80,26 +80,26 @@ def test_a_model_that_comes_later_joins_those_that_are_there(
     assert values(made, "generates_level", "level").keys() == {"latte", "tats"}
 
 
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {"seed": 1},
-        {"clips": {"frames": 5, "size": (32, 32), "most": 4}},
-        {"clips": {"frames": 9, "size": (16, 16), "most": 4}},
-        {"clips": {"frames": 9, "size": (32, 32), "most": 3}},
-        {"clips": {"frames": 9, "size": (32, 32), "most": 4, "fps": 6.0}},
-        {"videos": [{"frames": 5, "seeds": (0, 1, 2)}]},
-        {"settings": {"steps": 1}},
-        {"resamples": 200},
-    ],
-)
 def test_figures_of_other_conditions_are_not_put_beside_each_other(
-    models: Path, squares: str, tmp_path: Path, toys: list[str], changes: dict[str, Any]
+    models: Path, squares: str, tmp_path: Path, toys: list[str]
 ) -> None:
-    first = evaluate(models, ["latte"], squares, tmp_path)
-    made = evaluate(models, ["tats"], squares, tmp_path, judged.suite(**changes))
-    assert values(made, "generates_level", "level").keys() == {"tats"}
-    assert [group["digest"] for group in made.groups] != [group["digest"] for group in first.groups]
+    clips = {"frames": 9, "size": (32, 32), "most": 4}
+    others: list[dict[str, Any]] = [
+        {"seed": 1},
+        {"clips": clips | {"frames": 5}},
+        {"clips": clips | {"size": (16, 16)}},
+        {"clips": clips | {"most": 3}},
+        {"clips": clips | {"fps": 6.0}},
+        {"videos": [{"frames": 5, "seeds": (0, 1, 2)}]},
+        {"settings": {"temperature": 0.5}},
+        {"resamples": 200},
+    ]
+    digests = {evaluate(models, ["latte"], squares, tmp_path).groups[0]["digest"]}
+    for number, changes in enumerate(others, 2):
+        made = evaluate(models, ["tats"], squares, tmp_path, judged.suite(**changes))
+        assert values(made, "generates_level", "level").keys() == {"tats"}, changes
+        digests.add(made.groups[0]["digest"])
+        assert len(digests) == number
 
 
 def test_the_conditions_say_what_a_figure_was_measured_on(models: Path, squares: str, tmp_path: Path) -> None:
