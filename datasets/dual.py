@@ -34,10 +34,6 @@ class Dual(NamedTuple):
         """Whether it was trained to say of each text by itself how likely it fits."""
         return _SIGLIP in self.network.model.config.model_type
 
-    def record(self) -> dict[str, Any]:
-        """What makes two values comparable, flat, for JSON."""
-        return {"dual": str(self.network.folder.config["model_type"]), "dual_digest": self.network.folder.digest()}
-
     def pictures(self, frames: np.ndarray) -> np.ndarray:
         """(N, D) float32 of length 1 of frames (N, H, W, 3) uint8. Raises Failure: it does not take them."""
         return units(shown(self.network.folder, lambda: self.network.vectors(frames).cpu().numpy()))
