@@ -55,7 +55,10 @@ def suite(frames: int = 4, length: int = 4, chunk: int = 4, resamples: int = 100
 def clips(videos: Sequence[Tensor], units: Sequence[str] | None = None) -> list[Clip]:
     """Held-out clips of videos (3, T, H, W) uint8; each is its own source where nothing else is said."""
     names = units or [f"source-{number:03d}" for number in range(len(videos))]
-    return [Clip(name, f"clip-{n}", video[None], FPS, None) for n, (name, video) in enumerate(zip(names, videos, strict=True))]
+    return [
+        Clip(name, f"clip-{n}", video[None], FPS, None)
+        for n, (name, video) in enumerate(zip(names, videos, strict=True))
+    ]
 
 
 def generated(
@@ -70,7 +73,9 @@ def generated(
     for number, video in enumerate(videos):
         key, prompt = f"video-{number:03d}", prompts[number] if prompts else None
         length = video.shape[1]
-        found.append(Generated(prompt or key, key, number, prompt, length, partial(frames, video), joints, 0.0, f"{key}.mp4"))
+        found.append(
+            Generated(prompt or key, key, number, prompt, length, partial(frames, video), joints, 0.0, f"{key}.mp4")
+        )
     return found
 
 

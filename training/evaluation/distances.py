@@ -13,8 +13,10 @@ from longtake.training.metrics import resampled
 from longtake.training.metrics.features import FeatureNetwork
 
 LEAST = 8  # videos on a side [assumption]; of fewer the bounds say nothing, as of a gate
-_SLOW = 1024  # features or videos, whichever are fewer: from there on a replicate takes a second
-_FEW = 100  # replicates of slow ones
+_REPLICATES = (
+    (300, 200),
+    (1024, 100),
+)  # features or samples, whichever are fewer, and the most replicates from there on
 
 _DISTANCES: dict[str, tuple[Callable[..., float], Callable[..., Tensor]]] = {
     "frechet": (resampled.frechet, resampled.frechet_replicates),
@@ -42,8 +44,9 @@ def distances(real: Side, fake: Side, resamples: int, seed: int) -> Distances:
     if few <= width:
         notes.append(f"{few} samples for {width} features: Fréchet distances depend on their number")
     units = min(real.drawn_from, fake.drawn_from)
-    if min(few, width) >= _SLOW:
-        resamples = min(resamples, _FEW)
+    for wide, most in _REPLICATES:
+        if min(few, width) >= wide:
+            resamples = min(resamples, most)
     sides = (real.rows(), fake.rows())
     # another seed for the other side: they may have equally many units
     weights = [drawn(each.drawn_from, resamples, seed + number) for number, each in enumerate((real, fake))]

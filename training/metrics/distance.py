@@ -99,9 +99,9 @@ def kernel_sums(first: Tensor, first_units: Tensor, second: Tensor, second_units
     sums = torch.zeros(int(first_units.max()) + 1, int(second_units.max()) + 1, dtype=torch.float64)
     for a, u in zip(first.split(_BLOCK), first_units.split(_BLOCK), strict=True):
         for b, v in zip(second.split(_BLOCK), second_units.split(_BLOCK), strict=True):
-            pairs = _kernel(a.double() @ b.double().T, a.shape[1])
-            columns = pairs.new_zeros(len(a), sums.shape[1]).index_add_(1, v, pairs)
-            sums.index_add_(0, u, columns)
+            pairs = _kernel(b.double() @ a.double().T, a.shape[1])  # so that rows are added up, which is faster
+            columns = pairs.new_zeros(sums.shape[1], len(a)).index_add_(0, v, pairs)
+            sums.index_add_(0, u, columns.T)
     return sums
 
 

@@ -12,9 +12,11 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from longtake.training.metrics.distance import Moments, frechet_distance, kernel_distance, kernel_sums, moments
+from longtake.training.metrics.distance import frechet_distance, kernel_distance, kernel_sums, moments
 
-_ROOTS = 20  # operations of two symmetric roots and a product, in D^3; measured
+_EIGENVALUES = (
+    8  # operations of a root, products and eigenvalues of matrices D wide, in D^3, beside those of singular values
+)
 
 
 class Rows(NamedTuple):
@@ -88,10 +90,20 @@ def _weighted(values: Tensor, units: Tensor, of: Tensor) -> tuple[Tensor, Tensor
 
 
 def _frechet(first_mean: Tensor, first: Tensor, second_mean: Tensor, second: Tensor) -> float:
+    """From means, and rows whose A^T A is the covariance."""
     few, many = sorted((len(first), len(second)))
-    if few * few * many > _ROOTS * first.shape[1] ** 3:
-        # two samples make a scatter the covariance
-        return frechet_distance(Moments(2, first_mean, first.T @ first), Moments(2, second_mean, second.T @ second))
-    cross = torch.linalg.svdvals(first @ second.T).sum()
+    if few * few * many < _EIGENVALUES * first.shape[1] ** 3:
+        cross = torch.linalg.svdvals(first @ second.T).sum()
+    else:
+        cross = _trace_of_root(first.T @ first, second.T @ second)
     apart = (first_mean - second_mean).square().sum()
     return max(0.0, float(apart + first.square().sum() + second.square().sum() - 2 * cross))
+
+
+def _trace_of_root(first: Tensor, second: Tensor) -> Tensor:
+    """tr (S1 S2)^1/2, by the eigenvalues of L^T S2 L, where S1 is L L^T."""
+    half, fails = torch.linalg.cholesky_ex(first)
+    if fails:  # S1 is singular
+        values, vectors = torch.linalg.eigh(first)
+        half = vectors * values.clamp_min(0).sqrt()
+    return torch.linalg.eigvalsh(half.T @ second @ half).clamp_min(0).sqrt().sum()

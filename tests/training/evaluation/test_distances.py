@@ -52,7 +52,9 @@ def test_both_distances_are_those_of_torchmetrics_on_the_same_features():
     pooled = distance.MEASURE.run(None, found).pooled
     assert pooled["frechet"].value == pytest.approx(float(theirs.compute()), abs=1e-3 * float(theirs.compute()))
     alike = found._replace(held_out=found.held_out[:50])
-    assert distance.MEASURE.run(None, alike).pooled["kernel"].value == pytest.approx(float(kernels.compute()[0]), rel=1e-3)
+    assert distance.MEASURE.run(None, alike).pooled["kernel"].value == pytest.approx(
+        float(kernels.compute()[0]), rel=1e-3
+    )
 
 
 def test_prompts_are_drawn_where_videos_have_some_and_sources_of_clips():
@@ -117,7 +119,10 @@ def test_a_network_of_frames_has_a_row_for_each_frame_of_a_unit():
     found = material()
     images = fake.network("frames", images=lambda x: [torch.nn.functional.adaptive_avg_pool2d(x, 1)])
     pooled = distance.MEASURE.run(None, found._replace(networks={"features": images})).pooled["frechet"]
-    sides = [torch.cat([clip.video[0] for clip in found.held_out], 1), torch.cat([next(m.frames(4))[0] for m in found.made], 1)]
+    sides = [
+        torch.cat([clip.video[0] for clip in found.held_out], 1),
+        torch.cat([next(m.frames(4))[0] for m in found.made], 1),
+    ]
     rows = [side.float().mean((2, 3)).T.double() for side in sides]
     assert pooled.value == pytest.approx(frechet_distance(*map(moments, rows)), rel=1e-4)
     assert pooled.units == 50
@@ -133,7 +138,7 @@ def test_a_network_that_does_not_take_the_videos_is_one_line():
 
 
 def test_a_suite_without_videos_is_refused():
-    with pytest.raises(UserError, match="^videos: the suite makes none"):
+    with pytest.raises(UserError, match=r"^videos: the suite makes none"):
         distance.MEASURE.run(None, material()._replace(suite=fake.suite().model_copy(update={"videos": ()})))
 
 

@@ -125,7 +125,9 @@ def test_a_jump_of_ten_times_the_usual_change_has_that_ratio():
 
 
 def test_videos_that_are_made_at_once_have_no_seams():
-    assert seams.MEASURE.run(None, long(fake.noise(3, frames=8))).notes == ["no video has joints with frames between them"]
+    assert seams.MEASURE.run(None, long(fake.noise(3, frames=8))).notes == [
+        "no video has joints with frames between them"
+    ]
     still = seams.MEASURE.run(None, long([coloured("rr")] * 2, joints=[3]))
     assert not still.pooled and still.notes == ["nothing moves between the joints"]
 
@@ -137,7 +139,9 @@ def test_windows_over_joints_and_between_them_are_compared_each_with_clips():
     real = moments(fake.corners(torch.stack([clip.video[0] for clip in found.held_out]).float()))
     for name, cut in (("seam", around), ("inner", between)):
         rows = [fake.corners(cut(video[None], [6, 13], 4).float()) for video in videos]
-        assert pooled[f"frechet_{name}"].value == pytest.approx(frechet_distance(real, moments(torch.cat(rows))), rel=1e-4)
+        assert pooled[f"frechet_{name}"].value == pytest.approx(
+            frechet_distance(real, moments(torch.cat(rows))), rel=1e-4
+        )
     gap = pooled["frechet_gap"]
     assert gap.value == pooled["frechet_seam"].value - pooled["frechet_inner"].value
     assert gap.replicates[3] == pooled["frechet_seam"].replicates[3] - pooled["frechet_inner"].replicates[3]
@@ -152,7 +156,9 @@ def test_joints_too_close_for_a_window_between_them_are_said():
 def test_windows_are_where_they_were_asked_for():
     video = torch.arange(30, dtype=torch.uint8)[None, :, None, None].expand(3, 30, 2, 2)
     made = fake.generated([video], piece=7)[0]
-    found = [((w[0, 0, :, 0, 0] + 1) * 127.5).round().int().tolist() for w in windows.windows_at(made, [9, 3, 5, 27], 3)]
+    found = [
+        ((w[0, 0, :, 0, 0] + 1) * 127.5).round().int().tolist() for w in windows.windows_at(made, [9, 3, 5, 27], 3)
+    ]
     assert found == [[3, 4, 5], [5, 6, 7], [9, 10, 11], [27, 28, 29]]
     found = [float((w[0, 0, 0, 0, 0] + 1) * 127.5) for w in windows.windows(made, 3, 8)]
     assert found == pytest.approx([0, 8, 16, 24], abs=1e-4)

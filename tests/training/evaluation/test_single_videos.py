@@ -67,7 +67,7 @@ def test_a_model_without_prompts_agrees_with_nothing(clip):
 def test_a_folder_that_is_no_dual_encoder_is_one_line(tmp_path):
     folder = tiny_pictures.folder("vit", tmp_path / "vit")
     found = fake.Material(fake.suite(), [], fake.generated(fake.noise(2), PROMPTS[:2]), {"dual": folder})
-    with pytest.raises(UserError, match="^dual: .*encodes no texts; name a dual encoder"):
+    with pytest.raises(UserError, match=r"^dual: .*encodes no texts; name a dual encoder"):
         agreement.MEASURE.run(None, found)
 
 
@@ -88,14 +88,17 @@ def test_videos_that_move_alike_are_close_in_speed_and_direction():
     assert alike["speed_distance"].value < 0.005
     assert fast["speed_distance"].value == pytest.approx(1 / 24, rel=0.2)
     assert back["speed_distance"].value < 0.005
-    assert back["direction_distance"].value > 0.8 > 0.1 > alike["direction_distance"].value
+    assert back["direction_distance"].value > 0.8
+    assert alike["direction_distance"].value < 0.1
     assert (len(alike["speed_distance"].replicates), alike["speed_distance"].units) == (100, 8)
     assert np.std(motion.MEASURE.run(None, moved([1, 2] * 4)).pooled["speed_distance"].replicates) > 0.003
 
 
 def test_motion_of_few_videos_or_single_frames_is_refused():
     found = moved([1] * 7)
-    assert motion.MEASURE.run(None, found).notes == ["7 generated videos are too few for a distance; it needs 8 at least"]
+    assert motion.MEASURE.run(None, found).notes == [
+        "7 generated videos are too few for a distance; it needs 8 at least"
+    ]
     assert "single frame" in motion.MEASURE.run(None, found._replace(suite=fake.suite(frames=1))).notes[0]
 
 
@@ -118,7 +121,9 @@ def test_diversity_is_the_mean_over_pairs_of_each_prompt():
 
 def test_videos_without_prompts_are_drawn_themselves():
     videos = fake.noise(5)
-    pooled = diversity.MEASURE.run(None, fake.Material(fake.suite(), [], fake.generated(videos), {})).pooled["diversity"]
+    pooled = diversity.MEASURE.run(None, fake.Material(fake.suite(), [], fake.generated(videos), {})).pooled[
+        "diversity"
+    ]
     assert pooled.value == pytest.approx(np.mean([rmse(a, b) for a, b in combinations(videos, 2)]), rel=1e-5)
     for each, replicate in zip(draws(5, 100, 0)[:10], pooled.replicates, strict=False):
         pairs = [rmse(videos[i], videos[j]) for i in each for j in each if i != j]
@@ -127,7 +132,10 @@ def test_videos_without_prompts_are_drawn_themselves():
 
 def test_equal_videos_have_no_diversity_and_single_ones_none_to_tell():
     same = fake.noise(1) * 3
-    assert diversity.MEASURE.run(None, fake.Material(fake.suite(), [], fake.generated(same), {})).pooled["diversity"].value == 0
+    assert (
+        diversity.MEASURE.run(None, fake.Material(fake.suite(), [], fake.generated(same), {})).pooled["diversity"].value
+        == 0
+    )
     single = fake.Material(fake.suite(), [], fake.generated(fake.noise(2), ["a", "b"]), {})
     result = diversity.MEASURE.run(None, single)
     assert not result.pooled
@@ -199,7 +207,7 @@ def test_writing_again_replaces_its_own_videos_and_refuses_others(tmp_path):
     written(tmp_path, ["a", "a", "b", "b"])
     assert {path.name for path in (out / "videos").iterdir()} == {"a-0.mp4", "a-1.mp4", "b-0.mp4", "b-1.mp4"}
     (out / "videos" / "holiday.mp4").write_bytes(b"")
-    with pytest.raises(UserError, match="has 'holiday.mp4' of something else; name an empty folder"):
+    with pytest.raises(UserError, match=r"has 'holiday\.mp4' of something else; name an empty folder"):
         written(tmp_path, None)
     assert len(list((out / "videos").iterdir())) == 5
 
