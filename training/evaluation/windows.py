@@ -11,8 +11,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from longtake.datasets import dual
 from longtake.datasets.errors import UserError
-from longtake.datasets.loader import to_model
+from longtake.datasets.loader import to_model, to_pixels
+from longtake.datasets.pictures import opened
+from longtake.training.engines import device
 from longtake.training.evaluation.bootstrap import draws
 from longtake.training.evaluation.material import Generated, Material
 from longtake.training.evaluation.record import Unit
@@ -111,6 +114,17 @@ def taken(name: str, window: Tensor, call: Callable[[], T]) -> T:
         what = f"{window.shape[2]} frames of {window.shape[3]}x{window.shape[4]}"
         why = next(iter(str(e).strip().splitlines()[-1:]), type(e).__name__)[:120]
         raise UserError(f"{name}: takes no videos of {what} ({why}); change chunk or clips of the suite") from e
+
+
+def dual_encoder(material: Material) -> dual.Dual:
+    """The user's encoder of pictures and texts. UserError: its folder has none."""
+    return dual.load(opened(material.folder("dual"), "dual"), str(device()))
+
+
+def pictures(encoder: dual.Dual, window: Tensor, places: Sequence[int] | None = None) -> Tensor:
+    """The vectors of a window's frames, or of those at some places, (T, D) of length 1."""
+    frames = to_pixels(window[0].permute(1, 2, 3, 0))
+    return torch.from_numpy(encoder.pictures((frames if places is None else frames[places]).cpu().numpy()))
 
 
 class Side(NamedTuple):

@@ -3,13 +3,15 @@
 import math
 
 import fake_material as fake
+import judged
 import pytest
 import torch
 
 from longtake.datasets.loader import to_model
-from longtake.training.evaluation import record, windows
+from longtake.training.evaluation import record, run, table, windows
 from longtake.training.evaluation.measures import coherence, degradation, drift, seam_distance, seams
 from longtake.training.evaluation.record import Pooled, Result
+from longtake.training.evaluation.suite import Networks
 from longtake.training.metrics.coherence import coherence as whole_coherence
 from longtake.training.metrics.distance import frechet_distance, moments
 from longtake.training.metrics.seams import around, bends, between, changes
@@ -168,3 +170,30 @@ def test_a_result_with_both_kinds_of_curves_is_read_back():
     curves = {"a": {0.0: {"unit": 1.0, "all": 2.0}}, "b": {0.5: Pooled(2.0, [1.0, 3.0], 4)}}
     result = Result({("unit", "key"): {"x": 1.0}}, {"p": Pooled(1.0, [0.5], 3)}, curves, ["said"])
     assert record.parsed(record.plain(result)) == result
+
+
+def test_a_curve_of_all_videos_together_has_its_bounds_in_the_table():
+    replicates = torch.linspace(1, 3, 101).tolist()
+    result = Result(curves={"frechet_by_second": {0.5: Pooled(5.0, replicates, 20), 0.0: Pooled(1.0, [], 1)}})
+    conditions = {"clips": 20, "sources": 20}
+    measured = table.Measured("degradation", "", {}, "m", conditions, "d", 101, 0, [], result)
+    [group] = table.made([{"digest": "m"}], [measured], []).groups
+    first, second = group["curves"]["frechet_by_second"]["m"]
+    assert first == [0.0, 1.0, None, None]
+    assert second[:2] == [0.5, 5.0]
+    assert second[2:] == pytest.approx([4, 6], abs=0.05)
+
+
+def test_generated_videos_of_two_families_are_measured_side_by_side(models, squares, tmp_path):
+    videos = [{"frames": 9, "seeds": (0, 1, 2)}, {"frames": 24, "seeds": (0, 1)}]
+    suite = judged.suite(videos=videos, measures=("seams", "diversity", "vbench"))
+    made = run.evaluate(
+        [str(models / name) for name in ("latte", "tats")], squares, None, suite, Networks(), tmp_path, str
+    )
+    figures = {group["measure"]: group["figures"] for group in made.groups}
+    assert [len(figures["vbench"][name]["values"]) for name in figures["vbench"]] == [2, 2]
+    assert len(figures["diversity"]["diversity"]["values"]) == 2
+    [(seam, value)] = figures["seams"]["seam_ratio"]["values"].items()
+    assert made.models[0]["digest"] == seam and value["units"] == 2
+    assert value["low"] <= value["value"] <= value["high"]
+    assert "no video has joints with frames between them" in made.models[1]["notes"]

@@ -13,7 +13,15 @@ import torch
 from longtake.datasets.errors import UserError
 from longtake.training.evaluation import vbench as layout
 from longtake.training.evaluation.bootstrap import draws
-from longtake.training.evaluation.measures import agreement, consistency, diversity, diversity_lpips, motion, vbench
+from longtake.training.evaluation.measures import (
+    agreement,
+    background,
+    consistency,
+    diversity,
+    diversity_lpips,
+    motion,
+    vbench,
+)
 from longtake.training.metrics.agreement import agreement as one_agreement
 from longtake.training.metrics.features import FeatureNetwork
 from longtake.training.metrics.perceptual import Perceptual, lpips
@@ -50,6 +58,22 @@ def test_agreement_is_the_cosine_that_the_library_gives(clip):
         assert row["agreement"] == pytest.approx(float(means[number][number % 3]), abs=1e-5)
         assert row["agreement_first"] == float(means[number].argmax() == number % 3)
     assert result.notes == ["agreement_first by chance is 0.333"]
+
+
+def test_backgrounds_are_compared_by_the_vectors_of_pictures(clip):
+    from longtake.datasets import dual
+    from longtake.datasets.pictures import opened
+
+    videos = fake.noise(2, size=16)
+    still = videos[0][:, :1].expand(3, 4, 16, 16)
+    result = background.MEASURE.run(
+        None, fake.Material(fake.suite(), [], fake.generated([still, *videos]), {"dual": clip})
+    )
+    found = [row["background_consistency"] for row in result.rows.values()]
+    vectors = dual.load(opened(clip), "cpu").pictures(videos[0].permute(1, 2, 3, 0).numpy()).astype(np.float64)
+    cosines = vectors @ vectors.T
+    expected = np.mean([(max(0, cosines[n, 0]) + max(0, cosines[n, n - 1])) / 2 for n in range(1, 4)])
+    assert found[:2] == pytest.approx([1, expected], abs=1e-5)
 
 
 def test_texts_that_agree_alike_share_the_first_place():

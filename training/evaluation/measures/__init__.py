@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 MEASURES: dict[str, str] = {  # name -> module
     "agreement": "longtake.training.evaluation.measures.agreement",
+    "background": "longtake.training.evaluation.measures.background",
     "coherence": "longtake.training.evaluation.measures.coherence",
     "consistency": "longtake.training.evaluation.measures.consistency",
     "debiased": "longtake.training.evaluation.measures.debiased",

@@ -1,18 +1,14 @@
 """Whether generated videos show what their prompts say, in the eyes of an encoder of pictures and texts."""
 
-import numpy as np
 import torch
 
-from longtake.datasets import dual
-from longtake.datasets.loader import to_pixels
-from longtake.datasets.pictures import opened
-from longtake.training.engines import device
+from longtake.datasets.dual import Dual
 from longtake.training.evaluation.material import Material
 from longtake.training.evaluation.measures import Measure
 from longtake.training.evaluation.record import Result, Unit
 from longtake.training.evaluation.subject import Subject
 from longtake.training.evaluation.suite import Suite
-from longtake.training.evaluation.windows import compared_conditions, openings
+from longtake.training.evaluation.windows import compared_conditions, dual_encoder, openings, pictures
 from longtake.training.metrics.agreement import agreement, places
 
 _FRAMES = 8  # of a video, at most, spread evenly
@@ -25,14 +21,13 @@ def conditions(suite: Suite) -> dict[str, object]:
 
 def run(subject: Subject, material: Material) -> Result:
     """`agreement` of each video, and `agreement_first`, whether no other prompt agrees more; means are over prompts."""
-    found, wanted, keys = list[np.ndarray](), list[str](), list[tuple[Unit, str]]()
-    encoder: dual.Dual | None = None
+    found, wanted, keys = list[torch.Tensor](), list[str](), list[tuple[Unit, str]]()
+    encoder: Dual | None = None
     for made, video in openings(material, subject):
         if made.prompt is None:
             return Result(notes=["takes no prompts, so nothing can agree with them"])
-        encoder = encoder or dual.load(opened(material.folder("dual"), "dual"), str(device()))
-        frames = to_pixels(video[0].permute(1, 2, 3, 0))[places(video.shape[2], _FRAMES)]
-        found.append(encoder.pictures(frames.cpu().numpy()))
+        encoder = encoder or dual_encoder(material)
+        found.append(pictures(encoder, video, places(video.shape[2], _FRAMES)))
         wanted.append(made.prompt)
         keys.append((made.unit, made.key))
     if encoder is None:
@@ -41,7 +36,7 @@ def run(subject: Subject, material: Material) -> Result:
     vectors = torch.from_numpy(encoder.texts(texts))
     rows = {}
     for key, prompt, frames_of in zip(keys, wanted, found, strict=True):
-        own, is_first = agreement(torch.from_numpy(frames_of), vectors, texts.index(prompt))
+        own, is_first = agreement(frames_of, vectors, texts.index(prompt))
         rows[key] = {"agreement": own} | ({"agreement_first": is_first} if len(texts) > 1 else {})
     notes = [f"agreement_first by chance is {1 / len(texts):.3g}"] if len(texts) > 1 else []
     return Result(rows, notes=notes)
