@@ -8,7 +8,7 @@ from torch import Tensor
 from longtake.training.evaluation.material import Material
 from longtake.training.evaluation.record import Pooled
 from longtake.training.evaluation.subject import Subject
-from longtake.training.evaluation.windows import Side, clips, compared, drawn, length, listed, openings, side
+from longtake.training.evaluation.windows import Side, asked, clips, drawn, length, listed, openings, side
 from longtake.training.metrics import resampled
 from longtake.training.metrics.features import FeatureNetwork
 
@@ -60,7 +60,7 @@ def distances(real: Side, fake: Side, resamples: int, seed: int) -> Distances:
 def to_heldout(subject: Subject, material: Material, network: FeatureNetwork) -> Distances:
     """The distances of the first frames of generated videos to held-out clips."""
     suite = material.suite
-    real = side("held-out clips", network, clips(material, length(suite, compared(suite))))
+    real = side("held-out clips", network, clips(material, length(suite, asked(suite))))
     fake = side("generated videos", network, ((made.unit, video) for made, video in openings(material, subject)))
     return distances(real, fake, suite.resamples, suite.seed)
 

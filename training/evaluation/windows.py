@@ -28,24 +28,22 @@ from longtake.training.models.common.streaming import regroup
 T = TypeVar("T")
 
 
-def compared(suite: Suite) -> Videos:
-    """The videos whose first frames are compared with held-out clips. UserError: the suite has none."""
-    return _some(suite)[0]
+def asked(suite: Suite) -> Videos:
+    """The videos that a measure is run on. UserError: the suite has none."""
+    if not suite.videos:
+        raise UserError("videos: the suite makes none; give it some")
+    return suite.videos[0]
 
 
-def followed(suite: Suite) -> Videos:
-    """The videos that are followed over time. UserError: the suite has none."""
-    return _some(suite)[-1]
+def conditions(suite: Suite) -> dict[str, Any]:
+    """What figures of generated videos depend on beside the clips."""
+    prompts = None if suite.prompts is None else hashlib.sha256(json.dumps(suite.prompts).encode()).hexdigest()[:12]
+    return {"videos": [videos.model_dump(mode="json") for videos in suite.videos[:1]], "prompts": prompts}
 
 
-def compared_conditions(suite: Suite) -> dict[str, Any]:
-    """What figures of the `compared` videos depend on."""
-    return _conditions(suite, suite.videos[:1])
-
-
-def followed_conditions(suite: Suite) -> dict[str, Any]:
-    """What figures of the `followed` videos depend on."""
-    return _conditions(suite, suite.videos[-1:]) | {"chunk": suite.chunk}
+def conditions_by_chunk(suite: Suite) -> dict[str, Any]:
+    """What figures of the chunks of generated videos depend on beside the clips."""
+    return conditions(suite) | {"chunk": suite.chunk}
 
 
 def length(suite: Suite, videos: Videos) -> int:
@@ -55,16 +53,16 @@ def length(suite: Suite, videos: Videos) -> int:
 
 
 def openings(material: Material, subject: Subject) -> Iterator[tuple[Generated, Tensor]]:
-    """The first frames of each of the `compared` videos, (1, 3, `length`, H, W) in [-1, 1]."""
-    videos = compared(material.suite)
+    """The first frames of each of the videos, (1, 3, `length`, H, W) in [-1, 1]."""
+    videos = asked(material.suite)
     count = length(material.suite, videos)
     for made in material.generated(subject, videos):
         yield made, next(windows(made, count))
 
 
 def chunks(material: Material, subject: Subject) -> Iterator[tuple[Generated, Iterator[Tensor]]]:
-    """The chunks of each of the `followed` videos one after the other, (1, 3, chunk, H, W) in [-1, 1], whole ones only."""
-    for made in material.generated(subject, followed(material.suite)):
+    """The chunks of each of the videos one after the other, (1, 3, chunk, H, W) in [-1, 1], whole ones only."""
+    for made in material.generated(subject, asked(material.suite)):
         yield made, windows(made, material.suite.chunk)
 
 
@@ -184,14 +182,3 @@ def drawn(units: int, resamples: int, seed: int) -> Tensor:
 def listed(replicates: Tensor) -> list[float]:
     """Replicates as plain data."""
     return [float(value) for value in np.asarray(replicates.double().cpu())]
-
-
-def _some(suite: Suite) -> Sequence[Videos]:
-    if not suite.videos:
-        raise UserError("videos: the suite makes none; give it some")
-    return suite.videos
-
-
-def _conditions(suite: Suite, videos: Sequence[Videos]) -> dict[str, Any]:
-    prompts = None if suite.prompts is None else hashlib.sha256(json.dumps(suite.prompts).encode()).hexdigest()[:12]
-    return {"videos": [each.model_dump(mode="json") for each in videos], "prompts": prompts}

@@ -184,16 +184,18 @@ def test_a_curve_of_all_videos_together_has_its_bounds_in_the_table():
     assert second[2:] == pytest.approx([4, 6], abs=0.05)
 
 
-def test_generated_videos_of_two_families_are_measured_side_by_side(models, squares, tmp_path):
+def test_videos_of_each_length_are_measured_by_themselves(models, squares, tmp_path):
     videos = [{"frames": 9, "seeds": (0, 1, 2)}, {"frames": 24, "seeds": (0, 1)}]
-    suite = judged.suite(videos=videos, measures=("seams", "diversity", "vbench"))
+    suite = judged.suite(videos=videos, measures=("seams", "diversity"))
     made = run.evaluate(
         [str(models / name) for name in ("latte", "tats")], squares, None, suite, Networks(), tmp_path, str
     )
-    figures = {group["measure"]: group["figures"] for group in made.groups}
-    assert [len(figures["vbench"][name]["values"]) for name in figures["vbench"]] == [2, 2]
-    assert len(figures["diversity"]["diversity"]["values"]) == 2
-    [(seam, value)] = figures["seams"]["seam_ratio"]["values"].items()
-    assert made.models[0]["digest"] == seam and value["units"] == 2
+    groups = {(group["measure"], group["conditions"]["videos"][0]["frames"]): group["figures"] for group in made.groups}
+    assert sorted(groups) == [("diversity", 9), ("diversity", 24), ("seams", 9), ("seams", 24)]
+    assert [len(groups["diversity", frames]["diversity"]["values"]) for frames in (9, 24)] == [2, 2]
+    assert not groups["seams", 9]  # all are made at once
+    [(model, value)] = groups["seams", 24]["seam_ratio"]["values"].items()
+    assert made.models[0]["digest"] == model and value["units"] == 2
     assert value["low"] <= value["value"] <= value["high"]
-    assert "no video has joints with frames between them" in made.models[1]["notes"]
+    assert "seams: no video has joints with frames between them" in made.models[1]["notes"]
+    assert "seams: 4 clips of 4 sources, 9 frames of 32x32 at 12 a second, videos of 24 frames" in table.printed(made)

@@ -3,12 +3,13 @@
 import torch
 
 from longtake.datasets.dual import Dual
+from longtake.training.evaluation import windows
 from longtake.training.evaluation.material import Material
 from longtake.training.evaluation.measures import Measure
 from longtake.training.evaluation.record import Result, Unit
 from longtake.training.evaluation.subject import Subject
 from longtake.training.evaluation.suite import Suite
-from longtake.training.evaluation.windows import compared_conditions, dual_encoder, openings, pictures
+from longtake.training.evaluation.windows import dual_encoder, openings, pictures
 from longtake.training.metrics.agreement import agreement, places
 
 _FRAMES = 8  # of a video, at most, spread evenly
@@ -16,7 +17,7 @@ _FRAMES = 8  # of a video, at most, spread evenly
 
 def conditions(suite: Suite) -> dict[str, object]:
     """What figures depend on beside the clips and the encoder."""
-    return {**compared_conditions(suite), "looked_at": _FRAMES}
+    return {**windows.conditions(suite), "looked_at": _FRAMES}
 
 
 def run(subject: Subject, material: Material) -> Result:

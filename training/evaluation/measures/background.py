@@ -5,8 +5,8 @@ from longtake.training.evaluation.measures import Measure
 from longtake.training.evaluation.record import Result
 from longtake.training.evaluation.subject import Subject
 from longtake.training.evaluation.windows import (
-    compared,
-    compared_conditions,
+    asked,
+    conditions,
     dual_encoder,
     length,
     openings,
@@ -18,7 +18,7 @@ from longtake.training.metrics.dynamics import consistency
 def run(subject: Subject, material: Material) -> Result:
     """`background_consistency` of each video's first frames; with CLIP's ViT-B/32 it is that of VBench."""
     suite, encoder = material.suite, dual_encoder(material)
-    if length(suite, compared(suite)) < 2:
+    if length(suite, asked(suite)) < 2:
         return Result(notes=["a single frame has no other to be like; raise frames of the suite's clips and videos"])
     return Result(
         {
@@ -35,6 +35,6 @@ MEASURE = Measure(
     of="generates",
     figures={"background_consistency": "higher"},
     networks=("dual",),
-    conditions=compared_conditions,
+    conditions=conditions,
     run=run,
 )

@@ -8,7 +8,7 @@ from longtake.training.evaluation.material import Material
 from longtake.training.evaluation.measures import Measure
 from longtake.training.evaluation.record import Result, Unit
 from longtake.training.evaluation.subject import Subject
-from longtake.training.evaluation.windows import chunks, curve, followed_conditions, seconds, taken
+from longtake.training.evaluation.windows import chunks, conditions_by_chunk, curve, seconds, taken
 from longtake.training.metrics.classifier import log_probabilities
 from longtake.training.metrics.coherence import coherence, coherence_of
 
@@ -45,6 +45,6 @@ MEASURE = Measure(
     of="generates",
     figures={"ccs": "higher", "ics": "lower"},
     networks=("classifier",),
-    conditions=followed_conditions,
+    conditions=conditions_by_chunk,
     run=run,
 )

@@ -4,7 +4,7 @@ from longtake.training.evaluation.material import Material
 from longtake.training.evaluation.measures import Measure
 from longtake.training.evaluation.record import Result
 from longtake.training.evaluation.subject import Subject
-from longtake.training.evaluation.windows import compared, compared_conditions, embedded, length, openings
+from longtake.training.evaluation.windows import asked, conditions, embedded, length, openings
 from longtake.training.metrics.dynamics import consistency
 
 
@@ -13,7 +13,7 @@ def run(subject: Subject, material: Material) -> Result:
     suite, network = material.suite, material.features()
     if network.images is None:
         return Result(notes=[f"subject_consistency needs a network of pictures, and {network.name} takes whole videos"])
-    if length(suite, compared(suite)) < 2:
+    if length(suite, asked(suite)) < 2:
         return Result(notes=["a single frame has no other to be like; raise frames of the suite's clips and videos"])
     return Result(
         {
@@ -30,6 +30,6 @@ MEASURE = Measure(
     of="generates",
     figures={"subject_consistency": "higher"},
     networks=("features",),
-    conditions=compared_conditions,
+    conditions=conditions,
     run=run,
 )

@@ -5,7 +5,7 @@ from longtake.training.evaluation.material import Material
 from longtake.training.evaluation.measures import Measure
 from longtake.training.evaluation.record import Result
 from longtake.training.evaluation.subject import Subject
-from longtake.training.evaluation.windows import compared_conditions
+from longtake.training.evaluation.windows import conditions
 
 
 def run(subject: Subject, material: Material) -> Result:
@@ -21,6 +21,6 @@ MEASURE = Measure(
     of="generates",
     figures={"frechet_debiased": "lower", "kernel_debiased": "lower"},
     networks=("debiased",),
-    conditions=compared_conditions,
+    conditions=conditions,
     run=run,
 )

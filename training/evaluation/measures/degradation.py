@@ -5,7 +5,7 @@ from longtake.training.evaluation.material import Material
 from longtake.training.evaluation.measures import Measure
 from longtake.training.evaluation.record import Pooled, Result
 from longtake.training.evaluation.subject import Subject
-from longtake.training.evaluation.windows import Side, chunks, clips, followed_conditions, joined, seconds, side
+from longtake.training.evaluation.windows import Side, chunks, clips, conditions_by_chunk, joined, seconds, side
 
 _RESAMPLES = 200  # at most: there may be a hundred chunks
 
@@ -46,6 +46,6 @@ MEASURE = Measure(
     of="generates",
     figures={"frechet_rise": "lower", "kernel_rise": "lower"},
     networks=("features",),
-    conditions=followed_conditions,
+    conditions=conditions_by_chunk,
     run=run,
 )

@@ -3,19 +3,19 @@
 from collections.abc import Mapping
 from typing import Any
 
+from longtake.training.evaluation import windows
 from longtake.training.evaluation.material import Material
 from longtake.training.evaluation.measures import Measure
 from longtake.training.evaluation.record import Result
 from longtake.training.evaluation.subject import Subject
 from longtake.training.evaluation.suite import Suite
 from longtake.training.evaluation.unlike import FRAMES, MOST, unlike
-from longtake.training.evaluation.windows import compared_conditions
 from longtake.training.metrics.diversity import pixels
 
 
 def conditions(suite: Suite) -> Mapping[str, Any]:
     """What figures depend on beside the clips: also how many videos and frames are compared."""
-    return {**compared_conditions(suite), "of_a_prompt": MOST, "looked_at": FRAMES}
+    return {**windows.conditions(suite), "of_a_prompt": MOST, "looked_at": FRAMES}
 
 
 def run(subject: Subject, material: Material) -> Result:

@@ -7,7 +7,7 @@ from longtake.training.evaluation.material import Material
 from longtake.training.evaluation.measures import Measure
 from longtake.training.evaluation.record import Result, Unit
 from longtake.training.evaluation.subject import Subject
-from longtake.training.evaluation.windows import chunks, curve, embedded, followed_conditions, seconds
+from longtake.training.evaluation.windows import chunks, conditions_by_chunk, curve, embedded, seconds
 
 
 def run(subject: Subject, material: Material) -> Result:
@@ -32,6 +32,6 @@ MEASURE = Measure(
     of="generates",
     figures={"drift": "lower"},
     networks=("features",),
-    conditions=followed_conditions,
+    conditions=conditions_by_chunk,
     run=run,
 )

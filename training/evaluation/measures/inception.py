@@ -8,7 +8,7 @@ from longtake.training.evaluation.material import Material
 from longtake.training.evaluation.measures import Measure
 from longtake.training.evaluation.record import Pooled, Result
 from longtake.training.evaluation.subject import Subject
-from longtake.training.evaluation.windows import compared_conditions, drawn, listed, numbered, openings, taken
+from longtake.training.evaluation.windows import conditions, drawn, listed, numbered, openings, taken
 from longtake.training.metrics.classifier import log_probabilities
 from longtake.training.metrics.coherence import inception_score, score_replicates
 
@@ -34,6 +34,6 @@ MEASURE = Measure(
     of="generates",
     figures={"inception_score": "higher"},
     networks=("classifier",),
-    conditions=compared_conditions,
+    conditions=conditions,
     run=run,
 )

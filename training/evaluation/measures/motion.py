@@ -8,9 +8,9 @@ from longtake.training.evaluation.measures import Measure
 from longtake.training.evaluation.record import Pooled, Result
 from longtake.training.evaluation.subject import Subject
 from longtake.training.evaluation.windows import (
+    asked,
     clips,
-    compared,
-    compared_conditions,
+    conditions,
     drawn,
     length,
     listed,
@@ -23,7 +23,7 @@ from longtake.training.metrics.dynamics import direction_distance, movements, sp
 def run(subject: Subject, material: Material) -> Result:
     """`speed_distance` and `direction_distance` of the first frames of the videos to held-out clips."""
     suite = material.suite
-    frames = length(suite, compared(suite))
+    frames = length(suite, asked(suite))
     if frames < 2:
         return Result(notes=["a single frame does not move; raise frames of the suite's clips and videos"])
     real = [(unit, movements(video)) for unit, video in clips(material, frames)]
@@ -60,6 +60,6 @@ MEASURE = Measure(
     of="generates",
     figures={"speed_distance": "lower", "direction_distance": "lower"},
     networks=(),
-    conditions=compared_conditions,
+    conditions=conditions,
     run=run,
 )

@@ -5,7 +5,7 @@ from longtake.training.evaluation.material import Material
 from longtake.training.evaluation.measures import Measure
 from longtake.training.evaluation.record import Pooled, Result
 from longtake.training.evaluation.subject import Subject
-from longtake.training.evaluation.windows import Side, clips, followed, followed_conditions, joined, side, windows_at
+from longtake.training.evaluation.windows import Side, asked, clips, conditions_by_chunk, joined, side, windows_at
 from longtake.training.metrics.seams import starts_around, starts_between
 
 
@@ -14,7 +14,7 @@ def run(subject: Subject, material: Material) -> Result:
     suite, network = material.suite, material.features()
     frames = min(suite.chunk, suite.clips.frames)
     sides: dict[str, list[Side]] = {"seam": [], "inner": []}
-    for made in material.generated(subject, followed(suite)):
+    for made in material.generated(subject, asked(suite)):
         if not made.joints:
             continue
         starts = {
@@ -50,6 +50,6 @@ MEASURE = Measure(
     of="generates",
     figures={f"{name}_{part}": "lower" for name in ("frechet", "kernel") for part in ("seam", "inner", "gap")},
     networks=("features",),
-    conditions=followed_conditions,
+    conditions=conditions_by_chunk,
     run=run,
 )

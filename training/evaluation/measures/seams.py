@@ -10,7 +10,7 @@ from longtake.training.evaluation.material import Generated, Material
 from longtake.training.evaluation.measures import Measure
 from longtake.training.evaluation.record import Pooled, Result, Unit
 from longtake.training.evaluation.subject import Subject
-from longtake.training.evaluation.windows import drawn, followed, followed_conditions, listed, numbered
+from longtake.training.evaluation.windows import asked, conditions_by_chunk, drawn, listed, numbered
 from longtake.training.metrics.seams import apart, bends, changes, ratio
 
 
@@ -18,7 +18,7 @@ def run(subject: Subject, material: Material) -> Result:
     """`seam_ratio` and `bend_ratio` of all videos with joints: the mean at joints, divided by that elsewhere."""
     suite, units = material.suite, list[Unit]()
     found: dict[str, list[tuple[float, float]]] = {"seam_ratio": [], "bend_ratio": []}
-    for made in material.generated(subject, followed(suite)):
+    for made in material.generated(subject, asked(suite)):
         changed, bent = _curves(made)
         pairs = {"seam_ratio": apart(changed, made.joints, 1, 1), "bend_ratio": apart(bent, made.joints, 2, 2)}
         # without a joint, or with nothing but joints, there is nothing to compare
@@ -63,6 +63,6 @@ MEASURE = Measure(
     of="generates",
     figures={"seam_ratio": "lower", "bend_ratio": "lower"},
     networks=(),
-    conditions=followed_conditions,
+    conditions=conditions_by_chunk,
     run=run,
 )

@@ -4,14 +4,14 @@ from longtake.training.evaluation.material import Material
 from longtake.training.evaluation.measures import Measure
 from longtake.training.evaluation.record import Result
 from longtake.training.evaluation.subject import Subject
-from longtake.training.evaluation.windows import compared, compared_conditions, length, openings
+from longtake.training.evaluation.windows import asked, conditions, length, openings
 from longtake.training.metrics.dynamics import flickering, is_dynamic
 
 
 def run(subject: Subject, material: Material) -> Result:
     """`temporal_flickering` and `dynamic_degree` of each video's first frames."""
     suite = material.suite
-    if length(suite, compared(suite)) < 2:
+    if length(suite, asked(suite)) < 2:
         return Result(notes=["a single frame does not move; raise frames of the suite's clips and videos"])
     assert suite.clips.fps
     rows = {
@@ -31,6 +31,6 @@ MEASURE = Measure(
     of="generates",
     figures={"temporal_flickering": "higher", "dynamic_degree": "higher"},
     networks=(),
-    conditions=compared_conditions,
+    conditions=conditions,
     run=run,
 )
