@@ -15,8 +15,23 @@ if TYPE_CHECKING:
     from longtake.training.evaluation.subject import Subject
 
 MEASURES: dict[str, str] = {  # name -> module
+    "agreement": "longtake.training.evaluation.measures.agreement",
+    "background": "longtake.training.evaluation.measures.background",
+    "coherence": "longtake.training.evaluation.measures.coherence",
+    "consistency": "longtake.training.evaluation.measures.consistency",
+    "debiased": "longtake.training.evaluation.measures.debiased",
+    "degradation": "longtake.training.evaluation.measures.degradation",
+    "distance": "longtake.training.evaluation.measures.distance",
+    "diversity": "longtake.training.evaluation.measures.diversity",
+    "diversity_lpips": "longtake.training.evaluation.measures.diversity_lpips",
+    "drift": "longtake.training.evaluation.measures.drift",
+    "inception": "longtake.training.evaluation.measures.inception",
     "lpips": "longtake.training.evaluation.measures.lpips",
+    "motion": "longtake.training.evaluation.measures.motion",
     "reconstruction": "longtake.training.evaluation.measures.reconstruction",
+    "seam_distance": "longtake.training.evaluation.measures.seam_distance",
+    "seams": "longtake.training.evaluation.measures.seams",
+    "vbench": "longtake.training.evaluation.measures.vbench",
 }
 
 
