@@ -1,0 +1,127 @@
+"""What is measured of filled gaps and of memories, on pixels whose figures are known."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from materials import FPS, Fixed, bytes_of, clip, noise, subject, suite
+from torch import Tensor
+
+from longtake.datasets.loader import to_model
+from longtake.training.evaluation.material import Filled, Retrieved
+from longtake.training.evaluation.measures import load
+from longtake.training.metrics import transitions
+from longtake.training.metrics.features import FeatureNetwork
+from longtake.training.metrics.perceptual import Perceptual
+from longtake.training.metrics.reconstruction import psnr_by_frame
+from longtake.training.models.mavin.baselines import held
+from longtake.training.pictures import load_image_encoder
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+MAVIN = {"model": "mavin"}
+BEGIN, GAP = 4, 8
+
+
+def filled(kept: Any, *draws: Tensor) -> list[Filled]:
+    return [Filled(kept, BEGIN, bytes_of(made)) for made in draws]
+
+
+def turning(seed: int, step: float = 0.01) -> Tensor:
+    """Brighter by `step` of the range from frame to frame, over a fixed picture."""
+    levels = -0.5 + 2 * step * torch.arange(2 * BEGIN + GAP)
+    return 0.4 * noise(1, (16, 16), seed) + levels[None, None, :, None, None]
+
+
+def run(name: str, fills: list[Filled], **networks: Any) -> Any:
+    return load(name).run(subject(None, MAVIN), Fixed(suite(), fills=fills, networks=networks))
+
+
+def test_the_frames_of_a_gap_are_compared_and_nothing_beside_it() -> None:
+    kept = [clip(turning(n), unit, n) for n, unit in enumerate("aab")]
+    fills = [
+        fill
+        for n, each in enumerate(kept)
+        for fill in filled(
+            each, turning(n)[:, :, BEGIN : BEGIN + GAP] + 0.2, turning(n)[:, :, BEGIN : BEGIN + GAP] - 0.2
+        )
+    ]
+    found = run("gaps", fills)
+    assert found.rows.keys() == {("a", "a-0"), ("a", "a-1"), ("b", "b-2")}
+    row = found.rows["a", "a-1"]
+    assert row["gap_psnr"] == pytest.approx(20, abs=0.1)
+    assert row["gap_joint_error"] == pytest.approx(0.1, abs=0.002)
+    assert 0.8 < row["gap_ssim"] < 1
+    # half of the range between two draws that are 0.2 of it apart, as their deviation
+    assert row["gap_diversity"] == pytest.approx(0.2 / 2**0.5, abs=0.002)
+    curve = found.curves["gap_psnr"]
+    assert list(curve) == [n / FPS for n in range(GAP)] and curve[0.0]["b"] == pytest.approx(20, abs=0.1)
+
+
+def test_the_ratio_at_the_joints_is_that_of_a_jump_to_the_usual_step() -> None:
+    """Frames move on by 0.01, and by 0.1 more or less where the gap begins and ends."""
+    jump = turning(0)[:, :, BEGIN : BEGIN + GAP] + 0.2
+    found = run(
+        "gaps", filled(clip(turning(0)), jump) + filled(clip(turning(1), "b"), turning(1)[:, :, BEGIN : BEGIN + GAP])
+    )
+    assert found.pooled["gap_seam_ratio"].value == pytest.approx((0.11 + 0.09 + 0.01 + 0.01) / 4 / 0.01, rel=0.05)
+    replicates = found.pooled["gap_seam_ratio"].replicates
+    assert len(replicates) == 100 and min(replicates) == pytest.approx(1, rel=0.05) and max(replicates) > 9
+    assert "gap_diversity" not in found.rows["a", "a-0"]
+    assert float(found.notes[0].rpartition(" ")[2]) == pytest.approx(1, abs=0.01)
+
+
+def test_a_still_video_has_no_ratio() -> None:
+    still = noise(1, (16, 16)).expand(-1, -1, 16, -1, -1)
+    found = run("gaps", filled(clip(still), still[:, :, BEGIN : BEGIN + GAP]))
+    assert not found.pooled and found.rows["a", "a-0"]["gap_psnr"] == 100
+
+
+def test_lpips_is_of_the_frames_that_are_made() -> None:
+    network = FeatureNetwork("identity", "0" * 64, "signed", None, images=lambda x: [x])
+    video = turning(0)
+    wrong = video.clone()
+    wrong[:, :, :BEGIN] = 0  # the model saw another clip: of no effect
+    true = video[:, :, BEGIN : BEGIN + GAP]
+    for made, expected in ((true, 0.0), (-true, None)):
+        found = run("gap_lpips", filled(clip(video), made), perceptual=Perceptual(network))
+        value = found.rows["a", "a-0"]["gap_lpips"]
+        assert value == pytest.approx(expected) if expected is not None else value > 0.1
+
+
+def test_clip_rs_sees_the_frame_on_each_side() -> None:
+    video = turning(0, 0.02)
+    sides = video[:, :, :BEGIN], video[:, :, BEGIN + GAP :]
+    truth, cut = video[:, :, BEGIN : BEGIN + GAP], held(*sides, GAP)
+    found = [
+        run("clip_rs", filled(clip(video), made), embedder="own").rows["a", "a-0"]["clip_rs"] for made in (truth, cut)
+    ]
+    assert found[0] == pytest.approx(1)
+    embed = load_image_encoder("own").embeddings
+    whole = to_model(bytes_of(torch.cat([sides[0], cut, sides[1]], dim=2)))
+    around = slice(BEGIN - 1, BEGIN + GAP + 1)
+    seen = [transitions.embedded(embed, each[0, :, around]) for each in (whole, to_model(bytes_of(video)))]
+    assert found[1] == pytest.approx(transitions.clip_rs(*seen)) and found[1] < 0.9999
+
+
+def test_a_memory_is_measured_by_age_beside_its_bound_and_the_last_frame() -> None:
+    source = turning(0)
+    frames = source.shape[2]
+    ages = torch.arange(frames).flip(0)
+    errors = 0.01 * (1 + ages)  # the older, the more
+    made = source + errors[:, None, None]
+    kept = clip(source)
+    recalls = [Retrieved(kept, kept.video, bytes_of(made), kept.video)]
+    found = load("retrieval").run(
+        subject(None, {"model": "memory_dit", "stage": "retrieval"}), Fixed(suite(), recalls=recalls)
+    )
+    row, curve = found.rows["a", "a-0"], found.curves["psnr_retrieved"]
+    assert row["psnr_bound"] == 100 and row["ssim_bound"] == pytest.approx(1)
+    assert list(curve) == [n / FPS for n in range(frames)]
+    values = [curve[n / FPS]["a"] for n in range(frames)]
+    assert values == sorted(values, reverse=True) and values[0] - values[-1] > 15
+    by_frame = psnr_by_frame(to_model(bytes_of(made)), to_model(kept.video))[0].tolist()
+    assert values == pytest.approx(by_frame[::-1])
+    assert row["psnr_copy_last"] < row["psnr_retrieved"] < 100
