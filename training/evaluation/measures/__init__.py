@@ -15,8 +15,17 @@ if TYPE_CHECKING:
     from longtake.training.evaluation.subject import Subject
 
 MEASURES: dict[str, str] = {  # name -> module
+    "clip_rs": "longtake.training.evaluation.measures.clip_rs",
+    "equivariance": "longtake.training.evaluation.measures.equivariance",
+    "gap_lpips": "longtake.training.evaluation.measures.gap_lpips",
+    "gaps": "longtake.training.evaluation.measures.gaps",
+    "latents": "longtake.training.evaluation.measures.latents",
     "lpips": "longtake.training.evaluation.measures.lpips",
+    "memory": "longtake.training.evaluation.measures.memory",
+    "prediction": "longtake.training.evaluation.measures.prediction",
     "reconstruction": "longtake.training.evaluation.measures.reconstruction",
+    "retrieval": "longtake.training.evaluation.measures.retrieval",
+    "speed": "longtake.training.evaluation.measures.speed",
 }
 
 
