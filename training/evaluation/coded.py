@@ -28,8 +28,11 @@ def whole(subject: Subject, video: Tensor) -> Tensor:
 
 
 def latents(subject: Subject, video: Tensor) -> Tensor:
-    """The most likely latents (1, C, t, h, w) of a clip in [-1, 1], fp32."""
-    found = subject.module.encode(video)
+    """The most likely latents (1, C, t, h, w) of a clip in [-1, 1], fp32. UserError where the autoencoder is of no videos."""
+    try:
+        found = subject.module.encode(video)
+    except ValueError as e:
+        raise UserError(f"{subject.uri}: {e}") from e
     latent: Tensor = found if isinstance(found, Tensor) else found.mode()
     return latent.float()
 

@@ -46,7 +46,7 @@ class Means:
         means = (part @ rows for part in parts)
         replicates = [[figure(mean) for figure in figures.values()] for mean in means]
         return {
-            name: Pooled(float(figure(self.mean())[0]), np.concatenate(values).tolist())
+            name: Pooled(float(figure(self.mean())[0]), np.concatenate(values).tolist(), len(rows))
             for (name, figure), values in zip(figures.items(), zip(*replicates, strict=True), strict=True)
         }
 

@@ -3,66 +3,25 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
+import judged
 import numpy as np
 import pytest
-import tats_stages
 import torch
-from materials import FPS, Fixed, loaded, suite
-from priors import awake, save_vae
+from materials import Fixed, loaded, suite
 
 from longtake.datasets.errors import UserError
-from longtake.datasets.latents import encoder_digest
 from longtake.training.evaluation import peak, work
 from longtake.training.evaluation.measures import load, speed
-from longtake.training.models.encgan3.config import EncGAN3Config
-from longtake.training.models.encgan3.model import EncGAN3
-from longtake.training.models.mavin.config import MavinConfig
-from longtake.training.models.mavin.model import Mavin
-from longtake.training.models.memory.dit import MemoryDiT
-from longtake.training.models.memory.dit_config import MemoryDiTConfig
-from longtake.training.registry import disk
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-SMALL = suite(clips={"frames": 10, "size": (32, 32)}, videos=({"frames": 16},), gaps={"frames": 4}, seconds=2)
-WINDOW = {"stride": 1, "size": [32, 32], "fps": FPS}
+SMALL = suite(clips={"frames": 10, "size": (32, 32)}, videos=({"frames": 8},), gaps={"frames": 4}, seconds=2)
 
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Folders of tiny models: `vae`, `vqgan`, `encgan3`, a `mavin` of pixels, and a `memory` that retrieves."""
-    folder = tmp_path_factory.mktemp("models")
-    vae = save_vae(folder / "vae")
-    tats_stages.saved(tats_stages.vqgan(), folder / "vqgan")
-
-    gan = awake(EncGAN3(EncGAN3Config(size=16, width=2, content=5, movement=3, attention=None, groups=1)))
-    gan.scale_latents(torch.randn(8, 16, 3, 16, 16, generator=torch.Generator().manual_seed(0)))
-    window = {"frames": 16, "fps": 2 * FPS, "size": [16, 16]}
-    save(folder / "encgan3", "encgan3", gan, window=window, sampling={"content": "encode"})
-
-    mavin = awake(Mavin(MavinConfig(depth=2, width=16, heads=2, channels=3, image_width=0)))
-    context = {"context": [1, 8], "gap": [2, 8], "image": None}
-    sampling = {"steps": 2, "shift": 1.0}
-    save(folder / "mavin", "mavin", mavin, vae=None, window={"frames": 12, **WINDOW}, sampling=sampling, **context)
-
-    small: dict[str, Any] = {"depth": 2, "width": 24, "heads": 2, "channels": 8, "rates": ("2x2x2",)}
-    small |= {"memory_widths": (4, 8), "memory_heads": 2, "history": 9, "shape": (3, 2, 2), "window": 2}
-    window = {"frames": 9, "steps": 3, "factor": 4, **WINDOW}
-    origin = {"uri": str(folder / "vae"), "sha256": "0", "encoder": encoder_digest(vae)}
-    sampling = {"steps": 2, "guidance": 1.0, "shift": 1.0}
-    memory = awake(MemoryDiT(MemoryDiTConfig(**small)))
-    save(
-        folder / "memory", "memory_dit", memory, vae=origin, window=window, sampling=sampling, rates=["2x2x2"],
-        stage="retrieval",
-    )  # fmt: skip
-    return folder
-
-
-def save(folder: Path, kind: str, model: Any, **facts: Any) -> None:
-    described = {"lineage": {}, "classes": [], "text": None, **facts}
-    disk.save(folder, kind, model.config.model_dump(mode="json"), model.state_dict(), described)
+    return judged.models(tmp_path_factory.mktemp("models"))
 
 
 @pytest.mark.parametrize(
@@ -70,9 +29,9 @@ def save(folder: Path, kind: str, model: Any, **facts: Any) -> None:
     [
         ("vae", [("encoded", 9, "32x32"), ("decoded", 9, "32x32")]),
         ("vqgan", [("encoded", 8, "32x32"), ("decoded", 8, "32x32")]),
-        ("encgan3", [("made", 32, "16x16 at 16 fps, in 100 steps")]),
+        ("latte", [("made", 13, "32x32 at 12 fps, in 2 steps")]),
         ("mavin", [("filled", 4, "32x32, in 2 steps")]),
-        ("memory", [("retrieved", 13, "32x32, in 2 steps")]),
+        ("holder", [("retrieved", 21, "32x32, in 2 steps")]),
     ],
 )
 def test_each_kind_of_model_does_what_it_does_for_as_long_as_the_suite_says(
@@ -83,7 +42,7 @@ def test_each_kind_of_model_does_what_it_does_for_as_long_as_the_suite_says(
     found = load("speed").run(loaded(models / name), Fixed(SMALL))
     assert found.pooled.keys() == {f"speed_{each.name}" for each in works}
     for pooled in found.pooled.values():
-        assert pooled.value > 0 and len(pooled.replicates) == SMALL.resamples
+        assert pooled.value > 0 and len(pooled.replicates) == SMALL.resamples and pooled.units == 5
     assert set(found.pooled) <= set(load("speed").figures)
 
 
@@ -114,6 +73,7 @@ def test_a_model_takes_as_much_memory_as_its_own_process_and_a_larger_clip_more(
     found = load("memory").run(loaded(models / "vae"), Fixed(SMALL))
     value, before = found.pooled["memory_gb"].value, float(found.notes[0].split()[0])
     assert 0.05 < before < value < before + 0.5
+    assert found.pooled["memory_gb"].units == 1 and not found.pooled["memory_gb"].replicates
     large = suite(clips={"frames": 33, "size": (256, 256)})
     assert peak.measured(str(models / "vae"), large).most / 1e9 - value > 33 * 256 * 256 * 3 * 4 / 1e9
 

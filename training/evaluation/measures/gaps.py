@@ -12,7 +12,7 @@ from torch import Tensor
 
 from longtake.datasets.loader import to_model
 from longtake.training.evaluation.material import Clip, Material
-from longtake.training.evaluation.means import Curve, Means, Vectors
+from longtake.training.evaluation.means import Curve, Figure, Means
 from longtake.training.evaluation.measures import Measure
 from longtake.training.evaluation.record import Result, Unit
 from longtake.training.evaluation.subject import Subject
@@ -80,31 +80,23 @@ def run(subject: Subject, material: Material) -> Result:
         curve.add(unit, {number / case.clip.fps: value for number, value in enumerate(by_frame)})
         for means, video in ((made, case.filled), (true, case.video)):
             means.add(unit, _joints(video, case.begin, first.shape[2]))
-    ratios = {name: ratio for name, ratio in _RATIOS.items() if _moves(made, ratio)}
+    ratios = {name: _ratio(place) for name, place in _PLACES.items() if made.mean()[0, place + 1] > _STILL}
     notes = [f"{name} of the true frames: {ratio(true.mean())[0]:.3g}" for name, ratio in ratios.items()]
     return Result(rows, made.pooled(material.suite, ratios), {"gap_psnr": curve.by_unit()}, notes)
 
 
-class _Ratio(NamedTuple):
-    """A figure of means (N, 4) as `_joints` has them: the change at joints, divided by that elsewhere."""
-
-    at: int
-
-    def __call__(self, rows: Vectors) -> Vectors:
-        return rows[:, self.at] / np.maximum(rows[:, self.at + 1], _STILL)
+def _ratio(place: int) -> Figure:
+    """The figure of means (N, 4), as `_joints` has them: the change at joints, divided by that elsewhere."""
+    return lambda rows: rows[:, place] / np.maximum(rows[:, place + 1], _STILL)
 
 
-_RATIOS = {"gap_seam_ratio": _Ratio(0), "gap_bend_ratio": _Ratio(2)}
-
-
-def _moves(means: Means, ratio: _Ratio) -> bool:
-    return bool(means.mean()[0, ratio.at + 1] > _STILL)
+_PLACES = {"gap_seam_ratio": 0, "gap_bend_ratio": 2}
 
 
 def _joints(video: Tensor, begin: int, length: int) -> list[float]:
     """See `transitions.joints`; NaN where there are no such frames."""
     found = transitions.joints(video, begin, length)
-    return [np.nan if found[name] is None else found[name] for name in _WHERE]
+    return [np.nan if (value := found[name]) is None else value for name in _WHERE]
 
 
 MEASURE = Measure(

@@ -17,9 +17,9 @@ from longtake.training.evaluation.work import machine
 
 def run(subject: Subject, material: Material) -> Result:
     """GB at the peak: of the GPU's memory where there is one, else of the process, with its libraries (see `peak`)."""
-    found, suite = peak.measured(subject.pinned, material.suite), material.suite
+    found = peak.measured(subject.pinned, material.suite)
     notes = [f"{found.before / 1e9:.2f} GB of it before the model is loaded"] if found.before else []
-    return Result(pooled={"memory_gb": Pooled(found.most / 1e9, (found.most / 1e9,) * suite.resamples)}, notes=notes)
+    return Result(pooled={"memory_gb": Pooled(found.most / 1e9, (), 1)}, notes=notes)
 
 
 def _conditions(suite: Suite) -> Mapping[str, Any]:

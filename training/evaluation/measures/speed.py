@@ -33,7 +33,7 @@ def rate(frames: int, seconds: list[float], suite: Suite) -> Pooled:
     """Frames a second by the median of some times, and by those of resamples of them."""
     draws = bootstrap.draws(len(seconds), suite.resamples, suite.seed)
     medians = np.median(np.array(seconds)[draws], axis=1)
-    return Pooled(frames / float(np.median(seconds)), (frames / medians).tolist())
+    return Pooled(frames / float(np.median(seconds)), (frames / medians).tolist(), len(seconds))
 
 
 def _seconds(call: Callable[[], object]) -> float:
@@ -44,7 +44,7 @@ def _seconds(call: Callable[[], object]) -> float:
     return perf_counter() - begin
 
 
-def asked(suite: Suite) -> Mapping[str, Any]:
+def asked(suite: Suite) -> dict[str, Any]:
     """The fields of the suite that say how much a model is to do."""
     return {
         "videos": [videos.model_dump(mode="json", exclude={"seeds"}) for videos in suite.videos[:1]],
