@@ -64,6 +64,9 @@ class Fixed:
     def perceptual(self) -> Any:
         return self.networks["perceptual"]
 
+    def embedder(self) -> Any:
+        return self.networks["embedder"]
+
     def folder(self, name: str) -> str:
         return str(self.networks[name])
 

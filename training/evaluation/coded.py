@@ -6,6 +6,7 @@ from torch import Tensor
 
 from longtake.datasets.errors import UserError
 from longtake.datasets.loader import to_model
+from longtake.training.evaluation.asking import refusing
 from longtake.training.evaluation.subject import Subject
 from longtake.training.models.common.codec import nearest_lengths
 
@@ -29,10 +30,8 @@ def whole(subject: Subject, video: Tensor) -> Tensor:
 
 def latents(subject: Subject, video: Tensor) -> Tensor:
     """The most likely latents (1, C, t, h, w) of a clip in [-1, 1], fp32. UserError where the autoencoder is of no videos."""
-    try:
+    with refusing(subject.uri):
         found = subject.module.encode(video)
-    except ValueError as e:
-        raise UserError(f"{subject.uri}: {e}") from e
     latent: Tensor = found if isinstance(found, Tensor) else found.mode()
     return latent.float()
 

@@ -14,6 +14,7 @@ import torch
 
 from longtake.datasets.errors import UserError
 from longtake.training.evaluation import coded
+from longtake.training.evaluation.asking import known, refusing, settings_of
 from longtake.training.evaluation.subject import Subject, aspects
 from longtake.training.evaluation.suite import Suite
 from longtake.training.models.generator import Gap, Request, Scene, with_changes
@@ -44,7 +45,13 @@ def of(subject: Subject, suite: Suite) -> Iterator[Work]:
     each = {"generates": _made, "reconstructs": _coded, "fills": _filled, "retrieves": _retrieved}
     for aspect, works in each.items():
         if aspect in aspects(subject.kind):
-            yield from works(subject, suite)
+            for work in works(subject, suite):
+                yield work._replace(run=partial(_refusing, subject.uri, work.run))
+
+
+def _refusing(uri: str, run: Callable[[], object]) -> object:
+    with refusing(uri):
+        return run()
 
 
 def machine() -> dict[str, Any]:
@@ -61,8 +68,7 @@ def _made(subject: Subject, suite: Suite) -> Iterator[Work]:
     first = suite.videos[0]
     seconds = first.seconds or (first.frames or 1) / fps
     frames = generator.frames_of_seconds(seconds, generator.fps)
-    changes = {name: value for name, value in suite.settings.items() if name in generator.accepts}
-    settings = replace(generator.settings, **changes)
+    settings = settings_of(generator, suite.settings)
     prompt = suite.prompts[0] if suite.prompts and "prompt" in generator.accepts else None
     request = Request(suite.seed, [(0.0, Scene(prompt=prompt))])
     run = partial(_spent, partial(generator.videos, [request], frames, settings))
@@ -83,8 +89,7 @@ def _filled(subject: Subject, suite: Suite) -> Iterator[Work]:
     infiller, frames = _part(subject.kind.infiller, subject), suite.gaps.frames
     shown = max(suite.gaps.context, infiller.context[0])
     before, after = (_pixels(shown, infiller.size, suite.seed + side) for side in range(2))
-    known = infiller.settings.__dict__.keys()
-    settings = with_changes(infiller.settings, {k: v for k, v in suite.settings.items() if k in known})
+    settings = with_changes(infiller.settings, known(suite.settings, infiller.settings))
     run = partial(_spent, partial(infiller.fill, [Gap(before, after, frames)], suite.seed, settings))
     yield Work("filled", frames, run, f"{_size(infiller.size)}, in {settings.steps} steps")
 
@@ -95,8 +100,9 @@ def _retrieved(subject: Subject, suite: Suite) -> Iterator[Work]:
     if not count:
         raise UserError(f"seconds: {suite.seconds:g} are too few for the memory of {subject.uri}; give more")
     frames = _pixels(count, retriever.size, suite.seed)
-    run = partial(retriever.recall, frames, count - 1, suite.seed, retriever.settings)
-    yield Work("retrieved", count, run, f"{_size(retriever.size)}, in {retriever.settings.steps} steps")
+    settings = replace(retriever.settings, **known(suite.settings, retriever.settings))
+    run = partial(retriever.recall, frames, count - 1, suite.seed, settings)
+    yield Work("retrieved", count, run, f"{_size(retriever.size)}, in {settings.steps} steps")
 
 
 def _part(make: Any, subject: Subject) -> Any:

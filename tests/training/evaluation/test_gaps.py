@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from materials import FPS, Fixed, bytes_of, clip, noise, subject, suite
-from torch import Tensor
+from torch import Tensor, nn
 
+from longtake.datasets.errors import UserError
 from longtake.datasets.loader import to_model
 from longtake.training.evaluation.material import Filled, Retrieved
 from longtake.training.evaluation.measures import load
+from longtake.training.evaluation.networks import Brought
+from longtake.training.evaluation.suite import Networks
 from longtake.training.metrics import transitions
 from longtake.training.metrics.features import FeatureNetwork
 from longtake.training.metrics.perceptual import Perceptual
@@ -23,6 +27,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 MAVIN = {"model": "mavin"}
 BEGIN, GAP = 4, 8
+OWN = load_image_encoder("own")
 
 
 def filled(kept: Any, *draws: Tensor) -> list[Filled]:
@@ -96,13 +101,12 @@ def test_clip_rs_sees_the_frame_on_each_side() -> None:
     sides = video[:, :, :BEGIN], video[:, :, BEGIN + GAP :]
     truth, cut = video[:, :, BEGIN : BEGIN + GAP], held(*sides, GAP)
     found = [
-        run("clip_rs", filled(clip(video), made), embedder="own").rows["a", "a-0"]["clip_rs"] for made in (truth, cut)
+        run("clip_rs", filled(clip(video), made), embedder=OWN).rows["a", "a-0"]["clip_rs"] for made in (truth, cut)
     ]
     assert found[0] == pytest.approx(1)
-    embed = load_image_encoder("own").embeddings
     whole = to_model(bytes_of(torch.cat([sides[0], cut, sides[1]], dim=2)))
     around = slice(BEGIN - 1, BEGIN + GAP + 1)
-    seen = [transitions.embedded(embed, each[0, :, around]) for each in (whole, to_model(bytes_of(video)))]
+    seen = [transitions.embedded(OWN.embeddings, each[0, :, around]) for each in (whole, to_model(bytes_of(video)))]
     assert found[1] == pytest.approx(transitions.clip_rs(*seen)) and found[1] < 0.9999
 
 
@@ -125,3 +129,21 @@ def test_a_memory_is_measured_by_age_beside_its_bound_and_the_last_frame() -> No
     by_frame = psnr_by_frame(to_model(bytes_of(made)), to_model(kept.video))[0].tolist()
     assert values == pytest.approx(by_frame[::-1])
     assert row["psnr_copy_last"] < row["psnr_retrieved"] < 100
+
+
+def test_an_image_encoder_is_named_by_its_digest_and_refused_in_one_line(tmp_path: Path) -> None:
+    own = Brought(Networks(embedder="own"), suite().clips)
+    assert own.record(["embedder"]) == {"embedder": {"digest": OWN.digest, "embedding": "pixels"}}
+    network = tmp_path / "videos.pt"
+    torch.jit.script(OfVideos()).save(network)
+    for name, said in (("videos.pt", "takes whole videos; name a network of pictures"), ("none.pt", "no such file")):
+        with pytest.raises(UserError, match=said) as e:
+            _ = Brought(Networks(embedder=str(tmp_path / name)), suite().clips).embedder
+        assert "\n" not in str(e.value)
+
+
+class OfVideos(nn.Module):
+    """A feature network of whole videos."""
+
+    def forward(self, x: Tensor, rescale: bool, resize: bool, return_features: bool) -> Tensor:
+        return x.mean((2, 3, 4))

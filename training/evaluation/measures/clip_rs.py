@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-from longtake.training.engines import device
 from longtake.training.evaluation.material import Material
 from longtake.training.evaluation.measures import Measure
 from longtake.training.evaluation.measures.gaps import cases, conditions
 from longtake.training.evaluation.record import Result, Unit
 from longtake.training.evaluation.subject import Subject
 from longtake.training.metrics import transitions
-from longtake.training.pictures import load_image_encoder
 
 
 def run(subject: Subject, material: Material) -> Result:
     """CLIP-RS of the frames that are made and of the one on each side, of the first draw."""
-    embed = load_image_encoder(material.folder("embedder"), device(), "embedder").embeddings
+    embed = material.embedder().embeddings
     rows = dict[tuple[Unit, str], dict[str, float]]()
     for case in cases(subject, material):
         around = slice(case.begin - 1, case.begin + case.made.shape[2] + 1)

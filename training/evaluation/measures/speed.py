@@ -49,7 +49,6 @@ def asked(suite: Suite) -> dict[str, Any]:
     return {
         "videos": [videos.model_dump(mode="json", exclude={"seeds"}) for videos in suite.videos[:1]],
         "prompt": suite.prompts[0] if suite.prompts else None,
-        "settings": suite.settings,
         "gaps": suite.gaps.model_dump(mode="json"),
         "seconds": suite.seconds,
     }
