@@ -66,15 +66,17 @@ def test_the_frames_of_a_gap_are_compared_and_nothing_beside_it() -> None:
 
 
 def test_the_ratio_at_the_joints_is_that_of_a_jump_to_the_usual_step() -> None:
-    """Frames move on by 0.01, and by 0.1 more or less where the gap begins and ends."""
-    jump = turning(0)[:, :, BEGIN : BEGIN + GAP] + 0.2
-    found = run(
-        "gaps", filled(clip(turning(0)), jump) + filled(clip(turning(1), "b"), turning(1)[:, :, BEGIN : BEGIN + GAP])
-    )
-    assert found.pooled["gap_seam_ratio"].value == pytest.approx((0.11 + 0.09 + 0.01 + 0.01) / 4 / 0.01, rel=0.05)
-    replicates = found.pooled["gap_seam_ratio"].replicates
-    assert len(replicates) == 100 and min(replicates) == pytest.approx(1, rel=0.05) and max(replicates) > 9
-    assert "gap_diversity" not in found.rows["a", "a-0"]
+    """Frames move on by 0.01, and by 0.1 more or less where the gap of the first clip begins and ends."""
+    true = [turning(n)[:, :, BEGIN : BEGIN + GAP] for n in range(2)]
+    # a second draw is of no effect
+    fills = filled(clip(turning(0)), true[0] + 0.2, true[0]) + filled(clip(turning(1), "b"), true[1])
+    found = run("gaps", fills)
+    seam, bend = (found.pooled[f"gap_{name}_ratio"] for name in ("seam", "bend"))
+    assert seam.value == pytest.approx((0.11 + 0.09 + 0.01 + 0.01) / 4 / 0.01, rel=0.05)
+    assert bend.value > 2 * seam.value  # elsewhere the movement goes straight on
+    assert len(seam.replicates) == 100
+    assert min(seam.replicates) == pytest.approx(1, rel=0.05) and max(seam.replicates) > 9
+    assert "gap_diversity" not in found.rows["b", "b-0"]
     assert float(found.notes[0].rpartition(" ")[2]) == pytest.approx(1, abs=0.01)
 
 
