@@ -28,7 +28,7 @@ def of_text(column: Column, text: str, encoder: str | None = None) -> np.ndarray
     Raises:
         UserError: as `encoder_of`, or the column's encoder takes no such text.
     """
-    from longtake.pipeline.scorers import dual
+    from longtake.datasets import dual
 
     if not text.strip():
         raise UserError("--text: says nothing; write what is to be seen")

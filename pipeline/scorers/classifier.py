@@ -8,9 +8,9 @@ import numpy as np
 from pydantic import Field as Setting
 
 from longtake.datasets import storage
+from longtake.datasets.pictures import Folder, Located, loaded, opened, shown, sketched
 from longtake.datasets.scores import Field
 from longtake.datasets.stage import StageConfig
-from longtake.pipeline.scorers.folder import Folder, Located, loaded, opened, shown, sketched
 from longtake.pipeline.scorers.one_by_one import OneByOne, Pool, be_exact, numbers, pooled
 from longtake.pipeline.scorers.scorer import Scorer, Values
 

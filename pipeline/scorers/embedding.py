@@ -13,11 +13,11 @@ from pydantic import model_validator
 
 from longtake.datasets import schema, storage
 from longtake.datasets.errors import UserError
+from longtake.datasets.pictures import Located, first_line, loaded, opened, shown, units, width_of
 from longtake.datasets.scores import Field
 from longtake.datasets.stage import StageConfig
 from longtake.pipeline.scorers import torchscript
-from longtake.pipeline.scorers.folder import Located, first_line, loaded, opened, shown, width_of
-from longtake.pipeline.scorers.one_by_one import OneByOne, be_exact, numbers, units
+from longtake.pipeline.scorers.one_by_one import OneByOne, be_exact, numbers
 from longtake.pipeline.scorers.pictures import picture, picture_bytes
 from longtake.pipeline.scorers.scorer import Scorer, Values
 

@@ -46,13 +46,6 @@ def pooled(values: np.ndarray, pool: Pool) -> np.ndarray:
     return np.asarray(wide.mean(0) if pool == "mean" else wide.max(0) if pool == "max" else wide.min(0))
 
 
-def units(vectors: np.ndarray) -> np.ndarray:
-    """Vectors (..., D) of length 1, float32; zeros stay, and what is not finite too."""
-    vectors = vectors.astype(np.float64)
-    norms = np.linalg.norm(vectors, axis=-1, keepdims=True)
-    return (vectors / np.where(norms > 0, norms, 1)).astype(np.float32)
-
-
 def numbers(names: Sequence[str], values: np.ndarray) -> Values:
     """Values (N,) under their names."""
     return dict(zip(names, map(float, values), strict=True))

@@ -6,7 +6,7 @@ import numpy as np
 
 from longtake.datasets import clip, storage
 from longtake.datasets.errors import Failure, UserError
-from longtake.pipeline.scorers.folder import first_line
+from longtake.datasets.pictures import first_line
 
 _MOST_BYTES = 64 << 20  # of a file
 _FORMATS = ("JPEG", "PNG", "WEBP", "BMP")

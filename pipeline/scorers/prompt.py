@@ -6,13 +6,12 @@ import numpy as np
 from pydantic import Field as Setting
 from pydantic import field_validator
 
-from longtake.datasets import schema
+from longtake.datasets import dual, schema
+from longtake.datasets.pictures import Located, opened, shown, units
 from longtake.datasets.scores import Field
 from longtake.datasets.stage import StageConfig, Utf8
-from longtake.pipeline.scorers import dual
 from longtake.pipeline.scorers.classifier import shares
-from longtake.pipeline.scorers.folder import Located, opened, shown
-from longtake.pipeline.scorers.one_by_one import OneByOne, be_exact, numbers, units
+from longtake.pipeline.scorers.one_by_one import OneByOne, be_exact, numbers
 from longtake.pipeline.scorers.scorer import Scorer, Values
 
 Name = Annotated[str, Setting(pattern="^[a-z][a-z0-9_]*$")]

@@ -13,9 +13,9 @@ from pydantic import Field as Setting
 from longtake.datasets import storage
 from longtake.datasets.errors import Failure, UserError
 from longtake.datasets.networks import is_torchscript, load_torchscript
+from longtake.datasets.pictures import Located, first_line
 from longtake.datasets.scores import Field
 from longtake.datasets.stage import StageConfig
-from longtake.pipeline.scorers.folder import Located, first_line
 from longtake.pipeline.scorers.one_by_one import OneByOne, Pool, be_exact, pooled
 from longtake.pipeline.scorers.scorer import Scorer, Values
 

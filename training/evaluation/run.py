@@ -25,10 +25,11 @@ RESULTS, VIDEOS, MODEL = "results", "videos", "model.json"
 
 
 class Task(NamedTuple):
-    """A measure, and the conditions of its figures in this evaluation."""
+    """A measure, the part of the suite that it is run on, and the conditions of its figures in this evaluation."""
 
     name: str
     measure: Measure
+    suite: Suite
     conditions: Mapping[str, Any]
 
     @property
@@ -133,7 +134,7 @@ def _named(models: Sequence[str], say: Callable[[str], object]) -> Iterator[Name
 
 def _tasks(models: Sequence[Named], material: Made, left_out: list[dict[str, str]]) -> list[Task]:
     """The measures that some model has, in their order; those that cannot be are left out for each such model."""
-    tasks = []
+    tasks: list[Task] = []
     for name in material.suite.measures or MEASURES:
         measure = measures.load(name)
         concerned = [model.digest for model in models if _concerns(measure, name, model)]
@@ -142,8 +143,17 @@ def _tasks(models: Sequence[Named], material: Made, left_out: list[dict[str, str
         if why := _hindrance(measure, material):
             left_out += [{"model": digest, "measure": name, "why": why} for digest in concerned]
         else:
-            tasks.append(Task(name, measure, _conditions(name, measure, material)))
+            suites = _suites(measure, material.suite)
+            found = [Task(name, measure, suite, _conditions(name, measure, material, suite)) for suite in suites]
+            tasks += {task.digest: task for task in found}.values()
     return tasks
+
+
+def _suites(measure: Measure, suite: Suite) -> list[Suite]:
+    """A suite for each length of the videos that a measure of generators is run on, by themselves: they do not compare."""
+    if measure.of != "generates" or len(suite.videos) < 2:
+        return [suite]
+    return [suite.model_copy(update={"videos": (videos,)}) for videos in suite.videos]
 
 
 def _hindrance(measure: Measure, material: Made) -> str:
@@ -157,12 +167,12 @@ def _hindrance(measure: Measure, material: Made) -> str:
     return ""
 
 
-def _conditions(name: str, measure: Measure, material: Made) -> dict[str, Any]:
+def _conditions(name: str, measure: Measure, material: Made, suite: Suite) -> dict[str, Any]:
     return {
         **material.conditions(measure.of),
         "measure": name,
         "version": measure.version,
-        **measure.conditions(material.suite),
+        **measure.conditions(suite),
         "networks": material.brought.record(measure.networks),
         "resamples": material.suite.resamples,
         **({"settings": material.suite.settings} if material.suite.settings else {}),
@@ -176,8 +186,12 @@ def _concerns(measure: Measure, name: str, model: Named) -> bool:
 def _measured(task: Task, model: Subject, material: Made) -> Measured:
     material.told()
     torch.manual_seed(material.suite.seed)
-    with torch.inference_mode():
-        result = task.measure.run(model, material)
+    whole, material.suite = material.suite, task.suite
+    try:
+        with torch.inference_mode():
+            result = task.measure.run(model, material)
+    finally:
+        material.suite = whole
     videos, notes = material.told()
     result = _finite(result, [*(f"{task.name}: {note}" for note in result.notes), *notes])
     return Measured(

@@ -88,7 +88,7 @@ class Suite(StageConfig):
 
     what        a line for people
     clips       the held-out clips
-    videos      lengths and seeds of generated videos; empty: none are made
+    videos      lengths and seeds of generated videos, each measured by itself; empty: none are made
     prompts     what they show, for models that take prompts; null: the captions of the held-out clips, where there are any,
                 a seed each
     settings    of generators, over their own

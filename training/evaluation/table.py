@@ -194,6 +194,9 @@ def _on(conditions: Mapping[str, Any]) -> str:
     height, width = conditions["size"]
     clips = f"{conditions['clips']} clips of {conditions['sources']} sources"
     parts = [clips, f"{conditions['frames']} frames of {height}x{width} at {conditions['fps']:g} a second"]
+    for videos in conditions.get("videos") or ():
+        length = f"{videos['frames']} frames" if videos.get("frames") else f"{videos['seconds']:g} s"
+        parts.append(f"videos of {length}")
     for name, facts in conditions["networks"].items():
         fields = (facts.get(field) for field in ("network_digest", "classifier_digest", "digest"))
         parts.append(f"{name} {next(filter(None, fields), '')[:8]}")

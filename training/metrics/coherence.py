@@ -49,6 +49,15 @@ def inception_score(log_p: Tensor, splits: int, seed: int) -> InceptionScore:
     return InceptionScore(float(scores.mean()), float(scores.std()) if splits > 1 else 0.0)
 
 
+def score_replicates(log_p: Tensor, times: Tensor) -> Tensor:
+    """The `inception_score` without splits of resamples in which videos `(N, K)` count so often, `(R, N)`: `(R,)` float64."""
+    log_p, shares = log_p.double().cpu(), times / times.sum(1, keepdim=True)
+    chances = log_p.exp()
+    within = torch.where(chances > 0, chances * log_p, 0).sum(1)
+    mean = shares @ chances
+    return (shares @ within - torch.special.xlogy(mean, mean).sum(1)).exp()
+
+
 def coherence(log_p: Tensor) -> Coherence:
     """CCS and ICS (TATS, arXiv 2204.03638) of chunks of videos, (V, n, K) with V and n of at least 2.
 
@@ -57,10 +66,15 @@ def coherence(log_p: Tensor) -> Coherence:
     """
     if log_p.ndim != 3 or len(log_p) < 2 or log_p.shape[1] < 2:
         raise ValueError(f"coherence needs (V, n, K) with 2 videos and 2 chunks at least, got {tuple(log_p.shape)}")
+    same, apart = coherence_of(log_p)
+    return Coherence(same.mean(0), apart.mean(0), _chance(log_p.argmax(2).cpu()))
+
+
+def coherence_of(log_p: Tensor) -> tuple[Tensor, Tensor]:
+    """For each chunk of each video `(V, n, K)`: whether its likeliest class is the first chunk's, and KL to that: `(V, n)` each."""
     log_p = log_p.double().cpu()
     likeliest = log_p.argmax(2)
-    same = (likeliest == likeliest[:, :1]).double().mean(0)
-    return Coherence(same, kl(log_p, log_p[:, :1]).mean(0), _chance(likeliest))
+    return (likeliest == likeliest[:, :1]).double(), kl(log_p, log_p[:, :1])
 
 
 def kl(log_p: Tensor, log_q: Tensor) -> Tensor:

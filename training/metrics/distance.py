@@ -94,6 +94,17 @@ def kernel_distance(first: Tensor, second: Tensor) -> float:
     return within - 2 * _kernel_sum(first, second) / (len(first) * len(second))
 
 
+def kernel_sums(first: Tensor, first_units: Tensor, second: Tensor, second_units: Tensor) -> Tensor:
+    """The kernel of `kernel_distance` over all pairs of rows (N, D) and (M, D), summed by their units: (U, V) float64."""
+    sums = torch.zeros(int(first_units.max()) + 1, int(second_units.max()) + 1, dtype=torch.float64)
+    for a, u in zip(first.split(_BLOCK), first_units.split(_BLOCK), strict=True):
+        for b, v in zip(second.split(_BLOCK), second_units.split(_BLOCK), strict=True):
+            pairs = _kernel(b.double() @ a.double().T, a.shape[1])  # so that rows are added up, which is faster
+            columns = pairs.new_zeros(sums.shape[1], len(a)).index_add_(0, v, pairs)
+            sums.index_add_(0, u, columns.T)
+    return sums
+
+
 def gathered_moments(part: Moments | None) -> Moments:
     """The moments of all ranks together; `part` is None on a rank without rows. Every rank must call it.
 

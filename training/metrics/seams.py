@@ -89,17 +89,27 @@ def apart(curve: Tensor, joints: Sequence[int], first: int, reach: int) -> tuple
 
 def around(video: Tensor, joints: Sequence[int], length: int) -> Tensor:
     """Windows with a joint in their middle: `(B, 3, T, H, W)` -> `(N, 3, length, H, W)`, without those beyond an end."""
-    _check(joints, video.shape[2])
-    starts = [joint - length // 2 for joint in joints]
-    return _windows(video, [start for start in starts if 0 <= start <= video.shape[2] - length], length)
+    return _windows(video, starts_around(joints, video.shape[2], length), length)
 
 
 def between(video: Tensor, joints: Sequence[int], length: int) -> Tensor:
     """Windows that reach over no joint, one from the middle of each clip that is long enough, as `around`."""
-    _check(joints, video.shape[2])
-    ends = [*sorted(joints), video.shape[2]]
+    return _windows(video, starts_between(joints, video.shape[2], length), length)
+
+
+def starts_around(joints: Sequence[int], frames: int, length: int) -> list[int]:
+    """The first frames of the windows of `around`, in a video of so many frames."""
+    _check(joints, frames)
+    starts = [joint - length // 2 for joint in joints]
+    return [start for start in starts if 0 <= start <= frames - length]
+
+
+def starts_between(joints: Sequence[int], frames: int, length: int) -> list[int]:
+    """The first frames of the windows of `between`, in a video of so many frames."""
+    _check(joints, frames)
+    ends = [*sorted(joints), frames]
     spans = zip([0, *ends], ends, strict=False)
-    return _windows(video, [(begin + end - length) // 2 for begin, end in spans if end - begin >= length], length)
+    return [(begin + end - length) // 2 for begin, end in spans if end - begin >= length]
 
 
 def seam_distances(real: Sample, at: Sample, inside: Sample, *, split: str, seed: int) -> dict[str, Any]:

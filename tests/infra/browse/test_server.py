@@ -411,7 +411,8 @@ def test_columns_too_large_for_memory_are_searched_on_disk(client, books, everyt
 def test_a_text_finds_the_clips_whose_vectors_are_like_it(tmp_path):
     import tiny_pictures
 
-    from longtake.pipeline.scorers import dual, embedding
+    from longtake.datasets import dual
+    from longtake.pipeline.scorers import embedding
 
     dataset = browsed.make_dataset(tmp_path / "clips", 60)
     model = tiny_pictures.folder("clip", tmp_path / "model")

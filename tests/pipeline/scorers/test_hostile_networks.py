@@ -17,8 +17,9 @@ import torch
 from pydantic import ValidationError
 from safetensors.torch import load_file, save_file
 
+from longtake.datasets import dual
 from longtake.datasets.errors import UserError
-from longtake.pipeline.scorers import dual, load
+from longtake.pipeline.scorers import load
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

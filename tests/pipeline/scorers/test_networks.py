@@ -17,12 +17,12 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from scored import coded, score_file
 
-from longtake.datasets import clip, index, schema, scores
+from longtake.datasets import clip, dual, index, schema, scores
 from longtake.datasets.errors import UserError
 from longtake.datasets.scores import Column, from_plain
 from longtake.pipeline import queries
 from longtake.pipeline import scorers as kinds
-from longtake.pipeline.scorers import dual, load
+from longtake.pipeline.scorers import load
 from longtake.pipeline.scorers.one_by_one import be_exact
 from longtake.pipeline.scorers.scorer import places
 from longtake.pipeline.scoring import Work, make_scores

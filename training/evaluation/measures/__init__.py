@@ -15,17 +15,32 @@ if TYPE_CHECKING:
     from longtake.training.evaluation.subject import Subject
 
 MEASURES: dict[str, str] = {  # name -> module
+    "agreement": "longtake.training.evaluation.measures.agreement",
+    "background": "longtake.training.evaluation.measures.background",
     "clip_rs": "longtake.training.evaluation.measures.clip_rs",
+    "coherence": "longtake.training.evaluation.measures.coherence",
+    "consistency": "longtake.training.evaluation.measures.consistency",
+    "debiased": "longtake.training.evaluation.measures.debiased",
+    "degradation": "longtake.training.evaluation.measures.degradation",
+    "distance": "longtake.training.evaluation.measures.distance",
+    "diversity": "longtake.training.evaluation.measures.diversity",
+    "diversity_lpips": "longtake.training.evaluation.measures.diversity_lpips",
+    "drift": "longtake.training.evaluation.measures.drift",
     "equivariance": "longtake.training.evaluation.measures.equivariance",
     "gap_lpips": "longtake.training.evaluation.measures.gap_lpips",
     "gaps": "longtake.training.evaluation.measures.gaps",
+    "inception": "longtake.training.evaluation.measures.inception",
     "latents": "longtake.training.evaluation.measures.latents",
     "lpips": "longtake.training.evaluation.measures.lpips",
     "memory": "longtake.training.evaluation.measures.memory",
+    "motion": "longtake.training.evaluation.measures.motion",
     "prediction": "longtake.training.evaluation.measures.prediction",
     "reconstruction": "longtake.training.evaluation.measures.reconstruction",
     "retrieval": "longtake.training.evaluation.measures.retrieval",
+    "seam_distance": "longtake.training.evaluation.measures.seam_distance",
+    "seams": "longtake.training.evaluation.measures.seams",
     "speed": "longtake.training.evaluation.measures.speed",
+    "vbench": "longtake.training.evaluation.measures.vbench",
 }
 
 

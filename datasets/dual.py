@@ -7,17 +7,18 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from longtake.datasets.errors import UserError
-from longtake.pipeline.scorers.folder import (
+from longtake.datasets.pictures import (
     Folder,
     Network,
     features_of,
     guarded,
     loaded,
     opened,
+    shown,
     sketched,
     transformers_of,
+    units,
 )
-from longtake.pipeline.scorers.one_by_one import units
 
 _SIGLIP = "siglip"  # is trained with texts padded to their limit, and a chance for each pair by itself
 
@@ -32,6 +33,10 @@ class Dual(NamedTuple):
     def is_sigmoid(self) -> bool:
         """Whether it was trained to say of each text by itself how likely it fits."""
         return _SIGLIP in self.network.model.config.model_type
+
+    def pictures(self, frames: np.ndarray) -> np.ndarray:
+        """(N, D) float32 of length 1 of frames (N, H, W, 3) uint8. Raises Failure: it does not take them."""
+        return units(shown(self.network.folder, lambda: self.network.vectors(frames).cpu().numpy()))
 
     def texts(self, texts: Sequence[str]) -> np.ndarray:
         """(N, D) float32 of length 1. Raises UserError: a text has more tokens than the model takes."""
@@ -76,7 +81,7 @@ def check(folder: Folder) -> Folder:
 
 
 def load(folder: Folder, device: str) -> Dual:
-    """The dual encoder in a folder. Raises UserError as `check` and `folder.loaded`."""
+    """The dual encoder in a folder. Raises UserError as `check` and `pictures.loaded`."""
     auto = transformers_of(folder.key).AutoTokenizer
     network = loaded(check(folder), "vectors", device)
     tokenizer = guarded(
@@ -89,7 +94,7 @@ def encode_text(folder: str, text: str) -> np.ndarray:
     """The vector (D,) float32 of length 1 of a text, to compare with those of pictures by the same folder.
 
     Raises:
-        UserError: no dual encoder is in the folder (see `folder.opened`), or the text is longer than it takes.
+        UserError: no dual encoder is in the folder (see `pictures.opened`), or the text is longer than it takes.
     """
     there = opened(folder)
     return np.asarray(_reader(folder, there.digest()).texts([text])[0])

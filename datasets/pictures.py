@@ -232,6 +232,13 @@ def features_of(out: Any) -> Any:
     return next((value for value in values if value is not None), None)
 
 
+def units(vectors: np.ndarray) -> np.ndarray:
+    """Vectors (..., D) of length 1, float32; zeros stay, and what is not finite too."""
+    vectors = vectors.astype(np.float64)
+    norms = np.linalg.norm(vectors, axis=-1, keepdims=True)
+    return (vectors / np.where(norms > 0, norms, 1)).astype(np.float32)
+
+
 def sketched(folder: Folder, purpose: Purpose) -> Network:
     """The network without its weights, on no device: it takes no memory and no time.
 
