@@ -36,6 +36,7 @@ MEASURES: dict[str, str] = {  # name -> module
     "motion": "longtake.training.evaluation.measures.motion",
     "prediction": "longtake.training.evaluation.measures.prediction",
     "reconstruction": "longtake.training.evaluation.measures.reconstruction",
+    "reconstruction_distance": "longtake.training.evaluation.measures.reconstruction_distance",
     "retrieval": "longtake.training.evaluation.measures.retrieval",
     "seam_distance": "longtake.training.evaluation.measures.seam_distance",
     "seams": "longtake.training.evaluation.measures.seams",
