@@ -116,7 +116,7 @@ def test_of_a_short_video_both_ends_can_be_retrieved(models: Path, tmp_path: Pat
         ("holder", "soon", "--at: 'soon' is no time"),
         ("holder", "1s,,2s", "--at: '' is no time"),
         ("holder", "6s", r"in\.mp4: lasts 5\.833 s; --at 6s is beyond"),
-        ("teller", "1s", "trained for generation, not retrieval; name a `pretrain_memory` model"),
+        ("teller", "1s", "a MemoryDiT that does generation, which retrieves nothing; name a model that was trained to"),
         ("vae", "1s", "which retrieves nothing; name a model that was trained to"),
         ("none", "1s", "this model has no memory to retrieve from"),
         ("nowhere", "1s", "no longtake model here"),

@@ -31,9 +31,10 @@ class Distances(NamedTuple):
     notes: list[str]
 
 
-def distances(real: Side, fake: Side, resamples: int, seed: int) -> Distances:
+def distances(real: Side, fake: Side, resamples: int, seed: int, paired: bool = False) -> Distances:
     """The distances of two sides, and what their errors come from: units of both sides are drawn, each by themselves.
 
+    Where they are `paired`, both sides have the same units, which are drawn together.
     Too few videos on a side have no distance, but a note with the least number.
     """
     for each in (real, fake):
@@ -48,8 +49,9 @@ def distances(real: Side, fake: Side, resamples: int, seed: int) -> Distances:
         if min(few, width) >= wide:
             resamples = min(resamples, most)
     sides = (real.rows(), fake.rows())
-    # another seed for the other side: they may have equally many units
-    weights = [drawn(each.drawn_from, resamples, seed + number) for number, each in enumerate((real, fake))]
+    # else another seed for the other side: they may have equally many units
+    seeds = (seed, seed if paired else seed + 1)
+    weights = [drawn(each.drawn_from, resamples, its) for each, its in zip((real, fake), seeds, strict=True)]
     pooled = {}
     for name, (value, replicates) in _DISTANCES.items():
         found = listed(replicates(*sides, *weights)) if units > 1 else []

@@ -71,7 +71,7 @@ class Networks(StageConfig):
     perceptual   for LPIPS
     linear       its learned weights
     dual         folder of an encoder of pictures and texts, such as CLIP, for the agreement with the prompt
-    embedder     folder of an image encoder, for CLIP-RS
+    embedder     an image encoder for CLIP-RS: CLIP's folder, own, or a feature network's file
     """
 
     features: str | None = None

@@ -24,6 +24,11 @@ def psnr(output: Tensor, source: Tensor) -> Tensor:
     return -10 * torch.log10(error.clamp_min(1e-10))
 
 
+def psnr_by_frame(output: Tensor, source: Tensor) -> Tensor:
+    """The same of each frame: `(B, C, T, H, W)` in [-1, 1] each -> `(B, T)` fp32."""
+    return psnr(*(video.transpose(1, 2).flatten(0, 1) for video in (output, source))).view(output.shape[0], -1)
+
+
 def ssim(output: Tensor, source: Tensor) -> Tensor:
     """Structural similarity of each clip, (B,) fp32: the mean of `ssim_by_frame`, which says the rest."""
     return ssim_by_frame(output, source).mean(1)

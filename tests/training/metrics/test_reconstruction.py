@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 import torch
 from scipy.ndimage import gaussian_filter
+from torchmetrics.functional import image as reference
 
-from longtake.training.metrics.reconstruction import psnr, ssim
+from longtake.training.metrics.reconstruction import psnr, psnr_by_frame, ssim, ssim_by_frame
 
 
 def clips(seed: int, batch: int = 2, frames: int = 3, side: int = 24) -> torch.Tensor:
@@ -20,6 +21,22 @@ def test_psnr_of_a_constant_error_is_known():
     made[0] += 0.2  # a tenth of the range: 20 dB
     made[1] += 0.02
     torch.testing.assert_close(psnr(made, source), torch.tensor([20.0, 40.0]))
+
+
+def test_psnr_and_ssim_are_those_of_torchmetrics():
+    source = clips(2)
+    made = (source + 0.3 * clips(3)).clamp(-1, 1)
+    for index in range(2):
+        frames = [clip[index].transpose(0, 1) for clip in (made, source)]
+        whole = reference.peak_signal_noise_ratio(*frames, data_range=(-1.0, 1.0))
+        assert psnr(made, source)[index].item() == pytest.approx(whole.item(), abs=1e-4)
+        units = [(each + 1) / 2 for each in frames]
+        for number, pair in enumerate(zip(*units, strict=True)):
+            one = [frame[None] for frame in pair]
+            found = reference.peak_signal_noise_ratio(*one, data_range=1.0)
+            assert psnr_by_frame(made, source)[index, number].item() == pytest.approx(found.item(), abs=1e-4)
+            found = reference.structural_similarity_index_measure(*one, data_range=1.0)
+            assert ssim_by_frame(made, source)[index, number].item() == pytest.approx(found.item(), abs=1e-4)
 
 
 def test_ssim_of_equal_clips_is_one_and_of_noise_near_zero():

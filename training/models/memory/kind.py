@@ -30,10 +30,9 @@ def kind(facts: Mapping[str, Any]) -> Kind:
         config,
         module,
         "longtake.training.models.memory.judge",
-        retriever=retriever_of,
     )
     if facts.get("stage") == "retrieval":
-        return row._replace(answer=_answer)
+        return row._replace(answer=_answer, retriever=retriever_of)
     return row._replace(generator=prior_of, accepts=ACCEPTS | accepted(facts))
 
 

@@ -9,5 +9,6 @@ from longtake.training.models.pv_vae.model import PVVAE, PVVAEConfig
 
 
 def kind(facts: Mapping[str, Any]) -> Kind:
-    """An autoencoder, which is served as one."""
-    return Kind("PVVAE", PVVAEConfig, PVVAE, "longtake.training.models.common.reconstruction", answer=served)
+    """An autoencoder that predicts, which is served as one."""
+    judge, measures = "longtake.training.models.common.reconstruction", frozenset({"prediction"})
+    return Kind("PVVAE", PVVAEConfig, PVVAE, judge, answer=served, measures=measures)

@@ -10,4 +10,5 @@ from longtake.training.models.tats.vqgan import VQGAN, VQGANConfig
 
 def kind(facts: Mapping[str, Any]) -> Kind:
     """An autoencoder, which is served as one."""
-    return Kind("VQGAN", VQGANConfig, VQGAN, "longtake.training.models.tats.vqgan_judge", answer=served)
+    judge, measures = "longtake.training.models.tats.vqgan_judge", frozenset({"equivariance"})
+    return Kind("VQGAN", VQGANConfig, VQGAN, judge, answer=served, measures=measures)
