@@ -1,0 +1,62 @@
+"""An evaluation's folder as `longtake evaluate` leaves it, of figures that are given: no model is run."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from longtake.infra import footage
+
+CONDITIONS: dict[str, Any] = {"dataset": "s3://lab/shards/0123", "split": "val", "seed": 0, "size": [64, 64]}
+
+
+def model(uri: str, letter: str, pinned: str | None = None, **more: Any) -> dict[str, Any]:
+    """A model whose digest is 64 times the letter."""
+    plain = {"what": "a model", "settings": {}, "notes": []}
+    return {"uri": uri, "pinned": pinned or uri, "digest": 64 * letter} | plain | more
+
+
+def value(value: float, low: float | None = None, high: float | None = None) -> dict[str, Any]:
+    return {"value": value, "low": low, "high": high, "units": 12, "clips": 34}
+
+
+def group(
+    measure: str, figures: Mapping[str, tuple[str, Mapping[str, Any]]], digest: str = "1", **more: Any
+) -> dict[str, Any]:
+    """A group of figures {name: (better, {letter: value})}; `more`: further conditions, and curves by letter."""
+    curves = more.pop("curves", {})
+    return {
+        "measure": measure,
+        "conditions": CONDITIONS | more,
+        "digest": 64 * digest,
+        "figures": {
+            name: {"better": better, "values": {64 * letter: each for letter, each in values.items()}}
+            for name, (better, values) in figures.items()
+        },
+        "curves": {name: {64 * letter: each for letter, each in lines.items()} for name, lines in curves.items()},
+    }
+
+
+def video(letter: str, key: str, prompt: str | None = None, file: str | None = None, **scores: float) -> dict[str, Any]:
+    named = file or f"videos/{letter}-{key}.mp4"
+    return {"model": 64 * letter, "key": key, "prompt": prompt, "seed": 0, "file": named, "scores": scores}
+
+
+def table(models: Sequence[Any], groups: Sequence[Any] = (), videos: Sequence[Any] = (), **more: Any) -> dict[str, Any]:
+    return {"models": models, "groups": groups, "left_out": [], "videos": videos} | more
+
+
+def write(folder: Path, content: Mapping[str, Any]) -> Path:
+    """evaluation.json, and a video of 3 seconds for each that it names, 4 for the last."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "evaluation.json").write_text(json.dumps(content))
+    for place, row in enumerate(content["videos"]):
+        path = folder / row["file"]
+        if path.resolve().is_relative_to(folder.resolve()):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            seconds = 4 if place == len(content["videos"]) - 1 else 3
+            frames, _ = footage.render(place, seconds=seconds, fps=12, size=(32, 32))
+            footage.write_video(path, frames, 12)
+    return folder
