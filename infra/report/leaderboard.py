@@ -1,11 +1,10 @@
 """The leaderboard of an evaluation on the page: figures with intervals, curves with bands, videos that play in step.
 
-It is made of `evaluation.json`, as `longtake.training.evaluation.table` says, and the videos that lie beside it.
+It is made of the table in a folder (see `longtake.training.evaluation.table`), and the videos that lie beside it.
 """
 
 import base64
 import hashlib
-import json
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -16,12 +15,17 @@ from longtake.datasets.errors import Failure
 from longtake.infra.report import figures, pictures
 from longtake.infra.report.embed import Pictures
 from longtake.infra.report.text import number
-from longtake.training.evaluation import chosen
+from longtake.training.evaluation import chosen, table
 
-RECORD = "evaluation.json"
 SCRIPT = (Path(__file__).parent / "step.js").read_text()
 SCRIPT_DIGEST = base64.b64encode(hashlib.sha256(SCRIPT.encode()).digest()).decode()  # what the page allows to run
 
+_TITLES = {
+    "reconstructs": "Reconstructions",
+    "generates": "Generated videos",
+    "fills": "Filled gaps",
+    "retrieves": "Retrieved from memory",
+}
 _VIDEO_BYTES = 8_000_000  # of one leaderboard in a page
 
 
@@ -33,22 +37,22 @@ def leaderboard(name: str, folder: Path, keep: Pictures) -> dict[str, Any]:
         folder: has evaluation.json and the videos that it names.
 
     Raises:
-        Failure: evaluation.json is damaged.
+        Failure: the table is damaged.
     """
-    path = folder / RECORD
+    found = table.read(folder)
     try:
-        table = json.loads(path.read_bytes())
-        labels = _labels(table["models"])
-        common, groups = _conditions(table["groups"])
-        parts = [_part(group, own, labels) for group, own in zip(table["groups"], groups, strict=True)]
-        curves = _curves(name, table["groups"], labels, keep)
+        labels = _labels(found.models)
+        common, groups = _conditions(found.groups)
+        parts = [_part(group, own, labels) for group, own in zip(found.groups, groups, strict=True)]
+        curves = _curves(name, found.groups, labels, keep)
         reels = _Reels(folder, labels)
-        together = [_together(group, reels) for group in chosen.together(table)]
-        extremes = _extremes(chosen.extremes(table), labels, reels)
-        models = [_model(model, labels[model["digest"]], n) for n, model in enumerate(table["models"])]
-        left_out = _left_out(table["left_out"], labels)
+        together = _together(chosen.together(found), reels)
+        extremes = _extremes(chosen.extremes(found), labels, reels)
+        models = [_model(model, labels[model["digest"]], n) for n, model in enumerate(found.models)]
+        left_out = _left_out(found.left_out, labels)
     except (ValueError, KeyError, TypeError, AttributeError) as e:
-        raise Failure(f"{path}: is damaged ({type(e).__name__}: {e}); run the evaluation again") from e
+        why = f"{type(e).__name__}: {e}"
+        raise Failure(f"{folder / table.FILE}: is damaged ({why}); run the evaluation again") from e
     return {
         "name": name,
         "folder": str(folder),
@@ -109,12 +113,13 @@ def _plain(value: Any) -> str:
 
 def _part(group: Mapping[str, Any], conditions: list[tuple[str, str]], labels: Mapping[str, str]) -> dict[str, Any]:
     """The figures of a measure: a row each, with a cell for each model, None where it has none."""
-    rows = []
+    rows: list[dict[str, Any]] = []
     for name, figure in group["figures"].items():
         values = [figure["values"].get(digest) for digest in labels]
         if any(values):
             rows.append({"name": name, "better": figure["better"], "cells": _cells(values, figure["better"])})
-    return {"measure": group["measure"], "digest": group["digest"], "conditions": conditions, "rows": rows}
+    named = {key: group[key] for key in ("measure", "what", "digest")}
+    return named | {"conditions": [each for each in conditions if each[0] != "measure"], "rows": rows}
 
 
 def _cells(values: Sequence[Mapping[str, Any] | None], better: str) -> list[dict[str, Any] | None]:
@@ -205,15 +210,21 @@ class _Reels:
         self._room -= size
         label = self._labels[video["model"]]
         colour = pictures.colour_of(self._order.index(video["model"]))
-        facts = {"label": label, "colour": colour, "key": video["key"], "seed": video["seed"], "file": video["file"]}
+        part = {"bound": "the autoencoder alone"}.get(video.get("part", ""), "")
+        facts = {"label": label, "colour": colour, "key": video["key"], "part": part, "file": video["file"]}
         return facts | {"video": figures.player(path) if there else None, "scores": list(video["scores"].items())}
 
 
-def _together(group: Sequence[chosen.Video], reels: _Reels) -> dict[str, Any]:
-    first = group[0]
-    title = [first["prompt"]] if first["prompt"] else []
-    title += [f"seed {first['seed']}"] if first["seed"] is not None else []
-    return {"title": title or [first["key"]], "reels": [reel for video in group if (reel := reels.of(video))]}
+def _together(groups: Sequence[chosen.Together], reels: _Reels) -> list[dict[str, Any]]:
+    """For each aspect the videos that show the same, a row each."""
+    out: dict[str, list[dict[str, Any]]] = {}
+    for group in groups:
+        first = group.videos[0]
+        title = [first["prompt"] or first["class"] or first["key"]]
+        title += [f"seed {first['seed']}"] if first["seed"] is not None else []
+        if made := [reel for video in group.videos if (reel := reels.of(video))]:
+            out.setdefault(group.aspect, []).append({"title": title, "reels": made})
+    return [{"title": _TITLES.get(aspect, aspect), "rows": rows} for aspect, rows in out.items()]
 
 
 def _extremes(found: Sequence[chosen.Extremes], labels: Mapping[str, str], reels: _Reels) -> list[dict[str, Any]]:
@@ -223,11 +234,14 @@ def _extremes(found: Sequence[chosen.Extremes], labels: Mapping[str, str], reels
         made = [(video, reels.of(video)) for video in videos]
         return [reel | {"score": number(video["scores"][figure])} for video, reel in made if reel]
 
-    order, out = list(labels), dict[str, list[dict[str, Any]]]()
+    order, out = list(labels), dict[tuple[str, str], list[dict[str, Any]]]()
     for each in found:
         ends = {"worst": row(each.worst, each.figure), "best": row(each.best, each.figure)}
         if any(ends.values()):
             colour = pictures.colour_of(order.index(each.model))
             model = {"label": labels[each.model], "colour": colour, "ends": ends}
-            out.setdefault(each.figure, []).append(model)
-    return [{"name": figure, "models": models} for figure, models in out.items()]
+            out.setdefault((each.figure, each.aspect), []).append(model)
+    return [
+        {"name": figure, "of": _TITLES.get(aspect, aspect).lower(), "models": models}
+        for (figure, aspect), models in out.items()
+    ]

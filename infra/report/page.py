@@ -18,10 +18,11 @@ from longtake.infra.report.account import Line, account
 from longtake.infra.report.clips import contact, histograms, load
 from longtake.infra.report.embed import Pictures
 from longtake.infra.report.gallery import galleries
-from longtake.infra.report.leaderboard import RECORD, SCRIPT, SCRIPT_DIGEST, leaderboard
+from longtake.infra.report.leaderboard import SCRIPT, SCRIPT_DIGEST, leaderboard
 from longtake.infra.report.leaderboard import line as line_of
 from longtake.infra.report.runs import StageRun, outcome, telling, training
 from longtake.infra.report.text import duration, number
+from longtake.training.evaluation.table import FILE
 
 # what HTML may not have, and marks of direction, which would turn what follows a text that leaves one open
 _UNSEEN = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
@@ -82,8 +83,8 @@ def build_of_evaluation(folder: Path) -> Path:
         UserError: the folder has no evaluation.
         Failure: its evaluation.json is damaged.
     """
-    if not (folder / RECORD).is_file():
-        raise UserError(f"{folder}: no evaluation here ({RECORD} is missing); run `longtake evaluate` with this --out")
+    if not (folder / FILE).is_file():
+        raise UserError(f"{folder}: no evaluation here ({FILE} is missing); run `longtake evaluate` with this --out")
     board = leaderboard(folder.resolve().name, folder, Pictures(folder / "pictures"))
     places = [("evaluation", str(folder)), *((f"model {m['label']}", m["pinned"] or m["uri"]) for m in board["models"])]
     page = _render(
@@ -96,7 +97,7 @@ def build_of_evaluation(folder: Path) -> Path:
 def _evaluations(stages: Sequence[StageRun]) -> list[tuple[str, Path]]:
     """The stages that have evaluated models, and the folders of what they found."""
     folders = [(stage.name, stage.artifacts / "evaluation") for stage in stages if stage.artifacts]
-    return [(name, folder) for name, folder in folders if (folder / RECORD).is_file()]
+    return [(name, folder) for name, folder in folders if (folder / FILE).is_file()]
 
 
 def _save(folder: Path, page: str) -> Path:

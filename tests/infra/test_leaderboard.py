@@ -17,6 +17,7 @@ from longtake.infra.report import StageRun, build, build_of_evaluation
 from longtake.infra.report.embed import Pictures
 from longtake.infra.report.leaderboard import best_of, leaderboard
 from longtake.training.evaluation import chosen
+from longtake.training.evaluation.table import Table
 
 MODELS = [model("models:/latte@champion", "a", "models:/latte/3"), model("models:/tats/2", "b"), model("/m/gan", "c")]
 
@@ -69,19 +70,34 @@ def test_models_of_one_name_are_told_apart_and_curves_have_bands(tmp_path: Path)
     assert "var(--kept)" in drawn and "var(--dropped)" in drawn and "vae (aaaaaa)" in drawn and "#2f6fdb;" in drawn
 
 
-def test_the_same_prompts_stand_side_by_side_and_the_worst_and_best_are_found() -> None:
-    videos = [video(letter, f"{n}", prompt=f"p{n % 3}", ssim=n) for letter in "ab" for n in range(6)]
-    videos += [video("c", "5", prompt="p2"), video("c", "alone", prompt="p9")]
+def made(content: dict[str, Any]) -> Table:
+    return Table(*(content[field] for field in Table._fields))
+
+
+def test_what_shows_the_same_stands_side_by_side() -> None:
+    videos = [video(letter, f"17f-s{n}", prompt=f"p{n % 3}") for letter in "ab" for n in range(6)]
+    videos += [video("c", "17f-s5", prompt="p2"), video("c", "17f-alone", prompt="p9")]
+    videos += [video("b", "17f-s1", file="x.mp4") | {"aspect": "fills", "seed": seed} for seed in (0, 1)]
+    found = chosen.together(made(table(MODELS, [], videos)), 3)
+    keys = [[row["key"] for row in each.videos] for each in found]
+    assert keys == [["17f-s0"] * 2, ["17f-s1"] * 2, ["17f-s5"] * 3, ["17f-s1"], ["17f-s1"]], "of each prompt one"
+    assert [row["model"][0] for row in found[2].videos] == ["a", "b", "c"]
+    assert [each.aspect for each in found[2:]] == ["generates", "fills", "fills"]
+    long = [video("a", f"{length}-s{n}") for length in ("1024f", "720f") for n in range(8)]
+    keys = [each.videos[0]["key"] for each in chosen.together(made(table(MODELS, [], long)), 4)]
+    assert keys == ["1024f-s0", "1024f-s1", "720f-s0", "720f-s1"], "of each length some"
+
+
+def test_the_worst_and_the_best_are_found_by_the_figures_direction() -> None:
+    videos = [video(letter, f"{n}", ssim=n) for letter in "ab" for n in range(6)]
     content = table(MODELS, [group("quality", {"ssim": ("lower", {})})], videos)
-    found = chosen.together(content, 3)
-    assert [[row["key"] for row in each] for each in found] == [["0", "0"], ["1", "1"], ["5", "5", "5"]]
-    assert [row["model"][0] for row in found[2]] == ["a", "b", "c"]
-    one, two = chosen.extremes(content)
+    one, two = chosen.extremes(made(content))
     assert (one.model[0], two.model[0]) == ("a", "b")
     assert [v["key"] for v in one.worst] == ["5", "4"] and [v["key"] for v in one.best] == ["0", "1"]
     few = table(MODELS, content["groups"], videos[:3])
-    assert [len(e.worst) for e in chosen.extremes(few)] == [1], "no video is both"
-    assert len(chosen.files(content)) == len(set(chosen.files(content)))
+    assert [len(e.worst) for e in chosen.extremes(made(few))] == [1], "no video is both"
+    files = chosen.files(made(content))
+    assert len(files) == len(set(files)) and {video["file"] for video in (*one.worst, *two.best)} <= set(files)
 
 
 def test_videos_that_are_lost_or_elsewhere_are_not_shown(tmp_path: Path) -> None:
@@ -90,7 +106,10 @@ def test_videos_that_are_lost_or_elsewhere_are_not_shown(tmp_path: Path) -> None
     write(tmp_path / "f", content)
     (tmp_path / "f" / content["videos"][1]["file"]).unlink()
     board = leaderboard("f", tmp_path / "f", Pictures(tmp_path / "pictures"))
-    assert [reel["video"] for each in board["together"] for reel in each["reels"]] == [None, None]
+    assert [reel["video"] for each in board["together"] for row in each["rows"] for reel in row["reels"]] == [
+        None,
+        None,
+    ]
 
 
 def test_videos_too_large_for_a_page_are_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -105,7 +124,7 @@ def test_what_is_no_evaluation_is_one_line(tmp_path: Path) -> None:
         build_of_evaluation(tmp_path)
     for damaged in ("{", "[]", "{}", json.dumps(table([{"uri": 1}]))):
         (tmp_path / "evaluation.json").write_text(damaged)
-        with pytest.raises(Failure, match=r"is damaged .*; run the evaluation again") as e:
+        with pytest.raises(Failure, match=r"evaluation.json: .*; run the evaluation again") as e:
             build_of_evaluation(tmp_path)
         assert "\n" not in str(e.value)
 

@@ -29,7 +29,8 @@ def group(
     curves = more.pop("curves", {})
     return {
         "measure": measure,
-        "conditions": CONDITIONS | more,
+        "what": f"<what> {measure} is",
+        "conditions": CONDITIONS | {"measure": measure} | more,
         "digest": 64 * digest,
         "figures": {
             name: {"better": better, "values": {64 * letter: each for letter, each in values.items()}}
@@ -41,11 +42,12 @@ def group(
 
 def video(letter: str, key: str, prompt: str | None = None, file: str | None = None, **scores: float) -> dict[str, Any]:
     named = file or f"videos/{letter}-{key}.mp4"
-    return {"model": 64 * letter, "key": key, "prompt": prompt, "seed": 0, "file": named, "scores": scores}
+    row = {"model": 64 * letter, "key": key, "aspect": "generates", "prompt": prompt, "seed": 0, "class": None}
+    return row | {"file": named, "scores": scores}
 
 
 def table(models: Sequence[Any], groups: Sequence[Any] = (), videos: Sequence[Any] = (), **more: Any) -> dict[str, Any]:
-    return {"models": models, "groups": groups, "left_out": [], "videos": videos} | more
+    return {"format": 1, "models": models, "groups": groups, "left_out": [], "videos": videos} | more
 
 
 def write(folder: Path, content: Mapping[str, Any]) -> Path:

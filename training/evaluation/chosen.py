@@ -1,60 +1,71 @@
 """Which videos of an evaluation people are shown: what all models made of the same, and each model's worst and best. Pure.
 
-A table is as in `evaluation.json` (see `longtake.training.evaluation.table`); a video is a row of its `videos`.
+A video is a row of the table's `videos`.
 """
 
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+from longtake.training.evaluation.table import Table
+
 Video = Mapping[str, Any]
-TOGETHER, EXTREMES = 8, 2  # groups of videos side by side; videos at each end of a figure
+TOGETHER, EXTREMES = 6, 2  # groups of each aspect; videos at each end of a figure
+
+
+class Together(NamedTuple):
+    """What models made of the same clip, or of the same prompt and seed, in the order of the models."""
+
+    aspect: str
+    videos: Sequence[Video]
 
 
 class Extremes(NamedTuple):
     """The videos of a model that are worst and best by a figure, the most extreme first."""
 
+    aspect: str
     figure: str
     model: str
     worst: Sequence[Video]
     best: Sequence[Video]
 
 
-def together(table: Mapping[str, Any], most: int = TOGETHER) -> list[list[Video]]:
-    """Videos of several models that show the same (one `key`), in the order of the models: of as many prompts as fit.
-
-    Groups that all models are in come first. With one model its videos are groups of one.
-    """
-    groups: dict[str, dict[str, Video]] = {}
-    for video in table["videos"]:
-        if video["file"]:
-            groups.setdefault(video["key"], {}).setdefault(video["model"], video)
-    models = [model["digest"] for model in table["models"]]
-    rows = [[group[model] for model in models if model in group] for group in groups.values()]
-    rounds: dict[Any, int] = {}
-    order = []
+def together(table: Table, most: int = TOGETHER) -> list[Together]:
+    """Up to `most` groups of each aspect, those that most models are in first, of many lengths, prompts and sources."""
+    order = [model["digest"] for model in table.models]
+    groups: dict[tuple[str, str, Any], list[Video]] = {}
+    for video in table.videos:
+        groups.setdefault((video["aspect"], video["key"], video["seed"]), []).append(video)
+    seen: dict[Any, int] = {}
+    ranked: dict[str, list[tuple[int, int, int]]] = {}
+    rows = [
+        Together(aspect, sorted(each, key=lambda video: order.index(video["model"])))
+        for (aspect, _, _), each in groups.items()
+    ]
     for place, row in enumerate(rows):
-        prompt = row[0]["prompt"] if row else None
-        order.append((-len(row), rounds.get(prompt, 0), place))
-        rounds[prompt] = rounds.get(prompt, 0) + 1
-    chosen = sorted(place for count, _, place in sorted(order)[:most] if count)
-    return [rows[place] for place in chosen]
+        first = row.videos[0]
+        # keys begin with a video's length, or with a clip's source
+        kind = (row.aspect, first["prompt"], first["key"].partition("-")[0])
+        models = len({video["model"] for video in row.videos})
+        ranked.setdefault(row.aspect, []).append((-models, seen.get(kind, 0), place))
+        seen[kind] = seen.get(kind, 0) + 1
+    return [rows[place] for each in ranked.values() for place in sorted(place for *_, place in sorted(each)[:most])]
 
 
-def extremes(table: Mapping[str, Any], most: int = EXTREMES) -> list[Extremes]:
+def extremes(table: Table, most: int = EXTREMES) -> list[Extremes]:
     """For each figure that single videos have, and each model: its worst and its best ones, none of them twice."""
-    better = {name: figure["better"] for group in table["groups"] for name, figure in group["figures"].items()}
+    better = {name: figure["better"] for group in table.groups for name, figure in group["figures"].items()}
+    aspects = dict.fromkeys(video["aspect"] for video in table.videos)
     out = []
-    for name, way in better.items():
-        for model in table["models"]:
-            mine = [v for v in table["videos"] if v["model"] == model["digest"] and v["file"] and name in v["scores"]]
-            ranked = sorted(mine, key=lambda v: (v["scores"][name], v["key"]), reverse=way == "lower")
-            if count := min(most, len(ranked) // 2):
-                out.append(Extremes(name, model["digest"], ranked[:count], ranked[::-1][:count]))
+    for aspect, name, model in ((a, n, m["digest"]) for a in aspects for n in better for m in table.models):
+        mine = [v for v in table.videos if (v["aspect"], v["model"]) == (aspect, model) and name in v["scores"]]
+        ranked = sorted(mine, key=lambda v: (v["scores"][name], v["key"]), reverse=better[name] == "lower")
+        if count := min(most, len(ranked) // 2):
+            out.append(Extremes(aspect, name, model, ranked[:count], ranked[::-1][:count]))
     return out
 
 
-def files(table: Mapping[str, Any]) -> list[str]:
+def files(table: Table) -> list[str]:
     """The files of all videos that are shown, once each."""
-    shown = [video for group in together(table) for video in group]
+    shown = [video for group in together(table) for video in group.videos]
     shown += [video for each in extremes(table) for video in (*each.worst, *each.best)]
     return list(dict.fromkeys(video["file"] for video in shown))
