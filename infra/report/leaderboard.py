@@ -16,6 +16,7 @@ from longtake.infra.report import figures, pictures
 from longtake.infra.report.embed import Pictures
 from longtake.infra.report.text import number
 from longtake.training.evaluation import chosen, table
+from longtake.training.evaluation import figures as figures_of
 
 SCRIPT = (Path(__file__).parent / "step.js").read_text()
 SCRIPT_DIGEST = base64.b64encode(hashlib.sha256(SCRIPT.encode()).digest()).decode()  # what the page allows to run
@@ -42,7 +43,7 @@ def leaderboard(name: str, folder: Path, keep: Pictures) -> dict[str, Any]:
     found = table.read(folder)
     try:
         labels = _labels(found.models)
-        common, groups = _conditions(found.groups)
+        common, groups = figures_of.conditions(found)
         parts = [_part(group, own, labels) for group, own in zip(found.groups, groups, strict=True)]
         curves = _curves(name, found.groups, labels, keep)
         reels = _Reels(folder, labels)
@@ -85,30 +86,10 @@ def _short(uri: str) -> str:
 
 
 def _model(model: Mapping[str, Any], label: str, n: int) -> dict[str, Any]:
-    settings = ", ".join(f"{key} {_plain(value)}" for key, value in model["settings"].items())
+    settings = ", ".join(f"{key} {figures_of.said(value)}" for key, value in model["settings"].items())
     place = model["pinned"] if model["pinned"] != model["uri"] else ""
     facts = {"label": label, "colour": pictures.colour_of(n), "settings": settings, "pinned": place}
     return facts | {key: model[key] for key in ("uri", "digest", "what", "notes")}
-
-
-def _conditions(groups: Sequence[Mapping[str, Any]]) -> tuple[list[tuple[str, str]], list[list[tuple[str, str]]]]:
-    """The conditions that all figures share, and for each group the other ones; as texts."""
-    flat = [{key: _plain(value) for key, value in group["conditions"].items()} for group in groups]
-    common = {
-        key for key in (flat[0] if flat else ()) if all(key in each and each[key] == flat[0][key] for each in flat)
-    }
-    shared = [(key, value) for key, value in (flat[0] if flat else {}).items() if key in common]
-    return shared, [[(key, value) for key, value in each.items() if key not in common] for each in flat]
-
-
-def _plain(value: Any) -> str:
-    if isinstance(value, Mapping):
-        return ", ".join(f"{key} {_plain(each)}" for key, each in value.items())
-    if isinstance(value, list):
-        return "×".join(map(_plain, value)) if len(value) == 2 else ", ".join(map(_plain, value))
-    if isinstance(value, str) and len(value) == 64 and not set(value) - set("0123456789abcdef"):
-        return value[:12]
-    return "none" if value is None else ("yes" if value else "no") if isinstance(value, bool) else str(value)
 
 
 def _part(group: Mapping[str, Any], conditions: list[tuple[str, str]], labels: Mapping[str, str]) -> dict[str, Any]:
@@ -119,7 +100,7 @@ def _part(group: Mapping[str, Any], conditions: list[tuple[str, str]], labels: M
         if any(values):
             rows.append({"name": name, "better": figure["better"], "cells": _cells(values, figure["better"])})
     named = {key: group[key] for key in ("measure", "what", "digest")}
-    return named | {"conditions": [each for each in conditions if each[0] != "measure"], "rows": rows}
+    return named | {"conditions": conditions, "rows": rows}
 
 
 def _cells(values: Sequence[Mapping[str, Any] | None], better: str) -> list[dict[str, Any] | None]:

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from longtake.datasets import storage
 from longtake.infra import footage
+from longtake.training.evaluation import table as tables
+from longtake.training.evaluation.record import Pooled, Result
+from longtake.training.evaluation.run import RESULTS
+from longtake.training.evaluation.table import Measured, Table
 
 CONDITIONS: dict[str, Any] = {"dataset": "s3://lab/shards/0123", "split": "val", "seed": 0, "size": [64, 64]}
 
@@ -62,3 +68,27 @@ def write(folder: Path, content: Mapping[str, Any]) -> Path:
             frames, _ = footage.render(place, seconds=seconds, fps=12, size=(32, 32))
             footage.write_video(path, frames, 12)
     return folder
+
+
+def rows(figure: str, values: Sequence[float]) -> dict[tuple[str, str], dict[str, float]]:
+    """Two clips of each source, whose mean is the value."""
+    return {(f"s{n}", f"s{n}-{m}"): {figure: value + m - 0.5} for n, value in enumerate(values) for m in (0, 1)}
+
+
+def result(measure: str, better: str, letter: str, found: Any, curves: Any = None, **conditions: Any) -> Measured:
+    """A result with one figure, of the measure's name: values by source, or (value, replicates) of all together."""
+    pooled = {measure: Pooled(*found, 12)} if isinstance(found, tuple) else {}
+    made = Result({} if pooled else rows(measure, found), pooled, curves or {})
+    facts = CONDITIONS | {"measure": measure, "sources": 12, "clips": 24} | conditions
+    digest = hashlib.sha256(storage.canonical_json(facts)).hexdigest()
+    return Measured(measure, "a measure", {measure: better}, 64 * letter, facts, digest, 200, 0, [], made)
+
+
+def kept(folder: Path, models: Sequence[Mapping[str, Any]], results: Sequence[Measured], **more: Any) -> Table:
+    """An evaluation's folder with its results and its table."""
+    for each in results:
+        path = folder / RESULTS / each.model[:12] / f"{each.measure}-{each.digest[:12]}.json"
+        storage.write(str(path), storage.canonical_json(tables.plain(each)))
+    made = tables.made(models, results, more.get("left_out", []))
+    tables.write(folder, made)
+    return made

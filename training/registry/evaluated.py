@@ -4,17 +4,16 @@ Candidate and champion must have been evaluated in one folder, under the same co
 MEASURE.FIGURE, which it needs where several measures have one of its name.
 """
 
-from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
-from typing import Any, NamedTuple
 
 import numpy as np
 
 from longtake.datasets import storage
 from longtake.datasets.errors import Failure, UserError
 from longtake.training.evaluation import table
+from longtake.training.evaluation.figures import Figure, named
 from longtake.training.evaluation.record import Result
 from longtake.training.evaluation.run import RESULTS
 from longtake.training.evaluation.table import Table
@@ -24,25 +23,6 @@ from longtake.training.registry.gate import Compared, Gate, Rows, Verdict
 from longtake.training.registry.uri import in_store
 
 _SETTLED = ("samples", "window")  # settings of a gate that an evaluation has itself
-
-
-class _Place(NamedTuple):
-    """Where a figure stands: its group in the table, and its name there."""
-
-    group: Mapping[str, Any]
-    figure: str
-
-    @property
-    def facts(self) -> Mapping[str, Any]:
-        facts: Mapping[str, Any] = self.group["figures"][self.figure]
-        return facts
-
-    @property
-    def units(self) -> int:
-        return min(value["units"] for value in self.facts["values"].values())
-
-    def of(self, model: str) -> bool:
-        return model in self.facts["values"]
 
 
 def check(gate: Gate) -> None:
@@ -73,23 +53,23 @@ def verdict(place: str, candidate: str, champion: str | None, gate: Gate) -> Ver
     theirs = _digest(found, champion, place, "champion") if champion else None
 
     rules = [*gate.metrics, *gate.must_not_regress]
-    places = {name: each for name, each in _named(found, rules).items() if each.of(ours)}
-    names = [name for name, each in places.items() if theirs is None or each.of(theirs)]
+    places = {name: each for name, each in named(found, rules).items() if ours in each.values}
+    names = [name for name, each in places.items() if theirs is None or theirs in each.values]
     for name in rules:
         if name in places and name not in names:
             why = _why(found, theirs, places[name])
             raise UserError(f"gate: {name}: {place} has it of {candidate}, but not of the champion {champion}{why}")
-    gates.check(gate, names, {name: places[name].facts["better"] for name in names})
+    gates.check(gate, names, {name: places[name].better for name in names})
 
     result = _results(folder)
-    pairs = {
-        name: _compared(
-            gate, places[name], name, result(places[name], ours), result(places[name], theirs) if theirs else None
-        )
-        for name in names
-    }
+    pairs = {}
+    for name in names:
+        figure = places[name]
+        units = min(figure.values[model]["units"] for model in (ours, theirs) if model)
+        both = result(figure, ours), result(figure, theirs) if theirs else None
+        pairs[name] = _compared(gate, figure, name, units, *both)
     for name in rules:
-        pooled = places[name].figure in result(places[name], ours).pooled
+        pooled = places[name].name in result(places[name], ours).pooled
         if theirs and pooled and not pairs[name].gains:
             raise UserError(f"gate: {name}: {place} does not know its error, which a gate needs; leave it out")
     return gates.settled(
@@ -127,47 +107,36 @@ def _weights(uri: str) -> str | None:
         return None  # deleted since
 
 
-def _named(found: Table, rules: list[str]) -> dict[str, _Place]:
-    """The figures by their names."""
-    places = [_Place(group, name) for group in found.groups for name in group["figures"]]
-    counts = Counter(place.figure for place in places)
-    named = {}
-    for place in places:
-        whole = f"{place.group['measure']}.{place.figure}"
-        named[whole if counts[place.figure] > 1 or whole in rules else place.figure] = place
-    return named
-
-
-def _why(found: Table, model: str | None, place: _Place) -> str:
+def _why(found: Table, model: str | None, place: Figure) -> str:
     """Why a model has no such figure, where the table says it."""
     reasons = [r["why"] for r in found.left_out if (r["model"], r["measure"]) == (model, place.group["measure"])]
     return f": {reasons[0]}" if reasons else ""
 
 
-def _compared(gate: Gate, place: _Place, name: str, ours: Result, theirs: Result | None) -> Compared:
+def _compared(gate: Gate, place: Figure, name: str, units: int, ours: Result, theirs: Result | None) -> Compared:
     """One figure of both, under its name in the gate; no gain is known of one that has no replicates."""
-    figure, better = place.figure, place.facts["better"]
+    figure, better = place.name, place.better
     if figure not in ours.pooled:
         return gates.compared(
             gate, {name: better}, _rows(ours, figure, name), _rows(theirs, figure, name) if theirs else None
         )
-    count, mine = place.units, ours.pooled[figure]
+    mine = ours.pooled[figure]
     if theirs is None:
-        return Compared(count, {name: mine.value}, {}, {})
+        return Compared(units, {name: mine.value}, {}, {})
     their = theirs.pooled[figure]
     gains = {}
-    if count > 1 and len(mine.replicates) == len(their.replicates) > 1:
+    if units > 1 and len(mine.replicates) == len(their.replicates) > 1:
         replicates = np.subtract(mine.replicates, their.replicates)
-        gain = gates.of_replicates(better, mine.value - their.value, replicates, count, gate.confidence)
+        gain = gates.of_replicates(better, mine.value - their.value, replicates, units, gate.confidence)
         gains = {name: gain}
-    return Compared(count, {name: mine.value}, {name: their.value}, gains)
+    return Compared(units, {name: mine.value}, {name: their.value}, gains)
 
 
 def _rows(result: Result, figure: str, name: str) -> Rows:
     return {place: {name: row[figure]} for place, row in result.rows.items() if figure in row}
 
 
-def _results(folder: Path) -> Callable[[_Place, str], Result]:
+def _results(folder: Path) -> Callable[[Figure, str], Result]:
     """What is kept of a model by the measure of a place; each file is read once."""
 
     @cache
@@ -176,7 +145,7 @@ def _results(folder: Path) -> Callable[[_Place, str], Result]:
             raise Failure(f"{path}: is gone; run the same `longtake evaluate` again")
         return table.parsed(path).result
 
-    def result(place: _Place, model: str) -> Result:
+    def result(place: Figure, model: str) -> Result:
         group = place.group
         return read(folder / RESULTS / model[:12] / f"{group['measure']}-{group['digest'][:12]}.json")
 

@@ -86,11 +86,16 @@ class Decision(NamedTuple):
 
 
 def check(config: Config, inputs: Mapping[str, StageConfig]) -> None:
-    """Refuse a candidate that makes itself champion, and latents or texts of another dataset."""
+    """Refuse a candidate that makes itself champion or is not evaluated, and latents or texts of another dataset."""
     candidate: Any = inputs.get("candidate")
     if candidate is not None and candidate.run.promote:
         raise ValueError(
             f"candidate: the stage {config.candidate} makes its model champion before it is judged; set run: {{promote: false}} there"
+        )
+    evaluation: Any = inputs.get("evaluation")
+    if candidate is not None and evaluation is not None and config.candidate not in evaluation.models:
+        raise ValueError(
+            f"evaluation: {config.evaluation} does not evaluate the candidate {config.candidate}; add it to its models"
         )
     for field in _COLUMNS:
         column: Any = inputs.get(field)
