@@ -53,6 +53,11 @@ def write(made: Table, folder: Path, parent: str) -> None:
     log.log_artifacts(parent, {f"{FOLDER}/{name}": folder / name for name in names})
 
 
+def page(path: Path, parent: str) -> None:
+    """Log the report to the evaluation's run. Raises UserError, Failure as `write`."""
+    log.log_artifacts(parent, {path.name: path})
+
+
 def _series(made: Table, model: str) -> dict[str, dict[int, float]]:
     """The metrics of a model: a figure by step 0, a curve by the numbers of its points."""
     series: dict[str, dict[int, float]] = {}
