@@ -70,7 +70,7 @@ def leaderboard(name: str, folder: Path, keep: Pictures) -> dict[str, Any]:
 
 def line(board: Mapping[str, Any]) -> str:
     """What was evaluated, in a few words."""
-    models, rows = len(board["models"]), sum(len(part["rows"]) for part in board["parts"])
+    models, rows = len(board["models"]), sum(len(part["figures"]) for part in board["parts"])
     return f"{models} model{'s' * (models != 1)}, {rows} figure{'s' * (rows != 1)}"
 
 
@@ -93,21 +93,29 @@ def _model(model: Mapping[str, Any], label: str, n: int) -> dict[str, Any]:
 
 
 def _part(group: Mapping[str, Any], conditions: list[tuple[str, str]], labels: Mapping[str, str]) -> dict[str, Any]:
-    """The figures of a measure: a row each, with a cell for each model, None where it has none."""
-    rows: list[dict[str, Any]] = []
-    for name, figure in group["figures"].items():
-        values = [figure["values"].get(digest) for digest in labels]
-        if any(values):
-            rows.append({"name": name, "better": figure["better"], "cells": _cells(values, figure["better"])})
+    """A measure's table: a column for each figure, a row for each model that it has measured."""
+    found = {name: figure for name, figure in group["figures"].items() if figure["values"]}
+    digests = [digest for digest in labels if any(digest in figure["values"] for figure in found.values())]
+    columns = [_cells([figure["values"].get(d) for d in digests], figure["better"]) for figure in found.values()]
+    order = list(labels)
+    rows = [
+        {"label": labels[digest], "colour": pictures.colour_of(order.index(digest)), "cells": cells}
+        for digest, *cells in zip(digests, *columns, strict=True)
+    ]
+    heads = [{"name": name, "better": figure["better"]} for name, figure in found.items()]
     named = {key: group[key] for key in ("measure", "what", "digest")}
-    return named | {"conditions": conditions, "rows": rows}
+    return named | {"conditions": conditions, "figures": heads, "rows": rows}
 
 
 def _cells(values: Sequence[Mapping[str, Any] | None], better: str) -> list[dict[str, Any] | None]:
-    """The cells of a row, each with its place in the row's range from 0 to 1, and whether it is the best beyond doubt."""
+    """The cells of a column, each with its place in its range from 0 to 1, and whether it is the best beyond doubt.
+
+    A figure of one model alone has no range.
+    """
     best = best_of(values, better)
     ends = [end for value in values if value for end in (value["value"], value["low"], value["high"]) if _finite(end)]
     low, high = (min(ends), max(ends)) if ends else (0.0, 0.0)
+    several = sum(value is not None for value in values) > 1
 
     def at(value: float) -> float:
         return round((value - low) / (high - low), 4) if high > low else 0.5
@@ -118,9 +126,9 @@ def _cells(values: Sequence[Mapping[str, Any] | None], better: str) -> list[dict
             cells.append(None)
             continue
         known = _finite(value["low"]) and _finite(value["high"])
-        bar = {"begin": at(value["low"]), "end": at(value["high"])} if known else None
+        bar = {"begin": at(value["low"]), "end": at(value["high"])} if known and several else None
         where = at(value["value"]) if _finite(value["value"]) else None
-        cells.append({**value, "best": n == best, "bar": bar, "at": where})
+        cells.append({**value, "best": n == best, "known": known, "bar": bar, "at": where})
     return cells
 
 

@@ -86,7 +86,7 @@ def build_of_evaluation(folder: Path) -> Path:
     if not (folder / FILE).is_file():
         raise UserError(f"{folder}: no evaluation here ({FILE} is missing); run `longtake evaluate` with this --out")
     board = leaderboard(folder.resolve().name, folder, Pictures(folder / "pictures"))
-    places = [("evaluation", str(folder)), *((f"model {m['label']}", m["pinned"] or m["uri"]) for m in board["models"])]
+    places = [("evaluation", str(folder)), *((name, value) for name, value in board["common"] if name == "dataset")]
     page = _render(
         recipe=board["name"], status="", line=line_of(board), seconds=0, made=datetime.now().astimezone(),
         places=places, data=None, stages=None, boards=[board],

@@ -55,7 +55,10 @@ def _names(found: Sequence[tuple[Mapping[str, Any], str]], wanted: Collection[st
 
 def conditions(table: Table) -> tuple[Facts, list[Facts]]:
     """As texts the conditions that all groups share, and for each group its other ones, without the measure's name."""
-    flat = [{key: said(value) for key, value in group["conditions"].items()} for group in table.groups]
+    flat = [
+        {key: said(value) for key, value in group["conditions"].items() if value not in (None, "", {}, [])}
+        for group in table.groups
+    ]
     first = flat[0] if flat else {}
     common = {key for key in first if all(each.get(key) == first[key] for each in flat)} - {"measure"}
     shared = [(key, value) for key, value in first.items() if key in common]
@@ -65,7 +68,7 @@ def conditions(table: Table) -> tuple[Facts, list[Facts]]:
 def said(value: Any) -> str:
     """A condition as people read it: digests are shortened, and sizes are written as 64×96."""
     if isinstance(value, Mapping):
-        return ", ".join(f"{key} {said(each)}" for key, each in value.items())
+        return ", ".join(f"{key} {said(each)}" for key, each in value.items() if each is not None)
     if isinstance(value, Sequence) and not isinstance(value, str):
         pair = len(value) == 2 and all(isinstance(each, int) for each in value)
         return ("×" if pair else ", ").join(map(said, value))
