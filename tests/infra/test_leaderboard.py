@@ -5,14 +5,18 @@ from __future__ import annotations
 import html
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import chromium
+import judged
 import pytest
+import yaml
 from evaluated import group, model, table, value, video, write
 
 from longtake.datasets.errors import Failure, UserError
+from longtake.infra import graph, recipe, runner, runs
 from longtake.infra.report import StageRun, build, build_of_evaluation
 from longtake.infra.report.embed import Pictures
 from longtake.infra.report.leaderboard import best_of, leaderboard
@@ -138,6 +142,33 @@ def test_a_recipes_report_has_the_leaderboards_of_its_stages(tmp_path: Path) -> 
     raw = build(tmp_path / "out", "r", [stage("first", "a"), stage("second", "b")], None, None, "http://x").read_text()
     assert raw.count('class="board"') == 2 and 'href="#board-2">Leaderboard second' in raw
     assert raw.count("<script>") == 1 and "31.25" in raw
+
+
+@pytest.mark.usefixtures("own_store", "one_thread")
+def test_a_recipe_that_evaluates_has_it_in_its_report_and_in_mlflow(
+    tmp_path: Path, with_store: Callable[[Path], None]
+) -> None:
+    with_store(tmp_path / "runs")
+    suite = judged.suite(measures=("reconstruction",)).model_dump(mode="json", exclude_unset=True)
+    folders = judged.models(tmp_path / "models")
+    stage = {
+        "kind": "evaluate",
+        "models": [str(folders / "vae"), str(folders / "vqgan")],
+        "dataset": judged.dataset(tmp_path / "squares"),
+        "suite": suite,
+    }
+    content = {"name": "judged", "workspace": str(tmp_path / "runs"), "stages": {"judge": stage}}
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(content))
+    loaded = graph.pin(recipe.load(str(tmp_path / "recipe.yaml")))
+    runner.run_stage(loaded, "judge")
+    nodes, store = graph.build(loaded), runs.connect(loaded)
+    parent = store.open_parent(loaded, "whole")
+    page = runner.make_report(loaded, nodes, store, parent, set()).read_text()
+    assert 'class="board"' in page and "vqgan" in page and page.count("<video") >= 2
+    run = store.find(nodes[0].fingerprint)
+    assert run
+    below = store.client.search_runs([store.experiment], f"tags.`mlflow.parentRunId` = '{run.id}'")
+    assert len(below) == 2 and all("psnr_low" in each.data.metrics for each in below)
 
 
 @chromium.there
