@@ -14,6 +14,7 @@ import judged
 import pytest
 import yaml
 from evaluated import group, model, table, value, video, write
+from priors import longtake
 
 from longtake.datasets.errors import Failure, UserError
 from longtake.infra import graph, recipe, runner, runs
@@ -21,7 +22,7 @@ from longtake.infra.report import StageRun, build, build_of_evaluation
 from longtake.infra.report.embed import Pictures
 from longtake.infra.report.leaderboard import best_of, leaderboard
 from longtake.training.evaluation import chosen
-from longtake.training.evaluation.table import Table
+from longtake.training.evaluation.table import Table, read
 
 MODELS = [model("models:/latte@champion", "a", "models:/latte/3"), model("models:/tats/2", "b"), model("/m/gan", "c")]
 
@@ -142,6 +143,27 @@ def test_a_recipes_report_has_the_leaderboards_of_its_stages(tmp_path: Path) -> 
     raw = build(tmp_path / "out", "r", [stage("first", "a"), stage("second", "b")], None, None, "http://x").read_text()
     assert raw.count('class="board"') == 2 and 'href="#board-2">Leaderboard second' in raw
     assert raw.count("<script>") == 1 and "31.25" in raw
+
+
+@pytest.mark.usefixtures("own_store")
+def test_the_command_writes_the_page_and_a_run(
+    tmp_path: Path, with_store: Callable[[Path], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with_store(tmp_path)
+    folder = tmp_path / "judged"
+    made = table([model("/m/gan", "c")], [group("q", {"ssim": ("higher", {"c": value(1, 0, 2)})})])
+    monkeypatch.setattr("longtake.training.evaluation.run.evaluate", lambda *_, **__: read(write(folder, made)))
+    arguments = ["evaluate", "/m/gan", "--dataset", "/d", "--out", str(folder)]
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/none.db")
+    with pytest.raises(UserError, match="no such database"):
+        longtake(*arguments)
+    uri = f"sqlite:///{tmp_path}/mlflow.db"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    said = longtake(*arguments).stdout
+    assert f"{folder / 'report.html'}   <- open this in a browser" in said
+    run = runs.client_of(uri).get_run(re.findall(r"^run (\w+) in ", said, re.M)[0])
+    assert run.info.run_name == "judged" and run.info.artifact_uri.startswith(f"{tmp_path}/artifacts")
+    assert (Path(run.info.artifact_uri) / "report.html").read_bytes() == (folder / "report.html").read_bytes()
 
 
 @pytest.mark.usefixtures("own_store", "one_thread")

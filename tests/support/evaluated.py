@@ -15,7 +15,14 @@ from longtake.training.evaluation.record import Pooled, Result
 from longtake.training.evaluation.run import RESULTS
 from longtake.training.evaluation.table import Measured, Table
 
-CONDITIONS: dict[str, Any] = {"dataset": "s3://lab/shards/0123", "split": "val", "seed": 0, "size": [64, 64]}
+CONDITIONS: dict[str, Any] = {
+    "dataset": "s3://lab/shards/0123",
+    "split": "val",
+    "seed": 0,
+    "size": [64, 64],
+    "fps": 12.0,
+}
+CONDITIONS |= {"clips": 24, "sources": 12, "frames": 8, "networks": {}}
 
 
 def model(uri: str, letter: str, pinned: str | None = None, **more: Any) -> dict[str, Any]:
@@ -79,7 +86,7 @@ def result(measure: str, better: str, letter: str, found: Any, curves: Any = Non
     """A result with one figure, of the measure's name: values by source, or (value, replicates) of all together."""
     pooled = {measure: Pooled(*found, 12)} if isinstance(found, tuple) else {}
     made = Result({} if pooled else rows(measure, found), pooled, curves or {})
-    facts = CONDITIONS | {"measure": measure, "sources": 12, "clips": 24} | conditions
+    facts = CONDITIONS | {"measure": measure} | conditions
     digest = hashlib.sha256(storage.canonical_json(facts)).hexdigest()
     return Measured(measure, "a measure", {measure: better}, 64 * letter, facts, digest, 200, 0, [], made)
 
