@@ -23,6 +23,7 @@ from longtake.training.registry.gate import Compared, Gate, Rows, Verdict
 from longtake.training.registry.uri import in_store
 
 _SETTLED = ("samples", "window")  # settings of a gate that an evaluation has itself
+_FEWEST = 40  # replicates of both models that tell the error of their difference
 
 
 def check(gate: Gate) -> None:
@@ -114,7 +115,10 @@ def _why(found: Table, model: str | None, place: Figure) -> str:
 
 
 def _compared(gate: Gate, place: Figure, name: str, units: int, ours: Result, theirs: Result | None) -> Compared:
-    """One figure of both, under its name in the gate; no gain is known of one that has no replicates."""
+    """One figure of both, under its name in the gate; no gain is known of one that has hardly any replicates.
+
+    Of a resample there may be no figure: such as of one video drawn again and again.
+    """
     figure, better = place.name, place.better
     if figure not in ours.pooled:
         return gates.compared(
@@ -125,8 +129,10 @@ def _compared(gate: Gate, place: Figure, name: str, units: int, ours: Result, th
         return Compared(units, {name: mine.value}, {}, {})
     their = theirs.pooled[figure]
     gains = {}
-    if units > 1 and len(mine.replicates) == len(their.replicates) > 1:
-        replicates = np.subtract(mine.replicates, their.replicates)
+    shared = min(len(mine.replicates), len(their.replicates))
+    replicates = np.subtract(mine.replicates[:shared], their.replicates[:shared])
+    replicates = replicates[np.isfinite(replicates)]
+    if units > 1 and len(replicates) >= _FEWEST:
         gain = gates.of_replicates(better, mine.value - their.value, replicates, units, gate.confidence)
         gains = {name: gain}
     return Compared(units, {name: mine.value}, {name: their.value}, gains)

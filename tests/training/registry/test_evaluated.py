@@ -61,6 +61,21 @@ def test_the_error_of_a_distance_decides(tmp_path: Path) -> None:
         )
 
 
+def test_resamples_without_a_figure_do_not_count(tmp_path: Path) -> None:
+    """And what no resample says anything about is not promoted by a bound that is no number."""
+    value, found = distances(100.0)
+    some, none = [*found[:100], *[float("nan")] * 60], [float("nan")] * 200
+    for replicates, known in ((some, True), (none, False)):
+        results = [result("fvd", "lower", "a", (value, replicates)), result("fvd", "lower", "b", distances(101.0))]
+        kept(tmp_path, MODELS, results)
+        if known:
+            verdict = evaluated.verdict(str(tmp_path), NEW, OLD, gate("fvd", "lower", 0.9))
+            assert verdict.promoted and verdict.gains["fvd"].low == pytest.approx(1.0)
+        else:
+            with pytest.raises(UserError, match="does not know its error"):
+                evaluated.verdict(str(tmp_path), NEW, OLD, gate("fvd", "lower", 0.9))
+
+
 def test_one_gate_may_have_figures_of_several_measures(tmp_path: Path) -> None:
     results = [result("fvd", "lower", letter, distances(90.0 + n)) for n, letter in enumerate("ab")]
     results += [result("psnr", "higher", letter, 30 + NOISE[: 9 + n]) for n, letter in enumerate("ab")]
