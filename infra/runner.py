@@ -247,7 +247,8 @@ def make_report(recipe: Recipe, nodes: list[Node], store: Runs, parent: str, reu
                 metrics, history = store.metrics(run.id)
                 folder = Path(scratch) / node.name
                 folder.mkdir()
-                store.download(run.id, "heldout", folder)
+                for part in ("heldout", "evaluation"):
+                    store.download(run.id, part, folder)
                 stage_runs.append(
                     report.StageRun(
                         node.name, node.kind, run.status, node.name in reused, run.seconds, run.id, run.uri,

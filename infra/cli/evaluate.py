@@ -1,11 +1,13 @@
 """`longtake evaluate`: models of any families side by side on the same held-out clips."""
 
+import os
 from pathlib import Path
 from typing import Any
 
 import click
 
 from longtake.datasets.errors import UserError
+from longtake.datasets.masking import shown
 from longtake.infra.cli import media
 
 
@@ -67,7 +69,8 @@ def evaluate(
     that its family makes sense of. Every figure comes with an interval of 95 % by a bootstrap over sources, and with its
     conditions; figures of other conditions are never put beside it. FOLDER keeps each result and each video as it is done:
     after a stop the same command continues, and another model is added to the table by a call of its own. The table is in
-    FOLDER/evaluation.json.
+    FOLDER/evaluation.json, and with curves and videos in FOLDER/report.html. Where MLFLOW_TRACKING_URI is set, MLflow gets
+    a run for the evaluation, and below it one for each model.
 
     \b
     Examples:
@@ -77,19 +80,26 @@ def evaluate(
       longtake evaluate models:/memory-dit@champion --dataset D --suite long --out long
     """
     uris = [media.check_registry(model) for model in models]
+    store = _store()
     suite = suite_of(suite_name, overrides, measures)
     with media.memory_errors("lower suite.clips.frames or suite.clips.size"):
         from longtake.datasets import view as views
-        from longtake.training.evaluation import run, table
+        from longtake.infra import report
+        from longtake.training.evaluation import run, table, tracked
         from longtake.training.evaluation.suite import Networks
 
-        vbench_folder = folder_of("--vbench", vbench) if vbench else None
+        folder, vbench_folder = folder_of("--out", out), folder_of("--vbench", vbench) if vbench else None
         place = views.address(dataset, view) if view else None
-        made = run.evaluate(
-            uris, dataset, place, suite, Networks(**networks), folder_of("--out", out), _say, vbench_folder
-        )
+        made = run.evaluate(uris, dataset, place, suite, Networks(**networks), folder, _say, vbench_folder)
     click.echo(table.printed(made))
+    page = report.build_of_evaluation(folder)
     click.echo(str(Path(out) / table.FILE))
+    click.echo(f"{Path(out) / page.name}   <- open this in a browser")
+    if store:
+        with tracked.run(folder.resolve().name, _artifacts(store)) as run_id:
+            tracked.write(made, folder, run_id)
+            tracked.page(page, run_id)
+        click.echo(f"run {run_id} in {shown(store)}")
 
 
 def suite_of(name: str, overrides: tuple[str, ...] = (), measures: str | None = None) -> Any:
@@ -140,3 +150,21 @@ def folder_of(option: str, out: str) -> Path:
 
 def _say(line: str) -> None:
     click.echo(line, err=True)
+
+
+def _store() -> str:
+    """The URI of MLflow's store; empty where none is named. Raises UserError for a database that does not exist."""
+    from longtake.infra.sqlite_store import path_of
+
+    uri = os.environ.get("MLFLOW_TRACKING_URI", "")
+    if (path := path_of(uri)) and not path.is_file():
+        raise UserError(f"MLFLOW_TRACKING_URI={uri}: no such database")
+    return uri
+
+
+def _artifacts(store: str) -> str | None:
+    """Where a store keeps artifacts, if it has no place of its own: beside the database, as that of a recipe does."""
+    from longtake.infra.sqlite_store import path_of
+
+    path = path_of(store)
+    return None if path is None else f"{path.parent.absolute()}/artifacts"

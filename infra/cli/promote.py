@@ -19,8 +19,11 @@ KEPT_BACK = 3  # exit code
 @click.option(
     "--gate", "path", required=True, metavar="FILE", help="Required gains and the data to measure them on; see below."
 )
+@click.option(
+    "--evaluation", metavar="FOLDER", help="Measure nothing: decide by the figures of this `longtake evaluate --out`."
+)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object, with all figures.")
-def promote(name: str, candidate: str, path: str, as_json: bool) -> None:
+def promote(name: str, candidate: str, path: str, evaluation: str | None, as_json: bool) -> None:
     """Make a version of the model NAME its champion, if it passes the gate.
 
     The version and the present champion are measured on the same clips of a dataset's val split. The old champion
@@ -38,9 +41,15 @@ def promote(name: str, candidate: str, path: str, as_json: bool) -> None:
 
     Priors have the metric loss, and need latents: (and low_latents:, text:, pooled:) beside dataset:.
 
+    With --evaluation the gate names any of its figures, and no dataset. Both versions must have been evaluated there:
+
+    \b
+      longtake evaluate models:/latte/7 models:/latte@champion --dataset D --features i3d.pt --out fvd
+      longtake promote latte --candidate 7 --gate fvd.yaml --evaluation fvd
+
     Exit codes: 0 the candidate is the champion, 3 kept back, 2 something to put right, 1 failure.
     """
-    gate, inputs = read_gate(path)
+    gate, inputs = read_gate(path, evaluation)
     uri = media.check_registry(f"models:/{name}" + (f"/{candidate}" if candidate.isdigit() else f"@{candidate}"))
     from longtake.training.registry import aliases
     from longtake.training.registry import store as model_store
@@ -77,8 +86,8 @@ def rollback(name: str) -> None:
     click.echo(f"models:/{name}: champion is v{now} again, previous is v{before}")
 
 
-def read_gate(path: str) -> tuple[Any, dict[str, str]]:
-    """The gate of a file, and the inputs that the file names. Raises UserError."""
+def read_gate(path: str, evaluation: str | None = None) -> tuple[Any, dict[str, str]]:
+    """The gate of a file, and the inputs that the file names, or an evaluation in place of them. Raises UserError."""
     from pydantic import ValidationError
 
     from longtake.datasets import storage
@@ -87,7 +96,7 @@ def read_gate(path: str) -> tuple[Any, dict[str, str]]:
     from longtake.training.registry.gate import Gate
 
     class GateFile(Gate):
-        dataset: str
+        dataset: str | None = None
         view: str | None = None
         latents: str | None = None
         low_latents: str | None = None
@@ -109,7 +118,13 @@ def read_gate(path: str) -> tuple[Any, dict[str, str]]:
         raise UserError(f"{path}: {recipe.first_line(e, 'gate', model)}") from e
     named = set(GateFile.model_fields) - set(Gate.model_fields)
     inputs = file.model_dump(include=named, exclude_none=True)
-    return Gate(**file.model_dump(exclude=named)), inputs
+    if evaluation is None and "dataset" not in inputs:
+        raise UserError(f"{path}: dataset: is missing; name the dataset to measure on, or give --evaluation")
+    if evaluation is not None:
+        if inputs:
+            raise UserError(f"{path}: {min(inputs)}: the evaluation has its own clips; leave it out")
+        inputs = {"evaluation": evaluation}
+    return Gate(**file.model_dump(exclude=named, exclude_unset=True)), inputs
 
 
 def _table(verdict: Any) -> str:

@@ -18,8 +18,11 @@ from longtake.infra.report.account import Line, account
 from longtake.infra.report.clips import contact, histograms, load
 from longtake.infra.report.embed import Pictures
 from longtake.infra.report.gallery import galleries
+from longtake.infra.report.leaderboard import SCRIPT, SCRIPT_DIGEST, leaderboard
+from longtake.infra.report.leaderboard import line as line_of
 from longtake.infra.report.runs import StageRun, outcome, telling, training
 from longtake.infra.report.text import duration, number
+from longtake.training.evaluation.table import FILE
 
 # what HTML may not have, and marks of direction, which would turn what follows a text that leaves one open
 _UNSEEN = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
@@ -49,6 +52,7 @@ def build(
         data=_dataset(dataset, view, pictures),
         training=training(stages, pictures),
         galleries=galleries(stages, pictures),
+        boards=[leaderboard(name, place, pictures) for name, place in _evaluations(stages)],
         stages=stages,
     )
     return _save(folder, page)
@@ -66,8 +70,34 @@ def build_of_dataset(folder: Path, dataset: str, view: str | None) -> tuple[Path
     data = _dataset(dataset, view, Pictures(folder / "pictures"))
     name = dataset.rstrip("/").rsplit("/", 1)[-1]
     places, now = _places((), dataset, view, ""), datetime.now().astimezone()
-    page = _render(recipe=name, status="", line="", seconds=0, made=now, places=places, data=data, stages=None)
+    page = _render(
+        recipe=name, status="", line="", seconds=0, made=now, places=places, data=data, stages=None, boards=()
+    )
     return _save(folder, page), data["account"]["lines"]
+
+
+def build_of_evaluation(folder: Path) -> Path:
+    """Write the leaderboard of an evaluation's folder alone, as `build`.
+
+    Raises:
+        UserError: the folder has no evaluation.
+        Failure: its evaluation.json is damaged.
+    """
+    if not (folder / FILE).is_file():
+        raise UserError(f"{folder}: no evaluation here ({FILE} is missing); run `longtake evaluate` with this --out")
+    board = leaderboard(folder.resolve().name, folder, Pictures(folder / "pictures"))
+    places = [("evaluation", str(folder)), *((name, value) for name, value in board["common"] if name == "dataset")]
+    page = _render(
+        recipe=board["name"], status="", line=line_of(board), seconds=0, made=datetime.now().astimezone(),
+        places=places, data=None, stages=None, boards=[board],
+    )  # fmt: skip
+    return _save(folder, page)
+
+
+def _evaluations(stages: Sequence[StageRun]) -> list[tuple[str, Path]]:
+    """The stages that have evaluated models, and the folders of what they found."""
+    folders = [(stage.name, stage.artifacts / "evaluation") for stage in stages if stage.artifacts]
+    return [(name, folder) for name, folder in folders if (folder / FILE).is_file()]
 
 
 def _save(folder: Path, page: str) -> Path:
@@ -121,6 +151,7 @@ def _dataset(dataset: str | None, view: str | None, pictures: Pictures) -> dict[
 
 def _render(**context: Any) -> str:
     import jinja2
+    from markupsafe import Markup
 
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
@@ -130,4 +161,5 @@ def _render(**context: Any) -> str:
         lstrip_blocks=True,
     )
     environment.filters |= {"number": number, "duration": duration, "telling": telling}
+    context |= {"script": Markup(SCRIPT), "script_digest": SCRIPT_DIGEST}  # noqa: S704 (our own file)
     return _UNSEEN.sub("", shown(environment.get_template("page.html").render(context)))

@@ -7,7 +7,7 @@ import io
 import math
 import re
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -27,7 +27,13 @@ _COLOURS = {
     "rule": ("#dfe3e8", "#2e353e"),
     "kept": ("#2f6fdb", "#6ba1ff"),
     "dropped": ("#d9772b", "#f0a35e"),
+    "third": ("#8250df", "#c297ff"),
+    "fourth": ("#1a7f45", "#57c785"),
+    "fifth": ("#bf3989", "#ff8ac8"),
+    "sixth": ("#0a7c86", "#4fd1d9"),
 }
+_MODELS = ("kept", "dropped", "third", "fourth", "fifth", "sixth")
+_MOST_DOTS = 32  # points of a curve that are marked
 _LIGHT = {name: light for name, (light, _) in _COLOURS.items()}
 
 
@@ -139,6 +145,38 @@ def lines(curves: Mapping[str, Sequence[tuple[int, float]]], marks: Sequence[int
         x, y = zip(*points, strict=True)
         axes.plot(x, y, color=_LIGHT[colour], linewidth=1.8, marker="o", markersize=3, label=label)
     axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+    if len(curves) > 1:
+        axes.legend(frameon=False, fontsize=9, labelcolor=_LIGHT["ink"])
+    return _svg(figure)
+
+
+class Band(NamedTuple):
+    """A curve of a model: points (x, value, low, high), its name, and the model's number, which gives its colour."""
+
+    label: str
+    number: int
+    points: Sequence[Sequence[float]]
+
+
+def colour_of(number: int) -> str:
+    """The name of the colour of model `number`, as CSS variable; after six they begin again."""
+    return _MODELS[number % len(_MODELS)]
+
+
+def bands(curves: Sequence[Band]) -> bytes:
+    """Curves over the same axis, each with the band of its intervals; from the seventh model on dashed, then dotted."""
+    from matplotlib.ticker import MaxNLocator
+
+    figure, axes = _axes()
+    for curve in curves:
+        x, value, low, high = np.array([[math.nan if end is None else end for end in p] for p in curve.points]).T
+        colour = _LIGHT[colour_of(curve.number)]
+        axes.fill_between(x, low, high, color=colour, alpha=0.18, linewidth=0)
+        style = ("-", "--", ":")[min(curve.number // len(_MODELS), 2)]
+        dot = "o" if len(x) <= _MOST_DOTS else ""
+        axes.plot(x, value, style, color=colour, linewidth=1.8, marker=dot, markersize=3, label=curve.label)
+    axes.xaxis.set_major_locator(MaxNLocator(6))
+    axes.margins(x=0.02)
     if len(curves) > 1:
         axes.legend(frameon=False, fontsize=9, labelcolor=_LIGHT["ink"])
     return _svg(figure)

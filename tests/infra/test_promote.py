@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import evaluated
 import mlflow
 import pytest
 import torch
@@ -19,7 +20,7 @@ from longtake.infra import graph, recipe, runner
 from longtake.infra.cli import exit_code
 from longtake.infra.cli.promote import promote, rollback
 from longtake.training.models.pv_vae.model import PVVAE, config_from_preset
-from longtake.training.registry import aliases, disk, promotion
+from longtake.training.registry import aliases, disk, judge, promotion
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -253,6 +254,53 @@ def test_rollback_goes_back_and_forth(store: MlflowClient, capsys: pytest.Captur
     assert back() == 0 and now() == ("2", "1")
 
 
+# By an evaluation.
+
+
+def evaluation(folder: Path, *numbers: int) -> str:
+    """An evaluation of versions of the model, each a decibel better than the one before."""
+    letters = dict(zip(numbers, "abcdef", strict=False))
+    models = [evaluated.model(f"models:/{NAME}/{number}", letter) for number, letter in letters.items()]
+    found = [evaluated.result("psnr", "higher", letter, [20.0 + n] * 9) for n, letter in letters.items()]
+    evaluated.kept(folder, models, found)
+    return str(folder)
+
+
+def by_psnr(folder: Path, **more: Any) -> str:
+    gain = {"psnr": {"better": "higher", "gain": 0.5}}
+    (folder / "psnr.yaml").write_text(yaml.safe_dump({"metrics": gain, "resamples": 100} | more))
+    return str(folder / "psnr.yaml")
+
+
+def test_the_figures_of_an_evaluation_decide_and_nothing_is_measured(
+    store: MlflowClient, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(judge, "load", None)
+    promotion.promote(f"models:/{NAME}/2")
+    gate, place = by_psnr(tmp_path), evaluation(tmp_path / "judged", 1, 2, 3)
+    assert asked("1", gate, "--evaluation", place) == 3 and now() == ("2", None)
+    assert asked("3", gate, "--evaluation", place) == 0 and now() == ("3", "2")
+    assert "promoted: psnr +1 (at least +1 with 95 % confidence), on 9 sources" in capsys.readouterr().out
+    assert last_run(store).data.metrics["gain.psnr"] == 1
+    verdict = aliases.read_json(last_run(store).info.run_id, "verdict.json")
+    assert verdict["inputs"] == {"evaluation": place}
+
+
+def test_what_an_evaluation_cannot_decide_is_one_line(
+    store: MlflowClient, gate: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    promotion.promote(f"models:/{NAME}/1")
+    place = evaluation(tmp_path / "judged", 2, 3)
+    for file, told in (
+        (by_psnr(tmp_path), "the champion models:/pv-vae/1 was not evaluated in"),
+        (gate, "dataset: the evaluation has its own clips; leave it out"),
+    ):
+        assert asked("2", file, "--evaluation", place) == 2
+        assert told in capsys.readouterr().err.splitlines()[-1] and now() == ("1", None)
+    assert asked("2", by_psnr(tmp_path)) == 2
+    assert "dataset: is missing; name the dataset to measure on, or give --evaluation" in capsys.readouterr().err
+
+
 # The stage.
 
 
@@ -266,6 +314,42 @@ def stages(folder: Path, dataset: str, candidate: str, **train: Any) -> recipe.R
     content = {"name": "e", "workspace": str(folder / "run"), "stages": {"vae": nested(vae | train), "gate": judged}}
     (folder / "r.yaml").write_text(yaml.safe_dump(content))
     return graph.pin(recipe.load(str(folder / "r.yaml")))
+
+
+def test_a_stage_decides_by_a_stage_that_evaluates(store: MlflowClient, dataset: str, tmp_path: Path) -> None:
+    promotion.promote(f"models:/{NAME}/1")
+    place = evaluation(tmp_path / "judged", 1, 2)
+    rule = {"metrics": {"psnr": {"better": "higher"}}}
+    judged = {"kind": "promote", "candidate": f"models:/{NAME}/2", "evaluation": place, "gate": rule}
+
+    def loaded(**more: Any) -> recipe.Recipe:
+        content = {"name": "e", "workspace": str(tmp_path / "run"), "stages": {"gate": judged | more}}
+        (tmp_path / "r.yaml").write_text(yaml.safe_dump(content))
+        return recipe.load(str(tmp_path / "r.yaml"))
+
+    assert runner.run_stage(loaded(), "gate")["uri"] == f"models:/{NAME}/2" and now() == ("2", "1")
+    for more, told in (
+        ({"dataset": dataset}, "give it or an evaluation, one of them"),
+        ({"evaluation": None}, "give it or an evaluation, one of them"),
+        ({"latents": "/some/latents"}, "latents: the evaluation has its own clips; leave it out"),
+    ):
+        with pytest.raises(UserError, match=told):
+            loaded(**more)
+
+
+def test_an_evaluation_must_have_the_candidate(dataset: str, tmp_path: Path) -> None:
+    made = stages(tmp_path, dataset, "vae")
+    content = yaml.safe_load((tmp_path / "r.yaml").read_text())
+    content["stages"]["judged"] = {"kind": "evaluate", "models": ["models:/a/1"], "dataset": dataset}
+    content["stages"]["gate"] = {"kind": "promote", "candidate": "vae", "evaluation": "judged", "gate": GATE}
+    content["stages"]["gate"]["gate"] = {"metrics": GATE["metrics"]}
+    (tmp_path / "r.yaml").write_text(yaml.safe_dump(content))
+    with pytest.raises(UserError, match="judged does not evaluate the candidate vae; add it to its models"):
+        graph.build(recipe.load(str(tmp_path / "r.yaml")))
+    content["stages"]["judged"]["models"] = ["models:/a/1", "vae"]
+    (tmp_path / "r.yaml").write_text(yaml.safe_dump(content))
+    order = [node.name for node in graph.build(recipe.load(str(tmp_path / "r.yaml")))]
+    assert order == ["vae", "judged", "gate"] and made
 
 
 def test_a_candidate_must_not_promote_itself(store: MlflowClient, dataset: str, tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """`evaluate`: measure models side by side on the held-out clips of a dataset (see `run.evaluate`)."""
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -10,7 +11,7 @@ from longtake.datasets import storage
 from longtake.datasets.errors import UserError
 from longtake.datasets.stage import DatasetInput, Input, StageConfig, ViewInput
 from longtake.training.evaluation import run as running
-from longtake.training.evaluation import table
+from longtake.training.evaluation import table, tracked
 from longtake.training.evaluation.suite import Networks, Suite, named
 from longtake.training.metrics.features import digest_of
 from longtake.training.models.common.pictures import OWN
@@ -56,10 +57,10 @@ def complete(uri: str) -> bool:
 
 
 def run(config: Config, inputs: Mapping[str, str], output: str) -> dict[str, Any]:
-    """Measure, and write the table.
+    """Measure, write the table, and log a run for each model.
 
     Raises:
-        UserError, Failure: as `run.evaluate`; the workspace is no folder of this machine.
+        UserError, Failure: as `run.evaluate` and `tracked.write`; the workspace is no folder of this machine.
     """
     if not storage.is_local(output):
         raise UserError(f"{output}: an evaluation is kept in a folder; name a workspace on a disk of this machine")
@@ -75,6 +76,7 @@ def run(config: Config, inputs: Mapping[str, str], output: str) -> dict[str, Any
         lambda line: print(line, flush=True),
     )
     print(table.printed(made), flush=True)
+    tracked.write(made, folder, os.environ["MLFLOW_RUN_ID"])
     return {"uri": output, "metrics": metrics(made)}
 
 

@@ -14,8 +14,10 @@ from typing import Any
 
 from longtake.datasets.errors import Failure, UserError
 from longtake.datasets.masking import shown, shown_within
-from longtake.training.registry.store import asking
+from longtake.training.registry.store import asking, everything
 from longtake.training.registry.uri import parse
+
+_PARENT = "mlflow.parentRunId"
 
 
 def split(uri: str) -> tuple[str, str]:
@@ -98,10 +100,10 @@ def run_beside(uri: str, name: str) -> Iterator[str]:
 
 
 @contextmanager
-def run_in(experiment: str, name: str) -> Iterator[str]:
+def run_in(experiment: str, name: str, tags: Mapping[str, str] | None = None) -> Iterator[str]:
     """The id of a new run in an experiment. The run ends with the block."""
     with asking(name) as client:
-        run_id = str(client.create_run(experiment, run_name=name).info.run_id)
+        run_id = str(client.create_run(experiment, tags=dict(tags or {}), run_name=name).info.run_id)
     try:
         yield run_id
     except BaseException as e:
@@ -113,6 +115,31 @@ def run_in(experiment: str, name: str) -> Iterator[str]:
     # the client prints where the run can be seen
     with asking(name) as client, redirect_stdout(StringIO()):
         client.set_terminated(run_id, "FINISHED")
+
+
+@contextmanager
+def run_under(parent: str, name: str, tags: Mapping[str, str]) -> Iterator[str]:
+    """The id of a new run below another one. The run ends with the block."""
+    with asking(f"run {parent}") as client:
+        experiment = client.get_run(parent).info.experiment_id
+    with run_in(experiment, name, {_PARENT: parent, **tags}) as run_id:
+        yield run_id
+
+
+def runs_under(parent: str, key: str) -> list[tuple[str, str, bool]]:
+    """The runs below another one that have a tag `key`: (its value, the run's id, whether it has finished)."""
+    with asking(f"run {parent}") as client:
+        experiment = client.get_run(parent).info.experiment_id
+        found = everything(client.search_runs, [experiment], f"tags.`{_PARENT}` = '{parent}'")
+    return [
+        (run.data.tags[key], run.info.run_id, run.info.status == "FINISHED") for run in found if key in run.data.tags
+    ]
+
+
+def delete_run(run_id: str) -> None:
+    """Delete a run."""
+    with asking(f"run {run_id}") as client:
+        client.delete_run(run_id)
 
 
 def log_metrics(run_id: str, metrics: Mapping[str, float]) -> None:

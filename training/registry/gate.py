@@ -100,6 +100,15 @@ class Interval(NamedTuple):
     high: float
 
 
+class Compared(NamedTuple):
+    """The sources that two models were measured on, the means of both over them, and what the candidate gains."""
+
+    sources: int
+    candidate: Mapping[str, float]
+    champion: Mapping[str, float]
+    gains: Mapping[str, Interval]
+
+
 class Verdict(NamedTuple):
     """`promoted`, why, and the figures: means over sources, and what is gained where there was a champion."""
 
@@ -128,19 +137,30 @@ def decide(gate: Gate, better: Mapping[str, Better], candidate: Rows, champion: 
     Raises:
         UserError: the gate names a metric that was not measured, or has another direction for it.
     """
-    ours, theirs = _by_source(candidate, champion), _by_source(champion or {}, candidate)
     measured = sorted({metric for row in candidate.values() for metric in row})
     if candidate:
         check(gate, measured, better)
+    return settled(gate, compared(gate, better, candidate, champion), champion is not None)
+
+
+def compared(gate: Gate, better: Mapping[str, Better], candidate: Rows, champion: Rows | None) -> Compared:
+    """What a candidate gains by the clips that both models were measured on."""
+    ours, theirs = _by_source(candidate, champion), _by_source(champion or {}, candidate)
+    measured = sorted({metric for row in ours.values() for metric in row})
     sources = sorted(ours)
-    means = _means(ours)
     gains: dict[str, Interval] = {}
     if champion is not None and len(sources) > 1:
         signed = [[_sign(better[m]) * (ours[s][m] - theirs[s][m]) for m in measured] for s in sources]
         bounds = bootstrap(np.array(signed), gate.confidence, gate.resamples, gate.seed)
         gains = dict(zip(measured, bounds, strict=True))
-    promoted, reason = _decision(gate, len(sources), means, None if champion is None else _means(theirs), gains)
-    return Verdict(promoted, reason, len(sources), means, _means(theirs), gains)
+    return Compared(len(sources), _means(ours), _means(theirs), gains)
+
+
+def settled(gate: Gate, found: Compared, champion: bool) -> Verdict:
+    """The verdict on what was found; without a `champion` every finite candidate passes."""
+    theirs = found.champion if champion else None
+    promoted, reason = _decision(gate, found.sources, found.candidate, theirs, found.gains)
+    return Verdict(promoted, reason, *found)
 
 
 def check(gate: Gate, measured: Sequence[str], better: Mapping[str, Better]) -> None:
@@ -159,16 +179,36 @@ def bootstrap(differences: np.ndarray[Any, Any], confidence: float, resamples: i
     Percentiles are widened by Student's t for few sources: "expanded percentiles" (Hesterberg, arXiv 1411.5279). With 8
     normal differences a bound of 95 % holds in 94 % of cases; plain percentiles do in 92 %.
     """
-    from scipy.stats import t as student  # not at import: a model is loaded without it
-
     count = len(differences)
     draws = np.random.default_rng(seed)
     most = max(1, _AT_ONCE // count)
     parts = [min(most, resamples - begin) for begin in range(0, resamples, most)]
     means = np.concatenate([differences[draws.integers(count, size=(part, count))].mean(1) for part in parts])
-    level = NormalDist().cdf(-math.sqrt(count / (count - 1)) * float(student.ppf(confidence, count - 1)))
-    low, high = np.quantile(means, [level, 1 - level], axis=0)
+    low, high = _bounds(means, count, confidence)
     return [Interval(*map(float, each)) for each in zip(differences.mean(0), low, high, strict=True)]
+
+
+def of_replicates(
+    better: Better, difference: float, replicates: np.ndarray[Any, Any], count: int, confidence: float
+) -> Interval:
+    """What is gained in a figure of all sources together, such as a Fréchet distance.
+
+    A resample has sources twice, by which a distance grows: the replicates are moved so that their mean is the gain.
+
+    Args:
+        difference: of the candidate's figure to the champion's.
+        replicates: the same (R,) of resamples of `count` >= 2 sources.
+    """
+    gain, replicates = _sign(better) * difference, _sign(better) * replicates
+    low, high = _bounds(replicates - replicates.mean() + gain, count, confidence)
+    return Interval(gain, float(low), float(high))
+
+
+def _bounds(resampled: np.ndarray[Any, Any], count: int, confidence: float) -> Any:
+    from scipy.stats import t as student  # not at import: a model is loaded without it
+
+    level = NormalDist().cdf(-math.sqrt(count / (count - 1)) * float(student.ppf(confidence, count - 1)))
+    return np.quantile(resampled, [level, 1 - level], axis=0)
 
 
 def _decision(

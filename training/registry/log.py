@@ -4,6 +4,7 @@ import contextlib
 import io
 import json
 import sys
+import time
 import warnings
 from collections.abc import Iterator, Mapping
 from importlib.metadata import PackageNotFoundError, version
@@ -25,6 +26,7 @@ from longtake.training.registry.uri import in_store
 
 _KIND = "longtake.kind"  # tag of the versions of foreign models
 _IMPORTED = "imported models"  # their experiment
+_METRICS, _PARAMS, _LETTERS = 1000, 100, 500  # of one call, and of a parameter, at most
 _DIGEST = 32  # hex digits of a data set's digest; MLflow takes 36 characters
 
 
@@ -111,14 +113,51 @@ def import_run(name: str, place: str | None, beside: Path | None = None) -> Iter
     import mlflow
 
     client = mlflow.MlflowClient()
-    with failing_clearly(f"MLflow: {name}"), _quietly():
-        experiment = client.get_experiment_by_name(_IMPORTED)
-        number = experiment.experiment_id if experiment else client.create_experiment(_IMPORTED, place)
-    with aliases.run_in(number, f"import {name}") as run_id:
+    with aliases.run_in(experiment(_IMPORTED, place), f"import {name}") as run_id:
         if beside:
             with failing_clearly(f"MLflow: {name}"), _quietly():
                 client.log_artifacts(run_id, str(beside), beside.name)
         yield run_id
+
+
+def experiment(name: str, place: str | None = None) -> str:
+    """The id of an experiment, which is made where there is none; its artifacts are in `place`, as for `log_files`.
+
+    Raises:
+        UserError, Failure: as `store.asking`.
+    """
+    with store.asking(name) as client, _quietly():
+        found = client.get_experiment_by_name(name)
+        return str(found.experiment_id if found else client.create_experiment(name, place))
+
+
+def log_table(run_id: str, params: Mapping[str, str], series: Mapping[str, Mapping[int, float]]) -> None:
+    """Parameters of a run, and metrics by step, in as few calls as MLflow takes.
+
+    Raises:
+        UserError, Failure: as `store.asking`.
+    """
+    from mlflow.entities import Metric, Param
+
+    now = int(time.time() * 1000)
+    metrics = [Metric(name, value, now, step) for name, points in series.items() for step, value in points.items()]
+    given = [Param(name, value[:_LETTERS]) for name, value in params.items()]
+    with store.asking(f"run {run_id}") as client:
+        for begin in range(0, len(given), _PARAMS):
+            client.log_batch(run_id, params=given[begin : begin + _PARAMS])
+        for begin in range(0, len(metrics), _METRICS):
+            client.log_batch(run_id, metrics=metrics[begin : begin + _METRICS])
+
+
+def log_artifacts(run_id: str, files: Mapping[str, Path]) -> None:
+    """Files as artifacts of a run, by their names there, such as videos/1.mp4.
+
+    Raises:
+        UserError, Failure: as `store.asking`.
+    """
+    with store.asking(f"run {run_id}") as client, _quietly():
+        for name, path in files.items():
+            client.log_artifact(run_id, str(path), name.rpartition("/")[0] or None)
 
 
 def _log(folder: Path, run_id: str, sha256: str) -> str:

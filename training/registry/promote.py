@@ -1,5 +1,7 @@
 """`promote`: measure a candidate and the champion on the same held-out clips, and make the better one champion.
 
+Or compare them by what an evaluation has found about both.
+
 What a gate asks for is in `longtake.training.registry.gate`. A candidate that does not pass is no failure: the stage's
 output is the version that is champion afterwards.
 """
@@ -8,8 +10,10 @@ import os
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
+from pydantic import model_validator
+
 from longtake.datasets.stage import DatasetInput, Input, ModelInput, StageConfig, ViewInput
-from longtake.training.registry import aliases, judge, promotion, store
+from longtake.training.registry import aliases, evaluated, judge, promotion, store
 from longtake.training.registry.gate import Gate, Interval, Verdict, decide
 
 VERSION = 2
@@ -20,9 +24,10 @@ _COLUMNS = ("latents", "low_latents", "text", "pooled", "tokens", "audio_tokens"
 
 
 class Config(StageConfig):
-    """Let a registered candidate through a gate, on the val split of a dataset.
+    """Let a registered candidate through a gate, on the val split of a dataset, or by any figures of an evaluation.
 
     candidate     a model; the stage that trains it needs `run: {promote: false}`
+    evaluation    of both the candidate and the champion, in place of a dataset: nothing is measured again
     dataset       whose held-out clips are measured
     view          which of them; null measures all
     latents       that a prior has learned
@@ -35,11 +40,12 @@ class Config(StageConfig):
     gate          what the candidate must show
     """
 
-    LATER: ClassVar = {"pooled": None, "tokens": None, "audio_tokens": None, "captions": None}
+    LATER: ClassVar = {"pooled": None, "tokens": None, "audio_tokens": None, "captions": None, "evaluation": None}
 
     kind: Literal["promote"]
     candidate: ModelInput
-    dataset: DatasetInput
+    evaluation: Annotated[str, Input("evaluation")] | None = None
+    dataset: DatasetInput | None = None
     view: ViewInput | None = None
     latents: Annotated[str, Input("latents")] | None = None
     low_latents: Annotated[str, Input("latents")] | None = None
@@ -49,6 +55,14 @@ class Config(StageConfig):
     audio_tokens: Annotated[str, Input("tokens")] | None = None
     captions: Annotated[str, Input("captions")] | None = None
     gate: Gate
+
+    @model_validator(mode="after")
+    def _one(self) -> "Config":
+        if (self.dataset is None) == (self.evaluation is None):
+            raise ValueError("dataset: give it or an evaluation, one of them")
+        if self.evaluation is not None and (field := next((f for f in ("view", *_COLUMNS) if getattr(self, f)), None)):
+            raise ValueError(f"{field}: the evaluation has its own clips; leave it out")
+        return self
 
 
 class Decision(NamedTuple):
@@ -72,11 +86,16 @@ class Decision(NamedTuple):
 
 
 def check(config: Config, inputs: Mapping[str, StageConfig]) -> None:
-    """Refuse a candidate that makes itself champion, and latents or texts of another dataset."""
+    """Refuse a candidate that makes itself champion or is not evaluated, and latents or texts of another dataset."""
     candidate: Any = inputs.get("candidate")
     if candidate is not None and candidate.run.promote:
         raise ValueError(
             f"candidate: the stage {config.candidate} makes its model champion before it is judged; set run: {{promote: false}} there"
+        )
+    evaluation: Any = inputs.get("evaluation")
+    if candidate is not None and evaluation is not None and config.candidate not in evaluation.models:
+        raise ValueError(
+            f"evaluation: {config.evaluation} does not evaluate the candidate {config.candidate}; add it to its models"
         )
     for field in _COLUMNS:
         column: Any = inputs.get(field)
@@ -88,7 +107,7 @@ def run(config: Config, inputs: Mapping[str, str], output: str) -> dict[str, Any
     """Measure, decide, move the aliases.
 
     Raises:
-        UserError, Failure: as `judge.rows_of` and `promotion.promote`.
+        UserError, Failure: as `let_through`.
     """
     decision = let_through(inputs["candidate"], inputs, config.gate, os.environ["MLFLOW_RUN_ID"])
     print(decision.line(), flush=True)
@@ -100,10 +119,10 @@ def let_through(candidate: str, inputs: Mapping[str, str], gate: Gate, run_id: s
 
     Args:
         candidate: "models:/NAME/VERSION" or "models:/NAME@ALIAS".
-        inputs: as `judge.rows_of`.
+        inputs: as `judge.rows_of`; or `evaluation`, a folder.
 
     Raises:
-        UserError, Failure: as `judge.rows_of` and `promotion.promote`.
+        UserError, Failure: as `judge.rows_of`, `evaluated.verdict` and `promotion.promote`.
     """
     candidate = str(store.resolve(candidate)["uri"])
     name, number = aliases.split(candidate)
@@ -114,7 +133,7 @@ def let_through(candidate: str, inputs: Mapping[str, str], gate: Gate, run_id: s
     verdict = _verdict(candidate, before, inputs, gate)
     decision = Decision(candidate, before, candidate if verdict.promoted else before or "", verdict)
     facts = {"candidate": candidate, "before": before, "verdict": _as_json(verdict), "line": decision.line()}
-    fields = ("dataset", "view", *_COLUMNS)
+    fields = ("evaluation", "dataset", "view", *_COLUMNS)
     inside = {field: inputs[field] for field in fields if field in inputs}
     # before the move, so that a run that is killed after it finds its figures here
     aliases.log_json(run_id, _RECORD, facts | {"gate": gate.model_dump(mode="json"), "inputs": inside})
@@ -125,6 +144,8 @@ def let_through(candidate: str, inputs: Mapping[str, str], gate: Gate, run_id: s
 
 
 def _verdict(candidate: str, champion: str | None, inputs: Mapping[str, str], gate: Gate) -> Verdict:
+    if "evaluation" in inputs:
+        return evaluated.verdict(inputs["evaluation"], candidate, champion, gate)
     ours, theirs = judge.load(candidate), judge.load(champion) if champion else None
     return decide(gate, judge.better_of(ours), *judge.rows_of(ours, theirs, inputs, gate))
 
