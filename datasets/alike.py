@@ -20,7 +20,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from longtake.datasets import clusters, compact, index, schema, scores, storage
+from longtake.datasets import clusters, compact, index, schema, score_columns, scores, storage
 from longtake.datasets.errors import Failure, UserError
 
 LISTS, CENTROIDS = "vectors", "centroids.safetensors"  # in the folder of clusters
@@ -64,7 +64,7 @@ def unit(table: pa.Table, field: str) -> tuple[np.ndarray, np.ndarray]:
 
     Raises UserError where they are of two sizes.
     """
-    rows, stored = scores.vectors(table[field])
+    rows, stored = score_columns.vectors(table[field])
     has = np.zeros(len(table), bool)
     if not len(rows):
         return has, np.empty((0, 0), np.float32)
@@ -136,7 +136,7 @@ def shards(dataset: str) -> Iterator[tuple[str, str, int, int]]:
 
 def vectors(dataset: str, column: str, field: str) -> Iterator[Vectors]:
     """The vectors of all clips, shard by shard. Raises UserError, Failure: as `read_unit`."""
-    size = field_of(scores.described(dataset, column), field).width
+    size = field_of(score_columns.described(dataset, column), field).width
 
     def read(place: tuple[str, str, int, int]) -> Vectors:
         split, name, start, count = place
@@ -176,7 +176,7 @@ def exact(
         UserError: no such vectors, or the vector is of another size, or is zero.
         Failure: a shard is missing or damaged.
     """
-    asked = direction(vector, field_of(scores.described(dataset, column), field).width)
+    asked = direction(vector, field_of(score_columns.described(dataset, column), field).width)
     best = Alike(np.empty(0, np.int64), np.empty(0, np.float32))
     for part in vectors(dataset, column, field):
         rows = part.row + np.flatnonzero(part.has)
@@ -218,10 +218,10 @@ class Searched(NamedTuple):
 def clusters_of(dataset: str, column: str, field: str) -> Searched | None:
     """Clusters of all clips that a dataset has now, by these vectors; None where it has none."""
     digests = {split: compact.open_split(dataset, split)[0].digest for split in schema.SPLITS}
-    for name in scores.columns_of(dataset):
+    for name in score_columns.columns_of(dataset):
         folder = f"{clusters.FOLDER}/{name.rpartition('-')[2]}"
         if name.startswith(f"{scores.PREFIX}cluster-") and storage.exists(storage.join(dataset, folder, CENTROIDS)):
-            made = scores.described(dataset, name).config
+            made = score_columns.described(dataset, name).config
             whole = made["view"] == "" and made["base"] == digests
             if (
                 whole
@@ -276,7 +276,7 @@ def keys(dataset: str, rows: np.ndarray) -> list[tuple[str, str]]:
 
 def vector_of(dataset: str, column: str, field: str, key: str) -> tuple[int, np.ndarray]:
     """The row in the dataset of a clip, and its vector (D,). Raises UserError: no such clip, or it has none."""
-    size = field_of(scores.described(dataset, column), field).width
+    size = field_of(score_columns.described(dataset, column), field).width
     start = 0
     for split in schema.SPLITS:
         base, _ = compact.open_split(dataset, split)

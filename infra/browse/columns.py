@@ -7,7 +7,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from longtake.datasets import clusters, scores, storage
+from longtake.datasets import clusters, score_columns, scores, storage
 from longtake.datasets.errors import Failure, UserError
 from longtake.datasets.scores import Column, Field
 
@@ -78,7 +78,7 @@ def shown(dataset: str, digests: Mapping[str, str], asked: Sequence[str] = (ALL,
         UserError: no record there, or of another dataset.
         Failure: a record or a column is damaged, or a record that is named here has a column that is gone.
     """
-    there = set(scores.columns_of(dataset))
+    there = set(score_columns.columns_of(dataset))
     records: dict[str, dict[str, Column]] = {}
     of_clusters: dict[str, Column] = {}
     for uri, record in _records(dataset, digests, asked):
@@ -105,7 +105,8 @@ def shown(dataset: str, digests: Mapping[str, str], asked: Sequence[str] = (ALL,
         known = {column.column for _, column in named}
         loose = sorted(there - known)
         named += [
-            (each.removeprefix(scores.PREFIX).rpartition("-")[0], scores.described(dataset, each)) for each in loose
+            (each.removeprefix(scores.PREFIX).rpartition("-")[0], score_columns.described(dataset, each))
+            for each in loose
         ]
     for name, column in named:
         other = columns.setdefault(name, column)
@@ -145,7 +146,7 @@ def recorded(dataset: str, column: str) -> Column:
                 for each in scores.read_scores_of(uri, dataset).columns.values():
                     if each.column == column:
                         return each
-    return scores.described(dataset, column)
+    return score_columns.described(dataset, column)
 
 
 def with_encoder(shown: Shown, encoder: str) -> Shown:

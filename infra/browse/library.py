@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from longtake.datasets import captions, compact, index, schema, scores, storage
+from longtake.datasets import captions, compact, index, schema, score_columns, storage
 from longtake.datasets import view as views
 from longtake.datasets.errors import UserError
 from longtake.datasets.masking import shown as masked
@@ -186,7 +186,7 @@ def _scores(bases: Mapping[str, compact.Rows], shown: Shown) -> dict[str, Number
         if one.kind != "vector"
     }
     names = {name: column.column for name, column in shown.columns.items()}
-    parts = [scores.table(base.dataset, split, names, set(kinds), base) for split, base in bases.items()]
+    parts = [score_columns.table(base.dataset, split, names, set(kinds), base) for split, base in bases.items()]
     table = pa.concat_tables(parts)
     return {
         name: Number(one.meaning, number_of(table[name]))

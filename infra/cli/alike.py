@@ -78,12 +78,12 @@ def alike(
 def _column(url: str, name: str | None) -> tuple[Any, str]:
     """The column to search, its only one if none is named, and the field of its vectors."""
     from longtake.datasets import alike as search
-    from longtake.datasets import scores
+    from longtake.datasets import score_columns
     from longtake.datasets.errors import UserError
     from longtake.infra.browse import columns
 
     if name is None:
-        made = [scores.described(url, column) for column in scores.columns_of(url)]
+        made = [score_columns.described(url, column) for column in score_columns.columns_of(url)]
         names = [each.column for each in made if any(field.kind == "vector" for field in each.fields)]
         if len(names) != 1:
             several = f"has {', '.join(names)}; choose one by --column" if names else "has no vectors"

@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal, NamedTuple
 import numpy as np
 from pydantic import Field, ValidationError, field_validator
 
-from longtake.datasets import compact, index, schema, scores, storage
+from longtake.datasets import compact, index, schema, score_columns, scores, storage
 from longtake.datasets.errors import Failure, UserError, in_short, near
 from longtake.datasets.scores import Column, Scores, read_scores
 from longtake.datasets.stage import DatasetInput, StageConfig, ViewInput, content
@@ -199,7 +199,7 @@ def _missing(dataset: str, split: str, names: Sequence[str], keeps: Mapping[str,
         if not committed.issuperset(mine):
             return True
         base = index.read_shard(dataset, split, shard)
-        return not all(scores.fits(dataset, base, column) for column in names)
+        return not all(score_columns.fits(dataset, base, column) for column in names)
 
     with ThreadPoolExecutor(16) as pool:
         for (shard, keep), absent in zip(keeps.items(), pool.map(lacks, keeps), strict=True):

@@ -10,7 +10,7 @@ import tiny_pictures
 import vectored
 from PIL import Image
 
-from longtake.datasets import alike, clusters, index, schema, scores
+from longtake.datasets import alike, clusters, index, schema, score_columns, scores
 from longtake.datasets.errors import UserError
 from longtake.infra.cli import cli, exit_code
 from longtake.pipeline import clustering, queries
@@ -117,7 +117,7 @@ def test_what_cannot_be_searched_is_said_in_one_line(tmp_path: Path) -> None:
         ("score-clop-00", "vector", np.ones(6), "no column score-clop-00; there are"),
     ):
         with pytest.raises(UserError, match=says):
-            alike.exact(url, column, alike.field_of(scores.described(url, column), field).name, vector, 3)
+            alike.exact(url, column, alike.field_of(score_columns.described(url, column), field).name, vector, 3)
     with pytest.raises(UserError, match="no sample nobody"):
         alike.vector_of(url, name, "vector", "nobody")
 

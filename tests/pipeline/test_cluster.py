@@ -19,7 +19,7 @@ import vectored
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from longtake.datasets import alike, clusters, index, schema, scores, storage, view
+from longtake.datasets import alike, clusters, index, schema, score_columns, scores, storage, view
 from longtake.datasets.errors import Failure, UserError
 from longtake.datasets.verify import verify
 from longtake.pipeline import clustering, dedup, pairs
@@ -49,7 +49,7 @@ def pairs_in(record: clusters.Clusters, similarity: float | None = None) -> set[
 
 def values(record: clusters.Clusters, split: str) -> dict[str, list[Any]]:
     """The columns `reason`, `cluster` and `distance` of a split."""
-    return scores.read_column(record.dataset, split, record.column["column"]).to_pydict()
+    return score_columns.read_column(record.dataset, split, record.column["column"]).to_pydict()
 
 
 def test_all_pairs_of_one_cluster_are_those_of_brute_force(tmp_path: Path) -> None:
@@ -94,7 +94,7 @@ def test_each_clip_has_the_number_of_the_nearest_centroid(tmp_path: Path) -> Non
         first += count
     assert record.counts["clips"] == 298 and record.clips == {"train": 240, "val": 60}
     shards = [shard for split in schema.SPLITS for shard in index.read_shards(url, split, record.column["column"])]
-    assert len(shards) == 8 and not [line for shard in shards for line in scores.problems(url, shard)]
+    assert len(shards) == 8 and not [line for shard in shards for line in score_columns.problems(url, shard)]
 
 
 def test_clips_that_a_view_leaves_out_are_in_no_cluster_and_no_pair(tmp_path: Path) -> None:

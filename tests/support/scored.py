@@ -12,7 +12,7 @@ import av
 import numpy as np
 from av.video.reformatter import VideoReformatter
 
-from longtake.datasets import compact, index, schema, scores
+from longtake.datasets import compact, index, schema, score_columns, scores
 from longtake.datasets.scores import Column, Field
 from longtake.pipeline.encode import encode
 from longtake.pipeline.scorers import load
@@ -115,7 +115,7 @@ def _value(what: Any, field: Field, rng: np.random.Generator, number: int) -> An
 
 def write_record(uri: str, dataset: str, columns: Mapping[str, str]) -> str:
     """The record of a `score` stage for columns that a dataset has; returns `uri`."""
-    described = {name: scores.described(dataset, column) for name, column in columns.items()}
+    described = {name: score_columns.described(dataset, column) for name, column in columns.items()}
     digests = {split: compact.open_split(dataset, split)[0].digest for split in schema.SPLITS}
     scores.write_scores(uri, scores.Scores(dataset, described, None, digests))
     return uri

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from starlette.testclient import TestClient
 
-from longtake.datasets import alike, clip, compact, images, index, scores, storage
+from longtake.datasets import alike, clip, compact, images, index, score_columns, scores, storage
 from longtake.datasets.errors import Failure, UserError
 from longtake.datasets.scores import Column, Field
 from longtake.infra.browse import columns as shown_columns
@@ -68,7 +68,7 @@ def test_rows_are_in_the_order_of_the_shards_with_what_the_index_says(small, eve
     assert [row["key"] for row in everything] == clips["key"].to_pylist()
     assert [row["values"]["still"] for row in everything] == pytest.approx(clips["still"].to_pylist())
     table = pa.concat_tables(
-        [scores.table(small, split, {"flow": scores.columns_of(small)[1]}) for split in ("train", "val")]
+        [score_columns.table(small, split, {"flow": score_columns.columns_of(small)[1]}) for split in ("train", "val")]
     )
     assert [row["values"]["flow.move"] for row in everything] == table["flow.move"].to_pylist()
 
@@ -386,7 +386,7 @@ def test_what_cannot_be_opened_is_one_line(tmp_path, small):
 
 
 def test_clips_alike_are_those_of_the_exact_search(client, small, everything):
-    column = next(name for name in scores.columns_of(small) if name.startswith("score-clip-"))
+    column = next(name for name in score_columns.columns_of(small) if name.startswith("score-clip-"))
     key = everything[5]["key"]
     _, vector = alike.vector_of(small, column, "vector", key)
     expected = alike.exact(small, column, "vector", vector, 20)

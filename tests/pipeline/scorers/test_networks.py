@@ -17,7 +17,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from scored import coded, score_file
 
-from longtake.datasets import clip, index, schema, scores
+from longtake.datasets import clip, index, schema, score_columns
 from longtake.datasets.errors import UserError
 from longtake.datasets.scores import Column, from_plain
 from longtake.pipeline import queries
@@ -272,11 +272,11 @@ def test_columns_of_networks_are_the_same_in_any_order_and_answer_a_text(
     assert files[0] == files[1] and len(files[0]) >= 6
     assert all((Path(roots[0]) / file).read_bytes() == (Path(roots[1]) / file).read_bytes() for file in files[0])
 
-    (column,) = (column for column in scores.columns_of(roots[0]) if column.startswith("score-clip-"))
-    table = scores.table(roots[0], "train", {"clip": column})
-    rows, vectors = scores.vectors(table["clip.vector"])
+    (column,) = (column for column in score_columns.columns_of(roots[0]) if column.startswith("score-clip-"))
+    table = score_columns.table(roots[0], "train", {"clip": column})
+    rows, vectors = score_columns.vectors(table["clip.vector"])
     assert len(rows) == len(table) and np.allclose(np.linalg.norm(vectors.astype(np.float64), axis=1), 1, atol=2e-3)
-    described = scores.described(roots[0], column)
+    described = score_columns.described(roots[0], column)
     with pytest.raises(
         UserError, match="no record beside the dataset says where its encoder is; name that by --encoder"
     ):
