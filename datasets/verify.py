@@ -15,9 +15,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from longtake.datasets import (
-    alike,
     audio,
     captions,
+    cluster_lists,
     compact,
     index,
     schema,
@@ -287,7 +287,7 @@ def layout_problems(dataset: str) -> Iterator[str]:
         yield from _count_problems(dataset)
     for split in schema.SPLITS:
         yield from compact.problems(dataset, split)
-    yield from alike.problems(dataset)
+    yield from cluster_lists.problems(dataset)
 
 
 def _stray_files(dataset: str, committed: set[tuple[str, str]]) -> Iterator[str]:

@@ -19,7 +19,7 @@ import vectored
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from longtake.datasets import alike, clusters, index, schema, score_columns, scores, storage, view
+from longtake.datasets import alike, cluster_lists, clusters, index, schema, score_columns, scores, storage, view
 from longtake.datasets.errors import Failure, UserError
 from longtake.datasets.verify import verify
 from longtake.pipeline import clustering, dedup, pairs
@@ -79,7 +79,7 @@ def test_each_clip_has_the_number_of_the_nearest_centroid(tmp_path: Path) -> Non
     vectors[8] = 0
     url = vectored.make(tmp_path / "d", vectors, held_out=60)
     record = made(url, clusters=9)
-    centres = alike.read_centroids(storage.join(url, record.folder))
+    centres = cluster_lists.read_centroids(storage.join(url, record.folder))
     assert np.allclose(np.linalg.norm(centres, axis=1), 1, atol=1e-5) and len(centres) == 9
     first = 0
     for split, count in (("train", 240), ("val", 60)):
@@ -298,11 +298,13 @@ def test_a_dataset_that_has_grown_gets_other_clusters(tmp_path: Path) -> None:
 def test_damage_is_named_with_its_remedy(tmp_path: Path) -> None:
     record = made(vectored.make(tmp_path / "d", vectored.crowded(200, 8)))
     folder = Path(record.dataset, record.folder)
-    assert not list(alike.problems(record.dataset))
+    assert not list(cluster_lists.problems(record.dataset))
     path = next(folder.glob("pairs-0.9/*"))
     whole = path.read_bytes()
     path.write_bytes(whole[:-8])
-    assert [line for line in verify(record.dataset) if "pairs-0.9" in line] == list(alike.problems(record.dataset))
+    assert [line for line in verify(record.dataset) if "pairs-0.9" in line] == list(
+        cluster_lists.problems(record.dataset)
+    )
     with pytest.raises(Failure, match=r"not a readable Parquet file .* run the stage that made it again"):
         clusters.pairs(record)
     path.unlink()
@@ -312,7 +314,7 @@ def test_damage_is_named_with_its_remedy(tmp_path: Path) -> None:
     lists.write_bytes(lists.read_bytes()[:40])
     with pytest.raises(Failure, match=r"not readable lists of clusters .* run the `cluster` stage again"):
         alike.approximate(record, np.ones(8), 3)
-    assert any("lists of clusters" in line for line in alike.problems(record.dataset))
+    assert any("lists of clusters" in line for line in cluster_lists.problems(record.dataset))
 
 
 def test_a_byte_that_is_another_one_is_found_by_verify(tmp_path: Path) -> None:
@@ -324,23 +326,23 @@ def test_a_byte_that_is_another_one_is_found_by_verify(tmp_path: Path) -> None:
             damaged = bytearray(whole)
             damaged[place] ^= 1
             path.write_bytes(damaged)
-            (line,) = alike.problems(record.dataset)
+            (line,) = cluster_lists.problems(record.dataset)
             assert path.name in line and "run the `cluster` stage again" in line
         path.write_bytes(whole)
-    assert not list(alike.problems(record.dataset))
+    assert not list(cluster_lists.problems(record.dataset))
 
 
 def test_what_is_read_of_lists_does_not_grow_with_the_clusters(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     record = made(vectored.make(tmp_path / "d", vectored.crowded(600, 8)), clusters=60)
     read: list[int] = []
-    real = alike._read
+    real = cluster_lists._read
 
     def count(url: str, start: int, shape: tuple[int, ...], kind: type) -> np.ndarray:
         read.append(np.dtype(kind).itemsize * int(np.prod(shape)))
         return real(url, start, shape, kind)
 
-    monkeypatch.setattr(alike, "_read", count)
-    lists = alike.read_lists(storage.join(record.dataset, record.folder))
+    monkeypatch.setattr(cluster_lists, "_read", count)
+    lists = cluster_lists.read_lists(storage.join(record.dataset, record.folder))
     assert len(lists) == record.counts["lists"] > 3 and sum(read) == 0
     assert sum(len(one.homes_of(5)[0]) for one in lists) > 0 and sum(read) < 24 * len(lists) + 40 * (8 + 16)
 
