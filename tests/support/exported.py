@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pytest
 import spoken
 from click.testing import CliRunner
 
 from longtake.datasets import index, schema, storage, view
 from longtake.datasets.captions import Caption
-from longtake.pipeline import manifest
+from longtake.datasets.errors import Failure
+from longtake.pipeline import layouts, manifest
+from longtake.pipeline.layouts import chosen
 
 
 def told(dataset: str, folder: Path) -> str:
@@ -60,3 +64,27 @@ def read_manifest(path: Path) -> list[dict[str, Any]]:
     """The rows of a manifest, as a `shard` stage reads them."""
     rows = [row for batch in manifest.read(str(path)) for row in batch.to_pylist()]
     return [{"uri": row["uri"], **json.loads(row["extra"] or "{}")} for row in rows]
+
+
+def stop_at(clip: int, selection: chosen.Chosen, layout: str, folder: str) -> None:
+    """An export that fails at a clip."""
+    module, calls = layouts.load(layout), 0
+    original = module.clips_of
+
+    def failing(*arguments: Any) -> Iterator[Any]:
+        nonlocal calls
+        for one in original(*arguments):
+            calls += 1
+            if calls == clip:
+                raise Failure("the disk is away")
+            yield one
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "clips_of", failing)
+        with pytest.raises(Failure, match="the disk is away"):
+            chosen.write(selection, layout, folder)
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    """All files below a folder by their paths in it."""
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
