@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import spoken
-from exported import half, invoke, mp4_of, read_manifest, rows_of
+from exported import CAMERA, half, invoke, mp4_of, read_manifest, rows_of
 from shards import make_dataset
 
 from longtake.datasets import captions, clip, index, schema
@@ -22,8 +22,6 @@ from longtake.datasets.errors import UserError
 from longtake.pipeline.captions import said
 from longtake.pipeline.layouts import LAYOUTS, chosen
 from longtake.pipeline.stages import shard
-
-CAMERA = "observation.images.clip"
 
 
 @pytest.fixture
@@ -117,45 +115,10 @@ def test_clips_of_two_sizes_are_refused_before_anything_is_written(tmp_path: Pat
     assert not (tmp_path / "out").exists()
 
 
-def joined(folder: Path) -> None:
-    """Make the videos of an export one file, as LeRobot itself writes them."""
-    paths = sorted((folder / "videos").rglob("*.mp4"))
-    starts, packets = [0.0], []
-    for path in paths:
-        with av.open(str(path)) as container:
-            stream = container.streams.video[0]
-            packets.append(
-                [(p.pts, p.dts, p.is_keyframe, bytes(p)) for p in container.demux(stream) if p.dts is not None]
-            )
-            starts.append(starts[-1] + float(stream.duration * stream.time_base))
-    with av.open(str(folder / "joined.mp4"), "w") as target, av.open(str(paths[0])) as first:
-        stream = target.add_stream_from_template(first.streams.video[0])
-        base = first.streams.video[0].time_base
-        for start, several in zip(starts, packets, strict=False):
-            for pts, dts, key, data in several:
-                packet = av.Packet(data)
-                packet.stream, packet.time_base, packet.is_keyframe = stream, base, key
-                packet.pts, packet.dts = pts + round(start / base), dts + round(start / base)
-                target.mux(packet)
-    for path in paths:
-        path.unlink()
-    (folder / "joined.mp4").rename(paths[0])
-    for path in sorted((folder / "meta" / "episodes").glob("*/*.parquet")):
-        table = pq.read_table(path)
-        numbers = table["episode_index"].to_numpy()
-        changed = {"file_index": np.zeros(len(table), np.int64), "from_timestamp": np.array(starts)[numbers],
-                   "to_timestamp": np.array(starts)[numbers + 1]}  # fmt: skip
-        for name, values in changed.items():
-            place = table.column_names.index(f"videos/{CAMERA}/{name}")
-            table = table.set_column(place, f"videos/{CAMERA}/{name}", pa.array(values))
-        # what LeRobot's own have: tasks alone
-        pq.write_table(table.drop_columns(["key", "source", "split", "label", "captions"]), path)
-
-
 def test_a_video_of_several_episodes_is_cut_to_the_same_frames(own: str, tmp_path: Path) -> None:
     out = tmp_path / "out"
     chosen.write(chosen.choose(own, None, None), "lerobot", str(out))
-    joined(out)
+    exported.join_videos(out)
     count = chosen.write_manifest(str(out), "lerobot", str(tmp_path / "in" / "list.jsonl"))
     rows = rows_of(own)
     assert count == len(rows)
