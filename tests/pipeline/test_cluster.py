@@ -372,33 +372,74 @@ def test_more_pairs_than_memory_holds_are_refused_with_their_remedy(
         dedup.semantic(clusters.pair_tables(record, 0.9), np.arange(400), 0.9)
 
 
+# small jobs, each of which takes some time
+SCRIPT = """
+import atexit, json, os, sys, time
+from longtake.pipeline import clustering
+from longtake.pipeline.stages import cluster
+
+def slow(load):
+    def loaded(device, **arguments):
+        make = load(device, **arguments)
+        return lambda **job: (time.sleep(0.2), make(**job))[1]
+    return loaded
+
+if __name__ == "__main__":
+    clustering._PART_CLIPS = 64
+    cluster._load_lists, cluster._load_pairs = slow(cluster._load_lists), slow(cluster._load_pairs)
+    cluster.run(cluster.Config.model_validate_json(sys.argv[1]), json.loads(sys.argv[2]), sys.argv[3])
+    # as the command ends: a thread of Ray's that waits for an interpreter which is unloaded aborts the process
+    atexit._run_exitfuncs()
+    os._exit(0)
+"""
+
+
+def twin_of(url: str, folder: Path) -> str:
+    """A copy of a dataset with its record of scores."""
+    twin = str(shutil.copytree(url, folder / "twin" / "d"))
+    scores.write_scores(f"{twin}-scores", replace(scores.read_scores(f"{url}-scores"), dataset=twin))
+    return twin
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize(
+    "files", ["clusters/*/pairs-0.9/*.parquet", "clusters/*/vectors/*.safetensors"], ids=["pairs", "lists"]
+)
+def test_a_cluster_that_loses_a_node_ends_with_the_same_bytes(
+    tmp_path: Path, hashes: Hashes, drivers: Any, monkeypatch: pytest.MonkeyPatch, files: str
+) -> None:
+    """Lost where the first of such files is there."""
+    url = vectored.make(tmp_path / "d", vectored.crowded(1600, 16), shard=100, held_out=300)
+    twin = twin_of(url, tmp_path)
+    config = {"kind": "cluster", "dataset": url, "scores": f"{url}-scores", "embedding": "clip.vector"}
+    inputs = json.dumps({"dataset": url, "scores": f"{url}-scores"})
+    with drivers.cluster() as nodes:
+        driver = drivers.script(SCRIPT, json.dumps(config), inputs, f"{url}-out", **nodes.environment)
+        while not (there := list(Path(url).glob(files))) and driver.poll() is None:
+            time.sleep(0.01)
+        nodes.lose_node()
+        assert there and not Path(f"{url}-out").exists()
+        drivers.finish(driver)
+    monkeypatch.setattr(columns, "make", vectored.make_here)
+    vectored.run(twin, f"{twin}-out")
+    assert hashes(url) == hashes(twin) and not list(cluster_lists.problems(url))
+    one, other = (clusters.read_clusters(f"{each}-out") for each in (url, twin))
+    assert one.counts == other.counts and one.counts["pairs"] > 100
+
+
 @pytest.mark.soak
 @pytest.mark.usefixtures("ray_session")
 def test_killed_on_one_worker_and_continued_on_four_it_has_the_bytes_of_no_worker(
     tmp_path: Path, hashes: Hashes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     url = vectored.make(tmp_path / "d", vectored.crowded(1600, 16), shard=100, held_out=300)
-    twin = str(shutil.copytree(url, tmp_path / "twin" / "d"))
-    record = scores.read_scores(f"{url}-scores")
-    scores.write_scores(f"{twin}-scores", replace(record, dataset=twin))
-    script = (
-        "import json, sys, time\nfrom longtake.pipeline import clustering\nfrom longtake.pipeline.stages import cluster\n"
-        "if __name__ == '__main__':\n"
-        "    clustering._PART_CLIPS = 64\n"
-        "    load = cluster._load_pairs\n"
-        "    def slow(device, **arguments):\n"
-        "        make = load(device, **arguments)\n"
-        "        return lambda **job: (time.sleep(0.2), make(**job))[1]\n"
-        "    cluster._load_pairs = slow\n"
-        "    config = cluster.Config.model_validate_json(sys.argv[1])\n"
-        "    cluster.run(config, json.loads(sys.argv[2]), sys.argv[3])"
-    )
+    twin = twin_of(url, tmp_path)
     config = {"kind": "cluster", "dataset": url, "scores": f"{url}-scores", "embedding": "clip.vector"}
     inputs = json.dumps({"dataset": url, "scores": f"{url}-scores"})
-    command = [sys.executable, "-P", "-c", script, json.dumps(config | {"run": {"workers": 1}}), inputs, f"{url}-out"]
+    command = [sys.executable, "-P", "-c", SCRIPT, json.dumps(config | {"run": {"workers": 1}}), inputs, f"{url}-out"]
     environment = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
     child = subprocess.Popen(command, env=environment, start_new_session=True, stderr=subprocess.DEVNULL)
-    deadline = time.time() + 120
+    deadline = time.time() + 300
     while (
         child.poll() is None and time.time() < deadline and not list(Path(url).glob("clusters/*/pairs-0.9/*.parquet"))
     ):
