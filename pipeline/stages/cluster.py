@@ -156,11 +156,11 @@ def run(config: Config, inputs: Mapping[str, str], output: str) -> dict[str, Any
             for split in schema.SPLITS:
                 compact.forget(dataset, split, made.column)
         arguments = {"work": work, "parts": {(part.split, part.name): part for part in parts}}
-        totals.update(columns.make("cluster", jobs, _task(config), _load_lists, [], arguments))
+        totals.update(columns.make("cluster lists", jobs, _task(config), _load_lists, [], arguments))
         groups = pairs.groups_of(cluster_lists.read_lists(work.folder))
         pair_jobs = _missing_pairs(work, groups)
         totals.update(
-            columns.make("cluster", pair_jobs, _task(config), _load_pairs, [], {"work": work, "groups": groups})
+            columns.make("cluster pairs", pair_jobs, _task(config), _load_pairs, [], {"work": work, "groups": groups})
         )
 
     # The record.

@@ -361,6 +361,13 @@ def test_a_crowd_in_many_files_is_collapsed_in_each(tmp_path: Path, monkeypatch:
     assert sum(held) < 520
 
 
+def test_each_step_has_a_bar_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    names = list[str]()
+    monkeypatch.setattr(columns, "make", lambda stage, *rest: names.append(stage) or vectored.make_here(stage, *rest))
+    made(vectored.make(tmp_path / "d", vectored.crowded(100, 8)))
+    assert names == ["cluster lists", "cluster pairs"]
+
+
 def test_more_pairs_than_memory_holds_are_refused_with_their_remedy(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
