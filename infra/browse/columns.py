@@ -165,17 +165,25 @@ def with_encoder(shown: Shown, encoder: str) -> Shown:
     return replace(shown, encoders=encoders)
 
 
+def workspace_of(dataset: str) -> str | None:
+    """The workspace that a dataset is in, as WORKSPACE/STAGE/DIGEST; one elsewhere has no records beside it."""
+    parts = storage.absolute(dataset).rsplit("/", 2)
+    return parts[0] if len(parts) == 3 and is_digest(parts[2]) else None
+
+
+def is_digest(name: str) -> bool:
+    """Whether a name is one that a recipe gives to what a stage makes."""
+    return bool(_DIGEST.fullmatch(name))
+
+
 def _beside(dataset: str) -> list[str]:
     """The outputs of stages in the dataset's workspace that record columns."""
-    # WORKSPACE/STAGE/DIGEST is a dataset in a workspace; one elsewhere has no records beside it
-    parts = storage.absolute(dataset).rsplit("/", 2)
-    if len(parts) < 3 or not _DIGEST.fullmatch(parts[2]):
+    workspace = workspace_of(dataset)
+    if workspace is None:
         return []
-    stages = [storage.join(parts[0], name) for name in storage.names(parts[0]) if not name.startswith(".")]
+    stages = [storage.join(workspace, name) for name in storage.names(workspace) if not name.startswith(".")]
     with ThreadPoolExecutor(_THREADS) as pool:
-        outputs = pool.map(
-            lambda stage: [storage.join(stage, n) for n in storage.names(stage) if _DIGEST.fullmatch(n)], stages
-        )
+        outputs = pool.map(lambda stage: [storage.join(stage, n) for n in storage.names(stage) if is_digest(n)], stages)
         uris = [uri for several in outputs for uri in several]
         kinds = list(pool.map(_found, uris))
     return [uri for uri, kind in zip(uris, kinds, strict=True) if kind]

@@ -14,12 +14,14 @@ import scored
 import vectored
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from mlflow import MlflowClient
 from PIL import Image
 from starlette.testclient import TestClient
 
 from longtake.datasets import alike, clip, compact, images, index, score_columns, scores, storage
 from longtake.datasets.errors import Failure, UserError
 from longtake.datasets.scores import Column, Field
+from longtake.infra import runs
 from longtake.infra.browse import columns as shown_columns
 from longtake.infra.browse import library, likeness, media
 from longtake.infra.browse.query import _matches
@@ -458,6 +460,27 @@ def test_columns_are_named_as_their_records_name_them(tmp_path):
     scored.write_record(str(tmp_path / "scores/1123456789abcdef-01234567"), dataset, {"movement": other["flow"]})
     (note,) = library.load(dataset).shown.notes
     assert "movement: shows" in note
+
+
+def test_views_are_named_by_the_stage_and_the_recipe_that_made_them(tmp_path, with_store):
+    dataset = browsed.make_dataset(tmp_path / "shards/0123456789ab", 40)
+    folder = Path(dataset, "views")
+    digests = [f"{number}123456789ab" for number in range(4)]
+    for digest in digests:
+        shutil.copy(folder / "calm.parquet", folder / f"{digest}.parquet")
+    assert set(library.load(dataset).views) == {"calm", "sharp", *digests}
+    with_store(tmp_path)
+    client = MlflowClient(f"sqlite:///{tmp_path}/mlflow.db")
+    store = runs.Runs(client, client.create_experiment("mine"), "", "")
+    for stage, digest in (("few", digests[0]), ("other", digests[1]), ("other", digests[2])):
+        run = client.create_run(store.experiment, tags={"longtake.stage": stage}).info.run_id
+        store.finish(run, {"uri": f"/there/before/shards/0123456789ab/views/{digest}.parquet"})
+    books = library.load(dataset)
+    others = {f"other of mine, {digests[1]}", f"other of mine, {digests[2]}"}
+    assert set(books.views) == {"calm", "sharp", "few of mine", digests[3]} | others
+    kept = asked(browsed.client_of(books), where=[{"view": "few of mine"}])
+    assert kept == asked(browsed.client_of(books), where=[{"view": "calm"}])
+    assert set(library.load(dataset, [digests[0]]).views) == {"few of mine"}
 
 
 @pytest.mark.parametrize("in_memory", [True, False])
