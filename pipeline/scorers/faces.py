@@ -35,7 +35,7 @@ def fields(config: Config) -> tuple[Field, ...]:
     )
 
 
-def _load(config: Config, device: str, threads: int) -> OneByOne:
+def _load(config: Config, device: str) -> OneByOne:
     return OneByOne(config.frames, None, partial(_values, centerface.finder(config.side, config.least), config.least))
 
 

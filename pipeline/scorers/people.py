@@ -41,7 +41,7 @@ def fields(config: Config) -> tuple[Field, ...]:
     )
 
 
-def _load(config: Config, device: str, threads: int) -> OneByOne:
+def _load(config: Config, device: str) -> OneByOne:
     cv2 = opencv()
     detector = cv2.HOGDescriptor()
     detector.setSVMDetector(cv2.HOGDescriptor_getDefaultPeopleDetector())

@@ -155,7 +155,6 @@ def run(config: Config, inputs: Mapping[str, str], output: str) -> dict[str, Any
             for name, one in asked.items()
         ],
         "dataset": dataset,
-        "threads": max(1, int(workers.cpus)),
     }
     with columns.sweeping(dataset) as totals:
         totals.update(columns.make("score", jobs, workers, _load, [], arguments))
@@ -217,9 +216,7 @@ def _bytes(dataset: str, names: Sequence[str]) -> int:
     return total
 
 
-def _load(
-    device: str, *, asked: Sequence[tuple[dict[str, Any], str, dict[str, Any]]], dataset: str, threads: int
-) -> columns.Make:
+def _load(device: str, *, asked: Sequence[tuple[dict[str, Any], str, dict[str, Any]]], dataset: str) -> columns.Make:
     """The function that scores a shard, loaded in an actor."""
     from longtake.pipeline.scorers.one_by_one import be_exact
     from longtake.pipeline.scoring import Work, make_scores
@@ -237,7 +234,7 @@ def _load(
                 " with; copy them there, then run the same command again"
             )
         try:
-            works.append(Work(column, scorer.load(config, device if scorer.gpu else "cpu", threads)))
+            works.append(Work(column, scorer.load(config, device if scorer.gpu else "cpu")))
         except (UserError, Failure):
             raise
         except Exception as e:

@@ -108,7 +108,7 @@ def main() -> None:
     loaded = {}
     for name in options.scorers:
         kind = scorers.load(name)
-        loaded[name] = kind.load(kind.config(), "cpu", 1)
+        loaded[name] = kind.load(kind.config(), "cpu")
     with tempfile.TemporaryDirectory() as folder:
         clips = clips_of(Path(folder), options.folder, options.clip_short_side, options.most)
     Costs(loaded).add(*clips[0])  # the first time loads

@@ -60,7 +60,7 @@ def config(**changed: Any) -> score.Config:
 
 def works(chosen: score.Config, seen: str = "") -> list[Work]:
     asked = score._asked(chosen)
-    return [Work(score._column(name, one, seen), one.scorer.load(one.config, "cpu", 1)) for name, one in asked.items()]
+    return [Work(score._column(name, one, seen), one.scorer.load(one.config, "cpu")) for name, one in asked.items()]
 
 
 def made_alone(root: str, chosen: score.Config, seen: str = "") -> list[dict[str, int]]:
@@ -231,7 +231,7 @@ def test_a_scorer_that_cannot_be_loaded_is_one_line(root: str, monkeypatch: pyte
     asked = [(score._column(name, one, "").plain(), kinds.SCORERS[one.by], one.config.model_dump(mode="json"))]
     monkeypatch.setattr(toy_scorers, "_Bright", _broken)
     with pytest.raises(Failure, match=r"scorers\.bright: scorer bright cannot be loaded on .* \(ValueError: \(-215"):
-        score._load("cpu", asked=asked, dataset=root, threads=1)
+        score._load("cpu", asked=asked, dataset=root)
 
 
 def test_an_actor_that_cannot_load_says_so_of_its_shards(monkeypatch: pytest.MonkeyPatch) -> None:

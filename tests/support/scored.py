@@ -32,7 +32,7 @@ def score_file(
         row = {"key": "clip-00000", "frame_count": count, "fps": float(stream.average_rate or 1)}
         row |= {"height": stream.height, "width": stream.width}
     config = kind.config.model_validate(settings)
-    at_work = kind.load(config, device, 1)
+    at_work = kind.load(config, device)
     if is_looker(at_work):
         frames = Clip(mp4, row, [at_work], "clip").pictures()[0]  # type: ignore[list-item]
         return at_work.look(frames[None])[0]  # type: ignore[union-attr]

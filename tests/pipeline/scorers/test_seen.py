@@ -80,7 +80,7 @@ def test_text_is_read_without_the_network() -> None:
     assert values["words"] == 4 and values["characters"] == len("READTHESE42words")
     assert 0.03 < values["read"] < 0.2
     kind = load("text")
-    again = kind.load(kind.config.model_validate({"ocr": True}), "cpu", 1)
+    again = kind.load(kind.config.model_validate({"ocr": True}), "cpu")
     nothing = {"share": 0, "lines": 0, "read": 0, "words": 0, "characters": 0}
     assert again.look(np.stack([plain(1), frames])) == [nothing, values]  # type: ignore[union-attr]
 
@@ -131,7 +131,7 @@ def test_maps_are_decoded_to_boxes() -> None:
 @pytest.mark.parametrize("scorer", ["text", "faces", "people"])
 def test_who_else_is_looked_at_changes_nothing(scorer: str) -> None:
     kind = load(scorer)
-    looker = kind.load(kind.config(), "cpu", 1)
+    looker = kind.load(kind.config(), "cpu")
     one, other = with_face(plain(1), 0.1, 0.1, 0.6), written(pan(1, 256, 384), "OTHER", 0.1, 0.1, 0.1)
     together = looker.look(np.stack([one, other]))  # type: ignore[union-attr]
     assert together == [looks(scorer, one), looks(scorer, other)]
@@ -142,7 +142,7 @@ def test_faces_of_a_clip_are_looked_for_once(monkeypatch: pytest.MonkeyPatch) ->
 
     runs, run = [], onnxruntime.InferenceSession.run
     monkeypatch.setattr(onnxruntime.InferenceSession, "run", lambda *given: runs.append(1) or run(*given))
-    scorers = [(kind := load(name)).load(kind.config(), "cpu", 1) for name in ("faces", "people")]
+    scorers = [(kind := load(name)).load(kind.config(), "cpu") for name in ("faces", "people")]
     one, other = with_face(plain(2), 0.1, 0.1, 0.6), plain(2, luma=90)
     for clip in (one, other):
         faces, people = (scorer.look(clip[None])[0] for scorer in scorers)  # type: ignore[union-attr]
