@@ -17,7 +17,7 @@ from longtake.datasets import alike, cluster_lists, index, scores, storage
 from longtake.datasets.errors import Failure
 from longtake.pipeline import column as columns
 from longtake.pipeline import dedup
-from longtake.pipeline.scoring import Report
+from longtake.pipeline.score_shard import Report
 
 _PART_BYTES = 128 << 20  # of the vectors that a job has in memory, about
 _PART_CLIPS = 4096  # that are worth a job of their own

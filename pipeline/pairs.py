@@ -15,7 +15,7 @@ import pyarrow as pa
 
 from longtake.datasets import alike, cluster_lists, clusters, index, storage
 from longtake.pipeline.clustering import Work, centroids, distinct, most_clips, places_of
-from longtake.pipeline.scoring import Report
+from longtake.pipeline.score_shard import Report
 
 _BLOCK = 512  # clips that are compared at once with the others
 _PAIRS_A_CLIP, _FEW_PAIRS = 100, 10_000

@@ -19,12 +19,12 @@ from pydantic import Field, field_validator
 from longtake.datasets import alike, cluster_lists, clusters, compact, index, schema, scores, storage
 from longtake.datasets.errors import Failure, UserError, near
 from longtake.datasets.stage import DatasetInput, Input, StageConfig, ViewInput
-from longtake.pipeline import clustering, pairs, scored
+from longtake.pipeline import clustering, pairs, rule_values
 from longtake.pipeline import column as columns
 from longtake.pipeline.cluster import TaskConfig
 from longtake.pipeline.clustering import Part, Work
 from longtake.pipeline.column import Job, WorkerConfig
-from longtake.pipeline.scoring import Report
+from longtake.pipeline.score_shard import Report
 
 VERSION = 1
 PRODUCES = "clusters"
@@ -88,7 +88,7 @@ def check(config: Config, inputs: Mapping[str, StageConfig]) -> None:
     name, known = config.embedding.partition(".")[0], getattr(inputs.get("scores"), "scorers", None)
     if known and name not in known:
         raise ValueError(f"embedding: {config.embedding}: no scorer {name}; {near(name, known)}")
-    fields = scored.fields_of_stage(inputs["scores"]) if known else None
+    fields = rule_values.fields_of_stage(inputs["scores"]) if known else None
     vectors = [each for each, field in (fields or {}).items() if field.kind == "vector"]
     if fields is not None and config.embedding not in vectors:
         what = "is no vector" if config.embedding in fields else "no such field"

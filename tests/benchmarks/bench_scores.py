@@ -23,7 +23,7 @@ from longtake.datasets import index, schema, storage
 from longtake.pipeline import column as columns
 from longtake.pipeline import plan, scorers
 from longtake.pipeline.commit import make_group
-from longtake.pipeline.scoring import Clip, is_looker
+from longtake.pipeline.score_shard import Clip, is_looker
 from longtake.pipeline.stages import shard
 
 Clips = Sequence[tuple[bytes, dict[str, Any]]]

@@ -24,9 +24,9 @@ from longtake.datasets.loader import Loader
 from longtake.datasets.verify import verify
 from longtake.infra.browse import columns as shown
 from longtake.pipeline import column as columns
+from longtake.pipeline import score_shard
 from longtake.pipeline import scorers as kinds
-from longtake.pipeline import scoring
-from longtake.pipeline.scoring import Work, make_scores
+from longtake.pipeline.score_shard import Work, make_scores
 from longtake.pipeline.stages import curate, score
 
 Hashes = Callable[[object], dict[str, str]]
@@ -221,7 +221,7 @@ def test_a_scorer_that_breaks_names_the_clip(place: str, says: str, root: str, m
 
 
 def test_a_frame_that_cannot_be_scaled_names_the_clip(root: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(scoring, "_planar", _broken)
+    monkeypatch.setattr(score_shard, "_planar", _broken)
     with pytest.raises(Failure, match=r"\.mp4: frame 0 cannot be scaled \(ValueError: \(-215.*; leave the clip out"):
         made_alone(root, config())
 

@@ -15,9 +15,9 @@ from av.video.reformatter import VideoReformatter
 from longtake.datasets import compact, index, schema, score_columns, scores
 from longtake.datasets.scores import Column, Field
 from longtake.pipeline.encode import encode
+from longtake.pipeline.score_shard import PIECE, Clip, is_looker
 from longtake.pipeline.scorers import load
 from longtake.pipeline.scorers.scorer import Scorer, Values
-from longtake.pipeline.scoring import PIECE, Clip, is_looker
 
 
 def score_file(

@@ -22,10 +22,10 @@ from longtake.datasets.errors import UserError
 from longtake.datasets.scores import Column, from_plain
 from longtake.pipeline import queries
 from longtake.pipeline import scorers as kinds
+from longtake.pipeline.score_shard import Work, make_scores
 from longtake.pipeline.scorers import dual, load
 from longtake.pipeline.scorers.one_by_one import be_exact
 from longtake.pipeline.scorers.scorer import places
-from longtake.pipeline.scoring import Work, make_scores
 from longtake.pipeline.stages import score
 
 pytestmark = pytest.mark.usefixtures("one_thread")

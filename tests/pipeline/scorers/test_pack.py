@@ -9,8 +9,8 @@ import torch
 from scored import coded
 
 from longtake.pipeline import scorers
+from longtake.pipeline.score_shard import Clip, is_looker
 from longtake.pipeline.scorers.scorer import Frames, Values
-from longtake.pipeline.scoring import Clip, is_looker
 from longtake.pipeline.stages import score
 
 FPS = 12.0
