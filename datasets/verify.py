@@ -14,7 +14,19 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from longtake.datasets import alike, audio, captions, compact, index, schema, scores, storage, text, tokens
+from longtake.datasets import (
+    audio,
+    captions,
+    cluster_lists,
+    compact,
+    index,
+    schema,
+    score_columns,
+    scores,
+    storage,
+    text,
+    tokens,
+)
 from longtake.datasets import latents as columns
 from longtake.datasets.errors import Failure
 
@@ -95,7 +107,7 @@ def problems(
         yield str(e)
         return
     if index.is_table(column):
-        table_problems = scores.problems if column.startswith(scores.PREFIX) else captions.problems
+        table_problems = score_columns.problems if column.startswith(scores.PREFIX) else captions.problems
         found = list(table_problems(dataset, shard))
         yield from found
         if found:
@@ -275,7 +287,7 @@ def layout_problems(dataset: str) -> Iterator[str]:
         yield from _count_problems(dataset)
     for split in schema.SPLITS:
         yield from compact.problems(dataset, split)
-    yield from alike.problems(dataset)
+    yield from cluster_lists.problems(dataset)
 
 
 def _stray_files(dataset: str, committed: set[tuple[str, str]]) -> Iterator[str]:

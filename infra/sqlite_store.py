@@ -93,3 +93,22 @@ def update_places(uri: str, workspace: str, artifacts: str) -> None:
                     (workspace, len(prefix) + 1, len(prefix) + 1, f"{prefix}/"),
                 )
     print(f"workspace: was at {old} before; its records now name {workspace}", file=sys.stderr)
+
+
+def products(path: Path) -> dict[str, tuple[str, str]]:
+    """The stage and the recipe that made each product in a store, by its URI; of several runs the latest counts.
+
+    It is a look at the file that changes nothing; empty where that is no store, or is locked.
+    """
+    asked = (
+        "SELECT made.value, stage.value, experiments.name FROM runs"
+        " JOIN experiments ON experiments.experiment_id = runs.experiment_id"
+        " JOIN tags AS made ON made.run_uuid = runs.run_uuid AND made.key = 'longtake.uri'"
+        " JOIN tags AS stage ON stage.run_uuid = runs.run_uuid AND stage.key = 'longtake.stage'"
+        " ORDER BY runs.start_time"
+    )
+    try:
+        with contextlib.closing(sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True, timeout=1.0)) as db:
+            return {uri: (stage, recipe) for uri, stage, recipe in db.execute(asked)}
+    except sqlite3.Error:
+        return {}

@@ -2,7 +2,7 @@
 
 Centroids are the k-means of a sample. Each clip is at home in the cluster of its nearest centroid, and visits the second
 nearest where that is nearly as near, so that few pairs are lost at borders. The clips of some shards make a file of lists by
-cluster (see `alike.Lists`). Nothing depends on who is at work.
+cluster (see `cluster_lists.Lists`). Nothing depends on who is at work.
 """
 
 from collections.abc import Mapping, Sequence
@@ -13,11 +13,11 @@ from typing import NamedTuple
 import numpy as np
 import pyarrow as pa
 
-from longtake.datasets import alike, index, scores, storage
+from longtake.datasets import alike, cluster_lists, index, scores, storage
 from longtake.datasets.errors import Failure
 from longtake.pipeline import column as columns
 from longtake.pipeline import dedup
-from longtake.pipeline.scoring import Report
+from longtake.pipeline.score_shard import Report
 
 _PART_BYTES = 128 << 20  # of the vectors that a job has in memory, about
 _PART_CLIPS = 4096  # that are worth a job of their own
@@ -261,7 +261,7 @@ def _write_lists(
         "starts": np.searchsorted(of[order], np.arange(count + 1)).astype(np.int64),
         "homes": np.bincount(homes, minlength=count).astype(np.int64),
     }
-    url = storage.join(work.folder, alike.LISTS, f"{part.split}-{part.name}.safetensors")
+    url = storage.join(work.folder, cluster_lists.LISTS, f"{part.split}-{part.name}.safetensors")
     with storage.staged(url) as path:
-        save_file(tensors, path, alike.sums_of(tensors))
+        save_file(tensors, path, cluster_lists.sums_of(tensors))
         storage.open_up(path)

@@ -13,9 +13,9 @@ from typing import Any, NamedTuple
 import numpy as np
 import pyarrow as pa
 
-from longtake.datasets import alike, clusters, index, storage
+from longtake.datasets import alike, cluster_lists, clusters, index, storage
 from longtake.pipeline.clustering import Work, centroids, distinct, most_clips, places_of
-from longtake.pipeline.scoring import Report
+from longtake.pipeline.score_shard import Report
 
 _BLOCK = 512  # clips that are compared at once with the others
 _PAIRS_A_CLIP, _FEW_PAIRS = 100, 10_000
@@ -33,7 +33,7 @@ class Group(NamedTuple):
     clips: int
 
 
-def groups_of(lists: Sequence[alike.Lists]) -> list[Group]:
+def groups_of(lists: Sequence[cluster_lists.Lists]) -> list[Group]:
     """All clusters in groups; visitors count as clips."""
     sizes = np.zeros(lists[0].count, np.int64)
     for one in lists:
@@ -80,7 +80,9 @@ class Clips(NamedTuple):
     vectors: np.ndarray
 
 
-def make_pairs(work: Work, lists: Sequence[alike.Lists], group: Group, name: str, report: Report) -> dict[str, int]:
+def make_pairs(
+    work: Work, lists: Sequence[cluster_lists.Lists], group: Group, name: str, report: Report
+) -> dict[str, int]:
     """Write the pairs of a group of clusters."""
     first, last, _ = group
     with ThreadPoolExecutor(_READS) as pool:
@@ -100,7 +102,7 @@ def make_pairs(work: Work, lists: Sequence[alike.Lists], group: Group, name: str
     return {"pairs": len(table), "clips": 0}
 
 
-def _clips_of(one: alike.Lists, first: int, last: int) -> tuple[list[Clips], list[Clips]]:
+def _clips_of(one: cluster_lists.Lists, first: int, last: int) -> tuple[list[Clips], list[Clips]]:
     """Of each cluster in a file of lists: the clips at home in it, and its visitors."""
     starts, homes = one.bounds(first, last)
     rows, vectors = one.part(int(starts[0]), int(starts[-1]))

@@ -46,9 +46,9 @@ def of_picture(column: Column, field: str, path: str, encoder: str | None = None
     config = encoder_of(column, encoder)
     if isinstance(config, embedding.Config):
         # the vector alone
-        looker = embedding.SCORER.load(config.model_copy(update={"head": None, "likeness": {}}), "cpu", 1)
+        looker = embedding.SCORER.load(config.model_copy(update={"head": None, "likeness": {}}), "cpu")
     else:
-        looker = torchscript.SCORER.load(config, "cpu", 1)
+        looker = torchscript.SCORER.load(config, "cpu")
     assert isinstance(looker, OneByOne)
     vector = looker.look(picture(path, path, looker.size)[None, None])[0][field]
     return np.asarray(vector, np.float32).reshape(-1, np.shape(vector)[-1]).mean(0)

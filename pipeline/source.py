@@ -23,7 +23,7 @@ from longtake.pipeline.container import NoVideo, Unreadable
 from longtake.pipeline.cut import Sampled, shots
 from longtake.pipeline.decode import Frame, Probe, Tally, frames, luma, probe, to_planes
 from longtake.pipeline.encode import encode
-from longtake.pipeline.score import perceptual_hash, score
+from longtake.pipeline.index_scores import perceptual_hash, score
 
 REASONS = {
     "missing": "there is no such file",

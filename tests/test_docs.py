@@ -333,7 +333,9 @@ def check_command(words: list[str], where: str, folder: Path) -> None:
     if name == "longtake":
         parsed(arguments, where)
         changes = tuple(value for flag, value in pairwise(arguments) if flag == "--set")
-        if changes:
+        if changes and arguments[0] == "evaluate":
+            suite_of("default", changes)
+        elif changes:
             loaded(folder, {"base": "quickstart"}, changes)
         if arguments[:1] == ["run"] and not arguments[1].endswith(".yaml"):
             recipe.load(arguments[1])

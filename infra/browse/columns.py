@@ -7,7 +7,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from longtake.datasets import clusters, scores, storage
+from longtake.datasets import clusters, score_columns, scores, storage
 from longtake.datasets.errors import Failure, UserError
 from longtake.datasets.scores import Column, Field
 
@@ -78,7 +78,7 @@ def shown(dataset: str, digests: Mapping[str, str], asked: Sequence[str] = (ALL,
         UserError: no record there, or of another dataset.
         Failure: a record or a column is damaged, or a record that is named here has a column that is gone.
     """
-    there = set(scores.columns_of(dataset))
+    there = set(score_columns.columns_of(dataset))
     records: dict[str, dict[str, Column]] = {}
     of_clusters: dict[str, Column] = {}
     for uri, record in _records(dataset, digests, asked):
@@ -105,7 +105,8 @@ def shown(dataset: str, digests: Mapping[str, str], asked: Sequence[str] = (ALL,
         known = {column.column for _, column in named}
         loose = sorted(there - known)
         named += [
-            (each.removeprefix(scores.PREFIX).rpartition("-")[0], scores.described(dataset, each)) for each in loose
+            (each.removeprefix(scores.PREFIX).rpartition("-")[0], score_columns.described(dataset, each))
+            for each in loose
         ]
     for name, column in named:
         other = columns.setdefault(name, column)
@@ -145,7 +146,7 @@ def recorded(dataset: str, column: str) -> Column:
                 for each in scores.read_scores_of(uri, dataset).columns.values():
                     if each.column == column:
                         return each
-    return scores.described(dataset, column)
+    return score_columns.described(dataset, column)
 
 
 def with_encoder(shown: Shown, encoder: str) -> Shown:
@@ -164,17 +165,25 @@ def with_encoder(shown: Shown, encoder: str) -> Shown:
     return replace(shown, encoders=encoders)
 
 
+def workspace_of(dataset: str) -> str | None:
+    """The workspace that a dataset is in, as WORKSPACE/STAGE/DIGEST; one elsewhere has no records beside it."""
+    parts = storage.absolute(dataset).rsplit("/", 2)
+    return parts[0] if len(parts) == 3 and is_digest(parts[2]) else None
+
+
+def is_digest(name: str) -> bool:
+    """Whether a name is one that a recipe gives to what a stage makes."""
+    return bool(_DIGEST.fullmatch(name))
+
+
 def _beside(dataset: str) -> list[str]:
     """The outputs of stages in the dataset's workspace that record columns."""
-    # WORKSPACE/STAGE/DIGEST is a dataset in a workspace; one elsewhere has no records beside it
-    parts = storage.absolute(dataset).rsplit("/", 2)
-    if len(parts) < 3 or not _DIGEST.fullmatch(parts[2]):
+    workspace = workspace_of(dataset)
+    if workspace is None:
         return []
-    stages = [storage.join(parts[0], name) for name in storage.names(parts[0]) if not name.startswith(".")]
+    stages = [storage.join(workspace, name) for name in storage.names(workspace) if not name.startswith(".")]
     with ThreadPoolExecutor(_THREADS) as pool:
-        outputs = pool.map(
-            lambda stage: [storage.join(stage, n) for n in storage.names(stage) if _DIGEST.fullmatch(n)], stages
-        )
+        outputs = pool.map(lambda stage: [storage.join(stage, n) for n in storage.names(stage) if is_digest(n)], stages)
         uris = [uri for several in outputs for uri in several]
         kinds = list(pool.map(_found, uris))
     return [uri for uri, kind in zip(uris, kinds, strict=True) if kind]

@@ -3,19 +3,22 @@
 A row is the number of a clip: those of train in the order of the shards, then those of val.
 """
 
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from longtake.datasets import captions, compact, index, schema, scores, storage
+from longtake.datasets import captions, compact, index, schema, score_columns, storage
 from longtake.datasets import view as views
 from longtake.datasets.errors import UserError
 from longtake.datasets.masking import shown as masked
+from longtake.infra import sqlite_store
 from longtake.infra.browse import columns
 from longtake.infra.browse.columns import Shown
 
@@ -186,7 +189,7 @@ def _scores(bases: Mapping[str, compact.Rows], shown: Shown) -> dict[str, Number
         if one.kind != "vector"
     }
     names = {name: column.column for name, column in shown.columns.items()}
-    parts = [scores.table(base.dataset, split, names, set(kinds), base) for split, base in bases.items()]
+    parts = [score_columns.table(base.dataset, split, names, set(kinds), base) for split, base in bases.items()]
     table = pa.concat_tables(parts)
     return {
         name: Number(one.meaning, number_of(table[name]))
@@ -246,11 +249,28 @@ def _views(dataset: str, keys: pa.ChunkedArray, names: Sequence[str] | None) -> 
         uris = [storage.join(folder, name) for name in index.table_names(folder)]
     else:
         uris = [views.address(dataset, named) for named in names]
+    names_of = {uri: uri.rsplit("/", 1)[-1].removesuffix(".parquet") for uri in uris}
+    spoken = _spoken(dataset, set(names_of.values()))
     opened: dict[str, View] = {}
-    for uri in uris:
-        name = uri.rsplit("/", 1)[-1].removesuffix(".parquet")
-        opened[name] = view_of(uri, name, keys)
+    for uri, name in names_of.items():
+        opened[name] = view_of(uri, spoken.get(name, name), keys)
     return list(opened.values())
+
+
+def _spoken(dataset: str, names: Set[str]) -> dict[str, str]:
+    """Names for people of views that recipes made, by their digests, where the store in the workspace knows them."""
+    workspace, digests = columns.workspace_of(dataset), {name for name in names if columns.is_digest(name)}
+    if workspace is None or not digests or not storage.is_local(workspace):
+        return {}
+    # by the last part alone: the workspace may have been moved
+    made = {
+        uri.rpartition("/")[2].removesuffix(".parquet"): f"{stage} of {recipe}"
+        for uri, (stage, recipe) in sqlite_store.products(Path(workspace) / "mlflow.db").items()
+        if uri.endswith(".parquet")
+    }
+    known = {name: made[name] for name in digests & made.keys()}
+    several = Counter(known.values())
+    return {name: called if several[called] == 1 else f"{called}, {name}" for name, called in known.items()}
 
 
 def view_of(uri: str, name: str, keys: pa.ChunkedArray) -> View:

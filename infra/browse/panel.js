@@ -144,7 +144,7 @@ export function makePanel(root, dataset, { change, histogram, failed, compared }
     return element;
   }
 
-  function view({ name, kept, reasons }) {
+  function view({ name, uri, kept, reasons }) {
     const set = (rule) => change((state) => put(state, "views", name, rule));
     const choices = [["any", null, dataset.clips], ["in", { keep: true }, kept], ["out", { keep: false }, dataset.clips - kept]];
     const buttons = choices.map(([words, rule, clips]) =>
@@ -155,7 +155,7 @@ export function makePanel(root, dataset, { change, histogram, failed, compared }
       onchange: (event) => set(event.target.value === "" ? { keep: false } : { keep: false, reason: event.target.value.slice(1) }),
     }, make("option", { value: "" }, "for any reason"),
     ...reasons.map(({ value, count: clips }) => make("option", { value: `:${value}` }, `${value} (${count(clips)})`)));
-    const element = make("section", { class: "field view" }, make("h3", {}, name),
+    const element = make("section", { class: "field view" }, make("h3", { title: uri }, name),
       make("div", { class: "segments", role: "group", "aria-label": `Clips by view ${name}` }, ...buttons), why);
     parts.push({ rule: (state) => {
       const rule = state.views[name];

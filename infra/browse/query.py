@@ -18,6 +18,12 @@ from longtake.infra.browse.likeness import Likeness
 BINS = 200  # of a histogram, at most
 _KEPT_QUERIES, _KEPT_ORDERS = 32, 16
 
+# what a condition may say beside its subject
+_OF_BOUNDS = {"min", "max", "any", "none", "missing"}
+_OF_TEXT = {"has", "regex"}
+_OF_VIEW = {"keep", "reason"}
+_OF_TWO = {"side"}
+
 Name = Annotated[Utf8, Field(max_length=200)]
 Word = Annotated[Utf8, Field(max_length=1000)]
 
@@ -51,6 +57,13 @@ class Where(StageConfig):
     def _of_one_kind(self) -> "Where":
         if sum(subject is not None for subject in (self.field, self.view, self.compare)) != 1:
             raise ValueError("names a field, a view or two views to compare, and one of them")
+        of_field = _OF_TEXT if self.has is not None else _OF_BOUNDS
+        takes = of_field if self.field is not None else _OF_VIEW if self.view is not None else _OF_TWO
+        # what would be left out of the answer
+        given = {name for name, value in self if value != type(self).model_fields[name].default}
+        if more := sorted(given - takes - {"field", "view", "compare"}):
+            beside = "has" if self.has is not None else next(n for n in ("field", "view", "compare") if n in given)
+            raise ValueError(f"has {more[0]} beside {beside}; ask for it in a condition of its own")
         return self
 
 

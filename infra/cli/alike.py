@@ -33,7 +33,7 @@ def alike(
     count: int,
     probes: int | None,
 ) -> None:
-    """The clips of DATASET that look most like WHAT: a clip's key, or a picture's file.
+    """The clips of DATASET that look most like WHAT: a clip's key, or a picture's file. The clip itself is left out.
 
     Each is a line: the cosine, the split, the key. The vectors are those of an `embedding` scorer. A picture or a text is
     encoded by the folder that the stage's record beside the dataset names, if that is on this machine, else by --encoder.
@@ -44,6 +44,8 @@ def alike(
       longtake dataset alike DATASET beach.jpg --count 50
       longtake dataset alike DATASET --text "a dog runs over grass"
     """
+    import numpy as np
+
     from longtake.datasets import alike as search
     from longtake.datasets import index, storage
     from longtake.datasets.errors import UserError
@@ -57,19 +59,22 @@ def alike(
         raise UserError(
             f"--encoder: {shown(str(what))} is no picture's file, so that nothing is to encode; leave it out"
         )
+    keep = None
     if text is not None:
         vector = queries.of_text(made, text, encoder)
     elif what is not None and storage.exists(what):
         vector = queries.of_picture(made, field, what, encoder)
     else:
-        vector = search.vector_of(url, made.column, field, str(what))[1]
+        row, vector = search.vector_of(url, made.column, field, str(what))
+        keep = np.ones(sum(clips for *_, clips in search.shards(url)), bool)
+        keep[row] = False
     clusters = search.clusters_of(url, made.column, field) if probes != 0 else None
     if probes and clusters is None:
         raise UserError(f"--probes: no clusters of {made.column} in {url}; run a `cluster` stage, or leave it out")
     found = (
-        search.approximate(clusters, vector, count, probes or 8)
+        search.approximate(clusters, vector, count, probes or 8, keep)
         if clusters
-        else search.exact(url, made.column, field, vector, count)
+        else search.exact(url, made.column, field, vector, count, keep)
     )
     for (split, key), cosine in zip(search.keys(url, found.rows), found.cosines.tolist(), strict=True):
         click.echo(shown(f"{cosine:.4f}\t{split}\t{key}"))
@@ -78,12 +83,12 @@ def alike(
 def _column(url: str, name: str | None) -> tuple[Any, str]:
     """The column to search, its only one if none is named, and the field of its vectors."""
     from longtake.datasets import alike as search
-    from longtake.datasets import scores
+    from longtake.datasets import score_columns
     from longtake.datasets.errors import UserError
     from longtake.infra.browse import columns
 
     if name is None:
-        made = [scores.described(url, column) for column in scores.columns_of(url)]
+        made = [score_columns.described(url, column) for column in score_columns.columns_of(url)]
         names = [each.column for each in made if any(field.kind == "vector" for field in each.fields)]
         if len(names) != 1:
             several = f"has {', '.join(names)}; choose one by --column" if names else "has no vectors"

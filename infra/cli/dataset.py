@@ -39,7 +39,7 @@ dataset.add_command(alike)
 @click.argument("url")
 def ls(url: str) -> None:
     """The sources, clips, shards, sound, captions and scores of DATASET; the account always adds up."""
-    from longtake.datasets import audio, captions, index, scores
+    from longtake.datasets import audio, captions, index, score_columns
 
     description = index.describe(url)
     totals = index.summary(url)
@@ -59,9 +59,9 @@ def ls(url: str) -> None:
         click.echo(f"sound    {sound.with_sound} of {sound.clips} clips have sound")
     for column in captions.columns_of(url):
         click.echo(f"captions {_captioned(captions.overview(url, column))}: {column}")
-    for column in scores.columns_of(url):
+    for column in score_columns.columns_of(url):
         # a line for all fields of as many clips
-        counts = scores.counts(url, column)
+        counts = score_columns.counts(url, column)
         for count in sorted(set(counts.values()), reverse=True):
             names = ", ".join(name for name, clips in counts.items() if clips == count)
             click.echo(f"scores   {names} of {count} of {totals['clips']} clips: {column}")
@@ -134,7 +134,7 @@ def show(url: str, key: str, save: str | None) -> None:
 
     import pyarrow.compute as pc
 
-    from longtake.datasets import audio, captions, clip, compact, index, later, schema, scores, storage
+    from longtake.datasets import audio, captions, clip, compact, index, later, schema, score_columns, storage
     from longtake.datasets.errors import Failure, UserError
     from longtake.datasets.shard import described
 
@@ -168,7 +168,7 @@ def show(url: str, key: str, save: str | None) -> None:
             texts, sound = captions.of_key(url, split, row["shard"], key), column_row(split, row["shard"], audio.COLUMN)
             about = {"tar": storage.join(url, split, f"{row['shard']}.tar"), "json": facts}
             about |= ({"audio": sound} if sound else {}) | ({"captions": texts} if texts else {})
-            if values := scores.of_key(url, split, row["shard"], key):
+            if values := score_columns.of_key(url, split, row["shard"], key):
                 about["scores"] = {column: _in_short(fields) for column, fields in values.items()}
             click.echo(json.dumps(shown_within(row | about), indent=2))
             if save is None:
@@ -259,10 +259,10 @@ def compact(url: str) -> None:
     The indexes stay as they are. Shards that are newer than the merged file are read from their own indexes.
     """
     from longtake.datasets import compact as folded
-    from longtake.datasets import index, schema, scores
+    from longtake.datasets import index, schema, score_columns
 
     index.describe(url)
-    columns = scores.columns_of(url)
+    columns = score_columns.columns_of(url)
     for split in schema.SPLITS:
         click.echo(f"{split}: {folded.write(url, split)} shards")
         for column in columns:

@@ -147,7 +147,8 @@ def plan(
     """Estimate what a run of RECIPE would make and cost: clips, bytes, hours, by stage. Only a sample is run.
 
     Rates are measured. For sources, frames of a few are cut here. For training, runs with the same settings count or, with
-    --trial, some steps on this machine. What has not been measured is reported as unknown.
+    --trial, some steps on this machine: so also for stages that pass over the clips, but for those of a dataset that is
+    there already, to which a trial would write. What has not been measured is reported as unknown.
 
     The memory of each training is that of one GPU at its largest batch, computed without data, weights or a GPU. Where it
     does not fit, the smallest change by which it does is named.
@@ -190,7 +191,7 @@ def plan(
         click.echo(f"{'money':<12} {price.value:.4g} ({price.low:.4g} to {price.high:.4g}) for the hours above")
     for line in estimate["unknown"]:
         click.echo(f"{'unknown':<12} {shown(line.replace('not known: ', ''))}")
-    if estimate["unknown"] and not trial:
+    if estimate["to_try"] and not trial:
         click.echo(f"{'':<12} --trial SECONDS measures some steps of each stage here")
 
 

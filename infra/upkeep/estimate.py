@@ -2,7 +2,8 @@
 
 Clips, bytes and CPU time of `shard` come from a sample of the recipe's own sources, which this machine cuts for some
 seconds. All else comes from runs with the same settings in MLflow, or from a trial of the whole recipe on the sample.
-What nothing measured is reported as not known. Given up: hours are those of the machines that the rates were measured on,
+What nothing measured is reported as not known; a trial leaves out the stages that would write to a dataset that is there
+already. Given up: hours are those of the machines that the rates were measured on,
 and nothing predicts what a filter would drop of other footage.
 """
 
@@ -13,12 +14,12 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from longtake.datasets import index, storage
+from longtake.datasets import compact, index, schema, storage
 from longtake.datasets.stage import RUN, cost
 from longtake.infra import graph, runner, runs, yaml_text
 from longtake.infra.graph import Node
@@ -58,6 +59,8 @@ def estimate(
 ) -> dict[str, Any]:
     """The estimate as plain data: `sources`, `stages` (see Stage), their `total`, `disk`, `unknown` (a line each).
 
+    `to_try` names the stages that a trial may yet measure.
+
     Args:
         trial_seconds: the most time to run the recipe on the sample for, if a stage has no measured run; 0: no trial.
         sample: number of sources to measure.
@@ -73,25 +76,31 @@ def estimate(
         if node.kind == "shard":
             stages[node.name], sampled = _shard(node, store, sample)
             sources += sampled
-    clips = {name: stage.clips for name, stage in stages.items()}
+    clips = {name: stage.clips for name, stage in stages.items()} | _clips_there(nodes)
     measured = _from_runs(recipe, nodes, store, clips)
     todo = {node.name: runner.finished(node, store) is None for node in nodes}
     trial_error = ""
-    if trial_seconds and any(todo[n.name] and n.name not in stages and n.name not in measured for n in nodes):
-        tried, trial_error = _trial(recipe, sources, trial_seconds, clips)
+    untried = _untried(nodes)
+    settled = stages.keys() | measured.keys() | untried
+    if trial_seconds and any(todo[node.name] and node.name not in settled for node in nodes):
+        tried, trial_error = _trial(recipe, sources, trial_seconds, clips, untried)
         measured = tried | measured
 
     # what has finished costs nothing
     for node in nodes:
         if node.name not in stages:
-            unmeasured = Stage(node.name, node.kind, True, "not known: no run with these settings was measured")
-            stages[node.name] = measured.get(node.name, unmeasured)
+            how = "not known: no run with these settings was measured"
+            if node.name in untried:
+                how += ", and a trial would write to a dataset that is there already; a first run measures it"
+            there = clips.get(node.inputs.get("dataset", ""))
+            stages[node.name] = measured.get(node.name, Stage(node.name, node.kind, True, how, clips=there))
         if not todo[node.name]:
             clips_of = stages[node.name].clips
             stages[node.name] = Stage(node.name, node.kind, False, "has finished, would be reused", clips=clips_of)
 
     # sums, and what is missing in them
     ordered = [stages[node.name] for node in nodes]
+    to_try = [s.name for s in ordered if s.todo and s.how.startswith("not known") and s.name not in untried]
     total = {key: _sum(getattr(s, key) for s in ordered) for key in ("bytes", "wall_hours", "cpu_hours", "gpu_hours")}
     unknown = [f"{s.name}: {s.how}" for s in ordered if s.todo and s.cpu_hours is None and s.gpu_hours is None]
     known = [s for s in ordered if s.todo and (s.cpu_hours or s.gpu_hours)]
@@ -104,6 +113,7 @@ def estimate(
         "total": {key: value and value._asdict() for key, value in total.items()},
         "disk": _disk(recipe, total["bytes"]),
         "unknown": unknown,
+        "to_try": to_try,
     }
 
 
@@ -129,6 +139,26 @@ def _disk(recipe: Recipe, needed: Range | None) -> dict[str, Any]:
         free = shutil.disk_usage(existing_parent(Path(recipe.workspace))).free
     enough = None if needed is None or free is None else needed.high < free
     return {"needed": needed and needed._asdict(), "free": free, "enough": enough}
+
+
+def _clips_there(nodes: Sequence[Node]) -> dict[str, Range]:
+    """The clips of each dataset that stages pass over and no stage makes, by its URL."""
+    names = {node.name for node in nodes}
+    urls = {node.inputs["dataset"] for node in nodes if node.kind in _PASSES and "dataset" in node.inputs} - names
+    counts = {
+        url: float(sum(compact.open_split(url, split)[0].counts.sum() for split in schema.SPLITS)) for url in urls
+    }
+    return {url: Range(count, count, count) for url, count in counts.items()}
+
+
+def _untried(nodes: Sequence[Node]) -> set[str]:
+    """Stages that would write beside a dataset that no stage makes, and all that stand on them: a trial leaves them out."""
+    names, untried = {node.name for node in nodes}, set[str]()
+    for node in nodes:
+        writes = node.kind in _PASSES and node.inputs.get("dataset", node.name) not in names
+        if writes or untried.intersection(node.upstream):
+            untried.add(node.name)
+    return untried
 
 
 # Rates of sources.
@@ -161,13 +191,13 @@ def _shard(node: Node, store: Runs, sample: int) -> tuple[Stage, list[SampledSou
 
 def _from_runs(recipe: Recipe, nodes: list[Node], store: Runs, clips: Mapping[str, Range | None]) -> dict[str, Stage]:
     """The costs of the stages that runs with the same settings were measured for."""
-    count = _sum(clips.values())
+    every = _sum(clips.values())
     stages = {}
     for node in nodes:
         alike = [r for r in _runs(store, node.kind) if _costs_the_same(r.data.params, node)]
         stage = _training(node, store, alike) if isinstance(node.config, TrainConfig) else None
         if stage is None and alike and node.kind in _PASSES:
-            stage = _pass_over_clips(node, alike, count)
+            stage = _pass_over_clips(node, alike, clips.get(node.inputs.get("dataset", ""), every))
         if stage:
             stages[node.name] = stage
     return stages
@@ -258,14 +288,23 @@ def _product(one: Range, two: Range) -> Range:
 
 
 def _trial(
-    recipe: Recipe, sources: list[SampledSource], seconds: float, clips: Mapping[str, Range | None]
+    recipe: Recipe,
+    sources: list[SampledSource],
+    seconds: float,
+    clips: Mapping[str, Range | None],
+    untried: Set[str],
 ) -> tuple[dict[str, Stage], str]:
-    """Run the recipe on the sampled sources with few steps, in a folder of its own; its rates, and why it ended early."""
+    """Run the recipe on the sampled sources with few steps, in a folder of its own; its rates, and why it ended early.
+
+    Without the stages of `untried`.
+    """
     from longtake.infra import recipe as recipes
 
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         path = Path(folder) / "trial.yaml"
         content = _shortened(recipe, [source.uri for source in sources], str(Path(folder) / "ws"))
+        for name in untried:
+            del content["stages"][name]
         path.write_text(yaml_text.dump(content))
         error = _run_within(path, seconds)
 

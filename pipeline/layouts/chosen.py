@@ -3,6 +3,7 @@
 import errno
 import hashlib
 import json
+import os
 import re
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
@@ -178,11 +179,7 @@ def write(chosen: Chosen, layout: str, folder: str) -> dict[str, int]:
         place.mkdir(parents=True, exist_ok=True)
     except OSError as e:
         raise UserError(f"--to {folder}: cannot be a folder ({e.strerror}); name another one") from e
-    with storage.failing_clearly(folder):
-        if any(place.iterdir()):
-            _check_same(place / _RECORD, record)
-        else:
-            storage.write(str(place / _RECORD), storage.canonical_json(record))
+    _begin(place, record)
     with tqdm(desc="export", total=sum(int(keep.sum()) for keep in chosen.keeps.values()), unit="clip") as bar:
         for split, number, kept in chosen.shards():
             if not module.exported(chosen, split, number, place):
@@ -222,6 +219,7 @@ def write_manifest(folder: str, layout: str, manifest: str) -> int:
     except OSError as e:
         raise UserError(f"--to {manifest}: cannot be a file ({e.strerror}); name another one") from e
     beside = target.parent / f"{target.stem}-videos"
+    storage.sweep(str(target.parent))
     _begin(beside, {"layout": layout, "folder": str(Path(folder).absolute())})
     with storage.staged(manifest) as path, path.open("w") as file, tqdm(desc="import", unit="video") as bar:
         for row in layouts.load(layout).rows(Path(folder), beside):
@@ -240,14 +238,17 @@ def write_manifest(folder: str, layout: str, manifest: str) -> int:
     return count
 
 
-def _begin(beside: Path, record: dict[str, Any]) -> None:
-    """Make the folder of what is unpacked. Raises UserError where it has something else, which would be taken for this."""
-    with storage.failing_clearly(str(beside)):
-        beside.mkdir(parents=True, exist_ok=True)
-        if any(beside.iterdir()):
-            _check_same(beside / _RECORD, record)
+def _begin(folder: Path, record: dict[str, Any]) -> None:
+    """Make a folder of ours, without what a killed command left half. Raises UserError where it has something else."""
+    with storage.failing_clearly(str(folder)):
+        folder.mkdir(parents=True, exist_ok=True)
+        storage.sweep(str(folder))
+        if any(folder.iterdir()):
+            _check_same(folder / _RECORD, record)
         else:
-            storage.write(str(beside / _RECORD), storage.canonical_json(record))
+            storage.write(str(folder / _RECORD), storage.canonical_json(record))
+        for inner, _, _ in os.walk(folder):
+            storage.sweep(inner)
 
 
 def place_of(beside: Path, folder: Path, source: Path) -> Path:

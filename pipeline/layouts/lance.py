@@ -77,7 +77,7 @@ def _fragments(chosen: Chosen, split: str, number: int, folder: Path) -> Path:
 
 
 def _is_whole(folder: Path) -> bool:
-    return (folder / _DATASET / "_versions").is_dir()
+    return any((folder / _DATASET / "_versions").glob("*.manifest"))
 
 
 def exported(chosen: Chosen, split: str, number: int, folder: Path) -> bool:
@@ -134,6 +134,8 @@ def finish(chosen: Chosen, folder: Path) -> None:
         for path in (to / "data").iterdir():
             if path.name not in named:
                 path.unlink()
+        for name in ("_transactions", "_versions"):
+            shutil.rmtree(to / name, ignore_errors=True)  # of a commit that was killed
         fragments = [lance.FragmentMetadata.from_json(json.dumps(each)) for each in plain]
         lance.LanceDataset.commit(str(to), lance.LanceOperation.Overwrite(_schema(chosen), fragments))
     shutil.rmtree(folder / _FRAGMENTS, ignore_errors=True)

@@ -115,7 +115,7 @@ def shape(top: float, bottom: float, left: float, right: float) -> str:
     return "edge" if top or bottom or left or right else "none"
 
 
-def _load(config: Config, device: str, threads: int) -> Watching:
+def _load(config: Config, device: str) -> Watching:
     return Watching(partial(Watch, config))
 
 

@@ -141,8 +141,8 @@ def _label(repeated: np.ndarray, frozen: np.ndarray, duplicate: float) -> str:
     return "irregular"
 
 
-def load(config: Config, device: str, threads: int) -> Watching:
-    """The scorer; its work is too small for several threads."""
+def load(config: Config, device: str) -> Watching:
+    """The scorer."""
     return Watching(Watch)
 
 

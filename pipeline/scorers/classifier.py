@@ -97,7 +97,7 @@ def _fields(config: Config) -> tuple[Field, ...]:
     return tuple(fields)
 
 
-def _load(config: Config, device: str, threads: int) -> OneByOne:
+def _load(config: Config, device: str) -> OneByOne:
     be_exact()
     folder = opened(config.model)
     network = loaded(folder, "labels", device)

@@ -115,7 +115,7 @@ def _middle(luma: np.ndarray) -> np.ndarray:
     return luma[top : top + h, left : left + w].astype(np.int16)
 
 
-def _load(config: Config, device: str, threads: int) -> Watching:
+def _load(config: Config, device: str) -> Watching:
     return Watching(partial(Watch, config))
 
 

@@ -115,7 +115,7 @@ def _fields(config: Config) -> tuple[Field, ...]:
     return tuple(fields)
 
 
-def _load(config: Config, device: str, threads: int) -> OneByOne:
+def _load(config: Config, device: str) -> OneByOne:
     _check(config)
     be_exact()
     encode, size, width = _encoder(config, device)

@@ -111,7 +111,7 @@ def _tiled(values: np.ndarray) -> np.ndarray:
     return np.asarray(values[: h * _TILES, : w * _TILES].reshape(_TILES, h, _TILES, w).mean((1, 3)))
 
 
-def _load(config: Config, device: str, threads: int) -> Watching:
+def _load(config: Config, device: str) -> Watching:
     return Watching(partial(Watch, config))
 
 

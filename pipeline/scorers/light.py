@@ -105,8 +105,8 @@ def _fade(deviation: np.ndarray, fps: float) -> float:
     return (end - start) / fps if 2 <= end - start <= LONGEST * fps and steady else 0.0
 
 
-def load(config: Config, device: str, threads: int) -> Watching:
-    """The scorer; its work is too small for several threads."""
+def load(config: Config, device: str) -> Watching:
+    """The scorer."""
     return Watching(Watch)
 
 

@@ -185,8 +185,8 @@ def _flow() -> cv2.DISOpticalFlow:
     return flow
 
 
-def load(config: Config, device: str, threads: int) -> Watching:
-    """The scorer; it works in one thread whatever `threads` is, since its flow would be another otherwise."""
+def load(config: Config, device: str) -> Watching:
+    """The scorer; its flow would be another one with more than one thread."""
     opencv()
     return Watching(lambda: Watch(_flow()))
 

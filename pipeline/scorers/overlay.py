@@ -203,7 +203,7 @@ def _place(box: Box, size: tuple[int, int]) -> str:
     return "other"
 
 
-def _load(config: Config, device: str, threads: int) -> Watching:
+def _load(config: Config, device: str) -> Watching:
     return Watching(partial(Watch, config))
 
 

@@ -11,11 +11,10 @@ from pydantic import Field as Setting
 
 from longtake.datasets.scores import Field
 from longtake.datasets.stage import StageConfig
-from longtake.pipeline.scorers import faces
-from longtake.pipeline.scorers.picture import needed, opencv
+from longtake.pipeline.scorers import centerface
+from longtake.pipeline.scorers.one_by_one import OneByOne
+from longtake.pipeline.scorers.picture import distinct, opencv, presence, resized
 from longtake.pipeline.scorers.scorer import Scorer, Values
-
-_OVERLAP = 0.3  # area that two bodies share, of what they cover together
 
 
 class Config(StageConfig):
@@ -42,58 +41,30 @@ def fields(config: Config) -> tuple[Field, ...]:
     )
 
 
-class Looker:
-    size: tuple[int, int] | None = None
-    batch = 8
+def _load(config: Config, device: str) -> OneByOne:
+    cv2 = opencv()
+    detector = cv2.HOGDescriptor()
+    detector.setSVMDetector(cv2.HOGDescriptor_getDefaultPeopleDetector())
+    finder = centerface.finder(centerface.SIDE, config.face)
 
-    def __init__(self, config: Config) -> None:
-        self.count = config.frames
-        self._config = config
-        self._cv2 = opencv()
-        self._bodies = self._cv2.HOGDescriptor()
-        self._bodies.setSVMDetector(self._cv2.HOGDescriptor_getDefaultPeopleDetector())
-        self._faces = faces.Looker(faces.Config(least=config.face))
+    def values(clip: np.ndarray) -> Values:
+        margins = [_margins(detector, resized(cv2, rgb, config.side)) for rgb in clip]
+        bodies = [int((each >= config.margin).sum()) for each in margins]
+        faces = [int((likely >= config.face).sum()) for _, likely in finder.find(clip)]
+        surest = max(float(each.max(initial=0.0)) for each in margins)
+        return {**presence(list(map(max, bodies, faces))), "bodies": float(max(bodies)), "margin": surest}
 
-    def look(self, frames: np.ndarray) -> list[Values]:
-        return [self._clip(clip) for clip in frames]
-
-    def _clip(self, clip: np.ndarray) -> Values:
-        margins = [self._margins(rgb) for rgb in clip]
-        bodies = [int((each >= self._config.margin).sum()) for each in margins]
-        people = [max(count, self._faces_in(rgb)) for count, rgb in zip(bodies, clip, strict=True)]
-        return {
-            "count": float(max(people)),
-            "bodies": float(max(bodies)),
-            "margin": max(float(each.max(initial=0.0)) for each in margins),
-            "seen": sum(count > 0 for count in people) / len(people),
-        }
-
-    def _margins(self, rgb: np.ndarray) -> np.ndarray:
-        """(N,) of the bodies in (H, W, 3)."""
-        height, width = rgb.shape[:2]
-        scale = self._config.side / min(height, width)
-        size = round(width * scale), round(height * scale)
-        way = self._cv2.INTER_AREA if scale < 1 else self._cv2.INTER_LINEAR
-        picture = self._cv2.resize(rgb, size, interpolation=way)
-        found, margins = self._bodies.detectMultiScale(picture, winStride=(8, 8), padding=(16, 16), scale=1.1)
-
-        # the surest first; another one that covers much of the same is the same body
-        margins = np.asarray(margins, np.float64).reshape(-1)
-        boxes = np.asarray(found, np.float64).reshape(-1, 4)
-        boxes[:, 2:] += boxes[:, :2]
-        kept: list[int] = []
-        for n in np.argsort(-margins, kind="stable"):
-            if not kept or faces.overlap(boxes[n], boxes[kept]).max() < _OVERLAP:
-                kept.append(int(n))
-        return np.asarray(margins[kept])
-
-    def _faces_in(self, rgb: np.ndarray) -> int:
-        _, likely = self._faces.find(rgb)
-        return int((likely >= self._config.face).sum())
+    return OneByOne(config.frames, None, values)
 
 
-def _load(config: Config, device: str, threads: int) -> Any:
-    return Looker(config)
+def _margins(detector: Any, picture: np.ndarray) -> np.ndarray:
+    """(N,) of the bodies in (H, W, 3)."""
+    found, margins = detector.detectMultiScale(picture, winStride=(8, 8), padding=(16, 16), scale=1.1)
+    margins = np.asarray(margins, np.float64).reshape(-1)
+    boxes = np.asarray(found, np.float64).reshape(-1, 4)
+    boxes[:, 2:] += boxes[:, :2]
+    order = np.argsort(-margins, kind="stable")
+    return np.asarray(margins[order][distinct(boxes[order])])
 
 
-SCORER = Scorer(Config, 1, fields, _load, digest=lambda config: needed("cv2") + faces.SCORER.digest(faces.Config()))
+SCORER = Scorer(Config, 1, fields, _load, digest=lambda config: centerface.digest())

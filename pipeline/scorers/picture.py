@@ -1,13 +1,16 @@
-"""What the scorers of single pictures share: which frames they look at, and at what size."""
+"""What the scorers of single pictures share: which frames they look at, at what size, and how they count what they find."""
 
 import importlib.util
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
 from longtake.datasets.errors import not_installed
 from longtake.datasets.networks import imported
-from longtake.pipeline.scorers.scorer import Frames
+from longtake.pipeline.scorers.scorer import Frames, Values
+
+_OVERLAP = 0.3  # area that two boxes share, of what they cover together: from here on they are around the same thing
 
 
 def needed(*names: str) -> str:
@@ -46,3 +49,33 @@ def reduced(luma: np.ndarray, side: int) -> np.ndarray:
     h, w = (n // factor for n in luma.shape)
     boxes = luma[: h * factor, : w * factor].reshape(h, factor, w, factor)
     return np.asarray(boxes.mean((1, 3), dtype=np.float32))
+
+
+def resized(cv2: Any, rgb: np.ndarray, side: int, multiple: int = 1) -> np.ndarray:
+    """(H, W, 3) uint8 whose shorter side is scaled to `side`, and both to the nearest `multiple`."""
+    scale = side / min(rgb.shape[:2])
+    height, width = (max(multiple, round(n * scale / multiple) * multiple) for n in rgb.shape[:2])
+    way = cv2.INTER_AREA if scale < 1 else cv2.INTER_LINEAR
+    return np.asarray(cv2.resize(rgb, (width, height), interpolation=way))
+
+
+def distinct(boxes: np.ndarray) -> list[int]:
+    """Numbers of those of boxes (N, 4), left, top, right, bottom, the surest first, that no surer one of them covers as well."""
+    kept: list[int] = []
+    for n, box in enumerate(boxes):
+        if not kept or _overlap(box, boxes[kept]).max() < _OVERLAP:
+            kept.append(n)
+    return kept
+
+
+def _overlap(box: np.ndarray, others: np.ndarray) -> np.ndarray:
+    """Area that (4,) shares with each of (N, 4), of what both cover together."""
+    sides = np.minimum(box[2:], others[:, 2:]) - np.maximum(box[:2], others[:, :2])
+    both = np.maximum(sides, 0).prod(1)
+    area = (box[2:] - box[:2]).prod() + (others[:, 2:] - others[:, :2]).prod(1) - both
+    return np.asarray(both / np.maximum(area, 1e-9))
+
+
+def presence(counts: Sequence[int]) -> Values:
+    """Of what was counted in each frame of a clip: `count` in the frame with most, and `seen`, the share of frames with any."""
+    return {"count": float(max(counts)), "seen": sum(count > 0 for count in counts) / len(counts)}

@@ -57,7 +57,7 @@ def _fields(config: Config) -> tuple[Field, ...]:
     return (*fields, *([Field("label", "label", "the prompt that fits best", labels=names)] if len(names) > 1 else []))
 
 
-def _load(config: Config, device: str, threads: int) -> OneByOne:
+def _load(config: Config, device: str) -> OneByOne:
     be_exact()
     folder = opened(config.model)
     model = dual.load(folder, device)

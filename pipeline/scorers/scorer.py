@@ -119,13 +119,14 @@ class Scorer:
     version  raised when the same settings would give other values
     fields   `fields(config)`: what it gives
     digest   `digest(config)`: of files that decide the values beside the settings, "" without any; raises UserError
-    load     `load(config, device, threads)`: the scorer itself, in an actor, "cpu" or "cuda"; raises UserError, Failure
+    load     `load(config, device)`: the scorer itself, in an actor, "cpu" or "cuda"; raises UserError, Failure. It works
+             on one thread: with more a sum may come in another order
     gpu      whether a GPU makes it faster
     """
 
     config: type[StageConfig]
     version: int
     fields: Callable[[Any], tuple[Field, ...]]
-    load: Callable[[Any, str, int], Watcher | Looker]
+    load: Callable[[Any, str], Watcher | Looker]
     digest: Callable[[Any], str] = lambda config: ""
     gpu: bool = False

@@ -241,6 +241,6 @@ SCORER = Scorer(
     Config,
     1,
     fields,
-    lambda config, device, threads: Looker(config, reader(config.least) if config.ocr else None),
+    lambda config, device: Looker(config, reader(config.least) if config.ocr else None),
     digest=_digest,
 )

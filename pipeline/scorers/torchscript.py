@@ -111,7 +111,7 @@ def _fields(config: Config) -> tuple[Field, ...]:
     return (Field("vector", "vector", f"the network's vector, {config.pool} over frames", width=width),)
 
 
-def _load(config: Config, device: str, threads: int) -> OneByOne:
+def _load(config: Config, device: str) -> OneByOne:
     be_exact()
     script = Script(config.file, config.size, device)
 

@@ -16,15 +16,15 @@ from typing import Annotated, Any, ClassVar, Literal
 import numpy as np
 from pydantic import Field, field_validator
 
-from longtake.datasets import alike, clusters, compact, index, schema, scores, storage
+from longtake.datasets import alike, cluster_lists, clusters, compact, index, schema, scores, storage
 from longtake.datasets.errors import Failure, UserError, near
 from longtake.datasets.stage import DatasetInput, Input, StageConfig, ViewInput
-from longtake.pipeline import clustering, pairs, scored
+from longtake.pipeline import clustering, pairs, rule_values
 from longtake.pipeline import column as columns
 from longtake.pipeline.cluster import TaskConfig
 from longtake.pipeline.clustering import Part, Work
 from longtake.pipeline.column import Job, WorkerConfig
-from longtake.pipeline.scoring import Report
+from longtake.pipeline.score_shard import Report
 
 VERSION = 1
 PRODUCES = "clusters"
@@ -88,7 +88,7 @@ def check(config: Config, inputs: Mapping[str, StageConfig]) -> None:
     name, known = config.embedding.partition(".")[0], getattr(inputs.get("scores"), "scorers", None)
     if known and name not in known:
         raise ValueError(f"embedding: {config.embedding}: no scorer {name}; {near(name, known)}")
-    fields = scored.fields_of_stage(inputs["scores"]) if known else None
+    fields = rule_values.fields_of_stage(inputs["scores"]) if known else None
     vectors = [each for each, field in (fields or {}).items() if field.kind == "vector"]
     if fields is not None and config.embedding not in vectors:
         what = "is no vector" if config.embedding in fields else "no such field"
@@ -101,9 +101,9 @@ def complete(uri: str) -> bool:
     try:
         record = clusters.read_clusters(uri)
         folder = storage.join(record.dataset, record.folder)
-        alike.read_centroids(folder)
+        cluster_lists.read_centroids(folder)
         whole = len(index.shard_names(folder, clusters.pairs_name(record.similarity))) == record.counts["groups"]
-        whole = whole and len(alike.read_lists(folder)) == record.counts["lists"]
+        whole = whole and len(cluster_lists.read_lists(folder)) == record.counts["lists"]
         return whole and columns.complete(record.dataset, record.column["column"], record.digests)
     except (UserError, Failure):
         return False
@@ -149,18 +149,18 @@ def run(config: Config, inputs: Mapping[str, str], output: str) -> dict[str, Any
     centres = _centroids(config, work, base)
     places = list(alike.shards(dataset))
     pairs_name = clusters.pairs_name(config.similarity)
-    with columns.sweeping(dataset, folder, f"{folder}/{alike.LISTS}", f"{folder}/{pairs_name}") as totals:
+    with columns.sweeping(dataset, folder, f"{folder}/{cluster_lists.LISTS}", f"{folder}/{pairs_name}") as totals:
         parts = clustering.parts_of(places, of.width)
         jobs = _missing_lists(work, parts, base)
         if jobs:
             for split in schema.SPLITS:
                 compact.forget(dataset, split, made.column)
         arguments = {"work": work, "parts": {(part.split, part.name): part for part in parts}}
-        totals.update(columns.make("cluster", jobs, _task(config), _load_lists, [], arguments))
-        groups = pairs.groups_of(alike.read_lists(work.folder))
+        totals.update(columns.make("cluster lists", jobs, _task(config), _load_lists, [], arguments))
+        groups = pairs.groups_of(cluster_lists.read_lists(work.folder))
         pair_jobs = _missing_pairs(work, groups)
         totals.update(
-            columns.make("cluster", pair_jobs, _task(config), _load_pairs, [], {"work": work, "groups": groups})
+            columns.make("cluster pairs", pair_jobs, _task(config), _load_pairs, [], {"work": work, "groups": groups})
         )
 
     # The record.
@@ -208,8 +208,8 @@ def _task(config: Config) -> WorkerConfig:
 
 def _centroids(config: Config, work: Work, base: columns.Base) -> np.ndarray:
     """(K, D) float32, of a sample, unless they are there already. Raises UserError where no clip has a vector."""
-    if storage.exists(storage.join(work.folder, alike.CENTROIDS)):
-        return alike.read_centroids(work.folder)
+    if storage.exists(storage.join(work.folder, cluster_lists.CENTROIDS)):
+        return cluster_lists.read_centroids(work.folder)
     kept = sum(int(keep.sum()) for shards in base.keeps.values() for keep in shards.values())
     count = config.clusters or max(1, round(math.sqrt(kept)))
     points = clustering.sample(work, base.keeps, config.sample or _POINTS * count, config.seed)
@@ -218,13 +218,13 @@ def _centroids(config: Config, work: Work, base: columns.Base) -> np.ndarray:
             f"embedding: {config.embedding}: no clip has a vector; `longtake dataset show {work.dataset} KEY` says why"
         )
     centres = clustering.centroids(points, count, config.iterations, config.seed)
-    alike.write_centroids(work.folder, centres)
+    cluster_lists.write_centroids(work.folder, centres)
     return centres
 
 
 def _missing_lists(work: Work, parts: Sequence[Part], base: columns.Base) -> list[Job]:
     """The parts without a file of lists, or of whose shards one lacks its column."""
-    there = {one.rpartition(".")[0] for one in storage.names(storage.join(work.folder, alike.LISTS))}
+    there = {one.rpartition(".")[0] for one in storage.names(storage.join(work.folder, cluster_lists.LISTS))}
     tables = {split: set(index.shard_names(work.dataset, split, work.column.column)) for split in schema.SPLITS}
     jobs = []
     for part in parts:
@@ -244,7 +244,7 @@ def _missing_pairs(work: Work, groups: Sequence[pairs.Group]) -> list[Job]:
 
 def _load_lists(device: str, *, work: Work, parts: Mapping[tuple[str, str], Part]) -> columns.Make:
     """The function that makes the lists of a part, loaded in an actor."""
-    centres = alike.read_centroids(work.folder)
+    centres = cluster_lists.read_centroids(work.folder)
 
     def make(*, split: str, name: str, keep: np.ndarray, report: Report) -> dict[str, int]:
         try:
@@ -258,7 +258,7 @@ def _load_lists(device: str, *, work: Work, parts: Mapping[tuple[str, str], Part
 
 def _load_pairs(device: str, *, work: Work, groups: Sequence[pairs.Group]) -> columns.Make:
     """The function that finds the pairs of a group of clusters, loaded in an actor."""
-    lists = alike.read_lists(work.folder)
+    lists = cluster_lists.read_lists(work.folder)
 
     def make(*, split: str, name: str, keep: np.ndarray, report: Report) -> dict[str, int]:
         return pairs.make_pairs(work, lists, groups[int(name)], name, report)
@@ -271,7 +271,7 @@ def _counts(work: Work, lists: int, groups: int, clusters_made: int) -> tuple[di
     name = clusters.pairs_name(work.similarity)
     counts = Counter[str](clips=0, visits=0, clusters=clusters_made, lists=lists, groups=groups)
     counts.update(pairs=0, crowd_clips=0, cut_clusters=0, capped_clusters=0)
-    for one in alike.read_lists(work.folder):
+    for one in cluster_lists.read_lists(work.folder):
         homes = int(one.bounds(0, one.count)[1].sum())
         counts.update(clips=homes, visits=one.clips - homes)
     capped: dict[str, float] = {}

@@ -16,7 +16,7 @@ from longtake.datasets.errors import UserError
 from longtake.datasets.scores import Column, from_plain
 from longtake.datasets.scores import Field as ScoreField
 from longtake.datasets.stage import DatasetInput, Input, StageConfig, Utf8
-from longtake.pipeline import dedup, described, rules, scored
+from longtake.pipeline import dedup, described, rule_values, rules
 from longtake.pipeline.rules import Balance, Bounds, CaptionRules, Drops, Labels
 
 VERSION = 2
@@ -164,7 +164,7 @@ class Config(StageConfig):
 
 def check(config: Config, inputs: Mapping[str, StageConfig]) -> None:
     """Refuse rules on scores that the recipe's `score` stage does not give. Raises ValueError."""
-    known = scored.fields_of_stage(inputs["scores"]) if "scores" in inputs else None
+    known = rule_values.fields_of_stage(inputs["scores"]) if "scores" in inputs else None
     if known is not None or not config.scores:
         of_clusters = {f"{clusters.NAME}.{field.name}": field for field in clusters.FIELDS} if config.clusters else {}
         _check_names(config, (known or {}) | of_clusters)
@@ -206,7 +206,7 @@ def run(config: Config, inputs: Mapping[str, str], output: str) -> dict[str, Any
     for name, prompt in config.prompts.items():
         likeness = described.likeness(dataset, inputs["text"], clips, prompt, f"prompts.{name}")
         clips = clips.append_column(name, pa.array(likeness, from_pandas=True))
-    values = scored.values(bases, columns, names) if names else pa.table({})
+    values = rule_values.values(bases, columns, names) if names else pa.table({})
     for name in names:
         clips = clips.append_column(name, values[name])
     if config.balance and clips[config.balance.by].null_count == len(clips):
@@ -254,19 +254,19 @@ def _lost(config: Config, inputs: Mapping[str, str]) -> dict[str, float]:
     return {"capped_clusters": float(len(floors)), "pairs_whole_from": max(floors)}
 
 
-def _columns(config: Config, inputs: Mapping[str, str], bases: scored.Bases) -> dict[str, str]:
+def _columns(config: Config, inputs: Mapping[str, str], bases: rule_values.Bases) -> dict[str, str]:
     """The columns of scores that decide the view, by the names of their scorers."""
     there: dict[str, Column] = {}
     if "scores" in inputs:
-        there |= scored.opened_scores(bases, inputs["scores"])
+        there |= rule_values.opened_scores(bases, inputs["scores"])
     if "clusters" in inputs:
         if clusters.NAME in there:
             raise UserError(
                 f"scores: a scorer is named {clusters.NAME}, as rules name the values of clusters; rename it"
             )
-        there |= {clusters.NAME: from_plain(scored.opened_clusters(bases, inputs["clusters"]).column)}
+        there |= {clusters.NAME: from_plain(rule_values.opened_clusters(bases, inputs["clusters"]).column)}
     try:
-        _check_names(config, scored.fields_of(there))
+        _check_names(config, rule_values.fields_of(there))
     except ValueError as e:
         raise UserError(str(e)) from e
     used = {name.partition(".")[0] for name in config.named().values()}
@@ -274,7 +274,7 @@ def _columns(config: Config, inputs: Mapping[str, str], bases: scored.Bases) -> 
     return {name: there[name].column for name in sorted(used)}
 
 
-def _clips(bases: scored.Bases) -> pa.Table:
+def _clips(bases: rule_values.Bases) -> pa.Table:
     """All clips with their `split` and `row` in it, in the order of the splits and their shards."""
     tables = []
     for split, base in bases.items():

@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal, NamedTuple
 import numpy as np
 from pydantic import Field, ValidationError, field_validator
 
-from longtake.datasets import compact, index, schema, scores, storage
+from longtake.datasets import compact, index, schema, score_columns, scores, storage
 from longtake.datasets.errors import Failure, UserError, in_short, near
 from longtake.datasets.scores import Column, Scores, read_scores
 from longtake.datasets.stage import DatasetInput, StageConfig, ViewInput, content
@@ -155,7 +155,6 @@ def run(config: Config, inputs: Mapping[str, str], output: str) -> dict[str, Any
             for name, one in asked.items()
         ],
         "dataset": dataset,
-        "threads": max(1, int(workers.cpus)),
     }
     with columns.sweeping(dataset) as totals:
         totals.update(columns.make("score", jobs, workers, _load, [], arguments))
@@ -199,7 +198,7 @@ def _missing(dataset: str, split: str, names: Sequence[str], keeps: Mapping[str,
         if not committed.issuperset(mine):
             return True
         base = index.read_shard(dataset, split, shard)
-        return not all(scores.fits(dataset, base, column) for column in names)
+        return not all(score_columns.fits(dataset, base, column) for column in names)
 
     with ThreadPoolExecutor(16) as pool:
         for (shard, keep), absent in zip(keeps.items(), pool.map(lacks, keeps), strict=True):
@@ -217,12 +216,10 @@ def _bytes(dataset: str, names: Sequence[str]) -> int:
     return total
 
 
-def _load(
-    device: str, *, asked: Sequence[tuple[dict[str, Any], str, dict[str, Any]]], dataset: str, threads: int
-) -> columns.Make:
+def _load(device: str, *, asked: Sequence[tuple[dict[str, Any], str, dict[str, Any]]], dataset: str) -> columns.Make:
     """The function that scores a shard, loaded in an actor."""
+    from longtake.pipeline.score_shard import Work, make_scores
     from longtake.pipeline.scorers.one_by_one import be_exact
-    from longtake.pipeline.scoring import Work, make_scores
 
     be_exact()
     works = []
@@ -237,7 +234,7 @@ def _load(
                 " with; copy them there, then run the same command again"
             )
         try:
-            works.append(Work(column, scorer.load(config, device if scorer.gpu else "cpu", threads)))
+            works.append(Work(column, scorer.load(config, device if scorer.gpu else "cpu")))
         except (UserError, Failure):
             raise
         except Exception as e:

@@ -6,7 +6,8 @@
 One clip in ten has the content of another, one in ten a hash some bits away, one in fifty is black. With --columns the
 rules are on so many columns of scores, half of them numbers with bounds and percentiles, half of them labels, and
 duplicates are exact ones alone: a million clips by ten columns take less than 5 s, with compact files and without; it
-exits with 1 where they do not. Making the indexes is not counted, reading them and writing the view is.
+exits with 1 where they do not. Making the indexes is not counted, reading them and writing the view is. Leave
+OMP_NUM_THREADS unset: it also limits the threads of Arrow.
 """
 
 import argparse

@@ -5,7 +5,8 @@
 The videos of FOLDER are cut as `shard` does. In every round each clip is decoded for scorers that watch, and shown to each
 scorer, in turns; a scorer's figure is its own CPU seconds, without the decoding, as a share of those of the decoding. Those of
 scorers that look at some frames are beside the decoding of all frames too; what is decoded for them alone is a line of its
-own. A scorer alone shrinks its frames itself (`Frames.small`); in the pack one of them does it for all. The figures are
+own. `people` takes the faces that `faces` has found where both are asked, so that its figure is then that of bodies alone. A
+scorer alone shrinks its frames itself (`Frames.small`); in the pack one of them does it for all. The figures are
 medians of the rounds. One thread, CPU seconds, so that other work does not disturb the clock.
 """
 
@@ -17,16 +18,18 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from tqdm import tqdm
 
 from longtake.datasets import index, schema, storage
 from longtake.pipeline import column as columns
 from longtake.pipeline import plan, scorers
 from longtake.pipeline.commit import make_group
-from longtake.pipeline.scoring import Clip, is_looker
+from longtake.pipeline.score_shard import Clip, is_looker
 from longtake.pipeline.stages import shard
 
 Clips = Sequence[tuple[bytes, dict[str, Any]]]
+BLANK = np.zeros((1, 1, 64, 64, 3), np.uint8)
 
 
 def clips_of(folder: Path, videos: Path, short_side: int, most: int) -> Clips:
@@ -71,6 +74,8 @@ class Costs:
             seconds, pictures = spent(lambda one=looker: Clip(mp4, row, [one], name).pictures()[0])
             self.chosen += seconds / len(self.lookers)
             self.own[each] += spent(lambda one=looker, frames=pictures: one.look(frames[None]))[0]
+        for looker in self.lookers.values():
+            looker.look(BLANK)  # so that the faces of the clip are looked for again
         self.pack += spent(lambda: self._all(mp4, row))[0]
 
     def _all(self, mp4: bytes, row: dict[str, Any]) -> None:
@@ -108,7 +113,7 @@ def main() -> None:
     loaded = {}
     for name in options.scorers:
         kind = scorers.load(name)
-        loaded[name] = kind.load(kind.config(), "cpu", 1)
+        loaded[name] = kind.load(kind.config(), "cpu")
     with tempfile.TemporaryDirectory() as folder:
         clips = clips_of(Path(folder), options.folder, options.clip_short_side, options.most)
     Costs(loaded).add(*clips[0])  # the first time loads

@@ -10,7 +10,7 @@ import tiny_pictures
 import vectored
 from PIL import Image
 
-from longtake.datasets import alike, clusters, index, schema, scores
+from longtake.datasets import alike, clusters, index, schema, score_columns, scores
 from longtake.datasets.errors import UserError
 from longtake.infra.cli import cli, exit_code
 from longtake.pipeline import clustering, queries
@@ -117,7 +117,7 @@ def test_what_cannot_be_searched_is_said_in_one_line(tmp_path: Path) -> None:
         ("score-clop-00", "vector", np.ones(6), "no column score-clop-00; there are"),
     ):
         with pytest.raises(UserError, match=says):
-            alike.exact(url, column, alike.field_of(scores.described(url, column), field).name, vector, 3)
+            alike.exact(url, column, alike.field_of(score_columns.described(url, column), field).name, vector, 3)
     with pytest.raises(UserError, match="no sample nobody"):
         alike.vector_of(url, name, "vector", "nobody")
 
@@ -138,11 +138,16 @@ def test_the_command_finds_clips_by_their_keys(tmp_path: Path, capsys: pytest.Ca
     url = vectored.make(tmp_path / "d", vectors, held_out=50)
     key = alike.keys(url, np.array([160]))[0][1]
     code, lines, _ = run(capsys, url, key, "--count", "4")
-    assert code == 0 and len(lines) == 4 and lines[0] == f"1.0000\tval\t{key}"
+    vector = alike.vector_of(url, column_of(url), "vector", key)[1]
+    others = alike.exact(url, column_of(url), "vector", vector, 5).rows
+    assert others[0] == 160
+    expected = [key for _, key in alike.keys(url, others[1:])]
+    assert code == 0 and [line.split("\t")[2] for line in lines] == expected
     assert run(capsys, url, key, "--probes", "4")[0] == 2
     vectored.run(url, f"{url}-out")
-    for more in ([], ["--probes", "99"], ["--probes", "0"]):
-        assert run(capsys, url, key, "--count", "4", *more)[1][0] == f"1.0000\tval\t{key}"
+    for more in (["--probes", "99"], ["--probes", "0"]):
+        assert run(capsys, url, key, "--count", "4", *more)[1] == lines
+    assert key not in "".join(run(capsys, url, key)[1])
     scored.write_columns(url, {"other": {"vector": 3}})
     for arguments, says in (
         (["nobody", "--column", column_of(url)], "no sample nobody"),

@@ -10,7 +10,7 @@ import pyarrow as pa
 import pytest
 from scored import write_columns, write_record
 
-from longtake.datasets import compact, index, scores, storage, verify
+from longtake.datasets import compact, index, score_columns, scores, storage, verify
 from longtake.datasets.errors import Failure, UserError
 from longtake.datasets.scores import Column, Field
 
@@ -42,24 +42,24 @@ def test_values_come_back_for_all_clips(scored: str, compacted: bool) -> None:
     if compacted:
         compact.write(scored, "train")
         compact.write(scored, "train", "score-all-0")
-    table = scores.read_column(scored, "train", "score-all-0")
+    table = score_columns.read_column(scored, "train", "score-all-0")
     assert table["reason"].to_pylist() == [None, "not_finite", "not_in_view", "too_short", *["not_scored"] * 4]
     assert table["speed"].to_pylist()[:4] == [np.float32(0.1), None, None, 2.0]
     assert table["move"].to_pylist() == ["pan", "zoom", *[None] * 6]
-    rows, vectors = scores.vectors(table["vector"])
+    rows, vectors = score_columns.vectors(table["vector"])
     assert rows.tolist() == [0, 1] and vectors.tolist() == [[1, 1, 1], [0, 0, 0]]
-    rows, vectors = scores.vectors(table["each"])
+    rows, vectors = score_columns.vectors(table["each"])
     assert rows.tolist() == [0, 0, 0, 0, 1] and vectors.dtype == np.float16
-    named = scores.table(scored, "train", {"a": "score-all-0"}, fields=["a.speed", "a.move"])
+    named = score_columns.table(scored, "train", {"a": "score-all-0"}, fields=["a.speed", "a.move"])
     assert named.column_names == ["a.speed", "a.move"] and named["a.speed"].null_count == 6
 
 
 def test_a_column_says_what_it_is(scored: str) -> None:
-    assert scores.columns_of(scored) == ["score-all-0"]
-    assert scores.described(scored, "score-all-0") == Column("score-all-0", "all", {"a": 1}, "d", FIELDS)
+    assert score_columns.columns_of(scored) == ["score-all-0"]
+    assert score_columns.described(scored, "score-all-0") == Column("score-all-0", "all", {"a": 1}, "d", FIELDS)
     assert not [p for p in verify.verify(scored) if "score" in p]
     with pytest.raises(UserError, match="no column score-al-0; did you mean score-all-0"):
-        scores.described(scored, "score-al-0")
+        score_columns.described(scored, "score-al-0")
 
 
 def test_rows_of_clips_that_are_gone_do_not_count(scored: str) -> None:
@@ -69,7 +69,7 @@ def test_rows_of_clips_that_are_gone_do_not_count(scored: str) -> None:
     rows = base.table.to_pylist()[::-1]
     rows[0] |= {"sha256": "another"}
     index.write_index(url, rows, base.table.schema.remove_metadata(), base.tar_bytes, base.tar_sha256)
-    table = scores.read_column(scored, "train", "score-all-0", ["move"])
+    table = score_columns.read_column(scored, "train", "score-all-0", ["move"])
     assert table["move"].to_pylist() == [None, None, "zoom", "pan", *[None] * 4]
     assert table["reason"].to_pylist()[:4] == ["not_scored", "not_in_view", "not_finite", None]
 
@@ -105,7 +105,7 @@ def test_records_are_of_one_dataset(scored: str, handmade: Callable[..., str], t
 def test_vectors_of_two_sizes_are_refused() -> None:
     column = pa.chunked_array([pa.array([[1.0], [1.0, 2.0]], pa.list_(pa.float16()))])
     with pytest.raises(UserError, match="vectors of 1 and 2 numbers"):
-        scores.vectors(column)
+        score_columns.vectors(column)
 
 
 def test_damage_is_found(scored: str) -> None:
@@ -169,25 +169,27 @@ def test_vectors_that_nobody_asks_for_are_not_read(
     open_split = compact.open_split
     monkeypatch.setattr(compact, "open_split", lambda *asked: opened.append(asked) or open_split(*asked))
     read_bytes.clear()
-    table = scores.table(dataset, "train", {"a": column.column}, ["a.speed"])
+    table = score_columns.table(dataset, "train", {"a": column.column}, ["a.speed"])
     assert table.to_pydict() == {"a.speed": [0, 1, 2, 3]}
     # compact files are mapped into memory and checked as a whole
     assert (dataset, "train", column.column) not in opened
-    assert scores.fits(dataset, base, column.column)
-    assert scores.counts(dataset, column.column) == {"first": 4, "speed": 4, "last": 0}
+    assert score_columns.fits(dataset, base, column.column)
+    assert score_columns.counts(dataset, column.column) == {"first": 4, "speed": 4, "last": 0}
     assert 0 < sum(read_bytes) < 700_000 < 4 * 200_000
     assert max(read_bytes) < 100_000
-    rows, vectors = scores.vectors(scores.read_column(dataset, "train", column.column, ["first"])["first"])
+    rows, vectors = score_columns.vectors(
+        score_columns.read_column(dataset, "train", column.column, ["first"])["first"]
+    )
     assert rows.tolist() == [0, 1, 2, 3] and (vectors == large.astype(np.float16)).all()
 
 
 def test_a_shard_of_other_clips_does_not_fit(scored: str) -> None:
     base = index.read_shard(scored, "train", "00000")
-    assert scores.fits(scored, base, "score-all-0")
+    assert score_columns.fits(scored, base, "score-all-0")
     other = index.Shard("train", "00000", 0, "", base.table.take([1, 0, 2, 3]))
-    assert not scores.fits(scored, other, "score-all-0")
+    assert not score_columns.fits(scored, other, "score-all-0")
     with pytest.raises(Failure, match=r"00001\.score-all-0\.parquet: is missing"):
-        scores.fits(scored, index.read_shard(scored, "train", "00001"), "score-all-0")
+        score_columns.fits(scored, index.read_shard(scored, "train", "00001"), "score-all-0")
 
 
 GOOD: dict[str, list[Any]] = {

@@ -11,7 +11,7 @@ import pytest
 import spoken
 from scored import write_columns
 
-from longtake.datasets import captions, clip, index, schema, scores, storage
+from longtake.datasets import captions, clip, index, schema, score_columns, storage
 from longtake.datasets.captions import Caption
 from longtake.infra.cli import cli, exit_code
 from longtake.infra.report import words
@@ -119,7 +119,7 @@ def test_scores_are_counted_shown_and_folded(copy: Path, capsys: pytest.CaptureF
     assert f"scores   colour of {clips} of {clips} clips: {columns['tone']}" in lines
     # a tenth lack one field and have the other
     assert f"scores   vector of {clips} of {clips} clips: {columns['mood']}" in lines
-    joyful = scores.counts(url, columns["mood"])["joy"]
+    joyful = score_columns.counts(url, columns["mood"])["joy"]
     assert 0 < joyful < clips and f"scores   joy of {joyful} of {clips} clips: {columns['mood']}" in lines
     key = index.read_all(url, "val")["key"][-1].as_py()
     assert longtake("dataset", "show", url, key) == 0

@@ -19,7 +19,7 @@ import vectored
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from longtake.datasets import alike, clusters, index, schema, scores, storage, view
+from longtake.datasets import alike, cluster_lists, clusters, index, schema, score_columns, scores, storage, view
 from longtake.datasets.errors import Failure, UserError
 from longtake.datasets.verify import verify
 from longtake.pipeline import clustering, dedup, pairs
@@ -49,7 +49,7 @@ def pairs_in(record: clusters.Clusters, similarity: float | None = None) -> set[
 
 def values(record: clusters.Clusters, split: str) -> dict[str, list[Any]]:
     """The columns `reason`, `cluster` and `distance` of a split."""
-    return scores.read_column(record.dataset, split, record.column["column"]).to_pydict()
+    return score_columns.read_column(record.dataset, split, record.column["column"]).to_pydict()
 
 
 def test_all_pairs_of_one_cluster_are_those_of_brute_force(tmp_path: Path) -> None:
@@ -79,7 +79,7 @@ def test_each_clip_has_the_number_of_the_nearest_centroid(tmp_path: Path) -> Non
     vectors[8] = 0
     url = vectored.make(tmp_path / "d", vectors, held_out=60)
     record = made(url, clusters=9)
-    centres = alike.read_centroids(storage.join(url, record.folder))
+    centres = cluster_lists.read_centroids(storage.join(url, record.folder))
     assert np.allclose(np.linalg.norm(centres, axis=1), 1, atol=1e-5) and len(centres) == 9
     first = 0
     for split, count in (("train", 240), ("val", 60)):
@@ -94,7 +94,7 @@ def test_each_clip_has_the_number_of_the_nearest_centroid(tmp_path: Path) -> Non
         first += count
     assert record.counts["clips"] == 298 and record.clips == {"train": 240, "val": 60}
     shards = [shard for split in schema.SPLITS for shard in index.read_shards(url, split, record.column["column"])]
-    assert len(shards) == 8 and not [line for shard in shards for line in scores.problems(url, shard)]
+    assert len(shards) == 8 and not [line for shard in shards for line in score_columns.problems(url, shard)]
 
 
 def test_clips_that_a_view_leaves_out_are_in_no_cluster_and_no_pair(tmp_path: Path) -> None:
@@ -298,11 +298,13 @@ def test_a_dataset_that_has_grown_gets_other_clusters(tmp_path: Path) -> None:
 def test_damage_is_named_with_its_remedy(tmp_path: Path) -> None:
     record = made(vectored.make(tmp_path / "d", vectored.crowded(200, 8)))
     folder = Path(record.dataset, record.folder)
-    assert not list(alike.problems(record.dataset))
+    assert not list(cluster_lists.problems(record.dataset))
     path = next(folder.glob("pairs-0.9/*"))
     whole = path.read_bytes()
     path.write_bytes(whole[:-8])
-    assert [line for line in verify(record.dataset) if "pairs-0.9" in line] == list(alike.problems(record.dataset))
+    assert [line for line in verify(record.dataset) if "pairs-0.9" in line] == list(
+        cluster_lists.problems(record.dataset)
+    )
     with pytest.raises(Failure, match=r"not a readable Parquet file .* run the stage that made it again"):
         clusters.pairs(record)
     path.unlink()
@@ -312,7 +314,7 @@ def test_damage_is_named_with_its_remedy(tmp_path: Path) -> None:
     lists.write_bytes(lists.read_bytes()[:40])
     with pytest.raises(Failure, match=r"not readable lists of clusters .* run the `cluster` stage again"):
         alike.approximate(record, np.ones(8), 3)
-    assert any("lists of clusters" in line for line in alike.problems(record.dataset))
+    assert any("lists of clusters" in line for line in cluster_lists.problems(record.dataset))
 
 
 def test_a_byte_that_is_another_one_is_found_by_verify(tmp_path: Path) -> None:
@@ -324,23 +326,23 @@ def test_a_byte_that_is_another_one_is_found_by_verify(tmp_path: Path) -> None:
             damaged = bytearray(whole)
             damaged[place] ^= 1
             path.write_bytes(damaged)
-            (line,) = alike.problems(record.dataset)
+            (line,) = cluster_lists.problems(record.dataset)
             assert path.name in line and "run the `cluster` stage again" in line
         path.write_bytes(whole)
-    assert not list(alike.problems(record.dataset))
+    assert not list(cluster_lists.problems(record.dataset))
 
 
 def test_what_is_read_of_lists_does_not_grow_with_the_clusters(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     record = made(vectored.make(tmp_path / "d", vectored.crowded(600, 8)), clusters=60)
     read: list[int] = []
-    real = alike._read
+    real = cluster_lists._read
 
     def count(url: str, start: int, shape: tuple[int, ...], kind: type) -> np.ndarray:
         read.append(np.dtype(kind).itemsize * int(np.prod(shape)))
         return real(url, start, shape, kind)
 
-    monkeypatch.setattr(alike, "_read", count)
-    lists = alike.read_lists(storage.join(record.dataset, record.folder))
+    monkeypatch.setattr(cluster_lists, "_read", count)
+    lists = cluster_lists.read_lists(storage.join(record.dataset, record.folder))
     assert len(lists) == record.counts["lists"] > 3 and sum(read) == 0
     assert sum(len(one.homes_of(5)[0]) for one in lists) > 0 and sum(read) < 24 * len(lists) + 40 * (8 + 16)
 
@@ -359,6 +361,13 @@ def test_a_crowd_in_many_files_is_collapsed_in_each(tmp_path: Path, monkeypatch:
     assert sum(held) < 520
 
 
+def test_each_step_has_a_bar_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    names = list[str]()
+    monkeypatch.setattr(columns, "make", lambda stage, *rest: names.append(stage) or vectored.make_here(stage, *rest))
+    made(vectored.make(tmp_path / "d", vectored.crowded(100, 8)))
+    assert names == ["cluster lists", "cluster pairs"]
+
+
 def test_more_pairs_than_memory_holds_are_refused_with_their_remedy(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -370,33 +379,74 @@ def test_more_pairs_than_memory_holds_are_refused_with_their_remedy(
         dedup.semantic(clusters.pair_tables(record, 0.9), np.arange(400), 0.9)
 
 
+# small jobs, each of which takes some time
+SCRIPT = """
+import atexit, json, os, sys, time
+from longtake.pipeline import clustering
+from longtake.pipeline.stages import cluster
+
+def slow(load):
+    def loaded(device, **arguments):
+        make = load(device, **arguments)
+        return lambda **job: (time.sleep(0.2), make(**job))[1]
+    return loaded
+
+if __name__ == "__main__":
+    clustering._PART_CLIPS = 64
+    cluster._load_lists, cluster._load_pairs = slow(cluster._load_lists), slow(cluster._load_pairs)
+    cluster.run(cluster.Config.model_validate_json(sys.argv[1]), json.loads(sys.argv[2]), sys.argv[3])
+    # as the command ends: a thread of Ray's that waits for an interpreter which is unloaded aborts the process
+    atexit._run_exitfuncs()
+    os._exit(0)
+"""
+
+
+def twin_of(url: str, folder: Path) -> str:
+    """A copy of a dataset with its record of scores."""
+    twin = str(shutil.copytree(url, folder / "twin" / "d"))
+    scores.write_scores(f"{twin}-scores", replace(scores.read_scores(f"{url}-scores"), dataset=twin))
+    return twin
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize(
+    "files", ["clusters/*/pairs-0.9/*.parquet", "clusters/*/vectors/*.safetensors"], ids=["pairs", "lists"]
+)
+def test_a_cluster_that_loses_a_node_ends_with_the_same_bytes(
+    tmp_path: Path, hashes: Hashes, drivers: Any, monkeypatch: pytest.MonkeyPatch, files: str
+) -> None:
+    """Lost where the first of such files is there."""
+    url = vectored.make(tmp_path / "d", vectored.crowded(1600, 16), shard=100, held_out=300)
+    twin = twin_of(url, tmp_path)
+    config = {"kind": "cluster", "dataset": url, "scores": f"{url}-scores", "embedding": "clip.vector"}
+    inputs = json.dumps({"dataset": url, "scores": f"{url}-scores"})
+    with drivers.cluster() as nodes:
+        driver = drivers.script(SCRIPT, json.dumps(config), inputs, f"{url}-out", **nodes.environment)
+        while not (there := list(Path(url).glob(files))) and driver.poll() is None:
+            time.sleep(0.01)
+        nodes.lose_node()
+        assert there and not Path(f"{url}-out").exists()
+        drivers.finish(driver)
+    monkeypatch.setattr(columns, "make", vectored.make_here)
+    vectored.run(twin, f"{twin}-out")
+    assert hashes(url) == hashes(twin) and not list(cluster_lists.problems(url))
+    one, other = (clusters.read_clusters(f"{each}-out") for each in (url, twin))
+    assert one.counts == other.counts and one.counts["pairs"] > 100
+
+
 @pytest.mark.soak
 @pytest.mark.usefixtures("ray_session")
 def test_killed_on_one_worker_and_continued_on_four_it_has_the_bytes_of_no_worker(
     tmp_path: Path, hashes: Hashes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     url = vectored.make(tmp_path / "d", vectored.crowded(1600, 16), shard=100, held_out=300)
-    twin = str(shutil.copytree(url, tmp_path / "twin" / "d"))
-    record = scores.read_scores(f"{url}-scores")
-    scores.write_scores(f"{twin}-scores", replace(record, dataset=twin))
-    script = (
-        "import json, sys, time\nfrom longtake.pipeline import clustering\nfrom longtake.pipeline.stages import cluster\n"
-        "if __name__ == '__main__':\n"
-        "    clustering._PART_CLIPS = 64\n"
-        "    load = cluster._load_pairs\n"
-        "    def slow(device, **arguments):\n"
-        "        make = load(device, **arguments)\n"
-        "        return lambda **job: (time.sleep(0.2), make(**job))[1]\n"
-        "    cluster._load_pairs = slow\n"
-        "    config = cluster.Config.model_validate_json(sys.argv[1])\n"
-        "    cluster.run(config, json.loads(sys.argv[2]), sys.argv[3])"
-    )
+    twin = twin_of(url, tmp_path)
     config = {"kind": "cluster", "dataset": url, "scores": f"{url}-scores", "embedding": "clip.vector"}
     inputs = json.dumps({"dataset": url, "scores": f"{url}-scores"})
-    command = [sys.executable, "-P", "-c", script, json.dumps(config | {"run": {"workers": 1}}), inputs, f"{url}-out"]
+    command = [sys.executable, "-P", "-c", SCRIPT, json.dumps(config | {"run": {"workers": 1}}), inputs, f"{url}-out"]
     environment = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
     child = subprocess.Popen(command, env=environment, start_new_session=True, stderr=subprocess.DEVNULL)
-    deadline = time.time() + 120
+    deadline = time.time() + 300
     while (
         child.poll() is None and time.time() < deadline and not list(Path(url).glob("clusters/*/pairs-0.9/*.parquet"))
     ):

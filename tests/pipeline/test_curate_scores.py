@@ -155,7 +155,7 @@ def pairs_of(folder: Path, dataset: str, rows: list[tuple[int, int, float]], sim
     """The record of a `cluster` stage with these pairs of clips, by their rows in the dataset."""
     column = scored.write_columns(dataset, {"cluster": {"distance": "number"}})["cluster"]
     bases = {split: compact.open_split(dataset, split)[0] for split in schema.SPLITS}
-    plain = scored.scores.described(dataset, column).plain()
+    plain = scored.score_columns.described(dataset, column).plain()
     made = clusters.Clusters(
         dataset, "clusters/abc", plain, {}, None, similarity,
         {split: int(base.counts.sum()) for split, base in bases.items()},

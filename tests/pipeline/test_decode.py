@@ -9,7 +9,7 @@ from av.video.reformatter import VideoReformatter
 
 from longtake.pipeline import hdr as tone
 from longtake.pipeline.decode import frames, luma, to_planes
-from longtake.pipeline.score import score
+from longtake.pipeline.index_scores import score
 
 
 def shown(path: Path, size: tuple[int, int]) -> list[np.ndarray]:

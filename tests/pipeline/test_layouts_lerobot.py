@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,17 +13,15 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import spoken
-from exported import half, invoke, mp4_of, read_manifest, rows_of
+from exported import CAMERA, half, invoke, mp4_of, read_manifest, rows_of
 from shards import make_dataset
 
 from longtake.datasets import captions, clip, index, schema
 from longtake.datasets.captions import Caption
-from longtake.datasets.errors import Failure, UserError
+from longtake.datasets.errors import UserError
 from longtake.pipeline.captions import said
 from longtake.pipeline.layouts import LAYOUTS, chosen
 from longtake.pipeline.stages import shard
-
-CAMERA = "observation.images.clip"
 
 
 @pytest.fixture
@@ -95,31 +93,13 @@ def test_each_clip_is_an_episode_whose_frames_have_its_captions_as_tasks(own: st
             assert np.allclose(np.ravel(value), getattr(pixels, name)((0, 1, 2)), atol=1e-5), name
 
 
-def test_a_stopped_export_goes_on(own: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    selection, calls = chosen.choose(own, None, None), 0
-    chosen.write(selection, "lerobot", str(tmp_path / "whole"))
-    module = chosen.layouts.load("lerobot")
-    original = module.clips_of
-
-    def failing(*arguments: Any) -> Iterator[Any]:
-        nonlocal calls
-        for one in original(*arguments):
-            calls += 1
-            if calls == 7:
-                raise Failure("the disk is away")
-            yield one
-
-    with monkeypatch.context() as patch:
-        patch.setattr(module, "clips_of", failing)
-        with pytest.raises(Failure, match="the disk is away"):
-            chosen.write(selection, "lerobot", str(tmp_path / "part"))
-    assert not (tmp_path / "part" / "meta" / "info.json").exists()
-    chosen.write(chosen.choose(own, None, None), "lerobot", str(tmp_path / "part"))
-
-    def files(folder: Path) -> dict[Path, bytes]:
-        return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-
-    assert files(tmp_path / "whole") == files(tmp_path / "part")
+def test_a_stopped_export_goes_on(own: str, tmp_path: Path) -> None:
+    selection, whole, part = chosen.choose(own, None, None), tmp_path / "whole", tmp_path / "part"
+    chosen.write(selection, "lerobot", str(whole))
+    exported.stop_at(7, selection, "lerobot", str(part))
+    assert not (part / "meta" / "info.json").exists()
+    chosen.write(chosen.choose(own, None, None), "lerobot", str(part))
+    assert exported.files_of(whole) == exported.files_of(part)
 
 
 def test_clips_of_two_sizes_are_refused_before_anything_is_written(tmp_path: Path, tiny_videos: Path) -> None:
@@ -135,45 +115,10 @@ def test_clips_of_two_sizes_are_refused_before_anything_is_written(tmp_path: Pat
     assert not (tmp_path / "out").exists()
 
 
-def joined(folder: Path) -> None:
-    """Make the videos of an export one file, as LeRobot itself writes them."""
-    paths = sorted((folder / "videos").rglob("*.mp4"))
-    starts, packets = [0.0], []
-    for path in paths:
-        with av.open(str(path)) as container:
-            stream = container.streams.video[0]
-            packets.append(
-                [(p.pts, p.dts, p.is_keyframe, bytes(p)) for p in container.demux(stream) if p.dts is not None]
-            )
-            starts.append(starts[-1] + float(stream.duration * stream.time_base))
-    with av.open(str(folder / "joined.mp4"), "w") as target, av.open(str(paths[0])) as first:
-        stream = target.add_stream_from_template(first.streams.video[0])
-        base = first.streams.video[0].time_base
-        for start, several in zip(starts, packets, strict=False):
-            for pts, dts, key, data in several:
-                packet = av.Packet(data)
-                packet.stream, packet.time_base, packet.is_keyframe = stream, base, key
-                packet.pts, packet.dts = pts + round(start / base), dts + round(start / base)
-                target.mux(packet)
-    for path in paths:
-        path.unlink()
-    (folder / "joined.mp4").rename(paths[0])
-    for path in sorted((folder / "meta" / "episodes").glob("*/*.parquet")):
-        table = pq.read_table(path)
-        numbers = table["episode_index"].to_numpy()
-        changed = {"file_index": np.zeros(len(table), np.int64), "from_timestamp": np.array(starts)[numbers],
-                   "to_timestamp": np.array(starts)[numbers + 1]}  # fmt: skip
-        for name, values in changed.items():
-            place = table.column_names.index(f"videos/{CAMERA}/{name}")
-            table = table.set_column(place, f"videos/{CAMERA}/{name}", pa.array(values))
-        # what LeRobot's own have: tasks alone
-        pq.write_table(table.drop_columns(["key", "source", "split", "label", "captions"]), path)
-
-
 def test_a_video_of_several_episodes_is_cut_to_the_same_frames(own: str, tmp_path: Path) -> None:
     out = tmp_path / "out"
     chosen.write(chosen.choose(own, None, None), "lerobot", str(out))
-    joined(out)
+    exported.join_videos(out)
     count = chosen.write_manifest(str(out), "lerobot", str(tmp_path / "in" / "list.jsonl"))
     rows = rows_of(own)
     assert count == len(rows)

@@ -17,16 +17,16 @@ import toy_scorers
 from pydantic import ValidationError
 from shards import make_dataset
 
-from longtake.datasets import clip, compact, index, schema, scores, storage, view
+from longtake.datasets import clip, compact, index, schema, score_columns, scores, storage, view
 from longtake.datasets.diff import differences
 from longtake.datasets.errors import Failure, UserError
 from longtake.datasets.loader import Loader
 from longtake.datasets.verify import verify
 from longtake.infra.browse import columns as shown
 from longtake.pipeline import column as columns
+from longtake.pipeline import score_shard
 from longtake.pipeline import scorers as kinds
-from longtake.pipeline import scoring
-from longtake.pipeline.scoring import Work, make_scores
+from longtake.pipeline.score_shard import Work, make_scores
 from longtake.pipeline.stages import curate, score
 
 Hashes = Callable[[object], dict[str, str]]
@@ -60,7 +60,7 @@ def config(**changed: Any) -> score.Config:
 
 def works(chosen: score.Config, seen: str = "") -> list[Work]:
     asked = score._asked(chosen)
-    return [Work(score._column(name, one, seen), one.scorer.load(one.config, "cpu", 1)) for name, one in asked.items()]
+    return [Work(score._column(name, one, seen), one.scorer.load(one.config, "cpu")) for name, one in asked.items()]
 
 
 def made_alone(root: str, chosen: score.Config, seen: str = "") -> list[dict[str, int]]:
@@ -80,7 +80,7 @@ def test_the_values_are_those_of_the_clips(root: str) -> None:
     }
     for split in schema.SPLITS:
         clips = index.read_all(root, split).to_pylist()
-        table = scores.table(root, split, names)
+        table = score_columns.table(root, split, names)
         assert set(table.column_names) == {
             "bright.mean", "bright.frames", "bright.side", "colours.each", "colours.vector", "few.each", "few.vector"
         }  # fmt: skip
@@ -123,7 +123,9 @@ def test_a_record_beside_a_dataset_says_where_the_files_of_a_column_lie(root: st
     field = scores.Field("vector", "vector", "", width=1)
     made = scores.Column("score-clip-0", "embedding", {"frames": 8}, "", (field,), {"model": "/models/clip"})
     scores.write_shard(dataset, base, made, [{"vector": [1.0]}] * len(base.table))
-    assert shown.recorded(dataset, made.column) == scores.described(dataset, made.column) == replace(made, where={})
+    assert (
+        shown.recorded(dataset, made.column) == score_columns.described(dataset, made.column) == replace(made, where={})
+    )
     rows = {split: compact.open_split(dataset, split)[0].digest for split in schema.SPLITS}
     scores.write_scores(
         str(tmp_path / "score" / "0123456789abcdef"), scores.Scores(dataset, {"clip": made}, None, rows)
@@ -151,7 +153,7 @@ def test_clips_that_a_view_drops_and_those_without_a_value_say_why(root: str, mo
     rows = index.read_shard(root, "train", f"{name}.{column}").table
     assert rows["reason"].to_pylist() == ["not_finite" if kept else "not_in_view" for kept in keep]
     assert rows["mean"].null_count == len(keep) and rows["frames"].null_count == (~keep).sum()
-    found = scores.read_column(root, "train", column)
+    found = score_columns.read_column(root, "train", column)
     assert found["reason"].to_pylist().count("not_scored") == len(index.read_all(root, "train")) - len(keep)
 
 
@@ -190,10 +192,10 @@ def test_a_loader_a_diff_and_a_compact_file_know_scores(root: str, plain: str) -
     with pytest.raises(UserError, match=f"columns: {column} has scores, which choose clips"):
         Loader(root, frames=4, size=(16, 16), columns=["video", column])
     assert not differences(plain, root)
-    before = scores.read_column(root, "train", column)
+    before = score_columns.read_column(root, "train", column)
     compact.write(root, "train")
     compact.write(root, "train", column)
-    assert scores.read_column(root, "train", column) == before and not list(verify(root))
+    assert score_columns.read_column(root, "train", column) == before and not list(verify(root))
 
 
 def _broken(*arguments: Any, **named: Any) -> Any:
@@ -219,7 +221,7 @@ def test_a_scorer_that_breaks_names_the_clip(place: str, says: str, root: str, m
 
 
 def test_a_frame_that_cannot_be_scaled_names_the_clip(root: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(scoring, "_planar", _broken)
+    monkeypatch.setattr(score_shard, "_planar", _broken)
     with pytest.raises(Failure, match=r"\.mp4: frame 0 cannot be scaled \(ValueError: \(-215.*; leave the clip out"):
         made_alone(root, config())
 
@@ -229,7 +231,7 @@ def test_a_scorer_that_cannot_be_loaded_is_one_line(root: str, monkeypatch: pyte
     asked = [(score._column(name, one, "").plain(), kinds.SCORERS[one.by], one.config.model_dump(mode="json"))]
     monkeypatch.setattr(toy_scorers, "_Bright", _broken)
     with pytest.raises(Failure, match=r"scorers\.bright: scorer bright cannot be loaded on .* \(ValueError: \(-215"):
-        score._load("cpu", asked=asked, dataset=root, threads=1)
+        score._load("cpu", asked=asked, dataset=root)
 
 
 def test_an_actor_that_cannot_load_says_so_of_its_shards(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -195,7 +195,7 @@ def test_written_footage_reads_back(tmp_path: Path) -> None:
 
 def test_the_perceptual_hash_forgives_recoding_and_tells_scenes_apart(footage: Path) -> None:
     from longtake.pipeline.decode import frames, to_planes
-    from longtake.pipeline.score import perceptual_hash
+    from longtake.pipeline.index_scores import perceptual_hash
 
     def hashes(size: tuple[int, int], number: int) -> list[int]:
         scaler = av.video.reformatter.VideoReformatter()

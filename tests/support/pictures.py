@@ -54,13 +54,13 @@ def written(frames: np.ndarray, text: str, left: float, top: float, tall: float,
 def looks(scorer: str, frames: np.ndarray, **settings: Any) -> Any:
     """The values of a scorer that looks, of (N, H, W, 3) frames that were never coded."""
     kind = load(scorer)
-    return kind.load(kind.config.model_validate(settings), "cpu", 1).look(frames[None])[0]  # type: ignore[union-attr]
+    return kind.load(kind.config.model_validate(settings), "cpu").look(frames[None])[0]  # type: ignore[union-attr]
 
 
 def watched(scorer: str, luma: np.ndarray, fps: float = 24, **settings: Any) -> Any:
     """The values of a scorer that watches, of (T, H, W) uint8 luma that was never coded."""
     kind = load(scorer)
-    watch = kind.load(kind.config.model_validate(settings), "cpu", 1).begin({})  # type: ignore[union-attr]
+    watch = kind.load(kind.config.model_validate(settings), "cpu").begin({})  # type: ignore[union-attr]
     grey = np.full((len(luma), luma.shape[1] // 2, luma.shape[2]), 128, np.uint8)
     for first, piece in pieces(np.concatenate([luma, grey], 1), 32):
         watch.add(Frames(first, fps, piece))

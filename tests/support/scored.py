@@ -12,12 +12,12 @@ import av
 import numpy as np
 from av.video.reformatter import VideoReformatter
 
-from longtake.datasets import compact, index, schema, scores
+from longtake.datasets import compact, index, schema, score_columns, scores
 from longtake.datasets.scores import Column, Field
 from longtake.pipeline.encode import encode
+from longtake.pipeline.score_shard import PIECE, Clip, is_looker
 from longtake.pipeline.scorers import load
 from longtake.pipeline.scorers.scorer import Scorer, Values
-from longtake.pipeline.scoring import PIECE, Clip, is_looker
 
 
 def score_file(
@@ -32,7 +32,7 @@ def score_file(
         row = {"key": "clip-00000", "frame_count": count, "fps": float(stream.average_rate or 1)}
         row |= {"height": stream.height, "width": stream.width}
     config = kind.config.model_validate(settings)
-    at_work = kind.load(config, device, 1)
+    at_work = kind.load(config, device)
     if is_looker(at_work):
         frames = Clip(mp4, row, [at_work], "clip").pictures()[0]  # type: ignore[list-item]
         return at_work.look(frames[None])[0]  # type: ignore[union-attr]
@@ -115,7 +115,7 @@ def _value(what: Any, field: Field, rng: np.random.Generator, number: int) -> An
 
 def write_record(uri: str, dataset: str, columns: Mapping[str, str]) -> str:
     """The record of a `score` stage for columns that a dataset has; returns `uri`."""
-    described = {name: scores.described(dataset, column) for name, column in columns.items()}
+    described = {name: score_columns.described(dataset, column) for name, column in columns.items()}
     digests = {split: compact.open_split(dataset, split)[0].digest for split in schema.SPLITS}
     scores.write_scores(uri, scores.Scores(dataset, described, None, digests))
     return uri

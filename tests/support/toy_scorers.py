@@ -69,7 +69,7 @@ BRIGHT = Scorer(
         Field("frames", "number", "of the clip"),
         Field("side", "label", "of the middle", ("dark", "bright")),
     ),
-    lambda config, device, threads: _Bright(config.scale),
+    lambda config, device: _Bright(config.scale),
 )
 COLOUR = Scorer(
     Colour,
@@ -78,7 +78,7 @@ COLOUR = Scorer(
         Field("each", "vector", "red, green, blue of each frame", width=3, count=config.frames),
         Field("vector", "vector", "of all", width=3),
     ),
-    lambda config, device, threads: _Colours(config),
+    lambda config, device: _Colours(config),
 )
 
 

@@ -14,12 +14,14 @@ import scored
 import vectored
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from mlflow import MlflowClient
 from PIL import Image
 from starlette.testclient import TestClient
 
-from longtake.datasets import alike, clip, compact, images, index, scores, storage
+from longtake.datasets import alike, clip, compact, images, index, score_columns, scores, storage
 from longtake.datasets.errors import Failure, UserError
 from longtake.datasets.scores import Column, Field
+from longtake.infra import runs
 from longtake.infra.browse import columns as shown_columns
 from longtake.infra.browse import library, likeness, media
 from longtake.infra.browse.query import _matches
@@ -68,7 +70,7 @@ def test_rows_are_in_the_order_of_the_shards_with_what_the_index_says(small, eve
     assert [row["key"] for row in everything] == clips["key"].to_pylist()
     assert [row["values"]["still"] for row in everything] == pytest.approx(clips["still"].to_pylist())
     table = pa.concat_tables(
-        [scores.table(small, split, {"flow": scores.columns_of(small)[1]}) for split in ("train", "val")]
+        [score_columns.table(small, split, {"flow": score_columns.columns_of(small)[1]}) for split in ("train", "val")]
     )
     assert [row["values"]["flow.move"] for row in everything] == table["flow.move"].to_pylist()
 
@@ -322,6 +324,11 @@ def test_a_dataset_of_images_is_served(tmp_path):
         ({"where": [{"field": "motion", "has": "a"}]}, "is a number"),
         ({"where": [{"field": "motion", "min": "a"}]}, "where.0.min"),
         ({"where": [{}]}, "names a field"),
+        ({"where": [{"field": "caption", "has": "a", "min": 0}]}, "where.0: has min beside has"),
+        ({"where": [{"field": "label", "has": "a", "none": ["b"]}]}, "none beside has"),
+        ({"where": [{"field": "motion", "min": 0, "regex": True}]}, "regex beside field"),
+        ({"where": [{"view": "calm", "max": 1}]}, "max beside view"),
+        ({"where": [{"compare": ["calm", "calm"], "keep": False}]}, "keep beside compare"),
         ({"where": [{"field": "caption", "has": "(", "regex": True}]}, "RE2"),
         ({"where": [{"field": "caption", "has": "(a{1000}){1000}", "regex": True}]}, "RE2"),
         ({"where": [{"field": "caption", "has": "a" * 1001}]}, "where.0.has"),
@@ -386,7 +393,7 @@ def test_what_cannot_be_opened_is_one_line(tmp_path, small):
 
 
 def test_clips_alike_are_those_of_the_exact_search(client, small, everything):
-    column = next(name for name in scores.columns_of(small) if name.startswith("score-clip-"))
+    column = next(name for name in score_columns.columns_of(small) if name.startswith("score-clip-"))
     key = everything[5]["key"]
     _, vector = alike.vector_of(small, column, "vector", key)
     expected = alike.exact(small, column, "vector", vector, 20)
@@ -454,6 +461,27 @@ def test_columns_are_named_as_their_records_name_them(tmp_path):
     scored.write_record(str(tmp_path / "scores/1123456789abcdef-01234567"), dataset, {"movement": other["flow"]})
     (note,) = library.load(dataset).shown.notes
     assert "movement: shows" in note
+
+
+def test_views_are_named_by_the_stage_and_the_recipe_that_made_them(tmp_path, with_store):
+    dataset = browsed.make_dataset(tmp_path / "shards/0123456789ab", 40)
+    folder = Path(dataset, "views")
+    digests = [f"{number}123456789ab" for number in range(4)]
+    for digest in digests:
+        shutil.copy(folder / "calm.parquet", folder / f"{digest}.parquet")
+    assert set(library.load(dataset).views) == {"calm", "sharp", *digests}
+    with_store(tmp_path)
+    client = MlflowClient(f"sqlite:///{tmp_path}/mlflow.db")
+    store = runs.Runs(client, client.create_experiment("mine"), "", "")
+    for stage, digest in (("few", digests[0]), ("other", digests[1]), ("other", digests[2])):
+        run = client.create_run(store.experiment, tags={"longtake.stage": stage}).info.run_id
+        store.finish(run, {"uri": f"/there/before/shards/0123456789ab/views/{digest}.parquet"})
+    books = library.load(dataset)
+    others = {f"other of mine, {digests[1]}", f"other of mine, {digests[2]}"}
+    assert set(books.views) == {"calm", "sharp", "few of mine", digests[3]} | others
+    kept = asked(browsed.client_of(books), where=[{"view": "few of mine"}])
+    assert kept == asked(browsed.client_of(books), where=[{"view": "calm"}])
+    assert set(library.load(dataset, [digests[0]]).views) == {"few of mine"}
 
 
 @pytest.mark.parametrize("in_memory", [True, False])

@@ -8,7 +8,7 @@ import browsed
 import pytest
 import scored
 
-from longtake.datasets import clusters, compact, scores, view
+from longtake.datasets import clusters, compact, score_columns, view
 from longtake.infra import yaml_text
 from longtake.infra.browse import library
 from longtake.pipeline.stages import curate
@@ -135,7 +135,7 @@ def test_rules_on_clusters_stand_on_the_record_of_their_stage(opened, tmp_path):
     column = scored.write_columns(dataset, {"cluster": {"cluster": "number", "distance": "number"}})["cluster"]
     rows = {split: compact.open_split(dataset, split)[0] for split in ("train", "val")}
     record = clusters.Clusters(
-        dataset, "clusters/a", scores.described(dataset, column).plain(), {"column": "", "field": "", "width": 1}, None,
+        dataset, "clusters/a", score_columns.described(dataset, column).plain(), {"column": "", "field": "", "width": 1}, None,
         0.9, {}, {split: base.digest for split, base in rows.items()}, {}, {},
     )  # fmt: skip
     uri = str(tmp_path / "clusters/0123456789abcdef")

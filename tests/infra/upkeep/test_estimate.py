@@ -13,7 +13,7 @@ import yaml
 from click.testing import CliRunner
 from flat import nested
 
-from longtake.datasets import index
+from longtake.datasets import index, schema
 from longtake.datasets.errors import UserError
 from longtake.infra import graph, recipe, runner, runs
 from longtake.infra.cli.housekeeping import plan
@@ -209,6 +209,34 @@ def test_scores_and_clusters_are_counted_by_the_clip_and_by_their_share_of_a_gpu
     assert by_name["scores"]["gpu_hours"]["value"] == pytest.approx(hours * 2 * 0.25)
     assert by_name["scores"]["cpu_hours"]["value"] == pytest.approx(hours * 2 * 3)
     assert by_name["groups"]["gpu_hours"] is None
+
+
+def test_stages_of_a_dataset_that_is_there_are_counted_by_its_clips_and_no_trial_touches_it(
+    dataset: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(*_: Any) -> str:
+        raise AssertionError("a trial was run")
+
+    monkeypatch.setattr(estimate, "_run_within", refused)
+    stages = {
+        "scores": {"kind": "score", "dataset": dataset, "scorers": {"bars": {}}},
+        "view": {"kind": "curate", "dataset": dataset, "scores": "scores", "rules": {"bars.share": {"max": 0.1}}},
+    }
+    path = tmp_path / "scored.yaml"
+    path.write_text(yaml.safe_dump({"name": "priced", "workspace": str(tmp_path / "ws"), "stages": stages}))
+    loaded = recipe.load(str(path))
+    nodes, store = graph.build(loaded), runs.connect(loaded)
+    clips = sum(len(index.read_all(dataset, split)) for split in schema.SPLITS)
+    found = estimate.estimate(loaded, nodes, store, trial_seconds=60)
+    assert [stage["clips"]["value"] for stage in found["stages"]] == [clips, clips]
+    assert [line for line in found["unknown"] if "would write to a dataset that is there already" in line] == [
+        f"{stage['name']}: {stage['how']}" for stage in found["stages"]
+    ]
+    assert not found["to_try"]
+    run, _ = store.open(nodes[0], None)
+    store.finish(run, {"uri": "nowhere", "metrics": {"clips": 10.0, "bytes": 5000.0}})
+    found = estimate.estimate(loaded, nodes, store, trial_seconds=60)
+    assert found["stages"][0]["bytes"]["value"] == pytest.approx(500 * clips)
 
 
 def test_what_has_finished_costs_nothing(footage: Path, dataset: str, tmp_path: Path) -> None:

@@ -60,7 +60,7 @@ def refused(name: str, settings: dict[str, Any], line: str) -> None:
     config = scorer.config(**{key: str(v) if isinstance(v, Path) else v for key, v in settings.items()})
     doors: list[Callable[[], Any]] = [
         lambda: scorer.digest(config),
-        lambda: scorer.load(config, "cpu", 1),
+        lambda: scorer.load(config, "cpu"),
     ]
     # the fields of prompts are known without the folder
     for door in [*doors, *([lambda: scorer.fields(config)] if name != "prompt" else [])]:
@@ -95,7 +95,7 @@ def test_a_pickle_as_torchscript_is_not_opened(kind: str, mark: Path, tmp_path: 
     for name, settings in {"torchscript": {"file": file}, "embedding": {"model": file}}.items():
         scorer = load(name)
         config = scorer.config(**{key: str(value) for key, value in settings.items()})
-        for door in (lambda: scorer.fields(config), lambda: scorer.load(config, "cpu", 1)):  # noqa: B023
+        for door in (lambda: scorer.fields(config), lambda: scorer.load(config, "cpu")):  # noqa: B023
             with pytest.raises(UserError, match=line) as caught:
                 door()
             assert "\n" not in str(caught.value) and "net.pt" in str(caught.value)
@@ -144,7 +144,7 @@ def test_a_pickle_that_is_called_safetensors_is_not_opened(model: Path, mark: Pa
     head.write_bytes(pickle.dumps(Hostile(mark)))
     good = tiny_pictures.folder("vit", tmp_path / "vit")
     config = load("embedding").config(model=good, head=str(head))
-    for door in (lambda: load("embedding").fields(config), lambda: load("embedding").load(config, "cpu", 1)):
+    for door in (lambda: load("embedding").fields(config), lambda: load("embedding").load(config, "cpu")):
         with pytest.raises(UserError, match=r"head: .*: no safetensors, and so not opened \(.*\); write it with"):
             door()
     assert not mark.exists()
@@ -224,7 +224,7 @@ def test_configs_that_fit_no_network_of_pictures_are_refused(
     }
     (model / where).write_text(json.dumps(new))
     config = load("embedding").config(model=str(model))
-    for door in (lambda: load("embedding").fields(config), lambda: load("embedding").load(config, "cpu", 1)):
+    for door in (lambda: load("embedding").fields(config), lambda: load("embedding").load(config, "cpu")):
         with pytest.raises(UserError, match=line) as caught:
             door()
         assert "\n" not in str(caught.value) and str(caught.value).startswith("model: ")
@@ -261,16 +261,16 @@ def test_weights_that_are_missing_are_named(model: Path) -> None:
     del weights["visual_projection.weight"]
     save_file(weights, model / "model.safetensors")
     with pytest.raises(UserError, match=r"its weights lack visual_projection.weight; copy the whole model there"):
-        load("embedding").load(load("embedding").config(model=str(model)), "cpu", 1)
+        load("embedding").load(load("embedding").config(model=str(model)), "cpu")
     # a model that classifies needs the layer that does: it would be random
     with pytest.raises(UserError, match=r"its weights lack classifier.bias"):
-        load("classifier").load(load("classifier").config(model=str(model)), "cpu", 1)
+        load("classifier").load(load("classifier").config(model=str(model)), "cpu")
 
 
 def test_a_model_that_leaves_out_parts_by_chance_is_refused(tmp_path: Path) -> None:
     config = load("embedding").config(model=tiny_pictures.folder("masked", tmp_path / "masked"))
     with pytest.raises(UserError, match=r"masked: gives one picture two values, by chance; name a model that does not"):
-        load("embedding").load(config, "cpu", 1)
+        load("embedding").load(config, "cpu")
 
 
 @pytest.mark.parametrize(
@@ -335,7 +335,7 @@ def test_values_that_are_no_numbers_are_left_to_the_column(tmp_path: Path) -> No
     """It stores nothing that is not finite, and says why."""
     torch.jit.script(NaNs()).save(str(tmp_path / "net.pt"))
     scorer = load("torchscript")
-    looker: Any = scorer.load(scorer.config(file=str(tmp_path / "net.pt"), size=8), "cpu", 1)
+    looker: Any = scorer.load(scorer.config(file=str(tmp_path / "net.pt"), size=8), "cpu")
     (values,) = looker.look(np.zeros((1, 2, 8, 8, 3), np.uint8))
     assert np.isnan(values["value"])
 

@@ -17,15 +17,15 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from scored import coded, score_file
 
-from longtake.datasets import clip, dual, index, schema, scores
+from longtake.datasets import clip, dual, index, schema, score_columns
 from longtake.datasets.errors import UserError
 from longtake.datasets.scores import Column, from_plain
 from longtake.pipeline import queries
 from longtake.pipeline import scorers as kinds
+from longtake.pipeline.score_shard import Work, make_scores
 from longtake.pipeline.scorers import load
 from longtake.pipeline.scorers.one_by_one import be_exact
 from longtake.pipeline.scorers.scorer import places
-from longtake.pipeline.scoring import Work, make_scores
 from longtake.pipeline.stages import score
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -233,7 +233,7 @@ def test_a_worker_with_other_files_scores_nothing(dataset: str, tmp_path: Path) 
     asked = [(score._column(name, one, "").plain(), kinds.SCORERS[one.by], one.config.model_dump(mode="json"))]
     tiny_pictures.folder("vit", tmp_path / "vit", seed=1)
     with pytest.raises(UserError, match=r"scorers.v: the files of its scorer on .* are not those .*copy them there"):
-        score._load("cpu", asked=asked, dataset=dataset, threads=1)
+        score._load("cpu", asked=asked, dataset=dataset)
 
 
 def column_of(settings: dict[str, Any]) -> Column:
@@ -261,7 +261,7 @@ def test_columns_of_networks_are_the_same_in_any_order_and_answer_a_text(
         }
         config = score.Config(kind="score", dataset=root, scorers=asked)
         works = [
-            Work(score._column(name, one, ""), one.scorer.load(one.config, "cpu", 1))
+            Work(score._column(name, one, ""), one.scorer.load(one.config, "cpu"))
             for name, one in score._asked(config).items()
         ]
         for split in schema.SPLITS:
@@ -272,11 +272,11 @@ def test_columns_of_networks_are_the_same_in_any_order_and_answer_a_text(
     assert files[0] == files[1] and len(files[0]) >= 6
     assert all((Path(roots[0]) / file).read_bytes() == (Path(roots[1]) / file).read_bytes() for file in files[0])
 
-    (column,) = (column for column in scores.columns_of(roots[0]) if column.startswith("score-clip-"))
-    table = scores.table(roots[0], "train", {"clip": column})
-    rows, vectors = scores.vectors(table["clip.vector"])
+    (column,) = (column for column in score_columns.columns_of(roots[0]) if column.startswith("score-clip-"))
+    table = score_columns.table(roots[0], "train", {"clip": column})
+    rows, vectors = score_columns.vectors(table["clip.vector"])
     assert len(rows) == len(table) and np.allclose(np.linalg.norm(vectors.astype(np.float64), axis=1), 1, atol=2e-3)
-    described = scores.described(roots[0], column)
+    described = score_columns.described(roots[0], column)
     with pytest.raises(
         UserError, match="no record beside the dataset says where its encoder is; name that by --encoder"
     ):
@@ -319,7 +319,7 @@ def test_batches_and_calls_before_change_no_byte(folders: dict[str, str], tmp_pa
     clips = np.random.default_rng(1).integers(0, 256, (9, 4, 32, 32, 3), dtype=np.uint8)
     for name, settings in scorers.items():
         kind = load(name)
-        looker: Any = kind.load(kind.config(**settings), "cpu", 1)
+        looker: Any = kind.load(kind.config(**settings), "cpu")
         together = looker.look(clips)
         # later and in other company
         again = [*looker.look(clips[6:]), *looker.look(clips[:1]), *looker.look(clips[1:6])]
@@ -367,7 +367,7 @@ def test_a_picture_that_is_none_is_refused(folders: dict[str, str], tmp_path: Pa
         (tmp_path / name).write_bytes(data)
         config = load("embedding").config(model=folders["clip"], likeness={"dog": str(tmp_path / name)})
         with pytest.raises(UserError, match=rf"likeness.dog: .*{name}: not a picture \(.*\); name a JPEG or PNG"):
-            load("embedding").load(config, "cpu", 1)
+            load("embedding").load(config, "cpu")
 
 
 def _png(side: int) -> bytes:

@@ -9,8 +9,8 @@ import torch
 from scored import coded
 
 from longtake.pipeline import scorers
+from longtake.pipeline.score_shard import Clip, is_looker
 from longtake.pipeline.scorers.scorer import Frames, Values
-from longtake.pipeline.scoring import Clip, is_looker
 from longtake.pipeline.stages import score
 
 FPS = 12.0
@@ -45,10 +45,10 @@ def values(scorer: object, number: int) -> Values:
 def test_what_was_scored_before_changes_nothing(name: str) -> None:
     kind = scorers.load(name)
     config = kind.config()
-    used = kind.load(config, "cpu", 1)
+    used = kind.load(config, "cpu")
     order = (2, 1, 0)
     for number, again in zip(order, [values(used, each) for each in order], strict=True):
-        fresh = values(kind.load(config, "cpu", 1), number)
+        fresh = values(kind.load(config, "cpu"), number)
         assert again == fresh, (number, again, fresh)
     assert {field.name for field in kind.fields(config)} == fresh.keys() - {"reason"}
 
@@ -60,7 +60,7 @@ def test_where_arrays_lie_in_memory_changes_nothing(name: str, monkeypatch: pyte
         monkeypatch.delattr(cv2, function)
     rng, kind = np.random.default_rng(0), scorers.load(name)
     planes = np.concatenate([rng.integers(16, 236, (12, 98, 160)), np.full((12, 49, 160), 128)], 1).astype(np.uint8)
-    scorer, kept, known = kind.load(kind.config(), "cpu", 1), [], []
+    scorer, kept, known = kind.load(kind.config(), "cpu"), [], []
     for offset in (0, 1, 4, 16, 32, 48):
         room = np.empty(planes.nbytes + 128, np.uint8)
         start = -room.ctypes.data % 64 + offset
@@ -82,5 +82,5 @@ def test_a_worker_with_many_cpus_scores_on_one_thread(tmp_path: Path) -> None:
     ]
     cv2.setNumThreads(4)
     torch.set_num_threads(4)
-    score._load("cpu", asked=asked, dataset=str(tmp_path), threads=4)
+    score._load("cpu", asked=asked, dataset=str(tmp_path))
     assert cv2.getNumThreads() == torch.get_num_threads() == 1

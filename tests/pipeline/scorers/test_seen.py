@@ -13,7 +13,7 @@ from scored import score_frames
 from skimage import data
 
 from longtake.datasets.errors import UserError
-from longtake.pipeline.scorers import faces, load, text
+from longtake.pipeline.scorers import centerface, load, text
 
 
 @pytest.fixture(autouse=True)
@@ -80,7 +80,7 @@ def test_text_is_read_without_the_network() -> None:
     assert values["words"] == 4 and values["characters"] == len("READTHESE42words")
     assert 0.03 < values["read"] < 0.2
     kind = load("text")
-    again = kind.load(kind.config.model_validate({"ocr": True}), "cpu", 1)
+    again = kind.load(kind.config.model_validate({"ocr": True}), "cpu")
     nothing = {"share": 0, "lines": 0, "read": 0, "words": 0, "characters": 0}
     assert again.look(np.stack([plain(1), frames])) == [nothing, values]  # type: ignore[union-attr]
 
@@ -120,21 +120,34 @@ def test_maps_are_decoded_to_boxes() -> None:
     size[:, 8, 10:12] = np.log([[8], [4]])
     size[:, 0, 23] = np.log([4, 4])
     offset[:, 8, 10] = [0.25, -0.5]
-    boxes, sure = faces.decoded(likely, size, offset, 0.5)
+    boxes, sure = centerface.decoded(likely, size, offset, 0.5)
     np.testing.assert_allclose(boxes[0], [40 - 8, 35 - 16, 40 + 8, 35 + 16])
     np.testing.assert_allclose(boxes[1], [94 - 8, 0, 96, 2 + 8])
     assert sure.tolist() == [0.9, 0.6]
-    none, unsure = faces.decoded(likely, size, offset, 0.95)
+    none, unsure = centerface.decoded(likely, size, offset, 0.95)
     assert none.shape == (0, 4) and unsure.shape == (0,)
 
 
 @pytest.mark.parametrize("scorer", ["text", "faces", "people"])
 def test_who_else_is_looked_at_changes_nothing(scorer: str) -> None:
     kind = load(scorer)
-    looker = kind.load(kind.config(), "cpu", 1)
+    looker = kind.load(kind.config(), "cpu")
     one, other = with_face(plain(1), 0.1, 0.1, 0.6), written(pan(1, 256, 384), "OTHER", 0.1, 0.1, 0.1)
     together = looker.look(np.stack([one, other]))  # type: ignore[union-attr]
     assert together == [looks(scorer, one), looks(scorer, other)]
+
+
+def test_faces_of_a_clip_are_looked_for_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    import onnxruntime
+
+    runs, run = [], onnxruntime.InferenceSession.run
+    monkeypatch.setattr(onnxruntime.InferenceSession, "run", lambda *given: runs.append(1) or run(*given))
+    scorers = [(kind := load(name)).load(kind.config(), "cpu") for name in ("faces", "people")]
+    one, other = with_face(plain(2), 0.1, 0.1, 0.6), plain(2, luma=90)
+    for clip in (one, other):
+        faces, people = (scorer.look(clip[None])[0] for scorer in scorers)  # type: ignore[union-attr]
+        assert faces["count"] == people["count"] == (clip is one)
+    assert len(runs) == 4
 
 
 def test_people_are_found_where_they_stand(videos: Path) -> None:
@@ -182,8 +195,8 @@ def test_a_setting_that_makes_no_sense_is_refused(scorer: str, setting: dict[str
 
 
 def test_a_package_without_its_network_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for module, name in ((faces, "centerface.onnx"), (text, "PP-OCRv6_det_small.onnx")):
+    for module, name in ((centerface, "centerface.onnx"), (text, "PP-OCRv6_det_small.onnx")):
         spec = type("Spec", (), {"submodule_search_locations": [str(tmp_path)]})()
         monkeypatch.setattr(module.importlib.util, "find_spec", lambda _, spec=spec: spec)
         with pytest.raises(UserError, match=name):
-            faces.network_file() if module is faces else text.models()
+            centerface.network_file() if module is centerface else text.models()

@@ -9,8 +9,8 @@ from scored import coded, score_frames
 
 from longtake.datasets import clip
 from longtake.datasets.errors import Failure
+from longtake.pipeline.score_shard import Clip
 from longtake.pipeline.scorers.scorer import places
-from longtake.pipeline.scoring import Clip
 
 FRAMES = np.random.default_rng(0).integers(0, 256, (50, 6, 8, 3), np.uint8).repeat(8, 1).repeat(8, 2)
 MP4 = coded(FRAMES, 24, gop=6)

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from longtake.datasets import clip, index, media, scores, storage
+from longtake.datasets import clip, index, media, score_columns, scores, storage
 from longtake.datasets.errors import Failure, UserError, in_short
 from longtake.datasets.scores import Column
 from longtake.pipeline import column as columns
@@ -101,7 +101,7 @@ def is_due(dataset: str, base: index.Shard, column: str) -> bool:
     name = f"{base.name}.{column}"
     if not storage.exists(storage.join(dataset, base.split, f"{name}.parquet")):
         return True
-    return not scores.fits(dataset, base, column)
+    return not score_columns.fits(dataset, base, column)
 
 
 @dataclass

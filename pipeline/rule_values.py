@@ -8,7 +8,8 @@ import pyarrow as pa
 from longtake.datasets import compact, storage
 from longtake.datasets.clusters import Clusters, read_clusters
 from longtake.datasets.errors import Failure, UserError
-from longtake.datasets.scores import Column, Field, read_scores_of, table
+from longtake.datasets.score_columns import table
+from longtake.datasets.scores import Column, Field, read_scores_of
 from longtake.pipeline import scorers
 
 Bases = Mapping[str, compact.Rows]  # the rows of a dataset's shards by split
