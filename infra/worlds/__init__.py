@@ -12,7 +12,9 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-WORLDS: dict[str, str] = {}  # name -> module
+WORLDS: dict[str, str] = {  # name -> module
+    "physics": "longtake.infra.worlds.physics",
+}
 
 
 class Video(NamedTuple):
