@@ -6,6 +6,7 @@ import click
 
 from longtake.datasets.masking import shown, shown_within
 from longtake.infra.cli.alike import alike
+from longtake.infra.worlds import WORLDS
 
 _DIFF_LINES, _MAKERS = 20, 4
 _PICTURES = {b"\xff\xd8": "jpg", b"\x89PNG": "png", b"RIFF": "webp"}  # by their first bytes
@@ -16,7 +17,7 @@ _PICTURES = {b"\xff\xd8": "jpg", b"\x89PNG": "png", b"RIFF": "webp"}  # by their
 @click.option("--count", default=12, show_default=True, help="Number of videos.")
 @click.option("--seconds", type=float, help="Length of each; 12 by default. Worlds have options of their own.")
 @click.option("--seed", default=0, show_default=True, help="The same seed makes the same footage.")
-@click.option("--world", metavar="NAME", help="Videos of this world, which are made for one question, such as physics.")
+@click.option("--world", metavar="NAME", help=f"Videos made for one question: {', '.join(sorted(WORLDS))}.")
 @click.option("--heldout", type=float, help="Share of a world's videos of held-out combinations; 0.2 by default.")
 @click.option("--set", "changes", multiple=True, metavar="KEY=VALUE", help="An option of the world; may be repeated.")
 def footage(
