@@ -19,7 +19,9 @@ _PICTURES = {b"\xff\xd8": "jpg", b"\x89PNG": "png", b"RIFF": "webp"}  # by their
 @click.option("--seed", default=0, show_default=True, help="The same seed makes the same footage.")
 @click.option("--world", metavar="NAME", help=f"Videos made for one question: {', '.join(sorted(WORLDS))}.")
 @click.option("--heldout", type=float, help="Share of a world's videos of held-out combinations; 0.2 by default.")
-@click.option("--set", "changes", multiple=True, metavar="KEY=VALUE", help="An option of the world; may be repeated.")
+@click.option(
+    "--option", "changes", multiple=True, metavar="KEY=VALUE", help="An option of the world; may be repeated."
+)
 def footage(
     folder: str,
     count: int,
@@ -40,13 +42,13 @@ def footage(
         from longtake.infra.footage import generate
 
         if heldout is not None or changes:
-            raise UserError(f"{'--heldout' if heldout is not None else '--set'}: is of worlds; add --world NAME")
+            raise UserError(f"{'--heldout' if heldout is not None else '--option'}: is of worlds; add --world NAME")
         paths = generate(folder, count, seed, 12.0 if seconds is None else seconds)
     else:
         from longtake.infra.worlds import write
 
         if seconds is not None:
-            raise UserError("--seconds: worlds have options of their own; use --set KEY=VALUE")
+            raise UserError("--seconds: worlds have options of their own; use --option KEY=VALUE")
         options = _options(changes)
         paths = write.generate(folder, world, count, seed, 0.2 if heldout is None else heldout, **options)
     click.echo(f"{len(paths)} videos in {folder}, their ground truth in *.truth.json, captions in captions.jsonl")
@@ -62,7 +64,7 @@ def _options(changes: tuple[str, ...]) -> dict[str, Any]:
     for change in changes:
         key, equals, text = change.partition("=")
         if not equals:
-            raise UserError(f"--set {change}: write KEY=VALUE")
+            raise UserError(f"--option {change}: write KEY=VALUE")
         try:
             options[key] = json.loads(text)
         except ValueError:
