@@ -31,7 +31,13 @@ from longtake.training.models.pv_vae import pretrain
 from longtake.training.models.pv_vae.model import PVVAE
 from longtake.training.objective import Objective, Turn
 
-LAW, FRAMES, SIZE, SEEN = "bounce", 17, 16, 5  # of a clip of 17 frames, 5 are seen where the others are predicted
+LAW, RADIUS, FRAMES, SIZE, SEEN = (
+    "bounce",
+    0.18,
+    17,
+    16,
+    5,
+)  # of a clip of 17 frames, 5 are seen where the others are predicted
 VAE = {
     "preset": "pv_vae_tiny",
     "encoder_width": 16,
@@ -80,7 +86,8 @@ class Clips(NamedTuple):
 
 
 def clips(count: int, seed: int, heldout: bool) -> Clips:
-    made = [physics.render(seed * 1_000_000 + n, heldout, law=LAW, frames=FRAMES, size=SIZE) for n in range(count)]
+    options: dict[str, Any] = {"law": LAW, "radius": RADIUS, "frames": FRAMES, "size": SIZE}
+    made = [physics.render(seed * 1_000_000 + n, heldout, **options) for n in range(count)]
     video = np.stack([np.stack(list(one.frames)) for one in made])
     truth = [torch.tensor([one.truth[name] for one in made]) for name in ("places", "velocities")]
     return Clips(torch.from_numpy(video).permute(0, 4, 1, 2, 3).contiguous(), *truth)
@@ -167,7 +174,7 @@ def probed(features: tuple[Tensor, Tensor], targets: tuple[Tensor, Tensor], ridg
 def judged(videos: Tensor) -> dict[str, float]:
     """Means of what the reader finds in videos (N, 3, T, H, W) in [-1, 1]."""
     pixels = to_pixels(videos.permute(0, 2, 3, 4, 1)).numpy()
-    rows = [physics.read(video, {"law": LAW}, 8) for video in pixels]
+    rows = [physics.read(video, {"law": LAW, "radius": RADIUS}, 8) for video in pixels]
     return {name: float(np.mean([row[name] for row in rows])) for name in rows[0]}
 
 
@@ -175,7 +182,7 @@ def off_truth(videos: Tensor, truth: Clips) -> float:
     """Mean distance, in sides, of the bodies in predicted frames to where they truly are; 1 where there is none."""
     pixels = to_pixels(videos.permute(0, 2, 3, 4, 1)).numpy()
     apart = [
-        np.hypot(*(physics.find(video).places - places.numpy()).T)[SEEN:]
+        np.hypot(*(physics.find(video, RADIUS).places - places.numpy()).T)[SEEN:]
         for video, places in zip(pixels, truth.places, strict=True)
     ]
     return float(np.nan_to_num(np.stack(apart) / SIZE, nan=1.0).mean())
