@@ -5,6 +5,7 @@ What is measured is of held-out colours, directions and speeds, and of videos th
 that knows the law.
 """
 
+import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -107,8 +108,8 @@ class Rows:
         self._batches = state["batches"]
 
 
-def autoencoder(arm: str, seed: int, folder: Path, sizes: Sizes, videos: Tensor) -> PVVAE:
-    """The arm's autoencoder, trained where it is not there yet."""
+def autoencoder(arm: str, seed: int, folder: Path, sizes: Sizes, videos: Tensor) -> tuple[PVVAE, Path]:
+    """The arm's autoencoder, trained where it is not there yet, and its folder, which other settings do not share."""
     of_decoder = arm == "+ decoder"
     config = pretrain.Config(
         kind="pretrain_vae", dataset="in memory", model=VAE, frames=FRAMES, sizes=((SIZE, SIZE),), seed=seed, batch=16,
@@ -117,16 +118,20 @@ def autoencoder(arm: str, seed: int, folder: Path, sizes: Sizes, videos: Tensor)
         run=RunConfig(checkpoint_every=sizes.steps, sample_every=0, workers=0, keep_checkpoints=1), **ARMS[arm],
     )  # fmt: skip
     torch.manual_seed(seed)
-    model, place = PVVAE(config.vae()), folder / f"{arm.strip('+ ')}-{seed}"
+    model, place = PVVAE(config.vae()), folder / f"{arm.strip('+ ')}-{seed}-{digest(config, len(videos))}"
     if of_decoder:
-        model.load_state_dict(autoencoder("+ motion", seed, folder, sizes, videos).state_dict())
+        model.load_state_dict(autoencoder("+ motion", seed, folder, sizes, videos)[0].state_dict())
     done = place / "trained.pt"
     if not done.exists():
         loss = partial(pretrain._loss, config, model.config, None, state_of(0))
         train(Objective({"generator": model}, loss, "generator"), Rows("video", videos, 16, seed), config, place)
         torch.save(checkpoint.trained(place, config), done)
     model.load_state_dict(torch.load(done))
-    return model.eval()
+    return model.eval(), place
+
+
+def digest(config: TrainConfig, *more: object) -> str:
+    return hashlib.sha256(f"{config.model_dump_json()} {more}".encode()).hexdigest()[:8]
 
 
 @torch.no_grad()
@@ -149,7 +154,7 @@ def priors(latents: Tensor, seed: int, folder: Path, steps: Sequence[int]) -> It
         model.set_statistics(latents.mean((0, 2, 3, 4)), latents.std((0, 2, 3, 4)).clamp_min(1e-6))
         run = RunConfig(checkpoint_every=steps[-1], sample_every=0, keep_checkpoints=1)
         config = TrainConfig(steps=many, batch=32, lr=1e-3, warmup_steps=20, ema_half_lives=(50,), seed=seed, run=run)
-        place = folder / str(many)
+        place = folder / f"prior-{digest(config, settings)}"
         train(Objective({"model": model}, loss), Rows("latent", latents, 32, seed), config, place)
         learned = latte.Latte(settings)
         learned.load_state_dict(checkpoint.trained(place, config))
@@ -187,12 +192,12 @@ def run(arm: str, seed: int, folder: Path, short: bool) -> Mapping[str, float]:
     sizes, arm = SHORT if short else Sizes(), SAME.get(arm, arm)
     known, heldout = clips(sizes.videos, seed, heldout=False), clips(sizes.heldout, 999, heldout=True)
     with engines.process_group():
-        model = autoencoder(arm, seed, folder.parent / "autoencoders", sizes, known.video)
-        return dict(figures(model, arm, seed, folder.parent / "priors", sizes, known, heldout))
+        model, place = autoencoder(arm, seed, folder.parent / "autoencoders", sizes, known.video)
+        return dict(figures(model, place, seed, sizes, known, heldout))
 
 
 def figures(
-    model: PVVAE, arm: str, seed: int, folder: Path, sizes: Sizes, known: Clips, heldout: Clips
+    model: PVVAE, folder: Path, seed: int, sizes: Sizes, known: Clips, heldout: Clips
 ) -> Iterator[tuple[str, float]]:
     videos = to_model(heldout.video)
     with torch.no_grad():
@@ -206,7 +211,7 @@ def figures(
     pair = latents[:, :, last], apart[:, :, last]
     yield "velocity", probed(pair, (known.velocities[:, SEEN - 1], heldout.velocities[:, SEEN - 1]))
     yield "ahead", probed(pair, (known.places[:, then], heldout.places[:, then]))
-    for many, learned in priors(latents, seed, folder / f"{arm.strip('+ ')}-{seed}", sizes.prior):
+    for many, learned in priors(latents, seed, folder, sizes.prior):
         early = "early_" if many != sizes.prior[-1] else ""
         with torch.no_grad():
             drawn = torch.cat(
