@@ -14,7 +14,10 @@ if TYPE_CHECKING:
     import numpy.typing as npt
 
 WORLDS: dict[str, str] = {  # name -> module
+    "actions": "longtake.infra.worlds.actions",
+    "endless": "longtake.infra.worlds.endless",
     "physics": "longtake.infra.worlds.physics",
+    "sound": "longtake.infra.worlds.sound",
 }
 
 
