@@ -13,7 +13,7 @@ from longtake.infra import worlds
 from longtake.infra.worlds import Video, actions, endless
 
 NAMES = ("actions", "endless", "sound")
-COUNT = 24
+COUNT = 16
 # figures whose best value is 1, and the highest mean that they may have on videos whose frames are shuffled or another's
 SHUFFLED = {
     "actions": {"action": 0.6, "all": 0.5},
@@ -115,7 +115,7 @@ def test_a_body_is_read_as_lost_where_two_ghosts_of_it_stand(drawn: dict[str, Dr
         gap = actions.part(video.truth, 5, 15)
         ghosts.append(actions.read(faded[5:15], gap, video.fps)["identity"])
         assert actions.read(frames[5:15], gap, video.fps)["identity"] == 1
-    assert np.mean(ghosts) < 0.7  # a body that goes back the way it came has hardly any
+    assert np.mean(ghosts) < 0.8  # a body that goes back the way it came has hardly any
 
 
 def test_an_endless_texture_does_not_come_again() -> None:
