@@ -11,7 +11,6 @@ from itertools import product
 from typing import Any, NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 
 from longtake.datasets.errors import UserError
 from longtake.infra.worlds import Video, World
@@ -99,6 +98,28 @@ def _drawn(look: Look, phases: Floats, step: Floats, size: int, frames: int) -> 
         yield (dark + light * (bright - dark)).round().astype(np.uint8)
 
 
+class Seen(NamedTuple):
+    """What a reader makes of a video: the palette and the way that are nearest, the latter None where nothing moves.
+
+    stains   how far colours are from those between the two of each palette, as shares of the way from black to white
+    moved    how far the picture moves from each frame to the next (T - 1, 2), as shares of the sides
+    """
+
+    palette: str
+    way: str | None
+    stains: Mapping[str, float]
+    moved: Floats
+
+
+def look_at(frames: Pixels) -> Seen:
+    """What is to be seen in a video (T, H, W, 3), without knowing what should be."""
+    pixels = frames.astype(float)
+    stains = {name: _stain(pixels, *palette) for name, palette in PALETTES.items()}
+    moved = shifts(frames) / np.array(frames.shape[1:3]) if len(frames) > 1 else np.zeros((0, 2))
+    way = _ways(moved.mean(0)[None])[0] if len(moved) else None
+    return Seen(min(stains, key=stains.__getitem__), way, stains, moved)
+
+
 def read(frames: Pixels, truth: Mapping[str, Any], fps: float) -> dict[str, float]:
     """Figures of a video (T, H, W, 3) uint8, of its beginning or any stretch.
 
@@ -109,17 +130,16 @@ def read(frames: Pixels, truth: Mapping[str, Any], fps: float) -> dict[str, floa
     pace      how fast it moves, beside how fast it should
     contrast  how far its brightness spreads, beside how far it should
     """
-    pixels, step = frames.astype(float), np.array(truth["step"]) * truth["fps"] / fps
-    stains = {name: _stain(pixels, *palette) for name, palette in PALETTES.items()}
-    moved = shifts(frames) / np.array(frames.shape[1:3]) if len(frames) > 1 else np.zeros((0, 2))
-    whole = moved.mean(0) if len(moved) else np.zeros(2)
+    seen, step = look_at(frames), np.array(truth["step"]) * truth["fps"] / fps
+    whole = seen.moved.mean(0) if len(seen.moved) else np.zeros(2)
+    spread = frames.astype(float).mean(-1).std((1, 2)).mean()
     return {
-        "palette": float(min(stains, key=stains.__getitem__) == truth["palette"]),
-        "stained": stains[truth["palette"]],
-        "way": float(_right(whole[None], truth["way"])[0]),
-        "steady": share(_right(moved, truth["way"])),
+        "palette": float(seen.palette == truth["palette"]),
+        "stained": seen.stains[truth["palette"]],
+        "way": float(seen.way == truth["way"]),
+        "steady": share([way == truth["way"] for way in _ways(seen.moved)]),
         "pace": float(whole @ step / (step @ step)),
-        "contrast": float(pixels.mean(-1).std((1, 2)).mean() / truth["contrast"]),
+        "contrast": float(spread / truth["contrast"]),
     }
 
 
@@ -130,12 +150,11 @@ def _stain(pixels: Floats, dark: Colour, bright: Colour) -> float:
     return float(np.linalg.norm(pixels - low - light[..., None] * way, axis=-1).mean() / (255 * np.sqrt(3)))
 
 
-def _right(moved: Floats, way: str) -> npt.NDArray[np.bool_]:
-    """Whether each step (N, 2) goes nearer to this way than to the other 7."""
+def _ways(moved: Floats) -> list[str | None]:
+    """The nearest of the 8 ways of each step (N, 2); None where there is none."""
     names = list(WAYS)
-    nearer = moved @ np.stack([_unit(name) for name in names]).T
-    right: npt.NDArray[np.bool_] = (nearer.argmax(1) == names.index(way)) & moved.any(1)
-    return right
+    nearest = (moved @ np.stack([_unit(name) for name in names]).T).argmax(1)
+    return [names[n] if step.any() else None for n, step in zip(nearest, moved, strict=True)]
 
 
 WORLD = World(

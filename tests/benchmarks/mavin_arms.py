@@ -50,8 +50,8 @@ class Trained(NamedTuple):
     setup: finetune.Setup
 
 
-def trained(options: argparse.Namespace, arm: str, seed: int) -> Trained:
-    """The model of an arm, trained to the end by the stage's own code."""
+def trained(options: argparse.Namespace, arm: str, seed: int, stream: Any = None) -> Trained:
+    """The model of an arm, trained to the end by the stage's own code, on sprites and footage or on another stream."""
     changes = ARMS[arm]
     image = options.features if changes.get("image") == "features" else changes.get("image", "own")
     config = finetune.Config(
@@ -67,7 +67,7 @@ def trained(options: argparse.Namespace, arm: str, seed: int) -> Trained:
         assert setup.encoder
         setup = setup._replace(encoder=NetworkFrames(options.network, setup.encoder.width))  # which enlarges frames
     setup.model.train()
-    stream: Any = Mixture(options.films, draw, FRAMES, config.batch, seed)
+    stream = stream or Mixture(options.films, draw, FRAMES, config.batch, seed)
     train(finetune.objective(config, setup), stream, config, folder)
     setup.model.load_state_dict(checkpoint.trained(folder, config))
     setup.model.eval()

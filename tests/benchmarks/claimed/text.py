@@ -11,9 +11,9 @@ from typing import Any
 
 import numpy as np
 import torch
+
 from claimed import Claim, Shown
 from claimed._moving import RUN, alone, ran, sharded
-
 from longtake.infra.worlds.actions import LOOKS, OPPOSITE, Look, heldout, look_at
 from longtake.training import checkpoint, engines
 from longtake.training.loop import train
@@ -107,9 +107,7 @@ def turned(prior: Prior, seed: int, videos: int) -> float:
     """Of videos whose prompt turns the direction round half-way: the share of halves that move as their own prompt says."""
     looks = [LOOKS[n] for n in np.random.default_rng(seed).permutation(len(LOOKS))[:videos]]
     backs = [look._replace(action=OPPOSITE[look.action]) for look in looks]
-    stories = [
-        [(0.0, look.caption()), (FRAMES / FPS, back.caption())] for look, back in zip(looks, backs, strict=True)
-    ]
+    stories = [[(0.0, look.caption()), (FRAMES / FPS, back.caption())] for look, back in zip(looks, backs, strict=True)]
     made = generated(prior, stories, 2 * FRAMES - prior.settings.overlap)
     halves = [(video[:FRAMES], look) for video, look in zip(made, looks, strict=True)]
     halves += [(video[FRAMES:], back) for video, back in zip(made, backs, strict=True)]
