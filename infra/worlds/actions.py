@@ -54,14 +54,12 @@ def render(
     frames: int = 20,
     fps: int = 8,
     actions: int = 2,
-    look: Look | None = None,
 ) -> Video:
     """A video of this world.
 
     Args:
         size: pixels of a side.
         actions: 2: another one begins in the middle fifth of the video; 1: there is only one.
-        look: what is to be seen; None: one by the seed.
 
     Raises:
         UserError: there is no such number of actions, or the frames are too small or too few.
@@ -72,8 +70,7 @@ def render(
         raise UserError(f"the world of actions needs 5 frames of 16 pixels or more, got {frames} of {size}")
     rng = np.random.default_rng([seed, heldout])
     some = [each for each in LOOKS if _heldout(each) == heldout]
-    chosen = some[int(rng.integers(len(some)))]  # drawn in any case, so that a look does not change the rest
-    look = look or chosen
+    look = some[int(rng.integers(len(some)))]
     then, turn = None, frames
     if actions == 2:
         then = str(rng.choice([action for action in ACTIONS if action != look.action]))
