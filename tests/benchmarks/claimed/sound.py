@@ -37,7 +37,9 @@ def stages(folder: Path, seed: int, short: bool) -> dict[str, Any]:
     shards = sharded(folder, "sound", 24 if short else 400, SIZE, (2, LENGTH / FPS), frames=LENGTH, fps=FPS)
     quiet = {"workers": 0, "sample_every": 0, "keep_checkpoints": 1}
     common = {"dataset": "shards", "seed": seed, "run": quiet, "schedule": "cosine"}
-    learned = common | {"batch": 8, "lr": 1e-3, "betas": [0.9, 0.99], "frames": FRAMES, "steps": 20 if short else 500}
+    steps = 20 if short else 500
+    learned = common | {"batch": 8, "lr": 1e-3, "betas": [0.9, 0.99], "frames": FRAMES}
+    learned |= {"steps": steps, "warm_steps": steps * 2 // 5}
     window = {"kind": "cache_tokens", "dataset": "shards", "frames": FRAMES, "hop": 4, "size": [SEEN, SEEN]}
     return {
         "shards": shards,
