@@ -16,7 +16,7 @@ from longtake.datasets.errors import UserError
 from longtake.infra.worlds import Video, World
 from longtake.infra.worlds.seen import Floats, Pixels, moments, nearest, share
 
-COLOURS = {"red": (220, 40, 40), "green": (40, 200, 60), "blue": (50, 70, 230)}
+COLOURS = {"red": (220, 40, 40), "green": (20, 150, 50), "blue": (50, 70, 230)}
 TONES = {"red": 300.0, "green": 900.0, "blue": 2700.0}  # Hz
 RATE = 16_000  # samples a second
 LEAST, MOST = 6, 14  # frames of a flight, at 12 a second
@@ -46,7 +46,8 @@ def render(seed: int, heldout: bool, *, size: int = 32, frames: int = 36, fps: i
     # both halves of the places, and of the lights, are learned; only together they are held out
     half = int(rng.integers(2))
     place = rng.uniform(0.3, 0.5) + 0.2 * half
-    light = int(rng.integers(90, 120)) + 30 * (half if heldout else 1 - half)
+    # brighter than any ball, or a change of its colour would look like a cut
+    light = int(rng.integers(170, 195)) + 25 * (half if heldout else 1 - half)
     tones = [names[each] for each in flight]
     truth = {
         "fps": fps, "tones": tones, "heights": heights.tolist(), "place": place,

@@ -5,12 +5,14 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+import av
 import numpy as np
 import pytest
 
 from longtake.datasets.errors import UserError
 from longtake.infra import worlds
 from longtake.infra.worlds import Video, actions, endless
+from longtake.pipeline.cut import Sampled, shots
 
 NAMES = ("actions", "endless", "sound")
 COUNT = 16
@@ -116,6 +118,17 @@ def test_a_body_is_read_as_lost_where_two_ghosts_of_it_stand(drawn: dict[str, Dr
         ghosts.append(actions.read(faded[5:15], gap, video.fps)["identity"])
         assert actions.read(frames[5:15], gap, video.fps)["identity"] == 1
     assert np.mean(ghosts) < 0.8  # a body that goes back the way it came has hardly any
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_no_change_in_a_video_is_taken_for_a_cut(name: str, drawn: dict[str, Drawn]) -> None:
+    for frames, video in drawn[name]:
+        sampled = []
+        for number, frame in enumerate(frames):
+            planes = av.VideoFrame.from_ndarray(frame, format="rgb24").reformat(format="yuv420p").to_ndarray()
+            sampled.append(Sampled(planes, number, number / video.fps, False))
+        found = list(shots(sampled))
+        assert sum(first for _, first, _ in found) == 1 and not any(dropped for _, _, dropped in found)
 
 
 def test_an_endless_texture_does_not_come_again() -> None:
