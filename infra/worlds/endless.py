@@ -56,7 +56,7 @@ def heldout(look: Look) -> bool:
     return sum(numbers) % 5 == 0
 
 
-def render(seed: int, heldout: bool, *, size: int = 32, frames: int = 64, fps: int = 12, pace: float = 0.03) -> Video:
+def render(seed: int, heldout: bool, *, size: int = 32, frames: int = 64, fps: int = 12, pace: float = 0.02) -> Video:
     """A video of this world.
 
     Args:
@@ -160,6 +160,6 @@ def _ways(moved: Floats) -> list[str | None]:
 WORLD = World(
     "a texture that goes by for ever and never repeats: does a video go on as it began, without joints and decay?",
     render,
-    {"size": 32, "frames": 64, "fps": 12, "pace": 0.03},
+    {"size": 32, "frames": 64, "fps": 12, "pace": 0.02},
     read,
 )
