@@ -96,7 +96,7 @@ CLAIMS = [
         "mavin",
         "spans",
         "Spans of any length teach a model to fill gaps, better than spans of one length or single frames do, and the "
-        "frames at the ends tell it what the body is (§3 of the paper). Training has gaps of up to 12 frames.",
+        "frames at the ends tell it what the body is. Training has gaps of up to 12 frames.",
         (*ARMS, *WITHOUT),
         FIGURES,
         [

@@ -34,7 +34,8 @@ ARMS = {"its own sound": 0, "another video's": 1, "no sound": None, "real": None
 
 def stages(folder: Path, seed: int, short: bool) -> dict[str, Any]:
     """The recipe's stages."""
-    shards = sharded(folder, "sound", 24 if short else 400, SIZE, (2, LENGTH / FPS), frames=LENGTH, fps=FPS)
+    seconds = (2, LENGTH / FPS)
+    shards = sharded(folder, "sound", 24 if short else 400, SIZE, seconds, seed=seed, frames=LENGTH, fps=FPS)
     quiet = {"workers": 0, "sample_every": 0, "keep_checkpoints": 1}
     common = {"dataset": "shards", "seed": seed, "run": quiet, "schedule": "cosine"}
     steps = 20 if short else 500
@@ -118,8 +119,7 @@ CLAIMS = [
     Claim(
         "tats",
         "hearing",
-        "A transformer that sees the tokens of the sound first makes videos that fit it (§2.3 of the paper). Chance is a third "
-        "for the colour.",
+        "A transformer that sees the tokens of the sound first makes videos that fit it. Chance is a third for the colour.",
         tuple(ARMS),
         FIGURES,
         [("its own sound", other, name) for other in ("another video's", "no sound") for name in FIGURES],

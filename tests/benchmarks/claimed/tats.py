@@ -232,7 +232,7 @@ CLAIMS = [
         tuple(BORDERS),
         {
             "kappa": Shown("equal tokens a latent frame later, above chance (kappa)", "higher"),
-            "score_paper": Shown("their share, as the paper counts", "higher", "0.75 for replicated (§A.2)"),
+            "score_paper": Shown("their share, as the paper counts", "higher", "0.75 for replicated (§A.3)"),
             "ends": Shown("share at the ends of clips", "higher"),
             "inside": Shown("share inside of clips", "higher"),
             "l1": Shown("error of held-out clips, L1", "lower"),
