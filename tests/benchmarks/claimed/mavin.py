@@ -48,7 +48,7 @@ def maker(arm: str, seed: int, folder: Path, short: bool) -> Callable[[Clips, in
         shards = sharded(folder, "actions", 24, 2 * SIZE, (FRAMES / FPS, 3), frames=FRAMES, fps=FPS)
         dataset = ran(folder, {"shards": shards})["shards"].uri
     options = argparse.Namespace(
-        out=folder.absolute(), dataset=dataset, steps=30 if short else 1500, lr=4e-3, sample_steps=20
+        out=folder.absolute(), dataset=dataset, steps=30 if short else 1000, lr=4e-3, sample_steps=20
     )
     known = drawn("actions", 64 if short else 3000, 1 + seed, False, SIZE, frames=FRAMES, fps=FPS)
     one = mavin_arms.trained(options, ARMS[arm], seed, Stream(known.video, FRAMES, 16, seed))
