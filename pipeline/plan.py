@@ -153,6 +153,11 @@ def _share(ids: np.ndarray) -> np.ndarray:
     return np.frombuffer(bytes.fromhex(digits.decode()), ">u4") / 2.0**32
 
 
+def share_of(uri: str, size: int) -> float:
+    """Where a source of so many bytes and no tag stands between 0 and 1: it is held out where that is below `val_fraction`."""
+    return float(_share(np.array([_by_samples(uri, size)], "S20"))[0])
+
+
 @dataclass
 class Grouping:
     """Assigns groups to rows that come a part at a time: the number of the open group, its bytes and rows so far."""

@@ -21,6 +21,7 @@ import yaml
 from torch import nn
 
 from longtake.infra import cli, graph, recipe, stages, yaml_text
+from longtake.infra.cli.evaluate import suite_of
 from longtake.training.models.latte.model import Latte
 from longtake.training.models.memory.dit import MemoryDiT
 from longtake.training.models.pv_vae.model import PVVAE

@@ -6,6 +6,7 @@ import click
 
 from longtake.datasets.masking import shown, shown_within
 from longtake.infra.cli.alike import alike
+from longtake.infra.worlds import WORLDS
 
 _DIFF_LINES, _MAKERS = 20, 4
 _PICTURES = {b"\xff\xd8": "jpg", b"\x89PNG": "png", b"RIFF": "webp"}  # by their first bytes
@@ -14,17 +15,61 @@ _PICTURES = {b"\xff\xd8": "jpg", b"\x89PNG": "png", b"RIFF": "webp"}  # by their
 @click.command()
 @click.argument("folder")
 @click.option("--count", default=12, show_default=True, help="Number of videos.")
-@click.option("--seconds", default=12.0, show_default=True, help="Length of each.")
+@click.option("--seconds", type=float, help="Length of each; 12 by default. Worlds have options of their own.")
 @click.option("--seed", default=0, show_default=True, help="The same seed makes the same footage.")
-def footage(folder: str, count: int, seconds: float, seed: int) -> None:
+@click.option("--world", metavar="NAME", help=f"Videos made for one question: {', '.join(sorted(WORLDS))}.")
+@click.option("--heldout", type=float, help="Share of a world's videos of held-out combinations; 0.2 by default.")
+@click.option(
+    "--option", "changes", multiple=True, metavar="KEY=VALUE", help="An option of the world; may be repeated."
+)
+def footage(
+    folder: str,
+    count: int,
+    seconds: float | None,
+    seed: int,
+    world: str | None,
+    heldout: float | None,
+    changes: tuple[str, ...],
+) -> None:
     """Make test footage in FOLDER, with its ground truth.
 
-    The videos have moving objects and cameras, cuts, fades and stills.
+    The videos have moving objects and cameras, cuts, fades and stills. Those of a world show one thing that can be judged,
+    and combinations of what they show are held out; `shard` puts those into `val`, for a val_fraction from 0.02 to 0.5.
     """
-    from longtake.infra.footage import generate
+    from longtake.datasets.errors import UserError
 
-    paths = generate(folder, count, seed, seconds)
+    if world is None:
+        from longtake.infra.footage import generate
+
+        if heldout is not None or changes:
+            raise UserError(f"{'--heldout' if heldout is not None else '--option'}: is of worlds; add --world NAME")
+        paths = generate(folder, count, seed, 12.0 if seconds is None else seconds)
+    else:
+        from longtake.infra.worlds import write
+
+        if seconds is not None:
+            raise UserError("--seconds: worlds have options of their own; use --option KEY=VALUE")
+        options = _options(changes)
+        paths = write.generate(folder, world, count, seed, 0.2 if heldout is None else heldout, **options)
     click.echo(f"{len(paths)} videos in {folder}, their ground truth in *.truth.json, captions in captions.jsonl")
+
+
+def _options(changes: tuple[str, ...]) -> dict[str, Any]:
+    """The options of KEY=VALUE, values as in JSON, or texts."""
+    import json
+
+    from longtake.datasets.errors import UserError
+
+    options: dict[str, Any] = {}
+    for change in changes:
+        key, equals, text = change.partition("=")
+        if not equals:
+            raise UserError(f"--option {change}: write KEY=VALUE")
+        try:
+            options[key] = json.loads(text)
+        except ValueError:
+            options[key] = text
+    return options
 
 
 @click.group()

@@ -7,12 +7,18 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-import numpy as np
-import numpy.typing as npt
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
 
-WORLDS: dict[str, str] = {}  # name -> module
+WORLDS: dict[str, str] = {  # name -> module
+    "actions": "longtake.infra.worlds.actions",
+    "endless": "longtake.infra.worlds.endless",
+    "physics": "longtake.infra.worlds.physics",
+    "sound": "longtake.infra.worlds.sound",
+}
 
 
 class Video(NamedTuple):

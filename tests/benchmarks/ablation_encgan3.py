@@ -89,9 +89,14 @@ def heading(video: Tensor) -> Tensor:
 # T: training, and what the encoders have learned.
 
 
-def trained(options: argparse.Namespace, variant: str, seed: int) -> EncGAN3:
-    """The model of a variant: trained, or continued to the end."""
+def trained(options: argparse.Namespace, variant: str, seed: int, videos: Any = None) -> EncGAN3:
+    """The model of a variant: trained, or continued to the end.
+
+    Args:
+        videos: `(frames, batch) -> stream` to learn from; None: sprites and footage.
+    """
     changes = VARIANTS[variant]
+    videos = videos or (lambda frames, batch: Mixture(options.films, options.draw, frames, batch, seed))
     settings: dict[str, Any] = {"steps": options.steps, "lr": options.lr, "gan_start": options.steps * 2 // 3}
     if "parent" in changes:
         settings = {"steps": options.steps // 3, "lr": options.lr / 2, "gan_start": 0}
@@ -105,9 +110,9 @@ def trained(options: argparse.Namespace, variant: str, seed: int) -> EncGAN3:
     torch.manual_seed(seed)
     made = EncGAN3(config.encgan3())
     if "parent" in changes:
-        made.load_state_dict(trained(options, changes["parent"], seed).state_dict())
+        made.load_state_dict(trained(options, changes["parent"], seed, videos).state_dict())
     else:
-        first = next(iter(Mixture(options.films, options.draw, FRAMES, 32, seed)))["video"]
+        first = next(iter(videos(FRAMES, 32)))["video"]
         made.scale_latents(to_model(first).transpose(1, 2))
     made.to(engines.device())
     judges = Discriminators(SIZE, made.config.width, "group", made.config.groups).to(engines.device())
@@ -120,8 +125,7 @@ def trained(options: argparse.Namespace, variant: str, seed: int) -> EncGAN3:
     )
     folder = options.out / f"T-{variant}-{seed}"
     made.train()
-    stream: Any = Mixture(options.films, options.draw, SPAN if config.recall else FRAMES, config.batch, seed)
-    train(objective, stream, config, folder)
+    train(objective, videos(SPAN if config.recall else FRAMES, config.batch), config, folder)
     made.load_state_dict(checkpoint.trained(folder, config))
     return made.eval()
 

@@ -1,17 +1,9 @@
-"""The claims of MAVIN (arXiv 2405.18003) with tiny models, several seeds, held-out sprites and sources.
+"""What gaps of MAVIN (arXiv 2405.18003) begin from, and joints made smooth: tiny models, held-out sprites and sources.
 
-    python tests/benchmarks/ablation_mavin.py OUT [--seeds 3] [--features squeezenet1_0.pth] [--part 1] [--seed 0]
+The paper's claims on spans and on frames at the ends are in `claimed/mavin.py`.
 
-T  training of `variable`, spans of 2 to 12 of 20 frames; `fixed`, spans of 8; `random`, frames one by one, as BERT has them;
-   `blind`, variable spans without the two frames beside the gap as guidance, as random ones must be; `mask`, with a channel
-   that says what is to be made; and with --features `squeezenet`, whose guidance is of that network.
-1  gaps of 4, 8 and 12 frames, which all but `fixed` have seen, and of 14, which none has, of each and of `held`, the frames
-   beside the gap with a cut between, and `faded`, a cross-fade, which in pixels is latent interpolation. PSNR and SSIM of
-   the gap, CLIP-RS and LPIPS by the network, ratios of joints; and, of what changes from frame to frame, `peak`, the most,
-   and `bend`, the mean turn of it, beside that of the true frames: 1 is as smooth as these. Besides, every second frame
-   alone is missing.
-2  sprites in the middle of a gap: whether they have the right colour and shape, by probes that have seen real frames alone;
-   and how far frames there are from those beside the gap, in colours and by the network, nearer to 0 being more alike.
+    python tests/benchmarks/ablation_mavin.py OUT [--seeds 3] [--features squeezenet1_0.pth] [--part 3] [--seed 0]
+
 3  what the noise of a gap begins from, of `variable`: how close frames are to the nearer one beside the gap, first and last
    ones and those in the middle; and how unlike gaps of 4 seeds are there.
 S  seams of long videos (see `long_films`) before and after `variable` has remade 4 frames on both sides of each joint: of
@@ -19,16 +11,14 @@ S  seams of long videos (see `long_films`) before and after `variable` has remad
    real ones, beside that of windows between joints.
 
 Sprites turn within the gap, and what they are is seen on both sides (see `toys`). A quarter of each batch is footage. Each
-finished part of a seed and an arm is a file of JSON in OUT and is not made again, and a training goes on where it was
-stopped; several processes may take a part, a seed or an arm each. All but T need the T of `variable` or their arm, and make
-it where it is missing.
+finished part of a seed and an arm is a file of JSON in OUT and is not made again, and a training of `variable`, spans of 2
+to 12 of 20 frames, goes on where it was stopped; several processes may take a part, a seed or an arm each.
 """
 
 import argparse
 import json
 import statistics
 import time
-from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -36,20 +26,15 @@ from pathlib import Path
 import long_films
 import torch
 from mavin_arms import (
-    ALONE,
-    ARMS,
     FRAMES,
-    LENGTHS,
     PLAIN,
     SPEEDS,
     TURNS,
     Trained,
-    alone,
     draw,
     filled,
     heldout,
     span_of,
-    tokens_of,
     trained,
 )  # fmt: skip
 from torch import Tensor
@@ -58,21 +43,18 @@ from toys import FPS, SIZE, filmed, prepare, sprites
 from longtake.datasets import storage
 from longtake.datasets.loader import to_model, to_pixels
 from longtake.training import engines
-from longtake.training.metrics import swap, transitions
+from longtake.training.metrics import transitions
 from longtake.training.metrics.distance import Sample, distance
-from longtake.training.metrics.features import FeatureNetwork, features, load_network
-from longtake.training.metrics.perceptual import Perceptual
+from longtake.training.metrics.features import FeatureNetwork, load_network
 from longtake.training.metrics.seams import around, bends, between, changes, seams
 from longtake.training.models.common import film
 from longtake.training.models.common.video import write_panels
 from longtake.training.models.generator import InfillSettings
-from longtake.training.models.mavin import baselines, encode, infill, spans
+from longtake.training.models.mavin import encode, infill
 from longtake.training.models.mavin.guidance import boundary_tokens
 from longtake.training.models.mavin.mixer import Mixer
 from longtake.training.models.mavin.windows import cut
 
-BASELINES = ("held", "faded", "real")
-GUIDED = ("variable", "blind", "squeezenet", "faded", "real")
 MIXERS = {
     "none": PLAIN,
     "paper same": Mixer("paper"),
@@ -82,9 +64,6 @@ MIXERS = {
     "unfiltered": Mixer("per_frame", cutoff=float("inf")),  # x_T
 }
 PARTS = {
-    "T": tuple(ARMS),
-    "1": (*ARMS, *BASELINES),
-    "2": GUIDED,
     "3": (*MIXERS, "real"),
     "S": tuple(long_films.FAMILIES),
 }
@@ -95,147 +74,10 @@ NETWORK_SIDE = 64  # pixels that frames are enlarged to for the network
 Found = dict[str, dict[str, float | None]]  # figure, group -> column -> value
 
 
-# T: training.
-
-
-def part_t(options: argparse.Namespace, arm: str, seed: int) -> Found:
-    """The flow's loss in gaps of held-out windows, at four times, with the same noise for all arms."""
-    setup = trained(options, arm, seed).setup
-    found: Found = {"loss": {}}
-    for kind, windows in heldout(options, seed, options.gaps).items():
-        video = to_model(windows.to(engines.device()))
-        x0 = setup.model.normalise(video)
-        noise = torch.randn(x0.shape, generator=torch.Generator().manual_seed(seed)).to(x0)
-        for length in LENGTHS:
-            mask = spans.mask_of([span_of(length)] * len(x0), FRAMES).to(x0.device)
-            hint, losses = tokens_of(setup, video, span_of(length)), list[float]()
-            for time_ in (0.125, 0.375, 0.625, 0.875):
-                t = x0.new_full((len(x0),), time_)
-                times = spans.times_of(t, mask, setup.model.config.clean_time)
-                with torch.no_grad():
-                    velocity = setup.model(spans.noised(x0, noise, t, mask), times, mask.sum(1), image=hint)
-                losses.append(float(spans.loss(velocity, x0, noise, mask).mean()))
-            found["loss"][f"{kind} {length}"] = statistics.mean(losses)
-    return found
-
-
-# 1: gaps by their length.
-
-
-def without_model(name: str, windows: Tensor, length: int) -> Tensor:
-    """Windows filled by a baseline, or as they are, in [-1, 1]."""
-    video, (begin, end) = to_model(windows), span_of(length)
-    if name == "real":
-        return video
-    before, after = video[:, :, :begin], video[:, :, end:]
-    gap = {"held": baselines.held, "faded": baselines.faded}[name](before, after, length)
-    return torch.cat([before, gap, after], dim=2)
-
-
-def maker_of(options: argparse.Namespace, name: str, seed: int) -> Callable[[Tensor, int], Tensor]:
-    """(windows uint8, length of the gap) -> windows filled, of an arm or a baseline."""
-    if name in ARMS:
-        one = trained(options, name, seed)
-        return lambda windows, length: filled(one, windows, length, seed)
-    return lambda windows, length: without_model(name, windows, length)
-
-
-def part_1(options: argparse.Namespace, name: str, seed: int) -> Found:
-    fill, found = maker_of(options, name, seed), defaultdict[str, dict[str, float | None]](dict)
-    for kind, windows in heldout(options, seed, options.gaps).items():
-        for length in LENGTHS:
-            made = fill(windows, length)
-            for figure, value in measured(options, to_model(windows), made, length).items():
-                found[f"{figure}, {kind}"][str(length)] = value
-            if length == LENGTHS[-2]:
-                pairs = zip(to_model(windows[:4]).split(1), made[:4].split(1), strict=True)
-                write_panels(options.out / f"1-{name}-{seed}-{kind}.mp4", [each for pair in pairs for each in pair], 6)
-        if name in ARMS or name == "faded":
-            video, places = to_model(windows), torch.tensor(ALONE)
-            again = alone(trained(options, name, seed), windows, seed) if name in ARMS else video.clone()
-            if name == "faded":
-                again[:, :, places] = (video[:, :, places - 1] + video[:, :, places + 1]) / 2
-            figures = middle(None, video[:, :, places], again[:, :, places])
-            found["every second frame missing"] |= {f"{figure} {kind}": value for figure, value in figures.items()}
-    return found
-
-
-def middle(perceptual: Perceptual | None, truth: Tensor, made: Tensor) -> dict[str, float]:
-    """The mean of `transitions.middle` over gaps `(N, 3, n, H, W)`."""
-    rows = [transitions.middle(*pair, perceptual) for pair in zip(made.split(1), truth.split(1), strict=True)]
-    return {figure: statistics.mean(row[figure] for row in rows) for figure in rows[0]}
-
-
-@torch.no_grad()
-def measured(options: argparse.Namespace, truth: Tensor, made: Tensor, length: int) -> dict[str, float | None]:
-    """Figures of windows with a gap in the middle beside the true ones, `(N, 3, T, H, W)` in [-1, 1]; see the module."""
-    begin, end = span_of(length)
-    found: dict[str, float | None] = dict(middle(None, truth[:, :, begin:end], made[:, :, begin:end]))
-    if options.network:
-        some = [each[: options.seen, :, begin:end].to(engines.device()) for each in (truth, made)]
-        found["lpips"] = middle(Perceptual(options.network), *some)["lpips"]
-        found["clip_rs"] = statistics.mean(
-            transitions.clip_rs(*(transitions.embedded(partial(looks, options.network), each) for each in pair))
-            for pair in zip(
-                made[: options.seen, :, begin - 1 : end + 1], truth[:, :, begin - 1 : end + 1], strict=False
-            )
-        )
-    found |= transitions.joints(made, begin, length)  # of all windows at once: the ratio of means
-    peaks, turns = [], []
-    for video in (made, truth):
-        peaks.append(float(changes(video[:, :, begin - 1 : end + 1]).amax(1).mean()))
-        turns.append(float(bends(video[:, :, begin - 2 : end + 2]).mean()))
-    return found | {"peak": peaks[0] / peaks[1], "bend": turns[0] / turns[1]}
-
-
-def looks(network: FeatureNetwork, frames: Tensor) -> Tensor:
-    """The network's embeddings of frames `(N, 3, H, W)`, `(N, E)`."""
-    return features(network, frames[:, :, None].to(engines.device())).cpu()
-
-
-# 2: what is seen in the middle of a gap.
-
-
-def centred(frames: Tensor) -> Tensor:
-    """What is coloured in frames `(N, 3, 1, H, W)`, moved to the middle, `(N, H W)`: sprites by their shape alone."""
-    colour = (frames.amax(1) - frames.amin(1) - 0.2).clamp_min(0)[:, 0]
-    turn = 2 * torch.pi * torch.arange(SIZE) / SIZE
-    rows = []
-    for each in colour / colour.amax((1, 2), keepdim=True).clamp_min(1e-3):
-        weights = each.sum(1), each.sum(0)
-        places = [float(torch.atan2(w @ turn.sin(), w @ turn.cos())) / (2 * torch.pi) * SIZE for w in weights]
-        rows.append(each.roll([SIZE // 2 - round(place) for place in places], (0, 1)).flatten())
-    return torch.stack(rows)
-
-
-def part_2(options: argparse.Namespace, name: str, seed: int) -> Found:
-    # probes of real frames of sprites, none of which is held out
-    known = sprites(options.known, 1, 1_000_000 + seed, False)
-    frames = to_model(known.video)
-    colour = swap.fit_classes(swap.content(frames), known.colour)
-    shape = swap.fit_classes(centred(frames), known.shape)
-
-    fill, found = maker_of(options, name, seed), defaultdict[str, dict[str, float | None]](dict)
-    some = sprites(options.gaps, FRAMES, 2_000_000 + seed, True, SPEEDS, TURNS)  # those of `heldout`
-    for kind, windows in heldout(options, seed, options.gaps).items():
-        for length in LENGTHS:
-            made, (begin, end) = fill(windows, length), span_of(length)
-            centre = made[:, :, FRAMES // 2 : FRAMES // 2 + 1]
-            if kind == "sprites":
-                right = {
-                    "colour": colour(swap.content(centre)) == some.colour,
-                    "shape": shape(centred(centre)) == some.shape,
-                }
-                for figure, each in right.items():
-                    found[f"right {figure}"][str(length)] = float(each.double().mean())
-            sides = [made[:, :, place : place + 1] for place in (begin - 1, end)]
-            gaps = [(swap.content(centre) - swap.content(side)).norm(dim=1).mean() for side in sides]
-            found[f"distance in colours, {kind}"][str(length)] = float(sum(gaps)) / 2
-            if options.network:
-                vectors = [looks(options.network, each[:, :, 0]) for each in (centre, *sides)]
-                alike = [torch.cosine_similarity(vectors[0], side, dim=1).mean() for side in vectors[1:]]
-                found[f"distance by the network, {kind}"][str(length)] = 1 - float(sum(alike)) / 2
-    return found
+def psnr(truth: Tensor, made: Tensor) -> float:
+    """The mean over gaps `(N, 3, n, H, W)`."""
+    pairs = zip(made.split(1), truth.split(1), strict=True)
+    return statistics.mean(transitions.middle(*pair)["psnr"] for pair in pairs)
 
 
 # 3: what a gap begins from.
@@ -259,9 +101,7 @@ def part_3(options: argparse.Namespace, name: str, seed: int) -> Found:
                 gaps = torch.stack(made)[:, :, :, begin:end].transpose(0, 1)
                 unlike = torch.stack([transitions.diversity(each) for each in gaps]).mean(0)
                 row |= {"diversity at the ends": ends(unlike), "diversity in the middle": inner(unlike)}
-                row["psnr"] = statistics.mean(
-                    middle(None, truth[:, :, begin:end], each[:, :, begin:end])["psnr"] for each in made
-                )
+                row["psnr"] = statistics.mean(psnr(truth[:, :, begin:end], each[:, :, begin:end]) for each in made)
             found[f"gaps of {length}, {kind}"] = row
     return found
 
@@ -336,7 +176,7 @@ def smoothed(one: Trained, films: Tensor, joints: Sequence[int], seed: int) -> T
 
 # All of it.
 
-MAKERS = {"T": part_t, "1": part_1, "2": part_2, "3": part_3, "S": part_s}
+MAKERS = {"3": part_3, "S": part_s}
 
 
 def jobs(options: argparse.Namespace) -> Iterator[tuple[str, Callable[[], Found]]]:
@@ -344,7 +184,7 @@ def jobs(options: argparse.Namespace) -> Iterator[tuple[str, Callable[[], Found]
     for seed in [options.seed] if options.seed is not None else range(options.seeds):
         for part in options.part:
             for name in PARTS[part]:
-                if options.arm in (None, name) and (name != "squeezenet" or options.network):
+                if options.arm in (None, name):
                     yield f"{part}-{name.replace(' ', '_')}-{seed}", partial(MAKERS[part], options, name, seed)
 
 
@@ -393,10 +233,11 @@ def main() -> None:
     parser.add_argument("--footage", type=int, default=24, help="videos of 24 seconds")
     parser.add_argument("--windows", type=int, default=512, help="of training footage")
     parser.add_argument(
-        "--gaps", type=int, default=64, help="held-out gaps of each length, of sprites; half as many of footage"
+        "--gaps",
+        type=int,
+        default=64,
+        help="held-out gaps of each length, of sprites, four times those made; half as many of footage",
     )
-    parser.add_argument("--seen", type=int, default=16, help="of these, that the network sees")
-    parser.add_argument("--known", type=int, default=2048, help="real frames that probes learn from")
     parser.add_argument("--videos", type=int, default=16, help="long ones of a family")
     options = parser.parse_args()
     options.out, options.part = options.out.absolute(), options.part or [*PARTS]

@@ -10,26 +10,20 @@ from toys import SIZE, Mixture, sprites
 from longtake.datasets.loader import to_model
 from longtake.training import checkpoint, engines
 from longtake.training.loop import train
-from longtake.training.models.common import flow
 from longtake.training.models.generator import InfillSettings
-from longtake.training.models.mavin import encode, finetune, infill, spans
+from longtake.training.models.mavin import encode, finetune, infill
 from longtake.training.models.mavin.guidance import boundary_tokens
 from longtake.training.models.mavin.mixer import Mixer, initial
-from longtake.training.pictures.encoder import NetworkFrames
 
 ARMS: dict[str, dict[str, Any]] = {
     "variable": {},
     "fixed": {"spans": {"kind": "fixed", "length": 8}},
     "random": {"spans": {"kind": "random"}, "image": None},
     "blind": {"image": None},
-    "mask": {"model": {"mask_channel": True}},
-    "squeezenet": {"image": "features"},
 }
 MODEL = {"preset": "mavin_tiny", "width": 64, "heads": 2, "patch": 4}
 FRAMES, SPANS = 20, {"starts": (4, 9), "ends": (11, 16)}
-LENGTHS = (4, 8, 12, 14)  # of gaps; the last one is longer than any of training
-ALONE = tuple(range(3, 17, 2))  # frames that are missing one by one, about as many as of a random window
-SPEEDS, TURNS = (0.8, 1.4), (8, 12)  # of sprites; of held-out ones the turn is within gaps of all LENGTHS
+SPEEDS, TURNS = (0.8, 1.4), (8, 12)  # of sprites; of held-out ones the turn is within the gap
 BATCH = 32  # windows filled at once
 PLAIN = Mixer()  # noise alone
 
@@ -50,24 +44,21 @@ class Trained(NamedTuple):
     setup: finetune.Setup
 
 
-def trained(options: argparse.Namespace, arm: str, seed: int) -> Trained:
-    """The model of an arm, trained to the end by the stage's own code."""
+def trained(options: argparse.Namespace, arm: str, seed: int, stream: Any = None) -> Trained:
+    """The model of an arm, trained to the end by the stage's own code, on sprites and footage or on another stream."""
     changes = ARMS[arm]
-    image = options.features if changes.get("image") == "features" else changes.get("image", "own")
+    image = changes.get("image", "own")
     config = finetune.Config(
         kind="finetune_mavin", dataset=options.dataset, image=image, frames=FRAMES, size=(SIZE, SIZE), seed=seed,
-        model=MODEL | changes.get("model", {}), spans=SPANS | changes.get("spans", {}), steps=options.steps, batch=16,
+        model=MODEL, spans=SPANS | changes.get("spans", {}), steps=options.steps, batch=16,
         lr=options.lr, schedule="cosine", warmup_steps=20, ema_half_lives=(50,), sample_steps=options.sample_steps, least_similarity=-1,
         run={"workers": 0, "sample_every": 0, "heldout_every": 0, "checkpoint_every": 250, "keep_checkpoints": 1},
     )  # fmt: skip
     folder = options.out / f"T-{arm}-{seed}"
     torch.manual_seed(seed)
     setup = finetune.prepare(config, {"dataset": options.dataset}, folder)
-    if arm == "squeezenet":
-        assert setup.encoder
-        setup = setup._replace(encoder=NetworkFrames(options.network, setup.encoder.width))  # which enlarges frames
     setup.model.train()
-    stream: Any = Mixture(options.films, draw, FRAMES, config.batch, seed)
+    stream = stream or Mixture(options.films, draw, FRAMES, config.batch, seed)
     train(finetune.objective(config, setup), stream, config, folder)
     setup.model.load_state_dict(checkpoint.trained(folder, config))
     setup.model.eval()
@@ -104,21 +95,3 @@ def filled(one: Trained, windows: Tensor, length: int, seed: int, mixer: Mixer =
         gap = model.denormalise(whole[:, :, begin:end]).clamp(-1, 1)
         made.append(torch.cat([video[:, :, :begin], gap, video[:, :, end:]], dim=2).cpu())
     return torch.cat(made)
-
-
-@torch.no_grad()
-def alone(one: Trained, windows: Tensor, seed: int) -> Tensor:
-    """Windows with the frames ALONE filled, without guidance by frames, of which there are no two beside a gap."""
-    model, video = one.setup.model, to_model(windows.to(engines.device()))
-    clean = model.normalise(video)
-    mask = torch.isin(torch.arange(FRAMES), torch.tensor(ALONE)).expand(len(video), -1).to(video.device)
-    inside = mask[:, None, :, None, None]
-
-    def velocity(x: Tensor, t: Tensor) -> Tensor:
-        times = spans.times_of(t, mask, model.config.clean_time)
-        made: Tensor = model(torch.where(inside, x, clean), times, mask.sum(1)).float()
-        return made
-
-    noise = torch.randn(clean.shape, generator=torch.Generator().manual_seed(seed)).to(clean)
-    made = model.denormalise(flow.euler(velocity, noise, one.config.sample_steps)).clamp(-1, 1)
-    return torch.where(inside, made, video).cpu()
