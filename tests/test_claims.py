@@ -48,7 +48,7 @@ def test_a_finished_arm_is_not_run_again(claims: ModuleType, tmp_path: Path) -> 
             claims.run_one("pv_vae", claim, arm, seed, tmp_path / "out", tmp_path / "work", False)
     assert [call[:2] for call in calls] == [("plain", 0), ("+more", 0), ("plain", 1), ("+more", 1)]
     assert len({folder for _, _, folder in calls}) == 1 and calls[0][2].is_dir()
-    record = json.loads((tmp_path / "out/pv_vae/toy/+more-1.json").read_text())
+    record = json.loads((tmp_path / "out/pv_vae/toy/more-1.json").read_text())
     assert record["figures"] == {"far": 1.1, "score": 2.0} and record["seed"] == 1
 
 

@@ -47,8 +47,9 @@ def claims_of(paper: str) -> Sequence[Claim]:
 
 
 def result_file(out: Path, paper: str, claim: Claim, arm: str, seed: int) -> Path:
-    name = re.sub(r"[^\w+.%-]+", "-", arm)
-    return out / paper / claim.name / f"{name}-{seed}.json"
+    names = [re.sub(r"[^\w.]+", "-", other).strip("-") for other in claim.arms]
+    assert len(set(names)) == len(names), f"{claim.name}: two arms have the same file"
+    return out / paper / claim.name / f"{names[list(claim.arms).index(arm)]}-{seed}.json"
 
 
 def run_one(paper: str, claim: Claim, arm: str, seed: int, out: Path, work: Path, short: bool) -> None:
