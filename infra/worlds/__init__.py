@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 WORLDS: dict[str, str] = {  # name -> module
     "physics": "longtake.infra.worlds.physics",
+    "return": "longtake.infra.worlds.returning",
 }
 
 
