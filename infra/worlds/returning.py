@@ -3,7 +3,8 @@
 Three squares of different colours stand in the four corners of a view, one corner is empty. The camera looks at them, turns
 at an even speed along a wall, and turns back. Its path is the same in all videos that are out of sight equally long, and
 the wall gets lighter away from the squares: so how the camera moves is seen in the last frames, and what it comes back to
-is nowhere but in the first ones. One in five arrangements of colours is held out.
+is nowhere but in the first ones. One in five arrangements of colours is held out. With `wall: squares` others stand along
+the wall too, at random: there is always something in sight that is to be remembered.
 """
 
 from collections.abc import Iterator, Mapping
@@ -29,7 +30,7 @@ COLOURS = {
 }
 CORNERS = ("top left", "top right", "bottom left", "bottom right")
 GROUND, LIGHT = 70, 210  # grey behind the squares, and at the end of the wall
-OPTIONS: Mapping[str, Any] = {"away": 6.0, "look": 2.0, "turn": 2.0, "size": 32, "fps": 4}
+OPTIONS: Mapping[str, Any] = {"away": 6.0, "look": 2.0, "turn": 2.0, "size": 32, "fps": 4, "wall": "grey"}
 _PALETTE = np.array([*COLOURS.values()], float)
 
 
@@ -47,11 +48,12 @@ def arrangements(heldout: bool) -> list[Arrangement]:
 def render(seed: int, heldout: bool, **options: Any) -> Video:
     """A video of the world; see `WORLD.options`.
 
-    away    seconds without any square in sight
+    away    seconds without any of the corners in sight
     look    seconds that the camera looks at the squares, before and after
     turn    seconds from the squares in full view until they are out of sight
     size    pixels a side of the square picture
     fps     frames a second
+    wall    grey; or squares, which stand along it too
 
     UserError for an option that there is none of, or for too little time or too few pixels.
     """
@@ -64,9 +66,14 @@ def render(seed: int, heldout: bool, **options: Any) -> Video:
     look, turn, away = (round(made[name] * fps) for name in ("look", "turn", "away"))
     if fps < 1 or min(look, turn, away) < 1:
         raise UserError("look, turn, away: each needs one frame at least; raise it, or fps")
-    known = arrangements(heldout)
-    corners = known[int(np.random.default_rng([seed, heldout]).integers(len(known)))]
+    if made["wall"] not in ("grey", "squares"):
+        raise UserError(f"wall: is {made['wall']}; choose grey or squares")
+    known, rng = arrangements(heldout), np.random.default_rng([seed, heldout])
+    corners = known[int(rng.integers(len(known)))]
     path = camera(look, turn, away, size)
+    others = np.full((2, 2 * int(path.max()) // size), -1)
+    if made["wall"] == "squares":
+        others = rng.integers(-1, len(COLOURS), others.shape)
     names = [None if colour is None else list(COLOURS)[colour] for colour in corners]
     truth = {
         "fps": fps,
@@ -79,7 +86,15 @@ def render(seed: int, heldout: bool, **options: Any) -> Video:
     squares = [f"a {name} square {corner}" for name, corner in zip(names, CORNERS, strict=True) if name]
     caption = f"{', '.join(squares)}; the camera turns away for {away / fps:g} seconds and comes back"
     empty = CORNERS[corners.index(None)]
-    return Video(_frames(corners, path, size), len(path), fps, caption, f"empty {empty}", heldout, truth)
+    return Video(
+        _frames(panorama(corners, others, int(path.max()), size), path),
+        len(path),
+        fps,
+        caption,
+        f"empty {empty}",
+        heldout,
+        truth,
+    )
 
 
 def camera(look: int, turn: int, away: int, size: int) -> npt.NDArray[np.int64]:
@@ -92,20 +107,27 @@ def camera(look: int, turn: int, away: int, size: int) -> npt.NDArray[np.int64]:
     return path.round().astype(np.int64)
 
 
-def _frames(corners: Arrangement, path: npt.NDArray[np.int64], size: int) -> Iterator[Frames]:
-    scene = panorama(corners, int(path.max()), size)
+def _frames(scene: Frames, path: npt.NDArray[np.int64]) -> Iterator[Frames]:
     for left in path:
-        yield scene[:, left : left + size].copy()
+        yield scene[:, left : left + scene.shape[0]].copy()
 
 
-def panorama(corners: Arrangement, reach: int, size: int) -> Frames:
-    """All that the camera can see, `(size, size + reach, 3)`: the squares, and the wall that gets lighter."""
+def panorama(corners: Arrangement, others: npt.NDArray[np.int64], reach: int, size: int) -> Frames:
+    """All that the camera can see, `(size, size + reach, 3)`: the squares, and the wall that gets lighter.
+
+    `others` `(2, n)` are the colours of squares along the wall, which begins after the corners; -1 is none.
+    """
     shade = np.full(size + reach, float(GROUND))
     shade[size:] = GROUND + (LIGHT - GROUND) * np.arange(1, reach + 1) / reach
     scene = np.broadcast_to(shade[None, :, None], (size, size + reach, 3)).round().astype(np.uint8)
     for corner, colour in enumerate(corners):
         if colour is not None:
             scene[_square(corner, size)] = _PALETTE[colour]
+    rows, columns = _square(0, size)
+    for (row, column), colour in np.ndenumerate(others):
+        if colour >= 0:
+            down, right = row * size // 2, size + column * size // 2
+            scene[down + rows.start : down + rows.stop, right + columns.start : right + columns.stop] = _PALETTE[colour]
     return scene
 
 
@@ -143,7 +165,9 @@ def read(frames: Frames, truth: Mapping[str, Any], fps: float) -> dict[str, floa
         raise UserError(f"the video has {len(frames)} frames; the camera is back with frame {begin}")
     rows = [seen(frame) for frame in frames[begin:]]
     right = [[here == true for here, true in zip(row, truth["corners"], strict=True) if true] for row in rows]
-    filled = [[(here is None) == (true is None) for here, true in zip(row, truth["corners"], strict=True)] for row in rows]
+    filled = [
+        [(here is None) == (true is None) for here, true in zip(row, truth["corners"], strict=True)] for row in rows
+    ]
     return {"right": float(np.mean(right)), "corners": float(np.mean(filled))}
 
 

@@ -233,7 +233,9 @@ def trained(stage: Any, config: Any, model: MemoryDiT, made: Material, folder: P
 
 
 @torch.no_grad()
-def returned(model: MemoryDiT, made: Material, solver_steps: int = 10, pictures: Path | None = None) -> dict[str, float]:
+def returned(
+    model: MemoryDiT, made: Material, solver_steps: int = 10, pictures: Path | None = None
+) -> dict[str, float]:
     """What the world's reader says of held-out films that the model goes on with from before the squares are in sight again.
 
     `right K` and `corners K` of films that are out of sight for K seconds, see `returning.read`.
@@ -250,7 +252,9 @@ def returned(model: MemoryDiT, made: Material, solver_steps: int = 10, pictures:
         rows = [returning.read(video, truth, FPS) for video, truth in zip(videos, films.truths, strict=True)]
         found |= {f"{name} {away:g}": float(np.mean([row[name] for row in rows])) for name in rows[0]}
         if pictures:
-            show(pictures / f"returned-{away:g}.png", films.pixels.permute(0, 2, 3, 4, 1).numpy(), videos, seen.shape[1])
+            show(
+                pictures / f"returned-{away:g}.png", films.pixels.permute(0, 2, 3, 4, 1).numpy(), videos, seen.shape[1]
+            )
     return found
 
 
