@@ -6,7 +6,6 @@ is of films of one length and of segments at one place, so that none of it is pa
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from functools import cache, partial
 from pathlib import Path
@@ -23,7 +22,7 @@ from longtake.infra.worlds import returning
 from longtake.training import checkpoint, engines
 from longtake.training.loop import train
 from longtake.training.models.generator import Settings
-from longtake.training.models.memory import finetune, pretrain, retrieval, segments
+from longtake.training.models.memory import retrieval, segments
 from longtake.training.models.memory.dit import MemoryDiT
 from longtake.training.models.memory.retrieval import Video
 from longtake.training.models.pv_vae import pretrain as pretrain_vae
@@ -31,14 +30,17 @@ from longtake.training.models.pv_vae.model import PVVAE
 from longtake.training.objective import Objective
 from longtake.training.registry import disk
 
-AWAYS = (1, 2, 4, 8, 12)  # seconds that the squares are out of sight, of films to learn from
+AWAYS = {"grey": (1, 4, 12), "squares": (4,)}  # seconds that films are away for, by what is on the wall
 SIZE, FPS, FACTOR = 32, 4, 2  # pixels a side, frames a second and of a latent
+FILM = {"look": 1.25, "turn": 1.0, "size": SIZE, "fps": FPS}  # what comes back is one segment
 SEGMENT, WINDOW = 4, 3  # latents that are generated at once, and that are seen beside the memory
 HISTORY = 40  # latents, all of the longest film
+BATCH = 16
+# towards noise, where a square's colour cannot be seen: it must come from what the model is given
+SHIFT = 4.0
 SHRINKS = (2, 4)  # of the low-res branches
 MODEL: Mapping[str, Any] = {
-    "preset": "memory_dit_tiny", "depth": 3, "width": 128, "heads": 4, "patch": 2, "memory_widths": [16, 32, 64, 128],
-    "window": WINDOW,
+    "preset": "memory_dit_tiny", "depth": 3, "width": 96, "heads": 3, "memory_widths": [16, 32, 64, 128], "window": WINDOW,
 }  # fmt: skip
 VAE: Mapping[str, Any] = {
     "preset": "pv_vae_tiny", "patch": 4, "multipliers": (1, 2), "temporal_downs": 1, "latent_channels": 12,
@@ -61,10 +63,10 @@ class Films(NamedTuple):
     low: Mapping[int, Tensor]
 
 
-def drawn(away: float, count: int, heldout: bool) -> tuple[Tensor, list[Mapping[str, Any]]]:
+def drawn(wall: str, away: float, count: int, heldout: bool) -> tuple[Tensor, list[Mapping[str, Any]]]:
     """Pixels of whole latents and truths of `count` films."""
     render = worlds.load("return").render
-    made = [render(seed, heldout, away=away, size=SIZE, fps=FPS) for seed in range(count)]
+    made = [render(seed, heldout, wall=wall, away=away, **FILM) for seed in range(count)]
     frames = (made[0].length - 1) // FACTOR * FACTOR + 1
     pixels = np.stack([np.stack(list(video.frames))[:frames] for video in made])
     return torch.from_numpy(pixels).permute(0, 4, 1, 2, 3).contiguous(), [video.truth for video in made]
@@ -97,7 +99,7 @@ class Windows:
 class Stretches:
     """A stream of batches of segments and all that came before them, as `longtake.datasets.loader` makes them.
 
-    Half of the segments are those in which the squares come back; the others are anywhere.
+    Most segments are those in which the squares come back; the others are anywhere.
     """
 
     def __init__(self, films: Mapping[float, Films], shrink: int | None, batch: int, seed: int) -> None:
@@ -109,8 +111,8 @@ class Stretches:
             self._batches += 1
             films = self._films[list(self._films)[int(rng.integers(len(self._films)))]]
             total = films.high.shape[2]
-            least = given(films.truths[0]) - 2 if rng.random() < 0.5 else 0
-            begin = int(rng.integers(least // 2, (total - SEGMENT) // 2 + 1)) * 2
+            back = given(films.truths[0])
+            begin = back if rng.random() < 0.75 else 2 * int(rng.integers((total - SEGMENT) // 2 + 1))
             yield batch_of(films, rng.integers(len(films.high), size=self._batch), begin, self._shrink)
 
     def state_dict(self) -> dict[str, Any]:
@@ -135,8 +137,8 @@ def batch_of(films: Films, rows: np.ndarray[Any, Any], begin: int, shrink: int |
     return batch
 
 
-def autoencoder(folder: Path, steps: int) -> PVVAE:
-    """The autoencoder of all arms and seeds, trained once on films of the world."""
+def autoencoder(folder: Path, wall: str, steps: int) -> PVVAE:
+    """The autoencoder of all arms and seeds, trained once on films with such a wall."""
     if (folder / "vae" / "config.json").exists():
         return disk.load(folder / "vae").eval().requires_grad_(False)
     config = pretrain_vae.Config(
@@ -147,7 +149,7 @@ def autoencoder(folder: Path, steps: int) -> PVVAE:
     torch.manual_seed(0)
     model = PVVAE(config.vae())
     loss = partial(pretrain_vae._loss, config, model.config, None, {})
-    stream: Any = Windows([drawn(away, 100, False)[0] for away in AWAYS], config.frames, config.batch, 0)
+    stream: Any = Windows([drawn(wall, away, 100, False)[0] for away in AWAYS[wall]], config.frames, config.batch, 0)
     with engines.process_group():
         train(Objective({"generator": model}, loss, lead="generator"), stream, config, folder / "vae-training")
     model.load_state_dict(checkpoint.trained(folder / "vae-training", config))
@@ -156,9 +158,9 @@ def autoencoder(folder: Path, steps: int) -> PVVAE:
 
 
 @torch.no_grad()
-def films_of(folder: Path, vae: PVVAE, away: float, count: int, heldout: bool) -> Films:
+def films_of(folder: Path, vae: PVVAE, wall: str, away: float, count: int, heldout: bool) -> Films:
     """Films and their latents, from the folder where they have been encoded before."""
-    pixels, truths = drawn(away, count, heldout)
+    pixels, truths = drawn(wall, away, count, heldout)
     path = folder / f"films-{away:g}-{count}-{'val' if heldout else 'train'}.pt"
     if not path.exists():
         parts: dict[int, list[Tensor]] = {by: [] for by in (1, *SHRINKS)}
@@ -179,21 +181,21 @@ class Material(NamedTuple):
 
 
 @cache
-def material(folder: Path, vae_steps: int, train_films: int, heldout_films: int) -> Material:
-    """All of it, made where it is missing."""
+def material(folder: Path, wall: str, vae_steps: int, train_films: int, heldout_films: int) -> Material:
+    """All of it, of films with such a wall, made where it is missing."""
     folder.mkdir(parents=True, exist_ok=True)
-    vae = autoencoder(folder, vae_steps)
+    vae = autoencoder(folder, wall, vae_steps)
     return Material(
         vae,
-        {away: films_of(folder, vae, away, train_films, False) for away in AWAYS},
-        {away: films_of(folder, vae, away, heldout_films, True) for away in AWAYS},
+        {away: films_of(folder, vae, wall, away, train_films, False) for away in AWAYS[wall]},
+        {away: films_of(folder, vae, wall, away, heldout_films, True) for away in AWAYS[wall]},
     )
 
 
 def fresh(made: Material, config: Any, seed: int) -> MemoryDiT:
     """A random model of a config's `model`, with the statistics of the films' latents."""
     torch.manual_seed(seed)
-    shape = (SEGMENT, *made.heldout[AWAYS[0]].high.shape[3:])
+    shape = (SEGMENT, *next(iter(made.heldout.values())).high.shape[3:])
     dit = config.dit(channels=made.vae.config.latent_channels, shape=shape, history=HISTORY)
     model, shrink = MemoryDiT(dit), shrink_of(dit)
     columns = [[films.high for films in made.train.values()]]
@@ -211,11 +213,11 @@ def shrink_of(dit: Any) -> int | None:
     return dit.shrink and dit.shrink[0]
 
 
-def settings(steps: int, seed: int, batch: int, model: Mapping[str, Any]) -> dict[str, Any]:
+def settings(steps: int, seed: int, model: Mapping[str, Any]) -> dict[str, Any]:
     """Settings that both stages share."""
     return {
         "dataset": "return", "latents": "latents", "frames": 1 + (SEGMENT - 1) * FACTOR, "history_seconds": HISTORY * FACTOR / FPS,
-        "model": {**MODEL, **model}, "posterior": "mean", "steps": steps, "batch": batch, "seed": seed, "lr": 2e-3,
+        "model": {**MODEL, **model}, "posterior": "mean", "shift": SHIFT, "steps": steps, "batch": BATCH, "seed": seed, "lr": 2e-3,
         "schedule": "cosine", "warmup_steps": 50, "ema_half_lives": (50,), "betas": (0.9, 0.99), "gradient_clip": 1.0,
         "run": {"sample_every": 0, "heldout_every": 0, "checkpoint_every": 200, "keep_checkpoints": 1},
     }  # fmt: skip
@@ -224,8 +226,6 @@ def settings(steps: int, seed: int, batch: int, model: Mapping[str, Any]) -> dic
 def trained(stage: Any, config: Any, model: MemoryDiT, made: Material, folder: Path) -> MemoryDiT:
     """The model after a training by the loss of `finetune` or `pretrain`, from the last checkpoint in the folder."""
     stream: Any = Stretches(made.train, shrink_of(model.config), config.batch, config.seed)
-    frozen = [name for name, parameter in model.named_parameters() if not parameter.requires_grad]
-    assert not frozen
     with engines.process_group():
         train(Objective({"model": model}, partial(stage._loss, config, model)), stream, config, folder)
     model.load_state_dict(checkpoint.trained(folder, config))
@@ -245,7 +245,7 @@ def returned(
         begin, total = given(films.truths[0]), films.high.shape[2]
         chunks = segments.generate(
             model, made.vae, total - begin, list(range(len(films.high))), start=films.high[:, :, :begin],
-            settings=Settings(solver_steps),
+            settings=Settings(solver_steps, shift=SHIFT),
         )  # fmt: skip
         seen = films.pixels[:, :, : 1 + (begin - 1) * FACTOR].permute(0, 2, 3, 4, 1).numpy()
         videos = np.concatenate([seen, *chunks], axis=1)
@@ -283,17 +283,10 @@ def bound(made: Material) -> dict[str, float]:
 
 
 @torch.no_grad()
-def retrieved(model: MemoryDiT, made: Material, folder: Path, away: float, count: int, seed: int) -> dict[str, float]:
-    """PSNR and SSIM of held-out films, all of whose latents are retrieved from their memory alone."""
-    films = made.heldout[away]
+def retrieved(model: MemoryDiT, made: Material, folder: Path, seed: int, count: int) -> dict[str, float]:
+    """PSNR and SSIM of `count` held-out films, all of whose latents are retrieved from their memory alone."""
     folder.mkdir(parents=True, exist_ok=True)
-    videos = (Video(n, films.pixels[n : n + 1], None) for n in range(count))
-    summary = retrieval.evaluate(model, made.vae, videos, folder, fps=FPS, seed=seed, solver_steps=10)
+    (films,) = made.heldout.values()
+    videos = (Video(n, pixels[None], None) for n, pixels in enumerate(films.pixels[:count]))
+    summary = retrieval.evaluate(model, made.vae, videos, folder, fps=FPS, seed=seed, solver_steps=10, shift=SHIFT)
     return {name: summary[name] for name in ("psnr", "ssim", "psnr_bound", "tokens")}
-
-
-def kept(path: Path, figures: Mapping[str, float]) -> None:
-    path.write_text(json.dumps(dict(figures), indent=2))
-
-
-STAGES = {"finetune": finetune, "pretrain": pretrain}

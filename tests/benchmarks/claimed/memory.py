@@ -1,8 +1,8 @@
 """The claims of the paper on a memory of the past (arXiv 2512.23851), on films of the world `return`.
 
-`return`       goes on with films from before the squares are in sight again: what is there is nowhere but in the memory.
-`pretraining`  the same from a memory that has learned to retrieve and from a new one, beside the same transformer.
-`retrieval`    latents of films, retrieved from their memory alone: by rate, beside a large patchifier, and with one branch.
+return       goes on with films from before the squares are in sight again: what they were is nowhere but in the memory
+pretraining  the same, in fewer steps, from a memory that has learned to retrieve and from a new one
+retrieval    films with a wall full of squares, retrieved from their memory alone: by rate, by a patchifier, with one branch
 
 Each arm of a seed trains by the losses of `finetune_memory_prior` and `pretrain_memory`, on the latents of an autoencoder
 that all arms and seeds share.
@@ -12,69 +12,137 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from longtake.training import checkpoint
+from claimed import Claim, Shown
+from claimed import _returning as films
 from longtake.training.models.memory import finetune, pretrain
 from longtake.training.models.memory.dit import MemoryDiT
 
-from claimed import Claim, Shown
-from claimed import _returning as films
-
 
 class Scale(NamedTuple):
-    """How much is trained and measured."""
+    """How much is trained and measured; `continued` are steps after a pretraining."""
 
     vae_steps: int
     train_films: int
     heldout_films: int
     steps: int
-    pretrain_steps: int
-    later_steps: int
+    retrieved: int
+    continued: int
 
 
-WHOLE = Scale(400, 200, 32, 1200, 800, 200)
-SHORT = Scale(20, 8, 2, 4, 4, 4)
-
-
-def scale_of(short: bool) -> Scale:
-    return SHORT if short else WHOLE
-
-
-def material_of(folder: Path, scale: Scale) -> films.Material:
-    """Shared by all claims, arms and seeds: beside the folder of a claim."""
-    return films.material(folder.parent / "films", scale.vae_steps, scale.train_films, scale.heldout_films)
-
-
-def finetuned(
-    made: films.Material, steps: int, seed: int, model: Mapping[str, Any], folder: Path, base: MemoryDiT | None = None
-) -> MemoryDiT:
-    """A model that has learned to continue films; with a base, what it has of the same shape begins with the base's weights."""
-    config = finetune.Config(kind="finetune_memory_prior", **films.settings(steps, seed, 16, model))
-    begun = films.fresh(made, config, seed)
-    if base is not None:
-        begun.load_state_dict(base.state_dict(), strict=False)
-    return films.trained(finetune, config, begun, made, folder)
-
-
-def retriever(made: films.Material, steps: int, seed: int, model: Mapping[str, Any], folder: Path) -> MemoryDiT:
-    """A model that has learned to retrieve latents of films from their memory."""
-    config = pretrain.Config(kind="pretrain_memory", **films.settings(steps, seed, 16, model))
-    begun = films.fresh(made, config, seed)
-    if checkpoint.latest(folder) and (kept := checkpoint.trained(folder, config)):
-        begun.load_state_dict(kept)
-    return films.trained(pretrain, config, begun, made, folder)
-
-
-RETURNING: Mapping[str, Mapping[str, Any]] = {
+WHOLE, SHORT = Scale(400, 200, 32, 1200, 800, 200), Scale(20, 8, 2, 4, 4, 4)
+RETURN: Mapping[str, Mapping[str, Any]] = {
     "memory": {"rates": ["2x2x2"]},
     "FramePack": {"memory": "framepack"},
     "last latents": {"memory": "none"},
 }
+PRETRAINING = ("pretrained", "pretrained, frozen", "not pretrained")
+RETRIEVAL: Mapping[str, Mapping[str, Any]] = {
+    "2x2x1": {"rates": ["2x2x1"]},
+    "2x2x2": {"rates": ["2x2x2"]},
+    "4x4x2": {"rates": ["4x4x2"]},
+    "4x4x2, a large patchifier": {"rates": ["4x4x2"], "memory": "patchify"},
+    "4x4x2, low-res branch only": {"rates": ["4x4x2"], "branches": "low"},
+    "4x4x2, high-res branch only": {"rates": ["4x4x2"], "branches": "high"},
+}
 
 
-def returning(arm: str, seed: int, folder: Path, short: bool) -> Mapping[str, float]:
-    scale = scale_of(short)
-    made = material_of(folder, scale)
-    if arm == "autoencoder":
+def material(folder: Path, short: bool, wall: str) -> tuple[Scale, films.Material]:
+    """Films and their autoencoder, which the claims of a wall share: they are beside the folder of a claim."""
+    scale = SHORT if short else WHOLE
+    sizes = (scale.vae_steps, scale.train_films, scale.heldout_films)
+    return scale, films.material(folder.parent / f"films-{wall}", wall, *sizes)
+
+
+def place(folder: Path, arm: str, seed: int) -> Path:
+    return folder / f"{arm.replace(',', '').replace(' ', '-')}-{seed}"
+
+
+def returns(arm: str, seed: int, folder: Path, short: bool) -> Mapping[str, float]:
+    scale, made = material(folder, short, "grey")
+    if arm == "autoencoder alone":
         return films.bound(made)
-    place = folder / f"{arm.replace(' ', '-')}-{seed}"
-    return films.returned(finetuned(made, scale.steps, seed, RETURNING[arm], place), made, pictures=place)
+    config = finetune.Config(kind="finetune_memory_prior", **films.settings(scale.steps, seed, RETURN[arm]))
+    here = place(folder, arm, seed)
+    model = films.trained(finetune, config, films.fresh(made, config, seed), made, here)
+    return films.returned(model, made, pictures=here)
+
+
+def retriever(made: films.Material, steps: int, seed: int, model: Mapping[str, Any], folder: Path) -> MemoryDiT:
+    """A model that has learned to retrieve latents of films from their memory."""
+    config = pretrain.Config(kind="pretrain_memory", **films.settings(steps, seed, model))
+    return films.trained(pretrain, config, films.fresh(made, config, seed), made, folder)
+
+
+def pretraining(arm: str, seed: int, folder: Path, short: bool) -> Mapping[str, float]:
+    scale, made = material(folder, short, "grey")
+    rates, here = RETURN["memory"], place(folder, arm, seed)
+    base = retriever(made, scale.retrieved, seed, rates, place(folder, "retriever", seed)).state_dict()
+    if arm == "not pretrained":
+        base = {name: value for name, value in base.items() if not name.startswith("memory.")}
+    settings = films.settings(scale.continued, seed, rates)
+    if arm == "pretrained, frozen":
+        settings["freeze"] = ["memory"]
+    config = finetune.Config(kind="finetune_memory_prior", **settings)
+    model = films.fresh(made, config, seed)
+    model.load_state_dict(base, strict=False)
+    return films.returned(films.trained(finetune, config, model, made, here), made, pictures=here)
+
+
+def retrieval(arm: str, seed: int, folder: Path, short: bool) -> Mapping[str, float]:
+    scale, made = material(folder, short, "squares")
+    here = place(folder, arm, seed)
+    model = retriever(made, scale.retrieved, seed, RETRIEVAL[arm], here)
+    return films.retrieved(model, made, here / "heldout", seed, 2 if short else 12)
+
+
+AWAY = {away: f"away for {away} s" for away in films.AWAYS["grey"]}
+RETURNED = {
+    **{f"right {away}": Shown(f"squares in their places and colours, {told}", "higher") for away, told in AWAY.items()},
+    **{f"corners {away}": Shown(f"corners empty or not as before, {told}", "higher") for away, told in AWAY.items()},
+}
+BEYOND = f"right {films.AWAYS['grey'][-1]}"  # seconds beyond any window
+CLAIMS = (
+    Claim(
+        "memory",
+        "return",
+        "What comes back into sight is as it was, since the memory holds it; what only sees the last latents, or has dropped"
+        " the first ones, invents it (section 1). By chance 1/8 of the squares and 5/8 of the corners are right.",
+        (*RETURN, "autoencoder alone"),
+        RETURNED,
+        (("memory", "last latents", BEYOND), ("memory", "FramePack", BEYOND)),
+        returns,
+    ),
+    Claim(
+        "memory",
+        "pretraining",
+        "A memory that has learned to retrieve holds together what it is then to continue; one that has not learned it finds"
+        " less of it in as many steps (table of ablations).",
+        PRETRAINING,
+        RETURNED,
+        (("pretrained", "not pretrained", BEYOND),),
+        pretraining,
+    ),
+    Claim(
+        "memory",
+        "retrieval",
+        "The lower the rate, the better frames are retrieved; φ keeps more than a large patchifier with as many tokens, and"
+        " both branches more than one (table of reconstruction).",
+        tuple(RETRIEVAL),
+        {
+            "psnr": Shown(
+                "PSNR of retrieved frames", "higher", "4x4x2 17.41, 2x2x2 19.12, 2x2x1 20.19, patchifier 12.93"
+            ),
+            "ssim": Shown("SSIM", "higher", "4x4x2 .596, 2x2x2 .683, 2x2x1 .705, patchifier .412"),
+            "psnr_bound": Shown("PSNR of the autoencoder alone", "higher"),
+            "tokens": Shown("tokens of a film", "lower"),
+        },
+        (
+            ("2x2x1", "2x2x2", "psnr"),
+            ("2x2x2", "4x4x2", "psnr"),
+            ("4x4x2", "4x4x2, a large patchifier", "psnr"),
+            ("4x4x2", "4x4x2, low-res branch only", "psnr"),
+            ("4x4x2", "4x4x2, high-res branch only", "psnr"),
+        ),
+        retrieval,
+    ),
+)
