@@ -6,7 +6,7 @@ is of films of one length and of segments at one place, so that none of it is pa
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -34,7 +34,7 @@ AWAYS = {"grey": (1, 4, 12), "squares": (4,)}  # seconds that films are away for
 SIZE, FPS, FACTOR = 32, 4, 2  # pixels a side, frames a second and of a latent
 FILM = {"look": 1.25, "turn": 1.0, "size": SIZE, "fps": FPS}  # what comes back is one segment
 SEGMENT, WINDOW = 4, 3  # latents that are generated at once, and that are seen beside the memory
-HISTORY = 40  # latents, all of the longest film
+HISTORY = 40  # latents; no film is longer
 BATCH = 16
 # towards noise, where a square's colour cannot be seen: it must come from what the model is given
 SHIFT = 4.0
@@ -216,8 +216,9 @@ def shrink_of(dit: Any) -> int | None:
 def settings(steps: int, seed: int, model: Mapping[str, Any]) -> dict[str, Any]:
     """Settings that both stages share."""
     return {
-        "dataset": "return", "latents": "latents", "frames": 1 + (SEGMENT - 1) * FACTOR, "history_seconds": HISTORY * FACTOR / FPS,
-        "model": {**MODEL, **model}, "posterior": "mean", "shift": SHIFT, "steps": steps, "batch": BATCH, "seed": seed, "lr": 2e-3,
+        "dataset": "return", "latents": "latents", "posterior": "mean", "shift": SHIFT,
+        "frames": 1 + (SEGMENT - 1) * FACTOR, "history_seconds": HISTORY * FACTOR / FPS,
+        "model": {**MODEL, **model}, "steps": steps, "batch": BATCH, "seed": seed, "lr": 2e-3,
         "schedule": "cosine", "warmup_steps": 50, "ema_half_lives": (50,), "betas": (0.9, 0.99), "gradient_clip": 1.0,
         "run": {"sample_every": 0, "heldout_every": 0, "checkpoint_every": 200, "keep_checkpoints": 1},
     }  # fmt: skip
@@ -234,14 +235,15 @@ def trained(stage: Any, config: Any, model: MemoryDiT, made: Material, folder: P
 
 @torch.no_grad()
 def returned(
-    model: MemoryDiT, made: Material, solver_steps: int = 10, pictures: Path | None = None
+    model: MemoryDiT, made: Material, aways: Sequence[float], pictures: Path, solver_steps: int = 10
 ) -> dict[str, float]:
     """What the world's reader says of held-out films that the model goes on with from before the squares are in sight again.
 
-    `right K` and `corners K` of films that are out of sight for K seconds, see `returning.read`.
+    `right K` and `corners K` of films that are out of sight for K seconds, see `returning.read`; and pictures of some.
     """
     found: dict[str, float] = {}
-    for away, films in made.heldout.items():
+    for away in aways:
+        films = made.heldout[away]
         begin, total = given(films.truths[0]), films.high.shape[2]
         chunks = segments.generate(
             model, made.vae, total - begin, list(range(len(films.high))), start=films.high[:, :, :begin],
@@ -251,10 +253,8 @@ def returned(
         videos = np.concatenate([seen, *chunks], axis=1)
         rows = [returning.read(video, truth, FPS) for video, truth in zip(videos, films.truths, strict=True)]
         found |= {f"{name} {away:g}": float(np.mean([row[name] for row in rows])) for name in rows[0]}
-        if pictures:
-            show(
-                pictures / f"returned-{away:g}.png", films.pixels.permute(0, 2, 3, 4, 1).numpy(), videos, seen.shape[1]
-            )
+        true = films.pixels.permute(0, 2, 3, 4, 1).numpy()
+        show(pictures / f"returned-{away:g}.png", true, videos, seen.shape[1])
     return found
 
 
@@ -264,7 +264,9 @@ def show(path: Path, true: np.ndarray[Any, Any], made: np.ndarray[Any, Any], beg
 
     path.parent.mkdir(parents=True, exist_ok=True)
     times = [0, begin - 1, *range(begin, true.shape[1], 2)]
-    rows = [np.concatenate(list(video[n, times]), axis=1) for n in range(count) for video in (true, made)]
+    rows = [
+        np.concatenate(list(video[n, times]), axis=1) for n in range(min(count, len(true))) for video in (true, made)
+    ]
     Image.fromarray(np.concatenate(rows)).save(path)
 
 

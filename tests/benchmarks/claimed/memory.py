@@ -19,22 +19,24 @@ from longtake.training.models.memory.dit import MemoryDiT
 
 
 class Scale(NamedTuple):
-    """How much is trained and measured; `continued` are steps after a pretraining."""
+    """How much is trained and measured; `continued` are the steps after a pretraining at which it is measured."""
 
     vae_steps: int
     train_films: int
     heldout_films: int
     steps: int
     retrieved: int
-    continued: int
+    continued: tuple[int, ...]
 
 
-WHOLE, SHORT = Scale(400, 200, 32, 1200, 800, 200), Scale(20, 8, 2, 4, 4, 4)
+WHOLE, SHORT = Scale(350, 200, 32, 600, 600, (50, 100, 200)), Scale(20, 8, 2, 4, 4, (1, 2, 3))
 RETURN: Mapping[str, Mapping[str, Any]] = {
     "memory": {"rates": ["2x2x2"]},
     "FramePack": {"memory": "framepack"},
     "last latents": {"memory": "none"},
 }
+LONGEST = films.AWAYS["grey"][-1:]  # seconds beyond any window
+AFTER = ("early", "later", "late")  # names of the figures at `Scale.continued`
 PRETRAINING = ("pretrained", "pretrained, frozen", "not pretrained")
 RETRIEVAL: Mapping[str, Mapping[str, Any]] = {
     "2x2x1": {"rates": ["2x2x1"]},
@@ -64,7 +66,7 @@ def returns(arm: str, seed: int, folder: Path, short: bool) -> Mapping[str, floa
     config = finetune.Config(kind="finetune_memory_prior", **films.settings(scale.steps, seed, RETURN[arm]))
     here = place(folder, arm, seed)
     model = films.trained(finetune, config, films.fresh(made, config, seed), made, here)
-    return films.returned(model, made, pictures=here)
+    return films.returned(model, made, films.AWAYS["grey"], here)
 
 
 def retriever(made: films.Material, steps: int, seed: int, model: Mapping[str, Any], folder: Path) -> MemoryDiT:
@@ -79,13 +81,18 @@ def pretraining(arm: str, seed: int, folder: Path, short: bool) -> Mapping[str, 
     base = retriever(made, scale.retrieved, seed, rates, place(folder, "retriever", seed)).state_dict()
     if arm == "not pretrained":
         base = {name: value for name, value in base.items() if not name.startswith("memory.")}
-    settings = films.settings(scale.continued, seed, rates)
+    settings = films.settings(scale.continued[-1], seed, rates) | {
+        "schedule": "constant", "warmup_steps": 10, "ema_half_lives": (20,),
+    }  # fmt: skip
     if arm == "pretrained, frozen":
         settings["freeze"] = ["memory"]
     config = finetune.Config(kind="finetune_memory_prior", **settings)
-    model = films.fresh(made, config, seed)
+    model, found = films.fresh(made, config, seed), dict[str, float]()
     model.load_state_dict(base, strict=False)
-    return films.returned(films.trained(finetune, config, model, made, here), made, pictures=here)
+    for steps, name in zip(scale.continued, AFTER, strict=True):
+        model = films.trained(finetune, config.model_copy(update={"steps": steps}), model, made, here)
+        found[name] = films.returned(model, made, LONGEST, here / str(steps))[f"right {LONGEST[0]}"]
+    return found
 
 
 def retrieval(arm: str, seed: int, folder: Path, short: bool) -> Mapping[str, float]:
@@ -100,7 +107,7 @@ RETURNED = {
     **{f"right {away}": Shown(f"squares in their places and colours, {told}", "higher") for away, told in AWAY.items()},
     **{f"corners {away}": Shown(f"corners empty or not as before, {told}", "higher") for away, told in AWAY.items()},
 }
-BEYOND = f"right {films.AWAYS['grey'][-1]}"  # seconds beyond any window
+BEYOND = f"right {LONGEST[0]}"
 CLAIMS = (
     Claim(
         "memory",
@@ -118,8 +125,11 @@ CLAIMS = (
         "A memory that has learned to retrieve holds together what it is then to continue; one that has not learned it finds"
         " less of it in as many steps (table of ablations).",
         PRETRAINING,
-        RETURNED,
-        (("pretrained", "not pretrained", BEYOND),),
+        {
+            name: Shown(f"squares in their places and colours, {AWAY[LONGEST[0]]}, after {steps} steps", "higher")
+            for name, steps in zip(AFTER, WHOLE.continued, strict=True)
+        },
+        tuple(("pretrained", "not pretrained", name) for name in AFTER),
         pretraining,
     ),
     Claim(
