@@ -124,10 +124,10 @@ def panorama(corners: Arrangement, others: npt.NDArray[np.int64], reach: int, si
         if colour is not None:
             scene[_square(corner, size)] = _PALETTE[colour]
     rows, columns = _square(0, size)
-    for (row, column), colour in np.ndenumerate(others):
-        if colour >= 0:
+    for (row, column), other in np.ndenumerate(others):
+        if other >= 0:
             down, right = row * size // 2, size + column * size // 2
-            scene[down + rows.start : down + rows.stop, right + columns.start : right + columns.stop] = _PALETTE[colour]
+            scene[down + rows.start : down + rows.stop, right + columns.start : right + columns.stop] = _PALETTE[other]
     return scene
 
 
