@@ -1,10 +1,10 @@
-"""The world `return`: the camera looks at coloured squares, turns away along a wall, and comes back to what must still be there.
+"""The world `return`: the camera looks at coloured squares, turns away, and comes back to what must still be there.
 
-Three squares of different colours stand in the four corners of a view, one corner is empty. The camera looks at them, turns
-at an even speed along a wall, and turns back. Its path is the same in all videos that are out of sight equally long, and
-the wall gets lighter away from the squares: so how the camera moves is seen in the last frames, and what it comes back to
-is nowhere but in the first ones. One in five arrangements of colours is held out. With `wall: squares` others stand along
-the wall too, at random: there is always something in sight that is to be remembered.
+Three squares of different colours stand in the four corners of a view, one corner is empty. The camera looks at them,
+turns at an even speed along a wall, and turns back. Its path is the same in all videos that are out of sight equally
+long, and the wall gets lighter away from the squares: so how the camera moves is seen in the last frames, and what it
+comes back to is nowhere but in the first ones. One in five arrangements of colours is held out. With `wall: squares`
+others stand along the wall too, at random: there is always something in sight that is to be remembered.
 """
 
 from collections.abc import Iterator, Mapping

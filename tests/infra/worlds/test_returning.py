@@ -1,4 +1,4 @@
-"""Return: the camera is as long away as is said, nothing of the squares is left in sight, and the reader knows what is missing."""
+"""Return: the camera is away for as long as is said, with no square in sight, and the reader knows what is missing."""
 
 from typing import Any
 
