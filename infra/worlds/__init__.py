@@ -17,6 +17,7 @@ WORLDS: dict[str, str] = {  # name -> module
     "actions": "longtake.infra.worlds.actions",
     "endless": "longtake.infra.worlds.endless",
     "physics": "longtake.infra.worlds.physics",
+    "return": "longtake.infra.worlds.returning",
     "sound": "longtake.infra.worlds.sound",
 }
 

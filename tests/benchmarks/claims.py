@@ -20,6 +20,7 @@ import re
 import statistics
 import subprocess
 import sys
+import textwrap
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -136,8 +137,9 @@ def table(out: Path, paper: str, claim: Claim) -> str:
     }
     seeds = sorted({len(found) for found in records.values() if found})
     if not seeds:
-        return f"**{claim.name}**: {claim.says} Not run yet.\n"
-    lines = [f"**{claim.name}**: {claim.says} Seeds: {'–'.join(map(str, dict.fromkeys((seeds[0], seeds[-1]))))}.", ""]
+        return wrapped(f"**{claim.name}**: {claim.says} Not run yet.") + "\n"
+    count = "–".join(map(str, dict.fromkeys((seeds[0], seeds[-1]))))
+    lines = [wrapped(f"**{claim.name}**: {claim.says} Seeds: {count}."), ""]
     with_paper = any(shown.paper for shown in claim.figures.values())
     head = ["", *claim.arms, *(["the paper's"] if with_paper else [])]
     lines += ["| " + " | ".join(head).strip() + " |", "|" + "-|" * len(head)]
@@ -151,8 +153,13 @@ def table(out: Path, paper: str, claim: Claim) -> str:
     for better, other, figure in claim.holds:
         shown = claim.figures[figure]
         said = verdict(shown.better, values[figure, better], values[figure, other])
-        lines.append(f"- {better} against {other}, {shown.name}: {said}.")
+        lines.append(wrapped(f"- {better} against {other}, {shown.name}: {said}.", "  "))
     return "\n".join(lines) + "\n"
+
+
+def wrapped(text: str, indent: str = "") -> str:
+    """A paragraph in lines as long as pages have."""
+    return textwrap.fill(text, 118, subsequent_indent=indent, break_on_hyphens=False, break_long_words=False)
 
 
 def cell(values: Sequence[float]) -> str:
