@@ -29,7 +29,7 @@ class Scale(NamedTuple):
     continued: tuple[int, ...]
 
 
-WHOLE, SHORT = Scale(350, 200, 32, 600, 600, (50, 100, 200)), Scale(20, 8, 2, 4, 4, (1, 2, 3))
+WHOLE, SHORT = Scale(350, 200, 32, 600, 600, (20, 40, 80)), Scale(20, 8, 2, 4, 4, (1, 2, 3))
 RETURN: Mapping[str, Mapping[str, Any]] = {
     "memory": {"rates": ["2x2x2"]},
     "FramePack": {"memory": "framepack"},
