@@ -30,10 +30,13 @@ def run(subject: Subject, material: Material) -> Result:
 
 
 def rate(frames: int, seconds: list[float], suite: Suite) -> Pooled:
-    """Frames a second by the median of some times, and by those of resamples of them."""
+    """Frames a second by the median of some times, and by those of resamples of them, scaled so that their mean is it.
+
+    A rate is never below 0, so its error is a share: moved by a sum instead, slow repeats of a busy machine would go there.
+    """
     draws = bootstrap.draws(len(seconds), suite.resamples, suite.seed)
-    medians = np.median(np.array(seconds)[draws], axis=1)
-    return Pooled(frames / float(np.median(seconds)), (frames / medians).tolist(), len(seconds))
+    value, rates = frames / float(np.median(seconds)), frames / np.median(np.array(seconds)[draws], axis=1)
+    return Pooled(value, (rates * (value / rates.mean())).tolist(), len(seconds))
 
 
 def _seconds(call: Callable[[], object]) -> float:
