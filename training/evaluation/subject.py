@@ -101,9 +101,10 @@ def _pinned(uri: str) -> str:
 
 def aspects(kind: Kind) -> frozenset[Aspect]:
     """What models of a kind do, and so which measures they have."""
-    of_sound = "spectrogram" in kind.config.model_fields  # it answers, and refuses videos
+    if "spectrogram" in kind.config.model_fields:
+        return frozenset()  # an autoencoder of sound answers, and refuses videos
     does: dict[Aspect, Any] = {
-        "reconstructs": kind.answer and not kind.retriever and not of_sound,
+        "reconstructs": kind.answer and not kind.retriever,
         "generates": kind.generator,
         "retrieves": kind.retriever,
         "fills": kind.infiller,

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import heard
 import judged
 import pytest
 import torch
@@ -133,6 +134,13 @@ def test_a_measure_without_its_network_is_left_out_and_said(models: Path, square
         ("lpips", "needs a network that is not named: perceptual")
     ]
     assert [group["measure"] for group in made.groups] == ["reconstruction"]
+
+
+def test_an_autoencoder_of_sound_has_no_measure_and_one_line(squares: str, tmp_path: Path) -> None:
+    folder = heard.saved(heard.vqgan(), tmp_path / "sound")
+    made = run.evaluate([str(folder)], squares, None, judged.suite(), Networks(), tmp_path / "out", lambda _: None)
+    assert not made.groups
+    assert [each["why"] for each in made.left_out] == ["none of these measures is of a VQGAN of sound"]
 
 
 def test_what_a_model_refuses_is_left_out_and_others_go_on(
