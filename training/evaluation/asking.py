@@ -4,6 +4,7 @@ import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import fields, replace
+from itertools import count, islice
 from typing import Any, NamedTuple
 
 from longtake.datasets.errors import UserError
@@ -29,7 +30,8 @@ def wanted(
 ) -> list[Wanted]:
     """A request for each of the suite's prompts and each seed.
 
-    Without prompts of the suite, or where a model takes none, each seed gets the next caption, or the next class.
+    Where a model takes no prompts there are as many, of further seeds: figures of all depend on how many videos there are.
+    Without prompts of the suite each seed gets the next caption, or the next class.
     """
     prompted = "prompt" in generator.accepts
     if prompted and prompts:
@@ -40,7 +42,8 @@ def wanted(
         ]
     texts = [text for text in captions if text is not None] if prompted else []
     found = []
-    for number, seed in enumerate(seeds):
+    more = islice(count(max(seeds) + 1), (len(prompts or ("",)) - 1) * len(seeds))
+    for number, seed in enumerate((*seeds, *more)):
         scene, name = Scene(), None
         if texts:
             scene = Scene(prompt=texts[number % len(texts)])

@@ -15,6 +15,7 @@ from longtake.datasets import captions, clip, compact, index, later, storage, vi
 from longtake.datasets.errors import UserError
 from longtake.datasets.loader.captions import Place, drawn
 from longtake.datasets.loader.reader import Reader
+from longtake.datasets.neighbours import follows
 from longtake.datasets.shard import described
 
 SPLIT = "val"
@@ -22,12 +23,16 @@ _ALMOST = 1e-6  # of a frame, which rounding may take
 
 
 class Part(NamedTuple):
-    """A part of a held-out clip: from frame `first` of the clip on, which its `row` in the index describes."""
+    """A part of a held-out clip: from frame `first` of the clip on, which its `row` in the index describes.
+
+    It goes on in the clips of `rest`, rows of the same shard, which follow without a hole.
+    """
 
     shard: int
     number: int  # of the row in its shard
     row: Mapping[str, Any]
     first: int
+    rest: Sequence[Mapping[str, Any]] = ()
 
     @property
     def key(self) -> str:
@@ -36,6 +41,15 @@ class Part(NamedTuple):
     @property
     def source(self) -> str:
         return str(self.row["source"])
+
+    @property
+    def rows(self) -> Sequence[Mapping[str, Any]]:
+        return (self.row, *self.rest)
+
+    @property
+    def content(self) -> list[Any]:
+        """What it shows, for digests."""
+        return [self.key, self.row["sha256"], self.first, *(row["sha256"] for row in self.rest)]
 
 
 def ticks(count: int, fps: float, rate: float) -> list[int]:
@@ -81,25 +95,46 @@ class Heldout:
         """Frames a second of most clips."""
         return float(Counter(row["fps"] for _, _, row in self._rows).most_common(1)[0][0])
 
-    def chosen(self, seconds: float, size: tuple[int, int], most: int, seed: int) -> list[Part]:
+    def chosen(
+        self, seconds: float, size: tuple[int, int], most: int, seed: int, join: bool = False
+    ) -> list[Part]:
         """Up to `most` random clips that last so long and are as large as `size`, each with a random part of such length.
 
         Which they are depends on the seed and their keys alone, so that they stay the same where others are added.
+
+        Args:
+            join: shorter clips count with those of their source that follow without a hole, as long as is needed.
         """
         fitting = []
-        for shard, number, row in self._rows:
-            latest = row["frame_count"] - math.ceil(seconds * row["fps"] - _ALMOST)
+        for stretch in self._stretches(seconds if join else 0.0):
+            shard, number, row = stretch[0]
+            rows = [each for _, _, each in stretch]
+            latest = _count(rows) - _needed(seconds, row)
             if latest >= 0 and row["height"] >= size[0] and row["width"] >= size[1]:
                 drawn_by = hashlib.sha256(f"{seed} {row['key']}".encode()).digest()
                 first = int.from_bytes(drawn_by[8:16], "little") % (latest + 1)
-                fitting.append((drawn_by, Part(shard, number, row, first)))
+                fitting.append((drawn_by, Part(shard, number, row, first, tuple(rows[1:]))))
         return [part for _, part in sorted(fitting, key=lambda each: each[0])[:most]]
 
-    def longest(self) -> str:
-        """What the largest and the longest clips are, for messages."""
-        longest = max(row["frame_count"] / row["fps"] for _, _, row in self._rows)
+    def _stretches(self, seconds: float) -> list[list[tuple[int, int, dict[str, Any]]]]:
+        """Clips by themselves where they last so long, else with those after them until they do; none is in two."""
+        stretches: list[list[tuple[int, int, dict[str, Any]]]] = []
+        for each in self._rows:
+            last = stretches[-1] if stretches else []
+            short = all(_count(rows) < _needed(seconds, each[2]) for rows in ([row for *_, row in last], [each[2]]))
+            if last and short and last[-1][0] == each[0] and follows(last[-1][2], each[2]):
+                last.append(each)
+            else:
+                stretches.append([each])
+        return stretches
+
+    def longest(self, join: bool = False) -> str:
+        """What the largest and the longest clips are, for messages; with `join` of clips with all that follow."""
+        stretches = self._stretches(math.inf if join else 0.0)
+        longest = max(_count([row for *_, row in each]) / each[0][2]["fps"] for each in stretches)
         height, width = max(((row["height"], row["width"]) for _, _, row in self._rows), key=min)
-        return f"the longest held-out clip lasts {longest:.3g} s, the largest has {height}x{width}"
+        what = "longest held-out clips without a hole last" if join else "longest held-out clip lasts"
+        return f"the {what} {longest:.3g} s, the largest has {height}x{width}"
 
     def frames(
         self, part: Part, count: int, fps: float, size: tuple[int, int], after: float = 0.0
@@ -109,17 +144,24 @@ class Heldout:
         Raises:
             Failure: the clip is damaged, or has no such frame.
         """
-        row, begin = part.row, part.first + math.floor(after * part.row["fps"] + _ALMOST)
-        last = row["frame_count"] - 1  # which rounding may go beyond
-        numbers = [min(begin + tick, last) for tick in ticks(count, fps, row["fps"])]
-        mp4 = self._reader.member(self._base, part.shard, row["mp4_offset"], row["mp4_size"], row["mp4_crc32"])
-        name = f"{self._base.tar(part.shard)[0]}: {row['key']}.mp4"
-        different = sorted(set(numbers))
-        often = Counter(numbers)
-        shown = clip.fitted(mp4, (row["height"], row["width"]), different, size, name)
-        for number, frame in zip(different, shown, strict=True):
-            for _ in range(often[number]):
-                yield frame
+        begin = part.first + math.floor(after * part.row["fps"] + _ALMOST)
+        last = _count(part.rows) - 1  # which rounding may go beyond
+        often = Counter(min(begin + tick, last) for tick in ticks(count, fps, part.row["fps"]))
+        gone = 0
+        for row in part.rows:
+            different = sorted(number - gone for number in often if gone <= number < gone + row["frame_count"])
+            for number, frame in zip(different, self._decoded(part.shard, row, different, size), strict=True):
+                for _ in range(often[gone + number]):
+                    yield frame
+            gone += row["frame_count"]
+
+    def _decoded(
+        self, shard: int, row: Mapping[str, Any], numbers: Sequence[int], size: tuple[int, int]
+    ) -> Iterator[np.ndarray]:
+        if numbers:
+            mp4 = self._reader.member(self._base, shard, row["mp4_offset"], row["mp4_size"], row["mp4_crc32"])
+            name = f"{self._base.tar(shard)[0]}: {row['key']}.mp4"
+            yield from clip.fitted(mp4, (row["height"], row["width"]), numbers, size, name)
 
     def caption(self, part: Part, seconds: float) -> str | None:
         """The first caption about a part: of a column of captions where the dataset has one, else of its source's annotations."""
@@ -156,8 +198,17 @@ class Heldout:
 
 def listing(parts: Sequence[Part], texts: Sequence[str | None] = ()) -> str:
     """The digest of a choice of clips, and of what is said of them."""
-    lines = [[part.key, part.row["sha256"], part.first] for part in parts]
+    lines = [part.content for part in parts]
     return hashlib.sha256(json.dumps([lines, list(texts)]).encode()).hexdigest()
+
+
+def _count(rows: Sequence[Mapping[str, Any]]) -> int:
+    return sum(row["frame_count"] for row in rows)
+
+
+def _needed(seconds: float, row: Mapping[str, Any]) -> float:
+    """Frames of a clip that last so long."""
+    return math.ceil(seconds * row["fps"] - _ALMOST) if math.isfinite(seconds) else math.inf
 
 
 def where(dataset: str) -> str:

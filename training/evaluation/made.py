@@ -39,6 +39,7 @@ from longtake.training.models.generator import (
 from longtake.training.pictures import ImageEncoder
 
 Frames = Iterable[np.ndarray]
+_ENOUGH = 0.9  # share of the suite's seconds that a memory must hold at least [assumption]
 
 
 class Made:
@@ -63,23 +64,24 @@ class Made:
             "retrieves": round(suite.seconds * self.fps),
             "runs": suite.clips.frames,
         }
-        self._parts: dict[int, list[Part]] = {}
+        self._parts: dict[tuple[int, bool], list[Part]] = {}
 
     # held-out clips
 
     def parts(self, aspect: Aspect) -> list[Part]:
         """The clips for what models of an aspect do. UserError where there is none."""
-        frames = self._frames[aspect]
-        if frames not in self._parts:
-            clips = self.suite.clips
-            self._parts[frames] = self._heldout.chosen(frames / self.fps, clips.size, clips.most, self.suite.seed)
-        if not self._parts[frames]:
+        frames, clips = self._frames[aspect], self.suite.clips
+        join = aspect == "retrieves"  # a memory reaches back over clips, as in training
+        if (frames, join) not in self._parts:
+            chosen = self._heldout.chosen(frames / self.fps, clips.size, clips.most, self.suite.seed, join)
+            self._parts[frames, join] = chosen
+        if not self._parts[frames, join]:
             height, width = self.size
             raise UserError(
                 f"dataset: {self._heldout.dataset}: no held-out clip has {frames} frames of {height}x{width} at"
-                f" {self.fps:g} a second: {self._heldout.longest()}; change the suite"
+                f" {self.fps:g} a second: {self._heldout.longest(join)}; change the suite"
             )
-        return self._parts[frames]
+        return self._parts[frames, join]
 
     def conditions(self, aspect: Aspect) -> dict[str, Any]:
         """What the figures of models of an aspect are measured on."""
@@ -134,6 +136,8 @@ class Made:
         settings = asking.settings_of(generator, self.suite.settings)
         length = videos.frames or max(1, round((videos.seconds or 0) * self.fps))
         wanted = asking.wanted(generator, videos.seeds, self.suite.prompts, self._captions())
+        if self.suite.prompts and "prompt" not in generator.accepts:
+            self._notes["takes no prompts; its videos are of as many seeds"] = None
         rate = generator.fps
         with asking.refusing(subject.uri):
             check_requests(generator, [each.request for each in wanted], settings)
@@ -213,6 +217,13 @@ class Made:
             raise UserError(
                 f"{subject.uri}: {self.suite.seconds:g} s are too few for a memory; raise the suite's seconds"
             )
+        if holds < _ENOUGH * count and retriever.holds(2 * count) == holds:
+            raise UserError(
+                f"{subject.uri}: its memory holds {holds / retriever.fps:.3g} s, and does not compare with others of"
+                f" {self.suite.seconds:g}; lower the suite's seconds"
+            )
+        if holds < count:
+            self._notes[f"{holds} of {count} frames are retrieved, those that fill its memory's latents"] = None
         common = {"frames": holds, "seed": self.suite.seed, "settings": asking.plain(settings)}
         for part in self.parts("retrieves"):
             # both come of one retrieval
@@ -296,7 +307,7 @@ class Made:
         return told
 
     def _asked(self, part: Part, aspect: Aspect) -> list[Any]:
-        return [part.key, part.row["sha256"], part.first, self._frames[aspect], self.fps, list(self.size)]
+        return [*part.content, self._frames[aspect], self.fps, list(self.size)]
 
     def _kept(
         self,

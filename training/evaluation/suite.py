@@ -33,19 +33,23 @@ class Clips(StageConfig):
 class Videos(StageConfig):
     """Videos that a generator makes: one for each prompt and seed; without prompts of the suite, one for each seed.
 
+    A model that takes no prompts makes as many, of further seeds.
+
     frames    of each; null where seconds says it
     seconds   of each, in place of frames
-    seeds     of their draws
+    seeds     of their draws, all different
     """
 
     frames: int | None = Field(None, ge=1)
     seconds: float | None = Field(None, gt=0)
-    seeds: Seeds = tuple(range(16))
+    seeds: Seeds = Field(tuple(range(16)), min_length=1)
 
     @model_validator(mode="after")
     def _one(self) -> "Videos":
         if (self.frames is None) == (self.seconds is None):
             raise ValueError("videos: give frames or seconds, one of them")
+        if twice := [seed for seed in self.seeds if self.seeds.count(seed) > 1]:
+            raise ValueError(f"videos: seeds: {twice[0]} is there twice, and gives the same video; leave it out")
         return self
 
 
@@ -111,6 +115,10 @@ class Suite(StageConfig):
     measures: tuple[str, ...] | None = None
     resamples: int = Field(1000, ge=100)
     seed: int = Field(0, ge=0)
+
+    def count(self, videos: Videos) -> int:
+        """How many videos of a length every generator makes."""
+        return len(self.prompts or ("",)) * len(videos.seeds)
 
 
 Aspect = Literal["reconstructs", "generates", "retrieves", "fills", "runs"]

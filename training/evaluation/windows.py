@@ -38,7 +38,11 @@ def asked(suite: Suite) -> Videos:
 def conditions(suite: Suite) -> dict[str, Any]:
     """What figures of generated videos depend on beside the clips."""
     prompts = None if suite.prompts is None else hashlib.sha256(json.dumps(suite.prompts).encode()).hexdigest()[:12]
-    return {"videos": [videos.model_dump(mode="json") for videos in suite.videos[:1]], "prompts": prompts}
+    return {
+        "videos": [videos.model_dump(mode="json") for videos in suite.videos[:1]],
+        "made": sum(suite.count(videos) for videos in suite.videos[:1]),
+        "prompts": prompts,
+    }
 
 
 def conditions_by_chunk(suite: Suite) -> dict[str, Any]:

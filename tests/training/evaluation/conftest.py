@@ -22,6 +22,12 @@ def squares(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 @pytest.fixture(scope="session")
+def long_squares(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The same with videos of 8 seconds, which are cut into clips of 3, 3 and 2: read it, do not change it."""
+    return judged.dataset(tmp_path_factory.mktemp("long"), videos=4, frames=96)
+
+
+@pytest.fixture(scope="session")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folders of `judged.models`: read them, do not change them."""
     return judged.models(tmp_path_factory.mktemp("models"))

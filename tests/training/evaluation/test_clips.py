@@ -10,7 +10,7 @@ import pytest
 
 from longtake.datasets import compact
 from longtake.datasets.errors import UserError
-from longtake.training.evaluation.clips import Heldout, frames_needed, listing, ticks
+from longtake.training.evaluation.clips import Heldout, Part, frames_needed, listing, ticks
 
 SIZE = (judged.SIZE, judged.SIZE)
 
@@ -47,6 +47,31 @@ def test_frames_at_another_rate_are_those_on_screen(squares: str) -> None:
     assert (half == every[::2]).all()
     assert (double == every.repeat(2, 0)).all()
     assert (later == every[6:]).all()
+
+
+def test_short_clips_that_touch_in_their_source_are_one_long_video(long_squares: str) -> None:
+    heldout = Heldout(long_squares, None)
+    assert not heldout.chosen(4.0, SIZE, 9, 0)
+    parts = heldout.chosen(4.0, SIZE, 9, 0, join=True)
+    assert parts and all(len(part.rows) == 2 and 0 <= part.first <= 72 - 48 for part in parts)
+    part = parts[0]
+    every = np.stack(list(heldout.frames(part, 48, 12, SIZE)))
+    whole = [
+        np.stack(list(heldout.frames(Part(part.shard, part.number + n, row, 0), 36, 12, SIZE)))
+        for n, row in enumerate(part.rows)
+    ]
+    assert (every == np.concatenate(whole)[part.first : part.first + 48]).all()
+    assert (np.stack(list(heldout.frames(part, 96, 24, SIZE))) == every.repeat(2, 0)).all()
+    # a clip that is long enough stays by itself
+    assert heldout.chosen(1.0, SIZE, 9, 0, join=True) == heldout.chosen(1.0, SIZE, 9, 0)
+    assert listing(parts) != listing([part._replace(rest=part.rest[:0]) for part in parts])
+
+
+def test_clips_with_a_hole_between_them_are_not_joined(long_squares: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    heldout = Heldout(long_squares, None)
+    for _, _, row in heldout._rows:
+        row["start_seconds"] *= 1.5
+    assert not heldout.chosen(4.0, SIZE, 9, 0, join=True)
 
 
 def test_clips_that_are_too_short_or_small_do_not_take_part(squares: str) -> None:

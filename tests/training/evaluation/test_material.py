@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from longtake.datasets.errors import Failure, UserError
-from longtake.training.evaluation import subject, videos
+from longtake.training.evaluation import asking, subject, videos, windows
 from longtake.training.evaluation.made import Made
 from longtake.training.evaluation.material import Generated
 from longtake.training.evaluation.subject import Subject
@@ -68,6 +68,30 @@ def test_videos_are_made_once_for_a_prompt_seed_length_and_settings(
     )
     list(material_of(squares, tmp_path).generated(model, Videos(frames=10, seeds=(0,))))
     assert len(calls) == 5
+
+
+def test_a_model_without_prompts_makes_as_many_videos_of_further_seeds(
+    models: Path, squares: str, tmp_path: Path
+) -> None:
+    suite = judged.suite(prompts=("a", "b", "c"), videos=[{"frames": 9, "seeds": (0, 4)}])
+    found = {
+        prompted: asking.wanted(SimpleNamespace(accepts={"prompt"} if prompted else set(), classes=()), (0, 4), suite.prompts, ())  # type: ignore[arg-type]
+        for prompted in (True, False)
+    }
+    assert [(each.words, each.request.seed) for each in found[True]] == [(p, s) for p in "abc" for s in (0, 4)]
+    assert [(each.words, each.request.seed) for each in found[False]] == [(None, s) for s in (0, 4, 5, 6, 7, 8)]
+    assert windows.conditions(suite)["made"] == 6
+    assert windows.conditions(suite.model_copy(update={"prompts": None}))["made"] == 2
+
+    made = material_of(squares, tmp_path, suite)
+    assert len(list(made.generated(subject.load(str(models / "latte")), suite.videos[0]))) == 6
+    assert "takes no prompts; its videos are of as many seeds" in made.told()[1]
+
+
+@pytest.mark.parametrize("seeds", [[], [1, 2, 1]])
+def test_a_video_is_made_of_each_seed_once(seeds: list[int]) -> None:
+    with pytest.raises(ValueError, match=r"seeds"):
+        Videos(frames=9, seeds=seeds)  # type: ignore[arg-type]
 
 
 def test_a_generated_video_is_what_the_command_makes(models: Path, squares: str, tmp_path: Path) -> None:
@@ -134,6 +158,26 @@ def test_retrieved_frames_lie_beside_those_that_were_there(models: Path, squares
     [part, _] = made.parts("retrieves")
     again = np.stack(list(made._heldout.frames(part, kept[0].source.shape[2], 12, (32, 32))))
     assert (kept[0].source[0].permute(1, 2, 3, 0).numpy() == again).all()
+
+
+def test_a_memory_is_given_clips_that_touch_as_one(models: Path, long_squares: str, tmp_path: Path) -> None:
+    model = subject.load(str(models / "holder"))
+    made = material_of(long_squares, tmp_path, judged.suite(seconds=4.0))
+    with pytest.raises(UserError, match=r"holder: its memory holds 1.75 s, and does not compare with others of 4"):
+        list(made.retrieved(model))
+    made.told()
+    for part in made.parts("retrieves"):
+        assert [row["source"] for row in part.rows] == [part.source] * 2
+    with pytest.raises(UserError, match=r"no held-out clip has 48 frames .*: the longest held-out clip lasts 3 s"):
+        material_of(long_squares, tmp_path, judged.suite(clips={"frames": 48, "size": (32, 32)})).parts("reconstructs")
+    with pytest.raises(UserError, match=r"the longest held-out clips without a hole last 8 s"):
+        material_of(long_squares, tmp_path, judged.suite(seconds=9.0)).parts("retrieves")
+
+
+def test_what_a_memory_rounds_away_is_said(models: Path, squares: str, tmp_path: Path) -> None:
+    made = material_of(squares, tmp_path, judged.suite(clips={"frames": 9, "size": (32, 32), "most": 1}))
+    list(made.retrieved(subject.load(str(models / "holder"))))
+    assert "5 of 12 frames are retrieved, those that fill its memory's latents" in made.told()[1]
 
 
 def test_reconstructions_of_lengths_that_do_not_divide_are_as_long_as_the_clip(
