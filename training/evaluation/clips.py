@@ -95,9 +95,7 @@ class Heldout:
         """Frames a second of most clips."""
         return float(Counter(row["fps"] for _, _, row in self._rows).most_common(1)[0][0])
 
-    def chosen(
-        self, seconds: float, size: tuple[int, int], most: int, seed: int, join: bool = False
-    ) -> list[Part]:
+    def chosen(self, seconds: float, size: tuple[int, int], most: int, seed: int, join: bool = False) -> list[Part]:
         """Up to `most` random clips that last so long and are as large as `size`, each with a random part of such length.
 
         Which they are depends on the seed and their keys alone, so that they stay the same where others are added.

@@ -93,7 +93,9 @@ def evaluate(
             say(f"{model.uri}: its videos for VBench are in {for_vbench / _short(model)}")
         measured = any(_concerns(task.measure, task.name, model) for task in tasks)
         if not measured and all(each["model"] != model.digest for each in left_out):
-            left_out.append({"model": model.digest, "measure": "all", "why": f"none of these measures is of a {model.kind.what}"})
+            left_out.append(
+                {"model": model.digest, "measure": "all", "why": f"none of these measures is of a {model.kind.what}"}
+            )
     made = _table(folder, named, tasks, left_out)
     table.write(folder, made)
     return made

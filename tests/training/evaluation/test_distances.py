@@ -1,6 +1,6 @@
 """Distances of generated videos to held-out clips, against other implementations on the same features, and their replicates."""
 
-import fake_material as fake
+import materials
 import pytest
 import torch
 from torch import nn
@@ -28,16 +28,18 @@ class Flat(nn.Module):
         return rows.flatten(1)
 
 
-def material(real: int = 60, made: int = 50, **fields) -> fake.Material:
-    networks = {"features": fake.network("corners", fake.corners), "classifier": fake.judge()}
-    clips, videos = fake.noise(real), fake.noise(made, frames=6, seed=1, low=60)
-    return fake.Material(fake.suite(length=6, **fields), fake.clips(clips), fake.generated(videos), networks)
+def material(real: int = 60, made: int = 50, **fields) -> materials.Fixed:
+    networks = {"features": materials.network("corners", materials.corners), "classifier": materials.judge()}
+    clips, videos = materials.noisy(real), materials.noisy(made, frames=6, seed=1, low=60)
+    return materials.Fixed(
+        materials.short(length=6, **fields), materials.clips(clips), materials.generated(videos), networks
+    )
 
 
-def rows_of(found: fake.Material) -> tuple[torch.Tensor, torch.Tensor]:
+def rows_of(found: materials.Fixed) -> tuple[torch.Tensor, torch.Tensor]:
     """The features of both sides: of the first four frames."""
-    sides = [clip.video[0] for clip in found.held_out], [next(made.frames(4))[0] for made in found.made]
-    return tuple(fake.corners(torch.stack(side).float()) for side in sides)
+    sides = [clip.video[0] for clip in found.held], [next(made.frames(4))[0] for made in found.videos]
+    return tuple(materials.corners(torch.stack(side).float()) for side in sides)
 
 
 def test_both_distances_are_those_of_torchmetrics_on_the_same_features():
@@ -51,18 +53,20 @@ def test_both_distances_are_those_of_torchmetrics_on_the_same_features():
         kernels.update(side[:, :, None, None], real=is_real)
     pooled = distance.MEASURE.run(None, found).pooled
     assert pooled["frechet"].value == pytest.approx(float(theirs.compute()), abs=1e-3 * float(theirs.compute()))
-    alike = found._replace(held_out=found.held_out[:50])
+    alike = found._replace(held=found.held[:50])
     assert distance.MEASURE.run(None, alike).pooled["kernel"].value == pytest.approx(
         float(kernels.compute()[0]), rel=1e-3
     )
 
 
 def test_prompts_are_drawn_where_videos_have_some_and_sources_of_clips():
-    clips = fake.clips(fake.noise(12), [f"source {n // 2}" for n in range(12)])
-    videos = fake.generated(fake.noise(12, seed=1, low=60), [f"prompt {n % 4}" for n in range(12)])
-    networks = {"features": fake.network("corners", fake.corners)}
-    found = distance.MEASURE.run(None, fake.Material(fake.suite(seed=3), clips, videos, networks)).pooled["frechet"]
-    real, made = (rows.double() for rows in rows_of(fake.Material(fake.suite(), clips, videos, networks)))
+    clips = materials.clips(materials.noisy(12), [f"source {n // 2}" for n in range(12)])
+    videos = materials.generated(materials.noisy(12, seed=1, low=60), [f"prompt {n % 4}" for n in range(12)])
+    networks = {"features": materials.network("corners", materials.corners)}
+    found = distance.MEASURE.run(None, materials.Fixed(materials.short(seed=3), clips, videos, networks)).pooled[
+        "frechet"
+    ]
+    real, made = (rows.double() for rows in rows_of(materials.Fixed(materials.short(), clips, videos, networks)))
     for number in range(3):
         sources, prompts = draws(6, 100, 3)[number], draws(4, 100, 4)[number]
         first = torch.cat([real[2 * source : 2 * source + 2] for source in sources])
@@ -95,7 +99,7 @@ def test_a_distance_of_fewer_samples_than_features_says_so():
 
 def test_clips_of_a_single_source_have_no_replicates():
     found = material()
-    alone = found._replace(held_out=[clip._replace(unit="one") for clip in found.held_out])
+    alone = found._replace(held=[clip._replace(unit="one") for clip in found.held])
     pooled = distance.MEASURE.run(None, alone).pooled["frechet"]
     assert (list(pooled.replicates), pooled.units) == ([], 1)
     assert pooled.value == distance.MEASURE.run(None, found).pooled["frechet"].value
@@ -105,10 +109,13 @@ def test_the_debiased_distance_sees_movement_alone_where_its_network_does():
     def changes(levels):
         return levels.diff(dim=2).mean((1, 3, 4))
 
-    clips = fake.noise(20, high=200)
+    clips = materials.noisy(20, high=200)
     brighter = [video + 50 for video in clips]  # in the same movement
-    networks = {"features": fake.network("corners", fake.corners), "debiased": fake.network("changes", changes)}
-    found = fake.Material(fake.suite(), fake.clips(clips), fake.generated(brighter), networks)
+    networks = {
+        "features": materials.network("corners", materials.corners),
+        "debiased": materials.network("changes", changes),
+    }
+    found = materials.Fixed(materials.short(), materials.clips(clips), materials.generated(brighter), networks)
     assert distance.MEASURE.run(None, found).pooled["frechet"].value > 0.5
     pooled = debiased.MEASURE.run(None, found).pooled
     assert set(pooled) == {"frechet_debiased", "kernel_debiased"}
@@ -117,11 +124,11 @@ def test_the_debiased_distance_sees_movement_alone_where_its_network_does():
 
 def test_a_network_of_frames_has_a_row_for_each_frame_of_a_unit():
     found = material()
-    images = fake.network("frames", images=lambda x: [torch.nn.functional.adaptive_avg_pool2d(x, 1)])
+    images = materials.network("frames", images=lambda x: [torch.nn.functional.adaptive_avg_pool2d(x, 1)])
     pooled = distance.MEASURE.run(None, found._replace(networks={"features": images})).pooled["frechet"]
     sides = [
-        torch.cat([clip.video[0] for clip in found.held_out], 1),
-        torch.cat([next(m.frames(4))[0] for m in found.made], 1),
+        torch.cat([clip.video[0] for clip in found.held], 1),
+        torch.cat([next(m.frames(4))[0] for m in found.videos], 1),
     ]
     rows = [side.float().mean((2, 3)).T.double() for side in sides]
     assert pooled.value == pytest.approx(frechet_distance(*map(moments, rows)), rel=1e-4)
@@ -132,20 +139,20 @@ def test_a_network_that_does_not_take_the_videos_is_one_line():
     def picky(levels):
         raise ValueError("needs 16 frames")
 
-    found = material()._replace(networks={"features": fake.network("i3d", picky)})
+    found = material()._replace(networks={"features": materials.network("i3d", picky)})
     with pytest.raises(UserError, match=r"^features: i3d: takes no videos of 4 frames of 8x8 \(needs 16 frames\)"):
         distance.MEASURE.run(None, found)
 
 
 def test_a_suite_without_videos_is_refused():
     with pytest.raises(UserError, match=r"^videos: the suite makes none"):
-        distance.MEASURE.run(None, material()._replace(suite=fake.suite().model_copy(update={"videos": ()})))
+        distance.MEASURE.run(None, material()._replace(suite=materials.short().model_copy(update={"videos": ()})))
 
 
 def test_the_inception_score_is_that_of_torchmetrics():
     found = material()
     pooled = inception.MEASURE.run(None, found).pooled["inception_score"]
-    logits = fake.colours(torch.stack([next(made.frames(4))[0] for made in found.made]).float())
+    logits = materials.colours(torch.stack([next(made.frames(4))[0] for made in found.videos]).float())
 
     class Logits(nn.Module):
         def forward(self, rows):
@@ -159,7 +166,7 @@ def test_the_inception_score_is_that_of_torchmetrics():
 
 def test_conditions_tell_videos_and_prompts_apart():
     def conditions(**fields):
-        return distance.MEASURE.conditions(fake.suite(**fields))
+        return distance.MEASURE.conditions(materials.short(**fields))
 
     assert conditions() == conditions(chunk=8)
     assert conditions() != conditions(length=5)

@@ -2,8 +2,8 @@
 
 import math
 
-import fake_material as fake
 import judged
+import materials
 import pytest
 import torch
 
@@ -19,7 +19,7 @@ from longtake.training.metrics.seams import seams as whole_seams
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-NETWORKS = {"features": fake.network("corners", fake.corners), "classifier": fake.judge()}
+NETWORKS = {"features": materials.network("corners", materials.corners), "classifier": materials.judge()}
 
 
 def coloured(order: str, chunk: int = 4) -> torch.Tensor:
@@ -30,10 +30,10 @@ def coloured(order: str, chunk: int = 4) -> torch.Tensor:
     return video
 
 
-def long(videos: list[torch.Tensor], held_out: int = 10, **fields) -> fake.Material:
-    clips = fake.clips(fake.noise(held_out, low=60))
-    made = fake.generated(videos, joints=fields.pop("joints", ()), piece=fields.pop("piece", None))
-    return fake.Material(fake.suite(length=videos[0].shape[1], **fields), clips, made, NETWORKS)
+def long(videos: list[torch.Tensor], held_out: int = 10, **fields) -> materials.Fixed:
+    clips = materials.clips(materials.noisy(held_out, low=60))
+    made = materials.generated(videos, joints=fields.pop("joints", ()), piece=fields.pop("piece", None))
+    return materials.Fixed(materials.short(length=videos[0].shape[1], **fields), clips, made, NETWORKS)
 
 
 def test_classes_are_kept_in_the_share_of_chunks_that_has_the_first_ones():
@@ -50,9 +50,9 @@ def test_classes_are_kept_in_the_share_of_chunks_that_has_the_first_ones():
 
 
 def test_coherence_of_all_videos_is_that_of_their_probabilities():
-    videos = fake.noise(6, frames=12)
+    videos = materials.noisy(6, frames=12)
     result = coherence.MEASURE.run(None, long(videos, piece=5))
-    log_p = torch.stack([fake.colours(torch.stack(video.float().split(4, 1))).log_softmax(1) for video in videos])
+    log_p = torch.stack([materials.colours(torch.stack(video.float().split(4, 1))).log_softmax(1) for video in videos])
     expected = whole_coherence(log_p.double())
     for name, values in (("ccs", expected.ccs), ("ics", expected.ics)):
         assert sum(row[name] for row in result.rows.values()) / 6 == pytest.approx(float(values[1:].mean()), rel=1e-5)
@@ -60,14 +60,14 @@ def test_coherence_of_all_videos_is_that_of_their_probabilities():
 
 
 def test_chunks_are_as_far_from_clips_as_their_own_distances_say():
-    videos = [torch.cat([part, part // 2], 1) for part in fake.noise(12, frames=8, low=60, seed=1)]
+    videos = [torch.cat([part, part // 2], 1) for part in materials.noisy(12, frames=8, low=60, seed=1)]
     found = long(videos)
     result = degradation.MEASURE.run(None, found)
     assert [*result.curves["frechet_by_second"]] == [0, 0.5, 1, 1.5]
-    real = moments(fake.corners(torch.stack([clip.video[0] for clip in found.held_out]).float()))
+    real = moments(materials.corners(torch.stack([clip.video[0] for clip in found.held]).float()))
     expected = []
     for begin in (0, 4, 8, 12):
-        rows = fake.corners(torch.stack([video[:, begin : begin + 4] for video in videos]).float())
+        rows = materials.corners(torch.stack([video[:, begin : begin + 4] for video in videos]).float())
         expected.append(frechet_distance(real, moments(rows)))
     points = list(result.curves["frechet_by_second"].values())
     assert [point.value for point in points] == pytest.approx(expected, rel=1e-4)
@@ -78,18 +78,18 @@ def test_chunks_are_as_far_from_clips_as_their_own_distances_say():
 
 
 def test_chunks_that_are_longer_than_clips_are_compared_by_their_beginnings():
-    videos = fake.noise(12, frames=16)
+    videos = materials.noisy(12, frames=16)
     found = long(videos, chunk=8)
     curve = degradation.MEASURE.run(None, found).curves["frechet_by_second"]
     assert [*curve] == [0, 1]
-    rows = fake.corners(torch.stack([video[:, 8:12] for video in videos]).float())
-    real = fake.corners(torch.stack([clip.video[0] for clip in found.held_out]).float())
+    rows = materials.corners(torch.stack([video[:, 8:12] for video in videos]).float())
+    real = materials.corners(torch.stack([clip.video[0] for clip in found.held]).float())
     assert curve[1].value == pytest.approx(frechet_distance(moments(real), moments(rows)), rel=1e-4)
 
 
 @pytest.mark.parametrize("measure", [coherence, degradation, drift])
 def test_a_single_chunk_has_no_course(measure):
-    result = measure.MEASURE.run(None, long(fake.noise(10, frames=7)))
+    result = measure.MEASURE.run(None, long(materials.noisy(10, frames=7)))
     assert "single chunk" in result.notes[-1]
     assert not result.rows and not result.pooled
 
@@ -100,7 +100,9 @@ def test_drift_is_the_angle_between_a_chunk_and_the_first():
         return torch.stack([angle.cos(), angle.sin()], 1)
 
     video = torch.cat([torch.full((3, 4, 8, 8), level, dtype=torch.uint8) for level in (0, 85, 170, 255)], 1)
-    found = long([video, video[:, :4].repeat(1, 4, 1, 1)])._replace(networks={"features": fake.network("t", turned)})
+    found = long([video, video[:, :4].repeat(1, 4, 1, 1)])._replace(
+        networks={"features": materials.network("t", turned)}
+    )
     result = drift.MEASURE.run(None, found)
     assert [row["drift"] for row in result.rows.values()] == pytest.approx([1, 0], abs=1e-6)
     curve = [units["video-000"] for units in result.curves["drift_by_second"].values()]
@@ -109,7 +111,7 @@ def test_drift_is_the_angle_between_a_chunk_and_the_first():
 
 @pytest.mark.parametrize("piece", [1, 2, 5, 40])
 def test_seams_are_those_of_whole_videos_however_they_are_read(piece):
-    videos = fake.noise(5, frames=20)
+    videos = materials.noisy(5, frames=20)
     result = seams.MEASURE.run(None, long(videos, joints=[6, 13], piece=piece))
     video = to_model(torch.stack(videos))
     expected = whole_seams(changes(video), bends(video), [6, 13])
@@ -127,7 +129,7 @@ def test_a_jump_of_ten_times_the_usual_change_has_that_ratio():
 
 
 def test_videos_that_are_made_at_once_have_no_seams():
-    assert seams.MEASURE.run(None, long(fake.noise(3, frames=8))).notes == [
+    assert seams.MEASURE.run(None, long(materials.noisy(3, frames=8))).notes == [
         "no video has joints with frames between them"
     ]
     still = seams.MEASURE.run(None, long([coloured("rr")] * 2, joints=[3]))
@@ -135,12 +137,13 @@ def test_videos_that_are_made_at_once_have_no_seams():
 
 
 def test_windows_over_joints_and_between_them_are_compared_each_with_clips():
-    videos = fake.noise(10, frames=20)
+    videos = materials.noisy(10, frames=20)
     found = long(videos, joints=[6, 13], piece=3)
     pooled = seam_distance.MEASURE.run(None, found).pooled
-    real = moments(fake.corners(torch.stack([clip.video[0] for clip in found.held_out]).float()))
-    for name, cut in (("seam", around), ("inner", between)):
-        rows = [fake.corners(cut(video[None], [6, 13], 4).float()) for video in videos]
+    real = moments(materials.corners(torch.stack([clip.video[0] for clip in found.held]).float()))
+    # of the three windows between joints the first and the last, as many as there are joints
+    for name, cut, kept in (("seam", around, [0, 1]), ("inner", between, [0, 2])):
+        rows = [materials.corners(cut(video[None], [6, 13], 4)[kept].float()) for video in videos]
         assert pooled[f"frechet_{name}"].value == pytest.approx(
             frechet_distance(real, moments(torch.cat(rows))), rel=1e-4
         )
@@ -150,14 +153,14 @@ def test_windows_over_joints_and_between_them_are_compared_each_with_clips():
 
 
 def test_joints_too_close_for_a_window_between_them_are_said():
-    result = seam_distance.MEASURE.run(None, long(fake.noise(10, frames=9), joints=[3, 6]))
+    result = seam_distance.MEASURE.run(None, long(materials.noisy(10, frames=9), joints=[3, 6]))
     assert set(result.pooled) == {"frechet_seam", "kernel_seam"}
     assert "no video has 4 frames without a joint" in result.notes
 
 
 def test_windows_are_where_they_were_asked_for():
     video = torch.arange(30, dtype=torch.uint8)[None, :, None, None].expand(3, 30, 2, 2)
-    made = fake.generated([video], piece=7)[0]
+    made = materials.generated([video], piece=7)[0]
     found = [
         ((w[0, 0, :, 0, 0] + 1) * 127.5).round().int().tolist() for w in windows.windows_at(made, [9, 3, 5, 27], 3)
     ]

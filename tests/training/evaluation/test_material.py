@@ -75,7 +75,9 @@ def test_a_model_without_prompts_makes_as_many_videos_of_further_seeds(
 ) -> None:
     suite = judged.suite(prompts=("a", "b", "c"), videos=[{"frames": 9, "seeds": (0, 4)}])
     found = {
-        prompted: asking.wanted(SimpleNamespace(accepts={"prompt"} if prompted else set(), classes=()), (0, 4), suite.prompts, ())  # type: ignore[arg-type]
+        prompted: asking.wanted(
+            SimpleNamespace(accepts={"prompt"} if prompted else set(), classes=()), (0, 4), suite.prompts, ()
+        )  # type: ignore[arg-type]
         for prompted in (True, False)
     }
     assert [(each.words, each.request.seed) for each in found[True]] == [(p, s) for p in "abc" for s in (0, 4)]

@@ -40,7 +40,7 @@ class Flat(nn.Module):
 def material(count: int = 2 * SOURCES) -> Fixed:
     held = [clip(noise(2, (4, 4), n), f"source-{n // 2:02d}", n) for n in range(count)]
     copies = [each.video // 4 * 3 + 40 for each in held]
-    return Fixed(suite(clips={"frames": 2}), held, copies, networks={"features": network()})
+    return Fixed(suite(clips={"frames": 2}), held, copies=copies, networks={"features": network()})
 
 
 def network() -> FeatureNetwork:
@@ -84,5 +84,6 @@ def test_too_few_clips_have_no_distance_but_a_note_with_the_least_number() -> No
 
 def test_equal_reconstructions_are_at_no_distance() -> None:
     found = material()
-    found.copies = [each.video for each in found.held]
-    assert run(found).pooled["reconstruction_frechet"].value == pytest.approx(0, abs=1e-9)
+    assert run(found._replace(copies=[each.video for each in found.held])).pooled[
+        "reconstruction_frechet"
+    ].value == pytest.approx(0, abs=1e-9)

@@ -4,7 +4,7 @@ import json
 from itertools import combinations
 from pathlib import Path
 
-import fake_material as fake
+import materials
 import numpy as np
 import pytest
 import tiny_pictures
@@ -39,9 +39,9 @@ def clip(tmp_path_factory: pytest.TempPathFactory) -> str:
 def test_agreement_is_the_cosine_that_the_library_gives(clip):
     from transformers import AutoImageProcessor, AutoTokenizer, CLIPModel
 
-    videos = fake.noise(6, size=16)
+    videos = materials.noisy(6, size=16)
     prompts = [PROMPTS[n % 3] for n in range(6)]
-    found = fake.Material(fake.suite(), [], fake.generated(videos, prompts), {"dual": clip})
+    found = materials.Fixed(materials.short(), [], materials.generated(videos, prompts), {"dual": clip})
     result = agreement.MEASURE.run(None, found)
 
     model, pad = CLIPModel.from_pretrained(clip).eval(), {"return_tensors": "pt", "padding": True}
@@ -64,10 +64,10 @@ def test_backgrounds_are_compared_by_the_vectors_of_pictures(clip):
     from longtake.datasets import dual
     from longtake.datasets.pictures import opened
 
-    videos = fake.noise(2, size=16)
+    videos = materials.noisy(2, size=16)
     still = videos[0][:, :1].expand(3, 4, 16, 16)
     result = background.MEASURE.run(
-        None, fake.Material(fake.suite(), [], fake.generated([still, *videos]), {"dual": clip})
+        None, materials.Fixed(materials.short(), [], materials.generated([still, *videos]), {"dual": clip})
     )
     found = [row["background_consistency"] for row in result.rows.values()]
     vectors = dual.load(opened(clip), "cpu").pictures(videos[0].permute(1, 2, 3, 0).numpy()).astype(np.float64)
@@ -84,27 +84,29 @@ def test_texts_that_agree_alike_share_the_first_place():
 
 
 def test_a_model_without_prompts_agrees_with_nothing(clip):
-    found = fake.Material(fake.suite(), [], fake.generated(fake.noise(2)), {"dual": clip})
+    found = materials.Fixed(materials.short(), [], materials.generated(materials.noisy(2)), {"dual": clip})
     assert agreement.MEASURE.run(None, found).notes == ["takes no prompts, so nothing can agree with them"]
 
 
 def test_a_folder_that_is_no_dual_encoder_is_one_line(tmp_path):
     folder = tiny_pictures.folder("vit", tmp_path / "vit")
-    found = fake.Material(fake.suite(), [], fake.generated(fake.noise(2), PROMPTS[:2]), {"dual": folder})
+    found = materials.Fixed(
+        materials.short(), [], materials.generated(materials.noisy(2), PROMPTS[:2]), {"dual": folder}
+    )
     with pytest.raises(UserError, match=r"^dual: .*encodes no texts; name a dual encoder"):
         agreement.MEASURE.run(None, found)
 
 
 def shifting(step: int, seed: int, frames: int = 4, size: int = 24) -> torch.Tensor:
     """A picture that moves to the right by so many pixels a frame, (3, T, H, W) uint8."""
-    wide = fake.noise(1, 1, 2 * size, seed)[0][:, 0]
+    wide = materials.noisy(1, 1, 2 * size, seed)[0][:, 0]
     return torch.stack([wide.roll(step * t, 2)[:, 8 : 8 + size, 8 : 8 + size] for t in range(frames)], 1)
 
 
-def moved(steps: list[int]) -> fake.Material:
+def moved(steps: list[int]) -> materials.Fixed:
     clips = [shifting(1, seed) for seed in range(8)]
     videos = [shifting(step, 20 + seed) for seed, step in enumerate(steps)]
-    return fake.Material(fake.suite(), fake.clips(clips), fake.generated(videos), {})
+    return materials.Fixed(materials.short(), materials.clips(clips), materials.generated(videos), {})
 
 
 def test_videos_that_move_alike_are_close_in_speed_and_direction():
@@ -123,7 +125,7 @@ def test_motion_of_few_videos_or_single_frames_is_refused():
     assert motion.MEASURE.run(None, found).notes == [
         "7 generated videos are too few for a distance; it needs 8 at least"
     ]
-    assert "single frame" in motion.MEASURE.run(None, found._replace(suite=fake.suite(frames=1))).notes[0]
+    assert "single frame" in motion.MEASURE.run(None, found._replace(suite=materials.short(frames=1))).notes[0]
 
 
 def rmse(a: torch.Tensor, b: torch.Tensor) -> float:
@@ -131,8 +133,8 @@ def rmse(a: torch.Tensor, b: torch.Tensor) -> float:
 
 
 def test_diversity_is_the_mean_over_pairs_of_each_prompt():
-    videos, prompts = fake.noise(7), ["a", "a", "a", "b", "b", "c", "b"]
-    found = fake.Material(fake.suite(), [], fake.generated(videos, prompts), {})
+    videos, prompts = materials.noisy(7), ["a", "a", "a", "b", "b", "c", "b"]
+    found = materials.Fixed(materials.short(), [], materials.generated(videos, prompts), {})
     pooled = diversity.MEASURE.run(None, found).pooled["diversity"]
     means = [
         np.mean([rmse(videos[i], videos[j]) for i, j in combinations([n for n in range(7) if prompts[n] == p], 2)])
@@ -144,10 +146,10 @@ def test_diversity_is_the_mean_over_pairs_of_each_prompt():
 
 
 def test_videos_without_prompts_are_drawn_themselves():
-    videos = fake.noise(5)
-    pooled = diversity.MEASURE.run(None, fake.Material(fake.suite(), [], fake.generated(videos), {})).pooled[
-        "diversity"
-    ]
+    videos = materials.noisy(5)
+    pooled = diversity.MEASURE.run(
+        None, materials.Fixed(materials.short(), [], materials.generated(videos), {})
+    ).pooled["diversity"]
     assert pooled.value == pytest.approx(np.mean([rmse(a, b) for a, b in combinations(videos, 2)]), rel=1e-5)
     for each, replicate in zip(draws(5, 100, 0)[:10], pooled.replicates, strict=False):
         pairs = [rmse(videos[i], videos[j]) for i in each for j in each if i != j]
@@ -155,12 +157,14 @@ def test_videos_without_prompts_are_drawn_themselves():
 
 
 def test_equal_videos_have_no_diversity_and_single_ones_none_to_tell():
-    same = fake.noise(1) * 3
+    same = materials.noisy(1) * 3
     assert (
-        diversity.MEASURE.run(None, fake.Material(fake.suite(), [], fake.generated(same), {})).pooled["diversity"].value
+        diversity.MEASURE.run(None, materials.Fixed(materials.short(), [], materials.generated(same), {}))
+        .pooled["diversity"]
+        .value
         == 0
     )
-    single = fake.Material(fake.suite(), [], fake.generated(fake.noise(2), ["a", "b"]), {})
+    single = materials.Fixed(materials.short(), [], materials.generated(materials.noisy(2), ["a", "b"]), {})
     result = diversity.MEASURE.run(None, single)
     assert not result.pooled
     assert result.notes == ["no prompt has two videos; give the suite prompts and two seeds, or more"]
@@ -168,8 +172,8 @@ def test_equal_videos_have_no_diversity_and_single_ones_none_to_tell():
 
 def test_diversity_to_a_network_is_lpips():
     perceptual = Perceptual(FeatureNetwork("n", "n", "signed", None, images=lambda x: [x]))
-    videos = fake.noise(3)
-    found = fake.Material(fake.suite(), [], fake.generated(videos), {"perceptual": perceptual})
+    videos = materials.noisy(3)
+    found = materials.Fixed(materials.short(), [], materials.generated(videos), {"perceptual": perceptual})
     signed = [video[None].float() / 127.5 - 1 for video in videos]
     expected = np.mean([float(lpips(perceptual, a, b)) for a, b in combinations(signed, 2)])
     assert diversity_lpips.MEASURE.run(None, found).pooled["diversity_lpips"].value == pytest.approx(expected, rel=1e-5)
@@ -177,7 +181,9 @@ def test_diversity_to_a_network_is_lpips():
 
 def test_vbench_figures_are_of_each_video():
     videos = [shifting(2, 0, 5), shifting(0, 1, 5)]
-    result = vbench.MEASURE.run(None, fake.Material(fake.suite(frames=5, length=5), [], fake.generated(videos), {}))
+    result = vbench.MEASURE.run(
+        None, materials.Fixed(materials.short(frames=5, length=5), [], materials.generated(videos), {})
+    )
     assert [row["dynamic_degree"] for row in result.rows.values()] == [1, 0]
     moving, still = (row["temporal_flickering"] for row in result.rows.values())
     assert still == 1
@@ -186,17 +192,19 @@ def test_vbench_figures_are_of_each_video():
 
 
 def test_consistency_needs_a_network_of_pictures():
-    images = fake.network("mean", images=lambda x: [torch.nn.functional.adaptive_avg_pool2d(x, 1)])
-    videos = fake.generated([fake.noise(1)[0][:, :1].expand(3, 4, 8, 8), *fake.noise(1, seed=3)])
-    result = consistency.MEASURE.run(None, fake.Material(fake.suite(), [], videos, {"features": images}))
+    images = materials.network("mean", images=lambda x: [torch.nn.functional.adaptive_avg_pool2d(x, 1)])
+    videos = materials.generated([materials.noisy(1)[0][:, :1].expand(3, 4, 8, 8), *materials.noisy(1, seed=3)])
+    result = consistency.MEASURE.run(None, materials.Fixed(materials.short(), [], videos, {"features": images}))
     still, noisy = (row["subject_consistency"] for row in result.rows.values())
     assert still == pytest.approx(1) and noisy < 1
-    whole = fake.Material(fake.suite(), [], videos, {"features": fake.network("corners", fake.corners)})
+    whole = materials.Fixed(
+        materials.short(), [], videos, {"features": materials.network("corners", materials.corners)}
+    )
     assert "needs a network of pictures" in consistency.MEASURE.run(None, whole).notes[0]
 
 
 def written(folder: Path, prompts: list[str] | None, name: str = "out") -> Path:
-    made = fake.generated(fake.noise(4), prompts)
+    made = materials.generated(materials.noisy(4), prompts)
     for number, each in enumerate(made):
         (folder / each.file).write_bytes(bytes([number]))
     layout.write(folder / name, made, folder)
