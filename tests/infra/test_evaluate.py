@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import judged
+import mlflow
 import pytest
 import yaml
 from priors import longtake
@@ -20,9 +21,11 @@ from priors import longtake
 from longtake.datasets.errors import UserError
 from longtake.infra import graph, recipe, runner
 from longtake.infra.cli.evaluate import suite_of
+from longtake.training import registry
 from longtake.training.evaluation import evaluate as stage
 from longtake.training.evaluation import table
 from longtake.training.evaluation.suite import Suite, builtin
+from longtake.training.registry import aliases, log
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -91,6 +94,40 @@ def test_a_registered_model_needs_its_store(squares: str, monkeypatch: pytest.Mo
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     with pytest.raises(UserError, match="models:/x@champion: MLFLOW_TRACKING_URI is not set"):
         longtake("evaluate", "models:/x@champion", "--dataset", squares)
+
+
+@pytest.mark.usefixtures("own_store")
+def test_a_registered_model_is_measured_by_its_alias_beside_a_folder(
+    models: Path, squares: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, with_store: Callable[[Path], None]
+) -> None:
+    with_store(tmp_path)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
+    monkeypatch.setenv("LONGTAKE_CACHE", str(tmp_path / "cache"))
+    with aliases.run_in(log.experiment("trained", f"{tmp_path}/artifacts"), "vae") as run_id:
+        registry.register(models / "vae", "pv-vae", run_id)
+    aliases.put("pv-vae", "champion", "1")
+    out = tmp_path / "out"
+    command = ["evaluate", "models:/pv-vae@champion", models / "vqgan", *options(squares, out, "reconstruction")]
+    said = longtake(*command).stdout
+
+    made = table.read(out)
+    registered, folder = made.models
+    assert (registered["uri"], registered["pinned"]) == ("models:/pv-vae@champion", "models:/pv-vae/1")
+    assert made.groups[0]["figures"]["psnr"]["values"].keys() == {registered["digest"], folder["digest"]}
+    assert "pv-vae@champion" in said and (out / "report.html").is_file()
+
+    # another name of it is the same model, and what is there is not measured again
+    again = longtake(*("models:/pv-vae/1" if part == command[1] else part for part in command))
+    assert "models:/pv-vae/1: reconstruction: is there" in again.stderr
+    assert table.read(out).groups == made.groups
+
+    client = mlflow.MlflowClient()
+    experiment = client.get_experiment_by_name("evaluations")
+    assert experiment
+    runs = {run.info.run_name: run for run in client.search_runs([experiment.experiment_id])}
+    assert set(runs) == {"out", "models:/pv-vae@champion", "models:/pv-vae/1", str(models / "vqgan")}
+    value = made.groups[0]["figures"]["psnr"]["values"][registered["digest"]]
+    assert runs["models:/pv-vae@champion"].data.metrics["psnr_low"] == value["low"]
 
 
 def test_suites_of_the_package_and_of_files(tmp_path: Path) -> None:
