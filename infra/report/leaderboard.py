@@ -6,7 +6,6 @@ It is made of the table in a folder (see `longtake.training.evaluation.table`), 
 import base64
 import hashlib
 import math
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -42,7 +41,7 @@ def leaderboard(name: str, folder: Path, keep: Pictures) -> dict[str, Any]:
     """
     found = table.read(folder)
     try:
-        labels = _labels(found.models)
+        labels = table.names(found.models)
         common, groups = figures_of.conditions(found)
         parts = [_part(group, own, labels) for group, own in zip(found.groups, groups, strict=True)]
         curves = _curves(name, found.groups, labels, keep)
@@ -72,17 +71,6 @@ def line(board: Mapping[str, Any]) -> str:
     """What was evaluated, in a few words."""
     models, rows = len(board["models"]), sum(len(part["figures"]) for part in board["parts"])
     return f"{models} model{'s' * (models != 1)}, {rows} figure{'s' * (rows != 1)}"
-
-
-def _labels(models: Sequence[Mapping[str, Any]]) -> dict[str, str]:
-    """Short names of the models by their digests; those that would be equal have a part of their digest."""
-    short = {model["digest"]: _short(model["uri"]) for model in models}
-    counts = Counter(short.values())
-    return {digest: name if counts[name] == 1 else f"{name} ({digest[:6]})" for digest, name in short.items()}
-
-
-def _short(uri: str) -> str:
-    return uri.removeprefix("models:/") if uri.startswith("models:/") else uri.rstrip("/").rpartition("/")[2]
 
 
 def _model(model: Mapping[str, Any], label: str, n: int) -> dict[str, Any]:

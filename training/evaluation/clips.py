@@ -128,7 +128,8 @@ class Heldout:
 
     def longest(self, join: bool = False) -> str:
         """What the largest and the longest clips are, for messages; with `join` of clips with all that follow."""
-        stretches = self._stretches(math.inf if join else 0.0)
+        everything = sum(row["frame_count"] / row["fps"] for _, _, row in self._rows)
+        stretches = self._stretches(everything if join else 0.0)
         longest = max(_count([row for *_, row in each]) / each[0][2]["fps"] for each in stretches)
         height, width = max(((row["height"], row["width"]) for _, _, row in self._rows), key=min)
         what = "longest held-out clips without a hole last" if join else "longest held-out clip lasts"
@@ -204,9 +205,9 @@ def _count(rows: Sequence[Mapping[str, Any]]) -> int:
     return sum(row["frame_count"] for row in rows)
 
 
-def _needed(seconds: float, row: Mapping[str, Any]) -> float:
+def _needed(seconds: float, row: Mapping[str, Any]) -> int:
     """Frames of a clip that last so long."""
-    return math.ceil(seconds * row["fps"] - _ALMOST) if math.isfinite(seconds) else math.inf
+    return math.ceil(seconds * row["fps"] - _ALMOST)
 
 
 def where(dataset: str) -> str:

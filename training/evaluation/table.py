@@ -149,21 +149,24 @@ def _mean(values: Sequence[float], measured: Measured) -> tuple[float, float | N
 
 
 def _videos(results: Iterable[Measured]) -> list[dict[str, Any]]:
-    """Each video once, with the figures that it got itself."""
+    """Each video once, with the figures that it got itself: of several for one clip, the first was measured.
+
+    The others are further draws of a gap, or what an autoencoder alone keeps.
+    """
     videos: dict[tuple[str, str], dict[str, Any]] = {}
     for measured in results:
         by_key: dict[str, Mapping[str, float]] = {key: figures for (_, key), figures in measured.result.rows.items()}
         for video in measured.videos:
             empty: dict[str, Any] = {"prompt": None, "seed": None, "class": None, "scores": {}}
             entry = videos.setdefault((measured.model, video["file"]), {"model": measured.model, **empty, **video})
-            entry["scores"] |= by_key.get(video["key"], {})
+            entry["scores"] |= by_key.pop(video["key"], {})
     return list(videos.values())
 
 
 def printed(table: Table) -> str:
     """The table for a terminal: a block for each group, a line for each figure and model; then notes, and what was left out."""
-    names = _names(table.models)
-    width = max(map(len, names.values()), default=0)
+    named = names(table.models)
+    width = max(map(len, named.values()), default=0)
     lines: list[str] = []
     for group in table.groups:
         if not group["figures"]:
@@ -173,20 +176,20 @@ def printed(table: Table) -> str:
             lines.append(f"  {figure} ({facts['better']} is better)")
             for digest, value in facts["values"].items():
                 bounds = "" if value["low"] is None else f"   [{value['low']:.4g}, {value['high']:.4g}]"
-                lines.append(f"    {names[digest]:<{width}}  {value['value']:>10.4g}{bounds}")
-    notes = [f"note: {names[model['digest']]}: {note}" for model in table.models for note in model["notes"]]
-    return "\n".join([*lines, "", *notes, *_left_out(table.left_out, names)]).strip("\n")
+                lines.append(f"    {named[digest]:<{width}}  {value['value']:>10.4g}{bounds}")
+    notes = [f"note: {named[model['digest']]}: {note}" for model in table.models for note in model["notes"]]
+    return "\n".join([*lines, "", *notes, *_left_out(table.left_out, named)]).strip("\n")
 
 
-def _names(models: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+def names(models: Sequence[Mapping[str, Any]]) -> dict[str, str]:
     """Short names by digest: the version, or the end of the path; with a part of the digest where two are alike."""
     short = {model["digest"]: _short(model["uri"]) for model in models}
     counts = Counter(short.values())
-    return {digest: name if counts[name] == 1 else f"{name} {digest[:6]}" for digest, name in short.items()}
+    return {digest: name if counts[name] == 1 else f"{name} ({digest[:6]})" for digest, name in short.items()}
 
 
 def _short(uri: str) -> str:
-    return uri.removeprefix("models:/") if uri.startswith("models:/") else Path(uri).name
+    return uri.removeprefix("models:/") if uri.startswith("models:/") else uri.rstrip("/").rpartition("/")[2]
 
 
 def _on(conditions: Mapping[str, Any]) -> str:

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from typing import Any, NamedTuple, TypeVar
@@ -18,6 +17,7 @@ from longtake.datasets.pictures import opened
 from longtake.training.engines import device
 from longtake.training.evaluation.bootstrap import draws
 from longtake.training.evaluation.material import Generated, Material
+from longtake.training.evaluation.means import Curve
 from longtake.training.evaluation.record import Unit
 from longtake.training.evaluation.subject import Subject
 from longtake.training.evaluation.suite import Suite, Videos
@@ -166,10 +166,10 @@ def joined(sides: Sequence[Side]) -> Side:
 
 def curve(points: Iterable[tuple[float, Unit, float]]) -> dict[float, dict[Unit, float]]:
     """A curve from points (position, unit, value): the mean of each unit at each position."""
-    found = defaultdict[float, defaultdict[Unit, list[float]]](lambda: defaultdict(list))
+    found = Curve()
     for position, unit, value in points:
-        found[position][unit].append(value)
-    return {at: {unit: float(np.mean(each)) for unit, each in units.items()} for at, units in sorted(found.items())}
+        found.add(unit, {position: value})
+    return found.by_unit()
 
 
 def numbered(units: Sequence[Unit]) -> Tensor:

@@ -202,3 +202,11 @@ def test_videos_of_each_length_are_measured_by_themselves(models, squares, tmp_p
     assert value["low"] <= value["value"] <= value["high"]
     assert "seams: no video has joints with frames between them" in made.models[1]["notes"]
     assert "seams: 4 clips of 4 sources, 9 frames of 32x32 at 12 a second, videos of 24 frames" in table.printed(made)
+
+
+def test_figures_are_those_of_the_first_draw_and_of_no_other_video_of_its_clip():
+    videos = [{"key": key, "file": f"{key}-{seed}", "seed": seed} for key in "ab" for seed in (0, 1)]
+    result = Result({("unit", key): {"gap_psnr": value} for key, value in (("a", 20.0), ("b", 30.0))})
+    measured = table.Measured("gaps", "", {"gap_psnr": "higher"}, "m", {}, "d", 100, 0, videos, result)
+    made = table.made([{"digest": "m"}], [measured], [])
+    assert [video["scores"].get("gap_psnr") for video in made.videos] == [20.0, None, 30.0, None]

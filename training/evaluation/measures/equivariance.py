@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
 import numpy as np
 import torch
 
@@ -12,10 +9,9 @@ from longtake.datasets.errors import UserError
 from longtake.training.evaluation import coded
 from longtake.training.evaluation.material import Material
 from longtake.training.evaluation.means import Curve, Means, Vectors
-from longtake.training.evaluation.measures import Measure
+from longtake.training.evaluation.measures import Measure, of_clips
 from longtake.training.evaluation.record import Result, Unit
 from longtake.training.evaluation.subject import Subject
-from longtake.training.evaluation.suite import Suite
 from longtake.training.metrics import equivariance
 from longtake.training.models.common.codec import nearest_lengths
 
@@ -56,10 +52,6 @@ def _perplexity(rows: Vectors) -> Vectors:
     return np.exp(-(p * np.log(np.where(p > 0, p, 1))).sum(1))
 
 
-def _conditions(suite: Suite) -> Mapping[str, Any]:
-    return {}
-
-
 MEASURE = Measure(
     what="tokens of a clip that are the same in the clip a latent frame later: their share (arXiv 2204.03638, eq. 3), what"
     " of it is above chance (Cohen's kappa), and the perplexity of the tokens",
@@ -67,7 +59,7 @@ MEASURE = Measure(
     of="reconstructs",
     figures={"equal_tokens": "higher", "kappa": "higher", "perplexity": "higher"},
     networks=(),
-    conditions=_conditions,
+    conditions=of_clips,
     run=run,
     own=True,
 )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -12,10 +11,9 @@ from longtake.datasets.errors import UserError
 from longtake.training.evaluation import coded
 from longtake.training.evaluation.material import Material
 from longtake.training.evaluation.means import Curve, Means, Vectors
-from longtake.training.evaluation.measures import Measure
+from longtake.training.evaluation.measures import Measure, of_clips
 from longtake.training.evaluation.record import Result
 from longtake.training.evaluation.subject import Subject
-from longtake.training.evaluation.suite import Suite
 from longtake.training.metrics.latents import distances, temporal_distance
 
 _FIGURES = ("rising", "spearman", "curve_roughness", "path_roughness")
@@ -56,10 +54,6 @@ def _of(name: str) -> Any:
     return figure
 
 
-def _conditions(suite: Suite) -> Mapping[str, Any]:
-    return {}
-
-
 MEASURE = Measure(
     what="how the distance of latents grows with time (LTD, arXiv 2605.02134): the share of the curve that rises, its rank"
     " correlation with time, and how rough the curve and the path of the latents are",
@@ -72,6 +66,6 @@ MEASURE = Measure(
         "ltd_path_roughness": "lower",
     },
     networks=(),
-    conditions=_conditions,
+    conditions=of_clips,
     run=run,
 )

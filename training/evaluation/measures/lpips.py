@@ -1,20 +1,11 @@
 """How alike reconstructions of held-out clips look to a network."""
 
-from collections.abc import Mapping
-from typing import Any
-
 from longtake.datasets.loader import to_model
 from longtake.training.evaluation.material import Material
-from longtake.training.evaluation.measures import Measure
+from longtake.training.evaluation.measures import Measure, of_clips
 from longtake.training.evaluation.record import Result, Unit
 from longtake.training.evaluation.subject import Subject
-from longtake.training.evaluation.suite import Suite
 from longtake.training.metrics.perceptual import lpips
-
-
-def conditions(suite: Suite) -> Mapping[str, Any]:
-    """Nothing beside the clips and the network."""
-    return {}
 
 
 def run(subject: Subject, material: Material) -> Result:
@@ -31,6 +22,6 @@ MEASURE = Measure(
     of="reconstructs",
     figures={"lpips": "lower"},
     networks=("perceptual",),
-    conditions=conditions,
+    conditions=of_clips,
     run=run,
 )

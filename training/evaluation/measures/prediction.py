@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
 import torch
 
 from longtake.datasets.errors import UserError
 from longtake.training.evaluation import coded
 from longtake.training.evaluation.material import Material
 from longtake.training.evaluation.means import Curve
-from longtake.training.evaluation.measures import Measure
+from longtake.training.evaluation.measures import Measure, of_clips
 from longtake.training.evaluation.record import Result, Unit
 from longtake.training.evaluation.subject import Subject
-from longtake.training.evaluation.suite import Suite
 from longtake.training.metrics.reconstruction import psnr, psnr_by_frame
 
 
@@ -44,17 +40,13 @@ def run(subject: Subject, material: Material) -> Result:
     return Result(rows, curves={"psnr_predicted": curve.by_unit()}, notes=notes)
 
 
-def _conditions(suite: Suite) -> Mapping[str, Any]:
-    return {}
-
-
 MEASURE = Measure(
     what="PSNR of the frames that the encoder has not seen, the second half of a clip, in dB (arXiv 2605.02134)",
     version=1,
     of="reconstructs",
     figures={"psnr_predicted": "higher", "psnr_copy_last": "higher"},
     networks=(),
-    conditions=_conditions,
+    conditions=of_clips,
     run=run,
     own=True,
 )

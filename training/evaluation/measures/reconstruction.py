@@ -1,27 +1,17 @@
 """How close reconstructions of held-out clips are to them, pixel by pixel."""
 
-from collections.abc import Mapping
-from typing import Any
-
-import torch
-
 from longtake.datasets.loader import to_model
 from longtake.training.evaluation.material import Material
-from longtake.training.evaluation.measures import Measure
+from longtake.training.evaluation.means import Curve
+from longtake.training.evaluation.measures import Measure, of_clips
 from longtake.training.evaluation.record import Result, Unit
 from longtake.training.evaluation.subject import Subject
-from longtake.training.evaluation.suite import Suite
-from longtake.training.metrics.reconstruction import SSIM_REACH, psnr, ssim
-
-
-def conditions(suite: Suite) -> Mapping[str, Any]:
-    """Nothing beside the clips."""
-    return {}
+from longtake.training.metrics.reconstruction import SSIM_REACH, psnr, psnr_by_frame, ssim
 
 
 def run(subject: Subject, material: Material) -> Result:
     """`psnr` in dB and `ssim` of each clip, and the PSNR of each frame by its second in the clip."""
-    rows, by_frame = dict[tuple[Unit, str], dict[str, float]](), dict[float, dict[Unit, list[float]]]()
+    rows, curve = dict[tuple[Unit, str], dict[str, float]](), Curve()
     small = min(material.suite.clips.size) <= SSIM_REACH
     for clip, made in material.reconstructed(subject):
         source, copy = to_model(clip.video), to_model(made)
@@ -29,15 +19,10 @@ def run(subject: Subject, material: Material) -> Result:
         if not small:
             row["ssim"] = ssim(copy, source).item()
         rows[clip.unit, clip.key] = row
-        each = psnr(*(video[0].transpose(0, 1)[:, :, None] for video in (copy, source)))
-        for number, value in enumerate(each.tolist()):
-            by_frame.setdefault(number / clip.fps, {}).setdefault(clip.unit, []).append(value)
-    curve = {
-        at: {unit: float(torch.tensor(values).mean()) for unit, values in units.items()}
-        for at, units in by_frame.items()
-    }
+        by_frame = psnr_by_frame(copy, source)[0].tolist()
+        curve.add(clip.unit, {number / clip.fps: value for number, value in enumerate(by_frame)})
     notes = [f"ssim: needs sides above {SSIM_REACH} pixels"] if small else []
-    return Result(rows, curves={"psnr": curve}, notes=notes)
+    return Result(rows, curves={"psnr": curve.by_unit()}, notes=notes)
 
 
 MEASURE = Measure(
@@ -46,6 +31,6 @@ MEASURE = Measure(
     of="reconstructs",
     figures={"psnr": "higher", "ssim": "higher"},
     networks=(),
-    conditions=conditions,
+    conditions=of_clips,
     run=run,
 )

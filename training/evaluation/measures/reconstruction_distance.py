@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
 from longtake.datasets.loader import to_model
 from longtake.training.evaluation.distances import distances
 from longtake.training.evaluation.material import Material
-from longtake.training.evaluation.measures import Measure
+from longtake.training.evaluation.measures import Measure, of_clips
 from longtake.training.evaluation.record import Result
 from longtake.training.evaluation.subject import Subject
-from longtake.training.evaluation.suite import Suite
 from longtake.training.evaluation.windows import clips, side
 
 
@@ -24,10 +20,6 @@ def run(subject: Subject, material: Material) -> Result:
     return Result(pooled={f"reconstruction_{name}": each for name, each in found.pooled.items()}, notes=found.notes)
 
 
-def _conditions(suite: Suite) -> Mapping[str, Any]:
-    return {}
-
-
 MEASURE = Measure(
     what="reconstructions of held-out clips beside them: Fréchet distance (arXiv 1706.08500, eq. 6) and squared MMD of a cubic"
     " kernel (arXiv 1801.01401); with StyleGAN-V's I3D they are rFVD and rKVD",
@@ -35,6 +27,6 @@ MEASURE = Measure(
     of="reconstructs",
     figures={"reconstruction_frechet": "lower", "reconstruction_kernel": "lower"},
     networks=("features",),
-    conditions=_conditions,
+    conditions=of_clips,
     run=run,
 )
