@@ -40,7 +40,7 @@ def conditions(suite: Suite) -> dict[str, Any]:
     prompts = None if suite.prompts is None else hashlib.sha256(json.dumps(suite.prompts).encode()).hexdigest()[:12]
     return {
         "videos": [videos.model_dump(mode="json") for videos in suite.videos[:1]],
-        "made": sum(suite.count(videos) for videos in suite.videos[:1]),
+        "generated": sum(suite.count(videos) for videos in suite.videos[:1]),
         "prompts": prompts,
     }
 

@@ -82,8 +82,8 @@ def test_a_model_without_prompts_makes_as_many_videos_of_further_seeds(
     }
     assert [(each.words, each.request.seed) for each in found[True]] == [(p, s) for p in "abc" for s in (0, 4)]
     assert [(each.words, each.request.seed) for each in found[False]] == [(None, s) for s in (0, 4, 5, 6, 7, 8)]
-    assert windows.conditions(suite)["made"] == 6
-    assert windows.conditions(suite.model_copy(update={"prompts": None}))["made"] == 2
+    assert windows.conditions(suite)["generated"] == 6
+    assert windows.conditions(suite.model_copy(update={"prompts": None}))["generated"] == 2
 
     made = material_of(squares, tmp_path, suite)
     assert len(list(made.generated(subject.load(str(models / "latte")), suite.videos[0]))) == 6
