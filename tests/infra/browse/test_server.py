@@ -482,6 +482,10 @@ def test_views_are_named_by_the_stage_and_the_recipe_that_made_them(tmp_path, wi
     kept = asked(browsed.client_of(books), where=[{"view": "few of mine"}])
     assert kept == asked(browsed.client_of(books), where=[{"view": "calm"}])
     assert set(library.load(dataset, [digests[0]]).views) == {"few of mine"}
+    # a file that is called so is another view
+    shutil.copy(folder / "sharp.parquet", folder / "few of mine.parquet")
+    both = {"few of mine", f"few of mine, {digests[0]}"}
+    assert set(library.load(dataset).views) == {"calm", "sharp", digests[3]} | both | others
 
 
 @pytest.mark.parametrize("in_memory", [True, False])
