@@ -119,7 +119,7 @@ def holds(row, where):
 @settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     where=st.lists(conditions, max_size=3),
-    sort=st.none() | st.fixed_dictionaries({"field": st.sampled_from(["motion", "still", "label"]), "descending": st.booleans()}),
+    sort=st.none() | st.fixed_dictionaries({"field": st.sampled_from(["motion", "label", "source", "caption"]), "descending": st.booleans()}),
 )  # fmt: skip
 def test_a_query_is_answered_with_the_clips_for_which_it_holds_in_order(client, everything, where, sort):
     expected = [row for row in everything if all(holds(row, each) for each in where)]
