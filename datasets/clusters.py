@@ -4,7 +4,7 @@ A clip is named by its row: its number in the dataset, the splits in the order o
 the order of its shards. `DATASET/clusters/DIGEST/` has
 
     centroids.safetensors       (K, D) float32, unit vectors
-    vectors/SPLIT-N.safetensors the clips of some shards, by cluster: an inverted file for search (see alike.py)
+    vectors/SPLIT-N.safetensors the clips of some shards, by cluster: an inverted file for search (see cluster_lists.py)
     pairs-COSINE/N.parquet      the pairs of some clusters that are at least this alike
 """
 

@@ -269,7 +269,7 @@ def _spoken(dataset: str, names: Set[str]) -> dict[str, str]:
         if uri.endswith(".parquet")
     }
     known = {name: made[name] for name in digests & made.keys()}
-    several = Counter(known.values())
+    several = Counter([*known.values(), *names - known.keys()])
     return {name: called if several[called] == 1 else f"{called}, {name}" for name, called in known.items()}
 
 

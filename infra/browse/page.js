@@ -148,10 +148,13 @@ function out(row) {
   return lines.length ? [...new Set(lines)].join(" · ") : null;
 }
 
+// the card says the caption itself
+const lead = () => (state.sort?.field === "caption" ? undefined : state.sort?.field);
+
 let moving;
 const grid = makeGrid(find("#grid"), {
   ask: async (from, number) => (await remembered((query) => api.rows(query, from, number))).rows,
-  makeCard: makeCards({ open: (index) => open(index), alike, lead: () => state.sort?.field, out }),
+  makeCard: makeCards({ open: (index) => open(index), alike, lead, out }),
   opened: (index) => open(index),
   moved(index) {
     clearTimeout(moving);
@@ -212,9 +215,8 @@ function close() {
 function makeBar() {
   find("#name").textContent = dataset.name;
   document.title = `${dataset.name} · Longtake`;
-  const fields = dataset.fields.filter((field) => field.kind !== "text");
   find("#sort").replaceChildren(make("option", { value: "" }, "as in the shards"),
-    ...fields.map(({ name }) => make("option", { value: `:${name}` }, `by ${name}`)));
+    ...dataset.fields.map(({ name }) => make("option", { value: `:${name}` }, `by ${name}`)));
   find("#sort").addEventListener("change", (event) => {
     const field = event.target.value.slice(1);
     const numbers = dataset.fields.some((one) => one.name === field && one.kind === "number");

@@ -251,7 +251,12 @@ def _view(library: Library, name: str) -> View:
 
 
 def _sortable(library: Library, name: str) -> np.ndarray:
-    """(N,) float64, NaN for none; labels by the alphabet."""
+    """(N,) float64, NaN for none; labels by the alphabet, and texts, the first of each clip."""
+    if text := library.texts.get(name):
+        rows, firsts = np.unique(text.rows, return_index=True)
+        values = np.full(library.clips, np.nan)
+        values[rows] = pc.rank(text.texts.take(pa.array(firsts)), tiebreaker="dense").to_numpy()
+        return values
     subject = _field(library, name)
     if isinstance(subject, Number):
         return subject.values.astype(np.float64)

@@ -59,15 +59,17 @@ class Finder:
         return boxes * np.array([width / w, height / h] * 2), likely
 
 
-@lru_cache(maxsize=8)
 def finder(side: int, least: float) -> Finder:
-    """One for all scorers of the process that ask alike.
+    """One for all scorers of the process that ask alike, so that a frame is looked at once.
 
     Args:
         side: pixels; the shorter side of a picture is scaled to it.
         least: how likely a face has to be, 0 to 1; less likely ones than 0.1 are left out if it is more.
     """
-    return Finder(side, min(0.1, least))
+    return _finder(side, min(0.1, least))
+
+
+_finder = lru_cache(maxsize=8)(Finder)
 
 
 def decoded(likely: np.ndarray, size: np.ndarray, offset: np.ndarray, least: float) -> tuple[np.ndarray, np.ndarray]:

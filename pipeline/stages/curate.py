@@ -70,7 +70,8 @@ class Config(StageConfig):
     """
 
     MOVED: ClassVar = {
-        "embedding": "is a `cluster` stage now; name it in `clusters` and write `semantic_duplicates: {}`"
+        "embedding": "is a scorer of a `score` stage now, and its pairs are of a `cluster` stage; name that in `clusters`"
+        " and write `semantic_duplicates: {}`"
     }
     LATER: ClassVar = {"scores": None, "clusters": None, "prompts": {}, "labels": {}, "semantic_duplicates": None}
 
@@ -94,8 +95,8 @@ class Config(StageConfig):
     def _names_a_stage(cls, scores: Any) -> Any:
         if isinstance(scores, Mapping):
             raise ValueError(
-                "names a `score` stage, whose scorers an encoder or image is now (`by: torchscript`, `by: embedding`);"
-                " write a prompt as `prompts: {NAME: TEXT}`"
+                "is the name of a `score` stage; an encoder or an image is a scorer of that now (`by: torchscript`,"
+                " `by: embedding`), and a prompt is a line of `prompts: {NAME: TEXT}` here"
             )
         return scores
 

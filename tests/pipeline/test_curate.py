@@ -216,7 +216,10 @@ def test_classes_are_cut_and_weighed_but_not_those_held_out(tmp_path: Path) -> N
         ({"rules": {"motion.camera": {"min": 1}}}, "rules.motion.camera: needs scores; name a `score` stage in scores"),
         ({"rules": {"cluster.distance": {"max": 1}}}, "rules.cluster.distance: needs clusters; name a `cluster` stage"),
         ({"balance": {"most": 1, "by": "motion.move"}}, "balance.by: needs scores; name a `score` stage in scores"),
-        ({"scores": {"dogs": {"prompt": "a dog"}}}, "names a `score` stage, whose scorers an encoder or image is now"),
+        (
+            {"scores": {"dogs": {"prompt": "a dog"}}},
+            "is the name of a `score` stage; an encoder or an image is a scorer of that now .* and a prompt is a line of",
+        ),
         ({"balance": {}}, "asks for nothing; give `most: N`"),
         ({"balance": {"by": "source", "most": 1}}, "unknown score source; there are label"),
     ],

@@ -272,8 +272,8 @@ def test_a_recipe_is_refused_for_a_score_that_its_scorers_do_not_give(
         ({"labels": {"light.side": {"only": ["darc"]}}}, r"stages\.view\.labels\.light\.side: no label darc; did you mean dark\?"),
         ({"balance": {"by": "colour.vector", "most": 3}}, r"balance\.by: takes a label, and colour\.vector is a vector"),
         ({"clusters": "groups", "semantic_duplicates": {"similarity": 0.5}}, r"semantic_duplicates\.similarity: 0\.5 is less than the 0\.9"),
-        ({"scores": {"dogs": {"prompt": "a dog"}}}, r"stages\.view\.scores: names a `score` stage, whose .*`prompts: \{NAME: TEXT\}`"),
-        ({"embedding": {"encoder": "a.pt"}}, r"stages\.view\.embedding: is a `cluster` stage now; name it in `clusters`"),
+        ({"scores": {"dogs": {"prompt": "a dog"}}}, r"stages\.view\.scores: is the name of a `score` stage; .*`prompts: \{NAME: TEXT\}` here"),
+        ({"embedding": {"encoder": "a.pt"}}, r"stages\.view\.embedding: is a scorer of a `score` stage now, .* a `cluster` stage; name that in `clusters`"),
     ):  # fmt: skip
         with pytest.raises(UserError, match=says) as error:
             load(**options)

@@ -238,6 +238,11 @@ def test_labels_words_and_an_order_are_chips_of_a_link(page, scores):
     settled(page)
     values = [float(lead.text) for lead in page.find_elements("css selector", ".card .lead b")]
     assert values == sorted(values, reverse=True)
+    find(page, "#sort option[value=':caption']").click()
+    until(page, "document.querySelector('.card') && !document.querySelector('.card .lead')")
+    settled(page)
+    captions = [caption.text for caption in page.find_elements("css selector", ".card .caption")]
+    assert captions == sorted(captions) and len(set(captions)) > 1
 
     address, asked = page.current_url, chips(page)
     page.get("about:blank")

@@ -119,7 +119,7 @@ def holds(row, where):
 @settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     where=st.lists(conditions, max_size=3),
-    sort=st.none() | st.fixed_dictionaries({"field": st.sampled_from(["motion", "still", "label"]), "descending": st.booleans()}),
+    sort=st.none() | st.fixed_dictionaries({"field": st.sampled_from(["motion", "label", "source", "caption"]), "descending": st.booleans()}),
 )  # fmt: skip
 def test_a_query_is_answered_with_the_clips_for_which_it_holds_in_order(client, everything, where, sort):
     expected = [row for row in everything if all(holds(row, each) for each in where)]
@@ -482,6 +482,10 @@ def test_views_are_named_by_the_stage_and_the_recipe_that_made_them(tmp_path, wi
     kept = asked(browsed.client_of(books), where=[{"view": "few of mine"}])
     assert kept == asked(browsed.client_of(books), where=[{"view": "calm"}])
     assert set(library.load(dataset, [digests[0]]).views) == {"few of mine"}
+    # a file that is called so is another view
+    shutil.copy(folder / "sharp.parquet", folder / "few of mine.parquet")
+    both = {"few of mine", f"few of mine, {digests[0]}"}
+    assert set(library.load(dataset).views) == {"calm", "sharp", digests[3]} | both | others
 
 
 @pytest.mark.parametrize("in_memory", [True, False])

@@ -142,7 +142,8 @@ def test_faces_of_a_clip_are_looked_for_once(monkeypatch: pytest.MonkeyPatch) ->
 
     runs, run = [], onnxruntime.InferenceSession.run
     monkeypatch.setattr(onnxruntime.InferenceSession, "run", lambda *given: runs.append(1) or run(*given))
-    scorers = [(kind := load(name)).load(kind.config(), "cpu") for name in ("faces", "people")]
+    asked: list[tuple[str, dict[str, Any]]] = [("faces", {}), ("people", {"face": 0.6})]
+    scorers = [(kind := load(name)).load(kind.config(**settings), "cpu") for name, settings in asked]
     one, other = with_face(plain(2), 0.1, 0.1, 0.6), plain(2, luma=90)
     for clip in (one, other):
         faces, people = (scorer.look(clip[None])[0] for scorer in scorers)  # type: ignore[union-attr]
