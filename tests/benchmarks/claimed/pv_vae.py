@@ -104,7 +104,10 @@ def clips(count: int, seed: int, heldout: bool) -> Clips:
 
 
 def autoencoder(arm: str, seed: int, folder: Path, sizes: Sizes, videos: Tensor) -> tuple[PVVAE, Path]:
-    """The arm's autoencoder, trained where it is not there yet, and its folder, which other settings do not share."""
+    """The arm's autoencoder, trained where it is not there yet, and a folder for what learns from its latents.
+
+    Where only the decoder is tuned, the latents are those of the arm before, and so is the folder.
+    """
     before, steps = TUNED.get(arm), sizes.steps
     config = pretrain.Config(
         kind="pretrain_vae", dataset="in memory", model=VAE, frames=FRAMES, sizes=((SIZE, SIZE),), seed=seed,
@@ -114,13 +117,15 @@ def autoencoder(arm: str, seed: int, folder: Path, sizes: Sizes, videos: Tensor)
     torch.manual_seed(seed)
     model = PVVAE(config.vae())
     place = folder / f"{arm.strip('+ ').replace(', ', '-')}-{seed}-{digest([ARMS[arm], ARMS.get(before or '')])}"
+    latents = place
     if before:
-        model.load_state_dict(autoencoder(before, seed, folder, sizes, videos)[0].state_dict())
+        parent, latents = autoencoder(before, seed, folder, sizes, videos)
+        model.load_state_dict(parent.state_dict())
     loss = partial(pretrain._loss, config, model.config, None, state_of(0))
     stream: Any = Rows("video", videos, config.batch, seed)
     train(Objective({"generator": model}, loss, "generator"), stream, config, place)
     model.load_state_dict(checkpoint.trained(place, config))
-    return model.eval(), place
+    return model.eval(), latents
 
 
 @torch.no_grad()
