@@ -44,6 +44,10 @@ def test_joints_of_videos_that_jump_are_further_from_real_ones_than_what_is_betw
     assert whole["seam"] < 0.3 and again["seam"] > 1
     assert again["distance at joints"] > 5 * whole["distance at joints"]
     assert again["distance inside"] < again["distance at joints"] / 5
+    # no joint shows where nothing moves
+    still = encgan3.measured(to_model(real), to_model(real[:, :, :1].expand_as(real)), joints)
+    assert whole["change"] < 0.01 and still["change"] > 1
+    assert still["distance at joints"] > 2 * whole["distance at joints"]
 
 
 def test_codes_that_come_as_often_are_no_distance_apart() -> None:

@@ -45,11 +45,11 @@ def footage(
             raise UserError(f"{'--heldout' if heldout is not None else '--option'}: is of worlds; add --world NAME")
         paths = generate(folder, count, seed, 12.0 if seconds is None else seconds)
     else:
-        from longtake.infra.worlds import write
+        from longtake.infra.worlds import load, write
 
         if seconds is not None:
             raise UserError("--seconds: worlds have options of their own; use --option KEY=VALUE")
-        options = _options(changes)
+        options = write.options_of(world, load(write.known(world)), _options(changes))
         paths = write.generate(folder, world, count, seed, 0.2 if heldout is None else heldout, **options)
     click.echo(f"{len(paths)} videos in {folder}, their ground truth in *.truth.json, captions in captions.jsonl")
 

@@ -35,6 +35,7 @@ GRAVITY, PULL = 0.004, 0.03  # sides a frame^2; of the distance a frame^2
 SEEN = 40.0  # in grey levels: how far a body's colour is from the ground
 SHARE = 0.25  # of a body's pixels: less is a speck
 NEAR = 0.05  # sides: how near a law's path counts as following it
+LEAST = SPEEDS[0][0] / 2  # sides a frame, over a video: what moves less stands still, which no law forbids
 
 Floats = npt.NDArray[np.float64]
 
@@ -162,7 +163,8 @@ def read(frames: npt.NDArray[np.uint8], truth: Mapping[str, Any], fps: float) ->
     """Figures of a video, lengths in sides of the picture. Of a generated one `truth` is law and radius alone.
 
     one        share of the frames with exactly one body
-    off_law    root mean squared distance to the law's nearest path; 1 where there are not three places
+    moved      mean distance from a place to the next
+    off_law    root mean squared distance to the law's nearest path; 1 where there are not three places, or the body stands
     follows    1 where all frames have one body and that distance is at most NEAR, else 0
     off        mean distance to the true places, where `truth` has them; a frame without a body counts 1
     """
@@ -170,8 +172,10 @@ def read(frames: npt.NDArray[np.uint8], truth: Mapping[str, Any], fps: float) ->
     found = find(frames, truth["radius"])
     one = float((found.bodies == 1).mean())
     far = off_law(truth["law"], found.places / size, truth["radius"])
-    far = 1.0 if math.isnan(far) else far
-    figures = {"one": one, "off_law": far, "follows": float(one == 1.0 and far <= NEAR)}
+    steps = np.hypot(*np.diff(found.places[np.isfinite(found.places).all(1)] / size, axis=0).T)
+    moved = float(steps.mean()) if steps.size else 0.0
+    far = 1.0 if math.isnan(far) or moved < LEAST else far
+    figures = {"one": one, "moved": moved, "off_law": far, "follows": float(one == 1.0 and far <= NEAR)}
     if "places" in truth:
         true = np.array(truth["places"])[: len(frames)]
         apart = np.hypot(*(found.places[: len(true)] - true).T) / size

@@ -20,6 +20,8 @@ from longtake.infra.footage import MANIFEST, write_video
 from longtake.pipeline.plan import share_of
 
 LEAST, MOST = 0.02, 0.5  # val_fraction that splits as the world does
+USUAL = (0.0, 3600.0)  # of an option without limits of its own, such as seconds
+LIMITS = {"size": (16, 1024), "fps": (1, 240), "frames": (1, 100_000)}  # by option, in every world that has it
 _BOX = b"\x00\x00\x00\x10free"  # 16 bytes with the number
 _CRF = 12
 
@@ -71,13 +73,18 @@ def known(name: str) -> str:
 
 
 def options_of(name: str, world: worlds.World, given: Mapping[str, Any]) -> dict[str, Any]:
-    """The world's options with those given. UserError for one that it has not, or of another type."""
+    """The world's options with those given. UserError for one that it has not, of another type, or out of range."""
     for key, value in given.items():
         if key not in world.options:
             raise UserError(f"{key}: is no option of the world {name}; it has {', '.join(world.options) or 'none'}")
         usual = world.options[key]
         if type(value) is not type(usual) and not (type(usual) is float and type(value) is int):
             raise UserError(f"{key}: must be {type(usual).__name__}, as in {key}={usual}, got {value!r}")
+        least, most = LIMITS.get(key, USUAL)
+        if not isinstance(value, str) and not least <= value <= most:
+            raise UserError(f"{key}: must be from {least:g} to {most:g}, got {value!r}")
+        if key == "size" and value % 2:
+            raise UserError(f"size: must be even, got {value}")
     return dict(world.options) | dict(given)
 
 

@@ -4,9 +4,10 @@
     python tests/benchmarks/claims.py table [PAPER…] [--out FOLDER] [--write]
 
 PAPER is a file in `claimed/`. What an arm of a claim gives with a seed is a small JSON file,
-`OUT/PAPER/CLAIM/ARM-SEED.json`; those that are there are not run again. Delete them where the setting has changed. By
-default they are those in `claimed/results`, which the pages show; `--short`, ten minutes a paper, says whether all of it
-runs, not whether a claim holds, and keeps its results in the folder of work.
+`OUT/PAPER/CLAIM/ARM-SEED.json`, with the settings that made it; those that are there are not run again, unless the settings
+have changed since. `table` refuses results of other settings. By default they are those in `claimed/results`, which the
+pages show; `--short`, ten minutes a paper, says whether all of it runs, not whether a claim holds, and keeps its results in
+the folder of work. A run may be killed and started again; of two that come to the same seed of a paper, one waits.
 
 A claim holds where mean ± standard deviation over the seeds of the arms that it compares do not overlap.
 """
@@ -16,6 +17,7 @@ import importlib
 import json
 import math
 import pkgutil
+import platform
 import re
 import statistics
 import subprocess
@@ -24,16 +26,21 @@ import textwrap
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from importlib.metadata import version
 from itertools import groupby
 from pathlib import Path
 from typing import Any
+
+import torch
 
 HERE = Path(__file__).resolve().parent
 if str(HERE) not in sys.path:
     sys.path.insert(0, str(HERE))
 
 import claimed  # noqa: E402
-from claimed import Claim  # noqa: E402
+from claimed import Claim, alone, digest  # noqa: E402
+
+from longtake.datasets import storage  # noqa: E402
 
 RESULTS = HERE / "claimed" / "results"
 TRAINING = HERE.parents[1] / "training"
@@ -53,21 +60,35 @@ def result_file(out: Path, paper: str, claim: Claim, arm: str, seed: int) -> Pat
     return out / paper / claim.name / f"{names[list(claim.arms).index(arm)]}-{seed}.json"
 
 
+def settings_of(claim: Claim, arm: str, short: bool) -> dict[str, Any]:
+    """All that a result depends on beside its seed, as JSON gives it back."""
+    settings: dict[str, Any] = json.loads(json.dumps({**claim.settings(short), "arm": claim.arms[arm]}))
+    return settings
+
+
 def run_one(paper: str, claim: Claim, arm: str, seed: int, out: Path, work: Path, short: bool) -> None:
-    """Run an arm of a claim with a seed, unless its result is there. AssertionError for figures that the claim has not."""
-    file = result_file(out, paper, claim, arm, seed)
-    if file.exists():
-        return
-    folder = work / ("short" if short else "whole") / paper / claim.name
-    folder.mkdir(parents=True, exist_ok=True)
-    begun = time.monotonic()
-    figures = {name: float(value) for name, value in claim.run(arm, seed, folder, short).items()}
-    assert figures.keys() <= claim.figures.keys(), f"{claim.name}: no figure {figures.keys() - claim.figures.keys()}"
-    record = {"arm": arm, "seed": seed, "seconds": round(time.monotonic() - begun), "figures": figures}
-    file.parent.mkdir(parents=True, exist_ok=True)
-    partial = file.with_suffix(".partial")
-    partial.write_text(json.dumps(record, indent=2) + "\n")
-    partial.replace(file)
+    """Run an arm of a claim with a seed, unless its result is there and of these settings.
+
+    AssertionError for figures that the claim has not.
+    """
+    file, settings = result_file(out, paper, claim, arm, seed), settings_of(claim, arm, short)
+    mine = work / ("short" if short else "whole") / paper
+    # arms and claims of a seed share models
+    with alone(mine / f"seed-{seed}.lock"):
+        if file.exists() and json.loads(file.read_text()).get("settings") == settings:
+            return
+        folder = mine / f"{claim.name}-{digest(claim.settings(short))}"
+        folder.mkdir(exist_ok=True)
+        begun = time.monotonic()
+        figures = {name: float(value) for name, value in claim.run(arm, seed, folder, short).items()}
+        assert figures.keys() <= claim.figures.keys(), (
+            f"{claim.name}: no figure {figures.keys() - claim.figures.keys()}"
+        )
+        versions = {"longtake": version("longtake"), "torch": torch.__version__, "python": platform.python_version()}
+        record = {"arm": arm, "seed": seed, "seconds": round(time.monotonic() - begun)}
+        record |= {"settings": settings, "versions": versions, "figures": figures}
+        lines = [f"{json.dumps(name)}: {json.dumps(value)}" for name, value in record.items()]
+        storage.write(str(file), ("{\n  " + ",\n  ".join(lines) + "\n}\n").encode())
     print(f"{claim.name} {arm} {seed}: {json.dumps(figures)} in {record['seconds']} s", flush=True)
 
 
@@ -97,13 +118,16 @@ def run(options: argparse.Namespace) -> None:
             raise SystemExit(f"seeds {', '.join(map(str, failed))} failed; run the same command again")
 
 
-def results_of(out: Path, paper: str, claim: Claim) -> dict[str, list[dict[str, Any]]]:
-    """The records of each arm, in order of the seeds."""
+def results_of(out: Path, paper: str, claim: Claim, short: bool = False) -> dict[str, list[dict[str, Any]]]:
+    """The records of each arm, in order of the seeds. SystemExit for one that was made with other settings."""
     found: dict[str, list[dict[str, Any]]] = {arm: [] for arm in claim.arms}
     for file in sorted((out / paper / claim.name).glob("*.json")):
         record = json.loads(file.read_text())
-        if record["arm"] in found:
-            found[record["arm"]].append(record)
+        if record["arm"] not in found:
+            raise SystemExit(f"{file}: the claim has no arm {record['arm']}; delete the file")
+        if record.get("settings") != settings_of(claim, record["arm"], short):
+            raise SystemExit(f"{file}: made with other settings; run {paper} {claim.name} again, or delete the file")
+        found[record["arm"]].append(record)
     return {arm: sorted(records, key=lambda record: record["seed"]) for arm, records in found.items()}
 
 
@@ -127,9 +151,9 @@ def verdict(better: str, first: Sequence[float], second: Sequence[float]) -> str
     )
 
 
-def table(out: Path, paper: str, claim: Claim) -> str:
+def table(out: Path, paper: str, claim: Claim, short: bool = False) -> str:
     """A claim in Markdown: what the paper says, mean ± sd of each figure by arm beside the paper's, and what holds."""
-    records = results_of(out, paper, claim)
+    records = results_of(out, paper, claim, short)
     values = {
         (figure, arm): [r["figures"][figure] for r in records[arm] if figure in r["figures"]]
         for figure in claim.figures
@@ -178,13 +202,13 @@ def page_of(family: str) -> Path:
     return next(page for page in pages if page.exists())
 
 
-def blocks(out: Path, papers: Sequence[str] = PAPERS) -> Iterator[tuple[Path, str]]:
+def blocks(out: Path, papers: Sequence[str] = PAPERS, short: bool = False) -> Iterator[tuple[Path, str]]:
     """Each page and its tables; a page without any result is left out."""
     found = [(claim.paper, paper, claim) for paper in papers for claim in claims_of(paper)]
     for family, rows in groupby(sorted(found, key=lambda row: row[0]), key=lambda row: row[0]):
         claims = [(paper, claim) for _, paper, claim in rows]
-        if any(any(results_of(out, paper, claim).values()) for paper, claim in claims):
-            yield page_of(family), "\n".join(table(out, paper, claim) for paper, claim in claims)
+        if any(any(results_of(out, paper, claim, short).values()) for paper, claim in claims):
+            yield page_of(family), "\n".join(table(out, paper, claim, short) for paper, claim in claims)
 
 
 def with_block(text: str, block: str) -> str:
@@ -199,7 +223,8 @@ def show(options: argparse.Namespace) -> None:
     if unknown := set(options.papers) - set(PAPERS):
         raise SystemExit(f"{', '.join(sorted(unknown))}: no such paper; there are {', '.join(PAPERS)}")
     # a page may have the claims of several papers
-    for page, block in blocks(Path(options.out or RESULTS), PAPERS if options.write else options.papers or PAPERS):
+    papers = PAPERS if options.write else options.papers or PAPERS
+    for page, block in blocks(Path(options.out or RESULTS), papers, options.short):
         print(block)
         if options.write:
             page.write_text(with_block(page.read_text(), block))
@@ -221,7 +246,9 @@ def main() -> None:
     printing = commands.add_parser("table")
     printing.add_argument("papers", nargs="*", metavar="PAPER", help=f"Of {', '.join(PAPERS)}; all by default.")
     printing.add_argument("--out")
-    printing.add_argument("--write", action="store_true", help="Put them on the pages, between their marks.")
+    where = printing.add_mutually_exclusive_group()
+    where.add_argument("--write", action="store_true", help="Put them on the pages, between their marks.")
+    where.add_argument("--short", action="store_true", help="Of results that `run --short` has made.")
     printing.set_defaults(call=show)
     options = parser.parse_args()
     options.call(options)

@@ -116,24 +116,50 @@ def filmed(dataset: str, split: str, count: int, stride: int = 1) -> Tensor:
     return torch.cat([batch["video"] for batch in islice(loader, math.ceil(count / 8))])[:count]
 
 
-class Mixture:
-    """A stream of batches, a quarter of them windows of footage and the others sprites, of so many frames."""
+class Batches:
+    """A stream of batches, each drawn with random numbers of its own; it can go on where it stopped."""
 
-    def __init__(self, windows: Tensor, draw: Draw, frames: int, batch: int, seed: int) -> None:
-        self._windows, self._draw, self._frames = windows, draw, frames
-        self._batch, self._seed, self._batches = batch, seed, 0
+    def __init__(self, seed: int) -> None:
+        self._seed, self._batches = seed, 0
+
+    def batch(self, rng: np.random.Generator) -> dict[str, Any]:
+        """One batch."""
+        raise NotImplementedError
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         while True:
             rng = np.random.default_rng([self._seed, self._batches])
-            rows, first = rng.integers(len(self._windows), size=self._batch // 4), rng.integers(SPAN - self._frames + 1)
-            films = self._windows[rows, :, first : first + self._frames]
-            moving = self._draw(self._batch - len(rows), self._frames, int(rng.integers(1 << 40)))
             self._batches += 1
-            yield {"video": torch.cat([moving, films]), "key": [str(n) for n in range(self._batch)]}
+            yield self.batch(rng)
 
     def state_dict(self) -> dict[str, Any]:
         return {"batches": self._batches}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self._batches = state["batches"]
+
+
+class Mixture(Batches):
+    """Batches a quarter of which are windows of footage and the others sprites, of so many frames."""
+
+    def __init__(self, windows: Tensor, draw: Draw, frames: int, batch: int, seed: int) -> None:
+        super().__init__(seed)
+        self._windows, self._draw, self._frames, self._batch = windows, draw, frames, batch
+
+    def batch(self, rng: np.random.Generator) -> dict[str, Any]:
+        rows, first = rng.integers(len(self._windows), size=self._batch // 4), rng.integers(SPAN - self._frames + 1)
+        films = self._windows[rows, :, first : first + self._frames]
+        moving = self._draw(self._batch - len(rows), self._frames, int(rng.integers(1 << 40)))
+        return {"video": torch.cat([moving, films]), "key": [str(n) for n in range(self._batch)]}
+
+
+class Rows(Batches):
+    """Random rows that lie in memory, by the name that they have in a batch."""
+
+    def __init__(self, name: str, rows: Tensor, batch: int, seed: int) -> None:
+        super().__init__(seed)
+        self._name, self._rows, self._batch = name, rows, batch
+
+    def batch(self, rng: np.random.Generator) -> dict[str, Any]:
+        drawn = rng.integers(len(self._rows), size=self._batch)
+        return {self._name: self._rows[drawn], "key": [str(row) for row in drawn.tolist()]}

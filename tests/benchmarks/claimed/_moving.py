@@ -1,8 +1,6 @@
 """What claims share that are shown in a world of moving things: its videos in memory, and recipes that learn from its files."""
 
-import fcntl
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -10,6 +8,7 @@ import numpy as np
 import torch
 import yaml
 from torch import Tensor
+from toys import Batches
 
 from longtake.datasets.loader import to_pixels
 from longtake.infra import graph, recipe, runner, runs, worlds
@@ -43,33 +42,17 @@ def frames_of(video: Tensor) -> np.ndarray:
     return to_pixels(video).permute(1, 2, 3, 0).cpu().numpy()
 
 
-class Stream:
-    """A stream of random batches of windows of so many frames of videos that lie in memory; it can go on where it stopped."""
+class Stream(Batches):
+    """Random batches of windows of so many frames of videos that lie in memory."""
 
     def __init__(self, video: Tensor, frames: int, batch: int, seed: int) -> None:
-        self._video, self._frames, self._batch, self._seed, self._batches = video, frames, batch, seed, 0
+        super().__init__(seed)
+        self._video, self._frames, self._batch = video, frames, batch
 
-    def __iter__(self) -> Iterator[dict[str, Any]]:
-        while True:
-            rng = np.random.default_rng([self._seed, self._batches])
-            rows = rng.integers(len(self._video), size=self._batch).tolist()
-            first = int(rng.integers(self._video.shape[2] - self._frames + 1))
-            self._batches += 1
-            yield {"video": self._video[rows, :, first : first + self._frames], "key": [str(row) for row in rows]}
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"batches": self._batches}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self._batches = state["batches"]
-
-
-@contextmanager
-def alone(folder: Path) -> Iterator[None]:
-    """While another process that works in this folder waits."""
-    with (folder / "lock").open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
+    def batch(self, rng: np.random.Generator) -> dict[str, Any]:
+        rows = rng.integers(len(self._video), size=self._batch).tolist()
+        first = int(rng.integers(self._video.shape[2] - self._frames + 1))
+        return {"video": self._video[rows, :, first : first + self._frames], "key": [str(row) for row in rows]}
 
 
 def ran(folder: Path, stages: Mapping[str, Any]) -> dict[str, runs.Run]:

@@ -6,7 +6,7 @@ is of films of one length and of segments at one place, so that none of it is pa
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,7 +14,10 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
+from toys import Batches
 
+from claimed import alone
+from longtake.datasets import storage
 from longtake.datasets.latents import shrunk
 from longtake.datasets.loader import to_model
 from longtake.infra import worlds
@@ -72,54 +75,38 @@ def drawn(wall: str, away: float, count: int, heldout: bool) -> tuple[Tensor, li
     return torch.from_numpy(pixels).permute(0, 4, 1, 2, 3).contiguous(), [video.truth for video in made]
 
 
-class Windows:
-    """A stream of batches of random windows of films, of pixels."""
+class Windows(Batches):
+    """Batches of random windows of films, of pixels."""
 
     def __init__(self, films: list[Tensor], frames: int, batch: int, seed: int) -> None:
-        self._films, self._frames, self._batch, self._seed, self._batches = films, frames, batch, seed, 0
+        super().__init__(seed)
+        self._films, self._frames, self._batch = films, frames, batch
 
-    def __iter__(self) -> Iterator[dict[str, Any]]:
-        while True:
-            rng = np.random.default_rng([self._seed, self._batches])
-            self._batches += 1
-            rows = []
-            for _ in range(self._batch):
-                films = self._films[int(rng.integers(len(self._films)))]
-                begin = int(rng.integers(films.shape[2] - self._frames + 1))
-                rows.append(films[int(rng.integers(len(films))), :, begin : begin + self._frames])
-            yield {"video": torch.stack(rows), "key": [str(n) for n in range(self._batch)]}
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"batches": self._batches}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self._batches = state["batches"]
+    def batch(self, rng: np.random.Generator) -> dict[str, Any]:
+        rows = []
+        for _ in range(self._batch):
+            films = self._films[int(rng.integers(len(self._films)))]
+            begin = int(rng.integers(films.shape[2] - self._frames + 1))
+            rows.append(films[int(rng.integers(len(films))), :, begin : begin + self._frames])
+        return {"video": torch.stack(rows), "key": [str(n) for n in range(self._batch)]}
 
 
-class Stretches:
-    """A stream of batches of segments and all that came before them, as `longtake.datasets.loader` makes them.
+class Stretches(Batches):
+    """Batches of segments and all that came before them, as `longtake.datasets.loader` makes them.
 
     Most segments are those in which the squares come back; the others are anywhere.
     """
 
     def __init__(self, films: Mapping[float, Films], shrink: int | None, batch: int, seed: int) -> None:
-        self._films, self._shrink, self._batch, self._seed, self._batches = films, shrink, batch, seed, 0
+        super().__init__(seed)
+        self._films, self._shrink, self._batch = films, shrink, batch
 
-    def __iter__(self) -> Iterator[dict[str, Any]]:
-        while True:
-            rng = np.random.default_rng([self._seed, self._batches])
-            self._batches += 1
-            films = self._films[list(self._films)[int(rng.integers(len(self._films)))]]
-            total = films.high.shape[2]
-            back = given(films.truths[0])
-            begin = back if rng.random() < 0.75 else 2 * int(rng.integers((total - SEGMENT) // 2 + 1))
-            yield batch_of(films, rng.integers(len(films.high), size=self._batch), begin, self._shrink)
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"batches": self._batches}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self._batches = state["batches"]
+    def batch(self, rng: np.random.Generator) -> dict[str, Any]:
+        films = self._films[list(self._films)[int(rng.integers(len(self._films)))]]
+        total = films.high.shape[2]
+        back = given(films.truths[0])
+        begin = back if rng.random() < 0.75 else 2 * int(rng.integers((total - SEGMENT) // 2 + 1))
+        return batch_of(films, rng.integers(len(films.high), size=self._batch), begin, self._shrink)
 
 
 def given(truth: Mapping[str, Any]) -> int:
@@ -167,7 +154,8 @@ def films_of(folder: Path, vae: PVVAE, wall: str, away: float, count: int, heldo
         for some in pixels.split(32):
             for by, latents in parts.items():
                 latents.append(vae.encode(shrunk(to_model(some), (by, by), vae.config.spatial_stride)).mode())
-        torch.save({by: torch.cat(latents) for by, latents in parts.items()}, path)
+        with storage.staged(str(path)) as file:
+            torch.save({by: torch.cat(latents) for by, latents in parts.items()}, file)
     encoded = torch.load(path)
     return Films(pixels, truths, encoded[1], {by: encoded[by] for by in SHRINKS})
 
@@ -183,13 +171,13 @@ class Material(NamedTuple):
 @cache
 def material(folder: Path, wall: str, vae_steps: int, train_films: int, heldout_films: int) -> Material:
     """All of it, of films with such a wall, made where it is missing."""
-    folder.mkdir(parents=True, exist_ok=True)
-    vae = autoencoder(folder, wall, vae_steps)
-    return Material(
-        vae,
-        {away: films_of(folder, vae, wall, away, train_films, False) for away in AWAYS[wall]},
-        {away: films_of(folder, vae, wall, away, heldout_films, True) for away in AWAYS[wall]},
-    )
+    with alone(folder / "lock"):  # seeds share it
+        vae = autoencoder(folder, wall, vae_steps)
+        return Material(
+            vae,
+            {away: films_of(folder, vae, wall, away, train_films, False) for away in AWAYS[wall]},
+            {away: films_of(folder, vae, wall, away, heldout_films, True) for away in AWAYS[wall]},
+        )
 
 
 def fresh(made: Material, config: Any, seed: int) -> MemoryDiT:

@@ -8,15 +8,15 @@ import argparse
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import mavin_arms
 import torch
 from mavin_arms import FRAMES, filled, span_of
 from torch import Tensor
 
-from claimed import Claim, Shown
-from claimed._moving import Clips, Stream, alone, drawn, frames_of, ran, sharded
+from claimed import Claim, Shown, alone
+from claimed._moving import Clips, Stream, drawn, frames_of, ran, sharded
 from longtake.datasets.loader import to_model
 from longtake.infra.worlds import actions
 from longtake.training import engines
@@ -25,16 +25,37 @@ from longtake.training.models.common.video import write_panels
 from longtake.training.models.mavin import baselines
 
 SIZE, FPS = 16, 8
+BATCH = 16
 GAPS = (8, 12, 14)  # frames; the last is longer than any of training
 ARMS = {"variable": "variable", "fixed": "fixed", "random": "random", "without frames at the ends": "blind"}
+TRAINING = {"lr": 4e-3, "sample_steps": 20}
+
+
+class Scale(NamedTuple):
+    """How much is done: videos to learn from, steps, held-out videos."""
+
+    known: int = 3000
+    steps: int = 1000
+    heldout: int = 64
+
+
+WHOLE, SHORT = Scale(), Scale(64, 30, 8)
 WITHOUT: dict[str, Callable[[Tensor, Tensor, int], Tensor]] = {
     "hold and cut": baselines.held,
     "cross-fade": baselines.faded,
 }
 
 
+def settings(short: bool) -> dict[str, Any]:
+    """All that results depend on, beside the arms."""
+    videos = {"size": SIZE, "fps": FPS, "frames": FRAMES, "gaps": GAPS}
+    training = TRAINING | {"model": mavin_arms.MODEL, "spans": mavin_arms.SPANS, "batch": BATCH}
+    return {"world": "actions", **videos, "training": training, "scale": (SHORT if short else WHOLE)._asdict()}
+
+
 def maker(arm: str, seed: int, folder: Path, short: bool) -> Callable[[Clips, int], Tensor]:
     """(clips, frames of the gap) -> `(N, 3, T, H, W)` in [-1, 1] with the gap filled, by an arm that is trained if need be."""
+    scale = SHORT if short else WHOLE
     if arm in WITHOUT:
 
         def baseline(clips: Clips, length: int) -> Tensor:
@@ -43,15 +64,13 @@ def maker(arm: str, seed: int, folder: Path, short: bool) -> Callable[[Clips, in
             return torch.cat([before, WITHOUT[arm](before, after, length), after], dim=2)
 
         return baseline
-    with alone(folder):
+    with alone(folder / "lock"):
         # the stage asks a dataset for its frame rate; what is learned from lies in memory
         shards = sharded(folder, "actions", 24, 2 * SIZE, (FRAMES / FPS, 3), frames=FRAMES, fps=FPS)
         dataset = ran(folder, {"shards": shards})["shards"].uri
-    options = argparse.Namespace(
-        out=folder.absolute(), dataset=dataset, steps=30 if short else 1000, lr=4e-3, sample_steps=20
-    )
-    known = drawn("actions", 64 if short else 3000, 1 + seed, False, SIZE, frames=FRAMES, fps=FPS)
-    one = mavin_arms.trained(options, ARMS[arm], seed, Stream(known.video, FRAMES, 16, seed))
+    options = argparse.Namespace(out=folder.absolute(), dataset=dataset, steps=scale.steps, **TRAINING)
+    known = drawn("actions", scale.known, 1 + seed, False, SIZE, frames=FRAMES, fps=FPS)
+    one = mavin_arms.trained(options, ARMS[arm], seed, Stream(known.video, FRAMES, BATCH, seed))
     return lambda clips, length: filled(one, clips.video, length, seed)
 
 
@@ -60,7 +79,7 @@ def run(arm: str, seed: int, folder: Path, short: bool) -> Mapping[str, float]:
     found: dict[str, float] = {}
     with engines.process_group():
         make = maker(arm, seed, folder, short)
-        clips = drawn("actions", 8 if short else 64, 900 + seed, True, SIZE, frames=FRAMES, fps=FPS)
+        clips = drawn("actions", (SHORT if short else WHOLE).heldout, 900 + seed, True, SIZE, frames=FRAMES, fps=FPS)
         for length in GAPS:
             made = make(clips, length)
             found |= {f"{name} {length}": value for name, value in measured(clips, made, length).items()}
@@ -97,7 +116,7 @@ CLAIMS = [
         "spans",
         "Spans of any length teach a model to fill gaps, better than spans of one length or single frames do, and the "
         "frames at the ends tell it what the body is. Training has gaps of up to 12 frames.",
-        (*ARMS, *WITHOUT),
+        {arm: mavin_arms.ARMS[name] for arm, name in ARMS.items()} | dict.fromkeys(WITHOUT),
         FIGURES,
         [
             ("variable", "fixed", f"psnr {LONGEST}"),
@@ -105,10 +124,14 @@ CLAIMS = [
             ("variable", "fixed", f"identity {LONGEST}"),
             ("variable", "random", f"identity {LONGEST}"),
             ("variable", "random", f"off {LONGEST}"),
+            # which has no frames at the ends either
+            ("without frames at the ends", "random", f"psnr {LONGEST}"),
+            ("without frames at the ends", "random", f"identity {LONGEST}"),
             ("variable", "without frames at the ends", f"identity {LONGEST}"),
             ("variable", "cross-fade", f"identity {LONGEST}"),
             ("variable", "hold and cut", f"off {LONGEST}"),
         ],
         run,
+        settings,
     )
 ]

@@ -8,12 +8,15 @@ Each arm of a seed trains by the losses of `finetune_memory_prior` and `pretrain
 that all arms and seeds share.
 """
 
+import json
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from claimed import Claim, Shown
+from claimed import Claim, Shown, digest
 from claimed import _returning as films
+from longtake.datasets import storage
 from longtake.training.models.memory import finetune, pretrain
 from longtake.training.models.memory.dit import MemoryDiT
 
@@ -39,6 +42,8 @@ LONGEST = films.AWAYS["grey"][-1:]  # seconds beyond any window
 AFTER = ("early", "later", "late")  # names of the figures at `Scale.continued`
 # consistency of characters, the paper's own figure of what a memory keeps
 CHARACTERS = "80.19, frozen 61.42, not pretrained 52.64 (consistency of characters)"
+# after a pretraining
+CONTINUED = {"schedule": "constant", "warmup_steps": 10, "ema_half_lives": (20,)}
 PRETRAINING = ("pretrained", "pretrained, frozen", "not pretrained")
 RETRIEVAL: Mapping[str, Mapping[str, Any]] = {
     "2x2x1": {"rates": ["2x2x1"]},
@@ -50,11 +55,28 @@ RETRIEVAL: Mapping[str, Mapping[str, Any]] = {
 }
 
 
+def shared(short: bool, wall: str) -> dict[str, Any]:
+    """Settings of the films with such a wall, and of their autoencoder."""
+    scale = SHORT if short else WHOLE
+    return {
+        "wall": wall, "away": films.AWAYS[wall], "film": films.FILM, "vae": films.VAE, "vae_steps": scale.vae_steps,
+        "train_films": scale.train_films, "heldout_films": scale.heldout_films,
+    }  # fmt: skip
+
+
+def settings(short: bool, wall: str, *more: str) -> dict[str, Any]:
+    """Settings of a claim: those of its films, of the scale, and of each training."""
+    scale = SHORT if short else WHOLE
+    training = films.settings(scale.steps, 0, {})
+    training.pop("seed")
+    return shared(short, wall) | {"training": training} | {name: getattr(scale, name) for name in more}
+
+
 def material(folder: Path, short: bool, wall: str) -> tuple[Scale, films.Material]:
     """Films and their autoencoder, which the claims of a wall share: they are beside the folder of a claim."""
     scale = SHORT if short else WHOLE
     sizes = (scale.vae_steps, scale.train_films, scale.heldout_films)
-    return scale, films.material(folder.parent / f"films-{wall}", wall, *sizes)
+    return scale, films.material(folder.parent / f"films-{wall}-{digest(shared(short, wall))}", wall, *sizes)
 
 
 def place(folder: Path, arm: str, seed: int) -> Path:
@@ -83,17 +105,19 @@ def pretraining(arm: str, seed: int, folder: Path, short: bool) -> Mapping[str, 
     base = retriever(made, scale.retrieved, seed, rates, place(folder, "retriever", seed)).state_dict()
     if arm == "not pretrained":
         base = {name: value for name, value in base.items() if not name.startswith("memory.")}
-    settings = films.settings(scale.continued[-1], seed, rates) | {
-        "schedule": "constant", "warmup_steps": 10, "ema_half_lives": (20,),
-    }  # fmt: skip
+    chosen = films.settings(scale.continued[-1], seed, rates) | CONTINUED
     if arm == "pretrained, frozen":
-        settings["freeze"] = ["memory"]
-    config = finetune.Config(kind="finetune_memory_prior", **settings)
-    model, found = films.fresh(made, config, seed), dict[str, float]()
+        chosen["freeze"] = ["memory"]
+    config = finetune.Config(kind="finetune_memory_prior", **chosen)
+    model, file = films.fresh(made, config, seed), here / "found.json"
     model.load_state_dict(base, strict=False)
+    # a training that goes on has no way back to what it was after fewer steps
+    found: dict[str, float] = json.loads(file.read_text()) if file.exists() else {}
     for steps, name in zip(scale.continued, AFTER, strict=True):
-        model = films.trained(finetune, config.model_copy(update={"steps": steps}), model, made, here)
-        found[name] = films.returned(model, made, LONGEST, here / str(steps))[f"right {LONGEST[0]}"]
+        if name not in found:
+            model = films.trained(finetune, config.model_copy(update={"steps": steps}), model, made, here)
+            found[name] = films.returned(model, made, LONGEST, here / str(steps))[f"right {LONGEST[0]}"]
+            storage.write(str(file), json.dumps(found).encode())
     return found
 
 
@@ -116,17 +140,18 @@ CLAIMS = (
         "return",
         "What comes back into sight is as it was, since the memory holds it; what only sees the last latents, or has dropped"
         " the first ones, invents it (section 1). By chance 1/8 of the squares and 5/8 of the corners are right.",
-        (*RETURN, "autoencoder alone"),
+        {**RETURN, "autoencoder alone": None},
         RETURNED,
         (("memory", "last latents", BEYOND), ("memory", "FramePack", BEYOND)),
         returns,
+        partial(settings, wall="grey"),
     ),
     Claim(
         "memory",
         "pretraining",
         "A memory that has learned to retrieve holds together what it is then to continue; one that has not learned it finds"
         " less of it in as many steps (table of ablations).",
-        PRETRAINING,
+        dict.fromkeys(PRETRAINING),
         {
             name: Shown(
                 f"squares in their places and colours, {AWAY[LONGEST[0]]}, after {steps} steps", "higher", CHARACTERS
@@ -135,13 +160,14 @@ CLAIMS = (
         },
         tuple(("pretrained", "not pretrained", name) for name in AFTER),
         pretraining,
+        lambda short: settings(short, "grey", "retrieved", "continued") | {"continuing": CONTINUED},
     ),
     Claim(
         "memory",
         "retrieval",
         "The lower the rate, the better frames are retrieved; φ keeps more than a large patchifier with as many tokens, and"
         " both branches more than one (table of reconstruction).",
-        tuple(RETRIEVAL),
+        RETRIEVAL,
         {
             "psnr": Shown(
                 "PSNR of retrieved frames", "higher", "4x4x2 17.41, 2x2x2 19.12, 2x2x1 20.19, patchifier 12.93"
@@ -158,5 +184,6 @@ CLAIMS = (
             ("4x4x2", "4x4x2, high-res branch only", "psnr"),
         ),
         retrieval,
+        lambda short: settings(short, "squares", "retrieved"),
     ),
 )

@@ -5,7 +5,6 @@ What is measured is of held-out colours, directions and speeds, and of videos th
 that knows the law.
 """
 
-import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -14,8 +13,9 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
+from toys import Rows
 
-from claimed import Claim, Shown
+from claimed import Claim, Shown, digest
 from longtake.datasets.loader import to_model, to_pixels
 from longtake.infra.worlds import physics
 from longtake.training import checkpoint, engines
@@ -42,14 +42,21 @@ VAE = {
     "latent_channels": 16,
 }
 PRIOR = {"preset": "latte_tiny", "width": 64}
+LEARNING: dict[str, Any] = {
+    "batch": 16, "lr": 2e-3, "betas": (0.9, 0.99), "gradient_clip": 0.1, "warmup_steps": 20, "ema_half_lives": (20,),
+    "lambda_gan": 0.0,
+}  # fmt: skip
+LEARNING_PRIOR: dict[str, Any] = {"batch": 32, "lr": 1e-3, "warmup_steps": 20, "ema_half_lives": (50,)}
 ARMS: dict[str, dict[str, Any]] = {
     "base": {"max_drop": 0.0, "lambda_motion": 0.0},
+    "base, decoder": {"phase": "decoder", "lambda_motion": 0.0},
     "+ predictive": {"max_drop": 1.0, "lambda_motion": 0.0},
     "+ motion": {"max_drop": 1.0, "lambda_motion": 1.0},
     "+ decoder": {"phase": "decoder", "lambda_motion": 1.0},
     "50 %": {"max_drop": 0.5, "lambda_motion": 1.0},
     "75 %": {"max_drop": 0.75, "lambda_motion": 1.0},
 }
+TUNED = {"base, decoder": "base", "+ decoder": "+ motion"}  # whose decoder an arm tunes
 SAME = {"100 %": "+ motion"}  # an arm of another claim
 
 
@@ -73,6 +80,13 @@ class Sizes(NamedTuple):
 SHORT = Sizes(200, 16, 20, (10, 20), 4)
 
 
+def settings(short: bool) -> dict[str, Any]:
+    """All that results depend on, beside the arms."""
+    world = {"law": LAW, "radius": RADIUS, "frames": FRAMES, "size": SIZE, "seen": SEEN, "ahead": AHEAD}
+    models = {"vae": VAE, "learning": LEARNING, "prior": PRIOR, "learning_prior": LEARNING_PRIOR}
+    return {"world": "physics", **world, **models, "sizes": (SHORT if short else Sizes())._asdict()}
+
+
 class Clips(NamedTuple):
     """Videos (N, 3, T, H, W) uint8, places and velocities (N, T, 2) in pixels."""
 
@@ -89,49 +103,29 @@ def clips(count: int, seed: int, heldout: bool) -> Clips:
     return Clips(torch.from_numpy(video).permute(0, 4, 1, 2, 3).contiguous(), *truth)
 
 
-class Rows:
-    """A stream of random batches of rows that lie in memory."""
-
-    def __init__(self, name: str, rows: Tensor, batch: int, seed: int) -> None:
-        self._name, self._rows, self._batch, self._seed, self._batches = name, rows, batch, seed, 0
-
-    def __iter__(self) -> Iterator[dict[str, Any]]:
-        while True:
-            drawn = np.random.default_rng([self._seed, self._batches]).integers(len(self._rows), size=self._batch)
-            self._batches += 1
-            yield {self._name: self._rows[drawn], "key": [str(row) for row in drawn]}
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"batches": self._batches}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self._batches = state["batches"]
-
-
 def autoencoder(arm: str, seed: int, folder: Path, sizes: Sizes, videos: Tensor) -> tuple[PVVAE, Path]:
-    """The arm's autoencoder, trained where it is not there yet, and its folder, which other settings do not share."""
-    of_decoder = arm == "+ decoder"
+    """The arm's autoencoder, trained where it is not there yet, and a folder for what learns from its latents.
+
+    Where only the decoder is tuned, the latents are those of the arm before, and so is the folder.
+    """
+    before, steps = TUNED.get(arm), sizes.steps
     config = pretrain.Config(
-        kind="pretrain_vae", dataset="in memory", model=VAE, frames=FRAMES, sizes=((SIZE, SIZE),), seed=seed, batch=16,
-        steps=sizes.steps // 2 if of_decoder else sizes.steps, lr=2e-3, betas=(0.9, 0.99), gradient_clip=0.1, warmup_steps=20,
-        ema_half_lives=(20,), lambda_gan=0.0,
-        run=RunConfig(checkpoint_every=sizes.steps, sample_every=0, workers=0, keep_checkpoints=1), **ARMS[arm],
+        kind="pretrain_vae", dataset="in memory", model=VAE, frames=FRAMES, sizes=((SIZE, SIZE),), seed=seed,
+        steps=steps // 2 if before else steps, run=RunConfig(checkpoint_every=200, sample_every=0, workers=0, keep_checkpoints=1),
+        **LEARNING, **ARMS[arm],
     )  # fmt: skip
     torch.manual_seed(seed)
-    model, place = PVVAE(config.vae()), folder / f"{arm.strip('+ ')}-{seed}-{digest(config, len(videos))}"
-    if of_decoder:
-        model.load_state_dict(autoencoder("+ motion", seed, folder, sizes, videos)[0].state_dict())
-    done = place / "trained.pt"
-    if not done.exists():
-        loss = partial(pretrain._loss, config, model.config, None, state_of(0))
-        train(Objective({"generator": model}, loss, "generator"), Rows("video", videos, 16, seed), config, place)
-        torch.save(checkpoint.trained(place, config), done)
-    model.load_state_dict(torch.load(done))
-    return model.eval(), place
-
-
-def digest(config: TrainConfig, *more: object) -> str:
-    return hashlib.sha256(f"{config.model_dump_json()} {more}".encode()).hexdigest()[:8]
+    model = PVVAE(config.vae())
+    place = folder / f"{arm.strip('+ ').replace(', ', '-')}-{seed}-{digest([ARMS[arm], ARMS.get(before or '')])}"
+    latents = place
+    if before:
+        parent, latents = autoencoder(before, seed, folder, sizes, videos)
+        model.load_state_dict(parent.state_dict())
+    loss = partial(pretrain._loss, config, model.config, None, state_of(0))
+    stream: Any = Rows("video", videos, config.batch, seed)
+    train(Objective({"generator": model}, loss, "generator"), stream, config, place)
+    model.load_state_dict(checkpoint.trained(place, config))
+    return model.eval(), latents
 
 
 @torch.no_grad()
@@ -141,7 +135,7 @@ def encoded(model: PVVAE, videos: Tensor) -> Tensor:
 
 def priors(latents: Tensor, seed: int, folder: Path, steps: Sequence[int]) -> Iterator[tuple[int, latte.Latte]]:
     """Tiny Lattes that have learned for so many steps each."""
-    settings = latte.config_from_preset(**PRIOR, channels=latents.shape[1], shape=tuple(latents.shape[2:]))
+    shape = latte.config_from_preset(**PRIOR, channels=latents.shape[1], shape=tuple(latents.shape[2:]))
 
     def loss(turn: Turn) -> Any:
         clean = turn.engines[turn.name].module.normalise(turn.batch["latent"])
@@ -150,13 +144,14 @@ def priors(latents: Tensor, seed: int, folder: Path, steps: Sequence[int]) -> It
 
     for many in steps:
         torch.manual_seed(seed)
-        model = latte.Latte(settings)
+        model = latte.Latte(shape)
         model.set_statistics(latents.mean((0, 2, 3, 4)), latents.std((0, 2, 3, 4)).clamp_min(1e-6))
-        run = RunConfig(checkpoint_every=steps[-1], sample_every=0, keep_checkpoints=1)
-        config = TrainConfig(steps=many, batch=32, lr=1e-3, warmup_steps=20, ema_half_lives=(50,), seed=seed, run=run)
-        place = folder / f"prior-{digest(config, settings)}"
-        train(Objective({"model": model}, loss), Rows("latent", latents, 32, seed), config, place)
-        learned = latte.Latte(settings)
+        run = RunConfig(checkpoint_every=200, sample_every=0, keep_checkpoints=1)
+        config = TrainConfig(steps=many, seed=seed, run=run, **LEARNING_PRIOR)
+        stream: Any = Rows("latent", latents, config.batch, seed)
+        place = folder / f"prior-{many}"
+        train(Objective({"model": model}, loss), stream, config, place)
+        learned = latte.Latte(shape)
         learned.load_state_dict(checkpoint.trained(place, config))
         yield many, learned.eval()
 
@@ -192,7 +187,9 @@ def run(arm: str, seed: int, folder: Path, short: bool) -> Mapping[str, float]:
     sizes, arm = SHORT if short else Sizes(), SAME.get(arm, arm)
     known, heldout = clips(sizes.videos, seed, heldout=False), clips(sizes.heldout, 999, heldout=True)
     with engines.process_group():
-        model, place = autoencoder(arm, seed, folder.parent / "autoencoders", sizes, known.video)
+        # claims share it
+        common = folder.parent / f"autoencoders-{digest(settings(short))}"
+        model, place = autoencoder(arm, seed, common, sizes, known.video)
         return dict(figures(model, place, seed, sizes, known, heldout))
 
 
@@ -205,6 +202,7 @@ def figures(
         yield "off", off_truth(model.reconstruct(videos, SEEN), heldout)
     latents, apart = encoded(model, known.video), encoded(model, heldout.video)
     distance = latent_temporal_distance([apart])
+    yield "curve", distance["curve_roughness"]
     yield "roughness", distance["path_roughness"]
     yield "spearman", distance["spearman"]
     last, then = (SEEN - 1) // model.config.temporal_stride, SEEN - 1 + AHEAD
@@ -226,14 +224,17 @@ _LAST, _EARLY, _LATE = "linear probe of the last latent seen", "prior, few steps
 FIGURES = {
     "psnr": Shown("PSNR of reconstructions", "higher", "rFVD ↓ 3.03, 5.66, 5.79, 3.45"),
     "off": Shown(f"predicted from {SEEN} of {FRAMES} frames: error of the place, sides", "lower"),
-    "roughness": Shown("LTD: bends of the path of latents, over its steps", "lower", "smoother, in a figure"),
+    "curve": Shown("LTD: bends of its curve, over its steps", "lower", "smoother, in a figure"),
     "spearman": Shown("LTD: rank correlation with time", "higher", "more monotonic, in a figure"),
+    "roughness": Shown("bends of the path of latents, over its steps", "lower"),
     "velocity": Shown(f"{_LAST}: velocity, R²", "higher", "better for flow and tracks"),
     "ahead": Shown(f"{_LAST}: place {AHEAD} frames on, R²", "higher", "better for the next frame"),
     "early_one": Shown(f"{_EARLY}: frames with one body", "higher"),
+    "early_moved": Shown(f"{_EARLY}: sides that the body moves in a frame, real 0.039", "higher"),
     "early_off_law": Shown(f"{_EARLY}: distance to the law's path, sides", "lower", "52 % faster"),
     "early_follows": Shown(f"{_EARLY}: videos that follow the law", "higher"),
     "one": Shown(f"{_LATE}: frames with one body", "higher"),
+    "moved": Shown(f"{_LATE}: sides that the body moves in a frame, real 0.039", "higher"),
     "off_law": Shown(f"{_LATE}: distance to the law's path, sides", "lower", "gFVD ↓ 174.81, 156.33, 150.10, 146.37"),
     "follows": Shown(f"{_LATE}: videos that follow the law", "higher"),
 }
@@ -246,10 +247,11 @@ CLAIMS: Sequence[Claim] = (
         "components",
         "Latents that must hold what comes next change more smoothly, tell more of motion, and are easier to generate; a loss"
         " on motion helps further, and tuning the decoder brings back what reconstruction has lost.",
-        ("base", "+ predictive", "+ motion", "+ decoder"),
+        {arm: ARMS[arm] for arm in ("base", "+ predictive", "+ motion", "+ decoder", "base, decoder")},
         FIGURES,
         (
-            ("+ predictive", "base", "roughness"),
+            ("+ predictive", "base", "curve"),
+            ("+ predictive", "base", "spearman"),
             ("+ predictive", "base", "velocity"),
             ("+ predictive", "base", "ahead"),
             ("+ predictive", "base", "early_off_law"),
@@ -257,18 +259,20 @@ CLAIMS: Sequence[Claim] = (
             ("+ motion", "+ predictive", "off"),
             ("+ motion", "+ predictive", "off_law"),
             ("+ decoder", "+ motion", "psnr"),
-            ("+ decoder", "base", "off_law"),
-            ("+ decoder", "base", "follows"),
+            ("+ decoder", "base, decoder", "off_law"),
+            ("+ decoder", "base, decoder", "follows"),
         ),
         run,
+        settings,
     ),
     Claim(
         "pv_vae",
         "drop",
         "The more of the latents may be dropped, the easier those that are left are to generate; with the motion loss.",
-        ("50 %", "75 %", "100 %"),
+        {arm: ARMS[SAME.get(arm, arm)] for arm in ("50 %", "75 %", "100 %")},
         BLANK | DROPPED,
         (("100 %", "50 %", "off_law"), ("100 %", "50 %", "velocity"), ("100 %", "75 %", "off_law")),
         run,
+        settings,
     ),
 )

@@ -9,41 +9,53 @@ import statistics
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
-from claimed import Claim, Shown
-from claimed._moving import alone, frames_of, ran, sharded
+from claimed import Claim, Shown, alone
+from claimed._moving import frames_of, ran, sharded
 from longtake.infra.worlds import sound
 from longtake.training import registry
 from longtake.training.models import kind_of
 from longtake.training.models.generator import Request, Scene, Sound
 
-SIZE, SEEN, FPS, LENGTH = (
-    32,
-    16,
-    12,
-    36,
-)  # pixels a side of the videos, and of what is learned; frames a second, and of a video
+SIZE, SEEN = 32, 16  # pixels a side of the videos, and of what is learned
+FPS, LENGTH = 12, 36  # frames a second, and of a video
 FRAMES = 16  # of a window
 GUIDANCE = 2.0
 ARMS = {"its own sound": 0, "another video's": 1, "no sound": None, "real": None}
 
 
-def stages(folder: Path, seed: int, short: bool) -> dict[str, Any]:
-    """The recipe's stages."""
-    seconds = (2, LENGTH / FPS)
-    shards = sharded(folder, "sound", 24 if short else 400, SIZE, seconds, seed=seed, frames=LENGTH, fps=FPS)
+class Scale(NamedTuple):
+    """How much is done: videos to learn from and held out, steps of a VQGAN, of the transformer, and videos that are drawn."""
+
+    clips: int = 400
+    codes: int = 500
+    steps: int = 1000
+    heldout: int = 32
+
+
+WHOLE, SHORT = Scale(), Scale(24, 20, 20, 6)
+
+
+def settings(short: bool) -> dict[str, Any]:
+    """All that results depend on: the recipe, and how its models are used."""
+    videos = {"size": SIZE, "fps": FPS, "length": LENGTH, "guidance": GUIDANCE}
+    return {"world": "sound", **videos, "recipe": stages(0, short), "scale": (SHORT if short else WHOLE)._asdict()}
+
+
+def stages(seed: int, short: bool) -> dict[str, Any]:
+    """The recipe's stages that learn from its videos."""
+    scale = SHORT if short else WHOLE
     quiet = {"workers": 0, "sample_every": 0, "keep_checkpoints": 1}
     common = {"dataset": "shards", "seed": seed, "run": quiet, "schedule": "cosine"}
-    steps = 20 if short else 500
+    steps = scale.codes
     learned = common | {"batch": 8, "lr": 1e-3, "betas": [0.9, 0.99], "frames": FRAMES}
     learned |= {"steps": steps, "warm_steps": steps * 2 // 5}
     window = {"kind": "cache_tokens", "dataset": "shards", "frames": FRAMES, "hop": 4, "size": [SEEN, SEEN]}
     return {
-        "shards": shards,
         "vqgan": learned | {
             "kind": "pretrain_vqgan", "model": {"preset": "vqgan_tiny", "codes": 128}, "size": [SEEN, SEEN], "lambda_gan": 0,
         },
@@ -54,7 +66,7 @@ def stages(folder: Path, seed: int, short: bool) -> dict[str, Any]:
         "heard": window | {"encoder": "hearing"},
         "tats": common | {
             "kind": "pretrain_tats", "tokens": "tokens", "audio_tokens": "heard", "model": {"preset": "tats_tiny"},
-            "steps": 20 if short else 1000, "batch": 16, "lr": 1e-3, "warmup_steps": 10, "top_k": 0, "top_p": 0.95,
+            "steps": scale.steps, "batch": 16, "lr": 1e-3, "warmup_steps": 10, "top_k": 0, "top_p": 0.95,
             "eval_videos": 2, "eval_frames": FRAMES,
         },
     }  # fmt: skip
@@ -62,10 +74,10 @@ def stages(folder: Path, seed: int, short: bool) -> dict[str, Any]:
 
 def run(arm: str, seed: int, folder: Path, short: bool) -> Mapping[str, float]:
     """What the reader says of an arm's videos, beside the sound of each; the arms of a seed share their models."""
-    mine = folder / str(seed)
-    mine.mkdir(exist_ok=True)
-    with alone(mine):
-        uri = ran(mine, stages(mine, seed, short))["tats"].uri
+    mine, scale, seconds = folder / str(seed), SHORT if short else WHOLE, (2, LENGTH / FPS)
+    with alone(mine / "lock"):
+        shards = sharded(mine, "sound", scale.clips, SIZE, seconds, seed=seed, frames=LENGTH, fps=FPS)
+        uri = ran(mine, {"shards": shards} | stages(seed, short))["tats"].uri
     module, facts = registry.load_with_facts(uri)
     generator: Any = kind_of(facts).generator
     prior = generator(uri, module, facts, None, torch.float32)
@@ -73,7 +85,7 @@ def run(arm: str, seed: int, folder: Path, short: bool) -> Mapping[str, float]:
     # held-out videos, of other seeds than those in the footage
     videos = [
         sound.render(900_000_000 + 1000 * seed + n, True, size=SIZE, frames=LENGTH, fps=FPS)
-        for n in range(6 if short else 32)
+        for n in range(scale.heldout)
     ]
     if arm == "real":
         made = [restored(prior, np.stack(list(video.frames))) for video in videos]
@@ -120,9 +132,10 @@ CLAIMS = [
         "tats",
         "hearing",
         "A transformer that sees the tokens of the sound first makes videos that fit it. Chance is a third for the colour.",
-        tuple(ARMS),
+        ARMS,
         FIGURES,
         [("its own sound", other, name) for other in ("another video's", "no sound") for name in FIGURES],
         run,
+        settings,
     )
 ]

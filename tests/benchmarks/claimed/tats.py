@@ -14,15 +14,16 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from toys import Rows
 
-from claimed import Claim, Shown
-from claimed._moving import RUN, alone, frames_of, ran, sharded
+from claimed import Claim, Shown, alone, digest
+from claimed._moving import RUN, frames_of, ran, sharded
 from longtake.datasets.loader import Loader, to_model
 from longtake.infra.worlds import endless
 from longtake.training import checkpoint, engines
@@ -42,17 +43,58 @@ from longtake.training.objective import Objective, Turn
 
 BORDERS: dict[str, dict[str, Any]] = {"replicated": {}, "zeros": {"padding": "zeros"}}
 DRAWN = {"one after the other": False, "anchors and gaps": True}
-SIZE, FPS, FRAMES = 16, 12, 16  # pixels a side, frames a second and of a window
+SIZE, FPS, FRAMES = 32, 12, 16  # pixels a side, frames a second and of a window
 EVERY, NEAR, FAR = 4, 20, 68  # latent frames to an anchor; frames of the hierarchy's windows
-STRIDE, CODES, SIDE = 4, 256, 4  # frames of a token, codes, tokens a side
+STRIDE, CODES, SIDE = 4, 256, 8  # frames of a token, codes, tokens a side
 SETTINGS = Settings(top_k=0, top_p=0.95)
+
+
+class Scale(NamedTuple):
+    """How much is done.
+
+    clips      of 8 seconds, to learn from and to measure with
+    codes      steps of a VQGAN, the first quarter without its codebook
+    steps      of a transformer; of the one that a hierarchy of two is compared with, twice as many
+    windows    that a transformer learns from
+    videos     that are drawn
+    borders    windows of a drawn video; of one of the other claim
+    hierarchy
+    """
+
+    clips: int = 300
+    codes: int = 800
+    steps: int = 500
+    windows: int = 1024
+    videos: int = 32
+    borders: int = 8
+    hierarchy: int = 16
+
+
+WHOLE, SHORT = Scale(), Scale(30, 24, 20, 32, 4, 2, 4)
+LEARNING: dict[str, Any] = {"batch": 4, "lr": 1e-3, "betas": (0.9, 0.99), "lambda_gan": 0.0}
+PREDICTING: dict[str, Any] = {"batch": 16, "lr": 1e-3, "betas": (0.9, 0.95), "ema_half_lives": ()}
+
+
+def scale_of(short: bool) -> Scale:
+    return SHORT if short else WHOLE
+
+
+def settings(short: bool) -> dict[str, Any]:
+    """All that results depend on."""
+    sizes = {"size": SIZE, "fps": FPS, "frames": FRAMES, "every": EVERY, "near": NEAR, "far": FAR, "codes": CODES}
+    models = {"vqgan": ["vqgan_tiny", LEARNING], "transformer": ["tats_tiny", PREDICTING], "top_p": SETTINGS.top_p}
+    return {"world": "endless", **sizes, **models, "scale": scale_of(short)._asdict()}
+
+
+def shared(folder: Path, short: bool) -> Path:
+    """Where the claims keep the data and models that they share."""
+    return folder.parent / f"shared-{digest(settings(short))}"
 
 
 def dataset(folder: Path, short: bool) -> str:
     """Clips of 8 seconds."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with alone(folder):
-        shards = sharded(folder, "endless", 30 if short else 300, 2 * SIZE, (FAR / FPS, 8), frames=96, fps=FPS)
+    with alone(folder / "lock"):
+        shards = sharded(folder, "endless", scale_of(short).clips, 2 * SIZE, (FAR / FPS, 8), frames=96, fps=FPS)
         return str(ran(folder, {"shards": shards})["shards"].uri)
 
 
@@ -69,11 +111,10 @@ def windows(data: str, split: str, frames: int, count: int, seed: int) -> Iterat
 
 def vqgan(data: str, arm: str, seed: int, folder: Path, short: bool) -> tuple[VQGAN, dict[str, float]]:
     """A trained VQGAN, and its figures on held-out clips. It first learns without its codebook, for a quarter of the steps."""
-    steps = 24 if short else 1200
+    steps = scale_of(short).codes
     config = pretrain.Config(
         kind="pretrain_vqgan", dataset=data, model={"preset": "vqgan_tiny", "codes": CODES, **BORDERS[arm]}, frames=FRAMES,
-        size=(SIZE, SIZE), steps=steps, warm_steps=steps // 4, batch=8, lr=1e-3, betas=(0.9, 0.99), lambda_gan=0.0, seed=seed,
-        run=RUN,
+        size=(SIZE, SIZE), steps=steps, warm_steps=steps // 4, seed=seed, run=RUN, **LEARNING,
     )  # fmt: skip
     mine = folder / "models" / f"vqgan-{arm.replace(' ', '-')}-{seed}"
     pictures = mine / "heldout"
@@ -94,42 +135,20 @@ def vqgan(data: str, arm: str, seed: int, folder: Path, short: bool) -> tuple[VQ
 # Transformers of the tokens.
 
 
-class Windows:
-    """A stream of random batches of windows of tokens that lie in memory."""
-
-    def __init__(self, tokens: Tensor, batch: int, seed: int) -> None:
-        self._tokens, self._batch, self._seed, self._batches = tokens, batch, seed, 0
-
-    def __iter__(self) -> Iterator[dict[str, Any]]:
-        while True:
-            rows = np.random.default_rng([self._seed, self._batches]).integers(len(self._tokens), size=self._batch)
-            self._batches += 1
-            yield {"tokens": self._tokens[rows], "key": [str(row) for row in rows.tolist()]}
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"batches": self._batches}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self._batches = state["batches"]
-
-
 def transformer(
-    data: str, codes: VQGAN, name: str, mode: Any, frames: int, seed: int, folder: Path, short: bool
+    data: str, codes: VQGAN, name: str, mode: Any, frames: int, steps: int, seed: int, folder: Path, short: bool
 ) -> TATS:
     """A transformer of windows of `frames` frames, each encoded by itself."""
     config = config_from_preset("tats_tiny", codes=CODES, shape=(frames // STRIDE, SIDE, SIDE), mode=mode, every=EVERY)
     with torch.no_grad():
-        parts = windows(data, "train", frames, 32 if short else 1024, seed)
+        parts = windows(data, "train", frames, scale_of(short).windows, seed)
         tokens = torch.cat([codes.tokens(video).cpu() for video in parts])
-    steps = 20 if short else 600
-    training = TrainConfig(
-        steps=steps, batch=16, lr=1e-3, warmup_steps=min(20, steps // 2), betas=(0.9, 0.95), ema_half_lives=(), seed=seed,
-        run=RunConfig(checkpoint_every=steps),
-    )  # fmt: skip
+    run = RunConfig(checkpoint_every=100, keep_checkpoints=1)
+    training = TrainConfig(steps=steps, warmup_steps=min(20, steps // 2), seed=seed, run=run, **PREDICTING)
     torch.manual_seed(seed)
-    model, stream = TATS(config).to(engines.device()), Windows(tokens, training.batch, seed)
-    mine, learner = folder / "models" / f"{name.replace(' ', '-')}-{seed}", Objective({"model": model}, loss_of(config))
-    train(learner, stream, training, mine)  # type: ignore[arg-type]
+    model, stream = TATS(config).to(engines.device()), Rows("tokens", tokens, training.batch, seed)
+    mine = folder / "models" / f"{name.replace(' ', '-')}-{steps}-{seed}"
+    train(Objective({"model": model}, loss_of(config)), stream, training, mine)  # type: ignore[arg-type]
     model.load_state_dict(checkpoint.trained(mine, training))
     return model.eval()
 
@@ -190,30 +209,32 @@ def drift(data: str, codes: VQGAN, plan: Rollout, latents: int) -> dict[str, flo
 
 
 def run_borders(arm: str, seed: int, folder: Path, short: bool) -> Mapping[str, float]:
-    shared = folder.parent / "shared"
-    data = dataset(shared, short)
+    common, scale = shared(folder, short), scale_of(short)
+    data = dataset(common, short)
     with engines.process_group():
-        codes, found = vqgan(data, arm, seed, shared, short)
-        model = transformer(data, codes, f"base-{arm}", "base", FRAMES, seed, shared, short)
+        codes, found = vqgan(data, arm, seed, common, short)
+        model = transformer(data, codes, f"base-{arm}", "base", FRAMES, scale.steps, seed, common, short)
         found["later"] = later(data, codes, model)
-        plan = Rollout(model, range(4 if short else 32), SETTINGS)
-        return found | drift(data, codes, plan, (2 if short else 8) * FRAMES // STRIDE)
+        plan = Rollout(model, range(scale.videos), SETTINGS)
+        return found | drift(data, codes, plan, scale.borders * FRAMES // STRIDE)
 
 
 def run_hierarchy(arm: str, seed: int, folder: Path, short: bool) -> Mapping[str, float]:
-    shared = folder.parent / "shared"
-    data = dataset(shared, short)
+    common, scale = shared(folder, short), scale_of(short)
+    data = dataset(common, short)
     with engines.process_group():
-        codes, _ = vqgan(data, "replicated", seed, shared, short)
+        codes, _ = vqgan(data, "replicated", seed, common, short)
+
+        def learned(mode: str, frames: int, steps: int) -> TATS:
+            return transformer(data, codes, mode, mode, frames, steps, seed, common, short)
+
         if DRAWN[arm]:
-            anchors = transformer(data, codes, "anchors", "anchors", FAR, seed, shared, short)
-            gaps = transformer(data, codes, "gaps", "interpolate", NEAR, seed, shared, short)
-            plan = Rollout(gaps, range(4 if short else 32), SETTINGS, anchors)
+            anchors, gaps = learned("anchors", FAR, scale.steps), learned("interpolate", NEAR, scale.steps)
+            plan = Rollout(gaps, range(scale.videos), SETTINGS, anchors)
         else:
-            model = transformer(data, codes, "base-replicated", "base", FRAMES, seed, shared, short)
-            plan = Rollout(model, range(4 if short else 32), SETTINGS)
+            plan = Rollout(learned("base", FRAMES, 2 * scale.steps), range(scale.videos), SETTINGS)
         begun = time.process_time()
-        found = drift(data, codes, plan, (4 if short else 16) * FRAMES // STRIDE)
+        found = drift(data, codes, plan, scale.hierarchy * FRAMES // STRIDE)
         return found | {"seconds": time.process_time() - begun}
 
 
@@ -229,7 +250,7 @@ CLAIMS = [
         "borders",
         "An encoder that repeats frames at the ends of clips makes tokens that do not know when they are, so a transformer "
         "goes on beyond its window (§2.2 of the paper).",
-        tuple(BORDERS),
+        BORDERS,
         {
             "kappa": Shown("equal tokens a latent frame later, above chance (kappa)", "higher"),
             "score_paper": Shown("their share, as the paper counts", "higher", "0.75 for replicated (§A.3)"),
@@ -243,14 +264,17 @@ CLAIMS = [
         },
         [("replicated", "zeros", name) for name in ("kappa", "ends", "later", "codes last")],
         run_borders,
+        settings,
     ),
     Claim(
         "tats",
         "hierarchy",
-        "Anchors with what is between them drift less than one latent frame after the other (§2.3 of the paper): 16 windows.",
-        tuple(DRAWN),
+        "Anchors with what is between them drift less than one latent frame after the other (§2.3 of the paper): 16 windows. "
+        "The two transformers of a hierarchy learn for as many steps together as the single one.",
+        DRAWN,
         LONG | {"seconds": Shown("CPU seconds for 32 videos", "lower")},
         [("anchors and gaps", "one after the other", name) for name in ("codes last", "same way")],
         run_hierarchy,
+        settings,
     ),
 ]

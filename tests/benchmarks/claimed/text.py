@@ -7,13 +7,13 @@ combinations is held out. Videos are judged by their pixels alone.
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
-from claimed import Claim, Shown
-from claimed._moving import RUN, alone, ran, sharded
+from claimed import Claim, Shown, alone
+from claimed._moving import RUN, ran, sharded
 from longtake.infra.worlds.actions import LOOKS, OPPOSITE, Look, heldout, look_at
 from longtake.training import checkpoint, engines
 from longtake.training.loop import train
@@ -28,13 +28,35 @@ FRAMES, FPS, LENGTH = 8, 8, 12  # frames of a window, a second, of a video
 # a patch must have fewer values, here 48, than a token has: velocities are mostly noise, which cannot be compressed
 MODEL = {"preset": "latte_tiny", "patch": 4}
 GUIDANCE = 4.0
+TRAINING: dict[str, Any] = {
+    "batch": 16, "lr": 1e-3, "schedule": "cosine", "warmup_steps": 40, "ema_half_lives": (50.0,), "sample_steps": 25,
+}  # fmt: skip
 ATTRIBUTES = Look._fields
+
+
+class Scale(NamedTuple):
+    """How much is done: videos to learn from and held out, steps, prompts of each kind."""
+
+    clips: int = 570
+    steps: int = 2000
+    prompts: int = 48
+
+
+WHOLE, SHORT = Scale(), Scale(40, 60, 8)
+
+
+def settings(short: bool) -> dict[str, Any]:
+    """All that results depend on."""
+    videos = {"size": [SIZE, SEEN], "frames": [FRAMES, LENGTH], "fps": FPS, "guidance": GUIDANCE}
+    scale = (SHORT if short else WHOLE)._asdict()
+    return {"world": "actions", **videos, "model": MODEL, "training": TRAINING, "scale": scale}
 
 
 def learned(arm: str, seed: int, folder: Path, short: bool) -> Prior:
     """A Latte trained by its stage's own code, with the right captions or with those of others of the batch."""
-    with alone(folder):
-        shards = sharded(folder, "actions", 40 if short else 570, SIZE, (1, 1.5), actions=1, frames=LENGTH, fps=FPS)
+    scale = SHORT if short else WHOLE
+    with alone(folder / "lock"):
+        shards = sharded(folder, "actions", scale.clips, SIZE, (1, 1.5), actions=1, frames=LENGTH, fps=FPS)
         captions = {"kind": "caption", "dataset": "shards"}
         text = {"kind": "cache_text", "captions": "captions", "dataset": "shards"}
         found = ran(folder, {"shards": shards, "captions": captions, "text": text})
@@ -42,8 +64,8 @@ def learned(arm: str, seed: int, folder: Path, short: bool) -> Prior:
     mine = folder / f"{arm}-{seed}"
     mine.mkdir(exist_ok=True)
     config = finetune.Config(
-        kind="finetune_latte", **inputs, model=MODEL, size=(SEEN, SEEN), frames=FRAMES, steps=60 if short else 2000,
-        batch=16, lr=1e-3, schedule="cosine", warmup_steps=40, ema_half_lives=(50.0,), seed=seed, sample_steps=25, run=RUN,
+        kind="finetune_latte", **inputs, model=MODEL, size=(SEEN, SEEN), frames=FRAMES, steps=scale.steps,
+        seed=seed, run=RUN, **TRAINING,
     )  # fmt: skip
     with engines.process_group():
         torch.manual_seed(seed)
@@ -95,12 +117,13 @@ def accuracies(looks: Sequence[Look], videos: Sequence[np.ndarray]) -> dict[str,
 def run(arm: str, seed: int, folder: Path, short: bool) -> Mapping[str, float]:
     """Figures of an arm; see `FIGURES`."""
     prior, found = learned(arm, seed, folder, short), dict[str, float]()
+    count = (SHORT if short else WHOLE).prompts
     for split in ("held out", "seen"):
         looks = [look for look in LOOKS if heldout(look) == (split == "held out")]
-        chosen = [looks[n] for n in np.random.default_rng(seed).choice(len(looks), 8 if short else 48)]
+        chosen = [looks[n] for n in np.random.default_rng(seed).choice(len(looks), count)]
         shares = accuracies(chosen, generated(prior, [[(0.0, look.caption())] for look in chosen]))
         found |= {f"{name}, {split}": value for name, value in shares.items() if split == "held out" or name == "all"}
-    return found | {"turned": turned(prior, seed, 8 if short else 48)}
+    return found | {"turned": turned(prior, seed, count)}
 
 
 def turned(prior: Prior, seed: int, videos: int) -> float:
@@ -124,9 +147,10 @@ CLAIMS = [
         "steering",
         "Prompts steer what is made, in combinations that no training video shows: the share of videos with each "
         f"attribute of their prompt, at guidance {GUIDANCE:g}. Chance is 0.33, 0.25, 0.25 and 0.33, and 0.01 for all.",
-        ("right captions", "shuffled captions"),
+        dict.fromkeys(("right captions", "shuffled captions")),
         FIGURES,
         [("right captions", "shuffled captions", name) for name in FIGURES],
         run,
+        settings,
     )
 ]

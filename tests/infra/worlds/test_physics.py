@@ -63,7 +63,15 @@ def test_the_reader_sees_a_broken_law_and_more_or_less_than_one_body() -> None:
     assert physics.find(both, 0.11).bodies[8] == 2
     assert physics.read(both, made.truth, made.fps)["one"] == pytest.approx(16 / 17)
     empty = np.full_like(frames, 60)
-    assert physics.read(empty, made.truth, made.fps) == {"one": 0.0, "off_law": 1.0, "follows": 0.0, "off": 1.0}
+    nothing = {"one": 0.0, "moved": 0.0, "off_law": 1.0, "follows": 0.0, "off": 1.0}
+    assert physics.read(empty, made.truth, made.fps) == nothing
+
+
+def test_a_body_that_stands_still_follows_no_law() -> None:
+    frames, made = video(1)
+    figures = physics.read(np.repeat(frames[:1], 17, axis=0), {"law": "bounce", "radius": 0.11}, made.fps)
+    assert figures == {"one": 1.0, "moved": 0.0, "off_law": 1.0, "follows": 0.0}
+    assert physics.read(frames, made.truth, made.fps)["moved"] > 2 * physics.LEAST
 
 
 def test_a_video_is_its_seed_alone() -> None:
