@@ -127,7 +127,12 @@ def test_videos_too_large_for_a_page_are_counted(tmp_path: Path, monkeypatch: py
 def test_what_is_no_evaluation_is_one_line(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"no evaluation here \(evaluation.json is missing\)"):
         build_of_evaluation(tmp_path)
-    for damaged in ("{", "[]", "{}", json.dumps(table([{"uri": 1}]))):
+    long = video("a", "1", file="a" * 5000)
+    curve = group("q", {}, curves={"x": {"a": [[1]]}})
+    for damaged in (
+        *("{", "[]", "{}"),
+        *map(json.dumps, (table([{"uri": 1}]), table(MODELS, [], [long]), table(MODELS, [curve]))),
+    ):
         (tmp_path / "evaluation.json").write_text(damaged)
         with pytest.raises(Failure, match=r"evaluation.json: .*; run the evaluation again") as e:
             build_of_evaluation(tmp_path)
