@@ -82,9 +82,18 @@ def read(folder: Path) -> Table:
         content = json.loads((folder / FILE).read_bytes())
         if content.pop("format") != FORMAT:
             raise ValueError("another format")
+        _whole(content["models"], ("uri", "pinned", "digest"))
+        _whole(content["groups"], ("measure", "conditions", "digest", "figures"))
         return Table(**content)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
         raise Failure(f"{folder / FILE}: no table of an evaluation ({e}); run the evaluation again") from e
+
+
+def _whole(rows: Sequence[Mapping[str, Any]], names: Sequence[str]) -> None:
+    """Raises KeyError where a row has not all of these."""
+    for row in rows:
+        for name in names:
+            row[name]
 
 
 def _group(group: Sequence[Measured], order: Sequence[str]) -> dict[str, Any]:
