@@ -201,6 +201,7 @@ def failing_clearly(url: str) -> Iterator[None]:
             errno.EACCES: "give write permission or choose another `workspace`",
             errno.EROFS: "choose a `workspace` that can be written",
             errno.ENOTDIR: "choose a `workspace` that is a folder",
+            errno.EISDIR: "move this folder away",
         }.get(e.errno or 0)
         if remedy is None:
             raise

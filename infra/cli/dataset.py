@@ -37,7 +37,9 @@ def footage(
     and combinations of what they show are held out; `shard` puts those into `val`, for a val_fraction from 0.02 to 0.5.
     """
     from longtake.datasets.errors import UserError
+    from longtake.infra.cli.evaluate import folder_of
 
+    folder_of("FOLDER", folder)
     if world is None:
         from longtake.infra.footage import generate
 

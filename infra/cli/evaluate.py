@@ -2,6 +2,7 @@
 
 import os
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import click
@@ -137,14 +138,21 @@ def suite_of(name: str, overrides: tuple[str, ...] = (), measures: str | None = 
 
 
 def folder_of(option: str, out: str) -> Path:
-    """The folder that an option names. Raises UserError for one that is elsewhere, or a file."""
+    """The folder that an option names. Raises UserError for one that is elsewhere, a file, or not to be written."""
     from longtake.datasets import storage
 
     if not storage.is_local(out):
         raise UserError(f"{option}: {out}: is elsewhere; name a folder of this machine")
     folder = Path(storage.filesystem(out)[1])
-    if folder.exists() and not folder.is_dir():
-        raise UserError(f"{option}: {out}: is a file; name a folder")
+    there = next(place for place in (folder, *folder.absolute().parents) if place.exists())
+    if not there.is_dir():
+        what = "is a file" if there == folder else f"is below the file {there}"
+        raise UserError(f"{option}: {out}: {what}; name a folder")
+    try:
+        with TemporaryDirectory(dir=there, prefix="."):
+            pass
+    except OSError as e:
+        raise UserError(f"{option}: {out}: cannot be written ({e.strerror}); name another folder") from e
     return folder
 
 

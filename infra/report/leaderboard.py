@@ -50,7 +50,7 @@ def leaderboard(name: str, folder: Path, keep: Pictures) -> dict[str, Any]:
         extremes = _extremes(chosen.extremes(found), labels, reels)
         models = [_model(model, labels[model["digest"]], n) for n, model in enumerate(found.models)]
         left_out = _left_out(found.left_out, labels)
-    except (ValueError, KeyError, TypeError, AttributeError) as e:
+    except (ValueError, LookupError, TypeError, AttributeError, OSError) as e:
         why = f"{type(e).__name__}: {e}"
         raise Failure(f"{folder / table.FILE}: is damaged ({why}); run the evaluation again") from e
     return {

@@ -22,6 +22,7 @@ from longtake.infra.report import StageRun, build, build_of_evaluation
 from longtake.infra.report.embed import Pictures
 from longtake.infra.report.leaderboard import best_of, leaderboard
 from longtake.training.evaluation import chosen
+from longtake.training.evaluation.figures import said
 from longtake.training.evaluation.table import Table, read
 
 MODELS = [model("models:/latte@champion", "a", "models:/latte/3"), model("models:/tats/2", "b"), model("/m/gan", "c")]
@@ -127,7 +128,15 @@ def test_videos_too_large_for_a_page_are_counted(tmp_path: Path, monkeypatch: py
 def test_what_is_no_evaluation_is_one_line(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"no evaluation here \(evaluation.json is missing\)"):
         build_of_evaluation(tmp_path)
-    for damaged in ("{", "[]", "{}", json.dumps(table([{"uri": 1}]))):
+    long = video("a", "1", file="a" * 5000)
+    curve = group("q", {}, curves={"x": {"a": [[1]]}})
+    for damaged in (
+        *("{", "[]", "{}"),
+        *map(
+            json.dumps,
+            (table([{"uri": 1}]), table(MODELS, [], [long]), table(MODELS, [curve]), table(MODELS, [{"measure": 1}])),
+        ),
+    ):
         (tmp_path / "evaluation.json").write_text(damaged)
         with pytest.raises(Failure, match=r"evaluation.json: .*; run the evaluation again") as e:
             build_of_evaluation(tmp_path)
@@ -222,3 +231,7 @@ def test_videos_play_in_step(tmp_path: Path) -> None:
         assert chromium.until(driver, f"Math.abs({all_of}[2].currentTime - 4) < 0.1")
         assert driver.execute_script(f"return {all_of}[0].currentTime <= {all_of}[0].duration"), "it waits at its end"
         assert [entry for entry in driver.get_log("browser") if entry["level"] == "SEVERE"] == []
+
+
+def test_only_sizes_are_written_as_sizes() -> None:
+    assert said({"size": [64, 96], "videos": [{"seeds": [0, 1]}]}) == "size 64×96, videos seeds 0, 1"

@@ -70,10 +70,25 @@ def check(changes: Mapping[str, Any]) -> None:
     names = {field.name for kind in (Settings, InfillSettings) for field in fields(kind)}
     if unknown := sorted(changes.keys() - names):
         raise UserError(f"suite: settings: there is no {unknown[0]!r}; there are {', '.join(sorted(names))}")
+    usual = {field.name: field.default for kind in (InfillSettings, Settings) for field in fields(kind)}
+    for name, value in changes.items():
+        if name != "guidance" and (wanted := _other(usual[name], value)):  # that has a check of its own
+            raise UserError(f"suite: settings: {name}: {value!r} is no {wanted}")
     try:
         Settings(**known(changes, Settings()))
     except (ValueError, TypeError) as e:
         raise UserError(f"suite: settings: {e}") from e
+
+
+def _other(usual: Any, value: Any) -> str:
+    """What a value should be, if it is not of the kind of the usual one; empty where it is."""
+    if isinstance(usual, bool | str):
+        return "" if type(value) is type(usual) else "true or false" if isinstance(usual, bool) else "text"
+    if (usual is None and value is None) or (type(value) is int and value >= 0):
+        return ""
+    whole = isinstance(usual, int)
+    number = isinstance(value, float) and math.isfinite(value) and value >= 0
+    return "" if number and not whole else f"{'whole ' * whole}number from 0 on"
 
 
 def gap_at(gaps: Gaps, fps: float, infiller: Infiller) -> tuple[int, int]:

@@ -59,7 +59,7 @@ def ticks(count: int, fps: float, rate: float) -> list[int]:
 
 def frames_needed(count: int, fps: float, rate: float) -> int:
     """The frames at `rate` that `count` frames at `fps` are taken from."""
-    return ticks(count, fps, rate)[-1] + 1
+    return math.floor((count - 1) * rate / fps + _ALMOST) + 1
 
 
 @dataclass

@@ -56,7 +56,7 @@ def _names(found: Sequence[tuple[Mapping[str, Any], str]], wanted: Collection[st
 def conditions(table: Table) -> tuple[Facts, list[Facts]]:
     """As texts the conditions that all groups share, and for each group its other ones, without the measure's name."""
     flat = [
-        {key: said(value) for key, value in group["conditions"].items() if value not in (None, "", {}, [])}
+        {key: said(value, key) for key, value in group["conditions"].items() if value not in (None, "", {}, [])}
         for group in table.groups
     ]
     first = flat[0] if flat else {}
@@ -65,13 +65,12 @@ def conditions(table: Table) -> tuple[Facts, list[Facts]]:
     return shared, [[(key, value) for key, value in each.items() if key not in common | {"measure"}] for each in flat]
 
 
-def said(value: Any) -> str:
-    """A condition as people read it: digests are shortened, and sizes are written as 64×96."""
+def said(value: Any, key: str = "") -> str:
+    """A condition as people read it: digests are shortened, and a `size` is written as 64×96."""
     if isinstance(value, Mapping):
-        return ", ".join(f"{key} {said(each)}" for key, each in value.items() if each is not None)
+        return ", ".join(f"{name} {said(each, name)}" for name, each in value.items() if each is not None)
     if isinstance(value, Sequence) and not isinstance(value, str):
-        pair = len(value) == 2 and all(isinstance(each, int) for each in value)
-        return ("×" if pair else ", ").join(map(said, value))
+        return ("×" if key == "size" else ", ").join(map(said, value))
     if isinstance(value, str) and len(value) == 64 and not set(value) - set("0123456789abcdef"):
         return value[:12]
     if value is None or isinstance(value, bool):

@@ -61,7 +61,7 @@ class Made:
             "reconstructs": suite.clips.frames,
             "generates": suite.clips.frames,
             "fills": gap,
-            "retrieves": round(suite.seconds * self.fps),
+            "retrieves": max(1, round(suite.seconds * self.fps)),
             "runs": suite.clips.frames,
         }
         self._parts: dict[tuple[int, bool], list[Part]] = {}
@@ -174,7 +174,8 @@ class Made:
     def filled(self, subject: Subject) -> Iterator[Filled]:
         """Gaps in the middle of held-out clips, filled; each clip comes once for each draw."""
         infiller = self.infiller(subject)
-        settings = with_changes(infiller.settings, asking.known(self.suite.settings, infiller.settings))
+        with asking.refusing(subject.uri):
+            settings = with_changes(infiller.settings, asking.known(self.suite.settings, infiller.settings))
         context, gap = self.suite.gaps.context, self.suite.gaps.frames
         beside, inside = asking.gap_at(self.suite.gaps, self.fps, infiller)
         common = {"beside": beside, "inside": inside, "settings": asking.plain(settings)}

@@ -7,11 +7,13 @@ from typing import Any, Literal
 
 import torch
 
+from longtake.datasets.dual import check
 from longtake.datasets.errors import UserError
+from longtake.datasets.pictures import opened
 from longtake.training.engines import device
 from longtake.training.evaluation.suite import Clips, Networks
 from longtake.training.metrics.classifier import Classifier, load_classifier
-from longtake.training.metrics.features import FeatureNetwork, checked_network, digest_of, read_file
+from longtake.training.metrics.features import FeatureNetwork, checked_network, digest_of, read_file, reason
 from longtake.training.metrics.perceptual import Perceptual, checked_perceptual
 from longtake.training.pictures import ImageEncoder, load_image_encoder
 
@@ -36,7 +38,7 @@ class Brought:
         return self._network("debiased")
 
     def _network(self, name: Literal["features", "debiased"]) -> FeatureNetwork:
-        network = checked_network(self._path(name), self._clips.frames, self._clips.size)
+        network = checked_network(self._path(name), self._clips.frames, self._clips.size, name)
         assert network is not None
         return network
 
@@ -52,7 +54,9 @@ class Brought:
 
     @cached_property
     def dual(self) -> str:
-        return self._path("dual")
+        path = self._path("dual")
+        check(opened(path, "dual"))
+        return path
 
     @cached_property
     def embedder(self) -> ImageEncoder:
@@ -63,9 +67,9 @@ class Brought:
         try:
             with torch.no_grad():
                 encoder.embeddings(frames.to(device()))
-        except (RuntimeError, ValueError) as e:
+        except (RuntimeError, ValueError, torch.jit.Error) as e:
             height, width = self._clips.size
-            why = str(e).splitlines()[0][:120]
+            why = reason(e)
             raise UserError(f"embedder: {self._path('embedder')}: takes no frames of {height}x{width} ({why})") from e
         return encoder
 

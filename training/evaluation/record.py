@@ -60,7 +60,10 @@ def _pooled(pooled: Pooled) -> dict[str, Any]:
 def parsed(content: Mapping[str, Any]) -> Result:
     """The result that `plain` has written. Raises ValueError, KeyError, TypeError for anything else."""
     return Result(
-        {(unit, key): figures for unit, key, figures in content["rows"]},
+        {
+            (unit, key): {name: float(value) for name, value in figures.items()}
+            for unit, key, figures in content["rows"]
+        },
         {name: Pooled(**pooled) for name, pooled in content["pooled"].items()},
         {
             name: {float(at): Pooled(**of["all"]) if "all" in of else of["units"] for at, of in curve}

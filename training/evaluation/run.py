@@ -69,12 +69,14 @@ def evaluate(
     tasks = _tasks(named, material, left_out)
     for model in named:
         place = folder / RESULTS / model.digest[:12]
+        # before its results, which name it in the tables of other models
+        storage.write(str(place / MODEL), storage.canonical_json(_facts(model)))
         loaded: Subject | None = None
         for task in tasks:
             if not _concerns(task.measure, task.name, model):
                 continue
             path = place / f"{task.name}-{task.digest[:12]}.json"
-            if path.exists():
+            if _is_there(path, folder):
                 say(f"{model.uri}: {task.name}: is there")
                 continue
             loaded = loaded or subject.load(model.uri)
@@ -86,7 +88,6 @@ def evaluate(
                 left_out.append({"model": model.digest, "measure": task.name, "why": str(e)})
                 continue
             storage.write(str(path), storage.canonical_json(table.plain(found)))
-        storage.write(str(place / MODEL), storage.canonical_json(_facts(model)))
         if for_vbench and model.kind.generator:
             loaded = loaded or subject.load(model.uri)
             _write_for_vbench(loaded, material, for_vbench / _short(model), folder)
@@ -99,6 +100,11 @@ def evaluate(
     made = _table(folder, named, tasks, left_out)
     table.write(folder, made)
     return made
+
+
+def _is_there(path: Path, folder: Path) -> bool:
+    """Whether a result is kept, with all videos that it was measured on. Raises Failure where it is damaged."""
+    return path.exists() and all((folder / video["file"]).exists() for video in table.parsed(path).videos)
 
 
 def _check(models: Sequence[str], suite: Suite) -> None:
@@ -245,6 +251,6 @@ def _table(folder: Path, named: Sequence[Named], tasks: Sequence[Task], left_out
             continue
         measured = table.parsed(path)
         if measured.model not in models:
-            models[measured.model] = json.loads((path.parent / MODEL).read_bytes())
+            models[measured.model] = table.model_of(path.parent / MODEL, measured.model)
         results.append(measured)
     return table.made(list(models.values()), results, left_out)

@@ -1,16 +1,27 @@
 """Suites: which clips, videos and measures an evaluation has. Data, in YAML; light to import."""
 
 from importlib import resources
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from longtake.datasets.errors import UserError
 from longtake.datasets.stage import StageConfig
 
-Seeds = tuple[int, ...]
+_MOST_FRAMES, _MOST_SECONDS = 1_000_000, 86_400  # of a video; more is a slip of the keyboard
 
+
+def _different(seeds: tuple[int, ...]) -> tuple[int, ...]:
+    if twice := sorted(seed for seed in set(seeds) if seeds.count(seed) > 1):
+        raise ValueError(f"{twice[0]} is there twice, and its video would be the same; leave one out")
+    return seeds
+
+
+Seed = Annotated[int, Field(ge=0, lt=2**63)]
+Seeds = Annotated[tuple[Seed, ...], Field(min_length=1), AfterValidator(_different)]
+Seconds = Annotated[float, Field(gt=0, le=_MOST_SECONDS)]
+Side = Annotated[int, Field(ge=1, le=16_384)]
 
 DEFAULT = "default"  # name of a suite
 
@@ -24,9 +35,9 @@ class Clips(StageConfig):
     most      clips, at most: the same random ones for every model
     """
 
-    frames: int = Field(17, ge=1)
+    frames: int = Field(17, ge=1, le=_MOST_FRAMES)
     fps: float | None = Field(None, gt=0, le=1000)
-    size: tuple[int, int] = (64, 64)
+    size: tuple[Side, Side] = (64, 64)
     most: int = Field(256, ge=1)
 
 
@@ -40,9 +51,9 @@ class Videos(StageConfig):
     seeds     of their draws, all different
     """
 
-    frames: int | None = Field(None, ge=1)
-    seconds: float | None = Field(None, gt=0)
-    seeds: Seeds = Field(tuple(range(16)), min_length=1)
+    frames: int | None = Field(None, ge=1, le=_MOST_FRAMES)
+    seconds: Seconds | None = None
+    seeds: Seeds = tuple(range(16))
 
     @model_validator(mode="after")
     def _one(self) -> "Videos":
@@ -61,9 +72,9 @@ class Gaps(StageConfig):
     draws     times that each is filled, for their diversity
     """
 
-    frames: int = Field(8, ge=1)
-    context: int = Field(4, ge=1)
-    draws: int = Field(2, ge=1)
+    frames: int = Field(8, ge=1, le=_MOST_FRAMES)
+    context: int = Field(4, ge=1, le=_MOST_FRAMES)
+    draws: int = Field(2, ge=1, le=1000)
 
 
 class Networks(StageConfig):
@@ -110,11 +121,11 @@ class Suite(StageConfig):
     prompts: tuple[str, ...] | None = None
     settings: dict[str, Any] = Field(default_factory=dict)
     gaps: Gaps = Gaps()
-    seconds: float = Field(5.0, gt=0)
+    seconds: Seconds = 5.0
     chunk: int = Field(16, ge=2)
-    measures: tuple[str, ...] | None = None
-    resamples: int = Field(1000, ge=100)
-    seed: int = Field(0, ge=0)
+    measures: Annotated[tuple[str, ...], Field(min_length=1)] | None = None
+    resamples: int = Field(1000, ge=100, le=100_000)
+    seed: int = Field(0, ge=0, lt=2**62)  # gaps count on from it
 
     def count(self, videos: Videos) -> int:
         """How many videos of a length every generator makes."""

@@ -15,7 +15,7 @@ group, even of the same measure. `low` and `high` are bounds of 95 %, null of a 
 import json
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -82,9 +82,18 @@ def read(folder: Path) -> Table:
         content = json.loads((folder / FILE).read_bytes())
         if content.pop("format") != FORMAT:
             raise ValueError("another format")
+        _whole(content["models"], ("uri", "pinned", "digest"))
+        _whole(content["groups"], ("measure", "conditions", "digest", "figures"))
         return Table(**content)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
         raise Failure(f"{folder / FILE}: no table of an evaluation ({e}); run the evaluation again") from e
+
+
+def _whole(rows: Sequence[Mapping[str, Any]], names: Sequence[str]) -> None:
+    """Raises KeyError where a row has not all of these."""
+    for row in rows:
+        for name in names:
+            row[name]
 
 
 def _group(group: Sequence[Measured], order: Sequence[str]) -> dict[str, Any]:
@@ -230,6 +239,26 @@ def parsed(path: Path) -> Measured:
         content = json.loads(path.read_bytes())
         if content.pop("format") != FORMAT:
             raise ValueError("another format")
-        return Measured(**content | {"result": record.parsed(content["result"])})
-    except (ValueError, KeyError, TypeError, AttributeError) as e:
+        measured = Measured(**content | {"result": record.parsed(content["result"])})
+        if path.name != f"{measured.measure}-{measured.digest[:12]}.json" or measured.model[:12] != path.parent.name:
+            raise ValueError("it is of another model, measure or conditions")
+        for video in measured.videos:
+            file = PurePosixPath(video["file"])
+            if not isinstance(video["key"], str) or file.is_absolute() or ".." in file.parts:
+                raise ValueError(f"{file} is not in the evaluation's folder")
+        return measured
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
         raise Failure(f"{path}: damaged ({type(e).__name__}: {e}); delete it and run the same command again") from e
+
+
+def model_of(path: Path, digest: str) -> dict[str, Any]:
+    """What is kept of a model for the table. Raises Failure where its file is missing or damaged."""
+    try:
+        content: dict[str, Any] = json.loads(path.read_bytes())
+        if missing := {"uri", "pinned", "digest", "what", "settings", "notes"} - content.keys():
+            raise ValueError(f"no {min(missing)}")
+        if content["digest"] != digest:
+            raise ValueError("it is of another model")
+        return content
+    except (OSError, ValueError, AttributeError) as e:
+        raise Failure(f"{path}: damaged ({e}); delete its folder, or evaluate its model again") from e

@@ -19,10 +19,12 @@ from torch import Tensor
 from longtake.datasets import storage
 from longtake.datasets.clip import covering_size
 from longtake.datasets.errors import Failure
+from longtake.datasets.shard import sha256_of
 from longtake.training.evaluation.clips import ticks
 from longtake.training.models.common.video import video_file
 
 LOSSLESS, SHOWN, FACTS = "video.mkv", "video.mp4", "video.json"
+_FACTS = {"seconds", "frames", "fps", "size", "sha256"}  # of each video
 
 
 class Kept(NamedTuple):
@@ -42,14 +44,16 @@ class Kept(NamedTuple):
         path = self.folder / LOSSLESS
         count = 0
         try:
+            # a decoder shows something else in place of what it cannot read
+            if sha256_of(path) != self.facts["sha256"]:
+                raise ValueError("its bytes are not those that were written")
             with av.open(str(path)) as container:
                 for frame in container.decode(video=0):
                     yield frame.to_ndarray(format="rgb24")
                     count += 1
-        except (av.error.FFmpegError, IndexError) as e:
+        except (av.error.FFmpegError, IndexError, ValueError, OSError) as e:
             raise Failure(f"{path}: damaged ({e}); delete its folder and run the same command again") from e
-        if count != self.facts["frames"]:
-            raise Failure(f"{path}: has {count} frames, not {self.facts['frames']}; delete its folder and run again")
+        assert count == self.facts["frames"], path
 
 
 def key_of(asked: Mapping[str, Any]) -> str:
@@ -58,13 +62,17 @@ def key_of(asked: Mapping[str, Any]) -> str:
 
 
 def find(folder: Path) -> Kept | None:
-    """The video of a folder, if it was finished."""
+    """The video of a folder, if it was finished and both of its files are there. Raises Failure where its facts are damaged."""
     try:
-        return Kept(folder, json.loads((folder / FACTS).read_bytes()))
+        facts = json.loads((folder / FACTS).read_bytes())
+        if missing := _FACTS - facts.keys():
+            raise ValueError(f"no {min(missing)}")
+        whole = all((folder / name).is_file() for name in (LOSSLESS, SHOWN))
+        return Kept(folder, facts) if whole else None
     except FileNotFoundError:
         return None
-    except ValueError as e:
-        raise Failure(f"{folder / FACTS}: damaged; delete its folder and run the same command again") from e
+    except (OSError, ValueError, AttributeError) as e:
+        raise Failure(f"{folder / FACTS}: damaged ({e}); delete its folder and run the same command again") from e
 
 
 def keep(folder: Path, frames: Iterable[np.ndarray], fps: float, facts: Mapping[str, Any], timed: bool = True) -> Kept:
@@ -87,6 +95,7 @@ def keep(folder: Path, frames: Iterable[np.ndarray], fps: float, facts: Mapping[
             since = time.perf_counter()
         seconds += time.perf_counter() - since
     found = {**facts, "seconds": seconds if timed else None, "frames": count, "fps": fps, "size": list(size)}
+    found["sha256"] = sha256_of(folder / LOSSLESS)
     storage.write(str(folder / FACTS), storage.canonical_json(found))
     return Kept(folder, found)
 

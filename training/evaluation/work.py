@@ -89,7 +89,8 @@ def _filled(subject: Subject, suite: Suite) -> Iterator[Work]:
     infiller, frames = _part(subject.kind.infiller, subject), suite.gaps.frames
     shown = max(suite.gaps.context, infiller.context[0])
     before, after = (_pixels(shown, infiller.size, suite.seed + side) for side in range(2))
-    settings = with_changes(infiller.settings, known(suite.settings, infiller.settings))
+    with refusing(subject.uri):
+        settings = with_changes(infiller.settings, known(suite.settings, infiller.settings))
     run = partial(_spent, partial(infiller.fill, [Gap(before, after, frames)], suite.seed, settings))
     yield Work("filled", frames, run, f"{_size(infiller.size)}, in {settings.steps} steps")
 

@@ -144,8 +144,13 @@ def features(network: FeatureNetwork, video: Tensor) -> Tensor:
     return feature_maps(network, (levels / 127.5 - 1).transpose(1, 2).flatten(0, 1))[-1].mean((2, 3))
 
 
-def checked_network(path: str | None, frames: int, size: tuple[int, int]) -> FeatureNetwork | None:
+def checked_network(
+    path: str | None, frames: int, size: tuple[int, int], key: str = "features"
+) -> FeatureNetwork | None:
     """The feature network, on this rank's device, after it has taken a video as they will come; None without a path.
+
+    Args:
+        key: of the setting that names it, for messages.
 
     Raises:
         UserError: no such file, or no such network; it does not take these videos.
@@ -155,10 +160,16 @@ def checked_network(path: str | None, frames: int, size: tuple[int, int]) -> Fea
     network = load_network(path, device=device())
     try:
         features(network, torch.zeros(1, 3, frames, *size, device=device()))
-    except (RuntimeError, ValueError) as e:
+    except (RuntimeError, ValueError, torch.jit.Error) as e:
         what = f"{frames} frames of {size[0]}x{size[1]}"
-        raise UserError(f"features: {path}: takes no videos of {what} ({str(e).splitlines()[0][:120]})") from e
+        raise UserError(f"{key}: {path}: takes no videos of {what} ({reason(e)})") from e
     return network
+
+
+def reason(error: Exception) -> str:
+    """What a network said last; before it TorchScript says where."""
+    said = str(error).strip().splitlines()
+    return said[-1][:120] if said else type(error).__name__
 
 
 def digest_of(*paths: str | None) -> str:
@@ -186,7 +197,7 @@ def read_file(path: str, digest: str | None = None) -> bytes:
     """The file at a URL; UserError where there is none or its sha256 is not `digest`."""
     try:
         data = storage.read(path)
-    except FileNotFoundError:
+    except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
         raise UserError(f"{path}: no such file; name the weights of a feature network") from None
     sha256 = hashlib.sha256(data).hexdigest()
     if digest is not None and sha256 != digest.lower():
@@ -202,7 +213,10 @@ def load_state_dict(data: bytes, source: str) -> dict[str, Tensor]:
         else:
             weights = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     except Exception as error:  # each reader has its own way to say that a file is none of its
-        raise UserError(f"{source}: no state dict of tensors alone ({str(error).splitlines()[0][:120]})") from None
+        why = str(error).strip().splitlines()[0][:120]
+        if why.startswith("Weights only"):  # followed by how to run what is in it
+            why = "it has more than tensors, which nothing here runs"
+        raise UserError(f"{source}: no state dict of tensors alone ({why}); save its weights as .safetensors") from None
     if not isinstance(weights, dict) or not all(isinstance(value, Tensor) for value in weights.values()):
         raise UserError(f"{source}: no flat state dict of tensors")
     return weights

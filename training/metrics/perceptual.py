@@ -20,6 +20,7 @@ from longtake.training.metrics.features import (
     load_network,
     load_state_dict,
     read_file,
+    reason,
 )
 
 _SMALL = 1e-10  # inside the root, so that the gradient of a dead position is 0 and not NaN
@@ -83,9 +84,8 @@ def checked_perceptual(path: str | None, linear: str | None, size: tuple[int, in
         frames = torch.zeros(1, 3, 1, *size, device=device())
         try:
             lpips(perceptual, frames, frames)
-        except RuntimeError as e:
-            reason = str(e).splitlines()[0][:120]
-            raise UserError(f"perceptual: {path}: takes no frames of {size[0]}x{size[1]} ({reason})") from e
+        except (RuntimeError, torch.jit.Error) as e:
+            raise UserError(f"perceptual: {path}: takes no frames of {size[0]}x{size[1]} ({reason(e)})") from e
     return perceptual
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from longtake.datasets.errors import UserError
 from longtake.datasets.networks import imported, weights_of
-from longtake.training.metrics.features import FeatureNetwork, feature_maps, load_network
+from longtake.training.metrics.features import FeatureNetwork, feature_maps, load_network, reason
 from longtake.training.models.common.causal import fold
 from longtake.training.models.common.dit import sincos
 from longtake.training.models.common.pictures import OWN
@@ -149,8 +149,11 @@ def load_image_encoder(name: str, device: torch.device | str = "cpu", key: str =
     network = load_network(name, device=device)
     if network.images is None:
         raise UserError(f"{key}: {name}: takes whole videos; name a network of pictures")
-    with torch.no_grad():
-        width = feature_maps(network, torch.zeros(1, 3, 64, 64, device=device))[-1].shape[1]
+    try:
+        with torch.no_grad():
+            width = feature_maps(network, torch.zeros(1, 3, 64, 64, device=device))[-1].shape[1]
+    except (RuntimeError, torch.jit.Error) as e:
+        raise UserError(f"{key}: {name}: takes no frames of 64x64 ({reason(e)})") from e
     return NetworkFrames(network, width + _PLACE)
 
 

@@ -57,6 +57,14 @@ def test_files_play_and_are_not_made_again(tmp_path: Path, with_sound: None) -> 
     assert lines[1] == {"uri": "clip-00001.mp4", "caption": "shade 3000001", "label": "shade"}
 
 
+@pytest.mark.parametrize("world", [[], ["--world", "physics"]])
+@pytest.mark.parametrize("place", ["file", "file/below"])
+def test_a_folder_that_cannot_be_is_one_line(tmp_path: Path, world: list[str], place: str) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"^FOLDER: .*file.*; name a folder$"):
+        cli.main(["footage", str(tmp_path / place), *world], standalone_mode=False)
+
+
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [

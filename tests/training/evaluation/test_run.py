@@ -12,7 +12,7 @@ import pytest
 import torch
 import toy_levels
 
-from longtake.datasets.errors import UserError
+from longtake.datasets.errors import Failure, UserError
 from longtake.training.evaluation import run, table
 from longtake.training.evaluation.suite import Networks, Suite
 from longtake.training.evaluation.table import Table
@@ -79,6 +79,29 @@ def test_a_model_that_comes_later_joins_those_that_are_there(
     made = evaluate(models, ["tats"], squares, tmp_path)
     assert toys == ["generates latte", "generates tats"]
     assert values(made, "generates_level", "level").keys() == {"latte", "tats"}
+
+
+def test_a_model_that_was_stopped_half_way_is_in_the_tables_of_others(
+    models: Path, squares: str, tmp_path: Path, toys: list[str]
+) -> None:
+    suite = judged.suite(videos=[{"frames": frames, "seeds": (0, 1)} for frames in (9, 5)])
+    toy_levels.STOP_AT.append(2)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(models, ["latte"], squares, tmp_path, suite)
+    toy_levels.STOP_AT.clear()
+    made = evaluate(models, ["tats"], squares, tmp_path, suite)
+    assert sorted(len(group["figures"]["level"]["values"]) for group in made.groups) == [1, 2]
+    assert {Path(model["uri"]).name for model in made.models} == {"tats", "latte"}
+
+
+def test_a_result_whose_video_is_lost_is_measured_again(
+    models: Path, squares: str, tmp_path: Path, toys: list[str]
+) -> None:
+    made = evaluate(models, ["latte"], squares, tmp_path)
+    (tmp_path / made.videos[0]["file"]).unlink()
+    assert evaluate(models, ["latte"], squares, tmp_path).videos == made.videos
+    assert (tmp_path / made.videos[0]["file"]).is_file()
+    assert toys == ["generates latte"] * 2
 
 
 def test_figures_of_other_conditions_are_not_put_beside_each_other(
@@ -160,6 +183,19 @@ def test_what_a_model_refuses_is_left_out_and_others_go_on(
         ({"measures": ("fidelity",)}, {}, "measures: there is no 'fidelity'; there are"),
         ({"settings": {"stepz": 3}}, {}, "suite: settings: there is no 'stepz'; there are"),
         ({"settings": {"solver": "magic"}}, {}, "suite: settings: solver: 'magic' is neither euler nor unipc"),
+        ({"settings": {"steps": "fast"}}, {}, "suite: settings: steps: 'fast' is no whole number from 0 on"),
+        ({"settings": {"steps": True}}, {}, "suite: settings: steps: True is no whole number from 0 on"),
+        ({"settings": {"shift": [1, 2]}}, {}, "suite: settings: shift: .* is no number from 0 on"),
+        ({"settings": {"temperature": float("nan")}}, {}, "suite: settings: temperature: nan is no number from 0 on"),
+        ({"settings": {"backward": 1}}, {}, "suite: settings: backward: 1 is no true or false"),
+        ({"settings": {"mixer": 1}}, {}, "suite: settings: mixer: 1 is no text"),
+        ({"measures": ("reconstruction_distance",)}, {"features": "."}, "no such file"),
+        (
+            {"measures": ("reconstruction_distance",)},
+            {"features": "refuses.pt"},
+            r"features: .*videos of 9 .*never\)",
+        ),
+        ({"measures": ("lpips",)}, {"perceptual": "refuses.pt"}, r"perceptual: .* takes no frames of 32x32 .*never\)"),
         ({"measures": ("lpips",)}, {"perceptual": "videos.pt"}, "takes whole videos; a perceptual loss needs"),
         ({"measures": ("lpips",)}, {"perceptual": "nowhere.pth"}, "nowhere.pth: no such file"),
     ],
@@ -168,10 +204,30 @@ def test_bad_input_is_one_line(
     models: Path, squares: str, tmp_path: Path, changes: dict[str, Any], networks: dict[str, str], said: str
 ) -> None:
     torch.jit.script(_OfVideos()).save(str(tmp_path / "videos.pt"))
+    torch.jit.script(_Refuses()).save(str(tmp_path / "refuses.pt"))
     paths = {name: str(tmp_path / path) for name, path in networks.items()}
     with pytest.raises(UserError, match=said) as error:
         evaluate(models, ["vae"], squares, tmp_path / "out", judged.suite(**changes), **paths)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("measure", "networks", "said"),
+    [
+        ("clip_rs", {"embedder": "refuses.pt"}, "^embedder: .* takes no frames of 64x64"),
+        ("debiased", {"debiased": "refuses.pt"}, "^debiased: .* takes no videos of 9 frames"),
+        ("background", {"dual": "nowhere"}, "^dual: .*no such folder"),
+        ("agreement", {"dual": "."}, "^dual: .*no model here"),
+    ],
+)
+def test_a_generators_network_is_checked_before_anything_is_made(
+    models: Path, squares: str, tmp_path: Path, measure: str, networks: dict[str, str], said: str
+) -> None:
+    torch.jit.script(_Refuses()).save(str(tmp_path / "refuses.pt"))
+    paths = {name: str(tmp_path / path) for name, path in networks.items()}
+    with pytest.raises(UserError, match=said):
+        evaluate(models, ["latte", "mavin"], squares, tmp_path / "out", judged.suite(measures=(measure,)), **paths)
+    assert not (tmp_path / "out").exists()
 
 
 def test_models_and_clips_that_are_not_there_are_one_line(models: Path, squares: str, tmp_path: Path) -> None:
@@ -188,9 +244,31 @@ def test_models_and_clips_that_are_not_there_are_one_line(models: Path, squares:
 def test_a_damaged_result_is_named(models: Path, squares: str, tmp_path: Path, toys: list[str]) -> None:
     evaluate(models, ["latte"], squares, tmp_path)
     [path] = (tmp_path / "results").glob("*/generates_level-*.json")
-    path.write_text(json.dumps({"format": 1}))
-    with pytest.raises(RuntimeError, match=r"damaged .*; delete it and run the same command again"):
-        evaluate(models, ["latte"], squares, tmp_path)
+    kept = json.loads(path.read_bytes())
+    rows = {**kept["result"], "rows": [["a", "b", {"level": "dark"}]]}
+    outside = [{**kept["videos"][0], "file": "../../etc/passwd"}]
+    for content in (
+        {"format": 1},
+        {**kept, "model": "f" * 64},
+        {**kept, "digest": "0" * 64},
+        {**kept, "result": rows},
+        {**kept, "videos": [{"key": "a"}]},
+        {**kept, "videos": outside},
+    ):
+        path.write_text(json.dumps(content))
+        with pytest.raises(Failure, match=r"damaged .*; delete it and run the same command again"):
+            evaluate(models, ["latte"], squares, tmp_path)
+    path.write_text(json.dumps(kept))
+    (path.parent / run.MODEL).write_text("{}")
+    with pytest.raises(Failure, match=r"model.json: damaged \(no digest\); delete its folder, or evaluate its model"):
+        evaluate(models, ["tats"], squares, tmp_path)
+
+
+class _Refuses(torch.nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if x.ndim > 0:
+            raise ValueError("never")
+        return x
 
 
 class _OfVideos(torch.nn.Module):
