@@ -59,8 +59,6 @@ class Videos(StageConfig):
     def _one(self) -> "Videos":
         if (self.frames is None) == (self.seconds is None):
             raise ValueError("videos: give frames or seconds, one of them")
-        if twice := [seed for seed in self.seeds if self.seeds.count(seed) > 1]:
-            raise ValueError(f"videos: seeds: {twice[0]} is there twice, and gives the same video; leave it out")
         return self
 
 
