@@ -224,6 +224,7 @@ def test_ctrl_c_saves_says_how_to_go_on_and_goes_on(finished: Path, footage: Pat
     assert "killed" in longtake(finished, footage, "status", short(finished), *more).stdout
 
 
+@pytest.mark.soak
 def test_the_tiny_recipe_of_tats_ends_with_a_video_of_256_frames_in_the_report(footage: Path, tmp_path: Path) -> None:
     few = {"far.frames": 20, "vqgan.steps": 6, "vqgan.warm_steps": 2}
     few |= {f"{stage}.{name}": 2 for stage in ("base", "anchors", "tats") for name in ("steps", "batch")}

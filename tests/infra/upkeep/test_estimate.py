@@ -268,7 +268,7 @@ def test_sources_that_are_not_there_are_one_line(tmp_path: Path) -> None:
         opened(write(tmp_path, tmp_path / "nowhere"))
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_a_trial_measures_what_no_run_has_and_leaves_nothing(
     footage: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
