@@ -788,10 +788,8 @@ MORE_FAULTS = ["drips", "drips_usage", "floods_error", "huge", "deep", "nonsense
                "torn_with_key", "cut_with_key", "wrong_with_key", "refuses_with_key", "down_with_key"]  # fmt: skip
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("kills", "bad"), [(1, FAULTS), pytest.param(8, FAULTS + MORE_FAULTS, marks=pytest.mark.soak)], ids=["1", "8"]
-)
+@pytest.mark.soak
+@pytest.mark.parametrize(("kills", "bad"), [(1, FAULTS), (8, FAULTS + MORE_FAULTS)], ids=["1", "8"])
 def test_killed_at_any_moment_nothing_is_lost_or_doubled_and_what_is_kept_is_not_asked_again(
     root: str,
     tmp_path: Path,

@@ -176,6 +176,7 @@ def made_alone(config: Any, output: str) -> dict[str, str]:
     return hashes(output)
 
 
+@pytest.mark.soak
 def test_a_job_outlives_a_node_is_one_however_often_submitted_and_goes_on_after_a_stop(
     cluster: Cluster, token: None, path: Path, tmp_path: Path
 ) -> None:

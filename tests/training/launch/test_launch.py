@@ -294,7 +294,7 @@ def test_sigterm_under_torchrun_saves_exits_0_and_the_same_command_goes_on(
     assert same(learned(checkpoints), by_hand)
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_sigterm_under_ray_saves_exits_0_and_the_same_command_goes_on(
     dataset: str, tmp_path: Path, by_hand: dict[str, torch.Tensor]
 ) -> None:
