@@ -39,6 +39,11 @@ from longtake.training.models.generator import (
 from longtake.training.pictures import ImageEncoder
 
 Frames = Iterable[np.ndarray]
+# the setting of the suite that says how long clips must be
+_LENGTHS: Mapping[Aspect, str] = {
+    "reconstructs": "suite.clips.frames", "generates": "suite.clips.frames", "runs": "suite.clips.frames",
+    "fills": "suite.gaps.frames", "retrieves": "suite.seconds",
+}  # fmt: skip
 _ENOUGH = 0.9  # share of the suite's seconds that a memory must hold at least [assumption]
 
 
@@ -79,7 +84,7 @@ class Made:
             height, width = self.size
             raise UserError(
                 f"dataset: {self._heldout.dataset}: no held-out clip has {frames} frames of {height}x{width} at"
-                f" {self.fps:g} a second: {self._heldout.longest(join)}; change the suite"
+                f" {self.fps:g} a second: {self._heldout.longest(join)}; lower suite.clips.size or {_LENGTHS[aspect]}"
             )
         return self._parts[frames, join]
 

@@ -22,6 +22,7 @@ from longtake.training.evaluation.table import Measured, Table
 from longtake.training.registry.uri import in_store
 
 RESULTS, VIDEOS, MODEL = "results", "videos", "model.json"
+_NO_NETWORK = "needs a network that is not named"
 
 
 class Task(NamedTuple):
@@ -59,7 +60,7 @@ def evaluate(
         for_vbench: a folder, which gets a folder for each model that generates (see `vbench.write`).
 
     Raises:
-        UserError: no such model, dataset, view or measure; no held-out clip for the suite; a network of another interface.
+        UserError: no such model, dataset, view or measure; a network of another interface; nothing can be measured.
         Failure: damaged files.
     """
     _check(models, suite)
@@ -98,6 +99,10 @@ def evaluate(
                 {"model": model.digest, "measure": "all", "why": f"none of these measures is of a {model.kind.what}"}
             )
     made = _table(folder, named, tasks, left_out)
+    if not made.groups:
+        # the same reason for several measures is told once; those without a network come last
+        reasons = sorted({each["why"] for each in left_out}, key=lambda why: (why.startswith(_NO_NETWORK), why))
+        raise UserError(f"nothing can be measured: {'; '.join(reasons[:3])}")
     table.write(folder, made)
     return made
 
@@ -167,7 +172,7 @@ def _suites(measure: Measure, suite: Suite) -> list[Suite]:
 def _hindrance(measure: Measure, material: Made) -> str:
     """Why a measure cannot be here, if so."""
     if missing := material.brought.missing(measure.networks):
-        return f"needs a network that is not named: {', '.join(missing)}"
+        return f"{_NO_NETWORK}: {', '.join(missing)}"
     try:
         material.parts(measure.of)
     except UserError as e:

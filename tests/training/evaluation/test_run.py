@@ -161,9 +161,8 @@ def test_a_measure_without_its_network_is_left_out_and_said(models: Path, square
 
 def test_an_autoencoder_of_sound_has_no_measure_and_one_line(squares: str, tmp_path: Path) -> None:
     folder = heard.saved(heard.vqgan(), tmp_path / "sound")
-    made = run.evaluate([str(folder)], squares, None, judged.suite(), Networks(), tmp_path / "out", lambda _: None)
-    assert not made.groups
-    assert [each["why"] for each in made.left_out] == ["none of these measures is of a VQGAN of sound"]
+    with pytest.raises(UserError, match=r"^nothing can be measured: none of these measures is of a VQGAN of sound$"):
+        run.evaluate([str(folder)], squares, None, judged.suite(), Networks(), tmp_path / "out", lambda _: None)
 
 
 def test_what_a_model_refuses_is_left_out_and_others_go_on(
@@ -235,10 +234,18 @@ def test_models_and_clips_that_are_not_there_are_one_line(models: Path, squares:
         evaluate(models, ["nowhere"], squares, tmp_path)
     with pytest.raises(UserError, match="models: there are none"):
         evaluate(models, [], squares, tmp_path)
-    long = judged.suite(clips={"frames": 99, "size": (32, 32)}, measures=("reconstruction",))
-    made = evaluate(models, ["vae"], squares, tmp_path, long)
-    [left] = made.left_out
-    assert "no held-out clip has 99 frames of 32x32 at 12 a second: the longest held-out clip lasts 3 s" in left["why"]
+
+
+def test_where_no_clip_is_long_enough_for_any_measure_it_fails_and_says_what_to_change(
+    models: Path, squares: str, tmp_path: Path
+) -> None:
+    long = judged.suite(clips={"frames": 99, "size": (32, 32)}, measures=("lpips", "reconstruction"))
+    with pytest.raises(UserError, match=r"^nothing can be measured: ") as error:
+        evaluate(models, ["vae"], squares, tmp_path, long)
+    why = "no held-out clip has 99 frames of 32x32 at 12 a second: the longest held-out clip lasts 3 s"
+    assert why in str(error.value)
+    assert "lower suite.clips.size or suite.clips.frames; needs a network that is not named" in str(error.value)
+    assert not (tmp_path / "evaluation.json").exists()
 
 
 def test_a_damaged_result_is_named(models: Path, squares: str, tmp_path: Path, toys: list[str]) -> None:
