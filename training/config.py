@@ -74,6 +74,7 @@ class LaunchConfig(StageConfig):
     cpus           of a process on the Ray cluster
     gpus           of a process on the Ray cluster
     max_failures   restarts from the last checkpoint before the stage fails
+    sequence       processes that share a window, each with a part of its tokens, for windows that one has no memory for
     """
 
     by: Literal["process", "torchrun", "ray"] = "process"
@@ -81,9 +82,12 @@ class LaunchConfig(StageConfig):
     cpus: float = Field(1.0, gt=0)
     gpus: float = Field(0.0, ge=0)
     max_failures: int = Field(3, ge=0)
+    sequence: int = Field(1, ge=1)
 
     @model_validator(mode="after")
     def _consistent(self) -> "LaunchConfig":
+        if self.by != "process" and self.processes % self.sequence:
+            raise ValueError(f"sequence {self.sequence} does not divide the {self.processes} processes")
         if self.by == "process" and self.processes > 1:
             raise ValueError(f"processes {self.processes} needs by: torchrun or by: ray")
         return self
@@ -181,6 +185,8 @@ class TrainConfig(StageConfig):
     run                  how the training is run: nothing there decides what it learns
     """
 
+    # whether processes can share a window of what is trained (`run.launcher.sequence`)
+    SHARED: ClassVar[bool] = False
     # change neither the time of a step nor what a clip costs
     COSTLESS: ClassVar[frozenset[str]] = frozenset(
         {"steps", "lr", "warmup_steps", "schedule", "final_lr", "betas", "weight_decay", "gradient_clip", "skip_nonfinite", "seed"}
@@ -235,9 +241,22 @@ class TrainConfig(StageConfig):
             raise ValueError(
                 f"offload {self.offload} needs zero_stage {'3' if self.offload == 'parameters' else '1 to 3'}"
             )
+        if (shared := self.run.launcher.sequence) > 1:
+            self._check_shared(shared)
         if any(life <= 0 for life in self.ema_half_lives):
             raise ValueError("ema_half_lives must be positive; an empty list keeps no average")
         return self
+
+    def _check_shared(self, size: int) -> None:
+        """ValueError where processes cannot share a window."""
+        # what a script of its own trains is asked when it starts
+        if (kind := getattr(self, "kind", None)) and not self.SHARED:
+            raise ValueError(
+                f"run.launcher.sequence {size}: {kind} has no window that processes can share; finetune_latte,"
+                " pretrain_memory, finetune_memory_prior and pretrain_tats have: leave it out"
+            )
+        if self.zero_stage == 3:
+            raise ValueError(f"run.launcher.sequence {size} needs zero_stage 0 to 2, not 3")
 
 
 class EvaluatedConfig(TrainConfig):

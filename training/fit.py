@@ -183,7 +183,7 @@ def trace_of(stage: Any, config: Any, inputs: Mapping[str, Source], world: int) 
         UserError: the batch does not divide; `lora` or `freeze` finds nothing; a stage must run first.
     """
     engines.deepspeed_config(config, world)  # refuses a batch that does not divide
-    count = config.batch // (config.accumulate * world)
+    count = config.batch // (config.accumulate * engines.groups_of(config, world))
     trace = Trace()
     with _alone(), trace:
         objective, batch, beside = stage.largest(config, inputs, count)
@@ -194,6 +194,7 @@ def trace_of(stage: Any, config: Any, inputs: Mapping[str, Source], world: int) 
             engines.freeze(modules[objective.lead], config.freeze)
             if config.lora:
                 lora.attach(modules[objective.lead], config.lora)
+            engines.pretend_to_share(modules.values(), config)
             for module in modules.values() if config.precision == "bf16" else ():
                 module.bfloat16()
         for module in (*modules.values(), *beside):

@@ -1,7 +1,7 @@
 """The training loop: read it from top to bottom. It knows engines, an objective, a loader, a tracker and checkpoints.
 
 Nothing random outlives a step: generators are seeded from (seed, step, pass, rank), so a resumed run needs no saved
-random state.
+random state. Ranks that share windows (`engines.share_windows`) count as one.
 """
 
 import importlib
@@ -80,7 +80,7 @@ def train(
             for number in range(config.accumulate):
                 with progress.part(step, "data"):
                     batch = _on_device(next(batches))
-                rng, seed = _seeded(config.seed, step, number)
+                rng, seed = _seeded(config, step, number)
                 update.begin_pass(batch)
                 for name, rate in rates.items():
                     turn = Turn(name, run.engines, batch, step, rng, seed, update.carry)
@@ -167,6 +167,7 @@ def _resume(objective: Objective, loader: Stream, config: TrainConfig, folder: P
         upload.fetch(folder, config.run.upload)
 
     # engines, compiled blocks, averages
+    engines.share_windows(objective.modules.values(), config)
     universal = checkpoint.for_world(folder, list(objective.modules), config.zero_stage)
     trained = engines.engines_of(objective.modules, objective.lead, config, world, universal, objective.settings)
     _speed_up(objective, config)
@@ -195,7 +196,7 @@ def _rehearse(objective: Objective, run: _Run, config: TrainConfig, largest: Bat
     """
     batch = _on_device(largest)
     for number in range(config.accumulate):
-        rng, seed = _seeded(config.seed, run.step, number)
+        rng, seed = _seeded(config, run.step, number)
         carry: dict[str, Any] = {}
         for name in learning_rates(objective, config, run.step):
             engine, turn = run.engines[name], Turn(name, run.engines, batch, run.step, rng, seed, carry)
@@ -304,14 +305,14 @@ def pass_seed(*numbers: int) -> int:
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1)
 
 
-def _seeded(seed: int, step: int, number: int) -> tuple[torch.Generator, int]:
+def _seeded(config: TrainConfig, step: int, number: int) -> tuple[torch.Generator, int]:
     """Seed torch for a pass; returns this rank's random state, seeded alike, and a seed that all ranks share.
 
     Call it after the data have come: a loader that starts draws from torch's own random state.
     """
-    rank_seed = pass_seed(seed, step, number, torch.distributed.get_rank())
+    rank_seed = pass_seed(config.seed, step, number, engines.place(config)[0])
     torch.manual_seed(rank_seed)
-    return torch.Generator(engines.device()).manual_seed(rank_seed), pass_seed(seed, step, number, _ALL_RANKS)
+    return torch.Generator(engines.device()).manual_seed(rank_seed), pass_seed(config.seed, step, number, _ALL_RANKS)
 
 
 def _speed_up(objective: Objective, config: TrainConfig) -> None:
@@ -379,7 +380,7 @@ def _heldout(objective: Objective, run: _Run, config: TrainConfig, step: int) ->
     random_state = torch.random.fork_rng([device] if device.type == "cuda" else [])
     rows = []
     with random_state, average, _evaluating(run.engines), uncompiled:
-        for number, clip, counts in _heldout_share(objective.heldout, config.run.heldout_clips):
+        for number, clip, counts in _heldout_share(objective.heldout, config):
             seed = pass_seed(config.seed, number)
             torch.manual_seed(seed)
             rng = torch.Generator(device).manual_seed(seed)
@@ -389,17 +390,17 @@ def _heldout(objective: Objective, run: _Run, config: TrainConfig, step: int) ->
     return means(rows)
 
 
-def _heldout_share(clips: Iterable[Batch], most: int) -> Iterator[tuple[int, Batch, bool]]:
-    """This rank's share of the first `most` clips: number, clip, and whether it counts.
+def _heldout_share(clips: Iterable[Batch], config: TrainConfig) -> Iterator[tuple[int, Batch, bool]]:
+    """This rank's share of the first `heldout_clips` clips: number, clip, and whether it counts.
 
     Ranks take turns. ZeRO-3 needs equally many clips on all: a rank that has none left takes another's, which does not
     count.
     """
-    rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    rank, world = engines.place(config)
     if isinstance(clips, Loader):
         # a loader continues after its last clip: begin with its first again
         clips.load_state_dict(clips.state_dict() | {"taken": 0})
-    remaining = islice(clips, most)
+    remaining = islice(clips, config.run.heldout_clips)
     for first in count(0, world):
         share: tuple[int, Batch] | None = None
         for number, clip in enumerate(islice(remaining, world), first):

@@ -237,6 +237,7 @@ class Progress:
     def __init__(self, config: TrainConfig, folder: Path, step: int, beat: Callable[[int, str], None]) -> None:
         self._config, self._first_step, self._beat = config, step, beat
         self._rank, self._world = torch.distributed.get_rank(), torch.distributed.get_world_size()
+        self._readers = self._world // config.run.launcher.sequence  # groups of ranks that share their windows
         self._clock, self._flops, self._rows = Clock(), Flops(), list[Mapping[str, Any]]()
         self._peak = peak_flops(config.run.peak_tflops)
         self._profile = Profile(config.run.profile, folder / "profile", config.steps)
@@ -284,8 +285,8 @@ class Progress:
         """
         self._rows += rows
         self._clock.steps += 1
-        self._clock.samples += self._world * samples
-        self._clock.tokens += self._world * tokens
+        self._clock.samples += self._readers * samples
+        self._clock.tokens += self._readers * tokens
         self._bar.update()
         return self._profile.after(step)
 

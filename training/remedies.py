@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 from pydantic import ValidationError
 
 from longtake.datasets.errors import UserError
+from longtake.training import engines
 from longtake.training.fit import Fit, Source, Traced, memory_of, trace_of
 
 
@@ -50,7 +51,7 @@ def _offloading(config: Any) -> Iterator[Change]:
 def _accumulating(config: Any) -> Iterator[Change]:
     """Smaller batches in more passes: the same result, in more time."""
     passes = config.accumulate
-    while config.batch % (2 * passes * _world(config)) == 0:
+    while config.batch % (2 * passes * engines.groups_of(config, _world(config))) == 0:
         passes *= 2
         yield {"accumulate": passes}
 
@@ -138,4 +139,5 @@ class Planned:
 
 
 def _world(config: Any) -> int:
-    return int(config.run.launcher.processes)
+    # who starts the processes may be another launcher, and starts as many at least as share a window
+    return int(max(config.run.launcher.processes, config.run.launcher.sequence))

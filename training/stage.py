@@ -6,7 +6,8 @@ A stage is a module with `VERSION`, `PRODUCES` and a `Config` (a `TrainConfig` w
 - `MODEL`, the kind of its model in config.json, and `SUMMARY`, the file that `evaluate` leaves its figures in;
 - `prepare(config, inputs, folder) -> Setup`: data and model from before the first step, checked. The inputs are pinned,
   `folder` is that of the checkpoints; a `Setup` has `model`, on this rank's device, and whatever else the stage needs;
-- `loader(config, setup, rank, world) -> Stream`: this rank's share of the training batches;
+- `loader(config, setup, rank, world) -> Stream`: this rank's share of the training batches, rank `rank` of `world` that
+  read (see `engines.place`);
 - `objective(config, setup) -> Objective`;
 - `evaluate(config, setup, folder)`: measures the trained model on held-out clips, each rank its share, and leaves
   `SUMMARY` and pictures in the folder;
@@ -35,7 +36,7 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-from longtake.training import checkpoint, launch, registry, tracker
+from longtake.training import checkpoint, engines, launch, registry, tracker
 from longtake.training.config import TrainConfig
 from longtake.training.loop import train
 from longtake.training.registry import disk, lineage, promotion
@@ -83,7 +84,7 @@ def work(stage: Any, config: Any, inputs: Mapping[str, str], folder: Path) -> No
 
 def _train(stage: Any, config: TrainConfig, inputs: Mapping[str, str], folder: Path) -> None:
     setup = stage.prepare(config, inputs, folder)
-    loader = stage.loader(config, setup, torch.distributed.get_rank(), torch.distributed.get_world_size())
+    loader = stage.loader(config, setup, *engines.place(config))
     objective = stage.objective(config, setup)
     with _tracked(folder) as log:
         if log and hasattr(stage, "announce"):

@@ -13,6 +13,7 @@ from longtake.datasets.errors import UserError
 from longtake.training.config import TrainConfig
 from longtake.training.engines import lora
 from longtake.training.engines.group import device, process_group, store
+from longtake.training.engines.sequence import groups_of, place, pretend_to_share, share_windows
 from longtake.training.engines.shards import Fragment, fragments, gradient_norms, overwrite
 
 __all__ = [
@@ -25,10 +26,14 @@ __all__ = [
     "freeze",
     "gradient_norm",
     "gradient_norms",
+    "groups_of",
     "left_out",
     "parameter_groups",
+    "place",
+    "pretend_to_share",
     "process_group",
     "set_lr",
+    "share_windows",
     "store",
 ]
 
@@ -41,11 +46,11 @@ def deepspeed_config(config: TrainConfig, world: int, universal: bool = False) -
     Raises:
         UserError: the batch does not divide among the processes.
     """
-    passes = world * config.accumulate
+    readers, shared = groups_of(config, world), config.run.launcher.sequence
+    passes = readers * config.accumulate
     if config.batch % passes:
-        raise UserError(
-            f"batch: {config.batch} does not divide among {world} processes x accumulate {config.accumulate}"
-        )
+        who = f"{world} processes" if shared == 1 else f"{readers} groups of {shared} processes"
+        raise UserError(f"batch: {config.batch} does not divide among {who} x accumulate {config.accumulate}")
     zero: dict[str, Any] = {"stage": config.zero_stage}
     # without ZeRO DeepSpeed refuses fp32 gradients of bf16 weights: `_sum_in_fp32` makes them
     gradients = config.precision if config.zero_stage == 0 else config.gradient_precision
@@ -54,7 +59,8 @@ def deepspeed_config(config: TrainConfig, world: int, universal: bool = False) -
     if config.offload == "parameters":
         zero["offload_param"] = {"device": "cpu"}
     return {
-        "train_batch_size": config.batch,
+        # DeepSpeed counts the windows of every process, also those that several of them share
+        "train_batch_size": config.batch * shared,
         "train_micro_batch_size_per_gpu": config.batch // passes,
         "gradient_accumulation_steps": config.accumulate,
         # plain fp32 is clipped by `_finish_gradients`

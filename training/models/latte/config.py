@@ -1,7 +1,7 @@
 """The settings of `finetune_latte`, and their agreement with the stages before it."""
 
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, field_validator, model_validator
 
@@ -55,6 +55,8 @@ class Config(EvaluatedConfig):
     overlap        clean latents at the start of each further window of a longer video [assumption]
     eval_videos    videos generated at the end; with `features` compared with as many held-out and training clips
     """
+
+    SHARED: ClassVar[bool] = True
 
     kind: Literal["finetune_latte"]
     dataset: DatasetInput

@@ -66,6 +66,7 @@ class MemoryConfig(TrainConfig):
     eval_clips        held-out clips to measure, at most, over all processes
     """
 
+    SHARED: ClassVar[bool] = True
     LATER: ClassVar = {"fps": None, "pooled": None}
 
     dataset: DatasetInput

@@ -1,7 +1,7 @@
 """The settings of `pretrain_tats`, and their agreement with the stages before it."""
 
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
@@ -62,6 +62,8 @@ class Config(TrainConfig):
     eval_chunk     frames of a chunk [paper: 16]. With either network all `eval_videos` have `eval_frames`
     eval_splits    parts of the videos whose inception scores are averaged [StyleGAN-V: 10]
     """
+
+    SHARED: ClassVar[bool] = True
 
     kind: Literal["pretrain_tats"]
     dataset: DatasetInput
