@@ -20,18 +20,19 @@ class Remedy(NamedTuple):
 
 Change = Mapping[str, Any]  # fields of a stage's config, and their values
 _AGAIN = "activation_checkpointing"
+_SHARES = (0.25, 0.5, 0.75, True)  # of the blocks
 
 
 def _checkpointing(config: Any) -> Iterator[Change]:
-    """Activations are computed again: a third more time."""
+    """Activations of a share of the blocks are computed again: with all of them a third more time."""
     fields = type(config).model_fields
-    for name in (_AGAIN, "recompute"):
-        if name in fields and not getattr(config, name):
-            yield {name: True}
-            return
-    if "model" in fields and not (config.model or {}).get(_AGAIN) and not getattr(config, "parent", None):
+    parent = getattr(config, "parent", None)
+    if name := _AGAIN if _AGAIN in fields else "recompute" if parent and "recompute" in fields else "":
+        yield from ({name: share} for share in _SHARES if share > (getattr(config, name) or 0))
+    elif "model" in fields and not parent:
         # a parent's model is as it is
-        yield {"model": (config.model or {}) | {_AGAIN: True}}
+        model = config.model or {}
+        yield from ({"model": model | {_AGAIN: share}} for share in _SHARES if share > (model.get(_AGAIN) or 0))
 
 
 def _sharding(config: Any) -> Iterator[Change]:
@@ -75,7 +76,9 @@ _KINDS_OF_CHANGE = (_checkpointing, _sharding, _offloading, _accumulating, _boun
 
 def _written(changes: Change) -> tuple[str, ...]:
     """Changes as lines of a recipe."""
-    texts = {"model": f"model.{_AGAIN}: true", "lora": "lora: {rank: 16}"}
+    texts = {"lora": "lora: {rank: 16}"}
+    if "model" in changes:
+        texts["model"] = f"model.{_AGAIN}: {str(changes['model'][_AGAIN]).lower()}"
     return tuple(texts.get(name, f"{name}: {str(value).lower()}") for name, value in changes.items())
 
 

@@ -184,7 +184,9 @@ def remedy(folder: Path, share: float, **changes: Any) -> tuple[str, ...] | None
 def test_the_cheapest_change_that_is_enough_is_named(tmp_path: Path) -> None:
     again = SHALLOW | {"activation_checkpointing": True}
     run = {"launcher": {"by": "torchrun", "processes": 4}}
-    assert remedy(tmp_path, 0.9) == ("model.activation_checkpointing: true",)
+    # one of two blocks, where that is enough
+    assert remedy(tmp_path, 0.9) == ("model.activation_checkpointing: 0.25",)
+    assert remedy(tmp_path, 0.5) == ("model.activation_checkpointing: true",)
     # most of it are the optimizer's states
     deep = {"preset": "latte_s", "patch": 16, "activation_checkpointing": True}
     assert remedy(tmp_path, 0.9, model=deep, batch=4, run=run) == ("zero_stage: 1",)
@@ -205,7 +207,7 @@ def test_a_pass_of_fewer_tokens_is_named_down_to_one_window(tmp_path: Path) -> N
 @pytest.mark.slow
 def test_changes_are_put_together_where_one_is_not_enough(tmp_path: Path) -> None:
     changes = remedy(tmp_path, 0.07)
-    assert changes and changes[0] == "model.activation_checkpointing: true" and len(changes) > 1
+    assert changes and changes[0].startswith("model.activation_checkpointing: ") and len(changes) > 1
 
 
 def test_a_stage_that_must_run_first_is_named(tmp_path: Path) -> None:

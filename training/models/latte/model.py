@@ -17,7 +17,6 @@ from typing import Any, Literal
 import torch
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from longtake.training.models.common.causal import fold, unfold
 from longtake.training.models.common.condition import Condition, Hidden, class_vectors, draw_hidden
@@ -30,6 +29,7 @@ from longtake.training.models.common.dit import (
     sincos,
     start_weights,
 )
+from longtake.training.models.common.recompute import Share, called, chosen
 from longtake.training.models.common.statistics import Normalising
 from longtake.training.models.common.text import TextAttention, TextIn, check_fields, text_tokens
 
@@ -61,7 +61,7 @@ class LatteConfig(BaseModel):
     shape           (latents, height, width) of its training windows, the default of `sample.generate`
     scale           factors on row and column positions; less than 1 spreads a frame over the positions of the smaller
                     frames that a base has learned [PixArt-α, arXiv 2310.00426]
-    activation_checkpointing   recompute blocks in the backward pass: less memory, more time
+    activation_checkpointing   share of the blocks that the backward pass recomputes, true is all: less memory, more time
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -83,7 +83,7 @@ class LatteConfig(BaseModel):
     conditioning: float = Field(0.3, ge=0, le=1)
     shape: tuple[PositiveInt, PositiveInt, PositiveInt] | None = None
     scale: tuple[PositiveFloat, PositiveFloat] = (1.0, 1.0)
-    activation_checkpointing: bool = False
+    activation_checkpointing: Share = False
 
     @model_validator(mode="after")
     def _divides(self) -> LatteConfig:
@@ -226,11 +226,9 @@ class Latte(Normalising):
         text = text_tokens(self.text_in, condition, x, lost.text)
         patches = fold(x.to(self.dtype), 1, self.config.patch).movedim(1, -1)  # (B, T, h, w, C p p)
         tokens = (self.token_in(patches) + self._positions(patches.shape, start, x.device)).flatten(2, 3)
-        for block in list(self.layers)[:layers]:
-            if self.config.activation_checkpointing and self.training:
-                tokens = checkpoint(block, tokens, control, *text, use_reentrant=False)
-            else:
-                tokens = block(tokens, control, *text)
+        share = self.config.activation_checkpointing if self.training else 0.0
+        for number, block in enumerate(list(self.layers)[:layers]):
+            tokens = called(chosen(share, number, self.config.depth), block, tokens, control, *text)
         return tokens, control
 
     def _positions(self, shape: Sequence[int], start: Tensor | int, device: torch.device) -> Tensor:

@@ -18,11 +18,11 @@ from collections.abc import Iterator
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from longtake.training.models.common.causal import fold, unfold
 from longtake.training.models.common.condition import Condition, Hidden, class_vectors, draw_hidden
 from longtake.training.models.common.dit import Modulation, embedded_time, frequencies, modulated, start_weights
+from longtake.training.models.common.recompute import called, chosen
 from longtake.training.models.common.rotary import (
     CrossAttention,
     Rotation,
@@ -173,11 +173,10 @@ class MemoryDiT(MemoryModel):
             mask = joint_mask(memory, mask, tokens)
 
         mask = None if mask is None else mask[:, None, None]
-        for block in self.layers:
-            if self.config.activation_checkpointing and self.training:
-                parts = checkpoint(block, parts, controls, rotary, hidden, mask, *text, use_reentrant=False)
-            else:
-                parts = block(parts, controls, rotary, hidden, mask, *text)
+        share = self.config.activation_checkpointing if self.training else 0.0
+        for number, block in enumerate(self.layers):
+            again = chosen(share, number, len(self.layers))
+            parts = called(again, block, parts, controls, rotary, hidden, mask, *text)
         velocity = self.token_out(modulated(parts[-1], *self.modulation_out(control[0])))
         return unfold(velocity.unflatten(2, tuple(patches.shape[2:4])).movedim(-1, 1), 1, self.config.patch)
 

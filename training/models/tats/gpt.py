@@ -17,10 +17,10 @@ from collections.abc import Iterator
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from longtake.datasets.tokens import NO_SOUND
 from longtake.training.models.common.condition import NO_CLASS, Condition, Hidden, check_classes, draw_hidden
+from longtake.training.models.common.recompute import called, chosen
 from longtake.training.models.common.text import TextAttention, TextIn, text_tokens
 from longtake.training.models.tats.gpt_config import TATSConfig
 
@@ -158,14 +158,13 @@ class TATS(nn.Module):
             mask, causal = attended(start, end, config.conditions + config.given * config.cells, seen, x.device)
         else:
             mask, causal = attended(start, end, 0, seen, x.device)
-        for block in self.blocks():
+        share = config.activation_checkpointing if self.training else 0.0
+        for number, block in enumerate(self.blocks()):
             if cache is not None:
                 # past what is compiled, which would be compiled anew as the cache grows
                 x = block.forward(x, mask, causal, *text, cache)
-            elif config.activation_checkpointing and self.training:
-                x = checkpoint(block, x, mask, causal, *text, use_reentrant=False)
             else:
-                x = block(x, mask, causal, *text)
+                x = called(chosen(share, number, config.depth), block, x, mask, causal, *text)
         if cache is not None:
             cache.used = end
         logits: Tensor = self.head(self.norm_out(x[:, -last:]))
