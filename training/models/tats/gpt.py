@@ -124,8 +124,10 @@ class TATS(nn.Module):
         *,
         last: int,
         cache: Cache | None = None,
+        targets: Tensor | None = None,
+        chunk: int | None = None,
     ) -> Tensor:
-        """Logits `(B, last, codes)` of the tokens that follow the last ones.
+        """Logits `(B, last, codes)` of the tokens that follow the last ones; or, given those, the loss of a training.
 
         Args:
             tokens: `(B, n)`, from the beginning of the sequence (see `TATSConfig.sequence`), or what follows the cache's.
@@ -133,6 +135,8 @@ class TATS(nn.Module):
                 After the first call with a cache it has no effect.
             rng: draws what training hides.
             cache: takes part in inference only.
+            targets: the tokens that follow `(B, last)`; returns the mean of their cross-entropy.
+            chunk: of those tokens, logits there are at once; None: of all (see `chunked_loss`).
 
         Raises:
             ValueError: conditions that the model has not learned.
@@ -167,6 +171,8 @@ class TATS(nn.Module):
                 x = called(chosen(share, number, config.depth), block, x, mask, causal, *text)
         if cache is not None:
             cache.used = end
+        if targets is not None:
+            return chunked_loss(self.head, self.norm_out(x[:, -last:]).flatten(0, 1), targets.flatten(), chunk)
         logits: Tensor = self.head(self.norm_out(x[:, -last:]))
         return logits
 
@@ -187,6 +193,24 @@ class TATS(nn.Module):
         for block in self.blocks():
             if block.text is not None:
                 block.text.start()
+
+
+def chunked_loss(head: nn.Module, hidden: Tensor, targets: Tensor, chunk: int | None) -> Tensor:
+    """The mean cross-entropy, in fp32 at least, of the head's logits of `(N, D)`, given the tokens `(N,)`.
+
+    Args:
+        chunk: tokens whose logits there are at once: the backward pass makes them again, one chunk after the other.
+    """
+
+    def loss(part: Tensor, answers: Tensor, reduction: str) -> Tensor:
+        logits = head(part)
+        wide = torch.promote_types(logits.dtype, torch.float32)
+        return F.cross_entropy(logits.to(wide), answers, reduction=reduction)
+
+    if chunk is None or chunk >= len(hidden):
+        return loss(hidden, targets, "mean")
+    parts = zip(hidden.split(chunk), targets.split(chunk), strict=True)
+    return torch.stack([called(True, loss, *part, "sum") for part in parts]).sum() / len(hidden)
 
 
 def _places(config: TATSConfig) -> Tensor:
