@@ -35,6 +35,12 @@ def _checkpointing(config: Any) -> Iterator[Change]:
         yield from ({"model": model | {_AGAIN: share}} for share in _SHARES if share > (model.get(_AGAIN) or 0))
 
 
+def _chunking(config: Any) -> Iterator[Change]:
+    """Logits of a part of the tokens at once: the head is computed again."""
+    if "loss_chunk" in type(config).model_fields and config.loss_chunk is None:
+        yield {"loss_chunk": 2048}
+
+
 def _sharding(config: Any) -> Iterator[Change]:
     """More traffic between the ranks, if there are several."""
     for stage in range(config.zero_stage + 1, 4 if _world(config) > 1 else 0):
@@ -46,6 +52,12 @@ def _offloading(config: Any) -> Iterator[Change]:
     for offload, least in (("optimizer", 1), ("parameters", 3)):
         if config.offload in ("none", "optimizer") and config.offload != offload:
             yield {"zero_stage": max(least, config.zero_stage), "offload": offload}
+
+
+def _keeping_on_host(config: Any) -> Iterator[Change]:
+    """What the backward pass needs goes to the host's memory and back."""
+    if not config.offload_activations and config.zero_stage < 3:
+        yield {"offload_activations": True}
 
 
 def _accumulating(config: Any) -> Iterator[Change]:
@@ -71,7 +83,16 @@ def _adapting(config: Any) -> Iterator[Change]:
 
 
 # from cheap to dear
-_KINDS_OF_CHANGE = (_checkpointing, _sharding, _offloading, _accumulating, _bounding, _adapting)
+_KINDS_OF_CHANGE = (
+    _chunking,
+    _checkpointing,
+    _sharding,
+    _offloading,
+    _accumulating,
+    _bounding,
+    _keeping_on_host,
+    _adapting,
+)
 
 
 def _written(changes: Change) -> tuple[str, ...]:

@@ -79,7 +79,8 @@ def load(path: Path, engines: Mapping[str, Any], universal: bool = False) -> Non
             for group, decay in zip(engine.optimizer.param_groups, decays, strict=True):
                 group["weight_decay"] = decay
             for state in engine.basic_optimizer.state.values():
-                state["step"] = state["step"].clone()
+                if "step" in state:
+                    state["step"] = state["step"].clone()
     except torch.OutOfMemoryError:
         raise
     except Exception as e:  # whatever an unpickler makes of damaged bytes

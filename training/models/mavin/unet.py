@@ -278,8 +278,12 @@ class UNet(nn.Module):
         return self.conv_in.weight.dtype
 
     def blocks(self) -> Iterator[nn.Module]:
-        """The levels in order."""
-        yield from (*self.down_blocks, self.mid_block, *self.up_blocks)
+        """The parts of the levels in order. A level itself is never called, so that compiling it would do nothing."""
+        for level in self._levels():
+            yield from (*level.resnets, *level.temp_convs, *level.attentions, *level.temp_attentions)
+
+    def _levels(self) -> list[Any]:
+        return [*self.down_blocks, self.mid_block, *self.up_blocks]
 
     def forward(
         self, x: Tensor, times: Tensor, length: Tensor, tokens: Tensor | None = None, seen: Tensor | None = None
@@ -293,7 +297,7 @@ class UNet(nn.Module):
             tokens = x.new_zeros(len(x), 1, self.config.cross_width, dtype=self.dtype)
 
         share = self.config.activation_checkpointing if self.training else 0.0
-        count, places = sum(len(level.resnets) for level in self.blocks()), itertools.count()  # type: ignore[arg-type]
+        count, places = sum(len(level.resnets) for level in self._levels()), itertools.count()
 
         def layer(level: Any, number: int, hidden: Tensor) -> Tensor:
             again = chosen(share, next(places), count)

@@ -1,4 +1,4 @@
-"""A share of a model's blocks is recomputed: how many, which, in every family, and with the same gradients."""
+"""The blocks of every family: a share of them is recomputed, with the same gradients; each compiles as one graph."""
 
 import itertools
 from typing import Any
@@ -12,6 +12,7 @@ from longtake.training.models.common.recompute import Share, chosen
 from longtake.training.models.latte import model as latte
 from longtake.training.models.mavin import model as mavin
 from longtake.training.models.mavin.config import MavinConfig
+from longtake.training.models.mavin.unet import ResnetBlock
 from longtake.training.models.memory import dit as memory
 from longtake.training.models.memory import dit_config
 from longtake.training.models.pv_vae import model as pv_vae
@@ -75,7 +76,9 @@ def _mavin(body: str) -> Any:
         config = MavinConfig(body=body, depth=4, width=16, heads=2, activation_checkpointing=share, **small)
         model = mavin.Mavin(config)
         inner: Any = model.body
-        blocks = list(inner.layers) if body == "dit" else [r for level in inner.blocks() for r in level.resnets]
+        blocks = (
+            list(inner.layers) if body == "dit" else [part for part in inner.blocks() if isinstance(part, ResnetBlock)]
+        )
         return inner, blocks, (torch.randn(1, config.inputs, 2, 4, 4), torch.rand(1, 2), torch.ones(1))
 
     return made
@@ -111,3 +114,31 @@ def test_half_of_the_blocks_run_twice_and_the_gradients_stay(family: str) -> Non
     for plain, half, whole in zip(*gradients, strict=True):
         torch.testing.assert_close(half, plain, rtol=1e-4, atol=1e-6)
         torch.testing.assert_close(whole, plain, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("share", [False, True], ids=["plain", "recomputed"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_block_is_compiled_whole(family: str, share: bool) -> None:
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    model, _, inputs = FAMILIES[family](share)
+    compiled = list[int]()
+    blocks: Any = model.train().blocks()  # type: ignore[operator]
+    for number, block in enumerate(blocks):
+
+        def backend(graph: Any, _: Any, number: int = number) -> Any:
+            compiled.append(number)
+            return graph.forward
+
+        # a break is an error
+        block.compile(backend=backend, fullgraph=True)
+    with torch._dynamo.config.patch(recompile_limit=64, accumulated_recompile_limit=512):
+        out = model(*inputs, **({"last": 7} if family == "tats" else {}))
+        (out[0] if isinstance(out, tuple) else out).square().sum().backward()
+    # blocks of one code and one set of guards share a graph
+    assert set(compiled) >= _first_of_each_class(model)
+
+
+def _first_of_each_class(model: nn.Module) -> set[int]:
+    classes = list(map(type, model.blocks()))  # type: ignore[operator]
+    return {classes.index(kind) for kind in classes}
