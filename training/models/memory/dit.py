@@ -42,13 +42,13 @@ class Block(nn.Module):
     """Attention among all tokens, cross-attention of the last part to φ and to a text where the model has it, then an MLP.
 
     Tokens come in parts `(B, T, N, D)`, the memory's and the video's, each with its control `(B, T or 1, D)`. Starts
-    as the identity.
+    as the identity. The block that `ends` a model returns the last part alone, since nothing reads the others.
     """
 
-    def __init__(self, config: MemoryDiTConfig) -> None:
+    def __init__(self, config: MemoryDiTConfig, ends: bool = False) -> None:
         super().__init__()
         width = config.width
-        self.heads = config.heads
+        self.heads, self.ends = config.heads, ends
         self.modulation = Modulation(width, 6)
         self.qkv = nn.Linear(width, 3 * width)
         self.out = nn.Linear(width, width)
@@ -67,7 +67,7 @@ class Block(nn.Module):
         text: Tensor | None = None,
         text_seen: Tensor | None = None,
     ) -> tuple[Tensor, ...]:
-        """New tokens of all parts.
+        """New tokens of all parts, or of the last.
 
         Args:
             rotary: of all tokens, in order.
@@ -78,6 +78,8 @@ class Block(nn.Module):
         modulations = [self.modulation(control) for control in controls]
         inputs = [modulated(x, *m[:2]).flatten(1, 2) for x, m in zip(parts, modulations, strict=True)]
         mixed = self._attention(torch.cat(inputs, dim=1), rotary, mask).split([x.shape[1] for x in inputs], dim=1)
+        if self.ends:
+            parts, mixed, modulations = parts[-1:], mixed[-1:], modulations[-1:]
         sums = [(x + m[2] * y.view_as(x)).to(x.dtype) for x, y, m in zip(parts, mixed, modulations, strict=True)]
         if self.cross is not None and hidden is not None:
             sums[-1] = sums[-1] + self.cross(sums[-1].flatten(1, 2), *hidden).view_as(sums[-1])
@@ -107,7 +109,7 @@ class MemoryDiT(MemoryModel):
         self.time_in = embedded_time(width)
         self.class_in = nn.Embedding(config.classes + 1, width) if config.classes else None  # the last row: no class
         self.text_in = TextIn(config) if config.text_width else None
-        self.layers = nn.ModuleList(Block(config) for _ in range(config.depth))
+        self.layers = nn.ModuleList(Block(config, n + 1 == config.depth) for n in range(config.depth))
         self.modulation_out = Modulation(width, 2)
         self.token_out = nn.Linear(width, token)
         start_weights(self)
