@@ -128,7 +128,9 @@ def engines_of(
         if not groups:
             raise UserError(f"freeze: nothing is left to learn in {name}")
         make = muon.Muon if matrices else torch.optim.AdamW
-        optimizer: torch.optim.Optimizer = make(groups, lr=own.lr, betas=own.betas)
+        optimizer: torch.optim.Optimizer = make(
+            groups, lr=own.lr, betas=own.betas, fused=config.fused_optimizer or None
+        )
         # DeepSpeed allocates buckets for gradients of their full size: no larger than what learns
         learning = sum(p.numel() for group in groups for p in group["params"])
         zero = deepspeed_settings["zero_optimization"] | {"reduce_bucket_size": min(_MOST_REDUCED, learning)}
@@ -237,7 +239,9 @@ def _fill_states(engine: Any) -> None:
     optimizer = engine.optimizer.optimizer
     for p in engine.optimizer.fp32_partitioned_groups_flat:
         zeros = torch.zeros_like(p, requires_grad=False)
-        optimizer.state[p] = {"step": torch.tensor(0.0), "exp_avg": zeros, "exp_avg_sq": zeros.clone()}
+        # a fused kernel reads it on the device
+        step = torch.tensor(0.0, device=p.device if optimizer.defaults["fused"] else "cpu")
+        optimizer.state[p] = {"step": step, "exp_avg": zeros, "exp_avg_sq": zeros.clone()}
 
 
 def _is_plain_fp32(engine: Any) -> bool:

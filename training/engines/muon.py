@@ -35,11 +35,13 @@ def check_matrices(module: nn.Module) -> None:
 class Muon(torch.optim.Optimizer):
     """Muon for parameter groups that say `matrices: True`, AdamW for the others; state and groups as one optimizer's."""
 
-    def __init__(self, groups: Iterable[dict[str, Any]], lr: float, betas: tuple[float, float]) -> None:
+    def __init__(
+        self, groups: Iterable[dict[str, Any]], lr: float, betas: tuple[float, float], fused: bool | None
+    ) -> None:
         super().__init__(groups, {"lr": lr, "betas": betas, "matrices": False})
         self._parts: dict[bool, torch.optim.Optimizer] = {
             True: torch.optim.Muon([torch.empty(1, 1)], lr=lr, adjust_lr_fn="match_rms_adamw"),
-            False: torch.optim.AdamW([torch.empty(1)], lr=lr, betas=betas),
+            False: torch.optim.AdamW([torch.empty(1)], lr=lr, betas=betas, fused=fused),
         }
         for group in self.param_groups:
             defaults = self._parts[group["matrices"]].defaults

@@ -1,4 +1,4 @@
-"""Muon: what it moves, that it is torch's, that it resumes exactly, and what it is refused with."""
+"""Optimizers beside plain AdamW. Muon: what it moves, that it is torch's, that it resumes; a fused AdamW is AdamW."""
 
 from pathlib import Path
 from typing import Any
@@ -93,7 +93,29 @@ def test_from_a_checkpoint_it_goes_on_bit_for_bit(group: None, tmp_path: Path, p
     assert not any(torch.equal(one, two) for one, two in zip(weights[0], begun, strict=True) if one.ndim == 2)
 
 
-def test_what_it_is_not_for_is_refused(group: None) -> None:
+@pytest.mark.parametrize("zero_stage", [0, 1, 2, 3])
+def test_a_fused_adamw_is_adamw_and_goes_on_bit_for_bit(group: None, tmp_path: Path, zero_stage: int) -> None:
+    def engine(fused: bool) -> Any:
+        settings = config(optimizer="adamw", fused_optimizer=fused, zero_stage=zero_stage)
+        return engines.engines_of({"model": Blocks()}, "model", settings, 1)["model"]
+
+    def weights(engine: Any) -> list[Tensor]:
+        return [p.ds_tensor if zero_stage == 3 else p.detach() for p in engine.module.parameters()]  # type: ignore[attr-defined]
+
+    plain, fused, resumed = engine(False), engine(True), engine(True)
+    assert all(group["fused"] for group in fused.basic_optimizer.param_groups)
+    steps(plain, 4)
+    steps(fused, 2)
+    fused.save_checkpoint(str(tmp_path), tag="half")
+    resumed.load_checkpoint(str(tmp_path), tag="half")
+    for each in (fused, resumed):
+        steps(each, 2, start=2)
+    assert all(torch.equal(one, two) for one, two in zip(weights(fused), weights(resumed), strict=True))
+    for one, two in zip(weights(plain), weights(fused), strict=True):
+        torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-6)
+
+
+def test_what_muon_is_not_for_is_refused(group: None) -> None:
     with pytest.raises(ValueError, match="optimizer: muon needs zero_stage: 0"):
         config(zero_stage=1)
     with pytest.raises(ValueError, match="optimizer: muon moves whole matrices"):
