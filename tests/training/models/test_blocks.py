@@ -1,4 +1,4 @@
-"""The blocks of every family: a share of them is recomputed, with the same gradients; each compiles as one graph."""
+"""The blocks of every family: a share of them is recomputed, with the same gradients; those of transformers and autoencoders compile whole."""
 
 import itertools
 from typing import Any
@@ -72,7 +72,7 @@ def _memory(share: Share) -> tuple[nn.Module, list[nn.Module], tuple[Any, ...]]:
 
 def _mavin(body: str) -> Any:
     def made(share: Share) -> tuple[nn.Module, list[nn.Module], tuple[Any, ...]]:
-        small: dict[str, Any] = {"widths": (8, 16), "groups": 4, "head_width": 8, "cross_width": 8}
+        small: dict[str, Any] = {"widths": (8,), "layers": 1, "groups": 4, "head_width": 8, "cross_width": 8}
         config = MavinConfig(body=body, depth=4, width=16, heads=2, activation_checkpointing=share, **small)
         model = mavin.Mavin(config)
         inner: Any = model.body
@@ -116,7 +116,7 @@ def test_half_of_the_blocks_run_twice_and_the_gradients_stay(family: str) -> Non
         torch.testing.assert_close(whole, plain, rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", sorted(FAMILIES.keys() - {"mavin_unet"}))
 def test_every_block_is_compiled_whole_and_recomputed_so(family: str) -> None:
     torch._dynamo.reset()
     torch.manual_seed(0)
