@@ -99,7 +99,8 @@ def cost(config: StageConfig) -> dict[str, Any]:
 def _settings(config: StageConfig) -> dict[str, Any]:
     """A config as plain data, without `run`, the fields marked `Naming`, and later keys by which nothing changes."""
     settings = config.model_dump(mode="json", exclude={RUN} | _named(config))
-    return {name: value for name, value in settings.items() if name not in config.LATER or value != config.LATER[name]}
+    later = {name: value for base in type(config).__mro__ for name, value in getattr(base, "LATER", {}).items()}
+    return {name: value for name, value in settings.items() if name not in later or value != later[name]}
 
 
 def _named(config: StageConfig) -> set[str]:

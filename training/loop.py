@@ -24,7 +24,7 @@ from longtake.datasets.stage import content
 from longtake.training import checkpoint, engines, guards
 from longtake.training.checkpoint import upload
 from longtake.training.config import TrainConfig
-from longtake.training.engines import ema
+from longtake.training.engines import activations, ema
 from longtake.training.objective import Batch, Engines, Objective, Turn
 from longtake.training.progress import Progress, means, peak
 from longtake.training.tracker import Tracker
@@ -54,6 +54,7 @@ def train(
         Failure: out of memory; a loss or gradient is not finite; a checkpoint cannot be read or written.
         Interrupted: asked to stop; the state is saved.
     """
+    objective = activations.offloaded(objective, config)
     run = _resume(objective, loader, config, folder)
     if objective.largest and run.step < config.steps:
         _rehearse(objective, run, config, objective.largest())

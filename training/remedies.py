@@ -21,18 +21,25 @@ class Remedy(NamedTuple):
 
 Change = Mapping[str, Any]  # fields of a stage's config, and their values
 _AGAIN = "activation_checkpointing"
+_SHARES = (0.25, 0.5, 0.75, True)  # of the blocks
 
 
 def _checkpointing(config: Any) -> Iterator[Change]:
-    """Activations are computed again: a third more time."""
+    """Activations of a share of the blocks are computed again: with all of them a third more time."""
     fields = type(config).model_fields
-    for name in (_AGAIN, "recompute"):
-        if name in fields and not getattr(config, name):
-            yield {name: True}
-            return
-    if "model" in fields and not (config.model or {}).get(_AGAIN) and not getattr(config, "parent", None):
+    parent = getattr(config, "parent", None)
+    if name := _AGAIN if _AGAIN in fields else "recompute" if parent and "recompute" in fields else "":
+        yield from ({name: share} for share in _SHARES if share > (getattr(config, name) or 0))
+    elif "model" in fields and not parent:
         # a parent's model is as it is
-        yield {"model": (config.model or {}) | {_AGAIN: True}}
+        model = config.model or {}
+        yield from ({"model": model | {_AGAIN: share}} for share in _SHARES if share > (model.get(_AGAIN) or 0))
+
+
+def _chunking(config: Any) -> Iterator[Change]:
+    """Logits of a part of the tokens at once: the head is computed again."""
+    if "loss_chunk" in type(config).model_fields and config.loss_chunk is None:
+        yield {"loss_chunk": 2048}
 
 
 def _sharding(config: Any) -> Iterator[Change]:
@@ -46,6 +53,12 @@ def _offloading(config: Any) -> Iterator[Change]:
     for offload, least in (("optimizer", 1), ("parameters", 3)):
         if config.offload in ("none", "optimizer") and config.offload != offload:
             yield {"zero_stage": max(least, config.zero_stage), "offload": offload}
+
+
+def _keeping_on_host(config: Any) -> Iterator[Change]:
+    """What the backward pass needs goes to the host's memory and back."""
+    if not config.offload_activations and config.zero_stage < 3:
+        yield {"offload_activations": True}
 
 
 def _accumulating(config: Any) -> Iterator[Change]:
@@ -71,12 +84,23 @@ def _adapting(config: Any) -> Iterator[Change]:
 
 
 # from cheap to dear
-_KINDS_OF_CHANGE = (_checkpointing, _sharding, _offloading, _accumulating, _bounding, _adapting)
+_KINDS_OF_CHANGE = (
+    _chunking,
+    _checkpointing,
+    _sharding,
+    _offloading,
+    _accumulating,
+    _bounding,
+    _keeping_on_host,
+    _adapting,
+)
 
 
 def _written(changes: Change) -> tuple[str, ...]:
     """Changes as lines of a recipe."""
-    texts = {"model": f"model.{_AGAIN}: true", "lora": "lora: {rank: 16}"}
+    texts = {"lora": "lora: {rank: 16}"}
+    if "model" in changes:
+        texts["model"] = f"model.{_AGAIN}: {str(changes['model'][_AGAIN]).lower()}"
     return tuple(texts.get(name, f"{name}: {str(value).lower()}") for name, value in changes.items())
 
 

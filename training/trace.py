@@ -85,6 +85,9 @@ class Trace(TorchDispatchMode):
         return made
 
     def _track(self, tensor: Tensor) -> None:
+        if tensor.is_meta:
+            # in the place of the host
+            return
         storage = tensor.untyped_storage()
         key = storage._cdata
         if key not in self._sizes:

@@ -2,7 +2,7 @@
 
 import logging
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from longtake.datasets.errors import UserError
 from longtake.training.config import TrainConfig
-from longtake.training.engines import lora
+from longtake.training.engines import lora, muon
 from longtake.training.engines.group import device, process_group, store
 from longtake.training.engines.sequence import groups_of, place, pretend_to_share, share_windows
 from longtake.training.engines.shards import Fragment, fragments, gradient_norms, overwrite
@@ -100,7 +100,7 @@ def engines_of(
     universal: bool = False,
     settings: Mapping[str, TrainConfig] | None = None,
 ) -> dict[str, Any]:
-    """A DeepSpeed engine for each module, AdamW over its `parameter_groups`. Needs a process group.
+    """A DeepSpeed engine for each module, with the config's optimizer over its `parameter_groups`. Needs a process group.
 
     The module `lead` is changed as `freeze` and `lora` of the config say.
 
@@ -109,7 +109,7 @@ def engines_of(
         settings: by name of a module, its own rate, betas and weight decay.
 
     Raises:
-        UserError: the batch does not divide among the processes; `freeze` or `lora` finds nothing; nothing learns.
+        UserError: the batch does not divide among the processes; `freeze`, `lora` or `optimizer` finds nothing; nothing learns.
     """
     deepspeed_settings = deepspeed_config(config, world, universal)
     import deepspeed
@@ -123,14 +123,20 @@ def engines_of(
         learns = lora.attach(modules[lead], config.lora)
         if torch.distributed.get_rank() == 0:
             print(learns, flush=True)
+    if config.optimizer == "muon":
+        muon.check_matrices(modules[lead])
     engines = {}
     for name, module in modules.items():
         own = (settings or {}).get(name, config)
         wide = _kept_in_fp32(module, config)
-        groups = parameter_groups(module, own.weight_decay)
+        matrices = muon.matrices_of(module) if config.optimizer == "muon" else []
+        groups = parameter_groups(module, own.weight_decay, matrices)
         if not groups:
             raise UserError(f"freeze: nothing is left to learn in {name}")
-        optimizer = torch.optim.AdamW(groups, lr=own.lr, betas=own.betas)
+        make = muon.Muon if matrices else torch.optim.AdamW
+        optimizer: torch.optim.Optimizer = make(
+            groups, lr=own.lr, betas=own.betas, fused=config.fused_optimizer or None
+        )
         # DeepSpeed allocates buckets for gradients of their full size: no larger than what learns
         learning = sum(p.numel() for group in groups for p in group["params"])
         zero = deepspeed_settings["zero_optimization"] | {"reduce_bucket_size": min(_MOST_REDUCED, learning)}
@@ -145,7 +151,8 @@ def engines_of(
             _fill_states(engine)
         # DeepSpeed may make AdamW's states by an update without gradients, which must not count
         for state in optimizer.state.values():
-            state["step"].zero_()
+            if "step" in state:
+                state["step"].zero_()
         if world == 1 and config.zero_stage == 0:
             # else all gradients are copied into one buffer and back, for no other rank
             engine.enable_backward_allreduce = False
@@ -171,14 +178,18 @@ def channels_last(module: nn.Module) -> None:
             layer.register_forward_pre_hook(converted)
 
 
-def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+def parameter_groups(
+    module: nn.Module, weight_decay: float, matrices: Sequence[nn.Parameter] = ()
+) -> list[dict[str, Any]]:
     """The parameters that take gradients, for an optimizer: weights of linear and convolution layers decay, others do not.
 
-    Norms, biases, embeddings and tokens have a scale that means something; an empty group is left out.
+    Norms, biases, embeddings and tokens have a scale that means something; an empty group is left out. `matrices`, which
+    decay too, get a group of their own.
     """
     layers = [m for m in module.modules() if isinstance(m, nn.Linear | nn.modules.conv._ConvNd)]
     weights = {id(layer.weight) for layer in layers}
-    learning = [p for p in module.parameters() if p.requires_grad]
+    apart = {id(p) for p in matrices}
+    learning = [p for p in module.parameters() if p.requires_grad and id(p) not in apart]
     # what ZeRO cuts from one buffer is of one type
     kept = {id(p) for part in _keeping(module) for p in part.keep_fp32().values()}
     groups = [
@@ -189,6 +200,8 @@ def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, A
         for wide in (False, True)
         for decays, decay in ((True, weight_decay), (False, 0.0))
     ]
+    if matrices:
+        groups.append({"params": list(matrices), "weight_decay": weight_decay, "matrices": True})
     return [group for group in groups if group["params"]]
 
 
@@ -232,7 +245,9 @@ def _fill_states(engine: Any) -> None:
     optimizer = engine.optimizer.optimizer
     for p in engine.optimizer.fp32_partitioned_groups_flat:
         zeros = torch.zeros_like(p, requires_grad=False)
-        optimizer.state[p] = {"step": torch.tensor(0.0), "exp_avg": zeros, "exp_avg_sq": zeros.clone()}
+        # a fused kernel reads it on the device
+        step = torch.tensor(0.0, device=p.device if optimizer.defaults["fused"] else "cpu")
+        optimizer.state[p] = {"step": step, "exp_avg": zeros, "exp_avg_sq": zeros.clone()}
 
 
 def _is_plain_fp32(engine: Any) -> bool:

@@ -15,6 +15,7 @@ from longtake.training.foreign.backbone import BackboneConfig
 from longtake.training.foreign.folder import is_foreign
 from longtake.training.models.common.codec import nearest_lengths
 from longtake.training.models.common.guidance import GuidanceSetting
+from longtake.training.models.common.recompute import Share
 from longtake.training.registry import pipelines
 from longtake.training.registry.uri import in_store
 
@@ -63,7 +64,8 @@ class Config(EvaluatedConfig):
     time_mean           mean of the logit-normal times (arXiv 2403.03206)
     time_std            standard deviation of the logit-normal times
     shift               of times towards noise, in training; null is that of the base's scheduler for the window
-    activation_checkpointing   compute the activations of blocks again in the backward pass: less memory, more time
+    activation_checkpointing   share of the blocks whose activations the backward pass computes again, true is all: less memory,
+                        more time
     steps               of training
     batch               windows in a step, at most
     max_tokens          of a pass on a process: longer and larger windows share smaller batches; null does not bound them
@@ -96,7 +98,7 @@ class Config(EvaluatedConfig):
     time_mean: float = 0.0
     time_std: float = Field(1.0, gt=0)
     shift: float | None = Field(None, gt=0)
-    activation_checkpointing: bool = False
+    activation_checkpointing: Share = False
     steps: int = Field(2000, ge=1)
     batch: int = Field(8, ge=1)
     max_tokens: int | None = Field(None, ge=1)

@@ -21,7 +21,6 @@ from typing import Any, Literal
 import torch
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from longtake.training.models.common.causal import fold, unfold
 from longtake.training.models.common.condition import Condition, Hidden, class_vectors, draw_hidden
@@ -34,6 +33,7 @@ from longtake.training.models.common.dit import (
     sincos,
     start_weights,
 )
+from longtake.training.models.common.recompute import Share, called, chosen
 from longtake.training.models.common.sequence import SequenceGroup, Shares, own, shares_of, to_heads, to_tokens, whole
 from longtake.training.models.common.statistics import Normalising
 from longtake.training.models.common.text import TextAttention, TextIn, check_fields, text_tokens
@@ -66,7 +66,7 @@ class LatteConfig(BaseModel):
     shape           (latents, height, width) of its training windows, the default of `sample.generate`
     scale           factors on row and column positions; less than 1 spreads a frame over the positions of the smaller
                     frames that a base has learned [PixArt-α, arXiv 2310.00426]
-    activation_checkpointing   recompute blocks in the backward pass: less memory, more time
+    activation_checkpointing   share of the blocks that the backward pass recomputes, true is all: less memory, more time
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -88,7 +88,7 @@ class LatteConfig(BaseModel):
     conditioning: float = Field(0.3, ge=0, le=1)
     shape: tuple[PositiveInt, PositiveInt, PositiveInt] | None = None
     scale: tuple[PositiveFloat, PositiveFloat] = (1.0, 1.0)
-    activation_checkpointing: bool = False
+    activation_checkpointing: Share = False
 
     @model_validator(mode="after")
     def _divides(self) -> LatteConfig:
@@ -244,11 +244,9 @@ class Latte(Normalising):
         places = self._positions(patches.shape, start, x.device).flatten(2, 3)
         shares = shares_of(self.sequence, places.shape[2])
         tokens = self.token_in(own(patches.flatten(2, 3), shares, 2)) + own(places, shares, 2)
-        for block in list(self.layers)[:layers]:
-            if self.config.activation_checkpointing and self.training:
-                tokens = checkpoint(block, tokens, control, *text, shares, use_reentrant=False)
-            else:
-                tokens = block(tokens, control, *text, shares)
+        again = self.config.activation_checkpointing if self.training else 0.0
+        for number, block in enumerate(list(self.layers)[:layers]):
+            tokens = called(chosen(again, number, self.config.depth), block, tokens, control, *text, shares)
         return tokens, control, shares
 
     def _positions(self, shape: Sequence[int], start: Tensor | int, device: torch.device) -> Tensor:

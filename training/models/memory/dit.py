@@ -22,11 +22,11 @@ from collections.abc import Iterator
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from longtake.training.models.common.causal import fold, unfold
 from longtake.training.models.common.condition import Condition, Hidden, class_vectors, draw_hidden
 from longtake.training.models.common.dit import Modulation, embedded_time, frequencies, modulated, start_weights
+from longtake.training.models.common.recompute import called, chosen
 from longtake.training.models.common.rotary import (
     CrossAttention,
     Rotation,
@@ -47,13 +47,13 @@ class Block(nn.Module):
     """Attention among all tokens, cross-attention of the last part to φ and to a text where the model has it, then an MLP.
 
     Tokens come in parts `(B, T, N, D)`, the memory's and the video's, each with its control `(B, T or 1, D)`. Starts
-    as the identity.
+    as the identity. The block that `ends` a model returns the last part alone, since nothing reads the others.
     """
 
-    def __init__(self, config: MemoryDiTConfig) -> None:
+    def __init__(self, config: MemoryDiTConfig, ends: bool = False) -> None:
         super().__init__()
         width = config.width
-        self.heads = config.heads
+        self.heads, self.ends = config.heads, ends
         self.modulation = Modulation(width, 6)
         self.qkv = nn.Linear(width, 3 * width)
         self.out = nn.Linear(width, width)
@@ -73,7 +73,7 @@ class Block(nn.Module):
         text_seen: Tensor | None = None,
         shares: Shares | None = None,
     ) -> tuple[Tensor, ...]:
-        """New tokens of all parts.
+        """New tokens of all parts, or of the last.
 
         Args:
             rotary: of the tokens of all parts, in order.
@@ -86,6 +86,8 @@ class Block(nn.Module):
         inputs = [modulated(x, *m[:2]).flatten(1, 2) for x, m in zip(parts, modulations, strict=True)]
         mixed = self._attention(torch.cat(inputs, dim=1), rotary, mask, shares)
         mixed = mixed.split([x.shape[1] for x in inputs], dim=1)
+        if self.ends:
+            parts, mixed, modulations = parts[-1:], mixed[-1:], modulations[-1:]
         sums = [(x + m[2] * y.view_as(x)).to(x.dtype) for x, y, m in zip(parts, mixed, modulations, strict=True)]
         if self.cross is not None and hidden is not None:
             sums[-1] = sums[-1] + self.cross(sums[-1].flatten(1, 2), *hidden).view_as(sums[-1])
@@ -121,7 +123,7 @@ class MemoryDiT(MemoryModel):
         self.time_in = embedded_time(width)
         self.class_in = nn.Embedding(config.classes + 1, width) if config.classes else None  # the last row: no class
         self.text_in = TextIn(config) if config.text_width else None
-        self.layers = nn.ModuleList(Block(config) for _ in range(config.depth))
+        self.layers = nn.ModuleList(Block(config, n + 1 == config.depth) for n in range(config.depth))
         self.modulation_out = Modulation(width, 2)
         self.token_out = nn.Linear(width, token)
         start_weights(self)
@@ -195,11 +197,10 @@ class MemoryDiT(MemoryModel):
             joint = clean.followed_by(cells.shape[1], shares)
             mask = None if mask is None else _by_rank(mask, clean, shares)
         mask = None if mask is None else mask[:, None, None]
-        for block in self.layers:
-            if self.config.activation_checkpointing and self.training:
-                parts = checkpoint(block, parts, controls, rotary, hidden, mask, *text, joint, use_reentrant=False)
-            else:
-                parts = block(parts, controls, rotary, hidden, mask, *text, joint)
+        share = self.config.activation_checkpointing if self.training else 0.0
+        for number, block in enumerate(self.layers):
+            again = chosen(share, number, len(self.layers))
+            parts = called(again, block, parts, controls, rotary, hidden, mask, *text, joint)
         velocity = whole(self.token_out(modulated(parts[-1], *self.modulation_out(control[0]))), shares, 2)
         return unfold(velocity.unflatten(2, tuple(patches.shape[2:4])).movedim(-1, 1), 1, self.config.patch)
 
