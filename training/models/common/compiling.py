@@ -23,6 +23,6 @@ def uncompiled(function: Callable[P, T]) -> Callable[P, T]:
         return torch.compiler.disable(function)(*args, **kwargs)
 
     # what the compiler's own `skip` does: it neither traces this function, which only calls another one, nor compiles it
-    eval_frame.set_code_exec_strategy(call.__code__, _SKIPPED)
+    eval_frame.set_code_exec_strategy(call.__code__, _SKIPPED)  # type: ignore[attr-defined]
     call._torchdynamo_disable = True  # type: ignore[attr-defined]
     return call
