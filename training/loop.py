@@ -40,6 +40,7 @@ def train(
     folder: Path,
     tracker: Tracker | None = None,
     stop: Callable[[], bool] = lambda: False,
+    foreseen: float | None = None,
 ) -> None:
     """Train to `config.steps` from the latest checkpoint in `folder`, if there is one, and leave the last one there.
 
@@ -48,6 +49,7 @@ def train(
     Args:
         tracker: on the first rank only.
         stop: whether this process is to save and end; SIGINT and SIGTERM ask for the same.
+        foreseen: bytes that the largest batch is to take (see `forecast`), said beside what it has taken.
 
     Raises:
         UserError: the checkpoints in `folder` belong to other settings, or to another dataset.
@@ -56,9 +58,8 @@ def train(
     """
     objective = activations.offloaded(objective, config)
     run = _resume(objective, loader, config, folder)
-    if objective.largest and run.step < config.steps:
-        _rehearse(objective, run, config, objective.largest())
-    step, lead = run.step, run.engines[objective.lead]
+    _rehearse(objective, run, config, foreseen)
+    step, weights = run.step, ema.weights_of(run.engines[objective.lead])
     nonfinite = guards.Nonfinite(folder, config.skip_nonfinite, run.left_out)
     spikes, spike_count = guards.Spikes(folder, config.run.spike), 0
     checkpoints = checkpoint.Checkpoints(
@@ -109,7 +110,7 @@ def train(
                 progress.warn(f"the loss leaps at step {step}; {folder}/spikes.jsonl names the rank and the batch")
 
             # Move the averages.
-            ema.move(run.averages, lead, step)
+            ema.move(run.averages, weights, step)
 
             # Log.
             profile = progress.end(step, [update.norms, *update.terms], sum(map(len, update.keys)), update.tokens)
@@ -189,13 +190,15 @@ def _resume(objective: Objective, loader: Stream, config: TrainConfig, folder: P
     return _Run(trained, averages, meta["step"], meta["left_out"])
 
 
-def _rehearse(objective: Objective, run: _Run, config: TrainConfig, largest: Batch) -> None:
+def _rehearse(objective: Objective, run: _Run, config: TrainConfig, foreseen: float | None) -> None:
     """An update of the largest batch that is left out, as one with a loss that is not finite is: no weight changes.
 
     Raises:
         Failure: out of memory.
     """
-    batch = _on_device(largest)
+    if not objective.largest or run.step >= config.steps:
+        return
+    batch = _on_device(objective.largest())
     for number in range(config.accumulate):
         rng, seed = _seeded(config, run.step, number)
         carry: dict[str, Any] = {}
@@ -207,7 +210,7 @@ def _rehearse(objective: Objective, run: _Run, config: TrainConfig, largest: Bat
                 engine.step()
     tokens = f", {objective.tokens(batch):,} tokens" if objective.tokens else ""
     if torch.distributed.get_rank() == 0:
-        print(f"the largest batch, {len(batch['key'])} windows{tokens}: {peak()}", flush=True)
+        print(f"the largest batch, {len(batch['key'])} windows{tokens}: {peak(foreseen)}", flush=True)
 
 
 def _prepare_folder(config: TrainConfig, folder: Path) -> None:
@@ -312,7 +315,8 @@ def _seeded(config: TrainConfig, step: int, number: int) -> tuple[torch.Generato
     Call it after the data have come: a loader that starts draws from torch's own random state.
     """
     rank_seed = pass_seed(config.seed, step, number, engines.place(config)[0])
-    torch.manual_seed(rank_seed)
+    # `torch.manual_seed` would note a whole stack for each device that is not there
+    (torch.default_generator if engines.device().type == "cpu" else torch).manual_seed(rank_seed)
     return torch.Generator(engines.device()).manual_seed(rank_seed), pass_seed(config.seed, step, number, _ALL_RANKS)
 
 

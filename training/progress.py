@@ -150,12 +150,15 @@ def memory() -> dict[str, float]:
     return figures
 
 
-def peak() -> str:
-    """The most memory that this process has had, of its device where it has one, as words."""
+def peak(foreseen: float | None = None) -> str:
+    """The most memory that this process has had, of its device where it has one, as words, and the bytes foreseen."""
+    beside = f", {foreseen / 1e9:.1f} GB foreseen" if foreseen else ""
     if torch.cuda.is_available():
         total = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
-        return f"{torch.cuda.max_memory_allocated() / 1e9:.1f} of {total / 1e9:.1f} GB of the device at its peak"
-    return f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9:.1f} GB of the host at its peak"
+        return (
+            f"{torch.cuda.max_memory_allocated() / 1e9:.1f} of {total / 1e9:.1f} GB of the device at its peak{beside}"
+        )
+    return f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9:.1f} GB of the host at its peak{beside}"
 
 
 def means(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:

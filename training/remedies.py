@@ -107,8 +107,9 @@ def _written(changes: Change) -> tuple[str, ...]:
 class Planned:
     """What a stage takes as it is, and by how little it would fit; a trace is made once for all that it decides."""
 
-    def __init__(self, stage: Any, config: Any, inputs: Mapping[str, Source]) -> None:
-        self._stage, self._config, self._inputs = stage, config, inputs
+    def __init__(self, stage: Any, config: Any, inputs: Mapping[str, Source], fused: bool = True) -> None:
+        """`fused` as in `memory_of`."""
+        self._stage, self._config, self._inputs, self._fused = stage, config, inputs, fused
         self._traced = functools.cache(self._trace)
 
     def fit(self, config: Any = None) -> Fit:
@@ -116,7 +117,9 @@ class Planned:
         config = config or self._config
         # ZeRO is no part of a trace
         free = {"zero_stage": 0, "offload": "none"}
-        return memory_of(self._traced(config.model_copy(update=free).model_dump_json()), config, _world(config))
+        return memory_of(
+            self._traced(config.model_copy(update=free).model_dump_json()), config, _world(config), self._fused
+        )
 
     def remedy(self, limit: float) -> Remedy | None:
         """The smallest change by which it takes `limit` bytes at most; None where nothing does.

@@ -16,6 +16,7 @@ A stage is a module with `VERSION`, `PRODUCES` and a `Config` (a `TrainConfig` w
 
 It may also have
 
+- `largest(config, inputs, count)`, and what goes with it: the first line says what it takes of memory (see `training.fit`);
 - `announce(config, setup, loader) -> (lines, figures)`: lines to print and figures to log before the first step;
 - `kind(setup) -> str`: the kind of its model in config.json, where that is not always `MODEL`;
 - `registered(config) -> dict[str, str]`: models of the registry that its settings name, pinned as its inputs are;
@@ -36,7 +37,7 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-from longtake.training import checkpoint, engines, launch, registry, tracker
+from longtake.training import checkpoint, engines, forecast, launch, registry, tracker
 from longtake.training.config import TrainConfig
 from longtake.training.loop import train
 from longtake.training.registry import disk, lineage, promotion
@@ -71,10 +72,13 @@ def run(stage: ModuleType, config: Any, inputs: Mapping[str, str], output: str) 
 
 def work(stage: Any, config: Any, inputs: Mapping[str, str], folder: Path) -> None:
     """What each rank does: train from the latest checkpoint in `folder`, leave the last one there, and measure it."""
-    torch.manual_seed(config.seed)
     torch.distributed.barrier()  # the first rank has pinned the inputs before
     inputs = lineage.pinned(inputs, folder)
-    _train(stage, config, inputs, folder)
+    path = checkpoint.latest(folder)
+    unfinished = path is None or checkpoint.meta(path)["step"] < config.steps
+    foreseen = forecast.announce(stage, config, inputs) if unfinished else None
+    torch.manual_seed(config.seed)
+    _train(stage, config, inputs, folder, foreseen)
     results = _empty_folder(folder)
     setup = stage.prepare(config, inputs, folder)
     setup.model.load_state_dict(checkpoint.trained(folder, config))
@@ -82,7 +86,7 @@ def work(stage: Any, config: Any, inputs: Mapping[str, str], folder: Path) -> No
     stage.evaluate(config, setup, results)
 
 
-def _train(stage: Any, config: TrainConfig, inputs: Mapping[str, str], folder: Path) -> None:
+def _train(stage: Any, config: TrainConfig, inputs: Mapping[str, str], folder: Path, foreseen: float | None) -> None:
     setup = stage.prepare(config, inputs, folder)
     loader = stage.loader(config, setup, *engines.place(config))
     objective = stage.objective(config, setup)
@@ -91,7 +95,7 @@ def _train(stage: Any, config: TrainConfig, inputs: Mapping[str, str], folder: P
             lines, figures = stage.announce(config, setup, loader)
             print(*lines, sep="\n", flush=True)
             log.log(0, figures)
-        train(objective, loader, config, folder, log, launch.stop_requested)
+        train(objective, loader, config, folder, log, launch.stop_requested, foreseen)
 
 
 @contextlib.contextmanager

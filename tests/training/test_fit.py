@@ -42,6 +42,7 @@ TRAININGS: dict[str, dict[str, Any]] = {
     "vae": VAE | {"lambda_gan": 0, "frames": 9},
     "vae_against_a_discriminator": VAE | {"gan_start": 0, "gan_warmup": 0, "frames": 9},
     "vqgan": VQGAN | {"lambda_gan": 0},
+    "sound": {"kind": "pretrain_sound_vqgan", "model": {"preset": "sound_vqgan_tiny"}},
     "encgan3": {"kind": "pretrain_encgan3", "model": {"preset": "encgan3_tiny"}, "recall": True, "gan_start": 0},
     "mavin": {"kind": "finetune_mavin", "model": {"preset": "mavin_tiny"}, "size": [32, 32], "frames": 8},
 }
@@ -91,6 +92,8 @@ def test_so_it_is_of_every_family(tmp_path: Path, group: None, name: str) -> Non
         {"model": {"preset": "latte_tiny", "activation_checkpointing": True}, "batch": 16},
         {"freeze": ["layers"]},
         {"model": {"preset": "latte_s"}, "optimizer": "muon"},
+        {"lora": {"rank": 4}, "model": {"preset": "latte_s"}},
+        {"model": {"preset": "latte_s"}, "zero_stage": 2, "precision": "bf16"},
         {"model": {"preset": "latte_s"}, "zero_stage": 1},
         {"model": {"preset": "latte_s"}, "zero_stage": 2},
         {"model": {"preset": "latte_s"}, "zero_stage": 3},

@@ -1,8 +1,10 @@
 """DeepSpeed engines: our config to theirs, in this one place. The process group is in `group`."""
 
+import gc
 import logging
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -92,6 +94,20 @@ def freeze(module: nn.Module, patterns: tuple[str, ...]) -> None:
             parameter.requires_grad_(False)
 
 
+@contextmanager
+def _garbage_left() -> Iterator[None]:
+    """DeepSpeed collects all garbage several times for each engine; what is there already is looked through no more."""
+    if gc.get_freeze_count():
+        yield
+        return
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
+
+
+@_garbage_left()
 def engines_of(
     modules: Mapping[str, nn.Module],
     lead: str,

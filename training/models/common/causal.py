@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from longtake.training.models.common.compiling import uncompiled
 from longtake.training.models.common.recompute import called
 from longtake.training.models.common.streaming import Past
 
@@ -39,7 +40,7 @@ def causal_pad(layer: nn.Module, x: Tensor, count: int, past: Past | None = None
     return _pad_from_past(layer, x, count, past)
 
 
-@torch.compiler.disable  # compiled blocks stay one graph for whole clips; a stream leaves the graph here
+@uncompiled  # compiled blocks stay one graph for whole clips; a stream leaves the graph here
 def _pad_from_past(layer: nn.Module, x: Tensor, count: int, past: Past) -> Tensor:
     before = past.inputs[layer] if past.begun else x[:, :, :1].expand(-1, -1, count, -1, -1)
     x = torch.cat([before, x], dim=2)
