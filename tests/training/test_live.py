@@ -241,7 +241,7 @@ def test_a_recipe_links_the_encoder_and_no_column(tmp_path: Path) -> None:
     path.write_text(
         f"name: live\nworkspace: {tmp_path}\nstages:\n"
         f"  clips: {{kind: shard, sources: [{tmp_path}/*.mp4]}}\n"
-        "  vae: {kind: pretrain_vae, dataset: clips}\n"
+        "  vae: {kind: pretrain_vae, dataset: clips, sizes: [[256, 256]]}\n"
         "  latte: {kind: finetune_latte, dataset: clips, latents: live, encoder: vae}\n"
     )
     nodes = {node.name: node for node in graph.build(recipe.load(str(path)))}
