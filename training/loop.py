@@ -96,7 +96,8 @@ def train(
                 spikes.begins(step, float(terms.get("loss", math.nan)), keys)
                 for terms, keys in zip(update.terms, update.keys, strict=True)
             ]
-            stopping, spiked, *bad = guards.on_any_rank(stop_requested(), any(spiking), *update.nonfinite.values())
+            with progress.part(step, "exchange"):
+                stopping, spiked, *bad = guards.on_any_rank(stop_requested(), any(spiking), *update.nonfinite.values())
 
             # Count the updates that the engines have left out; too many end the training.
             for (name, here), anywhere in zip(update.nonfinite.items(), bad, strict=True):
@@ -140,9 +141,9 @@ def train(
 
             # Checkpoint, and end if asked to.
             if step % config.run.checkpoint_every == 0 or step == config.steps or stopping:
-                watchdog.beat(step, "checkpoint")
                 meta = _meta(objective, loader, config, step, nonfinite.count)
-                checkpoints.save(run.engines, objective.lead, run.averages, meta)
+                with progress.part(step, "checkpoint"):
+                    checkpoints.save(run.engines, objective.lead, run.averages, meta)
             if stopping:
                 checkpoints.wait()
                 raise Interrupted(f"train: stopped at step {step}, state saved")

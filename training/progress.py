@@ -17,8 +17,10 @@ from torch.utils.flop_counter import flop_registry
 from tqdm import tqdm
 
 from longtake.training.config import TrainConfig
+from longtake.training.shares import shares
 
-PARTS = ("data", "forward", "backward", "update")
+PARTS = ("data", "forward", "backward", "update", "exchange", "checkpoint")
+_BY_HOST = ("data", "checkpoint")  # it waits for them
 # dense bf16 TFLOP/s that makers state, by a part of the device's name; the longest match counts
 PEAKS = {
     "A100": 312,
@@ -39,25 +41,28 @@ class Clock:
     def __init__(self) -> None:
         self._gpu = torch.cuda.is_available()
         self._marks: list[tuple[str, Any, Any]] = []
+        self._asides: dict[str, float] = {}
         self.steps, self.samples, self.tokens, self.flops = 0, 0, 0, 0.0
         self._began = time.perf_counter()
 
     @contextmanager
     def part(self, name: str) -> Iterator[None]:
-        """The time of the block counts as `name`, one of PARTS. Data is timed by the host, which waits for it."""
-        event = self._gpu and name != "data"
+        """The time of the block counts as `name`, one of PARTS."""
+        event = self._gpu and name not in _BY_HOST
         start = self._now(event)
         yield
         self._marks.append((name, start, self._now(event)))
 
     @contextmanager
-    def aside(self) -> Iterator[None]:
-        """The time of the block counts as nothing."""
+    def aside(self, name: str) -> Iterator[None]:
+        """The time of the block counts as `name`, and as no part of a step."""
         if self._gpu:
             torch.cuda.synchronize()
         began = time.perf_counter()
         yield
-        self._began += time.perf_counter() - began
+        seconds = time.perf_counter() - began
+        self._began += seconds
+        self._asides[name] = self._asides.get(name, 0.0) + seconds
 
     def _now(self, event: bool) -> Any:
         if not event:
@@ -83,7 +88,7 @@ class Clock:
         values["tflops"] = self.flops / seconds / 1e12
         if peak_flops:
             values["mfu"] = self.flops / seconds / peak_flops
-        return values
+        return values | shares(spent, self._asides, seconds + sum(self._asides.values()))
 
 
 class _Counter(TorchDispatchMode):
@@ -277,7 +282,7 @@ class Progress:
     def aside(self, step: int, what: str) -> Iterator[None]:
         """Count the time of the block as no part of a step."""
         self._beat(step, what)
-        with self._clock.aside():
+        with self._clock.aside(what):
             yield
 
     def end(self, step: int, rows: Sequence[Mapping[str, Any]], samples: int, tokens: int) -> Path | None:
@@ -296,7 +301,9 @@ class Progress:
     def take(self, step: int) -> dict[str, float]:
         """The means since the last call. Every rank must call it."""
         self._beat(step, "log")
-        figures = means(self._rows) | self._clock.take(self._peak and self._peak * self._world) | memory()
+        with self._clock.aside("log"):
+            figures = means(self._rows)
+        figures |= self._clock.take(self._peak and self._peak * self._world) | memory()
         self._rows, self._clock = [], Clock()
         wait = figures["data_wait_share"]
         self._bar.set_postfix(loss=f"{figures.get('loss', math.nan):.4f}", data_wait=f"{wait:.0%}", refresh=False)

@@ -4,8 +4,9 @@ A stage is a module with `VERSION`, `PRODUCES` and a `Config` (a `TrainConfig` w
 `longtake.datasets.stage`), whose `run` is the one below; and with
 
 - `MODEL`, the kind of its model in config.json, and `SUMMARY`, the file that `evaluate` leaves its figures in;
-- `prepare(config, inputs, folder) -> Setup`: data and model from before the first step, checked. The inputs are pinned,
-  `folder` is that of the checkpoints; a `Setup` has `model`, on this rank's device, and whatever else the stage needs;
+- `prepare(config, inputs, folder) -> Setup`: data and model from before the first step, checked. The inputs are pinned and
+  what is live among them resolved, `folder` is that of the checkpoints; a `Setup` has `model`, on this rank's device, and
+  whatever else the stage needs;
 - `loader(config, setup, rank, world) -> Stream`: this rank's share of the training batches, rank `rank` of `world` that
   read (see `engines.place`);
 - `objective(config, setup) -> Objective`;
@@ -39,6 +40,7 @@ from torch import nn
 
 from longtake.training import checkpoint, engines, forecast, launch, registry, tracker
 from longtake.training.config import TrainConfig
+from longtake.training.live.record import resolved
 from longtake.training.loop import train
 from longtake.training.registry import disk, lineage, promotion
 from longtake.training.tracker import Tracker
@@ -80,14 +82,14 @@ def work(stage: Any, config: Any, inputs: Mapping[str, str], folder: Path) -> No
     torch.manual_seed(config.seed)
     _train(stage, config, inputs, folder, foreseen)
     results = _empty_folder(folder)
-    setup = stage.prepare(config, inputs, folder)
+    setup = stage.prepare(config, resolved(config, inputs, folder), folder)
     setup.model.load_state_dict(checkpoint.trained(folder, config))
     setup.model.eval()
     stage.evaluate(config, setup, results)
 
 
 def _train(stage: Any, config: TrainConfig, inputs: Mapping[str, str], folder: Path, foreseen: float | None) -> None:
-    setup = stage.prepare(config, inputs, folder)
+    setup = stage.prepare(config, resolved(config, inputs, folder), folder)
     loader = stage.loader(config, setup, *engines.place(config))
     objective = stage.objective(config, setup)
     with _tracked(folder) as log:
@@ -129,7 +131,7 @@ def publish(stage: Any, config: Any, inputs: Mapping[str, str], folder: Path) ->
     Returns:
         `uri` of the version, and `metrics`.
     """
-    setup = stage.prepare(config, lineage.pinned(inputs, folder), folder)
+    setup = stage.prepare(config, resolved(config, lineage.pinned(inputs, folder), folder), folder)
     record = lineage.read(folder)
     facts = {"lineage": record} | stage.facts(config, setup, record)
     with tracker.connect(folder, system_metrics=False) as log, TemporaryDirectory() as scratch:

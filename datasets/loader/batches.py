@@ -17,6 +17,7 @@ import torch
 from longtake.datasets.errors import Failure
 from longtake.datasets.loader import order
 from longtake.datasets.loader.buckets import Bucket
+from longtake.datasets.loader.pixels import pixels
 from longtake.datasets.loader.split import Split
 from longtake.datasets.loader.window import Sample, Window, load
 from longtake.datasets.masking import shown
@@ -66,7 +67,8 @@ class Batches:
 
     def _load(self, sample: Sample, window: Window) -> dict[str, Any] | Failure:
         try:
-            return load(self.split, sample, window)
+            loaded = load(self.split, sample, window)
+            return loaded | {"pixels": pixels(self.split, sample, window, loaded)} if self.split.live else loaded
         except Failure as e:
             if not self.skip:
                 raise

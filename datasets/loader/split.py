@@ -13,6 +13,7 @@ from longtake.datasets.cache import Cache
 from longtake.datasets.compact import Rows
 from longtake.datasets.errors import Failure, UserError
 from longtake.datasets.loader import streams
+from longtake.datasets.loader.live import Live, live_columns
 from longtake.datasets.loader.reader import Reader
 from longtake.datasets.loader.streams import latents_before
 from longtake.datasets.tokens import PREFIX
@@ -42,6 +43,7 @@ class Split:
         self.tokens = self.of_kind("tokens")
         self.captions = self.of_kind("caption")
         self.texts = self.of_kind("text")
+        self.live = live_columns(columns)  # of latents that are yet to be encoded
         self.widths: dict[str, int] = {}  # of the states in each column of texts
         self.labels: dict[str, int] = {}  # the number of each label
 
@@ -51,7 +53,8 @@ class Split:
 
     def tars(self) -> list[Rows]:
         """The rows of the base and of the cache columns that have tars."""
-        return [self.base, *(rows for name, rows in self.columns.items() if not index.is_table(self.names[name]))]
+        beside = [n for n in self.columns if not index.is_table(self.names[n]) and n not in self.live]
+        return [self.base, *(self.columns[name] for name in beside)]
 
     @cached_property
     def sound(self) -> tuple[int, int]:
@@ -163,8 +166,12 @@ def kind_of(column: str) -> str | None:
     return next((kind for begin, kind in _CALLED.items() if column.startswith(begin)), None)
 
 
-def open_columns(base: Rows, names: Mapping[str, str], cache: Cache | None) -> tuple[Split, list[pa.Table]]:
+def open_columns(
+    base: Rows, names: Mapping[str, str], cache: Cache | None, live: Mapping[str, Live] | None = None
+) -> tuple[Split, list[pa.Table]]:
     """A split with the cache columns among `names`, and the `FACTS` of its columns of latents and tokens.
+
+    Columns of `live` are not there: they have the rows that they would have.
 
     Raises:
         UserError: clips of the base have no sound to load; a column of texts is of other captions than those that are asked
@@ -172,7 +179,12 @@ def open_columns(base: Rows, names: Mapping[str, str], cache: Cache | None) -> t
         Failure: another column lacks clips of the base.
     """
     caches = {name: c for name, c in names.items() if c in ("frame_diff", audio.COLUMN) or kind_of(c)}
-    opened = {name: _open(base, column, cache) for name, column in caches.items()}
+    live = live or {}
+    facts = compact.open_split(base.dataset, base.split, cache=cache)[1] if live else None
+    opened = {
+        name: live[column].open(base, facts) if column in live else _open(base, column, cache)
+        for name, column in caches.items()
+    }
     split = Split(base, names, {name: rows for name, (rows, _) in opened.items()}, Reader(cache))
     for name in split.texts:
         notes = _notes(split.columns[name])

@@ -15,6 +15,7 @@ import numpy as np
 from longtake.datasets import clip, later, text
 from longtake.datasets.errors import Failure
 from longtake.datasets.loader import captions, sound
+from longtake.datasets.loader.live import LiveRows
 from longtake.datasets.loader.order import sample_rng
 from longtake.datasets.loader.split import Split
 from longtake.datasets.loader.streams import Lengths, clips_of, latents_before
@@ -145,6 +146,8 @@ def _frame_diff(
 def _latents(split: Split, column: str, shard: int, cached: Mapping[str, Any], first: int, count: int) -> np.ndarray:
     """(count, 2, C, h, w) float16, or uint16 of bfloat16's bits, from number `first` on; only these bytes are read."""
     shape = (2, cached["channels"], cached["height"], cached["width"])
+    if isinstance(split.columns[column], LiveRows):
+        return np.zeros((count, *shape), _dtype(cached))  # to be filled in once they are encoded
     return _items(split, column, shard, cached, "step", _dtype(cached), shape, first, count)
 
 

@@ -20,10 +20,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from longtake.datasets import index, storage
+from longtake.datasets import encoding, index, storage
 from longtake.datasets.loader import to_model
 from longtake.infra.footage import generate
-from longtake.pipeline import latents, plan, streams
+from longtake.pipeline import latents, plan
 from longtake.pipeline.commit import make_group
 from longtake.pipeline.config import ClipConfig, CutConfig
 from longtake.training.models.pv_vae.model import PVVAE, config_from_preset
@@ -65,8 +65,8 @@ if __name__ == "__main__":
     torch.manual_seed(0)
     kind = torch.bfloat16 if arguments.precision == "bf16" else torch.float32
     model = PVVAE(config_from_preset(arguments.preset)).eval().requires_grad_(False).to(arguments.device, kind)
-    strides = streams.strides_of(model, arguments.preset)
-    settings = streams.Settings(
+    strides = encoding.strides_of(model, arguments.preset)
+    settings = encoding.Settings(
         size=None,
         precision=arguments.precision,
         dtype="float16",
@@ -80,7 +80,7 @@ if __name__ == "__main__":
         root = make_dataset(Path(folder), arguments.clips, arguments.side, arguments.seconds)
         rows = index.read_all(root, "train").to_pylist()
         tar = storage.join(root, "train", "00000.tar")
-        groups = streams.batches(streams.streams(rows, settings, strides), settings, strides)
+        groups = encoding.batches(encoding.streams(rows, settings, strides), settings, strides)
         chunks = list(latents.video_chunks(tar, groups, settings, strides, pool))
         videos = [[chunk for number, chunk in chunks if number == n] for n in range(len(groups))]
 
