@@ -91,10 +91,8 @@ def train(
 
             # Ask all ranks at once: whether to stop, whether a loss has leapt in the step before, which are not finite.
             flags = (stop_requested(), leaps, *update.nonfinite.values())
-            shown = [terms.get("loss", math.nan) for terms in update.terms]
-            (stopping, leapt, *bad), losses = guards.ask_ranks(flags, shown)
-            begun = [spikes.begins(step, *each) for each in zip(losses, update.keys, strict=True)]
-            leaps = any(begun)
+            (stopping, leapt, *bad), losses = guards.ask_ranks(flags, [t.get("loss", math.nan) for t in update.terms])
+            leaps = True in [spikes.begins(step, *each) for each in zip(losses, update.keys, strict=True)]
 
             # Count the updates that the engines have left out; too many end the training.
             for (name, here), anywhere in zip(update.nonfinite.items(), bad, strict=True):
@@ -103,8 +101,7 @@ def train(
                     nonfinite.record(step, name, bool(here), anywhere, list(chain.from_iterable(update.keys)))
 
             # Report a spike of the loss: with the next step's question, unless figures are due.
-            leaps_now = log_due and guards.ask_ranks([leaps])[0][0]
-            leaps = leaps and not log_due
+            leaps_now, leaps = log_due and guards.ask_ranks([leaps])[0][0], leaps and not log_due
             for number in [step - 1] * leapt + [step] * leaps_now:
                 spike_count += 1
                 progress.warn(f"the loss leaps at step {number}; {folder}/spikes.jsonl names the rank and the batch")
