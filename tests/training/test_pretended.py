@@ -131,11 +131,11 @@ def machine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Machine]:
     process.close()
 
 
-LONG = {"memory", "prior", "mavin", "wan"}
-families = [pytest.param(name, marks=[pytest.mark.slow] if name in LONG else []) for name in FAMILIES]
+def marked(*names: str, slow: set[str]) -> list[Any]:
+    return [pytest.param(name, marks=[pytest.mark.slow] if name in slow else []) for name in names]
 
 
-@pytest.mark.parametrize("name", families)
+@pytest.mark.parametrize("name", marked(*FAMILIES, slow={"memory", "prior", "mavin", "wan"}))
 def test_a_family_trains_at_full_size_and_never_waits_for_the_device(machine: Machine, name: str) -> None:
     told, size = machine.process.run(pretended.trained, machine.recipe(name), "training"), SIZES[name]
     assert told.parameters == size.parameters
@@ -148,10 +148,8 @@ def test_a_family_trains_at_full_size_and_never_waits_for_the_device(machine: Ma
     assert sum(told.waits.values()) <= (name in ("vqgan", "wan")), told.waits
 
 
-@pytest.mark.parametrize("name", families)
+@pytest.mark.parametrize("name", marked("vae", "vqgan", "encgan3", "latte", "memory", slow={"latte", "memory"}))
 def test_a_family_samples_and_no_step_of_its_solver_waits(machine: Machine, name: str) -> None:
-    if name == "tats":
-        pytest.skip("each token is drawn by `multinomial`, which asks the device whether it may")
     recipe = machine.recipe(name)
     few, many = (machine.process.run(pretended.sampled, recipe, "training", steps) for steps in (2, 3))
     # the families without a solver make more chunks, which wait once for each reason
