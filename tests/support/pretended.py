@@ -324,21 +324,6 @@ def _retrieved(made: fit.Largest, steps: int) -> Iterable[Any]:
     yield retrieval.retrieve(model, history.memory_of(model, stretch), [0, 3, 5], (16, 16), torch.Generator(), steps)
 
 
-def _remembered(made: fit.Largest, steps: int) -> Iterable[Any]:
-    from longtake.training.models.memory import segments
-
-    model, codec = cast(Any, made.objective.modules["model"]), cast(Any, made.beside[0])
-    settings = segments.Settings(steps=steps)
-    return segments.generate(model, codec, 2 * model.config.shape[0], [1], settings=settings)
-
-
-def _tokens(made: fit.Largest, steps: int) -> Iterable[Any]:
-    from longtake.training.models.tats import rollout, sample
-
-    model, vqgan = cast(Any, made.objective.modules["model"]), made.beside[0]
-    return sample.videos_of(rollout.Rollout(model, [1], sample.Settings()), vqgan, steps)
-
-
 def _reconstructed(made: fit.Largest, steps: int) -> Iterable[Any]:
     from longtake.datasets.loader import to_model
     from longtake.training.models.common.codec import to_array
@@ -356,34 +341,12 @@ def _clips(made: fit.Largest, steps: int) -> Iterable[Any]:
     return Rollout(model, [1]).pixels(steps * model.config.frames)
 
 
-def _filled(made: fit.Largest, steps: int) -> Iterable[Any]:
-    from longtake.training.models.generator import InfillSettings
-    from longtake.training.models.mavin import infill
-
-    model, codec = cast(Any, made.objective.modules["model"]), cast(Any, made.beside[0])
-    count, *sides = model.config.shape
-    before, after = (torch.randn(1, model.config.channels, count // 4, *sides, device=_device()) for _ in range(2))
-    gap = codec.config.temporal_stride * (model.config.gap[0])
-    yield infill.fill(model, codec, (before, after), gap, [(1, 0)], infill.Hints(), InfillSettings(steps=steps))
-
-
-def _shown(made: fit.Largest, steps: int) -> Iterable[Any]:
-    from longtake.training.models.backbone import sample
-
-    model = cast(Any, made.objective.modules["model"])
-    yield sample.sample([model], model.config.shape, [1], sample.Settings(steps=steps))
-
-
 SAMPLERS: dict[str, Callable[[fit.Largest, int], Iterable[Any]]] = {
     "finetune_latte": _latte,
     "pretrain_memory": _retrieved,
-    "finetune_memory_prior": _remembered,
-    "pretrain_tats": _tokens,
     "pretrain_vae": _reconstructed,
     "pretrain_vqgan": _reconstructed,
     "pretrain_encgan3": _clips,
-    "finetune_mavin": _filled,
-    "finetune_backbone": _shown,
 }
 
 
