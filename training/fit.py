@@ -206,7 +206,8 @@ def trace_of(stage: Any, config: Any, inputs: Mapping[str, Source], world: int) 
                 module.bfloat16()
         for module in (*modules.values(), *beside):
             to_fake(module, engines.device())
-        batch = {k: v.to(engines.device()) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
+        moves = {k for k, v in batch.items() if isinstance(v, torch.Tensor)} - set(objective.on_host)
+        batch = {k: v.to(engines.device()) if k in moves else v for k, v in batch.items()}
         beside_bytes = sum(t.nbytes for module in beside for t in (*module.parameters(), *module.buffers()))
         weights = trace.watch(*modules.values(), *beside) - beside_bytes
         # gradients of the passes before are there in all but the first

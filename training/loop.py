@@ -61,7 +61,7 @@ def train(
     _rehearse(objective, run, config, foreseen)
     step, weights = run.step, ema.weights_of(run.engines[objective.lead])
     nonfinite = guards.Nonfinite(folder, config.skip_nonfinite, run.left_out)
-    spikes, spike_count = guards.Spikes(folder, config.run.spike), 0
+    spikes, spike_count, leaps = guards.Spikes(folder, config.run.spike), 0, False
     checkpoints = checkpoint.Checkpoints(
         folder, config.run.keep_checkpoints, config.run.keep_every, config.run.upload, config.run.stall_seconds
     )
@@ -81,7 +81,7 @@ def train(
             # Forward and backward of every engine, in as many passes as accumulate; the last one updates the weights.
             for number in range(config.accumulate):
                 with progress.part(step, "data"):
-                    batch = _on_device(next(batches))
+                    batch = _on_device(next(batches), objective)
                 rng, seed = _seeded(config, step, number)
                 update.begin_pass(batch)
                 for name, rate in rates.items():
@@ -91,13 +91,11 @@ def train(
                 update.tokens += objective.tokens(batch) if objective.tokens else 0
             step += 1
 
-            # Ask all ranks: whether to stop, whether a loss spikes, which losses are not finite.
-            spiking = [
-                spikes.begins(step, float(terms.get("loss", math.nan)), keys)
-                for terms, keys in zip(update.terms, update.keys, strict=True)
-            ]
+            # Ask all ranks at once: whether to stop, whether a loss has leapt in the step before, which are not finite.
+            flags = (stop_requested(), leaps, *update.nonfinite.values())
             with progress.part(step, "exchange"):
-                stopping, spiked, *bad = guards.on_any_rank(stop_requested(), any(spiking), *update.nonfinite.values())
+                (stopping, leapt, *bad), losses = guards.ask_ranks(flags, [t.get("loss", math.nan) for t in update.terms])
+            leaps = True in [spikes.begins(step, *each) for each in zip(losses, update.keys, strict=True)]
 
             # Count the updates that the engines have left out; too many end the training.
             for (name, here), anywhere in zip(update.nonfinite.items(), bad, strict=True):
@@ -105,10 +103,11 @@ def train(
                 if anywhere or engines.left_out(run.engines[name]):
                     nonfinite.record(step, name, bool(here), anywhere, list(chain.from_iterable(update.keys)))
 
-            # Report a spike of the loss.
-            if spiked:
+            # Report a spike of the loss: with the next step's question, unless figures are due.
+            leaps_now, leaps = log_due and guards.ask_ranks([leaps])[0][0], leaps and not log_due
+            for number in [step - 1] * leapt + [step] * leaps_now:
                 spike_count += 1
-                progress.warn(f"the loss leaps at step {step}; {folder}/spikes.jsonl names the rank and the batch")
+                progress.warn(f"the loss leaps at step {number}; {folder}/spikes.jsonl names the rank and the batch")
 
             # Move the averages.
             ema.move(run.averages, weights, step)
@@ -199,7 +198,7 @@ def _rehearse(objective: Objective, run: _Run, config: TrainConfig, foreseen: fl
     """
     if not objective.largest or run.step >= config.steps:
         return
-    batch = _on_device(objective.largest())
+    batch = _on_device(objective.largest(), objective)
     for number in range(config.accumulate):
         rng, seed = _seeded(config, run.step, number)
         carry: dict[str, Any] = {}
@@ -335,9 +334,10 @@ def _speed_up(objective: Objective, config: TrainConfig) -> None:
             block.compile()
 
 
-def _on_device(batch: Batch) -> Batch:
+def _on_device(batch: Batch, objective: Objective) -> Batch:
     device = engines.device()
-    return {k: v.to(device, non_blocking=True) if isinstance(v, Tensor) else v for k, v in batch.items()}
+    moves = {k for k, v in batch.items() if isinstance(v, Tensor)} - set(objective.on_host)
+    return {k: v.to(device, non_blocking=True) if k in moves else v for k, v in batch.items()}
 
 
 @contextmanager
@@ -391,7 +391,7 @@ def _heldout(objective: Objective, run: _Run, config: TrainConfig, step: int) ->
             torch.manual_seed(seed)
             rng = torch.Generator(device).manual_seed(seed)
             # without the other engines: the loss that needs no opponent
-            _, terms = objective.loss(Turn(name, {name: lead}, _on_device(clip), step, rng, seed, {}))
+            _, terms = objective.loss(Turn(name, {name: lead}, _on_device(clip, objective), step, rng, seed, {}))
             rows.append({f"heldout/{term}": value if counts else math.nan for term, value in terms.items()})
     return means(rows)
 

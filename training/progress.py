@@ -188,13 +188,22 @@ def means(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
 
 def _totals(rows: Sequence[Mapping[str, Any]]) -> dict[str, tuple[float, int]]:
     """The sum and the number of the finite values of each metric."""
+    names = dict.fromkeys(name for row in rows for name in row)
+    values = {name: [row[name] for row in rows if name in row] for name in names}
+    # one copy of all that is on the device, since each number by itself would make the host wait
+    tensors = [v.detach().float() for column in values.values() for v in column if _on_device(v)]
+    found = iter(torch.stack(tensors).cpu() if tensors else ())
     totals = {}
-    for name in dict.fromkeys(name for row in rows for name in row):
-        # brought together on the device, since each number by itself would make it wait
-        values = torch.stack([torch.as_tensor(row[name]).float() for row in rows if name in row]).cpu().double()
-        finite = values[values.isfinite()]
+    for name, column in values.items():
+        numbers = [next(found) if _on_device(v) else torch.as_tensor(v).float() for v in column]
+        on_host = torch.stack(numbers).double()
+        finite = on_host[on_host.isfinite()]
         totals[name] = (float(finite.sum()), finite.numel())
     return totals
+
+
+def _on_device(value: Any) -> bool:
+    return isinstance(value, torch.Tensor) and value.device.type != "cpu"
 
 
 class Profile:

@@ -2,6 +2,7 @@
 
 import gc
 import logging
+import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -275,7 +276,9 @@ def _finish_gradients(clip: float, optimizer: Any, *_: Any) -> None:
     """Clip, and skip the update where a gradient is not finite, as DeepSpeed does itself at all other stages."""
     parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
     norm = torch.nn.utils.get_total_norm([p.grad for p in parameters])
-    optimizer.norm, optimizer.left_out = float(norm), not bool(torch.isfinite(norm))
+    # the host waits here for the device, once an update: it decides whether weights change
+    optimizer.norm = float(norm)
+    optimizer.left_out = not math.isfinite(optimizer.norm)
     if optimizer.left_out:
         for parameter in parameters:
             parameter.grad = None
@@ -288,9 +291,10 @@ def left_out(engine: Any) -> bool:
     return bool(engine.optimizer.left_out if _is_plain_fp32(engine) else engine.optimizer.overflow)
 
 
-def gradient_norm(engine: Any) -> float:
-    """Global norm of the gradients of the update just made, before clipping."""
-    return float(engine.optimizer.norm if _is_plain_fp32(engine) else engine.get_global_grad_norm())
+def gradient_norm(engine: Any) -> Tensor | float:
+    """Global norm of the gradients of the update just made, before clipping; to read it may wait for the device."""
+    norm: Tensor | float = engine.optimizer.norm if _is_plain_fp32(engine) else engine.get_global_grad_norm()
+    return norm
 
 
 def set_lr(engine: Any, lr: float) -> None:

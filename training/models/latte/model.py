@@ -252,7 +252,10 @@ class Latte(Normalising):
     def _positions(self, shape: Sequence[int], start: Tensor | int, device: torch.device) -> Tensor:
         """The sum of the embeddings of frame, row and column: `(B or 1, T, h, w, D)` in the dtype of the weights."""
         frames, height, width = shape[1:4]
-        later = (torch.as_tensor(start, device=device).reshape(-1, 1) > 0).long()
+        if not isinstance(start, Tensor):
+            # a number of the host is written by a kernel: a copy of it would wait for the device, in each solver step
+            start = torch.full((), start, device=device)
+        later = (start.to(device).reshape(-1, 1) > 0).long()
         time = sincos(torch.arange(frames, device=device) + later, self.config.width)
         rows, columns = (
             sincos((torch.arange(n, device=device) + 0.5) * scale - 0.5, self.config.width // 2)

@@ -35,7 +35,7 @@ from longtake.training.models.memory.data import (
 from longtake.training.models.memory.dit import MemoryDiT
 from longtake.training.models.memory.dit_config import MemoryDiTConfig
 from longtake.training.models.memory.foreign import MemoryBackbone, MemoryBackboneConfig
-from longtake.training.models.memory.history import full_tokens
+from longtake.training.models.memory.history import ON_HOST, full_tokens
 from longtake.training.models.memory.model import MemoryModel
 from longtake.training.models.memory.model_config import MemoryModelConfig
 from longtake.training.objective import Engines, Objective, Terms, Turn
@@ -81,6 +81,7 @@ def objective_of(
         tokens=partial(full_tokens, setup.model.config.patch),
         blocks=list(setup.model.blocks()),
         heldout=heldout_of(config, setup),
+        on_host=ON_HOST,
     )
 
 
@@ -155,7 +156,7 @@ def largest_of(
         batch["pooled_mask"] = torch.ones(count, 1, dtype=torch.bool)
     assert window.encoder
     made = MemoryBackbone(model) if isinstance(model, MemoryBackboneConfig) else MemoryDiT(model)  # type: ignore[arg-type]
-    objective = Objective({"model": made}, partial(loss, config, made))
+    objective = Objective({"model": made}, partial(loss, config, made), on_host=ON_HOST)
     return Largest(objective, batch, sizes.beside(config, window.encoder))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
+import torch
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, model_validator
 from torch import Tensor
 
@@ -130,7 +131,8 @@ class TATSConfig(BaseModel):
         """A window's tokens `(B, t, h, w)` in the order in which they are read: `(B, n)`."""
         if tokens.shape[1:] != self.shape:
             raise ValueError(f"tokens have shape {tuple(tokens.shape)}; this model needs (B, {self._sides})")
-        return tokens[:, list(self.order)].flatten(1)
+        # a list as an index would be copied to the device, which waits for all before it
+        return torch.stack([tokens[:, place] for place in self.order], dim=1).flatten(1)
 
     @property
     def _sides(self) -> str:
