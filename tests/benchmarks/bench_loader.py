@@ -232,7 +232,7 @@ def latent(dataset: str, repeats: int, batches: int) -> None:
     for workers in (0, WORKERS):
         loader = Loader(dataset, workers=workers, **options)
         split = loader.plan.split
-        files = [os.open(split.columns[LATENT].tar(n)[0], os.O_RDONLY) for n in range(len(split.base.shards))]
+        files = [os.open(split.columns[split.latents[0]].tar(n)[0], os.O_RDONLY) for n in range(len(split.base.shards))]
 
         def raw(job: tuple[int, int, int, list[int] | None]) -> None:
             file, start, size, sums = job
@@ -255,7 +255,7 @@ def latent(dataset: str, repeats: int, batches: int) -> None:
             jobs: list[list[Any]] = [[] for _ in bare.pipes]
             for n in range(number, number + batches):
                 for at, row_at, _, frames in windows(loader, n):
-                    place = split.columns[LATENT].of(at).slice(row_at, 1).to_pylist()[0]
+                    place = split.columns[split.latents[0]].of(at).slice(row_at, 1).to_pylist()[0]
                     first, count = frames[0] // FACTOR, 1 + (FRAMES - 1) // FACTOR
                     start = place["offset"] + place["size"] - (STEPS - first) * step
                     sums = np.frombuffer(place["step_crc32"], "<u4")[first : first + count].tolist()
