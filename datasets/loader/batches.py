@@ -6,7 +6,7 @@
 import functools
 import sys
 from collections import deque
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
@@ -42,7 +42,7 @@ class Batches:
     _epochs: dict[tuple[int, int], tuple[order.Epoch, np.ndarray, np.ndarray | None]] = field(default_factory=dict)
     _fetched: set[tuple[int, int, int]] = field(default_factory=set)
 
-    def make(self, numbers: Iterator[int], empty: Empty = np.empty) -> Iterator[dict[str, Any]]:
+    def make(self, numbers: Iterator[int], empty: Empty = np.empty) -> Generator[dict[str, Any]]:
         if not self.remote:
             for number in numbers:
                 epoch, window, samples = self.samples_of(number)

@@ -1,7 +1,7 @@
 """Several loaders as one stream of batches."""
 
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -51,7 +51,7 @@ class _Mixed:
     def __init__(self, plans: list[Plan], names: list[str], weights: list[float], seed: int) -> None:
         self.plans, self.names, self.weights, self.seed = plans, names, weights, seed
 
-    def make(self, numbers: Iterator[int], empty: Empty = np.empty) -> Iterator[dict[str, Any]]:
+    def make(self, numbers: Iterator[int], empty: Empty = np.empty) -> Generator[dict[str, Any]]:
         queues: list[deque[int]] = [deque() for _ in self.plans]
         turns = deque[int]()
 
