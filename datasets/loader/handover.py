@@ -6,6 +6,7 @@ Slabs are files without a name: nothing stays behind processes that are killed, 
 """
 
 import io
+import math
 import mmap
 import os
 import pickle
@@ -27,6 +28,7 @@ class _Slab:
     number: int
     memory: mmap.mmap
     address: int
+    peers: "list[_Slab]"  # the free slabs of this size
     array: weakref.ref[np.ndarray] | None = None  # that was made in it last
     sent: bool = False
 
@@ -37,32 +39,35 @@ class Sender:
     def __init__(self, pipe: Connection) -> None:
         self._pipe = pipe
         self._slabs: list[_Slab] = []
-        self._free: list[_Slab] = []
+        self._free: dict[int, list[_Slab]] = {}  # by size
         self._by_address: dict[int, _Slab] = {}
 
     def empty(self, shape: tuple[int, ...], dtype: Any) -> np.ndarray:
         """An array of any values in a slab, or in this process's memory if it is small."""
-        dtype, count = np.dtype(dtype), int(np.prod(shape))
+        dtype, count = np.dtype(dtype), math.prod(shape)
         if (size := count * dtype.itemsize) < _SMALL:
             return np.empty(shape, dtype)
         slab = self._slab(size)
         array: np.ndarray = np.frombuffer(slab.memory, dtype, count)
         # an array that is not handed over frees its slab here
-        slab.array = weakref.ref(array, lambda _: None if slab.sent else self._free.append(slab))
+        slab.array = weakref.ref(array, lambda _: None if slab.sent else slab.peers.append(slab))
         return array.reshape(shape)
 
     def _slab(self, size: int) -> _Slab:
-        fitting = [slab for slab in self._free if size <= len(slab.memory) <= 2 * size + mmap.PAGESIZE]
-        if fitting:
-            # the one whose pages are likeliest still in the processor's cache
-            self._free.remove(slab := fitting[-1])
+        # sizes an eighth apart, so that arrays of about the same size share slabs
+        step = max(mmap.PAGESIZE, 1 << (size.bit_length() - 4))
+        size = -(-size // step) * step
+        free = self._free.setdefault(size, [])
+        if free:
+            # the last one: its pages are likeliest still in the processor's cache
+            slab = free.pop()
             slab.sent = False
             return slab
         handle = os.memfd_create("batch")
         try:
-            os.ftruncate(handle, -(-size // mmap.PAGESIZE) * mmap.PAGESIZE)
+            os.ftruncate(handle, size)
             memory = mmap.mmap(handle, 0)
-            slab = _Slab(len(self._slabs), memory, np.frombuffer(memory, np.uint8).ctypes.data)
+            slab = _Slab(len(self._slabs), memory, np.frombuffer(memory, np.uint8).ctypes.data, free)
             self._pipe.send_bytes(b"slab")
             reduction.send_handle(self._pipe, handle, os.getppid())
         finally:
@@ -79,7 +84,8 @@ class Sender:
 
     def reuse(self, numbers: Iterable[int]) -> None:
         """Take back slabs that the other side has no tensors of any more."""
-        self._free += [self._slabs[number] for number in numbers]
+        for number in numbers:
+            self._slabs[number].peers.append(self._slabs[number])
 
     def _place(self, tensor: torch.Tensor) -> tuple[Any, ...]:
         """Where the other side finds a tensor's values."""
@@ -88,8 +94,8 @@ class Sender:
         # made elsewhere, or a second view of the same memory
         if slab is None or slab.sent:
             if tensor.nbytes < _SMALL:
-                data = tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
-                return tensor.dtype, tuple(tensor.shape), data
+                plain = tensor.view(torch.uint16) if tensor.dtype == torch.bfloat16 else tensor
+                return tensor.dtype, tuple(tensor.shape), plain.numpy().tobytes()
             memory = torch.from_numpy(self.empty((tensor.nbytes,), np.uint8))
             tensor = memory.view(tensor.dtype).view(tensor.shape).copy_(tensor)
             storage = tensor.untyped_storage()

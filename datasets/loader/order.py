@@ -40,8 +40,11 @@ class Epoch:
         """(P,) the numbers of the samples at these (P,) positions of the epoch."""
         if self.seed is None:
             return np.asarray(positions)
+        blocks = self.ends.searchsorted(positions, "right")
+        if (blocks == blocks[0]).all():
+            number = int(blocks[0])
+            return self._shuffled(number)[positions - (self.ends[number - 1] if number else 0)]
         samples = np.empty(len(positions), np.int64)
-        blocks = np.searchsorted(self.ends, positions, "right")
         for number in np.unique(blocks).tolist():
             in_block = blocks == number
             start = self.ends[number - 1] if number else 0
