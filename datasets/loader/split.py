@@ -132,6 +132,12 @@ class Split:
     def latent_codes(self, shard: int, number: int) -> list[Items]:
         """The `codes` of each column of latents. Raises Failure where a clip has other latents in one than in another."""
         columns = [self.codes(column, shard, number) for column in self.latents]
+        if len(columns) > 1:
+            self.check_alike(shard, number, columns)
+        return columns
+
+    def check_alike(self, shard: int, number: int, columns: Sequence[Items]) -> None:
+        """Raise Failure where a clip has other latents in one column, by the `codes` of each, than in another."""
         for column, items in zip(self.latents[1:], columns[1:], strict=True):
             where = f"{self.columns[column].tar(shard)[0]}: {self.base.lists(shard)['key'][number]}"
             first_column, first = self.names[self.latents[0]], columns[0]
@@ -145,7 +151,6 @@ class Split:
                     f"{where}: begins at step {items.before[number]} of its stream, and at"
                     f" {first.before[number]} in {first_column}; encode both with the same join_seconds"
                 )
-        return columns
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_items": {}}

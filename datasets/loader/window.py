@@ -141,10 +141,7 @@ def _video(
 ) -> None:
     """Fill `video` (3, T, H, W) uint8."""
     mp4 = split.reader.member(split.base, shard, *_span(row, "mp4_"))
-    name = f"{split.base.tar(shard)[0]}: {row['key']}.mp4"
-    size = video.shape[2], video.shape[3]
-    for n, frame in enumerate(clip.fitted(mp4, (row["height"], row["width"]), frames, size, name, place)):
-        video[:, n] = frame.transpose(2, 0, 1)
+    clip.fill(video, mp4, (row["height"], row["width"]), frames, f"{split.base.tar(shard)[0]}: {row['key']}.mp4", place)
 
 
 def _frame_diff(
@@ -203,9 +200,12 @@ def _history(
         out |= sound.before_window(split, sample.shard, before, row, start, count)
 
     if split.latents:
-        codes_of = ((number, split.latent_codes(sample.shard, number)) for number, _ in before)
+        shard, numbers_before = sample.shard, [number for number, _ in before]
+        codes_of = ((number, [split.codes(name, shard, number) for name in split.latents]) for number in numbers_before)
         # a clip without latents ends the history
         clips = list(takewhile(lambda clip: all(items.counts[clip[0]] for items in clip[1]), codes_of))
+        for number, columns in clips:
+            split.check_alike(shard, number, columns)
         first = clips[0][1][0]
         latents = start // (factor := first.units[sample.row])
         latents = latents - np.arange(round(window.history_seconds * row["fps"] / factor), 0, -1)
