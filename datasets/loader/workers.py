@@ -123,6 +123,8 @@ def _by_workers(plan: Plan, start: int, end: int | None, count: int) -> Generato
 def _close(workers: Sequence["_Worker"]) -> None:
     for worker in workers:
         worker.pipe.close()
+        # whatever it is at: it has nothing that would have to be put in order
+        worker.process.kill()
     for worker in workers:
         worker.process.join()
 
