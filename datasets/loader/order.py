@@ -41,7 +41,7 @@ class Epoch:
         if self.seed is None:
             return np.asarray(positions)
         blocks = self.ends.searchsorted(positions, "right")
-        if (blocks == blocks[0]).all():
+        if len(blocks) and (blocks == blocks[0]).all():
             number = int(blocks[0])
             return self._shuffled(number)[positions - (self.ends[number - 1] if number else 0)]
         samples = np.empty(len(positions), np.int64)
