@@ -5,7 +5,6 @@ import hashlib
 import re
 import tarfile
 import threading
-import zlib
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -13,6 +12,7 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
+from isal import isal_zlib
 
 from longtake.datasets import (
     audio,
@@ -148,7 +148,7 @@ class _Member:
         data = self.offset - start
         self.header += block[max(0, data - tarfile.BLOCKSIZE) : max(0, data)]
         part = memoryview(block)[max(0, data) : max(0, data + self.size)]
-        self.checksum = zlib.crc32(part, self.checksum)
+        self.checksum = isal_zlib.crc32(part, self.checksum)
         if self.sha256 is not None:
             self.digest.update(part)
 

@@ -1,10 +1,11 @@
 """The loader: any split, view and columns of a dataset as a deterministic stream of batches.
 
 `split` opens the columns, `selection` says which samples take part and `buckets` which of them share batches. `order` is the
-order of an epoch, `batches` makes a batch from its number alone, `window` a sample, and `workers` run them.
+order of an epoch, `batches` makes a batch from its number alone, `window` a sample in its place of the batch (`room`), of
+latents and tokens by `codes`. `workers` run them, and `handover` brings their batches over.
 
-Samples are read by their byte offsets and cross process borders as uint8. The state is the number of batches taken:
-resuming opens the tars that come next, at the bytes where they are needed, and replays nothing.
+Samples are read by their byte offsets, each byte is copied once, and the pixels of a batch are uint8. The state is the number of
+batches taken: resuming opens the tars that come next, at the bytes where they are needed, and replays nothing.
 """
 
 from collections.abc import Mapping, Sequence

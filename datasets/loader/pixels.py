@@ -30,7 +30,7 @@ def pixels(split: Split, sample: Sample, window: Window, loaded: Mapping[str, An
     assert size
     video = np.empty((remaining, *size, 3), np.uint8)
     at = 0
-    for number in clips_of(rows, sample.shard, sample.row):
+    for number in clips_of(split.codes(split.live[0], sample.shard, sample.row).before, sample.row):
         row = split.base.row(sample.shard, number)
         count = min(remaining - at, row["frame_count"])
         if not count:

@@ -79,7 +79,7 @@ class Plans:
     def rank(self, rank: int, world: int, workers: int, start: int, end: int) -> list[list[str]]:
         """The batches of one rank as its workers give them, dealt in turn."""
 
-        def load(split: Any, sample: Any, window: Window) -> dict[str, Any]:
+        def load(split: Any, sample: Any, window: Window, _: Any) -> dict[str, Any]:
             row = int(split.base.starts[sample.shard]) + sample.row
             return {"key": f"{window.frames}:{row}.{sample.chance[2]}"}
 

@@ -1,0 +1,91 @@
+"""Batches handed over through shared memory: the same on the other side, for as long as they are held, in bounded memory."""
+
+from collections.abc import Iterator
+from multiprocessing import Pipe
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from longtake.datasets.loader.handover import Receiver, Sender
+
+LARGE = (4, 5, 1000)  # bytes that go through memory
+
+
+@pytest.fixture
+def ends() -> Iterator[tuple[Sender, Receiver]]:
+    ours, theirs = Pipe()
+    with ours, theirs:
+        yield Sender(ours), Receiver(theirs)
+
+
+def handed(sender: Sender, receiver: Receiver, batch: dict[str, Any]) -> dict[str, Any]:
+    sender.send([batch])
+    (got,) = receiver.receive()
+    sender.reuse(receiver.unused())
+    return dict(got)
+
+
+def filled(sender: Sender, value: int) -> torch.Tensor:
+    array = sender.empty(LARGE, np.int16)
+    array[:] = value
+    return torch.from_numpy(array)
+
+
+def bytes_of(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.contiguous().reshape(-1).view(torch.uint8)
+
+
+def test_tensors_of_every_kind_arrive_as_they_were(ends: tuple[Sender, Receiver]) -> None:
+    array = ends[0].empty(LARGE, np.uint16)
+    array[:] = np.arange(array.size).reshape(LARGE)
+    bits = torch.from_numpy(array)
+    batch = {
+        "key": ["a", "b"],
+        "permuted": bits.view(torch.bfloat16).permute(0, 2, 1),
+        "again": bits[1:, :, ::2],
+        "made elsewhere": torch.randn(3, 20_000).T,
+        "small": torch.randn(2, 3).to(torch.bfloat16).T,
+        "mask": torch.tensor([True, False]),
+        "empty": torch.empty(2, 0, dtype=torch.int64),
+        "number": torch.tensor(3.5, dtype=torch.float64),
+    }
+    got = handed(*ends, batch)
+    assert got.keys() == batch.keys() and got["key"] == ["a", "b"]
+    for name, sent in list(batch.items())[1:]:
+        assert isinstance(sent, torch.Tensor)
+        assert got[name].dtype == sent.dtype and got[name].shape == sent.shape, name
+        assert torch.equal(bytes_of(got[name]), bytes_of(sent)), name
+    assert got["permuted"].stride() == batch["permuted"].stride()
+
+
+def test_what_is_held_stays_while_others_come(ends: tuple[Sender, Receiver]) -> None:
+    held, views = {}, {}
+    for number in range(40):
+        got = handed(*ends, {"latent": filled(ends[0], number)})["latent"]
+        if number % 5 == 0:
+            held[number] = got
+        elif number % 5 == 1:
+            # of a tensor that is gone
+            views[number] = got[1:2, :, 7]
+    assert all((held[number] == number).all() for number in held)
+    assert all((views[number] == number).all() for number in views)
+
+
+def test_memory_is_used_again_when_its_tensors_are_gone(ends: tuple[Sender, Receiver]) -> None:
+    places = set()
+    for number in range(40):
+        got = handed(*ends, {"latent": filled(ends[0], number)})["latent"]
+        assert (got == number).all()
+        places.add(got.data_ptr())
+    assert len(places) <= 3
+
+
+def test_an_array_that_is_not_handed_over_takes_no_memory(ends: tuple[Sender, Receiver]) -> None:
+    places = set()
+    for _ in range(40):
+        array = ends[0].empty(LARGE, np.int16)
+        places.add(array.ctypes.data)
+        del array
+    assert len(places) == 1
