@@ -11,6 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from longtake.datasets import annotations, later
+from longtake.datasets.verify import verify
 from longtake.pipeline import discover, listed, plan
 
 Planned = Callable[[], tuple[int, int]]
@@ -51,6 +52,8 @@ def test_what_is_planned_is_not_read_again(tmp_path: Path, planned: Planned) -> 
     write(tmp_path, row(1), row(2), row(3))
     assert planned() == (3, 3)
     assert planned() == (3, 0)
+    assert (tmp_path / "dataset" / listed.RECORD).is_file()
+    assert not any(listed.RECORD in problem for problem in verify(str(tmp_path / "dataset")))
 
 
 def test_a_manifest_of_the_same_length_and_age_is_read_by_its_bytes(tmp_path: Path, planned: Planned) -> None:
