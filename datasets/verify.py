@@ -38,6 +38,7 @@ _STAGES = {
     "caption-": "caption",
     text.PREFIX: "cache_text",
 }  # what makes a column, by how its name begins
+_FILES = ("dataset.json", "listed.json", "unreachable.json")
 _FOLDERS = {"plan", "sources", "views", "compact", "annotations", "answers", "clusters"}
 
 
@@ -292,7 +293,7 @@ def layout_problems(dataset: str) -> Iterator[str]:
 
 def _stray_files(dataset: str, committed: set[tuple[str, str]]) -> Iterator[str]:
     for name in storage.names(dataset):
-        if name not in {"dataset.json", "unreachable.json", *_FOLDERS, *schema.SPLITS} and not name.startswith("."):
+        if name not in {*_FILES, *_FOLDERS, *schema.SPLITS} and not name.startswith("."):
             yield f"{storage.join(dataset, name)}: belongs to nothing in this dataset; delete it"
     for split in schema.SPLITS:
         for name in storage.names(storage.join(dataset, split)):
