@@ -94,7 +94,9 @@ def train(
             # Ask all ranks at once: whether to stop, whether a loss has leapt in the step before, which are not finite.
             flags = (stop_requested(), leaps, *update.nonfinite.values())
             with progress.part(step, "exchange"):
-                (stopping, leapt, *bad), losses = guards.ask_ranks(flags, [t.get("loss", math.nan) for t in update.terms])
+                (stopping, leapt, *bad), losses = guards.ask_ranks(
+                    flags, [t.get("loss", math.nan) for t in update.terms]
+                )
             leaps = True in [spikes.begins(step, *each) for each in zip(losses, update.keys, strict=True)]
 
             # Count the updates that the engines have left out; too many end the training.
