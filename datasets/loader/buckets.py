@@ -147,10 +147,12 @@ def _combined(sides: Sequence[np.ndarray]) -> tuple[np.ndarray, list[tuple[int, 
 def _coded(sides: Sequence[np.ndarray], above: np.ndarray | None = None) -> pa.DictionaryArray:
     """Sides of each row in 16 bits each, lowest first, and a number above two of them."""
     # two sides, the common case, in half the memory and time
-    kind = np.uint32 if above is None and len(sides) <= 2 else np.uint64
-    code = sides[0].astype(kind) if above is None else (above.astype(kind) << kind(32)) | sides[0].astype(kind)
+    kind = np.dtype(np.uint32 if above is None and len(sides) <= 2 else np.uint64)
+    code = sides[0].astype(kind)
+    if above is not None:
+        code |= np.left_shift(above.astype(kind), 32, dtype=kind)
     for n, side in enumerate(sides[1:], 1):
-        code |= side.astype(kind) << kind(16 * n)
+        code |= np.left_shift(side.astype(kind), 16 * n, dtype=kind)
     return pa.array(code).dictionary_encode()
 
 

@@ -78,7 +78,7 @@ def read(
         Failure: they are missing, or have other checksums.
     """
     begin = items.begins[number] + first * (size := place.nbytes // len(place))
-    data = memoryview(place).cast("B")
+    data = place.data.cast("B")
     data[:] = reader.range(rows, shard, begin, place.nbytes)
     # of the copy, so that the way into memory is checked too
     found = [isal_zlib.crc32(data[start : start + size]) for start in range(0, place.nbytes, size)]

@@ -211,8 +211,8 @@ def _history(
         for number, columns in clips:
             split.check_alike(shard, number, columns)
         first = clips[0][1][0]
-        latents = start // (factor := first.units[sample.row])
-        latents = latents - np.arange(round(window.history_seconds * row["fps"] / factor), 0, -1)
+        factor = first.units[sample.row]
+        latents = start // factor - np.arange(round(window.history_seconds * row["fps"] / factor), 0, -1)
         pieces = _by_clip(latents, [(number, first.counts[number]) for number, _ in clips])
         for column, items in zip(split.latents, clips[0][1], strict=True):
             room = np.zeros((len(latents), *items.shapes[sample.row]), items.dtypes[sample.row])
