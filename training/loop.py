@@ -7,26 +7,26 @@ random state. Ranks that share windows (`engines.share_windows`) count as one.
 import importlib
 import math
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from itertools import chain, count, islice
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from longtake.datasets.errors import Interrupted, UserError
-from longtake.datasets.loader import Loader, Stream
+from longtake.datasets.loader import Stream
 from longtake.datasets.stage import content
 from longtake.training import checkpoint, engines, guards
+from longtake.training.asides import heldout, on_device, pass_seed, sample
 from longtake.training.checkpoint import upload
 from longtake.training.config import TrainConfig
 from longtake.training.engines import activations, ema
 from longtake.training.objective import Batch, Engines, Objective, Turn
-from longtake.training.progress import Progress, means, peak
+from longtake.training.progress import Progress, peak
 from longtake.training.tracker import Tracker
 
 _ALL_RANKS = 1 << 31  # in place of a rank, in the seed that all share
@@ -81,7 +81,7 @@ def train(
             # Forward and backward of every engine, in as many passes as accumulate; the last one updates the weights.
             for number in range(config.accumulate):
                 with progress.part(step, "data"):
-                    batch = _on_device(next(batches), objective)
+                    batch = on_device(next(batches), objective)
                 rng, seed = _seeded(config, step, number)
                 update.begin_pass(batch)
                 for name, rate in rates.items():
@@ -127,7 +127,7 @@ def train(
             # Sample videos to look at.
             if objective.sample and config.run.sample_every and step % config.run.sample_every == 0:
                 with progress.aside(step, "sample"):
-                    for name, video in _sample(objective, run.engines, config.seed).items():
+                    for name, video in sample(objective, run.engines, config.seed).items():
                         if tracker:
                             tracker.video(step, name, video, objective.fps)
                     if tracker and objective.prompts:
@@ -136,7 +136,7 @@ def train(
             # Measure held-out clips.
             if config.run.heldout_every and (step % config.run.heldout_every == 0 or step == config.steps):
                 with progress.aside(step, "heldout"):
-                    figures = _heldout(objective, run, config, step)
+                    figures = heldout(objective, run.engines, run.averages, config, step)
                 if tracker and figures:
                     tracker.log(step, figures)
 
@@ -200,7 +200,7 @@ def _rehearse(objective: Objective, run: _Run, config: TrainConfig, foreseen: fl
     """
     if not objective.largest or run.step >= config.steps:
         return
-    batch = _on_device(objective.largest(), objective)
+    batch = on_device(objective.largest(), objective)
     for number in range(config.accumulate):
         rng, seed = _seeded(config, run.step, number)
         carry: dict[str, Any] = {}
@@ -306,11 +306,6 @@ def learning_rates(objective: Objective, config: TrainConfig, step: int) -> dict
     return rates
 
 
-def pass_seed(*numbers: int) -> int:
-    """A seed from the training's seed, step, pass and rank, or from whatever else tells a draw from the others."""
-    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1)
-
-
 def _seeded(config: TrainConfig, step: int, number: int) -> tuple[torch.Generator, int]:
     """Seed torch for a pass; returns this rank's random state, seeded alike, and a seed that all ranks share.
 
@@ -336,12 +331,6 @@ def _speed_up(objective: Objective, config: TrainConfig) -> None:
             block.compile()
 
 
-def _on_device(batch: Batch, objective: Objective) -> Batch:
-    device = engines.device()
-    moves = {k for k, v in batch.items() if isinstance(v, Tensor)} - set(objective.on_host)
-    return {k: v.to(device, non_blocking=True) if k in moves else v for k, v in batch.items()}
-
-
 @contextmanager
 def _only_learning(all_engines: Engines, name: str) -> Iterator[None]:
     """Freeze every engine but one: gradients flow through the frozen ones without reaching their weights."""
@@ -354,69 +343,6 @@ def _only_learning(all_engines: Engines, name: str) -> Iterator[None]:
     finally:
         for parameter in frozen:
             parameter.requires_grad_(True)
-
-
-@contextmanager
-def _evaluating(all_engines: Engines) -> Iterator[None]:
-    """Put all modules into evaluation mode for the block."""
-    learning = [m for engine in all_engines.values() for m in engine.module.modules() if m.training]
-    for module in learning:
-        module.training = False
-    yield
-    for module in learning:
-        module.training = True
-
-
-@torch.no_grad()
-def _sample(objective: Objective, all_engines: Engines, seed: int) -> Mapping[str, np.ndarray]:
-    """Sample videos for people to look at, always from the same noise. Under ZeRO-3 every rank must take part."""
-    assert objective.sample is not None
-    with _evaluating(all_engines):
-        return objective.sample(all_engines, torch.Generator(engines.device()).manual_seed(seed))
-
-
-@torch.no_grad()
-def _heldout(objective: Objective, run: _Run, config: TrainConfig, step: int) -> dict[str, float]:
-    """The lead's mean loss on held-out clips, with its first average.
-
-    Each clip has its own noise and times, always the same. The training's random state stays as it is.
-    """
-    lead, name, device = run.engines[objective.lead], objective.lead, engines.device()
-    average = ema.swapped(next(iter(run.averages.values())), lead) if run.averages else nullcontext()
-    # compiled blocks would be compiled again, for a module that does not learn
-    uncompiled = torch.compiler.set_stance("force_eager")
-    random_state = torch.random.fork_rng([device] if device.type == "cuda" else [])
-    rows = []
-    with random_state, average, _evaluating(run.engines), uncompiled:
-        for number, clip, counts in _heldout_share(objective.heldout, config):
-            seed = pass_seed(config.seed, number)
-            torch.manual_seed(seed)
-            rng = torch.Generator(device).manual_seed(seed)
-            # without the other engines: the loss that needs no opponent
-            _, terms = objective.loss(Turn(name, {name: lead}, _on_device(clip, objective), step, rng, seed, {}))
-            rows.append({f"heldout/{term}": value if counts else math.nan for term, value in terms.items()})
-    return means(rows)
-
-
-def _heldout_share(clips: Iterable[Batch], config: TrainConfig) -> Iterator[tuple[int, Batch, bool]]:
-    """This rank's share of the first `heldout_clips` clips: number, clip, and whether it counts.
-
-    Ranks take turns. ZeRO-3 needs equally many clips on all: a rank that has none left takes another's, which does not
-    count.
-    """
-    rank, world = engines.place(config)
-    if isinstance(clips, Loader):
-        # a loader continues after its last clip: begin with its first again
-        clips.load_state_dict(clips.state_dict() | {"taken": 0})
-    remaining = islice(clips, config.run.heldout_clips)
-    for first in count(0, world):
-        share: tuple[int, Batch] | None = None
-        for number, clip in enumerate(islice(remaining, world), first):
-            if share is None or number == first + rank:
-                share = number, clip
-        if share is None:
-            return
-        yield *share, share[0] == first + rank
 
 
 def _check_settings(config: TrainConfig, saved: Mapping[str, Any], path: Path) -> None:

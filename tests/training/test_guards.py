@@ -75,7 +75,7 @@ def test_the_good_pass_of_an_update_left_out_leaves_no_trace(tmp_path: Path, gro
     torch.manual_seed(0)
     module = small.module()
     optimizer = small.adamw(module)
-    from longtake.training.loop import pass_seed
+    from longtake.training.asides import pass_seed
 
     for step in (0, 2):
         optimizer.zero_grad()
