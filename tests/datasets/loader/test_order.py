@@ -64,7 +64,7 @@ class Plans:
         ends = np.cumsum(shard_sizes)
         base = SimpleNamespace(starts=ends - np.array(shard_sizes))
         self.split: Any = SimpleNamespace(
-            base=base, columns={}, latents=(), texts=(), reader=SimpleNamespace(cache=None)
+            base=base, columns={}, latents=(), texts=(), live=(), reader=SimpleNamespace(cache=None)
         )
         parts = np.split(np.random.default_rng(seed).permutation(int(ends[-1])), np.cumsum(counts))
         self.rows = [np.sort(p).astype(np.int32) for p in parts[: len(counts)]]
