@@ -44,7 +44,6 @@ def test_so_it_is_of_every_family(tmp_path: Path, group: None, name: str) -> Non
         {"model": {"preset": "latte_tiny", "activation_checkpointing": True}, "batch": 16},
         {"freeze": ["layers"]},
         {"model": {"preset": "latte_s"}, "optimizer": "muon"},
-        {"lora": {"rank": 4}, "model": {"preset": "latte_s"}},
         {"model": {"preset": "latte_s"}, "zero_stage": 2, "precision": "bf16"},
         {"model": {"preset": "latte_s"}, "zero_stage": 1},
         {"model": {"preset": "latte_s"}, "zero_stage": 2},

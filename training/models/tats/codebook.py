@@ -124,12 +124,12 @@ class Codebook(nn.Module):
 
     def _revive(self, rows: Tensor) -> None:
         mean = self.counts.mean()
-        # here the host waits for the device, and again where a code is dead: how many are decides what is drawn
-        dead = (self.counts < self.restart * mean).nonzero().flatten()
+        dead = self.counts < self.restart * mean
         # every rank knows the same counts, and so draws, or does not
-        if not len(dead):
+        # here the host waits for the device, and again where a code is dead: how many are decides what is drawn
+        if not dead.any():
             return
-        drawn = self._drawn(rows, len(dead))
+        drawn = self._drawn(rows, int(dead.sum()))
         self.codes[dead] = drawn
         self.counts[dead] = mean
         self.sums[dead] = drawn * mean
