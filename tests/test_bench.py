@@ -250,7 +250,9 @@ def real(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 def test_each_row_has_a_program_that_takes_what_it_is_given(real: Any) -> None:
     for row in real.history.read_rows(real.ROWS).values():
         source = (BENCHMARKS / row.run.split()[0]).read_text()
-        assert "figures.add_option(" in source and "figures.write(" in source, row.run
+        # a peer's Python may not know `figures`
+        assert "figures.add_option(" in source or '"--figures"' in source, row.run
+        assert "figures.write(" in source, row.run
         assert "turns=" in source or "--turns" in source, f"{row.run}: takes no --turns"
 
 
