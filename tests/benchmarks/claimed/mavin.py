@@ -119,11 +119,14 @@ CLAIMS = [
         {arm: mavin_arms.ARMS[name] for arm, name in ARMS.items()} | dict.fromkeys(WITHOUT),
         FIGURES,
         [
-            ("variable", "fixed", f"psnr {LONGEST}"),
-            ("variable", "random", f"psnr {LONGEST}"),
+            *(
+                ("variable", other, f"{name} {gap}")
+                for gap in GAPS[1:]
+                for name in ("psnr", "action", "off")
+                for other in ("fixed", "random")
+            ),
             ("variable", "fixed", f"identity {LONGEST}"),
             ("variable", "random", f"identity {LONGEST}"),
-            ("variable", "random", f"off {LONGEST}"),
             # which has no frames at the ends either
             ("without frames at the ends", "random", f"psnr {LONGEST}"),
             ("without frames at the ends", "random", f"identity {LONGEST}"),
