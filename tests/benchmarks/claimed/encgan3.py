@@ -109,12 +109,12 @@ def measured(real: Tensor, video: Tensor, joints: Sequence[int]) -> dict[str, fl
 
 
 FIGURES = {
-    "seam": Shown("change at joints beside that elsewhere, |log|", "lower"),
-    "turn": Shown("turns at joints beside those elsewhere, |log|", "lower"),
+    "seam": Shown("change at joints beside that elsewhere, absolute log", "lower"),
+    "turn": Shown("turns at joints beside those elsewhere, absolute log", "lower"),
     "distance at joints": Shown("Fréchet distance of windows over joints, by the reader", "lower"),
     "distance inside": Shown("the same between joints", "lower"),
     # a still video has no joints that show
-    "change": Shown("change from frame to frame beside real, |log|", "lower"),
+    "change": Shown("change from frame to frame beside real, absolute log", "lower"),
     "contrast": Shown("contrast of the last 16 frames beside the first frame", "higher"),
     "error": Shown("error of held-out clips, L1", "lower"),
     "copying": Shown("that of repeating the first frame", "lower"),
