@@ -64,7 +64,7 @@ def test_what_does_not_fit_says_the_smallest_change(
     foreseen = forecast.announce(finetune, config(), {"dataset": dataset})
     assert foreseen
     for share, says in (
-        (0.95, "does NOT fit; model.activation_checkpointing: true makes it"),
+        (0.95, "does NOT fit; model.activation_checkpointing: 0.25 makes it"),
         (1e-3, "whatever is changed"),
     ):
         capfd.readouterr()
