@@ -435,7 +435,8 @@ class _Engine:
 
     def __init__(self, module: torch.nn.Module, config: TrainConfig) -> None:
         self.module, self._passes, self._accumulate = module, 0, config.accumulate
-        self.optimizer = torch.optim.AdamW(engines.parameter_groups(module, config.weight_decay), config.lr)
+        groups, fused = engines.parameter_groups(module, config.weight_decay), config.fused_optimizer or None
+        self.optimizer = torch.optim.AdamW(groups, config.lr, fused=fused)
         self.optimizer.register_step_pre_hook(partial(engines._finish_gradients, config.gradient_clip))
 
     def __call__(self, *args: Any) -> Any:
