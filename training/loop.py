@@ -91,8 +91,10 @@ def train(
                 update.tokens += objective.tokens(batch) if objective.tokens else 0
             step += 1
 
-            # Ask all ranks at once: whether to stop, whether a loss has leapt in the step before, which are not finite.
-            flags = (stop_requested(), leaps, *update.nonfinite.values())
+            # Ask all ranks at once: whether to stop, whether a loss has leapt in the step before, which losses are not
+            # finite, which updates were left out. Here the host waits for the device.
+            skipped = [engines.left_out(run.engines[name]) for name in update.nonfinite]
+            flags = (stop_requested(), leaps, *update.nonfinite.values(), *skipped)
             with progress.part(step, "exchange"):
                 (stopping, leapt, *bad), losses = guards.ask_ranks(
                     flags, [t.get("loss", math.nan) for t in update.terms]
@@ -100,9 +102,10 @@ def train(
             leaps = True in [spikes.begins(step, *each) for each in zip(losses, update.keys, strict=True)]
 
             # Count the updates that the engines have left out; too many end the training.
-            for (name, here), anywhere in zip(update.nonfinite.items(), bad, strict=True):
+            found = zip(update.nonfinite.items(), bad[: len(skipped)], bad[len(skipped) :], strict=True)
+            for (name, here), anywhere, left in found:
                 update.norms[f"gradient_norm_{name}"] = engines.gradient_norm(run.engines[name])
-                if anywhere or engines.left_out(run.engines[name]):
+                if anywhere or left:
                     nonfinite.record(step, name, bool(here), anywhere, list(chain.from_iterable(update.keys)))
 
             # Report a spike of the loss: with the next step's question, unless figures are due.

@@ -34,6 +34,7 @@ from longtake.training import engines, fit, loop, trace
 from longtake.training.config import TrainConfig
 
 NAME = "pretended"
+Step = Callable[[], object]
 _aten = torch.ops.aten
 # operations whose result has a size, or is an error, that the host must know
 _SIZED = {
@@ -45,6 +46,7 @@ _SIZED = {
     _aten._unique2,
     _aten.unique_consecutive,
     _aten.unique_dim,
+    _aten._linalg_check_errors,
 }
 
 
@@ -279,9 +281,25 @@ def trained(recipe: str, name: str) -> Told:
     return Told(parameters, device.operations, parts, most, dict(device.waits))
 
 
-def sampled(recipe: str, name: str, steps: int) -> tuple[Any, dict[str, int]]:
-    """The shapes of what a family's own sampler makes with so many solver steps, and where the host would wait."""
-    source, device = measured.source_of(recipe, name), Pretended(answer=True)
+class Made(NamedTuple):
+    """What a family's own sampler has made.
+
+    shapes  of the chunks of frames
+    waits   places where the host would wait, in all
+    steps   the same of each step but the first of a window: a solver's step, or a latent frame of tokens
+    """
+
+    shapes: list[tuple[int, ...]]
+    waits: dict[str, int]
+    steps: list[dict[str, int]]
+
+
+def sampled(recipe: str, name: str, steps: int, solver: str = "") -> Made:
+    """Videos by a family's own sampler, with so many steps for each window.
+
+    `solver`: of a transformer of another library.
+    """
+    source, device, marks = measured.source_of(recipe, name), Pretended(answer=True), list[Counter[str]]()
     with fit._alone(), device:
         made = source.stage.largest(source.config, source.inputs, 1)
         modules = (*made.objective.modules.values(), *made.beside)
@@ -290,8 +308,11 @@ def sampled(recipe: str, name: str, steps: int) -> tuple[Any, dict[str, int]]:
             module.eval()
         device.watch(*modules)
         with torch.no_grad():
-            shapes = [tuple(chunk.shape) for chunk in SAMPLERS[source.config.kind](made, steps)]
-    return shapes, dict(device.waits)
+            sampler = partial(_solved, solver) if solver else SAMPLERS[source.config.kind]
+            chunks = sampler(made, steps, lambda: marks.append(device.waits.copy()))
+            shapes = [tuple(chunk.shape) for chunk in chunks]
+    pairs = [(n, marks[n - 1], marks[n]) for n in range(1, len(marks)) if n % steps]
+    return Made(shapes, dict(device.waits), [dict(after - before) for _, before, after in pairs])
 
 
 def _to_device(*modules: torch.nn.Module) -> None:
@@ -306,25 +327,29 @@ def _on(batch: dict[str, Any]) -> dict[str, Any]:
     return {k: v.to(_device()) if isinstance(v, Tensor) else v for k, v in batch.items()}
 
 
-def _latte(made: fit.Largest, steps: int) -> Iterable[Any]:
+def _latte(made: fit.Largest, steps: int, each_step: Step) -> Iterable[Any]:
     from longtake.training.models.common.codec import frames_of
     from longtake.training.models.latte import sample
 
     # two windows, of which the second goes on from the first
     model, codec = made.objective.modules["model"], cast(Any, made.beside[0])
     frames = frames_of(2 * model.config.shape[0] - 2, codec.config.temporal_stride)
-    return sample.generate_videos(cast(Any, model), codec, frames, [1], settings=sample.Settings(steps=steps))
+    return sample.generate_videos(
+        cast(Any, model), codec, frames, [1], settings=sample.Settings(steps=steps), each_step=each_step
+    )
 
 
-def _retrieved(made: fit.Largest, steps: int) -> Iterable[Any]:
+def _retrieved(made: fit.Largest, steps: int, each_step: Step) -> Iterable[Any]:
     from longtake.training.models.memory import history, retrieval
 
     model, batch = cast(Any, made.objective.modules["model"]), _on(made.batch)
     stretch = history.groups_of(batch, model)
-    yield retrieval.retrieve(model, history.memory_of(model, stretch), [0, 3, 5], (16, 16), torch.Generator(), steps)
+    memory = history.memory_of(model, stretch)
+    model.register_forward_hook(lambda *_: each_step())
+    yield retrieval.retrieve(model, memory, [0, 3, 5], (16, 16), torch.Generator(), steps)
 
 
-def _reconstructed(made: fit.Largest, steps: int) -> Iterable[Any]:
+def _reconstructed(made: fit.Largest, steps: int, each_step: Step) -> Iterable[Any]:
     from longtake.datasets.loader import to_model
     from longtake.training.models.common.codec import to_array
 
@@ -332,21 +357,76 @@ def _reconstructed(made: fit.Largest, steps: int) -> Iterable[Any]:
     for _ in range(steps):
         latent = model.encode(video)
         yield to_array(model.decode(latent if isinstance(latent, Tensor) else latent.mode()))
+        each_step()
 
 
-def _clips(made: fit.Largest, steps: int) -> Iterable[Any]:
+def _clips(made: fit.Largest, steps: int, each_step: Step) -> Iterable[Any]:
     from longtake.training.models.encgan3.rollout import Rollout
 
     model = cast(Any, made.objective.modules["generator"])
-    return Rollout(model, [1]).pixels(steps * model.config.frames)
+    return Rollout(model, [1], each_step=each_step).pixels(steps * model.config.frames)
 
 
-SAMPLERS: dict[str, Callable[[fit.Largest, int], Iterable[Any]]] = {
+def _remembered(made: fit.Largest, steps: int, each_step: Step) -> Iterable[Any]:
+    from longtake.training.models.common.condition import Condition
+    from longtake.training.models.generator import Settings
+    from longtake.training.models.memory import segments
+
+    # the second segment has a history, which is noised
+    model, codec = cast(Any, made.objective.modules["model"]), cast(Any, made.beside[0])
+    latents, settings = model.config.shape[0] + 1, Settings(steps=steps, history_noise=model.config.history_noise)
+    return segments.generate(
+        model, codec, latents, [1], story=[(0, Condition())], settings=settings, each_step=each_step
+    )
+
+
+def _rolled_out(made: fit.Largest, steps: int, each_step: Step) -> Iterable[Any]:
+    from longtake.training.models.generator import Settings
+    from longtake.training.models.tats import sample
+
+    # a step is a latent frame, of which each token is drawn after a pass of the model
+    model = cast(Any, made.objective.modules["model"])
+    plan = sample.Rollout(model, [1], Settings(temperature=0.9, top_k=100, top_p=0.8), each_step=each_step)
+    return sample.videos_of(plan, made.beside[0], steps)
+
+
+def _gap_filled(made: fit.Largest, steps: int, each_step: Step) -> Iterable[Any]:
+    from longtake.training.models.generator import Gap, InfillSettings
+    from longtake.training.models.mavin import sample
+
+    model, codec = cast(Any, made.objective.modules["model"]), made.beside[0]
+    height, width = (codec.config.spatial_stride * side for side in model.config.shape[1:])
+    settings = InfillSettings(steps=steps, mixer="per_frame")
+    shown = (8.0, (height, width), settings, (9, 25), 12, 62, "", _device())
+    filler = sample.Filler(model, codec, sample.encode_apart, *shown)
+    side = np.zeros((25, height, width, 3), np.uint8)
+    return filler.fill([Gap(side, side, 12)], 1, settings, each_step=each_step)
+
+
+def _solved(solver: str, made: fit.Largest, steps: int, each_step: Step) -> Iterable[Any]:
+    from longtake.training.models.backbone.sample import Text, sample
+    from longtake.training.models.common.codec import to_array
+    from longtake.training.models.common.condition import Condition
+    from longtake.training.models.generator import Settings
+
+    model, codec, batch = cast(Any, made.objective.modules["model"]), cast(Any, made.beside[0]), _on(made.batch)
+    shape = made.batch["latent"].shape[-3:]
+    texts = [Text(Condition(None, batch["text"], batch["text_mask"]))] * 2
+    settings: Any = Settings(steps=steps, guidance=5.0, solver=cast(Any, solver))
+    latents = sample((model,), shape, [1], settings, *texts, each_step=each_step)
+    yield from (to_array(chunk) for chunk in codec.decode_stream([latents]))
+
+
+SAMPLERS: dict[str, Callable[[fit.Largest, int, Step], Iterable[Any]]] = {
     "finetune_latte": _latte,
+    "finetune_mavin": _gap_filled,
+    "finetune_memory_prior": _remembered,
     "pretrain_memory": _retrieved,
+    "pretrain_tats": _rolled_out,
     "pretrain_vae": _reconstructed,
     "pretrain_vqgan": _reconstructed,
     "pretrain_encgan3": _clips,
+    "finetune_backbone": partial(_solved, "euler"),
 }
 
 
@@ -355,7 +435,8 @@ class _Engine:
 
     def __init__(self, module: torch.nn.Module, config: TrainConfig) -> None:
         self.module, self._passes, self._accumulate = module, 0, config.accumulate
-        self.optimizer = torch.optim.AdamW(engines.parameter_groups(module, config.weight_decay), config.lr)
+        groups, fused = engines.parameter_groups(module, config.weight_decay), config.fused_optimizer or None
+        self.optimizer = torch.optim.AdamW(groups, config.lr, fused=fused)
         self.optimizer.register_step_pre_hook(partial(engines._finish_gradients, config.gradient_clip))
 
     def __call__(self, *args: Any) -> Any:

@@ -26,6 +26,8 @@ MEMORY = {
 }
 COMMON = {"dataset": "shards", "batch": 2, "steps": 400, "ema_half_lives": []}
 LATTE = {"kind": "finetune_latte", "latents": "latents", "model": {"preset": "latte_tiny"}}
+MAVIN = {"kind": "finetune_mavin", "model": {"preset": "mavin_tiny"}, "size": [32, 32], "frames": 8}
+UNET = {"body": "unet", "widths": [32, 64], "layers": 1, "groups": 8, "head_width": 8, "cross_width": 16}
 TRAININGS: dict[str, dict[str, Any]] = {
     "latte": LATTE,
     "latte_of_pixels": {"kind": "finetune_latte", "size": [64, 64], "frames": 9, "model": {"preset": "latte_tiny"}},
@@ -37,7 +39,8 @@ TRAININGS: dict[str, dict[str, Any]] = {
     "vqgan": VQGAN | {"lambda_gan": 0},
     "sound": {"kind": "pretrain_sound_vqgan", "model": {"preset": "sound_vqgan_tiny"}},
     "encgan3": {"kind": "pretrain_encgan3", "model": {"preset": "encgan3_tiny"}, "recall": True, "gan_start": 0},
-    "mavin": {"kind": "finetune_mavin", "model": {"preset": "mavin_tiny"}, "size": [32, 32], "frames": 8},
+    "mavin": MAVIN,
+    "mavin_unet": MAVIN | {"model": {"preset": "mavin_tiny"} | UNET},
 }
 
 

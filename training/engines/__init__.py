@@ -276,6 +276,13 @@ def _finish_gradients(clip: float, optimizer: Any, *_: Any) -> None:
     """Clip, and skip the update where a gradient is not finite, as DeepSpeed does itself at all other stages."""
     parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
     norm = torch.nn.utils.get_total_norm([p.grad for p in parameters])
+    if optimizer.defaults.get("fused"):
+        # its kernel leaves the update out by itself, and nothing waits for the device
+        optimizer.norm, optimizer.left_out = norm, ~norm.isfinite()
+        optimizer.found_inf = optimizer.left_out.float()
+        if clip:
+            torch.nn.utils.clip_grads_with_norm_(parameters, clip, norm)
+        return
     # the host waits here for the device, once an update: it decides whether weights change
     optimizer.norm = float(norm)
     optimizer.left_out = not math.isfinite(optimizer.norm)
@@ -286,9 +293,10 @@ def _finish_gradients(clip: float, optimizer: Any, *_: Any) -> None:
         torch.nn.utils.clip_grads_with_norm_(parameters, clip, norm)
 
 
-def left_out(engine: Any) -> bool:
-    """Whether the last update was left out, on all ranks, because a gradient was not finite."""
-    return bool(engine.optimizer.left_out if _is_plain_fp32(engine) else engine.optimizer.overflow)
+def left_out(engine: Any) -> Tensor | bool:
+    """Whether the last update was left out, on all ranks, because a gradient was not finite; to read it may wait."""
+    found: Tensor | bool = engine.optimizer.left_out if _is_plain_fp32(engine) else engine.optimizer.overflow
+    return found
 
 
 def gradient_norm(engine: Any) -> Tensor | float:

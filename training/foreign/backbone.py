@@ -193,6 +193,9 @@ class Backbone(nn.Module):
         order = (~seen).int().argsort(dim=1, stable=True)
         seen = seen.gather(1, order)
         text = text.gather(1, order[..., None].expand_as(text))
+        # a sample has its own text or that of "", never both: no more states than the longer one can count
+        room = max(mask.shape[1], len(self.empty))
+        text, seen = text[:, :room], seen[:, :room]
         return torch.where(seen[..., None], text, 0.0), seen, without
 
     def _pooled(self, pooled: Tensor | None, x: Tensor, without: Tensor) -> Tensor | None:

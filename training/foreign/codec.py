@@ -236,8 +236,8 @@ class ForeignCodec(VideoAutoencoder):
     def _normalising(self, device: torch.device) -> tuple[Tensor, Tensor]:
         """The mean of the class's latents, and the factor that gives what is left the variance that a transformer needs."""
         mean, std, scale = ROWS[self.config.class_name].statistics(self.net)
-        shift, spread = (torch.as_tensor(x, dtype=torch.float32, device=device).view(-1, 1, 1, 1) for x in (mean, std))
-        return shift, scale / spread
+        shift, spread = (torch.as_tensor(x, dtype=torch.float32).view(-1, 1, 1, 1) for x in (mean, std))
+        return shift.to(device, non_blocking=True), (scale / spread).to(device, non_blocking=True)
 
     def _cast(self, video: Tensor) -> Tensor:
         return video.to(self.dtype)
