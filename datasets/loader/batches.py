@@ -18,12 +18,14 @@ from longtake.datasets.errors import Failure
 from longtake.datasets.loader import order
 from longtake.datasets.loader.buckets import Bucket
 from longtake.datasets.loader.pixels import pixels
-from longtake.datasets.loader.room import Empty, Room
+from longtake.datasets.loader.room import Empty, Room, tensor_bytes
 from longtake.datasets.loader.split import Split
 from longtake.datasets.loader.window import Sample, Window, load
 from longtake.datasets.masking import shown
 
-_THREADS, _AHEAD = 8, 32  # samples of a remote dataset read at once, and waiting to be taken
+# samples of a remote dataset: read at once, and under way at least and, of small ones, at most
+_THREADS, _AHEAD, _MOST_AHEAD = 32, 32, 256
+_BYTES_AHEAD = 64 << 20  # of more samples than the least
 _FETCHES = 2  # tars that are fetched to the cache at once, before they are needed
 
 
@@ -51,6 +53,7 @@ class Batches:
                 yield self._batch(epoch, [self._load(*one, window, room) for one in enumerate(samples)], room)
             return
         waiting: deque[tuple[int, list[Future[Any]], Room]] = deque()
+        most = _AHEAD
         with ThreadPoolExecutor(_THREADS) as pool, ThreadPoolExecutor(_FETCHES) as ahead:
             try:
                 for number in numbers:
@@ -59,9 +62,11 @@ class Batches:
                     loading = [pool.submit(self._load, *one, window, room) for one in enumerate(samples)]
                     waiting.append((epoch, loading, room))
                     self._fetch_ahead(number, ahead)
-                    while sum(len(futures) for _, futures, _ in waiting) > _AHEAD:
+                    while sum(len(futures) for _, futures, _ in waiting) > most:
                         epoch, futures, room = waiting.popleft()
-                        yield self._batch(epoch, [future.result() for future in futures], room)
+                        batch = self._batch(epoch, [future.result() for future in futures], room)
+                        most = _samples_ahead(batch)
+                        yield batch
                 while waiting:
                     epoch, futures, room = waiting.popleft()
                     yield self._batch(epoch, [future.result() for future in futures], room)
@@ -143,6 +148,12 @@ class Batches:
             for shard in sequence.blocks(sequence.ends[block : block + 1]).tolist():
                 for column in self.split.tars():
                     pool.submit(self.split.reader.fetch, column, shard)
+
+
+def _samples_ahead(batch: dict[str, Any]) -> int:
+    """How many samples may be under way after such a batch: enough of them outlast a request that fails and is made again."""
+    sample_bytes = 1 + tensor_bytes(batch) // len(batch["key"])
+    return max(_AHEAD, min(_MOST_AHEAD, _BYTES_AHEAD // sample_bytes))
 
 
 def collate(

@@ -10,6 +10,7 @@ import math
 import mmap
 import os
 import pickle
+import threading
 import weakref
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -41,13 +42,16 @@ class Sender:
         self._slabs: list[_Slab] = []
         self._free: dict[int, list[_Slab]] = {}  # by size
         self._by_address: dict[int, _Slab] = {}
+        # threads that read from a store make arrays while others do and batches are sent: a slab is two messages
+        self._lock = threading.Lock()
 
     def empty(self, shape: tuple[int, ...], dtype: Any) -> np.ndarray:
         """An array of any values in a slab, or in this process's memory if it is small."""
         dtype, count = np.dtype(dtype), math.prod(shape)
         if (size := count * dtype.itemsize) < _SMALL:
             return np.empty(shape, dtype)
-        slab = self._slab(size)
+        with self._lock:
+            slab = self._slab(size)
         array: np.ndarray = np.frombuffer(slab.memory, dtype, count)
         # an array that is not handed over frees its slab here
         slab.array = weakref.ref(array, lambda _: None if slab.sent else slab.peers.append(slab))
@@ -80,7 +84,8 @@ class Sender:
         """Hand batches over."""
         sink = io.BytesIO()
         _Pickler(sink, self._place).dump(batches)
-        self._pipe.send_bytes(sink.getbuffer())
+        with self._lock:
+            self._pipe.send_bytes(sink.getbuffer())
 
     def reuse(self, numbers: Iterable[int]) -> None:
         """Take back slabs that the other side has no tensors of any more."""

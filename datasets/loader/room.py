@@ -1,10 +1,11 @@
 """The memory of a batch: one array a column, of which each sample fills its own row, so that nothing is stacked afterwards."""
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
+import torch
 
 Empty = Callable[[tuple[int, ...], Any], np.ndarray]  # (shape, dtype) to an array of any values
 
@@ -45,3 +46,8 @@ class Room:
             return whole if samples == list(range(self._samples)) else whole[samples]
         out = self._empty((len(values), *values[0].shape), values[0].dtype)
         return np.stack(values, out=out)
+
+
+def tensor_bytes(batch: Mapping[str, Any]) -> int:
+    """The bytes of a batch's tensors."""
+    return sum(value.nbytes for value in batch.values() if isinstance(value, torch.Tensor))

@@ -23,7 +23,7 @@ from torch._utils import ExceptionWrapper
 from longtake.datasets.errors import Failure, UserError
 from longtake.datasets.loader import order
 from longtake.datasets.loader.handover import Receiver, Sender
-from longtake.datasets.loader.room import Empty
+from longtake.datasets.loader.room import Empty, tensor_bytes
 
 _MOST_AHEAD, _BYTES_AHEAD = 32, 32 << 20  # batches that a worker makes ahead: two, and more only of small ones
 _PACK_SECONDS = 0.002  # of making batches that are handed over together
@@ -183,7 +183,7 @@ def _work(plan: Plan, numbers: tuple[int, int | None, int], pipe: Connection, pr
             pack.append(_next(batches))
             made += 1
             last = not isinstance(pack[-1], dict)
-            ahead = 2 if last else max(2, min(_MOST_AHEAD, _BYTES_AHEAD // _size(pack[-1])))
+            ahead = 2 if last else max(2, min(_MOST_AHEAD, _BYTES_AHEAD // (1 + tensor_bytes(pack[-1]))))
             if not last and 2 * len(pack) < ahead and time.perf_counter() - began < _PACK_SECONDS:
                 continue
             sender.send(pack)
@@ -203,10 +203,6 @@ def _next(batches: Iterator[dict[str, Any]]) -> dict[str, Any] | Failure | Excep
         return e
     except Exception:
         return ExceptionWrapper(where="in a process of the loader")
-
-
-def _size(batch: Mapping[str, Any]) -> int:
-    return 1 + sum(value.nbytes for value in batch.values() if isinstance(value, torch.Tensor))
 
 
 def _end_with(process: int, pipe: Connection) -> None:

@@ -1,6 +1,8 @@
 """Batches handed over through shared memory: the same on the other side, for as long as they are held, in bounded memory."""
 
+import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from multiprocessing import Pipe
 from typing import Any
 
@@ -89,3 +91,21 @@ def test_an_array_that_is_not_handed_over_takes_no_memory(ends: tuple[Sender, Re
         places.add(array.ctypes.data)
         del array
     assert len(places) == 1
+
+
+def test_threads_make_arrays_while_batches_are_handed_over(ends: tuple[Sender, Receiver]) -> None:
+    sender, receiver = ends
+    arrived = list[torch.Tensor]()
+    # a pipe holds little: somebody has to take what comes
+    taking = threading.Thread(target=lambda: arrived.extend(receiver.receive()[0]["x"] for _ in range(40)), daemon=True)
+    taking.start()
+    with ThreadPoolExecutor(16) as pool:
+        # all of other sizes, so that each array needs new memory
+        arrays = list(pool.map(lambda n: sender.empty((20_000 + 5_000 * n,), np.uint8), range(200)))
+        making = [pool.submit(sender.empty, (2_000_000 + 300_000 * n,), np.uint8) for n in range(100)]
+        for number, array in enumerate(arrays[:40]):
+            array[:] = number
+            sender.send([{"x": torch.from_numpy(array)}])
+        assert [future.result().nbytes for future in making] == [2_000_000 + 300_000 * n for n in range(100)]
+    taking.join(60)
+    assert [int(tensor[0]) for tensor in arrived] == list(range(40))
