@@ -1,6 +1,10 @@
 """The simulations of scale at a small size: they accept what is right, and notice what is not."""
 
 import importlib
+import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,11 +17,13 @@ from longtake.pipeline import retry
 from longtake.pipeline.commit import make_group
 from longtake.pipeline.stages import shard
 
+BENCHMARKS = Path(__file__).resolve().parent / "benchmarks"
+
 
 @pytest.fixture
 def program(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Any]:
     """Imports a program of the benchmarks."""
-    monkeypatch.syspath_prepend(str(Path(__file__).resolve().parent / "benchmarks"))
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
     return importlib.import_module
 
 
@@ -34,12 +40,20 @@ def test_all_ranks_see_what_one_process_sees(
         measure(str(tmp_path), world=10, batch=4)
 
 
-def test_ranks_on_a_late_and_failing_store_see_what_is_in_its_folder(
-    program: Callable[[str], Any], tmp_path: Path
-) -> None:
-    store = program("scale_store")
-    store.make(tmp_path, 2, 8)
-    found = store.measure(tmp_path, steps=12, ranks=2, batch=2, workers=1, seconds=0.0, latency=0.01, faults=0.2)
+def test_ranks_on_a_late_and_failing_store_see_what_is_in_its_folder(tmp_path: Path) -> None:
+    # in a process of its own: workers have the environment in which the first of a process was started
+    script = (
+        "import json, sys\nfrom pathlib import Path\nimport scale_store as store\nfolder = Path(sys.argv[1])\n"
+        "store.make(folder, 2, 8)\n"
+        "settings = dict(steps=12, ranks=2, batch=2, workers=1, seconds=0.0, latency=0.01, faults=0.2)\n"
+        "print(json.dumps(store.measure(folder, **settings)))"
+    )
+    command = [sys.executable, "-c", script, str(tmp_path)]
+    done = subprocess.run(
+        command, cwd=BENCHMARKS, env=os.environ | {"PYTHONPATH": str(BENCHMARKS)}, capture_output=True
+    )
+    assert done.returncode == 0, done.stderr.decode()
+    found = json.loads(done.stdout)
     counts = found["counts"]
     assert len(found["waits"]) == 11
     assert counts["503"] and counts["500"] and counts["torn"] and counts["requests"] > 12 * 2 * 2
